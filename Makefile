@@ -1,0 +1,51 @@
+# Everything starts here: `make workbook` and `make test` each set up what they need on a machine that has
+# Python 3.11 or newer, pip and make. Set-up lives in .venv and is redone when pyproject.toml changes.
+
+# The Python that .venv is made from.
+PYTHON ?= python3
+# Optional address of a package index with other builds of torch. On Linux the default build brings CUDA
+# and several gigabytes; an index of CPU builds makes set-up small: make test TORCH_INDEX=<address>
+TORCH_INDEX ?=
+# Fetches the bundled model into the user's cache; does nothing when it is there.
+FETCH ?= $(PY) -m hat_lib.cli setup --quiet
+
+PY := .venv/bin/python
+TORCH := torch>=2.7,<3
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+NBVAL := --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 120
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup workbook test clean
+
+help:  ## say what each target does
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+workbook: .venv/ready  ## run every notebook into runs/, then say how each one went
+	$(OFFLINE) $(PY) -m hat_lib.workbook run
+
+test: .venv/ready  ## lint, run the tests, compare the notebooks' stored outputs with a fresh run
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(OFFLINE) $(PY) -m pytest
+	$(if $(wildcard notebooks/*.ipynb),$(OFFLINE) $(PY) -m pytest $(NBVAL) notebooks/,@echo "no notebooks to compare")
+
+setup: .venv/ready  ## only set up: .venv, the packages, the bundled model
+
+clean:  ## remove .venv, caches and build leftovers; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find hat_lib tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "This project needs Python 3.11 or newer, and '$(PYTHON)' is not one." \
+	    "Name another: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "'$(PYTHON)' lacks its venv module. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+
+.venv/ready: pyproject.toml | .venv/bin/python
+	$(if $(TORCH_INDEX),$(PY) -m pip install --index-url "$(TORCH_INDEX)" "$(TORCH)")
+	$(PY) -m pip install -e ".[dev]"
+	$(FETCH)
+	@touch $@

@@ -1,0 +1,52 @@
+"""Hierarchical Adaptive Transformer: per-token compute for a frozen Llama.
+
+Axis letters, everywhere: ``B`` batch, ``T`` tokens, ``D`` hidden, ``F`` FFN width, ``L`` layers,
+``S`` gated sites in a layer, ``E`` exits, ``K`` cached keys, ``V`` vocabulary. The modules, in the
+order in which data flows, are listed in `MODULES`; each imports only from those before it.
+"""
+
+MODULES = (
+    "config",
+    "wheels",
+    "shapes",
+    "base",
+    "corpora",
+    "text",
+    "state",
+    "router",
+    "grains",
+    "exit_gate",
+    "thresholds",
+    "checkpoint",
+    "layer",
+    "model",
+    "calibrate",
+    "cost",
+    "evaluate",
+    "benchmark",
+    "plots",
+    "notebook_files",
+    "cli",
+    "workbook",
+)
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "HatConfig": "config",
+    "HatError": "config",
+    "load_base": "base",
+    "load_text": "text",
+    "HierarchicalTransformer": "model",
+    "calibrate": "calibrate",
+}
+__all__ = [*_PUBLIC, "MODULES", "__version__"]
+
+
+def __getattr__(name: str):
+    # Imported on first use: `hat --help` and the version must not wait for torch.
+    if name in _PUBLIC:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

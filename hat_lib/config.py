@@ -1,0 +1,138 @@
+"""What a HAT is: one frozen dataclass, the words it uses, and where files live.
+
+``capacity``   executed / routable work, in [0.1, 1.0]; 1.0 runs everything.
+``exit_rate``  requested share of tokens that leave before the last layer, in [0, 1]; 0 is off.
+``granularity``  what a router decides about: ``channel`` (an input channel of a linear layer, per
+token; the default) or ``token`` (the whole FFN, per token; the published method).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+CAPACITY_MIN, CAPACITY_MAX = 0.1, 1.0
+GRANULARITIES = ("channel", "token")
+
+# Depths at which the published method places its exits, as layers already run, out of TinyLlama's 22.
+PUBLISHED_EXITS, PUBLISHED_DEPTH = (4, 8, 12, 16, 19), 22
+
+REPO = Path(__file__).resolve().parent.parent
+DATA, NOTEBOOKS, RUNS = REPO / "data", REPO / "notebooks", REPO / "runs"
+# Batch runs and tests send figures elsewhere, so that the committed ones stay as they are.
+FIGURES = Path(os.environ.get("HAT_FIGURES", REPO / "figures"))
+
+
+class HatError(ValueError):
+    """Bad input, told in one line that names the thing and what was expected."""
+
+
+def cache_dir() -> Path:
+    """Where downloads and dequantised weights are kept: ``$HAT_CACHE``, else the user cache folder."""
+    if "HAT_CACHE" in os.environ:
+        return Path(os.environ["HAT_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hat_lib"
+
+
+def check_capacity(value: object) -> float:
+    """``value`` as a capacity, or `HatError`; accepts numbers and numeric strings."""
+    return _check_fraction("capacity", value, CAPACITY_MIN, CAPACITY_MAX)
+
+
+def check_exit_rate(value: object) -> float:
+    """``value`` as an exit rate, or `HatError`; accepts numbers and numeric strings."""
+    return _check_fraction("exit rate", value, 0.0, 1.0)
+
+
+def _check_fraction(name: str, value: object, low: float, high: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not low <= number <= high:  # nan fails the comparison too
+        raise HatError(f"{name} must be a number in [{low}, {high}], got {value!r}")
+    return number
+
+
+def scaled_exits(n_layers: int) -> tuple[int, ...]:
+    """The published exit depths in proportion to another depth; distinct, in [1, n_layers - 1].
+
+    >>> scaled_exits(22), scaled_exits(30)
+    ((4, 8, 12, 16, 19), (5, 11, 16, 22, 26))
+    """
+    depths = {round(e * n_layers / PUBLISHED_DEPTH) for e in PUBLISHED_EXITS}
+    return tuple(sorted(d for d in depths if 1 <= d < n_layers))
+
+
+@dataclass(frozen=True)
+class HatConfig:
+    """The method's shape on one base. Everything here is saved in a checkpoint's ``hat_config.json``."""
+
+    n_layers: int
+    """decoder layers of the base"""
+    granularity: str = "channel"
+    """"channel" or "token": what a router keeps or skips"""
+    exit_layers: tuple[int, ...] = ()
+    """depths at which a token may leave: exit ``e`` means that ``e`` layers have run; 1 .. n_layers - 1"""
+    capacity: float = 0.75
+    """default executed / routable work, 0.1-1.0"""
+    exit_rate: float = 0.0
+    """default share of tokens that leave early, 0-1"""
+    translator_rank: int = 2
+    """rank of the correction that an exiting hidden state gets, 0 for none"""
+    protected_tokens: int = 2
+    """real tokens at the start of each row that run in full and never exit (attention sinks)"""
+
+    def __post_init__(self):
+        object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
+        if not _is_int(self.n_layers) or self.n_layers < 1:
+            raise HatError(f"n_layers must be a whole number of at least 1, got {self.n_layers!r}")
+        if self.granularity not in GRANULARITIES:
+            raise HatError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
+        for e in self.exit_layers:
+            if not _is_int(e) or not 1 <= e < self.n_layers:
+                raise HatError(f"exit layers must lie in 1..{self.n_layers - 1} for {self.n_layers} layers, got {e!r}")
+        if list(self.exit_layers) != sorted(set(self.exit_layers)):
+            raise HatError(f"exit layers must be sorted and distinct, got {list(self.exit_layers)}")
+        object.__setattr__(self, "capacity", check_capacity(self.capacity))
+        object.__setattr__(self, "exit_rate", check_exit_rate(self.exit_rate))
+        for name in ("translator_rank", "protected_tokens"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 0:
+                raise HatError(f"{name} must be a whole number of at least 0, got {getattr(self, name)!r}")
+
+    @classmethod
+    def default(cls, base, **changes) -> HatConfig:
+        """Channel grain at capacity 0.75, five exits in proportion to the depth of ``base``."""
+        n = _depth(base)
+        return cls(**{"n_layers": n, "exit_layers": scaled_exits(n), **changes})
+
+    @classmethod
+    def published(cls, base, **changes) -> HatConfig:
+        """The published shape: whole-FFN token routing at capacity 0.55, five exits.
+
+        On TinyLlama-1.1B (22 layers) the exits are 4, 8, 12, 16, 19 and about 100K parameters are trained.
+        ``base`` is a `Base`, a Llama model or its config.
+        """
+        return cls.default(base, **{"granularity": "token", "capacity": 0.55, **changes})
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "exit_layers": list(self.exit_layers)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> HatConfig:
+        known = {f.name for f in fields(cls)}
+        if not isinstance(values, dict) or set(values) != known:
+            odd = sorted(set(values) ^ known) if isinstance(values, dict) else type(values).__name__
+            raise HatError(f"a HAT config must have exactly the fields {sorted(known)}; missing or unknown: {odd}")
+        return cls(**values)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _depth(base) -> int:
+    config = getattr(getattr(base, "model", base), "config", base)
+    return config.num_hidden_layers

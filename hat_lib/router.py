@@ -1,0 +1,164 @@
+"""Routers and policies: which work does this token get?
+
+A *router* scores; a *policy* turns scores into a keep mask. In use the decision is always
+``score > threshold``, per token, in fp32: it reads neither the future nor the rest of the batch.
+
+token grain (the published method): one logit per token and layer, ``s = w.x + b`` on the FFN's input.
+channel grain: for input channel i of a linear layer, ``s_i = |x_i| * ||W[:, i]||``, the norm of what that
+channel would add to the output; thresholded activation sparsity as in TEAL (Liu et al. 2024,
+arXiv:2408.14690) and CATS (arXiv:2404.08763), weighted by the column norm as in Wanda
+(arXiv:2306.11695). The router learns one log-scale per channel, zero at the start.
+
+Other policies - everything, forced, random, a static choice - go through the same code, so that a
+control differs from the method in nothing but its decisions.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .state import Masks, TokenState
+
+
+class MoERouter(nn.Module):
+    """Token grain: one score per token, ``[n, D] -> [n]`` fp32. Untrained, all scores are zero."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(()))
+        self.threshold = -torch.inf
+
+    def score(self, x: Tensor) -> Tensor:
+        # A sum over the last axis, not a matmul: one row alone rounds as the same row in a batch.
+        return (x.float() * self.weight).sum(-1) + self.bias
+
+    def keep(self, x: Tensor) -> Tensor:
+        return self.score(x) > self.threshold
+
+    def set_threshold(self, threshold: float) -> None:
+        self.threshold = float(threshold)
+
+
+class ChannelRouter(nn.Module):
+    """Channel grain: one score per input channel, ``[n, C] -> [n, C]`` fp32.
+
+    Args:
+        column_norm: ``||W[:, i]||`` over all outputs that read channel i, fp32 ``[C]``. It belongs to the
+            base and is not saved.
+    """
+
+    def __init__(self, column_norm: Tensor):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros_like(column_norm))
+        self.register_buffer("column_norm", column_norm.clamp(min=1e-12), persistent=False)
+        self.set_threshold(-torch.inf)
+
+    def score(self, x: Tensor) -> Tensor:
+        return x.float().abs() * (self.column_norm * self.log_scale.exp())
+
+    def keep(self, x: Tensor) -> Tensor:
+        # |x_i| > t / (norm_i * scale_i): the same rule with the division done once.
+        return x.abs() > self._cut_in(x.dtype)
+
+    def set_threshold(self, threshold: float) -> None:
+        self.threshold = float(threshold)
+        with torch.no_grad():
+            self.register_buffer("_cut", threshold / (self.column_norm * self.log_scale.exp()), persistent=False)
+        self._cuts = {torch.float32: self._cut}
+
+    def _cut_in(self, dtype: torch.dtype) -> Tensor:
+        """The cut rounded down to ``dtype``: on numbers of that dtype it decides exactly as the fp32 one,
+        and comparing like with like takes a third of the time."""
+        if dtype not in self._cuts:
+            cut = self._cut.to(dtype)
+            self._cuts[dtype] = torch.where(cut.float() > self._cut, torch.nextafter(cut, -torch.ones_like(cut)), cut)
+        return self._cuts[dtype]
+
+
+Router = MoERouter | ChannelRouter
+
+
+class Policy(Protocol):
+    """Decides for the ``n`` rows in ``rows`` (indices into B*T; None means all of them)."""
+
+    def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: TokenState) -> Tensor | None:
+        """bool ``[n, C]`` (channel) or ``[n]`` (token) to keep; None keeps everything."""
+
+
+class Everything:
+    """The dense model through the adaptive code."""
+
+    def __call__(self, layer, site, x, rows, state):
+        return None
+
+
+class Threshold:
+    """The method: score > threshold."""
+
+    def __init__(self, routers: dict[tuple[int, str], Router]):
+        self.routers = routers
+
+    def __call__(self, layer, site, x, rows, state):
+        return self.routers[layer, site].keep(x)
+
+
+class Forced:
+    """Decisions recorded before, or made by hand; positions count from the start of the cache."""
+
+    def __init__(self, masks: Masks):
+        self.masks = masks
+
+    def __call__(self, layer, site, x, rows, state):
+        mask = self.masks.keep.get((layer, site))
+        return None if mask is None else self._rows(mask, rows, state)
+
+    def exits(self, exit_index: int, rows: Tensor | None, state: TokenState) -> Tensor | None:
+        mask = self.masks.exits.get(exit_index)
+        return None if mask is None else self._rows(mask, rows, state)
+
+    @staticmethod
+    def _rows(mask: Tensor, rows: Tensor | None, state: TokenState) -> Tensor:
+        window = mask[:, state.start : state.start + state.tokens].flatten(0, 1)
+        return window if rows is None else window[rows]
+
+
+class Random:
+    """Control: keep each unit with probability ``share``, independent of the token's content.
+
+    The draw is a hash of (seed, layer, site, position, channel), so decode and parallel forward, and a
+    row alone and in a batch, draw alike.
+    """
+
+    def __init__(self, share: float, seed: int = 0):
+        self.share, self.seed = share, seed
+
+    def __call__(self, layer, site, x, rows, state):
+        position = state.position.flatten()
+        position = position if rows is None else position[rows]
+        salt = _mix(torch.tensor(hash((self.seed, layer)) ^ sum(map(ord, site)), device=x.device))
+        units = position if site == "ffn" else position[:, None] * x.shape[-1] + torch.arange(x.shape[-1]).to(x.device)
+        uniform = (_mix(_mix(units) + salt) >> 11).double() / 2**52
+        return uniform.abs() < self.share
+
+
+class Static:
+    """Control: the same choice for every token. ``keep[layer, site]`` is bool ``[C]``, or ``[]`` (token)."""
+
+    def __init__(self, keep: dict[tuple[int, str], Tensor]):
+        self.keep = keep
+
+    def __call__(self, layer, site, x, rows, state):
+        mask = self.keep.get((layer, site))
+        return None if mask is None else mask.to(x.device).expand(x.shape[0], *mask.shape)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """The splitmix64 finaliser (Steele et al. 2014) on int64, wrapping; a well-spread integer hash."""
+    shift = lambda v, n: (v >> n) & ((1 << (64 - n)) - 1)  # noqa: E731 - logical shift on signed integers
+    z = (z ^ shift(z, 30)) * -0x40A7B892E31B1A47
+    z = (z ^ shift(z, 27)) * -0x6B2FB644ECCEEE15
+    return z ^ shift(z, 31)

@@ -1,0 +1,108 @@
+"""Llama shapes with random weights and a byte tokenizer: for tests and for timing, offline in seconds.
+
+``random:tiny``       under 1 M parameters, weights large enough that logits and routing are far from uniform.
+``random:tinyllama``  the exact shape of TinyLlama-1.1B; a wall-clock ratio does not depend on the weights.
+
+Both are the same bits on every machine and device, and neither touches the caller's random state.
+"""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+N_BYTES = 256
+
+SHAPES = {
+    "random:tiny": {
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 260,
+        "initializer_range": 0.2,
+    },
+    "random:tinyllama": {
+        "num_hidden_layers": 22,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "initializer_range": 0.02,
+    },
+}
+
+# Values drawn once and reused in turn: drawing 1.1 billion takes longer than everything else together.
+# A prime, so that no two matrices of a model start at the same place in it.
+POOL = 16_777_213
+
+
+def random_config(name: str) -> LlamaConfig:
+    """The config behind ``random:tiny`` or ``random:tinyllama``: untied head, RoPE theta 10,000, eps 1e-5."""
+    return LlamaConfig(
+        **SHAPES[name],
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=False,
+        bos_token_id=N_BYTES,
+        eos_token_id=N_BYTES + 1,
+        pad_token_id=N_BYTES + 2,
+        attn_implementation="sdpa",
+    )
+
+
+def random_model(name: str, dtype: torch.dtype, seed: int = 0) -> LlamaForCausalLM:
+    """A Llama on the CPU with N(0, initializer_range) weights and norm weights N(1, 0.1), in ``dtype``."""
+    config = random_config(name)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype)
+    model.to_empty(device="cpu")
+    # RoPE's frequencies are a buffer that no checkpoint holds, and they stay fp32 in every dtype.
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    config.dtype = dtype
+
+    n_params = sum(p.numel() for p in model.parameters())
+    pool = torch.randn(min(n_params, POOL), generator=torch.Generator().manual_seed(seed))
+    # Scaled in fp32 and rounded once, so that the same name has one fingerprint in every dtype.
+    norms, matrices = (1 + 0.1 * pool).to(dtype), (config.initializer_range * pool).to(dtype)
+    start = 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            _fill(parameter.view(-1), norms if parameter.ndim == 1 else matrices, start)
+            start = (start + parameter.numel()) % len(pool)
+    return model
+
+
+def _fill(flat: torch.Tensor, pool: torch.Tensor, start: int) -> None:
+    done = 0
+    while done < len(flat):
+        piece = pool[start : start + len(flat) - done]
+        flat[done : done + len(piece)] = piece
+        done, start = done + len(piece), 0
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per UTF-8 byte (ids 0-255), then BOS, EOS and PAD; adds no special token by itself.
+
+    ``decode(encode(text)) == text`` for every text. A byte's id is its rank in the byte-level alphabet,
+    not its value.
+    """
+    vocabulary = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([BOS, EOS, PAD])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )

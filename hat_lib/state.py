@@ -1,0 +1,139 @@
+"""TokenState: everything one forward pass decided, per layer and per token.
+
+The model fills one `TokenState` in each forward; losses, cost, sweeps, plots and widgets read only
+this object. It also answers the two questions that every layer asks on the way: which rows are still
+alive, and which are protected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Masks:
+    """Decisions taken in one forward, to be forced on another (`HierarchicalTransformer.force`).
+
+    ``keep[layer, site]``  bool ``[B, T, C]`` for the channel grain (C input channels), ``[B, T]`` for the
+    token grain; rows that had already exited hold False. ``exits[e]`` bool ``[B, T]``: left at exit e.
+    """
+
+    keep: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    exits: dict[int, Tensor] = field(default_factory=dict)
+
+    def map(self, change) -> Masks:
+        """The same decisions with ``change`` applied to each ``[B, T, ...]`` tensor (slice, index, pad)."""
+        return Masks({k: change(m) for k, m in self.keep.items()}, {e: change(m) for e, m in self.exits.items()})
+
+
+class TokenState:
+    """Who is alive, where each token left, and what share of each layer it ran.
+
+    Args:
+        real: bool ``[B, T]``, False at padding.
+        position: int64 ``[B, T]``, rank among the real tokens of its row, counted from 0.
+        protected: bool ``[B, T]``, tokens that run in full and never exit.
+        site_work: work of each gated site of a layer, as a fraction of the layer's routable work ``[S]``.
+        n_layers: L.
+        start: number of tokens already in the KV cache.
+    """
+
+    def __init__(
+        self,
+        real: Tensor,
+        position: Tensor,
+        protected: Tensor,
+        site_work: Sequence[float],
+        n_layers: int,
+        start: int = 0,
+    ):
+        self.real, self.position, self.protected = real, position, protected
+        self.site_work = tuple(site_work)
+        self.n_layers, self.start = n_layers, start
+        self.batch, self.tokens = real.shape
+        self.any_protected = bool(protected.any())
+        self.alive: Tensor | None = None  # row indices into B*T still running; None while all are
+        self.exit_layer = torch.full(real.shape, n_layers, dtype=torch.int16, device=real.device)
+        self.scores: dict[tuple[int, str], Tensor] = {}  # token grain only: router scores [B, T] by (layer, site)
+        self.masks: Masks | None = None  # filled only under `HierarchicalTransformer.record`
+        self._kept: dict[tuple[int, int], Tensor | None] = {}
+
+    @property
+    def single_row(self) -> bool:
+        """One token in one sequence: batch-1 decode, where plain branches replace gather and scatter."""
+        return self.batch == self.tokens == 1
+
+    def leave(self, rows: Tensor, depth: int) -> None:
+        """Mark ``rows`` (indices into B*T) as exited after ``depth`` layers."""
+        self.exit_layer.view(-1)[rows] = depth
+        self.alive = (self.exit_layer.view(-1) == self.n_layers).nonzero().squeeze(1)
+
+    def note(self, layer: int, site: int, keep: Tensor | None) -> None:
+        """Record what one site ran: bool ``[n, C]`` or ``[n]`` for the running rows, None for everything."""
+        if keep is not None and not self.single_row:  # one row is averaged only when somebody asks
+            keep = _share(keep)
+            if self.alive is not None and len(keep) == self.alive.numel():
+                keep = keep.new_zeros(self.batch * self.tokens).index_copy(0, self.alive, keep)
+        self._kept[layer, site] = keep
+
+    def note_mask(self, layer: int, site: str, keep: Tensor) -> None:
+        """Keep the decision itself; ``keep`` is bool ``[n_alive, ...]``."""
+        if self.alive is not None and len(keep) == self.alive.numel():
+            full = keep.new_zeros(self.batch * self.tokens, *keep.shape[1:])
+            keep = full.index_copy(0, self.alive, keep)
+        self.masks.keep[layer, site] = keep.view(self.batch, self.tokens, *keep.shape[1:])
+
+    @property
+    def site_share(self) -> Tensor:
+        """Executed share of each site, fp32 ``[L, S, B, T]``; 0 where the token had left or is padding."""
+        shape = (self.n_layers, len(self.site_work), self.batch, self.tokens)
+        out = torch.zeros(shape, device=self.real.device)
+        for (layer, site), kept in self._kept.items():
+            out[layer, site] = 1.0 if kept is None else _share(kept).view(self.batch, self.tokens)
+        depth = torch.arange(self.n_layers, device=out.device)[:, None, None]
+        ran = self.real & (depth < self.exit_layer)
+        return out * ran[:, None]
+
+    @property
+    def share(self) -> Tensor:
+        """Executed share of each layer's routable work, fp32 ``[L, B, T]``."""
+        work = torch.tensor(self.site_work, device=self.real.device)
+        return torch.einsum("lsbt,s->lbt", self.site_share, work)
+
+    @property
+    def capacity(self) -> float:
+        """Realised capacity: mean share over real tokens in the layers that they entered."""
+        depth = torch.arange(self.n_layers, device=self.real.device)[:, None, None]
+        ran = self.real & (depth < self.exit_layer)
+        return float(self.share.sum() / ran.sum().clamp(min=1))
+
+    @property
+    def exit_rate(self) -> float:
+        """Realised exit rate: share of real tokens that left before the last layer."""
+        left = (self.exit_layer < self.n_layers) & self.real
+        return float(left.sum() / self.real.sum().clamp(min=1))
+
+    @classmethod
+    def cat(cls, states: Sequence[TokenState]) -> TokenState:
+        """Join the states of consecutive forwards of the same rows (prefill, then each decode step) along T."""
+        first = states[0]
+        join = lambda name: torch.cat([getattr(s, name) for s in states], dim=1)  # noqa: E731
+        out = cls(join("real"), join("position"), join("protected"), first.site_work, first.n_layers, first.start)
+        out.exit_layer = join("exit_layer")
+        share = torch.cat([s.site_share for s in states], dim=-1)
+        for layer in range(first.n_layers):
+            for site in range(len(first.site_work)):
+                out._kept[layer, site] = share[layer, site]
+        return out
+
+
+def _share(kept: Tensor) -> Tensor:
+    """Share per row, fp32 ``[n]``, of a keep mask (already a share if it is floating point)."""
+    if kept.is_floating_point():
+        return kept
+    # Summing booleans straight into int32 is the fast way on CPU, four times a float mean.
+    return kept.float() if kept.dim() == 1 else kept.sum(1, dtype=torch.int32) / kept.shape[1]

@@ -1,0 +1,245 @@
+"""What the repository promises as a whole: one list of packages, a one-way data flow, honest notebooks."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+import hat_lib
+from hat_lib.notebook_files import clean, errors
+
+REPO = Path(__file__).resolve().parent.parent
+PACKAGE = REPO / "hat_lib"
+NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+MODULE_FILES = sorted(set(PACKAGE.glob("*.py")) - {PACKAGE / "__init__.py", PACKAGE / "__main__.py"})
+
+
+# --- packages ---
+
+
+def ranges(requirements):
+    """Package -> version range, by pip's names."""
+    parsed = [Requirement(r) for r in requirements]
+    return {canonicalize_name(r.name): r.specifier for r in parsed}
+
+
+def environment():
+    return yaml.safe_load((REPO / "environment.yml").read_text())["dependencies"]
+
+
+def test_conda_and_pip_ask_for_the_same_packages():
+    listed = ranges(d for d in environment() if isinstance(d, str))
+    assert listed.pop("python") == SpecifierSet(PROJECT["requires-python"])
+    listed.pop("pip")
+    listed["torch"] = listed.pop("pytorch")
+    assert listed == ranges(PROJECT["dependencies"] + EXTRAS["dev"])
+    assert [d["pip"] for d in environment() if isinstance(d, dict)] == [["-e ."]]
+
+
+def test_environment_says_what_each_package_is_for():
+    lines = re.findall(r"^ +- ((?!python|pip:|conda-forge).*)", (REPO / "environment.yml").read_text(), re.M)
+    assert len(lines) > 20
+    assert [line for line in lines if "  # " not in line] == []
+
+
+def test_makefile_installs_the_same_torch():
+    torch = next(r for r in PROJECT["dependencies"] if Requirement(r).name == "torch")
+    assert f"\nTORCH := {torch}\n" in (REPO / "Makefile").read_text()
+
+
+def test_every_import_of_the_library_is_declared():
+    declared = ranges(PROJECT["dependencies"] + sum((EXTRAS[e] for e in ("eval", "cluster")), []))
+    # What transformers and datasets build on keeps the range that they ask for.
+    distribution = {
+        "yaml": "pyyaml",
+        "IPython": "ipykernel",
+        "tokenizers": "transformers",
+        "huggingface_hub": "transformers",
+        "pyarrow": "datasets",
+    }
+    unknown = {
+        f"{path.name}: {name}"
+        for path in PACKAGE.glob("*.py")
+        for name in absolute_imports(path)
+        if name not in sys.stdlib_module_names | {"hat_lib"}
+        and canonicalize_name(distribution.get(name, name)) not in declared
+    }
+    assert unknown == set()
+
+
+def test_versions_agree():
+    citation = yaml.safe_load((REPO / "CITATION.cff").read_text())
+    newest = re.search(r"^## \[(\d[^\]]*)\]", (REPO / "CHANGELOG.md").read_text(), re.M)
+    assert {PROJECT["version"], citation["version"], newest[1]} == {hat_lib.__version__}
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_setup_refuses_an_old_python_and_names_the_way_out(tmp_path):
+    shutil.copy(REPO / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    command = [
+        "make",
+        "test",
+        "PYTHON=false",
+    ]  # `false` fails the check of its version, as an old Python does
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and "Python 3.11 or newer" in done.stderr
+    assert "make test PYTHON=" in done.stderr and not (tmp_path / ".venv").exists()
+
+
+# --- modules ---
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def absolute_imports(path):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+def imports_of_modules(path):
+    """The hat_lib modules that a file imports, in whatever form and place, but not for type hints alone."""
+    module = tree(path)
+    module.body = [
+        node for node in module.body if ast.unparse(getattr(node, "test", node)) != "TYPE_CHECKING"
+    ]
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            yield from (
+                alias.name[len("hat_lib.") :] for alias in node.names if alias.name.startswith("hat_lib.")
+            )
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            if source in (".", "hat_lib"):
+                yield from (alias.name for alias in node.names if alias.name in hat_lib.MODULES)
+            elif source.startswith((".", "hat_lib.")):
+                yield source.removeprefix("hat_lib").lstrip(".")
+
+
+def test_every_module_is_listed_in_data_flow_order():
+    assert sorted(hat_lib.MODULES) == [path.stem for path in MODULE_FILES]
+    assert set(hat_lib.MODULES[-2:]) == {"cli", "workbook"}
+
+
+@pytest.mark.parametrize("module", hat_lib.MODULES)
+def test_a_module_imports_only_from_those_before_it(module):
+    before = hat_lib.MODULES[: hat_lib.MODULES.index(module)]
+    assert set(imports_of_modules(PACKAGE / f"{module}.py")) - set(before) == set()
+
+
+@pytest.mark.parametrize("path", MODULE_FILES, ids=lambda path: path.stem)
+def test_a_module_says_its_idea_and_can_be_read_in_one_sitting(path):
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text))
+    assert len(text.splitlines()) < 300
+
+
+# --- files ---
+
+
+def text_files():
+    """Every file that is tracked, or would be on the next `git add`, and can be read as text."""
+    try:
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    for path in sorted(REPO / name for name in set(names.split("\0")) - {""}):
+        try:
+            yield path.relative_to(REPO), path.read_text(encoding="utf-8")
+        except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
+            continue
+
+
+def found(pattern, among=lambda path: True):
+    return [
+        f"{path}: {m[0]}" for path, text in text_files() if among(path) for m in re.finditer(pattern, text)
+    ]
+
+
+def test_no_path_of_one_machine():
+    folders = "|".join(("home", "root", "work", "Users", "tmp", "opt", "mnt"))
+    assert found(rf"(?<![\w.~}}/:*-])/(?:{folders})/[^\s\"'`]*") == []
+
+
+def test_no_host_of_a_package_registry():
+    hosts = (
+        r"pypi\.org|pythonhosted\.|pytorch\.org/whl|anaconda\.(?:org|com)|npmjs\.|crates\.io|deb\.debian\."
+    )
+    assert found(hosts) == []
+
+
+def test_hub_and_code_links_only_where_readers_look_for_them():
+    def elsewhere(path):
+        return path.suffix != ".ipynb" and path.name not in ("README.md", "CITATION.cff")
+
+    assert found(r"https?://(?:www\.)?(?:github|huggingface)\.com?\b\S*", elsewhere) == []
+
+
+# --- notebooks ---
+
+UNCOMPARED = {"nbval-ignore-output", "nbval-skip"}
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def code_cells(nb):
+    return [cell for cell in nb.cells if cell.cell_type == "code"]
+
+
+def has_tag(cell, *tags):
+    return bool(set(cell.metadata.get("tags", ())) & set(tags))
+
+
+def is_compared(cell):
+    """nbval compares this cell, and there is text to compare: a figure's repr says nothing."""
+    texts = [o.get("text", "") or "".join(o.get("data", {}).get("text/plain", "")) for o in cell.outputs]
+    said = any(text.strip() and not text.startswith("<Figure size") for text in texts)
+    return said and not has_tag(cell, *UNCOMPARED)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_file_is_named_clean_and_small(path):
+    assert re.fullmatch(r"\d\d_[a-z0-9_]+\.ipynb", path.name)
+    assert path.stat().st_size < 500_000
+    text = path.read_text(encoding="utf-8")
+    cleaned = nbformat.writes(clean(nbformat.reads(text, as_version=4))) + "\n"
+    assert text == cleaned, f"run: python -m hat_lib.workbook clean notebooks/{path.name}"
+
+
+def test_notebook_was_executed_once_in_order_without_errors(notebook):
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1)), "run: python -m hat_lib.workbook execute"
+    assert list(errors(notebook)) == []
+
+
+def test_notebook_has_one_parameters_cell_and_readable_size(notebook):
+    assert sum(has_tag(cell, "parameters") for cell in notebook.cells) == 1
+    assert 15 <= len(notebook.cells) <= 40
+    long = [cell.execution_count for cell in code_cells(notebook) if len(cell.source.splitlines()) > 20]
+    assert long == [], "code cells of more than 20 lines"
+
+
+def test_most_of_a_notebook_is_compared(notebook):
+    compared = [cell.execution_count for cell in code_cells(notebook) if is_compared(cell)]
+    assert len(compared) > len(code_cells(notebook)) / 2, f"only cells {compared} are compared"
