@@ -234,18 +234,14 @@ def _check_folder(folder: Path) -> None:
     if not any(name.endswith(".safetensors") for name in names):
         pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         if pickles:
-            raise HatError(
-                f"{folder} has only {pickles[0]}, a pickle, which is never opened: use safetensors"
-            )
+            raise HatError(f"{folder} has only {pickles[0]}, a pickle, which is never opened: use safetensors")
         raise HatError(f"{folder} has no weights: expected *.safetensors")
 
 
 def _check_config(config: dict, shown: str) -> None:
     kind = config.get("model_type")
     if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) != LlamaForCausalLM.__name__:
-        raise HatError(
-            f"{shown} has model type {kind!r}: a Llama-shaped one is expected (model type 'llama')"
-        )
+        raise HatError(f"{shown} has model type {kind!r}: a Llama-shaped one is expected (model type 'llama')")
     if "quantization_config" in config:
         raise HatError(f"{shown} is a quantised checkpoint: expected plain weights (or a .gguf file)")
 

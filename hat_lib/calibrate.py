@@ -1,8 +1,11 @@
 """Calibrate without training: held-out text -> the tables that turn a capacity into thresholds.
 
 Three passes over text that no test uses. (1) Dense, collecting score quantiles per layer and site.
-(2) One pass per site with that site alone gated to `PROBE_SHARE`, for its sensitivity: KL(base || gated)
-in nats per token. (3) A few passes at whole budgets, to see which capacity each one realises.
+(2) Forward and backward on some of it, for what gating each site would cost. If y is sampled from the base
+itself, the KL divergence that a small change d of an activation causes is, to second order,
+``1/2 E[(grad_a log p(y) . d)^2]``: the Fisher quadratic form. Zeroing the channels with scores under a threshold
+changes the input x of a linear layer by -x there, so one backward pass prices every site at every share.
+(3) A few passes at whole budgets, to see which capacity each one realises.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from .router import MoERouter
 from .state import TokenState
 from .thresholds import Calibration
 
-PROBE_SHARE = 0.45
-# Exponent of the damage model k (1 - s)^p: measured, see LOG.md.
-EXPONENT = 3.5
+# Shares at which the damage is priced; k and p of the damage model are a line through them in log-log.
+PROBE_SHARES = (0.45, 0.6, 0.75)
+# A steeper or flatter line than this is noise: a quadratic is the least, as the form itself is one.
+EXPONENT_RANGE = (2.0, 6.0)
 QUANTILES = 65
 BUDGETS = (0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 # Score samples kept per site; enough for a quantile error well under a thousandth.
@@ -40,34 +44,25 @@ class _Collect:
     def __call__(self, layer, site, x, rows, state: TokenState):
         score = self.routers[f"{layer}_{site}"].score(x[~state.protected.view(-1)])
         width = 1 if score.dim() == 1 else score.shape[1]
-        stride = max(1, self.tokens * width // SAMPLES)
-        self.scores.setdefault((layer, site), []).append(score[:: min(stride, 8)].flatten())
+        self.scores.setdefault((layer, site), []).append(score[:: 1 + self.tokens * width // SAMPLES].flatten())
         return None
-
-
-class _Only:
-    """Policy that gates one site and keeps everything elsewhere."""
-
-    def __init__(self, hat: HierarchicalTransformer, layer: int, site: str):
-        self.target, self.router = (layer, site), hat.routers[f"{layer}_{site}"]
-
-    def __call__(self, layer, site, x, rows, state):
-        return self.router.keep(x) if (layer, site) == self.target else None
 
 
 def calibrate(
     hat: HierarchicalTransformer,
     blocks: Iterable[list[int]],
     *,
-    probe_tokens: int = 1024,
+    probe_tokens: int = 4096,
+    seed: int = 0,
     text: str = "",
     progress: bool = True,
 ) -> Calibration:
     """Measure ``hat`` on ``blocks`` of token ids; sets and returns its calibration.
 
     Args:
-        blocks: token-id lists from held-out text; the first `probe_tokens` of them also serve the
-            sensitivity passes, and the last quarter alone the budget curve.
+        blocks: token-id lists from held-out text; its last quarter serves the budget curve alone.
+        probe_tokens: how many of the other tokens the backward pass sees.
+        seed: for the targets sampled from the base.
         text: what the blocks are, kept in the checkpoint.
 
     Raises `HatError` for a text with less than 256 tokens, or whose scores are all equal (token routers
@@ -80,11 +75,12 @@ def calibrate(
     cut = max(1, len(blocks) * 3 // 4)
     fit, check = blocks[:cut], blocks[cut:] or blocks[-1:]
 
-    with torch.inference_mode():
+    with torch.no_grad():
         if hat.config.granularity == "token":
             fit_token_routers(hat, fit, progress)
         quantiles = _score_quantiles(hat, fit, progress)
-        sensitivity = _sensitivities(hat, _first(fit, probe_tokens), quantiles, progress)
+        damage = _damage(hat, _spread(fit, probe_tokens), quantiles, seed, progress)
+        sensitivity, exponent = _fit_damage(damage)
 
         sites = list(hat.grain.sites)
         work = np.tile(hat.site_work, (hat.config.n_layers, 1))
@@ -93,9 +89,9 @@ def calibrate(
         tables = {
             "sites": sites,
             "work": (work / work.sum()).tolist(),
-            "sensitivity": sensitivity,
-            "exponent": EXPONENT,
-            "quantiles": [[_rounded(quantiles[i, s]) for s in sites] for i in range(hat.config.n_layers)],
+            "sensitivity": sensitivity.tolist(),
+            "exponent": exponent.tolist(),
+            "quantiles": [[_rounded(quantiles.get((i, s), [0.0])) for s in sites] for i in range(hat.config.n_layers)],
             "text": text,
         }
         curve = _budget_curve(hat, Calibration(budget_curve=[[0.0], [0.0]], **tables), check, progress)
@@ -115,32 +111,56 @@ def _score_quantiles(hat, blocks, progress) -> dict[tuple[int, str], np.ndarray]
     return tables
 
 
-def _sensitivities(hat, blocks, quantiles, progress) -> list[list[float]]:
-    with hat.dense():
-        teacher = [_log_probs(hat, b) for b in blocks]
+def _damage(hat, blocks, quantiles, seed: int, progress) -> np.ndarray:
+    """Predicted KL in nats per token of gating each site alone, ``[len(PROBE_SHARES), L, S]``."""
     grid = np.linspace(0, 1, QUANTILES)
-    out = []
-    for layer in tqdm(range(hat.config.n_layers), desc="sensitivity", disable=not progress):
-        row = []
-        for site in hat.grain.sites:
-            if (layer, site) not in quantiles:
-                row.append(0.0)
-                continue
-            router = hat.routers[f"{layer}_{site}"]
-            before = router.threshold
-            router.set_threshold(float(np.interp(1 - PROBE_SHARE, grid, quantiles[layer, site])))
-            with hat.using(_Only(hat, layer, site)):
-                divergence = [_kl(t, _log_probs(hat, b)) for t, b in zip(teacher, blocks, strict=True)]
-            router.set_threshold(before)
-            row.append(round(float(np.mean(divergence)), 7))
-        out.append(row)
-    return out
+    sites = hat.grain.sites
+    cuts = {k: [float(np.interp(1 - share, grid, q)) for share in PROBE_SHARES] for k, q in quantiles.items()}
+    total = torch.zeros(len(PROBE_SHARES), hat.config.n_layers, len(sites), dtype=torch.float64)
+    tokens = 0
+
+    def price(layer: int, site: str, x: Tensor, activation: Tensor) -> None:
+        """Once the gradient of ``activation`` is known, add up what dropping low scores of x would cost."""
+        if (layer, site) not in cuts:  # it always runs
+            return
+        protected = hat.trace.protected.view(-1)
+
+        def hook(gradient: Tensor) -> None:
+            score = hat.routers[f"{layer}_{site}"].score(x.detach())
+            first_order = (activation.detach() * gradient).float()
+            if score.dim() == 1:
+                first_order = first_order.sum(-1)
+            for row, cut in zip(total, cuts[layer, site], strict=True):
+                change = first_order * (score <= cut)
+                change = change if change.dim() == 1 else change.sum(-1)
+                row[layer, sites.index(site)] += change[~protected].double().pow(2).sum().item() / 2
+
+        activation.register_hook(hook)
+
+    generator = torch.Generator(hat.base.device).manual_seed(seed)
+    with hat.dense(), hat.grain.watching([a.grain for a in hat.layers], price):
+        for block in tqdm(blocks, desc="sensitivity", disable=not progress):
+            with torch.enable_grad():
+                embedded = hat.lm.get_input_embeddings()(block).detach().requires_grad_()
+                logits = hat.lm(inputs_embeds=embedded, use_cache=False).logits[0].float()
+                target = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                F.cross_entropy(logits, target, reduction="sum").backward()
+            tokens += block.shape[1]
+    return total.numpy() / tokens
+
+
+def _fit_damage(damage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """k and p of ``k (1 - s)^p`` per site, ``[L, S]`` each, by least squares in log-log."""
+    x = np.log(1 - np.asarray(PROBE_SHARES))
+    y = np.log(np.maximum(damage, 1e-12)).reshape(len(x), -1)
+    p = np.clip(np.polyfit(x, y, 1)[0], *EXPONENT_RANGE)
+    log_k = (y - p * x[:, None]).mean(0)
+    shape = damage.shape[1:]
+    return np.exp(log_k).round(9).reshape(shape), p.round(4).reshape(shape)
 
 
 def _budget_curve(hat, identity: Calibration, blocks, progress) -> list[list[float]]:
     """[realised capacities, budgets], both increasing."""
-    before = hat.calibration, hat.capacity
-    hat.calibration = identity
     realised = []
     for budget in tqdm(BUDGETS, desc="budgets", disable=not progress):
         hat.set_thresholds(identity.thresholds(budget))
@@ -151,12 +171,11 @@ def _budget_curve(hat, identity: Calibration, blocks, progress) -> list[list[flo
                 kept += hat.trace.capacity * block.shape[1]
                 tokens += block.shape[1]
         realised.append(round(kept / tokens, 5))
-    hat.calibration = before[0]
-    return [list(np.maximum.accumulate(realised)), list(BUDGETS)]
+    return [np.maximum.accumulate(realised).tolist(), list(BUDGETS)]
 
 
 def fit_token_routers(hat: HierarchicalTransformer, blocks, progress: bool = True) -> None:
-    """Closed-form start for token routers: ridge regression of log ||FFN(x)|| / ||h|| on the router's input.
+    """Closed-form start for token routers: ridge regression of log ||FFN(x)|| on the router's input x.
 
     The published method trains them from scratch; this gives an untrained calibration something to rank by.
     Routers that already carry weights are left alone.
@@ -166,21 +185,12 @@ def fit_token_routers(hat: HierarchicalTransformer, blocks, progress: bool = Tru
         return
     rows: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def watch(index):
-        def hook(mlp, args, out):
-            x = args[0].float()
-            rows.setdefault(index, []).append((x, out.float().norm(dim=-1).clamp(min=1e-6).log()))
+    def see(layer: int, site: str, x: Tensor, out: Tensor) -> None:
+        rows.setdefault(layer, []).append((x.float(), out.float().norm(dim=-1).clamp(min=1e-6).log()))
 
-        return hook
-
-    hooks = [layer.mlp.register_forward_hook(watch(i)) for i, layer in enumerate(hat.lm.model.layers)]
-    try:
-        with hat.dense():
-            for block in tqdm(blocks, desc="token routers", disable=not progress):
-                hat.lm(block, use_cache=False, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hat.dense(), hat.grain.watching([a.grain for a in hat.layers], see):
+        for block in tqdm(blocks, desc="token routers", disable=not progress):
+            hat.lm(block, use_cache=False, logits_to_keep=1)
     for index, pairs in rows.items():
         x, y = torch.cat([a for a, _ in pairs]).double(), torch.cat([b for _, b in pairs]).double()
         mean_x, mean_y = x.mean(0), y.mean()
@@ -193,23 +203,11 @@ def fit_token_routers(hat: HierarchicalTransformer, blocks, progress: bool = Tru
         router.bias.data.copy_(mean_y - mean_x @ weight)
 
 
-def _first(blocks: list[Tensor], tokens: int) -> list[Tensor]:
-    out, total = [], 0
-    for block in blocks:
-        if total >= tokens:
-            break
-        out.append(block[:, : tokens - total])
-        total += out[-1].shape[1]
-    return [b for b in out if b.shape[1] > 1]
-
-
-def _log_probs(hat, block: Tensor) -> Tensor:
-    return F.log_softmax(hat.lm(block, use_cache=False).logits[0].float(), dim=-1)
-
-
-def _kl(teacher: Tensor, student: Tensor) -> float:
-    """KL(teacher || student), nats per token, from log-probabilities ``[T, V]``."""
-    return float((teacher.exp() * (teacher - student)).sum(-1).mean())
+def _spread(blocks: list[Tensor], tokens: int) -> list[Tensor]:
+    """About ``tokens`` tokens of whole blocks, taken at even distances."""
+    count = max(1, round(len(blocks) * tokens / sum(b.shape[1] for b in blocks)))
+    picks = np.linspace(0, len(blocks) - 1, min(count, len(blocks))).round().astype(int)
+    return [blocks[i] for i in picks]
 
 
 def _rounded(values: np.ndarray) -> list[float]:

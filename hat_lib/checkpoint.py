@@ -27,7 +27,15 @@ from .config import HatConfig, HatError
 from .thresholds import Calibration
 
 CONFIG_FILE, ADAPTER_FILE = "hat_config.json", "hat_adapter.safetensors"
-_FIELDS = {"config", "base", "base_fingerprint", "library_version", "adapter_sha256", "calibration", "training"}
+_FIELDS = {
+    "config",
+    "base",
+    "base_fingerprint",
+    "library_version",
+    "adapter_sha256",
+    "calibration",
+    "training",
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,12 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     if not isinstance(meta, dict) or set(meta) != _FIELDS:
         odd = sorted(set(meta) ^ _FIELDS) if isinstance(meta, dict) else type(meta).__name__
         raise HatError(f"{config_file} must have exactly the fields {sorted(_FIELDS)}; missing or unknown: {odd}")
-    for key, kind in {"base": str, "base_fingerprint": str, "adapter_sha256": str, "library_version": str}.items():
+    for key, kind in {
+        "base": str,
+        "base_fingerprint": str,
+        "adapter_sha256": str,
+        "library_version": str,
+    }.items():
         if not isinstance(meta[key], kind):
             raise HatError(f"{config_file}: {key} must be a {kind.__name__}, got {meta[key]!r}")
     if not isinstance(meta["training"], dict | None):
@@ -98,7 +111,9 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     payload = adapter_file.read_bytes()
     digest = hashlib.sha256(payload).hexdigest()
     if digest != meta["adapter_sha256"]:
-        raise HatError(f"{adapter_file} has SHA-256 {digest[:12]}..., {CONFIG_FILE} expects {meta['adapter_sha256'][:12]}...")
+        raise HatError(
+            f"{adapter_file} has SHA-256 {digest[:12]}..., {CONFIG_FILE} expects {meta['adapter_sha256'][:12]}..."
+        )
     try:
         tensors = load(payload)
     except SafetensorError as error:
@@ -118,7 +133,9 @@ def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], where: 
     """Raise unless both have the same names and shapes."""
     for name in sorted(set(found) | set(expected)):
         if name not in expected:
-            raise HatError(f"{where}: unexpected key {name} {tuple(found[name].shape)}; the model has no such parameter")
+            raise HatError(
+                f"{where}: unexpected key {name} {tuple(found[name].shape)}; the model has no such parameter"
+            )
         if name not in found:
             raise HatError(f"{where}: missing key {name}, expected shape {tuple(expected[name].shape)}")
         if found[name].shape != expected[name].shape:
@@ -133,10 +150,10 @@ def _calibration(values: dict, config: HatConfig) -> Calibration:
         odd = sorted(set(values) ^ known) if isinstance(values, dict) else type(values).__name__
         raise HatError(f"calibration must have exactly the fields {sorted(known)}; missing or unknown: {odd}")
     sites = values["sites"]
-    for table, depth in (("work", 2), ("sensitivity", 2), ("quantiles", 3), ("budget_curve", 2)):
+    for table, depth in (("work", 2), ("sensitivity", 2), ("exponent", 2), ("quantiles", 3), ("budget_curve", 2)):
         if not _numbers(values[table], depth):
             raise HatError(f"calibration.{table} must be {depth} nested lists of finite numbers")
-    for table in ("work", "sensitivity", "quantiles"):
+    for table in ("work", "sensitivity", "exponent", "quantiles"):
         if len(values[table]) != config.n_layers or any(len(row) != len(sites) for row in values[table]):
             raise HatError(f"calibration.{table} must cover {config.n_layers} layers x {len(sites)} sites")
     return Calibration(**values)
@@ -169,5 +186,7 @@ def _readable(value, indent: int = 0) -> str:
         inner = ",\n".join(f"{' ' * (indent + 1)}{json.dumps(k)}: {_readable(v, indent + 1)}" for k, v in value.items())
         return "{\n" + inner + "\n" + " " * indent + "}" if value else "{}"
     if isinstance(value, list) and any(isinstance(v, list) for v in value):
-        return "[\n" + ",\n".join(" " * (indent + 1) + _readable(v, indent + 1) for v in value) + "\n" + " " * indent + "]"
+        return (
+            "[\n" + ",\n".join(" " * (indent + 1) + _readable(v, indent + 1) for v in value) + "\n" + " " * indent + "]"
+        )
     return json.dumps(value, allow_nan=False)

@@ -14,7 +14,8 @@ Both also compute K and V, and nothing else, for rows that have exited.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from functools import lru_cache
 
@@ -141,6 +142,13 @@ class Grain:
         """``[n_alive, D] -> [n_alive, D]``, or None when no row ran."""
         raise NotImplementedError
 
+    @staticmethod
+    @contextmanager
+    def watching(grains: Sequence[Grain], see: Callable[[int, str, Tensor, Tensor], None]) -> Iterator[None]:
+        """Context: call ``see(layer, site, x, activation)`` for each site that runs. ``x`` is what the router
+        reads, ``activation`` what is zeroed where the router skips: the input, or the FFN's whole output."""
+        raise NotImplementedError
+
     def intact(self) -> bool:
         """False if somebody moved or cast the base's weights behind our back."""
         return True
@@ -163,6 +171,19 @@ class TokenGrain(Grain):
     def release(self):
         for linear in self.linears:
             linear.release()
+
+    @staticmethod
+    @contextmanager
+    def watching(grains, see):
+        hooks = [
+            grain.mlp.register_forward_hook(lambda _, args, out, i=i: see(i, "ffn", args[0], out))
+            for i, grain in enumerate(grains)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @classmethod
     def site_work(cls, config):
@@ -238,6 +259,20 @@ class ChannelGrain(Grain):
         gate, up = self.linears["gate_up"](x, decide("gate_up", x, rows), compact).chunk(2, dim=1)
         a = self.mlp.act_fn(gate) * up
         return self.linears["down"](a, decide("down", a, rows), compact)
+
+    @staticmethod
+    @contextmanager
+    def watching(grains, see):
+        hooks = [
+            linear.register_forward_pre_hook(lambda _, args, i=i, s=site: see(i, s, args[0], args[0]))
+            for i, grain in enumerate(grains)
+            for site, linear in grain.linears.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def intact(self):
         return self.attn.q_proj.weight.data_ptr() == self.linears["qkv"].weight_t.data_ptr()

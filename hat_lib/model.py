@@ -67,7 +67,7 @@ class HierarchicalTransformer(nn.Module):
 
         d = lm.config.hidden_size
         self.routers = nn.ModuleDict()
-        for i, layer in enumerate(self._layers):
+        for i, layer in enumerate(self.layers):
             for site in self.grain.sites:
                 self.routers[f"{i}_{site}"] = self._new_router(layer, site)
         self.gates = nn.ModuleDict({str(e): ExitGate(d, config.translator_rank) for e in config.exit_layers})
@@ -90,8 +90,8 @@ class HierarchicalTransformer(nn.Module):
         return ChannelRouter(layer.grain.linears[site].column_norm())
 
     def _attach(self) -> None:
-        self._layers = [AdaptiveLayer(self, i, self.grain(layer)) for i, layer in enumerate(self.lm.model.layers)]
-        for adaptive in self._layers:
+        self.layers = [AdaptiveLayer(self, i, self.grain(layer)) for i, layer in enumerate(self.lm.model.layers)]
+        for adaptive in self.layers:
             adaptive.grain.layer.forward = adaptive
         self._head = RowLinear(self.lm.lm_head)
         self._hooks = [
@@ -102,11 +102,11 @@ class HierarchicalTransformer(nn.Module):
     def _detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for adaptive in self._layers:
+        for adaptive in self.layers:
             del adaptive.grain.layer.forward
             adaptive.grain.release()
         self._head.release()
-        self._layers = []
+        self.layers = []
 
     def unload(self):
         """Take everything off and return the base, its forwards, layout and weights bit for bit as before."""
@@ -136,7 +136,9 @@ class HierarchicalTransformer(nn.Module):
         value = check_capacity(value)
         if value < 1.0:
             if self.calibration is None:
-                raise HatError(f"capacity {value} needs calibrated thresholds: run `hat calibrate`, or load a checkpoint")
+                raise HatError(
+                    f"capacity {value} needs calibrated thresholds: run `hat calibrate`, or load a checkpoint"
+                )
             if self.config.granularity == "token":
                 warnings.warn(
                     f"token grain at capacity {value}: skipping whole FFNs of a frozen base multiplies perplexity "
@@ -261,7 +263,10 @@ class HierarchicalTransformer(nn.Module):
         cos, sin = position_embeddings
         if self._rotation is None or self._rotation[0] is not cos:
             b, t, half = self.trace.batch, self.trace.tokens, cos.shape[-1] // 2
-            flat = [x.expand(b, t, -1).reshape(b * t, 1, -1) for x in (cos, torch.cat((-sin[..., :half], sin[..., half:]), -1))]
+            flat = [
+                x.expand(b, t, -1).reshape(b * t, 1, -1)
+                for x in (cos, torch.cat((-sin[..., :half], sin[..., half:]), -1))
+            ]
             self._rotation = (cos, tuple(flat))
         return self._rotation[1]
 
@@ -277,7 +282,7 @@ class HierarchicalTransformer(nn.Module):
             raise HatError("compiled generate is not supported: skipping branches on data; call generate uncompiled")
         if cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers):
             raise HatError("static KV caches are not supported: leave cache_implementation unset (dynamic)")
-        if not self._layers[0].grain.intact():
+        if not self.layers[0].grain.intact():
             raise HatError("the base was moved or cast under the model: use hat.to(...), not hat.lm.to(...)")
         start = cache.get_seq_length() if cache is not None else 0
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")

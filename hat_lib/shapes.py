@@ -91,7 +91,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per UTF-8 byte (ids 0-255), then BOS, EOS and PAD; adds no special token by itself.
 
     ``decode(encode(text)) == text`` for every text. A byte's id is its rank in the byte-level alphabet,
-    not its value.
+    not its value. As with other tokenizers, "<s>" in a text is read as BOS unless ``split_special_tokens``.
     """
     vocabulary = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

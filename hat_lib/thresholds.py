@@ -3,9 +3,9 @@
 Calibration measures, per site, the distribution of scores and how sensitive the output is to gating that
 site alone. Here the numbers become thresholds:
 
-1. Allocation. The damage of running site i at kept share s_i is modelled as ``k_i (1 - s_i)^p``. Under the
+1. Allocation. The damage of running site i at kept share s_i is modelled as ``k_i (1 - s_i)^p_i``. Under the
    budget ``sum w_i s_i = c`` (w_i: share of routable work), Lagrange gives in closed form
-   ``1 - s_i = (lambda w_i / (p k_i))^(1/(p-1))``, clipped; lambda by bisection. Shares grow with c at every
+   ``1 - s_i = (lambda w_i / (p_i k_i))^(1/(p_i-1))``, clipped; lambda by bisection. Shares grow with c at every
    site, so the kept sets of two capacities are nested.
 2. Thresholds. ``t_i`` is the score's ``1 - s_i`` quantile on held-out text.
 
@@ -22,13 +22,15 @@ import numpy as np
 from .config import CAPACITY_MIN, HatError, check_capacity, check_exit_rate
 
 
-def allocate(sensitivity: np.ndarray, work: np.ndarray, budget: float, exponent: float, floor: float) -> np.ndarray:
+def allocate(
+    sensitivity: np.ndarray, work: np.ndarray, budget: float, exponent: np.ndarray, floor: float
+) -> np.ndarray:
     """Kept shares in [floor, 1] that minimise ``sum k (1-s)^p`` under ``sum w s = budget``; same shape as k.
 
     ``work`` sums to 1. A site with zero sensitivity gets the floor.
     """
     k = np.maximum(np.asarray(sensitivity, dtype=np.float64), 1e-12)
-    w = np.asarray(work, dtype=np.float64)
+    w, exponent = np.asarray(work, dtype=np.float64), np.asarray(exponent, dtype=np.float64)
 
     def shares(log_lambda: float) -> np.ndarray:
         skipped = np.exp((log_lambda + np.log(w / (exponent * k))) / (exponent - 1))
@@ -50,9 +52,9 @@ class Calibration:
     work: list[list[float]]
     """share of all routable work per layer and site, [L, S], sums to 1; 0 where a site always runs"""
     sensitivity: list[list[float]]
-    """KL (nats per token) to the base with that site alone at the probe share, [L, S]"""
-    exponent: float
-    """p of the damage model"""
+    """k of the damage model: KL to the base, nats per token, as that site alone is gated, [L, S]"""
+    exponent: list[list[float]]
+    """p of the damage model, [L, S]"""
     quantiles: list[list[list[float]]]
     """scores at evenly spaced quantiles 0..1, [L, S, P]"""
     budget_curve: list[list[float]]

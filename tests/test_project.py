@@ -117,14 +117,10 @@ def absolute_imports(path):
 def imports_of_modules(path):
     """The hat_lib modules that a file imports, in whatever form and place, but not for type hints alone."""
     module = tree(path)
-    module.body = [
-        node for node in module.body if ast.unparse(getattr(node, "test", node)) != "TYPE_CHECKING"
-    ]
+    module.body = [node for node in module.body if ast.unparse(getattr(node, "test", node)) != "TYPE_CHECKING"]
     for node in ast.walk(module):
         if isinstance(node, ast.Import):
-            yield from (
-                alias.name[len("hat_lib.") :] for alias in node.names if alias.name.startswith("hat_lib.")
-            )
+            yield from (alias.name[len("hat_lib.") :] for alias in node.names if alias.name.startswith("hat_lib."))
         elif isinstance(node, ast.ImportFrom):
             source = "." * node.level + (node.module or "")
             if source in (".", "hat_lib"):
@@ -169,9 +165,7 @@ def text_files():
 
 
 def found(pattern, among=lambda path: True):
-    return [
-        f"{path}: {m[0]}" for path, text in text_files() if among(path) for m in re.finditer(pattern, text)
-    ]
+    return [f"{path}: {m[0]}" for path, text in text_files() if among(path) for m in re.finditer(pattern, text)]
 
 
 def test_no_path_of_one_machine():
@@ -180,9 +174,7 @@ def test_no_path_of_one_machine():
 
 
 def test_no_host_of_a_package_registry():
-    hosts = (
-        r"pypi\.org|pythonhosted\.|pytorch\.org/whl|anaconda\.(?:org|com)|npmjs\.|crates\.io|deb\.debian\."
-    )
+    hosts = r"pypi\.org|pythonhosted\.|pytorch\.org/whl|anaconda\.(?:org|com)|npmjs\.|crates\.io|deb\.debian\."
     assert found(hosts) == []
 
 

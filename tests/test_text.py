@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hat_lib.config import HatError
+from hat_lib.config import DATA, HatError
 from hat_lib.corpora import docstring_prose, documents, module_prose
 from hat_lib.shapes import byte_tokenizer
 from hat_lib.text import HUB_MAX_TOKENS, corpus_names, load_text, text_hash, windows
@@ -30,7 +30,7 @@ def texts(dataset):
 
 
 @given(st.integers(0, 60), st.integers(2, 12), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 def test_every_token_is_new_in_exactly_one_window(length, block_size, data):
     stride = data.draw(st.integers(1, block_size))
     scored = []
@@ -53,9 +53,7 @@ def test_blocks_join_to_the_document_and_stay_inside_it(tmp_path):
     whole = {f"three docs.jsonl:{i}": t for i, t in enumerate(docs, start=1) if len(t) > 1}
     for doc, text in whole.items():
         kept = TOKENIZER.decode(joined[doc])
-        assert (
-            kept == text[: len(kept)] and len(text) - len(kept) <= 1
-        )  # a last block of one token is dropped
+        assert kept == text[: len(kept)] and len(text) - len(kept) <= 1  # a last block of one token is dropped
     assert set(joined) == set(whole)
 
 
@@ -238,9 +236,7 @@ def test_tokenizer_is_required():
 
 @pytest.mark.parametrize("source", ["nobody/no-such-dataset", "nobody/no-such-dataset:config"])
 def test_hub_offline_is_one_line_with_an_alternative(source):
-    with pytest.raises(
-        HatError, match="cannot stream nobody/no-such-dataset .*offline, use bundled"
-    ) as caught:
+    with pytest.raises(HatError, match="cannot stream nobody/no-such-dataset .*offline, use bundled") as caught:
         load(source)
     assert "\n" not in str(caught.value)
 
@@ -272,9 +268,7 @@ def test_hub_stream_is_read_lazily_and_capped(monkeypatch):
 
 
 def test_addresses_split_by_year():
-    years = {
-        s: [int(doc[:4]) for doc, _ in documents("addresses", s)] for s in ("train", "validation", "test")
-    }
+    years = {s: [int(doc[:4]) for doc, _ in documents("addresses", s)] for s in ("train", "validation", "test")}
     assert years["validation"] == [2022, 2023] and years["test"] == [2026, 2024]
     assert (years["train"][0], years["train"][-1], len(years["train"])) == (1934, 2020, 89)
     assert load("bundled")["doc"][0] == "2026-Trump-1"
@@ -356,16 +350,21 @@ def test_source_is_parsed_and_never_run():
     ]
 
 
-@pytest.mark.bundled
-def test_token_counts_of_the_bundled_corpora(bundled):
-    def count(name, split):
-        return sum(
-            len(ids) for ids in load_text(name, bundled.tokenizer, split=split, block_size=4096)["input_ids"]
-        )
-
-    assert count("addresses", "test") == 26_511
-    assert count("addresses", "validation") == 22_847
-    assert count("docstrings", "test") >= 60_000
+@pytest.mark.parametrize(
+    "name, split, tokens, beginning",
+    [
+        ("addresses", "train", 736_077, "dcf3592e02ec2f6c"),
+        ("addresses", "validation", 22_847, "27553aaa9b29552f"),
+        ("addresses", "test", 26_511, "7ac4f8ed4cbf74a2"),
+        ("docstrings", "test", 66_785, "5c985c90f50d81ff"),
+    ],
+)
+def test_bundled_corpora_are_the_ones_in_the_data_readme(bundled, name, split, tokens, beginning):
+    dataset = load_text(name, bundled.tokenizer, split=split)
+    assert sum(len(ids) for ids in dataset["input_ids"]) == tokens
+    assert text_hash(dataset).startswith(beginning)
+    readme = (DATA / "README.md").read_text()
+    assert f"{tokens:,} | `{beginning}`" in readme
 
 
 def test_no_socket_is_opened_once_the_wheels_are_there(monkeypatch):

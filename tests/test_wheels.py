@@ -170,9 +170,7 @@ def test_intact_folder_is_not_remade(made, capsys):
     assert sorted(p.name for p in folder.parent.iterdir()) == ["model"]
 
 
-@pytest.mark.parametrize(
-    "how", ["truncated", "flipped bit", "missing", "extra", "no manifest", "odd manifest"]
-)
+@pytest.mark.parametrize("how", ["truncated", "flipped bit", "missing", "extra", "no manifest", "odd manifest"])
 def test_damaged_folder_is_noticed_and_remade(made, capsys, how):
     folder, make, times = made
     if how == "missing":
@@ -227,6 +225,24 @@ def test_two_makers_at_once(tmp_path):
     hashes = json.loads((folder / MANIFEST).read_text())
     assert hashes == {"weights": hashlib.sha256(b"whole").hexdigest()}
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("other_finished", [True, False])
+def test_losing_the_race_to_install_is_fine_if_the_winner_is_whole(tmp_path, monkeypatch, other_finished):
+    answers = iter([False, other_finished])
+    monkeypatch.setattr(wheels, "_intact", lambda folder: next(answers))
+    (tmp_path / "fresh").mkdir()
+
+    def taken(*_):
+        raise OSError("directory not empty")
+
+    monkeypatch.setattr(wheels.os, "rename", taken)
+    paths = [tmp_path / name for name in ("fresh", "model", "broken")]
+    if other_finished:
+        wheels._install(*paths)
+    else:
+        with pytest.raises(OSError, match="not empty"):
+            wheels._install(*paths)
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,7 @@ def call(*arguments):
 
 def test_run_goes_on_after_failures_and_leaves_the_tree_alone(project):
     folder = project / "notebooks"
-    figure = (
-        "import os, pathlib\n"
-        "pathlib.Path(os.environ['HAT_FIGURES'], 'a.png').write_text(os.environ['HAT_RUN'])"
-    )
+    figure = "import os, pathlib\npathlib.Path(os.environ['HAT_FIGURES'], 'a.png').write_text(os.environ['HAT_RUN'])"
     notebook(folder / "00_ok.ipynb", figure, "assert os.getcwd().endswith('notebooks'); print(capacity)")
     notebook(folder / "01_fails.ipynb", "x = 1", "y = 2\nraise KeyError('no layer')", "print('not reached')")
     notebook(folder / "02_dies.ipynb", "import os; os._exit(3)")
@@ -254,9 +251,7 @@ def test_the_record_of_a_run_is_not_cleaned_into_the_workbook(dirty, tmp_path, t
 def test_errors_finds_plain_and_hidden_ones():
     v4 = nbformat.v4
     error = v4.new_output("error", ename="ValueError", evalue="line one\nline two", traceback=[])
-    nb = v4.new_notebook(
-        cells=[v4.new_markdown_cell(""), v4.new_code_cell(execution_count=2, outputs=[error])]
-    )
+    nb = v4.new_notebook(cells=[v4.new_markdown_cell(""), v4.new_code_cell(execution_count=2, outputs=[error])])
     assert list(errors(nb)) == ["cell [2] ValueError: line one line two"]
     nb.cells[1].outputs = []
     nb.metadata["widgets"] = {WIDGET_STATE: {"state": {"a": {"state": {"outputs": [error]}}, "b": {}}}}

@@ -1,0 +1,249 @@
+"""Perplexity against sums worked out by hand and against transformers' own loss; intervals on made-up scores."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hat_lib.base import load_base
+from hat_lib.config import HatConfig, HatError
+from hat_lib.cost import state_cost
+from hat_lib.evaluate import Score, agreement, compare, score
+from hat_lib.model import HierarchicalTransformer
+from hat_lib.state import Masks
+from hat_lib.text import load_text
+
+GRAINS = ("channel", "token")
+TEXT = "The quick brown fox jumps over the lazy dog. " * 9
+
+
+@pytest.fixture(scope="module")
+def blocks(tiny_base, tmp_path_factory):
+    """Strided windows of one document, the last one cut short, and short documents without context."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "long.txt").write_text(TEXT)
+    (folder / "many.jsonl").write_text("".join(f'{{"text": "{n} and {"x" * n}"}}\n' for n in range(3, 23)))
+    long = load_text(folder / "long.txt", tiny_base.tokenizer, split="train", block_size=64, stride=40)
+    many = load_text(folder / "many.jsonl", tiny_base.tokenizer, split="train", block_size=16)
+    rows = [*long, *many]
+    assert len({len(r["input_ids"]) for r in rows}) > 5 and {r["n_context"] for r in rows} >= {0, 24}
+    return rows
+
+
+@pytest.fixture(scope="module")
+def base_score(tiny_base, blocks):
+    return score(tiny_base.model, blocks, progress=False)
+
+
+def skipping(grain):
+    """Random routers and gates; thresholds that skip about a third and let about a fifth leave."""
+    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
+    hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=grain, exit_layers=(1, 2, 3)))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in hat.hat_parameters().values():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    scores = {}
+
+    def watch(layer, site, x, rows, state):
+        scores[layer, site] = hat.routers[f"{layer}_{site}"].score(x)
+
+    with torch.no_grad(), hat.using(watch):
+        hat.lm(torch.randint(5, 250, (4, 32), generator=generator))
+    hat.set_thresholds({k: float(v.quantile(0.33)) for k, v in scores.items()})
+    for gate in hat.gates.values():
+        gate.threshold = 3.0
+    hat._policy, hat._exit_rate = hat.threshold_policy(), 0.2
+    return hat
+
+
+@pytest.fixture(scope="module", params=GRAINS)
+def hat(request):
+    return skipping(request.param)
+
+
+class TestScore:
+    def test_equals_the_sum_over_windows_by_hand(self, tiny_base, blocks, base_score):
+        total, count = 0.0, 0
+        for number, row in enumerate(blocks):
+            ids = torch.tensor([row["input_ids"]])
+            with torch.no_grad():
+                log_p = tiny_base.model(ids).logits[0].double().log_softmax(-1)
+            new = range(max(row["n_context"], 1), len(row["input_ids"]))
+            nll = -sum(float(log_p[t - 1, row["input_ids"][t]]) for t in new)
+            assert base_score.nll[number] == pytest.approx(nll, rel=1e-5)
+            assert base_score.tokens[number] == len(new)
+            total, count = total + nll, count + len(new)
+        assert base_score.perplexity == pytest.approx(np.exp(total / count), rel=1e-5)
+        assert (base_score.capacity, base_score.exit_rate, base_score.model_share) == (1.0, 0.0, 1.0)
+
+    def test_windows_score_each_token_of_a_document_once(self, tiny_base, blocks, base_score, tmp_path):
+        (tmp_path / "long.txt").write_text(TEXT)
+        (whole,) = load_text(tmp_path / "long.txt", tiny_base.tokenizer, split="train", block_size=1000)
+        long = [n for n, row in enumerate(blocks) if row["doc"] == "long.txt"]
+        assert len(long) > 5 and int(base_score.tokens[long].sum()) == len(whole["input_ids"]) - 1
+
+    def test_equals_the_loss_of_transformers(self, tiny_base):
+        ids = tiny_base.tokenizer(TEXT).input_ids[:300]  # more than two slices of logits
+        with torch.no_grad():
+            loss = float(tiny_base.model(torch.tensor([ids]), labels=torch.tensor([ids])).loss)
+        found = score(tiny_base.model, [{"input_ids": ids, "doc": "a", "n_context": 0}], progress=False)
+        assert found.perplexity == pytest.approx(np.exp(loss), rel=1e-5)
+        assert found.nll[0] == pytest.approx(loss * 299, rel=1e-5) and found.tokens.tolist() == [299]
+
+    @pytest.mark.parametrize("batch_size", [3, 100])
+    def test_batch_size_changes_nothing(self, tiny_base, blocks, base_score, batch_size):
+        batched = score(tiny_base.model, blocks, batch_size=batch_size, progress=False)
+        assert np.allclose(batched.nll, base_score.nll, rtol=1e-5)
+        assert np.array_equal(batched.tokens, base_score.tokens)
+
+    def test_batch_size_changes_nothing_when_skipping(self, hat, blocks, base_score):
+        alone, batched = (score(hat, blocks, batch_size=b, progress=False) for b in (1, 4))
+        assert np.allclose(batched.nll, alone.nll, rtol=1e-4)
+        assert abs(alone.perplexity / base_score.perplexity - 1) > 0.01
+        for name in ("capacity", "exit_rate", "model_share"):
+            assert getattr(batched, name) == pytest.approx(getattr(alone, name), abs=1e-4)
+            assert 0.05 < getattr(alone, name) < 0.97
+
+    def test_untrained_hat_is_its_base(self, tiny_base, blocks, base_score):
+        for grain in GRAINS:
+            base = load_base("random:tiny", dtype=torch.float32, device="cpu")
+            hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=grain))
+            full = score(hat, blocks, progress=False)
+            assert np.allclose(full.nll, base_score.nll, rtol=1e-4)
+            assert (full.capacity, full.exit_rate, full.model_share) == (1.0, 0.0, 1.0)
+
+    def test_dense_context_is_the_base(self, hat, blocks, base_score):
+        with hat.dense():
+            dense = score(hat, blocks, progress=False)
+        assert np.allclose(dense.nll, base_score.nll, rtol=1e-4) and dense.model_share == 1.0
+
+    def test_realised_work_is_that_of_all_tokens(self, hat, blocks):
+        """Capacity, exit rate and model share are ratios of sums, not means over blocks of unequal length."""
+        found = score(hat, blocks, progress=False)
+        shares = ran = left = n = executed = dense = 0.0
+        for row in blocks:
+            with torch.no_grad():
+                hat.lm(torch.tensor([row["input_ids"]]), use_cache=False)
+            state, cost = hat.trace, state_cost(hat, hat.trace)
+            shares, ran = shares + float(state.share.sum()), ran + float(state.exit_layer.sum())
+            left, n = left + float((state.exit_layer < 4).sum()), n + state.exit_layer.numel()
+            executed, dense = executed + float(cost.executed.sum()), dense + float(cost.dense.sum())
+        assert found.capacity == pytest.approx(shares / ran, rel=1e-4)
+        assert found.exit_rate == pytest.approx(left / n, rel=1e-4)
+        assert found.model_share == pytest.approx(executed / dense, rel=1e-4)
+
+    def test_adaptive_lm_alone_is_refused(self, hat, blocks):
+        with pytest.raises(HatError, match="HierarchicalTransformer"):
+            score(hat.lm, blocks, progress=False)
+
+    @pytest.mark.parametrize(
+        "rows", [[], [{"input_ids": [5], "n_context": 0}], [{"input_ids": [5, 6], "n_context": 2}]]
+    )
+    def test_nothing_to_score(self, tiny_base, rows):
+        with pytest.raises(HatError, match="nothing to score"):
+            score(tiny_base.model, rows, progress=False)
+
+    @pytest.mark.parametrize("batch_size", [0, -1, 1.5])
+    def test_bad_batch_size(self, tiny_base, blocks, batch_size):
+        with pytest.raises(HatError, match="batch_size"):
+            score(tiny_base.model, blocks, batch_size=batch_size, progress=False)
+
+
+def made_up(n, increase, seed=0, noise=0.1):
+    """Scores of n blocks of unequal length; what is hard for one is hard for both."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(50, 500, size=n)
+    nll = tokens * rng.normal(3.0, 0.8, size=n)
+    added = tokens * rng.normal(np.log1p(increase), noise, size=n)
+    return Score(nll, tokens), Score(nll + added, tokens)
+
+
+class TestCompare:
+    def test_identical_scores(self, base_score):
+        same = compare(base_score, base_score)
+        assert (same.increase, same.low, same.high) == (0.0, 0.0, 0.0)
+        assert same.base_ppl == same.ppl == base_score.perplexity
+        assert same.tokens == base_score.tokens.sum() and same.n_blocks == len(base_score.tokens)
+
+    def test_constant_ratio_has_no_width(self):
+        """Pairing: blocks differ by far more than the models do, and none of it reaches the interval."""
+        base, adaptive = made_up(40, 0.08, noise=0.0)
+        found = compare(base, adaptive)
+        assert found.increase == pytest.approx(0.08) and found.ppl / found.base_ppl == pytest.approx(1.08)
+        assert found.low == pytest.approx(0.08) and found.high == pytest.approx(0.08)
+
+    @pytest.mark.parametrize("n", [12, 60])
+    def test_known_ratio_is_covered(self, n):
+        """A 95 % interval holds the truth in about 95 of 100 texts; plain percentiles do in 91 at 12 blocks."""
+        hits = 0
+        for seed in range(600):
+            found = compare(*made_up(n, 0.05, seed=seed), resamples=1000, seed=seed)
+            hits += found.low <= 0.05 <= found.high
+        assert 0.925 <= hits / 600 <= 0.975
+
+    def test_weighs_by_tokens(self):
+        base = Score(np.array([10.0, 1000.0]), np.array([10, 1000]))
+        adaptive = Score(np.array([20.0, 1000.0]), np.array([10, 1000]))
+        found = compare(base, adaptive)
+        assert found.increase == pytest.approx(np.expm1(10 / 1010))
+        # The extremes are one block, or the other, drawn twice.
+        assert found.low == 0.0 and found.high == pytest.approx(np.e - 1)
+
+    def test_seed(self):
+        pair = made_up(30, 0.05)
+        assert compare(*pair, seed=1) == compare(*pair, seed=1)
+        assert compare(*pair, seed=1) != compare(*pair, seed=2)
+
+    def test_interval_shrinks_with_more_blocks(self):
+        widths = [c.high - c.low for c in (compare(*made_up(n, 0.05)) for n in (16, 64, 256))]
+        assert widths[0] > 1.4 * widths[1] > 2 * widths[2] > 0
+
+    def test_improvement_is_negative(self):
+        found = compare(*made_up(100, -0.05, noise=0.02))
+        assert found.low < found.increase < found.high < 0
+
+    def test_different_texts_are_refused(self, base_score):
+        shorter = Score(base_score.nll[1:], base_score.tokens[1:])
+        with pytest.raises(HatError, match="same blocks"):
+            compare(base_score, shorter)
+
+    def test_one_block_has_no_interval(self):
+        one = Score(np.array([30.0]), np.array([10]))
+        with pytest.raises(HatError, match="2 blocks"):
+            compare(one, one)
+
+
+class TestAgreement:
+    def test_with_itself(self, hat, blocks):
+        with hat.dense():
+            found = agreement(hat, blocks, progress=False)
+        assert found.top1 == 1.0 and abs(found.kl) < 1e-6
+
+    def test_by_hand(self, hat, blocks, base_score):
+        rows, same, divergence = blocks[:3], [], []
+        for row in rows:
+            ids, new = torch.tensor([row["input_ids"]]), slice(max(row["n_context"], 1) - 1, -1)
+            with torch.no_grad():
+                q = hat.lm(ids).logits[0, new].double()
+                with hat.dense():
+                    p = hat.lm(ids).logits[0, new].double()
+            same.append(p.argmax(-1) == q.argmax(-1))
+            p, q = p.log_softmax(-1), q.log_softmax(-1)
+            divergence.append(F.kl_div(q, p, reduction="none", log_target=True).sum(-1))
+        same, divergence = torch.cat(same), torch.cat(divergence)
+        found = agreement(hat, rows, batch_size=2, progress=False)
+        assert found.tokens == len(same) == base_score.tokens[:3].sum()
+        assert found.top1 == pytest.approx(float(same.double().mean())) and 0.02 < found.top1 < 0.98
+        assert found.kl == pytest.approx(float(divergence.mean()), rel=1e-3) and found.kl > 0.01
+
+    def test_exits_alone_are_noticed(self, blocks):
+        hat = skipping("channel")
+        exits = {1: torch.ones(1, 64, dtype=torch.bool)}
+        with hat.force(Masks({}, exits)):
+            found = agreement(hat, blocks[:2], progress=False)
+        assert found.kl > 0.01 and found.top1 < 1
+
+    def test_plain_model_is_refused(self, tiny_base, blocks):
+        with pytest.raises(HatError, match="HierarchicalTransformer"):
+            agreement(tiny_base.model, blocks, progress=False)
