@@ -26,6 +26,8 @@ MODULES = (
     "benchmark",
     "plots",
     "notebook_files",
+    "report",
+    "arguments",
     "cli",
     "workbook",
 )

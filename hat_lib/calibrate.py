@@ -30,6 +30,8 @@ PROBE_SHARES = (0.45, 0.6, 0.75)
 EXPONENT_RANGE = (2.0, 6.0)
 QUANTILES = 65
 BUDGETS = (0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+# Tokens for the budget curve: a mean over every site and token, it needs few.
+CHECK_TOKENS = 2048
 # Score samples kept per site; enough for a quantile error well under a thousandth.
 SAMPLES = 200_000
 
@@ -73,12 +75,12 @@ def calibrate(
     if total < 256:
         raise HatError(f"calibration needs at least 256 tokens of text, got {total}")
     cut = max(1, len(blocks) * 3 // 4)
-    fit, check = blocks[:cut], blocks[cut:] or blocks[-1:]
+    fit, check = blocks[:cut], _spread(blocks[cut:] or blocks[-1:], CHECK_TOKENS)
 
     with torch.no_grad():
         if hat.config.granularity == "token":
             fit_token_routers(hat, fit, progress)
-        quantiles = _score_quantiles(hat, fit, progress)
+        quantiles = score_quantiles(hat, fit, progress)
         damage = _damage(hat, _spread(fit, probe_tokens), quantiles, seed, progress)
         sensitivity, exponent = _fit_damage(damage)
 
@@ -99,7 +101,10 @@ def calibrate(
     return hat.calibration
 
 
-def _score_quantiles(hat, blocks, progress) -> dict[tuple[int, str], np.ndarray]:
+def score_quantiles(
+    hat: HierarchicalTransformer, blocks: list[Tensor], progress: bool = True
+) -> dict[tuple[int, str], np.ndarray]:
+    """Scores of the dense model at `QUANTILES` evenly spaced quantiles, by (layer, site); blocks ``[1, T]``."""
     collect = _Collect(hat, sum(b.shape[1] for b in blocks))
     with hat.using(collect):
         for block in tqdm(blocks, desc="scores", disable=not progress):

@@ -15,6 +15,7 @@ import math
 import os
 import tempfile
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from . import __version__
 from .config import HatConfig, HatError
+from .grains import GRAINS
 from .thresholds import Calibration
 
 CONFIG_FILE, ADAPTER_FILE = "hat_config.json", "hat_adapter.safetensors"
@@ -123,8 +125,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
             raise HatError(f"{adapter_file}: {name} must be finite float32, got {tensor.dtype}")
     try:
         config = HatConfig.from_dict(meta["config"])
-        calibration = meta["calibration"] and _calibration(meta["calibration"], config)
-    except (HatError, TypeError) as error:
+        calibration = None if meta["calibration"] is None else _calibration(meta["calibration"], config)
+    except HatError as error:
         raise HatError(f"{config_file}: {error}") from error
     return Checkpoint(config, meta["base"], meta["base_fingerprint"], tensors, calibration, meta["training"])
 
@@ -149,14 +151,46 @@ def _calibration(values: dict, config: HatConfig) -> Calibration:
     if not isinstance(values, dict) or set(values) != known:
         odd = sorted(set(values) ^ known) if isinstance(values, dict) else type(values).__name__
         raise HatError(f"calibration must have exactly the fields {sorted(known)}; missing or unknown: {odd}")
-    sites = values["sites"]
-    for table, depth in (("work", 2), ("sensitivity", 2), ("exponent", 2), ("quantiles", 3), ("budget_curve", 2)):
+    sites = list(GRAINS[config.granularity].sites)
+    if values["sites"] != sites:
+        raise HatError(f"calibration.sites must be {sites} for {config.granularity}, got {values['sites']!r}")
+    depths = {"work": 2, "sensitivity": 2, "exponent": 2, "quantiles": 3, "budget_curve": 2}
+    for table, depth in depths.items():
         if not _numbers(values[table], depth):
             raise HatError(f"calibration.{table} must be {depth} nested lists of finite numbers")
     for table in ("work", "sensitivity", "exponent", "quantiles"):
         if len(values[table]) != config.n_layers or any(len(row) != len(sites) for row in values[table]):
             raise HatError(f"calibration.{table} must cover {config.n_layers} layers x {len(sites)} sites")
+    work = [w for row in values["work"] for w in row]
+    if min(work) < 0 or abs(sum(work) - 1) > 1e-6:
+        raise HatError(f"calibration.work must be shares that sum to 1, got a sum of {sum(work):.6g}")
+    if not all(_rising(scores) for row in values["quantiles"] for scores in row):
+        raise HatError("calibration.quantiles must be lists of scores in rising order")
+    curve = values["budget_curve"]
+    if len(curve) != 2 or len(curve[0]) != len(curve[1]) or not all(_rising(c) for c in curve):
+        raise HatError("calibration.budget_curve must be two lists of one length, each in rising order")
+    smallest = min(p for row in values["exponent"] for p in row)
+    if smallest <= 1:
+        raise HatError(f"calibration.exponent must be numbers above 1, got {smallest!r}")
+    if not _numbers(values["floor"], 0) or not 0 <= values["floor"] <= 1:
+        raise HatError(f"calibration.floor must be a number in [0, 1], got {values['floor']!r}")
+    if not isinstance(values["text"], str):
+        raise HatError(f"calibration.text must be a str, got {values['text']!r}")
+    _check_exits(values["exit_rates"], values["exit_scores"], len(config.exit_layers))
     return Calibration(**values)
+
+
+def _check_exits(rates, scores, n_exits: int) -> None:
+    if rates is None and scores is None:
+        return
+    if not _numbers(rates, 1) or not _rising(rates):
+        raise HatError(f"calibration.exit_rates must be rising numbers, got {rates!r}")
+    if not _numbers(scores, 2) or [len(row) for row in scores] != [n_exits] * len(rates):
+        raise HatError(f"calibration.exit_scores must cover {len(rates)} rates x {n_exits} exits")
+
+
+def _rising(values: list) -> bool:
+    return len(values) > 0 and all(a <= b for a, b in pairwise(values))
 
 
 def _numbers(value, depth: int) -> bool:

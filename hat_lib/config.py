@@ -126,6 +126,11 @@ class HatConfig:
         if not isinstance(values, dict) or set(values) != known:
             odd = sorted(set(values) ^ known) if isinstance(values, dict) else type(values).__name__
             raise HatError(f"a HAT config must have exactly the fields {sorted(known)}; missing or unknown: {odd}")
+        if not isinstance(values["exit_layers"], list | tuple):
+            raise HatError(f"exit_layers must be a list, got {values['exit_layers']!r}")
+        for name in ("capacity", "exit_rate"):
+            if isinstance(values[name], str):  # text is for the command line
+                raise HatError(f"{name} must be a number, got {values[name]!r}")
         return cls(**values)
 
 

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -57,15 +56,15 @@ class RowLinear:
         del self.linear.forward
 
 
-class FusedLinear(nn.Module):
+class FusedLinear:
     """Linear layers that read one input, as one transposed matrix ``W^T [C, out]``.
 
     The given modules keep working: their weights are views of the fused storage until `release`.
     """
 
     def __init__(self, linears: Sequence[nn.Linear]):
-        super().__init__()
-        self.linears = list(linears)  # a plain list: they stay the base's modules, not ours
+        self.linears = list(linears)
+        self.see: Callable[[Tensor], None] | None = None
         self.widths = [m.out_features for m in linears]
         self.weight_t = torch.cat([m.weight.detach() for m in linears]).t().contiguous()
         biases = [m.bias for m in linears]
@@ -84,8 +83,10 @@ class FusedLinear(nn.Module):
         """``||W[:, i]||`` over all fused outputs, fp32 ``[C]``; read in slices to keep the peak low."""
         return torch.cat([rows.float().norm(dim=1) for rows in self.weight_t.split(256)])
 
-    def forward(self, x: Tensor, keep: Tensor | None = None, compact: bool = True) -> Tensor:
+    def __call__(self, x: Tensor, keep: Tensor | None = None, compact: bool = True) -> Tensor:
         """``x [n, C], keep bool [n, C] -> [n, out]``, reading the kept channels only where that pays."""
+        if self.see is not None:
+            self.see(x)
         if compact and x.shape[0] == 1 and x.device.type == "cpu" and not x.requires_grad:
             y = self._gather(x, keep)
             if y is not None:
@@ -107,8 +108,12 @@ class FusedLinear(nn.Module):
             return None
         values = x.view(-1) if keep is None else x.view(-1).index_select(0, kept)
         y = torch.embedding_bag(self.weight_t, kept, _bags(n), False, 0, False, values)[0]
-        y = (y[0] + y[1]).unsqueeze(0)
+        y = torch.add(*y.split(1))
         return y if self.bias is None else y + self.bias
+
+
+def _see_input(see, layer: int, site: str, x: Tensor) -> None:
+    see(layer, site, x, x)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -263,16 +268,14 @@ class ChannelGrain(Grain):
     @staticmethod
     @contextmanager
     def watching(grains, see):
-        hooks = [
-            linear.register_forward_pre_hook(lambda _, args, i=i, s=site: see(i, s, args[0], args[0]))
-            for i, grain in enumerate(grains)
-            for site, linear in grain.linears.items()
-        ]
+        linears = [(i, site, linear) for i, grain in enumerate(grains) for site, linear in grain.linears.items()]
+        for i, site, linear in linears:
+            linear.see = partial(_see_input, see, i, site)
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for *_, linear in linears:
+                linear.see = None
 
     def intact(self):
         return self.attn.q_proj.weight.data_ptr() == self.linears["qkv"].weight_t.data_ptr()

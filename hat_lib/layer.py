@@ -46,14 +46,18 @@ class AdaptiveLayer:
 
         q, k, v = grain.qkv(rms_norm(self.norm_in, h), state, self.decide, compact)
         alive = state.alive if compact else None
-        k, v = self._rope(k, position_embeddings, None), v.view(*shape[:2], -1, self.head_dim)
-        k, v = k.view(*shape[:2], -1, self.head_dim).transpose(1, 2), v.transpose(1, 2)
+        if alive is None:  # one rotation for queries and keys
+            q, k = self._rope(torch.cat((q, k), 1), position_embeddings, None).split(
+                [q.shape[1] // self.head_dim, k.shape[1] // self.head_dim], dim=1
+            )
+        else:
+            q, k = self._rope(q, position_embeddings, alive), self._rope(k, position_embeddings, None)
+        k, v = (x.view(*shape[:2], -1, self.head_dim).transpose(1, 2) for x in (k, v))
         if cache is not None:
             k, v = cache.update(k, v, self.index)
         if alive is not None and not len(alive):
             return h.view(shape)
 
-        q = self._rope(q, position_embeddings, alive)
         mixed = self._attend(q, k, v, attention_mask, alive)
         running = h if alive is None else h[alive]
         running = running + grain.output(mixed, state, self.decide, compact)
@@ -124,5 +128,9 @@ class AdaptiveLayer:
 
 
 def rms_norm(norm, x: Tensor) -> Tensor:
-    """`LlamaRMSNorm` with one fused kernel; rounds to the input's dtype before the weight, as the base does."""
+    """`LlamaRMSNorm` in fewer operations; rounds to the input's dtype before the weight, as the base does."""
+    if x.shape[0] == 1 and x.device.type == "cpu" and not x.requires_grad:
+        # One row: the scale is one number, and the product with a number is rounded once, like the base's.
+        mean_square = float(torch.linalg.vector_norm(x, dtype=torch.float32)) ** 2 / x.shape[1]
+        return x * (mean_square + norm.variance_epsilon) ** -0.5 * norm.weight
     return F.rms_norm(x, x.shape[-1:], None, norm.variance_epsilon) * norm.weight

@@ -315,7 +315,7 @@ class HierarchicalTransformer(nn.Module):
         Raises `HatError` if a file, a key, a shape or the base is not the expected one.
         """
         checkpoint = read_checkpoint(folder)
-        if base is None or isinstance(base, str):
+        if not isinstance(base, Base):
             base = load_base(base or checkpoint.base, dtype=dtype, device=device)
         if base.fingerprint != checkpoint.base_fingerprint:
             raise HatError(
@@ -326,15 +326,15 @@ class HierarchicalTransformer(nn.Module):
         try:
             parameters = hat.hat_parameters()
             check_tensors(checkpoint.tensors, parameters, folder)
-        except HatError:
+            with torch.no_grad():
+                for name, tensor in checkpoint.tensors.items():
+                    parameters[name].copy_(tensor)
+            hat.calibration, hat.training_summary = checkpoint.calibration, checkpoint.training
+            if checkpoint.calibration is not None:
+                hat.capacity, hat.exit_rate = checkpoint.config.capacity, checkpoint.config.exit_rate
+        except BaseException:  # whatever went wrong, the base is as it was
             hat.unload()
             raise
-        with torch.no_grad():
-            for name, tensor in checkpoint.tensors.items():
-                parameters[name].copy_(tensor)
-        hat.calibration, hat.training_summary = checkpoint.calibration, checkpoint.training
-        if checkpoint.calibration is not None:
-            hat.capacity, hat.exit_rate = checkpoint.config.capacity, checkpoint.config.exit_rate
         return hat
 
     def save_pretrained(self, folder) -> None:

@@ -3,7 +3,7 @@
 A block never spans two documents, so that documents can be resampled for a confidence interval. With a
 ``stride`` below ``block_size`` the windows of one document overlap, and each token is scored once, in the
 window where it is new: ``n_context`` says how many leading tokens are there only to be looked at (the strided
-perplexity of https://huggingface.co/docs/transformers/perplexity). The tokenizer's own special tokens are
+perplexity that transformers documents under "perplexity"). The tokenizer's own special tokens are
 kept, so where it begins a text with BOS, a document's first block begins with it.
 
 Sources:
