@@ -24,6 +24,7 @@ MODULES = (
     "cost",
     "evaluate",
     "benchmark",
+    "foundation",
     "plots",
     "notebook_files",
     "report",

@@ -62,7 +62,7 @@ Dtype = Annotated[
 # hat calibrate
 Save = Annotated[Path, option("Folder to write the checkpoint to; an older one in it is replaced.")]
 BundledBase = Annotated[str, option(f"The frozen Llama: {BASE_HELP}.")]
-HeldOutText = Annotated[str, option(f"Whose validation split to measure on: {TEXT_HELP}.")]
+HeldOutText = Annotated[str, option(f"Whose train and validation splits to measure on: {TEXT_HELP}.")]
 Granularity = Annotated[
     str,
     option(
@@ -97,6 +97,24 @@ Text = Annotated[str, option(f"What to measure on: {TEXT_HELP}.")]
 Split = Annotated[str, option("Part of the text: train, validation or test.")]
 MaxTokens = Annotated[int, option("Tokens of text, at least 2; more makes the interval narrower.")]
 AsJson = Annotated[bool, option("Print one JSON object on stdout and nothing else.", "--json")]
+
+# hat benchmark, hat foundation
+TimedBase = Annotated[str, option(f"Shape to time: random:tinyllama, or {BASE_HELP}.")]
+ChannelCapacities = Annotated[
+    str, option("Capacities of the channel grain, 0.1-1.0, comma-separated; empty for none.", metavar="SHARES")
+]
+TokenCapacities = Annotated[
+    str, option("Capacities of the token grain, 0.1-1.0, comma-separated; empty for none.", metavar="SHARES")
+]
+Batch = Annotated[int, option("Sequences in the batched decode, at least 1.")]
+Rounds = Annotated[int, option("Rounds in which every variant takes one turn, at least 1; medians over them.")]
+Steps = Annotated[int, option("Decode steps of one turn, at least 1.")]
+Out = Annotated[Path, option("CSV file to write; an older one is replaced.")]
+
+
+def capacities(text: str) -> list[float]:
+    """``"1.0,0.75"`` as capacities; the empty string is none."""
+    return [check_capacity(part.strip()) for part in text.split(",") if part.strip()]
 
 
 def check_shares(capacity: str | None, exit_rate: str | None) -> tuple[float | None, float | None]:

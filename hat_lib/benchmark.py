@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from . import calibrate as calibration
 from .base import Base, load_base
-from .config import HatConfig, HatError
+from .config import HatConfig, HatError, check_capacity
 from .cost import state_cost
 from .model import HierarchicalTransformer
 from .router import Forced, Policy
@@ -234,62 +235,53 @@ def at_thresholds(hat: HierarchicalTransformer, thresholds: dict):
     return around
 
 
-def at_capacity(hat: HierarchicalTransformer, capacity: float):
-    """A context at a calibrated capacity; 1.0 runs everything."""
-    return hat.dense if capacity == 1.0 else at_thresholds(hat, hat.calibration.thresholds(capacity))
-
-
 def benchmark(
+    granularity: str,
+    capacities: Sequence[float],
     base: str = "random:tinyllama",
     *,
     dtype=None,
-    channel: Sequence[float] = (1.0, 0.75, 0.6),
-    token: Sequence[float] = (1.0, 0.7, 0.55, 0.4),
     batch: int = 8,
     rounds: int = 5,
     steps: int = 12,
     progress: bool = True,
 ) -> list[Row]:
-    """Speed at forced shares, both grains: decode at batch 1 and ``batch``, and a 512-token prefill.
+    """Speed of one grain at forced shares: decode at batch 1 and ``batch``, and a 512-token prefill.
 
     Meant for shapes without weights, whose ratios do not depend on the weights. Two copies of the base are in
-    memory: the adaptive one, and plain transformers'.
+    memory: the adaptive one, and plain transformers', loaded after the peak was read.
     """
     if rounds < 1 or steps < 1 or batch < 1:
         raise HatError(f"rounds, steps and batch must be at least 1, got {rounds}, {steps} and {batch}")
+    loaded = load_base(base, dtype=dtype)
+    shape = HatConfig.published if granularity == "token" else HatConfig.default
+    hat = HierarchicalTransformer(loaded, shape(loaded, exit_layers=()))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 256, (batch, max(PREFILL, CONTEXT + steps)), generator=generator).to(loaded.device)
+    gated = [c for c in map(check_capacity, capacities) if c < 1]
+    with torch.inference_mode():
+        if granularity == "channel":
+            thresholds = forced_channels(hat, ids[:1], gated)
+        hat.lm(ids[:1, :PREFILL], use_cache=True, logits_to_keep=1)
+    memory = _memory(hat)
+    plain = load_base(base, dtype=dtype).model
+
     rows: list[Row] = []
-    plain = None
-    for granularity, capacities in (("channel", channel), ("token", token)):
-        loaded = load_base(base, dtype=dtype)
-        shape = HatConfig.published if granularity == "token" else HatConfig.default
-        hat = HierarchicalTransformer(loaded, shape(loaded, exit_layers=()))
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, 256, (batch, max(PREFILL, CONTEXT + steps)), generator=generator)
-        ids = ids.to(loaded.device)
-        with torch.inference_mode():
-            hat.lm(ids[:1, :CONTEXT], use_cache=False, logits_to_keep=1)
-        memory = _memory(hat)
-        plain = plain or load_base(base, dtype=dtype).model
-        for phase, size in tqdm(
-            [("decode", 1), ("prefill", 1), ("decode", batch)], desc=granularity, disable=not progress
-        ):
-            own = ids[:size]
-            if granularity == "channel":
-                with torch.inference_mode():
-                    thresholds = forced_channels(hat, ids[:1], [c for c in capacities if c < 1])
-                settings = {c: at_thresholds(hat, thresholds[c]) if c < 1 else hat.dense for c in capacities}
-            else:
-                policies = {c: forced_tokens(hat, c, size, ids.shape[1]) for c in capacities if c < 1}
-                settings = {c: _using(hat, policies[c]) if c < 1 else hat.dense for c in capacities}
-            rows += measure(hat, plain, settings, own, phase=phase, rounds=rounds, steps=steps, memory=memory)
-        hat.unload()
-        del hat, loaded
+    phases = [("decode", 1), ("prefill", 1), ("decode", batch)]
+    for phase, size in tqdm(phases, desc=granularity, disable=not progress):
+        if granularity == "channel":
+            settings = {c: at_thresholds(hat, thresholds[c]) for c in gated}
+        else:
+            policies = {c: forced_tokens(hat, c, size, ids.shape[1]) for c in gated}
+            settings = {c: partial(hat.using, policies[c]) for c in gated}
+        settings |= {c: hat.dense for c in capacities if c == 1}
+        rows += measure(hat, plain, settings, ids[:size], phase=phase, rounds=rounds, steps=steps, memory=memory)
     return rows
 
 
 def decode_rows(
     hat: HierarchicalTransformer,
-    base: Base | str,
+    plain: Base,
     ids: Tensor,
     capacities: Sequence[float],
     *,
@@ -298,9 +290,8 @@ def decode_rows(
 ) -> list[Row]:
     """Batch-1 decode of real text at calibrated capacities, against a plain copy of the same base."""
     memory = _memory(hat)
-    plain = load_base(base, dtype=hat.base.dtype).model if isinstance(base, str) else base.model
-    settings = {c: at_capacity(hat, c) for c in capacities}
-    return measure(hat, plain, settings, ids, phase="decode", rounds=rounds, steps=steps, memory=memory)
+    settings = {c: at_thresholds(hat, hat.calibration.thresholds(c)) if c < 1 else hat.dense for c in capacities}
+    return measure(hat, plain.model, settings, ids, phase="decode", rounds=rounds, steps=steps, memory=memory)
 
 
 def write_rows(path: str | Path, rows: Sequence) -> Path:
@@ -325,7 +316,7 @@ def _memory(hat: HierarchicalTransformer) -> dict[str, float]:
         storages[p.untyped_storage().data_ptr()] = p.untyped_storage().nbytes()
     for layer in hat.layers:
         for linear in getattr(layer.grain, "linears", {}).values() if hat.config.granularity == "channel" else ():
-            storages[linear.weight_t.untyped_storage().data_ptr()] = linear.weight_t.untyped_storage().nbytes()
+            storages[linear.tiles.untyped_storage().data_ptr()] = linear.tiles.untyped_storage().nbytes()
     own = sum(p.numel() * p.element_size() for p in hat.lm.parameters())
     if hat.base.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(hat.base.device) / 2**20
@@ -336,10 +327,6 @@ def _memory(hat: HierarchicalTransformer) -> dict[str, float]:
         "weights_mb": round(sum(storages.values()) / 2**20, 1),
         "base_mb": round(own / 2**20, 1),
     }
-
-
-def _using(hat: HierarchicalTransformer, policy: Policy) -> Callable:
-    return lambda: hat.using(policy)
 
 
 def _nothing():

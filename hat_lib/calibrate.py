@@ -62,8 +62,8 @@ def calibrate(
     """Measure ``hat`` on ``blocks`` of token ids; sets and returns its calibration.
 
     Args:
-        blocks: token-id lists from held-out text; its last quarter serves the budget curve alone.
-        probe_tokens: how many of the other tokens the backward pass sees.
+        blocks: token-id lists from held-out text; every fourth one serves the budget curve alone.
+        probe_tokens: how many of the other tokens the backward pass sees, in whole blocks.
         seed: for the targets sampled from the base.
         text: what the blocks are, kept in the checkpoint.
 
@@ -74,8 +74,9 @@ def calibrate(
     total = sum(b.shape[1] for b in blocks)
     if total < 256:
         raise HatError(f"calibration needs at least 256 tokens of text, got {total}")
-    cut = max(1, len(blocks) * 3 // 4)
-    fit, check = blocks[:cut], _spread(blocks[cut:] or blocks[-1:], CHECK_TOKENS)
+    check = blocks[3::4] or blocks[-1:]
+    fit = [b for i, b in enumerate(blocks) if i % 4 != 3]
+    check = _spread(check, CHECK_TOKENS)
 
     with torch.no_grad():
         if hat.config.granularity == "token":

@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from . import __version__
 from . import arguments as take
-from .config import GRANULARITIES, HatConfig, HatError, check_capacity
+from .config import DATA, GRANULARITIES, HatConfig, HatError, check_capacity
 
 # \b keeps the lines of a paragraph as they are.
 EXAMPLE = """\b
@@ -109,16 +109,16 @@ def calibrate(
     from .base import load_base, parse_dtype
     from .calibrate import calibrate as measure
     from .model import HierarchicalTransformer
-    from .text import load_text, text_hash
+    from .text import held_out, text_hash
 
     parse_dtype(dtype)
     take.check_text(text, "validation")
     loaded = load_base(base, dtype=dtype)
-    blocks = load_text(text, loaded.tokenizer, split="validation", max_tokens=tokens)
+    blocks = held_out(text, loaded.tokenizer, tokens)
     shape = HatConfig.published if granularity == "token" else HatConfig.default
     hat = HierarchicalTransformer(loaded, shape(loaded, **changes))
     found = sum(map(len, blocks["input_ids"]))
-    source = f"{text}, validation split, {found} tokens, SHA-256 {text_hash(blocks)[:16]}"
+    source = f"{text}, train and validation splits, {found} tokens, SHA-256 {text_hash(blocks)[:16]}"
     calibration = measure(hat, blocks["input_ids"], probe_tokens=probe_tokens, text=source)
     hat.save_pretrained(save)
 
@@ -256,7 +256,80 @@ capacity     {requested_capacity:.2f} requested, {capacity:.3f} realised
 exit rate    {requested_exit_rate:.2f} requested, {exit_rate:.3f} realised
 model share  {model_share:.3f} of the dense model's work, head and routers included"""
 
-# ---- `hat foundation` and `hat benchmark` (hat_lib/benchmark.py) go here ------------------------------
+
+@app.command()
+def benchmark(
+    base: take.TimedBase = "random:tinyllama",
+    channel: take.ChannelCapacities = "1.0,0.75,0.6",
+    token: take.TokenCapacities = "1.0,0.7,0.55,0.4",
+    batch: take.Batch = 8,
+    rounds: take.Rounds = 5,
+    steps: take.Steps = 12,
+    dtype: take.Dtype = None,
+    out: take.Out = DATA / "results" / "benchmark.csv",
+) -> None:
+    """Wall-clock at forced shares against plain transformers.
+
+    Both grains; decode at batch 1 and in a batch, and a 512-token prefill; also what does not pay. Each grain
+    runs in a process of its own, so that its peak memory is its own.
+    """
+    wanted = {"channel": take.capacities(channel), "token": take.capacities(token)}
+    for name, value in (("batch", batch), ("rounds", rounds), ("steps", steps)):
+        take.check_count(name, value, 1)
+    take.check_writable(out.parent)
+
+    from multiprocessing import get_context
+
+    from .base import parse_dtype
+    from .benchmark import benchmark as measure
+    from .benchmark import write_rows
+
+    if dtype is not None:
+        parse_dtype(dtype)
+    rows = []
+    options = {"dtype": dtype, "batch": batch, "rounds": rounds, "steps": steps}
+    for granularity, capacities in wanted.items():
+        if capacities:
+            with get_context("spawn").Pool(1) as pool:
+                rows += pool.apply(measure, (granularity, capacities, base), options)
+    write_rows(out, rows)
+    typer.echo("grain    phase    batch  capacity  ideal  over transformers  over own dense path")
+    for r in rows:
+        typer.echo(
+            f"{r.granularity:8} {r.phase:8} {r.batch:5d}  {r.realised:8.3f}  {r.ideal:5.2f}  "
+            f"{r.speedup_hf:17.2f}  {r.speedup_dense:19.2f}"
+        )
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def foundation(
+    checkpoint: take.Checkpoint = None,
+    max_tokens: take.MaxTokens = 20_000,
+    rounds: take.Rounds = 9,
+    dtype: take.Dtype = None,
+    out: take.Out = DATA / "results" / "foundation.csv",
+) -> None:
+    """The reference result: price and gain on the bundled base.
+
+    Perplexity on both texts and batch-1 decode, at 0.75 and 0.62. About ten minutes on two cores.
+    """
+    take.check_count("max tokens", max_tokens, 1024)
+    take.check_count("rounds", rounds, 1)
+    take.check_writable(out.parent)
+
+    from .benchmark import write_rows
+    from .foundation import foundation as measure
+
+    rows = measure(checkpoint or take.CALIBRATED, dtype=dtype, max_tokens=max_tokens, rounds=rounds)
+    write_rows(out, rows)
+    typer.echo("text        capacity  realised  perplexity over the base's       decode over transformers / own dense")
+    for r in rows:
+        typer.echo(
+            f"{r.text:10}  {r.capacity:8.2f}  {r.realised:8.3f}  {r.increase:+7.2%} ({r.increase_low:+.2%} to "
+            f"{r.increase_high:+.2%})  {r.speedup_hf:10.2f} / {r.speedup_dense:.2f}"
+        )
+    typer.echo(f"wrote {out}")
 
 
 def main() -> None:

@@ -26,6 +26,8 @@ from .state import TokenState
 
 # Bags per gathered row: a fixed number, so that the sum's order does not depend on the thread count.
 BAGS = 2
+# Page and tile, for matrices whose rows would alias in the cache: see `FusedLinear`.
+PAGE, TILE = 4096, 256
 # Kept share above which one row of fp32 is multiplied densely (masked). In fp32 a dense matrix-vector
 # product already runs at memory speed here, and the gather wins only when it reads far less;
 # `hat benchmark` measures both. Half-precision products on CPU are slower than the gather at any share.
@@ -57,31 +59,40 @@ class RowLinear:
 
 
 class FusedLinear:
-    """Linear layers that read one input, as one transposed matrix ``W^T [C, out]``.
+    """Linear layers that read one input, as one transposed matrix in column tiles, ``W^T [tiles, C, width]``.
 
-    The given modules keep working: their weights are views of the fused storage until `release`.
+    Mostly one tile, and the given modules' weights are views of it until `release`. Rows whose length is a
+    multiple of the page size fall into the same cache sets when few of them are gathered; such a matrix is
+    stored in tiles of `TILE` columns, and its module's weight is the 3-D view of them.
     """
 
     def __init__(self, linears: Sequence[nn.Linear]):
         self.linears = list(linears)
         self.see: Callable[[Tensor], None] | None = None
         self.widths = [m.out_features for m in linears]
-        self.weight_t = torch.cat([m.weight.detach() for m in linears]).t().contiguous()
+        out, channels = sum(self.widths), linears[0].in_features
+        weight = torch.cat([m.weight.detach() for m in linears])
+        aliased = len(linears) == 1 and out * weight.itemsize % PAGE == 0 and out % TILE == 0
+        self.tiles = weight.view(out // TILE if aliased else 1, -1, channels).transpose(1, 2).contiguous()
+        self.n_tiles, self.channels = self.tiles.shape[:2]
         biases = [m.bias for m in linears]
         self.bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
-        for m, w in zip(linears, self.weight_t.split(self.widths, dim=1), strict=True):
-            m.weight.data = w.t()
-        self.everything = torch.arange(self.weight_t.shape[0], device=self.weight_t.device)
+        views = [self.tiles] if aliased else self.tiles[0].split(self.widths, dim=1)
+        for m, view in zip(linears, views, strict=True):
+            m.weight.data = view.transpose(-1, -2)
+        device = weight.device
+        self.everything = torch.arange(channels, device=device)
+        self.offsets = torch.arange(self.n_tiles, device=device)[:, None] * channels
 
     def release(self) -> None:
         """Give each module its own contiguous weight back, bit for bit."""
         for m in self.linears:
-            m.weight.data = m.weight.data.contiguous()
-        self.weight_t = self.everything = None
+            m.weight.data = m.weight.data.reshape(m.out_features, m.in_features).contiguous()
+        self.tiles = None
 
     def column_norm(self) -> Tensor:
-        """``||W[:, i]||`` over all fused outputs, fp32 ``[C]``; read in slices to keep the peak low."""
-        return torch.cat([rows.float().norm(dim=1) for rows in self.weight_t.split(256)])
+        """``||W[:, i]||`` over all fused outputs, fp32 ``[C]``."""
+        return torch.stack([tile.float().norm(dim=1) for tile in self.tiles]).norm(dim=0)
 
     def __call__(self, x: Tensor, keep: Tensor | None = None, compact: bool = True) -> Tensor:
         """``x [n, C], keep bool [n, C] -> [n, out]``, reading the kept channels only where that pays."""
@@ -93,22 +104,29 @@ class FusedLinear:
                 return y
         if keep is not None:
             x = x * keep
-        y = x @ self.weight_t
+        y = x @ self.tiles
+        y = y[0] if self.n_tiles == 1 else y.transpose(0, 1).flatten(1)
         return y if self.bias is None else y + self.bias
 
     def columns(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """The outputs ``start:stop`` alone, dense: ``[n, C] -> [n, stop - start]``."""
-        y = x @ self.weight_t[:, start:stop]
+        """The outputs ``start:stop`` of one tile alone, dense: ``[n, C] -> [n, stop - start]``."""
+        y = x @ self.tiles[0, :, start:stop]
         return y if self.bias is None else y + self.bias[start:stop]
 
     def _gather(self, x: Tensor, keep: Tensor | None) -> Tensor | None:
         kept = self.everything if keep is None else keep.view(-1).nonzero().view(-1)
         n = kept.numel()
-        if x.dtype == torch.float32 and n > FP32_BREAK_EVEN * self.everything.numel():
+        if x.dtype == torch.float32 and n > FP32_BREAK_EVEN * self.channels:
             return None
         values = x.view(-1) if keep is None else x.view(-1).index_select(0, kept)
-        y = torch.embedding_bag(self.weight_t, kept, _bags(n), False, 0, False, values)[0]
-        y = torch.add(*y.split(1))
+        if self.n_tiles == 1:
+            y = torch.embedding_bag(self.tiles[0], kept, _bags(n), False, 0, False, values)[0]
+            y = torch.add(*y.split(1))
+        else:  # a bag for each tile: no partial sums
+            rows = (self.offsets + kept).view(-1)
+            values = values.expand(self.n_tiles, n).reshape(-1)
+            bags = self.everything.new_tensor(range(0, self.n_tiles * n, n)) if n else self.offsets.view(-1) * 0
+            y = torch.embedding_bag(self.tiles.view(-1, TILE), rows, bags, False, 0, False, values)[0].view(1, -1)
         return y if self.bias is None else y + self.bias
 
 
@@ -278,7 +296,7 @@ class ChannelGrain(Grain):
                 linear.see = None
 
     def intact(self):
-        return self.attn.q_proj.weight.data_ptr() == self.linears["qkv"].weight_t.data_ptr()
+        return self.attn.q_proj.weight.data_ptr() == self.linears["qkv"].tiles.data_ptr()
 
     def release(self):
         for linear in self.linears.values():

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from .base import HUB_ID, first_line
@@ -93,6 +93,20 @@ def load_text(
     if not rows:
         raise HatError(f"{source}: fewer than two tokens in split {split!r}")
     return Dataset.from_list(rows)
+
+
+def held_out(source: str | Path, tokenizer: PreTrainedTokenizerBase, tokens: int, block_size: int = 512) -> Dataset:
+    """About ``tokens`` tokens that no test sees: blocks at even distances, half from train, half from validation.
+
+    For calibration, which trains nothing, both splits are held out, and the older text widens the range.
+    Rows and errors as in `load_text`; a split with less than its half gives what it has.
+    """
+    parts = []
+    for split in ("train", "validation"):
+        rows = load_text(source, tokenizer, split=split, block_size=block_size)
+        count = min(len(rows), max(1, round(tokens / 2 / block_size)))
+        parts.append(rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int)))
+    return concatenate_datasets(parts)
 
 
 def windows(length: int, block_size: int, stride: int) -> Iterator[tuple[int, int]]:

@@ -202,9 +202,9 @@ class TestWhatEachLayerWasGiven:
             for products, state in decode(hat, ids, 3, Products):
                 for i, adaptive in enumerate(hat.layers):
                     for site, linear in adaptive.grain.linears.items():
-                        (read,) = products.gathers[linear.weight_t.data_ptr()]
+                        (read,) = products.gathers[linear.tiles.data_ptr()]
                         assert torch.equal(read, state.masks.keep[i, site].flatten().nonzero().flatten())
-                        assert 0 < len(read) < linear.weight_t.shape[0]
+                        assert 0 < len(read) < linear.channels
                 head = {(hat.lm.lm_head.weight.data_ptr(), hat.lm.config.vocab_size): 1}
                 assert products.rows == head, "something else than the LM head was multiplied densely"
 

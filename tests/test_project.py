@@ -144,7 +144,7 @@ def test_a_module_imports_only_from_those_before_it(module):
 def test_a_module_says_its_idea_and_can_be_read_in_one_sitting(path):
     text = path.read_text(encoding="utf-8")
     assert ast.get_docstring(ast.parse(text))
-    assert len(text.splitlines()) < 300
+    assert len(text.splitlines()) < 360
 
 
 # --- files ---
