@@ -438,7 +438,7 @@ def test_a_prompt_longer_than_the_context(refuses):
 def test_too_little_text(refuses, tmp_path):
     (tmp_path / "a.txt").write_text("only a few words")
     refuses(("calibrate", *TINY, "--save", tmp_path / "new", "--text", tmp_path / "a.txt"), "fewer than two tokens")
-    (tmp_path / "a.txt").write_text("only a few words " * 20)
+    (tmp_path / "a.txt").write_text("only a few words " * 12)
     options = ("--save", tmp_path / "new", "--text", tmp_path / "a.txt")
     refuses(("calibrate", *TINY, *options), "calibration needs at least 256 tokens of text")
     assert not (tmp_path / "new").exists()
