@@ -83,7 +83,7 @@ class AdaptiveLayer:
         cos, sin = self.hat.rotation(position_embeddings)
         if rows is not None:
             cos, sin = cos[rows], sin[rows]
-        x = x.view(x.shape[0], -1, self.head_dim)
+        x = x.view(len(x), x.shape[1] // self.head_dim, self.head_dim)
         return x * cos + x.roll(self.head_dim // 2, -1) * sin
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, alive: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ from . import config
 from .config import HatError
 
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = sns.color_palette("colorblind").as_hex()
-PARTS = {"ffn": BLUE, "attention": ORANGE, "head": GREEN}
+PARTS = {"ffn": (BLUE, "white"), "attention": (ORANGE, "black"), "head": (GREEN, "black")}  # bar, words on it
 GRAINS = {"channel": (BLUE, "o"), "token": (ORANGE, "s")}
 WIDTH, HEIGHT, DPI = 7.0, 3.8, 130  # inches, inches, dots per inch
 
@@ -84,10 +84,10 @@ def weight_shares(table: pd.DataFrame) -> Figure:
     with mpl.rc_context(STYLE):
         fig, (ax,) = _panels(1, height=1.1 + 0.6 * len(table))
         left = pd.Series(0.0, index=table.index)
-        for part, colour in PARTS.items():
+        for part, (colour, ink) in PARTS.items():
             ax.barh(table["base"], table[part], left=left, color=colour, label=part.replace("ffn", "FFN"))
             for y, (share, start) in enumerate(zip(table[part], left, strict=True)):
-                ax.text(start + share / 2, y, f"{share:.0%}", ha="center", va="center", color="white", weight="bold")
+                ax.text(start + share / 2, y, f"{share:.0%}", ha="center", va="center", color=ink, weight="bold")
             left = left + table[part]
         ax.set(xlim=(0, 1), xlabel="share of the weights read per token")
         ax.xaxis.set_major_formatter(_percent())
@@ -135,24 +135,25 @@ def grain_frontier(table: pd.DataFrame) -> Figure:
         ax.yaxis.set_major_locator(FixedLocator([-1, 0, 1, 10, 100, 1e3, 1e4, 1e5, 1e6]))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+,.0f} %" if v else "0"))
         ax.xaxis.set_major_formatter(_percent())
-        ax.set(xlabel="executed share of the linear layers' work", ylabel="perplexity against the base")
-        ax.legend(loc="upper right")
+        ax.set(xlabel="executed share of the linear layers' work", ylabel="perplexity increase")
+        ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     return fig
 
 
 def benchmark(table: pd.DataFrame) -> Figure:
-    """Measured speedups beside the ideal: a row of panels per base and dtype, a panel per phase and batch.
+    """Measured speedups beside the ideal: a row of panels per base and machine, a panel per phase and batch.
 
     Args:
         table: ``data/results/benchmark.csv``, the fields of `hat_lib.benchmark.Row`.
     """
-    _need(table, "base", "dtype", "granularity", "phase", "batch", "realised", "ideal", "speedup_hf", "speedup_dense")
-    settings = list(table.groupby(["base", "dtype"], sort=False))
+    machine = ["base", "device", "dtype", "threads"]
+    _need(table, *machine, "granularity", "phase", "batch", "realised", "ideal", "speedup_hf", "speedup_dense")
+    settings = list(table.groupby(machine, sort=False))
     phases = sorted({(p, b) for p, b in zip(table["phase"], table["batch"], strict=True)}, key=lambda k: (k[1], k[0]))
     kinds = {"speedup_hf": ("-", "vs plain transformers"), "speedup_dense": ("--", "vs own dense path")}
     with mpl.rc_context(STYLE):
         fig, axes = _panels(len(phases), len(settings), height=2.9 * len(settings) + 0.7)
-        for i, ((base, dtype), rows) in enumerate(settings):
+        for i, ((base, device, dtype, threads), rows) in enumerate(settings):
             for j, (phase, batch) in enumerate(phases):
                 ax = axes[i * len(phases) + j]
                 here = rows[(rows["phase"] == phase) & (rows["batch"] == batch)]
@@ -162,7 +163,8 @@ def benchmark(table: pd.DataFrame) -> Figure:
                     for column, (line, _) in kinds.items():
                         ax.plot(part["realised"], part[column], line, marker=marker, color=colour, markersize=4)
                 ax.axhline(1, color=GREY, linewidth=1)
-                ax.set_title(f"{base}, {dtype}\n{phase}, batch {batch}", fontsize=9)
+                where = f"{dtype}, {device}" + (f", {threads} threads" if device == "cpu" else "")
+                ax.set_title(f"{base}\n{where}\n{phase}, batch {batch}", fontsize=9)
                 ax.set(xlabel="realised capacity", ylabel="speedup (times)" if j == 0 else "")
         names = [Line2D([], [], color=c, marker=m, label=f"{g} grain") for g, (c, m) in GRAINS.items()]
         names += [Line2D([], [], color="black", linestyle=line, label=name) for line, name in kinds.values()]

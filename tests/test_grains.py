@@ -1,0 +1,76 @@
+"""FusedLinear: one storage, exact products, and the base's weights back bit for bit."""
+
+import pytest
+import torch
+from torch import nn
+
+from hat_lib import grains
+from hat_lib.grains import FusedLinear, RowLinear
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.no_grad():
+        yield
+
+
+def linears(widths, channels=48, bias=False, dtype=torch.float32):
+    torch.manual_seed(0)
+    return [nn.Linear(channels, w, bias=bias).to(dtype) for w in widths]
+
+
+CASES = {"fused": ([40, 24, 24], 48, False), "bias": ([40, 24], 48, True), "tiled": ([1024], 48, False)}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("share", [None, 0.0, 0.4, 1.0])
+def test_products(case, share, monkeypatch):
+    widths, channels, bias = CASES[case]
+    modules = linears(widths, channels, bias)
+    weight = torch.cat([m.weight for m in modules]).clone()
+    offset = torch.cat([m.bias for m in modules]) if bias else 0
+    fused = FusedLinear(modules)
+    assert (fused.n_tiles > 1) == (case == "tiled")
+    x = torch.randn(5, channels)
+    keep = None if share is None else torch.rand(5, channels) < share
+    expected = (x if keep is None else x * keep) @ weight.T + offset
+    torch.testing.assert_close(fused(x, keep), expected)
+    for break_even in (0.0, 1.0):  # dense and gathered
+        monkeypatch.setattr(grains, "FP32_BREAK_EVEN", break_even)
+        rows = [fused(x[i : i + 1], None if keep is None else keep[i : i + 1]) for i in range(5)]
+        torch.testing.assert_close(torch.cat(rows), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_storage_and_release(case):
+    widths, channels, bias = CASES[case]
+    modules = linears(widths, channels, bias)
+    before = [m.weight.clone() for m in modules]
+    fused = FusedLinear(modules)
+    storage = fused.tiles.untyped_storage()
+    assert {m.weight.untyped_storage().data_ptr() for m in modules} == {storage.data_ptr()}
+    assert storage.nbytes() == sum(w.numel() * 4 for w in before)
+    torch.testing.assert_close(fused.column_norm(), torch.cat(before).norm(dim=0))
+    fused.release()
+    for m, w in zip(modules, before, strict=True):
+        assert torch.equal(m.weight, w) and m.weight.is_contiguous()
+
+
+def test_columns():
+    modules = linears([40, 24, 24], bias=True)
+    expected = torch.cat([m(torch.ones(3, 48)) for m in modules[1:]], 1)
+    torch.testing.assert_close(FusedLinear(modules).columns(torch.ones(3, 48), 40, 88), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_row_linear_is_the_same_layer(dtype, bias):
+    (module,) = linears([64], bias=bias, dtype=dtype)
+    x = torch.randn(2, 3, 48, dtype=dtype)
+    expected = [module(x), module(x[:1, :1])]
+    row = RowLinear(module)
+    for found, want in zip([module(x), module(x[:1, :1])], expected, strict=True):
+        assert found.shape == want.shape
+        torch.testing.assert_close(found, want)
+    row.release()
+    assert "forward" not in vars(module)

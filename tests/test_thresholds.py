@@ -1,0 +1,87 @@
+"""The allocation meets its budget, is optimal, and is nested in capacity."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from hat_lib.config import HatError
+from hat_lib.thresholds import Calibration, allocate
+
+SITES = 6
+prices = st.lists(st.floats(1e-4, 1.0), min_size=SITES, max_size=SITES).map(np.array)
+exponents = st.lists(st.floats(2.0, 6.0), min_size=SITES, max_size=SITES).map(np.array)
+works = st.lists(st.floats(0.1, 1.0), min_size=SITES, max_size=SITES).map(lambda w: np.array(w) / sum(w))
+
+
+@settings(max_examples=60, deadline=None)
+@given(prices, works, exponents, st.floats(0.15, 0.99))
+def test_budget_is_met_within_bounds(k, w, p, budget):
+    s = allocate(k, w, budget, p, 0.05)
+    assert abs((w * s).sum() - budget) < 1e-6
+    assert (s >= 0.05).all() and (s <= 1).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(prices, works, exponents, st.floats(0.15, 0.9), st.floats(0.01, 0.09))
+def test_more_budget_keeps_more_everywhere(k, w, p, budget, more):
+    assert (allocate(k, w, budget + more, p, 0.05) >= allocate(k, w, budget, p, 0.05) - 1e-9).all()
+
+
+@pytest.mark.parametrize("budget", [0.4, 0.7])
+def test_no_other_split_is_better(budget):
+    rng = np.random.default_rng(0)
+    k, w, p = rng.uniform(0.01, 1, SITES), rng.dirichlet(np.ones(SITES)), rng.uniform(2.5, 4, SITES)
+    damage = lambda s: float((k * np.clip(1 - s, 0, 1) ** p).sum())  # noqa: E731
+    found = minimize(
+        damage,
+        np.full(SITES, budget),
+        bounds=[(0.05, 1)] * SITES,
+        constraints={"type": "eq", "fun": lambda s: (w * s).sum() - budget},
+        options={"ftol": 1e-12, "maxiter": 500},
+    )
+    assert damage(allocate(k, w, budget, p, 0.05)) <= found.fun + 1e-6
+
+
+def calibration(**changes):
+    rng = np.random.default_rng(1)
+    values = {
+        "sites": ["a", "b"],
+        "work": [[0.25, 0.25], [0.25, 0.25]],
+        "sensitivity": rng.uniform(0.01, 0.1, (2, 2)).tolist(),
+        "exponent": [[3.0, 3.5], [3.2, 4.0]],
+        "quantiles": np.sort(rng.exponential(1, (2, 2, 9)), -1).tolist(),
+        "budget_curve": [[0.3, 0.6, 0.9], [0.32, 0.6, 0.88]],
+    }
+    return Calibration(**values | changes)
+
+
+def test_thresholds_are_nested_in_capacity():
+    c = calibration()
+    tables = [c.thresholds(x) for x in (0.2, 0.4, 0.6, 0.8, 0.95)]
+    for low, high in zip(tables, tables[1:], strict=False):
+        assert all(high[k] <= low[k] for k in low)
+
+
+def test_the_budget_curve_is_inverted():
+    c = calibration()
+    assert c.budget(0.3) == pytest.approx(0.32) and c.budget(0.9) == pytest.approx(0.88) and c.budget(1.0) == 1.0
+    assert c.budget(0.1) == pytest.approx(0.12)
+
+
+def test_everything_at_one_and_at_fixed_sites():
+    assert set(calibration().thresholds(1.0).values()) == {-np.inf}
+    fixed = calibration(work=[[0.0, 1 / 3], [1 / 3, 1 / 3]])
+    assert fixed.thresholds(0.5)[0, "a"] == -np.inf and fixed.thresholds(0.5)[1, "a"] > 0
+    with pytest.raises(HatError, match="capacity"):
+        fixed.thresholds(0.05)
+
+
+def test_exit_thresholds():
+    c = calibration(exit_rates=[0.0, 0.5, 1.0], exit_scores=[[9.0, 8.0], [1.0, 0.0], [-5.0, -6.0]])
+    assert c.exit_thresholds(0.0) == [np.inf, np.inf]
+    assert c.exit_thresholds(0.5) == [1.0, 0.0]
+    assert c.exit_thresholds(0.75) == [-2.0, -3.0]
+    with pytest.raises(HatError, match="exit"):
+        calibration().exit_thresholds(0.2)
