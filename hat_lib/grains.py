@@ -104,8 +104,8 @@ class FusedLinear:
                 return y
         if keep is not None:
             x = x * keep
-        y = x @ self.tiles
-        y = y[0] if self.n_tiles == 1 else y.transpose(0, 1).flatten(1)
+        # One tile is a plain matrix product, which is faster than a batched one of a single matrix.
+        y = x @ self.tiles[0] if self.n_tiles == 1 else (x @ self.tiles).transpose(0, 1).flatten(1)
         return y if self.bias is None else y + self.bias
 
     def columns(self, x: Tensor, start: int, stop: int) -> Tensor:
