@@ -332,6 +332,30 @@ def foundation(
     typer.echo(f"wrote {out}")
 
 
+@app.command()
+def figures() -> None:
+    """Redraw the figures from data/results, in seconds.
+
+    Each figure comes from one CSV file there; a file that is missing is named and left out.
+    """
+    import pandas as pd
+
+    from . import plots
+
+    drawn = {
+        "weight_shares": (plots.weight_shares, "01_weight_shares"),
+        "ffn_skip_by_layer": (plots.skipped_ffn, "02_skipped_ffn"),
+        "grain_frontier": (plots.grain_frontier, "02_grain_frontier"),
+        "benchmark": (plots.benchmark, "benchmark"),
+    }
+    for table, (draw, name) in drawn.items():
+        source = DATA / "results" / f"{table}.csv"
+        if source.is_file():
+            typer.echo(f"wrote {plots.save_figure(draw(pd.read_csv(source)), name)}")
+        else:
+            _say("warning", f"no {source}, so {name}.png stays as it is")
+
+
 def main() -> None:
     """The entry point of ``hat``."""
     # Read when transformers is first imported; its advice is for people who write code with it.

@@ -1,0 +1,55 @@
+"""The README's numbers are those in data/results, at the precision they are printed with."""
+
+import re
+
+import pandas as pd
+import pytest
+
+from hat_lib.config import DATA, REPO
+
+
+def table(name):
+    """Cells of the README table that follows the comment naming the file."""
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    after = text.split(f"<!-- data/results/{name} -->", 1)[1].strip().split("\n\n", 1)[0]
+    rows = [line for line in after.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_foundation():
+    rows = pd.read_csv(DATA / "results" / "foundation.csv").to_dict("records")
+    expected = [
+        [
+            r["text"],
+            f"{r['capacity']:.2f} / {r['realised']:.3f}",
+            f"{r['increase']:+.1%} ({r['increase_low']:+.1%} to {r['increase_high']:+.1%})".replace("-", "−"),
+            f"{r['speedup_hf']:.2f}x",
+            f"{r['speedup_dense']:.2f}x",
+        ]
+        for r in rows
+    ]
+    assert table("foundation.csv") == expected
+
+
+def test_benchmark():
+    frame = pd.read_csv(DATA / "results" / "benchmark.csv")
+    frame = frame[(frame.phase == "decode") & (frame.batch == 1)]
+    expected = [
+        [
+            r["granularity"],
+            f"{r['realised']:.2f}",
+            f"{r['ideal']:.2f}x",
+            f"{r['speedup_hf']:.2f}x",
+            f"{r['speedup_dense']:.2f}x",
+        ]
+        for r in frame.to_dict("records")
+    ]
+    assert table("benchmark.csv") == expected
+
+
+@pytest.mark.parametrize("name", ["foundation.csv", "benchmark.csv"])
+def test_rows_say_where_they_come_from(name):
+    frame = pd.read_csv(DATA / "results" / name)
+    for column in ("base", "device", "dtype", "threads", "rounds", "realised", "model_share"):
+        assert frame[column].notna().all()
+    assert not frame.astype(str).map(lambda v: bool(re.search(r"/(home|root)/", v))).any().any()
