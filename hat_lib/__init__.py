@@ -29,6 +29,8 @@ MODULES = (
     "notebook_files",
     "report",
     "arguments",
+    "console",
+    "results",
     "cli",
     "workbook",
 )

@@ -1,0 +1,108 @@
+"""The commands that remake what the README shows: ``hat benchmark | foundation | figures``."""
+
+from __future__ import annotations
+
+import typer
+
+from . import arguments as take
+from .config import DATA
+from .console import app, say
+
+
+@app.command()
+def benchmark(
+    base: take.TimedBase = "random:tinyllama",
+    channel: take.ChannelCapacities = "1.0,0.75,0.6",
+    token: take.TokenCapacities = "1.0,0.7,0.55,0.4",
+    batch: take.Batch = 8,
+    rounds: take.Rounds = 5,
+    steps: take.Steps = 12,
+    dtype: take.Dtype = None,
+    out: take.Out = DATA / "results" / "benchmark.csv",
+) -> None:
+    """Wall-clock at forced shares against plain transformers.
+
+    Both grains; decode at batch 1 and in a batch, and a 512-token prefill; also what does not pay. Each grain
+    runs in a process of its own, so that its peak memory is its own.
+    """
+    wanted = {"channel": take.capacities(channel), "token": take.capacities(token)}
+    for name, value in (("batch", batch), ("rounds", rounds), ("steps", steps)):
+        take.check_count(name, value, 1)
+    take.check_writable(out.parent)
+
+    from multiprocessing import get_context
+
+    from .base import parse_dtype
+    from .benchmark import benchmark as measure
+    from .benchmark import write_rows
+
+    if dtype is not None:
+        parse_dtype(dtype)
+    rows = []
+    options = {"dtype": dtype, "batch": batch, "rounds": rounds, "steps": steps}
+    for granularity, capacities in wanted.items():
+        if capacities:
+            with get_context("spawn").Pool(1) as pool:
+                rows += pool.apply(measure, (granularity, capacities, base), options)
+    write_rows(out, rows)
+    typer.echo("grain    phase    batch  capacity  ideal  over transformers  over own dense path")
+    for r in rows:
+        typer.echo(
+            f"{r.granularity:8} {r.phase:8} {r.batch:5d}  {r.realised:8.3f}  {r.ideal:5.2f}  "
+            f"{r.speedup_hf:17.2f}  {r.speedup_dense:19.2f}"
+        )
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def foundation(
+    checkpoint: take.Checkpoint = None,
+    max_tokens: take.MaxTokens = 20_000,
+    rounds: take.Rounds = 9,
+    dtype: take.Dtype = None,
+    out: take.Out = DATA / "results" / "foundation.csv",
+) -> None:
+    """The reference result: price and gain on the bundled base.
+
+    Perplexity on both texts and batch-1 decode, at 0.75 and 0.62. About ten minutes on two cores.
+    """
+    take.check_count("max tokens", max_tokens, 1024)
+    take.check_count("rounds", rounds, 1)
+    take.check_writable(out.parent)
+
+    from .benchmark import write_rows
+    from .foundation import foundation as measure
+
+    rows = measure(checkpoint or take.CALIBRATED, dtype=dtype, max_tokens=max_tokens, rounds=rounds)
+    write_rows(out, rows)
+    typer.echo("text        capacity  realised  perplexity over the base's       decode over transformers / own dense")
+    for r in rows:
+        typer.echo(
+            f"{r.text:10}  {r.capacity:8.2f}  {r.realised:8.3f}  {r.increase:+7.2%} ({r.increase_low:+.2%} to "
+            f"{r.increase_high:+.2%})  {r.speedup_hf:10.2f} / {r.speedup_dense:.2f}"
+        )
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def figures() -> None:
+    """Redraw the figures from data/results, in seconds.
+
+    Each figure comes from one CSV file there; a file that is missing is named and left out.
+    """
+    import pandas as pd
+
+    from . import plots
+
+    drawn = {
+        "weight_shares": (plots.weight_shares, "01_weight_shares"),
+        "ffn_skip_by_layer": (plots.skipped_ffn, "02_skipped_ffn"),
+        "grain_frontier": (plots.grain_frontier, "02_grain_frontier"),
+        "benchmark": (plots.benchmark, "benchmark"),
+    }
+    for table, (draw, name) in drawn.items():
+        source = DATA / "results" / f"{table}.csv"
+        if source.is_file():
+            typer.echo(f"wrote {plots.save_figure(draw(pd.read_csv(source)), name)}")
+        else:
+            say("warning", f"no {source}, so {name}.png stays as it is")
