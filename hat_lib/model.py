@@ -108,9 +108,10 @@ class HierarchicalTransformer(nn.Module):
         self._head.release()
         self.layers = []
 
-    def unload(self):
+    def unload(self) -> Base:
         """Take everything off and return the base, its forwards, layout and weights bit for bit as before."""
-        self._detach()
+        if self.layers:
+            self._detach()
         return self.base
 
     def _apply(self, fn, recurse=True):

@@ -111,6 +111,7 @@ class TestBase:
         assert all("forward" not in vars(m) for m in base.model.modules())
         assert all(p.is_contiguous() for p in base.model.parameters())
         assert not base.model.model._forward_pre_hooks and not base.model.model._forward_hooks
+        assert hat.unload() is base  # a second time does nothing
 
     def test_attaching_twice_is_refused(self, hat):
         with pytest.raises(HatError, match="unload"):
