@@ -43,7 +43,6 @@ _PUBLIC = {
     "load_base": "base",
     "load_text": "text",
     "HierarchicalTransformer": "model",
-    "calibrate": "calibrate",
 }
 __all__ = [*_PUBLIC, "MODULES", "__version__"]
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, LlamaForCausalLM
 
-from . import calibrate as calibration
 from .base import Base, load_base
+from .calibrate import QUANTILES, score_quantiles
 from .config import HatConfig, HatError, check_capacity
 from .cost import state_cost
 from .model import HierarchicalTransformer
@@ -220,8 +220,8 @@ def forced_tokens(hat: HierarchicalTransformer, capacity: float, batch: int, tok
 
 def forced_channels(hat: HierarchicalTransformer, ids: Tensor, capacities: Iterable[float]) -> dict[float, dict]:
     """Channel grain at a share: one quantile of the scores per site, the same share everywhere."""
-    quantiles = calibration.score_quantiles(hat, [ids], progress=False)
-    grid = np.linspace(0, 1, calibration.QUANTILES)
+    quantiles = score_quantiles(hat, [ids], progress=False)
+    grid = np.linspace(0, 1, QUANTILES)
     return {c: {k: float(np.interp(1 - c, grid, q)) for k, q in quantiles.items()} for c in capacities}
 
 

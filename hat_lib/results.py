@@ -64,7 +64,7 @@ def foundation(
 ) -> None:
     """The reference result: price and gain on the bundled base.
 
-    Perplexity on both texts and batch-1 decode, at 0.75 and 0.62. About ten minutes on two cores.
+    Perplexity on both texts and batch-1 decode, at 0.75 and 0.62. A few minutes on two cores.
     """
     take.check_count("max tokens", max_tokens, 1024)
     take.check_count("rounds", rounds, 1)

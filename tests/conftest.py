@@ -32,3 +32,10 @@ def bundled():
     from hat_lib.base import load_base
 
     return load_base("bundled", dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture
+def no_grad():
+    """For modules of equalities: ``pytestmark = pytest.mark.usefixtures("no_grad")``."""
+    with torch.no_grad():
+        yield

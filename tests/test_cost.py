@@ -24,10 +24,7 @@ LINEAR = ("attention", "ffn", "exited_kv", "head")
 aten = torch.ops.aten
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture

@@ -7,11 +7,7 @@ from torch import nn
 from hat_lib import grains
 from hat_lib.grains import FusedLinear, RowLinear
 
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def linears(widths, channels=48, bias=False, dtype=torch.float32):

@@ -25,10 +25,7 @@ def new_base(dtype=torch.float32):
     return load_base("random:tiny", dtype=dtype, device="cpu")
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture
