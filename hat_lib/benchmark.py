@@ -316,7 +316,7 @@ def _memory(hat: HierarchicalTransformer) -> dict[str, float]:
         storages[p.untyped_storage().data_ptr()] = p.untyped_storage().nbytes()
     for layer in hat.layers:
         for linear in getattr(layer.grain, "linears", {}).values() if hat.config.granularity == "channel" else ():
-            storages[linear.tiles.untyped_storage().data_ptr()] = linear.tiles.untyped_storage().nbytes()
+            storages[linear.storage.untyped_storage().data_ptr()] = linear.storage.untyped_storage().nbytes()
     own = sum(p.numel() * p.element_size() for p in hat.lm.parameters())
     if hat.base.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(hat.base.device) / 2**20

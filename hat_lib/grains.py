@@ -5,15 +5,16 @@ A grain wraps one decoder layer of the base and runs its linear layers under the
 
 `TokenGrain`     the FFN runs for a token or not. Kept rows are gathered, run, and scattered back.
 `ChannelGrain`   each linear layer reads only the kept channels of its input. Weights that read the same
-                 input (q|k|v, gate|up) are stored once, fused and transposed, ``W^T [C, out]``; the base's
-                 own modules become views of it. For one row the product is a gather-and-sum over the kept
-                 rows of ``W^T``, so a skipped channel is weight memory that is never read.
+                 input (q|k|v, gate|up) are fused and stored once; the base's own modules become views. For
+                 one row on a CPU the product is a gather-and-sum over the kept rows of ``W^T``, so a skipped
+                 channel is weight memory that is never read.
 
 Both also compute K and V, and nothing else, for rows that have exited.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -24,14 +25,12 @@ from torch import Tensor, nn
 
 from .state import TokenState
 
-# Bags per gathered row: a fixed number, so that the sum's order does not depend on the thread count.
-BAGS = 2
-# Page and tile, for matrices whose rows would alias in the cache: see `FusedLinear`.
-PAGE, TILE = 4096, 256
-# Kept share above which one row of fp32 is multiplied densely (masked). In fp32 a dense matrix-vector
-# product already runs at memory speed here, and the gather wins only when it reads far less;
-# `hat benchmark` measures both. Half-precision products on CPU are slower than the gather at any share.
-FP32_BREAK_EVEN = 0.6
+# Widest tile of columns, see `FusedLinear`: what a vectorised sum of bf16 rows holds in registers, so that
+# one pass over a tile reads each kept row once.
+TILE = 448
+# Kept share above which one row is multiplied densely, masked. A gather of most of the rows is slower than
+# reading all of them in order; `hat benchmark` measures both. By bytes per weight.
+BREAK_EVEN = {2: 0.8, 4: 0.6}
 
 Decide = Callable[[str, Tensor, Tensor | None], Tensor | None]
 
@@ -59,85 +58,115 @@ class RowLinear:
 
 
 class FusedLinear:
-    """Linear layers that read one input, as one transposed matrix in column tiles, ``W^T [tiles, C, width]``.
+    """Linear layers that read one input, fused into one matrix whose layout follows its use.
 
-    Mostly one tile, and the given modules' weights are views of it until `release`. Rows whose length is a
-    multiple of the page size fall into the same cache sets when few of them are gathered; such a matrix is
-    stored in tiles of `TILE` columns, and its module's weight is the 3-D view of them.
+    Rows: ``W [out, C]``, for several rows of input, CUDA and training; a plain matrix product.
+    Tiles: ``W^T`` in tiles of columns, ``[tiles, C, width]``, from the first single row on a CPU. There a
+    skipped channel is memory that is never read, and all channels of a tile lie in reading order, so that even
+    the dense product of one row runs faster than `F.linear`.
+
+    The weights exist once. In rows, the given modules' weights are 2-D views; in tiles, 3-D ones, until `rows`
+    or `release`. Changing the layout moves every weight once: tenths of a second for a small model.
     """
 
     def __init__(self, linears: Sequence[nn.Linear]):
         self.linears = list(linears)
         self.see: Callable[[Tensor], None] | None = None
         self.widths = [m.out_features for m in linears]
-        out, channels = sum(self.widths), linears[0].in_features
-        weight = torch.cat([m.weight.detach() for m in linears])
-        aliased = len(linears) == 1 and out * weight.itemsize % PAGE == 0 and out % TILE == 0
-        self.tiles = weight.view(out // TILE if aliased else 1, -1, channels).transpose(1, 2).contiguous()
-        self.n_tiles, self.channels = self.tiles.shape[:2]
+        self.out, self.channels = sum(self.widths), linears[0].in_features
+        self.width = _tile_width(self.widths)
+        self.n_tiles = self.out // self.width
+        self.weight, self.tiles = torch.cat([m.weight.detach() for m in linears]), None
         biases = [m.bias for m in linears]
         self.bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
-        views = [self.tiles] if aliased else self.tiles[0].split(self.widths, dim=1)
-        for m, view in zip(linears, views, strict=True):
-            m.weight.data = view.transpose(-1, -2)
-        device = weight.device
-        self.everything = torch.arange(channels, device=device)
-        self.offsets = torch.arange(self.n_tiles, device=device)[:, None] * channels
+        self._show(self.weight.split(self.widths))
+
+    def _show(self, views: Sequence[Tensor]) -> None:
+        for m, view in zip(self.linears, views, strict=True):
+            m.weight.data = view
+
+    def rows(self) -> None:
+        """The row-major layout, for several rows at a time."""
+        if self.tiles is not None:
+            self.weight = self.tiles.transpose(1, 2).contiguous().view(self.out, self.channels)
+            self.tiles = None
+            self._show(self.weight.split(self.widths))
+
+    def tile(self) -> None:
+        """The layout for one row at a time."""
+        if self.tiles is None:
+            self.tiles = self.weight.view(self.n_tiles, self.width, -1).transpose(1, 2).contiguous()
+            self.weight = None
+            views = self.tiles.transpose(1, 2).split([w // self.width for w in self.widths])
+            self._show(views)
+            # 32-bit indices: there are as many as tiles times kept channels, and half the size is half the time.
+            self._starts = torch.arange(self.n_tiles, dtype=torch.int32)[:, None] * self.channels
+            self._everything = torch.arange(self.n_tiles * self.channels, dtype=torch.int32)
 
     def release(self) -> None:
         """Give each module its own contiguous weight back, bit for bit."""
-        for m in self.linears:
-            m.weight.data = m.weight.data.reshape(m.out_features, m.in_features).contiguous()
-        self.tiles = None
+        self.rows()
+        self._show([view.clone() for view in self.weight.split(self.widths)])
+        self.weight = None
+
+    @property
+    def storage(self) -> Tensor:
+        """The weights, in whichever layout."""
+        return self.weight if self.tiles is None else self.tiles
 
     def column_norm(self) -> Tensor:
         """``||W[:, i]||`` over all fused outputs, fp32 ``[C]``."""
-        return torch.stack([tile.float().norm(dim=1) for tile in self.tiles]).norm(dim=0)
+        self.rows()
+        return torch.stack([w.float().norm(dim=0) for w in self.weight.split(1024)]).norm(dim=0)
 
     def __call__(self, x: Tensor, keep: Tensor | None = None, compact: bool = True) -> Tensor:
-        """``x [n, C], keep bool [n, C] -> [n, out]``, reading the kept channels only where that pays."""
+        """``x [n, C], keep [n, C] (bool, or float 0/1 in training) -> [n, out]``; one row reads what it keeps."""
         if self.see is not None:
             self.see(x)
-        if compact and x.shape[0] == 1 and x.device.type == "cpu" and not x.requires_grad:
-            y = self._gather(x, keep)
-            if y is not None:
-                return y
-        if keep is not None:
-            x = x * keep
-        # One tile is a plain matrix product, which is faster than a batched one of a single matrix.
-        y = x @ self.tiles[0] if self.n_tiles == 1 else (x @ self.tiles).transpose(0, 1).flatten(1)
-        return y if self.bias is None else y + self.bias
+        return self.columns(x, 0, self.out, keep, compact)
 
-    def columns(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """The outputs ``start:stop`` of one tile alone, dense: ``[n, C] -> [n, stop - start]``."""
-        y = x @ self.tiles[0, :, start:stop]
+    def columns(self, x: Tensor, start: int, stop: int, keep: Tensor | None = None, compact: bool = True) -> Tensor:
+        """The outputs ``start:stop`` alone, whole tiles: ``[n, C] -> [n, stop - start]``."""
+        if compact and x.shape[0] == 1 and x.device.type == "cpu" and not x.requires_grad:
+            self.tile()
+            y = self._gather(x, self.tiles[start // self.width : stop // self.width], keep)
+        else:
+            x = x if keep is None else x * keep
+            if self.tiles is None:
+                y = F.linear(x, self.weight[start:stop])
+            else:
+                y = torch.cat([x @ tile for tile in self.tiles[start // self.width : stop // self.width]], dim=1)
         return y if self.bias is None else y + self.bias[start:stop]
 
-    def _gather(self, x: Tensor, keep: Tensor | None) -> Tensor | None:
-        kept = self.everything if keep is None else keep.view(-1).nonzero().view(-1)
-        n = kept.numel()
-        if x.dtype == torch.float32 and n > FP32_BREAK_EVEN * self.channels:
-            return None
-        values = x.view(-1) if keep is None else x.view(-1).index_select(0, kept)
-        if self.n_tiles == 1:
-            y = torch.embedding_bag(self.tiles[0], kept, _bags(n), False, 0, False, values)[0]
-            y = torch.add(*y.split(1))
-        else:  # a bag for each tile: no partial sums
-            rows = (self.offsets + kept).view(-1)
-            values = values.expand(self.n_tiles, n).reshape(-1)
-            bags = self.everything.new_tensor(range(0, self.n_tiles * n, n)) if n else self.offsets.view(-1) * 0
-            y = torch.embedding_bag(self.tiles.view(-1, TILE), rows, bags, False, 0, False, values)[0].view(1, -1)
-        return y if self.bias is None else y + self.bias
+    def _gather(self, x: Tensor, tiles: Tensor, keep: Tensor | None) -> Tensor:
+        """One row: a weighted sum over the kept rows of each tile, one bag a tile."""
+        n, values = self.channels, x.view(-1)
+        kept = None if keep is None else keep.view(-1).nonzero().view(-1)
+        if kept is None or len(kept) > BREAK_EVEN[x.itemsize] * n:
+            values = values if keep is None else (x * keep).view(-1)
+            rows = self._everything[: len(tiles) * n]
+        else:
+            n, values = len(kept), values.index_select(0, kept)
+            rows = (self._starts[: len(tiles)] + kept.to(torch.int32)).view(-1)
+        values = values.expand(len(tiles), n).reshape(-1)
+        bags = _bags(len(tiles), n)
+        return torch.embedding_bag(tiles.view(-1, self.width), rows, bags, False, 0, False, values)[0].view(1, -1)
+
+
+def _tile_width(widths: Sequence[int]) -> int:
+    """The widest tile, up to `TILE`, that cuts every one of the fused matrices evenly."""
+    whole = math.gcd(*widths)
+    return max(w for w in range(1, min(whole, TILE) + 1) if whole % w == 0)
+
+
+@lru_cache(maxsize=1 << 14)
+def _bags(n_tiles: int, n: int) -> Tensor:
+    """Where each tile's rows begin; kept, as making the tensor takes longer than using it."""
+    return torch.arange(n_tiles, dtype=torch.int32) * n
 
 
 def _see_input(see, layer: int, site: str, x: Tensor) -> None:
     see(layer, site, x, x)
-
-
-@lru_cache(maxsize=1 << 14)
-def _bags(n: int) -> Tensor:
-    """Offsets that split n gathered rows into `BAGS` bags; kept, as making one takes longer than using it."""
-    return torch.tensor([n * b // BAGS for b in range(BAGS)])
 
 
 class Grain:
@@ -175,6 +204,9 @@ class Grain:
     def intact(self) -> bool:
         """False if somebody moved or cast the base's weights behind our back."""
         return True
+
+    def rows(self) -> None:
+        """The layout of the weights that several rows at a time, and training, are fastest with."""
 
     def release(self) -> None:
         """Undo what attaching changed in the base."""
@@ -296,7 +328,11 @@ class ChannelGrain(Grain):
                 linear.see = None
 
     def intact(self):
-        return self.attn.q_proj.weight.data_ptr() == self.linears["qkv"].tiles.data_ptr()
+        return self.attn.q_proj.weight.data_ptr() == self.linears["qkv"].storage.data_ptr()
+
+    def rows(self):
+        for linear in self.linears.values():
+            linear.rows()
 
     def release(self):
         for linear in self.linears.values():

@@ -97,7 +97,17 @@ class HierarchicalTransformer(nn.Module):
         self._hooks = [
             self.lm.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.lm.model.register_forward_hook(self._end),
+            self.lm.register_state_dict_pre_hook(lambda *_: self._rows()),
         ]
+
+    def _rows(self) -> None:
+        for adaptive in self.layers:
+            adaptive.grain.rows()
+
+    def train(self, mode: bool = True) -> HierarchicalTransformer:
+        if mode:  # training sees many rows at a time
+            self._rows()
+        return super().train(mode)
 
     def _detach(self) -> None:
         for hook in self._hooks:

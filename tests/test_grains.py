@@ -15,26 +15,41 @@ def linears(widths, channels=48, bias=False, dtype=torch.float32):
     return [nn.Linear(channels, w, bias=bias).to(dtype) for w in widths]
 
 
-CASES = {"fused": ([40, 24, 24], 48, False), "bias": ([40, 24], 48, True), "tiled": ([1024], 48, False)}
+CASES = {
+    "fused": ([40, 24, 24], 48, False),
+    "bias": ([40, 24], 48, True),
+    "one tile": ([64], 48, False),
+    "wide": ([1024], 48, False),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("share", [None, 0.0, 0.4, 1.0])
-def test_products(case, share, monkeypatch):
+@pytest.mark.parametrize("layout", ["rows", "tile"])
+def test_products(case, share, layout, monkeypatch):
     widths, channels, bias = CASES[case]
     modules = linears(widths, channels, bias)
     weight = torch.cat([m.weight for m in modules]).clone()
     offset = torch.cat([m.bias for m in modules]) if bias else 0
     fused = FusedLinear(modules)
-    assert (fused.n_tiles > 1) == (case == "tiled")
+    getattr(fused, layout)()
     x = torch.randn(5, channels)
     keep = None if share is None else torch.rand(5, channels) < share
     expected = (x if keep is None else x * keep) @ weight.T + offset
     torch.testing.assert_close(fused(x, keep), expected)
+    assert (fused.tiles is None) == (layout == "rows"), "several rows leave the layout as it is"
     for break_even in (0.0, 1.0):  # dense and gathered
-        monkeypatch.setattr(grains, "FP32_BREAK_EVEN", break_even)
+        monkeypatch.setitem(grains.BREAK_EVEN, 4, break_even)
         rows = [fused(x[i : i + 1], None if keep is None else keep[i : i + 1]) for i in range(5)]
         torch.testing.assert_close(torch.cat(rows), expected)
+    assert fused.tiles is not None
+
+
+@pytest.mark.parametrize(
+    "widths, width", [([5632, 5632], 352), ([2048, 256, 256], 256), ([576, 192, 192], 192), ([97], 97)]
+)
+def test_tiles_are_as_wide_as_registers_and_matrices_allow(widths, width):
+    assert grains._tile_width(widths) == width
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -43,19 +58,27 @@ def test_one_storage_and_release(case):
     modules = linears(widths, channels, bias)
     before = [m.weight.clone() for m in modules]
     fused = FusedLinear(modules)
-    storage = fused.tiles.untyped_storage()
-    assert {m.weight.untyped_storage().data_ptr() for m in modules} == {storage.data_ptr()}
-    assert storage.nbytes() == sum(w.numel() * 4 for w in before)
+    for layout in ("rows", "tile", "tile", "rows", "tile"):
+        getattr(fused, layout)()
+        storage = fused.storage.untyped_storage()
+        assert {m.weight.untyped_storage().data_ptr() for m in modules} == {storage.data_ptr()}
+        assert storage.nbytes() == sum(w.numel() * 4 for w in before)
+        for m, w in zip(modules, before, strict=True):
+            assert torch.equal(m.weight.reshape(w.shape), w)
     torch.testing.assert_close(fused.column_norm(), torch.cat(before).norm(dim=0))
     fused.release()
     for m, w in zip(modules, before, strict=True):
         assert torch.equal(m.weight, w) and m.weight.is_contiguous()
+        assert m.weight.untyped_storage().nbytes() == w.numel() * 4, "nothing else is kept alive by it"
 
 
-def test_columns():
+@pytest.mark.parametrize("layout", ["rows", "tile"])
+def test_columns(layout):
     modules = linears([40, 24, 24], bias=True)
     expected = torch.cat([m(torch.ones(3, 48)) for m in modules[1:]], 1)
-    torch.testing.assert_close(FusedLinear(modules).columns(torch.ones(3, 48), 40, 88), expected)
+    fused = FusedLinear(modules)
+    getattr(fused, layout)()
+    torch.testing.assert_close(fused.columns(torch.ones(3, 48), 40, 88), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
