@@ -290,7 +290,7 @@ def decode_rows(
 ) -> list[Row]:
     """Batch-1 decode of real text at calibrated capacities, against a plain copy of the same base."""
     memory = _memory(hat)
-    settings = {c: at_thresholds(hat, hat.calibration.thresholds(c)) if c < 1 else hat.dense for c in capacities}
+    settings = {c: at_thresholds(hat, hat.calibration.thresholds_at(c)) if c < 1 else hat.dense for c in capacities}
     return measure(hat, plain.model, settings, ids, phase="decode", rounds=rounds, steps=steps, memory=memory)
 
 

@@ -1,16 +1,22 @@
-"""Calibrate without training: held-out text -> the tables that turn a capacity into thresholds.
+"""Calibrate on held-out text: the table that turns a capacity into thresholds.
 
-Three passes over text that no test uses. (1) Dense, collecting score quantiles per layer and site.
-(2) Forward and backward on some of it, for what gating each site would cost. If y is sampled from the base
-itself, the KL divergence that a small change d of an activation causes is, to second order,
-``1/2 E[(grad_a log p(y) . d)^2]``: the Fisher quadratic form. Zeroing the channels with scores under a threshold
-changes the input x of a linear layer by -x there, so one backward pass prices every site at every share.
-(3) A few passes at whole budgets, to see which capacity each one realises.
+`measure_capacities` makes it: for a ladder of budgets it sets thresholds, runs text, and notes which capacity and
+shares came out. How a budget is split over layers and sites is the ``split``:
+
+    damage    (default, no training) the closed form of `hat_lib.thresholds.allocate`, from the prices below
+    uniform   every site keeps the same share
+    learned   the thresholds that the routers were trained with
+
+The price of gating a site: if y is sampled from the base itself, the KL divergence that a small change d of an
+activation causes is, to second order, ``1/2 E[(grad_a log p(y) . d)^2]``, the Fisher quadratic form. Zeroing the
+channels with scores under a threshold changes the input x of a linear layer by -x there, so one backward pass
+prices every site at every share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,16 +28,18 @@ from .config import HatError
 from .model import HierarchicalTransformer
 from .router import MoERouter
 from .state import TokenState
-from .thresholds import Calibration
+from .thresholds import Calibration, allocate
 
 # Shares at which the damage is priced; k and p of the damage model are a line through them in log-log.
 PROBE_SHARES = (0.45, 0.6, 0.75)
 # A steeper or flatter line than this is noise: a quadratic is the least, as the form itself is one.
 EXPONENT_RANGE = (2.0, 6.0)
 QUANTILES = 65
-BUDGETS = (0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
-# Tokens for the budget curve: a mean over every site and token, it needs few.
-CHECK_TOKENS = 2048
+BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+# Least share of a site in the damage split: nothing is ever switched off for good.
+FLOOR = 0.05
+# Tokens that each budget is run on: a mean over every site and token, it needs few.
+CHECK_TOKENS = 4096
 # Score samples kept per site; enough for a quantile error well under a thousandth.
 SAMPLES = 200_000
 
@@ -50,19 +58,27 @@ class _Collect:
         return None
 
 
+SPLITS = ("damage", "uniform", "learned")
+
+Split = Callable[[float], dict[tuple[int, str], float]]
+"""budget in (0, 1) -> threshold of each gated (layer, site)"""
+
+
 def calibrate(
     hat: HierarchicalTransformer,
     blocks: Iterable[list[int]],
     *,
+    split: str = "damage",
     probe_tokens: int = 4096,
     seed: int = 0,
     text: str = "",
     progress: bool = True,
 ) -> Calibration:
-    """Measure ``hat`` on ``blocks`` of token ids; sets and returns its calibration.
+    """Measure ``hat`` on ``blocks`` of token ids, without training; sets and returns its calibration.
 
     Args:
-        blocks: token-id lists from held-out text; every fourth one serves the budget curve alone.
+        blocks: token-id lists from held-out text; every fourth one serves the table of capacities alone.
+        split: "damage" or "uniform", see the module's docstring.
         probe_tokens: how many of the other tokens the backward pass sees, in whole blocks.
         seed: for the targets sampled from the base.
         text: what the blocks are, kept in the checkpoint.
@@ -70,36 +86,88 @@ def calibrate(
     Raises `HatError` for a text with less than 256 tokens, or whose scores are all equal (token routers
     that were never fitted).
     """
-    blocks = [torch.tensor([b], device=hat.base.device) for b in blocks if len(b) > 1]
-    total = sum(b.shape[1] for b in blocks)
-    if total < 256:
-        raise HatError(f"calibration needs at least 256 tokens of text, got {total}")
-    check = blocks[3::4] or blocks[-1:]
-    fit = [b for i, b in enumerate(blocks) if i % 4 != 3]
-    check = _spread(check, CHECK_TOKENS)
-
+    if split not in SPLITS[:2]:
+        raise HatError(f"split must be {' or '.join(SPLITS[:2])}, got {split!r}")
+    fit, check = held_out_parts(hat, blocks)
     with torch.no_grad():
         if hat.config.granularity == "token":
             fit_token_routers(hat, fit, progress)
         quantiles = score_quantiles(hat, fit, progress)
-        damage = _damage(hat, _spread(fit, probe_tokens), quantiles, seed, progress)
-        sensitivity, exponent = _fit_damage(damage)
-
-        sites = list(hat.grain.sites)
-        work = np.tile(hat.site_work, (hat.config.n_layers, 1))
-        if hat.config.granularity == "token":
-            work[0] = 0  # layer 0's FFN always runs
-        tables = {
-            "sites": sites,
-            "work": (work / work.sum()).tolist(),
-            "sensitivity": sensitivity.tolist(),
-            "exponent": exponent.tolist(),
-            "quantiles": [[_rounded(quantiles.get((i, s), [0.0])) for s in sites] for i in range(hat.config.n_layers)],
-            "text": text,
-        }
-        curve = _budget_curve(hat, Calibration(budget_curve=[[0.0], [0.0]], **tables), check, progress)
-    hat.calibration = Calibration(budget_curve=curve, **tables)
+        if split == "damage":
+            damage = _damage(hat, _spread(fit, probe_tokens), quantiles, seed, progress)
+            shares = partial(_damage_shares, hat, *_fit_damage(damage))
+        else:
+            shares = partial(np.full, (hat.config.n_layers, len(hat.grain.sites)))
+    at = partial(_at_shares, hat, quantiles, shares)
+    hat.calibration = measure_capacities(hat, at, check, method=split, text=text, progress=progress)
     return hat.calibration
+
+
+def calibrate_learned(
+    hat: HierarchicalTransformer, blocks: Iterable[list[int]], split: Split, *, text: str = "", progress: bool = True
+) -> Calibration:
+    """As `calibrate`, for trained routers: ``split`` gives the thresholds that they were trained with."""
+    _, check = held_out_parts(hat, blocks)
+    hat.calibration = measure_capacities(hat, split, check, method="learned", text=text, progress=progress)
+    return hat.calibration
+
+
+@torch.no_grad()
+def measure_capacities(
+    hat: HierarchicalTransformer, split: Split, blocks: list[Tensor], *, method: str, text: str, progress: bool = True
+) -> Calibration:
+    """The table: each of `BUDGETS` through ``split``, run on ``blocks`` (``[1, T]`` each)."""
+    sites = hat.grain.sites
+    thresholds, shares, capacities = [], [], []
+    for budget in tqdm(BUDGETS, desc="capacities", disable=not progress):
+        chosen = split(budget)
+        hat.set_thresholds(chosen)
+        kept, capacity, tokens = 0.0, 0.0, 0
+        with hat.using(hat.threshold_policy()):
+            for block in blocks:
+                hat.lm(block, use_cache=False, logits_to_keep=1)
+                kept = kept + hat.trace.site_share.flatten(2).sum(-1).double().cpu().numpy()
+                capacity += hat.trace.capacity * block.shape[1]
+                tokens += block.shape[1]
+        capacities.append(capacity / tokens)
+        shares.append(kept / tokens)
+        # A site that always runs is never asked; any finite number stands for it.
+        thresholds.append([[chosen.get((i, s), 0.0) for s in sites] for i in range(hat.config.n_layers)])
+    # At 1.0 the lowest score is kept: magnitudes end at 0, a token router's scores a little below the last threshold.
+    last = np.asarray(thresholds[-1])
+    everything = np.zeros_like(last) if hat.config.granularity == "channel" else last - (1 + np.abs(last))
+    return Calibration(
+        sites=list(sites),
+        capacities=[*np.maximum.accumulate(np.round(capacities, 5)).tolist(), 1.0],
+        thresholds=_rounded(np.stack([*np.minimum.accumulate(thresholds), everything], -1)),
+        shares=_rounded(np.stack([*shares, np.ones_like(last)], -1)),
+        method=method,
+        text=text,
+    )
+
+
+def held_out_parts(hat, blocks) -> tuple[list[Tensor], list[Tensor]]:
+    """Blocks to measure scores and prices on, and blocks to see what they realise."""
+    blocks = [torch.tensor([b], device=hat.base.device) for b in blocks if len(b) > 1]
+    total = sum(b.shape[1] for b in blocks)
+    if total < 256:
+        raise HatError(f"calibration needs at least 256 tokens of text, got {total}")
+    fit = [b for i, b in enumerate(blocks) if i % 4 != 3]
+    return fit, _spread(blocks[3::4] or blocks[-1:], CHECK_TOKENS)
+
+
+def _damage_shares(hat, sensitivity: np.ndarray, exponent: np.ndarray, budget: float) -> np.ndarray:
+    work = np.tile(hat.site_work, (hat.config.n_layers, 1))
+    if hat.config.granularity == "token":
+        work[0] = 1e-12  # layer 0's FFN always runs
+    return allocate(sensitivity, work / work.sum(), budget, exponent, FLOOR)
+
+
+def _at_shares(hat, quantiles, shares: Callable[[float], np.ndarray], budget: float) -> dict[tuple[int, str], float]:
+    """Thresholds that keep the given share of the dense model's scores at each site."""
+    grid = np.linspace(0, 1, QUANTILES)
+    table = shares(budget)
+    return {k: float(np.interp(1 - table[k[0], hat.grain.sites.index(k[1])], grid, q)) for k, q in quantiles.items()}
 
 
 def score_quantiles(
@@ -156,28 +224,15 @@ def _damage(hat, blocks, quantiles, seed: int, progress) -> np.ndarray:
 
 
 def _fit_damage(damage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """k and p of ``k (1 - s)^p`` per site, ``[L, S]`` each, by least squares in log-log."""
+    """k and p of ``k (1 - s)^p`` per site, ``[L, S]`` each, by least squares in log-log.
+
+    A site that was never priced, because it always runs, gets the smallest k."""
     x = np.log(1 - np.asarray(PROBE_SHARES))
     y = np.log(np.maximum(damage, 1e-12)).reshape(len(x), -1)
     p = np.clip(np.polyfit(x, y, 1)[0], *EXPONENT_RANGE)
     log_k = (y - p * x[:, None]).mean(0)
     shape = damage.shape[1:]
     return np.exp(log_k).round(9).reshape(shape), p.round(4).reshape(shape)
-
-
-def _budget_curve(hat, identity: Calibration, blocks, progress) -> list[list[float]]:
-    """[realised capacities, budgets], both increasing."""
-    realised = []
-    for budget in tqdm(BUDGETS, desc="budgets", disable=not progress):
-        hat.set_thresholds(identity.thresholds(budget))
-        with hat.using(hat.threshold_policy()):
-            tokens = kept = 0.0
-            for block in blocks:
-                hat.lm(block, use_cache=False, logits_to_keep=1)
-                kept += hat.trace.capacity * block.shape[1]
-                tokens += block.shape[1]
-        realised.append(round(kept / tokens, 5))
-    return [np.maximum.accumulate(realised).tolist(), list(BUDGETS)]
 
 
 def fit_token_routers(hat: HierarchicalTransformer, blocks, progress: bool = True) -> None:
@@ -216,5 +271,6 @@ def _spread(blocks: list[Tensor], tokens: int) -> list[Tensor]:
     return [blocks[i] for i in picks]
 
 
-def _rounded(values: np.ndarray) -> list[float]:
-    return [float(f"{v:.5g}") for v in values]
+def _rounded(table: np.ndarray) -> list:
+    """To five significant digits, for JSON that a person can read."""
+    return np.vectorize(lambda v: float(f"{v:.5g}"))(table).tolist()

@@ -77,9 +77,8 @@ def calibrate(
     hat.save_pretrained(save)
 
     typer.echo(f"calibrated on {source}")
-    typer.echo("requested  realised   (before the correction that the checkpoint makes for the difference)")
-    for realised, requested in zip(*calibration.budget_curve, strict=True):
-        typer.echo(f"{requested:9.2f}  {realised:8.3f}")
+    low = calibration.capacities[0]
+    typer.echo(f"{len(calibration.capacities)} capacities from {low:.3f} to 1, thresholds interpolated between them")
     typer.echo(f"wrote {save}, default capacity {hat.config.capacity}")
 
 
@@ -211,7 +210,7 @@ exit rate    {requested_exit_rate:.2f} requested, {exit_rate:.3f} realised
 model share  {model_share:.3f} of the dense model's work, head and routers included"""
 
 
-from . import results  # noqa: E402, F401 - registers its commands, after those above in the help
+from . import results, runs  # noqa: E402, F401 - register their commands, after those above in the help
 
 
 def main() -> None:

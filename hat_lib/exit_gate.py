@@ -20,6 +20,7 @@ class ExitGate(nn.Module):
 
     def __init__(self, hidden_size: int, rank: int):
         super().__init__()
+        self.rank = rank
         self.gate = nn.Linear(hidden_size, 2)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)

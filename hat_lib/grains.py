@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .router import Gated
 from .state import TokenState
 
 # Widest tile of columns, see `FusedLinear`: what a vectorised sum of bf16 rows holds in registers, so that
@@ -120,7 +121,7 @@ class FusedLinear:
         return torch.stack([w.float().norm(dim=0) for w in self.weight.split(1024)]).norm(dim=0)
 
     def __call__(self, x: Tensor, keep: Tensor | None = None, compact: bool = True) -> Tensor:
-        """``x [n, C], keep [n, C] (bool, or float 0/1 in training) -> [n, out]``; one row reads what it keeps."""
+        """``x [n, C], keep [n, C] (bool; in training a float or `Gated`) -> [n, out]``; one row reads what it keeps."""
         if self.see is not None:
             self.see(x)
         return self.columns(x, 0, self.out, keep, compact)
@@ -131,7 +132,7 @@ class FusedLinear:
             self.tile()
             y = self._gather(x, self.tiles[start // self.width : stop // self.width], keep)
         else:
-            x = x if keep is None else x * keep
+            x = x if keep is None else keep.x if isinstance(keep, Gated) else x * keep
             if self.tiles is None:
                 y = F.linear(x, self.weight[start:stop])
             else:
@@ -257,7 +258,7 @@ class TokenGrain(Grain):
         if keep is None:
             return self.mlp(x)
         if not compact:
-            return self.mlp(x) * keep[:, None]
+            return self.mlp(x) * keep[:, None].to(x.dtype)
         kept = keep.nonzero().view(-1)
         if len(kept) == len(x):
             return self.mlp(x)

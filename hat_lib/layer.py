@@ -69,6 +69,8 @@ class AdaptiveLayer:
             running = h.index_copy(0, alive, running)
         elif state.alive is not None:  # the masked reference computes exited rows and drops the result
             running = torch.where((state.exit_layer.view(-1, 1) < state.n_layers), h, running)
+        if hat.dropped is not None:
+            running = torch.where(hat.dropped[self.index].repeat_interleave(shape[1])[:, None], h, running)
         return running.view(shape)
 
     def decide(self, site: str, x: Tensor, rows: Tensor | None) -> Tensor | None:
@@ -80,7 +82,12 @@ class AdaptiveLayer:
 
         ``rotate_half(x) * sin`` is written as a roll by half a head times a sine whose first half is negated.
         """
-        cos, sin = self.hat.rotation(position_embeddings)
+        state = self.hat.trace
+        if state.rotation is None:  # one for all layers
+            flat = [x.expand(state.batch, state.tokens, -1).flatten(0, 1)[:, None] for x in position_embeddings]
+            first, second = flat[1].chunk(2, -1)
+            state.rotation = flat[0], torch.cat((-first, second), -1)
+        cos, sin = state.rotation
         if rows is not None:
             cos, sin = cos[rows], sin[rows]
         x = x.view(len(x), x.shape[1] // self.head_dim, self.head_dim)

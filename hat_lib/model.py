@@ -14,25 +14,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 
 from .base import Base, load_base
-from .checkpoint import Checkpoint, check_tensors, read_checkpoint, write_checkpoint
+from .checkpoint import Checkpoint, check_tensors, is_hat_parameter, read_checkpoint, write_checkpoint
 from .config import HatConfig, HatError, check_capacity, check_exit_rate
 from .exit_gate import ExitGate
 from .grains import GRAINS, RowLinear
+from .hub import local_folder, push_to_hub
 from .layer import AdaptiveLayer
-from .router import ChannelRouter, Everything, Forced, MoERouter, Policy, Threshold
+from .router import ChannelRouter, Everything, Forced, Gated, MoERouter, Policy, Threshold
 from .state import Masks, TokenState
 from .thresholds import Calibration
-
-
-def is_hat_parameter(name: str) -> bool:
-    """The one predicate for what trains, is saved and is counted; ``name`` as in `named_parameters`."""
-    return name.startswith(("routers.", "gates."))
 
 
 class HierarchicalTransformer(nn.Module):
@@ -60,9 +57,9 @@ class HierarchicalTransformer(nn.Module):
         self.site_work = [work[s] / sum(work.values()) for s in self.grain.sites]
         self.trace: TokenState | None = None
         self.compact = True
+        self.dropped: Tensor | None = None  # bool [L, B]: layers left out for a sequence, in training
         self._states: list[TokenState] | None = None
         self._record = False
-        self._rotation: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
         self._attach()
 
         d = lm.config.hidden_size
@@ -156,7 +153,7 @@ class HierarchicalTransformer(nn.Module):
                     "(see data/results); the channel grain keeps far more at equal work",
                     stacklevel=2,
                 )
-            self.set_thresholds(self.calibration.thresholds(value))
+            self.set_thresholds(self.calibration.thresholds_at(value))
         self._capacity = value
         self._set_policy()
 
@@ -237,9 +234,13 @@ class HierarchicalTransformer(nn.Module):
         # Layer 0's FFN carries the whole model (skipping it alone destroys the output): never a whole skip.
         fixed = site == "ffn" and layer == 0
         keep = None if fixed else self._policy(layer, site, x, rows, state)
+        if isinstance(keep, Gated):
+            state.note(layer, index, keep.keep)
+            return keep
         if keep is not None and state.any_protected:
             protected = state.protected.view(-1) if rows is None else state.protected.view(-1)[rows]
-            keep = keep | (protected if keep.dim() == 1 else protected[:, None])
+            protected = protected if keep.dim() == 1 else protected[:, None]
+            keep = keep | protected if keep.dtype == torch.bool else torch.where(protected, 1.0, keep)
         state.note(layer, index, keep)
         if state.masks is not None:
             whole = x.shape[:1] if site == "ffn" else x.shape
@@ -269,25 +270,12 @@ class HierarchicalTransformer(nn.Module):
             state.leave(leaving, depth)
         return h
 
-    def rotation(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """cos and signed sin as ``[B*T, 1, h]``, prepared once per forward."""
-        cos, sin = position_embeddings
-        if self._rotation is None or self._rotation[0] is not cos:
-            b, t, half = self.trace.batch, self.trace.tokens, cos.shape[-1] // 2
-            flat = [
-                x.expand(b, t, -1).reshape(b * t, 1, -1)
-                for x in (cos, torch.cat((-sin[..., :half], sin[..., half:]), -1))
-            ]
-            self._rotation = (cos, tuple(flat))
-        return self._rotation[1]
-
     # -- around each forward -----------------------------------------------------------------------
 
     def _begin(self, module, args, kwargs):
         """Pre-hook on the model: a fresh `TokenState` from the 2-D mask and the cache's length."""
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = tokens if tokens is not None else kwargs["inputs_embeds"]
-        b, t = tokens.shape[:2]
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if torch.compiler.is_compiling():
             raise HatError("compiled generate is not supported: skipping branches on data; call generate uncompiled")
@@ -297,19 +285,13 @@ class HierarchicalTransformer(nn.Module):
             raise HatError("the base was moved or cast under the model: use hat.to(...), not hat.lm.to(...)")
         start = cache.get_seq_length() if cache is not None else 0
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 2:
-            real = mask[:, -t:].bool()
-            position = (mask.long().cumsum(1) - 1)[:, -t:]
-        else:
-            real = torch.ones(b, t, dtype=torch.bool, device=tokens.device)
-            position = torch.arange(start, start + t, device=tokens.device).expand(b, t)
-        protected = real & (position < self.config.protected_tokens)
-        self.trace = TokenState(real, position, protected, self.site_work, self.config.n_layers, start)
+        self.trace = TokenState.begin(
+            tokens, mask, start, self.config.protected_tokens, self.site_work, self.config.n_layers
+        )
         if self._record:
             self.trace.masks = Masks()
 
     def _end(self, module, args, output):
-        self._rotation = None
         if self._states is not None:
             self._states.append(self.trace)
 
@@ -320,26 +302,19 @@ class HierarchicalTransformer(nn.Module):
         """Load a checkpoint onto its base.
 
         Args:
+            folder: as `save_pretrained` wrote it; ``owner/name``, if there is no such folder, is one on the Hub.
             base: a loaded `Base`, or the name of one; by default the name that the checkpoint carries.
             dtype, device: for the base; see `load_base`.
 
         Raises `HatError` if a file, a key, a shape or the base is not the expected one.
         """
-        checkpoint = read_checkpoint(folder)
+        checkpoint = read_checkpoint(local_folder(folder))
         if not isinstance(base, Base):
             base = load_base(base or checkpoint.base, dtype=dtype, device=device)
-        if base.fingerprint != checkpoint.base_fingerprint:
-            raise HatError(
-                f"{folder} was made for {checkpoint.base} with fingerprint {checkpoint.base_fingerprint[:12]}..., "
-                f"{base.name} has {base.fingerprint[:12]}..."
-            )
+        checkpoint.check_base(base, folder)
         hat = cls(base, checkpoint.config)
         try:
-            parameters = hat.hat_parameters()
-            check_tensors(checkpoint.tensors, parameters, folder)
-            with torch.no_grad():
-                for name, tensor in checkpoint.tensors.items():
-                    parameters[name].copy_(tensor)
+            hat.load_adapter(checkpoint, folder)
             hat.calibration, hat.training_summary = checkpoint.calibration, checkpoint.training
             if checkpoint.calibration is not None:
                 hat.capacity, hat.exit_rate = checkpoint.config.capacity, checkpoint.config.exit_rate
@@ -347,6 +322,16 @@ class HierarchicalTransformer(nn.Module):
             hat.unload()
             raise
         return hat
+
+    def load_adapter(self, checkpoint: Checkpoint, where: str | Path = "the checkpoint") -> None:
+        """Copy a checkpoint's routers and gates; nothing is copied unless all of it fits (`HatError`)."""
+        parameters = self.hat_parameters()
+        check_tensors(checkpoint.tensors, parameters, where)
+        with torch.no_grad():
+            for name, tensor in checkpoint.tensors.items():
+                parameters[name].copy_(tensor)
+        for router in self.routers.values():  # what they precompute from their parameters
+            router.set_threshold(router.threshold)
 
     def save_pretrained(self, folder) -> None:
         """Write routers, gates, config and calibration; never the base. See `hat_lib.checkpoint`."""
@@ -361,6 +346,10 @@ class HierarchicalTransformer(nn.Module):
                 self.training_summary,
             ),
         )
+
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """Upload what `save_pretrained` writes; see `hat_lib.hub.push_to_hub` for the options."""
+        return push_to_hub(self, repo_id, **options)
 
     # -- counting ----------------------------------------------------------------------------------
 

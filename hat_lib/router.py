@@ -15,11 +15,12 @@ control differs from the method in nothing but its decisions.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .relax import round_down
 from .state import Masks, TokenState
 
 
@@ -74,12 +75,20 @@ class ChannelRouter(nn.Module):
         """The cut rounded down to ``dtype``: on numbers of that dtype it decides exactly as the fp32 one,
         and comparing like with like takes a third of the time."""
         if dtype not in self._cuts:
-            cut = self._cut.to(dtype)
-            self._cuts[dtype] = torch.where(cut.float() > self._cut, torch.nextafter(cut, -torch.ones_like(cut)), cut)
+            self._cuts[dtype] = round_down(self._cut, dtype)
         return self._cuts[dtype]
 
 
 Router = MoERouter | ChannelRouter
+
+
+class Gated(NamedTuple):
+    """What a policy in training may answer in place of a mask: its own product, with its own gradient."""
+
+    x: Tensor
+    """``x * keep``, ``[n, C]``"""
+    keep: Tensor
+    """bool ``[n, C]``, protected tokens included"""
 
 
 class Policy(Protocol):

@@ -60,7 +60,29 @@ class TokenState:
         self.exit_layer = torch.full(real.shape, n_layers, dtype=torch.int16, device=real.device)
         self.scores: dict[tuple[int, str], Tensor] = {}  # token grain only: router scores [B, T] by (layer, site)
         self.masks: Masks | None = None  # filled only under `HierarchicalTransformer.record`
+        self.rotation: tuple[Tensor, Tensor] | None = None  # cos and signed sin [B*T, 1, h], made by the first layer
         self._kept: dict[tuple[int, int], Tensor | None] = {}
+
+    @classmethod
+    def begin(
+        cls, tokens: Tensor, mask: Tensor | None, start: int, protected: int, site_work: Sequence[float], n_layers: int
+    ) -> TokenState:
+        """The state before the first layer.
+
+        Args:
+            tokens: ``[B, T, ...]``, what this forward reads.
+            mask: ``[B, start + T]``, 0 at padding; None where there is none, or one of another shape.
+            start: tokens in the KV cache.
+            protected: how many real tokens of a row are protected.
+        """
+        b, t = tokens.shape[:2]
+        if mask is not None and mask.dim() == 2:
+            real = mask[:, -t:].bool()
+            position = (mask.long().cumsum(1) - 1)[:, -t:]
+        else:
+            real = torch.ones(b, t, dtype=torch.bool, device=tokens.device)
+            position = torch.arange(start, start + t, device=tokens.device).expand(b, t)
+        return cls(real, position, real & (position < protected), site_work, n_layers, start)
 
     @property
     def single_row(self) -> bool:
@@ -74,6 +96,7 @@ class TokenState:
 
     def note(self, layer: int, site: int, keep: Tensor | None) -> None:
         """Record what one site ran: bool ``[n, C]`` or ``[n]`` for the running rows, None for everything."""
+        keep = keep if keep is None else keep.detach()
         if keep is not None and not self.single_row:  # one row is averaged only when somebody asks
             keep = _share(keep)
             if self.alive is not None and len(keep) == self.alive.numel():
@@ -127,13 +150,13 @@ class TokenState:
         share = torch.cat([s.site_share for s in states], dim=-1)
         for layer in range(first.n_layers):
             for site in range(len(first.site_work)):
-                out._kept[layer, site] = share[layer, site]
+                out._kept[layer, site] = share[layer, site].flatten()
         return out
 
 
 def _share(kept: Tensor) -> Tensor:
-    """Share per row, fp32 ``[n]``, of a keep mask (already a share if it is floating point)."""
+    """Share per row, fp32 ``[n]``, of a keep mask (already a share if it is one number a row)."""
     if kept.is_floating_point():
-        return kept
+        return kept if kept.dim() == 1 else kept.detach().float().mean(1)
     # Summing booleans straight into int32 is the fast way on CPU, four times a float mean.
     return kept.float() if kept.dim() == 1 else kept.sum(1, dtype=torch.int32) / kept.shape[1]

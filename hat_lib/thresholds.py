@@ -1,16 +1,12 @@
 """From a requested capacity to one threshold per layer and site.
 
-Calibration measures, per site, the distribution of scores and how sensitive the output is to gating that
-site alone. Here the numbers become thresholds:
+A `Calibration` is a table: at some capacities, realised on held-out text, which thresholds realised them. In
+between, thresholds are interpolated. They never rise with capacity, so the kept sets of two capacities are nested.
 
-1. Allocation. The damage of running site i at kept share s_i is modelled as ``k_i (1 - s_i)^p_i``. Under the
-   budget ``sum w_i s_i = c`` (w_i: share of routable work), Lagrange gives in closed form
-   ``1 - s_i = (lambda w_i / (p_i k_i))^(1/(p_i-1))``, clipped; lambda by bisection. Shares grow with c at every
-   site, so the kept sets of two capacities are nested.
-2. Thresholds. ``t_i`` is the score's ``1 - s_i`` quantile on held-out text.
-
-Because gating one layer shifts the inputs of the next, the realised share differs a little from the
-requested one; a measured budget curve corrects for it.
+How the budget is split over layers and sites is decided where the table is made (`hat_lib.calibrate`). Without
+training it is `allocate`: the damage of running site i at kept share s_i is modelled as ``k_i (1 - s_i)^p_i``; under
+the budget ``sum w_i s_i = c`` (w_i: share of routable work), Lagrange gives in closed form
+``1 - s_i = (lambda w_i / (p_i k_i))^(1/(p_i-1))``, clipped; lambda by bisection. Shares grow with c at every site.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .config import CAPACITY_MIN, HatError, check_capacity, check_exit_rate
+from .config import HatError, check_capacity, check_exit_rate
 
 
 def allocate(
@@ -45,56 +41,51 @@ def allocate(
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `hat_lib.calibrate` measured; saved in the checkpoint as JSON."""
+    """What `hat_lib.calibrate` measured; saved in the checkpoint as JSON. C capacities, L layers, S sites."""
 
     sites: list[str]
     """gated sites of a layer, S"""
-    work: list[list[float]]
-    """share of all routable work per layer and site, [L, S], sums to 1; 0 where a site always runs"""
-    sensitivity: list[list[float]]
-    """k of the damage model: KL to the base, nats per token, as that site alone is gated, [L, S]"""
-    exponent: list[list[float]]
-    """p of the damage model, [L, S]"""
-    quantiles: list[list[list[float]]]
-    """scores at evenly spaced quantiles 0..1, [L, S, P]"""
-    budget_curve: list[list[float]]
-    """realised capacity (first row) for allocated budget (second row), both increasing"""
-    floor: float = 0.05
-    """least kept share of any site"""
+    capacities: list[float]
+    """realised capacities, rising to 1.0, [C]"""
+    thresholds: list[list[list[float]]]
+    """score threshold that each site had there, never rising with capacity, [L, S, C]"""
+    shares: list[list[list[float]]]
+    """mean share that each site kept there, [L, S, C]"""
+    method: str = "damage"
+    """how the budget was split over sites: see `hat_lib.calibrate.SPLITS`"""
     exit_rates: list[float] | None = None
-    """grid of exit rates, increasing, [R]; None while the gates are untrained"""
+    """realised exit rates, rising, [R]; None while the gates are untrained"""
     exit_scores: list[list[float]] | None = None
-    """gate thresholds on that grid, [R, E]"""
+    """gate thresholds there, [R, E]"""
     text: str = ""
     """what it was measured on: corpus, split, tokens and hash"""
 
-    def budget(self, capacity: float) -> float:
-        """The budget to allocate so that the realised capacity is the requested one."""
-        realised, allocated = self.budget_curve
-        if capacity <= realised[0]:
-            return max(allocated[0] + capacity - realised[0], CAPACITY_MIN / 2)
-        return float(np.interp(capacity, [*realised, 1.0], [*allocated, 1.0]))
+    def shares_at(self, capacity: float) -> np.ndarray:
+        """Kept share per layer and site to be expected at a capacity, ``[L, S]``."""
+        return self._at(self.shares, check_capacity(capacity))
 
-    def shares(self, capacity: float) -> np.ndarray:
-        """Target kept share per layer and site, ``[L, S]``."""
-        w = np.asarray(self.work)
-        fixed = w == 0
-        shares = allocate(self.sensitivity, np.where(fixed, 1e-12, w), self.budget(capacity), self.exponent, self.floor)
-        return np.where(fixed, 1.0, shares)
+    def thresholds_at(self, capacity: float) -> dict[tuple[int, str], float]:
+        """Score thresholds by (layer, site); -inf keeps everything. Raises `HatError` outside [0.1, 1].
 
-    def thresholds(self, capacity: float) -> dict[tuple[int, str], float]:
-        """Score thresholds by (layer, site); -inf keeps everything. Raises `HatError` outside [0.1, 1]."""
+        Below the lowest capacity that was measured, that one's thresholds.
+        """
         capacity = check_capacity(capacity)
-        out = {}
-        shares = self.shares(capacity) if capacity < 1 else np.ones_like(np.asarray(self.work))
-        for layer, row in enumerate(shares):
-            for site, share, q in zip(self.sites, row, self.quantiles[layer], strict=True):
-                grid = np.linspace(0, 1, len(q))
-                out[layer, site] = float("-inf") if share >= 1 else float(np.interp(1 - share, grid, q))
-        return out
+        if capacity == 1:
+            table = np.full(np.shape(self.thresholds)[:2], -np.inf)
+        else:
+            table = self._at(self.thresholds, capacity)
+        return {(i, site): float(t) for i, row in enumerate(table) for site, t in zip(self.sites, row, strict=True)}
+
+    def _at(self, table: list, capacity: float) -> np.ndarray:
+        values = np.asarray(table)
+        after = min(int(np.searchsorted(self.capacities, capacity)), len(self.capacities) - 1)
+        before = max(after - 1, 0)
+        low, high = self.capacities[before], self.capacities[after]
+        weight = 1.0 if high == low else float(np.clip((capacity - low) / (high - low), 0, 1))
+        return values[..., before] * (1 - weight) + values[..., after] * weight
 
     def exit_thresholds(self, exit_rate: float) -> list[float]:
-        """One gate threshold per exit, interpolated on the grid; +inf at rate 0."""
+        """One gate threshold per exit, interpolated; +inf at rate 0. Beyond the highest rate measured, that one's."""
         rate = check_exit_rate(exit_rate)
         if self.exit_rates is None:
             raise HatError("this calibration has no exit thresholds: train the exit gates first")

@@ -11,8 +11,9 @@ import torch
 from transformers import DynamicCache, StaticCache, pipeline
 
 from hat_lib.base import exact_hash, load_base
+from hat_lib.checkpoint import is_hat_parameter
 from hat_lib.config import HatConfig, HatError
-from hat_lib.model import HierarchicalTransformer, is_hat_parameter
+from hat_lib.model import HierarchicalTransformer
 from hat_lib.router import Everything, Random, Static
 from hat_lib.state import Masks, TokenState
 

@@ -45,37 +45,44 @@ def test_no_other_split_is_better(budget):
 
 
 def calibration(**changes):
-    rng = np.random.default_rng(1)
     values = {
         "sites": ["a", "b"],
-        "work": [[0.25, 0.25], [0.25, 0.25]],
-        "sensitivity": rng.uniform(0.01, 0.1, (2, 2)).tolist(),
-        "exponent": [[3.0, 3.5], [3.2, 4.0]],
-        "quantiles": np.sort(rng.exponential(1, (2, 2, 9)), -1).tolist(),
-        "budget_curve": [[0.3, 0.6, 0.9], [0.32, 0.6, 0.88]],
+        "capacities": [0.2, 0.5, 1.0],
+        "thresholds": [[[4.0, 2.0, 0.0], [8.0, 3.0, 0.0]], [[1.0, 0.5, 0.0], [2.0, 2.0, -1.0]]],
+        "shares": [[[0.1, 0.4, 1.0], [0.2, 0.5, 1.0]], [[0.3, 0.6, 1.0], [0.2, 0.5, 1.0]]],
     }
     return Calibration(**values | changes)
 
 
+def test_between_two_measured_capacities_lie_their_thresholds():
+    # 0.35 is halfway from 0.2 to 0.5, and 0.9 is 0.8 of the way from 0.5 to 1.0.
+    halfway = calibration().thresholds_at(0.35)
+    assert halfway == pytest.approx({(0, "a"): 3.0, (0, "b"): 5.5, (1, "a"): 0.75, (1, "b"): 2.0})
+    assert calibration().thresholds_at(0.5)[0, "b"] == 3.0
+    assert calibration().thresholds_at(0.9)[1, "b"] == pytest.approx(-0.4)
+    assert calibration().shares_at(0.35) == pytest.approx(np.array([[0.25, 0.35], [0.45, 0.35]]))
+
+
 def test_thresholds_are_nested_in_capacity():
     c = calibration()
-    tables = [c.thresholds(x) for x in (0.2, 0.4, 0.6, 0.8, 0.95)]
+    tables = [c.thresholds_at(x) for x in np.linspace(0.1, 1.0, 37)]
     for low, high in zip(tables, tables[1:], strict=False):
         assert all(high[k] <= low[k] for k in low)
 
 
-def test_the_budget_curve_is_inverted():
-    c = calibration()
-    assert c.budget(0.3) == pytest.approx(0.32) and c.budget(0.9) == pytest.approx(0.88) and c.budget(1.0) == 1.0
-    assert c.budget(0.1) == pytest.approx(0.12)
+def test_below_the_lowest_capacity_measured_its_thresholds_hold():
+    assert calibration().thresholds_at(0.1) == calibration().thresholds_at(0.2)
 
 
-def test_everything_at_one_and_at_fixed_sites():
-    assert set(calibration().thresholds(1.0).values()) == {-np.inf}
-    fixed = calibration(work=[[0.0, 1 / 3], [1 / 3, 1 / 3]])
-    assert fixed.thresholds(0.5)[0, "a"] == -np.inf and fixed.thresholds(0.5)[1, "a"] > 0
+def test_equal_capacities_are_no_division_by_zero():
+    c = calibration(capacities=[0.5, 0.5, 1.0])
+    assert all(np.isfinite(list(c.thresholds_at(x).values())).all() for x in (0.1, 0.5, 0.7))
+
+
+def test_everything_at_one():
+    assert set(calibration().thresholds_at(1.0).values()) == {-np.inf}
     with pytest.raises(HatError, match="capacity"):
-        fixed.thresholds(0.05)
+        calibration().thresholds_at(0.05)
 
 
 def test_exit_thresholds():
