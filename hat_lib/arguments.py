@@ -112,6 +112,65 @@ Steps = Annotated[int, option("Decode steps of one turn, at least 1.")]
 Out = Annotated[Path, option("CSV file to write; an older one is replaced.")]
 
 
+# hat train
+Phase = Annotated[
+    str, option("routers, exit (gates alone; needs --checkpoint with trained routers), or full: one after the other.")
+]
+RunFolder = Annotated[Path | None, option("Folder of a new run: checkpoint, log.csv and run.json.", "--save")]
+Resume = Annotated[
+    Path | None,
+    option("Folder of a run that was stopped: go on where it stopped, as it was asked for.", "--resume", metavar="DIR"),
+]
+TrainedBase = Annotated[str, option(f"The frozen Llama: {BASE_HELP}.")]
+TrainingText = Annotated[
+    str,
+    option(
+        "Sources joined by +: self (text that the base writes itself) and train splits of addresses, a .txt, .jsonl or "
+        ".parquet file or a Hub dataset. [default: addresses+self; quick: addresses]"
+    ),
+]
+TrainedGrain = Annotated[
+    str,
+    option(
+        "What a router decides about, per token: channel (an input channel of a linear layer) or token (the whole "
+        "FFN; the published method, with its hyperparameters)."
+    ),
+]
+Profile = Annotated[str, option("quick (a minute or two on two cores) or full.")]
+MaxMinutes = Annotated[
+    float | None, option("Stop after this many minutes, saved; --resume goes on. [default: no limit]", metavar="M")
+]
+Start = Annotated[
+    Path | None,
+    option(
+        "Checkpoint to start from, instead of nothing: its calibration (channel grain), or its routers (phase exit).",
+        "--checkpoint",
+    ),
+]
+TrainDtype = Annotated[str, option(f"Of the frozen base: {DTYPES_HELP}. What is trained is fp32 in any case.")]
+Settings = Annotated[
+    list[str] | None,
+    option("Change one hyperparameter; may be repeated: --set router_lr=1e-3 --set tokens=50000.", "--set",
+           metavar="NAME=VALUE"),
+]  # fmt: skip
+
+
+def recipe_changes(settings: list[str] | None) -> dict:
+    """``["router_lr=1e-3"]`` as ``{"router_lr": 0.001}``; the recipe checks names and ranges."""
+    out = {}
+    for setting in settings or []:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise HatError(f"--set takes NAME=VALUE, got {setting!r}")
+        for kind in (int, float, str):
+            try:
+                out[name] = kind(value)
+                break
+            except ValueError:
+                continue
+    return out
+
+
 def capacities(text: str) -> list[float]:
     """``"1.0,0.75"`` as capacities; the empty string is none."""
     return [check_capacity(part.strip()) for part in text.split(",") if part.strip()]
