@@ -100,8 +100,8 @@ class Recipe:
     def default(cls, profile: str = "full", **changes) -> Recipe:
         """For the channel grain: no noise, no regularisers, a larger step for its log-scales."""
         recipe = cls(
-            router_lr=5e-3, capacity=0.62, spread=0.25, anneal=0.1, temperature=0.5, noise=0.0, z_weight=0.0,
-            entropy_weight=0.0, layer_dropout=0.0,
+            tokens=131_072, batch_size=2, router_epochs=4, router_lr=5e-3, capacity=0.62, spread=0.25, anneal=0.1,
+            temperature=0.5, noise=0.0, z_weight=0.0, entropy_weight=0.0, layer_dropout=0.0,
         )  # fmt: skip
         return cls._profiled(recipe, profile, changes)
 
