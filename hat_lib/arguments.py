@@ -19,8 +19,9 @@ from .config import DATA, HatConfig, HatError, check_capacity, check_exit_rate
 if TYPE_CHECKING:
     from .model import HierarchicalTransformer
 
-CALIBRATED = DATA / "checkpoints" / "calibrated"
-"""the reference checkpoint of the bundled base, which comes with the repository"""
+CHECKPOINTS = DATA / "checkpoints"
+CALIBRATED = CHECKPOINTS / "calibrated"
+"""a reference checkpoint of the bundled base, which comes with the repository"""
 
 BASE_HELP = "bundled, a Hub id (owner/name), a folder with safetensors, a .gguf file, or random:tiny"
 TEXT_HELP = "addresses, docstrings, a .txt, .jsonl or .parquet file, or a Hub dataset (owner/name[:config])"
@@ -111,6 +112,17 @@ Rounds = Annotated[int, option("Rounds in which every variant takes one turn, at
 Steps = Annotated[int, option("Decode steps of one turn, at least 1.")]
 Out = Annotated[Path, option("CSV file to write; an older one is replaced.")]
 
+
+# hat quality
+ChannelTrained = Annotated[Path, option("Trained checkpoint of the channel grain.")]
+TokenTrained = Annotated[Path, option("Trained checkpoint of the token grain.")]
+ChannelUntrained = Annotated[Path, option("Calibrated, untrained checkpoint of the channel grain, as a control.")]
+TokenUntrained = Annotated[Path, option("Calibrated, untrained checkpoint of the token grain, as a control.")]
+QualityOut = Annotated[Path, option("CSV file; rows that it holds are kept, and only missing ones are measured.")]
+Grains = Annotated[str, option("Which grains to measure, comma-separated: channel, token.", metavar="GRAINS")]
+
+# hat ablations
+TrainSteps = Annotated[int, option("Training steps of each run, at least 1.")]
 
 # hat train
 Phase = Annotated[

@@ -9,78 +9,33 @@ layer 0's FFN (token grain) run as ever. `CONTROLS` has them under one signature
     cosine    a layer is skipped where it is predicted to turn the residual stream little (`cosine_rule`)
     removal   the same whole layers for every token (`layer_removal`)
 
-and `untrained` is the method itself before training. Each control is a family with one dial, which `matched` turns
-until the realised capacity on held-out text is the requested one. On other text it may differ, for `cosine_rule`
-above all: report what was realised there. Exits are off while a control is built.
+and `as_in` is the method of another checkpoint, say an untrained one; `RandomExits` is the gates' control. Each is a
+family with one dial, which `matched` turns until the realised capacity on a text is the requested one. On another
+text it may differ, for `cosine_rule` above all: report what was realised there. Exits are off while one is built.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checkpoint import check_tensors, read_checkpoint
-from .config import CAPACITY_MIN, HatError, check_capacity
+from .config import CAPACITY_MIN, HatError
+from .cosine_rule import cosine_rule
 from .evaluate import agreement
+from .matching import Blocks, Family, for_site, matched, realised_capacity, text_tensors
 from .model import HierarchicalTransformer
-from .router import Everything, Policy, Random, Static, Threshold
+from .router import Policy, Random, Static, Threshold
 from .state import TokenState
 
-Blocks = Iterable[Sequence[int] | Mapping]
-"""Held-out text: token-id lists, or rows of `load_text`. All of it is run a few times: 2,000 tokens are enough."""
-Family = Callable[[float], Policy]
-"""A control for each setting of its dial in [0, 1]; it keeps more as the dial rises, and everything at 1."""
-
-# `matched` stops here; a control further off than `TOLERANCE` is no control.
-CLOSE, TOLERANCE, STEPS = 0.002, 0.01, 24
-MIN_TOKENS = 256
 # Tokens that price the removal of each layer, in blocks taken at even distances.
 DAMAGE_TOKENS = 1024
-
-
-def matched(hat: HierarchicalTransformer, family: Family, blocks: Blocks, capacity: float) -> Policy:
-    """The member of ``family`` that realises ``capacity`` on ``blocks``, within 0.01 and mostly within 0.002.
-
-    Protected tokens are part of it, so texts cut into much shorter blocks realise more. Raises `HatError` for a
-    capacity outside [0.1, 1] or out of the family's reach, and for a text of less than 256 tokens.
-    """
-    capacity, texts = check_capacity(capacity), _tensors(hat, blocks)
-    if capacity == 1.0:
-        return Everything()
-    low, high = (0.0, 0.0), (1.0, 1.0)  # (dial, realised) at both ends of the bracket
-    best = (np.inf, np.nan, None)
-    for _ in range(STEPS):
-        # Where a straight line between the ends would cross, held off them so that the bracket always shrinks.
-        step = float(np.clip((capacity - low[1]) / max(high[1] - low[1], 1e-9), 0.1, 0.9))
-        dial = low[0] + step * (high[0] - low[0])
-        policy = family(dial)
-        realised = realised_capacity(hat, policy, texts)
-        best = min(best, (abs(realised - capacity), realised, policy), key=lambda found: found[0])
-        if best[0] <= CLOSE:
-            break
-        low, high = (low, (dial, realised)) if realised > capacity else ((dial, realised), high)
-    if best[0] > TOLERANCE:
-        raise HatError(f"this control cannot realise capacity {capacity} on this text: its nearest is {best[1]:.3f}")
-    return best[2]
-
-
-@torch.no_grad()
-def realised_capacity(hat: HierarchicalTransformer, policy: Policy, texts: Sequence[Tensor]) -> float:
-    """Executed / routable work under ``policy`` without exits, over all tokens of ``texts`` (``[1, T]`` each)."""
-    kept = 0.0
-    with hat.dense(), hat.using(policy):
-        for ids in texts:
-            hat.lm.model(ids, use_cache=False)
-            kept += hat.trace.capacity * ids.shape[1]
-    return kept / sum(ids.shape[1] for ids in texts)
 
 
 # -- random and static ---------------------------------------------------------------------------------
@@ -104,7 +59,7 @@ def static_choice(hat: HierarchicalTransformer, blocks: Blocks, capacity: float,
         return layer_removal(hat, blocks, capacity, seed)
     if hat.calibration is None:
         raise HatError("the static choice takes its shares from a calibration: run `hat calibrate` first")
-    texts, energy = _tensors(hat, blocks), {}
+    texts, energy = text_tensors(hat, blocks), {}
 
     def watch(layer, site, x, rows, state):
         squares = hat.routers[f"{layer}_{site}"].score(x[~state.protected.view(-1)]).double().square().sum(0)
@@ -137,7 +92,7 @@ class Layers:
         if layer not in self.draw:
             return None
         keep = self.draw[layer](layer, "ffn", x, rows, state)  # one draw a token, the same at every site
-        return _for_site(keep, site, x)
+        return for_site(keep, site, x)
 
 
 def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, seed: int = 0) -> Policy:
@@ -148,7 +103,7 @@ def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, capacity: float,
     tokens, such that the work is the requested one. At the channel grain a token that skips a layer
     leaves K and V of zero there.
     """
-    texts = _tensors(hat, blocks)
+    texts = text_tensors(hat, blocks)
     order = sorted((cost, layer) for layer, cost in layer_damage(hat, texts).items())
 
     def family(dial: float) -> Policy:
@@ -167,7 +122,7 @@ def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, floa
     Two passes a layer over about `DAMAGE_TOKENS` tokens of ``blocks``. No router has a part in it, so the numbers
     are kept for as long as ``hat`` is, and serve every capacity.
     """
-    texts = _tensors(hat, blocks)
+    texts = text_tensors(hat, blocks)
     rows = [{"input_ids": t[0].tolist(), "n_context": 0} for t in texts]
     rows = rows[:: max(1, sum(t.shape[1] for t in texts) // DAMAGE_TOKENS)]
     known, key = _DAMAGE.setdefault(hat, {}), (hat.base.dtype, str(rows))
@@ -181,145 +136,62 @@ def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, floa
     return dict(known[key])
 
 
-# -- cosine similarity ---------------------------------------------------------------------------------
+# -- another checkpoint, other exits ------------------------------------------------------------------------
 
 
-class StreamCosine:
-    """How little the residual stream of each token has turned since one layer before: cosine, fp32 ``[n]``.
+def as_in(hat: HierarchicalTransformer, checkpoint: str | Path) -> Family:
+    """The method as another checkpoint has it: its routers and its calibration; the untrained one above all.
 
-    What a router reads is an RMSNorm's output: the stream times one positive number per token, which a cosine does
-    not see, times the norm's weights, which are divided out here. So it is the cosine of the stream itself,
-    between the places where it enters two layers (channel grain) or their FFNs (token grain). It is remembered
-    within one forward, by row, and never between forwards.
+    The dial is the requested capacity, from 0.1 on. ``hat`` stays as it is: each policy carries routers of its own.
+    Raises `HatError` if the checkpoint cannot be read, has no calibration, or was made for another base or grain.
     """
+    other = read_checkpoint(checkpoint)
+    other.check_base(hat.base, checkpoint)
+    if other.config.granularity != hat.config.granularity:
+        raise HatError(f"{checkpoint} has the {other.config.granularity} grain, expected {hat.config.granularity}")
+    if other.calibration is None:
+        raise HatError(f"{checkpoint} has no calibration: make one with `hat calibrate`")
+    tensors = {k.removeprefix("routers."): v for k, v in other.tensors.items() if k.startswith("routers.")}
+    check_tensors(tensors, dict(hat.routers.named_parameters()), checkpoint)
 
-    def __init__(self, hat: HierarchicalTransformer):
-        name = "post_attention_layernorm" if hat.config.granularity == "token" else "input_layernorm"
-        weights = [getattr(layer, name).weight.detach().float() for layer in hat.lm.model.layers]
-        self.inverse = [torch.where(w == 0, 0.0, 1 / w) for w in weights]
-        self._state: TokenState | None = None
-        self._before: Tensor | None = None
-
-    def __call__(self, layer: int, x: Tensor, rows: Tensor | None, state: TokenState) -> Tensor | None:
-        """None in the first layer of a forward that is asked; rows that have left are never asked again."""
-        point = x.detach().float() * self.inverse[layer]
-        if rows is not None:
-            point = point.new_zeros(state.batch * state.tokens, point.shape[1]).index_copy(0, rows, point)
-        before = self._before if state is self._state else None
-        self._state, self._before = state, point
-        if before is None:
-            return None
-        cosine = F.cosine_similarity(point, before, dim=-1)
-        return cosine if rows is None else cosine[rows]
-
-
-class Cosine:
-    """Skip layer l for a token whose predicted cosine across it exceeds ``threshold``; see `cosine_rule`.
-
-    Args:
-        mean, std, r: of the cosine across each layer, on held-out text, ``[L]`` each; ``r`` is its correlation with
-            the cosine across the layer before. ``mean`` is -inf for a layer that always runs.
-    """
-
-    def __init__(self, hat: HierarchicalTransformer, mean, std, r, threshold: float):
-        self.cosine, self.site = StreamCosine(hat), hat.grain.sites[0]
-        self.mean, self.std, self.r, self.threshold = mean.tolist(), std.tolist(), r.tolist(), threshold
-
-    def __call__(self, layer, site, x, rows, state):
-        if site == self.site:  # the layer's other sites follow
-            self._decide(layer, x, rows, state)
-        return _for_site(self._keep if rows is None else self._keep[rows], site, x)
-
-    def _decide(self, layer: int, x: Tensor, rows: Tensor | None, state: TokenState) -> None:
-        """Decision and expected deviation of each row, in new tensors: the trace keeps those it was given."""
-        cosine, n = self.cosine(layer, x, rows, state), state.batch * state.tokens
-        if cosine is None:
-            self._keep = torch.ones(n, dtype=torch.bool, device=x.device)
-            self._deviation = torch.zeros(n, device=x.device)
-            return
-        at = torch.arange(n, device=x.device) if rows is None else rows
-        seen = (cosine - self.mean[layer - 1]) / self.std[layer - 1]
-        # A layer that did not run turns nothing, which is no news: the deviation expected of it stands.
-        expected = self.r[layer] * torch.where(self._keep[at], seen, self._deviation[at])
-        keep = self.mean[layer] + self.std[layer] * expected <= self.threshold
-        self._deviation = self._deviation.index_copy(0, at, expected)
-        self._keep = self._keep.index_copy(0, at, keep)
-
-
-def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, seed: int = 0) -> Policy:
-    """A layer is skipped for a token if it is predicted to turn that token's residual stream little.
-
-    ShortGPT (Men et al. 2024, arXiv:2403.03853) removes the layers of least Block Influence, 1 - mean cos(stream
-    before, stream after); FFN-SkipLLM (Jaiswal et al. 2024, arXiv:2404.03865) skips a token's next FFNs once its
-    cosine is high. Here both speak: the cosine across layer l is predicted by a line fitted on held-out text, from
-    the cosine across layer l - 1; where that did not run, from the one predicted for it. One threshold
-    for all layers, so layers find their own shares. All is known when layer l decides, from this token alone.
-    (The last cosine alone, against a threshold, never lets a token run again: a skipped layer's cosine is 1.)
-
-    Always run: the first layer that is asked (0; at the token grain 1, as nobody asks layer 0), and the last,
-    whose cosine no later layer sees. Channel grain: the decision holds for all four sites, and a token that skips a
-    layer leaves K and V of zero there. Token grain: a cosine spans the FFN and the next layer's attention.
-    ``seed`` is unused.
-    """
-    texts, cosine, n_layers = _tensors(hat, blocks), StreamCosine(hat), hat.config.n_layers
-    across: dict[int, list[Tensor]] = {}
-
-    def watch(layer, site, x, rows, state):
-        if site == hat.grain.sites[0] and (seen := cosine(layer, x, rows, state)) is not None:
-            across.setdefault(layer - 1, []).append(seen[~state.protected.view(-1)])
-
-    realised_capacity(hat, watch, texts)
-    if len(across) < 2:
-        raise HatError(f"the cosine rule has nothing to predict in a base of {n_layers} layers")
-    mean, std, r = np.full(n_layers, -np.inf), np.zeros(n_layers), np.zeros(n_layers)
-    deviation, predicted = {}, []
-    for layer, cosines in sorted(across.items()):
-        seen = torch.cat(cosines).double().cpu().numpy()
-        mean[layer], std[layer] = seen.mean(), max(seen.std(), 1e-9)
-        deviation[layer] = (seen - mean[layer]) / std[layer]
-        if layer - 1 in deviation:
-            r[layer] = np.mean(deviation[layer] * deviation[layer - 1])
-            predicted.append(mean[layer] + std[layer] * r[layer] * deviation[layer - 1])
-
+    @torch.no_grad()
     def family(dial: float) -> Policy:
-        return Cosine(hat, mean, std, r, float(np.quantile(predicted, dial)))
-
-    return matched(hat, family, texts, capacity)
-
-
-# -- the method before training ------------------------------------------------------------------------
-
-
-def untrained(hat: HierarchicalTransformer, checkpoint: str | Path, capacity: float) -> Policy:
-    """The method before training: routers and thresholds of ``checkpoint``, which was calibrated and not trained.
-
-    ``hat`` stays as it is: the policy carries routers of its own. Channel grain: all scales are 1, so a score is
-    |x_i| ||W_i|| alone. Token grain: routers of zeros rank nothing, so the start is calibration's ridge fit of
-    log ||FFN(x)||. Raises `HatError` if the checkpoint cannot be read, has been trained, has no calibration, or was
-    made for another base or grain.
-    """
-    start = read_checkpoint(checkpoint)
-    if start.base_fingerprint != hat.base.fingerprint:
-        raise HatError(
-            f"{checkpoint} was made for {start.base} with fingerprint {start.base_fingerprint[:12]}..., "
-            f"{hat.base.name} has {hat.base.fingerprint[:12]}..."
-        )
-    if start.config.granularity != hat.config.granularity:
-        raise HatError(f"{checkpoint} has the {start.config.granularity} grain, expected {hat.config.granularity}")
-    if start.calibration is None or start.training is not None:
-        raise HatError(f"{checkpoint} must be calibrated and untrained, as `hat calibrate` writes it")
-    routers = copy.deepcopy(hat.routers)
-    tensors = {k: v for k, v in start.tensors.items() if k.startswith("routers.")}
-    expected = {f"routers.{k}": v for k, v in routers.named_parameters()}
-    check_tensors(tensors, expected, checkpoint)
-    chosen = {}
-    with torch.no_grad():
-        for name, parameter in expected.items():
+        routers = copy.deepcopy(hat.routers)
+        for name, parameter in routers.named_parameters():
             parameter.copy_(tensors[name])
-        for (layer, site), threshold in start.calibration.thresholds_at(capacity).items():
+        chosen = {}
+        for (layer, site), threshold in other.calibration.thresholds_at(max(dial, CAPACITY_MIN)).items():
             chosen[layer, site] = routers[f"{layer}_{site}"]
             chosen[layer, site].set_threshold(threshold)
-    return Threshold(chosen)
+        return Threshold(chosen)
+
+    return family
+
+
+class RandomExits:
+    """Control for the gates: at depth e, each token that may leave does so with probability ``rates[e]``.
+
+    To be put beside ``hat.gates`` at the shares of them that left there: same depths, same translators, same rates,
+    other tokens.
+    """
+
+    def __init__(self, rates: Mapping[int, float], seed: int = 0):
+        self.draws = {depth: Random(rate, seed + 1) for depth, rate in rates.items()}
+
+    def exits(self, depth: int, rows: Tensor, state: TokenState) -> Tensor:
+        """bool ``[n]``: who of ``rows`` leaves after ``depth`` layers."""
+        like = torch.empty(len(rows), 0, device=rows.device)
+        return self.draws[depth](depth, "ffn", like, rows, state)
+
+
+def exit_shares(states: Iterable[TokenState], depths: Iterable[int]) -> dict[int, float]:
+    """Of the tokens that could leave at each depth, the share that did: the ``rates`` of `RandomExits`."""
+    shares, layers = {}, [s.exit_layer[s.real & ~s.protected] for s in states]
+    left = torch.cat(layers)
+    for depth in depths:
+        there = left >= depth
+        shares[depth] = float((left == depth).sum() / there.sum().clamp(min=1))
+    return shares
 
 
 CONTROLS: dict[str, Callable[[HierarchicalTransformer, Blocks, float, int], Policy]] = {
@@ -328,18 +200,3 @@ CONTROLS: dict[str, Callable[[HierarchicalTransformer, Blocks, float, int], Poli
     "cosine": cosine_rule,
     "removal": layer_removal,
 }
-
-
-def _for_site(keep: Tensor, site: str, x: Tensor) -> Tensor:
-    """A decision per row, ``[n]``, in the shape that the site takes."""
-    return keep if site == "ffn" else keep[:, None].expand_as(x)
-
-
-def _tensors(hat: HierarchicalTransformer, blocks: Blocks) -> list[Tensor]:
-    """The blocks as int64 ``[1, T]`` on the model's device."""
-    rows = [b["input_ids"] if isinstance(b, Mapping) else b for b in blocks]
-    texts = [torch.as_tensor(b, device=hat.base.device).view(1, -1) for b in rows if len(b)]
-    found = sum(t.shape[1] for t in texts)
-    if found < MIN_TOKENS:
-        raise HatError(f"a control is matched on at least {MIN_TOKENS} tokens of text, got {found}")
-    return texts

@@ -34,6 +34,17 @@ SLICE = 128
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """How close an adaptive model stays to its own dense pass, over the scored tokens."""
+
+    top1: float
+    """share of tokens for which both hold the same next token most likely"""
+    kl: float
+    """KL(base || adaptive), nats per token"""
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Score:
     """How well a model predicts a text, and what it spent: realised, over all real tokens that it ran."""
 
@@ -44,6 +55,8 @@ class Score:
     capacity: float = 1.0
     exit_rate: float = 0.0
     model_share: float = 1.0
+    agreement: Agreement | None = None
+    """with the base, where `score` was given the base's states"""
 
     @property
     def perplexity(self) -> float:
@@ -65,23 +78,13 @@ class Comparison:
     n_blocks: int
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How close an adaptive model stays to its own dense pass, over the scored tokens."""
-
-    top1: float
-    """share of tokens for which both hold the same next token most likely"""
-    kl: float
-    """KL(base || adaptive), nats per token"""
-    tokens: int
-
-
 @torch.no_grad()
 def score(
     model: HierarchicalTransformer | LlamaForCausalLM,
     dataset: Sequence[Mapping],
     *,
     batch_size: int = 1,
+    against: Sequence[Tensor] | None = None,
     progress: bool = True,
 ) -> Score:
     """Negative log-likelihood of each block; the same for any batch size, within rounding.
@@ -91,24 +94,37 @@ def score(
             plain Llama.
         dataset: rows of `load_text`: ``input_ids`` and ``n_context``.
         batch_size: blocks per forward, right-padded.
+        against: what `states` gave for the same dataset and batch size, to agree with.
 
     Raises `HatError` for a text without a scored token, a bad batch size, and ``hat.lm`` in place of ``hat``.
     """
     lm, hat = _unwrap(model)
     nll, tokens = np.zeros(len(dataset)), np.zeros(len(dataset), dtype=np.int64)
     spent = np.zeros(3, dtype=np.float64), np.zeros(3, dtype=np.float64)  # sums: executed, possible
-    for batch in _batches(dataset, batch_size, lm.device, progress, "perplexity"):
-        hidden = batch.run(lm)
-        for rows, targets, states in batch.slices(hidden):
-            losses = F.cross_entropy(lm.lm_head(states).float(), targets, reduction="none")
+    agreed = _Sum()
+    for number, batch in enumerate(_batches(dataset, batch_size, lm.device, progress, "perplexity")):
+        theirs = () if against is None else (against[number],)
+        for rows, targets, ours, *other in batch.slices(batch.run(lm), *theirs):
+            logits = lm.lm_head(ours).float()
+            losses = F.cross_entropy(logits, targets, reduction="none")
             np.add.at(nll, batch.blocks[rows], losses.double().cpu().numpy())
             np.add.at(tokens, batch.blocks[rows], 1)
+            if other:
+                agreed.add(lm.lm_head(other[0]).float(), logits)
         if hat is not None:
             for total, added in zip(spent, _spent(hat), strict=True):
                 total += added
+    found = None if against is None else agreed.mean()
     if hat is None:
-        return Score(nll, tokens)
-    return Score(nll, tokens, *(float(x) for x in spent[0] / spent[1]))
+        return Score(nll, tokens, agreement=found)
+    return Score(nll, tokens, *(float(x) for x in spent[0] / spent[1]), found)
+
+
+@torch.no_grad()
+def states(model, dataset: Sequence[Mapping], *, batch_size: int = 1, progress: bool = True) -> list[Tensor]:
+    """Final hidden states of each batch, ``[B, T, D]``, for `score` to compare with; arguments as there."""
+    lm, _ = _unwrap(model)
+    return [batch.run(lm) for batch in _batches(dataset, batch_size, lm.device, progress, "base")]
 
 
 def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 0) -> Comparison:
@@ -150,16 +166,29 @@ def agreement(
     lm, hat = _unwrap(hat)
     if hat is None:
         raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to agree with")
-    same, divergence, tokens = 0, 0.0, 0
+    agreed = _Sum()
     for batch in _batches(dataset, batch_size, lm.device, progress, "agreement"):
         with hat.dense():
             dense = batch.run(lm)
-        for rows, _, states, base_states in batch.slices(batch.run(lm), dense):
-            p, q = (F.log_softmax(lm.lm_head(s).float(), dim=-1) for s in (base_states, states))
-            same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            divergence += float((p.exp() * (p - q)).sum(-1).double().sum())
-            tokens += len(rows)
-    return Agreement(same / tokens, divergence / tokens, tokens)
+        for _, _, base, ours in batch.slices(dense, batch.run(lm)):
+            agreed.add(lm.lm_head(base).float(), lm.lm_head(ours).float())
+    return agreed.mean()
+
+
+class _Sum:
+    """Agreement summed up over slices of logits ``[n, V]`` fp32."""
+
+    def __init__(self):
+        self.same, self.divergence, self.tokens = 0, 0.0, 0
+
+    def add(self, base: Tensor, ours: Tensor) -> None:
+        p, q = F.log_softmax(base, dim=-1), F.log_softmax(ours, dim=-1)
+        self.same += int((base.argmax(-1) == ours.argmax(-1)).sum())
+        self.divergence += float((p.exp() * (p - q)).sum(-1).double().sum())
+        self.tokens += len(base)
+
+    def mean(self) -> Agreement:
+        return Agreement(self.same / self.tokens, self.divergence / self.tokens, self.tokens)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Recipe:
 
     text: str = "addresses+self"
     """sources of `hat_lib.training_text`, joined by +"""
-    tokens: int = 300_000
+    tokens: int = 131_072
     """tokens of one epoch, shared evenly by the sources"""
     block_size: int = 512
     batch_size: int = 4
@@ -65,8 +65,10 @@ class Recipe:
     save_steps: int = 50
 
     def __post_init__(self):
-        check_capacity(self.capacity)
-        check_exit_rate(self.exit_rate)
+        if not isinstance(self.text, str):
+            raise HatError(f"text must be sources joined by +, got {self.text!r}")
+        object.__setattr__(self, "capacity", check_capacity(self.capacity))
+        object.__setattr__(self, "exit_rate", check_exit_rate(self.exit_rate))
         for name, low in {
             "tokens": 2, "block_size": 2, "batch_size": 1, "accumulate": 1, "exit_tokens": 1, "log_steps": 1,
             "save_steps": 1, "seed": 0,
@@ -74,12 +76,16 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise HatError(f"{name} must be a whole number of at least {low}, got {value!r}")
-        for name in ("temperature", "gate_forward_temperature", "gate_backward_temperature", "max_grad_norm"):
+        if self.seed >= 2**32:  # what numpy takes
+            raise HatError(f"seed must be below 2**32, got {self.seed}")
+        for name in (
+            "router_epochs", "exit_epochs", "temperature", "gate_forward_temperature", "gate_backward_temperature",
+            "max_grad_norm",
+        ):  # fmt: skip
             if not 0 < self._number(name) < math.inf:
                 raise HatError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
         for name in (
-            "router_epochs", "router_lr", "exit_epochs", "exit_lr", "noise", "budget_weight", "z_weight",
-            "entropy_weight", "spread",
+            "router_lr", "exit_lr", "noise", "budget_weight", "z_weight", "entropy_weight", "spread",
         ):  # fmt: skip
             if not 0 <= self._number(name) < math.inf:
                 raise HatError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
@@ -100,7 +106,7 @@ class Recipe:
     def default(cls, profile: str = "full", **changes) -> Recipe:
         """For the channel grain: no noise, no regularisers, a larger step for its log-scales."""
         recipe = cls(
-            tokens=131_072, batch_size=2, router_epochs=4, router_lr=5e-3, capacity=0.62, spread=0.25, anneal=0.1,
+            batch_size=2, router_epochs=4, router_lr=5e-3, capacity=0.62, spread=0.25, anneal=0.1,
             temperature=0.5, noise=0.0, z_weight=0.0, entropy_weight=0.0, layer_dropout=0.0,
         )  # fmt: skip
         return cls._profiled(recipe, profile, changes)

@@ -16,18 +16,17 @@ from hat_lib.checkpoint import Checkpoint, write_checkpoint
 from hat_lib.config import HatConfig, HatError
 from hat_lib.controls import (
     CONTROLS,
-    Cosine,
     Layers,
-    StreamCosine,
-    cosine_rule,
+    RandomExits,
+    as_in,
+    exit_shares,
     layer_damage,
     layer_removal,
-    matched,
     random_mask,
-    realised_capacity,
     static_choice,
-    untrained,
 )
+from hat_lib.cosine_rule import Cosine, StreamCosine, cosine_rule
+from hat_lib.matching import matched, realised_capacity
 from hat_lib.model import HierarchicalTransformer
 from hat_lib.router import Everything, Random
 from hat_lib.state import Masks, TokenState
@@ -394,7 +393,7 @@ class TestCosine:
         assert (shares[1] < shares[2]) == (mean[1] > mean[2])
 
 
-class TestUntrained:
+class TestAsIn:
     def save(self, hat, folder, training=None):
         parameters = {k: v.clone() for k, v in hat.hat_parameters().items()}
         parts = hat.config, hat.base.name, hat.base.fingerprint, parameters, hat.calibration, training
@@ -410,16 +409,33 @@ class TestUntrained:
         for parameter in trained.hat_parameters().values():
             parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
         before = {k: v.clone() for k, v in trained.hat_parameters().items()}
-        equal(masks(trained, untrained(trained, folder, 0.7), IDS), start)
+        equal(masks(trained, as_in(trained, folder)(0.7), IDS), start)
         assert all(torch.equal(v, before[k]) for k, v in trained.hat_parameters().items())
 
     def test_refusals(self, calibrated, channels, tokens, tmp_path):
         with pytest.raises(HatError, match="token grain, expected channel"):
-            untrained(channels, self.save(tokens, tmp_path / "token"), 0.7)
-        with pytest.raises(HatError, match="calibrated and untrained"):
-            untrained(channels, self.save(channels, tmp_path / "trained", training={"steps": 1}), 0.7)
-        with pytest.raises(HatError, match="calibrated and untrained"):
-            untrained(channels, self.save(new("channel"), tmp_path / "bare"), 0.7)
+            as_in(channels, self.save(tokens, tmp_path / "token"))
+        with pytest.raises(HatError, match="no calibration: make one with `hat calibrate`"):
+            as_in(channels, self.save(new("channel"), tmp_path / "bare"))
         base = dataclasses.replace(channels.base, fingerprint="0" * 64)
         with pytest.raises(HatError, match="has 000000000000"):
-            untrained(SimpleNamespace(base=base), self.save(channels, tmp_path / "other"), 0.7)
+            as_in(SimpleNamespace(base=base), self.save(channels, tmp_path / "other"))
+
+
+class TestRandomExits:
+    RATES = {1: 0.25, 2: 0.5, 3: 0.1}
+
+    def run(self, hat, ids):
+        with hat._swapped(_exit_policy=RandomExits(self.RATES)):
+            hat.lm(ids, use_cache=False)
+        return hat.trace
+
+    def test_leaves_at_the_asked_rates_and_the_rates_can_be_read_off(self, channels):
+        state = self.run(channels, torch.randint(5, 250, (8, 512), generator=torch.Generator().manual_seed(2)))
+        found = exit_shares([state], EXITS)
+        assert found == pytest.approx(self.RATES, abs=0.04)
+        assert not (state.exit_layer < len(channels.layers))[state.protected].any()
+
+    def test_a_row_draws_alone_as_in_a_batch(self, channels):
+        batch = self.run(channels, IDS).exit_layer
+        assert torch.equal(self.run(channels, IDS[:1]).exit_layer, batch[:1])

@@ -1,0 +1,217 @@
+"""What the trained checkpoints keep, beside every control, at equal work: ``data/results/quality.csv``.
+
+One row for each grain, text, capacity and variant: perplexity over the base's with its paired interval, agreement
+with the base, and the margin to the trained model on the same tokens. A control is turned until it executes what the
+trained model executed on that very text; only its work is looked at for that, never its predictions.
+
+Rows are written one by one, in the order of `plan`; a run that was stopped goes on with the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .checkpoint import ADAPTER_FILE, read_checkpoint
+from .config import HatError
+from .controls import CONTROLS, RandomExits, as_in, exit_shares
+from .evaluate import Score, compare, score, states
+from .matching import matched
+from .model import HierarchicalTransformer
+from .rows import RowWriter, read_rows
+from .text import load_text, text_hash
+
+TEXTS = ("addresses", "docstrings")
+# A control is turned on this many tokens of the text, in blocks at even distances.
+MATCH_TOKENS = 2048
+
+
+class Grain(NamedTuple):
+    """The checkpoints of one grain: trained, and calibrated without training."""
+
+    trained: Path
+    untrained: Path
+
+
+class Point(NamedTuple):
+    """What tells rows apart."""
+
+    granularity: str
+    text: str
+    max_tokens: int
+    capacity: float
+    """requested"""
+    exit_rate: float
+    """requested"""
+    variant: str
+    """trained, untrained, a name of `controls.CONTROLS`, or random_exits"""
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """Perplexities are those of a 4-bit file, dequantised, when ``base`` is "bundled"."""
+
+    granularity: str
+    text: str
+    max_tokens: int
+    capacity: float
+    exit_rate: float
+    variant: str
+    realised: float
+    realised_exit: float
+    model_share: float
+    base_ppl: float
+    ppl: float
+    increase: float
+    increase_low: float
+    increase_high: float
+    """95 % paired interval"""
+    top1: float
+    """share of tokens with the base's most likely next token"""
+    kl: float
+    """KL(base || variant), nats a token"""
+    margin: float
+    margin_low: float
+    margin_high: float
+    """perplexity over the trained model's at this point, less 1, and its 95 % paired interval; 0 for the trained"""
+    tokens: int
+    blocks: int
+    text_hash: str
+    base: str
+    adapter: str
+    """SHA-256 of the trained adapter, its beginning"""
+    device: str
+    dtype: str
+    threads: int
+
+
+def plan(granularity: str) -> list[Point]:
+    """The points of one grain, most telling ones first; about 25 minutes on two cores."""
+    both, controls = ("trained", "untrained"), ("trained", *CONTROLS)
+    grid = [(20_000, (0.75, 0.62), (0.0,), both)]
+    grid += [(4_000, (0.9, 0.7, 0.55, 0.4), (0.0,), both), (4_000, (0.9, 0.7, 0.55), (0.0,), controls)]
+    grid += [(4_000, (1.0,), (0.1, 0.3), ("trained", "random_exits")), (4_000, (0.75,), (0.1,), ("trained",))]
+    points = [
+        Point(granularity, text, tokens, capacity, rate, variant)
+        for tokens, capacities, rates, variants in grid
+        for text in TEXTS
+        for capacity in capacities
+        for rate in rates
+        for variant in variants
+    ]
+    return list(dict.fromkeys(points))
+
+
+def quality(
+    out: Path, grains: Mapping[str, Grain], *, dtype=None, points=plan, progress: bool = True
+) -> Iterator[QualityRow]:
+    """Measure what ``out`` lacks, yielding each row once it is written.
+
+    Args:
+        grains: checkpoints by granularity.
+        points: granularity -> what to measure.
+
+    Raises `HatError` for a checkpoint of another grain, an untrained one that was trained, and where ``out`` holds
+    rows of other checkpoints.
+    """
+    for grain in grains.values():
+        if read_checkpoint(grain.untrained).training is not None:
+            raise HatError(f"{grain.untrained} was trained: expected a checkpoint as `hat calibrate` writes it")
+    adapters = {name: _adapter(grain.trained) for name, grain in grains.items()}
+    for row in read_rows(out, QualityRow) if out.exists() else []:
+        if row.adapter != adapters.get(row.granularity, row.adapter):
+            raise HatError(f"{out} holds rows of another {row.granularity} checkpoint: remove it, or write elsewhere")
+    with RowWriter(out, QualityRow, key=Point._fields) as writer:
+        for granularity, grain in grains.items():
+            missing = [p for p in points(granularity) if p not in writer.done]
+            if not missing:
+                continue
+            hat = HierarchicalTransformer.from_pretrained(grain.trained, dtype=dtype)
+            if hat.config.granularity != granularity:
+                raise HatError(f"{grain.trained} has the {hat.config.granularity} grain, expected {granularity}")
+            for (text, tokens), group in groupby(missing, key=lambda p: (p.text, p.max_tokens)):
+                for row in _on_text(hat, grain, adapters[granularity], text, tokens, list(group), progress):
+                    writer.write(row)
+                    yield row
+
+
+def _on_text(hat, grain: Grain, adapter: str, text: str, max_tokens: int, points, progress) -> Iterator[QualityRow]:
+    blocks = load_text(text, hat.base.tokenizer, split="test", max_tokens=max_tokens)
+    with hat.dense():
+        base, against = score(hat, blocks, progress=False), states(hat, blocks, progress=False)
+    run = partial(score, hat, blocks, against=against, progress=progress)
+    sample = blocks.select(range(0, len(blocks), max(1, round(max_tokens / MATCH_TOKENS))))
+    for (capacity, rate), group in groupby(points, key=lambda p: (p.capacity, p.exit_rate)):
+        with _set(hat, capacity, rate), hat.collect() as traces:
+            trained = run()
+        for point in group:
+            if point.variant == "trained":
+                found = trained
+            elif point.variant == "random_exits":
+                exits = RandomExits(exit_shares(traces, hat.config.exit_layers))
+                with _set(hat, capacity, 0.0), hat._swapped(_exit_policy=exits):
+                    found = run()
+            else:
+                with hat.using(_control(hat, grain, point.variant, sample, trained.capacity)):
+                    found = run()
+            yield _row(hat, adapter, point, blocks, base, trained, found)
+
+
+@contextmanager
+def _set(hat: HierarchicalTransformer, capacity: float, exit_rate: float):
+    before = hat.capacity, hat.exit_rate
+    hat.capacity, hat.exit_rate = capacity, exit_rate
+    try:
+        yield
+    finally:
+        hat.capacity, hat.exit_rate = before
+
+
+def _control(hat, grain: Grain, variant: str, sample, capacity: float):
+    capacity = max(0.1, capacity)
+    if variant == "untrained":
+        return matched(hat, as_in(hat, grain.untrained), sample, capacity)
+    return CONTROLS[variant](hat, sample, capacity, 0)
+
+
+def _row(hat, adapter: str, point: Point, blocks, base: Score, trained: Score, found: Score) -> QualityRow:
+    paired, margin = compare(base, found), compare(trained, found)
+    return QualityRow(
+        *point,
+        realised=round(found.capacity, 4),
+        realised_exit=round(found.exit_rate, 4),
+        model_share=round(found.model_share, 4),
+        base_ppl=round(paired.base_ppl, 4),
+        ppl=round(paired.ppl, 4),
+        increase=round(paired.increase, 5),
+        increase_low=round(paired.low, 5),
+        increase_high=round(paired.high, 5),
+        top1=round(found.agreement.top1, 4),
+        kl=round(found.agreement.kl, 5),
+        margin=round(margin.increase, 5),
+        margin_low=round(margin.low, 5),
+        margin_high=round(margin.high, 5),
+        tokens=paired.tokens,
+        blocks=paired.n_blocks,
+        text_hash=text_hash(blocks)[:16],
+        base=hat.base.name,
+        adapter=adapter,
+        device=hat.base.device.type,
+        dtype=str(hat.base.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _adapter(checkpoint: Path) -> str:
+    try:
+        return hashlib.sha256((checkpoint / ADAPTER_FILE).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise HatError(f"no checkpoint at {checkpoint}: {error.strerror}; make it with `hat train`") from error
