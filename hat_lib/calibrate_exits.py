@@ -24,8 +24,9 @@ from .config import HatError
 from .model import HierarchicalTransformer
 from .thresholds import Calibration
 
-RATES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-# Thresholds beyond this are certain decisions; JSON has no infinity.
+RATES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+# Thresholds beyond this are certain decisions; JSON has no infinity. Between the last two rates, to interpolate is to
+# jump, which is why they lie close together.
 CERTAIN = 1e6
 
 

@@ -23,7 +23,7 @@ from . import losses
 from .model import HierarchicalTransformer
 from .recipe import Recipe
 from .relax import channel_gate, decoupled_gumbel_softmax, seeded, straight_through
-from .router import Gated
+from .router import Everything, Gated
 from .state import TokenState
 
 Thresholds = Callable[[float], dict[tuple[int, str], float]]
@@ -61,14 +61,14 @@ class Relaxed:
         if site == "ffn":
             scores = router.score(x)
             self.scores.append(scores)
-            keep = straight_through(scores - threshold + self._noise(scores, layer), temperature=self.temperature)
+            keep = straight_through(scores - threshold + self._noise(scores, layer, site), temperature=self.temperature)
             keep = torch.where(protected, 1.0, keep)
             self._add(site, keep[real].mean())
             return keep
         if self.noise:
             score = router.score(x).clamp(min=1e-12)
             logit = score.log() - np.log(max(threshold, 1e-12))
-            keep = straight_through(logit + self._noise(logit, layer), temperature=self.temperature)
+            keep = straight_through(logit + self._noise(logit, layer, site), temperature=self.temperature)
             keep = torch.where(protected[:, None], 1.0, keep)
             self._add(site, keep[real].mean())
             return keep
@@ -82,12 +82,13 @@ class Relaxed:
     def _add(self, site: str, share: Tensor) -> None:
         self.share = self.share + share * (self.work[site] / self.hat.config.n_layers)
 
-    def _noise(self, like: Tensor, layer: int) -> Tensor | float:
+    def _noise(self, like: Tensor, layer: int, site: str) -> Tensor | float:
         """Logistic noise, drawn sequence by sequence: its neighbours in the batch do not change it."""
         if not self.noise:
             return 0.0
-        shape = (len(like) // len(self.keys), *like.shape[1:])
-        drawn = [torch.rand(shape, generator=seeded(like.device, *key, layer), device=like.device) for key in self.keys]
+        shape, sites = (len(like) // len(self.keys), *like.shape[1:]), self.hat.grain.sites
+        seeds = [(*key, layer * len(sites) + sites.index(site)) for key in self.keys]
+        drawn = [torch.rand(shape, generator=seeded(like.device, *seed), device=like.device) for seed in seeds]
         return self.noise * torch.cat(drawn).logit_(eps=2**-24)
 
 
@@ -124,7 +125,8 @@ class Objective(nn.Module):
         with torch.no_grad(), self.hat.dense():
             teacher = self._hidden(input_ids, attention_mask).last_hidden_state
         run = self._routers if self.phase == "routers" else self._exits
-        out = run(input_ids, attention_mask, real, teacher, capacity, keys, step, steps)
+        with self.hat._swapped(_exit_rate=0.0):
+            out = run(input_ids, attention_mask, real, teacher, capacity, keys, step, steps)
         return {"capacity": capacity, **out}
 
     def _hidden(self, input_ids, attention_mask, **kwargs):
@@ -174,7 +176,7 @@ class Objective(nn.Module):
     def _exits(self, input_ids, attention_mask, real, teacher, capacity, keys, step, steps) -> dict:
         hat, recipe = self.hat, self.recipe
         hat.set_thresholds(self.thresholds(capacity))
-        policy = hat.threshold_policy() if capacity < 1 else hat._policy
+        policy = hat.threshold_policy() if capacity < 1 else Everything()
         with torch.no_grad(), hat.using(policy):
             hidden = self._hidden(input_ids, attention_mask, output_hidden_states=True)
         candidates = real & ~hat.trace.protected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 
 import typer
@@ -31,36 +32,47 @@ def train(
     Ctrl-C finishes the step, saves, and says how to go on. Under `torchrun --nproc_per_node=N -m hat_lib train ...` the
     same command trains on N processes.
     """
-    from .recipe import PROFILES, Recipe
+    from .recipe import Recipe
 
     if (save is None) == (resume is None):
         raise HatError("pass either --save DIR for a new run or --resume DIR for one that was stopped")
     if max_minutes is not None and not max_minutes > 0:
         raise HatError(f"max minutes must be above 0, got {max_minutes}")
-    if profile not in PROFILES:
-        raise HatError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
-    folder = save or resume
+    folder = (save or resume).expanduser()
     take.check_writable(folder)
+    if resume is None:
+        of_grain = Recipe.published if granularity == "token" else Recipe.default
+        recipe = of_grain(profile, **take.recipe_changes(settings) | ({"text": text} if text else {}))
 
-    from .train import Run
+    from .train import RUN_FILE, Run
     from .train import train as carry_out
+    from .training_text import SELF, sources
 
     if resume is not None:
-        run = Run.read(resume)
+        run = Run.read(folder)
     else:
-        recipe = Recipe.published if granularity == "token" else Recipe.default
-        changes = take.recipe_changes(settings) | ({"text": text} if text else {})
-        run = Run(
-            phase, granularity, base, recipe(profile, **changes), dtype,
-            None if checkpoint is None else str(checkpoint), command=" ".join(["hat", *sys.argv[1:]]),
-        )  # fmt: skip
-    outcomes = carry_out(run, folder, resume=resume is not None, max_minutes=max_minutes)
-    if int(os.environ.get("RANK", 0)):
+        start = None if checkpoint is None else str(checkpoint)
+        run = Run(phase, granularity, base, recipe, dtype, start, command=shlex.join(["hat", *sys.argv[1:]]))
+    for source in set(sources(run.recipe.text)) - {SELF}:
+        for split in ("train", "validation"):
+            take.check_text(source, split)
+    go_on = f"go on with: hat train --resume {shlex.quote(str(folder))}"
+    main = not int(os.environ.get("RANK", 0))
+    try:
+        outcomes = carry_out(run, folder, resume=resume is not None, max_minutes=max_minutes)
+    except KeyboardInterrupt:
+        if not main or not (folder / RUN_FILE).exists():
+            raise
+        typer.echo(f"\ninterrupted; {go_on}", err=True)
+        raise typer.Exit(130) from None
+    if not main:
+        return
+    if not outcomes:
+        typer.echo(f"nothing to do: the run in {folder} is finished")
         return
     for outcome in outcomes:
-        speed = f"{outcome.seconds / 60:.1f} minutes"
-        typer.echo(f"{outcome.phase}: {outcome.step} of {outcome.steps} steps in {speed}")
-    if outcomes and not outcomes[-1].done:
-        typer.echo(f"stopped ({outcomes[-1].stopped}), saved; go on with: hat train --resume {folder}")
+        typer.echo(f"{outcome.phase}: {outcome.step} of {outcome.steps} steps in {outcome.seconds / 60:.1f} minutes")
+    if not outcomes[-1].done:
+        typer.echo(f"stopped ({outcomes[-1].stopped}), saved; {go_on}")
         raise typer.Exit(130 if outcomes[-1].stopped == "interrupt" else 0)
     typer.echo(f"wrote {folder}")

@@ -14,28 +14,33 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
+import time
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
 
 from . import __version__
-from .base import Base, load_base
-from .calibrate import Split, calibrate, calibrate_learned
+from .base import Base, load_base, parse_dtype
+from .calibrate import Split, calibrate, calibrate_learned, held_out_parts
 from .calibrate_exits import calibrate_exits
-from .checkpoint import CONFIG_FILE, read_checkpoint
+from .checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
 from .config import CAPACITY_MIN, GRANULARITIES, HatConfig, HatError
 from .model import HierarchicalTransformer
 from .recipe import PHASES, Recipe
 from .text import held_out, text_hash
+from .train_log import seconds_so_far
 from .trainer import Outcome, train_phase
 from .training_text import SELF, sources, training_text
 
 RUN_FILE, LOG_FILE, WORK = "run.json", "log.csv", "work"
 CALIBRATION_TOKENS = 24_000
+# How long processes wait for the first one, which alone samples text and calibrates.
+PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,15 @@ class Run:
                 "with --phase full"
             )
         sources(self.recipe.text)
+        parse_dtype(self.dtype)
+        kinds = {"base": str, "start": str | None, "command": str, "translator_rank": int, "max_steps": int}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                raise HatError(f"{name} must be {getattr(kind, '__name__', kind)}, got {getattr(self, name)!r}")
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return ("routers", "exit") if self.phase == "full" else (self.phase,)
 
     def write(self, folder: Path) -> None:
         versions = {"hat_lib": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
@@ -87,86 +101,109 @@ class Run:
                 raise HatError(f"missing or unknown fields {sorted(set(meta) ^ known)}")
             return cls(**{**meta, "recipe": Recipe(**meta["recipe"])})
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # HatError is a ValueError
-            raise HatError(f"{path}: {error}") from error
+            raise HatError(f"{path} is not what `hat train` wrote: {error}") from error
 
 
 def train(
     run: Run, folder: str | Path, *, resume: bool = False, max_minutes: float | None = None, progress: bool = True
 ) -> list[Outcome]:
-    """Carry out ``run`` in ``folder``; returns how each phase that ran ended.
+    """Carry out ``run`` in ``folder``; returns how each phase that ran ended, nothing for a run that was finished.
 
-    The last `Outcome` is not ``done`` where the run was stopped; it then goes on with ``resume=True``.
+    The last `Outcome` is not ``done`` where the run was stopped; it then goes on with ``resume=True``. Under torchrun
+    every process calls this with the same arguments; the first one alone writes.
 
     Raises `HatError` for a folder that holds another run, text or base that cannot be had, phase "exit" on a
     checkpoint without trained routers, and a loss that is not finite.
     """
-    folder, main = Path(folder), int(os.environ.get("RANK", 0)) == 0
+    folder, began = Path(folder), time.monotonic()
     if not resume and ((folder / RUN_FILE).exists() or (folder / CONFIG_FILE).exists()):
         raise HatError(f"{folder} already holds a run or a checkpoint: resume it, or choose another folder")
-    checkpoint = read_checkpoint(run.start) if run.start else None
-    if run.phase == "exit" and not (checkpoint.training or {}).get("routers"):
-        raise HatError(
-            f"{run.start} has no trained routers: train them first with `hat train --phase routers --save DIR`, then "
-            "`hat train --phase exit --checkpoint DIR --save DIR2`"
-        )
-    base = load_base(run.base, dtype=run.dtype)
-    recipe = run.recipe
-    blocks = training_text(
-        base, recipe.text, recipe.tokens, block_size=recipe.block_size, seed=recipe.seed, progress=progress
-    )
-    held = held_out(_calibration_source(recipe.text), base.tokenizer, CALIBRATION_TOKENS, recipe.block_size)
-    if main:
-        run.write(folder)
+    checkpoint = _read_start(run)
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    processes.wait_for_everyone()  # they have all seen the folder as it was
+    main = processes.is_main_process
+    progress = progress and main
+    if _is_done(folder, run.phases[-1]):
+        if main:
+            shutil.rmtree(folder / WORK, ignore_errors=True)
+        return []
 
-    hat = _start(run, base, held, folder / WORK / "start", resume, main, progress)
+    recipe = run.recipe
+    base = load_base(run.base, dtype=run.dtype, device=processes.device if processes.num_processes > 1 else None)
+    with processes.main_process_first():  # the others read what it kept
+        blocks = training_text(
+            base, recipe.text, recipe.tokens, block_size=recipe.block_size, seed=recipe.seed, progress=progress
+        )
+        held = held_out(_calibration_source(recipe.text), base.tokenizer, CALIBRATION_TOKENS, recipe.block_size)
+        kept = folder / WORK / "start"
+        torch.manual_seed(recipe.seed)  # translators start at random
+        hat = _start(run, checkpoint, base, held, kept, main and not resume, progress)
+        if main and not resume:
+            run.write(folder)
+
     outcomes = []
     summary = dict(hat.training_summary or {})
-    for phase in ("routers", "exit") if run.phase == "full" else (run.phase,):
-        if (summary.get(phase) and phase != run.phase) or _is_done(folder, phase, run):
+    for phase in run.phases:
+        if _is_done(folder, phase):
             load_finished(hat, folder)
             summary = dict(hat.training_summary)
             continue
-        nominal = _nominal(hat) if phase == "routers" else hat.calibration.thresholds_at
-        left = None if max_minutes is None else max_minutes - sum(o.seconds for o in outcomes) / 60
+        nominal = nominal_thresholds(hat) if phase == "routers" else hat.calibration.thresholds_at
+        left = None if max_minutes is None else max_minutes - (time.monotonic() - began) / 60
         outcome = train_phase(
             hat, blocks, recipe, phase, nominal, folder,
-            resume=resume, max_minutes=left, max_steps=run.max_steps, progress=progress and main,
+            resume=resume, max_minutes=left, max_steps=run.max_steps, progress=progress,
         )  # fmt: skip
         outcomes.append(outcome)
         if not outcome.done:
             return outcomes
-        text = f"{run.recipe.text}, train and validation splits, SHA-256 {text_hash(held)[:16]}"
-        if phase == "routers":
-            calibrate_learned(hat, held["input_ids"], nominal, text=text, progress=progress and main)
-        else:
-            hat.capacity = hat.config.capacity
-            _, agreement = calibrate_exits(hat, held["input_ids"], progress=progress and main)
-            summary["exit_agreement"] = [round(a, 4) for a in agreement]
-        summary[phase] = {"steps": outcome.steps, "minutes": round(outcome.seconds / 60, 1), "tokens": _tokens(blocks)}
-        summary["recipe"], summary["command"] = recipe.to_dict(), run.command
-        hat.training_summary = summary
         if main:
+            text = f"{run.recipe.text}, train and validation splits, SHA-256 {text_hash(held)[:16]}"
+            if phase == "routers":
+                calibrate_learned(hat, held["input_ids"], nominal, text=text, progress=progress)
+            else:
+                hat.capacity = hat.config.capacity
+                _, agreement = calibrate_exits(hat, held["input_ids"], progress=progress)
+                summary["exit_agreement"] = [round(a, 4) for a in agreement]
+            minutes = round(seconds_so_far(folder / LOG_FILE, phase) / 60, 1)
+            summary[phase] = {"steps": outcome.steps, "minutes": minutes, "tokens": _tokens(blocks)}
+            summary["recipe"], summary["command"] = recipe.to_dict(), run.command
+            hat.training_summary = summary
             hat.save_pretrained(folder)
+        processes.wait_for_everyone()
+        if not main:
+            load_finished(hat, folder)
     if main:
         shutil.rmtree(folder / WORK, ignore_errors=True)
     return outcomes
 
 
-def _start(run: Run, base: Base, held, kept: Path, resume: bool, main: bool, progress: bool) -> HierarchicalTransformer:
+def _read_start(run: Run) -> Checkpoint | None:
+    """The checkpoint that a run starts from, checked as far as is possible without its base."""
+    if run.start is None:
+        return None
+    checkpoint = read_checkpoint(run.start)
+    if checkpoint.config.granularity != run.granularity:
+        raise HatError(f"{run.start} has the {checkpoint.config.granularity} grain, {run.granularity} was asked for")
+    if checkpoint.calibration is None:
+        raise HatError(f"{run.start} has no calibration: start from what `hat calibrate` or `hat train` wrote")
+    if run.phase == "exit" and not (checkpoint.training or {}).get("routers"):
+        raise HatError(
+            f"{run.start} has no trained routers: train them first with `hat train --phase routers --save DIR`, then "
+            "`hat train --phase exit --checkpoint DIR --save DIR2`"
+        )
+    return checkpoint
+
+
+def _start(
+    run: Run, checkpoint: Checkpoint | None, base: Base, held, kept: Path, first: bool, progress: bool
+) -> HierarchicalTransformer:
     """The model before its first step: routers that run everything, gates that never let go.
 
-    Its tables are ``kept``, because a resumed run must train at the very same thresholds.
+    Its tables are ``kept``, because a resumed run, and every process, must train at the very same thresholds;
+    ``first`` makes them anew.
     """
-    if resume and run.granularity == "channel" and run.start is None and kept.exists():
-        hat = HierarchicalTransformer.from_pretrained(kept, base)
-        hat.capacity = 1.0
-        return hat
-    if run.start is not None:
-        checkpoint = read_checkpoint(run.start)
-        if checkpoint.config.granularity != run.granularity:
-            raise HatError(
-                f"{run.start} has the {checkpoint.config.granularity} grain, {run.granularity} was asked for"
-            )
+    if checkpoint is not None:
         checkpoint.check_base(base, run.start)
         # Its routers and tables; gates begin anew, with the rank that was asked for.
         hat = HierarchicalTransformer(
@@ -177,17 +214,20 @@ def _start(run: Run, base: Base, held, kept: Path, resume: bool, main: bool, pro
         hat.load_adapter(replace(checkpoint, tensors=routers | fresh), run.start)
         hat.calibration = checkpoint.calibration
         hat.training_summary = {k: v for k, v in (checkpoint.training or {}).items() if not k.startswith("exit")}
-        return hat
-    shape = HatConfig.published if run.granularity == "token" else HatConfig.default
-    hat = HierarchicalTransformer(base, shape(base, translator_rank=run.translator_rank))
-    if run.granularity == "channel":
-        calibrate(hat, held["input_ids"], progress=progress)
-        if main:
+    elif run.granularity == "channel" and kept.exists() and not first:
+        hat = HierarchicalTransformer.from_pretrained(kept, base)
+        hat.capacity = 1.0
+    else:
+        shape = HatConfig.published if run.granularity == "token" else HatConfig.default
+        hat = HierarchicalTransformer(base, shape(base, translator_rank=run.translator_rank))
+        if run.granularity == "channel":
+            calibrate(hat, held["input_ids"], progress=progress)
             hat.save_pretrained(kept)
+    held_out_parts(hat, held["input_ids"])  # raises now, not after the training, where the text is too short
     return hat
 
 
-def _nominal(hat: HierarchicalTransformer) -> Split:
+def nominal_thresholds(hat: HierarchicalTransformer) -> Split:
     """Capacity -> the thresholds that routers are trained at, before any calibration of what they learn.
 
     Channel grain: those of the calibration without training, which the learned scales then shift. Token grain:
@@ -204,10 +244,8 @@ def _nominal(hat: HierarchicalTransformer) -> Split:
     return at
 
 
-def _is_done(folder: Path, phase: str, run: Run) -> bool:
-    if not (folder / CONFIG_FILE).exists() or not (folder / RUN_FILE).exists():
-        return False
-    return bool((read_checkpoint(folder).training or {}).get(phase))
+def _is_done(folder: Path, phase: str) -> bool:
+    return (folder / CONFIG_FILE).exists() and bool((read_checkpoint(folder).training or {}).get(phase))
 
 
 def load_finished(hat: HierarchicalTransformer, folder: Path) -> None:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from .model import HierarchicalTransformer
 
@@ -57,8 +57,8 @@ class CsvLog(TrainerCallback):
         kept = []
         if self.path.exists():
             with self.path.open(newline="") as file:
-                kept = [r for r in csv.DictReader(file) if not self._later(r, state.global_step)]
-        self.before = max((float(r["seconds"]) for r in kept if r["phase"] == self.phase), default=0.0)
+                whole = [r for r in csv.DictReader(file) if None not in (*r, *r.values())]  # a kill may cut the last
+                kept = [r for r in whole if not self._later(r, state.global_step)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.columns = list(kept[0]) if kept else self._columns()
         temporary = self.path.with_suffix(".part")
@@ -67,6 +67,7 @@ class CsvLog(TrainerCallback):
             writer.writeheader()
             writer.writerows(kept)
         temporary.replace(self.path)
+        self.before = seconds_so_far(self.path, self.phase)
 
     def _columns(self) -> list[str]:
         shares = [f"share_{s}" for s in self.hat.grain.sites] + [f"share_{i}" for i in range(self.hat.config.n_layers)]
@@ -102,3 +103,28 @@ class CsvLog(TrainerCallback):
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
         self._clear()
+
+
+def seconds_so_far(path: Path, phase: str) -> float:
+    """Seconds that a phase has taken by its last row, over all the times that it was resumed; 0 without a row."""
+    if not path.exists():
+        return 0.0
+    with path.open(newline="") as file:
+        return max((float(row["seconds"]) for row in csv.DictReader(file) if row["phase"] == phase), default=0.0)
+
+
+class Bar(ProgressCallback):
+    """Trainer's bar with the loss on it, instead of a line for every logged step."""
+
+    def __init__(self, phase: str):
+        super().__init__()
+        self.phase = phase
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.phase)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}")

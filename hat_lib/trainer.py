@@ -10,24 +10,35 @@ Resume files of Trainer hold pickles: they are read with ``weights_only=True``, 
 from __future__ import annotations
 
 import json
+import logging
+import pickle
+import shutil
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from torch import Tensor, distributed
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_pt_utils import safe_globals
 
 from .checkpoint import read_checkpoint
 from .config import HatError
 from .model import HierarchicalTransformer
 from .objective import Objective, Thresholds
 from .recipe import Recipe
-from .train_log import CsvLog
+from .train_log import Bar, CsvLog
 
 
 @dataclass(frozen=True)
@@ -55,13 +66,16 @@ class HatTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.record = record
         self.add_callback(record)
-        self.add_callback(_CheckGradients(self))
+        # One line for every logged step is what log.csv is for. A notebook's table is another callback, and stays.
+        self.remove_callback(PrinterCallback)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(Bar(record.phase))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         out = model(**inputs, step=self.state.global_step, steps=self.state.max_steps)
         if not torch.isfinite(out["loss"]):
-            layer = first_bad_layer(self.model.hat, inputs)
-            self._stop_at(f"the loss is {float(out['loss'])}", layer)
+            where = first_bad_layer(self.model.hat, inputs)
+            self._stop(f"the loss is {out['loss'].item()}, first in {where}")
         self.record.note(out, int(inputs["attention_mask"].sum()))
         return (out["loss"], out) if return_outputs else out["loss"]
 
@@ -70,50 +84,60 @@ class HatTrainer(Trainer):
             logs |= self.record.means()
         super().log(logs, start_time)
 
-    def check_gradients(self) -> None:
+    def _clip_grad_norm(self, model):
+        # Before the clipping, which divides by the norm of all, and so spreads one NaN to every parameter.
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                self._stop_at(f"the gradient of {name} is not finite", None)
+                self._stop(f"the gradient of {name.removeprefix('hat.')} is not finite")
+        return super()._clip_grad_norm(model)
 
-    def _stop_at(self, what: str, layer: str | None) -> None:
-        rate = self.optimizer.param_groups[0]["lr"]
-        where = f", first in {layer}" if layer else ""
-        last = get_last_checkpoint(self.args.output_dir)
-        kept = f"the checkpoint of step {last.rsplit('-', 1)[1]} is intact" if last else "nothing was saved before"
-        raise HatError(f"training stopped at step {self.state.global_step}: {what}{where}, lr {rate:.3g}; {kept}")
+    def _stop(self, what: str) -> None:
+        step, rate = self.state.global_step + 1, self.optimizer.param_groups[0]["lr"]
+        last = sound_checkpoint(Path(self.args.output_dir))
+        kept = f"the checkpoint of step {_step(last)} is intact" if last else "nothing was saved before"
+        raise HatError(f"training stopped in step {step}: {what}, lr {rate:.3g}; {kept}")
 
     def _save(self, output_dir=None, state_dict=None):
-        self.model.hat.save_pretrained(output_dir or self.args.output_dir)
+        if self.args.should_save:  # every process is asked
+            self.model.hat.save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.model.hat.load_adapter(read_checkpoint(resume_from_checkpoint), resume_from_checkpoint)
 
 
-class _CheckGradients(TrainerCallback):
-    def __init__(self, trainer: HatTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.check_gradients()
-
-
 class _Stops(TrainerCallback):
-    """Stop in good order: at the time limit, or at the first Ctrl-C."""
+    """Stop in good order, all processes after the same step: at the time limit, or at the first Ctrl-C."""
+
+    REASONS = ("", "time", "interrupt")
 
     def __init__(self, max_minutes: float | None):
         self.limit = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.interrupted: float | None = None
         self.reason = ""
 
     def interrupt(self, *_) -> None:
-        if self.reason:
-            raise KeyboardInterrupt  # the second time at once
-        self.reason = "interrupt"
+        now = time.monotonic()
+        if self.interrupted is None:
+            self.interrupted = now
+        elif now - self.interrupted > 1:  # sooner, it is torchrun that passes on what the terminal has sent already
+            raise KeyboardInterrupt
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.limit is not None and time.monotonic() > self.limit and not self.reason:
-            self.reason = "time"
-        if self.reason and state.global_step < state.max_steps:
+        self._decide(args, state)
+        if self.reason:
             control.should_training_stop = control.should_save = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._decide(args, state)  # Ctrl-C while the last step was saved
+
+    def _decide(self, args, state) -> None:
+        late = self.limit is not None and time.monotonic() > self.limit and state.global_step < state.max_steps
+        reason = 2 if self.interrupted else int(late)
+        if args.world_size > 1:  # what one of them wants, all do
+            highest = torch.tensor(reason, device=args.device)
+            distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+            reason = int(highest)
+        self.reason = self.REASONS[reason]
 
 
 def train_phase(
@@ -128,6 +152,7 @@ def train_phase(
     max_minutes: float | None = None,
     max_steps: int = -1,
     progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Outcome:
     """Run one phase in ``folder/work/<phase>``; ``hat`` holds the trained parameters afterwards.
 
@@ -138,10 +163,17 @@ def train_phase(
         resume: go on from the newest sound checkpoint of this phase, if there is one.
         max_minutes: stop, saved, at the first step past this many minutes.
         max_steps: fewer steps than the epochs give; -1 for all.
+        callbacks: more of Trainer's, such as `hat_lib.curves.Live`.
 
     Raises `HatError` at the first loss or gradient that is not finite. At Ctrl-C the step is finished and saved.
     """
     work = folder / "work" / phase
+    last = sound_checkpoint(work) if resume else None
+    if last:
+        state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        if state.global_step >= state.max_steps:  # stopped after its last step; Trainer would take one more
+            hat.load_adapter(read_checkpoint(last), last)
+            return Outcome(phase, state.global_step, state.max_steps, 0.0)
     epochs, rate = (
         (recipe.router_epochs, recipe.router_lr) if phase == "routers" else (recipe.exit_epochs, recipe.exit_lr)
     )
@@ -167,11 +199,16 @@ def train_phase(
         use_cpu=device == "cpu",
         bf16=hat.base.dtype == torch.bfloat16,
         remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
+        # The token router of layer 0 is never asked, and waiting for its gradient would be an error.
+        ddp_find_unused_parameters=phase == "routers" and hat.config.granularity == "token",
         dataloader_pin_memory=device == "cuda",
         report_to=["tensorboard"],
         disable_tqdm=not progress,
     )
+    # Without torchrun one GPU: DataParallel would copy a model whose layers call into the original.
+    args._n_gpu = min(1, args.n_gpu)
+    # It doubts the file system's clock whenever two checkpoints are less than a second apart.
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     objective = Objective(hat, recipe, phase, thresholds)
     stops = _Stops(max_minutes)
     trainer = HatTrainer(
@@ -179,10 +216,14 @@ def train_phase(
         args=args,
         train_dataset=blocks,
         data_collator=collate,
-        callbacks=[stops],
+        callbacks=[stops, *callbacks],
         record=CsvLog(folder / "log.csv", phase, hat),
     )
-    start, last = time.monotonic(), sound_checkpoint(work) if resume else None
+    start = time.monotonic()
+    if last and args.should_save:  # what is newer is half-written, and would count as the newest when old ones go
+        for newer in work.glob("checkpoint-*"):
+            if _step(newer) > _step(last):
+                shutil.rmtree(newer)
     before = None
     if threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGINT, stops.interrupt)
@@ -191,14 +232,18 @@ def train_phase(
     finally:
         if before is not None:
             signal.signal(signal.SIGINT, before)
-        hat.eval()
-        for p in hat.hat_parameters().values():
-            p.requires_grad_(True)
+        end_training(hat)
+    state = trainer.state
+    return Outcome(phase, state.global_step, state.max_steps, time.monotonic() - start, stops.reason)
+
+
+def end_training(hat: HierarchicalTransformer) -> None:
+    """Put ``hat`` in order for use, after an `Objective` had it."""
+    hat.eval()
+    for p in hat.hat_parameters().values():
+        p.requires_grad_(True)
     for router in hat.routers.values():  # what they precompute from their parameters
         router.set_threshold(router.threshold)
-    state = trainer.state
-    stopped = stops.reason if state.global_step < state.max_steps else ""
-    return Outcome(phase, state.global_step, state.max_steps, time.monotonic() - start, stopped)
 
 
 def collate(rows: list[dict]) -> dict[str, Tensor]:
@@ -216,23 +261,29 @@ def sound_checkpoint(work: Path) -> Path | None:
 
     Trainer writes straight into ``checkpoint-N``, its ``trainer_state.json`` last.
     """
-    found = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
-    for folder in found:
+    for folder in sorted(work.glob("checkpoint-*"), key=_step, reverse=True):
         try:
             state = json.loads((folder / "trainer_state.json").read_text())
             read_checkpoint(folder)
-            for file in ("optimizer.pt", "scheduler.pt"):
-                torch.load(folder / file, weights_only=True, map_location="cpu")
-            if state["global_step"] == int(folder.name.rsplit("-", 1)[1]):
+            with safe_globals():  # numpy's random state
+                for file in {folder / "optimizer.pt", folder / "scheduler.pt", *folder.glob("*.pth")}:
+                    torch.load(file, weights_only=True, map_location="cpu")
+            if state["global_step"] == _step(folder):
                 return folder
-        except (HatError, OSError, ValueError, KeyError, RuntimeError):
+        except (HatError, OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError):
             continue
     return None
 
 
+def _step(folder: Path) -> int:
+    """The step that a checkpoint folder is named after."""
+    number = folder.name.rsplit("-", 1)[1]
+    return int(number) if number.isdecimal() else -1
+
+
 @torch.no_grad()
-def first_bad_layer(hat: HierarchicalTransformer, inputs: dict) -> str | None:
-    """Where a value that is not finite first appears, as the dense base and the routers compute this batch."""
+def first_bad_layer(hat: HierarchicalTransformer, inputs: dict) -> str:
+    """Where a value that is not finite first appears: a parameter, a layer of the dense base, or what comes after."""
     for name, parameter in hat.named_parameters():
         if not torch.isfinite(parameter).all():
             return name
@@ -248,4 +299,4 @@ def first_bad_layer(hat: HierarchicalTransformer, inputs: dict) -> str | None:
     finally:
         for hook in hooks:
             hook.remove()
-    return bad[0] if bad else None
+    return bad[0] if bad else "no layer of the base: a router, a gate, the head or the loss"

@@ -1,0 +1,34 @@
+"""What a training step costs beside the plain base: sane numbers here; the bar is for the real base."""
+
+import pytest
+import torch
+from tiny_runs import GRAINS, new_hat, random_blocks
+
+from hat_lib.config import HatError
+from hat_lib.step_cost import step_ratio
+from hat_lib.trainer import collate
+
+BATCH = collate([{"input_ids": ids, "index": i} for i, ids in enumerate(random_blocks(2, 64))])
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+def test_a_step_takes_some_times_as_long_as_the_plain_base(grain):
+    hat = new_hat(grain)
+    before = {n: p.clone() for n, p in hat.hat_parameters().items()}
+    found = step_ratio(hat, BATCH, rounds=3)
+    assert 1 < found.ratio < 10 and found.step_seconds > found.base_seconds > 0
+    assert (found.tokens, found.rounds, found.base, found.granularity) == (128, 3, "random:tiny", grain)
+    assert (found.device, found.dtype, found.threads) == ("cpu", "float32", torch.get_num_threads())
+    assert found.to_dict()["ratio"] == found.ratio
+    # The model is as it was.
+    assert not hat.training and all(p.grad is None for p in hat.parameters())
+    assert all(torch.equal(p, before[n]) and p.requires_grad for n, p in hat.hat_parameters().items())
+
+
+def test_bad_input():
+    with pytest.raises(HatError, match="rounds must be at least 1, got 0"):
+        step_ratio(new_hat("token"), BATCH, rounds=0)
+    hat = new_hat("channel")
+    hat.calibration = None
+    with pytest.raises(HatError, match="needs a calibration"):
+        step_ratio(hat, BATCH)

@@ -1,0 +1,121 @@
+"""Training runs that take a second: `random:tiny`, a page of text, a dozen steps. And processes to kill."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from hat_lib import trainer
+from hat_lib.base import load_base
+from hat_lib.calibrate import calibrate
+from hat_lib.config import HatConfig
+from hat_lib.model import HierarchicalTransformer
+from hat_lib.recipe import Recipe
+from hat_lib.train import Run, nominal_thresholds, train
+from hat_lib.trainer import train_phase
+
+GRAINS = ("channel", "token")
+PHASES = ("routers", "exit")
+
+
+def page(folder: Path) -> Path:
+    """A text of one's own; about 28 blocks of 64."""
+    path = folder / "page.txt"
+    path.write_text(" ".join(f"Line {i}: the {i % 7} quick brown foxes jump over {i}." for i in range(40)))
+    return path
+
+
+def recipe(grain: str, **changes) -> Recipe:
+    of_grain = Recipe.published if grain == "token" else Recipe.default
+    tiny = {"tokens": 1024, "block_size": 64, "batch_size": 2, "exit_tokens": 16, "log_steps": 1, "save_steps": 4}
+    return of_grain("quick", **{**tiny, **changes})
+
+
+def tiny_run(grain: str, text: Path, phase: str = "full", steps: int = 10, start=None, **changes) -> Run:
+    start = start and str(start)
+    return Run(phase, grain, "random:tiny", recipe(grain, text=str(text), **changes), "fp32", start, max_steps=steps)
+
+
+def random_blocks(n: int = 16, length: int = 32, seed: int = 0) -> list[list[int]]:
+    return torch.randint(5, 250, (n, length), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def rows(blocks: list[list[int]]) -> Dataset:
+    return Dataset.from_list([{"input_ids": ids, "index": i} for i, ids in enumerate(blocks)])
+
+
+def new_hat(grain: str) -> HierarchicalTransformer:
+    """Untrained, on a base of its own, calibrated where the grain's training needs it."""
+    torch.manual_seed(0)
+    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
+    hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=grain))
+    if grain == "channel":
+        hat.calibration = _calibration()
+    return hat
+
+
+@cache
+def _calibration():
+    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
+    hat = HierarchicalTransformer(base, HatConfig.default(base))
+    return calibrate(hat, random_blocks(), probe_tokens=64, progress=False)
+
+
+def run_phase(hat, folder, phase="routers", steps=6, blocks=None, resume=False, max_minutes=None, **changes):
+    """`train_phase` on random blocks."""
+    return train_phase(
+        hat, rows(blocks or random_blocks()), recipe(hat.config.granularity, **changes), phase,
+        nominal_thresholds(hat), Path(folder), resume=resume, max_minutes=max_minutes, max_steps=steps, progress=False,
+    )  # fmt: skip
+
+
+def interrupt_at(monkeypatch, *steps: tuple[str, int]) -> None:
+    """Press Ctrl-C in the given (phase, step), once each."""
+    left = set(steps)
+
+    class Log(trainer.CsvLog):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if (self.phase, state.global_step + 1) in left:
+                left.remove((self.phase, state.global_step + 1))
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "CsvLog", Log)
+
+
+# Processes. A fork server has the imports done, which take seconds, and has run nothing yet that a fork would break.
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["hat_lib.train", "hat_lib.cli"])
+
+
+def start(target, *args):
+    process = _context.Process(target=_quietly, args=(target, *args))
+    process.start()
+    return process
+
+
+def _quietly(target, *args):
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    target(*args)
+
+
+def train_and_die(run: Run, folder: Path, event: int | None) -> None:
+    """Carry on with a run; `kill -9` of this very process when it touches a file in ``folder`` for the n-th time."""
+    seen = 0
+
+    def hook(name, args):
+        nonlocal seen
+        touches = name in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        if event is not None and touches and str(args[0]).startswith(str(folder)):
+            seen += 1
+            if seen == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    train(run, folder, resume=(folder / "run.json").exists(), progress=False)

@@ -1,0 +1,52 @@
+"""What `test_torchrun.py` starts twice: runs in FOLDER, and says which files each process wrote.
+
+torchrun --nproc_per_node=2 tests/two_processes.py FOLDER
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from tiny_runs import GRAINS, tiny_run
+
+from hat_lib import trainer
+from hat_lib.cli import app
+from hat_lib.train import train
+
+RANK = int(os.environ["RANK"])
+
+
+class CtrlC(trainer.CsvLog):
+    """Ctrl-C in step 3, in the second process alone."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if RANK == 1 and state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+
+def main(folder: Path) -> None:
+    written = []
+    sys.addaudithook(lambda name, args: written.append(str(args[0])) if _writes(name, args, folder) else None)
+    text = folder / "page.txt"
+    ended = {}
+    for grain in GRAINS:
+        ended[grain] = train(tiny_run(grain, text), folder / grain, progress=False)
+    late = 1e-6 if RANK == 0 else None
+    ended["time"] = train(tiny_run("token", text), folder / "time", max_minutes=late, progress=False)
+    log, trainer.CsvLog = trainer.CsvLog, CtrlC
+    ended["interrupt"] = train(tiny_run("token", text), folder / "interrupt", progress=False)
+    trainer.CsvLog = log
+    app(["train", "--resume", str(folder / "interrupt")], standalone_mode=False)
+    summary = {name: [(o.phase, o.step, o.stopped) for o in outcomes] for name, outcomes in ended.items()}
+    (folder / f"rank{RANK}.json").write_text(json.dumps({"ended": summary, "written": written}))
+
+
+def _writes(name, args, folder) -> bool:
+    changes = name in ("os.rename", "os.remove", "os.rmdir") or (name == "open" and set(args[1] or "r") & set("wax+"))
+    return changes and str(args[0]).startswith(str(folder)) and not os.path.isdir(args[0])  # a nameless probe
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
