@@ -31,7 +31,7 @@ from .text import load_text, text_hash
 
 TEXTS = ("addresses", "docstrings")
 # A control is turned on this many tokens of the text, in blocks at even distances.
-MATCH_TOKENS = 2048
+MATCH_TOKENS = 1024
 
 
 class Grain(NamedTuple):

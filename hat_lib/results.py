@@ -158,13 +158,14 @@ def figures() -> None:
     """
     import pandas as pd
 
-    from . import plots
+    from . import frontier, plots
 
     drawn = {
         "weight_shares": (plots.weight_shares, "01_weight_shares"),
         "ffn_skip_by_layer": (plots.skipped_ffn, "02_skipped_ffn"),
         "grain_frontier": (plots.grain_frontier, "02_grain_frontier"),
         "benchmark": (plots.benchmark, "benchmark"),
+        "quality": (frontier.quality, "quality"),
     }
     for table, (draw, name) in drawn.items():
         source = DATA / "results" / f"{table}.csv"
