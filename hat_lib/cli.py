@@ -210,7 +210,7 @@ exit rate    {requested_exit_rate:.2f} requested, {exit_rate:.3f} realised
 model share  {model_share:.3f} of the dense model's work, head and routers included"""
 
 
-from . import results, runs  # noqa: E402, F401 - register their commands, after those above in the help
+from . import runs, results  # noqa: E402, F401, I001 - register their commands, after those above in the help
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ A worked example, from nothing to a measured price of less compute:
   hat evaluate --text docstrings --capacity 0.6    what does it cost?
   hat calibrate --save mine                        your own thresholds
   hat evaluate --checkpoint mine --capacity 0.6
+  hat train --profile quick --save trained         routers, then exit gates
 """
 
 

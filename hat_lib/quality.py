@@ -10,6 +10,7 @@ Rows are written one by one, in the order of `plan`; a run that was stopped goes
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,7 +161,12 @@ def _on_text(hat, grain: Grain, adapter: str, text: str, max_tokens: int, points
                 with _set(hat, capacity, 0.0), hat._swapped(_exit_policy=exits):
                     found = run()
             else:
-                with hat.using(_control(hat, grain, point.variant, sample, trained.capacity)):
+                try:
+                    control = _control(hat, grain, point.variant, sample, trained.capacity)
+                except HatError as error:  # out of this control's reach; the others are not lost for it
+                    warnings.warn(f"no row for {point.variant} at {capacity} on {text}: {error}", stacklevel=2)
+                    continue
+                with hat.using(control):
                     found = run()
             yield _row(hat, adapter, point, blocks, base, trained, found)
 

@@ -91,9 +91,9 @@ def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: i
         hat.zero_grad()
         end_training(hat)
     return StepCost(
-        ratio=ratio(ours, base),
-        step_seconds=statistics.median(ours.times),
-        base_seconds=statistics.median(base.times),
+        ratio=round(ratio(ours, base), 3),
+        step_seconds=round(statistics.median(ours.times), 4),
+        base_seconds=round(statistics.median(base.times), 4),
         tokens=int(batch["attention_mask"].sum()),
         rounds=rounds,
         base=hat.base.name,

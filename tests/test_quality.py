@@ -98,6 +98,17 @@ def test_refusals(grain, tmp_path):
         list(quality(tmp_path / "b.csv", {"channel": grain._replace(trained=tmp_path / "none")}))
 
 
+def test_a_control_out_of_reach_costs_no_other_row(grain, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise HatError("its nearest is 0.9")
+
+    monkeypatch.setitem(module.CONTROLS, "static", refuse)
+    run = quality(tmp_path / "quality.csv", {"channel": grain}, dtype="fp32", points=points, progress=False)
+    with pytest.warns(UserWarning, match="no row for static at 0.7 on docstrings: its nearest is 0.9"):
+        found = list(run)
+    assert [r.variant for r in found] == ["trained", "untrained", "random", "removal", "trained", "random_exits"]
+
+
 def test_the_plan_has_what_the_result_must_show():
     found = set(plan("channel"))
     assert len(found) == len(plan("channel"))
