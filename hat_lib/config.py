@@ -80,8 +80,8 @@ class HatConfig:
     """default executed / routable work, 0.1-1.0"""
     exit_rate: float = 0.0
     """default share of tokens that leave early, 0-1"""
-    translator_rank: int = 2
-    """rank of the correction that an exiting hidden state gets, 0 for none"""
+    translator_rank: int = 1
+    """rank of the correction that an exiting hidden state gets, beside a diagonal one and a bias"""
     protected_tokens: int = 2
     """real tokens at the start of each row that run in full and never exit (attention sinks)"""
 

@@ -125,7 +125,7 @@ def work(
     }
     reached = sum(((exit_layer >= e).double() for e in config.exit_layers), zero)
     left = (exit_layer < n_layers).double()
-    exit_weights = (reached * 2 * d + left * 2 * config.translator_rank * d) * gated
+    exit_weights = (reached * 2 * d + left * 2 * (config.translator_rank + 1) * d) * gated
 
     per_layer = 4 * q_width * (zero + context)
     return Work(

@@ -1,9 +1,12 @@
 """ExitGate: is this token finished? And what does its hidden state need to be read by the final norm?
 
 Gate: a linear layer D -> 2 on the RMS-normalised hidden state, ``score = stay/leave logit difference``
-(the published method trains it with Gumbel-softmax). Translator: ``h + U V norm(h)``, low rank, because
-the last layers change the scale of the hidden state so much that reading logits early is hopeless
-without one (the idea of the tuned lens, Belrose et al. 2023, arXiv:2303.08112).
+(the published method trains it with Gumbel-softmax). Translator: ``h + |h| (a * n + U V n + b)`` with
+n = h / rms(h) and |h| the Euclidean length, an affine map whose matrix is diagonal plus low rank, because the last
+layers change the hidden state so much that reading logits early is hopeless without one (the idea of the tuned lens,
+Belrose et al. 2023, arXiv:2303.08112). The bias alone lets an exit at least say which tokens are frequent. The
+factor |h| makes one learning rate fit every depth, whose states differ in length by orders of magnitude, and every
+width: a step of size e in each number turns the state by about e sqrt(D).
 
 Untrained, the score is 0 for every token and the translator is the identity.
 """
@@ -24,6 +27,8 @@ class ExitGate(nn.Module):
         self.gate = nn.Linear(hidden_size, 2)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
+        self.scale = nn.Parameter(torch.zeros(hidden_size))
+        self.shift = nn.Parameter(torch.zeros(hidden_size))
         self.reduce = nn.Linear(hidden_size, rank, bias=False)
         self.expand = nn.Linear(rank, hidden_size, bias=False)
         nn.init.zeros_(self.expand.weight)
@@ -38,7 +43,10 @@ class ExitGate(nn.Module):
         return leave - stay
 
     def translate(self, h: Tensor) -> Tensor:
-        return h + self.expand(self.reduce(_norm(h))).to(h.dtype)
+        n = _norm(h)
+        change = self.scale * n + self.expand(self.reduce(n)) + self.shift
+        length = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=torch.float32)
+        return h + (length * change).to(h.dtype)
 
 
 def _norm(h: Tensor) -> Tensor:

@@ -210,6 +210,10 @@ class HierarchicalTransformer(nn.Module):
         """Context: decisions from any source (`Random`, `Static`, ...); exits as they are set."""
         return self._swapped(_policy=policy)
 
+    def exiting(self, exits):
+        """Context: exits from any source with a method ``exits`` (`RandomExits`); decisions as they are set."""
+        return self._swapped(_exit_policy=exits, _exit_rate=0.0)
+
     def force(self, masks: Masks):
         """Context: decisions, exits included, as recorded by `record`."""
         forced = Forced(masks)

@@ -108,8 +108,8 @@ class Objective(nn.Module):
         hat.gates.requires_grad_(phase == "exit")
         for gate in hat.gates.values():
             if gate.rank == 0:
-                gate.requires_grad_(False)
-                gate.gate.requires_grad_(phase == "exit")
+                gate.reduce.requires_grad_(False)
+                gate.expand.requires_grad_(False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, index: Tensor, step: int, steps: int) -> dict:
         """Losses and metrics of one micro-batch.

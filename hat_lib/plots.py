@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from base64 import b64encode
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib as mpl
@@ -50,15 +51,28 @@ def save_figure(fig: Figure, name: str) -> Path:
     """Write ``fig`` as ``name``.png into `config.FIGURES`; the same figure gives the same bytes."""
     config.FIGURES.mkdir(parents=True, exist_ok=True)
     path = config.FIGURES / f"{name}.png"
-    with mpl.rc_context(STYLE):
-        fig.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
+    path.write_bytes(png(fig))
     return path
+
+
+def png(fig: Figure) -> bytes:
+    """``fig`` as a PNG file; the same figure gives the same bytes."""
+    file = BytesIO()
+    with mpl.rc_context(STYLE):
+        fig.savefig(file, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
+    return file.getvalue()
 
 
 def show(fig: Figure, name: str, alt: str) -> None:
     """`save_figure`, then show the file in a notebook: the picture alone, with ``alt`` for those who cannot see it."""
-    picture = b64encode(save_figure(fig, name).read_bytes()).decode()
-    display({"image/png": picture}, metadata={"image/png": {"alt": alt}}, raw=True)
+    bundle, how = picture(save_figure(fig, name).read_bytes(), alt)
+    display(bundle, **how)
+
+
+def picture(data: bytes, alt: str) -> tuple[dict, dict]:
+    """A PNG file as the argument and the keywords of IPython's `display` that show it and nothing else."""
+    bundle = {"image/png": b64encode(data).decode()}
+    return bundle, {"metadata": {"image/png": {"alt": alt}}, "raw": True}
 
 
 def save_table(table: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -80,9 +94,9 @@ def weight_shares(table: pd.DataFrame) -> Figure:
     Args:
         table: a row per base; ``base``, ``ffn``, ``attention``, ``head`` (shares, sum 1).
     """
-    _need(table, "base", *PARTS)
+    need(table, "base", *PARTS)
     with mpl.rc_context(STYLE):
-        fig, (ax,) = _panels(1, height=1.1 + 0.6 * len(table))
+        fig, (ax,) = panels(1, height=1.1 + 0.6 * len(table))
         left = pd.Series(0.0, index=table.index)
         for part, (colour, ink) in PARTS.items():
             ax.barh(table["base"], table[part], left=left, color=colour, label=part.replace("ffn", "FFN"))
@@ -90,7 +104,7 @@ def weight_shares(table: pd.DataFrame) -> Figure:
                 ax.text(start + share / 2, y, f"{share:.0%}", ha="center", va="center", color=ink, weight="bold")
             left = left + table[part]
         ax.set(xlim=(0, 1), xlabel="share of the weights read per token")
-        ax.xaxis.set_major_formatter(_percent())
+        ax.xaxis.set_major_formatter(percent())
         ax.grid(axis="y", visible=False)
         ax.invert_yaxis()
         ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
@@ -103,9 +117,9 @@ def skipped_ffn(table: pd.DataFrame) -> Figure:
     Args:
         table: a row per layer; ``layer``, ``ratio`` (perplexity / base perplexity), ``low``, ``high`` (95 %).
     """
-    _need(table, "layer", "ratio", "low", "high")
+    need(table, "layer", "ratio", "low", "high")
     with mpl.rc_context(STYLE):
-        fig, (ax,) = _panels(1)
+        fig, (ax,) = panels(1)
         ax.axhline(1, color=GREY, linewidth=1)
         ax.vlines(table["layer"], 1, table["ratio"], color=BLUE, alpha=0.35, linewidth=3)
         _points(ax, table, "layer", "ratio", BLUE, "o", "one FFN skipped, 95 % interval", line="none")
@@ -123,9 +137,9 @@ def grain_frontier(table: pd.DataFrame) -> Figure:
         table: ``method``, ``work`` (share of the linear layers' work, 0-1), ``increase``, ``low``, ``high``
             (perplexity / base perplexity - 1, and its 95 % interval).
     """
-    _need(table, "method", "work", "increase", "low", "high")
+    need(table, "method", "work", "increase", "low", "high")
     with mpl.rc_context(STYLE):
-        fig, (ax,) = _panels(1, height=4.2)
+        fig, (ax,) = panels(1, height=4.2)
         ax.axhline(0, color=GREY, linewidth=1)
         looks = zip((BLUE, ORANGE, GREEN, PINK, PURPLE, BROWN), "osD^vP", strict=True)
         for (method, rows), (colour, marker) in zip(table.groupby("method", sort=False), looks, strict=False):
@@ -134,7 +148,7 @@ def grain_frontier(table: pd.DataFrame) -> Figure:
         ax.set_yscale("symlog", linthresh=1)
         ax.yaxis.set_major_locator(FixedLocator([-1, 0, 1, 10, 100, 1e3, 1e4, 1e5, 1e6]))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+,.0f} %" if v else "0"))
-        ax.xaxis.set_major_formatter(_percent())
+        ax.xaxis.set_major_formatter(percent())
         ax.set(xlabel="executed share of the linear layers' work", ylabel="perplexity increase")
         ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     return fig
@@ -147,12 +161,12 @@ def benchmark(table: pd.DataFrame) -> Figure:
         table: ``data/results/benchmark.csv``, the fields of `hat_lib.benchmark.Row`.
     """
     machine = ["base", "device", "dtype", "threads"]
-    _need(table, *machine, "granularity", "phase", "batch", "realised", "ideal", "speedup_hf", "speedup_dense")
+    need(table, *machine, "granularity", "phase", "batch", "realised", "ideal", "speedup_hf", "speedup_dense")
     settings = list(table.groupby(machine, sort=False))
     phases = sorted({(p, b) for p, b in zip(table["phase"], table["batch"], strict=True)}, key=lambda k: (k[1], k[0]))
     kinds = {"speedup_hf": ("-", "vs plain transformers"), "speedup_dense": ("--", "vs own dense path")}
     with mpl.rc_context(STYLE):
-        fig, axes = _panels(len(phases), len(settings), height=2.9 * len(settings) + 0.7)
+        fig, axes = panels(len(phases), len(settings), height=2.9 * len(settings) + 0.7)
         for i, ((base, device, dtype, threads), rows) in enumerate(settings):
             for j, (phase, batch) in enumerate(phases):
                 ax = axes[i * len(phases) + j]
@@ -173,7 +187,8 @@ def benchmark(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def _panels(columns: int, rows: int = 1, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
+def panels(columns: int, rows: int = 1, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
+    """An empty figure and its axes, row by row; ``height`` of the whole in inches."""
     width = WIDTH if columns == 1 else max(WIDTH, 3.0 * columns)
     fig = Figure(figsize=(width, height), layout="constrained")
     return fig, list(fig.subplots(rows, columns, squeeze=False, sharey="row").flat)
@@ -194,11 +209,13 @@ def _plain_ticks(ax: Axes, values: list[float], largest: float) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}×"))
 
 
-def _percent() -> FuncFormatter:
+def percent() -> FuncFormatter:
+    """Ticks of an axis of shares."""
     return FuncFormatter(lambda v, _: f"{v:.0%}")
 
 
-def _need(table: pd.DataFrame, *columns: str) -> None:
+def need(table: pd.DataFrame, *columns: str) -> None:
+    """Raise `HatError` unless the table has the columns, and a row."""
     missing = [c for c in columns if c not in table]
     if missing or table.empty:
         raise HatError(f"a figure needs rows with the columns {', '.join(columns)}; missing: {missing or 'any row'}")

@@ -158,7 +158,7 @@ def _on_text(hat, grain: Grain, adapter: str, text: str, max_tokens: int, points
                 found = trained
             elif point.variant == "random_exits":
                 exits = RandomExits(exit_shares(traces, hat.config.exit_layers))
-                with _set(hat, capacity, 0.0), hat._swapped(_exit_policy=exits):
+                with _set(hat, capacity, 0.0), hat.exiting(exits):
                     found = run()
             else:
                 try:

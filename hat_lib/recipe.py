@@ -104,9 +104,9 @@ class Recipe:
 
     @classmethod
     def default(cls, profile: str = "full", **changes) -> Recipe:
-        """For the channel grain: no noise, no regularisers, a larger step for its log-scales."""
+        """For the channel grain: no noise, no regularisers, larger steps for its log-scales and its exits."""
         recipe = cls(
-            batch_size=2, router_epochs=4, router_lr=5e-3, capacity=0.62, spread=0.25, anneal=0.1,
+            batch_size=2, router_epochs=4, router_lr=5e-3, exit_lr=2e-3, capacity=0.62, spread=0.25, anneal=0.1,
             temperature=0.5, noise=0.0, z_weight=0.0, entropy_weight=0.0, layer_dropout=0.0,
         )  # fmt: skip
         return cls._profiled(recipe, profile, changes)

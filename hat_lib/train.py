@@ -54,7 +54,7 @@ class Run:
     dtype: str = "bf16"
     start: str | None = None
     """checkpoint to start from: a calibration for the channel grain, trained routers for phase "exit\""""
-    translator_rank: int = 2
+    translator_rank: int = HatConfig.translator_rank
     max_steps: int = -1
     command: str = ""
 

@@ -426,7 +426,7 @@ class TestRandomExits:
     RATES = {1: 0.25, 2: 0.5, 3: 0.1}
 
     def run(self, hat, ids):
-        with hat._swapped(_exit_policy=RandomExits(self.RATES)):
+        with hat.exiting(RandomExits(self.RATES)):
             hat.lm(ids, use_cache=False)
         return hat.trace
 

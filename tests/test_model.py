@@ -404,8 +404,8 @@ class TestParameters:
         assert all(is_hat_parameter(n) for n in names) and not any("lm." in n for n in names)
 
     def test_published_tinyllama_has_about_100k(self):
-        """22 routers of 2048 + 1, five gates of 2048 x 2 + 2, five translators of rank 2."""
-        by_hand = 22 * (2048 + 1) + 5 * (2048 * 2 + 2) + 5 * 2 * (2 * 2048)
+        """22 routers of 2048 + 1, five gates of 2048 x 2 + 2, five translators: diagonal, bias and rank 1."""
+        by_hand = 22 * (2048 + 1) + 5 * (2048 * 2 + 2) + 5 * (2048 + 2048 + 2 * 2048)
         assert by_hand == 106_528
         config = load_base("random:tiny").model.config
         shape = copy.deepcopy(config)

@@ -154,11 +154,11 @@ def test_exits_that_a_user_turned_on_stay_out_of_the_training(phase):
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_rank_0_gates_have_no_translator_to_train():
+def test_rank_0_gates_train_all_but_the_low_rank_part():
     base = load_base("random:tiny", dtype="fp32", device="cpu")
     hat = HierarchicalTransformer(base, HatConfig.published(base, translator_rank=0))
     objective = Objective(hat, recipe("token"), "exit", nominal_thresholds(hat))
     step(objective, samples())["loss"].backward()
     assert {n for n, p in hat.named_parameters() if p.grad is not None} == {
-        f"gates.{e}.gate.{kind}" for e in hat.config.exit_layers for kind in ("weight", "bias")
+        f"gates.{e}.{part}" for e in hat.config.exit_layers for part in ("gate.weight", "gate.bias", "scale", "shift")
     }
