@@ -13,7 +13,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -21,13 +21,14 @@ from typing import NamedTuple
 
 import torch
 
-from .checkpoint import ADAPTER_FILE, read_checkpoint
+from .checkpoint import read_checkpoint
 from .config import HatError
 from .controls import CONTROLS, RandomExits, as_in, exit_shares
 from .evaluate import Score, compare, score, states
 from .matching import matched
 from .model import HierarchicalTransformer
 from .rows import RowWriter, read_rows
+from .schema import digest
 from .text import load_text, text_hash
 
 TEXTS = ("addresses", "docstrings")
@@ -88,7 +89,7 @@ class QualityRow:
     text_hash: str
     base: str
     adapter: str
-    """SHA-256 of the trained adapter, its beginning"""
+    """beginning of the SHA-256 of the parameters and tables behind the row; those of exits only where some leave"""
     device: str
     dtype: str
     threads: int
@@ -126,9 +127,11 @@ def quality(
     for grain in grains.values():
         if read_checkpoint(grain.untrained).training is not None:
             raise HatError(f"{grain.untrained} was trained: expected a checkpoint as `hat calibrate` writes it")
-    adapters = {name: _adapter(grain.trained) for name, grain in grains.items()}
+    adapters = {
+        (name, exits): _adapter(grain.trained, exits) for name, grain in grains.items() for exits in (False, True)
+    }
     for row in read_rows(out, QualityRow) if out.exists() else []:
-        if row.adapter != adapters.get(row.granularity, row.adapter):
+        if row.adapter != adapters.get((row.granularity, row.exit_rate > 0), row.adapter):
             raise HatError(f"{out} holds rows of another {row.granularity} checkpoint: remove it, or write elsewhere")
     with RowWriter(out, QualityRow, key=Point._fields) as writer:
         for granularity, grain in grains.items():
@@ -139,12 +142,12 @@ def quality(
             if hat.config.granularity != granularity:
                 raise HatError(f"{grain.trained} has the {hat.config.granularity} grain, expected {granularity}")
             for (text, tokens), group in groupby(missing, key=lambda p: (p.text, p.max_tokens)):
-                for row in _on_text(hat, grain, adapters[granularity], text, tokens, list(group), progress):
+                for row in _on_text(hat, grain, adapters, text, tokens, list(group), progress):
                     writer.write(row)
                     yield row
 
 
-def _on_text(hat, grain: Grain, adapter: str, text: str, max_tokens: int, points, progress) -> Iterator[QualityRow]:
+def _on_text(hat, grain: Grain, adapters, text: str, max_tokens: int, points, progress) -> Iterator[QualityRow]:
     blocks = load_text(text, hat.base.tokenizer, split="test", max_tokens=max_tokens)
     with hat.dense():
         base, against = score(hat, blocks, progress=False), states(hat, blocks, progress=False)
@@ -168,7 +171,7 @@ def _on_text(hat, grain: Grain, adapter: str, text: str, max_tokens: int, points
                     continue
                 with hat.using(control):
                     found = run()
-            yield _row(hat, adapter, point, blocks, base, trained, found)
+            yield _row(hat, adapters[point.granularity, rate > 0], point, blocks, base, trained, found)
 
 
 @contextmanager
@@ -216,8 +219,12 @@ def _row(hat, adapter: str, point: Point, blocks, base: Score, trained: Score, f
     )
 
 
-def _adapter(checkpoint: Path) -> str:
-    try:
-        return hashlib.sha256((checkpoint / ADAPTER_FILE).read_bytes()).hexdigest()[:16]
-    except OSError as error:
-        raise HatError(f"no checkpoint at {checkpoint}: {error.strerror}; make it with `hat train`") from error
+def _adapter(checkpoint: Path, exits: bool) -> str:
+    """Gates that are trained again leave the rows without exits as they are."""
+    if not checkpoint.is_dir():
+        raise HatError(f"no checkpoint at {checkpoint}: make it with `hat train`")
+    found = read_checkpoint(checkpoint)
+    parts = {name: t.numpy().tobytes() for name, t in found.tensors.items() if exits or name.startswith("routers.")}
+    tables = asdict(found.calibration) if found.calibration else {}
+    used = {k: v for k, v in tables.items() if exits or not k.startswith("exit_")}
+    return digest({"tables": used, **{name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}})[:16]

@@ -89,6 +89,21 @@ def test_rows_of_another_checkpoint_are_refused_and_kept(measured, grain, tmp_pa
     assert out.read_text() == before
 
 
+def test_gates_that_are_trained_again_leave_rows_without_exits_valid(measured, grain, tmp_path):
+    out = tmp_path / "quality.csv"
+    header, *rows = measured[0].read_text().splitlines(keepends=True)
+    out.write_text(header + "".join(row for row in rows if row.split(",")[4] == "0.0"))
+    kept, other = out.read_text(), tmp_path / "again"
+    hat = HierarchicalTransformer.from_pretrained(grain.trained, dtype="fp32")
+    with torch.no_grad():
+        for gate in hat.gates.values():
+            gate.shift.add_(1.0)
+    hat.save_pretrained(other)
+    run = quality(out, {"channel": grain._replace(trained=other)}, dtype="fp32", points=points, progress=False)
+    assert {row.exit_rate for row in run} == {0.5}
+    assert out.read_text().startswith(kept)
+
+
 def test_refusals(grain, tmp_path):
     with pytest.raises(HatError, match="has the channel grain, expected token"):
         list(quality(tmp_path / "a.csv", {"token": grain}, dtype="fp32", points=points))
