@@ -4,7 +4,8 @@ routers   the routed model against the frozen base on the same tokens, KL(base |
           for this step; plus the budget and, for the token grain, the regularisers. Gates are off.
 exit      routers frozen and deciding as in use. At each exit depth some tokens are translated, read by the base's
           norm and head, and compared with the base: the translators learn by KL, the gates by whether the exit's
-          next token is the base's, and by the KL that leaving there would have cost, against a budget of exits.
+          next token is the base's. The published method also samples whole decisions, and pays for those that send
+          a token where it is wrong, and for the distance from a budget of exits.
 
 No label enters: on one corpus a language-modelling loss would lower perplexity by learning the corpus, and
 hide what skipping costs. All randomness is a function of (seed, step, sample), so that two processes, or a
@@ -185,7 +186,7 @@ class Objective(nn.Module):
         device = input_ids.device
         head, norm = hat.lm.lm_head, hat.lm.model.norm
         base = self._read(teacher[rows, columns], head)
-        kl_stay = losses.divergence(base, self._read(hidden.last_hidden_state[rows, columns], head))
+        wrong_stay = ~losses.exit_targets(base, self._read(hidden.last_hidden_state[rows, columns], head))
 
         stay = torch.ones(len(rows), device=device)
         cost, left, agreed = torch.zeros_like(stay), torch.zeros_like(stay), []
@@ -210,14 +211,13 @@ class Objective(nn.Module):
                 for part, key in zip(decisions.split(counts), keys, strict=True)
             ]
             leave = torch.cat(drawn)[:, 1]
-            # Who has not left yet and leaves here pays this exit's KL; its gradient is the gate's alone.
-            cost, left, stay = cost + stay * leave * kl.detach(), left + stay * leave, stay * (1 - leave)
-        rate = recipe.sampled_exit_rate(step)
-        routed = (cost + stay * kl_stay).mean()
-        pull = losses.budget(left.mean(), rate)
-        loss = translate + gate_loss + routed + recipe.budget_weight * pull
+            # Who has not left yet and leaves here pays if this exit is wrong.
+            cost, left, stay = cost + stay * leave * ~right, left + stay * leave, stay * (1 - leave)
+        wrong = (cost + stay * wrong_stay).mean()
+        pull = losses.budget(left.mean(), recipe.sampled_exit_rate(step))
+        loss = translate + gate_loss + recipe.decision_weight * (wrong + recipe.budget_weight * pull)
         return {
-            "loss": loss, "kl": translate.detach(), "gate_loss": gate_loss.detach(), "routed_kl": routed.detach(),
+            "loss": loss, "kl": translate.detach(), "gate_loss": gate_loss.detach(), "wrong": wrong.detach(),
             "exit_rate": left.mean().detach(), "agreement": torch.stack(agreed).mean(),
         }  # fmt: skip
 

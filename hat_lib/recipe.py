@@ -51,6 +51,8 @@ class Recipe:
     entropy_weight: float = 1e-2
     gate_forward_temperature: float = 1.0
     gate_backward_temperature: float = 2.0
+    decision_weight: float = 1.0
+    """of sampled exits, how many are wrong and how far from a sampled rate; 0 trains gates by their targets alone"""
     exit_rate: float = 0.3
     """highest exit rate that the gates are trained for; sampled per step from 0 up to it"""
     exit_tokens: int = 64
@@ -85,7 +87,7 @@ class Recipe:
             if not 0 < self._number(name) < math.inf:
                 raise HatError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
         for name in (
-            "router_lr", "exit_lr", "noise", "budget_weight", "z_weight", "entropy_weight", "spread",
+            "router_lr", "exit_lr", "noise", "budget_weight", "z_weight", "entropy_weight", "decision_weight", "spread",
         ):  # fmt: skip
             if not 0 <= self._number(name) < math.inf:
                 raise HatError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
@@ -104,10 +106,10 @@ class Recipe:
 
     @classmethod
     def default(cls, profile: str = "full", **changes) -> Recipe:
-        """For the channel grain: no noise, no regularisers, larger steps for its log-scales and its exits."""
+        """For the channel grain: no noise, no regularisers, gates by targets alone, larger steps in both phases."""
         recipe = cls(
             batch_size=2, router_epochs=4, router_lr=5e-3, exit_lr=2e-3, capacity=0.62, spread=0.25, anneal=0.1,
-            temperature=0.5, noise=0.0, z_weight=0.0, entropy_weight=0.0, layer_dropout=0.0,
+            temperature=0.5, noise=0.0, z_weight=0.0, entropy_weight=0.0, decision_weight=0.0, layer_dropout=0.0,
         )  # fmt: skip
         return cls._profiled(recipe, profile, changes)
 

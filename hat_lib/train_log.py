@@ -17,7 +17,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from .model import HierarchicalTransformer
 
-METRICS = ("loss", "capacity", "kl", "share", "z_loss", "entropy", "gate_loss", "routed_kl", "exit_rate", "agreement")
+METRICS = ("loss", "capacity", "kl", "share", "z_loss", "entropy", "gate_loss", "wrong", "exit_rate", "agreement")
 
 
 class CsvLog(TrainerCallback):

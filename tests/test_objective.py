@@ -92,27 +92,28 @@ def test_nothing_comes_from_the_global_random_state(grain_and_phase):
     same(first, numbers(step(new(*grain_and_phase), samples())), tolerance=0)
 
 
-# What is drawn -> the only changes that leave it on, and the number that it moves.
+# What is drawn -> the only changes that leave it on, and the numbers that it moves.
 DRAWN = {
-    "noise": ("routers", {"layer_dropout": 0.0}, "kl"),
-    "layer dropout": ("routers", {"noise": 0.0}, "kl"),
-    "positions": ("exit", {"exit_tokens": 4}, "kl"),
-    "gate noise": ("exit", {"exit_tokens": 99}, "routed_kl"),
+    "noise": ("routers", {"layer_dropout": 0.0}, ("kl",)),
+    "layer dropout": ("routers", {"noise": 0.0}, ("kl",)),
+    "positions": ("exit", {"exit_tokens": 4}, ("kl",)),
+    "gate noise": ("exit", {"exit_tokens": 99}, ("wrong", "exit_rate")),
 }
 
 
 @pytest.mark.parametrize("grain", GRAINS)
 @pytest.mark.parametrize("drawn", DRAWN)
 def test_each_draw_is_another_for_another_seed_step_or_sample(grain, drawn):
-    phase, changes, name = DRAWN[drawn]
+    phase, changes, names = DRAWN[drawn]
     changes = {"spread": 0.0, "anneal": 0.0, **changes}  # one capacity for all steps
 
     def value(at=8, number=7, **more):
         rows = [samples()[0] | {"index": number}]
-        return float(numbers(step(new(grain, phase, **changes, **more), rows, at=at))[name])
+        found = numbers(step(new(grain, phase, **changes, **more), rows, at=at))
+        return tuple(round(float(found[name]), 4) for name in names)
 
     found = [value(), value(seed=1), value(number=8), value(number=9), value(at=7), value(at=6)]
-    assert value() == found[0] and len({round(v, 4) for v in found}) > 3
+    assert value() == found[0] and len(set(found)) > 3
     assert found[1] != found[0] != found[2] and found[4] != found[0]
 
 
@@ -141,6 +142,19 @@ def test_the_loss_of_routers_is_kl_and_budget_and_the_regularisers():
            if name != "site_share"}  # fmt: skip
     pull = abs(out["share"] - out["capacity"])
     assert out["loss"] == pytest.approx(out["kl"] + 3 * pull + 0.5 * out["z_loss"] + 0.25 * out["entropy"], rel=1e-5)
+
+
+def test_the_loss_of_exits_is_kl_and_targets_and_the_sampled_decisions():
+    found = []
+    for weight in (0.0, 2.0):
+        objective = new("token", "exit", budget_weight=3.0, decision_weight=weight)
+        out = {name: float(torch.as_tensor(v).detach()) for name, v in step(objective, samples()).items()}
+        pull = abs(out["exit_rate"] - objective.recipe.sampled_exit_rate(8))
+        decisions = weight * (out["wrong"] + 3 * pull)
+        assert out["loss"] == pytest.approx(out["kl"] + out["gate_loss"] + decisions, rel=1e-5)
+        assert 0 < out["wrong"] <= 1
+        found.append(out)
+    assert found[0]["wrong"] == found[1]["wrong"]  # the weight changes no draw
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -29,7 +29,7 @@ def test_columns_and_cells(grain, tmp_path):
     assert list(rows[0]) == ["phase", "step", "steps", "seconds", *METRICS, *shares, *tail]
     only_token = {"z_loss", "entropy"} if grain == "token" else set()
     of_routers = {"share", *shares} | only_token
-    of_exit = {"gate_loss", "routed_kl", "exit_rate", "agreement"}
+    of_exit = {"gate_loss", "wrong", "exit_rate", "agreement"}
     for row in rows:
         filled = {name for name, cell in row.items() if cell != ""}
         both = {"phase", "step", "steps", "seconds", "loss", "capacity", "kl", *tail}
