@@ -12,7 +12,7 @@ FETCH ?= $(PY) -m hat_lib.cli setup --quiet
 PY := .venv/bin/python
 TORCH := torch>=2.7,<3
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-NBVAL := --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 120
+NBVAL := --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 300
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
