@@ -339,17 +339,8 @@ class HierarchicalTransformer(nn.Module):
 
     def save_pretrained(self, folder) -> None:
         """Write routers, gates, config and calibration; never the base. See `hat_lib.checkpoint`."""
-        write_checkpoint(
-            folder,
-            Checkpoint(
-                self.config,
-                self.base.name,
-                self.base.fingerprint,
-                self.hat_parameters(),
-                self.calibration,
-                self.training_summary,
-            ),
-        )
+        parts = self.config, self.base.name, self.base.fingerprint, self.hat_parameters()
+        write_checkpoint(folder, Checkpoint(*parts, self.calibration, self.training_summary))
 
     def push_to_hub(self, repo_id: str, **options) -> str:
         """Upload what `save_pretrained` writes; see `hat_lib.hub.push_to_hub` for the options."""

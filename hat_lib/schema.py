@@ -20,6 +20,10 @@ from .config import HatConfig, HatError
 from .grains import GRAINS
 from .thresholds import Calibration
 
+# Deeper than anything that is ours, and well within the stack of every Python.
+MAX_DEPTH = 500
+
+
 _NAME = (r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,1000}", "a line of 1 to 1000 characters")
 _HASH = (r"[0-9a-f]{64}", "64 hex digits")
 _STRINGS = {"base": _NAME, "base_fingerprint": _HASH, "library_version": _NAME, "adapter_sha256": _HASH}
@@ -74,13 +78,19 @@ def digest(meta: dict) -> str:
 
 
 def parse_json(data: bytes):
-    """Standard JSON in UTF-8: no key twice in one object, no number beyond int64 or float64."""
+    """Standard JSON in UTF-8: no key twice in one object, no number beyond int64 or float64, not nested too deep."""
     number, whole = partial(_bounded, float, math.inf), partial(_bounded, int, 2**63)
     hooks = {"object_pairs_hook": _unique, "parse_int": whole, "parse_float": number, "parse_constant": number}
     try:
-        return json.loads(data.decode(), **hooks)
+        value = json.loads(data.decode(), **hooks)
     except (ValueError, RecursionError) as error:
         raise HatError(f"this is not valid JSON: {error}") from error
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [v for part in level if isinstance(part, dict | list) for v in _inside(part)]
+        if not level:
+            return value
+    raise HatError(f"this is nested deeper than {MAX_DEPTH}")
 
 
 def readable(value, indent: int = 0) -> str:
@@ -92,6 +102,10 @@ def readable(value, indent: int = 0) -> str:
     if isinstance(value, list) and any(isinstance(v, list) for v in value):
         return "[" + inside + f",{inside}".join(readable(v, indent + 1) for v in value) + outside + "]"
     return json.dumps(value, allow_nan=False)
+
+
+def _inside(part: dict | list):
+    return part.values() if isinstance(part, dict) else part
 
 
 def _unique(pairs: list[tuple]) -> dict:
