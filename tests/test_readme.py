@@ -47,6 +47,21 @@ def test_benchmark():
     assert table("benchmark.csv") == expected
 
 
+def test_quality():
+    frame = pd.read_csv(DATA / "results" / "quality.csv")
+    frame = frame[(frame.granularity == "channel") & (frame.max_tokens == 20_000)]
+    expected = [
+        [
+            r["text"],
+            f"{r['capacity']:.2f} / {r['realised']:.3f}",
+            r["variant"],
+            f"{r['increase']:+.1%} ({r['increase_low']:+.1%} to {r['increase_high']:+.1%})",
+        ]
+        for r in frame.to_dict("records")
+    ]
+    assert table("quality.csv") == expected
+
+
 @pytest.mark.parametrize("name", ["foundation.csv", "benchmark.csv"])
 def test_rows_say_where_they_come_from(name):
     frame = pd.read_csv(DATA / "results" / name)
