@@ -96,7 +96,7 @@ class QualityRow:
 
 
 def plan(granularity: str) -> list[Point]:
-    """The points of one grain, most telling ones first; about 25 minutes on two cores."""
+    """The points of one grain, most telling ones first; about an hour on two cores."""
     both, controls = ("trained", "untrained"), ("trained", *CONTROLS)
     grid = [(20_000, (0.75, 0.62), (0.0,), both)]
     grid += [(4_000, (0.9, 0.7, 0.55, 0.4), (0.0,), both), (4_000, (0.9, 0.7, 0.55), (0.0,), controls)]

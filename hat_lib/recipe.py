@@ -1,7 +1,7 @@
 """Recipe: everything a training run is made of, except the model and the text's tokens.
 
 Two starting points. `Recipe.published` has the hyperparameters of the published method (token grain).
-`Recipe.default` is what the ablations in LOG.md favour for the channel grain. Each in two profiles: ``quick``
+`Recipe.default` is ours, for the channel grain (LOG.md). Each in two profiles: ``quick``
 (two CPU cores, about a minute) and ``full`` (what the reference checkpoints were trained with; on a GPU more
 tokens are cheap).
 """

@@ -97,8 +97,8 @@ def quality(
 ) -> None:
     """What trained checkpoints keep, beside every control.
 
-    Both grains and both texts, at equal work; exits too. About an hour on two cores; stopped and started again, it goes
-    on where it was.
+    Both grains and both texts, at equal work; exits too. About two hours on two cores; stopped and started again, it
+    goes on where it was.
     """
     wanted = [name.strip() for name in grains.split(",")]
     if unknown := [name for name in wanted if name not in GRANULARITIES]:

@@ -23,7 +23,6 @@ from .thresholds import Calibration
 # Deeper than anything that is ours, and well within the stack of every Python.
 MAX_DEPTH = 500
 
-
 _NAME = (r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,1000}", "a line of 1 to 1000 characters")
 _HASH = (r"[0-9a-f]{64}", "64 hex digits")
 _STRINGS = {"base": _NAME, "base_fingerprint": _HASH, "library_version": _NAME, "adapter_sha256": _HASH}
