@@ -58,6 +58,22 @@ CHANGES = (
     Change("token", "no entropy", {"entropy_weight": 0.0}),
     Change("token", "no z-loss, no entropy", {"z_weight": 0.0, "entropy_weight": 0.0}),
     Change("token", "no Gumbel noise", {"noise": 0.0}),
+    Change("token", "no layer dropout", {"layer_dropout": 0.0}),
+    Change("token", "one capacity", {"capacity": 0.75, "spread": 0.0, "anneal": 0.0}),
+    Change("token", "budget weight 10", {"budget_weight": 10.0}),
+    Change("token", "learning rate 2e-2", {"router_lr": 2e-2}),
+    Change(
+        "token",
+        "the last four together",  # what notebook 03 trains with, to learn in forty steps
+        {
+            "layer_dropout": 0.0,
+            "capacity": 0.75,
+            "spread": 0.0,
+            "anneal": 0.0,
+            "budget_weight": 10.0,
+            "router_lr": 2e-2,
+        },
+    ),
 )
 CAPACITY = {"channel": 0.62, "token": 0.75}
 """where the runs of a grain are compared"""

@@ -100,9 +100,7 @@ def quality(
     Both grains and both texts, at equal work; exits too. About two hours on two cores; stopped and started again, it
     goes on where it was.
     """
-    wanted = [name.strip() for name in grains.split(",")]
-    if unknown := [name for name in wanted if name not in GRANULARITIES]:
-        raise HatError(f"grains must be among {', '.join(GRANULARITIES)}, got {unknown[0]!r}")
+    wanted = _named(grains)
     take.check_writable(out.parent)
 
     from .base import parse_dtype
@@ -126,24 +124,28 @@ def ablations(
     base: take.TrainedBase = "bundled",
     steps: take.TrainSteps = 40,
     tokens: take.MaxTokens = 4_000,
+    grains: take.Grains = "channel,token",
     dtype: take.TrainDtype = "bf16",
     out: take.QualityOut = DATA / "results" / "ablations.csv",
 ) -> None:
     """What each choice of the training recipe is worth.
 
-    Sixteen short runs that differ in one thing, measured at equal work. About an hour on two cores; stopped and started
+    Short runs that differ in one thing, measured at equal work. About two hours on two cores; stopped and started
     again, it goes on where it was.
     """
+    wanted = _named(grains)
     take.check_count("steps", steps, 1)
     take.check_count("tokens", tokens, 1024)
     take.check_writable(out.parent)
 
+    from .ablations import CHANGES
     from .ablations import ablations as measure
     from .base import parse_dtype
 
     parse_dtype(dtype)
     typer.echo("grain    text        capacity  realised  perplexity over the base's    change")
-    for r in measure(out, base=base, steps=steps, tokens=tokens, dtype=dtype, progress=False):
+    changes = [change for change in CHANGES if change.granularity in wanted]
+    for r in measure(out, base=base, changes=changes, steps=steps, tokens=tokens, dtype=dtype, progress=False):
         typer.echo(
             f"{r.granularity:8} {r.text:10}  {r.capacity:8.2f}  {r.realised:8.3f}  {r.increase:+8.2%} "
             f"({r.increase_low:+.2%} to {r.increase_high:+.2%})  {r.change}"
@@ -211,3 +213,10 @@ def figures() -> None:
             typer.echo(f"wrote {plots.save_figure(draw(pd.read_csv(source)), name)}")
         else:
             say("warning", f"no {source}, so {name}.png stays as it is")
+
+
+def _named(grains: str) -> list[str]:
+    wanted = [name.strip() for name in grains.split(",")]
+    if unknown := [name for name in wanted if name not in GRANULARITIES]:
+        raise HatError(f"grains must be among {', '.join(GRANULARITIES)}, got {unknown[0]!r}")
+    return wanted
