@@ -16,6 +16,7 @@ MODULES = (
     "state",
     "relax",
     "router",
+    "tiles",
     "grains",
     "exit_gate",
     "thresholds",

@@ -6,18 +6,17 @@ A grain wraps one decoder layer of the base and runs its linear layers under the
 `TokenGrain`     the FFN runs for a token or not. Kept rows are gathered, run, and scattered back.
 `ChannelGrain`   each linear layer reads only the kept channels of its input. Weights that read the same
                  input (q|k|v, gate|up) are fused and stored once; the base's own modules become views. For
-                 one row on a CPU the product is a gather-and-sum over the kept rows of ``W^T``, so a skipped
-                 channel is weight memory that is never read.
+                 one row on a CPU the product is a gather-and-sum over the kept rows of ``W^T``, wherever that
+                 is faster than reading all of it in order.
 
 Both also compute K and V, and nothing else, for rows that have exited.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +24,7 @@ from torch import Tensor, nn
 
 from .router import Gated
 from .state import TokenState
-
-# Widest tile of columns, see `FusedLinear`: what a vectorised sum of bf16 rows holds in registers, so that
-# one pass over a tile reads each kept row once.
-TILE = 448
-# Kept share above which one row is multiplied densely, masked. A gather of most of the rows is slower than
-# reading all of them in order; `hat benchmark` measures both. By bytes per weight.
-BREAK_EVEN = {2: 0.8, 4: 0.6}
+from .tiles import break_even, gathered, ordered, tile_width
 
 Decide = Callable[[str, Tensor, Tensor | None], Tensor | None]
 
@@ -62,9 +55,9 @@ class FusedLinear:
     """Linear layers that read one input, fused into one matrix whose layout follows its use.
 
     Rows: ``W [out, C]``, for several rows of input, CUDA and training; a plain matrix product.
-    Tiles: ``W^T`` in tiles of columns, ``[tiles, C, width]``, from the first single row on a CPU. There a
-    skipped channel is memory that is never read, and all channels of a tile lie in reading order, so that even
-    the dense product of one row runs faster than `F.linear`.
+    Tiles: ``W^T`` in tiles of columns, `hat_lib.tiles`, from the first single row on a CPU. There a skipped
+    channel is memory that is not read, where that is faster than reading it, and even the dense product of one row
+    runs faster than `F.linear`.
 
     The weights exist once. In rows, the given modules' weights are 2-D views; in tiles, 3-D ones, until `rows`
     or `release`. Changing the layout moves every weight once: tenths of a second for a small model.
@@ -75,7 +68,7 @@ class FusedLinear:
         self.see: Callable[[Tensor], None] | None = None
         self.widths = [m.out_features for m in linears]
         self.out, self.channels = sum(self.widths), linears[0].in_features
-        self.width = _tile_width(self.widths)
+        self.width = tile_width(self.widths)
         self.n_tiles = self.out // self.width
         self.weight, self.tiles = torch.cat([m.weight.detach() for m in linears]), None
         biases = [m.bias for m in linears]
@@ -100,9 +93,7 @@ class FusedLinear:
             self.weight = None
             views = self.tiles.transpose(1, 2).split([w // self.width for w in self.widths])
             self._show(views)
-            # 32-bit indices: there are as many as tiles times kept channels, and half the size is half the time.
-            self._starts = torch.arange(self.n_tiles, dtype=torch.int32)[:, None] * self.channels
-            self._everything = torch.arange(self.n_tiles * self.channels, dtype=torch.int32)
+            self.break_even = break_even(*self.tiles.shape, self.tiles.dtype, torch.get_num_threads())
 
     def release(self) -> None:
         """Give each module its own contiguous weight back, bit for bit."""
@@ -130,7 +121,7 @@ class FusedLinear:
         """The outputs ``start:stop`` alone, whole tiles: ``[n, C] -> [n, stop - start]``."""
         if compact and x.shape[0] == 1 and x.device.type == "cpu" and not x.requires_grad:
             self.tile()
-            y = self._gather(x, self.tiles[start // self.width : stop // self.width], keep)
+            y = self._row(x, self.tiles[start // self.width : stop // self.width], keep)
         else:
             x = x if keep is None else keep.x if isinstance(keep, Gated) else x * keep
             if self.tiles is None:
@@ -139,31 +130,15 @@ class FusedLinear:
                 y = torch.cat([x @ tile for tile in self.tiles[start // self.width : stop // self.width]], dim=1)
         return y if self.bias is None else y + self.bias[start:stop]
 
-    def _gather(self, x: Tensor, tiles: Tensor, keep: Tensor | None) -> Tensor:
-        """One row: a weighted sum over the kept rows of each tile, one bag a tile."""
-        n, values = self.channels, x.view(-1)
-        kept = None if keep is None else keep.view(-1).nonzero().view(-1)
-        if kept is None or len(kept) > BREAK_EVEN[x.itemsize] * n:
-            values = values if keep is None else (x * keep).view(-1)
-            rows = self._everything[: len(tiles) * n]
-        else:
-            n, values = len(kept), values.index_select(0, kept)
-            rows = (self._starts[: len(tiles)] + kept.to(torch.int32)).view(-1)
-        values = values.expand(len(tiles), n).reshape(-1)
-        bags = _bags(len(tiles), n)
-        return torch.embedding_bag(tiles.view(-1, self.width), rows, bags, False, 0, False, values)[0].view(1, -1)
-
-
-def _tile_width(widths: Sequence[int]) -> int:
-    """The widest tile, up to `TILE`, that cuts every one of the fused matrices evenly."""
-    whole = math.gcd(*widths)
-    return max(w for w in range(1, min(whole, TILE) + 1) if whole % w == 0)
-
-
-@lru_cache(maxsize=1 << 14)
-def _bags(n_tiles: int, n: int) -> Tensor:
-    """Where each tile's rows begin; kept, as making the tensor takes longer than using it."""
-    return torch.arange(n_tiles, dtype=torch.int32) * n
+    def _row(self, x: Tensor, tiles: Tensor, keep: Tensor | None) -> Tensor:
+        """One row, the faster way; ``tiles`` are ours, or some of them."""
+        if keep is None:
+            return ordered(tiles, x)
+        if self.break_even:
+            kept = keep.view(-1).nonzero().view(-1)
+            if len(kept) <= self.break_even * self.channels:
+                return gathered(tiles, x, kept)
+        return ordered(tiles, x * keep)
 
 
 def _see_input(see, layer: int, site: str, x: Tensor) -> None:

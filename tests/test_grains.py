@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from hat_lib import grains
 from hat_lib.grains import FusedLinear, RowLinear
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -38,18 +37,12 @@ def test_products(case, share, layout, monkeypatch):
     expected = (x if keep is None else x * keep) @ weight.T + offset
     torch.testing.assert_close(fused(x, keep), expected)
     assert (fused.tiles is None) == (layout == "rows"), "several rows leave the layout as it is"
-    for break_even in (0.0, 1.0):  # dense and gathered
-        monkeypatch.setitem(grains.BREAK_EVEN, 4, break_even)
+    fused.tile()
+    for break_even in (0.0, 1.0):  # in order and gathered
+        monkeypatch.setattr(fused, "break_even", break_even, raising=False)
         rows = [fused(x[i : i + 1], None if keep is None else keep[i : i + 1]) for i in range(5)]
         torch.testing.assert_close(torch.cat(rows), expected)
     assert fused.tiles is not None
-
-
-@pytest.mark.parametrize(
-    "widths, width", [([5632, 5632], 352), ([2048, 256, 256], 256), ([576, 192, 192], 192), ([97], 97)]
-)
-def test_tiles_are_as_wide_as_registers_and_matrices_allow(widths, width):
-    assert grains._tile_width(widths) == width
 
 
 @pytest.mark.parametrize("case", CASES)
