@@ -24,7 +24,7 @@ from .base import Base, load_base
 from .checkpoint import Checkpoint, check_tensors, is_hat_parameter, read_checkpoint, write_checkpoint
 from .config import HatConfig, HatError, check_capacity, check_exit_rate
 from .exit_gate import ExitGate
-from .grains import GRAINS, RowLinear
+from .grains import GRAINS, TiedEmbedding, TiledLinear
 from .hub import local_folder, push_to_hub
 from .layer import AdaptiveLayer
 from .router import ChannelRouter, Everything, Forced, Gated, MoERouter, Policy, Threshold
@@ -90,7 +90,10 @@ class HierarchicalTransformer(nn.Module):
         self.layers = [AdaptiveLayer(self, i, self.grain(layer)) for i, layer in enumerate(self.lm.model.layers)]
         for adaptive in self.layers:
             adaptive.grain.layer.forward = adaptive
-        self._head = RowLinear(self.lm.lm_head)
+        self._head = TiledLinear(self.lm.lm_head)
+        embedding = self.lm.model.embed_tokens
+        tied = embedding.weight is self.lm.lm_head.weight
+        self._embedding = TiedEmbedding(embedding, self._head.fused) if tied else None
         self._hooks = [
             self.lm.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.lm.model.register_forward_hook(self._end),
@@ -100,6 +103,7 @@ class HierarchicalTransformer(nn.Module):
     def _rows(self) -> None:
         for adaptive in self.layers:
             adaptive.grain.rows()
+        self._head.fused.rows()
 
     def train(self, mode: bool = True) -> HierarchicalTransformer:
         if mode:  # training sees many rows at a time
@@ -113,6 +117,8 @@ class HierarchicalTransformer(nn.Module):
             del adaptive.grain.layer.forward
             adaptive.grain.release()
         self._head.release()
+        if self._embedding is not None:
+            self._embedding.release()
         self.layers = []
 
     def unload(self) -> Base:

@@ -96,9 +96,8 @@ class TokenState:
 
     def note(self, layer: int, site: int, keep: Tensor | None) -> None:
         """Record what one site ran: bool ``[n, C]`` or ``[n]`` for the running rows, None for everything."""
-        keep = keep if keep is None else keep.detach()
         if keep is not None and not self.single_row:  # one row is averaged only when somebody asks
-            keep = _share(keep)
+            keep = _share(keep.detach())
             if self.alive is not None and len(keep) == self.alive.numel():
                 keep = keep.new_zeros(self.batch * self.tokens).index_copy(0, self.alive, keep)
         self._kept[layer, site] = keep

@@ -76,22 +76,24 @@ def break_even(n_tiles: int, channels: int, width: int, dtype: torch.dtype, thre
     # Copies, so that memory is read and not a cache; of a matrix that any cache holds a few are enough.
     copies = min(256, max(2, COLD // bytes_each))
     weights = [torch.ones(n_tiles, channels, width, dtype=dtype) for _ in range(copies)]
-    lots = torch.randperm(channels, generator=torch.Generator().manual_seed(0))
-    masks = [(lots < share * channels)[None] for share in SHARES]
+    # A mask of its own for each copy: processors learn a pattern that comes back.
+    lots = torch.rand(copies, channels, generator=torch.Generator().manual_seed(0)).argsort(1)
+    masks = [(lots < share * channels)[:, None] for share in SHARES]
     x = torch.ones(1, channels, dtype=dtype)
+    zero = x.new_zeros(())
 
-    def seconds(product) -> float:
+    def seconds(product, keeps: Tensor) -> float:
         times = []
         for _ in range(3):
             began = time.perf_counter()
-            for tiles in weights:
-                product(tiles)
+            for tiles, keep in zip(weights, keeps, strict=True):
+                product(tiles, keep)
             times.append(time.perf_counter() - began)
         return sorted(times)[1]
 
     with torch.no_grad():
-        dense = seconds(lambda tiles: ordered(tiles, x * masks[0]))
-        costs = [seconds(lambda tiles, m=mask: gathered(tiles, x, m.view(-1).nonzero().view(-1))) for mask in masks]
+        dense = seconds(lambda tiles, keep: ordered(tiles, torch.where(keep, x, zero)), masks[0])
+        costs = [seconds(lambda tiles, keep: gathered(tiles, x, keep.view(-1).nonzero().view(-1)), m) for m in masks]
     slope, offset = np.polyfit(SHARES, costs, 1)
     if slope <= 0:  # a matrix so small, or a machine so busy, that the share does not show
         return float(offset + slope < dense)

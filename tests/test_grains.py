@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hat_lib.grains import FusedLinear, RowLinear
+from hat_lib.grains import FusedLinear, TiedEmbedding, TiledLinear
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -76,13 +76,41 @@ def test_columns(layout):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_row_linear_is_the_same_layer(dtype, bias):
+def test_tiled_linear_is_the_same_layer(dtype, bias):
     (module,) = linears([64], bias=bias, dtype=dtype)
-    x = torch.randn(2, 3, 48, dtype=dtype)
-    expected = [module(x), module(x[:1, :1])]
-    row = RowLinear(module)
-    for found, want in zip([module(x), module(x[:1, :1])], expected, strict=True):
+    weight, x = module.weight.clone(), torch.randn(2, 3, 48, dtype=dtype)
+    inputs = [x, x[:1, :1], x[0, 0], x]  # rows, one row in tiles, and several rows in the tiles that it left
+    expected = [module(i) for i in inputs]
+    tiled = TiledLinear(module)
+    for given, want in zip(inputs, expected, strict=True):
+        found = module(given)
         assert found.shape == want.shape
-        torch.testing.assert_close(found, want)
-    row.release()
-    assert "forward" not in vars(module)
+        torch.testing.assert_close(found, want, atol=1e-6 if dtype == torch.float32 else 2e-3, rtol=0.02)
+    assert tiled.fused.tiles is not None
+    tiled.release()
+    assert "forward" not in vars(module) and torch.equal(module.weight, weight)
+
+
+@pytest.mark.parametrize("out, width, tiled", [(3 * 177, 177, True), (3 * 509, 3, False)])
+def test_a_matrix_without_wide_tiles_stays_in_rows(out, width, tiled):
+    (module,) = linears([out])
+    expected = module(torch.ones(1, 48))
+    fused = TiledLinear(module).fused
+    torch.testing.assert_close(module(torch.ones(1, 48)), expected)
+    assert fused.width == width and (fused.tiles is not None) == tiled
+
+
+def test_a_tied_embedding_reads_either_layout():
+    (head,) = linears([96])
+    embedding = nn.Embedding(96, 48)
+    embedding.weight = head.weight
+    ids = torch.tensor([[0, 95, 31], [32, 64, 1]])
+    expected = embedding(ids)
+    tiled = TiledLinear(head)
+    tied = TiedEmbedding(embedding, tiled.fused)
+    assert torch.equal(embedding(ids), expected)
+    tiled.fused.tile()
+    assert torch.equal(embedding(ids), expected) and embedding.weight is head.weight
+    tied.release()
+    tiled.release()
+    assert torch.equal(embedding(ids), expected) and "forward" not in vars(embedding)
