@@ -39,12 +39,12 @@ class FusedLinear:
     """Linear layers that read one input, fused into one matrix whose layout follows its use.
 
     Rows: ``W [out, C]``, for several rows of input, CUDA and training; a plain matrix product.
-    Tiles: ``W^T`` in tiles of columns, `hat_lib.tiles`, from the first single row on a CPU. There a skipped
-    channel is memory that is not read, where that is faster than reading it, and even the dense product of one row
-    runs faster than `F.linear`.
+    Tiles: ``W^T`` in tiles of columns, `hat_lib.tiles`, from the first single row on a CPU to the second time that
+    several come. There a skipped channel is memory that is not read, where that is faster than reading it, and even
+    the dense product of one row runs faster than `F.linear`.
 
-    The weights exist once. In rows, the given modules' weights are 2-D views; in tiles, 3-D ones, until `rows`
-    or `release`. Changing the layout moves every weight once: tenths of a second for a small model.
+    The weights exist once. In rows, the given modules' weights are 2-D views; in tiles, 3-D ones. Changing the layout
+    moves every weight once: tenths of a second for a small model.
     """
 
     def __init__(self, linears: Sequence[nn.Linear]):
@@ -55,6 +55,7 @@ class FusedLinear:
         self.width = tile_width(self.widths)
         self.n_tiles = self.out // self.width
         self.weight, self.tiles = torch.cat([m.weight.detach() for m in linears]), None
+        self._several = 0
         biases = [m.bias for m in linears]
         self.bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
         self._show(self.weight.split(self.widths))
@@ -106,8 +107,12 @@ class FusedLinear:
         """The outputs ``start:stop`` alone, whole tiles: ``[n, C] -> [n, stop - start]``."""
         if compact and self.width >= NARROW and x.shape[0] == 1 and x.device.type == "cpu" and not x.requires_grad:
             self.tile()
+            self._several = 0
             y = self._row(x, self.tiles[start // self.width : stop // self.width], keep)
         else:
+            self._several += 1
+            if self._several > 1:  # a batch, not the prompt of one sequence
+                self.rows()
             x = x if keep is None else keep.x if isinstance(keep, Gated) else x * keep
             if self.tiles is None:
                 y = F.linear(x, self.weight[start:stop])

@@ -15,8 +15,8 @@ def linears(widths, channels=48, bias=False, dtype=torch.float32):
 
 
 CASES = {
-    "fused": ([40, 24, 24], 48, False),
-    "bias": ([40, 24], 48, True),
+    "fused": ([96, 32, 32], 48, False),
+    "bias": ([96, 32], 48, True),
     "one tile": ([64], 48, False),
     "wide": ([1024], 48, False),
 }
@@ -63,6 +63,16 @@ def test_one_storage_and_release(case):
     for m, w in zip(modules, before, strict=True):
         assert torch.equal(m.weight, w) and m.weight.is_contiguous()
         assert m.weight.untyped_storage().nbytes() == w.numel() * 4, "nothing else is kept alive by it"
+
+
+def test_the_prompt_of_one_sequence_keeps_tiles_and_a_batch_brings_rows_back():
+    fused = FusedLinear(linears([64]))
+    one, several = torch.ones(1, 48), torch.ones(4, 48)
+    layouts = []
+    for x in (several, one, several, one, several, several, one):
+        fused(x)
+        layouts.append("rows" if fused.tiles is None else "tiles")
+    assert layouts == ["rows", "tiles", "tiles", "tiles", "tiles", "rows", "tiles"]
 
 
 @pytest.mark.parametrize("layout", ["rows", "tile"])
