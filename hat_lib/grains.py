@@ -14,7 +14,7 @@ Both also compute K and V, and nothing else, for rows that have exited.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -39,9 +39,9 @@ class FusedLinear:
     """Linear layers that read one input, fused into one matrix whose layout follows its use.
 
     Rows: ``W [out, C]``, for several rows of input, CUDA and training; a plain matrix product.
-    Tiles: ``W^T`` in tiles of columns, `hat_lib.tiles`, from the first single row on a CPU to the second time that
-    several come. There a skipped channel is memory that is not read, where that is faster than reading it, and even
-    the dense product of one row runs faster than `F.linear`.
+    Tiles: ``W^T`` in tiles of columns, `hat_lib.tiles`, for one row at a time on a CPU. There a skipped channel is
+    memory that is not read, where that is faster than reading it, and even the dense product of one row runs
+    faster than `F.linear`.
 
     The weights exist once. In rows, the given modules' weights are 2-D views; in tiles, 3-D ones. Changing the layout
     moves every weight once: tenths of a second for a small model.
@@ -55,7 +55,6 @@ class FusedLinear:
         self.width = tile_width(self.widths)
         self.n_tiles = self.out // self.width
         self.weight, self.tiles = torch.cat([m.weight.detach() for m in linears]), None
-        self._several = 0
         biases = [m.bias for m in linears]
         self.bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
         self._show(self.weight.split(self.widths))
@@ -72,8 +71,8 @@ class FusedLinear:
             self._show(self.weight.split(self.widths))
 
     def tile(self) -> None:
-        """The layout for one row at a time."""
-        if self.tiles is None:
+        """The layout for one row at a time, if the matrix has tiles worth it."""
+        if self.tiles is None and self.width >= NARROW:
             self.tiles = self.weight.view(self.n_tiles, self.width, -1).transpose(1, 2).contiguous()
             self.weight = None
             views = self.tiles.transpose(1, 2).split([w // self.width for w in self.widths])
@@ -105,14 +104,9 @@ class FusedLinear:
 
     def columns(self, x: Tensor, start: int, stop: int, keep: Tensor | None = None, compact: bool = True) -> Tensor:
         """The outputs ``start:stop`` alone, whole tiles: ``[n, C] -> [n, stop - start]``."""
-        if compact and self.width >= NARROW and x.shape[0] == 1 and x.device.type == "cpu" and not x.requires_grad:
-            self.tile()
-            self._several = 0
+        if compact and self.tiles is not None and x.shape[0] == 1 and not x.requires_grad:
             y = self._row(x, self.tiles[start // self.width : stop // self.width], keep)
         else:
-            self._several += 1
-            if self._several > 1:  # a batch, not the prompt of one sequence
-                self.rows()
             x = x if keep is None else keep.x if isinstance(keep, Gated) else x * keep
             if self.tiles is None:
                 y = F.linear(x, self.weight[start:stop])
@@ -210,6 +204,17 @@ class Grain:
 
     def rows(self) -> None:
         """The layout of the weights that several rows at a time, and training, are fastest with."""
+        for linear in self.matrices():
+            linear.rows()
+
+    def tile(self) -> None:
+        """The layout for one row at a time on a CPU."""
+        for linear in self.matrices():
+            linear.tile()
+
+    def matrices(self) -> Iterable[FusedLinear]:
+        """The layer's weights."""
+        raise NotImplementedError
 
     def release(self) -> None:
         """Undo what attaching changed in the base."""
@@ -229,9 +234,8 @@ class TokenGrain(Grain):
     def intact(self):
         return self.attn.q_proj.weight.data_ptr() == self.linears[0].fused.storage.data_ptr()
 
-    def rows(self):
-        for linear in self.linears:
-            linear.fused.rows()
+    def matrices(self):
+        return [linear.fused for linear in self.linears]
 
     def release(self):
         for linear in self.linears:
@@ -340,9 +344,8 @@ class ChannelGrain(Grain):
     def intact(self):
         return self.attn.q_proj.weight.data_ptr() == self.linears["qkv"].storage.data_ptr()
 
-    def rows(self):
-        for linear in self.linears.values():
-            linear.rows()
+    def matrices(self):
+        return self.linears.values()
 
     def release(self):
         for linear in self.linears.values():

@@ -60,6 +60,7 @@ class HierarchicalTransformer(nn.Module):
         self.dropped: Tensor | None = None  # bool [L, B]: layers left out for a sequence, in training
         self._states: list[TokenState] | None = None
         self._record = False
+        self._batches = 0  # forwards of several rows since the last of one
         self._attach()
 
         d = lm.config.hidden_size
@@ -104,6 +105,22 @@ class HierarchicalTransformer(nn.Module):
         for adaptive in self.layers:
             adaptive.grain.rows()
         self._head.fused.rows()
+
+    def _tile(self) -> None:
+        for adaptive in self.layers:
+            adaptive.grain.tile()
+        self._head.fused.tile()
+
+    def _lay_out(self) -> None:
+        """Weights as this forward reads them fastest. A prompt between decode steps does not bring the rows back,
+        the second batch in succession does: moving all weights takes as long as a few steps."""
+        if self.trace.single_row and self.compact and self.base.device.type == "cpu":
+            self._batches = 0
+            self._tile()
+        else:
+            self._batches += 1
+            if self._batches > 1:
+                self._rows()
 
     def train(self, mode: bool = True) -> HierarchicalTransformer:
         if mode:  # training sees many rows at a time
@@ -300,6 +317,7 @@ class HierarchicalTransformer(nn.Module):
         )
         if self._record:
             self.trace.masks = Masks()
+        self._lay_out()
 
     def _end(self, module, args, output):
         if self._states is not None:

@@ -154,6 +154,16 @@ class TestSamePassTwoWays:
             with hat.force(hat.trace.masks):
                 close(stepwise(hat.lm, row), parallel)
 
+    def test_layout_follows_the_rows_of_a_forward(self, hat, ids):
+        """Tiles for one row at a time; a prompt keeps them, a second batch does not."""
+        matrices = [m for a in hat.layers for m in a.grain.matrices()] + [hat._head.fused]
+        found = []
+        for rows in (ids, ids[:1, :1], ids[:1], ids[:1, :1], ids, ids, ids[:1, :1]):
+            hat.lm(rows)
+            (tiled,) = {m.tiles is not None for m in matrices}
+            found.append("tiles" if tiled else "rows")
+        assert found == ["rows", "tiles", "tiles", "tiles", "tiles", "rows", "tiles"]
+
     def test_single_row_gather_in_bf16(self, ids):
         """The gather is as close to fp32 arithmetic, on the same weights and masks, as the dense product."""
         row = ids[:1]
