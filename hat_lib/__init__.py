@@ -17,6 +17,7 @@ MODULES = (
     "relax",
     "router",
     "tiles",
+    "linears",
     "grains",
     "exit_gate",
     "thresholds",

@@ -190,7 +190,7 @@ def reference_gates(log: pd.DataFrame, exits: pd.DataFrame) -> Figure:
         kl.set(ylabel="KL to the base, mean of the exits")
         kl.legend()
         for ax, who in ((agreement, "any token"), (leaving, "tokens that leave")):
-            ax.set(ylabel=f"{who}: share that read the base's token", ylim=(0, 1))
+            ax.set(ylabel=f"agreement, {who}", ylim=(0, 1))
             ax.yaxis.set_major_formatter(percent())
     return fig
 

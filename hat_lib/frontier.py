@@ -7,6 +7,7 @@ control at equal work. The horizontal axis is `model_share`, the one measure by 
 from __future__ import annotations
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -36,7 +37,7 @@ def quality(table: pd.DataFrame) -> Figure:
     need(table, *columns, "capacity", "increase", "increase_low", "increase_high")
     table = table[table["exit_rate"] == 0].sort_values("tokens")
     table = table.drop_duplicates(["granularity", "text", "variant", "capacity"], keep="last")
-    grains, texts = (list(dict.fromkeys(table[name])) for name in ("granularity", "text"))
+    grains, texts = (sorted(set(table[name])) for name in ("granularity", "text"))
     with mpl.rc_context(STYLE):
         fig = Figure(figsize=(4.7 * len(texts), 3.4 * len(grains) + 0.4), layout="constrained")
         axes = fig.subplots(len(grains), len(texts), squeeze=False, sharey="row")
@@ -48,8 +49,8 @@ def quality(table: pd.DataFrame) -> Figure:
                 for variant, (colour, marker, line) in VARIANTS.items():
                     _line(ax, here[here["variant"] == variant], colour, marker, line)
                 ax.set_yscale("symlog", linthresh=1)
-                ax.yaxis.set_major_locator(FixedLocator([0, *(10.0**n for n in range(9))]))
-                ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+,.0f} %" if v else "0"))
+                ax.yaxis.set_major_locator(FixedLocator([0, *(10.0**n for n in (*range(4), *range(4, 20, 2)))]))
+                ax.yaxis.set_major_formatter(FuncFormatter(_increase))
                 ax.xaxis.set_major_formatter(percent())
                 ax.set_title(f"{grain} grain, {text}")
                 ax.set(xlabel="executed share of the model's work", ylabel="" if j else "perplexity increase")
@@ -60,6 +61,13 @@ def quality(table: pd.DataFrame) -> Figure:
         ]
         fig.legend(handles=names, ncols=len(names), loc="outside lower center")
     return fig
+
+
+def _increase(percent: float, _=None) -> str:
+    """+10 %, +100 %, x11, x101, x10^4: percents up to a hundred of them, then times the base's perplexity."""
+    if percent <= 100:
+        return f"{percent:+.0f} %" if percent else "0"
+    return f"x{1 + percent / 100:.0f}" if percent < 1e5 else f"x$10^{{{np.log10(percent) - 2:.0f}}}$"
 
 
 def _line(ax, rows: pd.DataFrame, colour: str, marker: str, line: str) -> None:

@@ -24,9 +24,10 @@ from .base import Base, load_base
 from .checkpoint import Checkpoint, check_tensors, is_hat_parameter, read_checkpoint, write_checkpoint
 from .config import HatConfig, HatError, check_capacity, check_exit_rate
 from .exit_gate import ExitGate
-from .grains import GRAINS, TiedEmbedding, TiledLinear
+from .grains import GRAINS
 from .hub import local_folder, push_to_hub
 from .layer import AdaptiveLayer
+from .linears import Layout, TiedEmbedding, TiledLinear
 from .router import ChannelRouter, Everything, Forced, Gated, MoERouter, Policy, Threshold
 from .state import Masks, TokenState
 from .thresholds import Calibration
@@ -60,7 +61,6 @@ class HierarchicalTransformer(nn.Module):
         self.dropped: Tensor | None = None  # bool [L, B]: layers left out for a sequence, in training
         self._states: list[TokenState] | None = None
         self._record = False
-        self._batches = 0  # forwards of several rows since the last of one
         self._attach()
 
         d = lm.config.hidden_size
@@ -95,36 +95,16 @@ class HierarchicalTransformer(nn.Module):
         embedding = self.lm.model.embed_tokens
         tied = embedding.weight is self.lm.lm_head.weight
         self._embedding = TiedEmbedding(embedding, self._head.fused) if tied else None
+        self._layout = Layout([*(m for a in self.layers for m in a.grain.matrices()), self._head.fused])
         self._hooks = [
             self.lm.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.lm.model.register_forward_hook(self._end),
-            self.lm.register_state_dict_pre_hook(lambda *_: self._rows()),
+            self.lm.register_state_dict_pre_hook(lambda *_: self._layout.rows()),
         ]
-
-    def _rows(self) -> None:
-        for adaptive in self.layers:
-            adaptive.grain.rows()
-        self._head.fused.rows()
-
-    def _tile(self) -> None:
-        for adaptive in self.layers:
-            adaptive.grain.tile()
-        self._head.fused.tile()
-
-    def _lay_out(self) -> None:
-        """Weights as this forward reads them fastest. A prompt between decode steps does not bring the rows back,
-        the second batch in succession does: moving all weights takes as long as a few steps."""
-        if self.trace.single_row and self.compact and self.base.device.type == "cpu":
-            self._batches = 0
-            self._tile()
-        else:
-            self._batches += 1
-            if self._batches > 1:
-                self._rows()
 
     def train(self, mode: bool = True) -> HierarchicalTransformer:
         if mode:  # training sees many rows at a time
-            self._rows()
+            self._layout.rows()
         return super().train(mode)
 
     def _detach(self) -> None:
@@ -317,7 +297,7 @@ class HierarchicalTransformer(nn.Module):
         )
         if self._record:
             self.trace.masks = Masks()
-        self._lay_out()
+        self._layout.follow(self.trace.single_row and self.compact and self.base.device.type == "cpu")
 
     def _end(self, module, args, output):
         if self._states is not None:

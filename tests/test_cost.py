@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from hat_lib import grains
+from hat_lib import linears
 from hat_lib.base import load_base
 from hat_lib.config import HatConfig, HatError
 from hat_lib.cost import ideal_speedup, model_share, state_cost, work
@@ -95,7 +95,7 @@ class TestAgainstTheFlopCounter:
     @pytest.mark.parametrize("grain", GRAINS)
     def test_decode_of_one_row(self, grain, ids, monkeypatch):
         """Skipping, exits and the attention core: equal to the last FLOP, step by step."""
-        monkeypatch.setattr(grains, "break_even", lambda *shape: 1.0)
+        monkeypatch.setattr(linears, "break_even", lambda *shape: 1.0)
         hat = new_hat(grain, torch.bfloat16)
         depths = set()
         with hat.force(random_exits()), hat.using(Random(0.6)):

@@ -156,7 +156,7 @@ class TestSamePassTwoWays:
 
     def test_layout_follows_the_rows_of_a_forward(self, hat, ids):
         """Tiles for one row at a time; a prompt keeps them, a second batch does not."""
-        matrices = [m for a in hat.layers for m in a.grain.matrices()] + [hat._head.fused]
+        matrices = hat._layout.matrices
         found = []
         for rows in (ids, ids[:1, :1], ids[:1], ids[:1, :1], ids, ids, ids[:1, :1]):
             hat.lm(rows)

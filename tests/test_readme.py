@@ -49,17 +49,28 @@ def test_benchmark():
 
 def test_quality():
     frame = pd.read_csv(DATA / "results" / "quality.csv")
-    frame = frame[(frame.granularity == "channel") & (frame.max_tokens == 20_000)]
-    expected = [
-        [
-            r["text"],
-            f"{r['capacity']:.2f} / {r['realised']:.3f}",
-            r["variant"],
-            f"{r['increase']:+.1%} ({r['increase_low']:+.1%} to {r['increase_high']:+.1%})",
-        ]
-        for r in frame.to_dict("records")
-    ]
-    assert table("quality.csv") == expected
+    frame = frame[(frame.granularity == "channel") & (frame.exit_rate == 0)]
+    rows = {(r["capacity"], r["text"], r["variant"]): r for r in frame.to_dict("records")}
+    for cells in table("quality.csv"):
+        capacity, found = float(cells[0]), iter(cells[2:])
+        for text in ("addresses", "docstrings"):
+            for variant in ("trained", "untrained"):
+                r = rows.pop((capacity, text, variant))
+                assert next(found) == f"{r['increase']:+.1%} ({r['increase_low']:+.1%} to {r['increase_high']:+.1%})"
+                assert abs(r["realised"] - capacity) < 0.0105
+                assert r["max_tokens"] == (20_000 if capacity in (0.75, 0.62) else 4_000)
+    assert not any(variant in ("trained", "untrained") for _, _, variant in rows), "rows that the table lacks"
+    controls = [r for r in rows.values() if r["capacity"] == 0.9]
+    assert len(controls) == 8 and all(r["increase"] > 0.3 for r in controls)
+
+
+def test_exits():
+    frame = pd.read_csv(DATA / "results" / "quality.csv")
+    frame = frame[(frame.granularity == "channel") & (frame.exit_rate == 0.1) & (frame.capacity == 1.0)]
+    cost = {(r["text"], r["variant"]): r["increase"] for r in frame.to_dict("records")}
+    assert [f"{cost[text, 'trained']:+.0%}" for text in ("addresses", "docstrings")] == ["+23%", "+35%"]
+    assert all(cost[text, "random_exits"] > 2 * cost[text, "trained"] for text in ("addresses", "docstrings"))
+    assert (frame[frame.variant == "trained"].model_share.round(2) == 0.98).all()
 
 
 @pytest.mark.parametrize("name", ["foundation.csv", "benchmark.csv"])

@@ -1,10 +1,10 @@
-"""FusedLinear: one storage, exact products, and the base's weights back bit for bit."""
+"""Linears: one storage, exact products in either layout, and the base's weights back bit for bit."""
 
 import pytest
 import torch
 from torch import nn
 
-from hat_lib.grains import FusedLinear, TiedEmbedding, TiledLinear
+from hat_lib.linears import FusedLinear, TiedEmbedding, TiledLinear
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
