@@ -86,7 +86,10 @@ class FusedLinear:
         return torch.stack([w.float().norm(dim=0) for w in self.weight.split(1024)]).norm(dim=0)
 
     def __call__(self, x: Tensor, keep: Tensor | None = None, compact: bool = True) -> Tensor:
-        """``x [n, C], keep [n, C] (bool; in training a float or `Gated`) -> [n, out]``; one row reads what it keeps."""
+        """``x [n, C], keep [n, C] -> [n, out]``; one row in tiles may read nothing but what it keeps.
+
+        ``keep`` is bool, or in training a float or `Gated`.
+        """
         if self.see is not None:
             self.see(x)
         return self.columns(x, 0, self.out, keep, compact)
