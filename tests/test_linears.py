@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hat_lib.linears import FusedLinear, TiedEmbedding, TiledLinear
+from hat_lib import linears as linears_module
+from hat_lib.linears import LOOK_AGAIN, FusedLinear, TiedEmbedding, TiledLinear
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -25,7 +26,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("share", [None, 0.0, 0.4, 1.0])
 @pytest.mark.parametrize("layout", ["rows", "tile"])
-def test_products(case, share, layout, monkeypatch):
+def test_products(case, share, layout):
     widths, channels, bias = CASES[case]
     modules = linears(widths, channels, bias)
     weight = torch.cat([m.weight for m in modules]).clone()
@@ -40,9 +41,21 @@ def test_products(case, share, layout, monkeypatch):
     fused.tile()
     assert fused.tiles is not None
     for break_even in (0.0, 1.0):  # in order and gathered
-        monkeypatch.setattr(fused, "break_even", break_even, raising=False)
+        fused.break_even, fused._ordered_rows = break_even, 0
         rows = [fused(x[i : i + 1], None if keep is None else keep[i : i + 1]) for i in range(5)]
         torch.testing.assert_close(torch.cat(rows), expected)
+
+
+def test_kept_channels_are_counted_again_after_a_while(monkeypatch):
+    """A row that is multiplied in order stands for the next ones, until channels are counted again."""
+    fused, taken = FusedLinear(linears([64])), []
+    monkeypatch.setattr(linears_module, "gathered", lambda *args: taken.append("gathered") or torch.zeros(1, 64))
+    monkeypatch.setattr(linears_module, "ordered", lambda *args: taken.append("ordered") or torch.zeros(1, 64))
+    fused.tile()
+    x, many, few = torch.ones(1, 48), torch.ones(1, 48, dtype=torch.bool), torch.arange(48)[None] < 4
+    for keep in (few, many, *[few] * LOOK_AGAIN):
+        fused(x, keep)
+    assert taken == ["gathered", *["ordered"] * LOOK_AGAIN, "gathered"]
 
 
 @pytest.mark.parametrize("case", CASES)
