@@ -13,10 +13,11 @@ import csv
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +39,13 @@ PREFILL = 512
 """tokens of a timed prefill"""
 
 
+class Setting(NamedTuple):
+    """What is requested."""
+
+    capacity: float
+    exit_rate: float = 0.0
+
+
 @dataclass(frozen=True)
 class Row:
     """One variant of one measurement. Times are milliseconds per forward, medians over rounds."""
@@ -53,8 +61,10 @@ class Row:
     tokens: int
     """keys in the cache at the first timed step (decode), or tokens of the prompt (prefill)"""
     capacity: float
-    """requested"""
+    exit_rate: float
+    """both as requested"""
     realised: float
+    realised_exit: float
     model_share: float
     ideal: float
     ms_hf: float
@@ -86,26 +96,28 @@ class Variant:
 
 @torch.inference_mode()
 def decode_ms(lm: LlamaForCausalLM, ids: Tensor, steps: int, context: int = CONTEXT) -> float:
-    """Median milliseconds of one decode step over ``steps`` forced tokens after ``context`` cached ones."""
+    """Mean milliseconds of one decode step over ``steps`` forced tokens after ``context`` cached ones.
+
+    The mean, because tokens differ in work: of ten tokens one may leave early.
+    """
     cache = DynamicCache(config=lm.config)
     lm(input_ids=ids[:, :context], cache=cache, use_cache=True, logits_to_keep=1)
-    times = []
+    start = now(lm)
     for t in range(context, context + steps):
-        start = _now(lm)
         lm(input_ids=ids[:, t : t + 1], cache=cache, use_cache=True, logits_to_keep=1)
-        times.append(_now(lm) - start)
-    return 1e3 * statistics.median(times)
+    return 1e3 * (now(lm) - start) / steps
 
 
 @torch.inference_mode()
 def prefill_ms(lm: LlamaForCausalLM, ids: Tensor) -> float:
     """Milliseconds of one forward over ``ids`` with the logits of the last token alone, as generate does."""
-    start = _now(lm)
+    start = now(lm)
     lm(input_ids=ids, cache=DynamicCache(config=lm.config), use_cache=True, logits_to_keep=1)
-    return 1e3 * (_now(lm) - start)
+    return 1e3 * (now(lm) - start)
 
 
-def _now(lm: LlamaForCausalLM) -> float:
+def now(lm: LlamaForCausalLM) -> float:
+    """Seconds on a clock, once the model's device has done what it was asked for."""
     if lm.device.type == "cuda":
         torch.cuda.synchronize(lm.device)
     return time.perf_counter()
@@ -129,31 +141,34 @@ def ratio(slow: Variant, fast: Variant) -> float:
 def measure(
     hat: HierarchicalTransformer,
     plain: LlamaForCausalLM,
-    settings: dict[float, Callable],
+    settings: Mapping[Setting, Callable],
     ids: Tensor,
     *,
     phase: str,
     rounds: int,
     steps: int,
-    memory: dict[str, float],
+    memory: dict[str, float] | None = None,
 ) -> list[Row]:
-    """Rows for each requested capacity in ``settings`` (capacity -> context that puts ``hat`` there).
+    """A row for each setting.
 
     Args:
+        settings: setting -> function that makes a context in which ``hat`` runs at it.
         plain: the same base in plain transformers.
         ids: tokens to force, int64 ``[B, >= context + steps]``.
         phase: "decode" or "prefill".
+        memory: as `_memory` gives it; None takes it now.
     """
+    memory = _memory(hat) if memory is None else memory
     variants = {"hf": Variant("hf", plain, _nothing), "dense": Variant("dense", hat.lm, hat.dense)}
-    variants |= {c: Variant(f"{c}", hat.lm, around) for c, around in settings.items()}
+    variants |= {s: Variant(f"{s}", hat.lm, around) for s, around in settings.items()}
     if phase == "decode":
         take_turns(list(variants.values()), lambda v: decode_ms(v.lm, ids, steps), rounds)
     else:
         take_turns(list(variants.values()), lambda v: prefill_ms(v.lm, ids[:, :PREFILL]), rounds)
 
     rows = []
-    for capacity, around in settings.items():
-        v = variants[capacity]
+    for setting, around in settings.items():
+        v = variants[setting]
         with around(), hat.collect() as states, torch.inference_mode():
             decode_ms(hat.lm, ids, steps) if phase == "decode" else prefill_ms(hat.lm, ids[:, :PREFILL])
             trace = TokenState.cat(states[1:] if phase == "decode" else states)
@@ -170,8 +185,9 @@ def measure(
                 phase=phase,
                 batch=ids.shape[0],
                 tokens=CONTEXT if phase == "decode" else PREFILL,
-                capacity=capacity,
+                **setting._asdict(),
                 realised=round(trace.capacity, 4),
+                realised_exit=round(trace.exit_rate, 4),
                 model_share=round(cost.model_share, 4),
                 ideal=round(ideal, 3),
                 ms_hf=round(statistics.median(variants["hf"].times), 3),
@@ -270,11 +286,11 @@ def benchmark(
     phases = [("decode", 1), ("prefill", 1), ("decode", batch)]
     for phase, size in tqdm(phases, desc=granularity, disable=not progress):
         if granularity == "channel":
-            settings = {c: at_thresholds(hat, thresholds[c]) for c in gated}
+            settings = {Setting(c): at_thresholds(hat, thresholds[c]) for c in gated}
         else:
             policies = {c: forced_tokens(hat, c, size, ids.shape[1]) for c in gated}
-            settings = {c: partial(hat.using, policies[c]) for c in gated}
-        settings |= {c: hat.dense for c in capacities if c == 1}
+            settings = {Setting(c): partial(hat.using, policies[c]) for c in gated}
+        settings |= {Setting(c): hat.dense for c in capacities if c == 1}
         rows += measure(hat, plain, settings, ids[:size], phase=phase, rounds=rounds, steps=steps, memory=memory)
     return rows
 
@@ -289,9 +305,10 @@ def decode_rows(
     steps: int = 24,
 ) -> list[Row]:
     """Batch-1 decode of real text at calibrated capacities, against a plain copy of the same base."""
-    memory = _memory(hat)
-    settings = {c: at_thresholds(hat, hat.calibration.thresholds_at(c)) if c < 1 else hat.dense for c in capacities}
-    return measure(hat, plain.model, settings, ids, phase="decode", rounds=rounds, steps=steps, memory=memory)
+    settings = {
+        Setting(c): at_thresholds(hat, hat.calibration.thresholds_at(c)) if c < 1 else hat.dense for c in capacities
+    }
+    return measure(hat, plain.model, settings, ids, phase="decode", rounds=rounds, steps=steps)
 
 
 def write_rows(path: str | Path, rows: Sequence) -> Path:

@@ -3,7 +3,7 @@
 `FusedLinear`     matrices that read one input, as one; rows or tiles.
 `TiledLinear`     a single `nn.Linear` of the base that lives in one of those.
 `TiedEmbedding`   the embedding that shares the LM head's weight.
-`Layout`          all of a model's matrices: rows for batches and training, tiles for one row at a time on a CPU.
+`Layout`          all of a model's matrices: rows for batches and training, tiles for a few rows on a CPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .router import Gated
-from .tiles import break_even, gathered, ordered, tile_width
+from .tiles import FEW, break_even, gathered, ordered, tile_width
 
 # Where a row was better multiplied in order, this many are before kept channels are counted again: a
 # count takes a tenth of a small product's time.
@@ -27,10 +27,10 @@ NARROW = 32
 class FusedLinear:
     """Linear layers that read one input, fused into one matrix whose layout follows its use.
 
-    Rows: ``W [out, C]``, for several rows of input, CUDA and training; a plain matrix product.
-    Tiles: ``W^T`` in tiles of columns, `hat_lib.tiles`, for one row at a time on a CPU. There a skipped channel is
-    memory that is not read, where that is faster than reading it, and even the dense product of one row runs
-    faster than `F.linear`.
+    Rows: ``W [out, C]``, for many rows of input, CUDA and training; a plain matrix product.
+    Tiles: ``W^T`` in tiles of columns, `hat_lib.tiles`, for a few rows at a time on a CPU. There a channel that one
+    row skips is memory that is not read, where that is faster than reading it, and even the dense product of a few rows
+    runs faster than `F.linear`.
 
     The weights exist once. In rows, the given modules' weights are 2-D views; in tiles, 3-D ones. Changing the layout
     moves every weight once: tenths of a second for a small model.
@@ -60,7 +60,7 @@ class FusedLinear:
             self._show(self.weight.split(self.widths))
 
     def tile(self) -> None:
-        """The layout for one row at a time, if the matrix has tiles worth it."""
+        """The layout for a few rows at a time, if the matrix has tiles worth it."""
         if self.tiles is None and self.width >= NARROW:
             self.tiles = self.weight.view(self.n_tiles, self.width, -1).transpose(1, 2).contiguous()
             self.weight = None
@@ -96,14 +96,18 @@ class FusedLinear:
 
     def columns(self, x: Tensor, start: int, stop: int, keep: Tensor | None = None, compact: bool = True) -> Tensor:
         """The outputs ``start:stop`` alone, whole tiles: ``[n, C] -> [n, stop - start]``."""
-        if compact and self.tiles is not None and x.shape[0] == 1 and not x.requires_grad:
-            y = self._row(x, self.tiles[start // self.width : stop // self.width], keep)
+        tiles = None if self.tiles is None else self.tiles[start // self.width : stop // self.width]
+        few = tiles is not None and len(x) <= FEW and not x.requires_grad
+        if few and compact and len(x) == 1:
+            y = self._row(x, tiles, keep)
         else:
             x = x if keep is None else keep.x if isinstance(keep, Gated) else x * keep
-            if self.tiles is None:
+            if tiles is None:
                 y = F.linear(x, self.weight[start:stop])
+            elif few:
+                y = ordered(tiles, x)
             else:
-                y = torch.cat([x @ tile for tile in self.tiles[start // self.width : stop // self.width]], dim=1)
+                y = torch.cat([x @ tile for tile in tiles], dim=1)
         return y if self.bias is None else y + self.bias[start:stop]
 
     def _row(self, x: Tensor, tiles: Tensor, keep: Tensor | None) -> Tensor:
@@ -159,17 +163,17 @@ class Layout:
 
     def __init__(self, matrices: Iterable[FusedLinear]):
         self.matrices = list(matrices)
-        self._batches = 0  # forwards of several rows since the last of one
+        self._batches = 0  # forwards of many rows since the last of a few
 
     def rows(self) -> None:
         for matrix in self.matrices:
             matrix.rows()
 
-    def follow(self, one_row: bool) -> None:
-        """Before a forward of one row on a CPU, or of another kind. A prompt between decode steps does not bring the
+    def follow(self, few_rows: bool) -> None:
+        """Before a forward of a few rows on a CPU, or of another kind. A prompt between decode steps does not bring the
         rows back, the second batch in succession does: moving all weights takes as long as a few steps."""
-        self._batches = 0 if one_row else self._batches + 1
-        if one_row:
+        self._batches = 0 if few_rows else self._batches + 1
+        if few_rows:
             for matrix in self.matrices:
                 matrix.tile()
         elif self._batches > 1:

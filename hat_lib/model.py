@@ -12,8 +12,6 @@ gives them back bit for bit.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,12 +26,14 @@ from .grains import GRAINS
 from .hub import local_folder, push_to_hub
 from .layer import AdaptiveLayer
 from .linears import Layout, TiedEmbedding, TiledLinear
-from .router import ChannelRouter, Everything, Forced, Gated, MoERouter, Policy, Threshold
+from .modes import Modes
+from .router import ChannelRouter, Everything, Gated, MoERouter, Policy, Threshold
 from .state import Masks, TokenState
 from .thresholds import Calibration
+from .tiles import FEW
 
 
-class HierarchicalTransformer(nn.Module):
+class HierarchicalTransformer(Modes, nn.Module):
     """A frozen base with routers and exit gates.
 
     Args:
@@ -190,49 +190,6 @@ class HierarchicalTransformer(nn.Module):
     def _set_policy(self) -> None:
         self._policy = Everything() if self._capacity == 1.0 else self.threshold_policy()
 
-    @contextmanager
-    def _swapped(self, **attributes) -> Iterator[HierarchicalTransformer]:
-        before = {k: getattr(self, k) for k in attributes}
-        for k, v in attributes.items():
-            setattr(self, k, v)
-        try:
-            yield self
-        finally:
-            for k, v in before.items():
-                setattr(self, k, v)
-
-    def dense(self):
-        """Context: the base, within rounding; nothing skipped, nobody exits."""
-        return self._swapped(_policy=Everything(), _exit_policy=None, _exit_rate=0.0)
-
-    def masked(self):
-        """Context: the reference that computes everything and multiplies by the masks."""
-        return self._swapped(compact=False)
-
-    def using(self, policy: Policy):
-        """Context: decisions from any source (`Random`, `Static`, ...); exits as they are set."""
-        return self._swapped(_policy=policy)
-
-    def exiting(self, exits):
-        """Context: exits from any source with a method ``exits`` (`RandomExits`); decisions as they are set."""
-        return self._swapped(_exit_policy=exits, _exit_rate=0.0)
-
-    def force(self, masks: Masks):
-        """Context: decisions, exits included, as recorded by `record`."""
-        forced = Forced(masks)
-        return self._swapped(_policy=forced, _exit_policy=forced)
-
-    def record(self):
-        """Context: each forward also keeps its decisions, in ``hat.trace.masks``."""
-        return self._swapped(_record=True)
-
-    @contextmanager
-    def collect(self) -> Iterator[list[TokenState]]:
-        """Context: a list of the states of all forwards in it (``TokenState.cat`` joins decode steps)."""
-        states: list[TokenState] = []
-        with self._swapped(_states=states):
-            yield states
-
     # -- what the layers ask -----------------------------------------------------------------------
 
     def decide(self, layer: int, site: str, x: Tensor, rows: Tensor | None) -> Tensor | None:
@@ -297,7 +254,8 @@ class HierarchicalTransformer(nn.Module):
         )
         if self._record:
             self.trace.masks = Masks()
-        self._layout.follow(self.trace.single_row and self.compact and self.base.device.type == "cpu")
+        few = self.trace.real.numel() <= FEW
+        self._layout.follow(few and self.compact and self.base.device.type == "cpu")
 
     def _end(self, module, args, output):
         if self._states is not None:

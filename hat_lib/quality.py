@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -32,6 +31,7 @@ from .schema import digest
 from .text import load_text, text_hash
 
 TEXTS = ("addresses", "docstrings")
+VARIANTS = ("trained", "untrained", *CONTROLS, "random_exits")
 # A control is turned on this many tokens of the text, in blocks at even distances.
 MATCH_TOKENS = 1024
 
@@ -54,7 +54,9 @@ class Point(NamedTuple):
     exit_rate: float
     """requested"""
     variant: str
-    """trained, untrained, a name of `controls.CONTROLS`, or random_exits"""
+    """one of `VARIANTS`"""
+    seed: int = 0
+    """of what is drawn by lot"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class QualityRow:
     capacity: float
     exit_rate: float
     variant: str
+    seed: int
     realised: float
     realised_exit: float
     model_share: float
@@ -154,18 +157,18 @@ def _on_text(hat, grain: Grain, adapters, text: str, max_tokens: int, points, pr
     run = partial(score, hat, blocks, against=against, progress=progress)
     sample = blocks.select(range(0, len(blocks), max(1, round(max_tokens / MATCH_TOKENS))))
     for (capacity, rate), group in groupby(points, key=lambda p: (p.capacity, p.exit_rate)):
-        with _set(hat, capacity, rate), hat.collect() as traces:
+        with hat.at(capacity, rate), hat.collect() as traces:
             trained = run()
         for point in group:
             if point.variant == "trained":
                 found = trained
             elif point.variant == "random_exits":
-                exits = RandomExits(exit_shares(traces, hat.config.exit_layers))
-                with _set(hat, capacity, 0.0), hat.exiting(exits):
+                exits = RandomExits(exit_shares(traces, hat.config.exit_layers), point.seed)
+                with hat.at(capacity, 0.0), hat.exiting(exits):
                     found = run()
             else:
                 try:
-                    control = _control(hat, grain, point.variant, sample, trained.capacity)
+                    control = _control(hat, grain, point, sample, trained.capacity)
                 except HatError as error:  # out of this control's reach; the others are not lost for it
                     warnings.warn(f"no row for {point.variant} at {capacity} on {text}: {error}", stacklevel=2)
                     continue
@@ -174,21 +177,11 @@ def _on_text(hat, grain: Grain, adapters, text: str, max_tokens: int, points, pr
             yield _row(hat, adapters[point.granularity, rate > 0], point, blocks, base, trained, found)
 
 
-@contextmanager
-def _set(hat: HierarchicalTransformer, capacity: float, exit_rate: float):
-    before = hat.capacity, hat.exit_rate
-    hat.capacity, hat.exit_rate = capacity, exit_rate
-    try:
-        yield
-    finally:
-        hat.capacity, hat.exit_rate = before
-
-
-def _control(hat, grain: Grain, variant: str, sample, capacity: float):
+def _control(hat, grain: Grain, point: Point, sample, capacity: float):
     capacity = max(0.1, capacity)
-    if variant == "untrained":
+    if point.variant == "untrained":
         return matched(hat, as_in(hat, grain.untrained), sample, capacity)
-    return CONTROLS[variant](hat, sample, capacity, 0)
+    return CONTROLS[point.variant](hat, sample, capacity, point.seed)
 
 
 def _row(hat, adapter: str, point: Point, blocks, base: Score, trained: Score, found: Score) -> QualityRow:

@@ -1,10 +1,10 @@
-"""Tiles: one row times a matrix that lies in tiles of columns, skipping channels where that is faster.
+"""Tiles: a row, or a few, times a matrix that lies in tiles of columns, skipping channels where that is faster.
 
 ``W^T [C, out]`` is stored as ``[tiles, C, width]``. A skipped channel is memory that need not be read, and all
-channels of a tile lie in reading order. Two products with the same result, bit for bit:
+channels of a tile lie in reading order. Two products with the same result for a row, bit for bit:
 
-`ordered`    reads every channel, in the order of memory.
-`gathered`   reads the kept channels alone, and skips from one to the next.
+`ordered`    reads every channel, in the order of memory; up to `FEW` rows share a tile while a cache holds it.
+`gathered`   reads the kept channels alone, and skips from one to the next; one row.
 
 How much faster memory is in order than in pieces depends on the machine and the shape: on one CPU the gather pays
 below a kept share of 0.8, on another it takes longer than reading everything down to 0.3. `break_even` measures it.
@@ -24,6 +24,8 @@ from torch import Tensor
 # Widest tile, in columns: what a vectorised sum of bf16 rows holds in registers, so that one pass over a
 # tile reads each kept row once.
 WIDTH = 448
+FEW = 4
+"""rows up to which `ordered` is faster than a matrix product"""
 # Bytes that `break_even` goes through before it comes back to the same ones; more than caches hold.
 COLD = 1 << 27
 SHARES = (0.3, 0.5, 0.7)
@@ -37,9 +39,14 @@ def tile_width(widths: Sequence[int]) -> int:
 
 
 def ordered(tiles: Tensor, x: Tensor) -> Tensor:
-    """``tiles [n, C, width], x [1, C] -> [1, n * width]``."""
-    n_tiles, channels, _ = tiles.shape
-    return _bags(tiles, _starts(n_tiles, channels, 1), x.view(-1), channels)
+    """``tiles [n, C, width], x [r, C] -> [r, n * width]``; each row as it would be alone, to the bit."""
+    n_tiles, channels, width = tiles.shape
+    rows = len(x)
+    if rows == 1:
+        return _bags(tiles, _starts(n_tiles, channels, 1), x.view(-1), channels)
+    index = _starts(n_tiles, channels, 1).view(n_tiles, 1, channels).expand(n_tiles, rows, channels)
+    y = _bags(tiles, index.reshape(-1), x.reshape(-1), channels, rows)
+    return y.view(n_tiles, rows, width).transpose(0, 1).reshape(rows, -1)
 
 
 def gathered(tiles: Tensor, x: Tensor, kept: Tensor) -> Tensor:
@@ -50,11 +57,11 @@ def gathered(tiles: Tensor, x: Tensor, kept: Tensor) -> Tensor:
     return _bags(tiles, rows, x.view(-1).index_select(0, kept), len(kept))
 
 
-def _bags(tiles: Tensor, rows: Tensor, values: Tensor, n: int) -> Tensor:
-    """A weighted sum over ``n`` rows of each tile, one bag a tile."""
-    values = values.expand(len(tiles), n).reshape(-1)
+def _bags(tiles: Tensor, index: Tensor, values: Tensor, n: int, rows: int = 1) -> Tensor:
+    """Weighted sums over ``n`` channels of each tile, a bag for each tile and row: ``[1, tiles * rows * width]``."""
+    values = values.expand(len(tiles), rows * n).reshape(-1)
     flat = tiles.view(-1, tiles.shape[2])
-    return torch.embedding_bag(flat, rows, _starts(len(tiles), 1, n), False, 0, False, values)[0].view(1, -1)
+    return torch.embedding_bag(flat, index, _starts(len(tiles) * rows, 1, n), False, 0, False, values)[0].view(1, -1)
 
 
 @lru_cache(maxsize=1 << 14)

@@ -1,4 +1,4 @@
-"""One row times a matrix in tiles: two ways with one result, and a measurement that chooses between them."""
+"""Rows times a matrix in tiles: two ways with one result, and a measurement that chooses between them."""
 
 import pytest
 import torch
@@ -24,6 +24,14 @@ def test_both_ways_agree_bit_for_bit(dtype, share):
     assert torch.equal(found, ordered(weight, x * keep)) and found.shape == (1, 192)
     exact = torch.einsum("c,tcw->tw", (x * keep).view(-1).double(), weight.double()).view(1, -1)
     torch.testing.assert_close(found.double(), exact, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [2, tiles.FEW])
+def test_each_of_a_few_rows_is_what_it_is_alone_to_the_bit(dtype, rows):
+    g = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(3, 200, 64, generator=g).to(dtype), torch.randn(rows, 200, generator=g).to(dtype)
+    assert torch.equal(ordered(weight, x), torch.cat([ordered(weight, row) for row in x.split(1)]))
 
 
 class TestBreakEven:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from hat_lib import trainer
 from hat_lib.base import load_base
 from hat_lib.calibrate import calibrate
+from hat_lib.calibrate_exits import calibrate_exits
 from hat_lib.config import HatConfig
 from hat_lib.model import HierarchicalTransformer
 from hat_lib.recipe import Recipe
@@ -119,3 +120,16 @@ def train_and_die(run: Run, folder: Path, event: int | None) -> None:
 
     sys.addaudithook(hook)
     train(run, folder, resume=(folder / "run.json").exists(), progress=False)
+
+
+def adaptive(grain: str) -> HierarchicalTransformer:
+    """Calibrated, exits too, on a base of its own; nothing trained."""
+    torch.manual_seed(0)
+    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
+    hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=grain))
+    with torch.no_grad():  # routers and gates that tell tokens apart
+        for parameter in hat.hat_parameters().values():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    calibrate(hat, random_blocks(), probe_tokens=128, progress=False)
+    calibrate_exits(hat, random_blocks(seed=1), progress=False)
+    return hat
