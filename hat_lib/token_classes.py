@@ -1,0 +1,101 @@
+"""Kinds of tokens: the text of each token, and one class for each by its text and its neighbours'.
+
+A rule of thumb for English, not a parser. A token gets the first class in `CLASSES` whose line is true of it:
+
+- a name is a capitalised word inside a sentence, so acronyms and the words of a title are names too, while a name
+  that opens a sentence is not; a sentence begins after . ! ? : or a line's end;
+- function words are the closed classes (articles, prepositions, pronouns, conjunctions, auxiliaries, a few
+  particles) and only as whole tokens, not all in capitals: "in" of "in|verse" is a word start, "WHO" a name;
+- at the edges of a block, where a neighbour is out of sight, a sentence begins and a word ends.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from os.path import commonprefix
+
+from transformers import PreTrainedTokenizerBase
+
+CLASSES = {
+    "special": "a token of the tokenizer's own, such as the beginning of a text",
+    "fragment": "bytes that are no character, or part of one that a later token completes",
+    "space": "white space and line ends alone",
+    "digits": "has a digit",
+    "punctuation": "has neither letter nor digit",
+    "word rest": "goes on with a word that an earlier token began",
+    "function word": "a whole word of a closed class",
+    "name": "a capitalised word inside a sentence, whole or its first piece",
+    "word start": "the first piece of any other word",
+    "whole word": "any other word in one token",
+}
+"""class -> what it holds, in order of precedence"""
+
+_CLOSED_CLASSES = """
+a an the this that these those some any no every each either neither both all such another
+i me my mine myself you your yours yourself yourselves he him his himself she her hers herself it its itself
+we us our ours ourselves they them their theirs themselves one who whom whose which what
+about above across after against along among around as at before behind below beneath beside between beyond by
+despite down during except for from in inside into like near of off on onto out over per since through throughout
+till to toward towards under until up upon via with within without
+and but or nor so yet if because although though unless whereas whether while than when where why how
+am is are was were be been being do does did have has had having can could may might must shall should will would
+not there then here also too very only just
+'s 't 're 've 'm 'll 'd don doesn didn isn aren wasn weren hasn haven hadn couldn wouldn shouldn mustn
+"""
+FUNCTION_WORDS = frozenset(_CLOSED_CLASSES.split())
+"""lower-case words of closed classes, as one token holds them: "don" and "'t", not "don't\""""
+
+_SENTENCE_BEGINS = re.compile(r"""(^|[.!?:…]["'”’)\]]*\s|\n)\s*["'“‘(\[*]*$""")
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of each token; joined, they are the text of all.
+
+    A character that several tokens share belongs to the last of them, and the text of those before is empty.
+    """
+    whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    out, end = [], 0
+    for n in range(1, len(ids) + 1):
+        # Of a character that is not complete yet, decoders show U+FFFD, which is not what stands there in the end.
+        so_far = tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False)
+        out.append(commonprefix([so_far[end:], whole[end:]]))
+        end += len(out[-1])
+    return out
+
+
+def classes(texts: Sequence[str], special: Sequence[bool] = ()) -> list[str]:
+    """The class of each token of a text, a key of `CLASSES`.
+
+    Args:
+        texts: as from `pieces`, in order.
+        special: True at the tokenizer's own tokens; without it, none is.
+    """
+    out, before = [], ""
+    for i, text in enumerate(texts):
+        after = next((t for t in texts[i + 1 :] if t), "")
+        out.append("special" if any(special[i : i + 1]) else _class(text, before, after))
+        before = (before + text)[-20:]  # white space and quotes before a word, and what ended the sentence
+    return out
+
+
+def _class(text: str, before: str, after: str) -> str:
+    word = text.strip()
+    if not text or "\ufffd" in text:
+        return "fragment"
+    if not word:
+        return "space"
+    if any(c.isdigit() for c in word):
+        return "digits"
+    if not any(c.isalpha() for c in word):
+        return "punctuation"
+    if text[0].isalpha() and before[-1:].isalpha():
+        return "word rest"
+    whole = not (text[-1].isalpha() and after[:1].isalpha())
+    acronym = len(word) > 1 and word.isupper()
+    if whole and not acronym and word.lower().replace("’", "'") in FUNCTION_WORDS:
+        return "function word"
+    lead = text[: next(i for i, c in enumerate(text) if c.isalpha())]
+    if text[len(lead)].isupper() and not _SENTENCE_BEGINS.search(before + lead):
+        return "name"
+    return "whole word" if whole else "word start"
