@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM
 
 from .config import HatError
-from .cost import state_cost
 from .model import HierarchicalTransformer
+from .spent import Spent
 
 # Rows of logits held at once in fp32: 25 MB for a vocabulary of 49,152.
 SLICE = 128
@@ -55,12 +55,19 @@ class Score:
     capacity: float = 1.0
     exit_rate: float = 0.0
     model_share: float = 1.0
+    exits: np.ndarray | None = None
+    """real tokens by the layers that they ran, int64 ``[L + 1]``; None for a plain model"""
     agreement: Agreement | None = None
-    """with the base, where `score` was given the base's states"""
+    """with the base, where the same tokens were run through it"""
 
     @property
     def perplexity(self) -> float:
         return float(np.exp(self.nll.sum() / self.tokens.sum()))
+
+    @property
+    def depth(self) -> float:
+        """Layers that a token ran, mean over real tokens."""
+        return float(np.arange(len(self.exits)) @ self.exits / self.exits.sum())
 
 
 @dataclass(frozen=True)
@@ -99,25 +106,30 @@ def score(
     Raises `HatError` for a text without a scored token, a bad batch size, and ``hat.lm`` in place of ``hat``.
     """
     lm, hat = _unwrap(model)
-    nll, tokens = np.zeros(len(dataset)), np.zeros(len(dataset), dtype=np.int64)
-    spent = np.zeros(3, dtype=np.float64), np.zeros(3, dtype=np.float64)  # sums: executed, possible
-    agreed = _Sum()
+    tally = _Tally(lm, hat, len(dataset))
     for number, batch in enumerate(_batches(dataset, batch_size, lm.device, progress, "perplexity")):
-        theirs = () if against is None else (against[number],)
-        for rows, targets, ours, *other in batch.slices(batch.run(lm), *theirs):
-            logits = lm.lm_head(ours).float()
-            losses = F.cross_entropy(logits, targets, reduction="none")
-            np.add.at(nll, batch.blocks[rows], losses.double().cpu().numpy())
-            np.add.at(tokens, batch.blocks[rows], 1)
-            if other:
-                agreed.add(lm.lm_head(other[0]).float(), logits)
-        if hat is not None:
-            for total, added in zip(spent, _spent(hat), strict=True):
-                total += added
-    found = None if against is None else agreed.mean()
+        tally.add(batch, batch.run(lm), None if against is None else against[number])
+    return tally.score()
+
+
+@torch.no_grad()
+def score_pair(
+    hat: HierarchicalTransformer, dataset: Sequence[Mapping], *, batch_size: int = 1, progress: bool = True
+) -> tuple[Score, Score]:
+    """`score` of the base and of ``hat``, which also gets its agreement with the base; two forwards a batch.
+
+    Arguments and errors as in `score`; the base is ``hat.dense()``.
+    """
+    lm, hat = _unwrap(hat)
     if hat is None:
-        return Score(nll, tokens, agreement=found)
-    return Score(nll, tokens, *(float(x) for x in spent[0] / spent[1]), found)
+        raise HatError("a pair needs a HierarchicalTransformer: a plain model has nothing to be compared with")
+    base, adaptive = (_Tally(lm, hat, len(dataset)) for _ in range(2))
+    for batch in _batches(dataset, batch_size, lm.device, progress, "perplexity"):
+        with hat.dense():
+            dense = batch.run(lm)
+            base.add(batch, dense)
+        adaptive.add(batch, batch.run(lm), dense)
+    return base.score(), adaptive.score()
 
 
 @torch.no_grad()
@@ -158,37 +170,42 @@ def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 
     )
 
 
-@torch.no_grad()
 def agreement(
     hat: HierarchicalTransformer, dataset: Sequence[Mapping], *, batch_size: int = 1, progress: bool = True
 ) -> Agreement:
-    """Top-1 agreement and KL of ``hat`` with its own dense pass; arguments and errors as in `score`."""
-    lm, hat = _unwrap(hat)
-    if hat is None:
-        raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to agree with")
-    agreed = _Sum()
-    for batch in _batches(dataset, batch_size, lm.device, progress, "agreement"):
-        with hat.dense():
-            dense = batch.run(lm)
-        for _, _, base, ours in batch.slices(dense, batch.run(lm)):
-            agreed.add(lm.lm_head(base).float(), lm.lm_head(ours).float())
-    return agreed.mean()
+    """Top-1 agreement and KL of ``hat`` with its own dense pass; arguments and errors as in `score_pair`."""
+    return score_pair(hat, dataset, batch_size=batch_size, progress=progress)[1].agreement
 
 
-class _Sum:
-    """Agreement summed up over slices of logits ``[n, V]`` fp32."""
+class _Tally:
+    """What the batches of one pass add up to."""
 
-    def __init__(self):
-        self.same, self.divergence, self.tokens = 0, 0.0, 0
+    def __init__(self, lm: LlamaForCausalLM, hat: HierarchicalTransformer | None, n_blocks: int):
+        self.head, self.spent = lm.lm_head, None if hat is None else Spent(hat)
+        self.nll, self.tokens = np.zeros(n_blocks), np.zeros(n_blocks, dtype=np.int64)
+        self.agreed, self.same, self.divergence = 0, 0, 0.0
 
-    def add(self, base: Tensor, ours: Tensor) -> None:
-        p, q = F.log_softmax(base, dim=-1), F.log_softmax(ours, dim=-1)
-        self.same += int((base.argmax(-1) == ours.argmax(-1)).sum())
-        self.divergence += float((p.exp() * (p - q)).sum(-1).double().sum())
-        self.tokens += len(base)
+    def add(self, batch: _Batch, hidden: Tensor, base: Tensor | None = None) -> None:
+        """Right after the forward that gave ``hidden [B, T, D]``; ``base`` has the states to agree with."""
+        for rows, targets, *both in batch.slices(hidden, *(() if base is None else (base,))):
+            logits, *theirs = (self.head(h).float() for h in both)
+            losses = F.cross_entropy(logits, targets, reduction="none")
+            np.add.at(self.nll, batch.blocks[rows], losses.double().cpu().numpy())
+            np.add.at(self.tokens, batch.blocks[rows], 1)
+            for other in theirs:
+                p, q = F.log_softmax(other, dim=-1), F.log_softmax(logits, dim=-1)
+                self.same += int((other.argmax(-1) == logits.argmax(-1)).sum())
+                self.divergence += float((p.exp() * (p - q)).sum(-1).double().sum())
+                self.agreed += len(other)
+        if self.spent is not None:
+            self.spent.add(self.spent.hat.trace)
 
-    def mean(self) -> Agreement:
-        return Agreement(self.same / self.tokens, self.divergence / self.tokens, self.tokens)
+    def score(self) -> Score:
+        n = self.agreed
+        found = Agreement(self.same / n, self.divergence / n, n) if n else None
+        if self.spent is None:
+            return Score(self.nll, self.tokens, agreement=found)
+        return Score(self.nll, self.tokens, *self.spent.shares, self.spent.exits, found)
 
 
 @dataclass(frozen=True)
@@ -209,9 +226,14 @@ class _Batch:
             yield row.cpu().numpy(), self.ids[row, column], *(h[row, column - 1] for h in hidden)
 
 
+def first_scored(row: Mapping) -> int:
+    """Where the scored tokens of a block begin: nothing precedes its very first one."""
+    return max(1, row["n_context"])
+
+
 def _batches(dataset, batch_size: int, device, progress: bool, label: str) -> Iterator[_Batch]:
     lengths = [len(row["input_ids"]) for row in dataset]
-    first = [max(1, row["n_context"]) for row in dataset]  # nothing precedes a block's very first token
+    first = [first_scored(row) for row in dataset]
     if not any(n > start for n, start in zip(lengths, first, strict=True)):
         raise HatError(f"nothing to score: {len(lengths)} blocks without a token that follows another")
     if not isinstance(batch_size, int) or batch_size < 1:
@@ -227,14 +249,6 @@ def _batches(dataset, batch_size: int, device, progress: bool, label: str) -> It
             real[i, : lengths[block]] = 1
             scored[i, first[block] : lengths[block]] = True
         yield _Batch(blocks, ids.to(device), real.to(device), scored.to(device))
-
-
-def _spent(hat: HierarchicalTransformer) -> tuple[list[float], list[float]]:
-    """Of the last forward: executed and possible layer shares, exits, and model FLOPs."""
-    state, cost = hat.trace, state_cost(hat, hat.trace)
-    tokens, layers_run = int(state.real.sum()), int(state.exit_layer[state.real].sum())
-    executed = [state.capacity * layers_run, state.exit_rate * tokens, float(cost.executed.sum())]
-    return executed, [layers_run, tokens, float(cost.dense.sum())]
 
 
 def _unwrap(model) -> tuple[LlamaForCausalLM, HierarchicalTransformer | None]:

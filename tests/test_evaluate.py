@@ -1,17 +1,25 @@
-"""Perplexity against sums worked out by hand and against transformers' own loss; intervals on made-up scores."""
+"""Perplexity against sums worked out by hand and against transformers' own loss; intervals on made-up scores; more
+compute is nested in its thresholds, and on text no worse. Against lm-evaluation-harness: test_harness.py."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from hat_lib.base import load_base
-from hat_lib.config import HatConfig, HatError
+from hat_lib.checkpoint import read_checkpoint
+from hat_lib.config import DATA, HatConfig, HatError
 from hat_lib.cost import state_cost
-from hat_lib.evaluate import Score, agreement, compare, score
+from hat_lib.documents import bits_per_byte, by_document, text_bytes
+from hat_lib.evaluate import Score, agreement, compare, score, score_pair, states
 from hat_lib.model import HierarchicalTransformer
 from hat_lib.state import Masks
 from hat_lib.text import load_text
+from hat_lib.thresholds import Calibration
 
 GRAINS = ("channel", "token")
 TEXT = "The quick brown fox jumps over the lazy dog. " * 9
@@ -133,6 +141,17 @@ class TestScore:
         assert found.exit_rate == pytest.approx(left / n, rel=1e-4)
         assert found.model_share == pytest.approx(executed / dense, rel=1e-4)
 
+    def test_exits_are_counted_by_layers_run(self, blocks):
+        hat, rows = skipping("channel"), [row for row in blocks if len(row["input_ids"]) == 16][:3]
+        exits = {e: torch.zeros(1, 16, dtype=torch.bool) for e in (1, 3)}
+        exits[1][0, 2:5] = exits[3][0, 5:12] = True
+        with hat.force(Masks({}, exits)):
+            found = score(hat, rows, progress=False)
+        assert found.exits.tolist() == [0, 9, 0, 21, 18] and found.exit_rate == 30 / 48
+        assert found.depth == (9 * 1 + 21 * 3 + 18 * 4) / 48
+        with hat.dense():
+            assert score(hat, rows, progress=False).exits.tolist() == [0, 0, 0, 0, 48]
+
     def test_adaptive_lm_alone_is_refused(self, hat, blocks):
         with pytest.raises(HatError, match="HierarchicalTransformer"):
             score(hat.lm, blocks, progress=False)
@@ -148,6 +167,27 @@ class TestScore:
     def test_bad_batch_size(self, tiny_base, blocks, batch_size):
         with pytest.raises(HatError, match="batch_size"):
             score(tiny_base.model, blocks, batch_size=batch_size, progress=False)
+
+
+class TestPair:
+    def test_is_both_scores_and_their_agreement(self, hat, blocks):
+        base, adaptive = score_pair(hat, blocks, batch_size=3, progress=False)
+        with hat.dense():
+            dense, against = (measure(hat, blocks, batch_size=3, progress=False) for measure in (score, states))
+        alone = score(hat, blocks, batch_size=3, against=against, progress=False)
+        for found, expected in ((base, dense), (adaptive, alone)):
+            for name, value in vars(expected).items():
+                assert np.array_equal(getattr(found, name), value), name
+        assert alone.agreement is not None and base.agreement is None
+
+    def test_runs_each_block_twice(self, hat, blocks):
+        with hat.collect() as traces:
+            score_pair(hat, blocks, batch_size=len(blocks), progress=False)
+        assert len(traces) == 2
+
+    def test_plain_model_is_refused(self, tiny_base, blocks):
+        with pytest.raises(HatError, match="HierarchicalTransformer"):
+            score_pair(tiny_base.model, blocks, progress=False)
 
 
 def made_up(n, increase, seed=0, noise=0.1):
@@ -247,3 +287,123 @@ class TestAgreement:
     def test_plain_model_is_refused(self, tiny_base, blocks):
         with pytest.raises(HatError, match="HierarchicalTransformer"):
             agreement(tiny_base.model, blocks, progress=False)
+
+
+def llama_like_tokenizer():
+    """Begins a text with BOS, puts a space before it, and takes that away on decoding."""
+    words = ["<s>", "\u2581The", "\u2581fox", "\u2581is", "\u2581\u00e9trange"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
+
+
+class TestBytes:
+    def test_by_hand(self, tiny_base):
+        """One token a byte: a cut character counts where it ends."""
+        ids = tiny_base.tokenizer("a\u00e9\u20acb").input_ids  # 1 + 2 + 3 + 1 bytes
+        rows = [(ids, 0, 6), (ids[:5], 0, 2), (ids[2:], 2, 4), (ids[2:6], 2, 3), (ids[:2], 0, 0)]
+        dataset = [{"input_ids": part, "n_context": context} for part, context, _ in rows]
+        assert text_bytes(dataset, tiny_base.tokenizer).tolist() == [n for _, _, n in rows]
+
+    def test_windows_of_a_document_add_up(self, tiny_base, tmp_path):
+        text = "na\u00efve \u20ac5 \U0001f600 " * 20
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+        whole = load_text(tmp_path / "a.txt", tiny_base.tokenizer, split="train", block_size=1000)
+        (expected,) = text_bytes(whole, tiny_base.tokenizer)
+        for stride in (7, 10, 20):
+            cut = load_text(tmp_path / "a.txt", tiny_base.tokenizer, split="train", block_size=40, stride=stride)
+            assert text_bytes(cut, tiny_base.tokenizer).sum() == expected == len(whole[0]["input_ids"]) - 1
+
+    def test_no_space_before_a_text_and_none_lost_within(self):
+        tokenizer = llama_like_tokenizer()
+        ids = tokenizer("The fox is \u00e9trange").input_ids
+        assert ids == [0, 1, 2, 3, 4]
+        rows = [{"input_ids": part, "n_context": n} for part, n in ((ids, 0), (ids[1:], 0), (ids[2:], 1), (ids[:2], 0))]
+        assert text_bytes(rows, tokenizer).tolist() == [19, 16, 12, 3]
+
+    def test_special_tokens_are_no_text(self, tiny_base):
+        row = {"input_ids": tiny_base.tokenizer("ab</s>").input_ids, "n_context": 0}
+        assert len(row["input_ids"]) == 3 and text_bytes([row], tiny_base.tokenizer).tolist() == [1]
+
+    def test_bits(self, tiny_base, base_score, blocks):
+        """A token a byte: bits per byte are the binary logarithm of perplexity."""
+        n_bytes = text_bytes(blocks, tiny_base.tokenizer)
+        assert np.array_equal(n_bytes, base_score.tokens)
+        found = bits_per_byte(base_score.nll.sum(), n_bytes.sum())
+        assert found == pytest.approx(np.log2(base_score.perplexity))
+        assert bits_per_byte(np.log(2) * 12, 4) == pytest.approx(3) and bits_per_byte(1.0, 0) is None
+
+
+def test_documents_by_hand():
+    dataset = [{"input_ids": [1] * n, "doc": doc, "n_context": 0} for n, doc in ((5, "b"), (3, "a"), (9, "b"))]
+    tokens, n_bytes = np.array([4, 2, 8]), np.array([8, 0, 16])
+    base = Score(np.array([4.0, 2.0, 8.0]), tokens)
+    first, second = by_document(dataset, n_bytes, base, Score(np.array([6.0, 1.0, 12.0]), tokens))
+    assert (first.document, first.blocks, first.tokens, first.bytes) == ("b", 2, 12, 24)
+    assert (first.base_perplexity, first.perplexity) == (pytest.approx(np.e), pytest.approx(np.exp(1.5)))
+    assert first.increase == pytest.approx(np.exp(0.5) - 1)
+    assert first.base_bits_per_byte == pytest.approx(0.5 / np.log(2)) == pytest.approx(first.bits_per_byte / 1.5)
+    assert (second.document, second.blocks, second.tokens, second.bytes) == ("a", 1, 2, 0)
+    assert second.increase == pytest.approx(np.exp(-0.5) - 1) and second.bits_per_byte is None
+
+
+class TestMoreCompute:
+    """Nested in its decisions on fixed scores; on text never worse, and deeper."""
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.integers(0, 2**32 - 1), st.lists(st.floats(0.1, 1.0), min_size=3, max_size=3).map(sorted),
+        st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3).map(sorted),
+    )  # fmt: skip
+    def test_decisions_on_fixed_scores_are_nested(self, seed, capacities, rates):
+        rng = np.random.default_rng(seed)
+        falling = -np.sort(-rng.normal(size=(3, 2, 5)), axis=-1)
+        made = Calibration(
+            sites=["a", "b"],
+            capacities=[*np.sort(rng.uniform(0.1, 1, 4)), 1.0],
+            thresholds=falling.tolist(),
+            shares=np.sort(rng.uniform(size=(3, 2, 5)), axis=-1).tolist(),
+            exit_rates=[0.0, *np.sort(rng.uniform(size=4))],
+            exit_scores=(-np.sort(-rng.normal(size=(5, 3)), axis=0)).tolist(),
+        )
+        scores = rng.normal(size=50)
+        kept = [{k: scores > t for k, t in made.thresholds_at(c).items()} for c in capacities]
+        for less, more in zip(kept, kept[1:], strict=False):
+            assert all((more[k] >= less[k]).all() for k in less)
+        gates = rng.normal(size=(3, 50))
+        leaves = [gates > np.array(made.exit_thresholds(rate))[:, None] for rate in rates]
+        depths = [np.where(left.any(0), left.argmax(0), 3) for left in leaves]
+        for fewer, more in zip(leaves, leaves[1:], strict=False):
+            assert (more >= fewer).all()
+        assert all((later <= earlier).all() for earlier, later in zip(depths, depths[1:], strict=False))
+
+    @pytest.mark.parametrize("name", ["calibrated", "calibrated_token", "default", "published"])
+    def test_tables_of_the_reference_checkpoints_are_nested(self, name):
+        made = read_checkpoint(DATA / "checkpoints" / name).calibration
+        assert (np.diff(made.thresholds, axis=-1) <= 0).all() and (np.diff(made.capacities) >= 0).all()
+        assert (made.exit_rates is not None) == (name in ("default", "published"))
+        if made.exit_rates is not None:
+            assert (np.diff(made.exit_scores, axis=0) <= 0).all() and (np.diff(made.exit_rates) >= 0).all()
+
+    def test_on_text_more_capacity_is_never_worse_and_more_exits_are_never_deeper(self, bundled):
+        """Beyond the paired interval, and by a mean."""
+        blocks = load_text("docstrings", bundled.tokenizer, block_size=48, max_tokens=288)
+        hat = HierarchicalTransformer.from_pretrained(DATA / "checkpoints" / "default", bundled)
+        try:
+            scores, depths = [], []
+            for capacity in (0.4, 0.7, 1.0):
+                hat.capacity = capacity
+                scores.append(score(hat, blocks, batch_size=6, progress=False))
+            for rate in (0.2, 0.7):
+                hat.exit_rate = rate
+                depths.append(score(hat, blocks, batch_size=6, progress=False).depth)
+        finally:
+            hat.unload()
+        assert all(more.capacity > less.capacity for less, more in zip(scores, scores[1:], strict=False))
+        pairs = [(less, more) for i, less in enumerate(scores) for more in scores[i + 1 :]]
+        found = [compare(less, more) for less, more in pairs]
+        assert len(found) == 3 and all(c.low <= 0 for c in found)
+        assert found[1].high < 0  # the text is long enough to tell 0.4 from everything
+        assert scores[-1].depth == 30 and all(a > b for a, b in zip([30.0, *depths], depths, strict=False))
