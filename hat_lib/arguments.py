@@ -1,23 +1,16 @@
-"""What the commands take: each option with the words that explain it, and the checks that need no model.
+"""What the commands take: each option with the words that explain it.
 
-Everything here answers before torch is imported or a model is loaded; a wrong value raises `HatError`, which
-`hat_lib.cli` tells in one line.
+torch is not imported here, so that help answers at once; what was given is checked by `hat_lib.given`.
 """
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from .config import DATA, HatConfig, HatError, check_capacity, check_exit_rate
-
-if TYPE_CHECKING:
-    from .model import HierarchicalTransformer
+from .config import DATA
 
 CHECKPOINTS = DATA / "checkpoints"
 CALIBRATED = CHECKPOINTS / "calibrated"
@@ -91,12 +84,42 @@ MaxNewTokens = Annotated[int, option("Most tokens to add, at least 1; an end-of-
 Temperature = Annotated[
     float, option("0 takes the likeliest token (greedy); above 0 samples from the whole distribution.")
 ]
+TargetSpeedup = Annotated[
+    str | None,
+    option(
+        "In place of a capacity: decode this many times as fast, at the largest capacity that does.", metavar="TIMES"
+    ),
+]
+Versus = Annotated[
+    str, option("What speedups are held against: dense (our own dense path) or hf (plain transformers).")
+]
+Lossless = Annotated[bool, option("The base's own text: the adaptive model drafts, the base decides.", "--lossless")]
+ShowCompute = Annotated[
+    bool, option("Show the new tokens once more, coloured by the work that chose each.", "--show-compute")
+]
 Seed = Annotated[int, option("Seed of the sampling, at least 0; greedy has no use for it.")]
 
 # hat evaluate
 Text = Annotated[str, option(f"What to measure on: {TEXT_HELP}.")]
 Split = Annotated[str, option("Part of the text: train, validation or test.")]
 MaxTokens = Annotated[int, option("Tokens of text, at least 2; more makes the interval narrower.")]
+Documents = Annotated[bool, option("Also a line for each document.", "--documents")]
+Tasks = Annotated[
+    str | None,
+    option(
+        "Instead of a text: tasks of lm-evaluation-harness, comma-separated, such as address_cloze and "
+        'address_perplexity. Needs pip install -e ".[eval]".',
+        metavar="NAMES",
+    ),
+]
+TasksPath = Annotated[
+    Path | None,
+    option(
+        "Folder of the tasks: YAML files, with their data. Python that a task names is run. [default: data/tasks]",
+        metavar="DIR",
+    ),
+]
+BatchSize = Annotated[int, option("Blocks or requests a forward, at least 1; changes no result beyond rounding.")]
 AsJson = Annotated[bool, option("Print one JSON object on stdout and nothing else.", "--json")]
 
 # hat benchmark, hat foundation
@@ -123,6 +146,18 @@ Grains = Annotated[str, option("Which grains to measure, comma-separated: channe
 
 # hat ablations
 TrainSteps = Annotated[int, option("Training steps of each run, at least 1.")]
+
+# hat sweep, hat promise, hat targets, hat lossless
+SweepOut = Annotated[Path, option("CSV file; rows that it holds are kept. The figure goes beside it.")]
+SweepCapacities = Annotated[str, option("Capacities, 0.1-1.0, comma-separated.", "--capacity", metavar="SHARES")]
+SweepRates = Annotated[str, option("Exit rates, 0-1, comma-separated.", "--exit-rate", metavar="SHARES")]
+SweepSeeds = Annotated[str, option("Seeds of what is drawn by lot, comma-separated.", "--seed", metavar="SEEDS")]
+SweepTexts = Annotated[str, option(f"Texts, comma-separated; each {TEXT_HELP}.", metavar="TEXTS")]
+SweepVariants = Annotated[str, option("The trained model and its controls, comma-separated.", metavar="NAMES")]
+QualityFile = Annotated[Path, option("What `hat quality` wrote for these checkpoints.")]
+PromptCount = Annotated[int, option("Prompts, 1-200.", "--prompts")]
+Drafter = Annotated[Path, option("Checkpoint that drafts.")]
+DraftCapacity = Annotated[str, option(f"Of the drafts: {CAPACITY_HELP}.", metavar="SHARE")]
 
 # hat train
 Phase = Annotated[
@@ -167,108 +202,36 @@ Settings = Annotated[
 ]  # fmt: skip
 
 
-def recipe_changes(settings: list[str] | None) -> dict:
-    """``["router_lr=1e-3"]`` as ``{"router_lr": 0.001}``; the recipe checks names and ranges."""
-    out = {}
-    for setting in settings or []:
-        name, equals, value = setting.partition("=")
-        if not equals or not name:
-            raise HatError(f"--set takes NAME=VALUE, got {setting!r}")
-        for kind in (int, float, str):
-            try:
-                out[name] = kind(value)
-                break
-            except ValueError:
-                continue
-    return out
+# hat batch
+BatchNotebook = Annotated[
+    str, typer.Argument(metavar="NOTEBOOK", help="A path, or a number or name in notebooks/.", show_default=False)
+]
+Grid = Annotated[
+    list[str],
+    option(
+        "Values of one of the notebook's parameters; repeated, every combination runs: --grid capacity=0.4,0.7 "
+        "--grid seed=0,1,2.",
+        "--grid",
+        metavar="NAME=VALUE,...",
+    ),
+]
+BatchOut = Annotated[Path, option("New folder, or that of the same notebook's batch to go on with.", metavar="DIR")]
+Engine = Annotated[
+    str, option("local (processes on this machine) or dask (the workers of --scheduler).", metavar="ENGINE")
+]
+Scheduler = Annotated[str | None, option("Address of a Dask scheduler.", metavar="tcp://HOST:PORT")]
+Jobs = Annotated[
+    int | None,
+    option("Runs at once, each with a model of its own; 1 suits a GPU. [default: one for each core]", metavar="N"),
+]
+KernelThreads = Annotated[
+    int | None, option("Threads that each run computes with. [default: cores / runs at once]", metavar="N")
+]
+Retries = Annotated[int, option("Further attempts for a run that failed or whose worker was killed.")]
+CellTimeout = Annotated[int, option("Seconds that one cell may take.")]
 
-
-def capacities(text: str) -> list[float]:
-    """``"1.0,0.75"`` as capacities; the empty string is none."""
-    return [check_capacity(part.strip()) for part in text.split(",") if part.strip()]
-
-
-def check_shares(capacity: str | None, exit_rate: str | None) -> tuple[float | None, float | None]:
-    """Both as numbers; None stays None."""
-    return (
-        None if capacity is None else check_capacity(capacity),
-        None if exit_rate is None else check_exit_rate(exit_rate),
-    )
-
-
-def check_count(name: str, value: int, low: int) -> None:
-    if value < low:
-        raise HatError(f"{name} must be a whole number of at least {low}, got {value}")
-
-
-def check_writable(folder: Path) -> None:
-    """Raise unless a checkpoint can be written to ``folder``; creates nothing that stays."""
-    there = folder.expanduser().absolute()
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir():
-        raise HatError(f"cannot write a checkpoint to {folder}: {there} is not a folder")
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise HatError(f"cannot write a checkpoint to {folder}: {error.strerror or error}") from error
-
-
-def check_text(source: str, split: str) -> None:
-    """Raise as `load_text` would, before the base is loaded: read the source with a stand-in tokenizer."""
-    from .text import load_text
-
-    def two_tokens(text: str, **_):
-        return SimpleNamespace(input_ids=list(text.encode()[:2]))
-
-    load_text(source, two_tokens, split=split, max_tokens=2)
-
-
-def read_prompt(prompt: str) -> str:
-    """The prompt, from stdin if it is ``-``; raises if there is nothing to continue."""
-    try:
-        text = sys.stdin.read() if prompt == "-" else prompt
-        text.encode()
-    except UnicodeError as error:
-        raise HatError(f"the prompt is not UTF-8 text: {error}") from error
-    if not text.strip():
-        raise HatError(f"the prompt is empty: expected text to continue, got {text!r}")
-    return text
-
-
-def load(
-    base: str | None, checkpoint: Path | None, capacity: str | None, exit_rate: str | None, dtype: str | None
-) -> HierarchicalTransformer:
-    """The model that the options of `generate` and `evaluate` ask for, with everything checked first."""
-    share, rate = check_shares(capacity, exit_rate)
-    if checkpoint is None and (share != 1.0 or rate):
-        checkpoint = _reference_checkpoint(base)
-
-    from .base import load_base, parse_dtype
-    from .model import HierarchicalTransformer
-
-    if dtype is not None:
-        parse_dtype(dtype)
-    if checkpoint is None:
-        loaded = load_base(*[base] if base else [], dtype=dtype)
-        return HierarchicalTransformer(loaded, HatConfig.default(loaded))
-    hat = HierarchicalTransformer.from_pretrained(checkpoint, base, dtype=dtype)
-    if share is not None:
-        hat.capacity = share
-    if rate is not None:
-        hat.exit_rate = rate
-    return hat
-
-
-def _reference_checkpoint(base: str | None) -> Path:
-    if base not in (None, "bundled"):
-        raise HatError(
-            f"no checkpoint for {base}: make one with `hat calibrate --base {base} --save DIR` and pass "
-            "--checkpoint DIR, or run everything with --capacity 1.0"
-        )
-    if not CALIBRATED.exists():
-        raise HatError(
-            f"no checkpoint at {CALIBRATED}: make one with `hat calibrate --save DIR` and pass --checkpoint "
-            "DIR, or run everything with --capacity 1.0"
-        )
-    return CALIBRATED
+# hat analyze
+AnalysisOut = Annotated[
+    Path | None,
+    option("Also write tables (CSV), figures (PNG) and coloured text (HTML) to this folder.", metavar="DIR"),
+]

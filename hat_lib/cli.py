@@ -6,20 +6,16 @@ code 2. torch is imported inside the commands, so that ``hat --help`` answers at
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import time
 from typing import Annotated
 
 import typer
 
-from . import __version__
 from . import arguments as take
+from . import given
 from .config import GRANULARITIES, HatConfig, HatError, check_capacity
 from .console import app
-
-FOUR_BIT = "the bundled base is a 4-bit file, dequantised; its perplexity is not that of the published weights"
 
 
 @app.command()
@@ -56,9 +52,9 @@ def calibrate(
     changes = {} if capacity is None else {"capacity": check_capacity(capacity)}
     if granularity not in GRANULARITIES:
         raise HatError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
-    take.check_count("tokens", tokens, 256)
-    take.check_count("probe tokens", probe_tokens, 16)
-    take.check_writable(save)
+    given.check_count("tokens", tokens, 256)
+    given.check_count("probe tokens", probe_tokens, 16)
+    given.check_writable(save)
 
     from .base import load_base, parse_dtype
     from .calibrate import calibrate as measure
@@ -66,7 +62,7 @@ def calibrate(
     from .text import held_out, text_hash
 
     parse_dtype(dtype)
-    take.check_text(text, "validation")
+    given.check_text(text, "validation")
     loaded = load_base(base, dtype=dtype)
     blocks = held_out(text, loaded.tokenizer, tokens)
     shape = HatConfig.published if granularity == "token" else HatConfig.default
@@ -89,6 +85,10 @@ def generate(
     checkpoint: take.Checkpoint = None,
     capacity: take.Capacity = None,
     exit_rate: take.ExitRate = None,
+    target_speedup: take.TargetSpeedup = None,
+    versus: take.Versus = "dense",
+    lossless: take.Lossless = False,
+    show_compute: take.ShowCompute = False,
     max_new_tokens: take.MaxNewTokens = 64,
     dtype: take.Dtype = None,
     temperature: take.Temperature = 0.0,
@@ -96,121 +96,73 @@ def generate(
 ) -> None:
     """Continue a prompt, and say how much was executed.
 
-    The text appears as it comes; the last line has requested and realised capacity,
-    and the speed over prompt and new tokens together.
+    At a capacity, at a target speedup (the first one measures this machine's speed, about half a minute), or exactly as
+    the base would, with the adaptive model as drafter. The text appears as it comes; the lines after it have what was
+    requested and what was realised.
     """
-    take.check_count("max new tokens", max_new_tokens, 1)
-    take.check_count("seed", seed, 0)
+    given.check_count("max new tokens", max_new_tokens, 1)
+    given.check_count("seed", seed, 0)
     if not 0 <= temperature < math.inf:
         raise HatError(f"temperature must be a finite number of at least 0, got {temperature}")
-    prompt = take.read_prompt(prompt)
-    hat = take.load(base, checkpoint, capacity, exit_rate, dtype)
+    chosen = [name for name, on in (("--capacity", capacity), ("--lossless", lossless)) if on]
+    if target_speedup is not None and chosen:
+        raise HatError(f"--target-speedup chooses the capacity: leave out {chosen[0]}")
+    if lossless and show_compute:
+        raise HatError(
+            "--show-compute colours what each token skipped; with --lossless the base decides on every token"
+        )
+    prompt = given.read_prompt(prompt)
 
-    import torch
+    from .inference import AdaptiveInference
+    from .speed import VERSUS, check_target
+
+    target = None if target_speedup is None else check_target(target_speedup)
+    hat = given.load(base, checkpoint, capacity, exit_rate, dtype)
+    infer = AdaptiveInference(hat, versus)
+
     from transformers import TextStreamer
 
-    from .state import TokenState
-
-    lm, tokenizer = hat.lm, hat.base.tokenizer
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, verbose=False).to(lm.device)
-    given, context = inputs.input_ids.shape[1], lm.config.max_position_embeddings
-    if given + max_new_tokens > context:
-        raise HatError(
-            f"{given} prompt tokens + {max_new_tokens} new ones exceed the context of {hat.base.name}: {context}"
-        )
-    torch.manual_seed(seed)
-    start = time.perf_counter()
-    with hat.collect() as states, torch.inference_mode():
-        out = lm.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}),
-            pad_token_id=tokenizer.pad_token_id,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        )
-    seconds = time.perf_counter() - start
-    new, trace = out.shape[1] - given, TokenState.cat(states)
-    typer.echo(
-        f"[capacity {hat.capacity:.2f} requested, {trace.capacity:.3f} realised; "
-        f"exit rate {hat.exit_rate:.2f} requested, {trace.exit_rate:.3f} realised; "
-        f"{new} new tokens, {new / seconds:.1f} tokens/s]"
+    out = infer.generate(
+        prompt,
+        target_speedup=target,
+        mode="lossless" if lossless else "adaptive",
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        streamer=TextStreamer(hat.base.tokenizer, skip_special_tokens=True),
     )
+    if show_compute:
+        from .coloured import Passage, ansi
+        from .token_classes import pieces
+
+        ids = out.ids[0, out.prompt_length :].tolist()
+        shares = out.token_share[0, out.prompt_length - 1 :].tolist()
+        passage = Passage("new tokens", pieces(hat.base.tokenizer, ids), shares)
+        typer.echo("\n" + ansi(passage, meaning="work that chose the token, as a share of the dense model's") + "\n")
+    typer.echo(GENERATED.format(**vars(out), speed=out.tokens_per_second))
+    if out.predicted_speedup is not None:
+        typer.echo(TARGETED.format(**vars(out), measured=_times(out.realised_speedup), against=VERSUS[versus]))
+    if lossless:
+        drafted = sum(s.drafted for s in out.speculation)
+        typer.echo(
+            f"[lossless: {drafted} drafted, {out.acceptance:.0%} accepted, {out.speculation[0].passes} passes of the "
+            f"base; {_times(out.realised_speedup)} over {VERSUS[versus]}]"
+        )
 
 
-@app.command()
-def evaluate(
-    base: take.Base = None,
-    checkpoint: take.Checkpoint = None,
-    text: take.Text = "addresses",
-    split: take.Split = "test",
-    capacity: take.Capacity = None,
-    exit_rate: take.ExitRate = None,
-    max_tokens: take.MaxTokens = 4000,
-    dtype: take.Dtype = None,
-    as_json: take.AsJson = False,
-) -> None:
-    """Perplexity against the base, with its 95 % interval.
-
-    Both are scored on the same blocks, and the interval is a paired one.
-    """
-    take.check_count("max tokens", max_tokens, 2)
-    take.check_shares(capacity, exit_rate)
-    take.check_text(text, split)
-    hat = take.load(base, checkpoint, capacity, exit_rate, dtype)
-
-    import torch
-
-    from .evaluate import compare, score
-    from .text import load_text, text_hash
-
-    blocks = load_text(text, hat.base.tokenizer, split=split, max_tokens=max_tokens)
-    with hat.dense():
-        dense = score(hat, blocks)
-    adaptive = score(hat, blocks)
-    paired = compare(dense, adaptive)
-    row = {
-        "hat_lib": __version__,
-        "base": hat.base.name,
-        "base_fingerprint": hat.base.fingerprint[:16],
-        "granularity": hat.config.granularity,
-        "calibrated_on": hat.calibration.text if hat.calibration else "",
-        "text": text,
-        "split": split,
-        "text_hash": text_hash(blocks)[:16],
-        "tokens": paired.tokens,
-        "blocks": paired.n_blocks,
-        "requested_capacity": hat.capacity,
-        "capacity": adaptive.capacity,
-        "requested_exit_rate": hat.exit_rate,
-        "exit_rate": adaptive.exit_rate,
-        "model_share": adaptive.model_share,
-        "base_perplexity": paired.base_ppl,
-        "perplexity": paired.ppl,
-        "increase": paired.increase,
-        "increase_low": paired.low,
-        "increase_high": paired.high,
-        "device": hat.base.device.type,
-        "dtype": str(hat.base.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "note": FOUR_BIT if hat.base.name == "bundled" else "",
-    }
-    if as_json:
-        typer.echo(json.dumps(row))
-    else:
-        typer.echo(EVALUATED.format(**row) + (f"\nnote         {row['note']}" if row["note"] else ""))
+GENERATED = """\
+[capacity {requested_capacity:.2f} requested, {capacity:.3f} realised; \
+exit rate {requested_exit_rate:.2f} requested, {exit_rate:.3f} realised; \
+model share {model_share:.3f}; {new_tokens} new tokens, {speed:.1f} tokens/s]"""
+TARGETED = """\
+[speedup {target_speedup:g} requested, {predicted_speedup:.3f} predicted, {measured} realised over {against}]"""
 
 
-EVALUATED = """\
-{text}, {split} split: {tokens} tokens in {blocks} blocks, SHA-256 {text_hash}
-perplexity   {base_perplexity:.3f} for the base {base} ({dtype}), {perplexity:.3f} for the model
-increase     {increase:+.2%}, 95 % interval {increase_low:+.2%} to {increase_high:+.2%}
-capacity     {requested_capacity:.2f} requested, {capacity:.3f} realised
-exit rate    {requested_exit_rate:.2f} requested, {exit_rate:.3f} realised
-model share  {model_share:.3f} of the dense model's work, head and routers included"""
+def _times(speedup: float | None) -> str:
+    return "too short a text to measure" if speedup is None else f"{speedup:.3f}x"
 
 
-from . import runs, results  # noqa: E402, F401, I001 - register their commands, after those above in the help
+from . import evaluating, analyzing, runs, results, sweeps  # noqa: E402, F401, I001 - register their commands, after those above in the help
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import typer
 
 from . import arguments as take
-from .config import DATA, GRANULARITIES, HatConfig, HatError
+from . import given
+from .config import DATA, GRANULARITIES, HatConfig
 from .console import app, say
 
 
@@ -26,10 +27,10 @@ def benchmark(
     Both grains; decode at batch 1 and in a batch, and a 512-token prefill; also what does not pay. Each grain
     runs in a process of its own, so that its peak memory is its own.
     """
-    wanted = {"channel": take.capacities(channel), "token": take.capacities(token)}
+    wanted = {"channel": given.capacities(channel), "token": given.capacities(token)}
     for name, value in (("batch", batch), ("rounds", rounds), ("steps", steps)):
-        take.check_count(name, value, 1)
-    take.check_writable(out.parent)
+        given.check_count(name, value, 1)
+    given.check_writable(out.parent)
 
     from multiprocessing import get_context
 
@@ -67,9 +68,9 @@ def foundation(
 
     Perplexity on both texts and batch-1 decode, at 0.75 and 0.62. A few minutes on two cores.
     """
-    take.check_count("max tokens", max_tokens, 1024)
-    take.check_count("rounds", rounds, 1)
-    take.check_writable(out.parent)
+    given.check_count("max tokens", max_tokens, 1024)
+    given.check_count("rounds", rounds, 1)
+    given.check_writable(out.parent)
 
     from .benchmark import write_rows
     from .foundation import foundation as measure
@@ -100,8 +101,8 @@ def quality(
     Both grains and both texts, at equal work; exits too. About two hours on two cores; stopped and started again, it
     goes on where it was.
     """
-    wanted = _named(grains)
-    take.check_writable(out.parent)
+    wanted = given.grain_names(grains)
+    given.check_writable(out.parent)
 
     from .base import parse_dtype
     from .quality import Grain
@@ -133,10 +134,10 @@ def ablations(
     Short runs that differ in one thing, measured at equal work. About two hours on two cores; stopped and started
     again, it goes on where it was.
     """
-    wanted = _named(grains)
-    take.check_count("steps", steps, 1)
-    take.check_count("tokens", tokens, 1024)
-    take.check_writable(out.parent)
+    wanted = given.grain_names(grains)
+    given.check_count("steps", steps, 1)
+    given.check_count("tokens", tokens, 1024)
+    given.check_writable(out.parent)
 
     from .ablations import CHANGES
     from .ablations import ablations as measure
@@ -164,8 +165,8 @@ def step_cost(
 
     Both grains, teacher's pass included, on two blocks of 512 tokens; a minute on two cores.
     """
-    take.check_count("rounds", rounds, 1)
-    take.check_writable(out.parent)
+    given.check_count("rounds", rounds, 1)
+    given.check_writable(out.parent)
 
     from .base import load_base, parse_dtype
     from .benchmark import write_rows
@@ -213,10 +214,3 @@ def figures() -> None:
             typer.echo(f"wrote {plots.save_figure(draw(pd.read_csv(source)), name)}")
         else:
             say("warning", f"no {source}, so {name}.png stays as it is")
-
-
-def _named(grains: str) -> list[str]:
-    wanted = [name.strip() for name in grains.split(",")]
-    if unknown := [name for name in wanted if name not in GRANULARITIES]:
-        raise HatError(f"grains must be among {', '.join(GRANULARITIES)}, got {unknown[0]!r}")
-    return wanted

@@ -1,14 +1,16 @@
-"""The command that trains: ``hat train``."""
+"""The commands that take long and go on where they stopped: ``hat train | batch``."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import sys
+from contextlib import nullcontext
 
 import typer
 
 from . import arguments as take
+from . import given
 from .config import HatConfig, HatError
 from .console import app
 
@@ -39,10 +41,10 @@ def train(
     if max_minutes is not None and not max_minutes > 0:
         raise HatError(f"max minutes must be above 0, got {max_minutes}")
     folder = (save or resume).expanduser()
-    take.check_writable(folder)
+    given.check_writable(folder)
     if resume is None:
         of_grain = Recipe.published if granularity == "token" else Recipe.default
-        recipe = of_grain(profile, **take.recipe_changes(settings) | ({"text": text} if text else {}))
+        recipe = of_grain(profile, **given.recipe_changes(settings) | ({"text": text} if text else {}))
 
     from .train import RUN_FILE, Run
     from .train import train as carry_out
@@ -55,7 +57,7 @@ def train(
         run = Run(phase, granularity, base, recipe, dtype, start, command=shlex.join(["hat", *sys.argv[1:]]))
     for source in set(sources(run.recipe.text)) - {SELF}:
         for split in ("train", "validation"):
-            take.check_text(source, split)
+            given.check_text(source, split)
     go_on = f"go on with: hat train --resume {shlex.quote(str(folder))}"
     main = not int(os.environ.get("RANK", 0))
     try:
@@ -76,3 +78,62 @@ def train(
         typer.echo(f"stopped ({outcomes[-1].stopped}), saved; {go_on}")
         raise typer.Exit(130 if outcomes[-1].stopped == "interrupt" else 0)
     typer.echo(f"wrote {folder}")
+
+
+@app.command()
+def batch(
+    notebook: take.BatchNotebook,
+    grid: take.Grid,
+    out: take.BatchOut,
+    engine: take.Engine = "local",
+    scheduler: take.Scheduler = None,
+    jobs: take.Jobs = None,
+    threads: take.KernelThreads = None,
+    retries: take.Retries = 1,
+    cell_timeout: take.CellTimeout = 600,
+) -> None:
+    """Run one notebook over a grid of parameters.
+
+    In parallel; one executed notebook and one row of DIR/runs.csv for each run. Stopped and started again, it runs what
+    is missing or failed. Exits with 1 if a run failed.
+    """
+    for name, value, low in (("jobs", jobs, 1), ("threads", threads, 1), ("retries", retries, 0)):
+        if value is not None:
+            given.check_count(name, value, low)
+    given.check_count("cell timeout", cell_timeout, 1)
+    if engine not in ("local", "dask"):
+        raise HatError(f"engine must be local or dask, got {engine!r}")
+    if (engine == "dask") != (scheduler is not None):
+        raise HatError("--engine dask and --scheduler tcp://HOST:PORT go together")
+    if engine == "dask" and jobs is not None:
+        raise HatError("--jobs is for the local engine; with Dask, the number of its workers decides")
+
+    from joblib import cpu_count
+
+    from .batch import batch as carry_out
+    from .batch import find_notebook, latest_rows, parse_grid, run_name
+    from .batch_engines import Dask, Local
+
+    path = find_notebook(notebook)
+    points = parse_grid(path, grid)
+    runs = [run_name(point) for point in points]
+    local = nullcontext(Local(jobs or min(len(runs), cpu_count())))
+    try:
+        with Dask(scheduler) if engine == "dask" else local as workers:
+            settings = {"threads": threads or workers.threads, "retries": retries, "cell_timeout": cell_timeout}
+            for row in carry_out(path, points, out, workers, **settings):
+                typer.echo(f"{row.run}: {row.status} after {row.seconds:.1f} s")
+                if row.error:
+                    typer.echo(f"  {row.error}")
+    except KeyboardInterrupt:
+        again = shlex.join(["hat", *sys.argv[1:]])
+        typer.echo(f"\ninterrupted; finished runs stay, and the same command does the others: {again}", err=True)
+        raise typer.Exit(130) from None
+    rows = latest_rows(out)
+    width = max(map(len, ["run", *runs]))
+    typer.echo(f"\n{'run':{width}}  status  attempts  seconds")
+    for row in map(rows.get, runs):
+        typer.echo(f"{row.run:{width}}  {row.status:6}  {row.attempts:8d}  {row.seconds:7.1f}")
+    typer.echo(f"wrote {out}")
+    if any(rows[run].status != "ok" for run in runs):
+        raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,13 +12,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_runs import new_hat, random_blocks
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hat_lib
-from hat_lib import arguments, base, calibrate, model, report
+from hat_lib import base, calibrate, evaluate, given, model, report
+from hat_lib.calibrate_exits import calibrate_exits
 from hat_lib.checkpoint import ADAPTER_FILE, CONFIG_FILE
 from hat_lib.cli import app
 from hat_lib.config import REPO, HatConfig
+from hat_lib.harness import TASKS
 from hat_lib.shapes import byte_tokenizer, random_model
 
 TINY = ("--base", "random:tiny")
@@ -169,8 +173,50 @@ def test_calibrate_then_generate_then_evaluate(hat, calibrated, text):
     assert row["capacity"] < row["model_share"] < 1 and (row["blocks"], row["tokens"]) == (2, 998)
     assert row["base"] == "random:tiny" and row["note"] == "" and "perplexity:" in err
 
-    code, out, _ = hat(*evaluate, "--split", "train")
+    assert row["bytes"] == row["tokens"] and 0 < row["top1"] < 1 and row["kl"] > 0 and row["exits"]["4"] == 1000
+    assert row["bits_per_byte"] == pytest.approx(math.log2(row["perplexity"]))  # a token of the tiny base is a byte
+    (document,) = row["documents"]
+    assert document["document"] == text.name and document["increase"] == pytest.approx(row["increase"])
+
+    code, out, _ = hat(*evaluate, "--split", "train", "--batch-size", 2)
     assert code == 0 and f"{row['increase']:+.2%}" in out and "0.60 requested" in out and row["text_hash"] in out
+    assert f"{row['bits_per_byte']:.4f} for the model" in out and f"KL {row['kl']:.4f}" in out
+    assert "mean depth" not in out and text.name not in out.split("\n", 1)[1]
+    code, out, _ = hat(*evaluate, "--split", "train", "--documents")
+    assert code == 0 and out.splitlines()[-1].split()[:2] == ["998", "998"] and out.endswith(f"{text.name}\n")
+
+
+def test_evaluate_says_where_tokens_left(hat, text, tmp_path):
+    model = new_hat("channel")
+    calibrate_exits(model, random_blocks(8, 64), progress=False)  # untrained gates still give a table
+    model.save_pretrained(tmp_path)
+    model.unload()
+    options = ("evaluate", "--checkpoint", tmp_path, "--text", text, "--max-tokens", 1000, "--split", "train")
+    out = hat(*options, "--capacity", "1.0", "--exit-rate", "1.0")[1].splitlines()
+    assert out[-5:] == [  # of each of the two blocks, the first two tokens never leave
+        "mean depth   1.01 of 4 layers",
+        "    1 layers     996 tokens, 99.6%",
+        "    2 layers       0 tokens, 0.0%",
+        "    3 layers       0 tokens, 0.0%",
+        "    4 layers       4 tokens, 0.4%",
+    ]
+    row = json.loads(hat(*options, "--capacity", "1.0", "--exit-rate", "0.4", "--json")[1])
+    assert sum(row["exits"].values()) == 1000 and row["requested_exit_rate"] == 0.4
+    assert row["exit_rate"] == pytest.approx(1 - row["exits"]["4"] / 1000)
+
+
+def test_evaluate_runs_tasks(hat, calibrated):
+    pytest.importorskip("lm_eval")
+    options = ("evaluate", "--checkpoint", calibrated[0], "--dtype", "fp32", "--capacity", "0.6", "--batch-size", 8)
+    tasks = ("--tasks", " address_perplexity,")
+    row = json.loads(hat(*options, *tasks, "--json")[1])  # nothing else on stdout
+    words, bits = row["tasks"]
+    assert words["task"] == bits["task"] == "address_perplexity"
+    assert (words["metric"], bits["metric"]) == ("word_perplexity", "bits_per_byte")
+    assert bits["value"] != bits["base"] and bits["samples"] == 28 and bits["stderr"] is None
+    assert abs(row["capacity"] - 0.6) < 0.05 and row["requested_capacity"] == 0.6 and row["lm_eval"]
+    code, out, _ = hat(*options, *tasks, "--tasks-path", TASKS)
+    assert code == 0 and f"{bits['base']:.4f}" in out and f"{row['capacity']:.3f} realised" in out
 
 
 def test_evaluate_at_capacity_one_finds_no_difference(hat, text):
@@ -210,7 +256,7 @@ def test_prompt_from_stdin():
 
 
 def test_reference_checkpoint_is_used_for_the_bundled_base_alone(calibrated, monkeypatch, hat):
-    monkeypatch.setattr(arguments, "CALIBRATED", calibrated[0])  # one that names random:tiny as its base
+    monkeypatch.setattr(given, "CALIBRATED", calibrated[0])  # one that names random:tiny as its base
     code, out, _ = hat("generate", "--prompt", PROMPT, "--max-new-tokens", 2)
     assert code == 0 and "capacity 0.75 requested" in out
 
@@ -335,6 +381,11 @@ def test_wrong_exit_rate(refuses, no_base, command, value):
         (("evaluate", *DENSE, "--split", "dev"), "split must be one of train, validation, test, got 'dev'"),
         (("evaluate", *DENSE, "--text", "wikitext"), "unknown corpus 'wikitext': expected bundled, addresses"),
         (("evaluate", *DENSE, "--text", "no/such.txt"), "no/such.txt: no such file"),
+        (("evaluate", *DENSE, "--batch-size", "0"), "batch size must be a whole number of at least 1, got 0"),
+        (("evaluate", *DENSE, "--tasks-path", "."), "--tasks-path needs --tasks NAME[,NAME]"),
+        (("evaluate", *DENSE, "--tasks", ","), "--tasks takes NAME[,NAME], got ','"),
+        (("evaluate", *DENSE, "--tasks", "a", "--text", "docstrings"), "--tasks brings its own text"),
+        (("evaluate", *DENSE, "--tasks", "a", "--documents"), "leave out --text, --split, --max-tokens and --docu"),
         (("calibrate", "--save", "new", "--granularity", "head"), "must be one of channel, token, got 'head'"),
         (("calibrate", "--save", "new", "--dtype", "int3"), "dtype must be one of"),
         (("calibrate", "--save", "new", "--tokens", "100"), "tokens must be a whole number of at least 256, got 100"),
@@ -376,7 +427,7 @@ def test_a_folder_without_permission(refuses, no_base, tmp_path):
 
 
 def test_no_reference_checkpoint(refuses, no_base, monkeypatch, tmp_path):
-    monkeypatch.setattr(arguments, "CALIBRATED", tmp_path / "gone")
+    monkeypatch.setattr(given, "CALIBRATED", tmp_path / "gone")
     refuses(("generate", "--prompt", "x"), f"no checkpoint at {tmp_path / 'gone'}", "--capacity 1.0")
     refuses(("generate", "--prompt", "x", "--capacity", "1", "--exit-rate", "0.2"), "no checkpoint at")
 
@@ -421,8 +472,26 @@ def test_wrong_bases(refuses, command, tmp_path):
 def test_a_checkpoint_for_another_base(refuses, calibrated, tmp_path):
     random_model("random:tiny", torch.float32, seed=1).save_pretrained(tmp_path / "other")
     byte_tokenizer().save_pretrained(tmp_path / "other")
-    options = ("generate", "--prompt", "x", "--checkpoint", calibrated[0], "--base", tmp_path / "other")
-    refuses(options, "was made for random:tiny with fingerprint 114b5dbe4acc", f"{tmp_path / 'other'} has ")
+    options = ("--checkpoint", calibrated[0], "--base", tmp_path / "other")
+    for command in (("generate", "--prompt", "x"), ("evaluate", "--text", "docstrings")):
+        words = "was made for random:tiny with fingerprint 114b5dbe4acc", f"{tmp_path / 'other'} has "
+        refuses((*command, *options), *words)
+
+
+@pytest.mark.parametrize("name", ["address_cloze", "no_such_task"])
+def test_tasks_without_lm_eval(refuses, no_base, monkeypatch, name):
+    for module in [module for module in sys.modules if module.split(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    refuses(("evaluate", *DENSE, "--tasks", name), 'tasks need lm-evaluation-harness: pip install -e ".[eval]"')
+
+
+def test_wrong_tasks(refuses, no_base, tmp_path):
+    pytest.importorskip("lm_eval")
+    refuses(("evaluate", *DENSE, "--tasks", "arc"), "unknown task 'arc': ", " has address_cloze, address_perplexity")
+    options = ("evaluate", *DENSE, "--tasks", "arc", "--tasks-path")
+    refuses((*options, tmp_path / "gone"), f"no folder of tasks at {tmp_path / 'gone'}")
+    refuses((*options, tmp_path), f"unknown task 'arc': {tmp_path} has none")
 
 
 def test_exits_without_trained_gates(refuses, calibrated):
@@ -433,6 +502,25 @@ def test_exits_without_trained_gates(refuses, calibrated):
 def test_a_prompt_longer_than_the_context(refuses):
     options = ("generate", *DENSE, "--prompt", "x" * 2000)
     refuses((*options, "--max-new-tokens", "49"), "2000 prompt tokens + 49 new ones", "context of random:tiny: 2048")
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", "is empty"),
+        (" \n", "fewer than two tokens in split 'test'"),
+        ("x", "fewer than two tokens in split 'test'"),
+    ],
+)
+def test_nothing_to_evaluate(refuses, no_base, tmp_path, content, words):
+    (tmp_path / "a.txt").write_text(content)
+    refuses(("evaluate", *DENSE, "--text", tmp_path / "a.txt"), str(tmp_path / "a.txt"), words)
+
+
+def test_one_block_is_refused_before_it_is_scored(refuses, text, monkeypatch):
+    monkeypatch.setattr(evaluate, "score_pair", None)
+    options = ("--text", text, "--split", "train", "--max-tokens", "300")
+    refuses(("evaluate", *DENSE, *options), "an interval needs at least 2 blocks of up to 512 tokens, got 300")
 
 
 def test_too_little_text(refuses, tmp_path):

@@ -1,31 +1,16 @@
-"""The runner believes no notebook; the cleaner keeps what nbval, papermill and readers need."""
+"""The commands over the notebooks; the cleaner keeps what nbval, papermill and readers need."""
 
 import json
 import os
 
 import nbformat
 import pytest
+from test_notebook_runs import notebook
 from typer.testing import CliRunner
 
 from hat_lib import workbook
 from hat_lib.config import HatError
 from hat_lib.notebook_files import KERNEL, WIDGET_STATE, WIDGET_VIEW, clean, clean_file, errors
-
-PARAMETERS = """
-capacity = 0.75  # executed / routable work
-steps: int = 3
-profile = "quick"
-rates = [0.0, 0.1]
-train = False
-"""
-
-
-def notebook(path, *sources, parameters=PARAMETERS):
-    """Write a notebook with a ``parameters`` cell and one code cell per source."""
-    cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
-    cells += [nbformat.v4.new_code_cell(source) for source in sources]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL}), path)
-    return path
 
 
 @pytest.fixture
@@ -106,58 +91,10 @@ def test_unknown_parameter_is_refused_before_anything_starts(project):
     assert not (project / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("assignment", "value"),
-    [
-        ("capacity=0.5", 0.5),
-        ("capacity=1", 1.0),
-        ("capacity=5e-1", 0.5),
-        ("steps=4", 4),
-        ("profile=full", "full"),
-        ("profile=2024", "2024"),
-        ("profile=a=b", "a=b"),
-        ("rates=[0.2, 0.3]", [0.2, 0.3]),
-        ("train=true", True),
-    ],
-)
-def test_values_take_the_type_of_their_default(tmp_path, assignment, value):
-    parsed = workbook.parse_parameters([assignment], [notebook(tmp_path / "00_a.ipynb")])
-    assert list(parsed.values()) == [value]
-    assert type(parsed[assignment.split("=")[0]]) is type(value)
-
-
-@pytest.mark.parametrize(
-    "assignment",
-    [
-        "capacity=high",
-        "capacity=true",
-        "capacity=",
-        "steps=0.5",
-        "steps=true",
-        "rates=0.5",
-        "train=1",
-        "rates=[1",
-    ],
-)
-def test_values_of_another_type_are_refused(tmp_path, assignment):
-    with pytest.raises(HatError, match=assignment.split("=")[0]):
-        workbook.parse_parameters([assignment], [notebook(tmp_path / "00_a.ipynb")])
-
-
 def test_a_run_never_overwrites_another(project):
     notebook(project / "notebooks/00_a.ipynb")
     (project / "runs/trial").mkdir(parents=True)
     assert "exists; choose another --name" in str(call("run", "--name", "trial").exception)
-
-
-def test_select_names_what_there_is(tmp_path):
-    paths = [notebook(tmp_path / f"0{i}_{name}.ipynb") for i, name in enumerate("ab")]
-    assert workbook.select([], tmp_path) == paths
-    assert workbook.select(["01", "01_b", "notebooks/01_b.ipynb"], tmp_path) == paths[1:]
-    with pytest.raises(HatError, match="no notebook '07'; there are: 00_a, 01_b"):
-        workbook.select(["07"], tmp_path)
-    with pytest.raises(HatError, match="no notebook in"):
-        workbook.select([], tmp_path / "empty")
 
 
 def test_execute_replaces_outputs_and_figures_only_on_success(project):
