@@ -24,7 +24,7 @@ help:  ## say what each target does
 workbook: .venv/ready  ## run every notebook into runs/, then say how each one went
 	$(OFFLINE) $(PY) -m hat_lib.workbook run
 
-test: .venv/ready  ## lint, run the tests, compare the notebooks' stored outputs with a fresh run
+test: .venv/tested  ## lint, run the tests, compare the notebooks' stored outputs with a fresh run
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(OFFLINE) $(PY) -m pytest
@@ -48,4 +48,9 @@ clean:  ## remove .venv, caches and build leftovers; runs/ stays
 	$(if $(TORCH_INDEX),$(PY) -m pip install --index-url "$(TORCH_INDEX)" "$(TORCH)")
 	$(PY) -m pip install -e ".[dev]"
 	$(FETCH)
+	@touch $@
+
+# What only tests need: lm-evaluation-harness is 200 MB that no notebook imports.
+.venv/tested: pyproject.toml | .venv/ready
+	$(PY) -m pip install -e ".[dev,eval]"
 	@touch $@

@@ -129,7 +129,8 @@ def run_notebook(
     figures.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     environment = {"HAT_FIGURES": str(figures.resolve()), "HAT_RUN": "1" if keep_tree else None}
-    literal = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, output)]  # papermill fills in {name}
+    # papermill would fill in a {name} in a path
+    literal = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, output)]
     if threads:
         environment |= dict.fromkeys(THREADS, str(threads))
     try:

@@ -114,7 +114,7 @@ def batch(
     from .batch import find_notebook, latest_rows, parse_grid, run_name
     from .batch_engines import Dask, Local
 
-    path = find_notebook(notebook)
+    path, out = find_notebook(notebook), out.expanduser()
     points = parse_grid(path, grid)
     runs = [run_name(point) for point in points]
     local = nullcontext(Local(jobs or min(len(runs), cpu_count())))
