@@ -114,8 +114,9 @@ def generate(
     prompt = given.read_prompt(prompt)
 
     from .inference import AdaptiveInference
-    from .speed import VERSUS, check_target
+    from .speed import VERSUS, check_target, check_versus
 
+    check_versus(versus)
     target = None if target_speedup is None else check_target(target_speedup)
     hat = given.load(base, checkpoint, capacity, exit_rate, dtype)
     infer = AdaptiveInference(hat, versus)

@@ -91,6 +91,13 @@ def check_target(value: object) -> float:
     return number
 
 
+def check_versus(value: str) -> str:
+    """``value``, one of `VERSUS`, or `HatError`."""
+    if value not in VERSUS:
+        raise HatError(f"versus must be one of {', '.join(VERSUS)}, got {value!r}")
+    return value
+
+
 @torch.inference_mode()
 def paired_steps(
     variants: Sequence[tuple[LlamaForCausalLM, Callable]],
@@ -147,8 +154,7 @@ def speed_curve(
         batch: sequences that decode together.
         plain: gives the same base in plain transformers, and is asked for versus "hf" alone.
     """
-    if versus not in VERSUS:
-        raise HatError(f"versus must be one of {', '.join(VERSUS)}, got {versus!r}")
+    check_versus(versus)
     machine = _machine(hat)
     path = cache_dir() / "speed" / f"{digest(_key(hat, versus, exit_rate, batch))[:24]}.json"
     if (known := _read(path)) is not None:

@@ -128,7 +128,10 @@ def targets(
 
     from .base import parse_dtype
     from .benchmark import write_rows
+    from .speed import check_versus
     from .targets import target_rows
+
+    check_versus(versus)
 
     if dtype is not None:
         parse_dtype(dtype)

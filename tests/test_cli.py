@@ -28,6 +28,7 @@ TINY = ("--base", "random:tiny")
 DENSE = (*TINY, "--capacity", "1.0", "--dtype", "fp32")
 PROMPT = "The state of our union is"
 GO = (*DENSE, "--prompt", "x")
+TARGET = ("generate", "--prompt", "x", "--target-speedup")
 
 
 @pytest.fixture
@@ -374,6 +375,15 @@ def test_wrong_exit_rate(refuses, no_base, command, value):
         (("generate", *GO, "--temperature", "-1"), "temperature must be a finite number of at least 0, got -1."),
         (("generate", *GO, "--temperature", "nan"), "temperature must be a finite number"),
         (("generate", *GO, "--seed", "-1"), "seed must be a whole number of at least 0"),
+        ((*TARGET, "0"), "target speedup must be a number above 0, at most 10"),
+        ((*TARGET, "-1.5"), "target speedup must be a number above 0, at most 10"),
+        ((*TARGET, "50"), "target speedup must be a number above 0, at most 10"),
+        ((*TARGET, "nan"), "target speedup must be a number above 0, at most 10"),
+        ((*TARGET, "fast"), "target speedup must be a number above 0, at most 10"),
+        (("generate", *GO, "--target-speedup", "1.1"), "--target-speedup chooses the capacity: leave out --capacity"),
+        ((*TARGET, "1.1", "--lossless"), "leave out --lossless"),
+        (("generate", *GO, "--lossless", "--show-compute"), "with --lossless the base decides on every token"),
+        (("generate", *GO, "--versus", "gpu"), "versus must be one of dense, hf, got 'gpu'"),
         (("generate", *GO, "--dtype", "int3"), "dtype must be one of float32, fp32, bfloat16, bf16"),
         (("generate", *TINY, "--prompt", "x"), "no checkpoint for random:tiny: make one with `hat calibrate"),
         (("evaluate", *DENSE, "--max-tokens", "1"), "max tokens must be a whole number of at least 2, got 1"),
