@@ -1,7 +1,7 @@
 """Prompts of several kinds, always the same ones, to measure generation on.
 
-Lines of addresses and docstrings come from test splits, which nothing was trained or calibrated on; questions, lists
-and beginnings of programs are put together from the words below.
+Lines of addresses and docstrings come from test splits, which nothing was trained or calibrated on; sentences about
+topics, programs and lists are put together from the words below.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from .text import load_text
 LENGTH = 24
 """tokens of a prompt that is cut out of a text"""
 
-ASKED = ("What is", "How would you explain", "Why do people care about", "What is an example of", "Who first studied")
+BEGUN = (
+    "{} is",
+    "The history of {} begins",
+    "Five facts about {}:\n1.",
+    "My teacher told me that {}",
+    "A poem about {}:\n",
+)
 TOPICS = ("gravity", "inflation", "photosynthesis", "a prime number", "the French Revolution", "machine learning",
           "plate tectonics", "a sonnet", "vaccination", "the speed of light")  # fmt: skip
 CODED = ("def fibonacci(n):\n", "class Stack:\n", "for i in range(10):\n", "SELECT name FROM users",
@@ -34,7 +40,7 @@ class Prompt(NamedTuple):
 
 
 def prompts(tokenizer: PreTrainedTokenizerBase, count: int = 200) -> list[Prompt]:
-    """``count`` prompts, kinds in turn: address, docstring, code, question, list; at most 200."""
+    """``count`` prompts, kinds in turn: address, docstring, code, topic, list; at most 200."""
     if not 1 <= count <= 200:
         raise HatError(f"there are 1 to 200 prompts, got {count}")
     each = -(-count // 5)
@@ -42,7 +48,7 @@ def prompts(tokenizer: PreTrainedTokenizerBase, count: int = 200) -> list[Prompt
         "address": _cut(tokenizer, "addresses", each),
         "docstring": _cut(tokenizer, "docstrings", each),
         "code": [head + coded for head, coded in product(HEADS, CODED)][:each],
-        "question": [f"Question: {asked} {topic}?\nAnswer:" for topic, asked in product(TOPICS, ASKED)][:each],
+        "topic": [begun.format(topic) for topic, begun in product(TOPICS, BEGUN)][:each],
         "list": [frame.replace("{}", started) for frame, started in product(FRAMES, STARTED)][:each],
     }
     turns = [Prompt(kind, texts[i]) for i in range(each) for kind, texts in kinds.items()]
