@@ -7,6 +7,7 @@ command goes on with the next. Short runs rank choices that act fast; they say n
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -130,6 +131,7 @@ def ablations(
                     if (row.granularity, row.change, row.text) not in writer.done:
                         writer.write(row)
                         yield row
+            gc.collect()  # models and their hooks refer to each other, and the collector does not see their size
 
 
 def _train(change: Change, folder: Path, base: str, steps: int, dtype: str, progress: bool) -> Recipe:

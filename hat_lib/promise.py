@@ -8,6 +8,7 @@ realised.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,8 +93,12 @@ def promise(
 
         realised = {s: timed[s][0].realised for s in SETTINGS}
         shape, around = _forced(granularity, realised, left, dtype, ids.shape[1])
+        del hat
+        gc.collect()  # gigabytes in cycles of models and hooks, which the collector does not see
         timed = _both_phases(shape, around, ids % shape.lm.config.vocab_size, rounds, steps)
         yield from (_row(shape, s, *timed[s], {}) for s in SETTINGS)
+        del shape, around
+        gc.collect()
 
 
 def _text(hat: HierarchicalTransformer) -> Tensor:

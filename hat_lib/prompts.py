@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from .config import HatError
 from .text import load_text
 
+KINDS = 5
 LENGTH = 24
 """tokens of a prompt that is cut out of a text"""
 
@@ -43,7 +44,7 @@ def prompts(tokenizer: PreTrainedTokenizerBase, count: int = 200) -> list[Prompt
     """``count`` prompts, kinds in turn: address, docstring, code, topic, list; at most 200."""
     if not 1 <= count <= 200:
         raise HatError(f"there are 1 to 200 prompts, got {count}")
-    each = -(-count // 5)
+    each = -(-count // KINDS)
     kinds = {
         "address": _cut(tokenizer, "addresses", each),
         "docstring": _cut(tokenizer, "docstrings", each),

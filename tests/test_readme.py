@@ -16,6 +16,56 @@ def table(name):
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
+def increase(row, text):
+    """Percents with their interval up to a doubling, then times the base's perplexity."""
+    value = row[text]
+    if value >= 1:
+        return f"x{1 + value:.0f}" if value < 999 else "over x1000"
+    return f"{value:+.1%} ({row[f'{text}_low']:+.1%} to {row[f'{text}_high']:+.1%})"
+
+
+def test_promise():
+    frame = pd.read_csv(DATA / "results" / "promise.csv")
+    frame = frame[frame.exit_rate == 0]
+    key = ["granularity", "capacity"]
+    shape = frame[frame.base == "random:tinyllama"].set_index(key).to_dict("index")
+    expected = [
+        [
+            r["granularity"],
+            f"{r['capacity']:.2f} / {r['realised']:.2f}",
+            f"{r['promised_speedup']:.1f}x, {'<' if r['promised_increase'] == 0.01 else '~'}"
+            f"{' ' * (r['promised_increase'] == 0.01)}{r['promised_increase']:.0%}".replace("%", " %"),
+            increase(r, "addresses"),
+            increase(r, "docstrings"),
+            *(
+                f"{shape[r['granularity'], r['capacity']][c]:.2f}x"
+                for c in ("ideal_decode", "decode_dense", "decode_hf")
+            ),
+            *(f"{r[c]:.2f}x" for c in ("decode_dense", "decode_hf")),
+        ]
+        for r in frame[frame.base == "bundled"].to_dict("records")
+    ]
+    assert table("promise.csv") == expected
+
+
+def test_targets_come_true():
+    frame = pd.read_csv(DATA / "results" / "target_speedup.csv")
+    reached = frame[frame.reachable]
+    assert set(frame.granularity) == {"channel", "token"} and len(reached) >= 7
+    assert ((reached.measured / reached.requested - 1).abs() < 0.05).all()
+
+
+def test_lossless_is():
+    frame = pd.read_csv(DATA / "results" / "lossless.csv")
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    for dtype, rows in frame.groupby("dtype"):
+        assert len(rows) == 200
+        assert f"{dtype.replace('float', 'fp').replace('bfp', 'bf')}: {rows.identical.sum()} of 200" in text
+    assert frame[frame.dtype == "float32"].identical.all()
+    parted = frame[(frame.dtype == "bfloat16") & ~frame.identical]
+    assert (parted.gap_ulp > 2).sum() == 1 and parted.gap_ulp.max() == 3
+
+
 def test_foundation():
     rows = pd.read_csv(DATA / "results" / "foundation.csv").to_dict("records")
     expected = [
@@ -73,9 +123,9 @@ def test_exits():
     assert (frame[frame.variant == "trained"].model_share.round(2) == 0.98).all()
 
 
-@pytest.mark.parametrize("name", ["foundation.csv", "benchmark.csv"])
+@pytest.mark.parametrize("name", ["foundation.csv", "benchmark.csv", "promise.csv"])
 def test_rows_say_where_they_come_from(name):
     frame = pd.read_csv(DATA / "results" / name)
     for column in ("base", "device", "dtype", "threads", "rounds", "realised", "model_share"):
         assert frame[column].notna().all()
-    assert not frame.astype(str).map(lambda v: bool(re.search(r"/(home|root)/", v))).any().any()
+    assert not frame.map(lambda v: bool(re.search(r"/(home|root)/", str(v)))).any().any()
