@@ -6,7 +6,7 @@ from scipy.stats import chisquare, kstest
 from tiny_runs import adaptive
 from transformers import TextStreamer
 
-from hat_lib.config import HatError
+from hat_lib.config import DATA, HatError
 from hat_lib.lossless import DraftLength, _Dice, speculate
 from hat_lib.model import HierarchicalTransformer
 from hat_lib.router import Random
@@ -161,7 +161,7 @@ def test_bad_input(hat, ids, n, how, words):
     ],
 )
 def test_bundled_in_fp32(bundled, text):
-    hat = HierarchicalTransformer.from_pretrained("data/checkpoints/default", bundled)
+    hat = HierarchicalTransformer.from_pretrained(DATA / "checkpoints" / "default", bundled)
     try:
         ids = bundled.tokenizer(text, return_tensors="pt").input_ids
         with hat.at(0.5):

@@ -48,6 +48,15 @@ def test_promise():
     assert table("promise.csv") == expected
 
 
+def test_token_recipe():
+    rows = pd.read_csv(DATA / "results" / "token_recipe.csv").set_index(["text", "variant"])
+    for text, trained, cosine in (("addresses", "+88%", "+228%"), ("docstrings", "+76%", "+150%")):
+        found = rows.loc[text]
+        assert f"{found.increase['trained']:+.0%}" == trained and f"{found.increase['cosine']:+.0%}" == cosine
+        others = found.drop("trained")
+        assert len(others) == 3 and (others.increase_low > found.increase_high["trained"]).all()
+
+
 def test_targets_come_true():
     frame = pd.read_csv(DATA / "results" / "target_speedup.csv")
     reached = frame[frame.reachable]
