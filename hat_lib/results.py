@@ -195,22 +195,28 @@ def step_cost(
 def figures() -> None:
     """Redraw the figures from data/results, in seconds.
 
-    Each figure comes from one CSV file there; a file that is missing is named and left out.
+    A figure whose CSV files are not all there is named and left out.
     """
     import pandas as pd
 
-    from . import frontier, plots
+    from . import frontier, inference_plots, plots, trained_frontier
 
     drawn = {
-        "weight_shares": (plots.weight_shares, "01_weight_shares"),
-        "ffn_skip_by_layer": (plots.skipped_ffn, "02_skipped_ffn"),
-        "grain_frontier": (plots.grain_frontier, "02_grain_frontier"),
+        "01_weight_shares": (plots.weight_shares, "weight_shares"),
+        "02_skipped_ffn": (plots.skipped_ffn, "ffn_skip_by_layer"),
+        "02_grain_frontier": (plots.grain_frontier, "grain_frontier"),
+        "05_targets": (inference_plots.targets, "target_speedup"),
+        "05_lossless": (inference_plots.lossless, "lossless"),
+        "06_work_and_time": (inference_plots.work_and_time, "promise"),
+        "06_promise": (inference_plots.promise, "promise"),
+        "07_frontier": (trained_frontier.twin, "quality", "layer_shares"),
         "benchmark": (plots.benchmark, "benchmark"),
         "quality": (frontier.quality, "quality"),
     }
-    for table, (draw, name) in drawn.items():
-        source = DATA / "results" / f"{table}.csv"
-        if source.is_file():
-            typer.echo(f"wrote {plots.save_figure(draw(pd.read_csv(source)), name)}")
+    for name, (draw, *tables) in drawn.items():
+        sources = [DATA / "results" / f"{table}.csv" for table in tables]
+        missing = [source for source in sources if not source.is_file()]
+        if missing:
+            say("warning", f"no {missing[0]}, so {name}.png stays as it is")
         else:
-            say("warning", f"no {source}, so {name}.png stays as it is")
+            typer.echo(f"wrote {plots.save_figure(draw(*map(pd.read_csv, sources)), name)}")
