@@ -61,7 +61,8 @@ class Generation:
     target_speedup: float | None = None
     predicted_speedup: float | None = None
     realised_speedup: float | None = None
-    """of decode, over ``versus``, measured on this text; None where that was not asked for or the text is too short"""
+    """over ``versus``, measured on this text: of decode, in lossless mode of prompts and all; None where that was not
+    asked for or the text is too short"""
     speculation: list[Speculation] | None = None
     """lossless mode: one for each prompt"""
 
@@ -202,8 +203,8 @@ class AdaptiveInference:
         new = ids[:, mask.shape[1] :]
         if stop is None:
             return torch.cat([mask, torch.ones_like(new, dtype=torch.bool)], dim=1)
-        ended = torch.isin(new, torch.tensor(stop, device=ids.device)).cumsum(1)
-        return torch.cat([mask, ended - torch.isin(new, torch.tensor(stop, device=ids.device)).long() == 0], dim=1)
+        ends = torch.isin(new, torch.tensor(stop, device=ids.device)).long()
+        return torch.cat([mask, ends.cumsum(1) - ends == 0], dim=1)
 
     def _trace(self, states: list[TokenState], ids: Tensor, real: Tensor, settings: dict) -> TokenState:
         """What the forwards behind ``ids`` did; beams leave others' forwards behind, so theirs is run once more."""

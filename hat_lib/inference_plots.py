@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from .plots import BLUE, GRAINS, GREEN, GREY, ORANGE, PURPLE, STYLE, need, percent
+from .speed import VERSUS
 
 SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (PURPLE, "v")]
 KINDS = {"decode_hf": ("-", "over plain transformers"), "decode_dense": ("--", "over our own dense path")}
@@ -58,7 +59,6 @@ def targets(table: pd.DataFrame) -> Figure:
         table: the fields of `hat_lib.targets.TargetRow`.
     """
     need(table, "granularity", "versus", "requested", "reachable", "largest", "measured", "lowest", "highest")
-    over = {"dense": "our own dense path", "hf": "plain transformers"}
     with mpl.rc_context(STYLE):
         fig = Figure(figsize=(7.0, 4.0), layout="constrained")
         axes = fig.subplots(1, table["versus"].nunique(), squeeze=False, sharey=True)[0]
@@ -72,7 +72,7 @@ def targets(table: pd.DataFrame) -> Figure:
                 x = found["requested"] + 0.003 * number  # two whiskers at one target do not hide each other
                 _whiskers(ax, x, found["measured"], found["lowest"], found["highest"], colour, marker)
                 ax.plot(lacking["requested"], lacking["largest"], marker, color=colour, markerfacecolor="white")
-            ax.set(xlabel=f"target speedup over {over[versus]}", title=f"{rows['prompts'].max()} prompts")
+            ax.set(xlabel=f"target speedup over {VERSUS[versus]}", title=f"{rows['prompts'].max()} prompts")
         axes[0].set_ylabel("speedup (times)")
         names = _grains(table) + [
             Line2D([], [], color="black", linestyle=":", label="as asked"),

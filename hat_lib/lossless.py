@@ -142,7 +142,8 @@ def speculate(
         kept = next((i for i in range(n) if not dice.accepts(drafts[i], base[i], odds[i])), n)
         if kept < n:
             cache.crop(kept - n)
-            last = dice.throw((base[kept] - odds[kept]).clamp(min=0))
+            rest = (base[kept] - odds[kept]).clamp(min=0)
+            last = dice.throw(rest if rest.any() else base[kept])  # nothing is left if both differ by rounding alone
         else:
             last = dice.throw(base[n])
         fresh = [*drafts[:kept], last]

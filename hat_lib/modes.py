@@ -27,7 +27,7 @@ class Modes:
     @contextmanager
     def at(self, capacity: float | None = None, exit_rate: float | None = None) -> Iterator[Self]:
         """Context: another capacity and exit rate; None leaves what is set."""
-        before = self.capacity, self.exit_rate
+        before, policy = (self.capacity, self.exit_rate), self._policy
         try:
             if capacity is not None:
                 self.capacity = capacity
@@ -36,6 +36,7 @@ class Modes:
             yield self
         finally:
             self.capacity, self.exit_rate = before
+            self._policy = policy  # of `using` around this context, maybe
 
     def dense(self):
         """Context: the base, within rounding; nothing skipped, nobody exits."""

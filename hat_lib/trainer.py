@@ -154,7 +154,7 @@ def train_phase(
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Outcome:
-    """Run one phase in ``folder/work/<phase>``; ``hat`` holds the trained parameters afterwards.
+    """Run one phase in the subfolder ``work/<phase>`` of ``folder``; ``hat`` holds the trained parameters afterwards.
 
     Args:
         blocks: rows of `training_text`.

@@ -47,3 +47,17 @@ def fixed_break_even(monkeypatch):
     from hat_lib import linears
 
     monkeypatch.setattr(linears, "break_even", lambda *shape: {2: 0.8, 4: 0.6}[shape[3].itemsize])
+
+
+@pytest.fixture
+def run_hat(capsys):
+    """Run a command in this process: ``(exit code, stdout, stderr)``."""
+    from hat_lib.cli import app
+
+    def run(*args):
+        with pytest.raises(SystemExit) as stopped:
+            app([str(a) for a in args], prog_name="hat")
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return run

@@ -11,9 +11,8 @@ from scipy.stats import spearmanr
 
 from hat_lib import analyze, base, model, pattern_tables
 from hat_lib.analyze import LOSSES, Patterns, patterns
-from hat_lib.base import load_base
 from hat_lib.cli import app
-from hat_lib.config import HatConfig, HatError
+from hat_lib.config import HatError
 from hat_lib.cost import state_cost
 from hat_lib.evaluate import Score, agreement, compare, score
 from hat_lib.model import HierarchicalTransformer
@@ -25,31 +24,9 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 TEXT = "In 2025 Ada met 3 of the Kings, and they didn’t say a naïve word 🦙.\nThe quick brown fox jumps. " * 5
 
 
-def skipping(grain):
-    """Random routers and gates, with thresholds that skip about a third and let some leave."""
-    tiny = load_base("random:tiny", dtype=torch.float32, device="cpu")
-    hat = HierarchicalTransformer(tiny, HatConfig.default(tiny, granularity=grain, exit_layers=(1, 2, 3)))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in hat.hat_parameters().values():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-        scores = {}
-
-        def watch(layer, site, x, rows, state):
-            scores[layer, site] = hat.routers[f"{layer}_{site}"].score(x)
-
-        with hat.using(watch):
-            hat.lm(torch.randint(5, 250, (4, 32), generator=generator))
-    hat.set_thresholds({k: float(v.quantile(0.33)) for k, v in scores.items()})
-    for gate in hat.gates.values():
-        gate.threshold = 3.0
-    hat._policy, hat._exit_rate = hat.threshold_policy(), 0.2
-    return hat
-
-
 @pytest.fixture(scope="module", params=tiny_runs.GRAINS)
 def hat(request):
-    return skipping(request.param)
+    return tiny_runs.skipping(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +118,9 @@ class TestPatterns:
         text = tiny_base.tokenizer.decode(blocks[0]["input_ids"])
         assert "".join(found.tokens.loc[found.tokens["block"] == 0, "text"]) == text
         assert set(found.tokens["class"]) <= set(CLASSES) and "digits" in set(found.tokens["class"])
-        special = patterns(skipping("token"), [{"input_ids": [256, 5, 6], "doc": "", "n_context": 0}], progress=False)
+        special = patterns(
+            tiny_runs.skipping("token"), [{"input_ids": [256, 5, 6], "doc": "", "n_context": 0}], progress=False
+        )
         assert special.tokens["class"].tolist()[0] == "special"
 
     def test_at_capacity_one_nothing_is_added(self, hat, blocks):

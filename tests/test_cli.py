@@ -32,16 +32,8 @@ TARGET = ("generate", "--prompt", "x", "--target-speedup")
 
 
 @pytest.fixture
-def hat(capsys):
-    """Run a command in this process: ``(exit code, stdout, stderr)``."""
-
-    def run(*args):
-        with pytest.raises(SystemExit) as stopped:
-            app([str(a) for a in args], prog_name="hat")
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return run
+def hat(run_hat):
+    return run_hat
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_runs import skipping
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -41,28 +42,6 @@ def blocks(tiny_base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def base_score(tiny_base, blocks):
     return score(tiny_base.model, blocks, progress=False)
-
-
-def skipping(grain):
-    """Random routers and gates; thresholds that skip about a third and let about a fifth leave."""
-    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
-    hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=grain, exit_layers=(1, 2, 3)))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in hat.hat_parameters().values():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    scores = {}
-
-    def watch(layer, site, x, rows, state):
-        scores[layer, site] = hat.routers[f"{layer}_{site}"].score(x)
-
-    with torch.no_grad(), hat.using(watch):
-        hat.lm(torch.randint(5, 250, (4, 32), generator=generator))
-    hat.set_thresholds({k: float(v.quantile(0.33)) for k, v in scores.items()})
-    for gate in hat.gates.values():
-        gate.threshold = 3.0
-    hat._policy, hat._exit_rate = hat.threshold_policy(), 0.2
-    return hat
 
 
 @pytest.fixture(scope="module", params=GRAINS)

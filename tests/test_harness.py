@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from test_evaluate import skipping
+from tiny_runs import skipping
 
 from hat_lib import harness
 from hat_lib.config import HatError

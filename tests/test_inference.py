@@ -10,6 +10,7 @@ from transformers import TextStreamer
 from hat_lib import inference as module
 from hat_lib.config import HatError
 from hat_lib.inference import AdaptiveInference
+from hat_lib.router import Random
 from hat_lib.speed import SpeedCurve
 
 PROMPTS = ["The state of our union", "One", "A prompt that is longer than both of these"]
@@ -41,6 +42,19 @@ def test_a_capacity_is_what_generate_gives_there(hat, infer):
     assert out.requested_capacity == 0.6 and abs(out.capacity - 0.6) < 0.25 and 0 < out.model_share < 1
     assert out.realised_speedup is None and out.speculation is None and math.isnan(out.acceptance)
     assert out.exit_histogram == {hat.config.n_layers: out.ids.shape[1] - 1}
+
+
+def test_another_setting_for_a_while(hat):
+    before = hat.capacity, hat.exit_rate
+    luck = Random(0.5)
+    with pytest.raises(ZeroDivisionError), hat.at(0.4, 0.3):
+        assert (hat.capacity, hat.exit_rate) == (0.4, 0.3)
+        raise ZeroDivisionError
+    with hat.using(luck):
+        with hat.at(0.4):
+            assert hat._policy is not luck
+        assert hat._policy is luck
+    assert (hat.capacity, hat.exit_rate) == before
 
 
 def test_a_batch_is_its_rows(hat, infer):

@@ -70,6 +70,8 @@ def test_lossless_is():
     for dtype, rows in frame.groupby("dtype"):
         assert len(rows) == 200
         assert f"{dtype.replace('float', 'fp').replace('bfp', 'bf')}: {rows.identical.sum()} of 200" in text
+        assert 0.75 < rows.accepted.sum() / rows.drafted.sum() < 0.85, "four in five"
+        assert 0.7 < (rows.ms_dense / rows.ms_lossless).median() < 0.8
     assert frame[frame.dtype == "float32"].identical.all()
     parted = frame[(frame.dtype == "bfloat16") & ~frame.identical]
     assert (parted.gap_ulp > 2).sum() == 1 and parted.gap_ulp.max() == 3

@@ -10,7 +10,6 @@ from tiny_runs import adaptive
 from hat_lib import promise as promise_module
 from hat_lib import prompts as prompts_module
 from hat_lib.benchmark import Setting
-from hat_lib.cli import app
 from hat_lib.config import HatError
 from hat_lib.lossless_runs import LosslessRow, lossless_rows, parting
 from hat_lib.promise import PROMISED, SETTINGS, PromiseRow, promise
@@ -35,14 +34,8 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture
-def hat(capsys):
-    def run(*args):
-        with pytest.raises(SystemExit) as stopped:
-            app([str(a) for a in args], prog_name="hat")
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return run
+def hat(run_hat):
+    return run_hat
 
 
 class TestPoints:
@@ -73,7 +66,7 @@ class TestPoints:
             points("channel", **{"capacities": [0.5], axis: values})
 
 
-def test_sweep_writes_goes_on_and_draws(checkpoints, hat, tmp_path, capsys):
+def test_sweep_writes_goes_on_and_draws(checkpoints, hat, tmp_path):
     def sweep(*changes):
         return hat(
             "sweep", "--out", tmp_path / "new" / "sweep.csv", "--grains", "channel", "--texts", "docstrings",

@@ -133,3 +133,25 @@ def adaptive(grain: str) -> HierarchicalTransformer:
     calibrate(hat, random_blocks(), probe_tokens=128, progress=False)
     calibrate_exits(hat, random_blocks(seed=1), progress=False)
     return hat
+
+
+def skipping(grain):
+    """Random routers and gates; thresholds that skip about a third and let about a fifth leave."""
+    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
+    hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=grain, exit_layers=(1, 2, 3)))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in hat.hat_parameters().values():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    scores = {}
+
+    def watch(layer, site, x, rows, state):
+        scores[layer, site] = hat.routers[f"{layer}_{site}"].score(x)
+
+    with torch.no_grad(), hat.using(watch):
+        hat.lm(torch.randint(5, 250, (4, 32), generator=generator))
+    hat.set_thresholds({k: float(v.quantile(0.33)) for k, v in scores.items()})
+    for gate in hat.gates.values():
+        gate.threshold = 3.0
+    hat._policy, hat._exit_rate = hat.threshold_policy(), 0.2
+    return hat
