@@ -136,7 +136,7 @@ def ablations(
 
 def _train(change: Change, folder: Path, base: str, steps: int, dtype: str, progress: bool) -> Recipe:
     """Leaves ``folder / "start"`` and, unless the start is what is wanted, ``folder / "run"``."""
-    make = Recipe.published if change.granularity == "token" else Recipe.default
+    make = Recipe.published if change.granularity == "token" else Recipe.channel
     # As many tokens a step for both grains, and no token twice.
     recipe = make("full", **{"batch_size": 2, "log_steps": steps, "save_steps": steps, **change.recipe})
     recipe = replace(recipe, tokens=steps * recipe.batch_size * recipe.block_size)

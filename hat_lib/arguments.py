@@ -130,7 +130,7 @@ ChannelCapacities = Annotated[
 TokenCapacities = Annotated[
     str, option("Capacities of the token grain, 0.1-1.0, comma-separated; empty for none.", metavar="SHARES")
 ]
-Batch = Annotated[int, option("Sequences in the batched decode, at least 1.")]
+Batch = Annotated[str, option("Batch sizes, comma-separated; a batch shares the 512 tokens of a prefill.")]
 Rounds = Annotated[int, option("Rounds in which every variant takes one turn, at least 1; medians over them.")]
 Steps = Annotated[int, option("Decode steps of one turn, at least 1.")]
 Out = Annotated[Path, option("CSV file to write; an older one is replaced.")]
@@ -180,8 +180,11 @@ TrainedGrain = Annotated[
     str,
     option(
         "What a router decides about, per token: channel (an input channel of a linear layer) or token (the whole "
-        "FFN; the published method, with its hyperparameters)."
+        "FFN; the published method)."
     ),
+]
+RecipeName = Annotated[
+    str, option("Hyperparameters: default (what worked best for the grain) or published (token grain alone).")
 ]
 Profile = Annotated[str, option("quick (a minute or two on two cores) or full.")]
 MaxMinutes = Annotated[

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ from .state import Masks, TokenState
 CONTEXT = 64
 """tokens in the cache before the first timed decode step"""
 PREFILL = 512
-"""tokens of a timed prefill"""
+"""tokens of a timed prefill, shared by the prompts of a batch"""
 
 
 class Setting(NamedTuple):
@@ -59,7 +60,7 @@ class Row:
     """decode (one token per sequence) or prefill"""
     batch: int
     tokens: int
-    """keys in the cache at the first timed step (decode), or tokens of the prompt (prefill)"""
+    """keys in the cache at the first timed step (decode), or tokens of each prompt (prefill)"""
     capacity: float
     exit_rate: float
     """both as requested"""
@@ -159,18 +160,19 @@ def measure(
         memory: as `_memory` gives it; None takes it now.
     """
     memory = _memory(hat) if memory is None else memory
+    prompts = ids[:, : max(1, PREFILL // len(ids))]
     variants = {"hf": Variant("hf", plain, _nothing), "dense": Variant("dense", hat.lm, hat.dense)}
     variants |= {s: Variant(f"{s}", hat.lm, around) for s, around in settings.items()}
     if phase == "decode":
         take_turns(list(variants.values()), lambda v: decode_ms(v.lm, ids, steps), rounds)
     else:
-        take_turns(list(variants.values()), lambda v: prefill_ms(v.lm, ids[:, :PREFILL]), rounds)
+        take_turns(list(variants.values()), lambda v: prefill_ms(v.lm, prompts), rounds)
 
     rows = []
     for setting, around in settings.items():
         v = variants[setting]
         with around(), hat.collect() as states, torch.inference_mode():
-            decode_ms(hat.lm, ids, steps) if phase == "decode" else prefill_ms(hat.lm, ids[:, :PREFILL])
+            decode_ms(hat.lm, ids, steps) if phase == "decode" else prefill_ms(hat.lm, prompts)
             trace = TokenState.cat(states[1:] if phase == "decode" else states)
             cost = state_cost(hat, trace)
         ideal = _ideal(cost, phase, ids.shape[0])
@@ -184,7 +186,7 @@ def measure(
                 granularity=hat.config.granularity,
                 phase=phase,
                 batch=ids.shape[0],
-                tokens=CONTEXT if phase == "decode" else PREFILL,
+                tokens=CONTEXT if phase == "decode" else prompts.shape[1],
                 **setting._asdict(),
                 realised=round(trace.capacity, 4),
                 realised_exit=round(trace.exit_rate, 4),
@@ -257,23 +259,24 @@ def benchmark(
     base: str = "random:tinyllama",
     *,
     dtype=None,
-    batch: int = 8,
+    batches: Sequence[int] = (1, 8),
     rounds: int = 5,
     steps: int = 12,
     progress: bool = True,
 ) -> list[Row]:
-    """Speed of one grain at forced shares: decode at batch 1 and ``batch``, and a 512-token prefill.
+    """Speed of one grain at forced shares, decode and prefill, at every batch size.
 
+    A batch prefills as many tokens as one prompt does, in shorter prompts, so that the two can be compared.
     Meant for shapes without weights, whose ratios do not depend on the weights. Two copies of the base are in
     memory: the adaptive one, and plain transformers', loaded after the peak was read.
     """
-    if rounds < 1 or steps < 1 or batch < 1:
-        raise HatError(f"rounds, steps and batch must be at least 1, got {rounds}, {steps} and {batch}")
+    if min(rounds, steps, *batches) < 1:
+        raise HatError(f"rounds, steps and batch sizes must be at least 1, got {rounds}, {steps} and {batches}")
     loaded = load_base(base, dtype=dtype)
     shape = HatConfig.published if granularity == "token" else HatConfig.default
     hat = HierarchicalTransformer(loaded, shape(loaded, exit_layers=()))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 256, (batch, max(PREFILL, CONTEXT + steps)), generator=generator).to(loaded.device)
+    ids = torch.randint(0, 256, (max(batches), max(PREFILL, CONTEXT + steps)), generator=generator).to(loaded.device)
     gated = [c for c in map(check_capacity, capacities) if c < 1]
     with torch.inference_mode():
         if granularity == "channel":
@@ -283,7 +286,7 @@ def benchmark(
     plain = load_base(base, dtype=dtype).model
 
     rows: list[Row] = []
-    phases = [("decode", 1), ("prefill", 1), ("decode", batch)]
+    phases = list(product(("decode", "prefill"), batches))
     for phase, size in tqdm(phases, desc=granularity, disable=not progress):
         if granularity == "channel":
             settings = {Setting(c): at_thresholds(hat, thresholds[c]) for c in gated}

@@ -1,9 +1,9 @@
 """Recipe: everything a training run is made of, except the model and the text's tokens.
 
-Two starting points. `Recipe.published` has the hyperparameters of the published method (token grain).
-`Recipe.default` is ours, for the channel grain (LOG.md). Each in two profiles: ``quick``
-(two CPU cores, about a minute) and ``full`` (what the reference checkpoints were trained with; on a GPU more
-tokens are cheap).
+Three starting points. `Recipe.channel` and `Recipe.token` are ours, one a grain, as the evidence has it (LOG.md);
+`Recipe.published` has the hyperparameters of the published method, for the token grain. Each in two profiles:
+``quick`` (two CPU cores, about a minute) and ``full`` (what the reference checkpoints were trained with; on a GPU
+more tokens are cheap).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .config import CAPACITY_MAX, CAPACITY_MIN, HatError, check_capacity, check_
 
 PHASES = ("routers", "exit", "full")
 PROFILES = ("quick", "full")
+RECIPES = ("default", "published")
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,32 @@ class Recipe:
         return math.nan if isinstance(value, bool) or not isinstance(value, int | float) else value
 
     @classmethod
+    def named(cls, name: str, granularity: str, profile: str = "full", **changes) -> Recipe:
+        """``default``: ours for the grain, or ``published``, which is for the token grain alone."""
+        if name not in RECIPES:
+            raise HatError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+        if name == "published":
+            if granularity != "token":
+                raise HatError("the published recipe trains the token grain: add --granularity token")
+            return cls.published(profile, **changes)
+        return (cls.token if granularity == "token" else cls.channel)(profile, **changes)
+
+    @classmethod
     def published(cls, profile: str = "full", **changes) -> Recipe:
         """The published method's hyperparameters, for the token grain."""
         return cls._profiled(cls(), profile, changes)
 
     @classmethod
-    def default(cls, profile: str = "full", **changes) -> Recipe:
+    def token(cls, profile: str = "full", **changes) -> Recipe:
+        """For the token grain: a strong pull to the budget, large steps, no layer dropout, gates by targets alone."""
+        recipe = cls(
+            tokens=65_536, router_epochs=4, router_lr=2e-2, exit_lr=2e-3, capacity=0.7, spread=0.3, anneal=0.0,
+            budget_weight=10.0, decision_weight=0.0, layer_dropout=0.0,
+        )  # fmt: skip
+        return cls._profiled(recipe, profile, changes)
+
+    @classmethod
+    def channel(cls, profile: str = "full", **changes) -> Recipe:
         """For the channel grain: no noise, no regularisers, gates by targets alone, larger steps in both phases."""
         recipe = cls(
             batch_size=2, router_epochs=4, router_lr=5e-3, exit_lr=2e-3, capacity=0.62, spread=0.25, anneal=0.1,

@@ -16,7 +16,7 @@ def benchmark(
     base: take.TimedBase = "random:tinyllama",
     channel: take.ChannelCapacities = "1.0,0.75,0.6",
     token: take.TokenCapacities = "1.0,0.7,0.55,0.4",
-    batch: take.Batch = 8,
+    batch: take.Batch = "1,8",
     rounds: take.Rounds = 5,
     steps: take.Steps = 12,
     dtype: take.Dtype = None,
@@ -24,11 +24,12 @@ def benchmark(
 ) -> None:
     """Wall-clock at forced shares against plain transformers.
 
-    Both grains; decode at batch 1 and in a batch, and a 512-token prefill; also what does not pay. Each grain
-    runs in a process of its own, so that its peak memory is its own.
+    Both grains; decode and a prefill of 512 tokens, alone and in a batch; also what does not pay. Each grain runs in a
+    process of its own, so that its peak memory is its own.
     """
     wanted = {"channel": given.capacities(channel), "token": given.capacities(token)}
-    for name, value in (("batch", batch), ("rounds", rounds), ("steps", steps)):
+    batches = given.numbers("--batch", batch, int)
+    for name, value in (("batch", min(batches)), ("rounds", rounds), ("steps", steps)):
         given.check_count(name, value, 1)
     given.check_writable(out.parent)
 
@@ -41,7 +42,7 @@ def benchmark(
     if dtype is not None:
         parse_dtype(dtype)
     rows = []
-    options = {"dtype": dtype, "batch": batch, "rounds": rounds, "steps": steps}
+    options = {"dtype": dtype, "batches": batches, "rounds": rounds, "steps": steps}
     for granularity, capacities in wanted.items():
         if capacities:
             with get_context("spawn").Pool(1) as pool:

@@ -23,6 +23,7 @@ def train(
     base: take.TrainedBase = "bundled",
     text: take.TrainingText = "",
     granularity: take.TrainedGrain = HatConfig.granularity,
+    recipe: take.RecipeName = "default",
     profile: take.Profile = "full",
     checkpoint: take.Start = None,
     max_minutes: take.MaxMinutes = None,
@@ -43,8 +44,8 @@ def train(
     folder = (save or resume).expanduser()
     given.check_writable(folder)
     if resume is None:
-        of_grain = Recipe.published if granularity == "token" else Recipe.default
-        recipe = of_grain(profile, **given.recipe_changes(settings) | ({"text": text} if text else {}))
+        changes = given.recipe_changes(settings) | ({"text": text} if text else {})
+        chosen = Recipe.named(recipe, granularity, profile, **changes)
 
     from .train import RUN_FILE, Run
     from .train import train as carry_out
@@ -54,7 +55,7 @@ def train(
         run = Run.read(folder)
     else:
         start = None if checkpoint is None else str(checkpoint)
-        run = Run(phase, granularity, base, recipe, dtype, start, command=shlex.join(["hat", *sys.argv[1:]]))
+        run = Run(phase, granularity, base, chosen, dtype, start, command=shlex.join(["hat", *sys.argv[1:]]))
     for source in set(sources(run.recipe.text)) - {SELF}:
         for split in ("train", "validation"):
             given.check_text(source, split)

@@ -62,7 +62,7 @@ def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: i
         raise HatError("a training step of the channel grain needs a calibration: run `hat calibrate`")
     device, dtype = hat.base.device, hat.base.dtype
     batch = {name: value.to(device) for name, value in batch.items()}
-    recipe = Recipe.published() if hat.config.granularity == "token" else Recipe.default()
+    recipe = Recipe.named("default", hat.config.granularity)
     plain = load_base(hat.base.name, dtype=dtype, device=device).model
     objective = Objective(hat, recipe, "routers", nominal_thresholds(hat)).train()
 

@@ -25,8 +25,8 @@ def test_turns_are_interleaved_and_ratios_paired():
 
 @pytest.mark.parametrize(("grain", "capacities"), [("channel", [1.0, 0.75, 0.5]), ("token", [1.0, 0.75])])
 def test_rows(grain, capacities, tmp_path):
-    rows = benchmark(grain, capacities, "random:tiny", dtype="fp32", batch=2, rounds=1, steps=4, progress=False)
-    assert {(r.phase, r.batch) for r in rows} == {("decode", 1), ("prefill", 1), ("decode", 2)}
+    rows = benchmark(grain, capacities, "random:tiny", dtype="fp32", batches=(1, 2), rounds=1, steps=4, progress=False)
+    assert {(r.phase, r.batch) for r in rows} == {("decode", 1), ("decode", 2), ("prefill", 1), ("prefill", 2)}
     for r in rows:
         assert r.threads >= 1 and r.dtype == "float32" and r.granularity == grain
         assert abs(r.realised - r.capacity) < 0.1
@@ -52,6 +52,8 @@ def test_forced_tokens_skip_exactly():
 def test_bad_input(tmp_path):
     with pytest.raises(HatError, match="at least 1"):
         benchmark("token", [0.5], "random:tiny", rounds=0)
+    with pytest.raises(HatError, match="at least 1"):
+        benchmark("token", [0.5], "random:tiny", batches=(1, 0))
     (tmp_path / "file").write_text("")
     with pytest.raises(HatError, match="cannot write"):
         write_rows(tmp_path / "file" / "x.csv", [Variant("a", None, None)])

@@ -70,12 +70,22 @@ def test_the_published_recipe_is_the_published_one():
     assert published == Recipe()
 
 
-@pytest.mark.parametrize("start", [Recipe.default, Recipe.published])
+@pytest.mark.parametrize("start", [Recipe.channel, Recipe.token, Recipe.published])
 def test_quick_is_smaller_and_changes_come_last(start):
     quick, full = start("quick"), start("full")
     assert quick.tokens * quick.router_epochs < full.tokens * full.router_epochs / 8
     assert quick.router_lr == full.router_lr and quick.capacity == full.capacity
     assert start("quick", tokens=500, text="self").to_dict() == quick.to_dict() | {"tokens": 500, "text": "self"}
+
+
+def test_a_name_and_a_grain_make_a_recipe():
+    assert Recipe.named("default", "channel") == Recipe.channel()
+    assert Recipe.named("default", "token", "quick", seed=3) == Recipe.token("quick", seed=3)
+    assert Recipe.named("published", "token") == Recipe.published()
+    with pytest.raises(HatError, match="the published recipe trains the token grain: add --granularity token"):
+        Recipe.named("published", "channel")
+    with pytest.raises(HatError, match="recipe must be one of default, published, got 'best'"):
+        Recipe.named("best", "token")
 
 
 NAN, WHOLE, POSITIVE, LEAST_0 = float("nan"), "must be a whole number", "must be a number above 0", "of at least 0"
@@ -96,12 +106,12 @@ NAN, WHOLE, POSITIVE, LEAST_0 = float("nan"), "must be a whole number", "must be
 )  # fmt: skip
 def test_bad_values(name, value, words):
     with pytest.raises(HatError) as refused:
-        Recipe.default(**{name: value})
+        Recipe.channel(**{name: value})
     assert str(refused.value).startswith(name.replace("exit_rate", "exit rate")) and words in str(refused.value)
 
 
 def test_unknown_names():
     with pytest.raises(HatError, match="profile must be one of quick, full, got 'fast'"):
-        Recipe.default("fast")
+        Recipe.channel("fast")
     with pytest.raises(HatError, match="a recipe has no 'learning_rate'; it has text, tokens, "):
         Recipe.published(learning_rate=1.0)

@@ -32,7 +32,7 @@ def page(folder: Path) -> Path:
 
 
 def recipe(grain: str, **changes) -> Recipe:
-    of_grain = Recipe.published if grain == "token" else Recipe.default
+    of_grain = Recipe.published if grain == "token" else Recipe.channel
     tiny = {"tokens": 1024, "block_size": 64, "batch_size": 2, "exit_tokens": 16, "log_steps": 1, "save_steps": 4}
     return of_grain("quick", **{**tiny, **changes})
 
