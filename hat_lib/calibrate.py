@@ -198,10 +198,12 @@ def _damage(hat, blocks, quantiles, seed: int, progress) -> np.ndarray:
         if (layer, site) not in cuts:  # it always runs
             return
         protected = hat.trace.protected.view(-1)
+        # Detached here: a hook that held its own tensor would keep the graph of every block alive.
+        x, value = x.detach(), activation.detach()
 
         def hook(gradient: Tensor) -> None:
-            score = hat.routers[f"{layer}_{site}"].score(x.detach())
-            first_order = (activation.detach() * gradient).float()
+            score = hat.routers[f"{layer}_{site}"].score(x)
+            first_order = (value * gradient).float()
             if score.dim() == 1:
                 first_order = first_order.sum(-1)
             for row, cut in zip(total, cuts[layer, site], strict=True):

@@ -159,6 +159,8 @@ class HierarchicalTransformer(Modes, nn.Module):
             self.set_thresholds(self.calibration.thresholds_at(value))
         self._capacity = value
         self._set_policy()
+        if self._exit_rate:
+            self._set_gates()
 
     @property
     def exit_rate(self) -> float:
@@ -173,9 +175,14 @@ class HierarchicalTransformer(Modes, nn.Module):
                 raise HatError(f"exit rate {value} asked of a model without exit layers")
             if self.calibration is None or self.calibration.exit_rates is None:
                 raise HatError(f"exit rate {value} needs trained exit gates; this checkpoint has none (use 0)")
-            for gate, threshold in zip(self.gates.values(), self.calibration.exit_thresholds(value), strict=True):
-                gate.threshold = threshold
         self._exit_rate = value
+        if value > 0.0:
+            self._set_gates()
+
+    def _set_gates(self) -> None:
+        thresholds = self.calibration.exit_thresholds(self._exit_rate, self._capacity)
+        for gate, threshold in zip(self.gates.values(), thresholds, strict=True):
+            gate.threshold = threshold
 
     def set_thresholds(self, thresholds: dict[tuple[int, str], float]) -> None:
         """One threshold per (layer, site), on the routers' scores."""

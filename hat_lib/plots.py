@@ -18,9 +18,12 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import display
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
+from PIL import Image
 
 from . import config
 from .config import HatError
@@ -57,9 +60,13 @@ def save_figure(fig: Figure, name: str) -> Path:
 
 def png(fig: Figure) -> bytes:
     """``fig`` as a PNG file; the same figure gives the same bytes."""
-    file = BytesIO()
+    drawn, file = BytesIO(), BytesIO()
     with mpl.rc_context(STYLE):
-        fig.savefig(file, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
+        fig.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15)
+    image = Image.open(drawn).convert("RGB")
+    # A palette of 256 makes a third of the size, and bands in a scale of colours.
+    shaded = any(isinstance(part, QuadMesh | AxesImage) for ax in fig.axes for part in ax.get_children())
+    (image if shaded else image.quantize(256)).save(file, format="png", optimize=True)
     return file.getvalue()
 
 

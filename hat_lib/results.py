@@ -200,7 +200,7 @@ def figures() -> None:
     """
     import pandas as pd
 
-    from . import frontier, inference_plots, plots, trained_frontier
+    from . import findings, frontier, inference_plots, plots, trained_frontier
 
     drawn = {
         "01_weight_shares": (plots.weight_shares, "weight_shares"),
@@ -211,6 +211,10 @@ def figures() -> None:
         "06_work_and_time": (inference_plots.work_and_time, "promise"),
         "06_promise": (inference_plots.promise, "promise"),
         "07_frontier": (trained_frontier.twin, "quality", "layer_shares"),
+        "08_promised": (findings.promised, "quality", "token_recipe", "promise"),
+        "08_speeds": (findings.speeds, "promise"),
+        "08_exits": (findings.exits, "quality"),
+        "08_choices": (findings.choices, "ablations"),
         "benchmark": (plots.benchmark, "benchmark"),
         "quality": (frontier.quality, "quality"),
     }

@@ -29,13 +29,15 @@ _STRINGS = {"base": _NAME, "base_fingerprint": _HASH, "library_version": _NAME, 
 _FIELDS = {"config", *_STRINGS, "calibration", "training"}
 
 # Calibration tables: axes, least and greatest value, order of the innermost lists (1 rising, -1 falling, 0 any).
-# L layers, S sites and E exits are the config's; C capacities and R rates are as many as the first table has.
+# L layers, S sites and E exits are the config's; C capacities, K of them with exits, and R exit rates are as many as
+# the first table has.
 _TABLES = {
     "capacities": ("C", 0, 1, 1),
     "thresholds": ("LSC", -math.inf, math.inf, -1),
     "shares": ("LSC", 0, 1, 0),
-    "exit_rates": ("R", 0, 1, 1),
-    "exit_scores": ("RE", -math.inf, math.inf, 0),
+    "exit_capacities": ("K", 0, 1, 1),
+    "exit_rates": ("KR", 0, 1, 1),
+    "exit_scores": ("KRE", -math.inf, math.inf, 0),
 }
 
 _shown = reprlib.Repr()
@@ -139,8 +141,8 @@ def _calibration(values, config: HatConfig) -> Calibration:
     for name, table in _TABLES.items():
         if values[name] is not None or defaults[name] is not None:
             _check_table(f"calibration.{name}", values[name], *table, sizes)
-    if (values["exit_rates"] is None) != (values["exit_scores"] is None):
-        raise HatError("calibration.exit_rates and calibration.exit_scores must be both null or both lists")
+    if len({values[name] is None for name in ("exit_capacities", "exit_rates", "exit_scores")}) > 1:
+        raise HatError("calibration.exit_capacities, exit_rates and exit_scores must be all null or all lists")
     if values["capacities"][-1] != 1:
         raise HatError(f"calibration.capacities must end at 1, got {values['capacities'][-1]}")
     return Calibration(**values)

@@ -53,10 +53,12 @@ class Calibration:
     """mean share that each site kept there, [L, S, C]"""
     method: str = "damage"
     """how the budget was split over sites: see `hat_lib.calibrate.SPLITS`"""
-    exit_rates: list[float] | None = None
-    """realised exit rates, rising, [R]; None while the gates are untrained"""
-    exit_scores: list[list[float]] | None = None
-    """gate thresholds there, [R, E]"""
+    exit_capacities: list[float] | None = None
+    """capacities at which exits were measured, rising, [K]; None, as both below, while the gates are untrained"""
+    exit_rates: list[list[float]] | None = None
+    """realised exit rates at each, rising, [K, R]"""
+    exit_scores: list[list[list[float]]] | None = None
+    """gate thresholds there, [K, R, E]"""
     text: str = ""
     """what it was measured on: corpus, split, tokens and hash"""
 
@@ -84,14 +86,21 @@ class Calibration:
         weight = 1.0 if high == low else float(np.clip((capacity - low) / (high - low), 0, 1))
         return values[..., before] * (1 - weight) + values[..., after] * weight
 
-    def exit_thresholds(self, exit_rate: float) -> list[float]:
-        """One gate threshold per exit, interpolated; +inf at rate 0. Beyond the highest rate measured, that one's."""
+    def exit_thresholds(self, exit_rate: float, capacity: float) -> list[float]:
+        """One gate threshold per exit, interpolated between rates, then between capacities; +inf at rate 0.
+
+        Beyond the rates and capacities that were measured, the nearest one's.
+        """
         rate = check_exit_rate(exit_rate)
         if self.exit_rates is None:
             raise HatError("this calibration has no exit thresholds: train the exit gates first")
         if rate == 0:
-            return [float("inf")] * len(self.exit_scores[0])
-        return [float(np.interp(rate, self.exit_rates, column)) for column in zip(*self.exit_scores, strict=True)]
+            return [float("inf")] * len(self.exit_scores[0][0])
+        there = [
+            [np.interp(rate, rates, column) for column in zip(*scores, strict=True)]
+            for rates, scores in zip(self.exit_rates, self.exit_scores, strict=True)
+        ]
+        return [float(np.interp(capacity, self.exit_capacities, column)) for column in zip(*there, strict=True)]
 
     def to_dict(self) -> dict:
         return asdict(self)

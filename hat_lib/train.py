@@ -162,9 +162,8 @@ def train(
             if phase == "routers":
                 calibrate_learned(hat, held["input_ids"], nominal, text=text, progress=progress)
             else:
-                hat.capacity = hat.config.capacity
                 _, agreement = calibrate_exits(hat, held["input_ids"], progress=progress)
-                summary["exit_agreement"] = [round(a, 4) for a in agreement]
+                summary["exit_agreement"] = [[round(a, 4) for a in row] for row in agreement]
             minutes = round(seconds_so_far(folder / LOG_FILE, phase) / 60, 1)
             summary[phase] = {"steps": outcome.steps, "minutes": minutes, "tokens": _tokens(blocks)}
             summary["recipe"], summary["command"] = recipe.to_dict(), run.command

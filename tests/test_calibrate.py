@@ -1,5 +1,7 @@
 """Calibration on a tiny random Llama: what was asked for is realised, and prices are KL."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,19 @@ def test_realised_capacity_is_the_requested_one(grain, capacities):
 def test_same_text_same_tables():
     tables = [calibrate(new("channel"), blocks(), probe_tokens=128, progress=False) for _ in range(2)]
     assert tables[0] == tables[1]
+
+
+def test_memory_does_not_grow_with_the_tokens():
+    """Graphs of finished blocks go at once, not when the garbage collector comes by."""
+    hat = new("channel")
+    calibrate(hat, blocks(), probe_tokens=64, progress=False)
+    gc.collect(), gc.disable()
+    try:
+        before = sum(type(o) is torch.Tensor for o in gc.get_objects())
+        calibrate(hat, blocks(), probe_tokens=768, progress=False)
+        assert sum(type(o) is torch.Tensor for o in gc.get_objects()) == before
+    finally:
+        gc.enable()
 
 
 def test_prices_predict_small_kl():

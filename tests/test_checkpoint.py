@@ -378,9 +378,11 @@ def set_at(path, value):
         ("calibration.sites.0", "q", "calibration.sites must be ['qkv', 'o', 'gate_up', 'down'], got ['q',"),
         ("calibration.method", None, "calibration.method must be a str, got None"),
         ("calibration.text", 3, "calibration.text must be a str, got 3"),
-        ("calibration.exit_rates", [0.5, 0.1], "calibration.exit_rates must be in rising order, got [0.5, 0.1]"),
-        ("calibration.exit_rates", [0.1, 0.5], "calibration.exit_scores must be both null or both lists"),
-        ("calibration.exit_scores", [[1, 2, 3]], "calibration.exit_scores must be both null or both lists"),
+        ("calibration.exit_rates", [[0.5, 0.1]], "calibration.exit_rates[0] must be in rising order, got [0.5, 0.1]"),
+        ("calibration.exit_rates", [[0.1, 0.5]], "exit_rates and exit_scores must be all null or all lists"),
+        ("calibration.exit_scores", [[[1, 2, 3]]], "exit_rates and exit_scores must be all null or all lists"),
+        ("calibration.exit_capacities", [0.5], "exit_rates and exit_scores must be all null or all lists"),
+        ("calibration.exit_capacities", [0.5, 0.4], "calibration.exit_capacities must be in rising order"),
     ],
 )
 def test_wrong_json(folder, base, path, value, words):
@@ -391,13 +393,17 @@ def test_wrong_json(folder, base, path, value, words):
 
 
 def test_exit_tables(folder, base):
-    tables = {"exit_rates": [0.1, 0.5, 0.9], "exit_scores": [[3, 2, 1], [2, 1, 0], [1, 0, -1]]}
+    tables = {
+        "exit_capacities": [0.5],
+        "exit_rates": [[0.1, 0.5, 0.9]],
+        "exit_scores": [[[3, 2, 1], [2, 1, 0], [1, 0, -1]]],
+    }
     damage(folder, lambda meta: meta["calibration"].update(tables))
-    assert read_checkpoint(folder).calibration.exit_thresholds(0.5) == [2, 1, 0]
-    damage(folder, set_at("calibration.exit_scores.2", [1, 0]))
-    refused(folder, base, CONFIG_FILE, "calibration.exit_scores[2] must have 3 entries, got 2")
-    damage(folder, set_at("calibration.exit_scores", [[3, 2, 1]]))
-    refused(folder, base, CONFIG_FILE, "calibration.exit_scores must have 3 entries, got 1")
+    assert read_checkpoint(folder).calibration.exit_thresholds(0.5, 0.75) == [2, 1, 0]
+    damage(folder, set_at("calibration.exit_scores.0.2", [1, 0]))
+    refused(folder, base, CONFIG_FILE, "calibration.exit_scores[0][2] must have 3 entries, got 2")
+    damage(folder, set_at("calibration.exit_scores", [[[3, 2, 1]]]))
+    refused(folder, base, CONFIG_FILE, "calibration.exit_scores[0] must have 3 entries, got 1")
 
 
 def test_every_table_of_a_calibration_is_checked():
@@ -491,7 +497,7 @@ def deep(levels):
         ({"training": deep(100_000)}, "recursion|nested deeper than 500"),
         ({"base": "two\nlines"}, "base must be a line"),
         ({"tensors": {"lm_head.weight": torch.zeros(2)}}, "unexpected key 'lm_head.weight'"),
-        ({"calibration": {"exit_rates": [0.5]}}, "must be both null or both lists"),
+        ({"calibration": {"exit_rates": [[0.5]]}}, "must be all null or all lists"),
         ({"config": HatConfig(5)}, "calibration.thresholds must have 5 entries, got 4"),
     ],
 )

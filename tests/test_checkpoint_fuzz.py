@@ -37,7 +37,8 @@ def pristine(tmp_path_factory):
     """A calibrated checkpoint with exit tables and a summary, so that the JSON has every kind of leaf."""
     folder = tmp_path_factory.mktemp("fuzz") / "a folder, ünïcode 模型"
     hat = adapted()
-    exits = {"exit_rates": [0.1, 0.5, 0.9], "exit_scores": [[3, 2, 1], [2, 1, 0], [1, 0, -1]]}
+    scores = [[3, 2, 1], [2, 1, 0], [1, 0, -1]]
+    exits = {"exit_capacities": [0.5, 1.0], "exit_rates": [[0.1, 0.5, 0.9]] * 2, "exit_scores": [scores] * 2}
     hat.calibration = replace(hat.calibration, **exits)
     hat.training_summary = {"steps": 3, "loss": [0.5, 0.25], "done": True, "note": None}
     hat.save_pretrained(folder)

@@ -344,15 +344,16 @@ class TestMoreCompute:
             capacities=[*np.sort(rng.uniform(0.1, 1, 4)), 1.0],
             thresholds=falling.tolist(),
             shares=np.sort(rng.uniform(size=(3, 2, 5)), axis=-1).tolist(),
-            exit_rates=[0.0, *np.sort(rng.uniform(size=4))],
-            exit_scores=(-np.sort(-rng.normal(size=(5, 3)), axis=0)).tolist(),
+            exit_capacities=[0.5, 1.0],
+            exit_rates=[[0.0, *np.sort(rng.uniform(size=4))] for _ in range(2)],
+            exit_scores=(-np.sort(-rng.normal(size=(2, 5, 3)), axis=1)).tolist(),
         )
         scores = rng.normal(size=50)
         kept = [{k: scores > t for k, t in made.thresholds_at(c).items()} for c in capacities]
         for less, more in zip(kept, kept[1:], strict=False):
             assert all((more[k] >= less[k]).all() for k in less)
         gates = rng.normal(size=(3, 50))
-        leaves = [gates > np.array(made.exit_thresholds(rate))[:, None] for rate in rates]
+        leaves = [gates > np.array(made.exit_thresholds(rate, 0.7))[:, None] for rate in rates]
         depths = [np.where(left.any(0), left.argmax(0), 3) for left in leaves]
         for fewer, more in zip(leaves, leaves[1:], strict=False):
             assert (more >= fewer).all()
@@ -364,7 +365,7 @@ class TestMoreCompute:
         assert (np.diff(made.thresholds, axis=-1) <= 0).all() and (np.diff(made.capacities) >= 0).all()
         assert (made.exit_rates is not None) == (name in ("default", "published"))
         if made.exit_rates is not None:
-            assert (np.diff(made.exit_scores, axis=0) <= 0).all() and (np.diff(made.exit_rates) >= 0).all()
+            assert (np.diff(made.exit_scores, axis=1) <= 0).all() and (np.diff(made.exit_rates) >= 0).all()
 
     def test_on_text_more_capacity_is_never_worse_and_more_exits_are_never_deeper(self, bundled):
         """Beyond the paired interval, and by a mean."""

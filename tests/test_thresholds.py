@@ -86,9 +86,17 @@ def test_everything_at_one():
 
 
 def test_exit_thresholds():
-    c = calibration(exit_rates=[0.0, 0.5, 1.0], exit_scores=[[9.0, 8.0], [1.0, 0.0], [-5.0, -6.0]])
-    assert c.exit_thresholds(0.0) == [np.inf, np.inf]
-    assert c.exit_thresholds(0.5) == [1.0, 0.0]
-    assert c.exit_thresholds(0.75) == [-2.0, -3.0]
+    one = [[9.0, 8.0], [1.0, 0.0], [-5.0, -6.0]]
+    c = calibration(exit_capacities=[0.5], exit_rates=[[0.0, 0.5, 1.0]], exit_scores=[one])
+    assert c.exit_thresholds(0.0, 0.5) == [np.inf, np.inf]
+    for capacity in (0.1, 0.5, 1.0):  # the nearest that was measured
+        assert c.exit_thresholds(0.5, capacity) == [1.0, 0.0]
+    assert c.exit_thresholds(0.75, 0.5) == [-2.0, -3.0]
+    # At 1.0 the same rate needs lower bars: first along the rates of each capacity, then between the two.
+    other = [[9.0, 8.0], [0.0, -1.0], [-5.0, -6.0]]
+    rates = [[0.0, 0.5, 1.0], [0.0, 0.25, 1.0]]
+    c = calibration(exit_capacities=[0.5, 1.0], exit_rates=rates, exit_scores=[one, other])
+    assert c.exit_thresholds(0.25, 0.5) == [5.0, 4.0] and c.exit_thresholds(0.25, 1.0) == [0.0, -1.0]
+    assert c.exit_thresholds(0.25, 0.75) == [2.5, 1.5]
     with pytest.raises(HatError, match="exit"):
-        calibration().exit_thresholds(0.2)
+        calibration().exit_thresholds(0.2, 1.0)
