@@ -70,6 +70,7 @@ MODULES = (
     "pattern_plots",
     "text_plots",
     "inference_plots",
+    "findings",
     "notebook_files",
     "notebook_runs",
     "batch",

@@ -91,7 +91,7 @@ def foundation(
 def quality(
     channel: take.ChannelTrained = take.CHECKPOINTS / "default",
     channel_untrained: take.ChannelUntrained = take.CALIBRATED,
-    token: take.TokenTrained = take.CHECKPOINTS / "published",
+    token: take.TokenTrained = take.CHECKPOINTS / "token",
     token_untrained: take.TokenUntrained = take.CHECKPOINTS / "calibrated_token",
     grains: take.Grains = "channel,token",
     dtype: take.Dtype = None,

@@ -26,7 +26,7 @@ def sweep(
     max_tokens: take.MaxTokens = 4000,
     channel: take.ChannelTrained = take.CHECKPOINTS / "default",
     channel_untrained: take.ChannelUntrained = take.CALIBRATED,
-    token: take.TokenTrained = take.CHECKPOINTS / "published",
+    token: take.TokenTrained = take.CHECKPOINTS / "token",
     token_untrained: take.TokenUntrained = take.CHECKPOINTS / "calibrated_token",
     dtype: take.Dtype = None,
 ) -> None:
@@ -73,7 +73,7 @@ def sweep(
 @app.command()
 def promise(
     channel: take.ChannelTrained = take.CHECKPOINTS / "default",
-    token: take.TokenTrained = take.CHECKPOINTS / "published",
+    token: take.TokenTrained = take.CHECKPOINTS / "token",
     quality: take.QualityFile = RESULTS / "quality.csv",
     rounds: take.Rounds = 5,
     steps: take.Steps = 12,
@@ -113,7 +113,7 @@ def promise(
 @app.command()
 def targets(
     channel: take.ChannelTrained = take.CHECKPOINTS / "default",
-    token: take.TokenTrained = take.CHECKPOINTS / "published",
+    token: take.TokenTrained = take.CHECKPOINTS / "token",
     versus: take.Versus = "dense",
     count: take.PromptCount = 10,
     dtype: take.Dtype = None,
