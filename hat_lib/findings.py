@@ -29,7 +29,7 @@ TRAINED = {
     "channel grain, trained": (BLUE, "o", "-"),
     "channel grain, untrained": (SKY, "v", "--"),
     "token grain, published recipe": (ORANGE, "s", "-"),
-    "token grain, changed recipe": (PURPLE, "P", "-"),
+    "token grain, our recipe": (PURPLE, "P", "-"),
 }
 EXITS = {"trained": (GREEN, "D", "exits chosen by the gates"), "random_exits": (BROWN, "v", "as many by lot")}
 
@@ -89,17 +89,18 @@ def machine(rows: pd.DataFrame) -> str:
     return ", ".join("threads " * (name == "threads") + "/".join(map(str, rows[name].unique())) for name in have)
 
 
-def promised(quality: pd.DataFrame, changed: pd.DataFrame, promise: pd.DataFrame) -> Figure:
+def promised(quality: pd.DataFrame, published: pd.DataFrame, promise: pd.DataFrame) -> Figure:
     """Increase in perplexity at the capacity that was realised, beside what was promised; a panel for each text.
 
     Args:
         quality, promise: as for `kept`.
-        changed: as ``quality``, of the token grain trained with a changed recipe.
+        published: as ``quality``, of the token grain trained by the published recipe.
     """
     found, bounds = kept(quality, promise), _bounds(promise)
-    need(changed, *POINT, "variant", "exit_rate", "tokens", "realised", *COST)
+    need(published, *POINT, "variant", "exit_rate", "tokens", "realised", *COST)
     channel, token = (found[found["granularity"] == grain] for grain in GRAINS)
-    lines = [channel, _dial(quality, "untrained").query("granularity == 'channel'"), token, _dial(changed, "trained")]
+    start = _dial(quality, "untrained").query("granularity == 'channel'")
+    lines = [channel, start, _dial(published, "trained"), token]
     with mpl.rc_context(STYLE):
         fig, axes = _by_text(found, "capacity that was realised", 4.1)
         for text, ax in axes.items():

@@ -70,13 +70,14 @@ class PromiseRow:
 
 
 def promise(
-    checkpoints: Mapping[str, Path], quality: Path, *, dtype=None, rounds: int = 5, steps: int = 12
+    checkpoints: Mapping[str, Path], quality: Path, *, dtype=None, rounds: int = 5, steps: int = 64
 ) -> Iterator[PromiseRow]:
     """Rows of both bases, grain by grain.
 
     Args:
         checkpoints: trained, by granularity.
         quality: the file of `hat quality`, of these checkpoints.
+        steps: decode steps of one turn; what a token grain realises in a few tokens says little.
     """
     known = {(r.granularity, r.text, r.capacity, r.exit_rate): r
              for r in read_rows(quality, QualityRow) if r.variant == "trained"}  # fmt: skip

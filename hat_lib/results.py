@@ -211,7 +211,7 @@ def figures() -> None:
         "06_work_and_time": (inference_plots.work_and_time, "promise"),
         "06_promise": (inference_plots.promise, "promise"),
         "07_frontier": (trained_frontier.twin, "quality", "layer_shares"),
-        "08_promised": (findings.promised, "quality", "token_recipe", "promise"),
+        "08_promised": (findings.promised, "quality", "published", "promise"),
         "08_speeds": (findings.speeds, "promise"),
         "08_exits": (findings.exits, "quality"),
         "08_choices": (findings.choices, "ablations"),

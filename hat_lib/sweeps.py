@@ -76,7 +76,7 @@ def promise(
     token: take.TokenTrained = take.CHECKPOINTS / "token",
     quality: take.QualityFile = RESULTS / "quality.csv",
     rounds: take.Rounds = 5,
-    steps: take.Steps = 12,
+    steps: take.Steps = 64,
     dtype: take.Dtype = None,
     out: take.Out = RESULTS / "promise.csv",
 ) -> None:

@@ -1,7 +1,7 @@
 """Live generation: a prompt, two sliders and a mode → text coloured by compute, beside the dense model's.
 
-Sliders answer when they are let go, not while they move: each answer runs the model for seconds. Meanwhile the
-controls are off and the status says so. `GenerateView.twin` is the last answer as a picture.
+Sliders answer when they are let go, not while they move: each answer runs the model for seconds, and the status says
+so. What is moved meanwhile is answered next, at its last value. `GenerateView.twin` is the last answer as a picture.
 """
 
 from __future__ import annotations
@@ -56,10 +56,9 @@ class GenerateView(VBox):
         super().__init__([*controls, self.said, sides])
 
     def _run(self, _event=None) -> None:
-        # The prompt stays on: one that is switched off loses the cursor.
-        controls = (self.capacity, self.exit_rate, self.mode, self.button)
-        for control in controls:
-            control.disabled = True
+        # The button alone: clicks would queue up, while of a control's values ipywidgets sends the last. And what is
+        # switched off loses its keys to the notebook, where an arrow folds the section away.
+        self.button.disabled = True
         try:
             with told(self.said, busy="generating …"):
                 self.adaptive.value = self.dense.value = ""
@@ -75,8 +74,7 @@ class GenerateView(VBox):
                 self.adaptive.value = self._coloured(found) if found.mode == "adaptive" else _plain(found.mode, found)
                 say(self.said, "ready", _numbers(found, dense))
         finally:
-            for control in controls:
-                control.disabled = False
+            self.button.disabled = False
 
     @property
     def _settings(self) -> dict:

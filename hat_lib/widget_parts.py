@@ -1,7 +1,8 @@
 """What the interactive views share: labelled controls, text that changes, and errors told where they happen.
 
 Jupyter hides an exception in a widget's callback: it goes to a log that nobody reads. So every callback here runs
-inside `told`. Sliders have a description and a visible value, and move with the arrow keys.
+inside `told`. Sliders have a description and a visible value, and move with the arrow keys; Notebook 7 takes these for
+itself and leaves Home, End, Page Up and Page Down.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def quality(grains=("channel", "token")):
     return costs(rows)
 
 
-def changed():
+def published():
     return quality(["token"]).query("capacity in (0.9, 0.4)").assign(increase=0.8, increase_low=0.7, increase_high=0.9)
 
 
@@ -65,7 +65,7 @@ def ablations():
 
 
 MADE = {
-    "promised": (quality, changed, promise),
+    "promised": (quality, published, promise),
     "speeds": (promise,),
     "exits": (quality,),
     "choices": (ablations,),

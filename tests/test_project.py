@@ -43,7 +43,7 @@ def test_conda_and_pip_ask_for_the_same_packages():
     listed = ranges(d for d in environment() if isinstance(d, str))
     assert listed.pop("python") == SpecifierSet(PROJECT["requires-python"])
     listed.pop("pip")
-    listed["torch"] = listed.pop("pytorch")
+    listed["torch"], listed["playwright"] = listed.pop("pytorch"), listed.pop("playwright-python")
     assert listed == ranges(PROJECT["dependencies"] + EXTRAS["dev"])
     assert [d["pip"] for d in environment() if isinstance(d, dict)] == [["-e ."]]
 
@@ -233,6 +233,12 @@ def test_notebook_has_one_parameters_cell_and_readable_size(notebook):
     assert {cell: lines for cell, lines in filled.items() if lines > 15} == {}, "code cells of more than 15 lines"
     words = sum(len(re.findall(r"\w+", cell.source)) for cell in notebook.cells if cell.cell_type == "markdown")
     assert 600 <= words <= 1500
+
+
+def test_parameters_are_typed_explained_and_have_a_profile_and_a_seed(notebook):
+    (cell,) = (cell for cell in notebook.cells if has_tag(cell, "parameters"))
+    names = [re.fullmatch(r"(\w+): (?:str|int|float) = .*\S  # \S.*", line) for line in cell.source.splitlines()]
+    assert all(names) and {"profile", "seed"} <= {name[1] for name in names}
 
 
 def test_most_of_a_notebook_is_compared(notebook):

@@ -34,7 +34,7 @@ def jupyter(home: Path) -> Iterator[str]:
     news = "@jupyterlab/apputils-extension:announcements"  # a dialog, and a question to another host
     _write(home / "config" / "labconfig" / "page_config.json", {"disabledExtensions": {news: True}})
     with _running(home, port, "jupyterlab"):
-        yield f"http://127.0.0.1:{port}/{{}}?token={token}"
+        yield f"http://127.0.0.1:{port}/{{}}?token={token}&reset"  # no tab of an earlier page comes back
 
 
 @contextmanager
