@@ -183,14 +183,14 @@ def test_prices_stand_at_realised_capacities_and_the_promise_is_hollow():
     for ax in drawn("promised").axes:
         hollow = next(line for line in ax.lines if line.get_markerfacecolor() == "none")
         np.testing.assert_allclose(hollow.get_xydata(), [[0.4, 12], [0.9, 1]])
-        trained, untrained, published, other = (points(c) for c in ax.containers)
+        trained, untrained, published, ours = (points(c) for c in ax.containers)
         np.testing.assert_allclose(trained[0], [[0.39, 50], [0.64, 5.5], [0.89, 0.5]])
         np.testing.assert_allclose(trained[1][0][:, 1], [45, 55])
         np.testing.assert_allclose(untrained[0][:, 1], [400, 100, 11, 1])
-        np.testing.assert_allclose(published[0], [[0.64, 550], [0.89, 50]])
+        np.testing.assert_allclose(published[0], [[0.39, 80], [0.89, 80]])
         beyond = [line for line in ax.lines if line.get_marker() == "^" and len(line.get_xdata())]
         assert [line.get_xydata().tolist() for line in beyond] == [[[0.39, MOST]]]
-        np.testing.assert_allclose(other[0], [[0.39, 80], [0.89, 80]])
+        np.testing.assert_allclose(ours[0], [[0.64, 550], [0.89, 50]])
     assert "beyond" in drawn("promised").axes[0].get_ylabel()
 
 

@@ -68,9 +68,7 @@ def test_token_grain():
             for frame in (ours, published):
                 row = trained(frame, **at)
                 assert next(found) == f"{said(row.increase)} at {row.realised:.2f}"
-            rivals = ours[
-                (ours.text == text) & (ours.capacity == capacity) & ~ours.variant.isin(["trained", "untrained"])
-            ]
+            rivals = ours[(ours.text == text) & (ours.capacity == capacity) & ours.variant.isin(CONTROLS)]
             assert len(rivals) == 4
             best = rivals.loc[rivals.increase.idxmin()]
             assert (
