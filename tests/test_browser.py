@@ -266,19 +266,19 @@ ANSWERS = """view => {
 }"""
 
 
-def test_keys_that_come_while_it_generates_stay_with_the_slider_and_give_one_more_answer(patterns):
+def test_a_key_held_down_while_it_generates_stays_with_the_slider_and_gives_few_answers(patterns):
     live = view(patterns, "Exit rate").filter(has=patterns.locator("textarea"))
     press(live, "Capacity", "End")
     says(live, "capacity 1.00 requested")
     live.evaluate(ANSWERS)
     press(live, "Capacity", "ArrowLeft")
-    for _ in range(4):
-        patterns.keyboard.press("ArrowLeft")
-    says(live, "capacity 0.95 requested")
+    for _ in range(19):
+        patterns.keyboard.press("ArrowLeft", delay=30)  # milliseconds, as a keyboard repeats
+    says(live, "capacity 0.80 requested")
     slider = live.locator(".widget-slider", has_text="Capacity")
     sync_api.expect(slider.locator("[role=slider]")).to_be_focused()
-    sync_api.expect(slider.locator(".widget-readout")).to_have_text("0.95")
-    assert len(patterns.evaluate("answers")) <= 3
+    sync_api.expect(slider.locator(".widget-readout")).to_have_text("0.80")
+    assert len(patterns.evaluate("answers")) <= 10
 
 
 # --- other front ends ---
