@@ -159,7 +159,7 @@ class HierarchicalTransformer(Modes, nn.Module):
             self.set_thresholds(self.calibration.thresholds_at(value))
         self._capacity = value
         self._set_policy()
-        if self._exit_rate:
+        if self._exit_rate and self.calibration is not None:  # else thresholds were set by hand, and stay
             self._set_gates()
 
     @property
