@@ -5,7 +5,7 @@
 `budget`        pull of the mean share of work to the target capacity
 `z_loss`        keeps router scores small
 `entropy`       pushes router decisions away from 50/50
-`exit_loss`     cross-entropy of an exit gate against `exit_targets`, optionally with `balanced_weight`
+`exit_loss`     cross-entropy of an exit gate against `exit_targets`
 
 A ``mask`` is bool and says which tokens count: a token outside it changes neither the loss nor a gradient,
 whatever it holds, NaN included. The mean over an empty mask is 0, with gradient 0. Half-precision input is
@@ -143,26 +143,13 @@ def exit_targets(teacher: Tensor, exited: Tensor) -> Tensor:
     return teacher.argmax(-1) == exited.argmax(-1)
 
 
-def balanced_weight(targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Weights ``tokens / (2 * tokens of the class)`` for (stay, leave), fp32 ``[2]``: each class counts one half.
-
-    A class without tokens gets the weight of a class with one. ``targets`` bool ``[...]``.
-    """
-    mask = _full_mask(mask, targets.shape)
-    counted = targets.reshape(-1) if mask is None else targets[mask]
-    leave = counted.sum()
-    count = torch.stack([len(counted) - leave, leave])
-    return len(counted) / (2 * count.clamp(min=1).float())
-
-
-def exit_loss(gate_logits: Tensor, targets: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+def exit_loss(gate_logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """Cross-entropy of the gate's (stay, leave) logits with "may leave", nats per token.
 
     Args:
         gate_logits: ``[..., 2]``.
         targets: bool ``[...]``, True to leave (`exit_targets`).
         mask: bool ``[...]``, tokens that count (real, alive and not protected).
-        weight: ``[2]``, of each class; the loss is then ``sum w_y * loss / sum w_y``.
     """
     if gate_logits.shape != (*targets.shape, 2) or targets.dtype != torch.bool:
         expected = "gate_logits must be [..., 2] for bool targets [...]"
@@ -171,9 +158,7 @@ def exit_loss(gate_logits: Tensor, targets: Tensor, mask: Tensor | None = None, 
     if mask is not None:
         gate_logits, targets = gate_logits[mask], targets[mask]
     logits, classes = _at_least_fp32(gate_logits).reshape(-1, 2), targets.reshape(-1).long()
-    weight = logits.new_ones(2) if weight is None else weight.to(logits)
-    total = F.cross_entropy(logits, classes, weight=weight, reduction="sum")
-    return total / weight[classes].sum().clamp(min=torch.finfo(logits.dtype).tiny)
+    return F.cross_entropy(logits, classes, reduction="sum") / max(len(classes), 1)
 
 
 def _full_mask(mask: Tensor | None, shape: torch.Size) -> Tensor | None:

@@ -99,20 +99,19 @@ class QualityRow:
 
 
 def plan(granularity: str) -> list[Point]:
-    """The points of one grain, most telling ones first; about an hour on two cores."""
-    both, controls = ("trained", "untrained"), ("trained", *CONTROLS)
-    grid = [(20_000, (0.75, 0.62), (0.0,), both)]
-    grid += [(4_000, (0.9, 0.7, 0.55, 0.4), (0.0,), both), (4_000, (0.9, 0.7, 0.55), (0.0,), controls)]
-    grid += [(4_000, (1.0,), (0.1, 0.3), ("trained", "random_exits")), (4_000, (0.75,), (0.1,), ("trained",))]
-    points = [
+    """The points of one grain, most telling ones first; those that share a text and a trained run stand together."""
+    both, gates = ("trained", "untrained"), ("trained", "random_exits")
+    long = [((0.75, 0.62), 0.0, both)]
+    short = [((0.9, 0.7, 0.55), 0.0, (*both, *CONTROLS)), ((0.4,), 0.0, both)]
+    short += [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained",))]
+    return [
         Point(granularity, text, tokens, capacity, rate, variant)
-        for tokens, capacities, rates, variants in grid
+        for tokens, grid in ((20_000, long), (4_000, short))
         for text in TEXTS
+        for capacities, rate, variants in grid
         for capacity in capacities
-        for rate in rates
         for variant in variants
     ]
-    return list(dict.fromkeys(points))
 
 
 def quality(

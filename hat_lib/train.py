@@ -134,7 +134,7 @@ def train(
         blocks = training_text(
             base, recipe.text, recipe.tokens, block_size=recipe.block_size, seed=recipe.seed, progress=progress
         )
-        held = held_out(_calibration_source(recipe.text), base.tokenizer, CALIBRATION_TOKENS, recipe.block_size)
+        held = held_out(_calibration_source(recipe.text), base.tokenizer, _held_tokens(recipe), recipe.block_size)
         kept = folder / WORK / "start"
         torch.manual_seed(recipe.seed)  # translators start at random
         hat = _start(run, checkpoint, base, held, kept, main and not resume, progress)
@@ -252,6 +252,11 @@ def load_finished(hat: HierarchicalTransformer, folder: Path) -> None:
     checkpoint = read_checkpoint(folder)
     hat.load_adapter(checkpoint, folder)
     hat.calibration, hat.training_summary = checkpoint.calibration, checkpoint.training
+
+
+def _held_tokens(recipe: Recipe) -> int:
+    """A short run is not calibrated for longer than it was trained."""
+    return min(CALIBRATION_TOKENS, max(4096, recipe.tokens * 3 // 5))
 
 
 def _calibration_source(text: str) -> str:

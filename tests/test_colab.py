@@ -30,12 +30,14 @@ def fetch(cells, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
 
-    def fetch():
+    def fetch(offline=()):
         commands = []
 
         def run(command, check=False):
             assert check, "what fails must stop the notebook"
             commands.append(command)
+            if command[0] in offline:
+                raise subprocess.CalledProcessError(1, command)
             if command[0] == "git":
                 Path(command[-1]).mkdir()
 
@@ -64,6 +66,14 @@ def test_on_colab_the_project_is_fetched_once_and_torch_stays(fetch, monkeypatch
     assert install == [*pip, "-e", "hat-workbook", f"torch=={version('torch')}"]
     assert sys.path == [str(tmp_path / "hat-workbook"), *path]  # an editable install shows only in the next process
     assert fetch() == []
+
+
+def test_after_a_failed_install_the_cell_can_be_run_again(fetch, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    with pytest.raises(subprocess.CalledProcessError):
+        fetch(offline=[sys.executable])
+    (again,) = fetch()
+    assert again[:4] == [sys.executable, "-m", "pip", "install"]
 
 
 def test_nothing_outside_the_standard_library_is_needed_before(cells):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from hat_lib import losses
 from hat_lib.config import HatError
-from hat_lib.losses import balanced_weight, budget, distillation, divergence, entropy, exit_loss, exit_targets, z_loss
+from hat_lib.losses import budget, distillation, divergence, entropy, exit_loss, exit_targets, z_loss
 
 LOG3 = math.log(3)
 
@@ -184,10 +184,8 @@ def test_exit_targets():
 
 def test_exit_loss_by_hand():
     # (0, log 3) to leave: -log(3/4) = 0.287682.  (0, 0) to stay: log 2 = 0.693147.  Mean 0.490415.
-    # Weights 1 and 3 for stay and leave: (3 * 0.287682 + 0.693147) / 4 = 0.389048.
     logits, targets = torch.tensor([[0.0, LOG3], [0.0, 0.0]]), torch.tensor([True, False])
     close(exit_loss(logits, targets), 0.490415)
-    close(exit_loss(logits, targets, weight=torch.tensor([1, 3])), 0.389048)
 
 
 def test_exit_loss_pulls_towards_the_target():
@@ -195,26 +193,6 @@ def test_exit_loss_pulls_towards_the_target():
     logits = leaf(torch.zeros(2, 2))
     exit_loss(logits, torch.tensor([True, False])).backward()
     close(logits.grad, [[0.25, -0.25], [-0.25, 0.25]])
-
-
-def test_balanced_weights_give_each_class_one_half():
-    # 3 to stay and 1 to leave: 4 / (2 * 3) and 4 / (2 * 1).
-    targets = torch.tensor([[False, True], [False, False]])
-    weight = balanced_weight(targets)
-    close(weight, [2 / 3, 2.0])
-    logits = normal(2, 2, 2)
-    each = -F.log_softmax(logits, -1)
-    stay, leave = each[..., 0][~targets].mean(), each[..., 1][targets].mean()
-    close(exit_loss(logits, targets, weight=weight), (stay + leave) / 2)
-    mask = torch.tensor([[True, True], [False, False]])
-    close(balanced_weight(targets, mask), [1.0, 1.0])
-
-
-def test_balanced_weights_stay_finite_without_a_class():
-    weight = balanced_weight(torch.zeros(6, dtype=torch.bool))
-    close(weight, [0.5, 3.0])
-    close(exit_loss(torch.zeros(6, 2), torch.zeros(6, dtype=torch.bool), weight=weight), math.log(2))
-    close(balanced_weight(torch.zeros(0, dtype=torch.bool)), [0.0, 0.0])
 
 
 # --- masks and dtypes, for every loss over tokens ---

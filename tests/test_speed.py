@@ -92,15 +92,21 @@ def test_curve_is_kept_under_what_it_depends_on(hat, cache, monkeypatch):
     calls = []
     monkeypatch.setattr(module, "timed", lambda hat, *_: calls.append(hat.capacity) or 2 - hat.capacity)
     first = speed_curve(hat, progress=False)
-    assert calls == list(module.CAPACITIES) and first.at(0.3) == pytest.approx(1.7)
-    assert speed_curve(hat, progress=False) == first and len(calls) == 10
+    assert calls == list(module.CAPACITIES) * module.ROUNDS and first.at(0.3) == pytest.approx(1.7)
+    assert speed_curve(hat, progress=False) == first and len(calls) == len(first.capacities) * module.ROUNDS
     threads = torch.get_num_threads()
     for how in ({"exit_rate": 0.3}, {"batch": 2}):
         speed_curve(hat, progress=False, **how)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 7)
     speed_curve(hat, progress=False)
-    assert len(calls) == 40 and len(list(cache.iterdir())) == 4
+    assert len(calls) == 4 * len(first.capacities) * module.ROUNDS and len(list(cache.iterdir())) == 4
     assert hat.capacity == 1.0 or hat.capacity == hat.config.capacity, "as it was"
+
+
+def test_one_slow_turn_does_not_count(hat, cache, monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "timed", lambda hat, *_: 2 - hat.capacity - (calls.append(0) or len(calls) == 1))
+    assert speed_curve(hat, progress=False).at(0.1) == pytest.approx(1.9)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[1]", json.dumps({"versus": "dense"}).encode()])

@@ -64,6 +64,16 @@ class TestBreakEven:
     def test_where_the_lines_cross(self, clock, measure):
         assert measure() == pytest.approx(0.5, abs=1e-6)
 
+    def test_what_comes_between_does_not_count(self, clock, measure, monkeypatch):
+        turns = []
+
+        def interrupted(weight, x):
+            turns.append(0)
+            clock.now += 50.0 if len(turns) < 3 else 1.0
+
+        monkeypatch.setattr(tiles, "ordered", interrupted)
+        assert measure() == pytest.approx(0.5, abs=1e-6)
+
     @pytest.mark.parametrize("dense, expected", [(0.1, 0.0), (9.0, 1.0)])
     def test_never_and_always(self, clock, measure, dense, expected):
         clock.dense = dense
