@@ -186,7 +186,7 @@ TrainedGrain = Annotated[
 RecipeName = Annotated[
     str, option("Hyperparameters: default (what worked best for the grain) or published (token grain alone).")
 ]
-Profile = Annotated[str, option("quick (a minute or two on two cores) or full.")]
+Profile = Annotated[str, option("quick (a few minutes on two cores) or full.")]
 MaxMinutes = Annotated[
     float | None, option("Stop after this many minutes, saved; --resume goes on. [default: no limit]", metavar="M")
 ]

@@ -73,7 +73,10 @@ def _on_text(
     blocks = load_text(text, hat.base.tokenizer, split=split, max_tokens=max_tokens)
     if len(blocks) < 2:
         tokens = len(blocks[0]["input_ids"])
-        raise HatError(f"{text}, {split} split: an interval needs at least 2 blocks of up to 512 tokens, got {tokens}")
+        raise HatError(
+            f"{text}, {split} split: an interval needs at least 2 blocks of up to 512 tokens, got {tokens} tokens: "
+            "bring more text (5 % of a file are its test split), name another --split, or raise --max-tokens"
+        )
     dense, adaptive = score_pair(hat, blocks, batch_size=batch_size)
     paired, n_bytes = compare(dense, adaptive), text_bytes(blocks, hat.base.tokenizer)
     rows = by_document(blocks, n_bytes, dense, adaptive)

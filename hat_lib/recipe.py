@@ -2,7 +2,7 @@
 
 Three starting points. `Recipe.channel` and `Recipe.token` are ours, one a grain, as the evidence has it (LOG.md);
 `Recipe.published` has the hyperparameters of the published method, for the token grain. Each in two profiles:
-``quick`` (two CPU cores, about a minute) and ``full`` (what the reference checkpoints were trained with; on a GPU
+``quick`` (two CPU cores, a few minutes) and ``full`` (what the reference checkpoints were trained with; on a GPU
 more tokens are cheap).
 """
 

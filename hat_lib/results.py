@@ -99,7 +99,7 @@ def quality(
 ) -> None:
     """What trained checkpoints keep, beside every control.
 
-    Both grains and both texts, at equal work; exits too. About two hours on two cores; stopped and started again, it
+    Both grains and both texts, at equal work; exits too. About an hour on two cores; stopped and started again, it
     goes on where it was.
     """
     wanted = given.grain_names(grains)
