@@ -138,7 +138,7 @@ class Recipe:
     def _profiled(cls, recipe: Recipe, profile: str, changes: dict) -> Recipe:
         if profile not in PROFILES:
             raise HatError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
-        quick = {"text": "addresses", "tokens": 10_000, "block_size": 128, "router_epochs": 2, "exit_epochs": 2}
+        quick = {"text": "addresses", "tokens": 10_000, "block_size": 128, "router_epochs": 1, "exit_epochs": 1}
         quick |= {"exit_tokens": 32, "log_steps": 1, "save_steps": 20}
         unknown = sorted(set(changes) - {f.name for f in fields(cls)})
         if unknown:

@@ -256,7 +256,7 @@ def load_finished(hat: HierarchicalTransformer, folder: Path) -> None:
 
 def _held_tokens(recipe: Recipe) -> int:
     """A short run is not calibrated for longer than it was trained."""
-    return min(CALIBRATION_TOKENS, max(4096, recipe.tokens * 3 // 5))
+    return CALIBRATION_TOKENS if recipe.tokens >= CALIBRATION_TOKENS else max(2048, recipe.tokens // 4)
 
 
 def _calibration_source(text: str) -> str:

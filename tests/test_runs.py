@@ -56,13 +56,13 @@ def refuses(hat, monkeypatch, tmp_path):
 
 def test_a_run_from_nothing_to_a_model_that_generates(hat, text, tmp_path, monkeypatch):
     folder = tmp_path / "my run"
-    code, out, err = hat("train", *TINY, "--save", folder, "--text", text, "--set", "router_epochs=1")
+    code, out, err = hat("train", *TINY, "--save", folder, "--text", text, "--set", "router_epochs=2")
     assert code == 0 and out.splitlines()[-1] == f"wrote {folder}" and "{'" not in out + err, err
-    assert out.splitlines()[0].startswith("routers: 8 of 8 steps in 0.0 minutes")
-    assert out.splitlines()[1].startswith("exit: 16 of 16 steps in 0.0 minutes")
+    assert out.splitlines()[0].startswith("routers: 16 of 16 steps in 0.0 minutes")
+    assert out.splitlines()[1].startswith("exit: 8 of 8 steps in 0.0 minutes")
     assert "routers: 100%" in err and "exit: 100%" in err  # progress bars
     run = json.loads((folder / "run.json").read_text())
-    assert run["recipe"]["router_epochs"] == 1 and run["command"].endswith("--set router_epochs=1")
+    assert run["recipe"]["router_epochs"] == 2 and run["command"].endswith("--set router_epochs=2")
     assert f"'{folder}'" in run["command"]  # quoted, so that it can be pasted
 
     options = ("--checkpoint", folder, "--capacity", "0.6", "--exit-rate", "0.3", "--max-new-tokens", "4")
@@ -79,7 +79,7 @@ def test_a_run_from_nothing_to_a_model_that_generates(hat, text, tmp_path, monke
 def test_max_minutes_stops_saved_and_says_how_to_go_on(hat, text, tmp_path):
     code, out, _ = hat("train", *TINY, "--save", tmp_path / "run", "--text", text, "--max-minutes", "0.000001")
     assert code == 0 and out.splitlines() == [
-        "routers: 1 of 16 steps in 0.0 minutes",
+        "routers: 1 of 8 steps in 0.0 minutes",
         f"stopped (time), saved; go on with: hat train --resume {tmp_path / 'run'}",
     ]
 
