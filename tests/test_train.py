@@ -15,7 +15,8 @@ from hat_lib.base import exact_hash, load_base
 from hat_lib.checkpoint import ADAPTER_FILE, read_checkpoint, write_checkpoint
 from hat_lib.config import HatConfig, HatError
 from hat_lib.model import HierarchicalTransformer
-from hat_lib.train import train
+from hat_lib.recipe import Recipe
+from hat_lib.train import _held_tokens, train
 from hat_lib.trainer import sound_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
@@ -219,3 +220,8 @@ def test_a_text_too_short_to_calibrate_on_is_told_before_the_training(tmp_path, 
         with pytest.raises(HatError, match="calibration needs at least 256 tokens"):
             train(tiny_run(grain, tmp_path / "short.txt"), tmp_path / grain, progress=False)
         assert not (tmp_path / grain / "run.json").exists()
+
+
+def test_a_short_run_is_calibrated_on_less():
+    assert [_held_tokens(Recipe.channel(profile)) for profile in ("quick", "full")] == [2_500, 24_000]
+    assert _held_tokens(Recipe.channel("quick", tokens=500)) == 2048
