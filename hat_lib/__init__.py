@@ -29,6 +29,8 @@ MODULES = (
     "layer",
     "modes",
     "model",
+    "fisher",
+    "needs",
     "calibrate",
     "calibrate_exits",
     "losses",

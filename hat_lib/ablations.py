@@ -39,6 +39,8 @@ class Change:
     split: str = "damage"
     """how the budget is split over sites at the start, see `hat_lib.calibrate`"""
     protected_tokens: int = 2
+    needs: bool = False
+    """whether tokens that need more get more, see `hat_lib.needs`"""
     trained: bool = True
 
 
@@ -51,6 +53,8 @@ CHANGES = (
     Change("channel", "text: self", {"text": "self"}),
     Change("channel", "no protected tokens, start", protected_tokens=0, trained=False),
     Change("channel", "no protected tokens", protected_tokens=0),
+    Change("channel", "needs, start", needs=True, trained=False),
+    Change("channel", "needs", needs=True),
     Change("channel", "temperature 0.2", {"temperature": 0.2}),
     Change("channel", "temperature 1", {"temperature": 1.0}),
     Change("channel", "Gumbel noise", {"noise": 1.0}),
@@ -145,7 +149,7 @@ def _train(change: Change, folder: Path, base: str, steps: int, dtype: str, prog
         loaded = load_base(base, dtype=dtype)
         hat = HierarchicalTransformer(loaded, HatConfig.default(loaded, protected_tokens=change.protected_tokens))
         blocks = held_out("addresses", loaded.tokenizer, CALIBRATION_TOKENS, recipe.block_size)
-        calibrate(hat, blocks["input_ids"], split=change.split, progress=progress)
+        calibrate(hat, blocks["input_ids"], split=change.split, needs=change.needs, progress=progress)
         start = folder / "start"
         hat.save_pretrained(start)
     if change.trained:

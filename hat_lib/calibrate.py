@@ -7,10 +7,9 @@ shares came out. How a budget is split over layers and sites is the ``split``:
     uniform   every site keeps the same share
     learned   the thresholds that the routers were trained with
 
-The price of gating a site: if y is sampled from the base itself, the KL divergence that a small change d of an
-activation causes is, to second order, ``1/2 E[(grad_a log p(y) . d)^2]``, the Fisher quadratic form. Zeroing the
-channels with scores under a threshold changes the input x of a linear layer by -x there, so one backward pass
-prices every site at every share.
+The price of gating a site is the KL divergence that it causes, by one backward pass (`hat_lib.fisher`): zeroing the
+channels with scores under a threshold changes the input x of a linear layer by -x there. At the channel grain another
+pass comes before, which tells how much each token needs (`hat_lib.needs`).
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .config import HatError
+from .fisher import backward
 from .model import HierarchicalTransformer
+from .needs import SHARE, TOKENS, clear_needs, fit_needs
 from .router import MoERouter
 from .state import TokenState
 from .thresholds import Calibration, allocate
@@ -48,11 +48,11 @@ class _Collect:
     """Policy that keeps everything and samples the scores it sees, rows spread evenly over the text."""
 
     def __init__(self, hat: HierarchicalTransformer, tokens: int):
-        self.routers, self.tokens = hat.routers, tokens
+        self.hat, self.tokens = hat, tokens
         self.scores: dict[tuple[int, str], list[Tensor]] = {}
 
     def __call__(self, layer, site, x, rows, state: TokenState):
-        score = self.routers[f"{layer}_{site}"].score(x[~state.protected.view(-1)])
+        score = self.hat.scores(layer, site, x, self.hat.ease(layer, site, x))[~state.protected.view(-1)]
         width = 1 if score.dim() == 1 else score.shape[1]
         self.scores.setdefault((layer, site), []).append(score[:: 1 + self.tokens * width // SAMPLES].flatten())
         return None
@@ -69,6 +69,7 @@ def calibrate(
     blocks: Iterable[list[int]],
     *,
     split: str = "damage",
+    needs: bool = True,
     probe_tokens: int = 4096,
     seed: int = 0,
     text: str = "",
@@ -79,6 +80,7 @@ def calibrate(
     Args:
         blocks: token-id lists from held-out text; every fourth one serves the table of capacities alone.
         split: "damage" or "uniform", see the module's docstring.
+        needs: channel grain: measure which tokens need more; otherwise all are treated alike.
         probe_tokens: how many of the other tokens the backward pass sees, in whole blocks.
         seed: for the targets sampled from the base.
         text: what the blocks are, kept in the checkpoint.
@@ -92,7 +94,12 @@ def calibrate(
     with torch.no_grad():
         if hat.config.granularity == "token":
             fit_token_routers(hat, fit, progress)
+        else:
+            clear_needs(hat)
         quantiles = score_quantiles(hat, fit, progress)
+        if needs and hat.config.granularity == "channel":
+            fit_needs(hat, _spread(fit, TOKENS), _cuts(quantiles, SHARE), seed, progress)
+            quantiles = score_quantiles(hat, fit, progress)
         if split == "damage":
             damage = _damage(hat, _spread(fit, probe_tokens), quantiles, seed, progress)
             shares = partial(_damage_shares, hat, *_fit_damage(damage))
@@ -165,9 +172,17 @@ def _damage_shares(hat, sensitivity: np.ndarray, exponent: np.ndarray, budget: f
 
 def _at_shares(hat, quantiles, shares: Callable[[float], np.ndarray], budget: float) -> dict[tuple[int, str], float]:
     """Thresholds that keep the given share of the dense model's scores at each site."""
-    grid = np.linspace(0, 1, QUANTILES)
     table = shares(budget)
-    return {k: float(np.interp(1 - table[k[0], hat.grain.sites.index(k[1])], grid, q)) for k, q in quantiles.items()}
+    return {(i, s): _cut(q, table[i, hat.grain.sites.index(s)]) for (i, s), q in quantiles.items()}
+
+
+def _cuts(quantiles, share: float) -> dict[tuple[int, str], float]:
+    return {key: _cut(q, share) for key, q in quantiles.items()}
+
+
+def _cut(quantiles: np.ndarray, share: float) -> float:
+    """The threshold that keeps ``share`` of the scores."""
+    return float(np.interp(1 - share, np.linspace(0, 1, QUANTILES), quantiles))
 
 
 def score_quantiles(
@@ -187,41 +202,29 @@ def score_quantiles(
 
 def _damage(hat, blocks, quantiles, seed: int, progress) -> np.ndarray:
     """Predicted KL in nats per token of gating each site alone, ``[len(PROBE_SHARES), L, S]``."""
-    grid = np.linspace(0, 1, QUANTILES)
     sites = hat.grain.sites
-    cuts = {k: [float(np.interp(1 - share, grid, q)) for share in PROBE_SHARES] for k, q in quantiles.items()}
+    each = [_cuts(quantiles, share) for share in PROBE_SHARES]
+    cuts = {key: [cut[key] for cut in each] for key in quantiles}
     total = torch.zeros(len(PROBE_SHARES), hat.config.n_layers, len(sites), dtype=torch.float64)
-    tokens = 0
 
-    def price(layer: int, site: str, x: Tensor, activation: Tensor) -> None:
-        """Once the gradient of ``activation`` is known, add up what dropping low scores of x would cost."""
+    def price(layer: int, site: str, x: Tensor, value: Tensor):
         if (layer, site) not in cuts:  # it always runs
-            return
-        protected = hat.trace.protected.view(-1)
-        # Detached here: a hook that held its own tensor would keep the graph of every block alive.
-        x, value = x.detach(), activation.detach()
+            return None
+        free, ease = ~hat.trace.protected.view(-1), hat.ease(layer, site, x)
 
-        def hook(gradient: Tensor) -> None:
-            score = hat.routers[f"{layer}_{site}"].score(x)
+        def use(gradient: Tensor) -> None:
+            score = hat.scores(layer, site, x, ease)
             first_order = (value * gradient).float()
             if score.dim() == 1:
                 first_order = first_order.sum(-1)
             for row, cut in zip(total, cuts[layer, site], strict=True):
                 change = first_order * (score <= cut)
                 change = change if change.dim() == 1 else change.sum(-1)
-                row[layer, sites.index(site)] += change[~protected].double().pow(2).sum().item() / 2
+                row[layer, sites.index(site)] += change[free].double().pow(2).sum().item() / 2
 
-        activation.register_hook(hook)
+        return use
 
-    generator = torch.Generator(hat.base.device).manual_seed(seed)
-    with hat.dense(), hat.grain.watching([a.grain for a in hat.layers], price):
-        for block in tqdm(blocks, desc="sensitivity", disable=not progress):
-            with torch.enable_grad():
-                embedded = hat.lm.get_input_embeddings()(block).detach().requires_grad_()
-                logits = hat.lm(inputs_embeds=embedded, use_cache=False).logits[0].float()
-                target = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                F.cross_entropy(logits, target, reduction="sum").backward()
-            tokens += block.shape[1]
+    tokens = backward(hat, blocks, price, seed=seed, progress=progress, label="prices of sites")
     return total.numpy() / tokens
 
 

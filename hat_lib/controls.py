@@ -159,11 +159,9 @@ def as_in(hat: HierarchicalTransformer, checkpoint: str | Path) -> Family:
         routers = copy.deepcopy(hat.routers)
         for name, parameter in routers.named_parameters():
             parameter.copy_(tensors[name])
-        chosen = {}
         for (layer, site), threshold in other.calibration.thresholds_at(max(dial, CAPACITY_MIN)).items():
-            chosen[layer, site] = routers[f"{layer}_{site}"]
-            chosen[layer, site].set_threshold(threshold)
-        return Threshold(chosen)
+            routers[f"{layer}_{site}"].set_threshold(threshold)
+        return Threshold(routers)
 
     return family
 

@@ -7,7 +7,7 @@ that this token executed (the usual count: Kaplan et al. 2020, arXiv:2001.08361,
     ffn          gate, up and down projections, at their share
     exited_kv    K and V, dense, in each layer after the one in which a token left
     head         the LM head, once per token; a prefill that wants one token's logits spends less
-    routers      token grain: D multiply-adds a layer, from layer 1 on; channel grain: a compare per channel
+    routers      D multiply-adds a layer (token grain: from layer 1 on); channel grain: a compare per channel, too
     exits        each gate that a token reached, and the translator of the one that it took
     core         attention scores and mixing: 4 FLOPs per query channel and key seen; it reads no weights
 
@@ -108,8 +108,9 @@ def work(
         router_weights = d * (ran - 1)  # layer 0's FFN always runs, nobody asks its router
         router_flops, router_bytes = 2 * router_weights, HAT_BYTES * router_weights
     else:
-        router_flops = (d + q_width + d + lm_config.intermediate_size) * ran
-        router_bytes = dtype.itemsize * router_flops  # one threshold per channel, in the base's dtype
+        compares = (d + q_width + d + lm_config.intermediate_size) * ran  # thresholds, in the base's dtype
+        router_flops = compares + 2 * d * ran
+        router_bytes = dtype.itemsize * compares + HAT_BYTES * d * ran
 
     size = ChannelGrain.site_work(lm_config)  # weights of each linear layer, whatever the grain
     weights = {

@@ -27,7 +27,7 @@ from .hub import local_folder, push_to_hub
 from .layer import AdaptiveLayer
 from .linears import Layout, TiedEmbedding, TiledLinear
 from .modes import Modes
-from .router import ChannelRouter, Everything, Gated, MoERouter, Policy, Threshold
+from .router import ChannelRouter, Everything, Gated, MoERouter, Policy, Threshold, token_ease
 from .state import Masks, TokenState
 from .thresholds import Calibration
 from .tiles import FEW
@@ -68,6 +68,8 @@ class HierarchicalTransformer(Modes, nn.Module):
         for i, layer in enumerate(self.layers):
             for site in self.grain.sites:
                 self.routers[f"{i}_{site}"] = self._new_router(layer, site)
+            if config.granularity == "channel":
+                self.routers[f"{i}_token"] = MoERouter(d)
         self.gates = nn.ModuleDict({str(e): ExitGate(d, config.translator_rank) for e in config.exit_layers})
         for module in (self.routers, self.gates):
             module.to(base.device)
@@ -191,8 +193,17 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     def threshold_policy(self) -> Threshold:
         """The method's own decisions, at the thresholds that the routers carry now."""
-        sites = [(i, s) for i in range(self.config.n_layers) for s in self.grain.sites]
-        return Threshold({(i, s): self.routers[f"{i}_{s}"] for i, s in sites})
+        return Threshold(self.routers)
+
+    def ease(self, layer: int, site: str, x: Tensor) -> Tensor | float | None:
+        """`token_ease` in the forward that is under way; None at the token grain."""
+        token = f"{layer}_token"
+        return token_ease(self.routers[token], site, x, self.trace) if token in self.routers else None
+
+    def scores(self, layer: int, site: str, x: Tensor, ease: Tensor | float | None) -> Tensor:
+        """The router's scores, ``x [n, C] -> [n, C]`` or ``[n]``; ``ease`` as `ease` gives it."""
+        router = self.routers[f"{layer}_{site}"]
+        return router.score(x) if ease is None else router.score(x, ease)
 
     def _set_policy(self) -> None:
         self._policy = Everything() if self._capacity == 1.0 else self.threshold_policy()

@@ -24,7 +24,7 @@ from . import losses
 from .model import HierarchicalTransformer
 from .recipe import Recipe
 from .relax import channel_gate, decoupled_gumbel_softmax, seeded, straight_through
-from .router import Everything, Gated
+from .router import Everything, Gated, token_ease
 from .state import TokenState
 
 Thresholds = Callable[[float], dict[tuple[int, str], float]]
@@ -66,8 +66,10 @@ class Relaxed:
             keep = torch.where(protected, 1.0, keep)
             self._add(site, keep[real].mean())
             return keep
+        # Needs stay as they were measured.
+        ease = token_ease(self.hat.routers[f"{layer}_token"], site, x.detach(), state)
         if self.noise:
-            score = router.score(x).clamp(min=1e-12)
+            score = router.score(x, ease).clamp(min=1e-12)
             logit = score.log() - np.log(max(threshold, 1e-12))
             keep = straight_through(logit + self._noise(logit, layer, site), temperature=self.temperature)
             keep = torch.where(protected[:, None], 1.0, keep)
@@ -75,7 +77,7 @@ class Relaxed:
             return keep
         cut = threshold / (router.column_norm * router.log_scale.detach().exp())
         gated, keep, count = channel_gate(
-            x, router.log_scale, cut, temperature=self.temperature, protected=protected, counted=real
+            x, router.log_scale, cut, ease=ease, temperature=self.temperature, protected=protected, counted=real
         )
         self._add(site, count.sum() / (real.sum() * x.shape[1]))
         return Gated(gated, keep)
@@ -105,7 +107,8 @@ class Objective(nn.Module):
     def __init__(self, hat: HierarchicalTransformer, recipe: Recipe, phase: str, thresholds: Thresholds):
         super().__init__()
         self.hat, self.recipe, self.phase, self.thresholds = hat, recipe, phase, thresholds
-        hat.routers.requires_grad_(phase == "routers")
+        for name, router in hat.routers.items():
+            router.requires_grad_(phase == "routers" and not name.endswith("_token"))
         hat.gates.requires_grad_(phase == "exit")
         for gate in hat.gates.values():
             if gate.rank == 0:

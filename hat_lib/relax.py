@@ -90,6 +90,7 @@ def channel_gate(
     cut: Tensor,
     *,
     temperature: float,
+    ease: Tensor | None = None,
     protected: Tensor | None = None,
     counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,6 +110,7 @@ def channel_gate(
         cut: threshold / (norm * exp(log_scale)) ``[C]``, fp32, computed without gradient; -inf keeps everything.
             Where it is not positive the decision is certain and the gradient 0.
         temperature: > 0, in units of the log-score.
+        ease: ``[n, 1]`` in x's dtype, by which each row's cuts are multiplied; without gradient.
         protected: bool ``[n]``, rows that keep everything and give no gradient to ``log_scale``.
         counted: bool ``[n]``, rows that ``soft_count`` counts (real and alive ones); None counts all.
 
@@ -123,7 +125,9 @@ def channel_gate(
     for name, rows in (("protected", protected), ("counted", counted)):
         if rows is not None and (rows.dtype != torch.bool or rows.shape != x.shape[:1]):
             raise HatError(f"{name} must be bool [{x.shape[0]}], got {rows.dtype} {list(rows.shape)}")
-    return _ChannelGate.apply(x, log_scale, cut, float(temperature), protected, counted)
+    if ease is not None and (ease.dtype != x.dtype or ease.shape != (len(x), 1)):
+        raise HatError(f"ease must be {x.dtype} [{len(x)}, 1], got {ease.dtype} {list(ease.shape)}")
+    return _ChannelGate.apply(x, log_scale, cut, float(temperature), ease, protected, counted)
 
 
 def round_down(cut: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,14 +155,15 @@ def seeded(device: torch.device | str, *key: int) -> torch.Generator:
 
 class _ChannelGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, log_scale, cut, temperature, protected, counted):
+    def forward(ctx, x, log_scale, cut, temperature, ease, protected, counted):
         # The comparison is made in x's dtype, in place: on CPU that and a product of two tensors of one dtype
         # are vectorised, while comparing half-precision numbers into bool, or multiplying by bool, is not.
-        mask = x.abs().gt_(round_down(cut, x.dtype))
+        low = round_down(cut, x.dtype)
+        mask = x.abs().gt_(low if ease is None else low * ease)
         if protected is not None:
             mask.index_fill_(0, protected.nonzero().view(-1), 1)
         keep = mask.bool()
-        ctx.save_for_backward(x, keep, cut, protected, counted)
+        ctx.save_for_backward(x, keep, cut, ease, protected, counted)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(keep)
@@ -167,20 +172,26 @@ class _ChannelGate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _, grad_count):
-        x, keep, cut, protected, counted = ctx.saved_tensors
+        x, keep, cut, ease, protected, counted = ctx.saved_tensors
         grad = torch.zeros_like(x) if grad is None else grad
         grad_x = grad_scale = None
         if ctx.needs_input_grad[0]:
             grad_x = keep.view(torch.uint8).to(grad.dtype).mul_(grad)
         if ctx.needs_input_grad[1]:
             free = torch.ones_like(keep[:, 0]) if protected is None else ~protected
-            through_x, through_count = _slope_sums(x, cut, ctx.temperature, grad, free, counted)
+            through_x, through_count = _slope_sums(x, cut, ctx.temperature, grad, ease, free, counted)
             grad_scale = through_x if grad_count is None else through_x.addcmul_(through_count, grad_count)
-        return grad_x, grad_scale, None, None, None, None
+        return grad_x, grad_scale, None, None, None, None, None
 
 
 def _slope_sums(
-    x: Tensor, cut: Tensor, temperature: float, grad: Tensor, free: Tensor, counted: Tensor | None
+    x: Tensor,
+    cut: Tensor,
+    temperature: float,
+    grad: Tensor,
+    ease: Tensor | None,
+    free: Tensor,
+    counted: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Sums over the rows in ``free`` of ``slope * x * grad``, and over those also counted of ``slope``: two ``[C]``.
 
@@ -198,6 +209,8 @@ def _slope_sums(
         rows = slice(start, start + tile)
         values = x[rows].to(dtype)
         p = values.abs().mul_(inverse)
+        if ease is not None:
+            p.div_(ease[rows].to(dtype))
         if temperature == 1:
             p.add_(1).reciprocal_()
         else:

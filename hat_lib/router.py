@@ -7,7 +7,9 @@ token grain (the published method): one logit per token and layer, ``s = w.x + b
 channel grain: for input channel i of a linear layer, ``s_i = |x_i| * ||W[:, i]||``, the norm of what that
 channel would add to the output; thresholded activation sparsity as in TEAL (Liu et al. 2024,
 arXiv:2408.14690) and CATS (arXiv:2404.08763), weighted by the column norm as in Wanda
-(arXiv:2306.11695). The router learns one log-scale per channel, zero at the start.
+(arXiv:2306.11695). The router learns one log-scale per channel, zero at the start. In each layer a token router
+says how much the token needs, ``u = w.x + b`` on the input of q|k|v, and all of its scores in that layer are
+multiplied by ``exp(u)``: a needy token keeps more channels. It is measured and not trained, see `hat_lib.needs`.
 
 Other policies - everything, forced, random, a static choice - go through the same code, so that a
 control differs from the method in nothing but its decisions.
@@ -15,6 +17,7 @@ control differs from the method in nothing but its decisions.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,9 +26,13 @@ from torch import Tensor, nn
 from .relax import round_down
 from .state import Masks, TokenState
 
+# A factor of e^3 either way is more than any text asked for; what lies beyond is a stray extrapolation.
+NEED_LIMIT = 3.0
+
 
 class MoERouter(nn.Module):
-    """Token grain: one score per token, ``[n, D] -> [n]`` fp32. Untrained, all scores are zero."""
+    """One score per token, ``[n, D] -> [n]`` fp32: whether the FFN runs (token grain), or the token's need (channel
+    grain). Untrained, all scores are zero."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -58,12 +65,15 @@ class ChannelRouter(nn.Module):
         self.register_buffer("column_norm", column_norm.clamp(min=1e-12), persistent=False)
         self.set_threshold(-torch.inf)
 
-    def score(self, x: Tensor) -> Tensor:
-        return x.float().abs() * (self.column_norm * self.log_scale.exp())
+    def score(self, x: Tensor, ease: Tensor | float | None = None) -> Tensor:
+        """``ease [n, 1]`` is the tokens' own, from `token_ease`."""
+        score = x.float().abs() * (self.column_norm * self.log_scale.exp())
+        return score if ease is None else score / ease
 
-    def keep(self, x: Tensor) -> Tensor:
-        # |x_i| > t / (norm_i * scale_i): the same rule with the division done once.
-        return x.abs() > self._cut_in(x.dtype)
+    def keep(self, x: Tensor, ease: Tensor | float | None = None) -> Tensor:
+        # |x_i| > t * ease / (norm_i * scale_i): the same rule with the division done once.
+        cut = self._cut_in(x.dtype)
+        return x.abs() > (cut if ease is None else cut * ease)
 
     def set_threshold(self, threshold: float) -> None:
         self.threshold = float(threshold)
@@ -80,6 +90,20 @@ class ChannelRouter(nn.Module):
 
 
 Router = MoERouter | ChannelRouter
+
+
+def token_ease(router: MoERouter, site: str, x: Tensor, state: TokenState) -> Tensor | float:
+    """Channel grain: ``exp(-need)`` of each running row, which multiplies its thresholds, ``[n, 1]`` in x's dtype.
+
+    Worked out at a layer's first site for all of them. For one row on a CPU it is a number, in a third of the time."""
+    if site != "qkv":
+        return state.ease
+    if len(x) == 1 and x.device.type == "cpu":
+        need = float(torch.dot(x.view(-1).float(), router.weight)) + float(router.bias)
+        state.ease = math.exp(-min(max(need, -NEED_LIMIT), NEED_LIMIT))
+    else:
+        state.ease = router.score(x).neg().clamp_(-NEED_LIMIT, NEED_LIMIT).exp_().to(x.dtype)[:, None]
+    return state.ease
 
 
 class Gated(NamedTuple):
@@ -106,13 +130,22 @@ class Everything:
 
 
 class Threshold:
-    """The method: score > threshold."""
+    """The method: score > threshold.
 
-    def __init__(self, routers: dict[tuple[int, str], Router]):
+    Args:
+        routers: a model's, by ``"{layer}_{site}"`` and, for the need of its tokens, ``"{layer}_token"``.
+    """
+
+    def __init__(self, routers: nn.ModuleDict):
         self.routers = routers
+        # Where no need was measured, nobody is asked.
+        self.needs = any(bool(r.weight.any()) for name, r in routers.items() if name.endswith("_token"))
 
     def __call__(self, layer, site, x, rows, state):
-        return self.routers[layer, site].keep(x)
+        router = self.routers[f"{layer}_{site}"]
+        if not self.needs:
+            return router.keep(x)
+        return router.keep(x, token_ease(self.routers[f"{layer}_token"], site, x, state))
 
 
 class Forced:

@@ -283,8 +283,9 @@ class TestTinyLlamaByHand:
         assert token.weight_bytes["routers"].tolist() == [4 * 2048 * 21, 4 * 2048 * 7]
         channel = work(lm_config, HatConfig.default(lm_config), torch.ones(22, 4, 2), exit_layer)
         channels = 3 * 2048 + 5632
-        assert channel.flops["routers"].tolist() == [22 * channels, 8 * channels]
-        assert channel.weight_bytes["routers"].tolist() == [2 * 22 * channels, 2 * 8 * channels]
+        assert channel.flops["routers"].tolist() == [22 * (channels + 2 * 2048), 8 * (channels + 2 * 2048)]
+        per_layer = 2 * channels + 4 * 2048
+        assert channel.weight_bytes["routers"].tolist() == [22 * per_layer, 8 * per_layer]
 
     def test_capacity_is_checked(self, lm_config):
         with pytest.raises(HatError, match="capacity"):
@@ -323,7 +324,7 @@ class TestStates:
         reached = sum(int((ran >= e).sum()) for e in EXITS)
         exits = reached * 2 * d + int((ran < 4).sum()) * 2 * 2 * d
         ran_total = float(ran.sum())
-        routers = {"channel": ran_total * (3 * 64 + 160), "token": 2 * 64 * (ran_total - n)}
+        routers = {"channel": ran_total * (5 * 64 + 160), "token": 2 * 64 * (ran_total - n)}
         expected = (2 * weights + routers[hat.config.granularity] + 2 * exits) / (2 * n * (4 * body + 260 * d))
         assert model_share(hat, state) == pytest.approx(expected, rel=1e-6)
         assert state_cost(hat, state).ideal_speedup == pytest.approx(1 / expected, rel=1e-6)

@@ -64,3 +64,22 @@ def test_random_keeps_its_share_everywhere(share):
         assert float(keep.float().mean(axis).sub(share).abs().max()) < 0.15
     other = Random(share, seed=3)(3, "down", torch.zeros(400, 256), None, state(1, 400))
     assert float((keep != other).float().mean()) > 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_ease_multiplies_the_thresholds_of_its_row(dtype):
+    router = channel_router()
+    generator = torch.Generator().manual_seed(1)
+    x, ease = (
+        torch.randn(64, 512, generator=generator).to(dtype),
+        torch.randn(64, 1, generator=generator).exp().to(dtype),
+    )
+    router.set_threshold(0.5)
+    score = router.score(x, ease)
+    torch.testing.assert_close(score, router.score(x) / ease.float())
+    # The row's cut is rounded to x's dtype.
+    clear = (score / 0.5 - 1).abs() > 4 * torch.finfo(dtype).eps
+    assert torch.equal(router.keep(x, ease)[clear], (score > 0.5)[clear]) and clear.float().mean() > 0.95
+    assert torch.equal(router.keep(x, torch.ones(64, 1, dtype=dtype)), router.keep(x))
+    alone = torch.cat([router.keep(row, e) for row, e in zip(x.split(1), ease.split(1), strict=True)])
+    assert torch.equal(alone, router.keep(x, ease))
