@@ -229,7 +229,8 @@ class TestStatic:
         # Protected tokens run everything, 2 of 64; so a share of 0.75 of each site realises 0.75 + 0.25 * 2 / 64.
         hat.calibration = SimpleNamespace(shares_at=lambda capacity: np.full((4, 4), capacity))
         generator = torch.Generator().manual_seed(2)
-        for key, router in hat.routers.items():
+        for key in (f"{i}_{site}" for i in range(4) for site in hat.grain.sites):
+            router = hat.routers[key]
             width = len(router.log_scale)
             chosen[key] = torch.randperm(width, generator=generator)[: round(0.75 * width)]
             router.log_scale[chosen[key]] = 20.0
