@@ -46,10 +46,11 @@ def fit_needs(hat: HierarchicalTransformer, blocks: list[Tensor], cuts: dict, se
     """
     prices, inputs = _prices(hat, blocks, cuts, seed, progress)
     prices = prices / prices.mean(1, keepdim=True).clamp(min=1e-12)
-    last = len(prices) - 1
     for layer in tqdm(range(len(prices)), desc="needs", disable=not progress):
-        near = prices[max(0, layer - NEIGHBOURS) : min(last, layer + NEIGHBOURS) + 1]
-        weight, bias = log_linear(inputs[layer].float(), near.mean(0).clamp(max=PRICE_LIMIT))
+        near = prices[max(0, layer - NEIGHBOURS) : layer + NEIGHBOURS + 1].mean(0).clamp(max=PRICE_LIMIT)
+        if not near.any():  # nothing that is dropped here matters
+            continue
+        weight, bias = log_linear(inputs[layer].float(), near)
         router = hat.routers[f"{layer}_token"]
         router.weight.data.copy_(weight / 2)
         router.bias.data.copy_(bias / 2)
