@@ -2,8 +2,7 @@
 
 If y is sampled from the base itself, the KL divergence between the base and a base whose activation a is changed by a
 small d is, to second order, ``1/2 E[(grad_a log p(y) . d)^2]``: the Fisher quadratic form. So one gradient prices every
-change of every activation. On the bundled base the prices of all sites, each gated alone at 0.75, add up to 0.025 nats
-a token; gating all of them together costs 0.026.
+change of every activation, and prices of small changes add up (measured in `LOG.md`).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def backward(
         with torch.no_grad():
             use = price(layer, site, x.detach(), activation.detach())
         if use is not None:
-            activation.register_hook(lambda gradient: use(gradient))  # a hook's answer would replace the gradient
+            activation.register_hook(use)
 
     generator = torch.Generator(hat.base.device).manual_seed(seed)
     tokens = 0

@@ -1,8 +1,8 @@
 """Which tokens need more: the token routers of the channel grain, measured and not trained.
 
-Dropping the same share of channels costs some tokens ten times as much as others. How much, is what a backward pass
-tells (`hat_lib.fisher`), and the state that enters a layer predicts it: a log-linear model ``eta = w.x + b`` of the
-price, fitted to some thousand tokens, sorts unseen ones into tenths whose mean prices differ eightfold.
+Dropping the same share of channels costs some tokens several times as much as others. How much, is what a backward
+pass tells (`hat_lib.fisher`), and the state that enters a layer predicts it: by a log-linear model of the price,
+``eta = w.x + b``, fitted to some thousand tokens (how well, on unseen ones: `LOG.md`).
 
 Where all channels of all tokens are to be dropped at the same marginal price, ``1/2 t^2 e^eta`` for one that lies at
 the threshold t, thresholds go with ``exp(-eta / 2)``. So the need, which multiplies a token's scores as ``exp(u)``, is
