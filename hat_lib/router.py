@@ -89,9 +89,6 @@ class ChannelRouter(nn.Module):
         return self._cuts[dtype]
 
 
-Router = MoERouter | ChannelRouter
-
-
 def token_ease(router: MoERouter, site: str, x: Tensor, state: TokenState) -> Tensor | float:
     """Channel grain: ``exp(-need)`` of each running row, which multiplies its thresholds, ``[n, 1]`` in x's dtype.
 
