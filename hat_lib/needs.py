@@ -44,7 +44,7 @@ def fit_needs(hat: HierarchicalTransformer, blocks: list[Tensor], cuts: dict, se
         blocks: int64 ``[1, T]`` each.
         cuts: score thresholds by (layer, site) at which `SHARE` is kept.
     """
-    prices, inputs = _prices(hat, blocks, cuts, seed, progress)
+    prices, inputs = token_prices(hat, blocks, cuts, seed, progress)
     prices = prices / prices.mean(1, keepdim=True).clamp(min=1e-12)
     for layer in tqdm(range(len(prices)), desc="needs", disable=not progress):
         near = prices[max(0, layer - NEIGHBOURS) : layer + NEIGHBOURS + 1].mean(0).clamp(max=PRICE_LIMIT)
@@ -56,8 +56,19 @@ def fit_needs(hat: HierarchicalTransformer, blocks: list[Tensor], cuts: dict, se
         router.bias.data.copy_(bias / 2)
 
 
-def _prices(hat, blocks, cuts, seed: int, progress: bool) -> tuple[Tensor, list[Tensor]]:
-    """Price of each layer and token, fp32 ``[L, n]``, and the inputs of q|k|v, L of ``[n, D]`` in half precision."""
+def token_prices(
+    hat: HierarchicalTransformer, blocks: list[Tensor], cuts: dict, seed: int = 0, progress: bool = True
+) -> tuple[Tensor, list[Tensor]]:
+    """What it would cost each token to drop its channels at or below ``cuts``, in one layer at a time.
+
+    Args:
+        blocks, cuts: as in `fit_needs`; the token routers are not asked.
+        seed: of the targets that are drawn from the base.
+
+    Returns:
+        The prices, nats of KL divergence, fp32 ``[L, n]``, and what predicts them, the inputs of q|k|v: L of ``[n, D]``
+        in half precision. n counts the tokens that are not protected, in order.
+    """
     layers = hat.config.n_layers
     price: list[list[Tensor]] = [[] for _ in range(layers)]
     inputs: list[list[Tensor]] = [[] for _ in range(layers)]

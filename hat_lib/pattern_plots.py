@@ -14,10 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from .coloured import PALETTE, visible
 from .curves import WIDE
-from .plots import BLUE, GREY, ORANGE, STYLE, WIDTH, need, percent
+from .plots import BLUE, GREEN, GREY, ORANGE, STYLE, WIDTH, need, percent
 
 BOUNDS = ("mean", "low", "high", "difference", "difference_low", "difference_high")
 PANELS = {"share": "executed share", "left": "tokens that leave early"}
@@ -131,6 +132,34 @@ def by_quantile(table: pd.DataFrame) -> Figure:
         lines = [Line2D([], [], color=c, marker=m, label=f"of the {w} token".replace("token token", "token itself"))
                  for w, (c, m) in WHICH.items()]  # fmt: skip
         _legend(fig, lines)
+    return fig
+
+
+def by_need(table: pd.DataFrame) -> Figure:
+    """What tokens cost against what was forecast, both relative to the mean of their layer, by depth.
+
+    Args:
+        table: ``first``, ``last`` (layers), ``forecast``, ``mean``, ``low``, ``high``.
+    """
+    need(table, "first", "last", "forecast", "mean", "low", "high")
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+        ax = fig.subplots()
+        looks = zip(("-", "--", "-."), (BLUE, ORANGE, GREEN), ("o", "s", "^"), strict=True)
+        for (line, colour, marker), ((first, last), rows) in zip(looks, table.groupby(["first", "last"]), strict=False):
+            ends = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
+            ax.errorbar(
+                rows["forecast"], rows["mean"], ends, color=colour, linestyle=line, marker=marker, capsize=2,
+                elinewidth=1, label=f"layers {first}–{last}",
+            )  # fmt: skip
+        ends = table[["forecast", "low"]].min().min(), table[["forecast", "high"]].max().max()
+        ax.plot(ends, ends, color=GREY, linewidth=1, label="as forecast")
+        ax.set(xscale="log", yscale="log", xlabel="forecast, × the layer's mean", ylabel="measured, × the layer's mean")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4]))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+        ax.legend()
     return fig
 
 

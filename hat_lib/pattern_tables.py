@@ -112,6 +112,32 @@ def correlations(found: Patterns) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["compute", "quantity", "of", "rho", "low", "high", "tokens", "blocks"])
 
 
+def by_need(price: np.ndarray, forecast: np.ndarray, block: np.ndarray, depths: int = 3, bins: int = 5) -> pd.DataFrame:
+    """Do tokens cost what was forecast? Pairs of token and layer in bins of equal size by the forecast, at each depth.
+
+    Args:
+        price, forecast: of dropping a token's channels in a layer, ``[L, n]``, in any unit: both are taken relative to
+            the layer's mean.
+        block: of each token ``[n]``.
+
+    Returns:
+        ``bin`` (from 0), ``pairs`` (of a token and a layer), ``forecast`` (mean), ``mean`` (of the prices), ``low``,
+        ``high``, and ``first`` to ``last``, the layers.
+    """
+    parts = []
+    for layers in np.array_split(np.arange(len(price)), depths):
+        # Token after token, so that a block's pairs lie together.
+        cost, guess = ((x[layers] / x[layers].mean(1, keepdims=True)).T.ravel() for x in (price, forecast))
+        codes = pd.qcut(pd.Series(guess).rank(method="first"), bins, labels=False).to_numpy()
+        values = np.where(codes == np.arange(bins)[:, None], cost, np.nan)
+        mean, drawn, count, blocks = _resampled(values, np.repeat(block, len(layers)))
+        low, high = _interval(drawn, blocks)
+        columns = {"pairs": count, "forecast": pd.Series(guess).groupby(codes).mean(), "mean": mean}
+        table = pd.DataFrame({"bin": range(bins), **columns, "low": low, "high": high})
+        parts.append(table.assign(first=layers[0], last=layers[-1]))
+    return pd.concat(parts, ignore_index=True)
+
+
 def compare_docs(found: Patterns, first: str, second: str) -> pd.DataFrame:
     """Two prompts, or documents: their means, and the difference second - first.
 

@@ -60,7 +60,7 @@ def test_the_need_is_half_the_log_of_the_price(monkeypatch):
     direction = torch.randn(64, generator=generator) / 64**0.5
     prices = torch.stack([(x @ direction).exp() for x in inputs])
     monkeypatch.setattr(needs, "NEIGHBOURS", 0)  # each layer here has tokens of its own
-    monkeypatch.setattr(needs, "_prices", lambda *_: (prices, inputs))
+    monkeypatch.setattr(needs, "token_prices", lambda *_: (prices, inputs))
     needs.fit_needs(hat, [], {}, seed=0, progress=False)
     for layer, x in enumerate(inputs):
         found, wanted = hat.routers[f"{layer}_token"].score(x), (x @ direction) / 2
@@ -75,7 +75,7 @@ def test_prices_of_tokens_add_up_to_those_of_the_text():
     hat, text = new(), [torch.tensor([b]) for b in blocks()]
     quantiles = module.score_quantiles(hat, text, progress=False)
     cuts = {key: -1.0 for key in quantiles} | {(2, "down"): module._cuts(quantiles, 0.75)[2, "down"]}
-    prices, inputs = needs._prices(hat, text, cuts, seed=0, progress=False)
+    prices, inputs = needs.token_prices(hat, text, cuts, seed=0, progress=False)
     whole = module._damage(hat, text, quantiles, seed=0, progress=False)[module.PROBE_SHARES.index(0.75), 2, 3]
     assert prices.shape == (4, 16 * 62) and inputs[0].shape == (16 * 62, 64)
     assert not prices[[0, 1, 3]].any() and float(prices[2].sum()) / (16 * 64) == pytest.approx(whole, rel=1e-4)
