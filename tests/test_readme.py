@@ -85,7 +85,7 @@ def test_targets_come_true():
     assert set(reached.granularity) == {"channel", "token"} and len(frame) == 8
     assert ((reached.measured / reached.requested - 1).abs() < 0.05).all()
     out_of_reach = frame[~frame.reachable]
-    assert set(out_of_reach.granularity) == {"channel"} and list(out_of_reach.requested) == [1.1, 1.2]
+    assert set(out_of_reach.granularity) == {"channel"} and list(out_of_reach.requested) == [1.05, 1.1, 1.2]
 
 
 def test_lossless_is():
