@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .config import HatError
 from .fisher import backward
 from .model import HierarchicalTransformer
 
@@ -68,7 +69,11 @@ def token_prices(
     Returns:
         The prices, nats of KL divergence, fp32 ``[L, n]``, and what predicts them, the inputs of q|k|v: L of ``[n, D]``
         in half precision. n counts the tokens that are not protected, in order.
+
+    Raises `HatError` at the token grain, which has no needs.
     """
+    if hat.config.granularity != "channel":
+        raise HatError(f"needs are of the channel grain, got a model of the {hat.config.granularity} grain")
     layers = hat.config.n_layers
     price: list[list[Tensor]] = [[] for _ in range(layers)]
     inputs: list[list[Tensor]] = [[] for _ in range(layers)]

@@ -6,7 +6,7 @@ import torch
 from hat_lib import needs
 from hat_lib.base import load_base
 from hat_lib.calibrate import calibrate
-from hat_lib.config import HatConfig
+from hat_lib.config import HatConfig, HatError
 from hat_lib.model import HierarchicalTransformer
 from hat_lib.needs import PRIOR, log_linear
 
@@ -79,6 +79,13 @@ def test_prices_of_tokens_add_up_to_those_of_the_text():
     whole = module._damage(hat, text, quantiles, seed=0, progress=False)[module.PROBE_SHARES.index(0.75), 2, 3]
     assert prices.shape == (4, 16 * 62) and inputs[0].shape == (16 * 62, 64)
     assert not prices[[0, 1, 3]].any() and float(prices[2].sum()) / (16 * 64) == pytest.approx(whole, rel=1e-4)
+
+
+def test_the_token_grain_has_no_needs():
+    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
+    hat = HierarchicalTransformer(base, HatConfig.default(base, granularity="token"))
+    with pytest.raises(HatError, match="token grain"):
+        needs.token_prices(hat, [torch.tensor([[1, 2, 3]])], {})
 
 
 def test_calibration_measures_needs_or_leaves_all_tokens_alike():
