@@ -2,7 +2,7 @@
 
 Dropping the same share of channels costs some tokens several times as much as others. How much, is what a backward
 pass tells (`hat_lib.fisher`), and the state that enters a layer predicts it: by a log-linear model of the price,
-``eta = w.x + b``, fitted to some thousand tokens (how well, on unseen ones: `LOG.md`).
+``eta = w.x + b``, fitted to some thousand tokens (how well, on text of another kind: notebook 07).
 
 Where all channels of all tokens are to be dropped at the same marginal price, ``1/2 t^2 e^eta`` for one that lies at
 the threshold t, thresholds go with ``exp(-eta / 2)``. So the need, which multiplies a token's scores as ``exp(u)``, is
