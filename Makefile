@@ -7,7 +7,7 @@ PYTHON ?= python3
 # and several gigabytes; an index of CPU builds makes set-up small: make test TORCH_INDEX=<address>
 TORCH_INDEX ?=
 # Fetches the bundled model into the user's cache; does nothing when it is there.
-FETCH ?= $(PY) -m hat_lib.cli setup --quiet
+FETCH ?= $(PY) -m hat_lib setup --quiet
 
 PY := .venv/bin/python
 TORCH := torch>=2.7,<3
@@ -27,6 +27,7 @@ workbook: .venv/ready  ## run every notebook into runs/, then say how each one w
 test: .venv/tested  ## lint, run the tests, compare the notebooks' stored outputs with a fresh run
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	.venv/bin/lint-imports --no-cache
 	$(OFFLINE) $(PY) -m pytest
 	$(if $(wildcard notebooks/*.ipynb),$(OFFLINE) $(PY) -m pytest $(NBVAL) notebooks/,@echo "no notebooks to compare")
 

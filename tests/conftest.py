@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def tiny_base():
     """`random:tiny` in fp32 on the CPU. Shared by all tests: leave it as it was."""
-    from hat_lib.base import load_base
+    from hat_lib.backbone.base import load_base
 
     return load_base("random:tiny", dtype=torch.float32, device="cpu")
 
@@ -29,7 +29,7 @@ def tiny_base():
 @pytest.fixture(scope="session")
 def bundled():
     """The bundled base in fp32 on the CPU. Shared by all tests: leave it as it was."""
-    from hat_lib.base import load_base
+    from hat_lib.backbone.base import load_base
 
     return load_base("bundled", dtype=torch.float32, device="cpu")
 
@@ -44,7 +44,7 @@ def no_grad():
 @pytest.fixture(autouse=True)
 def fixed_break_even(monkeypatch):
     """Which way one row is multiplied must not depend on the machine: gather below a kept share of 0.8 (fp32: 0.6)."""
-    from hat_lib import linears
+    from hat_lib.engine import packed as linears
 
     monkeypatch.setattr(linears, "break_even", lambda *shape: {2: 0.8, 4: 0.6}[shape[3].itemsize])
 
@@ -52,7 +52,7 @@ def fixed_break_even(monkeypatch):
 @pytest.fixture
 def run_hat(capsys):
     """Run a command in this process: ``(exit code, stdout, stderr)``."""
-    from hat_lib.cli import app
+    from hat_lib.cli.app import app
 
     def run(*args):
         with pytest.raises(SystemExit) as stopped:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hat_lib.backbone.shapes import random_config
 from hat_lib.config import (
     PUBLISHED_DEPTH,
     PUBLISHED_EXITS,
@@ -18,7 +19,6 @@ from hat_lib.config import (
     check_exit_rate,
     scaled_exits,
 )
-from hat_lib.shapes import random_config
 
 
 @pytest.mark.parametrize("value", [0.1, 1, 1.0, 0.55, "0.75", " 1e-1 "])

@@ -16,14 +16,13 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import hat_lib
-from hat_lib.notebook_files import clean, errors
+from hat_lib.workbook.notebooks import clean, errors
 
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "hat_lib"
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-MODULE_FILES = sorted(set(PACKAGE.glob("*.py")) - {PACKAGE / "__init__.py", PACKAGE / "__main__.py"})
 
 
 # --- packages ---
@@ -72,7 +71,7 @@ def test_every_import_of_the_library_is_declared():
     }
     unknown = {
         f"{path.name}: {name}"
-        for path in PACKAGE.glob("*.py")
+        for path in PACKAGE.rglob("*.py")
         for name in absolute_imports(path)
         if name not in sys.stdlib_module_names | {"hat_lib"}
         and canonicalize_name(distribution.get(name, name)) not in declared
@@ -113,39 +112,6 @@ def absolute_imports(path):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield node.module.split(".")[0]
-
-
-def imports_of_modules(path):
-    """The hat_lib modules that a file imports, in whatever form and place, but not for type hints alone."""
-    module = tree(path)
-    module.body = [node for node in module.body if ast.unparse(getattr(node, "test", node)) != "TYPE_CHECKING"]
-    for node in ast.walk(module):
-        if isinstance(node, ast.Import):
-            yield from (alias.name[len("hat_lib.") :] for alias in node.names if alias.name.startswith("hat_lib."))
-        elif isinstance(node, ast.ImportFrom):
-            source = "." * node.level + (node.module or "")
-            if source in (".", "hat_lib"):
-                yield from (alias.name for alias in node.names if alias.name in hat_lib.MODULES)
-            elif source.startswith((".", "hat_lib.")):
-                yield source.removeprefix("hat_lib").lstrip(".")
-
-
-def test_every_module_is_listed_in_data_flow_order():
-    assert sorted(hat_lib.MODULES) == [path.stem for path in MODULE_FILES]
-    assert set(hat_lib.MODULES[-2:]) == {"cli", "workbook"}
-
-
-@pytest.mark.parametrize("module", hat_lib.MODULES)
-def test_a_module_imports_only_from_those_before_it(module):
-    before = hat_lib.MODULES[: hat_lib.MODULES.index(module)]
-    assert set(imports_of_modules(PACKAGE / f"{module}.py")) - set(before) == set()
-
-
-@pytest.mark.parametrize("path", MODULE_FILES, ids=lambda path: path.stem)
-def test_a_module_says_its_idea_and_can_be_read_in_one_sitting(path):
-    text = path.read_text(encoding="utf-8")
-    assert ast.get_docstring(ast.parse(text))
-    assert len(text.splitlines()) < 360
 
 
 # --- files ---

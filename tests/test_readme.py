@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from hat_lib.config import DATA, REPO
-from hat_lib.controls import CONTROLS
+from hat_lib.evaluation.baselines.controls import CONTROLS
 
 
 def table(name):

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from hat_lib import trainer
-from hat_lib.base import load_base
-from hat_lib.calibrate import calibrate
-from hat_lib.calibrate_exits import calibrate_exits
+from hat_lib.backbone.base import load_base
+from hat_lib.calibration.capacity import calibrate
+from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.config import HatConfig
-from hat_lib.model import HierarchicalTransformer
-from hat_lib.recipe import Recipe
-from hat_lib.train import Run, nominal_thresholds, train
-from hat_lib.trainer import train_phase
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.training import trainer
+from hat_lib.training.recipe import Recipe
+from hat_lib.training.run import Run, nominal_thresholds, train
+from hat_lib.training.trainer import train_phase
 
 GRAINS = ("channel", "token")
 PHASES = ("routers", "exit")
@@ -91,7 +91,7 @@ def interrupt_at(monkeypatch, *steps: tuple[str, int]) -> None:
 # Processes. A fork server has the imports done, which take seconds, and has run nothing yet that a fork would break.
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["hat_lib.train", "hat_lib.cli"])
+_context.set_forkserver_preload(["hat_lib.training.run", "hat_lib.cli.app"])
 
 
 def start(target, *args):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tiny_runs import GRAINS, tiny_run
 
-from hat_lib import trainer
-from hat_lib.cli import app
-from hat_lib.train import train
+from hat_lib.cli.app import app
+from hat_lib.training import trainer
+from hat_lib.training.run import train
 
 RANK = int(os.environ["RANK"])
 

@@ -14,7 +14,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from hat_lib.corpora import SPLITS, documents
+from hat_lib.text.corpora import SPLITS, documents
 
 HERE = Path(__file__).resolve().parent
 CLOZES, PASSAGES = 60, 14  # of each address

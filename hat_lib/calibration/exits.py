@@ -1,0 +1,135 @@
+"""Calibrate exits: the table that turns an exit rate, at a capacity, into one threshold per gate.
+
+A gate is trained to say whether the token that would be read here is the base's. On held-out text, what it says is
+mapped to how often that was so (a logistic map per gate: Platt 1999), which makes the gates comparable. Then one bar
+for all of them: a token leaves at the first exit whose chance of agreeing with the base is over the bar. Lowering the
+bar raises the rate; which rate each bar realises is measured with exits on, because tokens that left change the keys
+and values that later tokens see. Skipped work changes what a gate reads, so all of it is done at several capacities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from scipy.special import expit, logit
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hat_lib.calibration.capacity import held_out_parts
+from hat_lib.config import HatError, check_capacity
+from hat_lib.model.thresholds import Calibration
+from hat_lib.model.transformer import HierarchicalTransformer
+
+CAPACITIES = (0.4, 0.55, 0.75, 1.0)
+RATES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+# Thresholds beyond this are certain decisions; JSON has no infinity. Between the last two rates, to interpolate is to
+# jump, which is why they lie close together.
+CERTAIN = 1e6
+
+
+@torch.no_grad()
+def calibrate_exits(
+    hat: HierarchicalTransformer,
+    blocks: Iterable[list[int]],
+    capacities: Sequence[float] = CAPACITIES,
+    *,
+    progress: bool = True,
+) -> tuple[Calibration, list[list[float]]]:
+    """Measure the exits of ``hat`` at ``capacities``, rising; sets and returns its calibration, with exits.
+
+    Returns:
+        The calibration, and for each of its capacities and exit rates (after 0) the agreement with the base of the
+        tokens that left.
+
+    Raises `HatError` without exit layers, without a calibration of capacities, for capacities out of order, or with
+    less than 256 tokens.
+    """
+    if not hat.gates:
+        raise HatError("no exits to calibrate: the config has no exit layers")
+    if hat.calibration is None:
+        raise HatError("calibrate capacities before exits")
+    capacities = [check_capacity(c) for c in capacities]
+    if not capacities or sorted(set(capacities)) != capacities:
+        raise HatError(f"capacities must be at least one, and rise, got {capacities}")
+    fit, check = held_out_parts(hat, blocks)
+    tables = []
+    for capacity in tqdm(capacities, desc="exits", disable=not progress):
+        with hat.at(capacity, exit_rate=0.0):
+            tables.append(_at_one_capacity(hat, fit, check))
+    rates, scores, agreement = (list(column) for column in zip(*tables, strict=True))
+    hat.calibration = replace(hat.calibration, exit_capacities=capacities, exit_rates=rates, exit_scores=scores)
+    hat.exit_rate = hat.exit_rate  # by the new table
+    return hat.calibration, agreement
+
+
+def _at_one_capacity(hat, fit: list[Tensor], check: list[Tensor]) -> tuple[list, list, list]:
+    """Realised rates ``[R]``, thresholds ``[R, E]``, and the agreement of those that left ``[R - 1]``."""
+    scores, agreed = _scores(hat, fit)
+    maps = [_logistic(s, a) for s, a in zip(scores.T, agreed.T, strict=True)]
+    chance = np.stack([expit(a * s + b) for (a, b), s in zip(maps, scores.T, strict=True)], 1)
+
+    best = np.sort(chance.max(1))  # a token leaves somewhere if its best chance is over the bar
+    rates, table, agreement = [0.0], [[CERTAIN] * len(maps)], []
+    for rate in RATES:
+        bar = float(np.quantile(best, 1 - rate)) if rate < 1 else 0.0
+        thresholds = [_threshold(bar, a, b) for a, b in maps]
+        leaving = chance > bar
+        first = leaving.argmax(1)
+        left = leaving.any(1)
+        agreement.append(float(agreed[left, first[left]].mean()) if left.any() else 1.0)
+        rates.append(_realised(hat, check, thresholds))
+        table.append(thresholds)
+    return np.maximum.accumulate(np.round(rates, 5)).tolist(), np.round(table, 6).tolist(), agreement
+
+
+def _scores(hat, blocks: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Gate scores and agreement with the dense base of every token that may leave: ``[n, E]`` fp32, bool."""
+    head, norm = hat.lm.lm_head, hat.lm.model.norm
+    scores, agreed = [], []
+    for block in blocks:
+        with hat.dense():
+            base = hat.lm(block, use_cache=False).logits[0].argmax(-1)
+        hidden = hat.lm.model(block, use_cache=False, output_hidden_states=True).hidden_states
+        may = (hat.trace.real & ~hat.trace.protected)[0]
+        rows = [(gate.score(h), head(norm(gate.translate(h))).argmax(-1) == base)
+                for gate, h in ((g, hidden[int(e)][0]) for e, g in hat.gates.items())]  # fmt: skip
+        scores.append(torch.stack([s[may] for s, _ in rows], 1))
+        agreed.append(torch.stack([a[may] for _, a in rows], 1))
+    return torch.cat(scores).cpu().numpy(), torch.cat(agreed).cpu().numpy()
+
+
+def _logistic(score: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+    """a >= 0 and b of ``P(right) = sigmoid(a score + b)``, by maximum likelihood with a little shrinkage."""
+    target, spread = right.astype(float), score.std() or 1.0
+    z = (score - score.mean()) / spread
+
+    def loss(parameters):
+        a, b = parameters
+        p = a * z + b
+        value = np.mean(np.logaddexp(0, p) - target * p) + 1e-3 * (a * a + b * b)
+        error = expit(p) - target
+        return value, np.array([np.mean(error * z) + 2e-3 * a, np.mean(error) + 2e-3 * b])
+
+    a, b = minimize(loss, [1.0, 0.0], jac=True, bounds=[(1e-6, None), (None, None)]).x
+    return a / spread, b - a * score.mean() / spread
+
+
+def _threshold(bar: float, a: float, b: float) -> float:
+    """The gate score at which the chance is ``bar``."""
+    return float(np.clip((logit(bar) - b) / a, -CERTAIN, CERTAIN))
+
+
+def _realised(hat, blocks: list[Tensor], thresholds: list[float]) -> float:
+    for gate, threshold in zip(hat.gates.values(), thresholds, strict=True):
+        gate.threshold = threshold
+    left = tokens = 0.0
+    with hat._swapped(_exit_rate=1.0):
+        for block in blocks:
+            hat.lm(block, use_cache=False, logits_to_keep=1)
+            left += hat.trace.exit_rate * block.shape[1]
+            tokens += block.shape[1]
+    return left / tokens

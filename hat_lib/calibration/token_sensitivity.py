@@ -1,0 +1,125 @@
+"""Which tokens need more: the token routers of the channel grain, measured and not trained.
+
+Dropping the same share of channels costs some tokens several times as much as others. How much, is what a backward pass
+tells (`hat_lib.calibration.fisher`), and the state that enters a layer predicts it: by a log-linear model of the price,
+``eta = w.x + b``, fitted to some thousand tokens (how well, on text of another kind: notebook 07).
+
+Where all channels of all tokens are to be dropped at the same marginal price, ``1/2 t^2 e^eta`` for one that lies at
+the threshold t, thresholds go with ``exp(-eta / 2)``. So the need, which multiplies a token's scores as ``exp(u)``, is
+``u = eta / 2``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hat_lib.calibration.fisher import backward
+from hat_lib.config import HatError
+from hat_lib.model.transformer import HierarchicalTransformer
+
+# Backward pass for at most so many tokens: their inputs are kept, in half precision, for every layer.
+TOKENS = 24_576
+# Kept share at which tokens are priced.
+SHARE = 0.75
+# A layer's need is what its neighbours' prices say as well: one token's price in one layer is mostly noise.
+NEIGHBOURS = 2
+# Prices beyond so many times the mean count as that.
+PRICE_LIMIT = 30.0
+# Standard deviation that eta is expected to have: tighter than it comes out, and so better on text of another kind.
+PRIOR = 0.4
+
+
+def clear_needs(hat: HierarchicalTransformer) -> None:
+    """All tokens alike."""
+    for layer in range(hat.config.n_layers):
+        for parameter in hat.routers[f"{layer}_token"].parameters():
+            parameter.data.zero_()
+
+
+def fit_needs(hat: HierarchicalTransformer, blocks: list[Tensor], cuts: dict, seed: int, progress: bool = True) -> None:
+    """Set the weights of ``hat``'s token routers.
+
+    Args:
+        blocks: int64 ``[1, T]`` each.
+        cuts: score thresholds by (layer, site) at which `SHARE` is kept.
+    """
+    prices, inputs = token_prices(hat, blocks, cuts, seed, progress)
+    prices = prices / prices.mean(1, keepdim=True).clamp(min=1e-12)
+    for layer in tqdm(range(len(prices)), desc="needs", disable=not progress):
+        near = prices[max(0, layer - NEIGHBOURS) : layer + NEIGHBOURS + 1].mean(0).clamp(max=PRICE_LIMIT)
+        if not near.any():  # nothing that is dropped here matters
+            continue
+        weight, bias = log_linear(inputs[layer].float(), near)
+        router = hat.routers[f"{layer}_token"]
+        router.weight.data.copy_(weight / 2)
+        router.bias.data.copy_(bias / 2)
+
+
+def token_prices(
+    hat: HierarchicalTransformer, blocks: list[Tensor], cuts: dict, seed: int = 0, progress: bool = True
+) -> tuple[Tensor, list[Tensor]]:
+    """What it would cost each token to drop its channels at or below ``cuts``, in one layer at a time.
+
+    Args:
+        blocks, cuts: as in `fit_needs`; the token routers are not asked.
+        seed: of the targets that are drawn from the base.
+
+    Returns:
+        The prices, nats of KL divergence, fp32 ``[L, n]``, and what predicts them, the inputs of q|k|v: L of ``[n, D]``
+        in half precision. n counts the tokens that are not protected, in order.
+
+    Raises `HatError` at the token grain, which has no needs.
+    """
+    if hat.config.granularity != "channel":
+        raise HatError(f"needs are of the channel grain, got a model of the {hat.config.granularity} grain")
+    layers = hat.config.n_layers
+    price: list[list[Tensor]] = [[] for _ in range(layers)]
+    inputs: list[list[Tensor]] = [[] for _ in range(layers)]
+
+    def see(layer: int, site: str, x: Tensor, value: Tensor):
+        free = ~hat.trace.protected.view(-1)
+        dropped = hat.routers[f"{layer}_{site}"].score(x) <= cuts[layer, site]
+        if site == "qkv":
+            inputs[layer].append(x[free].half())
+            price[layer].append(torch.zeros(int(free.sum()), device=x.device))
+        row = len(price[layer]) - 1
+
+        def use(gradient: Tensor) -> None:
+            price[layer][row] += ((value * gradient).float() * dropped).sum(-1)[free].square() / 2
+
+        return use
+
+    backward(hat, blocks, see, seed=seed, progress=progress, label="prices of tokens")
+    return torch.stack([torch.cat(rows) for rows in price]), [torch.cat(rows) for rows in inputs]
+
+
+@torch.enable_grad()
+def log_linear(x: Tensor, y: Tensor, steps: int = 60) -> tuple[Tensor, Tensor]:
+    """``w`` and ``b`` of ``log E[y | x] = w.x + b``, for y that scatters as an exponential variable does.
+
+    The most probable ones under a normal prior by which ``w.x`` has the standard deviation `PRIOR`, whatever the number
+    of columns (for the model: McCullagh and Nelder 1989, chapter 8). Convex; by L-BFGS.
+
+    Args:
+        x: fp32 ``[n, D]``.
+        y: fp32 ``[n]``, at least 0, not all 0.
+    """
+    mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
+    columns = (x - mean) / spread
+    weight = torch.zeros(x.shape[1], device=x.device, requires_grad=True)
+    bias = y.mean().log().detach().clone().requires_grad_()
+    prior = x.shape[1] / (2 * len(x) * PRIOR**2)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        eta = columns @ weight + bias
+        value = (eta + y * (-eta).exp()).mean() + prior * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    weight = (weight / spread).detach()
+    return weight, bias.detach() - mean @ weight

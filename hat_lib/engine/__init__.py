@@ -1,0 +1,1 @@
+"""Weights in the layout that a decode step reads fastest."""

@@ -1,0 +1,1 @@
+"""Perplexity, agreement, lm-evaluation-harness, routing patterns."""

@@ -1,0 +1,1 @@
+"""Controls at equal compute."""

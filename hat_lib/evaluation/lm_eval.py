@@ -1,0 +1,174 @@
+"""Tasks of lm-evaluation-harness on the adaptive model, beside its base (Biderman et al. 2024, arXiv:2405.14782).
+
+The harness (package `lm_eval`, the extra ``eval``) runs as it is: its `HFLM` takes ``hat.lm``, a task is a YAML file of
+its kind, scores are its own. What this adds is the work that they cost.
+
+No score depends on the batch, within rounding. The harness pads log-likelihood requests on the right and passes no
+attention mask, so pads are run as if they were tokens. But attention is causal and a decision reads its own token
+alone, so nothing reaches a real token from the pads after it, and the first real tokens stay the protected ones.
+`HFLM` then cuts each row to its length, and there its pads leave the count of work too. Prompts to be continued are
+padded on the left with a mask, which the model reads itself; a sequence that has ended goes on in pads until the
+longest of its batch has, and those count as tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from contextlib import chdir
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import datasets
+
+from hat_lib.backbone.base import first_line
+from hat_lib.config import DATA, HatError
+from hat_lib.model.cost import Spent
+from hat_lib.model.token_state import TokenState
+from hat_lib.model.transformer import HierarchicalTransformer
+
+TASKS = DATA / "tasks"
+"""tasks that come with the repository; see data/README.md"""
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One metric of one task; standard errors are the harness's, and None where it has none."""
+
+    task: str
+    metric: str
+    """the harness's name, with its filter if there is one: acc, or exact_match (strict-match)"""
+    base: float
+    base_stderr: float | None
+    value: float
+    stderr: float | None
+    samples: int
+    data_hash: str
+    """beginning of the SHA-256 of all samples, prompts and targets"""
+
+
+def load_tasks(names: Sequence[str], folder: str | Path = TASKS) -> dict:
+    """Tasks and groups of a folder of YAML files, as the harness's `TaskManager` gives them, data included.
+
+    Data files are looked for from ``folder``; a task may as well name a set of the Hub, and Python functions beside it,
+    which are run. Tasks of the harness itself: pass their folder in it.
+
+    Raises `HatError` if `lm_eval` is not installed, and for a folder or a task that is not there or cannot be loaded.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise HatError('tasks need lm-evaluation-harness: pip install -e ".[eval]"') from error
+    folder = Path(folder).expanduser().absolute()
+    if not folder.is_dir():
+        raise HatError(f"no folder of tasks at {folder}")
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    for name in names:
+        if name not in manager.task_index:
+            known = ", ".join(manager.all_tasks[:10]) or "none"
+            more = f" and {len(manager.all_tasks) - 10} more" if len(manager.all_tasks) > 10 else ""
+            raise HatError(f"unknown task {name!r}: {folder} has {known}{more}")
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or reading a local file is told to a server
+    try:
+        with chdir(folder):
+            found = manager.load(list(names))
+    except Exception as error:  # of whatever kind YAML, datasets, the Hub or a task's own code raise
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise HatError(f"cannot load {', '.join(names)} from {folder}: {what}") from error
+    for task in found["tasks"].values():  # as `lm_eval.simple_evaluate` does
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(1234)
+    return found
+
+
+def run_tasks(hat: HierarchicalTransformer, tasks: dict, *, batch_size: int = 1) -> tuple[list[TaskRow], Spent]:
+    """Run what `load_tasks` gave, on the base (``hat.dense()``) and on ``hat`` as it is set.
+
+    Returns:
+        A row for each metric of each task and group, and the work of ``hat``.
+
+    Raises `HatError` if no task has a metric that the harness knows.
+    """
+    with hat.dense():
+        base, _ = _run(hat, tasks, batch_size)
+    adaptive, spent = _run(hat, tasks, batch_size)
+    rows = []
+    for task, metrics in adaptive["results"].items():
+        for key, value in metrics.items():
+            name, _, kind = key.partition(",")
+            if not kind or name.endswith("_stderr"):
+                continue
+            stderr = f"{name}_stderr,{kind}"
+            rows.append(
+                TaskRow(
+                    task=task,
+                    metric=name if kind == "none" else f"{name} ({kind})",
+                    base=float(base["results"][task][key]),
+                    base_stderr=_number(base["results"][task].get(stderr)),
+                    value=float(value),
+                    stderr=_number(metrics.get(stderr)),
+                    samples=int(metrics["sample_len"]),
+                    data_hash=_data_hash(adaptive["samples"].get(task, ())),
+                )
+            )
+    if not rows:
+        raise HatError(f"{', '.join(adaptive['results'])}: lm_eval knows none of the metrics asked for")
+    return rows, spent
+
+
+def _run(hat: HierarchicalTransformer, tasks: dict, batch_size: int) -> tuple[dict, Spent]:
+    from lm_eval import evaluate
+
+    lm = _counting_lm()(hat, batch_size)
+    return evaluate(lm, tasks), lm.spent
+
+
+def _number(stderr: float | str | None) -> float | None:
+    return float(stderr) if isinstance(stderr, int | float) else None  # else "N/A"
+
+
+def _data_hash(samples: Sequence[dict]) -> str:
+    if not samples:
+        return ""
+    parts = "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+@cache
+def _counting_lm() -> type:
+    from lm_eval.models.huggingface import HFLM
+
+    class CountingLM(HFLM):
+        """`HFLM` on ``hat.lm``, with the work of its forwards in ``spent``."""
+
+        def __init__(self, hat: HierarchicalTransformer, batch_size: int):
+            self.hat, self.spent = hat, Spent(hat)
+            logging.disable(logging.WARNING)  # each time, that it was given a model and not a name
+            try:
+                super().__init__(pretrained=hat.lm, tokenizer=hat.base.tokenizer, batch_size=batch_size)
+            finally:
+                logging.disable(logging.NOTSET)
+
+        def _model_call(self, inps, *args, **options):
+            self._rows_seen = 0
+            return super()._model_call(inps, *args, **options)
+
+        def _select_cont_toks(self, logits, contlen=None, inplen=None):
+            """Asked once for each row of a log-likelihood batch, in order; ``inplen`` is its length without pads."""
+            state = self.hat.trace
+            state.real[self._rows_seen, inplen:] = False
+            self._rows_seen += 1
+            if self._rows_seen == state.batch:
+                self.spent.add(state)
+            return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
+
+        def _model_generate(self, *args, **options):
+            with self.hat.collect() as states:
+                out = super()._model_generate(*args, **options)
+            self.spent.add(TokenState.cat(states))
+            return out
+
+    return CountingLM

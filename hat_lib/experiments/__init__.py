@@ -1,0 +1,1 @@
+"""What fills data/results: one module a file of results."""

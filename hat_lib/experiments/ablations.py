@@ -1,0 +1,189 @@
+"""What each choice of the recipe is worth: short runs that differ in one thing, ``data/results/ablations.csv``.
+
+Every run trains routers for a few steps from the same seed and is then measured at the same realised capacity, on
+validation text of the domain it was trained on, and on the other domain. Runs are written one by one; a stopped
+command goes on with the next. Short runs rank choices that act fast; they say nothing on how a choice scales.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hat_lib.backbone.base import load_base
+from hat_lib.calibration.capacity import calibrate
+from hat_lib.config import HatConfig
+from hat_lib.evaluation.baselines.controls import as_in
+from hat_lib.evaluation.baselines.equal_compute import matched
+from hat_lib.evaluation.perplexity import compare, score, states
+from hat_lib.experiments.rows import RowWriter
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.text.blocks import held_out, load_text
+from hat_lib.training.recipe import Recipe
+from hat_lib.training.run import CALIBRATION_TOKENS, Run, train
+
+# (text, split) that a run is measured on. Domain B has no part in any choice; it is shown, not chosen by.
+MEASURED = (("addresses", "validation"), ("docstrings", "test"))
+
+
+@dataclass(frozen=True)
+class Change:
+    """One run: the recipe of its grain with one thing changed; steps 0 is the start, untrained."""
+
+    granularity: str
+    name: str
+    recipe: dict = field(default_factory=dict)
+    split: str = "damage"
+    """how the budget is split over sites at the start, see `hat_lib.calibration.capacity`"""
+    protected_tokens: int = 2
+    needs: bool = False
+    """whether tokens that need more get more, see `hat_lib.calibration.token_sensitivity`"""
+    trained: bool = True
+
+
+CHANGES = (
+    Change("channel", "start", trained=False),
+    Change("channel", "default"),
+    Change("channel", "uniform split, start", split="uniform", trained=False),
+    Change("channel", "uniform split", split="uniform"),
+    Change("channel", "text: addresses", {"text": "addresses"}),
+    Change("channel", "text: self", {"text": "self"}),
+    Change("channel", "no protected tokens, start", protected_tokens=0, trained=False),
+    Change("channel", "no protected tokens", protected_tokens=0),
+    Change("channel", "needs, start", needs=True, trained=False),
+    Change("channel", "needs", needs=True),
+    Change("channel", "temperature 0.2", {"temperature": 0.2}),
+    Change("channel", "temperature 1", {"temperature": 1.0}),
+    Change("channel", "Gumbel noise", {"noise": 1.0}),
+    Change("token", "published"),
+    Change("token", "no z-loss", {"z_weight": 0.0}),
+    Change("token", "no entropy", {"entropy_weight": 0.0}),
+    Change("token", "no z-loss, no entropy", {"z_weight": 0.0, "entropy_weight": 0.0}),
+    Change("token", "no Gumbel noise", {"noise": 0.0}),
+    Change("token", "no layer dropout", {"layer_dropout": 0.0}),
+    Change("token", "one capacity", {"capacity": 0.75, "spread": 0.0, "anneal": 0.0}),
+    Change("token", "budget weight 10", {"budget_weight": 10.0}),
+    Change("token", "learning rate 2e-2", {"router_lr": 2e-2}),
+    Change(
+        "token",
+        "the last four together",  # what notebook 03 trains with, to learn in forty steps
+        {
+            "layer_dropout": 0.0,
+            "capacity": 0.75,
+            "spread": 0.0,
+            "anneal": 0.0,
+            "budget_weight": 10.0,
+            "router_lr": 2e-2,
+        },
+    ),
+)
+CAPACITY = {"channel": 0.62, "token": 0.75}
+"""where the runs of a grain are compared"""
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """Perplexities are those of a 4-bit file, dequantised, when ``base`` is "bundled"."""
+
+    granularity: str
+    change: str
+    text: str
+    split: str
+    steps: int
+    step_tokens: int
+    capacity: float
+    realised: float
+    base_ppl: float
+    increase: float
+    increase_low: float
+    increase_high: float
+    """95 % paired interval"""
+    top1: float
+    kl: float
+    tokens: int
+    base: str
+    dtype: str
+
+
+def ablations(
+    out: Path,
+    *,
+    base: str = "bundled",
+    changes: Sequence[Change] = CHANGES,
+    steps: int = 40,
+    tokens: int = 4_000,
+    dtype: str = "bf16",
+    progress: bool = True,
+) -> Iterator[AblationRow]:
+    """Run what ``out`` lacks, yielding each row once it is written.
+
+    Args:
+        steps: training steps of a run.
+        tokens: tokens per text.
+    """
+    with RowWriter(out, AblationRow, key=("granularity", "change", "text")) as writer:
+        for change in changes:
+            if all((change.granularity, change.name, text) in writer.done for text, _ in MEASURED):
+                continue
+            with TemporaryDirectory() as folder:
+                run = Path(folder)
+                recipe = _train(change, run, base, steps, dtype, progress)
+                for row in _measure(change, run, base, recipe, steps * change.trained, tokens, dtype):
+                    if (row.granularity, row.change, row.text) not in writer.done:
+                        writer.write(row)
+                        yield row
+            gc.collect()  # models and their hooks refer to each other, and the collector does not see their size
+
+
+def _train(change: Change, folder: Path, base: str, steps: int, dtype: str, progress: bool) -> Recipe:
+    """Leaves ``folder / "start"`` and, unless the start is what is wanted, ``folder / "run"``."""
+    make = Recipe.published if change.granularity == "token" else Recipe.channel
+    # As many tokens a step for both grains, and no token twice.
+    recipe = make("full", **{"batch_size": 2, "log_steps": steps, "save_steps": steps, **change.recipe})
+    recipe = replace(recipe, tokens=steps * recipe.batch_size * recipe.block_size)
+    start = None
+    if change.granularity == "channel":
+        loaded = load_base(base, dtype=dtype)
+        hat = HierarchicalTransformer(loaded, HatConfig.default(loaded, protected_tokens=change.protected_tokens))
+        blocks = held_out("addresses", loaded.tokenizer, CALIBRATION_TOKENS, recipe.block_size)
+        calibrate(hat, blocks["input_ids"], split=change.split, needs=change.needs, progress=progress)
+        start = folder / "start"
+        hat.save_pretrained(start)
+    if change.trained:
+        run = Run("routers", change.granularity, base, recipe, dtype, start and str(start), max_steps=steps)
+        train(run, folder / "run", progress=progress)
+    return recipe
+
+
+def _measure(change: Change, folder: Path, base: str, recipe: Recipe, steps: int, tokens: int, dtype: str):
+    found = folder / ("run" if change.trained else "start")
+    hat = HierarchicalTransformer.from_pretrained(found, base, dtype=dtype)
+    for text, split in MEASURED:
+        blocks = load_text(text, hat.base.tokenizer, split=split, max_tokens=tokens)
+        with hat.dense():
+            dense, against = score(hat, blocks, progress=False), states(hat, blocks, progress=False)
+        with hat.using(matched(hat, as_in(hat, found), blocks, CAPACITY[change.granularity])):
+            routed = score(hat, blocks, against=against, progress=False)
+        paired = compare(dense, routed)
+        yield AblationRow(
+            granularity=change.granularity,
+            change=change.name,
+            text=text,
+            split=split,
+            steps=steps,
+            step_tokens=recipe.batch_size * recipe.block_size,
+            capacity=CAPACITY[change.granularity],
+            realised=round(routed.capacity, 4),
+            base_ppl=round(paired.base_ppl, 4),
+            increase=round(paired.increase, 5),
+            increase_low=round(paired.low, 5),
+            increase_high=round(paired.high, 5),
+            top1=round(routed.agreement.top1, 4),
+            kl=round(routed.agreement.kl, 5),
+            tokens=paired.tokens,
+            base=hat.base.name,
+            dtype=dtype,
+        )

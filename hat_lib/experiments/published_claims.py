@@ -1,0 +1,179 @@
+"""The promise and what is there: ``data/results/promise.csv``.
+
+Published for a frozen base: so much capacity, so many times as fast, for so much perplexity. Beside it, for both grains
+and the promised capacities, quality on the bundled base as `hat quality` measured it, and speed: on the bundled base
+with the reference checkpoints, and on TinyLlama's exact shape with the shares and exits forced that the bundled base
+realised.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hat_lib.backbone.base import load_base
+from hat_lib.config import HatConfig, HatError, scaled_exits
+from hat_lib.evaluation.baselines.controls import RandomExits, exit_shares
+from hat_lib.experiments.benchmark import PREFILL, Row, Setting, at_thresholds, forced_channels, forced_tokens, measure
+from hat_lib.experiments.quality import TEXTS, QualityRow
+from hat_lib.experiments.rows import read_rows
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.text.blocks import load_text
+
+SHAPE = "random:tinyllama"
+PROMISED = {0.9: (1.1, 0.01), 0.7: (1.3, 0.03), 0.55: (1.6, 0.08), 0.4: (1.8, 0.12)}
+"""capacity -> speedup and increase in perplexity"""
+
+
+SETTINGS = [*(Setting(c) for c in PROMISED), Setting(1.0, 0.1), Setting(0.75, 0.1)]
+
+
+@dataclass(frozen=True)
+class PromiseRow:
+    base: str
+    granularity: str
+    capacity: float
+    exit_rate: float
+    """both as requested"""
+    promised_speedup: float | None
+    promised_increase: float | None
+    realised: float
+    """capacity, in the timed decode, as are the next two"""
+    realised_exit: float
+    model_share: float
+    ideal_decode: float
+    decode_dense: float
+    """measured speedup over our own dense path"""
+    decode_hf: float
+    """over plain transformers"""
+    ideal_prefill: float
+    prefill_dense: float
+    prefill_hf: float
+    addresses: float | None
+    """increase in perplexity, of the bundled base, with its 95 % paired interval"""
+    addresses_low: float | None
+    addresses_high: float | None
+    docstrings: float | None
+    docstrings_low: float | None
+    docstrings_high: float | None
+    device: str
+    dtype: str
+    threads: int
+    rounds: int
+
+
+def promise(
+    checkpoints: Mapping[str, Path], quality: Path, *, dtype=None, rounds: int = 5, steps: int = 64
+) -> Iterator[PromiseRow]:
+    """Rows of both bases, grain by grain.
+
+    Args:
+        checkpoints: trained, by granularity.
+        quality: the file of `hat quality`, of these checkpoints.
+        steps: decode steps of one turn; what a token grain realises in a few tokens says little.
+    """
+    known = {(r.granularity, r.text, r.capacity, r.exit_rate): r
+             for r in read_rows(quality, QualityRow) if r.variant == "trained"}  # fmt: skip
+    for granularity, checkpoint in checkpoints.items():
+        lacking = [(t, s) for t in TEXTS for s in SETTINGS if (granularity, t, *s) not in known]
+        if lacking:
+            raise HatError(f"{quality} lacks {granularity} {lacking[0]}: run `hat quality` first")
+        hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
+        ids = _text(hat)
+        around = {s: partial(hat.at, *s) for s in SETTINGS}
+        left = {s: _exits(hat, s, ids) for s in SETTINGS if s.exit_rate}
+        timed = _both_phases(hat, around, ids, rounds, steps)
+        yield from (_row(hat, s, *timed[s], known) for s in SETTINGS)
+
+        realised = {s: timed[s][0].realised for s in SETTINGS}
+        shape, around = _forced(granularity, realised, left, dtype, ids.shape[1])
+        del hat
+        gc.collect()  # gigabytes in cycles of models and hooks, which the collector does not see
+        timed = _both_phases(shape, around, ids % shape.lm.config.vocab_size, rounds, steps)
+        yield from (_row(shape, s, *timed[s], {}) for s in SETTINGS)
+        del shape, around
+        gc.collect()
+
+
+def _text(hat: HierarchicalTransformer) -> Tensor:
+    """int64 ``[1, PREFILL]`` of docstrings."""
+    blocks = load_text("docstrings", hat.base.tokenizer, split="test", max_tokens=4 * PREFILL)
+    return torch.tensor(sum(blocks["input_ids"], []))[None, :PREFILL].to(hat.base.device)
+
+
+def _exits(hat: HierarchicalTransformer, setting: Setting, ids: Tensor) -> list[float]:
+    """Of the tokens that reach each exit, the share that leaves there."""
+    with hat.at(*setting), hat.collect() as states, torch.inference_mode():
+        hat.lm.model(input_ids=ids, use_cache=False)
+    return list(exit_shares(states, hat.config.exit_layers).values())
+
+
+def _forced(granularity: str, realised: Mapping[Setting, float], left: Mapping, dtype, tokens: int):
+    """TinyLlama's shape, and a context for each setting that forces what the bundled base realised."""
+    base = load_base(SHAPE, dtype=dtype)
+    shaped = HatConfig.published if granularity == "token" else HatConfig.default
+    hat = HierarchicalTransformer(base, shaped(base))
+    shares = {s: min(1.0, c) for s, c in realised.items()}
+    if granularity == "channel":
+        text = torch.randint(0, 256, (1, tokens), generator=torch.Generator().manual_seed(0)).to(base.device)
+        with torch.inference_mode():
+            thresholds = forced_channels(hat, text, [c for c in shares.values() if c < 1])
+        around = {s: at_thresholds(hat, thresholds[c]) if c < 1 else hat.dense for s, c in shares.items()}
+    else:
+        around = {s: partial(hat.using, forced_tokens(hat, c, 1, tokens)) if c < 1 else hat.dense
+                  for s, c in shares.items()}  # fmt: skip
+    depths = scaled_exits(hat.config.n_layers)
+    for setting, rates in left.items():
+        exits = RandomExits(dict(zip(depths, rates, strict=True)))
+        around[setting] = partial(_leaving, hat, around[setting], exits)
+    return hat, around
+
+
+@contextmanager
+def _leaving(hat: HierarchicalTransformer, around, exits: RandomExits):
+    with around(), hat.exiting(exits):
+        yield
+
+
+def _both_phases(hat, around: Mapping, ids: Tensor, rounds: int, steps: int) -> dict[Setting, tuple[Row, Row]]:
+    plain = load_base(hat.base.name, dtype=hat.base.dtype, device=hat.base.device).model
+    how = {"rounds": rounds, "steps": steps}
+    decode, prefill = (measure(hat, plain, around, ids, phase=phase, **how) for phase in ("decode", "prefill"))
+    return {s: (d, p) for s, d, p in zip(around, decode, prefill, strict=True)}
+
+
+def _row(hat: HierarchicalTransformer, setting: Setting, decode: Row, prefill: Row, known: Mapping) -> PromiseRow:
+    speed, increase = PROMISED.get(setting.capacity, (None, None)) if not setting.exit_rate else (None, None)
+    quality = {}
+    for text in TEXTS:
+        row = known.get((hat.config.granularity, text, *setting))
+        quality |= {text: row and row.increase, f"{text}_low": row and row.increase_low,
+                    f"{text}_high": row and row.increase_high}  # fmt: skip
+    return PromiseRow(
+        base=hat.base.name,
+        granularity=hat.config.granularity,
+        **setting._asdict(),
+        promised_speedup=speed,
+        promised_increase=increase,
+        realised=decode.realised,
+        realised_exit=decode.realised_exit,
+        model_share=decode.model_share,
+        ideal_decode=decode.ideal,
+        decode_dense=decode.speedup_dense,
+        decode_hf=decode.speedup_hf,
+        ideal_prefill=prefill.ideal,
+        prefill_dense=prefill.speedup_dense,
+        prefill_hf=prefill.speedup_hf,
+        **quality,
+        device=decode.device,
+        dtype=decode.dtype,
+        threads=decode.threads,
+        rounds=decode.rounds,
+    )

@@ -1,0 +1,164 @@
+"""Is lossless decoding lossless, and is it fast? One row a prompt: ``data/results/lossless.csv``.
+
+The base is plain transformers, decoding greedily. In turns, prompt by prompt, four ways to its text are timed: that
+one, our own dense path, `hat_lib.inference.self_speculative`, and transformers' own self-speculation
+(`assistant_early_exit`, which reads drafts from a layer through the final norm and the LM head).
+
+In fp32 the text must be the base's. In bf16 a forward over several tokens rounds otherwise than one over one, so
+two texts may part where the base itself hesitates; a row says where, and by how much the base preferred its token.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hat_lib.backbone.base import load_base
+from hat_lib.experiments.rows import RowWriter
+from hat_lib.inference.self_speculative import Speculation, speculate
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.text.prompts import KINDS, Prompt, prompts
+
+EARLY_EXITS = 5
+"""of so many rounds of kinds, one is also run with transformers' early-exit drafts"""
+
+
+@dataclass(frozen=True)
+class LosslessRow:
+    """Times are milliseconds a new token, the prompt's pass included."""
+
+    granularity: str
+    capacity: float
+    """requested for drafts"""
+    dtype: str
+    prompt: int
+    kind: str
+    prompt_tokens: int
+    new_tokens: int
+    identical: bool
+    """to plain transformers' greedy text"""
+    parted_at: int | None
+    """new tokens before the first that differs"""
+    gap_ulp: float | None
+    """there, between the base's two best logits, in units in the last place of a bf16 of that size"""
+    drafted: int
+    accepted: int
+    passes: int
+    draft_share: float
+    """work of a drafting step / of a dense one"""
+    ideal: float
+    """speedup over dense if time followed the weights that are read"""
+    ms_hf: float
+    ms_dense: float
+    ms_lossless: float
+    ms_early_exit: float | None
+    """None where it was not run: it takes longer than all else, so every fifth round of kinds has it"""
+    early_exit_layer: int
+    early_exit_identical: bool | None
+    base: str
+    device: str
+    threads: int
+
+
+def lossless_rows(
+    out: Path, checkpoint, *, capacity: float, dtype=None, count: int = 200, max_new_tokens: int = 32
+) -> Iterator[LosslessRow]:
+    """Measure what ``out`` lacks, yielding each row once it is written; arguments as `speculate` and `prompts` have."""
+    hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
+    hat.capacity = capacity
+    plain = load_base(hat.base.name, dtype=hat.base.dtype, device=hat.base.device).model
+    key = ("granularity", "capacity", "dtype", "prompt")
+    name = str(hat.base.dtype).removeprefix("torch.")
+    with RowWriter(out, LosslessRow, key=key) as writer:
+        for number, prompt in enumerate(prompts(hat.base.tokenizer, count)):
+            if (hat.config.granularity, capacity, name, number) in writer.done:
+                continue
+            row = _measure(hat, plain, number, prompt, max_new_tokens)
+            writer.write(row)
+            yield row
+
+
+def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, max_new_tokens: int) -> LosslessRow:
+    ids = hat.base.tokenizer(prompt.text, return_tensors="pt").input_ids.to(hat.base.device)
+    greedy = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "pad_token_id": hat.base.tokenizer.pad_token_id,
+    }
+    layer = hat.config.exit_layers[-1]
+
+    def dense():
+        with hat.dense():
+            return hat.lm.generate(ids, **greedy)
+
+    ways = {
+        "hf": lambda: plain.generate(ids, **greedy, output_logits=True, return_dict_in_generate=True),
+        "dense": dense,
+        "lossless": lambda: speculate(hat, ids, max_new_tokens),
+    }
+    if number // KINDS % EARLY_EXITS == 0:
+        ways["early_exit"] = lambda: plain.generate(ids, **greedy, assistant_early_exit=layer)
+    found, ms = {}, {"early_exit": None}
+    for way in list(ways)[:: -1 if number % 2 else 1]:
+        with torch.inference_mode():
+            began = time.perf_counter()
+            found[way] = ways[way]()
+            ms[way] = 1e3 * (time.perf_counter() - began)
+    text, spoken = found["hf"].sequences, found["lossless"]
+    parted, gap = parting(text[0, ids.shape[1] :], spoken.ids[0, ids.shape[1] :], found["hf"].logits)
+    new = text.shape[1] - ids.shape[1]
+    return LosslessRow(
+        granularity=hat.config.granularity,
+        capacity=hat.capacity,
+        dtype=str(hat.base.dtype).removeprefix("torch."),
+        prompt=number,
+        kind=prompt.kind,
+        prompt_tokens=ids.shape[1],
+        new_tokens=new,
+        identical=parted is None,
+        parted_at=parted,
+        gap_ulp=gap,
+        **_drafting(spoken),
+        **{f"ms_{way}": took and round(took / new, 3) for way, took in ms.items()},
+        early_exit_layer=layer,
+        early_exit_identical=torch.equal(found["early_exit"], text) if "early_exit" in found else None,
+        base=hat.base.name,
+        device=hat.base.device.type,
+        threads=torch.get_num_threads(),
+    )
+
+
+def parting(base: Tensor, other: Tensor, logits: tuple[Tensor, ...]) -> tuple[int | None, float | None]:
+    """Where two texts part, and how far apart the base's two best logits are there, in bf16 ulps.
+
+    Args:
+        base, other: new tokens, ``[n]`` each, n not the same where they part.
+        logits: of the base at each of its new tokens, ``[1, V]``.
+
+    ``(None, None)`` for equal texts. One text may be the other's beginning: then they part at its end.
+    """
+    short = min(len(base), len(other))
+    differ = (base[:short] != other[:short]).nonzero()
+    at = int(differ[0]) if len(differ) else short
+    if at == len(base) == len(other):
+        return None, None
+    best, second = logits[min(at, len(logits) - 1)][0].float().topk(2).values.tolist()
+    ulp = 2.0 ** (math.floor(math.log2(abs(best))) - 7) if best else 2.0**-133
+    return at, round((best - second) / ulp, 3)
+
+
+def _drafting(spoken: Speculation) -> dict:
+    return {
+        "drafted": spoken.drafted,
+        "accepted": spoken.accepted,
+        "passes": spoken.passes,
+        "draft_share": round(spoken.draft_share, 4),
+        "ideal": round(spoken.ideal_speedup, 4),
+    }

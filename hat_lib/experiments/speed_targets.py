@@ -1,0 +1,87 @@
+"""Does a target speedup come true? ``data/results/target_speedup.csv``.
+
+For each checkpoint the targets 1.05, 1.1, 1.2 and the largest that its `SpeedCurve` reaches. The curve was measured on
+one text; here other prompts are continued at the capacity that it names, and the speedup of those texts is measured
+again, dense and adaptive in turns at each token.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hat_lib.inference.generate import AdaptiveInference
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.text.prompts import prompts
+
+TARGETS = (1.05, 1.1, 1.2)
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    checkpoint: str
+    granularity: str
+    versus: str
+    """what the speedup is held against: our own dense path, or plain transformers (hf)"""
+    requested: float
+    reachable: bool
+    largest: float
+    """the largest speedup that the curve reaches"""
+    capacity: float | None
+    """that the target was turned into, requested"""
+    realised_capacity: float | None
+    """median over prompts"""
+    predicted: float | None
+    measured: float | None
+    """median over prompts of the speedup on the text that was generated"""
+    lowest: float | None
+    highest: float | None
+    """of the prompts"""
+    prompts: int
+    new_tokens: int
+    base: str
+    device: str
+    dtype: str
+    threads: int
+
+
+def target_rows(
+    checkpoints: Sequence[Path], *, versus: str = "dense", dtype=None, count: int = 10, max_new_tokens: int = 60
+) -> Iterator[TargetRow]:
+    """Rows for each checkpoint and target; the speed curve comes from the user's cache or is measured first."""
+    for checkpoint in checkpoints:
+        hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
+        infer = AdaptiveInference(hat, versus)
+        curve = infer.curve()
+        texts = [p.text for p in prompts(hat.base.tokenizer, count)]
+        for target in sorted({*TARGETS, math.floor(1000 * curve.largest) / 1000}):
+            reachable = target <= curve.largest
+            made = [infer.generate(t, target_speedup=target, max_new_tokens=max_new_tokens)
+                    for t in texts if reachable]  # fmt: skip
+            measured = sorted(m.realised_speedup for m in made if m.realised_speedup is not None)
+            middle = lambda values: round(statistics.median(values), 4) if values else None  # noqa: E731
+            yield TargetRow(
+                checkpoint=checkpoint.name,
+                granularity=hat.config.granularity,
+                versus=versus,
+                requested=target,
+                reachable=reachable,
+                largest=round(curve.largest, 4),
+                capacity=round(made[0].requested_capacity, 4) if made else None,
+                realised_capacity=middle([m.capacity for m in made]),
+                predicted=round(made[0].predicted_speedup, 4) if made else None,
+                measured=middle(measured),
+                lowest=round(measured[0], 4) if measured else None,
+                highest=round(measured[-1], 4) if measured else None,
+                prompts=len(measured),
+                new_tokens=max_new_tokens,
+                base=hat.base.name,
+                device=hat.base.device.type,
+                dtype=str(hat.base.dtype).removeprefix("torch."),
+                threads=torch.get_num_threads(),
+            )

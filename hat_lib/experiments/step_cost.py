@@ -1,0 +1,111 @@
+"""What a training step costs: beside a plain forward and backward of the same frozen base, in the same run.
+
+One step is the teacher's pass and `hat_lib.training.objective` forward and backward; its yardstick is transformers' own
+model, cross-entropy, and the backward to the input embeddings, which is what reaching the first router takes. The
+optimizer is left out: what it updates is 0.01 % of the base.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hat_lib.backbone.base import load_base
+from hat_lib.config import HatError
+from hat_lib.experiments.benchmark import ratio
+from hat_lib.inference.timing import Variant, take_turns
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.training.objective import Objective
+from hat_lib.training.recipe import Recipe
+from hat_lib.training.run import nominal_thresholds
+from hat_lib.training.trainer import end_training
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds are medians over the rounds, the ratio is the median of the rounds' ratios."""
+
+    ratio: float
+    step_seconds: float
+    base_seconds: float
+    tokens: int
+    """real tokens in the batch"""
+    rounds: int
+    base: str
+    granularity: str
+    device: str
+    dtype: str
+    threads: int
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: int = 5) -> StepCost:
+    """Time the step of phase "routers", at the end of its schedule, against the plain base.
+
+    A second copy of the base is loaded. ``hat`` is left as it was, but for the gradients of its routers and gates.
+
+    Args:
+        hat: channel grain: calibrated.
+        batch: what `hat_lib.training.trainer.collate` returns.
+        rounds: at least 1; in each, both take one turn, after one that is not counted.
+    """
+    if rounds < 1:
+        raise HatError(f"rounds must be at least 1, got {rounds}")
+    if hat.config.granularity == "channel" and hat.calibration is None:
+        raise HatError("a training step of the channel grain needs a calibration: run `hat calibrate`")
+    device, dtype = hat.base.device, hat.base.dtype
+    batch = {name: value.to(device) for name, value in batch.items()}
+    recipe = Recipe.named("default", hat.config.granularity)
+    plain = load_base(hat.base.name, dtype=dtype, device=device).model
+    objective = Objective(hat, recipe, "routers", nominal_thresholds(hat)).train()
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = objective(**batch, step=1, steps=1)["loss"]
+        loss.backward()
+
+    def forward_backward() -> None:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        embedded = plain.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = plain(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits[:, :-1]
+        target = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        F.cross_entropy(logits.flatten(0, 1).float(), target.flatten()).backward()
+
+    def seconds(variant: Variant) -> float:
+        hat.zero_grad()
+        start = _now(device)
+        (step if variant is ours else forward_backward)()
+        return _now(device) - start
+
+    ours, base = Variant("step", hat.lm, nullcontext), Variant("base", plain, nullcontext)
+    try:
+        take_turns([ours, base], seconds, rounds)
+    finally:
+        hat.zero_grad()
+        end_training(hat)
+    return StepCost(
+        ratio=round(ratio(ours, base), 3),
+        step_seconds=round(statistics.median(ours.times), 4),
+        base_seconds=round(statistics.median(base.times), 4),
+        tokens=int(batch["attention_mask"].sum()),
+        rounds=rounds,
+        base=hat.base.name,
+        granularity=hat.config.granularity,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

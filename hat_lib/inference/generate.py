@@ -1,0 +1,292 @@
+"""AdaptiveInference: text at a capacity, at a target speedup, or exactly the base's.
+
+    infer = AdaptiveInference(hat)
+    infer.generate("The future of AI is", capacity=0.62)
+    infer.generate(["One prompt", "and another"], target_speedup=1.1)
+    infer.generate("The future of AI is", capacity=0.5, mode="lossless")
+
+What comes back is a `Generation`: the text, and beside everything that was asked for what was realised.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaForCausalLM
+
+from hat_lib.backbone.base import load_base
+from hat_lib.config import HatError, check_capacity, check_exit_rate
+from hat_lib.inference.self_speculative import Speculation, speculate
+from hat_lib.inference.speed import SpeedCurve, check_target, check_versus, speed_curve, timed
+from hat_lib.inference.timing import now
+from hat_lib.model.cost import state_cost
+from hat_lib.model.token_state import TokenState
+from hat_lib.model.transformer import HierarchicalTransformer
+
+MODES = ("adaptive", "lossless")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """New text, and what it took. ``B`` prompts; ``T`` columns of prompt, left-padded, and new tokens."""
+
+    texts: list[str]
+    """what was added to each prompt"""
+    ids: Tensor
+    """int64 ``[B, T]``"""
+    prompt_length: int
+    """columns of ``ids`` before the first new token"""
+    new_tokens: int
+    """in all sequences, end-of-text tokens included, padding after them not"""
+    seconds: float
+    mode: str
+    requested_capacity: float
+    requested_exit_rate: float
+    capacity: float
+    """realised over prompts and new tokens, as the next three are; in lossless mode over drafts (nan without any)"""
+    exit_rate: float
+    model_share: float
+    exit_histogram: dict[int, int]
+    """layers run -> tokens that ran so many"""
+    versus: str
+    token_share: Tensor | None = None
+    """work as a share of dense, fp32 ``[B, T - 1]``: column t chose the token in column t + 1; nan at padding. None in
+    lossless mode"""
+    target_speedup: float | None = None
+    predicted_speedup: float | None = None
+    realised_speedup: float | None = None
+    """over ``versus``, measured on this text: of decode, in lossless mode of prompts and all; None where that was not
+    asked for or the text is too short"""
+    speculation: list[Speculation] | None = None
+    """lossless mode: one for each prompt"""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds
+
+    @property
+    def acceptance(self) -> float:
+        """Lossless mode: share of the drafted tokens that stood; nan elsewhere."""
+        drafted = sum(s.drafted for s in self.speculation or ())
+        return sum(s.accepted for s in self.speculation) / drafted if drafted else math.nan
+
+
+class AdaptiveInference:
+    """Generates with a `HierarchicalTransformer`, and holds its speed against a baseline.
+
+    Args:
+        hat: left, after each call, at the capacity and exit rate that it had.
+        versus: what speedups are held against: "dense", our own dense path, or "hf", plain transformers, for which a
+            second copy of the base is loaded when first needed.
+    """
+
+    def __init__(self, hat: HierarchicalTransformer, versus: str = "dense"):
+        self.hat, self.versus = hat, check_versus(versus)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        capacity: float | None = None,
+        exit_rate: float | None = None,
+        target_speedup: float | None = None,
+        mode: str = "adaptive",
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        measure: bool | None = None,
+        streamer=None,
+        **settings,
+    ) -> Generation:
+        """Continue one prompt, or several as a batch.
+
+        Args:
+            capacity, exit_rate: None is what ``hat`` is set to.
+            target_speedup: in place of ``capacity``: the largest one that reaches it, by `SpeedCurve.capacity_for`.
+            mode: "adaptive", or "lossless": ``hat`` drafts, the base decides (`speculate`), one prompt after another.
+            temperature: 0 takes the likeliest token; above 0 samples from the whole distribution.
+            measure: whether to measure the realised speedup afterwards, which takes a few seconds; None does with a
+                target and in lossless mode.
+            streamer: as for transformers' `generate`.
+            settings: more of transformers' `generate`, such as ``num_beams``; not in lossless mode.
+
+        Raises `HatError` for bad input, before anything is generated.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        self._check(prompts, capacity, exit_rate, target_speedup, mode, max_new_tokens, temperature, seed, settings)
+        tokenizer, device = self.hat.base.tokenizer, self.hat.base.device
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False, verbose=False)
+        inputs = inputs.to(device)
+        length, context = inputs.input_ids.shape[1], self.hat.lm.config.max_position_embeddings
+        if length + max_new_tokens > context:
+            what = f"{length} prompt tokens + {max_new_tokens} new ones"
+            raise HatError(f"{what} exceed the context of {self.hat.base.name}: {context}")
+
+        predicted = None
+        if target_speedup is not None:
+            curve = self.curve(exit_rate, len(prompts))
+            capacity = curve.capacity_for(target_speedup)
+            predicted = curve.at(capacity)
+        measure = (target_speedup is not None or mode == "lossless") if measure is None else measure
+        with self.hat.at(capacity, exit_rate):
+            if mode == "lossless":
+                return self._lossless(inputs, max_new_tokens, temperature, seed, measure, streamer)
+            sampling = {"do_sample": temperature > 0}
+            sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+            cards = [device] if device.type == "cuda" else []
+            with self.hat.collect() as states, torch.inference_mode(), torch.random.fork_rng(cards):
+                torch.manual_seed(seed)
+                began = time.perf_counter()
+                ids = self.hat.lm.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=tokenizer.pad_token_id,
+                    streamer=streamer,
+                    **sampling | settings,
+                )
+                seconds = time.perf_counter() - began
+            real = self._real(ids, inputs.attention_mask)
+            return self._result(
+                ids, real, self._trace(states, ids, real, settings), seconds, length, measure,
+                target_speedup=target_speedup, predicted_speedup=predicted,
+            )  # fmt: skip
+
+    def curve(self, exit_rate: float | None = None, batch: int = 1) -> SpeedCurve:
+        """Speedup by capacity on this machine; measured on the first call, kept in the user's cache."""
+        rate = self.hat.exit_rate if exit_rate is None else exit_rate
+        return speed_curve(self.hat, self.versus, exit_rate=rate, batch=batch, plain=lambda: self.plain)
+
+    @cached_property
+    def plain(self) -> LlamaForCausalLM:
+        """The same base in plain transformers."""
+        base = self.hat.base
+        return load_base(base.name, dtype=base.dtype, device=base.device).model
+
+    @property
+    def _reference(self):
+        return (self.hat.lm, self.hat.dense) if self.versus == "dense" else (self.plain, torch.inference_mode)
+
+    def _check(self, prompts, capacity, exit_rate, target, mode, max_new_tokens, temperature, seed, settings) -> None:
+        if mode not in MODES:
+            raise HatError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if capacity is not None and target is not None:
+            raise HatError(f"pass a capacity or a target speedup, not both (got {capacity} and {target})")
+        if mode == "lossless" and (target is not None or settings):
+            what = "a target speedup" if target is not None else ", ".join(settings)
+            raise HatError(f"lossless mode takes the capacity of its drafts, not {what}")
+        if capacity is not None:
+            check_capacity(capacity)
+        if exit_rate is not None:
+            check_exit_rate(exit_rate)
+        if target is not None:
+            check_target(target)
+        if not prompts:
+            raise HatError("no prompt: expected a text, or a list of texts")
+        for prompt in prompts:
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise HatError(f"a prompt must be text to continue, got {prompt!r}")
+        if max_new_tokens < 1 or seed < 0:
+            raise HatError(f"expected max_new_tokens >= 1 and seed >= 0, got {max_new_tokens} and {seed}")
+        if not 0 <= temperature < math.inf:
+            raise HatError(f"temperature must be a finite number of at least 0, got {temperature}")
+
+    def _real(self, ids: Tensor, prompt_mask: Tensor) -> Tensor:
+        """bool ``[B, T]``: neither left padding nor anything after the first end-of-text token that is new."""
+        mask = prompt_mask.bool().repeat_interleave(len(ids) // len(prompt_mask), dim=0)
+        stop = self.hat.lm.generation_config.eos_token_id
+        new = ids[:, mask.shape[1] :]
+        if stop is None:
+            return torch.cat([mask, torch.ones_like(new, dtype=torch.bool)], dim=1)
+        ends = torch.isin(new, torch.tensor(stop, device=ids.device)).long()
+        return torch.cat([mask, ends.cumsum(1) - ends == 0], dim=1)
+
+    def _trace(self, states: list[TokenState], ids: Tensor, real: Tensor, settings: dict) -> TokenState:
+        """What the forwards behind ``ids`` did; beams leave others' forwards behind, so theirs is run once more."""
+        if settings.get("num_beams", 1) > 1 or len(states[0].real) != len(ids):
+            with torch.inference_mode():
+                self.hat.lm.model(input_ids=ids[:, :-1], attention_mask=real[:, :-1].long(), use_cache=False)
+            return self.hat.trace
+        trace = TokenState.cat(states)
+        trace.real = trace.real & real[:, 1:]  # what was run for batch-mates alone is not counted
+        return trace
+
+    def _result(self, ids, real, trace, seconds, length, measure, **more) -> Generation:
+        hat, tokenizer = self.hat, self.hat.base.tokenizer
+        cost = state_cost(hat, trace)
+        realised = None
+        if measure and ids.shape[1] - length > 3:
+            realised = timed(hat, self._reference, ids, real.long() if not bool(real.all()) else None)
+        return Generation(
+            texts=[tokenizer.decode(row[keep], skip_special_tokens=True)
+                   for row, keep in zip(ids[:, length:], real[:, length:], strict=True)],
+            ids=ids,
+            prompt_length=length,
+            new_tokens=int(real[:, length:].sum()),
+            seconds=seconds,
+            mode="adaptive",
+            model_share=cost.model_share,
+            token_share=(cost.executed / cost.dense).float(),
+            realised_speedup=realised,
+            **self._spent(trace),
+            **more,
+        )  # fmt: skip
+
+    def _spent(self, trace: TokenState | None) -> dict:
+        hat, real = self.hat, trace and trace.exit_layer[trace.real]
+        depths = {} if trace is None else dict(zip(*(x.tolist() for x in real.unique(return_counts=True)), strict=True))
+        return {
+            "requested_capacity": hat.capacity,
+            "requested_exit_rate": hat.exit_rate,
+            "capacity": trace.capacity if trace else math.nan,
+            "exit_rate": trace.exit_rate if trace else math.nan,
+            "exit_histogram": depths,
+            "versus": self.versus,
+        }
+
+    def _lossless(self, inputs, max_new_tokens: int, temperature: float, seed: int, measure: bool, streamer):
+        """One prompt after another; results are put together as `generate` pads them."""
+        hat, tokenizer = self.hat, self.hat.base.tokenizer
+        prompts = [ids[None, mask] for ids, mask in zip(inputs.input_ids, inputs.attention_mask.bool(), strict=True)]
+        with torch.inference_mode(), hat.dense():  # the weights are laid out for single rows before the clock starts
+            hat.lm(input_ids=prompts[0][:, :1], use_cache=False)
+        began = time.perf_counter()
+        how = {"temperature": temperature, "seed": seed, "streamer": streamer}
+        found = [speculate(hat, ids, max_new_tokens, **how) for ids in prompts]
+        seconds = time.perf_counter() - began
+        lengths = [ids.shape[1] for ids in prompts]
+        new = [s.ids[0, n:] for s, n in zip(found, lengths, strict=True)]
+        tail = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=tokenizer.pad_token_id)
+        realised = None
+        if measure:
+            realised = sum(self._seconds(s.ids, n) for s, n in zip(found, lengths, strict=True)) / seconds
+        drafts = [s.drafts for s in found if s.drafts]
+        drafted = sum(d.tokens for d in drafts)
+        return Generation(
+            texts=[tokenizer.decode(row, skip_special_tokens=True) for row in new],
+            ids=torch.cat([inputs.input_ids, tail], dim=1),
+            prompt_length=inputs.input_ids.shape[1],
+            new_tokens=sum(map(len, new)),
+            seconds=seconds,
+            mode="lossless",
+            model_share=sum(s.draft_share * s.drafted for s in found if s.drafts) / drafted if drafted else math.nan,
+            realised_speedup=realised,
+            speculation=found,
+            **self._spent(TokenState.cat(drafts) if drafts else None),
+        )
+
+    def _seconds(self, ids: Tensor, prompt_length: int) -> float:
+        """What the reference takes for the same tokens: a prefill, and a step for each new token but the last."""
+        lm, around = self._reference
+        cache = DynamicCache(config=lm.config)
+        with torch.inference_mode(), around():
+            began = now(lm)
+            lm(input_ids=ids[:, :prompt_length], cache=cache, use_cache=True, logits_to_keep=1)
+            for t in range(prompt_length, ids.shape[1] - 1):
+                lm(input_ids=ids[:, t : t + 1], cache=cache, use_cache=True, logits_to_keep=1)
+            return now(lm) - began

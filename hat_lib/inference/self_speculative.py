@@ -1,0 +1,192 @@
+"""Lossless decoding: the adaptive model drafts, its own dense base verifies.
+
+Self-speculative decoding (Zhang et al. 2023, arXiv:2309.08168) with the acceptance rule of Leviathan et al. 2022
+(arXiv:2211.17192, algorithm 1) and Chen et al. 2023 (arXiv:2302.01318). Drafter and verifier are one set of weights
+with one KV cache: the drafts see the base's own K and V for everything that was verified, and the verifying pass writes
+the base's K and V over the drafts'. What comes out is the base's: token for token if greedy, in distribution if
+sampled, both within the rounding of a forward over several tokens against one over one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from hat_lib.config import HatError
+from hat_lib.model.cost import state_cost
+from hat_lib.model.token_state import TokenState
+from hat_lib.model.transformer import HierarchicalTransformer
+
+LONGEST = 8
+"""most tokens that are drafted before the base looks at them"""
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """One sequence, and how drafting it went."""
+
+    ids: Tensor
+    """prompt and new tokens, int64 ``[1, T]``"""
+    new_tokens: int
+    passes: int
+    """dense passes, the prompt's included"""
+    accepted: int
+    """drafted tokens that the base let stand"""
+    drafts: TokenState | None
+    """what the drafting steps ran, one after another along T; None without any"""
+    draft_share: float
+    """their mean work, as a share of a dense step's; nan without any"""
+
+    @property
+    def drafted(self) -> int:
+        return 0 if self.drafts is None else self.drafts.tokens
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted / drafted tokens; nan where none was drafted."""
+        return self.accepted / self.drafted if self.drafted else float("nan")
+
+    @property
+    def ideal_speedup(self) -> float:
+        """New tokens per dense step's worth of weights read, if a verifying pass reads them once for all its tokens."""
+        drafting = self.drafted * self.draft_share if self.drafted else 0.0
+        return self.new_tokens / (self.passes + drafting)
+
+
+class DraftLength:
+    """How many tokens to draft next: what gives most tokens per unit of work at the acceptance seen so far.
+
+    With acceptance a and a drafting step that costs ``cost`` dense steps, k drafts and one verifying pass give
+    ``(1 - a^(k+1)) / (1 - a)`` tokens for ``k cost + 1`` (Leviathan et al. 2022, equation 1 and theorem 3.8). It counts
+    work and not seconds, so that one seed gives one result on any machine.
+    """
+
+    def __init__(self, cost: float, longest: int = LONGEST):
+        self.cost, self.longest = cost, longest
+        self.accepted, self.tested = 1, 2  # a coin's prior, gone after a few rounds
+
+    def __call__(self) -> int:
+        """1 to ``longest``."""
+        k = np.arange(1, self.longest + 1)
+        tokens = np.power.outer(self.accepted / self.tested, np.arange(self.longest + 1)).cumsum()[1:]
+        return int(k[np.argmax(tokens / (k * self.cost + 1))])
+
+    def see(self, accepted: int, drafted: int) -> None:
+        """A round of ``drafted`` tokens ended with ``accepted`` of them; none after the first rejected was tested."""
+        self.accepted += accepted
+        self.tested += min(accepted + 1, drafted)
+
+
+@torch.inference_mode()
+def speculate(
+    hat: HierarchicalTransformer,
+    ids: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    draft_length: int | None = None,
+    seed: int = 0,
+    streamer=None,
+) -> Speculation:
+    """Continue one prompt as the base would, drafting with ``hat`` as it is set.
+
+    Args:
+        ids: int64 ``[1, T]``, without padding.
+        temperature: 0 is greedy; above 0 samples from the base's whole distribution at that temperature.
+        draft_length: tokens a round; None lets `DraftLength` choose.
+        streamer: as `generate` takes it: ``put`` of tokens as they are verified, then ``end``.
+
+    Stops at ``max_new_tokens`` or after an end-of-text token. Raises `HatError` for a batch, an empty prompt, and
+    numbers out of range.
+    """
+    if ids.dim() != 2 or len(ids) != 1 or not ids.shape[1]:
+        raise HatError(f"lossless decoding takes one prompt of at least one token, got shape {tuple(ids.shape)}")
+    if max_new_tokens < 1 or (draft_length is not None and draft_length < 1):
+        raise HatError(f"max_new_tokens and draft_length must be at least 1, got {max_new_tokens} and {draft_length}")
+    lm, stop = hat.lm, _stops(hat)
+    generator = torch.Generator(ids.device).manual_seed(seed)
+    dice = _Dice(temperature, generator)
+    cache = DynamicCache(config=lm.config)
+    length, accepted, passes, states = None, 0, 1, []
+
+    with hat.dense():
+        logits = lm(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[0]
+    new = [dice.throw(dice.odds(logits[-1]))]
+    if streamer is not None:
+        streamer.put(ids.cpu())
+        streamer.put(new[0].cpu())
+    while len(new) < max_new_tokens and int(new[-1]) not in stop:
+        n = draft_length or (length() if length else 1)  # the first round shows what a step costs
+        n = min(n, max_new_tokens - len(new) - 1)
+        drafts, odds = [], []
+        with hat.collect() as steps:
+            for _ in range(n):
+                token = drafts[-1] if drafts else new[-1]
+                logits = lm(input_ids=token[None], cache=cache, use_cache=True).logits[0, -1]
+                odds.append(dice.odds(logits))
+                drafts.append(dice.throw(odds[-1]))
+        states += steps
+        if steps and length is None:
+            length = DraftLength(state_cost(hat, steps[0]).model_share)
+
+        if n:
+            cache.crop(-n)
+        with hat.dense():
+            logits = lm(input_ids=torch.cat([new[-1], *drafts])[None], cache=cache, use_cache=True).logits[0]
+        passes += 1
+        base = [dice.odds(row) for row in logits]
+        kept = next((i for i in range(n) if not dice.accepts(drafts[i], base[i], odds[i])), n)
+        if kept < n:
+            cache.crop(kept - n)
+            rest = (base[kept] - odds[kept]).clamp(min=0)
+            last = dice.throw(rest if rest.any() else base[kept])  # nothing is left if both differ by rounding alone
+        else:
+            last = dice.throw(base[n])
+        fresh = [*drafts[:kept], last]
+        fresh = fresh[: next((i for i, t in enumerate(fresh, 1) if int(t) in stop), len(fresh))]
+        new += fresh
+        accepted += kept
+        if n and length is not None:
+            length.see(kept, n)
+        for token in fresh if streamer is not None else ():
+            streamer.put(token.cpu())
+    if streamer is not None:
+        streamer.end()
+    drafted = TokenState.cat(states) if states else None
+    share = state_cost(hat, drafted).model_share if states else float("nan")
+    return Speculation(torch.cat([ids, torch.cat(new)[None]], dim=1), len(new), passes, accepted, drafted, share)
+
+
+class _Dice:
+    """Draws tokens. Greedy is a distribution with all its mass on one token, so that one rule serves both."""
+
+    def __init__(self, temperature: float, generator: torch.Generator):
+        self.temperature, self.generator = temperature, generator
+
+    def odds(self, logits: Tensor) -> Tensor:
+        """``logits [V]`` as probabilities, fp32 ``[V]``."""
+        if self.temperature == 0:
+            return torch.zeros_like(logits, dtype=torch.float32).index_fill_(0, logits.argmax(), 1.0)
+        return torch.softmax(logits.float() / self.temperature, dim=-1)
+
+    def throw(self, weights: Tensor) -> Tensor:
+        """A token, int64 ``[1]``, with probability in proportion to its weight."""
+        if self.temperature == 0:
+            return weights.argmax()[None]
+        return torch.multinomial(weights, 1, generator=self.generator)
+
+    def accepts(self, token: Tensor, base: Tensor, draft: Tensor) -> bool:
+        """With probability ``min(1, base / draft)`` of the token."""
+        if self.temperature == 0:
+            return bool(base[token])
+        u = torch.rand(1, generator=self.generator, device=base.device)
+        return bool(u * draft[token] < base[token])
+
+
+def _stops(hat: HierarchicalTransformer) -> set[int]:
+    stop = hat.lm.generation_config.eos_token_id
+    return set() if stop is None else {stop} if isinstance(stop, int) else set(stop)

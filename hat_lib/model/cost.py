@@ -1,0 +1,208 @@
+"""What a token costs: FLOPs and weight bytes, counted from what a forward really ran.
+
+A linear layer costs two FLOPs for each weight that it reads, so its cost is its weights times the share
+that this token executed (the usual count: Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Parts:
+
+    attention    q, k, v and o projections; at their share (channel grain), or in full (token grain)
+    ffn          gate, up and down projections, at their share
+    exited_kv    K and V, dense, in each layer after the one in which a token left
+    head         the LM head, once per token; a prefill that wants one token's logits spends less
+    routers      D multiply-adds a layer (token grain: from layer 1 on); channel grain: a compare per channel, too
+    exits        each gate that a token reached, and the translator of the one that it took
+    core         attention scores and mixing: 4 FLOPs per query channel and key seen; it reads no weights
+
+Left out, in the dense count too: norms, activations, residual sums, softmax, RoPE, biases, the embedding's
+one row. This is the work that the method asks for, whatever the hardware makes of it: channels of several
+rows at once run masked and dense, and a batch reads its weights once for all of its rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hat_lib.config import HatConfig, check_capacity
+from hat_lib.model.granularity import GRAINS, ChannelGrain
+from hat_lib.model.policies import Everything
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+    from hat_lib.model.token_state import TokenState
+    from hat_lib.model.transformer import HierarchicalTransformer
+
+HAT_BYTES = 4
+"""bytes of a trained parameter: routers, gates and translators stay fp32"""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work of each token by part (see the module's docstring), fp64 tensors of the tokens' shape."""
+
+    flops: dict[str, Tensor]
+    weight_bytes: dict[str, Tensor]
+    """weights that this token needs, in bytes: what batch-1 decode reads for it"""
+    dense_flops: dict[str, Tensor]
+    dense_weight_bytes: dict[str, Tensor]
+
+    @property
+    def executed(self) -> Tensor:
+        """FLOPs of each token, all parts but ``core``."""
+        return sum(v for part, v in self.flops.items() if part != "core")
+
+    @property
+    def dense(self) -> Tensor:
+        """FLOPs that the base spends on each token, all parts but ``core``."""
+        return sum(v for part, v in self.dense_flops.items() if part != "core")
+
+    @property
+    def model_share(self) -> float:
+        """Executed / dense FLOPs over all tokens, head, routers, exits and exited K/V included.
+
+        Without the attention core, which depends on the context's length and not on the method's choice of
+        what to skip: so a result at one length can be set beside a result at another.
+        """
+        return float(self.executed.sum() / self.dense.sum())
+
+    @property
+    def ideal_speedup(self) -> float:
+        """``1 / model_share``: the gain if time were proportional to linear work."""
+        return 1 / self.model_share
+
+
+def work(
+    lm_config: LlamaConfig,
+    config: HatConfig,
+    site_share: Tensor,
+    exit_layer: Tensor,
+    context: int | Tensor = 0,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    routed: bool = True,
+    gated: bool = True,
+) -> Work:
+    """The cost of tokens, given what they executed.
+
+    Args:
+        lm_config, config: shapes of the base and of the method.
+        site_share: executed share of each gated site, ``[L, S, ...]`` in [0, 1]; layers that a token did not
+            enter are not read.
+        exit_layer: layers that each token ran, ``[...]``; L where it stayed to the end.
+        context: keys that each token attends to, itself included; a number or ``[...]``.
+        dtype: of the base's weights.
+        routed, gated: whether routers and exit gates ran at all.
+    """
+    n_layers, d, ran = config.n_layers, lm_config.hidden_size, exit_layer.double()
+    heads, head_dim = lm_config.num_attention_heads, lm_config.head_dim
+    q_width, kv_width = heads * head_dim, lm_config.num_key_value_heads * head_dim
+    zero = torch.zeros_like(ran)
+
+    depth = torch.arange(n_layers, device=ran.device).view(-1, 1, *[1] * exit_layer.dim())
+    shares = torch.where(depth < exit_layer, site_share.double(), 0.0).sum(0)  # [S, ...], in whole layers
+    shares = dict(zip(GRAINS[config.granularity].sites, shares, strict=True))
+    if config.granularity == "token":
+        shares = {"qkv": ran, "o": ran, "gate_up": shares["ffn"], "down": shares["ffn"]}
+        router_weights = d * (ran - 1)  # layer 0's FFN always runs, nobody asks its router
+        router_flops, router_bytes = 2 * router_weights, HAT_BYTES * router_weights
+    else:
+        compares = (d + q_width + d + lm_config.intermediate_size) * ran  # thresholds, in the base's dtype
+        router_flops = compares + 2 * d * ran
+        router_bytes = dtype.itemsize * compares + HAT_BYTES * d * ran
+
+    size = ChannelGrain.site_work(lm_config)  # weights of each linear layer, whatever the grain
+    weights = {
+        "attention": size["qkv"] * shares["qkv"] + size["o"] * shares["o"],
+        "ffn": size["gate_up"] * shares["gate_up"] + size["down"] * shares["down"],
+        "exited_kv": 2 * kv_width * d * (n_layers - ran),
+        "head": zero + lm_config.vocab_size * d,
+    }
+    dense = {
+        "attention": zero + n_layers * (size["qkv"] + size["o"]),
+        "ffn": zero + n_layers * (size["gate_up"] + size["down"]),
+        "head": weights["head"],
+    }
+    reached = sum(((exit_layer >= e).double() for e in config.exit_layers), zero)
+    left = (exit_layer < n_layers).double()
+    exit_weights = (reached * 2 * d + left * 2 * (config.translator_rank + 1) * d) * gated
+
+    per_layer = 4 * q_width * (zero + context)
+    return Work(
+        flops={part: 2 * w for part, w in weights.items()}
+        | {"routers": router_flops * routed, "exits": 2 * exit_weights, "core": per_layer * ran},
+        weight_bytes={part: dtype.itemsize * w for part, w in weights.items()}
+        | {"routers": router_bytes * routed, "exits": HAT_BYTES * exit_weights},
+        dense_flops={part: 2 * w for part, w in dense.items()} | {"core": per_layer * n_layers},
+        dense_weight_bytes={part: dtype.itemsize * w for part, w in dense.items()},
+    )
+
+
+def state_cost(hat: HierarchicalTransformer, state: TokenState) -> Work:
+    """The cost of one forward, or of several joined by `TokenState.cat`: ``[B, T]`` on the CPU, 0 at pads.
+
+    Routers and gates are charged where ``hat`` has them switched on now, or where the state shows that
+    something was skipped or somebody left. A control is charged for the router that it stands in for.
+    """
+    real, share = state.real.cpu(), state.site_share.cpu()
+    exit_layer, context = state.exit_layer.cpu().long(), state.position.cpu() + 1
+    depth = torch.arange(state.n_layers).view(-1, 1, 1, 1)
+    skipped = (share < 1) & (depth < exit_layer) & real
+    left = (exit_layer < state.n_layers) & real
+    cost = work(
+        hat.lm.config,
+        hat.config,
+        share,
+        exit_layer,
+        context,
+        dtype=hat.lm.dtype,
+        routed=not isinstance(hat._policy, Everything) or bool(skipped.any()),
+        gated=bool(hat._exit_rate or hat._exit_policy or left.any()),
+    )
+    return Work(*({part: v * real for part, v in parts.items()} for parts in vars(cost).values()))
+
+
+def model_share(hat: HierarchicalTransformer, state: TokenState) -> float:
+    """All executed work / dense work over the real tokens of a state; see `Work.model_share`."""
+    return state_cost(hat, state).model_share
+
+
+def ideal_speedup(
+    lm_config: LlamaConfig, config: HatConfig, capacity: float = 1.0, exit_layer: int | None = None
+) -> float:
+    """`Work.ideal_speedup` if every token runs at ``capacity`` and leaves after ``exit_layer`` layers.
+
+    Routers count below capacity 1, exit gates where tokens leave (None: nobody does). It is a plan, before
+    any text is read. Raises `HatError` for a capacity outside [0.1, 1].
+    """
+    capacity = check_capacity(capacity)
+    share = torch.full((config.n_layers, len(GRAINS[config.granularity].sites)), capacity)
+    depth = torch.tensor(config.n_layers if exit_layer is None else exit_layer)
+    gated = exit_layer is not None
+    return work(lm_config, config, share, depth, routed=capacity < 1, gated=gated).ideal_speedup
+
+
+class Spent:
+    """Work of forwards of ``hat``. Shares are ratios of sums over all real tokens, not means over forwards."""
+
+    def __init__(self, hat: HierarchicalTransformer):
+        self.hat = hat
+        self._executed, self._possible = np.zeros(3), np.zeros(3)
+        self.exits = np.zeros(hat.config.n_layers + 1, dtype=np.int64)
+        """tokens by the layers that they ran, ``[L + 1]``"""
+
+    def add(self, state: TokenState) -> None:
+        """Count a forward, while ``hat`` is set as it was in it."""
+        cost, depths = state_cost(self.hat, state), state.exit_layer[state.real]
+        tokens, layers_run = len(depths), int(depths.sum())
+        self._executed += state.capacity * layers_run, state.exit_rate * tokens, float(cost.executed.sum())
+        self._possible += layers_run, tokens, float(cost.dense.sum())
+        self.exits += np.bincount(depths.cpu().numpy(), minlength=len(self.exits))
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Realised capacity, exit rate and model share."""
+        capacity, exit_rate, model_share = (self._executed / self._possible).tolist()
+        return capacity, exit_rate, model_share

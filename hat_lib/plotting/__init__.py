@@ -1,0 +1,1 @@
+"""From result rows or a trace to a Figure."""

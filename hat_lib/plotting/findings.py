@@ -1,0 +1,252 @@
+"""Findings: what the saved results say about each claim, as verdicts, words and figures.
+
+As in `hat_lib.plotting.style`, tables of ``data/results`` go in; no model is loaded and nothing is measured. An
+interval decides whether a bound on a cost is kept: "yes" where all of it lies below, "no" where all of it lies above,
+"open" where the bound lies inside. In the figures hollow is what was only promised, or what cannot be told from
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter
+
+from hat_lib.plotting.style import BLUE, BROWN, GRAINS, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, need, percent
+
+COST = ("increase", "increase_low", "increase_high")
+POINT = ("granularity", "text", "capacity")
+MOST = 1000.0  # per cent; an increase beyond it stands at the upper edge, as a triangle
+TEXTS = {"addresses": (BLUE, "o"), "docstrings": (ORANGE, "s")}
+PROMISED = {"color": "black", "marker": "D", "markerfacecolor": "none", "markersize": 7, "zorder": 5}
+WHISKERS = {"linestyle": "none", "markersize": 5, "capsize": 2, "elinewidth": 1}
+TRAINED = {
+    "channel grain, trained": (BLUE, "o", "-"),
+    "channel grain, untrained": (SKY, "v", "--"),
+    "token grain, published recipe": (ORANGE, "s", "-"),
+    "token grain, our recipe": (PURPLE, "P", "-"),
+}
+EXITS = {"trained": (GREEN, "D", "exits chosen by the gates"), "random_exits": (BROWN, "v", "as many by lot")}
+
+
+def verdict(low: float, high: float, bound: float) -> str:
+    """Does a cost with the interval ``low`` .. ``high`` stay below ``bound``? "yes", "no" or "open"."""
+    return "yes" if high <= bound else "no" if low > bound else "open"
+
+
+def joint(verdicts: Iterable[str]) -> str:
+    """Of what has to hold everywhere: "no" if it fails anywhere, "yes" if it holds everywhere, else "open"."""
+    found = set(verdicts)
+    return "no" if "no" in found else "yes" if found == {"yes"} else "open"
+
+
+def kept(quality: pd.DataFrame, promise: pd.DataFrame) -> pd.DataFrame:
+    """Every trained row without exits beside the promise: columns ``promised`` (increase) and ``kept`` (a `verdict`).
+
+    Between promised capacities the promise is taken in proportion; capacities outside are left out. Of two rows for
+    one point, the one on more tokens counts.
+
+    Args:
+        quality: the fields of `hat_lib.experiments.quality.QualityRow`.
+        promise: ``capacity``, ``promised_increase``.
+    """
+    need(quality, *POINT, "variant", "exit_rate", "tokens", "realised", *COST)
+    bounds, rows = _bounds(promise), _dial(quality, "trained")
+    rows = rows[rows["capacity"].between(bounds["capacity"].min(), bounds["capacity"].max())]
+    rows = rows.assign(promised=np.interp(rows["capacity"], bounds["capacity"], bounds["promised_increase"]))
+    return rows.assign(kept=[verdict(*row) for row in rows[[*COST[1:], "promised"]].to_numpy()])
+
+
+def apart(ablations: pd.DataFrame) -> pd.DataFrame:
+    """The ablations with a column ``apart``: does the interval miss that of the reference, on the same text?
+
+    The reference is the first change of a grain among those with as many steps: the recipe itself, or its start.
+
+    Args:
+        ablations: the fields of `hat_lib.experiments.ablations.AblationRow`, in the order of
+        `hat_lib.experiments.ablations.CHANGES`.
+    """
+    need(ablations, *POINT, "change", "steps", *COST)
+    first = ablations.groupby(["granularity", "text", "steps"], sort=False)[list(COST)].transform("first")
+    meet = (ablations["increase_low"] <= first["increase_high"]) & (first["increase_low"] <= ablations["increase_high"])
+    return ablations.assign(apart=~meet)
+
+
+def said(row: pd.Series) -> str:
+    """An increase in perplexity and its interval: per cent up to a doubling, then times the base's perplexity."""
+    times = ["over x1000" if v >= 999 else f"x{1 + v:.{1 if v < 9 else 0}f}" for v in row[[*COST]]]
+    middle, low, high = (f"{v:+.1%}" if v < 1 else t for v, t in zip(row[[*COST]], times, strict=True))
+    return f"{middle} ({low} to {high})"
+
+
+def machine(rows: pd.DataFrame) -> str:
+    """Device, dtype and threads of the rows, as far as their file names them."""
+    have = [name for name in ("device", "dtype", "threads") if name in rows]
+    return ", ".join("threads " * (name == "threads") + "/".join(map(str, rows[name].unique())) for name in have)
+
+
+def promised(quality: pd.DataFrame, published: pd.DataFrame, promise: pd.DataFrame) -> Figure:
+    """Increase in perplexity at the capacity that was realised, beside what was promised; a panel for each text.
+
+    Args:
+        quality, promise: as for `kept`.
+        published: as ``quality``, of the token grain trained by the published recipe.
+    """
+    found, bounds = kept(quality, promise), _bounds(promise)
+    need(published, *POINT, "variant", "exit_rate", "tokens", "realised", *COST)
+    channel, token = (found[found["granularity"] == grain] for grain in GRAINS)
+    start = _dial(quality, "untrained").query("granularity == 'channel'")
+    lines = [channel, start, _dial(published, "trained"), token]
+    with mpl.rc_context(STYLE):
+        fig, axes = _by_text(found, "capacity that was realised", 4.1)
+        for text, ax in axes.items():
+            for rows, look in zip(lines, TRAINED.values(), strict=True):
+                _costs(ax, rows[rows["text"] == text], "realised", *look)
+            ax.plot(bounds["capacity"], 100 * bounds["promised_increase"], ":", **PROMISED)
+        names = [Line2D([], [], linestyle=":", label="promised", **PROMISED)]
+        names += [Line2D([], [], color=c, marker=m, linestyle=s, label=name) for name, (c, m, s) in TRAINED.items()]
+        fig.legend(handles=names, ncols=3, loc="outside lower center")
+    return fig
+
+
+def speeds(promise: pd.DataFrame) -> Figure:
+    """Decode speedups in two factors, a panel for each base: what skipping gives (thick), what the dense path (thin).
+
+    Args:
+        promise: the fields of `hat_lib.experiments.published_claims.PromiseRow`; rows with exits are left out.
+    """
+    numbers = ["realised", "promised_speedup", "ideal_decode", "decode_dense", "decode_hf"]
+    need(promise, "base", "granularity", "capacity", "exit_rate", *numbers)
+    rows = promise[promise["exit_rate"] == 0].sort_values(["granularity", "capacity"], ascending=[True, False])
+    need(rows, "base")
+    bases = list(dict.fromkeys(rows["base"]))
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=(8.4, 3.9), layout="constrained")
+        axes = fig.subplots(1, len(bases), squeeze=False, sharey=True, sharex=True)[0]
+        for ax, base in zip(axes, bases, strict=True):
+            for y, row in enumerate(rows[rows["base"] == base].itertuples()):
+                colour, marker = GRAINS[row.granularity]
+                ax.plot([row.decode_dense, row.decode_hf], [y, y], color=GREY, linewidth=1.5)
+                ax.plot([1, row.decode_dense], [y, y], color=colour, linewidth=6, alpha=0.5, solid_capstyle="butt")
+                ax.plot(row.decode_dense, y, marker, color=colour, markersize=5)
+                ax.plot(row.decode_hf, y, marker, color=GREY, markersize=5)
+                ax.plot(row.ideal_decode, y, "|", color=colour, markersize=13, markeredgewidth=2)
+                ax.plot(row.promised_speedup, y, linestyle="none", **PROMISED)
+            ax.axvline(1, color=GREY, linewidth=1)
+            ax.set(title=base, xlabel="decode speedup (times)")
+            _log(ax, [1, 1.5, 2, 3, 4, 6], "{x:g}")
+        first = rows.loc[rows["base"] == bases[0], ["granularity", "capacity", "realised"]].to_numpy()
+        axes[0].set_yticks(range(len(first)), [f"{g} {c:.2f} (ran {r:.2f})" for g, c, r in first])
+        axes[0].invert_yaxis()
+        names = [Line2D([], [], linestyle="none", label="promised", **PROMISED)]
+        tick = {"marker": "|", "markersize": 11, "markeredgewidth": 2, "linestyle": "none"}
+        names += [Line2D([], [], color="black", label="if time followed work", **tick)]
+        names += [Line2D([], [], color=BLUE, linewidth=6, alpha=0.5, label="skipping: over our own dense path")]
+        names += [Line2D([], [], color=GREY, marker="o", markersize=5, label="all of it: over plain transformers")]
+        fig.legend(handles=names, ncols=len(names), loc="outside lower center", fontsize=8)
+    return fig
+
+
+def exits(quality: pd.DataFrame) -> Figure:
+    """Channel grain: what leaving early costs and saves, beside the line of capacities; ``quality`` as for `kept`."""
+    need(quality, *POINT, "variant", "exit_rate", "tokens", "model_share", *COST)
+    here = quality[quality["granularity"] == "channel"]
+    leaving, dial = here[(here["exit_rate"] > 0) & here["variant"].isin(EXITS)], _dial(here, "trained")
+    with mpl.rc_context(STYLE):
+        fig, axes = _by_text(pd.concat([leaving, dial]), "executed share of the model's work", 3.6)
+        for text, ax in axes.items():
+            _costs(ax, dial[dial["text"] == text], "model_share", BLUE, "o", "-")
+            for variant, (colour, marker, _) in EXITS.items():
+                rows = leaving[(leaving["text"] == text) & (leaving["variant"] == variant)]
+                _costs(ax, rows, "model_share", colour, marker, "none")
+            for row in leaving[(leaving["text"] == text) & (leaving["variant"] == "trained")].itertuples():
+                at = (row.model_share, min(100 * row.increase, MOST))
+                ax.annotate(f"{row.exit_rate:g}", at, (-8, -3), textcoords="offset points", ha="right", fontsize=8)
+        names = [Line2D([], [], color=BLUE, marker="o", label="no exits, by capacity")]
+        names += [Line2D([], [], color=c, marker=m, linestyle="none", label=name) for c, m, name in EXITS.values()]
+        fig.legend(handles=names, ncols=len(names), loc="outside lower center")
+    return fig
+
+
+def choices(ablations: pd.DataFrame) -> Figure:
+    """What each choice of a recipe is worth, a panel for each grain; filled where the interval is `apart`."""
+    table = apart(ablations)[ablations["text"].isin(TEXTS)]
+    need(table, "text")
+    grains = [grain for grain in GRAINS if grain in set(table["granularity"])]
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=(9.0, 4.2), layout="constrained")
+        for ax, grain in zip(fig.subplots(1, len(grains), squeeze=False)[0], grains, strict=True):
+            here = table[table["granularity"] == grain]
+            names = list(dict.fromkeys(here["change"]))
+            for row in here.itertuples():
+                (colour, marker), shift = TEXTS[row.text], 0.3 * list(TEXTS).index(row.text) - 0.15
+                middle, low, high = (1 + getattr(row, name) for name in COST)
+                whiskers = [[max(0, middle - low)], [max(0, high - middle)]]
+                look = {"color": colour, "marker": marker, "markerfacecolor": colour if row.apart else "white"}
+                ax.errorbar(middle, names.index(row.change) + shift, xerr=whiskers, **look, **WHISKERS)
+            fine = here["increase_high"].max() < 0.3
+            _log(ax, [1, 1.05, 1.1, 1.15, 1.2, 1.25] if fine else [1, 2, 5, 10, 20, 50, 100, 200], "x{x:g}")
+            ax.set_yticks(range(len(names)), names)
+            ax.set(title=f"{grain} grain at {here['capacity'].iloc[0]:g}", xlabel="perplexity / base perplexity")
+            ax.invert_yaxis()
+        handles = [Line2D([], [], color=c, marker=m, linestyle="none", label=text) for text, (c, m) in TEXTS.items()]
+        fig.legend(handles=handles, ncols=2, loc="outside lower center")
+    return fig
+
+
+def _bounds(promise: pd.DataFrame) -> pd.DataFrame:
+    need(promise, "capacity", "promised_increase")
+    bounds = promise.dropna(subset="promised_increase").drop_duplicates("capacity").sort_values("capacity")
+    need(bounds, "promised_increase")
+    return bounds
+
+
+def _dial(quality: pd.DataFrame, variant: str) -> pd.DataFrame:
+    """Rows of a variant without exits; of two for one point, the one on more tokens."""
+    rows = quality[(quality["variant"] == variant) & (quality["exit_rate"] == 0)].sort_values("tokens")
+    return rows.drop_duplicates(list(POINT), keep="last").sort_values(list(POINT))
+
+
+def _by_text(rows: pd.DataFrame, xlabel: str, height: float) -> tuple[Figure, dict[str, Axes]]:
+    """Axes of an increase in perplexity over a share, by text: linear below 1 %, logarithmic above."""
+    rows = rows[rows["text"].isin(TEXTS)]
+    need(rows, "text", "increase")
+    texts = [text for text in TEXTS if text in set(rows["text"])]
+    beyond, top = 100 * rows["increase"].max() > MOST, np.clip(100 * rows["increase_high"].max(), 1, MOST)
+    fig = Figure(figsize=(8.0, height), layout="constrained")
+    axes = fig.subplots(1, len(texts), squeeze=False, sharey=True, sharex=True)[0]
+    for ax, text in zip(axes, texts, strict=True):
+        ax.axhline(0, color=GREY, linewidth=1)
+        ax.set(title=text, xlabel=xlabel)
+        ax.xaxis.set_major_formatter(percent())
+    axes[0].set_yscale("symlog", linthresh=1, linscale=0.5)
+    axes[0].yaxis.set_major_locator(FixedLocator([0, 1, 3, 10, 30, 100, 300, MOST]))
+    axes[0].yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+.0f} %" if v else "0"))
+    axes[0].set(ylabel="perplexity increase" + " (▲: beyond)" * bool(beyond), ylim=(-0.6, 1.4 * top))
+    return fig, dict(zip(texts, axes, strict=True))
+
+
+def _costs(ax: Axes, rows: pd.DataFrame, x: str, colour: str, marker: str, line: str) -> None:
+    """Per cent of increase with its interval, up to `MOST`; what lies beyond is a triangle there."""
+    rows = rows.sort_values(x)
+    middle, low, high = (100 * rows[name].clip(upper=MOST / 100) for name in COST)
+    inside = 100 * rows["increase"] <= MOST
+    ax.plot(rows[x], middle, linestyle=line, color=colour)
+    whiskers = [(middle - low)[inside].clip(lower=0), (high - middle)[inside].clip(lower=0)]
+    ax.errorbar(rows[x][inside], middle[inside], yerr=whiskers, color=colour, marker=marker, **WHISKERS)
+    ax.plot(rows[x][~inside], middle[~inside], "^", color=colour, markersize=6)
+
+
+def _log(ax: Axes, ticks: list[float], label: str) -> None:
+    """A log axis with these ticks and no other, over rows that need no grid of their own."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.xaxis.set_minor_locator(FixedLocator([]))
+    ax.xaxis.set_major_formatter(label)
+    ax.grid(axis="y", visible=False)

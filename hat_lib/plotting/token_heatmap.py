@@ -1,0 +1,203 @@
+"""Coloured text: each token on a ground that says its number, for a terminal (`ansi`) and for a notebook (`html`).
+
+The colours are cividis, perceptually uniform and the same to eyes with and without colour deficiency (Nuñez, Anderton
+and Renslow 2018, arXiv:1712.01662). Each ground brings its own ink, black or white, whichever contrasts more (WCAG 2:
+at least 4.5 : 1), so it reads on light and dark pages alike. Several passages share one scale and one legend, so two
+prompts can be compared by eye.
+
+Without colours the number still shows, as a subscript: tenths of the way from the scale's low end to its high end.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+
+from hat_lib.config import HatError
+
+PALETTE = "cividis"
+STEPS = 5  # of the legend
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text to colour."""
+
+    title: str
+    tokens: Sequence[str]
+    """text of each token, as from `hat_lib.text.token_classes.pieces`: one without text shares the character of the
+    next"""
+    values: Sequence[float]
+    """number of each token; nan leaves it without colour"""
+
+
+def passages(tokens: pd.DataFrame, column: str) -> list[Passage]:
+    """A passage for each ``doc``, of `hat_lib.evaluation.routing.Patterns.tokens`, with a column of it as the
+    numbers."""
+    docs = tokens.groupby("doc", sort=False)
+    return [Passage(str(doc), part["text"].tolist(), part[column].tolist()) for doc, part in docs]
+
+
+def html(*passages: Passage, meaning: str, low: float | None = None, high: float | None = None) -> str:
+    """Passages as one HTML fragment; a token's number shows when the pointer rests on it.
+
+    Args:
+        meaning: what the numbers are, for the legend.
+        low, high: ends of the scale, beyond which colours do not change; by default the least and the greatest number.
+
+    Raises `HatError` for a passage whose tokens are not one for each number, where no token has a number and the ends
+    are not given, and for a scale that does not go up from one finite number to another.
+    """
+    scale = _scale(passages, low, high)
+    swatches = "".join(f'<span style="{_css(at)};padding:0 .6em">{text}</span>' for at, text in scale.legend())
+    parts = [f"<p>{escape(visible(meaning))} {swatches}</p>"]
+    for passage in passages:
+        spans = "".join(_span(text, numbers, scale) for text, numbers in _characters(passage))
+        parts.append(f"<p><strong>{escape(visible(passage.title))}</strong><br>{spans}</p>")
+    style = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5"
+    return f'<div style="{style}">{"".join(parts)}</div>'
+
+
+def ansi(
+    *passages: Passage,
+    meaning: str,
+    low: float | None = None,
+    high: float | None = None,
+    colours: bool | None = None,
+) -> str:
+    """Passages as lines for a terminal with 24-bit colour; arguments and errors as for `html`.
+
+    Args:
+        colours: whether to write escape codes; by default where stdout is a terminal and NO_COLOR is not set.
+    """
+    scale = _scale(passages, low, high)
+    paint = _painted if (terminal_colours() if colours is None else colours) else _subscript
+    legend = " ".join(paint(text, at) for at, text in scale.legend())
+    lines = [f"{visible(meaning)}: {legend}"]
+    for passage in passages:
+        spans = [paint(text, scale.at(numbers)) for text, numbers in _characters(passage)]
+        lines += ["", visible(passage.title), "".join(spans)]
+    return "\n".join(lines)
+
+
+def terminal_colours() -> bool:
+    """Whether stdout shows colours: a terminal that is not dumb, and no NO_COLOR (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+@dataclass(frozen=True)
+class _Scale:
+    low: float
+    high: float
+    least: float
+    most: float
+    """of the numbers themselves, which may lie beyond"""
+
+    def at(self, numbers: np.ndarray) -> float:
+        """The place of the numbers' mean on the scale, 0-1; nan where there is none."""
+        known = numbers[~np.isnan(numbers)]
+        if not len(known):
+            return np.nan
+        if self.high == self.low:
+            return 0.5
+        return float(np.clip((known.mean() - self.low) / (self.high - self.low), 0, 1))
+
+    def legend(self) -> list[tuple[float, str]]:
+        """Places on the scale and their numbers, with a sign where an end also stands for what lies beyond it."""
+        values = np.linspace(self.low, self.high, STEPS if self.high > self.low else 1)
+        texts = [f"{value:.2f}" for value in values]
+        texts[0] = "≤ " * (self.least < self.low) + texts[0]
+        texts[-1] = "≥ " * (self.most > self.high) + texts[-1]
+        return [(self.at(value[None]), text) for value, text in zip(values, texts, strict=True)]
+
+
+def _scale(passages: Sequence[Passage], low: float | None, high: float | None) -> _Scale:
+    for p in passages:
+        if len(p.tokens) != len(p.values):
+            raise HatError(f"{p.title!r}: expected a number for each token, got {len(p.values)} for {len(p.tokens)}")
+    values = np.concatenate([np.asarray(p.values, dtype=float) for p in passages] or [np.zeros(0)])
+    known = values[np.isfinite(values)]
+    if not len(known) and None in (low, high):
+        raise HatError("nothing to colour: no token has a number")
+    low, high = (known.min() if low is None else low), (known.max() if high is None else high)
+    if not -np.inf < low <= high < np.inf:
+        raise HatError(f"the scale must go from a finite number up to another, got {low} to {high}")
+    values = values[~np.isnan(values)]
+    return _Scale(*map(float, (low, high, values.min(initial=np.inf), values.max(initial=-np.inf))))
+
+
+def _characters(passage: Passage) -> Iterator[tuple[str, np.ndarray]]:
+    """Visible text with the numbers of the tokens that it came from; characters are never split."""
+    texts, shared = list(passage.tokens), []
+    while len(texts) > 1 and not texts[-1]:  # nothing comes after these: they join the token before
+        texts.pop()
+    ends = [i for i, text in enumerate(texts) if text]
+    values, start = np.asarray(passage.values, dtype=float), 0
+    for end in ends:
+        stop = len(values) if end == ends[-1] else end + 1
+        shared.append((visible(texts[end]), values[start:stop]))
+        start = stop
+    return iter(shared)
+
+
+def visible(text: str) -> str:
+    """The text with everything that would act instead of show, as a sign; a line's end also ends the line."""
+    return "".join(map(_sign, text))
+
+
+def _sign(c: str) -> str:
+    if c == "\n":
+        return "↵\n"
+    if c == "\t":
+        return "⇥"
+    if c < " ":
+        return chr(0x2400 + ord(c))
+    # Controls, formats (among them those that turn the direction of text), lone surrogates, foreign line ends.
+    return f"\\u{ord(c):04x}" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
+
+
+def _colours(at: float) -> tuple[tuple[int, ...], str]:
+    """Ground as 8-bit RGB, and the ink that contrasts most with it."""
+    rgb = colormaps[PALETTE](at, bytes=True)[:3]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in map(int, rgb))]
+    luminance = np.dot(linear, (0.2126, 0.7152, 0.0722))
+    return tuple(map(int, rgb)), "black" if luminance > 0.179 else "white"
+
+
+def _css(at: float) -> str:
+    (r, g, b), ink = _colours(at)
+    return f"background:#{r:02x}{g:02x}{b:02x};color:{ink}"
+
+
+def _span(text: str, numbers: np.ndarray, scale: _Scale) -> str:
+    at = scale.at(numbers)
+    if np.isnan(at):
+        return escape(text)
+    title = ", ".join(f"{v:.3f}" for v in numbers)
+    return f'<span style="{_css(at)}" title="{title}">{escape(text)}</span>'
+
+
+def _painted(text: str, at: float) -> str:
+    if np.isnan(at):
+        return text
+    (r, g, b), ink = _colours(at)
+    grey = 0 if ink == "black" else 255
+    on = f"\x1b[48;2;{r};{g};{b};38;2;{grey};{grey};{grey}m"
+    # Off before a line's end, or the terminal paints the rest of the line.
+    return "\n".join(f"{on}{line}\x1b[0m" if line else "" for line in text.split("\n"))
+
+
+def _subscript(text: str, at: float) -> str:
+    if np.isnan(at):
+        return text
+    digit = chr(ord("₀") + min(9, int(10 * at)))
+    body = text.rstrip("\n")
+    return body + digit + text[len(body) :]

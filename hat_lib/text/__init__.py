@@ -1,0 +1,1 @@
+"""Corpora to token blocks, text sampled from the base, token classes."""

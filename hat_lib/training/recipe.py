@@ -1,0 +1,168 @@
+"""Recipe: everything a training run is made of, except the model and the text's tokens.
+
+Three starting points. `Recipe.channel` and `Recipe.token` are ours, one a grain, as the evidence has it (LOG.md);
+`Recipe.published` has the hyperparameters of the published method, for the token grain. Each in two profiles:
+``quick`` (two CPU cores, a few minutes) and ``full`` (what the reference checkpoints were trained with; on a GPU
+more tokens are cheap).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+
+import numpy as np
+
+from hat_lib.config import CAPACITY_MAX, CAPACITY_MIN, HatError, check_capacity, check_exit_rate
+
+PHASES = ("routers", "exit", "full")
+PROFILES = ("quick", "full")
+RECIPES = ("default", "published")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyperparameters of both phases; the defaults are the published method's."""
+
+    text: str = "addresses+self"
+    """sources of `hat_lib.text.mixture`, joined by +"""
+    tokens: int = 131_072
+    """tokens of one epoch, shared evenly by the sources"""
+    block_size: int = 512
+    batch_size: int = 4
+    """sequences per micro-batch and process"""
+    accumulate: int = 1
+    """micro-batches per step; two processes with 1 equal one process with 2"""
+    router_epochs: float = 3
+    router_lr: float = 1e-3
+    exit_epochs: float = 2
+    exit_lr: float = 5e-4
+    capacity: float = 0.55
+    """where the schedule of sampled capacities ends; it begins at 1.0"""
+    anneal: float = 0.3
+    """share of the steps in which the schedule gets there"""
+    spread: float = 0.2
+    """capacities are drawn uniformly, this far to each side of the schedule, within 0.1-1.0"""
+    temperature: float = 1.0
+    """of the straight-through gradient of a router's decision, in units of its score (channel: of the log-score)"""
+    noise: float = 1.0
+    """scale of the logistic noise on a router's score; 0 decides as in use"""
+    budget_weight: float = 1.0
+    z_weight: float = 1e-3
+    entropy_weight: float = 1e-2
+    gate_forward_temperature: float = 1.0
+    gate_backward_temperature: float = 2.0
+    decision_weight: float = 1.0
+    """of sampled exits, how many are wrong and how far from a sampled rate; 0 trains gates by their targets alone"""
+    exit_rate: float = 0.3
+    """highest exit rate that the gates are trained for; sampled per step from 0 up to it"""
+    exit_tokens: int = 64
+    """tokens per sequence, drawn at random, at which exits are compared with the base"""
+    layer_dropout: float = 0.1
+    """highest chance that a layer is left out for a sequence: at the last layer, at the end of the run"""
+    max_grad_norm: float = 1.0
+    warmup: float = 0.05
+    """share of the steps in which the learning rate rises; then it falls along a cosine"""
+    seed: int = 0
+    log_steps: int = 5
+    save_steps: int = 50
+
+    def __post_init__(self):
+        if not isinstance(self.text, str):
+            raise HatError(f"text must be sources joined by +, got {self.text!r}")
+        object.__setattr__(self, "capacity", check_capacity(self.capacity))
+        object.__setattr__(self, "exit_rate", check_exit_rate(self.exit_rate))
+        for name, low in {
+            "tokens": 2, "block_size": 2, "batch_size": 1, "accumulate": 1, "exit_tokens": 1, "log_steps": 1,
+            "save_steps": 1, "seed": 0,
+        }.items():  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise HatError(f"{name} must be a whole number of at least {low}, got {value!r}")
+        if self.seed >= 2**32:  # what numpy takes
+            raise HatError(f"seed must be below 2**32, got {self.seed}")
+        for name in (
+            "router_epochs", "exit_epochs", "temperature", "gate_forward_temperature", "gate_backward_temperature",
+            "max_grad_norm",
+        ):  # fmt: skip
+            if not 0 < self._number(name) < math.inf:
+                raise HatError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
+        for name in (
+            "router_lr", "exit_lr", "noise", "budget_weight", "z_weight", "entropy_weight", "decision_weight", "spread",
+        ):  # fmt: skip
+            if not 0 <= self._number(name) < math.inf:
+                raise HatError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
+        for name in ("anneal", "warmup", "layer_dropout"):
+            if not 0 <= self._number(name) <= 1:
+                raise HatError(f"{name} must be a number in [0, 1], got {getattr(self, name)!r}")
+
+    def _number(self, name: str) -> float:
+        value = getattr(self, name)
+        return math.nan if isinstance(value, bool) or not isinstance(value, int | float) else value
+
+    @classmethod
+    def named(cls, name: str, granularity: str, profile: str = "full", **changes) -> Recipe:
+        """``default``: ours for the grain, or ``published``, which is for the token grain alone."""
+        if name not in RECIPES:
+            raise HatError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+        if name == "published":
+            if granularity != "token":
+                raise HatError("the published recipe trains the token grain: add --granularity token")
+            return cls.published(profile, **changes)
+        return (cls.token if granularity == "token" else cls.channel)(profile, **changes)
+
+    @classmethod
+    def published(cls, profile: str = "full", **changes) -> Recipe:
+        """The published method's hyperparameters, for the token grain."""
+        return cls._profiled(cls(), profile, changes)
+
+    @classmethod
+    def token(cls, profile: str = "full", **changes) -> Recipe:
+        """For the token grain: a strong pull to the budget, large steps, no layer dropout, gates by targets alone."""
+        recipe = cls(
+            tokens=65_536, router_epochs=4, router_lr=2e-2, exit_lr=2e-3, capacity=0.7, spread=0.3, anneal=0.0,
+            budget_weight=10.0, decision_weight=0.0, layer_dropout=0.0,
+        )  # fmt: skip
+        return cls._profiled(recipe, profile, changes)
+
+    @classmethod
+    def channel(cls, profile: str = "full", **changes) -> Recipe:
+        """For the channel grain: no noise, no regularisers, gates by targets alone, larger steps in both phases."""
+        recipe = cls(
+            batch_size=2, router_epochs=4, router_lr=5e-3, exit_lr=2e-3, capacity=0.62, spread=0.25, anneal=0.1,
+            temperature=0.5, noise=0.0, z_weight=0.0, entropy_weight=0.0, decision_weight=0.0, layer_dropout=0.0,
+        )  # fmt: skip
+        return cls._profiled(recipe, profile, changes)
+
+    @classmethod
+    def _profiled(cls, recipe: Recipe, profile: str, changes: dict) -> Recipe:
+        if profile not in PROFILES:
+            raise HatError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
+        quick = {"text": "addresses", "tokens": 10_000, "block_size": 128, "router_epochs": 1, "exit_epochs": 1}
+        quick |= {"exit_tokens": 32, "log_steps": 1, "save_steps": 20}
+        unknown = sorted(set(changes) - {f.name for f in fields(cls)})
+        if unknown:
+            raise HatError(f"a recipe has no {unknown[0]!r}; it has {', '.join(f.name for f in fields(cls))}")
+        return replace(recipe, **((quick if profile == "quick" else {}) | changes))
+
+    def sampled_capacity(self, step: int, steps: int) -> float:
+        """The capacity of one step: from (seed, step) alone, so that every process and a resumed run agree."""
+        at = 1.0 if self.anneal == 0 else min(1.0, step / max(1, self.anneal * steps))
+        middle = CAPACITY_MAX + (self.capacity - CAPACITY_MAX) * at
+        drawn = np.random.default_rng([self.seed, step]).uniform(-self.spread, self.spread)
+        return float(np.clip(middle + drawn, CAPACITY_MIN, CAPACITY_MAX))
+
+    def sampled_exit_rate(self, step: int) -> float:
+        return float(np.random.default_rng([self.seed, step, 1]).uniform(0, self.exit_rate))
+
+    def layer_dropout_at(self, step: int, steps: int, n_layers: int) -> np.ndarray:
+        """Chance that each layer is left out, ``[L]``: grows with depth and over the run.
+
+        ``p (exp(l ln2 / (L-1)) - 1) step/steps``: the progressive dropout of LayerSkip (Elhoushi et al. 2024,
+        arXiv:2404.16710, section 4.1), linear in time.
+        """
+        depth = np.arange(n_layers) / max(1, n_layers - 1)
+        return self.layer_dropout * np.expm1(depth * np.log(2)) * (step / max(1, steps))
+
+    def to_dict(self) -> dict:
+        return asdict(self)

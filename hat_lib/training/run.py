@@ -1,0 +1,268 @@
+"""A training run from nothing to a checkpoint: text, routers, capacities, gates, exits.
+
+A run owns a folder:
+
+    hat_config.json, hat_adapter.safetensors   the checkpoint, written when a phase is done
+    log.csv                                    one row per logged step of either phase
+    run.json                                   what was asked: recipe, base, command, versions
+    work/                                      Trainer's checkpoints and tensorboard files; gone when the run is done
+
+A run that was stopped, by Ctrl-C, a time limit or a kill, goes on from the last sound checkpoint in ``work``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import PartialState
+
+from hat_lib import __version__
+from hat_lib.backbone.base import Base, load_base, parse_dtype
+from hat_lib.calibration.capacity import Split, calibrate, calibrate_learned, held_out_parts
+from hat_lib.calibration.exits import calibrate_exits
+from hat_lib.config import CAPACITY_MIN, GRANULARITIES, HatConfig, HatError
+from hat_lib.model.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.text.blocks import held_out, text_hash
+from hat_lib.text.mixture import SELF, sources, training_text
+from hat_lib.training.log import seconds_so_far
+from hat_lib.training.recipe import PHASES, Recipe
+from hat_lib.training.trainer import Outcome, train_phase
+
+RUN_FILE, LOG_FILE, WORK = "run.json", "log.csv", "work"
+CALIBRATION_TOKENS = 24_000
+# How long processes wait for the first one, which alone samples text and calibrates.
+PATIENCE = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was asked for; `run.json` holds exactly this, so that ``--resume`` asks the same again."""
+
+    phase: str
+    granularity: str
+    base: str
+    recipe: Recipe
+    dtype: str = "bf16"
+    start: str | None = None
+    """checkpoint to start from: a calibration for the channel grain, trained routers for phase "exit\""""
+    translator_rank: int = HatConfig.translator_rank
+    max_steps: int = -1
+    command: str = ""
+
+    def __post_init__(self):
+        if self.phase not in PHASES:
+            raise HatError(f"phase must be one of {', '.join(PHASES)}, got {self.phase!r}")
+        if self.granularity not in GRANULARITIES:
+            raise HatError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
+        if self.phase == "exit" and self.start is None:
+            raise HatError(
+                "phase exit needs trained routers: pass --checkpoint DIR of a run with --phase routers, or train both "
+                "with --phase full"
+            )
+        sources(self.recipe.text)
+        parse_dtype(self.dtype)
+        kinds = {"base": str, "start": str | None, "command": str, "translator_rank": int, "max_steps": int}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                raise HatError(f"{name} must be {getattr(kind, '__name__', kind)}, got {getattr(self, name)!r}")
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return ("routers", "exit") if self.phase == "full" else (self.phase,)
+
+    def write(self, folder: Path) -> None:
+        versions = {"hat_lib": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        meta = {**asdict(self), "versions": versions}
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{RUN_FILE}"
+        temporary.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(folder / RUN_FILE)
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Raises `HatError` if ``folder`` holds no run, or one that this version cannot read."""
+        path = folder / RUN_FILE
+        if not path.is_file():
+            raise HatError(f"nothing to resume in {folder}: {RUN_FILE} is missing")
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            meta.pop("versions")
+            known = {f.name for f in fields(cls)}
+            if set(meta) != known:
+                raise HatError(f"missing or unknown fields {sorted(set(meta) ^ known)}")
+            return cls(**{**meta, "recipe": Recipe(**meta["recipe"])})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # HatError is a ValueError
+            raise HatError(f"{path} is not what `hat train` wrote: {error}") from error
+
+
+def train(
+    run: Run, folder: str | Path, *, resume: bool = False, max_minutes: float | None = None, progress: bool = True
+) -> list[Outcome]:
+    """Carry out ``run`` in ``folder``; returns how each phase that ran ended, nothing for a run that was finished.
+
+    The last `Outcome` is not ``done`` where the run was stopped; it then goes on with ``resume=True``. Under torchrun
+    every process calls this with the same arguments; the first one alone writes.
+
+    Raises `HatError` for a folder that holds another run, text or base that cannot be had, phase "exit" on a
+    checkpoint without trained routers, and a loss that is not finite.
+    """
+    folder, began = Path(folder), time.monotonic()
+    if not resume and ((folder / RUN_FILE).exists() or (folder / CONFIG_FILE).exists()):
+        raise HatError(f"{folder} already holds a run or a checkpoint: resume it, or choose another folder")
+    checkpoint = _read_start(run)
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    processes.wait_for_everyone()  # they have all seen the folder as it was
+    main = processes.is_main_process
+    progress = progress and main
+    if _is_done(folder, run.phases[-1]):
+        if main:
+            shutil.rmtree(folder / WORK, ignore_errors=True)
+        return []
+
+    recipe = run.recipe
+    base = load_base(run.base, dtype=run.dtype, device=processes.device if processes.num_processes > 1 else None)
+    with processes.main_process_first():  # the others read what it kept
+        blocks = training_text(
+            base, recipe.text, recipe.tokens, block_size=recipe.block_size, seed=recipe.seed, progress=progress
+        )
+        held = held_out(_calibration_source(recipe.text), base.tokenizer, _held_tokens(recipe), recipe.block_size)
+        kept = folder / WORK / "start"
+        torch.manual_seed(recipe.seed)  # translators start at random
+        hat = _start(run, checkpoint, base, held, kept, main and not resume, progress)
+        if main and not resume:
+            run.write(folder)
+
+    outcomes = []
+    summary = dict(hat.training_summary or {})
+    for phase in run.phases:
+        if _is_done(folder, phase):
+            load_finished(hat, folder)
+            summary = dict(hat.training_summary)
+            continue
+        nominal = nominal_thresholds(hat) if phase == "routers" else hat.calibration.thresholds_at
+        left = None if max_minutes is None else max_minutes - (time.monotonic() - began) / 60
+        outcome = train_phase(
+            hat, blocks, recipe, phase, nominal, folder,
+            resume=resume, max_minutes=left, max_steps=run.max_steps, progress=progress,
+        )  # fmt: skip
+        outcomes.append(outcome)
+        if not outcome.done:
+            return outcomes
+        if main:
+            text = f"{run.recipe.text}, train and validation splits, SHA-256 {text_hash(held)[:16]}"
+            if phase == "routers":
+                calibrate_learned(hat, held["input_ids"], nominal, text=text, progress=progress)
+            else:
+                _, agreement = calibrate_exits(hat, held["input_ids"], progress=progress)
+                summary["exit_agreement"] = [[round(a, 4) for a in row] for row in agreement]
+            minutes = round(seconds_so_far(folder / LOG_FILE, phase) / 60, 1)
+            summary[phase] = {"steps": outcome.steps, "minutes": minutes, "tokens": _tokens(blocks)}
+            summary["recipe"], summary["command"] = recipe.to_dict(), run.command
+            hat.training_summary = summary
+            hat.save_pretrained(folder)
+        processes.wait_for_everyone()
+        if not main:
+            load_finished(hat, folder)
+    if main:
+        shutil.rmtree(folder / WORK, ignore_errors=True)
+    return outcomes
+
+
+def _read_start(run: Run) -> Checkpoint | None:
+    """The checkpoint that a run starts from, checked as far as is possible without its base."""
+    if run.start is None:
+        return None
+    checkpoint = read_checkpoint(run.start)
+    if checkpoint.config.granularity != run.granularity:
+        raise HatError(f"{run.start} has the {checkpoint.config.granularity} grain, {run.granularity} was asked for")
+    if checkpoint.calibration is None:
+        raise HatError(f"{run.start} has no calibration: start from what `hat calibrate` or `hat train` wrote")
+    if run.phase == "exit" and not (checkpoint.training or {}).get("routers"):
+        raise HatError(
+            f"{run.start} has no trained routers: train them first with `hat train --phase routers --save DIR`, then "
+            "`hat train --phase exit --checkpoint DIR --save DIR2`"
+        )
+    return checkpoint
+
+
+def _start(
+    run: Run, checkpoint: Checkpoint | None, base: Base, held, kept: Path, first: bool, progress: bool
+) -> HierarchicalTransformer:
+    """The model before its first step: routers that run everything, gates that never let go.
+
+    Its tables are ``kept``, because a resumed run, and every process, must train at the very same thresholds;
+    ``first`` makes them anew.
+    """
+    if checkpoint is not None:
+        checkpoint.check_base(base, run.start)
+        # Its routers and tables; gates begin anew, with the rank that was asked for.
+        hat = HierarchicalTransformer(
+            base, replace(checkpoint.config, translator_rank=run.translator_rank, exit_rate=0.0)
+        )
+        fresh = {n: p for n, p in hat.hat_parameters().items() if n.startswith("gates.")}
+        routers = {n: t for n, t in checkpoint.tensors.items() if n.startswith("routers.")}
+        hat.load_adapter(replace(checkpoint, tensors=routers | fresh), run.start)
+        hat.calibration = checkpoint.calibration
+        hat.training_summary = {k: v for k, v in (checkpoint.training or {}).items() if not k.startswith("exit")}
+    elif run.granularity == "channel" and kept.exists() and not first:
+        hat = HierarchicalTransformer.from_pretrained(kept, base)
+        hat.capacity = 1.0
+    else:
+        shape = HatConfig.published if run.granularity == "token" else HatConfig.default
+        hat = HierarchicalTransformer(base, shape(base, translator_rank=run.translator_rank))
+        if run.granularity == "channel":
+            calibrate(hat, held["input_ids"], progress=progress)
+            hat.save_pretrained(kept)
+    held_out_parts(hat, held["input_ids"])  # raises now, not after the training, where the text is too short
+    return hat
+
+
+def nominal_thresholds(hat: HierarchicalTransformer) -> Split:
+    """Capacity -> the thresholds that routers are trained at, before any calibration of what they learn.
+
+    Channel grain: those of the calibration without training, which the learned scales then shift. Token grain:
+    ``log((1-c)/c)`` everywhere; with logistic noise a score of 0 is kept with probability c.
+    """
+    if hat.config.granularity == "channel":
+        start = hat.calibration
+        return lambda capacity: start.thresholds_at(max(capacity, CAPACITY_MIN))
+    keys = [(i, "ffn") for i in range(hat.config.n_layers)]
+
+    def at(capacity: float) -> dict[tuple[int, str], float]:
+        return dict.fromkeys(keys, math.log(max(1 - capacity, 1e-4) / capacity))
+
+    return at
+
+
+def _is_done(folder: Path, phase: str) -> bool:
+    return (folder / CONFIG_FILE).exists() and bool((read_checkpoint(folder).training or {}).get(phase))
+
+
+def load_finished(hat: HierarchicalTransformer, folder: Path) -> None:
+    """Put a finished phase's parameters, tables and summary onto ``hat``."""
+    checkpoint = read_checkpoint(folder)
+    hat.load_adapter(checkpoint, folder)
+    hat.calibration, hat.training_summary = checkpoint.calibration, checkpoint.training
+
+
+def _held_tokens(recipe: Recipe) -> int:
+    """A short run is not calibrated for longer than it was trained."""
+    return CALIBRATION_TOKENS if recipe.tokens >= CALIBRATION_TOKENS else max(2048, recipe.tokens // 4)
+
+
+def _calibration_source(text: str) -> str:
+    named = [name for name in sources(text) if name != SELF]
+    return named[0] if named else "addresses"
+
+
+def _tokens(blocks) -> int:
+    return sum(map(len, blocks["input_ids"]))

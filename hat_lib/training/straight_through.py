@@ -1,0 +1,236 @@
+"""Relaxations: train a hard decision with a soft gradient.
+
+Routers and exit gates decide by a comparison, which has no gradient. During training the forward keeps the
+hard decision, so that training sees what inference runs, and the backward differentiates a sigmoid or softmax
+in its place (straight-through: Bengio et al. 2013, arXiv:1308.3432). Noise on the logits turns the decision
+into a sample: Gumbel-softmax (Jang et al. 2017, arXiv:1611.01144), or Concrete (Maddison et al. 2017,
+arXiv:1611.00712). For two classes the difference of two Gumbel variables is one logistic variable.
+
+`straight_through`          keep or skip from one logit: the token router
+`channel_gate`              keep or skip of every input channel of a linear layer: the channel router
+`decoupled_gumbel_softmax`  stay or leave, with two temperatures: the exit gate
+`seeded`                    a generator that depends on nothing but the integers that it is given
+"""
+
+from __future__ import annotations
+
+import hashlib
+from numbers import Integral
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hat_lib.config import HatError
+from hat_lib.model.routers import round_down
+
+# Elements that the backward handles at a time on CPU: its working tensors, about 1 MB, stay in a core's L2 cache.
+CPU_TILE = 100_000
+
+
+def straight_through(
+    logit: Tensor, *, temperature: float = 1.0, noise: float = 0.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Hard keep decision, 1 where ``logit + noise * g > 0`` and else 0, with g standard logistic.
+
+    Gradient: that of ``sigmoid((logit + noise * g) / temperature)``. Binary Concrete (Maddison et al. 2017,
+    appendix B), straight-through.
+
+    Args:
+        logit: ``[...]`` floating point; the result has its shape and dtype.
+        temperature: > 0, in units of the logit; the smaller, the narrower the band that gets gradient.
+        noise: scale of g, >= 0. At 0 nothing is drawn and the decision is deterministic.
+        generator: source of g, on the logit's device.
+    """
+    _check_positive("temperature", temperature)
+    _check_noise(noise)
+    if noise:
+        # rand lies in [0, 1); at 0 the noise is -inf, a sure 0 with gradient 0.
+        uniform = torch.rand(logit.shape, generator=generator, device=logit.device)
+        logit = logit + noise * uniform.logit_().to(logit.dtype)
+    return _hard_forward(logit > 0, torch.sigmoid(logit / temperature))
+
+
+def decoupled_gumbel_softmax(
+    logits: Tensor,
+    *,
+    forward_temperature: float,
+    backward_temperature: float,
+    generator: torch.Generator | None = None,
+    noise: float = 1.0,
+) -> Tensor:
+    """One-hot sample ``argmax(logits / tau_f + noise * g)``, with g standard Gumbel; a tie goes to the first class.
+
+    Gradient: that of ``softmax(logits / tau_b + noise * g)``, same g. Straight-through Gumbel-softmax with one
+    temperature for the forward and another for the backward pass (Shah et al. 2024, arXiv:2410.13331): tau_f sets
+    how random the sample is, tau_b how the gradient spreads over the classes. Each divides the logits before the
+    noise is added: in ``argmax((logits + g) / tau_f)`` tau_f would have no effect.
+
+    Args:
+        logits: ``[..., classes]`` floating point; the result has its shape and dtype.
+        forward_temperature, backward_temperature: tau_f and tau_b, > 0, in units of the logits.
+        generator: source of g, on the logits' device.
+        noise: scale of g, >= 0; 1 samples from ``softmax(logits / tau_f)``, 0 draws nothing and takes the largest.
+    """
+    _check_positive("forward_temperature", forward_temperature)
+    _check_positive("backward_temperature", backward_temperature)
+    _check_noise(noise)
+    g = torch.zeros((), dtype=logits.dtype, device=logits.device)
+    if noise:
+        # -log(exponential) is Gumbel; an exponential of 0 would be +inf, which softmax makes NaN.
+        exponential = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
+        g = exponential.clamp_(min=torch.finfo(exponential.dtype).tiny).log_().mul_(-noise).to(logits.dtype)
+    winner = (logits.detach() / forward_temperature + g).argmax(-1, keepdim=True)
+    hard = torch.zeros_like(logits, requires_grad=False).scatter_(-1, winner, 1)
+    return _hard_forward(hard, torch.softmax(logits / backward_temperature + g, dim=-1))
+
+
+def channel_gate(
+    x: Tensor,
+    log_scale: Tensor,
+    cut: Tensor,
+    *,
+    temperature: float,
+    ease: Tensor | None = None,
+    protected: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Zero the input channels whose score is at or below the threshold: ``keep = |x| > cut``.
+
+    The score of channel i is ``|x_i| * norm_i * exp(log_scale_i)``; dividing the threshold by the last two gives
+    ``cut``. With ``r = |x| / cut``, the decision's soft stand-in is ``sigmoid(log(r) / temperature)``: a log-score
+    against a log-threshold, so that a channel's magnitude does not set how far its gradient reaches.
+
+    ``x`` gets ``grad * keep``. The decision's own dependence on x is left out: no parameter needs it here, and it
+    would send the relaxation's error through the frozen base into every router below. Only ``log_scale`` gets the
+    soft gradient, from the output and from the count.
+
+    Args:
+        x: ``[n, C]``, any floating dtype.
+        log_scale: the learned parameter ``[C]``.
+        cut: threshold / (norm * exp(log_scale)) ``[C]``, fp32, computed without gradient; -inf keeps everything.
+            Where it is not positive the decision is certain and the gradient 0.
+        temperature: > 0, in units of the log-score.
+        ease: ``[n, 1]`` in x's dtype, by which each row's cuts are multiplied; without gradient.
+        protected: bool ``[n]``, rows that keep everything and give no gradient to ``log_scale``.
+        counted: bool ``[n]``, rows that ``soft_count`` counts (real and alive ones); None counts all.
+
+    Returns:
+        ``x * keep`` in x's dtype, ``keep`` bool ``[n, C]`` (no gradient), and ``soft_count`` fp32 ``[C]``: the hard
+        number of counted rows that keep the channel, with the soft decision's gradient.
+    """
+    _check_positive("temperature", temperature)
+    if x.dim() != 2 or log_scale.shape != x.shape[1:] or cut.shape != x.shape[1:]:
+        shapes = ", ".join(str(list(t.shape)) for t in (x, log_scale, cut))
+        raise HatError(f"x, log_scale and cut must have the shapes [n, C], [C], [C], got {shapes}")
+    for name, rows in (("protected", protected), ("counted", counted)):
+        if rows is not None and (rows.dtype != torch.bool or rows.shape != x.shape[:1]):
+            raise HatError(f"{name} must be bool [{x.shape[0]}], got {rows.dtype} {list(rows.shape)}")
+    if ease is not None and (ease.dtype != x.dtype or ease.shape != (len(x), 1)):
+        raise HatError(f"ease must be {x.dtype} [{len(x)}, 1], got {ease.dtype} {list(ease.shape)}")
+    return _ChannelGate.apply(x, log_scale, cut, float(temperature), ease, protected, counted)
+
+
+def seeded(device: torch.device | str, *key: int) -> torch.Generator:
+    """A generator on ``device`` seeded by the integers in ``key``, such as (seed, step, sample index).
+
+    The same key gives the same numbers in every process and version of Python; keys that differ in any place or
+    in length give unrelated ones.
+    """
+    if not key or not all(isinstance(k, Integral) for k in key):
+        raise HatError(f"a generator's key must be one or more whole numbers, got {key!r}")
+    digest = hashlib.sha256(",".join(str(int(k)) for k in key).encode()).digest()
+    # CPU generators read 32 bits of a seed; CUDA ones all 64.
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+class _ChannelGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, log_scale, cut, temperature, ease, protected, counted):
+        # The comparison is made in x's dtype, in place: on CPU that and a product of two tensors of one dtype
+        # are vectorised, while comparing half-precision numbers into bool, or multiplying by bool, is not.
+        low = round_down(cut, x.dtype)
+        mask = x.abs().gt_(low if ease is None else low * ease)
+        if protected is not None:
+            mask.index_fill_(0, protected.nonzero().view(-1), 1)
+        keep = mask.bool()
+        ctx.save_for_backward(x, keep, cut, ease, protected, counted)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(keep)
+        return mask.mul_(x), keep, _count(keep if counted is None else keep[counted])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _, grad_count):
+        x, keep, cut, ease, protected, counted = ctx.saved_tensors
+        grad = torch.zeros_like(x) if grad is None else grad
+        grad_x = grad_scale = None
+        if ctx.needs_input_grad[0]:
+            grad_x = keep.view(torch.uint8).to(grad.dtype).mul_(grad)
+        if ctx.needs_input_grad[1]:
+            free = torch.ones_like(keep[:, 0]) if protected is None else ~protected
+            through_x, through_count = _slope_sums(x, cut, ctx.temperature, grad, ease, free, counted)
+            grad_scale = through_x if grad_count is None else through_x.addcmul_(through_count, grad_count)
+        return grad_x, grad_scale, None, None, None, None, None
+
+
+def _slope_sums(
+    x: Tensor,
+    cut: Tensor,
+    temperature: float,
+    grad: Tensor,
+    ease: Tensor | None,
+    free: Tensor,
+    counted: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Sums over the rows in ``free`` of ``slope * x * grad``, and over those also counted of ``slope``: two ``[C]``.
+
+    The slope is the derivative of ``sigmoid(u / T)`` by ``u = log r``: with ``p = 1 / (1 + r^(1/T))`` it is
+    ``p (1 - p) / T``, finite for every r in [0, inf].
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # A cut of -inf or 0 has no ratio: r = 0 everywhere, and a slope of 0.
+    inverse = torch.where(cut > 0, 1 / cut, 0).to(dtype).clamp_(max=torch.finfo(dtype).max)
+    free = free.to(dtype)
+    count_rows = free if counted is None else free * counted
+    through_x, through_count = torch.zeros((2, x.shape[1]), dtype=dtype, device=x.device)
+    tile = max(1, CPU_TILE // x.shape[1] if x.device.type == "cpu" else len(x))
+    for start in range(0, len(x), tile):
+        rows = slice(start, start + tile)
+        values = x[rows].to(dtype)
+        p = values.abs().mul_(inverse)
+        if ease is not None:
+            p.div_(ease[rows].to(dtype))
+        if temperature == 1:
+            p.add_(1).reciprocal_()
+        else:
+            p.log_().mul_(-1 / temperature).sigmoid_()
+        slope = p.addcmul_(p, p, value=-1)
+        # In place, so that autocast leaves these matrix-vector products alone.
+        through_count.addmv_(slope.T, count_rows[rows])
+        through_x.addmv_(slope.mul_(values).mul_(grad[rows].to(dtype)).T, free[rows])
+    return through_x.div_(temperature), through_count.div_(temperature)
+
+
+def _count(keep: Tensor) -> Tensor:
+    """Rows that are True per channel, bool ``[n, C] -> [C]`` fp32."""
+    if keep.device.type != "cpu":
+        return keep.sum(0, dtype=torch.float32)
+    # Bytes are summed as bytes ten times faster than as int32 on CPU; 255 of them cannot overflow.
+    return sum(part.sum(0, dtype=torch.uint8).float() for part in keep.view(torch.uint8).split(255))
+
+
+def _hard_forward(hard: Tensor, soft: Tensor) -> Tensor:
+    """The value of ``hard``, exactly, and the gradient of ``soft``."""
+    return hard + (soft - soft.detach())
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise HatError(f"{name} must be a positive number, got {value!r}")
+
+
+def _check_noise(noise: float) -> None:
+    if not 0 <= noise < float("inf"):
+        raise HatError(f"noise must be a number of at least 0, got {noise!r}")

@@ -1,0 +1,1 @@
+"""Notebooks, batches of them, and their environment."""

@@ -1,0 +1,259 @@
+"""One notebook over a grid of parameters: which runs there are, which are missing, and how one is carried out.
+
+    grid = parse_grid(notebook, ["capacity=0.4,0.7", "seed=0,1"])
+    for row in batch(notebook, grid, out, Local(jobs=2), threads=1):
+        print(row.run, row.status)
+
+Each run leaves ``out/<run>.ipynb``, its figures in ``out/figures/<run>/`` and a row in ``out/runs.csv``; what the
+notebook handed to `hat_lib.workbook.papermill_runs.record` stands in the row. The same call made again skips every run
+that has both a row saying "ok" and its notebook. Who runs them is told in `hat_lib.workbook.batch_engines`.
+
+A run executes in ``out/unfinished/<run>/<attempt>.ipynb`` and moves to its place when it has passed. That file, made
+by the worker when it begins, also counts the attempts that a worker did not live to report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import nbformat
+
+from hat_lib.config import NOTEBOOKS, HatError, check_capacity, check_exit_rate
+from hat_lib.experiments.rows import RowWriter, read_rows
+from hat_lib.workbook.papermill_runs import parse_parameters, results, run_notebook, select
+
+ROWS, UNFINISHED = "runs.csv", "unfinished"
+RANGES = {"capacity": check_capacity, "exit_rate": check_exit_rate}
+KILLED = "its worker was killed"
+LONGEST_NAME, LONGEST_ERROR, LONGEST_RESULTS = 120, 2000, 100_000  # characters
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """How one run went; a line of ``runs.csv``, whose key is (run, attempts)."""
+
+    run: str
+    status: str
+    """ok or failed"""
+    seconds: float
+    """of the last attempt"""
+    attempts: int
+    """so far, those of earlier calls and killed ones included"""
+    parameters: str
+    """JSON object: what the grid set"""
+    results: str
+    """JSON object: what the notebook recorded"""
+    error: str
+    output: str
+    """the executed notebook, seen from the folder of ``runs.csv``"""
+    notebook: str
+    code: str
+    """hash of the notebook's code cells"""
+    threads: int
+    """that the kernel could compute with"""
+    worker: str
+    """host:pid"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run, as a worker gets it. Both paths are absolute."""
+
+    run: str
+    notebook: Path
+    code: str
+    out: Path
+    parameters: dict
+    threads: int
+    retries: int
+    cell_timeout: int
+    first: int = 1
+    """number of the first attempt that counts"""
+
+    @property
+    def attempts(self) -> Path:
+        """Folder of the notebooks of attempts that did not pass, or have not yet."""
+        return self.out / UNFINISHED / self.run
+
+    @property
+    def last(self) -> int:
+        """Number of the last attempt that was begun; 0 for none."""
+        return max((int(path.stem) for path in self.attempts.glob("*.ipynb") if path.stem.isdecimal()), default=0)
+
+
+def find_notebook(name: str) -> Path:
+    """A path, or a number or name in notebooks/."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path.resolve()
+    if len(path.parts) > 1:
+        raise HatError(f"no notebook {name}: there is no such file")
+    return select([name], NOTEBOOKS)[0]
+
+
+def parse_grid(notebook: Path, axes: Sequence[str]) -> list[dict]:
+    """``["capacity=0.4,0.7", "seed=0,1"]`` as the parameters of every run, the last name varying fastest.
+
+    Raises `HatError` for a name that the notebook's ``parameters`` cell lacks, a value of another type or out of
+    range, an empty value, and one that stands there twice.
+    """
+    code_hash(notebook)  # says what is wrong with a file that is no notebook
+    grid: dict[str, list] = {}
+    for axis in axes:
+        name, equals, text = axis.partition("=")
+        if not equals or not name:
+            raise HatError(f"--grid takes NAME=VALUE,VALUE,..., got {axis!r}")
+        if name in grid:
+            raise HatError(f"--grid {name} is given twice; write all its values in one: {name}=VALUE,VALUE,...")
+        grid[name] = values = []
+        for part in re.split(r",(?![^\[\]]*\])", text):  # the commas of a list [a,b] stay
+            if not part.strip():
+                raise HatError(f"--grid {axis} has an empty value")
+            value = parse_parameters([f"{name}={part.strip()}"], [notebook])[name]
+            if name in RANGES:
+                RANGES[name](value)
+            if _json(name, value) in (_json(name, other) for other in values):
+                raise HatError(f"--grid {axis} has {value!r} twice")
+            values.append(value)
+    return [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
+
+
+def _json(name: str, value: object) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        raise HatError(f"parameter {name!r} must be text, a finite number or a list of them, got {value!r}") from None
+
+
+def run_name(parameters: dict) -> str:
+    """A file name for a run: ``capacity=0.4_seed=0``, by name, with a hash where that would not be one."""
+    texts = {name: str(parameters[name]) for name in sorted(parameters)}
+    safe = {name: re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII) for name, text in texts.items()}
+    plain = "_".join(f"{name}={text}" for name, text in safe.items())
+    if safe == texts and len(plain) <= LONGEST_NAME:
+        return plain
+    return f"{plain[:LONGEST_NAME]}-{_hash(json.dumps(parameters, sort_keys=True))[:8]}"
+
+
+def code_hash(notebook: Path) -> str:
+    """Of the code cells, outputs aside. Raises `HatError` for a file that is not a notebook."""
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+        return _hash("\0".join(cell.source for cell in cells if cell.cell_type == "code"))[:16]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, nbformat.ValidationError) as error:
+        raise HatError(f"{notebook} cannot be read as a notebook: {error}") from error
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def batch(
+    notebook: Path,
+    grid: Iterable[dict],
+    out: Path,
+    engine: Callable[[list[Task]], Iterable[BatchRow]],
+    *,
+    threads: int,
+    retries: int = 1,
+    cell_timeout: int = 600,
+) -> Iterator[BatchRow]:
+    """Carry out the runs of a grid that ``out`` lacks; yields a row for each as it ends, already in the file.
+
+    Args:
+        engine: gives `carry_out` of each task, as they end.
+        threads: that each run computes with.
+        retries: further attempts for a run that failed or was killed.
+        cell_timeout: seconds that one cell may take.
+
+    Raises `HatError` before anything starts for a folder that cannot be written or holds something else.
+    """
+    notebook, out = Path(notebook).resolve(), Path(out).expanduser().resolve()
+    path, code = out / ROWS, code_hash(notebook)
+    if out.is_dir() and not path.exists() and any(out.iterdir()):
+        raise HatError(f"{out} is not empty and holds no {ROWS}: choose a new folder")
+    with RowWriter(path, BatchRow, key=("run", "attempts")) as rows:
+        before = latest_rows(out)
+        for row in before.values():
+            if (row.notebook, row.code) != (notebook.name, code):
+                changed = "as it was before it changed" if row.notebook == notebook.name else f"not of {notebook.name}"
+                raise HatError(f"{path} holds runs of {row.notebook}, {changed}: choose another folder")
+        tasks = []
+        for parameters in grid:
+            run = run_name(parameters)
+            task = Task(run, notebook, code, out, parameters, threads, retries, cell_timeout)
+            row = before.get(run)
+            if row is None or row.status != "ok" or not (out / row.output).is_file():
+                tasks.append(replace(task, first=1 + max(task.last, row.attempts if row else 0)))
+        try:
+            (out / UNFINISHED).mkdir(exist_ok=True)
+        except OSError as error:
+            raise HatError(f"cannot write {out / UNFINISHED}: {error.strerror or error}") from error
+        for row in engine(tasks):
+            rows.write(row)
+            yield row
+        with suppress(OSError):  # something is in it
+            (out / UNFINISHED).rmdir()
+
+
+def latest_rows(out: Path) -> dict[str, BatchRow]:
+    """Run -> its last row."""
+    return {row.run: row for row in read_rows(out / ROWS, BatchRow)}
+
+
+def carry_out(task: Task) -> BatchRow:
+    """A run, in a worker: attempt after attempt, until one passes or ``retries`` are used up."""
+    final, figures = task.out / f"{task.run}.ipynb", task.out / "figures" / task.run
+    seconds, found, error = 0.0, "{}", ""
+    try:
+        task.attempts.mkdir(exist_ok=True)  # without its parents: `out` is there, or not shared with this worker
+        for attempt in range(task.first, task.first + task.retries + 1):
+            output = task.attempts / f"{attempt}.ipynb"
+            try:
+                output.touch(exist_ok=False)
+            except FileExistsError:  # begun by a worker that returned nothing
+                error = KILLED
+                continue
+            if code_hash(task.notebook) != task.code:
+                raise HatError(f"{task.notebook} changed while its batch was running: start again with another folder")
+            shutil.rmtree(figures, ignore_errors=True)
+            result = run_notebook(
+                task.notebook, output, figures, task.parameters, task.cell_timeout, keep_tree=True, threads=task.threads
+            )
+            seconds, error = result.seconds, result.error
+            if not error:
+                found = json.dumps(results(output))
+                if len(found) > LONGEST_RESULTS:
+                    error = f"it recorded {len(found)} characters, at most {LONGEST_RESULTS} go into a row"
+            if not error:
+                os.replace(output, final)
+                output = final
+                with suppress(OSError):  # earlier attempts are in it
+                    task.attempts.rmdir()
+                break
+    except OSError as e:
+        raise HatError(f"cannot write {e.filename or task.out}: {e.strerror or e}") from e
+    return BatchRow(
+        run=task.run,
+        status="failed" if error else "ok",
+        seconds=round(seconds, 2),
+        attempts=attempt,
+        parameters=json.dumps(task.parameters, sort_keys=True),
+        results="{}" if error else found,
+        error=error[:LONGEST_ERROR].encode(errors="replace").decode(),
+        output=str(output.relative_to(task.out)),
+        notebook=task.notebook.name,
+        code=task.code,
+        threads=task.threads,
+        worker=f"{socket.gethostname()}:{os.getpid()}",
+    )

@@ -1,0 +1,152 @@
+"""Who carries out the runs of a batch: processes on this machine, or a cluster.
+
+`Local` is joblib with its loky processes. `Dask` is Dask's own client, since joblib's Dask backend waits for ever for a
+task that Dask gives up because its workers die (joblib 1.6). Workers need this package installed, and the notebook and
+the output folder under the same paths.
+
+Slurm starts the workers of a Dask scheduler, and ``hat batch ... --engine dask --scheduler tcp://HOST:8786`` uses them:
+
+    dask scheduler --port 8786 &
+    srun --ntasks=8 --cpus-per-task=4 dask worker tcp://HOST:8786 --nthreads 1 &
+
+An engine is any function from tasks to their `carry_out`, so Slurm without Dask (``slurm`` is submitit's
+``AutoExecutor``, ``as_completed`` from ``submitit.helpers``) and Ray (``Pool`` from ``ray.util.multiprocessing``) are:
+
+    batch(..., lambda tasks: (job.result() for job in as_completed(slurm.map_array(carry_out, tasks))), threads=4)
+    batch(..., lambda tasks: Pool().imap_unordered(carry_out, tasks), threads=4)
+
+There a killed worker ends the batch; the same call again does what is missing.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
+from dataclasses import replace
+
+from hat_lib.config import HatError
+from hat_lib.workbook.batch import BatchRow, Task, carry_out
+
+CONNECT_SECONDS = 10
+
+
+class Local:
+    """``jobs`` processes of loky, through joblib; one job runs in this process."""
+
+    def __init__(self, jobs: int):
+        from joblib import cpu_count
+
+        self.jobs, self.threads = jobs, max(1, cpu_count() // jobs)  # each run an equal share of the cores
+
+    def __call__(self, tasks: list[Task]) -> Iterator[BatchRow]:
+        """When a worker dies, loky ends all: the runs it broke off are started again, and alone the second time."""
+        from joblib import Parallel, delayed
+
+        groups, broken_off = [tasks], set()
+        while groups:
+            group = groups.pop(0)
+            left = {task.run: task for task in group}
+            pool = Parallel(self.jobs, backend="loky", return_as="generator_unordered", batch_size=1)
+            try:
+                for row in pool(delayed(carry_out)(task) for task in group):
+                    del left[row.run]
+                    yield row
+            except BrokenExecutor as error:
+                begun = [task for task in left.values() if task.last >= task.first]
+                if not begun:
+                    raise HatError(f"workers die before they begin a run: {error}") from error
+                if len(begun) > 1:  # one was killed, the others went with it: nobody's attempt
+                    left |= {task.run: replace(task, first=task.last + 1) for task in begun}
+                alone = [left.pop(task.run) for task in begun if task.run in broken_off]
+                broken_off |= {task.run for task in begun}
+                groups = [*([list(left.values())] if left else []), *([task] for task in alone), *groups]
+
+
+class Dask:
+    """Workers of a Dask scheduler; a context manager. Their number decides how many runs go at once.
+
+    Raises `HatError` if no scheduler answers at ``address`` (tcp://host:port), and unless every worker can import this
+    package and has one thread: a run changes environment and working folder of its process.
+    """
+
+    def __init__(self, address: str):
+        self._client = _connect(address)
+        try:
+            self.threads = self._threads(address)
+        except BaseException:
+            self._client.close()
+            raise
+
+    def _threads(self, address: str) -> int:
+        for worker, threads in self._client.nthreads().items():
+            if threads != 1:
+                raise HatError(f"worker {worker} has {threads} threads: start workers with --nthreads 1")
+        try:
+            workers = self._client.run(_host_and_cores).values()
+        except Exception as error:  # whatever an import can raise there
+            raise HatError(f"a worker of {address} cannot use hat_lib: {error}") from error
+        if not workers:
+            raise HatError(f"the Dask scheduler at {address} has no workers")
+        at_host = Counter(host for host, _ in workers)
+        return min(max(1, cores // at_host[host]) for host, cores in workers)
+
+    def __enter__(self) -> Dask:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._client.close()
+
+    def __call__(self, tasks: list[Task]) -> Iterator[BatchRow]:
+        """Dask itself starts the runs of a dead worker again, and whoever gets one counts its attempts."""
+        from distributed import KilledWorker, as_completed
+
+        of_key = {}
+
+        def submit(task: Task):
+            future = self._client.submit(carry_out, task, pure=False)
+            of_key[future.key] = task
+            return future
+
+        self._check_shared(tasks)
+        running = as_completed([submit(task) for task in tasks], with_results=True, raise_errors=False)
+        for future, result in running:
+            if future.status == "finished":
+                yield result
+                continue
+            task, error = of_key[future.key], result[1] if future.status == "error" else result
+            if not isinstance(error, KilledWorker) or task.last < task.first:
+                raise error if isinstance(error, HatError) else HatError(f"Dask gave up {task.run}: {error}")
+            running.add(submit(task))
+
+    def _check_shared(self, tasks: list[Task]) -> None:
+        paths = {str(path) for task in tasks for path in (task.notebook, task.out)}
+        for worker, missing in self._client.run(_missing, sorted(paths)).items():
+            if missing:
+                raise HatError(f"worker {worker} does not see {missing[0]}: workers need a shared file system")
+
+
+def _connect(address: str):
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise HatError("Dask needs the package distributed: pip install 'hat-workbook[cluster]'") from error
+    try:
+        return Client(address, timeout=CONNECT_SECONDS)
+    except (OSError, ValueError) as error:
+        why = str(error)
+    gc.collect()  # ends the client that failed; collected while another one starts, it would lock that up for ever
+    raise HatError(f"no Dask scheduler answers at {address}: {why}")
+
+
+def _host_and_cores() -> tuple[str, int]:
+    from joblib import cpu_count
+
+    return socket.gethostname(), cpu_count()
+
+
+def _missing(paths: list[str]) -> list[str]:
+    return [path for path in paths if not os.path.exists(path)]

@@ -1,0 +1,1 @@
+"""The workbook's interactive views, each with a still twin."""

@@ -1,0 +1,456 @@
+"""The base is frozen, known by its fingerprint, and bad names or files are told in one line."""
+
+import json
+import random
+import shutil
+import socket
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers.utils import logging as hf_logging
+
+import hat_lib.backbone.base
+from hat_lib.backbone import shapes
+from hat_lib.backbone.base import default_dtype, exact_hash, fingerprint, load_base, parse_dtype
+from hat_lib.backbone.shapes import byte_tokenizer, random_config, random_model
+from hat_lib.config import HatError
+
+# One value for every machine: a change of the weights, of the dequantising code or of the hash shows here.
+TINY_FINGERPRINT = "114b5dbe4accba08"
+BUNDLED_FINGERPRINT = "c402d0de16184249"
+
+TOKENIZER = byte_tokenizer()
+
+
+def cpu(name, **options):
+    return load_base(name, **{"dtype": "fp32", "device": "cpu", **options})
+
+
+@pytest.fixture
+def tiny():
+    """A tiny model of its own, to be changed."""
+    return random_model("random:tiny", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory, tiny_base):
+    folder = tmp_path_factory.mktemp("saved") / "a folder"
+    tiny_base.model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)  # one that has not padded yet: it would save that too
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """A copy of the saved tiny checkpoint, to be damaged."""
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def logits(base):
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        return base.model(ids).logits
+
+
+# Random shapes
+
+
+def test_tiny_is_tiny_frozen_and_not_degenerate(tiny_base):
+    model = tiny_base.model
+    assert sum(p.numel() for p in model.parameters()) < 1e6
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert model.config._attn_implementation == "sdpa"
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    out = logits(tiny_base)
+    assert 0.5 < out.std() < 5
+    ids = torch.arange(24).view(2, 12)
+    shifted = model(ids, position_ids=torch.arange(12).flip(0)[None]).logits
+    assert (shifted - out).abs().max() > 0.1  # RoPE is alive
+
+
+def test_tiny_is_the_same_everywhere_and_leaves_random_state_alone(tiny_base):
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    again = cpu("random:tiny")
+    assert tiny_base.fingerprint == again.fingerprint and again.fingerprint.startswith(TINY_FINGERPRINT)
+    assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())
+    assert torch.equal(states[2], torch.get_rng_state())
+    assert fingerprint(random_model("random:tiny", torch.float32, seed=1)) != again.fingerprint
+
+
+def test_values_are_drawn_once_and_reused(monkeypatch):
+    monkeypatch.setattr(shapes, "POOL", 10_007)
+    model = random_model("random:tiny", torch.float32)
+    assert fingerprint(model) == fingerprint(random_model("random:tiny", torch.bfloat16))
+    weights = torch.cat([p.flatten() for p in model.parameters() if p.ndim == 2])
+    assert abs(weights.std() - 0.2) < 0.01 and abs(weights.mean()) < 0.01
+    first, second = (layer.mlp.up_proj.weight for layer in model.model.layers[:2])
+    assert not torch.equal(first, second)
+    norms = torch.cat([p for p in model.parameters() if p.ndim == 1])
+    assert abs(norms.mean() - 1) < 0.02 and abs(norms.std() - 0.1) < 0.02
+
+
+def test_tinyllama_has_the_exact_shape():
+    config = random_config("random:tinyllama")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert sum(p.numel() for p in model.parameters()) == 1_100_048_384
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (22, 2048, 5632)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (32, 4, 64)
+    assert (config.vocab_size, config.max_position_embeddings, config.rms_norm_eps) == (32000, 2048, 1e-5)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert not config.tie_word_embeddings
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=60))
+@example("a <s> b</s>")
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_byte_tokenizer_round_trip(text):
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.decode(ids) == text
+    plain = TOKENIZER.encode(text, split_special_tokens=True)
+    assert TOKENIZER.decode(plain) == text
+    assert len(plain) == len(text.encode()) and all(0 <= i < 256 for i in plain)
+
+
+def test_byte_tokenizer_pads_left(tiny_base):
+    batch = tiny_base.tokenizer(["ab", "abcd <s>"], padding=True)
+    pad = tiny_base.tokenizer.pad_token_id
+    assert batch["input_ids"][0][:-2] == [pad] * (len(batch["input_ids"][1]) - 2)
+    assert batch["attention_mask"][0] == [0] * (len(batch["input_ids"][0]) - 2) + [1, 1]
+    assert tiny_base.tokenizer.decode(batch["input_ids"][1]) == "abcd <s>"
+    assert len({tiny_base.tokenizer.bos_token_id, tiny_base.tokenizer.eos_token_id, pad}) == 3
+
+
+# Fingerprint
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_one_fingerprint_for_every_dtype(tiny_base, saved, dtype):
+    for name in ("random:tiny", saved):
+        base = cpu(name, dtype=dtype)
+        assert base.dtype == parse_dtype(dtype) == base.model.config.dtype
+        assert base.fingerprint == tiny_base.fingerprint
+        assert {p.dtype for p in base.model.parameters()} == {base.dtype}
+        assert base.model.model.rotary_emb.inv_freq.dtype == torch.float32
+        assert torch.isfinite(logits(base)).all()
+
+
+def test_hashes_ignore_memory_layout(tiny):
+    before = fingerprint(tiny), exact_hash(tiny)
+    layer = tiny.model.layers[1]
+    for linear in (layer.mlp.down_proj, layer.self_attn.q_proj, tiny.lm_head):
+        linear.weight.data = linear.weight.data.t().contiguous().t()
+        assert not linear.weight.is_contiguous()
+    wide = torch.zeros(160, 128)
+    wide[:, ::2] = layer.mlp.up_proj.weight.data
+    layer.mlp.up_proj.weight.data = wide[:, ::2]
+    assert (fingerprint(tiny), exact_hash(tiny)) == before
+
+
+def test_hashes_see_weights_order_and_config(tiny):
+    seen = {fingerprint(tiny)}
+    exact = exact_hash(tiny)
+    weight = tiny.model.layers[2].mlp.gate_proj.weight.data
+    weight[5, 7] = torch.nextafter(weight[5, 7], torch.tensor(9.0))
+    assert fingerprint(tiny) in seen and exact_hash(tiny) != exact
+
+    def changed():
+        seen.add(fingerprint(tiny))
+        return len(seen)
+
+    weight[5, 7] *= 1.02
+    assert changed() == 2
+    first, second = tiny.model.layers[:2]
+    first.mlp.up_proj, second.mlp.up_proj = second.mlp.up_proj, first.mlp.up_proj
+    assert changed() == 3
+    tiny.config.rope_parameters["rope_theta"] = 10_000  # was 10000.0: JSON may hold either
+    assert changed() == 3
+    tiny.config.rope_parameters["rope_theta"] = 500_000
+    assert changed() == 4
+    tiny.config.num_key_value_heads = 4
+    assert changed() == 5
+    tiny.config.rms_norm_eps = 1e-6
+    assert changed() == 6
+    tiny.model.layers[0].self_attn.o_proj.weight.data = tiny.model.layers[0].self_attn.o_proj.weight.data.view(32, 128)
+    assert changed() == 7
+
+
+def test_tied_weights_are_hashed_once_and_survive_saving(tiny, tmp_path):
+    untied = fingerprint(tiny)
+    tiny.config.tie_word_embeddings = True
+    tiny.lm_head.weight = tiny.model.embed_tokens.weight
+    tied = fingerprint(tiny)
+    assert tied != untied
+    tiny.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    base = cpu(tmp_path)
+    assert base.model.lm_head.weight is base.model.model.embed_tokens.weight
+    assert base.fingerprint == tied
+
+
+# Checkpoints on disk
+
+
+def test_folder_is_loaded_as_it_was_saved(tiny_base, saved):
+    base = cpu(saved)
+    assert base.fingerprint == tiny_base.fingerprint and exact_hash(base.model) == exact_hash(tiny_base.model)
+    assert torch.equal(logits(base), logits(tiny_base))
+    assert base.name == base.model.name_or_path == str(saved)
+    assert not any(p.requires_grad for p in base.model.parameters()) and not base.model.training
+    assert (base.dtype, base.device.type) == (torch.float32, "cpu")
+
+
+def test_missing_pad_token_becomes_eos_and_padding_goes_left(copy):
+    path = copy / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["pad_token"]
+    path.write_text(json.dumps({**settings, "padding_side": "right"}))
+    tokenizer = cpu(copy).tokenizer
+    assert tokenizer.pad_token == tokenizer.eos_token == "</s>" and tokenizer.padding_side == "left"
+
+
+def write_gguf(base, path):
+    """The model as an fp32 GGUF file, laid out as llama.cpp does (its RoPE pairs neighbouring rows)."""
+    config, tokenizer = base.model.config, base.tokenizer
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    words = [*tokenizer.convert_ids_to_tokens(range(len(tokenizer))), "ab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([1] * 256 + [3] * 3 + [1])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.add_pad_token_id(258)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in base.model.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_file_is_loaded_dense(tiny_base, tmp_path, capfd):
+    path = tmp_path / "tiny model.gguf"
+    write_gguf(tiny_base, path)
+    base = cpu(path)
+    out = capfd.readouterr()
+    assert (out.out, out.err) == ("", "")
+    torch.testing.assert_close(logits(base), logits(tiny_base), rtol=0, atol=1e-5)
+    assert base.tokenizer.encode("hello, world") == tiny_base.tokenizer.encode("hello, world")
+    assert cpu(path, dtype="bf16").fingerprint == base.fingerprint
+    base.model.save_pretrained(tmp_path / "dense")  # a model that still counts as quantised refuses
+
+
+def test_loading_is_silent_and_restores_the_users_settings(saved, capfd):
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_info()
+    hf_logging.enable_progress_bar()
+    try:
+        cpu(saved)
+        assert hf_logging.get_verbosity() == hf_logging.INFO and hf_logging.is_progress_bar_enabled()
+        hf_logging.disable_progress_bar()
+        cpu(saved)
+        assert not hf_logging.is_progress_bar_enabled()
+    finally:
+        hf_logging.set_verbosity(before)
+        hf_logging.enable_progress_bar()
+    out = capfd.readouterr()
+    assert (out.out, out.err) == ("", "")
+
+
+# Bad input
+
+
+def fails(name, *words, **options):
+    with pytest.raises(HatError) as caught:
+        cpu(name, **options)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("nonesuch", ["unknown base 'nonesuch'", "bundled", "random:tiny", "random:tinyllama", "owner/name"]),
+        ("random:huge", ["unknown base", "random:tiny"]),
+        ("/no/such/folder", ["no such folder: /no/such/folder"]),
+        ("./no/such", ["no such folder"]),
+        ("no-such.gguf", ["no such file: no-such.gguf"]),
+        ("", ["unknown base ''"]),
+        ("nobody/no-such-model", ["nobody/no-such-model", "Hub", "--base bundled"]),
+    ],
+)
+def test_names_that_lead_nowhere(name, words):
+    fails(name, *words)
+
+
+def test_pickles_are_never_opened(copy):
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    torch.save(weights, copy / "pytorch_model.bin")
+    fails(copy, "pytorch_model.bin", "pickle")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_incomplete_folder(copy, missing):
+    (copy / missing).unlink()
+    if missing == "tokenizer.json":
+        (copy / "tokenizer_config.json").unlink()
+    fails(copy, str(copy))
+
+
+def test_another_architecture_is_named(tmp_path):
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)).save_pretrained(tmp_path)
+    fails(tmp_path, "'gpt2'", "Llama")
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_configs_that_cannot_be_used(copy):
+    edit_config(copy, quantization_config={"quant_method": "gptq", "bits": 4})
+    fails(copy, "quantised checkpoint")
+    (copy / "config.json").write_text("{ not json")
+    fails(copy, str(copy))
+    (copy / "config.json").write_text("{}")
+    fails(copy, "None", "Llama")
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 128}, {"num_hidden_layers": 5}, {"num_hidden_layers": 3}])
+def test_config_and_weights_that_disagree(copy, changes):
+    edit_config(copy, **changes)
+    fails(copy, str(copy))
+
+
+def test_missing_and_unexpected_weights_are_named(copy):
+    path, key = copy / "model.safetensors", "model.layers.2.mlp.up_proj.weight"
+    weights = load_file(path)
+    save_file({k: v for k, v in weights.items() if k != key}, path, {"format": "pt"})
+    fails(copy, "missing", key)
+    save_file({**weights, "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, path, {"format": "pt"})
+    fails(copy, "unexpected", "q_proj.bias")
+
+
+def test_truncated_weights(copy):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100_000])
+    fails(copy, str(copy))
+
+
+def test_broken_gguf(tmp_path, tiny_base):
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"not a gguf file at all" * 10)
+    fails(path, "broken.gguf")
+    write_gguf(tiny_base, path)
+    path.write_bytes(path.read_bytes()[:300_000])
+    fails(path, "broken.gguf")
+
+
+def test_bad_dtype_and_device():
+    for dtype in ("int8", torch.int64, "", 32):
+        fails("random:tiny", "dtype must be one of", dtype=dtype)
+    for device in ("gpu", "cuda:99"):
+        fails("random:tiny", f"device '{device}'", device=device)
+
+
+# dtypes
+
+
+def test_parse_dtype():
+    assert {parse_dtype(x) for x in ("bf16", "bfloat16", "BF16", "torch.bfloat16", torch.bfloat16)} == {torch.bfloat16}
+    assert {parse_dtype(x) for x in ("float32", "fp32", torch.float32)} == {torch.float32}
+    assert {parse_dtype(x) for x in ("float16", "fp16", torch.float16)} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ({}, torch.float32),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"bf16": True}, torch.bfloat16),
+    ],
+)
+def test_default_dtype_is_bf16_only_where_the_cpu_has_it(monkeypatch, flags, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
+    assert default_dtype("cpu") == expected
+    assert load_base("random:tiny", device="cpu").dtype == expected
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_default_dtype_on_cuda_does_not_count_emulation(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert default_dtype(torch.device("cuda")) == (torch.bfloat16 if native else torch.float32)
+
+
+# The bundled base
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped bit"])
+def test_damaged_cache_of_the_bundled_base_is_remade(tiny_base, saved, tmp_path, monkeypatch, capfd, how):
+    made = []
+
+    def stand_in(folder):
+        made.append(folder)
+        shutil.copytree(saved, folder, dirs_exist_ok=True)
+
+    monkeypatch.setenv("HAT_CACHE", str(tmp_path))
+    monkeypatch.setattr(hat_lib.backbone.base, "_dequantise_bundled", stand_in)
+    assert cpu("bundled").fingerprint == tiny_base.fingerprint == cpu("bundled").fingerprint
+    assert len(made) == 1 and capfd.readouterr().err == ""
+    path = tmp_path / hat_lib.backbone.base.BUNDLED_FOLDER / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data[:-1000] if how == "truncated" else data)
+    base = cpu("bundled")
+    assert base.fingerprint == tiny_base.fingerprint and base.model.name_or_path == "bundled"
+    assert len(made) == 2 and "making it again" in capfd.readouterr().err
+
+
+def test_bundled_is_the_known_model(bundled):
+    assert bundled.fingerprint.startswith(BUNDLED_FINGERPRINT)
+    config = bundled.model.config
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (30, 576, 1536)
+    assert bundled.model.lm_head.weight is bundled.model.model.embed_tokens.weight
+    assert not any(p.requires_grad for p in bundled.model.parameters())
+    ids = bundled.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        best = bundled.model(ids).logits[0, -1].argmax()
+    assert bundled.tokenizer.decode(best) == " Paris"
+    assert bundled.tokenizer.padding_side == "left" and bundled.tokenizer.pad_token is not None
+
+
+def test_no_socket_is_opened_for_the_bundled_base(bundled, monkeypatch):
+    def refuse(*args, **_):
+        raise AssertionError(f"opened a socket: {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    base = cpu("bundled", dtype="bf16")
+    assert base.fingerprint == bundled.fingerprint
+    assert base.dtype == torch.bfloat16

@@ -1,0 +1,137 @@
+"""From an exit rate to one threshold per gate: what is asked for is what happens."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import expit
+from tiny_runs import GRAINS, new_hat, random_blocks, run_phase
+
+from hat_lib.calibration import exits as module
+from hat_lib.calibration.capacity import calibrate
+from hat_lib.calibration.exits import calibrate_exits
+from hat_lib.config import HatConfig, HatError
+from hat_lib.model.transformer import HierarchicalTransformer
+
+TEXT = random_blocks(40, 64, seed=4)
+AT = (0.5, 0.8, 1.0)
+pytestmark = pytest.mark.filterwarnings("ignore:token grain")
+
+
+@pytest.fixture(scope="module", params=GRAINS)
+def trained(request, tmp_path_factory):
+    """Gates after 40 steps, calibrated; and the agreement at each capacity and rate."""
+    hat = new_hat(request.param)
+    run_phase(hat, tmp_path_factory.mktemp("exits"), "exit", steps=40, blocks=TEXT, exit_lr=0.02)
+    calibrate(hat, TEXT, probe_tokens=64, progress=False)
+    hat.capacity = 0.8
+    _, agreement = calibrate_exits(hat, TEXT, AT, progress=False)
+    return hat, agreement
+
+
+@torch.no_grad()
+def realised(hat, blocks=TEXT):
+    left = 0.0
+    for block in blocks:
+        hat.lm(torch.tensor([block]), use_cache=False)
+        left += hat.trace.exit_rate / len(blocks)
+    return left
+
+
+def test_rates_rise_from_0_to_everybody_who_may_leave(trained):
+    made = trained[0].calibration
+    assert made.exit_capacities == list(AT) and len(made.exit_rates) == len(AT)
+    for rates in made.exit_rates:
+        assert len(rates) == 1 + len(module.RATES) and rates[0] == 0.0
+        assert all(np.diff(rates) >= 0) and len(set(rates)) > 8
+        assert rates[-1] == pytest.approx(62 / 64)  # the first two tokens of a row never leave
+
+
+@pytest.mark.parametrize("capacity", AT)
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.25, 0.4, 0.65, 0.8, 0.93])
+def test_what_is_asked_for_is_realised(trained, rate, capacity):
+    hat, _ = trained
+    hat.capacity, hat.exit_rate = 0.8, rate
+    hat.capacity = capacity  # moves the gates' thresholds, too
+    assert realised(hat, TEXT[3::4]) == pytest.approx(rate, abs=0.02)  # the blocks that the table was measured on
+    assert realised(hat) == pytest.approx(rate, abs=0.1)  # their 640 tokens are a small sample
+    hat.capacity = 0.8
+
+
+def test_0_lets_nobody_leave_and_1_everybody_at_the_first_exit(trained):
+    hat, _ = trained
+    hat.exit_rate = 0.0
+    assert realised(hat) == 0.0
+    assert hat.calibration.exit_thresholds(0.0, 0.8) == [float("inf")] * len(hat.gates)
+    hat.exit_rate = 1.0
+    assert realised(hat) == pytest.approx(62 / 64)
+    first = hat.config.exit_layers[0]
+    assert (hat.trace.exit_layer[0, 2:] == first).all()
+
+
+def test_those_who_leave_first_are_those_that_agree_most(trained):
+    _, agreement = trained
+    assert np.shape(agreement) == (len(AT), len(module.RATES))
+    for by_rate in agreement:
+        assert all(0 <= a <= 1 for a in by_rate) and np.mean(by_rate[:4]) > by_rate[-1] + 0.05
+
+
+def test_a_checkpoint_keeps_it(trained, tmp_path):
+    hat, _ = trained
+    hat.save_pretrained(tmp_path)
+    again = HierarchicalTransformer.from_pretrained(tmp_path, dtype="fp32")
+    assert again.calibration == hat.calibration
+    for model in (hat, again):
+        model.capacity, model.exit_rate = 0.8, 0.4
+    assert realised(again) == realised(hat) > 0.3
+
+
+def test_what_was_set_before_stays_set(trained):
+    hat, _ = trained
+    hat.exit_rate = 0.4
+    before = hat.calibration
+    calibrate_exits(hat, TEXT, AT, progress=False)
+    assert hat.exit_rate == 0.4 and hat.capacity == 0.8 and hat.calibration == before
+    assert [gate.threshold for gate in hat.gates.values()] == before.exit_thresholds(0.4, 0.8)
+
+
+def test_the_logistic_map_finds_the_chance():
+    rng = np.random.default_rng(0)
+    score = rng.normal(3, 5, 20_000)
+    right = rng.random(20_000) < expit(0.7 * score - 1.2)
+    a, b = module._logistic(score, right)
+    assert (a, b) == (pytest.approx(0.7, abs=0.1), pytest.approx(-1.2, abs=0.2))  # shrunk a little
+    for bar in (0.1, 0.5, 0.9):
+        assert expit(a * module._threshold(bar, a, b) + b) == pytest.approx(bar)
+    assert module._threshold(0.0, a, b) == -module.CERTAIN and module._threshold(1.0, a, b) == module.CERTAIN
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_gate_that_cannot_tell_or_is_always_right_has_finite_numbers(right):
+    for score in (np.zeros(100), np.linspace(-1, 1, 100)):
+        a, b = module._logistic(score, np.full(100, right))
+        assert a > 0 and np.isfinite(b) and (expit(b) > 0.9) == right
+
+
+def test_untrained_gates_still_give_a_table():
+    hat = new_hat("channel")
+    calibrate_exits(hat, TEXT[:8], progress=False)
+    hat.exit_rate = 0.0
+    assert realised(hat, TEXT[:2]) == 0.0
+    hat.exit_rate = 1.0
+    assert realised(hat, TEXT[:2]) == pytest.approx(62 / 64)
+
+
+def test_bad_input(tiny_base):
+    hat = new_hat("channel")
+    with pytest.raises(HatError, match="at least 256 tokens"):
+        calibrate_exits(hat, TEXT[:2], progress=False)
+    for capacities, words in (([], "at least one, and rise"), ([0.8, 0.5], "and rise"), ([0.01], "capacity must be")):
+        with pytest.raises(HatError, match=words):
+            calibrate_exits(hat, TEXT, capacities, progress=False)
+    hat.calibration = None
+    with pytest.raises(HatError, match="calibrate capacities before exits"):
+        calibrate_exits(hat, TEXT, progress=False)
+    base = hat.unload()
+    plain = HierarchicalTransformer(base, HatConfig.default(base, exit_layers=()))
+    with pytest.raises(HatError, match="no exits to calibrate"):
+        calibrate_exits(plain, TEXT, progress=False)

@@ -1,0 +1,110 @@
+"""Which tokens need more: the model of prices, and what it makes of them."""
+
+import pytest
+import torch
+
+from hat_lib.backbone.base import load_base
+from hat_lib.calibration import token_sensitivity as needs
+from hat_lib.calibration.capacity import calibrate
+from hat_lib.calibration.token_sensitivity import PRIOR, log_linear
+from hat_lib.config import HatConfig, HatError
+from hat_lib.model.transformer import HierarchicalTransformer
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+def drawn(n=6000, width=8, seed=0):
+    """Inputs, the eta of each, and prices that scatter about exp(eta)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, width, generator=generator) * torch.linspace(0.5, 20, width) + 3
+    weight = 0.2 * torch.randn(width, generator=generator) / torch.linspace(0.5, 20, width)
+    eta = (x - 3) @ weight - 1
+    return x, eta, eta.exp() * torch.empty(n).exponential_(generator=generator)
+
+
+def test_the_model_is_found_again():
+    x, eta, y = drawn()
+    weight, bias = log_linear(x, y)
+    assert float((x @ weight + bias - eta).abs().max()) < 0.3 and float(eta.std()) > 0.3
+
+
+def test_at_its_optimum_nothing_pulls():
+    """The gradient by hand: the prior's pull against the data's, on standardised columns."""
+    x, _, y = drawn(n=500)
+    weight, bias = log_linear(x, y)
+    columns, own = (x - x.mean(0)) / x.std(0), weight * x.std(0)
+    misfit = 1 - y * (-(x @ weight + bias)).exp()
+    pull = columns.T @ misfit / len(x) + own * x.shape[1] / (len(x) * PRIOR**2)
+    assert float(pull.abs().max()) < 1e-3 and abs(float(misfit.mean())) < 1e-3
+
+
+def test_few_tokens_say_little():
+    x, _, y = drawn(n=16, width=64)
+    weight, bias = log_linear(x, y)
+    assert float((x @ weight + bias).std()) < PRIOR
+
+
+def new():
+    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
+    return HierarchicalTransformer(base, HatConfig.default(base))
+
+
+def blocks(n=16, length=64):
+    return torch.randint(5, 250, (n, length), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def test_the_need_is_half_the_log_of_the_price(monkeypatch):
+    hat = new()
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(4000, 64, generator=generator) for _ in range(4)]
+    direction = torch.randn(64, generator=generator) / 64**0.5
+    prices = torch.stack([(x @ direction).exp() for x in inputs])
+    monkeypatch.setattr(needs, "NEIGHBOURS", 0)  # each layer here has tokens of its own
+    monkeypatch.setattr(needs, "token_prices", lambda *_: (prices, inputs))
+    needs.fit_needs(hat, [], {}, seed=0, progress=False)
+    for layer, x in enumerate(inputs):
+        found, wanted = hat.routers[f"{layer}_token"].score(x), (x @ direction) / 2
+        slope = float((found * wanted).sum() / wanted.square().sum())
+        assert 0.85 < slope <= 1.02 and float(torch.corrcoef(torch.stack([found, wanted]))[0, 1]) > 0.98
+
+
+def test_prices_of_tokens_add_up_to_those_of_the_text():
+    """One site alone: the mean over tokens is what `calibrate` takes as the price of the site."""
+    from hat_lib.calibration import capacity as module
+
+    hat, text = new(), [torch.tensor([b]) for b in blocks()]
+    quantiles = module.score_quantiles(hat, text, progress=False)
+    cuts = {key: -1.0 for key in quantiles} | {(2, "down"): module._cuts(quantiles, 0.75)[2, "down"]}
+    prices, inputs = needs.token_prices(hat, text, cuts, seed=0, progress=False)
+    whole = module._damage(hat, text, quantiles, seed=0, progress=False)[module.PROBE_SHARES.index(0.75), 2, 3]
+    assert prices.shape == (4, 16 * 62) and inputs[0].shape == (16 * 62, 64)
+    assert not prices[[0, 1, 3]].any() and float(prices[2].sum()) / (16 * 64) == pytest.approx(whole, rel=1e-4)
+
+
+def test_the_token_grain_has_no_needs():
+    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
+    hat = HierarchicalTransformer(base, HatConfig.default(base, granularity="token"))
+    with pytest.raises(HatError, match="token grain"):
+        needs.token_prices(hat, [torch.tensor([[1, 2, 3]])], {})
+
+
+def test_calibration_measures_needs_or_leaves_all_tokens_alike():
+    hat = new()
+    calibrate(hat, blocks(), probe_tokens=128, progress=False)
+    assert all(hat.routers[f"{i}_token"].weight.any() for i in range(4)) and hat.threshold_policy().needs
+    calibrate(hat, blocks(), needs=False, probe_tokens=128, progress=False)
+    assert not any(hat.routers[f"{i}_token"].weight.any() for i in range(4)) and not hat.threshold_policy().needs
+
+
+def test_a_needy_token_keeps_more_in_all_sites_of_its_layer():
+    hat, ids = new(), torch.tensor(blocks(2))
+    calibrate(hat, blocks(), needs=False, probe_tokens=128, progress=False)
+    hat.capacity = 0.6
+    hat.lm(ids)
+    before = hat.trace.site_share
+    hat.routers["1_token"].bias.fill_(0.5)
+    hat.routers["1_token"].weight[0] = 1e-9  # so that it is asked
+    hat.capacity = 0.6
+    hat.lm(ids)
+    more = hat.trace.site_share - before
+    assert (more[1, :, :, 2:].mean((1, 2)) > 0.05).all() and not more[0].any()

@@ -1,0 +1,442 @@
+"""Controls on a tiny random Llama, both grains: as much work as asked for, by nothing but their own rule."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+
+from hat_lib.backbone.base import load_base
+from hat_lib.calibration.capacity import calibrate
+from hat_lib.config import HatConfig, HatError
+from hat_lib.evaluation.baselines import controls
+from hat_lib.evaluation.baselines.controls import (
+    CONTROLS,
+    Layers,
+    RandomExits,
+    as_in,
+    exit_shares,
+    layer_damage,
+    layer_removal,
+    random_mask,
+    static_choice,
+)
+from hat_lib.evaluation.baselines.cosine_rule import Cosine, StreamCosine, cosine_rule
+from hat_lib.evaluation.baselines.equal_compute import matched, realised_capacity
+from hat_lib.model.checkpoint import Checkpoint, write_checkpoint
+from hat_lib.model.policies import Everything, Random
+from hat_lib.model.token_state import Masks, TokenState
+from hat_lib.model.transformer import HierarchicalTransformer
+
+GRAINS = ("channel", "token")
+EXITS = (1, 2, 3)
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+def blocks(seed=0, n=5, length=64):
+    return torch.randint(5, 250, (n, length), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def new(grain):
+    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
+    return HierarchicalTransformer(base, HatConfig.default(base, granularity=grain, exit_layers=EXITS))
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    hats = {grain: new(grain) for grain in GRAINS}
+    for hat in hats.values():
+        calibrate(hat, blocks(), probe_tokens=128, progress=False)
+    return hats
+
+
+@pytest.fixture(params=GRAINS)
+def hat(calibrated, request):
+    return calibrated[request.param]
+
+
+@pytest.fixture
+def channels(calibrated):
+    return calibrated["channel"]
+
+
+@pytest.fixture
+def tokens(calibrated):
+    return calibrated["token"]
+
+
+@pytest.fixture(scope="module")
+def built(calibrated):
+    """Each control at 0.8, made once."""
+    found = {}
+    with torch.no_grad():
+        for grain, hat in calibrated.items():
+            found[grain] = {name: make(hat, blocks(), 0.8, 4) for name, make in CONTROLS.items()}
+    # A free-running comparison of two passes needs a threshold that no cosine lies next to.
+    for grain, policies in found.items():
+        clear_of_cosines(calibrated[grain], policies["cosine"])
+    return found
+
+
+@pytest.fixture(params=CONTROLS)
+def policy(built, hat, request):
+    return built[hat.config.granularity][request.param]
+
+
+def clear_of_cosines(hat, policy):
+    seen = np.sort(np.concatenate([np.ravel(p) for p in predictions(hat, policy, torch.tensor(blocks(7, 3, 14)))]))
+    near = seen[np.abs(seen - policy.threshold) < 0.01]
+    gap = np.diff(near).argmax()
+    assert np.diff(near)[gap] > 1e-4
+    policy.threshold = float(near[gap : gap + 2].mean())
+
+
+def predictions(hat, policy, ids):
+    """The predicted cosines that a policy compares with its threshold, of one forward."""
+    seen = []
+
+    def watch(layer, site, x, rows, state):
+        keep = policy(layer, site, x, rows, state)
+        if site == hat.grain.sites[0] and np.isfinite(policy.mean[layer]):
+            seen.append((policy.mean[layer] + policy.std[layer] * policy._deviation).numpy().copy())
+        return keep
+
+    with hat.dense(), hat.using(watch):
+        hat.lm(ids)
+    return seen
+
+
+def masks(hat, policy, ids, **kwargs):
+    with hat.dense(), hat.using(policy), hat.record():
+        hat.lm(ids, **kwargs)
+    return hat.trace.masks.keep
+
+
+def equal(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+IDS = torch.tensor(blocks(7, 3, 14))
+
+
+class TestEveryControl:
+    @pytest.mark.parametrize("name", CONTROLS)
+    @pytest.mark.parametrize("capacity", [0.6, 0.9])
+    def test_realises_what_was_asked_for(self, hat, name, capacity):
+        if hat.config.granularity == "token" and name == "cosine":
+            capacity = max(capacity, 0.8)  # three of four layers always run
+        policy = CONTROLS[name](hat, blocks(), capacity, 0)
+        texts = [torch.tensor([b]) for b in blocks()]
+        assert abs(realised_capacity(hat, policy, texts) - capacity) <= 0.01
+        fresh = [torch.tensor([b]) for b in blocks(seed=5)]
+        assert abs(realised_capacity(hat, policy, fresh) - capacity) <= 0.03
+
+    def test_everything_at_capacity_one(self, hat):
+        assert all(isinstance(make(hat, blocks(), 1.0, 0), Everything) for make in CONTROLS.values())
+
+    def test_leaves_the_model_as_it_was(self, hat, built):
+        before = {k: v.clone() for k, v in hat.hat_parameters().items()}
+        thresholds, capacity = {k: r.threshold for k, r in hat.routers.items()}, hat.capacity
+        for make in CONTROLS.values():
+            make(hat, blocks(), 0.85, 0)
+        assert all(torch.equal(v, before[k]) for k, v in hat.hat_parameters().items())
+        assert {k: r.threshold for k, r in hat.routers.items()} == thresholds
+        assert hat.capacity == capacity
+
+    def test_protected_tokens_run_in_full(self, hat, policy):
+        with hat.using(policy):
+            hat.lm(IDS)
+        assert (hat.trace.share[:, :, :2] == 1).all() and hat.trace.capacity < 0.95
+        assert hat.config.granularity == "channel" or (hat.trace.share[0] == 1).all()
+
+    @pytest.mark.parametrize("name", CONTROLS)
+    def test_same_seed_same_choice(self, hat, name):
+        first, again, other = (masks(hat, CONTROLS[name](hat, blocks(), 0.83, seed), IDS) for seed in (1, 1, 2))
+        equal(first, again)
+        drawn = name in ("random", "removal") or (name == "static" and hat.config.granularity == "token")
+        assert drawn == any(not torch.equal(first[k], other[k]) for k in first)
+
+    @pytest.mark.parametrize("rows", [3, 1])
+    def test_decode_equals_parallel(self, hat, policy, rows):
+        ids = IDS[:rows]
+        parallel, trace = masks(hat, policy, ids), hat.trace
+        cache, steps, shares = DynamicCache(config=hat.lm.config), [], []
+        for t in range(ids.shape[1]):
+            steps.append(masks(hat, policy, ids[:, t : t + 1], cache=cache, use_cache=True))
+            shares.append(hat.trace.share)
+        equal({k: torch.cat([s[k] for s in steps], 1) for k in parallel}, parallel)
+        torch.testing.assert_close(torch.cat(shares, -1), trace.share)
+
+    def test_row_alone_equals_row_in_a_padded_batch(self, hat, policy):
+        batch, mask = IDS.clone(), torch.ones_like(IDS)
+        batch[1, :5], mask[1, :5] = 3, 0
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        together = masks(hat, policy, batch, attention_mask=mask, position_ids=positions)
+        alone = masks(hat, policy, IDS[1:2, 5:])
+        equal(alone, {k: m[1:2, 5:] for k, m in together.items()})
+
+    def test_the_future_changes_nothing(self, hat, policy):
+        changed = IDS.clone()
+        changed[:, 8:] = (changed[:, 8:] + 17) % 240 + 5
+        one, other = masks(hat, policy, IDS), masks(hat, policy, changed)
+        equal(*({k: m[:, :8] for k, m in found.items()} for found in (one, other)))
+
+    def test_rows_that_left_change_nothing_for_the_others(self, hat, policy):
+        """With exits a policy sees the rows that stay, by index; without compaction it sees all of them."""
+        leave = {e: torch.zeros(3, 14, dtype=torch.bool) for e in EXITS}
+        leave[1][0, 4:8], leave[2][1, 6:9], leave[3][2, 2:5] = True, True, True
+        found = []
+        for compact in (True, False):
+            with hat.force(Masks({}, leave)), hat.using(policy), hat.record():
+                hat.compact = compact
+                hat.lm(IDS)
+                hat.compact = True
+            depth = hat.trace.exit_layer
+            assert sorted(set(depth.flatten().tolist())) == [1, 2, 3, 4]
+            found.append({k: m[depth > k[0]] for k, m in hat.trace.masks.keep.items()})
+        equal(*found)
+
+
+class TestMatched:
+    def test_the_dial_is_found(self, hat):
+        """Random(s) runs the fixed work and the share s of the rest: solved by hand."""
+        fixed = 2 / 64 if hat.config.granularity == "channel" else 1 - (62 / 64) * 0.75
+        policy = random_mask(hat, blocks(), 0.7, seed=1)
+        assert policy.share == pytest.approx((0.7 - fixed) / (1 - fixed), abs=0.04)
+
+    def test_out_of_reach(self, tokens):
+        with pytest.raises(HatError, match="cannot realise capacity 0.5 on this text: its nearest is 0.7"):
+            cosine_rule(tokens, blocks(), 0.5)
+
+    def test_rows_of_a_dataset_are_blocks(self, hat):
+        rows = [{"input_ids": b, "doc": "a", "n_context": 0} for b in blocks()]
+        assert random_mask(hat, rows, 0.8).share == random_mask(hat, blocks(), 0.8).share
+
+    def test_bad_input(self, hat):
+        with pytest.raises(HatError, match="at least 256 tokens of text, got 64"):
+            matched(hat, Random, blocks(n=1), 0.8)
+        with pytest.raises(HatError, match="capacity must be a number"):
+            matched(hat, Random, blocks(), 0.05)
+
+
+class TestStatic:
+    def test_keeps_the_channels_with_the_largest_scores(self):
+        """Scales that outweigh all else name the channels; the shares are the allocation's, turned to the budget."""
+        hat, chosen = new("channel"), {}
+        # Protected tokens run everything, 2 of 64; so a share of 0.75 of each site realises 0.75 + 0.25 * 2 / 64.
+        hat.calibration = SimpleNamespace(shares_at=lambda capacity: np.full((4, 4), capacity))
+        generator = torch.Generator().manual_seed(2)
+        for key in (f"{i}_{site}" for i in range(4) for site in hat.grain.sites):
+            router = hat.routers[key]
+            width = len(router.log_scale)
+            chosen[key] = torch.randperm(width, generator=generator)[: round(0.75 * width)]
+            router.log_scale[chosen[key]] = 20.0
+        policy = static_choice(hat, blocks(), 0.75 + 0.25 * 2 / 64)
+        for (layer, site), keep in policy.keep.items():
+            expected = torch.zeros_like(keep).index_fill(0, chosen[f"{layer}_{site}"], True)
+            assert abs(int(keep.sum()) - int(expected.sum())) <= 1 and int((keep ^ expected).sum()) <= 1
+
+    def test_score_is_the_root_mean_square(self, channels, monkeypatch):
+        seen = {}
+        with (
+            channels.dense(),
+            channels.grain.watching([a.grain for a in channels.layers], lambda i, s, x, _: put(i, s, x)),
+        ):
+
+            def put(layer, site, x):
+                seen.setdefault((layer, site), []).append(x[2:])
+
+            for block in blocks():
+                channels.lm(torch.tensor([block]))
+        policy = static_choice(channels, blocks(), 0.5)
+        for (layer, site), keep in policy.keep.items():
+            norm = channels.routers[f"{layer}_{site}"].column_norm
+            rms = torch.cat(seen[layer, site]).double().square().mean(0).sqrt() * norm
+            assert float(rms[keep].min()) >= float(rms[~keep].max()) * (1 - 1e-6)
+        shares = np.array([[float(policy.keep[i, s].float().mean()) for s in channels.grain.sites] for i in range(4)])
+        assert np.abs(shares - channels.calibration.shares_at(0.5)).max() < 0.06
+
+    def test_needs_a_calibration(self):
+        with pytest.raises(HatError, match="calibrat"):
+            static_choice(new("channel"), blocks(), 0.7)
+
+    def test_token_grain_drops_the_cheapest_ffns(self, tokens, monkeypatch):
+        monkeypatch.setattr(controls, "layer_damage", lambda *_: {1: 0.3, 2: 0.1, 3: 0.2})
+        quarter = 62 / 64 / 4  # what one FFN is worth, protected tokens apart
+        policy = static_choice(tokens, blocks(), 1 - 1.5 * quarter, seed=3)
+        with tokens.using(policy):
+            tokens.lm(torch.tensor(blocks()))
+        share = tokens.trace.share[:, :, 2:].mean((1, 2)).tolist()
+        assert share[:3] == [1, 1, 0] and share[3] == pytest.approx(0.5, abs=0.05)
+
+
+class TestRemoval:
+    def test_damage_is_the_kl_of_a_base_without_that_ffn(self, tokens):
+        text = torch.tensor(blocks())
+        reference = load_base("random:tiny", dtype=torch.float32, device="cpu").model
+        p = reference(text).logits[:, :-1].log_softmax(-1)
+        mlp = reference.model.layers[2].mlp
+        run, protected = mlp.forward, torch.arange(64).view(1, 64, 1) < 2
+        mlp.forward = lambda x: run(x) * protected
+        q = reference(text).logits[:, :-1].log_softmax(-1)
+        found = layer_damage(tokens, blocks())
+        assert set(found) == {1, 2, 3}
+        assert found[2] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+
+    def test_a_removed_layer_passes_its_input_on(self, channels):
+        assert set(layer_damage(channels, blocks())) == {0, 1, 2, 3}
+        with channels.dense(), channels.using(Layers({2: 0.0})):
+            states = channels.lm(IDS, output_hidden_states=True).hidden_states
+        assert torch.equal(states[3][:, 2:], states[2][:, 2:]) and not torch.equal(states[3][:, :2], states[2][:, :2])
+
+    def test_measured_once(self, hat, monkeypatch):
+        first = layer_damage(hat, blocks(3))
+        monkeypatch.setattr(controls, "agreement", None)
+        assert layer_damage(hat, blocks(3)) == first
+
+    def test_goes_by_damage(self, channels, monkeypatch):
+        monkeypatch.setattr(controls, "layer_damage", lambda *_: {0: 0.9, 1: 0.1, 2: 0.3, 3: 0.2})
+        policy = layer_removal(channels, blocks(), 1 - 62 / 64 / 2)
+        assert {layer: draw.share for layer, draw in policy.draw.items()} == pytest.approx({1: 0, 3: 0}, abs=0.02)
+
+    def test_a_token_runs_all_sites_of_a_layer_or_none(self, channels):
+        found = masks(channels, Layers({1: 0.4}, seed=1), IDS)
+        whole = found[1, "qkv"][..., 0]
+        assert 0.2 < float(whole[:, 2:].float().mean()) < 0.7
+        assert all(
+            torch.equal(found[1, site], whole[..., None].expand_as(found[1, site])) for site in channels.grain.sites
+        )
+
+
+def state(batch, n):
+    real = torch.ones(batch, n, dtype=torch.bool)
+    return TokenState(real, torch.arange(n).expand(batch, n), torch.zeros_like(real), [1.0], 4)
+
+
+class TestCosine:
+    def test_it_is_the_cosine_of_the_residual_stream(self, hat):
+        """Against the streams of plain transformers, where each enters a layer, or its FFN."""
+        reference = load_base("random:tiny", dtype=torch.float32, device="cpu").model
+        name = "post_attention_layernorm" if hat.config.granularity == "token" else "input_layernorm"
+        streams, found, stream = [], {}, StreamCosine(hat)
+        for layer in reference.model.layers:
+            getattr(layer, name).register_forward_pre_hook(lambda _, args: streams.append(args[0]))
+        reference(IDS)
+
+        def watch(layer, site, x, rows, state):
+            if site == hat.grain.sites[0]:
+                found[layer] = stream(layer, x, rows, state)
+
+        with hat.dense(), hat.using(watch):
+            hat.lm(IDS)
+        first = 1 if hat.config.granularity == "token" else 0
+        assert found.pop(first) is None and set(found) == set(range(first + 1, 4))
+        for layer, cosine in found.items():
+            expected = F.cosine_similarity(streams[layer - 1], streams[layer], dim=-1)
+            torch.testing.assert_close(cosine.view(3, 14), expected, rtol=0, atol=1e-5)
+
+    def test_forwards_do_not_mix(self, channels):
+        stream, x = StreamCosine(channels), torch.randn(5, 64)
+        one, other = state(1, 5), state(1, 5)
+        assert stream(0, x, None, one) is None and stream(1, x, None, one) is not None
+        assert stream(1, x, None, other) is None
+
+    def test_rows_are_told_apart(self, channels):
+        generator = torch.Generator().manual_seed(1)
+        a, b = torch.randn(2, 6, 64, generator=generator)
+        rows = torch.tensor([1, 3, 4])
+        whole, some = StreamCosine(channels), StreamCosine(channels)
+        st = state(2, 3)
+        whole(0, a, None, st), some(0, a, None, st)
+        assert torch.equal(some(1, b[rows], rows, st), whole(1, b, None, st)[rows])
+
+    def test_by_hand(self, channels):
+        """Three tokens whose streams turn by known angles; layers 1 and 2 decide, 0 and 3 always run."""
+        mean, std, r = (np.array(v) for v in ([0.9, 0.8, 0.7, -np.inf], [0.1, 0.2, 0.05, 0.0], [0.0, 0.5, -1.0, 0.0]))
+        policy, st = Cosine(channels, mean, std, r, threshold=0.75), state(1, 3)
+        weights = [layer.input_layernorm.weight for layer in channels.lm.model.layers]
+        # Cosines across layer 0 and across layer 1, by token.
+        across = torch.tensor([[1.0, 0.6, 0.9], [0.5, 0.9, 0.5]], dtype=torch.float64)
+        angles = torch.cat((torch.zeros(1, 3), across.acos().cumsum(0).float()))
+
+        def at(layer):
+            stream = torch.zeros(3, 64)
+            stream[:, 0], stream[:, 1] = angles[layer].cos(), angles[layer].sin()
+            return 7.0 * stream * weights[layer]
+
+        keep = [policy(layer, "qkv", at(min(layer, 2)), None, st)[:, 0].tolist() for layer in range(4)]
+        # Layer 1: deviations (1 - .9)/.1 = 1, -3, 0 times r = .5, so .8 + .2 * (.5, -1.5, 0) = .9, .5, .8.
+        # Layer 2: only token 1 ran layer 1, where it deviates by (.9 - .8)/.2 = .5, times r = -1. For the others
+        # .5 and 0 were expected there. So .7 + .05 * (-.5, -.5, 0) = .675, .675, .7: all run.
+        assert keep == [[True] * 3, [False, True, False], [True] * 3, [True] * 3]
+        # The cosine of .5 across layer 1 says nothing of tokens 0 and 2, which skipped it.
+        policy.threshold = 0.69
+        again = [
+            policy(layer, "qkv", at(min(layer, 2)), None, s)[:, 0].tolist() for s in [state(1, 3)] for layer in range(3)
+        ]
+        assert again[2] == [True, True, False]
+
+    def test_other_sites_follow(self, channels, built):
+        found = masks(channels, built["channel"]["cosine"], IDS)
+        for layer in range(4):
+            whole = found[layer, "qkv"][..., :1]
+            assert all(torch.equal(found[layer, s], whole.expand_as(found[layer, s])) for s in channels.grain.sites)
+        assert found[0, "o"].all() and found[3, "o"].all() and not found[2, "o"].all()
+
+    def test_layers_find_their_own_shares(self, channels, built):
+        with channels.using(built["channel"]["cosine"]):
+            channels.lm(torch.tensor(blocks()))
+        shares = channels.trace.share.mean((1, 2)).tolist()
+        mean = built["channel"]["cosine"].mean
+        assert (shares[1] < shares[2]) == (mean[1] > mean[2])
+
+
+class TestAsIn:
+    def save(self, hat, folder, training=None):
+        parameters = {k: v.clone() for k, v in hat.hat_parameters().items()}
+        parts = hat.config, hat.base.name, hat.base.fingerprint, parameters, hat.calibration, training
+        return write_checkpoint(folder, Checkpoint(*parts))
+
+    @pytest.mark.filterwarnings("ignore:token grain")
+    def test_is_the_calibrated_start(self, hat, tmp_path):
+        folder = self.save(hat, tmp_path / "start")
+        hat.capacity = 0.7
+        start = masks(hat, hat.threshold_policy(), IDS)
+        hat.capacity = hat.config.capacity
+        trained = new(hat.config.granularity)
+        for parameter in trained.hat_parameters().values():
+            parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+        before = {k: v.clone() for k, v in trained.hat_parameters().items()}
+        equal(masks(trained, as_in(trained, folder)(0.7), IDS), start)
+        assert all(torch.equal(v, before[k]) for k, v in trained.hat_parameters().items())
+
+    def test_refusals(self, calibrated, channels, tokens, tmp_path):
+        with pytest.raises(HatError, match="token grain, expected channel"):
+            as_in(channels, self.save(tokens, tmp_path / "token"))
+        with pytest.raises(HatError, match="no calibration: make one with `hat calibrate`"):
+            as_in(channels, self.save(new("channel"), tmp_path / "bare"))
+        base = dataclasses.replace(channels.base, fingerprint="0" * 64)
+        with pytest.raises(HatError, match="has 000000000000"):
+            as_in(SimpleNamespace(base=base), self.save(channels, tmp_path / "other"))
+
+
+class TestRandomExits:
+    RATES = {1: 0.25, 2: 0.5, 3: 0.1}
+
+    def run(self, hat, ids):
+        with hat.exiting(RandomExits(self.RATES)):
+            hat.lm(ids, use_cache=False)
+        return hat.trace
+
+    def test_leaves_at_the_asked_rates_and_the_rates_can_be_read_off(self, channels):
+        state = self.run(channels, torch.randint(5, 250, (8, 512), generator=torch.Generator().manual_seed(2)))
+        found = exit_shares([state], EXITS)
+        assert found == pytest.approx(self.RATES, abs=0.04)
+        assert not (state.exit_layer < len(channels.layers))[state.protected].any()
+
+    def test_a_row_draws_alone_as_in_a_batch(self, channels):
+        batch = self.run(channels, IDS).exit_layer
+        assert torch.equal(self.run(channels, IDS[:1]).exit_layer, batch[:1])

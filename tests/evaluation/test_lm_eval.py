@@ -1,0 +1,274 @@
+"""Tasks of lm-evaluation-harness: scores and work whatever the batch, and its perplexity against our own."""
+
+import json
+import math
+import runpy
+import socket
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from tiny_runs import skipping
+
+from hat_lib.config import HatError
+from hat_lib.evaluation import lm_eval as harness
+from hat_lib.evaluation.documents import bits_per_byte, text_bytes
+from hat_lib.evaluation.lm_eval import TASKS, load_tasks, run_tasks
+from hat_lib.evaluation.perplexity import score
+
+pytestmark = pytest.mark.filterwarnings("ignore:token grain")
+N = 9
+
+CLOZE = """
+task: cloze
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: label
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+ROLLING = """
+task: rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list:
+  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
+"""
+WRITE = """
+task: write
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "the"
+generation_kwargs: {until: ["\\n\\n\\n"], max_gen_toks: 5}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+BOTH = "{group: both, task: [cloze, rolling], aggregate_metric_list: []}"
+
+
+def texts():
+    return [f"Number {n}: the quick brown “fox” {'jumps ' * n}over" for n in range(N)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("my tasks")
+    choices = [" a dog", " the lazy dogs", "!", " it"]
+    rows = [{"text": text, "choices": choices, "label": n % 4} for n, text in enumerate(texts())]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, content in (("cloze", CLOZE), ("rolling", ROLLING), ("write", WRITE), ("both", BOTH)):
+        (folder / f"{name}.yaml").write_text(content)
+    return folder
+
+
+# Without lm_eval
+
+
+def test_lm_eval_missing_says_how_to_install_it(monkeypatch, tmp_path):
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(HatError, match=r'^tasks need lm-evaluation-harness: pip install -e "\.\[eval\]"$'):
+        load_tasks(["anything"], tmp_path)
+
+
+def test_the_data_that_comes_with_the_repository_is_what_its_script_makes():
+    made = runpy.run_path(str(TASKS / "make.py"))["make"]()
+    assert made == {path.name: path.read_text(encoding="utf-8") for path in TASKS.glob("*.jsonl")}
+    rows = [json.loads(line) for line in made["cloze.jsonl"].splitlines()]
+    assert len({row["context"] for row in rows}) == len(rows) == 120
+    for row in rows:
+        assert len(set(row["choices"])) == 4 and not set(row["choices"]) - {row["choices"][row["label"]]} & set(
+            row["context"].lower().split()
+        )
+    assert sum(path.stat().st_size for path in TASKS.glob("*.jsonl")) < 60_000
+
+
+# With it
+
+
+@pytest.fixture(scope="module", params=("channel", "token"))
+def runs(request, folder):
+    """Rows and work by batch size, of a model that skips a third and lets a good half leave; and that model."""
+    pytest.importorskip("lm_eval")
+    hat = skipping(request.param)
+    return {b: run_tasks(hat, load_tasks(["cloze", "rolling", "write"], folder), batch_size=b) for b in (1, 8)}, hat
+
+
+def test_scores_are_equal_at_batch_size_1_and_8(runs):
+    (alone, _), (batched, _) = (runs[0][b] for b in (1, 8))
+    assert [(r.task, r.metric) for r in alone] == [
+        ("cloze", "acc"),
+        ("rolling", "bits_per_byte"),
+        ("write", "exact_match"),
+    ]
+    for a, b in zip(alone, batched, strict=True):
+        assert (a.task, a.metric, a.samples, a.data_hash) == (b.task, b.metric, b.samples, b.data_hash)
+        exact = a.metric != "bits_per_byte"
+        for name in ("base", "value"):
+            found, expected = getattr(b, name), getattr(a, name)
+            assert found == expected if exact else found == pytest.approx(expected, abs=1e-4)
+    rolling = alone[1]
+    assert abs(rolling.value - rolling.base) > 0.01 and rolling.stderr is None and alone[0].stderr > 0
+    assert [r.samples for r in alone] == [N, N, N] and len({r.data_hash for r in alone}) == 3
+
+
+def test_pads_are_not_counted_as_work(runs):
+    (_, alone), (_, batched) = (runs[0][b] for b in (1, 8))
+    assert np.array_equal(alone.exits, batched.exits) and (alone.exits[1:] > 0).all()
+    assert batched.shares == pytest.approx(alone.shares, abs=1e-4)
+    assert all(0.05 < share < 0.97 for share in alone.shares)
+
+
+def test_each_request_and_its_likelihood_are_equal_at_any_batch_size(folder):
+    """Single requests, which a mean over a task could hide; by hand too, with the model alone."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    hat = skipping("channel")
+    pairs = [(text, f" and {'so ' * (n % 4)}on") for n, text in enumerate(texts())]
+    requests = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
+    found = {b: harness._counting_lm()(hat, b).loglikelihood(requests, disable_tqdm=True) for b in (1, 3, 8)}
+    tokenizer = hat.base.tokenizer
+    for n, (context, more) in enumerate(pairs):
+        given, ids = len(tokenizer(context).input_ids), torch.tensor([tokenizer(context + more).input_ids])
+        with torch.no_grad():
+            log_p = hat.lm(ids[:, :-1]).logits[0].log_softmax(-1)
+        by_hand = float(log_p.gather(1, ids[0, 1:, None])[given - 1 :].sum())
+        for b in (1, 3, 8):
+            assert found[b][n][0] == pytest.approx(by_hand, abs=1e-4)
+            assert found[b][n][1] == found[1][n][1]
+
+
+def test_rolling_likelihood_is_our_perplexity(runs):
+    """Short texts, each from its first token on; then windows that are shorter than the text."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    hat = runs[1]
+    lm = harness._counting_lm()(hat, 4)
+    encoded = [[lm.prefix_token_id, *lm.tok_encode(text)] for text in texts()]
+    rows = [{"input_ids": ids, "n_context": 0} for ids in encoded]
+    ours = score(hat, rows, batch_size=2, progress=False)
+    requests = [Instance("loglikelihood_rolling", {}, (text,), n) for n, text in enumerate(texts())]
+    theirs = lm.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert theirs == pytest.approx((-ours.nll).tolist(), abs=1e-3)
+
+    n_bytes = text_bytes(rows, hat.base.tokenizer)
+    assert n_bytes.tolist() == [len(text.encode()) for text in texts()]
+    reported = next(r.value for r in runs[0][1][0] if r.metric == "bits_per_byte")
+    assert bits_per_byte(ours.nll.sum(), n_bytes.sum()) == pytest.approx(reported, rel=1e-5)
+
+    lm._max_length = 20
+    windows = get_rolling_token_windows(encoded[-1][1:], lm.prefix_token_id, max_seq_len=20, context_len=1)
+    rows = [{"input_ids": [*a, *b], "n_context": len(a)} for a, b in map(make_disjoint_window, windows)]
+    assert len(rows) > 3 and rows[-1]["n_context"] > 1  # the last one looks further back
+    windowed = score(hat, rows, progress=False)
+    assert windowed.tokens.sum() == ours.tokens[-1]
+    assert lm.loglikelihood_rolling(requests[-1:], disable_tqdm=True) == pytest.approx([-windowed.nll.sum()], abs=1e-3)
+
+
+def test_work_of_generation_is_that_of_its_forwards(folder):
+    pytest.importorskip("lm_eval")
+    hat = skipping("channel")
+    _, spent = run_tasks(hat, load_tasks(["write"], folder), batch_size=1)
+    prompts = [len(hat.base.tokenizer(text).input_ids) for text in texts()]
+    assert spent.exits.sum() == sum(prompts) + N * 4  # of five new tokens the last is not read again
+
+
+def test_dense_model_spends_everything_and_equals_its_base(folder):
+    pytest.importorskip("lm_eval")
+    hat = skipping("channel")
+    with hat.dense():
+        rows, spent = run_tasks(hat, load_tasks(["cloze"], folder), batch_size=4)
+    assert spent.shares == (1.0, 0.0, 1.0) and spent.exits[:-1].sum() == 0
+    assert [r.value for r in rows] == [r.base for r in rows]
+
+
+def test_local_tasks_need_no_network(folder, monkeypatch):
+    pytest.importorskip("lm_eval")
+    asked = []
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    monkeypatch.setattr(datasets.load, "get_session", lambda: asked.append("a count of downloads"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address))
+    run_tasks(skipping("channel"), load_tasks(["cloze", "rolling"], folder), batch_size=8)
+    assert asked == []
+
+
+def test_a_group_brings_its_tasks(folder):
+    pytest.importorskip("lm_eval")
+    assert sorted(load_tasks(["both"], folder)["tasks"]) == ["cloze", "rolling"]
+
+
+def test_tasks_that_come_with_the_repository():
+    """Not their scores: on a random model those say nothing."""
+    pytest.importorskip("lm_eval")
+    hat = skipping("channel")
+    tasks = load_tasks(["address_cloze", "address_perplexity"])
+    for task in tasks["tasks"].values():
+        task.dataset["test"] = task.dataset["test"].select(range(3))
+    rows, _ = run_tasks(hat, tasks, batch_size=8)
+    names = [(r.task, r.metric) for r in rows]
+    assert names == [
+        ("address_cloze", "acc"), ("address_cloze", "acc_norm"),
+        ("address_perplexity", "word_perplexity"), ("address_perplexity", "bits_per_byte"),
+    ]  # fmt: skip
+    assert all(r.samples == 3 and math.isfinite(r.value) for r in rows)
+
+
+NO_SPLIT = CLOZE.replace("test_split: test", "test_split: dev")
+ON_THE_HUB = CLOZE.replace("dataset_path: json", "dataset_path: owner/name")
+
+
+@pytest.mark.parametrize(
+    "files, names, words",
+    [
+        ({}, ["cloze"], "unknown task 'cloze': .* has none"),
+        ({"a.yaml": CLOZE}, ["cloze", "hellaswag"], "unknown task 'hellaswag': .* has cloze"),
+        ({"a.yaml": "task: [not: yaml"}, ["cloze"], "unknown task 'cloze': .* has none"),
+        ({"a.yaml": CLOZE}, ["cloze"], "cannot load cloze from .*: FileNotFoundError: .*rows.jsonl"),
+        ({"a.yaml": CLOZE, "rows.jsonl": ""}, ["cloze"], "cannot load cloze from "),
+        ({"a.yaml": CLOZE, "rows.jsonl": "{"}, ["cloze"], "cannot load cloze from "),
+        (
+            {"a.yaml": NO_SPLIT, "rows.jsonl": '{"text": "a"}\n'},
+            ["cloze"],
+            "cannot load .*: KeyError: 'dev'",
+        ),
+        ({"a.yaml": ON_THE_HUB}, ["cloze"], "cannot load cloze from "),
+    ],
+)
+def test_wrong_tasks(tmp_path, files, names, words):
+    pytest.importorskip("lm_eval")
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(HatError, match=words) as error:
+        load_tasks(names, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_no_folder_of_tasks(tmp_path):
+    pytest.importorskip("lm_eval")
+    with pytest.raises(HatError, match="no folder of tasks at .*gone"):
+        load_tasks(["cloze"], tmp_path / "gone")
+
+
+def test_a_metric_that_nobody_knows(folder, tmp_path):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "a.yaml").write_text(CLOZE.replace("metric: acc", "metric: luck"))
+    (tmp_path / "rows.jsonl").write_bytes((folder / "rows.jsonl").read_bytes())
+    with pytest.raises(HatError, match="^cloze: lm_eval knows none of the metrics"):
+        run_tasks(skipping("channel"), load_tasks(["cloze"], tmp_path))

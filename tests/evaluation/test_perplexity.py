@@ -1,0 +1,389 @@
+"""Perplexity against sums worked out by hand and against transformers' own loss; intervals on made-up scores; more
+compute is nested in its thresholds, and on text no worse. Against lm-evaluation-harness: test_harness.py."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_runs import skipping
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from hat_lib.backbone.base import load_base
+from hat_lib.config import DATA, HatConfig, HatError
+from hat_lib.evaluation.documents import bits_per_byte, by_document, text_bytes
+from hat_lib.evaluation.perplexity import Score, agreement, compare, score, score_pair, states
+from hat_lib.model.checkpoint import read_checkpoint
+from hat_lib.model.cost import state_cost
+from hat_lib.model.thresholds import Calibration
+from hat_lib.model.token_state import Masks
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.text.blocks import load_text
+
+GRAINS = ("channel", "token")
+TEXT = "The quick brown fox jumps over the lazy dog. " * 9
+
+
+@pytest.fixture(scope="module")
+def blocks(tiny_base, tmp_path_factory):
+    """Strided windows of one document, the last one cut short, and short documents without context."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "long.txt").write_text(TEXT)
+    (folder / "many.jsonl").write_text("".join(f'{{"text": "{n} and {"x" * n}"}}\n' for n in range(3, 23)))
+    long = load_text(folder / "long.txt", tiny_base.tokenizer, split="train", block_size=64, stride=40)
+    many = load_text(folder / "many.jsonl", tiny_base.tokenizer, split="train", block_size=16)
+    rows = [*long, *many]
+    assert len({len(r["input_ids"]) for r in rows}) > 5 and {r["n_context"] for r in rows} >= {0, 24}
+    return rows
+
+
+@pytest.fixture(scope="module")
+def base_score(tiny_base, blocks):
+    return score(tiny_base.model, blocks, progress=False)
+
+
+@pytest.fixture(scope="module", params=GRAINS)
+def hat(request):
+    return skipping(request.param)
+
+
+class TestScore:
+    def test_equals_the_sum_over_windows_by_hand(self, tiny_base, blocks, base_score):
+        total, count = 0.0, 0
+        for number, row in enumerate(blocks):
+            ids = torch.tensor([row["input_ids"]])
+            with torch.no_grad():
+                log_p = tiny_base.model(ids).logits[0].double().log_softmax(-1)
+            new = range(max(row["n_context"], 1), len(row["input_ids"]))
+            nll = -sum(float(log_p[t - 1, row["input_ids"][t]]) for t in new)
+            assert base_score.nll[number] == pytest.approx(nll, rel=1e-5)
+            assert base_score.tokens[number] == len(new)
+            total, count = total + nll, count + len(new)
+        assert base_score.perplexity == pytest.approx(np.exp(total / count), rel=1e-5)
+        assert (base_score.capacity, base_score.exit_rate, base_score.model_share) == (1.0, 0.0, 1.0)
+
+    def test_windows_score_each_token_of_a_document_once(self, tiny_base, blocks, base_score, tmp_path):
+        (tmp_path / "long.txt").write_text(TEXT)
+        (whole,) = load_text(tmp_path / "long.txt", tiny_base.tokenizer, split="train", block_size=1000)
+        long = [n for n, row in enumerate(blocks) if row["doc"] == "long.txt"]
+        assert len(long) > 5 and int(base_score.tokens[long].sum()) == len(whole["input_ids"]) - 1
+
+    def test_equals_the_loss_of_transformers(self, tiny_base):
+        ids = tiny_base.tokenizer(TEXT).input_ids[:300]  # more than two slices of logits
+        with torch.no_grad():
+            loss = float(tiny_base.model(torch.tensor([ids]), labels=torch.tensor([ids])).loss)
+        found = score(tiny_base.model, [{"input_ids": ids, "doc": "a", "n_context": 0}], progress=False)
+        assert found.perplexity == pytest.approx(np.exp(loss), rel=1e-5)
+        assert found.nll[0] == pytest.approx(loss * 299, rel=1e-5) and found.tokens.tolist() == [299]
+
+    @pytest.mark.parametrize("batch_size", [3, 100])
+    def test_batch_size_changes_nothing(self, tiny_base, blocks, base_score, batch_size):
+        batched = score(tiny_base.model, blocks, batch_size=batch_size, progress=False)
+        assert np.allclose(batched.nll, base_score.nll, rtol=1e-5)
+        assert np.array_equal(batched.tokens, base_score.tokens)
+
+    def test_batch_size_changes_nothing_when_skipping(self, hat, blocks, base_score):
+        alone, batched = (score(hat, blocks, batch_size=b, progress=False) for b in (1, 4))
+        assert np.allclose(batched.nll, alone.nll, rtol=1e-4)
+        assert not np.allclose(alone.nll, base_score.nll, rtol=1e-2)
+        for name in ("capacity", "exit_rate", "model_share"):
+            assert getattr(batched, name) == pytest.approx(getattr(alone, name), abs=1e-4)
+            assert 0.05 < getattr(alone, name) < 0.97
+
+    def test_untrained_hat_is_its_base(self, tiny_base, blocks, base_score):
+        for grain in GRAINS:
+            base = load_base("random:tiny", dtype=torch.float32, device="cpu")
+            hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=grain))
+            full = score(hat, blocks, progress=False)
+            assert np.allclose(full.nll, base_score.nll, rtol=1e-4)
+            assert (full.capacity, full.exit_rate, full.model_share) == (1.0, 0.0, 1.0)
+
+    def test_dense_context_is_the_base(self, hat, blocks, base_score):
+        with hat.dense():
+            dense = score(hat, blocks, progress=False)
+        assert np.allclose(dense.nll, base_score.nll, rtol=1e-4) and dense.model_share == 1.0
+
+    def test_realised_work_is_that_of_all_tokens(self, hat, blocks):
+        """Capacity, exit rate and model share are ratios of sums, not means over blocks of unequal length."""
+        found = score(hat, blocks, progress=False)
+        shares = ran = left = n = executed = dense = 0.0
+        for row in blocks:
+            with torch.no_grad():
+                hat.lm(torch.tensor([row["input_ids"]]), use_cache=False)
+            state, cost = hat.trace, state_cost(hat, hat.trace)
+            shares, ran = shares + float(state.share.sum()), ran + float(state.exit_layer.sum())
+            left, n = left + float((state.exit_layer < 4).sum()), n + state.exit_layer.numel()
+            executed, dense = executed + float(cost.executed.sum()), dense + float(cost.dense.sum())
+        assert found.capacity == pytest.approx(shares / ran, rel=1e-4)
+        assert found.exit_rate == pytest.approx(left / n, rel=1e-4)
+        assert found.model_share == pytest.approx(executed / dense, rel=1e-4)
+
+    def test_exits_are_counted_by_layers_run(self, blocks):
+        hat, rows = skipping("channel"), [row for row in blocks if len(row["input_ids"]) == 16][:3]
+        exits = {e: torch.zeros(1, 16, dtype=torch.bool) for e in (1, 3)}
+        exits[1][0, 2:5] = exits[3][0, 5:12] = True
+        with hat.force(Masks({}, exits)):
+            found = score(hat, rows, progress=False)
+        assert found.exits.tolist() == [0, 9, 0, 21, 18] and found.exit_rate == 30 / 48
+        assert found.depth == (9 * 1 + 21 * 3 + 18 * 4) / 48
+        with hat.dense():
+            assert score(hat, rows, progress=False).exits.tolist() == [0, 0, 0, 0, 48]
+
+    def test_adaptive_lm_alone_is_refused(self, hat, blocks):
+        with pytest.raises(HatError, match="HierarchicalTransformer"):
+            score(hat.lm, blocks, progress=False)
+
+    @pytest.mark.parametrize(
+        "rows", [[], [{"input_ids": [5], "n_context": 0}], [{"input_ids": [5, 6], "n_context": 2}]]
+    )
+    def test_nothing_to_score(self, tiny_base, rows):
+        with pytest.raises(HatError, match="nothing to score"):
+            score(tiny_base.model, rows, progress=False)
+
+    @pytest.mark.parametrize("batch_size", [0, -1, 1.5])
+    def test_bad_batch_size(self, tiny_base, blocks, batch_size):
+        with pytest.raises(HatError, match="batch_size"):
+            score(tiny_base.model, blocks, batch_size=batch_size, progress=False)
+
+
+class TestPair:
+    def test_is_both_scores_and_their_agreement(self, hat, blocks):
+        base, adaptive = score_pair(hat, blocks, batch_size=3, progress=False)
+        with hat.dense():
+            dense, against = (measure(hat, blocks, batch_size=3, progress=False) for measure in (score, states))
+        alone = score(hat, blocks, batch_size=3, against=against, progress=False)
+        for found, expected in ((base, dense), (adaptive, alone)):
+            for name, value in vars(expected).items():
+                assert np.array_equal(getattr(found, name), value), name
+        assert alone.agreement is not None and base.agreement is None
+
+    def test_runs_each_block_twice(self, hat, blocks):
+        with hat.collect() as traces:
+            score_pair(hat, blocks, batch_size=len(blocks), progress=False)
+        assert len(traces) == 2
+
+    def test_plain_model_is_refused(self, tiny_base, blocks):
+        with pytest.raises(HatError, match="HierarchicalTransformer"):
+            score_pair(tiny_base.model, blocks, progress=False)
+
+
+def made_up(n, increase, seed=0, noise=0.1):
+    """Scores of n blocks of unequal length; what is hard for one is hard for both."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(50, 500, size=n)
+    nll = tokens * rng.normal(3.0, 0.8, size=n)
+    added = tokens * rng.normal(np.log1p(increase), noise, size=n)
+    return Score(nll, tokens), Score(nll + added, tokens)
+
+
+class TestCompare:
+    def test_identical_scores(self, base_score):
+        same = compare(base_score, base_score)
+        assert (same.increase, same.low, same.high) == (0.0, 0.0, 0.0)
+        assert same.base_ppl == same.ppl == base_score.perplexity
+        assert same.tokens == base_score.tokens.sum() and same.n_blocks == len(base_score.tokens)
+
+    def test_constant_ratio_has_no_width(self):
+        """Pairing: blocks differ by far more than the models do, and none of it reaches the interval."""
+        base, adaptive = made_up(40, 0.08, noise=0.0)
+        found = compare(base, adaptive)
+        assert found.increase == pytest.approx(0.08) and found.ppl / found.base_ppl == pytest.approx(1.08)
+        assert found.low == pytest.approx(0.08) and found.high == pytest.approx(0.08)
+
+    @pytest.mark.parametrize("n", [12, 60])
+    def test_known_ratio_is_covered(self, n):
+        """A 95 % interval holds the truth in about 95 of 100 texts; plain percentiles do in 91 at 12 blocks."""
+        hits = 0
+        for seed in range(600):
+            found = compare(*made_up(n, 0.05, seed=seed), resamples=1000, seed=seed)
+            hits += found.low <= 0.05 <= found.high
+        assert 0.925 <= hits / 600 <= 0.975
+
+    def test_weighs_by_tokens(self):
+        base = Score(np.array([10.0, 1000.0]), np.array([10, 1000]))
+        adaptive = Score(np.array([20.0, 1000.0]), np.array([10, 1000]))
+        found = compare(base, adaptive)
+        assert found.increase == pytest.approx(np.expm1(10 / 1010))
+        # The extremes are one block, or the other, drawn twice.
+        assert found.low == 0.0 and found.high == pytest.approx(np.e - 1)
+
+    def test_seed(self):
+        pair = made_up(30, 0.05)
+        assert compare(*pair, seed=1) == compare(*pair, seed=1)
+        assert compare(*pair, seed=1) != compare(*pair, seed=2)
+
+    def test_interval_shrinks_with_more_blocks(self):
+        widths = [c.high - c.low for c in (compare(*made_up(n, 0.05)) for n in (16, 64, 256))]
+        assert widths[0] > 1.4 * widths[1] > 2 * widths[2] > 0
+
+    def test_improvement_is_negative(self):
+        found = compare(*made_up(100, -0.05, noise=0.02))
+        assert found.low < found.increase < found.high < 0
+
+    def test_different_texts_are_refused(self, base_score):
+        shorter = Score(base_score.nll[1:], base_score.tokens[1:])
+        with pytest.raises(HatError, match="same blocks"):
+            compare(base_score, shorter)
+
+    def test_one_block_has_no_interval(self):
+        one = Score(np.array([30.0]), np.array([10]))
+        with pytest.raises(HatError, match="2 blocks"):
+            compare(one, one)
+
+
+class TestAgreement:
+    def test_with_itself(self, hat, blocks):
+        with hat.dense():
+            found = agreement(hat, blocks, progress=False)
+        assert found.top1 == 1.0 and abs(found.kl) < 1e-6
+
+    def test_by_hand(self, hat, blocks, base_score):
+        rows, same, divergence = blocks[:3], [], []
+        for row in rows:
+            ids, new = torch.tensor([row["input_ids"]]), slice(max(row["n_context"], 1) - 1, -1)
+            with torch.no_grad():
+                q = hat.lm(ids).logits[0, new].double()
+                with hat.dense():
+                    p = hat.lm(ids).logits[0, new].double()
+            same.append(p.argmax(-1) == q.argmax(-1))
+            p, q = p.log_softmax(-1), q.log_softmax(-1)
+            divergence.append(F.kl_div(q, p, reduction="none", log_target=True).sum(-1))
+        same, divergence = torch.cat(same), torch.cat(divergence)
+        found = agreement(hat, rows, batch_size=2, progress=False)
+        assert found.tokens == len(same) == base_score.tokens[:3].sum()
+        assert found.top1 == pytest.approx(float(same.double().mean())) and 0.02 < found.top1 < 0.98
+        assert found.kl == pytest.approx(float(divergence.mean()), rel=1e-3) and found.kl > 0.01
+
+    def test_exits_alone_are_noticed(self, blocks):
+        hat = skipping("channel")
+        exits = {1: torch.ones(1, 64, dtype=torch.bool)}
+        with hat.force(Masks({}, exits)):
+            found = agreement(hat, blocks[:2], progress=False)
+        assert found.kl > 0.01 and found.top1 < 1
+
+    def test_plain_model_is_refused(self, tiny_base, blocks):
+        with pytest.raises(HatError, match="HierarchicalTransformer"):
+            agreement(tiny_base.model, blocks, progress=False)
+
+
+def llama_like_tokenizer():
+    """Begins a text with BOS, puts a space before it, and takes that away on decoding."""
+    words = ["<s>", "\u2581The", "\u2581fox", "\u2581is", "\u2581\u00e9trange"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
+
+
+class TestBytes:
+    def test_by_hand(self, tiny_base):
+        """One token a byte: a cut character counts where it ends."""
+        ids = tiny_base.tokenizer("a\u00e9\u20acb").input_ids  # 1 + 2 + 3 + 1 bytes
+        rows = [(ids, 0, 6), (ids[:5], 0, 2), (ids[2:], 2, 4), (ids[2:6], 2, 3), (ids[:2], 0, 0)]
+        dataset = [{"input_ids": part, "n_context": context} for part, context, _ in rows]
+        assert text_bytes(dataset, tiny_base.tokenizer).tolist() == [n for _, _, n in rows]
+
+    def test_windows_of_a_document_add_up(self, tiny_base, tmp_path):
+        text = "na\u00efve \u20ac5 \U0001f600 " * 20
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+        whole = load_text(tmp_path / "a.txt", tiny_base.tokenizer, split="train", block_size=1000)
+        (expected,) = text_bytes(whole, tiny_base.tokenizer)
+        for stride in (7, 10, 20):
+            cut = load_text(tmp_path / "a.txt", tiny_base.tokenizer, split="train", block_size=40, stride=stride)
+            assert text_bytes(cut, tiny_base.tokenizer).sum() == expected == len(whole[0]["input_ids"]) - 1
+
+    def test_no_space_before_a_text_and_none_lost_within(self):
+        tokenizer = llama_like_tokenizer()
+        ids = tokenizer("The fox is \u00e9trange").input_ids
+        assert ids == [0, 1, 2, 3, 4]
+        rows = [{"input_ids": part, "n_context": n} for part, n in ((ids, 0), (ids[1:], 0), (ids[2:], 1), (ids[:2], 0))]
+        assert text_bytes(rows, tokenizer).tolist() == [19, 16, 12, 3]
+
+    def test_special_tokens_are_no_text(self, tiny_base):
+        row = {"input_ids": tiny_base.tokenizer("ab</s>").input_ids, "n_context": 0}
+        assert len(row["input_ids"]) == 3 and text_bytes([row], tiny_base.tokenizer).tolist() == [1]
+
+    def test_bits(self, tiny_base, base_score, blocks):
+        """A token a byte: bits per byte are the binary logarithm of perplexity."""
+        n_bytes = text_bytes(blocks, tiny_base.tokenizer)
+        assert np.array_equal(n_bytes, base_score.tokens)
+        found = bits_per_byte(base_score.nll.sum(), n_bytes.sum())
+        assert found == pytest.approx(np.log2(base_score.perplexity))
+        assert bits_per_byte(np.log(2) * 12, 4) == pytest.approx(3) and bits_per_byte(1.0, 0) is None
+
+
+def test_documents_by_hand():
+    dataset = [{"input_ids": [1] * n, "doc": doc, "n_context": 0} for n, doc in ((5, "b"), (3, "a"), (9, "b"))]
+    tokens, n_bytes = np.array([4, 2, 8]), np.array([8, 0, 16])
+    base = Score(np.array([4.0, 2.0, 8.0]), tokens)
+    first, second = by_document(dataset, n_bytes, base, Score(np.array([6.0, 1.0, 12.0]), tokens))
+    assert (first.document, first.blocks, first.tokens, first.bytes) == ("b", 2, 12, 24)
+    assert (first.base_perplexity, first.perplexity) == (pytest.approx(np.e), pytest.approx(np.exp(1.5)))
+    assert first.increase == pytest.approx(np.exp(0.5) - 1)
+    assert first.base_bits_per_byte == pytest.approx(0.5 / np.log(2)) == pytest.approx(first.bits_per_byte / 1.5)
+    assert (second.document, second.blocks, second.tokens, second.bytes) == ("a", 1, 2, 0)
+    assert second.increase == pytest.approx(np.exp(-0.5) - 1) and second.bits_per_byte is None
+
+
+class TestMoreCompute:
+    """Nested in its decisions on fixed scores; on text never worse, and deeper."""
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.integers(0, 2**32 - 1), st.lists(st.floats(0.1, 1.0), min_size=3, max_size=3).map(sorted),
+        st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3).map(sorted),
+    )  # fmt: skip
+    def test_decisions_on_fixed_scores_are_nested(self, seed, capacities, rates):
+        rng = np.random.default_rng(seed)
+        falling = -np.sort(-rng.normal(size=(3, 2, 5)), axis=-1)
+        made = Calibration(
+            sites=["a", "b"],
+            capacities=[*np.sort(rng.uniform(0.1, 1, 4)), 1.0],
+            thresholds=falling.tolist(),
+            shares=np.sort(rng.uniform(size=(3, 2, 5)), axis=-1).tolist(),
+            exit_capacities=[0.5, 1.0],
+            exit_rates=[[0.0, *np.sort(rng.uniform(size=4))] for _ in range(2)],
+            exit_scores=(-np.sort(-rng.normal(size=(2, 5, 3)), axis=1)).tolist(),
+        )
+        scores = rng.normal(size=50)
+        kept = [{k: scores > t for k, t in made.thresholds_at(c).items()} for c in capacities]
+        for less, more in zip(kept, kept[1:], strict=False):
+            assert all((more[k] >= less[k]).all() for k in less)
+        gates = rng.normal(size=(3, 50))
+        leaves = [gates > np.array(made.exit_thresholds(rate, 0.7))[:, None] for rate in rates]
+        depths = [np.where(left.any(0), left.argmax(0), 3) for left in leaves]
+        for fewer, more in zip(leaves, leaves[1:], strict=False):
+            assert (more >= fewer).all()
+        assert all((later <= earlier).all() for earlier, later in zip(depths, depths[1:], strict=False))
+
+    @pytest.mark.parametrize("name", ["calibrated", "calibrated_token", "default", "published", "token"])
+    def test_tables_of_the_reference_checkpoints_are_nested(self, name):
+        made = read_checkpoint(DATA / "checkpoints" / name).calibration
+        assert (np.diff(made.thresholds, axis=-1) <= 0).all() and (np.diff(made.capacities) >= 0).all()
+        assert (made.exit_rates is not None) == (not name.startswith("calibrated"))
+        if made.exit_rates is not None:
+            assert (np.diff(made.exit_scores, axis=1) <= 0).all() and (np.diff(made.exit_rates) >= 0).all()
+
+    def test_on_text_more_capacity_is_never_worse_and_more_exits_are_never_deeper(self, bundled):
+        """Beyond the paired interval, and by a mean."""
+        blocks = load_text("docstrings", bundled.tokenizer, block_size=48, max_tokens=288)
+        hat = HierarchicalTransformer.from_pretrained(DATA / "checkpoints" / "default", bundled)
+        try:
+            scores, depths = [], []
+            for capacity in (0.4, 0.7, 1.0):
+                hat.capacity = capacity
+                scores.append(score(hat, blocks, batch_size=6, progress=False))
+            for rate in (0.2, 0.7):
+                hat.exit_rate = rate
+                depths.append(score(hat, blocks, batch_size=6, progress=False).depth)
+        finally:
+            hat.unload()
+        assert all(more.capacity > less.capacity for less, more in zip(scores, scores[1:], strict=False))
+        pairs = [(less, more) for i, less in enumerate(scores) for more in scores[i + 1 :]]
+        found = [compare(less, more) for less, more in pairs]
+        assert len(found) == 3 and all(c.low <= 0 for c in found)
+        assert found[1].high < 0  # the text is long enough to tell 0.4 from everything
+        assert scores[-1].depth == 30 and all(a > b for a, b in zip([30.0, *depths], depths, strict=False))

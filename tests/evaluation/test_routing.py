@@ -1,0 +1,477 @@
+"""Routing patterns against forwards read by hand, other numbers of the library, and made-up tokens."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny_runs
+import torch
+from scipy.stats import spearmanr
+
+from hat_lib.backbone import base
+from hat_lib.cli.app import app
+from hat_lib.config import HatError
+from hat_lib.evaluation import routing as analyze
+from hat_lib.evaluation import routing_tables as pattern_tables
+from hat_lib.evaluation.perplexity import Score, agreement, compare, score
+from hat_lib.evaluation.routing import LOSSES, Patterns, patterns
+from hat_lib.evaluation.routing_tables import MEASURES
+from hat_lib.model import transformer as model
+from hat_lib.model.cost import state_cost
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.text.blocks import load_text
+from hat_lib.text.token_classes import CLASSES
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+TEXT = "In 2025 Ada met 3 of the Kings, and they didn’t say a naïve word 🦙.\nThe quick brown fox jumps. " * 5
+
+
+@pytest.fixture(scope="module", params=tiny_runs.GRAINS)
+def hat(request):
+    return tiny_runs.skipping(request.param)
+
+
+@pytest.fixture(scope="module")
+def blocks(tiny_base, tmp_path_factory):
+    """Strided windows of one document, the last one cut short."""
+    path = tmp_path_factory.mktemp("text") / "long.txt"
+    path.write_text(TEXT)
+    return list(load_text(path, tiny_base.tokenizer, split="train", block_size=64, stride=40))
+
+
+@pytest.fixture(scope="module")
+def found(hat, blocks):
+    return patterns(hat, blocks, progress=False)
+
+
+def made_up(n_blocks=12, size=50, seed=0, **columns):
+    """Tokens without a model; `columns` replace what is drawn."""
+    draw, n = np.random.default_rng(seed), n_blocks * size
+    block, position = np.divmod(np.arange(n), size)
+    share = draw.uniform(0.4, 0.8, n)
+    tokens = pd.DataFrame({"doc": "d", "block": block, "position": position, "id": 5, "text": " x"})
+    tokens["class"] = draw.choice(["name", "digits", "whole word"], n)
+    tokens = tokens.assign(protected=position < 2, share=share, model_share=share, exit_layer=3, left=False)
+    for name in LOSSES:
+        tokens[f"{name}_of_token"], tokens[f"{name}_of_next"] = draw.normal(size=(2, n))
+    tokens = tokens.assign(**columns)
+    layers = np.tile(tokens["share"].to_numpy(dtype=np.float32), (3, 1))
+    return Patterns(tokens, layers[:, None], layers, ("ffn",), "token", 0.6, 0.0)
+
+
+class TestPatterns:
+    def test_losses_are_those_of_the_two_models_and_stand_where_they_say(self, hat, blocks, found):
+        row = blocks[0]
+        ids = torch.tensor([row["input_ids"]])
+        ours = hat.lm(ids).logits[0].double().log_softmax(-1)
+        with hat.dense():
+            theirs = hat.lm(ids).logits[0].double().log_softmax(-1)
+        frame = found.tokens[found.tokens["block"] == 0]
+        follows = torch.arange(ids.shape[1] - 1), ids[0, 1:]
+        expected = {
+            "surprisal": -theirs[follows],
+            "hat_surprisal": -ours[follows],
+            "added_loss": theirs[follows] - ours[follows],
+        }
+        for name, values in expected.items():
+            np.testing.assert_allclose(frame[f"{name}_of_next"][:-1], values, rtol=1e-4, atol=1e-4)
+            assert np.isnan(frame[f"{name}_of_next"].iloc[-1])
+        entropy, kl = -(theirs.exp() * theirs).sum(-1), (theirs.exp() * (theirs - ours)).sum(-1)
+        np.testing.assert_allclose(frame["entropy_of_next"], entropy, rtol=1e-4)
+        np.testing.assert_allclose(frame["kl_of_next"], kl, rtol=1e-3, atol=1e-5)
+        for name in LOSSES:
+            assert np.isnan(frame[f"{name}_of_token"].iloc[0])
+            np.testing.assert_array_equal(frame[f"{name}_of_token"][1:], frame[f"{name}_of_next"][:-1])
+
+    def test_work_is_that_of_the_trace(self, hat, blocks, found):
+        hat.lm(torch.tensor([blocks[0]["input_ids"]]))
+        state, n = hat.trace, len(blocks[0]["input_ids"])
+        frame, exit_layer = found.tokens.iloc[:n], state.exit_layer[0].numpy()
+        assert 0 < frame["left"].sum() < n and frame["protected"].sum() == 2
+        assert frame["exit_layer"].tolist() == exit_layer.tolist()
+        ran = np.arange(state.n_layers)[:, None] < exit_layer
+        np.testing.assert_array_equal(np.isnan(found.share[:, :n]), ~ran)
+        np.testing.assert_allclose(np.nan_to_num(found.share[:, :n]), state.share[:, 0], rtol=1e-6)
+        np.testing.assert_allclose(np.nan_to_num(found.site_share[:, :, :n]), state.site_share[:, :, 0], rtol=1e-6)
+        np.testing.assert_allclose(frame["share"], np.nanmean(found.share[:, :n], axis=0), rtol=1e-5)
+        cost = state_cost(hat, state)
+        np.testing.assert_allclose(frame["model_share"], (cost.executed / cost.dense)[0])
+
+    def test_agrees_with_what_evaluate_measures(self, hat, blocks):
+        whole = [{**row, "n_context": 0} for row in blocks]  # evaluate counts the work of context too
+        found, scored = patterns(hat, whole, progress=False), score(hat, whole, progress=False)
+        assert found.capacity == pytest.approx(scored.capacity, rel=1e-5)
+        assert found.exit_rate == pytest.approx(scored.exit_rate, rel=1e-6) and scored.exit_rate > 0
+        assert found.tokens["model_share"].mean() == pytest.approx(scored.model_share, rel=1e-6)
+        nll = found.tokens["hat_surprisal_of_token"].groupby(found.tokens["block"]).sum()
+        np.testing.assert_allclose(nll, scored.nll, rtol=1e-4)
+        kl = agreement(hat, whole, progress=False).kl
+        assert found.tokens["kl_of_token"].mean() == pytest.approx(kl, rel=1e-3)
+
+    def test_context_is_left_out_and_still_seen(self, hat, blocks, found):
+        assert {row["n_context"] for row in blocks} == {0, 24}
+        ids = [i for row in blocks for i in row["input_ids"][row["n_context"] :]]
+        assert found.tokens["id"].tolist() == ids and found.share.shape[1] == len(ids)
+        second = found.tokens[found.tokens["block"] == 1]
+        assert second["position"].iloc[0] == 24 and second["surprisal_of_token"].notna().all()
+        assert not second["protected"].any()
+
+    def test_text_and_classes_are_of_the_whole_block(self, found, tiny_base, blocks):
+        text = tiny_base.tokenizer.decode(blocks[0]["input_ids"])
+        assert "".join(found.tokens.loc[found.tokens["block"] == 0, "text"]) == text
+        assert set(found.tokens["class"]) <= set(CLASSES) and "digits" in set(found.tokens["class"])
+        special = patterns(
+            tiny_runs.skipping("token"), [{"input_ids": [256, 5, 6], "doc": "", "n_context": 0}], progress=False
+        )
+        assert special.tokens["class"].tolist()[0] == "special"
+
+    def test_at_capacity_one_nothing_is_added(self, hat, blocks):
+        with hat.dense():
+            found = patterns(hat, blocks[:1], progress=False)
+        assert found.capacity == 1.0 and found.exit_rate == 0.0 and not found.tokens["left"].any()
+        assert found.tokens["added_loss_of_next"].abs().max() == 0 and found.tokens["kl_of_next"].abs().max() < 1e-6
+        np.testing.assert_allclose(found.tokens["model_share"], 1.0)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda hat, blocks: (hat.lm, blocks), "needs a HierarchicalTransformer, got LlamaForCausalLM"),
+            (lambda hat, blocks: (hat, []), "got lengths []"),
+            (lambda hat, blocks: (hat, [{**blocks[0], "input_ids": []}]), "got lengths [0]"),
+            (lambda hat, blocks: (hat, [{**blocks[0], "input_ids": [5] * 2049}]), "1 to 2048 tokens, got lengths"),
+        ],
+    )  # fmt: skip
+    def test_what_cannot_be_read_is_refused(self, hat, blocks, change, words):
+        with pytest.raises(HatError) as error:
+            patterns(*change(hat, blocks), progress=False)
+        assert words in str(error.value)
+
+
+class TestTables:
+    def test_classes_hold_the_means_of_their_tokens(self, found):
+        table = pattern_tables.by_class(found)
+        free = found.tokens[~found.tokens["protected"]]
+        for measure in MEASURES:
+            rows = table[table["measure"] == measure].set_index("class")
+            groups = free.groupby("class")[measure]
+            expected = groups.mean().dropna()
+            assert list(rows.index) == [c for c in CLASSES if c in expected.index]
+            np.testing.assert_allclose(rows["mean"], expected[rows.index].astype(float))
+            np.testing.assert_allclose(rows["difference"], expected[rows.index] - free[measure].mean(), atol=1e-12)
+            assert rows["tokens"].tolist() == groups.count()[rows.index].tolist()
+        assert (table["low"].isna() | (table["low"] <= table["mean"] + 1e-12)).all()
+        assert (table["high"].isna() | (table["mean"] <= table["high"] + 1e-12)).all()
+
+    def test_positions_begin_with_the_protected_and_double(self, found):
+        rows = pattern_tables.by_position(found).query("measure == 'share'")
+        assert rows[["first", "last"]].to_numpy().tolist() == [[0, 1], [2, 3], [4, 7], [8, 15], [16, 31], [32, 63]]
+        assert rows["protected"].tolist() == [True] + [False] * 5 and rows["mean"].iloc[0] == 1.0
+        assert rows["tokens"].sum() == len(found.tokens)
+        part = found.tokens[found.tokens["position"].between(8, 15)]
+        assert rows["mean"].iloc[3] == pytest.approx(part["share"].mean())
+        free = found.tokens.loc[~found.tokens["protected"], "share"].mean()
+        np.testing.assert_allclose(rows["difference"], rows["mean"] - free, atol=1e-12)
+
+    def test_honest_forecasts_lie_on_the_diagonal_and_idle_ones_do_not(self):
+        """Prices that scatter about what was forecast; then the forecasts of other tokens."""
+        draw, block = np.random.default_rng(0), np.repeat(np.arange(20), 100)
+        forecast = np.exp(draw.normal(size=(6, 2000))) * 10.0 ** np.arange(6)[:, None]
+        price = 1e-3 * forecast * draw.exponential(size=forecast.shape)
+        table = pattern_tables.by_need(price, forecast, block, depths=2, bins=4)
+        assert table[["first", "last"]].drop_duplicates().to_numpy().tolist() == [[0, 2], [3, 5]]
+        assert (table["pairs"] == 3 * 2000 / 4).all() and table["bin"].tolist() == [0, 1, 2, 3] * 2
+        assert table["forecast"].between(table["low"], table["high"]).sum() >= 7
+        weighted = table.groupby("first")[["forecast", "mean"]].mean()
+        np.testing.assert_allclose(weighted, 1, rtol=1e-9)  # both relative to the mean of a layer
+        idle = pattern_tables.by_need(price, np.roll(forecast, 1, axis=1), block, depths=2, bins=4)
+        assert idle["low"].max() < 1 < idle["high"].min()
+
+    def test_quantiles_are_equal_groups_in_order(self, found):
+        table = pattern_tables.by_quantile(found, bins=4).query("measure == 'share'")
+        free = found.tokens[~found.tokens["protected"]]
+        assert list(table["quantity"].unique()) == [
+            "surprisal_of_token", "surprisal_of_next", "entropy_of_token", "entropy_of_next",
+        ]  # fmt: skip
+        for quantity, rows in table.groupby("quantity"):
+            assert rows["tokens"].sum() == free[quantity].count() and np.ptp(rows["tokens"]) <= 1
+            assert (rows["most"].to_numpy()[:-1] <= rows["least"].to_numpy()[1:]).all()
+            lowest = free.nsmallest(int(rows["tokens"].iloc[0]), quantity)
+            assert rows["mean"].iloc[0] == pytest.approx(lowest["share"].mean())
+            assert rows["median"].iloc[0] == pytest.approx(lowest[quantity].median())
+
+    def test_layers_hold_means_over_the_tokens_that_entered(self, found):
+        table = pattern_tables.by_layer(found).set_index(["layer", "site"])
+        free = ~found.tokens["protected"].to_numpy()
+        assert len(table) == len(found.share) * (len(found.sites) + 1)
+        for layer in range(len(found.share)):
+            entered = free & (found.tokens["exit_layer"].to_numpy() > layer)
+            row, values = table.loc[(layer, "all")], found.share[layer, entered].astype(float)
+            assert row["tokens"] == entered.sum()
+            assert (row["mean"], row["sd"]) == pytest.approx((values.mean(), values.std()), rel=1e-5, abs=1e-7)
+            for i, site in enumerate(found.sites):
+                expected = found.site_share[layer, i, entered].mean()
+                assert table.loc[(layer, site), "mean"] == pytest.approx(expected, rel=1e-5)
+
+    def test_the_map_shows_some_tokens_in_every_layer(self, found):
+        table = pattern_tables.layer_map(found, first=10, count=7)
+        assert table["token"].unique().tolist() == list(range(10, 17))
+        cells = table.pivot(index="layer", columns="token", values="share")
+        np.testing.assert_array_equal(cells, found.share[:, 10:17])
+        usual = pattern_tables.by_layer(found).query("site == 'all'")["mean"].to_numpy()
+        apart = table.pivot(index="layer", columns="token", values="difference")
+        np.testing.assert_allclose(apart, found.share[:, 10:17] - usual[:, None])
+        assert table["text"].tolist() == found.tokens["text"][10:17].repeat(len(found.share)).tolist()
+
+    def test_every_table_is_the_same_twice_and_leaves_the_tokens_alone(self, found, monkeypatch):
+        monkeypatch.setattr(pattern_tables, "RESAMPLES", 50)
+        before = found.tokens.copy()
+        for make in pattern_tables.TABLES.values():
+            pd.testing.assert_frame_equal(make(found), make(found))
+        pd.testing.assert_frame_equal(found.tokens, before)
+
+    def test_short_text_is_told_from_none(self, hat, monkeypatch):
+        monkeypatch.setattr(pattern_tables, "RESAMPLES", 50)
+        one = patterns(hat, [{"input_ids": [5, 6, 7, 8], "doc": "d", "n_context": 0}], progress=False)
+        tables = {name: make(one) for name, make in pattern_tables.TABLES.items()}
+        for table in tables.values():  # one block: numbers, and no interval
+            for name in {"low", "high", "difference_low", "difference_high"} & set(table):
+                assert table[name].isna().all()
+        protected = patterns(hat, [{"input_ids": [5, 6], "doc": "d", "n_context": 0}], progress=False)
+        with pytest.raises(HatError, match="all 2 tokens are protected"):
+            pattern_tables.by_class(protected)
+
+
+class TestIntervals:
+    def test_are_those_of_evaluate(self, monkeypatch):
+        """The mean of a measure over blocks, as `compare` has it for the loss."""
+        monkeypatch.setattr(pattern_tables, "RESAMPLES", 2000)
+        draw = np.random.default_rng(1)
+        tokens, added = draw.integers(20, 60, 9), draw.normal(0.1, 1, 9)
+        unit = np.repeat(np.arange(9), tokens)
+        values = np.repeat(added / tokens, tokens)[None]
+        mean, drawn, count, units = pattern_tables._resampled(values, unit)
+        low, high = pattern_tables._interval(drawn, units)
+        theirs = compare(Score(np.zeros(9), tokens), Score(added, tokens))
+        expected = np.log1p([theirs.increase, theirs.low, theirs.high])
+        np.testing.assert_allclose([mean[0], low[0], high[0]], expected, rtol=1e-5)  # it takes the exponential first
+        assert (count[0], units[0]) == (tokens.sum(), 9)
+
+    def test_hold_the_truth_about_as_often_as_they_say(self, monkeypatch):
+        monkeypatch.setattr(pattern_tables, "RESAMPLES", 400)
+        draw, hits = np.random.default_rng(0), 0
+        unit = np.repeat(np.arange(12), 10)
+        for _ in range(300):
+            values = (draw.normal(size=12)[unit] + draw.normal(size=120))[None]
+            _, drawn, _, units = pattern_tables._resampled(values, unit)
+            low, high = pattern_tables._interval(drawn, units)
+            hits += low[0] <= 0 <= high[0]
+        assert 0.90 < hits / 300 < 0.985
+
+    def test_a_class_that_is_no_different_looks_like_one(self, monkeypatch):
+        monkeypatch.setattr(pattern_tables, "RESAMPLES", 300)
+        clear = 0
+        for seed in range(20):
+            table = pattern_tables.by_class(made_up(seed=seed)).query("measure == 'share'")
+            clear += ((table["difference_low"] > 0) | (table["difference_high"] < 0)).sum()
+        assert clear <= 9  # of 60, where 3 are expected
+
+    def test_a_class_that_is_different_is_found(self):
+        found = made_up()
+        more = found.tokens["share"] + 0.1 * (found.tokens["class"] == "name")
+        rows = pattern_tables.by_class(made_up(share=more)).query("measure == 'share'").set_index("class")
+        assert rows.loc["name", "difference_low"] > 0 and rows.loc["digits", "difference_high"] < 0
+        assert rows.loc["name", "difference_low"] < 0.1 * 2 / 3 < rows.loc["name", "difference_high"]
+
+    def test_what_does_not_vary_or_stands_in_one_block_has_none(self):
+        found = made_up()
+        classes = np.where(found.tokens["block"] == 0, "punctuation", found.tokens["class"])
+        rows = pattern_tables.by_class(made_up(**{"class": classes})).set_index(["measure", "class"])
+        assert rows.loc[("left", "name"), ["low", "high", "difference_low"]].isna().all()  # nobody left
+        one = rows.loc[("share", "punctuation")]
+        assert one["blocks"] == 1 and np.isnan([one["low"], one["difference_high"]]).all() and one["mean"] > 0
+
+
+class TestCorrelations:
+    def test_ranks_are_scipys_with_ties_and_repeats(self):
+        draw = np.random.default_rng(2)
+        for _ in range(20):
+            x, y, weight = draw.integers(0, 6, 40), draw.integers(0, 9, 40), draw.integers(0, 4, 40)
+            codes = (np.unique(v, return_inverse=True)[1] for v in (x, y))
+            expected = spearmanr(np.repeat(x, weight), np.repeat(y, weight)).statistic
+            assert pattern_tables._spearman(*codes, weight) == pytest.approx(expected, abs=1e-12)
+
+    def test_rho_is_scipys_over_free_tokens(self, found, monkeypatch):
+        monkeypatch.setattr(pattern_tables, "RESAMPLES", 50)
+        table = pattern_tables.correlations(found)
+        free = found.tokens[~found.tokens["protected"]]
+        assert set(table["compute"]) == {"share", "exit_layer"} and len(table) == 16
+        for row in table.itertuples():
+            part = free[~free["left"]] if row.compute == "share" else free
+            part = part[[row.compute, f"{row.quantity}_of_{row.of}"]].dropna()
+            assert row.rho == pytest.approx(spearmanr(part).statistic, abs=1e-9) and row.tokens == len(part)
+            assert row.low <= row.high
+
+    def test_sign_and_side_are_told_apart(self, monkeypatch):
+        monkeypatch.setattr(pattern_tables, "RESAMPLES", 200)
+        plain = made_up()
+        noise = np.random.default_rng(5).normal(0, 0.05, len(plain.tokens))
+        rows = pattern_tables.correlations(
+            made_up(surprisal_of_token=plain.tokens["share"] + noise, entropy_of_next=-plain.tokens["share"] + noise)
+        ).set_index(["quantity", "of"])
+        assert rows.loc[("surprisal", "token"), "low"] > 0.8 and rows.loc[("entropy", "next"), "high"] < -0.8
+        for key in (("surprisal", "next"), ("entropy", "token")):
+            assert rows.loc[key, "low"] < 0 < rows.loc[key, "high"]
+
+    def test_without_variation_there_is_no_correlation(self, monkeypatch):
+        monkeypatch.setattr(pattern_tables, "RESAMPLES", 50)
+        rows = pattern_tables.correlations(made_up(share=1.0))
+        assert rows[["rho", "low", "high"]].isna().all(axis=None) and len(rows) == 8
+
+
+class TestPrompts:
+    def test_two_prompts_side_by_side(self, hat):
+        names = {"easy": "one two three four five six " * 4, "hard": "Zebra quilts vex 17 jumpy dwarfs. " * 4}
+        rows = analyze.prompt_blocks(hat.base.tokenizer, names)
+        found = patterns(hat, rows, progress=False)
+        table = pattern_tables.compare_docs(found, "easy", "hard").set_index("measure")
+        free = found.tokens[~found.tokens["protected"]].groupby("doc")
+        for measure in MEASURES:
+            a, b = free[measure].mean()[["easy", "hard"]].astype(float)
+            assert table.loc[measure, ["first", "second", "difference"]].tolist() == pytest.approx([a, b, b - a])
+        back = pattern_tables.compare_docs(found, "hard", "easy").set_index("measure")
+        np.testing.assert_allclose(back["difference"], -table["difference"])
+        kept = table.dropna()
+        assert "share" in kept.index and (kept["low"] < kept["high"]).all()
+
+    def test_a_prompt_beside_itself_differs_by_nothing(self, hat):
+        rows = analyze.prompt_blocks(hat.base.tokenizer, {"a": "The same words. " * 6, "b": "The same words. " * 6})
+        table = pattern_tables.compare_docs(patterns(hat, rows, progress=False), "a", "b").dropna()
+        assert (table["difference"] == 0).all() and ((table["low"] <= 0) & (table["high"] >= 0)).all()
+
+    def test_a_short_prompt_has_no_interval(self, hat):
+        rows = analyze.prompt_blocks(hat.base.tokenizer, {"a": "abcdefgh", "b": "The same words. " * 6})
+        table = pattern_tables.compare_docs(patterns(hat, rows, progress=False), "a", "b")
+        assert table[["low", "high"]].isna().all(axis=None) and table["difference"].notna().all()
+
+    def test_bad_prompts_and_names_are_named(self, hat):
+        with pytest.raises(HatError, match="prompt 'p' must have at least two tokens, got 'x'"):
+            analyze.prompt_blocks(hat.base.tokenizer, {"p": "x"})
+        rows = analyze.prompt_blocks(hat.base.tokenizer, {"a": "abc", "b": "ab"})
+        found = patterns(hat, rows, progress=False)
+        for name in ("b", "c"):
+            with pytest.raises(HatError, match=f"no unprotected token of '{name}'; documents: \\['a', 'b'\\]"):
+                pattern_tables.compare_docs(found, "a", name)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    tiny_runs.new_hat("channel").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "page.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} {TEXT}\r"}) + "\n" for i in range(40)))
+    return path
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    monkeypatch.setattr(pattern_tables, "RESAMPLES", 50)
+
+    def command(*args):
+        with pytest.raises(SystemExit) as stopped:
+            app(["analyze", *map(str, args)], prog_name="hat")
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return command
+
+
+def test_command_prints_tables_and_writes_files_that_read_back(run, checkpoint, text, tmp_path):
+    out = tmp_path / "new" / "analysis"
+    options = ("--checkpoint", checkpoint, "--text", text, "--capacity", 0.6, "--max-tokens", 1500, "--dtype", "fp32")
+    code, printed, err = run(*options, "--out", out)
+    assert code == 0, err
+    assert "1016 tokens in 2 blocks" in printed and "capacity     0.60 requested" in printed
+    for heading in ("classes", "positions", "quantiles", "layers", "rank correlations", "share of the base's work"):
+        assert f"\n{heading}" in printed
+    assert "\x1b" not in printed and "error" not in err and "Warning" not in err
+    figures = {"layer_map.png", "classes.png", "positions.png", "quantiles.png"}
+    assert {p.name for p in out.iterdir()} == figures | {f"{n}.csv" for n in ("tokens", *pattern_tables.TABLES)} | {
+        "text.html"
+    }
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in figures)
+
+    tokens = pd.read_csv(out / "tokens.csv", keep_default_na=False, na_values={f"{n}_of_token": [""] for n in LOSSES})
+    hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype="fp32")
+    hat.capacity = 0.6
+    found = patterns(hat, load_text(text, hat.base.tokenizer, max_tokens=1500), progress=False)
+    assert tokens["text"].tolist() == found.tokens["text"].tolist() and "\r" in set(tokens["text"])
+    np.testing.assert_allclose(tokens["share"], found.tokens["share"], rtol=1e-5)
+    np.testing.assert_allclose(tokens["surprisal_of_token"], found.tokens["surprisal_of_token"], rtol=1e-5)
+    for name, make in pattern_tables.TABLES.items():
+        table = pd.read_csv(out / f"{name}.csv", keep_default_na=False, na_values={c: [""] for c in ("low", "high")})
+        numbers = table.select_dtypes("number").columns
+        assert table.shape == (expected := make(found)).shape and len(numbers) >= 4
+        np.testing.assert_allclose(table[numbers], expected[numbers].astype(float), rtol=1e-5, atol=1e-12)
+    page = (out / "text.html").read_text()
+    assert page.startswith("<!doctype html>") and page.count("background:#") == 5 + (tokens["text"] != "").sum()
+
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert run(*options, "--out", out)[0] == 0
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert run(*options)[1] == printed.split("\nwrote ")[0]
+
+
+def test_command_says_so_where_one_block_has_no_interval(run, checkpoint, text):
+    code, printed, err = run("--checkpoint", checkpoint, "--text", text, "--max-tokens", "60")
+    assert code == 0 and "60 tokens in 1 blocks" in printed
+    assert "intervals need at least 2 blocks of up to 512 tokens, got 60 tokens in one" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--max-tokens", "1"), "max tokens must be a whole number of at least 2, got 1"),
+        (("--capacity", "1.5"), "capacity must be a number in [0.1, 1.0], got '1.5'"),
+        (("--exit-rate", "x"), "exit rate must be a number in [0.0, 1.0], got 'x'"),
+        (("--text", "nowhere.txt"), "nowhere.txt: no such file"),
+        (("--split", "all"), "split must be one of train, validation, test, got 'all'"),
+        (("--dtype", "int8"), "int8"),
+    ],
+)
+def test_bad_options_stop_before_a_base_is_loaded(run, checkpoint, text, monkeypatch, options, words):
+    def load(*args, **kwargs):
+        raise AssertionError("a base was loaded before the arguments were checked")
+
+    monkeypatch.setattr(base, "load_base", load)
+    monkeypatch.setattr(model, "load_base", load)
+    code, printed, err = run("--checkpoint", checkpoint, "--text", text, *options)
+    assert code == 2 and printed == "" and words in err and err.count("error: ") == 1
+
+
+def test_a_folder_that_cannot_be_one_is_refused_first(run, checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "load_base", lambda *a, **k: pytest.fail("a base was loaded"))
+    (tmp_path / "file").write_text("mine")
+    code, printed, err = run("--checkpoint", checkpoint, "--text", text, "--out", tmp_path / "file")
+    assert code == 2 and printed == "" and "cannot write an analysis to" in err and "is not a folder" in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_two_tokens_are_all_protected(run, checkpoint, text):
+    code, printed, err = run("--checkpoint", checkpoint, "--text", text, "--max-tokens", "2")
+    assert code == 2 and printed == "" and "all 2 tokens are protected; use longer text" in err
+
+
+def test_every_option_is_explained(run):
+    code, printed, _ = run("--help")
+    assert code == 0
+    for option in ("base", "checkpoint", "text", "split", "capacity", "exit-rate", "max-tokens", "dtype", "out"):
+        assert f" --{option} " in printed

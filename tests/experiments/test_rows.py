@@ -1,0 +1,279 @@
+"""Rows survive a kill at any byte, come back as they were, and are never mixed with another table's."""
+
+import subprocess
+import sys
+from dataclasses import astuple, dataclass, make_dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hat_lib.config import HatError
+from hat_lib.experiments.rows import RowWriter, read_rows
+
+
+@dataclass(frozen=True)
+class Row:
+    text: str
+    seed: int
+    capacity: float
+    learned: bool
+    note: str | None = None
+    low: float | None = None
+
+
+KEY = ("text", "seed")
+TRICKY = Row('a "quoted", Grüße\n第二行\r\nthird', -3, 0.55, True, "x,\r", 1e-300)
+
+
+def row(number, **changes):
+    return Row(**{"text": "addresses", "seed": number, "capacity": 0.75, "learned": False, **changes})
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "made" / "rows.csv"
+
+
+def written(path, rows):
+    with RowWriter(path, Row, KEY) as writer:
+        for r in rows:
+            writer.write(r)
+    return path.read_bytes()
+
+
+# --- round trips ---
+
+
+def test_the_file_is_the_csv_that_others_read(path):
+    data = written(path, [row(1, low=0.1), TRICKY])
+    assert data.startswith(b"text,seed,capacity,learned,note,low\naddresses,1,0.75,False,,0.1\n")
+    frame = pytest.importorskip("pandas").read_csv(path)
+    assert frame["capacity"].tolist() == [0.75, 0.55] and frame["learned"].tolist() == [False, True]
+    assert frame["text"][1] == TRICKY.text
+
+
+optional = st.none() | st.text(min_size=1)
+any_rows = st.builds(Row, st.text(), st.integers(), st.floats(), st.booleans(), optional, st.none() | st.floats())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(any_rows, max_size=4, unique_by=lambda r: (r.text, r.seed)))
+def test_rows_come_back_as_they_were(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("rows") / "rows.csv"
+    written(path, rows)
+    found = read_rows(path, Row)
+    # repr tells 1 from 1.0 and True, and lets nan equal itself
+    assert repr(found) == repr(rows)
+    with RowWriter(path, Row, KEY) as writer:
+        assert writer.done == {(r.text, r.seed) for r in rows}
+
+
+def test_one_column_of_nothing(path):
+    Single = make_dataclass("Single", [("note", str | None)])
+    with RowWriter(path, Single, ("note",)) as writer:
+        writer.write(Single(None))
+    assert read_rows(path, Single) == [Single(None)]
+
+
+def test_whole_numbers_may_stand_for_floats(path):
+    written(path, [row(1, capacity=1)])
+    assert repr(read_rows(path, Row)[0].capacity) == "1.0"
+
+
+# --- killed and resumed ---
+
+
+def test_resume_skips_what_is_done(path):
+    measured = []
+
+    def run(seeds):
+        with RowWriter(path, Row, KEY) as writer:
+            for point in [("addresses", s) for s in seeds]:
+                if point not in writer.done:
+                    measured.append(point[1])
+                    writer.write(row(point[1]))
+
+    run([0, 1])
+    run([0, 1, 2])
+    assert measured == [0, 1, 2]
+    assert [r.seed for r in read_rows(path, Row)] == [0, 1, 2]
+
+
+def test_killed_at_every_byte_of_the_last_line(path):
+    first, whole = written(path, [row(1)]), written(path, [TRICKY])
+    assert whole.startswith(first) and whole.count(b"\n", len(first)) == 3  # breaks inside quotes end no line
+    for length in range(len(first), len(whole)):
+        path.write_bytes(whole[:length])
+        assert read_rows(path, Row) == [row(1)]
+        if length > len(first):
+            with pytest.warns(UserWarning, match=f"dropped {length - len(first)} bytes"):
+                writer = RowWriter(path, Row, KEY)
+        else:
+            writer = RowWriter(path, Row, KEY)
+        with writer:
+            assert writer.done == {("addresses", 1)} and path.read_bytes() == first
+            writer.write(TRICKY)
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.filterwarnings("ignore:.*dropped")
+def test_killed_inside_the_header(path):
+    whole = written(path, [])
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert read_rows(path, Row) == []
+        assert written(path, []) == whole
+
+
+def test_a_row_is_on_disk_before_write_returns(path):
+    """A process that dies without closing anything loses nothing, and its lock with it."""
+    code = f"""
+import os, sys
+sys.path[:0] = {sys.path!r}
+from test_rows import KEY, Row, RowWriter, row
+writer = RowWriter({str(path)!r}, Row, KEY)
+writer.write(row(7))
+os._exit(9)
+"""
+    from hat_lib.config import REPO
+
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 9
+    with RowWriter(path, Row, KEY) as writer:
+        assert writer.done == {("addresses", 7)}
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"]
+)
+def test_a_write_that_fails_leaves_no_half_line(path, monkeypatch, failure):
+    def fail(_):
+        raise failure
+
+    with RowWriter(path, Row, KEY) as writer:
+        writer.write(row(1))
+        with monkeypatch.context() as patch:
+            patch.setattr("hat_lib.experiments.rows.os.fsync", fail)
+            with pytest.raises((HatError, KeyboardInterrupt), match="No space|^$"):
+                writer.write(row(2))
+        assert writer.done == {("addresses", 1)}
+        writer.write(row(2, low=2.0))
+    assert read_rows(path, Row) == [row(1), row(2, low=2.0)]
+
+
+# --- refused, and the file stays as it was ---
+
+
+def refused(path, match, row_type=Row, key=KEY):
+    before = path.read_bytes()
+    with pytest.raises(HatError, match=match):
+        RowWriter(path, row_type, key)
+    assert path.read_bytes() == before
+
+
+def test_other_columns(path):
+    written(path, [row(1)])
+    Other = make_dataclass("Other", [("text", str), ("seed", int), ("capacity", float), ("extra", int)])
+    refused(path, r"missing \['extra'\], unknown \['learned', 'note', 'low'\]", Other)
+    with pytest.raises(HatError, match="other columns than Other"):
+        read_rows(path, Other)
+    path.write_bytes(b"seed,text,capacity,learned,note,low\n")
+    refused(path, "in the order")
+
+
+@pytest.mark.parametrize("data", [b"some notes", b"some notes\n", b"\n", b"text\n", b"\xff\xfe\n"])
+def test_a_file_of_something_else(tmp_path, data):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(data)
+    refused(path, "other columns|not CSV")
+    with pytest.raises(HatError):
+        read_rows(path, Row)
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        (b"a,x,0.5,True,,\n", "row 2: seed must be int, got 'x'"),
+        (b"a,1,0.5,yes,,\n", "row 2: learned must be bool, got 'yes'"),
+        (b"a,1,,True,,\n", "row 2: capacity must be float, got ''"),
+        (b"a,1,0.5,True,,high\n", r"row 2: low must be float or None \(an empty cell\), got 'high'"),
+        (b"a,1,0.5,True\n", "row 2: expected 6 values, got 4"),
+        (b"\n", "row 2: expected 6 values, got 0"),
+        (b'"a"b,1,0.5,True,,\nc,1,0.5,True,,\n', "not CSV"),
+        (b"addresses,1,0.5,True,,\n", "row 2: text 'addresses', seed 1 stands there twice"),
+    ],
+)
+def test_a_line_that_does_not_read_back(path, line, match):
+    path.write_bytes(written(path, [row(1)]) + line)
+    refused(path, match)
+
+
+def test_a_quote_in_a_line_made_by_hand_ends_nothing(path):
+    """It is not a quoted cell, so what follows it is no half line."""
+    written(path, [row(1)])
+    with path.open("ab") as file:
+        file.write(b'a 5" disk,2,0.5,True,,\nb,3,0.5,True,,\n')
+    assert [r.text for r in read_rows(path, Row)] == ["addresses", 'a 5" disk', "b"]
+
+
+def test_a_key_that_is_done(path):
+    with RowWriter(path, Row, KEY) as writer:
+        writer.write(row(1))
+        with pytest.raises(HatError, match="text 'addresses', seed 1 is done already"):
+            writer.write(row(1, capacity=0.6))
+    assert read_rows(path, Row) == [row(1)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"seed": 1.0}, "seed must be int, got 1.0"),
+        ({"seed": True}, "seed must be int, got True"),
+        ({"capacity": True}, "capacity must be float, got True"),
+        ({"capacity": None}, "capacity must be float, got None"),
+        ({"learned": 1}, "learned must be bool, got 1"),
+        ({"note": ""}, r"note must be str or None \(an empty cell\), got ''"),
+        ({"text": "\ud800"}, "UTF-8"),
+        ({"text": "x" * 200_000}, "text holds 200000 characters"),
+    ],
+)
+def test_a_value_that_would_not_read_back(path, changes, match):
+    with RowWriter(path, Row, KEY) as writer:
+        with pytest.raises(HatError, match=match):
+            writer.write(row(2, **changes))
+        assert writer.done == set()
+    assert read_rows(path, Row) == []
+
+
+def test_a_nan_key_would_never_be_found_again(path):
+    with RowWriter(path, Row, ("capacity",)) as writer, pytest.raises(HatError, match="nan"):
+        writer.write(row(1, capacity=float("nan")))
+
+
+def test_a_second_writer(path):
+    with RowWriter(path, Row, KEY) as writer:
+        writer.write(row(1))
+        refused(path, "being written by another run")
+        assert read_rows(path, Row) == [row(1)]  # reading is free
+        writer.write(row(2))
+    assert len(written(path, [row(3)]).splitlines()) == 4
+
+
+def test_what_cannot_be_opened(tmp_path):
+    (tmp_path / "file").touch()
+    for bad in (tmp_path, tmp_path / "file" / "rows.csv"):
+        with pytest.raises(HatError, match="cannot write"):
+            RowWriter(bad, Row, KEY)
+    with pytest.raises(HatError, match="cannot read"):
+        read_rows(tmp_path / "none.csv", Row)
+
+
+def test_what_is_no_row_type_or_key(path):
+    with pytest.raises(HatError, match="Listed.values must be a str, bool, int or float"):
+        RowWriter(path, make_dataclass("Listed", [("values", list)]), ("values",))
+    for key in ((), ("nobody",), "text"):
+        with pytest.raises(HatError, match="key must name fields of Row"):
+            RowWriter(path, Row, key)
+    assert not path.exists()
+    with RowWriter(path, Row, KEY) as writer, pytest.raises(HatError, match="rows of Row, got tuple"):
+        writer.write(astuple(row(1)))

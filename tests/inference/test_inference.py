@@ -1,0 +1,168 @@
+"""AdaptiveInference: what is asked, what is realised, and nothing left behind."""
+
+import math
+
+import pytest
+import torch
+from tiny_runs import adaptive
+from transformers import TextStreamer
+
+from hat_lib.config import HatError
+from hat_lib.inference import generate as module
+from hat_lib.inference.generate import AdaptiveInference
+from hat_lib.inference.speed import SpeedCurve
+from hat_lib.model.policies import Random
+
+PROMPTS = ["The state of our union", "One", "A prompt that is longer than both of these"]
+
+
+@pytest.fixture(scope="module", params=["channel", "token"])
+def hat(request):
+    return adaptive(request.param)
+
+
+@pytest.fixture
+def infer(hat):
+    before = hat.capacity, hat.exit_rate
+    yield AdaptiveInference(hat)
+    assert (hat.capacity, hat.exit_rate) == before, "left as it was"
+
+
+def alone(hat, prompt, n, **how):
+    inputs = hat.base.tokenizer([prompt], return_tensors="pt", return_token_type_ids=False)
+    return hat.lm.generate(**inputs, max_new_tokens=n, pad_token_id=hat.base.tokenizer.pad_token_id, **how)
+
+
+def test_a_capacity_is_what_generate_gives_there(hat, infer):
+    out = infer.generate(PROMPTS[0], capacity=0.6, max_new_tokens=12)
+    with hat.at(0.6):
+        expected = alone(hat, PROMPTS[0], 12, do_sample=False)
+    assert torch.equal(out.ids, expected)
+    assert out.texts == [hat.base.tokenizer.decode(expected[0, out.prompt_length :], skip_special_tokens=True)]
+    assert out.requested_capacity == 0.6 and abs(out.capacity - 0.6) < 0.25 and 0 < out.model_share < 1
+    assert out.realised_speedup is None and out.speculation is None and math.isnan(out.acceptance)
+    assert out.exit_histogram == {hat.config.n_layers: out.ids.shape[1] - 1}
+
+
+def test_another_setting_for_a_while(hat):
+    before = hat.capacity, hat.exit_rate
+    luck = Random(0.5)
+    with pytest.raises(ZeroDivisionError), hat.at(0.4, 0.3):
+        assert (hat.capacity, hat.exit_rate) == (0.4, 0.3)
+        raise ZeroDivisionError
+    with hat.using(luck):
+        with hat.at(0.4):
+            assert hat._policy is not luck
+        assert hat._policy is luck
+    assert (hat.capacity, hat.exit_rate) == before
+
+
+def test_a_batch_is_its_rows(hat, infer):
+    """Padding counts nowhere: shares, exits and texts of a batch are those of its rows alone."""
+    together = infer.generate(PROMPTS, capacity=0.6, exit_rate=0.3, max_new_tokens=8)
+    rows = [infer.generate(p, capacity=0.6, exit_rate=0.3, max_new_tokens=8) for p in PROMPTS]
+    assert together.texts == [r.texts[0] for r in rows]
+    assert together.new_tokens == sum(r.new_tokens for r in rows)
+    depths = {d: sum(r.exit_histogram.get(d, 0) for r in rows) for r in rows for d in r.exit_histogram}
+    assert together.exit_histogram == depths and len(depths) > 1
+    for row, mine in zip(rows, together.token_share, strict=True):
+        known = mine[~mine.isnan()]
+        torch.testing.assert_close(known, row.token_share[0], atol=1e-5, rtol=0)
+    tokens = [r.ids.shape[1] - 1 for r in rows]
+    share = sum(r.model_share * n for r, n in zip(rows, tokens, strict=True)) / sum(tokens)
+    assert together.model_share == pytest.approx(share, abs=1e-5)
+
+
+def test_what_follows_the_end_of_text_is_not_counted(hat, infer, monkeypatch):
+    free = infer.generate(PROMPTS[:2], capacity=0.6, max_new_tokens=10)
+    stop = int(free.ids[0, free.prompt_length + 2])
+    monkeypatch.setattr(hat.lm.generation_config, "eos_token_id", stop)
+    out = infer.generate(PROMPTS[:2], capacity=0.6, max_new_tokens=10)
+    new = out.ids[:, out.prompt_length :].tolist()
+    counts = [row.index(stop) + 1 if stop in row else 10 for row in new]
+    assert counts[0] == 3 and out.new_tokens == sum(counts)
+    assert int((~out.token_share.isnan()).sum()) == sum(counts) - 2 + sum(
+        len(hat.base.tokenizer(p).input_ids) for p in PROMPTS[:2]
+    )
+
+
+def test_beams_are_traced_along_the_chosen_one(hat, infer):
+    out = infer.generate(PROMPTS[0], capacity=0.6, max_new_tokens=8, num_beams=3)
+    with hat.at(0.6):
+        assert torch.equal(out.ids, alone(hat, PROMPTS[0], 8, num_beams=3, do_sample=False))
+        with torch.no_grad():
+            hat.lm.model(out.ids[:, :-1], use_cache=False)
+        assert out.capacity == pytest.approx(hat.trace.capacity, abs=1e-6)
+    several = infer.generate(PROMPTS[0], capacity=0.6, max_new_tokens=4, temperature=1.0, num_return_sequences=3)
+    assert len(several.texts) == 3 and several.token_share.shape[0] == 3
+
+
+def test_one_seed_one_text(infer):
+    texts = [infer.generate(PROMPTS, capacity=0.6, temperature=1.0, seed=s, max_new_tokens=8).texts for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_streams(infer, hat, capsys):
+    out = infer.generate(PROMPTS[0], capacity=0.6, max_new_tokens=8, streamer=TextStreamer(hat.base.tokenizer))
+    assert capsys.readouterr().out.strip("\n") == hat.base.tokenizer.decode(out.ids[0]).strip("\n")
+
+
+def test_a_target_becomes_the_capacity_of_the_curve(infer, monkeypatch):
+    asked = []
+
+    def curve(hat, versus, **how):
+        asked.append((versus, how["exit_rate"], how["batch"]))
+        return SpeedCurve(versus, how["exit_rate"], [0.1, 1.0], [1.9, 1.0], "cpu")
+
+    monkeypatch.setattr(module, "speed_curve", curve)
+    out = infer.generate(PROMPTS[:2], target_speedup=1.4, exit_rate=0.2, max_new_tokens=8)
+    assert asked == [("dense", 0.2, 2)] and out.requested_capacity == pytest.approx(0.6, abs=1e-3)
+    assert (out.target_speedup, out.requested_exit_rate) == (1.4, 0.2)
+    assert out.predicted_speedup == pytest.approx(1.4, abs=1e-3) and out.realised_speedup > 0
+    assert infer.generate(PROMPTS[0], target_speedup=1.4, max_new_tokens=8, measure=False).realised_speedup is None
+    assert infer.generate(PROMPTS[0], target_speedup=1.4, max_new_tokens=2).realised_speedup is None
+    with pytest.raises(HatError, match="at most 1.900"):
+        infer.generate(PROMPTS[0], target_speedup=2.0)
+
+
+def test_lossless_is_the_base_prompt_by_prompt(hat, infer):
+    out = infer.generate(PROMPTS, capacity=0.5, mode="lossless", max_new_tokens=12)
+    with hat.dense():
+        expected = [alone(hat, p, 12, do_sample=False) for p in PROMPTS]
+    decode = hat.base.tokenizer.decode
+    assert out.texts == [decode(e[0, -12:], skip_special_tokens=True) for e in expected]
+    assert out.new_tokens == 36 and 0 <= out.acceptance <= 1 and out.realised_speedup > 0
+    assert out.token_share is None and out.mode == "lossless" and len(out.speculation) == 3
+    one = infer.generate(PROMPTS[1], mode="lossless", max_new_tokens=1, measure=False)
+    assert math.isnan(one.capacity) and one.new_tokens == 1 and one.realised_speedup is None
+
+
+def test_against_plain_transformers(hat):
+    infer = AdaptiveInference(hat, "hf")
+    out = infer.generate(PROMPTS[0], capacity=0.6, max_new_tokens=8, measure=True)
+    assert infer.plain is infer.plain and out.realised_speedup > 0 and out.versus == "hf"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "how", "words"),
+    [
+        ([], {}, "no prompt"),
+        (" ", {}, "a prompt must be text"),
+        ([PROMPTS[0], 3], {}, "a prompt must be text to continue, got 3"),
+        (PROMPTS[0], {"mode": "fast"}, "mode must be one of adaptive, lossless"),
+        (PROMPTS[0], {"capacity": 0.05}, "capacity must be"),
+        (PROMPTS[0], {"exit_rate": 2}, "exit rate must be"),
+        (PROMPTS[0], {"target_speedup": 0}, "target speedup must be"),
+        (PROMPTS[0], {"target_speedup": 50}, "target speedup must be"),
+        (PROMPTS[0], {"target_speedup": 1.1, "capacity": 0.5}, "not both"),
+        (PROMPTS[0], {"target_speedup": 1.1, "mode": "lossless"}, "lossless mode takes"),
+        (PROMPTS[0], {"num_beams": 2, "mode": "lossless"}, "not num_beams"),
+        (PROMPTS[0], {"max_new_tokens": 0}, "max_new_tokens >= 1"),
+        (PROMPTS[0], {"temperature": float("nan")}, "temperature must be"),
+        (PROMPTS[0], {"max_new_tokens": 10_000}, "exceed the context of random:tiny: 2048"),
+    ],
+)
+def test_bad_input_before_anything_runs(infer, monkeypatch, prompts, how, words):
+    monkeypatch.setattr(infer.hat.lm, "forward", None)
+    with pytest.raises(HatError, match=words):
+        infer.generate(prompts, **how)

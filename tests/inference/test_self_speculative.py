@@ -1,0 +1,177 @@
+"""Lossless decoding: the base's text whatever drafts, the base's distribution when sampled, drafts' K/V overwritten."""
+
+import pytest
+import torch
+from scipy.stats import chisquare, kstest
+from tiny_runs import adaptive
+from transformers import TextStreamer
+
+from hat_lib.config import DATA, HatError
+from hat_lib.inference.self_speculative import DraftLength, _Dice, speculate
+from hat_lib.model.policies import Random
+from hat_lib.model.transformer import HierarchicalTransformer
+
+N = 24
+
+
+@pytest.fixture(scope="module", params=["channel", "token"])
+def hat(request):
+    return adaptive(request.param)
+
+
+def prompt(seed, length=12):
+    return torch.randint(5, 250, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def greedy(hat, ids, n=N):
+    with hat.dense():
+        return hat.lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
+
+
+@pytest.mark.parametrize("draft_length", [None, 3])
+@pytest.mark.parametrize(("capacity", "exit_rate"), [(1.0, 0.0), (0.7, 0.0), (0.3, 0.0), (0.7, 0.4)])
+def test_greedy_is_the_base_token_for_token(hat, draft_length, capacity, exit_rate):
+    for seed in range(2):
+        ids = prompt(seed)
+        with hat.at(capacity, exit_rate):
+            found = speculate(hat, ids, N, draft_length=draft_length)
+        assert torch.equal(found.ids, greedy(hat, ids))
+        assert found.new_tokens == found.accepted + found.passes, "each pass adds one token of the base's own"
+        assert 0 <= found.accepted <= found.drafted
+        if capacity == 1:
+            assert found.acceptance == 1 and found.draft_share == 1
+
+
+def test_drafts_of_any_quality_change_nothing(hat):
+    ids = prompt(7)
+    with hat.using(Random(0.5, seed=3)):
+        found = speculate(hat, ids, N, draft_length=4)
+    assert torch.equal(found.ids, greedy(hat, ids)) and found.acceptance < 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_length_is_exact(hat, n):
+    with hat.at(0.5):
+        found = speculate(hat, prompt(1), n, draft_length=8)
+    assert found.new_tokens == n and torch.equal(found.ids, greedy(hat, prompt(1), n))
+    assert (found.drafts is None) == (n < 3)
+
+
+def test_stops_at_the_end_of_text_as_generate_does(hat, monkeypatch):
+    ids = prompt(2)
+    stop = int(greedy(hat, ids)[0, ids.shape[1] + 5])
+    monkeypatch.setattr(hat.lm.generation_config, "eos_token_id", stop)
+    expected = greedy(hat, ids)
+    assert expected.shape[1] < ids.shape[1] + N
+    with hat.at(0.7):
+        for n in (1, 4, 8):
+            assert torch.equal(speculate(hat, ids, N, draft_length=n).ids, expected)
+
+
+def test_streams_what_it_returns(hat, capsys):
+    with hat.at(0.5):
+        found = speculate(hat, prompt(3), N, streamer=TextStreamer(hat.base.tokenizer))
+    assert capsys.readouterr().out.strip("\n") == hat.base.tokenizer.decode(found.ids[0]).strip("\n")
+
+
+def test_rejection_rule_gives_the_base_distribution():
+    """Leviathan et al. 2022, appendix A.1: whatever drafts, what is kept or drawn instead follows the base."""
+    dice = _Dice(1.0, torch.Generator().manual_seed(0))
+    base, draft = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0]), torch.tensor([0.05, 0.3, 0.05, 0.4, 0.2])
+    counts = torch.zeros(5)
+    for _ in range(4000):
+        token = dice.throw(draft)
+        if not dice.accepts(token, base, draft):
+            token = dice.throw((base - draft).clamp(min=0))
+        counts[token] += 1
+    assert counts[4] == 0
+    assert chisquare(counts[:4].numpy(), (4000 * base[:4]).numpy()).pvalue > 1e-3
+
+
+def test_samples_follow_the_base(hat, monkeypatch):
+    """The second new token is a kept draft or its replacement. Its place in the base's cumulative distribution given
+    the first token, jittered within the token's own mass, is uniform if it follows the base."""
+    monkeypatch.setattr(hat.lm.generation_config, "eos_token_id", None)
+    ids, draws = prompt(4), 300
+    with torch.no_grad(), hat.dense():
+        every = torch.arange(hat.lm.config.vocab_size)
+        after = torch.softmax(hat.lm(torch.cat([ids.expand(len(every), -1), every[:, None]], 1)).logits[:, -1], -1)
+    after, order = after.sort(dim=1, descending=True)
+    drawn, kept = [], 0
+    with hat.at(0.4):
+        for seed in range(draws):
+            found = speculate(hat, ids, 3, temperature=1.0, seed=seed)
+            drawn.append(found.ids[0, ids.shape[1] :][:2].tolist())
+            kept += found.accepted
+    assert 0.1 * draws < kept < draws, "drafts were both kept and replaced"
+    jitter = torch.rand(draws, generator=torch.Generator().manual_seed(0))
+    places = []
+    for (one, two), u in zip(drawn, jitter, strict=True):
+        rank = int((order[one] == two).nonzero())
+        places.append(after[one, :rank].sum() + u * after[one, rank])
+    assert kstest(torch.stack(places).numpy(), "uniform").pvalue > 1e-3
+
+
+def test_a_rejection_by_rounding_alone_still_draws(hat, monkeypatch):
+    monkeypatch.setattr(_Dice, "accepts", lambda *_: False)
+    with hat.at(1.0):  # drafts are the base's own, so nothing is left of it
+        assert speculate(hat, prompt(6), 8, temperature=1.0).new_tokens == 8
+
+
+def test_one_seed_one_text(hat):
+    with hat.at(0.5):
+        texts = [speculate(hat, prompt(5), 20, temperature=1.0, seed=s).ids.tolist() for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+class TestDraftLength:
+    def test_it_maximises_tokens_per_work(self):
+        """By hand at a = 1/2, c = 0.1: k = 1: 1.5/1.1, 2: 1.75/1.2, 3: 1.875/1.3, 4: 1.9375/1.4; the second is best."""
+        assert DraftLength(0.1)() == 2
+
+    def test_cheap_and_good_drafts_are_long_dear_or_bad_ones_short(self):
+        good, bad = DraftLength(0.05), DraftLength(0.9)
+        for _ in range(50):
+            good.see(4, 4)
+            bad.see(0, 4)
+        assert good() == 8 and bad() == 1
+
+    def test_only_what_was_tested_counts(self):
+        length = DraftLength(0.5)
+        length.see(1, 5)  # the second draft was rejected; the last three were never looked at
+        assert (length.accepted, length.tested) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "n", "how", "words"),
+    [
+        (torch.ones(2, 4, dtype=torch.long), 4, {}, "one prompt"),
+        (torch.ones(1, 0, dtype=torch.long), 4, {}, "one prompt"),
+        (torch.ones(1, 4, dtype=torch.long), 0, {}, "at least 1, got 0"),
+        (torch.ones(1, 4, dtype=torch.long), 4, {"draft_length": 0}, "at least 1"),
+    ],
+)
+def test_bad_input(hat, ids, n, how, words):
+    with pytest.raises(HatError, match=words):
+        speculate(hat, ids, n, **how)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The future of AI is",
+        "def fibonacci(n):\n",
+        "Question: What is gravity?\nAnswer:",
+        "1, 2, 3, 4,",
+        "Mr. Speaker, the state of our union",
+    ],
+)
+def test_bundled_in_fp32(bundled, text):
+    hat = HierarchicalTransformer.from_pretrained(DATA / "checkpoints" / "default", bundled)
+    try:
+        ids = bundled.tokenizer(text, return_tensors="pt").input_ids
+        with hat.at(0.5):
+            found = speculate(hat, ids, 24)
+        assert torch.equal(found.ids, greedy(hat, ids, 24)) and found.acceptance > 0.3
+    finally:
+        hat.unload()

@@ -1,0 +1,139 @@
+"""The speed model: a curve that falls, searched, kept under all it depends on; times paired at the same positions."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import adaptive
+
+from hat_lib.config import HatError
+from hat_lib.inference import speed as module
+from hat_lib.inference.speed import SpeedCurve, check_target, paired_steps, sample, speed_curve, timed
+
+CURVE = SpeedCurve("dense", 0.0, [0.1, 0.4, 0.7, 1.0], [2.0, 1.6, 1.3, 1.0], "cpu, float32, 1 threads")
+
+
+@pytest.fixture(scope="module")
+def hat():
+    return adaptive("token")
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HAT_CACHE", str(tmp_path))
+    return tmp_path / "speed"
+
+
+@pytest.mark.parametrize("target", [1.05, 1.3, 1.45, 2.0])
+def test_the_largest_capacity_that_reaches_the_target(target):
+    capacity = CURVE.capacity_for(target)
+    assert CURVE.at(capacity) >= target > CURVE.at(min(1.0, capacity + 2e-4))
+
+
+def test_by_hand():
+    assert CURVE.capacity_for(1.45) == pytest.approx(0.55, abs=1e-4)
+    assert CURVE.capacity_for(0.5) == CURVE.capacity_for(1.0) == 1.0
+
+
+def test_a_bumpy_measurement_becomes_a_falling_curve():
+    bumpy = dataclasses.replace(CURVE, measured=[1.2, 0.9, 1.0, 0.97])
+    assert np.allclose(bumpy.speedups, [1.2, 0.9567, 0.9567, 0.9567], atol=1e-4)
+    assert bumpy.largest == pytest.approx(1.2)
+
+
+def test_out_of_reach_names_the_maximum_and_the_machine():
+    with pytest.raises(HatError, match=r"2\.5 is out of reach here: at most 2\.000 over our own dense path \(cpu"):
+        CURVE.capacity_for(2.5)
+
+
+@pytest.mark.parametrize("value", [0, -1, "abc", float("nan"), float("inf"), 50, True, None])
+def test_targets_that_are_none(value):
+    with pytest.raises(HatError, match="target speedup must be a number above 0, at most 10"):
+        check_target(value)
+    assert check_target("1.2") == 1.2
+
+
+def test_variants_take_turns_on_the_same_tokens(hat, monkeypatch):
+    """A clock that only one variant moves by 3 and the other by 1: the ratio at each position is 3."""
+    clock, seen = [0.0], []
+    monkeypatch.setattr(module, "now", lambda lm: clock[0])
+
+    class Lm:
+        config = hat.lm.config
+        device = hat.lm.device
+
+        def __init__(self, cost):
+            self.cost = cost
+
+        def __call__(self, input_ids, cache, **rest):
+            seen.append((self.cost, int(input_ids), cache.get_seq_length()))
+            clock[0] += self.cost
+            return hat.lm(input_ids=input_ids, cache=cache, **rest)
+
+    ids = torch.arange(10, 20)[None]
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=hat.lm.config)
+    hat.lm(input_ids=ids[:, :6], cache=cache)
+    times = paired_steps([(Lm(3.0), torch.inference_mode), (Lm(1.0), torch.inference_mode)], ids, cache, 4)
+    assert times.tolist() == [[3000.0] * 4, [1000.0] * 4] and module.speedup(times) == 3.0
+    assert seen == [(3, 16, 6), (1, 16, 6), (1, 17, 7), (3, 17, 7), (3, 18, 8), (1, 18, 8), (1, 19, 9), (3, 19, 9)]
+
+
+def test_a_token_in_four_that_exits_shows():
+    times = np.array([[8.0, 8, 8, 8], [8, 8, 8, 0]])
+    assert module.speedup(times, exits=True) == pytest.approx(4 / 3)
+    assert module.speedup(times[:, :3]) == 1.0
+
+
+def test_curve_is_kept_under_what_it_depends_on(hat, cache, monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "timed", lambda hat, *_: calls.append(hat.capacity) or 2 - hat.capacity)
+    first = speed_curve(hat, progress=False)
+    assert calls == list(module.CAPACITIES) * module.ROUNDS and first.at(0.3) == pytest.approx(1.7)
+    assert speed_curve(hat, progress=False) == first and len(calls) == len(first.capacities) * module.ROUNDS
+    threads = torch.get_num_threads()
+    for how in ({"exit_rate": 0.3}, {"batch": 2}):
+        speed_curve(hat, progress=False, **how)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 7)
+    speed_curve(hat, progress=False)
+    assert len(calls) == 4 * len(first.capacities) * module.ROUNDS and len(list(cache.iterdir())) == 4
+    assert hat.capacity == 1.0 or hat.capacity == hat.config.capacity, "as it was"
+
+
+def test_one_slow_turn_does_not_count(hat, cache, monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "timed", lambda hat, *_: 2 - hat.capacity - (calls.append(0) or len(calls) == 1))
+    assert speed_curve(hat, progress=False).at(0.1) == pytest.approx(1.9)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", json.dumps({"versus": "dense"}).encode()])
+def test_a_damaged_file_is_measured_again(hat, cache, monkeypatch, damage):
+    monkeypatch.setattr(module, "timed", lambda hat, *_: 2 - hat.capacity)
+    whole = speed_curve(hat, progress=False)
+    (path,) = cache.iterdir()
+    path.write_bytes(damage)
+    assert speed_curve(hat, progress=False) == whole == module._read(path)
+
+
+def test_a_cache_that_cannot_be_written(hat, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HAT_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(module, "timed", lambda *_: 1.0)
+    with pytest.raises(HatError, match="set HAT_CACHE"):
+        speed_curve(hat, progress=False)
+
+
+def test_timed_for_real(hat):
+    ids = sample(hat, 30)
+    assert ids.shape == (1, 30) and torch.equal(ids, sample(hat, 30))
+    with hat.at(0.5):
+        for text in (ids, ids[:, :4]):
+            assert timed(hat, (hat.lm, hat.dense), text) > 0  # on a busy machine it may be anything
+
+
+def test_against_what(hat):
+    with pytest.raises(HatError, match="versus must be one of dense, hf, got 'both'"):
+        speed_curve(hat, "both")

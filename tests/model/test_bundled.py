@@ -1,0 +1,92 @@
+"""A handful of equalities on the real model, and the reference checkpoint as the README uses it."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hat_lib.backbone.base import exact_hash, load_base
+from hat_lib.config import DATA, HatConfig
+from hat_lib.evaluation.perplexity import compare, score
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.text.blocks import load_text
+
+CHECKPOINT = DATA / "checkpoints" / "calibrated"
+
+
+@pytest.fixture
+def hat(bundled):
+    model = HierarchicalTransformer.from_pretrained(CHECKPOINT, bundled)
+    with torch.no_grad():
+        yield model
+    model.unload()
+
+
+def prompt(base):
+    return base.tokenizer("The future of AI is", return_tensors="pt")
+
+
+@pytest.mark.parametrize("grain", ["channel", "token"])
+def test_untrained_equals_base_and_unload_restores(bundled, grain):
+    inputs, before = prompt(bundled), exact_hash(bundled.model)
+    with torch.no_grad():
+        expected = bundled.model(**inputs).logits
+        model = HierarchicalTransformer(bundled, HatConfig.default(bundled, granularity=grain))
+        found = model.lm(**inputs).logits
+        model.unload()
+    assert float((found - expected).abs().max()) < 1e-5 * max(1.0, float(expected.abs().max()))
+    assert exact_hash(bundled.model) == before
+
+
+def test_generate_at_capacity_one_is_transformers_token_for_token(hat):
+    inputs = prompt(hat.base)
+    hat.capacity = 1.0
+    found = hat.lm.generate(**inputs, max_new_tokens=24, do_sample=False)
+    plain = load_base("bundled", dtype=torch.float32, device="cpu").model
+    assert torch.equal(found, plain.generate(**inputs, max_new_tokens=24, do_sample=False))
+
+
+def test_bf16_differs_only_where_the_base_nearly_ties():
+    """In bf16 a first difference must lie where the base's own top two logits are within rounding."""
+    plain = load_base("bundled", dtype=torch.bfloat16, device="cpu")
+    inputs = prompt(plain)
+    expected = plain.model.generate(**inputs, max_new_tokens=24, do_sample=False)[0]
+    hat = HierarchicalTransformer(plain, HatConfig.default(plain))
+    found = hat.lm.generate(**inputs, max_new_tokens=24, do_sample=False)[0]
+    hat.unload()
+    length = min(len(found), len(expected))
+    differ = (found[:length] != expected[:length]).nonzero()
+    if len(differ):
+        at = int(differ[0])
+        with torch.no_grad():
+            top = plain.model(expected[None, :at]).logits[0, -1].float().topk(2).values
+        spacing = 2.0**-7 * 2.0 ** float(top[0].abs().log2().floor())  # of bf16 numbers there; one step for each logit
+        assert float(top[0] - top[1]) <= 2 * spacing
+
+
+def test_decode_equals_parallel_at_three_quarters(hat):
+    hat.capacity = 0.75
+    ids = torch.tensor([load_text("addresses", hat.base.tokenizer, max_tokens=48)[0]["input_ids"]])
+    with hat.record():
+        parallel = hat.lm(ids).logits
+    assert abs(hat.trace.capacity - 0.75) < 0.05
+    cache, steps = DynamicCache(config=hat.lm.config), []
+    with hat.force(hat.trace.masks):
+        for t in range(ids.shape[1]):
+            steps.append(hat.lm(input_ids=ids[:, t : t + 1], cache=cache, use_cache=True).logits)
+    own, cache = [], DynamicCache(config=hat.lm.config)
+    with hat.dense():
+        dense = hat.lm(ids).logits
+        for t in range(ids.shape[1]):
+            own.append(hat.lm(input_ids=ids[:, t : t + 1], cache=cache, use_cache=True).logits)
+    bound = 4 * float((torch.cat(own, 1) - dense).abs().max())
+    assert float((torch.cat(steps, 1) - parallel).abs().max()) <= max(bound, 1e-4)
+
+
+def test_the_reference_checkpoint_costs_little(hat):
+    blocks = load_text("addresses", hat.base.tokenizer, block_size=256, max_tokens=1024)
+    with hat.dense():
+        base = score(hat, blocks, progress=False)
+    hat.capacity = 0.75
+    adaptive = score(hat, blocks, progress=False)
+    assert abs(adaptive.capacity - 0.75) < 0.02
+    assert -0.02 < compare(base, adaptive).increase < 0.06

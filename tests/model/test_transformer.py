@@ -1,0 +1,445 @@
+"""One equality per feature, on a tiny random Llama, for both grains.
+
+Decisions recorded in one pass are forced on the other, so logits must agree within rounding: sense (a) of
+"equal". `test_free_running_*` let both passes decide for themselves: sense (b).
+"""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache, pipeline
+
+from hat_lib.backbone.base import exact_hash, load_base
+from hat_lib.config import HatConfig, HatError
+from hat_lib.model.checkpoint import is_hat_parameter
+from hat_lib.model.policies import Everything, Random, Static
+from hat_lib.model.token_state import Masks, TokenState
+from hat_lib.model.transformer import HierarchicalTransformer
+
+GRAINS = ("channel", "token")
+EXITS = (1, 2, 3)
+TOL = 1e-5
+
+
+def new_base(dtype=torch.float32):
+    return load_base("random:tiny", dtype=dtype, device="cpu")
+
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(5, 250, (3, 14), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=GRAINS)
+def hat(request):
+    """Random routers and gates, thresholds that skip about a third, exits that about a fifth take."""
+    return active(new_base(), request.param)
+
+
+def active(base, grain, rank=2, exits=EXITS):
+    model = HierarchicalTransformer(
+        base, HatConfig.default(base, granularity=grain, exit_layers=exits, translator_rank=rank)
+    )
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.hat_parameters().values():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if grain == "channel" or p.dim() > 1 else 1.0))
+    sample = torch.randint(5, 250, (4, 32), generator=generator)
+    seen = {}
+
+    def watch(layer, site, x, rows, state):
+        seen[layer, site] = model.routers[f"{layer}_{site}"].score(x)
+
+    with model.using(watch):
+        model.lm(sample)
+    model.set_thresholds({k: float(v.flatten().quantile(0.33)) for k, v in seen.items()})
+    model._policy = model.threshold_policy()
+    for gate in model.gates.values():
+        gate.threshold = 0.6
+    model._exit_rate = 0.2  # gates on
+    return model
+
+
+def stepwise(lm, ids, **kwargs):
+    cache, out = DynamicCache(config=lm.config), []
+    for t in range(ids.shape[1]):
+        out.append(lm(input_ids=ids[:, t : t + 1], cache=cache, use_cache=True, **kwargs).logits)
+    return torch.cat(out, 1)
+
+
+def close(a, b, tol=TOL):
+    scale = max(1.0, float(b.abs().max()))
+    assert float((a - b).abs().max()) <= tol * scale
+
+
+class TestBase:
+    """Untrained, at capacity 1.0, and under `dense`, the model is the base."""
+
+    @pytest.mark.parametrize("grain", GRAINS)
+    def test_untrained_equals_base(self, grain, ids):
+        base = new_base()
+        expected = base.model(ids).logits
+        hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=grain, exit_layers=EXITS))
+        close(hat.lm(ids).logits, expected)
+        close(stepwise(hat.lm, ids), expected)
+        assert hat.capacity == 1.0 and hat.trace.capacity == 1.0 and hat.trace.exit_rate == 0.0
+
+    def test_active_differs_and_dense_equals_base(self, hat, ids):
+        expected = new_base().model(ids).logits
+        assert float((hat.lm(ids).logits - expected).abs().max()) > 0.05
+        assert 0.4 < hat.trace.capacity < 0.95 and 0.05 < hat.trace.exit_rate < 0.95
+        with hat.dense():
+            close(hat.lm(ids).logits, expected)
+            assert hat.trace.capacity == 1.0
+        assert float((hat.lm(ids).logits - expected).abs().max()) > 0.05
+
+    def test_capacity_one_equals_base(self, hat, ids):
+        hat.capacity, hat.exit_rate = 1.0, 0.0
+        close(hat.lm(ids).logits, new_base().model(ids).logits)
+
+    def test_unload_restores_everything(self, hat, ids):
+        fresh = new_base()
+        base = hat.unload()
+        assert exact_hash(base.model) == exact_hash(fresh.model)
+        assert torch.equal(base.model(ids).logits, fresh.model(ids).logits)
+        assert all("forward" not in vars(m) for m in base.model.modules())
+        assert all(p.is_contiguous() for p in base.model.parameters())
+        assert not base.model.model._forward_pre_hooks and not base.model.model._forward_hooks
+        assert hat.unload() is base  # a second time does nothing
+
+    def test_attaching_twice_is_refused(self, hat):
+        with pytest.raises(HatError, match="unload"):
+            HierarchicalTransformer(hat.base, hat.config)
+
+    @pytest.mark.parametrize("grain", GRAINS)
+    def test_bf16_untrained_equals_base(self, grain, ids):
+        base = new_base(torch.bfloat16)
+        expected = base.model(ids).logits
+        hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=grain, exit_layers=EXITS))
+        close(hat.lm(ids).logits, expected, tol=0.03)
+        close(stepwise(hat.lm, ids), expected, tol=0.03)
+
+
+class TestSamePassTwoWays:
+    """Decode == parallel, compact == masked, alone == in a batch, the past ignores the future."""
+
+    def test_decode_equals_parallel(self, hat, ids):
+        with hat.record():
+            parallel = hat.lm(ids).logits
+        masks, trace = hat.trace.masks, hat.trace
+        assert len(set(trace.exit_layer.flatten().tolist())) >= 3, "the fixture must exit at several depths"
+        with hat.force(masks), hat.collect() as states:
+            close(stepwise(hat.lm, ids), parallel)
+        joined = TokenState.cat(states)
+        assert torch.equal(joined.exit_layer, trace.exit_layer)
+        close(joined.share, trace.share)
+
+    def test_free_running_decode_equals_parallel(self, hat, ids):
+        parallel = hat.lm(ids).logits
+        trace = hat.trace
+        with hat.collect() as states:
+            decoded = stepwise(hat.lm, ids)
+        same = (TokenState.cat(states).share - trace.share).abs().amax((0, 2)) < 1e-6
+        assert same.any(), "no row decided alike"
+        close(decoded[same], parallel[same])
+
+    def test_single_row_decode_equals_parallel(self, hat, ids):
+        for row in ids[:, None]:
+            with hat.record():
+                parallel = hat.lm(row).logits
+            with hat.force(hat.trace.masks):
+                close(stepwise(hat.lm, row), parallel)
+
+    def test_layout_follows_the_rows_of_a_forward(self, hat, ids):
+        """Tiles for one row at a time; a prompt keeps them, a second batch does not."""
+        matrices = hat._layout.matrices
+        found = []
+        for rows in (ids, ids[:1, :1], ids[:1], ids[:1, :1], ids, ids, ids[:1, :1]):
+            hat.lm(rows)
+            (tiled,) = {m.tiles is not None for m in matrices}
+            found.append("tiles" if tiled else "rows")
+        assert found == ["rows", "tiles", "tiles", "tiles", "tiles", "rows", "tiles"]
+
+    def test_single_row_gather_in_bf16(self, ids):
+        """The gather is as close to fp32 arithmetic, on the same weights and masks, as the dense product."""
+        row = ids[:1]
+        hat = active(new_base(torch.bfloat16), "channel")
+        with hat.record():
+            parallel = hat.lm(row).logits
+        with hat.force(hat.trace.masks):
+            gathered = stepwise(hat.lm, row)
+            hat.to(torch.float32)
+            exact = hat.lm(row).logits
+        error, own = ((x.float() - exact).pow(2).mean().sqrt() for x in (gathered, parallel))
+        assert 0 < float(error) <= 1.5 * float(own)
+
+    def test_compact_equals_masked(self, hat, ids):
+        with hat.record():
+            compact = hat.lm(ids).logits
+        with hat.force(hat.trace.masks), hat.masked():
+            close(hat.lm(ids).logits, compact)
+            close(stepwise(hat.lm, ids), compact)
+
+    def test_chunked_prefill(self, hat, ids):
+        with hat.record():
+            parallel = hat.lm(ids).logits
+        cache = DynamicCache(config=hat.lm.config)
+        with hat.force(hat.trace.masks):
+            chunks = [hat.lm(c, cache=cache, use_cache=True).logits for c in ids.split(5, dim=1)]
+        close(torch.cat(chunks, 1), parallel)
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_row_alone_equals_row_in_batch(self, hat, ids, side):
+        lengths = [14, 9, 6]
+        batch, mask = torch.full_like(ids, 3), torch.zeros_like(ids)
+        spans = [slice(14 - n, 14) if side == "left" else slice(0, n) for n in lengths]
+        for row, (n, span) in enumerate(zip(lengths, spans, strict=True)):
+            batch[row, span], mask[row, span] = ids[row, :n], 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with hat.record():
+            together = hat.lm(batch, attention_mask=mask, position_ids=positions).logits
+        trace = hat.trace
+        for row, (n, span) in enumerate(zip(lengths, spans, strict=True)):
+            alone_masks = trace.masks.map(lambda m, row=row, span=span: m[row : row + 1, span])
+            with hat.force(alone_masks):
+                close(hat.lm(ids[row : row + 1, :n]).logits[0], together[row, span])
+            assert torch.equal(hat.trace.exit_layer[0], trace.exit_layer[row, span])
+            hat.lm(ids[row : row + 1, :n])  # free running: protected tokens are the row's own first two
+            assert torch.equal(hat.trace.protected[0], trace.protected[row, span])
+
+    def test_future_never_changes_the_past(self, hat, ids):
+        for t in (3, 8, 13):
+            changed = ids.clone()
+            changed[:, t:] = (changed[:, t:] + 17) % 240 + 5
+            a, sa = hat.lm(ids).logits, hat.trace
+            b, sb = hat.lm(changed).logits, hat.trace
+            close(a[:, :t], b[:, :t])
+            assert torch.equal(sa.exit_layer[:, :t], sb.exit_layer[:, :t])
+            assert float((a[:, t:] - b[:, t:]).abs().max()) > 0.01
+
+    def test_pads_cost_nothing(self, hat, ids):
+        mask = torch.ones_like(ids)
+        mask[0, :5] = 0
+        hat.lm(ids, attention_mask=mask)
+        assert float(hat.trace.share[:, 0, :5].abs().max()) == 0
+        assert (hat.trace.exit_layer[0, :5] == hat.config.n_layers).all()
+
+
+class TestCache:
+    def test_beam_reorder(self, hat, ids):
+        """After `reorder_cache` the next step equals that of the reordered sequences."""
+        order = torch.tensor([2, 0, 0])
+        with hat.record():
+            parallel = hat.lm(ids[order]).logits
+        masks = hat.trace.masks
+        cache = DynamicCache(config=hat.lm.config)
+        with hat.record():
+            hat.lm(ids[:, :-1], cache=cache, use_cache=True)
+        cache.reorder_cache(order)
+        with hat.force(masks):
+            close(hat.lm(ids[order][:, -1:], cache=cache, use_cache=True).logits[:, 0], parallel[:, -1])
+
+    def test_crop(self, hat, ids):
+        cache = DynamicCache(config=hat.lm.config)
+        with hat.record():
+            parallel = hat.lm(ids).logits
+        with hat.force(hat.trace.masks):
+            hat.lm(ids, cache=cache, use_cache=True)
+            cache.crop(-4)
+            close(hat.lm(ids[:, -4:], cache=cache, use_cache=True).logits, parallel[:, -4:])
+
+    def test_every_layer_caches_every_token(self, hat, ids):
+        out = hat.lm(ids, use_cache=True)
+        assert (hat.trace.exit_layer < hat.config.n_layers).any()
+        assert {layer.keys.shape[2] for layer in out.cache.layers} == {ids.shape[1]}
+
+    def test_static_cache_is_refused(self, hat, ids):
+        with pytest.raises(HatError, match="static"):
+            hat.lm(ids, cache=StaticCache(config=hat.lm.config, max_cache_len=32), use_cache=True)
+
+    def test_moving_the_base_behind_our_back_is_noticed(self, ids):
+        hat = active(new_base(), "channel")
+        hat.lm.to(torch.bfloat16)
+        with pytest.raises(HatError, match="hat.to"):
+            hat.lm(ids)
+
+    def test_to_bf16_and_back(self, hat, ids):
+        before = hat.lm(ids).logits
+        hat.to(torch.bfloat16)
+        assert hat.lm(ids).logits.dtype == torch.bfloat16
+        assert all(p.dtype == torch.float32 for p in hat.hat_parameters().values())
+        hat.to(torch.float32)
+        assert hat.lm(ids).logits.shape == before.shape
+
+
+class TestExits:
+    def test_forced_depths_in_one_batch(self, hat, ids):
+        """Tokens that leave at different depths freeze there, and hidden_states repeat the frozen state."""
+        exits = {e: torch.zeros(3, 14, dtype=torch.bool) for e in EXITS}
+        exits[1][0, 5], exits[2][1, 6:9], exits[3][2, 13] = True, True, True
+        with hat.force(Masks({}, exits)):
+            out = hat.lm(ids, output_hidden_states=True)
+        depth = hat.trace.exit_layer
+        assert depth[0, 5] == 1 and (depth[1, 6:9] == 2).all() and depth[2, 13] == 3
+        assert int((depth < hat.config.n_layers).sum()) == 5
+        states = out.hidden_states
+        assert len(states) == hat.config.n_layers + 1
+        for e, (row, t) in {1: (0, 5), 2: (1, 7)}.items():
+            for later in range(e + 1, hat.config.n_layers):
+                assert torch.equal(states[later][row, t], states[e + 1][row, t])
+            frozen = hat.gates[str(e)].translate(states[e][row, t][None])[0]
+            close(states[e + 1][row, t], frozen)
+
+    def test_all_rows_gone(self, hat, ids):
+        exits = {1: torch.ones(3, 14, dtype=torch.bool)}
+        with hat.force(Masks({}, exits)):
+            parallel = hat.lm(ids).logits
+            assert hat.trace.exit_rate == pytest.approx(12 / 14)  # two protected tokens a row stay
+            close(stepwise(hat.lm, ids), parallel)
+
+    def test_protected_tokens_run_in_full(self, hat, ids):
+        hat.lm(ids)
+        assert (hat.trace.share[:, :, :2] == 1).all() and (hat.trace.exit_layer[:, :2] == hat.config.n_layers).all()
+
+    def test_higher_threshold_exits_later(self, hat, ids):
+        depths = []
+        for threshold in (-1.0, 0.0, 1.0, 3.0):
+            for gate in hat.gates.values():
+                gate.threshold = threshold
+            hat._policy = Everything()
+            hat.lm(ids)
+            depths.append(hat.trace.exit_layer.clone())
+        # Only the first exit sees the same states at every threshold: there, nesting is exact.
+        first = [d == EXITS[0] for d in depths]
+        assert all(bool((b <= a).all()) for a, b in zip(first, first[1:], strict=False))
+        assert depths[0].float().mean() < depths[-1].float().mean()
+
+
+class TestPolicies:
+    def test_random_is_the_same_however_it_is_run(self, hat, ids):
+        hat._exit_rate = 0.0
+        with hat.using(Random(0.6, seed=4)):
+            parallel = hat.lm(ids).logits
+            realised = hat.trace.capacity
+            close(stepwise(hat.lm, ids), parallel)
+        with hat.using(Random(0.6, seed=5)):
+            assert float((hat.lm(ids).logits - parallel).abs().max()) > 0.01
+        # two protected tokens of 14 and, for tokens, layer 0's FFN always run
+        fixed = 2 / 14 if hat.config.granularity == "channel" else 1 - (12 / 14) * 0.75
+        assert abs(realised - (fixed + (1 - fixed) * 0.6)) < 0.08
+
+    def test_static_skips_whole_layers(self, ids):
+        hat = active(new_base(), "token", exits=())
+        skip = {(2, "ffn"): torch.tensor(False)}
+        with hat.using(Static(skip)):
+            out = hat.lm(ids).logits
+        share = hat.trace.share
+        assert (share[2, :, 2:] == 0).all() and (share[[0, 1, 3]] == 1).all()
+        reference = new_base()
+        kept = reference.model.model.layers[2].mlp.forward
+        rest = torch.ones(14, 1)
+        rest[2:] = 0
+        reference.model.model.layers[2].mlp.forward = lambda x: kept(x) * rest
+        close(out, reference.model(ids).logits)
+
+    def test_layer_0_ffn_is_never_skipped_whole(self, ids):
+        hat = active(new_base(), "token")
+        hat._exit_rate = 0.0
+        with hat.using(Static({(i, "ffn"): torch.tensor(False) for i in range(4)})):
+            hat.lm(ids)
+        assert (hat.trace.share[0] == 1).all()
+
+    def test_contexts_restore_on_error(self, hat, ids):
+        expected = hat.lm(ids).logits
+        with pytest.raises(RuntimeError), hat.dense():
+            raise RuntimeError
+        close(hat.lm(ids).logits, expected)
+
+
+class TestGeneration:
+    """`hat.lm` is what generate and pipeline take; a cached generation equals an uncached one."""
+
+    @pytest.mark.parametrize(
+        "kwargs", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}], ids=["greedy", "beam", "sample"]
+    )
+    def test_generate_equals_base_when_dense(self, kwargs, ids):
+        prompt, options = ids[:2, :6], {"max_new_tokens": 8, "pad_token_id": 0, **kwargs}
+        reference = new_base()
+        torch.manual_seed(0)
+        expected = reference.model.generate(prompt, **options)
+        for grain in GRAINS:
+            base = new_base()
+            hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=grain, exit_layers=EXITS))
+            torch.manual_seed(0)
+            assert torch.equal(hat.lm.generate(prompt, **options), expected)
+
+    @pytest.mark.parametrize("beams", [1, 3])
+    def test_cached_equals_uncached(self, hat, ids, beams):
+        options = {"max_new_tokens": 8, "num_beams": beams, "do_sample": False, "pad_token_id": 0}
+        cached = hat.lm.generate(ids[:1, :6], **options)
+        assert torch.equal(cached, hat.lm.generate(ids[:1, :6], use_cache=False, **options))
+
+    def test_left_padded_batch_generates_each_row(self, hat, ids):
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        batch, mask = ids[:2, :8].clone(), torch.ones(2, 8, dtype=torch.long)
+        batch[1, :3], mask[1, :3] = 0, 0
+        together = hat.lm.generate(batch, attention_mask=mask, **options)
+        alone = hat.lm.generate(batch[1:, 3:], attention_mask=mask[1:, 3:], **options)
+        assert torch.equal(together[1, 3:], alone[0])
+
+    def test_pipeline(self, hat):
+        pipe = pipeline("text-generation", model=hat.lm, tokenizer=hat.base.tokenizer)
+        text = pipe("Hello", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+        assert text.startswith("Hello") and len(text) > 5
+
+    def test_early_exit_drafts_still_work(self, ids):
+        """transformers' own assistant_early_exit relies on the sliced loop over layers."""
+        base = new_base()
+        expected = base.model.generate(ids[:1, :6], max_new_tokens=8, do_sample=False, pad_token_id=0)
+        hat = HierarchicalTransformer(base, HatConfig.default(base))
+        drafted = hat.lm.generate(
+            ids[:1, :6], max_new_tokens=8, do_sample=False, pad_token_id=0, assistant_early_exit=2
+        )
+        assert torch.equal(drafted, expected)
+
+
+class TestParameters:
+    def test_one_predicate(self, hat):
+        names = set(hat.hat_parameters())
+        assert names == {n for n, p in hat.named_parameters() if p.requires_grad}
+        assert all(is_hat_parameter(n) for n in names) and not any("lm." in n for n in names)
+
+    def test_published_tinyllama_has_about_100k(self):
+        """22 routers of 2048 + 1, five gates of 2048 x 2 + 2, five translators: diagonal, bias and rank 1."""
+        by_hand = 22 * (2048 + 1) + 5 * (2048 * 2 + 2) + 5 * (2048 + 2048 + 2 * 2048)
+        assert by_hand == 106_528
+        config = load_base("random:tiny").model.config
+        shape = copy.deepcopy(config)
+        shape.num_hidden_layers, shape.hidden_size = 22, 2048
+        published = HatConfig.published(shape)
+        assert published.exit_layers == (4, 8, 12, 16, 19) and published.capacity == 0.55
+        from hat_lib.model.exit_gate import ExitGate
+        from hat_lib.model.routers import MoERouter
+
+        counted = 22 * sum(p.numel() for p in MoERouter(2048).parameters())
+        counted += 5 * sum(p.numel() for p in ExitGate(2048, published.translator_rank).parameters())
+        assert counted == by_hand
+
+
+def test_capacity_without_calibration(hat):
+    with pytest.raises(HatError, match="calibrat"):
+        hat.capacity = 0.5
+    for bad in (0, 0.05, 1.5, float("nan"), "abc"):
+        with pytest.raises(HatError, match="capacity"):
+            hat.capacity = bad
+    with pytest.raises(HatError, match="exit"):
+        hat.exit_rate = 0.3
+
+
+def test_the_past_key_values_alias_is_not_used(hat, ids, caplog):
+    hat.lm.generate(ids[:1, :4], max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert "deprecated" not in caplog.text

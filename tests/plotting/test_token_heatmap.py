@@ -1,0 +1,179 @@
+"""Coloured text: the text survives, nothing in it acts, ink is readable, numbers are there without colours too."""
+
+import html as std_html
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from hat_lib.config import HatError
+from hat_lib.plotting import token_heatmap as coloured
+from hat_lib.plotting.token_heatmap import Passage, ansi, html
+
+ESCAPE = re.compile(r"\x1b\[[\d;]*m")
+HOSTILE = ["<script>alert(1)</script>", '" onload="x', "&amp;", "\x1b[2J", "\x9b31m", "\u202egnp.exe", "\r", "\ud800"]
+
+
+class Page(HTMLParser):
+    """What a browser sees: tags with attributes, and the text between them."""
+
+    def __init__(self, fragment):
+        super().__init__()
+        self.tags, self.data = [], ""
+        self.feed(fragment)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.data += data
+
+
+def spans(fragment):
+    return [(a.get("title"), a["style"]) for tag, a in Page(fragment).tags if tag == "span" and "title" in a]
+
+
+def grounds(text):
+    """8-bit ground and ink of each painted run."""
+    found = re.findall(r"\x1b\[48;2;(\d+);(\d+);(\d+);38;2;(\d+);\d+;\d+m", text)
+    return [(tuple(map(int, f[:3])), int(f[3])) for f in found]
+
+
+@pytest.mark.parametrize("render", [html, lambda *p, **k: ansi(*p, colours=True, **k)])
+def test_text_comes_back(render):
+    shown = render(Passage("title", ["The", " cat", "."], [0.1, 0.5, 0.9]), meaning="share")
+    text = Page(shown).data if shown.startswith("<") else ESCAPE.sub("", shown)
+    assert "The cat." in text and "title" in text and "share" in text
+
+
+def test_nothing_in_the_text_acts_on_a_page():
+    page = Page(html(Passage("<b>", HOSTILE, np.linspace(0, 1, len(HOSTILE))), meaning="<i>"))
+    assert {tag for tag, _ in page.tags} == {"div", "p", "strong", "br", "span"}
+    assert all(set(attrs) <= {"style", "title"} for _, attrs in page.tags)
+    assert HOSTILE[0] in page.data and "<b>" in page.data and "<i>" in page.data
+    assert "\u202e" not in page.data and r"\u202egnp.exe" in page.data
+    page.data.encode()  # the lone surrogate is told, not kept
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_nothing_in_the_text_acts_on_a_terminal(colours):
+    shown = ansi(Passage("\x1b]0;t\x07", HOSTILE, [0.5] * len(HOSTILE)), meaning="m", colours=colours)
+    left = ESCAPE.sub("", shown)
+    assert [c for c in left if ord(c) < 32 and c != "\n" or 0x7F <= ord(c) < 0xA0] == [] and "\u202e" not in left
+    assert "␛[2J" in left and "\\u009b31m" in left and "␍" in left
+    left.encode()
+
+
+def test_line_ends_and_tabs_show_and_the_ground_ends_with_the_line():
+    shown = ansi(Passage("t", ["a\n\n", "\tb"], [0.0, 1.0]), meaning="m", colours=True)
+    text = shown.split("\nt\n")[1]
+    assert ESCAPE.sub("", text) == "a↵\n↵\n⇥b"
+    assert all(line.count("\x1b[48") == line.count("\x1b[0m") for line in shown.split("\n"))
+    assert "a↵\n↵\n" in Page(html(Passage("t", ["a\n\n"], [0.0]), meaning="m")).data
+
+
+def test_pieces_of_a_character_share_it():
+    for tokens, values in ((["a", "", "", "🦙"], [0.0, 0.2, 0.4, 0.9]), (["a", "🦙", "", ""], [0.0, 0.2, 0.4, 0.9])):
+        titles = [title for title, _ in spans(html(Passage("t", tokens, values), meaning="m"))]
+        assert titles == ["0.000", "0.200, 0.400, 0.900"]
+    (_, of_mean), (_, of_same) = (
+        spans(html(Passage("t", tokens, values), meaning="m", low=0, high=1))[0]
+        for tokens, values in ((["", "é"], [0.2, 0.6]), (["é"], [0.4]))
+    )
+    assert of_mean == of_same
+    assert spans(html(Passage("t", ["", ""], [0.1, 0.2]), meaning="m")) == []
+
+
+def test_a_token_without_a_number_has_no_colour():
+    fragment = html(Passage("t", ["a", "b"], [np.nan, 0.5]), meaning="m")
+    assert [title for title, _ in spans(fragment)] == ["0.500"]
+    assert "<br>a<span" in fragment
+    assert ansi(Passage("t", ["a", "b"], [np.nan, 0.5]), meaning="m", colours=False).endswith("\nab₅")
+
+
+def test_ink_is_readable_on_every_ground():
+    text = ansi(Passage("t", ["x"] * 256, np.linspace(0, 1, 256)), meaning="m", colours=True)
+
+    def luminance(rgb):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(rgb) / 255]
+        return np.dot(linear, (0.2126, 0.7152, 0.0722))
+
+    found = grounds(text)
+    assert len(found) == coloured.STEPS + 256
+    lights = [luminance(ground) for ground, _ in found[coloured.STEPS :]]
+    assert lights == sorted(lights)  # lightness alone tells the order
+    for ground, ink in found:
+        low, high = sorted((luminance(ground), luminance([ink] * 3)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def test_passages_share_scale_and_legend():
+    a, b = Passage("a", ["x"], [0.2]), Passage("b", ["y"], [0.6])
+    together, alone = html(a, b, meaning="m"), html(a, meaning="m")
+    assert [float(v) for v in re.findall(r">([\d.]+)</span>", together)[:5]] == [0.2, 0.3, 0.4, 0.5, 0.6]
+    assert spans(together)[0][1] != spans(alone)[0][1]
+    assert spans(together)[0][1] == spans(html(a, meaning="m", low=0.2, high=0.6))[0][1]
+    assert together.count("padding") == 5
+
+
+def test_the_legend_says_where_colours_stop():
+    shown = html(Passage("t", ["a", "b", "c"], [0.0, 0.5, 9.0]), meaning="m", low=0.4, high=0.8)
+    assert "≤ 0.40" in shown and "≥ 0.80" in shown
+    styles = [style for _, style in spans(shown)]
+    assert styles[0] == spans(html(Passage("t", ["a"], [0.4]), meaning="m", low=0.4, high=0.8))[0][1]
+    assert styles[2] == spans(html(Passage("t", ["a"], [0.8]), meaning="m", low=0.4, high=0.8))[0][1]
+    assert "≤" not in html(Passage("t", ["a"], [0.4]), meaning="m", low=0.4, high=0.8)
+
+
+def test_one_number_is_a_scale_too():
+    shown = html(Passage("t", ["a", "b"], [0.5, 0.5]), meaning="m")
+    assert shown.count(">0.50<") == 1 and len(spans(shown)) == 2
+
+
+def test_without_colours_subscripts_say_tenths():
+    shown = ansi(Passage("t", ["a", " b", "c\n"], [0.0, 0.55, 1.0]), meaning="m", colours=False)
+    assert shown.endswith("\na₀ b₅c↵₉\n") and "\x1b" not in shown
+    assert shown.startswith("m: 0.00₀ 0.25₂ 0.50₅ 0.75₇ 1.00₉\n")
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environment", "expected"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"NO_COLOR": "1"}, False),
+        (True, {"NO_COLOR": ""}, True),  # as the convention has it
+        (True, {"TERM": "dumb"}, False),
+    ],
+)
+def test_colours_only_where_they_are_wanted(monkeypatch, terminal, environment, expected):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    assert coloured.terminal_colours() is expected
+    assert ("\x1b" in ansi(Passage("t", ["a"], [0.5]), meaning="m")) is expected
+
+
+@pytest.mark.parametrize(
+    ("passage", "scale", "words"),
+    [
+        (Passage("t", ["a", "b"], [0.5]), {}, "'t': expected a number for each token, got 1 for 2"),
+        (Passage("t", ["a"], [np.nan]), {}, "no token has a number"),
+        (Passage("t", [], []), {}, "no token has a number"),
+        (Passage("t", ["a"], [0.5]), {"low": 0.6}, "0.6 to 0.5"),
+        (Passage("t", ["a"], [0.5]), {"high": np.inf}, "0.5 to inf"),
+    ],
+)
+def test_what_cannot_be_coloured_is_named(passage, scale, words):
+    for render in (html, ansi):
+        with pytest.raises(HatError, match=re.escape(words)):
+            render(passage, meaning="m", **scale)
+
+
+def test_the_fragment_is_what_was_asked_for_and_nothing_else():
+    fragment = html(Passage("t", ["a"], [0.5]), meaning="m")
+    assert fragment.startswith("<div") and fragment.endswith("</div>") and "http" not in fragment
+    assert std_html.unescape(fragment).count("<span") == 2

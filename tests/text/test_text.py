@@ -1,0 +1,381 @@
+"""Sources become the same rows of tokens, blocks keep to their documents, and bad input takes one line."""
+
+import json
+import re
+import socket
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hat_lib.backbone.shapes import byte_tokenizer
+from hat_lib.config import DATA, HatError
+from hat_lib.text.blocks import HUB_MAX_TOKENS, corpus_names, load_text, text_hash, windows
+from hat_lib.text.corpora import docstring_prose, documents, module_prose
+
+TOKENIZER = byte_tokenizer()
+
+
+def load(source, **options):
+    return load_text(source, TOKENIZER, **options)
+
+
+def texts(dataset):
+    return [TOKENIZER.decode(row["input_ids"]) for row in dataset]
+
+
+# Blocks
+
+
+@given(st.integers(0, 60), st.integers(2, 12), st.data())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_every_token_is_new_in_exactly_one_window(length, block_size, data):
+    stride = data.draw(st.integers(1, block_size))
+    scored = []
+    for start, n_context in windows(length, block_size, stride):
+        end = min(start + block_size, length)
+        assert 0 <= n_context < end - start
+        scored += range(start + n_context, end)
+    assert scored == list(range(length))
+
+
+def test_blocks_join_to_the_document_and_stay_inside_it(tmp_path):
+    docs = ["first document, of some length", "x", "the second one"]
+    path = tmp_path / "three docs.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in docs))
+    rows = [row for split in ("train", "validation", "test") for row in _rows_or_none(path, split)]
+    joined = {}
+    for row in rows:
+        assert 2 <= len(row["input_ids"]) <= 8 and row["n_context"] == 0
+        joined.setdefault(row["doc"], []).extend(row["input_ids"])
+    whole = {f"three docs.jsonl:{i}": t for i, t in enumerate(docs, start=1) if len(t) > 1}
+    for doc, text in whole.items():
+        kept = TOKENIZER.decode(joined[doc])
+        assert kept == text[: len(kept)] and len(text) - len(kept) <= 1  # a last block of one token is dropped
+    assert set(joined) == set(whole)
+
+
+def _rows_or_none(path, split):
+    try:
+        return list(load(path, split=split, block_size=8))
+    except HatError:  # the split that holds nothing but "x"
+        return []
+
+
+def test_stride_gives_context_and_scores_each_token_once(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("abcdefghij" * 20)
+    plain = load(path, split="train", block_size=16)
+    strided = load(path, split="train", block_size=16, stride=4)
+    new = [t for row in strided for t in row["input_ids"][row["n_context"] :]]
+    assert TOKENIZER.decode(new) == "".join(texts(plain)) == ("abcdefghij" * 20)[:180]
+    assert [row["n_context"] for row in strided][:3] == [0, 12, 12]
+    assert list(load(path, split="train", block_size=16, stride=16)) == list(plain)
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+@pytest.mark.parametrize("limit", [2, 3, 16, 17, 33, 10_000])
+def test_max_tokens_counts_new_tokens(tmp_path, limit, stride):
+    path = tmp_path / "a.txt"
+    path.write_text("abcdefghij" * 20)
+    rows = load(path, split="train", block_size=16, stride=stride, max_tokens=limit)
+    total = sum(len(row["input_ids"]) - row["n_context"] for row in rows)
+    assert min(limit, 180) - 1 <= total <= limit
+    whole = "".join(texts(load(path, split="train", block_size=16)))
+    assert TOKENIZER.decode([t for r in rows for t in r["input_ids"][r["n_context"] :]]) == whole[:total]
+
+
+def test_hash_names_the_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("abcdefghij" * 20)
+    first = load(path, split="train", block_size=16)
+    assert text_hash(first) == text_hash(load(path, split="train", block_size=16))
+    assert re.fullmatch("[0-9a-f]{64}", text_hash(first))
+    path.write_text("abcdefghiJ" + "abcdefghij" * 19)
+    assert text_hash(load(path, split="train", block_size=16)) != text_hash(first)
+    renamed = path.rename(tmp_path / "b.txt")
+    renamed.write_text("abcdefghij" * 20)
+    assert text_hash(load(renamed, split="train", block_size=16)) != text_hash(first)
+
+
+def test_special_tokens_of_the_tokenizer_are_kept(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("abcdefghij" * 20)
+
+    class WithBos:
+        def __call__(self, text, verbose):
+            ids = TOKENIZER(text, verbose=verbose)
+            ids["input_ids"] = [TOKENIZER.bos_token_id, *ids["input_ids"]]
+            return ids
+
+    rows = load_text(path, WithBos(), split="train", block_size=64)
+    assert [row["input_ids"][0] == TOKENIZER.bos_token_id for row in rows] == [True, False, False]
+
+
+# Files
+
+
+def write_docs(path, docs):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": t, "more": 1}) + "\n" for t in docs))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": docs, "more": [1] * len(docs)}), path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_split_is_by_document_whatever_the_order(tmp_path, suffix):
+    docs = [f"document number {i} \u2028 of forty" for i in range(40)]
+    there, back = tmp_path / f"there{suffix}", tmp_path / f"back [1]{suffix}"
+    write_docs(there, docs)
+    write_docs(back, docs[::-1])
+    parts = {s: texts(load(there, split=s)) for s in ("train", "validation", "test")}
+    assert [len(p) for p in parts.values()] == [36, 2, 2]
+    assert sorted(sum(parts.values(), [])) == sorted(docs)
+    for split, part in parts.items():
+        assert texts(load(back, split=split)) == part[::-1]
+
+
+def test_equal_documents_stay_together(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_docs(path, [f"document number {i % 10}" for i in range(100)])
+    parts = [set(texts(load(path, split=s))) for s in ("train", "validation", "test")]
+    assert [len(p) for p in parts] == [8, 1, 1]
+    assert len(set.union(*parts)) == 10
+
+
+def test_one_document_is_split_by_position_between_words(tmp_path):
+    words = [f"word{i}" for i in range(200)]
+    path = tmp_path / "one.txt"
+    path.write_text(" ".join(words))
+    parts = [" ".join(texts(load(path, split=s, block_size=4096))) for s in ("train", "validation", "test")]
+    assert " ".join(parts).split() == words
+    assert [round(len(p.split()) / 10) for p in parts] == [18, 1, 1]
+
+
+def test_byte_order_mark_and_windows_line_ends_are_dropped(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo three four")
+    assert texts(load(path, split="train"))[0].startswith("one\ntwo")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", None, "no such file"),
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b"abc\0def", "NUL at byte 3"),
+        ("a.txt", b"abc caf\xe9 def", "not UTF-8: byte 7 is 0xe9"),
+        ("a.txt", b"a", "fewer than two tokens"),
+        ("a.txt", b" \n ", "fewer than two tokens"),
+        ("a.jsonl", b'{"text": "ok fine"}\n{"txt": "no"}\n', 'line 2: expected .* "text"'),
+        ("a.jsonl", b'{"text": 3}\n', 'line 1: expected .* "text"'),
+        ("a.jsonl", b"[1]\n", "line 1: expected an object"),
+        ("a.jsonl", b'{"text": "a b"}\n\n{"text": \n', "line 3: not JSON"),
+        ("a.jsonl", b"\n\n", "fewer than two tokens"),
+        ("a.parquet", b"PAR1 not really", "not a readable parquet file"),
+        ("a.parquet", b"", "is empty"),
+        ("a.csv", b"text\nhello\n", "expected a .txt/.jsonl/.parquet file"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(HatError, match=message) as caught:
+        load(path)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_parquet_without_text(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["one"], "n": [1]}), path)
+    with pytest.raises(HatError, match='no column "text"; its columns are body, n'):
+        load(path)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", None]}), path)
+    with pytest.raises(HatError, match="row 1"):
+        load(path)
+
+
+def test_folder_is_not_a_corpus(tmp_path):
+    with pytest.raises(HatError, match="expected a .txt"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"split": "dev"}, "split must be one of train, validation, test"),
+        ({"block_size": 1}, "block_size must be a whole number of at least 2"),
+        ({"block_size": 12.5}, "block_size"),
+        ({"stride": 0}, "stride must be"),
+        ({"stride": True}, "stride must be"),
+        ({"block_size": 8, "stride": 9}, "stride must be at most block_size"),
+        ({"max_tokens": 1}, "max_tokens must be"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(HatError, match=message):
+        load("addresses", **options)
+
+
+def test_unknown_corpus_lists_what_is_known():
+    with pytest.raises(HatError) as caught:
+        load("addreses")
+    assert all(name in str(caught.value) for name in (*corpus_names(), "addreses", "owner/name"))
+
+
+def test_tokenizer_is_required():
+    with pytest.raises(HatError, match="tokenizer"):
+        load_text("addresses")
+
+
+# The Hub
+
+
+@pytest.mark.parametrize("source", ["nobody/no-such-dataset", "nobody/no-such-dataset:config"])
+def test_hub_offline_is_one_line_with_an_alternative(source):
+    with pytest.raises(HatError, match="cannot stream nobody/no-such-dataset .*offline, use bundled") as caught:
+        load(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_stream_is_read_lazily_and_capped(monkeypatch):
+    import hat_lib.text.blocks
+
+    asked, served = [], []
+
+    def stream(*args, **options):
+        asked.append((args, options))
+        for i in range(10**9):
+            served.append(i)
+            yield {"text": f"row {i} " + "abcd " * 1000, "url": ""}
+
+    monkeypatch.setattr(hat_lib.text.blocks, "load_dataset", stream)
+    rows = load("owner/name:config", split="train")
+    assert asked == [(("owner/name", "config"), {"split": "train", "streaming": True})]
+    total = sum(len(ids) for ids in rows["input_ids"])
+    assert HUB_MAX_TOKENS - 1 <= total <= HUB_MAX_TOKENS and len(served) < 50
+    assert rows[0]["doc"] == "owner/name:0"
+    assert sum(len(ids) for ids in load("owner/name", max_tokens=100)["input_ids"]) == 100
+    monkeypatch.setattr(hat_lib.text.blocks, "load_dataset", lambda *_, **__: [{"body": "x", "n": 1}])
+    with pytest.raises(HatError, match='no text in its field "text"; its fields are body, n'):
+        load("owner/name")
+
+
+# The bundled corpora
+
+
+def test_addresses_split_by_year():
+    years = {s: [int(doc[:4]) for doc, _ in documents("addresses", s)] for s in ("train", "validation", "test")}
+    assert years["validation"] == [2022, 2023] and years["test"] == [2026, 2024]
+    assert (years["train"][0], years["train"][-1], len(years["train"])) == (1934, 2020, 89)
+    assert load("bundled")["doc"][0] == "2026-Trump-1"
+    assert text_hash(load("bundled", max_tokens=600)) == text_hash(load("addresses", max_tokens=600))
+
+
+def test_docstrings_have_no_split_to_train_on():
+    for split in ("train", "validation"):
+        with pytest.raises(HatError, match="never trained or calibrated on"):
+            load("docstrings", split=split)
+
+
+def test_docstrings_are_varied_prose():
+    docs = list(documents("docstrings", "test"))
+    assert len(docs) > 200 and len({doc for doc, _ in docs}) == len(docs)
+    first, total = 0, 0
+    for _, text in docs:
+        total += len(text)
+        first += total < 80_000  # about 20,000 tokens
+    assert first > 50 and total > 290_000
+    paragraphs = [p for _, text in docs for p in text.split("\n\n")]
+    assert len(set(paragraphs)) == len(paragraphs)
+    for paragraph in paragraphs:
+        assert not re.search(r">>>|\\|\.\. \w|:math:|Parameters|`|\$|https?:|\n", paragraph), paragraph
+        assert paragraph[0].isupper() and paragraph[-1] in ".!?"
+
+
+DOCSTRING = r"""Return the `frob` of **every** node of the graph, as :class:`~lib.core.Frob` objects.
+
+An indented or marked block is dropped, while this paragraph of plain
+words is kept on one line; see [1]_ and `the site <x>`_ for $n$ of them.
+
+    This is an indented block of words that would otherwise look like prose.
+
+.. note:: This is a directive with enough plain words in it to be prose.
+
+* This is an item of a list with enough plain words in it to be prose.
+
+>>> this_is_a_doctest("with enough plain words in it to be called prose.")
+
+The bound is :math:`\sum_i x_i` for all of the nodes that are in the graph.
+
+The following code shows how this is done by all of the other people:
+
+Set x = 3 and y <= 4 before you call any of the other functions of this.
+
+Short one.
+
+Parameters
+----------
+G : graph
+    The graph whose nodes are taken, given as any of the classes of the library.
+
+Notes
+-----
+Notes are prose, so that they are kept although they stand under a heading.
+
+References
+----------
+A reference is not prose even where it reads like a sentence of plain words.
+"""
+
+
+def test_prose_of_a_docstring():
+    assert list(docstring_prose(DOCSTRING)) == [
+        "Return the frob of every node of the graph, as Frob objects.",
+        "An indented or marked block is dropped, while this paragraph of plain words is kept on one line; "
+        "see [1] and the site for n of them.",
+        "Notes are prose, so that they are kept although they stand under a heading.",
+    ]
+
+
+def test_source_is_parsed_and_never_run():
+    source = '"""This module must never be run, only read by the parser."""\nraise SystemExit("run")\n'
+    source += 'def f():\n    r"""Every function of the module is read as well, of course."""\n    "\\d"\n'
+    assert list(module_prose(source)) == [
+        "This module must never be run, only read by the parser.",
+        "Every function of the module is read as well, of course.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, split, tokens, beginning",
+    [
+        ("addresses", "train", 736_077, "dcf3592e02ec2f6c"),
+        ("addresses", "validation", 22_847, "27553aaa9b29552f"),
+        ("addresses", "test", 26_511, "7ac4f8ed4cbf74a2"),
+        ("docstrings", "test", 66_785, "5c985c90f50d81ff"),
+    ],
+)
+def test_bundled_corpora_are_the_ones_in_the_data_readme(bundled, name, split, tokens, beginning):
+    dataset = load_text(name, bundled.tokenizer, split=split)
+    assert sum(len(ids) for ids in dataset["input_ids"]) == tokens
+    assert text_hash(dataset).startswith(beginning)
+    readme = (DATA / "README.md").read_text()
+    assert f"{tokens:,} | `{beginning}`" in readme
+
+
+def test_no_socket_is_opened_once_the_wheels_are_there(monkeypatch):
+    list(documents("addresses", "test"))
+
+    def refuse(*args, **_):
+        raise AssertionError(f"opened a socket: {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    assert len(load("bundled", max_tokens=1000)) == 2
+    assert len(load("docstrings", max_tokens=1000)) >= 2

@@ -1,0 +1,179 @@
+"""What one step minimises: nothing at capacity 1.0, and the same for a sample whatever stands beside it."""
+
+import pytest
+import torch
+from tiny_runs import GRAINS, PHASES, new_hat, random_blocks, recipe
+
+from hat_lib.backbone.base import load_base
+from hat_lib.config import HatConfig
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.training.objective import Objective
+from hat_lib.training.run import nominal_thresholds
+from hat_lib.training.trainer import collate
+
+LENGTHS, INDEX = (24, 9, 17), (7, 3, 11)
+# Everything that is drawn at random is on, in both grains.
+RANDOM = {"noise": 1.0, "layer_dropout": 0.5, "exit_tokens": 8}
+
+
+def new(grain, phase, trained=True, **changes):
+    hat = new_hat(grain)
+    if trained:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in hat.hat_parameters().values():
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return Objective(hat, recipe(grain, **RANDOM | changes), phase, nominal_thresholds(hat)).train()
+
+
+def samples(lengths=LENGTHS):
+    blocks = random_blocks(len(lengths), max(lengths), seed=2)
+    return [{"input_ids": b[:n], "index": i} for b, n, i in zip(blocks, lengths, INDEX, strict=False)]
+
+
+def step(objective, rows, at=8, steps=10):
+    return objective(**collate(rows), step=at, steps=steps)
+
+
+def numbers(out):
+    """The metrics that are means over tokens; the loss itself is not one, because the budget is of the whole batch."""
+    return {n: torch.as_tensor(v, dtype=torch.float64) for n, v in out.items() if n not in ("loss", "capacity")}
+
+
+def same(a, b, tolerance=2e-5):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture(params=[(grain, phase) for grain in GRAINS for phase in PHASES], ids="-".join)
+def grain_and_phase(request):
+    return request.param
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+def test_untrained_at_capacity_one_it_is_the_base(grain):
+    """At step 0 of a schedule without spread; what noise would do is not asked."""
+    out = step(new(grain, "routers", trained=False, spread=0.0, noise=0.0), samples(), at=0)
+    assert out["capacity"] == 1.0 and float(out["share"]) == pytest.approx(1.0) and float(out["kl"]) < 1e-6
+    routed = step(new(grain, "routers", trained=False, spread=0.0, noise=0.0), samples(), at=9)
+    assert routed["capacity"] < 0.7 and (grain == "token" or float(routed["kl"]) > 1e-3)
+
+
+def test_a_row_counts_the_same_alone_and_in_a_batch(grain_and_phase):
+    grain, phase = grain_and_phase
+    objective, rows = new(grain, phase), samples()
+    whole = numbers(step(objective, rows))
+    alone = [numbers(step(objective, [row])) for row in rows]
+    # Weights: real tokens, or the sampled ones: at most 8 of those that are not protected.
+    weights = torch.tensor([n if phase == "routers" else min(8, n - 2) for n in LENGTHS], dtype=torch.float64)
+    mean = {name: sum(w * a[name] for w, a in zip(weights, alone, strict=True)) / weights.sum() for name in whole}
+    same(whole, mean)
+    # And the order of the rows does not matter, while which sample they are does.
+    same(whole, numbers(step(objective, rows[::-1])))
+    renamed = numbers(step(objective, [row | {"index": row["index"] + 1} for row in rows]))
+    assert abs(float(renamed["kl"] - whole["kl"])) > 1e-4
+
+
+def test_padding_changes_nothing(grain_and_phase):
+    objective, (row, *_) = new(*grain_and_phase), samples()
+    batch = collate([row])
+    padded = {name: torch.nn.functional.pad(batch[name], (0, 13)) for name in ("input_ids", "attention_mask")}
+    padded["input_ids"][:, 24:] = torch.tensor(random_blocks(1, 13, seed=5))
+    one, other = (objective(**batch | change, step=8, steps=10) for change in ({}, padded))
+    same(numbers(one), numbers(other))
+    assert float(one["loss"].detach()) == pytest.approx(float(other["loss"].detach()), abs=2e-5)
+
+
+def test_nothing_comes_from_the_global_random_state(grain_and_phase):
+    first = numbers(step(new(*grain_and_phase), samples()))
+    torch.manual_seed(77)
+    torch.rand(5)
+    same(first, numbers(step(new(*grain_and_phase), samples())), tolerance=0)
+
+
+# What is drawn -> the only changes that leave it on, and the numbers that it moves.
+DRAWN = {
+    "noise": ("routers", {"layer_dropout": 0.0}, ("kl",)),
+    "layer dropout": ("routers", {"noise": 0.0}, ("kl",)),
+    "positions": ("exit", {"exit_tokens": 4}, ("kl",)),
+    "gate noise": ("exit", {"exit_tokens": 99}, ("wrong", "exit_rate")),
+}
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("drawn", DRAWN)
+def test_each_draw_is_another_for_another_seed_step_or_sample(grain, drawn):
+    phase, changes, names = DRAWN[drawn]
+    changes = {"spread": 0.0, "anneal": 0.0, **changes}  # one capacity for all steps
+
+    def value(at=8, number=7, **more):
+        rows = [samples()[0] | {"index": number}]
+        found = numbers(step(new(grain, phase, **changes, **more), rows, at=at))
+        return tuple(round(float(found[name]), 4) for name in names)
+
+    found = [value(), value(seed=1), value(number=8), value(number=9), value(at=7), value(at=6)]
+    assert value() == found[0] and len(set(found)) > 3
+    assert found[1] != found[0] != found[2] and found[4] != found[0]
+
+
+def test_only_the_phase_s_own_parameters_get_a_gradient(grain_and_phase):
+    grain, phase = grain_and_phase
+    objective = new(grain, phase)
+    step(objective, samples())["loss"].backward()
+    got = {n.removeprefix("hat.") for n, p in objective.named_parameters() if p.grad is not None and p.grad.any()}
+    own = {n for n in objective.hat.hat_parameters() if n.startswith("routers." if phase == "routers" else "gates.")}
+    measured = {n for n in own if "_token." in n}  # the channel grain's needs
+    assert got == own - measured - {"routers.0_ffn.weight", "routers.0_ffn.bias"}
+
+
+def test_noise_and_layer_dropout_do_something():
+    plain = new("token", "routers", noise=0.0, layer_dropout=0.0)
+    base = numbers(step(plain, samples()))
+    for change in ({"noise": 1.0, "layer_dropout": 0.0}, {"noise": 0.0, "layer_dropout": 1.0}):
+        changed = numbers(step(new("token", "routers", **change), samples()))
+        assert abs(float(changed["kl"] - base["kl"])) > 1e-3
+    early = new("token", "routers", noise=0.0, layer_dropout=1.0, spread=0.0)
+    assert float(step(early, samples(), at=0)["kl"]) < 1e-6  # none at the start
+
+
+def test_the_loss_of_routers_is_kl_and_budget_and_the_regularisers():
+    objective = new("token", "routers", budget_weight=3.0, z_weight=0.5, entropy_weight=0.25)
+    out = {name: float(torch.as_tensor(v).detach()) for name, v in step(objective, samples()).items()
+           if name != "site_share"}  # fmt: skip
+    pull = abs(out["share"] - out["capacity"])
+    assert out["loss"] == pytest.approx(out["kl"] + 3 * pull + 0.5 * out["z_loss"] + 0.25 * out["entropy"], rel=1e-5)
+
+
+def test_the_loss_of_exits_is_kl_and_targets_and_the_sampled_decisions():
+    found = []
+    for weight in (0.0, 2.0):
+        objective = new("token", "exit", budget_weight=3.0, decision_weight=weight)
+        out = {name: float(torch.as_tensor(v).detach()) for name, v in step(objective, samples()).items()}
+        pull = abs(out["exit_rate"] - objective.recipe.sampled_exit_rate(8))
+        decisions = weight * (out["wrong"] + 3 * pull)
+        assert out["loss"] == pytest.approx(out["kl"] + out["gate_loss"] + decisions, rel=1e-5)
+        assert 0 < out["wrong"] <= 1
+        found.append(out)
+    assert found[0]["wrong"] == found[1]["wrong"]  # the weight changes no draw
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_exits_that_a_user_turned_on_stay_out_of_the_training(phase):
+    objective = new("token", phase)
+    expected = numbers(step(objective, samples()))
+    for gate in objective.hat.gates.values():
+        gate.threshold = -1e6
+    objective.hat._exit_rate = 1.0
+    same(numbers(step(objective, samples())), expected, tolerance=0)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_rank_0_gates_train_all_but_the_low_rank_part():
+    base = load_base("random:tiny", dtype="fp32", device="cpu")
+    hat = HierarchicalTransformer(base, HatConfig.published(base, translator_rank=0))
+    objective = Objective(hat, recipe("token"), "exit", nominal_thresholds(hat))
+    step(objective, samples())["loss"].backward()
+    assert {n for n, p in hat.named_parameters() if p.grad is not None} == {
+        f"gates.{e}.{part}" for e in hat.config.exit_layers for part in ("gate.weight", "gate.bias", "scale", "shift")
+    }

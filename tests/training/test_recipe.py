@@ -1,0 +1,117 @@
+"""Hyperparameters: what is sampled depends on (seed, step) alone, schedules begin and end where they should."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from hat_lib.config import HatError
+from hat_lib.training.recipe import Recipe
+
+STEPS = 100
+
+
+def test_capacity_goes_from_everything_to_the_target_and_stays():
+    recipe = Recipe(capacity=0.5, anneal=0.4, spread=0.0)
+    schedule = [recipe.sampled_capacity(step, STEPS) for step in range(STEPS)]
+    assert schedule[0] == 1.0 and schedule[20] == pytest.approx(0.75)
+    assert schedule[40:] == [0.5] * 60 and np.all(np.diff(schedule) <= 0)
+    assert Recipe(capacity=0.5, anneal=0.0, spread=0.0).sampled_capacity(0, STEPS) == 0.5
+
+
+def test_capacity_is_drawn_evenly_around_the_schedule_within_bounds():
+    recipe = Recipe(capacity=0.5, anneal=0.0, spread=0.2)
+    drawn = [recipe.sampled_capacity(step, 2000) for step in range(2000)]
+    assert 0.3 <= min(drawn) < 0.31 and 0.69 < max(drawn) <= 0.7 and abs(np.mean(drawn) - 0.5) < 0.01
+    wide = Recipe(capacity=0.15, anneal=0.5, spread=0.9)
+    drawn = [wide.sampled_capacity(step, STEPS) for step in range(STEPS)]
+    assert min(drawn) == 0.1 and max(drawn) == 1.0
+
+
+def test_exit_rate_is_drawn_from_0_up_to_the_highest():
+    drawn = [Recipe(exit_rate=0.3).sampled_exit_rate(step) for step in range(1000)]
+    assert 0 <= min(drawn) < 0.01 and 0.29 < max(drawn) <= 0.3
+
+
+def test_what_is_drawn_depends_on_seed_and_step_alone():
+    def draws(seed, order):
+        recipe = Recipe(seed=seed)
+        found = {s: (recipe.sampled_capacity(s, STEPS), recipe.sampled_exit_rate(s)) for s in order}
+        return [found[s] for s in range(STEPS)]
+
+    first = draws(0, range(STEPS))
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    assert draws(0, reversed(range(STEPS))) == first
+    assert len({rate for _, rate in first}) == STEPS and draws(1, range(STEPS)) != first
+    # Neither of the two says anything about the other.
+    flat = Recipe(anneal=0.0, capacity=0.55, spread=0.2)
+    pairs = [(flat.sampled_capacity(s, STEPS), flat.sampled_exit_rate(s)) for s in range(1000)]
+    assert abs(np.corrcoef(np.transpose(pairs))[0, 1]) < 0.1
+
+
+def test_layer_dropout_grows_with_depth_and_over_the_run():
+    recipe = Recipe(layer_dropout=0.1)
+    end = recipe.layer_dropout_at(STEPS, STEPS, 22)
+    assert end[0] == 0 and end[-1] == pytest.approx(0.1) and np.all(np.diff(end) > 0)
+    assert end[7] == pytest.approx(0.1 * (math.exp(7 * math.log(2) / 21) - 1))
+    assert not recipe.layer_dropout_at(0, STEPS, 22).any()
+    assert recipe.layer_dropout_at(50, STEPS, 22) == pytest.approx(end / 2)
+    assert not Recipe(layer_dropout=0.0).layer_dropout_at(STEPS, STEPS, 22).any()
+    assert recipe.layer_dropout_at(1, 1, 1).tolist() == [0]
+
+
+def test_the_published_recipe_is_the_published_one():
+    published = Recipe.published()
+    assert (published.router_lr, published.router_epochs) == (1e-3, 3)
+    assert (published.exit_lr, published.exit_epochs) == (5e-4, 2)
+    assert (published.capacity, published.max_grad_norm) == (0.55, 1.0)
+    assert published == Recipe()
+
+
+@pytest.mark.parametrize("start", [Recipe.channel, Recipe.token, Recipe.published])
+def test_quick_is_smaller_and_changes_come_last(start):
+    quick, full = start("quick"), start("full")
+    assert quick.tokens * quick.router_epochs < full.tokens * full.router_epochs / 8
+    assert quick.router_lr == full.router_lr and quick.capacity == full.capacity
+    assert start("quick", tokens=500, text="self").to_dict() == quick.to_dict() | {"tokens": 500, "text": "self"}
+
+
+def test_a_name_and_a_grain_make_a_recipe():
+    assert Recipe.named("default", "channel") == Recipe.channel()
+    assert Recipe.named("default", "token", "quick", seed=3) == Recipe.token("quick", seed=3)
+    assert Recipe.named("published", "token") == Recipe.published()
+    with pytest.raises(HatError, match="the published recipe trains the token grain: add --granularity token"):
+        Recipe.named("published", "channel")
+    with pytest.raises(HatError, match="recipe must be one of default, published, got 'best'"):
+        Recipe.named("best", "token")
+
+
+NAN, WHOLE, POSITIVE, LEAST_0 = float("nan"), "must be a whole number", "must be a number above 0", "of at least 0"
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("tokens", 1, WHOLE), ("block_size", 8.0, WHOLE), ("batch_size", 0, WHOLE), ("accumulate", True, WHOLE),
+        ("exit_tokens", "8", WHOLE), ("log_steps", 0, WHOLE), ("save_steps", None, WHOLE), ("seed", -1, WHOLE),
+        ("seed", 2**32, "below 2"), ("router_epochs", 0, POSITIVE), ("exit_epochs", -1, POSITIVE),
+        ("temperature", 0, POSITIVE),
+        ("max_grad_norm", math.inf, POSITIVE), ("gate_forward_temperature", NAN, POSITIVE),
+        ("router_lr", NAN, LEAST_0), ("exit_lr", "fast", LEAST_0), ("noise", -1, LEAST_0), ("z_weight", True, LEAST_0),
+        ("anneal", 1.1, "in [0, 1]"), ("warmup", -0.1, "in [0, 1]"), ("layer_dropout", NAN, "in [0, 1]"),
+        ("capacity", 0.05, "in [0.1, 1.0]"), ("exit_rate", 2, "in [0.0, 1.0]"), ("text", 3, "joined by +"),
+    ],
+)  # fmt: skip
+def test_bad_values(name, value, words):
+    with pytest.raises(HatError) as refused:
+        Recipe.channel(**{name: value})
+    assert str(refused.value).startswith(name.replace("exit_rate", "exit rate")) and words in str(refused.value)
+
+
+def test_unknown_names():
+    with pytest.raises(HatError, match="profile must be one of quick, full, got 'fast'"):
+        Recipe.channel("fast")
+    with pytest.raises(HatError, match="a recipe has no 'learning_rate'; it has text, tokens, "):
+        Recipe.published(learning_rate=1.0)

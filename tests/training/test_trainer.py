@@ -1,0 +1,276 @@
+"""One phase on Trainer: what trains, what a stop leaves behind, and what a NaN does."""
+
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from tiny_runs import GRAINS, PHASES, interrupt_at, new_hat, random_blocks, run_phase
+
+from hat_lib.backbone.base import exact_hash
+from hat_lib.config import HatError
+from hat_lib.model.checkpoint import is_hat_parameter, read_checkpoint
+from hat_lib.training import trainer
+from hat_lib.training.objective import Objective
+from hat_lib.training.trainer import collate, sound_checkpoint
+
+
+def values(hat):
+    return {n: p.detach().clone() for n, p in hat.hat_parameters().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+# What trains
+
+
+@pytest.fixture(params=[(grain, phase) for grain in GRAINS for phase in PHASES], ids="-".join)
+def grain_and_phase(request):
+    return request.param
+
+
+def test_only_the_phase_s_own_parameters_train_and_all_of_them(grain_and_phase, tmp_path, monkeypatch):
+    grain, phase = grain_and_phase
+    hat, got_gradient = new_hat(grain), set()
+    before, frozen = values(hat), exact_hash(hat.lm)
+
+    def note(self, model, clip=trainer.HatTrainer._clip_grad_norm):
+        got_gradient.update(n.removeprefix("hat.") for n, p in self.model.named_parameters() if p.grad is not None)
+        return clip(self, model)
+
+    monkeypatch.setattr(trainer.HatTrainer, "_clip_grad_norm", note)
+    outcome = run_phase(hat, tmp_path, phase)
+    assert outcome.done and (outcome.step, outcome.steps) == (6, 6)
+
+    own = {n for n in before if n.startswith("routers." if phase == "routers" else "gates.")}
+    own -= {"routers.0_ffn.weight", "routers.0_ffn.bias"}  # token grain: layer 0's FFN always runs, its router is idle
+    own -= {n for n in own if "_token." in n}  # channel grain: needs are measured
+    assert got_gradient == own
+    assert {n for n, p in hat.hat_parameters().items() if not torch.equal(p, before[n])} == own
+    assert exact_hash(hat.lm) == frozen and exact_hash(hat.unload().model) == frozen
+
+
+def test_trained_is_saved_is_counted(grain_and_phase, tmp_path):
+    grain, phase = grain_and_phase
+    hat = new_hat(grain)
+    run_phase(hat, tmp_path, phase)
+    saved = read_checkpoint(sound_checkpoint(tmp_path / "work" / phase)).tensors
+    assert same(saved, values(hat))
+    assert set(saved) == {n for n, _ in hat.named_parameters() if is_hat_parameter(n)} == set(hat.hat_parameters())
+    assert not any(p.requires_grad for n, p in hat.named_parameters() if n not in saved)
+    files = {path.suffix for path in (tmp_path / "work" / phase).rglob("checkpoint-*/*")}
+    assert files == {".json", ".safetensors", ".pt", ".pth"}  # no copy of the base among them
+    assert sum(path.stat().st_size for path in (tmp_path / "work").rglob("*.safetensors")) < 200_000
+
+
+def test_a_trained_model_is_ready_for_use(tmp_path):
+    """What routers precompute from their parameters is up to date; nothing of the training is left on the model."""
+    hat = new_hat("channel")
+    run_phase(hat, tmp_path)
+    assert not hat.training and hat.dropped is None and hat.compact
+    hat.capacity = 0.6
+    ids = torch.tensor(random_blocks(2))
+    with torch.no_grad():
+        found = hat.lm(ids).logits
+        for router in hat.routers.values():
+            router.set_threshold(router.threshold)
+        assert torch.equal(hat.lm(ids).logits, found) and hat.trace.capacity < 0.9
+
+
+def test_gradients_are_clipped(tmp_path, monkeypatch):
+    norms, clip = [], trainer.HatTrainer._clip_grad_norm
+
+    def note(self, model):
+        before = clip(self, model)
+        after = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        norms.append((float(before), float(after)))
+        return before
+
+    monkeypatch.setattr(trainer.HatTrainer, "_clip_grad_norm", note)
+    run_phase(new_hat("token"), tmp_path, max_grad_norm=0.1)
+    assert max(before for before, _ in norms) > 0.2 and max(after for _, after in norms) < 0.1001
+
+
+# Stops
+
+
+def test_ctrl_c_finishes_the_step_and_saves_it(tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, ("routers", 3))
+    outcome = run_phase(new_hat("token"), tmp_path)
+    assert (outcome.step, outcome.steps, outcome.stopped, outcome.done) == (3, 6, "interrupt", False)
+    assert sound_checkpoint(tmp_path / "work" / "routers").name == "checkpoint-3"
+
+
+def test_ctrl_c_in_the_last_step_stops_before_what_comes_after(tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, ("routers", 6))
+    outcome = run_phase(new_hat("token"), tmp_path)
+    assert outcome.step == outcome.steps == 6 and outcome.stopped == "interrupt"
+
+
+def test_ctrl_c_while_the_last_step_is_saved_is_not_lost(tmp_path, monkeypatch):
+    class Log(trainer.CsvLog):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "CsvLog", Log)
+    assert run_phase(new_hat("token"), tmp_path).stopped == "interrupt"
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    stops = trainer._Stops(None)
+    stops.interrupt()
+    stops.interrupt()  # at once: the same one, as torchrun passes it on
+    stops.interrupted -= 2
+    with pytest.raises(KeyboardInterrupt):
+        stops.interrupt()
+
+
+def test_the_time_limit_ends_the_first_step_past_it(tmp_path):
+    outcome = run_phase(new_hat("token"), tmp_path, max_minutes=1e-9)
+    assert (outcome.step, outcome.stopped) == (1, "time")
+    assert run_phase(new_hat("token"), tmp_path, resume=True, max_minutes=9).done
+
+
+def test_a_resumed_phase_goes_on_and_one_at_its_end_has_nothing_to_do(tmp_path):
+    hat = new_hat("token")
+    run_phase(hat, tmp_path)
+    again = new_hat("token")
+    outcome = run_phase(again, tmp_path, resume=True)
+    assert outcome.done and outcome.step == 6 and same(values(again), values(hat))
+
+
+# Half-written checkpoints
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """Trainer's folders of steps 4 and 6."""
+    folder = tmp_path_factory.mktemp("phase")
+    run_phase(new_hat("token"), folder)
+    return folder / "work" / "routers"
+
+
+FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "hat_config.json",
+         "hat_adapter.safetensors")  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "zeros"])
+def test_a_half_written_checkpoint_is_passed_over(two_checkpoints, tmp_path, file, damage):
+    work = shutil.copytree(two_checkpoints, tmp_path / "work")
+    assert sound_checkpoint(work).name == "checkpoint-6"
+    path = work / "checkpoint-6" / file
+    data = path.read_bytes()
+    if damage == "missing" and file != "rng_state.pth":  # every random number has a key of its own
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "cut": data[: len(data) // 2]}.get(damage, bytes(len(data))))
+    assert sound_checkpoint(work).name == "checkpoint-4"
+
+
+def test_folders_of_other_names_and_no_folder_at_all(two_checkpoints, tmp_path):
+    assert sound_checkpoint(tmp_path / "gone") is None
+    work = shutil.copytree(two_checkpoints, tmp_path / "work")
+    (work / "checkpoint-old").mkdir()
+    (work / "checkpoint-12").mkdir()
+    shutil.copytree(work / "checkpoint-6", work / "checkpoint-8")  # it says that it is of step 6
+    assert sound_checkpoint(work).name == "checkpoint-6"
+
+
+def test_resuming_clears_away_what_is_newer_than_the_last_sound_one(tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, ("routers", 5))
+    run_phase(new_hat("token"), tmp_path)
+    work = tmp_path / "work" / "routers"
+    (work / "checkpoint-5" / "trainer_state.json").unlink()
+    (work / "checkpoint-9").mkdir()
+    assert run_phase(new_hat("token"), tmp_path, resume=True).done
+    assert sorted(path.name for path in work.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+# A number that is not finite
+
+
+def stops_at_step(tmp_path, hat, step, *words):
+    """Training stops with one line; the checkpoint of step 4 is sound, and training goes on from it."""
+    with pytest.raises(HatError) as stopped:
+        run_phase(hat, tmp_path)
+    line = str(stopped.value)
+    assert line.startswith(f"training stopped in step {step}: ") and "\n" not in line
+    assert "lr 0.000" in line and line.endswith("the checkpoint of step 4 is intact")
+    for word in words:
+        assert word in line, line
+    assert sound_checkpoint(tmp_path / "work" / "routers").name == "checkpoint-4"
+
+
+def test_a_nan_in_the_loss(tmp_path, monkeypatch):
+    forward = Objective.forward
+
+    def planted(self, input_ids, attention_mask, index, step, steps):
+        out = forward(self, input_ids, attention_mask, index, step, steps)
+        return out | {"loss": out["loss"] * float("nan")} if step == 4 else out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "forward", planted)
+        stops_at_step(tmp_path, new_hat("token"), 5, "the loss is nan", "the head or the loss")
+    outcome = run_phase(new_hat("token"), tmp_path, resume=True)
+    assert outcome.done and outcome.step == 6
+
+
+@pytest.mark.parametrize("where", ["weight", "activation"])
+def test_a_nan_in_one_layer_of_the_base(tmp_path, monkeypatch, where):
+    """In a weight, or in what a layer computes from sound weights; from step 5 on."""
+    hat, forward = new_hat("token"), Objective.forward
+
+    def planted(self, input_ids, attention_mask, index, step, steps):
+        if step == 4 and where == "weight":
+            hat.lm.model.layers[2].mlp.up_proj.weight.data[0, 0] = torch.nan
+        elif step == 4:
+            hat.lm.model.layers[2].input_layernorm.weight.data[:] = 3e38
+        return forward(self, input_ids, attention_mask, index, step, steps)
+
+    monkeypatch.setattr(Objective, "forward", planted)
+    name = "layers.2.mlp.up_proj.weight" if where == "weight" else "first in layer 2,"
+    stops_at_step(tmp_path, hat, 5, "the loss is nan", name)
+
+
+def test_a_nan_in_a_gradient_names_the_parameter_it_came_from(tmp_path, monkeypatch):
+    forward = Objective.forward
+
+    def planted(self, input_ids, attention_mask, index, step, steps):
+        out = forward(self, input_ids, attention_mask, index, step, steps)
+        if step == 4:
+            self.hat.routers["2_ffn"].weight.register_hook(lambda gradient: gradient * torch.nan)
+        return out
+
+    monkeypatch.setattr(Objective, "forward", planted)
+    hat = new_hat("token")
+    stops_at_step(tmp_path, hat, 5, "the gradient of routers.2_ffn.weight is not finite")
+    assert all(torch.isfinite(p).all() for p in hat.hat_parameters().values())
+
+
+def test_a_nan_before_anything_was_saved(tmp_path):
+    hat = new_hat("token")
+    hat.lm.lm_head.weight.data[0, 0] = torch.nan
+    with pytest.raises(HatError, match=r"in step 1: the loss is nan, first in lm.lm_head.weight, .*nothing was saved"):
+        run_phase(hat, tmp_path)
+
+
+# The batch, and what is shown
+
+
+def test_collate_pads_on_the_right():
+    batch = collate([{"input_ids": [7, 8, 9], "index": 4}, {"input_ids": [5], "index": 2}])
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[7, 8, 9], [5, 0, 0]], "attention_mask": [[1, 1, 1], [1, 0, 0]], "index": [4, 2],
+    }  # fmt: skip
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_nothing_is_printed_for_a_logged_step(tmp_path, capsys):
+    started = time.monotonic()
+    outcome = run_phase(new_hat("token"), tmp_path)
+    assert capsys.readouterr() == ("", "") and 0 < outcome.seconds <= time.monotonic() - started

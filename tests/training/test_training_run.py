@@ -1,0 +1,227 @@
+"""A run from nothing to a checkpoint, stopped and killed on the way. The command is in test_runs.py."""
+
+import csv
+import random
+import signal
+from dataclasses import replace
+
+import pytest
+import tiny_runs
+import torch
+from tiny_runs import GRAINS, interrupt_at, page, tiny_run
+
+from hat_lib.backbone.base import exact_hash, load_base
+from hat_lib.config import HatConfig, HatError
+from hat_lib.model.checkpoint import ADAPTER_FILE, read_checkpoint, write_checkpoint
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.training import run as module
+from hat_lib.training.recipe import Recipe
+from hat_lib.training.run import _held_tokens, train
+from hat_lib.training.trainer import sound_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:token grain")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    return page(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, text):
+    """By grain: the folder of a run of both phases, 10 steps each, that nothing disturbed."""
+    found = {}
+    for grain in GRAINS:
+        found[grain] = tmp_path_factory.mktemp("finished") / grain
+        train(tiny_run(grain, text), found[grain], progress=False)
+    return found
+
+
+def adapter(folder):
+    return (folder / ADAPTER_FILE).read_bytes()
+
+
+def steps(folder):
+    with (folder / "log.csv").open(newline="") as file:
+        return [(row["phase"], int(row["step"])) for row in csv.DictReader(file)]
+
+
+def same_run(found, expected):
+    """The adapter's bytes, the tables, and every number in the log but the times."""
+
+    def log(folder):
+        rows = list(csv.DictReader((folder / "log.csv").open(newline="")))
+        times = ("seconds", "tokens_per_second", "eta_seconds")
+        return [{name: value for name, value in row.items() if name not in times} for row in rows]
+
+    assert adapter(found) == adapter(expected)
+    assert read_checkpoint(found).calibration == read_checkpoint(expected).calibration
+    assert log(found) == log(expected)
+
+
+# Before and after
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+def test_before_the_first_step_the_model_is_the_base(grain, text, tmp_path, monkeypatch, tiny_base):
+    seen = {}
+
+    def look(hat, blocks, recipe, phase, thresholds, folder, **options):
+        ids = torch.tensor(blocks["input_ids"][:2])
+        with torch.no_grad():
+            seen.update(logits=hat.lm(ids).logits, base=tiny_base.model(ids).logits, capacity=hat.trace.capacity)
+            hat.set_thresholds(thresholds(1.0))  # nominal ones too keep everything
+            with hat.using(hat.threshold_policy()):
+                seen.update(routed=hat.lm(ids).logits, routed_capacity=hat.trace.capacity)
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "train_phase", look)
+    with pytest.raises(InterruptedError):
+        train(tiny_run(grain, text), tmp_path / "run", progress=False)
+    assert seen["capacity"] == seen["routed_capacity"] == 1.0
+    for logits in (seen["logits"], seen["routed"]):
+        torch.testing.assert_close(logits, seen["base"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+def test_a_finished_run(grain, finished, tiny_base):
+    folder = finished[grain]
+    assert {path.name for path in folder.iterdir()} == {"hat_config.json", ADAPTER_FILE, "log.csv", "run.json"}
+    assert steps(folder) == [(phase, step) for phase in ("routers", "exit") for step in range(1, 11)]
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.base_fingerprint == tiny_base.fingerprint
+    assert checkpoint.calibration.method == "learned" and [r[0] for r in checkpoint.calibration.exit_rates] == [0.0] * 4
+    summary = checkpoint.training
+    assert set(summary) == {"routers", "exit", "exit_agreement", "recipe", "command"}
+    assert summary["routers"]["steps"] == summary["exit"]["steps"] == 10
+    hat = HierarchicalTransformer.from_pretrained(folder, dtype="fp32")
+    hat.capacity, hat.exit_rate = 0.6, 0.5
+    hat.lm(torch.arange(5, 105)[None])
+    assert hat.trace.capacity < 1 and hat.trace.exit_rate > 0
+
+
+def test_the_same_run_again_gives_the_same_bytes_and_leaves_the_base_alone(
+    finished, text, tmp_path, monkeypatch, tiny_base
+):
+    base = load_base("random:tiny", dtype="fp32", device="cpu")
+    monkeypatch.setattr(module, "load_base", lambda *args, **options: base)
+    torch.manual_seed(9)  # translators start at random, by the recipe's seed alone
+    train(tiny_run("token", text), tmp_path / "again", progress=False)
+    same_run(tmp_path / "again", finished["token"])
+    assert exact_hash(base.model) == exact_hash(tiny_base.model)
+
+
+# Stopped
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+def test_5_steps_and_5_more_are_10(grain, finished, text, tmp_path, monkeypatch):
+    """Ctrl-C in step 5 of each phase, and in the middle of an epoch."""
+    folder, run = tmp_path / "run", tiny_run(grain, text)
+    interrupt_at(monkeypatch, ("routers", 5), ("exit", 5))
+    ended = [[(o.phase, o.step, o.stopped) for o in train(run, folder, resume=resume, progress=False)]
+             for resume in (False, True, True)]  # fmt: skip
+    assert ended == [
+        [("routers", 5, "interrupt")],
+        [("routers", 10, ""), ("exit", 5, "interrupt")],
+        [("exit", 10, "")],
+    ]
+    assert steps(folder) == steps(finished[grain])  # no step twice
+    same_run(folder, finished[grain])
+
+
+def test_the_time_limit_holds_for_the_whole_run(text, tmp_path):
+    (outcome,) = train(tiny_run("token", text), tmp_path / "run", max_minutes=1e-6, progress=False)
+    assert (outcome.phase, outcome.step, outcome.stopped) == ("routers", 1, "time")
+
+
+def test_a_run_that_was_killed_after_its_last_step_takes_no_further_one(finished, text, tmp_path, monkeypatch):
+    folder, run = tmp_path / "run", tiny_run("token", text)
+
+    def killed(*args, **options):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "calibrate_learned", killed)
+        with pytest.raises(InterruptedError):
+            train(run, folder, progress=False)
+    assert sound_checkpoint(folder / "work" / "routers").name == "checkpoint-10"
+    routers, _ = train(run, folder, resume=True, progress=False)
+    assert routers.step == 10
+    same_run(folder, finished["token"])
+
+
+def test_kill_9_at_any_point_leaves_a_run_that_goes_on(finished, text, tmp_path):
+    """Killed while it touches a file, most often one of a checkpoint, or at any moment; then once more to the end."""
+    folder, run = tmp_path / "run", tiny_run("token", text, save_steps=1)
+    points, died = random.Random(0), 0
+    for attempt in range(9):
+        by_file = attempt % 3 < 2
+        process = tiny_runs.start(tiny_runs.train_and_die, run, folder, points.randrange(1, 70) if by_file else None)
+        process.join(None if by_file else 1 + points.random())
+        process.kill()
+        process.join()
+        died += process.exitcode == -signal.SIGKILL
+        for work in folder.glob("work/*/"):
+            sound = sound_checkpoint(work)
+            assert sound or len(list(work.glob("checkpoint-*"))) <= 1
+        if (folder / "hat_config.json").exists():
+            read_checkpoint(folder)
+        if process.exitcode == 0:
+            break
+    assert died >= 3
+    train(run, folder, resume=(folder / "run.json").exists(), progress=False)
+    assert adapter(folder) == adapter(finished["token"]) and steps(folder) == steps(finished["token"])
+    assert not (folder / "work").exists()
+
+
+# What a run can start from
+
+
+def test_gates_alone_on_trained_routers(finished, text, tmp_path):
+    run = tiny_run("token", text, phase="exit", start=finished["token"])
+    (outcome,) = train(run, tmp_path / "run", progress=False)
+    assert outcome.phase == "exit" and steps(tmp_path / "run") == [("exit", step) for step in range(1, 11)]
+    found, before = (read_checkpoint(folder) for folder in (tmp_path / "run", finished["token"]))
+    routers = [name for name in found.tensors if name.startswith("routers.")]
+    assert all(torch.equal(found.tensors[name], before.tensors[name]) for name in routers)
+    assert adapter(tmp_path / "run") == adapter(finished["token"])  # as if it had gone on by itself
+    assert set(found.training) == set(before.training)
+
+
+def test_both_phases_again_on_trained_routers(finished, text, tmp_path):
+    run = tiny_run("token", text, steps=2, start=finished["token"])
+    assert [o.phase for o in train(run, tmp_path / "run", progress=False)] == ["routers", "exit"]
+
+
+def test_a_start_that_cannot_be(text, finished, tmp_path, tiny_base, monkeypatch):
+    monkeypatch.setattr(module, "load_base", lambda *args, **options: pytest.fail("a base was loaded"))
+
+    def refused(run, words):
+        with pytest.raises(HatError, match=words):
+            train(run, tmp_path / "run", progress=False)
+        assert not (tmp_path / "run").exists()
+
+    refused(tiny_run("channel", text, start=finished["token"]), "has the token grain, channel was asked for")
+    base = load_base("random:tiny", dtype="fp32")
+    hat = HierarchicalTransformer(base, HatConfig.published(base))
+    hat.save_pretrained(tmp_path / "plain")
+    refused(tiny_run("token", text, start=tmp_path / "plain"), "plain has no calibration: start from what `hat calib")
+    untrained = replace(read_checkpoint(finished["token"]), training=None)
+    write_checkpoint(tmp_path / "untrained", untrained)
+    run = tiny_run("token", text, phase="exit", start=tmp_path / "untrained")
+    refused(run, "untrained has no trained routers: train them first with `hat train --phase routers --save DIR`")
+
+
+def test_a_text_too_short_to_calibrate_on_is_told_before_the_training(tmp_path, monkeypatch):
+    (tmp_path / "short.txt").write_text("A line of some words. " * 12)
+    monkeypatch.setattr(module, "train_phase", lambda *args, **options: pytest.fail("it trained"))
+    for grain in GRAINS:
+        with pytest.raises(HatError, match="calibration needs at least 256 tokens"):
+            train(tiny_run(grain, tmp_path / "short.txt"), tmp_path / grain, progress=False)
+        assert not (tmp_path / grain / "run.json").exists()
+
+
+def test_a_short_run_is_calibrated_on_less():
+    assert [_held_tokens(Recipe.channel(profile)) for profile in ("quick", "full")] == [2_500, 24_000]
+    assert _held_tokens(Recipe.channel("quick", tokens=500)) == 2048

@@ -1,0 +1,440 @@
+"""The interactive views without a browser: sliders are set, text and pictures answer, errors are told in place."""
+
+import re
+import sys
+import time
+from html import unescape
+from io import BytesIO
+from types import ModuleType
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from ipywidgets import Widget
+from matplotlib.image import imread
+from tiny_runs import adaptive
+from typer.testing import CliRunner
+
+from hat_lib import config
+from hat_lib.cli.app import app
+from hat_lib.cli.commands import reproduce as results
+from hat_lib.config import NOTEBOOKS, HatError
+from hat_lib.evaluation.routing import patterns, prompt_blocks
+from hat_lib.experiments.layer_shares import layer_shares
+from hat_lib.experiments.published_claims import PromiseRow
+from hat_lib.experiments.quality import QualityRow
+from hat_lib.inference.generate import AdaptiveInference
+from hat_lib.plotting.style import png
+from hat_lib.plotting.trained_frontier import points, twin
+from hat_lib.workbook.notebooks import WIDGET_VIEW, errors
+from hat_lib.workbook.widgets import catalogue as widgets
+from hat_lib.workbook.widgets.frontier import FrontierView
+from hat_lib.workbook.widgets.generate import GenerateView
+from hat_lib.workbook.widgets.routing import ALL, RoutingView
+
+LAYERS = 4
+
+
+def said(view):
+    """State and text of a view's status."""
+    (state, body) = re.fullmatch(r'<div role="status" data-state="(\w+)">(.*)</div>', view.said.value, re.S).groups()
+    return state, unescape(re.sub("<br>", "\n", body))
+
+
+def text_of(html):
+    return unescape(re.sub("<[^>]*>", "", html.value.replace("<br>", "\n")))
+
+
+# --- the frontier ---
+
+
+def quality_row(capacity, exit_rate=0.0, increase=0.1, **changes):
+    values = dict.fromkeys(QualityRow.__dataclass_fields__, 0.0) | {
+        "granularity": "channel", "text": "docstrings", "variant": "trained", "capacity": capacity,
+        "exit_rate": exit_rate, "realised": capacity + 0.003, "realised_exit": exit_rate + 0.001,
+        "model_share": 0.2 + 0.8 * capacity, "base_ppl": 20.0, "ppl": 20 * (1 + increase), "increase": increase,
+        "increase_low": increase - 0.02, "increase_high": increase + 0.02, "tokens": 1000, "base": "bundled",
+    }  # fmt: skip
+    return values | changes
+
+
+def quality_table():
+    rows = [quality_row(0.4, increase=0.9), quality_row(0.62), quality_row(0.8, increase=0.01)]
+    rows += [quality_row(0.62, 0.1, increase=0.4), quality_row(1.0, 0.1, increase=0.3)]
+    others = [{"variant": "random"}, {"text": "addresses"}, {"granularity": "token"}, {"tokens": 10}]
+    return pd.DataFrame(rows + [quality_row(0.62, increase=7.0, **other) for other in others])
+
+
+def layers_table(settings=((0.4, 0.0), (0.62, 0.0), (0.8, 0.0), (0.62, 0.1), (1.0, 0.1), (1.0, 0.0))):
+    rows = [(c, e, i, c * (1 - e) ** i, (1 - e) ** i, 64) for c, e in settings for i in range(LAYERS)]
+    return pd.DataFrame(rows, columns=["capacity", "exit_rate", "layer", "executed", "entered", "tokens"])
+
+
+def promise_table():
+    known = [(0.4, 0.0, 1.5), (0.8, 0.0, 1.1), (1.0, 0.1, 1.03)]
+    empty = dict.fromkeys(PromiseRow.__dataclass_fields__, 0.0)
+    machine = {"granularity": "channel", "device": "cpu", "dtype": "bfloat16", "threads": 2}
+    rows = [
+        empty | machine | {"base": "bundled", "capacity": c, "exit_rate": e, "decode_dense": s} for c, e, s in known
+    ]
+    return pd.DataFrame([*rows, rows[0] | {"base": "random:tinyllama", "decode_dense": 9.0}])
+
+
+@pytest.fixture
+def frontier():
+    return FrontierView(points(quality_table()), layers_table(), promise_table())
+
+
+def test_points_are_the_trained_rows_on_most_tokens_and_the_base():
+    table = points(quality_table())
+    settings = list(zip(table["exit_rate"], table["capacity"], table["increase"], strict=True))
+    assert settings == [(0, 0.4, 0.9), (0, 0.62, 0.1), (0, 0.8, 0.01), (0, 1, 0), (0.1, 0.62, 0.4), (0.1, 1, 0.3)]
+    base = table.iloc[3]
+    assert (base["ppl"], base["model_share"], base["realised"], base["realised_exit"]) == (20, 1, 1, 0)
+    with pytest.raises(HatError, match="channel and poems: run `hat quality`"):
+        points(quality_table(), text="poems")
+
+
+def test_sliders_stop_where_something_was_measured(frontier):
+    assert [v for _, v in frontier.capacity.options] == [0.4, 0.62, 0.8, 1.0]
+    assert [v for _, v in frontier.exit_rate.options] == [0.0, 0.1]
+    assert (frontier.capacity.description, frontier.exit_rate.description) == ("Capacity", "Exit rate")
+
+
+def test_a_point_of_the_frontier_is_told_with_its_speed(frontier):
+    frontier.capacity.value = 0.4
+    assert said(frontier) == (
+        "ready",
+        "capacity 0.40 requested, 0.403 realised; exit rate 0.00 requested, 0.001 realised; model share 0.520\n"
+        "perplexity 38.00, base 20.00 (a 4-bit file, dequantised): +90.0% (+88.0% to +92.0%)\n"
+        "decode: predicted speedup 1.50x over our own dense path (cpu, bfloat16, 2 threads)\n"
+        "executed by layer: least 40.0% (layer 0), most 40.0% (layer 0)",
+    )
+    frontier.capacity.value = 0.62
+    assert "speedup 1.28x" in said(frontier)[1]  # 0.22 of the way from 1.5 at 0.4 to 1.1 at 0.8 is 1.28
+    frontier.capacity.value = 1.0
+    assert "+0.0%" in said(frontier)[1] and "speedup 1.00x" in said(frontier)[1]
+    frontier.exit_rate.value = 0.1
+    assert "speedup 1.03x" in said(frontier)[1]
+    frontier.capacity.value = 0.62
+    assert "no speed was measured" in said(frontier)[1]
+
+
+def test_a_setting_between_measurements_is_not_made_up(frontier):
+    frontier.capacity.value, frontier.exit_rate.value = 0.8, 0.1
+    assert said(frontier) == ("ready", "capacity 0.80 was not measured with exit rate 0.10; there are: 0.62, 1.00")
+
+
+def test_without_the_promise_no_speed_is_told():
+    view = FrontierView(points(quality_table()), layers_table())
+    assert "no speed was measured" in said(view)[1] and "perplexity" in said(view)[1]
+
+
+def test_the_picture_has_one_point_and_the_layers_of_the_setting(frontier):
+    def pixels(capacity, exit_rate):
+        frontier.capacity.value, frontier.exit_rate.value = capacity, exit_rate
+        return imread(BytesIO(frontier.picture.value))
+
+    low, high, nothing = pixels(0.4, 0.0), pixels(0.8, 0.0), pixels(0.8, 0.1)
+    half = low.shape[1] // 2
+    for part in (slice(None, half), slice(half, None)):  # the point on the left, the bars on the right
+        assert not np.array_equal(low[:, part], high[:, part]) and not np.array_equal(nothing[:, part], high[:, part])
+    assert np.array_equal(pixels(0.4, 0.0), low)  # nothing of the others is left over
+
+
+def test_the_frontier_answers_within_a_tenth_of_a_second(frontier):
+    times = []
+    for value in (0.4, 0.8, 0.62, 1.0, 0.4, 0.8, 0.62):
+        began = time.perf_counter()
+        frontier.capacity.value = value
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.1, times  # the least of several: tests share their machine
+
+
+def test_twin_shows_every_setting():
+    fig = twin(quality_table(), layers_table())
+    cost, work = fig.axes[:2]
+    assert sorted(t.get_text() for t in cost.texts) == ["0.40", "0.62", "0.62", "0.80", "1.00", "1.00"]
+    names = [t.get_text() for t in work.get_yticklabels()]
+    assert names == ["0.40", "0.62", "0.80", "1.00", "0.62, exits 0.1", "1.00, exits 0.1"]
+    assert np.array_equal(work.collections[0].get_array()[4], 0.62 * 0.9 ** np.arange(LAYERS))
+    assert png(fig).startswith(b"\x89PNG")
+
+
+def test_frontier_reads_the_saved_sweep(tmp_path):
+    with pytest.raises(HatError, match=r"no .*quality.csv: it is made by hat quality"):
+        widgets.frontier(tmp_path)
+    quality_table().to_csv(tmp_path / "quality.csv", index=False)
+    with pytest.raises(HatError, match=r"no .*layer_shares.csv: it is made by notebook 07"):
+        widgets.frontier(tmp_path)
+    layers_table().to_csv(tmp_path / "layer_shares.csv", index=False)
+    assert "no speed was measured" in said(widgets.frontier(tmp_path))[1]
+    promise_table().to_csv(tmp_path / "promise.csv", index=False)
+    assert "predicted speedup" in said(widgets.frontier(tmp_path))[1]
+    with pytest.raises(HatError, match="token and addresses"):
+        widgets.frontier(tmp_path, granularity="token", text="addresses")
+
+
+def test_the_committed_results_are_under_the_sliders():
+    view = widgets.frontier()
+    for capacity in (v for _, v in view.capacity.options):
+        for rate in (v for _, v in view.exit_rate.options):
+            view.capacity.value, view.exit_rate.value = capacity, rate
+            assert said(view)[0] == "ready"
+
+
+def test_hat_figures_redraws_the_twin_and_names_what_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(results, "DATA", tmp_path)
+    monkeypatch.setattr(config, "FIGURES", tmp_path)
+    quality_table().to_csv(tmp_path / "results" / "quality.csv", index=False)
+    said = CliRunner().invoke(app, ["figures"]).output
+    assert "layer_shares.csv, so 07_frontier.png stays as it is" in said and not (tmp_path / "07_frontier.png").exists()
+    layers_table().to_csv(tmp_path / "results" / "layer_shares.csv", index=False)
+    assert CliRunner().invoke(app, ["figures"]).exit_code == 0
+    assert (tmp_path / "07_frontier.png").read_bytes() == png(twin(quality_table(), layers_table()))
+
+
+# --- layers ---
+
+
+@pytest.fixture(scope="module")
+def hat():
+    return adaptive("channel")
+
+
+BLOCKS = [
+    {"input_ids": torch.randint(5, 250, (n,), generator=torch.Generator().manual_seed(n)).tolist()} for n in (30, 20)
+]
+
+
+def test_layer_shares_are_those_of_the_trace(hat):
+    table = layer_shares(hat, BLOCKS, [(0.6, 0.0), (0.6, 0.5), (1.0, 0.0)])
+    assert len(table) == 3 * hat.config.n_layers and set(table["tokens"]) == {50}
+    expected = torch.zeros(hat.config.n_layers, dtype=torch.float64)
+    with hat.at(0.6, 0.5), torch.no_grad():
+        for row in BLOCKS:
+            hat.lm.model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False)
+            expected += hat.trace.share.double().sum((1, 2))
+    found = table.query("exit_rate == 0.5")
+    assert np.allclose(found["executed"], expected / 50, atol=1e-6)
+    assert found["entered"].iloc[0] == 1 and found["entered"].is_monotonic_decreasing and found["entered"].iloc[-1] < 1
+    assert (table.query("exit_rate == 0")["entered"] == 1).all()
+    assert (table.query("capacity == 1")["executed"] == 1).all()
+
+
+@pytest.mark.parametrize(("blocks", "settings"), [([], [(0.6, 0.0)]), (BLOCKS, []), (BLOCKS, [(7.0, 0.0)])])
+def test_layer_shares_refuses_nothing_and_nonsense(hat, blocks, settings):
+    before = hat.capacity, hat.exit_rate
+    with pytest.raises(HatError):
+        layer_shares(hat, blocks, settings)
+    assert (hat.capacity, hat.exit_rate) == before
+
+
+# --- generation ---
+
+
+@pytest.fixture
+def generate(hat):
+    hat.capacity, hat.exit_rate = 0.6, 0.0
+    return GenerateView(AdaptiveInference(hat), "one two three", max_new_tokens=6)
+
+
+def test_nothing_runs_before_it_is_asked_for(generate):
+    assert said(generate) == ("ready", "press Generate, or move a slider")
+    assert generate.adaptive.value == generate.dense.value == ""
+    sliders = (generate.capacity, generate.exit_rate, generate.prompt)
+    assert not any(s.continuous_update for s in sliders) and all(s.description for s in (*sliders, generate.mode))
+
+
+def test_text_stands_beside_the_dense_text_with_measured_speed(generate, hat):
+    generate.button.click()
+    state, text = said(generate)
+    assert state == "ready" and re.search(r"adaptive: \d+\.\d tokens/s; dense: \d+\.\d tokens/s", text)
+    assert "capacity 0.60 requested" in text and "exit rate 0.00 requested, 0.000 realised" in text
+    assert "share of the dense model's" in text_of(generate.adaptive)
+    expected = AdaptiveInference(hat).generate("one two three", capacity=1.0, exit_rate=0.0, max_new_tokens=6)
+    assert text_of(generate.dense).startswith("dense\n") and len(text_of(generate.dense)) >= len(expected.texts[0])
+
+
+def test_at_full_capacity_the_text_is_the_dense_text(generate):
+    generate.capacity.value = 1.0
+    assert "the first 6 of 6 tokens are the dense model's" in said(generate)[1]
+
+
+def test_a_slider_runs_the_model_at_its_value_and_leaves_the_model_alone(generate, hat):
+    generate.capacity.value = 0.45
+    assert "capacity 0.45 requested" in said(generate)[1]
+    generate.exit_rate.value = 0.5
+    assert "exit rate 0.50 requested" in said(generate)[1]
+    assert (hat.capacity, hat.exit_rate) == (0.6, 0.0)
+
+
+def test_lossless_text_is_the_dense_text_for_any_capacity(generate):
+    generate.mode.value = "lossless"
+    generate.capacity.value = 0.3
+    state, text = said(generate)
+    assert state == "ready" and "lossless: " in text and "of the drafts accepted" in text
+    assert "the first 6 of 6 tokens are the dense model's" in text
+
+
+def test_while_it_runs_the_view_is_busy_and_only_its_button_is_off(generate, monkeypatch):
+    seen, run = [], generate._infer.generate
+
+    def watched(*args, **kwargs):
+        keep_their_keys = (generate.prompt, generate.capacity, generate.exit_rate, generate.mode)
+        off = generate.button.disabled and not any(control.disabled for control in keep_their_keys)
+        seen.append((said(generate), off, generate.adaptive.value))
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(generate._infer, "generate", watched)
+    generate.button.click()
+    assert seen == 4 * [(("busy", "⏳ generating …"), True, "")]  # both sides, and a few tokens to warm up
+    assert not generate.button.disabled
+    generate.button.click()
+    assert len(seen) == 5  # the dense text of the same prompt is kept
+    generate.prompt.value = "four five"
+    assert len(seen) == 7
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"), [("   ", "a prompt must be text to continue"), ("x" * 3000, "exceed the context")]
+)
+def test_bad_input_is_told_in_place(generate, prompt, words):
+    generate.button.click()
+    generate.prompt.value = prompt
+    state, text = said(generate)
+    assert state == "error" and words in text and generate.adaptive.value == generate.dense.value == ""
+    assert not generate.button.disabled
+    generate.prompt.value = "one two"
+    assert said(generate)[0] == "ready"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of <memory>"), KeyboardInterrupt()])
+def test_no_exception_leaves_a_callback(generate, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(generate._infer, "generate", fail)
+    generate.capacity.value = 0.5
+    state, text = said(generate)
+    assert state == "error" and text in ("⚠ RuntimeError: out of <memory>", "⚠ interrupted")
+    assert not generate.button.disabled
+
+
+def test_a_prompt_cannot_act_in_the_page(generate):
+    generate.prompt.value = "<script>alert(1)</script>"
+    assert "<script" not in generate.adaptive.value + generate.dense.value + generate.said.value
+
+
+def test_the_twin_is_the_last_answer_beside_the_dense_text(generate):
+    with pytest.raises(HatError, match="no answer to draw"):
+        generate.twin()
+    generate.button.click()
+    for settings, grounds in (({}, True), ({"capacity": 1.0}, True), ({"mode": "lossless"}, False)):
+        for name, value in settings.items():
+            getattr(generate, name).value = value
+        ax = generate.twin().axes[0]
+        assert bool(ax.patches) == grounds
+        assert [t.get_text() for t in ax.texts if t.get_weight() == "bold"] == [
+            f"{generate.mode.value}, capacity {generate.capacity.value:.2f}, exit rate 0.00",
+            "dense",
+        ]
+    generate.prompt.value = " "
+    with pytest.raises(HatError, match="no answer to draw"):
+        generate.twin()
+
+
+# --- routing ---
+
+
+@pytest.fixture(scope="module")
+def routing(hat):
+    prompts = {"first": "The quick brown fox jumps.", "second <b>": "One, two, three, four, five!"}
+    with hat.at(0.6, 0.6):
+        found = patterns(hat, prompt_blocks(hat.base.tokenizer, prompts), progress=False)
+    return RoutingView(found), found
+
+
+def titles(view):
+    """Numbers that a reader sees when the pointer rests on a token."""
+    return [float(v) for v in re.findall(r'title="([\d.]+)', view.shown.value)]
+
+
+def test_a_text_and_a_layer_are_shown_with_their_shares(routing):
+    view, found = routing
+    docs = found.tokens["doc"]
+    for doc in ("first", "second <b>"):
+        for layer in (ALL, 1):
+            view.text.value, view.layer.value = doc, layer
+            rows = np.flatnonzero(docs == doc)
+            values = found.tokens["share"].to_numpy()[rows] if layer == ALL else found.share[layer, rows]
+            assert titles(view) == pytest.approx(values[~np.isnan(values)].tolist(), abs=6e-4)
+            assert said(view)[0] == "ready" and said(view)[1].startswith("all layers" if layer == ALL else "layer 1")
+    assert "<b>" not in view.shown.value
+
+
+def test_tokens_that_had_left_are_counted_and_have_no_colour(routing):
+    view, found = routing
+    view.text.value, view.layer.value = "first", len(found.share) - 1
+    rows = found.tokens[found.tokens["doc"] == "first"]
+    gone = int((rows["exit_layer"] < len(found.share)).sum())
+    assert gone and f"{gone} of {len(rows)} tokens had left before it" in said(view)[1]
+    assert len(titles(view)) == len(rows) - gone
+
+
+@pytest.mark.parametrize(
+    ("prompt", "capacity", "words"),
+    [("One, two, three.", 1.0, "mean executed share 100.0%"), ("ab", 0.6, "no token to route")],
+)
+def test_a_text_in_which_nothing_differs_is_shown_too(hat, prompt, capacity, words):
+    with hat.at(capacity, 0.0):
+        view = RoutingView(patterns(hat, prompt_blocks(hat.base.tokenizer, {"it": prompt}), progress=False))
+    assert said(view)[0] == "ready" and words in said(view)[1] and set(titles(view)) == {1.0}
+
+
+def test_the_explorer_answers_within_a_tenth_of_a_second(routing):
+    view, found = routing
+    times = []
+    for layer in (0, 1, 0, 1, 0):
+        began = time.perf_counter()
+        view.layer.value = layer
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.1, times
+
+
+# --- notebooks ---
+
+
+def test_colab_is_told_to_load_the_widgets_and_other_places_are_not(routing, monkeypatch):
+    view, _ = routing
+    shown, enabled = [], []
+    monkeypatch.setattr(widgets, "display", lambda bundle, raw: shown.append(bundle))
+    widgets.show(view)
+    assert enabled == []
+    output = ModuleType("google.colab.output")
+    output.enable_custom_widget_manager = lambda: enabled.append(len(shown))
+    monkeypatch.setitem(sys.modules, "google.colab.output", output)
+    monkeypatch.setattr(widgets, "in_colab", lambda: True)
+    widgets.show(view)
+    assert enabled == [1] and len(shown) == 2  # before the second view was displayed
+    assert [bundle[WIDGET_VIEW]["model_id"] for bundle in shown] == [view.model_id] * 2
+    assert shown[0]["text/plain"] == "RoutingView: run this cell to use it"
+
+
+def test_views_are_made_of_stock_widgets(routing, frontier, generate):
+    def parts(widget: Widget):
+        yield widget
+        for child in getattr(widget, "children", ()):
+            yield from parts(child)
+
+    modules = {w._view_module for view in (routing[0], frontier, generate) for w in parts(view)}
+    assert modules == {"@jupyter-widgets/controls"}  # nothing that a page would have to fetch from elsewhere
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_carry_no_widget_state_and_no_hidden_error(path):
+    nb = nbformat.read(path, as_version=4)
+    assert "widgets" not in nb.metadata and list(errors(nb)) == []

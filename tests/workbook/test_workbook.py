@@ -1,0 +1,195 @@
+"""The commands over the notebooks; the cleaner keeps what nbval, papermill and readers need."""
+
+import json
+import os
+
+import nbformat
+import pytest
+from test_papermill_runs import notebook
+from typer.testing import CliRunner
+
+from hat_lib.config import HatError
+from hat_lib.workbook import runner as workbook
+from hat_lib.workbook.notebooks import KERNEL, WIDGET_STATE, WIDGET_VIEW, clean, clean_file, errors
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """An empty project whose path has a space, and the commands pointed at it."""
+    root = tmp_path / "a project"
+    (root / "notebooks").mkdir(parents=True)
+    for name, value in {"REPO": root, "NOTEBOOKS": root / "notebooks", "RUNS": root / "runs"}.items():
+        monkeypatch.setattr(workbook, name, value)
+    return root
+
+
+def call(*arguments):
+    return CliRunner().invoke(workbook.app, [str(a) for a in arguments])
+
+
+def test_run_goes_on_after_failures_and_leaves_the_tree_alone(project):
+    folder = project / "notebooks"
+    figure = "import os, pathlib\npathlib.Path(os.environ['HAT_FIGURES'], 'a.png').write_text(os.environ['HAT_RUN'])"
+    notebook(folder / "00_ok.ipynb", figure, "assert os.getcwd().endswith('notebooks'); print(capacity)")
+    notebook(folder / "01_fails.ipynb", "x = 1", "y = 2\nraise KeyError('no layer')", "print('not reached')")
+    notebook(folder / "02_dies.ipynb", "import os; os._exit(3)")
+    notebook(folder / "03_hangs.ipynb", "import time; time.sleep(60)")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+
+    done = call("run", "--name", "trial", "--cell-timeout", 3)
+
+    assert done.exit_code == 1
+    table = {line.split()[0]: line.split() for line in done.output.split("\n\n")[-1].splitlines()}
+    assert {name: row[1] for name, row in table.items()} == {
+        "notebook": "status",
+        "00_ok": "ok",
+        "01_fails": "FAILED",
+        "02_dies": "FAILED",
+        "03_hangs": "FAILED",
+    }
+    assert table["00_ok"][3] == "runs/trial/figures/00_ok"
+    assert "cell [3] KeyError: 'no layer'" in done.output
+    assert "    | raise KeyError" in done.output and "not reached" not in done.output
+    assert "DeadKernelError" in done.output and "CellTimeoutError" in done.output
+    assert (project / "runs/trial/figures/00_ok/a.png").read_text() == "1"
+    assert (project / "runs/trial/00_ok.ipynb").exists()
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert not {"HAT_RUN", "HAT_FIGURES"} & set(os.environ)
+
+
+def test_an_error_hidden_in_a_widget_fails_the_notebook(project):
+    show = (
+        "from IPython.display import display\nfrom ipywidgets import Output\nout = Output()\ndisplay(out)\n"
+        "with out:\n    raise RuntimeError('hidden')"
+    )
+    notebook(project / "notebooks/00_widget.ipynb", show)
+    done = call("run", "--name", "trial")
+    assert done.exit_code == 1
+    assert "in a widget's callback: RuntimeError: hidden" in done.output
+
+
+def test_run_passes_parameters(project):
+    notebook(project / "notebooks/00_a.ipynb", "print(capacity, steps)")
+    notebook(project / "notebooks/01_b.ipynb")
+    assert call("run", "0", "--name", "none").exit_code == 1  # a notebook's number has two digits
+    assert call("run", "00", "-p", "capacity=0.5", "-p", "steps=9", "--name", "trial").exit_code == 0
+    ran = nbformat.read(project / "runs/trial/00_a.ipynb", as_version=4)
+    assert ran.cells[-1].outputs[0].text == "0.5 9\n"
+    assert not (project / "runs/trial/01_b.ipynb").exists()
+
+
+def test_unknown_parameter_is_refused_before_anything_starts(project):
+    notebook(project / "notebooks/00_a.ipynb")
+    notebook(project / "notebooks/01_b.ipynb", parameters="steps = 3")
+    for assignment, told in {
+        "capcity=0.9": "00_a.ipynb has no parameter 'capcity'; it has: capacity, steps, profile",
+        "capacity=0.9": "01_b.ipynb has no parameter 'capacity'; it has: steps",
+        "capacity": "a parameter is written name=value, got 'capacity'",
+    }.items():
+        error = call("run", "-p", assignment).exception
+        assert isinstance(error, HatError) and told in str(error)
+    assert not (project / "runs").exists()
+
+
+def test_a_run_never_overwrites_another(project):
+    notebook(project / "notebooks/00_a.ipynb")
+    (project / "runs/trial").mkdir(parents=True)
+    assert "exists; choose another --name" in str(call("run", "--name", "trial").exception)
+
+
+def test_execute_replaces_outputs_and_figures_only_on_success(project):
+    folder = project / "notebooks"
+    save = "import os, pathlib; pathlib.Path(os.environ['HAT_FIGURES'], f'{n}.png').write_text('drawn')"
+    good = notebook(folder / "00_good.ipynb", "n = 'good'", save, "print('HAT_RUN' in os.environ)")
+    bad = notebook(folder / "01_bad.ipynb", "n = 'bad'", save, "1 / 0")
+    before = bad.read_bytes()
+
+    done = call("execute")
+
+    assert done.exit_code == 1 and "ZeroDivisionError" in done.output
+    nb = nbformat.read(good, as_version=4)
+    assert [cell.execution_count for cell in nb.cells] == [1, 2, 3, 4]
+    assert nb.cells[-1].outputs[0].text == "False\n"
+    assert "papermill" not in nb.metadata and nb.cells[0].metadata == {"tags": ["parameters"]}
+    assert bad.read_bytes() == before
+    assert [path.name for path in (project / "figures").iterdir()] == ["good.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["00_good.ipynb", "01_bad.ipynb"]
+
+
+@pytest.fixture
+def dirty():
+    """A notebook as papermill and JupyterLab leave it: timings, widget state, a progress bar."""
+    v4 = nbformat.v4
+    bar = "  0%|          | 0/8 [00:00<?, ?it/s]\r100%|██████████| 8/8 [00:01<00:00,  6.1it/s]\n"
+    view = {"text/plain": "FloatSlider(value=0.75)", WIDGET_VIEW: {"model_id": "abc"}}
+    code = v4.new_code_cell(
+        "work()",
+        execution_count=3,
+        metadata={
+            "tags": ["parameters", "nbval-ignore-output"],
+            "papermill": {"duration": 1.5},
+            "execution": {"iopub.status.busy": "2026-01-01T00:00:00Z"},
+            "collapsed": True,
+        },
+        outputs=[
+            v4.new_output("stream", name="stdout", text="loss 0.50\n"),
+            v4.new_output("stream", name="stderr", text=bar),
+            v4.new_output("stream", name="stderr", text="100 docs [00:02, 44.1 docs/s]\n"),
+            v4.new_output("stream", name="stderr", text=bar + "UserWarning: careful\n"),
+            v4.new_output("display_data", data=view),
+        ],
+    )
+    state = {WIDGET_STATE: {"state": {"abc": {"state": {"value": 0.75}}}, "version_major": 2}}
+    return v4.new_notebook(
+        cells=[v4.new_markdown_cell("# Title", metadata={"papermill": {}}), code],
+        metadata={
+            "widgets": state,
+            "papermill": {"duration": 2},
+            "kernelspec": {"name": "my-env", "display_name": "Mine", "language": "python"},
+            "language_info": {"name": "python", "version": "3.11.7"},
+        },
+    )
+
+
+def test_clean_keeps_what_counts_and_drops_the_rest(dirty):
+    ids = [cell.id for cell in dirty.cells]
+    nb = clean(dirty)
+    nbformat.validate(nb)
+    title, code = nb.cells
+    assert nb.metadata == {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    assert title.metadata == {} and code.metadata == {"tags": ["parameters", "nbval-ignore-output"]}
+    assert [cell.id for cell in nb.cells] == ids and code.execution_count == 3 and code.source == "work()"
+    assert [o.get("text", "")[-9:] for o in code.outputs] == ["oss 0.50\n", " careful\n", ""]
+    assert code.outputs[-1].data == {"text/plain": "FloatSlider(value=0.75)"}
+
+
+def test_clean_file_is_idempotent(dirty, tmp_path):
+    path = tmp_path / "00_a.ipynb"
+    nbformat.write(dirty, path)
+    assert clean_file(path)
+    first = path.read_bytes()
+    assert not clean_file(path) and path.read_bytes() == first
+    assert first.endswith(b"}\n") and json.loads(first)["nbformat_minor"] == 5
+    assert call("clean", path).output == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["00_a.ipynb"]
+
+
+@pytest.mark.parametrize("tag", ["injected-parameters", "papermill-error-cell-tag"])
+def test_the_record_of_a_run_is_not_cleaned_into_the_workbook(dirty, tmp_path, tag):
+    dirty.cells[1].metadata.tags = [tag]
+    path = tmp_path / "00_a.ipynb"
+    nbformat.write(dirty, path)
+    before = path.read_bytes()
+    with pytest.raises(HatError, match=f"00_a.ipynb: a cell that papermill added .{tag}."):
+        clean_file(path)
+    assert path.read_bytes() == before
+
+
+def test_errors_finds_plain_and_hidden_ones():
+    v4 = nbformat.v4
+    error = v4.new_output("error", ename="ValueError", evalue="line one\nline two", traceback=[])
+    nb = v4.new_notebook(cells=[v4.new_markdown_cell(""), v4.new_code_cell(execution_count=2, outputs=[error])])
+    assert list(errors(nb)) == ["cell [2] ValueError: line one line two"]
+    nb.cells[1].outputs = []
+    nb.metadata["widgets"] = {WIDGET_STATE: {"state": {"a": {"state": {"outputs": [error]}}, "b": {}}}}
+    assert list(errors(nb)) == ["in a widget's callback: ValueError: line one line two"]
