@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hat_lib.calibration.fisher import backward
-from hat_lib.calibration.token_sensitivity import SHARE, TOKENS, clear_needs, fit_needs
+from hat_lib.calibration.token_sensitivity import SHARE, TOKENS, clear_token_sensitivity, fit_token_sensitivity
 from hat_lib.config import HatError
 from hat_lib.model.routers import MoERouter
 from hat_lib.model.thresholds import Calibration, allocate
@@ -52,7 +52,7 @@ class _Collect:
         self.scores: dict[tuple[int, str], list[Tensor]] = {}
 
     def __call__(self, layer, site, x, rows, state: TokenState):
-        score = self.hat.scores(layer, site, x, self.hat.ease(layer, site, x))[~state.protected.view(-1)]
+        score = self.hat.scores(layer, site, x, self.hat.threshold_scale(layer, site, x))[~state.protected.view(-1)]
         width = 1 if score.dim() == 1 else score.shape[1]
         self.scores.setdefault((layer, site), []).append(score[:: 1 + self.tokens * width // SAMPLES].flatten())
         return None
@@ -69,7 +69,7 @@ def calibrate(
     blocks: Iterable[list[int]],
     *,
     split: str = "damage",
-    needs: bool = True,
+    token_sensitivity: bool = True,
     probe_tokens: int = 4096,
     seed: int = 0,
     text: str = "",
@@ -80,7 +80,7 @@ def calibrate(
     Args:
         blocks: token-id lists from held-out text; every fourth one serves the table of capacities alone.
         split: "damage" or "uniform", see the module's docstring.
-        needs: channel grain: measure which tokens need more; otherwise all are treated alike.
+        token_sensitivity: channel grain: measure which tokens lose more by gating; otherwise all are treated alike.
         probe_tokens: how many of the other tokens the backward pass sees, in whole blocks.
         seed: for the targets sampled from the base.
         text: what the blocks are, kept in the checkpoint.
@@ -95,10 +95,10 @@ def calibrate(
         if hat.config.granularity == "token":
             fit_token_routers(hat, fit, progress)
         else:
-            clear_needs(hat)
+            clear_token_sensitivity(hat)
         quantiles = score_quantiles(hat, fit, progress)
-        if needs and hat.config.granularity == "channel":
-            fit_needs(hat, _spread(fit, TOKENS), _cuts(quantiles, SHARE), seed, progress)
+        if token_sensitivity and hat.config.granularity == "channel":
+            fit_token_sensitivity(hat, _spread(fit, TOKENS), _cuts(quantiles, SHARE), seed, progress)
             quantiles = score_quantiles(hat, fit, progress)
         if split == "damage":
             damage = _damage(hat, _spread(fit, probe_tokens), quantiles, seed, progress)
@@ -210,10 +210,10 @@ def _damage(hat, blocks, quantiles, seed: int, progress) -> np.ndarray:
     def price(layer: int, site: str, x: Tensor, value: Tensor):
         if (layer, site) not in cuts:  # it always runs
             return None
-        free, ease = ~hat.trace.protected.view(-1), hat.ease(layer, site, x)
+        free, threshold_scale = ~hat.trace.protected.view(-1), hat.threshold_scale(layer, site, x)
 
         def use(gradient: Tensor) -> None:
-            score = hat.scores(layer, site, x, ease)
+            score = hat.scores(layer, site, x, threshold_scale)
             first_order = (value * gradient).float()
             if score.dim() == 1:
                 first_order = first_order.sum(-1)

@@ -31,14 +31,16 @@ PRICE_LIMIT = 30.0
 PRIOR = 0.4
 
 
-def clear_needs(hat: HierarchicalTransformer) -> None:
+def clear_token_sensitivity(hat: HierarchicalTransformer) -> None:
     """All tokens alike."""
     for layer in range(hat.config.n_layers):
         for parameter in hat.routers[f"{layer}_token"].parameters():
             parameter.data.zero_()
 
 
-def fit_needs(hat: HierarchicalTransformer, blocks: list[Tensor], cuts: dict, seed: int, progress: bool = True) -> None:
+def fit_token_sensitivity(
+    hat: HierarchicalTransformer, blocks: list[Tensor], cuts: dict, seed: int, progress: bool = True
+) -> None:
     """Set the weights of ``hat``'s token routers.
 
     Args:
@@ -63,7 +65,7 @@ def token_prices(
     """What it would cost each token to drop its channels at or below ``cuts``, in one layer at a time.
 
     Args:
-        blocks, cuts: as in `fit_needs`; the token routers are not asked.
+        blocks, cuts: as in `fit_token_sensitivity`; the token routers are not asked.
         seed: of the targets that are drawn from the base.
 
     Returns:

@@ -25,7 +25,7 @@ import datasets
 
 from hat_lib.backbone.base import first_line
 from hat_lib.config import DATA, HatError
-from hat_lib.model.cost import Spent
+from hat_lib.model.cost import WorkTally
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 
@@ -84,7 +84,7 @@ def load_tasks(names: Sequence[str], folder: str | Path = TASKS) -> dict:
     return found
 
 
-def run_tasks(hat: HierarchicalTransformer, tasks: dict, *, batch_size: int = 1) -> tuple[list[TaskRow], Spent]:
+def run_tasks(hat: HierarchicalTransformer, tasks: dict, *, batch_size: int = 1) -> tuple[list[TaskRow], WorkTally]:
     """Run what `load_tasks` gave, on the base (``hat.dense()``) and on ``hat`` as it is set.
 
     Returns:
@@ -119,7 +119,7 @@ def run_tasks(hat: HierarchicalTransformer, tasks: dict, *, batch_size: int = 1)
     return rows, spent
 
 
-def _run(hat: HierarchicalTransformer, tasks: dict, batch_size: int) -> tuple[dict, Spent]:
+def _run(hat: HierarchicalTransformer, tasks: dict, batch_size: int) -> tuple[dict, WorkTally]:
     from lm_eval import evaluate
 
     lm = _counting_lm()(hat, batch_size)
@@ -145,7 +145,7 @@ def _counting_lm() -> type:
         """`HFLM` on ``hat.lm``, with the work of its forwards in ``spent``."""
 
         def __init__(self, hat: HierarchicalTransformer, batch_size: int):
-            self.hat, self.spent = hat, Spent(hat)
+            self.hat, self.spent = hat, WorkTally(hat)
             logging.disable(logging.WARNING)  # each time, that it was given a model and not a name
             try:
                 super().__init__(pretrained=hat.lm, tokenizer=hat.base.tokenizer, batch_size=batch_size)

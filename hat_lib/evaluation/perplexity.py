@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM
 
 from hat_lib.config import HatError
-from hat_lib.model.cost import Spent
+from hat_lib.model.cost import WorkTally
 from hat_lib.model.transformer import HierarchicalTransformer
 
 # Rows of logits held at once in fp32: 25 MB for a vocabulary of 49,152.
@@ -181,7 +181,7 @@ class _Tally:
     """What the batches of one pass add up to."""
 
     def __init__(self, lm: LlamaForCausalLM, hat: HierarchicalTransformer | None, n_blocks: int):
-        self.head, self.spent = lm.lm_head, None if hat is None else Spent(hat)
+        self.head, self.spent = lm.lm_head, None if hat is None else WorkTally(hat)
         self.nll, self.tokens = np.zeros(n_blocks), np.zeros(n_blocks, dtype=np.int64)
         self.agreed, self.same, self.divergence = 0, 0, 0.0
 

@@ -112,7 +112,9 @@ def correlations(found: Patterns) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["compute", "quantity", "of", "rho", "low", "high", "tokens", "blocks"])
 
 
-def by_need(price: np.ndarray, forecast: np.ndarray, block: np.ndarray, depths: int = 3, bins: int = 5) -> pd.DataFrame:
+def by_sensitivity(
+    price: np.ndarray, forecast: np.ndarray, block: np.ndarray, depths: int = 3, bins: int = 5
+) -> pd.DataFrame:
     """Do tokens cost what was forecast? Pairs of token and layer in bins of equal size by the forecast, at each depth.
 
     Args:

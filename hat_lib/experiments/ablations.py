@@ -39,7 +39,7 @@ class Change:
     split: str = "damage"
     """how the budget is split over sites at the start, see `hat_lib.calibration.capacity`"""
     protected_tokens: int = 2
-    needs: bool = False
+    token_sensitivity: bool = False
     """whether tokens that need more get more, see `hat_lib.calibration.token_sensitivity`"""
     trained: bool = True
 
@@ -53,8 +53,8 @@ CHANGES = (
     Change("channel", "text: self", {"text": "self"}),
     Change("channel", "no protected tokens, start", protected_tokens=0, trained=False),
     Change("channel", "no protected tokens", protected_tokens=0),
-    Change("channel", "needs, start", needs=True, trained=False),
-    Change("channel", "needs", needs=True),
+    Change("channel", "token sensitivity, start", token_sensitivity=True, trained=False),
+    Change("channel", "token sensitivity", token_sensitivity=True),
     Change("channel", "temperature 0.2", {"temperature": 0.2}),
     Change("channel", "temperature 1", {"temperature": 1.0}),
     Change("channel", "Gumbel noise", {"noise": 1.0}),
@@ -149,7 +149,9 @@ def _train(change: Change, folder: Path, base: str, steps: int, dtype: str, prog
         loaded = load_base(base, dtype=dtype)
         hat = HierarchicalTransformer(loaded, HatConfig.default(loaded, protected_tokens=change.protected_tokens))
         blocks = held_out("addresses", loaded.tokenizer, CALIBRATION_TOKENS, recipe.block_size)
-        calibrate(hat, blocks["input_ids"], split=change.split, needs=change.needs, progress=progress)
+        calibrate(
+            hat, blocks["input_ids"], split=change.split, token_sensitivity=change.token_sensitivity, progress=progress
+        )
         start = folder / "start"
         hat.save_pretrained(start)
     if change.trained:

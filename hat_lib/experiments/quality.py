@@ -56,7 +56,7 @@ class Point(NamedTuple):
     variant: str
     """one of `VARIANTS`"""
     seed: int = 0
-    """of what is drawn by lot"""
+    """of what is drawn at random"""
 
 
 @dataclass(frozen=True)

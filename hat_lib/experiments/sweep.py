@@ -13,7 +13,8 @@ from hat_lib.config import HatError, check_capacity, check_exit_rate
 from hat_lib.experiments.quality import VARIANTS, Point
 
 DRAWN = ("random", "removal", "static", "random_exits")
-"""variants with something drawn by lot, which differ from seed to seed; the others are run with the first seed alone"""
+"""variants with something drawn at random, which differ from seed to seed; the others are run with the first seed
+alone"""
 
 
 def points(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hat_lib.config import HatConfig, check_capacity
 from hat_lib.model.granularity import GRAINS, ChannelGrain
-from hat_lib.model.policies import Everything
+from hat_lib.model.policies import KeepAll
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -158,7 +158,7 @@ def state_cost(hat: HierarchicalTransformer, state: TokenState) -> Work:
         exit_layer,
         context,
         dtype=hat.lm.dtype,
-        routed=not isinstance(hat._policy, Everything) or bool(skipped.any()),
+        routed=not isinstance(hat._policy, KeepAll) or bool(skipped.any()),
         gated=bool(hat._exit_rate or hat._exit_policy or left.any()),
     )
     return Work(*({part: v * real for part, v in parts.items()} for parts in vars(cost).values()))
@@ -184,7 +184,7 @@ def ideal_speedup(
     return work(lm_config, config, share, depth, routed=capacity < 1, gated=gated).ideal_speedup
 
 
-class Spent:
+class WorkTally:
     """Work of forwards of ``hat``. Shares are ratios of sums over all real tokens, not means over forwards."""
 
     def __init__(self, hat: HierarchicalTransformer):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
 
-from hat_lib.model.policies import Everything, Forced, Policy
+from hat_lib.model.policies import Forced, KeepAll, Policy
 from hat_lib.model.token_state import Masks, TokenState
 
 
@@ -40,7 +40,7 @@ class Modes:
 
     def dense(self):
         """Context: the base, within rounding; nothing skipped, nobody exits."""
-        return self._swapped(_policy=Everything(), _exit_policy=None, _exit_rate=0.0)
+        return self._swapped(_policy=KeepAll(), _exit_policy=None, _exit_rate=0.0)
 
     def masked(self):
         """Context: the reference that computes everything and multiplies by the masks."""

@@ -1,6 +1,6 @@
 """Policies: where the decision of a site comes from.
 
-The method's own is `Threshold`. Everything, forced, random, a static choice go through the same code, so that a
+The method's own is `Threshold`. KeepAll, forced, random, a static choice go through the same code, so that a
 control differs from the method in nothing but its decisions.
 """
 
@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from hat_lib.model.routers import token_ease
+from hat_lib.model.routers import token_threshold_scale
 from hat_lib.model.token_state import Masks, TokenState
 
 
@@ -31,7 +31,7 @@ class Policy(Protocol):
         """bool ``[n, C]`` (channel) or ``[n]`` (token) to keep; None keeps everything."""
 
 
-class Everything:
+class KeepAll:
     """The dense model through the adaptive code."""
 
     def __call__(self, layer, site, x, rows, state):
@@ -54,7 +54,7 @@ class Threshold:
         router = self.routers[f"{layer}_{site}"]
         if not self.needs:
             return router.keep(x)
-        return router.keep(x, token_ease(self.routers[f"{layer}_token"], site, x, state))
+        return router.keep(x, token_threshold_scale(self.routers[f"{layer}_token"], site, x, state))
 
 
 class Forced:

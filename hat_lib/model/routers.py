@@ -36,7 +36,7 @@ def round_down(cut: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # A factor of e^3 either way is more than any text asked for; what lies beyond is a stray extrapolation.
-NEED_LIMIT = 3.0
+SENSITIVITY_LIMIT = 3.0
 
 
 class MoERouter(nn.Module):
@@ -74,15 +74,15 @@ class ChannelRouter(nn.Module):
         self.register_buffer("column_norm", column_norm.clamp(min=1e-12), persistent=False)
         self.set_threshold(-torch.inf)
 
-    def score(self, x: Tensor, ease: Tensor | float | None = None) -> Tensor:
-        """``ease [n, 1]`` is the tokens' own, from `token_ease`."""
+    def score(self, x: Tensor, threshold_scale: Tensor | float | None = None) -> Tensor:
+        """``threshold_scale [n, 1]`` is the tokens' own, from `token_threshold_scale`."""
         score = x.float().abs() * (self.column_norm * self.log_scale.exp())
-        return score if ease is None else score / ease
+        return score if threshold_scale is None else score / threshold_scale
 
-    def keep(self, x: Tensor, ease: Tensor | float | None = None) -> Tensor:
-        # |x_i| > t * ease / (norm_i * scale_i): the same rule with the division done once.
+    def keep(self, x: Tensor, threshold_scale: Tensor | float | None = None) -> Tensor:
+        # |x_i| > t * threshold_scale / (norm_i * scale_i): the same rule with the division done once.
         cut = self._cut_in(x.dtype)
-        return x.abs() > (cut if ease is None else cut * ease)
+        return x.abs() > (cut if threshold_scale is None else cut * threshold_scale)
 
     def set_threshold(self, threshold: float) -> None:
         self.threshold = float(threshold)
@@ -98,15 +98,17 @@ class ChannelRouter(nn.Module):
         return self._cuts[dtype]
 
 
-def token_ease(router: MoERouter, site: str, x: Tensor, state: TokenState) -> Tensor | float:
+def token_threshold_scale(router: MoERouter, site: str, x: Tensor, state: TokenState) -> Tensor | float:
     """Channel grain: ``exp(-need)`` of each running row, which multiplies its thresholds, ``[n, 1]`` in x's dtype.
 
     Worked out at a layer's first site for all of them. For one row on a CPU it is a number, in a third of the time."""
     if site != "qkv":
-        return state.ease
+        return state.threshold_scale
     if len(x) == 1 and x.device.type == "cpu":
         need = float(torch.dot(x.view(-1).float(), router.weight)) + float(router.bias)
-        state.ease = math.exp(-min(max(need, -NEED_LIMIT), NEED_LIMIT))
+        state.threshold_scale = math.exp(-min(max(need, -SENSITIVITY_LIMIT), SENSITIVITY_LIMIT))
     else:
-        state.ease = router.score(x).neg().clamp_(-NEED_LIMIT, NEED_LIMIT).exp_().to(x.dtype)[:, None]
-    return state.ease
+        state.threshold_scale = (
+            router.score(x).neg().clamp_(-SENSITIVITY_LIMIT, SENSITIVITY_LIMIT).exp_().to(x.dtype)[:, None]
+        )
+    return state.threshold_scale

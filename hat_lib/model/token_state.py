@@ -58,7 +58,8 @@ class TokenState:
         self.any_protected = bool(protected.any())
         self.alive: Tensor | None = None  # row indices into B*T still running; None while all are
         self.exit_layer = torch.full(real.shape, n_layers, dtype=torch.int16, device=real.device)
-        self.ease: Tensor | float | None = None  # channel grain: of the running rows in the present layer, `token_ease`
+        # Channel grain: of the running rows in the present layer, `token_threshold_scale`.
+        self.threshold_scale: Tensor | float | None = None
         self.scores: dict[tuple[int, str], Tensor] = {}  # token grain only: router scores [B, T] by (layer, site)
         self.masks: Masks | None = None  # filled only under `HierarchicalTransformer.record`
         self.rotation: tuple[Tensor, Tensor] | None = None  # cos and signed sin [B*T, 1, h], made by the first layer

@@ -28,8 +28,8 @@ from hat_lib.model.exit_gate import ExitGate
 from hat_lib.model.granularity import GRAINS
 from hat_lib.model.hub import local_folder, push_to_hub
 from hat_lib.model.modes import Modes
-from hat_lib.model.policies import Everything, Gated, Policy, Threshold
-from hat_lib.model.routers import ChannelRouter, MoERouter, token_ease
+from hat_lib.model.policies import Gated, KeepAll, Policy, Threshold
+from hat_lib.model.routers import ChannelRouter, MoERouter, token_threshold_scale
 from hat_lib.model.thresholds import Calibration
 from hat_lib.model.token_state import Masks, TokenState
 
@@ -75,7 +75,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         for module in (self.routers, self.gates):
             module.to(base.device)
         self.eval()
-        self._policy: Policy = Everything()
+        self._policy: Policy = KeepAll()
         self._exit_policy = None
         self._capacity, self._exit_rate = 1.0, 0.0
         if calibration is not None:
@@ -196,18 +196,18 @@ class HierarchicalTransformer(Modes, nn.Module):
         """The method's own decisions, at the thresholds that the routers carry now."""
         return Threshold(self.routers)
 
-    def ease(self, layer: int, site: str, x: Tensor) -> Tensor | float | None:
-        """`token_ease` in the forward that is under way; None at the token grain."""
+    def threshold_scale(self, layer: int, site: str, x: Tensor) -> Tensor | float | None:
+        """`token_threshold_scale` in the forward that is under way; None at the token grain."""
         token = f"{layer}_token"
-        return token_ease(self.routers[token], site, x, self.trace) if token in self.routers else None
+        return token_threshold_scale(self.routers[token], site, x, self.trace) if token in self.routers else None
 
-    def scores(self, layer: int, site: str, x: Tensor, ease: Tensor | float | None) -> Tensor:
-        """The router's scores, ``x [n, C] -> [n, C]`` or ``[n]``; ``ease`` as `ease` gives it."""
+    def scores(self, layer: int, site: str, x: Tensor, threshold_scale: Tensor | float | None) -> Tensor:
+        """The router's scores, ``x [n, C] -> [n, C]`` or ``[n]``; ``threshold_scale`` as `threshold_scale` gives it."""
         router = self.routers[f"{layer}_{site}"]
-        return router.score(x) if ease is None else router.score(x, ease)
+        return router.score(x) if threshold_scale is None else router.score(x, threshold_scale)
 
     def _set_policy(self) -> None:
-        self._policy = Everything() if self._capacity == 1.0 else self.threshold_policy()
+        self._policy = KeepAll() if self._capacity == 1.0 else self.threshold_policy()
 
     # -- what the layers ask -----------------------------------------------------------------------
 

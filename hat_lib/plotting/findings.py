@@ -32,7 +32,7 @@ TRAINED = {
     "token grain, published recipe": (ORANGE, "s", "-"),
     "token grain, our recipe": (PURPLE, "P", "-"),
 }
-EXITS = {"trained": (GREEN, "D", "exits chosen by the gates"), "random_exits": (BROWN, "v", "as many by lot")}
+EXITS = {"trained": (GREEN, "D", "exits chosen by the gates"), "random_exits": (BROWN, "v", "as many at random")}
 
 
 def verdict(low: float, high: float, bound: float) -> str:

@@ -135,7 +135,7 @@ def by_quantile(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def by_need(table: pd.DataFrame) -> Figure:
+def by_sensitivity(table: pd.DataFrame) -> Figure:
     """What tokens cost against what was forecast, both relative to the mean of their layer, by depth.
 
     Args:

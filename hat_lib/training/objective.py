@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hat_lib.model.policies import Everything, Gated
-from hat_lib.model.routers import token_ease
+from hat_lib.model.policies import Gated, KeepAll
+from hat_lib.model.routers import token_threshold_scale
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.training import losses
@@ -68,9 +68,9 @@ class Relaxed:
             self._add(site, keep[real].mean())
             return keep
         # Needs stay as they were measured.
-        ease = token_ease(self.hat.routers[f"{layer}_token"], site, x.detach(), state)
+        threshold_scale = token_threshold_scale(self.hat.routers[f"{layer}_token"], site, x.detach(), state)
         if self.noise:
-            score = router.score(x, ease).clamp(min=1e-12)
+            score = router.score(x, threshold_scale).clamp(min=1e-12)
             logit = score.log() - np.log(max(threshold, 1e-12))
             keep = straight_through(logit + self._noise(logit, layer, site), temperature=self.temperature)
             keep = torch.where(protected[:, None], 1.0, keep)
@@ -78,7 +78,13 @@ class Relaxed:
             return keep
         cut = threshold / (router.column_norm * router.log_scale.detach().exp())
         gated, keep, count = channel_gate(
-            x, router.log_scale, cut, ease=ease, temperature=self.temperature, protected=protected, counted=real
+            x,
+            router.log_scale,
+            cut,
+            threshold_scale=threshold_scale,
+            temperature=self.temperature,
+            protected=protected,
+            counted=real,
         )
         self._add(site, count.sum() / (real.sum() * x.shape[1]))
         return Gated(gated, keep)
@@ -181,7 +187,7 @@ class Objective(nn.Module):
     def _exits(self, input_ids, attention_mask, real, teacher, capacity, keys, step, steps) -> dict:
         hat, recipe = self.hat, self.recipe
         hat.set_thresholds(self.thresholds(capacity))
-        policy = hat.threshold_policy() if capacity < 1 else Everything()
+        policy = hat.threshold_policy() if capacity < 1 else KeepAll()
         with torch.no_grad(), hat.using(policy):
             hidden = self._hidden(input_ids, attention_mask, output_hidden_states=True)
         candidates = real & ~hat.trace.protected

@@ -91,7 +91,7 @@ def channel_gate(
     cut: Tensor,
     *,
     temperature: float,
-    ease: Tensor | None = None,
+    threshold_scale: Tensor | None = None,
     protected: Tensor | None = None,
     counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +111,7 @@ def channel_gate(
         cut: threshold / (norm * exp(log_scale)) ``[C]``, fp32, computed without gradient; -inf keeps everything.
             Where it is not positive the decision is certain and the gradient 0.
         temperature: > 0, in units of the log-score.
-        ease: ``[n, 1]`` in x's dtype, by which each row's cuts are multiplied; without gradient.
+        threshold_scale: ``[n, 1]`` in x's dtype, by which each row's cuts are multiplied; without gradient.
         protected: bool ``[n]``, rows that keep everything and give no gradient to ``log_scale``.
         counted: bool ``[n]``, rows that ``soft_count`` counts (real and alive ones); None counts all.
 
@@ -126,9 +126,12 @@ def channel_gate(
     for name, rows in (("protected", protected), ("counted", counted)):
         if rows is not None and (rows.dtype != torch.bool or rows.shape != x.shape[:1]):
             raise HatError(f"{name} must be bool [{x.shape[0]}], got {rows.dtype} {list(rows.shape)}")
-    if ease is not None and (ease.dtype != x.dtype or ease.shape != (len(x), 1)):
-        raise HatError(f"ease must be {x.dtype} [{len(x)}, 1], got {ease.dtype} {list(ease.shape)}")
-    return _ChannelGate.apply(x, log_scale, cut, float(temperature), ease, protected, counted)
+    if threshold_scale is not None and (threshold_scale.dtype != x.dtype or threshold_scale.shape != (len(x), 1)):
+        raise HatError(
+            f"threshold_scale must be {x.dtype} [{len(x)}, 1], "
+            f"got {threshold_scale.dtype} {list(threshold_scale.shape)}"
+        )
+    return _ChannelGate.apply(x, log_scale, cut, float(temperature), threshold_scale, protected, counted)
 
 
 def seeded(device: torch.device | str, *key: int) -> torch.Generator:
@@ -146,15 +149,15 @@ def seeded(device: torch.device | str, *key: int) -> torch.Generator:
 
 class _ChannelGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, log_scale, cut, temperature, ease, protected, counted):
+    def forward(ctx, x, log_scale, cut, temperature, threshold_scale, protected, counted):
         # The comparison is made in x's dtype, in place: on CPU that and a product of two tensors of one dtype
         # are vectorised, while comparing half-precision numbers into bool, or multiplying by bool, is not.
         low = round_down(cut, x.dtype)
-        mask = x.abs().gt_(low if ease is None else low * ease)
+        mask = x.abs().gt_(low if threshold_scale is None else low * threshold_scale)
         if protected is not None:
             mask.index_fill_(0, protected.nonzero().view(-1), 1)
         keep = mask.bool()
-        ctx.save_for_backward(x, keep, cut, ease, protected, counted)
+        ctx.save_for_backward(x, keep, cut, threshold_scale, protected, counted)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(keep)
@@ -163,14 +166,14 @@ class _ChannelGate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _, grad_count):
-        x, keep, cut, ease, protected, counted = ctx.saved_tensors
+        x, keep, cut, threshold_scale, protected, counted = ctx.saved_tensors
         grad = torch.zeros_like(x) if grad is None else grad
         grad_x = grad_scale = None
         if ctx.needs_input_grad[0]:
             grad_x = keep.view(torch.uint8).to(grad.dtype).mul_(grad)
         if ctx.needs_input_grad[1]:
             free = torch.ones_like(keep[:, 0]) if protected is None else ~protected
-            through_x, through_count = _slope_sums(x, cut, ctx.temperature, grad, ease, free, counted)
+            through_x, through_count = _slope_sums(x, cut, ctx.temperature, grad, threshold_scale, free, counted)
             grad_scale = through_x if grad_count is None else through_x.addcmul_(through_count, grad_count)
         return grad_x, grad_scale, None, None, None, None, None
 
@@ -180,7 +183,7 @@ def _slope_sums(
     cut: Tensor,
     temperature: float,
     grad: Tensor,
-    ease: Tensor | None,
+    threshold_scale: Tensor | None,
     free: Tensor,
     counted: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -200,8 +203,8 @@ def _slope_sums(
         rows = slice(start, start + tile)
         values = x[rows].to(dtype)
         p = values.abs().mul_(inverse)
-        if ease is not None:
-            p.div_(ease[rows].to(dtype))
+        if threshold_scale is not None:
+            p.div_(threshold_scale[rows].to(dtype))
         if temperature == 1:
             p.add_(1).reciprocal_()
         else:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hat_lib.backbone.base import load_base
-from hat_lib.calibration import token_sensitivity as needs
+from hat_lib.calibration import token_sensitivity
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.calibration.token_sensitivity import PRIOR, log_linear
 from hat_lib.config import HatConfig, HatError
@@ -59,9 +59,9 @@ def test_the_need_is_half_the_log_of_the_price(monkeypatch):
     inputs = [torch.randn(4000, 64, generator=generator) for _ in range(4)]
     direction = torch.randn(64, generator=generator) / 64**0.5
     prices = torch.stack([(x @ direction).exp() for x in inputs])
-    monkeypatch.setattr(needs, "NEIGHBOURS", 0)  # each layer here has tokens of its own
-    monkeypatch.setattr(needs, "token_prices", lambda *_: (prices, inputs))
-    needs.fit_needs(hat, [], {}, seed=0, progress=False)
+    monkeypatch.setattr(token_sensitivity, "NEIGHBOURS", 0)  # each layer here has tokens of its own
+    monkeypatch.setattr(token_sensitivity, "token_prices", lambda *_: (prices, inputs))
+    token_sensitivity.fit_token_sensitivity(hat, [], {}, seed=0, progress=False)
     for layer, x in enumerate(inputs):
         found, wanted = hat.routers[f"{layer}_token"].score(x), (x @ direction) / 2
         slope = float((found * wanted).sum() / wanted.square().sum())
@@ -75,7 +75,7 @@ def test_prices_of_tokens_add_up_to_those_of_the_text():
     hat, text = new(), [torch.tensor([b]) for b in blocks()]
     quantiles = module.score_quantiles(hat, text, progress=False)
     cuts = {key: -1.0 for key in quantiles} | {(2, "down"): module._cuts(quantiles, 0.75)[2, "down"]}
-    prices, inputs = needs.token_prices(hat, text, cuts, seed=0, progress=False)
+    prices, inputs = token_sensitivity.token_prices(hat, text, cuts, seed=0, progress=False)
     whole = module._damage(hat, text, quantiles, seed=0, progress=False)[module.PROBE_SHARES.index(0.75), 2, 3]
     assert prices.shape == (4, 16 * 62) and inputs[0].shape == (16 * 62, 64)
     assert not prices[[0, 1, 3]].any() and float(prices[2].sum()) / (16 * 64) == pytest.approx(whole, rel=1e-4)
@@ -85,20 +85,20 @@ def test_the_token_grain_has_no_needs():
     base = load_base("random:tiny", dtype=torch.float32, device="cpu")
     hat = HierarchicalTransformer(base, HatConfig.default(base, granularity="token"))
     with pytest.raises(HatError, match="token grain"):
-        needs.token_prices(hat, [torch.tensor([[1, 2, 3]])], {})
+        token_sensitivity.token_prices(hat, [torch.tensor([[1, 2, 3]])], {})
 
 
 def test_calibration_measures_needs_or_leaves_all_tokens_alike():
     hat = new()
     calibrate(hat, blocks(), probe_tokens=128, progress=False)
     assert all(hat.routers[f"{i}_token"].weight.any() for i in range(4)) and hat.threshold_policy().needs
-    calibrate(hat, blocks(), needs=False, probe_tokens=128, progress=False)
+    calibrate(hat, blocks(), token_sensitivity=False, probe_tokens=128, progress=False)
     assert not any(hat.routers[f"{i}_token"].weight.any() for i in range(4)) and not hat.threshold_policy().needs
 
 
 def test_a_needy_token_keeps_more_in_all_sites_of_its_layer():
     hat, ids = new(), torch.tensor(blocks(2))
-    calibrate(hat, blocks(), needs=False, probe_tokens=128, progress=False)
+    calibrate(hat, blocks(), token_sensitivity=False, probe_tokens=128, progress=False)
     hat.capacity = 0.6
     hat.lm(ids)
     before = hat.trace.site_share

@@ -27,7 +27,7 @@ from hat_lib.evaluation.baselines.controls import (
 from hat_lib.evaluation.baselines.cosine_rule import Cosine, StreamCosine, cosine_rule
 from hat_lib.evaluation.baselines.equal_compute import matched, realised_capacity
 from hat_lib.model.checkpoint import Checkpoint, write_checkpoint
-from hat_lib.model.policies import Everything, Random
+from hat_lib.model.policies import KeepAll, Random
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 
@@ -135,7 +135,7 @@ class TestEveryControl:
         assert abs(realised_capacity(hat, policy, fresh) - capacity) <= 0.03
 
     def test_everything_at_capacity_one(self, hat):
-        assert all(isinstance(make(hat, blocks(), 1.0, 0), Everything) for make in CONTROLS.values())
+        assert all(isinstance(make(hat, blocks(), 1.0, 0), KeepAll) for make in CONTROLS.values())
 
     def test_leaves_the_model_as_it_was(self, hat, built):
         before = {k: v.clone() for k, v in hat.hat_parameters().items()}

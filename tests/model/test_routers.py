@@ -71,16 +71,16 @@ def test_random_keeps_its_share_everywhere(share):
 def test_an_ease_multiplies_the_thresholds_of_its_row(dtype):
     router = channel_router()
     generator = torch.Generator().manual_seed(1)
-    x, ease = (
+    x, threshold_scale = (
         torch.randn(64, 512, generator=generator).to(dtype),
         torch.randn(64, 1, generator=generator).exp().to(dtype),
     )
     router.set_threshold(0.5)
-    score = router.score(x, ease)
-    torch.testing.assert_close(score, router.score(x) / ease.float())
+    score = router.score(x, threshold_scale)
+    torch.testing.assert_close(score, router.score(x) / threshold_scale.float())
     # The row's cut is rounded to x's dtype.
     clear = (score / 0.5 - 1).abs() > 4 * torch.finfo(dtype).eps
-    assert torch.equal(router.keep(x, ease)[clear], (score > 0.5)[clear]) and clear.float().mean() > 0.95
+    assert torch.equal(router.keep(x, threshold_scale)[clear], (score > 0.5)[clear]) and clear.float().mean() > 0.95
     assert torch.equal(router.keep(x, torch.ones(64, 1, dtype=dtype)), router.keep(x))
-    alone = torch.cat([router.keep(row, e) for row, e in zip(x.split(1), ease.split(1), strict=True)])
-    assert torch.equal(alone, router.keep(x, ease))
+    alone = torch.cat([router.keep(row, e) for row, e in zip(x.split(1), threshold_scale.split(1), strict=True)])
+    assert torch.equal(alone, router.keep(x, threshold_scale))

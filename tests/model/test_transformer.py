@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache, pipeline
 from hat_lib.backbone.base import exact_hash, load_base
 from hat_lib.config import HatConfig, HatError
 from hat_lib.model.checkpoint import is_hat_parameter
-from hat_lib.model.policies import Everything, Random, Static
+from hat_lib.model.policies import KeepAll, Random, Static
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 
@@ -310,7 +310,7 @@ class TestExits:
         for threshold in (-1.0, 0.0, 1.0, 3.0):
             for gate in hat.gates.values():
                 gate.threshold = threshold
-            hat._policy = Everything()
+            hat._policy = KeepAll()
             hat.lm(ids)
             depths.append(hat.trace.exit_layer.clone())
         # Only the first exit sees the same states at every threshold: there, nesting is exact.

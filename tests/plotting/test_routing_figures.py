@@ -158,10 +158,10 @@ def test_labels_are_short_and_in_the_font():
 def test_forecasts_stand_against_what_came_beside_the_diagonal():
     table = pd.DataFrame({"first": [0, 0, 2, 2], "last": [1, 1, 3, 3], "forecast": [0.5, 2.0, 0.4, 3.0]})
     table = table.assign(mean=[0.6, 1.8, 0.5, 2.0], low=[0.5, 1.6, 0.4, 1.5], high=[0.7, 2.1, 0.6, 2.5])
-    (ax,) = pattern_plots.by_need(table).axes
+    (ax,) = pattern_plots.by_sensitivity(table).axes
     assert [c[0].get_xydata().tolist() for c in ax.containers] == [[[0.5, 0.6], [2.0, 1.8]], [[0.4, 0.5], [3.0, 2.0]]]
     diagonal = next(line for line in ax.lines if line.get_label() == "as forecast").get_xydata()
     assert (diagonal[:, 0] == diagonal[:, 1]).all() and diagonal[0, 0] <= 0.4 and diagonal[1, 0] >= 3
     assert [c.get_label() for c in ax.containers] == ["layers 0–1", "layers 2–3"]
     with pytest.raises(HatError, match="forecast"):
-        pattern_plots.by_need(table.drop(columns="forecast"))
+        pattern_plots.by_sensitivity(table.drop(columns="forecast"))

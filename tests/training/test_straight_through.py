@@ -196,22 +196,24 @@ def test_an_ease_raises_the_cut_of_its_row(tile, monkeypatch):
     """All rows at once, against each row alone with a cut of its own."""
     monkeypatch.setattr(relax, "CPU_TILE", tile)
     x, cut, protected, counted, grad, grad_count = gate_case(n=40)
-    ease = torch.randn(40, 1, generator=seeded("cpu", 5)).exp().double()
+    threshold_scale = torch.randn(40, 1, generator=seeded("cpu", 5)).exp().double()
 
-    def run(x, cut, ease, *rows):
+    def run(x, cut, threshold_scale, *rows):
         x, log_scale = leaf(x, torch.float64), leaf(torch.zeros(len(cut)), torch.float64)
-        y, keep, count = channel_gate(x, log_scale, cut, temperature=0.5, ease=ease, protected=rows[0], counted=rows[1])
+        y, keep, count = channel_gate(
+            x, log_scale, cut, temperature=0.5, threshold_scale=threshold_scale, protected=rows[0], counted=rows[1]
+        )
         torch.autograd.backward([y, count.double()], [rows[2], grad_count.double()])
         return y.detach(), keep, x.grad, count, log_scale.grad
 
-    together = run(x, cut, ease, protected, counted, grad)
-    rows = [part.split(1) for part in (x, ease, protected, counted, grad)]
+    together = run(x, cut, threshold_scale, protected, counted, grad)
+    rows = [part.split(1) for part in (x, threshold_scale, protected, counted, grad)]
     alone = [run(a, cut * e.view(()), None, p, c, g) for a, e, p, c, g in zip(*rows, strict=True)]
     y, keep, grad_x, count, grad_scale = zip(*alone, strict=True)
     for got, expected in zip(together, [*map(torch.cat, (y, keep, grad_x)), sum(count), sum(grad_scale)], strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(HatError, match=r"ease must be torch.float64 \[40, 1\], got torch.float64 \[39, 1\]"):
-        channel_gate(x, torch.zeros(24), cut, temperature=0.5, ease=ease[:39])
+    with pytest.raises(HatError, match=r"threshold_scale must be torch.float64 \[40, 1\], got torch.float64 \[39, 1\]"):
+        channel_gate(x, torch.zeros(24), cut, temperature=0.5, threshold_scale=threshold_scale[:39])
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hat_lib.config import HatError, check_capacity
-from hat_lib.model.policies import Everything, Policy
+from hat_lib.model.policies import KeepAll, Policy
 from hat_lib.model.transformer import HierarchicalTransformer
 
 Blocks = Iterable[Sequence[int] | Mapping]
@@ -35,7 +35,7 @@ def matched(hat: HierarchicalTransformer, family: Family, blocks: Blocks, capaci
     """
     capacity, texts = check_capacity(capacity), text_tensors(hat, blocks)
     if capacity == 1.0:
-        return Everything()
+        return KeepAll()
     low, high = (0.0, 0.0), (1.0, 1.0)  # (dial, realised) at both ends of the bracket
     best = (np.inf, np.nan, None)
     for _ in range(STEPS):
