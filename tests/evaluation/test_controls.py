@@ -25,7 +25,7 @@ from hat_lib.evaluation.baselines.controls import (
     static_choice,
 )
 from hat_lib.evaluation.baselines.cosine_rule import Cosine, StreamCosine, cosine_rule
-from hat_lib.evaluation.baselines.equal_compute import matched, realised_capacity
+from hat_lib.evaluation.baselines.equal_compute import OutOfReach, matched, realised_capacity
 from hat_lib.model.checkpoint import Checkpoint, write_checkpoint
 from hat_lib.model.policies import KeepAll, Random
 from hat_lib.model.token_state import Masks, TokenState
@@ -208,7 +208,7 @@ class TestMatched:
         assert policy.share == pytest.approx((0.7 - fixed) / (1 - fixed), abs=0.04)
 
     def test_out_of_reach(self, tokens):
-        with pytest.raises(HatError, match="cannot realise capacity 0.5 on this text: its nearest is 0.7"):
+        with pytest.raises(OutOfReach, match="cannot realise capacity 0.5 on this text: its nearest is 0.7"):
             cosine_rule(tokens, blocks(), 0.5)
 
     def test_rows_of_a_dataset_are_blocks(self, hat):

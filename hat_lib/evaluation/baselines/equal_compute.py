@@ -22,6 +22,11 @@ Blocks = Iterable[Sequence[int] | Mapping]
 Family = Callable[[float], Policy]
 """A control for each setting of its dial in [0, 1]; it keeps more as the dial rises, and everything at 1."""
 
+
+class OutOfReach(HatError):
+    """This control cannot realise the capacity on this text: no reason to stop a sweep, but a row without a result."""
+
+
 # `matched` stops here; a control further off than `TOLERANCE` is no control.
 CLOSE, TOLERANCE, STEPS = 0.002, 0.01, 24
 MIN_TOKENS = 256
@@ -30,8 +35,9 @@ MIN_TOKENS = 256
 def matched(hat: HierarchicalTransformer, family: Family, blocks: Blocks, capacity: float) -> Policy:
     """The member of ``family`` that realises ``capacity`` on ``blocks``, within 0.01 and mostly within 0.002.
 
-    Protected tokens are part of it, so texts cut into much shorter blocks realise more. Raises `HatError` for a
-    capacity outside [0.1, 1] or out of the family's reach, and for a text of less than 256 tokens.
+    Protected tokens are part of it, so texts cut into much shorter blocks realise more. Raises `OutOfReach`
+    for a capacity that no member of the family comes near, and another `HatError` for one outside [0.1, 1] and for a
+    text of less than 256 tokens.
     """
     capacity, texts = check_capacity(capacity), text_tensors(hat, blocks)
     if capacity == 1.0:
@@ -49,7 +55,7 @@ def matched(hat: HierarchicalTransformer, family: Family, blocks: Blocks, capaci
             break
         low, high = (low, (dial, realised)) if realised > capacity else ((dial, realised), high)
     if best[0] > TOLERANCE:
-        raise HatError(f"this control cannot realise capacity {capacity} on this text: its nearest is {best[1]:.3f}")
+        raise OutOfReach(f"this control cannot realise capacity {capacity} on this text: its nearest is {best[1]:.3f}")
     return best[2]
 
 
