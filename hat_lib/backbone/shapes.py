@@ -8,6 +8,8 @@ Both are the same bits on every machine and device, and neither touches the call
 
 from __future__ import annotations
 
+import math
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -68,7 +70,7 @@ def random_model(name: str, dtype: torch.dtype, seed: int = 0) -> LlamaForCausal
     config.dtype = dtype
 
     n_params = sum(p.numel() for p in model.parameters())
-    pool = torch.randn(min(n_params, POOL), generator=torch.Generator().manual_seed(seed))
+    pool = _normal(min(n_params, POOL), seed)
     # Scaled in fp32 and rounded once, so that the same name has one fingerprint in every dtype.
     norms, matrices = (1 + 0.1 * pool).to(dtype), (config.initializer_range * pool).to(dtype)
     start = 0
@@ -77,6 +79,17 @@ def random_model(name: str, dtype: torch.dtype, seed: int = 0) -> LlamaForCausal
             _fill(parameter.view(-1), norms if parameter.ndim == 1 else matrices, start)
             start = (start + parameter.numel()) % len(pool)
     return model
+
+
+def _normal(count: int, seed: int) -> torch.Tensor:
+    """N(0, 1), fp32 ``[count]``, by Box and Muller's transform in fp64.
+
+    `torch.randn` rounds otherwise on a CPU with other vector instructions. The uniform numbers are bits of an
+    integer generator, and what an fp64 cosine differs by from one library to the next is rounded away.
+    """
+    uniform = torch.rand(-(-count // 16), 2, 8, generator=torch.Generator().manual_seed(seed)).double()
+    radius, angle = (-2 * torch.log1p(-uniform[:, 0])).sqrt(), 2 * math.pi * uniform[:, 1]
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).flatten()[:count].float()
 
 
 def _fill(flat: torch.Tensor, pool: torch.Tensor, start: int) -> None:
