@@ -68,7 +68,7 @@ def scaled_exits(n_layers: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class HatConfig:
-    """The method's shape on one base. KeepAll here is saved in a checkpoint's ``hat_config.json``."""
+    """The method's shape on one base. Everything here is saved in a checkpoint's ``hat_config.json``."""
 
     n_layers: int
     """decoder layers of the base"""

@@ -1,6 +1,6 @@
 """Recipe: everything a training run is made of, except the model and the text's tokens.
 
-Three starting points. `Recipe.channel` and `Recipe.token` are ours, one a grain, as the evidence has it (LOG.md);
+Three starting points. `Recipe.channel` and `Recipe.token` are ours, one a grain, as measured (docs/experiments);
 `Recipe.published` has the hyperparameters of the published method, for the token grain. Each in two profiles:
 ``quick`` (two CPU cores, a few minutes) and ``full`` (what the reference checkpoints were trained with; on a GPU
 more tokens are cheap).

@@ -12,7 +12,7 @@ from hat_lib.training.run import nominal_thresholds
 from hat_lib.training.trainer import collate
 
 LENGTHS, INDEX = (24, 9, 17), (7, 3, 11)
-# KeepAll that is drawn at random is on, in both grains.
+# Everything that is drawn at random is on, in both grains.
 RANDOM = {"noise": 1.0, "layer_dropout": 0.5, "exit_tokens": 8}
 
 
