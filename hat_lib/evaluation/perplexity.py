@@ -13,7 +13,8 @@ is too narrow for other documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,23 +114,41 @@ def score(
 
 
 @torch.no_grad()
-def score_pair(
-    hat: HierarchicalTransformer, dataset: Sequence[Mapping], *, batch_size: int = 1, progress: bool = True
-) -> tuple[Score, Score]:
-    """`score` of the base and of ``hat``, which also gets its agreement with the base; two forwards a batch.
+def score_each(
+    hat: HierarchicalTransformer,
+    dataset: Sequence[Mapping],
+    settings: Sequence[Callable[[], AbstractContextManager]],
+    *,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> tuple[Score, list[Score]]:
+    """`score` of the base and of ``hat`` in each of several settings, with its agreement; the base is run once for all.
 
-    Arguments and errors as in `score`; the base is ``hat.dense()``.
+    Args:
+        settings: each makes the context to run ``hat`` in, such as ``partial(hat.at, 0.5)``.
+
+    Other arguments and errors as in `score`; the base is ``hat.dense()``.
     """
     lm, hat = _unwrap(hat)
     if hat is None:
-        raise HatError("a pair needs a HierarchicalTransformer: a plain model has nothing to be compared with")
-    base, adaptive = (_Tally(lm, hat, len(dataset)) for _ in range(2))
+        raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to be compared with")
+    base, *adaptive = (_Tally(lm, hat, len(dataset)) for _ in range(1 + len(settings)))
     for batch in _batches(dataset, batch_size, lm.device, progress, "perplexity"):
         with hat.dense():
             dense = batch.run(lm)
             base.add(batch, dense)
-        adaptive.add(batch, batch.run(lm), dense)
-    return base.score(), adaptive.score()
+        for tally, setting in zip(adaptive, settings, strict=True):
+            with setting():
+                tally.add(batch, batch.run(lm), dense)
+    return base.score(), [tally.score() for tally in adaptive]
+
+
+def score_pair(
+    hat: HierarchicalTransformer, dataset: Sequence[Mapping], *, batch_size: int = 1, progress: bool = True
+) -> tuple[Score, Score]:
+    """`score_each` in the one setting that ``hat`` is in: base and adaptive, two forwards a batch."""
+    base, (adaptive,) = score_each(hat, dataset, [nullcontext], batch_size=batch_size, progress=progress)
+    return base, adaptive
 
 
 @torch.no_grad()

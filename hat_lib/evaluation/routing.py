@@ -90,7 +90,7 @@ def patterns(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, progres
             base = _final_states(hat, row["input_ids"])
         ours = _final_states(hat, row["input_ids"])
         new = slice(row["n_context"], None)
-        frame = {"doc": row["doc"], "block": number, **_texts(hat, row["input_ids"]), **_work(hat)}
+        frame = {"doc": row["doc"], "block": number, **_texts(hat, row["input_ids"]), **token_work(hat)}
         frame |= _losses(hat.lm, base, ours, row["input_ids"])
         frames.append(pd.DataFrame(frame).iloc[new])
         shares.append(torch.cat([hat.trace.site_share[:, :, 0], hat.trace.share], dim=1).cpu().numpy()[:, :, new])
@@ -113,8 +113,8 @@ def _texts(hat: HierarchicalTransformer, ids: Sequence[int]) -> dict:
     return {"position": range(len(ids)), "id": ids, "text": texts, "class": classes(texts, [i in own for i in ids])}
 
 
-def _work(hat: HierarchicalTransformer) -> dict:
-    """What each token of the last forward executed, ``[T]``."""
+def token_work(hat: HierarchicalTransformer) -> dict[str, np.ndarray]:
+    """What each token of the last forward of one row executed, ``[T]`` each; columns of `Patterns.tokens`."""
     state, cost = hat.trace, state_cost(hat, hat.trace)
     exit_layer = state.exit_layer[0].long().cpu()
     return {

@@ -1,0 +1,117 @@
+"""What each token of a prompt got: ``hat.explain("The future of AI is")``.
+
+One forward at the capacity that the model is set to. For losses beside the work, and tables with intervals, see
+`hat_lib.evaluation.routing`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from hat_lib.config import HatError
+from hat_lib.evaluation.routing import token_work
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.plotting.routing import layer_map
+from hat_lib.plotting.token_heatmap import Passage, ansi, html
+from hat_lib.text.token_classes import pieces
+
+MEANING = "share of the base's work that a token got"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A prompt token by token. In a notebook it shows the coloured text; `print` does in a terminal."""
+
+    frame: pd.DataFrame = field(repr=False)
+    """a row per token and layer: ``token`` (its text), ``position``, ``layer``, ``share`` (executed share of the
+    layer's routable work; nan in layers that it did not enter), ``exit`` (layers that it ran; all of them where it
+    stayed to the end)"""
+    tokens: pd.DataFrame = field(repr=False)
+    """a row per token: ``token``, ``position``, ``id``, ``new`` (generated here), ``protected`` (runs in full),
+    ``share`` (mean over the layers that it entered), ``model_share`` (all its work / the base's), ``exit``"""
+    requested_capacity: float
+    capacity: float
+    """realised"""
+    requested_exit_rate: float
+    exit_rate: float
+    """realised"""
+
+    def html(self, low: float | None = None, high: float | None = None) -> str:
+        """The text as HTML, each token on a ground that says its share of the base's work."""
+        return html(self._passage(), meaning=MEANING, **self._scale(low, high))
+
+    def ansi(self, colours: bool | None = None) -> str:
+        """The same for a terminal; without colours, subscripts say tenths of the scale."""
+        return ansi(self._passage(), meaning=MEANING, colours=colours, **self._scale(None, None))
+
+    def figure(self) -> Figure:
+        """Layer × token: the executed share, and how far it is from the layer's mean over this prompt."""
+        table = self.frame.rename(columns={"token": "text", "position": "token", "exit": "exit_layer"})
+        free = ~self.tokens["protected"].to_numpy().repeat(self.frame["layer"].nunique())
+        usual = table["share"].where(free).groupby(table["layer"]).transform("mean")
+        return layer_map(table.assign(difference=table["share"] - usual))
+
+    def __str__(self) -> str:
+        return self.ansi()
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
+    def _passage(self) -> Passage:
+        title = f"capacity {self.requested_capacity:.2f} requested, {self.capacity:.3f} realised on this text"
+        if self.requested_exit_rate or self.exit_rate:
+            title += f"; exit rate {self.requested_exit_rate:.2f} requested, {self.exit_rate:.3f} realised"
+        return Passage(title, self.tokens["token"].tolist(), self.tokens["model_share"].tolist())
+
+    def _scale(self, low: float | None, high: float | None) -> dict:
+        """Protected tokens would leave the others no colour."""
+        free = self.tokens.loc[~self.tokens["protected"], "model_share"]
+        free = self.tokens["model_share"] if free.empty else free
+        return {"low": free.min() if low is None else low, "high": free.max() if high is None else high}
+
+
+@torch.no_grad()
+def explain(hat: HierarchicalTransformer, prompt: str, *, max_new_tokens: int = 0) -> Explanation:
+    """What ``hat``, as it is set, runs for each token of a prompt.
+
+    Args:
+        max_new_tokens: continue the prompt greedily first, and explain both.
+
+    Raises `HatError` for an empty prompt and one beyond the base's context.
+    """
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise HatError(f"a prompt must be text, got {prompt!r}")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise HatError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
+    tokenizer, context = hat.base.tokenizer, hat.lm.config.max_position_embeddings
+    ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.to(hat.base.device)
+    given = ids.shape[1]
+    if given + max_new_tokens > context:
+        raise HatError(f"{given} prompt tokens + {max_new_tokens} new ones exceed the context of the base: {context}")
+    if max_new_tokens:
+        how = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+        ids = hat.lm.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    hat.lm.model(ids, use_cache=False)
+    work, share = token_work(hat), hat.trace.share[:, 0].cpu().numpy()
+    exits, (n_layers, length) = work["exit_layer"], share.shape
+    tokens = pd.DataFrame(
+        {
+            "token": pieces(tokenizer, ids[0].tolist()),
+            "position": range(length),
+            "id": ids[0].tolist(),
+            "new": np.arange(length) >= given,
+            **{name: work[name] for name in ("protected", "share", "model_share")},
+            "exit": exits,
+        }
+    )
+    frame = tokens[["token", "position"]].loc[tokens.index.repeat(n_layers)].reset_index(drop=True)
+    frame["layer"] = np.tile(np.arange(n_layers), length)
+    frame["share"] = np.where(np.arange(n_layers)[:, None] < exits, share, np.float32(np.nan)).T.ravel()
+    frame["exit"] = exits.repeat(n_layers)
+    realised = hat.trace.capacity, hat.trace.exit_rate
+    return Explanation(frame, tokens, hat.capacity, realised[0], hat.exit_rate, realised[1])

@@ -1,0 +1,139 @@
+"""What each capacity costs on a text: ``hat.sweep("addresses", capacities=(0.5, 0.75))``.
+
+The base is run once for all capacities, and every difference to it is paired: same tokens, same blocks. For controls
+at equal work, several grains and results that are kept, see ``hat sweep`` and `hat_lib.experiments`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from html import escape
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from hat_lib.config import HatError, check_capacity
+from hat_lib.evaluation.perplexity import compare, score_each
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.plotting.sweep import sweep as sweep_figure
+from hat_lib.text.blocks import SUFFIXES, load_text
+
+CAPACITIES = (0.4, 0.55, 0.7, 0.9)
+WHY = "realised differs from requested: thresholds were set on other text"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Capacities on one text. In a notebook it shows its table; `figure` draws it."""
+
+    frame: pd.DataFrame = field(repr=False)
+    """a row per capacity: ``capacity`` (requested), ``realised``, ``exit_rate`` (realised), ``model_share`` (all work,
+    head and routers included, / the base's), ``perplexity``, ``increase`` (over the base's, less 1),
+    ``increase_low``, ``increase_high`` (95 % paired bootstrap interval; nan on a text of one block), ``kl`` (base ||
+    adaptive, nats per token), ``top1`` (share of tokens for which both hold the same next token most likely)"""
+    text: str
+    """name of the text, or its beginning"""
+    base: str
+    base_perplexity: float
+    tokens: int
+    """that were scored"""
+    blocks: int
+
+    def figure(self) -> Figure:
+        """Perplexity increase and agreement against realised capacity."""
+        return sweep_figure(self.frame)
+
+    def __str__(self) -> str:
+        table = self.frame.to_string(index=False, float_format="{:.4f}".format)
+        return f"{self._what()}\n{table}\n{WHY}"
+
+    def _repr_html_(self) -> str:
+        table = self.frame.to_html(index=False, float_format="{:.4f}".format, border=0)
+        return f"<p>{escape(self._what())}</p>{table}<p>{WHY}</p>"
+
+    def _what(self) -> str:
+        short = "" if self.blocks > 1 else " (no interval: one block)"
+        return (
+            f"{self.base} on {self.text}: {self.tokens} scored tokens in {self.blocks} blocks{short}; "
+            f"perplexity of the base {self.base_perplexity:.3f}"
+        )
+
+
+def sweep(
+    hat: HierarchicalTransformer,
+    text: str | Path | Sequence = "addresses",
+    capacities: Sequence[float] = CAPACITIES,
+    *,
+    exit_rate: float | None = None,
+    split: str = "test",
+    max_tokens: int | None = 4000,
+    block_size: int = 512,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> Sweep:
+    """Perplexity, divergence and work at each capacity, beside the base; ``hat`` is left as it was.
+
+    Args:
+        text: a name as `load_text` takes it (a corpus, a file, a dataset of the Hub), a text itself (anything with a
+            space or a line's end in it that is no file), or a list of texts, of blocks of token ids or of rows of
+            `load_text`.
+        capacities: requested, in [0.1, 1].
+        exit_rate: requested at each of them; None is what ``hat`` is set to.
+        split: of a name; see `load_text`.
+        max_tokens, block_size: how much is measured of a text, and in blocks of how many tokens; blocks that are
+            given are measured as they are.
+        batch_size: blocks per forward.
+
+    Raises `HatError` for a bad argument, before anything is run.
+    """
+    capacities = [check_capacity(c) for c in capacities]
+    if not capacities or len(set(capacities)) < len(capacities):
+        raise HatError(f"a sweep needs capacities, each once, got {capacities}")
+    settings = [partial(hat.at, c, exit_rate) for c in capacities]
+    for setting in settings:  # so that one that cannot be set is told before the first is measured
+        with setting():
+            pass
+    name, dataset = _blocks(hat, text, split, max_tokens, block_size)
+    base, scores = score_each(hat, dataset, settings, batch_size=batch_size, progress=progress)
+    rows = []
+    for capacity, found in zip(capacities, scores, strict=True):
+        row = {"capacity": capacity, "realised": found.capacity, "exit_rate": found.exit_rate}
+        row |= {"model_share": found.model_share, "perplexity": found.perplexity}
+        if len(dataset) > 1:
+            versus = compare(base, found)
+            row |= {"increase": versus.increase, "increase_low": versus.low, "increase_high": versus.high}
+        else:
+            nan = float("nan")
+            row |= {"increase": found.perplexity / base.perplexity - 1, "increase_low": nan, "increase_high": nan}
+        rows.append(row | {"kl": found.agreement.kl, "top1": found.agreement.top1})
+    what = hat.base.name, base.perplexity, int(base.tokens.sum()), len(dataset)
+    return Sweep(pd.DataFrame(rows), name, *what)
+
+
+def _blocks(hat, text, split: str, max_tokens: int | None, block_size: int) -> tuple[str, Sequence[Mapping]]:
+    """A name for the text, and its blocks."""
+    tokenizer, texts = hat.base.tokenizer, [text] if isinstance(text, str | Path) else list(text)
+    if isinstance(text, str | Path) and not _is_text(text):
+        rows = load_text(text, tokenizer, split=split, max_tokens=max_tokens, block_size=block_size)
+        return f"{text}, {split} split", rows
+    rows = []
+    for item in texts:
+        if isinstance(item, Mapping):
+            rows.append(item)
+            continue
+        ids = tokenizer(item, verbose=False).input_ids[:max_tokens] if isinstance(item, str) else list(item)
+        size = block_size if isinstance(item, str) else max(1, len(ids))
+        rows += [{"input_ids": ids[i : i + size], "n_context": 0} for i in range(0, len(ids), size)]
+    name = f'"{" ".join(text.split()[:6])} …"' if isinstance(text, str) else f"{len(texts)} texts or blocks"
+    return name, [row for row in rows if len(row["input_ids"]) > 1]
+
+
+def _is_text(text: str | Path) -> bool:
+    """Whether this is text itself, and not the name of one."""
+    if isinstance(text, Path) or not any(c.isspace() for c in text.strip()):
+        return False
+    name = Path(text)
+    return "\n" in text.strip() or not (name.suffix.lower() in SUFFIXES or len(text) < 256 and name.exists())

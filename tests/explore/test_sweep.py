@@ -1,0 +1,92 @@
+"""`hat.sweep`: each row is what `score_pair` and `compare` say there, from one pass over the base."""
+
+import numpy as np
+import pytest
+import tiny_runs
+from matplotlib.figure import Figure
+
+from hat_lib.config import HatError
+from hat_lib.evaluation.perplexity import compare, score_pair
+from hat_lib.explore.sweep import sweep
+from hat_lib.text.blocks import load_text
+
+pytestmark = pytest.mark.filterwarnings("ignore:token grain")
+BLOCKS = tiny_runs.random_blocks(6, 40, seed=4)
+
+
+@pytest.fixture(scope="module", params=tiny_runs.GRAINS)
+def hat(request):
+    return tiny_runs.adaptive(request.param)
+
+
+def test_rows_are_those_of_each_capacity_alone_and_the_base_is_run_once(hat):
+    before = hat.capacity, hat.exit_rate
+    with hat.collect() as forwards:
+        found = sweep(hat, BLOCKS, (0.5, 1.0), exit_rate=0.2, batch_size=6, progress=False)
+    assert len(forwards) == 3 and (hat.capacity, hat.exit_rate) == before
+    rows = [{"input_ids": ids, "n_context": 0} for ids in BLOCKS]
+    for row in found.frame.itertuples():
+        with hat.at(row.capacity, 0.2):
+            base, alone = score_pair(hat, rows, batch_size=6, progress=False)
+        versus = compare(base, alone)
+        assert (row.realised, row.exit_rate, row.model_share) == (alone.capacity, alone.exit_rate, alone.model_share)
+        assert (row.perplexity, row.increase) == (alone.perplexity, versus.increase)
+        assert (row.increase_low, row.increase_high) == (versus.low, versus.high)
+        assert (row.kl, row.top1) == (alone.agreement.kl, alone.agreement.top1)
+    assert found.frame["capacity"].tolist() == [0.5, 1.0]
+    assert (found.base_perplexity, found.tokens, found.blocks) == (base.perplexity, 6 * 39, 6)
+
+
+def test_it_is_shown_as_a_table_and_as_a_figure(hat):
+    found = sweep(hat, BLOCKS, (0.6, 1.0), progress=False)
+    for shown in (str(found), found._repr_html_()):
+        assert "234 scored tokens in 6 blocks" in shown and "realised differs from requested" in shown
+        assert all(column in shown for column in found.frame)
+    figure = found.figure()
+    assert isinstance(figure, Figure)
+    increase, top1 = figure.axes
+    np.testing.assert_allclose(top1.lines[0].get_xdata(), sorted(found.frame["realised"]))
+    assert [t.get_text() for t in increase.texts] == ["0.6", "1"]
+
+
+def test_text_is_a_name_a_text_texts_or_blocks(hat, tmp_path):
+    path = tiny_runs.page(tmp_path)
+    how = {"block_size": 32, "max_tokens": 128, "progress": False, "split": "train"}
+    named = load_text(path, hat.base.tokenizer, split="train", block_size=32, max_tokens=128)
+    ids = [row["input_ids"] for row in named]
+    text = hat.base.tokenizer.decode([i for block in ids for i in block])
+    texts = [hat.base.tokenizer.decode(block) for block in ids]
+    expected = sweep(hat, named, [0.7], **how)
+    for given in (path, str(path), ids, text, texts):
+        found = sweep(hat, given, [0.7], **how)
+        assert found.frame.equals(expected.frame) and found.blocks == 4
+    assert sweep(hat, path, [0.7], **how).text == f"{path}, train split"
+    assert sweep(hat, text, [0.7], **how).text.startswith('"Line 0: the')
+
+
+def test_one_block_has_no_interval_and_says_so(hat):
+    found = sweep(hat, "The quick brown fox jumps over the lazy dog", [0.7], progress=False)
+    assert found.frame[["increase_low", "increase_high"]].isna().all(axis=None)
+    assert np.isfinite(found.frame["increase"]).all() and "no interval: one block" in str(found)
+    assert isinstance(found.figure(), Figure)
+
+
+@pytest.mark.parametrize(
+    ("text", "how", "words"),
+    [
+        (BLOCKS, {"capacities": []}, "a sweep needs capacities, each once, got"),
+        (BLOCKS, {"capacities": [0.5, 0.5]}, "each once"),
+        (BLOCKS, {"capacities": [0.5, 2]}, "capacity must be a number"),
+        (BLOCKS, {"exit_rate": -1}, "exit rate must be"),
+        ("nowhere.txt", {}, "nowhere.txt: no such file"),
+        ("no file.txt", {}, "no file.txt: no such file"),
+        ("nothing", {}, "unknown corpus 'nothing'"),
+        ([], {}, "nothing to score"),
+    ],
+)
+def test_bad_input_before_anything_runs(hat, monkeypatch, text, how, words):
+    monkeypatch.setattr(hat.lm.model, "forward", None)
+    before = hat.capacity, hat.exit_rate
+    with pytest.raises(HatError, match=words):
+        sweep(hat, text, progress=False, **how)
+    assert (hat.capacity, hat.exit_rate) == before
