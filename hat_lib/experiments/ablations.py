@@ -20,7 +20,9 @@ from hat_lib.evaluation.baselines.controls import as_in
 from hat_lib.evaluation.baselines.equal_compute import matched
 from hat_lib.evaluation.perplexity import compare, score, states
 from hat_lib.experiments.rows import RowWriter
+from hat_lib.experiments.tables import markdown, saved
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.plotting.findings import said
 from hat_lib.text.blocks import held_out, load_text
 from hat_lib.training.recipe import Recipe
 from hat_lib.training.run import CALIBRATION_TOKENS, Run, train
@@ -189,3 +191,14 @@ def _measure(change: Change, folder: Path, base: str, recipe: Recipe, steps: int
             base=hat.base.name,
             dtype=dtype,
         )
+
+
+def tables(results: Path | None = None) -> dict[str, str]:
+    rows = saved("ablations", results)
+    header = ["grain", "change", "training steps", "capacity", *(f"perplexity, {text}" for text, _ in MEASURED)]
+    lines = []
+    for (grain, change), of in rows.groupby(["granularity", "change"], sort=False):
+        found = {r.text: said(r._asdict()) for r in of.itertuples()}
+        line = [grain, change, of["steps"].iloc[0], of["capacity"].iloc[0]]
+        lines.append(line + [found.get(text) for text, _ in MEASURED])
+    return {"ablations": markdown(header, lines)}

@@ -28,6 +28,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from hat_lib.backbone.base import Base, load_base
 from hat_lib.calibration.capacity import QUANTILES, score_quantiles
 from hat_lib.config import HatConfig, HatError, check_capacity
+from hat_lib.experiments.tables import markdown, saved, times
 from hat_lib.inference.timing import Variant, now, take_turns
 from hat_lib.model.cost import state_cost
 from hat_lib.model.policies import Forced, Policy
@@ -328,3 +329,14 @@ def _nothing():
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def tables(results: Path | None = None) -> dict[str, str]:
+    header = ["grain", "phase", "batch", "capacity realised", "ideal", "over our own dense path",
+              "over plain transformers"]  # fmt: skip
+    lines = [
+        [r.granularity, r.phase, r.batch, f"{r.realised:.2f}", times(r.ideal), times(r.speedup_dense, r.ideal),
+         times(r.speedup_hf)]
+        for r in saved("benchmark", results).itertuples()
+    ]  # fmt: skip
+    return {"benchmark": markdown(header, lines)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,7 +16,9 @@ from hat_lib.backbone.base import Base, load_base
 from hat_lib.config import HatError
 from hat_lib.evaluation.perplexity import compare, score
 from hat_lib.experiments.benchmark import CONTEXT, decode_rows
+from hat_lib.experiments.tables import markdown, saved, times
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.plotting.findings import said
 from hat_lib.text.blocks import load_text, text_hash
 
 
@@ -117,3 +120,14 @@ def foundation(
                 )
             )
     return rows
+
+
+def tables(results: Path | None = None) -> dict[str, str]:
+    header = ["text", "capacity requested / realised", "perplexity increase (95 % interval)", "decode: ideal",
+              "over our own dense path", "over plain transformers"]  # fmt: skip
+    lines = [
+        [r.text, f"{r.capacity:.2f} / {r.realised:.3f}", said(r._asdict()), times(r.ideal),
+         times(r.speedup_dense, r.ideal), times(r.speedup_hf)]
+        for r in saved("foundation", results).itertuples()
+    ]  # fmt: skip
+    return {"foundation": markdown(header, lines)}

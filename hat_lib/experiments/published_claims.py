@@ -1,4 +1,4 @@
-"""The promise and what is there: ``data/results/promise.csv``.
+"""The promise and what is there: ``data/results/published_claims.csv``.
 
 Published for a frozen base: so much capacity, so many times as fast, for so much perplexity. Beside it, for both grains
 and the promised capacities, quality on the bundled base as `hat quality` measured it, and speed: on the bundled base
@@ -18,13 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hat_lib.backbone.base import load_base
+from hat_lib.backbone.base import BUNDLED, load_base
 from hat_lib.config import HatConfig, HatError, scaled_exits
 from hat_lib.evaluation.baselines.controls import RandomExits, exit_shares
 from hat_lib.experiments.benchmark import PREFILL, Row, Setting, at_thresholds, forced_channels, forced_tokens, measure
 from hat_lib.experiments.quality import TEXTS, QualityRow
 from hat_lib.experiments.rows import read_rows
+from hat_lib.experiments.tables import markdown, saved, times
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.plotting.findings import said
 from hat_lib.text.blocks import load_text
 
 SHAPE = "random:tinyllama"
@@ -177,3 +179,25 @@ def _row(hat: HierarchicalTransformer, setting: Setting, decode: Row, prefill: R
         threads=decode.threads,
         rounds=decode.rounds,
     )
+
+
+def tables(results: Path | None = None) -> dict[str, str]:
+    rows = saved("published_claims", results).query("exit_rate == 0")
+    shape = {(r.granularity, r.capacity): r for r in rows[rows["base"] == SHAPE].itertuples()}
+    header = ["grain", "capacity requested / realised", "claimed", *(f"perplexity, {text}" for text in TEXTS)]
+    speeds = ["ideal", "over our own dense path", "over plain transformers"]
+    header += [f"decode, {base}: {kind}" for base in ("bundled base", "TinyLlama's shape") for kind in speeds]
+    lines, front = [], []
+    for r in rows[rows["base"] == BUNDLED].itertuples():
+        there, claimed = shape[r.granularity, r.capacity], f"{r.promised_speedup}x, {r.promised_increase:+.0%}"
+        line = [r.granularity, f"{r.capacity:.2f} / {r.realised:.2f}", claimed]
+        line += [said(r._asdict(), text) for text in TEXTS]
+        for at in (r, there):
+            line += [times(at.ideal_decode), times(at.decode_dense, at.ideal_decode), times(at.decode_hf)]
+        lines.append(line)
+        if r.granularity == "channel":
+            measured = said(r._asdict(), "docstrings"), f"{r.model_share:.0%}", times(r.decode_dense, r.ideal_decode)
+            front.append([f"{r.capacity:.0%}", claimed, *measured])
+    brief = ["capacity", "published claim: decode speed, perplexity", "measured perplexity (95 % interval)",
+             "share of the model's work", "measured decode speed, skipping alone"]  # fmt: skip
+    return {"published_claims": markdown(header, lines), "frontpage": markdown(brief, front)}

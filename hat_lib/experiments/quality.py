@@ -25,9 +25,11 @@ from hat_lib.evaluation.baselines.controls import CONTROLS, RandomExits, as_in, 
 from hat_lib.evaluation.baselines.equal_compute import matched
 from hat_lib.evaluation.perplexity import Score, compare, score, states
 from hat_lib.experiments.rows import RowWriter, read_rows
+from hat_lib.experiments.tables import markdown, saved
 from hat_lib.model.checkpoint import read_checkpoint
 from hat_lib.model.schema import digest
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.plotting.findings import said
 from hat_lib.text.blocks import load_text, text_hash
 
 TEXTS = ("addresses", "docstrings")
@@ -220,3 +222,13 @@ def _adapter(checkpoint: Path, exits: bool) -> str:
     tables = asdict(found.calibration) if found.calibration else {}
     used = {k: v for k, v in tables.items() if exits or not k.startswith("exit_")}
     return digest({"tables": used, **{name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}})[:16]
+
+
+def tables(results: Path | None = None) -> dict[str, str]:
+    """The channel grain, trained and untrained at equal work."""
+    rows = saved("quality", results).query("granularity == 'channel' and exit_rate == 0").sort_values("tokens")
+    cells = {(r.capacity, r.text, r.variant): said(r._asdict()) for r in rows.itertuples()}  # on most tokens: the last
+    ways = [(text, variant) for text in TEXTS for variant in ("trained", "untrained")]
+    header = ["capacity", *(f"{text}, {variant}" for text, variant in ways)]
+    lines = [[f"{c:.2f}", *(cells.get((c, *way)) for way in ways)] for c in sorted(set(rows["capacity"]), reverse=True)]
+    return {"quality": markdown(header, lines)}

@@ -1,4 +1,4 @@
-"""Does a target speedup come true? ``data/results/target_speedup.csv``.
+"""Does a target speedup come true? ``data/results/speed_targets.csv``.
 
 For each checkpoint the targets 1.05, 1.1, 1.2 and the largest that its `SpeedCurve` reaches. The curve was measured on
 one text; here other prompts are continued at the capacity that it names, and the speedup of those texts is measured
@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 
+from hat_lib.experiments.tables import markdown, saved, times
 from hat_lib.inference.generate import AdaptiveInference
+from hat_lib.inference.speed import VERSUS
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.prompts import prompts
 
@@ -85,3 +87,14 @@ def target_rows(
                 dtype=str(hat.base.dtype).removeprefix("torch."),
                 threads=torch.get_num_threads(),
             )
+
+
+def tables(results: Path | None = None) -> dict[str, str]:
+    header = ["grain", "speed over", "target", "capacity chosen", "measured: median (lowest to highest prompt)",
+              "most within reach"]  # fmt: skip
+    lines = []
+    for r in saved("speed_targets", results).itertuples():
+        found = f"{r.measured:.2f}x ({r.lowest:.2f}x to {r.highest:.2f}x)" if r.reachable else "out of reach"
+        chosen = f"{r.capacity:.2f}" if r.reachable else None
+        lines.append([r.granularity, VERSUS[r.versus], f"{r.requested:.3g}x", chosen, found, times(r.largest)])
+    return {"speed_targets": markdown(header, lines)}

@@ -11,6 +11,7 @@ import statistics
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor
 from hat_lib.backbone.base import load_base
 from hat_lib.config import HatError
 from hat_lib.experiments.benchmark import ratio
+from hat_lib.experiments.tables import markdown, saved, times
 from hat_lib.inference.timing import Variant, take_turns
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.training.objective import Objective
@@ -109,3 +111,12 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def tables(results: Path | None = None) -> dict[str, str]:
+    header = ["grain", "a training step", "plain forward and backward", "ratio", "tokens"]
+    lines = [
+        [r.granularity, f"{r.step_seconds:.1f} s", f"{r.base_seconds:.1f} s", times(r.ratio), r.tokens]
+        for r in saved("step_cost", results).itertuples()
+    ]
+    return {"step_cost": markdown(header, lines)}

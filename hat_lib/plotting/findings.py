@@ -8,7 +8,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import matplotlib as mpl
 import numpy as np
@@ -78,10 +78,17 @@ def apart(ablations: pd.DataFrame) -> pd.DataFrame:
     return ablations.assign(apart=~meet)
 
 
-def said(row: pd.Series) -> str:
-    """An increase in perplexity and its interval: per cent up to a doubling, then times the base's perplexity."""
-    times = ["over x1000" if v >= 999 else f"x{1 + v:.{1 if v < 9 else 0}f}" for v in row[[*COST]]]
-    middle, low, high = (f"{v:+.1%}" if v < 1 else t for v, t in zip(row[[*COST]], times, strict=True))
+def said(row: Mapping, name: str = "increase") -> str:
+    """An increase in perplexity and its interval: per cent up to a doubling, then times the base's perplexity.
+
+    Args:
+        row: has ``name``, ``name_low`` and ``name_high``.
+    """
+    values = [row[column] for column in (name, f"{name}_low", f"{name}_high")]
+    if values[0] < 1:
+        middle, low, high = (f"{value:+.1%}".replace("-0.0%", "+0.0%") for value in values)
+    else:
+        middle, low, high = ("over x1000" if v >= 999 else f"x{1 + v:.{1 if v < 9 else 0}f}" for v in values)
     return f"{middle} ({low} to {high})"
 
 

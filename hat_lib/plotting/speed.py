@@ -94,7 +94,7 @@ def lossless(table: pd.DataFrame) -> Figure:
     Whiskers are 95 % bootstrap intervals over prompts: of a ratio of sums on the left, of a median on the right.
 
     Args:
-        table: the fields of `hat_lib.experiments.speculation.LosslessRow`.
+        table: the fields of `hat_lib.experiments.self_speculative.LosslessRow`.
     """
     times = {"ms_hf": "plain transformers", "ms_early_exit": "its early-exit drafts", "ms_lossless": "our drafts"}
     group = ["granularity", "capacity", "dtype"]

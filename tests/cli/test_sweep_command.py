@@ -13,7 +13,7 @@ from hat_lib.experiments.benchmark import Setting
 from hat_lib.experiments.published_claims import PROMISED, SETTINGS, PromiseRow, promise
 from hat_lib.experiments.quality import QualityRow
 from hat_lib.experiments.rows import RowWriter, read_rows
-from hat_lib.experiments.speculation import LosslessRow, lossless_rows, parting
+from hat_lib.experiments.self_speculative import LosslessRow, lossless_rows, parting
 from hat_lib.experiments.speed_targets import target_rows
 from hat_lib.experiments.sweep import points
 from hat_lib.inference.speed import SpeedCurve
@@ -128,7 +128,7 @@ class TestPrompts:
 
 class TestLossless:
     def test_rows_and_resumption(self, checkpoints, tmp_path):
-        out = tmp_path / "lossless.csv"
+        out = tmp_path / "self_speculative.csv"
         how = {"capacity": 0.5, "dtype": "fp32", "max_new_tokens": 8}
         rows = list(lossless_rows(out, checkpoints / "channel", count=5, **how))
         assert [r.prompt for r in rows] == list(range(5)) and all(r.identical for r in rows)

@@ -171,7 +171,7 @@ def test_frontier_reads_the_saved_sweep(tmp_path):
         widgets.frontier(tmp_path)
     layers_table().to_csv(tmp_path / "layer_shares.csv", index=False)
     assert "no speed was measured" in said(widgets.frontier(tmp_path))[1]
-    promise_table().to_csv(tmp_path / "promise.csv", index=False)
+    promise_table().to_csv(tmp_path / "published_claims.csv", index=False)
     assert "predicted speedup" in said(widgets.frontier(tmp_path))[1]
     with pytest.raises(HatError, match="token and addresses"):
         widgets.frontier(tmp_path, granularity="token", text="addresses")

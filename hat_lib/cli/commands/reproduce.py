@@ -3,6 +3,8 @@ step-cost | figures``."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from hat_lib.cli import options as take
@@ -208,13 +210,13 @@ def figures() -> None:
         "01_weight_shares": (plots.weight_shares, "weight_shares"),
         "02_skipped_ffn": (plots.skipped_ffn, "ffn_skip_by_layer"),
         "02_grain_frontier": (plots.grain_frontier, "grain_frontier"),
-        "05_targets": (inference_plots.targets, "target_speedup"),
-        "05_lossless": (inference_plots.lossless, "lossless"),
-        "06_work_and_time": (inference_plots.work_and_time, "promise"),
-        "06_promise": (inference_plots.promise, "promise"),
+        "05_targets": (inference_plots.targets, "speed_targets"),
+        "05_lossless": (inference_plots.lossless, "self_speculative"),
+        "06_work_and_time": (inference_plots.work_and_time, "published_claims"),
+        "06_promise": (inference_plots.promise, "published_claims"),
         "07_frontier": (trained_frontier.twin, "quality", "layer_shares"),
-        "08_promised": (findings.promised, "quality", "published", "promise"),
-        "08_speeds": (findings.speeds, "promise"),
+        "08_promised": (findings.promised, "quality", "published", "published_claims"),
+        "08_speeds": (findings.speeds, "published_claims"),
         "08_exits": (findings.exits, "quality"),
         "08_choices": (findings.choices, "ablations"),
         "benchmark": (plots.benchmark, "benchmark"),
@@ -227,3 +229,18 @@ def figures() -> None:
             say("warning", f"no {missing[0]}, so {name}.png stays as it is")
         else:
             typer.echo(f"wrote {plots.save_figure(draw(*map(pd.read_csv, sources)), name)}")
+
+
+@app.command()
+def reproduce(
+    tables: Annotated[
+        bool, take.option("Rewrite the marked tables of README, data/README and docs.", "--tables")
+    ] = False,
+) -> None:
+    """Rewrite the tables of README and docs from data/results."""
+    from hat_lib.experiments.registry import all_tables
+    from hat_lib.experiments.tables import outdated
+
+    for path, text in outdated(all_tables()).items():
+        path.write_text(text, encoding="utf-8")
+        typer.echo(f"wrote {path}")

@@ -78,7 +78,7 @@ def promise(
     rounds: take.Rounds = 5,
     steps: take.Steps = 64,
     dtype: take.Dtype = None,
-    out: take.Out = RESULTS / "promise.csv",
+    out: take.Out = RESULTS / "published_claims.csv",
 ) -> None:
     """What was promised beside what is there.
 
@@ -117,7 +117,7 @@ def targets(
     versus: take.Versus = "dense",
     count: take.PromptCount = 10,
     dtype: take.Dtype = None,
-    out: take.Out = RESULTS / "target_speedup.csv",
+    out: take.Out = RESULTS / "speed_targets.csv",
 ) -> None:
     """Does a target speedup come true?
 
@@ -151,7 +151,7 @@ def lossless(
     count: take.PromptCount = 200,
     max_new_tokens: take.MaxNewTokens = 24,
     dtype: take.Dtype = None,
-    out: take.QualityOut = RESULTS / "lossless.csv",
+    out: take.QualityOut = RESULTS / "self_speculative.csv",
 ) -> None:
     """Is lossless decoding the base's text, and how fast is it?
 
@@ -164,7 +164,7 @@ def lossless(
 
     from hat_lib.backbone.base import parse_dtype
     from hat_lib.experiments.rows import read_rows
-    from hat_lib.experiments.speculation import LosslessRow, lossless_rows
+    from hat_lib.experiments.self_speculative import LosslessRow, lossless_rows
 
     if dtype is not None:
         parse_dtype(dtype)

@@ -32,7 +32,8 @@ def frontier(results: Path = DATA / "results", granularity: str = "channel", tex
     """The saved sweep under two sliders.
 
     Args:
-        results: folder of ``quality.csv`` and ``layer_shares.csv``; of ``promise.csv`` too, where speed was measured.
+        results: folder of ``quality.csv`` and ``layer_shares.csv``; of
+            ``published_claims.csv`` too, where speed was measured.
 
     Raises `HatError` for a missing file, and where the sweep has no row for the grain and text.
     """
@@ -42,7 +43,7 @@ def frontier(results: Path = DATA / "results", granularity: str = "channel", tex
         if not path.is_file():
             raise HatError(f"no {path}: it is made by {made_by}")
         tables[name] = pd.read_csv(path)
-    promise = results / "promise.csv"
+    promise = results / "published_claims.csv"
     speed = pd.read_csv(promise) if promise.is_file() else None
     return FrontierView(points(tables["quality"], granularity, text), tables["layer_shares"], speed)
 

@@ -1,8 +1,8 @@
 """The frontier at the end of two sliders: capacity × exit rate → what it costs, where the work is, how fast it is.
 
 Everything is read from ``data/results``: `quality.csv` (perplexity), `layer_shares.csv` (executed share by layer) and,
-where it exists, `promise.csv` (speed). A slider stops where something was measured and nowhere else: between two
-measurements the view would show a number that nobody has seen. Its
+where it exists, `published_claims.csv` (speed). A slider stops where something was measured and nowhere else: between
+two measurements the view would show a number that nobody has seen. Its
 static twin is `hat_lib.plotting.trained_frontier.twin`.
 """
 

@@ -1,4 +1,4 @@
-"""Is lossless decoding lossless, and is it fast? One row a prompt: ``data/results/lossless.csv``.
+"""Is lossless decoding lossless, and is it fast? One row a prompt: ``data/results/self_speculative.csv``.
 
 The base is plain transformers, decoding greedily. In turns, prompt by prompt, four ways to its text are timed: that
 one, our own dense path, `hat_lib.inference.self_speculative`, and transformers' own self-speculation
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hat_lib.backbone.base import load_base
 from hat_lib.experiments.rows import RowWriter
+from hat_lib.experiments.tables import markdown, saved, times
 from hat_lib.inference.self_speculative import Speculation, speculate
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.prompts import KINDS, Prompt, prompts
@@ -162,3 +163,19 @@ def _drafting(spoken: Speculation) -> dict:
         "draft_share": round(spoken.draft_share, 4),
         "ideal": round(spoken.ideal_speedup, 4),
     }
+
+
+def tables(results: Path | None = None) -> dict[str, str]:
+    header = ["grain", "capacity of drafts", "dtype", "text is the base's", "drafts that stood", "by work alone",
+              "over our own dense path", "over plain transformers", "over its early-exit drafts"]  # fmt: skip
+    lines = []
+    groups = saved("self_speculative", results).groupby(["granularity", "capacity", "dtype"])
+    for (grain, capacity, dtype), rows in groups:
+        same, stood = (
+            f"{rows['identical'].sum()} of {len(rows)}",
+            rows["accepted"].sum() / max(1, rows["drafted"].sum()),
+        )
+        over = [(rows[f"ms_{way}"] / rows["ms_lossless"]).median() for way in ("dense", "hf", "early_exit")]
+        speeds = map(times, [rows["ideal"].median(), *over])
+        lines.append([grain, f"{capacity:.2f}", dtype, same, f"{stood:.0%}", *speeds])
+    return {"self_speculative": markdown(header, lines)}
