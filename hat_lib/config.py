@@ -56,6 +56,14 @@ def _check_fraction(name: str, value: object, low: float, high: float) -> float:
     return number
 
 
+def check_count(name: str, value: object, low: int, high: int | None = None) -> int:
+    """``value``, a whole number of at least ``low`` and at most ``high``, or `HatError`."""
+    if not _is_int(value) or value < low or (high is not None and value > high):
+        most = "" if high is None else f", at most {high}"
+        raise HatError(f"{name} must be a whole number of at least {low}{most}, got {value!r}")
+    return value
+
+
 def scaled_exits(n_layers: int) -> tuple[int, ...]:
     """The published exit depths in proportion to another depth; distinct, in [1, n_layers - 1].
 
@@ -87,8 +95,7 @@ class HatConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
-        if not _is_int(self.n_layers) or self.n_layers < 1:
-            raise HatError(f"n_layers must be a whole number of at least 1, got {self.n_layers!r}")
+        check_count("n_layers", self.n_layers, 1)
         if self.granularity not in GRANULARITIES:
             raise HatError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
         for e in self.exit_layers:
@@ -99,8 +106,7 @@ class HatConfig:
         object.__setattr__(self, "capacity", check_capacity(self.capacity))
         object.__setattr__(self, "exit_rate", check_exit_rate(self.exit_rate))
         for name in ("translator_rank", "protected_tokens"):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 0:
-                raise HatError(f"{name} must be a whole number of at least 0, got {getattr(self, name)!r}")
+            check_count(name, getattr(self, name), 0)
 
     @classmethod
     def default(cls, base, **changes) -> HatConfig:

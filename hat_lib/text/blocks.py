@@ -14,7 +14,7 @@ Sources:
 Splits of a file go by document, 90 / 5 / 5 % in the order of the SHA-256 of the text, so they depend neither
 on the order of lines nor on a seed, and equal texts stay together. With fewer than three distinct documents
 each is cut by position instead: the first 90 % of its characters are train, the next 5 % validation, the
-last 5 % test.
+last 5 % test. Split "all" is the whole of a source, in its own order.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets, get_dataset_split_names, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from hat_lib.backbone.base import HUB_ID, first_line
-from hat_lib.config import HatError
-from hat_lib.text.corpora import SPLITS, Document, corpus_names, documents
+from hat_lib.config import HatError, check_count
+from hat_lib.text.corpora import ALL, SPLITS, Document, corpus_names, documents
 
 HUB_MAX_TOKENS = 200_000
 """tokens taken from a Hub stream when no ``max_tokens`` is given"""
@@ -56,7 +57,7 @@ def load_text(
     Args:
         source: see the module's docstring. Only a Hub id touches the network.
         tokenizer: the base's; required.
-        split: "train", "validation" or "test".
+        split: "train", "validation", "test" or "all".
         block_size: most tokens in a block, at least 2.
         stride: tokens that each further window of a document adds; None is ``block_size``, no overlap.
         max_tokens: stop after this many tokens, context not counted; the last block may be cut short.
@@ -71,14 +72,17 @@ def load_text(
     """
     if tokenizer is None:
         raise HatError("load_text needs a tokenizer: pass that of the base")
-    if split not in SPLITS:
-        raise HatError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     stride = block_size if stride is None else stride
-    _check_sizes(block_size, stride, max_tokens)
+    check_count("block_size", block_size, 2)
+    check_count("stride", stride, 1)
+    if stride > block_size:
+        raise HatError(f"stride must be at most block_size ({block_size}), or tokens are lost; got {stride}")
+    if max_tokens is not None:
+        check_count("max_tokens", max_tokens, 2)
     source = os.fspath(source)
-    stream, limit = _open(source, split, max_tokens)
+    stream, on_hub = _open(source, split)
 
-    rows, left = [], limit
+    rows, left = [], max_tokens or (HUB_MAX_TOKENS if on_hub else sys.maxsize)
     for doc, text in stream:
         ids = tokenizer(text, verbose=False).input_ids
         for start, n_context in windows(len(ids), block_size, stride):
@@ -109,6 +113,12 @@ def held_out(source: str | Path, tokenizer: PreTrainedTokenizerBase, tokens: int
     return concatenate_datasets(parts)
 
 
+def source_bytes(source: str | Path, split: str) -> int | None:
+    """Bytes of a split in UTF-8, errors as in `load_text`; None of a Hub dataset, whose end nobody waits for."""
+    stream, on_hub = _open(os.fspath(source), split)
+    return None if on_hub else sum(len(text.encode()) for _, text in stream)
+
+
 def windows(length: int, block_size: int, stride: int) -> Iterator[tuple[int, int]]:
     """``(start, n_context)`` of each window over ``length`` tokens; every token is new in exactly one.
 
@@ -131,29 +141,28 @@ def text_hash(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _check_sizes(block_size: int, stride: int, max_tokens: int | None) -> None:
-    sizes = [("block_size", block_size, 2), ("stride", stride, 1)]
-    if max_tokens is not None:
-        sizes.append(("max_tokens", max_tokens, 2))
-    for name, value, low in sizes:
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise HatError(f"{name} must be a whole number of at least {low}, got {value!r}")
-    if stride > block_size:
-        raise HatError(f"stride must be at most block_size ({block_size}), or tokens are lost; got {stride}")
+def names_file(source: str | Path) -> bool:
+    """Whether a source is read as a file, there or not."""
+    path = Path(os.path.expanduser(source))
+    try:
+        return str(source) not in corpus_names() and (path.suffix.lower() in SUFFIXES or path.exists())
+    except OSError:  # such as a text in place of its file's name
+        return False
 
 
-def _open(source: str, split: str, max_tokens: int | None) -> tuple[Iterator[Document], int]:
-    limit = sys.maxsize if max_tokens is None else max_tokens
+def _open(source: str, split: str) -> tuple[Iterator[Document], bool]:
+    """The documents of a split, and whether they come from the Hub."""
+    if split not in (*SPLITS, ALL):
+        raise HatError(f"split must be one of {', '.join((*SPLITS, ALL))}, got {split!r}")
     if source in corpus_names():
-        return documents(source, split), limit
-    path = Path(source).expanduser()
-    if path.suffix.lower() in SUFFIXES or path.exists():
-        return iter(_split(_read(path), split)), limit
+        return documents(source, split), False
+    if names_file(source):
+        return iter(_split(_read(Path(os.path.expanduser(source))), split)), False
     hub_id, _, config = source.partition(":")
     if HUB_ID.fullmatch(hub_id):
-        return _stream(hub_id, config or None, split), HUB_MAX_TOKENS if max_tokens is None else max_tokens
+        return _stream(hub_id, config or None, split), True
     known = ", ".join(corpus_names())
-    raise HatError(f"unknown corpus {source!r}: expected {known}, a {KINDS} file or a Hub id (owner/name)")
+    raise HatError(f"unknown corpus {source[:80]!r}: expected {known}, a {KINDS} file or a Hub id (owner/name)")
 
 
 def _read(path: Path) -> list[Document]:
@@ -161,11 +170,14 @@ def _read(path: Path) -> list[Document]:
     if not path.is_file() or suffix not in SUFFIXES:
         problem = "no such file" if not path.exists() else f"expected a {KINDS} file"
         raise HatError(f"{path}: {problem}")
-    if path.stat().st_size == 0:
-        raise HatError(f"{path} is empty")
-    if suffix == ".parquet":
-        return _read_parquet(path)
-    data = path.read_bytes()
+    try:
+        if path.stat().st_size == 0:
+            raise HatError(f"{path} is empty")
+        if suffix == ".parquet":
+            return _read_parquet(path)
+        data = path.read_bytes()
+    except OSError as error:
+        raise HatError(f"cannot read {path}: {error.strerror or error}") from error
     if b"\0" in data:
         raise HatError(f"{path} is not text: NUL at byte {data.index(0)}")
     try:
@@ -182,10 +194,17 @@ def _read_jsonl(path: Path, text: str) -> list[Document]:
             continue
         try:
             row = json.loads(line)
+        except RecursionError as error:
+            raise HatError(f"{path}, line {number}: brackets nested too deep to be read") from error
         except ValueError as error:
             raise HatError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise HatError(f'{path}, line {number}: expected an object with a string field "text"')
+        try:
+            row["text"].encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(row['text'][error.start]):04x}"
+            raise HatError(f'{path}, line {number}: "text" has half a character, {half}, at {error.start}') from error
         found.append((f"{path.name}:{number}", row["text"]))
     return found
 
@@ -195,7 +214,7 @@ def _read_parquet(path: Path) -> list[Document]:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             texts = file.read(columns=["text"]).column("text").to_pylist() if "text" in columns else None
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise HatError(f"{path} is not a readable parquet file ({first_line(error)})") from error
     if texts is None:
         raise HatError(f'{path} has no column "text"; its columns are {", ".join(columns)}')
@@ -206,6 +225,8 @@ def _read_parquet(path: Path) -> list[Document]:
 
 
 def _split(found: list[Document], split: str) -> list[Document]:
+    if split == ALL:
+        return found
     keys = [hashlib.sha256(text.encode()).digest() for _, text in found]
     order = sorted(set(keys))
     if len(order) < 3:
@@ -228,7 +249,9 @@ def _word_end(text: str, at: int) -> int:
 
 def _stream(hub_id: str, config: str | None, split: str) -> Iterator[Document]:
     try:
-        for number, row in enumerate(load_dataset(hub_id, config, split=split, streaming=True)):
+        splits = get_dataset_split_names(hub_id, config) if split == ALL else [split]
+        rows = chain.from_iterable(load_dataset(hub_id, config, split=name, streaming=True) for name in splits)
+        for number, row in enumerate(rows):
             if not isinstance(row.get("text"), str):
                 raise HatError(f'{hub_id} has no text in its field "text"; its fields are {", ".join(row)}')
             yield f"{hub_id}:{number}", row["text"]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from hat_lib.config import HatError
+from hat_lib.config import check_count
 from hat_lib.text.blocks import load_text
 
 KINDS = 5
@@ -42,8 +42,7 @@ class Prompt(NamedTuple):
 
 def prompts(tokenizer: PreTrainedTokenizerBase, count: int = 200) -> list[Prompt]:
     """``count`` prompts, kinds in turn: address, docstring, code, topic, list; at most 200."""
-    if not 1 <= count <= 200:
-        raise HatError(f"there are 1 to 200 prompts, got {count}")
+    check_count("prompts", count, 1, 200)
     each = -(-count // KINDS)
     kinds = {
         "address": _cut(tokenizer, "addresses", each),

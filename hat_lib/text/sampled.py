@@ -16,18 +16,18 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from hat_lib.backbone.base import Base
-from hat_lib.config import HatError, cache_dir
+from hat_lib.config import HatError, cache_dir, check_count
 
 
 def self_text(
@@ -87,26 +87,11 @@ def self_text(
     )
 
 
-def mixed(parts: Sequence[Dataset], seed: int = 0) -> Dataset:
-    """All rows of ``parts``, shuffled, so that every stretch holds each part in proportion to its size.
-
-    Of the first m rows, a part's share of m differs from its share of the whole by less than ``len(parts)`` rows.
-    Raises `HatError` without parts, or where their columns differ.
-    """
-    columns = {tuple(sorted(part.column_names)) for part in parts}
-    if len(columns) != 1:
-        raise HatError(f"mixed needs datasets with the same columns, got {sorted(columns) or 'none'}")
-    rng = np.random.default_rng(seed)
-    # Each part's rows, in a random order, at even distances (jittered) along one line from 0 to 1.
-    places = [(rng.permutation(len(part)) + rng.random(len(part))) / len(part) for part in parts]
-    return concatenate_datasets(list(parts)).select(np.argsort(np.concatenate(places)))
-
-
 def _check(base: Base, tokens: int, block_size: int, batch_size: int, seed: int) -> None:
-    for name, value, low in (("tokens", tokens, 2), ("block_size", block_size, 2), ("batch_size", batch_size, 1),
-                             ("seed", seed, 0)):  # fmt: skip
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise HatError(f"{name} must be a whole number of at least {low}, got {value!r}")
+    check_count("tokens", tokens, 2)
+    check_count("block_size", block_size, 2)
+    check_count("batch_size", batch_size, 1)
+    check_count("seed", seed, 0)
     context = base.model.config.max_position_embeddings
     if block_size > context:
         raise HatError(f"block_size must be at most {context}, the context of {base.name}, got {block_size}")

@@ -385,7 +385,7 @@ def test_wrong_exit_rate(refuses, no_base, command, value):
         (("generate", *TINY, "--prompt", "x"), "no checkpoint for random:tiny: make one with `hat calibrate"),
         (("evaluate", *DENSE, "--max-tokens", "1"), "max tokens must be a whole number of at least 2, got 1"),
         (("evaluate", *DENSE[:4], "--dtype", "int3"), "got 'int3'"),
-        (("evaluate", *DENSE, "--split", "dev"), "split must be one of train, validation, test, got 'dev'"),
+        (("evaluate", *DENSE, "--split", "dev"), "split must be one of train, validation, test, all, got 'dev'"),
         (("evaluate", *DENSE, "--text", "wikitext"), "unknown corpus 'wikitext': expected bundled, addresses"),
         (("evaluate", *DENSE, "--text", "no/such.txt"), "no/such.txt: no such file"),
         (("evaluate", *DENSE, "--batch-size", "0"), "batch size must be a whole number of at least 1, got 0"),

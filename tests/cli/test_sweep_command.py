@@ -122,7 +122,7 @@ class TestPrompts:
 
     @pytest.mark.parametrize("count", [0, 201])
     def test_there_are_no_others(self, tiny_base, count):
-        with pytest.raises(HatError, match="1 to 200 prompts"):
+        with pytest.raises(HatError, match="prompts must be a whole number of at least 1, at most 200"):
             prompts(tiny_base.tokenizer, count)
 
 

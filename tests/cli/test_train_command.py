@@ -141,7 +141,7 @@ def test_where_to(refuses, tmp_path, text):
         (("--dtype", "int8"), "dtype must be one of "),
         (("--text", "poems"), "unknown corpus 'poems'"),
         (("--text", "self+self"), "distinct sources joined by +, got 'self+self'"),
-        (("--text", "docstrings"), "domain B is never trained or calibrated on"),
+        (("--text", "docstrings"), "it is never trained or calibrated on"),
         (("--text", "gone.txt"), "gone.txt: no such file"),
         (("--max-minutes", "0"), "max minutes must be above 0, got 0.0"),
         (("--max-minutes", "nan"), "max minutes must be above 0, got nan"),

@@ -5,14 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
 import hat_lib.text.sampled
 from hat_lib.backbone.base import load_base
 from hat_lib.config import HatConfig, HatError
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
-from hat_lib.text.sampled import mixed, self_text
+from hat_lib.text.sampled import self_text
 
 ROWS, LENGTH = 3, 8
 BATCH = ROWS * LENGTH
@@ -236,36 +235,3 @@ def test_only_a_plain_base_writes_text():
     with pytest.raises(HatError, match="random:tiny carries a HierarchicalTransformer: call its unload"):
         text(base, BATCH)
     assert list(text(hat.unload(), BATCH, cache=False)) == plain
-
-
-# Mixtures
-
-
-def rows(name, count):
-    return Dataset.from_dict({"input_ids": [[i, i] for i in range(count)], "doc": [name] * count})
-
-
-def test_every_stretch_of_a_mixture_holds_each_part_in_proportion():
-    sizes = {"a": 30, "b": 10, "c": 60}
-    parts = [rows(name, size) for name, size in sizes.items()]
-    found = mixed(parts, seed=3)
-    assert sorted((r["doc"], r["input_ids"][0]) for r in found) == [(n, i) for n in "abc" for i in range(sizes[n])]
-    docs = found["doc"][:]
-    for m in range(1, 101):
-        for name, size in sizes.items():
-            assert abs(docs[:m].count(name) - m * size / 100) < 3
-    order = [r["input_ids"][0] for r in found if r["doc"] == "c"]
-    assert order != sorted(order)
-    assert list(mixed(parts, seed=3)) == list(found) != list(mixed(parts, seed=4))
-
-
-def test_a_mixture_of_corpus_and_self_text(tiny_base, corpus):
-    found = mixed([corpus, text(tiny_base, 80)])
-    assert found.features == corpus.features and len(found) == len(corpus) + 10
-
-
-def test_a_mixture_needs_parts_with_the_same_columns():
-    with pytest.raises(HatError, match="same columns, got none"):
-        mixed([])
-    with pytest.raises(HatError, match=r"same columns, got \[\('doc',\), \('doc', 'input_ids'\)\]"):
-        mixed([rows("a", 2), rows("b", 2).remove_columns("input_ids")])

@@ -1,6 +1,7 @@
 """Sources become the same rows of tokens, blocks keep to their documents, and bad input takes one line."""
 
 import json
+import os
 import re
 import socket
 
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 
 from hat_lib.backbone.shapes import byte_tokenizer
 from hat_lib.config import DATA, HatError
-from hat_lib.text.blocks import HUB_MAX_TOKENS, corpus_names, load_text, text_hash, windows
-from hat_lib.text.corpora import docstring_prose, documents, module_prose
+from hat_lib.text.blocks import HUB_MAX_TOKENS, corpus_names, load_text, source_bytes, text_hash, windows
+from hat_lib.text.corpora import SPLITS, docstring_prose, documents, module_prose
 
 TOKENIZER = byte_tokenizer()
 
@@ -174,6 +175,13 @@ def test_byte_order_mark_and_windows_line_ends_are_dropped(tmp_path):
         ("a.jsonl", b"[1]\n", "line 1: expected an object"),
         ("a.jsonl", b'{"text": "a b"}\n\n{"text": \n', "line 3: not JSON"),
         ("a.jsonl", b"\n\n", "fewer than two tokens"),
+        (
+            "a.jsonl",
+            b'{"text": "fine"}\n{"text": "half \\ud83e"}\n',
+            r'line 2: "text" has half a character, \\ud83e, at 5',
+        ),
+        ("a.jsonl", b"[" * 100_000, "line 1: brackets nested too deep"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1: not JSON"),
         ("a.parquet", b"PAR1 not really", "not a readable parquet file"),
         ("a.parquet", b"", "is empty"),
         ("a.csv", b"text\nhello\n", "expected a .txt/.jsonl/.parquet file"),
@@ -188,6 +196,34 @@ def test_bad_files(tmp_path, name, content, message):
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read anything")
+def test_a_file_without_permission(tmp_path):
+    (tmp_path / "a.txt").touch(0o200)
+    with pytest.raises(HatError, match="cannot read .*a.txt: Permission denied"):
+        load(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("source", ["The text itself. " * 400, "~nobody-of-this-name/text"])
+def test_what_cannot_be_a_file_is_an_unknown_corpus(source):
+    with pytest.raises(HatError, match="unknown corpus") as caught:
+        load(source)
+    assert len(str(caught.value)) < 250
+
+
+def test_the_whole_of_a_source(tmp_path):
+    """Split "all" is every document once, in the order of the source; so the bytes of the splits add up to its."""
+    few, many = tmp_path / "few.txt", tmp_path / "many.jsonl"
+    few.write_text("  abc déf" * 50)
+    docs = [f"document number {i} of forty" for i in range(40)]
+    write_docs(many, docs)
+    assert texts(load(many, split="all")) == docs
+    assert texts(load(few, split="all", block_size=4096)) == [few.read_text()]
+    assert source_bytes(few, "all") == 500
+    assert source_bytes(many, "all") == sum(map(len, docs)) == sum(source_bytes(many, split) for split in SPLITS)
+    assert sum(1 for _ in documents("addresses", "all")) == 93
+    assert list(documents("docstrings", "all")) == list(documents("docstrings", "test"))
+
+
 def test_parquet_without_text(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["one"], "n": [1]}), path)
@@ -195,6 +231,12 @@ def test_parquet_without_text(tmp_path):
         load(path)
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one", None]}), path)
     with pytest.raises(HatError, match="row 1"):
+        load(path)
+    invalid = pyarrow.StringArray.from_buffers(
+        1, pyarrow.array([0, 1], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"\xff")
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": invalid}), path)
+    with pytest.raises(HatError, match="not a readable parquet file"):
         load(path)
 
 
@@ -206,7 +248,7 @@ def test_folder_is_not_a_corpus(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"split": "dev"}, "split must be one of train, validation, test"),
+        ({"split": "dev"}, "split must be one of train, validation, test, all"),
         ({"block_size": 1}, "block_size must be a whole number of at least 2"),
         ({"block_size": 12.5}, "block_size"),
         ({"stride": 0}, "stride must be"),
@@ -259,6 +301,10 @@ def test_hub_stream_is_read_lazily_and_capped(monkeypatch):
     assert HUB_MAX_TOKENS - 1 <= total <= HUB_MAX_TOKENS and len(served) < 50
     assert rows[0]["doc"] == "owner/name:0"
     assert sum(len(ids) for ids in load("owner/name", max_tokens=100)["input_ids"]) == 100
+    monkeypatch.setattr(hat_lib.text.blocks, "load_dataset", lambda *_, split, **__: [{"text": f"of {split}"}])
+    monkeypatch.setattr(hat_lib.text.blocks, "get_dataset_split_names", lambda *_: ["train", "more"])
+    assert texts(load("owner/name", split="all")) == ["of train", "of more"]
+    assert source_bytes("owner/name", "all") is None
     monkeypatch.setattr(hat_lib.text.blocks, "load_dataset", lambda *_, **__: [{"body": "x", "n": 1}])
     with pytest.raises(HatError, match='no text in its field "text"; its fields are body, n'):
         load("owner/name")
