@@ -60,6 +60,8 @@ class Generation:
     lossless mode"""
     target_speedup: float | None = None
     predicted_speedup: float | None = None
+    predicted_range: tuple[float, float] | None = None
+    """by the slowest and the fastest turns of the measurement that predicts"""
     realised_speedup: float | None = None
     """over ``versus``, measured on this text: of decode, in lossless mode of prompts and all; None where that was not
     asked for or the text is too short"""
@@ -128,11 +130,11 @@ class AdaptiveInference:
             what = f"{length} prompt tokens + {max_new_tokens} new ones"
             raise HatError(f"{what} exceed the context of {self.hat.base.name}: {context}")
 
-        predicted = None
+        predicted = {}
         if target_speedup is not None:
             curve = self.curve(exit_rate, len(prompts))
             capacity = curve.capacity_for(target_speedup)
-            predicted = curve.at(capacity)
+            predicted = {"predicted_speedup": curve.at(capacity), "predicted_range": curve.spread(capacity)}
         measure = (target_speedup is not None or mode == "lossless") if measure is None else measure
         with self.hat.at(capacity, exit_rate):
             if mode == "lossless":
@@ -154,13 +156,14 @@ class AdaptiveInference:
             real = self._real(ids, inputs.attention_mask)
             return self._result(
                 ids, real, self._trace(states, ids, real, settings), seconds, length, measure,
-                target_speedup=target_speedup, predicted_speedup=predicted,
+                target_speedup=target_speedup, **predicted,
             )  # fmt: skip
 
-    def curve(self, exit_rate: float | None = None, batch: int = 1) -> SpeedCurve:
-        """Speedup by capacity on this machine; measured on the first call, kept in the user's cache."""
+    def curve(self, exit_rate: float | None = None, batch: int = 1, *, refresh: bool = False) -> SpeedCurve:
+        """Speedup by capacity on this machine; measured on the first call, or to ``refresh`` what the cache has."""
         rate = self.hat.exit_rate if exit_rate is None else exit_rate
-        return speed_curve(self.hat, self.versus, exit_rate=rate, batch=batch, plain=lambda: self.plain)
+        how = {"exit_rate": rate, "batch": batch, "plain": lambda: self.plain, "refresh": refresh}
+        return speed_curve(self.hat, self.versus, **how)
 
     @cached_property
     def plain(self) -> LlamaForCausalLM:

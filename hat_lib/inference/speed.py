@@ -2,17 +2,22 @@
 
 Wall-clock does not follow work: what a skipped weight saves depends on the machine, the dtype and the threads. So the
 model of speed is a measurement, `SpeedCurve`: decode at some capacities, each beside the path that it is held
-against, at the same positions of the same text. It is kept in the user's cache under everything that it depends on.
+against, at the same positions of the same text. It is kept in the user's cache under everything that it depends on:
+machine, torch, base, trained parameters, and the source of the code that decodes. `speed_curve` with ``refresh``
+measures it anew, as after a cooler was cleaned or a neighbour moved out.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import platform
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +27,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, LlamaForCausalLM
 
-from hat_lib import __version__
 from hat_lib.config import CAPACITY_MIN, HatError, cache_dir
 from hat_lib.inference.timing import now
 from hat_lib.model.schema import digest
@@ -51,15 +55,30 @@ class SpeedCurve:
     """speedup at each, the median of `ROUNDS` turns"""
     machine: str
     """device, dtype and threads, for people"""
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    """slowest and fastest turn at each capacity; empty where that is not known"""
+
+    def __post_init__(self):
+        points = self.capacities, self.measured, self.low or self.measured, self.high or self.measured
+        table = np.array(points, dtype=float)  # ValueError unless all are as long
+        rising = table.ndim == 2 and table.size and (np.diff(table[0]) > 0).all()
+        if not rising or not np.isfinite(table).all() or table.min() <= 0:
+            raise HatError("a speed curve needs rising capacities and, for each, finite speedups above 0")
 
     @property
     def speedups(self) -> np.ndarray:
         """``measured`` made to fall, or stay, as capacity rises: least squares (isotonic regression)."""
-        return isotonic_regression(self.measured, increasing=False).x
+        return _falling(self.measured)
 
     def at(self, capacity: float) -> float:
         """Predicted speedup, linear between measured capacities."""
         return float(np.interp(capacity, self.capacities, self.speedups))
+
+    def spread(self, capacity: float) -> tuple[float, float]:
+        """What the slowest and the fastest turns predict; both are made to fall too, so `at` lies between them."""
+        slowest, fastest = _falling(self.low or self.measured), _falling(self.high or self.measured)
+        return tuple(float(np.interp(capacity, self.capacities, points)) for points in (slowest, fastest))
 
     @property
     def largest(self) -> float:
@@ -80,6 +99,10 @@ class SpeedCurve:
             middle = (low + high) / 2
             low, high = (middle, high) if self.at(middle) >= target else (low, middle)
         return low
+
+
+def _falling(points: Sequence[float]) -> np.ndarray:
+    return isotonic_regression(points, increasing=False).x
 
 
 def check_target(value: object) -> float:
@@ -146,6 +169,7 @@ def speed_curve(
     exit_rate: float = 0.0,
     batch: int = 1,
     plain: Callable[[], LlamaForCausalLM] | None = None,
+    refresh: bool = False,
     progress: bool = True,
 ) -> SpeedCurve:
     """The curve of this model on this machine; measured where the cache has none, in about half a minute.
@@ -155,11 +179,14 @@ def speed_curve(
         exit_rate: requested, at every capacity.
         batch: sequences that decode together.
         plain: gives the same base in plain transformers, and is asked for versus "hf" alone.
+        refresh: measure anew, whatever the cache has.
+
+    Warns where the cache cannot be written: the curve is good, and measured again next time.
     """
     check_versus(versus)
-    machine = _machine(hat)
     path = cache_dir() / "speed" / f"{digest(_key(hat, versus, exit_rate, batch))[:24]}.json"
-    if (known := _read(path)) is not None:
+    known = None if refresh else _read(path)
+    if known is not None and (known.versus, known.exit_rate) == (versus, exit_rate):
         return known
     reference = (hat.lm, hat.dense) if versus == "dense" else (plain(), torch.inference_mode)
     ids = sample(hat, CONTEXT + WARM + STEPS, batch)
@@ -167,8 +194,8 @@ def speed_curve(
     for capacity in tqdm(CAPACITIES * ROUNDS, desc="speed curve", disable=not progress):
         with hat.at(capacity, exit_rate):
             turns[capacity].append(timed(hat, reference, ids))
-    measured = [round(float(np.median(speedups)), 4) for speedups in turns.values()]
-    curve = SpeedCurve(versus, exit_rate, list(CAPACITIES), measured, machine)
+    measured, low, high = ([round(float(of(t)), 4) for t in turns.values()] for of in (np.median, min, max))
+    curve = SpeedCurve(versus, exit_rate, list(CAPACITIES), measured, _machine(hat), low, high)
     _write(path, curve)
     return curve
 
@@ -211,18 +238,31 @@ def _machine(hat: HierarchicalTransformer) -> str:
 
 def _key(hat: HierarchicalTransformer, versus: str, exit_rate: float, batch: int) -> dict:
     """All that a curve depends on."""
+    adapter = hashlib.sha256()
+    for name, parameter in sorted(hat.hat_parameters().items()):
+        adapter.update(name.encode() + parameter.detach().cpu().contiguous().numpy().tobytes())
     return {
-        "version": __version__,
+        "code": _code(),
         "torch": torch.__version__,
         "base": hat.base.fingerprint,
         "config": hat.config.to_dict(),
         "calibration": hat.calibration.to_dict() if hat.calibration else None,
+        "adapter": adapter.hexdigest(),
         "cpu": f"{platform.machine()} {_cpu()} {os.cpu_count()}",
         "machine": _machine(hat),
         "versus": versus,
         "exit_rate": exit_rate,
         "batch": batch,
     }
+
+
+@cache
+def _code() -> str:
+    """SHA-256 of the source that decodes and that times, where a version would stay the same from edit to edit."""
+    root, found = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(p for package in ("model", "engine", "inference") for p in (root / package).glob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def _cpu() -> str:
@@ -232,10 +272,10 @@ def _cpu() -> str:
 
 
 def _read(path: Path) -> SpeedCurve | None:
-    """The curve in a file; None where it is missing or not one, and it is measured again."""
+    """The curve in a file; None where it is missing, or damaged, or of another form: it is measured again."""
     try:
         return SpeedCurve(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
@@ -246,4 +286,4 @@ def _write(path: Path, curve: SpeedCurve) -> None:
         part.write_text(json.dumps(asdict(curve)))
         part.replace(path)
     except OSError as error:
-        raise HatError(f"cannot write the cache ({error}); set HAT_CACHE to a folder with room") from error
+        warnings.warn(f"speed curve not kept ({error}); set HAT_CACHE to a folder with room", stacklevel=3)

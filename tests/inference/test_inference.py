@@ -74,16 +74,23 @@ def test_a_batch_is_its_rows(hat, infer):
 
 
 def test_what_follows_the_end_of_text_is_not_counted(hat, infer, monkeypatch):
-    free = infer.generate(PROMPTS[:2], capacity=0.6, max_new_tokens=10)
-    stop = int(free.ids[0, free.prompt_length + 2])
+    """The words are given: one sequence ends with its third, the other goes on to the tenth."""
+    stop, words = 77, torch.arange(100, 120).view(2, 10)
+    words[0, 2] = stop
     monkeypatch.setattr(hat.lm.generation_config, "eos_token_id", stop)
-    out = infer.generate(PROMPTS[:2], capacity=0.6, max_new_tokens=10)
-    new = out.ids[:, out.prompt_length :].tolist()
-    counts = [row.index(stop) + 1 if stop in row else 10 for row in new]
-    assert counts[0] == 3 and out.new_tokens == sum(counts)
-    assert int((~out.token_share.isnan()).sum()) == sum(counts) - 2 + sum(
-        len(hat.base.tokenizer(p).input_ids) for p in PROMPTS[:2]
-    )
+    lengths = [len(hat.base.tokenizer(p).input_ids) for p in PROMPTS[:2]]
+
+    def say(ids, scores):
+        word = words[:, ids.shape[1] - max(lengths), None]
+        return torch.full_like(scores, -torch.inf).scatter(1, word, 0.0)
+
+    out = infer.generate(PROMPTS[:2], capacity=0.6, max_new_tokens=10, logits_processor=[say])
+    new = out.ids[:, out.prompt_length :]
+    assert torch.equal(new[1], words[1]) and torch.equal(new[0, :3], words[0, :3]) and out.new_tokens == 3 + 10
+    pad = hat.base.tokenizer.pad_token_id
+    assert (new[0, 3:] == pad).all() and pad != stop
+    known = ~out.token_share.isnan()
+    assert known.sum(1).tolist() == [lengths[0] + 2, lengths[1] + 9]
 
 
 def test_beams_are_traced_along_the_chosen_one(hat, infer):
@@ -112,12 +119,13 @@ def test_a_target_becomes_the_capacity_of_the_curve(infer, monkeypatch):
 
     def curve(hat, versus, **how):
         asked.append((versus, how["exit_rate"], how["batch"]))
-        return SpeedCurve(versus, how["exit_rate"], [0.1, 1.0], [1.9, 1.0], "cpu")
+        return SpeedCurve(versus, how["exit_rate"], [0.1, 1.0], [1.9, 1.0], "cpu", [1.8, 0.9], [2.0, 1.2])
 
     monkeypatch.setattr(module, "speed_curve", curve)
     out = infer.generate(PROMPTS[:2], target_speedup=1.4, exit_rate=0.2, max_new_tokens=8)
     assert asked == [("dense", 0.2, 2)] and out.requested_capacity == pytest.approx(0.6, abs=1e-3)
     assert (out.target_speedup, out.requested_exit_rate) == (1.4, 0.2)
+    assert out.predicted_range == pytest.approx((1.3, 1.5556), abs=1e-3)
     assert out.predicted_speedup == pytest.approx(1.4, abs=1e-3) and out.realised_speedup > 0
     assert infer.generate(PROMPTS[0], target_speedup=1.4, max_new_tokens=8, measure=False).realised_speedup is None
     assert infer.generate(PROMPTS[0], target_speedup=1.4, max_new_tokens=2).realised_speedup is None
