@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 CAPACITY_MIN, CAPACITY_MAX = 0.1, 1.0
@@ -128,16 +128,30 @@ class HatConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> HatConfig:
-        known = {f.name for f in fields(cls)}
-        if not isinstance(values, dict) or set(values) != known:
-            odd = sorted(set(values) ^ known) if isinstance(values, dict) else type(values).__name__
-            raise HatError(f"a HAT config must have exactly the fields {sorted(known)}; missing or unknown: {odd}")
+        """From JSON, as `to_dict` wrote it or an older version of it: a field that is missing takes its default."""
+        values = with_defaults("config", values, cls)
         if not isinstance(values["exit_layers"], list | tuple):
             raise HatError(f"exit_layers must be a list, got {values['exit_layers']!r}")
         for name in ("capacity", "exit_rate"):
             if isinstance(values[name], str):  # text is for the command line
                 raise HatError(f"{name} must be a number, got {values[name]!r}")
         return cls(**values)
+
+
+def with_defaults(what: str, values: object, kind: type) -> dict:
+    """The JSON object ``values`` with a value for every field of the dataclass ``kind``.
+
+    Raises `HatError` that names ``what`` and an unknown field, or a missing one that has no default.
+    """
+    if not isinstance(values, dict):
+        raise HatError(f"{what} must be an object, got {type(values).__name__}")
+    found = {f.name: f.default for f in fields(kind)} | values
+    unknown = sorted(set(found) - {f.name for f in fields(kind)})
+    missing = sorted(name for name, value in found.items() if value is MISSING)
+    for problem, names in (("unknown", unknown), ("missing", missing)):
+        if names:
+            raise HatError(f"{problem} fields in {what}: {names}")
+    return found
 
 
 def _is_int(value: object) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor
 from hat_lib import __version__
 from hat_lib.backbone.base import Base, first_line
 from hat_lib.config import HatConfig, HatError
-from hat_lib.model.schema import digest, parse_config, parse_json, readable, shown
+from hat_lib.model.schema import FORMAT_VERSION, digest, parse_config, parse_json, readable, shown
 from hat_lib.model.thresholds import Calibration
 
 CONFIG_FILE, ADAPTER_FILE = "hat_config.json", "hat_adapter.safetensors"
@@ -101,12 +101,10 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     if not os.path.isdir(folder):
         raise HatError(f"no checkpoint folder at {folder}")
     found = _read(folder / CONFIG_FILE, MAX_CONFIG_BYTES, parse_config)
-    sha256 = found.pop("adapter_sha256")
-    del found["library_version"]
-    pending = _pending(folder, sha256)
+    pending = _pending(folder, found.adapter_sha256)
     adapter = pending if os.path.isfile(pending) else folder / ADAPTER_FILE
-    tensors = _read(adapter, MAX_ADAPTER_BYTES, lambda data: _parse_adapter(data, sha256))
-    return Checkpoint(tensors=tensors, **found)
+    tensors = _read(adapter, MAX_ADAPTER_BYTES, lambda data: _parse_adapter(data, found.adapter_sha256))
+    return Checkpoint(found.config, found.base, found.base_fingerprint, tensors, found.calibration, found.training)
 
 
 def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], folder: str | Path) -> None:
@@ -133,6 +131,7 @@ def _encode(checkpoint: Checkpoint) -> tuple[bytes, bytes]:
     adapter = save({k: v.contiguous() for k, v in tensors.items()})
     sha256 = hashlib.sha256(adapter).hexdigest()
     meta = {
+        "format_version": FORMAT_VERSION,
         "config": checkpoint.config.to_dict(),
         "base": checkpoint.base,
         "base_fingerprint": checkpoint.base_fingerprint,
@@ -151,7 +150,7 @@ def _encode(checkpoint: Checkpoint) -> tuple[bytes, bytes]:
     return config, adapter
 
 
-def _read(file: Path, limit: int, parse: Callable[[bytes], dict]) -> dict:
+def _read(file: Path, limit: int, parse: Callable):
     """``parse`` the file's bytes; whatever is wrong with it is one short `HatError` that begins with its path."""
     try:
         if not os.path.isfile(file):

@@ -1,8 +1,9 @@
 """What `hat_config.json` may say, and nothing else.
 
 Standard JSON with every field checked for its type, size and range, in tables that mirror the dataclasses.
-The last field, ``sha256``, covers the meaning of all others, so that a changed digit in a calibration table
-is noticed too. It is optional: who edits the file by hand deletes that line.
+Files of older versions are read: what they lack takes its default. The last field, ``sha256``, covers the meaning
+of all others, so that a changed digit in a calibration table is noticed too. It is optional: who edits the file by
+hand deletes that line.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ import json
 import math
 import re
 import reprlib
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
 
-from hat_lib.config import HatConfig, HatError
+from hat_lib import __version__
+from hat_lib.config import HatConfig, HatError, with_defaults
 from hat_lib.model.granularity import GRAINS
 from hat_lib.model.thresholds import Calibration
+
+FORMAT_VERSION = 1
+"""What this library writes, and the newest that it reads. Raise it by one for each new field: the field gets a default,
+which older files take, and an older library says that it is too old."""
 
 # Deeper than anything that is ours, and well within the stack of every Python.
 MAX_DEPTH = 500
@@ -26,7 +32,24 @@ MAX_DEPTH = 500
 _NAME = (r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,1000}", "a line of 1 to 1000 characters")
 _HASH = (r"[0-9a-f]{64}", "64 hex digits")
 _STRINGS = {"base": _NAME, "base_fingerprint": _HASH, "library_version": _NAME, "adapter_sha256": _HASH}
-_FIELDS = {"config", *_STRINGS, "calibration", "training"}
+
+
+@dataclass
+class ConfigFile:
+    """The fields of the file."""
+
+    config: dict | HatConfig
+    base: str
+    base_fingerprint: str
+    library_version: str
+    """of the library that wrote it"""
+    adapter_sha256: str
+    """SHA-256 of the file of weights"""
+    calibration: dict | Calibration | None = None
+    training: dict | None = None
+    format_version: int = 0
+    """files from before there was one have none"""
+
 
 # Calibration tables: axes, least and greatest value, order of the innermost lists (1 rising, -1 falling, 0 any).
 # L layers, S sites and E exits are the config's; C capacities, K of them with exits, and R exit rates are as many as
@@ -46,31 +69,38 @@ shown = _shown.repr
 """`repr`, short enough for a one-line message"""
 
 
-def parse_config(data: bytes) -> dict:
+def parse_config(data: bytes) -> ConfigFile:
     """The file's fields, with ``config`` and ``calibration`` as dataclasses; raises `HatError` with the key."""
     meta = parse_json(data)
     if not isinstance(meta, dict):
         raise HatError(f"expected an object, got {shown(meta)}")
+    version = meta.get("format_version", 0)
+    if type(version) is not int or version < 0:
+        raise HatError(f"format_version must be a whole number of at least 0, got {shown(version)}")
+    if version > FORMAT_VERSION:  # first of all: nothing else in it may mean what it means here
+        ours = f"hat_lib {__version__} reads versions up to {FORMAT_VERSION}"
+        raise HatError(f"format_version is {version}, {ours}: upgrade hat_lib")
     rest = digest({key: value for key, value in meta.items() if key != "sha256"})
     sha256 = meta.pop("sha256", rest)
-    if set(meta) != _FIELDS:
-        raise HatError(f"missing or unknown fields: {sorted(set(meta) ^ _FIELDS)}")
+    file = ConfigFile(**with_defaults("the file", meta, ConfigFile))
     for key, (pattern, words) in _STRINGS.items():
-        if not isinstance(meta[key], str) or not re.fullmatch(pattern, meta[key]):
-            raise HatError(f"{key} must be {words}, got {shown(meta[key])}")
-    if not isinstance(meta["training"], dict | None):
-        raise HatError(f"training must be an object or null, got {shown(meta['training'])}")
-    meta["config"] = config = HatConfig.from_dict(meta["config"])
-    if meta["calibration"] is not None:
-        meta["calibration"] = _calibration(meta["calibration"], config)
-        if config.exit_rate and meta["calibration"].exit_rates is None:
-            raise HatError(f"exit_rate {config.exit_rate} needs trained exit gates, but calibration.exit_rates is null")
+        value = getattr(file, key)
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise HatError(f"{key} must be {words}, got {shown(value)}")
+    if not isinstance(file.training, dict | None):
+        raise HatError(f"training must be an object or null, got {shown(file.training)}")
+    file.config = HatConfig.from_dict(file.config)
+    if file.calibration is not None:
+        file.calibration = _calibration(file.calibration, file.config)
+        if file.config.exit_rate and file.calibration.exit_rates is None:
+            rate = file.config.exit_rate
+            raise HatError(f"exit_rate {rate} needs trained exit gates, but calibration.exit_rates is null")
     # Last, because the checks above say more about what is wrong.
     if sha256 != rest:
         raise HatError(
             f"sha256 is {shown(sha256)}, the rest has {rest[:12]}...: damaged (or edited: then delete the line sha256)"
         )
-    return meta
+    return file
 
 
 def digest(meta: dict) -> str:
@@ -125,15 +155,12 @@ def _bounded(kind: type, bound: float, text: str):
     return value
 
 
-def _calibration(values, config: HatConfig) -> Calibration:
-    defaults = {f.name: f.default for f in fields(Calibration)}
-    if not isinstance(values, dict):
-        raise HatError(f"calibration must be an object or null, got {shown(values)}")
-    if set(values) != set(defaults):
-        raise HatError(f"calibration: missing or unknown fields: {sorted(set(values) ^ set(defaults))}")
+def _calibration(values: object, config: HatConfig) -> Calibration:
+    values = with_defaults("calibration", values, Calibration)
     sites = list(GRAINS[config.granularity].sites)
     if values["sites"] != sites:
         raise HatError(f"calibration.sites must be {sites}, got {shown(values['sites'])}")
+    defaults = {f.name: f.default for f in fields(Calibration)}
     for name, default in defaults.items():
         if isinstance(default, str) and not isinstance(values[name], str):
             raise HatError(f"calibration.{name} must be a str, got {shown(values[name])}")

@@ -11,17 +11,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_checkpoint import adapted, damage, replace_adapter, replace_tensors, tiny
+from test_checkpoint import FILES, OLD, damage, replace_adapter, replace_tensors, stays_as_it_was, tiny
 
-from hat_lib.backbone.base import exact_hash
 from hat_lib.config import HatError
 from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE, read_checkpoint, write_checkpoint
 from hat_lib.model.transformer import HierarchicalTransformer
 
-FILES = (CONFIG_FILE, ADAPTER_FILE)
 IDS = torch.arange(24).view(1, 24) + 30
 
 
@@ -35,20 +33,11 @@ def fuzz(examples):
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     """A calibrated checkpoint with exit tables and a summary, so that the JSON has every kind of leaf."""
-    folder = tmp_path_factory.mktemp("fuzz") / "a folder, ünïcode 模型"
-    hat = adapted()
-    scores = [[3, 2, 1], [2, 1, 0], [1, 0, -1]]
-    exits = {"exit_capacities": [0.5, 1.0], "exit_rates": [[0.1, 0.5, 0.9]] * 2, "exit_scores": [scores] * 2}
-    hat.calibration = replace(hat.calibration, **exits)
-    hat.training_summary = {"steps": 3, "loss": [0.5, 0.25], "done": True, "note": None}
-    hat.save_pretrained(folder)
-    hat.unload()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def damaged(pristine):
-    return pristine.parent / "damaged"
+    found = read_checkpoint(OLD / "channel")
+    exits = {"exit_capacities": [0.5, 1.0], "exit_rates": [[0.1, 0.5, 0.9]] * 2, "exit_scores": [[[3], [2], [1]]] * 2}
+    summary = {"steps": 3, "loss": [0.5, 0.25], "done": True, "note": None}
+    found = replace(found, calibration=replace(found.calibration, **exits), training=summary)
+    return write_checkpoint(tmp_path_factory.mktemp("fuzz") / "a folder, ünïcode 模型", found)
 
 
 @pytest.fixture(scope="module")
@@ -57,44 +46,38 @@ def base():
 
 
 @pytest.fixture(scope="module")
-def load(pristine, damaged, base):
+def load(pristine, base):
     """Load the damaged folder and check all that has to hold whatever was done to it.
 
-    Returns the error's message, or "" for a model that loaded, runs, and is the same as the pristine one
-    where ``same`` is asked for.
+    Returns the error's message, or "" for a model that loads and runs.
     """
-    before, layout = exact_hash(base.model), [p.stride() for p in base.model.parameters()]
-
-    def untouched():
-        assert exact_hash(base.model) == before and [p.stride() for p in base.model.parameters()] == layout
-        assert not any("forward" in vars(module) for module in base.model.modules())
-        assert not base.model.model._forward_pre_hooks and not base.model.model._forward_hooks
+    damaged = pristine.parent / "damaged"
 
     def attempt(onto=base):
-        try:
-            hat = HierarchicalTransformer.from_pretrained(damaged, onto)
-        except HatError as error:
-            message = str(error)
-            assert str(damaged) in message and "\n" not in message and len(message) < len(str(damaged)) + 400, message
-            untouched()
-            return message
-        with torch.inference_mode():
-            assert hat.lm(IDS).logits.isfinite().all()
-        hat.unload()
-        untouched()
-        return ""
+        with stays_as_it_was(base):
+            try:
+                hat = HierarchicalTransformer.from_pretrained(damaged, onto)
+            except HatError as error:
+                message = str(error)
+                assert str(damaged) in message and "\n" not in message, message
+                assert len(message) < len(str(damaged)) + 400
+                return message
+            with torch.inference_mode():
+                assert hat.lm(IDS).logits.isfinite().all()
+            hat.unload()
+            return ""
 
     return attempt
 
 
 @pytest.fixture
-def fresh(pristine, damaged):
+def fresh(pristine):
     """A function that undoes all damage."""
+    damaged = pristine.parent / "damaged"
 
     def undo():
         shutil.rmtree(damaged, ignore_errors=True)
-        shutil.copytree(pristine, damaged)
-        return damaged
+        return shutil.copytree(pristine, damaged)
 
     return undo
 
@@ -113,51 +96,30 @@ def test_undamaged(fresh, load):
     assert load() == ""
 
 
-@fuzz(60)
-@given(name=st.sampled_from(FILES), length=st.floats(0, 1, exclude_max=True))
-@example(name=CONFIG_FILE, length=0)
-@example(name=ADAPTER_FILE, length=0)
-def test_truncated(fresh, load, name, length):
-    file = fresh() / name
-    data = file.read_bytes()
-    file.write_bytes(data[: int(length * len(data))])
-    refused(load(), name)
-
-
-@fuzz(200)
-@given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_one_flipped_bit(fresh, load, name, where, bit):
-    file = fresh() / name
-    data = bytearray(file.read_bytes())
-    before = bytes(data)
-    data[int(where * len(data))] ^= 1 << bit
-    file.write_bytes(data)
-    message = load()
-    if not message:  # a digit beyond a float's precision, or 1e5 for 1E5
-        assert name == CONFIG_FILE and json.loads(data) == json.loads(before)
-    else:
-        refused(message, name)
-
-
-@fuzz(60)
-@given(name=st.sampled_from(FILES), data=st.binary(max_size=300), where=st.floats(0, 1))
-def test_bytes_added(fresh, load, name, data, where):
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["truncated", "a flipped bit", "bytes added", "something else"])
+@fuzz(40)
+@given(
+    where=st.floats(0, 1, exclude_max=True),
+    bit=st.integers(0, 7),
+    extra=st.binary(max_size=300) | st.text(max_size=50).map(str.encode),
+)
+def test_other_bytes(fresh, load, name, how, where, bit, extra):
     file = fresh() / name
     before = file.read_bytes()
-    cut = int(where * len(before))
-    file.write_bytes(before[:cut] + data + before[cut:])
+    at = int(where * len(before))
+    after = {
+        "truncated": before[:at],
+        "a flipped bit": before[:at] + bytes([before[at] ^ 1 << bit]) + before[at + 1 :],
+        "bytes added": before[:at] + extra + before[at:],
+        "something else": extra,
+    }[how]
+    file.write_bytes(after)
     message = load()
-    if not message:
-        assert data == b"" or name == CONFIG_FILE and json.loads(file.read_bytes()) == json.loads(before)
-    else:
-        refused(message, name)
-
-
-@fuzz(25)
-@given(name=st.sampled_from(FILES), data=st.binary(max_size=100) | st.text(max_size=50).map(str.encode))
-def test_something_else(fresh, load, name, data):
-    (fresh() / name).write_bytes(data)
-    refused(load(), name)
+    if message:
+        refused(message, f"{name}: ", "SHA-256" if name == ADAPTER_FILE else "")
+    elif after != before:  # a digit beyond a float's precision, or 1e5 for 1E5
+        assert name == CONFIG_FILE and json.loads(after) == json.loads(before)
 
 
 def test_swapped_and_renamed(fresh, load):
@@ -182,21 +144,21 @@ def test_other_tensors(fresh, load, data):
     folder = fresh()
     tensors = load_file(folder / ADAPTER_FILE)
     name = data.draw(st.sampled_from(sorted(tensors)))
-    damage = data.draw(st.sampled_from(["drop", "add", "rename", "reshape", "dtype", "value", "empty"]))
-    if damage == "drop":
+    how = data.draw(st.sampled_from(["drop", "add", "rename", "reshape", "dtype", "value", "empty"]))
+    if how == "drop":
         del tensors[name]
-    elif damage == "add":
+    elif how == "add":
         new = data.draw(st.text(min_size=1, max_size=300).filter(lambda text: text not in tensors))
         tensors[data.draw(st.sampled_from([new, f"routers.{new}", f"gates.{new}"]))] = torch.zeros(2)
-    elif damage == "rename":
+    elif how == "rename":
         tensors[data.draw(st.sampled_from([name + "x", name[1:], name.upper(), "lm_head.weight"]))] = tensors.pop(name)
-    elif damage == "reshape":
+    elif how == "reshape":
         shape = data.draw(st.lists(st.integers(0, 5), max_size=9).filter(lambda s: s != list(tensors[name].shape)))
         tensors[name] = torch.zeros(shape)
-    elif damage == "dtype":
+    elif how == "dtype":
         kinds = ["float16", "bfloat16", "float64", "int64", "int8", "bool", "complex64", "float8_e4m3fn", "uint16"]
         tensors[name] = tensors[name].to(getattr(torch, data.draw(st.sampled_from(kinds))))
-    elif damage == "value":
+    elif how == "value":
         flat = tensors[name].view(-1)
         where = data.draw(st.integers(0, flat.numel() - 1))
         flat[where] = data.draw(st.sampled_from([float("nan"), float("inf"), -float("inf")]))
@@ -204,19 +166,22 @@ def test_other_tensors(fresh, load, data):
         tensors = {}
     replace_tensors(folder, tensors)
     words = {"value": "not finite", "dtype": "must be torch.float32", "reshape": "shape", "drop": f"'{name}'"}
-    refused(load(), ADAPTER_FILE, words.get(damage, "key"))
+    refused(load(), ADAPTER_FILE, words.get(how, "key"))
 
 
 HEADER_VALUES = st.one_of(
-    st.sampled_from(
-        ["F32", "F16", "F64", "BOOL", "F8_E8M0", "F4", "C64", "U64", "f32", "", None, -1, 2**31, 2**63, 2**64, 1.5]
-    ),
+    st.sampled_from(["F32", "F16", "F64", "BOOL", "F8_E8M0", "F4", "C64", "U64", "f32"]),
+    st.sampled_from(["", None, -1, 2**31, 2**63, 2**64, 1.5]),
     st.lists(st.sampled_from([0, 1, 2, -1, 64, 2**31, 2**32, 2**62, 2**63, 2**64 - 1, None, "1"]), max_size=9),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
-
-
 BITS = {"F32": 32, "F16": 16, "BOOL": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64, "U64": 64}
+
+
+def file_of(header, body, size=None):
+    """A safetensors file, or what says that it is one."""
+    text = json.dumps(header).encode()
+    return (len(text) if size is None else size % 2**64).to_bytes(8, "little") + text + body
 
 
 @fuzz(60)
@@ -227,10 +192,9 @@ BITS = {"F32": 32, "F16": 16, "BOOL": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 
 )
 def test_a_tensor_that_torch_may_not_know(fresh, load, dtype, shape, name):
     """The file is as the format allows."""
-    folder = fresh()
     size = BITS[dtype] * (0 if 0 in shape else math.prod(shape)) // 8
-    header = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
-    replace_adapter(folder, len(header).to_bytes(8, "little") + header + b"\1" * size)
+    header = {name: {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}
+    replace_adapter(fresh(), file_of(header, b"\1" * size))
     refused(load(), ADAPTER_FILE)
 
 
@@ -239,61 +203,31 @@ def test_a_tensor_that_torch_may_not_know(fresh, load, dtype, shape, name):
 def test_a_header_that_lies(fresh, load, data):
     folder = fresh()
     payload = (folder / ADAPTER_FILE).read_bytes()
-    size = int.from_bytes(payload[:8], "little")
-    header, body = json.loads(payload[8 : 8 + size]), payload[8 + size :]
+    start, size = 8 + int.from_bytes(payload[:8], "little"), None
+    header, body = json.loads(payload[8:start]), payload[start:]
     name = data.draw(st.sampled_from(sorted(header)))
     key = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "whole", "metadata", "size", "body", "none"]))
     if key in header[name]:
         header[name][key] = data.draw(HEADER_VALUES)
-    elif key == "whole":
-        header[name] = data.draw(HEADER_VALUES)
-    elif key == "metadata":
-        header["__metadata__"] = data.draw(HEADER_VALUES)
+    elif key in ("whole", "metadata"):
+        header[name if key == "whole" else "__metadata__"] = data.draw(HEADER_VALUES)
     elif key == "body":
         body = body[: data.draw(st.integers(0, len(body)))] + b"\0" * data.draw(st.integers(0, 9))
-    text = json.dumps(header).encode()
-    size = (
-        data.draw(st.sampled_from([0, 1, len(text) - 1, len(text) + 1, 2**31, 2**63, 2**64 - 1]))
-        if key == "size"
-        else len(text)
-    )
-    payload = size.to_bytes(8, "little") + text + body
-    replace_adapter(folder, payload)
+    elif key == "size":
+        size = data.draw(st.sampled_from([0, 1, start - 9, start - 7, 2**31, 2**63, 2**64 - 1]))
+    replace_adapter(folder, file_of(header, body, size))
     message = load()
     if message:
         refused(message, ADAPTER_FILE)
     else:  # the lie was none
-        assert all(
-            torch.equal(t, load_file(folder / ADAPTER_FILE)[n]) for n, t in read_checkpoint(folder).tensors.items()
-        )
+        tensors = load_file(folder / ADAPTER_FILE)
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in read_checkpoint(folder).tensors.items())
 
 
 # The JSON
 
-OTHER = [
-    None,
-    True,
-    False,
-    0,
-    1,
-    -1,
-    3,
-    0.5,
-    1e308,
-    -1e308,
-    1e400,
-    float("nan"),
-    10**30,
-    "",
-    "x",
-    "0.5",
-    "\ud800",
-    [],
-    [1],
-    [[]],
-    {},
-    {"a": 1},
-]
+OTHER = [None, True, False, 0, 1, -1, 3, 0.5, 1e308, -1e308, 1e400, float("nan"), 10**30]
+OTHER += ["", "x", "0.5", "\ud800", [], [1], [[]], {}, {"a": 1}]
 
 
 def draw_place(data, meta):
@@ -379,17 +313,10 @@ def test_other_json(fresh, load, text):
 
 def test_another_base(fresh, load, base):
     fresh()
-    refused(
-        load(replace(base, fingerprint="f" * 64, name="another")), CONFIG_FILE, base.fingerprint[:12], "ffffffffffff"
-    )
+    message = load(replace(base, fingerprint="f" * 64, name="another"))
+    refused(message, CONFIG_FILE, base.fingerprint[:12], "ffffffffffff")
 
 
-@pytest.mark.parametrize("rank", [65, 10**12])
-def test_a_rank_beyond_the_width_is_never_allocated(fresh, load, rank):
-    damage(fresh(), lambda meta: meta["config"].update(translator_rank=rank))
-    refused(load(), CONFIG_FILE, f"translator_rank must be at most 64, the hidden size, got {rank}")
-
-
-def test_another_depth(fresh, load):
-    damage(fresh(), lambda meta: (meta["config"].update(n_layers=5), meta.update(calibration=None)))
-    refused(load(), CONFIG_FILE, "the config is for 5 layers, random:tiny has 4")
+def test_a_rank_beyond_the_width_is_never_allocated(fresh, load):
+    damage(fresh(), lambda meta: meta["config"].update(translator_rank=10**12))
+    refused(load(), CONFIG_FILE, f"translator_rank must be at most 64, the hidden size, got {10**12}")
