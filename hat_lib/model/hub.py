@@ -3,7 +3,8 @@
     hat = HierarchicalTransformer.from_pretrained("owner/name")
     hat.push_to_hub("owner/name", private=True)
 
-A connection is opened only to push, and to load a name that is no local path.
+A connection is opened only to push, and to load a name that is no local path. This module is imported when one of
+the two is asked for, and the Hub's client when there is something to ask it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub
-import yaml
-
 from hat_lib import __version__
-from hat_lib.backbone.base import BUNDLED, HUB_ID, SHAPES, first_line
+from hat_lib.backbone.base import BUNDLED, HUB_ID, first_line
+from hat_lib.backbone.shapes import SHAPES
 from hat_lib.config import HatError
 from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE, Checkpoint, read_checkpoint, write_checkpoint
 
@@ -35,13 +34,15 @@ def local_folder(checkpoint: str | Path, *, token: str | None = None) -> Path:
     repo_id = checkpoint.as_posix() if isinstance(checkpoint, Path) else str(checkpoint)
     if os.path.exists(repo_id) or not HUB_ID.fullmatch(repo_id):
         return Path(checkpoint)
+    import huggingface_hub
+
     files = [CONFIG_FILE, ADAPTER_FILE, CARD_FILE]
     try:
         folder = Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=files, token=token))
     except Exception as error:  # whatever a dead network or a refusal raises, inside two libraries
+        hint = f"offline, pass a local folder with {CONFIG_FILE} and {ADAPTER_FILE}"
         raise HatError(
-            f"no folder {repo_id}, and it can't be fetched from the Hub: {first_line(error)}; offline, pass a local "
-            f"folder with {CONFIG_FILE} and {ADAPTER_FILE}"
+            f"no folder {repo_id}, and it can't be fetched from the Hub: {first_line(error)}; {hint}"
         ) from error
     if not (folder / CONFIG_FILE).is_file():
         raise HatError(f"{repo_id} on the Hub is not a HAT checkpoint: {CONFIG_FILE} is missing")
@@ -88,16 +89,16 @@ def push_to_hub(
             return _upload(folder, repo_id, private, token, commit_message, model_card(found, repo_id, license))
         except HatError:
             raise
-        except Exception as error:  # whatever a dead network or a refusal raises, inside two libraries
-            raise HatError(
-                f"cannot push to {repo_id} on the Hub: {first_line(error)}; offline, hand on the folder that "
-                "save_pretrained writes"
-            ) from error
+        except Exception as error:  # as above
+            hint = "offline, hand on the folder that save_pretrained writes"
+            raise HatError(f"cannot push to {repo_id} on the Hub: {first_line(error)}; {hint}") from error
 
 
 def model_card(checkpoint: Checkpoint, repo_id: str, license: str = "mit") -> str:
     """Markdown with YAML front matter: what the files are, what they need and how to load them."""
-    source = {BUNDLED: BUNDLED_SOURCE}.get(checkpoint.base, checkpoint.base)
+    import yaml
+
+    source = BUNDLED_SOURCE if checkpoint.base == BUNDLED else checkpoint.base
     front = {"license": license, "library_name": "hat_lib", "tags": ["hat", "adaptive-computation", "llama"]}
     if source not in SHAPES:
         front |= {"base_model": source, "base_model_relation": "adapter"}
@@ -154,6 +155,8 @@ def _public_name(base: str) -> str:
 
 
 def _upload(folder: Path, repo_id: str, private: bool, token: str | None, message: str, card: str) -> str:
+    import huggingface_hub
+
     api = huggingface_hub.HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     if private and not api.repo_info(repo_id).private:

@@ -7,6 +7,8 @@ import subprocess
 import threading
 import time
 import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -27,91 +29,86 @@ from hat_lib.config import HatError
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HAT_CACHE", str(tmp_path / "a cache"))
-    return tmp_path / "a cache"
+    return tmp_path / "a cache" / "wheels"
 
 
 @pytest.fixture
-def index(tmp_path, monkeypatch):
+def index(cache, tmp_path, monkeypatch):
     """A package index of one wheel, behind a stand-in for pip that counts its calls."""
     source = tmp_path / "served.whl"
     with zipfile.ZipFile(source, "w") as wheel:
         wheel.writestr("toy/data.txt", "forty-two")
     content = source.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    spec = WheelSpec("toy", "1.0", "toy-1.0-py3-none-any.whl", digest, len(content))
+    spec = WheelSpec("toy", "1.0", "toy-1.0-py3-none-any.whl", hashlib.sha256(content).hexdigest(), len(content))
     calls = []
 
     def pip(command, **_):
         calls.append(command)
-        folder = command[command.index("-d") + 1]
-        with open(os.path.join(folder, spec.filename), "wb") as file:
-            file.write(content)
+        Path(command[command.index("-d") + 1], spec.filename).write_bytes(content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(wheels.subprocess, "run", pip)
     return spec, calls
 
 
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def damage(path, how):
     data = bytearray(path.read_bytes())
-    if how == "truncated":
-        data = data[: len(data) // 2]
-    else:
-        data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data[: len(data) // 2] if how == "truncated" else data)
 
 
-def test_fetched_once_and_readable(cache, index, capsys):
+def at_once(work):
+    """What two threads return that call ``work`` at the same time."""
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(work())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return results
+
+
+def test_fetched_once_and_never_installed(cache, index, capsys):
     spec, calls = index
     with open_wheel(spec) as wheel:
         assert wheel.read("toy/data.txt") == b"forty-two"
     assert "fetching 0 MB (toy 1.0)" in capsys.readouterr().err
-    assert fetch_wheel(spec) == cache / "wheels" / spec.filename
-    assert len(calls) == 1
-    assert capsys.readouterr().err == ""
-    assert [p.name for p in (cache / "wheels").iterdir()] == [spec.filename]
-
-
-def test_pip_is_told_never_to_install(cache, index):
-    spec, calls = index
-    fetch_wheel(spec)
+    assert fetch_wheel(spec) == cache / spec.filename
+    assert capsys.readouterr().err == "" and names(cache) == [spec.filename]
     (command,) = calls
     assert command[1:4] == ["-m", "pip", "download"]
     assert {"--no-deps", "--only-binary=:all:", "toy==1.0"} <= set(command)
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped bit"])
-def test_damaged_wheel_is_fetched_again(cache, index, capsys, how):
+def test_damaged_wheel_is_fetched_again(index, capsys, how):
     spec, calls = index
     path = fetch_wheel(spec)
     damage(path, how)
     fetch_wheel(spec)
-    assert len(calls) == 2
-    assert wheels.sha256(path) == spec.sha256
+    assert len(calls) == 2 and wheels.sha256(path) == spec.sha256
     assert "damaged" in capsys.readouterr().err
 
 
 def test_wrong_hash_is_refused_and_leaves_nothing(cache, index):
-    spec, _ = index
-    wrong = WheelSpec(spec.name, spec.version, spec.filename, "0" * 64, spec.size)
     with pytest.raises(HatError, match=r"toy-1.0.*SHA-256.*not 0000") as caught:
-        fetch_wheel(wrong)
-    assert "\n" not in str(caught.value)
-    assert list((cache / "wheels").iterdir()) == []
+        fetch_wheel(replace(index[0], sha256="0" * 64))
+    assert "\n" not in str(caught.value) and names(cache) == []
 
 
 @pytest.mark.parametrize(
-    "said",
-    ["/usr/bin/python: No module named pip", "WARNING: retrying\nERROR: No matching distribution for toy"],
+    "said", ["/usr/bin/python: No module named pip", "WARNING: retrying\nERROR: No matching distribution for toy"]
 )
 def test_no_pip_or_no_network_is_one_line_with_an_alternative(cache, index, monkeypatch, said):
-    spec, _ = index
     monkeypatch.setattr(wheels.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", said))
     with pytest.raises(HatError, match="could not fetch toy==1.0") as caught:
-        fetch_wheel(spec)
+        fetch_wheel(index[0])
     message = str(caught.value)
-    assert said.splitlines()[-1] in message and str(cache / "wheels") in message
-    assert "\n" not in message
+    assert said.splitlines()[-1] in message and str(cache) in message and "\n" not in message
 
 
 def test_unwritable_cache_names_the_setting(tmp_path, index, monkeypatch):
@@ -123,16 +120,6 @@ def test_unwritable_cache_names_the_setting(tmp_path, index, monkeypatch):
         verified_folder(tmp_path / "file" / "made", lambda folder: None)
 
 
-def in_two_threads(work):
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(work())) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    return results
-
-
 def test_two_fetches_at_once(cache, index, monkeypatch):
     spec, calls = index
     pip, both = wheels.subprocess.run, threading.Barrier(2, timeout=20)
@@ -142,14 +129,13 @@ def test_two_fetches_at_once(cache, index, monkeypatch):
         return pip(command, **options)
 
     monkeypatch.setattr(wheels.subprocess, "run", slow)
-    assert in_two_threads(lambda: fetch_wheel(spec)) == [cache / "wheels" / spec.filename] * 2
-    assert len(calls) == 2
-    assert [p.name for p in (cache / "wheels").iterdir()] == [spec.filename]
+    assert at_once(lambda: fetch_wheel(spec)) == [cache / spec.filename] * 2
+    assert len(calls) == 2 and names(cache) == [spec.filename]
 
 
 @pytest.fixture
 def made(tmp_path):
-    """A verified folder of two files and the list of the times it was made."""
+    """A verified folder of two files, what makes it, and the list of the times it was made."""
     times = []
 
     def make(folder):
@@ -165,30 +151,28 @@ def made(tmp_path):
 def test_intact_folder_is_not_remade(made, capsys):
     folder, make, times = made
     assert verified_folder(folder, make) == folder
-    assert len(times) == 1
-    assert capsys.readouterr().err == ""
-    assert sorted(p.name for p in folder.parent.iterdir()) == ["model"]
+    assert len(times) == 1 and capsys.readouterr().err == "" and names(folder.parent) == ["model"]
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped bit", "missing", "extra", "no manifest", "odd manifest"])
-def test_damaged_folder_is_noticed_and_remade(made, capsys, how):
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda folder: damage(folder / "weights", "truncated"),
+        lambda folder: damage(folder / "weights", "flipped bit"),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        lambda folder: (folder / MANIFEST).unlink(),
+        lambda folder: (folder / MANIFEST).write_text("[1, 2]"),
+    ],
+    ids=["truncated", "flipped bit", "missing", "extra", "no manifest", "odd manifest"],
+)
+def test_damaged_folder_is_noticed_and_remade(made, capsys, harm):
     folder, make, times = made
-    if how == "missing":
-        (folder / "config.json").unlink()
-    elif how == "extra":
-        (folder / "adapter_config.json").write_text("{}")
-    elif how == "no manifest":
-        (folder / MANIFEST).unlink()
-    elif how == "odd manifest":
-        (folder / MANIFEST).write_text("[1, 2]")
-    else:
-        damage(folder / "weights", how)
+    harm(folder)
     verified_folder(folder, make)
-    assert len(times) == 2
+    assert len(times) == 2 and "making it again" in capsys.readouterr().err
     assert (folder / "weights").read_bytes() == bytes(range(256))
-    assert sorted(p.name for p in folder.iterdir()) == sorted(["weights", "config.json", MANIFEST])
-    assert "making it again" in capsys.readouterr().err
-    assert sorted(p.name for p in folder.parent.iterdir()) == ["model"]
+    assert names(folder) == sorted(["weights", "config.json", MANIFEST]) and names(folder.parent) == ["model"]
 
 
 def test_interrupted_making_leaves_nothing_that_looks_finished(tmp_path):
@@ -198,19 +182,18 @@ def test_interrupted_making_leaves_nothing_that_looks_finished(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         verified_folder(tmp_path / "model", dies)
-    assert list(tmp_path.iterdir()) == []
+    assert names(tmp_path) == []
 
 
 def test_leftovers_of_a_killed_run_are_swept_after_a_day(made):
     folder, make, _ = made
-    old, fresh = folder.parent / ".model-old", folder.parent / ".model-fresh"
-    for left in (old, fresh):
-        left.mkdir()
-        (left / "weights").write_bytes(b"half")
-    os.utime(old, (time.time() - 90_000,) * 2)
+    for left in (".model-old", ".model-fresh"):
+        (folder.parent / left).mkdir()
+        (folder.parent / left / "weights").write_bytes(b"half")
+    os.utime(folder.parent / ".model-old", (time.time() - 90_000,) * 2)
     (folder / "config.json").unlink()
     verified_folder(folder, make)
-    assert not old.exists() and fresh.exists()
+    assert names(folder.parent) == [".model-fresh", "model"]
 
 
 def test_two_makers_at_once(tmp_path):
@@ -221,10 +204,9 @@ def test_two_makers_at_once(tmp_path):
         both.wait()
 
     folder = tmp_path / "model"
-    assert in_two_threads(lambda: verified_folder(folder, make)) == [folder, folder]
-    hashes = json.loads((folder / MANIFEST).read_text())
-    assert hashes == {"weights": hashlib.sha256(b"whole").hexdigest()}
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert at_once(lambda: verified_folder(folder, make)) == [folder, folder]
+    assert json.loads((folder / MANIFEST).read_text()) == {"weights": hashlib.sha256(b"whole").hexdigest()}
+    assert names(tmp_path) == ["model"]
 
 
 @pytest.mark.parametrize("other_finished", [True, False])

@@ -1,6 +1,7 @@
 """With the Hub replaced: what is asked of it, what goes up, and that nothing is asked for local paths."""
 
 import json
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -26,16 +27,20 @@ from hat_lib.model.checkpoint import (
 from hat_lib.model.transformer import HierarchicalTransformer
 
 SIZE_OF_THE_BASE = 200_000  # bytes; `random:tiny` has more, the adapter less
+UPLOADED = ["README.md", ADAPTER_FILE, CONFIG_FILE]
+
+
+def tiny():
+    return load_base("random:tiny", dtype="fp32", device="cpu")
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    base = load_base("random:tiny", dtype="fp32", device="cpu")
-    folder = tmp_path_factory.mktemp("hub") / "saved"
-    hat = HierarchicalTransformer(base, HatConfig.default(base))
+    base = tiny()
+    hat = HierarchicalTransformer(base, HatConfig.default(base, capacity=0.5))
     hat.training_summary = {"steps": 3}
+    folder = tmp_path_factory.mktemp("hub") / "saved"
     hat.save_pretrained(folder)
-    hat.unload()
     return folder
 
 
@@ -80,9 +85,8 @@ def asked(monkeypatch, tmp_path):
         call("snapshot_download", repo_id=repo_id, allow_patterns=allow_patterns, token=token)
         folder = tmp_path / "cache"
         folder.mkdir(exist_ok=True)
-        for name, content in hub_.files.items():
-            if name in allow_patterns:
-                (folder / name).write_bytes(content)
+        for name in set(hub_.files) & set(allow_patterns):
+            (folder / name).write_bytes(hub_.files[name])
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
@@ -102,7 +106,7 @@ def test_local_paths_never_ask_the_hub(asked, saved, monkeypatch):
     monkeypatch.chdir(saved.parent.parent)
     relative = f"{saved.parent.name}/{saved.name}"  # as a Hub id looks
     for name in (saved, str(saved), relative, Path(relative)):
-        assert read_checkpoint(hub.local_folder(name)).base == "random:tiny"
+        assert hub.local_folder(name) == Path(name)
         assert HierarchicalTransformer.from_pretrained(name).base.name == "random:tiny"
     assert asked.calls == []
 
@@ -118,142 +122,110 @@ def test_what_is_neither_a_folder_nor_an_id_is_not_looked_for(asked, name):
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_from_the_hub(asked, saved, kind):
-    asked.files = {p.name: p.read_bytes() for p in saved.iterdir()} | {
-        "model.safetensors": b"x",
-        "pytorch_model.bin": b"x",
-    }
+    asked.files = {p.name: p.read_bytes() for p in saved.iterdir()} | {"model.safetensors": b"x", "a.bin": b"x"}
     hat = HierarchicalTransformer.from_pretrained(kind("owner/name"))
     assert hat.base.name == "random:tiny" and hat.training_summary == {"steps": 3}
     ((what, options),) = asked.calls
     assert what == "snapshot_download" and options["repo_id"] == "owner/name"
-    assert sorted(options["allow_patterns"]) == ["README.md", ADAPTER_FILE, CONFIG_FILE]
+    assert sorted(options["allow_patterns"]) == UPLOADED
 
 
-def test_a_repository_of_another_kind(asked):
-    asked.files = {"config.json": b"{}"}
-    with pytest.raises(HatError, match=f"owner/name on the Hub is not a HAT checkpoint: {CONFIG_FILE} is missing"):
-        HierarchicalTransformer.from_pretrained("owner/name")
-
-
-def test_damage_on_the_way(asked, saved):
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda files: files.clear(), f"owner/name on the Hub is not a HAT checkpoint: {CONFIG_FILE} is missing"),
+        (lambda files: files.update({ADAPTER_FILE: b"damaged"}), f"{ADAPTER_FILE}: the file has SHA-256"),
+    ],
+)
+def test_a_repository_of_another_kind_and_damage_on_the_way(asked, saved, change, words):
     asked.files = {p.name: p.read_bytes() for p in saved.iterdir()}
-    asked.files[ADAPTER_FILE] = asked.files[ADAPTER_FILE][:-1]
-    with pytest.raises(HatError, match=f"{ADAPTER_FILE}: the file has SHA-256"):
+    change(asked.files)
+    with pytest.raises(HatError, match=words):
         HierarchicalTransformer.from_pretrained("owner/name")
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no route\nto host"), ValueError("401"), RuntimeError("gone")])
-def test_a_hub_that_refuses_is_one_error_with_the_way_out(asked, saved, error):
-    asked.error = error
+@pytest.mark.parametrize("error", [ConnectionError("no route\nto host"), ValueError("401"), None])
+def test_a_hub_that_refuses_is_one_error_with_the_way_out(request, saved, error):
+    if error:  # else the real client: `conftest.py` sets HF_HUB_OFFLINE, so it tries nothing
+        request.getfixturevalue("asked").error = error
     with pytest.raises(HatError) as caught:
-        HierarchicalTransformer.from_pretrained("owner/name")
+        HierarchicalTransformer.from_pretrained("owner/no-such-checkpoint")
     message = str(caught.value)
-    assert message.startswith("no folder owner/name, and it can't be fetched from the Hub: ") and "\n" not in message
-    assert f"offline, pass a local folder with {CONFIG_FILE} and {ADAPTER_FILE}" in message
+    assert message.startswith("no folder owner/no-such-checkpoint, and it can't be fetched from the Hub: ")
+    assert f"offline, pass a local folder with {CONFIG_FILE} and {ADAPTER_FILE}" in message and "\n" not in message
     with pytest.raises(HatError, match="cannot push to owner/name on the Hub: .*; offline, hand on the folder"):
-        hub.push_to_hub(saved, "owner/name")
-
-
-def test_the_real_client_offline(saved):
-    """`conftest.py` sets HF_HUB_OFFLINE: nothing is tried, and the message is ours."""
-    with pytest.raises(HatError, match="can't be fetched from the Hub"):
-        hub.local_folder("owner/no-such-checkpoint-in-any-cache")
-    with pytest.raises(HatError, match="cannot push to owner/name on the Hub"):
         hub.push_to_hub(saved, "owner/name")
 
 
 # Pushing
 
 
-def test_push_a_folder(asked, saved, tmp_path):
-    address = hub.push_to_hub(saved, "owner/name", private=False, token="secret", commit_message="first")
+def test_only_the_adapter_of_a_folder_goes(asked, saved, tmp_path):
+    """Whatever else lies in the folder, the base's weights above all, stays here."""
+    folder = shutil.copytree(saved, tmp_path / "full")
+    tiny().model.save_pretrained(folder)
+    (folder / ".env").write_text("password")
+    address = hub.push_to_hub(folder, "owner/name", private=False, token="secret", commit_message="first")
     assert address == "https://hub/commit/1"
     assert asked.calls == [
         ("HfApi", {"token": "secret"}),
         ("create_repo", {"repo_id": "owner/name", "private": False, "exist_ok": True}),
         ("upload_folder", {"repo_id": "owner/name", "commit_message": "first"}),
     ]
-    assert sorted(asked.files) == ["README.md", ADAPTER_FILE, CONFIG_FILE]
-    for name in (ADAPTER_FILE, CONFIG_FILE):
-        assert asked.files[name] == (saved / name).read_bytes()
+    assert sorted(asked.files) == UPLOADED
+    assert all(asked.files[name] == (saved / name).read_bytes() for name in (ADAPTER_FILE, CONFIG_FILE))
     assert not any(b"secret" in content for content in asked.files.values())
+    assert sum(map(len, asked.files.values())) < SIZE_OF_THE_BASE < (folder / "model.safetensors").stat().st_size
+    assert all(is_hat_parameter(name) for name in load_file(saved / ADAPTER_FILE))
 
 
-def test_push_a_model_and_load_it_again(asked):
-    base = load_base("random:tiny", dtype="fp32", device="cpu")
-    hat = HierarchicalTransformer(base, HatConfig.default(base, capacity=0.5))
-    hat.push_to_hub("owner/name")
+def test_push_a_model_and_load_it_again(asked, saved):
+    HierarchicalTransformer.from_pretrained(saved).push_to_hub("owner/name")
     assert HierarchicalTransformer.from_pretrained("owner/name").config.capacity == 0.5
 
 
-def test_only_the_adapter_goes(asked, saved, tmp_path):
-    """Whatever else lies in the folder, the base's weights above all, stays here."""
-    folder = tmp_path / "full"
-    folder.mkdir()
-    for file in saved.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    load_base("random:tiny", dtype="fp32", device="cpu").model.save_pretrained(folder)
-    (folder / ".env").write_text("password")
-    hub.push_to_hub(folder, "owner/name")
-    assert sorted(asked.files) == ["README.md", ADAPTER_FILE, CONFIG_FILE]
-    assert sum(map(len, asked.files.values())) < SIZE_OF_THE_BASE < (folder / "model.safetensors").stat().st_size
-    (tmp_path / "adapter").write_bytes(asked.files[ADAPTER_FILE])
-    assert all(is_hat_parameter(name) for name in load_file(tmp_path / "adapter"))
-
-
-def test_the_base_itself_is_not_pushed(asked):
+def test_neither_the_base_nor_a_damaged_checkpoint_is_pushed(asked, saved, tmp_path):
     with pytest.raises(HatError, match=f"{CONFIG_FILE} is missing"):
-        hub.push_to_hub(load_base("random:tiny", dtype="fp32", device="cpu").model, "owner/name")
-    assert asked.calls == []
-
-
-def test_a_damaged_checkpoint_is_not_pushed(asked, saved, tmp_path):
-    (tmp_path / CONFIG_FILE).write_bytes((saved / CONFIG_FILE).read_bytes())
-    (tmp_path / ADAPTER_FILE).write_bytes(b"damaged")
+        hub.push_to_hub(tiny().model, "owner/name")
+    folder = shutil.copytree(saved, tmp_path / "damaged")
+    (folder / ADAPTER_FILE).write_bytes(b"damaged")
     with pytest.raises(HatError, match="SHA-256"):
-        hub.push_to_hub(tmp_path, "owner/name")
+        hub.push_to_hub(folder, "owner/name")
     assert asked.calls == []
 
 
-@pytest.mark.parametrize("repo_id", ["name", "a/b/c", "", "../name", None, 3])
-def test_a_name_that_is_no_id(asked, saved, repo_id):
+@pytest.mark.parametrize("name", ["name", "a/b/c", "", "../name", "/a/folder", None, 3])
+def test_a_name_that_is_no_id(asked, saved, name):
     with pytest.raises(HatError, match="repo_id must be a Hub id"):
-        hub.push_to_hub(saved, repo_id)
+        hub.push_to_hub(saved, name)
+    if name is not None:
+        with pytest.raises(HatError, match="base_model must be a Hub id"):
+            hub.push_to_hub(saved, "owner/name", base_model=name)
     assert asked.calls == []
 
 
-def test_private_is_never_written_to_a_public_repository(asked, saved):
-    asked.private = False
+def test_private_is_never_written_to_a_public_repository_and_a_card_is_kept(asked, saved):
     with pytest.raises(HatError, match="owner/name is public on the Hub, but private=True"):
         hub.push_to_hub(saved, "owner/name", private=True)
     assert asked.files == {}
-    asked.private = True
+    asked.private = asked.card = True
     hub.push_to_hub(saved, "owner/name", private=True)
     assert asked.calls[-2] == ("create_repo", {"repo_id": "owner/name", "private": True, "exist_ok": True})
-    assert CONFIG_FILE in asked.files
-
-
-def test_a_card_that_is_there_is_kept(asked, saved):
-    asked.card = True
-    hub.push_to_hub(saved, "owner/name")
     assert sorted(asked.files) == [ADAPTER_FILE, CONFIG_FILE]
 
 
-def test_a_local_base_needs_a_public_name(asked, saved, tmp_path, monkeypatch):
-    local = tmp_path / "models" / "llama"
-    local.mkdir(parents=True)
+@pytest.mark.parametrize("name", ["{tmp}/models/llama", "models/llama", "~/llama", "llama.gguf"])
+def test_a_local_base_needs_a_public_name(asked, saved, tmp_path, monkeypatch, name):
+    (tmp_path / "models" / "llama").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    for name in (str(local), "models/llama", "~/llama", "llama.gguf"):
-        write_checkpoint(tmp_path / "c", replace(read_checkpoint(saved), base=name))
-        with pytest.raises(HatError, match=f"base is the local path {name}: pass base_model="):
-            hub.push_to_hub(tmp_path / "c", "owner/name")
-        assert asked.calls == []
-        hub.push_to_hub(tmp_path / "c", "owner/name", base_model="meta/llama")
-        assert json.loads(asked.files[CONFIG_FILE])["base"] == "meta/llama"
-        assert not any(str(tmp_path).encode() in content for content in asked.files.values())
-        asked.calls.clear()
-    with pytest.raises(HatError, match="base_model must be a Hub id"):
-        hub.push_to_hub(saved, "owner/name", base_model=str(local))
+    name = name.format(tmp=tmp_path)
+    write_checkpoint(tmp_path / "c", replace(read_checkpoint(saved), base=name))
+    with pytest.raises(HatError, match=f"base is the local path {name}: pass base_model="):
+        hub.push_to_hub(tmp_path / "c", "owner/name")
+    assert asked.calls == []
+    hub.push_to_hub(tmp_path / "c", "owner/name", base_model="meta/llama")
+    assert json.loads(asked.files[CONFIG_FILE])["base"] == "meta/llama"
+    assert not any(str(tmp_path).encode() in content for content in asked.files.values())
 
 
 # The card
@@ -261,7 +233,11 @@ def test_a_local_base_needs_a_public_name(asked, saved, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "base, source",
-    [("bundled", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("TinyLlama/TinyLlama-1.1B", "TinyLlama/TinyLlama-1.1B")],
+    [
+        ("bundled", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("TinyLlama/TinyLlama-1.1B", "TinyLlama/TinyLlama-1.1B"),
+        ("random:tiny", None),
+    ],
 )
 def test_the_card(base, source):
     tensors = {"gates.1.gate.bias": torch.zeros(2), "routers.0_qkv.log_scale": torch.zeros(1500)}
@@ -271,19 +247,8 @@ def test_the_card(base, source):
         "license": "apache-2.0",
         "library_name": "hat_lib",
         "tags": ["hat", "adaptive-computation", "llama"],
-        "base_model": source,
-        "base_model_relation": "adapter",
+        **({"base_model": source, "base_model_relation": "adapter"} if source else {}),
     }
-    for words in (
-        'from_pretrained("owner/name")',
-        f"| {base}, fingerprint {'ab' * 8}...",
-        "| 1,502 |",
-        "| 0.6 |",
-        "| 1, 3 |",
-    ):
+    cells = f"| {base}, fingerprint {'ab' * 8}...", "| 1,502 |", "| 0.6 |", "| 1, 3 |", "calibrated on | nothing yet"
+    for words in ('from_pretrained("owner/name")', *cells):
         assert words in card
-    assert "calibrated on | nothing yet" in card
-
-
-def test_the_card_of_random_weights_names_no_base_model(saved):
-    assert "base_model" not in front_matter(hub.model_card(read_checkpoint(saved), "owner/name"))
