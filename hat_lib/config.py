@@ -21,8 +21,8 @@ PUBLISHED_EXITS, PUBLISHED_DEPTH = (4, 8, 12, 16, 19), 22
 
 REPO = Path(__file__).resolve().parent.parent
 DATA, NOTEBOOKS, RUNS = REPO / "data", REPO / "notebooks", REPO / "runs"
-# Batch runs and tests send figures elsewhere, so that the committed ones stay as they are.
-FIGURES = Path(os.environ.get("HAT_FIGURES", REPO / "figures"))
+# Where notebooks draw. The committed figures/ change by `hat_lib.workbook execute` and `hat figures` alone.
+FIGURES = Path(os.environ.get("HAT_FIGURES", RUNS / "figures"))
 
 
 class HatError(ValueError):

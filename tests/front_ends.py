@@ -50,7 +50,7 @@ def voila(home: Path, notebook: str) -> Iterator[str]:
 def _running(home: Path, port: int, module: str, *options: str) -> Iterator[None]:
     env = {name: value for name, value in os.environ.items() if not name.startswith(USER)}
     env |= {f"JUPYTER_{name.upper()}_DIR": str(home / name) for name in ("config", "data", "runtime")}
-    env |= {"IPYTHONDIR": str(home / "ipython"), "HAT_RUN": "1", "HAT_FIGURES": str(home / "figures")}
+    env |= {"IPYTHONDIR": str(home / "ipython"), "HAT_FIGURES": str(home / "figures")}
     command = [sys.executable, "-m", module, *options]
     with open(home / "log", "ab") as log:
         process = subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=subprocess.STDOUT)

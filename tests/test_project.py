@@ -1,4 +1,4 @@
-"""What the repository promises as a whole: one list of packages, a one-way data flow, honest notebooks."""
+"""What the repository promises as a whole: one list of packages, nothing of one machine, honest notebooks."""
 
 import ast
 import re
@@ -47,15 +47,15 @@ def test_conda_and_pip_ask_for_the_same_packages():
     assert [d["pip"] for d in environment() if isinstance(d, dict)] == [["-e ."]]
 
 
-def test_environment_says_what_each_package_is_for():
-    lines = re.findall(r"^ +- ((?!python|pip:|conda-forge).*)", (REPO / "environment.yml").read_text(), re.M)
-    assert len(lines) > 20
-    assert [line for line in lines if "  # " not in line] == []
-
-
 def test_makefile_installs_the_same_torch():
     torch = next(r for r in PROJECT["dependencies"] if Requirement(r).name == "torch")
     assert f"\nTORCH := {torch}\n" in (REPO / "Makefile").read_text()
+
+
+def imported(node):
+    if isinstance(node, ast.Import):
+        return [alias.name.split(".")[0] for alias in node.names]
+    return [node.module.split(".")[0]] if isinstance(node, ast.ImportFrom) else []
 
 
 def test_every_import_of_the_library_is_declared():
@@ -72,7 +72,8 @@ def test_every_import_of_the_library_is_declared():
     unknown = {
         f"{path.name}: {name}"
         for path in PACKAGE.rglob("*.py")
-        for name in absolute_imports(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in imported(node)
         if name not in sys.stdlib_module_names | {"hat_lib"}
         and canonicalize_name(distribution.get(name, name)) not in declared
     }
@@ -89,29 +90,10 @@ def test_versions_agree():
 def test_setup_refuses_an_old_python_and_names_the_way_out(tmp_path):
     shutil.copy(REPO / "Makefile", tmp_path)
     (tmp_path / "pyproject.toml").touch()
-    command = [
-        "make",
-        "test",
-        "PYTHON=false",
-    ]  # `false` fails the check of its version, as an old Python does
+    command = ["make", "test", "PYTHON=false"]  # `false` fails the check of its version, as an old Python does
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0 and "Python 3.11 or newer" in done.stderr
     assert "make test PYTHON=" in done.stderr and not (tmp_path / ".venv").exists()
-
-
-# --- modules ---
-
-
-def tree(path):
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def absolute_imports(path):
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module.split(".")[0]
 
 
 # --- files ---
@@ -178,9 +160,8 @@ def is_compared(cell):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_file_is_named_clean_and_small(path):
+def test_notebook_file_is_named_and_clean(path):
     assert re.fullmatch(r"\d\d_[a-z0-9_]+\.ipynb", path.name)
-    assert path.stat().st_size < 500_000
     text = path.read_text(encoding="utf-8")
     cleaned = nbformat.writes(clean(nbformat.reads(text, as_version=4))) + "\n"
     assert text == cleaned, f"run: python -m hat_lib.workbook clean notebooks/{path.name}"
@@ -192,19 +173,12 @@ def test_notebook_was_executed_once_in_order_without_errors(notebook):
     assert list(errors(notebook)) == []
 
 
-def test_notebook_has_one_parameters_cell_and_readable_size(notebook):
-    assert sum(has_tag(cell, "parameters") for cell in notebook.cells) == 1
-    assert 15 <= len(notebook.cells) <= 40
-    filled = {cell.execution_count: len(re.findall(r"^.*\S", cell.source, re.M)) for cell in code_cells(notebook)}
-    assert {cell: lines for cell, lines in filled.items() if lines > 15} == {}, "code cells of more than 15 lines"
-    words = sum(len(re.findall(r"\w+", cell.source)) for cell in notebook.cells if cell.cell_type == "markdown")
-    assert 600 <= words <= 1500
-
-
-def test_parameters_are_typed_explained_and_have_a_profile_and_a_seed(notebook):
+def test_parameters_are_typed_explained_and_have_a_profile_a_seed_and_the_models_dtype(notebook):
     (cell,) = (cell for cell in notebook.cells if has_tag(cell, "parameters"))
-    names = [re.fullmatch(r"(\w+): (?:str|int|float) = .*\S  # \S.*", line) for line in cell.source.splitlines()]
-    assert all(names) and {"profile", "seed"} <= {name[1] for name in names}
+    lines = [re.fullmatch(r"(\w+): (?:str|int|float) = .*\S  # \S.*", line) for line in cell.source.splitlines()]
+    names = {line[1] for line in lines if line}
+    loads_a_model = any("load_base(" in cell.source for cell in notebook.cells)
+    assert all(lines) and names >= {"profile", "seed"} | ({"dtype"} if loads_a_model else set())
 
 
 def test_most_of_a_notebook_is_compared(notebook):

@@ -78,7 +78,7 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None) -> Base:
     Args:
         name: ``bundled``; a Hub id (``owner/name``); a local folder with safetensors; a ``.gguf`` file
             (dequantised on load); ``random:tiny`` or ``random:tinyllama``.
-        dtype: see `parse_dtype`; None is `default_dtype`.
+        dtype: see `parse_dtype`; None or "auto" is `default_dtype`.
         device: a torch device; None is CUDA where there is one, else the CPU.
 
     Raises:
@@ -87,7 +87,7 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None) -> Base:
     """
     name = str(name)
     device = _device(device)
-    dtype = default_dtype(device) if dtype is None else parse_dtype(dtype)
+    dtype = default_dtype(device) if dtype in (None, "auto") else parse_dtype(dtype)
     # Through fp16 the weights would be rounded twice before they are hashed.
     model, tokenizer = _load(name, torch.float32 if dtype == torch.float16 else dtype)
     model.requires_grad_(False).eval()

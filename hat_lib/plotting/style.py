@@ -8,7 +8,6 @@ own. Pages may be dark, so a figure carries its own white ground.
 
 from __future__ import annotations
 
-import os
 from base64 import b64encode
 from io import BytesIO
 from pathlib import Path
@@ -50,10 +49,11 @@ STYLE = {
 }
 
 
-def save_figure(fig: Figure, name: str) -> Path:
-    """Write ``fig`` as ``name``.png into `config.FIGURES`; the same figure gives the same bytes."""
-    config.FIGURES.mkdir(parents=True, exist_ok=True)
-    path = config.FIGURES / f"{name}.png"
+def save_figure(fig: Figure, name: str, folder: Path | None = None) -> Path:
+    """Write ``fig`` as ``name``.png into ``folder``, by default `config.FIGURES`; the same figure, the same bytes."""
+    folder = folder or config.FIGURES
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.png"
     path.write_bytes(png(fig))
     return path
 
@@ -80,19 +80,6 @@ def picture(data: bytes, alt: str) -> tuple[dict, dict]:
     """A PNG file as the argument and the keywords of IPython's `display` that show it and nothing else."""
     bundle = {"image/png": b64encode(data).decode()}
     return bundle, {"metadata": {"image/png": {"alt": alt}}, "raw": True}
-
-
-def save_table(table: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Write ``table`` to data/results/``name``.csv and return it as that file holds it: five digits.
-
-    Where ``HAT_RUN`` is set (batch runs, tests) nothing is written, so that the committed results stay as they are.
-    """
-    text = table.to_csv(index=False, float_format="%.5g", lineterminator="\n")
-    if not os.environ.get("HAT_RUN"):
-        path = config.DATA / "results" / f"{name}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return table.apply(lambda c: c.map(lambda v: float(f"{v:.5g}")) if c.dtype.kind == "f" else c)
 
 
 def weight_shares(table: pd.DataFrame) -> Figure:

@@ -5,7 +5,7 @@
         print(row.run, row.status)
 
 Each run leaves ``out/<run>.ipynb``, its figures in ``out/figures/<run>/`` and a row in ``out/runs.csv``; what the
-notebook handed to `hat_lib.workbook.papermill_runs.record` stands in the row. The same call made again skips every run
+notebook handed to `hat_lib.workbook.session.record` stands in the row. The same call made again skips every run
 that has both a row saying "ok" and its notebook. Who runs them is told in `hat_lib.workbook.batch_engines`.
 
 A run executes in ``out/unfinished/<run>/<attempt>.ipynb`` and moves to its place when it has passed. That file, made
@@ -228,7 +228,7 @@ def carry_out(task: Task) -> BatchRow:
                 raise HatError(f"{task.notebook} changed while its batch was running: start again with another folder")
             shutil.rmtree(figures, ignore_errors=True)
             result = run_notebook(
-                task.notebook, output, figures, task.parameters, task.cell_timeout, keep_tree=True, threads=task.threads
+                task.notebook, output, figures, task.parameters, task.cell_timeout, threads=task.threads
             )
             seconds, error = result.seconds, result.error
             if not error:

@@ -5,21 +5,12 @@ defaults; a killed kernel leaves a notebook whose cells all say "completed"; an 
 hides in the widget's state. So names and types of parameters are checked before anything starts, and a
 notebook has passed only if papermill returned, no cell shows an error and no Output widget holds one.
 
-The notebook's process sees ``HAT_FIGURES``, the folder for its figures. ``HAT_RUN=1`` says that figures/ and data/
-are to stay as they are.
-
-A cell hands a number to whoever runs the notebook with `record`, which shows it and keeps it in the cell's output:
-
-    from hat_lib.workbook.papermill_runs import record
-    record(perplexity=21.3, capacity=0.55)
-
-and `results` reads it back from the executed file.
+The notebook's process sees ``HAT_FIGURES``, the folder for its figures.
 """
 
 from __future__ import annotations
 
 import ast
-import json
 import os
 import threading
 import time
@@ -32,11 +23,10 @@ import yaml
 
 from hat_lib.config import HatError
 from hat_lib.workbook.notebooks import KERNEL, errors, one_line
+from hat_lib.workbook.session import RESULT
 
 START_TIMEOUT = 120  # seconds for a kernel to come up on a busy machine
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-RESULT = "application/x-hat-result+json"
-"""mime type of a cell output that `record` made: a JSON object"""
 
 _one_at_a_time = threading.Lock()  # environment and working folder are the whole process's
 
@@ -117,7 +107,6 @@ def run_notebook(
     figures: Path,
     parameters: dict,
     cell_timeout: int,
-    keep_tree: bool,
     threads: int | None = None,
 ) -> Result:
     """Execute ``source`` in its own folder into ``output``. Never raises for what the notebook did.
@@ -128,7 +117,7 @@ def run_notebook(
 
     figures.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    environment = {"HAT_FIGURES": str(figures.resolve()), "HAT_RUN": "1" if keep_tree else None}
+    environment = {"HAT_FIGURES": str(figures.resolve())}
     # papermill would fill in a {name} in a path
     literal = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, output)]
     if threads:
@@ -154,21 +143,17 @@ def run_notebook(
 
 
 @contextmanager
-def _environment(**variables: str | None):
-    """Environment variables that a kernel started inside inherits; None unsets one."""
+def _environment(**variables: str):
+    """Environment variables that a kernel started inside inherits."""
     before = {name: os.environ.get(name) for name in variables}
-
-    def put(values: dict[str, str | None]) -> None:
-        for name, value in values.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-    put(variables)
+    os.environ.update(variables)
     try:
         yield
     finally:
-        put(before)
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _excerpt(source: str, lines: int = 6) -> str:
@@ -176,23 +161,8 @@ def _excerpt(source: str, lines: int = 6) -> str:
     return "\n".join(f"    | {line}" for line in shown[:lines] + ["..."] * (len(shown) > lines))
 
 
-def record(**values) -> None:
-    """In a notebook: show values and keep them for `results`. A name recorded again replaces the earlier value.
-
-    Raises `HatError` for what JSON cannot hold, nan and infinity included.
-    """
-    from IPython.display import display
-
-    try:
-        json.dumps(values, allow_nan=False)
-    except (TypeError, ValueError) as e:
-        raise HatError(f"record takes JSON values (finite numbers, text, lists, dicts, None): {e}") from None
-    text = ", ".join(f"{name} = {value}" for name, value in values.items())
-    display({"text/plain": text, RESULT: values}, raw=True)
-
-
 def results(path: Path) -> dict:
-    """All that the cells of an executed notebook recorded."""
+    """All that the cells of an executed notebook handed to `hat_lib.workbook.session.record`."""
     found = {}
     for cell in nbformat.read(path, as_version=4).cells:
         for output in cell.get("outputs", ()):

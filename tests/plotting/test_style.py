@@ -40,8 +40,6 @@ TABLES = {
 @pytest.fixture(autouse=True)
 def scratch(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "FIGURES", tmp_path / "figures")
-    monkeypatch.setattr(config, "DATA", tmp_path / "data")
-    monkeypatch.delenv("HAT_RUN", raising=False)
     return tmp_path
 
 
@@ -117,16 +115,3 @@ def test_show_puts_out_the_picture_alone_with_its_words(monkeypatch):
     assert plots.show(plots.skipped_ffn(TABLES["skipped_ffn"]), "one", "what to see") is None
     ((data, how),) = seen
     assert set(data) == {"image/png"} and how == {"metadata": {"image/png": {"alt": "what to see"}}, "raw": True}
-
-
-def test_a_table_is_kept_with_five_digits_and_comes_back_as_the_file_holds_it(scratch):
-    table = pd.DataFrame({"layer": [1, 2], "ratio": [1.23456789, 1 / 3], "note": ["a", "b"]})
-    returned = plots.save_table(table, "small")
-    pd.testing.assert_frame_equal(returned, pd.read_csv(scratch / "data" / "results" / "small.csv"), check_dtype=False)
-    assert returned["ratio"].tolist() == [1.2346, 0.33333]
-
-
-def test_a_run_that_must_leave_data_alone_writes_no_table(scratch, monkeypatch):
-    monkeypatch.setenv("HAT_RUN", "1")
-    plots.save_table(TABLES["skipped_ffn"], "small")
-    assert not (scratch / "data").exists()

@@ -40,7 +40,6 @@ FIGURES = {
 @pytest.fixture(autouse=True)
 def scratch(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "FIGURES", tmp_path / "figures")
-    monkeypatch.delenv("HAT_RUN", raising=False)
     return tmp_path
 
 

@@ -15,7 +15,7 @@ from test_papermill_runs import notebook
 from typer.testing import CliRunner
 
 from hat_lib.cli.app import app
-from hat_lib.config import NOTEBOOKS, HatError
+from hat_lib.config import NOTEBOOKS, REPO, HatError
 from hat_lib.experiments.rows import read_rows
 from hat_lib.workbook import batch, batch_engines
 from hat_lib.workbook.batch import carry_out, find_notebook, latest_rows, parse_grid, run_name
@@ -34,7 +34,7 @@ if seed == 1 and not killed.exists():
     os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(60)
 """
-RECORDS = "from hat_lib.workbook.papermill_runs import record\n"
+RECORDS = "from hat_lib.workbook.session import record\n"
 RECORDS += "record(square=seed**2, threads=os.environ['OMP_NUM_THREADS'])"
 
 
@@ -116,7 +116,7 @@ def test_names_of_runs_are_distinct_file_names():
 # --- what is run, and what is not run again; no kernel and no pool ---
 
 
-def stand_in(source, output, figures, parameters, cell_timeout, keep_tree, threads):
+def stand_in(source, output, figures, parameters, cell_timeout, threads):
     """Instead of a kernel: what happens is the parameter ``name``."""
     attempt, name = int(output.stem), parameters["name"]
     slow = output.parent.parent / "name=slow" / output.name
@@ -331,7 +331,8 @@ def scheduler(tmp_path_factory):
         ["scheduler", *shared, "--host", "127.0.0.1", "--port", "0"],
         ["worker", *shared, "--nworkers", "2", "--nthreads", "1", "--local-directory", str(folder)],
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}  # workers import this file
+    # Workers import this file.
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{REPO}"}
     quiet = {"env": environment, "stderr": subprocess.DEVNULL, "start_new_session": True}
     processes = [subprocess.Popen([sys.executable, "-m", "dask", *command], **quiet) for command in commands]
     try:

@@ -4,10 +4,12 @@ import os
 
 import nbformat
 import pytest
+import torch
 
 from hat_lib.config import HatError
 from hat_lib.workbook.notebooks import KERNEL
-from hat_lib.workbook.papermill_runs import THREADS, parse_parameters, record, results, run_notebook, select
+from hat_lib.workbook.papermill_runs import THREADS, parse_parameters, results, run_notebook, select
+from hat_lib.workbook.session import begin, record
 
 PARAMETERS = """
 capacity = 0.75  # executed / routable work
@@ -87,18 +89,18 @@ def test_select_names_what_there_is(tmp_path):
 def test_results_are_what_cells_recorded_and_threads_are_set(tmp_path):
     source = notebook(
         tmp_path / "00_a.ipynb",
-        "import os\n"
-        "from hat_lib.workbook.papermill_runs import THREADS, record\nrecord(capacity=capacity, deep={'a': [1]})",
+        "import os\nfrom hat_lib.workbook.papermill_runs import THREADS\nfrom hat_lib.workbook.session import record",
+        "record(capacity=capacity, deep={'a': [1]})",
         "record(threads=[os.environ[name] for name in THREADS], capacity=2 * capacity)",
         "print('nothing recorded')",
     )
     before = dict(os.environ)
     output = tmp_path / "{a} folder" / "done.ipynb"
     output.parent.mkdir()
-    result = run_notebook(source, output, tmp_path / "figures", {"capacity": 0.25}, 60, keep_tree=True, threads=3)
+    result = run_notebook(source, output, tmp_path / "figures", {"capacity": 0.25}, 60, threads=3)
     assert result.error == "" and result.notebook == "00_a" and result.seconds > 0
     assert results(output) == {"capacity": 0.5, "deep": {"a": [1]}, "threads": ["3"] * len(THREADS)}
-    shown = nbformat.read(output, as_version=4).cells[2].outputs[0].data["text/plain"]
+    shown = nbformat.read(output, as_version=4).cells[3].outputs[0].data["text/plain"]
     assert shown == "capacity = 0.25, deep = {'a': [1]}"
     assert results(source) == {} and dict(os.environ) == before
 
@@ -107,3 +109,23 @@ def test_results_are_what_cells_recorded_and_threads_are_set(tmp_path):
 def test_only_json_is_recorded(value):
     with pytest.raises(HatError, match="record takes JSON values"):
         record(perplexity=value)
+
+
+def test_a_notebook_begins_with_its_parameters_checked(capsys):
+    assert begin(profile="quick", seed=0, dtype="fp32", steps=(10, 10)) == 1
+    assert "torch" in capsys.readouterr().out and torch.initial_seed() == 0
+    assert begin(profile="full", seed=3, full=4) == 4 and begin(profile="full", seed=3, dtype="auto") == 8
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"profile": "slow"}, "profile must be quick or full, got 'slow'"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"steps": (9, 10)}, "steps must be a whole number of at least 10, got 9"),
+        ({"dtype": "int4"}, "dtype must be one of"),
+    ],
+)
+def test_a_parameter_that_makes_no_sense_ends_a_notebook_at_once(wrong, told):
+    with pytest.raises(HatError, match=told):
+        begin(**{"profile": "quick", "seed": 0, **wrong})

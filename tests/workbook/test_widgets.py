@@ -17,7 +17,6 @@ from matplotlib.image import imread
 from tiny_runs import adaptive
 from typer.testing import CliRunner
 
-from hat_lib import config
 from hat_lib.cli.app import app
 from hat_lib.cli.commands import reproduce as results
 from hat_lib.config import NOTEBOOKS, HatError
@@ -29,10 +28,8 @@ from hat_lib.inference.generate import AdaptiveInference
 from hat_lib.plotting.style import png
 from hat_lib.plotting.trained_frontier import points, twin
 from hat_lib.workbook.notebooks import WIDGET_VIEW, errors
-from hat_lib.workbook.widgets import catalogue as widgets
-from hat_lib.workbook.widgets.frontier import FrontierView
-from hat_lib.workbook.widgets.generate import GenerateView
-from hat_lib.workbook.widgets.routing import ALL, RoutingView
+from hat_lib.workbook.widgets import FrontierView, GenerateView, RoutingView, parts, show
+from hat_lib.workbook.widgets.routing import ALL
 
 LAYERS = 4
 
@@ -164,21 +161,21 @@ def test_twin_shows_every_setting():
 
 
 def test_frontier_reads_the_saved_sweep(tmp_path):
-    with pytest.raises(HatError, match=r"no .*quality.csv: it is made by hat quality"):
-        widgets.frontier(tmp_path)
+    with pytest.raises(HatError, match=r"no .*quality.csv: it is made by `hat reproduce quality`"):
+        FrontierView.saved(tmp_path)
     quality_table().to_csv(tmp_path / "quality.csv", index=False)
-    with pytest.raises(HatError, match=r"no .*layer_shares.csv: it is made by notebook 07"):
-        widgets.frontier(tmp_path)
+    with pytest.raises(HatError, match=r"no .*layer_shares.csv: it is made by `hat reproduce layer_shares`"):
+        FrontierView.saved(tmp_path)
     layers_table().to_csv(tmp_path / "layer_shares.csv", index=False)
-    assert "no speed was measured" in said(widgets.frontier(tmp_path))[1]
+    assert "no speed was measured" in said(FrontierView.saved(tmp_path))[1]
     promise_table().to_csv(tmp_path / "published_claims.csv", index=False)
-    assert "predicted speedup" in said(widgets.frontier(tmp_path))[1]
+    assert "predicted speedup" in said(FrontierView.saved(tmp_path))[1]
     with pytest.raises(HatError, match="token and addresses"):
-        widgets.frontier(tmp_path, granularity="token", text="addresses")
+        FrontierView.saved(tmp_path, granularity="token", text="addresses")
 
 
 def test_the_committed_results_are_under_the_sliders():
-    view = widgets.frontier()
+    view = FrontierView.saved()
     for capacity in (v for _, v in view.capacity.options):
         for rate in (v for _, v in view.exit_rate.options):
             view.capacity.value, view.exit_rate.value = capacity, rate
@@ -188,13 +185,14 @@ def test_the_committed_results_are_under_the_sliders():
 def test_hat_figures_redraws_the_twin_and_names_what_is_missing(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(results, "DATA", tmp_path)
-    monkeypatch.setattr(config, "FIGURES", tmp_path)
+    monkeypatch.setattr(results, "REPO", tmp_path)
     quality_table().to_csv(tmp_path / "results" / "quality.csv", index=False)
     said = CliRunner().invoke(app, ["figures"]).output
-    assert "layer_shares.csv, so 07_frontier.png stays as it is" in said and not (tmp_path / "07_frontier.png").exists()
+    twin_file = tmp_path / "figures" / "07_frontier.png"
+    assert "layer_shares.csv, so 07_frontier.png stays as it is" in said and not twin_file.exists()
     layers_table().to_csv(tmp_path / "results" / "layer_shares.csv", index=False)
     assert CliRunner().invoke(app, ["figures"]).exit_code == 0
-    assert (tmp_path / "07_frontier.png").read_bytes() == png(twin(quality_table(), layers_table()))
+    assert twin_file.read_bytes() == png(twin(quality_table(), layers_table()))
 
 
 # --- layers ---
@@ -411,26 +409,26 @@ def test_the_explorer_answers_within_a_tenth_of_a_second(routing):
 def test_colab_is_told_to_load_the_widgets_and_other_places_are_not(routing, monkeypatch):
     view, _ = routing
     shown, enabled = [], []
-    monkeypatch.setattr(widgets, "display", lambda bundle, raw: shown.append(bundle))
-    widgets.show(view)
+    monkeypatch.setattr(parts, "display", lambda bundle, raw: shown.append(bundle))
+    show(view)
     assert enabled == []
     output = ModuleType("google.colab.output")
     output.enable_custom_widget_manager = lambda: enabled.append(len(shown))
     monkeypatch.setitem(sys.modules, "google.colab.output", output)
-    monkeypatch.setattr(widgets, "in_colab", lambda: True)
-    widgets.show(view)
+    monkeypatch.setattr(parts, "in_colab", lambda: True)
+    show(view)
     assert enabled == [1] and len(shown) == 2  # before the second view was displayed
     assert [bundle[WIDGET_VIEW]["model_id"] for bundle in shown] == [view.model_id] * 2
     assert shown[0]["text/plain"] == "RoutingView: run this cell to use it"
 
 
 def test_views_are_made_of_stock_widgets(routing, frontier, generate):
-    def parts(widget: Widget):
+    def pieces(widget: Widget):
         yield widget
         for child in getattr(widget, "children", ()):
-            yield from parts(child)
+            yield from pieces(child)
 
-    modules = {w._view_module for view in (routing[0], frontier, generate) for w in parts(view)}
+    modules = {w._view_module for view in (routing[0], frontier, generate) for w in pieces(view)}
     assert modules == {"@jupyter-widgets/controls"}  # nothing that a page would have to fetch from elsewhere
 
 

@@ -2,14 +2,16 @@
 
 import json
 import os
+import shutil
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 from test_papermill_runs import notebook
 from typer.testing import CliRunner
 
-from hat_lib.config import HatError
-from hat_lib.workbook import runner as workbook
+from hat_lib.config import REPO, HatError
+from hat_lib.workbook import __main__ as workbook
 from hat_lib.workbook.notebooks import KERNEL, WIDGET_STATE, WIDGET_VIEW, clean, clean_file, errors
 
 
@@ -29,7 +31,7 @@ def call(*arguments):
 
 def test_run_goes_on_after_failures_and_leaves_the_tree_alone(project):
     folder = project / "notebooks"
-    figure = "import os, pathlib\npathlib.Path(os.environ['HAT_FIGURES'], 'a.png').write_text(os.environ['HAT_RUN'])"
+    figure = "import os, pathlib\npathlib.Path(os.environ['HAT_FIGURES'], 'a.png').write_text('drawn')"
     notebook(folder / "00_ok.ipynb", figure, "assert os.getcwd().endswith('notebooks'); print(capacity)")
     notebook(folder / "01_fails.ipynb", "x = 1", "y = 2\nraise KeyError('no layer')", "print('not reached')")
     notebook(folder / "02_dies.ipynb", "import os; os._exit(3)")
@@ -51,10 +53,10 @@ def test_run_goes_on_after_failures_and_leaves_the_tree_alone(project):
     assert "cell [3] KeyError: 'no layer'" in done.output
     assert "    | raise KeyError" in done.output and "not reached" not in done.output
     assert "DeadKernelError" in done.output and "CellTimeoutError" in done.output
-    assert (project / "runs/trial/figures/00_ok/a.png").read_text() == "1"
+    assert (project / "runs/trial/figures/00_ok/a.png").read_text() == "drawn"
     assert (project / "runs/trial/00_ok.ipynb").exists()
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
-    assert not {"HAT_RUN", "HAT_FIGURES"} & set(os.environ)
+    assert "HAT_FIGURES" not in os.environ
 
 
 def test_an_error_hidden_in_a_widget_fails_the_notebook(project):
@@ -100,7 +102,7 @@ def test_a_run_never_overwrites_another(project):
 def test_execute_replaces_outputs_and_figures_only_on_success(project):
     folder = project / "notebooks"
     save = "import os, pathlib; pathlib.Path(os.environ['HAT_FIGURES'], f'{n}.png').write_text('drawn')"
-    good = notebook(folder / "00_good.ipynb", "n = 'good'", save, "print('HAT_RUN' in os.environ)")
+    good = notebook(folder / "00_good.ipynb", "n = 'good'", save, "print('done')")
     bad = notebook(folder / "01_bad.ipynb", "n = 'bad'", save, "1 / 0")
     before = bad.read_bytes()
 
@@ -109,11 +111,30 @@ def test_execute_replaces_outputs_and_figures_only_on_success(project):
     assert done.exit_code == 1 and "ZeroDivisionError" in done.output
     nb = nbformat.read(good, as_version=4)
     assert [cell.execution_count for cell in nb.cells] == [1, 2, 3, 4]
-    assert nb.cells[-1].outputs[0].text == "False\n"
+    assert nb.cells[-1].outputs[0].text == "done\n"
     assert "papermill" not in nb.metadata and nb.cells[0].metadata == {"tags": ["parameters"]}
     assert bad.read_bytes() == before
     assert [path.name for path in (project / "figures").iterdir()] == ["good.png"]
     assert sorted(path.name for path in folder.iterdir()) == ["00_good.ipynb", "01_bad.ipynb"]
+
+
+@pytest.mark.slow
+def test_a_notebook_run_as_jupyter_runs_it_changes_nothing_that_is_committed(tmp_path, monkeypatch):
+    for folder in ("hat_lib", "data", "figures", "notebooks"):
+        shutil.copytree(REPO / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+
+    def files(*folders):
+        paths = (path for folder in folders for path in (tmp_path / folder).rglob("*") if path.suffix != ".pyc")
+        return {path: path.read_bytes() for path in paths if path.is_file()}
+
+    before = files("data", "figures", "notebooks")
+    monkeypatch.delenv("HAT_FIGURES", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    path = tmp_path / "notebooks" / "08_findings.ipynb"
+    NotebookClient(nbformat.read(path, 4), resources={"metadata": {"path": path.parent}}).execute()
+    assert files("data", "figures", "notebooks") == before
+    drawn = {path.name for path in files("runs/figures")}
+    assert drawn and drawn == {path.name for path in (tmp_path / "figures").glob("08_*.png")}
 
 
 @pytest.fixture

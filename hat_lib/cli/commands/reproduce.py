@@ -10,7 +10,7 @@ import typer
 from hat_lib.cli import options as take
 from hat_lib.cli import validation as given
 from hat_lib.cli.console import app, say
-from hat_lib.config import DATA, GRANULARITIES, HatConfig
+from hat_lib.config import DATA, GRANULARITIES, REPO, HatConfig
 
 
 @app.command()
@@ -228,7 +228,8 @@ def figures() -> None:
         if missing:
             say("warning", f"no {missing[0]}, so {name}.png stays as it is")
         else:
-            typer.echo(f"wrote {plots.save_figure(draw(*map(pd.read_csv, sources)), name)}")
+            figure = draw(*map(pd.read_csv, sources))
+            typer.echo(f"wrote {plots.save_figure(figure, name, REPO / 'figures')}")
 
 
 @app.command()

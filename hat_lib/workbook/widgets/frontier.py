@@ -9,6 +9,7 @@ static twin is `hat_lib.plotting.trained_frontier.twin`.
 from __future__ import annotations
 
 from io import BytesIO
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -19,9 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 from hat_lib.backbone.base import BUNDLED
+from hat_lib.config import DATA, HatError
 from hat_lib.inference.speed import SpeedCurve
+from hat_lib.plotting import trained_frontier
 from hat_lib.plotting.style import BLUE, ORANGE, RED, STYLE, percent
-from hat_lib.plotting.trained_frontier import HEIGHT, draw
 from hat_lib.plotting.training import WIDE
 from hat_lib.workbook.widgets.parts import say, stops, told
 
@@ -54,6 +56,21 @@ class FrontierView(VBox):
         self._update()
         super().__init__([self.capacity, self.exit_rate, self.said, self.picture])
 
+    @classmethod
+    def saved(
+        cls, results: Path = DATA / "results", granularity: str = "channel", text: str = "docstrings"
+    ) -> FrontierView:
+        """From the files in the folder ``results``: ``quality.csv``, ``layer_shares.csv`` and, if it is there, speed.
+
+        Raises `HatError` for a missing file, and where the sweep has no row for the grain and text.
+        """
+        tables = {name: _read(results / f"{name}.csv") for name in ("quality", "layer_shares", "published_claims")}
+        for name in ("quality", "layer_shares"):
+            if tables[name] is None:
+                raise HatError(f"no {results / name}.csv: it is made by `hat reproduce {name}`")
+        points = trained_frontier.points(tables["quality"], granularity, text)
+        return cls(points, tables["layer_shares"], tables["published_claims"])
+
     def _update(self, _change=None) -> None:
         with told(self.said):
             setting = self.capacity.value, self.exit_rate.value
@@ -76,6 +93,10 @@ class FrontierView(VBox):
     def _lacking(self, capacity: float, exit_rate: float) -> str:
         there = ", ".join(f"{c:.2f}" for c, e in self._points.index if e == exit_rate)
         return f"capacity {capacity:.2f} was not measured with exit rate {exit_rate:.2f}; there are: {there}"
+
+
+def _read(path: Path) -> pd.DataFrame | None:
+    return pd.read_csv(path) if path.is_file() else None
 
 
 def _by_layer(layers: pd.DataFrame) -> str:
@@ -114,10 +135,10 @@ class _Picture:
 
     def __init__(self, points: pd.DataFrame, n_layers: int):
         with mpl.rc_context(STYLE):
-            fig = Figure(figsize=(WIDE, HEIGHT), dpi=DPI, layout="constrained")
+            fig = Figure(figsize=(WIDE, trained_frontier.HEIGHT), dpi=DPI, layout="constrained")
             self._canvas = FigureCanvasAgg(fig)
             self._cost, self._work = fig.subplots(1, 2)
-            draw(self._cost, points)
+            trained_frontier.draw(self._cost, points)
             depth = np.arange(n_layers)
             bars = self._work.bar(depth, np.ones(n_layers), color=BLUE, animated=True, label="executed, all tokens")
             (line,) = self._work.plot(depth, np.ones(n_layers), "s-", color=ORANGE, markersize=3, animated=True)

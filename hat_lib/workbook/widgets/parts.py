@@ -10,12 +10,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
+from importlib import import_module
 
-from ipywidgets import HTML, Layout, SelectionSlider
+from IPython.display import display
+from ipywidgets import HTML, Layout, SelectionSlider, Widget
 
 from hat_lib.config import HatError
+from hat_lib.workbook.environment import in_colab
 
 WIDE = {"description_width": "7em"}
+
+
+def show(view: Widget) -> None:
+    """Display a view, with a line in its place on pages that run nothing.
+
+    On Colab the page is first told to load ipywidgets 8, which it does not bring along.
+    """
+    if in_colab():
+        import_module("google.colab.output").enable_custom_widget_manager()
+    bundle = view._repr_mimebundle_()
+    display(bundle | {"text/plain": f"{type(view).__name__}: run this cell to use it"}, raw=True)
 
 
 def stops(description: str, values: Sequence[float], value: float) -> SelectionSlider:

@@ -1,0 +1,64 @@
+"""What a notebook calls: `begin` in its first cell, `record` where it found a number.
+
+    more = begin(profile=profile, seed=seed, dtype=dtype, max_tokens=(max_tokens, 512))
+    record(perplexity=21.3, capacity=0.55)
+
+`hat_lib.workbook.papermill_runs.results` reads back from an executed file what was recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+
+from hat_lib.config import HatError
+
+RESULT = "application/x-hat-result+json"
+"""mime type of a cell output that `record` made: a JSON object"""
+
+
+def begin(*, profile: str, seed: int, full: int = 8, dtype: str | None = None, **counts: tuple[int, int]) -> int:
+    """Check the parameters that notebooks share, print versions and, where there is a model, seed torch.
+
+    Args:
+        full: how many times as much profile "full" does as "quick".
+        dtype: of the base, as `load_base` takes it; None in a notebook without a model, where torch stays unloaded.
+        counts: ``name=(value, least)`` of whole numbers.
+
+    Returns:
+        1 for the profile "quick", else ``full``.
+
+    Raises `HatError` for a value that makes no sense.
+    """
+    if profile not in ("quick", "full"):
+        raise HatError(f"profile must be quick or full, got {profile!r}")
+    for name, (value, least) in {**counts, "seed": (seed, 0)}.items():
+        if value < least:
+            raise HatError(f"{name} must be a whole number of at least {least}, got {value}")
+    packages = ["numpy", "pandas"]
+    if dtype is not None:
+        import torch
+
+        from hat_lib.backbone.base import parse_dtype
+
+        if dtype != "auto":
+            parse_dtype(dtype)
+        torch.manual_seed(seed)
+        packages = ["torch", "transformers"]
+    print(*(f"{name} {version(name)}" for name in ("hat-workbook", *packages)), sep=", ")
+    return {"quick": 1, "full": full}[profile]
+
+
+def record(**values) -> None:
+    """Show values and keep them for `hat_lib.workbook.papermill_runs.results`; a later value of a name replaces it.
+
+    Raises `HatError` for what JSON cannot hold, nan and infinity included.
+    """
+    from IPython.display import display
+
+    try:
+        json.dumps(values, allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise HatError(f"record takes JSON values (finite numbers, text, lists, dicts, None): {e}") from None
+    text = ", ".join(f"{name} = {value}" for name, value in values.items())
+    display({"text/plain": text, RESULT: values}, raw=True)
