@@ -68,7 +68,7 @@ def sweep(
     capacities: Sequence[float] = CAPACITIES,
     *,
     exit_rate: float | None = None,
-    split: str = "test",
+    split: str | None = None,
     max_tokens: int | None = 4000,
     block_size: int = 512,
     batch_size: int = 1,
@@ -82,7 +82,7 @@ def sweep(
             `load_text`.
         capacities: requested, in [0.1, 1].
         exit_rate: requested at each of them; None is what ``hat`` is set to.
-        split: of a name; see `load_text`.
+        split: of a name; see `load_text`. None is all of a file that ``hat`` was not trained on, else "test".
         max_tokens, block_size: how much is measured of a text, and in blocks of how many tokens; blocks that are
             given are measured as they are.
         batch_size: blocks per forward.
@@ -113,10 +113,13 @@ def sweep(
     return Sweep(pd.DataFrame(rows), name, *what)
 
 
-def _blocks(hat, text, split: str, max_tokens: int | None, block_size: int) -> tuple[str, Sequence[Mapping]]:
+def _blocks(hat, text, split: str | None, max_tokens: int | None, block_size: int) -> tuple[str, Sequence[Mapping]]:
     """A name for the text, and its blocks."""
     tokenizer, texts = hat.base.tokenizer, [text] if isinstance(text, str | Path) else list(text)
     if isinstance(text, str | Path) and not _is_text(text):
+        if split is None:
+            own_file = Path(text).suffix.lower() in SUFFIXES
+            split = "all" if own_file and Path(text).name not in _trained_on(hat) else "test"
         rows = load_text(text, tokenizer, split=split, max_tokens=max_tokens, block_size=block_size)
         return f"{text}, {split} split", rows
     rows = []
@@ -129,6 +132,12 @@ def _blocks(hat, text, split: str, max_tokens: int | None, block_size: int) -> t
         rows += [{"input_ids": ids[i : i + size], "n_context": 0} for i in range(0, len(ids), size)]
     name = f'"{" ".join(text.split()[:6])} …"' if isinstance(text, str) else f"{len(texts)} texts or blocks"
     return name, [row for row in rows if len(row["input_ids"]) > 1]
+
+
+def _trained_on(hat: HierarchicalTransformer) -> set[str]:
+    """File names among the texts of the recipe that ``hat`` was trained with."""
+    recipe = (hat.training_summary or {}).get("recipe") or {}
+    return {Path(name).name for name in str(recipe.get("text", "")).split("+")}
 
 
 def _is_text(text: str | Path) -> bool:

@@ -64,6 +64,16 @@ def test_text_is_a_name_a_text_texts_or_blocks(hat, tmp_path):
     assert sweep(hat, text, [0.7], **how).text.startswith('"Line 0: the')
 
 
+def test_all_of_a_file_is_measured_unless_it_was_trained_on(hat, tmp_path, monkeypatch):
+    path = tiny_runs.page(tmp_path)
+    whole, test = (len(load_text(path, hat.base.tokenizer, split=s, block_size=16)) for s in ("all", "test"))
+    how = {"block_size": 16, "batch_size": 16, "progress": False}
+    assert sweep(hat, path, [1.0], **how).blocks == whole > 5 * test
+    monkeypatch.setattr(hat, "training_summary", {"recipe": {"text": f"addresses+{path}"}})
+    trained = sweep(hat, path, [1.0], **how)
+    assert trained.blocks == test and trained.text == f"{path}, test split"
+
+
 def test_one_block_has_no_interval_and_says_so(hat):
     found = sweep(hat, "The quick brown fox jumps over the lazy dog", [0.7], progress=False)
     assert found.frame[["increase_low", "increase_high"]].isna().all(axis=None)
