@@ -1,11 +1,11 @@
-"""Coloured text: each token on a ground that says its number, for a terminal (`ansi`) and for a notebook (`html`).
+"""Coloured text: each token on a ground that says its number, for a notebook (`html`), a terminal (`ansi`), and for
+pages that drop the colours of HTML, such as GitHub's view of a notebook (`figure`).
 
 The colours are cividis, perceptually uniform and the same to eyes with and without colour deficiency (Nuñez, Anderton
 and Renslow 2018, arXiv:1712.01662). Each ground brings its own ink, black or white, whichever contrasts more (WCAG 2:
 at least 4.5 : 1), so it reads on light and dark pages alike. Several passages share one scale and one legend, so two
-prompts can be compared by eye.
-
-Without colours the number still shows, as a subscript: tenths of the way from the scale's low end to its high end.
+prompts can be compared by eye. Where no colours can be shown the number is a subscript: tenths of the way from the
+scale's low end to its high end.
 """
 
 from __future__ import annotations
@@ -13,18 +13,26 @@ from __future__ import annotations
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.patches import Rectangle
 
 from hat_lib.config import HatError
+from hat_lib.plotting.style import STYLE, WIDTH
 
 PALETTE = "cividis"
 STEPS = 5  # of the legend
+# Of a figure: characters of a line; points; the width of a character of the font, and from line to line, in sizes.
+COLUMNS, SIZE, ADVANCE, LEADING = 100, 8.0, 0.602, 1.7
+FONT = {"family": "DejaVu Sans Mono", "size": SIZE, "va": "center", "parse_math": False}
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,7 @@ class Passage:
 
 
 def passages(tokens: pd.DataFrame, column: str) -> list[Passage]:
-    """A passage for each ``doc``, of `hat_lib.evaluation.routing.Patterns.tokens`, with a column of it as the
-    numbers."""
+    """A passage for each ``doc`` of `hat_lib.evaluation.routing.Patterns.tokens`; a column of it has the numbers."""
     docs = tokens.groupby("doc", sort=False)
     return [Passage(str(doc), part["text"].tolist(), part[column].tolist()) for doc, part in docs]
 
@@ -56,11 +63,21 @@ def html(*passages: Passage, meaning: str, low: float | None = None, high: float
     Raises `HatError` for a passage whose tokens are not one for each number, where no token has a number and the ends
     are not given, and for a scale that does not go up from one finite number to another.
     """
-    scale = _scale(passages, low, high)
-    swatches = "".join(f'<span style="{_css(at)};padding:0 .6em">{text}</span>' for at, text in scale.legend())
+    scale = _Scale.of(passages, low, high)
+
+    def ground(at: float, more: str) -> str:
+        (r, g, b), ink = _colours(at)
+        return f'<span style="background:#{r:02x}{g:02x}{b:02x};color:{ink}{more}'
+
+    def span(text: str, numbers: np.ndarray) -> str:
+        title = ", ".join(f"{v:.3f}" for v in numbers)
+        at = scale.at(numbers)
+        return escape(text) if np.isnan(at) else ground(at, f'" title="{title}">{escape(text)}</span>')
+
+    swatches = "".join(ground(at, f';padding:0 .6em">{text}</span>') for at, text in scale.legend())
     parts = [f"<p>{escape(visible(meaning))} {swatches}</p>"]
     for passage in passages:
-        spans = "".join(_span(text, numbers, scale) for text, numbers in _characters(passage))
+        spans = "".join(span(*part) for part in _characters(passage))
         parts.append(f"<p><strong>{escape(visible(passage.title))}</strong><br>{spans}</p>")
     style = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5"
     return f'<div style="{style}">{"".join(parts)}</div>'
@@ -78,7 +95,7 @@ def ansi(
     Args:
         colours: whether to write escape codes; by default where stdout is a terminal and NO_COLOR is not set.
     """
-    scale = _scale(passages, low, high)
+    scale = _Scale.of(passages, low, high)
     paint = _painted if (terminal_colours() if colours is None else colours) else _subscript
     legend = " ".join(paint(text, at) for at, text in scale.legend())
     lines = [f"{visible(meaning)}: {legend}"]
@@ -88,9 +105,47 @@ def ansi(
     return "\n".join(lines)
 
 
+def figure(*passages: Passage, meaning: str, low: float | None = None, high: float | None = None) -> Figure:
+    """Passages as a picture, with the colours of `html`; arguments and errors as there."""
+    scale = _Scale.of(passages, low, high)
+    lines = _wrapped([(visible(meaning) + " ", np.nan), *((f" {text} ", at) for at, text in scale.legend())])
+    if scale.most < scale.least:  # no number, no legend
+        lines = [[]]
+    for p in passages:
+        lines += [[], *_wrapped([(visible(p.title), None)])]
+        lines += _wrapped((text, scale.at(numbers)) for text, numbers in _characters(p))
+    advance, step = SIZE * ADVANCE / 72, SIZE * LEADING / 72
+    size = max(WIDTH, (COLUMNS + 2) * advance), step * (len(lines) + 1)
+    with mpl.rc_context(STYLE):
+        fig = Figure(figsize=size)
+        # One unit is one character wide and one line high.
+        ax = fig.add_axes((0, 0, 1, 1), xlim=(-1, size[0] / advance - 1), ylim=(len(lines) + 0.5, -0.5))
+        ax.set_axis_off()
+        for row, line in enumerate(lines):
+            for column, part, at in line:
+                ink, weight = "black", "bold" if at is None else "normal"
+                if at is not None and not np.isnan(at):
+                    rgb, ink = _colours(at)
+                    ground = [v / 255 for v in rgb]
+                    ax.add_patch(Rectangle((column, row), len(part), 1, facecolor=ground, linewidth=0))
+                ax.text(column, row + 0.5, in_font(part, FONT["family"]), **FONT, color=ink, weight=weight)
+    return fig
+
+
 def terminal_colours() -> bool:
     """Whether stdout shows colours: a terminal that is not dumb, and no NO_COLOR (no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def visible(text: str) -> str:
+    """The text with everything that would act instead of show, as a sign; a line's end also ends the line."""
+    return "".join(map(_sign, text))
+
+
+def in_font(characters: str, family: str | None = None) -> str:
+    """The characters that a font has, by default that of figures, and a box for each other."""
+    font = get_font(findfont(FontProperties(family=family)))
+    return "".join(c if font.get_char_index(ord(c)) else "□" for c in characters)
 
 
 @dataclass(frozen=True)
@@ -100,6 +155,23 @@ class _Scale:
     least: float
     most: float
     """of the numbers themselves, which may lie beyond"""
+
+    @classmethod
+    def of(cls, passages: Sequence[Passage], low: float | None, high: float | None) -> _Scale:
+        for p in passages:
+            if len(p.tokens) != len(p.values):
+                raise HatError(
+                    f"{p.title!r}: expected a number for each token, got {len(p.values)} for {len(p.tokens)}"
+                )
+        values = np.concatenate([np.asarray(p.values, dtype=float) for p in passages] or [np.zeros(0)])
+        known = values[np.isfinite(values)]
+        if not len(known) and None in (low, high):
+            raise HatError("nothing to colour: no token has a number")
+        low, high = (known.min() if low is None else low), (known.max() if high is None else high)
+        if not -np.inf < low <= high < np.inf:
+            raise HatError(f"the scale must go from a finite number up to another, got {low} to {high}")
+        values = values[~np.isnan(values)]
+        return cls(*map(float, (low, high, values.min(initial=np.inf), values.max(initial=-np.inf))))
 
     def at(self, numbers: np.ndarray) -> float:
         """The place of the numbers' mean on the scale, 0-1; nan where there is none."""
@@ -119,38 +191,32 @@ class _Scale:
         return [(self.at(value[None]), text) for value, text in zip(values, texts, strict=True)]
 
 
-def _scale(passages: Sequence[Passage], low: float | None, high: float | None) -> _Scale:
-    for p in passages:
-        if len(p.tokens) != len(p.values):
-            raise HatError(f"{p.title!r}: expected a number for each token, got {len(p.values)} for {len(p.tokens)}")
-    values = np.concatenate([np.asarray(p.values, dtype=float) for p in passages] or [np.zeros(0)])
-    known = values[np.isfinite(values)]
-    if not len(known) and None in (low, high):
-        raise HatError("nothing to colour: no token has a number")
-    low, high = (known.min() if low is None else low), (known.max() if high is None else high)
-    if not -np.inf < low <= high < np.inf:
-        raise HatError(f"the scale must go from a finite number up to another, got {low} to {high}")
-    values = values[~np.isnan(values)]
-    return _Scale(*map(float, (low, high, values.min(initial=np.inf), values.max(initial=-np.inf))))
-
-
 def _characters(passage: Passage) -> Iterator[tuple[str, np.ndarray]]:
     """Visible text with the numbers of the tokens that it came from; characters are never split."""
-    texts, shared = list(passage.tokens), []
-    while len(texts) > 1 and not texts[-1]:  # nothing comes after these: they join the token before
-        texts.pop()
+    texts, values = list(passage.tokens), np.asarray(passage.values, dtype=float)
     ends = [i for i, text in enumerate(texts) if text]
-    values, start = np.asarray(passage.values, dtype=float), 0
+    start = 0
     for end in ends:
-        stop = len(values) if end == ends[-1] else end + 1
-        shared.append((visible(texts[end]), values[start:stop]))
+        stop = len(values) if end == ends[-1] else end + 1  # nothing comes after the last: the rest joins it
+        yield visible(texts[end]), values[start:stop]
         start = stop
-    return iter(shared)
 
 
-def visible(text: str) -> str:
-    """The text with everything that would act instead of show, as a sign; a line's end also ends the line."""
-    return "".join(map(_sign, text))
+def _wrapped(parts: Iterable[tuple[str, float | None]]) -> list[list[tuple[int, str, float | None]]]:
+    """Lines of (column, characters, place on the scale); broken inside a part only if it is longer than a line."""
+    lines, column = [[]], 0
+    for text, at in parts:
+        for i, part in enumerate(text.split("\n")):
+            fresh = i > 0 or column + len(part) > COLUMNS
+            while fresh or part:
+                if fresh:
+                    lines.append([])
+                    column = 0
+                head, part = part[:COLUMNS], part[COLUMNS:]
+                if head:
+                    lines[-1].append((column, head, at))
+                column, fresh = column + len(head), bool(part)
+    return lines
 
 
 def _sign(c: str) -> str:
@@ -170,19 +236,6 @@ def _colours(at: float) -> tuple[tuple[int, ...], str]:
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in map(int, rgb))]
     luminance = np.dot(linear, (0.2126, 0.7152, 0.0722))
     return tuple(map(int, rgb)), "black" if luminance > 0.179 else "white"
-
-
-def _css(at: float) -> str:
-    (r, g, b), ink = _colours(at)
-    return f"background:#{r:02x}{g:02x}{b:02x};color:{ink}"
-
-
-def _span(text: str, numbers: np.ndarray, scale: _Scale) -> str:
-    at = scale.at(numbers)
-    if np.isnan(at):
-        return escape(text)
-    title = ", ".join(f"{v:.3f}" for v in numbers)
-    return f'<span style="{_css(at)}" title="{title}">{escape(text)}</span>'
 
 
 def _painted(text: str, at: float) -> str:

@@ -1,4 +1,5 @@
-"""Coloured text: the text survives, nothing in it acts, ink is readable, numbers are there without colours too."""
+"""Coloured text: the text survives, nothing in it acts, ink is readable, numbers are there without colours too; as a
+picture every character stands where the text has it."""
 
 import html as std_html
 import re
@@ -6,10 +7,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 
 from hat_lib.config import HatError
 from hat_lib.plotting import token_heatmap as coloured
-from hat_lib.plotting.token_heatmap import Passage, ansi, html
+from hat_lib.plotting.style import png
+from hat_lib.plotting.token_heatmap import COLUMNS, Passage, ansi, figure, html
 
 ESCAPE = re.compile(r"\x1b\[[\d;]*m")
 HOSTILE = ["<script>alert(1)</script>", '" onload="x', "&amp;", "\x1b[2J", "\x9b31m", "\u202egnp.exe", "\r", "\ud800"]
@@ -40,11 +43,13 @@ def grounds(text):
     return [(tuple(map(int, f[:3])), int(f[3])) for f in found]
 
 
-@pytest.mark.parametrize("render", [html, lambda *p, **k: ansi(*p, colours=True, **k)])
-def test_text_comes_back(render):
-    shown = render(Passage("title", ["The", " cat", "."], [0.1, 0.5, 0.9]), meaning="share")
-    text = Page(shown).data if shown.startswith("<") else ESCAPE.sub("", shown)
-    assert "The cat." in text and "title" in text and "share" in text
+def drawn(*passages, low=0.0, high=1.0):
+    """(row below the legend, column, characters) of each piece of text, and the grounds and inks in the same terms."""
+    ax = figure(*passages, meaning="share", low=low, high=high).axes[0]
+    words = [(int(y) - 1, int(x), t.get_text()) for t in ax.texts for x, y in [t.get_position()] if y > 1]
+    inks = {(int(y) - 1, int(x)): t.get_color() for t in ax.texts for x, y in [t.get_position()]}
+    grounds = {(int(p.get_y()) - 1, int(p.get_x())): (p.get_width(), p.get_facecolor()) for p in ax.patches}
+    return words, {place: (*ground, inks[place]) for place, ground in grounds.items()}
 
 
 def test_nothing_in_the_text_acts_on_a_page():
@@ -92,19 +97,24 @@ def test_a_token_without_a_number_has_no_colour():
     assert ansi(Passage("t", ["a", "b"], [np.nan, 0.5]), meaning="m", colours=False).endswith("\nab₅")
 
 
-def test_ink_is_readable_on_every_ground():
-    text = ansi(Passage("t", ["x"] * 256, np.linspace(0, 1, 256)), meaning="m", colours=True)
+def test_ink_is_readable_on_every_ground_and_all_three_have_the_same():
+    passage = Passage("t", ["x"] * 256, np.linspace(0, 1, 256))
 
     def luminance(rgb):
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(rgb) / 255]
         return np.dot(linear, (0.2126, 0.7152, 0.0722))
 
-    found = grounds(text)
-    assert len(found) == coloured.STEPS + 256
-    lights = [luminance(ground) for ground, _ in found[coloured.STEPS :]]
+    found = grounds(ansi(passage, meaning="m", colours=True))[coloured.STEPS :]
+    page = [style for _, style in spans(html(passage, meaning="m"))]
+    picture = [v for place, v in sorted(drawn(passage)[1].items()) if place[0] > 0]
+    assert len(found) == len(page) == len(picture) == 256
+    lights = [luminance(ground) for ground, _ in found]
     assert lights == sorted(lights)  # lightness alone tells the order
-    for ground, ink in found:
-        low, high = sorted((luminance(ground), luminance([ink] * 3)))
+    for (ground, grey), style, (_, face, ink) in zip(found, page, picture, strict=True):
+        name = "white" if grey else "black"
+        assert style == f"background:#{''.join(f'{c:02x}' for c in ground)};color:{name}"
+        assert to_rgba(style[11:18]) == pytest.approx(face) and ink == name
+        low, high = sorted((luminance(ground), luminance([grey] * 3)))
         assert (high + 0.05) / (low + 0.05) >= 4.5
 
 
@@ -168,12 +178,35 @@ def test_colours_only_where_they_are_wanted(monkeypatch, terminal, environment, 
     ],
 )
 def test_what_cannot_be_coloured_is_named(passage, scale, words):
-    for render in (html, ansi):
+    for render in (html, ansi, figure):
         with pytest.raises(HatError, match=re.escape(words)):
             render(passage, meaning="m", **scale)
 
 
+def test_a_picture_has_every_token_where_the_text_has_it():
+    words, ground = drawn(Passage("one", ["ab", " c\n", "d"], [0.0, 1.0, np.nan]))
+    assert words == [(1, 0, "one"), (2, 0, "ab"), (2, 2, " c↵"), (3, 0, "d")]
+    assert [width for place, (width, *_) in ground.items() if place[0] > 0] == [2, 3]
+    long = "x" * (COLUMNS + 5)
+    words, _ = drawn(Passage("t", ["a" * (COLUMNS - 2), "bcd", long], [0.1, 0.2, 0.3]))
+    assert [(row, column, len(part)) for row, column, part in words[1:]] == [
+        (2, 0, COLUMNS - 2), (3, 0, 3), (4, 0, COLUMNS), (5, 0, 5),
+    ]  # fmt: skip
+    words, _ = drawn(Passage("a", ["x"], [0.5]), Passage("$b_1$", ["\t", "\x1b", "🦙", ""], [0.5] * 4))
+    assert words == [(1, 0, "a"), (2, 0, "x"), (4, 0, "$b_1$"), (5, 0, "⇥"), (5, 1, "□"), (5, 2, "□")]
+
+
+def test_the_same_text_gives_the_same_picture():
+    passage = Passage("t", ["some", " text\n"], [0.2, 0.9])
+    assert png(figure(passage, meaning="m")) == png(figure(passage, meaning="m"))
+
+
 def test_the_fragment_is_what_was_asked_for_and_nothing_else():
     fragment = html(Passage("t", ["a"], [0.5]), meaning="m")
-    assert fragment.startswith("<div") and fragment.endswith("</div>") and "http" not in fragment
+    assert (
+        "a" in Page(fragment).data
+        and fragment.startswith("<div")
+        and fragment.endswith("</div>")
+        and "http" not in fragment
+    )
     assert std_html.unescape(fragment).count("<span") == 2

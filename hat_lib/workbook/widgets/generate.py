@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 
 from hat_lib.config import CAPACITY_MIN, HatError
 from hat_lib.inference.generate import MODES, AdaptiveInference, Generation
-from hat_lib.plotting import token_figures as text_plots
-from hat_lib.plotting.token_heatmap import Passage, html, visible
+from hat_lib.plotting.token_heatmap import Passage, figure, html, visible
 from hat_lib.text.token_classes import pieces
 from hat_lib.workbook.widgets.parts import WIDE, say, told
 
@@ -102,7 +101,7 @@ class GenerateView(VBox):
         known = np.array(ours.values)[~np.isnan(ours.values)]
         low, high = (known.min(), known.max()) if len(known) and known.min() < known.max() else (0.0, 1.0)
         plain = Passage("dense", dense.tokens, [np.nan] * len(dense.tokens))
-        return text_plots.text(ours, plain, meaning=MEANING, low=float(low), high=float(high))
+        return figure(ours, plain, meaning=MEANING, low=float(low), high=float(high))
 
 
 def _plain(title: str, found: Generation) -> str:
