@@ -7,23 +7,24 @@ says how many do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, STYLE, WIDTH, need, percent
-from hat_lib.plotting.token_heatmap import PALETTE, visible
+from hat_lib.plotting.token_heatmap import PALETTE, in_font, visible
 from hat_lib.plotting.training import WIDE
 
 BOUNDS = ("mean", "low", "high", "difference", "difference_low", "difference_high")
 PANELS = {"share": "executed share", "left": "tokens that leave early"}
 LABEL = 12  # characters of a token under the map
-WHICH = {"token": (BLUE, "o"), "next": (ORANGE, "s")}
 
 
 def layer_map(table: pd.DataFrame) -> Figure:
@@ -76,11 +77,8 @@ def by_class(table: pd.DataFrame) -> Figure:
         axes = fig.subplots(1, len(measures), squeeze=False, sharey=True)[0]
         for ax, measure in zip(axes, measures, strict=True):
             rows = table[table["measure"] == measure].set_index("class").loc[order["class"]]
-            ax.axvline((rows["mean"] - rows["difference"]).mean(), color=GREY, linewidth=1)
-            _intervals(ax, rows, np.arange(len(rows)), BLUE, "o", horizontal=True)
-            ax.xaxis.set_major_formatter(percent())
-            names = [f"{name} ({n:,})" for name, n in order.itertuples(index=False)]
-            ax.set_yticks(range(len(rows)), names)
+            _intervals(ax, rows, np.arange(len(rows)), horizontal=True)
+            ax.set_yticks(range(len(rows)), [f"{name} ({n:,})" for name, n in order.itertuples(index=False)])
             ax.set(xlabel=PANELS[measure], ylabel="" if ax is not axes[0] else "class (tokens)")
             ax.grid(axis="y", visible=False)
         _legend(fig)
@@ -96,15 +94,13 @@ def by_position(table: pd.DataFrame) -> Figure:
     need(table, "first", "last", "protected", "measure", *BOUNDS)
     shown = table[~table["protected"].astype(bool)]
     with mpl.rc_context(STYLE):
-        fig, axes, measures = _panels(shown)
-        for (ax,), measure in zip(axes, measures, strict=True):
+        fig, panels = _panels(shown)
+        for measure, (ax,) in panels.items():
             rows = shown[shown["measure"] == measure]
-            ax.axhline((rows["mean"] - rows["difference"]).mean(), color=GREY, linewidth=1)
-            _intervals(ax, rows, np.arange(len(rows)), BLUE, "o", line="-")
+            _intervals(ax, rows, np.arange(len(rows)), line="-")
             names = [f"{a}–{b}" if a < b else f"{a}" for a, b in zip(rows["first"], rows["last"], strict=True)]
             ax.set_xticks(range(len(rows)), names)
             ax.set(xlabel="position in the block, counted from 0", ylabel=PANELS[measure])
-            ax.yaxis.set_major_formatter(percent())
         _legend(fig)
     return fig
 
@@ -116,22 +112,16 @@ def by_quantile(table: pd.DataFrame) -> Figure:
         table: ``quantity`` (such as "surprisal_of_token"), ``median`` (nats), ``measure``, and `BOUNDS`.
     """
     need(table, "quantity", "median", "measure", *BOUNDS)
+    looks = {"token": (BLUE, "o", "of the token itself"), "next": (ORANGE, "s", "of the next token")}
     with mpl.rc_context(STYLE):
-        fig, axes, measures = _panels(table, columns=2)
-        for row, measure in zip(axes, measures, strict=True):
-            for ax, quantity in zip(row, ("surprisal", "entropy"), strict=True):
-                for which, (colour, marker) in WHICH.items():
-                    rows = table[(table["measure"] == measure) & (table["quantity"] == f"{quantity}_of_{which}")]
-                    ax.axhline((rows["mean"] - rows["difference"]).mean(), color=GREY, linewidth=1)
-                    _intervals(ax, rows, rows["median"].to_numpy(), colour, marker, line="-")
-                ax.set(
-                    xlabel=f"the base's {quantity}, nats (median of the bin)",
-                    ylabel=PANELS[measure] if quantity == "surprisal" else "",
-                )
-                ax.yaxis.set_major_formatter(percent())
-        lines = [Line2D([], [], color=c, marker=m, label=f"of the {w} token".replace("token token", "token itself"))
-                 for w, (c, m) in WHICH.items()]  # fmt: skip
-        _legend(fig, lines)
+        fig, panels = _panels(table, columns=2)
+        for (measure, axes), column in product(panels.items(), range(2)):
+            ax, quantity = axes[column], ("surprisal", "entropy")[column]
+            for which, (colour, marker, _) in looks.items():
+                rows = table[(table["measure"] == measure) & (table["quantity"] == f"{quantity}_of_{which}")]
+                _intervals(ax, rows, rows["median"].to_numpy(), colour, marker, line="-")
+            ax.set(xlabel=f"the base's {quantity}, nats (median of the bin)", ylabel="" if column else PANELS[measure])
+        _legend(fig, [Line2D([], [], color=c, marker=m, label=label) for c, m, label in looks.values()])
     return fig
 
 
@@ -169,10 +159,8 @@ FIGURES = {"layer_map": layer_map, "classes": by_class, "positions": by_position
 
 def _label(text: str) -> str:
     """A token under the map: short, and in characters that the font has."""
-    font = get_font(findfont(FontProperties()))
     shown = visible(text).replace("\n", "").strip(" ") or "␣"
-    shown = shown if len(shown) <= LABEL else shown[: LABEL - 1] + "…"
-    return "".join(c if font.get_char_index(ord(c)) else "□" for c in shown)
+    return in_font(shown if len(shown) <= LABEL else shown[: LABEL - 1] + "…")
 
 
 def _measures(table: pd.DataFrame) -> list[str]:
@@ -180,33 +168,29 @@ def _measures(table: pd.DataFrame) -> list[str]:
     return [m for m in PANELS if m == "share" or table.loc[table["measure"] == m, "mean"].max() > 0]
 
 
-def _panels(table: pd.DataFrame, columns: int = 1) -> tuple[Figure, np.ndarray, list[str]]:
-    """A row of axes for each measure."""
+def _panels(table: pd.DataFrame, columns: int = 1) -> tuple[Figure, dict[str, np.ndarray]]:
+    """A figure, and a row of axes for each measure."""
     measures = _measures(table)
     fig = Figure(figsize=(WIDTH if columns == 1 else WIDE, 3.3 * len(measures) + 0.4), layout="constrained")
-    return fig, fig.subplots(len(measures), columns, squeeze=False, sharey="row"), measures
+    return fig, dict(zip(measures, fig.subplots(len(measures), columns, squeeze=False, sharey="row"), strict=True))
 
 
-def _intervals(ax: Axes, rows: pd.DataFrame, at: np.ndarray, colour: str, marker: str, horizontal=False, line="none"):
-    """Means with their whiskers, at the places ``at`` of the other axis."""
-    whiskers = [
-        (rows["mean"] - rows["low"]).fillna(0).clip(lower=0),
-        (rows["high"] - rows["mean"]).fillna(0).clip(lower=0),
-    ]
+def _intervals(ax: Axes, rows: pd.DataFrame, at: np.ndarray, colour=BLUE, marker="o", horizontal=False, line="none"):
+    """Means with their whiskers at the places ``at`` of the other axis, and a line at the mean of all tokens."""
+    whiskers = [(d).fillna(0).clip(lower=0) for d in (rows["mean"] - rows["low"], rows["high"] - rows["mean"])]
     x, y = (rows["mean"], at) if horizontal else (at, rows["mean"])
-    ax.errorbar(
-        x, y, **{"xerr" if horizontal else "yerr": whiskers},
-        color=colour, linestyle=line, linewidth=1, capsize=2, elinewidth=1,
-    )  # fmt: skip
+    looks = {"color": colour, "linestyle": line, "linewidth": 1, "capsize": 2, "elinewidth": 1}
+    (ax.axvline if horizontal else ax.axhline)((rows["mean"] - rows["difference"]).mean(), color=GREY, linewidth=1)
+    ax.errorbar(x, y, **{"xerr" if horizontal else "yerr": whiskers}, **looks)
     clear = (rows["difference_low"] > 0) | (rows["difference_high"] < 0)
-    faces = [colour if c else "white" for c in clear]
-    ax.scatter(x, y, s=28, marker=marker, c=faces, edgecolors=colour, zorder=3)
+    ax.scatter(x, y, s=28, marker=marker, c=np.where(clear, colour, "white"), edgecolors=colour, zorder=3)
+    (ax.xaxis if horizontal else ax.yaxis).set_major_formatter(percent())
 
 
-def _legend(fig: Figure, lines: list[Line2D] | None = None) -> None:
+def _legend(fig: Figure, lines: Sequence[Line2D] = ()) -> None:
     point = {"marker": "o", "linestyle": "none", "color": "black"}
     handles = [
-        *(lines or []),
+        *lines,
         Line2D([], [], color=GREY, label="mean of all tokens"),
         Line2D([], [], **point, label="differs from it (95 %)"),
         Line2D([], [], **point, markerfacecolor="white", label="no difference shown"),

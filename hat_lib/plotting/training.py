@@ -21,22 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers import TrainerCallback
 
-from hat_lib.plotting.style import (
-    BLUE,
-    GRAINS,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    STYLE,
-    need,
-    panels,
-    percent,
-    picture,
-    png,
-    save_figure,
-)
+from hat_lib.plotting import style
+from hat_lib.plotting.style import BLUE, GRAINS, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, need, panels, percent
 
 WIDE = 9.4  # inches, for panels side by side
 RECENT = 5  # rows that a running mean takes in
@@ -66,7 +52,9 @@ class Live(TrainerCallback):
         if state.is_world_process_zero:
             self._show()
             if not self._rows().empty:
-                save_figure(self.draw(self._rows()), self.name)  # drawn anew: a second rendering differs from a first
+                style.save_figure(
+                    self.draw(self._rows()), self.name
+                )  # drawn anew: a second rendering differs from a first
 
     def _rows(self) -> pd.DataFrame:
         return pd.read_csv(self.log)
@@ -75,7 +63,7 @@ class Live(TrainerCallback):
         rows = self._rows()
         if rows.empty:
             return
-        bundle, how = picture(png(self.draw(rows)), self.alt)
+        bundle, how = style.picture(style.png(self.draw(rows)), self.alt)
         if self.handle is None:
             self.handle = display(bundle, display_id=True, **how)
         else:
@@ -92,18 +80,17 @@ def routers(log: pd.DataFrame) -> Figure:
     with mpl.rc_context(STYLE):
         fig, (kl, share, layers) = _row(3)
         _curve(kl, log, "kl", BLUE)
-        kl.set(xlabel="step", ylabel="KL to the base, nats per token")
-        kl.set_ylim(bottom=0)
+        kl.set(ylabel="KL to the base, nats per token")
         _curve(share, log, "share", BLUE, "realised")
         share.plot(log["step"], log["capacity"], "--", color=ORANGE, label="requested")
-        share.set(xlabel="step", ylabel="capacity", ylim=(0, 1))
-        share.yaxis.set_major_formatter(percent())
+        share.set(ylabel="capacity", ylim=(0, 1))
         share.legend()
         newest = log[layer_columns(log)].tail(RECENT).mean()
         layers.bar(range(len(newest)), newest, color=SKY)
         layers.axhline(newest.mean(), color=GREY, linewidth=1)
         layers.set(xlabel="layer", ylabel="share kept lately", ylim=(0, 1))
-        layers.yaxis.set_major_formatter(percent())
+        for ax in (share, layers):
+            ax.yaxis.set_major_formatter(percent())
     return fig
 
 
@@ -117,18 +104,16 @@ def gates(log: pd.DataFrame) -> Figure:
     with mpl.rc_context(STYLE):
         fig, (kl, agreement, loss) = _row(3)
         _curve(kl, log, "kl", BLUE)
-        kl.set(xlabel="step", ylabel="KL to the base, mean of the exits")
+        kl.set(ylabel="KL to the base, mean of the exits")
         _curve(agreement, log, "agreement", GREEN, "reads the base's token")
         _curve(agreement, log, "exit_rate", ORANGE, "drawn to leave")
-        agreement.set(xlabel="step", ylabel="share of tokens")
-        agreement.set_ylim(bottom=0)
+        agreement.set(ylabel="share of tokens")
         agreement.yaxis.set_major_formatter(percent())
-        agreement.legend()
         _curve(loss, log, "gate_loss", PURPLE)
         loss.axhline(np.log(2), color=GREY, linewidth=1, label="log 2: knows nothing")
-        loss.set(xlabel="step", ylabel="gates' cross-entropy, nats")
-        loss.set_ylim(bottom=0)
-        loss.legend()
+        loss.set(ylabel="gates' cross-entropy, nats")
+        for ax in (agreement, loss):
+            ax.legend()
     return fig
 
 
@@ -147,7 +132,6 @@ def reference_routers(log: pd.DataFrame) -> Figure:
         (over_run, by_share), (sites, layers) = fig.subplots(2, 2)
         _dots(fig, over_run, log, "run", "capacity", "sampled capacity")
         _dots(fig, by_share, log, "share", "run", "part of the run")
-        by_share.set(xlabel="realised capacity")
         for site, (colour, line) in SITES.items():
             more = 100 * (channel[f"share_{site}"] - channel["share"])
             sites.plot(channel["run"], more.rolling(RECENT, min_periods=1).mean(), line, color=colour, label=site)
@@ -157,9 +141,8 @@ def reference_routers(log: pd.DataFrame) -> Figure:
         sites.legend(ncols=2, loc="lower left")
         _heat(fig, layers, token)
         layers.set(title="token grain: tokens kept by each layer")
-        for ax in (over_run, sites, layers):
-            ax.set(xlabel="part of the run")
         for ax in (over_run, by_share, sites, layers):
+            ax.set(xlabel="realised capacity" if ax is by_share else "part of the run")
             ax.xaxis.set_major_formatter(percent())
     return fig
 
@@ -176,15 +159,11 @@ def reference_gates(log: pd.DataFrame, exits: pd.DataFrame) -> Figure:
     log = log.assign(run=log["step"] / log["steps"])
     with mpl.rc_context(STYLE):
         fig, (kl, agreement, leaving) = _row(3)
-        for ax, table, x, y in (
-            (kl, log, "run", "kl"),
-            (agreement, log, "run", "agreement"),
-            (leaving, exits, "exit_rate", "agreement"),
-        ):
+        drawn = (kl, log, "run", "kl"), (agreement, log, "run", "agreement"), (leaving, exits, "exit_rate", "agreement")
+        for ax, table, x, y in drawn:
             for grain, rows in table.groupby("granularity", sort=False):
                 colour, marker = GRAINS[grain]
-                line = {"markersize": 3.5, "color": colour, "label": f"{grain} grain"}
-                ax.plot(rows[x], rows[y], marker=marker, **line)
+                ax.plot(rows[x], rows[y], marker=marker, markersize=3.5, color=colour, label=f"{grain} grain")
             ax.set(xlabel="part of the run" if x == "run" else "realised exit rate")
             ax.xaxis.set_major_formatter(percent())
         kl.set(ylabel="KL to the base, mean of the exits")
@@ -247,7 +226,9 @@ def _row(columns: int) -> tuple[Figure, list[Axes]]:
 
 
 def _curve(ax: Axes, rows: pd.DataFrame, y: str, colour: str, label: str | None = None) -> None:
-    """Each row as a point, and a running mean through them."""
+    """Each row as a point, and a running mean through them, by step; from 0 up."""
     ax.plot(rows["step"], rows[y], "o", color=colour, markersize=2.5, alpha=0.5)
     ax.plot(rows["step"], rows[y].rolling(RECENT, min_periods=1, center=True).mean(), color=colour, label=label)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.set_xlabel("step")
+    ax.set_ylim(bottom=0)
