@@ -75,6 +75,24 @@ def run_phase(hat, folder, phase="routers", steps=6, blocks=None, resume=False, 
     )  # fmt: skip
 
 
+def gradients(checkpoint: Path, phase: str, folder: Path, **changes) -> list[dict[str, torch.Tensor]]:
+    """Of each of four steps of a phase, all at the checkpoint's parameters: the learning rate is 0."""
+    hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype="fp32", device="cpu")
+    steps, clip = [], trainer.HatTrainer._clip_grad_norm
+
+    def note(self, model):
+        steps.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
+        return clip(self, model)
+
+    trainer.HatTrainer._clip_grad_norm = note
+    try:
+        fixed = {"router_lr": 0, "exit_lr": 0, "anneal": 0, "capacity": 0.55, "spread": 0.1}
+        run_phase(hat, folder, phase, steps=4, **fixed | changes)
+    finally:
+        trainer.HatTrainer._clip_grad_norm = clip
+    return steps
+
+
 def interrupt_at(monkeypatch, *steps: tuple[str, int]) -> None:
     """Press Ctrl-C in the given (phase, step), once each."""
     left = set(steps)

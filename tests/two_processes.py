@@ -9,7 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
-from tiny_runs import GRAINS, tiny_run
+import torch
+from tiny_runs import GRAINS, PHASES, gradients, tiny_run
 
 from hat_lib.cli.app import app
 from hat_lib.training import trainer
@@ -39,6 +40,11 @@ def main(folder: Path) -> None:
     ended["interrupt"] = train(tiny_run("token", text), folder / "interrupt", progress=False)
     trainer.CsvLog = log
     app(["train", "--resume", str(folder / "interrupt")], standalone_mode=False)
+    for grain in GRAINS:
+        for phase in PHASES:
+            found = gradients(folder / grain, phase, folder / f"two-{grain}-{phase}")
+            if RANK == 0:
+                torch.save(found, folder / f"two-{grain}-{phase}.pt")
     summary = {name: [(o.phase, o.step, o.stopped) for o in outcomes] for name, outcomes in ended.items()}
     (folder / f"rank{RANK}.json").write_text(json.dumps({"ended": summary, "written": written}))
 

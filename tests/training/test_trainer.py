@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from tiny_runs import GRAINS, PHASES, interrupt_at, new_hat, random_blocks, run_phase
+from tiny_runs import GRAINS, PHASES, gradients, interrupt_at, new_hat, random_blocks, run_phase
 
 from hat_lib.backbone.base import exact_hash
 from hat_lib.config import HatError
@@ -92,6 +92,14 @@ def test_gradients_are_clipped(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.HatTrainer, "_clip_grad_norm", note)
     run_phase(new_hat("token"), tmp_path, max_grad_norm=0.1)
     assert max(before for before, _ in norms) > 0.2 and max(after for _, after in norms) < 0.1001
+
+
+def test_accumulated_gradients_are_the_mean_of_their_batches_whatever_the_step(tmp_path):
+    hat = new_hat("channel")
+    hat.save_pretrained(tmp_path / "start")
+    alone, both = (gradients(tmp_path / "start", "routers", tmp_path, accumulate=n, spread=0) for n in (1, 2))
+    for name, found in both[0].items():
+        torch.testing.assert_close(found, (alone[0][name] + alone[1][name]) / 2)
 
 
 # Stops
