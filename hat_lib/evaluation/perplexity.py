@@ -161,8 +161,8 @@ def states(model, dataset: Sequence[Mapping], *, batch_size: int = 1, progress: 
 def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 0) -> Comparison:
     """Relative increase in perplexity with a paired bootstrap interval; one seed, one result.
 
-    With fewer than about ten blocks the interval is too narrow still (it holds the truth in 90 % of texts of
-    6 blocks, in 72 % of 3).
+    An interval needs 8 blocks. Resampled from blocks that were measured, it then holds the truth in 93 to 95 % of
+    texts; of 4 blocks in 88 %, of 3 in 76 %, of 2 in half.
 
     Raises `HatError` if the two were not scored on the same blocks, or on fewer than two.
     """
@@ -175,9 +175,7 @@ def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 
     # How often each block is drawn, which is all that a resampled sum needs.
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
     drawn = np.expm1(counts @ added / (counts @ base.tokens))
-    # Plain percentiles are too narrow for few blocks; widened as Student's t is against the normal.
-    tail = norm.cdf(np.sqrt(n / (n - 1)) * student_t.ppf(0.025, n - 1))
-    low, high = np.quantile(drawn, [tail, 1 - tail])
+    low, high = np.quantile(drawn, tails(n))
     return Comparison(
         increase=float(np.expm1(added.sum() / base.tokens.sum())),
         low=float(low),
@@ -187,6 +185,13 @@ def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 
         tokens=int(base.tokens.sum()),
         n_blocks=n,
     )
+
+
+def tails(n: int) -> tuple[float, float]:
+    """Quantiles of a 95 % bootstrap interval from ``n`` >= 2 units. The plain 0.025 and 0.975 are too narrow for few;
+    widened as Student's t is against the normal."""
+    tail = float(norm.cdf(np.sqrt(n / (n - 1)) * student_t.ppf(0.025, n - 1)))
+    return tail, 1 - tail
 
 
 def agreement(

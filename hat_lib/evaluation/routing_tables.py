@@ -14,10 +14,9 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
-from scipy.stats import t as student_t
 
 from hat_lib.config import HatError
+from hat_lib.evaluation.perplexity import tails
 from hat_lib.evaluation.routing import Patterns
 from hat_lib.text.token_classes import CLASSES
 
@@ -233,13 +232,12 @@ def _draws(n: int, seed: int = 0) -> np.ndarray:
 
 
 def _interval(drawn: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of each column of ``[R, M]``, widened as Student's t is against the normal; nan below two units."""
+    """95 % interval of each column of ``[R, M]``; nan below two units."""
     ends = np.full((2, drawn.shape[1]), np.nan)
     for column, n in enumerate(units):
         known = drawn[~np.isnan(drawn[:, column]), column]
         if n > 1 and len(known):
-            tail = norm.cdf(np.sqrt(n / (n - 1)) * student_t.ppf(0.025, n - 1))
-            ends[:, column] = np.quantile(known, [tail, 1 - tail])
+            ends[:, column] = np.quantile(known, tails(n))
     return ends[0], ends[1]
 
 

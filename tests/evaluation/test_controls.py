@@ -101,7 +101,7 @@ def predictions(hat, policy, ids):
     def watch(layer, site, x, rows, state):
         keep = policy(layer, site, x, rows, state)
         if site == hat.grain.sites[0] and np.isfinite(policy.mean[layer]):
-            seen.append((policy.mean[layer] + policy.std[layer] * policy._deviation).numpy().copy())
+            seen.append((policy.mean[layer] + policy.std[layer] * policy._decided[state][1]).numpy().copy())
         return keep
 
     with hat.dense(), hat.using(watch):
@@ -294,7 +294,7 @@ class TestRemoval:
 
     def test_measured_once(self, hat, monkeypatch):
         first = layer_damage(hat, blocks(3))
-        monkeypatch.setattr(controls, "agreement", None)
+        monkeypatch.setattr(controls, "score_each", None)
         assert layer_damage(hat, blocks(3)) == first
 
     def test_goes_by_damage(self, channels, monkeypatch):

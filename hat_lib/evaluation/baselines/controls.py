@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hat_lib.config import CAPACITY_MIN, HatError
 from hat_lib.evaluation.baselines.cosine_rule import cosine_rule
@@ -35,7 +35,7 @@ from hat_lib.evaluation.baselines.equal_compute import (
     realised_capacity,
     text_tensors,
 )
-from hat_lib.evaluation.perplexity import agreement
+from hat_lib.evaluation.perplexity import score_each
 from hat_lib.model.checkpoint import check_tensors, read_checkpoint
 from hat_lib.model.policies import Policy, Random, Static, Threshold
 from hat_lib.model.token_state import TokenState
@@ -126,20 +126,19 @@ _DAMAGE: WeakKeyDictionary[HierarchicalTransformer, dict] = WeakKeyDictionary()
 def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, float]:
     """KL(base || base without that layer's routable work), nats per token, for each layer that can be skipped.
 
-    Two passes a layer over about `DAMAGE_TOKENS` tokens of ``blocks``. No router has a part in it, so the numbers
-    are kept for as long as ``hat`` is, and serve every capacity.
+    A pass a layer, and one of the base, over about `DAMAGE_TOKENS` tokens of ``blocks``. No router has a part in it, so
+    the numbers are kept for as long as ``hat`` is, and serve every capacity.
     """
     texts = text_tensors(hat, blocks)
     rows = [{"input_ids": t[0].tolist(), "n_context": 0} for t in texts]
     rows = rows[:: max(1, sum(t.shape[1] for t in texts) // DAMAGE_TOKENS)]
     known, key = _DAMAGE.setdefault(hat, {}), (hat.base.dtype, str(rows))
     if key not in known:
-        damage = {}
         layers = range(hat.config.granularity == "token", hat.config.n_layers)  # layer 0's FFN always runs
-        for layer in tqdm(layers, desc="layer damage", leave=False, disable=None):
-            with hat.dense(), hat.using(Layers({layer: 0.0})):
-                damage[layer] = agreement(hat, rows, progress=False).kl
-        known[key] = damage
+        with hat.dense():
+            without = [partial(hat.using, Layers({layer: 0.0})) for layer in layers]
+            _, scores = score_each(hat, rows, without, progress=False)
+        known[key] = {layer: score.agreement.kl for layer, score in zip(layers, scores, strict=True)}
     return dict(known[key])
 
 

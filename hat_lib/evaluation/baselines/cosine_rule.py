@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,23 +22,21 @@ class StreamCosine:
     What a router reads is an RMSNorm's output: the stream times one positive number per token, which a cosine does
     not see, times the norm's weights, which are divided out here. So it is the cosine of the stream itself,
     between the places where it enters two layers (channel grain) or their FFNs (token grain). It is remembered
-    within one forward, by row, and never between forwards.
+    by forward and row, and no longer than the forward's state is.
     """
 
     def __init__(self, hat: HierarchicalTransformer):
         name = "post_attention_layernorm" if hat.config.granularity == "token" else "input_layernorm"
         weights = [getattr(layer, name).weight.detach().float() for layer in hat.lm.model.layers]
         self.inverse = [torch.where(w == 0, 0.0, 1 / w) for w in weights]
-        self._state: TokenState | None = None
-        self._before: Tensor | None = None
+        self._before: WeakKeyDictionary[TokenState, Tensor] = WeakKeyDictionary()
 
     def __call__(self, layer: int, x: Tensor, rows: Tensor | None, state: TokenState) -> Tensor | None:
         """None in the first layer of a forward that is asked; rows that have left are never asked again."""
         point = x.detach().float() * self.inverse[layer]
         if rows is not None:
             point = point.new_zeros(state.batch * state.tokens, point.shape[1]).index_copy(0, rows, point)
-        before = self._before if state is self._state else None
-        self._state, self._before = state, point
+        before, self._before[state] = self._before.get(state), point
         if before is None:
             return None
         cosine = F.cosine_similarity(point, before, dim=-1)
@@ -54,26 +54,27 @@ class Cosine:
     def __init__(self, hat: HierarchicalTransformer, mean, std, r, threshold: float):
         self.cosine, self.site = StreamCosine(hat), hat.grain.sites[0]
         self.mean, self.std, self.r, self.threshold = mean.tolist(), std.tolist(), r.tolist(), threshold
+        # By forward: who keeps the present layer, and the deviation expected of each row; bool and fp32 ``[B * T]``.
+        self._decided: WeakKeyDictionary[TokenState, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def __call__(self, layer, site, x, rows, state):
         if site == self.site:  # the layer's other sites follow
-            self._decide(layer, x, rows, state)
-        return for_site(self._keep if rows is None else self._keep[rows], site, x)
+            self._decided[state] = self._decide(layer, x, rows, state)
+        keep = self._decided[state][0]
+        return for_site(keep if rows is None else keep[rows], site, x)
 
-    def _decide(self, layer: int, x: Tensor, rows: Tensor | None, state: TokenState) -> None:
-        """Decision and expected deviation of each row, in new tensors: the trace keeps those it was given."""
+    def _decide(self, layer: int, x: Tensor, rows: Tensor | None, state: TokenState) -> tuple[Tensor, Tensor]:
+        """In new tensors: the trace keeps those it was given."""
         cosine, n = self.cosine(layer, x, rows, state), state.batch * state.tokens
         if cosine is None:
-            self._keep = torch.ones(n, dtype=torch.bool, device=x.device)
-            self._deviation = torch.zeros(n, device=x.device)
-            return
+            return torch.ones(n, dtype=torch.bool, device=x.device), torch.zeros(n, device=x.device)
+        keep, deviation = self._decided[state]
         at = torch.arange(n, device=x.device) if rows is None else rows
         seen = (cosine - self.mean[layer - 1]) / self.std[layer - 1]
         # A layer that did not run turns nothing, which is no news: the deviation expected of it stands.
-        expected = self.r[layer] * torch.where(self._keep[at], seen, self._deviation[at])
-        keep = self.mean[layer] + self.std[layer] * expected <= self.threshold
-        self._deviation = self._deviation.index_copy(0, at, expected)
-        self._keep = self._keep.index_copy(0, at, keep)
+        expected = self.r[layer] * torch.where(keep[at], seen, deviation[at])
+        runs = self.mean[layer] + self.std[layer] * expected <= self.threshold
+        return keep.index_copy(0, at, runs), deviation.index_copy(0, at, expected)
 
 
 def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, seed: int = 0) -> Policy:
