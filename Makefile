@@ -1,4 +1,4 @@
-# Everything starts here: `make workbook` and `make test` each set up what they need on a machine that has
+# Everything starts here: `make workbook`, `make check` and `make test` each set up what they need on a machine that has
 # Python 3.11 or newer, pip and make. Set-up lives in .venv and is redone when pyproject.toml changes.
 
 # The Python that .venv is made from.
@@ -8,15 +8,19 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # Fetches the bundled model into the user's cache; does nothing when it is there.
 FETCH ?= $(PY) -m hat_lib setup --quiet
+# Processes that tests run in, of one thread each. A file's tests stay together.
+JOBS ?= 2
 
 PY := .venv/bin/python
 TORCH := torch>=2.7,<3
+LONGEST := tests/workbook/test_browser.py  # first, or one process would wait for the other at the end
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+PYTEST := OMP_NUM_THREADS=1 $(OFFLINE) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 300
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup workbook test clean
+.PHONY: help setup workbook check test lint clean
 
 help:  ## say what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -24,12 +28,17 @@ help:  ## say what each target does
 workbook: .venv/ready  ## run every notebook into runs/, then say how each one went
 	$(OFFLINE) $(PY) -m hat_lib.workbook run
 
-test: .venv/tested  ## lint, run the tests, compare the notebooks' stored outputs with a fresh run
+check: lint  ## lint, and every test that is not marked slow: under three minutes
+	$(PYTEST) -m "not slow"
+
+test: lint  ## lint, every test, and the notebooks' stored outputs compared with a fresh run
+	$(PYTEST) $(LONGEST) tests
+	$(if $(wildcard notebooks/*.ipynb),$(PYTEST) $(NBVAL) notebooks/,@echo "no notebooks to compare")
+
+lint: .venv/tested
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	.venv/bin/lint-imports --no-cache
-	$(OFFLINE) $(PY) -m pytest
-	$(if $(wildcard notebooks/*.ipynb),$(OFFLINE) $(PY) -m pytest $(NBVAL) notebooks/,@echo "no notebooks to compare")
 
 setup: .venv/ready  ## only set up: .venv, the packages, the bundled model
 

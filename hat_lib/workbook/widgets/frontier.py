@@ -36,15 +36,15 @@ class FrontierView(VBox):
     Args:
         points: as from `hat_lib.plotting.trained_frontier.points`.
         layers: as from `hat_lib.experiments.layer_shares.layer_shares`; a setting that is not in it has no bars.
-        promise: rows of `hat_lib.experiments.published_claims.PromiseRow`; None where nothing was timed.
+        claims: rows of `hat_lib.experiments.published_claims.PromiseRow`, for speed; None where nothing was timed.
     """
 
-    def __init__(self, points: pd.DataFrame, layers: pd.DataFrame, promise: pd.DataFrame | None = None):
+    def __init__(self, points: pd.DataFrame, layers: pd.DataFrame, claims: pd.DataFrame | None = None):
         self._points = points.set_index(["capacity", "exit_rate"]).sort_index()
         self._layers = {
             setting: rows.sort_values("layer") for setting, rows in layers.groupby(["capacity", "exit_rate"])
         }
-        self._speed = _Speed(promise, points)
+        self._speed = _Speed(claims, points)
         self._picture = _Picture(points, 1 + int(layers["layer"].max()))
         capacities, rates = (sorted(points[name].unique()) for name in ("capacity", "exit_rate"))
         first = points.loc[points["exit_rate"] == rates[0], "capacity"]
@@ -108,26 +108,22 @@ def _by_layer(layers: pd.DataFrame) -> str:
 class _Speed:
     """Decode speedup over our own dense path: measured, or without exits also between two measurements."""
 
-    def __init__(self, promise: pd.DataFrame | None, points: pd.DataFrame):
-        self._measured, self._machine = {}, ""
-        if promise is None or promise.empty:
-            return
-        grain, base = points[["granularity", "base"]].iloc[0]
-        rows = promise[(promise["granularity"] == grain) & (promise["base"] == base)]
-        self._measured = {(r.capacity, r.exit_rate): r.decode_dense for r in rows.itertuples()}
-        if self._measured:
-            last = rows.iloc[-1]
-            self._machine = f"{last['device']}, {last['dtype']}, {last['threads']} threads"
-        self._measured.setdefault((1.0, 0.0), 1.0)  # what it is held against
+    def __init__(self, claims: pd.DataFrame | None, points: pd.DataFrame):
+        self._rows = pd.DataFrame()
+        if claims is not None:
+            grain, base = points[["granularity", "base"]].iloc[0]
+            self._rows = claims[(claims["granularity"] == grain) & (claims["base"] == base)]
 
     def at(self, capacity: float, exit_rate: float) -> str:
-        here = sorted((c, s) for (c, e), s in self._measured.items() if e == exit_rate)
-        between = here and not exit_rate and here[0][0] <= capacity
-        if not self._machine or not (between or (capacity, exit_rate) in self._measured):
-            return "no speed was measured near this setting (hat promise)"
-        capacities, speedups = (list(values) for values in zip(*here, strict=True))
-        found = SpeedCurve("dense", exit_rate, capacities, speedups, self._machine).at(capacity)
-        return f"predicted speedup {found:.2f}x over our own dense path ({self._machine})"
+        here = self._rows[self._rows["exit_rate"] == exit_rate] if len(self._rows) else self._rows
+        measured = dict(zip(here["capacity"], here["decode_dense"], strict=True)) if len(here) else {}
+        if measured and not exit_rate:
+            measured.setdefault(1.0, 1.0)  # what it is held against
+        if not measured or (capacity not in measured and (exit_rate or capacity < min(measured))):
+            return "no speed was measured near this setting (hat reproduce published_claims)"
+        machine = "{device}, {dtype}, {threads} threads".format(**here.iloc[-1])
+        found = SpeedCurve("dense", exit_rate, sorted(measured), [measured[c] for c in sorted(measured)], machine)
+        return f"predicted speedup {found.at(capacity):.2f}x over our own dense path ({machine})"
 
 
 class _Picture:
