@@ -20,24 +20,14 @@ N_BYTES = 256
 
 SHAPES = {
     "random:tiny": {
-        "num_hidden_layers": 4,
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 260,
-        "initializer_range": 0.2,
+        "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 160, "vocab_size": 260,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
     },
     "random:tinyllama": {
-        "num_hidden_layers": 22,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-        "initializer_range": 0.02,
+        "num_hidden_layers": 22, "hidden_size": 2048, "intermediate_size": 5632, "vocab_size": 32000,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "initializer_range": 0.02,
     },
-}
+}  # fmt: skip
 
 # Values drawn once and reused in turn: drawing 1.1 billion takes longer than everything else together.
 # A prime, so that no two matrices of a model start at the same place in it.

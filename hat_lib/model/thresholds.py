@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from hat_lib.config import HatError, check_capacity, check_exit_rate
+from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate
+from hat_lib.model.granularity import GRAINS
 
 
 def allocate(
@@ -62,6 +63,17 @@ class Calibration:
     """gate thresholds there, [K, R, E]"""
     text: str = ""
     """what it was measured on: corpus, split, tokens and hash"""
+
+    def check_fits(self, config: HatConfig) -> None:
+        """Raise `HatError` unless the tables are for this shape: its layers, its grain's sites, its exits."""
+        exits = None if self.exit_scores is None else len(self.exit_scores[0][0])
+        for what, own, expected in (
+            ("sites", list(self.sites), list(GRAINS[config.granularity].sites)),
+            ("layers", len(self.thresholds), config.n_layers),
+            ("exits", exits, len(config.exit_layers)),
+        ):
+            if own is not None and own != expected:
+                raise HatError(f"the calibration is for another model: {what} {own}, expected {expected}")
 
     def shares_at(self, capacity: float) -> np.ndarray:
         """Kept share per layer and site to be expected at a capacity, ``[L, S]``."""
