@@ -14,7 +14,9 @@ grain another pass comes before, which tells how much each token needs (`hat_lib
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -27,7 +29,6 @@ from hat_lib.calibration.token_sensitivity import SHARE, TOKENS, clear_token_sen
 from hat_lib.config import HatError
 from hat_lib.model.routers import MoERouter
 from hat_lib.model.thresholds import Calibration, allocate
-from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 
 # Shares at which the damage is priced; k and p of the damage model are a line through them in log-log.
@@ -40,22 +41,8 @@ BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8,
 FLOOR = 0.05
 # Tokens that each budget is run on: a mean over every site and token, it needs few.
 CHECK_TOKENS = 4096
-# Score samples kept per site; enough for a quantile error well under a thousandth.
+# Scores kept per site, drawn at random from all tokens and channels; enough for an error well under a thousandth.
 SAMPLES = 200_000
-
-
-class _Collect:
-    """Policy that keeps everything and samples the scores it sees, rows spread evenly over the text."""
-
-    def __init__(self, hat: HierarchicalTransformer, tokens: int):
-        self.hat, self.tokens = hat, tokens
-        self.scores: dict[tuple[int, str], list[Tensor]] = {}
-
-    def __call__(self, layer, site, x, rows, state: TokenState):
-        score = self.hat.scores(layer, site, x, self.hat.threshold_scale(layer, site, x))[~state.protected.view(-1)]
-        width = 1 if score.dim() == 1 else score.shape[1]
-        self.scores.setdefault((layer, site), []).append(score[:: 1 + self.tokens * width // SAMPLES].flatten())
-        return None
 
 
 SPLITS = ("damage", "uniform", "learned")
@@ -98,7 +85,7 @@ def calibrate(
             clear_token_sensitivity(hat)
         quantiles = score_quantiles(hat, fit, progress)
         if token_sensitivity and hat.config.granularity == "channel":
-            fit_token_sensitivity(hat, _spread(fit, TOKENS), _cuts(quantiles, SHARE), seed, progress)
+            fit_token_sensitivity(hat, _spread(fit, TOKENS), quantiles.cuts(SHARE), seed, progress)
             quantiles = score_quantiles(hat, fit, progress)
         if split == "damage":
             damage = _damage(hat, _spread(fit, probe_tokens), quantiles, seed, progress)
@@ -106,8 +93,8 @@ def calibrate(
         else:
             shares = partial(np.full, (hat.config.n_layers, len(hat.grain.sites)))
     at = partial(_at_shares, hat, quantiles, shares)
-    hat.calibration = measure_capacities(hat, at, check, method=split, text=text, progress=progress)
-    return hat.calibration
+    text = f"{text}; quantiles of {quantiles.scores} scores a site from {quantiles.tokens} tokens".removeprefix("; ")
+    return _set(hat, measure_capacities(hat, at, check, method=split, text=text, progress=progress))
 
 
 def calibrate_learned(
@@ -115,8 +102,16 @@ def calibrate_learned(
 ) -> Calibration:
     """As `calibrate`, for trained routers: ``split`` gives the thresholds that they were trained with."""
     _, check = held_out_parts(hat, blocks)
-    hat.calibration = measure_capacities(hat, split, check, method="learned", text=text, progress=progress)
-    return hat.calibration
+    return _set(hat, measure_capacities(hat, split, check, method="learned", text=text, progress=progress))
+
+
+def _set(hat: HierarchicalTransformer, calibration: Calibration) -> Calibration:
+    """Put it in place; the tables of exits, which another calibration measures, stay."""
+    if old := hat.calibration:
+        exits = {name: getattr(old, name) for name in ("exit_capacities", "exit_rates", "exit_scores")}
+        calibration = replace(calibration, **exits)
+    hat.calibration = calibration
+    return calibration
 
 
 @torch.no_grad()
@@ -128,9 +123,8 @@ def measure_capacities(
     thresholds, shares, capacities = [], [], []
     for budget in tqdm(BUDGETS, desc="capacities", disable=not progress):
         chosen = split(budget)
-        hat.set_thresholds(chosen)
         kept, capacity, tokens = 0.0, 0.0, 0
-        with hat.using(hat.threshold_policy()):
+        with hat.dense(), hat.using(hat.threshold_policy(chosen)):
             for block in blocks:
                 hat.lm(block, use_cache=False, logits_to_keep=1)
                 kept = kept + hat.trace.site_share.flatten(2).sum(-1).double().cpu().numpy()
@@ -173,47 +167,73 @@ def _damage_shares(hat, sensitivity: np.ndarray, exponent: np.ndarray, budget: f
 def _at_shares(hat, quantiles, shares: Callable[[float], np.ndarray], budget: float) -> dict[tuple[int, str], float]:
     """Thresholds that keep the given share of the dense model's scores at each site."""
     table = shares(budget)
-    return {(i, s): _cut(q, table[i, hat.grain.sites.index(s)]) for (i, s), q in quantiles.items()}
+    return {(i, s): quantiles.cut((i, s), table[i, hat.grain.sites.index(s)]) for i, s in quantiles.tables}
 
 
-def _cuts(quantiles, share: float) -> dict[tuple[int, str], float]:
-    return {key: _cut(q, share) for key, q in quantiles.items()}
+@dataclass(frozen=True)
+class ScoreQuantiles:
+    """The dense model's scores, as a threshold for each share to keep."""
 
+    tables: dict[tuple[int, str], np.ndarray]
+    """scores at evenly spaced quantiles, by (layer, site)"""
+    tokens: int
+    """that the scores were drawn from"""
+    scores: int
+    """drawn at the site with most of them"""
 
-def _cut(quantiles: np.ndarray, share: float) -> float:
-    """The threshold that keeps ``share`` of the scores."""
-    return float(np.interp(1 - share, np.linspace(0, 1, QUANTILES), quantiles))
+    def cut(self, key: tuple[int, str], share: float) -> float:
+        """The threshold that keeps ``share`` of a site's scores."""
+        table = self.tables[key]
+        return float(np.interp(1 - share, np.linspace(0, 1, len(table)), table))
+
+    def cuts(self, share: float) -> dict[tuple[int, str], float]:
+        """The same share at every site."""
+        return {key: self.cut(key, share) for key in self.tables}
 
 
 def score_quantiles(
-    hat: HierarchicalTransformer, blocks: list[Tensor], progress: bool = True
-) -> dict[tuple[int, str], np.ndarray]:
-    """Scores of the dense model at `QUANTILES` evenly spaced quantiles, by (layer, site); blocks ``[1, T]``."""
-    collect = _Collect(hat, sum(b.shape[1] for b in blocks))
-    with hat.using(collect):
+    hat: HierarchicalTransformer, blocks: list[Tensor], progress: bool = True, seed: int = 0
+) -> ScoreQuantiles:
+    """Run the dense model over ``blocks`` (``[1, T]`` each), drawing up to `SAMPLES` scores a site at random.
+
+    Rows and channels alike are drawn from the whole text: a stride would take one token of a block on a wide base.
+    Protected tokens are left out. Raises `HatError` if all scores are equal.
+    """
+    total, drawn = sum(b.shape[1] for b in blocks), np.random.default_rng(seed)
+    found: dict[tuple[int, str], list[Tensor]] = {}
+    tokens = 0
+
+    def collect(layer, site, x, rows, state):
+        score = hat.scores(layer, site, x)[~state.protected.view(-1)].flatten()
+        wanted = math.ceil(SAMPLES * x.shape[0] / total)
+        if wanted < len(score):
+            score = score[torch.from_numpy(drawn.integers(len(score), size=wanted)).to(score.device)]
+        found.setdefault((layer, site), []).append(score)
+
+    with hat.dense(), hat.using(collect):
         for block in tqdm(blocks, desc="scores", disable=not progress):
             hat.lm(block, use_cache=False, logits_to_keep=1)
+            tokens += int((~hat.trace.protected).sum())
     grid = np.linspace(0, 1, QUANTILES)
-    tables = {k: np.quantile(torch.cat(v).cpu().numpy(), grid) for k, v in collect.scores.items()}
+    kept = {key: torch.cat(scores).cpu().numpy() for key, scores in found.items()}
+    tables = {key: np.quantile(scores, grid) for key, scores in kept.items()}
     if all(q[0] == q[-1] for q in tables.values()):
         raise HatError("every router score is equal, so no threshold can tell tokens apart: train or fit the routers")
-    return tables
+    return ScoreQuantiles(tables, tokens, max(map(len, kept.values())))
 
 
 def _damage(hat, blocks, quantiles, seed: int, progress) -> np.ndarray:
     """Predicted KL in nats per token of gating each site alone, ``[len(PROBE_SHARES), L, S]``."""
     sites = hat.grain.sites
-    each = [_cuts(quantiles, share) for share in PROBE_SHARES]
-    cuts = {key: [cut[key] for cut in each] for key in quantiles}
+    cuts = {key: [quantiles.cut(key, share) for share in PROBE_SHARES] for key in quantiles.tables}
     total = torch.zeros(len(PROBE_SHARES), hat.config.n_layers, len(sites), dtype=torch.float64)
 
     def price(layer: int, site: str, x: Tensor, value: Tensor):
         if (layer, site) not in cuts:  # it always runs
             return None
-        free, threshold_scale = ~hat.trace.protected.view(-1), hat.threshold_scale(layer, site, x)
+        free, score = ~hat.trace.protected.view(-1), hat.scores(layer, site, x)
 
         def use(gradient: Tensor) -> None:
-            score = hat.scores(layer, site, x, threshold_scale)
             first_order = (value * gradient).float()
             if score.dim() == 1:
                 first_order = first_order.sum(-1)
@@ -252,9 +272,10 @@ def fit_token_routers(hat: HierarchicalTransformer, blocks, progress: bool = Tru
     rows: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def see(layer: int, site: str, x: Tensor, out: Tensor) -> None:
-        rows.setdefault(layer, []).append((x.float(), out.float().norm(dim=-1).clamp(min=1e-6).log()))
+        x, out = x.flatten(0, -2).float(), out.flatten(0, -2).float()
+        rows.setdefault(layer, []).append((x, out.norm(dim=-1).clamp(min=1e-6).log()))
 
-    with hat.dense(), hat.grain.watching([a.grain for a in hat.layers], see):
+    with hat.dense(), hat.watching(see):
         for block in tqdm(blocks, desc="token routers", disable=not progress):
             hat.lm(block, use_cache=False, logits_to_keep=1)
     for index, pairs in rows.items():
@@ -265,8 +286,9 @@ def fit_token_routers(hat: HierarchicalTransformer, blocks, progress: bool = Tru
         ridge = 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         weight = torch.linalg.solve(gram + ridge, centred.T @ (y - mean_y))
         router: MoERouter = routers[index]
-        router.weight.data.copy_(weight)
-        router.bias.data.copy_(mean_y - mean_x @ weight)
+        with torch.no_grad():
+            router.weight.copy_(weight)
+            router.bias.copy_(mean_y - mean_x @ weight)
 
 
 def _spread(blocks: list[Tensor], tokens: int) -> list[Tensor]:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from hat_lib.calibration.capacity import held_out_parts
 from hat_lib.config import HatError, check_capacity
+from hat_lib.model.policies import ExitThresholds
 from hat_lib.model.thresholds import Calibration
 from hat_lib.model.transformer import HierarchicalTransformer
 
@@ -58,11 +59,10 @@ def calibrate_exits(
     fit, check = held_out_parts(hat, blocks)
     tables = []
     for capacity in tqdm(capacities, desc="exits", disable=not progress):
-        with hat.at(capacity, exit_rate=0.0):
+        with hat.dense(), hat.at(capacity):
             tables.append(_at_one_capacity(hat, fit, check))
     rates, scores, agreement = (list(column) for column in zip(*tables, strict=True))
     hat.calibration = replace(hat.calibration, exit_capacities=capacities, exit_rates=rates, exit_scores=scores)
-    hat.exit_rate = hat.exit_rate  # by the new table
     return hat.calibration, agreement
 
 
@@ -124,10 +124,8 @@ def _threshold(bar: float, a: float, b: float) -> float:
 
 
 def _realised(hat, blocks: list[Tensor], thresholds: list[float]) -> float:
-    for gate, threshold in zip(hat.gates.values(), thresholds, strict=True):
-        gate.threshold = threshold
     left = tokens = 0.0
-    with hat._swapped(_exit_rate=1.0):
+    with hat.exiting(ExitThresholds(hat.gates, thresholds)):
         for block in blocks:
             hat.lm(block, use_cache=False, logits_to_keep=1)
             left += hat.trace.exit_rate * block.shape[1]

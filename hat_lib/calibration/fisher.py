@@ -32,13 +32,13 @@ def backward(
 
     def see(layer: int, site: str, x: Tensor, activation: Tensor) -> None:
         with torch.no_grad():
-            use = price(layer, site, x.detach(), activation.detach())
+            use = price(layer, site, x.detach().flatten(0, -2), activation.detach().flatten(0, -2))
         if use is not None:
-            activation.register_hook(use)
+            activation.register_hook(lambda gradient: use(gradient.flatten(0, -2)))
 
     generator = torch.Generator(hat.base.device).manual_seed(seed)
     tokens = 0
-    with hat.dense(), hat.grain.watching([a.grain for a in hat.layers], see):
+    with hat.dense(), hat.watching(see):
         for block in tqdm(blocks, desc=label, disable=not progress):
             with torch.enable_grad():
                 embedded = hat.lm.get_input_embeddings()(block).detach().requires_grad_()

@@ -31,11 +31,12 @@ PRICE_LIMIT = 30.0
 PRIOR = 0.4
 
 
+@torch.no_grad()
 def clear_token_sensitivity(hat: HierarchicalTransformer) -> None:
     """All tokens alike."""
     for layer in range(hat.config.n_layers):
         for parameter in hat.routers[f"{layer}_token"].parameters():
-            parameter.data.zero_()
+            parameter.zero_()
 
 
 def fit_token_sensitivity(
@@ -55,8 +56,9 @@ def fit_token_sensitivity(
             continue
         weight, bias = log_linear(inputs[layer].float(), near)
         router = hat.routers[f"{layer}_token"]
-        router.weight.data.copy_(weight / 2)
-        router.bias.data.copy_(bias / 2)
+        with torch.no_grad():
+            router.weight.copy_(weight / 2)
+            router.bias.copy_(bias / 2)
 
 
 def token_prices(

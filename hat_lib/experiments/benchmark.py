@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.backbone.base import Base, load_base
-from hat_lib.calibration.capacity import QUANTILES, score_quantiles
+from hat_lib.calibration.capacity import score_quantiles
 from hat_lib.config import HatConfig, HatError, check_capacity
 from hat_lib.experiments.tables import markdown, saved, times
 from hat_lib.inference.timing import Variant, now, take_turns
@@ -213,18 +213,12 @@ def forced_tokens(hat: HierarchicalTransformer, capacity: float, batch: int, tok
 def forced_channels(hat: HierarchicalTransformer, ids: Tensor, capacities: Iterable[float]) -> dict[float, dict]:
     """Channel grain at a share: one quantile of the scores per site, the same share everywhere."""
     quantiles = score_quantiles(hat, [ids], progress=False)
-    grid = np.linspace(0, 1, QUANTILES)
-    return {c: {k: float(np.interp(1 - c, grid, q)) for k, q in quantiles.items()} for c in capacities}
+    return {c: quantiles.cuts(c) for c in capacities}
 
 
 def at_thresholds(hat: HierarchicalTransformer, thresholds: dict):
     """A context that decides by the given thresholds."""
-
-    def around():
-        hat.set_thresholds(thresholds)
-        return hat.using(hat.threshold_policy())
-
-    return around
+    return partial(hat.using, hat.threshold_policy(thresholds))
 
 
 def benchmark(
@@ -308,9 +302,6 @@ def _memory(hat: HierarchicalTransformer) -> dict[str, float]:
     storages = {}
     for p in hat.parameters():
         storages[p.untyped_storage().data_ptr()] = p.untyped_storage().nbytes()
-    for layer in hat.layers:
-        for linear in getattr(layer.grain, "linears", {}).values() if hat.config.granularity == "channel" else ():
-            storages[linear.storage.untyped_storage().data_ptr()] = linear.storage.untyped_storage().nbytes()
     own = sum(p.numel() * p.element_size() for p in hat.lm.parameters())
     if hat.base.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(hat.base.device) / 2**20

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from hat_lib.config import HatConfig, check_capacity
-from hat_lib.model.granularity import GRAINS, ChannelGrain
-from hat_lib.model.policies import KeepAll
+from hat_lib.model.granularity import GRAINS, linear_work
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -113,7 +112,7 @@ def work(
         router_flops = compares + 2 * d * ran
         router_bytes = dtype.itemsize * compares + HAT_BYTES * d * ran
 
-    size = ChannelGrain.site_work(lm_config)  # weights of each linear layer, whatever the grain
+    size = linear_work(lm_config)
     weights = {
         "attention": size["qkv"] * shares["qkv"] + size["o"] * shares["o"],
         "ffn": size["gate_up"] * shares["gate_up"] + size["down"] * shares["down"],
@@ -143,8 +142,8 @@ def work(
 def state_cost(hat: HierarchicalTransformer, state: TokenState) -> Work:
     """The cost of one forward, or of several joined by `TokenState.cat`: ``[B, T]`` on the CPU, 0 at pads.
 
-    Routers and gates are charged where ``hat`` has them switched on now, or where the state shows that
-    something was skipped or somebody left. A control is charged for the router that it stands in for.
+    Routers and gates are charged where they had a part in the forward, or where the state shows that something was
+    skipped or somebody left. A control is charged for the router that it stands in for.
     """
     real, share = state.real.cpu(), state.site_share.cpu()
     exit_layer, context = state.exit_layer.cpu().long(), state.position.cpu() + 1
@@ -158,8 +157,8 @@ def state_cost(hat: HierarchicalTransformer, state: TokenState) -> Work:
         exit_layer,
         context,
         dtype=hat.lm.dtype,
-        routed=not isinstance(hat._policy, KeepAll) or bool(skipped.any()),
-        gated=bool(hat._exit_rate or hat._exit_policy or left.any()),
+        routed=state.routed or bool(skipped.any()),
+        gated=state.gated or bool(left.any()),
     )
     return Work(*({part: v * real for part, v in parts.items()} for parts in vars(cost).values()))
 
@@ -194,7 +193,7 @@ class WorkTally:
         """tokens by the layers that they ran, ``[L + 1]``"""
 
     def add(self, state: TokenState) -> None:
-        """Count a forward, while ``hat`` is set as it was in it."""
+        """Count a forward."""
         cost, depths = state_cost(self.hat, state), state.exit_layer[state.real]
         tokens, layers_run = len(depths), int(depths.sum())
         self._executed += state.capacity * layers_run, state.exit_rate * tokens, float(cost.executed.sum())

@@ -1,143 +1,177 @@
-"""The adaptive decoder layer: one forward for prefill, decode, any batch, with skipping and exits.
+"""The adaptive decoder layer: one rule for prefill, decode and any batch. This is the method's definition.
 
-It replaces `LlamaDecoderLayer.forward` on the instance; the loop over layers stays transformers' own.
-One rule for every token, in every mode: a token that has exited keeps a frozen hidden state and still
-gets K and V in each later layer, computed from that state; no query, attention output or FFN. So the
-cache stays dense and a token's future neighbours see the same keys whether it was decoded alone or not.
+It overrides `forward` on a `LlamaDecoderLayer` and its attention and FFN, on the instances; the loop over layers stays
+transformers' own, and every linear layer and norm is the base's own module, called on masked input. So forward hooks,
+LoRA and interpretability tools see a Llama. Rows that do not run are gathered out: while any are, what those modules
+see is ``[1, n, ...]`` for the n rows that do, and else ``[B, T, ...]`` as ever.
+
+A token that has exited keeps a frozen hidden state and still gets K and V in each later layer, computed from that
+state; no query, attention output or FFN. So the cache stays dense, and later tokens see the same keys whether a token
+was decoded alone or in a batch.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import (
+    ALL_ATTENTION_FUNCTIONS,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+    rotate_half,
+)
 
-if TYPE_CHECKING:
-    from hat_lib.model.granularity import Grain
-    from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.model.forward_pass import ForwardPass
+from hat_lib.model.modes import Context
 
 
 class AdaptiveLayer:
-    """Callable with the signature of `LlamaDecoderLayer.forward` in transformers 5.24."""
+    """Takes the place of the forwards of one decoder layer, from `attach` to `detach`.
 
-    def __init__(self, hat: HierarchicalTransformer, index: int, grain: Grain):
-        self.hat, self.index, self.grain = hat, index, grain
-        layer = grain.layer
-        self.norm_in, self.norm_ffn = layer.input_layernorm, layer.post_attention_layernorm
-        self.head_dim, self.scaling = layer.self_attn.head_dim, layer.self_attn.scaling
+    Args:
+        layer: a `LlamaDecoderLayer` of transformers 5.24.
+        index: its place in the model.
+        context: where the forward under way is found.
+    """
 
-    def __call__(
+    def __init__(self, layer: nn.Module, index: int, context: Context):
+        self.layer, self.index, self.context = layer, index, context
+        self.attn, self.mlp = layer.self_attn, layer.mlp
+
+    def attach(self) -> None:
+        self.layer.forward, self.attn.forward, self.mlp.forward = self.forward, self.attention, self.feed_forward
+
+    def detach(self) -> None:
+        for module in (self.layer, self.attn, self.mlp):
+            vars(module).pop("forward", None)
+
+    @property
+    def intact(self) -> bool:
+        """False if somebody has put another attention or FFN module into the layer."""
+        return self.layer.self_attn is self.attn and self.layer.mlp is self.mlp
+
+    @property
+    def run(self) -> ForwardPass:
+        return self.context.passes[-1]
+
+    @torch.compiler.disable  # it branches on what a token asks for
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache=None,
-        use_cache: bool = False,
+        use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs,
     ) -> Tensor:
-        """``[B, T, D] -> [B, T, D]``; reads and updates ``hat.trace``, the state of this forward."""
-        hat, state, grain, compact = self.hat, self.hat.trace, self.grain, self.hat.compact
-        shape = hidden_states.shape
-        h = hidden_states.reshape(-1, shape[-1])
-        h = hat.exit(self.index, h)
-
-        q, k, v = grain.qkv(rms_norm(self.norm_in, h), state, self.decide, compact)
-        alive = state.alive if compact else None
-        if alive is None:  # one rotation for queries and keys
-            q, k = self._rope(torch.cat((q, k), 1), position_embeddings, None).split(
-                [q.shape[1] // self.head_dim, k.shape[1] // self.head_dim], dim=1
-            )
-        else:
-            q, k = self._rope(q, position_embeddings, alive), self._rope(k, position_embeddings, None)
-        k, v = (x.view(*shape[:2], -1, self.head_dim).transpose(1, 2) for x in (k, v))
-        if cache is not None:
-            k, v = cache.update(k, v, self.index)
-        if alive is not None and not len(alive):
-            return h.view(shape)
-
-        mixed = self._attend(q, k, v, attention_mask, alive)
-        running = h if alive is None else h[alive]
-        running = running + grain.output(mixed, state, self.decide, compact)
-        update = grain.ffn(rms_norm(self.norm_ffn, running), state, self.decide, compact)
-        if update is not None:
-            running = running + update
-
-        if alive is not None:
-            running = h.index_copy(0, alive, running)
-        elif state.alive is not None:  # the masked reference computes exited rows and drops the result
-            running = torch.where((state.exit_layer.view(-1, 1) < state.n_layers), h, running)
-        if hat.dropped is not None:
-            running = torch.where(hat.dropped[self.index].repeat_interleave(shape[1])[:, None], h, running)
-        return running.view(shape)
-
-    def decide(self, site: str, x: Tensor, rows: Tensor | None) -> Tensor | None:
-        """The keep mask for one site, protected tokens included; noted in the trace."""
-        return self.hat.decide(self.index, site, x, rows)
-
-    def _rope(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], rows: Tensor | None) -> Tensor:
-        """Rotary embedding of ``[n, heads*h] -> [n, heads, h]``; the base's formula, same rounding.
-
-        ``rotate_half(x) * sin`` is written as a roll by half a head times a sine whose first half is negated.
-        """
-        state = self.hat.trace
-        if state.rotation is None:  # one for all layers
-            flat = [x.expand(state.batch, state.tokens, -1).flatten(0, 1)[:, None] for x in position_embeddings]
-            first, second = flat[1].chunk(2, -1)
-            state.rotation = flat[0], torch.cat((-first, second), -1)
-        cos, sin = state.rotation
-        if rows is not None:
-            cos, sin = cos[rows], sin[rows]
-        x = x.view(len(x), x.shape[1] // self.head_dim, self.head_dim)
-        return x * cos + x.roll(self.head_dim // 2, -1) * sin
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, alive: Tensor | None) -> Tensor:
-        """``q [n, H, h], k and v [B, G, K, h] -> [n, H*h]``, n = B*T or the alive rows."""
-        state = self.hat.trace
-        b, t, groups = state.batch, state.tokens, k.shape[1]
-        if t == 1:
-            # One query per sequence: the query heads that share a K/V head attend as that head's rows.
-            # Exited sequences of a batch ride along, and their output is dropped.
-            if alive is not None and len(alive) < b:
-                q = q.new_zeros(b, *q.shape[1:]).index_copy(0, alive, q)
-            out = F.scaled_dot_product_attention(
-                q.view(b, groups, -1, self.head_dim), k, v, attn_mask=mask, scale=self.scaling
-            ).reshape(b, -1)
-            return out if alive is None else out[alive]
-        if alive is not None:
-            return self._attend_alive(q, k, v, mask, alive)
-        q = q.view(b, t, -1, self.head_dim).transpose(1, 2)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scaling, enable_gqa=True
+        """``[B, T, D] -> [B, T, D]``."""
+        run, layer = self.run, self.layer
+        h = run.exit(self.index, hidden_states)
+        mixed, _ = layer.self_attn(
+            hidden_states=layer.input_layernorm(h),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
         )
-        return out.transpose(1, 2).reshape(b * t, -1)
+        rows = run.rows
+        if rows is None:
+            out = self._ffn(h + mixed)
+        elif not len(rows):
+            return h
+        else:
+            flat = h.view(-1, h.shape[-1])
+            out = flat.index_copy(0, rows, self._ffn(flat[rows][None] + mixed)[0]).view(h.shape)
+        if run.state.alive is not None and rows is None:  # exited rows were computed as well: drop that
+            out = torch.where(run.state.exited[..., None], h, out)
+        if run.mode.dropped is not None:
+            out = torch.where(run.mode.dropped[self.index, :, None, None], h, out)
+        return out
 
-    def _attend_alive(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, alive: Tensor) -> Tensor:
-        """Attention for the alive rows alone, each sequence padded to the longest count of them."""
-        state = self.hat.trace
+    def attention(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        cache=None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[B, T, D]``, normed, to the attention's output for the running rows: ``[B, T, D]`` or ``[1, n, D]``."""
+        run, attn, rows = self.run, self.attn, self.run.rows
+        if rows is None:
+            q_input = kv_input = run.gate(self.index, "qkv", hidden_states)
+        else:
+            flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+            q_input = run.gate(self.index, "qkv", flat[rows][None]) if len(rows) else flat[rows][None]
+            kv_input = flat.index_copy(0, rows, q_input[0]).view(hidden_states.shape)
+        k, v = self._heads(attn.k_proj(kv_input)), self._heads(attn.v_proj(kv_input))
+        cos, sin = position_embeddings
+        if rows is None:
+            q, k = apply_rotary_pos_emb(self._heads(attn.q_proj(q_input)), k, cos, sin)
+        else:
+            k = k * cos[:, None] + rotate_half(k) * sin[:, None]
+        if cache is not None:
+            k, v = cache.update(k, v, attn.layer_idx, kwargs=kwargs)
+        if rows is None:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager_attention_forward)
+            mixed, weights = attend(attn, q, k, v, attention_mask, dropout=0.0, scaling=attn.scaling, **kwargs)
+            mixed = mixed.reshape(*hidden_states.shape[:-1], -1)
+        elif not len(rows):
+            return hidden_states.new_empty(1, 0, hidden_states.shape[-1]), None
+        else:
+            cos, sin = (x.expand(*hidden_states.shape[:2], -1).flatten(0, 1)[rows] for x in (cos, sin))
+            q = self._heads(attn.q_proj(q_input))
+            q = q * cos + rotate_half(q) * sin
+            mixed, weights = self._attend(q[0].transpose(0, 1), k, v, attention_mask)[None], None
+        return attn.o_proj(run.gate(self.index, "o", mixed)), weights
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The gated FFN, SwiGLU in a Llama; ``[..., D] -> [..., D]``."""
+        run, mlp = self.run, self.mlp
+        x = run.gate(self.index, "gate_up", x)
+        return mlp.down_proj(run.gate(self.index, "down", mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)))
+
+    def _ffn(self, h: Tensor) -> Tensor:
+        """``h`` plus the FFN of its norm, for the rows that the token grain keeps; ``[..., D] -> [..., D]``."""
+        run, layer = self.run, self.layer
+        x = layer.post_attention_layernorm(h)
+        keep = run.decide(self.index, "ffn", x.view(-1, x.shape[-1])) if "ffn" in run.sites else None
+        if keep is None:
+            return h + layer.mlp(x)
+        if not run.mode.compact:
+            return h + layer.mlp(x) * keep.view(*x.shape[:-1], 1).to(x.dtype)
+        kept = keep.nonzero().view(-1)
+        if not len(kept):
+            return h
+        update = layer.mlp(x.view(-1, x.shape[-1])[kept][None])[0]
+        return h.view(-1, h.shape[-1]).index_add(0, kept, update).view(h.shape)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """``[B, T, heads*h] -> [B, heads, T, h]``."""
+        return x.view(*x.shape[:-1], -1, self.attn.head_dim).transpose(1, 2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention for the running rows alone, each sequence padded to the longest count of them.
+
+        ``q [n, H, h]``, k and v ``[B, G, K, h]``, mask ``[B or 1, 1, T, K]`` or None, causal -> ``[n, H*h]``.
+        """
+        state, rows = self.run.state, self.run.rows
         b, t, keys = state.batch, state.tokens, k.shape[2]
-        row, column = alive // t, alive % t
+        row, column = rows // t, rows % t
         counts = torch.bincount(row, minlength=b)
-        slot = torch.arange(len(alive), device=row.device) - (counts.cumsum(0) - counts)[row]
+        slot = torch.arange(len(rows), device=row.device) - (counts.cumsum(0) - counts)[row]
         width = int(counts.max())
         padded = q.new_zeros(b, width, *q.shape[1:]).index_put((row, slot), q)
         if mask is None:  # plain causal, queries are the last t keys
             mask = torch.ones(t, keys, dtype=torch.bool, device=q.device).tril(keys - t).expand(b, 1, t, keys)
         # Slots beyond a sequence's count repeat its first query's row of the mask; nothing reads them.
         where = torch.zeros(b, width, dtype=torch.long, device=q.device).index_put((row, slot), column)
-        rows = mask.expand(b, -1, -1, -1).gather(2, where[:, None, :, None].expand(b, mask.shape[1], width, keys))
+        seen = mask.expand(b, -1, -1, -1).gather(2, where[:, None, :, None].expand(b, mask.shape[1], width, keys))
         out = F.scaled_dot_product_attention(
-            padded.transpose(1, 2), k, v, attn_mask=rows, scale=self.scaling, enable_gqa=True
+            padded.transpose(1, 2), k, v, attn_mask=seen, scale=self.attn.scaling, enable_gqa=True
         )
         return out.transpose(1, 2)[row, slot].flatten(1)
-
-
-def rms_norm(norm, x: Tensor) -> Tensor:
-    """`LlamaRMSNorm` in fewer operations; rounds to the input's dtype before the weight, as the base does."""
-    if x.shape[0] == 1 and x.device.type == "cpu" and not x.requires_grad:
-        # One row: the scale is one number, and the product with a number is rounded once, like the base's.
-        mean_square = float(torch.linalg.vector_norm(x, dtype=torch.float32)) ** 2 / x.shape[1]
-        return x * (mean_square + norm.variance_epsilon) ** -0.5 * norm.weight
-    return F.rms_norm(x, x.shape[-1:], None, norm.variance_epsilon) * norm.weight

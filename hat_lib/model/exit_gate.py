@@ -32,7 +32,6 @@ class ExitGate(nn.Module):
         self.reduce = nn.Linear(hidden_size, rank, bias=False)
         self.expand = nn.Linear(rank, hidden_size, bias=False)
         nn.init.zeros_(self.expand.weight)
-        self.threshold = torch.inf
 
     def logits(self, h: Tensor) -> Tensor:
         """``[n, D] -> [n, 2]`` fp32: (stay, leave)."""

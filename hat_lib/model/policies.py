@@ -1,17 +1,18 @@
-"""Policies: where the decision of a site comes from.
+"""Policies: where the decisions of a forward come from.
 
-The method's own is `Threshold`. KeepAll, forced, random, a static choice go through the same code, so that a
-control differs from the method in nothing but its decisions.
+The method's own are `Threshold` and `ExitThresholds`, which carry the thresholds that they decide by. Everything,
+recorded, random and static choices go through the same code, so that a control differs from the method in nothing but
+its decisions. A policy keeps nothing between calls: any number of threads may ask the same one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hat_lib.model.routers import token_threshold_scale
 from hat_lib.model.token_state import Masks, TokenState
 
 
@@ -25,10 +26,17 @@ class Gated(NamedTuple):
 
 
 class Policy(Protocol):
-    """Decides for the ``n`` rows in ``rows`` (indices into B*T; None means all of them)."""
+    """Decides what work runs, for the ``n`` rows in ``rows`` (indices into B*T; None means all of them)."""
 
     def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: TokenState) -> Tensor | None:
         """bool ``[n, C]`` (channel) or ``[n]`` (token) to keep; None keeps everything."""
+
+
+class ExitPolicy(Protocol):
+    """Decides who leaves after ``depth`` layers."""
+
+    def exits(self, depth: int, h: Tensor, rows: Tensor, state: TokenState) -> Tensor | None:
+        """``h [n, D]``, the states of the running ``rows`` -> bool ``[n]``; None if nobody leaves."""
 
 
 class KeepAll:
@@ -42,19 +50,35 @@ class Threshold:
     """The method: score > threshold.
 
     Args:
-        routers: a model's, by ``"{layer}_{site}"`` and, for the need of its tokens, ``"{layer}_token"``.
+        routers: a model's, by ``"{layer}_{site}"`` and, for the sensitivity of its tokens, ``"{layer}_token"``.
+        thresholds: on the routers' scores, by (layer, site).
     """
 
-    def __init__(self, routers: nn.ModuleDict):
-        self.routers = routers
-        # Where no need was measured, nobody is asked.
-        self.needs = any(bool(r.weight.any()) for name, r in routers.items() if name.endswith("_token"))
+    def __init__(self, routers: nn.ModuleDict, thresholds: dict[tuple[int, str], float]):
+        self.routers, self.thresholds = routers, thresholds
 
     def __call__(self, layer, site, x, rows, state):
-        router = self.routers[f"{layer}_{site}"]
-        if not self.needs:
-            return router.keep(x)
-        return router.keep(x, token_threshold_scale(self.routers[f"{layer}_token"], site, x, state))
+        router, threshold = self.routers[f"{layer}_{site}"], self.thresholds[layer, site]
+        if site == "ffn":
+            return router.keep(x, threshold)
+        return router.keep(x, threshold, token_threshold_scale(self.routers, layer, site, x, state))
+
+
+def token_threshold_scale(routers: nn.ModuleDict, layer: int, site: str, x: Tensor, state: TokenState) -> Tensor | None:
+    """`MoERouter.threshold_scale` of the running rows in this layer, measured at its first site; None: token grain."""
+    if site == "qkv":
+        state.threshold_scale = routers[f"{layer}_token"].threshold_scale(x)
+    return state.threshold_scale
+
+
+class ExitThresholds:
+    """The method: a token leaves at the first exit whose gate scores it over the gate's threshold."""
+
+    def __init__(self, gates: nn.ModuleDict, thresholds: Sequence[float]):
+        self.gates, self.thresholds = gates, dict(zip(gates, thresholds, strict=True))
+
+    def exits(self, depth, h, rows, state):
+        return self.gates[str(depth)].score(h) > self.thresholds[str(depth)]
 
 
 class Forced:
@@ -67,8 +91,8 @@ class Forced:
         mask = self.masks.keep.get((layer, site))
         return None if mask is None else self._rows(mask, rows, state)
 
-    def exits(self, exit_index: int, rows: Tensor | None, state: TokenState) -> Tensor | None:
-        mask = self.masks.exits.get(exit_index)
+    def exits(self, depth, h, rows, state):
+        mask = self.masks.exits.get(depth)
         return None if mask is None else self._rows(mask, rows, state)
 
     @staticmethod
@@ -80,8 +104,8 @@ class Forced:
 class Random:
     """Control: keep each unit with probability ``share``, independent of the token's content.
 
-    The draw is a hash of (seed, layer, site, position, channel), so decode and parallel forward, and a
-    row alone and in a batch, draw alike.
+    The draw is a hash of (seed, layer, site, position, channel), so decode and parallel forward, and a row alone and in
+    a batch, draw alike.
     """
 
     def __init__(self, share: float, seed: int = 0):

@@ -35,7 +35,7 @@ class TokenState:
 
     Args:
         real: bool ``[B, T]``, False at padding.
-        position: int64 ``[B, T]``, rank among the real tokens of its row, counted from 0.
+        position: int64 ``[B, T]``, rank among the real tokens of its document, counted from 0.
         protected: bool ``[B, T]``, tokens that run in full and never exit.
         site_work: work of each gated site of a layer, as a fraction of the layer's routable work ``[S]``.
         n_layers: L.
@@ -56,26 +56,38 @@ class TokenState:
         self.n_layers, self.start = n_layers, start
         self.batch, self.tokens = real.shape
         self.any_protected = bool(protected.any())
-        self.alive: Tensor | None = None  # row indices into B*T still running; None while all are
+        self.alive: Tensor | None = None
+        """rows (indices into B*T) that still run; None while all do"""
         self.exit_layer = torch.full(real.shape, n_layers, dtype=torch.int16, device=real.device)
-        # Channel grain: of the running rows in the present layer, `token_threshold_scale`.
-        self.threshold_scale: Tensor | float | None = None
-        self.scores: dict[tuple[int, str], Tensor] = {}  # token grain only: router scores [B, T] by (layer, site)
-        self.masks: Masks | None = None  # filled only under `HierarchicalTransformer.record`
-        self.rotation: tuple[Tensor, Tensor] | None = None  # cos and signed sin [B*T, 1, h], made by the first layer
-        self._kept: dict[tuple[int, int], Tensor | None] = {}
+        """layers that each token ran, ``[B, T]``; L where it stayed to the end"""
+        self.routed = self.gated = False
+        """whether routers, and exit gates, had a part in this forward"""
+        self.threshold_scale: Tensor | None = None
+        """channel grain: of the running rows in the present layer, ``[n, 1]``"""
+        self.masks: Masks | None = None
+        """the decisions themselves, under `HierarchicalTransformer.record`"""
+        self._share: dict[tuple[int, int], Tensor | float] = {}
 
     @classmethod
     def begin(
-        cls, tokens: Tensor, mask: Tensor | None, start: int, protected: int, site_work: Sequence[float], n_layers: int
+        cls,
+        tokens: Tensor,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        start: int,
+        protected: int,
+        site_work: Sequence[float],
+        n_layers: int,
     ) -> TokenState:
         """The state before the first layer.
 
         Args:
             tokens: ``[B, T, ...]``, what this forward reads.
             mask: ``[B, start + T]``, 0 at padding; None where there is none, or one of another shape.
+            position_ids: ``[B or 1, T]`` as given to the model; where they start again at 0, another document of a
+                packed sequence begins, with protected tokens of its own.
             start: tokens in the KV cache.
-            protected: how many real tokens of a row are protected.
+            protected: how many real tokens of a document are protected.
         """
         b, t = tokens.shape[:2]
         if mask is not None and mask.dim() == 2:
@@ -84,40 +96,42 @@ class TokenState:
         else:
             real = torch.ones(b, t, dtype=torch.bool, device=tokens.device)
             position = torch.arange(start, start + t, device=tokens.device).expand(b, t)
+        if position_ids is not None and position_ids.shape[-1] == t:
+            position = torch.minimum(position, position_ids.to(position.device))
         return cls(real, position, real & (position < protected), site_work, n_layers, start)
-
-    @property
-    def single_row(self) -> bool:
-        """One token in one sequence: batch-1 decode, where plain branches replace gather and scatter."""
-        return self.batch == self.tokens == 1
 
     def leave(self, rows: Tensor, depth: int) -> None:
         """Mark ``rows`` (indices into B*T) as exited after ``depth`` layers."""
         self.exit_layer.view(-1)[rows] = depth
         self.alive = (self.exit_layer.view(-1) == self.n_layers).nonzero().squeeze(1)
 
+    @property
+    def exited(self) -> Tensor:
+        """bool ``[B, T]``: who has left by now."""
+        return self.exit_layer < self.n_layers
+
     def note(self, layer: int, site: int, keep: Tensor | None) -> None:
         """Record what one site ran: bool ``[n, C]`` or ``[n]`` for the running rows, None for everything."""
-        if keep is not None and not self.single_row:  # one row is averaged only when somebody asks
-            keep = _share(keep.detach())
-            if self.alive is not None and len(keep) == self.alive.numel():
-                keep = keep.new_zeros(self.batch * self.tokens).index_copy(0, self.alive, keep)
-        self._kept[layer, site] = keep
+        self._share[layer, site] = 1.0 if keep is None else self._everywhere(_share(keep.detach()))
 
     def note_mask(self, layer: int, site: str, keep: Tensor) -> None:
-        """Keep the decision itself; ``keep`` is bool ``[n_alive, ...]``."""
-        if self.alive is not None and len(keep) == self.alive.numel():
-            full = keep.new_zeros(self.batch * self.tokens, *keep.shape[1:])
-            keep = full.index_copy(0, self.alive, keep)
+        """Keep the decision itself; ``keep`` is bool ``[n, ...]`` for the running rows."""
+        keep = self._everywhere(keep)
         self.masks.keep[layer, site] = keep.view(self.batch, self.tokens, *keep.shape[1:])
+
+    def _everywhere(self, values: Tensor) -> Tensor:
+        """Values of the running rows, at their places among all rows; 0 at the others."""
+        if self.alive is None or len(values) != self.alive.numel():
+            return values
+        return values.new_zeros(self.batch * self.tokens, *values.shape[1:]).index_copy(0, self.alive, values)
 
     @property
     def site_share(self) -> Tensor:
         """Executed share of each site, fp32 ``[L, S, B, T]``; 0 where the token had left or is padding."""
         shape = (self.n_layers, len(self.site_work), self.batch, self.tokens)
         out = torch.zeros(shape, device=self.real.device)
-        for (layer, site), kept in self._kept.items():
-            out[layer, site] = 1.0 if kept is None else _share(kept).view(self.batch, self.tokens)
+        for (layer, site), share in self._share.items():
+            out[layer, site] = share if isinstance(share, float) else share.view(self.batch, self.tokens)
         depth = torch.arange(self.n_layers, device=out.device)[:, None, None]
         ran = self.real & (depth < self.exit_layer)
         return out * ran[:, None]
@@ -148,10 +162,11 @@ class TokenState:
         join = lambda name: torch.cat([getattr(s, name) for s in states], dim=1)  # noqa: E731
         out = cls(join("real"), join("position"), join("protected"), first.site_work, first.n_layers, first.start)
         out.exit_layer = join("exit_layer")
+        out.routed, out.gated = any(s.routed for s in states), any(s.gated for s in states)
         share = torch.cat([s.site_share for s in states], dim=-1)
         for layer in range(first.n_layers):
             for site in range(len(first.site_work)):
-                out._kept[layer, site] = share[layer, site].flatten()
+                out._share[layer, site] = share[layer, site].flatten()
         return out
 
 

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hat_lib.model.policies import Gated, KeepAll
-from hat_lib.model.routers import token_threshold_scale
+from hat_lib.model.policies import Gated, KeepAll, token_threshold_scale
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.training import losses
@@ -67,8 +66,7 @@ class Relaxed:
             keep = torch.where(protected, 1.0, keep)
             self._add(site, keep[real].mean())
             return keep
-        # Needs stay as they were measured.
-        threshold_scale = token_threshold_scale(self.hat.routers[f"{layer}_token"], site, x.detach(), state)
+        threshold_scale = token_threshold_scale(self.hat.routers, layer, site, x.detach(), state)
         if self.noise:
             score = router.score(x, threshold_scale).clamp(min=1e-12)
             logit = score.log() - np.log(max(threshold, 1e-12))
@@ -76,7 +74,7 @@ class Relaxed:
             keep = torch.where(protected[:, None], 1.0, keep)
             self._add(site, keep[real].mean())
             return keep
-        cut = threshold / (router.column_norm * router.log_scale.detach().exp())
+        cut = router.cut(threshold).detach()
         gated, keep, count = channel_gate(
             x,
             router.log_scale,
@@ -136,7 +134,7 @@ class Objective(nn.Module):
         with torch.no_grad(), self.hat.dense():
             teacher = self._hidden(input_ids, attention_mask).last_hidden_state
         run = self._routers if self.phase == "routers" else self._exits
-        with self.hat._swapped(_exit_rate=0.0):
+        with self.hat.at(exit_rate=0.0):
             out = run(input_ids, attention_mask, real, teacher, capacity, keys, step, steps)
         return {"capacity": capacity, **out}
 
@@ -147,7 +145,7 @@ class Objective(nn.Module):
         hat, recipe = self.hat, self.recipe
         policy = Relaxed(hat, self.thresholds(capacity), keys, recipe.temperature, recipe.noise)
         dropped = self._dropped(keys, step, steps)
-        with hat.masked(), hat.using(policy), hat._swapped(dropped=dropped):
+        with hat.masked(), hat.using(policy), hat.dropping(dropped):
             student = self._hidden(input_ids, attention_mask).last_hidden_state
         head = hat.lm.lm_head
         # A sequence at a time: the logits of a batch would be the largest tensors of the step.
@@ -186,8 +184,7 @@ class Objective(nn.Module):
 
     def _exits(self, input_ids, attention_mask, real, teacher, capacity, keys, step, steps) -> dict:
         hat, recipe = self.hat, self.recipe
-        hat.set_thresholds(self.thresholds(capacity))
-        policy = hat.threshold_policy() if capacity < 1 else KeepAll()
+        policy = hat.threshold_policy(self.thresholds(capacity)) if capacity < 1 else KeepAll()
         with torch.no_grad(), hat.using(policy):
             hidden = self._hidden(input_ids, attention_mask, output_hidden_states=True)
         candidates = real & ~hat.trace.protected

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hat_lib.config import HatError
-from hat_lib.model.routers import round_down
 
 # Elements that the backward handles at a time on CPU: its working tensors, about 1 MB, stay in a core's L2 cache.
 CPU_TILE = 100_000
@@ -111,7 +110,7 @@ def channel_gate(
         cut: threshold / (norm * exp(log_scale)) ``[C]``, fp32, computed without gradient; -inf keeps everything.
             Where it is not positive the decision is certain and the gradient 0.
         temperature: > 0, in units of the log-score.
-        threshold_scale: ``[n, 1]`` in x's dtype, by which each row's cuts are multiplied; without gradient.
+        threshold_scale: ``[n, 1]`` fp32, by which each row's cuts are multiplied; without gradient.
         protected: bool ``[n]``, rows that keep everything and give no gradient to ``log_scale``.
         counted: bool ``[n]``, rows that ``soft_count`` counts (real and alive ones); None counts all.
 
@@ -126,11 +125,8 @@ def channel_gate(
     for name, rows in (("protected", protected), ("counted", counted)):
         if rows is not None and (rows.dtype != torch.bool or rows.shape != x.shape[:1]):
             raise HatError(f"{name} must be bool [{x.shape[0]}], got {rows.dtype} {list(rows.shape)}")
-    if threshold_scale is not None and (threshold_scale.dtype != x.dtype or threshold_scale.shape != (len(x), 1)):
-        raise HatError(
-            f"threshold_scale must be {x.dtype} [{len(x)}, 1], "
-            f"got {threshold_scale.dtype} {list(threshold_scale.shape)}"
-        )
+    if threshold_scale is not None and threshold_scale.shape != (len(x), 1):
+        raise HatError(f"threshold_scale must have the shape [{len(x)}, 1], got {list(threshold_scale.shape)}")
     return _ChannelGate.apply(x, log_scale, cut, float(temperature), threshold_scale, protected, counted)
 
 
@@ -150,18 +146,14 @@ def seeded(device: torch.device | str, *key: int) -> torch.Generator:
 class _ChannelGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, log_scale, cut, temperature, threshold_scale, protected, counted):
-        # The comparison is made in x's dtype, in place: on CPU that and a product of two tensors of one dtype
-        # are vectorised, while comparing half-precision numbers into bool, or multiplying by bool, is not.
-        low = round_down(cut, x.dtype)
-        mask = x.abs().gt_(low if threshold_scale is None else low * threshold_scale)
+        keep = x.abs() > (cut if threshold_scale is None else cut * threshold_scale)  # in fp32, as in use
         if protected is not None:
-            mask.index_fill_(0, protected.nonzero().view(-1), 1)
-        keep = mask.bool()
+            keep = keep | protected[:, None]
         ctx.save_for_backward(x, keep, cut, threshold_scale, protected, counted)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(keep)
-        return mask.mul_(x), keep, _count(keep if counted is None else keep[counted])
+        return x * keep, keep, _count(keep if counted is None else keep[counted])
 
     @staticmethod
     @once_differentiable

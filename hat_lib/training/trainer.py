@@ -242,8 +242,6 @@ def end_training(hat: HierarchicalTransformer) -> None:
     hat.eval()
     for p in hat.hat_parameters().values():
         p.requires_grad_(True)
-    for router in hat.routers.values():  # what they precompute from their parameters
-        router.set_threshold(router.threshold)
 
 
 def collate(rows: list[dict]) -> dict[str, Tensor]:

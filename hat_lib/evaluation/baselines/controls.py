@@ -165,9 +165,7 @@ def as_in(hat: HierarchicalTransformer, checkpoint: str | Path) -> Family:
         routers = copy.deepcopy(hat.routers)
         for name, parameter in routers.named_parameters():
             parameter.copy_(tensors[name])
-        for (layer, site), threshold in other.calibration.thresholds_at(max(dial, CAPACITY_MIN)).items():
-            routers[f"{layer}_{site}"].set_threshold(threshold)
-        return Threshold(routers)
+        return Threshold(routers, other.calibration.thresholds_at(max(dial, CAPACITY_MIN)))
 
     return family
 
@@ -182,7 +180,7 @@ class RandomExits:
     def __init__(self, rates: Mapping[int, float], seed: int = 0):
         self.draws = {depth: Random(rate, seed + 1) for depth, rate in rates.items()}
 
-    def exits(self, depth: int, rows: Tensor, state: TokenState) -> Tensor:
+    def exits(self, depth: int, h: Tensor, rows: Tensor, state: TokenState) -> Tensor:
         """bool ``[n]``: who of ``rows`` leaves after ``depth`` layers."""
         like = torch.empty(len(rows), 0, device=rows.device)
         return self.draws[depth](depth, "ffn", like, rows, state)

@@ -1,1 +1,0 @@
-"""Weights in the layout that a decode step reads fastest."""

@@ -1,0 +1,87 @@
+"""One forward: who decides, what was decided, and which rows still run. All that a layer asks for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hat_lib.model.modes import Mode
+from hat_lib.model.policies import Gated
+from hat_lib.model.token_state import TokenState
+
+
+class ForwardPass:
+    """The decisions of one forward of one thread, applied and noted in ``state``.
+
+    Args:
+        mode: what decides.
+        state: fresh, filled here.
+        sites: of the model's grain.
+        gates: exit gates by depth; they translate who leaves.
+    """
+
+    def __init__(self, mode: Mode, state: TokenState, sites: tuple[str, ...], gates: nn.ModuleDict):
+        self.mode, self.state, self.sites, self.gates = mode, state, sites, gates
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Indices into B*T of the rows that layers compute; None for all of them."""
+        return self.state.alive if self.mode.compact else None
+
+    def gate(self, layer: int, site: str, x: Tensor) -> Tensor:
+        """``x`` with the channels zeroed that are skipped at a site of the channel grain; ``[..., C] -> [..., C]``.
+
+        The leading axes are those of the rows that run. At another grain, x itself.
+        """
+        if site not in self.sites:
+            return x
+        flat = x.reshape(-1, x.shape[-1])
+        keep = self.decide(layer, site, flat)
+        if keep is None:
+            return x
+        if isinstance(keep, Gated):
+            return keep.x.view(x.shape)
+        if not self.mode.compact and self.state.alive is not None:
+            keep = keep | self.state.exited.view(-1, 1)  # their K and V come from all channels
+        return (flat * keep).view(x.shape)
+
+    def decide(self, layer: int, site: str, x: Tensor) -> Tensor | Gated | None:
+        """What the running rows ``x [n, C]`` keep at a site, protected tokens included; None for everything.
+
+        bool ``[n, C]`` (channel) or ``[n]`` (token); in training a float mask, or `Gated`.
+        """
+        state, rows, index = self.state, self.rows, self.sites.index(site)
+        # Layer 0's FFN carries the whole model (skipping it alone destroys the output): never a whole skip.
+        fixed = site == "ffn" and layer == 0
+        keep = None if fixed else self.mode.policy(layer, site, x, rows, state)
+        if isinstance(keep, Gated):
+            state.note(layer, index, keep.keep)
+            return keep
+        if keep is not None and state.any_protected:
+            protected = state.protected.view(-1) if rows is None else state.protected.view(-1)[rows]
+            protected = protected if keep.dim() == 1 else protected[:, None]
+            keep = keep | protected if keep.dtype == torch.bool else torch.where(protected, 1.0, keep)
+        state.note(layer, index, keep)
+        if state.masks is not None:
+            whole = x.shape[:1] if site == "ffn" else x.shape
+            state.note_mask(layer, site, keep if keep is not None else x.new_ones(whole, dtype=torch.bool))
+        return keep
+
+    def exit(self, depth: int, h: Tensor) -> Tensor:
+        """Let finished tokens leave after ``depth`` layers; returns ``h [B, T, D]`` with their states translated."""
+        if self.mode.exits is None or str(depth) not in self.gates:
+            return h
+        state, flat = self.state, h.reshape(-1, h.shape[-1])
+        rows = state.alive if state.alive is not None else torch.arange(len(flat), device=h.device)
+        leave = self.mode.exits.exits(depth, flat[rows], rows, state) if len(rows) else None
+        if leave is None:
+            leave = torch.zeros(len(rows), dtype=torch.bool, device=h.device)
+        leave = leave & state.real.view(-1)[rows] & ~state.protected.view(-1)[rows]
+        if state.masks is not None:
+            left = torch.zeros(len(flat), dtype=torch.bool, device=h.device).index_copy(0, rows, leave)
+            state.masks.exits[depth] = left.view(state.batch, state.tokens)
+        leaving = rows[leave]
+        if not len(leaving):
+            return h
+        state.leave(leaving, depth)
+        return flat.index_copy(0, leaving, self.gates[str(depth)].translate(flat[leaving])).view(h.shape)
