@@ -41,14 +41,6 @@ def no_grad():
         yield
 
 
-@pytest.fixture(autouse=True)
-def fixed_break_even(monkeypatch):
-    """Which way one row is multiplied must not depend on the machine: gather below a kept share of 0.8 (fp32: 0.6)."""
-    from hat_lib.engine import packed as linears
-
-    monkeypatch.setattr(linears, "break_even", lambda *shape: {2: 0.8, 4: 0.6}[shape[3].itemsize])
-
-
 @pytest.fixture
 def run_hat(capsys):
     """Run a command in this process: ``(exit code, stdout, stderr)``."""

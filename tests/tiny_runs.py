@@ -4,9 +4,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 
@@ -14,6 +16,7 @@ from hat_lib.backbone.base import load_base
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.config import HatConfig
+from hat_lib.model.thresholds import Calibration
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.training import trainer
 from hat_lib.training.recipe import Recipe
@@ -157,19 +160,29 @@ def skipping(grain):
     """Random routers and gates; thresholds that skip about a third and let about a fifth leave."""
     base = load_base("random:tiny", dtype=torch.float32, device="cpu")
     hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=grain, exit_layers=(1, 2, 3)))
-    generator = torch.Generator().manual_seed(3)
+    draws = np.random.default_rng(3)
     with torch.no_grad():
         for parameter in hat.hat_parameters().values():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(torch.from_numpy(np.asarray(0.3 * draws.normal(size=tuple(parameter.shape)))))
     scores = {}
 
     def watch(layer, site, x, rows, state):
-        scores[layer, site] = hat.routers[f"{layer}_{site}"].score(x)
+        scores[layer, site] = hat.scores(layer, site, x)
 
     with torch.no_grad(), hat.using(watch):
-        hat.lm(torch.randint(5, 250, (4, 32), generator=generator))
-    hat.set_thresholds({k: float(v.quantile(0.33)) for k, v in scores.items()})
-    for gate in hat.gates.values():
-        gate.threshold = 3.0
-    hat._policy, hat._exit_rate = hat.threshold_policy(), 0.2
+        hat.lm(torch.from_numpy(draws.integers(5, 250, (4, 32))))
+    thresholds = {k: float(v.flatten().quantile(0.33)) for k, v in scores.items()}
+    return decides(hat, thresholds, [3.0] * 3)
+
+
+def decides(hat, thresholds, gates=()):
+    """``hat``, set to decide by these thresholds and to let tokens leave by these, as a calibration would set it."""
+    sites, layers = hat.grain.sites, range(hat.config.n_layers)
+    table = [[[thresholds.get((i, s), 0.0)] * 2 for s in sites] for i in layers]
+    shares = [[[0.5, 1.0] for _ in sites] for _ in layers]
+    exits = {"exit_capacities": [1.0], "exit_rates": [[0.0, 1.0]], "exit_scores": [[list(gates)] * 2]} if gates else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the token grain's
+        hat.calibration = Calibration(list(sites), [0.5, 1.0], table, shares, **exits)
+        hat.capacity, hat.exit_rate = 0.7, 0.2 if gates else 0.0
     return hat

@@ -134,7 +134,7 @@ class Objective(nn.Module):
         with torch.no_grad(), self.hat.dense():
             teacher = self._hidden(input_ids, attention_mask).last_hidden_state
         run = self._routers if self.phase == "routers" else self._exits
-        with self.hat.at(exit_rate=0.0):
+        with self.hat.dense():
             out = run(input_ids, attention_mask, real, teacher, capacity, keys, step, steps)
         return {"capacity": capacity, **out}
 

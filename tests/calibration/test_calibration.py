@@ -4,6 +4,7 @@ import gc
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 import torch.nn.functional as F
 
@@ -65,10 +66,11 @@ def test_prices_predict_small_kl():
         ratios = []
         for layer in range(4):
             for j, site in enumerate(hat.grain.sites):
-                router = hat.routers[f"{layer}_{site}"]
-                grid = np.linspace(0, 1, module.QUANTILES)
-                router.set_threshold(float(np.interp(1 - share, grid, quantiles[layer, site])))
-                only = lambda i, s, x, rows, state, at=(layer, site), r=router: r.keep(x) if (i, s) == at else None  # noqa: E731
+                router, cut = hat.routers[f"{layer}_{site}"], quantiles.cut((layer, site), share)
+
+                def only(i, s, x, rows, state, at=(layer, site), router=router, cut=cut):
+                    return router.keep(x, cut) if (i, s) == at else None
+
                 kl = []
                 for block in text:
                     with hat.dense():
@@ -93,3 +95,36 @@ def test_token_routers_are_fitted_once():
 def test_bad_input():
     with pytest.raises(HatError, match="256 tokens"):
         calibrate(new("channel"), blocks(2, 16), progress=False)
+
+
+@pytest.mark.parametrize("grain", ["channel", "token"])
+@pytest.mark.filterwarnings("ignore:token grain")
+def test_the_model_is_left_as_it_was_found(grain):
+    """Capacity, exit rate and decisions stay; with exits on as well."""
+    hat = tiny_runs.decides(tiny_runs.skipping(grain), {}, [0.0] * 3)
+    ids = torch.tensor(blocks(2))
+    calibrate(hat, blocks(), probe_tokens=128, progress=False)
+    assert hat.capacity == 0.7 and hat.exit_rate == 0.2
+    found = hat.calibration
+    with torch.no_grad():
+        hat.lm(ids)
+        realised = hat.trace.share
+        with hat.using(hat.threshold_policy(found.thresholds_at(0.7))):
+            hat.lm(ids)
+    assert torch.equal(hat.trace.share, realised)
+    assert found.exit_scores == [[[0.0] * 3] * 2]  # the tables of exits are another calibration's
+
+
+def test_quantiles_rest_on_all_tokens_of_a_wide_base(monkeypatch):
+    """Drawn at random from rows and channels: every token has a part, however few scores are kept."""
+    hat, text = new("channel"), [torch.tensor([b]) for b in blocks(8)]
+    whole = module.score_quantiles(hat, text, progress=False)
+    assert whole.tokens == 8 * 62
+    monkeypatch.setattr(module, "SAMPLES", 4_000)
+    some = module.score_quantiles(hat, text, progress=False)
+    assert some.tokens == whole.tokens and 4_000 <= some.scores <= 4_100
+    for share in (0.3, 0.5, 0.7):
+        a, b = (np.array(list(q.cuts(share).values())) for q in (whole, some))
+        assert np.abs(a / b - 1).max() < 0.12
+    calibration = calibrate(hat, blocks(8), probe_tokens=128, text="a text", progress=False)
+    assert calibration.text.startswith("a text; quantiles of 4") and calibration.text.endswith("tokens")

@@ -74,37 +74,35 @@ def test_prices_of_tokens_add_up_to_those_of_the_text():
 
     hat, text = new(), [torch.tensor([b]) for b in blocks()]
     quantiles = module.score_quantiles(hat, text, progress=False)
-    cuts = {key: -1.0 for key in quantiles} | {(2, "down"): module._cuts(quantiles, 0.75)[2, "down"]}
+    cuts = {key: -1.0 for key in quantiles.tables} | {(2, "down"): quantiles.cut((2, "down"), 0.75)}
     prices, inputs = token_sensitivity.token_prices(hat, text, cuts, seed=0, progress=False)
     whole = module._damage(hat, text, quantiles, seed=0, progress=False)[module.PROBE_SHARES.index(0.75), 2, 3]
     assert prices.shape == (4, 16 * 62) and inputs[0].shape == (16 * 62, 64)
     assert not prices[[0, 1, 3]].any() and float(prices[2].sum()) / (16 * 64) == pytest.approx(whole, rel=1e-4)
 
 
-def test_the_token_grain_has_no_needs():
+def test_the_token_grain_has_none():
     base = load_base("random:tiny", dtype=torch.float32, device="cpu")
     hat = HierarchicalTransformer(base, HatConfig.default(base, granularity="token"))
     with pytest.raises(HatError, match="token grain"):
         token_sensitivity.token_prices(hat, [torch.tensor([[1, 2, 3]])], {})
 
 
-def test_calibration_measures_needs_or_leaves_all_tokens_alike():
+def test_calibration_measures_them_or_leaves_all_tokens_alike():
     hat = new()
     calibrate(hat, blocks(), probe_tokens=128, progress=False)
-    assert all(hat.routers[f"{i}_token"].weight.any() for i in range(4)) and hat.threshold_policy().needs
+    assert all(hat.routers[f"{i}_token"].weight.any() for i in range(4))
     calibrate(hat, blocks(), token_sensitivity=False, probe_tokens=128, progress=False)
-    assert not any(hat.routers[f"{i}_token"].weight.any() for i in range(4)) and not hat.threshold_policy().needs
+    assert not any(hat.routers[f"{i}_token"].weight.any() for i in range(4))
 
 
-def test_a_needy_token_keeps_more_in_all_sites_of_its_layer():
+def test_a_sensitive_token_keeps_more_in_all_sites_of_its_layer():
     hat, ids = new(), torch.tensor(blocks(2))
     calibrate(hat, blocks(), token_sensitivity=False, probe_tokens=128, progress=False)
     hat.capacity = 0.6
     hat.lm(ids)
     before = hat.trace.site_share
-    hat.routers["1_token"].bias.fill_(0.5)
-    hat.routers["1_token"].weight[0] = 1e-9  # so that it is asked
-    hat.capacity = 0.6
+    hat.routers["1_token"].bias.fill_(0.5)  # it takes effect at once, at the capacity that is set
     hat.lm(ids)
     more = hat.trace.site_share - before
     assert (more[1, :, :, 2:].mean((1, 2)) > 0.05).all() and not more[0].any()

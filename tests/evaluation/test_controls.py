@@ -139,12 +139,13 @@ class TestEveryControl:
 
     def test_leaves_the_model_as_it_was(self, hat, built):
         before = {k: v.clone() for k, v in hat.hat_parameters().items()}
-        thresholds, capacity = {k: r.threshold for k, r in hat.routers.items()}, hat.capacity
+        hat.lm(IDS)
+        share, capacity = hat.trace.share, hat.capacity
         for make in CONTROLS.values():
             make(hat, blocks(), 0.85, 0)
         assert all(torch.equal(v, before[k]) for k, v in hat.hat_parameters().items())
-        assert {k: r.threshold for k, r in hat.routers.items()} == thresholds
-        assert hat.capacity == capacity
+        hat.lm(IDS)
+        assert torch.equal(hat.trace.share, share) and hat.capacity == capacity
 
     def test_protected_tokens_run_in_full(self, hat, policy):
         with hat.using(policy):
@@ -243,7 +244,7 @@ class TestStatic:
         seen = {}
         with (
             channels.dense(),
-            channels.grain.watching([a.grain for a in channels.layers], lambda i, s, x, _: put(i, s, x)),
+            channels.watching(lambda i, s, x, _: put(i, s, x[0])),
         ):
 
             def put(layer, site, x):
@@ -404,7 +405,7 @@ class TestAsIn:
     def test_is_the_calibrated_start(self, hat, tmp_path):
         folder = self.save(hat, tmp_path / "start")
         hat.capacity = 0.7
-        start = masks(hat, hat.threshold_policy(), IDS)
+        start = masks(hat, hat.threshold_policy(hat.calibration.thresholds_at(0.7)), IDS)
         hat.capacity = hat.config.capacity
         trained = new(hat.config.granularity)
         for parameter in trained.hat_parameters().values():

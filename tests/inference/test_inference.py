@@ -50,10 +50,9 @@ def test_another_setting_for_a_while(hat):
     with pytest.raises(ZeroDivisionError), hat.at(0.4, 0.3):
         assert (hat.capacity, hat.exit_rate) == (0.4, 0.3)
         raise ZeroDivisionError
-    with hat.using(luck):
-        with hat.at(0.4):
-            assert hat._policy is not luck
-        assert hat._policy is luck
+    with hat.using(luck), hat.at(0.4):  # the control stays the control
+        hat.lm(hat.base.tokenizer("Some text", return_tensors="pt").input_ids)
+        assert hat.capacity == 0.4 and hat.trace.routed
     assert (hat.capacity, hat.exit_rate) == before
 
 

@@ -1,5 +1,6 @@
 """Scores and policies."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,30 +22,28 @@ def test_the_fast_comparison_decides_as_the_fp32_score_does(dtype):
     router = channel_router()
     x = torch.randn(64, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
     for threshold in (-torch.inf, 0.0, 0.37, 1.1):
-        router.set_threshold(threshold)
         cut = threshold / (router.column_norm * router.log_scale.exp())
-        assert torch.equal(router.keep(x), x.float().abs() > cut)
+        assert torch.equal(router.keep(x, threshold), x.float().abs() > cut)
         # The score divides where the cut multiplies: they may differ in the last bit of fp32.
         score = router.score(x)
         clear = (score - threshold).abs() > 1e-4 * max(abs(threshold), 1e-6)
-        assert torch.equal(router.keep(x)[clear], (score > threshold)[clear])
+        assert torch.equal(router.keep(x, threshold)[clear], (score > threshold)[clear])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_values_next_to_the_cut(dtype):
     """The numbers of a dtype on both sides of each cut are the ones that rounding could flip."""
     router = channel_router()
-    router.set_threshold(0.5)
-    cut = router._cut
+    cut = router.cut(0.5)
     near = cut.to(dtype)
     for x in (near, torch.nextafter(near, torch.zeros_like(near)), torch.nextafter(near, near + 1)):
-        assert torch.equal(router.keep(x[None])[0], x.float().abs() > cut)
+        assert torch.equal(router.keep(x[None], 0.5)[0], x.float().abs() > cut)
 
 
 def test_untrained_token_router_scores_zero():
     router = MoERouter(16)
     x = torch.randn(5, 16)
-    assert torch.equal(router.score(x), torch.zeros(5)) and router.keep(x).all()
+    assert torch.equal(router.score(x), torch.zeros(5)) and router.keep(x, -torch.inf).all()
     with torch.no_grad():
         router.weight.copy_(torch.arange(16.0))
         router.bias.fill_(0.5)
@@ -68,19 +67,19 @@ def test_random_keeps_its_share_everywhere(share):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_ease_multiplies_the_thresholds_of_its_row(dtype):
-    router = channel_router()
-    generator = torch.Generator().manual_seed(1)
-    x, threshold_scale = (
-        torch.randn(64, 512, generator=generator).to(dtype),
-        torch.randn(64, 1, generator=generator).exp().to(dtype),
-    )
-    router.set_threshold(0.5)
-    score = router.score(x, threshold_scale)
-    torch.testing.assert_close(score, router.score(x) / threshold_scale.float())
-    # The row's cut is rounded to x's dtype.
-    clear = (score / 0.5 - 1).abs() > 4 * torch.finfo(dtype).eps
-    assert torch.equal(router.keep(x, threshold_scale)[clear], (score > 0.5)[clear]) and clear.float().mean() > 0.95
-    assert torch.equal(router.keep(x, torch.ones(64, 1, dtype=dtype)), router.keep(x))
-    alone = torch.cat([router.keep(row, e) for row, e in zip(x.split(1), threshold_scale.split(1), strict=True)])
-    assert torch.equal(alone, router.keep(x, threshold_scale))
+def test_a_sensitive_token_has_lower_thresholds_alone_as_in_a_batch(dtype):
+    """One fp32 path: no row flips a channel because it is alone."""
+    router, token, draws = channel_router(), MoERouter(512), np.random.default_rng(1)
+    with torch.no_grad():
+        token.weight.copy_(torch.from_numpy(draws.normal(size=512) * 0.05))
+    x = torch.from_numpy(draws.normal(size=(64, 512))).to(dtype)
+    scale = token.threshold_scale(x)
+    assert scale.shape == (64, 1) and scale.dtype == torch.float32 and float(scale.std()) > 0.3
+    torch.testing.assert_close(scale[:, 0], (-token.score(x)).clamp(-3, 3).exp())
+    score, keep = router.score(x, scale), router.keep(x, 0.5, scale)
+    torch.testing.assert_close(score, router.score(x) / scale)
+    clear = (score / 0.5 - 1).abs() > 1e-5
+    assert torch.equal(keep[clear], (score > 0.5)[clear]) and clear.float().mean() > 0.99
+    assert torch.equal(router.keep(x, 0.5, torch.ones(64, 1)), router.keep(x, 0.5))
+    alone = torch.cat([router.keep(row, 0.5, token.threshold_scale(row)) for row in x.split(1)])
+    assert torch.equal(alone, keep)

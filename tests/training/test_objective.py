@@ -6,6 +6,7 @@ from tiny_runs import GRAINS, PHASES, new_hat, random_blocks, recipe
 
 from hat_lib.backbone.base import load_base
 from hat_lib.config import HatConfig
+from hat_lib.model.policies import ExitThresholds
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.training.objective import Objective
 from hat_lib.training.run import nominal_thresholds
@@ -162,10 +163,8 @@ def test_the_loss_of_exits_is_kl_and_targets_and_the_sampled_decisions():
 def test_exits_that_a_user_turned_on_stay_out_of_the_training(phase):
     objective = new("token", phase)
     expected = numbers(step(objective, samples()))
-    for gate in objective.hat.gates.values():
-        gate.threshold = -1e6
-    objective.hat._exit_rate = 1.0
-    same(numbers(step(objective, samples())), expected, tolerance=0)
+    with objective.hat.exiting(ExitThresholds(objective.hat.gates, [-1e6] * len(objective.hat.gates))):
+        same(numbers(step(objective, samples())), expected, tolerance=0)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hat_lib.config import HatError
-from hat_lib.model.routers import round_down
 from hat_lib.training import straight_through as relax
 from hat_lib.training.straight_through import channel_gate, decoupled_gumbel_softmax, seeded, straight_through
 
@@ -212,7 +211,7 @@ def test_an_ease_raises_the_cut_of_its_row(tile, monkeypatch):
     y, keep, grad_x, count, grad_scale = zip(*alone, strict=True)
     for got, expected in zip(together, [*map(torch.cat, (y, keep, grad_x)), sum(count), sum(grad_scale)], strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(HatError, match=r"threshold_scale must be torch.float64 \[40, 1\], got torch.float64 \[39, 1\]"):
+    with pytest.raises(HatError, match=r"threshold_scale must have the shape \[40, 1\], got \[39, 1\]"):
         channel_gate(x, torch.zeros(24), cut, temperature=0.5, threshold_scale=threshold_scale[:39])
 
 
@@ -258,8 +257,6 @@ def test_the_comparison_in_x_dtype_decides_as_fp32_does(dtype):
     x = torch.stack([near, below, above, -near, -below, -above])
     _, keep, _ = channel_gate(x, torch.zeros(2000), cut, temperature=1.0)
     assert torch.equal(keep, x.float().abs() > cut)
-    down = round_down(cut, dtype).float()
-    assert (down <= cut).all() and (torch.nextafter(down.to(dtype), above).float() > cut).all()
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])

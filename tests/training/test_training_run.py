@@ -70,8 +70,7 @@ def test_before_the_first_step_the_model_is_the_base(grain, text, tmp_path, monk
         ids = torch.tensor(blocks["input_ids"][:2])
         with torch.no_grad():
             seen.update(logits=hat.lm(ids).logits, base=tiny_base.model(ids).logits, capacity=hat.trace.capacity)
-            hat.set_thresholds(thresholds(1.0))  # nominal ones too keep everything
-            with hat.using(hat.threshold_policy()):
+            with hat.using(hat.threshold_policy(thresholds(1.0))):  # nominal ones too keep everything
                 seen.update(routed=hat.lm(ids).logits, routed_capacity=hat.trace.capacity)
         raise InterruptedError
 
