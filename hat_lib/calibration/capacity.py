@@ -191,6 +191,7 @@ class ScoreQuantiles:
         return {key: self.cut(key, share) for key in self.tables}
 
 
+@torch.no_grad()
 def score_quantiles(
     hat: HierarchicalTransformer, blocks: list[Tensor], progress: bool = True, seed: int = 0
 ) -> ScoreQuantiles:
