@@ -172,7 +172,9 @@ class TestWhatEachLayerWasGiven:
         for i, layer in enumerate(hat.lm.model.layers):
             attention = layer.self_attn
             for name, module in {"mlp": layer.mlp, "q": attention.q_proj, "o": attention.o_proj}.items():
-                module.register_forward_hook(lambda m, args, y, k=(i, name): rows.update({k: args[0].shape[:-1].numel()}))
+                module.register_forward_hook(
+                    lambda m, args, y, k=(i, name): rows.update({k: args[0].shape[:-1].numel()})
+                )
         with hat.force(random_exits()), hat.using(Random(0.6)), hat.record():
             hat.lm(ids)
         for i in range(hat.config.n_layers):
