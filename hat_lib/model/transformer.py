@@ -357,6 +357,22 @@ class HierarchicalTransformer(Modes, nn.Module):
 
         return push_to_hub(self, repo_id, **options)
 
+    # -- the two calls that people look for first ----------------------------------------------------
+    # Imported when asked for, as the Hub is: the model itself neither measures nor draws.
+
+    def sweep(self, text="addresses", **options):
+        """What less compute costs on a text, at ``capacities=[...]``: ``.frame`` and ``.figure()``; see
+        `hat_lib.explore.sweep.sweep`."""
+        from hat_lib.explore.sweep import sweep
+
+        return sweep(self, text, **options)
+
+    def explain(self, prompt: str, **options):
+        """What each token of a prompt executed, layer by layer; see `hat_lib.explore.explain.explain`."""
+        from hat_lib.explore.explain import explain
+
+        return explain(self, prompt, **options)
+
     # -- counting ----------------------------------------------------------------------------------
 
     def hat_parameters(self) -> dict[str, nn.Parameter]:

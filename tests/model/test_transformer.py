@@ -571,7 +571,8 @@ class TestALlama:
 
     @pytest.mark.parametrize("when", ["before", "after"])
     def test_lora_is_honoured(self, when, ids):
-        peft = pytest.importorskip("peft")
+        import peft  # slow to import
+
         lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 
         def tune(model):  # its numbers are drawn by peft: made the same on every call
