@@ -33,6 +33,15 @@ def test_cat_joins_decode_steps():
     assert joined.tokens == 2 and joined.share.tolist() == [[[1.0, 0.5]]] and joined.capacity == 0.75
 
 
+def test_a_decode_step_leaves_numbers_and_no_masks():
+    """However long a text grows, what its steps leave behind is a number a site."""
+    one = torch.ones(1, 1, dtype=torch.bool)
+    state = TokenState(one, torch.tensor([[7]]), ~one, [1.0], n_layers=1, start=7)
+    state.note(0, 0, torch.rand(1, 4096) > 0.5)
+    kept = [v for v in vars(state).values() if isinstance(v, dict)]
+    assert sum(getattr(v, "numel", lambda: 1)() for d in kept for v in d.values()) == 1
+
+
 def test_untrained_gate_scores_zero_and_changes_nothing():
     gate, h = ExitGate(16, rank=2), torch.randn(5, 16)
     assert torch.equal(gate.score(h), torch.zeros(5)) and torch.equal(gate.translate(h), h)
