@@ -11,8 +11,10 @@ What comes back is a `Generation`: the text, and beside everything that was aske
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,6 +32,18 @@ from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 
 MODES = ("adaptive", "lossless")
+
+
+# Threads may share a model. What they cannot share is a tokenizer whose padding is being set, and transformers' source
+# of random numbers, which is torch's global one: sampled texts come one after another, greedy ones at once.
+_ONE_AT_A_TIME, _SAMPLING = threading.Lock(), threading.Lock()
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with _SAMPLING, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,7 @@ class Generation:
 
 
 class AdaptiveInference:
-    """Generates with a `HierarchicalTransformer`, and holds its speed against a baseline.
+    """Generates with a `HierarchicalTransformer`, and holds its speed against a baseline. Any number of threads may.
 
     Args:
         hat: left, after each call, at the capacity and exit rate that it had.
@@ -123,7 +137,8 @@ class AdaptiveInference:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self._check(prompts, capacity, exit_rate, target_speedup, mode, max_new_tokens, temperature, seed, settings)
         tokenizer, device = self.hat.base.tokenizer, self.hat.base.device
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False, verbose=False)
+        with _ONE_AT_A_TIME:
+            inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False, verbose=False)
         inputs = inputs.to(device)
         length, context = inputs.input_ids.shape[1], self.hat.lm.config.max_position_embeddings
         if length + max_new_tokens > context:
@@ -141,16 +156,16 @@ class AdaptiveInference:
                 return self._lossless(inputs, max_new_tokens, temperature, seed, measure, streamer)
             sampling = {"do_sample": temperature > 0}
             sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-            cards = [device] if device.type == "cuda" else []
-            with self.hat.collect() as states, torch.inference_mode(), torch.random.fork_rng(cards):
-                torch.manual_seed(seed)
+            sampling |= settings
+            seeded = _seeded(seed, device) if sampling["do_sample"] else nullcontext()
+            with self.hat.collect() as states, torch.inference_mode(), seeded:
                 began = time.perf_counter()
                 ids = self.hat.lm.generate(
                     **inputs,
                     max_new_tokens=max_new_tokens,
                     pad_token_id=tokenizer.pad_token_id,
                     streamer=streamer,
-                    **sampling | settings,
+                    **sampling,
                 )
                 seconds = time.perf_counter() - began
             real = self._real(ids, inputs.attention_mask)
@@ -256,8 +271,6 @@ class AdaptiveInference:
         """One prompt after another; results are put together as `generate` pads them."""
         hat, tokenizer = self.hat, self.hat.base.tokenizer
         prompts = [ids[None, mask] for ids, mask in zip(inputs.input_ids, inputs.attention_mask.bool(), strict=True)]
-        with torch.inference_mode(), hat.dense():  # the weights are laid out for single rows before the clock starts
-            hat.lm(input_ids=prompts[0][:, :1], use_cache=False)
         began = time.perf_counter()
         how = {"temperature": temperature, "seed": seed, "streamer": streamer}
         found = [speculate(hat, ids, max_new_tokens, **how) for ids in prompts]

@@ -1,6 +1,7 @@
 """Controls on a tiny random Llama, both grains: as much work as asked for, by nothing but their own rule."""
 
 import dataclasses
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -190,11 +191,9 @@ class TestEveryControl:
         leave = {e: torch.zeros(3, 14, dtype=torch.bool) for e in EXITS}
         leave[1][0, 4:8], leave[2][1, 6:9], leave[3][2, 2:5] = True, True, True
         found = []
-        for compact in (True, False):
-            with hat.force(Masks({}, leave)), hat.using(policy), hat.record():
-                hat.compact = compact
+        for rows in (nullcontext, hat.masked):
+            with hat.force(Masks({}, leave)), hat.using(policy), hat.record(), rows():
                 hat.lm(IDS)
-                hat.compact = True
             depth = hat.trace.exit_layer
             assert sorted(set(depth.flatten().tolist())) == [1, 2, 3, 4]
             found.append({k: m[depth > k[0]] for k, m in hat.trace.masks.keep.items()})

@@ -1,6 +1,7 @@
 """AdaptiveInference: what is asked, what is realised, and nothing left behind."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from hat_lib.config import HatError
 from hat_lib.inference import generate as module
 from hat_lib.inference.generate import AdaptiveInference
 from hat_lib.inference.speed import SpeedCurve
-from hat_lib.model.policies import Random
 
 PROMPTS = ["The state of our union", "One", "A prompt that is longer than both of these"]
 
@@ -44,16 +44,20 @@ def test_a_capacity_is_what_generate_gives_there(hat, infer):
     assert out.exit_histogram == {hat.config.n_layers: out.ids.shape[1] - 1}
 
 
-def test_another_setting_for_a_while(hat):
-    before = hat.capacity, hat.exit_rate
-    luck = Random(0.5)
-    with pytest.raises(ZeroDivisionError), hat.at(0.4, 0.3):
-        assert (hat.capacity, hat.exit_rate) == (0.4, 0.3)
-        raise ZeroDivisionError
-    with hat.using(luck), hat.at(0.4):  # the control stays the control
-        hat.lm(hat.base.tokenizer("Some text", return_tensors="pt").input_ids)
-        assert hat.capacity == 0.4 and hat.trace.routed
-    assert (hat.capacity, hat.exit_rate) == before
+def test_eight_threads_write_what_one_does(hat, infer):
+    """One model; each thread with a capacity, an exit rate, prompts, a mode and a temperature of its own."""
+    jobs = [
+        {"prompts": PROMPTS[i % 3] if i % 4 else PROMPTS, "capacity": 0.4 + 0.04 * i, "exit_rate": 0.3 * (i % 2),
+         "mode": "lossless" if i % 5 == 2 else "adaptive", "temperature": float(i % 3 == 0), "seed": i}
+        for i in range(16)
+    ]  # fmt: skip
+    run = lambda job: infer.generate(**job, max_new_tokens=8, measure=False)  # noqa: E731
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(8) as eight:
+        alone, together = list(one.map(run, jobs)), list(eight.map(run, jobs))
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(a.ids, b.ids) and a.texts == b.texts and a.exit_histogram == b.exit_histogram
+        assert (a.requested_capacity, a.capacity) == (b.requested_capacity, b.capacity) or math.isnan(a.capacity)
+    assert len({tuple(a.texts) for a in alone}) > 8
 
 
 def test_a_batch_is_its_rows(hat, infer):
