@@ -96,15 +96,15 @@ def gradients(checkpoint: Path, phase: str, folder: Path, **changes) -> list[dic
     return steps
 
 
-def interrupt_at(monkeypatch, *steps: tuple[str, int]) -> None:
-    """Press Ctrl-C in the given (phase, step), once each."""
+def interrupt_at(monkeypatch, *steps: tuple[str, int], by=signal.SIGINT) -> None:
+    """Press Ctrl-C in the given (phase, step), once each; or send another signal."""
     left = set(steps)
 
     class Log(trainer.CsvLog):
         def on_step_begin(self, args, state, control, **kwargs):
             if (self.phase, state.global_step + 1) in left:
                 left.remove((self.phase, state.global_step + 1))
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(by)
 
     monkeypatch.setattr(trainer, "CsvLog", Log)
 

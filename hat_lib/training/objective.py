@@ -203,9 +203,9 @@ class Objective(nn.Module):
             h = hidden.hidden_states[depth][rows, columns]
             logits = head(norm(gate.translate(h)))
             kl = losses.divergence(base, logits)
-            translate = translate + kl.mean() / len(depths)
+            translate = translate + _mean(kl) / len(depths)
             right = losses.exit_targets(base, logits)
-            agreed.append(right.float().mean())
+            agreed.append(_mean(right.float()))
             decisions = gate.logits(h)
             gate_loss = gate_loss + losses.exit_loss(decisions, right) / len(depths)
             drawn = [
@@ -220,13 +220,18 @@ class Objective(nn.Module):
             leave = torch.cat(drawn)[:, 1]
             # Who has not left yet and leaves here pays if this exit is wrong.
             cost, left, stay = cost + stay * leave * ~right, left + stay * leave, stay * (1 - leave)
-        wrong = (cost + stay * wrong_stay).mean()
-        pull = losses.budget(left.mean(), recipe.sampled_exit_rate(step))
+        wrong, rate = _mean(cost + stay * wrong_stay), _mean(left)
+        pull = losses.budget(rate, recipe.sampled_exit_rate(step) if len(rows) else 0.0)
         loss = translate + gate_loss + recipe.decision_weight * (wrong + recipe.budget_weight * pull)
         return {
             "loss": loss, "kl": translate.detach(), "gate_loss": gate_loss.detach(), "wrong": wrong.detach(),
-            "exit_rate": left.mean().detach(), "agreement": torch.stack(agreed).mean(),
+            "exit_rate": rate.detach(), "agreement": torch.stack(agreed).mean(),
         }  # fmt: skip
+
+
+def _mean(values: Tensor) -> Tensor:
+    """0, on the graph, where a batch has no token that may leave: DDP waits for a gradient all the same."""
+    return values.sum() / max(len(values), 1)
 
 
 def _sample(candidates: Tensor, count: int, keys) -> tuple[Tensor, Tensor]:

@@ -7,15 +7,18 @@ A run owns a folder:
     run.json                                   what was asked: recipe, base, command, versions
     work/                                      Trainer's checkpoints and tensorboard files; gone when the run is done
 
-A run that was stopped, by Ctrl-C, a time limit or a kill, goes on from the last sound checkpoint in ``work``.
+A run that was stopped, by Ctrl-C, a time limit or a kill, goes on from the last sound checkpoint in ``work``. One
+process at a time, or one group of torchrun's: it holds a lock, which the system releases if the process dies.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import shutil
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -116,19 +119,26 @@ def train(
     checkpoint without trained routers, and a loss that is not finite.
     """
     folder, began = Path(folder), time.monotonic()
-    if not resume and ((folder / RUN_FILE).exists() or (folder / CONFIG_FILE).exists()):
-        raise HatError(f"{folder} already holds a run or a checkpoint: resume it, or choose another folder")
+    if not resume:
+        _refuse_taken(folder)
     checkpoint = _read_start(run)
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     processes.wait_for_everyone()  # they have all seen the folder as it was
     main = processes.is_main_process
-    progress = progress and main
-    if _is_done(folder, run.phases[-1]):
-        if main:
-            shutil.rmtree(folder / WORK, ignore_errors=True)
-        return []
+    with _lock(folder) if main else nullcontext():
+        if main and not resume:
+            _refuse_taken(folder)  # another run may have begun and ended meanwhile
+        processes.wait_for_everyone()
+        outcomes = _train(run, folder, checkpoint, processes, began, resume, max_minutes, progress and main)
+    if main and (not outcomes or outcomes[-1].done):
+        shutil.rmtree(folder / WORK, ignore_errors=True)
+    return outcomes
 
-    recipe = run.recipe
+
+def _train(run, folder, checkpoint, processes, began, resume, max_minutes, progress) -> list[Outcome]:
+    main, recipe = processes.is_main_process, run.recipe
+    if _is_done(folder, run.phases[-1]):
+        return []
     base = load_base(run.base, dtype=run.dtype, device=processes.device if processes.num_processes > 1 else None)
     with processes.main_process_first():  # the others read what it kept
         blocks = training_text(
@@ -172,9 +182,31 @@ def train(
         processes.wait_for_everyone()
         if not main:
             load_finished(hat, folder)
-    if main:
-        shutil.rmtree(folder / WORK, ignore_errors=True)
     return outcomes
+
+
+def _refuse_taken(folder: Path) -> None:
+    if (folder / RUN_FILE).exists() or (folder / CONFIG_FILE).exists():
+        raise HatError(f"{folder} already holds a run or a checkpoint: resume it, or choose another folder")
+
+
+@contextmanager
+def _lock(folder: Path):
+    """Hold ``folder`` alone (`flock`, so not on Windows); the file goes with ``work`` when the run is done."""
+    path = folder / WORK / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise HatError(f"cannot write {path}: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise HatError(f"another process is training in {folder}: wait for it, or choose another folder") from error
+        except OSError as error:
+            raise HatError(f"cannot lock {path}: {error.strerror or error}") from error
+        yield
 
 
 def _read_start(run: Run) -> Checkpoint | None:

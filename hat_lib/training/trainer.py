@@ -1,15 +1,14 @@
 """One phase of training on `transformers.Trainer`.
 
 Progress bars, tensorboard, gradient accumulation, resuming and `torchrun` are Trainer's. Ours are the objective, what
-is saved (routers and gates, never the base), and three ways to stop without loss: a time limit, Ctrl-C, and a
-number that is not finite.
+is saved (routers and gates, never the base), and four ways to stop without loss: a time limit, Ctrl-C, SIGTERM (what
+a cluster sends before it kills), and a number that is not finite.
 
 Resume files of Trainer hold pickles: they are read with ``weights_only=True``, from the run's own folder alone.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import shutil
@@ -17,6 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class Outcome:
     steps: int
     seconds: float
     stopped: str = ""
-    """"time", "interrupt", or empty when it ran to the end"""
+    """"time", "interrupt", "terminate", or empty when it ran to the end"""
 
     @property
     def done(self) -> bool:
@@ -62,9 +62,9 @@ class HatTrainer(Trainer):
 
     loss_is_scaled_for_ga = False  # ours is a mean over the micro-batch: Trainer divides by the accumulation
 
-    def __init__(self, *args, record: CsvLog, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.record = record
+    def __init__(self, *args, record: CsvLog, stops: _Stops, **kwargs):
+        super().__init__(*args, callbacks=[stops, *kwargs.pop("callbacks")], **kwargs)
+        self.record, self.stops = record, stops
         self.add_callback(record)
         # One line for every logged step is what log.csv is for. A notebook's table is another callback, and stays.
         self.remove_callback(PrinterCallback)
@@ -97,6 +97,10 @@ class HatTrainer(Trainer):
         kept = f"the checkpoint of step {_step(last)} is intact" if last else "nothing was saved before"
         raise HatError(f"training stopped in step {step}: {what}, lr {rate:.3g}; {kept}")
 
+    def _save_checkpoint(self, model, trial):
+        with self.stops.held():
+            super()._save_checkpoint(model, trial)
+
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save:  # every process is asked
             self.model.hat.save_pretrained(output_dir or self.args.output_dir)
@@ -104,23 +108,58 @@ class HatTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.model.hat.load_adapter(read_checkpoint(resume_from_checkpoint), resume_from_checkpoint)
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise HatError(f"{checkpoint} is not of this run: move it away to go on without it ({error})") from error
+
+    def _load_scaler(self, checkpoint):
+        """Nothing here trains in fp16, so a ``scaler.pt`` is another program's."""
+
 
 class _Stops(TrainerCallback):
-    """Stop in good order, all processes after the same step: at the time limit, or at the first Ctrl-C."""
+    """Stop in good order, all processes after the same step: at the time limit, at Ctrl-C, at SIGTERM."""
 
-    REASONS = ("", "time", "interrupt")
+    REASONS = ("", "time", "interrupt", "terminate")
+    SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
 
     def __init__(self, max_minutes: float | None):
         self.limit = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self.interrupted: float | None = None
+        self.asked, self.since, self.saving = "", 0.0, False
         self.reason = ""
 
-    def interrupt(self, *_) -> None:
+    def receive(self, number: int, frame=None) -> None:
+        """The first one ends the training after its step; a later Ctrl-C ends it now, unless it is saving."""
         now = time.monotonic()
-        if self.interrupted is None:
-            self.interrupted = now
-        elif now - self.interrupted > 1:  # sooner, it is torchrun that passes on what the terminal has sent already
+        if not self.asked:
+            self.asked, self.since = self.SIGNALS[number], now
+        # Sooner, it is torchrun that passes on what the terminal has sent already.
+        elif number == signal.SIGINT and now - self.since > 1 and not self.saving:
             raise KeyboardInterrupt
+
+    @contextmanager
+    def caught(self):
+        """Signals come here. Afterwards SIGTERM goes on to whom it was for: by default it ends the process."""
+        if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+            yield
+            return
+        before = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
+            if "terminate" in (self.asked, self.reason):
+                signal.raise_signal(signal.SIGTERM)
+
+    @contextmanager
+    def held(self):
+        self.saving = True
+        try:
+            yield
+        finally:
+            self.saving = False
 
     def on_step_end(self, args, state, control, **kwargs):
         self._decide(args, state)
@@ -132,7 +171,7 @@ class _Stops(TrainerCallback):
 
     def _decide(self, args, state) -> None:
         late = self.limit is not None and time.monotonic() > self.limit and state.global_step < state.max_steps
-        reason = 2 if self.interrupted else int(late)
+        reason = self.REASONS.index(self.asked) or int(late)
         if args.world_size > 1:  # what one of them wants, all do
             highest = torch.tensor(reason, device=args.device)
             distributed.all_reduce(highest, distributed.ReduceOp.MAX)
@@ -165,7 +204,8 @@ def train_phase(
         max_steps: fewer steps than the epochs give; -1 for all.
         callbacks: more of Trainer's, such as `hat_lib.plotting.training.Live`.
 
-    Raises `HatError` at the first loss or gradient that is not finite. At Ctrl-C the step is finished and saved.
+    Raises `HatError` at the first loss or gradient that is not finite. At Ctrl-C and at SIGTERM the step is finished
+    and saved; SIGTERM is then raised again, for whoever handled it before.
     """
     work = folder / "work" / phase
     last = sound_checkpoint(work) if resume else None
@@ -209,29 +249,24 @@ def train_phase(
     args._n_gpu = min(1, args.n_gpu)
     # It doubts the file system's clock whenever two checkpoints are less than a second apart.
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
-    objective = Objective(hat, recipe, phase, thresholds)
-    stops = _Stops(max_minutes)
-    trainer = HatTrainer(
-        model=objective,
-        args=args,
-        train_dataset=blocks,
-        data_collator=collate,
-        callbacks=[stops, *callbacks],
-        record=CsvLog(folder / "log.csv", phase, hat),
-    )
-    start = time.monotonic()
+    stops, start = _Stops(max_minutes), time.monotonic()
     if last and args.should_save:  # what is newer is half-written, and would count as the newest when old ones go
-        for newer in work.glob("checkpoint-*"):
+        for newer in _checkpoints(work):
             if _step(newer) > _step(last):
                 shutil.rmtree(newer)
-    before = None
-    if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGINT, stops.interrupt)
     try:
-        trainer.train(resume_from_checkpoint=last and str(last))
+        trainer = HatTrainer(
+            model=Objective(hat, recipe, phase, thresholds),
+            args=args,
+            train_dataset=blocks,
+            data_collator=collate,
+            callbacks=callbacks,
+            stops=stops,
+            record=CsvLog(folder / "log.csv", phase, hat),
+        )
+        with stops.caught():
+            trainer.train(resume_from_checkpoint=last and str(last))
     finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
         end_training(hat)
     state = trainer.state
     return Outcome(phase, state.global_step, state.max_steps, time.monotonic() - start, stops.reason)
@@ -259,18 +294,22 @@ def sound_checkpoint(work: Path) -> Path | None:
 
     Trainer writes straight into ``checkpoint-N``, its ``trainer_state.json`` last.
     """
-    for folder in sorted(work.glob("checkpoint-*"), key=_step, reverse=True):
+    for folder in reversed(_checkpoints(work)):
         try:
-            state = json.loads((folder / "trainer_state.json").read_text())
+            state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
             read_checkpoint(folder)
             with safe_globals():  # numpy's random state
                 for file in {folder / "optimizer.pt", folder / "scheduler.pt", *folder.glob("*.pth")}:
                     torch.load(file, weights_only=True, map_location="cpu")
-            if state["global_step"] == _step(folder):
+            if state.global_step == _step(folder):
                 return folder
         except (HatError, OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError):
             continue
     return None
+
+
+def _checkpoints(work: Path) -> list[Path]:
+    return sorted((path for path in work.glob("checkpoint-*") if path.is_dir()), key=_step)
 
 
 def _step(folder: Path) -> int:

@@ -76,6 +76,19 @@ def test_a_row_counts_the_same_alone_and_in_a_batch(grain_and_phase):
     assert abs(float(renamed["kl"] - whole["kl"])) > 1e-4
 
 
+@pytest.mark.parametrize("lengths", [(2, 1), (1, 1, 1), (1,)])
+def test_a_batch_of_protected_tokens_alone_trains_nothing(grain_and_phase, lengths):
+    """No token may be skipped, none may leave: a loss on the graph, finite, whose gradient is 0."""
+    objective = new(*grain_and_phase, z_weight=0.0, entropy_weight=0.0, layer_dropout=0.0)
+    out = step(objective, samples(lengths))
+    out["loss"].backward()
+    assert all(torch.isfinite(torch.as_tensor(v)).all() for v in out.values())
+    assert grain_and_phase[1] == "routers" or float(out["loss"].detach()) == 0
+    own = [p for n, p in objective.hat.hat_parameters().items() if p.requires_grad]
+    assert own and all(p.grad is None or not p.grad.any() for p in own)
+    assert sum(p.grad is not None for p in own) >= len(own) - 2  # token grain: layer 0's router is never asked
+
+
 def test_padding_changes_nothing(grain_and_phase):
     objective, (row, *_) = new(*grain_and_phase), samples()
     batch = collate([row])

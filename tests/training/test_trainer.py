@@ -125,13 +125,47 @@ def test_ctrl_c_while_the_last_step_is_saved_is_not_lost(tmp_path, monkeypatch):
     assert run_phase(new_hat("token"), tmp_path).stopped == "interrupt"
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
+def test_a_second_ctrl_c_stops_at_once_but_not_a_save():
     stops = trainer._Stops(None)
-    stops.interrupt()
-    stops.interrupt()  # at once: the same one, as torchrun passes it on
-    stops.interrupted -= 2
+    stops.receive(signal.SIGINT)
+    stops.receive(signal.SIGINT)  # at once: the same one, as torchrun passes it on
+    stops.since -= 2
+    stops.receive(signal.SIGTERM)  # what follows on it, if anything, is SIGKILL
+    with stops.held():
+        stops.receive(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        stops.interrupt()
+        stops.receive(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_while_it_saves_leaves_the_save_whole(tmp_path, monkeypatch, number, terminated):
+    interrupt_at(monkeypatch, ("routers", 3))
+
+    def save(self, *args, save=trainer.HatTrainer._save):
+        self.stops.since -= 2
+        signal.raise_signal(number)
+        save(self, *args)
+
+    monkeypatch.setattr(trainer.HatTrainer, "_save", save)
+    assert run_phase(new_hat("token"), tmp_path).stopped == "interrupt"
+    assert sound_checkpoint(tmp_path / "work" / "routers").name == "checkpoint-3"
+
+
+@pytest.fixture
+def terminated(monkeypatch):
+    """Where SIGTERM ends up, in place of the end of this process."""
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    yield received
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_is_passed_on_after_the_step_is_saved(tmp_path, monkeypatch, terminated):
+    interrupt_at(monkeypatch, ("routers", 3), by=signal.SIGTERM)
+    outcome = run_phase(new_hat("token"), tmp_path)
+    assert (outcome.step, outcome.stopped) == (3, "terminate") and terminated == [True]
+    assert sound_checkpoint(tmp_path / "work" / "routers").name == "checkpoint-3"
+    assert run_phase(new_hat("token"), tmp_path, resume=True).done and terminated == [True]
 
 
 def test_the_time_limit_ends_the_first_step_past_it(tmp_path):
@@ -194,6 +228,40 @@ def test_resuming_clears_away_what_is_newer_than_the_last_sound_one(tmp_path, mo
     (work / "checkpoint-9").mkdir()
     assert run_phase(new_hat("token"), tmp_path, resume=True).done
     assert sorted(path.name for path in work.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def foreign_state(folder):
+    path = folder / "trainer_state.json"
+    path.write_text(path.read_text().replace("{", '{"of_another_version": 1,', 1))
+
+
+@pytest.mark.parametrize(
+    "stray, left",
+    [
+        (lambda folder: (folder / "scaler.pt").write_bytes(b"of fp16 training"), 6),
+        (lambda folder: (folder / "notes.txt").write_text("mine"), 6),
+        (lambda folder: (folder.parent / "checkpoint-9").write_text("a file"), 6),
+        (foreign_state, 4),
+    ],
+)
+def test_stray_files_do_not_stop_a_resumed_phase(tmp_path, stray, left):
+    """A checkpoint with files that Trainer of some other kind would read, or that cannot be read, is left aside."""
+    run_phase(new_hat("token"), tmp_path, steps=8, max_minutes=None, save_steps=2)
+    work = tmp_path / "work" / "routers"
+    shutil.rmtree(work / "checkpoint-8")
+    stray(work / "checkpoint-6")
+    assert sound_checkpoint(work) == (work / f"checkpoint-{left}" if left == 6 else None)
+    assert run_phase(new_hat("token"), tmp_path, steps=8, resume=True).step == 8
+
+
+def test_an_optimizer_of_another_run_is_one_clear_error(tmp_path):
+    for phase in PHASES:
+        run_phase(new_hat("token"), tmp_path, phase, steps=6)
+    at = [tmp_path / "work" / phase / "checkpoint-4" for phase in PHASES]
+    shutil.rmtree(at[0].with_name("checkpoint-6"))
+    shutil.copy(at[1] / "optimizer.pt", at[0])
+    with pytest.raises(HatError, match="checkpoint-4 is not of this run: move it away"):
+        run_phase(new_hat("token"), tmp_path, resume=True)
 
 
 # A number that is not finite

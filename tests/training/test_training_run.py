@@ -2,6 +2,7 @@
 
 import csv
 import random
+import shutil
 import signal
 from dataclasses import replace
 
@@ -172,6 +173,39 @@ def test_kill_9_at_any_point_leaves_a_run_that_goes_on(finished, text, tmp_path)
     train(run, folder, resume=(folder / "run.json").exists(), progress=False)
     assert adapter(folder) == adapter(finished["token"]) and steps(folder) == steps(finished["token"])
     assert not (folder / "work").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_training_in_the_folder_is_refused(finished, text, tmp_path, monkeypatch, resume):
+    """Begun while the first loads its base, before `run.json` is there; or a second ``--resume``."""
+    folder, run = tmp_path / "run", tiny_run("token", text)
+    if resume:
+        interrupt_at(monkeypatch, ("routers", 5))
+        train(run, folder, progress=False)
+    load, refused = module.load_base, []
+
+    def load_base(*args, **options):
+        with pytest.raises(HatError, match=f"another process is training in {folder}: wait for it, or choose another"):
+            train(run, folder, resume=resume, progress=False)
+        refused.append(True)
+        return load(*args, **options)
+
+    monkeypatch.setattr(module, "load_base", load_base)
+    train(run, folder, resume=resume, progress=False)
+    assert refused == [True] and not (folder / "work").exists()
+    same_run(folder, finished["token"])
+
+
+def test_a_run_that_ended_between_the_look_and_the_lock_is_not_trained_over(finished, text, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def lock(path, lock=module._lock):
+        shutil.copytree(finished["token"], folder)
+        return lock(path)
+
+    monkeypatch.setattr(module, "_lock", lock)
+    with pytest.raises(HatError, match="already holds a run"):
+        train(tiny_run("token", text), folder, progress=False)
 
 
 # What a run can start from

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
-from contextlib import nullcontext
+import threading
+from contextlib import contextmanager, nullcontext
 
 import typer
 
@@ -32,8 +34,8 @@ def train(
 ) -> None:
     """Train routers and exit gates; the base stays frozen.
 
-    Ctrl-C finishes the step, saves, and says how to go on. Under `torchrun --nproc_per_node=N -m hat_lib train ...` the
-    same command trains on N processes.
+    Ctrl-C and SIGTERM finish the step, save, and say how to go on. Under `torchrun --nproc_per_node=N -m hat_lib train
+    ...` the same command trains on N processes.
     """
     from hat_lib.training.recipe import Recipe
 
@@ -62,12 +64,13 @@ def train(
     go_on = f"go on with: hat train --resume {shlex.quote(str(folder))}"
     main = not int(os.environ.get("RANK", 0))
     try:
-        outcomes = carry_out(run, folder, resume=resume is not None, max_minutes=max_minutes)
-    except KeyboardInterrupt:
-        if not main or not (folder / RUN_FILE).exists():
-            raise
-        typer.echo(f"\ninterrupted; {go_on}", err=True)
-        raise typer.Exit(130) from None
+        with _terminates() if main else nullcontext():
+            outcomes = carry_out(run, folder, resume=resume is not None, max_minutes=max_minutes)
+    except KeyboardInterrupt as stop:
+        how, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        if main and (folder / RUN_FILE).exists():
+            typer.echo(f"\n{how}; what was trained is saved; {go_on}", err=True)
+        raise typer.Exit(code) from None
     if not main:
         return
     if not outcomes:
@@ -79,6 +82,25 @@ def train(
         typer.echo(f"stopped ({outcomes[-1].stopped}), saved; {go_on}")
         raise typer.Exit(130 if outcomes[-1].stopped == "interrupt" else 0)
     typer.echo(f"wrote {folder}")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where by itself it would end the process without a word."""
+
+
+@contextmanager
+def _terminates():
+    def stop(*_):
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @app.command()
