@@ -1,21 +1,10 @@
-"""Who carries out the runs of a batch: processes on this machine, or a cluster.
+"""Who carries out the runs of a batch: processes on this machine, or a cluster (docs/scale-out.md).
 
 `Local` is joblib with its loky processes. `Dask` is Dask's own client, since joblib's Dask backend waits for ever for a
-task that Dask gives up because its workers die (joblib 1.6). Workers need this package installed, and the notebook and
-the output folder under the same paths.
-
-Slurm starts the workers of a Dask scheduler, and ``hat batch ... --engine dask --scheduler tcp://HOST:8786`` uses them:
-
-    dask scheduler --port 8786 &
-    srun --ntasks=8 --cpus-per-task=4 dask worker tcp://HOST:8786 --nthreads 1 &
-
-An engine is any function from tasks to their `carry_out`, so Slurm without Dask (``slurm`` is submitit's
-``AutoExecutor``, ``as_completed`` from ``submitit.helpers``) and Ray (``Pool`` from ``ray.util.multiprocessing``) are:
+task that Dask gives up because its workers die (joblib 1.6). An engine is any function from tasks to their `carry_out`,
+so Slurm (``slurm`` is submitit's ``AutoExecutor``, ``as_completed`` from ``submitit.helpers``) is
 
     batch(..., lambda tasks: (job.result() for job in as_completed(slurm.map_array(carry_out, tasks))), threads=4)
-    batch(..., lambda tasks: Pool().imap_unordered(carry_out, tasks), threads=4)
-
-There a killed worker ends the batch; the same call again does what is missing.
 """
 
 from __future__ import annotations
@@ -76,12 +65,12 @@ class Dask:
     def __init__(self, address: str):
         self._client = _connect(address)
         try:
-            self.threads = self._threads(address)
+            self.threads = self._share_of_cores(address)
         except BaseException:
             self._client.close()
             raise
 
-    def _threads(self, address: str) -> int:
+    def _share_of_cores(self, address: str) -> int:
         for worker, threads in self._client.nthreads().items():
             if threads != 1:
                 raise HatError(f"worker {worker} has {threads} threads: start workers with --nthreads 1")
