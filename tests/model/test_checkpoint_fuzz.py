@@ -53,10 +53,10 @@ def load(pristine, base):
     """
     damaged = pristine.parent / "damaged"
 
-    def attempt(onto=base):
+    def attempt():
         with stays_as_it_was(base):
             try:
-                hat = HierarchicalTransformer.from_pretrained(damaged, onto)
+                hat = HierarchicalTransformer.from_pretrained(damaged, base)
             except HatError as error:
                 message = str(error)
                 assert str(damaged) in message and "\n" not in message, message
@@ -120,19 +120,6 @@ def test_other_bytes(fresh, load, name, how, where, bit, extra):
         refused(message, f"{name}: ", "SHA-256" if name == ADAPTER_FILE else "")
     elif after != before:  # a digit beyond a float's precision, or 1e5 for 1E5
         assert name == CONFIG_FILE and json.loads(after) == json.loads(before)
-
-
-def test_swapped_and_renamed(fresh, load):
-    folder = fresh()
-    (folder / CONFIG_FILE).rename(folder / "c")
-    (folder / ADAPTER_FILE).rename(folder / CONFIG_FILE)
-    refused(load(), CONFIG_FILE)
-    (folder / "c").rename(folder / ADAPTER_FILE)
-    refused(load(), CONFIG_FILE)
-    for name in FILES:
-        folder = fresh()
-        (folder / name).rename(folder / name.upper())
-        refused(load(), f"{name} is missing")
 
 
 # The adapter, with its right hash in the JSON
@@ -284,20 +271,6 @@ def test_any_change_by_hand(fresh, load, data):
 
 
 @fuzz(40)
-@given(data=st.data())
-def test_a_key_twice(fresh, load, data):
-    file = fresh() / CONFIG_FILE
-    meta = json.loads(file.read_text())
-    while True:
-        parent, key = draw_place(data, meta)
-        if isinstance(parent, dict):
-            break
-    parent["@"] = data.draw(st.sampled_from([parent[key], None]))
-    file.write_text(json.dumps(meta).replace('"@"', json.dumps(key)))
-    refused(load(), CONFIG_FILE, f"duplicate key '{key}'")
-
-
-@fuzz(40)
 @given(
     text=st.recursive(
         st.none() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
@@ -306,17 +279,3 @@ def test_a_key_twice(fresh, load, data):
 def test_other_json(fresh, load, text):
     (fresh() / CONFIG_FILE).write_text(text)
     refused(load(), CONFIG_FILE)
-
-
-# The base
-
-
-def test_another_base(fresh, load, base):
-    fresh()
-    message = load(replace(base, fingerprint="f" * 64, name="another"))
-    refused(message, CONFIG_FILE, base.fingerprint[:12], "ffffffffffff")
-
-
-def test_a_rank_beyond_the_width_is_never_allocated(fresh, load):
-    damage(fresh(), lambda meta: meta["config"].update(translator_rank=10**12))
-    refused(load(), CONFIG_FILE, f"translator_rank must be at most 64, the hidden size, got {10**12}")
