@@ -51,7 +51,8 @@ class HierarchicalTransformer(Modes, nn.Module):
         calibration: thresholds for any capacity, from `hat_lib.calibration`; without it only capacity 1.0
             and forced decisions are possible.
 
-    Raises `HatError` if the config is for another depth, or the base is adapted already; the base stays as it was.
+    Raises `HatError` if config or calibration are for another shape, or the base is adapted already; the base stays as
+    it was.
     """
 
     def __init__(self, base: Base, config: HatConfig, calibration: Calibration | None = None):
@@ -59,6 +60,11 @@ class HierarchicalTransformer(Modes, nn.Module):
         lm, grain = base.model, GRAINS[config.granularity]
         if config.n_layers != lm.config.num_hidden_layers:
             raise HatError(f"the config is for {config.n_layers} layers, {base.name} has {lm.config.num_hidden_layers}")
+        if config.translator_rank > lm.config.hidden_size:
+            width, rank = lm.config.hidden_size, config.translator_rank
+            raise HatError(f"translator_rank must be at most {width}, the hidden size of {base.name}, got {rank}")
+        if calibration is not None:
+            calibration.check_fits(config)
         for layer in lm.model.layers:
             if (override := vars(layer).get("forward")) is not None:
                 ours = isinstance(getattr(override, "__self__", None), AdaptiveLayer)
@@ -175,6 +181,8 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     @calibration.setter
     def calibration(self, calibration: Calibration | None) -> None:
+        if calibration is not None:
+            calibration.check_fits(self.config)
         before, self._calibration = self._calibration, calibration
         try:
             self._context.change(lambda mode: self._decided(mode, mode.capacity, mode.exit_rate))

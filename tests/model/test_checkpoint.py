@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from hat_lib import __version__
-from hat_lib.backbone.base import exact_hash, load_base
+from hat_lib.backbone.base import exact_hash, fingerprint, load_base
 from hat_lib.config import DATA, HatConfig, HatError
 from hat_lib.model import checkpoint, schema
 from hat_lib.model.checkpoint import (
@@ -214,6 +214,25 @@ def test_only_the_adapter_is_saved_and_all_of_it(grain, base, tmp_path):
     loaded.unload()
 
 
+@pytest.mark.parametrize("grain", GRAINS)
+def test_neither_use_nor_training_changes_the_base(grain, base):
+    hat = HierarchicalTransformer.from_pretrained(OLD / grain, base)
+    ids, before = load_file(OLD / grain / "expected.safetensors")["ids"], exact_hash(base.model)
+    for capacity in (0.8, 1.0, 0.6):
+        hat.capacity = capacity
+        hat.lm.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        assert (fingerprint(hat.lm), exact_hash(hat.lm)) == (base.fingerprint, before)
+    hat.train()
+    step = torch.optim.SGD(hat.parameters(), lr=1.0)
+    hat.lm(ids).logits.square().mean().backward()
+    adapter = {name: parameter.clone() for name, parameter in hat.hat_parameters().items()}
+    step.step()
+    assert exact_hash(hat.lm) == before and all(p.grad is None for p in base.model.parameters())
+    assert any(not torch.equal(parameter, adapter[name]) for name, parameter in hat.hat_parameters().items())
+    hat.eval()
+    hat.unload()
+
+
 # Refused: the wrong base, or not a checkpoint
 
 
@@ -282,6 +301,35 @@ def test_the_home_folder(pristine, tmp_path, monkeypatch):
 def test_a_pickle_is_never_opened(tmp_path, base):
     torch.save({KEY: torch.zeros(64)}, tmp_path / "pytorch_model.bin")
     refused(tmp_path, base, "pytorch_model.bin is a pickle")
+
+
+def table(found, **changes):
+    return replace(found.calibration, **changes)
+
+
+@pytest.mark.parametrize(
+    "config, tables, words",
+    [
+        ({"n_layers": 5}, lambda found: None, "the config is for 5 layers, random:tiny has 4"),
+        ({"translator_rank": 10**13}, lambda found: None, "translator_rank must be at most 64, the hidden size of"),
+        ({}, lambda found: read_checkpoint(OLD / "token").calibration, r"sites \['ffn'\], expected \['qkv',"),
+        ({}, lambda found: table(found, thresholds=found.calibration.thresholds[:3]), "layers 3, expected 4"),
+        ({"exit_layers": (1, 2)}, lambda found: found.calibration, "exits 1, expected 2"),
+        ({"exit_layers": (), "exit_rate": 0.2}, lambda found: table(found, exit_scores=None), "without exit layers"),
+        ({"exit_rate": 0.2}, lambda found: table(found, exit_rates=None, exit_scores=None), "needs trained exit gates"),
+    ],
+)
+def test_a_constructor_that_fails_leaves_the_base_clean(base, config, tables, words):
+    found = read_checkpoint(OLD / "channel")
+    config = HatConfig(**{"n_layers": 4, "exit_layers": (2,), "capacity": 0.6, **config})
+    with pytest.raises(HatError, match=words):
+        HierarchicalTransformer(base, config, tables(found))
+    hat = HierarchicalTransformer(base, HatConfig(4))
+    if "expected" in words and config.exit_layers == (2,):
+        with pytest.raises(HatError, match=words):
+            hat.calibration = tables(found)
+        assert hat.calibration is None
+    hat.unload()
 
 
 # Refused: the weights

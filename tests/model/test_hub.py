@@ -1,6 +1,7 @@
 """With the Hub replaced: what is asked of it, what goes up, and that nothing is asked for local paths."""
 
 import json
+import re
 import shutil
 import socket
 from dataclasses import replace
@@ -97,6 +98,12 @@ def asked(monkeypatch, tmp_path):
 def front_matter(card):
     assert card.startswith("---\n")
     return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_the_model_is_imported_without_the_hub():
+    for path in Path(hub.__file__).parent.glob("*.py"):
+        for line in path.read_text().splitlines():
+            assert not re.match(r"(from|import) (huggingface_hub|yaml|hat_lib\.model\.hub)\b", line), path.name
 
 
 # Loading

@@ -114,17 +114,6 @@ class TestBase:
         with pytest.raises(HatError, match="unload"):
             HierarchicalTransformer(hat.base, hat.config)
 
-    def test_a_constructor_that_fails_leaves_the_base_clean(self, ids):
-        base = new_base()
-        expected = base.model(ids).logits
-        donor = active(new_base(), "channel")
-        config = HatConfig.default(base, exit_layers=(), exit_rate=0.2)
-        with pytest.raises(HatError, match="without exit layers"):
-            HierarchicalTransformer(base, config, donor.calibration)
-        assert all("forward" not in vars(m) for m in base.model.modules())
-        assert torch.equal(base.model(ids).logits, expected)
-        HierarchicalTransformer(base, HatConfig.default(base))
-
     def test_an_unloaded_model_says_so(self, hat):
         hat.unload()
         for use in (lambda: hat.to(torch.float32), lambda: setattr(hat, "capacity", 0.5), lambda: copy.deepcopy(hat)):
