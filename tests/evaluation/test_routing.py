@@ -257,17 +257,6 @@ class TestIntervals:
         np.testing.assert_allclose([mean[0], low[0], high[0]], expected, rtol=1e-5)  # it takes the exponential first
         assert (count[0], units[0]) == (tokens.sum(), 9)
 
-    def test_hold_the_truth_about_as_often_as_they_say(self, monkeypatch):
-        monkeypatch.setattr(pattern_tables, "RESAMPLES", 400)
-        draw, hits = np.random.default_rng(0), 0
-        unit = np.repeat(np.arange(12), 10)
-        for _ in range(300):
-            values = (draw.normal(size=12)[unit] + draw.normal(size=120))[None]
-            _, drawn, _, units = pattern_tables._resampled(values, unit)
-            low, high = pattern_tables._interval(drawn, units)
-            hits += low[0] <= 0 <= high[0]
-        assert 0.90 < hits / 300 < 0.985
-
     def test_a_class_that_is_no_different_looks_like_one(self, monkeypatch):
         monkeypatch.setattr(pattern_tables, "RESAMPLES", 300)
         clear = 0
@@ -344,15 +333,15 @@ class TestPrompts:
         kept = table.dropna()
         assert "share" in kept.index and (kept["low"] < kept["high"]).all()
 
-    def test_a_prompt_beside_itself_differs_by_nothing(self, hat):
-        rows = analyze.prompt_blocks(hat.base.tokenizer, {"a": "The same words. " * 6, "b": "The same words. " * 6})
-        table = pattern_tables.compare_docs(patterns(hat, rows, progress=False), "a", "b").dropna()
-        assert (table["difference"] == 0).all() and ((table["low"] <= 0) & (table["high"] >= 0)).all()
-
-    def test_a_short_prompt_has_no_interval(self, hat):
-        rows = analyze.prompt_blocks(hat.base.tokenizer, {"a": "abcdefgh", "b": "The same words. " * 6})
+    @pytest.mark.parametrize("first", ["The same words. " * 6, "abcdefgh"])
+    def test_a_prompt_beside_itself_differs_by_nothing_and_a_short_one_has_no_interval(self, hat, first):
+        rows = analyze.prompt_blocks(hat.base.tokenizer, {"a": first, "b": "The same words. " * 6})
         table = pattern_tables.compare_docs(patterns(hat, rows, progress=False), "a", "b")
-        assert table[["low", "high"]].isna().all(axis=None) and table["difference"].notna().all()
+        if len(first) < 20:
+            assert table[["low", "high"]].isna().all(axis=None) and table["difference"].notna().all()
+        else:
+            known = table.dropna()
+            assert (known["difference"] == 0).all() and ((known["low"] <= 0) & (known["high"] >= 0)).all()
 
     def test_bad_prompts_and_names_are_named(self, hat):
         with pytest.raises(HatError, match="prompt 'p' must have at least two tokens, got 'x'"):
