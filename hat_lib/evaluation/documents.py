@@ -66,17 +66,7 @@ def by_document(dataset: Sequence[Mapping], n_bytes: np.ndarray, base: Score, ad
     for document, blocks in blocks_of.items():
         tokens, size = int(base.tokens[blocks].sum()), int(n_bytes[blocks].sum())
         nats, base_nats = (float(score.nll[blocks].sum()) for score in (adaptive, base))
-        rows.append(
-            DocumentRow(
-                document=document,
-                blocks=len(blocks),
-                tokens=tokens,
-                bytes=size,
-                base_perplexity=math.exp(base_nats / tokens),
-                perplexity=math.exp(nats / tokens),
-                increase=math.expm1((nats - base_nats) / tokens),
-                base_bits_per_byte=bits_per_byte(base_nats, size),
-                bits_per_byte=bits_per_byte(nats, size),
-            )
-        )
+        perplexities = math.exp(base_nats / tokens), math.exp(nats / tokens), math.expm1((nats - base_nats) / tokens)
+        bits = bits_per_byte(base_nats, size), bits_per_byte(nats, size)
+        rows.append(DocumentRow(document, len(blocks), tokens, size, *perplexities, *bits))
     return rows

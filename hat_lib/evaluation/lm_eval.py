@@ -97,23 +97,14 @@ def run_tasks(hat: HierarchicalTransformer, tasks: dict, *, batch_size: int = 1)
     adaptive, spent = _run(hat, tasks, batch_size)
     rows = []
     for task, metrics in adaptive["results"].items():
+        theirs, samples = base["results"][task], adaptive["samples"].get(task, ())
         for key, value in metrics.items():
             name, _, kind = key.partition(",")
             if not kind or name.endswith("_stderr"):
                 continue
-            stderr = f"{name}_stderr,{kind}"
-            rows.append(
-                TaskRow(
-                    task=task,
-                    metric=name if kind == "none" else f"{name} ({kind})",
-                    base=float(base["results"][task][key]),
-                    base_stderr=_number(base["results"][task].get(stderr)),
-                    value=float(value),
-                    stderr=_number(metrics.get(stderr)),
-                    samples=int(metrics["sample_len"]),
-                    data_hash=_data_hash(adaptive["samples"].get(task, ())),
-                )
-            )
+            metric, stderr = name if kind == "none" else f"{name} ({kind})", f"{name}_stderr,{kind}"
+            both = (float(theirs[key]), _number(theirs.get(stderr)), float(value), _number(metrics.get(stderr)))
+            rows.append(TaskRow(task, metric, *both, int(metrics["sample_len"]), _data_hash(samples)))
     if not rows:
         raise HatError(f"{', '.join(adaptive['results'])}: lm_eval knows none of the metrics asked for")
     return rows, spent
