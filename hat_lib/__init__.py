@@ -14,6 +14,7 @@ _PUBLIC = {
     "load_base": "backbone.base",
     "load_text": "text.blocks",
     "HierarchicalTransformer": "model.transformer",
+    "AdaptiveInference": "inference.generate",
 }
 __all__ = [*_PUBLIC, "__version__"]
 
