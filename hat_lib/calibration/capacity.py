@@ -9,7 +9,7 @@ shares came out. How a budget is split over layers and sites is the ``split``:
 
 The price of gating a site is the KL divergence that it causes, by one backward pass (`hat_lib.calibration.fisher`):
 zeroing the channels with scores under a threshold changes the input x of a linear layer by -x there. At the channel
-grain another pass comes before, which tells how much each token needs (`hat_lib.calibration.token_sensitivity`).
+grain another pass comes before, which measures how sensitive each token is (`hat_lib.calibration.token_sensitivity`).
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Which tokens need more: the token routers of the channel grain, measured and not trained.
+"""Which tokens are sensitive to skipping: the token routers of the channel grain, measured and not trained.
 
-Dropping the same share of channels costs some tokens several times as much as others. How much, is what a backward pass
-tells (`hat_lib.calibration.fisher`), and the state that enters a layer predicts it: by a log-linear model of the price,
-``eta = w.x + b``, fitted to some thousand tokens (how well, on text of another kind: notebook 07).
+Dropping the same share of channels costs some tokens several times as much as others. A backward pass measures how much
+(`hat_lib.calibration.fisher`), and the state that enters a layer predicts it: by a log-linear model of the price,
+``eta = w.x + b``, fitted to some thousand tokens. How well it predicts on text of another kind: notebook 07.
 
 Where all channels of all tokens are to be dropped at the same marginal price, ``1/2 t^2 e^eta`` for one that lies at
-the threshold t, thresholds go with ``exp(-eta / 2)``. So the need, which multiplies a token's scores as ``exp(u)``, is
-``u = eta / 2``.
+the threshold t, thresholds go with ``exp(-eta / 2)``. So the sensitivity, which divides a token's thresholds by
+``exp(u)``, is ``u = eta / 2``.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from hat_lib.model.transformer import HierarchicalTransformer
 TOKENS = 24_576
 # Kept share at which tokens are priced.
 SHARE = 0.75
-# A layer's need is what its neighbours' prices say as well: one token's price in one layer is mostly noise.
+# Prices are averaged over neighbouring layers: one token's price in one layer is mostly noise.
 NEIGHBOURS = 2
-# Prices beyond so many times the mean count as that.
+# Prices above this many times the mean are clipped to it.
 PRICE_LIMIT = 30.0
 # Standard deviation that eta is expected to have: tighter than it comes out, and so better on text of another kind.
 PRIOR = 0.4
@@ -50,7 +50,7 @@ def fit_token_sensitivity(
     """
     prices, inputs = token_prices(hat, blocks, cuts, seed, progress)
     prices = prices / prices.mean(1, keepdim=True).clamp(min=1e-12)
-    for layer in tqdm(range(len(prices)), desc="needs", disable=not progress):
+    for layer in tqdm(range(len(prices)), desc="token sensitivity", disable=not progress):
         near = prices[max(0, layer - NEIGHBOURS) : layer + NEIGHBOURS + 1].mean(0).clamp(max=PRICE_LIMIT)
         if not near.any():  # nothing that is dropped here matters
             continue
@@ -74,10 +74,10 @@ def token_prices(
         The prices, nats of KL divergence, fp32 ``[L, n]``, and what predicts them, the inputs of q|k|v: L of ``[n, D]``
         in half precision. n counts the tokens that are not protected, in order.
 
-    Raises `HatError` at the token grain, which has no needs.
+    Raises `HatError` at the token grain, which has no token sensitivity.
     """
     if hat.config.granularity != "channel":
-        raise HatError(f"needs are of the channel grain, got a model of the {hat.config.granularity} grain")
+        raise HatError(f"token sensitivity is of the channel grain, got a model of the {hat.config.granularity} grain")
     layers = hat.config.n_layers
     price: list[list[Tensor]] = [[] for _ in range(layers)]
     inputs: list[list[Tensor]] = [[] for _ in range(layers)]

@@ -1,10 +1,10 @@
-"""Lossless decoding: the adaptive model drafts, its own dense base verifies.
+"""Self-speculative decoding, the base's own text: the adaptive model drafts, its own dense base verifies.
 
-Self-speculative decoding (Zhang et al. 2023, arXiv:2309.08168) with the acceptance rule of Leviathan et al. 2022
+After Zhang et al. 2023 (arXiv:2309.08168), with the acceptance rule of Leviathan et al. 2022
 (arXiv:2211.17192, algorithm 1) and Chen et al. 2023 (arXiv:2302.01318). Drafter and verifier are one set of weights
 with one KV cache: the drafts see the base's own K and V for everything that was verified, and the verifying pass writes
 the base's K and V over the drafts'. What comes out is the base's: token for token if greedy, in distribution if
-sampled, both within the rounding of a forward over several tokens against one over one.
+sampled, up to the rounding by which a forward over several tokens differs from a forward over one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a run trains on: sources mixed evenly.
 
 Thresholds trained on one kind of text got better there and worse elsewhere, so the default mixes addresses with
-text that the frozen base wrote itself (``self``, see `hat_lib.text.sampled`): what it is asked to keep is then also
-what it says of its own accord. The validation and test splits, and domain B, are never trained on.
+text that the frozen base wrote itself (``self``, see `hat_lib.text.sampled`), which favours no corpus. The
+validation and test splits, and domain B, are never trained on.
 """
 
 from __future__ import annotations
