@@ -8,7 +8,11 @@ A CSV file whose columns are the fields of a dataclass; some of them, the key, s
                 rows.write(measure(*point))
 
 A row is on disk, whole, before `write` returns. A run killed inside a write leaves a line without its end: the next
-`RowWriter` drops it, and `read_rows` passes over it. Nothing else that is in the file is ever changed.
+`RowWriter` drops it, and `read_rows` passes over it. Nothing else that is in the file is ever changed. With
+``replace=True`` rows go to a file beside it, which takes its place once all are there.
+
+Text comes from anywhere, and the file is opened in spreadsheets and terminals: a cell that a spreadsheet would compute
+gets an apostrophe in front, and control characters are spelt out (`safe_text`). `read_rows` undoes both.
 
 One writer a file: it holds a lock until it is closed, which the system releases if the process dies (`flock`, so not
 on Windows), and a second one is refused. Workers of a pool hand their rows to the process that writes.
@@ -19,6 +23,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import os
+import re
 import types
 import typing
 import warnings
@@ -29,6 +34,24 @@ from pathlib import Path
 from hat_lib.config import HatError
 
 KINDS = (str, bool, int, float)
+# Quotes and ends of lines are CSV's own business; \r is not, for a terminal goes back to the line's start.
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]|\\(?=x[0-9a-f]{2})")
+FORMULA = re.compile("'*[=+@-]")
+
+
+def safe_text(text: str) -> str:
+    """``text`` as a cell that no spreadsheet computes and no terminal obeys.
+
+    >>> print(safe_text("=1+1"), safe_text("\x1b[2J"), safe_text("a - b"))
+    '=1+1 \\x1b[2J a - b
+    """
+    text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return "'" + text if FORMULA.match(text) else text
+
+
+def _as_it_was(text: str) -> str:
+    text = text[1:] if text.startswith("'") and FORMULA.match(text) else text
+    return re.sub(r"\\x([0-9a-f]{2})", lambda found: chr(int(found[1], 16)), text)
 
 
 class RowWriter:
@@ -39,20 +62,23 @@ class RowWriter:
         row_type: a dataclass whose fields are `str`, `bool`, `int` or `float`, or one of these `` | None``. Floats are
             written in full: round them before.
         key: the fields that tell rows apart.
+        replace: write to ``path`` + ".new", where a stopped run goes on, and put it in the place of ``path`` when the
+            ``with`` block ends without an error.
 
     Raises `HatError` for other columns than the row's, a line that does not read back, a key that stands
     there twice, a file that is being written, and one that cannot be; the file stays as it was.
     """
 
-    def __init__(self, path: str | Path, row_type: type, key: Sequence[str]):
-        self.path, self.row_type = Path(path), row_type
+    def __init__(self, path: str | Path, row_type: type, key: Sequence[str], *, replace: bool = False):
+        self._replaces = Path(path) if replace else None
+        self.path, self.row_type = Path(f"{path}.new" if replace else path), row_type
         self._kinds = _kinds(row_type)
         unknown = [k for k in key if k not in self._kinds]
         if unknown or not key or isinstance(key, str):
             raise HatError(f"key must name fields of {row_type.__name__} ({', '.join(self._kinds)}), got {key!r}")
         self.key = tuple(key)
-        self.done: set[tuple] = set()
-        """keys of the rows in the file, each a tuple in the order of ``key``"""
+        self.done: dict[tuple, typing.Any] = {}
+        """the rows in the file by their keys, each a tuple in the order of ``key``"""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b", buffering=0)
@@ -78,7 +104,7 @@ class RowWriter:
             key = self._key(row)
             if key in self.done:
                 raise HatError(f"{self.path}, row {number}: {self._named(key)} stands there twice")
-            self.done.add(key)
+            self.done[key] = row
         self._end = whole
         if whole < len(data):
             cut = len(data) - whole
@@ -98,7 +124,7 @@ class RowWriter:
         if any(value != value for value in key):
             raise HatError(f"{self.path}: a key cannot hold nan, got {self._named(key)}")
         self._append(_line(cells.values()))
-        self.done.add(key)
+        self.done[key] = row
 
     def close(self) -> None:
         self._file.close()
@@ -106,8 +132,10 @@ class RowWriter:
     def __enter__(self) -> RowWriter:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, failure, *_) -> None:
         self.close()
+        if self._replaces and failure is None:
+            self.path.replace(self._replaces)
 
     def _append(self, line: bytes) -> None:
         try:
@@ -216,7 +244,7 @@ def _cell(name: str, value, kind: tuple[type, bool]) -> str:
     fits = isinstance(value, int | float if wanted is float else wanted) and isinstance(value, bool) == (wanted is bool)
     if not fits or (optional and value == ""):  # there, an empty cell is None
         raise HatError(f"{name} must be {_said(kind)}, got {value!r}")
-    text = repr(float(value)) if wanted is float else str(value)
+    text = safe_text(value) if wanted is str else repr(float(value)) if wanted is float else str(value)
     if len(text) > csv.field_size_limit():
         raise HatError(f"{name} holds {len(text)} characters, at most {csv.field_size_limit()} read back")
     return text
@@ -226,6 +254,8 @@ def _value(text: str, kind: tuple[type, bool]):
     wanted, optional = kind
     if optional and not text:
         return None
+    if wanted is str:
+        return _as_it_was(text)
     return {"True": True, "False": False}[text] if wanted is bool else wanted(text)
 
 
@@ -234,8 +264,7 @@ def _said(kind: tuple[type, bool]) -> str:
 
 
 def _line(cells: Iterable[str]) -> bytes:
-    r"""One line of CSV. The csv module quotes a lone ``\r`` in some Python versions only, and it must be."""
-    quoted = ('"' + cell.replace('"', '""') + '"' if set(cell) & set(',"\r\n') else cell for cell in cells)
+    quoted = ('"' + cell.replace('"', '""') + '"' if set(cell) & set(',"\n') else cell for cell in cells)
     try:
         return ((",".join(quoted) or '""') + "\n").encode()
     except UnicodeEncodeError as error:

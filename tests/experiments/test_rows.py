@@ -50,7 +50,7 @@ def test_the_file_is_the_csv_that_others_read(path):
     assert data.startswith(b"text,seed,capacity,learned,note,low\naddresses,1,0.75,False,,0.1\n")
     frame = pytest.importorskip("pandas").read_csv(path)
     assert frame["capacity"].tolist() == [0.75, 0.55] and frame["learned"].tolist() == [False, True]
-    assert frame["text"][1] == TRICKY.text
+    assert frame["text"][1] == TRICKY.text.replace("\r", r"\x0d")
 
 
 optional = st.none() | st.text(min_size=1)
@@ -66,7 +66,42 @@ def test_rows_come_back_as_they_were(tmp_path_factory, rows):
     # repr tells 1 from 1.0 and True, and lets nan equal itself
     assert repr(found) == repr(rows)
     with RowWriter(path, Row, KEY) as writer:
-        assert writer.done == {(r.text, r.seed) for r in rows}
+        assert repr(writer.done) == repr({(r.text, r.seed): r for r in rows})
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("=1+1", "'=1+1"),
+        ('=HYPERLINK("http://a")', """"'=HYPERLINK(""http://a"")\""""),
+        ("+1", "'+1"),
+        ("-x", "'-x"),
+        ("@sum", "'@sum"),
+        ("\t=1", r"\x09=1"),
+        ("\x1b[31mred\x07\x9b2J", r"\x1b[31mred\x07\x9b2J"),
+        ("'=1", "''=1"),
+        (r"\x1b", r"\x5cx1b"),
+        ("a=b, 3 - 2", '"a=b, 3 - 2"'),
+        ("'quoted'", "'quoted'"),
+    ],
+)
+def test_text_is_no_formula_and_no_terminal_escape_and_reads_back(path, text, cell):
+    data = written(path, [row(-1, text=text, capacity=-0.5, note=text)])
+    assert data.splitlines()[-1].decode() == f"{cell},-1,-0.5,False,{cell},", "numbers stay numbers"
+    assert read_rows(path, Row) == [row(-1, text=text, capacity=-0.5, note=text)]
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(path):
+    before, new = written(path, [row(1)]), path.with_name("rows.csv.new")
+    with pytest.raises(KeyboardInterrupt), RowWriter(path, Row, KEY, replace=True) as writer:
+        writer.write(row(2))
+        raise KeyboardInterrupt
+    assert path.read_bytes() == before and read_rows(new, Row) == [row(2)]
+    with RowWriter(path, Row, KEY, replace=True) as writer:
+        assert list(writer.done) == [("addresses", 2)], "a stopped run goes on"
+        writer.write(row(3))
+        assert path.read_bytes() == before
+    assert read_rows(path, Row) == [row(2), row(3)] and not new.exists()
 
 
 def test_one_column_of_nothing(path):
@@ -112,7 +147,7 @@ def test_killed_at_every_byte_of_the_last_line(path):
         else:
             writer = RowWriter(path, Row, KEY)
         with writer:
-            assert writer.done == {("addresses", 1)} and path.read_bytes() == first
+            assert writer.done == {("addresses", 1): row(1)} and path.read_bytes() == first
             writer.write(TRICKY)
         assert path.read_bytes() == whole
 
@@ -140,7 +175,7 @@ os._exit(9)
 
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 9
     with RowWriter(path, Row, KEY) as writer:
-        assert writer.done == {("addresses", 7)}
+        assert writer.done == {("addresses", 7): row(7)}
 
 
 @pytest.mark.parametrize(
@@ -156,7 +191,7 @@ def test_a_write_that_fails_leaves_no_half_line(path, monkeypatch, failure):
             patch.setattr("hat_lib.experiments.rows.os.fsync", fail)
             with pytest.raises((HatError, KeyboardInterrupt), match="No space|^$"):
                 writer.write(row(2))
-        assert writer.done == {("addresses", 1)}
+        assert writer.done == {("addresses", 1): row(1)}
         writer.write(row(2, low=2.0))
     assert read_rows(path, Row) == [row(1), row(2, low=2.0)]
 
@@ -241,7 +276,7 @@ def test_a_value_that_would_not_read_back(path, changes, match):
     with RowWriter(path, Row, KEY) as writer:
         with pytest.raises(HatError, match=match):
             writer.write(row(2, **changes))
-        assert writer.done == set()
+        assert writer.done == {}
     assert read_rows(path, Row) == []
 
 
