@@ -1,32 +1,37 @@
 """What each choice of the recipe is worth: short runs that differ in one thing, ``data/results/ablations.csv``.
 
 Every run trains routers for a few steps from the same seed and is then measured at the same realised capacity, on
-validation text of the domain it was trained on, and on the other domain. Runs are written one by one; a stopped
-command goes on with the next. Short runs rank choices that act fast; they say nothing on how a choice scales.
+validation text of the domain it was trained on, and on the other domain. Short runs rank choices that
+act fast; they say nothing on how a choice scales.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from hat_lib.backbone.base import load_base
+from matplotlib.figure import Figure
+
+from hat_lib.backbone.base import load_base, parse_dtype
 from hat_lib.calibration.capacity import calibrate
-from hat_lib.config import HatConfig
+from hat_lib.config import GRANULARITIES, HatConfig, HatError
 from hat_lib.evaluation.baselines.controls import as_in
 from hat_lib.evaluation.baselines.equal_compute import matched
 from hat_lib.evaluation.perplexity import compare, score, states
-from hat_lib.experiments.rows import RowWriter
+from hat_lib.experiments.columns import machine, perplexity, rounded
 from hat_lib.experiments.tables import markdown, saved
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.plotting.findings import said
+from hat_lib.plotting.findings import choices, said
 from hat_lib.text.blocks import held_out, load_text
 from hat_lib.training.recipe import Recipe
 from hat_lib.training.run import CALIBRATION_TOKENS, Run, train
 
+ABOUT = "a short run that differs in one thing"
+MINUTES = 120
+KEY = ("granularity", "change", "text")
 # (text, split) that a run is measured on. Domain B has no part in any choice; it is shown, not chosen by.
 MEASURED = (("addresses", "validation"), ("docstrings", "test"))
 
@@ -87,7 +92,7 @@ CAPACITY = {"channel": 0.62, "token": 0.75}
 
 
 @dataclass(frozen=True)
-class AblationRow:
+class Row:
     """Perplexities are those of a 4-bit file, dequantised, when ``base`` is "bundled"."""
 
     granularity: str
@@ -110,37 +115,36 @@ class AblationRow:
     dtype: str
 
 
-def ablations(
-    out: Path,
+def rows(
+    done: Collection = (),
     *,
     base: str = "bundled",
-    changes: Sequence[Change] = CHANGES,
+    grains: Sequence[str] = GRANULARITIES,
     steps: int = 40,
     tokens: int = 4_000,
     dtype: str = "bf16",
-    progress: bool = True,
-) -> Iterator[AblationRow]:
-    """Run what ``out`` lacks, yielding each row once it is written.
+    changes: Sequence[Change] = CHANGES,
+) -> Iterator[Row]:
+    """Two rows for each change.
 
     Args:
         steps: training steps of a run.
         tokens: tokens per text.
     """
-    with RowWriter(out, AblationRow, key=("granularity", "change", "text")) as writer:
-        for change in changes:
-            if all((change.granularity, change.name, text) in writer.done for text, _ in MEASURED):
-                continue
+    parse_dtype(dtype)
+    if steps < 1 or tokens < 1024:
+        raise HatError(f"steps must be at least 1 and tokens at least 1024, got {steps} and {tokens}")
+    for change in changes:
+        texts = [at for at in MEASURED if (change.granularity, change.name, at[0]) not in done]
+        if change.granularity in grains and texts:
             with TemporaryDirectory() as folder:
                 run = Path(folder)
-                recipe = _train(change, run, base, steps, dtype, progress)
-                for row in _measure(change, run, base, recipe, steps * change.trained, tokens, dtype):
-                    if (row.granularity, row.change, row.text) not in writer.done:
-                        writer.write(row)
-                        yield row
+                recipe = _train(change, run, base, steps, dtype)
+                yield from _measure(change, run, base, recipe, steps * change.trained, texts, tokens, dtype)
             gc.collect()  # models and their hooks refer to each other, and the collector does not see their size
 
 
-def _train(change: Change, folder: Path, base: str, steps: int, dtype: str, progress: bool) -> Recipe:
+def _train(change: Change, folder: Path, base: str, steps: int, dtype: str) -> Recipe:
     """Leaves ``folder / "start"`` and, unless the start is what is wanted, ``folder / "run"``."""
     make = Recipe.published if change.granularity == "token" else Recipe.channel
     # As many tokens a step for both grains, and no token twice.
@@ -152,27 +156,29 @@ def _train(change: Change, folder: Path, base: str, steps: int, dtype: str, prog
         hat = HierarchicalTransformer(loaded, HatConfig.default(loaded, protected_tokens=change.protected_tokens))
         blocks = held_out("addresses", loaded.tokenizer, CALIBRATION_TOKENS, recipe.block_size)
         calibrate(
-            hat, blocks["input_ids"], split=change.split, token_sensitivity=change.token_sensitivity, progress=progress
+            hat, blocks["input_ids"], split=change.split, token_sensitivity=change.token_sensitivity, progress=False
         )
         start = folder / "start"
         hat.save_pretrained(start)
     if change.trained:
         run = Run("routers", change.granularity, base, recipe, dtype, start and str(start), max_steps=steps)
-        train(run, folder / "run", progress=progress)
+        train(run, folder / "run", progress=False)
     return recipe
 
 
-def _measure(change: Change, folder: Path, base: str, recipe: Recipe, steps: int, tokens: int, dtype: str):
+def _measure(change: Change, folder: Path, base: str, recipe: Recipe, steps: int, texts, tokens: int, dtype: str):
     found = folder / ("run" if change.trained else "start")
     hat = HierarchicalTransformer.from_pretrained(found, base, dtype=dtype)
-    for text, split in MEASURED:
+    for text, split in texts:
         blocks = load_text(text, hat.base.tokenizer, split=split, max_tokens=tokens)
         with hat.dense():
             dense, against = score(hat, blocks, progress=False), states(hat, blocks, progress=False)
         with hat.using(matched(hat, as_in(hat, found), blocks, CAPACITY[change.granularity])):
             routed = score(hat, blocks, against=against, progress=False)
-        paired = compare(dense, routed)
-        yield AblationRow(
+        yield rounded(
+            Row,
+            **machine(hat.base),
+            **perplexity(compare(dense, routed)),
             granularity=change.granularity,
             change=change.name,
             text=text,
@@ -180,17 +186,14 @@ def _measure(change: Change, folder: Path, base: str, recipe: Recipe, steps: int
             steps=steps,
             step_tokens=recipe.batch_size * recipe.block_size,
             capacity=CAPACITY[change.granularity],
-            realised=round(routed.capacity, 4),
-            base_ppl=round(paired.base_ppl, 4),
-            increase=round(paired.increase, 5),
-            increase_low=round(paired.low, 5),
-            increase_high=round(paired.high, 5),
-            top1=round(routed.agreement.top1, 4),
-            kl=round(routed.agreement.kl, 5),
-            tokens=paired.tokens,
-            base=hat.base.name,
-            dtype=dtype,
+            realised=routed.capacity,
+            top1=routed.agreement.top1,
+            kl=routed.agreement.kl,
         )
+
+
+def figures(results: Path | None = None) -> dict[str, Figure]:
+    return {"08_choices": choices(saved("ablations", results))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Wall-clock: the adaptive model beside its own dense path and beside plain transformers, in one run.
+"""Wall-clock of both grains at forced shares, interleaved: ``data/results/benchmark.csv``.
 
 A ratio is only worth something inside one run, so the variants take turns: in each round every variant
 processes the same tokens once, and what is reported is the median over rounds of the round's ratio.
@@ -9,32 +9,37 @@ or FLOPs (prefill). Tokens are forced, not sampled, so every variant sees the sa
 
 from __future__ import annotations
 
-import csv
 import resource
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import DynamicCache, LlamaForCausalLM
 
-from hat_lib.backbone.base import Base, load_base
+from hat_lib.backbone.base import load_base
 from hat_lib.calibration.capacity import score_quantiles
 from hat_lib.config import HatConfig, HatError, check_capacity
+from hat_lib.experiments.columns import machine, rounded
 from hat_lib.experiments.tables import markdown, saved, times
 from hat_lib.inference.timing import Variant, now, take_turns
 from hat_lib.model.cost import state_cost
 from hat_lib.model.policies import Forced, Policy
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.plotting.style import benchmark as draw
 
+ABOUT = "speed of a grain at forced shares, on TinyLlama's shape"
+MINUTES = 15
+KEY = ("granularity", "phase", "batch", "capacity", "exit_rate")
 CONTEXT = 64
 """tokens in the cache before the first timed decode step"""
 PREFILL = 512
@@ -135,49 +140,46 @@ def measure(
     """
     memory = _memory(hat) if memory is None else memory
     prompts = ids[:, : max(1, PREFILL // len(ids))]
-    variants = {"hf": Variant("hf", plain, _nothing), "dense": Variant("dense", hat.lm, hat.dense)}
+    variants = {"hf": Variant("hf", plain, torch.inference_mode), "dense": Variant("dense", hat.lm, hat.dense)}
     variants |= {s: Variant(f"{s}", hat.lm, around) for s, around in settings.items()}
     if phase == "decode":
         take_turns(list(variants.values()), lambda v: decode_ms(v.lm, ids, steps), rounds)
     else:
         take_turns(list(variants.values()), lambda v: prefill_ms(v.lm, prompts), rounds)
 
-    rows = []
+    found = []
     for setting, around in settings.items():
         v = variants[setting]
         with around(), hat.collect() as states, torch.inference_mode():
             decode_ms(hat.lm, ids, steps) if phase == "decode" else prefill_ms(hat.lm, prompts)
             trace = TokenState.cat(states[1:] if phase == "decode" else states)
             cost = state_cost(hat, trace)
-        ideal = _ideal(cost, phase, ids.shape[0])
-        hf, own = ratio(variants["hf"], v), ratio(variants["dense"], v)
-        rows.append(
-            Row(
-                base=hat.base.name,
-                device=_device_name(hat.base.device),
-                dtype=str(hat.base.dtype).removeprefix("torch."),
-                threads=torch.get_num_threads(),
+        hf, own, ideal = ratio(variants["hf"], v), ratio(variants["dense"], v), _ideal(cost, phase, len(ids))
+        found.append(
+            rounded(
+                Row,
+                **machine(hat.base),
                 granularity=hat.config.granularity,
                 phase=phase,
-                batch=ids.shape[0],
+                batch=len(ids),
                 tokens=CONTEXT if phase == "decode" else prompts.shape[1],
                 **setting._asdict(),
-                realised=round(trace.capacity, 4),
-                realised_exit=round(trace.exit_rate, 4),
-                model_share=round(cost.model_share, 4),
-                ideal=round(ideal, 3),
-                ms_hf=round(statistics.median(variants["hf"].times), 3),
-                ms_dense=round(statistics.median(variants["dense"].times), 3),
-                ms_adaptive=round(statistics.median(v.times), 3),
-                speedup_hf=round(hf, 3),
-                speedup_dense=round(own, 3),
-                efficiency_hf=round(hf / ideal, 3),
-                efficiency_dense=round(own / ideal, 3),
+                realised=trace.capacity,
+                realised_exit=trace.exit_rate,
+                model_share=cost.model_share,
+                ideal=ideal,
+                ms_hf=statistics.median(variants["hf"].times),
+                ms_dense=statistics.median(variants["dense"].times),
+                ms_adaptive=statistics.median(v.times),
+                speedup_hf=hf,
+                speedup_dense=own,
+                efficiency_hf=hf / ideal,
+                efficiency_dense=own / ideal,
                 rounds=rounds,
                 **memory,
             )
         )
-    return rows
+    return found
 
 
 def _ideal(cost, phase: str, batch: int) -> float:
@@ -210,116 +212,92 @@ def forced_tokens(hat: HierarchicalTransformer, capacity: float, batch: int, tok
     return Forced(Masks({(i, "ffn"): torch.from_numpy(keep[i]).to(hat.base.device) for i in range(1, n)}))
 
 
-def forced_channels(hat: HierarchicalTransformer, ids: Tensor, capacities: Iterable[float]) -> dict[float, dict]:
+def forced_channels(hat: HierarchicalTransformer, ids: Tensor, capacities: Iterable[float]) -> dict[float, Policy]:
     """Channel grain at a share: one quantile of the scores per site, the same share everywhere."""
     quantiles = score_quantiles(hat, [ids], progress=False)
-    return {c: quantiles.cuts(c) for c in capacities}
+    return {c: hat.threshold_policy(quantiles.cuts(c)) for c in capacities}
 
 
-def at_thresholds(hat: HierarchicalTransformer, thresholds: dict):
-    """A context that decides by the given thresholds."""
-    return partial(hat.using, hat.threshold_policy(thresholds))
-
-
-def benchmark(
-    granularity: str,
-    capacities: Sequence[float],
-    base: str = "random:tinyllama",
+def rows(
+    done: Collection = (),
     *,
-    dtype=None,
+    base: str = "random:tinyllama",
+    channel: Sequence[float] = (1.0, 0.75, 0.6),
+    token: Sequence[float] = (1.0, 0.7, 0.55, 0.4),
     batches: Sequence[int] = (1, 8),
     rounds: int = 5,
     steps: int = 12,
-    progress: bool = True,
-) -> list[Row]:
-    """Speed of one grain at forced shares, decode and prefill, at every batch size.
+    dtype: str | None = None,
+) -> Iterator[Row]:
+    """Both grains at every capacity, decode and prefill, at every batch size.
 
     A batch prefills as many tokens as one prompt does, in shorter prompts, so that the two can be compared.
-    Meant for shapes without weights, whose ratios do not depend on the weights. Two copies of the base are in
-    memory: the adaptive one, and plain transformers', loaded after the peak was read.
+    Each grain runs in a process of its own, so that its peak memory is its own.
+
+    Args:
+        channel, token: capacities of each grain; none leaves it out.
+        rounds: in which every variant takes one turn; medians over them.
+        steps: decode steps of one turn.
     """
     if min(rounds, steps, *batches) < 1:
         raise HatError(f"rounds, steps and batch sizes must be at least 1, got {rounds}, {steps} and {batches}")
+    for granularity, capacities in (("channel", channel), ("token", token)):
+        asked = [check_capacity(c) for c in capacities]
+        plan = {at: [c for c in asked if (granularity, *at, c, 0.0) not in done]
+                for at in product(("decode", "prefill"), batches)}  # fmt: skip
+        if any(plan.values()):
+            with get_context("spawn").Pool(1) as pool:
+                yield from pool.apply(of_grain, (granularity, plan, base, rounds, steps, dtype))
+
+
+def of_grain(
+    granularity: str,
+    plan: Mapping[tuple[str, int], Sequence[float]],
+    base: str,
+    rounds: int = 5,
+    steps: int = 12,
+    dtype: str | None = None,
+) -> list[Row]:
+    """The rows of one grain.
+
+    Two copies of the base are in memory: the adaptive one, and plain transformers', loaded after the peak was read.
+
+    Args:
+        plan: capacities by phase and batch size.
+    """
     loaded = load_base(base, dtype=dtype)
     shape = HatConfig.published if granularity == "token" else HatConfig.default
     hat = HierarchicalTransformer(loaded, shape(loaded, exit_layers=()))
+    sizes, gated = [size for _, size in plan], {c for capacities in plan.values() for c in capacities if c < 1}
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 256, (max(batches), max(PREFILL, CONTEXT + steps)), generator=generator).to(loaded.device)
-    gated = [c for c in map(check_capacity, capacities) if c < 1]
+    ids = torch.randint(0, 256, (max(sizes), max(PREFILL, CONTEXT + steps)), generator=generator).to(loaded.device)
     with torch.inference_mode():
-        if granularity == "channel":
-            thresholds = forced_channels(hat, ids[:1], gated)
+        policies = forced_channels(hat, ids[:1], gated) if granularity == "channel" else {}
         hat.lm(ids[:1, :PREFILL], use_cache=True, logits_to_keep=1)
     memory = _memory(hat)
     plain = load_base(base, dtype=dtype).model
-
-    rows: list[Row] = []
-    phases = list(product(("decode", "prefill"), batches))
-    for phase, size in tqdm(phases, desc=granularity, disable=not progress):
-        if granularity == "channel":
-            settings = {Setting(c): at_thresholds(hat, thresholds[c]) for c in gated}
-        else:
+    found: list[Row] = []
+    for (phase, size), capacities in plan.items():
+        if granularity == "token":
             policies = {c: forced_tokens(hat, c, size, ids.shape[1]) for c in gated}
-            settings = {Setting(c): partial(hat.using, policies[c]) for c in gated}
-        settings |= {Setting(c): hat.dense for c in capacities if c == 1}
-        rows += measure(hat, plain, settings, ids[:size], phase=phase, rounds=rounds, steps=steps, memory=memory)
-    return rows
-
-
-def decode_rows(
-    hat: HierarchicalTransformer,
-    plain: Base,
-    ids: Tensor,
-    capacities: Sequence[float],
-    *,
-    rounds: int = 9,
-    steps: int = 24,
-) -> list[Row]:
-    """Batch-1 decode of real text at calibrated capacities, against a plain copy of the same base."""
-    settings = {
-        Setting(c): at_thresholds(hat, hat.calibration.thresholds_at(c)) if c < 1 else hat.dense for c in capacities
-    }
-    return measure(hat, plain.model, settings, ids, phase="decode", rounds=rounds, steps=steps)
-
-
-def write_rows(path: str | Path, rows: Sequence) -> Path:
-    """Dataclass rows to CSV, header from the field names; written beside and renamed."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(rows[0])])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
-        temporary.replace(path)
-    except OSError as error:
-        raise HatError(f"cannot write {path}: {error.strerror or error}") from error
-    return path
+        settings = {Setting(c): partial(hat.using, policies[c]) if c < 1 else hat.dense for c in capacities}
+        if settings:
+            found += measure(hat, plain, settings, ids[:size], phase=phase, rounds=rounds, steps=steps, memory=memory)
+    return found
 
 
 def _memory(hat: HierarchicalTransformer) -> dict[str, float]:
-    storages = {}
-    for p in hat.parameters():
-        storages[p.untyped_storage().data_ptr()] = p.untyped_storage().nbytes()
-    own = sum(p.numel() * p.element_size() for p in hat.lm.parameters())
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in hat.parameters()}
     if hat.base.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(hat.base.device) / 2**20
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return {
-        "peak_mb": round(peak, 1),
-        "weights_mb": round(sum(storages.values()) / 2**20, 1),
-        "base_mb": round(own / 2**20, 1),
-    }
+    own = sum(p.numel() * p.element_size() for p in hat.lm.parameters())
+    return {"peak_mb": peak, "weights_mb": sum(storages.values()) / 2**20, "base_mb": own / 2**20}
 
 
-def _nothing():
-    return torch.inference_mode()
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def figures(results: Path | None = None) -> dict[str, Figure]:
+    return {"benchmark": draw(saved("benchmark", results))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The foundation result: what the untrained, calibrated channel grain costs and gains on the real base.
+"""What channels cost and gain without any training, on the real base: ``data/results/foundation.csv``.
 
 For each capacity and text: perplexity over the dense base's with its paired interval, and batch-1 decode of
 that same text against plain transformers and against our own dense path.
@@ -6,24 +6,30 @@ that same text against plain transformers and against our own dense path.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from hat_lib.backbone.base import Base, load_base
-from hat_lib.config import HatError
+from hat_lib.backbone.base import load_base
+from hat_lib.config import HatError, check_capacity
 from hat_lib.evaluation.perplexity import compare, score
-from hat_lib.experiments.benchmark import CONTEXT, decode_rows
+from hat_lib.experiments.benchmark import CONTEXT, Setting, measure
+from hat_lib.experiments.columns import CHECKPOINTS, TEXTS, perplexity, rounded
 from hat_lib.experiments.tables import markdown, saved, times
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.findings import said
 from hat_lib.text.blocks import load_text, text_hash
 
+ABOUT = "the calibrated channel grain at a capacity: perplexity and decode speed"
+MINUTES = 5
+KEY = ("text", "capacity")
+
 
 @dataclass(frozen=True)
-class FoundationRow:
+class Row:
     """Perplexities are those of a 4-bit file, dequantised, when ``base`` is "bundled"."""
 
     base: str
@@ -56,70 +62,55 @@ class FoundationRow:
     rounds: int
 
 
-def foundation(
-    checkpoint,
+def rows(
+    done: Collection = (),
     *,
-    dtype=None,
-    texts: Sequence[str] = ("addresses", "docstrings"),
+    checkpoint: Path = CHECKPOINTS / "calibrated",
+    texts: Sequence[str] = TEXTS,
     capacities: Sequence[float] = (0.75, 0.62),
     max_tokens: int = 20_000,
     rounds: int = 9,
     steps: int = 24,
-    progress: bool = True,
-) -> list[FoundationRow]:
-    """Measure a checkpoint; rows for each text and capacity.
+    dtype: str | None = None,
+) -> Iterator[Row]:
+    """A row for each text and capacity.
 
     Args:
         max_tokens: test tokens per text.
         rounds, steps: interleaved rounds of the timing, and decode steps in each.
     """
+    capacities = [check_capacity(c) for c in capacities]
     if rounds < 1 or steps < 1:
         raise HatError(f"rounds and steps must be at least 1, got {rounds} and {steps}")
+    missing = {text: [c for c in capacities if (text, c) not in done] for text in texts}
+    if not any(missing.values()):
+        return
     hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
-    plain: Base = load_base(hat.base.name, dtype=hat.base.dtype)
-    rows = []
-    for text in texts:
+    plain = load_base(hat.base.name, dtype=hat.base.dtype, device=hat.base.device).model
+    for text, wanted in missing.items():
         blocks = load_text(text, hat.base.tokenizer, split="test", max_tokens=max_tokens)
         ids = torch.tensor([blocks[0]["input_ids"]], device=hat.base.device)
         if ids.shape[1] < CONTEXT + steps:
             raise HatError(f"{text}: decoding needs {CONTEXT + steps} tokens in the first block, got {ids.shape[1]}")
-        timed = {r.capacity: r for r in decode_rows(hat, plain, ids, capacities, rounds=rounds, steps=steps)}
+        settings = {Setting(c): partial(hat.at, c, 0.0) for c in wanted}
+        timed = measure(hat, plain, settings, ids, phase="decode", rounds=rounds, steps=steps) if wanted else []
         with hat.dense():
-            base_score = score(hat, blocks, progress=progress)
-        for capacity in capacities:
-            hat.capacity = capacity
-            adaptive = score(hat, blocks, progress=progress)
-            paired, t = compare(base_score, adaptive), timed[capacity]
-            rows.append(
-                FoundationRow(
-                    base=hat.base.name,
-                    device=t.device,
-                    dtype=t.dtype,
-                    threads=t.threads,
-                    granularity=hat.config.granularity,
-                    text=text,
-                    text_hash=text_hash(blocks)[:16],
-                    tokens=paired.tokens,
-                    blocks=paired.n_blocks,
-                    capacity=capacity,
-                    realised=round(adaptive.capacity, 4),
-                    model_share=round(adaptive.model_share, 4),
-                    base_ppl=round(paired.base_ppl, 4),
-                    ppl=round(paired.ppl, 4),
-                    increase=round(paired.increase, 5),
-                    increase_low=round(paired.low, 5),
-                    increase_high=round(paired.high, 5),
-                    ms_hf=t.ms_hf,
-                    ms_dense=t.ms_dense,
-                    ms_adaptive=t.ms_adaptive,
-                    speedup_hf=t.speedup_hf,
-                    speedup_dense=t.speedup_dense,
-                    ideal=t.ideal,
-                    realised_decode=t.realised,
-                    rounds=t.rounds,
-                )
+            base = score(hat, blocks, progress=False)
+        for decode in timed:
+            with hat.at(decode.capacity, 0.0):
+                adaptive = score(hat, blocks, progress=False)
+            executed = {"realised": adaptive.capacity, "model_share": adaptive.model_share}
+            yield rounded(
+                Row,
+                **vars(decode) | perplexity(compare(base, adaptive)) | executed,
+                text=text,
+                text_hash=text_hash(blocks)[:16],
+                realised_decode=decode.realised,
             )
-    return rows
+
+
+def figures(results: Path | None = None) -> dict:
+    return {}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

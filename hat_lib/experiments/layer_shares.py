@@ -1,4 +1,4 @@
-"""What each layer executes at many settings of one model: ``data/results/layer_shares.csv``.
+"""What each layer executes at the settings of ``quality.csv``: ``data/results/layer_shares.csv``.
 
 `hat_lib.experiments.quality` keeps a number for the whole model; the view of the frontier shows where in it the work is
 done.
@@ -6,35 +6,75 @@ done.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from hat_lib.config import HatError
+from hat_lib.experiments.columns import CHECKPOINTS, rounded
+from hat_lib.experiments.tables import saved
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.plotting import frontier
+from hat_lib.text.blocks import load_text
+
+ABOUT = "what a layer executes at a setting"
+MINUTES = 1
+READS = ("quality",)
+KEY = ("capacity", "exit_rate", "layer")
+
+
+@dataclass(frozen=True)
+class Row:
+    capacity: float
+    exit_rate: float
+    """both as requested"""
+    layer: int
+    executed: float
+    """of the layer's routable work, over all tokens"""
+    entered: float
+    """share of tokens that had not left before it"""
+    tokens: int
+
+
+def rows(
+    done: Collection = (),
+    *,
+    checkpoint: Path = CHECKPOINTS / "default",
+    max_tokens: int = 128,
+    results: Path | None = None,
+    dtype: str | None = None,
+) -> Iterator[Row]:
+    """Every layer at every setting that ``quality.csv`` has for the channel grain and docstrings.
+
+    Args:
+        results: folder of that file; data/results unless told.
+    """
+    points = frontier.points(saved("quality", results))[["capacity", "exit_rate"]]
+    if settings := [at for at in points.itertuples(index=False, name=None) if (*at, 0) not in done]:
+        hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
+        blocks = load_text("docstrings", hat.base.tokenizer, split="test", block_size=128, max_tokens=max_tokens)
+        yield from layer_shares(hat, blocks, settings)
 
 
 @torch.no_grad()
 def layer_shares(
     hat: HierarchicalTransformer, blocks: Sequence[Mapping], settings: Iterable[tuple[float, float]]
-) -> pd.DataFrame:
+) -> list[Row]:
     """Run ``hat`` over each block at each setting; it is left as it was.
 
     Args:
         blocks: rows of `load_text`; all of their ``input_ids`` count. One a forward, so there are no pads.
         settings: capacity and exit rate, as requested.
 
-    Returns:
-        A row per setting and layer: ``capacity``, ``exit_rate``, ``layer``, ``executed`` (of the layer's routable work,
-        over all tokens), ``entered`` (share of tokens that had not left before it), ``tokens``.
-
     Raises `HatError` without blocks, and for a setting that ``hat`` cannot take.
     """
     if not len(blocks):
         raise HatError("layer shares need at least one block of text")
     depth = torch.arange(hat.config.n_layers, device=hat.lm.device)[:, None, None]
-    parts = []
+    found = []
     for capacity, exit_rate in settings:
         executed = entered = tokens = 0
         with hat.at(capacity, exit_rate):
@@ -44,10 +84,15 @@ def layer_shares(
                 executed = executed + hat.trace.share.double().sum((1, 2))
                 entered = entered + (depth < hat.trace.exit_layer).sum((1, 2))
                 tokens += ids.numel()
-        columns = {"executed": (executed / tokens).tolist(), "entered": (entered / tokens).tolist(), "tokens": tokens}
-        parts.append(pd.DataFrame({"layer": range(len(depth)), **columns}))
-        parts[-1].insert(0, "exit_rate", exit_rate)
-        parts[-1].insert(0, "capacity", capacity)
-    if not parts:
-        raise HatError("layer shares need at least one setting")
-    return pd.concat(parts, ignore_index=True)
+        shares = zip((executed / tokens).tolist(), (entered / tokens).tolist(), strict=True)
+        setting = {"capacity": capacity, "exit_rate": exit_rate, "tokens": tokens}
+        found += [rounded(Row, **setting, layer=i, executed=e, entered=s) for i, (e, s) in enumerate(shares)]
+    return found
+
+
+def figures(results: Path | None = None) -> dict[str, Figure]:
+    return {"07_frontier": frontier.twin(saved("quality", results), saved("layer_shares", results))}
+
+
+def tables(results: Path | None = None) -> dict[str, str]:
+    return {}

@@ -6,16 +6,41 @@ hyperparameters, at the grain that they are for.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from hat_lib.evaluation.baselines.controls import CONTROLS
-from hat_lib.experiments.quality import TEXTS
+from hat_lib.experiments import quality
+from hat_lib.experiments.columns import CHECKPOINTS, TEXTS
+from hat_lib.experiments.quality import KEY, Row
 from hat_lib.experiments.tables import markdown, saved
-from hat_lib.plotting.findings import said
+from hat_lib.plotting.findings import promised, said
+
+ABOUT = "as in quality, for the token grain trained by the published recipe"
+MINUTES = 40
+
+__all__ = ["ABOUT", "KEY", "MINUTES", "Row", "figures", "rows", "tables"]
+
+
+def rows(
+    done: Mapping[tuple, Row] | None = None,
+    *,
+    token: Path = CHECKPOINTS / "published",
+    token_untrained: Path = CHECKPOINTS / "calibrated_token",
+    dtype: str | None = None,
+) -> Iterator[Row]:
+    yield from quality.rows(done, token=token, token_untrained=token_untrained, grains=["token"], dtype=dtype)
+
+
+def figures(results: Path | None = None) -> dict[str, Figure]:
+    names = ("quality", "published", "published_claims")
+    return {"08_promised": promised(*(saved(name, results) for name in names))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    """The token grain by two recipes, each increase with the capacity realised; the best control at ours's work."""
+    """The token grain by two recipes, each increase with the capacity realised; controls at the work of ours."""
     ours, theirs = (
         saved(name, results).query("granularity == 'token' and exit_rate == 0").sort_values("tokens")
         for name in ("quality", "published")

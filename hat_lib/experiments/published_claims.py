@@ -1,7 +1,7 @@
-"""The promise and what is there: ``data/results/published_claims.csv``.
+"""What is claimed for the published method, and what is there: ``data/results/published_claims.csv``.
 
-Published for a frozen base: so much capacity, so many times as fast, for so much perplexity. Beside it, for both grains
-and the promised capacities, quality on the bundled base as `hat quality` measured it, and speed: on the bundled base
+Claimed for a frozen base: so much capacity, so many times as fast, for so much perplexity. Beside it, for both grains
+and the claimed capacities, quality on the bundled base as ``quality.csv`` has it, and speed: on the bundled base
 with the reference checkpoints, and on TinyLlama's exact shape with the shares and exits forced that the bundled base
 realised.
 """
@@ -9,36 +9,43 @@ realised.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from hat_lib import config
 from hat_lib.backbone.base import BUNDLED, load_base
 from hat_lib.config import HatConfig, HatError, scaled_exits
 from hat_lib.evaluation.baselines.controls import RandomExits, exit_shares
-from hat_lib.experiments.benchmark import PREFILL, Row, Setting, at_thresholds, forced_channels, forced_tokens, measure
-from hat_lib.experiments.quality import TEXTS, QualityRow
+from hat_lib.experiments import benchmark
+from hat_lib.experiments.benchmark import PREFILL, Setting, forced_channels, forced_tokens, measure
+from hat_lib.experiments.columns import CHECKPOINTS, TEXTS, rounded
+from hat_lib.experiments.quality import Row as QualityRow
 from hat_lib.experiments.rows import read_rows
 from hat_lib.experiments.tables import markdown, saved, times
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.plotting import findings, speed
 from hat_lib.plotting.findings import said
 from hat_lib.text.blocks import load_text
 
+ABOUT = "a claimed point: quality from quality.csv, speed measured"
+MINUTES = 15
+READS = ("quality",)
+KEY = ("base", "granularity", "capacity", "exit_rate")
 SHAPE = "random:tinyllama"
 PROMISED = {0.9: (1.1, 0.01), 0.7: (1.3, 0.03), 0.55: (1.6, 0.08), 0.4: (1.8, 0.12)}
 """capacity -> speedup and increase in perplexity"""
-
-
 SETTINGS = [*(Setting(c) for c in PROMISED), Setting(1.0, 0.1), Setting(0.75, 0.1)]
 
 
 @dataclass(frozen=True)
-class PromiseRow:
+class Row:
     base: str
     granularity: str
     capacity: float
@@ -71,37 +78,53 @@ class PromiseRow:
     rounds: int
 
 
-def promise(
-    checkpoints: Mapping[str, Path], quality: Path, *, dtype=None, rounds: int = 5, steps: int = 64
-) -> Iterator[PromiseRow]:
+def rows(
+    done: Collection = (),
+    *,
+    channel: Path = CHECKPOINTS / "default",
+    token: Path = CHECKPOINTS / "token",
+    results: Path | None = None,
+    rounds: int = 5,
+    steps: int = 64,
+    dtype: str | None = None,
+) -> Iterator[Row]:
     """Rows of both bases, grain by grain.
 
     Args:
-        checkpoints: trained, by granularity.
-        quality: the file of `hat quality`, of these checkpoints.
+        channel, token: trained checkpoints.
+        results: folder of ``quality.csv``, made with these checkpoints; data/results unless told.
         steps: decode steps of one turn; what a token grain realises in a few tokens says little.
     """
+    if min(rounds, steps) < 1:
+        raise HatError(f"rounds and steps must be at least 1, got {rounds} and {steps}")
+    quality = (results or config.DATA / "results") / "quality.csv"
     known = {(r.granularity, r.text, r.capacity, r.exit_rate): r
              for r in read_rows(quality, QualityRow) if r.variant == "trained"}  # fmt: skip
-    for granularity, checkpoint in checkpoints.items():
-        lacking = [(t, s) for t in TEXTS for s in SETTINGS if (granularity, t, *s) not in known]
-        if lacking:
-            raise HatError(f"{quality} lacks {granularity} {lacking[0]}: run `hat quality` first")
-        hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
-        ids = _text(hat)
-        around = {s: partial(hat.at, *s) for s in SETTINGS}
-        left = {s: _exits(hat, s, ids) for s in SETTINGS if s.exit_rate}
-        timed = _both_phases(hat, around, ids, rounds, steps)
-        yield from (_row(hat, s, *timed[s], known) for s in SETTINGS)
+    for granularity, checkpoint in (("channel", channel), ("token", token)):
+        if lacking := [(t, s) for t in TEXTS for s in SETTINGS if (granularity, t, *s) not in known]:
+            raise HatError(f"{quality} lacks {granularity} {lacking[0]}: run `hat reproduce quality` first")
+        here = sum(key[1] == granularity for key in done)
+        if here < 2 * len(SETTINGS):
+            measured = _grain(checkpoint, known, rounds, steps, dtype)
+            yield from (row for row in measured if tuple(getattr(row, name) for name in KEY) not in done)
 
-        realised = {s: timed[s][0].realised for s in SETTINGS}
-        shape, around = _forced(granularity, realised, left, dtype, ids.shape[1])
-        del hat
-        gc.collect()  # gigabytes in cycles of models and hooks, which the collector does not see
-        timed = _both_phases(shape, around, ids % shape.lm.config.vocab_size, rounds, steps)
-        yield from (_row(shape, s, *timed[s], {}) for s in SETTINGS)
-        del shape, around
-        gc.collect()
+
+def _grain(checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str | None) -> Iterator[Row]:
+    hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
+    ids = _text(hat)
+    around = {s: partial(hat.at, *s) for s in SETTINGS}
+    left = {s: _exits(hat, s, ids) for s in SETTINGS if s.exit_rate}
+    timed = _both_phases(hat, around, ids, rounds, steps)
+    yield from (_row(s, *timed[s], known) for s in SETTINGS)
+
+    realised = {s: timed[s][0].realised for s in SETTINGS}
+    shape, around = _forced(hat.config.granularity, realised, left, dtype, ids.shape[1])
+    del hat
+    gc.collect()  # gigabytes in cycles of models and hooks, which the collector does not see
+    timed = _both_phases(shape, around, ids % shape.lm.config.vocab_size, rounds, steps)
+    yield from (_row(s, *timed[s], {}) for s in SETTINGS)
+    del shape, around
+    gc.collect()
 
 
 def _text(hat: HierarchicalTransformer) -> Tensor:
@@ -122,15 +145,14 @@ def _forced(granularity: str, realised: Mapping[Setting, float], left: Mapping, 
     base = load_base(SHAPE, dtype=dtype)
     shaped = HatConfig.published if granularity == "token" else HatConfig.default
     hat = HierarchicalTransformer(base, shaped(base))
-    shares = {s: min(1.0, c) for s, c in realised.items()}
+    gated = {s: c for s, c in realised.items() if c < 1}
     if granularity == "channel":
         text = torch.randint(0, 256, (1, tokens), generator=torch.Generator().manual_seed(0)).to(base.device)
         with torch.inference_mode():
-            thresholds = forced_channels(hat, text, [c for c in shares.values() if c < 1])
-        around = {s: at_thresholds(hat, thresholds[c]) if c < 1 else hat.dense for s, c in shares.items()}
+            policies = forced_channels(hat, text, gated.values())
     else:
-        around = {s: partial(hat.using, forced_tokens(hat, c, 1, tokens)) if c < 1 else hat.dense
-                  for s, c in shares.items()}  # fmt: skip
+        policies = {c: forced_tokens(hat, c, 1, tokens) for c in gated.values()}
+    around = {s: partial(hat.using, policies[c]) if s in gated else hat.dense for s, c in realised.items()}
     depths = scaled_exits(hat.config.n_layers)
     for setting, rates in left.items():
         exits = RandomExits(dict(zip(depths, rates, strict=True)))
@@ -144,29 +166,25 @@ def _leaving(hat: HierarchicalTransformer, around, exits: RandomExits):
         yield
 
 
-def _both_phases(hat, around: Mapping, ids: Tensor, rounds: int, steps: int) -> dict[Setting, tuple[Row, Row]]:
+def _both_phases(hat, around: Mapping, ids: Tensor, rounds: int, steps: int) -> dict[Setting, tuple]:
     plain = load_base(hat.base.name, dtype=hat.base.dtype, device=hat.base.device).model
     how = {"rounds": rounds, "steps": steps}
     decode, prefill = (measure(hat, plain, around, ids, phase=phase, **how) for phase in ("decode", "prefill"))
     return {s: (d, p) for s, d, p in zip(around, decode, prefill, strict=True)}
 
 
-def _row(hat: HierarchicalTransformer, setting: Setting, decode: Row, prefill: Row, known: Mapping) -> PromiseRow:
-    speed, increase = PROMISED.get(setting.capacity, (None, None)) if not setting.exit_rate else (None, None)
+def _row(setting: Setting, decode: benchmark.Row, prefill: benchmark.Row, known: Mapping) -> Row:
+    speedup, increase = PROMISED.get(setting.capacity, (None, None)) if not setting.exit_rate else (None, None)
     quality = {}
     for text in TEXTS:
-        row = known.get((hat.config.granularity, text, *setting))
+        row = known.get((decode.granularity, text, *setting))
         quality |= {text: row and row.increase, f"{text}_low": row and row.increase_low,
                     f"{text}_high": row and row.increase_high}  # fmt: skip
-    return PromiseRow(
-        base=hat.base.name,
-        granularity=hat.config.granularity,
-        **setting._asdict(),
-        promised_speedup=speed,
+    return rounded(
+        Row,
+        **vars(decode),
+        promised_speedup=speedup,
         promised_increase=increase,
-        realised=decode.realised,
-        realised_exit=decode.realised_exit,
-        model_share=decode.model_share,
         ideal_decode=decode.ideal,
         decode_dense=decode.speedup_dense,
         decode_hf=decode.speedup_hf,
@@ -174,11 +192,16 @@ def _row(hat: HierarchicalTransformer, setting: Setting, decode: Row, prefill: R
         prefill_dense=prefill.speedup_dense,
         prefill_hf=prefill.speedup_hf,
         **quality,
-        device=decode.device,
-        dtype=decode.dtype,
-        threads=decode.threads,
-        rounds=decode.rounds,
     )
+
+
+def figures(results: Path | None = None) -> dict[str, Figure]:
+    table = saved("published_claims", results)
+    return {
+        "06_work_and_time": speed.work_and_time(table),
+        "06_promise": speed.promise(table),
+        "08_speeds": findings.speeds(table),
+    }
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

@@ -4,36 +4,40 @@ One row for each grain, text, capacity and variant: perplexity over the base's w
 with the base, and the margin to the trained model on the same tokens. A control is turned until it executes what the
 trained model executed on that very text; only its work is looked at for that, never its predictions.
 
-Rows are written one by one, in the order of `plan`; a run that was stopped goes on with the next.
+`plan` has the points of the result, `grid` those of any sweep.
 """
 
 from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from matplotlib.figure import Figure
 
-from hat_lib.config import HatError
+from hat_lib.config import GRANULARITIES, HatError, check_capacity, check_exit_rate
 from hat_lib.evaluation.baselines.controls import CONTROLS, RandomExits, as_in, exit_shares
-from hat_lib.evaluation.baselines.equal_compute import matched
+from hat_lib.evaluation.baselines.equal_compute import OutOfReach, matched
 from hat_lib.evaluation.perplexity import Score, compare, score, states
-from hat_lib.experiments.rows import RowWriter, read_rows
+from hat_lib.experiments.columns import CHECKPOINTS, TEXTS, machine, perplexity, rounded
 from hat_lib.experiments.tables import markdown, saved
 from hat_lib.model.checkpoint import read_checkpoint
 from hat_lib.model.schema import digest
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.plotting import findings, frontier
 from hat_lib.plotting.findings import said
 from hat_lib.text.blocks import load_text, text_hash
 
-TEXTS = ("addresses", "docstrings")
+ABOUT = "a variant (trained, untrained, a control) at a point, at equal work"
+MINUTES = 60
 VARIANTS = ("trained", "untrained", *CONTROLS, "random_exits")
+DRAWN = ("random", "removal", "static", "random_exits")
+"""variants with something drawn at random, which differ from seed to seed"""
 # A control is turned on this many tokens of the text, in blocks at even distances.
 MATCH_TOKENS = 1024
 
@@ -61,8 +65,11 @@ class Point(NamedTuple):
     """of what is drawn at random"""
 
 
+KEY = Point._fields
+
+
 @dataclass(frozen=True)
-class QualityRow:
+class Row:
     """Perplexities are those of a 4-bit file, dequantised, when ``base`` is "bundled"."""
 
     granularity: str
@@ -116,17 +123,78 @@ def plan(granularity: str) -> list[Point]:
     ]
 
 
-def quality(
-    out: Path, grains: Mapping[str, Grain], *, dtype=None, points=plan, progress: bool = True
-) -> Iterator[QualityRow]:
-    """Measure what ``out`` lacks, yielding each row once it is written.
+def grid(
+    granularity: str,
+    *,
+    capacities: Sequence[float],
+    exit_rates: Sequence[float] = (0.0,),
+    seeds: Sequence[int] = (0,),
+    texts: Sequence[str] = TEXTS,
+    variants: Sequence[str] = VARIANTS,
+    max_tokens: int = 4000,
+) -> list[Point]:
+    """The points of a sweep, for one grain: by text, then capacity, then exit rate, the trained model first.
+
+    Controls of routers stand beside the rows without exits, `random_exits` beside those with. At capacity 1.0 without
+    exits there is nothing to control; what draws nothing at random is run with the first seed alone. Raises `HatError`
+    for an empty axis, a value out of range or given twice.
+    """
+    axes = {"capacity": [check_capacity(c) for c in capacities], "exit rate": [check_exit_rate(r) for r in exit_rates],
+            "seed": list(seeds), "text": list(texts), "variant": list(variants)}  # fmt: skip
+    for name, values in axes.items():
+        if not values:
+            raise HatError(f"a sweep needs at least one {name}")
+        if twice := [v for v in values if values.count(v) > 1]:
+            raise HatError(f"{name} {twice[0]!r} stands twice in the grid")
+    if odd := [s for s in seeds if not isinstance(s, int) or s < 0]:
+        raise HatError(f"a seed must be a whole number of at least 0, got {odd[0]!r}")
+    if odd := [v for v in variants if v not in VARIANTS]:
+        raise HatError(f"variants must be among {', '.join(VARIANTS)}, got {odd[0]!r}")
+
+    def stands(capacity: float, rate: float, variant: str, seed: int) -> bool:
+        if variant not in DRAWN and seed != seeds[0]:
+            return False
+        if variant == "random_exits":
+            return rate > 0
+        return variant == "trained" or (rate == 0 and capacity < 1)
+
+    points = product(texts, axes["capacity"], axes["exit rate"], variants, seeds)
+    return [Point(granularity, text, max_tokens, *at) for text, *at in points if stands(*at)]
+
+
+def rows(
+    done: Mapping[tuple, Row] | None = None,
+    *,
+    channel: Path = CHECKPOINTS / "default",
+    channel_untrained: Path = CHECKPOINTS / "calibrated",
+    token: Path = CHECKPOINTS / "token",
+    token_untrained: Path = CHECKPOINTS / "calibrated_token",
+    grains: Sequence[str] = GRANULARITIES,
+    dtype: str | None = None,
+) -> Iterator[Row]:
+    """The rows of `plan`, grain by grain; the checkpoints are those of the grains."""
+    if odd := [g for g in grains if g not in GRANULARITIES]:
+        raise HatError(f"grains must be among {', '.join(GRANULARITIES)}, got {odd[0]!r}")
+    found = {"channel": Grain(channel, channel_untrained), "token": Grain(token, token_untrained)}
+    yield from measure({g: found[g] for g in grains}, done or {}, dtype=dtype)
+
+
+def measure(
+    grains: Mapping[str, Grain],
+    done: Mapping[tuple, Row],
+    *,
+    points: Callable[[str], Sequence[Point]] = plan,
+    dtype: str | None = None,
+) -> Iterator[Row]:
+    """Rows for the points that are not ``done``.
 
     Args:
         grains: checkpoints by granularity.
+        done: rows by their `KEY`.
         points: granularity -> what to measure.
 
-    Raises `HatError` for a checkpoint of another grain, an untrained one that was trained, and where ``out`` holds
-    rows of other checkpoints.
+    Raises `HatError` for a checkpoint of another grain, an untrained one that was trained, and where ``done`` has
+    rows of other checkpoints. A control that cannot do as much work as the trained model is warned of and left out.
     """
     for grain in grains.values():
         if read_checkpoint(grain.untrained).training is not None:
@@ -134,28 +202,28 @@ def quality(
     adapters = {
         (name, exits): _adapter(grain.trained, exits) for name, grain in grains.items() for exits in (False, True)
     }
-    for row in read_rows(out, QualityRow) if out.exists() else []:
+    for row in done.values():
         if row.adapter != adapters.get((row.granularity, row.exit_rate > 0), row.adapter):
-            raise HatError(f"{out} holds rows of another {row.granularity} checkpoint: remove it, or write elsewhere")
-    with RowWriter(out, QualityRow, key=Point._fields) as writer:
-        for granularity, grain in grains.items():
-            missing = [p for p in points(granularity) if p not in writer.done]
-            if not missing:
-                continue
-            hat = HierarchicalTransformer.from_pretrained(grain.trained, dtype=dtype)
-            if hat.config.granularity != granularity:
-                raise HatError(f"{grain.trained} has the {hat.config.granularity} grain, expected {granularity}")
-            for (text, tokens), group in groupby(missing, key=lambda p: (p.text, p.max_tokens)):
-                for row in _on_text(hat, grain, adapters, text, tokens, list(group), progress):
-                    writer.write(row)
-                    yield row
+            raise HatError(
+                f"there are rows of another {row.granularity} checkpoint than {grains[row.granularity].trained}: "
+                "measure all of them again, or write elsewhere"
+            )
+    for granularity, grain in grains.items():
+        missing = [p for p in points(granularity) if p not in done]
+        if not missing:
+            continue
+        hat = HierarchicalTransformer.from_pretrained(grain.trained, dtype=dtype)
+        if hat.config.granularity != granularity:
+            raise HatError(f"{grain.trained} has the {hat.config.granularity} grain, expected {granularity}")
+        for (text, tokens), group in groupby(missing, key=lambda p: (p.text, p.max_tokens)):
+            yield from _on_text(hat, grain, adapters, text, tokens, list(group))
 
 
-def _on_text(hat, grain: Grain, adapters, text: str, max_tokens: int, points, progress) -> Iterator[QualityRow]:
+def _on_text(hat, grain: Grain, adapters, text: str, max_tokens: int, points) -> Iterator[Row]:
     blocks = load_text(text, hat.base.tokenizer, split="test", max_tokens=max_tokens)
     with hat.dense():
         base, against = score(hat, blocks, progress=False), states(hat, blocks, progress=False)
-    run = partial(score, hat, blocks, against=against, progress=progress)
+    run = partial(score, hat, blocks, against=against, progress=False)
     sample = blocks.select(range(0, len(blocks), max(1, round(max_tokens / MATCH_TOKENS))))
     for (capacity, rate), group in groupby(points, key=lambda p: (p.capacity, p.exit_rate)):
         with hat.at(capacity, rate), hat.collect() as traces:
@@ -170,7 +238,7 @@ def _on_text(hat, grain: Grain, adapters, text: str, max_tokens: int, points, pr
             else:
                 try:
                     control = _control(hat, grain, point, sample, trained.capacity)
-                except HatError as error:  # out of this control's reach; the others are not lost for it
+                except OutOfReach as error:
                     warnings.warn(f"no row for {point.variant} at {capacity} on {text}: {error}", stacklevel=2)
                     continue
                 with hat.using(control):
@@ -185,31 +253,21 @@ def _control(hat, grain: Grain, point: Point, sample, capacity: float):
     return CONTROLS[point.variant](hat, sample, capacity, point.seed)
 
 
-def _row(hat, adapter: str, point: Point, blocks, base: Score, trained: Score, found: Score) -> QualityRow:
-    paired, margin = compare(base, found), compare(trained, found)
-    return QualityRow(
-        *point,
-        realised=round(found.capacity, 4),
-        realised_exit=round(found.exit_rate, 4),
-        model_share=round(found.model_share, 4),
-        base_ppl=round(paired.base_ppl, 4),
-        ppl=round(paired.ppl, 4),
-        increase=round(paired.increase, 5),
-        increase_low=round(paired.low, 5),
-        increase_high=round(paired.high, 5),
-        top1=round(found.agreement.top1, 4),
-        kl=round(found.agreement.kl, 5),
-        margin=round(margin.increase, 5),
-        margin_low=round(margin.low, 5),
-        margin_high=round(margin.high, 5),
-        tokens=paired.tokens,
-        blocks=paired.n_blocks,
+def _row(hat, adapter: str, point: Point, blocks, base: Score, trained: Score, found: Score) -> Row:
+    margin = compare(trained, found)
+    return rounded(
+        Row,
+        **point._asdict() | machine(hat.base) | perplexity(compare(base, found)),
+        realised=found.capacity,
+        realised_exit=found.exit_rate,
+        model_share=found.model_share,
+        top1=found.agreement.top1,
+        kl=found.agreement.kl,
+        margin=margin.increase,
+        margin_low=margin.low,
+        margin_high=margin.high,
         text_hash=text_hash(blocks)[:16],
-        base=hat.base.name,
         adapter=adapter,
-        device=hat.base.device.type,
-        dtype=str(hat.base.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
     )
 
 
@@ -222,6 +280,16 @@ def _adapter(checkpoint: Path, exits: bool) -> str:
     tables = asdict(found.calibration) if found.calibration else {}
     used = {k: v for k, v in tables.items() if exits or not k.startswith("exit_")}
     return digest({"tables": used, **{name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}})[:16]
+
+
+def figures(results: Path | None = None) -> dict[str, Figure]:
+    table = saved("quality", results)
+    docstrings = table[table["text"] == "docstrings"]
+    return {
+        "quality": frontier.quality(table),
+        "06_quality": frontier.quality(docstrings),
+        "08_exits": findings.exits(table),
+    }
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

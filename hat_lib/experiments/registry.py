@@ -1,33 +1,45 @@
 """The experiments: a module for each file of ``data/results``, named like it, all of one shape.
 
-ABOUT         what a row is, in a line
-MINUTES       how long all rows take on two cores
-Row, KEY      the columns, and those that tell rows apart
-rows(...)     measures; its keyword arguments are what `hat reproduce NAME --set` takes
-figures(...)  the figures that rest on the saved rows, by file name
-tables(...)   Markdown tables of README and docs from the saved rows, by name
+    ABOUT         what a row is, in a line
+    MINUTES       how long all rows take on two idle cores, about
+    READS         other files that it reads, if any
+    Row, KEY      a dataclass, whose fields are the columns, and the fields that tell rows apart
+    rows(done)    measures the rows whose keys are not in ``done``, one by one; its keyword arguments are the options
+    figures()     the figures that rest on the saved rows, by file name
+    tables()      the tables of README and docs from the saved rows, in Markdown, by name
+
+`measure` writes each row as it comes, so that a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
+import inspect
+import types
+import typing
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 from hat_lib.config import HatError
+from hat_lib.experiments.rows import RowWriter
 
 NAMES = (
+    "weight_shares",
+    "ffn_skip_by_layer",
+    "grain_frontier",
     "foundation",
     "benchmark",
     "quality",
     "published",
+    "layer_shares",
     "published_claims",
     "speed_targets",
     "self_speculative",
     "ablations",
     "step_cost",
 )
-"""in the order in which one may read another's file"""
+"""in the order in which one reads another's file"""
 
 
 def load(name: str) -> ModuleType:
@@ -36,6 +48,53 @@ def load(name: str) -> ModuleType:
     return import_module(f"hat_lib.experiments.{name}")
 
 
+def measure(name: str, results: Path, *, again: bool = False, **options) -> Iterator:
+    """Measure what ``results/NAME.csv`` lacks, yielding each row once it is written.
+
+    Args:
+        again: measure everything, and replace the file once all of it is there.
+        options: keyword arguments of the experiment's ``rows``.
+    """
+    experiment = load(name)
+    if reads := getattr(experiment, "READS", ()):  # what was measured here goes before what is committed
+        here = all((results / f"{other}.csv").is_file() for other in reads)
+        options = {"results": results if here else None} | options
+    with RowWriter(results / f"{name}.csv", experiment.Row, experiment.KEY, replace=again) as writer:
+        for row in experiment.rows(writer.done, **options):
+            writer.write(row)
+            yield row
+
+
 def all_tables(results: Path | None = None) -> dict[str, str]:
     """Every Markdown table, by the name that its place in a document is marked with."""
     return {table: text for name in NAMES for table, text in load(name).tables(results).items()}
+
+
+def parse(name: str, settings: Sequence[str]) -> dict:
+    """``["rounds=3", "capacities=0.9,0.7"]`` as keyword arguments of the experiment's ``rows``, checked by type."""
+    kinds, found = option_kinds(name), {}
+    for setting in settings:
+        option, equals, text = setting.partition("=")
+        if not equals or option not in kinds:
+            raise HatError(f"{name} takes {', '.join(f'{k}=' for k in kinds)}, got {setting!r}")
+        kind, many = kinds[option]
+        try:
+            values = [kind(part.strip()) for part in text.split(",") if part.strip()] if many else kind(text)
+        except ValueError:
+            raise HatError(f"{name}: {option} takes {'numbers' if many else 'a number'}, got {text!r}") from None
+        found[option] = values
+    return found
+
+
+def option_kinds(name: str) -> dict[str, tuple[type, bool]]:
+    """Option -> (type of a value, does it take several?), in the order of the signature."""
+    rows = load(name).rows
+    hints, kinds = typing.get_type_hints(rows), {}
+    for option, parameter in inspect.signature(rows).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            hint = hints[option]
+            if isinstance(hint, types.UnionType):  # ``str | None``
+                hint = typing.get_args(hint)[0]
+            many = typing.get_origin(hint) is not None
+            kinds[option] = (typing.get_args(hint)[0] if many else hint, many)
+    return {option: kind for option, kind in kinds.items() if kind[0] in (str, int, float, Path)}

@@ -12,26 +12,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from hat_lib.backbone.base import load_base
-from hat_lib.experiments.rows import RowWriter
+from hat_lib.backbone.base import load_base, parse_dtype
+from hat_lib.config import HatError, check_capacity
+from hat_lib.experiments.columns import CHECKPOINTS, machine, rounded
 from hat_lib.experiments.tables import markdown, saved, times
-from hat_lib.inference.self_speculative import Speculation, speculate
+from hat_lib.inference.self_speculative import speculate
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.plotting import speed
 from hat_lib.text.prompts import KINDS, Prompt, prompts
 
+ABOUT = "a prompt, four ways to its text"
+MINUTES = 90
+KEY = ("granularity", "capacity", "dtype", "prompt")
 EARLY_EXITS = 5
 """of so many rounds of kinds, one is also run with transformers' early-exit drafts"""
 
 
 @dataclass(frozen=True)
-class LosslessRow:
+class Row:
     """Times are milliseconds a new token, the prompt's pass included."""
 
     granularity: str
@@ -67,25 +73,35 @@ class LosslessRow:
     threads: int
 
 
-def lossless_rows(
-    out: Path, checkpoint, *, capacity: float, dtype=None, count: int = 200, max_new_tokens: int = 32
-) -> Iterator[LosslessRow]:
-    """Measure what ``out`` lacks, yielding each row once it is written; arguments as `speculate` and `prompts` have."""
-    hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
-    hat.capacity = capacity
-    plain = load_base(hat.base.name, dtype=hat.base.dtype, device=hat.base.device).model
-    key = ("granularity", "capacity", "dtype", "prompt")
-    name = str(hat.base.dtype).removeprefix("torch.")
-    with RowWriter(out, LosslessRow, key=key) as writer:
+def rows(
+    done: Collection = (),
+    *,
+    checkpoint: Path = CHECKPOINTS / "default",
+    capacity: float = 0.5,
+    dtypes: Sequence[str] = ("fp32", "bf16"),
+    count: int = 200,
+    max_new_tokens: int = 24,
+) -> Iterator[Row]:
+    """A row for each dtype and prompt.
+
+    Args:
+        checkpoint, capacity: what drafts, and how much of it.
+        count: prompts.
+    """
+    capacity, parsed = check_capacity(capacity), [parse_dtype(dtype) for dtype in dtypes]
+    if max_new_tokens < 2:
+        raise HatError(f"max_new_tokens must be at least 2, got {max_new_tokens}")
+    for dtype in parsed:
+        hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
+        plain = load_base(hat.base.name, dtype=dtype, device=hat.base.device).model
+        here = hat.config.granularity, capacity, str(dtype).removeprefix("torch.")
         for number, prompt in enumerate(prompts(hat.base.tokenizer, count)):
-            if (hat.config.granularity, capacity, name, number) in writer.done:
-                continue
-            row = _measure(hat, plain, number, prompt, max_new_tokens)
-            writer.write(row)
-            yield row
+            if (*here, number) not in done:
+                with hat.at(capacity, 0.0):
+                    yield _measure(hat, plain, number, prompt, max_new_tokens)
 
 
-def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, max_new_tokens: int) -> LosslessRow:
+def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, max_new_tokens: int) -> Row:
     ids = hat.base.tokenizer(prompt.text, return_tensors="pt").input_ids.to(hat.base.device)
     greedy = {
         "attention_mask": torch.ones_like(ids),
@@ -115,10 +131,11 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
     text, spoken = found["hf"].sequences, found["lossless"]
     parted, gap = parting(text[0, ids.shape[1] :], spoken.ids[0, ids.shape[1] :], found["hf"].logits)
     new = text.shape[1] - ids.shape[1]
-    return LosslessRow(
+    return rounded(
+        Row,
+        **machine(hat.base),
         granularity=hat.config.granularity,
         capacity=hat.capacity,
-        dtype=str(hat.base.dtype).removeprefix("torch."),
         prompt=number,
         kind=prompt.kind,
         prompt_tokens=ids.shape[1],
@@ -126,13 +143,14 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
         identical=parted is None,
         parted_at=parted,
         gap_ulp=gap,
-        **_drafting(spoken),
-        **{f"ms_{way}": took and round(took / new, 3) for way, took in ms.items()},
+        drafted=spoken.drafted,
+        accepted=spoken.accepted,
+        passes=spoken.passes,
+        draft_share=spoken.draft_share,
+        ideal=spoken.ideal_speedup,
+        **{f"ms_{way}": took and took / new for way, took in ms.items()},
         early_exit_layer=layer,
         early_exit_identical=torch.equal(found["early_exit"], text) if "early_exit" in found else None,
-        base=hat.base.name,
-        device=hat.base.device.type,
-        threads=torch.get_num_threads(),
     )
 
 
@@ -155,14 +173,8 @@ def parting(base: Tensor, other: Tensor, logits: tuple[Tensor, ...]) -> tuple[in
     return at, round((best - second) / ulp, 3)
 
 
-def _drafting(spoken: Speculation) -> dict:
-    return {
-        "drafted": spoken.drafted,
-        "accepted": spoken.accepted,
-        "passes": spoken.passes,
-        "draft_share": round(spoken.draft_share, 4),
-        "ideal": round(spoken.ideal_speedup, 4),
-    }
+def figures(results: Path | None = None) -> dict[str, Figure]:
+    return {"05_lossless": speed.lossless(saved("self_speculative", results))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from matplotlib.figure import Figure
 
+from hat_lib.experiments.columns import CHECKPOINTS, machine, rounded
 from hat_lib.experiments.tables import markdown, saved, times
 from hat_lib.inference.generate import AdaptiveInference
 from hat_lib.inference.speed import VERSUS
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.plotting import speed
 from hat_lib.text.prompts import prompts
 
+ABOUT = "a target speedup, and what came of it"
+MINUTES = 20
+KEY = ("granularity", "versus", "requested")
 TARGETS = (1.05, 1.1, 1.2)
 
 
 @dataclass(frozen=True)
-class TargetRow:
+class Row:
     checkpoint: str
     granularity: str
     versus: str
@@ -52,41 +57,56 @@ class TargetRow:
     threads: int
 
 
-def target_rows(
-    checkpoints: Sequence[Path], *, versus: str = "dense", dtype=None, count: int = 10, max_new_tokens: int = 60
-) -> Iterator[TargetRow]:
-    """Rows for each checkpoint and target; the speed curve comes from the user's cache or is measured first."""
-    for checkpoint in checkpoints:
+def rows(
+    done: Collection = (),
+    *,
+    channel: Path = CHECKPOINTS / "default",
+    token: Path = CHECKPOINTS / "token",
+    versus: str = "dense",
+    count: int = 10,
+    max_new_tokens: int = 60,
+    dtype: str | None = None,
+) -> Iterator[Row]:
+    """Rows for each checkpoint and target; the speed curve comes from the user's cache or is measured first.
+
+    Args:
+        versus: what speedups are held against: dense (our own dense path) or hf (plain transformers).
+        count: prompts.
+    """
+    for checkpoint in (channel, token):
         hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
         infer = AdaptiveInference(hat, versus)
         curve = infer.curve()
         texts = [p.text for p in prompts(hat.base.tokenizer, count)]
         for target in sorted({*TARGETS, math.floor(1000 * curve.largest) / 1000}):
+            if (hat.config.granularity, versus, target) in done:
+                continue
             reachable = target <= curve.largest
             made = [infer.generate(t, target_speedup=target, max_new_tokens=max_new_tokens)
                     for t in texts if reachable]  # fmt: skip
-            measured = sorted(m.realised_speedup for m in made if m.realised_speedup is not None)
-            middle = lambda values: round(statistics.median(values), 4) if values else None  # noqa: E731
-            yield TargetRow(
-                checkpoint=checkpoint.name,
+            measured = [m.realised_speedup for m in made if m.realised_speedup is not None]
+            yield rounded(
+                Row,
+                **machine(hat.base),
+                checkpoint=Path(checkpoint).name,
                 granularity=hat.config.granularity,
                 versus=versus,
                 requested=target,
                 reachable=reachable,
-                largest=round(curve.largest, 4),
-                capacity=round(made[0].requested_capacity, 4) if made else None,
-                realised_capacity=middle([m.capacity for m in made]),
-                predicted=round(made[0].predicted_speedup, 4) if made else None,
-                measured=middle(measured),
-                lowest=round(measured[0], 4) if measured else None,
-                highest=round(measured[-1], 4) if measured else None,
+                largest=curve.largest,
+                capacity=made[0].requested_capacity if made else None,
+                realised_capacity=statistics.median(m.capacity for m in made) if made else None,
+                predicted=made[0].predicted_speedup if made else None,
+                measured=statistics.median(measured) if measured else None,
+                lowest=min(measured, default=None),
+                highest=max(measured, default=None),
                 prompts=len(measured),
                 new_tokens=max_new_tokens,
-                base=hat.base.name,
-                device=hat.base.device.type,
-                dtype=str(hat.base.dtype).removeprefix("torch."),
-                threads=torch.get_num_threads(),
             )
+
+
+def figures(results: Path | None = None) -> dict[str, Figure]:
+    return {"05_targets": speed.targets(saved("speed_targets", results))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

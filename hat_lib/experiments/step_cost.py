@@ -1,4 +1,4 @@
-"""What a training step costs: beside a plain forward and backward of the same frozen base, in the same run.
+"""What a training step costs beside a plain forward and backward of the frozen base: ``data/results/step_cost.csv``.
 
 One step is the teacher's pass and `hat_lib.training.objective` forward and backward; its yardstick is transformers' own
 model, cross-entropy, and the backward to the input embeddings, which is what reaching the first router takes. The
@@ -8,9 +8,9 @@ optimizer is left out: what it updates is 0.01 % of the base.
 from __future__ import annotations
 
 import statistics
-import time
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,19 +18,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hat_lib.backbone.base import load_base
-from hat_lib.config import HatError
+from hat_lib.calibration.capacity import calibrate
+from hat_lib.config import GRANULARITIES, HatConfig, HatError
 from hat_lib.experiments.benchmark import ratio
+from hat_lib.experiments.columns import machine, rounded
 from hat_lib.experiments.tables import markdown, saved, times
-from hat_lib.inference.timing import Variant, take_turns
+from hat_lib.inference.timing import Variant, now, take_turns
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.text.mixture import training_text
 from hat_lib.training.objective import Objective
 from hat_lib.training.recipe import Recipe
 from hat_lib.training.run import nominal_thresholds
-from hat_lib.training.trainer import end_training
+from hat_lib.training.trainer import collate, end_training
+
+ABOUT = "a training step beside a plain forward and backward"
+MINUTES = 2
+KEY = ("granularity",)
 
 
 @dataclass(frozen=True)
-class StepCost:
+class Row:
     """Seconds are medians over the rounds, the ratio is the median of the rounds' ratios."""
 
     ratio: float
@@ -45,11 +52,22 @@ class StepCost:
     dtype: str
     threads: int
 
-    def to_dict(self) -> dict:
-        return asdict(self)
+
+def rows(done: Collection = (), *, base: str = "bundled", rounds: int = 5, dtype: str = "bf16") -> Iterator[Row]:
+    """Both grains, on two blocks of 512 tokens."""
+    for granularity in GRANULARITIES:
+        if (granularity,) in done:
+            continue
+        loaded = load_base(base, dtype=dtype)
+        text = training_text(loaded, "addresses", 1024)
+        shape = HatConfig.published if granularity == "token" else HatConfig.default
+        hat = HierarchicalTransformer(loaded, shape(loaded))
+        if granularity == "channel":
+            calibrate(hat, text["input_ids"], split="uniform", progress=False)
+        yield step_ratio(hat, collate(list(text)), rounds)
 
 
-def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: int = 5) -> StepCost:
+def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: int = 5) -> Row:
     """Time the step of phase "routers", at the end of its schedule, against the plain base.
 
     A second copy of the base is loaded. ``hat`` is left as it was, but for the gradients of its routers and gates.
@@ -83,9 +101,9 @@ def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: i
 
     def seconds(variant: Variant) -> float:
         hat.zero_grad()
-        start = _now(device)
+        start = now(hat.lm)
         (step if variant is ours else forward_backward)()
-        return _now(device) - start
+        return now(hat.lm) - start
 
     ours, base = Variant("step", hat.lm, nullcontext), Variant("base", plain, nullcontext)
     try:
@@ -93,24 +111,20 @@ def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: i
     finally:
         hat.zero_grad()
         end_training(hat)
-    return StepCost(
-        ratio=round(ratio(ours, base), 3),
-        step_seconds=round(statistics.median(ours.times), 4),
-        base_seconds=round(statistics.median(base.times), 4),
+    return rounded(
+        Row,
+        **machine(hat.base),
+        ratio=ratio(ours, base),
+        step_seconds=statistics.median(ours.times),
+        base_seconds=statistics.median(base.times),
         tokens=int(batch["attention_mask"].sum()),
         rounds=rounds,
-        base=hat.base.name,
         granularity=hat.config.granularity,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        dtype=str(dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
     )
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def figures(results: Path | None = None) -> dict:
+    return {}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

@@ -53,7 +53,7 @@ def kept(quality: pd.DataFrame, promise: pd.DataFrame) -> pd.DataFrame:
     one point, the one on more tokens counts.
 
     Args:
-        quality: the fields of `hat_lib.experiments.quality.QualityRow`.
+        quality: the fields of `hat_lib.experiments.quality.Row`.
         promise: ``capacity``, ``promised_increase``.
     """
     need(quality, *POINT, "variant", "exit_rate", "tokens", "realised", *COST)
@@ -69,7 +69,7 @@ def apart(ablations: pd.DataFrame) -> pd.DataFrame:
     The reference is the first change of a grain among those with as many steps: the recipe itself, or its start.
 
     Args:
-        ablations: the fields of `hat_lib.experiments.ablations.AblationRow`, in the order of
+        ablations: the fields of `hat_lib.experiments.ablations.Row`, in the order of
         `hat_lib.experiments.ablations.CHANGES`.
     """
     need(ablations, *POINT, "change", "steps", *COST)
@@ -126,7 +126,7 @@ def speeds(promise: pd.DataFrame) -> Figure:
     """Decode speedups in two factors, a panel for each base: what skipping gives (thick), what the dense path (thin).
 
     Args:
-        promise: the fields of `hat_lib.experiments.published_claims.PromiseRow`; rows with exits are left out.
+        promise: the fields of `hat_lib.experiments.published_claims.Row`; rows with exits are left out.
     """
     numbers = ["realised", "promised_speedup", "ideal_decode", "decode_dense", "decode_hf"]
     need(promise, "base", "granularity", "capacity", "exit_rate", *numbers)

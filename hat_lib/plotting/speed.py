@@ -56,7 +56,7 @@ def targets(table: pd.DataFrame) -> Figure:
     """Target speedups beside those of the texts that were generated for them: medians, lowest to highest prompt.
 
     Args:
-        table: the fields of `hat_lib.experiments.speed_targets.TargetRow`.
+        table: the fields of `hat_lib.experiments.speed_targets.Row`.
     """
     need(table, "granularity", "versus", "requested", "reachable", "largest", "measured", "lowest", "highest")
     with mpl.rc_context(STYLE):
@@ -94,7 +94,7 @@ def lossless(table: pd.DataFrame) -> Figure:
     Whiskers are 95 % bootstrap intervals over prompts: of a ratio of sums on the left, of a median on the right.
 
     Args:
-        table: the fields of `hat_lib.experiments.self_speculative.LosslessRow`.
+        table: the fields of `hat_lib.experiments.self_speculative.Row`.
     """
     times = {"ms_hf": "plain transformers", "ms_early_exit": "its early-exit drafts", "ms_lossless": "our drafts"}
     group = ["granularity", "capacity", "dtype"]
@@ -132,7 +132,7 @@ def work_and_time(table: pd.DataFrame, text: str = "docstrings") -> Figure:
     """What skipping costs against the work that it leaves, and against the time, both as shares of the dense path's.
 
     Args:
-        table: the fields of `hat_lib.experiments.published_claims.PromiseRow`; rows without quality are left out.
+        table: the fields of `hat_lib.experiments.published_claims.Row`; rows without quality are left out.
         text: whose perplexity.
     """
     columns = ["granularity", "exit_rate", "model_share", "decode_dense", "prefill_dense"]
@@ -169,7 +169,7 @@ def promise(table: pd.DataFrame, text: str = "docstrings") -> Figure:
     A base without quality of its own gets that of the base that has it, for the same grain and capacity.
 
     Args:
-        table: the fields of `hat_lib.experiments.published_claims.PromiseRow`; rows with exits are left out.
+        table: the fields of `hat_lib.experiments.published_claims.Row`; rows with exits are left out.
         text: whose perplexity.
     """
     columns = ["base", "granularity", "capacity", "exit_rate", "promised_speedup", "promised_increase", *KINDS]
@@ -209,7 +209,7 @@ def ceilings(table: pd.DataFrame, measured: pd.DataFrame) -> Figure:
 
     Args:
         table: ``base``, ``granularity``, ``capacity``, ``ideal``.
-        measured: the fields of `hat_lib.experiments.published_claims.PromiseRow`; rows with exits are left out.
+        measured: the fields of `hat_lib.experiments.published_claims.Row`; rows with exits are left out.
     """
     need(table, "base", "granularity", "capacity", "ideal")
     columns = ["base", "granularity", "exit_rate", "capacity", "realised", "decode_dense", "promised_speedup"]

@@ -7,9 +7,11 @@ from hat_lib.backbone.base import load_base
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.config import HatConfig, HatError
+from hat_lib.evaluation.baselines.equal_compute import OutOfReach
 from hat_lib.experiments import quality as module
-from hat_lib.experiments.quality import Grain, Point, QualityRow, plan, quality
-from hat_lib.experiments.rows import read_rows
+from hat_lib.experiments.columns import TEXTS
+from hat_lib.experiments.quality import KEY, Grain, Point, Row, grid, plan
+from hat_lib.experiments.rows import RowWriter, read_rows
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
 
@@ -43,11 +45,18 @@ def grain(tmp_path_factory):
     return Grain(folder / "trained", folder / "untrained")
 
 
+def quality(out, grains, points=points, dtype="fp32"):
+    with RowWriter(out, Row, KEY) as writer:
+        for row in module.measure(grains, writer.done, points=points, dtype=dtype):
+            writer.write(row)
+            yield row
+
+
 @pytest.fixture(scope="module")
 def measured(grain, tmp_path_factory):
     out = tmp_path_factory.mktemp("rows") / "quality.csv"
-    rows = list(quality(out, {"channel": grain}, dtype="fp32", points=points, progress=False))
-    assert read_rows(out, QualityRow) == rows
+    rows = list(quality(out, {"channel": grain}))
+    assert read_rows(out, Row) == rows
     return out, {(r.variant, r.exit_rate): r for r in rows}
 
 
@@ -73,10 +82,10 @@ def test_a_stopped_run_goes_on_and_ends_alike(measured, grain, tmp_path):
     whole, out = measured[0], tmp_path / "quality.csv"
     lines = whole.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:3]))
-    rows = list(quality(out, {"channel": grain}, dtype="fp32", points=points, progress=False))
+    rows = list(quality(out, {"channel": grain}))
     assert len(rows) == len(lines) - 3
     assert out.read_text() == whole.read_text()
-    assert list(quality(out, {"channel": grain}, dtype="fp32", points=points, progress=False)) == []
+    assert list(quality(out, {"channel": grain})) == []
 
 
 def test_rows_of_another_checkpoint_are_refused_and_kept(measured, grain, tmp_path):
@@ -84,8 +93,8 @@ def test_rows_of_another_checkpoint_are_refused_and_kept(measured, grain, tmp_pa
     text = measured[0].read_text()
     out.write_text(text.replace(next(iter(measured[1].values())).adapter, "0" * 16))
     before = out.read_text()
-    with pytest.raises(HatError, match="holds rows of another channel checkpoint"):
-        list(quality(out, {"channel": grain}, points=points))
+    with pytest.raises(HatError, match="rows of another channel checkpoint"):
+        list(quality(out, {"channel": grain}))
     assert out.read_text() == before
 
 
@@ -99,38 +108,72 @@ def test_gates_that_are_trained_again_leave_rows_without_exits_valid(measured, g
         for gate in hat.gates.values():
             gate.shift.add_(1.0)
     hat.save_pretrained(other)
-    run = quality(out, {"channel": grain._replace(trained=other)}, dtype="fp32", points=points, progress=False)
+    run = quality(out, {"channel": grain._replace(trained=other)})
     assert {row.exit_rate for row in run} == {0.5}
     assert out.read_text().startswith(kept)
 
 
 def test_refusals(grain, tmp_path):
     with pytest.raises(HatError, match="has the channel grain, expected token"):
-        list(quality(tmp_path / "a.csv", {"token": grain}, dtype="fp32", points=points))
+        list(quality(tmp_path / "a.csv", {"token": grain}))
     with pytest.raises(HatError, match="was trained: expected a checkpoint as `hat calibrate` writes it"):
         list(quality(tmp_path / "b.csv", {"channel": grain._replace(untrained=grain.trained)}))
     with pytest.raises(HatError, match="make it with `hat train`"):
         list(quality(tmp_path / "b.csv", {"channel": grain._replace(trained=tmp_path / "none")}))
 
 
-def test_a_control_out_of_reach_costs_no_other_row(grain, tmp_path, monkeypatch):
+@pytest.mark.parametrize("failure", [OutOfReach("its nearest is 0.9"), HatError("the text has no tokens")])
+def test_only_a_control_out_of_reach_costs_no_other_row(grain, tmp_path, monkeypatch, failure):
     def refuse(*_):
-        raise HatError("its nearest is 0.9")
+        raise failure
 
     monkeypatch.setitem(module.CONTROLS, "static", refuse)
-    run = quality(tmp_path / "quality.csv", {"channel": grain}, dtype="fp32", points=points, progress=False)
-    with pytest.warns(UserWarning, match="no row for static at 0.7 on docstrings: its nearest is 0.9"):
-        found = list(run)
-    assert [r.variant for r in found] == ["trained", "untrained", "random", "removal", "trained", "random_exits"]
+    run = quality(tmp_path / "quality.csv", {"channel": grain})
+    if isinstance(failure, OutOfReach):
+        with pytest.warns(UserWarning, match="no row for static at 0.7 on docstrings: its nearest is 0.9"):
+            found = list(run)
+        assert [r.variant for r in found] == ["trained", "untrained", "random", "removal", "trained", "random_exits"]
+    else:
+        with pytest.raises(HatError, match="the text has no tokens"):
+            list(run)
+        assert [r.variant for r in read_rows(tmp_path / "quality.csv", Row)] == ["trained", "untrained", "random"]
 
 
 def test_the_plan_has_what_the_result_must_show():
     found = set(plan("channel"))
     assert len(found) == len(plan("channel"))
-    for text in module.TEXTS:
+    for text in TEXTS:
         for capacity in (0.75, 0.62):
             for variant in ("trained", "untrained"):
                 assert Point("channel", text, 20_000, capacity, 0.0, variant) in found
         for variant in ("untrained", "random", "static", "cosine", "removal"):
             assert sum(p.variant == variant and p.text == text and p.max_tokens == 4000 for p in found) >= 3
         assert Point("channel", text, 4000, 1.0, 0.3, "random_exits") in found
+
+
+class TestGrid:
+    def test_each_point_where_it_means_something(self):
+        found = grid("channel", capacities=[1.0, 0.5], exit_rates=[0.0, 0.2], seeds=[0, 1], texts=["a"])
+        assert len(set(found)) == len(found)
+        assert [(p.capacity, p.exit_rate) for p in found if p.variant == "trained"] == [
+            (1.0, 0.0), (1.0, 0.2), (0.5, 0.0), (0.5, 0.2)
+        ]  # fmt: skip
+        assert {p.seed for p in found if p.variant == "random"} == {0, 1}
+        assert {p.seed for p in found if p.variant in ("trained", "untrained", "cosine")} == {0}
+        assert {(p.capacity, p.exit_rate) for p in found if p.variant == "random"} == {(0.5, 0.0)}
+        assert {p.exit_rate for p in found if p.variant == "random_exits"} == {0.2}
+
+    @pytest.mark.parametrize(
+        ("axis", "values", "words"),
+        [
+            ("capacities", [0.05], "capacity must be"),
+            ("capacities", [], "at least one capacity"),
+            ("capacities", [0.5, 0.5], "capacity 0.5 stands twice"),
+            ("exit_rates", [1.5], "exit rate must be"),
+            ("seeds", [-1], "a seed must be"),
+            ("variants", ["lucky"], "variants must be among trained, untrained"),
+        ],
+    )
+    def test_bad_axes(self, axis, values, words):
+        with pytest.raises(HatError, match=words):
+            grid("channel", **{"capacities": [0.5], axis: values})

@@ -17,7 +17,7 @@ import pytest
 from front_ends import jupyter, voila
 
 from hat_lib.config import DATA, NOTEBOOKS
-from hat_lib.plotting.trained_frontier import points
+from hat_lib.plotting.frontier import points
 from hat_lib.workbook.notebooks import errors
 
 sync_api = pytest.importorskip("playwright.sync_api", reason='no playwright: pip install -e ".[dev]"')

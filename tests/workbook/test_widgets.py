@@ -13,18 +13,13 @@ import torch
 from ipywidgets import Widget
 from matplotlib.image import imread
 from tiny_runs import adaptive
-from typer.testing import CliRunner
 
-from hat_lib.cli.app import app
-from hat_lib.cli.commands import reproduce as results
 from hat_lib.config import HatError
 from hat_lib.evaluation.routing import patterns, prompt_blocks
-from hat_lib.experiments.layer_shares import layer_shares
-from hat_lib.experiments.published_claims import PromiseRow
-from hat_lib.experiments.quality import QualityRow
+from hat_lib.experiments import published_claims, quality
 from hat_lib.inference.generate import AdaptiveInference
+from hat_lib.plotting.frontier import points, twin
 from hat_lib.plotting.style import png
-from hat_lib.plotting.trained_frontier import points, twin
 from hat_lib.workbook.notebooks import WIDGET_VIEW
 from hat_lib.workbook.widgets import FrontierView, GenerateView, RoutingView, parts, show
 from hat_lib.workbook.widgets.routing import ALL
@@ -46,7 +41,7 @@ def text_of(html):
 
 
 def quality_row(capacity, exit_rate=0.0, increase=0.1, **changes):
-    values = dict.fromkeys(QualityRow.__dataclass_fields__, 0.0) | {
+    values = dict.fromkeys(quality.Row.__dataclass_fields__, 0.0) | {
         "granularity": "channel", "text": "docstrings", "variant": "trained", "capacity": capacity,
         "exit_rate": exit_rate, "realised": capacity + 0.003, "realised_exit": exit_rate + 0.001,
         "model_share": 0.2 + 0.8 * capacity, "base_ppl": 20.0, "ppl": 20 * (1 + increase), "increase": increase,
@@ -69,7 +64,7 @@ def layers_table(settings=((0.4, 0.0), (0.62, 0.0), (0.8, 0.0), (0.62, 0.1), (1.
 
 def promise_table():
     known = [(0.4, 0.0, 1.5), (0.8, 0.0, 1.1), (1.0, 0.1, 1.03)]
-    empty = dict.fromkeys(PromiseRow.__dataclass_fields__, 0.0)
+    empty = dict.fromkeys(published_claims.Row.__dataclass_fields__, 0.0)
     machine = {"granularity": "channel", "device": "cpu", "dtype": "bfloat16", "threads": 2}
     rows = [
         empty | machine | {"base": "bundled", "capacity": c, "exit_rate": e, "decode_dense": s} for c, e, s in known
@@ -88,7 +83,7 @@ def test_points_are_the_trained_rows_on_most_tokens_and_the_base():
     assert settings == [(0, 0.4, 0.9), (0, 0.62, 0.1), (0, 0.8, 0.01), (0, 1, 0), (0.1, 0.62, 0.4), (0.1, 1, 0.3)]
     base = table.iloc[3]
     assert (base["ppl"], base["model_share"], base["realised"], base["realised_exit"]) == (20, 1, 1, 0)
-    with pytest.raises(HatError, match="channel and poems: run `hat quality`"):
+    with pytest.raises(HatError, match="channel and poems: run `hat reproduce quality`"):
         points(quality_table(), text="poems")
 
 
@@ -166,19 +161,6 @@ def test_the_committed_results_are_under_the_sliders():
             assert said(view)[0] == "ready"
 
 
-def test_hat_figures_redraws_the_twin_and_names_what_is_missing(tmp_path, monkeypatch):
-    (tmp_path / "results").mkdir()
-    monkeypatch.setattr(results, "DATA", tmp_path)
-    monkeypatch.setattr(results, "REPO", tmp_path)
-    quality_table().to_csv(tmp_path / "results" / "quality.csv", index=False)
-    said = CliRunner().invoke(app, ["figures"]).output
-    twin_file = tmp_path / "figures" / "07_frontier.png"
-    assert "layer_shares.csv, so 07_frontier.png stays as it is" in said and not twin_file.exists()
-    layers_table().to_csv(tmp_path / "results" / "layer_shares.csv", index=False)
-    assert CliRunner().invoke(app, ["figures"]).exit_code == 0
-    assert twin_file.read_bytes() == png(twin(quality_table(), layers_table()))
-
-
 # --- layers ---
 
 
@@ -190,29 +172,6 @@ def hat():
 BLOCKS = [
     {"input_ids": torch.randint(5, 250, (n,), generator=torch.Generator().manual_seed(n)).tolist()} for n in (30, 20)
 ]
-
-
-def test_layer_shares_are_those_of_the_trace(hat):
-    table = layer_shares(hat, BLOCKS, [(0.6, 0.0), (0.6, 0.5), (1.0, 0.0)])
-    assert len(table) == 3 * hat.config.n_layers and set(table["tokens"]) == {50}
-    expected = torch.zeros(hat.config.n_layers, dtype=torch.float64)
-    with hat.at(0.6, 0.5), torch.no_grad():
-        for row in BLOCKS:
-            hat.lm.model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False)
-            expected += hat.trace.share.double().sum((1, 2))
-    found = table.query("exit_rate == 0.5")
-    assert np.allclose(found["executed"], expected / 50, atol=1e-6)
-    assert found["entered"].iloc[0] == 1 and found["entered"].is_monotonic_decreasing and found["entered"].iloc[-1] < 1
-    assert (table.query("exit_rate == 0")["entered"] == 1).all()
-    assert (table.query("capacity == 1")["executed"] == 1).all()
-
-
-@pytest.mark.parametrize(("blocks", "settings"), [([], [(0.6, 0.0)]), (BLOCKS, []), (BLOCKS, [(7.0, 0.0)])])
-def test_layer_shares_refuses_nothing_and_nonsense(hat, blocks, settings):
-    before = hat.capacity, hat.exit_rate
-    with pytest.raises(HatError):
-        layer_shares(hat, blocks, settings)
-    assert (hat.capacity, hat.exit_rate) == before
 
 
 # --- generation ---

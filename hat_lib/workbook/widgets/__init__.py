@@ -6,7 +6,7 @@
 
 They are plain ipywidgets with pictures as PNG and text as HTML, so they need no front-end parts of their own, in
 JupyterLab, Notebook 7, Colab and Voila. A page that runs nothing, such as GitHub's, shows none of them: beside each
-stands its static twin, `trained_frontier.twin`, `GenerateView.twin` or `plotting.routing.layer_map`.
+stands its static twin, `plotting.frontier.twin`, `GenerateView.twin` or `plotting.routing.layer_map`.
 """
 
 from hat_lib.workbook.widgets.frontier import FrontierView

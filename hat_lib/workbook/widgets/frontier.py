@@ -3,7 +3,7 @@
 Everything is read from ``data/results``: `quality.csv` (perplexity), `layer_shares.csv` (executed share by layer) and,
 where it exists, `published_claims.csv` (speed). A slider stops where something was measured and nowhere else: between
 two measurements the view would show a number that nobody has seen. Its
-static twin is `hat_lib.plotting.trained_frontier.twin`.
+static twin is `hat_lib.plotting.frontier.twin`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from matplotlib.image import imsave
 from hat_lib.backbone.base import BUNDLED
 from hat_lib.config import DATA, HatError
 from hat_lib.inference.speed import SpeedCurve
-from hat_lib.plotting import trained_frontier
+from hat_lib.plotting import frontier
 from hat_lib.plotting.style import BLUE, ORANGE, RED, STYLE, percent
 from hat_lib.plotting.training import WIDE
 from hat_lib.workbook.widgets.parts import say, stops, told
@@ -34,9 +34,9 @@ class FrontierView(VBox):
     """Two sliders over what was measured → a point on the frontier, its numbers, and the work of each layer.
 
     Args:
-        points: as from `hat_lib.plotting.trained_frontier.points`.
-        layers: as from `hat_lib.experiments.layer_shares.layer_shares`; a setting that is not in it has no bars.
-        claims: rows of `hat_lib.experiments.published_claims.PromiseRow`, for speed; None where nothing was timed.
+        points: as from `hat_lib.plotting.frontier.points`.
+        layers: rows of `hat_lib.experiments.layer_shares`; a setting that is not in it has no bars.
+        claims: rows of `hat_lib.experiments.published_claims.Row`, for speed; None where nothing was timed.
     """
 
     def __init__(self, points: pd.DataFrame, layers: pd.DataFrame, claims: pd.DataFrame | None = None):
@@ -68,7 +68,7 @@ class FrontierView(VBox):
         for name in ("quality", "layer_shares"):
             if tables[name] is None:
                 raise HatError(f"no {results / name}.csv: it is made by `hat reproduce {name}`")
-        points = trained_frontier.points(tables["quality"], granularity, text)
+        points = frontier.points(tables["quality"], granularity, text)
         return cls(points, tables["layer_shares"], tables["published_claims"])
 
     def _update(self, _change=None) -> None:
@@ -131,10 +131,10 @@ class _Picture:
 
     def __init__(self, points: pd.DataFrame, n_layers: int):
         with mpl.rc_context(STYLE):
-            fig = Figure(figsize=(WIDE, trained_frontier.HEIGHT), dpi=DPI, layout="constrained")
+            fig = Figure(figsize=(WIDE, frontier.HEIGHT), dpi=DPI, layout="constrained")
             self._canvas = FigureCanvasAgg(fig)
             self._cost, self._work = fig.subplots(1, 2)
-            trained_frontier.draw(self._cost, points)
+            frontier.draw(self._cost, points)
             depth = np.arange(n_layers)
             bars = self._work.bar(depth, np.ones(n_layers), color=BLUE, animated=True, label="executed, all tokens")
             (line,) = self._work.plot(depth, np.ones(n_layers), "s-", color=ORANGE, markersize=3, animated=True)

@@ -1,0 +1,188 @@
+"""Every file of data/results has an experiment of one shape, and `hat reproduce` runs, draws and tabulates them."""
+
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+from matplotlib.figure import Figure
+from tiny_runs import adaptive
+
+from hat_lib import config
+from hat_lib.config import DATA, REPO, HatError
+from hat_lib.experiments import grain_frontier, registry, weight_shares
+from hat_lib.experiments.rows import read_rows
+from hat_lib.experiments.tables import START, documents, times
+
+RESULTS = DATA / "results"
+
+
+def test_one_module_for_each_file_and_each_file_for_one_module():
+    assert {path.name for path in RESULTS.iterdir()} == {f"{name}.csv" for name in registry.NAMES}
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_the_committed_rows_read_back_and_are_told_apart_by_their_key(name):
+    experiment = registry.load(name)
+    assert experiment.ABOUT and experiment.MINUTES > 0
+    rows = read_rows(RESULTS / f"{name}.csv", experiment.Row)
+    assert rows and len({tuple(getattr(row, key) for key in experiment.KEY) for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_figures_and_tables_come_from_the_files_alone(name, tmp_path):
+    experiment = registry.load(name)
+    drawn, tables = experiment.figures(), experiment.tables()
+    assert all(isinstance(figure, Figure) and (REPO / "figures" / f"{f}.png").is_file() for f, figure in drawn.items())
+    assert all(text.startswith("| ") and text.count("\n") > 2 for text in tables.values())
+    for make, found in ((experiment.figures, drawn), (experiment.tables, tables)):
+        if found:
+            with pytest.raises(HatError, match="make it with `hat reproduce"):
+                make(tmp_path)
+
+
+def test_the_first_page_has_five_columns():
+    header, *_ = registry.all_tables()["frontpage"].splitlines()
+    assert header.count("|") == 6
+
+
+def test_documents_show_the_main_results():
+    marked = {name for path in documents() for name in START.findall(path.read_text(encoding="utf-8"))}
+    assert marked >= {"quality", "published_claims"}
+
+
+def test_a_speed_above_its_ideal_is_called_noise():
+    assert times(1.16, 1.1) == "1.16x (above ideal: noise)"
+    assert times(1.104, 1.1) == "1.10x" == times(1.1)
+
+
+# --- what is measured ---
+
+
+@dataclass(frozen=True)
+class Row:
+    point: int
+    cost: float
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """An experiment that counts what it measures, and stops where it is told."""
+    seen = []
+
+    def rows(done=(), *, count: int = 3, stop: int | None = None, shares: list[float] = (), name: str = "a"):
+        for point in range(count):
+            if point == stop:
+                raise KeyboardInterrupt
+            if (point,) not in done:
+                seen.append(point)
+                yield Row(point, 0.5 + len(seen))
+
+    module = SimpleNamespace(ABOUT="a count", MINUTES=1, Row=Row, KEY=("point",), rows=rows, seen=seen)
+    module.figures, module.tables = (lambda results: {}), (lambda results: {"counted": "| 1 |\n"})
+    monkeypatch.setattr(registry, "NAMES", ("counted",))
+    monkeypatch.setattr(registry, "load", lambda name: module)
+    return module
+
+
+def test_a_stopped_run_goes_on_and_again_replaces_all_at_once(stand_in, run_hat, tmp_path):
+    out = tmp_path / "new" / "counted.csv"
+    run = ("reproduce", "counted", "--out", out.parent)
+    code, said, err = run_hat(*run, "--set", "stop=2")
+    assert code == 130 and "counted: point 1" in said and stand_in.seen == [0, 1], err
+    code, said, _ = run_hat(*run)
+    assert code == 0 and "counted: 1 new rows" in said and stand_in.seen == [0, 1, 2] and "| 1 |" in said
+    first = out.read_text()
+    code, said, _ = run_hat(*run)
+    assert "0 new rows" in said and "--again" in said and out.read_text() == first
+    assert run_hat(*run, "--again", "--set", "stop=1")[0] == 130 and out.read_text() == first
+    assert run_hat(*run, "--again")[0] == 0 and stand_in.seen == [0, 1, 2, 0, 1, 2]
+    assert [row.cost for row in read_rows(out, Row)] == [4.5, 5.5, 6.5] and len(list(out.parent.iterdir())) == 1
+
+
+def test_settings_are_read_by_type(stand_in):
+    found = registry.parse("counted", ["count=4", "stop=1", "shares=0.5, 0.7", "name=b"])
+    assert found == {"count": 4, "stop": 1, "shares": [0.5, 0.7], "name": "b"}
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("nothing",), "no experiment 'nothing'; there are: weight_shares"),
+        (("quality", "foundation", "--set", "max_tokens=5"), "--set goes with the name of one experiment"),
+        (("--set", "max_tokens=5"), "--set goes with the name of one experiment"),
+        (("foundation", "--set", "tokens=5"), "foundation takes checkpoint=, texts=, capacities=, max_tokens="),
+        (("foundation", "--set", "rounds=few"), "foundation: rounds takes a number, got 'few'"),
+        (("foundation", "--set", "rounds=0"), "rounds and steps must be at least 1"),
+        (("benchmark", "--set", "batches=1,0"), "batch sizes must be at least 1"),
+        (("self_speculative", "--set", "capacity=2"), "capacity must be a number in"),
+        (("ablations", "--set", "dtype=int8"), "int8"),
+        (("quality", "--set", "grains=word"), "grains must be among channel, token, got 'word'"),
+    ],
+)
+def test_a_typo_is_told_before_anything_is_loaded(run_hat, tmp_path, monkeypatch, args, words):
+    monkeypatch.setattr("hat_lib.model.transformer.HierarchicalTransformer.from_pretrained", None)
+    code, _, err = run_hat("reproduce", *args, "--out", tmp_path)
+    assert code == 2 and err.count("error: ") == 1 and words in err
+
+
+def test_unwritable_results(run_hat, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, out, err = run_hat("reproduce", "quality", "--out", tmp_path / "file")
+    assert code == 2 and out == "" and "is not a folder" in err
+
+
+def test_without_a_name_everything_is_listed(run_hat):
+    code, out, _ = run_hat("reproduce")
+    lines = out.splitlines()
+    assert code == 0 and [line.split()[0] for line in lines[::2]] == list(registry.NAMES)
+    assert "60 min" in lines[2 * registry.NAMES.index("quality")]
+
+
+def test_figures_of_the_files_that_are_there(run_hat, tmp_path):
+    shutil.copy(RESULTS / "quality.csv", tmp_path)
+    code, out, err = run_hat("reproduce", "quality", "layer_shares", "--figures", "--out", tmp_path)
+    assert code == 0 and err.count("warning: ") == 1 and "layer_shares.csv" in err
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"quality.png", "06_quality.png", "08_exits.png"}
+
+
+def test_tables_of_the_documents(run_hat, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for path in ("README.md", "data/README.md"):
+        (tmp_path / path).write_text("<!-- table: quality -->\n| 0 |\n<!-- end -->\n")
+    monkeypatch.setattr(config, "REPO", tmp_path)
+    code, out, _ = run_hat("reproduce", "--tables", "--out", tmp_path)
+    assert code == 0 and out.count("wrote ") == 2
+    assert registry.all_tables()["quality"] in (tmp_path / "README.md").read_text()
+    assert run_hat("reproduce", "--tables", "--out", tmp_path)[1] == ""
+
+
+# --- the small ones, end to end ---
+
+
+def test_from_skipped_layers_to_the_frontier_of_grains(run_hat, tmp_path):
+    adaptive("channel").save_pretrained(tmp_path / "channel")
+    how = ("--set", "max_tokens=300", "--set", "dtype=fp32", "--out", tmp_path)
+    for name, where in (
+        ("ffn_skip_by_layer", "base=random:tiny"),
+        ("grain_frontier", f"checkpoint={tmp_path}/channel"),
+    ):
+        code, out, err = run_hat("reproduce", name, "--set", where, *how)
+        assert code == 0, err
+    by_layer = read_rows(tmp_path / "ffn_skip_by_layer.csv", registry.load("ffn_skip_by_layer").Row)
+    assert [row.layer for row in by_layer] == [1, 2, 3]
+    assert all(row.low <= row.ratio <= row.high and row.dtype == "torch.float32" for row in by_layer)
+    rows = read_rows(tmp_path / "grain_frontier.csv", grain_frontier.Row)
+    assert Counter(row.method for row in rows) == {
+        grain_frontier.TOKENS: 3, grain_frontier.CHANNELS: 3, grain_frontier.LAYERS: 1  # all three of its layers
+    }  # fmt: skip
+    assert all(0 < row.work < 1 and row.low <= row.increase <= row.high for row in rows)
+
+
+def test_weight_shares_are_those_of_the_shapes():
+    base, tinyllama = weight_shares.rows(base="random:tiny")
+    assert base.ffn + base.attention + base.head == pytest.approx(1, abs=1e-4)
+    # 22 layers of 3 * 2048 * 5632 and 2 * 2048 * (2048 + 256), and a head of 32000 * 2048 weights
+    assert (tinyllama.ffn, tinyllama.attention, tinyllama.head) == (0.73594, 0.20071, 0.063355)
+    assert next(weight_shares.rows({("random:tiny",)}, base="random:tiny")) == tinyllama
