@@ -122,42 +122,19 @@ TasksPath = Annotated[
 BatchSize = Annotated[int, option("Blocks or requests a forward, at least 1; changes no result beyond rounding.")]
 AsJson = Annotated[bool, option("Print one JSON object on stdout and nothing else.", "--json")]
 
-# hat benchmark, hat foundation
-TimedBase = Annotated[str, option(f"Shape to time: random:tinyllama, or {BASE_HELP}.")]
-ChannelCapacities = Annotated[
-    str, option("Capacities of the channel grain, 0.1-1.0, comma-separated; empty for none.", metavar="SHARES")
-]
-TokenCapacities = Annotated[
-    str, option("Capacities of the token grain, 0.1-1.0, comma-separated; empty for none.", metavar="SHARES")
-]
-Batch = Annotated[str, option("Batch sizes, comma-separated; a batch shares the 512 tokens of a prefill.")]
-Rounds = Annotated[int, option("Rounds in which every variant takes one turn, at least 1; medians over them.")]
-Steps = Annotated[int, option("Decode steps of one turn, at least 1.")]
-Out = Annotated[Path, option("CSV file to write; an older one is replaced.")]
-
-
-# hat quality
+# hat sweep
 ChannelTrained = Annotated[Path, option("Trained checkpoint of the channel grain.")]
 TokenTrained = Annotated[Path, option("Trained checkpoint of the token grain.")]
 ChannelUntrained = Annotated[Path, option("Calibrated, untrained checkpoint of the channel grain, as a control.")]
 TokenUntrained = Annotated[Path, option("Calibrated, untrained checkpoint of the token grain, as a control.")]
-QualityOut = Annotated[Path, option("CSV file; rows that it holds are kept, and only missing ones are measured.")]
 Grains = Annotated[str, option("Which grains to measure, comma-separated: channel, token.", metavar="GRAINS")]
 
-# hat ablations
-TrainSteps = Annotated[int, option("Training steps of each run, at least 1.")]
-
-# hat sweep, hat promise, hat targets, hat lossless
 SweepOut = Annotated[Path, option("CSV file; rows that it holds are kept. The figure goes beside it.")]
 SweepCapacities = Annotated[str, option("Capacities, 0.1-1.0, comma-separated.", "--capacity", metavar="SHARES")]
 SweepRates = Annotated[str, option("Exit rates, 0-1, comma-separated.", "--exit-rate", metavar="SHARES")]
 SweepSeeds = Annotated[str, option("Seeds of what is drawn at random, comma-separated.", "--seed", metavar="SEEDS")]
 SweepTexts = Annotated[str, option(f"Texts, comma-separated; each {TEXT_HELP}.", metavar="TEXTS")]
 SweepVariants = Annotated[str, option("The trained model and its controls, comma-separated.", metavar="NAMES")]
-QualityFile = Annotated[Path, option("What `hat quality` wrote for these checkpoints.")]
-PromptCount = Annotated[int, option("Prompts, 1-200.", "--prompts")]
-Drafter = Annotated[Path, option("Checkpoint that drafts.")]
-DraftCapacity = Annotated[str, option(f"Of the drafts: {CAPACITY_HELP}.", metavar="SHARE")]
 
 # hat train
 Phase = Annotated[
