@@ -10,22 +10,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from hat_lib.plotting.style import BLUE, BROWN, GRAINS, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, need, percent
+from hat_lib.plotting.style import (
+    BLUE,
+    BROWN,
+    GRAINS,
+    GREEN,
+    GREY,
+    HOLLOW,
+    MOST,
+    ORANGE,
+    PURPLE,
+    SKY,
+    below,
+    costs,
+    increases,
+    key,
+    log_axis,
+    need,
+    panels,
+    styled,
+    whiskers,
+)  # fmt: skip
 
 COST = ("increase", "increase_low", "increase_high")
 POINT = ("granularity", "text", "capacity")
-MOST = 1000.0  # per cent; an increase beyond it stands at the upper edge, as a triangle
 TEXTS = {"addresses": (BLUE, "o"), "docstrings": (ORANGE, "s")}
-PROMISED = {"color": "black", "marker": "D", "markerfacecolor": "none", "markersize": 7, "zorder": 5}
-WHISKERS = {"linestyle": "none", "markersize": 5, "capsize": 2, "elinewidth": 1}
+PROMISED = HOLLOW | {"markersize": 7}
 TRAINED = {
     "channel grain, trained": (BLUE, "o", "-"),
     "channel grain, untrained": (SKY, "v", "--"),
@@ -44,6 +59,19 @@ def joint(verdicts: Iterable[str]) -> str:
     """Of what has to hold everywhere: "no" if it fails anywhere, "yes" if it holds everywhere, else "open"."""
     found = set(verdicts)
     return "no" if "no" in found else "yes" if found == {"yes"} else "open"
+
+
+def fast(rows: pd.DataFrame, kind: str = "decode_dense") -> list[str]:
+    """Is each row as fast as promised? "yes", "no", or "open" where it is faster than its work allows: that is noise.
+
+    Args:
+        rows: the fields of `hat_lib.experiments.published_claims.Row`, of settings with a promise.
+        kind: a column of speedups. Over our own dense path the ideal bounds what skipping can give; plain transformers
+            is another program, and nothing bounds a speedup over it.
+    """
+    ideal = rows[f"ideal_{kind.removesuffix('_dense')}"] if kind.endswith("_dense") else pd.Series(np.inf, rows.index)
+    pairs = zip(rows[kind], rows["promised_speedup"], ideal, strict=True)
+    return ["no" if speed < claimed else "yes" if speed <= most else "open" for speed, claimed, most in pairs]
 
 
 def kept(quality: pd.DataFrame, promise: pd.DataFrame) -> pd.DataFrame:
@@ -98,6 +126,7 @@ def machine(rows: pd.DataFrame) -> str:
     return ", ".join("threads " * (name == "threads") + "/".join(map(str, rows[name].unique())) for name in have)
 
 
+@styled
 def promised(quality: pd.DataFrame, published: pd.DataFrame, promise: pd.DataFrame) -> Figure:
     """Increase in perplexity at the capacity that was realised, beside what was promised; a panel for each text.
 
@@ -110,18 +139,16 @@ def promised(quality: pd.DataFrame, published: pd.DataFrame, promise: pd.DataFra
     channel, token = (found[found["granularity"] == grain] for grain in GRAINS)
     start = _dial(quality, "untrained").query("granularity == 'channel'")
     lines = [channel, start, _dial(published, "trained"), token]
-    with mpl.rc_context(STYLE):
-        fig, axes = _by_text(found, "capacity that was realised", 4.1)
-        for text, ax in axes.items():
-            for rows, look in zip(lines, TRAINED.values(), strict=True):
-                _costs(ax, rows[rows["text"] == text], "realised", *look)
-            ax.plot(bounds["capacity"], 100 * bounds["promised_increase"], ":", **PROMISED)
-        names = [Line2D([], [], linestyle=":", label="promised", **PROMISED)]
-        names += [Line2D([], [], color=c, marker=m, linestyle=s, label=name) for name, (c, m, s) in TRAINED.items()]
-        fig.legend(handles=names, ncols=3, loc="outside lower center")
+    fig, axes = _by_text(found, "capacity that was realised", 4.1)
+    for text, ax in axes.items():
+        for rows, look in zip(lines, TRAINED.values(), strict=True):
+            _costs(ax, rows[rows["text"] == text], "realised", *look)
+        ax.plot(bounds["capacity"], 100 * bounds["promised_increase"], ":", **PROMISED)
+    below(fig, [_promise_key(":"), *(key(name, *look) for name, look in TRAINED.items())], ncols=3)
     return fig
 
 
+@styled
 def speeds(promise: pd.DataFrame) -> Figure:
     """Decode speedups in two factors, a panel for each base: what skipping gives (thick), what the dense path (thin).
 
@@ -133,78 +160,78 @@ def speeds(promise: pd.DataFrame) -> Figure:
     rows = promise[promise["exit_rate"] == 0].sort_values(["granularity", "capacity"], ascending=[True, False])
     need(rows, "base")
     bases = list(dict.fromkeys(rows["base"]))
-    with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(8.4, 3.9), layout="constrained")
-        axes = fig.subplots(1, len(bases), squeeze=False, sharey=True, sharex=True)[0]
-        for ax, base in zip(axes, bases, strict=True):
-            for y, row in enumerate(rows[rows["base"] == base].itertuples()):
-                colour, marker = GRAINS[row.granularity]
-                ax.plot([row.decode_dense, row.decode_hf], [y, y], color=GREY, linewidth=1.5)
-                ax.plot([1, row.decode_dense], [y, y], color=colour, linewidth=6, alpha=0.5, solid_capstyle="butt")
-                ax.plot(row.decode_dense, y, marker, color=colour, markersize=5)
-                ax.plot(row.decode_hf, y, marker, color=GREY, markersize=5)
-                ax.plot(row.ideal_decode, y, "|", color=colour, markersize=13, markeredgewidth=2)
-                ax.plot(row.promised_speedup, y, linestyle="none", **PROMISED)
-            ax.axvline(1, color=GREY, linewidth=1)
-            ax.set(title=base, xlabel="decode speedup (times)")
-            _log(ax, [1, 1.5, 2, 3, 4, 6], "{x:g}")
-        first = rows.loc[rows["base"] == bases[0], ["granularity", "capacity", "realised"]].to_numpy()
-        axes[0].set_yticks(range(len(first)), [f"{g} {c:.2f} (ran {r:.2f})" for g, c, r in first])
-        axes[0].invert_yaxis()
-        names = [Line2D([], [], linestyle="none", label="promised", **PROMISED)]
-        tick = {"marker": "|", "markersize": 11, "markeredgewidth": 2, "linestyle": "none"}
-        names += [Line2D([], [], color="black", label="if time followed work", **tick)]
-        names += [Line2D([], [], color=BLUE, linewidth=6, alpha=0.5, label="skipping: over our own dense path")]
-        names += [Line2D([], [], color=GREY, marker="o", markersize=5, label="all of it: over plain transformers")]
-        fig.legend(handles=names, ncols=len(names), loc="outside lower center", fontsize=8)
+    fig, axes = panels(len(bases), height=3.9, width=8.4, sharey=True, sharex=True)
+    for ax, base in zip(axes, bases, strict=True):
+        for y, row in enumerate(rows[rows["base"] == base].itertuples()):
+            colour, marker = GRAINS[row.granularity]
+            ax.plot([row.decode_dense, row.decode_hf], [y, y], color=GREY, linewidth=1.5)
+            ax.plot([1, row.decode_dense], [y, y], color=colour, linewidth=6, alpha=0.5, solid_capstyle="butt")
+            ax.plot(row.decode_dense, y, marker, color=colour, markersize=5)
+            ax.plot(row.decode_hf, y, marker, color=GREY, markersize=5)
+            ax.plot(row.ideal_decode, y, "|", color=colour, markersize=13, markeredgewidth=2)
+            ax.plot(row.promised_speedup, y, linestyle="none", **PROMISED)
+        ax.axvline(1, color=GREY, linewidth=1)
+        ax.set(title=base, xlabel="decode speedup (times)")
+        log_axis(ax, [1, 1.5, 2, 3, 4, 6])
+        ax.grid(axis="y", visible=False)
+    first = rows.loc[rows["base"] == bases[0], ["granularity", "capacity", "realised"]].to_numpy()
+    axes[0].set_yticks(range(len(first)), [f"{g} {c:.2f} (ran {r:.2f})" for g, c, r in first])
+    axes[0].invert_yaxis()
+    names = [_promise_key("none"), key("if time followed work", marker="|", markersize=11, markeredgewidth=2)]
+    names += [key("skipping: over our own dense path", BLUE, line="-", linewidth=6, alpha=0.5)]
+    names += [key("all of it: over plain transformers", GREY, "o", "-", markersize=5)]
+    below(fig, names, fontsize=8)
     return fig
 
 
+@styled
 def exits(quality: pd.DataFrame) -> Figure:
     """Channel grain: what leaving early costs and saves, beside the line of capacities; ``quality`` as for `kept`."""
     need(quality, *POINT, "variant", "exit_rate", "tokens", "model_share", *COST)
     here = quality[quality["granularity"] == "channel"]
     leaving, dial = here[(here["exit_rate"] > 0) & here["variant"].isin(EXITS)], _dial(here, "trained")
-    with mpl.rc_context(STYLE):
-        fig, axes = _by_text(pd.concat([leaving, dial]), "executed share of the model's work", 3.6)
-        for text, ax in axes.items():
-            _costs(ax, dial[dial["text"] == text], "model_share", BLUE, "o", "-")
-            for variant, (colour, marker, _) in EXITS.items():
-                rows = leaving[(leaving["text"] == text) & (leaving["variant"] == variant)]
-                _costs(ax, rows, "model_share", colour, marker, "none")
-            for row in leaving[(leaving["text"] == text) & (leaving["variant"] == "trained")].itertuples():
-                at = (row.model_share, min(100 * row.increase, MOST))
-                ax.annotate(f"{row.exit_rate:g}", at, (-8, -3), textcoords="offset points", ha="right", fontsize=8)
-        names = [Line2D([], [], color=BLUE, marker="o", label="no exits, by capacity")]
-        names += [Line2D([], [], color=c, marker=m, linestyle="none", label=name) for c, m, name in EXITS.values()]
-        fig.legend(handles=names, ncols=len(names), loc="outside lower center")
+    fig, axes = _by_text(pd.concat([leaving, dial]), "executed share of the model's work", 3.6)
+    for text, ax in axes.items():
+        _costs(ax, dial[dial["text"] == text], "model_share", BLUE, "o", "-")
+        for variant, (colour, marker, _) in EXITS.items():
+            rows = leaving[(leaving["text"] == text) & (leaving["variant"] == variant)]
+            _costs(ax, rows, "model_share", colour, marker, "none")
+        for row in leaving[(leaving["text"] == text) & (leaving["variant"] == "trained")].itertuples():
+            at = (row.model_share, min(100 * row.increase, MOST))
+            ax.annotate(f"{row.exit_rate:g}", at, (-8, -3), textcoords="offset points", ha="right", fontsize=8)
+    names = [key(name, colour, marker) for colour, marker, name in EXITS.values()]
+    below(fig, [key("no exits, by capacity", BLUE, "o", "-"), *names])
     return fig
 
 
+@styled
 def choices(ablations: pd.DataFrame) -> Figure:
     """What each choice of a recipe is worth, a panel for each grain; filled where the interval is `apart`."""
     table = apart(ablations)[ablations["text"].isin(TEXTS)]
     need(table, "text")
     grains = [grain for grain in GRAINS if grain in set(table["granularity"])]
-    with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(9.0, 4.2), layout="constrained")
-        for ax, grain in zip(fig.subplots(1, len(grains), squeeze=False)[0], grains, strict=True):
-            here = table[table["granularity"] == grain]
-            names = list(dict.fromkeys(here["change"]))
-            for row in here.itertuples():
-                (colour, marker), shift = TEXTS[row.text], 0.3 * list(TEXTS).index(row.text) - 0.15
-                middle, low, high = (1 + getattr(row, name) for name in COST)
-                whiskers = [[max(0, middle - low)], [max(0, high - middle)]]
-                look = {"color": colour, "marker": marker, "markerfacecolor": colour if row.apart else "white"}
-                ax.errorbar(middle, names.index(row.change) + shift, xerr=whiskers, **look, **WHISKERS)
-            fine = here["increase_high"].max() < 0.3
-            _log(ax, [1, 1.05, 1.1, 1.15, 1.2, 1.25] if fine else [1, 2, 5, 10, 20, 50, 100, 200], "x{x:g}")
-            ax.set_yticks(range(len(names)), names)
-            ax.set(title=f"{grain} grain at {here['capacity'].iloc[0]:g}", xlabel="perplexity / base perplexity")
-            ax.invert_yaxis()
-        handles = [Line2D([], [], color=c, marker=m, linestyle="none", label=text) for text, (c, m) in TEXTS.items()]
-        fig.legend(handles=handles, ncols=2, loc="outside lower center")
+    fig, axes = panels(len(grains), height=4.2, width=9.0, sharey=False)
+    for ax, grain in zip(axes, grains, strict=True):
+        here = table[table["granularity"] == grain]
+        names = list(dict.fromkeys(here["change"]))
+        for row in here.itertuples():
+            (colour, marker), shift = TEXTS[row.text], 0.3 * list(TEXTS).index(row.text) - 0.15
+            ends = (pd.Series([1 + getattr(row, name)]) for name in COST)
+            fill = colour if row.apart else "white"
+            at = [names.index(row.change) + shift]
+            whiskers(ax, at, *ends, colour, marker, across=True, markerfacecolor=fill)
+        fine = here["increase_high"].max() < 0.3
+        log_axis(ax, [1, 1.05, 1.1, 1.15, 1.2, 1.25] if fine else [1, 2, 5, 10, 20, 50, 100, 200], "x{x:g}")
+        ax.grid(axis="y", visible=False)
+        ax.set_yticks(range(len(names)), names)
+        ax.set(title=f"{grain} grain at {here['capacity'].iloc[0]:g}", xlabel="perplexity / base perplexity")
+        ax.invert_yaxis()
+    below(fig, [key(text, *look) for text, look in TEXTS.items()])
     return fig
+
+
+def _promise_key(line: str):
+    return key("promised", line=line, **{name: value for name, value in PROMISED.items() if name != "color"})
 
 
 def _bounds(promise: pd.DataFrame) -> pd.DataFrame:
@@ -221,39 +248,18 @@ def _dial(quality: pd.DataFrame, variant: str) -> pd.DataFrame:
 
 
 def _by_text(rows: pd.DataFrame, xlabel: str, height: float) -> tuple[Figure, dict[str, Axes]]:
-    """Axes of an increase in perplexity over a share, by text: linear below 1 %, logarithmic above."""
+    """Axes of an increase in perplexity over a share, by text."""
     rows = rows[rows["text"].isin(TEXTS)]
     need(rows, "text", "increase")
     texts = [text for text in TEXTS if text in set(rows["text"])]
-    beyond, top = 100 * rows["increase"].max() > MOST, np.clip(100 * rows["increase_high"].max(), 1, MOST)
-    fig = Figure(figsize=(8.0, height), layout="constrained")
-    axes = fig.subplots(1, len(texts), squeeze=False, sharey=True, sharex=True)[0]
+    top = 1.4 * np.clip(100 * rows["increase_high"].max(), 1, MOST)
+    fig, axes = panels(len(texts), height=height, width=8.0, sharey=True, sharex=True)
     for ax, text in zip(axes, texts, strict=True):
-        ax.axhline(0, color=GREY, linewidth=1)
-        ax.set(title=text, xlabel=xlabel)
-        ax.xaxis.set_major_formatter(percent())
-    axes[0].set_yscale("symlog", linthresh=1, linscale=0.5)
-    axes[0].yaxis.set_major_locator(FixedLocator([0, 1, 3, 10, 30, 100, 300, MOST]))
-    axes[0].yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+.0f} %" if v else "0"))
-    axes[0].set(ylabel="perplexity increase" + " (▲: beyond)" * bool(beyond), ylim=(-0.6, 1.4 * top))
+        increases(ax, [0, 1, 3, 10, 30, 100, 300, MOST], xlabel, rows["increase"].max(), top)
+        ax.set(title=text, ylabel=ax.get_ylabel() if ax is axes[0] else "")
     return fig, dict(zip(texts, axes, strict=True))
 
 
 def _costs(ax: Axes, rows: pd.DataFrame, x: str, colour: str, marker: str, line: str) -> None:
-    """Per cent of increase with its interval, up to `MOST`; what lies beyond is a triangle there."""
     rows = rows.sort_values(x)
-    middle, low, high = (100 * rows[name].clip(upper=MOST / 100) for name in COST)
-    inside = 100 * rows["increase"] <= MOST
-    ax.plot(rows[x], middle, linestyle=line, color=colour)
-    whiskers = [(middle - low)[inside].clip(lower=0), (high - middle)[inside].clip(lower=0)]
-    ax.errorbar(rows[x][inside], middle[inside], yerr=whiskers, color=colour, marker=marker, **WHISKERS)
-    ax.plot(rows[x][~inside], middle[~inside], "^", color=colour, markersize=6)
-
-
-def _log(ax: Axes, ticks: list[float], label: str) -> None:
-    """A log axis with these ticks and no other, over rows that need no grid of their own."""
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(FixedLocator(ticks))
-    ax.xaxis.set_minor_locator(FixedLocator([]))
-    ax.xaxis.set_major_formatter(label)
-    ax.grid(axis="y", visible=False)
+    costs(ax, rows[x], *(rows[name] for name in COST), colour, marker, line)

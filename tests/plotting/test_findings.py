@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from hat_lib.config import HatError
 from hat_lib.plotting import findings
 from hat_lib.plotting import style as plots
-from hat_lib.plotting.findings import MOST
-from hat_lib.plotting.style import BLUE, GREY, ORANGE
+from hat_lib.plotting.style import BLUE, GREY, MOST, ORANGE
 
 
 def costs(rows, spread=0.1):
@@ -104,6 +103,13 @@ def test_each_trained_row_meets_the_promise_of_its_capacity():
     assert channel["promised"].tolist() == pytest.approx([0.12, (0.12 + 0.01) / 2, 0.01])
     assert channel["kept"].tolist() == ["no", "yes", "yes"]
     assert (kept.loc["token", "kept"] == "no").all()
+
+
+def test_a_speed_above_its_ideal_is_noise_and_never_kept():
+    rows = pd.DataFrame({"promised_speedup": 1.1, "ideal_decode": 1.2, "decode_hf": 2.0},
+                        index=range(4)).assign(decode_dense=[1.0, 1.1, 1.2, 1.21])  # fmt: skip
+    assert findings.fast(rows) == ["no", "yes", "yes", "open"]
+    assert findings.fast(rows, "decode_hf") == ["yes"] * 4, "another program: no ideal bounds it"
 
 
 def test_of_two_rows_for_one_point_the_one_on_more_tokens_counts():

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from hat_lib.config import HatError
 from hat_lib.plotting import speed as inference_plots
 from hat_lib.plotting import style as plots
-from hat_lib.plotting.speed import MOST
-from hat_lib.plotting.style import BLUE, ORANGE
+from hat_lib.plotting.style import BLUE, MOST, ORANGE
 
 
 def targets():
