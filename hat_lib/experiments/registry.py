@@ -23,6 +23,7 @@ from types import ModuleType
 
 from hat_lib.config import HatError
 from hat_lib.experiments.rows import RowWriter
+from hat_lib.experiments.tables import markdown
 
 NAMES = (
     "weight_shares",
@@ -66,8 +67,10 @@ def measure(name: str, results: Path, *, again: bool = False, **options) -> Iter
 
 
 def all_tables(results: Path | None = None) -> dict[str, str]:
-    """Every Markdown table, by the name that its place in a document is marked with."""
-    return {table: text for name in NAMES for table, text in load(name).tables(results).items()}
+    """Every Markdown table, by the name that its place in a document is marked with; `results` lists the files."""
+    lines = [[f"`{name}`", load(name).ABOUT, f"{load(name).MINUTES} min"] for name in NAMES]
+    overview = {"results": markdown(["file, `hat reproduce`", "what a row is", "takes, on two idle cores"], lines)}
+    return overview | {table: text for name in NAMES for table, text in load(name).tables(results).items()}
 
 
 def parse(name: str, settings: Sequence[str]) -> dict:

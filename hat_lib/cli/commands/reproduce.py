@@ -22,8 +22,10 @@ def reproduce(
     ] = None,
     everything: Annotated[bool, option("Every experiment, each after those whose files it reads.", "--all")] = False,
     out: Annotated[
-        Path, option("Folder of the CSV files. Rows that they hold are kept; only missing ones are measured.")
-    ] = RUNS / "results",
+        Path | None,
+        option("Folder of the CSV files. Rows that they hold are kept; only missing ones are measured. "
+               "[default: runs/results]", metavar="DIR", show_default=False),
+    ] = None,
     again: Annotated[
         bool, option("Measure every row, and replace the old file once all are there.", "--again")
     ] = False,
@@ -32,17 +34,20 @@ def reproduce(
         option("An option of the experiment; may be repeated: --set rounds=3 --set capacities=0.9,0.7.", "--set",
                metavar="NAME=VALUE"),
     ] = None,
-    figures: Annotated[bool, option("Measure nothing: redraw figures from the files of --out.", "--figures")] = False,
+    figures: Annotated[
+        bool, option("Measure nothing: redraw figures/ from data/results, or those of --out.", "--figures")
+    ] = False,
     tables: Annotated[
         bool, option("Measure nothing: rewrite the tables of README and docs from data/results.", "--tables")
     ] = False,
 ) -> None:  # fmt: skip
-    """Make results again, row by row; stopped, it goes on where it was.
+    """Measure results again, row by row, and draw what rests on them.
 
-    Without a name: what there is, and how long each takes. With --figures and --out data/results, the committed
-    figures/ are redrawn.
+    Without a name: what there is, and how long each takes. What was stopped goes on where it was. The committed files
+    and figures change with --out data/results alone, and rows that they hold only with --again.
     """
-    given.check_writable(out, "results")
+    folder = out or RUNS / "results"
+    given.check_writable(folder, "results")
 
     from hat_lib.experiments import registry
 
@@ -52,22 +57,22 @@ def reproduce(
         raise HatError("--set goes with the name of one experiment")
     options = registry.parse(wanted[0], settings) if settings else {}
     if figures:
-        _figures(registry, experiments or {name: registry.load(name) for name in registry.NAMES}, out)
+        for name, experiment in (experiments or {name: registry.load(name) for name in registry.NAMES}).items():
+            _figures(name, experiment, out or RESULTS)
     if tables:
         _tables(registry.all_tables())
     if figures or tables:
         return
     if not wanted:
         _list(registry)
-    for name in wanted:
-        experiment, count = experiments[name], 0
-        for row in registry.measure(name, out, again=again, **options):
+    for name, experiment in experiments.items():
+        count = 0
+        for row in registry.measure(name, folder, again=again, **options):
             count += 1
             typer.echo(f"{name}: " + ", ".join(f"{key} {getattr(row, key)}" for key in experiment.KEY))
         known = "" if count else ", as it had them all (--again measures them once more)"
-        typer.echo(f"{name}: {count} new rows in {out / name}.csv{known}")
-        for table in experiment.tables(out).values():
-            typer.echo(table)
+        typer.echo(f"{name}: {count} new rows in {folder / name}.csv{known}")
+        _figures(name, experiment, folder)
 
 
 def _list(registry) -> None:
@@ -77,18 +82,15 @@ def _list(registry) -> None:
         typer.echo(f"{'':28}--set {', '.join(registry.option_kinds(name))}")
 
 
-def _figures(registry, experiments: dict, results: Path) -> None:
+def _figures(name: str, experiment, results: Path) -> None:
     from hat_lib.plotting.style import save_figure
 
     folder = REPO / "figures" if results.resolve() == RESULTS.resolve() else results / "figures"
-    for name, experiment in experiments.items():
-        try:
-            drawn = experiment.figures(results)
-        except HatError as error:
-            say("warning", f"the figures of {name} stay as they are: {error}")
-            continue
-        for figure, fig in drawn.items():
-            typer.echo(f"wrote {save_figure(fig, figure, folder)}")
+    try:
+        for figure, drawn in experiment.figures(results).items():
+            typer.echo(f"wrote {save_figure(drawn, figure, folder)}")
+    except HatError as error:  # it also rests on a file that is not there
+        say("warning", f"the figures of {name} stay as they are: {error}")
 
 
 def _tables(tables: dict[str, str]) -> None:
