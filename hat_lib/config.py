@@ -21,7 +21,7 @@ PUBLISHED_EXITS, PUBLISHED_DEPTH = (4, 8, 12, 16, 19), 22
 
 REPO = Path(__file__).resolve().parent.parent
 DATA, NOTEBOOKS, RUNS = REPO / "data", REPO / "notebooks", REPO / "runs"
-# Where notebooks draw. The committed figures/ change by `hat_lib.workbook execute` and `hat figures` alone.
+# Where notebooks draw. The committed figures/ change by `hat_lib.workbook execute` and `hat reproduce --figures` alone.
 FIGURES = Path(os.environ.get("HAT_FIGURES", RUNS / "figures"))
 
 
