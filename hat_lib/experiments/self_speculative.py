@@ -1,4 +1,4 @@
-"""Is lossless decoding lossless, and is it fast? One row a prompt: ``data/results/self_speculative.csv``.
+"""Is self-speculative text the base's own, and is it fast? One row a prompt: ``data/results/self_speculative.csv``.
 
 The base is plain transformers, decoding greedily. In turns, prompt by prompt, four ways to its text are timed: that
 one, our own dense path, `hat_lib.inference.self_speculative`, and transformers' own self-speculation

@@ -2,8 +2,8 @@
 
 As in `hat_lib.plotting.style`, tables of ``data/results`` go in; no model is loaded and nothing is measured. An
 interval decides whether a bound on a cost is kept: "yes" where all of it lies below, "no" where all of it lies above,
-"open" where the bound lies inside. In the figures hollow is what was only promised, or what cannot be told from
-nothing.
+"open" where the bound lies inside. In the figures a hollow marker is a claim, or a difference that cannot be told
+from none.
 """
 
 from __future__ import annotations

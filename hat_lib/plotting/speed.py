@@ -1,8 +1,8 @@
-"""Figures of speed and of what it costs: targets, lossless decoding, the promise beside what was measured.
+"""Figures of speed and of what it costs: targets, self-speculative decoding, claims beside what was measured.
 
 As in `hat_lib.plotting.style`: a table of ``data/results`` in, a `Figure` out. Lines as in the figure of the benchmark:
 solid is speed over plain transformers, dashed over our own dense path, dotted what the work alone would give. A hollow
-marker is a number that nobody measured here: a promise, or an ideal.
+marker is a number that was not measured here: a claim, or an ideal.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Interactive views for notebooks: the frontier, live generation, and where compute goes. Each has a still twin.
+"""Interactive views for notebooks: the frontier, live generation, and where compute goes. Each has a static figure.
 
     widgets.show(widgets.FrontierView.saved())
     widgets.show(widgets.GenerateView(AdaptiveInference(hat)))
