@@ -47,7 +47,7 @@ class Change:
     """how the budget is split over sites at the start, see `hat_lib.calibration.capacity`"""
     protected_tokens: int = 2
     token_sensitivity: bool = False
-    """whether tokens that need more get more, see `hat_lib.calibration.token_sensitivity`"""
+    """whether sensitive tokens keep more, see `hat_lib.calibration.token_sensitivity`"""
     trained: bool = True
 
 
