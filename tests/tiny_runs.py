@@ -16,7 +16,7 @@ from hat_lib.backbone.base import load_base
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.config import HatConfig
-from hat_lib.model.thresholds import Calibration
+from hat_lib.model.threshold_table import Calibration
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.training import trainer
 from hat_lib.training.recipe import Recipe

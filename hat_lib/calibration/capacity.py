@@ -3,7 +3,7 @@
 `measure_capacities` makes it: for a ladder of budgets it sets thresholds, runs text, and notes which capacity and
 shares came out. How a budget is split over layers and sites is the ``split``:
 
-    damage    (default, no training) the closed form of `hat_lib.model.thresholds.allocate`, from the prices below
+    damage    (default, no training) the closed form of `hat_lib.calibration.allocation`, from the prices below
     uniform   every site keeps the same share
     learned   the thresholds that the routers were trained with
 
@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hat_lib.calibration.allocation import allocate
 from hat_lib.calibration.fisher import backward
 from hat_lib.calibration.token_sensitivity import SHARE, TOKENS, clear_token_sensitivity, fit_token_sensitivity
 from hat_lib.config import HatError
 from hat_lib.model.routers import MoERouter
-from hat_lib.model.thresholds import Calibration, allocate
+from hat_lib.model.threshold_table import Calibration
 from hat_lib.model.transformer import HierarchicalTransformer
 
 # Shares at which the damage is priced; k and p of the damage model are a line through them in log-log.

@@ -29,7 +29,7 @@ from hat_lib import __version__
 from hat_lib.backbone.base import Base, first_line
 from hat_lib.config import HatConfig, HatError
 from hat_lib.model.schema import FORMAT_VERSION, digest, parse_config, parse_json, readable, shown
-from hat_lib.model.thresholds import Calibration
+from hat_lib.model.threshold_table import Calibration
 
 CONFIG_FILE, ADAPTER_FILE = "hat_config.json", "hat_adapter.safetensors"
 # A larger file is something else, and is not read.

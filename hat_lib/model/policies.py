@@ -1,17 +1,16 @@
 """Policies: where the decisions of a forward come from.
 
-The method's own are `Threshold` and `ExitThresholds`, which carry the thresholds that they decide by. Everything,
-recorded, random and static choices go through the same code, so that a control differs from the method in nothing but
-its decisions. A policy keeps nothing between calls: any number of threads may ask the same one.
+The method's own are those of `hat_lib.model.thresholds`. Everything, recorded, random and static choices go through the
+same code, so that a control differs from the method in nothing but its decisions. A policy keeps nothing between calls:
+any number of threads may ask the same one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hat_lib.model.token_state import Masks, TokenState
 
@@ -44,41 +43,6 @@ class KeepAll:
 
     def __call__(self, layer, site, x, rows, state):
         return None
-
-
-class Threshold:
-    """The method: score > threshold.
-
-    Args:
-        routers: a model's, by ``"{layer}_{site}"`` and, for the sensitivity of its tokens, ``"{layer}_token"``.
-        thresholds: on the routers' scores, by (layer, site).
-    """
-
-    def __init__(self, routers: nn.ModuleDict, thresholds: dict[tuple[int, str], float]):
-        self.routers, self.thresholds = routers, thresholds
-
-    def __call__(self, layer, site, x, rows, state):
-        router, threshold = self.routers[f"{layer}_{site}"], self.thresholds[layer, site]
-        if site == "ffn":
-            return router.keep(x, threshold)
-        return router.keep(x, threshold, token_threshold_scale(self.routers, layer, site, x, state))
-
-
-def token_threshold_scale(routers: nn.ModuleDict, layer: int, site: str, x: Tensor, state: TokenState) -> Tensor | None:
-    """`MoERouter.threshold_scale` of the running rows in this layer, measured at its first site; None: token grain."""
-    if site == "qkv":
-        state.threshold_scale = routers[f"{layer}_token"].threshold_scale(x)
-    return state.threshold_scale
-
-
-class ExitThresholds:
-    """The method: a token leaves at the first exit whose gate scores it over the gate's threshold."""
-
-    def __init__(self, gates: nn.ModuleDict, thresholds: Sequence[float]):
-        self.gates, self.thresholds = gates, dict(zip(gates, thresholds, strict=True))
-
-    def exits(self, depth, h, rows, state):
-        return self.gates[str(depth)].score(h) > self.thresholds[str(depth)]
 
 
 class Forced:

@@ -20,7 +20,7 @@ from itertools import pairwise
 from hat_lib import __version__
 from hat_lib.config import HatConfig, HatError, with_defaults
 from hat_lib.model.granularity import GRAINS
-from hat_lib.model.thresholds import Calibration
+from hat_lib.model.threshold_table import Calibration
 
 FORMAT_VERSION = 1
 """What this library writes, and the newest that it reads. Raise it by one for each new field: the field gets a default,

@@ -1,119 +1,49 @@
-"""From a requested capacity to one threshold per layer and site.
+"""Thresholds: the method's decision rule, ``score > threshold``, for work and for exits.
 
-A `Calibration` is a table: at some capacities, realised on held-out text, which thresholds realised them. In
-between, thresholds are interpolated. They never rise with capacity, so the kept sets of two capacities are nested.
-
-How the budget is split over layers and sites is decided where the table is made (`hat_lib.calibration.capacity`).
-Without training it is `allocate`: the damage of running site i at kept share s_i is modelled as ``k_i (1 - s_i)^p_i``;
-under the budget ``sum w_i s_i = c`` (w_i: share of routable work), Lagrange gives in closed form ``1 - s_i = (lambda
-w_i / (p_i k_i))^(1/(p_i-1))``, clipped; lambda by bisection. Shares grow with c at every site.
+Per token, in fp32, deterministic: it reads neither the future nor the rest of the batch. Which thresholds give a
+capacity or an exit rate, stands in `hat_lib.model.threshold_table`; what a score is, in `hat_lib.model.routers` and
+`hat_lib.model.exit_gate`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 
-import numpy as np
+from torch import Tensor, nn
 
-from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate
-from hat_lib.model.granularity import GRAINS
+from hat_lib.model.token_state import TokenState
 
 
-def allocate(
-    sensitivity: np.ndarray, work: np.ndarray, budget: float, exponent: np.ndarray, floor: float
-) -> np.ndarray:
-    """Kept shares in [floor, 1] that minimise ``sum k (1-s)^p`` under ``sum w s = budget``; same shape as k.
+class Threshold:
+    """The method: score > threshold.
 
-    ``work`` sums to 1. A site with zero sensitivity gets the floor.
+    Args:
+        routers: a model's, by ``"{layer}_{site}"`` and, for the sensitivity of its tokens, ``"{layer}_token"``.
+        thresholds: on the routers' scores, by (layer, site).
     """
-    k = np.maximum(np.asarray(sensitivity, dtype=np.float64), 1e-12)
-    w, exponent = np.asarray(work, dtype=np.float64), np.asarray(exponent, dtype=np.float64)
 
-    def shares(log_lambda: float) -> np.ndarray:
-        skipped = np.exp((log_lambda + np.log(w / (exponent * k))) / (exponent - 1))
-        return np.clip(1 - skipped, floor, 1.0)
+    def __init__(self, routers: nn.ModuleDict, thresholds: dict[tuple[int, str], float]):
+        self.routers, self.thresholds = routers, thresholds
 
-    low, high = -80.0, 80.0  # bisection on log lambda; the kept work falls as lambda grows
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if (w * shares(middle)).sum() > budget else (low, middle)
-    return shares((low + high) / 2)
+    def __call__(self, layer, site, x, rows, state):
+        router, threshold = self.routers[f"{layer}_{site}"], self.thresholds[layer, site]
+        if site == "ffn":
+            return router.keep(x, threshold)
+        return router.keep(x, threshold, token_threshold_scale(self.routers, layer, site, x, state))
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What `hat_lib.calibration.capacity` measured; saved in the checkpoint as JSON. C capacities, L layers, S
-    sites."""
+def token_threshold_scale(routers: nn.ModuleDict, layer: int, site: str, x: Tensor, state: TokenState) -> Tensor | None:
+    """`MoERouter.threshold_scale` of the running rows in this layer, measured at its first site; None: token grain."""
+    if site == "qkv":
+        state.threshold_scale = routers[f"{layer}_token"].threshold_scale(x)
+    return state.threshold_scale
 
-    sites: list[str]
-    """gated sites of a layer, S"""
-    capacities: list[float]
-    """realised capacities, rising to 1.0, [C]"""
-    thresholds: list[list[list[float]]]
-    """score threshold that each site had there, never rising with capacity, [L, S, C]"""
-    shares: list[list[list[float]]]
-    """mean share that each site kept there, [L, S, C]"""
-    method: str = "damage"
-    """how the budget was split over sites: see `hat_lib.calibration.capacity.SPLITS`"""
-    exit_capacities: list[float] | None = None
-    """capacities at which exits were measured, rising, [K]; None, as both below, while the gates are untrained"""
-    exit_rates: list[list[float]] | None = None
-    """realised exit rates at each, rising, [K, R]"""
-    exit_scores: list[list[list[float]]] | None = None
-    """gate thresholds there, [K, R, E]"""
-    text: str = ""
-    """what it was measured on: corpus, split, tokens and hash"""
 
-    def check_fits(self, config: HatConfig) -> None:
-        """Raise `HatError` unless the tables are for this shape: its layers, its grain's sites, its exits."""
-        exits = None if self.exit_scores is None else len(self.exit_scores[0][0])
-        for what, own, expected in (
-            ("sites", list(self.sites), list(GRAINS[config.granularity].sites)),
-            ("layers", len(self.thresholds), config.n_layers),
-            ("exits", exits, len(config.exit_layers)),
-        ):
-            if own is not None and own != expected:
-                raise HatError(f"the calibration is for another model: {what} {own}, expected {expected}")
+class ExitThresholds:
+    """The method: a token leaves at the first exit whose gate scores it over the gate's threshold."""
 
-    def shares_at(self, capacity: float) -> np.ndarray:
-        """Kept share per layer and site to be expected at a capacity, ``[L, S]``."""
-        return self._at(self.shares, check_capacity(capacity))
+    def __init__(self, gates: nn.ModuleDict, thresholds: Sequence[float]):
+        self.gates, self.thresholds = gates, dict(zip(gates, thresholds, strict=True))
 
-    def thresholds_at(self, capacity: float) -> dict[tuple[int, str], float]:
-        """Score thresholds by (layer, site); -inf keeps everything. Raises `HatError` outside [0.1, 1].
-
-        Below the lowest capacity that was measured, that one's thresholds.
-        """
-        capacity = check_capacity(capacity)
-        if capacity == 1:
-            table = np.full(np.shape(self.thresholds)[:2], -np.inf)
-        else:
-            table = self._at(self.thresholds, capacity)
-        return {(i, site): float(t) for i, row in enumerate(table) for site, t in zip(self.sites, row, strict=True)}
-
-    def _at(self, table: list, capacity: float) -> np.ndarray:
-        values = np.asarray(table)
-        after = min(int(np.searchsorted(self.capacities, capacity)), len(self.capacities) - 1)
-        before = max(after - 1, 0)
-        low, high = self.capacities[before], self.capacities[after]
-        weight = 1.0 if high == low else float(np.clip((capacity - low) / (high - low), 0, 1))
-        return values[..., before] * (1 - weight) + values[..., after] * weight
-
-    def exit_thresholds(self, exit_rate: float, capacity: float) -> list[float]:
-        """One gate threshold per exit, interpolated between rates, then between capacities; +inf at rate 0.
-
-        Beyond the rates and capacities that were measured, the nearest one's.
-        """
-        rate = check_exit_rate(exit_rate)
-        if self.exit_rates is None:
-            raise HatError("this calibration has no exit thresholds: train the exit gates first")
-        if rate == 0:
-            return [float("inf")] * len(self.exit_scores[0][0])
-        there = [
-            [np.interp(rate, rates, column) for column in zip(*scores, strict=True)]
-            for rates, scores in zip(self.exit_rates, self.exit_scores, strict=True)
-        ]
-        return [float(np.interp(capacity, self.exit_capacities, column)) for column in zip(*there, strict=True)]
-
-    def to_dict(self) -> dict:
-        return asdict(self)
+    def exits(self, depth, h, rows, state):
+        return self.gates[str(depth)].score(h) > self.thresholds[str(depth)]

@@ -33,9 +33,10 @@ from hat_lib.model.exit_gate import ExitGate
 from hat_lib.model.forward_pass import ForwardPass
 from hat_lib.model.granularity import GRAINS, column_norm
 from hat_lib.model.modes import Context, Mode, Modes
-from hat_lib.model.policies import ExitThresholds, KeepAll, Threshold, token_threshold_scale
+from hat_lib.model.policies import KeepAll
 from hat_lib.model.routers import ChannelRouter, MoERouter
-from hat_lib.model.thresholds import Calibration
+from hat_lib.model.threshold_table import Calibration
+from hat_lib.model.thresholds import ExitThresholds, Threshold, token_threshold_scale
 from hat_lib.model.token_state import Masks, TokenState
 
 # In the order in which `LlamaModel.forward` takes them.

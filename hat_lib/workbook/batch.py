@@ -6,7 +6,7 @@
 
 Each run leaves ``out/<run>.ipynb``, its figures in ``out/figures/<run>/`` and a row in ``out/runs.csv``; what the
 notebook handed to `hat_lib.workbook.session.record` stands in the row. The same call made again skips every run
-that has both a row saying "ok" and its notebook. Who runs them is told in `hat_lib.workbook.batch_engines`.
+that has both a row saying "ok" and its notebook. Who runs them is told in `hat_lib.workbook.workers`.
 
 A run executes in ``out/unfinished/<run>/<attempt>.ipynb`` and moves to its place when it has passed. That file, made
 by the worker when it begins, also counts the attempts that a worker did not live to report.

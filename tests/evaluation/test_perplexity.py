@@ -19,7 +19,7 @@ from hat_lib.evaluation.documents import bits_per_byte, by_document, text_bytes
 from hat_lib.evaluation.perplexity import Score, agreement, compare, score, score_pair, states
 from hat_lib.model.checkpoint import read_checkpoint
 from hat_lib.model.cost import state_cost
-from hat_lib.model.thresholds import Calibration
+from hat_lib.model.threshold_table import Calibration
 from hat_lib.model.token_state import Masks
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text

@@ -29,7 +29,7 @@ from hat_lib.model.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from hat_lib.model.thresholds import Calibration
+from hat_lib.model.threshold_table import Calibration
 from hat_lib.model.transformer import HierarchicalTransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeli
 from hat_lib.backbone.base import exact_hash, fingerprint, load_base
 from hat_lib.config import HatConfig, HatError
 from hat_lib.model.checkpoint import is_hat_parameter
-from hat_lib.model.policies import ExitThresholds, KeepAll, Random, Static
+from hat_lib.model.policies import KeepAll, Random, Static
+from hat_lib.model.thresholds import ExitThresholds
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from hat_lib.cli.app import app
 from hat_lib.config import NOTEBOOKS, REPO, HatError
 from hat_lib.experiments.rows import read_rows
-from hat_lib.workbook import batch, batch_engines
+from hat_lib.workbook import batch, workers
 from hat_lib.workbook.batch import carry_out, find_notebook, latest_rows, parse_grid, run_name
-from hat_lib.workbook.batch_engines import Dask, Local
 from hat_lib.workbook.papermill_runs import Result
+from hat_lib.workbook.workers import Dask, Local
 
 PARAMETERS = 'capacity: float = 0.75\nexit_rate = 0.0\nseed: int = 0\nname = "x"\nrates = [0.1]\nwhen = None'
 
@@ -272,7 +272,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(source, out, monkey
             raise KeyboardInterrupt
 
     monkeypatch.setattr(batch, "run_notebook", stand_in)
-    monkeypatch.setattr(batch_engines, "Local", Interrupted)
+    monkeypatch.setattr(workers, "Local", Interrupted)
     done = hat(source, "--grid", "name=a,b", "--out", out)
     assert done.exit_code == 130 and "finished runs stay, and the same command does the others: hat" in done.output
     assert list(latest_rows(out)) == ["name=a"]
@@ -314,7 +314,7 @@ def test_a_killed_process_of_the_pool_loses_nothing(tmp_path, out):
 
 
 def test_a_run_that_always_kills_its_worker_takes_no_other_with_it(call, monkeypatch):
-    monkeypatch.setattr(batch_engines, "carry_out", without_kernel)
+    monkeypatch.setattr(workers, "carry_out", without_kernel)
     rows = call("kills beside slow", "slow", "a", engine=Local(2), retries=0)
     # Twice both were broken off, which is nobody's attempt; then each ran alone.
     assert outcome(rows) == {"a": ("ok", 1), "slow": ("ok", 3), "kills beside slow": ("failed", 3)}
@@ -360,7 +360,7 @@ def test_a_killed_dask_worker_loses_nothing(tmp_path, out, scheduler):
 
 
 def test_what_dask_gives_up_is_handed_in_again_until_its_attempts_are_used_up(call, scheduler, monkeypatch):
-    monkeypatch.setattr(batch_engines, "carry_out", without_kernel)
+    monkeypatch.setattr(workers, "carry_out", without_kernel)
     with Dask(scheduler) as engine:
         engine._client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 0))
         (row,) = call("kills", engine=engine, retries=0)
@@ -370,7 +370,7 @@ def test_what_dask_gives_up_is_handed_in_again_until_its_attempts_are_used_up(ca
 def test_dask_workers_must_suit(monkeypatch):
     from distributed import LocalCluster
 
-    monkeypatch.setattr(batch_engines, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "CONNECT_SECONDS", 0.5)
     quiet = {"dashboard_address": ":0", "processes": False, "threads_per_worker": 2}
     for workers, told in ((0, "has no workers"), (1, "has 2 threads: start workers with --nthreads 1")):
         with LocalCluster(n_workers=workers, **quiet) as cluster, pytest.raises(HatError, match=told):

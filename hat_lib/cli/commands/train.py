@@ -135,7 +135,7 @@ def batch(
 
     from hat_lib.workbook.batch import batch as carry_out
     from hat_lib.workbook.batch import find_notebook, latest_rows, parse_grid, run_name
-    from hat_lib.workbook.batch_engines import Dask, Local
+    from hat_lib.workbook.workers import Dask, Local
 
     path, out = find_notebook(notebook), out.expanduser()
     points = parse_grid(path, grid)
