@@ -372,8 +372,8 @@ def test_dask_workers_must_suit(monkeypatch):
 
     monkeypatch.setattr(workers, "CONNECT_SECONDS", 0.5)
     quiet = {"dashboard_address": ":0", "processes": False, "threads_per_worker": 2}
-    for workers, told in ((0, "has no workers"), (1, "has 2 threads: start workers with --nthreads 1")):
-        with LocalCluster(n_workers=workers, **quiet) as cluster, pytest.raises(HatError, match=told):
+    for count, told in ((0, "has no workers"), (1, "has 2 threads: start workers with --nthreads 1")):
+        with LocalCluster(n_workers=count, **quiet) as cluster, pytest.raises(HatError, match=told):
             Dask(cluster.scheduler_address)
     with pytest.raises(HatError, match="no Dask scheduler answers at tcp://127.0.0.1:9"):
         Dask("tcp://127.0.0.1:9")
