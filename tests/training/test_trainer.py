@@ -3,15 +3,16 @@
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny_runs import GRAINS, PHASES, gradients, interrupt_at, new_hat, random_blocks, run_phase
+from tiny_runs import GRAINS, PHASES, gradients, interrupt_at, new_hat, random_blocks, run_phase, skipping
 
 from hat_lib.backbone.base import exact_hash
 from hat_lib.config import HatError
 from hat_lib.model.checkpoint import is_hat_parameter, read_checkpoint
-from hat_lib.training import trainer
+from hat_lib.training import losses, trainer
 from hat_lib.training.objective import Objective
 from hat_lib.training.trainer import collate, sound_checkpoint
 
@@ -66,15 +67,32 @@ def test_trained_is_saved_is_counted(grain_and_phase, tmp_path):
     assert sum(path.stat().st_size for path in (tmp_path / "work").rglob("*.safetensors")) < 200_000
 
 
-def test_a_trained_model_is_ready_for_use(tmp_path):
-    """What routers precompute from their parameters is up to date; nothing of the training is left on the model."""
-    hat = new_hat("channel")
-    run_phase(hat, tmp_path)
-    assert not hat.training
-    hat.capacity = 0.6
-    with torch.no_grad():
-        hat.lm(torch.tensor(random_blocks(2)))
-    assert hat.trace.capacity < 0.9
+@pytest.mark.parametrize("ending", ["done", "not finite", "interrupted"])
+def test_capacity_exits_and_decisions_stay_as_they_were(grain_and_phase, ending, tmp_path, monkeypatch):
+    """However a training ends, inside its forward too; the learning rate is 0, so that the parameters stay."""
+    grain, phase = grain_and_phase
+    hat, name = skipping(grain), "distillation" if phase == "routers" else "divergence"
+    loss = getattr(losses, name)
+    requested = hat.capacity, hat.exit_rate
+
+    def decided():
+        with torch.no_grad(), hat.record():
+            hat.lm(torch.tensor(random_blocks(2, seed=3)))
+        assert hat.trace.capacity < 0.9 and hat.trace.exit_rate > 0
+        return [mask for kind in (hat.trace.masks.keep, hat.trace.masks.exits) for mask in kind.values()]
+
+    def ends(*args):
+        if ending == "interrupted":
+            raise KeyboardInterrupt
+        return loss(*args) * float("nan")
+
+    before = decided()
+    if ending != "done":
+        monkeypatch.setattr(losses, name, ends)
+    with nullcontext() if ending == "done" else pytest.raises((HatError, KeyboardInterrupt)):
+        run_phase(hat, tmp_path, phase, steps=2, router_lr=0, exit_lr=0)
+    assert (hat.capacity, hat.exit_rate) == requested and not hat.training
+    assert all(map(torch.equal, before, decided()))
 
 
 def test_gradients_are_clipped(tmp_path, monkeypatch):
