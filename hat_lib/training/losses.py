@@ -53,8 +53,7 @@ def divergence(teacher: Tensor, student: Tensor, mask: Tensor | None = None) -> 
     Returns:
         ``[...]``, fp32 or fp64.
     """
-    if teacher.shape != student.shape:
-        raise HatError(f"teacher and student logits must have one shape, got {_shape(teacher)} and {_shape(student)}")
+    _check_alike(teacher, student)
     shape = student.shape[:-1]
     mask = _full_mask(mask, shape)
     teacher, student = (logits.reshape(-1, logits.shape[-1]) for logits in (teacher, student))
@@ -103,7 +102,7 @@ def budget(share: Tensor, target: float | Tensor) -> Tensor:
         target: the capacity.
     """
     if share.dim():
-        raise HatError(f"share must be one number, the global mean, got shape {_shape(share)}")
+        raise HatError(f"share must be one number, the global mean, got shape {list(share.shape)}")
     return (share - target).abs()
 
 
@@ -138,8 +137,7 @@ def exit_targets(teacher: Tensor, exited: Tensor) -> Tensor:
 
     Logits ``[..., V]`` of both, after the final norm and head; bool ``[...]``.
     """
-    if teacher.shape != exited.shape:
-        raise HatError(f"teacher and exit logits must have one shape, got {_shape(teacher)} and {_shape(exited)}")
+    _check_alike(teacher, exited)
     return teacher.argmax(-1) == exited.argmax(-1)
 
 
@@ -152,8 +150,8 @@ def exit_loss(gate_logits: Tensor, targets: Tensor, mask: Tensor | None = None) 
         mask: bool ``[...]``, tokens that count (real, alive and not protected).
     """
     if gate_logits.shape != (*targets.shape, 2) or targets.dtype != torch.bool:
-        expected = "gate_logits must be [..., 2] for bool targets [...]"
-        raise HatError(f"{expected}, got {_shape(gate_logits)} for {targets.dtype} {_shape(targets)}")
+        got = f"{list(gate_logits.shape)} for {targets.dtype} {list(targets.shape)}"
+        raise HatError(f"gate_logits must be [..., 2] for bool targets [...], got {got}")
     mask = _full_mask(mask, targets.shape)
     if mask is not None:
         gate_logits, targets = gate_logits[mask], targets[mask]
@@ -167,7 +165,7 @@ def _full_mask(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
         return None
     # A mask of 0 and 1, such as a tokenizer's, would index rows 0 and 1 instead of selecting.
     if mask.dtype != torch.bool or mask.shape != shape[max(len(shape) - mask.dim(), 0) :]:
-        raise HatError(f"mask must be bool {list(shape)}, got {mask.dtype} {_shape(mask)}")
+        raise HatError(f"mask must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
     return mask.expand(shape)
 
 
@@ -185,5 +183,6 @@ def _mean(values: Tensor) -> Tensor:
     return values.sum() / max(values.numel(), 1)
 
 
-def _shape(x: Tensor) -> list[int]:
-    return list(x.shape)
+def _check_alike(teacher: Tensor, other: Tensor) -> None:
+    if teacher.shape != other.shape:
+        raise HatError(f"both logits must have one shape, got {list(teacher.shape)} and {list(other.shape)}")

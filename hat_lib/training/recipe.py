@@ -72,33 +72,23 @@ class Recipe:
             raise HatError(f"text must be sources joined by +, got {self.text!r}")
         object.__setattr__(self, "capacity", check_capacity(self.capacity))
         object.__setattr__(self, "exit_rate", check_exit_rate(self.exit_rate))
-        for name, low in {
-            "tokens": 2, "block_size": 2, "batch_size": 1, "accumulate": 1, "exit_tokens": 1, "log_steps": 1,
-            "save_steps": 1, "seed": 0,
-        }.items():  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise HatError(f"{name} must be a whole number of at least {low}, got {value!r}")
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if field.type == "int":
+                low = {"tokens": 2, "block_size": 2, "seed": 0}.get(name, 1)
+                fits = number and isinstance(value, int) and value >= low
+                wanted = f"a whole number of at least {low}"
+            elif name in ("anneal", "warmup", "layer_dropout"):
+                fits, wanted = number and 0 <= value <= 1, "a number in [0, 1]"
+            elif name.endswith(("_epochs", "temperature", "_norm")):
+                fits, wanted = number and 0 < value < math.inf, "a number above 0"
+            else:
+                fits, wanted = field.type == "str" or number and 0 <= value < math.inf, "a number of at least 0"
+            if not fits:
+                raise HatError(f"{name} must be {wanted}, got {value!r}")
         if self.seed >= 2**32:  # what numpy takes
             raise HatError(f"seed must be below 2**32, got {self.seed}")
-        for name in (
-            "router_epochs", "exit_epochs", "temperature", "gate_forward_temperature", "gate_backward_temperature",
-            "max_grad_norm",
-        ):  # fmt: skip
-            if not 0 < self._number(name) < math.inf:
-                raise HatError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
-        for name in (
-            "router_lr", "exit_lr", "noise", "budget_weight", "z_weight", "entropy_weight", "decision_weight", "spread",
-        ):  # fmt: skip
-            if not 0 <= self._number(name) < math.inf:
-                raise HatError(f"{name} must be a number of at least 0, got {getattr(self, name)!r}")
-        for name in ("anneal", "warmup", "layer_dropout"):
-            if not 0 <= self._number(name) <= 1:
-                raise HatError(f"{name} must be a number in [0, 1], got {getattr(self, name)!r}")
-
-    def _number(self, name: str) -> float:
-        value = getattr(self, name)
-        return math.nan if isinstance(value, bool) or not isinstance(value, int | float) else value
 
     @classmethod
     def named(cls, name: str, granularity: str, profile: str = "full", **changes) -> Recipe:

@@ -1,8 +1,8 @@
-"""Relaxations: train a hard decision with a soft gradient.
+"""Straight-through: train a hard decision with a soft gradient.
 
 Routers and exit gates decide by a comparison, which has no gradient. During training the forward keeps the
 hard decision, so that training sees what inference runs, and the backward differentiates a sigmoid or softmax
-in its place (straight-through: Bengio et al. 2013, arXiv:1308.3432). Noise on the logits turns the decision
+in its place (Bengio et al. 2013, arXiv:1308.3432). Noise on the logits turns the decision
 into a sample: Gumbel-softmax (Jang et al. 2017, arXiv:1611.01144), or Concrete (Maddison et al. 2017,
 arXiv:1611.00712). For two classes the difference of two Gumbel variables is one logistic variable.
 
@@ -41,9 +41,9 @@ def straight_through(
         noise: scale of g, >= 0. At 0 nothing is drawn and the decision is deterministic.
         generator: source of g, on the logit's device.
     """
-    _check_positive("temperature", temperature)
-    _check_noise(noise)
-    if noise:
+    _check("temperature", temperature)
+    if noise != 0:
+        _check("noise", noise)
         # rand lies in [0, 1); at 0 the noise is -inf, a sure 0 with gradient 0.
         uniform = torch.rand(logit.shape, generator=generator, device=logit.device)
         logit = logit + noise * uniform.logit_().to(logit.dtype)
@@ -56,29 +56,24 @@ def decoupled_gumbel_softmax(
     forward_temperature: float,
     backward_temperature: float,
     generator: torch.Generator | None = None,
-    noise: float = 1.0,
 ) -> Tensor:
-    """One-hot sample ``argmax(logits / tau_f + noise * g)``, with g standard Gumbel; a tie goes to the first class.
+    """One-hot sample of ``softmax(logits / tau_f)``: ``argmax(logits / tau_f + g)``, with g standard Gumbel.
 
-    Gradient: that of ``softmax(logits / tau_b + noise * g)``, same g. Straight-through Gumbel-softmax with one
-    temperature for the forward and another for the backward pass (Shah et al. 2024, arXiv:2410.13331): tau_f sets
-    how random the sample is, tau_b how the gradient spreads over the classes. Each divides the logits before the
-    noise is added: in ``argmax((logits + g) / tau_f)`` tau_f would have no effect.
+    Gradient: that of ``softmax(logits / tau_b + g)``, same g. Straight-through Gumbel-softmax with one temperature
+    for the forward and another for the backward pass (Shah et al. 2024, arXiv:2410.13331): tau_f sets how random the
+    sample is, tau_b how the gradient spreads over the classes. Each divides the logits before the noise is added: in
+    ``argmax((logits + g) / tau_f)`` tau_f would have no effect. A tie goes to the first class.
 
     Args:
         logits: ``[..., classes]`` floating point; the result has its shape and dtype.
         forward_temperature, backward_temperature: tau_f and tau_b, > 0, in units of the logits.
         generator: source of g, on the logits' device.
-        noise: scale of g, >= 0; 1 samples from ``softmax(logits / tau_f)``, 0 draws nothing and takes the largest.
     """
-    _check_positive("forward_temperature", forward_temperature)
-    _check_positive("backward_temperature", backward_temperature)
-    _check_noise(noise)
-    g = torch.zeros((), dtype=logits.dtype, device=logits.device)
-    if noise:
-        # -log(exponential) is Gumbel; an exponential of 0 would be +inf, which softmax makes NaN.
-        exponential = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
-        g = exponential.clamp_(min=torch.finfo(exponential.dtype).tiny).log_().mul_(-noise).to(logits.dtype)
+    _check("forward_temperature", forward_temperature)
+    _check("backward_temperature", backward_temperature)
+    # -log(exponential) is Gumbel; an exponential of 0 would be +inf, which softmax makes NaN.
+    exponential = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
+    g = exponential.clamp_(min=torch.finfo(exponential.dtype).tiny).log_().neg_().to(logits.dtype)
     winner = (logits.detach() / forward_temperature + g).argmax(-1, keepdim=True)
     hard = torch.zeros_like(logits, requires_grad=False).scatter_(-1, winner, 1)
     return _hard_forward(hard, torch.softmax(logits / backward_temperature + g, dim=-1))
@@ -118,15 +113,10 @@ def channel_gate(
         ``x * keep`` in x's dtype, ``keep`` bool ``[n, C]`` (no gradient), and ``soft_count`` fp32 ``[C]``: the hard
         number of counted rows that keep the channel, with the soft decision's gradient.
     """
-    _check_positive("temperature", temperature)
+    _check("temperature", temperature)
     if x.dim() != 2 or log_scale.shape != x.shape[1:] or cut.shape != x.shape[1:]:
         shapes = ", ".join(str(list(t.shape)) for t in (x, log_scale, cut))
         raise HatError(f"x, log_scale and cut must have the shapes [n, C], [C], [C], got {shapes}")
-    for name, rows in (("protected", protected), ("counted", counted)):
-        if rows is not None and (rows.dtype != torch.bool or rows.shape != x.shape[:1]):
-            raise HatError(f"{name} must be bool [{x.shape[0]}], got {rows.dtype} {list(rows.shape)}")
-    if threshold_scale is not None and threshold_scale.shape != (len(x), 1):
-        raise HatError(f"threshold_scale must have the shape [{len(x)}, 1], got {list(threshold_scale.shape)}")
     return _ChannelGate.apply(x, log_scale, cut, float(temperature), threshold_scale, protected, counted)
 
 
@@ -162,24 +152,17 @@ class _ChannelGate(torch.autograd.Function):
         grad = torch.zeros_like(x) if grad is None else grad
         grad_x = grad_scale = None
         if ctx.needs_input_grad[0]:
-            grad_x = keep.view(torch.uint8).to(grad.dtype).mul_(grad)
+            grad_x = grad * keep
         if ctx.needs_input_grad[1]:
             free = torch.ones_like(keep[:, 0]) if protected is None else ~protected
-            through_x, through_count = _slope_sums(x, cut, ctx.temperature, grad, threshold_scale, free, counted)
+            count_rows = free if counted is None else free & counted
+            through_x, through_count = _slope_sums(x, cut, ctx.temperature, grad, threshold_scale, free, count_rows)
             grad_scale = through_x if grad_count is None else through_x.addcmul_(through_count, grad_count)
         return grad_x, grad_scale, None, None, None, None, None
 
 
-def _slope_sums(
-    x: Tensor,
-    cut: Tensor,
-    temperature: float,
-    grad: Tensor,
-    threshold_scale: Tensor | None,
-    free: Tensor,
-    counted: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Sums over the rows in ``free`` of ``slope * x * grad``, and over those also counted of ``slope``: two ``[C]``.
+def _slope_sums(x, cut, temperature, grad, threshold_scale, x_rows, count_rows) -> tuple[Tensor, Tensor]:
+    """Sums over the rows in ``x_rows`` of ``slope * x * grad``, over those in ``count_rows`` of ``slope``: two ``[C]``.
 
     The slope is the derivative of ``sigmoid(u / T)`` by ``u = log r``: with ``p = 1 / (1 + r^(1/T))`` it is
     ``p (1 - p) / T``, finite for every r in [0, inf].
@@ -187,8 +170,7 @@ def _slope_sums(
     dtype = torch.promote_types(x.dtype, torch.float32)
     # A cut of -inf or 0 has no ratio: r = 0 everywhere, and a slope of 0.
     inverse = torch.where(cut > 0, 1 / cut, 0).to(dtype).clamp_(max=torch.finfo(dtype).max)
-    free = free.to(dtype)
-    count_rows = free if counted is None else free * counted
+    x_rows, count_rows = x_rows.to(dtype), count_rows.to(dtype)
     through_x, through_count = torch.zeros((2, x.shape[1]), dtype=dtype, device=x.device)
     tile = max(1, CPU_TILE // x.shape[1] if x.device.type == "cpu" else len(x))
     for start in range(0, len(x), tile):
@@ -197,14 +179,11 @@ def _slope_sums(
         p = values.abs().mul_(inverse)
         if threshold_scale is not None:
             p.div_(threshold_scale[rows].to(dtype))
-        if temperature == 1:
-            p.add_(1).reciprocal_()
-        else:
-            p.log_().mul_(-1 / temperature).sigmoid_()
+        p.log_().mul_(-1 / temperature).sigmoid_()
         slope = p.addcmul_(p, p, value=-1)
         # In place, so that autocast leaves these matrix-vector products alone.
         through_count.addmv_(slope.T, count_rows[rows])
-        through_x.addmv_(slope.mul_(values).mul_(grad[rows].to(dtype)).T, free[rows])
+        through_x.addmv_(slope.mul_(values).mul_(grad[rows].to(dtype)).T, x_rows[rows])
     return through_x.div_(temperature), through_count.div_(temperature)
 
 
@@ -221,11 +200,6 @@ def _hard_forward(hard: Tensor, soft: Tensor) -> Tensor:
     return hard + (soft - soft.detach())
 
 
-def _check_positive(name: str, value: float) -> None:
+def _check(name: str, value: float) -> None:
     if not 0 < value < float("inf"):
         raise HatError(f"{name} must be a positive number, got {value!r}")
-
-
-def _check_noise(noise: float) -> None:
-    if not 0 <= noise < float("inf"):
-        raise HatError(f"noise must be a number of at least 0, got {noise!r}")

@@ -194,12 +194,6 @@ def test_a_damaged_run_file(refuses, tmp_path, text, change, words):
     refuses("--resume", tmp_path, words)
 
 
-def test_a_run_file_reads_as_it_was_written(text, tmp_path):
-    run = tiny_run("channel", text)
-    run.write(tmp_path)
-    assert module.Run.read(tmp_path) == run
-
-
 def test_a_base_of_another_kind(hat, text, tmp_path):
     train(tiny_run("token", text, phase="routers", steps=1), tmp_path / "run", progress=False)
     options = ("--checkpoint", tmp_path / "run", "--save", tmp_path / "new", "--text", text)

@@ -71,15 +71,8 @@ def test_distillation_from_itself_is_exactly_zero_and_ignores_a_shift():
     torch.testing.assert_close(distillation(teacher - shift, student), distillation(teacher, student))
 
 
-def test_distillation_is_from_teacher_to_student():
-    # The other direction, KL(student || teacher), is 1/2 log(2/3) + 1/2 log 2 = 0.143841.
-    teacher, student = torch.tensor([[LOG3, 0.0]]), torch.tensor([[0.0, 0.0]])
-    close(distillation(teacher, student), 0.130812)
-    close(distillation(student, teacher), 0.143841)
-
-
 def test_divergence_of_each_token():
-    # The two directions of the test above, and a masked token that is not even read.
+    # The test above; the other way, 1/2 log(2/3) + 1/2 log 2 = 0.143841; a masked token that is not even read.
     teacher = torch.tensor([[[LOG3, 0.0], [0.0, 0.0], [math.nan, 0.0]]])
     student = leaf([[[0.0, 0.0], [LOG3, 0.0], [math.nan, 0.0]]])
     each = divergence(teacher, student, torch.tensor([True, True, False]))
@@ -87,11 +80,6 @@ def test_divergence_of_each_token():
     each.backward(torch.tensor([[1.0, 10.0, 100.0]]))
     close(student.grad, [[[-0.25, 0.25], [2.5, -2.5], [0.0, 0.0]]])
     close(divergence(teacher[0, 0], student[0, 0]).detach(), 0.130812)
-
-
-def test_two_half_precisions_are_computed_in_fp32():
-    teacher, student = 3 * normal(5, 40, dtype=torch.bfloat16), 3 * normal(5, 40, seed=1, dtype=torch.bfloat16)
-    assert torch.equal(distillation(teacher, student), distillation(teacher.float(), student.float()))
 
 
 def test_distillation_gives_the_teacher_nothing_and_can_be_walked_twice():
@@ -158,13 +146,6 @@ def test_entropy_of_a_sure_decision_is_zero():
     close(scores.grad, [0, 0, 0, 0])
 
 
-def test_entropy_falls_when_descended():
-    # dH/ds = -s p (1 - p): at s = log 3, -1.098612 * 3/16 = -0.205990.
-    scores = leaf([LOG3, -LOG3])
-    entropy(scores).backward()
-    close(scores.grad, [-0.205990 / 2, 0.205990 / 2])
-
-
 @pytest.mark.parametrize("loss", [z_loss, entropy])
 def test_score_losses_gradcheck(loss):
     scores = leaf(4 * normal(3, 5), torch.float64)
@@ -184,15 +165,12 @@ def test_exit_targets():
 
 def test_exit_loss_by_hand():
     # (0, log 3) to leave: -log(3/4) = 0.287682.  (0, 0) to stay: log 2 = 0.693147.  Mean 0.490415.
-    logits, targets = torch.tensor([[0.0, LOG3], [0.0, 0.0]]), torch.tensor([True, False])
-    close(exit_loss(logits, targets), 0.490415)
-
-
-def test_exit_loss_pulls_towards_the_target():
-    # (p - target) / tokens, with p = 1/2 and two tokens.
-    logits = leaf(torch.zeros(2, 2))
-    exit_loss(logits, torch.tensor([True, False])).backward()
-    close(logits.grad, [[0.25, -0.25], [-0.25, 0.25]])
+    # Gradient: (p - target) / tokens, with p of leaving 3/4 and 1/2.
+    logits, targets = leaf([[0.0, LOG3], [0.0, 0.0]]), torch.tensor([True, False])
+    loss = exit_loss(logits, targets)
+    close(loss.detach(), 0.490415)
+    loss.backward()
+    close(logits.grad, [[0.125, -0.125], [-0.25, 0.25]])
 
 
 # --- masks and dtypes, for every loss over tokens ---

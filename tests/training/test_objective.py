@@ -141,14 +141,10 @@ def test_only_the_phase_s_own_parameters_get_a_gradient(grain_and_phase):
     assert got == own - measured - {"routers.0_ffn.weight", "routers.0_ffn.bias"}
 
 
-def test_noise_and_layer_dropout_do_something():
-    plain = new("token", "routers", noise=0.0, layer_dropout=0.0)
-    base = numbers(step(plain, samples()))
-    for change in ({"noise": 1.0, "layer_dropout": 0.0}, {"noise": 0.0, "layer_dropout": 1.0}):
-        changed = numbers(step(new("token", "routers", **change), samples()))
-        assert abs(float(changed["kl"] - base["kl"])) > 1e-3
-    early = new("token", "routers", noise=0.0, layer_dropout=1.0, spread=0.0)
-    assert float(step(early, samples(), at=0)["kl"]) < 1e-6  # none at the start
+def test_layers_are_dropped_from_later_steps_alone():
+    always = new("token", "routers", noise=0.0, layer_dropout=1.0, spread=0.0)
+    early, late = (float(step(always, samples(), at=at)["kl"]) for at in (0, 8))
+    assert early < 1e-6 and late > 1e-3
 
 
 def test_the_loss_of_routers_is_kl_and_budget_and_the_regularisers():

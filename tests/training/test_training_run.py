@@ -130,11 +130,6 @@ def test_5_steps_and_5_more_are_10(grain, finished, text, tmp_path, monkeypatch)
     same_run(folder, finished[grain])
 
 
-def test_the_time_limit_holds_for_the_whole_run(text, tmp_path):
-    (outcome,) = train(tiny_run("token", text), tmp_path / "run", max_minutes=1e-6, progress=False)
-    assert (outcome.phase, outcome.step, outcome.stopped) == ("routers", 1, "time")
-
-
 def test_a_run_that_was_killed_after_its_last_step_takes_no_further_one(finished, text, tmp_path, monkeypatch):
     folder, run = tmp_path / "run", tiny_run("token", text)
 
