@@ -63,9 +63,11 @@ class Explanation:
         return self.html()
 
     def _passage(self) -> Passage:
-        title = f"capacity {self.requested_capacity:.2f} requested, {self.capacity:.3f} realised on this text"
+        title = f"capacity {self.requested_capacity:.2f} requested, {self.capacity:.3f} realised"
         if self.requested_exit_rate or self.exit_rate:
             title += f"; exit rate {self.requested_exit_rate:.2f} requested, {self.exit_rate:.3f} realised"
+        if self.capacity < 1:
+            title += " (thresholds were set on other text, and the first tokens run in full)"
         return Passage(title, self.tokens["token"].tolist(), self.tokens["model_share"].tolist())
 
     def _scale(self, low: float | None, high: float | None) -> dict:

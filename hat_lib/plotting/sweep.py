@@ -5,8 +5,9 @@ from __future__ import annotations
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-from hat_lib.plotting.style import BLUE, GREEN, GREY, HEIGHT, STYLE, WIDTH, need, percent
+from hat_lib.plotting.style import BLUE, GREEN, GREY, HEIGHT, STYLE, WIDTH, need
 
 
 def sweep(table: pd.DataFrame) -> Figure:
@@ -30,9 +31,9 @@ def sweep(table: pd.DataFrame) -> Figure:
             )
         increase.set(ylabel="perplexity increase, 95 % interval")
         top1.plot(table["realised"], table["top1"], color=GREEN, marker="s")
-        top1.set(ylabel="tokens whose likeliest next token is the base's")
+        top1.set(ylabel="top-1 agreement with the base")
         for ax in (increase, top1):
             ax.set_xlabel("realised capacity (beside the points: requested)" if ax is increase else "realised capacity")
-            ax.xaxis.set_major_formatter(percent())
-            ax.yaxis.set_major_formatter(percent())
+            ax.xaxis.set_major_formatter(PercentFormatter(1))
+            ax.yaxis.set_major_formatter(PercentFormatter(1))
     return fig

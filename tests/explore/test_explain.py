@@ -52,7 +52,7 @@ def test_it_is_shown_as_coloured_text_and_as_a_map(hat):
     found = explain(hat, PROMPT)
     coloured = (found.tokens["token"] != "").sum()
     assert found._repr_html_() == found.html() and found.html().count('title="') == coloured
-    assert "realised on this text" in found.html() and "realised on this text" in str(found)
+    assert "set on other text" in found.html() and "set on other text" in str(found)
     free = found.tokens.loc[~found.tokens["protected"], "model_share"]
     assert f">{free.min():.2f}<" in found.html() and f"{free.max():.2f}<" in found.html()
     assert "≤ 0.99" in found.html(low=0.99, high=1.5)
