@@ -20,13 +20,25 @@ GRANULARITIES = ("channel", "token")
 PUBLISHED_EXITS, PUBLISHED_DEPTH = (4, 8, 12, 16, 19), 22
 
 REPO = Path(__file__).resolve().parent.parent
-DATA, NOTEBOOKS, RUNS = REPO / "data", REPO / "notebooks", REPO / "runs"
+# Results and reference checkpoints, which come with the repository and not with an installed package.
+DATA = Path(os.environ.get("HAT_DATA", REPO / "data")).expanduser()
+NOTEBOOKS = REPO / "notebooks"
+RUNS = (REPO if NOTEBOOKS.is_dir() else Path.cwd()) / "runs"
+NO_DATA = (
+    "reference checkpoints, results and notebooks come with a clone of the repository alone: clone it, and install it "
+    "with pip install -e or set HAT_DATA to its folder data"
+)
 # Where notebooks draw. The committed figures/ change by `hat_lib.workbook execute` and `hat reproduce --figures` alone.
 FIGURES = Path(os.environ.get("HAT_FIGURES", RUNS / "figures"))
 
 
 class HatError(ValueError):
     """Bad input, told in one line that names the thing and what was expected."""
+
+
+def outside_repository(message: str) -> bool:
+    """Whether ``message`` names a place that only a clone of the repository has, and this is none."""
+    return any(str(place) in message and not place.is_dir() for place in (DATA, NOTEBOOKS))
 
 
 def cache_dir() -> Path:

@@ -18,22 +18,6 @@ if TYPE_CHECKING:
     from hat_lib.model.transformer import HierarchicalTransformer
 
 
-def recipe_changes(settings: list[str] | None) -> dict:
-    """``["router_lr=1e-3"]`` as ``{"router_lr": 0.001}``; the recipe checks names and ranges."""
-    out = {}
-    for setting in settings or []:
-        name, equals, value = setting.partition("=")
-        if not equals or not name:
-            raise HatError(f"--set takes NAME=VALUE, got {setting!r}")
-        for kind in (int, float, str):
-            try:
-                out[name] = kind(value)
-                break
-            except ValueError:
-                continue
-    return out
-
-
 def names(option: str, text: str) -> list[str]:
     """``"a,b"`` as names, at least one."""
     found = [part.strip() for part in text.split(",") if part.strip()]
@@ -50,17 +34,12 @@ def numbers(option: str, text: str, kind: type = float) -> list:
         raise HatError(f"{option} takes numbers, comma-separated, got {text!r}") from None
 
 
-def grain_names(text: str) -> list[str]:
+def grain_names(text: str, what: str = "grains") -> list[str]:
     """``"channel,token"`` as names of grains."""
     wanted = [name.strip() for name in text.split(",")]
     if unknown := [name for name in wanted if name not in GRANULARITIES]:
-        raise HatError(f"grains must be among {', '.join(GRANULARITIES)}, got {unknown[0]!r}")
+        raise HatError(f"{what} must be among {', '.join(GRANULARITIES)}, got {unknown[0]!r}")
     return wanted
-
-
-def capacities(text: str) -> list[float]:
-    """``"1.0,0.75"`` as capacities; the empty string is none."""
-    return [check_capacity(part.strip()) for part in text.split(",") if part.strip()]
 
 
 def check_shares(capacity: str | None, exit_rate: str | None) -> tuple[float | None, float | None]:
@@ -71,9 +50,11 @@ def check_shares(capacity: str | None, exit_rate: str | None) -> tuple[float | N
     )
 
 
-def check_count(name: str, value: int, low: int) -> None:
-    if value < low:
-        raise HatError(f"{name} must be a whole number of at least {low}, got {value}")
+def check_dtype(dtype: str | None) -> None:
+    from hat_lib.backbone.base import parse_dtype
+
+    if dtype is not None:
+        parse_dtype(dtype)
 
 
 def check_writable(folder: Path, what: str = "a checkpoint") -> None:
@@ -89,26 +70,49 @@ def check_writable(folder: Path, what: str = "a checkpoint") -> None:
         raise HatError(f"cannot write {what} to {folder}: {error.strerror or error}") from error
 
 
-def check_text(source: str, split: str) -> None:
-    """Raise as `load_text` would, before the base is loaded: read the source with a stand-in tokenizer."""
-    from hat_lib.text.blocks import load_text
+def check_text(source: str, split: str | None) -> None:
+    """Raise as `load_text` would, before the base is loaded: read the source with a stand-in tokenizer.
+
+    Without a split, raise where no split has anything to read.
+    """
+    from hat_lib.text.blocks import load_text, names_file
 
     def two_tokens(text: str, **_):
         return SimpleNamespace(input_ids=list(text.encode()[:2]))
 
-    load_text(source, two_tokens, split=split, max_tokens=2)
+    load_text(source, two_tokens, split=split or ("all" if names_file(source) else "test"), max_tokens=2)
+
+
+def measured(source: str, split: str, tokens: int, n_bytes: int) -> tuple[float | None, str]:
+    """How much of a whole text ``n_bytes`` are, None where nobody knows; and that in words, which every report has."""
+    from hat_lib.text.blocks import source_bytes
+
+    whole = source_bytes(source, "all")
+    of_split = whole if split == "all" else source_bytes(source, split)
+    if not whole or not n_bytes:
+        return None, f"{tokens:,} tokens, split {split}"
+    share = min(1.0, n_bytes / whole)
+    if share > 0.995:
+        return share, f"{tokens:,} tokens, the whole text"
+    more = "--max-tokens measures" if whole == of_split else "--split all and --max-tokens measure"
+    about = f"{float(f'{tokens / share:.2g}'):,.0f}"
+    return share, f"{tokens:,} of about {about} tokens ({share:.1%} of the text), split {split}; {more} more"
 
 
 def read_prompt(prompt: str) -> str:
     """The prompt, from stdin if it is ``-``; raises if there is nothing to continue."""
     try:
-        text = sys.stdin.read() if prompt == "-" else prompt
-        text.encode()
+        if prompt == "-":
+            if sys.stdin is None:
+                raise HatError("--prompt - reads stdin, which is closed")
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # whatever the terminal's own is
+            prompt = sys.stdin.read()
+        prompt.encode()
     except UnicodeError as error:
         raise HatError(f"the prompt is not UTF-8 text: {error}") from error
-    if not text.strip():
-        raise HatError(f"the prompt is empty: expected text to continue, got {text!r}")
-    return text
+    if not prompt.strip():
+        raise HatError(f"the prompt is empty: expected text to continue, got {prompt!r}")
+    return prompt
 
 
 def load(
@@ -118,12 +122,11 @@ def load(
     share, rate = check_shares(capacity, exit_rate)
     if checkpoint is None and (share != 1.0 or rate):
         checkpoint = _reference_checkpoint(base)
+    check_dtype(dtype)
 
-    from hat_lib.backbone.base import load_base, parse_dtype
+    from hat_lib.backbone.base import load_base
     from hat_lib.model.transformer import HierarchicalTransformer
 
-    if dtype is not None:
-        parse_dtype(dtype)
     if checkpoint is None:
         loaded = load_base(*[base] if base else [], dtype=dtype)
         return HierarchicalTransformer(loaded, HatConfig.default(loaded))
@@ -136,14 +139,13 @@ def load(
 
 
 def _reference_checkpoint(base: str | None) -> Path:
-    if base not in (None, "bundled"):
-        raise HatError(
-            f"no checkpoint for {base}: make one with `hat calibrate --base {base} --save DIR` and pass "
-            "--checkpoint DIR, or run everything with --capacity 1.0"
-        )
-    if not CALIBRATED.exists():
-        raise HatError(
-            f"no checkpoint at {CALIBRATED}: make one with `hat calibrate --save DIR` and pass --checkpoint "
-            "DIR, or run everything with --capacity 1.0"
-        )
-    return CALIBRATED
+    if base in (None, "bundled"):
+        if CALIBRATED.exists():
+            return CALIBRATED
+        missing, of = f"at {CALIBRATED}", ""
+    else:
+        missing, of = f"for {base}", f"--base {base} "
+    raise HatError(
+        f"no checkpoint {missing}: make one with `hat calibrate {of}--save DIR` and pass --checkpoint DIR, or run "
+        "everything with --capacity 1.0"
+    )

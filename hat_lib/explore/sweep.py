@@ -19,7 +19,7 @@ from hat_lib.config import HatError, check_capacity
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.sweep import sweep as sweep_figure
-from hat_lib.text.blocks import SUFFIXES, load_text
+from hat_lib.text.blocks import SUFFIXES, default_split, load_text
 
 CAPACITIES = (0.4, 0.55, 0.7, 0.9)
 WHY = "realised differs from requested: thresholds were set on other text, and the first tokens of a block run in full"
@@ -82,7 +82,7 @@ def sweep(
             `load_text`.
         capacities: requested, in [0.1, 1].
         exit_rate: requested at each of them; None is what ``hat`` is set to.
-        split: of a name; see `load_text`. None is all of a file that ``hat`` was not trained on, else "test".
+        split: of a name; see `load_text`. None: see `default_split`.
         max_tokens, block_size: how much is measured of a text, and in blocks of how many tokens; blocks that are
             given are measured as they are.
         batch_size: blocks per forward.
@@ -117,9 +117,7 @@ def _blocks(hat, text, split: str | None, max_tokens: int | None, block_size: in
     """A name for the text, and its blocks."""
     tokenizer, texts = hat.base.tokenizer, [text] if isinstance(text, str | Path) else list(text)
     if isinstance(text, str | Path) and not _is_text(text):
-        if split is None:
-            own_file = Path(text).suffix.lower() in SUFFIXES
-            split = "all" if own_file and Path(text).name not in _trained_on(hat) else "test"
+        split = split or default_split(text, hat)
         rows = load_text(text, tokenizer, split=split, max_tokens=max_tokens, block_size=block_size)
         return f"{text}, {split} split", rows
     rows = []
@@ -132,12 +130,6 @@ def _blocks(hat, text, split: str | None, max_tokens: int | None, block_size: in
         rows += [{"input_ids": ids[i : i + size], "n_context": 0} for i in range(0, len(ids), size)]
     name = f'"{" ".join(text.split()[:6])} …"' if isinstance(text, str) else f"{len(texts)} texts or blocks"
     return name, [row for row in rows if len(row["input_ids"]) > 1]
-
-
-def _trained_on(hat: HierarchicalTransformer) -> set[str]:
-    """File names among the texts of the recipe that ``hat`` was trained with."""
-    recipe = (hat.training_summary or {}).get("recipe") or {}
-    return {Path(name).name for name in str(recipe.get("text", "")).split("+")}
 
 
 def _is_text(text: str | Path) -> bool:

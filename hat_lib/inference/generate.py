@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.backbone.base import load_base
-from hat_lib.config import HatError, check_capacity, check_exit_rate
+from hat_lib.config import HatError, check_capacity, check_count, check_exit_rate
 from hat_lib.inference.self_speculative import Speculation, speculate
 from hat_lib.inference.speed import SpeedCurve, check_target, check_versus, speed_curve, timed
 from hat_lib.inference.timing import now
@@ -32,6 +32,16 @@ from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 
 MODES = ("adaptive", "lossless")
+TEMPERATURE_MIN = 1e-3
+"""below it logits over the temperature may overflow, and what is drawn is the likeliest token anyway"""
+
+
+def check_sampling(max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Raise `HatError` for what cannot be sampled with."""
+    check_count("max new tokens", max_new_tokens, 1)
+    check_count("seed", seed, 0, 2**64 - 1)  # what torch takes
+    if temperature != 0 and not TEMPERATURE_MIN <= temperature < math.inf:
+        raise HatError(f"temperature must be 0 (greedy) or a number of at least {TEMPERATURE_MIN}, got {temperature}")
 
 
 # Threads may share a model. What they cannot share is a tokenizer whose padding is being set, and transformers' source
@@ -209,10 +219,7 @@ class AdaptiveInference:
         for prompt in prompts:
             if not isinstance(prompt, str) or not prompt.strip():
                 raise HatError(f"a prompt must be text to continue, got {prompt!r}")
-        if max_new_tokens < 1 or seed < 0:
-            raise HatError(f"expected max_new_tokens >= 1 and seed >= 0, got {max_new_tokens} and {seed}")
-        if not 0 <= temperature < math.inf:
-            raise HatError(f"temperature must be a finite number of at least 0, got {temperature}")
+        check_sampling(max_new_tokens, temperature, seed)
 
     def _real(self, ids: Tensor, prompt_mask: Tensor) -> Tensor:
         """bool ``[B, T]``: neither left padding nor anything after the first end-of-text token that is new."""

@@ -150,6 +150,14 @@ def names_file(source: str | Path) -> bool:
         return False
 
 
+def default_split(source: str | Path, hat) -> str:
+    """What to measure ``hat`` on: all of a file, unless it was made with one of that name; else test."""
+    summary = hat.training_summary or {}
+    said = [str(summary.get("recipe", {}).get("text", "")), hat.calibration.text if hat.calibration else ""]
+    used = {Path(part.strip()).name for text in said for part in text.partition(", train and ")[0].split("+")}
+    return "all" if names_file(source) and Path(source).name not in used else "test"
+
+
 def _open(source: str, split: str) -> tuple[Iterator[Document], bool]:
     """The documents of a split, and whether they come from the Hub."""
     if split not in (*SPLITS, ALL):

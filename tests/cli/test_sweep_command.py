@@ -1,5 +1,7 @@
 """`hat sweep` on `random:tiny`: rows, resumption, the figure, one error each."""
 
+from pathlib import Path
+
 import pytest
 from tiny_runs import adaptive
 
@@ -38,6 +40,7 @@ def test_sweep_writes_goes_on_and_draws(checkpoints, hat, tmp_path):
     assert len(rows) == 4 + 4 + 4 and (tmp_path / "new" / "sweep.png").stat().st_size > 5000
     lucky = [r for r in rows if r.variant == "random" and r.capacity == 0.6]
     assert {r.seed for r in lucky} == {0, 1} and len({r.ppl for r in lucky}) == 2
+    assert "capacity and exit rate as requested, and (realised); they differ, for the thresholds" in out
     code, out, _ = sweep("--capacity", "0.6,0.8", "--exit-rate", "0,0.3", "--seed", "0,1")
     assert code == 0 and out.count("channel  docstrings") == 6, "only what was missing"
 
@@ -46,6 +49,7 @@ def test_sweep_writes_goes_on_and_draws(checkpoints, hat, tmp_path):
     ("args", "words"),
     [
         (("--capacity", "0.5,abc"), "--capacity takes numbers, comma-separated, got '0.5,abc'"),
+        (("--out", "x.png"), "--out must be a .csv file, beside which the figure goes as .png, got x.png"),
         (("--capacity", "1.5"), "capacity must be a number"),
         (("--capacity", ","), "--capacity takes numbers, comma-separated, got ','"),
         (("--seed", "0.5"), "--seed takes numbers"),
@@ -59,7 +63,7 @@ def test_a_grid_typo_before_anything_is_loaded(hat, tmp_path, monkeypatch, args,
     monkeypatch.setattr("hat_lib.backbone.base.load_base", None)
     code, out, err = hat("sweep", "--out", tmp_path / "sweep.csv", *args)
     assert code == 2 and out == "" and err.count("error: ") == 1 and words in err
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()) and not Path("x.png").exists()
 
 
 def test_unwritable_results(hat, tmp_path):

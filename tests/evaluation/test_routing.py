@@ -1,7 +1,5 @@
 """Routing patterns against forwards read by hand, other numbers of the library, and made-up tokens."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,17 +7,13 @@ import tiny_runs
 import torch
 from scipy.stats import spearmanr
 
-from hat_lib.backbone import base
-from hat_lib.cli.app import app
 from hat_lib.config import HatError
 from hat_lib.evaluation import routing as analyze
 from hat_lib.evaluation import routing_tables as pattern_tables
 from hat_lib.evaluation.perplexity import Score, agreement, compare, score
 from hat_lib.evaluation.routing import LOSSES, Patterns, patterns
 from hat_lib.evaluation.routing_tables import MEASURES
-from hat_lib.model import transformer as model
 from hat_lib.model.cost import state_cost
-from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
 from hat_lib.text.token_classes import CLASSES
 
@@ -351,116 +345,3 @@ class TestPrompts:
         for name in ("b", "c"):
             with pytest.raises(HatError, match=f"no unprotected token of '{name}'; documents: \\['a', 'b'\\]"):
                 pattern_tables.compare_docs(found, "a", name)
-
-
-# The command
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    tiny_runs.new_hat("channel").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "page.jsonl"
-    path.write_text("".join(json.dumps({"text": f"{i} {TEXT}\r"}) + "\n" for i in range(40)))
-    return path
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    monkeypatch.setattr(pattern_tables, "RESAMPLES", 50)
-
-    def command(*args):
-        with pytest.raises(SystemExit) as stopped:
-            app(["analyze", *map(str, args)], prog_name="hat")
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return command
-
-
-def test_command_prints_tables_and_writes_files_that_read_back(run, checkpoint, text, tmp_path):
-    out = tmp_path / "new" / "analysis"
-    options = ("--checkpoint", checkpoint, "--text", text, "--capacity", 0.6, "--max-tokens", 1500, "--dtype", "fp32")
-    code, printed, err = run(*options, "--out", out)
-    assert code == 0, err
-    assert "1016 tokens in 2 blocks" in printed and "capacity     0.60 requested" in printed
-    for heading in ("classes", "positions", "quantiles", "layers", "rank correlations", "share of the base's work"):
-        assert f"\n{heading}" in printed
-    assert "\x1b" not in printed and "error" not in err and "Warning" not in err
-    figures = {"layer_map.png", "classes.png", "positions.png", "quantiles.png"}
-    assert {p.name for p in out.iterdir()} == figures | {f"{n}.csv" for n in ("tokens", *pattern_tables.TABLES)} | {
-        "text.html"
-    }
-    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in figures)
-
-    tokens = pd.read_csv(out / "tokens.csv", keep_default_na=False, na_values={f"{n}_of_token": [""] for n in LOSSES})
-    hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype="fp32")
-    hat.capacity = 0.6
-    found = patterns(hat, load_text(text, hat.base.tokenizer, max_tokens=1500), progress=False)
-    assert tokens["text"].tolist() == found.tokens["text"].tolist() and "\r" in set(tokens["text"])
-    np.testing.assert_allclose(tokens["share"], found.tokens["share"], rtol=1e-5)
-    np.testing.assert_allclose(tokens["surprisal_of_token"], found.tokens["surprisal_of_token"], rtol=1e-5)
-    for name, make in pattern_tables.TABLES.items():
-        table = pd.read_csv(out / f"{name}.csv", keep_default_na=False, na_values={c: [""] for c in ("low", "high")})
-        numbers = table.select_dtypes("number").columns
-        assert table.shape == (expected := make(found)).shape and len(numbers) >= 4
-        np.testing.assert_allclose(table[numbers], expected[numbers].astype(float), rtol=1e-5, atol=1e-12)
-    page = (out / "text.html").read_text()
-    assert page.startswith("<!doctype html>") and page.count("background:#") == 5 + (tokens["text"] != "").sum()
-
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-    assert run(*options, "--out", out)[0] == 0
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-    assert run(*options)[1] == printed.split("\nwrote ")[0]
-
-
-def test_command_says_so_where_one_block_has_no_interval(run, checkpoint, text):
-    code, printed, err = run("--checkpoint", checkpoint, "--text", text, "--max-tokens", "60")
-    assert code == 0 and "60 tokens in 1 blocks" in printed
-    assert "intervals need at least 2 blocks of up to 512 tokens, got 60 tokens in one" in err
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--max-tokens", "1"), "max tokens must be a whole number of at least 2, got 1"),
-        (("--capacity", "1.5"), "capacity must be a number in [0.1, 1.0], got '1.5'"),
-        (("--exit-rate", "x"), "exit rate must be a number in [0.0, 1.0], got 'x'"),
-        (("--text", "nowhere.txt"), "nowhere.txt: no such file"),
-        (("--split", "some"), "split must be one of"),
-        (("--dtype", "int8"), "int8"),
-    ],
-)
-def test_bad_options_stop_before_a_base_is_loaded(run, checkpoint, text, monkeypatch, options, words):
-    def load(*args, **kwargs):
-        raise AssertionError("a base was loaded before the arguments were checked")
-
-    monkeypatch.setattr(base, "load_base", load)
-    monkeypatch.setattr(model, "load_base", load)
-    code, printed, err = run("--checkpoint", checkpoint, "--text", text, *options)
-    assert code == 2 and printed == "" and words in err and err.count("error: ") == 1
-
-
-def test_a_folder_that_cannot_be_one_is_refused_first(run, checkpoint, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "load_base", lambda *a, **k: pytest.fail("a base was loaded"))
-    (tmp_path / "file").write_text("mine")
-    code, printed, err = run("--checkpoint", checkpoint, "--text", text, "--out", tmp_path / "file")
-    assert code == 2 and printed == "" and "cannot write an analysis to" in err and "is not a folder" in err
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_two_tokens_are_all_protected(run, checkpoint, text):
-    code, printed, err = run("--checkpoint", checkpoint, "--text", text, "--max-tokens", "2")
-    assert code == 2 and printed == "" and "all 2 tokens are protected; use longer text" in err
-
-
-def test_every_option_is_explained(run):
-    code, printed, _ = run("--help")
-    assert code == 0
-    for option in ("base", "checkpoint", "text", "split", "capacity", "exit-rate", "max-tokens", "dtype", "out"):
-        assert f" --{option} " in printed

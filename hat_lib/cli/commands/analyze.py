@@ -1,40 +1,53 @@
-"""The command that looks into routing: ``hat analyze``."""
+"""``hat analyze``: which tokens get how much; five lines of findings, and the tables behind them."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hat_lib.cli import options as take
 from hat_lib.cli import validation as given
-from hat_lib.cli.console import app, say
-from hat_lib.config import HatError
+from hat_lib.cli.console import realised, say
+from hat_lib.cli.options import option
+from hat_lib.config import HatError, check_count
+from hat_lib.text.plain import plain, printable
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from hat_lib.evaluation.routing import Patterns
 
-@app.command()
+
 def analyze(
     base: take.Base = None,
     checkpoint: take.Checkpoint = None,
     text: take.Text = "addresses",
-    split: take.Split = "test",
+    split: take.Split = None,
     capacity: take.Capacity = None,
     exit_rate: take.ExitRate = None,
     max_tokens: take.MaxTokens = 4000,
     dtype: take.Dtype = None,
-    out: take.AnalysisOut = None,
+    tables: Annotated[
+        bool,
+        option(
+            "Also the tables behind the findings, and the beginning of the text, coloured by the work of each token.",
+            "--tables",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        option("Also write tables (CSV), figures (PNG) and coloured text (HTML) to this folder.", metavar="DIR"),
+    ] = None,
 ) -> None:
-    """Which tokens get how much, where in the model, and how hard they are.
+    """Which tokens get how much, where, and how hard they are.
 
-    By class, position, surprisal, entropy and layer, with 95 % intervals; then the beginning of the text, coloured by
-    the work that each token got.
+    Five lines of findings; by class, position, surprisal, entropy and layer with --tables, and whole with --out. All
+    intervals are of 95 %.
     """
-    given.check_count("max tokens", max_tokens, 2)
+    check_count("max tokens", max_tokens, 2)
     given.check_shares(capacity, exit_rate)
     given.check_text(text, split)
     if out is not None:
@@ -44,40 +57,78 @@ def analyze(
     from hat_lib.evaluation.routing import patterns
     from hat_lib.evaluation.routing_tables import TABLES
     from hat_lib.plotting.token_heatmap import ansi, html, passages
-    from hat_lib.text.blocks import load_text
+    from hat_lib.text.blocks import default_split, load_text
 
+    split = split or default_split(text, hat)
     found = patterns(hat, load_text(text, hat.base.tokenizer, split=split, max_tokens=max_tokens))
-    tables = {name: make(found) for name, make in TABLES.items()}
+    made = {name: make(found) for name, make in TABLES.items()}
     tokens, free = found.tokens, found.tokens.loc[~found.tokens["protected"], "model_share"]
     n_blocks = tokens["block"].nunique()
     if n_blocks < 2:
         say("warning", f"intervals need at least 2 blocks of up to 512 tokens, got {len(tokens)} tokens in one")
-    typer.echo(
-        f"{text}, {split} split: {len(tokens)} tokens in {n_blocks} blocks\n"
-        f"capacity     {hat.capacity:.2f} requested, {found.capacity:.3f} realised\n"
-        f"exit rate    {hat.exit_rate:.2f} requested, {found.exit_rate:.3f} realised\n"
-        f"model share  {tokens['model_share'].mean():.3f} of the base's work, head and routers included\n"
-        "+ or - behind an interval: above or below the mean of all tokens; the difference is clear of its own interval"
-    )
-    for name, keys in (("classes", ["class"]), ("positions", ["first", "last"]), ("quantiles", ["quantity", "least"])):
-        typer.echo(f"\n{name}\n{_by_group(tables[name], keys)}")
-    typer.echo(f"\nlayers: executed share, mean ± standard deviation over tokens\n{_by_layer(tables['layers'])}")
-    typer.echo(f"\nrank correlations\n{_correlations(tables['correlations'])}\n")
-
+    typer.echo(f"{printable(text)}: {len(tokens)} tokens in {n_blocks} blocks")
+    _, said = given.measured(text, split, len(tokens), sum(len(t.encode(errors="replace")) for t in tokens["text"]))
+    typer.echo("\n".join([f"measured     {said}", *_findings(found, made)]))
     low, high = free.quantile([0.01, 0.99])
     scale = {"meaning": "share of the base's work that a token got", "low": low, "high": high}
-    typer.echo(ansi(*passages(tokens.head(100), "model_share"), **scale))
+    if tables:
+        typer.echo("\n+ or - behind an interval: clear of the mean of all tokens, above or below")
+        for name, keys in KEYS.items():
+            typer.echo(f"\n{name}\n{_by_group(made[name], keys)}")
+        typer.echo(f"\nlayers: executed share, mean ± standard deviation over tokens\n{_by_layer(made['layers'])}")
+        correlations = made["correlations"].to_string(index=False, float_format="{:+.3f}".format)
+        typer.echo(f"\nrank correlations\n{correlations}\n")
+        typer.echo(ansi(*passages(tokens.head(100), "model_share"), **scale))
     if out is None:
         return
     from hat_lib.plotting.routing import FIGURES
     from hat_lib.plotting.style import png
 
     page = '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
-    files = {f"{name}.csv": _csv(table) for name, table in {"tokens": tokens, **tables}.items()}
-    files |= {f"{name}.png": png(draw(tables[name])) for name, draw in FIGURES.items()}
+    files = {f"{name}.csv": _csv(table) for name, table in {"tokens": tokens, **made}.items()}
+    files |= {f"{name}.png": png(draw(made[name])) for name, draw in FIGURES.items()}
     files["text.html"] = (page + html(*passages(tokens, "model_share"), **scale)).encode()
     _write(out.expanduser(), files)
     typer.echo(f"\nwrote {', '.join(files)} to {out}")
+
+
+KEYS = {"classes": ["class"], "positions": ["first", "last"], "quantiles": ["quantity", "least"]}
+"""tables by group, and what names a group"""
+
+
+def _findings(found: Patterns, tables: dict[str, pd.DataFrame]) -> list[str]:
+    """How much was executed, by whom, where, and whether hard tokens got more: a line each."""
+    exits = f"{found.requested_exit_rate:.2f} requested, {found.exit_rate:.3f} realised"
+    classes, layers, rho = tables["classes"], tables["layers"], tables["correlations"]
+    classes = classes[(classes["measure"] == "share") & (classes["tokens"] >= min(20, classes["tokens"].max()))]
+    layers = layers[layers["site"] == "all"]
+    rho = rho[(rho["compute"] == "share") & rho["quantity"].isin(["surprisal", "kl"]) & (rho["of"] == "next")]
+    rho = rho[rho["rho"].notna()]
+    hard = [f"{QUANTITIES[r.quantity]} {r.rho:+.2f}{_interval(r.low, r.high, '+.2f')}" for r in rho.itertuples()]
+    return [
+        f"work         capacity {realised(found.requested_capacity, found.capacity)}; exit rate {exits}; "
+        f"{found.tokens['model_share'].mean():.3f} of the base's work, head and routers included",
+        f"classes      {_extremes(classes, 'class')}",
+        f"layers       {_extremes(layers.assign(layer=[f'layer {n}' for n in layers['layer']]), 'layer')}",
+        f"difficulty   rank correlation of a token's share with {', with '.join(hard) or 'anything: all are alike'}",
+    ]
+
+
+QUANTITIES = {"surprisal": "the surprisal of the next token", "kl": "what skipping changed there (KL)"}
+
+
+def _extremes(rows: pd.DataFrame, name: str) -> str:
+    if rows["mean"].max() == rows["mean"].min():
+        return f"every {name} ran {rows['mean'].max():.1%}"
+    most, least = (rows.loc[at] for at in (rows["mean"].idxmax(), rows["mean"].idxmin()))
+    return ", ".join(
+        f"{word} work: {row[name]}, {row['mean']:.1%}{_interval(row['low'], row['high'], '.1%')}"
+        for word, row in (("most", most), ("least", least))
+    )
+
+
+def _interval(low: float, high: float, form: str) -> str:
+    return "" if low != low else f" ({low:{form}} to {high:{form}})"
 
 
 def _by_group(table: pd.DataFrame, keys: list[str]) -> str:
@@ -86,8 +137,7 @@ def _by_group(table: pd.DataFrame, keys: list[str]) -> str:
     def cell(row) -> str:
         spec = ".1%" if row["measure"] in ("share", "left") else ".3f"
         sign = "+" if row["difference_low"] > 0 else "-" if row["difference_high"] < 0 else " "
-        interval = "" if row["low"] != row["low"] else f" ({row['low']:{spec}} to {row['high']:{spec}})"
-        return f"{row['mean']:{spec}}{interval} {sign}"
+        return f"{row['mean']:{spec}}{_interval(row['low'], row['high'], spec)} {sign}"
 
     shown = table[table["measure"] == "share"][[*keys, "tokens"]]
     for measure in ("share", "left", "surprisal_of_token", "kl_of_next"):
@@ -104,14 +154,15 @@ def _by_layer(table: pd.DataFrame) -> str:
     return wide[table["site"].unique()].reset_index().to_string(index=False)
 
 
-def _correlations(table: pd.DataFrame) -> str:
-    return table.to_string(index=False, float_format="{:+.3f}".format)
-
-
 def _csv(table: pd.DataFrame) -> bytes:
-    """Six digits; quotes around every text, for a token may be a line's end."""
-    rounded = table.apply(lambda c: c.map(lambda v: float(f"{v:.6g}")) if c.dtype.kind == "f" else c)
-    return rounded.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").encode()
+    """Six digits; text that neither a terminal nor a spreadsheet acts on."""
+
+    def cells(column: pd.Series) -> pd.Series:
+        if column.dtype.kind == "f":
+            return column.map(lambda v: float(f"{v:.6g}"))
+        return column.map(lambda v: plain(v) if isinstance(v, str) else v)
+
+    return table.apply(cells).to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").encode()
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:

@@ -1,28 +1,30 @@
-"""The command that measures quality: ``hat evaluate``, on a text or on tasks of lm-evaluation-harness."""
+"""``hat evaluate``: quality beside the base's, on a text or on tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hat_lib import __version__
 from hat_lib.cli import options as take
 from hat_lib.cli import validation as given
-from hat_lib.cli.console import app
-from hat_lib.config import HatError
+from hat_lib.cli.console import realised
+from hat_lib.cli.options import option
+from hat_lib.config import HatError, check_count
+from hat_lib.text.plain import printable
 
 if TYPE_CHECKING:
     from hat_lib.evaluation.perplexity import Score
     from hat_lib.model.transformer import HierarchicalTransformer
 
 FOUR_BIT = "the bundled base is a 4-bit file, dequantised; its perplexity is not that of the published weights"
-TEXT_OPTIONS = TEXT, SPLIT, MAX_TOKENS = "addresses", "test", 4000
+TEXT_OPTIONS = TEXT, SPLIT, MAX_TOKENS = "addresses", None, 4000
 
 
-@app.command()
 def evaluate(
     base: take.Base = None,
     checkpoint: take.Checkpoint = None,
@@ -31,20 +33,35 @@ def evaluate(
     capacity: take.Capacity = None,
     exit_rate: take.ExitRate = None,
     max_tokens: take.MaxTokens = MAX_TOKENS,
-    documents: take.Documents = False,
-    tasks: take.Tasks = None,
-    tasks_path: take.TasksPath = None,
-    batch_size: take.BatchSize = 1,
+    documents: Annotated[bool, option("Also a line for each document.", "--documents")] = False,
+    tasks: Annotated[
+        str | None,
+        option(
+            "Instead of a text: tasks of lm-evaluation-harness, comma-separated, such as address_cloze and "
+            'address_perplexity. Needs pip install -e ".[eval]".',
+            metavar="NAMES",
+        ),
+    ] = None,
+    tasks_path: Annotated[
+        Path | None,
+        option(
+            "Folder of the tasks: YAML files, with their data. Python that a task names is run. [default: data/tasks]",
+            metavar="DIR",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, option("Blocks or requests a forward, at least 1; changes no result beyond rounding.")
+    ] = 1,
     dtype: take.Dtype = None,
-    as_json: take.AsJson = False,
+    as_json: Annotated[bool, option("Print one JSON object on stdout and nothing else.", "--json")] = False,
 ) -> None:
     """Perplexity against the base, with its 95 % interval.
 
     Both are scored on the same blocks, and the interval is a paired one. Or, with --tasks, scores of
     lm-evaluation-harness, the base's beside the model's.
     """
-    given.check_count("max tokens", max_tokens, 2)
-    given.check_count("batch size", batch_size, 1)
+    check_count("max tokens", max_tokens, 2)
+    check_count("batch size", batch_size, 1)
     given.check_shares(capacity, exit_rate)
     if tasks is None:
         if tasks_path is not None:
@@ -64,23 +81,25 @@ def evaluate(
 
 
 def _on_text(
-    hat: HierarchicalTransformer, text: str, split: str, max_tokens: int, batch_size: int, documents: bool
+    hat: HierarchicalTransformer, text: str, split: str | None, max_tokens: int, batch_size: int, documents: bool
 ) -> tuple[dict, str]:
     """What was measured, for a program and for a reader."""
     from hat_lib.evaluation.documents import bits_per_byte, by_document, text_bytes
     from hat_lib.evaluation.perplexity import compare, score_pair
-    from hat_lib.text.blocks import load_text, text_hash
+    from hat_lib.text.blocks import default_split, load_text, text_hash
 
+    split = split or default_split(text, hat)
     blocks = load_text(text, hat.base.tokenizer, split=split, max_tokens=max_tokens)
     if len(blocks) < 2:
         tokens = len(blocks[0]["input_ids"])
         raise HatError(
-            f"{text}, {split} split: an interval needs at least 2 blocks of up to 512 tokens, got {tokens} tokens: "
-            "bring more text (5 % of a file are its test split), name another --split, or raise --max-tokens"
+            f"{text}, split {split}: an interval needs at least 2 blocks of up to 512 tokens, got {tokens} tokens: "
+            "bring more text (5 % of a file are its split test), name another --split, or raise --max-tokens"
         )
     dense, adaptive = score_pair(hat, blocks, batch_size=batch_size)
     paired, n_bytes = compare(dense, adaptive), text_bytes(blocks, hat.base.tokenizer)
     rows = by_document(blocks, n_bytes, dense, adaptive)
+    share, said = given.measured(text, split, paired.tokens, int(n_bytes.sum()))
     row = _about(hat) | {
         "text": text,
         "split": split,
@@ -88,6 +107,7 @@ def _on_text(
         "tokens": paired.tokens,
         "blocks": paired.n_blocks,
         "bytes": int(n_bytes.sum()),
+        "share_of_text": share,
         "capacity": adaptive.capacity,
         "exit_rate": adaptive.exit_rate,
         "model_share": adaptive.model_share,
@@ -105,14 +125,14 @@ def _on_text(
         "documents": [asdict(r) for r in rows],
     }
     shown = row | {name: _number(row[name], ".4f") for name in ("base_bits_per_byte", "bits_per_byte")}
-    lines = [ON_TEXT.format(**shown), *_work(row)]
+    lines = [ON_TEXT.format(**shown | {"text": printable(text), "measured": said}), *_work(row)]
     if hat.exit_rate:
         lines += _exits(adaptive, hat.config.n_layers, row["exits"])
     if documents:
         lines.append("\ntokens    bytes  base ppl       ppl  increase  bits/byte, base  and model  document")
         lines += [
             f"{r.tokens:6d}  {r.bytes:7d}  {r.base_perplexity:8.2f}  {r.perplexity:8.2f}  {r.increase:+8.2%}  "
-            f"{_number(r.base_bits_per_byte, '.4f'):>15}  {_number(r.bits_per_byte, '.4f'):>9}  {r.document}"
+            f"{_number(r.base_bits_per_byte, '.4f'):>15}  {_number(r.bits_per_byte, '.4f'):>9}  {printable(r.document)}"
             for r in rows
         ]
     return row, "\n".join(lines)
@@ -144,14 +164,15 @@ def _on_tasks(hat: HierarchicalTransformer, tasks: dict, batch_size: int) -> tup
 
 
 ON_TEXT = """\
-{text}, {split} split: {tokens} tokens in {blocks} blocks, SHA-256 {text_hash}
+{text}: {tokens} tokens in {blocks} blocks, SHA-256 {text_hash}
+measured     {measured}
 perplexity   {base_perplexity:.3f} for the base {base} ({dtype}), {perplexity:.3f} for the model
 increase     {increase:+.2%}, 95 % interval {increase_low:+.2%} to {increase_high:+.2%}
 bits/byte    {base_bits_per_byte} for the base, {bits_per_byte} for the model
 agreement    {top1:.2%} of the base's most likely tokens, KL {kl:.4f} nats a token"""
 
 WORK = """\
-capacity     {requested_capacity:.2f} requested, {capacity:.3f} realised
+capacity     {both}
 exit rate    {requested_exit_rate:.2f} requested, {exit_rate:.3f} realised
 model share  {model_share:.3f} of the dense model's work, head and routers included"""
 
@@ -175,7 +196,8 @@ def _about(hat: HierarchicalTransformer) -> dict:
 
 
 def _work(row: dict) -> list[str]:
-    return [WORK.format(**row)] + ([f"note         {row['note']}"] if row["note"] else [])
+    both = realised(row["requested_capacity"], row["capacity"])
+    return [WORK.format(**row, both=both)] + ([f"note         {row['note']}"] if row["note"] else [])
 
 
 def _exits(score: Score, n_layers: int, exits: dict[int, int]) -> list[str]:

@@ -8,14 +8,13 @@ from typing import Annotated
 import typer
 
 from hat_lib.cli import validation as given
-from hat_lib.cli.console import app, say
+from hat_lib.cli.console import say
 from hat_lib.cli.options import option
 from hat_lib.config import DATA, REPO, RUNS, HatError
 
 RESULTS = DATA / "results"
 
 
-@app.command()
 def reproduce(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Experiments; none lists them.", show_default=False)

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from hat_lib.cli import options as take
 from hat_lib.cli import validation as given
-from hat_lib.cli.console import app
+from hat_lib.cli.console import WHY
+from hat_lib.cli.options import option
+from hat_lib.config import HatError, check_count
 
 
-@app.command()
+def _trained(grain: str):
+    return option(f"Trained checkpoint of the {grain} grain.")
+
+
+def _untrained(grain: str):
+    return option(f"Calibrated, untrained checkpoint of the {grain} grain, as a control.")
+
+
 def sweep(
-    out: take.SweepOut,
-    capacity: take.SweepCapacities = "0.4,0.55,0.7,0.9",
-    exit_rate: take.SweepRates = "0",
-    seed: take.SweepSeeds = "0",
-    grains: take.Grains = "channel,token",
-    texts: take.SweepTexts = "addresses,docstrings",
-    variants: take.SweepVariants = "trained,untrained,random,static,cosine,removal,random_exits",
+    out: Annotated[Path, option("CSV file; rows that it holds are kept. The figure goes beside it.", metavar="CSV")],
+    capacity: Annotated[str, option("Capacities, 0.1-1.0, comma-separated.", metavar="SHARES")] = "0.4,0.55,0.7,0.9",
+    exit_rate: Annotated[str, option("Exit rates, 0-1, comma-separated.", metavar="SHARES")] = "0",
+    seed: Annotated[str, option("Seeds of what is drawn at random, comma-separated.", metavar="SEEDS")] = "0",
+    grains: Annotated[
+        str, option("Which grains to measure, comma-separated: channel, token.", metavar="GRAINS")
+    ] = "channel,token",
+    texts: Annotated[
+        str, option(f"Texts, whose split test is measured, comma-separated; each {take.TEXT_HELP}.", metavar="TEXTS")
+    ] = "addresses,docstrings",
+    variants: Annotated[
+        str, option("The trained model and its controls, comma-separated.", metavar="NAMES")
+    ] = "trained,untrained,random,static,cosine,removal,random_exits",
     max_tokens: take.MaxTokens = 4000,
-    channel: take.ChannelTrained = take.CHECKPOINTS / "default",
-    channel_untrained: take.ChannelUntrained = take.CALIBRATED,
-    token: take.TokenTrained = take.CHECKPOINTS / "token",
-    token_untrained: take.TokenUntrained = take.CHECKPOINTS / "calibrated_token",
+    channel: Annotated[Path, _trained("channel")] = take.CHECKPOINTS / "default",
+    channel_untrained: Annotated[Path, _untrained("channel")] = take.CALIBRATED,
+    token: Annotated[Path, _trained("token")] = take.CHECKPOINTS / "token",
+    token_untrained: Annotated[Path, _untrained("token")] = take.CHECKPOINTS / "calibrated_token",
     dtype: take.Dtype = None,
 ) -> None:
     """Quality over a grid, beside every control at equal work.
@@ -30,30 +48,33 @@ def sweep(
     A row is written as soon as it is measured; stopped and started again, a sweep goes on where it was. At its end the
     frontier is drawn beside the file, with 95 % intervals.
     """
-    wanted = given.grain_names(grains)
-    numbers = {"capacity": given.numbers("--capacity", capacity), "rate": given.numbers("--exit-rate", exit_rate),
-               "seed": given.numbers("--seed", seed, int)}  # fmt: skip
-    given.check_count("max tokens", max_tokens, 1024)
-    sources = given.names("--texts", texts)
+    if out.suffix.lower() != ".csv":
+        raise HatError(f"--out must be a .csv file, beside which the figure goes as .png, got {out}")
+    wanted, sources = given.grain_names(grains), given.names("--texts", texts)
+    axes = {
+        "capacities": given.numbers("--capacity", capacity),
+        "exit_rates": given.numbers("--exit-rate", exit_rate),
+        "seeds": given.numbers("--seed", seed, int),
+        "texts": sources,
+        "variants": given.names("--variants", variants),
+        "max_tokens": check_count("max tokens", max_tokens, 1024),
+    }
     for source in sources:
         given.check_text(source, "test")
     given.check_writable(out.parent, "a sweep")
+    given.check_dtype(dtype)
 
     import pandas as pd
 
-    from hat_lib.backbone.base import parse_dtype
     from hat_lib.experiments.quality import KEY, Grain, Row, grid, measure
     from hat_lib.experiments.rows import RowWriter
     from hat_lib.plotting.frontier import quality as frontier
     from hat_lib.plotting.style import png
 
-    if dtype is not None:
-        parse_dtype(dtype)
-    axes = {"capacities": numbers["capacity"], "exit_rates": numbers["rate"], "seeds": numbers["seed"],
-            "texts": sources, "variants": given.names("--variants", variants), "max_tokens": max_tokens}  # fmt: skip
     plan = {name: grid(name, **axes) for name in wanted}
     chosen = {"channel": Grain(channel, channel_untrained), "token": Grain(token, token_untrained)}
     typer.echo(f"{sum(map(len, plan.values()))} points; those that {out} holds are kept")
+    typer.echo(f"capacity and exit rate as requested, and (realised); they differ, for {WHY}")
     with RowWriter(out, Row, KEY) as writer:
         for r in measure({n: chosen[n] for n in wanted}, writer.done, points=plan.__getitem__, dtype=dtype):
             writer.write(r)

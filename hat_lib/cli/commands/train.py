@@ -1,4 +1,4 @@
-"""The commands that take long and go on where they stopped: ``hat train | batch``."""
+"""``hat train``: routers, then exit gates; what was stopped goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -8,29 +8,64 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from hat_lib.cli import options as take
 from hat_lib.cli import validation as given
-from hat_lib.cli.console import app
+from hat_lib.cli.options import option
 from hat_lib.config import HatConfig, HatError
 
 
-@app.command()
 def train(
-    phase: take.Phase = "full",
-    save: take.RunFolder = None,
-    resume: take.Resume = None,
-    base: take.TrainedBase = "bundled",
-    text: take.TrainingText = "",
-    granularity: take.TrainedGrain = HatConfig.granularity,
-    recipe: take.RecipeName = "default",
-    profile: take.Profile = "full",
-    checkpoint: take.Start = None,
-    max_minutes: take.MaxMinutes = None,
-    dtype: take.TrainDtype = "bf16",
-    settings: take.Settings = None,
+    phase: Annotated[
+        str,
+        option("routers, exit (gates alone; needs --checkpoint with trained routers), or full: one after the other."),
+    ] = "full",
+    save: Annotated[
+        Path | None, option("Folder of a new run: checkpoint, log.csv and run.json.", "--save", metavar="DIR")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        option("Folder of a run that was stopped: go on where it stopped, as it was asked for.", metavar="DIR"),
+    ] = None,
+    base: take.BundledBase = "bundled",
+    text: Annotated[
+        str,
+        option(
+            "Sources joined by +: self (text that the base writes itself) and train splits of addresses, a .txt, "
+            ".jsonl or .parquet file or a Hub dataset. [default: addresses+self; quick: addresses]"
+        ),
+    ] = "",
+    granularity: take.Granularity = HatConfig.granularity,
+    recipe: Annotated[
+        str, option("Hyperparameters: default (what worked best for the grain) or published (token grain alone).")
+    ] = "default",
+    profile: Annotated[str, option("quick (a few minutes on two cores) or full.")] = "full",
+    checkpoint: Annotated[
+        Path | None,
+        option(
+            "Checkpoint to start from, instead of nothing: its calibration (channel grain), or its routers (phase "
+            "exit)."
+        ),
+    ] = None,
+    max_minutes: Annotated[
+        float | None,
+        option("Stop after this many minutes, saved; --resume goes on. [default: no limit]", metavar="M"),
+    ] = None,
+    dtype: Annotated[
+        str, option(f"Of the frozen base: {take.DTYPES_HELP}. What is trained is fp32 in any case.")
+    ] = "bf16",
+    settings: Annotated[
+        list[str] | None,
+        option(
+            "Change one hyperparameter; may be repeated: --set router_lr=1e-3 --set tokens=50000.",
+            "--set",
+            metavar="NAME=VALUE",
+        ),
+    ] = None,
 ) -> None:
     """Train routers and exit gates; the base stays frozen.
 
@@ -41,12 +76,14 @@ def train(
 
     if (save is None) == (resume is None):
         raise HatError("pass either --save DIR for a new run or --resume DIR for one that was stopped")
+    if resume is not None and (settings or text or checkpoint):
+        raise HatError("--resume goes on as the run was asked for: leave out --set, --text and --checkpoint")
     if max_minutes is not None and not max_minutes > 0:
         raise HatError(f"max minutes must be above 0, got {max_minutes}")
     folder = (save or resume).expanduser()
     given.check_writable(folder)
     if resume is None:
-        changes = given.recipe_changes(settings) | ({"text": text} if text else {})
+        changes = _recipe_changes(settings) | ({"text": text} if text else {})
         chosen = Recipe.named(recipe, granularity, profile, **changes)
 
     from hat_lib.text.mixture import SELF, sources
@@ -103,60 +140,17 @@ def _terminates():
         signal.signal(signal.SIGTERM, before)
 
 
-@app.command()
-def batch(
-    notebook: take.BatchNotebook,
-    grid: take.Grid,
-    out: take.BatchOut,
-    engine: take.Engine = "local",
-    scheduler: take.Scheduler = None,
-    jobs: take.Jobs = None,
-    threads: take.KernelThreads = None,
-    retries: take.Retries = 1,
-    cell_timeout: take.CellTimeout = 600,
-) -> None:
-    """Run one notebook over a grid of parameters.
-
-    In parallel; one executed notebook and one row of DIR/runs.csv for each run. Stopped and started again, it runs what
-    is missing or failed. Exits with 1 if a run failed.
-    """
-    for name, value, low in (("jobs", jobs, 1), ("threads", threads, 1), ("retries", retries, 0)):
-        if value is not None:
-            given.check_count(name, value, low)
-    given.check_count("cell timeout", cell_timeout, 1)
-    if engine not in ("local", "dask"):
-        raise HatError(f"engine must be local or dask, got {engine!r}")
-    if (engine == "dask") != (scheduler is not None):
-        raise HatError("--engine dask and --scheduler tcp://HOST:PORT go together")
-    if engine == "dask" and jobs is not None:
-        raise HatError("--jobs is for the local engine; with Dask, the number of its workers decides")
-
-    from joblib import cpu_count
-
-    from hat_lib.workbook.batch import batch as carry_out
-    from hat_lib.workbook.batch import find_notebook, latest_rows, parse_grid, run_name
-    from hat_lib.workbook.workers import Dask, Local
-
-    path, out = find_notebook(notebook), out.expanduser()
-    points = parse_grid(path, grid)
-    runs = [run_name(point) for point in points]
-    local = nullcontext(Local(jobs or min(len(runs), cpu_count())))
-    try:
-        with Dask(scheduler) if engine == "dask" else local as workers:
-            settings = {"threads": threads or workers.threads, "retries": retries, "cell_timeout": cell_timeout}
-            for row in carry_out(path, points, out, workers, **settings):
-                typer.echo(f"{row.run}: {row.status} after {row.seconds:.1f} s")
-                if row.error:
-                    typer.echo(f"  {row.error}")
-    except KeyboardInterrupt:
-        again = shlex.join(["hat", *sys.argv[1:]])
-        typer.echo(f"\ninterrupted; finished runs stay, and the same command does the others: {again}", err=True)
-        raise typer.Exit(130) from None
-    rows = latest_rows(out)
-    width = max(map(len, ["run", *runs]))
-    typer.echo(f"\n{'run':{width}}  status  attempts  seconds")
-    for row in map(rows.get, runs):
-        typer.echo(f"{row.run:{width}}  {row.status:6}  {row.attempts:8d}  {row.seconds:7.1f}")
-    typer.echo(f"wrote {out}")
-    if any(rows[run].status != "ok" for run in runs):
-        raise typer.Exit(1)
+def _recipe_changes(settings: list[str] | None) -> dict:
+    """``["router_lr=1e-3"]`` as ``{"router_lr": 0.001}``; the recipe checks names and ranges."""
+    out = {}
+    for setting in settings or []:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise HatError(f"--set takes NAME=VALUE, got {setting!r}")
+        for kind in (int, float, str):
+            try:
+                out[name] = kind(value)
+                break
+            except ValueError:
+                continue
+    return out

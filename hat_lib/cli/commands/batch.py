@@ -1,0 +1,89 @@
+"""``hat batch``: one notebook over a grid of parameters."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hat_lib.cli.options import option
+from hat_lib.config import HatError, check_count
+
+
+def batch(
+    notebook: Annotated[
+        str, typer.Argument(metavar="NOTEBOOK", help="A path, or a number or name in notebooks/.", show_default=False)
+    ],
+    grid: Annotated[
+        list[str],
+        option(
+            "Values of one of the notebook's parameters; repeated, every combination runs: --grid capacity=0.4,0.7 "
+            "--grid seed=0,1,2.",
+            "--grid",
+            metavar="NAME=VALUE,...",
+        ),
+    ],
+    out: Annotated[Path, option("New folder, or that of the same notebook's batch to go on with.", metavar="DIR")],
+    engine: Annotated[
+        str, option("local (processes on this machine) or dask (the workers of --scheduler).", metavar="ENGINE")
+    ] = "local",
+    scheduler: Annotated[str | None, option("Address of a Dask scheduler.", metavar="tcp://HOST:PORT")] = None,
+    jobs: Annotated[
+        int | None,
+        option("Runs at once, each with a model of its own; 1 suits a GPU. [default: one for each core]", metavar="N"),
+    ] = None,
+    threads: Annotated[
+        int | None, option("Threads that each run computes with. [default: cores / runs at once]", metavar="N")
+    ] = None,
+    retries: Annotated[int, option("Further attempts for a run that failed or whose worker was killed.")] = 1,
+    cell_timeout: Annotated[int, option("Seconds that one cell may take.")] = 600,
+) -> None:
+    """Run one notebook over a grid of parameters.
+
+    In parallel; one executed notebook and one row of DIR/runs.csv for each run. Stopped and started again, it runs what
+    is missing or failed. Exits with 1 if a run failed.
+    """
+    for name, value, low in (("jobs", jobs, 1), ("threads", threads, 1), ("retries", retries, 0)):
+        if value is not None:
+            check_count(name, value, low)
+    check_count("cell timeout", cell_timeout, 1)
+    if engine not in ("local", "dask"):
+        raise HatError(f"engine must be local or dask, got {engine!r}")
+    if (engine == "dask") != (scheduler is not None):
+        raise HatError("--engine dask and --scheduler tcp://HOST:PORT go together")
+    if engine == "dask" and jobs is not None:
+        raise HatError("--jobs is for the local engine; with Dask, the number of its workers decides")
+
+    from joblib import cpu_count
+
+    from hat_lib.workbook.batch import batch as carry_out
+    from hat_lib.workbook.batch import find_notebook, latest_rows, parse_grid, run_name
+    from hat_lib.workbook.workers import Dask, Local
+
+    path, out = find_notebook(notebook), out.expanduser()
+    points = parse_grid(path, grid)
+    runs = [run_name(point) for point in points]
+    local = nullcontext(Local(jobs or min(len(runs), cpu_count())))
+    try:
+        with Dask(scheduler) if engine == "dask" else local as workers:
+            settings = {"threads": threads or workers.threads, "retries": retries, "cell_timeout": cell_timeout}
+            for row in carry_out(path, points, out, workers, **settings):
+                typer.echo(f"{row.run}: {row.status} after {row.seconds:.1f} s")
+                if row.error:
+                    typer.echo(f"  {row.error}")
+    except KeyboardInterrupt:
+        again = shlex.join(["hat", *sys.argv[1:]])
+        typer.echo(f"\ninterrupted; finished runs stay, and the same command does the others: {again}", err=True)
+        raise typer.Exit(130) from None
+    rows = latest_rows(out)
+    width = max(map(len, ["run", *runs]))
+    typer.echo(f"\n{'run':{width}}  status  attempts  seconds")
+    for row in map(rows.get, runs):
+        typer.echo(f"{row.run:{width}}  {row.status:6}  {row.attempts:8d}  {row.seconds:7.1f}")
+    typer.echo(f"wrote {out}")
+    if any(rows[run].status != "ok" for run in runs):
+        raise typer.Exit(1)

@@ -1,0 +1,135 @@
+"""What reaches the terminal: groups of commands, any encoding, a full disk, a closed pipe, an installed copy."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hat_lib.cli.app import GROUPS, app
+from hat_lib.cli.console import WHY, realised
+from hat_lib.config import REPO
+
+GENERATE = ("generate", "--base", "random:tiny", "--capacity", "1", "--max-new-tokens", "4", "--prompt")
+
+
+def hat(*args, module="hat_lib", cwd=REPO, stdout=subprocess.PIPE, **environment):
+    """A process of its own."""
+    command = [sys.executable, "-m", module, *map(str, args)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=cwd, env=environment, stdout=stdout, stderr=subprocess.PIPE, timeout=240)
+
+
+def test_help_is_fast_and_shows_a_worked_example():
+    probe = "import sys, hat_lib.cli.app; print({'torch', 'transformers', 'numpy', 'pandas'} & set(sys.modules))"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", probe], cwd=REPO, capture_output=True, text=True)
+    imported = time.monotonic() - start
+    assert done.stdout == "set()\n"
+    start = time.monotonic()
+    done = hat("--help")
+    assert time.monotonic() - start < 3 * imported + 3  # about 0.3 s; importing torch alone takes longer
+    assert done.returncode == 0 and done.stdout.startswith(b"Usage: hat ")
+    assert b"\n    hat calibrate --save mine " in done.stdout
+
+
+def test_commands_stand_in_three_groups(run_hat):
+    _, out, _ = run_hat("--help")
+    blocks = {block.split(":\n")[0]: block.split(":\n")[1] for block in out.split("\n\n") if ":\n" in block}
+    assert list(blocks)[-3:] == list(GROUPS) == ["Use", "Train", "Reproduce"]
+    for group, commands in GROUPS.items():
+        shown = [line.split()[0] for line in blocks[group].splitlines()]
+        assert set(shown) >= {command.__name__ for command in commands}
+        assert not any("..." in line for line in blocks[group].splitlines()), "each fits its line"
+    assert sum(len(blocks[group].splitlines()) for group in GROUPS) == len(app.registered_commands)
+
+
+@pytest.mark.parametrize("command", [command for commands in GROUPS.values() for command in commands])
+def test_every_option_is_explained(run_hat, command):
+    code, out, _ = run_hat(command.__name__, "--help")
+    options = out.split("Options:\n")[1].split("\n  --")
+    assert code == 0 and len(options) > 2
+    for option in options:
+        assert len(" ".join(option.split()[1:])) > 20, option
+
+
+def test_a_realised_capacity_says_why_it_is_another():
+    assert realised(0.6, 0.583) == f"0.60 requested, 0.583 realised ({WHY})"
+    assert realised(1.0, 1.0) == "1.00 requested, 1.000 realised"
+    assert realised(0.6, 0.603) == "0.60 requested, 0.603 realised"
+    assert realised(0.6, float("nan")) == "0.60 requested, nan realised"
+
+
+@pytest.mark.parametrize(
+    "encoding", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_terminal_of_ascii_shows_what_it_can(encoding):
+    done = hat("calibrate", "--save", "new", "--capacity", "\N{LLAMA}", **encoding)
+    assert done.returncode == 2 and done.stderr.startswith(b"error: capacity must be a number in [0.1, 1.0], got "), (
+        done
+    )
+
+
+def test_text_beyond_ascii_goes_to_a_terminal_of_ascii():
+    done = hat(*GENERATE, "caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{LLAMA}", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(b"caf? ?"), done
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("args", [("--help",), (*GENERATE, "x")])
+def test_a_full_disk_is_one_line(args):
+    with open("/dev/full", "w") as full:
+        done = hat(*args, stdout=full)
+    assert done.returncode == 1
+    assert done.stderr == b"error: cannot write the output: No space left on device\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+@pytest.mark.parametrize("shell", ["{} --help | head -1", "{} --help >&-", "{} generate --prompt - <&-"])
+def test_closed_pipes_leave_no_traceback(shell):
+    command = shell.format(f'"{sys.executable}" -m hat_lib')
+    done = subprocess.run(command, shell=True, cwd=REPO, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert done.stderr == "" or done.stderr == "error: --prompt - reads stdin, which is closed\n"
+
+
+def test_what_a_message_repeats_cannot_act(run_hat):
+    code, _, err = run_hat("evaluate", "--base", "random:tiny", "--capacity", 1, "--text", "\x1b]0;title\x07\nerror: x")
+    assert code == 2 and err.count("\n") == 1 and "\x1b" not in err and r"\x1b]0;title\x07" in err
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder in which the package lies as `pip install .` leaves it, without the rest of the repository."""
+    folder = tmp_path_factory.mktemp("installed")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, folder / name)
+    shutil.copytree(REPO / "hat_lib", folder / "hat_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*pip, "--target", folder / "site", folder], capture_output=True, text=True)
+    if "BackendUnavailable" in done.stderr or "No module named" in done.stderr:
+        pytest.skip("needs pip and setuptools")
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(folder / "hat_lib")
+    (folder / "elsewhere").mkdir()
+    return lambda *args, **more: hat(*args, cwd=folder / "elsewhere", PYTHONPATH=str(folder / "site"), **more)
+
+
+HINT = b"come with a clone of the repository alone"
+
+
+@pytest.mark.slow
+def test_an_installed_copy_works_and_says_where_data_come_from(installed, tmp_path):
+    assert installed("--help").returncode == 0
+    done = installed("setup", "--no-fetch")
+    assert done.returncode == 0 and b"\ndata               none at " in done.stdout and HINT in done.stdout
+    done = installed(*GENERATE, "x")
+    assert done.returncode == 0 and done.stdout.startswith(b"x") and done.stderr == b""
+    for args in (("generate", "--prompt", "x"), ("batch", "05", "--grid", "seed=0", "--out", "new")):
+        done = installed(*args)
+        assert done.returncode == 2 and done.stderr.startswith(b"error: no ") and done.stderr.count(b"\n") == 1
+        assert HINT in done.stderr and b"set HAT_DATA to its folder data" in done.stderr
+    done = installed("generate", "--prompt", "x", HAT_DATA=str(tmp_path))
+    assert done.returncode == 2 and f"no checkpoint at {tmp_path}".encode() in done.stderr and HINT not in done.stderr
