@@ -168,8 +168,10 @@ def test_against_plain_transformers(hat):
         (PROMPTS[0], {"target_speedup": 1.1, "capacity": 0.5}, "not both"),
         (PROMPTS[0], {"target_speedup": 1.1, "mode": "lossless"}, "lossless mode takes"),
         (PROMPTS[0], {"num_beams": 2, "mode": "lossless"}, "not num_beams"),
-        (PROMPTS[0], {"max_new_tokens": 0}, "max_new_tokens >= 1"),
+        (PROMPTS[0], {"max_new_tokens": 0}, "max new tokens must be a whole number of at least 1"),
         (PROMPTS[0], {"temperature": float("nan")}, "temperature must be"),
+        (PROMPTS[0], {"temperature": 1e-300}, "temperature must be 0 .greedy. or a number of at least 0.001"),
+        (PROMPTS[0], {"seed": 2**64}, "seed must be a whole number of at least 0, at most 18446744073709551615"),
         (PROMPTS[0], {"max_new_tokens": 10_000}, "exceed the context of random:tiny: 2048"),
     ],
 )
