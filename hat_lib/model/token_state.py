@@ -104,6 +104,10 @@ class TokenState:
         """Mark ``rows`` (indices into B*T) as exited after ``depth`` layers."""
         self.exit_layer.view(-1)[rows] = depth
         self.alive = (self.exit_layer.view(-1) == self.n_layers).nonzero().squeeze(1)
+        if self.masks is not None and not len(self.alive):  # no further layer decides anything
+            first = {site: keep for (layer, site), keep in self.masks.keep.items() if layer == 0}
+            for layer in range(depth, self.n_layers):
+                self.masks.keep |= {(layer, site): torch.zeros_like(keep) for site, keep in first.items()}
 
     @property
     def exited(self) -> Tensor:

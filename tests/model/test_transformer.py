@@ -212,6 +212,12 @@ class TestSamePassTwoWays:
         assert (hat.trace.exit_layer[0, :5] == hat.config.n_layers).all()
 
 
+def recorded(hat, ids, **given):
+    with hat.record():
+        hat.lm(ids, **given)
+    return hat.trace.masks
+
+
 class TestCache:
     def test_beam_reorder(self, hat, ids):
         """After `reorder_cache` the next step equals that of the reordered sequences."""
@@ -225,6 +231,19 @@ class TestCache:
         cache.reorder_cache(order)
         with hat.force(masks):
             close(hat.lm(ids[order][:, -1:], cache=cache, use_cache=True).logits[:, 0], parallel[:, -1])
+
+    def test_masks_of_steps_whose_tokens_all_leave_join_to_those_of_all_tokens(self, hat, ids):
+        """A step in which the only token leaves runs no further layer; its masks there are recorded, all False."""
+        leave, cache, steps = {1: torch.ones_like(ids, dtype=torch.bool)}, DynamicCache(config=hat.lm.config), []
+        keep = {(layer, site): mask for (layer, site), mask in recorded(hat, ids).keep.items()}
+        with hat.force(Masks(keep, leave)):
+            whole = recorded(hat, ids)
+            for t in range(ids.shape[1]):
+                steps.append(recorded(hat, ids[:, t : t + 1], cache=cache, use_cache=True))
+        assert all(set(masks.keep) == set(keep) == set(whole.keep) for masks in steps)
+        for (layer, site), mask in whole.keep.items():
+            assert torch.equal(torch.cat([masks.keep[layer, site] for masks in steps], dim=1), mask)
+            assert layer == 0 or not mask[:, 2:].any(), "after the first two, which are protected, all have left"
 
     def test_crop(self, hat, ids):
         cache = DynamicCache(config=hat.lm.config)
