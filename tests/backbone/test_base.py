@@ -399,6 +399,7 @@ def test_damaged_cache_of_the_bundled_base_is_remade(tiny_base, saved, tmp_path,
     assert len(made) == 2 and "making it again" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_bundled_is_the_known_model_and_opens_no_socket(bundled, monkeypatch):
     assert bundled.fingerprint.startswith(BUNDLED_FINGERPRINT)
     config = bundled.model.config

@@ -42,6 +42,7 @@ def test_same_text_same_tables():
     assert tables[0] == tables[1]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_tokens():
     """Graphs of finished blocks go at once, not when the garbage collector comes by."""
     hat = new("channel")
@@ -55,6 +56,7 @@ def test_memory_does_not_grow_with_the_tokens():
         gc.enable()
 
 
+@pytest.mark.slow
 def test_prices_predict_small_kl():
     """The Fisher form against the KL that gating one site really causes, where it is small."""
     hat = new("channel")

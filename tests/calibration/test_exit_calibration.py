@@ -37,6 +37,7 @@ def realised(hat, blocks=TEXT):
     return left
 
 
+@pytest.mark.slow
 def test_rates_rise_from_0_to_everybody_who_may_leave(trained):
     made = trained[0].calibration
     assert made.exit_capacities == list(AT) and len(made.exit_rates) == len(AT)
@@ -88,6 +89,7 @@ def test_a_checkpoint_keeps_it(trained, tmp_path):
     assert realised(again) == realised(hat) > 0.3
 
 
+@pytest.mark.slow
 def test_what_was_set_before_stays_set(trained):
     hat, _ = trained
     hat.exit_rate = 0.4

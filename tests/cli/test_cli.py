@@ -108,6 +108,7 @@ def test_generate_at_capacity_one_is_plain_transformers(hat):
     assert last.endswith(" tokens/s]")
 
 
+@pytest.mark.slow
 def test_calibrate_then_generate_then_evaluate(hat, calibrated, text):
     folder, said = calibrated
     assert "calibrated on " in said and "capacities from 0." in said and "default capacity 0.75" in said
@@ -158,6 +159,7 @@ def test_evaluate_says_how_much_it_measured(hat, calibrated, text, tmp_path):
     assert "the whole text" in hat(*options, copy, "--split", "all", "--max-tokens", 10**6)[1]
 
 
+@pytest.mark.slow
 def test_evaluate_says_where_tokens_left(hat, text, tmp_path):
     model = new_hat("channel")
     calibrate_exits(model, random_blocks(8, 64), progress=False)  # untrained gates still give a table
@@ -177,6 +179,7 @@ def test_evaluate_says_where_tokens_left(hat, text, tmp_path):
     assert row["exit_rate"] == pytest.approx(1 - row["exits"]["4"] / 1000)
 
 
+@pytest.mark.slow
 def test_evaluate_runs_tasks(hat, calibrated):
     pytest.importorskip("lm_eval")
     options = ("evaluate", "--checkpoint", calibrated[0], "--dtype", "fp32", "--capacity", "0.6", "--batch-size", 8)
@@ -222,6 +225,7 @@ def test_sampling_is_repeatable_by_seed(hat):
     assert sample(1, 0) == sample(2, 0)
 
 
+@pytest.mark.slow
 def test_prompt_from_stdin():
     done = python_m("hat_lib", "generate", *DENSE, "--prompt", "-", "--max-new-tokens", "1", input="Line 1,\nline 2")
     assert done.returncode == 0 and done.stdout.startswith("Line 1,\nline 2") and done.stderr == ""
@@ -252,6 +256,7 @@ def test_setup_on_an_empty_cache_says_what_is_missing(hat, monkeypatch, tmp_path
     assert code == 0 and out.count("not fetched") == 3 and not (tmp_path / "not").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.bundled
 def test_setup_is_quiet_and_quick_when_everything_is_there(hat):
     from hat_lib.text.blocks import load_text
@@ -484,6 +489,7 @@ def test_ctrl_c_ends_with_130(hat, monkeypatch):
     assert hat("generate", *DENSE, "--prompt", "x") == (130, "", "\ninterrupted\n")
 
 
+@pytest.mark.slow
 def test_one_line_and_no_traceback_as_a_process():
     done = python_m("hat_lib", "generate", "--prompt", "x", "--capacity", "abc")
     assert (done.returncode, done.stdout) == (2, "")

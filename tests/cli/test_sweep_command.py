@@ -26,6 +26,7 @@ def hat(run_hat):
     return run_hat
 
 
+@pytest.mark.slow
 def test_sweep_writes_goes_on_and_draws(checkpoints, hat, tmp_path):
     def sweep(*changes):
         return hat(

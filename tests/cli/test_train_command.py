@@ -55,6 +55,7 @@ def refuses(hat, monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_from_nothing_to_a_model_that_generates(hat, text, tmp_path, monkeypatch):
     folder = tmp_path / "my run"
     code, out, err = hat("train", *TINY, "--save", folder, "--text", text, "--set", "router_epochs=2")

@@ -108,6 +108,7 @@ def runs(request, folder):
     return {b: run_tasks(hat, load_tasks(["cloze", "rolling", "write"], folder), batch_size=b) for b in (1, 8)}, hat
 
 
+@pytest.mark.slow
 def test_scores_are_equal_at_batch_size_1_and_8(runs):
     (alone, _), (batched, _) = (runs[0][b] for b in (1, 8))
     assert [(r.task, r.metric) for r in alone] == [

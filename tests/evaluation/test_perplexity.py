@@ -361,6 +361,7 @@ class TestMoreCompute:
         if made.exit_rates is not None:
             assert (np.diff(made.exit_scores, axis=1) <= 0).all() and (np.diff(made.exit_rates) >= 0).all()
 
+    @pytest.mark.slow
     def test_on_text_more_capacity_is_never_worse_and_more_exits_are_never_deeper(self, bundled):
         """Beyond the paired interval, and by a mean."""
         blocks = load_text("docstrings", bundled.tokenizer, block_size=48, max_tokens=288)

@@ -15,6 +15,7 @@ FEW = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:token grain")
 def test_rows_and_resuming():
     how = {"base": "random:tiny", "changes": FEW, "steps": 2, "tokens": 1200, "dtype": "fp32"}

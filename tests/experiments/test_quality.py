@@ -60,6 +60,7 @@ def measured(grain, tmp_path_factory):
     return out, {(r.variant, r.exit_rate): r for r in rows}
 
 
+@pytest.mark.slow
 def test_every_point_once_at_equal_work(measured):
     rows = measured[1]
     assert set(rows) == {(v, 0.0) for v in VARIANTS} | {("trained", 0.5), ("random_exits", 0.5)}

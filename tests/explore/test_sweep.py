@@ -19,6 +19,7 @@ def hat(request):
     return tiny_runs.adaptive(request.param)
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_each_capacity_alone_and_the_base_is_run_once(hat):
     before = hat.capacity, hat.exit_rate
     with hat.collect() as forwards:

@@ -33,6 +33,7 @@ def alone(hat, prompt, n, **how):
     return hat.lm.generate(**inputs, max_new_tokens=n, pad_token_id=hat.base.tokenizer.pad_token_id, **how)
 
 
+@pytest.mark.slow
 def test_a_capacity_is_what_generate_gives_there(hat, infer):
     out = infer.generate(PROMPTS[0], capacity=0.6, max_new_tokens=12)
     with hat.at(0.6):

@@ -88,6 +88,7 @@ def test_rejection_rule_gives_the_base_distribution():
     assert chisquare(counts[:4].numpy(), (4000 * base[:4]).numpy()).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_samples_follow_the_base(hat, monkeypatch):
     """The second new token is a kept draft or its replacement. Its place in the base's cumulative distribution given
     the first token, jittered within the token's own mass, is uniform if it follows the base."""
@@ -156,6 +157,7 @@ def test_bad_input(hat, ids, n, how, words):
         speculate(hat, ids, n, **how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

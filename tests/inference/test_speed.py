@@ -65,6 +65,7 @@ def test_targets_that_are_none(value):
     assert check_target("1.2") == 1.2
 
 
+@pytest.mark.slow
 def test_variants_take_turns_on_the_same_tokens(hat, monkeypatch):
     """A clock that only one variant moves by 3 and the other by 1: the ratio at each position is 3."""
     clock, seen = [0.0], []
