@@ -19,7 +19,7 @@ from hat_lib.config import HatError, check_capacity
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.sweep import sweep as sweep_figure
-from hat_lib.text.blocks import SUFFIXES, default_split, load_text
+from hat_lib.text.blocks import default_split, load_text, names_file
 
 CAPACITIES = (0.4, 0.55, 0.7, 0.9)
 WHY = "realised differs from requested: thresholds were set on other text, and the first tokens of a block run in full"
@@ -136,5 +136,4 @@ def _is_text(text: str | Path) -> bool:
     """Whether this is text itself, and not the name of one."""
     if isinstance(text, Path) or not any(c.isspace() for c in text.strip()):
         return False
-    name = Path(text)
-    return "\n" in text.strip() or not (name.suffix.lower() in SUFFIXES or len(text) < 256 and name.exists())
+    return "\n" in text.strip() or not names_file(text)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from hat_lib.cli import validation as given
 from hat_lib.config import REPO
 from hat_lib.evaluation import perplexity as evaluate
 from hat_lib.evaluation.lm_eval import TASKS
+from hat_lib.inference import generate, speed
 from hat_lib.model import transformer as model
 from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE
 from hat_lib.workbook import environment as report
@@ -94,6 +96,18 @@ def python_m(module, *args, **options):
 
 
 # Commands
+
+
+def test_a_target_shows_the_spread_of_its_prediction_and_can_be_measured_anew(hat, calibrated, monkeypatch):
+    turns = []
+    monkeypatch.setenv("HAT_CACHE", str(calibrated[0].parent / "cache"))
+    monkeypatch.setattr(speed, "timed", lambda hat, *_: turns.append(0) or 2 - hat.capacity + (len(turns) % 3 == 0) / 8)
+    monkeypatch.setattr(generate, "timed", lambda *_: 1.25)
+    command = ["generate", "--checkpoint", calibrated[0], "--prompt", PROMPT, "--max-new-tokens", 4]
+    for options, rounds in (([], 1), ([], 1), (["--refresh-speed"], 2)):
+        code, out, _ = hat(*command, "--target-speedup", "1.3", *options)
+        assert code == 0 and len(turns) == rounds * len(speed.CAPACITIES) * speed.ROUNDS
+        assert re.search(r"speedup 1.3 requested, 1\.3\d\d predicted \(1\.\d+ to 1\.\d+ when measured\), 1.250x", out)
 
 
 def test_generate_at_capacity_one_is_plain_transformers(hat):
@@ -313,6 +327,7 @@ def test_wrong_exit_rate(refuses, no_base, command, value):
         ((*TARGET, "fast"), "target speedup must be a number above 0, at most 10"),
         (("generate", *GO, "--target-speedup", "1.1"), "--target-speedup chooses the capacity: leave out --capacity"),
         ((*TARGET, "1.1", "--lossless"), "leave out --lossless"),
+        (("generate", *GO, "--refresh-speed"), "--refresh-speed measures for a target: add --target-speedup"),
         (("generate", *GO, "--lossless", "--show-compute"), "with --lossless the base decides on every token"),
         (("generate", *GO, "--versus", "gpu"), "versus must be one of dense, hf, got 'gpu'"),
         (("generate", *GO, "--dtype", "int3"), "dtype must be one of float32, fp32, bfloat16, bf16"),

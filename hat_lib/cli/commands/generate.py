@@ -26,6 +26,9 @@ def generate(
             metavar="TIMES",
         ),
     ] = None,
+    refresh_speed: Annotated[
+        bool, option("With a target: measure this machine's speed anew, whatever is remembered.", "--refresh-speed")
+    ] = False,
     versus: Annotated[
         str, option("What speedups are held against: dense (our own dense path) or hf (plain transformers).")
     ] = "dense",
@@ -51,6 +54,8 @@ def generate(
     chosen = [name for name, on in (("--capacity", capacity), ("--lossless", lossless)) if on]
     if target_speedup is not None and chosen:
         raise HatError(f"--target-speedup chooses the capacity: leave out {chosen[0]}")
+    if refresh_speed and target_speedup is None:
+        raise HatError("--refresh-speed measures for a target: add --target-speedup")
     if lossless and show_compute:
         raise HatError(
             "--show-compute colours what each token skipped; with --lossless the base decides on every token"
@@ -67,7 +72,10 @@ def generate(
 
     from transformers import TextStreamer
 
-    out = AdaptiveInference(hat, versus).generate(
+    infer = AdaptiveInference(hat, versus)
+    if refresh_speed:
+        infer.curve(refresh=True)
+    out = infer.generate(
         prompt,
         target_speedup=target,
         mode="lossless" if lossless else "adaptive",
@@ -91,9 +99,10 @@ def generate(
     )
     speedup = "too short a text to measure" if out.realised_speedup is None else f"{out.realised_speedup:.3f}x"
     if out.predicted_speedup is not None:
+        low, high = out.predicted_range
         typer.echo(
-            f"[speedup {out.target_speedup:g} requested, {out.predicted_speedup:.3f} predicted, {speedup} realised "
-            f"over {VERSUS[versus]}]"
+            f"[speedup {out.target_speedup:g} requested, {out.predicted_speedup:.3f} predicted "
+            f"({low:.3f} to {high:.3f} when measured), {speedup} realised over {VERSUS[versus]}]"
         )
     if lossless:
         typer.echo(
