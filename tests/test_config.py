@@ -16,6 +16,7 @@ from hat_lib.config import (
     HatError,
     cache_dir,
     check_capacity,
+    check_count,
     check_exit_rate,
     scaled_exits,
 )
@@ -125,3 +126,10 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "hat_lib"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path.home() / ".cache" / "hat_lib"
+
+
+@pytest.mark.parametrize("value", [0, -1, 6, 2.0, True, "3", None])
+def test_a_count_is_a_whole_number_within_its_limits(value):
+    assert check_count("steps", 1, 1) == 1 and check_count("steps", 5, 1, 5) == 5
+    with pytest.raises(HatError, match=f"steps must be a whole number of at least 1, at most 5, got {value!r}"):
+        check_count("steps", value, 1, 5)

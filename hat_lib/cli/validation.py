@@ -26,28 +26,12 @@ def names(option: str, text: str) -> list[str]:
     return found
 
 
-def numbers(option: str, text: str, kind: type = float) -> list:
-    """``"0.4,0.7"`` as numbers, at least one."""
-    try:
-        return [kind(part) for part in names(option, text)]
-    except ValueError:
-        raise HatError(f"{option} takes numbers, comma-separated, got {text!r}") from None
-
-
 def grain_names(text: str, what: str = "grains") -> list[str]:
     """``"channel,token"`` as names of grains."""
     wanted = [name.strip() for name in text.split(",")]
     if unknown := [name for name in wanted if name not in GRANULARITIES]:
         raise HatError(f"{what} must be among {', '.join(GRANULARITIES)}, got {unknown[0]!r}")
     return wanted
-
-
-def check_shares(capacity: str | None, exit_rate: str | None) -> tuple[float | None, float | None]:
-    """Both as numbers; None stays None."""
-    return (
-        None if capacity is None else check_capacity(capacity),
-        None if exit_rate is None else check_exit_rate(exit_rate),
-    )
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -119,7 +103,8 @@ def load(
     base: str | None, checkpoint: Path | None, capacity: str | None, exit_rate: str | None, dtype: str | None
 ) -> HierarchicalTransformer:
     """The model that the options of `generate` and `evaluate` ask for, with everything checked first."""
-    share, rate = check_shares(capacity, exit_rate)
+    share = None if capacity is None else check_capacity(capacity)
+    rate = None if exit_rate is None else check_exit_rate(exit_rate)
     if checkpoint is None and (share != 1.0 or rate):
         checkpoint = _reference_checkpoint(base)
     check_dtype(dtype)

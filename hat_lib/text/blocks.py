@@ -202,18 +202,19 @@ def _read_jsonl(path: Path, text: str) -> list[Document]:
             continue
         try:
             row = json.loads(line)
-        except RecursionError as error:
-            raise HatError(f"{path}, line {number}: brackets nested too deep to be read") from error
-        except ValueError as error:
-            raise HatError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise HatError(f'{path}, line {number}: expected an object with a string field "text"')
-        try:
             row["text"].encode()
+        except RecursionError:
+            problem = "brackets nested too deep to be read"
         except UnicodeEncodeError as error:
-            half = f"\\u{ord(row['text'][error.start]):04x}"
-            raise HatError(f'{path}, line {number}: "text" has half a character, {half}, at {error.start}') from error
-        found.append((f"{path.name}:{number}", row["text"]))
+            problem = f'"text" has half a character, \\u{ord(error.object[error.start]):04x}, at {error.start}'
+        except ValueError as error:
+            problem = f"not JSON ({error})"
+        except (TypeError, KeyError, AttributeError):
+            problem = 'expected an object with a string field "text"'
+        else:
+            found.append((f"{path.name}:{number}", row["text"]))
+            continue
+        raise HatError(f"{path}, line {number}: {problem}")
     return found
 
 

@@ -214,11 +214,9 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_work(tiny_base, sampl
     "options, message",
     [
         ({"tokens": 1}, "tokens must be a whole number of at least 2, got 1"),
-        ({"tokens": 1e5}, "tokens must be"),
         ({"block_size": 1}, "block_size must be a whole number of at least 2, got 1"),
         ({"block_size": 2049}, "block_size must be at most 2048, the context of random:tiny, got 2049"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
-        ({"batch_size": True}, "batch_size must be"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
     ],
 )

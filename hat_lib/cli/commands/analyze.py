@@ -48,7 +48,6 @@ def analyze(
     intervals are of 95 %.
     """
     check_count("max tokens", max_tokens, 2)
-    given.check_shares(capacity, exit_rate)
     given.check_text(text, split)
     if out is not None:
         given.check_writable(out, "an analysis")

@@ -18,7 +18,6 @@ from hat_lib.config import HatError, check_count
 from hat_lib.text.plain import printable
 
 if TYPE_CHECKING:
-    from hat_lib.evaluation.perplexity import Score
     from hat_lib.model.transformer import HierarchicalTransformer
 
 FOUR_BIT = "the bundled base is a 4-bit file, dequantised; its perplexity is not that of the published weights"
@@ -62,7 +61,6 @@ def evaluate(
     """
     check_count("max tokens", max_tokens, 2)
     check_count("batch size", batch_size, 1)
-    given.check_shares(capacity, exit_rate)
     if tasks is None:
         if tasks_path is not None:
             raise HatError("--tasks-path needs --tasks NAME[,NAME]")
@@ -124,15 +122,17 @@ def _on_text(
         "exits": {depth: int(adaptive.exits[depth]) for depth in (*hat.config.exit_layers, hat.config.n_layers)},
         "documents": [asdict(r) for r in rows],
     }
-    shown = row | {name: _number(row[name], ".4f") for name in ("base_bits_per_byte", "bits_per_byte")}
-    lines = [ON_TEXT.format(**shown | {"text": printable(text), "measured": said}), *_work(row)]
+    bits = {name: _estimate(row[name]) for name in ("base_bits_per_byte", "bits_per_byte")}
+    lines = [ON_TEXT.format(**row | bits | {"text": printable(text), "measured": said}), *_work(row)]
     if hat.exit_rate:
-        lines += _exits(adaptive, hat.config.n_layers, row["exits"])
+        total = sum(row["exits"].values())
+        lines.append(f"mean depth   {adaptive.depth:.2f} of {hat.config.n_layers} layers")
+        lines += [f"  {depth:3d} layers {n:7d} tokens, {n / total:.1%}" for depth, n in row["exits"].items()]
     if documents:
         lines.append("\ntokens    bytes  base ppl       ppl  increase  bits/byte, base  and model  document")
         lines += [
             f"{r.tokens:6d}  {r.bytes:7d}  {r.base_perplexity:8.2f}  {r.perplexity:8.2f}  {r.increase:+8.2%}  "
-            f"{_number(r.base_bits_per_byte, '.4f'):>15}  {_number(r.bits_per_byte, '.4f'):>9}  {printable(r.document)}"
+            f"{_estimate(r.base_bits_per_byte):>15}  {_estimate(r.bits_per_byte):>9}  {printable(r.document)}"
             for r in rows
         ]
     return row, "\n".join(lines)
@@ -200,15 +200,5 @@ def _work(row: dict) -> list[str]:
     return [WORK.format(**row, both=both)] + ([f"note         {row['note']}"] if row["note"] else [])
 
 
-def _exits(score: Score, n_layers: int, exits: dict[int, int]) -> list[str]:
-    total = sum(exits.values())
-    lines = [f"mean depth   {score.depth:.2f} of {n_layers} layers"]
-    return lines + [f"  {depth:3d} layers {tokens:7d} tokens, {tokens / total:.1%}" for depth, tokens in exits.items()]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _estimate(value: float, stderr: float | None) -> str:
-    return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+def _estimate(value: float | None, stderr: float | None = None) -> str:
+    return "-" if value is None else f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")

@@ -13,13 +13,8 @@ from hat_lib.cli.console import WHY
 from hat_lib.cli.options import option
 from hat_lib.config import HatError, check_count
 
-
-def _trained(grain: str):
-    return option(f"Trained checkpoint of the {grain} grain.")
-
-
-def _untrained(grain: str):
-    return option(f"Calibrated, untrained checkpoint of the {grain} grain, as a control.")
+Trained = Annotated[Path, option("Trained checkpoint of this grain.")]
+Untrained = Annotated[Path, option("Calibrated, untrained checkpoint of this grain, as a control.")]
 
 
 def sweep(
@@ -37,10 +32,10 @@ def sweep(
         str, option("The trained model and its controls, comma-separated.", metavar="NAMES")
     ] = "trained,untrained,random,static,cosine,removal,random_exits",
     max_tokens: take.MaxTokens = 4000,
-    channel: Annotated[Path, _trained("channel")] = take.CHECKPOINTS / "default",
-    channel_untrained: Annotated[Path, _untrained("channel")] = take.CALIBRATED,
-    token: Annotated[Path, _trained("token")] = take.CHECKPOINTS / "token",
-    token_untrained: Annotated[Path, _untrained("token")] = take.CHECKPOINTS / "calibrated_token",
+    channel: Trained = take.CHECKPOINTS / "default",
+    channel_untrained: Untrained = take.CALIBRATED,
+    token: Trained = take.CHECKPOINTS / "token",
+    token_untrained: Untrained = take.CHECKPOINTS / "calibrated_token",
     dtype: take.Dtype = None,
 ) -> None:
     """Quality over a grid, beside every control at equal work.
@@ -52,9 +47,9 @@ def sweep(
         raise HatError(f"--out must be a .csv file, beside which the figure goes as .png, got {out}")
     wanted, sources = given.grain_names(grains), given.names("--texts", texts)
     axes = {
-        "capacities": given.numbers("--capacity", capacity),
-        "exit_rates": given.numbers("--exit-rate", exit_rate),
-        "seeds": given.numbers("--seed", seed, int),
+        "capacities": _numbers("--capacity", capacity),
+        "exit_rates": _numbers("--exit-rate", exit_rate),
+        "seeds": _numbers("--seed", seed, int),
         "texts": sources,
         "variants": given.names("--variants", variants),
         "max_tokens": check_count("max tokens", max_tokens, 1024),
@@ -86,3 +81,11 @@ def sweep(
     figure = out.with_suffix(".png")
     figure.write_bytes(png(frontier(pd.read_csv(out))))
     typer.echo(f"wrote {out} and {figure}")
+
+
+def _numbers(option: str, text: str, kind: type = float) -> list:
+    """``"0.4,0.7"`` as numbers, at least one."""
+    try:
+        return [kind(part) for part in given.names(option, text)]
+    except ValueError:
+        raise HatError(f"{option} takes numbers, comma-separated, got {text!r}") from None
