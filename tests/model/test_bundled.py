@@ -37,6 +37,7 @@ def test_untrained_equals_base_and_unload_restores(bundled, grain):
     assert exact_hash(bundled.model) == before
 
 
+@pytest.mark.slow
 def test_generate_at_capacity_one_is_transformers_token_for_token(hat):
     inputs = prompt(hat.base)
     hat.capacity = 1.0
@@ -45,6 +46,7 @@ def test_generate_at_capacity_one_is_transformers_token_for_token(hat):
     assert torch.equal(found, plain.generate(**inputs, max_new_tokens=24, do_sample=False))
 
 
+@pytest.mark.slow
 def test_bf16_differs_only_where_the_base_nearly_ties():
     """In bf16 a first difference must lie where the base's own top two logits are within rounding."""
     plain = load_base("bundled", dtype=torch.bfloat16, device="cpu")
@@ -63,6 +65,7 @@ def test_bf16_differs_only_where_the_base_nearly_ties():
         assert float(top[0] - top[1]) <= 2 * spacing
 
 
+@pytest.mark.slow
 def test_decode_equals_parallel_at_three_quarters(hat):
     hat.capacity = 0.75
     ids = torch.tensor([load_text("addresses", hat.base.tokenizer, max_tokens=48)[0]["input_ids"]])
@@ -82,6 +85,7 @@ def test_decode_equals_parallel_at_three_quarters(hat):
     assert float((torch.cat(steps, 1) - parallel).abs().max()) <= max(bound, 1e-4)
 
 
+@pytest.mark.slow
 def test_the_reference_checkpoint_costs_little(hat):
     blocks = load_text("addresses", hat.base.tokenizer, block_size=256, max_tokens=1024)
     with hat.dense():

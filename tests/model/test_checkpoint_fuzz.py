@@ -257,6 +257,7 @@ def test_any_change_of_the_json(fresh, load, data):
         refused(message, CONFIG_FILE)
 
 
+@pytest.mark.slow
 @fuzz(150)
 @given(data=st.data())
 def test_any_change_by_hand(fresh, load, data):

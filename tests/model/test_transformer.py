@@ -487,6 +487,7 @@ def test_the_past_key_values_alias_is_not_used(hat, ids, caplog):
 class TestThreads:
     """A forward is its thread's own, and so is a context."""
 
+    @pytest.mark.slow
     def test_eight_threads_give_what_one_gives(self, hat, ids):
         rows = [torch.cat((ids[i % 3 : i % 3 + 1], ids[i % 2 : i % 2 + 1]), 1)[:, : 20 + i] for i in range(8)]
         capacities = [0.7, 1.0] * 4

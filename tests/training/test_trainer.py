@@ -272,6 +272,7 @@ def test_stray_files_do_not_stop_a_resumed_phase(tmp_path, stray, left):
     assert run_phase(new_hat("token"), tmp_path, steps=8, resume=True).step == 8
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_another_run_is_one_clear_error(tmp_path):
     for phase in PHASES:
         run_phase(new_hat("token"), tmp_path, phase, steps=6)

@@ -95,6 +95,7 @@ def test_a_resumed_run_has_no_step_twice_and_adds_up_its_time(tmp_path, monkeypa
     assert all(float(row["seconds"]) >= 90 for row in read(tmp_path)[2:])
 
 
+@pytest.mark.slow
 def test_routers_trained_anew_drop_the_rows_of_the_old_ones_and_of_their_gates(tmp_path):
     hat = new_hat("token")
     run_phase(hat, tmp_path)

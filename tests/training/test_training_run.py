@@ -83,6 +83,7 @@ def test_before_the_first_step_the_model_is_the_base(grain, text, tmp_path, monk
         torch.testing.assert_close(logits, seen["base"], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grain", GRAINS)
 def test_a_finished_run(grain, finished, tiny_base):
     folder = finished[grain]
@@ -100,6 +101,7 @@ def test_a_finished_run(grain, finished, tiny_base):
     assert hat.trace.capacity < 1 and hat.trace.exit_rate > 0
 
 
+@pytest.mark.slow
 def test_the_same_run_again_gives_the_same_bytes_and_leaves_the_base_alone(
     finished, text, tmp_path, monkeypatch, tiny_base
 ):
@@ -114,6 +116,7 @@ def test_the_same_run_again_gives_the_same_bytes_and_leaves_the_base_alone(
 # Stopped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grain", GRAINS)
 def test_5_steps_and_5_more_are_10(grain, finished, text, tmp_path, monkeypatch):
     """Ctrl-C in step 5 of each phase, and in the middle of an epoch."""
@@ -130,6 +133,7 @@ def test_5_steps_and_5_more_are_10(grain, finished, text, tmp_path, monkeypatch)
     same_run(folder, finished[grain])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_after_its_last_step_takes_no_further_one(finished, text, tmp_path, monkeypatch):
     folder, run = tmp_path / "run", tiny_run("token", text)
 
@@ -146,6 +150,7 @@ def test_a_run_that_was_killed_after_its_last_step_takes_no_further_one(finished
     same_run(folder, finished["token"])
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_point_leaves_a_run_that_goes_on(finished, text, tmp_path):
     """Killed while it touches a file, most often one of a checkpoint, or at any moment; then once more to the end."""
     folder, run = tmp_path / "run", tiny_run("token", text, save_steps=1)
@@ -170,6 +175,7 @@ def test_kill_9_at_any_point_leaves_a_run_that_goes_on(finished, text, tmp_path)
     assert not (folder / "work").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_second_training_in_the_folder_is_refused(finished, text, tmp_path, monkeypatch, resume):
     """Begun while the first loads its base, before `run.json` is there; or a second ``--resume``."""
@@ -206,6 +212,7 @@ def test_a_run_that_ended_between_the_look_and_the_lock_is_not_trained_over(fini
 # What a run can start from
 
 
+@pytest.mark.slow
 def test_gates_alone_on_trained_routers(finished, text, tmp_path):
     run = tiny_run("token", text, phase="exit", start=finished["token"])
     (outcome,) = train(run, tmp_path / "run", progress=False)
@@ -217,6 +224,7 @@ def test_gates_alone_on_trained_routers(finished, text, tmp_path):
     assert set(found.training) == set(before.training)
 
 
+@pytest.mark.slow
 def test_both_phases_again_on_trained_routers(finished, text, tmp_path):
     run = tiny_run("token", text, steps=2, start=finished["token"])
     assert [o.phase for o in train(run, tmp_path / "run", progress=False)] == ["routers", "exit"]

@@ -304,6 +304,7 @@ def check_nothing_lost(done, out, killed, seeds):
     assert table(done.output)["seed=1"] == ["ok", "2"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_of_the_pool_loses_nothing(tmp_path, out):
     killed = tmp_path / "killed"
     path = notebook(tmp_path / "a.ipynb", KILLS.format(killed=str(killed)), RECORDS, parameters=PARAMETERS)
@@ -313,6 +314,7 @@ def test_a_killed_process_of_the_pool_loses_nothing(tmp_path, out):
     assert hat(*arguments).exit_code == 0 and (out / "runs.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_that_always_kills_its_worker_takes_no_other_with_it(call, monkeypatch):
     monkeypatch.setattr(workers, "carry_out", without_kernel)
     rows = call("kills beside slow", "slow", "a", engine=Local(2), retries=0)
@@ -351,6 +353,7 @@ def scheduler(tmp_path_factory):
             process.wait()
 
 
+@pytest.mark.slow
 def test_a_killed_dask_worker_loses_nothing(tmp_path, out, scheduler):
     killed = tmp_path / "killed"
     path = notebook(tmp_path / "a.ipynb", KILLS.format(killed=str(killed)), RECORDS, parameters=PARAMETERS)
@@ -359,6 +362,7 @@ def test_a_killed_dask_worker_loses_nothing(tmp_path, out, scheduler):
     check_nothing_lost(done, out, killed, seeds=3)
 
 
+@pytest.mark.slow
 def test_what_dask_gives_up_is_handed_in_again_until_its_attempts_are_used_up(call, scheduler, monkeypatch):
     monkeypatch.setattr(workers, "carry_out", without_kernel)
     with Dask(scheduler) as engine:
@@ -367,6 +371,7 @@ def test_what_dask_gives_up_is_handed_in_again_until_its_attempts_are_used_up(ca
     assert (row.status, row.attempts, row.error) == ("failed", 1, "its worker was killed")
 
 
+@pytest.mark.slow
 def test_dask_workers_must_suit(monkeypatch):
     from distributed import LocalCluster
 

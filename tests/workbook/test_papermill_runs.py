@@ -86,6 +86,7 @@ def test_select_names_what_there_is(tmp_path):
         select([], tmp_path / "empty")
 
 
+@pytest.mark.slow
 def test_results_are_what_cells_recorded_and_threads_are_set(tmp_path):
     source = notebook(
         tmp_path / "00_a.ipynb",

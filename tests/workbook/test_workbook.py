@@ -29,6 +29,7 @@ def call(*arguments):
     return CliRunner().invoke(workbook.app, [str(a) for a in arguments])
 
 
+@pytest.mark.slow
 def test_run_goes_on_after_failures_and_leaves_the_tree_alone(project):
     folder = project / "notebooks"
     figure = "import os, pathlib\npathlib.Path(os.environ['HAT_FIGURES'], 'a.png').write_text('drawn')"
