@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -180,9 +180,10 @@ def _row(setting: Setting, decode: benchmark.Row, prefill: benchmark.Row, known:
         row = known.get((decode.granularity, text, *setting))
         quality |= {text: row and row.increase, f"{text}_low": row and row.increase_low,
                     f"{text}_high": row and row.increase_high}  # fmt: skip
-    return rounded(
+    row = rounded(
         Row,
         **vars(decode),
+        **dict.fromkeys(quality),
         promised_speedup=speedup,
         promised_increase=increase,
         ideal_decode=decode.ideal,
@@ -191,8 +192,8 @@ def _row(setting: Setting, decode: benchmark.Row, prefill: benchmark.Row, known:
         ideal_prefill=prefill.ideal,
         prefill_dense=prefill.speedup_dense,
         prefill_hf=prefill.speedup_hf,
-        **quality,
     )
+    return replace(row, **quality)  # a quotation: to the digit
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:
