@@ -30,7 +30,7 @@ from hat_lib.calibration.capacity import score_quantiles
 from hat_lib.config import HatConfig, HatError, check_capacity
 from hat_lib.experiments.columns import machine, rounded
 from hat_lib.experiments.tables import markdown, saved, times
-from hat_lib.inference.timing import Variant, now, take_turns
+from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.cost import state_cost
 from hat_lib.model.policies import Forced, Policy
 from hat_lib.model.token_state import Masks, TokenState

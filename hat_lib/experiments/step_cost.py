@@ -23,7 +23,7 @@ from hat_lib.config import GRANULARITIES, HatConfig, HatError
 from hat_lib.experiments.benchmark import ratio
 from hat_lib.experiments.columns import machine, rounded
 from hat_lib.experiments.tables import markdown, saved, times
-from hat_lib.inference.timing import Variant, now, take_turns
+from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.mixture import training_text
 from hat_lib.training.objective import Objective

@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -23,10 +23,9 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.backbone.base import load_base
-from hat_lib.config import HatError, check_capacity, check_count, check_exit_rate
-from hat_lib.inference.self_speculative import Speculation, speculate
-from hat_lib.inference.speed import SpeedCurve, check_target, check_versus, speed_curve, timed
-from hat_lib.inference.timing import now
+from hat_lib.config import HatError, check_count
+from hat_lib.inference.self_speculative import Speculation, speculate, stop_tokens
+from hat_lib.inference.speed import SpeedCurve, check_target, check_versus, now, speed_curve, timed
 from hat_lib.model.cost import state_cost
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -47,13 +46,6 @@ def check_sampling(max_new_tokens: int, temperature: float, seed: int) -> None:
 # Threads may share a model. What they cannot share is a tokenizer whose padding is being set, and transformers' source
 # of random numbers, which is torch's global one: sampled texts come one after another, greedy ones at once.
 _ONE_AT_A_TIME, _SAMPLING = threading.Lock(), threading.Lock()
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with _SAMPLING, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 @dataclass(frozen=True)
@@ -145,44 +137,27 @@ class AdaptiveInference:
         Raises `HatError` for bad input, before anything is generated.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        self._check(prompts, capacity, exit_rate, target_speedup, mode, max_new_tokens, temperature, seed, settings)
-        tokenizer, device = self.hat.base.tokenizer, self.hat.base.device
+        self._check(prompts, capacity, exit_rate, target_speedup, mode, settings)
+        check_sampling(max_new_tokens, temperature, seed)
+        hat, tokenizer = self.hat, self.hat.base.tokenizer
         with _ONE_AT_A_TIME:
             inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False, verbose=False)
-        inputs = inputs.to(device)
-        length, context = inputs.input_ids.shape[1], self.hat.lm.config.max_position_embeddings
+        inputs = inputs.to(hat.base.device)
+        length, context = inputs.input_ids.shape[1], hat.lm.config.max_position_embeddings
         if length + max_new_tokens > context:
             what = f"{length} prompt tokens + {max_new_tokens} new ones"
-            raise HatError(f"{what} exceed the context of {self.hat.base.name}: {context}")
+            raise HatError(f"{what} exceed the context of {hat.base.name}: {context}")
 
         predicted = {}
         if target_speedup is not None:
             curve = self.curve(exit_rate, len(prompts))
             capacity = curve.capacity_for(target_speedup)
-            predicted = {"predicted_speedup": curve.at(capacity), "predicted_range": curve.spread(capacity)}
+            predicted = {"target_speedup": target_speedup, "predicted_speedup": curve.at(capacity)}
+            predicted |= {"predicted_range": curve.spread(capacity)}
         measure = (target_speedup is not None or mode == "lossless") if measure is None else measure
-        with self.hat.at(capacity, exit_rate):
-            if mode == "lossless":
-                return self._lossless(inputs, max_new_tokens, temperature, seed, measure, streamer)
-            sampling = {"do_sample": temperature > 0}
-            sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-            sampling |= settings
-            seeded = _seeded(seed, device) if sampling["do_sample"] else nullcontext()
-            with self.hat.collect() as states, torch.inference_mode(), seeded:
-                began = time.perf_counter()
-                ids = self.hat.lm.generate(
-                    **inputs,
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=tokenizer.pad_token_id,
-                    streamer=streamer,
-                    **sampling,
-                )
-                seconds = time.perf_counter() - began
-            real = self._real(ids, inputs.attention_mask)
-            return self._result(
-                ids, real, self._trace(states, ids, real, settings), seconds, length, measure,
-                target_speedup=target_speedup, **predicted,
-            )  # fmt: skip
+        run = self._lossless if mode == "lossless" else self._adaptive
+        with hat.at(capacity, exit_rate):
+            return replace(run(inputs, max_new_tokens, temperature, seed, measure, streamer, settings), **predicted)
 
     def curve(self, exit_rate: float | None = None, batch: int = 1, *, refresh: bool = False) -> SpeedCurve:
         """Speedup by capacity on this machine; measured on the first call, or to ``refresh`` what the cache has."""
@@ -200,7 +175,7 @@ class AdaptiveInference:
     def _reference(self):
         return (self.hat.lm, self.hat.dense) if self.versus == "dense" else (self.plain, torch.inference_mode)
 
-    def _check(self, prompts, capacity, exit_rate, target, mode, max_new_tokens, temperature, seed, settings) -> None:
+    def _check(self, prompts, capacity, exit_rate, target, mode, settings) -> None:
         if mode not in MODES:
             raise HatError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if capacity is not None and target is not None:
@@ -208,10 +183,6 @@ class AdaptiveInference:
         if mode == "lossless" and (target is not None or settings):
             what = "a target speedup" if target is not None else ", ".join(settings)
             raise HatError(f"lossless mode takes the capacity of its drafts, not {what}")
-        if capacity is not None:
-            check_capacity(capacity)
-        if exit_rate is not None:
-            check_exit_rate(exit_rate)
         if target is not None:
             check_target(target)
         if not prompts:
@@ -219,97 +190,94 @@ class AdaptiveInference:
         for prompt in prompts:
             if not isinstance(prompt, str) or not prompt.strip():
                 raise HatError(f"a prompt must be text to continue, got {prompt!r}")
-        check_sampling(max_new_tokens, temperature, seed)
+        with self.hat.at(capacity, exit_rate):  # which refuses what cannot be set
+            pass
+
+    def _adaptive(self, inputs, max_new_tokens, temperature, seed, measure, streamer, settings) -> Generation:
+        hat, device = self.hat, self.hat.base.device
+        how = {"max_new_tokens": max_new_tokens, "pad_token_id": hat.base.tokenizer.pad_token_id}
+        how |= {"streamer": streamer, "do_sample": temperature > 0}
+        how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        how |= settings
+        with ExitStack() as stack:
+            states = stack.enter_context(hat.collect())
+            stack.enter_context(torch.inference_mode())
+            if how["do_sample"]:
+                stack.enter_context(_SAMPLING)
+                stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+                torch.manual_seed(seed)
+            began = time.perf_counter()
+            ids = hat.lm.generate(**inputs, **how)
+            seconds = time.perf_counter() - began
+        real = self._real(ids, inputs.attention_mask)
+        if settings.get("num_beams", 1) > 1 or len(states[0].real) != len(ids):
+            # Beams leave others' forwards behind: what stands in ``ids`` is run once more.
+            with torch.inference_mode():
+                hat.lm.model(input_ids=ids[:, :-1], attention_mask=real[:, :-1].long(), use_cache=False)
+            trace = hat.trace
+        else:
+            trace = TokenState.cat(states)
+            trace.real = trace.real & real[:, 1:]  # what was run for batch-mates alone is not counted
+        length, realised = inputs.input_ids.shape[1], None
+        if measure and ids.shape[1] - length > 3:
+            realised = timed(hat, self._reference, ids, real.long() if not bool(real.all()) else None)
+        cost = state_cost(hat, trace)
+        more = {"token_share": (cost.executed / cost.dense).float(), "realised_speedup": realised}
+        return self._generation("adaptive", ids, real, length, seconds, trace, **more)
+
+    def _lossless(self, inputs, max_new_tokens, temperature, seed, measure, streamer, _) -> Generation:
+        """One prompt after another; results are put together as `_adaptive` pads them."""
+        prompts = [ids[None, mask] for ids, mask in zip(inputs.input_ids, inputs.attention_mask.bool(), strict=True)]
+        began = time.perf_counter()
+        how = {"temperature": temperature, "seed": seed, "streamer": streamer}
+        found = [speculate(self.hat, ids, max_new_tokens, **how) for ids in prompts]
+        seconds = time.perf_counter() - began
+        new = [s.ids[0, ids.shape[1] :] for s, ids in zip(found, prompts, strict=True)]
+        pad = self.hat.base.tokenizer.pad_token_id
+        tail = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=pad)
+        ids = torch.cat([inputs.input_ids, tail], dim=1)
+        realised = None
+        if measure:
+            realised = sum(self._seconds(s.ids, p.shape[1]) for s, p in zip(found, prompts, strict=True)) / seconds
+        drafts = [s.drafts for s in found if s.drafts]
+        trace, real = TokenState.cat(drafts) if drafts else None, self._real(ids, inputs.attention_mask)
+        more = {"speculation": found, "realised_speedup": realised}
+        return self._generation("lossless", ids, real, inputs.input_ids.shape[1], seconds, trace, **more)
 
     def _real(self, ids: Tensor, prompt_mask: Tensor) -> Tensor:
         """bool ``[B, T]``: neither left padding nor anything after the first end-of-text token that is new."""
         mask = prompt_mask.bool().repeat_interleave(len(ids) // len(prompt_mask), dim=0)
-        stop = self.hat.lm.generation_config.eos_token_id
-        new = ids[:, mask.shape[1] :]
-        if stop is None:
-            return torch.cat([mask, torch.ones_like(new, dtype=torch.bool)], dim=1)
-        ends = torch.isin(new, torch.tensor(stop, device=ids.device)).long()
+        stop = torch.tensor(stop_tokens(self.hat), dtype=torch.long, device=ids.device)
+        ends = torch.isin(ids[:, mask.shape[1] :], stop).long()
         return torch.cat([mask, ends.cumsum(1) - ends == 0], dim=1)
 
-    def _trace(self, states: list[TokenState], ids: Tensor, real: Tensor, settings: dict) -> TokenState:
-        """What the forwards behind ``ids`` did; beams leave others' forwards behind, so theirs is run once more."""
-        if settings.get("num_beams", 1) > 1 or len(states[0].real) != len(ids):
-            with torch.inference_mode():
-                self.hat.lm.model(input_ids=ids[:, :-1], attention_mask=real[:, :-1].long(), use_cache=False)
-            return self.hat.trace
-        trace = TokenState.cat(states)
-        trace.real = trace.real & real[:, 1:]  # what was run for batch-mates alone is not counted
-        return trace
-
-    def _result(self, ids, real, trace, seconds, length, measure, **more) -> Generation:
-        hat, tokenizer = self.hat, self.hat.base.tokenizer
-        cost = state_cost(hat, trace)
-        realised = None
-        if measure and ids.shape[1] - length > 3:
-            realised = timed(hat, self._reference, ids, real.long() if not bool(real.all()) else None)
+    def _generation(self, mode, ids, real, length, seconds, trace: TokenState | None, **more) -> Generation:
+        hat, decode = self.hat, self.hat.base.tokenizer.decode
+        depths = () if trace is None else zip(*trace.exit_layer[trace.real].unique(return_counts=True), strict=True)
+        new = zip(ids[:, length:], real[:, length:], strict=True)
         return Generation(
-            texts=[tokenizer.decode(row[keep], skip_special_tokens=True)
-                   for row, keep in zip(ids[:, length:], real[:, length:], strict=True)],
+            texts=[decode(row[keep], skip_special_tokens=True) for row, keep in new],
             ids=ids,
             prompt_length=length,
             new_tokens=int(real[:, length:].sum()),
             seconds=seconds,
-            mode="adaptive",
-            model_share=cost.model_share,
-            token_share=(cost.executed / cost.dense).float(),
-            realised_speedup=realised,
-            **self._spent(trace),
+            mode=mode,
+            requested_capacity=hat.capacity,
+            requested_exit_rate=hat.exit_rate,
+            capacity=trace.capacity if trace else math.nan,
+            exit_rate=trace.exit_rate if trace else math.nan,
+            model_share=state_cost(hat, trace).model_share if trace else math.nan,
+            exit_histogram={int(depth): int(count) for depth, count in depths},
+            versus=self.versus,
             **more,
-        )  # fmt: skip
-
-    def _spent(self, trace: TokenState | None) -> dict:
-        hat, real = self.hat, trace and trace.exit_layer[trace.real]
-        depths = {} if trace is None else dict(zip(*(x.tolist() for x in real.unique(return_counts=True)), strict=True))
-        return {
-            "requested_capacity": hat.capacity,
-            "requested_exit_rate": hat.exit_rate,
-            "capacity": trace.capacity if trace else math.nan,
-            "exit_rate": trace.exit_rate if trace else math.nan,
-            "exit_histogram": depths,
-            "versus": self.versus,
-        }
-
-    def _lossless(self, inputs, max_new_tokens: int, temperature: float, seed: int, measure: bool, streamer):
-        """One prompt after another; results are put together as `generate` pads them."""
-        hat, tokenizer = self.hat, self.hat.base.tokenizer
-        prompts = [ids[None, mask] for ids, mask in zip(inputs.input_ids, inputs.attention_mask.bool(), strict=True)]
-        began = time.perf_counter()
-        how = {"temperature": temperature, "seed": seed, "streamer": streamer}
-        found = [speculate(hat, ids, max_new_tokens, **how) for ids in prompts]
-        seconds = time.perf_counter() - began
-        lengths = [ids.shape[1] for ids in prompts]
-        new = [s.ids[0, n:] for s, n in zip(found, lengths, strict=True)]
-        tail = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=tokenizer.pad_token_id)
-        realised = None
-        if measure:
-            realised = sum(self._seconds(s.ids, n) for s, n in zip(found, lengths, strict=True)) / seconds
-        drafts = [s.drafts for s in found if s.drafts]
-        drafted = sum(d.tokens for d in drafts)
-        return Generation(
-            texts=[tokenizer.decode(row, skip_special_tokens=True) for row in new],
-            ids=torch.cat([inputs.input_ids, tail], dim=1),
-            prompt_length=inputs.input_ids.shape[1],
-            new_tokens=sum(map(len, new)),
-            seconds=seconds,
-            mode="lossless",
-            model_share=sum(s.draft_share * s.drafted for s in found if s.drafts) / drafted if drafted else math.nan,
-            realised_speedup=realised,
-            speculation=found,
-            **self._spent(TokenState.cat(drafts) if drafts else None),
         )
 
     def _seconds(self, ids: Tensor, prompt_length: int) -> float:
         """What the reference takes for the same tokens: a prefill, and a step for each new token but the last."""
         lm, around = self._reference
-        cache = DynamicCache(config=lm.config)
+        cache, ends = DynamicCache(config=lm.config), range(prompt_length, ids.shape[1])
         with torch.inference_mode(), around():
             began = now(lm)
-            lm(input_ids=ids[:, :prompt_length], cache=cache, use_cache=True, logits_to_keep=1)
-            for t in range(prompt_length, ids.shape[1] - 1):
-                lm(input_ids=ids[:, t : t + 1], cache=cache, use_cache=True, logits_to_keep=1)
+            for start, end in zip([0, *ends], ends, strict=False):
+                lm(input_ids=ids[:, start:end], cache=cache, use_cache=True, logits_to_keep=1)
             return now(lm) - began

@@ -2,9 +2,9 @@
 
 After Zhang et al. 2023 (arXiv:2309.08168), with the acceptance rule of Leviathan et al. 2022
 (arXiv:2211.17192, algorithm 1) and Chen et al. 2023 (arXiv:2302.01318). Drafter and verifier are one set of weights
-with one KV cache: the drafts see the base's own K and V for everything that was verified, and the verifying pass writes
-the base's K and V over the drafts'. What comes out is the base's: token for token if greedy, in distribution if
-sampled, up to the rounding by which a forward over several tokens differs from a forward over one.
+with one KV cache, where the verifying pass writes the base's K and V over the drafts'. What comes out is the base's:
+token for token if greedy, in distribution if sampled, up to the rounding by which a forward over several tokens
+differs from a forward over one.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ class DraftLength:
     work and not seconds, so that one seed gives one result on any machine.
     """
 
-    def __init__(self, cost: float, longest: int = LONGEST):
-        self.cost, self.longest = cost, longest
+    def __init__(self, cost: float):
+        self.cost = cost
         self.accepted, self.tested = 1, 2  # a coin's prior, gone after a few rounds
 
     def __call__(self) -> int:
-        """1 to ``longest``."""
-        k = np.arange(1, self.longest + 1)
-        tokens = np.power.outer(self.accepted / self.tested, np.arange(self.longest + 1)).cumsum()[1:]
-        return int(k[np.argmax(tokens / (k * self.cost + 1))])
+        """1 to `LONGEST`."""
+        k = np.arange(LONGEST + 1)
+        tokens = np.power(self.accepted / self.tested, k).cumsum()
+        return 1 + int(np.argmax((tokens / (k * self.cost + 1))[1:]))
 
     def see(self, accepted: int, drafted: int) -> None:
         """A round of ``drafted`` tokens ended with ``accepted`` of them; none after the first rejected was tested."""
@@ -107,10 +107,8 @@ def speculate(
         raise HatError(f"lossless decoding takes one prompt of at least one token, got shape {tuple(ids.shape)}")
     if max_new_tokens < 1 or (draft_length is not None and draft_length < 1):
         raise HatError(f"max_new_tokens and draft_length must be at least 1, got {max_new_tokens} and {draft_length}")
-    lm, stop = hat.lm, _stops(hat)
-    generator = torch.Generator(ids.device).manual_seed(seed)
-    dice = _Dice(temperature, generator)
-    cache = DynamicCache(config=lm.config)
+    lm, stop = hat.lm, stop_tokens(hat)
+    dice, cache = _Dice(temperature, torch.Generator(ids.device).manual_seed(seed)), DynamicCache(config=hat.lm.config)
     length, accepted, passes, states = None, 0, 1, []
 
     with hat.dense():
@@ -126,14 +124,11 @@ def speculate(
         with hat.collect() as steps:
             for _ in range(n):
                 token = drafts[-1] if drafts else new[-1]
-                logits = lm(input_ids=token[None], cache=cache, use_cache=True).logits[0, -1]
-                odds.append(dice.odds(logits))
+                odds.append(dice.odds(lm(input_ids=token[None], cache=cache, use_cache=True).logits[0, -1]))
                 drafts.append(dice.throw(odds[-1]))
         states += steps
-        if steps and length is None:
-            length = DraftLength(state_cost(hat, steps[0]).model_share)
-
         if n:
+            length = length or DraftLength(state_cost(hat, steps[0]).model_share)
             cache.crop(-n)
         with hat.dense():
             logits = lm(input_ids=torch.cat([new[-1], *drafts])[None], cache=cache, use_cache=True).logits[0]
@@ -150,7 +145,7 @@ def speculate(
         fresh = fresh[: next((i for i, t in enumerate(fresh, 1) if int(t) in stop), len(fresh))]
         new += fresh
         accepted += kept
-        if n and length is not None:
+        if n:
             length.see(kept, n)
         for token in fresh if streamer is not None else ():
             streamer.put(token.cpu())
@@ -187,6 +182,7 @@ class _Dice:
         return bool(u * draft[token] < base[token])
 
 
-def _stops(hat: HierarchicalTransformer) -> set[int]:
+def stop_tokens(hat: HierarchicalTransformer) -> list[int]:
+    """Tokens that end a text; none, one or several, whatever the base's generation config holds."""
     stop = hat.lm.generation_config.eos_token_id
-    return set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
+    return [] if stop is None else [stop] if isinstance(stop, int) else list(stop)

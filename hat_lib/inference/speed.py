@@ -1,10 +1,8 @@
-"""Speed of a capacity on this machine: measured once, kept, and searched for a target speedup.
+"""Speed on this machine: variants timed in turns, and a curve of speedup by capacity, searched for a target.
 
 Wall-clock does not follow work: what a skipped weight saves depends on the machine, the dtype and the threads. So the
 model of speed is a measurement, `SpeedCurve`: decode at some capacities, each beside the path that it is held
-against, at the same positions of the same text. It is kept in the user's cache under everything that it depends on:
-machine, torch, base, trained parameters, and the source of the code that decodes. `speed_curve` with ``refresh``
-measures it anew, as after a cooler was cleaned or a neighbour moved out.
+against, at the same positions of the same text. It is kept in the user's cache under everything that it depends on.
 """
 
 from __future__ import annotations
@@ -14,9 +12,10 @@ import json
 import math
 import os
 import platform
+import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -25,15 +24,14 @@ import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import Cache, DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.config import CAPACITY_MIN, HatError, cache_dir
-from hat_lib.inference.timing import now
 from hat_lib.model.schema import digest
 from hat_lib.model.transformer import HierarchicalTransformer
 
 VERSUS = {"dense": "our own dense path", "hf": "plain transformers"}
-"""what a speedup is held against: our own dense path, or plain transformers"""
+"""what a speedup is held against"""
 TARGET_MAX = 10.0
 """no capacity and no exit rate of a useful model comes near it"""
 CAPACITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -41,6 +39,33 @@ ROUNDS = 3
 """turns of each capacity, one after another: a machine drifts, and the first turn of a process is slow"""
 CONTEXT, STEPS, WARM = 64, 24, 3
 """tokens in the cache, timed steps, and steps before them"""
+
+
+@dataclass
+class Variant:
+    """A way to run: ``lm`` under ``around()``, a context such as ``hat.dense``."""
+
+    name: str
+    lm: LlamaForCausalLM
+    around: Callable
+    times: list[float] = field(default_factory=list)
+
+
+def now(lm: LlamaForCausalLM) -> float:
+    """Seconds on a clock, once the model's device has done what it was asked for."""
+    if lm.device.type == "cuda":
+        torch.cuda.synchronize(lm.device)
+    return time.perf_counter()
+
+
+def take_turns(variants: Sequence[Variant], once: Callable[[Variant], float], rounds: int, warm: int = 1) -> None:
+    """``once`` of each variant per round, in alternating order; the first ``warm`` rounds are not kept in ``times``."""
+    for r in range(warm + rounds):
+        for v in variants if r % 2 else reversed(variants):
+            with v.around():
+                v.times.append(once(v))
+    for v in variants:
+        del v.times[:warm]
 
 
 @dataclass(frozen=True)
@@ -69,7 +94,7 @@ class SpeedCurve:
     @property
     def speedups(self) -> np.ndarray:
         """``measured`` made to fall, or stay, as capacity rises: least squares (isotonic regression)."""
-        return _falling(self.measured)
+        return isotonic_regression(self.measured, increasing=False).x
 
     def at(self, capacity: float) -> float:
         """Predicted speedup, linear between measured capacities."""
@@ -77,8 +102,8 @@ class SpeedCurve:
 
     def spread(self, capacity: float) -> tuple[float, float]:
         """What the slowest and the fastest turns predict; both are made to fall too, so `at` lies between them."""
-        slowest, fastest = _falling(self.low or self.measured), _falling(self.high or self.measured)
-        return tuple(float(np.interp(capacity, self.capacities, points)) for points in (slowest, fastest))
+        turns = (isotonic_regression(t or self.measured, increasing=False).x for t in (self.low, self.high))
+        return tuple(float(np.interp(capacity, self.capacities, points)) for points in turns)
 
     @property
     def largest(self) -> float:
@@ -101,10 +126,6 @@ class SpeedCurve:
         return low
 
 
-def _falling(points: Sequence[float]) -> np.ndarray:
-    return isotonic_regression(points, increasing=False).x
-
-
 def check_target(value: object) -> float:
     """``value`` as a target speedup, in (0, 10], or `HatError`."""
     try:
@@ -121,45 +142,6 @@ def check_versus(value: str) -> str:
     if value not in VERSUS:
         raise HatError(f"versus must be one of {', '.join(VERSUS)}, got {value!r}")
     return value
-
-
-@torch.inference_mode()
-def paired_steps(
-    variants: Sequence[tuple[LlamaForCausalLM, Callable]],
-    ids: Tensor,
-    cache: Cache,
-    steps: int,
-    mask: Tensor | None = None,
-) -> np.ndarray:
-    """Milliseconds of the same decode steps in each variant, fp64 ``[len(variants), steps]``.
-
-    At each position the variants take turns on the same tokens behind the same cache, in alternating order.
-
-    Args:
-        variants: ``(lm, around)``: a model, and a function that makes the context to run it in.
-        ids: int64 ``[B, T]``, T at least the cache's length plus ``steps``; tokens are forced.
-        mask: ``[B, T]``, 0 at padding.
-    """
-    start = cache.get_seq_length()
-    times = np.empty((len(variants), steps))
-    for t in range(steps):
-        position = start + t
-        seen = {} if mask is None else {"attention_mask": mask[:, : position + 1]}
-        for i, (lm, around) in list(enumerate(variants))[:: -1 if t % 2 else 1]:
-            cache.crop(position - cache.get_seq_length())
-            with around():
-                began = now(lm)
-                lm(input_ids=ids[:, position : position + 1], cache=cache, use_cache=True, logits_to_keep=1, **seen)
-                times[i, t] = 1e3 * (now(lm) - began)
-    return times
-
-
-def speedup(times: np.ndarray, exits: bool = False) -> float:
-    """Of the second row of `paired_steps` over its first: the median of the ratios, position by position.
-
-    Where tokens exit, of the means: one token in ten that leaves early would not show in a median.
-    """
-    return float(times[0].mean() / times[1].mean() if exits else np.median(times[0] / times[1]))
 
 
 def speed_curve(
@@ -179,11 +161,10 @@ def speed_curve(
         exit_rate: requested, at every capacity.
         batch: sequences that decode together.
         plain: gives the same base in plain transformers, and is asked for versus "hf" alone.
-        refresh: measure anew, whatever the cache has.
+        refresh: measure anew, whatever the cache has, as after a cooler was cleaned or a neighbour moved out.
 
     Warns where the cache cannot be written: the curve is good, and measured again next time.
     """
-    check_versus(versus)
     path = cache_dir() / "speed" / f"{digest(_key(hat, versus, exit_rate, batch))[:24]}.json"
     known = None if refresh else _read(path)
     if known is not None and (known.versus, known.exit_rate) == (versus, exit_rate):
@@ -196,23 +177,48 @@ def speed_curve(
             turns[capacity].append(timed(hat, reference, ids))
     measured, low, high = ([round(float(of(t)), 4) for t in turns.values()] for of in (np.median, min, max))
     curve = SpeedCurve(versus, exit_rate, list(CAPACITIES), measured, _machine(hat), low, high)
-    _write(path, curve)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(curve)))  # half a file is no curve, and measured again
+    except OSError as error:
+        warnings.warn(f"speed curve not kept ({error}); set HAT_CACHE to a folder with room", stacklevel=2)
     return curve
 
 
 def timed(hat: HierarchicalTransformer, reference: tuple, ids: Tensor, mask: Tensor | None = None) -> float:
-    """Speedup of ``hat`` as it is set over a reference ``(lm, around)``, on the last tokens of ``ids [B, T]``.
+    """Speedup of ``hat`` as it is set over a reference, at the same decode steps over the last tokens of ``ids``.
 
-    All but `STEPS` + `WARM` tokens, or half of them if they are few, are put into the cache first.
+    All but `STEPS` + `WARM` tokens, or half of them if they are few, are put into the cache first. At each position
+    both run the same token behind the same cache. The median of the ratios; where tokens exit the ratio of the means,
+    as one token in ten that leaves early would not show in a median.
+
+    Args:
+        reference: ``(lm, around)``: a model, and a function that makes the context to run it in.
+        ids: int64 ``[B, T]``; tokens are forced.
+        mask: ``[B, T]``, 0 at padding.
     """
     steps = min(STEPS + WARM, ids.shape[1] // 2)
-    context = ids.shape[1] - steps
+    context, warm = ids.shape[1] - steps, min(WARM, steps - 1)
     cache = DynamicCache(config=hat.lm.config)
-    with torch.inference_mode(), hat.dense():
-        first = {} if mask is None else {"attention_mask": mask[:, :context]}
-        hat.lm(input_ids=ids[:, :context], cache=cache, use_cache=True, logits_to_keep=1, **first)
-    times = paired_steps([reference, (hat.lm, torch.inference_mode)], ids, cache, steps, mask)
-    return speedup(times[:, min(WARM, steps - 1) :], exits=hat.exit_rate > 0)
+
+    def run(lm: LlamaForCausalLM, start: int, end: int) -> None:
+        seen = {} if mask is None else {"attention_mask": mask[:, :end]}
+        lm(input_ids=ids[:, start:end], cache=cache, use_cache=True, logits_to_keep=1, **seen)
+
+    def step(v: Variant) -> float:
+        position = context + len(v.times)
+        cache.crop(position - cache.get_seq_length())
+        began = now(v.lm)
+        run(v.lm, position, position + 1)
+        return now(v.lm) - began
+
+    base, ours = Variant("reference", *reference), Variant("adaptive", hat.lm, torch.inference_mode)
+    with torch.inference_mode():
+        with hat.dense():
+            run(hat.lm, 0, context)
+        take_turns([base, ours], step, steps - warm, warm)
+    theirs, mine = np.array(base.times), np.array(ours.times)
+    return float(theirs.mean() / mine.mean() if hat.exit_rate > 0 else np.median(theirs / mine))
 
 
 @torch.inference_mode()
@@ -222,11 +228,8 @@ def sample(hat: HierarchicalTransformer, tokens: int, batch: int = 1) -> Tensor:
     start = torch.tensor([tokenizer("The").input_ids] * batch, device=hat.base.device)
     with torch.random.fork_rng(), hat.dense():
         torch.manual_seed(0)
-        more = {"min_new_tokens": tokens, "max_new_tokens": tokens}
-        out = hat.lm.generate(
-            start, attention_mask=torch.ones_like(start), do_sample=True, **more, pad_token_id=tokenizer.pad_token_id
-        )
-    return out[:, :tokens]
+        more = {"min_new_tokens": tokens, "max_new_tokens": tokens, "pad_token_id": tokenizer.pad_token_id}
+        return hat.lm.generate(start, attention_mask=torch.ones_like(start), do_sample=True, **more)[:, :tokens]
 
 
 def _machine(hat: HierarchicalTransformer) -> str:
@@ -241,6 +244,8 @@ def _key(hat: HierarchicalTransformer, versus: str, exit_rate: float, batch: int
     adapter = hashlib.sha256()
     for name, parameter in sorted(hat.hat_parameters().items()):
         adapter.update(name.encode() + parameter.detach().cpu().contiguous().numpy().tobytes())
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return {
         "code": _code(),
         "torch": torch.__version__,
@@ -248,7 +253,7 @@ def _key(hat: HierarchicalTransformer, versus: str, exit_rate: float, batch: int
         "config": hat.config.to_dict(),
         "calibration": hat.calibration.to_dict() if hat.calibration else None,
         "adapter": adapter.hexdigest(),
-        "cpu": f"{platform.machine()} {_cpu()} {os.cpu_count()}",
+        "cpu": f"{platform.machine()} {names[0] if names else platform.processor()} {os.cpu_count()}",
         "machine": _machine(hat),
         "versus": versus,
         "exit_rate": exit_rate,
@@ -265,25 +270,9 @@ def _code() -> str:
     return found.hexdigest()
 
 
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor()
-
-
 def _read(path: Path) -> SpeedCurve | None:
     """The curve in a file; None where it is missing, or damaged, or of another form: it is measured again."""
     try:
         return SpeedCurve(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-
-
-def _write(path: Path, curve: SpeedCurve) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(asdict(curve)))
-        part.replace(path)
-    except OSError as error:
-        warnings.warn(f"speed curve not kept ({error}); set HAT_CACHE to a folder with room", stacklevel=3)

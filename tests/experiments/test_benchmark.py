@@ -7,7 +7,7 @@ from hat_lib.backbone.base import load_base
 from hat_lib.config import HatConfig, HatError
 from hat_lib.experiments import benchmark
 from hat_lib.experiments.benchmark import Setting, forced_channels, forced_tokens, measure, of_grain, ratio
-from hat_lib.inference.timing import Variant, take_turns
+from hat_lib.inference.speed import Variant, take_turns
 from hat_lib.model.transformer import HierarchicalTransformer
 
 

@@ -33,7 +33,6 @@ def alone(hat, prompt, n, **how):
     return hat.lm.generate(**inputs, max_new_tokens=n, pad_token_id=hat.base.tokenizer.pad_token_id, **how)
 
 
-@pytest.mark.slow
 def test_a_capacity_is_what_generate_gives_there(hat, infer):
     out = infer.generate(PROMPTS[0], capacity=0.6, max_new_tokens=12)
     with hat.at(0.6):
@@ -108,12 +107,9 @@ def test_beams_are_traced_along_the_chosen_one(hat, infer):
     assert len(several.texts) == 3 and several.token_share.shape[0] == 3
 
 
-def test_one_seed_one_text(infer):
+def test_one_seed_one_text_and_it_streams(hat, infer, capsys):
     texts = [infer.generate(PROMPTS, capacity=0.6, temperature=1.0, seed=s, max_new_tokens=8).texts for s in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
-
-
-def test_streams(infer, hat, capsys):
     out = infer.generate(PROMPTS[0], capacity=0.6, max_new_tokens=8, streamer=TextStreamer(hat.base.tokenizer))
     assert capsys.readouterr().out.strip("\n") == hat.base.tokenizer.decode(out.ids[0]).strip("\n")
 

@@ -28,10 +28,9 @@ def greedy(hat, ids, n=N):
         return hat.lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
 
 
-@pytest.mark.parametrize("draft_length", [None, 3])
 @pytest.mark.parametrize(("capacity", "exit_rate"), [(1.0, 0.0), (0.7, 0.0), (0.3, 0.0), (0.7, 0.4)])
-def test_greedy_is_the_base_token_for_token(hat, draft_length, capacity, exit_rate):
-    for seed in range(2):
+def test_greedy_is_the_base_token_for_token(hat, capacity, exit_rate):
+    for seed, draft_length in ((0, None), (1, None), (0, 3)):
         ids = prompt(seed)
         with hat.at(capacity, exit_rate):
             found = speculate(hat, ids, N, draft_length=draft_length)
@@ -42,19 +41,15 @@ def test_greedy_is_the_base_token_for_token(hat, draft_length, capacity, exit_ra
             assert found.acceptance == 1 and found.draft_share == 1
 
 
-def test_drafts_of_any_quality_change_nothing(hat):
-    ids = prompt(7)
+def test_drafts_of_any_quality_change_nothing_and_length_is_exact(hat):
     with hat.using(Random(0.5, seed=3)):
-        found = speculate(hat, ids, N, draft_length=4)
-    assert torch.equal(found.ids, greedy(hat, ids)) and found.acceptance < 1
-
-
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_length_is_exact(hat, n):
-    with hat.at(0.5):
-        found = speculate(hat, prompt(1), n, draft_length=8)
-    assert found.new_tokens == n and torch.equal(found.ids, greedy(hat, prompt(1), n))
-    assert (found.drafts is None) == (n < 3)
+        found = speculate(hat, prompt(7), N, draft_length=4)
+    assert torch.equal(found.ids, greedy(hat, prompt(7))) and found.acceptance < 1
+    for n in (1, 2, 3):
+        with hat.at(0.5):
+            found = speculate(hat, prompt(1), n, draft_length=8)
+        assert found.new_tokens == n and torch.equal(found.ids, greedy(hat, prompt(1), n))
+        assert (found.drafts is None) == (n < 3)
 
 
 def test_stops_at_the_end_of_text_as_generate_does(hat, monkeypatch):
@@ -66,12 +61,6 @@ def test_stops_at_the_end_of_text_as_generate_does(hat, monkeypatch):
     with hat.at(0.7):
         for n in (1, 4, 8):
             assert torch.equal(speculate(hat, ids, N, draft_length=n).ids, expected)
-
-
-def test_streams_what_it_returns(hat, capsys):
-    with hat.at(0.5):
-        found = speculate(hat, prompt(3), N, streamer=TextStreamer(hat.base.tokenizer))
-    assert capsys.readouterr().out.strip("\n") == hat.base.tokenizer.decode(found.ids[0]).strip("\n")
 
 
 def test_rejection_rule_gives_the_base_distribution():
@@ -119,28 +108,24 @@ def test_a_rejection_by_rounding_alone_still_draws(hat, monkeypatch):
         assert speculate(hat, prompt(6), 8, temperature=1.0).new_tokens == 8
 
 
-def test_one_seed_one_text(hat):
+def test_one_seed_one_text_and_it_streams(hat, capsys):
     with hat.at(0.5):
         texts = [speculate(hat, prompt(5), 20, temperature=1.0, seed=s).ids.tolist() for s in (1, 1, 2)]
+        found = speculate(hat, prompt(3), N, streamer=TextStreamer(hat.base.tokenizer))
     assert texts[0] == texts[1] != texts[2]
+    assert capsys.readouterr().out.strip("\n") == hat.base.tokenizer.decode(found.ids[0]).strip("\n")
 
 
-class TestDraftLength:
-    def test_it_maximises_tokens_per_work(self):
-        """By hand at a = 1/2, c = 0.1: k = 1: 1.5/1.1, 2: 1.75/1.2, 3: 1.875/1.3, 4: 1.9375/1.4; the second is best."""
-        assert DraftLength(0.1)() == 2
-
-    def test_cheap_and_good_drafts_are_long_dear_or_bad_ones_short(self):
-        good, bad = DraftLength(0.05), DraftLength(0.9)
-        for _ in range(50):
-            good.see(4, 4)
-            bad.see(0, 4)
-        assert good() == 8 and bad() == 1
-
-    def test_only_what_was_tested_counts(self):
-        length = DraftLength(0.5)
-        length.see(1, 5)  # the second draft was rejected; the last three were never looked at
-        assert (length.accepted, length.tested) == (2, 4)
+def test_draft_length_maximises_tokens_per_work():
+    """By hand at a = 1/2, c = 0.1: k = 1: 1.5/1.1, 2: 1.75/1.2, 3: 1.875/1.3, 4: 1.9375/1.4; the second is best."""
+    assert DraftLength(0.1)() == 2
+    good, bad, length = DraftLength(0.05), DraftLength(0.9), DraftLength(0.5)
+    for _ in range(50):
+        good.see(4, 4)
+        bad.see(0, 4)
+    assert good() == 8 and bad() == 1
+    length.see(1, 5)  # the second draft was rejected; the last three were never looked at
+    assert (length.accepted, length.tested) == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -163,9 +148,7 @@ def test_bad_input(hat, ids, n, how, words):
     [
         "The future of AI is",
         "def fibonacci(n):\n",
-        "Question: What is gravity?\nAnswer:",
         "1, 2, 3, 4,",
-        "Mr. Speaker, the state of our union",
     ],
 )
 def test_bundled_in_fp32(bundled, text):

@@ -11,7 +11,7 @@ from tiny_runs import adaptive
 from hat_lib.config import HatError
 from hat_lib.inference import speed as module
 from hat_lib.inference.generate import AdaptiveInference
-from hat_lib.inference.speed import SpeedCurve, check_target, paired_steps, sample, speed_curve, timed
+from hat_lib.inference.speed import SpeedCurve, check_target, sample, speed_curve, timed
 
 CURVE = SpeedCurve("dense", 0.0, [0.1, 0.4, 0.7, 1.0], [2.0, 1.6, 1.3, 1.0], "cpu, float32, 1 threads")
 
@@ -27,35 +27,26 @@ def cache(monkeypatch, tmp_path):
     return tmp_path / "speed"
 
 
-@pytest.mark.parametrize("target", [1.05, 1.3, 1.45, 2.0])
-def test_the_largest_capacity_that_reaches_the_target(target):
-    capacity = CURVE.capacity_for(target)
-    assert CURVE.at(capacity) >= target > CURVE.at(min(1.0, capacity + 2e-4))
-
-
-def test_by_hand():
+def test_the_largest_capacity_that_reaches_the_target():
+    for target in (1.05, 1.3, 1.45, 2.0):
+        capacity = CURVE.capacity_for(target)
+        assert CURVE.at(capacity) >= target > CURVE.at(min(1.0, capacity + 2e-4))
     assert CURVE.capacity_for(1.45) == pytest.approx(0.55, abs=1e-4)
     assert CURVE.capacity_for(0.5) == CURVE.capacity_for(1.0) == 1.0
+    with pytest.raises(HatError, match=r"2\.5 is out of reach here: at most 2\.000 over our own dense path \(cpu"):
+        CURVE.capacity_for(2.5)
 
 
-def test_a_bumpy_measurement_becomes_a_falling_curve():
+def test_a_bumpy_measurement_becomes_a_falling_curve_inside_a_falling_spread():
     bumpy = dataclasses.replace(CURVE, measured=[1.2, 0.9, 1.0, 0.97])
     assert np.allclose(bumpy.speedups, [1.2, 0.9567, 0.9567, 0.9567], atol=1e-4)
     assert bumpy.largest == pytest.approx(1.2)
-
-
-def test_the_spread_falls_too_and_holds_the_prediction():
     curve = dataclasses.replace(CURVE, low=[1.5, 1.55, 1.2, 0.8], high=[2.5, 1.7, 1.3, 1.35])
     for capacity in np.linspace(0.1, 1, 19):
         low, high = curve.spread(capacity)
         assert low <= curve.at(capacity) <= high
     assert curve.spread(0.1) == pytest.approx((1.525, 2.5)) and curve.spread(1.0) == pytest.approx((0.8, 1.325))
     assert CURVE.spread(0.4) == (1.6, 1.6), "unknown"
-
-
-def test_out_of_reach_names_the_maximum_and_the_machine():
-    with pytest.raises(HatError, match=r"2\.5 is out of reach here: at most 2\.000 over our own dense path \(cpu"):
-        CURVE.capacity_for(2.5)
 
 
 @pytest.mark.parametrize("value", [0, -1, "abc", float("nan"), float("inf"), 50, True, None])
@@ -65,38 +56,27 @@ def test_targets_that_are_none(value):
     assert check_target("1.2") == 1.2
 
 
-@pytest.mark.slow
-def test_variants_take_turns_on_the_same_tokens(hat, monkeypatch):
-    """A clock that only one variant moves by 3 and the other by 1: the ratio at each position is 3."""
-    clock, seen = [0.0], []
+def test_both_take_turns_on_the_same_tokens(hat, monkeypatch):
+    """A clock that the reference moves by 3, and the model by 1, at its last step, a token that exits, by 1/2."""
+    clock, seen, run = [0.0], [], hat.lm.forward
     monkeypatch.setattr(module, "now", lambda lm: clock[0])
+    monkeypatch.setattr(module, "WARM", 2)
+    ids = torch.arange(10, 22)[None]
 
-    class Lm:
-        config = hat.lm.config
-        device = hat.lm.device
+    def forward(input_ids, cache, **rest):
+        if len(input_ids[0]) == 1:
+            who, at = hat.capacity, cache.get_seq_length()
+            seen.append((who, int(input_ids), at))
+            clock[0] += 3 if who == 1 else 1 - 0.5 * (at == 11)
+        return run(input_ids=input_ids, cache=cache, **rest)
 
-        def __init__(self, cost):
-            self.cost = cost
-
-        def __call__(self, input_ids, cache, **rest):
-            seen.append((self.cost, int(input_ids), cache.get_seq_length()))
-            clock[0] += self.cost
-            return hat.lm(input_ids=input_ids, cache=cache, **rest)
-
-    ids = torch.arange(10, 20)[None]
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=hat.lm.config)
-    hat.lm(input_ids=ids[:, :6], cache=cache)
-    times = paired_steps([(Lm(3.0), torch.inference_mode), (Lm(1.0), torch.inference_mode)], ids, cache, 4)
-    assert times.tolist() == [[3000.0] * 4, [1000.0] * 4] and module.speedup(times) == 3.0
-    assert seen == [(3, 16, 6), (1, 16, 6), (1, 17, 7), (3, 17, 7), (3, 18, 8), (1, 18, 8), (1, 19, 9), (3, 19, 9)]
-
-
-def test_a_token_in_four_that_exits_shows():
-    times = np.array([[8.0, 8, 8, 8], [8, 8, 8, 0]])
-    assert module.speedup(times, exits=True) == pytest.approx(4 / 3)
-    assert module.speedup(times[:, :3]) == 1.0
+    monkeypatch.setattr(hat.lm, "forward", forward)
+    with hat.at(0.5):
+        assert timed(hat, (hat.lm, hat.dense), ids) == 3.0, "the median of the ratios"
+    steps = [(0.5, 16, 6), (1.0, 16, 6), (1.0, 17, 7), (0.5, 17, 7)]
+    assert seen[:4] == steps and len(seen) == 12 and {at for _, _, at in seen} == {6, 7, 8, 9, 10, 11}
+    with hat.at(0.5, 0.2):
+        assert timed(hat, (hat.lm, hat.dense), ids) == pytest.approx(12 / 3.5), "what exits shows in no median"
 
 
 @pytest.fixture
@@ -173,4 +153,4 @@ def test_timed_for_real(hat):
 
 def test_against_what(hat):
     with pytest.raises(HatError, match="versus must be one of dense, hf, got 'both'"):
-        speed_curve(hat, "both")
+        AdaptiveInference(hat, "both")
