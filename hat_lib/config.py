@@ -76,6 +76,19 @@ def check_count(name: str, value: object, low: int, high: int | None = None) -> 
     return value
 
 
+WHY = "thresholds were set on other text, and the first tokens of a block run in full"
+"""why a realised capacity is not the requested one"""
+
+
+def work_said(capacity: float, realised: float, exit_rate: float, realised_exit: float, model_share: float) -> str:
+    """What was requested beside what was realised, in words, with the reason where capacities differ."""
+    why = f" ({WHY})" if abs(realised - capacity) >= 0.005 else ""
+    return (
+        f"capacity {capacity:.2f} requested, {realised:.3f} realised{why}; exit rate {exit_rate:.2f} requested, "
+        f"{realised_exit:.3f} realised; model share {model_share:.3f}"
+    )
+
+
 def scaled_exits(n_layers: int) -> tuple[int, ...]:
     """The published exit depths in proportion to another depth; distinct, in [1, n_layers - 1].
 

@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: a module a command; `given` has what they share, `app` puts them together."""

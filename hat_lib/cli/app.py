@@ -8,26 +8,112 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from contextlib import suppress
 
-from hat_lib.cli.commands.analyze import analyze
-from hat_lib.cli.commands.batch import batch
-from hat_lib.cli.commands.calibrate import calibrate
-from hat_lib.cli.commands.evaluate import evaluate
-from hat_lib.cli.commands.generate import generate
-from hat_lib.cli.commands.reproduce import reproduce
-from hat_lib.cli.commands.setup import setup
-from hat_lib.cli.commands.sweep import sweep
-from hat_lib.cli.commands.train import train
-from hat_lib.cli.console import app
+import typer
+from typer.core import TyperGroup
+
+from hat_lib.cli.analyze import analyze
+from hat_lib.cli.batch import batch
+from hat_lib.cli.evaluate import evaluate
+from hat_lib.cli.generate import generate
+from hat_lib.cli.given import option, say
+from hat_lib.cli.results import reproduce, sweep
+from hat_lib.cli.train import calibrate, train
+from hat_lib.config import NO_DATA, HatError, outside_repository
+
+
+def setup(
+    fetch: bool = option(True, "Fetch the bundled base (93 MB) and texts (7 MB) if missing."),
+    quiet: bool = option(False, "No report: say only what is fetched, or fails.", "--quiet"),
+) -> None:
+    """Fetch the base and the texts, report the environment."""
+    from hat_lib.workbook.environment import environment, fetch_bundled, lines
+
+    try:
+        if fetch:
+            fetch_bundled()
+    finally:  # above all when fetching failed
+        if not quiet:
+            typer.echo("\n".join(lines(environment())))
+
 
 GROUPS = {
     "Use": (setup, generate, evaluate, analyze, calibrate, sweep),
     "Train": (train,),
     "Reproduce": (reproduce, batch),
 }
-for group, commands in GROUPS.items():
-    for command in commands:
-        app.command(rich_help_panel=group)(command)
+
+# \b keeps the lines of a paragraph as they are.
+EXAMPLE = """\b
+A worked example, from nothing to a measured price of less compute:
+
+\b
+  hat setup                                        fetch base and texts, once
+  hat generate --prompt "The state of our union"   at the default capacity
+  hat generate --prompt "The state of our union" --capacity 1.0
+                                                   everything runs: the base
+  hat evaluate --text docstrings --capacity 0.6    what does it cost?
+  hat calibrate --save mine                        your own thresholds
+  hat evaluate --checkpoint mine --capacity 0.6
+  hat train --profile quick --save trained         routers, then exit gates
+"""
+
+
+class Hat(TyperGroup):
+    """The one place where bad input becomes a line on stderr, and Ctrl-C exit code 130."""
+
+    def main(self, *args, **options):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a terminal of ASCII alone shows a question mark for the rest
+                stream.reconfigure(errors="replace")
+        try:
+            return super().main(*args, **options)
+        except OSError as error:  # a full disk, a folder where a file should be: the system's words say it
+            if error.errno is None:
+                raise
+            with suppress(OSError):
+                say("error", f"{error.filename or 'cannot write the output'}: {error.strerror}")
+            for stream in (sys.stdout, sys.stderr):
+                try:
+                    stream.flush()
+                except OSError:  # what is left would fail once more when Python ends
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            sys.exit(1)
+
+    def invoke(self, ctx):
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: say("warning", message)
+                return super().invoke(ctx)
+        except HatError as error:
+            say("error", f"{error}; {NO_DATA}" if outside_repository(str(error)) else error)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("\ninterrupted", err=True)
+            raise typer.Exit(130) from None
+
+    def format_commands(self, ctx, formatter):
+        """By group, which Typer itself shows with rich alone."""
+        width = formatter.width - 6 - max(map(len, self.commands))
+        for group, commands in GROUPS.items():
+            with formatter.section(group):
+                names = [command.__name__ for command in commands]
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(width)) for name in names])
+
+
+app = typer.Typer(
+    cls=Hat,
+    help="Hierarchical Adaptive Transformer: per-token compute for a frozen Llama.",
+    epilog=EXAMPLE,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text reads the same in a terminal, a notebook and a log
+)
+for command in sum(GROUPS.values(), ()):
+    app.command()(command)
 
 
 def main() -> None:
@@ -37,7 +123,3 @@ def main() -> None:
     if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     app(prog_name="hat")
-
-
-if __name__ == "__main__":
-    main()

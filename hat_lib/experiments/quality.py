@@ -31,7 +31,7 @@ from hat_lib.model.schema import digest
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import findings, frontier
 from hat_lib.plotting.findings import said
-from hat_lib.text.blocks import load_text, text_hash
+from hat_lib.text.blocks import default_split, load_text, text_hash
 
 ABOUT = "a variant (trained, untrained, a control) at a point, at equal work"
 MINUTES = 60
@@ -220,7 +220,7 @@ def measure(
 
 
 def _on_text(hat, grain: Grain, adapters, text: str, max_tokens: int, points) -> Iterator[Row]:
-    blocks = load_text(text, hat.base.tokenizer, split="test", max_tokens=max_tokens)
+    blocks = load_text(text, hat.base.tokenizer, split=default_split(text, hat), max_tokens=max_tokens)
     with hat.dense():
         base, against = score(hat, blocks, progress=False), states(hat, blocks, progress=False)
     run = partial(score, hat, blocks, against=against, progress=False)

@@ -15,14 +15,13 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from hat_lib.config import HatError, check_capacity
+from hat_lib.config import WHY, HatError, check_capacity
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.sweep import sweep as sweep_figure
 from hat_lib.text.blocks import default_split, load_text, names_file
 
 CAPACITIES = (0.4, 0.55, 0.7, 0.9)
-WHY = "realised differs from requested: thresholds were set on other text, and the first tokens of a block run in full"
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,11 @@ class Sweep:
 
     def __str__(self) -> str:
         table = self.frame.to_string(index=False, float_format="{:.4f}".format)
-        return f"{self._what()}\n{table}\n{WHY}"
+        return f"{self._what()}\n{table}\nrealised differs from requested: {WHY}"
 
     def _repr_html_(self) -> str:
         table = self.frame.to_html(index=False, float_format="{:.4f}".format, border=0)
-        return f"<p>{escape(self._what())}</p>{table}<p>{WHY}</p>"
+        return f"<p>{escape(self._what())}</p>{table}<p>realised differs from requested: {WHY}</p>"
 
     def _what(self) -> str:
         short = "" if self.blocks > 1 else " (no interval: one block)"

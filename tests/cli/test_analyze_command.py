@@ -10,7 +10,6 @@ import tiny_runs
 from hat_lib.backbone import base
 from hat_lib.evaluation import routing_tables
 from hat_lib.evaluation.routing import LOSSES, patterns
-from hat_lib.model import transformer as model
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
 from hat_lib.text.plain import plain
@@ -99,8 +98,7 @@ def test_command_says_so_where_one_block_has_no_interval(run, checkpoint, text):
     ],
 )
 def test_bad_options_stop_before_a_base_is_loaded(run, checkpoint, text, monkeypatch, options, words):
-    for module in (base, model):
-        monkeypatch.setattr(module, "load_base", lambda *args, **more: pytest.fail("a base was loaded"))
+    monkeypatch.setattr(base, "fingerprint", lambda *args: pytest.fail("a base was loaded"))
     code, printed, err = run("--checkpoint", checkpoint, "--text", text, *options)
     assert code == 2 and printed == "" and words in err and err.count("error: ") == 1
 

@@ -18,12 +18,11 @@ import hat_lib
 from hat_lib.backbone import base
 from hat_lib.backbone.shapes import byte_tokenizer, random_model
 from hat_lib.calibration.exits import calibrate_exits
-from hat_lib.cli import validation as given
+from hat_lib.cli import given
 from hat_lib.config import REPO
 from hat_lib.evaluation import perplexity as evaluate
 from hat_lib.evaluation.lm_eval import TASKS
 from hat_lib.inference import generate, speed
-from hat_lib.model import transformer as model
 from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE
 from hat_lib.workbook import environment as report
 
@@ -61,8 +60,7 @@ def no_base(monkeypatch):
     def load(*args, **options):
         raise AssertionError("a base was loaded before the arguments were checked")
 
-    monkeypatch.setattr(base, "load_base", load)
-    monkeypatch.setattr(model, "load_base", load)
+    monkeypatch.setattr(base, "fingerprint", load)
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +76,7 @@ def calibrated(tmp_path_factory, text):
     """What `hat calibrate` writes for the tiny base; stdout beside it."""
     folder = tmp_path_factory.mktemp("calibrated") / "my checkpoint"
     command = ["calibrate", *TINY, "--save", folder, "--text", text, "--tokens", "600", "--probe-tokens", "64"]
-    done = python_m("hat_lib.cli.app", *command)
+    done = python_m("hat_lib", *command)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 

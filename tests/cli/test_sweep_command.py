@@ -41,7 +41,7 @@ def test_sweep_writes_goes_on_and_draws(checkpoints, hat, tmp_path):
     assert len(rows) == 4 + 4 + 4 and (tmp_path / "new" / "sweep.png").stat().st_size > 5000
     lucky = [r for r in rows if r.variant == "random" and r.capacity == 0.6]
     assert {r.seed for r in lucky} == {0, 1} and len({r.ppl for r in lucky}) == 2
-    assert "capacity and exit rate as requested, and (realised); they differ, for the thresholds" in out
+    assert "capacity and exit rate as requested, and (realised); they differ, for thresholds" in out
     code, out, _ = sweep("--capacity", "0.6,0.8", "--exit-rate", "0,0.3", "--seed", "0,1")
     assert code == 0 and out.count("channel  docstrings") == 6, "only what was missing"
 

@@ -9,8 +9,7 @@ import time
 import pytest
 
 from hat_lib.cli.app import GROUPS, app
-from hat_lib.cli.console import WHY, realised
-from hat_lib.config import REPO
+from hat_lib.config import REPO, WHY, work_said
 
 GENERATE = ("generate", "--base", "random:tiny", "--capacity", "1", "--max-new-tokens", "4", "--prompt")
 
@@ -55,11 +54,12 @@ def test_every_option_is_explained(run_hat, command):
         assert len(" ".join(option.split()[1:])) > 20, option
 
 
-def test_a_realised_capacity_says_why_it_is_another():
-    assert realised(0.6, 0.583) == f"0.60 requested, 0.583 realised ({WHY})"
-    assert realised(1.0, 1.0) == "1.00 requested, 1.000 realised"
-    assert realised(0.6, 0.603) == "0.60 requested, 0.603 realised"
-    assert realised(0.6, float("nan")) == "0.60 requested, nan realised"
+@pytest.mark.parametrize(
+    ("found", "said"), [(0.583, f"0.583 realised ({WHY})"), (0.603, "0.603 realised"), (float("nan"), "nan realised")]
+)
+def test_a_realised_capacity_says_why_it_is_another(found, said):
+    rest = "exit rate 0.00 requested, 0.001 realised; model share 0.700"
+    assert work_said(0.6, found, 0.0, 0.001, 0.7) == f"capacity 0.60 requested, {said}; {rest}"
 
 
 @pytest.mark.parametrize(

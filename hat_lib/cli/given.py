@@ -1,6 +1,7 @@
-"""What the commands were given: checked and read before torch is imported or a model is loaded.
+"""What the commands take: each option with the words that explain it, and the checks before a model is loaded.
 
-A wrong value raises `HatError`, which `hat_lib.cli.console` tells in one line; `load` comes last and brings the model.
+A wrong value raises `HatError`, which `hat_lib.cli.app` tells in one line. torch is imported inside functions alone, so
+that help answers at once.
 """
 
 from __future__ import annotations
@@ -11,11 +12,57 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from hat_lib.cli.options import CALIBRATED
-from hat_lib.config import GRANULARITIES, HatConfig, HatError, check_capacity, check_exit_rate
+import typer
+
+from hat_lib.config import DATA, GRANULARITIES, HatConfig, HatError, check_capacity, check_exit_rate
+from hat_lib.text.plain import printable
 
 if TYPE_CHECKING:
     from hat_lib.model.transformer import HierarchicalTransformer
+
+CHECKPOINTS = DATA / "checkpoints"
+CALIBRATED = CHECKPOINTS / "calibrated"
+"""a reference checkpoint of the bundled base, which comes with the repository"""
+
+BASE_HELP = "bundled, a Hub id (owner/name), a folder with safetensors, a .gguf file, or random:tiny"
+TEXT_HELP = "addresses, docstrings, a .txt, .jsonl or .parquet file, or a Hub dataset (owner/name[:config])"
+CAPACITY_HELP = "share of the routable work to execute, 0.1-1.0, where 1.0 runs everything"
+DTYPES_HELP = "fp32, bf16 or fp16"
+
+
+def option(default, words: str, *names: str, **settings):
+    return typer.Option(default, *names, help=words, **settings)
+
+
+BASE = option(None, f"The frozen Llama: {BASE_HELP}. [default: the one the checkpoint names, or bundled]")
+BUNDLED_BASE = option("bundled", f"The frozen Llama: {BASE_HELP}.")
+CHECKPOINT = option(None, "Folder that `hat calibrate` wrote. [default: one for bundled; capacity 1.0 needs none]")
+# Strings, so that a wrong number gets the library's own message.
+CAPACITY = option(None, f"Compute per token: {CAPACITY_HELP}. [default: the checkpoint's]", metavar="SHARE")
+EXIT_RATE = option(
+    None,
+    "Share of tokens to leave before the last layer, 0-1, where 0 is off; above 0 needs a checkpoint with trained exit "
+    "gates. [default: the checkpoint's]",
+    metavar="SHARE",
+)
+DTYPE = option(None, f"{DTYPES_HELP}. [default: bf16 where the hardware computes in it, else fp32]")
+GRANULARITY = option(
+    HatConfig.granularity,
+    "What a router decides about, per token: channel (an input channel of a linear layer) or token (the whole FFN; the "
+    "published method).",
+)
+TEXT = option("addresses", f"What to measure on: {TEXT_HELP}.")
+SPLIT = option(
+    None,
+    "Part of the text: train, validation, test (5 % of a file), or all. [default: test; all of a file that the "
+    "checkpoint was not made with]",
+)
+MAX_TOKENS = option(4000, "Tokens of text, at least 2; more makes the interval narrower.")
+
+
+def say(kind: str, message: object) -> None:
+    """One line on stderr, in which nothing acts."""
+    typer.echo(f"{kind}: {printable(str(message).replace(chr(10), ' '))}", err=True)
 
 
 def names(option: str, text: str) -> list[str]:
@@ -26,19 +73,9 @@ def names(option: str, text: str) -> list[str]:
     return found
 
 
-def grain_names(text: str, what: str = "grains") -> list[str]:
-    """``"channel,token"`` as names of grains."""
-    wanted = [name.strip() for name in text.split(",")]
+def check_grains(what: str, wanted: list[str]) -> None:
     if unknown := [name for name in wanted if name not in GRANULARITIES]:
         raise HatError(f"{what} must be among {', '.join(GRANULARITIES)}, got {unknown[0]!r}")
-    return wanted
-
-
-def check_dtype(dtype: str | None) -> None:
-    from hat_lib.backbone.base import parse_dtype
-
-    if dtype is not None:
-        parse_dtype(dtype)
 
 
 def check_writable(folder: Path, what: str = "a checkpoint") -> None:
@@ -72,13 +109,12 @@ def measured(source: str, split: str, tokens: int, n_bytes: int) -> tuple[float 
     from hat_lib.text.blocks import source_bytes
 
     whole = source_bytes(source, "all")
-    of_split = whole if split == "all" else source_bytes(source, split)
     if not whole or not n_bytes:
         return None, f"{tokens:,} tokens, split {split}"
     share = min(1.0, n_bytes / whole)
     if share > 0.995:
         return share, f"{tokens:,} tokens, the whole text"
-    more = "--max-tokens measures" if whole == of_split else "--split all and --max-tokens measure"
+    more = "--max-tokens measures" if whole == source_bytes(source, split) else "--split all and --max-tokens measure"
     about = f"{float(f'{tokens / share:.2g}'):,.0f}"
     return share, f"{tokens:,} of about {about} tokens ({share:.1%} of the text), split {split}; {more} more"
 
@@ -102,20 +138,22 @@ def read_prompt(prompt: str) -> str:
 def load(
     base: str | None, checkpoint: Path | None, capacity: str | None, exit_rate: str | None, dtype: str | None
 ) -> HierarchicalTransformer:
-    """The model that the options of `generate` and `evaluate` ask for, with everything checked first."""
+    """The model that the options of `generate`, `evaluate` and `analyze` ask for, with everything checked first."""
     share = None if capacity is None else check_capacity(capacity)
     rate = None if exit_rate is None else check_exit_rate(exit_rate)
-    if checkpoint is None and (share != 1.0 or rate):
-        checkpoint = _reference_checkpoint(base)
-    check_dtype(dtype)
+    needed = checkpoint is None and (share != 1.0 or rate)
+    if needed and base not in (None, "bundled"):
+        raise HatError(_MISSING.format(where=f"for {base}", of=f"--base {base} "))
+    if needed and not CALIBRATED.exists():
+        raise HatError(_MISSING.format(where=f"at {CALIBRATED}", of=""))
 
     from hat_lib.backbone.base import load_base
     from hat_lib.model.transformer import HierarchicalTransformer
 
-    if checkpoint is None:
+    if checkpoint is None and not needed:
         loaded = load_base(*[base] if base else [], dtype=dtype)
         return HierarchicalTransformer(loaded, HatConfig.default(loaded))
-    hat = HierarchicalTransformer.from_pretrained(checkpoint, base, dtype=dtype)
+    hat = HierarchicalTransformer.from_pretrained(checkpoint or CALIBRATED, base, dtype=dtype)
     if share is not None:
         hat.capacity = share
     if rate is not None:
@@ -123,14 +161,7 @@ def load(
     return hat
 
 
-def _reference_checkpoint(base: str | None) -> Path:
-    if base in (None, "bundled"):
-        if CALIBRATED.exists():
-            return CALIBRATED
-        missing, of = f"at {CALIBRATED}", ""
-    else:
-        missing, of = f"for {base}", f"--base {base} "
-    raise HatError(
-        f"no checkpoint {missing}: make one with `hat calibrate {of}--save DIR` and pass --checkpoint DIR, or run "
-        "everything with --capacity 1.0"
-    )
+_MISSING = (
+    "no checkpoint {where}: make one with `hat calibrate {of}--save DIR` and pass --checkpoint DIR, or run everything "
+    "with --capacity 1.0"
+)

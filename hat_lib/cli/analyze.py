@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from hat_lib.cli import options as take
-from hat_lib.cli import validation as given
-from hat_lib.cli.console import realised, say
-from hat_lib.cli.options import option
-from hat_lib.config import HatError, check_count
+from hat_lib.cli import given
+from hat_lib.cli.given import option, say
+from hat_lib.config import check_count, work_said
 from hat_lib.text.plain import plain, printable
 
 if TYPE_CHECKING:
@@ -20,27 +18,23 @@ if TYPE_CHECKING:
 
     from hat_lib.evaluation.routing import Patterns
 
+KEYS = {"classes": ["class"], "positions": ["first", "last"], "quantiles": ["quantity", "least"]}
+"""tables by group, and what names a group"""
+QUANTITIES = {"surprisal": "the surprisal of the next token", "kl": "what skipping changed there (KL)"}
+PAGE = '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+
 
 def analyze(
-    base: take.Base = None,
-    checkpoint: take.Checkpoint = None,
-    text: take.Text = "addresses",
-    split: take.Split = None,
-    capacity: take.Capacity = None,
-    exit_rate: take.ExitRate = None,
-    max_tokens: take.MaxTokens = 4000,
-    dtype: take.Dtype = None,
-    tables: Annotated[
-        bool,
-        option(
-            "Also the tables behind the findings, and the beginning of the text, coloured by the work of each token.",
-            "--tables",
-        ),
-    ] = False,
-    out: Annotated[
-        Path | None,
-        option("Also write tables (CSV), figures (PNG) and coloured text (HTML) to this folder.", metavar="DIR"),
-    ] = None,
+    base: str | None = given.BASE,
+    checkpoint: Path | None = given.CHECKPOINT,
+    text: str = given.TEXT,
+    split: str | None = given.SPLIT,
+    capacity: str | None = given.CAPACITY,
+    exit_rate: str | None = given.EXIT_RATE,
+    max_tokens: int = given.MAX_TOKENS,
+    dtype: str | None = given.DTYPE,
+    tables: bool = option(False, "Also the tables, and the beginning of the text, coloured by work.", "--tables"),
+    out: Path | None = option(None, "Also write tables (CSV), figures (PNG) and coloured text (HTML) to this folder."),
 ) -> None:
     """Which tokens get how much, where, and how hard they are.
 
@@ -61,14 +55,13 @@ def analyze(
     split = split or default_split(text, hat)
     found = patterns(hat, load_text(text, hat.base.tokenizer, split=split, max_tokens=max_tokens))
     made = {name: make(found) for name, make in TABLES.items()}
-    tokens, free = found.tokens, found.tokens.loc[~found.tokens["protected"], "model_share"]
-    n_blocks = tokens["block"].nunique()
+    tokens, n_blocks = found.tokens, found.tokens["block"].nunique()
     if n_blocks < 2:
         say("warning", f"intervals need at least 2 blocks of up to 512 tokens, got {len(tokens)} tokens in one")
-    typer.echo(f"{printable(text)}: {len(tokens)} tokens in {n_blocks} blocks")
     _, said = given.measured(text, split, len(tokens), sum(len(t.encode(errors="replace")) for t in tokens["text"]))
-    typer.echo("\n".join([f"measured     {said}", *_findings(found, made)]))
-    low, high = free.quantile([0.01, 0.99])
+    typer.echo(f"{printable(text)}: {len(tokens)} tokens in {n_blocks} blocks\nmeasured     {said}")
+    typer.echo("\n".join(_findings(found, made)))
+    low, high = tokens.loc[~tokens["protected"], "model_share"].quantile([0.01, 0.99])
     scale = {"meaning": "share of the base's work that a token got", "low": low, "high": high}
     if tables:
         typer.echo("\n+ or - behind an interval: clear of the mean of all tokens, above or below")
@@ -83,47 +76,37 @@ def analyze(
     from hat_lib.plotting.routing import FIGURES
     from hat_lib.plotting.style import png
 
-    page = '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
     files = {f"{name}.csv": _csv(table) for name, table in {"tokens": tokens, **made}.items()}
     files |= {f"{name}.png": png(draw(made[name])) for name, draw in FIGURES.items()}
-    files["text.html"] = (page + html(*passages(tokens, "model_share"), **scale)).encode()
-    _write(out.expanduser(), files)
+    files["text.html"] = (PAGE + html(*passages(tokens, "model_share"), **scale)).encode()
+    out.expanduser().mkdir(parents=True, exist_ok=True)
+    for name, payload in files.items():
+        (out.expanduser() / name).write_bytes(payload)
     typer.echo(f"\nwrote {', '.join(files)} to {out}")
-
-
-KEYS = {"classes": ["class"], "positions": ["first", "last"], "quantiles": ["quantity", "least"]}
-"""tables by group, and what names a group"""
 
 
 def _findings(found: Patterns, tables: dict[str, pd.DataFrame]) -> list[str]:
     """How much was executed, by whom, where, and whether hard tokens got more: a line each."""
-    exits = f"{found.requested_exit_rate:.2f} requested, {found.exit_rate:.3f} realised"
-    classes, layers, rho = tables["classes"], tables["layers"], tables["correlations"]
+    classes, layers, rho = tables["classes"], tables["layers"].query("site == 'all'"), tables["correlations"]
     classes = classes[(classes["measure"] == "share") & (classes["tokens"] >= min(20, classes["tokens"].max()))]
-    layers = layers[layers["site"] == "all"]
-    rho = rho[(rho["compute"] == "share") & rho["quantity"].isin(["surprisal", "kl"]) & (rho["of"] == "next")]
-    rho = rho[rho["rho"].notna()]
+    rho = rho.query("compute == 'share' and quantity in ['surprisal', 'kl'] and of == 'next'").dropna(subset=["rho"])
     hard = [f"{QUANTITIES[r.quantity]} {r.rho:+.2f}{_interval(r.low, r.high, '+.2f')}" for r in rho.itertuples()]
+    share = found.tokens["model_share"].mean()
+    work = work_said(found.requested_capacity, found.capacity, found.requested_exit_rate, found.exit_rate, share)
     return [
-        f"work         capacity {realised(found.requested_capacity, found.capacity)}; exit rate {exits}; "
-        f"{found.tokens['model_share'].mean():.3f} of the base's work, head and routers included",
+        f"work         {work} of the base's work, head and routers included",
         f"classes      {_extremes(classes, 'class')}",
         f"layers       {_extremes(layers.assign(layer=[f'layer {n}' for n in layers['layer']]), 'layer')}",
         f"difficulty   rank correlation of a token's share with {', with '.join(hard) or 'anything: all are alike'}",
     ]
 
 
-QUANTITIES = {"surprisal": "the surprisal of the next token", "kl": "what skipping changed there (KL)"}
-
-
 def _extremes(rows: pd.DataFrame, name: str) -> str:
     if rows["mean"].max() == rows["mean"].min():
         return f"every {name} ran {rows['mean'].max():.1%}"
-    most, least = (rows.loc[at] for at in (rows["mean"].idxmax(), rows["mean"].idxmin()))
-    return ", ".join(
-        f"{word} work: {row[name]}, {row['mean']:.1%}{_interval(row['low'], row['high'], '.1%')}"
-        for word, row in (("most", most), ("least", least))
-    )
+    ends = {"most": rows.loc[rows["mean"].idxmax()], "least": rows.loc[rows["mean"].idxmin()]}
+    said = {word: f"{row['mean']:.1%}{_interval(row['low'], row['high'], '.1%')}" for word, row in ends.items()}
+    return ", ".join(f"{word} work: {ends[word][name]}, {said[word]}" for word in ends)
 
 
 def _interval(low: float, high: float, form: str) -> str:
@@ -155,22 +138,5 @@ def _by_layer(table: pd.DataFrame) -> str:
 
 def _csv(table: pd.DataFrame) -> bytes:
     """Six digits; text that neither a terminal nor a spreadsheet acts on."""
-
-    def cells(column: pd.Series) -> pd.Series:
-        if column.dtype.kind == "f":
-            return column.map(lambda v: float(f"{v:.6g}"))
-        return column.map(lambda v: plain(v) if isinstance(v, str) else v)
-
-    return table.apply(cells).to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").encode()
-
-
-def _write(folder: Path, files: dict[str, bytes]) -> None:
-    """Each file is written beside its place and renamed, so that no reader finds half of one."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, payload in files.items():
-            part = folder / f".{name}.part"
-            part.write_bytes(payload)
-            part.replace(folder / name)
-    except OSError as error:
-        raise HatError(f"cannot write an analysis to {folder}: {error.strerror or error}") from error
+    safe = table.map(lambda value: plain(value) if isinstance(value, str) else value)
+    return safe.to_csv(index=False, float_format="%.6g", quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").encode()

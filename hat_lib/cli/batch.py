@@ -6,51 +6,40 @@ import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from hat_lib.cli.options import option
+from hat_lib.cli.given import option
 from hat_lib.config import HatError, check_count
 
 
 def batch(
-    notebook: Annotated[
-        str, typer.Argument(metavar="NOTEBOOK", help="A path, or a number or name in notebooks/.", show_default=False)
-    ],
-    grid: Annotated[
-        list[str],
-        option(
-            "Values of one of the notebook's parameters; repeated, every combination runs: --grid capacity=0.4,0.7 "
-            "--grid seed=0,1,2.",
-            "--grid",
-            metavar="NAME=VALUE,...",
-        ),
-    ],
-    out: Annotated[Path, option("New folder, or that of the same notebook's batch to go on with.", metavar="DIR")],
-    engine: Annotated[
-        str, option("local (processes on this machine) or dask (the workers of --scheduler).", metavar="ENGINE")
-    ] = "local",
-    scheduler: Annotated[str | None, option("Address of a Dask scheduler.", metavar="tcp://HOST:PORT")] = None,
-    jobs: Annotated[
-        int | None,
-        option("Runs at once, each with a model of its own; 1 suits a GPU. [default: one for each core]", metavar="N"),
-    ] = None,
-    threads: Annotated[
-        int | None, option("Threads that each run computes with. [default: cores / runs at once]", metavar="N")
-    ] = None,
-    retries: Annotated[int, option("Further attempts for a run that failed or whose worker was killed.")] = 1,
-    cell_timeout: Annotated[int, option("Seconds that one cell may take.")] = 600,
+    notebook: str = typer.Argument(
+        ..., metavar="NOTEBOOK", help="A path, or a number or name in notebooks/.", show_default=False
+    ),
+    grid: list[str] = option(
+        ...,
+        "Values of one of the notebook's parameters; repeated, every combination runs: --grid capacity=0.4,0.7 --grid "
+        "seed=0,1,2.",
+        metavar="NAME=VALUE,...",
+    ),
+    out: Path = option(..., "New folder, or that of the same notebook's batch to go on with."),
+    engine: str = option("local", "local (processes on this machine) or dask (the workers of --scheduler)."),
+    scheduler: str | None = option(None, "Address of a Dask scheduler.", metavar="tcp://HOST:PORT"),
+    jobs: int | None = option(None, "Runs at once, each with its own model; 1 suits a GPU. [default: number of cores]"),
+    threads: int | None = option(None, "Threads that each run computes with. [default: cores / runs at once]"),
+    retries: int = option(1, "Further attempts for a run that failed or whose worker was killed."),
+    cell_timeout: int = option(600, "Seconds that one cell may take."),
 ) -> None:
     """Run one notebook over a grid of parameters.
 
     In parallel; one executed notebook and one row of DIR/runs.csv for each run. Stopped and started again, it runs what
     is missing or failed. Exits with 1 if a run failed.
     """
-    for name, value, low in (("jobs", jobs, 1), ("threads", threads, 1), ("retries", retries, 0)):
+    counts = {"jobs": (jobs, 1), "threads": (threads, 1), "retries": (retries, 0), "cell timeout": (cell_timeout, 1)}
+    for name, (value, low) in counts.items():
         if value is not None:
             check_count(name, value, low)
-    check_count("cell timeout", cell_timeout, 1)
     if engine not in ("local", "dask"):
         raise HatError(f"engine must be local or dask, got {engine!r}")
     if (engine == "dask") != (scheduler is not None):
@@ -72,9 +61,7 @@ def batch(
         with Dask(scheduler) if engine == "dask" else local as workers:
             settings = {"threads": threads or workers.threads, "retries": retries, "cell_timeout": cell_timeout}
             for row in carry_out(path, points, out, workers, **settings):
-                typer.echo(f"{row.run}: {row.status} after {row.seconds:.1f} s")
-                if row.error:
-                    typer.echo(f"  {row.error}")
+                typer.echo(f"{row.run}: {row.status} after {row.seconds:.1f} s" + f"\n  {row.error}" * bool(row.error))
     except KeyboardInterrupt:
         again = shlex.join(["hat", *sys.argv[1:]])
         typer.echo(f"\ninterrupted; finished runs stay, and the same command does the others: {again}", err=True)

@@ -1,0 +1,163 @@
+"""``hat evaluate``: quality beside the base's, on a text or on tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from hat_lib import __version__
+from hat_lib.cli import given
+from hat_lib.cli.given import option
+from hat_lib.config import HatError, check_count, work_said
+from hat_lib.text.plain import printable
+
+if TYPE_CHECKING:
+    from hat_lib.model.transformer import HierarchicalTransformer
+
+FOUR_BIT = "the bundled base is a 4-bit file, dequantised; its perplexity is not that of the published weights"
+
+
+def evaluate(
+    base: str | None = given.BASE,
+    checkpoint: Path | None = given.CHECKPOINT,
+    text: str = given.TEXT,
+    split: str | None = given.SPLIT,
+    capacity: str | None = given.CAPACITY,
+    exit_rate: str | None = given.EXIT_RATE,
+    max_tokens: int = given.MAX_TOKENS,
+    documents: bool = option(False, "Also a line for each document.", "--documents"),
+    tasks: str | None = option(
+        None, "Instead of a text: tasks of lm-evaluation-harness, comma-separated, such as address_cloze."
+    ),
+    tasks_path: Path | None = option(
+        None, "Folder of YAML files of tasks; Python that a task names is run. [default: data/tasks]"
+    ),
+    batch_size: int = option(1, "Blocks or requests a forward, at least 1; changes no result beyond rounding."),
+    dtype: str | None = given.DTYPE,
+    as_json: bool = option(False, "Print one JSON object on stdout and nothing else.", "--json"),
+) -> None:
+    """Perplexity against the base, with its 95 % interval.
+
+    Both are scored on the same blocks, and the interval is a paired one. Or, with --tasks, scores of
+    lm-evaluation-harness, the base's beside the model's.
+    """
+    check_count("max tokens", max_tokens, 2)
+    check_count("batch size", batch_size, 1)
+    if tasks is None:
+        if tasks_path is not None:
+            raise HatError("--tasks-path needs --tasks NAME[,NAME]")
+        given.check_text(text, split)
+        hat = given.load(base, checkpoint, capacity, exit_rate, dtype)
+        row, lines = _on_text(hat, text, split, max_tokens, batch_size, documents)
+    else:
+        if documents or (text, split, max_tokens) != (given.TEXT.default, None, given.MAX_TOKENS.default):
+            raise HatError("--tasks brings its own text: leave out --text, --split, --max-tokens and --documents")
+        from hat_lib.evaluation.lm_eval import TASKS, load_tasks
+
+        loaded = load_tasks(given.names("--tasks", tasks), tasks_path or TASKS)
+        hat = given.load(base, checkpoint, capacity, exit_rate, dtype)
+        row, lines = _on_tasks(hat, loaded, batch_size)
+    typer.echo(json.dumps(row) if as_json else "\n".join(lines))
+
+
+def _on_text(
+    hat: HierarchicalTransformer, text: str, split: str | None, max_tokens: int, batch_size: int, documents: bool
+) -> tuple[dict, list[str]]:
+    """What was measured, for a program and for a reader."""
+    from hat_lib.evaluation.documents import bits_per_byte, by_document, text_bytes
+    from hat_lib.evaluation.perplexity import compare, score_pair
+    from hat_lib.text.blocks import default_split, load_text, text_hash
+
+    split = split or default_split(text, hat)
+    blocks = load_text(text, hat.base.tokenizer, split=split, max_tokens=max_tokens)
+    if len(blocks) < 2:
+        raise HatError(
+            f"{text}, split {split}: an interval needs at least 2 blocks of up to 512 tokens, got "
+            f"{len(blocks[0]['input_ids'])} tokens: bring more text (5 % of a file are its split test), name another "
+            "--split, or raise --max-tokens"
+        )
+    dense, adaptive = score_pair(hat, blocks, batch_size=batch_size)
+    paired, sizes = compare(dense, adaptive), text_bytes(blocks, hat.base.tokenizer)
+    rows, n_bytes = by_document(blocks, sizes, dense, adaptive), int(sizes.sum())
+    share, said = given.measured(text, split, paired.tokens, n_bytes)
+    bits = {name: bits_per_byte(s.nll.sum(), n_bytes) for name, s in (("base_bits", dense), ("bits", adaptive))}
+    row = _about(hat, adaptive.capacity, adaptive.exit_rate, adaptive.model_share)
+    row |= {"text": text, "split": split, "text_hash": text_hash(blocks)[:16]}
+    row |= {"tokens": paired.tokens, "blocks": paired.n_blocks, "bytes": n_bytes, "share_of_text": share}
+    row |= {"base_perplexity": paired.base_ppl, "perplexity": paired.ppl, "increase": paired.increase}
+    row |= {"increase_low": paired.low, "increase_high": paired.high}
+    row |= {f"{name}_per_byte": value for name, value in bits.items()}
+    row |= {"top1": adaptive.agreement.top1, "kl": adaptive.agreement.kl, "depth": adaptive.depth}
+    row["exits"] = {depth: int(adaptive.exits[depth]) for depth in (*hat.config.exit_layers, hat.config.n_layers)}
+    row["documents"] = [asdict(r) for r in rows]
+    words = {name: _estimate(value) for name, value in bits.items()} | {"name": printable(text), "measured": said}
+    lines = [ON_TEXT.format(**row | words), *_work(row)]
+    if hat.exit_rate:
+        total = sum(row["exits"].values())
+        lines.append(f"mean depth   {adaptive.depth:.2f} of {hat.config.n_layers} layers")
+        lines += [f"  {depth:3d} layers {n:7d} tokens, {n / total:.1%}" for depth, n in row["exits"].items()]
+    if documents:
+        lines.append("\ntokens    bytes  base ppl       ppl  increase  bits/byte, base  and model  document")
+        lines += [
+            f"{r.tokens:6d}  {r.bytes:7d}  {r.base_perplexity:8.2f}  {r.perplexity:8.2f}  {r.increase:+8.2%}  "
+            f"{_estimate(r.base_bits_per_byte):>15}  {_estimate(r.bits_per_byte):>9}  {printable(r.document)}"
+            for r in rows
+        ]
+    return row, lines
+
+
+def _on_tasks(hat: HierarchicalTransformer, tasks: dict, batch_size: int) -> tuple[dict, list[str]]:
+    import lm_eval
+
+    from hat_lib.evaluation.lm_eval import run_tasks
+
+    rows, spent = run_tasks(hat, tasks, batch_size=batch_size)
+    row = _about(hat, *spent.shares) | {"lm_eval": lm_eval.__version__, "batch_size": batch_size}
+    width = max(4, *(len(r.task) for r in rows))
+    lines = [f"{'task':{width}}  {'metric':20}  {'base':>20}  {'model':>20}  samples"]
+    lines += [
+        f"{r.task:{width}}  {r.metric:20}  {_estimate(r.base, r.base_stderr):>20}  "
+        f"{_estimate(r.value, r.stderr):>20}  {r.samples:7d}"
+        for r in rows
+    ]
+    return row | {"tasks": [asdict(r) for r in rows]}, lines + _work(row)
+
+
+ON_TEXT = """\
+{name}: {tokens} tokens in {blocks} blocks, SHA-256 {text_hash}
+measured     {measured}
+perplexity   {base_perplexity:.3f} for the base {base} ({dtype}), {perplexity:.3f} for the model
+increase     {increase:+.2%}, 95 % interval {increase_low:+.2%} to {increase_high:+.2%}
+bits/byte    {base_bits} for the base, {bits} for the model
+agreement    {top1:.2%} of the base's most likely tokens, KL {kl:.4f} nats a token"""
+
+
+def _about(hat: HierarchicalTransformer, capacity: float, exit_rate: float, model_share: float) -> dict:
+    from hat_lib.experiments.columns import machine
+
+    return machine(hat.base) | {
+        "hat_lib": __version__,
+        "base_fingerprint": hat.base.fingerprint[:16],
+        "granularity": hat.config.granularity,
+        "calibrated_on": hat.calibration.text if hat.calibration else "",
+        "requested_capacity": hat.capacity,
+        "capacity": capacity,
+        "requested_exit_rate": hat.exit_rate,
+        "exit_rate": exit_rate,
+        "model_share": model_share,
+        "note": FOUR_BIT if hat.base.name == "bundled" else "",
+    }
+
+
+def _work(row: dict) -> list[str]:
+    shares = ("requested_capacity", "capacity", "requested_exit_rate", "exit_rate", "model_share")
+    work = f"work         {work_said(*map(row.get, shares))} of the base's work, head and routers included"
+    return [work] + ([f"note         {row['note']}"] if row["note"] else [])
+
+
+def _estimate(value: float | None, stderr: float | None = None) -> str:
+    return "-" if value is None else f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")

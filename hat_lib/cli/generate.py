@@ -1,0 +1,90 @@
+"""``hat generate``: text at a capacity, at a target speedup, or exactly the base's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from hat_lib.cli import given
+from hat_lib.cli.given import option
+from hat_lib.config import HatError, work_said
+
+
+def generate(
+    prompt: str = option(..., "Text to continue, as it is, without a chat template; - reads stdin."),
+    base: str | None = given.BASE,
+    checkpoint: Path | None = given.CHECKPOINT,
+    capacity: str | None = given.CAPACITY,
+    exit_rate: str | None = given.EXIT_RATE,
+    target_speedup: str | None = option(None, "Decode this many times as fast, at the largest capacity that does."),
+    refresh_speed: bool = option(False, "With a target: measure this machine's speed anew.", "--refresh-speed"),
+    versus: str = option("dense", "Speedups are over dense (our own dense path) or hf (plain transformers)."),
+    lossless: bool = option(False, "The base's own text: the adaptive model drafts, the base decides.", "--lossless"),
+    show_compute: bool = option(
+        False, "Show new tokens again, coloured by the work that chose each.", "--show-compute"
+    ),
+    max_new_tokens: int = option(64, "Most tokens to add, at least 1; an end-of-text token stops earlier."),
+    dtype: str | None = given.DTYPE,
+    temperature: float = option(0.0, "0 takes the likeliest token (greedy); from 0.001 on samples from all tokens."),
+    seed: int = option(0, "Seed of the sampling, from 0 to 2^64 - 1; greedy has no use for it."),
+) -> None:
+    """Continue a prompt, and say how much was executed.
+
+    At a capacity, at a target speedup (the first one measures this machine's speed, about half a minute), or exactly as
+    the base would, with the adaptive model as drafter. The text appears as it comes; the lines after it have what was
+    requested and what was realised.
+    """
+    for chosen, on in (("--capacity", capacity), ("--lossless", lossless)):
+        if target_speedup is not None and on:
+            raise HatError(f"--target-speedup chooses the capacity: leave out {chosen}")
+    if refresh_speed and target_speedup is None:
+        raise HatError("--refresh-speed measures for a target: add --target-speedup")
+    if lossless and show_compute:
+        raise HatError("--show-compute colours what a token skipped; with --lossless the base decides on every token")
+    prompt = given.read_prompt(prompt)
+
+    from hat_lib.inference.generate import AdaptiveInference, check_sampling
+    from hat_lib.inference.speed import VERSUS, check_target, check_versus
+
+    check_sampling(max_new_tokens, temperature, seed)
+    check_versus(versus)
+    target = None if target_speedup is None else check_target(target_speedup)
+    hat = given.load(base, checkpoint, capacity, exit_rate, dtype)
+
+    from transformers import TextStreamer
+
+    infer = AdaptiveInference(hat, versus)
+    if refresh_speed:
+        infer.curve(refresh=True)
+    out = infer.generate(
+        prompt,
+        target_speedup=target,
+        mode="lossless" if lossless else "adaptive",
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        streamer=TextStreamer(hat.base.tokenizer, skip_special_tokens=True),
+    )
+    if show_compute:
+        from hat_lib.plotting.token_heatmap import Passage, ansi
+        from hat_lib.text.token_classes import pieces
+
+        ids = out.ids[0, out.prompt_length :].tolist()
+        shares = out.token_share[0, out.prompt_length - 1 :].tolist()
+        passage = Passage("new tokens", pieces(hat.base.tokenizer, ids), shares)
+        typer.echo("\n" + ansi(passage, meaning="work that chose the token, as a share of the dense model's") + "\n")
+    work = work_said(out.requested_capacity, out.capacity, out.requested_exit_rate, out.exit_rate, out.model_share)
+    typer.echo(f"[{work}; {out.new_tokens} new tokens, {out.tokens_per_second:.1f} tokens/s]")
+    speedup = "too short a text to measure" if out.realised_speedup is None else f"{out.realised_speedup:.3f}x"
+    if out.predicted_speedup is not None:
+        predicted = "{:.3f} predicted ({:.3f} to {:.3f} when measured)".format(
+            out.predicted_speedup, *out.predicted_range
+        )
+        typer.echo(f"[speedup {out.target_speedup:g} requested, {predicted}, {speedup} realised over {VERSUS[versus]}]")
+    if lossless:
+        drafted, passes = sum(s.drafted for s in out.speculation), out.speculation[0].passes
+        typer.echo(
+            f"[lossless: {drafted} drafted, {out.acceptance:.0%} accepted, {passes} passes of the base; {speedup} over "
+            f"{VERSUS[versus]}]"
+        )

@@ -1,0 +1,152 @@
+"""``hat sweep`` and ``hat reproduce``: files of results, row by row, and the figures and tables that rest on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from hat_lib.cli import given
+from hat_lib.cli.given import option, say
+from hat_lib.config import DATA, REPO, RUNS, WHY, HatError, check_count
+
+RESULTS = DATA / "results"
+
+
+def sweep(
+    out: Path = option(..., "CSV file; rows that it holds are kept. The figure goes beside it."),
+    capacity: str = option("0.4,0.55,0.7,0.9", "Capacities, 0.1-1.0, comma-separated."),
+    exit_rate: str = option("0", "Exit rates, 0-1, comma-separated."),
+    seed: str = option("0", "Seeds of what is drawn at random, comma-separated."),
+    grains: str = option("channel,token", "Which grains to measure, comma-separated: channel, token."),
+    texts: str = option("addresses,docstrings", f"Comma-separated; each {given.TEXT_HELP}."),
+    variants: str = option(
+        "trained,untrained,random,static,cosine,removal,random_exits", "The trained model and its controls."
+    ),
+    max_tokens: int = given.MAX_TOKENS,
+    channel: Path = option(given.CHECKPOINTS / "default", "Trained checkpoint of this grain."),
+    channel_untrained: Path = option(given.CALIBRATED, "Calibrated, untrained checkpoint of this grain, a control."),
+    token: Path = option(given.CHECKPOINTS / "token", "Trained checkpoint of this grain."),
+    token_untrained: Path = option(given.CHECKPOINTS / "calibrated_token", "Untrained checkpoint, a control."),
+    dtype: str | None = given.DTYPE,
+) -> None:
+    """Quality over a grid, beside every control at equal work.
+
+    A row is written as soon as it is measured; stopped and started again, a sweep goes on where it was. At its end the
+    frontier is drawn beside the file, with 95 % intervals. A file that the trained checkpoint was not made with is
+    measured whole, of any other text the split test.
+    """
+    if out.suffix.lower() != ".csv":
+        raise HatError(f"--out must be a .csv file, beside which the figure goes as .png, got {out}")
+    wanted = given.names("--grains", grains)
+    given.check_grains("grains", wanted)
+    axes = {
+        "capacities": _numbers("--capacity", capacity),
+        "exit_rates": _numbers("--exit-rate", exit_rate),
+        "seeds": _numbers("--seed", seed, int),
+        "texts": given.names("--texts", texts),
+        "variants": given.names("--variants", variants),
+        "max_tokens": check_count("max tokens", max_tokens, 1024),
+    }
+    for source in axes["texts"]:
+        given.check_text(source, None)
+    given.check_writable(out.parent, "a sweep")
+
+    import pandas as pd
+
+    from hat_lib.backbone.base import parse_dtype
+    from hat_lib.experiments.quality import KEY, Grain, Row, grid, measure
+    from hat_lib.experiments.rows import RowWriter
+    from hat_lib.plotting.frontier import quality as frontier
+    from hat_lib.plotting.style import png
+
+    if dtype is not None:
+        parse_dtype(dtype)
+    points = {name: grid(name, **axes) for name in wanted}
+    chosen = {"channel": Grain(channel, channel_untrained), "token": Grain(token, token_untrained)}
+    typer.echo(f"{sum(map(len, points.values()))} points; those that {out} holds are kept")
+    typer.echo(f"capacity and exit rate as requested, and (realised); they differ, for {WHY}")
+    with RowWriter(out, Row, KEY) as writer:
+        for r in measure({n: chosen[n] for n in wanted}, writer.done, points=points.__getitem__, dtype=dtype):
+            writer.write(r)
+            typer.echo(
+                f"{r.granularity:8} {r.text:12} capacity {r.capacity:.2f} ({r.realised:.3f})  exits {r.exit_rate:.2f} "
+                f"({r.realised_exit:.3f})  {r.variant:12} seed {r.seed}  {r.increase:+.2%} "
+                f"({r.increase_low:+.2%} to {r.increase_high:+.2%})"
+            )
+    figure = out.with_suffix(".png")
+    figure.write_bytes(png(frontier(pd.read_csv(out))))
+    typer.echo(f"wrote {out} and {figure}")
+
+
+def _numbers(option: str, text: str, kind: type = float) -> list:
+    """``"0.4,0.7"`` as numbers, at least one."""
+    try:
+        return [kind(part) for part in given.names(option, text)]
+    except ValueError:
+        raise HatError(f"{option} takes numbers, comma-separated, got {text!r}") from None
+
+
+def reproduce(
+    names: list[str] | None = typer.Argument(
+        None, metavar="[NAME]...", help="Experiments; none lists them.", show_default=False
+    ),
+    everything: bool = option(False, "Every experiment, each after those whose files it reads.", "--all"),
+    out: Path | None = option(
+        None, "Folder of the CSV files; only rows that they lack are measured. [default: runs/results]"
+    ),
+    again: bool = option(False, "Measure every row, and replace the old file once all are there.", "--again"),
+    settings: list[str] | None = option(
+        None, "An option of the experiment; may be repeated: --set capacities=0.9,0.7.", "--set", metavar="NAME=VALUE"
+    ),
+    figures: bool = option(False, "Measure nothing: redraw figures/, or those of --out.", "--figures"),
+    tables: bool = option(False, "Measure nothing: rewrite the tables of README and docs.", "--tables"),
+) -> None:
+    """Measure results again, row by row, and draw what rests on them.
+
+    Without a name: what there is, and how long each takes. What was stopped goes on where it was. The committed files
+    and figures change with --out data/results alone, and rows that they hold only with --again.
+    """
+    folder = out or RUNS / "results"
+    given.check_writable(folder, "results")
+
+    from hat_lib.experiments import registry
+    from hat_lib.experiments.tables import outdated
+
+    wanted = list(registry.NAMES) if everything else names or []
+    experiments = {name: registry.load(name) for name in wanted}
+    if settings and len(wanted) != 1:
+        raise HatError("--set goes with the name of one experiment")
+    options = registry.parse(wanted[0], settings) if settings else {}
+    if figures:
+        for name in wanted or registry.NAMES:
+            _figures(name, registry.load(name), out or RESULTS)
+    if tables:
+        for path, text in outdated(registry.all_tables()).items():
+            path.write_text(text, encoding="utf-8")
+            typer.echo(f"wrote {path}")
+    if figures or tables:
+        return
+    for name in () if wanted else registry.NAMES:
+        experiment = registry.load(name)
+        typer.echo(f"{name:18} {experiment.MINUTES:4} min  {experiment.ABOUT}")
+        typer.echo(f"{'':28}--set {', '.join(registry.option_kinds(name))}")
+    for name, experiment in experiments.items():
+        count = 0
+        for row in registry.measure(name, folder, again=again, **options):
+            count += 1
+            typer.echo(f"{name}: " + ", ".join(f"{key} {getattr(row, key)}" for key in experiment.KEY))
+        known = "" if count else ", as it had them all (--again measures them once more)"
+        typer.echo(f"{name}: {count} new rows in {folder / name}.csv{known}")
+        _figures(name, experiment, folder)
+
+
+def _figures(name: str, experiment, results: Path) -> None:
+    from hat_lib.plotting.style import save_figure
+
+    folder = REPO / "figures" if results.resolve() == RESULTS.resolve() else results / "figures"
+    try:
+        for figure, drawn in experiment.figures(results).items():
+            typer.echo(f"wrote {save_figure(drawn, figure, folder)}")
+    except HatError as error:  # it also rests on a file that is not there
+        say("warning", f"the figures of {name} stay as they are: {error}")

@@ -1,0 +1,156 @@
+"""``hat calibrate`` and ``hat train``, which make checkpoints; training that was stopped goes on where it stopped."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+import typer
+
+from hat_lib.cli import given
+from hat_lib.cli.given import option
+from hat_lib.config import HatConfig, HatError, check_capacity, check_count
+
+
+def calibrate(
+    save: Path = option(..., "Folder to write the checkpoint to; an older one in it is replaced."),
+    base: str = given.BUNDLED_BASE,
+    text: str = option("bundled", f"Measure on its train and validation splits: {given.TEXT_HELP}."),
+    granularity: str = given.GRANULARITY,
+    tokens: int = option(12_000, "Tokens of text for the scores, at least 256; more: steadier, slower."),
+    probe_tokens: int = option(4096, "Tokens for how sensitive the output is to each layer, at least 16."),
+    dtype: str = option("fp32", f"Of the passes: {given.DTYPES_HELP}. The thresholds serve every dtype."),
+    capacity: str | None = option(
+        None, f"Default, {given.CAPACITY_HELP}. [default: 0.75 for channel, 0.55 for token]", metavar="SHARE"
+    ),
+) -> None:
+    """Measure thresholds on held-out text, write a checkpoint.
+
+    One checkpoint serves every capacity. Nothing is trained. With the bundled base it takes minutes on a CPU.
+    """
+    changes = {} if capacity is None else {"capacity": check_capacity(capacity)}
+    given.check_grains("granularity", [granularity])
+    check_count("tokens", tokens, 256)
+    check_count("probe tokens", probe_tokens, 16)
+    given.check_writable(save)
+    given.check_text(text, "validation")
+
+    from hat_lib.backbone.base import load_base
+    from hat_lib.calibration.capacity import calibrate as measure
+    from hat_lib.model.transformer import HierarchicalTransformer
+    from hat_lib.text.blocks import held_out, text_hash
+
+    loaded = load_base(base, dtype=dtype)
+    blocks = held_out(text, loaded.tokenizer, tokens)
+    shape = HatConfig.published if granularity == "token" else HatConfig.default
+    hat = HierarchicalTransformer(loaded, shape(loaded, **changes))
+    found = sum(map(len, blocks["input_ids"]))
+    source = f"{text}, train and validation splits, {found} tokens, SHA-256 {text_hash(blocks)[:16]}"
+    calibration = measure(hat, blocks["input_ids"], probe_tokens=probe_tokens, text=source)
+    hat.save_pretrained(save)
+
+    count, low = len(calibration.capacities), calibration.capacities[0]
+    typer.echo(f"calibrated on {source}\n{count} capacities from {low:.3f} to 1, thresholds interpolated between them")
+    typer.echo(f"wrote {save}, default capacity {hat.config.capacity}")
+
+
+def train(
+    phase: str = option(
+        "full", "routers, exit (gates alone; --checkpoint has trained routers), or full: both in turn."
+    ),
+    save: Path | None = option(None, "Folder of a new run: checkpoint, log.csv and run.json."),
+    resume: Path | None = option(None, "Folder of a run that was stopped: go on with it, as it was asked for."),
+    base: str = given.BUNDLED_BASE,
+    text: str = option(
+        "",
+        "Sources joined by +: self (text that the base writes itself) and train splits of addresses, a .txt, "
+        ".jsonl or .parquet file or a Hub dataset. [default: addresses+self; quick: addresses]",
+    ),
+    granularity: str = given.GRANULARITY,
+    recipe: str = option("default", "default (what worked best for the grain) or published (token grain alone)."),
+    profile: str = option("full", "quick (a few minutes on two cores) or full."),
+    checkpoint: Path | None = option(None, "Start from its calibration (channel grain), or routers (phase exit)."),
+    max_minutes: float | None = option(None, "Stop after this many minutes, saved; --resume goes on."),
+    dtype: str = option("bf16", f"Of the frozen base: {given.DTYPES_HELP}. What is trained is fp32 in any case."),
+    settings: list[str] | None = option(
+        None, "Change one hyperparameter; may be repeated: --set router_lr=1e-3.", "--set", metavar="NAME=VALUE"
+    ),
+) -> None:
+    """Train routers and exit gates; the base stays frozen.
+
+    Ctrl-C and SIGTERM finish the step, save, and say how to go on. Under `torchrun --nproc_per_node=N -m hat_lib train
+    ...` the same command trains on N processes.
+    """
+    if (save is None) == (resume is None):
+        raise HatError("pass either --save DIR for a new run or --resume DIR for one that was stopped")
+    if resume is not None and (settings or text or checkpoint):
+        raise HatError("--resume goes on as the run was asked for: leave out --set, --text and --checkpoint")
+    if max_minutes is not None and not max_minutes > 0:
+        raise HatError(f"max minutes must be above 0, got {max_minutes}")
+    folder = (save or resume).expanduser()
+    given.check_writable(folder)
+
+    from hat_lib.text.mixture import SELF, sources
+    from hat_lib.training.recipe import Recipe
+    from hat_lib.training.run import RUN_FILE, Run
+    from hat_lib.training.run import train as carry_out
+
+    if resume is not None:
+        run = Run.read(folder)
+    else:
+        changes = dict(map(_setting, settings or [])) | ({"text": text} if text else {})
+        chosen = Recipe.named(recipe, granularity, profile, **changes)
+        start = None if checkpoint is None else str(checkpoint)
+        run = Run(phase, granularity, base, chosen, dtype, start, command=shlex.join(["hat", *sys.argv[1:]]))
+    for source in set(sources(run.recipe.text)) - {SELF}:
+        for split in ("train", "validation"):
+            given.check_text(source, split)
+    go_on = f"go on with: hat train --resume {shlex.quote(str(folder))}"
+    main = not int(os.environ.get("RANK", 0))
+    try:
+        with _terminates() if main else nullcontext():
+            outcomes = carry_out(run, folder, resume=resume is not None, max_minutes=max_minutes)
+    except KeyboardInterrupt as stop:
+        how, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        if main and (folder / RUN_FILE).exists():
+            typer.echo(f"\n{how}; what was trained is saved; {go_on}", err=True)
+        raise typer.Exit(code) from None
+    if not main:
+        return
+    for outcome in outcomes:
+        typer.echo(f"{outcome.phase}: {outcome.step} of {outcome.steps} steps in {outcome.seconds / 60:.1f} minutes")
+    if outcomes and not outcomes[-1].done:
+        typer.echo(f"stopped ({outcomes[-1].stopped}), saved; {go_on}")
+        raise typer.Exit(130 if outcomes[-1].stopped == "interrupt" else 0)
+    typer.echo(f"wrote {folder}" if outcomes else f"nothing to do: the run in {folder} is finished")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where by itself it would end the process without a word."""
+
+
+@contextmanager
+def _terminates():
+    def stop(*_):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _setting(text: str) -> tuple[str, int | float | str]:
+    """``"router_lr=1e-3"`` as ``("router_lr", 0.001)``; the recipe checks names and ranges."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise HatError(f"--set takes NAME=VALUE, got {text!r}")
+    for kind in (int, float):
+        with suppress(ValueError):
+            return name, kind(value)
+    return name, value
