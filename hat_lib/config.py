@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 CAPACITY_MIN, CAPACITY_MAX = 0.1, 1.0
@@ -48,17 +49,8 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hat_lib"
 
 
-def check_capacity(value: object) -> float:
-    """``value`` as a capacity, or `HatError`; accepts numbers and numeric strings."""
-    return _check_fraction("capacity", value, CAPACITY_MIN, CAPACITY_MAX)
-
-
-def check_exit_rate(value: object) -> float:
-    """``value`` as an exit rate, or `HatError`; accepts numbers and numeric strings."""
-    return _check_fraction("exit rate", value, 0.0, 1.0)
-
-
-def _check_fraction(name: str, value: object, low: float, high: float) -> float:
+def check_fraction(name: str, value: object, low: float, high: float) -> float:
+    """``value``, a number or a numeric string in [low, high], as a float, or `HatError`."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -66,6 +58,10 @@ def _check_fraction(name: str, value: object, low: float, high: float) -> float:
     if isinstance(value, bool) or not low <= number <= high:  # nan fails the comparison too
         raise HatError(f"{name} must be a number in [{low}, {high}], got {value!r}")
     return number
+
+
+check_capacity = partial(check_fraction, "capacity", low=CAPACITY_MIN, high=CAPACITY_MAX)
+check_exit_rate = partial(check_fraction, "exit rate", low=0.0, high=1.0)
 
 
 def check_count(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -104,15 +100,12 @@ class HatConfig:
     """The method's shape on one base. Everything here is saved in a checkpoint's ``hat_config.json``."""
 
     n_layers: int
-    """decoder layers of the base"""
     granularity: str = "channel"
-    """"channel" or "token": what a router keeps or skips"""
     exit_layers: tuple[int, ...] = ()
     """depths at which a token may leave: exit ``e`` means that ``e`` layers have run; 1 .. n_layers - 1"""
     capacity: float = 0.75
-    """default executed / routable work, 0.1-1.0"""
     exit_rate: float = 0.0
-    """default share of tokens that leave early, 0-1"""
+    """both as a loaded model is set at first"""
     translator_rank: int = 1
     """rank of the correction that an exiting hidden state gets, beside a diagonal one and a bias"""
     protected_tokens: int = 2
@@ -135,17 +128,17 @@ class HatConfig:
 
     @classmethod
     def default(cls, base, **changes) -> HatConfig:
-        """Channel grain at capacity 0.75, five exits in proportion to the depth of ``base``."""
-        n = _depth(base)
+        """Channel grain at capacity 0.75, five exits in proportion to the depth of ``base``.
+
+        ``base`` is a `Base`, a Llama model or its config.
+        """
+        n = getattr(getattr(base, "model", base), "config", base).num_hidden_layers
         return cls(**{"n_layers": n, "exit_layers": scaled_exits(n), **changes})
 
     @classmethod
     def published(cls, base, **changes) -> HatConfig:
-        """The published shape: whole-FFN token routing at capacity 0.55, five exits.
-
-        On TinyLlama-1.1B (22 layers) the exits are 4, 8, 12, 16, 19 and about 100K parameters are trained.
-        ``base`` is a `Base`, a Llama model or its config.
-        """
+        """The published shape: whole-FFN token routing at capacity 0.55, five exits. On TinyLlama-1.1B (22 layers)
+        they are 4, 8, 12, 16, 19 and about 100K parameters are trained."""
         return cls.default(base, **{"granularity": "token", "capacity": 0.55, **changes})
 
     def to_dict(self) -> dict:
@@ -154,7 +147,7 @@ class HatConfig:
     @classmethod
     def from_dict(cls, values: dict) -> HatConfig:
         """From JSON, as `to_dict` wrote it or an older version of it: a field that is missing takes its default."""
-        values = with_defaults("config", values, cls)
+        values = with_defaults("config", values, defaults(cls))
         if not isinstance(values["exit_layers"], list | tuple):
             raise HatError(f"exit_layers must be a list, got {values['exit_layers']!r}")
         for name in ("capacity", "exit_rate"):
@@ -163,17 +156,21 @@ class HatConfig:
         return cls(**values)
 
 
-def with_defaults(what: str, values: object, kind: type) -> dict:
-    """The JSON object ``values`` with a value for every field of the dataclass ``kind``.
+def defaults(kind: type) -> dict[str, object]:
+    """The fields of a dataclass with their defaults; `dataclasses.MISSING` where there is none."""
+    return {f.name: f.default for f in fields(kind)}
 
-    Raises `HatError` that names ``what`` and an unknown field, or a missing one that has no default.
+
+def with_defaults(what: str, values: object, known: dict[str, object]) -> dict:
+    """The JSON object ``values`` with a value for every field of ``known``, the defaults.
+
+    Raises `HatError` that names ``what`` and an unknown field, or one that is `dataclasses.MISSING`.
     """
     if not isinstance(values, dict):
         raise HatError(f"{what} must be an object, got {type(values).__name__}")
-    found = {f.name: f.default for f in fields(kind)} | values
-    unknown = sorted(set(found) - {f.name for f in fields(kind)})
+    found = known | values
     missing = sorted(name for name, value in found.items() if value is MISSING)
-    for problem, names in (("unknown", unknown), ("missing", missing)):
+    for problem, names in (("unknown", sorted(set(found) - set(known))), ("missing", missing)):
         if names:
             raise HatError(f"{problem} fields in {what}: {names}")
     return found
@@ -181,8 +178,3 @@ def with_defaults(what: str, values: object, kind: type) -> dict:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _depth(base) -> int:
-    config = getattr(getattr(base, "model", base), "config", base)
-    return config.num_hidden_layers

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 from hat_lib.calibration.capacity import held_out_parts
 from hat_lib.config import HatError, check_capacity
+from hat_lib.model.policies import ExitThresholds
 from hat_lib.model.threshold_table import Calibration
-from hat_lib.model.thresholds import ExitThresholds
 from hat_lib.model.transformer import HierarchicalTransformer
 
 CAPACITIES = (0.4, 0.55, 0.75, 1.0)

@@ -26,8 +26,7 @@ from hat_lib.evaluation.baselines.equal_compute import OutOfReach, matched
 from hat_lib.evaluation.perplexity import Score, compare, score, states
 from hat_lib.experiments.columns import CHECKPOINTS, TEXTS, machine, perplexity, rounded
 from hat_lib.experiments.tables import markdown, saved
-from hat_lib.model.checkpoint import read_checkpoint
-from hat_lib.model.schema import digest
+from hat_lib.model.checkpoint import digest, read_checkpoint
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import findings, frontier
 from hat_lib.plotting.findings import said

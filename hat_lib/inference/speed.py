@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.config import CAPACITY_MIN, HatError, cache_dir
-from hat_lib.model.schema import digest
+from hat_lib.model.checkpoint import digest
 from hat_lib.model.transformer import HierarchicalTransformer
 
 VERSUS = {"dense": "our own dense path", "hf": "plain transformers"}
@@ -251,7 +251,7 @@ def _key(hat: HierarchicalTransformer, versus: str, exit_rate: float, batch: int
         "torch": torch.__version__,
         "base": hat.base.fingerprint,
         "config": hat.config.to_dict(),
-        "calibration": hat.calibration.to_dict() if hat.calibration else None,
+        "calibration": hat.calibration and asdict(hat.calibration),
         "adapter": adapter.hexdigest(),
         "cpu": f"{platform.machine()} {names[0] if names else platform.processor()} {os.cpu_count()}",
         "machine": _machine(hat),

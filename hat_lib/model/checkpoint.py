@@ -1,13 +1,16 @@
 """A checkpoint: small weights, readable JSON, and the fingerprint of the frozen base.
 
-A folder with `hat_config.json` (method config, base name and fingerprint, library version, calibration
-tables, summary of the training) and `hat_adapter.safetensors` (routers and gates, nothing else).
+A folder with `hat_config.json` (method config, base name and fingerprint, library version, calibration tables, summary
+of the training) and `hat_adapter.safetensors` (routers and gates, nothing else).
 
 Writing takes three renames: the new adapter goes beside the old one, under its hash; then the JSON, which
 names that hash, is replaced; then the adapter moves to its proper name. Reading takes the file with the
 hash, so a process killed at any point leaves the old checkpoint or the new one. One writer at a time.
 
-Reading is strict: any surprise raises one `HatError` that names the file, the key and what was expected.
+Reading is strict: any surprise raises one `HatError` that names the file, the key and what was expected. Files of
+older versions are read: what they lack takes its default. The JSON's last field, ``sha256``, covers the meaning of all
+others, so that a changed digit in a calibration table is noticed too. It is optional: who edits the file by hand
+deletes that line.
 """
 
 from __future__ import annotations
@@ -15,10 +18,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,14 +33,26 @@ from torch import Tensor
 
 from hat_lib import __version__
 from hat_lib.backbone.base import Base, first_line
-from hat_lib.config import HatConfig, HatError
-from hat_lib.model.schema import FORMAT_VERSION, digest, parse_config, parse_json, readable, shown
-from hat_lib.model.threshold_table import Calibration
+from hat_lib.config import HatConfig, HatError, defaults, with_defaults
+from hat_lib.model.threshold_table import Calibration, shown
 
 CONFIG_FILE, ADAPTER_FILE = "hat_config.json", "hat_adapter.safetensors"
 # A larger file is something else, and is not read.
 MAX_CONFIG_BYTES, MAX_ADAPTER_BYTES = 2**24, 2**30
+# Of JSON: more than anything that is ours, and well within the stack of every Python.
+MAX_DEPTH = 500
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+
+FORMAT_VERSION = 1
+"""What this library writes, and the newest that it reads. Raise it by one for each new field: the field gets a default,
+which older files take, and an older library says that it is too old."""
+
+# The fields of the JSON. The first files had no version.
+FIELDS = dict.fromkeys(("config", "base", "base_fingerprint", "library_version", "adapter_sha256"), MISSING)
+FIELDS |= {"calibration": None, "training": None, "format_version": 0}
+_NAME = (r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,1000}", "a line of 1 to 1000 characters")
+_HASH = (r"[0-9a-f]{64}", "64 hex digits")
+_STRINGS = {"base": _NAME, "base_fingerprint": _HASH, "library_version": _NAME, "adapter_sha256": _HASH}
 
 
 @dataclass(frozen=True)
@@ -45,7 +63,7 @@ class Checkpoint:
     base: str
     """the name to load the base by: "bundled", a Hub id or a folder"""
     base_fingerprint: str
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     """trained parameters by name, fp32"""
     calibration: Calibration | None = None
     training: dict | None = None
@@ -53,17 +71,10 @@ class Checkpoint:
 
     def check_base(self, base: Base, folder: str | Path) -> None:
         """Raise `HatError` unless ``base`` is the one that this, read from ``folder``, was made for."""
-        file, shape = Path(folder, CONFIG_FILE), base.model.config
-        width, depth = shape.hidden_size, shape.num_hidden_layers
-        if self.config.n_layers != depth:
-            raise HatError(f"{file}: the config is for {self.config.n_layers} layers, {base.name} has {depth}")
-        if self.config.translator_rank > width:
-            rank = self.config.translator_rank
-            raise HatError(f"{file}: translator_rank must be at most {width}, the hidden size, got {rank}")
         if base.fingerprint != self.base_fingerprint:
             raise HatError(
-                f"{file} was made for {self.base} with fingerprint {self.base_fingerprint[:12]}..., {base.name} has "
-                f"{base.fingerprint[:12]}..."
+                f"{Path(folder, CONFIG_FILE)} was made for {self.base} with fingerprint "
+                f"{self.base_fingerprint[:12]}..., {base.name} has {base.fingerprint[:12]}..."
             )
 
 
@@ -100,15 +111,14 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(os.path.expanduser(folder))
     if not os.path.isdir(folder):
         raise HatError(f"no checkpoint folder at {folder}")
-    found = _read(folder / CONFIG_FILE, MAX_CONFIG_BYTES, parse_config)
-    pending = _pending(folder, found.adapter_sha256)
+    found, sha256 = _read(folder / CONFIG_FILE, MAX_CONFIG_BYTES, parse_config)
+    pending = _pending(folder, sha256)
     adapter = pending if os.path.isfile(pending) else folder / ADAPTER_FILE
-    tensors = _read(adapter, MAX_ADAPTER_BYTES, lambda data: _parse_adapter(data, found.adapter_sha256))
-    return Checkpoint(found.config, found.base, found.base_fingerprint, tensors, found.calibration, found.training)
+    return replace(found, tensors=_read(adapter, MAX_ADAPTER_BYTES, partial(_parse_adapter, sha256)))
 
 
 def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], folder: str | Path) -> None:
-    """Raise unless the tensors found in ``folder`` have the expected names and shapes."""
+    """Raise `HatError` unless the tensors found in ``folder`` have the expected names and shapes."""
     file = Path(folder, ADAPTER_FILE)
     for name in sorted(found.keys() | expected.keys()):
         got, wanted = (t[name].shape if name in t else None for t in (found, expected))
@@ -120,15 +130,114 @@ def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], folder:
             raise HatError(f"{file}: {shown(name)} has shape {shown(tuple(got))}, expected {tuple(wanted)}")
 
 
-def _pending(folder: Path, sha256: str) -> Path:
-    """Where an adapter waits for the JSON that names it."""
-    return folder / f"{ADAPTER_FILE}.{sha256}"
+def parse_config(data: bytes) -> tuple[Checkpoint, str]:
+    """What the JSON says, without the tensors, and the SHA-256 of their file; raises `HatError` with the key."""
+    meta = _parse_json(data)
+    if not isinstance(meta, dict):
+        raise HatError(f"expected an object, got {shown(meta)}")
+    version = meta.get("format_version", 0)
+    if type(version) is not int or version < 0:
+        raise HatError(f"format_version must be a whole number of at least 0, got {shown(version)}")
+    if version > FORMAT_VERSION:  # first of all: nothing else in it may mean what it means here
+        ours = f"hat_lib {__version__} reads versions up to {FORMAT_VERSION}"
+        raise HatError(f"format_version is {version}, {ours}: upgrade hat_lib")
+    rest = digest({key: value for key, value in meta.items() if key != "sha256"})
+    sha256 = meta.pop("sha256", rest)
+    meta = with_defaults("the file", meta, FIELDS)
+    for key, (pattern, words) in _STRINGS.items():
+        if not isinstance(meta[key], str) or not re.fullmatch(pattern, meta[key]):
+            raise HatError(f"{key} must be {words}, got {shown(meta[key])}")
+    training, calibration = meta["training"], meta["calibration"]
+    if not isinstance(training, dict | None):
+        raise HatError(f"training must be an object or null, got {shown(training)}")
+    config = HatConfig.from_dict(meta["config"])
+    if calibration is not None:
+        calibration = Calibration(**with_defaults("calibration", calibration, defaults(Calibration)))
+        calibration.check(config)
+        if config.exit_rate and calibration.exit_rates is None:
+            rate = config.exit_rate
+            raise HatError(f"exit_rate {rate} needs trained exit gates, but calibration.exit_rates is null")
+    # Last, because the checks above say more about what is wrong.
+    if sha256 != rest:
+        raise HatError(
+            f"sha256 is {shown(sha256)}, the rest has {rest[:12]}...: damaged (or edited: then delete the line sha256)"
+        )
+    found = Checkpoint(config, meta["base"], meta["base_fingerprint"], calibration=calibration, training=training)
+    return found, meta["adapter_sha256"]
+
+
+def digest(meta: dict) -> str:
+    """SHA-256 of the meaning, not of the spaces."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _parse_json(data: bytes):
+    """Standard JSON in UTF-8: no key twice in one object, no number beyond int64 or float64, not nested too deep."""
+    number, whole = partial(_bounded, float, math.inf), partial(_bounded, int, 2**63)
+    hooks = {"object_pairs_hook": _unique, "parse_int": whole, "parse_float": number, "parse_constant": number}
+    try:
+        value = json.loads(data.decode(), **hooks)
+    except (ValueError, RecursionError) as error:
+        raise HatError(f"this is not valid JSON: {error}") from error
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        level = [inner for part in parts for inner in part]
+        if not level:
+            return value
+    raise HatError(f"this is nested deeper than {MAX_DEPTH}")
+
+
+def _unique(pairs: list[tuple]) -> dict:
+    found: dict = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"duplicate key {shown(key)}")
+        found[key] = value
+    return found
+
+
+def _bounded(kind: type, bound: float, text: str):
+    value = kind(text)
+    if not abs(value) < bound:  # nan fails the comparison too
+        raise ValueError(f"number out of range: {shown(text)}")
+    return value
+
+
+def _readable(value, indent: int = 0) -> str:
+    """JSON with one line for each list of numbers, so that a person can read the tables."""
+    inside, outside = "\n" + " " * (indent + 1), "\n" + " " * indent
+    if isinstance(value, dict) and value:
+        rows = [f"{json.dumps(k)}: {_readable(v, indent + 1)}" for k, v in value.items()]
+        return "{" + inside + f",{inside}".join(rows) + outside + "}"
+    if isinstance(value, list) and any(isinstance(v, list) for v in value):
+        return "[" + inside + f",{inside}".join(_readable(v, indent + 1) for v in value) + outside + "]"
+    return json.dumps(value, allow_nan=False)
+
+
+def _parse_adapter(expected: str, data: bytes) -> dict[str, Tensor]:
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != expected:
+        raise HatError(f"the file has SHA-256 {sha256[:12]}..., {CONFIG_FILE} expects {expected[:12]}...")
+    try:
+        tensors = load(data)
+    except Exception as error:  # of whatever kind safetensors and torch raise for a header that lies
+        raise HatError(f"this is not a safetensors file: {first_line(error)}") from error
+    for name, tensor in tensors.items():
+        if not is_hat_parameter(name):
+            raise HatError(f"unexpected key {shown(name)}: not a router's or a gate's parameter")
+        if tensor.dtype != torch.float32:
+            raise HatError(f"{shown(name)} must be torch.float32, got {tensor.dtype}")
+        if not torch.isfinite(tensor.view(-1)).all():  # flat: torch refuses more than 64 dimensions
+            raise HatError(f"{shown(name)} holds a value that is not finite")
+    return tensors
 
 
 def _encode(checkpoint: Checkpoint) -> tuple[bytes, bytes]:
     """The bytes of both files, parsed once as a check."""
-    tensors = {k: v.detach().to("cpu", torch.float32, copy=True) for k, v in checkpoint.tensors.items()}
-    adapter = save({k: v.contiguous() for k, v in tensors.items()})
+    # Copied: safetensors refuses tensors that share memory.
+    tensors = {k: v.detach().to("cpu", torch.float32, copy=True).contiguous() for k, v in checkpoint.tensors.items()}
+    adapter = save(tensors)
     sha256 = hashlib.sha256(adapter).hexdigest()
     meta = {
         "format_version": FORMAT_VERSION,
@@ -137,17 +246,22 @@ def _encode(checkpoint: Checkpoint) -> tuple[bytes, bytes]:
         "base_fingerprint": checkpoint.base_fingerprint,
         "library_version": __version__,
         "adapter_sha256": sha256,
-        "calibration": checkpoint.calibration and checkpoint.calibration.to_dict(),
+        "calibration": checkpoint.calibration and asdict(checkpoint.calibration),
         "training": checkpoint.training,
     }
     try:
-        meta = parse_json(json.dumps(meta).encode())
-        config = readable({**meta, "sha256": digest(meta)}).encode()
+        meta = _parse_json(json.dumps(meta).encode())
+        config = _readable({**meta, "sha256": digest(meta)}).encode()
         parse_config(config)
-        _parse_adapter(adapter, sha256)
+        _parse_adapter(sha256, adapter)
     except (ValueError, TypeError, RecursionError) as error:
         raise HatError(f"not saved: {first_line(error)}") from error
     return config, adapter
+
+
+def _pending(folder: Path, sha256: str) -> Path:
+    """Where an adapter waits for the JSON that names it."""
+    return folder / f"{ADAPTER_FILE}.{sha256}"
 
 
 def _read(file: Path, limit: int, parse: Callable):
@@ -168,24 +282,6 @@ def _read(file: Path, limit: int, parse: Callable):
         return parse(data)
     except (HatError, RecursionError) as error:
         raise HatError(f"{file}: {first_line(error)}") from error
-
-
-def _parse_adapter(data: bytes, expected: str) -> dict[str, Tensor]:
-    sha256 = hashlib.sha256(data).hexdigest()
-    if sha256 != expected:
-        raise HatError(f"the file has SHA-256 {sha256[:12]}..., {CONFIG_FILE} expects {expected[:12]}...")
-    try:
-        tensors = load(data)
-    except Exception as error:  # of whatever kind safetensors and torch raise for a header that lies
-        raise HatError(f"this is not a safetensors file: {first_line(error)}") from error
-    for name, tensor in tensors.items():
-        if not is_hat_parameter(name):
-            raise HatError(f"unexpected key {shown(name)}: not a router's or a gate's parameter")
-        if tensor.dtype != torch.float32:
-            raise HatError(f"{shown(name)} must be torch.float32, got {tensor.dtype}")
-        if not torch.isfinite(tensor.view(-1)).all():  # flat: torch refuses more than 64 dimensions
-            raise HatError(f"{shown(name)} holds a value that is not finite")
-    return tensors
 
 
 def _replace(path: Path, payload: bytes) -> None:

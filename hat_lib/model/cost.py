@@ -11,9 +11,9 @@ that this token executed (the usual count: Kaplan et al. 2020, arXiv:2001.08361,
     exits        each gate that a token reached, and the translator of the one that it took
     core         attention scores and mixing: 4 FLOPs per query channel and key seen; it reads no weights
 
-Left out, in the dense count too: norms, activations, residual sums, softmax, RoPE, biases, the embedding's
-one row. This is the work that the method asks for, whatever the hardware makes of it: channels of several
-rows at once run masked and dense, and a batch reads its weights once for all of its rows.
+Left out, in the dense count too: norms, activations, residual sums, softmax, RoPE, biases, the embedding's one row.
+This is the work that the method asks for, whatever the hardware makes of it: channels run masked and dense on the
+reference path, and a batch reads its weights once for all of its rows.
 """
 
 from __future__ import annotations
@@ -60,11 +60,8 @@ class Work:
 
     @property
     def model_share(self) -> float:
-        """Executed / dense FLOPs over all tokens, head, routers, exits and exited K/V included.
-
-        Without the attention core, which depends on the context's length and not on the method's choice of
-        what to skip: so a result at one length can be set beside a result at another.
-        """
+        """Executed / dense FLOPs over all tokens. Without the attention core, which depends on the context's length
+        and not on what the method skips: so results at different lengths can stand side by side."""
         return float(self.executed.sum() / self.dense.sum())
 
     @property
@@ -96,42 +93,34 @@ def work(
         routed, gated: whether routers and exit gates ran at all.
     """
     n_layers, d, ran = config.n_layers, lm_config.hidden_size, exit_layer.double()
-    heads, head_dim = lm_config.num_attention_heads, lm_config.head_dim
-    q_width, kv_width = heads * head_dim, lm_config.num_key_value_heads * head_dim
-    zero = torch.zeros_like(ran)
+    q_width = lm_config.num_attention_heads * lm_config.head_dim
+    kv_width = lm_config.num_key_value_heads * lm_config.head_dim
+    zero, size = torch.zeros_like(ran), linear_work(lm_config)
 
     depth = torch.arange(n_layers, device=ran.device).view(-1, 1, *[1] * exit_layer.dim())
     shares = torch.where(depth < exit_layer, site_share.double(), 0.0).sum(0)  # [S, ...], in whole layers
     shares = dict(zip(GRAINS[config.granularity].sites, shares, strict=True))
     if config.granularity == "token":
         shares = {"qkv": ran, "o": ran, "gate_up": shares["ffn"], "down": shares["ffn"]}
-        router_weights = d * (ran - 1)  # layer 0's FFN always runs, nobody asks its router
-        router_flops, router_bytes = 2 * router_weights, HAT_BYTES * router_weights
-    else:
-        compares = (d + q_width + d + lm_config.intermediate_size) * ran  # thresholds, in the base's dtype
-        router_flops = compares + 2 * d * ran
-        router_bytes = dtype.itemsize * compares + HAT_BYTES * d * ran
+        compares, router_weights = zero, d * (ran - 1)  # layer 0's FFN always runs, nobody asks its router
+    else:  # thresholds are compared in the base's dtype
+        compares, router_weights = (d + q_width + d + lm_config.intermediate_size) * ran, d * ran
 
-    size = linear_work(lm_config)
-    weights = {
-        "attention": size["qkv"] * shares["qkv"] + size["o"] * shares["o"],
-        "ffn": size["gate_up"] * shares["gate_up"] + size["down"] * shares["down"],
-        "exited_kv": 2 * kv_width * d * (n_layers - ran),
-        "head": zero + lm_config.vocab_size * d,
-    }
-    dense = {
-        "attention": zero + n_layers * (size["qkv"] + size["o"]),
-        "ffn": zero + n_layers * (size["gate_up"] + size["down"]),
-        "head": weights["head"],
-    }
+    def linear(qkv, o, gate_up, down) -> dict[str, Tensor]:
+        attention = zero + size["qkv"] * qkv + size["o"] * o
+        return {"attention": attention, "ffn": zero + size["gate_up"] * gate_up + size["down"] * down}
+
+    head = {"head": zero + lm_config.vocab_size * d}
+    weights = linear(**shares) | {"exited_kv": 2 * kv_width * d * (n_layers - ran)} | head
+    dense = linear(**dict.fromkeys(size, n_layers)) | head
     reached = sum(((exit_layer >= e).double() for e in config.exit_layers), zero)
     left = (exit_layer < n_layers).double()
     exit_weights = (reached * 2 * d + left * 2 * (config.translator_rank + 1) * d) * gated
-
+    router_bytes = dtype.itemsize * compares + HAT_BYTES * router_weights
     per_layer = 4 * q_width * (zero + context)
     return Work(
         flops={part: 2 * w for part, w in weights.items()}
-        | {"routers": router_flops * routed, "exits": 2 * exit_weights, "core": per_layer * ran},
+        | {"routers": (compares + 2 * router_weights) * routed, "exits": 2 * exit_weights, "core": per_layer * ran},
         weight_bytes={part: dtype.itemsize * w for part, w in weights.items()}
         | {"routers": router_bytes * routed, "exits": HAT_BYTES * exit_weights},
         dense_flops={part: 2 * w for part, w in dense.items()} | {"core": per_layer * n_layers},
@@ -150,22 +139,9 @@ def state_cost(hat: HierarchicalTransformer, state: TokenState) -> Work:
     depth = torch.arange(state.n_layers).view(-1, 1, 1, 1)
     skipped = (share < 1) & (depth < exit_layer) & real
     left = (exit_layer < state.n_layers) & real
-    cost = work(
-        hat.lm.config,
-        hat.config,
-        share,
-        exit_layer,
-        context,
-        dtype=hat.lm.dtype,
-        routed=state.routed or bool(skipped.any()),
-        gated=state.gated or bool(left.any()),
-    )
+    asked = {"routed": state.routed or bool(skipped.any()), "gated": state.gated or bool(left.any())}
+    cost = work(hat.lm.config, hat.config, share, exit_layer, context, dtype=hat.lm.dtype, **asked)
     return Work(*({part: v * real for part, v in parts.items()} for parts in vars(cost).values()))
-
-
-def model_share(hat: HierarchicalTransformer, state: TokenState) -> float:
-    """All executed work / dense work over the real tokens of a state; see `Work.model_share`."""
-    return state_cost(hat, state).model_share
 
 
 def ideal_speedup(
@@ -176,10 +152,9 @@ def ideal_speedup(
     Routers count below capacity 1, exit gates where tokens leave (None: nobody does). It is a plan, before
     any text is read. Raises `HatError` for a capacity outside [0.1, 1].
     """
-    capacity = check_capacity(capacity)
+    capacity, gated = check_capacity(capacity), exit_layer is not None
     share = torch.full((config.n_layers, len(GRAINS[config.granularity].sites)), capacity)
-    depth = torch.tensor(config.n_layers if exit_layer is None else exit_layer)
-    gated = exit_layer is not None
+    depth = torch.tensor(exit_layer if gated else config.n_layers)
     return work(lm_config, config, share, depth, routed=capacity < 1, gated=gated).ideal_speedup
 
 
@@ -203,5 +178,4 @@ class WorkTally:
     @property
     def shares(self) -> tuple[float, float, float]:
         """Realised capacity, exit rate and model share."""
-        capacity, exit_rate, model_share = (self._executed / self._possible).tolist()
-        return capacity, exit_rate, model_share
+        return tuple((self._executed / self._possible).tolist())

@@ -27,13 +27,7 @@ from hat_lib.model.modes import Context
 
 
 class AdaptiveLayer:
-    """Takes the place of the forwards of one decoder layer, from `attach` to `detach`.
-
-    Args:
-        layer: a `LlamaDecoderLayer` of transformers 5.24.
-        index: its place in the model.
-        context: where the forward under way is found.
-    """
+    """Takes the place of the forwards of a `LlamaDecoderLayer` of transformers 5.24, from `attach` to `detach`."""
 
     def __init__(self, layer: nn.Module, index: int, context: Context):
         self.layer, self.index, self.context = layer, index, context

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -10,18 +12,16 @@ from hat_lib.model.policies import Gated
 from hat_lib.model.token_state import TokenState
 
 
+@dataclass
 class ForwardPass:
-    """The decisions of one forward of one thread, applied and noted in ``state``.
+    """The decisions of one forward of one thread, applied and noted in ``state``."""
 
-    Args:
-        mode: what decides.
-        state: fresh, filled here.
-        sites: of the model's grain.
-        gates: exit gates by depth; they translate who leaves.
-    """
-
-    def __init__(self, mode: Mode, state: TokenState, sites: tuple[str, ...], gates: nn.ModuleDict):
-        self.mode, self.state, self.sites, self.gates = mode, state, sites, gates
+    mode: Mode
+    state: TokenState
+    sites: tuple[str, ...]
+    """of the model's grain"""
+    gates: nn.ModuleDict
+    """exit gates by depth; they translate who leaves"""
 
     @property
     def rows(self) -> Tensor | None:
@@ -74,8 +74,7 @@ class ForwardPass:
         state, flat = self.state, h.reshape(-1, h.shape[-1])
         rows = state.alive if state.alive is not None else torch.arange(len(flat), device=h.device)
         leave = self.mode.exits.exits(depth, flat[rows], rows, state) if len(rows) else None
-        if leave is None:
-            leave = torch.zeros(len(rows), dtype=torch.bool, device=h.device)
+        leave = torch.zeros_like(rows, dtype=torch.bool) if leave is None else leave
         leave = leave & state.real.view(-1)[rows] & ~state.protected.view(-1)[rows]
         if state.masks is not None:
             left = torch.zeros(len(flat), dtype=torch.bool, device=h.device).index_copy(0, rows, leave)

@@ -4,12 +4,12 @@
              same input share one decision: q|k|v, o, gate|up, down.
 ``token``    the whole FFN, per token (the published method). One site.
 
-What a site does to a forward stands in `hat_lib.model.decoder_layer`; here is what it is and what it weighs.
+What a site does to a forward stands in `hat_lib.model.decoder_layer`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,7 @@ LINEARS = {
 """the linear layers of a decoder layer, by the input that they share"""
 
 
-@dataclass(frozen=True)
-class Grain:
+class Grain(NamedTuple):
     """One granularity: its name and its sites, in the order in which a layer reaches them."""
 
     name: str
@@ -52,8 +51,6 @@ def linear_work(lm_config) -> dict[str, int]:
 
 def column_norm(layer: nn.Module, site: str) -> Tensor:
     """``||W[:, i]||`` of input channel i over all outputs that read it at a site of the channel grain, fp32 ``[C]``."""
-    norms = [
-        torch.stack([rows.float().norm(dim=0) for rows in layer.get_submodule(name).weight.detach().split(1024)])
-        for name in LINEARS[site]
-    ]
-    return torch.cat(norms).norm(dim=0)
+    weights = [layer.get_submodule(name).weight.detach() for name in LINEARS[site]]
+    # In slices: a whole matrix of a large base in fp32 takes room for nothing.
+    return torch.stack([rows.float().norm(dim=0) for w in weights for rows in w.split(1024)]).norm(dim=0)

@@ -24,100 +24,6 @@ CARD_FILE = "README.md"
 # What the bundled base was made from, for the card's link.
 BUNDLED_SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-
-def local_folder(checkpoint: str | Path, *, token: str | None = None) -> Path:
-    """The folder of a checkpoint; one that is named ``owner/name`` and is no local path comes from the Hub.
-
-    Only the two files and the card are fetched, into the Hub's own cache. Whether they are sound is for
-    `read_checkpoint` to say. Raises `HatError` if they can't be fetched.
-    """
-    repo_id = checkpoint.as_posix() if isinstance(checkpoint, Path) else str(checkpoint)
-    if os.path.exists(repo_id) or not HUB_ID.fullmatch(repo_id):
-        return Path(checkpoint)
-    import huggingface_hub
-
-    files = [CONFIG_FILE, ADAPTER_FILE, CARD_FILE]
-    try:
-        folder = Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=files, token=token))
-    except Exception as error:  # whatever a dead network or a refusal raises, inside two libraries
-        hint = f"offline, pass a local folder with {CONFIG_FILE} and {ADAPTER_FILE}"
-        raise HatError(
-            f"no folder {repo_id}, and it can't be fetched from the Hub: {first_line(error)}; {hint}"
-        ) from error
-    if not (folder / CONFIG_FILE).is_file():
-        raise HatError(f"{repo_id} on the Hub is not a HAT checkpoint: {CONFIG_FILE} is missing")
-    return folder
-
-
-def push_to_hub(
-    checkpoint,
-    repo_id: str,
-    *,
-    private: bool = False,
-    token: str | None = None,
-    commit_message: str = "Upload a HAT checkpoint",
-    base_model: str | None = None,
-    license: str = "mit",
-) -> str:
-    """Upload routers, gates, config, calibration and training summary; returns the commit's address.
-
-    Args:
-        checkpoint: a folder, or a model with `save_pretrained`.
-        repo_id: ``owner/name``; made if it is not there. A card that is there is kept.
-        private: for a new repository. One that is public already is refused, rather than written to.
-        token: None takes the one that ``hf auth login`` stored.
-        base_model: Hub id to load the base by, needed where the checkpoint names a local path, which would
-            mean nothing to others.
-        license: of the adapter, for a new card; the base keeps its own.
-
-    Raises `HatError` if the checkpoint is unsound (before any connection), or the Hub refuses or can't be reached.
-    """
-    for what, name in {"repo_id": repo_id, "base_model": repo_id if base_model is None else base_model}.items():
-        if not isinstance(name, str) or not HUB_ID.fullmatch(name):
-            raise HatError(f"{what} must be a Hub id (owner/name), got {name!r}")
-    with tempfile.TemporaryDirectory() as scratch:
-        source, folder = Path(scratch, "source"), Path(scratch, "upload")
-        if hasattr(checkpoint, "save_pretrained"):
-            checkpoint.save_pretrained(source)
-        else:
-            source = checkpoint
-        found = read_checkpoint(source)
-        found = replace(found, base=base_model or _public_name(found.base))
-        # A folder of its own: only what `write_checkpoint` writes goes up, and that is no base weight.
-        write_checkpoint(folder, found)
-        try:
-            return _upload(folder, repo_id, private, token, commit_message, model_card(found, repo_id, license))
-        except HatError:
-            raise
-        except Exception as error:  # as above
-            hint = "offline, hand on the folder that save_pretrained writes"
-            raise HatError(f"cannot push to {repo_id} on the Hub: {first_line(error)}; {hint}") from error
-
-
-def model_card(checkpoint: Checkpoint, repo_id: str, license: str = "mit") -> str:
-    """Markdown with YAML front matter: what the files are, what they need and how to load them."""
-    import yaml
-
-    source = BUNDLED_SOURCE if checkpoint.base == BUNDLED else checkpoint.base
-    front = {"license": license, "library_name": "hat_lib", "tags": ["hat", "adaptive-computation", "llama"]}
-    if source not in SHAPES:
-        front |= {"base_model": source, "base_model_relation": "adapter"}
-    config, calibration = checkpoint.config, checkpoint.calibration
-    return CARD.format(
-        front=yaml.safe_dump(front, sort_keys=False).strip(),
-        name=repo_id.split("/")[1],
-        repo_id=repo_id,
-        base=checkpoint.base,
-        fingerprint=checkpoint.base_fingerprint[:16],
-        parameters=sum(tensor.numel() for tensor in checkpoint.tensors.values()),
-        granularity=config.granularity,
-        capacity=config.capacity,
-        exits=", ".join(map(str, config.exit_layers)) or "none",
-        calibrated=(calibration.text or "an unnamed text").replace("|", "/") if calibration else "nothing yet",
-        version=__version__,
-    )
-
-
 CARD = """\
 ---
 {front}
@@ -137,30 +43,102 @@ hat.lm.generate(...)  # transformers' own LlamaForCausalLM
 
 | | |
 |---|---|
-| base | {base}, fingerprint {fingerprint}... |
-| parameters | {parameters:,} |
-| granularity | {granularity} |
-| default capacity | {capacity} |
-| exit layers | {exits} |
-| calibrated on | {calibrated} |
-| written by | hat_lib {version} |
 """
 
 
-def _public_name(base: str) -> str:
-    public = base == BUNDLED or base in SHAPES or (HUB_ID.fullmatch(base) and not Path(base).exists())
-    if not public:
-        raise HatError(f"the checkpoint's base is the local path {base}: pass base_model=, the Hub id of the same base")
-    return base
+def local_folder(checkpoint: str | Path) -> Path:
+    """The folder of a checkpoint; one that is named ``owner/name`` and is no local path comes from the Hub.
 
-
-def _upload(folder: Path, repo_id: str, private: bool, token: str | None, message: str, card: str) -> str:
+    Only the two files and the card are fetched, into the Hub's own cache. Whether they are sound is for
+    `read_checkpoint` to say. Raises `HatError` if they can't be fetched.
+    """
+    repo_id = checkpoint.as_posix() if isinstance(checkpoint, Path) else str(checkpoint)
+    if os.path.exists(repo_id) or not HUB_ID.fullmatch(repo_id):
+        return Path(checkpoint)
     import huggingface_hub
 
-    api = huggingface_hub.HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not api.repo_info(repo_id).private:
-        raise HatError(f"{repo_id} is public on the Hub, but private=True was asked for: nothing was uploaded")
-    if not api.file_exists(repo_id, CARD_FILE):
-        (folder / CARD_FILE).write_text(card, encoding="utf-8")
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
+    files = [CONFIG_FILE, ADAPTER_FILE, CARD_FILE]
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=files))
+    except Exception as error:  # whatever a dead network or a refusal raises, inside two libraries
+        hint = f"offline, pass a local folder with {CONFIG_FILE} and {ADAPTER_FILE}"
+        raise HatError(
+            f"no folder {repo_id}, and it can't be fetched from the Hub: {first_line(error)}; {hint}"
+        ) from error
+    if not (folder / CONFIG_FILE).is_file():
+        raise HatError(f"{repo_id} on the Hub is not a HAT checkpoint: {CONFIG_FILE} is missing")
+    return folder
+
+
+def push_to_hub(
+    checkpoint,
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    base_model: str | None = None,
+) -> str:
+    """Upload routers, gates, config, calibration and training summary; returns the commit's address.
+
+    Args:
+        checkpoint: a folder, or a model with `save_pretrained`.
+        repo_id: ``owner/name``; made if it is not there. A card that is there is kept.
+        private: for a new repository. One that is public already is refused, rather than written to.
+        token: None takes the one that ``hf auth login`` stored.
+        base_model: Hub id to load the base by, needed where the checkpoint names a local path.
+
+    Raises `HatError` if the checkpoint is unsound (before any connection), or the Hub refuses or can't be reached.
+    """
+    for what, name in {"repo_id": repo_id, "base_model": repo_id if base_model is None else base_model}.items():
+        if not isinstance(name, str) or not HUB_ID.fullmatch(name):
+            raise HatError(f"{what} must be a Hub id (owner/name), got {name!r}")
+    with tempfile.TemporaryDirectory() as scratch:
+        source, folder = Path(scratch, "source"), Path(scratch, "upload")
+        if hasattr(checkpoint, "save_pretrained"):
+            checkpoint.save_pretrained(source)
+        found = read_checkpoint(source if hasattr(checkpoint, "save_pretrained") else checkpoint)
+        found = replace(found, base=base_model or _public_name(found.base))
+        # A folder of its own: only what `write_checkpoint` writes goes up, and that is no base weight.
+        write_checkpoint(folder, found)
+        import huggingface_hub
+
+        try:
+            api = huggingface_hub.HfApi(token=token)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if private and not api.repo_info(repo_id).private:
+                raise HatError(f"{repo_id} is public on the Hub, but private=True was asked for: nothing was uploaded")
+            if not api.file_exists(repo_id, CARD_FILE):
+                (folder / CARD_FILE).write_text(model_card(found, repo_id), encoding="utf-8")
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a HAT checkpoint"))
+        except HatError:
+            raise
+        except Exception as error:  # as above
+            hint = "offline, hand on the folder that save_pretrained writes"
+            raise HatError(f"cannot push to {repo_id} on the Hub: {first_line(error)}; {hint}") from error
+
+
+def model_card(checkpoint: Checkpoint, repo_id: str) -> str:
+    """Markdown with YAML front matter: what the files are, what they need and how to load them."""
+    from huggingface_hub import ModelCardData
+
+    base, config, calibration = checkpoint.base, checkpoint.config, checkpoint.calibration
+    front = ModelCardData(license="mit", library_name="hat_lib", tags=["hat", "adaptive-computation", "llama"])
+    if base not in SHAPES:
+        front.base_model, front.base_model_relation = BUNDLED_SOURCE if base == BUNDLED else base, "adapter"
+    table = {
+        "base": f"{base}, fingerprint {checkpoint.base_fingerprint[:16]}...",
+        "parameters": f"{sum(tensor.numel() for tensor in checkpoint.tensors.values()):,}",
+        "granularity": config.granularity,
+        "default capacity": config.capacity,
+        "exit layers": ", ".join(map(str, config.exit_layers)) or "none",
+        "calibrated on": (calibration.text or "an unnamed text").replace("|", "/") if calibration else "nothing yet",
+        "written by": f"hat_lib {__version__}",
+    }
+    head = CARD.format(front=front.to_yaml(), name=repo_id.split("/")[1], repo_id=repo_id)
+    return head + "".join(f"| {name} | {value} |\n" for name, value in table.items())
+
+
+def _public_name(base: str) -> str:
+    if base == BUNDLED or base in SHAPES or (HUB_ID.fullmatch(base) and not Path(base).exists()):
+        return base
+    raise HatError(f"the checkpoint's base is the local path {base}: pass base_model=, the Hub id of the same base")

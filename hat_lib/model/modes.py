@@ -8,9 +8,10 @@ what it names and nothing else: a control put in place by `using` decides around
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
@@ -47,22 +48,30 @@ class Mode:
 
     @property
     def policy(self) -> Policy:
+        """What decides."""
         return self.control or self.routed
 
     @property
     def exits(self) -> ExitPolicy | None:
+        """Who leaves."""
         return self.exit_control or self.gated
 
 
-class Context:
-    """What a model shares with its layers: the mode, and the forward under way, both of the thread that asks."""
+class Context(threading.local):
+    """What a model shares with its layers: its mode, for all threads; and of each thread, its own mode from the
+    contexts that it entered, and its forwards."""
 
-    def __init__(self):
-        self._shared, self._thread = Mode(), threading.local()
+    def __init__(self, shared: SimpleNamespace):
+        self.shared = shared
+        """``.mode`` is the model's"""
+        self.own: Mode | None = None
+        self.passes: list[ForwardPass | None] = []
+        """Forwards under way, the innermost last; None for one that has not begun in earnest"""
+        self.last: TokenState | None = None
 
     @property
     def mode(self) -> Mode:
-        return self.own or self._shared
+        return self.own or self.shared.mode
 
     @mode.setter
     def mode(self, mode: Mode) -> None:
@@ -70,44 +79,17 @@ class Context:
         if self.own:
             self.own = mode
         else:
-            self._shared = mode
-
-    def change(self, change: Callable[[Mode], Mode]) -> None:
-        """Change the model's mode and this thread's."""
-        self._shared = change(self._shared)
-        if self.own:
-            self.own = change(self.own)
-
-    @property
-    def own(self) -> Mode | None:
-        """The mode that this thread has from the contexts that it entered."""
-        return getattr(self._thread, "mode", None)
-
-    @own.setter
-    def own(self, mode: Mode | None) -> None:
-        self._thread.mode = mode
-
-    @property
-    def passes(self) -> list[ForwardPass | None]:
-        """Forwards under way in this thread, the innermost last; None for one that has not begun in earnest."""
-        return self._thread.__dict__.setdefault("passes", [])
+            self.shared.mode = mode
 
     @property
     def trace(self) -> TokenState | None:
-        """The state of this thread's innermost forward, or else of its last one."""
-        passes = self.passes
-        return passes[-1].state if passes and passes[-1] else getattr(self._thread, "trace", None)
-
-    def end(self) -> ForwardPass | None:
-        """The innermost forward is done; returns it."""
-        ended = self.passes.pop()
-        if ended is not None:
-            self._thread.trace = ended.state
-        return ended
+        """The state of the innermost forward, or else of the last one."""
+        return self.passes[-1].state if self.passes and self.passes[-1] else self.last
 
 
 class Modes:
-    """Mixed into the model, which has ``capacity`` and ``exit_rate``. All contexts hold for the thread that enters."""
+    """Mixed into the model, which has ``capacity`` and ``exit_rate``. Each method is a context, for the thread that
+    enters it."""
 
     _context: Context
 
@@ -122,7 +104,7 @@ class Modes:
 
     @contextmanager
     def at(self, capacity: float | None = None, exit_rate: float | None = None) -> Iterator[Self]:
-        """Context: another capacity and exit rate; None leaves what is set."""
+        """Another capacity and exit rate; None leaves what is set."""
         with self._changed():
             if capacity is not None:
                 self.capacity = capacity
@@ -131,38 +113,38 @@ class Modes:
             yield self
 
     def dense(self) -> AbstractContextManager[Self]:
-        """Context: the base, within rounding; nothing skipped, nobody exits."""
+        """The base, within rounding; nothing skipped, nobody exits."""
         nothing = {"routed": KeepAll(), "gated": None, "control": None, "exit_control": None}
         return self._changed(capacity=1.0, exit_rate=0.0, **nothing)
 
     def masked(self) -> AbstractContextManager[Self]:
-        """Context: compute everything and multiply by the masks; what compaction must equal."""
+        """Compute everything and multiply by the masks; what compaction must equal."""
         return self._changed(compact=False)
 
     def using(self, policy: Policy) -> AbstractContextManager[Self]:
-        """Context: decisions from any source (`Random`, `Static`, ...), at any capacity; exits as they are set."""
+        """Decisions from any source (`Random`, `Static`, ...), at any capacity; exits as they are set."""
         return self._changed(control=policy)
 
     def exiting(self, exits: ExitPolicy) -> AbstractContextManager[Self]:
-        """Context: exits from any source (`ExitThresholds`, ...), at any exit rate; decisions as they are set."""
+        """Exits from any source (`ExitThresholds`, ...), at any exit rate; decisions as they are set."""
         return self._changed(exit_control=exits)
 
     def force(self, masks: Masks) -> AbstractContextManager[Self]:
-        """Context: decisions, exits included, as recorded by `record`."""
+        """Decisions, exits included, as recorded by `record`."""
         forced = Forced(masks)
         return self._changed(control=forced, exit_control=forced)
 
     def record(self) -> AbstractContextManager[Self]:
-        """Context: each forward also keeps its decisions, in ``hat.trace.masks``."""
+        """Each forward also keeps its decisions, in ``hat.trace.masks``."""
         return self._changed(record=True)
 
     def dropping(self, layers: Tensor | None) -> AbstractContextManager[Self]:
-        """Context: leave out whole layers, bool ``[L, B]``, for sequences of the batch: layer dropout in training."""
+        """Leave out whole layers, bool ``[L, B]``, for sequences of the batch: layer dropout in training."""
         return self._changed(dropped=layers)
 
     @contextmanager
     def collect(self) -> Iterator[list[TokenState]]:
-        """Context: a list of the states of all forwards in it (``TokenState.cat`` joins decode steps)."""
+        """A list of the states of all forwards in it (``TokenState.cat`` joins decode steps)."""
         states: list[TokenState] = []
         with self._changed(states=states):
             yield states

@@ -1,16 +1,19 @@
 """Policies: where the decisions of a forward come from.
 
-The method's own are those of `hat_lib.model.thresholds`. Everything, recorded, random and static choices go through the
-same code, so that a control differs from the method in nothing but its decisions. A policy keeps nothing between calls:
-any number of threads may ask the same one.
+The method's own are `Threshold` and `ExitThresholds`: ``score > threshold``, per token, in fp32, deterministic. Which
+thresholds give a capacity or an exit rate, stands in `hat_lib.model.threshold_table`; what a score is, in
+`hat_lib.model.routers`. Everything, recorded, random and static choices go through the same code, so that a control
+differs from the method in nothing but its decisions. A policy keeps nothing between calls: any number of threads may
+ask the same one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hat_lib.model.token_state import Masks, TokenState
 
@@ -38,6 +41,41 @@ class ExitPolicy(Protocol):
         """``h [n, D]``, the states of the running ``rows`` -> bool ``[n]``; None if nobody leaves."""
 
 
+class Threshold:
+    """The method: score > threshold.
+
+    Args:
+        routers: a model's, by ``"{layer}_{site}"`` and, for the sensitivity of its tokens, ``"{layer}_token"``.
+        thresholds: on the routers' scores, by (layer, site).
+    """
+
+    def __init__(self, routers: nn.ModuleDict, thresholds: dict[tuple[int, str], float]):
+        self.routers, self.thresholds = routers, thresholds
+
+    def __call__(self, layer, site, x, rows, state):
+        router, threshold = self.routers[f"{layer}_{site}"], self.thresholds[layer, site]
+        if site == "ffn":
+            return router.keep(x, threshold)
+        return router.keep(x, threshold, token_threshold_scale(self.routers, layer, site, x, state))
+
+
+def token_threshold_scale(routers: nn.ModuleDict, layer: int, site: str, x: Tensor, state: TokenState) -> Tensor:
+    """Channel grain: `MoERouter.threshold_scale` of the running rows in this layer, measured at its first site."""
+    if site == "qkv":
+        state.threshold_scale = routers[f"{layer}_token"].threshold_scale(x)
+    return state.threshold_scale
+
+
+class ExitThresholds:
+    """The method: a token leaves at the first exit whose gate scores it over the gate's threshold."""
+
+    def __init__(self, gates: nn.ModuleDict, thresholds: Sequence[float]):
+        self.gates, self.thresholds = gates, dict(zip(gates, thresholds, strict=True))
+
+    def exits(self, depth, h, rows, state):
+        return self.gates[str(depth)].score(h) > self.thresholds[str(depth)]
+
+
 class KeepAll:
     """The dense model through the adaptive code."""
 
@@ -52,15 +90,15 @@ class Forced:
         self.masks = masks
 
     def __call__(self, layer, site, x, rows, state):
-        mask = self.masks.keep.get((layer, site))
-        return None if mask is None else self._rows(mask, rows, state)
+        return self._rows(self.masks.keep.get((layer, site)), rows, state)
 
     def exits(self, depth, h, rows, state):
-        mask = self.masks.exits.get(depth)
-        return None if mask is None else self._rows(mask, rows, state)
+        return self._rows(self.masks.exits.get(depth), rows, state)
 
     @staticmethod
-    def _rows(mask: Tensor, rows: Tensor | None, state: TokenState) -> Tensor:
+    def _rows(mask: Tensor | None, rows: Tensor | None, state: TokenState) -> Tensor | None:
+        if mask is None:
+            return None
         window = mask[:, state.start : state.start + state.tokens].flatten(0, 1)
         return window if rows is None else window[rows]
 

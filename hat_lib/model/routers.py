@@ -1,19 +1,21 @@
-"""Routers: how much does this token want this work? Scores in fp32, compared with a threshold elsewhere.
+"""What is trained: routers score how much a token wants some work, exit gates whether it is finished.
 
-In use the decision is always ``score > threshold``, per token: it reads neither the future nor the rest of the batch.
+All scores are fp32, untrained ones are zero, and in use the decision is always ``score > threshold``, per token
+(`hat_lib.model.policies`): it reads neither the future nor the rest of the batch.
 
 token grain (the published method): one logit per token and layer, ``s = w.x + b`` on the FFN's input. channel grain:
 for input channel i of a linear layer, ``s_i = |x_i| * ||W[:, i]||``, the norm of what that channel would add to the
 output; thresholded activation sparsity as in TEAL (Liu et al. 2024, arXiv:2408.14690) and CATS (arXiv:2404.08763),
-weighted by the column norm as in Wanda (arXiv:2306.11695). The router learns one log-scale per channel, zero at the
-start. In each layer a token router says how sensitive the token is, ``u = w.x + b`` on the input of q|k|v, and all of
-its thresholds in that layer are multiplied by ``exp(-u)``: a sensitive token keeps more channels. It is measured and
-not trained, see `hat_lib.calibration.token_sensitivity`.
+weighted by the column norm as in Wanda (arXiv:2306.11695). The router learns one log-scale per channel. In each layer
+a token router says how sensitive the token is, ``u = w.x + b`` on the input of q|k|v, and all of its thresholds in
+that layer are multiplied by ``exp(-u)``: a sensitive token keeps more channels. It is measured and not trained, see
+`hat_lib.calibration.token_sensitivity`.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # A factor of e^3 either way is more than any text asked for; what lies beyond is a stray extrapolation.
@@ -22,7 +24,7 @@ SENSITIVITY_LIMIT = 3.0
 
 class MoERouter(nn.Module):
     """One score per token, ``[n, D] -> [n]`` fp32: whether the FFN runs (token grain), or how sensitive the token is
-    (channel grain). Untrained, all scores are zero."""
+    (channel grain)."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -71,3 +73,46 @@ class ChannelRouter(nn.Module):
         """bool ``[n, C]``. All in fp32, whatever the dtype of x, so that a row decides alike alone and in a batch."""
         cut = self.cut(threshold)
         return x.abs() > (cut if threshold_scale is None else cut * threshold_scale)
+
+
+class ExitGate(nn.Module):
+    """One exit: ``score [n, D] -> [n]`` fp32, and ``translate [n, D] -> [n, D]`` in the input's dtype.
+
+    The gate is a linear layer D -> 2 on ``n = h / rms(h)``, its score the difference of the leave and stay logits (the
+    published method trains it with Gumbel-softmax). The last layers change a hidden state so much that it cannot be
+    read early as it is, so who leaves is translated (the idea of the tuned lens, Belrose et al. 2023,
+    arXiv:2303.08112): ``h + |h| (a * n + U V n + b)``, an affine map whose matrix is diagonal plus low rank. The bias
+    alone lets an exit at least say which tokens are frequent. The length ``|h|`` makes one learning rate fit every
+    depth and width: a step of size e in each number turns the state by about ``e sqrt(D)``.
+
+    Untrained, the score is 0 for every token and the translator is the identity.
+    """
+
+    def __init__(self, hidden_size: int, rank: int):
+        super().__init__()
+        self.rank = rank
+        self.gate = nn.Linear(hidden_size, 2)
+        self.scale = nn.Parameter(torch.zeros(hidden_size))
+        self.shift = nn.Parameter(torch.zeros(hidden_size))
+        self.reduce = nn.Linear(hidden_size, rank, bias=False)
+        self.expand = nn.Linear(rank, hidden_size, bias=False)
+        for parameter in (self.gate.weight, self.gate.bias, self.expand.weight):
+            nn.init.zeros_(parameter)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """``[n, D] -> [n, 2]`` fp32: (stay, leave)."""
+        return (_norm(h)[:, None, :] * self.gate.weight).sum(-1) + self.gate.bias
+
+    def score(self, h: Tensor) -> Tensor:
+        stay, leave = self.logits(h).unbind(-1)
+        return leave - stay
+
+    def translate(self, h: Tensor) -> Tensor:
+        n = _norm(h)
+        change = self.scale * n + self.expand(self.reduce(n)) + self.shift
+        length = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=torch.float32)
+        return h + (length * change).to(h.dtype)
+
+
+def _norm(h: Tensor) -> Tensor:
+    return F.rms_norm(h.float(), h.shape[-1:])

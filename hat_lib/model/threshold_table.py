@@ -2,24 +2,42 @@
 
 A `Calibration` is a table: at some capacities, realised on held-out text, which thresholds realised them. In
 between, thresholds are interpolated. They never rise with capacity, so the kept sets of two capacities are nested.
-
 How the budget is split over layers and sites is decided where the table is made (`hat_lib.calibration`).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+import reprlib
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate
 from hat_lib.model.granularity import GRAINS
 
+_shown = reprlib.Repr()
+_shown.maxstring = 80
+shown = _shown.repr
+"""`repr`, short enough for a one-line message"""
+
+EXIT_TABLES = ("exit_capacities", "exit_rates", "exit_scores")
+# Axes, least and greatest value, and order of the innermost lists (1 rising, -1 falling, 0 any) of each table. L
+# layers, S sites and E exits are the config's; C, K and R are as many as the first table has.
+TABLES = {
+    "capacities": ("C", 0, 1, 1),
+    "thresholds": ("LSC", -math.inf, math.inf, -1),
+    "shares": ("LSC", 0, 1, 0),
+    "exit_capacities": ("K", 0, 1, 1),
+    "exit_rates": ("KR", 0, 1, 1),
+    "exit_scores": ("KRE", -math.inf, math.inf, 0),
+}
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `hat_lib.calibration.capacity` measured; saved in the checkpoint as JSON. C capacities, L layers, S
-    sites."""
+    """What `hat_lib.calibration.capacity` measured; saved in the checkpoint as JSON."""
 
     sites: list[str]
     """gated sites of a layer, S"""
@@ -40,16 +58,22 @@ class Calibration:
     text: str = ""
     """what it was measured on: corpus, split, tokens and hash"""
 
-    def check_fits(self, config: HatConfig) -> None:
-        """Raise `HatError` unless the tables are for this shape: its layers, its grain's sites, its exits."""
-        exits = None if self.exit_scores is None else len(self.exit_scores[0][0])
-        for what, own, expected in (
-            ("sites", list(self.sites), list(GRAINS[config.granularity].sites)),
-            ("layers", len(self.thresholds), config.n_layers),
-            ("exits", exits, len(config.exit_layers)),
-        ):
-            if own is not None and own != expected:
-                raise HatError(f"the calibration is for another model: {what} {own}, expected {expected}")
+    def check(self, config: HatConfig) -> None:
+        """Raise `HatError`, which names the entry, unless these are sound tables for a model of this shape."""
+        sites = list(GRAINS[config.granularity].sites)
+        if self.sites != sites:
+            raise HatError(f"calibration.sites must be {sites}, got {shown(self.sites)}")
+        for name in ("method", "text"):
+            if not isinstance(getattr(self, name), str):
+                raise HatError(f"calibration.{name} must be a str, got {shown(getattr(self, name))}")
+        sizes = {"L": config.n_layers, "S": len(sites), "E": len(config.exit_layers)}
+        for name, table in TABLES.items():
+            if getattr(self, name) is not None or name not in EXIT_TABLES:
+                _check_table(f"calibration.{name}", getattr(self, name), *table, sizes)
+        if len({getattr(self, name) is None for name in EXIT_TABLES}) > 1:
+            raise HatError("calibration.exit_capacities, exit_rates and exit_scores must be all null or all lists")
+        if self.capacities[-1] != 1:
+            raise HatError(f"calibration.capacities must end at 1, got {self.capacities[-1]}")
 
     def shares_at(self, capacity: float) -> np.ndarray:
         """Kept share per layer and site to be expected at a capacity, ``[L, S]``."""
@@ -61,10 +85,9 @@ class Calibration:
         Below the lowest capacity that was measured, that one's thresholds.
         """
         capacity = check_capacity(capacity)
+        table = self._at(self.thresholds, capacity)
         if capacity == 1:
-            table = np.full(np.shape(self.thresholds)[:2], -np.inf)
-        else:
-            table = self._at(self.thresholds, capacity)
+            table = np.full_like(table, -np.inf)
         return {(i, site): float(t) for i, row in enumerate(table) for site, t in zip(self.sites, row, strict=True)}
 
     def _at(self, table: list, capacity: float) -> np.ndarray:
@@ -91,5 +114,19 @@ class Calibration:
         ]
         return [float(np.interp(capacity, self.exit_capacities, column)) for column in zip(*there, strict=True)]
 
-    def to_dict(self) -> dict:
-        return asdict(self)
+
+def _check_table(name: str, value, axes: str, low: float, high: float, order: int, sizes: dict[str, int]) -> None:
+    """Raise unless ``value`` is lists nested along ``axes`` of numbers in [low, high]; new axes enter ``sizes``."""
+    if not axes:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise HatError(f"{name} must be a number in [{low}, {high}], got {shown(value)}")
+        return
+    if not isinstance(value, list):
+        raise HatError(f"{name} must be a list, got {shown(value)}")
+    size = sizes.setdefault(axes[0], max(1, len(value)))
+    if len(value) != size:
+        raise HatError(f"{name} must have {size} entries, got {len(value)}")
+    for i, entry in enumerate(value):
+        _check_table(f"{name}[{i}]", entry, axes[1:], low, high, order, sizes)
+    if order and len(axes) == 1 and any(order * a > order * b for a, b in pairwise(value)):
+        raise HatError(f"{name} must be in {'rising' if order > 0 else 'falling'} order, got {shown(value)}")

@@ -1,8 +1,7 @@
 """TokenState: everything one forward pass decided, per layer and per token.
 
-The model fills one `TokenState` in each forward; losses, cost, sweeps, plots and widgets read only
-this object. It also answers the two questions that every layer asks on the way: which rows are still
-alive, and which are protected.
+The model fills one in each forward; losses, cost, sweeps, plots and widgets read only this object. It also answers the
+two questions that every layer asks on the way: which rows are still alive, and which are protected.
 """
 
 from __future__ import annotations
@@ -16,76 +15,62 @@ from torch import Tensor
 
 @dataclass
 class Masks:
-    """Decisions taken in one forward, to be forced on another (`HierarchicalTransformer.force`).
-
-    ``keep[layer, site]``  bool ``[B, T, C]`` for the channel grain (C input channels), ``[B, T]`` for the
-    token grain; rows that had already exited hold False. ``exits[e]`` bool ``[B, T]``: left at exit e.
-    """
+    """Decisions taken in one forward, to be forced on another (`HierarchicalTransformer.force`)."""
 
     keep: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """by layer and site, bool ``[B, T, C]`` (channel grain, C input channels) or ``[B, T]`` (token grain); rows that
+    had already exited hold False"""
     exits: dict[int, Tensor] = field(default_factory=dict)
+    """bool ``[B, T]``, by exit: who left there"""
 
     def map(self, change) -> Masks:
         """The same decisions with ``change`` applied to each ``[B, T, ...]`` tensor (slice, index, pad)."""
         return Masks({k: change(m) for k, m in self.keep.items()}, {e: change(m) for e, m in self.exits.items()})
 
 
+@dataclass(eq=False)
 class TokenState:
-    """Who is alive, where each token left, and what share of each layer it ran.
+    """Who is alive, where each token left, and what share of each layer it ran."""
 
-    Args:
-        real: bool ``[B, T]``, False at padding.
-        position: int64 ``[B, T]``, rank among the real tokens of its document, counted from 0.
-        protected: bool ``[B, T]``, tokens that run in full and never exit.
-        site_work: work of each gated site of a layer, as a fraction of the layer's routable work ``[S]``.
-        n_layers: L.
-        start: number of tokens already in the KV cache.
-    """
+    real: Tensor
+    """bool ``[B, T]``, False at padding"""
+    position: Tensor
+    """int64 ``[B, T]``, rank among the real tokens of its document, counted from 0"""
+    protected: Tensor
+    """bool ``[B, T]``, tokens that run in full and never exit"""
+    site_work: Sequence[float]
+    """work of each gated site of a layer, as a fraction of the layer's routable work ``[S]``"""
+    n_layers: int
+    start: int = 0
+    """number of tokens already in the KV cache"""
+    alive: Tensor | None = None
+    """rows (indices into B*T) that still run; None while all do"""
+    exit_layer: Tensor = None
+    """layers that each token ran, int16 ``[B, T]``; L where it stayed to the end"""
+    routed: bool = False
+    gated: bool = False
+    """whether routers, and exit gates, had a part in this forward"""
+    threshold_scale: Tensor | None = None
+    """channel grain: of the running rows in the present layer, ``[n, 1]``"""
+    masks: Masks | None = None
+    """the decisions themselves, under `HierarchicalTransformer.record`"""
+    _share: dict[tuple[int, int], Tensor | float] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        real: Tensor,
-        position: Tensor,
-        protected: Tensor,
-        site_work: Sequence[float],
-        n_layers: int,
-        start: int = 0,
-    ):
-        self.real, self.position, self.protected = real, position, protected
-        self.site_work = tuple(site_work)
-        self.n_layers, self.start = n_layers, start
-        self.batch, self.tokens = real.shape
-        self.any_protected = bool(protected.any())
-        self.alive: Tensor | None = None
-        """rows (indices into B*T) that still run; None while all do"""
-        self.exit_layer = torch.full(real.shape, n_layers, dtype=torch.int16, device=real.device)
-        """layers that each token ran, ``[B, T]``; L where it stayed to the end"""
-        self.routed = self.gated = False
-        """whether routers, and exit gates, had a part in this forward"""
-        self.threshold_scale: Tensor | None = None
-        """channel grain: of the running rows in the present layer, ``[n, 1]``"""
-        self.masks: Masks | None = None
-        """the decisions themselves, under `HierarchicalTransformer.record`"""
-        self._share: dict[tuple[int, int], Tensor | float] = {}
+    def __post_init__(self):
+        self.batch, self.tokens = self.real.shape
+        self.any_protected = bool(self.protected.any())
+        if self.exit_layer is None:
+            self.exit_layer = torch.full(self.real.shape, self.n_layers, dtype=torch.int16, device=self.real.device)
 
     @classmethod
-    def begin(
-        cls,
-        tokens: Tensor,
-        mask: Tensor | None,
-        position_ids: Tensor | None,
-        start: int,
-        protected: int,
-        site_work: Sequence[float],
-        n_layers: int,
-    ) -> TokenState:
+    def begin(cls, tokens, mask, position_ids, start, protected, site_work, n_layers) -> TokenState:
         """The state before the first layer.
 
         Args:
             tokens: ``[B, T, ...]``, what this forward reads.
             mask: ``[B, start + T]``, 0 at padding; None where there is none, or one of another shape.
-            position_ids: ``[B or 1, T]`` as given to the model; where they start again at 0, another document of a
-                packed sequence begins, with protected tokens of its own.
+            position_ids: ``[B or 1, T]`` as given to the model, or None; where they start again at 0, another document
+                of a packed sequence begins, with protected tokens of its own.
             start: tokens in the KV cache.
             protected: how many real tokens of a document are protected.
         """
@@ -103,16 +88,11 @@ class TokenState:
     def leave(self, rows: Tensor, depth: int) -> None:
         """Mark ``rows`` (indices into B*T) as exited after ``depth`` layers."""
         self.exit_layer.view(-1)[rows] = depth
-        self.alive = (self.exit_layer.view(-1) == self.n_layers).nonzero().squeeze(1)
+        self.alive = (~self.exited).view(-1).nonzero().squeeze(1)
         if self.masks is not None and not len(self.alive):  # no further layer decides anything
             first = {site: keep for (layer, site), keep in self.masks.keep.items() if layer == 0}
             for layer in range(depth, self.n_layers):
                 self.masks.keep |= {(layer, site): torch.zeros_like(keep) for site, keep in first.items()}
-
-    @property
-    def exited(self) -> Tensor:
-        """bool ``[B, T]``: who has left by now."""
-        return self.exit_layer < self.n_layers
 
     def note(self, layer: int, site: int, keep: Tensor | None) -> None:
         """Record what one site ran: bool ``[n, C]`` or ``[n]`` for the running rows, None for everything."""
@@ -120,8 +100,7 @@ class TokenState:
 
     def note_mask(self, layer: int, site: str, keep: Tensor) -> None:
         """Keep the decision itself; ``keep`` is bool ``[n, ...]`` for the running rows."""
-        keep = self._everywhere(keep)
-        self.masks.keep[layer, site] = keep.view(self.batch, self.tokens, *keep.shape[1:])
+        self.masks.keep[layer, site] = self._everywhere(keep).view(self.batch, self.tokens, *keep.shape[1:])
 
     def _everywhere(self, values: Tensor) -> Tensor:
         """Values of the running rows, at their places among all rows; 0 at the others."""
@@ -130,15 +109,24 @@ class TokenState:
         return values.new_zeros(self.batch * self.tokens, *values.shape[1:]).index_copy(0, self.alive, values)
 
     @property
+    def exited(self) -> Tensor:
+        """bool ``[B, T]``: who has left by now."""
+        return self.exit_layer < self.n_layers
+
+    @property
+    def _ran(self) -> Tensor:
+        """bool ``[L, B, T]``: the layers that each real token entered."""
+        depth = torch.arange(self.n_layers, device=self.real.device)[:, None, None]
+        return self.real & (depth < self.exit_layer)
+
+    @property
     def site_share(self) -> Tensor:
         """Executed share of each site, fp32 ``[L, S, B, T]``; 0 where the token had left or is padding."""
         shape = (self.n_layers, len(self.site_work), self.batch, self.tokens)
         out = torch.zeros(shape, device=self.real.device)
         for (layer, site), share in self._share.items():
             out[layer, site] = share if isinstance(share, float) else share.view(self.batch, self.tokens)
-        depth = torch.arange(self.n_layers, device=out.device)[:, None, None]
-        ran = self.real & (depth < self.exit_layer)
-        return out * ran[:, None]
+        return out * self._ran[:, None]
 
     @property
     def share(self) -> Tensor:
@@ -149,34 +137,32 @@ class TokenState:
     @property
     def capacity(self) -> float:
         """Realised capacity: mean share over real tokens in the layers that they entered."""
-        depth = torch.arange(self.n_layers, device=self.real.device)[:, None, None]
-        ran = self.real & (depth < self.exit_layer)
-        return float(self.share.sum() / ran.sum().clamp(min=1))
+        return float(self.share.sum() / self._ran.sum().clamp(min=1))
 
     @property
     def exit_rate(self) -> float:
         """Realised exit rate: share of real tokens that left before the last layer."""
-        left = (self.exit_layer < self.n_layers) & self.real
-        return float(left.sum() / self.real.sum().clamp(min=1))
+        return float((self.exited & self.real).sum() / self.real.sum().clamp(min=1))
 
     @classmethod
     def cat(cls, states: Sequence[TokenState]) -> TokenState:
         """Join the states of consecutive forwards of the same rows (prefill, then each decode step) along T."""
-        first = states[0]
-        join = lambda name: torch.cat([getattr(s, name) for s in states], dim=1)  # noqa: E731
-        out = cls(join("real"), join("position"), join("protected"), first.site_work, first.n_layers, first.start)
-        out.exit_layer = join("exit_layer")
-        out.routed, out.gated = any(s.routed for s in states), any(s.gated for s in states)
-        share = torch.cat([s.site_share for s in states], dim=-1)
-        for layer in range(first.n_layers):
-            for site in range(len(first.site_work)):
-                out._share[layer, site] = share[layer, site].flatten()
-        return out
+        first, share = states[0], torch.cat([s.site_share for s in states], dim=-1)
+        names = ("real", "position", "protected", "exit_layer")
+        return cls(
+            **{name: torch.cat([getattr(s, name) for s in states], dim=1) for name in names},
+            site_work=first.site_work,
+            n_layers=first.n_layers,
+            start=first.start,
+            routed=any(s.routed for s in states),
+            gated=any(s.gated for s in states),
+            _share={(i, j): row.flatten() for i, layer in enumerate(share) for j, row in enumerate(layer)},
+        )
 
 
 def _share(kept: Tensor) -> Tensor:
     """Share per row, fp32 ``[n]``, of a keep mask (already a share if it is one number a row)."""
     if kept.is_floating_point():
-        return kept if kept.dim() == 1 else kept.detach().float().mean(1)
+        return kept if kept.dim() == 1 else kept.float().mean(1)
     # Summing booleans straight into int32 is the fast way on CPU, four times a float mean.
     return kept.float() if kept.dim() == 1 else kept.sum(1, dtype=torch.int32) / kept.shape[1]

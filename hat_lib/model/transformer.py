@@ -8,8 +8,8 @@
 it is, and ``hat.lm.save_pretrained`` writes what plain transformers loads. Its decoder layers are the same objects with
 `forward` overridden on the instance (`hat_lib.model.decoder_layer`); `unload` gives them back as they were.
 
-Any number of threads may run one model: each has the state of its own forward in ``hat.trace``. ``hat.capacity`` is the
-model's, for all of them; a context such as ``with hat.at(0.5)`` holds for the thread that entered it.
+Any number of threads may run one model: each has its own ``hat.trace``, and a context such as ``with hat.at(0.5)``
+holds for the thread that entered it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +28,27 @@ from transformers.cache_utils import StaticLayer
 
 from hat_lib.backbone.base import Base, first_line, load_base
 from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate
-from hat_lib.model.checkpoint import Checkpoint, check_tensors, is_hat_parameter, read_checkpoint, write_checkpoint
+from hat_lib.model.checkpoint import (
+    CONFIG_FILE,
+    Checkpoint,
+    check_tensors,
+    is_hat_parameter,
+    read_checkpoint,
+    write_checkpoint,
+)
 from hat_lib.model.decoder_layer import AdaptiveLayer
-from hat_lib.model.exit_gate import ExitGate
 from hat_lib.model.forward_pass import ForwardPass
 from hat_lib.model.granularity import GRAINS, column_norm
 from hat_lib.model.modes import Context, Mode, Modes
-from hat_lib.model.policies import KeepAll
-from hat_lib.model.routers import ChannelRouter, MoERouter
+from hat_lib.model.policies import ExitThresholds, KeepAll, Threshold, token_threshold_scale
+from hat_lib.model.routers import ChannelRouter, ExitGate, MoERouter
 from hat_lib.model.threshold_table import Calibration
-from hat_lib.model.thresholds import ExitThresholds, Threshold, token_threshold_scale
 from hat_lib.model.token_state import Masks, TokenState
 
+POOR = (
+    "skipping whole FFNs of a frozen base multiplies perplexity (see data/results); the channel grain keeps far more "
+    "at equal work"
+)
 # In the order in which `LlamaModel.forward` takes them.
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
 
@@ -58,50 +68,44 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     def __init__(self, base: Base, config: HatConfig, calibration: Calibration | None = None):
         super().__init__()
-        lm, grain = base.model, GRAINS[config.granularity]
+        lm, grain, width = base.model, GRAINS[config.granularity], base.model.config.hidden_size
         if config.n_layers != lm.config.num_hidden_layers:
             raise HatError(f"the config is for {config.n_layers} layers, {base.name} has {lm.config.num_hidden_layers}")
-        if config.translator_rank > lm.config.hidden_size:
-            width, rank = lm.config.hidden_size, config.translator_rank
+        if config.translator_rank > width:
+            rank = config.translator_rank
             raise HatError(f"translator_rank must be at most {width}, the hidden size of {base.name}, got {rank}")
         if calibration is not None:
-            calibration.check_fits(config)
-        for layer in lm.model.layers:
-            if (override := vars(layer).get("forward")) is not None:
-                ours = isinstance(getattr(override, "__self__", None), AdaptiveLayer)
-                raise HatError(
-                    f"{base.name} already carries a HierarchicalTransformer: call its unload() first"
-                    if ours
-                    else f"{base.name} has a decoder layer whose forward another library overrides: take that off first"
-                )
-        self.base, self.config, self._calibration = base, config, calibration
+            calibration.check(config)
+        for override in filter(None, (vars(layer).get("forward") for layer in lm.model.layers)):
+            if isinstance(getattr(override, "__self__", None), AdaptiveLayer):
+                raise HatError(f"{base.name} already carries a HierarchicalTransformer: call its unload() first")
+            raise HatError(
+                f"{base.name} has a decoder layer whose forward another library overrides: take that off first"
+            )
+        self.base, self.lm, self.config, self.grain = base, lm, config, grain
+        self._calibration = calibration
         self.training_summary: dict | None = None
-        self.lm, self.grain = lm, grain
         work = grain.site_work(lm.config)
         self.site_work = [work[s] / sum(work.values()) for s in grain.sites]
         """work of each site, as a fraction of a layer's routable work"""
 
-        d = lm.config.hidden_size
         self.routers = nn.ModuleDict()
         for i, layer in enumerate(lm.model.layers):
             for site in grain.sites:
-                self.routers[f"{i}_{site}"] = MoERouter(d) if site == "ffn" else ChannelRouter(column_norm(layer, site))
+                router = MoERouter(width) if site == "ffn" else ChannelRouter(column_norm(layer, site))
+                self.routers[f"{i}_{site}"] = router
             if config.granularity == "channel":
-                self.routers[f"{i}_token"] = MoERouter(d)
-        self.gates = nn.ModuleDict({str(e): ExitGate(d, config.translator_rank) for e in config.exit_layers})
-        for module in (self.routers, self.gates):
-            module.to(base.device)
+                self.routers[f"{i}_token"] = MoERouter(width)
+        self.gates = nn.ModuleDict({str(e): ExitGate(width, config.translator_rank) for e in config.exit_layers})
+        self.routers.to(base.device), self.gates.to(base.device)
         self.eval()
 
-        self._context = Context()
+        self._context = Context(SimpleNamespace(mode=Mode()))
         self.layers = [AdaptiveLayer(layer, i, self._context) for i, layer in enumerate(lm.model.layers)]
-        self._hooks = []
         self._attach()
         try:
             if calibration is not None:
-                self.capacity = config.capacity
-                if config.exit_rate:
-                    self.exit_rate = config.exit_rate
+                self.capacity, self.exit_rate = config.capacity, config.exit_rate
         except BaseException:
             self.unload()
             raise
@@ -115,8 +119,8 @@ class HierarchicalTransformer(Modes, nn.Module):
         ]
 
     def _detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        for attached in self._hooks:
+            attached.remove()
         for adaptive in self.layers:
             adaptive.detach()
 
@@ -151,8 +155,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         return self
 
     def __deepcopy__(self, memo) -> HierarchicalTransformer:
-        """A model of its own on a copy of the base, at the same capacity and exit rate; not while another thread
-        runs."""
+        """A model of its own on a copy of the base, set as this one is; not while another thread runs."""
         self._check_loaded()
         if id(self.lm) in memo:
             raise HatError("hat.lm cannot be copied without its routers: use copy.deepcopy(hat), or copy hat.unload()")
@@ -161,13 +164,10 @@ class HierarchicalTransformer(Modes, nn.Module):
             base = replace(self.base, model=copy.deepcopy(self.lm, memo))
         finally:
             self._attach()
-        twin = HierarchicalTransformer(base, self.config)
-        memo[id(self)] = twin
+        twin = memo[id(self)] = HierarchicalTransformer(base, self.config)
         twin.load_state_dict(self.state_dict())
-        twin.calibration, twin.training_summary = self.calibration, copy.deepcopy(self.training_summary)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the token grain's, which was given for the original
-            twin.capacity, twin.exit_rate = self.capacity, self.exit_rate
+        twin._calibration, twin.training_summary = self.calibration, copy.deepcopy(self.training_summary)
+        twin._context.mode = twin._decided(Mode(self.capacity, self.exit_rate), self.calibration)
         return twin
 
     def __reduce_ex__(self, protocol):
@@ -183,13 +183,11 @@ class HierarchicalTransformer(Modes, nn.Module):
     @calibration.setter
     def calibration(self, calibration: Calibration | None) -> None:
         if calibration is not None:
-            calibration.check_fits(self.config)
-        before, self._calibration = self._calibration, calibration
-        try:
-            self._context.change(lambda mode: self._decided(mode, mode.capacity, mode.exit_rate))
-        except HatError:
-            self._calibration = before
-            raise
+            calibration.check(self.config)
+        modes = self._context.shared.mode, self._context.own
+        decided = [mode and self._decided(mode, calibration) for mode in modes]  # raises before anything is changed
+        self._context.shared.mode, self._context.own = decided
+        self._calibration = calibration
 
     @property
     def capacity(self) -> float:
@@ -201,12 +199,8 @@ class HierarchicalTransformer(Modes, nn.Module):
         self._check_loaded()
         value, mode = check_capacity(value), self._context.mode
         if value < 1.0 and self.config.granularity == "token":
-            warnings.warn(
-                f"token grain at capacity {value}: skipping whole FFNs of a frozen base multiplies perplexity "
-                "(see data/results); the channel grain keeps far more at equal work",
-                stacklevel=2,
-            )
-        self._context.mode = self._decided(mode, value, mode.exit_rate)
+            warnings.warn(f"token grain at capacity {value}: {POOR}", stacklevel=2)
+        self._context.mode = self._decided(replace(mode, capacity=value), self.calibration)
 
     @property
     def exit_rate(self) -> float:
@@ -216,25 +210,24 @@ class HierarchicalTransformer(Modes, nn.Module):
     @exit_rate.setter
     def exit_rate(self, value: float) -> None:
         self._check_loaded()
-        mode = self._context.mode
-        self._context.mode = self._decided(mode, mode.capacity, check_exit_rate(value))
+        mode = replace(self._context.mode, exit_rate=check_exit_rate(value))
+        self._context.mode = self._decided(mode, self.calibration)
 
-    def _decided(self, mode: Mode, capacity: float, exit_rate: float) -> Mode:
-        """``mode`` with the method's own decisions at this capacity and exit rate; raises if they cannot be had."""
-        routed, gated = KeepAll(), None
+    def _decided(self, mode: Mode, calibration: Calibration | None) -> Mode:
+        """``mode`` with the method's own decisions at its capacity and exit rate; raises if they cannot be had."""
+        capacity, exit_rate, routed, gated = mode.capacity, mode.exit_rate, KeepAll(), None
         if capacity < 1.0:
-            if self.calibration is None:
-                raise HatError(
-                    f"capacity {capacity} needs calibrated thresholds: run `hat calibrate`, or load a checkpoint"
-                )
-            routed = self.threshold_policy(self.calibration.thresholds_at(capacity))
+            if calibration is None:
+                hint = "run `hat calibrate`, or load a checkpoint"
+                raise HatError(f"capacity {capacity} needs calibrated thresholds: {hint}")
+            routed = self.threshold_policy(calibration.thresholds_at(capacity))
         if exit_rate > 0.0:
             if not self.gates:
                 raise HatError(f"exit rate {exit_rate} asked of a model without exit layers")
-            if self.calibration is None or self.calibration.exit_rates is None:
+            if calibration is None or calibration.exit_rates is None:
                 raise HatError(f"exit rate {exit_rate} needs trained exit gates; this checkpoint has none (use 0)")
-            gated = ExitThresholds(self.gates, self.calibration.exit_thresholds(exit_rate, capacity))
-        return replace(mode, capacity=capacity, exit_rate=exit_rate, routed=routed, gated=gated)
+            gated = ExitThresholds(self.gates, calibration.exit_thresholds(exit_rate, capacity))
+        return replace(mode, routed=routed, gated=gated)
 
     def threshold_policy(self, thresholds: dict[tuple[int, str], float]) -> Threshold:
         """The method's own decisions at these thresholds on the routers' scores, by (layer, site)."""
@@ -256,23 +249,19 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     @contextmanager
     def watching(self, see: Callable[[int, str, Tensor, Tensor], None]) -> Iterator[None]:
-        """Context: call ``see(layer, site, x, activation)`` for each site that runs.
+        """Context: call ``see(layer, site, x, activation)`` after each site that runs.
 
         ``x`` is what the router reads, ``activation`` what is zeroed where the router skips: the very same input
         (channel grain), or the FFN's output. Both are the tensors of the graph, ``[..., C]``.
         """
-
-        def watch(layer, site):
-            if site == "ffn":
-                return lambda module, args, out: see(layer, site, args[0], out)
-            return lambda module, args: see(layer, site, args[0], args[0])
-
         hooks = []
         for i, layer in enumerate(self.lm.model.layers):
             for site in self.grain.sites:
-                module = self.grain.watched(layer, site)
-                register = module.register_forward_hook if site == "ffn" else module.register_forward_pre_hook
-                hooks.append(register(watch(i, site)))
+
+                def watch(module, args, out, i=i, site=site):
+                    see(i, site, args[0], out if site == "ffn" else args[0])
+
+                hooks.append(self.grain.watched(layer, site).register_forward_hook(watch))
         try:
             yield
         finally:
@@ -298,24 +287,20 @@ class HierarchicalTransformer(Modes, nn.Module):
                 f"layer {odd[0]} has another attention or FFN module than when the model was attached: "
                 "replace modules before attaching; wrapping single linear layers (LoRA) is fine at any time"
             )
-        state = TokenState.begin(
-            tokens,
-            given.get("attention_mask"),
-            given.get("position_ids"),
-            cache.get_seq_length() if cache is not None else 0,
-            self.config.protected_tokens,
-            self.site_work,
-            self.config.n_layers,
-        )
+        start = cache.get_seq_length() if cache is not None else 0
+        shape = self.config.protected_tokens, self.site_work, self.config.n_layers
+        state = TokenState.begin(tokens, given.get("attention_mask"), given.get("position_ids"), start, *shape)
         state.routed, state.gated = not isinstance(mode.policy, KeepAll), mode.exits is not None
         state.masks = Masks() if mode.record else None
         passes[-1] = ForwardPass(mode, state, self.grain.sites, self.gates)
 
     @torch.compiler.disable
     def _end(self, module, args, output):
-        ended = self._context.end()
-        if ended is not None and output is not None and ended.mode.states is not None:
-            ended.mode.states.append(ended.state)
+        ended = self._context.passes.pop()
+        if ended is not None:
+            self._context.last = ended.state
+            if output is not None and ended.mode.states is not None:
+                ended.mode.states.append(ended.state)
 
     # -- checkpoints -------------------------------------------------------------------------------
 
@@ -336,12 +321,13 @@ class HierarchicalTransformer(Modes, nn.Module):
         if not isinstance(base, Base):
             base = load_base(base or checkpoint.base, dtype=dtype, device=device)
         checkpoint.check_base(base, folder)
-        hat = cls(base, checkpoint.config)
+        try:
+            hat = cls(base, checkpoint.config, checkpoint.calibration)
+        except HatError as error:
+            raise HatError(f"{Path(folder, CONFIG_FILE)}: {error}") from error
+        hat.training_summary = checkpoint.training
         try:
             hat.load_adapter(checkpoint, folder)
-            hat.calibration, hat.training_summary = checkpoint.calibration, checkpoint.training
-            if checkpoint.calibration is not None:
-                hat.capacity, hat.exit_rate = checkpoint.config.capacity, checkpoint.config.exit_rate
         except BaseException:  # whatever went wrong, the base is as it was
             hat.unload()
             raise
@@ -360,33 +346,29 @@ class HierarchicalTransformer(Modes, nn.Module):
         parts = self.config, self.base.name, self.base.fingerprint, self.hat_parameters()
         write_checkpoint(folder, Checkpoint(*parts, self.calibration, self.training_summary))
 
+    def hat_parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name: all that a checkpoint saves."""
+        return {n: p for n, p in self.named_parameters() if is_hat_parameter(n)}
+
+    # -- imported when asked for: the model itself neither measures, draws nor uploads ---------------
+
     def push_to_hub(self, repo_id: str, **options) -> str:
         """Upload what `save_pretrained` writes; see `hat_lib.model.hub.push_to_hub` for the options."""
         from hat_lib.model.hub import push_to_hub
 
         return push_to_hub(self, repo_id, **options)
 
-    # -- the two calls that people look for first ----------------------------------------------------
-    # Imported when asked for, as the Hub is: the model itself neither measures nor draws.
-
     def sweep(self, text="addresses", **options):
-        """What less compute costs on a text, at ``capacities=[...]``: ``.frame`` and ``.figure()``; see
-        `hat_lib.explore.sweep.sweep`."""
+        """What less compute costs on a text, at ``capacities=[...]``; see `hat_lib.explore.sweep.sweep`."""
         from hat_lib.explore.sweep import sweep
 
         return sweep(self, text, **options)
 
     def explain(self, prompt: str, **options):
-        """What each token of a prompt executed, layer by layer; see `hat_lib.explore.explain.explain`."""
+        """What each token of a prompt executed, by layer; see `hat_lib.explore.explain.explain`."""
         from hat_lib.explore.explain import explain
 
         return explain(self, prompt, **options)
-
-    # -- counting ----------------------------------------------------------------------------------
-
-    def hat_parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name: all that a checkpoint saves."""
-        return {n: p for n, p in self.named_parameters() if is_hat_parameter(n)}
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

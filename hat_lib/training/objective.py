@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hat_lib.model.policies import Gated, KeepAll
-from hat_lib.model.thresholds import token_threshold_scale
+from hat_lib.model.policies import Gated, KeepAll, token_threshold_scale
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.training import losses

@@ -228,7 +228,7 @@ class TestStatic:
         hat, chosen = new("channel"), {}
         # Protected tokens run everything, 2 of 64; so a share of 0.75 of each site realises 0.75 + 0.25 * 2 / 64.
         hat.calibration = SimpleNamespace(
-            shares_at=lambda capacity: np.full((4, 4), capacity), check_fits=lambda config: None
+            shares_at=lambda capacity: np.full((4, 4), capacity), check=lambda config: None
         )
         generator = torch.Generator().manual_seed(2)
         for key in (f"{i}_{site}" for i in range(4) for site in hat.grain.sites):

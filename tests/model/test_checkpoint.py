@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from hat_lib import __version__
 from hat_lib.backbone.base import exact_hash, fingerprint, load_base
 from hat_lib.config import DATA, HatConfig, HatError
-from hat_lib.model import checkpoint, schema
+from hat_lib.model import checkpoint
 from hat_lib.model.checkpoint import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -29,7 +29,7 @@ from hat_lib.model.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from hat_lib.model.threshold_table import Calibration
+from hat_lib.model.threshold_table import EXIT_TABLES, TABLES, Calibration
 from hat_lib.model.transformer import HierarchicalTransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
@@ -141,20 +141,20 @@ def test_a_checkpoint_of_version_0_decides_as_it_did(grain, base, tmp_path):
     again = HierarchicalTransformer.from_pretrained(tmp_path / "new", base)
     assert torch.equal(logits(again, expected["ids"]), found)
     again.unload()
-    assert json.loads((tmp_path / "new" / CONFIG_FILE).read_text())["format_version"] == schema.FORMAT_VERSION >= 1
+    assert json.loads((tmp_path / "new" / CONFIG_FILE).read_text())["format_version"] == checkpoint.FORMAT_VERSION >= 1
     assert (tmp_path / "new" / ADAPTER_FILE).read_bytes() == (OLD / grain / ADAPTER_FILE).read_bytes()
 
 
 @pytest.mark.parametrize("folder", sorted((DATA / "checkpoints").iterdir()), ids=lambda folder: folder.name)
 def test_published_checkpoints_are_read(folder):
     meta = json.loads((folder / CONFIG_FILE).read_text())
-    assert meta.pop("sha256") == schema.digest(meta)
+    assert meta.pop("sha256") == checkpoint.digest(meta)
     found = read_checkpoint(folder)
     assert found.base == "bundled" and found.config.to_dict() == meta["config"]
-    assert found.calibration.to_dict() == meta["calibration"] and found.training == meta["training"]
+    assert asdict(found.calibration) == meta["calibration"] and found.training == meta["training"]
 
 
-@pytest.mark.parametrize("version", [..., 0, schema.FORMAT_VERSION])
+@pytest.mark.parametrize("version", [..., 0, checkpoint.FORMAT_VERSION])
 def test_what_an_older_version_did_not_have_takes_its_default(folder, version):
     before = read_checkpoint(folder)
     tables = dict.fromkeys(("exit_capacities", "exit_rates", "exit_scores"), ...)
@@ -169,9 +169,9 @@ def test_what_an_older_version_did_not_have_takes_its_default(folder, version):
 
 
 def test_a_newer_version_is_refused_before_anything_else_is_read(folder, base):
-    newer = schema.FORMAT_VERSION + 1
+    newer = checkpoint.FORMAT_VERSION + 1
     damage(folder, lambda meta: meta.update(format_version=newer, invented_later=1, config={"also": "new"}))
-    ours = f"hat_lib {__version__} reads versions up to {schema.FORMAT_VERSION}: upgrade hat_lib"
+    ours = f"hat_lib {__version__} reads versions up to {checkpoint.FORMAT_VERSION}: upgrade hat_lib"
     refused(folder, base, f"{CONFIG_FILE}: format_version is {newer}, {ours}")
 
 
@@ -245,7 +245,10 @@ def test_another_base_is_refused_by_fingerprint(folder, base):
     "config, words",
     [
         (HatConfig(5), "the config is for 5 layers, random:tiny has 4"),
-        (HatConfig(4, translator_rank=65), "translator_rank must be at most 64, the hidden size, got 65"),
+        (
+            HatConfig(4, translator_rank=65),
+            "translator_rank must be at most 64, the hidden size of random:tiny, got 65",
+        ),
     ],
 )
 def test_a_config_for_another_shape(tmp_path, base, config, words):
@@ -303,6 +306,9 @@ def test_a_pickle_is_never_opened(tmp_path, base):
     refused(tmp_path, base, "pytorch_model.bin is a pickle")
 
 
+NO_EXITS = dict.fromkeys(EXIT_TABLES)
+
+
 def table(found, **changes):
     return replace(found.calibration, **changes)
 
@@ -312,11 +318,19 @@ def table(found, **changes):
     [
         ({"n_layers": 5}, lambda found: None, "the config is for 5 layers, random:tiny has 4"),
         ({"translator_rank": 10**13}, lambda found: None, "translator_rank must be at most 64, the hidden size of"),
-        ({}, lambda found: read_checkpoint(OLD / "token").calibration, r"sites \['ffn'\], expected \['qkv',"),
-        ({}, lambda found: table(found, thresholds=found.calibration.thresholds[:3]), "layers 3, expected 4"),
-        ({"exit_layers": (1, 2)}, lambda found: found.calibration, "exits 1, expected 2"),
-        ({"exit_layers": (), "exit_rate": 0.2}, lambda found: table(found, exit_scores=None), "without exit layers"),
-        ({"exit_rate": 0.2}, lambda found: table(found, exit_rates=None, exit_scores=None), "needs trained exit gates"),
+        ({}, lambda found: read_checkpoint(OLD / "token").calibration, r"calibration.sites must be \['qkv',"),
+        (
+            {},
+            lambda found: table(found, thresholds=found.calibration.thresholds[:3]),
+            "calibration.thresholds must have 4 entries, got 3",
+        ),
+        (
+            {"exit_layers": (1, 2)},
+            lambda found: found.calibration,
+            r"calibration.exit_scores\[0\]\[0\] must have 2 entries, got 1",
+        ),
+        ({"exit_layers": (), "exit_rate": 0.2}, lambda found: table(found, **NO_EXITS), "without exit layers"),
+        ({"exit_rate": 0.2}, lambda found: table(found, **NO_EXITS), "needs trained exit gates"),
     ],
 )
 def test_a_constructor_that_fails_leaves_the_base_clean(base, config, tables, words):
@@ -325,7 +339,7 @@ def test_a_constructor_that_fails_leaves_the_base_clean(base, config, tables, wo
     with pytest.raises(HatError, match=words):
         HierarchicalTransformer(base, config, tables(found))
     hat = HierarchicalTransformer(base, HatConfig(4))
-    if "expected" in words and config.exit_layers == (2,):
+    if "calibration" in words and config.exit_layers == (2,):
         with pytest.raises(HatError, match=words):
             hat.calibration = tables(found)
         assert hat.calibration is None
@@ -428,7 +442,7 @@ def test_exit_tables_and_all_others_are_checked(folder, base):
     for name in ("exit_capacities", "exit_rates", "exit_scores"):
         damage(folder, set_at(f"calibration.{name}", None))
     refused(folder, base, "exit_rate 0.25 needs trained exit gates, but calibration.exit_rates is null")
-    assert {*schema._TABLES, "sites", "method", "text"} == {field.name for field in fields(Calibration)}
+    assert {*TABLES, "sites", "method", "text"} == {field.name for field in fields(Calibration)}
 
 
 @pytest.mark.parametrize("depth", [400, 980, 100_000])

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from hat_lib.backbone.base import load_base
 from hat_lib.backbone.shapes import random_config
 from hat_lib.config import HatConfig, HatError
-from hat_lib.model.cost import WorkTally, ideal_speedup, model_share, state_cost, work
+from hat_lib.model.cost import WorkTally, ideal_speedup, state_cost, work
 from hat_lib.model.policies import KeepAll, Random
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -228,15 +228,15 @@ class TestTinyLlamaByHand:
 class TestStates:
     def test_dense_costs_exactly_one_and_less_work_less(self, hat, ids):
         hat.lm(ids)
-        cost, shares = state_cost(hat, hat.trace), [model_share(hat, hat.trace)]
+        cost, shares = state_cost(hat, hat.trace), [state_cost(hat, hat.trace).model_share]
         assert shares == [1.0] and not cost.flops["routers"].any() and not cost.flops["exits"].any()
         for share in (0.9, 0.6, 0.3):
             with hat.using(Random(share)):
                 hat.lm(ids)
-            shares.append(model_share(hat, hat.trace))
+            shares.append(state_cost(hat, hat.trace).model_share)
         with skipping(hat, 0.3):
             hat.lm(ids)
-        shares.append(model_share(hat, hat.trace))
+        shares.append(state_cost(hat, hat.trace).model_share)
         assert shares == sorted(shares, reverse=True) and len(set(shares)) == 5 and shares[-1] > 0
 
     def test_routers_and_gates_are_charged_while_on_or_where_they_acted(self, hat, ids):
@@ -265,7 +265,7 @@ class TestStates:
         exits = sum(int((depths >= e).sum()) for e in EXITS) * 2 * d + int((depths < 4).sum()) * 2 * 2 * d
         routers = {"channel": ran * (5 * 64 + 160), "token": 2 * 64 * (ran - n)}
         expected = (2 * weights + routers[hat.config.granularity] + 2 * exits) / (2 * n * (4 * body + 260 * d))
-        assert model_share(hat, state) == pytest.approx(expected, rel=1e-6)
+        assert state_cost(hat, state).model_share == pytest.approx(expected, rel=1e-6)
         assert state_cost(hat, state).ideal_speedup == pytest.approx(1 / expected, rel=1e-6)
 
     def test_pads_cost_nothing(self, hat, ids):

@@ -82,8 +82,8 @@ def asked(monkeypatch, tmp_path):
             hub_.files = {p.name: p.read_bytes() for p in Path(folder_path).rglob("*")}
             return "https://hub/commit/1"
 
-    def snapshot_download(repo_id, *, allow_patterns, token=None):
-        call("snapshot_download", repo_id=repo_id, allow_patterns=allow_patterns, token=token)
+    def snapshot_download(repo_id, *, allow_patterns):
+        call("snapshot_download", repo_id=repo_id, allow_patterns=allow_patterns)
         folder = tmp_path / "cache"
         folder.mkdir(exist_ok=True)
         for name in set(hub_.files) & set(allow_patterns):
@@ -172,12 +172,12 @@ def test_only_the_adapter_of_a_folder_goes(asked, saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "full")
     tiny().model.save_pretrained(folder)
     (folder / ".env").write_text("password")
-    address = hub.push_to_hub(folder, "owner/name", private=False, token="secret", commit_message="first")
+    address = hub.push_to_hub(folder, "owner/name", private=False, token="secret")
     assert address == "https://hub/commit/1"
     assert asked.calls == [
         ("HfApi", {"token": "secret"}),
         ("create_repo", {"repo_id": "owner/name", "private": False, "exist_ok": True}),
-        ("upload_folder", {"repo_id": "owner/name", "commit_message": "first"}),
+        ("upload_folder", {"repo_id": "owner/name", "commit_message": "Upload a HAT checkpoint"}),
     ]
     assert sorted(asked.files) == UPLOADED
     assert all(asked.files[name] == (saved / name).read_bytes() for name in (ADAPTER_FILE, CONFIG_FILE))
@@ -249,9 +249,9 @@ def test_a_local_base_needs_a_public_name(asked, saved, tmp_path, monkeypatch, n
 def test_the_card(base, source):
     tensors = {"gates.1.gate.bias": torch.zeros(2), "routers.0_qkv.log_scale": torch.zeros(1500)}
     found = Checkpoint(HatConfig(4, exit_layers=(1, 3), capacity=0.6), base, "ab" * 32, tensors)
-    card = hub.model_card(found, "owner/name", license="apache-2.0")
+    card = hub.model_card(found, "owner/name")
     assert front_matter(card) == {
-        "license": "apache-2.0",
+        "license": "mit",
         "library_name": "hat_lib",
         "tags": ["hat", "adaptive-computation", "llama"],
         **({"base_model": source, "base_model_relation": "adapter"} if source else {}),

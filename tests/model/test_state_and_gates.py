@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hat_lib.model.exit_gate import ExitGate
+from hat_lib.model.routers import ExitGate
 from hat_lib.model.token_state import TokenState
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hat_lib.config import HatConfig, HatError
+from hat_lib.config import HatError
 from hat_lib.model.threshold_table import Calibration
 
 
@@ -63,21 +63,3 @@ def test_exit_thresholds():
     assert c.exit_thresholds(0.25, 0.75) == [2.5, 1.5]
     with pytest.raises(HatError, match="exit"):
         calibration().exit_thresholds(0.2, 1.0)
-
-
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({}, None),
-        ({"sites": ["ffn"]}, r"sites \['ffn'\], expected \['qkv', 'o', 'gate_up', 'down'\]"),
-        ({"thresholds": [[[0.0]]]}, "layers 1, expected 2"),
-        ({"exit_scores": [[[1.0, 2.0]]]}, "exits 2, expected 1"),
-    ],
-)
-def test_tables_for_another_model_are_refused(changes, words):
-    c = calibration(**{"sites": ["qkv", "o", "gate_up", "down"], "exit_scores": [[[1.0]]], **changes})
-    if words is None:
-        c.check_fits(HatConfig(2, exit_layers=(1,)))
-    else:
-        with pytest.raises(HatError, match=f"the calibration is for another model: {words}"):
-            c.check_fits(HatConfig(2, exit_layers=(1,)))

@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeli
 from hat_lib.backbone.base import exact_hash, fingerprint, load_base
 from hat_lib.config import HatConfig, HatError
 from hat_lib.model.checkpoint import is_hat_parameter
-from hat_lib.model.policies import KeepAll, Random, Static
-from hat_lib.model.thresholds import ExitThresholds
+from hat_lib.model.policies import ExitThresholds, KeepAll, Random, Static
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 
@@ -459,8 +458,8 @@ class TestParameters:
         shape.num_hidden_layers, shape.hidden_size = 22, 2048
         published = HatConfig.published(shape)
         assert published.exit_layers == (4, 8, 12, 16, 19) and published.capacity == 0.55
-        from hat_lib.model.exit_gate import ExitGate
-        from hat_lib.model.routers import MoERouter
+
+        from hat_lib.model.routers import ExitGate, MoERouter
 
         counted = 22 * sum(p.numel() for p in MoERouter(2048).parameters())
         counted += 5 * sum(p.numel() for p in ExitGate(2048, published.translator_rank).parameters())

@@ -6,7 +6,7 @@ from tiny_runs import GRAINS, PHASES, new_hat, random_blocks, recipe
 
 from hat_lib.backbone.base import load_base
 from hat_lib.config import HatConfig
-from hat_lib.model.thresholds import ExitThresholds
+from hat_lib.model.policies import ExitThresholds
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.training.objective import Objective
 from hat_lib.training.run import nominal_thresholds

@@ -37,8 +37,7 @@ from hat_lib.evaluation.baselines.equal_compute import (
 )
 from hat_lib.evaluation.perplexity import score_each
 from hat_lib.model.checkpoint import check_tensors, read_checkpoint
-from hat_lib.model.policies import Policy, Random, Static
-from hat_lib.model.thresholds import Threshold
+from hat_lib.model.policies import Policy, Random, Static, Threshold
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 
