@@ -7,8 +7,7 @@ import pytest
 
 from hat_lib import config
 from hat_lib.config import DATA, HatError
-from hat_lib.experiments.registry import NAMES, all_tables
-from hat_lib.experiments.tables import documents, fill, outdated
+from hat_lib.experiments.registry import NAMES, all_tables, documents, fill, outdated
 
 
 def test_every_table_is_that_of_the_data():

@@ -11,7 +11,7 @@ import typer
 from hat_lib.cli import given
 from hat_lib.cli.given import option, say
 from hat_lib.config import check_count, work_said
-from hat_lib.text.plain import plain, printable
+from hat_lib.text.plain import cell, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,5 +138,5 @@ def _by_layer(table: pd.DataFrame) -> str:
 
 def _csv(table: pd.DataFrame) -> bytes:
     """Six digits; text that neither a terminal nor a spreadsheet acts on."""
-    safe = table.map(lambda value: plain(value) if isinstance(value, str) else value)
+    safe = table.map(lambda value: cell(value) if isinstance(value, str) else value)
     return safe.to_csv(index=False, float_format="%.6g", quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").encode()

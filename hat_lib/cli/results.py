@@ -97,7 +97,7 @@ def reproduce(
     ),
     again: bool = option(False, "Measure every row, and replace the old file once all are there.", "--again"),
     settings: list[str] | None = option(
-        None, "An option of the experiment; may be repeated: --set capacities=0.9,0.7.", "--set", metavar="NAME=VALUE"
+        None, "An option of the experiment; may be repeated: --set channel=0.9,0.7.", "--set", metavar="NAME=VALUE"
     ),
     figures: bool = option(False, "Measure nothing: redraw figures/, or those of --out.", "--figures"),
     tables: bool = option(False, "Measure nothing: rewrite the tables of README and docs.", "--tables"),
@@ -111,7 +111,6 @@ def reproduce(
     given.check_writable(folder, "results")
 
     from hat_lib.experiments import registry
-    from hat_lib.experiments.tables import outdated
 
     wanted = list(registry.NAMES) if everything else names or []
     experiments = {name: registry.load(name) for name in wanted}
@@ -122,7 +121,7 @@ def reproduce(
         for name in wanted or registry.NAMES:
             _figures(name, registry.load(name), out or RESULTS)
     if tables:
-        for path, text in outdated(registry.all_tables()).items():
+        for path, text in registry.outdated(registry.all_tables()).items():
             path.write_text(text, encoding="utf-8")
             typer.echo(f"wrote {path}")
     if figures or tables:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,12 +18,11 @@ from matplotlib.figure import Figure
 
 from hat_lib.backbone.base import load_base, parse_dtype
 from hat_lib.calibration.capacity import calibrate
-from hat_lib.config import GRANULARITIES, HatConfig, HatError
+from hat_lib.config import GRANULARITIES, HatConfig, check_count
 from hat_lib.evaluation.baselines.controls import as_in
 from hat_lib.evaluation.baselines.equal_compute import matched
-from hat_lib.evaluation.perplexity import compare, score, states
-from hat_lib.experiments.columns import machine, perplexity, rounded
-from hat_lib.experiments.tables import markdown, saved
+from hat_lib.evaluation.perplexity import compare, score_each
+from hat_lib.experiments.common import Perplexity, machine, markdown, perplexity, rounded, saved
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.findings import choices, said
 from hat_lib.text.blocks import held_out, load_text
@@ -74,43 +74,22 @@ CHANGES = (
     Change("token", "one capacity", {"capacity": 0.75, "spread": 0.0, "anneal": 0.0}),
     Change("token", "budget weight 10", {"budget_weight": 10.0}),
     Change("token", "learning rate 2e-2", {"router_lr": 2e-2}),
-    Change(
-        "token",
-        "the last four together",  # what notebook 03 trains with, to learn in forty steps
-        {
-            "layer_dropout": 0.0,
-            "capacity": 0.75,
-            "spread": 0.0,
-            "anneal": 0.0,
-            "budget_weight": 10.0,
-            "router_lr": 2e-2,
-        },
-    ),
-)
+    # what notebook 03 trains with, to learn in forty steps
+    Change("token", "the last four together", {"layer_dropout": 0.0, "capacity": 0.75, "spread": 0.0, "anneal": 0.0,
+                                               "budget_weight": 10.0, "router_lr": 2e-2}),
+)  # fmt: skip
 CAPACITY = {"channel": 0.62, "token": 0.75}
 """where the runs of a grain are compared"""
 
 
 @dataclass(frozen=True)
-class Row:
-    """Perplexities are those of a 4-bit file, dequantised, when ``base`` is "bundled"."""
-
+class Row(Perplexity):
     granularity: str
     change: str
-    text: str
     split: str
     steps: int
-    step_tokens: int
     capacity: float
     realised: float
-    base_ppl: float
-    increase: float
-    increase_low: float
-    increase_high: float
-    """95 % paired interval"""
-    top1: float
-    kl: float
-    tokens: int
     base: str
     dtype: str
 
@@ -132,20 +111,16 @@ def rows(
         tokens: tokens per text.
     """
     parse_dtype(dtype)
-    if steps < 1 or tokens < 1024:
-        raise HatError(f"steps must be at least 1 and tokens at least 1024, got {steps} and {tokens}")
+    check_count("steps", steps, 1), check_count("tokens", tokens, 1024)
     for change in changes:
         texts = [at for at in MEASURED if (change.granularity, change.name, at[0]) not in done]
         if change.granularity in grains and texts:
             with TemporaryDirectory() as folder:
-                run = Path(folder)
-                recipe = _train(change, run, base, steps, dtype)
-                yield from _measure(change, run, base, recipe, steps * change.trained, texts, tokens, dtype)
+                yield from _run(change, Path(folder), base, steps, texts, tokens, dtype)
             gc.collect()  # models and their hooks refer to each other, and the collector does not see their size
 
 
-def _train(change: Change, folder: Path, base: str, steps: int, dtype: str) -> Recipe:
-    """Leaves ``folder / "start"`` and, unless the start is what is wanted, ``folder / "run"``."""
+def _run(change: Change, folder: Path, base: str, steps: int, texts, tokens: int, dtype: str) -> Iterator[Row]:
     make = Recipe.published if change.granularity == "token" else Recipe.channel
     # As many tokens a step for both grains, and no token twice.
     recipe = make("full", **{"batch_size": 2, "log_steps": steps, "save_steps": steps, **change.recipe})
@@ -154,41 +129,29 @@ def _train(change: Change, folder: Path, base: str, steps: int, dtype: str) -> R
     if change.granularity == "channel":
         loaded = load_base(base, dtype=dtype)
         hat = HierarchicalTransformer(loaded, HatConfig.default(loaded, protected_tokens=change.protected_tokens))
-        blocks = held_out("addresses", loaded.tokenizer, CALIBRATION_TOKENS, recipe.block_size)
-        calibrate(
-            hat, blocks["input_ids"], split=change.split, token_sensitivity=change.token_sensitivity, progress=False
-        )
+        blocks = held_out("addresses", loaded.tokenizer, CALIBRATION_TOKENS, recipe.block_size)["input_ids"]
+        calibrate(hat, blocks, split=change.split, token_sensitivity=change.token_sensitivity, progress=False)
         start = folder / "start"
         hat.save_pretrained(start)
+    found = folder / "run" if change.trained else start
     if change.trained:
         run = Run("routers", change.granularity, base, recipe, dtype, start and str(start), max_steps=steps)
-        train(run, folder / "run", progress=False)
-    return recipe
-
-
-def _measure(change: Change, folder: Path, base: str, recipe: Recipe, steps: int, texts, tokens: int, dtype: str):
-    found = folder / ("run" if change.trained else "start")
-    hat = HierarchicalTransformer.from_pretrained(found, base, dtype=dtype)
+        train(run, found, progress=False)
+    hat, capacity = HierarchicalTransformer.from_pretrained(found, base, dtype=dtype), CAPACITY[change.granularity]
     for text, split in texts:
         blocks = load_text(text, hat.base.tokenizer, split=split, max_tokens=tokens)
-        with hat.dense():
-            dense, against = score(hat, blocks, progress=False), states(hat, blocks, progress=False)
-        with hat.using(matched(hat, as_in(hat, found), blocks, CAPACITY[change.granularity])):
-            routed = score(hat, blocks, against=against, progress=False)
+        policy = matched(hat, as_in(hat, found), blocks, capacity)
+        dense, (routed,) = score_each(hat, blocks, [partial(hat.using, policy)], progress=False)
         yield rounded(
             Row,
-            **machine(hat.base),
-            **perplexity(compare(dense, routed)),
+            **machine(hat.base) | vars(routed.agreement) | perplexity(compare(dense, routed)),
             granularity=change.granularity,
             change=change.name,
             text=text,
             split=split,
-            steps=steps,
-            step_tokens=recipe.batch_size * recipe.block_size,
-            capacity=CAPACITY[change.granularity],
+            steps=steps * change.trained,
+            capacity=capacity,
             realised=routed.capacity,
-            top1=routed.agreement.top1,
-            kl=routed.agreement.kl,
         )
 
 

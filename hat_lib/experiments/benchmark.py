@@ -9,13 +9,13 @@ or FLOPs (prefill). Tokens are forced, not sampled, so every variant sees the sa
 
 from __future__ import annotations
 
-import resource
+import gc
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,9 +27,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.backbone.base import load_base
 from hat_lib.calibration.capacity import score_quantiles
-from hat_lib.config import HatConfig, HatError, check_capacity
-from hat_lib.experiments.columns import machine, rounded
-from hat_lib.experiments.tables import markdown, saved, times
+from hat_lib.config import HatConfig, check_capacity, check_count
+from hat_lib.experiments.common import SPEEDS, Machine, machine, markdown, rounded, saved, speeds
 from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.cost import state_cost
 from hat_lib.model.policies import Forced, Policy
@@ -54,13 +53,9 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Machine):
     """One variant of one measurement. Times are milliseconds per forward, medians over rounds."""
 
-    base: str
-    device: str
-    dtype: str
-    threads: int
     granularity: str
     phase: str
     """decode (one token per sequence) or prefill"""
@@ -83,12 +78,6 @@ class Row:
     """speedup_hf / ideal"""
     efficiency_dense: float
     rounds: int
-    peak_mb: float
-    """peak resident memory of the process before plain transformers' copy was loaded"""
-    weights_mb: float
-    """distinct weight storage that the adaptive model holds, base included"""
-    base_mb: float
-    """the base's weights alone"""
 
 
 @torch.inference_mode()
@@ -127,7 +116,6 @@ def measure(
     phase: str,
     rounds: int,
     steps: int,
-    memory: dict[str, float] | None = None,
 ) -> list[Row]:
     """A row for each setting.
 
@@ -136,47 +124,41 @@ def measure(
         plain: the same base in plain transformers.
         ids: tokens to force, int64 ``[B, >= context + steps]``.
         phase: "decode" or "prefill".
-        memory: as `_memory` gives it; None takes it now.
     """
-    memory = _memory(hat) if memory is None else memory
     prompts = ids[:, : max(1, PREFILL // len(ids))]
-    variants = {"hf": Variant("hf", plain, torch.inference_mode), "dense": Variant("dense", hat.lm, hat.dense)}
-    variants |= {s: Variant(f"{s}", hat.lm, around) for s, around in settings.items()}
-    if phase == "decode":
-        take_turns(list(variants.values()), lambda v: decode_ms(v.lm, ids, steps), rounds)
-    else:
-        take_turns(list(variants.values()), lambda v: prefill_ms(v.lm, prompts), rounds)
+    decode = phase == "decode"
 
+    def once(lm: LlamaForCausalLM) -> float:
+        return decode_ms(lm, ids, steps) if decode else prefill_ms(lm, prompts)
+
+    hf, dense = Variant("hf", plain, torch.inference_mode), Variant("dense", hat.lm, hat.dense)
+    adaptive = [Variant(f"{s}", hat.lm, around) for s, around in settings.items()]
+    take_turns([hf, dense, *adaptive], lambda v: once(v.lm), rounds)
     found = []
-    for setting, around in settings.items():
-        v = variants[setting]
-        with around(), hat.collect() as states, torch.inference_mode():
-            decode_ms(hat.lm, ids, steps) if phase == "decode" else prefill_ms(hat.lm, prompts)
-            trace = TokenState.cat(states[1:] if phase == "decode" else states)
+    for setting, v in zip(settings, adaptive, strict=True):
+        with v.around(), hat.collect() as states, torch.inference_mode():
+            once(hat.lm)
+            trace = TokenState.cat(states[1:] if decode else states)
             cost = state_cost(hat, trace)
-        hf, own, ideal = ratio(variants["hf"], v), ratio(variants["dense"], v), _ideal(cost, phase, len(ids))
+        speedup = {"hf": ratio(hf, v), "dense": ratio(dense, v)}
+        ideal = _ideal(cost, phase, len(ids))
         found.append(
             rounded(
                 Row,
-                **machine(hat.base),
+                **machine(hat.base) | setting._asdict(),
+                **{f"ms_{way.name}": statistics.median(way.times) for way in (hf, dense)},
+                **{f"speedup_{way}": x for way, x in speedup.items()},
+                **{f"efficiency_{way}": x / ideal for way, x in speedup.items()},
                 granularity=hat.config.granularity,
                 phase=phase,
                 batch=len(ids),
-                tokens=CONTEXT if phase == "decode" else prompts.shape[1],
-                **setting._asdict(),
+                tokens=CONTEXT if decode else prompts.shape[1],
                 realised=trace.capacity,
                 realised_exit=trace.exit_rate,
                 model_share=cost.model_share,
                 ideal=ideal,
-                ms_hf=statistics.median(variants["hf"].times),
-                ms_dense=statistics.median(variants["dense"].times),
                 ms_adaptive=statistics.median(v.times),
-                speedup_hf=hf,
-                speedup_dense=own,
-                efficiency_hf=hf / ideal,
-                efficiency_dense=own / ideal,
                 rounds=rounds,
-                **memory,
             )
         )
     return found
@@ -188,13 +170,19 @@ def _ideal(cost, phase: str, batch: int) -> float:
     In a batch a weight is read once for all rows, so the ideal of a batched decode is that of the rows' mean
     only if rows are compacted; it is reported as an upper bound.
     """
-    if phase == "decode":
-        executed = sum(v.sum() for v in cost.weight_bytes.values())
-        return float(sum(v.sum() for v in cost.dense_weight_bytes.values()) / executed)
-    last = {"head": batch * float(cost.dense_flops["head"].flatten()[0])}
-    dense = {k: float(v.sum()) for k, v in cost.dense_flops.items()} | last
-    executed = {k: float(v.sum()) for k, v in cost.flops.items()} | last
+    decode = phase == "decode"
+    dense, executed = (
+        {part: float(work.sum()) for part, work in parts.items()}
+        for parts in ((cost.dense_weight_bytes, cost.weight_bytes) if decode else (cost.dense_flops, cost.flops))
+    )
+    if not decode:
+        dense["head"] = executed["head"] = batch * float(cost.dense_flops["head"].flatten()[0])
     return sum(dense.values()) / sum(executed.values())
+
+
+def plain_copy(hat: HierarchicalTransformer) -> LlamaForCausalLM:
+    """The same base in plain transformers, with weights of its own."""
+    return load_base(hat.base.name, dtype=hat.base.dtype, device=hat.base.device).model
 
 
 def forced_tokens(hat: HierarchicalTransformer, capacity: float, batch: int, tokens: int, seed: int = 0) -> Policy:
@@ -212,10 +200,24 @@ def forced_tokens(hat: HierarchicalTransformer, capacity: float, batch: int, tok
     return Forced(Masks({(i, "ffn"): torch.from_numpy(keep[i]).to(hat.base.device) for i in range(1, n)}))
 
 
-def forced_channels(hat: HierarchicalTransformer, ids: Tensor, capacities: Iterable[float]) -> dict[float, Policy]:
-    """Channel grain at a share: one quantile of the scores per site, the same share everywhere."""
-    quantiles = score_quantiles(hat, [ids], progress=False)
-    return {c: hat.threshold_policy(quantiles.cuts(c)) for c in capacities}
+def forced(
+    hat: HierarchicalTransformer, capacities: Iterable[float], batch: int, tokens: int
+) -> dict[float, Callable[[], AbstractContextManager]]:
+    """Capacity -> what makes a context in which ``hat`` executes that share of a text ``[batch, tokens]``.
+
+    Channel grain: one quantile of the scores per site, the same share everywhere. Token grain: `forced_tokens`.
+    """
+    gated = {c for c in capacities if c < 1}
+    if hat.config.granularity == "token":
+        policies = {c: forced_tokens(hat, c, batch, tokens) for c in gated}
+    else:
+        quantiles = score_quantiles(hat, [random_text(hat, 1, tokens)], progress=False)
+        policies = {c: hat.threshold_policy(quantiles.cuts(c)) for c in gated}
+    return {c: partial(hat.using, policies[c]) for c in gated} | {1.0: hat.dense}
+
+
+def random_text(hat: HierarchicalTransformer, batch: int, tokens: int) -> Tensor:
+    return torch.randint(0, 256, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(hat.base.device)
 
 
 def rows(
@@ -232,68 +234,35 @@ def rows(
     """Both grains at every capacity, decode and prefill, at every batch size.
 
     A batch prefills as many tokens as one prompt does, in shorter prompts, so that the two can be compared.
-    Each grain runs in a process of its own, so that its peak memory is its own.
 
     Args:
         channel, token: capacities of each grain; none leaves it out.
         rounds: in which every variant takes one turn; medians over them.
         steps: decode steps of one turn.
     """
-    if min(rounds, steps, *batches) < 1:
-        raise HatError(f"rounds, steps and batch sizes must be at least 1, got {rounds}, {steps} and {batches}")
+    for name, count in (("rounds", rounds), ("steps", steps), *(("batches", size) for size in batches)):
+        check_count(name, count, 1)
     for granularity, capacities in (("channel", channel), ("token", token)):
         asked = [check_capacity(c) for c in capacities]
         plan = {at: [c for c in asked if (granularity, *at, c, 0.0) not in done]
                 for at in product(("decode", "prefill"), batches)}  # fmt: skip
         if any(plan.values()):
-            with get_context("spawn").Pool(1) as pool:
-                yield from pool.apply(of_grain, (granularity, plan, base, rounds, steps, dtype))
+            yield from _grain(granularity, plan, base, rounds, steps, dtype)
+            gc.collect()  # gigabytes in cycles of models and hooks, which the collector does not see
 
 
-def of_grain(
-    granularity: str,
-    plan: Mapping[tuple[str, int], Sequence[float]],
-    base: str,
-    rounds: int = 5,
-    steps: int = 12,
-    dtype: str | None = None,
-) -> list[Row]:
-    """The rows of one grain.
-
-    Two copies of the base are in memory: the adaptive one, and plain transformers', loaded after the peak was read.
-
-    Args:
-        plan: capacities by phase and batch size.
-    """
+def _grain(granularity: str, plan: Mapping, base: str, rounds: int, steps: int, dtype: str | None) -> Iterator[Row]:
     loaded = load_base(base, dtype=dtype)
-    shape = HatConfig.published if granularity == "token" else HatConfig.default
-    hat = HierarchicalTransformer(loaded, shape(loaded, exit_layers=()))
-    sizes, gated = [size for _, size in plan], {c for capacities in plan.values() for c in capacities if c < 1}
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 256, (max(sizes), max(PREFILL, CONTEXT + steps)), generator=generator).to(loaded.device)
+    hat = HierarchicalTransformer(loaded, HatConfig.default(loaded, granularity=granularity, exit_layers=()))
+    plain, sizes = plain_copy(hat), {size for _, size in plan}
+    ids = random_text(hat, max(sizes), max(PREFILL, CONTEXT + steps))
+    capacities = {c for asked in plan.values() for c in asked}
     with torch.inference_mode():
-        policies = forced_channels(hat, ids[:1], gated) if granularity == "channel" else {}
-        hat.lm(ids[:1, :PREFILL], use_cache=True, logits_to_keep=1)
-    memory = _memory(hat)
-    plain = load_base(base, dtype=dtype).model
-    found: list[Row] = []
-    for (phase, size), capacities in plan.items():
-        if granularity == "token":
-            policies = {c: forced_tokens(hat, c, size, ids.shape[1]) for c in gated}
-        settings = {Setting(c): partial(hat.using, policies[c]) if c < 1 else hat.dense for c in capacities}
-        if settings:
-            found += measure(hat, plain, settings, ids[:size], phase=phase, rounds=rounds, steps=steps, memory=memory)
-    return found
-
-
-def _memory(hat: HierarchicalTransformer) -> dict[str, float]:
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in hat.parameters()}
-    if hat.base.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(hat.base.device) / 2**20
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    own = sum(p.numel() * p.element_size() for p in hat.lm.parameters())
-    return {"peak_mb": peak, "weights_mb": sum(storages.values()) / 2**20, "base_mb": own / 2**20}
+        around = {size: forced(hat, capacities, size, ids.shape[1]) for size in sizes}
+    for (phase, size), asked in plan.items():
+        if asked:
+            settings = {Setting(c): around[size][c] for c in asked}
+            yield from measure(hat, plain, settings, ids[:size], phase=phase, rounds=rounds, steps=steps)
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:
@@ -301,11 +270,9 @@ def figures(results: Path | None = None) -> dict[str, Figure]:
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    header = ["grain", "phase", "batch", "capacity realised", "ideal", "over our own dense path",
-              "over plain transformers"]  # fmt: skip
+    header = ["grain", "phase", "batch", "capacity realised", *SPEEDS]
     lines = [
-        [r.granularity, r.phase, r.batch, f"{r.realised:.2f}", times(r.ideal), times(r.speedup_dense, r.ideal),
-         times(r.speedup_hf)]
+        [r.granularity, r.phase, r.batch, f"{r.realised:.2f}", *speeds(r.ideal, r.speedup_dense, r.speedup_hf)]
         for r in saved("benchmark", results).itertuples()
-    ]  # fmt: skip
+    ]
     return {"benchmark": markdown(header, lines)}

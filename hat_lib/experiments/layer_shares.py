@@ -14,8 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from hat_lib.config import HatError
-from hat_lib.experiments.columns import CHECKPOINTS, rounded
-from hat_lib.experiments.tables import saved
+from hat_lib.experiments.common import CHECKPOINTS, rounded, saved
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import frontier
 from hat_lib.text.blocks import load_text

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,14 +20,22 @@ from torch import Tensor
 
 from hat_lib import config
 from hat_lib.backbone.base import BUNDLED, load_base
-from hat_lib.config import HatConfig, HatError, scaled_exits
+from hat_lib.config import HatConfig, HatError, check_count, scaled_exits
 from hat_lib.evaluation.baselines.controls import RandomExits, exit_shares
-from hat_lib.experiments import benchmark
-from hat_lib.experiments.benchmark import PREFILL, Setting, forced_channels, forced_tokens, measure
-from hat_lib.experiments.columns import CHECKPOINTS, TEXTS, rounded
-from hat_lib.experiments.quality import Row as QualityRow
+from hat_lib.experiments import quality
+from hat_lib.experiments.benchmark import PREFILL, Setting, forced, measure, plain_copy
+from hat_lib.experiments.common import (
+    CHECKPOINTS,
+    SPEEDS,
+    TEXTS,
+    Machine,
+    markdown,
+    rounded,
+    saved,
+    speeds,
+    times,
+)
 from hat_lib.experiments.rows import read_rows
-from hat_lib.experiments.tables import markdown, saved, times
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import findings, speed
 from hat_lib.plotting.findings import said
@@ -45,8 +52,7 @@ SETTINGS = [*(Setting(c) for c in PROMISED), Setting(1.0, 0.1), Setting(0.75, 0.
 
 
 @dataclass(frozen=True)
-class Row:
-    base: str
+class Row(Machine):
     granularity: str
     capacity: float
     exit_rate: float
@@ -72,9 +78,6 @@ class Row:
     docstrings: float | None
     docstrings_low: float | None
     docstrings_high: float | None
-    device: str
-    dtype: str
-    threads: int
     rounds: int
 
 
@@ -95,105 +98,74 @@ def rows(
         results: folder of ``quality.csv``, made with these checkpoints; data/results unless told.
         steps: decode steps of one turn; what a token grain realises in a few tokens says little.
     """
-    if min(rounds, steps) < 1:
-        raise HatError(f"rounds and steps must be at least 1, got {rounds} and {steps}")
-    quality = (results or config.DATA / "results") / "quality.csv"
+    check_count("rounds", rounds, 1), check_count("steps", steps, 1)
+    path = (results or config.DATA / "results") / "quality.csv"
     known = {(r.granularity, r.text, r.capacity, r.exit_rate): r
-             for r in read_rows(quality, QualityRow) if r.variant == "trained"}  # fmt: skip
+             for r in read_rows(path, quality.Row) if r.variant == "trained"}  # fmt: skip
     for granularity, checkpoint in (("channel", channel), ("token", token)):
         if lacking := [(t, s) for t in TEXTS for s in SETTINGS if (granularity, t, *s) not in known]:
-            raise HatError(f"{quality} lacks {granularity} {lacking[0]}: run `hat reproduce quality` first")
-        here = sum(key[1] == granularity for key in done)
-        if here < 2 * len(SETTINGS):
+            raise HatError(f"{path} lacks {granularity} {lacking[0]}: run `hat reproduce quality` first")
+        if sum(key[1] == granularity for key in done) < 2 * len(SETTINGS):
             measured = _grain(checkpoint, known, rounds, steps, dtype)
             yield from (row for row in measured if tuple(getattr(row, name) for name in KEY) not in done)
 
 
 def _grain(checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str | None) -> Iterator[Row]:
     hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
-    ids = _text(hat)
-    around = {s: partial(hat.at, *s) for s in SETTINGS}
-    left = {s: _exits(hat, s, ids) for s in SETTINGS if s.exit_rate}
-    timed = _both_phases(hat, around, ids, rounds, steps)
-    yield from (_row(s, *timed[s], known) for s in SETTINGS)
+    blocks = load_text("docstrings", hat.base.tokenizer, split="test", max_tokens=4 * PREFILL)
+    ids = torch.tensor(sum(blocks["input_ids"], []))[None, :PREFILL].to(hat.base.device)
+    granularity, realised, left = hat.config.granularity, {}, {}
+    for setting in SETTINGS:
+        if setting.exit_rate:
+            with hat.at(*setting), hat.collect() as states, torch.inference_mode():
+                hat.lm.model(input_ids=ids, use_cache=False)
+            left[setting] = exit_shares(states, hat.config.exit_layers).values()
+    for row in _rows(hat, {s: partial(hat.at, *s) for s in SETTINGS}, ids, rounds, steps, known):
+        realised[row.capacity, row.exit_rate] = row.realised
+        yield row
 
-    realised = {s: timed[s][0].realised for s in SETTINGS}
-    shape, around = _forced(hat.config.granularity, realised, left, dtype, ids.shape[1])
+    # On TinyLlama's shape, forced to what the bundled base realised.
     del hat
     gc.collect()  # gigabytes in cycles of models and hooks, which the collector does not see
-    timed = _both_phases(shape, around, ids % shape.lm.config.vocab_size, rounds, steps)
-    yield from (_row(s, *timed[s], {}) for s in SETTINGS)
-    del shape, around
+    base = load_base(SHAPE, dtype=dtype)
+    hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=granularity))
+    with torch.inference_mode():
+        contexts = forced(hat, realised.values(), 1, ids.shape[1])
+    around = {s: contexts[realised[s]] for s in SETTINGS}
+    for setting, rates in left.items():
+        exits = RandomExits(dict(zip(scaled_exits(hat.config.n_layers), rates, strict=True)))
+        around[setting] = partial(quality.with_exits, hat, around[setting], exits)
+    yield from _rows(hat, around, ids % hat.lm.config.vocab_size, rounds, steps, {})
+    del hat, contexts, around
     gc.collect()
 
 
-def _text(hat: HierarchicalTransformer) -> Tensor:
-    """int64 ``[1, PREFILL]`` of docstrings."""
-    blocks = load_text("docstrings", hat.base.tokenizer, split="test", max_tokens=4 * PREFILL)
-    return torch.tensor(sum(blocks["input_ids"], []))[None, :PREFILL].to(hat.base.device)
-
-
-def _exits(hat: HierarchicalTransformer, setting: Setting, ids: Tensor) -> list[float]:
-    """Of the tokens that reach each exit, the share that leaves there."""
-    with hat.at(*setting), hat.collect() as states, torch.inference_mode():
-        hat.lm.model(input_ids=ids, use_cache=False)
-    return list(exit_shares(states, hat.config.exit_layers).values())
-
-
-def _forced(granularity: str, realised: Mapping[Setting, float], left: Mapping, dtype, tokens: int):
-    """TinyLlama's shape, and a context for each setting that forces what the bundled base realised."""
-    base = load_base(SHAPE, dtype=dtype)
-    shaped = HatConfig.published if granularity == "token" else HatConfig.default
-    hat = HierarchicalTransformer(base, shaped(base))
-    gated = {s: c for s, c in realised.items() if c < 1}
-    if granularity == "channel":
-        text = torch.randint(0, 256, (1, tokens), generator=torch.Generator().manual_seed(0)).to(base.device)
-        with torch.inference_mode():
-            policies = forced_channels(hat, text, gated.values())
-    else:
-        policies = {c: forced_tokens(hat, c, 1, tokens) for c in gated.values()}
-    around = {s: partial(hat.using, policies[c]) if s in gated else hat.dense for s, c in realised.items()}
-    depths = scaled_exits(hat.config.n_layers)
-    for setting, rates in left.items():
-        exits = RandomExits(dict(zip(depths, rates, strict=True)))
-        around[setting] = partial(_leaving, hat, around[setting], exits)
-    return hat, around
-
-
-@contextmanager
-def _leaving(hat: HierarchicalTransformer, around, exits: RandomExits):
-    with around(), hat.exiting(exits):
-        yield
-
-
-def _both_phases(hat, around: Mapping, ids: Tensor, rounds: int, steps: int) -> dict[Setting, tuple]:
-    plain = load_base(hat.base.name, dtype=hat.base.dtype, device=hat.base.device).model
-    how = {"rounds": rounds, "steps": steps}
-    decode, prefill = (measure(hat, plain, around, ids, phase=phase, **how) for phase in ("decode", "prefill"))
-    return {s: (d, p) for s, d, p in zip(around, decode, prefill, strict=True)}
-
-
-def _row(setting: Setting, decode: benchmark.Row, prefill: benchmark.Row, known: Mapping) -> Row:
-    speedup, increase = PROMISED.get(setting.capacity, (None, None)) if not setting.exit_rate else (None, None)
-    quality = {}
-    for text in TEXTS:
-        row = known.get((decode.granularity, text, *setting))
-        quality |= {text: row and row.increase, f"{text}_low": row and row.increase_low,
-                    f"{text}_high": row and row.increase_high}  # fmt: skip
-    row = rounded(
-        Row,
-        **vars(decode),
-        **dict.fromkeys(quality),
-        promised_speedup=speedup,
-        promised_increase=increase,
-        ideal_decode=decode.ideal,
-        decode_dense=decode.speedup_dense,
-        decode_hf=decode.speedup_hf,
-        ideal_prefill=prefill.ideal,
-        prefill_dense=prefill.speedup_dense,
-        prefill_hf=prefill.speedup_hf,
+def _rows(hat, around: Mapping, ids: Tensor, rounds: int, steps: int, known: Mapping) -> Iterator[Row]:
+    plain = plain_copy(hat)
+    both = (
+        measure(hat, plain, around, ids, phase=phase, rounds=rounds, steps=steps) for phase in ("decode", "prefill")
     )
-    return replace(row, **quality)  # a quotation: to the digit
+    for setting, decode, prefill in zip(around, *both, strict=True):
+        speedup, increase = (None, None) if setting.exit_rate else PROMISED.get(setting.capacity, (None, None))
+        quoted = {}
+        for text in TEXTS:
+            row = known.get((decode.granularity, text, *setting))
+            for column in ("", "_low", "_high"):
+                quoted[text + column] = row and getattr(row, f"increase{column}")
+        row = rounded(
+            Row,
+            **vars(decode),
+            **dict.fromkeys(quoted),
+            promised_speedup=speedup,
+            promised_increase=increase,
+            ideal_decode=decode.ideal,
+            decode_dense=decode.speedup_dense,
+            decode_hf=decode.speedup_hf,
+            ideal_prefill=prefill.ideal,
+            prefill_dense=prefill.speedup_dense,
+            prefill_hf=prefill.speedup_hf,
+        )
+        yield replace(row, **quoted)  # a quotation: to the digit
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:
@@ -209,19 +181,17 @@ def tables(results: Path | None = None) -> dict[str, str]:
     rows = saved("published_claims", results).query("exit_rate == 0")
     shape = {(r.granularity, r.capacity): r for r in rows[rows["base"] == SHAPE].itertuples()}
     header = ["grain", "capacity requested / realised", "claimed", *(f"perplexity, {text}" for text in TEXTS)]
-    speeds = ["ideal", "over our own dense path", "over plain transformers"]
-    header += [f"decode, {base}: {kind}" for base in ("bundled base", "TinyLlama's shape") for kind in speeds]
-    lines, front = [], []
-    for r in rows[rows["base"] == BUNDLED].itertuples():
-        there, claimed = shape[r.granularity, r.capacity], f"{r.promised_speedup}x, {r.promised_increase:+.0%}"
-        line = [r.granularity, f"{r.capacity:.2f} / {r.realised:.2f}", claimed]
-        line += [said(r._asdict(), text) for text in TEXTS]
-        for at in (r, there):
-            line += [times(at.ideal_decode), times(at.decode_dense, at.ideal_decode), times(at.decode_hf)]
-        lines.append(line)
-        if r.granularity == "channel":
-            measured = said(r._asdict(), "docstrings"), f"{r.model_share:.0%}", times(r.decode_dense, r.ideal_decode)
-            front.append([f"{r.capacity:.0%}", claimed, *measured])
+    header += [f"decode, {base}: {kind}" for base in ("bundled base", "TinyLlama's shape") for kind in SPEEDS]
     brief = ["capacity", "published claim: decode speed, perplexity", "measured perplexity (95 % interval)",
              "share of the model's work", "measured decode speed, skipping alone"]  # fmt: skip
+    lines, front = [], []
+    for r in rows[rows["base"] == BUNDLED].itertuples():
+        claimed, increases = f"{r.promised_speedup}x, {r.promised_increase:+.0%}", [said(r._asdict(), t) for t in TEXTS]
+        line = [r.granularity, f"{r.capacity:.2f} / {r.realised:.2f}", claimed, *increases]
+        for at in (r, shape[r.granularity, r.capacity]):
+            line += speeds(at.ideal_decode, at.decode_dense, at.decode_hf)
+        lines.append(line)
+        if r.granularity == "channel":
+            alone = times(r.decode_dense, r.ideal_decode)
+            front.append([f"{r.capacity:.0%}", claimed, increases[-1], f"{r.model_share:.0%}", alone])
     return {"published_claims": markdown(header, lines), "frontpage": markdown(brief, front)}

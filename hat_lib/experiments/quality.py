@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby, product
@@ -23,9 +24,18 @@ from matplotlib.figure import Figure
 from hat_lib.config import GRANULARITIES, HatError, check_capacity, check_exit_rate
 from hat_lib.evaluation.baselines.controls import CONTROLS, RandomExits, as_in, exit_shares
 from hat_lib.evaluation.baselines.equal_compute import OutOfReach, matched
-from hat_lib.evaluation.perplexity import Score, compare, score, states
-from hat_lib.experiments.columns import CHECKPOINTS, TEXTS, machine, perplexity, rounded
-from hat_lib.experiments.tables import markdown, saved
+from hat_lib.evaluation.perplexity import compare, score_each
+from hat_lib.experiments.common import (
+    CHECKPOINTS,
+    TEXTS,
+    Machine,
+    Perplexity,
+    machine,
+    markdown,
+    perplexity,
+    rounded,
+    saved,
+)
 from hat_lib.model.checkpoint import digest, read_checkpoint
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import findings, frontier
@@ -49,15 +59,13 @@ class Grain(NamedTuple):
 
 
 class Point(NamedTuple):
-    """What tells rows apart."""
+    """What tells rows apart; capacity and exit rate as requested."""
 
     granularity: str
     text: str
     max_tokens: int
     capacity: float
-    """requested"""
     exit_rate: float
-    """requested"""
     variant: str
     """one of `VARIANTS`"""
     seed: int = 0
@@ -68,11 +76,8 @@ KEY = Point._fields
 
 
 @dataclass(frozen=True)
-class Row:
-    """Perplexities are those of a 4-bit file, dequantised, when ``base`` is "bundled"."""
-
+class Row(Machine, Perplexity):
     granularity: str
-    text: str
     max_tokens: int
     capacity: float
     exit_rate: float
@@ -81,29 +86,15 @@ class Row:
     realised: float
     realised_exit: float
     model_share: float
-    base_ppl: float
     ppl: float
-    increase: float
-    increase_low: float
-    increase_high: float
-    """95 % paired interval"""
-    top1: float
-    """share of tokens with the base's most likely next token"""
-    kl: float
-    """KL(base || variant), nats a token"""
     margin: float
     margin_low: float
     margin_high: float
     """perplexity over the trained model's at this point, less 1, and its 95 % paired interval; 0 for the trained"""
-    tokens: int
     blocks: int
     text_hash: str
-    base: str
     adapter: str
     """beginning of the SHA-256 of the parameters and tables behind the row; those of exits only where some leave"""
-    device: str
-    dtype: str
-    threads: int
 
 
 def plan(granularity: str) -> list[Point]:
@@ -141,10 +132,8 @@ def grid(
     axes = {"capacity": [check_capacity(c) for c in capacities], "exit rate": [check_exit_rate(r) for r in exit_rates],
             "seed": list(seeds), "text": list(texts), "variant": list(variants)}  # fmt: skip
     for name, values in axes.items():
-        if not values:
-            raise HatError(f"a sweep needs at least one {name}")
-        if twice := [v for v in values if values.count(v) > 1]:
-            raise HatError(f"{name} {twice[0]!r} stands twice in the grid")
+        if not values or len(set(values)) < len(values):
+            raise HatError(f"a sweep needs at least one {name}, and each once, got {values}")
     if odd := [s for s in seeds if not isinstance(s, int) or s < 0]:
         raise HatError(f"a seed must be a whole number of at least 0, got {odd[0]!r}")
     if odd := [v for v in variants if v not in VARIANTS]:
@@ -198,9 +187,7 @@ def measure(
     for grain in grains.values():
         if read_checkpoint(grain.untrained).training is not None:
             raise HatError(f"{grain.untrained} was trained: expected a checkpoint as `hat calibrate` writes it")
-    adapters = {
-        (name, exits): _adapter(grain.trained, exits) for name, grain in grains.items() for exits in (False, True)
-    }
+    adapters = {(name, exits): _adapter(grain.trained, exits) for name, grain in grains.items() for exits in (0, 1)}
     for row in done.values():
         if row.adapter != adapters.get((row.granularity, row.exit_rate > 0), row.adapter):
             raise HatError(
@@ -220,60 +207,58 @@ def measure(
 
 def _on_text(hat, grain: Grain, adapters, text: str, max_tokens: int, points) -> Iterator[Row]:
     blocks = load_text(text, hat.base.tokenizer, split=default_split(text, hat), max_tokens=max_tokens)
-    with hat.dense():
-        base, against = score(hat, blocks, progress=False), states(hat, blocks, progress=False)
-    run = partial(score, hat, blocks, against=against, progress=False)
     sample = blocks.select(range(0, len(blocks), max(1, round(max_tokens / MATCH_TOKENS))))
     for (capacity, rate), group in groupby(points, key=lambda p: (p.capacity, p.exit_rate)):
-        with hat.at(capacity, rate), hat.collect() as traces:
-            trained = run()
+        traces = []
+
+        @contextmanager
+        def traced(capacity=capacity, rate=rate, traces=traces):
+            with hat.at(capacity, rate), hat.collect() as found:
+                yield
+            traces += found
+
+        base, (trained,) = score_each(hat, blocks, [traced], progress=False)
         for point in group:
-            if point.variant == "trained":
-                found = trained
-            elif point.variant == "random_exits":
-                exits = RandomExits(exit_shares(traces, hat.config.exit_layers), point.seed)
-                with hat.at(capacity, 0.0), hat.exiting(exits):
-                    found = run()
-            else:
-                try:
-                    control = _control(hat, grain, point, sample, trained.capacity)
-                except OutOfReach as error:
-                    warnings.warn(f"no row for {point.variant} at {capacity} on {text}: {error}", stacklevel=2)
-                    continue
-                with hat.using(control):
-                    found = run()
-            yield _row(hat, adapters[point.granularity, rate > 0], point, blocks, base, trained, found)
+            try:
+                around = None if point.variant == "trained" else _control(hat, grain, point, sample, trained, traces)
+            except OutOfReach as error:
+                warnings.warn(f"no row for {point.variant} at {capacity} on {text}: {error}", stacklevel=2)
+                continue
+            found = score_each(hat, blocks, [around], progress=False)[1][0] if around else trained
+            margin = compare(trained, found)
+            yield rounded(
+                Row,
+                **machine(hat.base) | vars(found.agreement) | perplexity(compare(base, found)) | point._asdict(),
+                realised=found.capacity,
+                realised_exit=found.exit_rate,
+                model_share=found.model_share,
+                margin=margin.increase,
+                margin_low=margin.low,
+                margin_high=margin.high,
+                text_hash=text_hash(blocks)[:16],
+                adapter=adapters[point.granularity, rate > 0],
+            )
 
 
-def _control(hat, grain: Grain, point: Point, sample, capacity: float):
-    capacity = max(0.1, capacity)
+def _control(hat, grain: Grain, point: Point, sample, trained, traces) -> Callable:
+    """Makes the context to run a control in."""
+    if point.variant == "random_exits":
+        exits = RandomExits(exit_shares(traces, hat.config.exit_layers), point.seed)
+        return partial(with_exits, hat, partial(hat.at, point.capacity, 0.0), exits)
+    capacity = max(0.1, trained.capacity)
     if point.variant == "untrained":
-        return matched(hat, as_in(hat, grain.untrained), sample, capacity)
-    return CONTROLS[point.variant](hat, sample, capacity, point.seed)
+        return partial(hat.using, matched(hat, as_in(hat, grain.untrained), sample, capacity))
+    return partial(hat.using, CONTROLS[point.variant](hat, sample, capacity, point.seed))
 
 
-def _row(hat, adapter: str, point: Point, blocks, base: Score, trained: Score, found: Score) -> Row:
-    margin = compare(trained, found)
-    return rounded(
-        Row,
-        **point._asdict() | machine(hat.base) | perplexity(compare(base, found)),
-        realised=found.capacity,
-        realised_exit=found.exit_rate,
-        model_share=found.model_share,
-        top1=found.agreement.top1,
-        kl=found.agreement.kl,
-        margin=margin.increase,
-        margin_low=margin.low,
-        margin_high=margin.high,
-        text_hash=text_hash(blocks)[:16],
-        adapter=adapter,
-    )
+@contextmanager
+def with_exits(hat: HierarchicalTransformer, around: Callable, exits: RandomExits):
+    with around(), hat.exiting(exits):
+        yield
 
 
 def _adapter(checkpoint: Path, exits: bool) -> str:
     """Gates that are trained again leave the rows without exits as they are."""
-    if not checkpoint.is_dir():
-        raise HatError(f"no checkpoint at {checkpoint}: make it with `hat train`")
     found = read_checkpoint(checkpoint)
     parts = {name: t.numpy().tobytes() for name, t in found.tensors.items() if exits or name.startswith("routers.")}
     tables = asdict(found.calibration) if found.calibration else {}
@@ -283,12 +268,8 @@ def _adapter(checkpoint: Path, exits: bool) -> str:
 
 def figures(results: Path | None = None) -> dict[str, Figure]:
     table = saved("quality", results)
-    docstrings = table[table["text"] == "docstrings"]
-    return {
-        "quality": frontier.quality(table),
-        "06_quality": frontier.quality(docstrings),
-        "08_exits": findings.exits(table),
-    }
+    docstrings = frontier.quality(table[table["text"] == "docstrings"])
+    return {"quality": frontier.quality(table), "06_quality": docstrings, "08_exits": findings.exits(table)}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

@@ -8,28 +8,30 @@
     figures()     the figures that rest on the saved rows, by file name
     tables()      the tables of README and docs from the saved rows, in Markdown, by name
 
-`measure` writes each row as it comes, so that a run that was stopped goes on where it was.
+`measure` writes each row as it comes, so that a run that was stopped goes on where it was. A document says where a
+table stands, and `fill` writes what is between the two lines, so that no number is typed:
+
+    <!-- table: quality -->
+    <!-- end -->
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from hat_lib import config
 from hat_lib.config import HatError
+from hat_lib.experiments.common import markdown
 from hat_lib.experiments.rows import RowWriter
-from hat_lib.experiments.tables import markdown
 
 NAMES = (
-    "weight_shares",
-    "ffn_skip_by_layer",
-    "grain_frontier",
-    "foundation",
     "benchmark",
     "quality",
     "published",
@@ -41,6 +43,8 @@ NAMES = (
     "step_cost",
 )
 """in the order in which one reads another's file"""
+START = re.compile(r"^<!-- table: (\S+) -->$", re.M)
+MARKED = re.compile(r"^<!-- table: (\S+) -->\n.*?^<!-- end -->$", re.M | re.S)
 
 
 def load(name: str) -> ModuleType:
@@ -66,15 +70,8 @@ def measure(name: str, results: Path, *, again: bool = False, **options) -> Iter
             yield row
 
 
-def all_tables(results: Path | None = None) -> dict[str, str]:
-    """Every Markdown table, by the name that its place in a document is marked with; `results` lists the files."""
-    lines = [[f"`{name}`", load(name).ABOUT, f"{load(name).MINUTES} min"] for name in NAMES]
-    overview = {"results": markdown(["file, `hat reproduce`", "what a row is", "takes, on two idle cores"], lines)}
-    return overview | {table: text for name in NAMES for table, text in load(name).tables(results).items()}
-
-
 def parse(name: str, settings: Sequence[str]) -> dict:
-    """``["rounds=3", "capacities=0.9,0.7"]`` as keyword arguments of the experiment's ``rows``, checked by type."""
+    """``["rounds=3", "channel=0.9,0.7"]`` as keyword arguments of the experiment's ``rows``, checked by type."""
     kinds, found = option_kinds(name), {}
     for setting in settings:
         option, equals, text = setting.partition("=")
@@ -82,22 +79,54 @@ def parse(name: str, settings: Sequence[str]) -> dict:
             raise HatError(f"{name} takes {', '.join(f'{k}=' for k in kinds)}, got {setting!r}")
         kind, many = kinds[option]
         try:
-            values = [kind(part.strip()) for part in text.split(",") if part.strip()] if many else kind(text)
+            found[option] = [kind(part.strip()) for part in text.split(",") if part.strip()] if many else kind(text)
         except ValueError:
             raise HatError(f"{name}: {option} takes {'numbers' if many else 'a number'}, got {text!r}") from None
-        found[option] = values
     return found
 
 
 def option_kinds(name: str) -> dict[str, tuple[type, bool]]:
     """Option -> (type of a value, does it take several?), in the order of the signature."""
-    rows = load(name).rows
-    hints, kinds = typing.get_type_hints(rows), {}
-    for option, parameter in inspect.signature(rows).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            hint = hints[option]
-            if isinstance(hint, types.UnionType):  # ``str | None``
-                hint = typing.get_args(hint)[0]
-            many = typing.get_origin(hint) is not None
-            kinds[option] = (typing.get_args(hint)[0] if many else hint, many)
-    return {option: kind for option, kind in kinds.items() if kind[0] in (str, int, float, Path)}
+    kinds = {}
+    for option, parameter in inspect.signature(load(name).rows, eval_str=True).parameters.items():
+        hint = parameter.annotation
+        if isinstance(hint, types.UnionType):  # ``str | None``
+            hint = typing.get_args(hint)[0]
+        kind = (*typing.get_args(hint), hint)[0]
+        if parameter.kind is parameter.KEYWORD_ONLY and kind in (str, int, float, Path):
+            kinds[option] = kind, kind is not hint
+    return kinds
+
+
+def all_tables(results: Path | None = None) -> dict[str, str]:
+    """Every Markdown table, by the name that its place in a document is marked with; `results` lists the files."""
+    lines = [[f"`{name}`", load(name).ABOUT, f"{load(name).MINUTES} min"] for name in NAMES]
+    overview = {"results": markdown(["file, `hat reproduce`", "what a row is", "takes, on two idle cores"], lines)}
+    return overview | {table: text for name in NAMES for table, text in load(name).tables(results).items()}
+
+
+def documents() -> list[Path]:
+    """The files that may hold tables."""
+    docs = sorted((config.REPO / "docs").rglob("*.md"))
+    return [config.REPO / "README.md", config.REPO / "data" / "README.md", *docs]
+
+
+def fill(text: str, tables: Mapping[str, str], where: str) -> str:
+    """``text`` with every marked table as ``tables`` has it; `HatError` for an unknown name and a missing end."""
+
+    def put(found: re.Match) -> str:
+        name = found[1]
+        if name not in tables:
+            raise HatError(f"{where}: no table {name!r}; there are: {', '.join(tables)}")
+        return f"<!-- table: {name} -->\n{tables[name]}<!-- end -->"
+
+    if len(START.findall(text)) != len(MARKED.findall(text)):
+        raise HatError(f"{where}: a table has no line `<!-- end -->`; tables: {', '.join(START.findall(text))}")
+    return MARKED.sub(put, text)
+
+
+def outdated(tables: Mapping[str, str]) -> dict[Path, str]:
+    """Documents whose tables are not those of the data, with the text that they should have."""
+    texts = {path: path.read_text(encoding="utf-8") for path in documents()}
+    filled = {path: fill(text, tables, str(path.relative_to(config.REPO))) for path, text in texts.items()}
+    return {path: text for path, text in filled.items() if text != texts[path]}

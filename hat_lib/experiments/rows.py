@@ -8,11 +8,8 @@ A CSV file whose columns are the fields of a dataclass; some of them, the key, s
                 rows.write(measure(*point))
 
 A row is on disk, whole, before `write` returns. A run killed inside a write leaves a line without its end: the next
-`RowWriter` drops it, and `read_rows` passes over it. Nothing else that is in the file is ever changed. With
-``replace=True`` rows go to a file beside it, which takes its place once all are there.
-
-Text comes from anywhere, and the file is opened in spreadsheets and terminals: a cell that a spreadsheet would compute
-gets an apostrophe in front, and control characters are spelt out (`safe_text`). `read_rows` undoes both.
+`RowWriter` drops it, and `read_rows` passes over it. Nothing else that is in the file is ever changed. Text comes from
+anywhere, and the file is opened in spreadsheets and terminals: it is written as `hat_lib.text.plain.cell` makes it.
 
 One writer a file: it holds a lock until it is closed, which the system releases if the process dies (`flock`, so not
 on Windows), and a second one is refused. Workers of a pool hand their rows to the process that writes.
@@ -22,36 +19,17 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import io
 import os
-import re
-import types
 import typing
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import NoneType
 
 from hat_lib.config import HatError
-
-KINDS = (str, bool, int, float)
-# Quotes and ends of lines are CSV's own business; \r is not, for a terminal goes back to the line's start.
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]|\\(?=x[0-9a-f]{2})")
-FORMULA = re.compile("'*[=+@-]")
-
-
-def safe_text(text: str) -> str:
-    """``text`` as a cell that no spreadsheet computes and no terminal obeys.
-
-    >>> print(safe_text("=1+1"), safe_text("\x1b[2J"), safe_text("a - b"))
-    '=1+1 \\x1b[2J a - b
-    """
-    text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
-    return "'" + text if FORMULA.match(text) else text
-
-
-def _as_it_was(text: str) -> str:
-    text = text[1:] if text.startswith("'") and FORMULA.match(text) else text
-    return re.sub(r"\\x([0-9a-f]{2})", lambda found: chr(int(found[1], 16)), text)
+from hat_lib.text.plain import cell, from_cell
 
 
 class RowWriter:
@@ -71,12 +49,7 @@ class RowWriter:
 
     def __init__(self, path: str | Path, row_type: type, key: Sequence[str], *, replace: bool = False):
         self._replaces = Path(path) if replace else None
-        self.path, self.row_type = Path(f"{path}.new" if replace else path), row_type
-        self._kinds = _kinds(row_type)
-        unknown = [k for k in key if k not in self._kinds]
-        if unknown or not key or isinstance(key, str):
-            raise HatError(f"key must name fields of {row_type.__name__} ({', '.join(self._kinds)}), got {key!r}")
-        self.key = tuple(key)
+        self.path, self.row_type, self.key = Path(f"{path}.new" if replace else path), row_type, tuple(key)
         self.done: dict[tuple, typing.Any] = {}
         """the rows in the file by their keys, each a tuple in the order of ``key``"""
         try:
@@ -99,41 +72,32 @@ class RowWriter:
             raise HatError(f"cannot lock {self.path}: {error.strerror or error}") from error
         self._file.seek(0)
         data = self._file.read()
-        rows, whole = _read(self.path, data, self.row_type, self._kinds)
+        self._columns, rows, self._end = _read(self.path, data, self.row_type)
         for number, row in enumerate(rows, start=1):
             key = self._key(row)
             if key in self.done:
                 raise HatError(f"{self.path}, row {number}: {self._named(key)} stands there twice")
             self.done[key] = row
-        self._end = whole
-        if whole < len(data):
-            cut = len(data) - whole
+        if cut := len(data) - self._end:
             warnings.warn(f"{self.path}: dropped {cut} bytes of a line that was not written to its end", stacklevel=3)
-            self._file.truncate(whole)
-        if not whole:
-            self._append(_line(self._kinds))
+            self._file.truncate(self._end)
+        if not self._end:
+            self._append(_line(self._columns))
 
     def write(self, row) -> None:
         """Append one row. Raises `HatError` for a key that is done, and for a value that would not read back."""
-        if type(row) is not self.row_type:
-            raise HatError(f"{self.path} takes rows of {self.row_type.__name__}, got {type(row).__name__}")
-        cells = {name: _cell(name, getattr(row, name), kind) for name, kind in self._kinds.items()}
+        cells = [_cell(name, getattr(row, name), kind) for name, kind in self._columns.items()]
         key = self._key(row)
         if key in self.done:
             raise HatError(f"{self.path}: {self._named(key)} is done already")
-        if any(value != value for value in key):
-            raise HatError(f"{self.path}: a key cannot hold nan, got {self._named(key)}")
-        self._append(_line(cells.values()))
+        self._append(_line(cells))
         self.done[key] = row
-
-    def close(self) -> None:
-        self._file.close()
 
     def __enter__(self) -> RowWriter:
         return self
 
     def __exit__(self, failure, *_) -> None:
-        self.close()
+        self._file.close()
         if self._replaces and failure is None:
             self.path.replace(self._replaces)
 
@@ -162,51 +126,28 @@ def read_rows(path: str | Path, row_type: type) -> list:
 
     Raises `HatError` if there is no such file, its columns are not the row's fields, or a cell is of another type.
     """
-    kinds = _kinds(row_type)
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise HatError(f"cannot read {path}: {error.strerror or error}") from error
-    return _read(path, data, row_type, kinds)[0]
+    return _read(path, data, row_type)[1]
 
 
-def _read(path, data: bytes, row_type: type, kinds: dict) -> tuple[list, int]:
-    """The rows, and the length in bytes of the lines that were written to their end."""
-    header = _line(kinds)
-    if header.startswith(data):  # nothing yet, or killed inside its first line
-        return [], len(data) if data == header else 0
+def _read(path, data: bytes, row_type: type) -> tuple[dict, list, int]:
+    """Kinds of the columns in the file's order, the rows, and the length in bytes of the lines that have their end."""
+    kinds, end = _kinds(row_type), data.rfind(b"\n") + 1
+    if not end and _line(kinds).startswith(data):  # nothing yet, or killed inside its first line
+        return kinds, [], 0
     try:
-        records, whole = _records(data)
+        records = list(csv.reader(io.StringIO(data[:end].decode(), newline="\n"), strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise HatError(f"{path} is not CSV: {error}") from error
     columns = records[0] if records else []
-    if columns != list(kinds):
+    if sorted(columns) != sorted(kinds):
         missing, unknown = ([n for n in a if n not in b] for a, b in ((kinds, columns), (columns, kinds)))
-        odd = f"missing {missing}, unknown {unknown}" if missing or unknown else f"in the order {columns}"
-        raise HatError(f"{path} has other columns than {row_type.__name__}: {odd}")
-    return [_row(f"{path}, row {n}", cells, row_type, kinds) for n, cells in enumerate(records[1:], 1)], whole
-
-
-def _records(data: bytes) -> tuple[list[list[str]], int]:
-    """The cells of each line that has its end, and where the last of them ends. Quoted line breaks end no line."""
-    lines = [line + b"\n" for line in data.split(b"\n")[:-1]]
-    records, n_lines, exhausted = [], 0, False
-
-    def feed():
-        nonlocal exhausted
-        for line in lines:
-            yield line.decode()
-        exhausted = True
-
-    reader = csv.reader(feed(), strict=True)
-    try:
-        for cells in reader:
-            records.append(cells)
-            n_lines = reader.line_num
-    except csv.Error:
-        if not exhausted:  # else the data ended inside quotes
-            raise
-    return records, sum(map(len, lines[:n_lines]))
+        raise HatError(f"{path} has other columns than {row_type.__name__}: missing {missing}, unknown {unknown}")
+    kinds = {name: kinds[name] for name in columns}
+    return kinds, [_row(f"{path}, row {n}", cells, row_type, kinds) for n, cells in enumerate(records[1:], 1)], end
 
 
 def _row(where: str, cells: list[str], row_type: type, kinds: dict):
@@ -215,57 +156,46 @@ def _row(where: str, cells: list[str], row_type: type, kinds: dict):
     values = {}
     for (name, kind), text in zip(kinds.items(), cells, strict=True):
         try:
-            values[name] = _value(text, kind)
+            values[name] = _value(text, *kind)
         except (ValueError, KeyError) as error:
-            raise HatError(f"{where}: {name} must be {_said(kind)}, got {text!r}") from error
+            raise HatError(f"{where}: {name} must be {_said(*kind)}, got {text!r}") from error
     return row_type(**values)
 
 
 def _kinds(row_type: type) -> dict[str, tuple[type, bool]]:
     """Field -> (type, may it be None)."""
     hints = typing.get_type_hints(row_type)
-    kinds = {}
-    for field in fields(row_type):
-        hint = hints[field.name]
-        union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-        parts = typing.get_args(hint) if union else (hint,)
-        found = [part for part in parts if part is not types.NoneType]
-        if len(found) != 1 or found[0] not in KINDS:
-            raise HatError(f"{row_type.__name__}.{field.name} must be a str, bool, int or float, got {hint}")
-        kinds[field.name] = (found[0], len(found) < len(parts))
-    return kinds
+    parts = {field.name: typing.get_args(hints[field.name]) or (hints[field.name],) for field in fields(row_type)}
+    return {name: (next(t for t in found if t is not NoneType), NoneType in found) for name, found in parts.items()}
 
 
 def _cell(name: str, value, kind: tuple[type, bool]) -> str:
-    """The text of a value, from which `_value` makes an equal one."""
-    wanted, optional = kind
-    if value is None and optional:
-        return ""
-    fits = isinstance(value, int | float if wanted is float else wanted) and isinstance(value, bool) == (wanted is bool)
-    if not fits or (optional and value == ""):  # there, an empty cell is None
-        raise HatError(f"{name} must be {_said(kind)}, got {value!r}")
-    text = safe_text(value) if wanted is str else repr(float(value)) if wanted is float else str(value)
+    text = "" if value is None else cell(value) if isinstance(value, str) else str(value)
     if len(text) > csv.field_size_limit():
         raise HatError(f"{name} holds {len(text)} characters, at most {csv.field_size_limit()} read back")
+    try:
+        back = _value(text, *kind)
+        same = back == value or value != value  # nan
+    except (ValueError, KeyError):
+        same = False
+    if not same:
+        raise HatError(f"{name} must be {_said(*kind)}, got {value!r}")
     return text
 
 
-def _value(text: str, kind: tuple[type, bool]):
-    wanted, optional = kind
+def _value(text: str, wanted: type, optional: bool):
     if optional and not text:
         return None
-    if wanted is str:
-        return _as_it_was(text)
-    return {"True": True, "False": False}[text] if wanted is bool else wanted(text)
+    if wanted is bool:
+        return {"True": True, "False": False}[text]
+    return from_cell(text) if wanted is str else wanted(text)
 
 
-def _said(kind: tuple[type, bool]) -> str:
-    return kind[0].__name__ + " or None (an empty cell)" * kind[1]
+def _said(wanted: type, optional: bool) -> str:
+    return wanted.__name__ + " or None (an empty cell)" * optional
 
 
-def _line(cells: Iterable[str]) -> bytes:
-    quoted = ('"' + cell.replace('"', '""') + '"' if set(cell) & set(',"\n') else cell for cell in cells)
-    try:
-        return ((",".join(quoted) or '""') + "\n").encode()
-    except UnicodeEncodeError as error:
-        raise HatError(f"{error.object[error.start : error.end]!r} is not text that UTF-8 can write") from error
+def _line(cells) -> bytes:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue().encode()

@@ -20,10 +20,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hat_lib.backbone.base import load_base, parse_dtype
-from hat_lib.config import HatError, check_capacity
-from hat_lib.experiments.columns import CHECKPOINTS, machine, rounded
-from hat_lib.experiments.tables import markdown, saved, times
+from hat_lib.backbone.base import parse_dtype
+from hat_lib.config import check_capacity, check_count
+from hat_lib.experiments.benchmark import plain_copy
+from hat_lib.experiments.common import CHECKPOINTS, SPEEDS, Machine, machine, markdown, rounded, saved, times
 from hat_lib.inference.self_speculative import speculate
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import speed
@@ -37,16 +37,14 @@ EARLY_EXITS = 5
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Machine):
     """Times are milliseconds a new token, the prompt's pass included."""
 
     granularity: str
     capacity: float
     """requested for drafts"""
-    dtype: str
     prompt: int
     kind: str
-    prompt_tokens: int
     new_tokens: int
     identical: bool
     """to plain transformers' greedy text"""
@@ -66,11 +64,6 @@ class Row:
     ms_lossless: float
     ms_early_exit: float | None
     """None where it was not run: it takes longer than all else, so every fifth round of kinds has it"""
-    early_exit_layer: int
-    early_exit_identical: bool | None
-    base: str
-    device: str
-    threads: int
 
 
 def rows(
@@ -89,11 +82,10 @@ def rows(
         count: prompts.
     """
     capacity, parsed = check_capacity(capacity), [parse_dtype(dtype) for dtype in dtypes]
-    if max_new_tokens < 2:
-        raise HatError(f"max_new_tokens must be at least 2, got {max_new_tokens}")
+    check_count("max_new_tokens", max_new_tokens, 2)
     for dtype in parsed:
         hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
-        plain = load_base(hat.base.name, dtype=dtype, device=hat.base.device).model
+        plain = plain_copy(hat)
         here = hat.config.granularity, capacity, str(dtype).removeprefix("torch.")
         for number, prompt in enumerate(prompts(hat.base.tokenizer, count)):
             if (*here, number) not in done:
@@ -103,12 +95,8 @@ def rows(
 
 def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, max_new_tokens: int) -> Row:
     ids = hat.base.tokenizer(prompt.text, return_tensors="pt").input_ids.to(hat.base.device)
-    greedy = {
-        "attention_mask": torch.ones_like(ids),
-        "max_new_tokens": max_new_tokens,
-        "do_sample": False,
-        "pad_token_id": hat.base.tokenizer.pad_token_id,
-    }
+    greedy = {"attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens, "do_sample": False,
+              "pad_token_id": hat.base.tokenizer.pad_token_id}  # fmt: skip
     layer = hat.config.exit_layers[-1]
 
     def dense():
@@ -138,7 +126,6 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
         capacity=hat.capacity,
         prompt=number,
         kind=prompt.kind,
-        prompt_tokens=ids.shape[1],
         new_tokens=new,
         identical=parted is None,
         parted_at=parted,
@@ -149,8 +136,6 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
         draft_share=spoken.draft_share,
         ideal=spoken.ideal_speedup,
         **{f"ms_{way}": took and took / new for way, took in ms.items()},
-        early_exit_layer=layer,
-        early_exit_identical=torch.equal(found["early_exit"], text) if "early_exit" in found else None,
     )
 
 
@@ -179,15 +164,11 @@ def figures(results: Path | None = None) -> dict[str, Figure]:
 
 def tables(results: Path | None = None) -> dict[str, str]:
     header = ["grain", "capacity of drafts", "dtype", "text is the base's", "drafts that stood", "by work alone",
-              "over our own dense path", "over plain transformers", "over its early-exit drafts"]  # fmt: skip
+              *SPEEDS[1:], "over its early-exit drafts"]  # fmt: skip
     lines = []
-    groups = saved("self_speculative", results).groupby(["granularity", "capacity", "dtype"])
-    for (grain, capacity, dtype), rows in groups:
-        same, stood = (
-            f"{rows['identical'].sum()} of {len(rows)}",
-            rows["accepted"].sum() / max(1, rows["drafted"].sum()),
-        )
+    for (grain, capacity, dtype), rows in saved("self_speculative", results).groupby(list(KEY[:3])):
+        same, stood = rows["identical"].sum(), rows["accepted"].sum() / max(1, rows["drafted"].sum())
         over = [(rows[f"ms_{way}"] / rows["ms_lossless"]).median() for way in ("dense", "hf", "early_exit")]
-        speeds = map(times, [rows["ideal"].median(), *over])
-        lines.append([grain, f"{capacity:.2f}", dtype, same, f"{stood:.0%}", *speeds])
+        line = [grain, f"{capacity:.2f}", dtype, f"{same} of {len(rows)}", f"{stood:.0%}"]
+        lines.append(line + [times(x) for x in (rows["ideal"].median(), *over)])
     return {"self_speculative": markdown(header, lines)}

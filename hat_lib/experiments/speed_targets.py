@@ -15,8 +15,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from hat_lib.experiments.columns import CHECKPOINTS, machine, rounded
-from hat_lib.experiments.tables import markdown, saved, times
+from hat_lib.experiments.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, times
 from hat_lib.inference.generate import AdaptiveInference
 from hat_lib.inference.speed import VERSUS
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -30,7 +29,7 @@ TARGETS = (1.05, 1.1, 1.2)
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Machine):
     checkpoint: str
     granularity: str
     versus: str
@@ -51,10 +50,6 @@ class Row:
     """of the prompts"""
     prompts: int
     new_tokens: int
-    base: str
-    device: str
-    dtype: str
-    threads: int
 
 
 def rows(
@@ -82,8 +77,7 @@ def rows(
             if (hat.config.granularity, versus, target) in done:
                 continue
             reachable = target <= curve.largest
-            made = [infer.generate(t, target_speedup=target, max_new_tokens=max_new_tokens)
-                    for t in texts if reachable]  # fmt: skip
+            made = [infer.generate(t, target_speedup=target, max_new_tokens=max_new_tokens) for t in texts if reachable]
             measured = [m.realised_speedup for m in made if m.realised_speedup is not None]
             yield rounded(
                 Row,
@@ -110,9 +104,8 @@ def figures(results: Path | None = None) -> dict[str, Figure]:
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    header = ["grain", "speed over", "target", "capacity chosen", "measured: median (lowest to highest prompt)",
-              "most within reach"]  # fmt: skip
-    lines = []
+    measured = "measured: median (lowest to highest prompt)"
+    header, lines = ["grain", "speed over", "target", "capacity chosen", measured, "most within reach"], []
     for r in saved("speed_targets", results).itertuples():
         found = f"{r.measured:.2f}x ({r.lowest:.2f}x to {r.highest:.2f}x)" if r.reachable else "out of reach"
         chosen = f"{r.capacity:.2f}" if r.reachable else None

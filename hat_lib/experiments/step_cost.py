@@ -19,10 +19,9 @@ from torch import Tensor
 
 from hat_lib.backbone.base import load_base
 from hat_lib.calibration.capacity import calibrate
-from hat_lib.config import GRANULARITIES, HatConfig, HatError
-from hat_lib.experiments.benchmark import ratio
-from hat_lib.experiments.columns import machine, rounded
-from hat_lib.experiments.tables import markdown, saved, times
+from hat_lib.config import GRANULARITIES, HatConfig, HatError, check_count
+from hat_lib.experiments.benchmark import plain_copy, ratio
+from hat_lib.experiments.common import Machine, machine, markdown, rounded, saved, times
 from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.mixture import training_text
@@ -37,20 +36,16 @@ KEY = ("granularity",)
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Machine):
     """Seconds are medians over the rounds, the ratio is the median of the rounds' ratios."""
 
+    granularity: str
     ratio: float
     step_seconds: float
     base_seconds: float
     tokens: int
     """real tokens in the batch"""
     rounds: int
-    base: str
-    granularity: str
-    device: str
-    dtype: str
-    threads: int
 
 
 def rows(done: Collection = (), *, base: str = "bundled", rounds: int = 5, dtype: str = "bf16") -> Iterator[Row]:
@@ -60,8 +55,7 @@ def rows(done: Collection = (), *, base: str = "bundled", rounds: int = 5, dtype
             continue
         loaded = load_base(base, dtype=dtype)
         text = training_text(loaded, "addresses", 1024)
-        shape = HatConfig.published if granularity == "token" else HatConfig.default
-        hat = HierarchicalTransformer(loaded, shape(loaded))
+        hat = HierarchicalTransformer(loaded, HatConfig.default(loaded, granularity=granularity))
         if granularity == "channel":
             calibrate(hat, text["input_ids"], split="uniform", progress=False)
         yield step_ratio(hat, collate(list(text)), rounds)
@@ -77,18 +71,16 @@ def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: i
         batch: what `hat_lib.training.trainer.collate` returns.
         rounds: at least 1; in each, both take one turn, after one that is not counted.
     """
-    if rounds < 1:
-        raise HatError(f"rounds must be at least 1, got {rounds}")
+    check_count("rounds", rounds, 1)
     if hat.config.granularity == "channel" and hat.calibration is None:
         raise HatError("a training step of the channel grain needs a calibration: run `hat calibrate`")
-    device, dtype = hat.base.device, hat.base.dtype
-    batch = {name: value.to(device) for name, value in batch.items()}
+    batch = {name: value.to(hat.base.device) for name, value in batch.items()}
     recipe = Recipe.named("default", hat.config.granularity)
-    plain = load_base(hat.base.name, dtype=dtype, device=device).model
+    plain = plain_copy(hat)
     objective = Objective(hat, recipe, "routers", nominal_thresholds(hat)).train()
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(hat.base.device.type, torch.bfloat16, enabled=hat.base.dtype == torch.bfloat16):
             loss = objective(**batch, step=1, steps=1)["loss"]
         loss.backward()
 

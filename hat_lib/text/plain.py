@@ -7,8 +7,11 @@ that reverse the order of letters, or a beginning that a spreadsheet takes for a
 
 from __future__ import annotations
 
-FORMULA = tuple("=+-@＝＋－＠")
-"""what spreadsheets take for the beginning of a formula"""
+import re
+
+ESCAPE = re.compile(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
+# What spreadsheets take for the beginning of a formula; an apostrophe before one needs another, or it would be dropped.
+FORMULA = re.compile("[' ]*[=+@＝＋－＠-]")
 
 
 def printable(text: str) -> str:
@@ -20,10 +23,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def plain(text: str) -> str:
-    """``text`` for a cell of a table: `printable`, and with an apostrophe before what would be a formula.
+def cell(text: str) -> str:
+    r"""``text`` for a cell of a table, on one line: `printable`, and with an apostrophe before what would be a formula.
 
-    >>> plain("=1+1"), plain("a = b")
-    ("'=1+1", 'a = b')
+    >>> print(cell("=1+1"), cell("a = b"), cell("\x1b[2J"))
+    '=1+1 a = b \x1b[2J
     """
-    return ("'" if text.lstrip().startswith(FORMULA) else "") + printable(text)
+    text = ESCAPE.sub(r"\\x5c\1", text)
+    text = "".join(f"\\x{ord(c):02x}" if c in "\t\n\r" else printable(c) for c in text)
+    return "'" + text if FORMULA.match(text) else text
+
+
+def from_cell(text: str) -> str:
+    """What `cell` was given."""
+    text = text[1:] if text.startswith("'") and FORMULA.match(text) else text
+    return ESCAPE.sub(lambda found: chr(int(found[1][1:], 16)), text)

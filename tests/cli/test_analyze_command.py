@@ -12,7 +12,7 @@ from hat_lib.evaluation import routing_tables
 from hat_lib.evaluation.routing import LOSSES, patterns
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
-from hat_lib.text.plain import plain
+from hat_lib.text.plain import cell
 
 TEXT = "In 2025 Ada met 3 of the Kings, and they didn’t say a naïve word 🦙.\nThe quick brown fox jumps. " * 5
 HOSTILE = "\x1b[31m red \x1b]0;title\x07 \u202eback =1+1 @SUM -2 \r"
@@ -62,7 +62,7 @@ def test_five_lines_of_findings_then_tables_and_files_that_read_back(run, checkp
     hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype="fp32")
     hat.capacity = 0.6
     found = patterns(hat, load_text(text, hat.base.tokenizer, split="all", max_tokens=1500), progress=False)
-    assert tokens["text"].tolist() == found.tokens["text"].map(plain).tolist()
+    assert tokens["text"].tolist() == found.tokens["text"].map(cell).tolist()
     np.testing.assert_allclose(tokens["share"], found.tokens["share"], rtol=1e-5)
     np.testing.assert_allclose(tokens["surprisal_of_token"], found.tokens["surprisal_of_token"], rtol=1e-5)
     for name, make in routing_tables.TABLES.items():

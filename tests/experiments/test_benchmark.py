@@ -1,12 +1,12 @@
-"""The timing harness, on a tiny shape: turns, forced shares, memory, one process a grain. No assertion on speed."""
+"""The timing harness, on a tiny shape: turns, forced shares. No assertion on speed."""
 
 import pytest
 import torch
+from tiny_runs import new_hat
 
-from hat_lib.backbone.base import load_base
 from hat_lib.config import HatConfig, HatError
 from hat_lib.experiments import benchmark
-from hat_lib.experiments.benchmark import Setting, forced_channels, forced_tokens, measure, of_grain, ratio
+from hat_lib.experiments.benchmark import Setting, forced, measure, ratio
 from hat_lib.inference.speed import Variant, take_turns
 from hat_lib.model.transformer import HierarchicalTransformer
 
@@ -24,65 +24,43 @@ def test_turns_are_interleaved_and_ratios_paired():
     assert ratio(*variants) == 4.0
 
 
-@pytest.mark.parametrize(("grain", "capacities"), [("channel", [1.0, 0.75, 0.5]), ("token", [1.0, 0.75])])
-def test_rows(grain, capacities):
-    plan = {(phase, size): capacities for phase in ("decode", "prefill") for size in (1, 2)}
-    rows = of_grain(grain, plan, "random:tiny", rounds=1, steps=4, dtype="fp32")
-    assert [(r.phase, r.batch, r.capacity) for r in rows] == [(*at, c) for at in plan for c in capacities]
+TINY = {"base": "random:tiny", "rounds": 1, "steps": 4, "dtype": "fp32", "batches": (1, 2)}
+
+
+def test_rows_and_what_is_done_is_left_out():
+    asked = {"channel": [1.0, 0.75, 0.5], "token": [1.0, 0.75]}
+    rows = list(benchmark.rows(**asked, **TINY))
+    keys = [tuple(getattr(row, name) for name in benchmark.KEY) for row in rows]
+    phases = [(phase, size) for phase in ("decode", "prefill") for size in (1, 2)]
+    assert keys == [(grain, *at, c, 0.0) for grain in asked for at in phases for c in asked[grain]]
     for r in rows:
-        assert r.threads >= 1 and r.dtype == "float32" and r.granularity == grain
+        assert r.threads >= 1 and r.dtype == "float32"
         assert abs(r.realised - r.capacity) < 0.1
         assert r.ideal == pytest.approx(1.0) if r.capacity == 1 else r.ideal > 1.1
         assert r.efficiency_hf == pytest.approx(r.speedup_hf / r.ideal, rel=1e-3)
-        assert 0 <= r.weights_mb - r.base_mb < 0.2 * r.base_mb, "a second copy of the weights"
+    again = benchmark.rows({key for key in keys if key[:2] != ("token", "prefill")}, **asked, **TINY)
+    assert [(r.granularity, r.phase, r.batch, r.capacity) for r in again] == [key[:4] for key in keys[-4:]]
 
 
-def test_a_grain_runs_in_its_own_process_and_what_is_done_is_left_out(monkeypatch):
-    asked = []
-
-    class Pool:
-        def __init__(self, processes):
-            assert processes == 1
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def apply(self, function, args):
-            asked.append((function, *args))
-            return [args[0]]
-
-    monkeypatch.setattr(benchmark, "get_context", lambda kind: {"spawn": type("Context", (), {"Pool": Pool})}[kind])
-    done = {("channel", phase, 1, c, 0.0) for phase in ("decode", "prefill") for c in (1.0, 0.5)}
-    done |= {("token", "decode", 1, 0.5, 0.0)}
-    assert list(benchmark.rows(done, channel=[1.0, 0.5], token=[0.5], batches=[1])) == ["token"]
-    ((_, grain, plan, base, *_),) = asked
-    assert (grain, base, plan) == ("token", "random:tinyllama", {("decode", 1): [], ("prefill", 1): [0.5]})
-
-
-def test_nothing_that_was_forced_stays_behind():
-    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
-    hat = HierarchicalTransformer(base, HatConfig.default(base))
+@pytest.mark.parametrize("grain", ["channel", "token"])
+def test_nothing_that_was_forced_stays_behind(grain):
+    hat = new_hat(grain)
     ids = torch.randint(5, 250, (1, 600), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        policy = forced_channels(hat, ids[:, :200], [0.5])[0.5]
+        around = forced(hat, [0.5], 1, 600)[0.5]
         before = hat.lm(ids[:, :60]).logits
-        (row,) = measure(hat, base.model, {Setting(0.5): lambda: hat.using(policy)}, ids, phase="decode", rounds=1,
-                         steps=4)  # fmt: skip
+        (row,) = measure(hat, hat.base.model, {Setting(0.5): around}, ids, phase="decode", rounds=1, steps=4)
         assert row.realised < 0.7 and torch.equal(hat.lm(ids[:, :60]).logits, before)
         assert hat.trace.capacity == 1
 
 
-def test_forced_tokens_skip_exactly():
-    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
-    hat = HierarchicalTransformer(base, HatConfig.published(base, exit_layers=(), protected_tokens=0))
-    ids = torch.randint(5, 250, (2, 40))
-    with torch.no_grad(), hat.using(forced_tokens(hat, 0.5, 2, 40)):
-        hat.lm(ids)
+def test_forced_tokens_skip_exactly(tiny_base):
+    hat = HierarchicalTransformer(tiny_base, HatConfig.published(tiny_base, exit_layers=(), protected_tokens=0))
+    with torch.no_grad(), forced(hat, [0.5], 2, 40)[0.5]():
+        hat.lm(torch.randint(5, 250, (2, 40)))
     share = hat.trace.share
-    assert (share[0] == 1).all() and (share.sum(0) == 2).all() and hat.trace.capacity == 0.5
+    hat.unload()
+    assert (share[0] == 1).all() and (share.sum(0) == 2).all()
     assert len({tuple(share[:, b, t].tolist()) for b in range(2) for t in range(40)}) == 3
 
 

@@ -1,5 +1,6 @@
 """Quality rows on `random:tiny`: complete, paired, at equal work, and resumed without a change."""
 
+import pandas as pd
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.config import HatConfig, HatError
 from hat_lib.evaluation.baselines.equal_compute import OutOfReach
 from hat_lib.experiments import quality as module
-from hat_lib.experiments.columns import TEXTS
+from hat_lib.experiments.common import TEXTS
 from hat_lib.experiments.quality import KEY, Grain, Point, Row, grid, plan
 from hat_lib.experiments.rows import RowWriter, read_rows
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -101,8 +102,7 @@ def test_rows_of_another_checkpoint_are_refused_and_kept(measured, grain, tmp_pa
 
 def test_gates_that_are_trained_again_leave_rows_without_exits_valid(measured, grain, tmp_path):
     out = tmp_path / "quality.csv"
-    header, *rows = measured[0].read_text().splitlines(keepends=True)
-    out.write_text(header + "".join(row for row in rows if row.split(",")[4] == "0.0"))
+    pd.read_csv(measured[0]).query("exit_rate == 0").to_csv(out, index=False)
     kept, other = out.read_text(), tmp_path / "again"
     hat = HierarchicalTransformer.from_pretrained(grain.trained, dtype="fp32")
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_refusals(grain, tmp_path):
         list(quality(tmp_path / "a.csv", {"token": grain}))
     with pytest.raises(HatError, match="was trained: expected a checkpoint as `hat calibrate` writes it"):
         list(quality(tmp_path / "b.csv", {"channel": grain._replace(untrained=grain.trained)}))
-    with pytest.raises(HatError, match="make it with `hat train`"):
+    with pytest.raises(HatError, match="no checkpoint folder at"):
         list(quality(tmp_path / "b.csv", {"channel": grain._replace(trained=tmp_path / "none")}))
 
 
@@ -168,8 +168,8 @@ class TestGrid:
         ("axis", "values", "words"),
         [
             ("capacities", [0.05], "capacity must be"),
-            ("capacities", [], "at least one capacity"),
-            ("capacities", [0.5, 0.5], "capacity 0.5 stands twice"),
+            ("capacities", [], "at least one capacity, and each once"),
+            ("capacities", [0.5, 0.5], "at least one capacity, and each once"),
             ("exit_rates", [1.5], "exit rate must be"),
             ("seeds", [-1], "a seed must be"),
             ("variants", ["lucky"], "variants must be among trained, untrained"),

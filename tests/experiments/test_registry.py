@@ -1,19 +1,17 @@
 """Every file of data/results has an experiment of one shape, and `hat reproduce` runs, draws and tabulates them."""
 
 import shutil
-from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
-from tiny_runs import adaptive
 
 from hat_lib import config
 from hat_lib.config import DATA, REPO, HatError
-from hat_lib.experiments import grain_frontier, registry, weight_shares
+from hat_lib.experiments import registry
+from hat_lib.experiments.common import times
 from hat_lib.experiments.rows import read_rows
-from hat_lib.experiments.tables import START, documents, times
 
 RESULTS = DATA / "results"
 
@@ -48,8 +46,8 @@ def test_the_first_page_has_five_columns():
 
 
 def test_documents_show_the_main_results():
-    marked = {name for path in documents() for name in START.findall(path.read_text(encoding="utf-8"))}
-    assert marked >= {"quality", "published_claims"}
+    marked = registry.START.findall("".join(path.read_text(encoding="utf-8") for path in registry.documents()))
+    assert set(marked) >= {"quality", "published_claims"}
 
 
 def test_a_speed_above_its_ideal_is_called_noise():
@@ -109,13 +107,13 @@ def test_settings_are_read_by_type(stand_in):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("nothing",), "no experiment 'nothing'; there are: weight_shares"),
-        (("quality", "foundation", "--set", "max_tokens=5"), "--set goes with the name of one experiment"),
+        (("nothing",), "no experiment 'nothing'; there are: benchmark"),
+        (("quality", "published", "--set", "dtype=fp32"), "--set goes with the name of one experiment"),
         (("--set", "max_tokens=5"), "--set goes with the name of one experiment"),
-        (("foundation", "--set", "tokens=5"), "foundation takes checkpoint=, texts=, capacities=, max_tokens="),
-        (("foundation", "--set", "rounds=few"), "foundation: rounds takes a number, got 'few'"),
-        (("foundation", "--set", "rounds=0"), "rounds and steps must be at least 1"),
-        (("benchmark", "--set", "batches=1,0"), "batch sizes must be at least 1"),
+        (("layer_shares", "--set", "tokens=5"), "layer_shares takes checkpoint=, max_tokens=, results=, dtype="),
+        (("benchmark", "--set", "rounds=few"), "benchmark: rounds takes a number, got 'few'"),
+        (("published_claims", "--set", "rounds=0"), "rounds must be a whole number of at least 1"),
+        (("benchmark", "--set", "batches=1,0"), "batches must be a whole number of at least 1"),
         (("self_speculative", "--set", "capacity=2"), "capacity must be a number in"),
         (("ablations", "--set", "dtype=int8"), "int8"),
         (("quality", "--set", "grains=word"), "grains must be among channel, token, got 'word'"),
@@ -156,33 +154,3 @@ def test_tables_of_the_documents(run_hat, tmp_path, monkeypatch):
     assert code == 0 and out.count("wrote ") == 2
     assert registry.all_tables()["quality"] in (tmp_path / "README.md").read_text()
     assert run_hat("reproduce", "--tables", "--out", tmp_path)[1] == ""
-
-
-# --- the small ones, end to end ---
-
-
-def test_from_skipped_layers_to_the_frontier_of_grains(run_hat, tmp_path):
-    adaptive("channel").save_pretrained(tmp_path / "channel")
-    how = ("--set", "max_tokens=300", "--set", "dtype=fp32", "--out", tmp_path)
-    for name, where in (
-        ("ffn_skip_by_layer", "base=random:tiny"),
-        ("grain_frontier", f"checkpoint={tmp_path}/channel"),
-    ):
-        code, out, err = run_hat("reproduce", name, "--set", where, *how)
-        assert code == 0, err
-    by_layer = read_rows(tmp_path / "ffn_skip_by_layer.csv", registry.load("ffn_skip_by_layer").Row)
-    assert [row.layer for row in by_layer] == [1, 2, 3]
-    assert all(row.low <= row.ratio <= row.high and row.dtype == "torch.float32" for row in by_layer)
-    rows = read_rows(tmp_path / "grain_frontier.csv", grain_frontier.Row)
-    assert Counter(row.method for row in rows) == {
-        grain_frontier.TOKENS: 3, grain_frontier.CHANNELS: 3, grain_frontier.LAYERS: 1  # all three of its layers
-    }  # fmt: skip
-    assert all(0 < row.work < 1 and row.low <= row.increase <= row.high for row in rows)
-
-
-def test_weight_shares_are_those_of_the_shapes():
-    base, tinyllama = weight_shares.rows(base="random:tiny")
-    assert base.ffn + base.attention + base.head == pytest.approx(1, abs=1e-4)
-    # 22 layers of 3 * 2048 * 5632 and 2 * 2048 * (2048 + 256), and a head of 32000 * 2048 weights
-    assert (tinyllama.ffn, tinyllama.attention, tinyllama.head) == (0.73594, 0.20071, 0.063355)
-    assert next(weight_shares.rows({("random:tiny",)}, base="random:tiny")) == tinyllama

@@ -26,7 +26,7 @@ def test_a_step_takes_some_times_as_long_as_the_plain_base(grain):
 
 
 def test_bad_input():
-    with pytest.raises(HatError, match="rounds must be at least 1, got 0"):
+    with pytest.raises(HatError, match="rounds must be a whole number of at least 1"):
         step_ratio(new_hat("token"), BATCH, rounds=0)
     hat = new_hat("channel")
     hat.calibration = None

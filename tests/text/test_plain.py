@@ -1,8 +1,10 @@
 """No text acts on a terminal or in a spreadsheet."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hat_lib.text.plain import plain, printable
+from hat_lib.text.plain import cell, from_cell, printable
 
 
 @pytest.mark.parametrize(
@@ -15,11 +17,17 @@ from hat_lib.text.plain import plain, printable
     ],
 )
 def test_what_acts_is_written_out(text, shown):
-    assert printable(text) == plain(text) == plain(plain(text)) == shown
+    assert printable(text) == shown and from_cell(cell(text)) == text
+    assert cell(text) == shown.replace(r"\r\n\t", r"\x0d\x0a\x09")
     assert shown.isprintable() and shown.encode()
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1", "\r@x", "＝1"])
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "'=1", "＝1"])
 def test_no_cell_is_a_formula(text):
-    assert plain(text) == "'" + printable(text) == plain(plain(text))
-    assert plain(f"a{text}") == printable(f"a{text}")
+    assert cell(text) == "'" + text and from_cell(cell(text)) == text
+    assert cell(f"a{text}") == f"a{text}"
+
+
+@given(st.text(st.sampled_from("\\xuU019afn \n\t'=-é\u202e\U000e0001") | st.characters()))
+def test_a_cell_is_read_as_it_was(text):
+    assert cell(text).isprintable() and from_cell(cell(text)) == text
