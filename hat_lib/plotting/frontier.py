@@ -2,7 +2,7 @@
 
 As in `hat_lib.plotting.style`: a table in, a `Figure` out. `quality` has a panel for each grain and text; in it the
 trained model and every control at equal work. `twin` has the trained model alone, setting by setting, and stands beside
-the sliders of `hat_lib.workbook.widgets.frontier`. The horizontal axis is `model_share`, the one measure by which
+the sliders of `hat_lib.workbook.widgets.FrontierView`. The horizontal axis is `model_share`, the one measure by which
 grains can be compared.
 """
 

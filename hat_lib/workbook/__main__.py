@@ -4,8 +4,7 @@
     python -m hat_lib.workbook execute [NN ...]               redo the committed outputs and figures/
     python -m hat_lib.workbook clean [FILE ...]               take machine traces out of notebook files
 
-How one notebook is checked, run and judged stands in `hat_lib.workbook.papermill_runs`; many runs of one, with other
-parameters each, are ``hat batch``.
+Many runs of one notebook, with other parameters each, are ``hat batch``.
 """
 
 from __future__ import annotations
@@ -20,23 +19,20 @@ from typing import Annotated
 import typer
 
 from hat_lib.config import NOTEBOOKS, REPO, RUNS, HatError
-from hat_lib.workbook.notebooks import clean_file
-from hat_lib.workbook.papermill_runs import Result, parse_parameters, run_notebook, select
+from hat_lib.workbook.notebooks import Result, clean_file, parse_parameters, run_notebook, select
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="[NN]...", help="Numbers or names; default: all.")]
 Parameters = Annotated[list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="May be repeated.")]
 Files = Annotated[list[Path] | None, typer.Argument(help="Default: all notebooks.")]
+Folder = Annotated[str | None, typer.Option(help="Folder under runs/; default: the time.")]
 CellTimeout = Annotated[int, typer.Option(help="Seconds that one cell may take.")]
 
 
 @app.command()
 def run(
-    names: Names = None,
-    parameters: Parameters = None,
-    name: Annotated[str | None, typer.Option(help="Folder under runs/; default: the time.")] = None,
-    cell_timeout: CellTimeout = 600,
+    names: Names = None, parameters: Parameters = None, name: Folder = None, cell_timeout: CellTimeout = 600
 ) -> None:
     """Run notebooks headless into runs/<name>/ and say how each went; exits with 1 if any failed."""
     notebooks = select(names or [], NOTEBOOKS)
@@ -44,11 +40,8 @@ def run(
     folder = RUNS / (name or time.strftime("%Y%m%d-%H%M%S"))
     if folder.exists():
         raise HatError(f"{folder} exists; choose another --name, so that no run overwrites another")
-    results = []
-    for notebook in notebooks:
-        output, figures = folder / notebook.name, folder / "figures" / notebook.stem
-        results.append(_run(notebook, output, figures, values, cell_timeout))
-    _report(results)
+    places = ((path, folder / path.name, folder / "figures" / path.stem) for path in notebooks)
+    _report([_run(*place, values, cell_timeout) for place in places])
 
 
 @app.command()
@@ -92,13 +85,8 @@ def _report(results: list[Result]) -> None:
         raise typer.Exit(1)
 
 
-def main() -> None:
-    """`app`, with bad input told in one line."""
+if __name__ == "__main__":
     try:
         app()
     except HatError as e:
         raise SystemExit(f"error: {e}") from None
-
-
-if __name__ == "__main__":
-    main()

@@ -4,9 +4,8 @@
     for row in batch(notebook, grid, out, Local(jobs=2), threads=1):
         print(row.run, row.status)
 
-Each run leaves ``out/<run>.ipynb``, its figures in ``out/figures/<run>/`` and a row in ``out/runs.csv``; what the
-notebook handed to `hat_lib.workbook.session.record` stands in the row. The same call made again skips every run
-that has both a row saying "ok" and its notebook. Who runs them is told in `hat_lib.workbook.workers`.
+Each run leaves ``out/<run>.ipynb``, its figures in ``out/figures/<run>/`` and a row in ``out/runs.csv`` with what the
+notebook recorded. The same call made again skips every run that has both a row saying "ok" and its notebook.
 
 A run executes in ``out/unfinished/<run>/<attempt>.ipynb`` and moves to its place when it has passed. That file, made
 by the worker when it begins, also counts the attempts that a worker did not live to report.
@@ -30,7 +29,8 @@ import nbformat
 
 from hat_lib.config import NOTEBOOKS, HatError, check_capacity, check_exit_rate
 from hat_lib.experiments.rows import RowWriter, read_rows
-from hat_lib.workbook.papermill_runs import parse_parameters, results, run_notebook, select
+from hat_lib.workbook.notebooks import parse_parameters, results, run_notebook, select
+from hat_lib.workbook.session import json_text
 
 ROWS, UNFINISHED = "runs.csv", "unfinished"
 RANGES = {"capacity": check_capacity, "exit_rate": check_exit_rate}
@@ -115,24 +115,18 @@ def parse_grid(notebook: Path, axes: Sequence[str]) -> list[dict]:
             raise HatError(f"--grid takes NAME=VALUE,VALUE,..., got {axis!r}")
         if name in grid:
             raise HatError(f"--grid {name} is given twice; write all its values in one: {name}=VALUE,VALUE,...")
-        grid[name] = values = []
+        grid[name] = []
         for part in re.split(r",(?![^\[\]]*\])", text):  # the commas of a list [a,b] stay
             if not part.strip():
                 raise HatError(f"--grid {axis} has an empty value")
             value = parse_parameters([f"{name}={part.strip()}"], [notebook])[name]
             if name in RANGES:
                 RANGES[name](value)
-            if _json(name, value) in (_json(name, other) for other in values):
+            json_text(f"parameter {name!r}", value)
+            if value in grid[name]:
                 raise HatError(f"--grid {axis} has {value!r} twice")
-            values.append(value)
+            grid[name].append(value)
     return [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
-
-
-def _json(name: str, value: object) -> str:
-    try:
-        return json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        raise HatError(f"parameter {name!r} must be text, a finite number or a list of them, got {value!r}") from None
 
 
 def run_name(parameters: dict) -> str:
@@ -227,14 +221,11 @@ def carry_out(task: Task) -> BatchRow:
             if code_hash(task.notebook) != task.code:
                 raise HatError(f"{task.notebook} changed while its batch was running: start again with another folder")
             shutil.rmtree(figures, ignore_errors=True)
-            result = run_notebook(
-                task.notebook, output, figures, task.parameters, task.cell_timeout, threads=task.threads
-            )
-            seconds, error = result.seconds, result.error
-            if not error:
-                found = json.dumps(results(output))
-                if len(found) > LONGEST_RESULTS:
-                    error = f"it recorded {len(found)} characters, at most {LONGEST_RESULTS} go into a row"
+            ran = run_notebook(task.notebook, output, figures, task.parameters, task.cell_timeout, threads=task.threads)
+            seconds, error = ran.seconds, ran.error
+            found = "{}" if error else json.dumps(results(output))
+            if len(found) > LONGEST_RESULTS:
+                error = f"it recorded {len(found)} characters, at most {LONGEST_RESULTS} go into a row"
             if not error:
                 os.replace(output, final)
                 output = final

@@ -1,9 +1,7 @@
 """What a notebook calls: `begin` in its first cell, `record` where it found a number.
 
-    more = begin(profile=profile, seed=seed, dtype=dtype, max_tokens=(max_tokens, 512))
-    record(perplexity=21.3, capacity=0.55)
-
-`hat_lib.workbook.papermill_runs.results` reads back from an executed file what was recorded.
+more = begin(profile=profile, seed=seed, dtype=dtype, max_tokens=(max_tokens, 512))
+record(perplexity=21.3, capacity=0.55)
 """
 
 from __future__ import annotations
@@ -25,10 +23,7 @@ def begin(*, profile: str, seed: int, full: int = 8, dtype: str | None = None, *
         dtype: of the base, as `load_base` takes it; None in a notebook without a model, where torch stays unloaded.
         counts: ``name=(value, least)`` of whole numbers.
 
-    Returns:
-        1 for the profile "quick", else ``full``.
-
-    Raises `HatError` for a value that makes no sense.
+    Returns 1 for the profile "quick", else ``full``; raises `HatError` for a value that makes no sense.
     """
     if profile not in ("quick", "full"):
         raise HatError(f"profile must be quick or full, got {profile!r}")
@@ -50,15 +45,21 @@ def begin(*, profile: str, seed: int, full: int = 8, dtype: str | None = None, *
 
 
 def record(**values) -> None:
-    """Show values and keep them for `hat_lib.workbook.papermill_runs.results`; a later value of a name replaces it.
+    """Show values and keep them for `hat_lib.workbook.notebooks.results`; a later value of a name replaces it.
 
     Raises `HatError` for what JSON cannot hold, nan and infinity included.
     """
     from IPython.display import display
 
-    try:
-        json.dumps(values, allow_nan=False)
-    except (TypeError, ValueError) as e:
-        raise HatError(f"record takes JSON values (finite numbers, text, lists, dicts, None): {e}") from None
+    json_text("what is recorded", values)
     text = ", ".join(f"{name} = {value}" for name, value in values.items())
     display({"text/plain": text, RESULT: values}, raw=True)
+
+
+def json_text(what: str, value: object) -> str:
+    """``value`` as JSON; raises `HatError` that names ``what``."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        expected = "JSON (finite numbers, text, lists, dicts, None)"
+        raise HatError(f"{what} must be {expected}, got {value!r}") from None

@@ -10,12 +10,13 @@ so Slurm (``slurm`` is submitit's ``AutoExecutor``, ``as_completed`` from ``subm
 from __future__ import annotations
 
 import gc
-import os
 import socket
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 from dataclasses import replace
+
+from joblib import Parallel, cpu_count, delayed
 
 from hat_lib.config import HatError
 from hat_lib.workbook.batch import BatchRow, Task, carry_out
@@ -27,14 +28,10 @@ class Local:
     """``jobs`` processes of loky, through joblib; one job runs in this process."""
 
     def __init__(self, jobs: int):
-        from joblib import cpu_count
-
         self.jobs, self.threads = jobs, max(1, cpu_count() // jobs)  # each run an equal share of the cores
 
     def __call__(self, tasks: list[Task]) -> Iterator[BatchRow]:
         """When a worker dies, loky ends all: the runs it broke off are started again, and alone the second time."""
-        from joblib import Parallel, delayed
-
         groups, broken_off = [tasks], set()
         while groups:
             group = groups.pop(0)
@@ -65,23 +62,20 @@ class Dask:
     def __init__(self, address: str):
         self._client = _connect(address)
         try:
-            self.threads = self._share_of_cores(address)
+            for worker, threads in self._client.nthreads().items():
+                if threads != 1:
+                    raise HatError(f"worker {worker} has {threads} threads: start workers with --nthreads 1")
+            try:
+                workers = self._client.run(_host_and_cores).values()
+            except Exception as error:  # whatever an import can raise there
+                raise HatError(f"a worker of {address} cannot use hat_lib: {error}") from error
+            if not workers:
+                raise HatError(f"the Dask scheduler at {address} has no workers")
+            at_host = Counter(host for host, _ in workers)
+            self.threads = min(max(1, cores // at_host[host]) for host, cores in workers)
         except BaseException:
             self._client.close()
             raise
-
-    def _share_of_cores(self, address: str) -> int:
-        for worker, threads in self._client.nthreads().items():
-            if threads != 1:
-                raise HatError(f"worker {worker} has {threads} threads: start workers with --nthreads 1")
-        try:
-            workers = self._client.run(_host_and_cores).values()
-        except Exception as error:  # whatever an import can raise there
-            raise HatError(f"a worker of {address} cannot use hat_lib: {error}") from error
-        if not workers:
-            raise HatError(f"the Dask scheduler at {address} has no workers")
-        at_host = Counter(host for host, _ in workers)
-        return min(max(1, cores // at_host[host]) for host, cores in workers)
 
     def __enter__(self) -> Dask:
         return self
@@ -93,29 +87,18 @@ class Dask:
         """Dask itself starts the runs of a dead worker again, and whoever gets one counts its attempts."""
         from distributed import KilledWorker, as_completed
 
-        of_key = {}
-
-        def submit(task: Task):
-            future = self._client.submit(carry_out, task, pure=False)
-            of_key[future.key] = task
-            return future
-
-        self._check_shared(tasks)
-        running = as_completed([submit(task) for task in tasks], with_results=True, raise_errors=False)
+        task_of = {self._client.submit(carry_out, task, pure=False): task for task in tasks}
+        running = as_completed(task_of, with_results=True, raise_errors=False)
         for future, result in running:
             if future.status == "finished":
                 yield result
                 continue
-            task, error = of_key[future.key], result[1] if future.status == "error" else result
+            task, error = task_of[future], result[1] if future.status == "error" else result
             if not isinstance(error, KilledWorker) or task.last < task.first:
                 raise error if isinstance(error, HatError) else HatError(f"Dask gave up {task.run}: {error}")
-            running.add(submit(task))
-
-    def _check_shared(self, tasks: list[Task]) -> None:
-        paths = {str(path) for task in tasks for path in (task.notebook, task.out)}
-        for worker, missing in self._client.run(_missing, sorted(paths)).items():
-            if missing:
-                raise HatError(f"worker {worker} does not see {missing[0]}: workers need a shared file system")
+            again = self._client.submit(carry_out, task, pure=False)
+            task_of[again] = task
+            running.add(again)
 
 
 def _connect(address: str):
@@ -132,10 +115,4 @@ def _connect(address: str):
 
 
 def _host_and_cores() -> tuple[str, int]:
-    from joblib import cpu_count
-
     return socket.gethostname(), cpu_count()
-
-
-def _missing(paths: list[str]) -> list[str]:
-    return [path for path in paths if not os.path.exists(path)]

@@ -19,7 +19,7 @@ from hat_lib.config import NOTEBOOKS, REPO, HatError
 from hat_lib.experiments.rows import read_rows
 from hat_lib.workbook import batch, workers
 from hat_lib.workbook.batch import carry_out, find_notebook, latest_rows, parse_grid, run_name
-from hat_lib.workbook.papermill_runs import Result
+from hat_lib.workbook.notebooks import Result
 from hat_lib.workbook.workers import Dask, Local
 
 PARAMETERS = 'capacity: float = 0.75\nexit_rate = 0.0\nseed: int = 0\nname = "x"\nrates = [0.1]\nwhen = None'
@@ -80,7 +80,7 @@ def test_a_grid_is_every_combination_in_the_notebooks_types(source):
         (["name=a,,b"], "--grid name=a,,b has an empty value"),
         (["capacity=0.4,0.40"], "--grid capacity=0.4,0.40 has 0.4 twice"),
         (["seed=0", "seed=1"], "--grid seed is given twice"),
-        (["when=2026-01-01"], "parameter 'when' must be text, a finite number or a list"),
+        (["when=2026-01-01"], "parameter 'when' must be JSON"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_anything_starts(source, out, grid, told):

@@ -1,7 +1,6 @@
 """What a report of the machine says: what will be slow, in plain sentences."""
 
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -26,8 +25,7 @@ FACTS = report.environment()
     ],
 )
 def test_setup_tells_what_would_be_slow(changes, words):
-    fine = replace(
-        FACTS,
+    fine = FACTS | dict(
         dtype=torch.bfloat16,
         device="cpu",
         threads=4,
@@ -38,8 +36,8 @@ def test_setup_tells_what_would_be_slow(changes, words):
         colab=False,
     )
     assert report.slow_here(fine) == []
-    (note,) = report.slow_here(replace(fine, **changes))
-    assert words in note and f"note: {note}" in report.lines(replace(fine, **changes))
+    (note,) = report.slow_here(fine | changes)
+    assert words in note and f"note: {note}" in report.lines(fine | changes)
 
 
 def test_colab_is_found_without_importing_it(monkeypatch, tmp_path):

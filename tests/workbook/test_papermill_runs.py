@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from hat_lib.config import HatError
-from hat_lib.workbook.notebooks import KERNEL
-from hat_lib.workbook.papermill_runs import THREADS, parse_parameters, results, run_notebook, select
+from hat_lib.workbook.notebooks import KERNEL, THREADS, parse_parameters, results, run_notebook, select
 from hat_lib.workbook.session import begin, record
 
 PARAMETERS = """
@@ -90,7 +89,7 @@ def test_select_names_what_there_is(tmp_path):
 def test_results_are_what_cells_recorded_and_threads_are_set(tmp_path):
     source = notebook(
         tmp_path / "00_a.ipynb",
-        "import os\nfrom hat_lib.workbook.papermill_runs import THREADS\nfrom hat_lib.workbook.session import record",
+        "import os\nfrom hat_lib.workbook.notebooks import THREADS\nfrom hat_lib.workbook.session import record",
         "record(capacity=capacity, deep={'a': [1]})",
         "record(threads=[os.environ[name] for name in THREADS], capacity=2 * capacity)",
         "print('nothing recorded')",
@@ -108,7 +107,7 @@ def test_results_are_what_cells_recorded_and_threads_are_set(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, KERNEL.keys()])
 def test_only_json_is_recorded(value):
-    with pytest.raises(HatError, match="record takes JSON values"):
+    with pytest.raises(HatError, match="what is recorded must be JSON"):
         record(perplexity=value)
 
 

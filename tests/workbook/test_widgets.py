@@ -20,9 +20,9 @@ from hat_lib.experiments import published_claims, quality
 from hat_lib.inference.generate import AdaptiveInference
 from hat_lib.plotting.frontier import points, twin
 from hat_lib.plotting.style import png
+from hat_lib.workbook import widgets
 from hat_lib.workbook.notebooks import WIDGET_VIEW
-from hat_lib.workbook.widgets import FrontierView, GenerateView, RoutingView, parts, show
-from hat_lib.workbook.widgets.routing import ALL
+from hat_lib.workbook.widgets import ALL, FrontierView, GenerateView, RoutingView, show
 
 LAYERS = 4
 
@@ -140,10 +140,10 @@ def test_twin_shows_every_setting():
 
 
 def test_frontier_reads_the_saved_sweep(tmp_path):
-    with pytest.raises(HatError, match=r"no .*quality.csv: it is made by `hat reproduce quality`"):
+    with pytest.raises(HatError, match=r"no .*quality.csv: make it with `hat reproduce quality`"):
         FrontierView.saved(tmp_path)
     quality_table().to_csv(tmp_path / "quality.csv", index=False)
-    with pytest.raises(HatError, match=r"no .*layer_shares.csv: it is made by `hat reproduce layer_shares`"):
+    with pytest.raises(HatError, match=r"no .*layer_shares.csv: make it with `hat reproduce layer_shares`"):
         FrontierView.saved(tmp_path)
     layers_table().to_csv(tmp_path / "layer_shares.csv", index=False)
     assert "no speed was measured" in said(FrontierView.saved(tmp_path))[1]
@@ -342,13 +342,13 @@ def test_a_text_in_which_nothing_differs_is_shown_too(hat, prompt, capacity, wor
 def test_colab_is_told_to_load_the_widgets_and_other_places_are_not(routing, monkeypatch):
     view, _ = routing
     shown, enabled = [], []
-    monkeypatch.setattr(parts, "display", lambda bundle, raw: shown.append(bundle))
+    monkeypatch.setattr(widgets, "display", lambda bundle, raw: shown.append(bundle))
     show(view)
     assert enabled == []
     output = ModuleType("google.colab.output")
     output.enable_custom_widget_manager = lambda: enabled.append(len(shown))
     monkeypatch.setitem(sys.modules, "google.colab.output", output)
-    monkeypatch.setattr(parts, "in_colab", lambda: True)
+    monkeypatch.setattr(widgets, "in_colab", lambda: True)
     show(view)
     assert enabled == [1] and len(shown) == 2  # before the second view was displayed
     assert [bundle[WIDGET_VIEW]["model_id"] for bundle in shown] == [view.model_id] * 2
