@@ -47,8 +47,7 @@ def analyze(
         given.check_writable(out, "an analysis")
     hat = given.load(base, checkpoint, capacity, exit_rate, dtype)
 
-    from hat_lib.evaluation.routing import patterns
-    from hat_lib.evaluation.routing_tables import TABLES
+    from hat_lib.evaluation.routing import TABLES, patterns
     from hat_lib.plotting.token_heatmap import ansi, html, passages
     from hat_lib.text.blocks import default_split, load_text
 

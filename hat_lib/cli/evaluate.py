@@ -68,8 +68,7 @@ def _on_text(
     hat: HierarchicalTransformer, text: str, split: str | None, max_tokens: int, batch_size: int, documents: bool
 ) -> tuple[dict, list[str]]:
     """What was measured, for a program and for a reader."""
-    from hat_lib.evaluation.documents import bits_per_byte, by_document, text_bytes
-    from hat_lib.evaluation.perplexity import compare, score_pair
+    from hat_lib.evaluation.perplexity import bits_per_byte, by_document, compare, score_each, text_bytes
     from hat_lib.text.blocks import default_split, load_text, text_hash
 
     split = split or default_split(text, hat)
@@ -80,7 +79,7 @@ def _on_text(
             f"{len(blocks[0]['input_ids'])} tokens: bring more text (5 % of a file are its split test), name another "
             "--split, or raise --max-tokens"
         )
-    dense, adaptive = score_pair(hat, blocks, batch_size=batch_size)
+    dense, (adaptive,) = score_each(hat, blocks, batch_size=batch_size)
     paired, sizes = compare(dense, adaptive), text_bytes(blocks, hat.base.tokenizer)
     rows, n_bytes = by_document(blocks, sizes, dense, adaptive), int(sizes.sum())
     share, said = given.measured(text, split, paired.tokens, n_bytes)
@@ -93,7 +92,7 @@ def _on_text(
     row |= {f"{name}_per_byte": value for name, value in bits.items()}
     row |= {"top1": adaptive.agreement.top1, "kl": adaptive.agreement.kl, "depth": adaptive.depth}
     row["exits"] = {depth: int(adaptive.exits[depth]) for depth in (*hat.config.exit_layers, hat.config.n_layers)}
-    row["documents"] = [asdict(r) for r in rows]
+    row["documents"] = rows.to_dict("records")
     words = {name: _estimate(value) for name, value in bits.items()} | {"name": printable(text), "measured": said}
     lines = [ON_TEXT.format(**row | words), *_work(row)]
     if hat.exit_rate:
@@ -105,7 +104,7 @@ def _on_text(
         lines += [
             f"{r.tokens:6d}  {r.bytes:7d}  {r.base_perplexity:8.2f}  {r.perplexity:8.2f}  {r.increase:+8.2%}  "
             f"{_estimate(r.base_bits_per_byte):>15}  {_estimate(r.bits_per_byte):>9}  {printable(r.document)}"
-            for r in rows
+            for r in rows.itertuples()
         ]
     return row, lines
 

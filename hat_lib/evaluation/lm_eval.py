@@ -4,11 +4,10 @@ The harness (package `lm_eval`, the extra ``eval``) runs as it is: its `HFLM` ta
 its kind, scores are its own. What this adds is the work that they cost.
 
 No score depends on the batch, within rounding. The harness pads log-likelihood requests on the right and passes no
-attention mask, so pads are run as if they were tokens. But attention is causal and a decision reads its own token
-alone, so nothing reaches a real token from the pads after it, and the first real tokens stay the protected ones.
-`HFLM` then cuts each row to its length, and there its pads leave the count of work too. Prompts to be continued are
-padded on the left with a mask, which the model reads itself; a sequence that has ended goes on in pads until the
-longest of its batch has, and those count as tokens.
+attention mask; as attention is causal and a decision reads its own token alone, nothing reaches a real token from the
+pads after it. `HFLM` then cuts each row to its length, and there its pads leave the count of work too. Prompts to be
+continued are padded on the left with a mask, which the model reads itself; a sequence that has ended goes on in pads
+until the longest of its batch has, and those count as tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import logging
 from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import datasets
@@ -52,10 +50,8 @@ class TaskRow:
 def load_tasks(names: Sequence[str], folder: str | Path = TASKS) -> dict:
     """Tasks and groups of a folder of YAML files, as the harness's `TaskManager` gives them, data included.
 
-    Data files are looked for from ``folder``; a task may as well name a set of the Hub, and Python functions beside it,
-    which are run. Tasks of the harness itself: pass their folder in it.
-
-    Raises `HatError` if `lm_eval` is not installed, and for a folder or a task that is not there or cannot be loaded.
+    Data files are looked for from ``folder``; a task may also name a set of the Hub, and Python functions, which are
+    run. Raises `HatError` if `lm_eval` is not installed, or a folder or a task is not there or cannot be loaded.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -65,11 +61,10 @@ def load_tasks(names: Sequence[str], folder: str | Path = TASKS) -> dict:
     if not folder.is_dir():
         raise HatError(f"no folder of tasks at {folder}")
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    for name in names:
-        if name not in manager.task_index:
-            known = ", ".join(manager.all_tasks[:10]) or "none"
-            more = f" and {len(manager.all_tasks) - 10} more" if len(manager.all_tasks) > 10 else ""
-            raise HatError(f"unknown task {name!r}: {folder} has {known}{more}")
+    if unknown := [name for name in names if name not in manager.task_index]:
+        known = ", ".join(manager.all_tasks[:10]) or "none"
+        more = f" and {len(manager.all_tasks) - 10} more" if len(manager.all_tasks) > 10 else ""
+        raise HatError(f"unknown task {unknown[0]!r}: {folder} has {known}{more}")
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or reading a local file is told to a server
     try:
         with chdir(folder):
@@ -87,69 +82,46 @@ def load_tasks(names: Sequence[str], folder: str | Path = TASKS) -> dict:
 def run_tasks(hat: HierarchicalTransformer, tasks: dict, *, batch_size: int = 1) -> tuple[list[TaskRow], WorkTally]:
     """Run what `load_tasks` gave, on the base (``hat.dense()``) and on ``hat`` as it is set.
 
-    Returns:
-        A row for each metric of each task and group, and the work of ``hat``.
-
-    Raises `HatError` if no task has a metric that the harness knows.
+    Returns a row for each metric of each task and group, and the work of ``hat``; raises `HatError` if no task has a
+    metric that the harness knows.
     """
+    from lm_eval import evaluate
+
+    ours = counting_lm(hat, batch_size)
     with hat.dense():
-        base, _ = _run(hat, tasks, batch_size)
-    adaptive, spent = _run(hat, tasks, batch_size)
+        base = evaluate(counting_lm(hat, batch_size), tasks)
+    adaptive = evaluate(ours, tasks)
     rows = []
     for task, metrics in adaptive["results"].items():
         theirs, samples = base["results"][task], adaptive["samples"].get(task, ())
+        parts = "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)
+        data_hash = hashlib.sha256(parts.encode()).hexdigest()[:16]
         for key, value in metrics.items():
             name, _, kind = key.partition(",")
             if not kind or name.endswith("_stderr"):
                 continue
             metric, stderr = name if kind == "none" else f"{name} ({kind})", f"{name}_stderr,{kind}"
-            both = (float(theirs[key]), _number(theirs.get(stderr)), float(value), _number(metrics.get(stderr)))
-            rows.append(TaskRow(task, metric, *both, int(metrics["sample_len"]), _data_hash(samples)))
+            errors = (found.get(stderr) for found in (theirs, metrics))  # "N/A" where there is none
+            error, own = (float(e) if isinstance(e, int | float) else None for e in errors)
+            both = float(theirs[key]), error, float(value), own
+            rows.append(TaskRow(task, metric, *both, int(metrics["sample_len"]), data_hash if samples else ""))
     if not rows:
         raise HatError(f"{', '.join(adaptive['results'])}: lm_eval knows none of the metrics asked for")
-    return rows, spent
+    return rows, ours.spent
 
 
-def _run(hat: HierarchicalTransformer, tasks: dict, batch_size: int) -> tuple[dict, WorkTally]:
-    from lm_eval import evaluate
-
-    lm = _counting_lm()(hat, batch_size)
-    return evaluate(lm, tasks), lm.spent
-
-
-def _number(stderr: float | str | None) -> float | None:
-    return float(stderr) if isinstance(stderr, int | float) else None  # else "N/A"
-
-
-def _data_hash(samples: Sequence[dict]) -> str:
-    if not samples:
-        return ""
-    parts = "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)
-    return hashlib.sha256(parts.encode()).hexdigest()[:16]
-
-
-@cache
-def _counting_lm() -> type:
+def counting_lm(hat: HierarchicalTransformer, batch_size: int):
+    """The harness's `HFLM` on ``hat.lm``, with the work of its forwards in ``spent``."""
     from lm_eval.models.huggingface import HFLM
 
     class CountingLM(HFLM):
-        """`HFLM` on ``hat.lm``, with the work of its forwards in ``spent``."""
-
-        def __init__(self, hat: HierarchicalTransformer, batch_size: int):
-            self.hat, self.spent = hat, WorkTally(hat)
-            logging.disable(logging.WARNING)  # each time, that it was given a model and not a name
-            try:
-                super().__init__(pretrained=hat.lm, tokenizer=hat.base.tokenizer, batch_size=batch_size)
-            finally:
-                logging.disable(logging.NOTSET)
-
         def _model_call(self, inps, *args, **options):
             self._rows_seen = 0
             return super()._model_call(inps, *args, **options)
 
         def _select_cont_toks(self, logits, contlen=None, inplen=None):
             """Asked once for each row of a log-likelihood batch, in order; ``inplen`` is its length without pads."""
-            state = self.hat.trace
+            state = hat.trace
             state.real[self._rows_seen, inplen:] = False
             self._rows_seen += 1
             if self._rows_seen == state.batch:
@@ -157,9 +129,15 @@ def _counting_lm() -> type:
             return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
 
         def _model_generate(self, *args, **options):
-            with self.hat.collect() as states:
+            with hat.collect() as states:
                 out = super()._model_generate(*args, **options)
             self.spent.add(TokenState.cat(states))
             return out
 
-    return CountingLM
+    logging.disable(logging.WARNING)  # each time, that it was given a model and not a name
+    try:
+        lm = CountingLM(pretrained=hat.lm, tokenizer=hat.base.tokenizer, batch_size=batch_size)
+    finally:
+        logging.disable(logging.NOTSET)
+    lm.spent = WorkTally(hat)
+    return lm

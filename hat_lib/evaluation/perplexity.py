@@ -1,4 +1,4 @@
-"""Quality: perplexity with a confidence interval, and agreement with the base.
+"""Quality: perplexity with a confidence interval, agreement with the base, bits per byte.
 
 Perplexity is exp of the mean negative log-likelihood per scored token, over the strided windows of
 `hat_lib.text.blocks`: a block's ``n_context`` leading tokens are looked at and not scored, nor is the first token of
@@ -6,27 +6,31 @@ a block without context.
 
 `compare` is paired: base and adaptive model score the same tokens, and blocks are resampled together
 (expanded percentile bootstrap, Hesterberg 2015, arXiv:1411.5279), so that what is hard for both cancels.
-The unit is the block and not the document, because a test split may be a handful of long documents.
-Blocks of one document are alike and windows may overlap, so the interval speaks of text like this text, and
-is too narrow for other documents.
+The unit is the block, because a test split may be a handful of long documents; blocks of one document are alike, so
+the interval speaks of text like this text, and is too narrow for other documents.
+
+Bits per byte are nats / (ln 2 * UTF-8 bytes of the scored tokens' text), and compare across tokenizers, as perplexity
+does not (Gao et al. 2020, "The Pile", arXiv:2101.00027).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.stats import norm
 from scipy.stats import t as student_t
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from hat_lib.config import HatError
+from hat_lib.config import HatError, check_count
 from hat_lib.model.cost import WorkTally
 from hat_lib.model.transformer import HierarchicalTransformer
 
@@ -76,7 +80,7 @@ class Comparison:
     """Perplexity of an adaptive model against its base, on the same tokens."""
 
     increase: float
-    """``ppl / base_ppl - 1``; negative where the adaptive model is the better one"""
+    """``ppl / base_ppl - 1``"""
     low: float
     high: float
     """95 % confidence interval of the increase"""
@@ -108,7 +112,7 @@ def score(
     """
     lm, hat = _unwrap(model)
     tally = _Tally(lm, hat, len(dataset))
-    for number, batch in enumerate(_batches(dataset, batch_size, lm.device, progress, "perplexity")):
+    for number, batch in enumerate(_batches(dataset, batch_size, lm.device, progress)):
         tally.add(batch, batch.run(lm), None if against is None else against[number])
     return tally.score()
 
@@ -117,7 +121,7 @@ def score(
 def score_each(
     hat: HierarchicalTransformer,
     dataset: Sequence[Mapping],
-    settings: Sequence[Callable[[], AbstractContextManager]],
+    settings: Sequence[Callable[[], AbstractContextManager]] = (nullcontext,),
     *,
     batch_size: int = 1,
     progress: bool = True,
@@ -125,49 +129,39 @@ def score_each(
     """`score` of the base and of ``hat`` in each of several settings, with its agreement; the base is run once for all.
 
     Args:
-        settings: each makes the context to run ``hat`` in, such as ``partial(hat.at, 0.5)``.
+        settings: each makes the context to run ``hat`` in, such as ``partial(hat.at, 0.5)``; by default as it is set.
 
     Other arguments and errors as in `score`; the base is ``hat.dense()``.
     """
-    lm, hat = _unwrap(hat)
-    if hat is None:
+    if not isinstance(hat, HierarchicalTransformer):
         raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to be compared with")
-    base, *adaptive = (_Tally(lm, hat, len(dataset)) for _ in range(1 + len(settings)))
-    for batch in _batches(dataset, batch_size, lm.device, progress, "perplexity"):
+    base, *adaptive = (_Tally(hat.lm, hat, len(dataset)) for _ in range(1 + len(settings)))
+    for batch in _batches(dataset, batch_size, hat.lm.device, progress):
         with hat.dense():
-            dense = batch.run(lm)
+            dense = batch.run(hat.lm)
             base.add(batch, dense)
         for tally, setting in zip(adaptive, settings, strict=True):
             with setting():
-                tally.add(batch, batch.run(lm), dense)
+                tally.add(batch, batch.run(hat.lm), dense)
     return base.score(), [tally.score() for tally in adaptive]
-
-
-def score_pair(
-    hat: HierarchicalTransformer, dataset: Sequence[Mapping], *, batch_size: int = 1, progress: bool = True
-) -> tuple[Score, Score]:
-    """`score_each` in the one setting that ``hat`` is in: base and adaptive, two forwards a batch."""
-    base, (adaptive,) = score_each(hat, dataset, [nullcontext], batch_size=batch_size, progress=progress)
-    return base, adaptive
 
 
 @torch.no_grad()
 def states(model, dataset: Sequence[Mapping], *, batch_size: int = 1, progress: bool = True) -> list[Tensor]:
     """Final hidden states of each batch, ``[B, T, D]``, for `score` to compare with; arguments as there."""
     lm, _ = _unwrap(model)
-    return [batch.run(lm) for batch in _batches(dataset, batch_size, lm.device, progress, "base")]
+    return [batch.run(lm) for batch in _batches(dataset, batch_size, lm.device, progress)]
 
 
 def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 0) -> Comparison:
     """Relative increase in perplexity with a paired bootstrap interval; one seed, one result.
 
     An interval needs 8 blocks: of 100 texts drawn from measured blocks it then holds the truth in 93 to 95; with 4
-    blocks in 87, with 3 in 75, with 2 in 50.
-
-    Raises `HatError` if the two were not scored on the same blocks, or on fewer than two.
+    blocks in 87, with 3 in 75, with 2 in 50. Raises `HatError` for other blocks, or fewer than two.
     """
     if not np.array_equal(base.tokens, adaptive.tokens):
-        raise HatError(f"both must be scored on the same blocks, got {_size(base)} and {_size(adaptive)}")
+        sizes = (f"{len(s.tokens)} blocks of {int(s.tokens.sum())} tokens" for s in (base, adaptive))
+        raise HatError(f"both must be scored on the same blocks, got {' and '.join(sizes)}")
     n = len(base.tokens)
     if n < 2:
         raise HatError(f"an interval needs at least 2 blocks, got {n}: use more text or shorter blocks")
@@ -188,17 +182,54 @@ def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 
 
 
 def tails(n: int) -> tuple[float, float]:
-    """Quantiles of a 95 % bootstrap interval from ``n`` >= 2 units. The plain 0.025 and 0.975 are too narrow for few;
-    widened as Student's t is against the normal."""
+    """Quantiles of a 95 % bootstrap interval from ``n`` >= 2 units, wider for few as Student's t is than the normal."""
     tail = float(norm.cdf(np.sqrt(n / (n - 1)) * student_t.ppf(0.025, n - 1)))
     return tail, 1 - tail
 
 
-def agreement(
-    hat: HierarchicalTransformer, dataset: Sequence[Mapping], *, batch_size: int = 1, progress: bool = True
-) -> Agreement:
-    """Top-1 agreement and KL of ``hat`` with its own dense pass; arguments and errors as in `score_pair`."""
-    return score_pair(hat, dataset, batch_size=batch_size, progress=progress)[1].agreement
+def text_bytes(dataset: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """UTF-8 bytes of the scored tokens of each block, int64 ``[n_blocks]``; rows as in `load_text`.
+
+    Those of the decoded block less those of the decoded tokens before its first scored one. So special tokens are no
+    text, the space that some tokenizers put before a text cancels, and a character that the edge of a block cuts counts
+    where it ends. The windows of a document add up to its text, but for its first token, which is not scored.
+    """
+
+    def size(ids: list[int]) -> int:
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return len(text.strip("\ufffd").encode())  # what a cut character decodes to
+
+    blocks = [(row["input_ids"], max(1, row["n_context"])) for row in dataset]
+    return np.array([size(ids) - size(ids[:first]) for ids, first in blocks], dtype=np.int64)
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float | None:
+    """Cross-entropy in bits per byte of text; None where there is no text."""
+    return float(nats / (math.log(2) * n_bytes)) if n_bytes else None
+
+
+def by_document(dataset: Sequence[Mapping], n_bytes: np.ndarray, base: Score, adaptive: Score) -> pd.DataFrame:
+    """A row for each document, in the order in which they come.
+
+    Args:
+        dataset: what both were scored on; the column ``doc`` tells documents apart.
+        n_bytes: what `text_bytes` gave for it.
+
+    Returns:
+        ``document``, ``blocks``, ``tokens`` (scored), ``bytes``, ``base_perplexity``, ``perplexity``, ``increase`` (of
+        the second over the first, less 1), ``base_bits_per_byte``, ``bits_per_byte`` (None where no character ends).
+    """
+    blocks = {"blocks": 1, "tokens": base.tokens, "bytes": n_bytes, "base": base.nll, "nll": adaptive.nll}
+    table = pd.DataFrame({"document": [row["doc"] for row in dataset], **blocks})
+    table = table.groupby("document", sort=False, as_index=False).sum()
+    nats = {"base_": table.pop("base"), "": table.pop("nll")}
+    for whose, sums in nats.items():
+        table[f"{whose}perplexity"] = np.exp(sums / table["tokens"])
+    table["increase"] = np.expm1((nats[""] - nats["base_"]) / table["tokens"])
+    for whose, sums in nats.items():
+        bits = [bits_per_byte(n, size) for n, size in zip(sums, table["bytes"], strict=True)]
+        table[f"{whose}bits_per_byte"] = pd.Series(bits, dtype=object)
+    return table
 
 
 class _Tally:
@@ -211,12 +242,14 @@ class _Tally:
 
     def add(self, batch: _Batch, hidden: Tensor, base: Tensor | None = None) -> None:
         """Right after the forward that gave ``hidden [B, T, D]``; ``base`` has the states to agree with."""
-        for rows, targets, *both in batch.slices(hidden, *(() if base is None else (base,))):
-            logits, *theirs = (self.head(h).float() for h in both)
-            losses = F.cross_entropy(logits, targets, reduction="none")
-            np.add.at(self.nll, batch.blocks[rows], losses.double().cpu().numpy())
-            np.add.at(self.tokens, batch.blocks[rows], 1)
-            for other in theirs:
+        rows, columns = batch.scored.nonzero(as_tuple=True)
+        for row, column in zip(rows.split(SLICE), columns.split(SLICE), strict=True):
+            blocks, logits = batch.blocks[row.cpu().numpy()], self.head(hidden[row, column - 1]).float()
+            losses = F.cross_entropy(logits, batch.ids[row, column], reduction="none")
+            np.add.at(self.nll, blocks, losses.double().cpu().numpy())
+            np.add.at(self.tokens, blocks, 1)
+            if base is not None:
+                other = self.head(base[row, column - 1]).float()
                 p, q = F.log_softmax(other, dim=-1), F.log_softmax(logits, dim=-1)
                 self.same += int((other.argmax(-1) == logits.argmax(-1)).sum())
                 self.divergence += float((p.exp() * (p - q)).sum(-1).double().sum())
@@ -243,36 +276,22 @@ class _Batch:
         """Final hidden states ``[B, T, D]``; the head comes later, for scored tokens alone."""
         return lm.model(input_ids=self.ids, attention_mask=self.real, use_cache=False).last_hidden_state
 
-    def slices(self, *hidden: Tensor) -> Iterator[tuple]:
-        """``(rows, targets, states...)``: batch row, token id and what predicts it, `SLICE` tokens at a time."""
-        rows, columns = self.scored.nonzero(as_tuple=True)
-        for row, column in zip(rows.split(SLICE), columns.split(SLICE), strict=True):
-            yield row.cpu().numpy(), self.ids[row, column], *(h[row, column - 1] for h in hidden)
 
-
-def first_scored(row: Mapping) -> int:
-    """Where the scored tokens of a block begin: nothing precedes its very first one."""
-    return max(1, row["n_context"])
-
-
-def _batches(dataset, batch_size: int, device, progress: bool, label: str) -> Iterator[_Batch]:
+def _batches(dataset, batch_size: int, device, progress: bool) -> Iterator[_Batch]:
+    check_count("batch_size", batch_size, 1)
     lengths = [len(row["input_ids"]) for row in dataset]
-    first = [first_scored(row) for row in dataset]
+    first = [max(1, row["n_context"]) for row in dataset]  # nothing precedes the very first token
     if not any(n > start for n, start in zip(lengths, first, strict=True)):
         raise HatError(f"nothing to score: {len(lengths)} blocks without a token that follows another")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise HatError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     order = np.argsort(lengths, kind="stable")[::-1]  # blocks of like length pad each other least
-    for start in tqdm(range(0, len(order), batch_size), desc=label, disable=not progress):
+    for start in tqdm(range(0, len(order), batch_size), desc="perplexity", disable=not progress):
         blocks = order[start : start + batch_size]
-        shape = len(blocks), max(lengths[b] for b in blocks)
-        ids, real = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-        scored = torch.zeros(shape, dtype=torch.bool)
-        for i, block in enumerate(blocks.tolist()):
-            ids[i, : lengths[block]] = torch.as_tensor(dataset[block]["input_ids"])
-            real[i, : lengths[block]] = 1
-            scored[i, first[block] : lengths[block]] = True
-        yield _Batch(blocks, ids.to(device), real.to(device), scored.to(device))
+        rows = [torch.as_tensor(dataset[block]["input_ids"]) for block in blocks.tolist()]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        column = torch.arange(ids.shape[1])
+        starts, ends = (torch.tensor([n[block] for block in blocks])[:, None] for n in (first, lengths))
+        real, scored = (column < ends).long(), (starts <= column) & (column < ends)
+        yield _Batch(blocks, *(t.to(device) for t in (ids, real, scored)))
 
 
 def _unwrap(model) -> tuple[LlamaForCausalLM, HierarchicalTransformer | None]:
@@ -281,7 +300,3 @@ def _unwrap(model) -> tuple[LlamaForCausalLM, HierarchicalTransformer | None]:
     if any("forward" in vars(layer) for layer in model.model.layers):
         raise HatError("this model carries a HierarchicalTransformer: pass that, so that its work is counted")
     return model, None
-
-
-def _size(score: Score) -> str:
-    return f"{len(score.tokens)} blocks of {int(score.tokens.sum())} tokens"

@@ -19,8 +19,7 @@ from matplotlib.figure import Figure
 from hat_lib.backbone.base import load_base, parse_dtype
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import GRANULARITIES, HatConfig, check_count
-from hat_lib.evaluation.baselines.controls import as_in
-from hat_lib.evaluation.baselines.equal_compute import matched
+from hat_lib.evaluation.baselines import as_in, matched
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.experiments.common import Perplexity, machine, markdown, perplexity, rounded, saved
 from hat_lib.model.transformer import HierarchicalTransformer

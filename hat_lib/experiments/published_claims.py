@@ -21,7 +21,7 @@ from torch import Tensor
 from hat_lib import config
 from hat_lib.backbone.base import BUNDLED, load_base
 from hat_lib.config import HatConfig, HatError, check_count, scaled_exits
-from hat_lib.evaluation.baselines.controls import RandomExits, exit_shares
+from hat_lib.evaluation.baselines import RandomExits, exit_shares
 from hat_lib.experiments import quality
 from hat_lib.experiments.benchmark import PREFILL, Setting, forced, measure, plain_copy
 from hat_lib.experiments.common import (

@@ -22,8 +22,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from hat_lib.config import GRANULARITIES, HatError, check_capacity, check_exit_rate
-from hat_lib.evaluation.baselines.controls import CONTROLS, RandomExits, as_in, exit_shares
-from hat_lib.evaluation.baselines.equal_compute import OutOfReach, matched
+from hat_lib.evaluation.baselines import CONTROLS, OutOfReach, RandomExits, as_in, exit_shares, matched
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.experiments.common import (
     CHECKPOINTS,

@@ -1,4 +1,4 @@
-"""Figures of routing patterns, drawn from the tables of `hat_lib.evaluation.routing_tables`.
+"""Figures of routing patterns, drawn from the tables of `hat_lib.evaluation.routing`.
 
 As in `hat_lib.plotting.style`: a table in, a `Figure` out. Whiskers are 95 % intervals. A hollow point is one whose
 difference to the mean of all tokens is within that difference's own interval. Where tokens leave early, a second panel

@@ -8,7 +8,7 @@ import pytest
 import tiny_runs
 
 from hat_lib.backbone import base
-from hat_lib.evaluation import routing_tables
+from hat_lib.evaluation import routing
 from hat_lib.evaluation.routing import LOSSES, patterns
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
@@ -35,7 +35,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def run(run_hat, monkeypatch):
-    monkeypatch.setattr(routing_tables, "RESAMPLES", 50)
+    monkeypatch.setattr(routing, "RESAMPLES", 50)
     return lambda *args: run_hat("analyze", *args)
 
 
@@ -55,7 +55,7 @@ def test_five_lines_of_findings_then_tables_and_files_that_read_back(run, checkp
     assert all(f"\n{heading}" in printed for heading in HEADINGS)
     figures = {"layer_map.png", "classes.png", "positions.png", "quantiles.png"}
     files = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert set(files) == figures | {f"{n}.csv" for n in ("tokens", *routing_tables.TABLES)} | {"text.html"}
+    assert set(files) == figures | {f"{n}.csv" for n in ("tokens", *routing.TABLES)} | {"text.html"}
     assert all(files[name].startswith(b"\x89PNG") for name in figures)
 
     tokens = pd.read_csv(out / "tokens.csv", keep_default_na=False, na_values={f"{n}_of_token": [""] for n in LOSSES})
@@ -65,7 +65,7 @@ def test_five_lines_of_findings_then_tables_and_files_that_read_back(run, checkp
     assert tokens["text"].tolist() == found.tokens["text"].map(cell).tolist()
     np.testing.assert_allclose(tokens["share"], found.tokens["share"], rtol=1e-5)
     np.testing.assert_allclose(tokens["surprisal_of_token"], found.tokens["surprisal_of_token"], rtol=1e-5)
-    for name, make in routing_tables.TABLES.items():
+    for name, make in routing.TABLES.items():
         table = pd.read_csv(out / f"{name}.csv", keep_default_na=False, na_values={c: [""] for c in ("low", "high")})
         numbers = table.select_dtypes("number").columns
         assert table.shape == (expected := make(found)).shape and len(numbers) >= 4

@@ -471,7 +471,7 @@ def test_nothing_to_evaluate(refuses, tmp_path, content, words):
 
 
 def test_one_block_is_refused_before_it_is_scored(refuses, text, monkeypatch):
-    monkeypatch.setattr(evaluate, "score_pair", None)
+    monkeypatch.setattr(evaluate, "score_each", None)
     options = ("--text", text, "--split", "train", "--max-tokens", "300")
     refuses(("evaluate", *DENSE, *options), "an interval needs at least 2 blocks of up to 512 tokens, got 300")
 

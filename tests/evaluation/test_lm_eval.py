@@ -14,48 +14,28 @@ from tiny_runs import skipping
 
 from hat_lib.config import HatError
 from hat_lib.evaluation import lm_eval as harness
-from hat_lib.evaluation.documents import bits_per_byte, text_bytes
 from hat_lib.evaluation.lm_eval import TASKS, load_tasks, run_tasks
-from hat_lib.evaluation.perplexity import score
+from hat_lib.evaluation.perplexity import bits_per_byte, score, text_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
 N = 9
 
-CLOZE = """
-task: cloze
+TASK = """
+task: {}
 dataset_path: json
-dataset_kwargs: {data_files: {test: rows.jsonl}}
+dataset_kwargs: {{data_files: {{test: rows.jsonl}}}}
 test_split: test
-output_type: multiple_choice
-doc_to_text: "{{text}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: label
+output_type: {}
+doc_to_text: "{}"
+doc_to_target: "{}"
 metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {{metric: {}, aggregation: {}, higher_is_better: true}}
 """
-ROLLING = """
-task: rolling
-dataset_path: json
-dataset_kwargs: {data_files: {test: rows.jsonl}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{text}}"
-metric_list:
-  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
-"""
-WRITE = """
-task: write
-dataset_path: json
-dataset_kwargs: {data_files: {test: rows.jsonl}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{text}}"
-doc_to_target: "the"
-generation_kwargs: {until: ["\\n\\n\\n"], max_gen_toks: 5}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
-"""
+CLOZE = TASK.format("cloze", "multiple_choice", "{{text}}", "{{label}}", "acc", "mean")
+CLOZE += 'doc_to_choice: "{{choices}}"\n'
+ROLLING = TASK.format("rolling", "loglikelihood_rolling", "", "{{text}}", "bits_per_byte", "bits_per_byte")
+WRITE = TASK.format("write", "generate_until", "{{text}}", "the", "exact_match", "mean")
+WRITE += 'generation_kwargs: {until: ["\\n\\n\\n"], max_gen_toks: 5}\n'
 BOTH = "{group: both, task: [cloze, rolling], aggregate_metric_list: []}"
 
 
@@ -111,11 +91,7 @@ def runs(request, folder):
 @pytest.mark.slow
 def test_scores_are_equal_at_batch_size_1_and_8(runs):
     (alone, _), (batched, _) = (runs[0][b] for b in (1, 8))
-    assert [(r.task, r.metric) for r in alone] == [
-        ("cloze", "acc"),
-        ("rolling", "bits_per_byte"),
-        ("write", "exact_match"),
-    ]
+    assert [r.metric for r in alone] == ["acc", "bits_per_byte", "exact_match"]
     for a, b in zip(alone, batched, strict=True):
         assert (a.task, a.metric, a.samples, a.data_hash) == (b.task, b.metric, b.samples, b.data_hash)
         exact = a.metric != "bits_per_byte"
@@ -142,7 +118,7 @@ def test_each_request_and_its_likelihood_are_equal_at_any_batch_size(folder):
     hat = skipping("channel")
     pairs = [(text, f" and {'so ' * (n % 4)}on") for n, text in enumerate(texts())]
     requests = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
-    found = {b: harness._counting_lm()(hat, b).loglikelihood(requests, disable_tqdm=True) for b in (1, 3, 8)}
+    found = {b: harness.counting_lm(hat, b).loglikelihood(requests, disable_tqdm=True) for b in (1, 3, 8)}
     tokenizer = hat.base.tokenizer
     for n, (context, more) in enumerate(pairs):
         given, ids = len(tokenizer(context).input_ids), torch.tensor([tokenizer(context + more).input_ids])
@@ -160,7 +136,7 @@ def test_rolling_likelihood_is_our_perplexity(runs):
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     hat = runs[1]
-    lm = harness._counting_lm()(hat, 4)
+    lm = harness.counting_lm(hat, 4)
     encoded = [[lm.prefix_token_id, *lm.tok_encode(text)] for text in texts()]
     rows = [{"input_ids": ids, "n_context": 0} for ids in encoded]
     ours = score(hat, rows, batch_size=2, progress=False)
@@ -182,37 +158,28 @@ def test_rolling_likelihood_is_our_perplexity(runs):
     assert lm.loglikelihood_rolling(requests[-1:], disable_tqdm=True) == pytest.approx([-windowed.nll.sum()], abs=1e-3)
 
 
-def test_work_of_generation_is_that_of_its_forwards(folder):
+def test_work_is_that_of_all_forwards_and_all_of_it_in_a_dense_model(folder):
     pytest.importorskip("lm_eval")
     hat = skipping("channel")
     _, spent = run_tasks(hat, load_tasks(["write"], folder), batch_size=1)
     prompts = [len(hat.base.tokenizer(text).input_ids) for text in texts()]
     assert spent.exits.sum() == sum(prompts) + N * 4  # of five new tokens the last is not read again
-
-
-def test_dense_model_spends_everything_and_equals_its_base(folder):
-    pytest.importorskip("lm_eval")
-    hat = skipping("channel")
     with hat.dense():
         rows, spent = run_tasks(hat, load_tasks(["cloze"], folder), batch_size=4)
     assert spent.shares == (1.0, 0.0, 1.0) and spent.exits[:-1].sum() == 0
     assert [r.value for r in rows] == [r.base for r in rows]
 
 
-def test_local_tasks_need_no_network(folder, monkeypatch):
+def test_local_tasks_need_no_network_and_a_group_brings_its_tasks(folder, monkeypatch):
     pytest.importorskip("lm_eval")
     asked = []
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
     monkeypatch.setattr(datasets.load, "get_session", lambda: asked.append("a count of downloads"))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address))
-    run_tasks(skipping("channel"), load_tasks(["cloze", "rolling"], folder), batch_size=8)
-    assert asked == []
-
-
-def test_a_group_brings_its_tasks(folder):
-    pytest.importorskip("lm_eval")
-    assert sorted(load_tasks(["both"], folder)["tasks"]) == ["cloze", "rolling"]
+    tasks = load_tasks(["both"], folder)
+    run_tasks(skipping("channel"), tasks, batch_size=8)
+    assert asked == [] and sorted(tasks["tasks"]) == ["cloze", "rolling"]
 
 
 def test_tasks_that_come_with_the_repository():
@@ -223,11 +190,7 @@ def test_tasks_that_come_with_the_repository():
     for task in tasks["tasks"].values():
         task.dataset["test"] = task.dataset["test"].select(range(3))
     rows, _ = run_tasks(hat, tasks, batch_size=8)
-    names = [(r.task, r.metric) for r in rows]
-    assert names == [
-        ("address_cloze", "acc"), ("address_cloze", "acc_norm"),
-        ("address_perplexity", "word_perplexity"), ("address_perplexity", "bits_per_byte"),
-    ]  # fmt: skip
+    assert [r.metric for r in rows] == ["acc", "acc_norm", "word_perplexity", "bits_per_byte"]
     assert all(r.samples == 3 and math.isfinite(r.value) for r in rows)
 
 
@@ -244,11 +207,7 @@ ON_THE_HUB = CLOZE.replace("dataset_path: json", "dataset_path: owner/name")
         ({"a.yaml": CLOZE}, ["cloze"], "cannot load cloze from .*: FileNotFoundError: .*rows.jsonl"),
         ({"a.yaml": CLOZE, "rows.jsonl": ""}, ["cloze"], "cannot load cloze from "),
         ({"a.yaml": CLOZE, "rows.jsonl": "{"}, ["cloze"], "cannot load cloze from "),
-        (
-            {"a.yaml": NO_SPLIT, "rows.jsonl": '{"text": "a"}\n'},
-            ["cloze"],
-            "cannot load .*: KeyError: 'dev'",
-        ),
+        ({"a.yaml": NO_SPLIT, "rows.jsonl": '{"text": "a"}\n'}, ["cloze"], "cannot load .*: KeyError: 'dev'"),
         ({"a.yaml": ON_THE_HUB}, ["cloze"], "cannot load cloze from "),
     ],
 )
@@ -259,10 +218,6 @@ def test_wrong_tasks(tmp_path, files, names, words):
     with pytest.raises(HatError, match=words) as error:
         load_tasks(names, tmp_path)
     assert "\n" not in str(error.value)
-
-
-def test_no_folder_of_tasks(tmp_path):
-    pytest.importorskip("lm_eval")
     with pytest.raises(HatError, match="no folder of tasks at .*gone"):
         load_tasks(["cloze"], tmp_path / "gone")
 

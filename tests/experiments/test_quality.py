@@ -8,7 +8,7 @@ from hat_lib.backbone.base import load_base
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.config import HatConfig, HatError
-from hat_lib.evaluation.baselines.equal_compute import OutOfReach
+from hat_lib.evaluation.baselines import OutOfReach
 from hat_lib.experiments import quality as module
 from hat_lib.experiments.common import TEXTS
 from hat_lib.experiments.quality import KEY, Grain, Point, Row, grid, plan

@@ -1,4 +1,4 @@
-"""`hat.sweep`: each row is what `score_pair` and `compare` say there, from one pass over the base."""
+"""`hat.sweep`: each row is what `score_each` and `compare` say there, from one pass over the base."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import tiny_runs
 from matplotlib.figure import Figure
 
 from hat_lib.config import HatError
-from hat_lib.evaluation.perplexity import compare, score_pair
+from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.explore.sweep import sweep
 from hat_lib.text.blocks import load_text
 
@@ -28,7 +28,7 @@ def test_rows_are_those_of_each_capacity_alone_and_the_base_is_run_once(hat):
     rows = [{"input_ids": ids, "n_context": 0} for ids in BLOCKS]
     for row in found.frame.itertuples():
         with hat.at(row.capacity, 0.2):
-            base, alone = score_pair(hat, rows, batch_size=6, progress=False)
+            base, (alone,) = score_each(hat, rows, batch_size=6, progress=False)
         versus = compare(base, alone)
         assert (row.realised, row.exit_rate, row.model_share) == (alone.capacity, alone.exit_rate, alone.model_share)
         assert (row.perplexity, row.increase) == (alone.perplexity, versus.increase)

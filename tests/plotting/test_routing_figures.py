@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from hat_lib.config import HatError
-from hat_lib.evaluation.routing_tables import TABLES
+from hat_lib.evaluation.routing import TABLES
 from hat_lib.plotting import routing as pattern_plots
 from hat_lib.plotting import style as plots
 from hat_lib.plotting.style import BLUE

@@ -1,1 +1,0 @@
-"""Controls at equal compute."""
