@@ -53,11 +53,21 @@ def rows(blocks: list[list[int]]) -> Dataset:
     return Dataset.from_list([{"input_ids": ids, "index": i} for i, ids in enumerate(blocks)])
 
 
+def tiny(dtype=torch.float32):
+    """A base of one's own."""
+    return load_base("random:tiny", dtype=dtype, device="cpu")
+
+
+def untrained(grain: str = "channel", base=None, **changes) -> HierarchicalTransformer:
+    """On a base of its own, if none is given; not calibrated."""
+    base = base or tiny()
+    return HierarchicalTransformer(base, HatConfig.default(base, granularity=grain, **changes))
+
+
 def new_hat(grain: str) -> HierarchicalTransformer:
     """Untrained, on a base of its own, calibrated where the grain's training needs it."""
     torch.manual_seed(0)
-    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
-    hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=grain))
+    hat = untrained(grain)
     if grain == "channel":
         hat.calibration = _calibration()
     return hat
@@ -65,9 +75,7 @@ def new_hat(grain: str) -> HierarchicalTransformer:
 
 @cache
 def _calibration():
-    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
-    hat = HierarchicalTransformer(base, HatConfig.default(base))
-    return calibrate(hat, random_blocks(), probe_tokens=64, progress=False)
+    return calibrate(untrained(), random_blocks(), probe_tokens=64, progress=False)
 
 
 def run_phase(hat, folder, phase="routers", steps=6, blocks=None, resume=False, max_minutes=None, **changes):
@@ -146,8 +154,7 @@ def train_and_die(run: Run, folder: Path, event: int | None) -> None:
 def adaptive(grain: str) -> HierarchicalTransformer:
     """Calibrated, exits too, on a base of its own; nothing trained."""
     torch.manual_seed(0)
-    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
-    hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=grain))
+    hat = untrained(grain)
     with torch.no_grad():  # routers and gates that tell tokens apart
         for parameter in hat.hat_parameters().values():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -156,14 +163,13 @@ def adaptive(grain: str) -> HierarchicalTransformer:
     return hat
 
 
-def skipping(grain):
+def skipping(grain, base=None, exit_layers=(1, 2, 3), bar=3.0, vectors=0.3, **changes):
     """Random routers and gates; thresholds that skip about a third and let about a fifth leave."""
-    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
-    hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=grain, exit_layers=(1, 2, 3)))
-    draws = np.random.default_rng(3)
+    hat, draws = untrained(grain, base, exit_layers=exit_layers, **changes), np.random.default_rng(3)
     with torch.no_grad():
         for parameter in hat.hat_parameters().values():
-            parameter.copy_(torch.from_numpy(np.asarray(0.3 * draws.normal(size=tuple(parameter.shape)))))
+            scale = 0.3 if parameter.dim() > 1 else vectors
+            parameter.copy_(torch.from_numpy(np.asarray(scale * draws.normal(size=tuple(parameter.shape)))))
     scores = {}
 
     def watch(layer, site, x, rows, state):
@@ -172,7 +178,7 @@ def skipping(grain):
     with torch.no_grad(), hat.using(watch):
         hat.lm(torch.from_numpy(draws.integers(5, 250, (4, 32))))
     thresholds = {k: float(v.flatten().quantile(0.33)) for k, v in scores.items()}
-    return decides(hat, thresholds, [3.0] * 3)
+    return decides(hat, thresholds, [bar] * len(exit_layers))
 
 
 def decides(hat, thresholds, gates=()):

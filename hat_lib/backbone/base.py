@@ -81,9 +81,8 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None) -> Base:
         dtype: see `parse_dtype`; None or "auto" is `default_dtype`.
         device: a torch device; None is CUDA where there is one, else the CPU.
 
-    Raises:
-        HatError: the name is none of these, the checkpoint is not a Llama, is incomplete, quantised or
-            holds pickles alone, or cannot be fetched.
+    Raises `HatError` if the name is none of these, or the checkpoint is not a Llama, is incomplete, quantised or holds
+    pickles alone, or cannot be fetched.
     """
     name = str(name)
     device = _device(device)
@@ -103,19 +102,14 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None) -> Base:
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
-    """bf16 where the hardware computes in it, else fp32.
-
-    On a CPU that is AVX512-BF16, AMX or ARM's BF16. Where torch cannot say (no
-    `torch.cpu.get_capabilities` yet) and on CUDA cards that only emulate bf16 (before Ampere) it is fp32.
-    """
-    kind = torch.device(device).type
+    """bf16 where the hardware computes in it; else fp32: on a CPU without AVX512-BF16, AMX or ARM's BF16, where torch
+    cannot say (no `torch.cpu.get_capabilities` yet), and on CUDA cards that emulate bf16 (before Ampere)."""
+    kind, native = torch.device(device).type, False
     if kind == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif kind == "cpu" and hasattr(torch.cpu, "get_capabilities"):
         flags = torch.cpu.get_capabilities()
         native = any(flags.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-    else:
-        native = False
     return torch.bfloat16 if native else torch.float32
 
 
@@ -131,10 +125,9 @@ def fingerprint(model: LlamaForCausalLM) -> str:
     """SHA-256, hex, of all parameters rounded to bf16 and of the config values that change what they compute.
 
     Parameters enter by name, shape and row-major values, in the order of their names, tied ones once. So one
-    checkpoint has one fingerprint in fp32 and in bf16, on any device and in any memory layout. (A model held
-    in fp16 has another one; `load_base` hashes before it goes to fp16.)
+    checkpoint has one fingerprint in fp32 and in bf16, on any device and in any memory layout.
     """
-    return _hash(model, lambda weight: weight.to(torch.bfloat16))
+    return _hash(model, lambda weight: weight.to(torch.bfloat16))  # `load_base` hashes before it goes to fp16
 
 
 def exact_hash(model: LlamaForCausalLM) -> str:
@@ -205,7 +198,11 @@ def _pretrained(source: Path | str, dtype: torch.dtype, gguf_file: str | None = 
         with quiet():
             where.update(local_files_only=local, trust_remote_code=False)
             config, _ = PreTrainedConfig.get_config_dict(source, **where)
-            _check_config(config, shown)
+            kind = config.get("model_type")
+            if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) != LlamaForCausalLM.__name__:
+                raise HatError(f"{shown} has model type {kind!r}: a Llama-shaped one is expected (model type 'llama')")
+            if "quantization_config" in config:
+                raise HatError(f"{shown} is a quantised checkpoint: expected plain weights (or a .gguf file)")
             how = {"use_safetensors": True}
             if gguf_file:  # without `dequantize`, transformers may fetch kernels and keep the blocks packed
                 how = {"quantization_config": GgufConfig(dequantize=True)}
@@ -219,7 +216,11 @@ def _pretrained(source: Path | str, dtype: torch.dtype, gguf_file: str | None = 
         hint = "" if local else "; offline, use --base bundled, a local folder or a .gguf file"
         place = "" if local else " from the Hub (and it is not a local folder)"
         raise HatError(f"cannot load {shown}{place}: {first_line(error)}{hint}") from error
-    _check_complete(found, shown)
+    for problem in ("missing", "unexpected"):  # transformers only warns, and starts missing weights at random
+        keys = sorted(k for k in found[f"{problem}_keys"] if k.endswith((".weight", ".bias")))
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise HatError(f"{shown} does not fit its config: {problem} {keys[0]}{more}")
     if gguf_file:
         # Dense from here on: either of these would stop it from being saved.
         model.hf_quantizer = None
@@ -229,30 +230,12 @@ def _pretrained(source: Path | str, dtype: torch.dtype, gguf_file: str | None = 
 
 def _check_folder(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir())
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if "config.json" not in names:
         raise HatError(f"{folder} has no config.json: expected what save_pretrained writes, or a .gguf file")
     if not any(name.endswith(".safetensors") for name in names):
-        pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        if pickles:
-            raise HatError(f"{folder} has only {pickles[0]}, a pickle, which is never opened: use safetensors")
-        raise HatError(f"{folder} has no weights: expected *.safetensors")
-
-
-def _check_config(config: dict, shown: str) -> None:
-    kind = config.get("model_type")
-    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) != LlamaForCausalLM.__name__:
-        raise HatError(f"{shown} has model type {kind!r}: a Llama-shaped one is expected (model type 'llama')")
-    if "quantization_config" in config:
-        raise HatError(f"{shown} is a quantised checkpoint: expected plain weights (or a .gguf file)")
-
-
-def _check_complete(found: dict, shown: str) -> None:
-    """transformers only warns about such keys, and starts missing weights at random."""
-    for problem in ("missing_keys", "unexpected_keys"):
-        keys = sorted(k for k in found[problem] if k.endswith((".weight", ".bias")))
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise HatError(f"{shown} does not fit its config: {problem.replace('_keys', '')} {keys[0]}{more}")
+        only = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no weights"
+        raise HatError(f"{folder} has {only}: expected *.safetensors")
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ POOL = 16_777_213
 
 
 def random_config(name: str) -> LlamaConfig:
-    """The config behind ``random:tiny`` or ``random:tinyllama``: untied head, RoPE theta 10,000, eps 1e-5."""
+    """The config behind ``random:tiny`` or ``random:tinyllama``."""
     return LlamaConfig(
         **SHAPES[name],
         max_position_embeddings=2048,
@@ -50,7 +50,7 @@ def random_config(name: str) -> LlamaConfig:
 
 
 def random_model(name: str, dtype: torch.dtype, seed: int = 0) -> LlamaForCausalLM:
-    """A Llama on the CPU with N(0, initializer_range) weights and norm weights N(1, 0.1), in ``dtype``."""
+    """A Llama on the CPU with weights N(0, initializer_range) and norm weights N(1, 0.1), in ``dtype``."""
     config = random_config(name)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
@@ -66,8 +66,11 @@ def random_model(name: str, dtype: torch.dtype, seed: int = 0) -> LlamaForCausal
     start = 0
     with torch.no_grad():
         for parameter in model.parameters():
-            _fill(parameter.view(-1), norms if parameter.ndim == 1 else matrices, start)
-            start = (start + parameter.numel()) % len(pool)
+            rest, values = parameter.view(-1), norms if parameter.ndim == 1 else matrices
+            while len(rest):
+                piece = values[start : start + len(rest)]
+                rest[: len(piece)] = piece
+                rest, start = rest[len(piece) :], (start + len(piece)) % len(pool)
     return model
 
 
@@ -80,14 +83,6 @@ def _normal(count: int, seed: int) -> torch.Tensor:
     uniform = torch.rand(-(-count // 16), 2, 8, generator=torch.Generator().manual_seed(seed)).double()
     radius, angle = (-2 * torch.log1p(-uniform[:, 0])).sqrt(), 2 * math.pi * uniform[:, 1]
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).flatten()[:count].float()
-
-
-def _fill(flat: torch.Tensor, pool: torch.Tensor, start: int) -> None:
-    done = 0
-    while done < len(flat):
-        piece = pool[start : start + len(flat) - done]
-        flat[done : done + len(piece)] = piece
-        done, start = done + len(piece), 0
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

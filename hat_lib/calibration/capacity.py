@@ -1,11 +1,11 @@
 """Calibrate on held-out text: the table that turns a capacity into thresholds.
 
-`measure_capacities` makes it: for a ladder of budgets it sets thresholds, runs text, and notes which capacity and
-shares came out. How a budget is split over layers and sites is the ``split``:
+For a ladder of budgets, `calibrate` sets thresholds, runs text, and notes which capacity and shares came out. How a
+budget is split over layers and sites is the ``split``:
 
-    damage    (default, no training) the closed form of `hat_lib.calibration.allocation`, from the prices below
+    damage    (default, no training) the closed form of `allocate`, from the prices below
     uniform   every site keeps the same share
-    learned   the thresholds that the routers were trained with
+    learned   the thresholds that the routers were trained with (`calibrate_learned`)
 
 The price of gating a site is the KL divergence that it causes, by one backward pass (`hat_lib.calibration.fisher`):
 zeroing the channels with scores under a threshold changes the input x of a linear layer by -x there. At the channel
@@ -15,21 +15,19 @@ grain another pass comes before, which measures how sensitive each token is (`ha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hat_lib.calibration.allocation import allocate
 from hat_lib.calibration.fisher import backward
-from hat_lib.calibration.token_sensitivity import SHARE, TOKENS, clear_token_sensitivity, fit_token_sensitivity
+from hat_lib.calibration.token_sensitivity import SHARE, TOKENS, fit_token_sensitivity
 from hat_lib.config import HatError
-from hat_lib.model.routers import MoERouter
-from hat_lib.model.threshold_table import Calibration
+from hat_lib.model.threshold_table import EXIT_TABLES, Calibration
 from hat_lib.model.transformer import HierarchicalTransformer
 
 # Shares at which the damage is priced; k and p of the damage model are a line through them in log-log.
@@ -44,7 +42,6 @@ FLOOR = 0.05
 CHECK_TOKENS = 4096
 # Scores kept per site, drawn at random from all tokens and channels; enough for an error well under a thousandth.
 SAMPLES = 200_000
-
 
 SPLITS = ("damage", "uniform", "learned")
 
@@ -73,8 +70,7 @@ def calibrate(
         seed: for the targets sampled from the base.
         text: what the blocks are, kept in the checkpoint.
 
-    Raises `HatError` for a text with less than 256 tokens, or whose scores are all equal (token routers
-    that were never fitted).
+    Raises `HatError` for a text with less than 256 tokens, or whose scores are all equal.
     """
     if split not in SPLITS[:2]:
         raise HatError(f"split must be {' or '.join(SPLITS[:2])}, got {split!r}")
@@ -83,54 +79,72 @@ def calibrate(
         if hat.config.granularity == "token":
             fit_token_routers(hat, fit, progress)
         else:
-            clear_token_sensitivity(hat)
+            for name, parameter in hat.routers.named_parameters():
+                if "_token." in name:  # all tokens alike
+                    parameter.zero_()
         quantiles = score_quantiles(hat, fit, progress)
         if token_sensitivity and hat.config.granularity == "channel":
             fit_token_sensitivity(hat, _spread(fit, TOKENS), quantiles.cuts(SHARE), seed, progress)
             quantiles = score_quantiles(hat, fit, progress)
+        work = np.tile(hat.site_work, (hat.config.n_layers, 1))
         if split == "damage":
-            damage = _damage(hat, _spread(fit, probe_tokens), quantiles, seed, progress)
-            shares = partial(_damage_shares, hat, *_fit_damage(damage))
-        else:
-            shares = partial(np.full, (hat.config.n_layers, len(hat.grain.sites)))
-    at = partial(_at_shares, hat, quantiles, shares)
+            damage = _fit_damage(_damage(hat, _spread(fit, probe_tokens), quantiles, seed, progress))
+            if hat.config.granularity == "token":
+                work[0] = 1e-12  # layer 0's FFN always runs
+
+    def at(budget: float) -> dict[tuple[int, str], float]:
+        shares = np.full_like(work, budget)
+        if split == "damage":
+            shares = allocate(damage[0], work / work.sum(), budget, damage[1], FLOOR)
+        return {(i, s): quantiles.cut((i, s), shares[i, hat.grain.sites.index(s)]) for i, s in quantiles.tables}
+
     text = f"{text}; quantiles of {quantiles.scores} scores a site from {quantiles.tokens} tokens".removeprefix("; ")
-    return _set(hat, measure_capacities(hat, at, check, method=split, text=text, progress=progress))
+    return _set_table(hat, at, check, split, text, progress)
 
 
 def calibrate_learned(
     hat: HierarchicalTransformer, blocks: Iterable[list[int]], split: Split, *, text: str = "", progress: bool = True
 ) -> Calibration:
     """As `calibrate`, for trained routers: ``split`` gives the thresholds that they were trained with."""
-    _, check = held_out_parts(hat, blocks)
-    return _set(hat, measure_capacities(hat, split, check, method="learned", text=text, progress=progress))
+    return _set_table(hat, split, held_out_parts(hat, blocks)[1], "learned", text, progress)
 
 
-def _set(hat: HierarchicalTransformer, calibration: Calibration) -> Calibration:
-    """Put it in place; the tables of exits, which another calibration measures, stay."""
-    if old := hat.calibration:
-        exits = {name: getattr(old, name) for name in ("exit_capacities", "exit_rates", "exit_scores")}
-        calibration = replace(calibration, **exits)
-    hat.calibration = calibration
-    return calibration
+def allocate(
+    sensitivity: np.ndarray, work: np.ndarray, budget: float, exponent: np.ndarray, floor: float
+) -> np.ndarray:
+    """Which share each site keeps under one budget: shares in [floor, 1], of the shape of all arguments, that minimise
+    ``sum k (1-s)^p`` under ``sum w s = budget`` (k ``sensitivity``, p ``exponent``, w ``work``, which sums to 1).
+
+    Lagrange gives ``1 - s_i = (lambda w_i / (p_i k_i))^(1/(p_i-1))``, clipped; lambda by bisection. Shares grow with
+    the budget at every site; one with zero sensitivity gets the floor.
+    """
+    k = np.maximum(sensitivity, 1e-12)
+
+    def shares(log_lambda: float) -> np.ndarray:
+        return np.clip(1 - np.exp((log_lambda + np.log(work / (exponent * k))) / (exponent - 1)), floor, 1.0)
+
+    low, high = -80.0, 80.0  # of log lambda; the kept work falls as lambda grows
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (work * shares(middle)).sum() > budget else (low, middle)
+    return shares((low + high) / 2)
 
 
 @torch.no_grad()
-def measure_capacities(
-    hat: HierarchicalTransformer, split: Split, blocks: list[Tensor], *, method: str, text: str, progress: bool = True
+def _set_table(
+    hat: HierarchicalTransformer, split: Split, blocks: list[Tensor], method: str, text: str, progress: bool
 ) -> Calibration:
-    """The table: each of `BUDGETS` through ``split``, run on ``blocks`` (``[1, T]`` each)."""
+    """Run each of `BUDGETS` through ``split`` on ``blocks``, and set the table; the tables of exits stay."""
     sites = hat.grain.sites
     thresholds, shares, capacities = [], [], []
     for budget in tqdm(BUDGETS, desc="capacities", disable=not progress):
         chosen = split(budget)
         kept, capacity, tokens = 0.0, 0.0, 0
         with hat.dense(), hat.using(hat.threshold_policy(chosen)):
-            for block in blocks:
-                hat.lm(block, use_cache=False, logits_to_keep=1)
+            for size in forwards(hat, blocks):
                 kept = kept + hat.trace.site_share.flatten(2).sum(-1).double().cpu().numpy()
-                capacity += hat.trace.capacity * block.shape[1]
-                tokens += block.shape[1]
+                capacity += hat.trace.capacity * size
+                tokens += size
         capacities.append(capacity / tokens)
         shares.append(kept / tokens)
         # A site that always runs is never asked; any finite number stands for it.
@@ -138,7 +152,7 @@ def measure_capacities(
     # At 1.0 the lowest score is kept: magnitudes end at 0, a token router's scores a little below the last threshold.
     last = np.asarray(thresholds[-1])
     everything = np.zeros_like(last) if hat.config.granularity == "channel" else last - (1 + np.abs(last))
-    return Calibration(
+    found = Calibration(
         sites=list(sites),
         capacities=[*np.maximum.accumulate(np.round(capacities, 5)).tolist(), 1.0],
         thresholds=_rounded(np.stack([*np.minimum.accumulate(thresholds), everything], -1)),
@@ -146,6 +160,17 @@ def measure_capacities(
         method=method,
         text=text,
     )
+    if old := hat.calibration:
+        found = replace(found, **{name: getattr(old, name) for name in EXIT_TABLES})
+    hat.calibration = found
+    return found
+
+
+def forwards(hat, blocks: Iterable[Tensor], label: str = "", progress: bool = False) -> Iterator[int]:
+    """Run each of ``blocks`` (``[1, T]``) and yield its number of tokens."""
+    for block in tqdm(blocks, desc=label, disable=not progress):
+        hat.lm(block, use_cache=False, logits_to_keep=1)
+        yield block.shape[1]
 
 
 def held_out_parts(hat, blocks) -> tuple[list[Tensor], list[Tensor]]:
@@ -158,21 +183,7 @@ def held_out_parts(hat, blocks) -> tuple[list[Tensor], list[Tensor]]:
     return fit, _spread(blocks[3::4] or blocks[-1:], CHECK_TOKENS)
 
 
-def _damage_shares(hat, sensitivity: np.ndarray, exponent: np.ndarray, budget: float) -> np.ndarray:
-    work = np.tile(hat.site_work, (hat.config.n_layers, 1))
-    if hat.config.granularity == "token":
-        work[0] = 1e-12  # layer 0's FFN always runs
-    return allocate(sensitivity, work / work.sum(), budget, exponent, FLOOR)
-
-
-def _at_shares(hat, quantiles, shares: Callable[[float], np.ndarray], budget: float) -> dict[tuple[int, str], float]:
-    """Thresholds that keep the given share of the dense model's scores at each site."""
-    table = shares(budget)
-    return {(i, s): quantiles.cut((i, s), table[i, hat.grain.sites.index(s)]) for i, s in quantiles.tables}
-
-
-@dataclass(frozen=True)
-class ScoreQuantiles:
+class ScoreQuantiles(NamedTuple):
     """The dense model's scores, as a threshold for each share to keep."""
 
     tables: dict[tuple[int, str], np.ndarray]
@@ -199,7 +210,7 @@ def score_quantiles(
     """Run the dense model over ``blocks`` (``[1, T]`` each), drawing up to `SAMPLES` scores a site at random.
 
     Rows and channels alike are drawn from the whole text: a stride would take one token of a block on a wide base.
-    Protected tokens are left out. Raises `HatError` if all scores are equal.
+    Protected tokens are left out. Raises `HatError` if all scores are equal (token routers that were never fitted).
     """
     total, drawn = sum(b.shape[1] for b in blocks), np.random.default_rng(seed)
     found: dict[tuple[int, str], list[Tensor]] = {}
@@ -213,8 +224,7 @@ def score_quantiles(
         found.setdefault((layer, site), []).append(score)
 
     with hat.dense(), hat.using(collect):
-        for block in tqdm(blocks, desc="scores", disable=not progress):
-            hat.lm(block, use_cache=False, logits_to_keep=1)
+        for _ in forwards(hat, blocks, "scores", progress):
             tokens += int((~hat.trace.protected).sum())
     grid = np.linspace(0, 1, QUANTILES)
     kept = {key: torch.cat(scores).cpu().numpy() for key, scores in found.items()}
@@ -251,9 +261,8 @@ def _damage(hat, blocks, quantiles, seed: int, progress) -> np.ndarray:
 
 
 def _fit_damage(damage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """k and p of ``k (1 - s)^p`` per site, ``[L, S]`` each, by least squares in log-log.
-
-    A site that was never priced, because it always runs, gets the smallest k."""
+    """k and p of ``k (1 - s)^p`` per site, ``[L, S]`` each, by least squares in log-log; the smallest k where nothing
+    was priced, because it always runs."""
     x = np.log(1 - np.asarray(PROBE_SHARES))
     y = np.log(np.maximum(damage, 1e-12)).reshape(len(x), -1)
     p = np.clip(np.polyfit(x, y, 1)[0], *EXPONENT_RANGE)
@@ -263,11 +272,8 @@ def _fit_damage(damage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit_token_routers(hat: HierarchicalTransformer, blocks, progress: bool = True) -> None:
-    """Closed-form start for token routers: ridge regression of log ||FFN(x)|| on the router's input x.
-
-    The published method trains them from scratch; this gives an untrained calibration something to rank by.
-    Routers that already carry weights are left alone.
-    """
+    """Closed-form start for untrained token routers: ridge regression of log ||FFN(x)|| on the router's input x. The
+    published method trains them from scratch; this gives an untrained calibration something to rank by."""
     routers = [hat.routers[f"{i}_ffn"] for i in range(hat.config.n_layers)]
     if any(bool(r.weight.any()) for r in routers):
         return
@@ -278,8 +284,7 @@ def fit_token_routers(hat: HierarchicalTransformer, blocks, progress: bool = Tru
         rows.setdefault(layer, []).append((x, out.norm(dim=-1).clamp(min=1e-6).log()))
 
     with hat.dense(), hat.watching(see):
-        for block in tqdm(blocks, desc="token routers", disable=not progress):
-            hat.lm(block, use_cache=False, logits_to_keep=1)
+        list(forwards(hat, blocks, "token routers", progress))
     for index, pairs in rows.items():
         x, y = torch.cat([a for a, _ in pairs]).double(), torch.cat([b for _, b in pairs]).double()
         mean_x, mean_y = x.mean(0), y.mean()
@@ -287,17 +292,15 @@ def fit_token_routers(hat: HierarchicalTransformer, blocks, progress: bool = Tru
         gram = centred.T @ centred
         ridge = 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         weight = torch.linalg.solve(gram + ridge, centred.T @ (y - mean_y))
-        router: MoERouter = routers[index]
         with torch.no_grad():
-            router.weight.copy_(weight)
-            router.bias.copy_(mean_y - mean_x @ weight)
+            routers[index].weight.copy_(weight)
+            routers[index].bias.copy_(mean_y - mean_x @ weight)
 
 
 def _spread(blocks: list[Tensor], tokens: int) -> list[Tensor]:
     """About ``tokens`` tokens of whole blocks, taken at even distances."""
-    count = max(1, round(len(blocks) * tokens / sum(b.shape[1] for b in blocks)))
-    picks = np.linspace(0, len(blocks) - 1, min(count, len(blocks))).round().astype(int)
-    return [blocks[i] for i in picks]
+    count = min(max(1, round(len(blocks) * tokens / sum(b.shape[1] for b in blocks))), len(blocks))
+    return [blocks[i] for i in np.linspace(0, len(blocks) - 1, count).round().astype(int)]
 
 
 def _rounded(table: np.ndarray) -> list:

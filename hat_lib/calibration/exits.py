@@ -19,7 +19,7 @@ from scipy.special import expit, logit
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hat_lib.calibration.capacity import held_out_parts
+from hat_lib.calibration.capacity import forwards, held_out_parts
 from hat_lib.config import HatError, check_capacity
 from hat_lib.model.policies import ExitThresholds
 from hat_lib.model.threshold_table import Calibration
@@ -40,12 +40,9 @@ def calibrate_exits(
     *,
     progress: bool = True,
 ) -> tuple[Calibration, list[list[float]]]:
-    """Measure the exits of ``hat`` at ``capacities``, rising; sets and returns its calibration, with exits.
+    """Measure the exits of ``hat`` at ``capacities``, rising; sets its calibration, with exits.
 
-    Returns:
-        The calibration, and for each of its capacities and exit rates (after 0) the agreement with the base of the
-        tokens that left.
-
+    Returns it, and for each of its capacities and exit rates (after 0) the agreement with the base of those who left.
     Raises `HatError` without exit layers, without a calibration of capacities, for capacities out of order, or with
     less than 256 tokens.
     """
@@ -78,10 +75,11 @@ def _at_one_capacity(hat, fit: list[Tensor], check: list[Tensor]) -> tuple[list,
         bar = float(np.quantile(best, 1 - rate)) if rate < 1 else 0.0
         thresholds = [_threshold(bar, a, b) for a, b in maps]
         leaving = chance > bar
-        first = leaving.argmax(1)
-        left = leaving.any(1)
-        agreement.append(float(agreed[left, first[left]].mean()) if left.any() else 1.0)
-        rates.append(_realised(hat, check, thresholds))
+        leavers, first = leaving.any(1), leaving.argmax(1)
+        agreement.append(float(agreed[leavers, first[leavers]].mean()) if leavers.any() else 1.0)
+        with hat.exiting(ExitThresholds(hat.gates, thresholds)):
+            left = [(hat.trace.exit_rate * size, size) for size in forwards(hat, check)]
+        rates.append(sum(gone for gone, _ in left) / sum(size for _, size in left))
         table.append(thresholds)
     return np.maximum.accumulate(np.round(rates, 5)).tolist(), np.round(table, 6).tolist(), agreement
 
@@ -95,10 +93,10 @@ def _scores(hat, blocks: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
             base = hat.lm(block, use_cache=False).logits[0].argmax(-1)
         hidden = hat.lm.model(block, use_cache=False, output_hidden_states=True).hidden_states
         may = (hat.trace.real & ~hat.trace.protected)[0]
-        rows = [(gate.score(h), head(norm(gate.translate(h))).argmax(-1) == base)
-                for gate, h in ((g, hidden[int(e)][0]) for e, g in hat.gates.items())]  # fmt: skip
-        scores.append(torch.stack([s[may] for s, _ in rows], 1))
-        agreed.append(torch.stack([a[may] for _, a in rows], 1))
+        states = [(gate, hidden[int(e)][0]) for e, gate in hat.gates.items()]
+        right = [head(norm(gate.translate(h))).argmax(-1) == base for gate, h in states]
+        scores.append(torch.stack([gate.score(h) for gate, h in states], 1)[may])
+        agreed.append(torch.stack(right, 1)[may])
     return torch.cat(scores).cpu().numpy(), torch.cat(agreed).cpu().numpy()
 
 
@@ -121,13 +119,3 @@ def _logistic(score: np.ndarray, right: np.ndarray) -> tuple[float, float]:
 def _threshold(bar: float, a: float, b: float) -> float:
     """The gate score at which the chance is ``bar``."""
     return float(np.clip((logit(bar) - b) / a, -CERTAIN, CERTAIN))
-
-
-def _realised(hat, blocks: list[Tensor], thresholds: list[float]) -> float:
-    left = tokens = 0.0
-    with hat.exiting(ExitThresholds(hat.gates, thresholds)):
-        for block in blocks:
-            hat.lm(block, use_cache=False, logits_to_keep=1)
-            left += hat.trace.exit_rate * block.shape[1]
-            tokens += block.shape[1]
-    return left / tokens

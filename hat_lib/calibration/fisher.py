@@ -17,18 +17,15 @@ from tqdm.auto import tqdm
 from hat_lib.model.transformer import HierarchicalTransformer
 
 Price = Callable[[int, str, Tensor, Tensor], Callable[[Tensor], None] | None]
-"""(layer, site, router's input x, activation) -> what to do with the activation's gradient, if anything.
-
-Both are detached: whoever held the activation itself would keep the graph of every block alive."""
+"""(layer, site, router's input x, activation) -> what to do with the activation's gradient, if anything. Both are
+detached: whoever held the activation itself would keep the graph of every block alive."""
 
 
 def backward(
     hat: HierarchicalTransformer, blocks: Iterable[Tensor], price: Price, *, seed: int, progress: bool, label: str
 ) -> int:
-    """Dense passes over ``blocks`` (``[1, T]`` each), forward and back from targets that the base draws itself.
-
-    Returns the number of tokens.
-    """
+    """Dense passes over ``blocks`` (``[1, T]`` each), forward and back from targets that the base draws itself; returns
+    the number of tokens."""
 
     def see(layer: int, site: str, x: Tensor, activation: Tensor) -> None:
         with torch.no_grad():

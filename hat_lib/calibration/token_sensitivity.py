@@ -31,23 +31,11 @@ PRICE_LIMIT = 30.0
 PRIOR = 0.4
 
 
-@torch.no_grad()
-def clear_token_sensitivity(hat: HierarchicalTransformer) -> None:
-    """All tokens alike."""
-    for layer in range(hat.config.n_layers):
-        for parameter in hat.routers[f"{layer}_token"].parameters():
-            parameter.zero_()
-
-
 def fit_token_sensitivity(
     hat: HierarchicalTransformer, blocks: list[Tensor], cuts: dict, seed: int, progress: bool = True
 ) -> None:
-    """Set the weights of ``hat``'s token routers.
-
-    Args:
-        blocks: int64 ``[1, T]`` each.
-        cuts: score thresholds by (layer, site) at which `SHARE` is kept.
-    """
+    """Set the weights of ``hat``'s token routers from ``blocks``, int64 ``[1, T]`` each; ``cuts`` are the score
+    thresholds by (layer, site) at which `SHARE` is kept."""
     prices, inputs = token_prices(hat, blocks, cuts, seed, progress)
     prices = prices / prices.mean(1, keepdim=True).clamp(min=1e-12)
     for layer in tqdm(range(len(prices)), desc="token sensitivity", disable=not progress):
@@ -66,21 +54,15 @@ def token_prices(
 ) -> tuple[Tensor, list[Tensor]]:
     """What it would cost each token to drop its channels at or below ``cuts``, in one layer at a time.
 
-    Args:
-        blocks, cuts: as in `fit_token_sensitivity`; the token routers are not asked.
-        seed: of the targets that are drawn from the base.
-
-    Returns:
-        The prices, nats of KL divergence, fp32 ``[L, n]``, and what predicts them, the inputs of q|k|v: L of ``[n, D]``
-        in half precision. n counts the tokens that are not protected, in order.
+    ``blocks`` and ``cuts`` as in `fit_token_sensitivity`, ``seed`` for the targets that are drawn from the base; the
+    token routers are not asked. Returns the prices, nats of KL divergence, fp32 ``[L, n]``, and what predicts them, the
+    inputs of q|k|v: L of ``[n, D]`` in half precision. n counts the tokens that are not protected, in order.
 
     Raises `HatError` at the token grain, which has no token sensitivity.
     """
     if hat.config.granularity != "channel":
         raise HatError(f"token sensitivity is of the channel grain, got a model of the {hat.config.granularity} grain")
-    layers = hat.config.n_layers
-    price: list[list[Tensor]] = [[] for _ in range(layers)]
-    inputs: list[list[Tensor]] = [[] for _ in range(layers)]
+    price, inputs = ([[] for _ in range(hat.config.n_layers)] for _ in range(2))
 
     def see(layer: int, site: str, x: Tensor, value: Tensor):
         free = ~hat.trace.protected.view(-1)
@@ -104,11 +86,8 @@ def log_linear(x: Tensor, y: Tensor, steps: int = 60) -> tuple[Tensor, Tensor]:
     """``w`` and ``b`` of ``log E[y | x] = w.x + b``, for y that scatters as an exponential variable does.
 
     The most probable ones under a normal prior by which ``w.x`` has the standard deviation `PRIOR`, whatever the number
-    of columns (for the model: McCullagh and Nelder 1989, chapter 8). Convex; by L-BFGS.
-
-    Args:
-        x: fp32 ``[n, D]``.
-        y: fp32 ``[n]``, at least 0, not all 0.
+    of columns (for the model: McCullagh and Nelder 1989, chapter 8). Convex; by L-BFGS. ``x`` is fp32 ``[n, D]``, ``y``
+    fp32 ``[n]``, at least 0, not all 0.
     """
     mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
     columns = (x - mean) / spread

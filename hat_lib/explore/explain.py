@@ -13,14 +13,12 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from hat_lib.config import HatError
+from hat_lib.config import HatError, check_count
 from hat_lib.evaluation.routing import token_work
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.routing import layer_map
 from hat_lib.plotting.token_heatmap import Passage, ansi, html
 from hat_lib.text.token_classes import pieces
-
-MEANING = "share of the base's work that a token got"
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,11 @@ class Explanation:
 
     def html(self, low: float | None = None, high: float | None = None) -> str:
         """The text as HTML, each token on a ground that says its share of the base's work."""
-        return html(self._passage(), meaning=MEANING, **self._scale(low, high))
+        return html(self._passage(), **self._scale(low, high))
 
     def ansi(self, colours: bool | None = None) -> str:
         """The same for a terminal; without colours, subscripts say tenths of the scale."""
-        return ansi(self._passage(), meaning=MEANING, colours=colours, **self._scale(None, None))
+        return ansi(self._passage(), colours=colours, **self._scale())
 
     def figure(self) -> Figure:
         """Layer × token: the executed share, and how far it is from the layer's mean over this prompt."""
@@ -70,26 +68,21 @@ class Explanation:
             title += " (thresholds were set on other text, and the first tokens run in full)"
         return Passage(title, self.tokens["token"].tolist(), self.tokens["model_share"].tolist())
 
-    def _scale(self, low: float | None, high: float | None) -> dict:
+    def _scale(self, low: float | None = None, high: float | None = None) -> dict:
         """Protected tokens would leave the others no colour."""
         free = self.tokens.loc[~self.tokens["protected"], "model_share"]
         free = self.tokens["model_share"] if free.empty else free
-        return {"low": free.min() if low is None else low, "high": free.max() if high is None else high}
+        low, high = free.min() if low is None else low, free.max() if high is None else high
+        return {"meaning": "share of the base's work that a token got", "low": low, "high": high}
 
 
 @torch.no_grad()
 def explain(hat: HierarchicalTransformer, prompt: str, *, max_new_tokens: int = 0) -> Explanation:
-    """What ``hat``, as it is set, runs for each token of a prompt.
-
-    Args:
-        max_new_tokens: continue the prompt greedily first, and explain both.
-
-    Raises `HatError` for an empty prompt and one beyond the base's context.
-    """
+    """What ``hat``, as it is set, runs for each token of a prompt; with ``max_new_tokens``, also of its greedy
+    continuation. Raises `HatError` for an empty prompt and one beyond the base's context."""
     if not isinstance(prompt, str) or not prompt.strip():
         raise HatError(f"a prompt must be text, got {prompt!r}")
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-        raise HatError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
+    check_count("max_new_tokens", max_new_tokens, 0)
     tokenizer, context = hat.base.tokenizer, hat.lm.config.max_position_embeddings
     ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.to(hat.base.device)
     given = ids.shape[1]
@@ -99,21 +92,13 @@ def explain(hat: HierarchicalTransformer, prompt: str, *, max_new_tokens: int = 
         how = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
         ids = hat.lm.generate(ids, attention_mask=torch.ones_like(ids), **how)
     hat.lm.model(ids, use_cache=False)
-    work, share = token_work(hat), hat.trace.share[:, 0].cpu().numpy()
+    work, share, ids = token_work(hat), hat.trace.share[:, 0].cpu().numpy(), ids[0].tolist()
     exits, (n_layers, length) = work["exit_layer"], share.shape
-    tokens = pd.DataFrame(
-        {
-            "token": pieces(tokenizer, ids[0].tolist()),
-            "position": range(length),
-            "id": ids[0].tolist(),
-            "new": np.arange(length) >= given,
-            **{name: work[name] for name in ("protected", "share", "model_share")},
-            "exit": exits,
-        }
-    )
+    tokens = pd.DataFrame({"token": pieces(tokenizer, ids), "position": range(length), "id": ids})
+    tokens["new"] = tokens["position"] >= given
+    tokens = tokens.assign(**{name: work[name] for name in ("protected", "share", "model_share")}, exit=exits)
     frame = tokens[["token", "position"]].loc[tokens.index.repeat(n_layers)].reset_index(drop=True)
     frame["layer"] = np.tile(np.arange(n_layers), length)
     frame["share"] = np.where(np.arange(n_layers)[:, None] < exits, share, np.float32(np.nan)).T.ravel()
     frame["exit"] = exits.repeat(n_layers)
-    realised = hat.trace.capacity, hat.trace.exit_rate
-    return Explanation(frame, tokens, hat.capacity, realised[0], hat.exit_rate, realised[1])
+    return Explanation(frame, tokens, hat.capacity, hat.trace.capacity, hat.exit_rate, hat.trace.exit_rate)

@@ -6,6 +6,7 @@ at equal work, several grains and results that are kept, see ``hat sweep`` and `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ from hat_lib.plotting.sweep import sweep as sweep_figure
 from hat_lib.text.blocks import default_split, load_text, names_file
 
 CAPACITIES = (0.4, 0.55, 0.7, 0.9)
+SHOWN = {"index": False, "float_format": "{:.4f}".format}
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,10 @@ class Sweep:
         return sweep_figure(self.frame)
 
     def __str__(self) -> str:
-        table = self.frame.to_string(index=False, float_format="{:.4f}".format)
-        return f"{self._what()}\n{table}\nrealised differs from requested: {WHY}"
+        return f"{self._what()}\n{self.frame.to_string(**SHOWN)}\nrealised differs from requested: {WHY}"
 
     def _repr_html_(self) -> str:
-        table = self.frame.to_html(index=False, float_format="{:.4f}".format, border=0)
+        table = self.frame.to_html(**SHOWN, border=0)
         return f"<p>{escape(self._what())}</p>{table}<p>realised differs from requested: {WHY}</p>"
 
     def _what(self) -> str:
@@ -99,14 +100,13 @@ def sweep(
     base, scores = score_each(hat, dataset, settings, batch_size=batch_size, progress=progress)
     rows = []
     for capacity, found in zip(capacities, scores, strict=True):
-        row = {"capacity": capacity, "realised": found.capacity, "exit_rate": found.exit_rate}
-        row |= {"model_share": found.model_share, "perplexity": found.perplexity}
+        increase, low, high = found.perplexity / base.perplexity - 1, math.nan, math.nan
         if len(dataset) > 1:
             versus = compare(base, found)
-            row |= {"increase": versus.increase, "increase_low": versus.low, "increase_high": versus.high}
-        else:
-            nan = float("nan")
-            row |= {"increase": found.perplexity / base.perplexity - 1, "increase_low": nan, "increase_high": nan}
+            increase, low, high = versus.increase, versus.low, versus.high
+        row = {"capacity": capacity, "realised": found.capacity, "exit_rate": found.exit_rate}
+        row |= {"model_share": found.model_share, "perplexity": found.perplexity}
+        row |= {"increase": increase, "increase_low": low, "increase_high": high}
         rows.append(row | {"kl": found.agreement.kl, "top1": found.agreement.top1})
     what = hat.base.name, base.perplexity, int(base.tokens.sum()), len(dataset)
     return Sweep(pd.DataFrame(rows), name, *what)
@@ -115,7 +115,8 @@ def sweep(
 def _blocks(hat, text, split: str | None, max_tokens: int | None, block_size: int) -> tuple[str, Sequence[Mapping]]:
     """A name for the text, and its blocks."""
     tokenizer, texts = hat.base.tokenizer, [text] if isinstance(text, str | Path) else list(text)
-    if isinstance(text, str | Path) and not _is_text(text):
+    words = isinstance(text, str) and any(c.isspace() for c in text.strip())
+    if isinstance(text, str | Path) and not (words and ("\n" in text.strip() or not names_file(text))):
         split = split or default_split(text, hat)
         rows = load_text(text, tokenizer, split=split, max_tokens=max_tokens, block_size=block_size)
         return f"{text}, {split} split", rows
@@ -129,10 +130,3 @@ def _blocks(hat, text, split: str | None, max_tokens: int | None, block_size: in
         rows += [{"input_ids": ids[i : i + size], "n_context": 0} for i in range(0, len(ids), size)]
     name = f'"{" ".join(text.split()[:6])} …"' if isinstance(text, str) else f"{len(texts)} texts or blocks"
     return name, [row for row in rows if len(row["input_ids"]) > 1]
-
-
-def _is_text(text: str | Path) -> bool:
-    """Whether this is text itself, and not the name of one."""
-    if isinstance(text, Path) or not any(c.isspace() for c in text.strip()):
-        return False
-    return "\n" in text.strip() or not names_file(text)

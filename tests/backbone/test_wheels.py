@@ -7,7 +7,6 @@ import subprocess
 import threading
 import time
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,7 +95,7 @@ def test_damaged_wheel_is_fetched_again(index, capsys, how):
 
 def test_wrong_hash_is_refused_and_leaves_nothing(cache, index):
     with pytest.raises(HatError, match=r"toy-1.0.*SHA-256.*not 0000") as caught:
-        fetch_wheel(replace(index[0], sha256="0" * 64))
+        fetch_wheel(index[0]._replace(sha256="0" * 64))
     assert "\n" not in str(caught.value) and names(cache) == []
 
 

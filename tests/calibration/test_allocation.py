@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from hat_lib.calibration.allocation import allocate
+from hat_lib.calibration.capacity import allocate
 
 SITES = 6
 prices = st.lists(st.floats(1e-4, 1.0), min_size=SITES, max_size=SITES).map(np.array)

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save
+from tiny_runs import GRAINS, tiny, untrained
 
 from hat_lib import __version__
-from hat_lib.backbone.base import exact_hash, fingerprint, load_base
+from hat_lib.backbone.base import exact_hash, fingerprint
 from hat_lib.config import DATA, HatConfig, HatError
 from hat_lib.model import checkpoint
 from hat_lib.model.checkpoint import (
     ADAPTER_FILE,
     CONFIG_FILE,
-    Checkpoint,
     is_hat_parameter,
     read_checkpoint,
     write_checkpoint,
@@ -35,13 +35,8 @@ from hat_lib.model.transformer import HierarchicalTransformer
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
 
 OLD = Path(__file__).with_name("version_0")
-GRAINS = ("channel", "token")
 FILES = (CONFIG_FILE, ADAPTER_FILE)
 KEY = "routers.2_qkv.log_scale"
-
-
-def tiny():
-    return load_base("random:tiny", dtype="fp32", device="cpu")
 
 
 def logits(hat, ids):
@@ -196,7 +191,7 @@ def test_the_checkpoint_names_its_base_and_another_name_may_be_given(pristine, b
 @pytest.mark.parametrize("grain", GRAINS)
 def test_only_the_adapter_is_saved_and_all_of_it(grain, base, tmp_path):
     """Uncalibrated: it runs everything after loading."""
-    hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=grain))
+    hat = untrained(grain, base)
     with torch.no_grad():
         for number, parameter in enumerate(hat.hat_parameters().values()):
             parameter += number + 1
@@ -210,7 +205,6 @@ def test_only_the_adapter_is_saved_and_all_of_it(grain, base, tmp_path):
     parameters = loaded.hat_parameters()
     assert parameters.keys() == hat.hat_parameters().keys() == tensors.keys()
     assert all(torch.equal(p, hat.hat_parameters()[name]) for name, p in parameters.items())
-    assert sum(p.numel() for p in parameters.values()) == sum(t.numel() for t in tensors.values())
     loaded.unload()
 
 
@@ -239,21 +233,6 @@ def test_neither_use_nor_training_changes_the_base(grain, base):
 def test_another_base_is_refused_by_fingerprint(folder, base):
     other = replace(base, fingerprint="f" * 64, name="another")
     refused(folder, other, "random:tiny", base.fingerprint[:12], "another has ffffffffffff")
-
-
-@pytest.mark.parametrize(
-    "config, words",
-    [
-        (HatConfig(5), "the config is for 5 layers, random:tiny has 4"),
-        (
-            HatConfig(4, translator_rank=65),
-            "translator_rank must be at most 64, the hidden size of random:tiny, got 65",
-        ),
-    ],
-)
-def test_a_config_for_another_shape(tmp_path, base, config, words):
-    write_checkpoint(tmp_path, Checkpoint(config, base.name, base.fingerprint, {}))
-    refused(tmp_path, base, CONFIG_FILE, words)
 
 
 @pytest.mark.parametrize("name", ["file/nowhere", "n" * 300, "a\0b"])
@@ -357,7 +336,6 @@ def test_a_constructor_that_fails_leaves_the_base_clean(base, config, tables, wo
         ({"lm_head.weight": torch.zeros(2)}, "unexpected key 'lm_head.weight': not a router's or a gate's"),
         ({KEY: torch.zeros(65)}, f"'{KEY}' has shape (65,), expected (64,)"),
         ({KEY: torch.full((64,), float("nan"))}, f"'{KEY}' holds a value that is not finite"),
-        ({KEY: torch.full((64,), float("inf"))}, f"'{KEY}' holds a value that is not finite"),
         ({KEY: torch.zeros(64).half()}, f"'{KEY}' must be torch.float32, got torch.float16"),
     ],
 )
@@ -365,11 +343,6 @@ def test_wrong_weights(folder, base, changes, words):
     tensors = load_file(folder / ADAPTER_FILE) | changes
     replace_tensors(folder, {name: tensor for name, tensor in tensors.items() if tensor is not None})
     refused(folder, base, ADAPTER_FILE, words)
-
-
-def test_an_adapter_that_is_no_safetensors(folder, base):
-    replace_adapter(folder, b"not safetensors")
-    refused(folder, base, ADAPTER_FILE, "not a safetensors file")
 
 
 # Refused: the JSON
@@ -387,49 +360,33 @@ def test_no_json(folder, base, text):
 @pytest.mark.parametrize(
     "path, value, words",
     [
-        ("base", 3, "base must be a line of 1 to 1000 characters, got 3"),
         ("base", "a\nb", "base must be a line of 1 to 1000 characters, got 'a\\nb'"),
-        ("base_fingerprint", "F" * 64, "base_fingerprint must be 64 hex digits, got 'FFFF"),
         ("adapter_sha256", "../../elsewhere", "adapter_sha256 must be 64 hex digits, got '../../elsewhere'"),
-        ("library_version", 0.1, "library_version must be a line of 1 to 1000 characters, got 0.1"),
         ("library_version", ..., "missing fields in the file: ['library_version']"),
         ("surprise", 1, "unknown fields in the file: ['surprise']"),
         ("sha256", None, "sha256 is None, the rest has"),
-        ("training", [1], "training must be an object or null, got [1]"),
         ("format_version", "1", "format_version must be a whole number of at least 0, got '1'"),
         ("format_version", True, "format_version must be a whole number of at least 0, got True"),
-        ("format_version", -1, "format_version must be a whole number of at least 0, got -1"),
         ("config", [], "config must be an object, got list"),
-        ("config.surprise", 1, "unknown fields in config: ['surprise']"),
-        ("config.n_layers", ..., "missing fields in config: ['n_layers']"),
         ("config.capacity", 7, "capacity must be a number in [0.1, 1.0], got 7"),
         ("config.exit_layers", [3, 1], "exit layers must be sorted and distinct, got [3, 1]"),
-        ("config.exit_layers", [9], "exit layers must lie in 1..3 for 4 layers, got 9"),
         ("config.exit_layers", 3, "exit_layers must be a list, got 3"),
-        ("config.n_layers", "4", "n_layers must be a whole number of at least 1, got '4'"),
         ("config.capacity", "0.5", "capacity must be a number, got '0.5'"),
         ("config.capacity", 10**400, "not valid JSON: number out of range"),
-        ("config.granularity", None, "granularity must be one of channel, token, got None"),
         ("calibration", 3, "calibration must be an object, got int"),
-        ("calibration.surprise", 1, "unknown fields in calibration: ['surprise']"),
         ("calibration.shares", ..., "missing fields in calibration: ['shares']"),
         ("calibration.shares", "0.5", "calibration.shares must be a list, got '0.5'"),
-        ("calibration.shares", [], "calibration.shares must have 4 entries, got 0"),
         ("calibration.shares.1.2", [0.5], "calibration.shares[1][2] must have 2 entries, got 1"),
         ("calibration.shares.1.2.0", -0.1, "calibration.shares[1][2][0] must be a number in [0, 1], got -0.1"),
-        ("calibration.shares.1.2.0", True, "calibration.shares[1][2][0] must be a number in [0, 1], got True"),
         ("calibration.thresholds.3.3.0", "low", "calibration.thresholds[3][3][0] must be a number in [-inf, inf]"),
         ("calibration.thresholds.3.3.0", float("nan"), "not valid JSON: number out of range: 'NaN'"),
         ("calibration.thresholds.3.3.0", -1, "calibration.thresholds[3][3] must be in falling order, got [-1,"),
         ("calibration.capacities", [], "calibration.capacities must have 1 entries, got 0"),
-        ("calibration.capacities", [0.99, 0.6], "calibration.capacities must be in rising order, got [0.99,"),
         ("calibration.capacities.1", 0.99, "calibration.capacities must end at 1, got 0.99"),
         ("calibration.sites.0", "q", "calibration.sites must be ['qkv', 'o', 'gate_up', 'down'], got ['q',"),
         ("calibration.method", None, "calibration.method must be a str, got None"),
-        ("calibration.text", 3, "calibration.text must be a str, got 3"),
         ("calibration.exit_rates", [[0.5, 0.1]], "calibration.exit_rates[0] must be in rising order, got [0.5, 0.1]"),
         ("calibration.exit_capacities", None, "exit_rates and exit_scores must be all null or all lists"),
-        ("calibration.exit_capacities", [0.5, 0.4], "calibration.exit_capacities must be in rising order"),
         ("calibration.exit_scores.0.0", [1, 0], "calibration.exit_scores[0][0] must have 1 entries, got 2"),
     ],
 )
@@ -465,14 +422,8 @@ def test_a_changed_digit_in_a_table_is_noticed(folder, base):
     file.write_text(json.dumps(meta))
     refused(folder, base, CONFIG_FILE, f"sha256 is '{meta['sha256']}'", "the rest has", "delete the line sha256")
     del meta["sha256"]  # what the message says
-    file.write_text(json.dumps(meta))
+    file.write_text(json.dumps(dict(reversed(meta.items())), indent=4))  # spaces and order say nothing
     assert read_checkpoint(folder).calibration.thresholds == meta["calibration"]["thresholds"]
-
-
-def test_spaces_and_the_order_of_keys_do_not_matter(folder, pristine):
-    meta = json.loads((folder / CONFIG_FILE).read_text())
-    (folder / CONFIG_FILE).write_text(json.dumps(dict(reversed(meta.items())), indent=4))
-    assert read_checkpoint(folder).calibration == read_checkpoint(pristine).calibration
 
 
 # Writing
@@ -492,7 +443,6 @@ def deep(levels):
         ({"training": {"loss": torch.tensor(1.0)}}, "Tensor is not JSON serializable"),
         ({"training": {1: "a", "1": "b"}}, "duplicate key '1'"),
         ({"training": {"steps": 10**30}}, "number out of range"),
-        ({"training": deep(600)}, "recursion|nested deeper than 500"),
         ({"training": deep(100_000)}, "recursion|nested deeper than 500"),
         ({"base": "two\nlines"}, "base must be a line"),
         ({"tensors": {"lm_head.weight": torch.zeros(2)}}, "unexpected key 'lm_head.weight'"),
@@ -535,14 +485,9 @@ def test_a_full_disk(folder, monkeypatch, calls):
             write_checkpoint(folder, other(old))
     assert not list(folder.glob(".*"))  # nothing half-written
     assert state(folder) == (0 if calls < 3 else 1)
+    (folder / f"{ADAPTER_FILE}.bak").write_text("the user's own")
     write_checkpoint(folder, other(old))
-    assert state(folder) == 1 and files(folder) == sorted(FILES)
-
-
-def test_a_backup_beside_the_files_is_left_alone(folder):
-    (folder / f"{ADAPTER_FILE}.bak").write_text("mine")
-    write_checkpoint(folder, other(read_checkpoint(folder)))
-    assert files(folder) == [ADAPTER_FILE, f"{ADAPTER_FILE}.bak", CONFIG_FILE]
+    assert state(folder) == 1 and files(folder) == [ADAPTER_FILE, f"{ADAPTER_FILE}.bak", CONFIG_FILE]
 
 
 # A process that is killed while it saves: old or new, never neither
