@@ -47,7 +47,7 @@ from matplotlib.image import imsave
 from hat_lib.backbone.base import BUNDLED
 from hat_lib.config import CAPACITY_MIN, DATA, HatError, work_said
 from hat_lib.evaluation.routing import Patterns
-from hat_lib.experiments.tables import saved
+from hat_lib.experiments.common import saved
 from hat_lib.inference.generate import MODES, AdaptiveInference, Generation
 from hat_lib.inference.speed import SpeedCurve
 from hat_lib.plotting import frontier
