@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from hat_lib.config import WHY, HatError, check_capacity
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.plotting.sweep import sweep as sweep_figure
+from hat_lib.plotting.frontier import sweep as sweep_figure
 from hat_lib.text.blocks import default_split, load_text, names_file
 
 CAPACITIES = (0.4, 0.55, 0.7, 0.9)

@@ -1,9 +1,6 @@
-"""Frontiers: what each variant costs at each amount of work, drawn from ``data/results/quality.csv``.
-
-As in `hat_lib.plotting.style`: a table in, a `Figure` out. `quality` has a panel for each grain and text; in it the
-trained model and every control at equal work. `twin` has the trained model alone, setting by setting, and stands beside
-the sliders of `hat_lib.workbook.widgets.FrontierView`. The horizontal axis is `model_share`, the one measure by which
-grains can be compared.
+"""Frontiers: what is lost at each amount of work. `quality`: the trained model and every control, a panel for each
+grain and text, over the work of the whole model, by which grains can be compared. `twin`: the trained model alone,
+setting by setting, beside the sliders of `hat_lib.workbook.widgets.FrontierView`. `sweep`: one text, measured just now.
 """
 
 from __future__ import annotations
@@ -12,25 +9,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from hat_lib.config import HatError
-from hat_lib.plotting.style import (
-    BLUE,
-    BROWN,
-    GREEN,
-    ORANGE,
-    PINK,
-    PURPLE,
-    below,
-    increases,
-    key,
-    need,
-    panels,
-    percent,
-    styled,
-    whiskers,
-)  # fmt: skip
+from hat_lib.plotting import style
+from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, ORANGE, PERCENT, PINK, PURPLE, SERIES, WORK, draws
 from hat_lib.plotting.token_heatmap import PALETTE
 
 VARIANTS = {
@@ -41,35 +24,30 @@ VARIANTS = {
     "removal": (BROWN, "P", ":"),
     "random": (PINK, "^", ":"),
 }
-LOOKS = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (PURPLE, "v")]
 HEIGHT = 3.4  # inches
-COST = ["increase", "increase_low", "increase_high"]
-XLABEL = "executed share of the model's work"
 
 
-@styled
+@draws("granularity", "text", "variant", "exit_rate", "tokens", "model_share", "capacity", *COST)
 def quality(table: pd.DataFrame) -> Figure:
     """Perplexity increase against the work of the whole model, with 95 % intervals; linear below 1 %, log above.
 
-    Args:
-        table: the fields of `hat_lib.experiments.quality.Row`; rows with exits are left out. Of two rows for one point,
-            the one on more tokens counts.
+    ``table`` has the fields of `hat_lib.experiments.quality.Row`; rows with exits are left out, and of two rows for one
+    point the one on more tokens counts.
     """
-    need(table, "granularity", "text", "variant", "exit_rate", "tokens", "model_share", "capacity", *COST)
     table = table[table["exit_rate"] == 0].sort_values("tokens")
     table = table.drop_duplicates(["granularity", "text", "variant", "capacity"], keep="last")
     grains, texts = (sorted(set(table[name])) for name in ("granularity", "text"))
-    fig, axes = panels(len(texts), len(grains), 3.4 * len(grains) + 0.4, 4.7 * len(texts))
+    fig, axes = style.panels(len(texts), len(grains), 3.4 * len(grains) + 0.4, 4.7 * len(texts))
     for ax, (grain, text) in zip(axes, ((g, t) for g in grains for t in texts), strict=True):
         here = table[(table["granularity"] == grain) & (table["text"] == text)].sort_values("model_share")
-        increases(ax, [0, *(10.0**n for n in (*range(4), *range(4, 20, 2)))], XLABEL)
+        style.increases(ax, [0, *(10.0**n for n in (*range(4), *range(4, 20, 2)))], WORK)
         for variant, look in VARIANTS.items():
             rows = here[here["variant"] == variant]
             if len(rows):
-                whiskers(ax, rows["model_share"], *(100 * rows[c] for c in COST), *look, markersize=4)
+                style.whiskers(ax, rows["model_share"], 100 * rows[COST], *look, markersize=4)
         ax.yaxis.set_major_formatter(FuncFormatter(_increase))
         ax.set(title=f"{grain} grain, {text}", ylabel="perplexity increase" * (text == texts[0]))
-    below(fig, [key(name, *look) for name, look in VARIANTS.items() if name in set(table["variant"])])
+    style.below(fig, [style.key(name, *look) for name, look in VARIANTS.items() if name in set(table["variant"])])
     return fig
 
 
@@ -86,7 +64,8 @@ def points(quality: pd.DataFrame, granularity: str = "channel", text: str = "doc
     Of two rows for one setting, the one on more tokens counts. The base is at capacity 1 and exit rate 0, where
     everything runs and nothing needs to be measured. Raises `HatError` where no row is left.
     """
-    need(quality, "granularity", "text", "variant", "capacity", "exit_rate", "tokens", "base_ppl", "ppl", "model_share")
+    names = "granularity", "text", "variant", "capacity", "exit_rate", "tokens", "base_ppl", "ppl", "model_share"
+    style.need(quality, *names)
     rows = quality.query("granularity == @granularity and text == @text and variant == 'trained'")
     if rows.empty:
         raise HatError(f"no row of the trained model for {granularity} and {text}: run `hat reproduce quality` first")
@@ -99,23 +78,21 @@ def points(quality: pd.DataFrame, granularity: str = "channel", text: str = "doc
     return rows.sort_values(["exit_rate", "capacity"], ignore_index=True)
 
 
-@styled
+@draws()
 def twin(quality: pd.DataFrame, layers: pd.DataFrame, granularity: str = "channel", text: str = "docstrings") -> Figure:
     """Every point of the frontier with its requested capacity, and what each layer executed at every setting.
 
-    Args:
-        quality, granularity, text: as for `points`.
-        layers: the fields of `hat_lib.experiments.layer_shares.Row`.
+    ``layers`` has the fields of `hat_lib.experiments.layer_shares.Row`; the rest is as for `points`.
     """
-    need(layers, "capacity", "exit_rate", "layer", "executed", "entered")
+    style.need(layers, "capacity", "exit_rate", "layer", "executed", "entered")
     rows = points(quality, granularity, text)
-    fig, (cost, work) = panels(2, height=HEIGHT, width=7.6, sharey=False)
+    fig, (cost, work) = style.panels(2, height=HEIGHT, width=7.6, sharey=False)
     draw(cost, rows)
     for row in rows.itertuples():
         at = (row.model_share, 100 * row.increase)
         cost.annotate(f"{row.capacity:.2f}", at, (4, 5), textcoords="offset points", fontsize=8)
     table = layers.pivot(index=["exit_rate", "capacity"], columns="layer", values="executed").sort_index()
-    fig.colorbar(work.pcolormesh(table.to_numpy(), cmap=PALETTE), ax=work, format=percent(), pad=0.02)
+    fig.colorbar(work.pcolormesh(table.to_numpy(), cmap=PALETTE), ax=work, format=PERCENT, pad=0.02)
     names = [f"{c:.2f}" + (f", exits {e:.1f}" if e else "") for e, c in table.index]
     work.set_yticks(np.arange(len(table)) + 0.5, names, fontsize=8)
     columns = range(0, table.shape[1], max(1, table.shape[1] // 6))
@@ -127,8 +104,26 @@ def twin(quality: pd.DataFrame, layers: pd.DataFrame, granularity: str = "channe
 
 def draw(ax: Axes, points: pd.DataFrame) -> None:
     """Perplexity increase against the whole model's work, a line for each exit rate; linear below 1 %, log above."""
-    increases(ax, [-1, 0, *(10.0**n for n in range(9))], XLABEL)
-    for (rate, rows), look in zip(points.groupby("exit_rate"), LOOKS * len(points), strict=False):
-        ends = (100 * rows[c] for c in COST)
-        whiskers(ax, rows["model_share"], *ends, *look, "-", label=f"exit rate {rate:g}")
+    style.increases(ax, [-1, 0, *(10.0**n for n in range(9))], WORK)
+    for (rate, rows), look in zip(points.groupby("exit_rate"), SERIES * len(points), strict=False):
+        style.whiskers(ax, rows["model_share"], 100 * rows[COST], *look, "-", label=f"exit rate {rate:g}")
     ax.legend(loc="lower left", fontsize=8)
+
+
+@draws("capacity", "realised", *COST, "top1")
+def sweep(table: pd.DataFrame) -> Figure:
+    """Perplexity increase and top-1 agreement of `hat_lib.explore.sweep.Sweep.frame` against the realised capacity."""
+    table = table.sort_values("realised")
+    fig, (increase, top1) = style.panels(2, width=1.2 * style.WIDTH, sharey=False)
+    increase.axhline(0, color=GREY, linewidth=1)
+    style.whiskers(increase, table["realised"], table[COST], BLUE, "o", "-")
+    for row in table.itertuples():
+        at = (row.realised, row.increase)
+        increase.annotate(f"{row.capacity:g}", at, (5, 5), textcoords="offset points", fontsize=8)
+    top1.plot(table["realised"], table["top1"], color=GREEN, marker="s")
+    labels = "realised capacity (beside the points: requested)", "realised capacity"
+    increase.set(xlabel=labels[0], ylabel="perplexity increase, 95 % interval")
+    top1.set(xlabel=labels[1], ylabel="top-1 agreement with the base")
+    for axis in (increase.xaxis, increase.yaxis, top1.xaxis, top1.yaxis):
+        axis.set_major_formatter(PercentFormatter(1))
+    return fig

@@ -1,9 +1,9 @@
-"""Figures: a table in, a matplotlib `Figure` out; one palette and one place for sizes.
+"""Figures: a table in, a matplotlib `Figure` out; one palette, one place for sizes and for what figures share.
 
-Every function takes the table that stands in ``data/results``, so a figure is redrawn from its file without a
-model. Nothing here touches pyplot: a `Figure` that nobody registers cannot leak from one notebook cell, test or
-thread into the next. Colours are seaborn's "colorblind" set, and each series also has a marker or line style of its
-own. Pages may be dark, so a figure carries its own white ground.
+Every function takes the table that stands in ``data/results``, so a figure is redrawn from its file without a model;
+without a column that it needs, or without a row, it raises `HatError`. Nothing here touches pyplot: a `Figure` that
+nobody registers cannot leak from one notebook cell, test or thread into the next. Colours are seaborn's "colorblind"
+set, and each series also has a marker or line style of its own. Pages may be dark: a figure has its own white ground.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import display
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from PIL import Image
 
 from hat_lib import config
@@ -32,9 +33,13 @@ from hat_lib.config import HatError
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = sns.color_palette("colorblind").as_hex()
 PARTS = {"ffn": (BLUE, "white"), "attention": (ORANGE, "black"), "head": (GREEN, "black")}  # bar, words on it
 GRAINS = {"channel": (BLUE, "o"), "token": (ORANGE, "s")}
-WIDTH, HEIGHT, DPI = 7.0, 3.8, 130  # inches, inches, dots per inch
+SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (PURPLE, "v")]
+PUBLISHED = {"color": "black", "marker": "D", "markersize": 8, "markerfacecolor": "none", "zorder": 5}
+COST = ["increase", "increase_low", "increase_high"]
+WORK = "executed share of the model's work"
+PERCENT = "{x:.0%}"  # ticks of an axis of shares
+WIDTH, WIDE, HEIGHT, DPI = 7.0, 9.4, 3.8, 130  # inches: one panel, several side by side; inches; dots per inch
 MOST = 1000.0  # per cent; an increase beyond it stands at the upper edge, as a triangle
-HOLLOW = {"markerfacecolor": "none", "color": "black", "marker": "D", "zorder": 5}
 
 STYLE = {
     "figure.facecolor": "white",
@@ -86,99 +91,80 @@ def picture(data: bytes, alt: str) -> tuple[dict, dict]:
     return bundle, {"metadata": {"image/png": {"alt": alt}}, "raw": True}
 
 
-def styled(draw: Callable) -> Callable:
-    """A function that draws, in the house style."""
+def draws(*columns: str) -> Callable:
+    """Decorator: draw in the house style, from a first table that has these columns."""
 
-    @wraps(draw)
-    def inside(*args, **settings):
-        with mpl.rc_context(STYLE):
-            return draw(*args, **settings)
+    def decorate(draw: Callable) -> Callable:
+        @wraps(draw)
+        def inside(table: pd.DataFrame, *args, **settings) -> Figure:
+            need(table, *columns)
+            with mpl.rc_context(STYLE):
+                return draw(table, *args, **settings)
 
-    return inside
+        return inside
+
+    return decorate
 
 
-@styled
+@draws("base", *PARTS)
 def weight_shares(table: pd.DataFrame) -> Figure:
-    """Stacked bars: which part of the weights that a token reads is FFN, attention, LM head.
-
-    Args:
-        table: a row per base; ``base``, ``ffn``, ``attention``, ``head`` (shares, sum 1).
-    """
-    need(table, "base", *PARTS)
+    """Stacked bars: which part of the weights that a token reads is FFN, attention, LM head; a bar per base, shares."""
     fig, (ax,) = panels(1, height=1.1 + 0.6 * len(table))
     left = pd.Series(0.0, index=table.index)
     for part, (colour, ink) in PARTS.items():
-        ax.barh(table["base"], table[part], left=left, color=colour, label=part.replace("ffn", "FFN"))
-        for y, (share, start) in enumerate(zip(table[part], left, strict=True)):
-            ax.text(start + share / 2, y, f"{share:.0%}", ha="center", va="center", color=ink, weight="bold")
+        bars = ax.barh(table["base"], table[part], left=left, color=colour, label=part.replace("ffn", "FFN"))
+        ax.bar_label(bars, [f"{v:.0%}" for v in table[part]], label_type="center", color=ink, weight="bold")
         left = left + table[part]
     ax.set(xlim=(0, 1), xlabel="share of the weights read per token")
-    ax.xaxis.set_major_formatter(percent())
+    ax.xaxis.set_major_formatter(PERCENT)
     ax.grid(axis="y", visible=False)
     ax.invert_yaxis()
-    ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    above(ax, 3)
     return fig
 
 
-@styled
+@draws("layer", "ratio", "low", "high")
 def skipped_ffn(table: pd.DataFrame) -> Figure:
-    """What it costs to skip one layer's FFN for every token: perplexity ratio, log axis.
-
-    Args:
-        table: a row per layer; ``layer``, ``ratio`` (perplexity / base perplexity), ``low``, ``high`` (95 %).
-    """
-    need(table, "layer", "ratio", "low", "high")
+    """What it costs to skip one layer's FFN for every token: perplexity / base perplexity with its 95 % interval."""
     fig, (ax,) = panels(1)
     ax.axhline(1, color=GREY, linewidth=1)
     ax.vlines(table["layer"], 1, table["ratio"], color=BLUE, alpha=0.35, linewidth=3)
-    whiskers(ax, table["layer"], table["ratio"], table["low"], table["high"], BLUE, "o",
-             label="one FFN skipped, 95 % interval")  # fmt: skip
-    ax.set_yscale("log")
+    label = "one FFN skipped, 95 % interval"
+    whiskers(ax, table["layer"], table[["ratio", "low", "high"]], BLUE, "o", label=label)
     ticks, largest = [1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000], table[["ratio", "high"]].max().max()
     last = next((v for v in ticks if v >= largest), ticks[-1])  # few decades would leave one label
-    ax.yaxis.set_major_locator(FixedLocator([v for v in ticks if v <= last]))
-    ax.yaxis.set_minor_locator(FixedLocator([]))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}×"))
+    ax.set_yscale("log")
+    fixed(ax.yaxis, [v for v in ticks if v <= last], "{x:g}×")
     ax.set(xlabel="layer whose FFN is skipped", ylabel="perplexity / base perplexity")
     ax.legend(loc="upper center")
     return fig
 
 
-@styled
+@draws("method", "work", "increase", "low", "high")
 def grain_frontier(table: pd.DataFrame) -> Figure:
-    """Perplexity increase against executed work, a line per ``method``; linear below 1 %, logarithmic above.
-
-    Args:
-        table: ``method``, ``work`` (share of the linear layers' work, 0-1), ``increase``, ``low``, ``high``
-            (perplexity / base perplexity - 1, and its 95 % interval).
-    """
-    need(table, "method", "work", "increase", "low", "high")
+    """Perplexity / base perplexity - 1 against the share of the linear layers' work, a line per ``method``."""
     fig, (ax,) = panels(1, height=4.2)
     increases(ax, [-1, 0, 1, 10, 100, 1e3, 1e4, 1e5, 1e6], "executed share of the linear layers' work")
     looks = zip((BLUE, ORANGE, GREEN, PINK, PURPLE, BROWN), "osD^vP", strict=True)
-    for (method, rows), (colour, marker) in zip(table.groupby("method", sort=False), looks, strict=False):
+    for (method, rows), look in zip(table.groupby("method", sort=False), looks, strict=False):
         rows = rows.sort_values("work")
-        ends = (100 * rows[c] for c in ("increase", "low", "high"))
-        whiskers(ax, rows["work"], *ends, colour, marker, "-", label=method)
-    ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+        whiskers(ax, rows["work"], 100 * rows[["increase", "low", "high"]], *look, "-", label=method)
+    above(ax, 3)
     return fig
 
 
-@styled
-def benchmark(table: pd.DataFrame) -> Figure:
-    """Measured speedups beside the ideal: a row of panels per base and machine, a panel per phase and batch.
+MACHINE = ("base", "device", "dtype", "threads")
 
-    Args:
-        table: the fields of `hat_lib.experiments.benchmark.Row`.
-    """
-    machine = ["base", "device", "dtype", "threads"]
-    need(table, *machine, "granularity", "phase", "batch", "realised", "ideal", "speedup_hf", "speedup_dense")
-    settings = list(table.groupby(machine, sort=False))
-    phases = sorted({(p, b) for p, b in zip(table["phase"], table["batch"], strict=True)}, key=lambda k: (k[1], k[0]))
+
+@draws(*MACHINE, "granularity", "phase", "batch", "realised", "ideal", "speedup_hf", "speedup_dense")
+def benchmark(table: pd.DataFrame) -> Figure:
+    """Measured speedups beside the ideal: a row of panels per base and machine, a panel per phase and batch."""
+    settings = list(table.groupby(list(MACHINE), sort=False))
+    phases = sorted(set(zip(table["batch"], table["phase"], strict=True)))
     kinds = {"speedup_hf": ("-", "vs plain transformers"), "speedup_dense": ("--", "vs own dense path")}
     fig, axes = panels(len(phases), len(settings), height=2.9 * len(settings) + 0.7)
     for i, ((base, device, dtype, threads), rows) in enumerate(settings):
-        for j, (phase, batch) in enumerate(phases):
+        for j, (batch, phase) in enumerate(phases):
             ax = axes[i * len(phases) + j]
             here = rows[(rows["phase"] == phase) & (rows["batch"] == batch)]
             for grain, part in here.sort_values("realised").groupby("granularity", sort=False):
@@ -208,21 +194,38 @@ def panels(
     return fig, list(fig.subplots(rows, columns, squeeze=False, **{"sharey": "row"} | shared).flat)
 
 
+def panels_by(
+    table: pd.DataFrame, column: str, height: float, width: float, **shared
+) -> tuple[Figure, list[tuple[pd.DataFrame, Axes]]]:
+    """A panel for each value of a column, with that title, and the rows that have it."""
+    groups = list(table.groupby(column))
+    fig, axes = panels(len(groups), height=height, width=width, **{"sharey": True, "sharex": True} | shared)
+    for ax, (value, _) in zip(axes, groups, strict=True):
+        ax.set_title(value)
+    return fig, [(rows, ax) for (_, rows), ax in zip(groups, axes, strict=True)]
+
+
 def whiskers(
-    ax: Axes, x, middle, low, high, colour: str, marker: str, line: str = "none", across: bool = False, **look
+    ax: Axes, x, ends: pd.DataFrame, colour: str, marker: str, line: str = "none", across: bool = False, **look
 ) -> None:
-    """Points with the interval ``low``..``high``, joined by a line; ``across``: the values lie on the x axis."""
-    ends = [(middle - low).clip(lower=0), (high - middle).clip(lower=0)]
+    """Points with their intervals, joined by a line.
+
+    Args:
+        ends: three columns: the value, the low and the high end of its interval (nan: none).
+        across: the values lie on the x axis.
+    """
+    middle, low, high = (ends[name] for name in ends)
+    reach = [(middle - low).fillna(0).clip(lower=0), (high - middle).fillna(0).clip(lower=0)]
     look = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "capsize": 2, "elinewidth": 1} | look
-    ax.errorbar(*((middle, x) if across else (x, middle)), **{"xerr" if across else "yerr": ends}, **look)
+    ax.errorbar(*((middle, x) if across else (x, middle)), **{"xerr" if across else "yerr": reach}, **look)
 
 
-def costs(ax: Axes, x, middle, low, high, colour: str, marker: str, line: str = "none") -> None:
+def costs(ax: Axes, x, ends: pd.DataFrame, colour: str, marker: str, line: str = "none") -> None:
     """Increases in perplexity with their intervals, up to `MOST` per cent; what lies beyond is a triangle there."""
-    middle, low, high = (100 * part for part in (middle, low, high))
-    inside = middle <= MOST
-    ax.plot(x, middle.clip(upper=MOST), linestyle=line, color=colour)
-    whiskers(ax, x[inside], middle[inside], low[inside], high[inside].clip(upper=MOST), colour, marker)
+    shown = (100 * ends).clip(upper=MOST)
+    inside = 100 * ends.iloc[:, 0] <= MOST
+    ax.plot(x, shown.iloc[:, 0], linestyle=line, color=colour)
+    whiskers(ax, x[inside], shown[inside], colour, marker)
     ax.plot(x[~inside], [MOST] * int((~inside).sum()), "^", color=colour, markersize=6)
 
 
@@ -239,7 +242,7 @@ def increases(
     ax.set_yscale("symlog", linthresh=1, linscale=1 if largest is None else 0.5)
     ax.yaxis.set_major_locator(FixedLocator(ticks))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+,.0f} %" if v else "0"))
-    ax.xaxis.set_major_formatter(percent())
+    ax.xaxis.set_major_formatter(PERCENT)
     beyond = largest is not None and bool(100 * largest > MOST)
     ax.set(xlabel=xlabel, ylabel="perplexity increase" + " (▲: beyond)" * beyond)
     if largest is not None:
@@ -248,7 +251,12 @@ def increases(
 
 def key(label: str, colour: str = "black", marker: str | None = None, line: str = "none", **look) -> Line2D:
     """An entry of a legend."""
-    return Line2D([], [], color=colour, marker=marker, linestyle=line, label=label, **look)
+    return Line2D([], [], **{"color": colour, "marker": marker, "linestyle": line, "label": label} | look)
+
+
+def grain_keys(table: pd.DataFrame, line: str = "none") -> list[Line2D]:
+    """Entries for the grains that a table has."""
+    return [key(f"{grain} grain", *GRAINS[grain], line) for grain in GRAINS if grain in set(table["granularity"])]
 
 
 def below(fig: Figure, entries: list[Line2D], **look) -> None:
@@ -256,22 +264,22 @@ def below(fig: Figure, entries: list[Line2D], **look) -> None:
     fig.legend(handles=entries, **{"ncols": len(entries), "loc": "outside lower center"} | look)
 
 
-def grain_keys(table: pd.DataFrame, line: str = "none") -> list[Line2D]:
-    shown = {grain: look for grain, look in GRAINS.items() if grain in set(table["granularity"])}
-    return [key(f"{grain} grain", colour, marker, line) for grain, (colour, marker) in shown.items()]
+def above(ax: Axes, columns: int) -> None:
+    """The legend of one panel, above it."""
+    ax.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def log_axis(ax: Axes, ticks: list[float], label: str = "{x:g}") -> None:
     """A horizontal log axis with these ticks and no other."""
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(FixedLocator(ticks))
-    ax.xaxis.set_minor_locator(FixedLocator([]))
-    ax.xaxis.set_major_formatter(label)
+    fixed(ax.xaxis, ticks, label)
 
 
-def percent() -> FuncFormatter:
-    """Ticks of an axis of shares."""
-    return FuncFormatter(lambda v, _: f"{v:.0%}")
+def fixed(axis: Axis, ticks: list[float], label: str = "{x:g}") -> None:
+    """These ticks and no other."""
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(label)
 
 
 def need(table: pd.DataFrame, *columns: str) -> None:

@@ -3,9 +3,8 @@ pages that drop the colours of HTML, such as GitHub's view of a notebook (`figur
 
 The colours are cividis, perceptually uniform and the same to eyes with and without colour deficiency (Nuñez, Anderton
 and Renslow 2018, arXiv:1712.01662). Each ground brings its own ink, black or white, whichever contrasts more (WCAG 2:
-at least 4.5 : 1), so it reads on light and dark pages alike. Several passages share one scale and one legend, so two
-prompts can be compared by eye. Where no colours can be shown the number is a subscript: tenths of the way from the
-scale's low end to its high end.
+at least 4.5 : 1). Passages share one scale and one legend, so two prompts can be compared by eye. Where no colours can
+be shown the number is a subscript: tenths of the way from the scale's low end to its high end.
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ class Passage:
 
     title: str
     tokens: Sequence[str]
-    """text of each token, as from `hat_lib.text.token_classes.pieces`: one without text shares the character of the
-    next"""
+    """as from `hat_lib.text.token_classes.pieces`: a token without text shares the character of the next"""
     values: Sequence[float]
     """number of each token; nan leaves it without colour"""
 
@@ -65,35 +63,28 @@ def html(*passages: Passage, meaning: str, low: float | None = None, high: float
     """
     scale = _Scale.of(passages, low, high)
 
-    def ground(at: float, more: str) -> str:
+    def span(text: str, at: float, more: str) -> str:
+        if np.isnan(at):
+            return escape(text)
         (r, g, b), ink = _colours(at)
-        return f'<span style="background:#{r:02x}{g:02x}{b:02x};color:{ink}{more}'
+        return f'<span style="background:#{r:02x}{g:02x}{b:02x};color:{ink}{more}">{escape(text)}</span>'
 
-    def span(text: str, numbers: np.ndarray) -> str:
-        title = ", ".join(f"{v:.3f}" for v in numbers)
-        at = scale.at(numbers)
-        return escape(text) if np.isnan(at) else ground(at, f'" title="{title}">{escape(text)}</span>')
-
-    swatches = "".join(ground(at, f';padding:0 .6em">{text}</span>') for at, text in scale.legend())
+    swatches = "".join(span(text, at, ";padding:0 .6em") for at, text in scale.legend())
     parts = [f"<p>{escape(visible(meaning))} {swatches}</p>"]
     for passage in passages:
-        spans = "".join(span(*part) for part in _characters(passage))
+        spans = ""
+        for text, numbers in _characters(passage):
+            title = ", ".join(f"{v:.3f}" for v in numbers)
+            spans += span(text, scale.at(numbers), f'" title="{title}')
         parts.append(f"<p><strong>{escape(visible(passage.title))}</strong><br>{spans}</p>")
     style = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5"
     return f'<div style="{style}">{"".join(parts)}</div>'
 
 
-def ansi(
-    *passages: Passage,
-    meaning: str,
-    low: float | None = None,
-    high: float | None = None,
-    colours: bool | None = None,
-) -> str:
+def ansi(*passages: Passage, meaning: str, low=None, high=None, colours: bool | None = None) -> str:
     """Passages as lines for a terminal with 24-bit colour; arguments and errors as for `html`.
 
-    Args:
-        colours: whether to write escape codes; by default where stdout is a terminal and NO_COLOR is not set.
+    ``colours``: whether to write escape codes; by default where stdout is a terminal and NO_COLOR is not set.
     """
     scale = _Scale.of(passages, low, high)
     paint = _painted if (terminal_colours() if colours is None else colours) else _subscript
@@ -105,7 +96,7 @@ def ansi(
     return "\n".join(lines)
 
 
-def figure(*passages: Passage, meaning: str, low: float | None = None, high: float | None = None) -> Figure:
+def figure(*passages: Passage, meaning: str, low=None, high=None) -> Figure:
     """Passages as a picture, with the colours of `html`; arguments and errors as there."""
     scale = _Scale.of(passages, low, high)
     lines = _wrapped([(visible(meaning) + " ", np.nan), *((f" {text} ", at) for at, text in scale.legend())])
@@ -160,9 +151,8 @@ class _Scale:
     def of(cls, passages: Sequence[Passage], low: float | None, high: float | None) -> _Scale:
         for p in passages:
             if len(p.tokens) != len(p.values):
-                raise HatError(
-                    f"{p.title!r}: expected a number for each token, got {len(p.values)} for {len(p.tokens)}"
-                )
+                counts = f"got {len(p.values)} for {len(p.tokens)}"
+                raise HatError(f"{p.title!r}: expected a number for each token, {counts}")
         values = np.concatenate([np.asarray(p.values, dtype=float) for p in passages] or [np.zeros(0)])
         known = values[np.isfinite(values)]
         if not len(known) and None in (low, high):
@@ -207,15 +197,14 @@ def _wrapped(parts: Iterable[tuple[str, float | None]]) -> list[list[tuple[int, 
     lines, column = [[]], 0
     for text, at in parts:
         for i, part in enumerate(text.split("\n")):
-            fresh = i > 0 or column + len(part) > COLUMNS
-            while fresh or part:
-                if fresh:
+            over = column + len(part) > COLUMNS
+            for j in range(0, max(1, len(part)), COLUMNS):
+                if i or j or over:
                     lines.append([])
                     column = 0
-                head, part = part[:COLUMNS], part[COLUMNS:]
-                if head:
+                if head := part[j : j + COLUMNS]:
                     lines[-1].append((column, head, at))
-                column, fresh = column + len(head), bool(part)
+                column += len(head)
     return lines
 
 
@@ -242,15 +231,12 @@ def _painted(text: str, at: float) -> str:
     if np.isnan(at):
         return text
     (r, g, b), ink = _colours(at)
-    grey = 0 if ink == "black" else 255
-    on = f"\x1b[48;2;{r};{g};{b};38;2;{grey};{grey};{grey}m"
+    on = f"\x1b[48;2;{r};{g};{b};38;2" + (";0" if ink == "black" else ";255") * 3 + "m"
     # Off before a line's end, or the terminal paints the rest of the line.
     return "\n".join(f"{on}{line}\x1b[0m" if line else "" for line in text.split("\n"))
 
 
 def _subscript(text: str, at: float) -> str:
-    if np.isnan(at):
-        return text
-    digit = chr(ord("₀") + min(9, int(10 * at)))
+    digit = "" if np.isnan(at) else chr(ord("₀") + min(9, int(10 * at)))
     body = text.rstrip("\n")
     return body + digit + text[len(body) :]

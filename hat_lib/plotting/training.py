@@ -1,9 +1,8 @@
 """Curves: figures of training, drawn from ``log.csv``, also while it grows.
 
-The functions follow `hat_lib.plotting.style`: a table in, a `Figure` out. The table is what `hat_lib.training.log`
-writes; where several runs share a figure, the column ``granularity`` says whose row it is. A row is the mean of the
-steps since the row before it. A run's sampled capacities say how hard its steps were, so the KL of two steps is
-compared at equal capacity, or not at all.
+The table is what `hat_lib.training.log` writes; where several runs share a figure, the column ``granularity`` says
+whose row it is. A row is the mean of the steps since the row before it. A run's sampled capacities say how hard its
+steps were, so the KL of two steps is compared at equal capacity, or not at all.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from IPython.display import display
@@ -22,21 +20,15 @@ from matplotlib.ticker import MaxNLocator
 from transformers import TrainerCallback
 
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, GRAINS, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE, need, panels, percent
+from hat_lib.plotting.style import BLUE, GRAINS, GREEN, GREY, ORANGE, PERCENT, PURPLE, SKY, WIDE, draws
 
-WIDE = 9.4  # inches, for panels side by side
 RECENT = 5  # rows that a running mean takes in
 SITES = {"qkv": (BLUE, "-"), "o": (ORANGE, "--"), "gate_up": (GREEN, "-."), "down": (PURPLE, ":")}
 
 
 class Live(TrainerCallback):
-    """Draws a run's log into the notebook cell that trains, anew every few seconds; the last drawing is saved.
-
-    Args:
-        log: the run's ``log.csv``.
-        draw: one of this module's functions.
-        name, alt: as for `plots.show`.
-        every: least seconds between two drawings.
+    """Draws a run's ``log.csv`` with one of this module's functions into the notebook cell that trains, at most every
+    ``every`` seconds; the last drawing is saved as by `style.show`, with its ``name`` and ``alt``.
     """
 
     def __init__(self, log: Path, draw: Callable[[pd.DataFrame], Figure], name: str, alt: str, every: float = 3.0):
@@ -45,22 +37,17 @@ class Live(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and time.monotonic() >= self.next:
-            self._show()
+            self._show(pd.read_csv(self.log))
             self.next = time.monotonic() + self.every
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self._show()
-            if not self._rows().empty:
-                style.save_figure(
-                    self.draw(self._rows()), self.name
-                )  # drawn anew: a second rendering differs from a first
+            rows = pd.read_csv(self.log)
+            self._show(rows)
+            if not rows.empty:
+                style.save_figure(self.draw(rows), self.name)  # drawn anew: a second rendering differs from a first
 
-    def _rows(self) -> pd.DataFrame:
-        return pd.read_csv(self.log)
-
-    def _show(self) -> None:
-        rows = self._rows()
+    def _show(self, rows: pd.DataFrame) -> None:
         if rows.empty:
             return
         bundle, how = style.picture(style.png(self.draw(rows)), self.alt)
@@ -70,125 +57,104 @@ class Live(TrainerCallback):
             self.handle.update(bundle, **how)
 
 
+@draws("step", "kl", "share", "capacity", "share_0")
 def routers(log: pd.DataFrame) -> Figure:
-    """A run that trains routers: KL, realised beside requested capacity, and the newest shares of the layers.
-
-    Args:
-        log: ``step``, ``kl``, ``share``, ``capacity``, ``share_0``, ``share_1``, ...
-    """
-    need(log, "step", "kl", "share", "capacity", "share_0")
-    with mpl.rc_context(STYLE):
-        fig, (kl, share, layers) = _row(3)
-        _curve(kl, log, "kl", BLUE)
-        kl.set(ylabel="KL to the base, nats per token")
-        _curve(share, log, "share", BLUE, "realised")
-        share.plot(log["step"], log["capacity"], "--", color=ORANGE, label="requested")
-        share.set(ylabel="capacity", ylim=(0, 1))
-        share.legend()
-        newest = log[layer_columns(log)].tail(RECENT).mean()
-        layers.bar(range(len(newest)), newest, color=SKY)
-        layers.axhline(newest.mean(), color=GREY, linewidth=1)
-        layers.set(xlabel="layer", ylabel="share kept lately", ylim=(0, 1))
-        for ax in (share, layers):
-            ax.yaxis.set_major_formatter(percent())
+    """A run that trains routers: KL, realised beside requested capacity, and the newest shares of the layers."""
+    fig, (kl, share, layers) = style.panels(3, height=3.0, width=WIDE, sharey=False)
+    _curve(kl, log, "kl", BLUE)
+    kl.set(ylabel="KL to the base, nats per token")
+    _curve(share, log, "share", BLUE, "realised")
+    share.plot(log["step"], log["capacity"], "--", color=ORANGE, label="requested")
+    share.set(ylabel="capacity", ylim=(0, 1))
+    share.legend()
+    newest = log[layer_columns(log)].tail(RECENT).mean()
+    layers.bar(range(len(newest)), newest, color=SKY)
+    layers.axhline(newest.mean(), color=GREY, linewidth=1)
+    layers.set(xlabel="layer", ylabel="share kept lately", ylim=(0, 1))
+    for ax in (share, layers):
+        ax.yaxis.set_major_formatter(PERCENT)
     return fig
 
 
+@draws("step", "kl", "agreement", "gate_loss", "exit_rate")
 def gates(log: pd.DataFrame) -> Figure:
-    """A run that trains exit gates: the translators' KL, how often an exit reads the base's token, the gates' loss.
-
-    Args:
-        log: ``step``, ``kl`` (mean over exits), ``agreement`` (mean over exits), ``gate_loss``, ``exit_rate``.
-    """
-    need(log, "step", "kl", "agreement", "gate_loss", "exit_rate")
-    with mpl.rc_context(STYLE):
-        fig, (kl, agreement, loss) = _row(3)
-        _curve(kl, log, "kl", BLUE)
-        kl.set(ylabel="KL to the base, mean of the exits")
-        _curve(agreement, log, "agreement", GREEN, "reads the base's token")
-        _curve(agreement, log, "exit_rate", ORANGE, "drawn to leave")
-        agreement.set(ylabel="share of tokens")
-        agreement.yaxis.set_major_formatter(percent())
-        _curve(loss, log, "gate_loss", PURPLE)
-        loss.axhline(np.log(2), color=GREY, linewidth=1, label="log 2: knows nothing")
-        loss.set(ylabel="gates' cross-entropy, nats")
-        for ax in (agreement, loss):
-            ax.legend()
+    """A run that trains exit gates: the translators' KL, how often an exit reads the base's token, the gates' loss."""
+    fig, (kl, agreement, loss) = style.panels(3, height=3.0, width=WIDE, sharey=False)
+    _curve(kl, log, "kl", BLUE)
+    kl.set(ylabel="KL to the base, mean of the exits")
+    _curve(agreement, log, "agreement", GREEN, "reads the base's token")
+    _curve(agreement, log, "exit_rate", ORANGE, "drawn to leave")
+    agreement.set(ylabel="share of tokens")
+    agreement.yaxis.set_major_formatter(PERCENT)
+    _curve(loss, log, "gate_loss", PURPLE)
+    loss.axhline(np.log(2), color=GREY, linewidth=1, label="log 2: knows nothing")
+    loss.set(ylabel="gates' cross-entropy, nats")
+    for ax in (agreement, loss):
+        ax.legend()
     return fig
 
 
+@draws("granularity", "step", "steps", "kl", "capacity", "share", "share_0", *(f"share_{s}" for s in SITES))
 def reference_routers(log: pd.DataFrame) -> Figure:
-    """Two runs that trained routers, one of each grain: KL over the run and by realised capacity, and who kept what.
-
-    Args:
-        log: ``granularity``, ``step``, ``steps``, ``kl``, ``capacity``, ``share``, and the shares of the channel
-            grain's sites (``share_qkv``, ...) and of the layers (``share_0``, ...).
-    """
-    need(log, "granularity", "step", "steps", "kl", "capacity", "share", "share_0", *(f"share_{s}" for s in SITES))
+    """Two runs that trained routers, one of each grain: KL over the run and by realised capacity, and who kept what."""
     log = log.assign(run=log["step"] / log["steps"])
     channel, token = (log[log["granularity"] == grain] for grain in GRAINS)
-    with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(WIDE, 6.4), layout="constrained")
-        (over_run, by_share), (sites, layers) = fig.subplots(2, 2)
-        _dots(fig, over_run, log, "run", "capacity", "sampled capacity")
-        _dots(fig, by_share, log, "share", "run", "part of the run")
-        for site, (colour, line) in SITES.items():
-            more = 100 * (channel[f"share_{site}"] - channel["share"])
-            sites.plot(channel["run"], more.rolling(RECENT, min_periods=1).mean(), line, color=colour, label=site)
-        sites.axhline(0, color=GREY, linewidth=1)
-        sites.set(title="channel grain: inputs kept by each matrix", ylabel="share − mean share, points")
-        sites.margins(y=0.25)
-        sites.legend(ncols=2, loc="lower left")
-        _heat(fig, layers, token)
-        layers.set(title="token grain: tokens kept by each layer")
-        for ax in (over_run, by_share, sites, layers):
-            ax.set(xlabel="realised capacity" if ax is by_share else "part of the run")
-            ax.xaxis.set_major_formatter(percent())
+    fig, axes = style.panels(2, 2, 6.4, WIDE, sharey=False)
+    over_run, by_share, sites, layers = axes
+    _dots(fig, over_run, log, "run", "capacity", "sampled capacity")
+    _dots(fig, by_share, log, "share", "run", "part of the run")
+    for site, (colour, line) in SITES.items():
+        more = 100 * (channel[f"share_{site}"] - channel["share"])
+        sites.plot(channel["run"], more.rolling(RECENT, min_periods=1).mean(), line, color=colour, label=site)
+    sites.axhline(0, color=GREY, linewidth=1)
+    sites.set(title="channel grain: inputs kept by each matrix", ylabel="share − mean share, points")
+    sites.margins(y=0.25)
+    sites.legend(ncols=2, loc="lower left")
+    _heat(fig, layers, token)
+    layers.set(title="token grain: tokens kept by each layer")
+    for ax in axes:
+        ax.set(xlabel="realised capacity" if ax is by_share else "part of the run")
+        ax.xaxis.set_major_formatter(PERCENT)
     return fig
 
 
+@draws("granularity", "step", "steps", "kl", "agreement")
 def reference_gates(log: pd.DataFrame, exits: pd.DataFrame) -> Figure:
     """Two runs that trained exit gates: KL and agreement over the run, and who leaves at each exit rate.
 
-    Args:
-        log: ``granularity``, ``step``, ``steps``, ``kl``, ``agreement``.
-        exits: ``granularity``, ``exit_rate`` (realised), ``agreement`` (of the tokens that left, with the base).
+    ``exits``: ``granularity``, ``exit_rate`` (realised), ``agreement`` (of the tokens that left, with the base).
     """
-    need(log, "granularity", "step", "steps", "kl", "agreement")
-    need(exits, "granularity", "exit_rate", "agreement")
+    style.need(exits, "granularity", "exit_rate", "agreement")
     log = log.assign(run=log["step"] / log["steps"])
-    with mpl.rc_context(STYLE):
-        fig, (kl, agreement, leaving) = _row(3)
-        drawn = (kl, log, "run", "kl"), (agreement, log, "run", "agreement"), (leaving, exits, "exit_rate", "agreement")
-        for ax, table, x, y in drawn:
-            for grain, rows in table.groupby("granularity", sort=False):
-                colour, marker = GRAINS[grain]
-                ax.plot(rows[x], rows[y], marker=marker, markersize=3.5, color=colour, label=f"{grain} grain")
-            ax.set(xlabel="part of the run" if x == "run" else "realised exit rate")
-            ax.xaxis.set_major_formatter(percent())
-        kl.set(ylabel="KL to the base, mean of the exits")
-        kl.legend()
-        for ax, who in ((agreement, "any token"), (leaving, "tokens that leave")):
-            ax.set(ylabel=f"agreement, {who}", ylim=(0, 1))
-            ax.yaxis.set_major_formatter(percent())
+    fig, axes = style.panels(3, height=3.0, width=WIDE, sharey=False)
+    drawn = (
+        (log, "run", "kl", "part of the run", "KL to the base, mean of the exits"),
+        (log, "run", "agreement", "part of the run", "agreement, any token"),
+        (exits, "exit_rate", "agreement", "realised exit rate", "agreement, tokens that leave"),
+    )
+    for ax, (table, x, y, xlabel, ylabel) in zip(axes, drawn, strict=True):
+        for grain, rows in table.groupby("granularity", sort=False):
+            colour, marker = GRAINS[grain]
+            ax.plot(rows[x], rows[y], marker=marker, markersize=3.5, color=colour, label=f"{grain} grain")
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.xaxis.set_major_formatter(PERCENT)
+        if y == "agreement":
+            ax.set_ylim(0, 1)
+            ax.yaxis.set_major_formatter(PERCENT)
+    axes[0].legend()
     return fig
 
 
+@draws("reader", "depth", "agreement")
 def exit_depths(table: pd.DataFrame) -> Figure:
-    """How often the base's next token can be read after each layer, a line per ``reader``.
-
-    Args:
-        table: ``reader``, ``depth`` (layers that have run), ``agreement``.
-    """
-    need(table, "reader", "depth", "agreement")
-    with mpl.rc_context(STYLE):
-        fig, (ax,) = panels(1)
-        looks = zip((GREY, BLUE, ORANGE, GREEN), "oDs^", ("-", "--", "-.", ":"), strict=True)
-        for (reader, rows), (colour, marker, line) in zip(table.groupby("reader", sort=False), looks, strict=False):
-            ax.plot(rows["depth"], rows["agreement"], line, marker=marker, color=colour, markersize=5, label=reader)
-        ax.set(xlabel="layers that have run", ylabel="share that read the base's token", ylim=(0, 1.02))
-        ax.yaxis.set_major_formatter(percent())
-        ax.legend()
+    """How often the base's next token can be read after each layer, a line per ``reader``."""
+    fig, (ax,) = style.panels(1)
+    looks = zip((GREY, BLUE, ORANGE, GREEN), "oDs^", ("-", "--", "-.", ":"), strict=True)
+    for (reader, rows), (colour, marker, line) in zip(table.groupby("reader", sort=False), looks, strict=False):
+        ax.plot(rows["depth"], rows["agreement"], line, marker=marker, color=colour, markersize=5, label=reader)
+    ax.set(xlabel="layers that have run", ylabel="share that read the base's token", ylim=(0, 1.02))
+    ax.yaxis.set_major_formatter(PERCENT)
+    ax.legend()
     return fig
 
 
@@ -204,7 +170,7 @@ def _dots(fig: Figure, ax: Axes, log: pd.DataFrame, x: str, hue: str, meaning: s
         _, marker = GRAINS[grain]
         dots = ax.scatter(rows[x], rows["kl"], c=rows[hue], marker=marker, s=16, **colours)
         ax.plot([], [], marker, color="black", markersize=4, label=f"{grain} grain")
-    fig.colorbar(dots, ax=ax, format=percent(), label=meaning)
+    fig.colorbar(dots, ax=ax, format=PERCENT, label=meaning)
     ax.set(yscale="log", ylabel="KL to the base, nats per token")
     ax.legend()
 
@@ -218,11 +184,6 @@ def _heat(fig: Figure, ax: Axes, log: pd.DataFrame) -> None:
     fig.colorbar(heat, ax=ax, label="share − mean share, points")
     ax.set(ylabel="layer")
     ax.grid(visible=False)
-
-
-def _row(columns: int) -> tuple[Figure, list[Axes]]:
-    fig = Figure(figsize=(WIDE, 3.0), layout="constrained")
-    return fig, list(fig.subplots(1, columns))
 
 
 def _curve(ax: Axes, rows: pd.DataFrame, y: str, colour: str, label: str | None = None) -> None:

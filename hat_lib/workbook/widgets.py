@@ -51,9 +51,8 @@ from hat_lib.experiments.common import saved
 from hat_lib.inference.generate import MODES, AdaptiveInference, Generation
 from hat_lib.inference.speed import SpeedCurve
 from hat_lib.plotting import frontier
-from hat_lib.plotting.style import BLUE, ORANGE, RED, STYLE, percent
+from hat_lib.plotting.style import BLUE, ORANGE, PERCENT, RED, STYLE, WIDE
 from hat_lib.plotting.token_heatmap import Passage, figure, html, visible
-from hat_lib.plotting.training import WIDE
 from hat_lib.text.token_classes import pieces
 from hat_lib.workbook.environment import in_colab
 
@@ -208,7 +207,7 @@ class _Picture:
             (self._line,) = self._work.plot(depth, np.ones(n_layers), "s-", color=ORANGE, markersize=3, animated=True)
             self._line.set_label("tokens that had not left")
             self._work.set(xlabel="layer", ylabel="share", ylim=(0, 1.02), xlim=(-0.8, n_layers - 0.2))
-            self._work.yaxis.set_major_formatter(percent())
+            self._work.yaxis.set_major_formatter(PERCENT)
             self._work.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
             ring = {"markersize": 13, "fillstyle": "none", "markeredgewidth": 2.5}
             (self._point,) = self._cost.plot([], [], "o", color=RED, animated=True, **ring)
