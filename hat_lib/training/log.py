@@ -1,7 +1,7 @@
 """What a run writes down while it trains: one CSV row per logged step, which notebooks plot live.
 
 Columns: phase, step, steps, seconds, then the metrics of `hat_lib.training.objective` averaged since the row before,
-the share of each layer (``share_L``) and of each site (``share_qkv`` ...), gradient norm, learning rate, tokens per
+the share of each site (``share_qkv`` ...) and of each layer (``share_0`` ...), gradient norm, learning rate, tokens per
 second and the estimated seconds left. A cell is empty where a phase has no such metric. A resumed run drops the rows
 past the step that it goes on from.
 """
@@ -9,39 +9,40 @@ past the step that it goes on from.
 from __future__ import annotations
 
 import csv
+import math
 import time
 from pathlib import Path
 
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
+from hat_lib.config import HatError
 from hat_lib.model.transformer import HierarchicalTransformer
 
 METRICS = ("loss", "capacity", "kl", "share", "z_loss", "entropy", "gate_loss", "wrong", "exit_rate", "agreement")
 
 
 class CsvLog(TrainerCallback):
-    """Appends to ``path``; only the main process writes."""
+    """Appends to ``path``, in the main process alone; `HatError` where a file to go on with has other columns."""
 
     def __init__(self, path: Path, phase: str, hat: HierarchicalTransformer):
         self.path, self.phase, self.hat = Path(path), phase, hat
+        shares = [f"share_{s}" for s in hat.grain.sites] + [f"share_{i}" for i in range(hat.config.n_layers)]
+        tail = ["grad_norm", "learning_rate", "tokens_per_second", "eta_seconds"]
+        self.columns = ["phase", "step", "steps", "seconds", *METRICS, *shares, *tail]
         self._clear()
 
     def _clear(self) -> None:
         self.sums: dict[str, float] = {}
-        self.site_share, self.count, self.tokens = None, 0, 0
+        self.site_share, self.count, self.tokens = 0, 0, 0
         self.since = time.monotonic()
 
     def note(self, metrics: dict, tokens: int) -> None:
         """Add one micro-batch: what `Objective` returned, and its real tokens."""
-        for name in METRICS:
-            if name in metrics:
-                self.sums[name] = self.sums.get(name, 0.0) + float(
-                    metrics[name].detach() if isinstance(metrics[name], torch.Tensor) else metrics[name]
-                )
+        for name in set(METRICS) & set(metrics):
+            self.sums[name] = self.sums.get(name, 0.0) + float(torch.as_tensor(metrics[name]).detach())
         if "site_share" in metrics:
-            share = metrics["site_share"].cpu()
-            self.site_share = share if self.site_share is None else self.site_share + share
+            self.site_share = self.site_share + metrics["site_share"].cpu()
         self.count, self.tokens = self.count + 1, self.tokens + tokens
 
     def means(self) -> dict[str, float]:
@@ -50,17 +51,11 @@ class CsvLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._clear()
-        self.start = time.monotonic()
-        self.first = state.global_step
+        self.start, self.first = time.monotonic(), state.global_step
         if not state.is_world_process_zero:
             return
-        kept = []
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                whole = [r for r in csv.DictReader(file) if None not in (*r, *r.values())]  # a kill may cut the last
-                kept = [r for r in whole if not self._later(r, state.global_step)]
+        kept = self._kept(state.global_step)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.columns = list(kept[0]) if kept else self._columns()
         temporary = self.path.with_suffix(".part")
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
@@ -69,36 +64,39 @@ class CsvLog(TrainerCallback):
         temporary.replace(self.path)
         self.before = seconds_so_far(self.path, self.phase)
 
-    def _columns(self) -> list[str]:
-        shares = [f"share_{s}" for s in self.hat.grain.sites] + [f"share_{i}" for i in range(self.hat.config.n_layers)]
-        tail = ["grad_norm", "learning_rate", "tokens_per_second", "eta_seconds"]
-        return ["phase", "step", "steps", "seconds", *METRICS, *shares, *tail]
-
-    def _later(self, row: dict, step: int) -> bool:
-        if row["phase"] == self.phase:
-            return int(row["step"]) > step or step == 0
-        return self.phase == "routers"  # gates are trained on these routers
+    def _kept(self, step: int) -> list[dict]:
+        """Rows up to ``step``; gates are trained on routers, whose rows stay, and go with routers trained anew."""
+        if not self.path.exists() or (self.phase == "routers" and step == 0):
+            return []
+        with self.path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if None not in (*row, *row.values())]  # a kill may cut the last
+        if reader.fieldnames != self.columns:
+            other = sorted(set(reader.fieldnames or ()) ^ set(self.columns)) or ["another order"]
+            raise HatError(f"{self.path} has other columns than this run writes, {other[0]} for one: move it away")
+        last = {"routers": math.inf, self.phase: step}
+        return [row for row in rows if int(row["step"]) <= last.get(row["phase"], -1)]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self.count or not state.is_world_process_zero or "loss" not in (logs or {}):
             return
         now = time.monotonic()
         row = {name: f"{total / self.count:.6g}" for name, total in self.sums.items()}
-        if self.site_share is not None:
+        if isinstance(self.site_share, torch.Tensor):
             share = self.site_share / self.count
-            work = torch.tensor(self.hat.site_work)
+            by_layer = share @ torch.tensor(self.hat.site_work)
             row |= {f"share_{s}": f"{v:.4f}" for s, v in zip(self.hat.grain.sites, share.mean(0).tolist(), strict=True)}
-            row |= {f"share_{i}": f"{v:.4f}" for i, v in enumerate((share @ work).tolist())}
-        done = max(1, state.global_step - self.first)
+            row |= {f"share_{i}": f"{v:.4f}" for i, v in enumerate(by_layer.tolist())}
+        pace = (now - self.start) / max(1, state.global_step - self.first)
         row |= {
             "phase": self.phase,
             "step": state.global_step,
             "steps": state.max_steps,
             "seconds": f"{self.before + now - self.start:.1f}",
-            "grad_norm": f"{float(logs.get('grad_norm', float('nan'))):.4g}",
-            "learning_rate": f"{logs.get('learning_rate', float('nan')):.4g}",
+            "grad_norm": f"{float(logs.get('grad_norm', math.nan)):.4g}",
+            "learning_rate": f"{logs.get('learning_rate', math.nan):.4g}",
             "tokens_per_second": f"{self.tokens * args.world_size / (now - self.since):.0f}",
-            "eta_seconds": f"{(now - self.start) / done * (state.max_steps - state.global_step):.0f}",
+            "eta_seconds": f"{pace * (state.max_steps - state.global_step):.0f}",
         }
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
@@ -114,17 +112,12 @@ def seconds_so_far(path: Path, phase: str) -> float:
 
 
 class Bar(ProgressCallback):
-    """Trainer's bar with the loss on it, instead of a line for every logged step."""
+    """Trainer's bar with phase and loss on it, instead of a line for every logged step."""
 
     def __init__(self, phase: str):
         super().__init__()
         self.phase = phase
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.phase)
-
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}")
+            self.training_bar.set_description(f"{self.phase}, loss {logs['loss']:.4g}")

@@ -1,15 +1,14 @@
 """Objective: what one training step minimises, in each phase. A module, so that DDP can wrap it.
 
-routers   the routed model against the frozen base on the same tokens, KL(base || routed), at a capacity sampled
-          for this step; plus the budget and, for the token grain, the regularisers. Gates are off.
-exit      routers frozen and deciding as in use. At each exit depth some tokens are translated, read by the base's
-          norm and head, and compared with the base: the translators learn by KL, the gates by whether the exit's
-          next token is the base's. The published method also samples whole decisions, and pays for those that send
-          a token where it is wrong, and for the distance from a budget of exits.
+routers   the routed model against the frozen base on the same tokens, KL(base || routed), at a capacity sampled for
+          this step; plus the budget and, for the token grain, the regularisers. Gates are off.
+exit      routers frozen and deciding as in use. At each exit depth some tokens are translated, read by the base's norm
+          and head, and compared with the base: translators learn by KL, gates by whether the exit's next token is the
+          base's. The published method also samples whole decisions, and pays for those that send a token where it is
+          wrong, and for the distance from a budget of exits.
 
-No label enters: on one corpus a language-modelling loss would lower perplexity by learning the corpus, and
-hide what skipping costs. All randomness is a function of (seed, step, sample), so that two processes, or a
-resumed run, do what one uninterrupted process does.
+No label enters: a language-modelling loss would lower perplexity by learning the corpus, and hide what skipping costs.
+All randomness is a function of (seed, step, sample): two processes, or a resumed run, do what one process does.
 """
 
 from __future__ import annotations
@@ -38,16 +37,9 @@ class Relaxed:
         keys: one tuple of integers per sequence, the seed of its noise.
     """
 
-    def __init__(
-        self,
-        hat: HierarchicalTransformer,
-        thresholds: dict[tuple[int, str], float],
-        keys: list[tuple[int, ...]],
-        temperature: float,
-        noise: float,
-    ):
+    def __init__(self, hat: HierarchicalTransformer, thresholds: dict, keys: list[tuple[int, ...]], recipe: Recipe):
         self.hat, self.thresholds, self.keys = hat, thresholds, keys
-        self.temperature, self.noise = temperature, noise
+        self.temperature, self.noise = recipe.temperature, recipe.noise
         self.work = dict(zip(hat.grain.sites, hat.site_work, strict=True))
         # Layer 0's FFN is never asked: it always runs.
         always = 1 / hat.config.n_layers if hat.config.granularity == "token" else 0.0
@@ -60,32 +52,23 @@ class Relaxed:
         router, threshold = self.hat.routers[f"{layer}_{site}"], self.thresholds[layer, site]
         real, protected = state.real.view(-1), state.protected.view(-1)
         if site == "ffn":
-            scores = router.score(x)
-            self.scores.append(scores)
-            keep = straight_through(scores - threshold + self._noise(scores, layer, site), temperature=self.temperature)
-            keep = torch.where(protected, 1.0, keep)
-            self._add(site, keep[real].mean())
-            return keep
-        threshold_scale = token_threshold_scale(self.hat.routers, layer, site, x.detach(), state)
-        if self.noise:
-            score = router.score(x, threshold_scale).clamp(min=1e-12)
-            logit = score.log() - np.log(max(threshold, 1e-12))
-            keep = straight_through(logit + self._noise(logit, layer, site), temperature=self.temperature)
-            keep = torch.where(protected[:, None], 1.0, keep)
-            self._add(site, keep[real].mean())
-            return keep
-        cut = router.cut(threshold).detach()
-        gated, keep, count = channel_gate(
-            x,
-            router.log_scale,
-            cut,
-            threshold_scale=threshold_scale,
-            temperature=self.temperature,
-            protected=protected,
-            counted=real,
-        )
-        self._add(site, count.sum() / (real.sum() * x.shape[1]))
-        return Gated(gated, keep)
+            logit = router.score(x)
+            self.scores.append(logit)
+            logit = logit - threshold
+        else:
+            scale = token_threshold_scale(self.hat.routers, layer, site, x.detach(), state)
+            if not self.noise:
+                how = {"threshold_scale": scale, "temperature": self.temperature, "protected": protected}
+                cut = router.cut(threshold).detach()
+                gated, keep, count = channel_gate(x, router.log_scale, cut, counted=real, **how)
+                self._add(site, count.sum() / (real.sum() * x.shape[1]))
+                return Gated(gated, keep)
+            logit = router.score(x, scale).clamp(min=1e-12).log() - np.log(max(threshold, 1e-12))
+            protected = protected[:, None]
+        keep = straight_through(logit + self._noise(logit, layer, site), temperature=self.temperature)
+        keep = torch.where(protected, 1.0, keep)
+        self._add(site, keep[real].mean())
+        return keep
 
     def _add(self, site: str, share: Tensor) -> None:
         self.share = self.share + share * (self.work[site] / self.hat.config.n_layers)
@@ -130,41 +113,37 @@ class Objective(nn.Module):
         """
         capacity = self.recipe.sampled_capacity(step, steps)
         keys = [(self.recipe.seed, step, int(i)) for i in index]
-        real = attention_mask.bool()
-        with torch.no_grad(), self.hat.dense():
-            teacher = self._hidden(input_ids, attention_mask).last_hidden_state
-        run = self._routers if self.phase == "routers" else self._exits
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         with self.hat.dense():
-            out = run(input_ids, attention_mask, real, teacher, capacity, keys, step, steps)
-        return {"capacity": capacity, **out}
+            with torch.no_grad():
+                teacher = self._hidden(batch).last_hidden_state
+            run = self._routers if self.phase == "routers" else self._exits
+            return {"capacity": capacity} | run(batch, teacher, capacity, keys, step, steps)
 
-    def _hidden(self, input_ids, attention_mask, **kwargs):
-        return self.hat.lm.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+    def _hidden(self, batch: dict, **kwargs):
+        return self.hat.lm.model(**batch, use_cache=False, **kwargs)
 
-    def _routers(self, input_ids, attention_mask, real, teacher, capacity, keys, step, steps) -> dict:
-        hat, recipe = self.hat, self.recipe
-        policy = Relaxed(hat, self.thresholds(capacity), keys, recipe.temperature, recipe.noise)
-        dropped = self._dropped(keys, step, steps)
-        with hat.masked(), hat.using(policy), hat.dropping(dropped):
-            student = self._hidden(input_ids, attention_mask).last_hidden_state
-        head = hat.lm.lm_head
+    def _routers(self, batch, teacher, capacity, keys, step, steps) -> dict:
+        hat, recipe, head = self.hat, self.recipe, self.hat.lm.lm_head
+        policy = Relaxed(hat, self.thresholds(capacity), keys, recipe)
+        with hat.masked(), hat.using(policy), hat.dropping(self._dropped(keys, step, steps)):
+            student = self._hidden(batch).last_hidden_state
         # A sequence at a time: the logits of a batch would be the largest tensors of the step.
-        kl = (
-            sum(
-                losses.distillation(self._read(teacher[b], head), head(student[b]), real[b]) * real[b].sum()
-                for b in range(len(real))
-            )
-            / real.sum()
-        )
-        pull = losses.budget(policy.share, capacity)
-        loss = kl + recipe.budget_weight * pull
+        kl, real = 0.0, batch["attention_mask"].bool()
+        for b in range(len(real)):
+            teacher_logits, logits = self._read(teacher[b][real[b]]), head(student[b][real[b]])
+            kl = kl + losses.distillation(teacher_logits, logits) * real[b].sum()
+        kl = kl / real.sum()
+        loss = kl + recipe.budget_weight * losses.budget(policy.share, capacity)
         out = {"kl": kl.detach(), "share": policy.share.detach()}
         if policy.scores:
             scores = torch.stack(policy.scores)[:, real.view(-1)]
             z, entropy = losses.z_loss(scores), losses.entropy(scores)
             loss = loss + recipe.z_weight * z + recipe.entropy_weight * entropy
             out |= {"z_loss": z.detach(), "entropy": entropy.detach()}
-        return {"loss": loss, **out, "site_share": self._site_share()}
+        # Mean share of each layer and site over real tokens, fp32 [L, S].
+        site_share = hat.trace.site_share.flatten(2).sum(-1) / hat.trace.real.sum()
+        return {"loss": loss, **out, "site_share": site_share}
 
     def _dropped(self, keys, step: int, steps: int) -> Tensor | None:
         chance = self.recipe.layer_dropout_at(step, steps, self.hat.config.n_layers)
@@ -173,47 +152,38 @@ class Objective(nn.Module):
         drawn = np.stack([np.random.default_rng([*key, 2]).random(len(chance)) for key in keys], 1)
         return torch.from_numpy(drawn < chance[:, None]).to(self.hat.base.device)
 
-    def _site_share(self) -> Tensor:
-        """Mean share of each layer and site over real tokens, fp32 ``[L, S]``."""
-        state = self.hat.trace
-        return state.site_share.flatten(2).sum(-1) / state.real.sum()
-
     @torch.no_grad()
-    def _read(self, hidden: Tensor, head) -> Tensor:
-        return head(hidden)
+    def _read(self, hidden: Tensor) -> Tensor:
+        return self.hat.lm.lm_head(hidden)
 
-    def _exits(self, input_ids, attention_mask, real, teacher, capacity, keys, step, steps) -> dict:
-        hat, recipe = self.hat, self.recipe
+    def _exits(self, batch, teacher, capacity, keys, step, steps) -> dict:
+        hat, recipe, head, norm = self.hat, self.recipe, self.hat.lm.lm_head, self.hat.lm.model.norm
         policy = hat.threshold_policy(self.thresholds(capacity)) if capacity < 1 else KeepAll()
         with torch.no_grad(), hat.using(policy):
-            hidden = self._hidden(input_ids, attention_mask, output_hidden_states=True)
-        candidates = real & ~hat.trace.protected
+            hidden = self._hidden(batch, output_hidden_states=True)
+        candidates = batch["attention_mask"].bool() & ~hat.trace.protected
         rows, columns = _sample(candidates, recipe.exit_tokens, keys)
         counts = torch.bincount(rows, minlength=len(keys)).tolist()
-        device = input_ids.device
-        head, norm = hat.lm.lm_head, hat.lm.model.norm
-        base = self._read(teacher[rows, columns], head)
-        wrong_stay = ~losses.exit_targets(base, self._read(hidden.last_hidden_state[rows, columns], head))
+        base = self._read(teacher[rows, columns])
+        wrong_stay = ~losses.exit_targets(base, self._read(hidden.last_hidden_state[rows, columns]))
 
-        stay = torch.ones(len(rows), device=device)
+        stay = torch.ones(len(rows), device=rows.device)
         cost, left, agreed = torch.zeros_like(stay), torch.zeros_like(stay), []
-        translate = gate_loss = torch.zeros((), device=device)
-        depths = [int(e) for e in hat.gates]
-        for number, (depth, gate) in enumerate(zip(depths, hat.gates.values(), strict=True)):
-            h = hidden.hidden_states[depth][rows, columns]
+        translate = gate_loss = stay.new_zeros(())
+        for number, (depth, gate) in enumerate(hat.gates.items()):
+            h = hidden.hidden_states[int(depth)][rows, columns]
             logits = head(norm(gate.translate(h)))
-            kl = losses.divergence(base, logits)
-            translate = translate + _mean(kl) / len(depths)
+            translate = translate + _mean(losses.divergence(base, logits)) / len(hat.gates)
             right = losses.exit_targets(base, logits)
             agreed.append(_mean(right.float()))
             decisions = gate.logits(h)
-            gate_loss = gate_loss + losses.exit_loss(decisions, right) / len(depths)
+            gate_loss = gate_loss + losses.exit_loss(decisions, right) / len(hat.gates)
             drawn = [
                 decoupled_gumbel_softmax(
                     part,
                     forward_temperature=recipe.gate_forward_temperature,
                     backward_temperature=recipe.gate_backward_temperature,
-                    generator=seeded(device, *key, 3, number),
+                    generator=seeded(rows.device, *key, 3, number),
                 )
                 for part, key in zip(decisions.split(counts), keys, strict=True)
             ]
@@ -236,10 +206,10 @@ def _mean(values: Tensor) -> Tensor:
 
 def _sample(candidates: Tensor, count: int, keys) -> tuple[Tensor, Tensor]:
     """Up to ``count`` positions of each row of bool ``[B, T]``, drawn by the row's own key: (rows, columns)."""
-    picks = []
+    rows, columns = [], []
     for b, key in enumerate(keys):
-        columns = candidates[b].nonzero().view(-1)
-        order = torch.randperm(len(columns), generator=seeded("cpu", *key, 4))[:count].to(columns.device)
-        picks.append((torch.full((len(order),), b, device=columns.device), columns[order]))
-    rows, columns = zip(*picks, strict=True)
+        free = candidates[b].nonzero().view(-1)
+        order = torch.randperm(len(free), generator=seeded("cpu", *key, 4))[:count].to(free.device)
+        columns.append(free[order])
+        rows.append(torch.full_like(order, b))
     return torch.cat(rows), torch.cat(columns)

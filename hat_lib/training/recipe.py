@@ -1,23 +1,39 @@
 """Recipe: everything a training run is made of, except the model and the text's tokens.
 
 Three starting points. `Recipe.channel` and `Recipe.token` are ours, one a grain, as measured (docs/experiments);
-`Recipe.published` has the hyperparameters of the published method, for the token grain. Each in two profiles:
-``quick`` (two CPU cores, a few minutes) and ``full`` (what the reference checkpoints were trained with; on a GPU
-more tokens are cheap).
+`Recipe.published` has the hyperparameters of the published method, for the token grain. Each in two profiles: ``quick``
+(two CPU cores, a few minutes) and ``full`` (as the reference checkpoints; on a GPU more tokens are cheap).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from hat_lib.config import CAPACITY_MAX, CAPACITY_MIN, HatError, check_capacity, check_exit_rate
 
 PHASES = ("routers", "exit", "full")
-PROFILES = ("quick", "full")
 RECIPES = ("default", "published")
+# A strong pull to the budget, large steps, no layer dropout, gates by targets alone.
+TOKEN = {
+    "tokens": 65_536, "router_epochs": 4, "router_lr": 2e-2, "exit_lr": 2e-3, "capacity": 0.7, "spread": 0.3,
+    "anneal": 0.0, "budget_weight": 10.0, "decision_weight": 0.0, "layer_dropout": 0.0,
+}  # fmt: skip
+# No noise, no regularisers, gates by targets alone, larger steps in both phases.
+CHANNEL = {
+    "batch_size": 2, "router_epochs": 4, "router_lr": 5e-3, "exit_lr": 2e-3, "capacity": 0.62, "spread": 0.25,
+    "anneal": 0.1, "temperature": 0.5, "noise": 0.0, "z_weight": 0.0, "entropy_weight": 0.0, "decision_weight": 0.0,
+    "layer_dropout": 0.0,
+}  # fmt: skip
+PROFILES = {
+    "quick": {
+        "text": "addresses", "tokens": 10_000, "block_size": 128, "router_epochs": 1, "exit_epochs": 1,
+        "exit_tokens": 32, "log_steps": 1, "save_steps": 20,
+    },
+    "full": {},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,20 +88,20 @@ class Recipe:
             raise HatError(f"text must be sources joined by +, got {self.text!r}")
         object.__setattr__(self, "capacity", check_capacity(self.capacity))
         object.__setattr__(self, "exit_rate", check_exit_rate(self.exit_rate))
-        for field in fields(self):
+        for field in fields(self)[1:]:
             name, value = field.name, getattr(self, field.name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
             if field.type == "int":
                 low = {"tokens": 2, "block_size": 2, "seed": 0}.get(name, 1)
-                fits = number and isinstance(value, int) and value >= low
-                wanted = f"a whole number of at least {low}"
+                fits, wanted = isinstance(value, int) and value >= low, f"a whole number of at least {low}"
+            elif not isinstance(value, int | float):
+                fits, wanted = False, "a number of at least 0"
             elif name in ("anneal", "warmup", "layer_dropout"):
-                fits, wanted = number and 0 <= value <= 1, "a number in [0, 1]"
+                fits, wanted = 0 <= value <= 1, "a number in [0, 1]"
             elif name.endswith(("_epochs", "temperature", "_norm")):
-                fits, wanted = number and 0 < value < math.inf, "a number above 0"
+                fits, wanted = 0 < value < math.inf, "a number above 0"
             else:
-                fits, wanted = field.type == "str" or number and 0 <= value < math.inf, "a number of at least 0"
-            if not fits:
+                fits, wanted = 0 <= value < math.inf, "a number of at least 0"
+            if not fits or isinstance(value, bool):
                 raise HatError(f"{name} must be {wanted}, got {value!r}")
         if self.seed >= 2**32:  # what numpy takes
             raise HatError(f"seed must be below 2**32, got {self.seed}")
@@ -95,45 +111,34 @@ class Recipe:
         """``default``: ours for the grain, or ``published``, which is for the token grain alone."""
         if name not in RECIPES:
             raise HatError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
-        if name == "published":
-            if granularity != "token":
-                raise HatError("the published recipe trains the token grain: add --granularity token")
-            return cls.published(profile, **changes)
-        return (cls.token if granularity == "token" else cls.channel)(profile, **changes)
+        if name == "published" and granularity != "token":
+            raise HatError("the published recipe trains the token grain: add --granularity token")
+        make = cls.published if name == "published" else cls.token if granularity == "token" else cls.channel
+        return make(profile, **changes)
 
     @classmethod
     def published(cls, profile: str = "full", **changes) -> Recipe:
         """The published method's hyperparameters, for the token grain."""
-        return cls._profiled(cls(), profile, changes)
+        return cls._profiled({}, profile, changes)
 
     @classmethod
     def token(cls, profile: str = "full", **changes) -> Recipe:
-        """For the token grain: a strong pull to the budget, large steps, no layer dropout, gates by targets alone."""
-        recipe = cls(
-            tokens=65_536, router_epochs=4, router_lr=2e-2, exit_lr=2e-3, capacity=0.7, spread=0.3, anneal=0.0,
-            budget_weight=10.0, decision_weight=0.0, layer_dropout=0.0,
-        )  # fmt: skip
-        return cls._profiled(recipe, profile, changes)
+        """For the token grain, ours."""
+        return cls._profiled(TOKEN, profile, changes)
 
     @classmethod
     def channel(cls, profile: str = "full", **changes) -> Recipe:
-        """For the channel grain: no noise, no regularisers, gates by targets alone, larger steps in both phases."""
-        recipe = cls(
-            batch_size=2, router_epochs=4, router_lr=5e-3, exit_lr=2e-3, capacity=0.62, spread=0.25, anneal=0.1,
-            temperature=0.5, noise=0.0, z_weight=0.0, entropy_weight=0.0, decision_weight=0.0, layer_dropout=0.0,
-        )  # fmt: skip
-        return cls._profiled(recipe, profile, changes)
+        """For the channel grain, ours."""
+        return cls._profiled(CHANNEL, profile, changes)
 
     @classmethod
-    def _profiled(cls, recipe: Recipe, profile: str, changes: dict) -> Recipe:
+    def _profiled(cls, start: dict, profile: str, changes: dict) -> Recipe:
         if profile not in PROFILES:
             raise HatError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
-        quick = {"text": "addresses", "tokens": 10_000, "block_size": 128, "router_epochs": 1, "exit_epochs": 1}
-        quick |= {"exit_tokens": 32, "log_steps": 1, "save_steps": 20}
-        unknown = sorted(set(changes) - {f.name for f in fields(cls)})
-        if unknown:
-            raise HatError(f"a recipe has no {unknown[0]!r}; it has {', '.join(f.name for f in fields(cls))}")
-        return replace(recipe, **((quick if profile == "quick" else {}) | changes))
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(changes) - set(known)):
+            raise HatError(f"a recipe has no {unknown[0]!r}; it has {', '.join(known)}")
+        return cls(**start | PROFILES[profile] | changes)
 
     def sampled_capacity(self, step: int, steps: int) -> float:
         """The capacity of one step: from (seed, step) alone, so that every process and a resumed run agree."""
@@ -153,6 +158,3 @@ class Recipe:
         """
         depth = np.arange(n_layers) / max(1, n_layers - 1)
         return self.layer_dropout * np.expm1(depth * np.log(2)) * (step / max(1, steps))
-
-    def to_dict(self) -> dict:
-        return asdict(self)

@@ -56,16 +56,15 @@ class Run:
     recipe: Recipe
     dtype: str = "bf16"
     start: str | None = None
-    """checkpoint to start from: a calibration for the channel grain, trained routers for phase "exit\""""
+    """checkpoint to start from: calibrated, and for phase "exit" with trained routers"""
     translator_rank: int = HatConfig.translator_rank
     max_steps: int = -1
     command: str = ""
 
     def __post_init__(self):
-        if self.phase not in PHASES:
-            raise HatError(f"phase must be one of {', '.join(PHASES)}, got {self.phase!r}")
-        if self.granularity not in GRANULARITIES:
-            raise HatError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
+        for name, known in {"phase": PHASES, "granularity": GRANULARITIES}.items():
+            if getattr(self, name) not in known:
+                raise HatError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.phase == "exit" and self.start is None:
             raise HatError(
                 "phase exit needs trained routers: pass --checkpoint DIR of a run with --phase routers, or train both "
@@ -84,9 +83,8 @@ class Run:
 
     def write(self, folder: Path) -> None:
         versions = {"hat_lib": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        meta = {**asdict(self), "versions": versions}
+        meta, temporary = {**asdict(self), "versions": versions}, folder / f".{RUN_FILE}"
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{RUN_FILE}"
         temporary.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         temporary.replace(folder / RUN_FILE)
 
@@ -99,9 +97,8 @@ class Run:
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
             meta.pop("versions")
-            known = {f.name for f in fields(cls)}
-            if set(meta) != known:
-                raise HatError(f"missing or unknown fields {sorted(set(meta) ^ known)}")
+            if unlike := set(meta) ^ {f.name for f in fields(cls)}:
+                raise HatError(f"missing or unknown fields {sorted(unlike)}")
             return cls(**{**meta, "recipe": Recipe(**meta["recipe"])})
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # HatError is a ValueError
             raise HatError(f"{path} is not what `hat train` wrote: {error}") from error
@@ -129,59 +126,60 @@ def train(
         if main and not resume:
             _refuse_taken(folder)  # another run may have begun and ended meanwhile
         processes.wait_for_everyone()
-        outcomes = _train(run, folder, checkpoint, processes, began, resume, max_minutes, progress and main)
+        if _is_done(folder, run.phases[-1]):
+            outcomes = []
+        else:
+            until = None if max_minutes is None else began + 60 * max_minutes
+            outcomes = _train(run, folder, checkpoint, processes, resume, until, progress and main)
     if main and (not outcomes or outcomes[-1].done):
         shutil.rmtree(folder / WORK, ignore_errors=True)
     return outcomes
 
 
-def _train(run, folder, checkpoint, processes, began, resume, max_minutes, progress) -> list[Outcome]:
+def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[Outcome]:
     main, recipe = processes.is_main_process, run.recipe
-    if _is_done(folder, run.phases[-1]):
-        return []
     base = load_base(run.base, dtype=run.dtype, device=processes.device if processes.num_processes > 1 else None)
     with processes.main_process_first():  # the others read what it kept
         blocks = training_text(
             base, recipe.text, recipe.tokens, block_size=recipe.block_size, seed=recipe.seed, progress=progress
         )
-        held = held_out(_calibration_source(recipe.text), base.tokenizer, _held_tokens(recipe), recipe.block_size)
-        kept = folder / WORK / "start"
+        source = next((name for name in sources(recipe.text) if name != SELF), "addresses")
+        held = held_out(source, base.tokenizer, _held_tokens(recipe), recipe.block_size)
         torch.manual_seed(recipe.seed)  # translators start at random
-        hat = _start(run, checkpoint, base, held, kept, main and not resume, progress)
+        hat = _start(run, checkpoint, base, held, folder / WORK / "start", main and not resume, progress)
         if main and not resume:
             run.write(folder)
 
-    outcomes = []
-    summary = dict(hat.training_summary or {})
+    outcomes, summary = [], dict(hat.training_summary or {})
     for phase in run.phases:
         if _is_done(folder, phase):
-            load_finished(hat, folder)
+            _load_finished(hat, folder)
             summary = dict(hat.training_summary)
             continue
         nominal = nominal_thresholds(hat) if phase == "routers" else hat.calibration.thresholds_at
-        left = None if max_minutes is None else max_minutes - (time.monotonic() - began) / 60
+        left = None if until is None else (until - time.monotonic()) / 60
         outcome = train_phase(
             hat, blocks, recipe, phase, nominal, folder,
             resume=resume, max_minutes=left, max_steps=run.max_steps, progress=progress,
         )  # fmt: skip
         outcomes.append(outcome)
         if not outcome.done:
-            return outcomes
+            break
         if main:
-            text = f"{run.recipe.text}, train and validation splits, SHA-256 {text_hash(held)[:16]}"
+            text = f"{recipe.text}, train and validation splits, SHA-256 {text_hash(held)[:16]}"
             if phase == "routers":
                 calibrate_learned(hat, held["input_ids"], nominal, text=text, progress=progress)
             else:
                 _, agreement = calibrate_exits(hat, held["input_ids"], progress=progress)
                 summary["exit_agreement"] = [[round(a, 4) for a in row] for row in agreement]
-            minutes = round(seconds_so_far(folder / LOG_FILE, phase) / 60, 1)
-            summary[phase] = {"steps": outcome.steps, "minutes": minutes, "tokens": _tokens(blocks)}
-            summary["recipe"], summary["command"] = recipe.to_dict(), run.command
+            minutes, tokens = seconds_so_far(folder / LOG_FILE, phase) / 60, sum(map(len, blocks["input_ids"]))
+            summary[phase] = {"steps": outcome.steps, "minutes": round(minutes, 1), "tokens": tokens}
+            summary["recipe"], summary["command"] = asdict(recipe), run.command
             hat.training_summary = summary
             hat.save_pretrained(folder)
         processes.wait_for_everyone()
         if not main:
-            load_finished(hat, folder)
+            _load_finished(hat, folder)
     return outcomes
 
 
@@ -226,9 +224,7 @@ def _read_start(run: Run) -> Checkpoint | None:
     return checkpoint
 
 
-def _start(
-    run: Run, checkpoint: Checkpoint | None, base: Base, held, kept: Path, first: bool, progress: bool
-) -> HierarchicalTransformer:
+def _start(run, checkpoint: Checkpoint | None, base: Base, held, kept: Path, first: bool, progress: bool):
     """The model before its first step: routers that run everything, gates that never let go.
 
     Its tables are ``kept``, because a resumed run, and every process, must train at the very same thresholds;
@@ -237,9 +233,8 @@ def _start(
     if checkpoint is not None:
         checkpoint.check_base(base, run.start)
         # Its routers and tables; gates begin anew, with the rank that was asked for.
-        hat = HierarchicalTransformer(
-            base, replace(checkpoint.config, translator_rank=run.translator_rank, exit_rate=0.0)
-        )
+        config = replace(checkpoint.config, translator_rank=run.translator_rank, exit_rate=0.0)
+        hat = HierarchicalTransformer(base, config)
         fresh = {n: p for n, p in hat.hat_parameters().items() if n.startswith("gates.")}
         routers = {n: t for n, t in checkpoint.tensors.items() if n.startswith("routers.")}
         hat.load_adapter(replace(checkpoint, tensors=routers | fresh), run.start)
@@ -268,18 +263,14 @@ def nominal_thresholds(hat: HierarchicalTransformer) -> Split:
         start = hat.calibration
         return lambda capacity: start.thresholds_at(max(capacity, CAPACITY_MIN))
     keys = [(i, "ffn") for i in range(hat.config.n_layers)]
-
-    def at(capacity: float) -> dict[tuple[int, str], float]:
-        return dict.fromkeys(keys, math.log(max(1 - capacity, 1e-4) / capacity))
-
-    return at
+    return lambda capacity: dict.fromkeys(keys, math.log(max(1 - capacity, 1e-4) / capacity))
 
 
 def _is_done(folder: Path, phase: str) -> bool:
     return (folder / CONFIG_FILE).exists() and bool((read_checkpoint(folder).training or {}).get(phase))
 
 
-def load_finished(hat: HierarchicalTransformer, folder: Path) -> None:
+def _load_finished(hat: HierarchicalTransformer, folder: Path) -> None:
     """Put a finished phase's parameters, tables and summary onto ``hat``."""
     checkpoint = read_checkpoint(folder)
     hat.load_adapter(checkpoint, folder)
@@ -289,12 +280,3 @@ def load_finished(hat: HierarchicalTransformer, folder: Path) -> None:
 def _held_tokens(recipe: Recipe) -> int:
     """A short run is not calibrated for longer than it was trained."""
     return CALIBRATION_TOKENS if recipe.tokens >= CALIBRATION_TOKENS else max(2048, recipe.tokens // 4)
-
-
-def _calibration_source(text: str) -> str:
-    named = [name for name in sources(text) if name != SELF]
-    return named[0] if named else "addresses"
-
-
-def _tokens(blocks) -> int:
-    return sum(map(len, blocks["input_ids"]))

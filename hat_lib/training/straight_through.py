@@ -1,27 +1,19 @@
 """Straight-through: train a hard decision with a soft gradient.
 
-Routers and exit gates decide by a comparison, which has no gradient. During training the forward keeps the
-hard decision, so that training sees what inference runs, and the backward differentiates a sigmoid or softmax
-in its place (Bengio et al. 2013, arXiv:1308.3432). Noise on the logits turns the decision
-into a sample: Gumbel-softmax (Jang et al. 2017, arXiv:1611.01144), or Concrete (Maddison et al. 2017,
-arXiv:1611.00712). For two classes the difference of two Gumbel variables is one logistic variable.
-
-`straight_through`          keep or skip from one logit: the token router
-`channel_gate`              keep or skip of every input channel of a linear layer: the channel router
-`decoupled_gumbel_softmax`  stay or leave, with two temperatures: the exit gate
-`seeded`                    a generator that depends on nothing but the integers that it is given
+Routers and exit gates decide by a comparison, which has no gradient. During training the forward keeps the hard
+decision, so that training sees what inference runs, and the backward differentiates a sigmoid or softmax in its place
+(Bengio et al. 2013, arXiv:1308.3432). Noise on the logits turns the decision into a sample: Gumbel-softmax (Jang et al.
+2017, arXiv:1611.01144), or Concrete (Maddison et al. 2017, arXiv:1611.00712). For two classes the difference of two
+Gumbel variables is one logistic variable.
 """
 
 from __future__ import annotations
 
 import hashlib
-from numbers import Integral
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from hat_lib.config import HatError
 
 # Elements that the backward handles at a time on CPU: its working tensors, about 1 MB, stay in a core's L2 cache.
 CPU_TILE = 100_000
@@ -41,9 +33,7 @@ def straight_through(
         noise: scale of g, >= 0. At 0 nothing is drawn and the decision is deterministic.
         generator: source of g, on the logit's device.
     """
-    _check("temperature", temperature)
     if noise != 0:
-        _check("noise", noise)
         # rand lies in [0, 1); at 0 the noise is -inf, a sure 0 with gradient 0.
         uniform = torch.rand(logit.shape, generator=generator, device=logit.device)
         logit = logit + noise * uniform.logit_().to(logit.dtype)
@@ -51,11 +41,7 @@ def straight_through(
 
 
 def decoupled_gumbel_softmax(
-    logits: Tensor,
-    *,
-    forward_temperature: float,
-    backward_temperature: float,
-    generator: torch.Generator | None = None,
+    logits: Tensor, *, forward_temperature: float, backward_temperature: float, generator: torch.Generator | None = None
 ) -> Tensor:
     """One-hot sample of ``softmax(logits / tau_f)``: ``argmax(logits / tau_f + g)``, with g standard Gumbel.
 
@@ -69,8 +55,6 @@ def decoupled_gumbel_softmax(
         forward_temperature, backward_temperature: tau_f and tau_b, > 0, in units of the logits.
         generator: source of g, on the logits' device.
     """
-    _check("forward_temperature", forward_temperature)
-    _check("backward_temperature", backward_temperature)
     # -log(exponential) is Gumbel; an exponential of 0 would be +inf, which softmax makes NaN.
     exponential = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
     g = exponential.clamp_(min=torch.finfo(exponential.dtype).tiny).log_().neg_().to(logits.dtype)
@@ -85,9 +69,9 @@ def channel_gate(
     cut: Tensor,
     *,
     temperature: float,
-    threshold_scale: Tensor | None = None,
-    protected: Tensor | None = None,
-    counted: Tensor | None = None,
+    threshold_scale: Tensor,
+    protected: Tensor,
+    counted: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Zero the input channels whose score is at or below the threshold: ``keep = |x| > cut``.
 
@@ -95,9 +79,8 @@ def channel_gate(
     ``cut``. With ``r = |x| / cut``, the decision's soft stand-in is ``sigmoid(log(r) / temperature)``: a log-score
     against a log-threshold, so that a channel's magnitude does not set how far its gradient reaches.
 
-    ``x`` gets ``grad * keep``. The decision's own dependence on x is left out: no parameter needs it here, and it
-    would send the relaxation's error through the frozen base into every router below. Only ``log_scale`` gets the
-    soft gradient, from the output and from the count.
+    ``x`` gets ``grad * keep``: the decision's own dependence on x would send the relaxation's error through the frozen
+    base into every router below. Only ``log_scale`` gets the soft gradient, from the output and from the count.
 
     Args:
         x: ``[n, C]``, any floating dtype.
@@ -107,17 +90,13 @@ def channel_gate(
         temperature: > 0, in units of the log-score.
         threshold_scale: ``[n, 1]`` fp32, by which each row's cuts are multiplied; without gradient.
         protected: bool ``[n]``, rows that keep everything and give no gradient to ``log_scale``.
-        counted: bool ``[n]``, rows that ``soft_count`` counts (real and alive ones); None counts all.
+        counted: bool ``[n]``, rows that the count takes in: real and alive ones.
 
     Returns:
-        ``x * keep`` in x's dtype, ``keep`` bool ``[n, C]`` (no gradient), and ``soft_count`` fp32 ``[C]``: the hard
-        number of counted rows that keep the channel, with the soft decision's gradient.
+        ``x * keep`` in x's dtype, ``keep`` bool ``[n, C]`` (no gradient), and fp32 ``[C]`` the hard number of counted
+        rows that keep the channel, with the soft decision's gradient.
     """
-    _check("temperature", temperature)
-    if x.dim() != 2 or log_scale.shape != x.shape[1:] or cut.shape != x.shape[1:]:
-        shapes = ", ".join(str(list(t.shape)) for t in (x, log_scale, cut))
-        raise HatError(f"x, log_scale and cut must have the shapes [n, C], [C], [C], got {shapes}")
-    return _ChannelGate.apply(x, log_scale, cut, float(temperature), threshold_scale, protected, counted)
+    return _ChannelGate.apply(x, log_scale, cut, temperature, threshold_scale, protected, counted)
 
 
 def seeded(device: torch.device | str, *key: int) -> torch.Generator:
@@ -126,8 +105,6 @@ def seeded(device: torch.device | str, *key: int) -> torch.Generator:
     The same key gives the same numbers in every process and version of Python; keys that differ in any place or
     in length give unrelated ones.
     """
-    if not key or not all(isinstance(k, Integral) for k in key):
-        raise HatError(f"a generator's key must be one or more whole numbers, got {key!r}")
     digest = hashlib.sha256(",".join(str(int(k)) for k in key).encode()).digest()
     # CPU generators read 32 bits of a seed; CUDA ones all 64.
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
@@ -136,27 +113,22 @@ def seeded(device: torch.device | str, *key: int) -> torch.Generator:
 class _ChannelGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, log_scale, cut, temperature, threshold_scale, protected, counted):
-        keep = x.abs() > (cut if threshold_scale is None else cut * threshold_scale)  # in fp32, as in use
-        if protected is not None:
-            keep = keep | protected[:, None]
+        keep = (x.abs() > cut * threshold_scale) | protected[:, None]  # in fp32, as in use
         ctx.save_for_backward(x, keep, cut, threshold_scale, protected, counted)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(keep)
-        return x * keep, keep, _count(keep if counted is None else keep[counted])
+        return x * keep, keep, _count(keep[counted])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _, grad_count):
         x, keep, cut, threshold_scale, protected, counted = ctx.saved_tensors
         grad = torch.zeros_like(x) if grad is None else grad
-        grad_x = grad_scale = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad * keep
+        grad_x, grad_scale = grad * keep if ctx.needs_input_grad[0] else None, None
         if ctx.needs_input_grad[1]:
-            free = torch.ones_like(keep[:, 0]) if protected is None else ~protected
-            count_rows = free if counted is None else free & counted
-            through_x, through_count = _slope_sums(x, cut, ctx.temperature, grad, threshold_scale, free, count_rows)
+            rows = ~protected, ~protected & counted
+            through_x, through_count = _slope_sums(x, cut, ctx.temperature, grad, threshold_scale, *rows)
             grad_scale = through_x if grad_count is None else through_x.addcmul_(through_count, grad_count)
         return grad_x, grad_scale, None, None, None, None, None
 
@@ -176,9 +148,7 @@ def _slope_sums(x, cut, temperature, grad, threshold_scale, x_rows, count_rows) 
     for start in range(0, len(x), tile):
         rows = slice(start, start + tile)
         values = x[rows].to(dtype)
-        p = values.abs().mul_(inverse)
-        if threshold_scale is not None:
-            p.div_(threshold_scale[rows].to(dtype))
+        p = values.abs().mul_(inverse).div_(threshold_scale[rows].to(dtype))
         p.log_().mul_(-1 / temperature).sigmoid_()
         slope = p.addcmul_(p, p, value=-1)
         # In place, so that autocast leaves these matrix-vector products alone.
@@ -198,8 +168,3 @@ def _count(keep: Tensor) -> Tensor:
 def _hard_forward(hard: Tensor, soft: Tensor) -> Tensor:
     """The value of ``hard``, exactly, and the gradient of ``soft``."""
     return hard + (soft - soft.detach())
-
-
-def _check(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise HatError(f"{name} must be a positive number, got {value!r}")

@@ -2,9 +2,8 @@
 
 Progress bars, tensorboard, gradient accumulation, resuming and `torchrun` are Trainer's. Ours are the objective, what
 is saved (routers and gates, never the base), and four ways to stop without loss: a time limit, Ctrl-C, SIGTERM (what
-a cluster sends before it kills), and a number that is not finite.
-
-Resume files of Trainer hold pickles: they are read with ``weights_only=True``, from the run's own folder alone.
+a cluster sends before it kills), and a number that is not finite. Resume files of Trainer hold pickles: they are read
+with ``weights_only=True``, from the run's own folder alone.
 """
 
 from __future__ import annotations
@@ -16,22 +15,17 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from torch import Tensor, distributed
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer_utils import sort_checkpoints
 
 from hat_lib.config import HatError
 from hat_lib.model.checkpoint import read_checkpoint
@@ -43,14 +37,13 @@ from hat_lib.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a phase ended."""
+    """How a phase ended; ``stopped`` is "time", "interrupt", "terminate", or empty when it ran to the end."""
 
     phase: str
     step: int
     steps: int
     seconds: float
     stopped: str = ""
-    """"time", "interrupt", "terminate", or empty when it ran to the end"""
 
     @property
     def done(self) -> bool:
@@ -74,8 +67,7 @@ class HatTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         out = model(**inputs, step=self.state.global_step, steps=self.state.max_steps)
         if not torch.isfinite(out["loss"]):
-            where = first_bad_layer(self.model.hat, inputs)
-            self._stop(f"the loss is {out['loss'].item()}, first in {where}")
+            self._stop(f"the loss is {out['loss'].item()}, first in {_first_bad(self.model.hat, inputs)}")
         self.record.note(out, int(inputs["attention_mask"].sum()))
         return (out["loss"], out) if return_outputs else out["loss"]
 
@@ -92,14 +84,16 @@ class HatTrainer(Trainer):
         return super()._clip_grad_norm(model)
 
     def _stop(self, what: str) -> None:
-        step, rate = self.state.global_step + 1, self.optimizer.param_groups[0]["lr"]
-        last = sound_checkpoint(Path(self.args.output_dir))
+        step, rate, last = self.state.global_step + 1, self._get_learning_rate(), sound_checkpoint(self.args.output_dir)
         kept = f"the checkpoint of step {_step(last)} is intact" if last else "nothing was saved before"
         raise HatError(f"training stopped in step {step}: {what}, lr {rate:.3g}; {kept}")
 
     def _save_checkpoint(self, model, trial):
-        with self.stops.held():
+        self.stops.saving = True
+        try:
             super()._save_checkpoint(model, trial)
+        finally:
+            self.stops.saving = False
 
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save:  # every process is asked
@@ -153,23 +147,7 @@ class _Stops(TrainerCallback):
             if "terminate" in (self.asked, self.reason):
                 signal.raise_signal(signal.SIGTERM)
 
-    @contextmanager
-    def held(self):
-        self.saving = True
-        try:
-            yield
-        finally:
-            self.saving = False
-
     def on_step_end(self, args, state, control, **kwargs):
-        self._decide(args, state)
-        if self.reason:
-            control.should_training_stop = control.should_save = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._decide(args, state)  # Ctrl-C while the last step was saved
-
-    def _decide(self, args, state) -> None:
         late = self.limit is not None and time.monotonic() > self.limit and state.global_step < state.max_steps
         reason = self.REASONS.index(self.asked) or int(late)
         if args.world_size > 1:  # what one of them wants, all do
@@ -177,6 +155,10 @@ class _Stops(TrainerCallback):
             distributed.all_reduce(highest, distributed.ReduceOp.MAX)
             reason = int(highest)
         self.reason = self.REASONS[reason]
+        if self.reason:
+            control.should_training_stop = control.should_save = True
+
+    on_train_end = on_step_end  # Ctrl-C while the last step was saved
 
 
 def train_phase(
@@ -214,17 +196,14 @@ def train_phase(
         if state.global_step >= state.max_steps:  # stopped after its last step; Trainer would take one more
             hat.load_adapter(read_checkpoint(last), last)
             return Outcome(phase, state.global_step, state.max_steps, 0.0)
-    epochs, rate = (
-        (recipe.router_epochs, recipe.router_lr) if phase == "routers" else (recipe.exit_epochs, recipe.exit_lr)
-    )
-    device = hat.base.device.type
+    own, device = "router" if phase == "routers" else "exit", hat.base.device.type
     args = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulate,
-        num_train_epochs=epochs,
+        num_train_epochs=getattr(recipe, f"{own}_epochs"),
         max_steps=max_steps,
-        learning_rate=rate,
+        learning_rate=getattr(recipe, f"{own}_lr"),
         weight_decay=0.0,
         lr_scheduler_type="cosine",
         warmup_steps=recipe.warmup,  # below 1: a share of all steps
@@ -251,7 +230,7 @@ def train_phase(
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     stops, start = _Stops(max_minutes), time.monotonic()
     if last and args.should_save:  # what is newer is half-written, and would count as the newest when old ones go
-        for newer in _checkpoints(work):
+        for newer in sort_checkpoints(str(work)):
             if _step(newer) > _step(last):
                 shutil.rmtree(newer)
     try:
@@ -281,20 +260,18 @@ def end_training(hat: HierarchicalTransformer) -> None:
 
 def collate(rows: list[dict]) -> dict[str, Tensor]:
     """Blocks to ``input_ids, attention_mask [B, T]``, right-padded, and ``index [B]``; int64."""
-    width = max(len(row["input_ids"]) for row in rows)
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        n = len(row["input_ids"])
-        ids[i, :n], mask[i, :n] = torch.as_tensor(row["input_ids"]), 1
-    return {"input_ids": ids, "attention_mask": mask, "index": torch.tensor([row["index"] for row in rows])}
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    index = torch.tensor([row["index"] for row in rows])
+    return {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask, "index": index}
 
 
-def sound_checkpoint(work: Path) -> Path | None:
+def sound_checkpoint(work: str | Path) -> Path | None:
     """The newest of Trainer's checkpoints that is complete; half-written ones are passed over.
 
     Trainer writes straight into ``checkpoint-N``, its ``trainer_state.json`` last.
     """
-    for folder in reversed(_checkpoints(work)):
+    for folder in map(Path, reversed(sort_checkpoints(str(work)))):
         try:
             state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
             read_checkpoint(folder)
@@ -308,18 +285,13 @@ def sound_checkpoint(work: Path) -> Path | None:
     return None
 
 
-def _checkpoints(work: Path) -> list[Path]:
-    return sorted((path for path in work.glob("checkpoint-*") if path.is_dir()), key=_step)
-
-
-def _step(folder: Path) -> int:
-    """The step that a checkpoint folder is named after."""
-    number = folder.name.rsplit("-", 1)[1]
+def _step(folder: str | Path) -> int:
+    number = Path(folder).name.removeprefix("checkpoint-")
     return int(number) if number.isdecimal() else -1
 
 
 @torch.no_grad()
-def first_bad_layer(hat: HierarchicalTransformer, inputs: dict) -> str:
+def _first_bad(hat: HierarchicalTransformer, inputs: dict) -> str:
     """Where a value that is not finite first appears: a parameter, a layer of the dense base, or what comes after."""
     for name, parameter in hat.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -329,11 +301,8 @@ def first_bad_layer(hat: HierarchicalTransformer, inputs: dict) -> str:
     def watch(i):
         return lambda module, args, output: bad.append(f"layer {i}") if not torch.isfinite(output).all() else None
 
-    hooks = [layer.register_forward_hook(watch(i)) for i, layer in enumerate(hat.lm.model.layers)]
-    try:
-        with hat.dense():
-            hat.lm.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, hat.dense():
+        for i, layer in enumerate(hat.lm.model.layers):
+            hooks.callback(layer.register_forward_hook(watch(i)).remove)
+        hat.lm.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
     return bad[0] if bad else "no layer of the base: a router, a gate, the head or the loss"

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,26 +14,19 @@ from hat_lib.training.recipe import Recipe
 STEPS = 100
 
 
-def test_capacity_goes_from_everything_to_the_target_and_stays():
+def test_capacity_goes_to_the_target_and_is_drawn_evenly_around_the_schedule_within_bounds():
     recipe = Recipe(capacity=0.5, anneal=0.4, spread=0.0)
     schedule = [recipe.sampled_capacity(step, STEPS) for step in range(STEPS)]
     assert schedule[0] == 1.0 and schedule[20] == pytest.approx(0.75)
     assert schedule[40:] == [0.5] * 60 and np.all(np.diff(schedule) <= 0)
-    assert Recipe(capacity=0.5, anneal=0.0, spread=0.0).sampled_capacity(0, STEPS) == 0.5
-
-
-def test_capacity_is_drawn_evenly_around_the_schedule_within_bounds():
-    recipe = Recipe(capacity=0.5, anneal=0.0, spread=0.2)
-    drawn = [recipe.sampled_capacity(step, 2000) for step in range(2000)]
+    flat = Recipe(capacity=0.5, anneal=0.0, spread=0.2)
+    drawn = [flat.sampled_capacity(step, 2000) for step in range(2000)]
     assert 0.3 <= min(drawn) < 0.31 and 0.69 < max(drawn) <= 0.7 and abs(np.mean(drawn) - 0.5) < 0.01
     wide = Recipe(capacity=0.15, anneal=0.5, spread=0.9)
     drawn = [wide.sampled_capacity(step, STEPS) for step in range(STEPS)]
     assert min(drawn) == 0.1 and max(drawn) == 1.0
-
-
-def test_exit_rate_is_drawn_from_0_up_to_the_highest():
-    drawn = [Recipe(exit_rate=0.3).sampled_exit_rate(step) for step in range(1000)]
-    assert 0 <= min(drawn) < 0.01 and 0.29 < max(drawn) <= 0.3
+    rates = [Recipe(exit_rate=0.3).sampled_exit_rate(step) for step in range(1000)]
+    assert 0 <= min(rates) < 0.01 and 0.29 < max(rates) <= 0.3
 
 
 def test_what_is_drawn_depends_on_seed_and_step_alone():
@@ -62,26 +56,20 @@ def test_layer_dropout_grows_with_depth_and_over_the_run():
     assert recipe.layer_dropout_at(1, 1, 1).tolist() == [0]
 
 
-def test_the_published_recipe_is_the_published_one():
-    published = Recipe.published()
-    assert (published.router_lr, published.router_epochs) == (1e-3, 3)
-    assert (published.exit_lr, published.exit_epochs) == (5e-4, 2)
-    assert (published.capacity, published.max_grad_norm) == (0.55, 1.0)
-    assert published == Recipe()
-
-
 @pytest.mark.parametrize("start", [Recipe.channel, Recipe.token, Recipe.published])
 def test_quick_is_smaller_and_changes_come_last(start):
     quick, full = start("quick"), start("full")
     assert quick.tokens * quick.router_epochs < full.tokens * full.router_epochs / 8
     assert quick.router_lr == full.router_lr and quick.capacity == full.capacity
-    assert start("quick", tokens=500, text="self").to_dict() == quick.to_dict() | {"tokens": 500, "text": "self"}
+    assert start("quick", tokens=500, text="self") == replace(quick, tokens=500, text="self")
 
 
 def test_a_name_and_a_grain_make_a_recipe():
     assert Recipe.named("default", "channel") == Recipe.channel()
     assert Recipe.named("default", "token", "quick", seed=3) == Recipe.token("quick", seed=3)
-    assert Recipe.named("published", "token") == Recipe.published()
+    assert Recipe.named("published", "token") == Recipe.published() == Recipe()
+    assert (Recipe().router_lr, Recipe().router_epochs, Recipe().exit_lr, Recipe().exit_epochs) == (1e-3, 3, 5e-4, 2)
+    assert (Recipe().capacity, Recipe().max_grad_norm) == (0.55, 1.0)
     with pytest.raises(HatError, match="the published recipe trains the token grain: add --granularity token"):
         Recipe.named("published", "channel")
     with pytest.raises(HatError, match="recipe must be one of default, published, got 'best'"):

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from hat_lib.config import HatError
 from hat_lib.training import straight_through as module
 from hat_lib.training.straight_through import channel_gate, decoupled_gumbel_softmax, seeded, straight_through
 
@@ -18,6 +17,13 @@ def leaf(values, dtype=torch.float32):
 
 def sample(logits, forward=1.0, backward=1.0, **kwargs):
     return decoupled_gumbel_softmax(logits, forward_temperature=forward, backward_temperature=backward, **kwargs)
+
+
+def gate(x, log_scale, cut, temperature=1.0, **rows):
+    """`channel_gate`; every row counts, none is protected, unless told."""
+    every = torch.ones(len(x), dtype=torch.bool)
+    rows = {"threshold_scale": torch.ones(len(x), 1), "protected": ~every, "counted": every} | rows
+    return channel_gate(x, log_scale, cut, temperature=temperature, **rows)
 
 
 # Token router and exit gate
@@ -36,17 +42,7 @@ def test_straight_through_by_hand():
     assert torch.equal(state, torch.get_rng_state())  # nothing was drawn
 
 
-def test_decoupled_by_hand_where_the_draws_are_equal(monkeypatch):
-    # tau_b = 2 on (1, 0): p = sigmoid(1/2) = 0.622459; d p_0 / d l_0 = p (1 - p) / 2 = 0.117502 = -d p_0 / d l_1
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, **_: self.fill_(1))
-    logits = leaf([[1.0, 0.0], [0.0, 0.0]])
-    hard = sample(logits, backward=2.0)
-    assert hard.tolist() == [[1.0, 0.0], [1.0, 0.0]]
-    hard[0, 0].backward()
-    torch.testing.assert_close(logits.grad, torch.tensor([[0.117502, -0.117502], [0, 0]]), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_decisions_are_exactly_0_or_1_in_the_logits_dtype(dtype):
     logit = leaf(torch.linspace(-6, 6, 2000).view(50, 40), dtype)
     keep = straight_through(logit, noise=0.7, temperature=0.3, generator=seeded("cpu", 1))
@@ -69,18 +65,6 @@ def test_noise_is_logistic():
     assert abs(float(logit.grad.mean()) - 1 / 6) < 0.001
 
 
-def test_noise_of_decision_and_gradient_is_the_same_draw():
-    logit = leaf(torch.full((1000,), 3.0))
-    keep = straight_through(logit, noise=2.0, temperature=0.01, generator=seeded("cpu", 5))
-    keep.sum().backward()
-    # At so low a temperature only logits within about 0.1 of the decision's edge get any gradient.
-    u = torch.rand(1000, generator=seeded("cpu", 5))
-    noisy = 3 + 2 * torch.log(u / (1 - u))
-    clear = noisy.abs() > 1e-3
-    assert torch.equal(keep.detach()[clear], (noisy > 0).float()[clear])
-    assert (logit.grad[noisy.abs() > 0.2] < 1e-6).all() and (logit.grad[noisy.abs() < 0.02] > 1).all()
-
-
 def test_forward_temperature_sets_the_sample_and_backward_temperature_the_gradient():
     def run(forward, backward, values=(1.0, 0.0)):
         logits = leaf(torch.tensor(values).repeat(200_000, 1))
@@ -99,12 +83,9 @@ def test_forward_temperature_sets_the_sample_and_backward_temperature_the_gradie
     _, gradient = run(1.0, 2.0, (0.0, 0.0))
     assert abs(float(gradient[:, 0].mean()) - 1 / 12) < 0.001
     torch.testing.assert_close(gradient[:, 0], -gradient[:, 1])
-
-
-def test_three_classes_are_sampled_by_their_softmax():
-    # Unlike the difference of two, three Gumbels would show a wrong sign. 4 sigma = 0.005
+    # Unlike the difference of two, three Gumbels would show a wrong sign.
     hard = sample(torch.tensor([0.6, 0.3, 0.1]).log().repeat(160_000, 1), generator=seeded("cpu", 15))
-    torch.testing.assert_close(hard.mean(0), torch.tensor([0.6, 0.3, 0.1]), atol=0.006, rtol=0)
+    torch.testing.assert_close(hard.mean(0), torch.tensor([0.6, 0.3, 0.1]), atol=0.006, rtol=0)  # 4 sigma = 0.005
 
 
 def test_the_most_extreme_draws_are_harmless(monkeypatch):
@@ -131,7 +112,7 @@ def test_the_most_extreme_draws_are_harmless(monkeypatch):
 )
 def test_channel_gate_by_hand(temperature, x, slopes):
     x, log_scale, slopes = leaf([x]), leaf(torch.zeros(3)), torch.tensor(slopes)
-    y, keep, count = channel_gate(x, log_scale, torch.ones(3), temperature=temperature)
+    y, keep, count = gate(x, log_scale, torch.ones(3), temperature=temperature)
     assert y.tolist() == [[float(x[0, 0].detach()), 0.0, 0.0]]
     assert keep.dtype == torch.bool and keep.tolist() == [[True, False, False]] and not keep.requires_grad
     assert count.dtype == torch.float32 and count.tolist() == [1.0, 0.0, 0.0]
@@ -168,18 +149,18 @@ def by_autograd(x, cut, temperature, protected, counted, grad, grad_count):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.3, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tile", [100, 100_000])
 def test_channel_gate_against_autograd(temperature, dtype, tile, scaled, monkeypatch):
     """With and without a scale on each row's thresholds."""
     monkeypatch.setattr(module, "CPU_TILE", tile)
     x, cut, protected, counted, grad, grad_count = gate_case(dtype=dtype)
-    scale = torch.randn(len(x), 1, generator=seeded("cpu", 5)).exp() if scaled else None
-    expected = by_autograd(x, cut * scale if scaled else cut, temperature, protected, counted, grad, grad_count)
+    scale = torch.randn(len(x), 1, generator=seeded("cpu", 5)).exp() if scaled else torch.ones(len(x), 1)
+    expected = by_autograd(x, cut * scale, temperature, protected, counted, grad, grad_count)
     x, log_scale = leaf(x, dtype), leaf(torch.zeros(len(cut)))
     rows = {"threshold_scale": scale, "protected": protected, "counted": counted}
-    y, keep, count = channel_gate(x, log_scale, cut, temperature=temperature, **rows)
+    y, keep, count = gate(x, log_scale, cut, temperature=temperature, **rows)
     torch.autograd.backward([y, count], [grad, grad_count])
     assert y.dtype == x.grad.dtype == dtype and log_scale.grad.dtype == torch.float32
     torch.testing.assert_close(y.double(), expected[0], rtol=0, atol=0)
@@ -190,28 +171,13 @@ def test_channel_gate_against_autograd(temperature, dtype, tile, scaled, monkeyp
     torch.testing.assert_close(log_scale.grad.double(), expected[4], rtol=0, atol=tolerance)
 
 
-def test_log_scale_gradient_is_the_slope_of_the_soft_count():
-    """A finite difference through the cut itself, threshold / exp(log_scale), so that the sign is tested too."""
-    x, threshold, *_ = gate_case()
-    temperature, step = 0.7, 1e-5
-
-    def soft_count(shift):
-        return torch.sigmoid(torch.log(x.abs() / (threshold.double() / math.exp(shift))) / temperature).sum(0)
-
-    log_scale = leaf(torch.zeros(len(threshold)))
-    channel_gate(x, log_scale, threshold, temperature=temperature)[2].sum().backward()
-    slope = (soft_count(step) - soft_count(-step)) / (2 * step)
-    assert (slope > 1).all()
-    torch.testing.assert_close(log_scale.grad.double(), slope, rtol=1e-5, atol=0)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_comparison_is_in_fp32_whatever_the_dtype_of_x(dtype):
     cut = torch.rand(2000, generator=seeded("cpu", 2)) * 3
     near = cut.to(dtype)
     below, above = (torch.nextafter(near, torch.full_like(near, s * math.inf)) for s in (-1, 1))
     x = torch.stack([near, below, above, -near, -below, -above])
-    _, keep, _ = channel_gate(x, torch.zeros(2000), cut, temperature=1.0)
+    _, keep, _ = gate(x, torch.zeros(2000), cut)
     assert torch.equal(keep, x.float().abs() > cut)
 
 
@@ -221,7 +187,7 @@ def test_extremes_give_finite_gradients(temperature):
     #      cut: keep all, keep all but 0, drop all, ratio overflows, ratio underflows
     cut = torch.tensor([-inf, 0.0, inf, tiny, 1e30])
     x, log_scale = leaf(torch.tensor([0.0, 1e-30, 5.0, -1e30])[:, None].expand(4, 5)), leaf(torch.zeros(5))
-    y, keep, count = channel_gate(x, log_scale, cut, temperature=temperature)
+    y, keep, count = gate(x, log_scale, cut, temperature=temperature)
     assert keep.sum(0).tolist() == [4, 3, 0, 3, 0]
     torch.autograd.backward([y, count], [torch.ones_like(y), torch.ones(5)])
     assert torch.isfinite(x.grad).all() and torch.isfinite(log_scale.grad).all()
@@ -231,29 +197,24 @@ def test_extremes_give_finite_gradients(temperature):
 def test_every_row_is_counted_once_and_none_is_fine():
     """More rows than a byte can count; and no row at all."""
     x, cut, *_ = gate_case(n=1000, dtype=torch.float32)
-    _, keep, count = channel_gate(x, torch.zeros(len(cut)), cut, temperature=1.0)
+    _, keep, count = gate(x, torch.zeros(len(cut)), cut)
     assert torch.equal(count, keep.double().sum(0).float()) and float(count.max()) > 255
     x, log_scale = leaf(torch.zeros(0, 5)), leaf(torch.zeros(5))
-    y, keep, count = channel_gate(x, log_scale, torch.ones(5), temperature=1.0)
+    y, keep, count = gate(x, log_scale, torch.ones(5))
     (y.sum() + count.sum()).backward()
     assert keep.shape == (0, 5) and count.tolist() == [0.0] * 5 and log_scale.grad.tolist() == [0.0] * 5
 
 
-def test_channel_gate_keeps_only_x_and_a_byte_per_element_for_the_backward():
-    x, cut, protected, counted, *_ = gate_case(dtype=torch.bfloat16)
+def test_channel_gate_keeps_only_x_and_a_byte_per_element_and_gives_only_the_gradients_that_are_asked_for():
+    x, cut, protected, counted, grad, _ = gate_case(dtype=torch.bfloat16)
     x, saved = leaf(x, x.dtype), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
-        channel_gate(x, leaf(torch.zeros(24)), cut, temperature=1.0, protected=protected, counted=counted)
-    assert sum(saved) == 600 * 24 * (2 + 1) + 24 * 4 + 2 * 600
-
-
-def test_channel_gate_gives_only_the_gradients_that_are_asked_for():
-    x, cut, _, _, grad, _ = gate_case(dtype=torch.float32)
-    frozen = leaf(x)
-    channel_gate(frozen, torch.zeros(24), cut, temperature=1.0)[0].backward(grad)
-    torch.testing.assert_close(frozen.grad, grad * (x.abs() > cut))
+        gate(x, leaf(torch.zeros(24)), cut, protected=protected, counted=counted)
+    assert sum(saved) == 600 * 24 * (2 + 1) + 24 * 4 + (2 + 4) * 600
+    gate(x, torch.zeros(24), cut)[0].backward(grad)  # no gradient of log_scale
+    torch.testing.assert_close(x.grad, grad * (x.abs() > cut))
     unused, log_scale = leaf(x), leaf(torch.zeros(24))
-    channel_gate(unused, log_scale, cut, temperature=1.0)[2].sum().backward()
+    gate(unused, log_scale, cut)[2].sum().backward()  # of the count alone
     assert float(unused.grad.abs().max()) == 0 and float(log_scale.grad.min()) > 0
 
 
@@ -263,14 +224,14 @@ def test_autocast_changes_nothing():
     for enabled in (False, True):
         log_scale = leaf(torch.zeros(24))
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            y, _, count = channel_gate(x, log_scale, cut, temperature=1.0, protected=protected, counted=counted)
+            y, _, count = gate(x, log_scale, cut, protected=protected, counted=counted)
             torch.autograd.backward([y, count], [grad, grad_count])
         results.append((y, count, log_scale.grad))
     for plain, cast in zip(*results, strict=True):
         assert plain.dtype == cast.dtype and torch.equal(plain, cast)
 
 
-# Generators, and bad input
+# Generators
 
 
 def test_a_key_always_gives_the_same_generator_and_another_key_another():
@@ -278,21 +239,3 @@ def test_a_key_always_gives_the_same_generator_and_another_key_another():
     assert seeded("cpu", 1, 2, 3).initial_seed() == 2959428052538452618
     keys = [(0,), (1,), (-1,), (12,), (123,), (1, 23), (12, 3), (2, 1), (1, 2), (1, 0), (2**70,)]
     assert len({seeded("cpu", *key).initial_seed() for key in keys}) == len(keys)
-
-
-@pytest.mark.parametrize(
-    ("call", "names"),
-    [
-        (lambda: straight_through(torch.zeros(2), temperature=0.0), "temperature"),
-        (lambda: straight_through(torch.zeros(2), noise=-1.0), "noise"),
-        (lambda: sample(torch.zeros(1, 2), forward=-1.0), "forward_temperature"),
-        (lambda: sample(torch.zeros(1, 2), backward=math.nan), "backward_temperature"),
-        (lambda: channel_gate(torch.zeros(2, 3), torch.zeros(3), torch.zeros(3), temperature=math.inf), "temperature"),
-        (lambda: channel_gate(torch.zeros(2, 3), torch.zeros(2), torch.zeros(3), temperature=1), r"\[2\]"),
-        (lambda: seeded("cpu"), "whole number"),
-        (lambda: seeded("cpu", 1.5), "1.5"),
-    ],
-)
-def test_bad_input_is_named(call, names):
-    with pytest.raises(HatError, match=names):
-        call()

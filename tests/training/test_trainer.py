@@ -33,7 +33,7 @@ def grain_and_phase(request):
     return request.param
 
 
-def test_only_the_phase_s_own_parameters_train_and_all_of_them(grain_and_phase, tmp_path, monkeypatch):
+def test_only_the_phase_s_own_parameters_train_and_all_of_them_are_saved(grain_and_phase, tmp_path, monkeypatch):
     grain, phase = grain_and_phase
     hat, got_gradient = new_hat(grain), set()
     before, frozen = values(hat), exact_hash(hat.lm)
@@ -48,23 +48,16 @@ def test_only_the_phase_s_own_parameters_train_and_all_of_them(grain_and_phase, 
 
     own = {n for n in before if n.startswith("routers." if phase == "routers" else "gates.")}
     own -= {"routers.0_ffn.weight", "routers.0_ffn.bias"}  # token grain: layer 0's FFN always runs, its router is idle
-    own -= {n for n in own if "_token." in n}  # channel grain: needs are measured
-    assert got_gradient == own
-    assert {n for n, p in hat.hat_parameters().items() if not torch.equal(p, before[n])} == own
-    assert exact_hash(hat.lm) == frozen and exact_hash(hat.unload().model) == frozen
+    own -= {n for n in own if "_token." in n}  # channel grain: token sensitivity is measured
+    assert got_gradient == own == {n for n, p in hat.hat_parameters().items() if not torch.equal(p, before[n])}
 
-
-def test_trained_is_saved_is_counted(grain_and_phase, tmp_path):
-    grain, phase = grain_and_phase
-    hat = new_hat(grain)
-    run_phase(hat, tmp_path, phase)
     saved = read_checkpoint(sound_checkpoint(tmp_path / "work" / phase)).tensors
-    assert same(saved, values(hat))
-    assert set(saved) == {n for n, _ in hat.named_parameters() if is_hat_parameter(n)} == set(hat.hat_parameters())
+    assert same(saved, values(hat)) and set(saved) == {n for n, _ in hat.named_parameters() if is_hat_parameter(n)}
     assert not any(p.requires_grad for n, p in hat.named_parameters() if n not in saved)
     files = {path.suffix for path in (tmp_path / "work" / phase).rglob("checkpoint-*/*")}
     assert files == {".json", ".safetensors", ".pt", ".pth"}  # no copy of the base among them
     assert sum(path.stat().st_size for path in (tmp_path / "work").rglob("*.safetensors")) < 200_000
+    assert exact_hash(hat.lm) == frozen and exact_hash(hat.unload().model) == frozen
 
 
 @pytest.mark.parametrize("ending", ["done", "not finite", "interrupted"])
@@ -120,27 +113,38 @@ def test_accumulated_gradients_are_the_mean_of_their_batches_whatever_the_step(t
 # Stops
 
 
-def test_ctrl_c_finishes_the_step_and_saves_it(tmp_path, monkeypatch):
-    interrupt_at(monkeypatch, ("routers", 3))
-    outcome = run_phase(new_hat("token"), tmp_path)
-    assert (outcome.step, outcome.steps, outcome.stopped, outcome.done) == (3, 6, "interrupt", False)
-    assert sound_checkpoint(tmp_path / "work" / "routers").name == "checkpoint-3"
+@pytest.fixture
+def terminated(monkeypatch):
+    """Where SIGTERM ends up, in place of the end of this process."""
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    yield received
+    signal.signal(signal.SIGTERM, before)
 
 
-def test_ctrl_c_in_the_last_step_stops_before_what_comes_after(tmp_path, monkeypatch):
-    interrupt_at(monkeypatch, ("routers", 6))
+@pytest.mark.parametrize("number, reason", [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "terminate"), (0, "time")])
+def test_a_stop_finishes_the_step_and_saves_it(tmp_path, monkeypatch, terminated, number, reason):
+    """Ctrl-C, SIGTERM, which is then passed on, and a time limit."""
+    if number:
+        interrupt_at(monkeypatch, ("routers", 3), by=number)
+    outcome = run_phase(new_hat("token"), tmp_path, max_minutes=None if number else 1e-9)
+    step = 3 if number else 1
+    assert (outcome.step, outcome.steps, outcome.stopped, outcome.done) == (step, 6, reason, False)
+    assert sound_checkpoint(tmp_path / "work" / "routers").name == f"checkpoint-{step}"
+    assert terminated == [True] * (reason == "terminate")
+    assert run_phase(new_hat("token"), tmp_path, resume=True, max_minutes=9).done
+    assert terminated == [True] * (reason == "terminate")
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_save"])
+def test_ctrl_c_in_the_last_step_or_while_it_is_saved_is_not_lost(tmp_path, monkeypatch, event):
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == (5 if event == "on_step_begin" else 6):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "CsvLog", type("Log", (trainer.CsvLog,), {event: interrupt}))
     outcome = run_phase(new_hat("token"), tmp_path)
     assert outcome.step == outcome.steps == 6 and outcome.stopped == "interrupt"
-
-
-def test_ctrl_c_while_the_last_step_is_saved_is_not_lost(tmp_path, monkeypatch):
-    class Log(trainer.CsvLog):
-        def on_save(self, args, state, control, **kwargs):
-            if state.global_step == 6:
-                signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(trainer, "CsvLog", Log)
-    assert run_phase(new_hat("token"), tmp_path).stopped == "interrupt"
 
 
 def test_a_second_ctrl_c_stops_at_once_but_not_a_save():
@@ -149,8 +153,9 @@ def test_a_second_ctrl_c_stops_at_once_but_not_a_save():
     stops.receive(signal.SIGINT)  # at once: the same one, as torchrun passes it on
     stops.since -= 2
     stops.receive(signal.SIGTERM)  # what follows on it, if anything, is SIGKILL
-    with stops.held():
-        stops.receive(signal.SIGINT)
+    stops.saving = True
+    stops.receive(signal.SIGINT)
+    stops.saving = False
     with pytest.raises(KeyboardInterrupt):
         stops.receive(signal.SIGINT)
 
@@ -169,33 +174,10 @@ def test_a_second_signal_while_it_saves_leaves_the_save_whole(tmp_path, monkeypa
     assert sound_checkpoint(tmp_path / "work" / "routers").name == "checkpoint-3"
 
 
-@pytest.fixture
-def terminated(monkeypatch):
-    """Where SIGTERM ends up, in place of the end of this process."""
-    received = []
-    before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
-    yield received
-    signal.signal(signal.SIGTERM, before)
-
-
-def test_sigterm_is_passed_on_after_the_step_is_saved(tmp_path, monkeypatch, terminated):
-    interrupt_at(monkeypatch, ("routers", 3), by=signal.SIGTERM)
-    outcome = run_phase(new_hat("token"), tmp_path)
-    assert (outcome.step, outcome.stopped) == (3, "terminate") and terminated == [True]
-    assert sound_checkpoint(tmp_path / "work" / "routers").name == "checkpoint-3"
-    assert run_phase(new_hat("token"), tmp_path, resume=True).done and terminated == [True]
-
-
-def test_the_time_limit_ends_the_first_step_past_it(tmp_path):
-    outcome = run_phase(new_hat("token"), tmp_path, max_minutes=1e-9)
-    assert (outcome.step, outcome.stopped) == (1, "time")
-    assert run_phase(new_hat("token"), tmp_path, resume=True, max_minutes=9).done
-
-
-def test_a_resumed_phase_goes_on_and_one_at_its_end_has_nothing_to_do(tmp_path):
-    hat = new_hat("token")
-    run_phase(hat, tmp_path)
-    again = new_hat("token")
+def test_a_resumed_phase_at_its_end_has_nothing_to_do(tmp_path, capsys):
+    hat, again, started = new_hat("token"), new_hat("token"), time.monotonic()
+    assert 0 < run_phase(hat, tmp_path).seconds <= time.monotonic() - started
+    assert capsys.readouterr() == ("", "")  # no line for a logged step
     outcome = run_phase(again, tmp_path, resume=True)
     assert outcome.done and outcome.step == 6 and same(values(again), values(hat))
 
@@ -286,62 +268,42 @@ def test_an_optimizer_of_another_run_is_one_clear_error(tmp_path):
 # A number that is not finite
 
 
-def stops_at_step(tmp_path, hat, step, *words):
-    """Training stops with one line; the checkpoint of step 4 is sound, and training goes on from it."""
-    with pytest.raises(HatError) as stopped:
-        run_phase(hat, tmp_path)
-    line = str(stopped.value)
-    assert line.startswith(f"training stopped in step {step}: ") and "\n" not in line
-    assert "lr 0.000" in line and line.endswith("the checkpoint of step 4 is intact")
-    for word in words:
-        assert word in line, line
-    assert sound_checkpoint(tmp_path / "work" / "routers").name == "checkpoint-4"
-
-
-def test_a_nan_in_the_loss(tmp_path, monkeypatch):
-    forward = Objective.forward
-
-    def planted(self, input_ids, attention_mask, index, step, steps):
-        out = forward(self, input_ids, attention_mask, index, step, steps)
-        return out | {"loss": out["loss"] * float("nan")} if step == 4 else out
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Objective, "forward", planted)
-        stops_at_step(tmp_path, new_hat("token"), 5, "the loss is nan", "the head or the loss")
-    outcome = run_phase(new_hat("token"), tmp_path, resume=True)
-    assert outcome.done and outcome.step == 6
-
-
-@pytest.mark.parametrize("where", ["weight", "activation"])
-def test_a_nan_in_one_layer_of_the_base(tmp_path, monkeypatch, where):
-    """In a weight, or in what a layer computes from sound weights; from step 5 on."""
+@pytest.mark.parametrize(
+    "where, words",
+    [
+        ("loss", ("the loss is nan", "the head or the loss")),
+        ("weight", ("the loss is nan", "layers.2.mlp.up_proj.weight")),
+        ("activation", ("the loss is nan", "first in layer 2,")),
+        ("gradient", ("the gradient of routers.2_ffn.weight is not finite",)),
+    ],
+)
+def test_a_nan_stops_with_one_line_that_says_where_and_leaves_a_checkpoint(tmp_path, monkeypatch, where, words):
+    """From step 5 on; the checkpoint of step 4 is sound, and training goes on from it."""
     hat, forward = new_hat("token"), Objective.forward
 
     def planted(self, input_ids, attention_mask, index, step, steps):
         if step == 4 and where == "weight":
             hat.lm.model.layers[2].mlp.up_proj.weight.data[0, 0] = torch.nan
-        elif step == 4:
+        elif step == 4 and where == "activation":
             hat.lm.model.layers[2].input_layernorm.weight.data[:] = 3e38
-        return forward(self, input_ids, attention_mask, index, step, steps)
-
-    monkeypatch.setattr(Objective, "forward", planted)
-    name = "layers.2.mlp.up_proj.weight" if where == "weight" else "first in layer 2,"
-    stops_at_step(tmp_path, hat, 5, "the loss is nan", name)
-
-
-def test_a_nan_in_a_gradient_names_the_parameter_it_came_from(tmp_path, monkeypatch):
-    forward = Objective.forward
-
-    def planted(self, input_ids, attention_mask, index, step, steps):
         out = forward(self, input_ids, attention_mask, index, step, steps)
-        if step == 4:
-            self.hat.routers["2_ffn"].weight.register_hook(lambda gradient: gradient * torch.nan)
-        return out
+        if step == 4 and where == "gradient":
+            hat.routers["2_ffn"].weight.register_hook(lambda gradient: gradient * torch.nan)
+        return out | {"loss": out["loss"] * float("nan")} if step == 4 and where == "loss" else out
 
-    monkeypatch.setattr(Objective, "forward", planted)
-    hat = new_hat("token")
-    stops_at_step(tmp_path, hat, 5, "the gradient of routers.2_ffn.weight is not finite")
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "forward", planted)
+        with pytest.raises(HatError) as stopped:
+            run_phase(hat, tmp_path)
+    line = str(stopped.value)
+    assert line.startswith("training stopped in step 5: ") and "\n" not in line
+    assert "lr 0.000" in line and line.endswith("the checkpoint of step 4 is intact")
+    assert all(word in line for word in words), line
     assert all(torch.isfinite(p).all() for p in hat.hat_parameters().values())
+    assert sound_checkpoint(tmp_path / "work" / "routers").name == "checkpoint-4"
+    if where == "loss":
+        outcome = run_phase(new_hat("token"), tmp_path, resume=True)
+        assert outcome.done and outcome.step == 6
 
 
 def test_a_nan_before_anything_was_saved(tmp_path):
@@ -351,18 +313,9 @@ def test_a_nan_before_anything_was_saved(tmp_path):
         run_phase(hat, tmp_path)
 
 
-# The batch, and what is shown
-
-
 def test_collate_pads_on_the_right():
     batch = collate([{"input_ids": [7, 8, 9], "index": 4}, {"input_ids": [5], "index": 2}])
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[7, 8, 9], [5, 0, 0]], "attention_mask": [[1, 1, 1], [1, 0, 0]], "index": [4, 2],
     }  # fmt: skip
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-
-
-def test_nothing_is_printed_for_a_logged_step(tmp_path, capsys):
-    started = time.monotonic()
-    outcome = run_phase(new_hat("token"), tmp_path)
-    assert capsys.readouterr() == ("", "") and 0 < outcome.seconds <= time.monotonic() - started
