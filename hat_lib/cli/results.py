@@ -55,19 +55,20 @@ def sweep(
     import pandas as pd
 
     from hat_lib.backbone.base import parse_dtype
-    from hat_lib.experiments.quality import KEY, Grain, Row, grid, measure
+    from hat_lib.experiments.quality import KEY, Row, grid, rows
     from hat_lib.experiments.rows import RowWriter
     from hat_lib.plotting.frontier import quality as frontier
     from hat_lib.plotting.style import png
 
     if dtype is not None:
         parse_dtype(dtype)
-    points = {name: grid(name, **axes) for name in wanted}
-    chosen = {"channel": Grain(channel, channel_untrained), "token": Grain(token, token_untrained)}
-    typer.echo(f"{sum(map(len, points.values()))} points; those that {out} holds are kept")
+    points = [point for name in wanted for point in grid(name, **axes)]
+    sources = {"channel": channel, "channel_untrained": channel_untrained, "token": token,
+               "token_untrained": token_untrained}  # fmt: skip
+    typer.echo(f"{len(points)} points; those that {out} holds are kept")
     typer.echo(f"capacity and exit rate as requested, and (realised); they differ, for {WHY}")
     with RowWriter(out, Row, KEY) as writer:
-        for r in measure({n: chosen[n] for n in wanted}, writer.done, points=points.__getitem__, dtype=dtype):
+        for r in rows(writer.done, **sources, grains=wanted, points=points, dtype=dtype):
             writer.write(r)
             typer.echo(
                 f"{r.granularity:8} {r.text:12} capacity {r.capacity:.2f} ({r.realised:.3f})  exits {r.exit_rate:.2f} "

@@ -42,12 +42,11 @@ class Change:
     granularity: str
     name: str
     recipe: dict = field(default_factory=dict)
-    split: str = "damage"
-    """how the budget is split over sites at the start, see `hat_lib.calibration.capacity`"""
-    protected_tokens: int = 2
-    token_sensitivity: bool = False
-    """whether sensitive tokens keep more, see `hat_lib.calibration.token_sensitivity`"""
     trained: bool = True
+    split: str = "damage"
+    """how the budget is split over sites at the start, and whether sensitive tokens keep more: see `calibrate`"""
+    token_sensitivity: bool = False
+    protected_tokens: int = 2
 
 
 CHANGES = (
@@ -103,12 +102,7 @@ def rows(
     dtype: str = "bf16",
     changes: Sequence[Change] = CHANGES,
 ) -> Iterator[Row]:
-    """Two rows for each change.
-
-    Args:
-        steps: training steps of a run.
-        tokens: tokens per text.
-    """
+    """Two rows for each change, after ``steps`` training steps, on ``tokens`` tokens per text."""
     parse_dtype(dtype)
     check_count("steps", steps, 1), check_count("tokens", tokens, 1024)
     for change in changes:

@@ -1,7 +1,6 @@
 """What each layer executes at the settings of ``quality.csv``: ``data/results/layer_shares.csv``.
 
-`hat_lib.experiments.quality` keeps a number for the whole model; the view of the frontier shows where in it the work is
-done.
+That file keeps a number for the whole model; the view of the frontier shows where in it the work is done.
 """
 
 from __future__ import annotations
@@ -46,11 +45,7 @@ def rows(
     results: Path | None = None,
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """Every layer at every setting that ``quality.csv`` has for the channel grain and docstrings.
-
-    Args:
-        results: folder of that file; data/results unless told.
-    """
+    """Every layer at every setting that ``quality.csv`` in ``results`` has for the channel grain and docstrings."""
     points = frontier.points(saved("quality", results))[["capacity", "exit_rate"]]
     if settings := [at for at in points.itertuples(index=False, name=None) if (*at, 0) not in done]:
         hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
@@ -62,31 +57,23 @@ def rows(
 def layer_shares(
     hat: HierarchicalTransformer, blocks: Sequence[Mapping], settings: Iterable[tuple[float, float]]
 ) -> list[Row]:
-    """Run ``hat`` over each block at each setting; it is left as it was.
+    """Run ``hat`` over each row of `load_text` at each (capacity, exit rate); it is left as it was.
 
-    Args:
-        blocks: rows of `load_text`; all of their ``input_ids`` count. One a forward, so there are no pads.
-        settings: capacity and exit rate, as requested.
-
-    Raises `HatError` without blocks, and for a setting that ``hat`` cannot take.
+    One block a forward, so there are no pads. Raises `HatError` without blocks, and for a setting out of range.
     """
     if not len(blocks):
         raise HatError("layer shares need at least one block of text")
-    depth = torch.arange(hat.config.n_layers, device=hat.lm.device)[:, None, None]
-    found = []
+    depth, rows = torch.arange(hat.config.n_layers, device=hat.lm.device)[:, None], []
     for capacity, exit_rate in settings:
-        executed = entered = tokens = 0
-        with hat.at(capacity, exit_rate):
-            for row in blocks:
-                ids = torch.tensor([row["input_ids"]], device=hat.lm.device)
-                hat.lm.model(input_ids=ids, use_cache=False)
-                executed = executed + hat.trace.share.double().sum((1, 2))
-                entered = entered + (depth < hat.trace.exit_layer).sum((1, 2))
-                tokens += ids.numel()
-        shares = zip((executed / tokens).tolist(), (entered / tokens).tolist(), strict=True)
-        setting = {"capacity": capacity, "exit_rate": exit_rate, "tokens": tokens}
-        found += [rounded(Row, **setting, layer=i, executed=e, entered=s) for i, (e, s) in enumerate(shares)]
-    return found
+        with hat.at(capacity, exit_rate), hat.collect() as traces:
+            for block in blocks:
+                hat.lm.model(input_ids=torch.tensor([block["input_ids"]], device=hat.lm.device), use_cache=False)
+        share = torch.cat([trace.share[:, 0] for trace in traces], dim=1).double()
+        entered = depth < torch.cat([trace.exit_layer[0] for trace in traces])
+        setting = {"capacity": capacity, "exit_rate": exit_rate, "tokens": share.shape[1]}
+        shares = zip(share.mean(1).tolist(), entered.double().mean(1).tolist(), strict=True)
+        rows += [rounded(Row, **setting, layer=i, executed=e, entered=n) for i, (e, n) in enumerate(shares)]
+    return rows
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:

@@ -20,21 +20,11 @@ from torch import Tensor
 
 from hat_lib import config
 from hat_lib.backbone.base import BUNDLED, load_base
-from hat_lib.config import HatConfig, HatError, check_count, scaled_exits
+from hat_lib.config import HatConfig, HatError, check_count
 from hat_lib.evaluation.baselines import RandomExits, exit_shares
-from hat_lib.experiments import quality
+from hat_lib.experiments import common, quality
 from hat_lib.experiments.benchmark import PREFILL, Setting, forced, measure, plain_copy
-from hat_lib.experiments.common import (
-    CHECKPOINTS,
-    SPEEDS,
-    TEXTS,
-    Machine,
-    markdown,
-    rounded,
-    saved,
-    speeds,
-    times,
-)
+from hat_lib.experiments.common import CHECKPOINTS, SPEEDS, TEXTS, markdown, rounded, saved, speeds, times
 from hat_lib.experiments.rows import read_rows
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import findings, speed
@@ -52,7 +42,7 @@ SETTINGS = [*(Setting(c) for c in PROMISED), Setting(1.0, 0.1), Setting(0.75, 0.
 
 
 @dataclass(frozen=True)
-class Row(Machine):
+class Row(common.Machine):
     granularity: str
     capacity: float
     exit_rate: float
@@ -116,10 +106,9 @@ def _grain(checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str
     ids = torch.tensor(sum(blocks["input_ids"], []))[None, :PREFILL].to(hat.base.device)
     granularity, realised, left = hat.config.granularity, {}, {}
     for setting in SETTINGS:
-        if setting.exit_rate:
-            with hat.at(*setting), hat.collect() as states, torch.inference_mode():
-                hat.lm.model(input_ids=ids, use_cache=False)
-            left[setting] = exit_shares(states, hat.config.exit_layers).values()
+        with hat.at(*setting), hat.collect() as states, torch.inference_mode():
+            hat.lm.model(input_ids=ids, use_cache=False)
+        left[setting] = exit_shares(states, hat.config.exit_layers).values()
     for row in _rows(hat, {s: partial(hat.at, *s) for s in SETTINGS}, ids, rounds, steps, known):
         realised[row.capacity, row.exit_rate] = row.realised
         yield row
@@ -130,11 +119,11 @@ def _grain(checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str
     base = load_base(SHAPE, dtype=dtype)
     hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=granularity))
     with torch.inference_mode():
-        contexts = forced(hat, realised.values(), 1, ids.shape[1])
-    around = {s: contexts[realised[s]] for s in SETTINGS}
-    for setting, rates in left.items():
-        exits = RandomExits(dict(zip(scaled_exits(hat.config.n_layers), rates, strict=True)))
-        around[setting] = partial(quality.with_exits, hat, around[setting], exits)
+        contexts, around = forced(hat, realised.values(), 1, ids.shape[1]), {}
+    for setting in SETTINGS:
+        exits = RandomExits(dict(zip(hat.config.exit_layers, left[setting], strict=True)))
+        capacity = contexts[realised[setting]]
+        around[setting] = partial(quality.with_exits, hat, capacity, exits) if setting.exit_rate else capacity
     yield from _rows(hat, around, ids % hat.lm.config.vocab_size, rounds, steps, {})
     del hat, contexts, around
     gc.collect()
@@ -169,12 +158,8 @@ def _rows(hat, around: Mapping, ids: Tensor, rounds: int, steps: int, known: Map
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:
-    table = saved("published_claims", results)
-    return {
-        "06_work_and_time": speed.work_and_time(table),
-        "06_promise": speed.promise(table),
-        "08_speeds": findings.speeds(table),
-    }
+    draw = {"06_work_and_time": speed.work_and_time, "06_promise": speed.promise, "08_speeds": findings.speeds}
+    return {name: figure(saved("published_claims", results)) for name, figure in draw.items()}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

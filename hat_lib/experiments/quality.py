@@ -1,10 +1,8 @@
 """What the trained checkpoints keep, beside every control, at equal work: ``data/results/quality.csv``.
 
-One row for each grain, text, capacity and variant: perplexity over the base's with its paired interval, agreement
-with the base, and the margin to the trained model on the same tokens. A control is turned until it executes what the
-trained model executed on that very text; only its work is looked at for that, never its predictions.
-
-`plan` has the points of the result, `grid` those of any sweep.
+One row for each grain, text, capacity and variant: perplexity over the base's, agreement with it, and the margin to
+the trained model on the same tokens. A control is turned until it executes what the trained model executed on that
+very text; only its work is looked at for that, never its predictions.
 """
 
 from __future__ import annotations
@@ -23,18 +21,9 @@ from matplotlib.figure import Figure
 
 from hat_lib.config import GRANULARITIES, HatError, check_capacity, check_exit_rate
 from hat_lib.evaluation.baselines import CONTROLS, OutOfReach, RandomExits, as_in, exit_shares, matched
-from hat_lib.evaluation.perplexity import compare, score_each
-from hat_lib.experiments.common import (
-    CHECKPOINTS,
-    TEXTS,
-    Machine,
-    Perplexity,
-    machine,
-    markdown,
-    perplexity,
-    rounded,
-    saved,
-)
+from hat_lib.evaluation.perplexity import compare, score, score_each
+from hat_lib.experiments import common
+from hat_lib.experiments.common import CHECKPOINTS, TEXTS, machine, markdown, perplexity, rounded, saved
 from hat_lib.model.checkpoint import digest, read_checkpoint
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import findings, frontier
@@ -48,13 +37,6 @@ DRAWN = ("random", "removal", "static", "random_exits")
 """variants with something drawn at random, which differ from seed to seed"""
 # A control is turned on this many tokens of the text, in blocks at even distances.
 MATCH_TOKENS = 1024
-
-
-class Grain(NamedTuple):
-    """The checkpoints of one grain: trained, and calibrated without training."""
-
-    trained: Path
-    untrained: Path
 
 
 class Point(NamedTuple):
@@ -75,7 +57,7 @@ KEY = Point._fields
 
 
 @dataclass(frozen=True)
-class Row(Machine, Perplexity):
+class Row(common.Machine, common.Perplexity):
     granularity: str
     max_tokens: int
     capacity: float
@@ -157,73 +139,53 @@ def rows(
     token: Path = CHECKPOINTS / "token",
     token_untrained: Path = CHECKPOINTS / "calibrated_token",
     grains: Sequence[str] = GRANULARITIES,
+    points: Sequence[Point] | None = None,
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """The rows of `plan`, grain by grain; the checkpoints are those of the grains."""
-    if odd := [g for g in grains if g not in GRANULARITIES]:
-        raise HatError(f"grains must be among {', '.join(GRANULARITIES)}, got {odd[0]!r}")
-    found = {"channel": Grain(channel, channel_untrained), "token": Grain(token, token_untrained)}
-    yield from measure({g: found[g] for g in grains}, done or {}, dtype=dtype)
-
-
-def measure(
-    grains: Mapping[str, Grain],
-    done: Mapping[tuple, Row],
-    *,
-    points: Callable[[str], Sequence[Point]] = plan,
-    dtype: str | None = None,
-) -> Iterator[Row]:
-    """Rows for the points that are not ``done``.
-
-    Args:
-        grains: checkpoints by granularity.
-        done: rows by their `KEY`.
-        points: granularity -> what to measure.
+    """Rows for the points that are not ``done``, grain by grain; those of `plan` unless told.
 
     Raises `HatError` for a checkpoint of another grain, an untrained one that was trained, and where ``done`` has
     rows of other checkpoints. A control that cannot do as much work as the trained model is warned of and left out.
     """
-    for grain in grains.values():
-        if read_checkpoint(grain.untrained).training is not None:
-            raise HatError(f"{grain.untrained} was trained: expected a checkpoint as `hat calibrate` writes it")
-    adapters = {(name, exits): _adapter(grain.trained, exits) for name, grain in grains.items() for exits in (0, 1)}
+    if odd := [g for g in grains if g not in GRANULARITIES]:
+        raise HatError(f"grains must be among {', '.join(GRANULARITIES)}, got {odd[0]!r}")
+    done, adapters = done or {}, {}
+    found = {"channel": (channel, channel_untrained), "token": (token, token_untrained)}
+    for grain in grains:
+        trained, untrained = found[grain]
+        if read_checkpoint(untrained).training is not None:
+            raise HatError(f"{untrained} was trained: expected a checkpoint as `hat calibrate` writes it")
+        adapters |= {(grain, exits): _adapter(trained, exits) for exits in (False, True)}
     for row in done.values():
         if row.adapter != adapters.get((row.granularity, row.exit_rate > 0), row.adapter):
             raise HatError(
-                f"there are rows of another {row.granularity} checkpoint than {grains[row.granularity].trained}: "
+                f"there are rows of another {row.granularity} checkpoint than {found[row.granularity][0]}: "
                 "measure all of them again, or write elsewhere"
             )
-    for granularity, grain in grains.items():
-        missing = [p for p in points(granularity) if p not in done]
+    for grain in grains:
+        trained, untrained = found[grain]
+        missing = [p for p in points or plan(grain) if p.granularity == grain and p not in done]
         if not missing:
             continue
-        hat = HierarchicalTransformer.from_pretrained(grain.trained, dtype=dtype)
-        if hat.config.granularity != granularity:
-            raise HatError(f"{grain.trained} has the {hat.config.granularity} grain, expected {granularity}")
+        hat = HierarchicalTransformer.from_pretrained(trained, dtype=dtype)
+        if hat.config.granularity != grain:
+            raise HatError(f"{trained} has the {hat.config.granularity} grain, expected {grain}")
         for (text, tokens), group in groupby(missing, key=lambda p: (p.text, p.max_tokens)):
-            yield from _on_text(hat, grain, adapters, text, tokens, list(group))
+            yield from _on_text(hat, untrained, adapters, text, tokens, group)
 
 
-def _on_text(hat, grain: Grain, adapters, text: str, max_tokens: int, points) -> Iterator[Row]:
+def _on_text(hat, untrained: Path, adapters, text: str, max_tokens: int, points) -> Iterator[Row]:
     blocks = load_text(text, hat.base.tokenizer, split=default_split(text, hat), max_tokens=max_tokens)
     sample = blocks.select(range(0, len(blocks), max(1, round(max_tokens / MATCH_TOKENS))))
     for (capacity, rate), group in groupby(points, key=lambda p: (p.capacity, p.exit_rate)):
-        traces = []
-
-        @contextmanager
-        def traced(capacity=capacity, rate=rate, traces=traces):
-            with hat.at(capacity, rate), hat.collect() as found:
-                yield
-            traces += found
-
-        base, (trained,) = score_each(hat, blocks, [traced], progress=False)
+        base, (trained,) = score_each(hat, blocks, [partial(hat.at, capacity, rate)], progress=False)
         for point in group:
             try:
-                around = None if point.variant == "trained" else _control(hat, grain, point, sample, trained, traces)
+                control = _control(hat, untrained, point, blocks, sample, trained.capacity)
             except OutOfReach as error:
                 warnings.warn(f"no row for {point.variant} at {capacity} on {text}: {error}", stacklevel=2)
                 continue
-            found = score_each(hat, blocks, [around], progress=False)[1][0] if around else trained
+            found = score_each(hat, blocks, [control], progress=False)[1][0] if control else trained
             margin = compare(trained, found)
             yield rounded(
                 Row,
@@ -239,15 +201,18 @@ def _on_text(hat, grain: Grain, adapters, text: str, max_tokens: int, points) ->
             )
 
 
-def _control(hat, grain: Grain, point: Point, sample, trained, traces) -> Callable:
-    """Makes the context to run a control in."""
+def _control(hat, untrained: Path, point: Point, blocks, sample, realised: float) -> Callable | None:
+    """Makes the context to run a control in; None for the trained model."""
+    if point.variant == "trained":
+        return None
     if point.variant == "random_exits":
+        with hat.at(point.capacity, point.exit_rate), hat.collect() as traces:
+            score(hat, blocks, progress=False)
         exits = RandomExits(exit_shares(traces, hat.config.exit_layers), point.seed)
         return partial(with_exits, hat, partial(hat.at, point.capacity, 0.0), exits)
-    capacity = max(0.1, trained.capacity)
     if point.variant == "untrained":
-        return partial(hat.using, matched(hat, as_in(hat, grain.untrained), sample, capacity))
-    return partial(hat.using, CONTROLS[point.variant](hat, sample, capacity, point.seed))
+        return partial(hat.using, matched(hat, as_in(hat, untrained), sample, max(0.1, realised)))
+    return partial(hat.using, CONTROLS[point.variant](hat, sample, max(0.1, realised), point.seed))
 
 
 @contextmanager

@@ -139,27 +139,20 @@ def _read(path, data: bytes, row_type: type) -> tuple[dict, list, int]:
     if not end and _line(kinds).startswith(data):  # nothing yet, or killed inside its first line
         return kinds, [], 0
     try:
-        records = list(csv.reader(io.StringIO(data[:end].decode(), newline="\n"), strict=True))
+        columns, *lines = csv.reader(io.StringIO(data[:end].decode() or "\n", newline="\n"), strict=True)
     except (UnicodeDecodeError, csv.Error) as error:
         raise HatError(f"{path} is not CSV: {error}") from error
-    columns = records[0] if records else []
     if sorted(columns) != sorted(kinds):
         missing, unknown = ([n for n in a if n not in b] for a, b in ((kinds, columns), (columns, kinds)))
         raise HatError(f"{path} has other columns than {row_type.__name__}: missing {missing}, unknown {unknown}")
-    kinds = {name: kinds[name] for name in columns}
-    return kinds, [_row(f"{path}, row {n}", cells, row_type, kinds) for n, cells in enumerate(records[1:], 1)], end
-
-
-def _row(where: str, cells: list[str], row_type: type, kinds: dict):
-    if len(cells) != len(kinds):
-        raise HatError(f"{where}: expected {len(kinds)} values, got {len(cells)}")
-    values = {}
-    for (name, kind), text in zip(kinds.items(), cells, strict=True):
-        try:
-            values[name] = _value(text, *kind)
-        except (ValueError, KeyError) as error:
-            raise HatError(f"{where}: {name} must be {_said(*kind)}, got {text!r}") from error
-    return row_type(**values)
+    rows = []
+    for number, cells in enumerate(lines, start=1):
+        if len(cells) != len(columns):
+            raise HatError(f"{path}, row {number}: expected {len(columns)} values, got {len(cells)}")
+        values = {name: _value(f"{path}, row {number}: {name}", text, *kinds[name])
+                  for name, text in zip(columns, cells, strict=True)}  # fmt: skip
+        rows.append(row_type(**values))
+    return {name: kinds[name] for name in columns}, rows, end
 
 
 def _kinds(row_type: type) -> dict[str, tuple[type, bool]]:
@@ -173,26 +166,22 @@ def _cell(name: str, value, kind: tuple[type, bool]) -> str:
     text = "" if value is None else cell(value) if isinstance(value, str) else str(value)
     if len(text) > csv.field_size_limit():
         raise HatError(f"{name} holds {len(text)} characters, at most {csv.field_size_limit()} read back")
-    try:
-        back = _value(text, *kind)
-        same = back == value or value != value  # nan
-    except (ValueError, KeyError):
-        same = False
-    if not same:
-        raise HatError(f"{name} must be {_said(*kind)}, got {value!r}")
+    back = _value(name, text, *kind, got=repr(value))
+    if back != value and value == value:  # nan differs from itself
+        raise HatError(f"{name} would read back as {back!r}, got {value!r}")
     return text
 
 
-def _value(text: str, wanted: type, optional: bool):
+def _value(name: str, text: str, wanted: type, optional: bool, got: str | None = None):
     if optional and not text:
         return None
-    if wanted is bool:
-        return {"True": True, "False": False}[text]
-    return from_cell(text) if wanted is str else wanted(text)
-
-
-def _said(wanted: type, optional: bool) -> str:
-    return wanted.__name__ + " or None (an empty cell)" * optional
+    try:
+        if wanted is bool:
+            return {"True": True, "False": False}[text]
+        return from_cell(text) if wanted is str else wanted(text)
+    except (ValueError, KeyError):
+        kind = wanted.__name__ + " or None (an empty cell)" * optional
+        raise HatError(f"{name} must be {kind}, got {got or repr(text)}") from None
 
 
 def _line(cells) -> bytes:

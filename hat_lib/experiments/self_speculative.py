@@ -1,8 +1,8 @@
 """Is self-speculative text the base's own, and is it fast? One row a prompt: ``data/results/self_speculative.csv``.
 
-The base is plain transformers, decoding greedily. In turns, prompt by prompt, four ways to its text are timed: that
-one, our own dense path, `hat_lib.inference.self_speculative`, and transformers' own self-speculation
-(`assistant_early_exit`, which reads drafts from a layer through the final norm and the LM head).
+In turns, prompt by prompt, four ways to the base's greedy text are timed: plain transformers, our own dense path,
+`hat_lib.inference.self_speculative`, and transformers' own self-speculation (`assistant_early_exit`, which reads
+drafts from a layer through the final norm and the LM head).
 
 In fp32 the text must be the base's. In bf16 a forward over several tokens rounds otherwise than one over one, so
 two texts may part where the base itself hesitates; a row says where, and by how much the base preferred its token.
@@ -97,7 +97,6 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
     ids = hat.base.tokenizer(prompt.text, return_tensors="pt").input_ids.to(hat.base.device)
     greedy = {"attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens, "do_sample": False,
               "pad_token_id": hat.base.tokenizer.pad_token_id}  # fmt: skip
-    layer = hat.config.exit_layers[-1]
 
     def dense():
         with hat.dense():
@@ -107,11 +106,11 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
         "hf": lambda: plain.generate(ids, **greedy, output_logits=True, return_dict_in_generate=True),
         "dense": dense,
         "lossless": lambda: speculate(hat, ids, max_new_tokens),
+        "early_exit": lambda: plain.generate(ids, **greedy, assistant_early_exit=hat.config.exit_layers[-1]),
     }
-    if number // KINDS % EARLY_EXITS == 0:
-        ways["early_exit"] = lambda: plain.generate(ids, **greedy, assistant_early_exit=layer)
+    order = list(ways) if number // KINDS % EARLY_EXITS == 0 else list(ways)[:3]
     found, ms = {}, {"early_exit": None}
-    for way in list(ways)[:: -1 if number % 2 else 1]:
+    for way in order[:: -1 if number % 2 else 1]:
         with torch.inference_mode():
             began = time.perf_counter()
             found[way] = ways[way]()
@@ -121,38 +120,30 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
     new = text.shape[1] - ids.shape[1]
     return rounded(
         Row,
-        **machine(hat.base),
+        **machine(hat.base) | vars(spoken) | {f"ms_{way}": took and took / new for way, took in ms.items()},
         granularity=hat.config.granularity,
         capacity=hat.capacity,
         prompt=number,
         kind=prompt.kind,
-        new_tokens=new,
         identical=parted is None,
         parted_at=parted,
         gap_ulp=gap,
         drafted=spoken.drafted,
-        accepted=spoken.accepted,
-        passes=spoken.passes,
-        draft_share=spoken.draft_share,
         ideal=spoken.ideal_speedup,
-        **{f"ms_{way}": took and took / new for way, took in ms.items()},
     )
 
 
-def parting(base: Tensor, other: Tensor, logits: tuple[Tensor, ...]) -> tuple[int | None, float | None]:
-    """Where two texts part, and how far apart the base's two best logits are there, in bf16 ulps.
+def parting(base: Tensor, other: Tensor, logits: Sequence[Tensor]) -> tuple[int | None, float | None]:
+    """Where two texts of new tokens part, and how far apart the base's two best logits are there, in bf16 ulps.
 
-    Args:
-        base, other: new tokens, ``[n]`` each, n not the same where they part.
-        logits: of the base at each of its new tokens, ``[1, V]``.
-
-    ``(None, None)`` for equal texts. One text may be the other's beginning: then they part at its end.
+    ``(None, None)`` for equal texts; if one is the other's beginning, they part at its end. ``logits`` are the base's
+    at each of its tokens, ``[1, V]``.
     """
+    if torch.equal(base, other):
+        return None, None
     short = min(len(base), len(other))
     differ = (base[:short] != other[:short]).nonzero()
     at = int(differ[0]) if len(differ) else short
-    if at == len(base) == len(other):
-        return None, None
     best, second = logits[min(at, len(logits) - 1)][0].float().topk(2).values.tolist()
     ulp = 2.0 ** (math.floor(math.log2(abs(best))) - 7) if best else 2.0**-133
     return at, round((best - second) / ulp, 3)

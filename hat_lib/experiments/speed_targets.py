@@ -28,27 +28,26 @@ KEY = ("granularity", "versus", "requested")
 TARGETS = (1.05, 1.1, 1.2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row(Machine):
     checkpoint: str
     granularity: str
     versus: str
-    """what the speedup is held against: our own dense path, or plain transformers (hf)"""
     requested: float
     reachable: bool
     largest: float
     """the largest speedup that the curve reaches"""
-    capacity: float | None
+    capacity: float | None = None
     """that the target was turned into, requested"""
-    realised_capacity: float | None
+    realised_capacity: float | None = None
     """median over prompts"""
-    predicted: float | None
-    measured: float | None
+    predicted: float | None = None
+    measured: float | None = None
     """median over prompts of the speedup on the text that was generated"""
-    lowest: float | None
-    highest: float | None
+    lowest: float | None = None
+    highest: float | None = None
     """of the prompts"""
-    prompts: int
+    prompts: int = 0
     new_tokens: int
 
 
@@ -64,9 +63,8 @@ def rows(
 ) -> Iterator[Row]:
     """Rows for each checkpoint and target; the speed curve comes from the user's cache or is measured first.
 
-    Args:
-        versus: what speedups are held against: dense (our own dense path) or hf (plain transformers).
-        count: prompts.
+    ``versus`` is what speedups are held against, dense (our own dense path) or hf (plain transformers); ``count`` how
+    many prompts.
     """
     for checkpoint in (channel, token):
         hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
@@ -76,25 +74,26 @@ def rows(
         for target in sorted({*TARGETS, math.floor(1000 * curve.largest) / 1000}):
             if (hat.config.granularity, versus, target) in done:
                 continue
-            reachable = target <= curve.largest
-            made = [infer.generate(t, target_speedup=target, max_new_tokens=max_new_tokens) for t in texts if reachable]
-            measured = [m.realised_speedup for m in made if m.realised_speedup is not None]
+            found = {"reachable": target <= curve.largest, "largest": curve.largest}
+            if found["reachable"]:
+                made = [infer.generate(text, target_speedup=target, max_new_tokens=max_new_tokens) for text in texts]
+                measured = [m.realised_speedup for m in made if m.realised_speedup is not None]
+                found |= {
+                    "capacity": made[0].requested_capacity,
+                    "realised_capacity": statistics.median(m.capacity for m in made),
+                    "predicted": made[0].predicted_speedup,
+                    "measured": statistics.median(measured) if measured else None,
+                    "lowest": min(measured, default=None),
+                    "highest": max(measured, default=None),
+                    "prompts": len(measured),
+                }
             yield rounded(
                 Row,
-                **machine(hat.base),
+                **machine(hat.base) | found,
                 checkpoint=Path(checkpoint).name,
                 granularity=hat.config.granularity,
                 versus=versus,
                 requested=target,
-                reachable=reachable,
-                largest=curve.largest,
-                capacity=made[0].requested_capacity if made else None,
-                realised_capacity=statistics.median(m.capacity for m in made) if made else None,
-                predicted=made[0].predicted_speedup if made else None,
-                measured=statistics.median(measured) if measured else None,
-                lowest=min(measured, default=None),
-                highest=max(measured, default=None),
-                prompts=len(measured),
                 new_tokens=max_new_tokens,
             )
 

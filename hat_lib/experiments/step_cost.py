@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hat_lib.backbone.base import load_base
 from hat_lib.calibration.capacity import calibrate
-from hat_lib.config import GRANULARITIES, HatConfig, HatError, check_count
+from hat_lib.config import GRANULARITIES, HatConfig, check_count
 from hat_lib.experiments.benchmark import plain_copy, ratio
 from hat_lib.experiments.common import Machine, machine, markdown, rounded, saved, times
 from hat_lib.inference.speed import Variant, now, take_turns
@@ -50,37 +50,30 @@ class Row(Machine):
 
 def rows(done: Collection = (), *, base: str = "bundled", rounds: int = 5, dtype: str = "bf16") -> Iterator[Row]:
     """Both grains, on two blocks of 512 tokens."""
+    check_count("rounds", rounds, 1)
     for granularity in GRANULARITIES:
-        if (granularity,) in done:
-            continue
-        loaded = load_base(base, dtype=dtype)
-        text = training_text(loaded, "addresses", 1024)
-        hat = HierarchicalTransformer(loaded, HatConfig.default(loaded, granularity=granularity))
-        if granularity == "channel":
-            calibrate(hat, text["input_ids"], split="uniform", progress=False)
-        yield step_ratio(hat, collate(list(text)), rounds)
+        if (granularity,) not in done:
+            loaded = load_base(base, dtype=dtype)
+            text = training_text(loaded, "addresses", 1024)
+            hat = HierarchicalTransformer(loaded, HatConfig.default(loaded, granularity=granularity))
+            if granularity == "channel":
+                calibrate(hat, text["input_ids"], split="uniform", progress=False)
+            yield step_ratio(hat, collate(list(text)), rounds)
 
 
-def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: int = 5) -> Row:
+def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: int) -> Row:
     """Time the step of phase "routers", at the end of its schedule, against the plain base.
 
-    A second copy of the base is loaded. ``hat`` is left as it was, but for the gradients of its routers and gates.
-
-    Args:
-        hat: channel grain: calibrated.
-        batch: what `hat_lib.training.trainer.collate` returns.
-        rounds: at least 1; in each, both take one turn, after one that is not counted.
+    ``batch`` is what `hat_lib.training.trainer.collate` returns. A second copy of the base is loaded; ``hat`` is left
+    as it was.
     """
-    check_count("rounds", rounds, 1)
-    if hat.config.granularity == "channel" and hat.calibration is None:
-        raise HatError("a training step of the channel grain needs a calibration: run `hat calibrate`")
-    batch = {name: value.to(hat.base.device) for name, value in batch.items()}
+    device, plain = hat.base.device, plain_copy(hat)
+    batch = {name: value.to(device) for name, value in batch.items()}
     recipe = Recipe.named("default", hat.config.granularity)
-    plain = plain_copy(hat)
     objective = Objective(hat, recipe, "routers", nominal_thresholds(hat)).train()
 
     def step() -> None:
-        with torch.autocast(hat.base.device.type, torch.bfloat16, enabled=hat.base.dtype == torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=hat.base.dtype == torch.bfloat16):
             loss = objective(**batch, step=1, steps=1)["loss"]
         loss.backward()
 
@@ -106,12 +99,12 @@ def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: i
     return rounded(
         Row,
         **machine(hat.base),
+        granularity=hat.config.granularity,
         ratio=ratio(ours, base),
         step_seconds=statistics.median(ours.times),
         base_seconds=statistics.median(base.times),
         tokens=int(batch["attention_mask"].sum()),
         rounds=rounds,
-        granularity=hat.config.granularity,
     )
 
 

@@ -11,7 +11,7 @@ from hat_lib.config import HatConfig, HatError
 from hat_lib.evaluation.baselines import OutOfReach
 from hat_lib.experiments import quality as module
 from hat_lib.experiments.common import TEXTS
-from hat_lib.experiments.quality import KEY, Grain, Point, Row, grid, plan
+from hat_lib.experiments.quality import KEY, Point, Row, grid, plan
 from hat_lib.experiments.rows import RowWriter, read_rows
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
@@ -20,9 +20,8 @@ TOKENS = 600
 VARIANTS = ("trained", "untrained", "random", "static", "removal")
 
 
-def points(granularity):
-    found = [Point(granularity, "docstrings", TOKENS, 0.7, 0.0, variant) for variant in VARIANTS]
-    return found + [Point(granularity, "docstrings", TOKENS, 1.0, 0.5, v) for v in ("trained", "random_exits")]
+POINTS = [Point("channel", "docstrings", TOKENS, 0.7, 0.0, variant) for variant in VARIANTS]
+POINTS += [Point("channel", "docstrings", TOKENS, 1.0, 0.5, v) for v in ("trained", "random_exits")]
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +42,13 @@ def grain(tmp_path_factory):
     hat.training_summary = {"routers": {"steps": 1}}
     hat.save_pretrained(folder / "trained")
     hat.unload()
-    return Grain(folder / "trained", folder / "untrained")
+    return {"channel": folder / "trained", "channel_untrained": folder / "untrained"}
 
 
-def quality(out, grains, points=points, dtype="fp32"):
+def quality(out, grain, **changes):
+    how = {"grains": ["channel"], "points": POINTS, "dtype": "fp32"} | grain | changes
     with RowWriter(out, Row, KEY) as writer:
-        for row in module.measure(grains, writer.done, points=points, dtype=dtype):
+        for row in module.rows(writer.done, **how):
             writer.write(row)
             yield row
 
@@ -56,7 +56,7 @@ def quality(out, grains, points=points, dtype="fp32"):
 @pytest.fixture(scope="module")
 def measured(grain, tmp_path_factory):
     out = tmp_path_factory.mktemp("rows") / "quality.csv"
-    rows = list(quality(out, {"channel": grain}))
+    rows = list(quality(out, grain))
     assert read_rows(out, Row) == rows
     return out, {(r.variant, r.exit_rate): r for r in rows}
 
@@ -84,10 +84,10 @@ def test_a_stopped_run_goes_on_and_ends_alike(measured, grain, tmp_path):
     whole, out = measured[0], tmp_path / "quality.csv"
     lines = whole.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:3]))
-    rows = list(quality(out, {"channel": grain}))
+    rows = list(quality(out, grain))
     assert len(rows) == len(lines) - 3
     assert out.read_text() == whole.read_text()
-    assert list(quality(out, {"channel": grain})) == []
+    assert list(quality(out, grain)) == []
 
 
 def test_rows_of_another_checkpoint_are_refused_and_kept(measured, grain, tmp_path):
@@ -96,7 +96,7 @@ def test_rows_of_another_checkpoint_are_refused_and_kept(measured, grain, tmp_pa
     out.write_text(text.replace(next(iter(measured[1].values())).adapter, "0" * 16))
     before = out.read_text()
     with pytest.raises(HatError, match="rows of another channel checkpoint"):
-        list(quality(out, {"channel": grain}))
+        list(quality(out, grain))
     assert out.read_text() == before
 
 
@@ -104,23 +104,25 @@ def test_gates_that_are_trained_again_leave_rows_without_exits_valid(measured, g
     out = tmp_path / "quality.csv"
     pd.read_csv(measured[0]).query("exit_rate == 0").to_csv(out, index=False)
     kept, other = out.read_text(), tmp_path / "again"
-    hat = HierarchicalTransformer.from_pretrained(grain.trained, dtype="fp32")
+    hat = HierarchicalTransformer.from_pretrained(grain["channel"], dtype="fp32")
     with torch.no_grad():
         for gate in hat.gates.values():
             gate.shift.add_(1.0)
     hat.save_pretrained(other)
-    run = quality(out, {"channel": grain._replace(trained=other)})
+    run = quality(out, grain, channel=other)
     assert {row.exit_rate for row in run} == {0.5}
     assert out.read_text().startswith(kept)
 
 
 def test_refusals(grain, tmp_path):
-    with pytest.raises(HatError, match="has the channel grain, expected token"):
-        list(quality(tmp_path / "a.csv", {"token": grain}))
-    with pytest.raises(HatError, match="was trained: expected a checkpoint as `hat calibrate` writes it"):
-        list(quality(tmp_path / "b.csv", {"channel": grain._replace(untrained=grain.trained)}))
-    with pytest.raises(HatError, match="no checkpoint folder at"):
-        list(quality(tmp_path / "b.csv", {"channel": grain._replace(trained=tmp_path / "none")}))
+    swapped = {"grains": ["token"], "token": grain["channel"], "token_untrained": grain["channel_untrained"]}
+    for changes, words in (
+        (swapped | {"points": None}, "has the channel grain, expected token"),
+        ({"channel_untrained": grain["channel"]}, "was trained: expected a checkpoint as `hat calibrate` writes it"),
+        ({"channel": tmp_path / "none"}, "no checkpoint folder at"),
+    ):
+        with pytest.raises(HatError, match=words):
+            list(quality(tmp_path / "a.csv", grain, **changes))
 
 
 @pytest.mark.parametrize("failure", [OutOfReach("its nearest is 0.9"), HatError("the text has no tokens")])
@@ -129,7 +131,7 @@ def test_only_a_control_out_of_reach_costs_no_other_row(grain, tmp_path, monkeyp
         raise failure
 
     monkeypatch.setitem(module.CONTROLS, "static", refuse)
-    run = quality(tmp_path / "quality.csv", {"channel": grain})
+    run = quality(tmp_path / "quality.csv", grain)
     if isinstance(failure, OutOfReach):
         with pytest.warns(UserWarning, match="no row for static at 0.7 on docstrings: its nearest is 0.9"):
             found = list(run)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from tiny_runs import GRAINS, new_hat, random_blocks
 
-from hat_lib.config import HatError
 from hat_lib.experiments import step_cost
 from hat_lib.experiments.step_cost import step_ratio
 from hat_lib.training.trainer import collate
@@ -23,15 +22,6 @@ def test_a_step_takes_some_times_as_long_as_the_plain_base(grain):
     # The model is as it was.
     assert not hat.training and all(p.grad is None for p in hat.parameters())
     assert all(torch.equal(p, before[n]) and p.requires_grad for n, p in hat.hat_parameters().items())
-
-
-def test_bad_input():
-    with pytest.raises(HatError, match="rounds must be a whole number of at least 1"):
-        step_ratio(new_hat("token"), BATCH, rounds=0)
-    hat = new_hat("channel")
-    hat.calibration = None
-    with pytest.raises(HatError, match="needs a calibration"):
-        step_ratio(hat, BATCH)
 
 
 def test_a_row_for_each_grain():
