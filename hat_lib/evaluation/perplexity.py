@@ -96,7 +96,6 @@ def score(
     dataset: Sequence[Mapping],
     *,
     batch_size: int = 1,
-    against: Sequence[Tensor] | None = None,
     progress: bool = True,
 ) -> Score:
     """Negative log-likelihood of each block; the same for any batch size, within rounding.
@@ -106,14 +105,13 @@ def score(
             plain Llama.
         dataset: rows of `load_text`: ``input_ids`` and ``n_context``.
         batch_size: blocks per forward, right-padded.
-        against: what `states` gave for the same dataset and batch size, to agree with.
 
     Raises `HatError` for a text without a scored token, a bad batch size, and ``hat.lm`` in place of ``hat``.
     """
     lm, hat = _unwrap(model)
     tally = _Tally(lm, hat, len(dataset))
-    for number, batch in enumerate(_batches(dataset, batch_size, lm.device, progress)):
-        tally.add(batch, batch.run(lm), None if against is None else against[number])
+    for batch in _batches(dataset, batch_size, lm.device, progress):
+        tally.add(batch, batch.run(lm))
     return tally.score()
 
 
@@ -144,13 +142,6 @@ def score_each(
             with setting():
                 tally.add(batch, batch.run(hat.lm), dense)
     return base.score(), [tally.score() for tally in adaptive]
-
-
-@torch.no_grad()
-def states(model, dataset: Sequence[Mapping], *, batch_size: int = 1, progress: bool = True) -> list[Tensor]:
-    """Final hidden states of each batch, ``[B, T, D]``, for `score` to compare with; arguments as there."""
-    lm, _ = _unwrap(model)
-    return [batch.run(lm) for batch in _batches(dataset, batch_size, lm.device, progress)]
 
 
 def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 0) -> Comparison:
