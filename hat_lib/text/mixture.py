@@ -1,19 +1,30 @@
-"""What a run trains on: sources mixed evenly.
+"""What a run trains on: sources mixed evenly, among them text that the frozen base wrote itself.
 
 Thresholds trained on one kind of text got better there and worse elsewhere, so the default mixes addresses with
-text that the frozen base wrote itself (``self``, see `hat_lib.text.sampled`), which favours no corpus. The
-validation and test splits, and domain B, are never trained on.
+``self``, which favours no corpus. LLM-QAT (Liu et al. 2023, arXiv:2305.17888) distils on generations of the pretrained
+model in this way; here nothing is greedy or cut off: after the first token, every one is drawn from the base's whole
+distribution at temperature 1. The first is BOS where the tokenizer begins a text with it; elsewhere it is drawn evenly
+from the vocabulary without its special tokens. EOS is a token like any other: a block runs on behind it, so that every
+block is full.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
 import numpy as np
+import torch
 from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import DynamicCache
 
 from hat_lib.backbone.base import Base
-from hat_lib.config import HatError
-from hat_lib.text.blocks import load_text
-from hat_lib.text.sampled import self_text
+from hat_lib.config import HatError, cache_dir, check_count
+from hat_lib.text.blocks import at_even_distances, load_text
 
 SELF = "self"
 
@@ -40,20 +51,132 @@ def training_text(
     Returns:
         Rows of `load_text`, and ``index``, the number of the row. A short source gives what it has.
     """
-    names = sources(text)
+    names, rows = sources(text), []
     each = max(2, tokens // len(names))
-    parts = []
     for name in names:
         if name == SELF:
-            rows = self_text(base, each, block_size=block_size, seed=seed, progress=progress)
-        else:
-            rows = load_text(name, base.tokenizer, split="train", block_size=block_size)
-            whole = np.flatnonzero([len(ids) == block_size for ids in rows["input_ids"]])
-            # Blocks at even distances, so that all of the source is seen; whole ones, if there are enough.
-            whole = whole if len(whole) * block_size >= each else np.arange(len(rows))
-            count = min(len(whole), max(1, round(each / block_size)))
-            rows = rows.select(whole[np.linspace(0, len(whole) - 1, count).round().astype(int)])
-        parts.append(rows)
-    rows = [row for part in parts for row in part]
+            rows += self_text(base, each, block_size=block_size, seed=seed, progress=progress)
+            continue
+        found = load_text(name, base.tokenizer, split="train", block_size=block_size)
+        whole = np.flatnonzero([len(ids) == block_size for ids in found["input_ids"]])
+        if len(whole) * block_size >= each:
+            found = found.select(whole)
+        rows += at_even_distances(found, round(each / block_size))
     order = np.random.default_rng(seed).permutation(len(rows))
     return Dataset.from_list([{**rows[at], "index": number} for number, at in enumerate(order)])
+
+
+def self_text(
+    base: Base,
+    tokens: int,
+    *,
+    block_size: int = 512,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+    cache: bool = True,
+) -> Dataset:
+    """Blocks of text sampled from ``base``.
+
+    Each batch of blocks has a random stream of its own, by ``(seed, batch)``: more ``tokens`` later continue the
+    same text, and an interrupted run goes on at the batch in which it stopped. A batch is always sampled whole. What is
+    made anew is the same text on the same device with the same number of threads; elsewhere the logits round
+    differently, and a block takes another course where a draw falls close to a border.
+
+    Args:
+        base: a plain base, or one that `HierarchicalTransformer.unload` has given back.
+        tokens: at least this many, in whole blocks.
+        block_size: tokens in every block, from 2 to the base's context.
+        batch_size: blocks that are sampled at once. Changing it changes the text.
+        seed: at least 0.
+        cache: keep batches under ``cache_dir()/self_text``, by all that changes them (the base by its fingerprint), and
+            read them from there; damaged ones are made again.
+
+    Returns:
+        The rows of `load_text`: ``input_ids`` (block_size ints), ``doc`` ("self-SEED:ROW") and ``n_context`` (0).
+
+    Raises:
+        HatError: a bad size, a base that carries a HierarchicalTransformer, or a cache that cannot be written.
+    """
+    for name, value, least in (("tokens", tokens, 2), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        check_count(name, value, least)
+    check_count("block_size", block_size, 2)
+    context, vocab_size = base.model.config.max_position_embeddings, base.model.config.vocab_size
+    if block_size > context:
+        raise HatError(f"block_size must be at most {context}, the context of {base.name}, got {block_size}")
+    if any("forward" in vars(layer) for layer in base.model.model.layers):
+        raise HatError(f"{base.name} carries a HierarchicalTransformer: call its unload() first")
+    shape, dtype = (batch_size, block_size), str(base.dtype).removeprefix("torch.")
+    folder = cache_dir() / "self_text" / f"{base.fingerprint[:16]}-{dtype}-{batch_size}x{block_size}-seed{seed}"
+    n_rows = -(-tokens // block_size)
+    files = [folder / f"{batch:05d}.npz" for batch in range(-(-n_rows // batch_size))]
+
+    batches = [_read(file, shape, vocab_size) if cache else None for file in files]
+    missing = [batch for batch, ids in enumerate(batches) if ids is None]
+    total = len(missing) * batch_size * block_size
+    with tqdm(total=total, desc="self text", unit="token", disable=not progress or not missing) as bar:
+        for batch in missing:
+            sample = partial(_sample, base, shape, [seed, batch], bar)
+            batches[batch] = _write(files[batch], sample) if cache else sample()
+    docs = [f"self-{seed}:{row}" for row in range(n_rows)]
+    ids = np.concatenate(batches)[:n_rows].tolist()
+    return Dataset.from_dict({"input_ids": ids, "doc": docs, "n_context": [0] * n_rows})
+
+
+@torch.inference_mode()
+def _sample(base: Base, shape: tuple[int, int], seed: list[int], bar: tqdm) -> np.ndarray:
+    """Token ids, int32 ``[rows, tokens]``."""
+    rows, length = shape
+    rng = np.random.default_rng(seed)
+    ids = torch.empty(shape, dtype=torch.long, device=base.device)
+    ids[:, 0] = torch.from_numpy(_first_tokens(base, rows, rng))
+    bar.update(rows)
+    # In (0, 1], so that the search below ends at a token, and at one that has a probability.
+    draws = torch.from_numpy(1 - rng.random((length, rows, 1))).to(base.device)
+    cache = DynamicCache(config=base.model.config)
+    for t in range(1, length):
+        logits = base.model(ids[:, t - 1 : t], cache=cache, use_cache=True).logits[:, -1]
+        # One number per token by the inverse of the distribution function: the same draws on every device, and
+        # half the time of torch.multinomial, which draws one per entry of the vocabulary.
+        reached = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+        ids[:, t : t + 1] = torch.searchsorted(reached, draws[t] * reached[:, -1:])
+        bar.update(rows)
+    return ids.to("cpu", torch.int32).numpy()
+
+
+def _first_tokens(base: Base, rows: int, rng: np.random.Generator) -> np.ndarray:
+    tokenizer = base.tokenizer
+    start = tokenizer("").input_ids[:1]
+    if start and start[0] == tokenizer.bos_token_id:
+        return np.full(rows, start[0])
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return rng.choice(sorted(set(tokenizer.get_vocab().values()) - special), rows)
+
+
+def _read(path: Path, shape: tuple[int, int], vocab_size: int) -> np.ndarray | None:
+    """The ids in a file, or None where it is missing or damaged; a zip file carries a checksum."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as file:
+            ids = file["input_ids"]
+        sound = ids.shape == shape and ids.dtype == np.int32 and ids.min() >= 0 and ids.max() < vocab_size
+    except Exception:  # whatever a damaged file raises, inside two libraries
+        sound = False
+    if not sound:
+        print(f"{path} is damaged, making it again", file=sys.stderr)
+    return ids if sound else None
+
+
+def _write(path: Path, make: partial[np.ndarray]) -> np.ndarray:
+    """``make()``, kept at ``path``; a file is opened first, so that a full or closed cache is told at once."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            with open(Path(folder) / path.name, "wb") as file:
+                ids = make()
+                np.savez(file, input_ids=ids)
+            os.replace(file.name, path)
+    except OSError as error:
+        raise HatError(f"cannot write the cache ({error}); set HAT_CACHE to a folder with room") from error
+    return ids

@@ -18,13 +18,8 @@ KINDS = 5
 LENGTH = 24
 """tokens of a prompt that is cut out of a text"""
 
-BEGUN = (
-    "{} is",
-    "The history of {} begins",
-    "Five facts about {}:\n1.",
-    "My teacher told me that {}",
-    "A poem about {}:\n",
-)
+BEGUN = ("{} is", "The history of {} begins", "Five facts about {}:\n1.", "My teacher told me that {}",
+         "A poem about {}:\n")  # fmt: skip
 TOPICS = ("gravity", "inflation", "photosynthesis", "a prime number", "the French Revolution", "machine learning",
           "plate tectonics", "a sonnet", "vaccination", "the speed of light")  # fmt: skip
 CODED = ("def fibonacci(n):\n", "class Stack:\n", "for i in range(10):\n", "SELECT name FROM users",

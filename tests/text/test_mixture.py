@@ -1,18 +1,43 @@
-"""What a run trains on: equal shares of whole blocks, in one fixed order, and never what is held out."""
+"""What a run trains on: equal shares of whole blocks in one fixed order, never what is held out; and the base's own text,
+from its whole distribution, the same again, and kept through interruptions."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from hat_lib.config import HatError
+from hat_lib.backbone.base import load_base
+from hat_lib.config import HatConfig, HatError
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.text import mixture
 from hat_lib.text.blocks import load_text
-from hat_lib.text.mixture import sources, training_text
+from hat_lib.text.mixture import self_text, sources, training_text
+
+ROWS, LENGTH = 3, 8
+BATCH = ROWS * LENGTH
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("HAT_CACHE", str(tmp_path / "cache"))
+def cached(tmp_path, monkeypatch):
+    """An empty cache; returns the function that lists the files in it."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("HAT_CACHE", str(folder))
+    return lambda: sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """The batches that were really sampled, in order."""
+    batches, sample = [], mixture._sample
+
+    def noted(base, shape, seed, bar):
+        batches.append(seed[1])
+        return sample(base, shape, seed, bar)
+
+    monkeypatch.setattr(mixture, "_sample", noted)
+    return batches
 
 
 @pytest.fixture
@@ -23,27 +48,26 @@ def corpus(tmp_path):
     return path
 
 
+def text(base, tokens, **options):
+    options = {"block_size": LENGTH, "batch_size": ROWS, "progress": False, **options}
+    return self_text(base, tokens, **options)
+
+
 def build(base, text, tokens=640, **options):
     return training_text(base, str(text), tokens, **{"block_size": 32, "progress": False, **options})
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
+def test_sources():
+    for text, expected in (
         ("addresses", ["addresses"]),
         ("addresses+self", ["addresses", "self"]),
         (" a.txt + self ", ["a.txt", "self"]),
         ("bundled", ["addresses", "self"]),
-    ],
-)
-def test_sources(text, expected):
-    assert sources(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "+", "self+", "self+self", "self+ self"])
-def test_bad_sources(text):
-    with pytest.raises(HatError, match="distinct sources joined by"):
-        sources(text)
+    ):
+        assert sources(text) == expected
+    for text in ("", "+", "self+", "self+self", "self+ self"):
+        with pytest.raises(HatError, match="distinct sources joined by"):
+            sources(text)
 
 
 def test_sources_share_the_tokens_evenly_in_whole_blocks(tiny_base, corpus):
@@ -87,3 +111,165 @@ def test_domain_b_and_unknown_sources_are_refused(tiny_base):
         build(tiny_base, "docstrings")
     with pytest.raises(HatError, match="unknown corpus 'poems'"):
         build(tiny_base, "self+poems")
+
+
+# The base's own text
+
+
+def test_blocks_are_full_and_just_enough_in_rows_of_load_text(tiny_base, corpus):
+    for tokens, rows in ((2, 1), (8, 1), (9, 2), (24, 3), (25, 4), (60, 8)):
+        found = text(tiny_base, tokens)
+        assert [len(ids) for ids in found["input_ids"]] == [LENGTH] * rows
+        assert found["n_context"] == [0] * rows
+        assert found["doc"] == [f"self-0:{row}" for row in range(rows)]
+    assert found.features == load_text(corpus, tiny_base.tokenizer).features
+
+
+def test_tokens_come_from_the_whole_distribution_at_temperature_one(tiny_base):
+    """Only then is the surprise at the sampled tokens, on average, the entropy."""
+    ids = torch.tensor(text(tiny_base, 4096, block_size=64, batch_size=64)["input_ids"])
+    with torch.no_grad():
+        log_p = tiny_base.model(ids[:, :-1]).logits.log_softmax(-1)
+    surprise = -log_p.gather(-1, ids[:, 1:, None])[..., 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    excess = surprise - entropy
+    assert entropy.mean() > 2  # far from deterministic, or the mean would say nothing
+    assert abs(excess.mean()) < 3 * excess.std() / excess.numel() ** 0.5
+    assert len(ids.unique()) == tiny_base.model.config.vocab_size
+
+
+def test_first_tokens_are_spread_over_the_vocabulary_or_bos_where_the_tokenizer_puts_it(tiny_base):
+    first = {ids[0] for ids in text(tiny_base, 4000, block_size=2, batch_size=2000)["input_ids"]}
+    assert first == set(range(256))  # all bytes; BOS, EOS and PAD never
+
+    class WithBos:
+        bos_token_id = 256
+
+        def __call__(self, text):
+            return type("", (), {"input_ids": [256]})
+
+    blocks = text(replace(tiny_base, tokenizer=WithBos()), 48, seed=1)["input_ids"]
+    assert {ids[0] for ids in blocks} == {256} and len({ids[1] for ids in blocks}) > 1
+
+
+def test_same_seed_same_text_and_another_seed_another(tiny_base):
+    state = torch.get_rng_state()
+    first, again, other = (list(text(tiny_base, 48, cache=False, seed=s)["input_ids"]) for s in (0, 0, 1))
+    assert first == again
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(a != b for a, b in zip(first, other, strict=True))
+    assert len({tuple(ids) for ids in first + other}) == 12  # nor does any batch repeat another
+
+
+def test_more_tokens_continue_the_same_text_and_what_is_kept_needs_no_model(tiny_base, sampled, cached):
+    short = list(text(tiny_base, 40, cache=False))
+    assert len(short) == 5 and list(text(tiny_base, 90, cache=False))[:5] == short and cached() == []
+    assert sampled == [0, 1, 0, 1, 2, 3]
+    assert list(text(tiny_base, 40)) == short and list(text(tiny_base, 90))[:5] == short
+    assert sampled[6:] == [0, 1, 2, 3] and len(cached()) == 4
+    assert list(text(tiny_base, 40, cache=False)) == short and sampled[10:] == [0, 1]
+
+
+@pytest.mark.parametrize("change", ["seed", "block_size", "batch_size", "fingerprint", "dtype"])
+def test_cache_keeps_different_texts_apart(tiny_base, sampled, change):
+    text(tiny_base, BATCH)
+    base, options = tiny_base, {}
+    if change == "fingerprint":
+        base = replace(tiny_base, fingerprint="0" * 64)
+    elif change == "dtype":
+        base = load_base("random:tiny", dtype="bf16", device="cpu")
+        assert base.fingerprint == tiny_base.fingerprint
+    else:
+        options = {change: 5}
+    text(base, 5, **options)
+    assert sampled == [0, 0]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tiny_base, monkeypatch, cached, sampled):
+    whole = list(text(tiny_base, 3 * BATCH, cache=False))
+    sampled.clear()
+    forward, calls = tiny_base.model.forward, []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == LENGTH + 2:  # in the second batch
+            raise KeyboardInterrupt
+        return forward(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_base.model, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            text(tiny_base, 3 * BATCH)
+    assert [path.name for path in cached()] == ["00000.npz"]  # and nothing half written
+    assert list(text(tiny_base, 3 * BATCH)) == whole
+    assert sampled == [0, 1, 1, 2]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[data.index(b"\n") + 5] ^= 1  # a bit of the first ids, still in range
+    path.write_bytes(data)
+
+
+def store(ids):
+    return lambda path: np.savez(path, input_ids=ids)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        cut,
+        flip,
+        store(np.zeros((ROWS, LENGTH - 1), np.int32)),
+        store(np.full((ROWS, LENGTH), 260, np.int32)),
+        store(np.full((ROWS, LENGTH), -1, np.int32)),
+        store(np.zeros((ROWS, LENGTH), np.float32)),
+        store(np.array([["pickle"] * LENGTH] * ROWS, object)),
+    ],
+    ids=["empty", "cut", "flipped", "shape", "above", "below", "dtype", "pickle"],
+)
+def test_a_damaged_file_is_made_again(tiny_base, sampled, cached, capsys, damage):
+    first = list(text(tiny_base, 3 * BATCH))
+    middle = cached()[1]
+    damage(middle)
+    assert list(text(tiny_base, 3 * BATCH)) == first and sampled == [0, 1, 2, 1]
+    assert capsys.readouterr().err == f"{middle} is damaged, making it again\n"
+    assert list(text(tiny_base, 3 * BATCH)) == first and sampled == [0, 1, 2, 1]
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_the_work(tiny_base, sampled, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HAT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(HatError, match="cannot write the cache .*; set HAT_CACHE"):
+        text(tiny_base, BATCH)
+    assert sampled == []
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tokens": 1}, "tokens must be a whole number of at least 2, got 1"),
+        ({"block_size": 1}, "block_size must be a whole number of at least 2, got 1"),
+        ({"block_size": 2049}, "block_size must be at most 2048, the context of random:tiny, got 2049"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+    ],
+)
+def test_bad_sizes(tiny_base, sampled, options, message):
+    with pytest.raises(HatError, match=message):
+        text(tiny_base, **{"tokens": BATCH, **options})
+    assert sampled == []
+
+
+def test_only_a_plain_base_writes_text():
+    base = load_base("random:tiny", dtype="fp32", device="cpu")
+    plain = list(text(base, BATCH, cache=False))
+    hat = HierarchicalTransformer(base, HatConfig.default(base))
+    with pytest.raises(HatError, match="random:tiny carries a HierarchicalTransformer: call its unload"):
+        text(base, BATCH)
+    assert list(text(hat.unload(), BATCH, cache=False)) == plain

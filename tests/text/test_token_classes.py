@@ -21,22 +21,15 @@ def spaced_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<unk>")
 
 
-def test_a_character_belongs_to_its_last_byte():
+def test_a_character_belongs_to_its_last_byte_and_spaces_stay_where_the_tokenizer_has_them():
     tokenizer = byte_tokenizer()
     assert pieces(tokenizer, tokenizer("a é🦙\n").input_ids) == ["a", " ", "", "é", "", "", "", "🦙", "\n"]
     assert pieces(tokenizer, []) == []
-
-
-def test_spaces_stay_where_the_tokenizer_has_them():
     tokenizer = spaced_tokenizer()
     ids = tokenizer.convert_tokens_to_ids(["▁the", "▁cat", "s", "<0xF0>", "<0x9F>", "<0xA6>", "<0x99>", "▁the", "."])
     assert pieces(tokenizer, ids) == ["the", " cat", "s", "", "", "", "🦙", " the", "."]
-
-
-def test_half_a_character_is_shown_as_the_decoder_shows_it():
-    tokenizer = spaced_tokenizer()
     ids = tokenizer.convert_tokens_to_ids(["<0x99>", "▁cat", "<0xF0>", "<0x9F>"])
-    assert pieces(tokenizer, ids) == ["\ufffd", " cat", "\ufffd", "\ufffd"]
+    assert pieces(tokenizer, ids) == ["\ufffd", " cat", "\ufffd", "\ufffd"], "half a character as the decoder has it"
 
 
 @pytest.mark.parametrize("make", [byte_tokenizer, spaced_tokenizer])
