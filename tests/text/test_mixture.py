@@ -1,5 +1,5 @@
-"""What a run trains on: equal shares of whole blocks in one fixed order, never what is held out; and the base's own text,
-from its whole distribution, the same again, and kept through interruptions."""
+"""What a run trains on: equal shares of whole blocks in one fixed order, never what is held out; and the base's own
+text, from its whole distribution, the same again, and kept through interruptions."""
 
 import json
 from dataclasses import replace
