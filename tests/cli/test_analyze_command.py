@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import tiny_runs
 
-from hat_lib.backbone import base
 from hat_lib.evaluation import routing
 from hat_lib.evaluation.routing import LOSSES, patterns
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -83,26 +82,3 @@ def test_command_says_so_where_one_block_has_no_interval(run, checkpoint, text):
     code, printed, err = run("--checkpoint", checkpoint, "--text", text, "--max-tokens", "60", "--capacity", "1.0")
     assert code == 0 and "60 tokens in 1 blocks" in printed and "every class ran 100.0%" in printed
     assert "intervals need at least 2 blocks of up to 512 tokens, got 60 tokens in one" in err
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--max-tokens", "1"), "max tokens must be a whole number of at least 2, got 1"),
-        (("--capacity", "1.5"), "capacity must be a number in [0.1, 1.0], got '1.5'"),
-        (("--exit-rate", "x"), "exit rate must be a number in [0.0, 1.0], got 'x'"),
-        (("--text", "nowhere.txt"), "nowhere.txt: no such file"),
-        (("--split", "half"), "split must be one of train, validation, test, all, got 'half'"),
-        (("--dtype", "int8"), "int8"),
-        (("--out", __file__), "is not a folder"),
-    ],
-)
-def test_bad_options_stop_before_a_base_is_loaded(run, checkpoint, text, monkeypatch, options, words):
-    monkeypatch.setattr(base, "fingerprint", lambda *args: pytest.fail("a base was loaded"))
-    code, printed, err = run("--checkpoint", checkpoint, "--text", text, *options)
-    assert code == 2 and printed == "" and words in err and err.count("error: ") == 1
-
-
-def test_two_tokens_are_all_protected(run, checkpoint, text):
-    code, printed, err = run("--checkpoint", checkpoint, "--text", text, "--max-tokens", "2")
-    assert code == 2 and printed == "" and "all 2 tokens are protected; use longer text" in err
