@@ -34,20 +34,14 @@ def ranges(requirements):
     return {canonicalize_name(r.name): r.specifier for r in parsed}
 
 
-def environment():
-    return yaml.safe_load((REPO / "environment.yml").read_text())["dependencies"]
-
-
-def test_conda_and_pip_ask_for_the_same_packages():
-    listed = ranges(d for d in environment() if isinstance(d, str))
+def test_conda_pip_and_make_ask_for_the_same_packages():
+    environment = yaml.safe_load((REPO / "environment.yml").read_text())["dependencies"]
+    listed = ranges(d for d in environment if isinstance(d, str))
     assert listed.pop("python") == SpecifierSet(PROJECT["requires-python"])
     listed.pop("pip")
     listed["torch"], listed["playwright"] = listed.pop("pytorch"), listed.pop("playwright-python")
     assert listed == ranges(PROJECT["dependencies"] + EXTRAS["dev"])
-    assert [d["pip"] for d in environment() if isinstance(d, dict)] == [["-e ."]]
-
-
-def test_makefile_installs_the_same_torch():
+    assert [d["pip"] for d in environment if isinstance(d, dict)] == [["-e ."]]
     torch = next(r for r in PROJECT["dependencies"] if Requirement(r).name == "torch")
     assert f"\nTORCH := {torch}\n" in (REPO / "Makefile").read_text()
 
@@ -61,14 +55,8 @@ def imported(node):
 def test_every_import_of_the_library_is_declared():
     declared = ranges(PROJECT["dependencies"] + sum((EXTRAS[e] for e in ("eval", "cluster")), []))
     # What these packages build on keeps the range that they ask for.
-    distribution = {
-        "yaml": "pyyaml",
-        "IPython": "ipykernel",
-        "tokenizers": "transformers",
-        "huggingface_hub": "transformers",
-        "pyarrow": "datasets",
-        "PIL": "matplotlib",
-    }
+    distribution = {"yaml": "pyyaml", "IPython": "ipykernel", "pyarrow": "datasets", "PIL": "matplotlib"}
+    distribution |= dict.fromkeys(("tokenizers", "huggingface_hub"), "transformers")
     unknown = {
         f"{path.name}: {name}"
         for path in PACKAGE.rglob("*.py")
@@ -117,12 +105,9 @@ def found(pattern, among=lambda path: True):
     return [f"{path}: {m[0]}" for path, text in text_files() if among(path) for m in re.finditer(pattern, text)]
 
 
-def test_no_path_of_one_machine():
+def test_no_path_of_one_machine_and_no_host_of_a_package_registry():
     folders = "|".join(("home", "root", "work", "Users", "tmp", "opt", "mnt"))
     assert found(rf"(?<![\w.~}}/:*-])/(?:{folders})/[^\s\"'`]*") == []
-
-
-def test_no_host_of_a_package_registry():
     hosts = r"pypi\.org|pythonhosted\.|pytorch\.org/whl|anaconda\.(?:org|com)|npmjs\.|crates\.io|deb\.debian\."
     assert found(hosts) == []
 
@@ -139,15 +124,6 @@ def test_hub_and_code_links_only_where_readers_look_for_them():
 UNCOMPARED = {"nbval-ignore-output", "nbval-skip"}
 
 
-@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
-def notebook(request):
-    return nbformat.read(request.param, as_version=4)
-
-
-def code_cells(nb):
-    return [cell for cell in nb.cells if cell.cell_type == "code"]
-
-
 def has_tag(cell, *tags):
     return bool(set(cell.metadata.get("tags", ())) & set(tags))
 
@@ -160,27 +136,25 @@ def is_compared(cell):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_file_is_named_and_clean(path):
+def test_notebook_is_clean_executed_once_in_order_and_most_of_it_is_compared(path):
     assert re.fullmatch(r"\d\d_[a-z0-9_]+\.ipynb", path.name)
     text = path.read_text(encoding="utf-8")
+    notebook = nbformat.reads(text, as_version=4)
     cleaned = nbformat.writes(clean(nbformat.reads(text, as_version=4))) + "\n"
     assert text == cleaned, f"run: python -m hat_lib.workbook clean notebooks/{path.name}"
-
-
-def test_notebook_was_executed_once_in_order_without_errors(notebook):
-    counts = [cell.execution_count for cell in code_cells(notebook)]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    counts = [cell.execution_count for cell in code]
     assert counts == list(range(1, len(counts) + 1)), "run: python -m hat_lib.workbook execute"
     assert list(errors(notebook)) == []
+    compared = [cell.execution_count for cell in code if is_compared(cell)]
+    assert len(compared) > len(code) / 2, f"only cells {compared} are compared"
 
 
-def test_parameters_are_typed_explained_and_have_a_profile_a_seed_and_the_models_dtype(notebook):
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_parameters_are_typed_explained_and_have_a_profile_a_seed_and_the_models_dtype(path):
+    notebook = nbformat.read(path, as_version=4)
     (cell,) = (cell for cell in notebook.cells if has_tag(cell, "parameters"))
     lines = [re.fullmatch(r"(\w+): (?:str|int|float) = .*\S  # \S.*", line) for line in cell.source.splitlines()]
     names = {line[1] for line in lines if line}
     loads_a_model = any("load_base(" in cell.source for cell in notebook.cells)
     assert all(lines) and names >= {"profile", "seed"} | ({"dtype"} if loads_a_model else set())
-
-
-def test_most_of_a_notebook_is_compared(notebook):
-    compared = [cell.execution_count for cell in code_cells(notebook) if is_compared(cell)]
-    assert len(compared) > len(code_cells(notebook)) / 2, f"only cells {compared} are compared"

@@ -3,14 +3,13 @@
 A folder with `hat_config.json` (method config, base name and fingerprint, library version, calibration tables, summary
 of the training) and `hat_adapter.safetensors` (routers and gates, nothing else).
 
-Writing takes three renames: the new adapter goes beside the old one, under its hash; then the JSON, which
-names that hash, is replaced; then the adapter moves to its proper name. Reading takes the file with the
-hash, so a process killed at any point leaves the old checkpoint or the new one. One writer at a time.
+Writing takes three renames: the new adapter goes beside the old one, under its hash; then the JSON, which names that
+hash, is replaced; then the adapter moves to its proper name. Reading takes the file with the hash, so a process killed
+at any point leaves the old checkpoint or the new one. One writer at a time.
 
-Reading is strict: any surprise raises one `HatError` that names the file, the key and what was expected. Files of
-older versions are read: what they lack takes its default. The JSON's last field, ``sha256``, covers the meaning of all
-others, so that a changed digit in a calibration table is noticed too. It is optional: who edits the file by hand
-deletes that line.
+Reading is strict: any surprise raises one `HatError` that names the file, the key and what was expected. What files of
+older versions lack takes its default. The JSON's last field, ``sha256``, covers the meaning of all others, so that a
+changed digit in a table is noticed; who edits the file by hand deletes that line.
 """
 
 from __future__ import annotations
@@ -84,14 +83,11 @@ def is_hat_parameter(name: str) -> bool:
 
 
 def write_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
-    """Write both files; returns the folder.
-
-    Raises `HatError` if the folder can't be written, and, before it is touched, if what would be written
-    could not be read again.
-    """
+    """Write both files; returns the folder. Raises `HatError` if it can't be written, and, before it is touched, if
+    what would be written could not be read again."""
     folder = Path(os.path.expanduser(folder))
     config, adapter = _encode(checkpoint)
-    pending = _pending(folder, hashlib.sha256(adapter).hexdigest())
+    pending = folder / f"{ADAPTER_FILE}.{hashlib.sha256(adapter).hexdigest()}"  # it waits for the JSON that names it
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _replace(pending, adapter)
@@ -112,7 +108,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     if not os.path.isdir(folder):
         raise HatError(f"no checkpoint folder at {folder}")
     found, sha256 = _read(folder / CONFIG_FILE, MAX_CONFIG_BYTES, parse_config)
-    pending = _pending(folder, sha256)
+    pending = folder / f"{ADAPTER_FILE}.{sha256}"
     adapter = pending if os.path.isfile(pending) else folder / ADAPTER_FILE
     return replace(found, tensors=_read(adapter, MAX_ADAPTER_BYTES, partial(_parse_adapter, sha256)))
 
@@ -179,13 +175,13 @@ def _parse_json(data: bytes):
         value = json.loads(data.decode(), **hooks)
     except (ValueError, RecursionError) as error:
         raise HatError(f"this is not valid JSON: {error}") from error
-    level = [value]
-    for _ in range(MAX_DEPTH):
+    level, depth = [value], 0
+    while level:
         parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
-        level = [inner for part in parts for inner in part]
-        if not level:
-            return value
-    raise HatError(f"this is nested deeper than {MAX_DEPTH}")
+        level, depth = [inner for part in parts for inner in part], depth + 1
+        if depth > MAX_DEPTH:
+            raise HatError(f"this is nested deeper than {MAX_DEPTH}")
+    return value
 
 
 def _unique(pairs: list[tuple]) -> dict:
@@ -257,11 +253,6 @@ def _encode(checkpoint: Checkpoint) -> tuple[bytes, bytes]:
     except (ValueError, TypeError, RecursionError) as error:
         raise HatError(f"not saved: {first_line(error)}") from error
     return config, adapter
-
-
-def _pending(folder: Path, sha256: str) -> Path:
-    """Where an adapter waits for the JSON that names it."""
-    return folder / f"{ADAPTER_FILE}.{sha256}"
 
 
 def _read(file: Path, limit: int, parse: Callable):

@@ -1,7 +1,7 @@
 """What a token costs: FLOPs and weight bytes, counted from what a forward really ran.
 
-A linear layer costs two FLOPs for each weight that it reads, so its cost is its weights times the share
-that this token executed (the usual count: Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Parts:
+A linear layer costs two FLOPs for each weight that it reads (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), so its
+cost is its weights times the share that this token executed. Parts:
 
     attention    q, k, v and o projections; at their share (channel grain), or in full (token grain)
     ffn          gate, up and down projections, at their share
@@ -64,11 +64,6 @@ class Work:
         and not on what the method skips: so results at different lengths can stand side by side."""
         return float(self.executed.sum() / self.dense.sum())
 
-    @property
-    def ideal_speedup(self) -> float:
-        """``1 / model_share``: the gain if time were proportional to linear work."""
-        return 1 / self.model_share
-
 
 def work(
     lm_config: LlamaConfig,
@@ -84,9 +79,7 @@ def work(
     """The cost of tokens, given what they executed.
 
     Args:
-        lm_config, config: shapes of the base and of the method.
-        site_share: executed share of each gated site, ``[L, S, ...]`` in [0, 1]; layers that a token did not
-            enter are not read.
+        site_share: of each gated site, ``[L, S, ...]`` in [0, 1]; layers that a token did not enter are not read.
         exit_layer: layers that each token ran, ``[...]``; L where it stayed to the end.
         context: keys that each token attends to, itself included; a number or ``[...]``.
         dtype: of the base's weights.
@@ -147,15 +140,12 @@ def state_cost(hat: HierarchicalTransformer, state: TokenState) -> Work:
 def ideal_speedup(
     lm_config: LlamaConfig, config: HatConfig, capacity: float = 1.0, exit_layer: int | None = None
 ) -> float:
-    """`Work.ideal_speedup` if every token runs at ``capacity`` and leaves after ``exit_layer`` layers.
-
-    Routers count below capacity 1, exit gates where tokens leave (None: nobody does). It is a plan, before
-    any text is read. Raises `HatError` for a capacity outside [0.1, 1].
-    """
+    """``1 / model_share``, the gain if time were proportional to linear work, where every token runs at ``capacity``
+    and leaves after ``exit_layer`` layers (None: nobody does). Raises `HatError` for a capacity outside [0.1, 1]."""
     capacity, gated = check_capacity(capacity), exit_layer is not None
     share = torch.full((config.n_layers, len(GRAINS[config.granularity].sites)), capacity)
     depth = torch.tensor(exit_layer if gated else config.n_layers)
-    return work(lm_config, config, share, depth, routed=capacity < 1, gated=gated).ideal_speedup
+    return 1 / work(lm_config, config, share, depth, routed=capacity < 1, gated=gated).model_share
 
 
 class WorkTally:

@@ -1,13 +1,12 @@
 """The adaptive decoder layer: one rule for prefill, decode and any batch. This is the method's definition.
 
-It overrides `forward` on a `LlamaDecoderLayer` and its attention and FFN, on the instances; the loop over layers stays
+It overrides `forward` on the instances of a `LlamaDecoderLayer`, its attention and its FFN; the loop over layers stays
 transformers' own, and every linear layer and norm is the base's own module, called on masked input. So forward hooks,
-LoRA and interpretability tools see a Llama. Rows that do not run are gathered out: while any are, what those modules
-see is ``[1, n, ...]`` for the n rows that do, and else ``[B, T, ...]`` as ever.
+LoRA and interpretability tools see a Llama. Rows that do not run are gathered out: while any are, those modules see
+``[1, n, ...]`` for the n rows that do, and else ``[B, T, ...]`` as ever.
 
 A token that has exited keeps a frozen hidden state and still gets K and V in each later layer, computed from that
-state; no query, attention output or FFN. So the cache stays dense, and later tokens see the same keys whether a token
-was decoded alone or in a batch.
+state; no query, attention output or FFN. So the cache stays dense, and later tokens see the same keys as ever.
 """
 
 from __future__ import annotations
@@ -50,28 +49,11 @@ class AdaptiveLayer:
         return self.context.passes[-1]
 
     @torch.compiler.disable  # it branches on what a token asks for
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache=None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs,
-    ) -> Tensor:
-        """``[B, T, D] -> [B, T, D]``."""
+    def forward(self, hidden_states: Tensor, **given) -> Tensor:
+        """``[B, T, D] -> [B, T, D]``; ``given`` is what attention takes beside the hidden states."""
         run, layer = self.run, self.layer
         h = run.exit(self.index, hidden_states)
-        mixed, _ = layer.self_attn(
-            hidden_states=layer.input_layernorm(h),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
+        mixed, _ = layer.self_attn(hidden_states=layer.input_layernorm(h), **given)
         rows = run.rows
         if rows is None:
             out = self._ffn(h + mixed)
@@ -89,39 +71,41 @@ class AdaptiveLayer:
     def attention(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask=None,
         cache=None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """``[B, T, D]``, normed, to the attention's output for the running rows: ``[B, T, D]`` or ``[1, n, D]``."""
-        run, attn, rows = self.run, self.attn, self.run.rows
-        if rows is None:
-            q_input = kv_input = run.gate(self.index, "qkv", hidden_states)
-        else:
-            flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-            q_input = run.gate(self.index, "qkv", flat[rows][None]) if len(rows) else flat[rows][None]
-            kv_input = flat.index_copy(0, rows, q_input[0]).view(hidden_states.shape)
-        k, v = self._heads(attn.k_proj(kv_input)), self._heads(attn.v_proj(kv_input))
-        cos, sin = position_embeddings
-        if rows is None:
-            q, k = apply_rotary_pos_emb(self._heads(attn.q_proj(q_input)), k, cos, sin)
-        else:
-            k = k * cos[:, None] + rotate_half(k) * sin[:, None]
+        run, attn = self.run, self.attn
+        if run.rows is not None:
+            return self._attention_of_rows(hidden_states, *position_embeddings, attention_mask, cache, kwargs), None
+        x = run.gate(self.index, "qkv", hidden_states)
+        q, k, v = (self._heads(project(x)) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, attn.layer_idx, kwargs=kwargs)
-        if rows is None:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager_attention_forward)
-            mixed, weights = attend(attn, q, k, v, attention_mask, dropout=0.0, scaling=attn.scaling, **kwargs)
-            mixed = mixed.reshape(*hidden_states.shape[:-1], -1)
-        elif not len(rows):
-            return hidden_states.new_empty(1, 0, hidden_states.shape[-1]), None
-        else:
-            cos, sin = (x.expand(*hidden_states.shape[:2], -1).flatten(0, 1)[rows] for x in (cos, sin))
-            q = self._heads(attn.q_proj(q_input))
-            q = q * cos + rotate_half(q) * sin
-            mixed, weights = self._attend(q[0].transpose(0, 1), k, v, attention_mask)[None], None
-        return attn.o_proj(run.gate(self.index, "o", mixed)), weights
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager_attention_forward)
+        mixed, weights = attend(attn, q, k, v, attention_mask, dropout=0.0, scaling=attn.scaling, **kwargs)
+        return attn.o_proj(run.gate(self.index, "o", mixed.reshape(*x.shape[:-1], -1))), weights
+
+    def _attention_of_rows(self, hidden_states, cos, sin, mask, cache, kwargs) -> Tensor:
+        """The same where some rows have exited: K and V of all, and what the others make of them, ``[1, n, D]``."""
+        run, attn, rows = self.run, self.attn, self.run.rows
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        q_input = run.gate(self.index, "qkv", flat[rows][None]) if len(rows) else flat[rows][None]
+        kv_input = flat.index_copy(0, rows, q_input[0]).view(hidden_states.shape)
+        k, v = self._heads(attn.k_proj(kv_input)), self._heads(attn.v_proj(kv_input))
+        k = k * cos[:, None] + rotate_half(k) * sin[:, None]
+        if cache is not None:
+            k, v = cache.update(k, v, attn.layer_idx, kwargs=kwargs)
+        if not len(rows):
+            return q_input
+        cos, sin = (x.expand(*hidden_states.shape[:2], -1).flatten(0, 1)[rows] for x in (cos, sin))
+        q = self._heads(attn.q_proj(q_input))
+        q = q * cos + rotate_half(q) * sin
+        mixed = self._attend(q[0].transpose(0, 1), k, v, mask)[None]
+        return attn.o_proj(run.gate(self.index, "o", mixed))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The gated FFN, SwiGLU in a Llama; ``[..., D] -> [..., D]``."""

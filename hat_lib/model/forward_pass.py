@@ -29,10 +29,8 @@ class ForwardPass:
         return self.state.alive if self.mode.compact else None
 
     def gate(self, layer: int, site: str, x: Tensor) -> Tensor:
-        """``x`` with the channels zeroed that are skipped at a site of the channel grain; ``[..., C] -> [..., C]``.
-
-        The leading axes are those of the rows that run. At another grain, x itself.
-        """
+        """``x [..., C]`` of the rows that run, with the channels zeroed that are skipped at a site of the channel grain;
+        at another grain, x itself."""
         if site not in self.sites:
             return x
         flat = x.reshape(-1, x.shape[-1])
@@ -46,10 +44,8 @@ class ForwardPass:
         return (flat * keep).view(x.shape)
 
     def decide(self, layer: int, site: str, x: Tensor) -> Tensor | Gated | None:
-        """What the running rows ``x [n, C]`` keep at a site, protected tokens included; None for everything.
-
-        bool ``[n, C]`` (channel) or ``[n]`` (token); in training a float mask, or `Gated`.
-        """
+        """What the running rows ``x [n, C]`` keep at a site, protected tokens included: bool ``[n, C]`` (channel) or
+        ``[n]`` (token), in training a float mask or `Gated`; None for everything."""
         state, rows, index = self.state, self.rows, self.sites.index(site)
         # Layer 0's FFN carries the whole model (skipping it alone destroys the output): never a whole skip.
         fixed = site == "ffn" and layer == 0

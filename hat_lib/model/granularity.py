@@ -34,10 +34,6 @@ class Grain(NamedTuple):
         work = linear_work(lm_config)
         return work if self.name == "channel" else {"ffn": work["gate_up"] + work["down"]}
 
-    def watched(self, layer: nn.Module, site: str) -> nn.Module:
-        """The module of ``layer`` whose input a router of ``site`` reads."""
-        return layer.mlp if site == "ffn" else layer.get_submodule(LINEARS[site][0])
-
 
 GRAINS = {"channel": Grain("channel", tuple(LINEARS)), "token": Grain("token", ("ffn",))}
 

@@ -3,8 +3,8 @@
     hat = HierarchicalTransformer.from_pretrained("owner/name")
     hat.push_to_hub("owner/name", private=True)
 
-A connection is opened only to push, and to load a name that is no local path. This module is imported when one of
-the two is asked for, and the Hub's client when there is something to ask it.
+A connection is opened only to push, and to load a name that is no local path. This module and the Hub's client are
+imported when there is something to ask it.
 """
 
 from __future__ import annotations
@@ -47,11 +47,8 @@ hat.lm.generate(...)  # transformers' own LlamaForCausalLM
 
 
 def local_folder(checkpoint: str | Path) -> Path:
-    """The folder of a checkpoint; one that is named ``owner/name`` and is no local path comes from the Hub.
-
-    Only the two files and the card are fetched, into the Hub's own cache. Whether they are sound is for
-    `read_checkpoint` to say. Raises `HatError` if they can't be fetched.
-    """
+    """The folder of a checkpoint; one that is named ``owner/name`` and is no local path comes from the Hub, its two
+    files and the card alone, into the Hub's own cache. Raises `HatError` if they can't be fetched."""
     repo_id = checkpoint.as_posix() if isinstance(checkpoint, Path) else str(checkpoint)
     if os.path.exists(repo_id) or not HUB_ID.fullmatch(repo_id):
         return Path(checkpoint)
@@ -61,10 +58,8 @@ def local_folder(checkpoint: str | Path) -> Path:
     try:
         folder = Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=files))
     except Exception as error:  # whatever a dead network or a refusal raises, inside two libraries
-        hint = f"offline, pass a local folder with {CONFIG_FILE} and {ADAPTER_FILE}"
-        raise HatError(
-            f"no folder {repo_id}, and it can't be fetched from the Hub: {first_line(error)}; {hint}"
-        ) from error
+        why = f"{first_line(error)}; offline, pass a local folder with {CONFIG_FILE} and {ADAPTER_FILE}"
+        raise HatError(f"no folder {repo_id}, and it can't be fetched from the Hub: {why}") from error
     if not (folder / CONFIG_FILE).is_file():
         raise HatError(f"{repo_id} on the Hub is not a HAT checkpoint: {CONFIG_FILE} is missing")
     return folder
@@ -113,8 +108,8 @@ def push_to_hub(
         except HatError:
             raise
         except Exception as error:  # as above
-            hint = "offline, hand on the folder that save_pretrained writes"
-            raise HatError(f"cannot push to {repo_id} on the Hub: {first_line(error)}; {hint}") from error
+            why = f"{first_line(error)}; offline, hand on the folder that save_pretrained writes"
+            raise HatError(f"cannot push to {repo_id} on the Hub: {why}") from error
 
 
 def model_card(checkpoint: Checkpoint, repo_id: str) -> str:

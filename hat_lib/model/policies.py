@@ -1,10 +1,9 @@
 """Policies: where the decisions of a forward come from.
 
-The method's own are `Threshold` and `ExitThresholds`: ``score > threshold``, per token, in fp32, deterministic. Which
-thresholds give a capacity or an exit rate, stands in `hat_lib.model.threshold_table`; what a score is, in
-`hat_lib.model.routers`. Everything, recorded, random and static choices go through the same code, so that a control
-differs from the method in nothing but its decisions. A policy keeps nothing between calls: any number of threads may
-ask the same one.
+The method's own are `Threshold` and `ExitThresholds`: ``score > threshold``, per token, in fp32, deterministic
+(scores: `hat_lib.model.routers`; thresholds: `hat_lib.model.threshold_table`). Everything, recorded, random and static
+choices go through the same code, so that a control differs from the method in nothing but its decisions. A policy keeps
+nothing between calls: any number of threads may ask the same one.
 """
 
 from __future__ import annotations

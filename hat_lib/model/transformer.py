@@ -38,7 +38,7 @@ from hat_lib.model.checkpoint import (
 )
 from hat_lib.model.decoder_layer import AdaptiveLayer
 from hat_lib.model.forward_pass import ForwardPass
-from hat_lib.model.granularity import GRAINS, column_norm
+from hat_lib.model.granularity import GRAINS, LINEARS, column_norm
 from hat_lib.model.modes import Context, Mode, Modes
 from hat_lib.model.policies import ExitThresholds, KeepAll, Threshold, token_threshold_scale
 from hat_lib.model.routers import ChannelRouter, ExitGate, MoERouter
@@ -57,13 +57,13 @@ class HierarchicalTransformer(Modes, nn.Module):
     """A frozen base with routers and exit gates.
 
     Args:
-        base: a `hat_lib.backbone.base.Base`; its model is adapted in place until `unload`.
+        base: its model is adapted in place until `unload`.
         config: the method's shape; `HatConfig.default(base)` or `HatConfig.published(base)`.
         calibration: thresholds for any capacity, from `hat_lib.calibration`; without it only capacity 1.0
             and forced decisions are possible.
 
-    Raises `HatError` if config or calibration are for another shape, or the base is adapted already; the base stays as
-    it was.
+    Raises `HatError`, and leaves the base as it was, if config or calibration are for another shape, or it is adapted
+    already.
     """
 
     def __init__(self, base: Base, config: HatConfig, calibration: Calibration | None = None):
@@ -261,7 +261,8 @@ class HierarchicalTransformer(Modes, nn.Module):
                 def watch(module, args, out, i=i, site=site):
                     see(i, site, args[0], out if site == "ffn" else args[0])
 
-                hooks.append(self.grain.watched(layer, site).register_forward_hook(watch))
+                module = layer.mlp if site == "ffn" else layer.get_submodule(LINEARS[site][0])
+                hooks.append(module.register_forward_hook(watch))
         try:
             yield
         finally:
@@ -313,7 +314,7 @@ class HierarchicalTransformer(Modes, nn.Module):
             base: a loaded `Base`, or the name of one; by default the name that the checkpoint carries.
             dtype, device: for the base; see `load_base`.
 
-        Raises `HatError` if a file, a key, a shape or the base is not the expected one.
+        Raises `HatError` if a file, a key, a shape or the base is not as expected; a base that was given is as it was.
         """
         from hat_lib.model.hub import local_folder
 
@@ -328,7 +329,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         hat.training_summary = checkpoint.training
         try:
             hat.load_adapter(checkpoint, folder)
-        except BaseException:  # whatever went wrong, the base is as it was
+        except BaseException:
             hat.unload()
             raise
         return hat
@@ -353,7 +354,7 @@ class HierarchicalTransformer(Modes, nn.Module):
     # -- imported when asked for: the model itself neither measures, draws nor uploads ---------------
 
     def push_to_hub(self, repo_id: str, **options) -> str:
-        """Upload what `save_pretrained` writes; see `hat_lib.model.hub.push_to_hub` for the options."""
+        """Upload what `save_pretrained` writes; see `hat_lib.model.hub.push_to_hub`."""
         from hat_lib.model.hub import push_to_hub
 
         return push_to_hub(self, repo_id, **options)

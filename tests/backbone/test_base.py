@@ -29,6 +29,10 @@ BUNDLED_FINGERPRINT = "c402d0de16184249"
 TOKENIZER = byte_tokenizer()
 
 
+IDS = torch.arange(24).view(2, 12)
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
 def cpu(name, **options):
     return load_base(name, **{"dtype": "fp32", "device": "cpu", **options})
 
@@ -53,12 +57,6 @@ def copy(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "copy")
 
 
-def logits(base):
-    ids = torch.arange(24).view(2, 12)
-    with torch.no_grad():
-        return base.model(ids).logits
-
-
 # Random shapes
 
 
@@ -68,10 +66,9 @@ def test_tiny_is_tiny_frozen_and_not_degenerate(tiny_base):
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert model.config._attn_implementation == "sdpa"
     assert model.lm_head.weight is not model.model.embed_tokens.weight
-    out = logits(tiny_base)
+    out = model(IDS).logits
     assert 0.5 < out.std() < 5
-    ids = torch.arange(24).view(2, 12)
-    shifted = model(ids, position_ids=torch.arange(12).flip(0)[None]).logits
+    shifted = model(IDS, position_ids=torch.arange(12).flip(0)[None]).logits
     assert (shifted - out).abs().max() > 0.1  # RoPE is alive
 
 
@@ -88,12 +85,11 @@ def test_values_are_drawn_once_and_reused(monkeypatch):
     monkeypatch.setattr(shapes, "POOL", 10_007)
     model = random_model("random:tiny", torch.float32)
     assert fingerprint(model) == fingerprint(random_model("random:tiny", torch.bfloat16))
-    weights = torch.cat([p.flatten() for p in model.parameters() if p.ndim == 2])
-    assert abs(weights.std() - 0.2) < 0.01 and abs(weights.mean()) < 0.01
     first, second = (layer.mlp.up_proj.weight for layer in model.model.layers[:2])
     assert not torch.equal(first, second)
-    norms = torch.cat([p for p in model.parameters() if p.ndim == 1])
-    assert abs(norms.mean() - 1) < 0.02 and abs(norms.std() - 0.1) < 0.02
+    for ndim, mean, std in ((2, 0.0, 0.2), (1, 1.0, 0.1)):
+        values = torch.cat([p.flatten() for p in model.parameters() if p.ndim == ndim])
+        assert abs(values.mean() - mean) < 0.02 and abs(values.std() - std) < 0.02
 
 
 def test_tinyllama_has_the_exact_shape():
@@ -102,7 +98,6 @@ def test_tinyllama_has_the_exact_shape():
         model = LlamaForCausalLM(config)
     assert sum(p.numel() for p in model.parameters()) == 1_100_048_384
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (32, 4, 64)
-    assert (config.max_position_embeddings, config.rms_norm_eps) == (2048, 1e-5)
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
 
 
@@ -110,8 +105,7 @@ def test_tinyllama_has_the_exact_shape():
 @example("a <s> b</s>")
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_byte_tokenizer_round_trip(text):
-    ids = TOKENIZER.encode(text)
-    assert TOKENIZER.decode(ids) == text
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
     plain = TOKENIZER.encode(text, split_special_tokens=True)
     assert TOKENIZER.decode(plain) == text
     assert len(plain) == len(text.encode()) and all(0 <= i < 256 for i in plain)
@@ -122,7 +116,6 @@ def test_byte_tokenizer_pads_left(tiny_base):
     pad = tiny_base.tokenizer.pad_token_id
     assert batch["input_ids"][0][:-2] == [pad] * (len(batch["input_ids"][1]) - 2)
     assert batch["attention_mask"][0] == [0] * (len(batch["input_ids"][0]) - 2) + [1, 1]
-    assert tiny_base.tokenizer.decode(batch["input_ids"][1]) == "abcd <s>"
     assert len({tiny_base.tokenizer.bos_token_id, tiny_base.tokenizer.eos_token_id, pad}) == 3
 
 
@@ -137,7 +130,7 @@ def test_one_fingerprint_for_every_dtype(tiny_base, saved, dtype):
         assert base.fingerprint == tiny_base.fingerprint
         assert {p.dtype for p in base.model.parameters()} == {base.dtype}
         assert base.model.model.rotary_emb.inv_freq.dtype == torch.float32
-        assert torch.isfinite(logits(base)).all()
+        assert torch.isfinite(base.model(IDS).logits).all()
 
 
 def test_hashes_ignore_memory_layout(tiny):
@@ -198,7 +191,7 @@ def test_tied_weights_are_hashed_once_and_survive_saving(tiny, tmp_path):
 def test_folder_is_loaded_as_it_was_saved(tiny_base, saved):
     base = cpu(saved)
     assert base.fingerprint == tiny_base.fingerprint and exact_hash(base.model) == exact_hash(tiny_base.model)
-    assert torch.equal(logits(base), logits(tiny_base))
+    assert torch.equal(base.model(IDS).logits, tiny_base.model(IDS).logits)
     assert base.name == base.model.name_or_path == str(saved)
     assert not any(p.requires_grad for p in base.model.parameters()) and not base.model.training
     assert (base.dtype, base.device.type) == (torch.float32, "cpu")
@@ -245,7 +238,7 @@ def test_gguf_file_is_loaded_dense(tiny_base, tmp_path, capfd):
     write_gguf(tiny_base, path)
     base = cpu(path)
     assert capfd.readouterr() == ("", "")
-    torch.testing.assert_close(logits(base), logits(tiny_base), rtol=0, atol=1e-5)
+    torch.testing.assert_close(base.model(IDS).logits, tiny_base.model(IDS).logits, rtol=0, atol=1e-5)
     assert base.tokenizer.encode("hello, world") == tiny_base.tokenizer.encode("hello, world")
     assert cpu(path, dtype="bf16").fingerprint == base.fingerprint
     base.model.save_pretrained(tmp_path / "dense")  # a model that still counts as quantised refuses
@@ -285,9 +278,7 @@ def fails(name, *words, **options):
     "name, words",
     [
         ("nonesuch", ["unknown base 'nonesuch'", "bundled", "random:tiny", "random:tinyllama", "owner/name"]),
-        ("random:huge", ["unknown base", "random:tiny"]),
         ("/no/such/folder", ["no such folder: /no/such/folder"]),
-        ("./no/such", ["no such folder"]),
         ("no-such.gguf", ["no such file: no-such.gguf"]),
         ("", ["unknown base ''"]),
         ("nobody/no-such-model", ["nobody/no-such-model", "Hub", "--base bundled"]),
@@ -326,12 +317,10 @@ def pickled(folder):
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
         (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "cannot load"),
-        (lambda folder: (folder / "config.json").write_text("{ not json"), "cannot load"),
         (lambda folder: (folder / "config.json").write_text("{}"), "model type None: a Llama-shaped one is expected"),
         (lambda folder: os.truncate(folder / "model.safetensors", 100_000), "cannot load"),
         (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised checkpoint"),
         (config(model_type="gpt2"), "has model type 'gpt2': a Llama-shaped one is expected"),
-        (config(hidden_size=128), ""),
         (config(num_hidden_layers=5), "missing model.layers.4."),
         (config(num_hidden_layers=3), "unexpected model.layers.3."),
         (weights(model__layers__2__mlp__up_proj__weight=None), "missing model.layers.2.mlp.up_proj.weight"),
@@ -343,29 +332,21 @@ def test_a_folder_that_cannot_be_used(copy, damage, words):
     fails(copy, str(copy), words)
 
 
-def test_bad_dtype_and_device():
+def test_dtypes_and_devices():
+    for name, short in {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}.items():
+        dtype = getattr(torch, name)
+        assert {parse_dtype(x) for x in (name, short, short.upper(), f"torch.{name}", dtype)} == {dtype}
     for dtype in ("int8", torch.int64, "", 32):
         fails("random:tiny", "dtype must be one of", dtype=dtype)
     for device in ("gpu", "cuda:99"):
         fails("random:tiny", f"device '{device}'", device=device)
 
 
-# dtypes
-
-
-@pytest.mark.parametrize("name", ["bfloat16", "float32", "float16"])
-def test_parse_dtype(name):
-    dtype, short = getattr(torch, name), name.replace("bfloat", "bf").replace("float", "fp")
-    assert {parse_dtype(x) for x in (name, short, short.upper(), f"torch.{name}", dtype)} == {dtype}
-
-
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ({}, torch.float32),
         ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
         ({"avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": True}, torch.bfloat16),
         ({"bf16": True}, torch.bfloat16),
     ],
 )
@@ -373,12 +354,8 @@ def test_default_dtype_is_bf16_only_where_the_cpu_has_it(monkeypatch, flags, exp
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
     assert default_dtype("cpu") == expected
     assert load_base("random:tiny", device="cpu").dtype == expected
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_default_dtype_on_cuda_does_not_count_emulation(monkeypatch, native):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
-    assert default_dtype(torch.device("cuda")) == (torch.bfloat16 if native else torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert default_dtype(torch.device("cuda")) == torch.float32, "emulation does not count"
 
 
 # The bundled base
@@ -405,10 +382,8 @@ def test_bundled_is_the_known_model_and_opens_no_socket(bundled, monkeypatch):
     config = bundled.model.config
     assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (30, 576, 1536)
     assert bundled.model.lm_head.weight is bundled.model.model.embed_tokens.weight
-    assert not any(p.requires_grad for p in bundled.model.parameters())
     ids = bundled.tokenizer("The capital of France is", return_tensors="pt").input_ids
-    with torch.no_grad():
-        best = bundled.model(ids).logits[0, -1].argmax()
+    best = bundled.model(ids).logits[0, -1].argmax()
     assert bundled.tokenizer.decode(best) == " Paris"
     assert bundled.tokenizer.padding_side == "left" and bundled.tokenizer.pad_token is not None
 

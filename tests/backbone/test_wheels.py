@@ -54,10 +54,10 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def damage(path, how):
+def damage(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    path.write_bytes(data[: len(data) // 2] if how == "truncated" else data)
+    path.write_bytes(data)
 
 
 def at_once(work):
@@ -81,16 +81,9 @@ def test_fetched_once_and_never_installed(cache, index, capsys):
     (command,) = calls
     assert command[1:4] == ["-m", "pip", "download"]
     assert {"--no-deps", "--only-binary=:all:", "toy==1.0"} <= set(command)
-
-
-@pytest.mark.parametrize("how", ["truncated", "flipped bit"])
-def test_damaged_wheel_is_fetched_again(index, capsys, how):
-    spec, calls = index
-    path = fetch_wheel(spec)
-    damage(path, how)
-    fetch_wheel(spec)
-    assert len(calls) == 2 and wheels.sha256(path) == spec.sha256
-    assert "damaged" in capsys.readouterr().err
+    damage(cache / spec.filename)
+    assert wheels.sha256(fetch_wheel(spec)) == spec.sha256
+    assert len(calls) == 2 and "damaged" in capsys.readouterr().err
 
 
 def test_wrong_hash_is_refused_and_leaves_nothing(cache, index):
@@ -99,15 +92,13 @@ def test_wrong_hash_is_refused_and_leaves_nothing(cache, index):
     assert "\n" not in str(caught.value) and names(cache) == []
 
 
-@pytest.mark.parametrize(
-    "said", ["/usr/bin/python: No module named pip", "WARNING: retrying\nERROR: No matching distribution for toy"]
-)
-def test_no_pip_or_no_network_is_one_line_with_an_alternative(cache, index, monkeypatch, said):
+def test_no_pip_or_no_network_is_one_line_with_an_alternative(cache, index, monkeypatch):
+    said = "WARNING: retrying\nERROR: No matching distribution for toy"
     monkeypatch.setattr(wheels.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", said))
     with pytest.raises(HatError, match="could not fetch toy==1.0") as caught:
         fetch_wheel(index[0])
     message = str(caught.value)
-    assert said.splitlines()[-1] in message and str(cache) in message and "\n" not in message
+    assert "ERROR: No matching" in message and str(cache) in message and "\n" not in message
 
 
 def test_unwritable_cache_names_the_setting(tmp_path, index, monkeypatch):
@@ -147,26 +138,20 @@ def made(tmp_path):
     return folder, make, times
 
 
-def test_intact_folder_is_not_remade(made, capsys):
-    folder, make, times = made
-    assert verified_folder(folder, make) == folder
-    assert len(times) == 1 and capsys.readouterr().err == "" and names(folder.parent) == ["model"]
-
-
 @pytest.mark.parametrize(
     "harm",
     [
-        lambda folder: damage(folder / "weights", "truncated"),
-        lambda folder: damage(folder / "weights", "flipped bit"),
+        lambda folder: damage(folder / "weights"),
         lambda folder: (folder / "config.json").unlink(),
         lambda folder: (folder / "adapter_config.json").write_text("{}"),
         lambda folder: (folder / MANIFEST).unlink(),
         lambda folder: (folder / MANIFEST).write_text("[1, 2]"),
     ],
-    ids=["truncated", "flipped bit", "missing", "extra", "no manifest", "odd manifest"],
+    ids=["flipped bit", "missing", "extra", "no manifest", "odd manifest"],
 )
 def test_damaged_folder_is_noticed_and_remade(made, capsys, harm):
     folder, make, times = made
+    assert verified_folder(folder, make) == folder and len(times) == 1 and capsys.readouterr().err == ""
     harm(folder)
     verified_folder(folder, make)
     assert len(times) == 2 and "making it again" in capsys.readouterr().err

@@ -1,33 +1,30 @@
-"""Calibration on a tiny random Llama: what was asked for is realised, and prices are KL."""
+"""Calibration on a tiny random Llama: what was asked for is realised, prices are KL, and no split is better."""
 
 import gc
 
 import numpy as np
 import pytest
-import tiny_runs
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from tiny_runs import GRAINS, decides, random_blocks, skipping, untrained
 
-from hat_lib.backbone.base import load_base
 from hat_lib.calibration import capacity as module
-from hat_lib.calibration.capacity import calibrate, fit_token_routers
-from hat_lib.config import HatConfig, HatError
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.calibration.capacity import allocate, calibrate, fit_token_routers
+from hat_lib.config import HatError
+
+pytestmark = pytest.mark.filterwarnings("ignore:token grain")
 
 
 def blocks(n=16, length=64, seed=0):
-    return torch.randint(5, 250, (n, length), generator=torch.Generator().manual_seed(seed)).tolist()
+    return random_blocks(n, length, seed)
 
 
-def new(grain):
-    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
-    return HierarchicalTransformer(base, HatConfig.default(base, granularity=grain))
-
-
-@pytest.mark.filterwarnings("ignore:token grain")
 @pytest.mark.parametrize(("grain", "capacities"), [("channel", (0.3, 0.5, 0.75, 0.9)), ("token", (0.5, 0.7, 0.9))])
 def test_realised_capacity_is_the_requested_one(grain, capacities):
-    hat = new(grain)
+    hat = untrained(grain)
     calibrate(hat, blocks(), probe_tokens=256, progress=False)
     fresh = torch.tensor(blocks(8, 64, seed=9))
     with torch.no_grad():
@@ -37,15 +34,10 @@ def test_realised_capacity_is_the_requested_one(grain, capacities):
             assert abs(hat.trace.capacity - capacity) < (0.02 if grain == "channel" else 0.06)
 
 
-def test_same_text_same_tables():
-    tables = [calibrate(new("channel"), blocks(), probe_tokens=128, progress=False) for _ in range(2)]
-    assert tables[0] == tables[1]
-
-
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_tokens():
     """Graphs of finished blocks go at once, not when the garbage collector comes by."""
-    hat = new("channel")
+    hat = untrained()
     calibrate(hat, blocks(), probe_tokens=64, progress=False)
     gc.collect(), gc.disable()
     try:
@@ -59,7 +51,7 @@ def test_memory_does_not_grow_with_the_tokens():
 @pytest.mark.slow
 def test_prices_predict_small_kl():
     """The Fisher form against the KL that gating one site really causes, where it is small."""
-    hat = new("channel")
+    hat = untrained()
     text = [torch.tensor([b]) for b in blocks(24)]
     with torch.no_grad():
         quantiles = module.score_quantiles(hat, text, progress=False)
@@ -85,7 +77,7 @@ def test_prices_predict_small_kl():
 
 
 def test_token_routers_are_fitted_once():
-    hat = new("token")
+    hat = untrained("token")
     text = [torch.tensor([b]) for b in blocks(4)]
     with torch.no_grad():
         fit_token_routers(hat, text, progress=False)
@@ -94,17 +86,14 @@ def test_token_routers_are_fitted_once():
     assert first.any() and torch.equal(first, hat.routers["2_ffn"].weight)
 
 
-def test_bad_input():
-    with pytest.raises(HatError, match="256 tokens"):
-        calibrate(new("channel"), blocks(2, 16), progress=False)
-
-
-@pytest.mark.parametrize("grain", ["channel", "token"])
-@pytest.mark.filterwarnings("ignore:token grain")
+@pytest.mark.parametrize("grain", GRAINS)
 def test_the_model_is_left_as_it_was_found(grain):
     """Capacity, exit rate and decisions stay; with exits on as well."""
-    hat = tiny_runs.decides(tiny_runs.skipping(grain), {}, [0.0] * 3)
-    ids = torch.tensor(blocks(2))
+    hat = decides(skipping(grain), {}, [0.0] * 3)
+    ids, before = torch.tensor(blocks(2)), hat.calibration
+    with pytest.raises(HatError, match="256 tokens"):
+        calibrate(hat, blocks(2, 16), progress=False)
+    assert hat.calibration is before
     calibrate(hat, blocks(), probe_tokens=128, progress=False)
     assert hat.capacity == 0.7 and hat.exit_rate == 0.2
     found = hat.calibration
@@ -119,7 +108,7 @@ def test_the_model_is_left_as_it_was_found(grain):
 
 def test_quantiles_rest_on_all_tokens_of_a_wide_base(monkeypatch):
     """Drawn at random from rows and channels: every token has a part, however few scores are kept."""
-    hat, text = new("channel"), [torch.tensor([b]) for b in blocks(8)]
+    hat, text = untrained(), [torch.tensor([b]) for b in blocks(8)]
     whole = module.score_quantiles(hat, text, progress=False)
     assert whole.tokens == 8 * 62
     monkeypatch.setattr(module, "SAMPLES", 4_000)
@@ -128,5 +117,31 @@ def test_quantiles_rest_on_all_tokens_of_a_wide_base(monkeypatch):
     for share in (0.3, 0.5, 0.7):
         a, b = (np.array(list(q.cuts(share).values())) for q in (whole, some))
         assert np.abs(a / b - 1).max() < 0.12
-    calibration = calibrate(hat, blocks(8), probe_tokens=128, text="a text", progress=False)
-    assert calibration.text.startswith("a text; quantiles of 4") and calibration.text.endswith("tokens")
+    first, again = (calibrate(hat, blocks(8), probe_tokens=128, text="a text", progress=False) for _ in range(2))
+    assert first.text.startswith("a text; quantiles of 4") and first.text.endswith("tokens")
+    assert first == again, "the same text gives the same tables"
+
+
+SITES = 6
+prices = st.lists(st.floats(1e-4, 1.0), min_size=SITES, max_size=SITES).map(np.array)
+exponents = st.lists(st.floats(2.0, 6.0), min_size=SITES, max_size=SITES).map(np.array)
+works = st.lists(st.floats(0.1, 1.0), min_size=SITES, max_size=SITES).map(lambda w: np.array(w) / sum(w))
+
+
+@settings(max_examples=60, deadline=None)
+@given(prices, works, exponents, st.floats(0.15, 0.9), st.floats(0.01, 0.09))
+def test_the_budget_is_met_within_bounds_and_more_of_it_keeps_more_everywhere(k, w, p, budget, more):
+    shares = allocate(k, w, budget, p, 0.05)
+    assert abs((w * shares).sum() - budget) < 1e-6 and (shares >= 0.05).all() and (shares <= 1).all()
+    assert (allocate(k, w, budget + more, p, 0.05) >= shares - 1e-9).all()
+
+
+@pytest.mark.parametrize("budget", [0.4, 0.7])
+def test_no_other_split_is_better(budget):
+    rng = np.random.default_rng(0)
+    k, w, p = rng.uniform(0.01, 1, SITES), rng.dirichlet(np.ones(SITES)), rng.uniform(2.5, 4, SITES)
+    damage = lambda s: float((k * np.clip(1 - s, 0, 1) ** p).sum())  # noqa: E731
+    met = {"type": "eq", "fun": lambda s: (w * s).sum() - budget}
+    how = {"bounds": [(0.05, 1)] * SITES, "constraints": met, "options": {"ftol": 1e-12, "maxiter": 500}}
+    found = minimize(damage, np.full(SITES, budget), **how)
+    assert damage(allocate(k, w, budget, p, 0.05)) <= found.fun + 1e-6

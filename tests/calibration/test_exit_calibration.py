@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import expit
-from tiny_runs import GRAINS, new_hat, random_blocks, run_phase
+from tiny_runs import GRAINS, new_hat, random_blocks, run_phase, untrained
 
 from hat_lib.calibration import exits as module
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.calibration.exits import calibrate_exits
-from hat_lib.config import HatConfig, HatError
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.config import HatError
 
 TEXT = random_blocks(40, 64, seed=4)
 AT = (0.5, 0.8, 1.0)
@@ -38,8 +37,11 @@ def realised(hat, blocks=TEXT):
 
 
 @pytest.mark.slow
-def test_rates_rise_from_0_to_everybody_who_may_leave(trained):
-    made = trained[0].calibration
+def test_rates_rise_from_0_to_everybody_who_may_leave_and_what_was_set_before_stays_set(trained):
+    hat, _ = trained
+    made, hat.exit_rate = hat.calibration, 0.4
+    calibrate_exits(hat, TEXT, AT, progress=False)
+    assert hat.exit_rate == 0.4 and hat.capacity == 0.8 and hat.calibration == made
     assert made.exit_capacities == list(AT) and len(made.exit_rates) == len(AT)
     for rates in made.exit_rates:
         assert len(rates) == 1 + len(module.RATES) and rates[0] == 0.0
@@ -48,7 +50,7 @@ def test_rates_rise_from_0_to_everybody_who_may_leave(trained):
 
 
 @pytest.mark.parametrize("capacity", AT)
-@pytest.mark.parametrize("rate", [0.05, 0.1, 0.25, 0.4, 0.65, 0.8, 0.93])
+@pytest.mark.parametrize("rate", [0.05, 0.25, 0.4, 0.8, 0.93])
 def test_what_is_asked_for_is_realised(trained, rate, capacity):
     hat, _ = trained
     hat.capacity, hat.exit_rate = 0.8, rate
@@ -79,25 +81,6 @@ def test_those_who_leave_first_are_those_that_agree_most(trained):
         assert all(0 <= a <= 1 for a in by_rate) and np.mean(by_rate[:4]) > by_rate[-1] + 0.05
 
 
-def test_a_checkpoint_keeps_it(trained, tmp_path):
-    hat, _ = trained
-    hat.save_pretrained(tmp_path)
-    again = HierarchicalTransformer.from_pretrained(tmp_path, dtype="fp32")
-    assert again.calibration == hat.calibration
-    for model in (hat, again):
-        model.capacity, model.exit_rate = 0.8, 0.4
-    assert realised(again) == realised(hat) > 0.3
-
-
-@pytest.mark.slow
-def test_what_was_set_before_stays_set(trained):
-    hat, _ = trained
-    hat.exit_rate = 0.4
-    before = hat.calibration
-    calibrate_exits(hat, TEXT, AT, progress=False)
-    assert hat.exit_rate == 0.4 and hat.capacity == 0.8 and hat.calibration == before
-
-
 def test_the_logistic_map_finds_the_chance():
     rng = np.random.default_rng(0)
     score = rng.normal(3, 5, 20_000)
@@ -116,17 +99,14 @@ def test_a_gate_that_cannot_tell_or_is_always_right_has_finite_numbers(right):
         assert a > 0 and np.isfinite(b) and (expit(b) > 0.9) == right
 
 
-def test_untrained_gates_still_give_a_table():
+def test_bad_input_and_untrained_gates_which_still_give_a_table():
     hat = new_hat("channel")
     calibrate_exits(hat, TEXT[:8], progress=False)
     hat.exit_rate = 0.0
     assert realised(hat, TEXT[:2]) == 0.0
     hat.exit_rate = 1.0
     assert realised(hat, TEXT[:2]) == pytest.approx(62 / 64)
-
-
-def test_bad_input(tiny_base):
-    hat = new_hat("channel")
+    hat.exit_rate = 0.0
     with pytest.raises(HatError, match="at least 256 tokens"):
         calibrate_exits(hat, TEXT[:2], progress=False)
     for capacities, words in (([], "at least one, and rise"), ([0.8, 0.5], "and rise"), ([0.01], "capacity must be")):
@@ -135,7 +115,5 @@ def test_bad_input(tiny_base):
     hat.calibration = None
     with pytest.raises(HatError, match="calibrate capacities before exits"):
         calibrate_exits(hat, TEXT, progress=False)
-    base = hat.unload()
-    plain = HierarchicalTransformer(base, HatConfig.default(base, exit_layers=()))
     with pytest.raises(HatError, match="no exits to calibrate"):
-        calibrate_exits(plain, TEXT, progress=False)
+        calibrate_exits(untrained(exit_layers=()), TEXT, progress=False)

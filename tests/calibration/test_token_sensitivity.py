@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from tiny_runs import random_blocks, untrained
 
-from hat_lib.backbone.base import load_base
-from hat_lib.calibration import token_sensitivity
+from hat_lib.calibration import capacity, token_sensitivity
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.calibration.token_sensitivity import PRIOR, log_linear
-from hat_lib.config import HatConfig, HatError
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.config import HatError
 
 pytestmark = pytest.mark.usefixtures("no_grad")
+BLOCKS = random_blocks(16, 64)
 
 
 def drawn(n=6000, width=8, seed=0):
@@ -37,24 +37,13 @@ def test_at_its_optimum_nothing_pulls():
     pull = columns.T @ misfit / len(x) + own * x.shape[1] / (len(x) * PRIOR**2)
     assert float(pull.abs().max()) < 1e-3 and abs(float(misfit.mean())) < 1e-3
 
-
-def test_few_tokens_say_little():
-    x, _, y = drawn(n=16, width=64)
+    x, _, y = drawn(n=16, width=64)  # few tokens say little
     weight, bias = log_linear(x, y)
     assert float((x @ weight + bias).std()) < PRIOR
 
 
-def new():
-    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
-    return HierarchicalTransformer(base, HatConfig.default(base))
-
-
-def blocks(n=16, length=64):
-    return torch.randint(5, 250, (n, length), generator=torch.Generator().manual_seed(0)).tolist()
-
-
 def test_the_need_is_half_the_log_of_the_price(monkeypatch):
-    hat = new()
+    hat = untrained()
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(4000, 64, generator=generator) for _ in range(4)]
     direction = torch.randn(64, generator=generator) / 64**0.5
@@ -70,35 +59,23 @@ def test_the_need_is_half_the_log_of_the_price(monkeypatch):
 
 def test_prices_of_tokens_add_up_to_those_of_the_text():
     """One site alone: the mean over tokens is what `calibrate` takes as the price of the site."""
-    from hat_lib.calibration import capacity as module
-
-    hat, text = new(), [torch.tensor([b]) for b in blocks()]
-    quantiles = module.score_quantiles(hat, text, progress=False)
+    hat, text = untrained(), [torch.tensor([b]) for b in BLOCKS]
+    quantiles = capacity.score_quantiles(hat, text, progress=False)
     cuts = {key: -1.0 for key in quantiles.tables} | {(2, "down"): quantiles.cut((2, "down"), 0.75)}
     prices, inputs = token_sensitivity.token_prices(hat, text, cuts, seed=0, progress=False)
-    whole = module._damage(hat, text, quantiles, seed=0, progress=False)[module.PROBE_SHARES.index(0.75), 2, 3]
+    whole = capacity._damage(hat, text, quantiles, seed=0, progress=False)[capacity.PROBE_SHARES.index(0.75), 2, 3]
     assert prices.shape == (4, 16 * 62) and inputs[0].shape == (16 * 62, 64)
     assert not prices[[0, 1, 3]].any() and float(prices[2].sum()) / (16 * 64) == pytest.approx(whole, rel=1e-4)
 
 
-def test_the_token_grain_has_none():
-    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
-    hat = HierarchicalTransformer(base, HatConfig.default(base, granularity="token"))
+def test_calibration_measures_them_or_leaves_all_tokens_alike_and_a_sensitive_one_keeps_more():
     with pytest.raises(HatError, match="token grain"):
-        token_sensitivity.token_prices(hat, [torch.tensor([[1, 2, 3]])], {})
-
-
-def test_calibration_measures_them_or_leaves_all_tokens_alike():
-    hat = new()
-    calibrate(hat, blocks(), probe_tokens=128, progress=False)
+        token_sensitivity.token_prices(untrained("token"), [torch.tensor([[1, 2, 3]])], {})
+    hat, ids = untrained(), torch.tensor(BLOCKS[:2])
+    calibrate(hat, BLOCKS, probe_tokens=128, progress=False)
     assert all(hat.routers[f"{i}_token"].weight.any() for i in range(4))
-    calibrate(hat, blocks(), token_sensitivity=False, probe_tokens=128, progress=False)
+    calibrate(hat, BLOCKS, token_sensitivity=False, probe_tokens=128, progress=False)
     assert not any(hat.routers[f"{i}_token"].weight.any() for i in range(4))
-
-
-def test_a_sensitive_token_keeps_more_in_all_sites_of_its_layer():
-    hat, ids = new(), torch.tensor(blocks(2))
-    calibrate(hat, blocks(), token_sensitivity=False, probe_tokens=128, progress=False)
     hat.capacity = 0.6
     hat.lm(ids)
     before = hat.trace.site_share

@@ -14,7 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_checkpoint import FILES, OLD, damage, replace_adapter, replace_tensors, stays_as_it_was, tiny
+from test_checkpoint import FILES, OLD, damage, replace_adapter, replace_tensors, stays_as_it_was
+from tiny_runs import tiny
 
 from hat_lib.config import HatError
 from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE, read_checkpoint, write_checkpoint
@@ -41,17 +42,12 @@ def pristine(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base():
-    return tiny()
-
-
-@pytest.fixture(scope="module")
-def load(pristine, base):
+def load(pristine):
     """Load the damaged folder and check all that has to hold whatever was done to it.
 
     Returns the error's message, or "" for a model that loads and runs.
     """
-    damaged = pristine.parent / "damaged"
+    damaged, base = pristine.parent / "damaged", tiny()
 
     def attempt():
         with stays_as_it_was(base):
@@ -91,11 +87,6 @@ def refused(message, *words):
 # The files
 
 
-def test_undamaged(fresh, load):
-    fresh()
-    assert load() == ""
-
-
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", ["truncated", "a flipped bit", "bytes added", "something else"])
 @fuzz(40)
@@ -106,6 +97,7 @@ def test_undamaged(fresh, load):
 )
 def test_other_bytes(fresh, load, name, how, where, bit, extra):
     file = fresh() / name
+    assert load() == ""
     before = file.read_bytes()
     at = int(where * len(before))
     after = {
@@ -178,7 +170,6 @@ def file_of(header, body, size=None):
     name=st.text(max_size=200).map("routers.{}".format),
 )
 def test_a_tensor_that_torch_may_not_know(fresh, load, dtype, shape, name):
-    """The file is as the format allows."""
     size = BITS[dtype] * (0 if 0 in shape else math.prod(shape)) // 8
     header = {name: {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}
     replace_adapter(fresh(), file_of(header, b"\1" * size))

@@ -6,21 +6,18 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from tiny_runs import GRAINS, tiny, untrained
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from hat_lib.backbone.base import load_base
 from hat_lib.backbone.shapes import random_config
 from hat_lib.config import HatConfig, HatError
 from hat_lib.model.cost import WorkTally, ideal_speedup, state_cost, work
 from hat_lib.model.policies import KeepAll, Random
 from hat_lib.model.token_state import Masks, TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
 
-GRAINS = ("channel", "token")
 EXITS = (1, 2, 3)
 B, T = 3, 14
-PREFILL = 5
 LINEAR = ("attention", "ffn", "exited_kv", "head")
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -33,35 +30,26 @@ def ids():
 
 @pytest.fixture(params=GRAINS)
 def hat(request):
-    return new_hat(request.param)
-
-
-def new_hat(grain, dtype=torch.float32):
-    base = load_base("random:tiny", dtype=dtype, device="cpu")
-    return HierarchicalTransformer(base, HatConfig.default(base, granularity=grain, exit_layers=EXITS))
-
-
-def random_exits(share=0.15):
-    draws = np.random.default_rng(2)
-    return Masks({}, {e: torch.from_numpy(draws.random((B, T)) < share) for e in EXITS})
+    return untrained(request.param)
 
 
 @contextmanager
 def skipping(hat, share=0.6):
     """Tokens leave at random depths and, below 1, whatever the grain gates is dropped at random."""
-    with hat.force(random_exits()), hat.using(Random(share) if share < 1 else KeepAll()):
+    draws = np.random.default_rng(2)
+    exits = Masks({}, {e: torch.from_numpy(draws.random((B, T)) < 0.15) for e in EXITS})
+    with hat.force(exits), hat.using(Random(share) if share < 1 else KeepAll()):
         yield
 
 
-def decode(hat, ids, steps, around):
+def decode(hat, ids, around):
     """One row: prefill, then each step on its own under ``around()``, which yields what it watched."""
-    cache, out = DynamicCache(config=hat.lm.config), []
-    hat.lm(ids[:1, :PREFILL], cache=cache, use_cache=True)
-    for t in range(PREFILL, PREFILL + steps):
+    cache = DynamicCache(config=hat.lm.config)
+    hat.lm(ids[:1, :5], cache=cache, use_cache=True)
+    for step in ids[:1, 5:].split(1, dim=1):
         with around() as watched:
-            hat.lm(ids[:1, t : t + 1], cache=cache, use_cache=True)
-        out.append((watched, hat.trace))
-    return out
+            hat.lm(step, cache=cache, use_cache=True)
+        yield watched, hat.trace
 
 
 def count_flops():
@@ -97,9 +85,9 @@ class TestAgainstTheFlopCounter:
     @pytest.mark.parametrize("grain", GRAINS)
     def test_decode_of_one_row(self, grain, ids):
         """Equal to the last FLOP, step by step, the attention core too."""
-        hat, depths = new_hat(grain, torch.bfloat16), set()
+        hat, depths = untrained(grain, tiny(torch.bfloat16)), set()
         with skipping(hat, SHARES[grain]):
-            for counter, state in decode(hat, ids, T - PREFILL, count_flops):
+            for counter, state in decode(hat, ids, count_flops):
                 linear, core = split_flops(counter)
                 assert linear == linear_flops(hat, state)
                 depth = int(state.exit_layer)
@@ -107,10 +95,9 @@ class TestAgainstTheFlopCounter:
                 depths.add(depth)
         assert len(depths) >= 3, "the steps must leave at several depths"
 
-    @pytest.mark.parametrize("grain", GRAINS)
-    def test_a_batch(self, grain, ids):
+    def test_a_batch(self, hat, ids):
         """Rows are compacted, so a batch costs what its tokens cost."""
-        hat = new_hat(grain)
+        grain = hat.config.granularity
         with skipping(hat, SHARES[grain]), count_flops() as counter:
             hat.lm(ids)
         assert hat.trace.exit_rate > 0.2 and (hat.trace.capacity < 0.9 or grain == "channel")
@@ -118,7 +105,7 @@ class TestAgainstTheFlopCounter:
 
     def test_channels_are_masked_here(self, ids):
         """Multiplied by zero, not skipped: there the share is what the method asks for, and no FLOP count."""
-        hat = new_hat("channel")
+        hat = untrained("channel")
         with hat.using(Random(0.6)), count_flops() as counter:
             hat.lm(ids)
         cost = state_cost(hat, hat.trace)
@@ -163,7 +150,7 @@ class TestRowsThatEachLayerWasGiven:
 
     def test_decode(self, hat, ids):
         with hat.force(Masks({}, {2: torch.ones(B, T, dtype=torch.bool)})):
-            for rows, state in decode(hat, ids, 2, lambda: rows_given(hat)):
+            for rows, state in decode(hat, ids, lambda: rows_given(hat)):
                 assert int(state.exit_layer) == 2
                 assert rows == {(i, name): int(i < 2 or name in ("k_proj", "v_proj")) for i, name in rows}
 
@@ -173,13 +160,11 @@ class TestTinyLlamaByHand:
 
     TOTAL = 22 * (2048 * (2048 + 2 * 256) + 2048 * 2048 + 3 * 2048 * 5632) + 32000 * 2048
 
-    @pytest.fixture
-    def lm_config(self):
-        return random_config("random:tinyllama")
+    LM = random_config("random:tinyllama")
 
-    def test_dense_weights(self, lm_config):
+    def test_dense_weights(self):
         assert self.TOTAL == 1_034_420_224
-        cost = work(lm_config, HatConfig.published(lm_config), torch.ones(22, 1), torch.tensor(22), 100)
+        cost = work(self.LM, HatConfig.published(self.LM), torch.ones(22, 1), torch.tensor(22), 100)
         assert sum(map(float, cost.dense_weight_bytes.values())) == 2 * self.TOTAL == float(cost.dense)
         assert float(cost.dense_flops["ffn"]) / float(cost.dense) == pytest.approx(0.736, abs=5e-4)
         assert float(cost.dense_flops["attention"]) / float(cost.dense) == pytest.approx(0.20, abs=5e-3)
@@ -192,35 +177,35 @@ class TestTinyLlamaByHand:
             ("channel", {0.9: 1.10, 0.75: 1.30, 0.6: 1.60, 0.525: 1.80}),  # all linear layers
         ],
     )
-    def test_speedup_at_a_capacity(self, lm_config, grain, speedups):
-        config = HatConfig.default(lm_config, granularity=grain)
-        found = {capacity: ideal_speedup(lm_config, config, capacity) for capacity in speedups}
+    def test_speedup_at_a_capacity(self, grain, speedups):
+        config = HatConfig.default(self.LM, granularity=grain)
+        found = {capacity: ideal_speedup(self.LM, config, capacity) for capacity in speedups}
         assert found == pytest.approx(speedups, abs=6e-3)
         with pytest.raises(HatError, match="capacity"):
-            ideal_speedup(lm_config, config, 0.01)
+            ideal_speedup(self.LM, config, 0.01)
 
     @pytest.mark.parametrize("grain", GRAINS)
     @pytest.mark.parametrize("depth, speedup", [(8, 2.48), (12, 1.74), (16, 1.34), (19, 1.15)])
-    def test_every_token_leaving(self, grain, lm_config, depth, speedup):
-        config = HatConfig.default(lm_config, granularity=grain)
+    def test_every_token_leaving(self, grain, depth, speedup):
+        config = HatConfig.default(self.LM, granularity=grain)
         share = torch.ones(22, 1 if grain == "token" else 4)
-        cost = work(lm_config, config, share, torch.tensor(depth), routed=False)
+        cost = work(self.LM, config, share, torch.tensor(depth), routed=False)
         body = sum(float(cost.flops[p]) for p in ("attention", "ffn", "head"))
         assert float(cost.dense) / body == pytest.approx(speedup, abs=6e-3)
         assert float(cost.flops["exited_kv"]) == 2 * (22 - depth) * 2048 * 2 * 256
-        assert 0.95 < ideal_speedup(lm_config, config, 1.0, depth) / speedup < 1.0
+        assert 0.95 < ideal_speedup(self.LM, config, 1.0, depth) / speedup < 1.0
         reached = sum(e <= depth for e in (4, 8, 12, 16, 19))
         assert float(cost.flops["exits"]) == 2 * (reached * 2 * 2048 + 2 * 2 * 2048)
         assert float(cost.weight_bytes["exits"]) == 2 * float(cost.flops["exits"])  # fp32
 
-    def test_routers(self, lm_config):
+    def test_routers(self):
         """Two tokens, one of which leaves after 8 layers."""
         depths, channels = torch.tensor([22, 8]), 3 * 2048 + 5632
         for grain, sites, layers, flops, size in (
             ("token", 1, (21, 7), 2 * 2048, 4 * 2048),
             ("channel", 4, (22, 8), channels + 2 * 2048, 2 * channels + 4 * 2048),
         ):
-            cost = work(lm_config, HatConfig.default(lm_config, granularity=grain), torch.ones(22, sites, 2), depths)
+            cost = work(self.LM, HatConfig.default(self.LM, granularity=grain), torch.ones(22, sites, 2), depths)
             assert cost.flops["routers"].tolist() == [n * flops for n in layers]
             assert cost.weight_bytes["routers"].tolist() == [n * size for n in layers]
 
@@ -246,10 +231,6 @@ class TestStates:
         cost = state_cost(hat, hat.trace)
         assert hat.trace.capacity == 1.0 and hat.trace.exit_rate == 0.0
         assert cost.flops["routers"].all() and cost.flops["exits"].all() and cost.model_share > 1
-        with skipping(hat):
-            hat.lm(ids)
-        cost = state_cost(hat, hat.trace)
-        assert cost.flops["routers"].any() and cost.flops["exits"].all()
 
     def test_model_share_by_hand(self, hat, ids):
         """Head, routers, gates and exited K/V count: the body's share alone would promise more."""
@@ -266,7 +247,6 @@ class TestStates:
         routers = {"channel": ran * (5 * 64 + 160), "token": 2 * 64 * (ran - n)}
         expected = (2 * weights + routers[hat.config.granularity] + 2 * exits) / (2 * n * (4 * body + 260 * d))
         assert state_cost(hat, state).model_share == pytest.approx(expected, rel=1e-6)
-        assert state_cost(hat, state).ideal_speedup == pytest.approx(1 / expected, rel=1e-6)
 
     def test_pads_cost_nothing(self, hat, ids):
         mask = torch.ones_like(ids)
@@ -288,8 +268,8 @@ class TestStates:
             parallel, state = state_cost(hat, hat.trace), hat.trace
             with hat.collect() as states:
                 cache = DynamicCache(config=hat.lm.config)
-                for t in range(T):
-                    hat.lm(ids[:1, t : t + 1], cache=cache, use_cache=True)
+                for step in ids[:1].split(1, dim=1):
+                    hat.lm(step, cache=cache, use_cache=True)
                     tally.add(hat.trace)
         joined = state_cost(hat, TokenState.cat(states))
         for part, flops in parallel.flops.items():

@@ -26,24 +26,14 @@ def test_between_two_measured_capacities_lie_their_thresholds():
     assert calibration().shares_at(0.35) == pytest.approx(np.array([[0.25, 0.35], [0.45, 0.35]]))
 
 
-def test_thresholds_are_nested_in_capacity():
+def test_thresholds_are_nested_in_capacity_from_the_lowest_measured_to_everything():
     c = calibration()
     tables = [c.thresholds_at(x) for x in np.linspace(0.1, 1.0, 37)]
     for low, high in zip(tables, tables[1:], strict=False):
         assert all(high[k] <= low[k] for k in low)
-
-
-def test_below_the_lowest_capacity_measured_its_thresholds_hold():
-    assert calibration().thresholds_at(0.1) == calibration().thresholds_at(0.2)
-
-
-def test_equal_capacities_are_no_division_by_zero():
-    c = calibration(capacities=[0.5, 0.5, 1.0])
+    assert tables[0] == c.thresholds_at(0.2) and set(tables[-1].values()) == {-np.inf}
+    c = calibration(capacities=[0.5, 0.5, 1.0])  # equal ones are no division by zero
     assert all(np.isfinite(list(c.thresholds_at(x).values())).all() for x in (0.1, 0.5, 0.7))
-
-
-def test_everything_at_one():
-    assert set(calibration().thresholds_at(1.0).values()) == {-np.inf}
     with pytest.raises(HatError, match="capacity"):
         calibration().thresholds_at(0.05)
 

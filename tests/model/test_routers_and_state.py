@@ -1,0 +1,107 @@
+"""Scores of routers and gates, draws of a control, and the shares of a state."""
+
+import numpy as np
+import pytest
+import torch
+
+from hat_lib.model.policies import Random
+from hat_lib.model.routers import ChannelRouter, ExitGate, MoERouter
+from hat_lib.model.token_state import TokenState
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+def channel_router(width=512, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    router = ChannelRouter(torch.rand(width, generator=generator) + 0.1)
+    router.log_scale.copy_(torch.randn(width, generator=generator) * 0.3)
+    return router
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_fast_comparison_decides_as_the_fp32_score_does(dtype):
+    router = channel_router()
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for threshold in (-torch.inf, 0.0, 0.37, 1.1):
+        cut = threshold / (router.column_norm * router.log_scale.exp())
+        assert torch.equal(router.keep(x, threshold), x.float().abs() > cut)
+        # The score divides where the cut multiplies: they may differ in the last bit of fp32.
+        score = router.score(x)
+        clear = (score - threshold).abs() > 1e-4 * max(abs(threshold), 1e-6)
+        assert torch.equal(router.keep(x, threshold)[clear], (score > threshold)[clear])
+    near = router.cut(0.5).to(dtype)  # the numbers of a dtype on both sides of each cut, which rounding could flip
+    for x in (near, torch.nextafter(near, torch.zeros_like(near)), torch.nextafter(near, near + 1)):
+        assert torch.equal(router.keep(x[None], 0.5)[0], x.float().abs() > router.cut(0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sensitive_token_has_lower_thresholds_alone_as_in_a_batch(dtype):
+    """One fp32 path: no row flips a channel because it is alone."""
+    router, token, draws = channel_router(), MoERouter(512), np.random.default_rng(1)
+    token.weight.copy_(torch.from_numpy(draws.normal(size=512) * 0.05))
+    x = torch.from_numpy(draws.normal(size=(64, 512))).to(dtype)
+    scale = token.threshold_scale(x)
+    assert scale.shape == (64, 1) and scale.dtype == torch.float32 and float(scale.std()) > 0.3
+    torch.testing.assert_close(scale[:, 0], (-token.score(x)).clamp(-3, 3).exp())
+    score, keep = router.score(x, scale), router.keep(x, 0.5, scale)
+    torch.testing.assert_close(score, router.score(x) / scale)
+    clear = (score / 0.5 - 1).abs() > 1e-5
+    assert torch.equal(keep[clear], (score > 0.5)[clear]) and clear.float().mean() > 0.99
+    assert torch.equal(router.keep(x, 0.5, torch.ones(64, 1)), router.keep(x, 0.5))
+    alone = torch.cat([router.keep(row, 0.5, token.threshold_scale(row)) for row in x.split(1)])
+    assert torch.equal(alone, keep)
+
+
+def test_untrained_scores_are_zero_and_an_untrained_exit_changes_nothing():
+    router, gate, x = MoERouter(16), ExitGate(16, rank=2), torch.randn(5, 16)
+    assert torch.equal(router.score(x), torch.zeros(5)) and router.keep(x, -torch.inf).all()
+    assert torch.equal(gate.score(x), torch.zeros(5)) and torch.equal(gate.translate(x), x)
+    assert ExitGate(16, rank=0).translate(x).shape == x.shape
+    router.weight.copy_(torch.arange(16.0))
+    router.bias.fill_(0.5)
+    torch.testing.assert_close(router.score(x), x @ torch.arange(16.0) + 0.5)
+
+
+def test_gate_reads_the_direction_not_the_scale():
+    gate, h = ExitGate(16, rank=2), torch.randn(5, 16)
+    torch.nn.init.normal_(gate.gate.weight)
+    torch.testing.assert_close(gate.score(h), gate.score(1000 * h), rtol=1e-3, atol=1e-3)
+    assert gate.translate(h.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_random_keeps_its_share_everywhere(share):
+    real = torch.ones(1, 400, dtype=torch.bool)
+    state = TokenState(real, torch.arange(400)[None], torch.zeros_like(real), [1.0], 4)
+    keep, other = (Random(share, seed=3)(i, "down", torch.zeros(400, 256), None, state) for i in (2, 3))
+    assert abs(float(keep.float().mean()) - share) < 0.01 and float((keep != other).float().mean()) > 0.02
+    for axis in (0, 1):  # no token and no channel is favoured
+        assert float(keep.float().mean(axis).sub(share).abs().max()) < 0.15
+
+
+def test_shares_count_only_what_ran():
+    real = torch.tensor([[False, True, True], [True, True, True]])
+    state = TokenState(real, real.long().cumsum(1) - 1, torch.zeros_like(real), [0.25, 0.75], n_layers=2)
+    state.note(0, 0, None)
+    state.note(0, 1, torch.tensor([[True, False]]).repeat(6, 1))
+    state.leave(torch.tensor([5]), 1)  # the last token of row 1, after one layer
+    state.note(1, 0, torch.tensor([[True, True]] * 5))
+    state.note(1, 1, torch.tensor([[True, True]] * 4 + [[False, False]]))
+    share = state.share
+    torch.testing.assert_close(share[0], torch.where(real, 0.625, 0.0))
+    torch.testing.assert_close(share[1], torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.25, 0.0]]))
+    assert state.capacity == pytest.approx((5 * 0.625 + 3 + 0.25) / 9)
+    assert state.exit_rate == pytest.approx(1 / 5)
+
+
+def test_decode_steps_leave_a_number_a_site_however_long_a_text_grows_and_join():
+    def step(start, keep):
+        one = torch.ones(1, 1, dtype=torch.bool)
+        state = TokenState(one, torch.tensor([[start]]), ~one, [1.0], n_layers=1, start=start)
+        state.note(0, 0, keep)
+        kept = [v for v in vars(state).values() if isinstance(v, dict)]
+        assert sum(getattr(v, "numel", lambda: 1)() for d in kept for v in d.values()) == 1
+        return state
+
+    joined = TokenState.cat([step(0, torch.ones(1, 4096).bool()), step(1, torch.arange(4096)[None] % 2 > 0)])
+    assert joined.tokens == 2 and joined.share.tolist() == [[[1.0, 0.5]]] and joined.capacity == 0.75
