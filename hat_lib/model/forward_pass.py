@@ -29,7 +29,7 @@ class ForwardPass:
         return self.state.alive if self.mode.compact else None
 
     def gate(self, layer: int, site: str, x: Tensor) -> Tensor:
-        """``x [..., C]`` of the rows that run, with the channels zeroed that are skipped at a site of the channel grain;
+        """``x [..., C]`` of the rows that run, without the channels that are skipped at a site of the channel grain;
         at another grain, x itself."""
         if site not in self.sites:
             return x
