@@ -81,7 +81,7 @@ def machine(rows: pd.DataFrame) -> str:
     return ", ".join("threads " * (name == "threads") + "/".join(map(str, rows[name].unique())) for name in have)
 
 
-@draws(*POINT, *RUN, "realised")
+@draws()
 def promised(quality: pd.DataFrame, published: pd.DataFrame, promise: pd.DataFrame) -> Figure:
     """Increase in perplexity at the capacity that was realised, beside the published claim; a panel for each text.
 
@@ -159,7 +159,7 @@ def exits(quality: pd.DataFrame) -> Figure:
     return fig
 
 
-@draws(*POINT, "change", "steps", *COST)
+@draws()
 def choices(ablations: pd.DataFrame) -> Figure:
     """What each choice of a recipe is worth, a panel for each grain; filled where the interval is `apart`."""
     table = apart(ablations)[ablations["text"].isin(TEXTS)]

@@ -2,7 +2,7 @@
 
 Solid lines are speed over plain transformers, dashed over our own dense path, dotted what the work alone would give. A
 hollow marker is a number that was not measured here: a claim, or an ideal. Tables with perplexity have it as three
-columns named after the ``text``: the increase over the base's, and with ``_low`` and ``_high`` its interval.
+columns named after the text, `QUALITY`: the increase over the base's and its interval.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ CLAIM = ("base", "granularity", "capacity", "exit_rate", "promised_speedup", "pr
 GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 LABEL = {"textcoords": "offset points", "fontsize": 8, "bbox": GROUND, "zorder": 4, "ha": "right"}
 TIMES = {"ms_hf": "plain transformers", "ms_early_exit": "its early-exit drafts", "ms_lossless": "our drafts"}
+QUALITY = ["docstrings", "docstrings_low", "docstrings_high"]
 TICKS = [0, 1, 3, 10, 30, 100, 300, MOST]
 RESAMPLES = 1000
 
@@ -101,10 +102,11 @@ def lossless(table: pd.DataFrame) -> Figure:
     return fig
 
 
-@draws("granularity", "exit_rate", "model_share", "decode_dense", "prefill_dense")
-def work_and_time(table: pd.DataFrame, text: str = "docstrings") -> Figure:
+@draws("granularity", "exit_rate", "model_share", "decode_dense", "prefill_dense", *QUALITY)
+def work_and_time(table: pd.DataFrame) -> Figure:
     """What skipping costs against the work that it leaves, and against the time, both as shares of the dense path's."""
-    table = _with_quality(table, text)
+    table = table.dropna(subset=QUALITY)
+    style.need(table, *QUALITY)
     shares = {
         "executed share of the work": table["model_share"],
         "time of a decode step / dense": 1 / table["decode_dense"],
@@ -112,34 +114,35 @@ def work_and_time(table: pd.DataFrame, text: str = "docstrings") -> Figure:
     }
     fig, axes = style.panels(len(shares), height=3.3, width=7.8, sharex=True, sharey=True)
     for ax, (label, share) in zip(axes, shares.items(), strict=True):
-        style.increases(ax, TICKS, label, table[text].max())
+        style.increases(ax, TICKS, label, table[QUALITY[0]].max())
         for grain, rows in table.assign(x=share).groupby("granularity"):
             colour, marker = GRAINS[grain]
             staying, leaving = rows[rows["exit_rate"] == 0].sort_values("model_share"), rows[rows["exit_rate"] > 0]
-            costs(ax, staying["x"], staying[_cost(text)], colour, marker, "-")
-            costs(ax, leaving["x"], leaving[_cost(text)], colour, "x")
+            costs(ax, staying["x"], staying[QUALITY], colour, marker, "-")
+            costs(ax, leaving["x"], leaving[QUALITY], colour, "x")
         ax.axvline(1, color=GREY, linewidth=1)
         ax.label_outer()
     style.below(fig, [*grain_keys(table, "-"), key("with exits", marker="x")])
     return fig
 
 
-@draws(*CLAIM)
-def promise(table: pd.DataFrame, text: str = "docstrings") -> Figure:
+@draws(*CLAIM, *QUALITY)
+def promise(table: pd.DataFrame) -> Figure:
     """Speedup and increase in perplexity: published (hollow, with the capacity) and measured, a panel for each base.
 
     Rows with exits are left out. A base without quality of its own gets that of the base that has it, for the same
     grain and capacity.
     """
     table = table[table["exit_rate"] == 0]
-    known = _with_quality(table, text)[["granularity", "capacity", *_cost(text)]]
+    known = table.dropna(subset=QUALITY)[["granularity", "capacity", *QUALITY]]
+    style.need(known, *QUALITY)
     fig, panels = style.panels_by(table[list(CLAIM)], "base", 3.9, 7.6)
     for here, ax in panels:
-        style.increases(ax, TICKS, "decode speedup (times)", known[text].max())
+        style.increases(ax, TICKS, "decode speedup (times)", known[QUALITY[0]].max())
         rows = here.merge(known, on=["granularity", "capacity"])
         for grain, part in rows.sort_values("capacity").groupby("granularity"):
             for kind, (line, _) in KINDS.items():
-                costs(ax, part[kind], part[_cost(text)], *GRAINS[grain], line)
+                costs(ax, part[kind], part[QUALITY], *GRAINS[grain], line)
         claims = rows.dropna(subset="promised_speedup").drop_duplicates("capacity")
         ax.plot(claims["promised_speedup"], 100 * claims["promised_increase"], linestyle="none", **PUBLISHED)
         for row in claims.itertuples():
@@ -175,17 +178,6 @@ def ceilings(table: pd.DataFrame, measured: pd.DataFrame) -> Figure:
     names = [key("published", **PUBLISHED), *grain_keys(table), key("by work alone", line=":")]
     style.below(fig, [*names, key("measured, over our own dense path", line="--")])
     return fig
-
-
-def _cost(text: str) -> list[str]:
-    return [text, f"{text}_low", f"{text}_high"]
-
-
-def _with_quality(table: pd.DataFrame, text: str) -> pd.DataFrame:
-    style.need(table, *_cost(text))
-    table = table[table[text].notna()]
-    style.need(table, text)
-    return table
 
 
 def _ratio(pairs: np.ndarray, axis: int) -> np.ndarray:

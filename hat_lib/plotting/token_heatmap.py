@@ -61,7 +61,7 @@ def html(*passages: Passage, meaning: str, low: float | None = None, high: float
     Raises `HatError` for a passage whose tokens are not one for each number, where no token has a number and the ends
     are not given, and for a scale that does not go up from one finite number to another.
     """
-    scale = _Scale.of(passages, low, high)
+    scale = _Scale(passages, low, high)
 
     def span(text: str, at: float, more: str) -> str:
         if np.isnan(at):
@@ -84,10 +84,12 @@ def html(*passages: Passage, meaning: str, low: float | None = None, high: float
 def ansi(*passages: Passage, meaning: str, low=None, high=None, colours: bool | None = None) -> str:
     """Passages as lines for a terminal with 24-bit colour; arguments and errors as for `html`.
 
-    ``colours``: whether to write escape codes; by default where stdout is a terminal and NO_COLOR is not set.
+    ``colours``: whether to write escape codes; by default on a terminal that is not dumb, without NO_COLOR.
     """
-    scale = _Scale.of(passages, low, high)
-    paint = _painted if (terminal_colours() if colours is None else colours) else _subscript
+    scale = _Scale(passages, low, high)
+    if colours is None:  # no-color.org
+        colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    paint = _painted if colours else _subscript
     legend = " ".join(paint(text, at) for at, text in scale.legend())
     lines = [f"{visible(meaning)}: {legend}"]
     for passage in passages:
@@ -98,7 +100,7 @@ def ansi(*passages: Passage, meaning: str, low=None, high=None, colours: bool | 
 
 def figure(*passages: Passage, meaning: str, low=None, high=None) -> Figure:
     """Passages as a picture, with the colours of `html`; arguments and errors as there."""
-    scale = _Scale.of(passages, low, high)
+    scale = _Scale(passages, low, high)
     lines = _wrapped([(visible(meaning) + " ", np.nan), *((f" {text} ", at) for at, text in scale.legend())])
     if scale.most < scale.least:  # no number, no legend
         lines = [[]]
@@ -123,11 +125,6 @@ def figure(*passages: Passage, meaning: str, low=None, high=None) -> Figure:
     return fig
 
 
-def terminal_colours() -> bool:
-    """Whether stdout shows colours: a terminal that is not dumb, and no NO_COLOR (no-color.org)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
 def visible(text: str) -> str:
     """The text with everything that would act instead of show, as a sign; a line's end also ends the line."""
     return "".join(map(_sign, text))
@@ -139,38 +136,30 @@ def in_font(characters: str, family: str | None = None) -> str:
     return "".join(c if font.get_char_index(ord(c)) else "□" for c in characters)
 
 
-@dataclass(frozen=True)
 class _Scale:
-    low: float
-    high: float
-    least: float
-    most: float
-    """of the numbers themselves, which may lie beyond"""
+    """From ``low`` to ``high``; the numbers themselves, ``least`` to ``most``, may lie beyond."""
 
-    @classmethod
-    def of(cls, passages: Sequence[Passage], low: float | None, high: float | None) -> _Scale:
+    def __init__(self, passages: Sequence[Passage], low: float | None, high: float | None):
         for p in passages:
             if len(p.tokens) != len(p.values):
                 counts = f"got {len(p.values)} for {len(p.tokens)}"
                 raise HatError(f"{p.title!r}: expected a number for each token, {counts}")
-        values = np.concatenate([np.asarray(p.values, dtype=float) for p in passages] or [np.zeros(0)])
+        values = np.concatenate([np.zeros(0), *(np.asarray(p.values, dtype=float) for p in passages)])
         known = values[np.isfinite(values)]
         if not len(known) and None in (low, high):
             raise HatError("nothing to colour: no token has a number")
-        low, high = (known.min() if low is None else low), (known.max() if high is None else high)
-        if not -np.inf < low <= high < np.inf:
-            raise HatError(f"the scale must go from a finite number up to another, got {low} to {high}")
+        self.low, self.high = (known.min() if low is None else low), (known.max() if high is None else high)
+        if not -np.inf < self.low <= self.high < np.inf:
+            raise HatError(f"the scale must go from a finite number up to another, got {self.low} to {self.high}")
         values = values[~np.isnan(values)]
-        return cls(*map(float, (low, high, values.min(initial=np.inf), values.max(initial=-np.inf))))
+        self.least, self.most = values.min(initial=np.inf), values.max(initial=-np.inf)
 
     def at(self, numbers: np.ndarray) -> float:
         """The place of the numbers' mean on the scale, 0-1; nan where there is none."""
         known = numbers[~np.isnan(numbers)]
         if not len(known):
             return np.nan
-        if self.high == self.low:
-            return 0.5
-        return float(np.clip((known.mean() - self.low) / (self.high - self.low), 0, 1))
+        return float(np.clip((known.mean() - self.low) / (self.high - self.low), 0, 1)) if self.high > self.low else 0.5
 
     def legend(self) -> list[tuple[float, str]]:
         """Places on the scale and their numbers, with a sign where an end also stands for what lies beyond it."""

@@ -65,22 +65,20 @@ class Relaxed:
                 return Gated(gated, keep)
             logit = router.score(x, scale).clamp(min=1e-12).log() - np.log(max(threshold, 1e-12))
             protected = protected[:, None]
-        keep = straight_through(logit + self._noise(logit, layer, site), temperature=self.temperature)
-        keep = torch.where(protected, 1.0, keep)
+        # Drawn sequence by sequence: its neighbours in the batch do not change it.
+        place = layer * len(self.work) + list(self.work).index(site)
+        drawn = [
+            straight_through(
+                part, temperature=self.temperature, noise=self.noise, generator=seeded(x.device, *key, place)
+            )
+            for part, key in zip(logit.chunk(len(self.keys)), self.keys, strict=True)
+        ]
+        keep = torch.where(protected, 1.0, torch.cat(drawn))
         self._add(site, keep[real].mean())
         return keep
 
     def _add(self, site: str, share: Tensor) -> None:
         self.share = self.share + share * (self.work[site] / self.hat.config.n_layers)
-
-    def _noise(self, like: Tensor, layer: int, site: str) -> Tensor | float:
-        """Logistic noise, drawn sequence by sequence: its neighbours in the batch do not change it."""
-        if not self.noise:
-            return 0.0
-        shape, sites = (len(like) // len(self.keys), *like.shape[1:]), self.hat.grain.sites
-        seeds = [(*key, layer * len(sites) + sites.index(site)) for key in self.keys]
-        drawn = [torch.rand(shape, generator=seeded(like.device, *seed), device=like.device) for seed in seeds]
-        return self.noise * torch.cat(drawn).logit_(eps=2**-24)
 
 
 class Objective(nn.Module):

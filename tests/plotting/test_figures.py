@@ -19,7 +19,7 @@ from figure_tables import (
     quantiles,
     skipped_ffn,
 )
-from matplotlib.colors import to_rgb, to_rgba
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from transformers import TrainerControl, TrainerState
 
@@ -84,15 +84,6 @@ def test_a_missing_column_or_an_empty_table_is_named(figure):
         figure(first.iloc[:0], *others)
 
 
-@pytest.mark.parametrize("figure", [findings.promised, findings.exits, findings.choices])
-def test_texts_that_nobody_named_are_not_drawn(figure):
-    first, *others = (make() for make in FIGURES[figure])
-    more = pd.concat([first, first.assign(text="mine")], ignore_index=True)
-    assert style.png(figure(more, *others)) == style.png(drawn(figure))
-    with pytest.raises(HatError, match="any row"):
-        figure(first.assign(text="mine"), *others)
-
-
 def test_claims_without_their_numbers_are_refused():
     with pytest.raises(HatError, match="promised_increase"):
         findings.kept(quality(), claims().assign(promised_increase=np.nan))
@@ -111,25 +102,19 @@ def test_a_figure_is_saved_on_a_white_ground_and_shown_as_the_picture_alone(tmp_
     assert set(data) == {"image/png"} and how == {"metadata": {"image/png": {"alt": "what to see"}}, "raw": True}
 
 
-def test_series_differ_without_colour_and_colours_in_lightness():
-    lightness = [np.dot(to_rgb(c), (0.299, 0.587, 0.114)) for c, _ in style.PARTS.values()]
-    assert min(abs(np.diff(sorted(lightness)))) > 0.02
-    assert len({marker for _, marker in style.GRAINS.values()}) == len(style.GRAINS)
-
-
 # --- style, frontier ---
 
 
-def test_a_bar_of_shares_ends_at_one():
+def test_bars_intervals_and_points_stand_where_the_table_says():
     (ax,) = drawn(style.weight_shares).axes
     assert max(bar.get_x() + bar.get_width() for bar in ax.patches) == pytest.approx(1)
     assert [t.get_text() for t in ax.texts] == ["60%", "70%", "20%", "20%", "20%", "10%"]
-
-
-def test_intervals_and_points_stand_where_the_table_says():
+    (ax,) = drawn(speed.exits).axes
+    assert labels(ax.xaxis) == ["16", "22", "30"]
+    few, many = ([bar.get_height() for bar in bars] for bars in ax.containers)
+    assert (few, many) == ([0.0, 0.1, 0.9], [0.1, 0.2, 0.7])  # a depth without tokens is zero
     (ax,) = drawn(style.skipped_ffn).axes
-    at, _ = points(ax.containers[0])
-    np.testing.assert_allclose(at, skipped_ffn()[["layer", "ratio"]])
+    np.testing.assert_allclose(points(ax.containers[0])[0], skipped_ffn()[["layer", "ratio"]])
     np.testing.assert_allclose(whiskers(ax, 1), skipped_ffn()[["low", "high"]])
 
 
@@ -278,13 +263,6 @@ def test_the_claim_is_hollow_and_a_base_without_quality_borrows_it():
         assert {"-", "--"} <= styles
 
 
-def test_bars_are_the_shares_and_a_depth_without_tokens_is_zero():
-    (ax,) = drawn(speed.exits).axes
-    assert labels(ax.xaxis) == ["16", "22", "30"]
-    few, many = ([bar.get_height() for bar in bars] for bars in ax.containers)
-    assert (few, many) == ([0.0, 0.1, 0.9], [0.1, 0.2, 0.7])
-
-
 def test_ceilings_are_dotted_and_do_not_hide_what_was_measured():
     ax = drawn(speed.ceilings).axes[0]
     lines = {(line.get_color(), line.get_linestyle()): line.get_xydata() for line in ax.lines}
@@ -317,11 +295,8 @@ def test_exits_have_a_panel_only_where_somebody_leaves():
     draws = (routing.by_class, classes), (routing.by_position, positions), (routing.by_quantile, quantiles)
     assert [len(draw(make()).axes) for draw, make in draws] == [1, 1, 2]
     assert [len(draw(make(0.1)).axes) for draw, make in draws] == [2, 2, 4]
-
-
-def test_protected_positions_are_not_drawn():
     (ax,) = drawn(routing.by_position).axes
-    assert labels(ax.xaxis) == ["2–3", "4–7"]
+    assert labels(ax.xaxis) == ["2–3", "4–7"]  # protected positions are not drawn
     np.testing.assert_allclose(whiskers(ax, 1), [[0.57, 0.61], [0.68, 0.72]])
 
 

@@ -49,6 +49,7 @@ def test_divergence_and_distillation_by_hand():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_distillation_is_kl_div(dtype, tolerance):
     teacher, student = 3 * normal(2, 7, 300), leaf(3 * normal(2, 7, 300, seed=1), dtype)
+    assert float(distillation(teacher, teacher)) == 0  # exactly
     reference = leaf(student)
     p, q = F.log_softmax(teacher.view(14, 300), -1), F.log_softmax(reference.view(14, 300), -1)
     expected = F.kl_div(q, p, log_target=True, reduction="batchmean")
@@ -61,22 +62,6 @@ def test_distillation_is_kl_div(dtype, tolerance):
     assert (error <= tolerance * reference.grad.abs() + 1e-6).all()
 
 
-def test_distillation_from_itself_is_exactly_zero_and_ignores_a_shift():
-    teacher, student = 5 * normal(20, 100), 5 * normal(20, 100, seed=1)
-    assert float(distillation(teacher, teacher)) == 0
-    shifted = student + 30 * normal(20, 1, seed=2)
-    torch.testing.assert_close(distillation(teacher, shifted), distillation(teacher, student))
-
-
-def test_small_gradients_survive_in_fp16_under_a_loss_scale():
-    # q - p is about 1.1e-5 and 1000 tokens share it: 1.1e-8, below fp16's least number, but not once scaled by 2^16.
-    teacher, student = torch.tensor([0.0, -11.0]).expand(1000, 2), torch.tensor([0.0, -10.5]).expand(1000, 2)
-    student = leaf(student, torch.float16)
-    (2**16 * distillation(teacher, student)).backward()
-    expected = 2**16 / 1000 * (1 / (1 + math.exp(10.5)) - 1 / (1 + math.exp(11.0)))
-    torch.testing.assert_close(student.grad[:, 1].float(), torch.full((1000,), expected), rtol=2e-2, atol=0)
-
-
 # --- budget ---
 
 
@@ -86,6 +71,8 @@ def test_budget():
     loss.sum().backward()
     close(loss.detach(), [0.25, 0.25, 0.0])
     assert share.grad.tolist() == [1.0, -1.0, 0.0]
+    with pytest.raises(HatError, match=r"global mean, got shape \[3\]"):
+        budget(share, 0.5)
 
 
 # --- z-loss and entropy ---
@@ -160,17 +147,7 @@ def test_exit_loss_by_hand():
     assert exit_targets(teacher, exited.bfloat16()).tolist() == [True, False]
 
 
-# --- bad input ---
-
-
-@pytest.mark.parametrize(
-    ("call", "names"),
-    [
-        (lambda: distillation(torch.zeros(2, 3), torch.zeros(2, 4)), r"\[2, 3\] and \[2, 4\]"),
-        (lambda: exit_targets(torch.zeros(2, 3), torch.zeros(3, 3)), r"\[2, 3\] and \[3, 3\]"),
-        (lambda: budget(torch.zeros(3), 0.5), r"global mean, got shape \[3\]"),
-    ],
-)
-def test_bad_input_is_named(call, names):
-    with pytest.raises(HatError, match=names):
-        call()
+@pytest.mark.parametrize("loss", [distillation, exit_targets])
+def test_logits_of_another_shape_are_refused(loss):
+    with pytest.raises(HatError, match=r"\[2, 3\] and \[2, 4\]"):
+        loss(torch.zeros(2, 3), torch.zeros(2, 4))

@@ -239,7 +239,6 @@ def foreign_state(folder):
     "stray, left",
     [
         (lambda folder: (folder / "scaler.pt").write_bytes(b"of fp16 training"), 6),
-        (lambda folder: (folder / "notes.txt").write_text("mine"), 6),
         (lambda folder: (folder.parent / "checkpoint-9").write_text("a file"), 6),
         (foreign_state, 4),
     ],
