@@ -148,11 +148,11 @@ class _Scale:
         known = values[np.isfinite(values)]
         if not len(known) and None in (low, high):
             raise HatError("nothing to colour: no token has a number")
-        self.low, self.high = (known.min() if low is None else low), (known.max() if high is None else high)
+        self.low, self.high = float(known.min() if low is None else low), float(known.max() if high is None else high)
         if not -np.inf < self.low <= self.high < np.inf:
             raise HatError(f"the scale must go from a finite number up to another, got {self.low} to {self.high}")
         values = values[~np.isnan(values)]
-        self.least, self.most = values.min(initial=np.inf), values.max(initial=-np.inf)
+        self.least, self.most = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
 
     def at(self, numbers: np.ndarray) -> float:
         """The place of the numbers' mean on the scale, 0-1; nan where there is none."""
