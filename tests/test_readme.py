@@ -21,7 +21,7 @@ def test_a_table_takes_the_place_of_what_stood_there():
     assert fill(text, tables, "x.md") == filled == fill(filled, tables, "x.md")
     with pytest.raises(HatError, match="x.md: no table 'two'; there are: one"):
         fill(text, {"one": ""}, "x.md")
-    with pytest.raises(HatError, match="x.md: a table has no line `<!-- end -->`"):
+    with pytest.raises(HatError, match="x.md: table 'one' has no line `<!-- end -->`"):
         fill(text.replace("<!-- end -->\nbetween", "between"), tables, "x.md")
 
 

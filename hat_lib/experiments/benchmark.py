@@ -57,14 +57,11 @@ class Row(Machine):
     """One variant of one measurement. Times are milliseconds per forward, medians over rounds."""
 
     granularity: str
-    phase: str
-    """decode (one token per sequence) or prefill"""
+    phase: str  # decode (one token per sequence) or prefill
     batch: int
-    tokens: int
-    """keys in the cache at the first timed step (decode), or tokens of each prompt (prefill)"""
+    tokens: int  # keys in the cache at the first timed step (decode), or tokens of each prompt (prefill)
     capacity: float
-    exit_rate: float
-    """both as requested"""
+    exit_rate: float  # both as requested
     realised: float
     realised_exit: float
     model_share: float
@@ -74,8 +71,7 @@ class Row(Machine):
     ms_adaptive: float
     speedup_hf: float
     speedup_dense: float
-    efficiency_hf: float
-    """speedup_hf / ideal"""
+    efficiency_hf: float  # speedup_hf / ideal
     efficiency_dense: float
     rounds: int
 
@@ -117,13 +113,9 @@ def measure(
     rounds: int,
     steps: int,
 ) -> list[Row]:
-    """A row for each setting.
+    """A row for each setting: what makes the context in which ``hat`` runs at it; ``plain`` is `plain_copy`.
 
-    Args:
-        settings: setting -> function that makes a context in which ``hat`` runs at it.
-        plain: the same base in plain transformers.
-        ids: tokens to force, int64 ``[B, >= context + steps]``.
-        phase: "decode" or "prefill".
+    ``ids`` are tokens to force, int64 ``[B, >= CONTEXT + steps]``; ``phase`` is "decode" or "prefill".
     """
     prompts = ids[:, : max(1, PREFILL // len(ids))]
     decode = phase == "decode"
@@ -186,10 +178,8 @@ def plain_copy(hat: HierarchicalTransformer) -> LlamaForCausalLM:
 
 
 def forced_tokens(hat: HierarchicalTransformer, capacity: float, batch: int, tokens: int, seed: int = 0) -> Policy:
-    """Token grain at an exact capacity: the same number of FFNs skipped for every token, drawn at random.
-
-    Layer 0 always runs, so the others skip ``L (1 - capacity)`` of L - 1 between them.
-    """
+    """The same number of FFNs skipped for every token, drawn at random; layer 0 always runs, so the others skip
+    ``L (1 - capacity)`` between them."""
     n = hat.config.n_layers
     generator = np.random.default_rng(seed)
     skipped = n * (1 - capacity)
@@ -233,12 +223,8 @@ def rows(
 ) -> Iterator[Row]:
     """Both grains at every capacity, decode and prefill, at every batch size.
 
-    A batch prefills as many tokens as one prompt does, in shorter prompts, so that the two can be compared.
-
-    Args:
-        channel, token: capacities of each grain; none leaves it out.
-        rounds: in which every variant takes one turn; medians over them.
-        steps: decode steps of one turn.
+    A batch prefills as many tokens as one prompt does, in shorter prompts, so that the two can be compared. In each
+    of ``rounds`` every variant takes one turn, in decode of ``steps`` tokens.
     """
     for name, count in (("rounds", rounds), ("steps", steps), *(("batches", size) for size in batches)):
         check_count(name, count, 1)

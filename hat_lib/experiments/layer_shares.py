@@ -27,13 +27,10 @@ KEY = ("capacity", "exit_rate", "layer")
 @dataclass(frozen=True)
 class Row:
     capacity: float
-    exit_rate: float
-    """both as requested"""
+    exit_rate: float  # both as requested
     layer: int
-    executed: float
-    """of the layer's routable work, over all tokens"""
-    entered: float
-    """share of tokens that had not left before it"""
+    executed: float  # of the layer's routable work, over all tokens
+    entered: float  # share of tokens that had not left before it
     tokens: int
 
 

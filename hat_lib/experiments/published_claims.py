@@ -45,24 +45,19 @@ SETTINGS = [*(Setting(c) for c in PROMISED), Setting(1.0, 0.1), Setting(0.75, 0.
 class Row(common.Machine):
     granularity: str
     capacity: float
-    exit_rate: float
-    """both as requested"""
+    exit_rate: float  # both as requested
     promised_speedup: float | None
     promised_increase: float | None
-    realised: float
-    """capacity, in the timed decode, as are the next two"""
+    realised: float  # capacity, in the timed decode, as are the next two
     realised_exit: float
     model_share: float
     ideal_decode: float
-    decode_dense: float
-    """measured speedup over our own dense path"""
-    decode_hf: float
-    """over plain transformers"""
+    decode_dense: float  # measured speedup over our own dense path
+    decode_hf: float  # over plain transformers
     ideal_prefill: float
     prefill_dense: float
     prefill_hf: float
-    addresses: float | None
-    """increase in perplexity, of the bundled base, with its 95 % paired interval"""
+    addresses: float | None  # increase in perplexity, of the bundled base, with its 95 % paired interval
     addresses_low: float | None
     addresses_high: float | None
     docstrings: float | None
@@ -81,12 +76,9 @@ def rows(
     steps: int = 64,
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """Rows of both bases, grain by grain.
+    """Rows of both bases, grain by grain; ``quality.csv`` in ``results`` was made with these checkpoints.
 
-    Args:
-        channel, token: trained checkpoints.
-        results: folder of ``quality.csv``, made with these checkpoints; data/results unless told.
-        steps: decode steps of one turn; what a token grain realises in a few tokens says little.
+    A turn of decode has many ``steps``, as what a token grain realises in a few tokens says little.
     """
     check_count("rounds", rounds, 1), check_count("steps", steps, 1)
     path = (results or config.DATA / "results") / "quality.csv"

@@ -47,10 +47,8 @@ class Point(NamedTuple):
     max_tokens: int
     capacity: float
     exit_rate: float
-    variant: str
-    """one of `VARIANTS`"""
-    seed: int = 0
-    """of what is drawn at random"""
+    variant: str  # one of `VARIANTS`
+    seed: int = 0  # of what is drawn at random
 
 
 KEY = Point._fields

@@ -43,8 +43,7 @@ NAMES = (
     "step_cost",
 )
 """in the order in which one reads another's file"""
-START = re.compile(r"^<!-- table: (\S+) -->$", re.M)
-MARKED = re.compile(r"^<!-- table: (\S+) -->\n.*?^<!-- end -->$", re.M | re.S)
+MARKED = re.compile(r"^<!-- table: (\S+) -->$((?:(?!^<!-- table).)*?^<!-- end -->$)?", re.M | re.S)
 
 
 def load(name: str) -> ModuleType:
@@ -115,13 +114,13 @@ def fill(text: str, tables: Mapping[str, str], where: str) -> str:
     """``text`` with every marked table as ``tables`` has it; `HatError` for an unknown name and a missing end."""
 
     def put(found: re.Match) -> str:
-        name = found[1]
+        name, content = found.groups()
         if name not in tables:
             raise HatError(f"{where}: no table {name!r}; there are: {', '.join(tables)}")
+        if content is None:
+            raise HatError(f"{where}: table {name!r} has no line `<!-- end -->`")
         return f"<!-- table: {name} -->\n{tables[name]}<!-- end -->"
 
-    if len(START.findall(text)) != len(MARKED.findall(text)):
-        raise HatError(f"{where}: a table has no line `<!-- end -->`; tables: {', '.join(START.findall(text))}")
     return MARKED.sub(put, text)
 
 

@@ -41,24 +41,19 @@ class Row(Machine):
     """Times are milliseconds a new token, the prompt's pass included."""
 
     granularity: str
-    capacity: float
-    """requested for drafts"""
+    capacity: float  # requested for drafts
     prompt: int
     kind: str
     new_tokens: int
-    identical: bool
-    """to plain transformers' greedy text"""
-    parted_at: int | None
-    """new tokens before the first that differs"""
+    identical: bool  # to plain transformers' greedy text
+    parted_at: int | None  # new tokens before the first that differs
     gap_ulp: float | None
     """there, between the base's two best logits, in units in the last place of a bf16 of that size"""
     drafted: int
     accepted: int
     passes: int
-    draft_share: float
-    """work of a drafting step / of a dense one"""
-    ideal: float
-    """speedup over dense if time followed the weights that are read"""
+    draft_share: float  # work of a drafting step / of a dense one
+    ideal: float  # speedup over dense if time followed the weights that are read
     ms_hf: float
     ms_dense: float
     ms_lossless: float
@@ -75,12 +70,7 @@ def rows(
     count: int = 200,
     max_new_tokens: int = 24,
 ) -> Iterator[Row]:
-    """A row for each dtype and prompt.
-
-    Args:
-        checkpoint, capacity: what drafts, and how much of it.
-        count: prompts.
-    """
+    """A row for each dtype and each of ``count`` prompts; the checkpoint drafts at ``capacity``."""
     capacity, parsed = check_capacity(capacity), [parse_dtype(dtype) for dtype in dtypes]
     check_count("max_new_tokens", max_new_tokens, 2)
     for dtype in parsed:

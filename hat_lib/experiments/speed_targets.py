@@ -35,18 +35,13 @@ class Row(Machine):
     versus: str
     requested: float
     reachable: bool
-    largest: float
-    """the largest speedup that the curve reaches"""
-    capacity: float | None = None
-    """that the target was turned into, requested"""
-    realised_capacity: float | None = None
-    """median over prompts"""
+    largest: float  # the largest speedup that the curve reaches
+    capacity: float | None = None  # that the target was turned into, requested
+    realised_capacity: float | None = None  # median over prompts
     predicted: float | None = None
-    measured: float | None = None
-    """median over prompts of the speedup on the text that was generated"""
+    measured: float | None = None  # median over prompts of the speedup on the text that was generated
     lowest: float | None = None
-    highest: float | None = None
-    """of the prompts"""
+    highest: float | None = None  # of the prompts
     prompts: int = 0
     new_tokens: int
 

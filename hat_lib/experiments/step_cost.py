@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hat_lib.backbone.base import load_base
@@ -43,8 +42,7 @@ class Row(Machine):
     ratio: float
     step_seconds: float
     base_seconds: float
-    tokens: int
-    """real tokens in the batch"""
+    tokens: int  # real tokens in the batch
     rounds: int
 
 
@@ -80,9 +78,8 @@ def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: i
     def forward_backward() -> None:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         embedded = plain.get_input_embeddings()(ids).detach().requires_grad_()
-        logits = plain(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits[:, :-1]
-        target = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-        F.cross_entropy(logits.flatten(0, 1).float(), target.flatten()).backward()
+        labels = ids.masked_fill(mask == 0, -100)
+        plain(inputs_embeds=embedded, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
 
     def seconds(variant: Variant) -> float:
         hat.zero_grad()

@@ -1,25 +1,22 @@
 """Quality rows on `random:tiny`: complete, paired, at equal work, and resumed without a change."""
 
+from collections import Counter
+
 import pandas as pd
 import pytest
 import torch
+from tiny_runs import adaptive, new_hat
 
-from hat_lib.backbone.base import load_base
-from hat_lib.calibration.capacity import calibrate
-from hat_lib.calibration.exits import calibrate_exits
-from hat_lib.config import HatConfig, HatError
+from hat_lib.config import HatError
 from hat_lib.evaluation.baselines import OutOfReach
 from hat_lib.experiments import quality as module
 from hat_lib.experiments.common import TEXTS
 from hat_lib.experiments.quality import KEY, Point, Row, grid, plan
 from hat_lib.experiments.rows import RowWriter, read_rows
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.text.blocks import load_text
 
 TOKENS = 600
 VARIANTS = ("trained", "untrained", "random", "static", "removal")
-
-
 POINTS = [Point("channel", "docstrings", TOKENS, 0.7, 0.0, variant) for variant in VARIANTS]
 POINTS += [Point("channel", "docstrings", TOKENS, 1.0, 0.5, v) for v in ("trained", "random_exits")]
 
@@ -27,21 +24,10 @@ POINTS += [Point("channel", "docstrings", TOKENS, 1.0, 0.5, v) for v in ("traine
 @pytest.fixture(scope="module")
 def grain(tmp_path_factory):
     """Checkpoints of `random:tiny`: calibrated, and with other scales and gates in place of trained ones."""
-    folder = tmp_path_factory.mktemp("quality")
-    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
-    hat = HierarchicalTransformer(base, HatConfig.default(base))
-    text = load_text("addresses", base.tokenizer, split="train", block_size=128, max_tokens=1024)["input_ids"]
-    calibrate(hat, text, probe_tokens=128, progress=False)
-    hat.save_pretrained(folder / "untrained")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in hat.hat_parameters().values():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    calibrate(hat, text, probe_tokens=128, progress=False)
-    calibrate_exits(hat, text, progress=False)
-    hat.training_summary = {"routers": {"steps": 1}}
-    hat.save_pretrained(folder / "trained")
-    hat.unload()
+    folder, trained = tmp_path_factory.mktemp("quality"), adaptive("channel")
+    new_hat("channel").save_pretrained(folder / "untrained")
+    trained.training_summary = {"routers": {"steps": 1}}
+    trained.save_pretrained(folder / "trained")
     return {"channel": folder / "trained", "channel_untrained": folder / "untrained"}
 
 
@@ -90,17 +76,7 @@ def test_a_stopped_run_goes_on_and_ends_alike(measured, grain, tmp_path):
     assert list(quality(out, grain)) == []
 
 
-def test_rows_of_another_checkpoint_are_refused_and_kept(measured, grain, tmp_path):
-    out = tmp_path / "quality.csv"
-    text = measured[0].read_text()
-    out.write_text(text.replace(next(iter(measured[1].values())).adapter, "0" * 16))
-    before = out.read_text()
-    with pytest.raises(HatError, match="rows of another channel checkpoint"):
-        list(quality(out, grain))
-    assert out.read_text() == before
-
-
-def test_gates_that_are_trained_again_leave_rows_without_exits_valid(measured, grain, tmp_path):
+def test_rows_of_other_gates_are_refused_and_those_without_exits_stay_valid(measured, grain, tmp_path):
     out = tmp_path / "quality.csv"
     pd.read_csv(measured[0]).query("exit_rate == 0").to_csv(out, index=False)
     kept, other = out.read_text(), tmp_path / "again"
@@ -112,6 +88,10 @@ def test_gates_that_are_trained_again_leave_rows_without_exits_valid(measured, g
     run = quality(out, grain, channel=other)
     assert {row.exit_rate for row in run} == {0.5}
     assert out.read_text().startswith(kept)
+    before = out.read_text()
+    with pytest.raises(HatError, match="rows of another channel checkpoint"):
+        list(quality(out, grain))
+    assert out.read_text() == before
 
 
 def test_refusals(grain, tmp_path):
@@ -143,40 +123,39 @@ def test_only_a_control_out_of_reach_costs_no_other_row(grain, tmp_path, monkeyp
 
 
 def test_the_plan_has_what_the_result_must_show():
-    found = set(plan("channel"))
-    assert len(found) == len(plan("channel"))
+    found = plan("channel")
+    assert len(set(found)) == len(found)
     for text in TEXTS:
-        for capacity in (0.75, 0.62):
-            for variant in ("trained", "untrained"):
-                assert Point("channel", text, 20_000, capacity, 0.0, variant) in found
-        for variant in ("untrained", "random", "static", "cosine", "removal"):
-            assert sum(p.variant == variant and p.text == text and p.max_tokens == 4000 for p in found) >= 3
-        assert Point("channel", text, 4000, 1.0, 0.3, "random_exits") in found
+        long, short = ([p for p in found if p.text == text and p.max_tokens == n] for n in (20_000, 4000))
+        assert {(p.capacity, p.variant) for p in long} == {(c, v) for c in (0.75, 0.62) for v in VARIANTS[:2]}
+        counts = Counter(p.variant for p in short)
+        assert all(counts[variant] >= 3 for variant in ("untrained", *module.CONTROLS))
+        assert Point("channel", text, 4000, 1.0, 0.3, "random_exits") in short
 
 
-class TestGrid:
-    def test_each_point_where_it_means_something(self):
-        found = grid("channel", capacities=[1.0, 0.5], exit_rates=[0.0, 0.2], seeds=[0, 1], texts=["a"])
-        assert len(set(found)) == len(found)
-        assert [(p.capacity, p.exit_rate) for p in found if p.variant == "trained"] == [
-            (1.0, 0.0), (1.0, 0.2), (0.5, 0.0), (0.5, 0.2)
-        ]  # fmt: skip
-        assert {p.seed for p in found if p.variant == "random"} == {0, 1}
-        assert {p.seed for p in found if p.variant in ("trained", "untrained", "cosine")} == {0}
-        assert {(p.capacity, p.exit_rate) for p in found if p.variant == "random"} == {(0.5, 0.0)}
-        assert {p.exit_rate for p in found if p.variant == "random_exits"} == {0.2}
+def test_a_grid_has_each_point_where_it_means_something():
+    found = grid("channel", capacities=[1.0, 0.5], exit_rates=[0.0, 0.2], seeds=[0, 1], texts=["a"])
+    assert len(set(found)) == len(found)
+    assert [(p.capacity, p.exit_rate) for p in found if p.variant == "trained"] == [
+        (1.0, 0.0), (1.0, 0.2), (0.5, 0.0), (0.5, 0.2)
+    ]  # fmt: skip
+    assert {p.seed for p in found if p.variant == "random"} == {0, 1}
+    assert {p.seed for p in found if p.variant in ("trained", "untrained", "cosine")} == {0}
+    assert {(p.capacity, p.exit_rate) for p in found if p.variant == "random"} == {(0.5, 0.0)}
+    assert {p.exit_rate for p in found if p.variant == "random_exits"} == {0.2}
 
-    @pytest.mark.parametrize(
-        ("axis", "values", "words"),
-        [
-            ("capacities", [0.05], "capacity must be"),
-            ("capacities", [], "at least one capacity, and each once"),
-            ("capacities", [0.5, 0.5], "at least one capacity, and each once"),
-            ("exit_rates", [1.5], "exit rate must be"),
-            ("seeds", [-1], "a seed must be"),
-            ("variants", ["lucky"], "variants must be among trained, untrained"),
-        ],
-    )
-    def test_bad_axes(self, axis, values, words):
-        with pytest.raises(HatError, match=words):
-            grid("channel", **{"capacities": [0.5], axis: values})
+
+@pytest.mark.parametrize(
+    ("axis", "values", "words"),
+    [
+        ("capacities", [0.05], "capacity must be"),
+        ("capacities", [], "at least one capacity, and each once"),
+        ("capacities", [0.5, 0.5], "at least one capacity, and each once"),
+        ("exit_rates", [1.5], "exit rate must be"),
+        ("seeds", [-1], "a seed must be"),
+        ("variants", ["lucky"], "variants must be among trained, untrained"),
+    ],
+)
+def test_bad_axes(axis, values, words):
+    with pytest.raises(HatError, match=words):
+        grid("channel", **{"capacities": [0.5], axis: values})

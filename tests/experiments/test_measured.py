@@ -1,0 +1,244 @@
+"""Each experiment but `quality`, on `random:tiny`: complete rows, forced work, and what is done is left out.
+
+No assertion on speed.
+"""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from tiny_runs import GRAINS, adaptive, new_hat, random_blocks
+
+from hat_lib.config import DATA, HatConfig, HatError
+from hat_lib.experiments import ablations, benchmark, published_claims, quality, registry, self_speculative
+from hat_lib.experiments import speed_targets as targets
+from hat_lib.experiments import step_cost as cost
+from hat_lib.experiments.ablations import CHANGES, MEASURED, Change
+from hat_lib.experiments.benchmark import Setting, forced, measure, ratio
+from hat_lib.experiments.layer_shares import layer_shares
+from hat_lib.experiments.published_claims import PROMISED, SETTINGS
+from hat_lib.experiments.rows import RowWriter, read_rows
+from hat_lib.inference.speed import SpeedCurve, Variant, take_turns
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.training.recipe import Recipe
+from hat_lib.training.trainer import collate
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for grain in GRAINS:
+        adaptive(grain).save_pretrained(folder / grain)
+    return {grain: folder / grain for grain in GRAINS}
+
+
+@pytest.fixture(scope="module")
+def hat():
+    return adaptive("channel")
+
+
+def keys(experiment, rows):
+    return [tuple(getattr(row, name) for name in experiment.KEY) for row in rows]
+
+
+def write_quality(folder, points):
+    """`quality.csv` with increases that say where they belong."""
+    template = read_rows(DATA / "results" / "quality.csv", quality.Row)[0]
+    with RowWriter(folder / "quality.csv", quality.Row, quality.KEY) as writer:
+        for p in points:
+            n = p.capacity + (10 if p.text == "docstrings" else 0) + (100 if p.granularity == "token" else 0)
+            increase = {"increase": n, "increase_low": n - 1, "increase_high": n + 1}
+            writer.write(quality.Row(**vars(template) | p._asdict() | increase))
+
+
+# --- benchmark ---
+
+
+def test_turns_are_interleaved_and_ratios_paired():
+    order, fake = [], {"a": iter([9, 2.0, 4.0, 8.0]), "b": iter([9, 1.0, 1.0, 1.0])}
+    variants = [Variant(n, None, torch.inference_mode) for n in "ab"]
+
+    def once(v):
+        order.append(v.name)
+        return next(fake[v.name])
+
+    take_turns(variants, once, rounds=3)
+    assert order == list("baabbaab") and variants[0].times == [2.0, 4.0, 8.0]  # the warm-up is not counted
+    assert ratio(*variants) == 4.0
+
+
+def test_forced_shares_by_phase_and_batch():
+    asked = {"channel": [1.0, 0.75, 0.5], "token": [1.0, 0.75]}
+    how = {"base": "random:tiny", "rounds": 1, "steps": 4, "dtype": "fp32", "batches": (1, 2)}
+    rows = list(benchmark.rows(**asked, **how))
+    at = [(phase, size) for phase in ("decode", "prefill") for size in (1, 2)]
+    assert keys(benchmark, rows) == [(grain, *a, c, 0.0) for grain in asked for a in at for c in asked[grain]]
+    for r in rows:
+        assert r.threads >= 1 and r.dtype == "float32"
+        assert abs(r.realised - r.capacity) < 0.1
+        assert r.ideal == pytest.approx(1.0) if r.capacity == 1 else r.ideal > 1.1
+        assert r.efficiency_hf == pytest.approx(r.speedup_hf / r.ideal, rel=1e-3)
+    again = list(benchmark.rows(set(keys(benchmark, rows[:-4])), **asked, **how))
+    assert keys(benchmark, again) == keys(benchmark, rows[-4:])
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+def test_nothing_that_was_forced_stays_behind(grain):
+    hat = new_hat(grain)
+    ids = torch.randint(5, 250, (1, 600), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        around = forced(hat, [0.5], 1, 600)[0.5]
+        before = hat.lm(ids[:, :60]).logits
+        (row,) = measure(hat, hat.base.model, {Setting(0.5): around}, ids, phase="decode", rounds=1, steps=4)
+        assert row.realised < 0.7 and torch.equal(hat.lm(ids[:, :60]).logits, before)
+        assert hat.trace.capacity == 1
+
+
+def test_forced_tokens_skip_exactly(tiny_base):
+    hat = HierarchicalTransformer(tiny_base, HatConfig.published(tiny_base, exit_layers=(), protected_tokens=0))
+    with torch.no_grad(), forced(hat, [0.5], 2, 40)[0.5]():
+        hat.lm(torch.randint(5, 250, (2, 40)))
+    share = hat.trace.share
+    hat.unload()
+    assert (share[0] == 1).all() and (share.sum(0) == 2).all()
+    assert len({tuple(share[:, b, t].tolist()) for b in range(2) for t in range(40)}) == 3
+
+
+# --- published_claims ---
+
+
+def test_claims(checkpoints, tmp_path, monkeypatch):
+    texts = ("addresses", "docstrings")
+    points = [quality.Point(g, text, 1, *s, "trained") for g in GRAINS for text in texts for s in SETTINGS]
+    write_quality(tmp_path, points)
+    monkeypatch.setattr(published_claims, "SHAPE", "random:tiny")
+    rows = list(published_claims.rows(**checkpoints, results=tmp_path, dtype="fp32", rounds=1, steps=40))
+    n = len(SETTINGS)
+    assert [(r.capacity, r.exit_rate) for r in rows] == 4 * SETTINGS
+    for r, shape in zip(rows[:n], rows[n : 2 * n], strict=True):
+        assert r.addresses == r.capacity
+        assert (r.docstrings_low, r.docstrings_high) == (r.capacity + 9, r.capacity + 11)
+        assert shape.addresses is None, "a shape without weights has no quality"
+        assert shape.realised == pytest.approx(r.realised, abs=0.05), "forced to what was realised"
+        assert (shape.realised_exit > 0) == (r.exit_rate > 0)
+        assert r.promised_speedup == (PROMISED[r.capacity][0] if r.exit_rate == 0 else None)
+        assert min(r.decode_dense, r.decode_hf, r.prefill_dense, r.prefill_hf) > 0
+    assert rows[-1].granularity == "token" and rows[2 * n].addresses == 100.9
+    (tmp_path / "quality.csv").unlink()
+    write_quality(tmp_path, points[:4])
+    with pytest.raises(HatError, match="run `hat reproduce quality` first"):
+        next(published_claims.rows(results=tmp_path))
+
+
+# --- speed_targets, self_speculative ---
+
+
+def test_targets(checkpoints, monkeypatch):
+    curve = SpeedCurve("dense", 0.0, [0.1, 1.0], [1.15, 1.0], "cpu")
+    monkeypatch.setattr("hat_lib.inference.generate.speed_curve", lambda *_, **__: curve)
+    done = {("channel", "dense", target) for target in (1.05, 1.1, 1.15, 1.2)}
+    *within, beyond = targets.rows(done, **checkpoints, dtype="fp32", count=2, max_new_tokens=6)
+    assert [(r.granularity, r.requested, r.reachable) for r in within] == [
+        ("token", s, True) for s in (1.05, 1.1, 1.15)
+    ]
+    for r in within:
+        assert r.predicted == pytest.approx(r.requested, abs=1e-3) and r.lowest <= r.measured <= r.highest
+    assert (beyond.requested, beyond.reachable, beyond.largest) == (1.2, False, 1.15)
+    assert beyond.capacity is None and beyond.measured is None
+
+
+def test_self_speculative_text_is_the_base_s(checkpoints):
+    how = {"checkpoint": checkpoints["channel"], "capacity": 0.5, "dtypes": ["fp32"], "max_new_tokens": 8}
+    rows = list(self_speculative.rows(count=5, **how))
+    assert [r.prompt for r in rows] == list(range(5)) and all(r.identical for r in rows)
+    assert all(r.new_tokens == r.accepted + r.passes for r in rows if r.new_tokens == 8)
+    assert all(min(r.ms_hf, r.ms_dense, r.ms_lossless, r.ms_early_exit) > 0 for r in rows)
+    more = list(self_speculative.rows(set(keys(self_speculative, rows)), count=7, **how))
+    assert [(r.prompt, r.ms_early_exit) for r in more] == [(5, None), (6, None)]
+
+
+def test_where_two_texts_part():
+    logits = [torch.tensor([[1.0, top, top - gap]]) for top, gap in [(8.0, 1.0), (3.0, 0.03125), (200.0, 1.0)]]
+    base, parting = torch.tensor([1, 1, 1]), self_speculative.parting
+    assert parting(base, base, logits) == (None, None)
+    # Between 2 and 4 a bf16 has steps of 2^-6, between 128 and 256 of 1.
+    assert parting(base, torch.tensor([1, 2, 1]), logits) == (1, 2.0)
+    assert parting(base, torch.tensor([1, 1, 2]), logits) == (2, 1.0)
+    assert parting(base, base[:2], logits) == parting(base[:2], base, logits) == (2, 1.0), "one ended"
+
+
+# --- layer_shares ---
+
+
+def test_layer_shares_are_those_of_the_trace(hat):
+    blocks = [{"input_ids": ids} for ids in (*random_blocks(1, 30), *random_blocks(1, 20, seed=1))]
+    rows = layer_shares(hat, blocks, [(0.6, 0.0), (0.6, 0.5), (1.0, 0.0)])
+    n = hat.config.n_layers
+    assert [row.layer for row in rows] == 3 * list(range(n)) and {row.tokens for row in rows} == {50}
+    expected = torch.zeros(n, dtype=torch.float64)
+    with hat.at(0.6, 0.5), torch.no_grad():
+        for row in blocks:
+            hat.lm.model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False)
+            expected += hat.trace.share.double().sum((1, 2))
+    gated, leaving, everything = rows[:n], rows[n : 2 * n], rows[2 * n :]
+    assert [row.executed for row in leaving] == pytest.approx((expected / 50).tolist(), rel=1e-4)
+    entered = [row.entered for row in leaving]
+    assert entered == sorted(entered, reverse=True) and entered[0] == 1 and entered[-1] < 1
+    assert all(row.entered == 1 for row in gated) and all(row.executed == row.entered == 1 for row in everything)
+    before = hat.capacity, hat.exit_rate
+    for odd in (([], [(0.6, 0.0)]), (blocks, [(7.0, 0.0)])):
+        with pytest.raises(HatError):
+            layer_shares(hat, *odd)
+    assert (hat.capacity, hat.exit_rate) == before
+
+
+def test_layer_shares_at_the_settings_of_the_sweep(checkpoints, hat, tmp_path):
+    at = [(0.5, 0.0), (1.0, 0.3)]
+    write_quality(tmp_path, [quality.Point("channel", "docstrings", 4000, *setting, "trained") for setting in at])
+    rows = list(registry.measure("layer_shares", tmp_path, checkpoint=checkpoints["channel"], dtype="fp32"))
+    assert {(r.capacity, r.exit_rate) for r in rows} == {*at, (1.0, 0.0)}, "those of quality.csv, and the base"
+    assert len(rows) == 3 * hat.config.n_layers
+
+
+# --- step_cost, ablations ---
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+def test_a_step_is_timed_and_leaves_the_model_as_it_was(grain):
+    hat = new_hat(grain)
+    before = {n: p.clone() for n, p in hat.hat_parameters().items()}
+    batch = collate([{"input_ids": ids, "index": i} for i, ids in enumerate(random_blocks(2, 64))])
+    found = cost.step_ratio(hat, batch, rounds=3)
+    assert min(found.ratio, found.step_seconds, found.base_seconds) > 0
+    assert (found.tokens, found.rounds, found.base, found.granularity) == (128, 3, "random:tiny", grain)
+    assert (found.device, found.dtype, found.threads) == ("cpu", "float32", torch.get_num_threads())
+    assert not hat.training and all(p.grad is None for p in hat.parameters())
+    assert all(torch.equal(p, before[n]) and p.requires_grad for n, p in hat.hat_parameters().items())
+
+
+def test_a_step_for_each_grain():
+    rows = list(cost.rows({("token",)}, base="random:tiny", rounds=1, dtype="fp32"))
+    assert [(row.granularity, row.tokens) for row in rows] == [("channel", 1024)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:token grain")
+def test_ablations():
+    few = (
+        Change("channel", "start", {"text": "addresses"}, trained=False),
+        Change("channel", "default", {"text": "addresses"}),
+        Change("token", "no z-loss", {"text": "addresses", "z_weight": 0.0}),
+    )
+    how = {"base": "random:tiny", "changes": few, "steps": 2, "tokens": 1200, "dtype": "fp32"}
+    rows = list(ablations.rows(**how))
+    assert [(r.change, r.text) for r in rows] == [(c.name, text) for c in few for text, _ in MEASURED]
+    assert [r.steps for r in rows] == [0, 0, 2, 2, 2, 2]
+    assert all(r.realised == pytest.approx(r.capacity, abs=0.011) for r in rows)
+    assert rows[0].increase != rows[2].increase
+    assert list(ablations.rows(set(keys(ablations, rows[:3])), **how)) == rows[3:]
+
+
+def test_each_change_is_one_thing_that_a_recipe_has():
+    names = {f.name for f in fields(Recipe)}
+    assert len({(c.granularity, c.name) for c in CHANGES}) == len(CHANGES)
+    assert all(set(change.recipe) <= names for change in CHANGES)
