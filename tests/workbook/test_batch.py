@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from test_papermill_runs import notebook
+from notebook_files import notebook
 from typer.testing import CliRunner
 
 from hat_lib.cli.app import app
@@ -334,7 +334,8 @@ def scheduler(tmp_path_factory):
         ["worker", *shared, "--nworkers", "2", "--nthreads", "1", "--local-directory", str(folder)],
     )
     # Workers import this file.
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{REPO}"}
+    paths = (Path(__file__).parent, REPO / "tests", REPO)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     quiet = {"env": environment, "stderr": subprocess.DEVNULL, "start_new_session": True}
     processes = [subprocess.Popen([sys.executable, "-m", "dask", *command], **quiet) for command in commands]
     try:

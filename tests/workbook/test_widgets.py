@@ -9,7 +9,6 @@ from types import ModuleType
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from ipywidgets import Widget
 from matplotlib.image import imread
 from tiny_runs import adaptive
@@ -87,13 +86,9 @@ def test_points_are_the_trained_rows_on_most_tokens_and_the_base():
         points(quality_table(), text="poems")
 
 
-def test_sliders_stop_where_something_was_measured(frontier):
+def test_a_point_of_the_frontier_is_told_with_its_speed(frontier):
     assert [v for _, v in frontier.capacity.options] == [0.4, 0.62, 0.8, 1.0]
     assert [v for _, v in frontier.exit_rate.options] == [0.0, 0.1]
-    assert (frontier.capacity.description, frontier.exit_rate.description) == ("Capacity", "Exit rate")
-
-
-def test_a_point_of_the_frontier_is_told_with_its_speed(frontier):
     frontier.capacity.value = 0.4
     assert said(frontier) == (
         "ready",
@@ -102,19 +97,15 @@ def test_a_point_of_the_frontier_is_told_with_its_speed(frontier):
         "decode: predicted speedup 1.50x over our own dense path (cpu, bfloat16, 2 threads)\n"
         "executed by layer: least 40.0% (layer 0), most 40.0% (layer 0)",
     )
-    frontier.capacity.value = 0.62
-    assert "speedup 1.28x" in said(frontier)[1]  # 0.22 of the way from 1.5 at 0.4 to 1.1 at 0.8 is 1.28
-    frontier.capacity.value = 1.0
-    assert "+0.0%" in said(frontier)[1] and "speedup 1.00x" in said(frontier)[1]
-    frontier.exit_rate.value = 0.1
-    assert "speedup 1.03x" in said(frontier)[1]
-    frontier.capacity.value = 0.62
-    assert "no speed was measured" in said(frontier)[1]
-
-
-def test_a_setting_between_measurements_is_not_made_up(frontier):
-    frontier.capacity.value, frontier.exit_rate.value = 0.8, 0.1
-    assert said(frontier) == ("ready", "capacity 0.80 was not measured with exit rate 0.10; there are: 0.62, 1.00")
+    for capacity, exit_rate, words in (
+        (0.62, 0.0, "speedup 1.28x"),  # 0.22 of the way from 1.5 at 0.4 to 1.1 at 0.8
+        (1.0, 0.0, "+0.0% (+0.0% to +0.0%)\ndecode: predicted speedup 1.00x"),
+        (1.0, 0.1, "speedup 1.03x"),
+        (0.62, 0.1, "no speed was measured"),
+        (0.8, 0.1, "capacity 0.80 was not measured with exit rate 0.10; there are: 0.62, 1.00"),
+    ):
+        frontier.capacity.value, frontier.exit_rate.value = capacity, exit_rate
+        assert said(frontier)[0] == "ready" and words in said(frontier)[1]
 
 
 def test_the_picture_has_one_point_and_the_layers_of_the_setting(frontier):
@@ -161,17 +152,9 @@ def test_the_committed_results_are_under_the_sliders():
             assert said(view)[0] == "ready"
 
 
-# --- layers ---
-
-
 @pytest.fixture(scope="module")
 def hat():
     return adaptive("channel")
-
-
-BLOCKS = [
-    {"input_ids": torch.randint(5, 250, (n,), generator=torch.Generator().manual_seed(n)).tolist()} for n in (30, 20)
-]
 
 
 # --- generation ---
@@ -190,7 +173,7 @@ def test_nothing_runs_before_it_is_asked_for(generate):
     assert not any(s.continuous_update for s in sliders) and all(s.description for s in (*sliders, generate.mode))
 
 
-def test_text_stands_beside_the_dense_text_with_measured_speed(generate, hat):
+def test_text_stands_beside_the_dense_text_and_follows_the_controls(generate, hat):
     generate.button.click()
     state, text = said(generate)
     assert state == "ready" and re.search(r"adaptive: \d+\.\d tokens/s; dense: \d+\.\d tokens/s", text)
@@ -198,24 +181,12 @@ def test_text_stands_beside_the_dense_text_with_measured_speed(generate, hat):
     assert "share of the dense model's" in text_of(generate.adaptive)
     expected = AdaptiveInference(hat).generate("one two three", capacity=1.0, exit_rate=0.0, max_new_tokens=6)
     assert text_of(generate.dense).startswith("dense\n") and len(text_of(generate.dense)) >= len(expected.texts[0])
-
-
-def test_at_full_capacity_the_text_is_the_dense_text(generate):
     generate.capacity.value = 1.0
     assert "the first 6 of 6 tokens are the dense model's" in said(generate)[1]
-
-
-def test_a_slider_runs_the_model_at_its_value_and_leaves_the_model_alone(generate, hat):
-    generate.capacity.value = 0.45
-    assert "capacity 0.45 requested" in said(generate)[1]
-    generate.exit_rate.value = 0.5
-    assert "exit rate 0.50 requested" in said(generate)[1]
-    assert (hat.capacity, hat.exit_rate) == (0.6, 0.0)
-
-
-def test_lossless_text_is_the_dense_text_for_any_capacity(generate):
-    generate.mode.value = "lossless"
-    generate.capacity.value = 0.3
+    generate.capacity.value, generate.exit_rate.value = 0.45, 0.5
+    assert "capacity 0.45 requested" in said(generate)[1] and "exit rate 0.50 requested" in said(generate)[1]
+    assert (hat.capacity, hat.exit_rate) == (0.6, 0.0)  # the model is left alone
+    generate.mode.value, generate.capacity.value, generate.exit_rate.value = "lossless", 0.3, 0.0
     state, text = said(generate)
     assert state == "ready" and "lossless: " in text and "of the drafts accepted" in text
     assert "the first 6 of 6 tokens are the dense model's" in text

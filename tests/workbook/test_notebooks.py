@@ -1,4 +1,4 @@
-"""The commands over the notebooks; the cleaner keeps what nbval, papermill and readers need."""
+"""A notebook is checked before it starts, judged by what really went wrong, read for what it recorded, and cleaned."""
 
 import json
 import os
@@ -6,13 +6,131 @@ import shutil
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
-from test_papermill_runs import notebook
+from notebook_files import notebook
 from typer.testing import CliRunner
 
 from hat_lib.config import REPO, HatError
 from hat_lib.workbook import __main__ as workbook
-from hat_lib.workbook.notebooks import KERNEL, WIDGET_STATE, WIDGET_VIEW, clean, clean_file, errors
+from hat_lib.workbook.notebooks import (
+    KERNEL,
+    THREADS,
+    WIDGET_STATE,
+    WIDGET_VIEW,
+    clean,
+    clean_file,
+    errors,
+    parse_parameters,
+    results,
+    run_notebook,
+    select,
+)  # fmt: skip
+from hat_lib.workbook.session import begin, record
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("capacity=0.5", 0.5),
+        ("capacity=1", 1.0),
+        ("capacity=5e-1", 0.5),
+        ("steps=4", 4),
+        ("profile=full", "full"),
+        ("profile=2024", "2024"),
+        ("profile=a=b", "a=b"),
+        ("rates=[0.2, 0.3]", [0.2, 0.3]),
+        ("train=true", True),
+    ],
+)
+def test_values_take_the_type_of_their_default(tmp_path, assignment, value):
+    parsed = parse_parameters([assignment], [notebook(tmp_path / "00_a.ipynb")])
+    assert list(parsed.values()) == [value]
+    assert type(parsed[assignment.split("=")[0]]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "capacity=high",
+        "capacity=true",
+        "capacity=",
+        "steps=0.5",
+        "steps=true",
+        "rates=0.5",
+        "train=1",
+        "rates=[1",
+    ],
+)
+def test_values_of_another_type_are_refused(tmp_path, assignment):
+    with pytest.raises(HatError, match=assignment.split("=")[0]):
+        parse_parameters([assignment], [notebook(tmp_path / "00_a.ipynb")])
+
+
+@pytest.mark.parametrize("kernel", [{}, {"kernelspec": {"name": "unheard-of", "display_name": "?"}}])
+def test_a_notebook_that_names_no_language_is_refused(tmp_path, kernel):
+    path = notebook(tmp_path / "00_a.ipynb")
+    nb = nbformat.read(path, as_version=4)
+    nb.metadata = nbformat.from_dict(kernel)
+    nbformat.write(nb, path)
+    with pytest.raises(HatError, match="00_a.ipynb: No (kernel name|language) found"):
+        parse_parameters(["steps=1"], [path])
+
+
+def test_select_names_what_there_is(tmp_path):
+    paths = [notebook(tmp_path / f"0{i}_{name}.ipynb") for i, name in enumerate("ab")]
+    assert select([], tmp_path) == paths
+    assert select(["01", "01_b", "notebooks/01_b.ipynb"], tmp_path) == paths[1:]
+    with pytest.raises(HatError, match="no notebook '07'; there are: 00_a, 01_b"):
+        select(["07"], tmp_path)
+    with pytest.raises(HatError, match="no notebook in"):
+        select([], tmp_path / "empty")
+
+
+@pytest.mark.slow
+def test_results_are_what_cells_recorded_and_threads_are_set(tmp_path):
+    source = notebook(
+        tmp_path / "00_a.ipynb",
+        "import os\nfrom hat_lib.workbook.notebooks import THREADS\nfrom hat_lib.workbook.session import record",
+        "record(capacity=capacity, deep={'a': [1]})",
+        "record(threads=[os.environ[name] for name in THREADS], capacity=2 * capacity)",
+        "print('nothing recorded')",
+    )
+    before = dict(os.environ)
+    output = tmp_path / "{a} folder" / "done.ipynb"
+    output.parent.mkdir()
+    result = run_notebook(source, output, tmp_path / "figures", {"capacity": 0.25}, 60, threads=3)
+    assert result.error == "" and result.notebook == "00_a" and result.seconds > 0
+    assert results(output) == {"capacity": 0.5, "deep": {"a": [1]}, "threads": ["3"] * len(THREADS)}
+    shown = nbformat.read(output, as_version=4).cells[3].outputs[0].data["text/plain"]
+    assert shown == "capacity = 0.25, deep = {'a': [1]}"
+    assert results(source) == {} and dict(os.environ) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, KERNEL.keys()])
+def test_only_json_is_recorded(value):
+    with pytest.raises(HatError, match="what is recorded must be JSON"):
+        record(perplexity=value)
+
+
+def test_a_notebook_begins_with_its_parameters_checked(capsys):
+    assert begin(profile="quick", seed=0, dtype="fp32", steps=(10, 10)) == 1
+    assert "torch" in capsys.readouterr().out and torch.initial_seed() == 0
+    assert begin(profile="full", seed=3, full=4) == 4 and begin(profile="full", seed=3, dtype="auto") == 8
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"profile": "slow"}, "profile must be quick or full, got 'slow'"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"steps": (9, 10)}, "steps must be a whole number of at least 10, got 9"),
+        ({"dtype": "int4"}, "dtype must be one of"),
+    ],
+)
+def test_a_parameter_that_makes_no_sense_ends_a_notebook_at_once(wrong, told):
+    with pytest.raises(HatError, match=told):
+        begin(**{"profile": "quick", "seed": 0, **wrong})
 
 
 @pytest.fixture
@@ -42,14 +160,9 @@ def test_run_goes_on_after_failures_and_leaves_the_tree_alone(project):
     done = call("run", "--name", "trial", "--cell-timeout", 3)
 
     assert done.exit_code == 1
-    table = {line.split()[0]: line.split() for line in done.output.split("\n\n")[-1].splitlines()}
-    assert {name: row[1] for name, row in table.items()} == {
-        "notebook": "status",
-        "00_ok": "ok",
-        "01_fails": "FAILED",
-        "02_dies": "FAILED",
-        "03_hangs": "FAILED",
-    }
+    table = {line.split()[0]: line.split() for line in done.output.split("\n\n")[-1].splitlines()[1:]}
+    ends = {"00_ok": "ok", "01_fails": "FAILED", "02_dies": "FAILED", "03_hangs": "FAILED"}
+    assert {name: row[1] for name, row in table.items()} == ends
     assert table["00_ok"][3] == "runs/trial/figures/00_ok"
     assert "cell [3] KeyError: 'no layer'" in done.output
     assert "    | raise KeyError" in done.output and "not reached" not in done.output
@@ -60,29 +173,12 @@ def test_run_goes_on_after_failures_and_leaves_the_tree_alone(project):
     assert "HAT_FIGURES" not in os.environ
 
 
-def test_an_error_hidden_in_a_widget_fails_the_notebook(project):
+def test_a_run_takes_parameters_and_sees_errors_that_a_widget_hides(project):
     show = (
         "from IPython.display import display\nfrom ipywidgets import Output\nout = Output()\ndisplay(out)\n"
         "with out:\n    raise RuntimeError('hidden')"
     )
-    notebook(project / "notebooks/00_widget.ipynb", show)
-    done = call("run", "--name", "trial")
-    assert done.exit_code == 1
-    assert "in a widget's callback: RuntimeError: hidden" in done.output
-
-
-def test_run_passes_parameters(project):
-    notebook(project / "notebooks/00_a.ipynb", "print(capacity, steps)")
-    notebook(project / "notebooks/01_b.ipynb")
-    assert call("run", "0", "--name", "none").exit_code == 1  # a notebook's number has two digits
-    assert call("run", "00", "-p", "capacity=0.5", "-p", "steps=9", "--name", "trial").exit_code == 0
-    ran = nbformat.read(project / "runs/trial/00_a.ipynb", as_version=4)
-    assert ran.cells[-1].outputs[0].text == "0.5 9\n"
-    assert not (project / "runs/trial/01_b.ipynb").exists()
-
-
-def test_unknown_parameter_is_refused_before_anything_starts(project):
-    notebook(project / "notebooks/00_a.ipynb")
+    notebook(project / "notebooks/00_a.ipynb", "print(capacity, steps)", show)
     notebook(project / "notebooks/01_b.ipynb", parameters="steps = 3")
     for assignment, told in {
         "capcity=0.9": "00_a.ipynb has no parameter 'capcity'; it has: capacity, steps, profile",
@@ -91,12 +187,12 @@ def test_unknown_parameter_is_refused_before_anything_starts(project):
     }.items():
         error = call("run", "-p", assignment).exception
         assert isinstance(error, HatError) and told in str(error)
+    assert call("run", "0").exit_code == 1  # a notebook's number has two digits
     assert not (project / "runs").exists()
-
-
-def test_a_run_never_overwrites_another(project):
-    notebook(project / "notebooks/00_a.ipynb")
-    (project / "runs/trial").mkdir(parents=True)
+    done = call("run", "00", "-p", "capacity=0.5", "-p", "steps=9", "--name", "trial")
+    assert done.exit_code == 1 and "in a widget's callback: RuntimeError: hidden" in done.output
+    ran = nbformat.read(project / "runs/trial/00_a.ipynb", as_version=4)
+    assert ran.cells[-2].outputs[0].text == "0.5 9\n" and not (project / "runs/trial/01_b.ipynb").exists()
     assert "exists; choose another --name" in str(call("run", "--name", "trial").exception)
 
 
