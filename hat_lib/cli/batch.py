@@ -49,9 +49,8 @@ def batch(
 
     from joblib import cpu_count
 
+    from hat_lib.workbook.batch import Dask, Local, find_notebook, latest_rows, parse_grid, run_name
     from hat_lib.workbook.batch import batch as carry_out
-    from hat_lib.workbook.batch import find_notebook, latest_rows, parse_grid, run_name
-    from hat_lib.workbook.workers import Dask, Local
 
     path, out = find_notebook(notebook), out.expanduser()
     points = parse_grid(path, grid)

@@ -17,10 +17,9 @@ from typer.testing import CliRunner
 from hat_lib.cli.app import app
 from hat_lib.config import NOTEBOOKS, REPO, HatError
 from hat_lib.experiments.rows import read_rows
-from hat_lib.workbook import batch, workers
-from hat_lib.workbook.batch import carry_out, find_notebook, latest_rows, parse_grid, run_name
+from hat_lib.workbook import batch
+from hat_lib.workbook.batch import Dask, Local, carry_out, find_notebook, latest_rows, parse_grid, run_name
 from hat_lib.workbook.notebooks import Result
-from hat_lib.workbook.workers import Dask, Local
 
 PARAMETERS = 'capacity: float = 0.75\nexit_rate = 0.0\nseed: int = 0\nname = "x"\nrates = [0.1]\nwhen = None'
 
@@ -272,7 +271,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(source, out, monkey
             raise KeyboardInterrupt
 
     monkeypatch.setattr(batch, "run_notebook", stand_in)
-    monkeypatch.setattr(workers, "Local", Interrupted)
+    monkeypatch.setattr(batch, "Local", Interrupted)
     done = hat(source, "--grid", "name=a,b", "--out", out)
     assert done.exit_code == 130 and "finished runs stay, and the same command does the others: hat" in done.output
     assert list(latest_rows(out)) == ["name=a"]
@@ -316,7 +315,7 @@ def test_a_killed_process_of_the_pool_loses_nothing(tmp_path, out):
 
 @pytest.mark.slow
 def test_a_run_that_always_kills_its_worker_takes_no_other_with_it(call, monkeypatch):
-    monkeypatch.setattr(workers, "carry_out", without_kernel)
+    monkeypatch.setattr(batch, "carry_out", without_kernel)
     rows = call("kills beside slow", "slow", "a", engine=Local(2), retries=0)
     # Twice both were broken off, which is nobody's attempt; then each ran alone.
     assert outcome(rows) == {"a": ("ok", 1), "slow": ("ok", 3), "kills beside slow": ("failed", 3)}
@@ -365,7 +364,7 @@ def test_a_killed_dask_worker_loses_nothing(tmp_path, out, scheduler):
 
 @pytest.mark.slow
 def test_what_dask_gives_up_is_handed_in_again_until_its_attempts_are_used_up(call, scheduler, monkeypatch):
-    monkeypatch.setattr(workers, "carry_out", without_kernel)
+    monkeypatch.setattr(batch, "carry_out", without_kernel)
     with Dask(scheduler) as engine:
         engine._client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 0))
         (row,) = call("kills", engine=engine, retries=0)
@@ -376,7 +375,7 @@ def test_what_dask_gives_up_is_handed_in_again_until_its_attempts_are_used_up(ca
 def test_dask_workers_must_suit(monkeypatch):
     from distributed import LocalCluster
 
-    monkeypatch.setattr(workers, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(batch, "CONNECT_SECONDS", 0.5)
     quiet = {"dashboard_address": ":0", "processes": False, "threads_per_worker": 2}
     for count, told in ((0, "has no workers"), (1, "has 2 threads: start workers with --nthreads 1")):
         with LocalCluster(n_workers=count, **quiet) as cluster, pytest.raises(HatError, match=told):
