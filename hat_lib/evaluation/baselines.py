@@ -2,16 +2,10 @@
 
 A router is worth something only if it beats these at equal realised work. Each control is a policy for
 ``with hat.using(policy):``, so it differs from the method in nothing but its decisions; protected tokens and
-layer 0's FFN (token grain) run as ever. `CONTROLS` has them under one signature:
-
-    random    every unit with the same probability (`random_mask`)
-    static    the same channels, or the same FFNs, for every token (`static_choice`)
-    cosine    a layer is skipped where it is predicted to turn the residual stream little (`cosine_rule`)
-    removal   the same whole layers for every token (`layer_removal`)
-
-and `as_in` is the method of another checkpoint, say an untrained one; `RandomExits` is the gates' control. Each is a
-family with one dial, which `matched` turns until the realised capacity on a text is the requested one. On another
-text it may differ, for `cosine_rule` above all: report what was realised there. Exits are off while one is built.
+layer 0's FFN (token grain) run as ever. `CONTROLS` has them under one signature; `as_in` is the method of another
+checkpoint, say an untrained one; `RandomExits` is the gates' control. Each is a family with one dial, which `matched`
+turns until the realised capacity on a text is the requested one. On another text it may differ, for `cosine_rule` above
+all: report what was realised there. Exits are off while one is built.
 """
 
 from __future__ import annotations
@@ -117,12 +111,11 @@ def random_mask(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, s
 
 @torch.no_grad()
 def static_choice(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, seed: int = 0) -> Policy:
-    """The method without its choice per token.
+    """The method without its choice per token: the same channels, or the same FFNs, for every token.
 
     Channel grain: in each site the channels whose score has the largest root mean square on ``blocks``; how many
     is the method's own allocation, ``hat.calibration.shares_at``. The scores are the routers' as they are, trained or
-    not. Token grain: FFNs to drop for every token, see `layer_removal`. The best static choice at a capacity is the
-    better of the two.
+    not. Token grain: `layer_removal`.
     """
     if hat.config.granularity == "token":
         return layer_removal(hat, blocks, capacity, seed)
@@ -272,14 +265,12 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, s
     ShortGPT (Men et al. 2024, arXiv:2403.03853) removes the layers of least Block Influence, 1 - mean cos(stream
     before, stream after); FFN-SkipLLM (Jaiswal et al. 2024, arXiv:2404.03865) skips a token's next FFNs once its
     cosine is high. Here both speak: the cosine across layer l is predicted by a line fitted on held-out text, from
-    the cosine across layer l - 1; where that did not run, from the one predicted for it. One threshold
-    for all layers, so layers find their own shares. All is known when layer l decides, from this token alone.
-    (The last cosine alone, against a threshold, never lets a token run again: a skipped layer's cosine is 1.)
+    the cosine across layer l - 1; where that did not run, from the one predicted for it (by the last cosine alone no
+    token would run again: a skipped layer's is 1). One threshold for all layers, so layers find their own shares.
 
-    Always run: the first layer that is asked (0; at the token grain 1, as nobody asks layer 0), and the last,
-    whose cosine no later layer sees. Channel grain: the decision holds for all four sites, and a token that skips a
-    layer leaves K and V of zero there. Token grain: a cosine spans the FFN and the next layer's attention.
-    ``seed`` is unused.
+    Always run: the first layer that is asked (0; at the token grain 1), and the last, whose cosine no later layer sees.
+    Channel grain: the decision holds for all four sites, and a token that skips a layer leaves K and V of zero there.
+    Token grain: a cosine spans the FFN and the next layer's attention. ``seed`` is unused.
     """
     texts, cosine, n_layers = text_tensors(hat, blocks), StreamCosine(hat), hat.config.n_layers
     across: dict[int, list[Tensor]] = {}

@@ -83,11 +83,7 @@ def prompt_blocks(tokenizer, prompts: Mapping[str, str]) -> list[dict]:
 
 @torch.no_grad()
 def patterns(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, progress: bool = True) -> Patterns:
-    """Run ``hat`` as it is set, and its base, over each block.
-
-    Args:
-        blocks: rows of `load_text` or `prompt_blocks`: ``input_ids``, ``doc``, ``n_context``. One a forward, so there
-            are no pads.
+    """Run ``hat`` as it is set, and its base, over each block, a row of `load_text` or `prompt_blocks`.
 
     Raises `HatError` for ``hat.lm`` in place of ``hat``, no blocks, and a block beyond the base's context.
     """
@@ -148,12 +144,9 @@ def _losses(lm, base: Tensor, ours: Tensor, ids: Sequence[int]) -> dict:
 
 
 def by_class(found: Patterns) -> pd.DataFrame:
-    """A row per `CLASSES` that occurs and per measure of `MEASURES`.
-
-    Returns:
-        ``class``, ``measure``, ``tokens`` (that have a number), ``blocks`` (that they stand in), ``mean``, ``low``,
-        ``high``, ``difference``, ``difference_low``, ``difference_high``.
-    """
+    """A row per `CLASSES` that occurs and per measure of `MEASURES`: ``class``, ``measure``, ``tokens`` (that have a
+    number), ``blocks`` (that they stand in), ``mean``, ``low``, ``high``, ``difference``, ``difference_low``,
+    ``difference_high``."""
     tokens = _free(found)
     codes = pd.Categorical(tokens["class"], categories=list(CLASSES)).codes
     return _table(tokens, codes, pd.DataFrame({"class": list(CLASSES)}))
@@ -188,11 +181,8 @@ def by_quantile(found: Patterns, bins: int = 8) -> pd.DataFrame:
 
 
 def by_layer(found: Patterns) -> pd.DataFrame:
-    """Executed share by layer and site (``site`` "all": over the layer), among the tokens that entered the layer.
-
-    Returns:
-        ``layer``, ``site``, ``tokens``, ``mean``, ``sd`` (over tokens), ``low``, ``high`` (of the mean).
-    """
+    """Executed share by layer and site (``site`` "all": over the layer), among the tokens that entered the layer:
+    ``layer``, ``site``, ``tokens``, ``mean``, ``sd`` (over tokens), ``low``, ``high`` (of the mean)."""
     free = ~found.tokens["protected"].to_numpy()
     values = np.concatenate([found.site_share, found.share[:, None]], axis=1)[:, :, free].astype(float)
     values = values.reshape(-1, values.shape[-1])
@@ -206,11 +196,8 @@ def correlations(found: Patterns) -> pd.DataFrame:
     """Spearman's rank correlation of a token's compute with how hard things are and what skipping added.
 
     Where tokens leave, ``exit_layer`` is compute too, and ``share`` is that of the tokens that stayed: in other layers
-    other shares are usual.
-
-    Returns:
-        ``compute``, ``quantity``, ``of`` ("token" or "next"), ``rho``, ``low``, ``high``, ``tokens``, ``blocks``.
-        Without any variation rho is nan.
+    other shares are usual. Columns ``compute``, ``quantity``, ``of`` ("token" or "next"), ``rho`` (nan without any
+    variation), ``low``, ``high``, ``tokens``, ``blocks``.
     """
     free = _free(found)
     samples = {"share": free[~free["left"]]} | ({"exit_layer": free} if free["left"].any() else {})
@@ -233,14 +220,9 @@ def by_sensitivity(
 ) -> pd.DataFrame:
     """Do tokens cost what was forecast? Pairs of token and layer in bins of equal size by the forecast, at each depth.
 
-    Args:
-        price, forecast: of dropping a token's channels in a layer, ``[L, n]``, in any unit: both are taken relative to
-            the layer's mean.
-        block: of each token ``[n]``.
-
-    Returns:
-        ``bin`` (from 0), ``pairs`` (of a token and a layer), ``forecast`` (mean), ``mean`` (of the prices), ``low``,
-        ``high``, and ``first`` to ``last``, the layers.
+    ``price`` and ``forecast`` of dropping a token's channels in a layer, ``[L, n]``, are in any unit: both are taken
+    relative to the layer's mean. ``block [n]`` is that of each token. Columns ``bin`` (from 0), ``pairs``, ``forecast``
+    (mean), ``mean`` (of the prices), ``low``, ``high``, and ``first`` to ``last``, the layers.
     """
     parts = []
     for layers in np.array_split(np.arange(len(price)), depths):
@@ -259,10 +241,8 @@ def compare_docs(found: Patterns, first: str, second: str) -> pd.DataFrame:
     """Two prompts, or documents: their means, and the difference second - first.
 
     Runs of `RUN` tokens are resampled, in each alone. One prompt is one sample, so an interval says how steady the
-    mean is along this prompt, and nothing about others of its kind.
-
-    Returns:
-        A row per measure: ``measure``, ``first``, ``second``, ``difference``, ``low``, ``high``.
+    mean is along this prompt, and nothing about others of its kind. A row per ``measure``: ``first``, ``second``,
+    ``difference``, ``low``, ``high``. Raises `HatError` for a document without an unprotected token.
     """
     parts, free = [], _free(found)
     for seed, name in enumerate((first, second)):
@@ -277,12 +257,9 @@ def compare_docs(found: Patterns, first: str, second: str) -> pd.DataFrame:
 
 
 def layer_map(found: Patterns, first: int = 0, count: int = 48) -> pd.DataFrame:
-    """The layer × token map of ``count`` tokens from row ``first`` of `Patterns.tokens` on, a row per cell.
-
-    Returns:
-        ``token`` (row), ``text``, ``exit_layer``, ``layer``, ``share`` (nan where the token had left) and
-        ``difference`` to the mean share of the layer over all tokens that are not protected and entered it.
-    """
+    """The layer × token map of ``count`` tokens from row ``first`` of `Patterns.tokens` on, a row per cell: ``token``
+    (row), ``text``, ``exit_layer``, ``layer``, ``share`` (nan where the token had left) and ``difference`` to the mean
+    share of the layer over all tokens that are not protected and entered it."""
     n_layers = len(found.share)
     usual = by_layer(found).query("site == 'all'")["mean"].to_numpy()
     part = found.tokens.iloc[first : first + count]

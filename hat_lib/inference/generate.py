@@ -59,7 +59,7 @@ class Generation:
     prompt_length: int
     """columns of ``ids`` before the first new token"""
     new_tokens: int
-    """in all sequences, end-of-text tokens included, padding after them not"""
+    """in all sequences, end-of-text tokens included"""
     seconds: float
     mode: str
     requested_capacity: float
@@ -129,10 +129,8 @@ class AdaptiveInference:
             target_speedup: in place of ``capacity``: the largest one that reaches it, by `SpeedCurve.capacity_for`.
             mode: "adaptive", or "lossless": ``hat`` drafts, the base decides (`speculate`), one prompt after another.
             temperature: 0 takes the likeliest token; above 0 samples from the whole distribution.
-            measure: whether to measure the realised speedup afterwards, which takes a few seconds; None does with a
-                target and in lossless mode.
-            streamer: as for transformers' `generate`.
-            settings: more of transformers' `generate`, such as ``num_beams``; not in lossless mode.
+            measure: the realised speedup afterwards, for a few seconds; None does with a target and in lossless mode.
+            streamer, settings: as for transformers' `generate`; no settings in lossless mode.
 
         Raises `HatError` for bad input, before anything is generated.
         """
@@ -161,9 +159,8 @@ class AdaptiveInference:
 
     def curve(self, exit_rate: float | None = None, batch: int = 1, *, refresh: bool = False) -> SpeedCurve:
         """Speedup by capacity on this machine; measured on the first call, or to ``refresh`` what the cache has."""
-        rate = self.hat.exit_rate if exit_rate is None else exit_rate
-        how = {"exit_rate": rate, "batch": batch, "plain": lambda: self.plain, "refresh": refresh}
-        return speed_curve(self.hat, self.versus, **how)
+        how = {"exit_rate": self.hat.exit_rate if exit_rate is None else exit_rate, "batch": batch}
+        return speed_curve(self.hat, self.versus, plain=lambda: self.plain, refresh=refresh, **how)
 
     @cached_property
     def plain(self) -> LlamaForCausalLM:
@@ -178,13 +175,13 @@ class AdaptiveInference:
     def _check(self, prompts, capacity, exit_rate, target, mode, settings) -> None:
         if mode not in MODES:
             raise HatError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-        if capacity is not None and target is not None:
-            raise HatError(f"pass a capacity or a target speedup, not both (got {capacity} and {target})")
-        if mode == "lossless" and (target is not None or settings):
-            what = "a target speedup" if target is not None else ", ".join(settings)
-            raise HatError(f"lossless mode takes the capacity of its drafts, not {what}")
         if target is not None:
             check_target(target)
+            if capacity is not None:
+                raise HatError(f"pass a capacity or a target speedup, not both (got {capacity} and {target})")
+        if mode == "lossless" and (target is not None or settings):
+            what = ", ".join(settings) or "a target speedup"
+            raise HatError(f"lossless mode takes the capacity of its drafts, not {what}")
         if not prompts:
             raise HatError("no prompt: expected a text, or a list of texts")
         for prompt in prompts:

@@ -57,28 +57,15 @@ class Speculation:
         return self.new_tokens / (self.passes + drafting)
 
 
-class DraftLength:
-    """How many tokens to draft next: what gives most tokens per unit of work at the acceptance seen so far.
+def best_draft_length(acceptance: float, cost: float) -> int:
+    """How many tokens to draft, 1 to `LONGEST`: what gives most tokens per unit of work.
 
     With acceptance a and a drafting step that costs ``cost`` dense steps, k drafts and one verifying pass give
     ``(1 - a^(k+1)) / (1 - a)`` tokens for ``k cost + 1`` (Leviathan et al. 2022, equation 1 and theorem 3.8). It counts
     work and not seconds, so that one seed gives one result on any machine.
     """
-
-    def __init__(self, cost: float):
-        self.cost = cost
-        self.accepted, self.tested = 1, 2  # a coin's prior, gone after a few rounds
-
-    def __call__(self) -> int:
-        """1 to `LONGEST`."""
-        k = np.arange(LONGEST + 1)
-        tokens = np.power(self.accepted / self.tested, k).cumsum()
-        return 1 + int(np.argmax((tokens / (k * self.cost + 1))[1:]))
-
-    def see(self, accepted: int, drafted: int) -> None:
-        """A round of ``drafted`` tokens ended with ``accepted`` of them; none after the first rejected was tested."""
-        self.accepted += accepted
-        self.tested += min(accepted + 1, drafted)
+    k = np.arange(LONGEST + 1)
+    return 1 + int(np.argmax((np.power(acceptance, k).cumsum() / (k * cost + 1))[1:]))
 
 
 @torch.inference_mode()
@@ -97,11 +84,10 @@ def speculate(
     Args:
         ids: int64 ``[1, T]``, without padding.
         temperature: 0 is greedy; above 0 samples from the base's whole distribution at that temperature.
-        draft_length: tokens a round; None lets `DraftLength` choose.
+        draft_length: tokens a round; None takes `best_draft_length` at the acceptance seen so far.
         streamer: as `generate` takes it: ``put`` of tokens as they are verified, then ``end``.
 
-    Stops at ``max_new_tokens`` or after an end-of-text token. Raises `HatError` for a batch, an empty prompt, and
-    numbers out of range.
+    Stops after an end-of-text token, too. Raises `HatError` for a batch, an empty prompt, and numbers out of range.
     """
     if ids.dim() != 2 or len(ids) != 1 or not ids.shape[1]:
         raise HatError(f"lossless decoding takes one prompt of at least one token, got shape {tuple(ids.shape)}")
@@ -109,7 +95,7 @@ def speculate(
         raise HatError(f"max_new_tokens and draft_length must be at least 1, got {max_new_tokens} and {draft_length}")
     lm, stop = hat.lm, stop_tokens(hat)
     dice, cache = _Dice(temperature, torch.Generator(ids.device).manual_seed(seed)), DynamicCache(config=hat.lm.config)
-    length, accepted, passes, states = None, 0, 1, []
+    cost, accepted, tested, passes, states = None, 0, 0, 1, []
 
     with hat.dense():
         logits = lm(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[0]
@@ -118,7 +104,9 @@ def speculate(
         streamer.put(ids.cpu())
         streamer.put(new[0].cpu())
     while len(new) < max_new_tokens and int(new[-1]) not in stop:
-        n = draft_length or (length() if length else 1)  # the first round shows what a step costs
+        n = draft_length or 1
+        if cost is not None and draft_length is None:  # which the first round shows
+            n = best_draft_length((accepted + 1) / (tested + 2), cost)  # a coin's prior, gone after a few rounds
         n = min(n, max_new_tokens - len(new) - 1)
         drafts, odds = [], []
         with hat.collect() as steps:
@@ -128,7 +116,7 @@ def speculate(
                 drafts.append(dice.throw(odds[-1]))
         states += steps
         if n:
-            length = length or DraftLength(state_cost(hat, steps[0]).model_share)
+            cost = state_cost(hat, steps[0]).model_share if cost is None else cost
             cache.crop(-n)
         with hat.dense():
             logits = lm(input_ids=torch.cat([new[-1], *drafts])[None], cache=cache, use_cache=True).logits[0]
@@ -145,8 +133,7 @@ def speculate(
         fresh = fresh[: next((i for i, t in enumerate(fresh, 1) if int(t) in stop), len(fresh))]
         new += fresh
         accepted += kept
-        if n:
-            length.see(kept, n)
+        tested += min(kept + 1, n)  # nothing after the first rejected was
         for token in fresh if streamer is not None else ():
             streamer.put(token.cpu())
     if streamer is not None:

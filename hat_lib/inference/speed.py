@@ -161,7 +161,7 @@ def speed_curve(
         exit_rate: requested, at every capacity.
         batch: sequences that decode together.
         plain: gives the same base in plain transformers, and is asked for versus "hf" alone.
-        refresh: measure anew, whatever the cache has, as after a cooler was cleaned or a neighbour moved out.
+        refresh: measure anew, whatever the cache has.
 
     Warns where the cache cannot be written: the curve is good, and measured again next time.
     """
@@ -241,9 +241,8 @@ def _machine(hat: HierarchicalTransformer) -> str:
 
 def _key(hat: HierarchicalTransformer, versus: str, exit_rate: float, batch: int) -> dict:
     """All that a curve depends on."""
-    adapter = hashlib.sha256()
-    for name, parameter in sorted(hat.hat_parameters().items()):
-        adapter.update(name.encode() + parameter.detach().cpu().contiguous().numpy().tobytes())
+    parameters = sorted(hat.hat_parameters().items())
+    adapter = b"".join(name.encode() + p.detach().cpu().contiguous().numpy().tobytes() for name, p in parameters)
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return {
@@ -252,7 +251,7 @@ def _key(hat: HierarchicalTransformer, versus: str, exit_rate: float, batch: int
         "base": hat.base.fingerprint,
         "config": hat.config.to_dict(),
         "calibration": hat.calibration and asdict(hat.calibration),
-        "adapter": adapter.hexdigest(),
+        "adapter": hashlib.sha256(adapter).hexdigest(),
         "cpu": f"{platform.machine()} {names[0] if names else platform.processor()} {os.cpu_count()}",
         "machine": _machine(hat),
         "versus": versus,
@@ -264,10 +263,9 @@ def _key(hat: HierarchicalTransformer, versus: str, exit_rate: float, batch: int
 @cache
 def _code() -> str:
     """SHA-256 of the source that decodes and that times, where a version would stay the same from edit to edit."""
-    root, found = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(p for package in ("model", "engine", "inference") for p in (root / package).glob("*.py")):
-        found.update(path.read_bytes())
-    return found.hexdigest()
+    root, packages = Path(__file__).parents[1], ("model", "engine", "inference")
+    source = b"".join(path.read_bytes() for p in packages for path in sorted((root / p).glob("*.py")))
+    return hashlib.sha256(source).hexdigest()
 
 
 def _read(path: Path) -> SpeedCurve | None:

@@ -61,13 +61,9 @@ def load_text(
         stride: tokens that each further window of a document adds; None is ``block_size``, no overlap.
         max_tokens: stop after this many tokens, context not counted; the last block may be cut short.
 
-    Returns:
-        Rows ``input_ids`` (list of 2 to block_size ints), ``doc`` (document id) and ``n_context`` (int).
-        A block's first token is never scored when ``n_context`` is 0, for nothing precedes it.
-
-    Raises:
-        HatError: an unknown source or split, an unreadable file (with the line or byte), fewer than two
-            tokens in all, a bad size, or a Hub that cannot be reached.
+    Returns rows ``input_ids`` (list of 2 to block_size ints), ``doc`` (document id) and ``n_context`` (int). Raises
+    `HatError` for an unknown source or split, an unreadable file (with the line or byte), fewer than two tokens in all,
+    a bad size, and a Hub that cannot be reached.
     """
     if tokenizer is None:
         raise HatError("load_text needs a tokenizer: pass that of the base")
@@ -116,11 +112,7 @@ def source_bytes(source: str | Path, split: str) -> int | None:
 
 
 def windows(length: int, block_size: int, stride: int) -> Iterator[tuple[int, int]]:
-    """``(start, n_context)`` of each window over ``length`` tokens; every token is new in exactly one.
-
-    >>> list(windows(10, block_size=4, stride=2))
-    [(0, 0), (2, 2), (4, 2), (6, 2)]
-    """
+    """``(start, n_context)`` of each window over ``length`` tokens; every token is new in exactly one."""
     start = covered = 0
     while covered < length:
         yield start, covered - start

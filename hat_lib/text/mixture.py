@@ -48,8 +48,7 @@ def training_text(
         base: plain, without a `HierarchicalTransformer` on it; ``self`` is sampled from it.
         text: sources joined by +: ``self``, or those of `load_text`, whose train split is taken.
 
-    Returns:
-        Rows of `load_text`, and ``index``, the number of the row. A short source gives what it has.
+    Returns rows of `load_text`, and ``index``, the number of the row. A short source gives what it has.
     """
     names, rows = sources(text), []
     each = max(2, tokens // len(names))
@@ -74,7 +73,6 @@ def self_text(
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
-    cache: bool = True,
 ) -> Dataset:
     """Blocks of text sampled from ``base``.
 
@@ -89,14 +87,10 @@ def self_text(
         block_size: tokens in every block, from 2 to the base's context.
         batch_size: blocks that are sampled at once. Changing it changes the text.
         seed: at least 0.
-        cache: keep batches under ``cache_dir()/self_text``, by all that changes them (the base by its fingerprint), and
-            read them from there; damaged ones are made again.
 
-    Returns:
-        The rows of `load_text`: ``input_ids`` (block_size ints), ``doc`` ("self-SEED:ROW") and ``n_context`` (0).
-
-    Raises:
-        HatError: a bad size, a base that carries a HierarchicalTransformer, or a cache that cannot be written.
+    Batches are kept under ``cache_dir()/self_text``, by all that changes them; damaged ones are made again.
+    Returns rows of `load_text`, whose ``doc`` is "self-SEED:ROW". Raises `HatError` for a bad size, a base that carries
+    a HierarchicalTransformer, and a cache that cannot be written.
     """
     for name, value, least in (("tokens", tokens, 2), ("batch_size", batch_size, 1), ("seed", seed, 0)):
         check_count(name, value, least)
@@ -111,13 +105,12 @@ def self_text(
     n_rows = -(-tokens // block_size)
     files = [folder / f"{batch:05d}.npz" for batch in range(-(-n_rows // batch_size))]
 
-    batches = [_read(file, shape, vocab_size) if cache else None for file in files]
+    batches = [_read(file, shape, vocab_size) for file in files]
     missing = [batch for batch, ids in enumerate(batches) if ids is None]
     total = len(missing) * batch_size * block_size
     with tqdm(total=total, desc="self text", unit="token", disable=not progress or not missing) as bar:
         for batch in missing:
-            sample = partial(_sample, base, shape, [seed, batch], bar)
-            batches[batch] = _write(files[batch], sample) if cache else sample()
+            batches[batch] = _write(files[batch], partial(_sample, base, shape, [seed, batch], bar))
     docs = [f"self-{seed}:{row}" for row in range(n_rows)]
     ids = np.concatenate(batches)[:n_rows].tolist()
     return Dataset.from_dict({"input_ids": ids, "doc": docs, "n_context": [0] * n_rows})

@@ -25,7 +25,6 @@ from hat_lib.evaluation.baselines import (
     cosine_rule,
     exit_shares,
     layer_damage,
-    layer_removal,
     matched,
     random_mask,
     realised_capacity,
@@ -92,7 +91,7 @@ def policy(built, hat, request):
 
 
 def clear_of_cosines(hat, policy):
-    seen = np.sort(np.concatenate([np.ravel(p) for p in predictions(hat, policy, torch.tensor(blocks(7, 3, 14)))]))
+    seen = np.sort(np.concatenate([np.ravel(p) for p in predictions(hat, policy, IDS)]))
     near = seen[np.abs(seen - policy.threshold) < 0.01]
     gap = np.diff(near).argmax()
     assert np.diff(near)[gap] > 1e-4
@@ -268,18 +267,11 @@ class TestRemoval:
             states = channels.lm(IDS, output_hidden_states=True).hidden_states
         assert torch.equal(states[3][:, 2:], states[2][:, 2:]) and not torch.equal(states[3][:, :2], states[2][:, :2])
 
-    def test_goes_by_damage(self, channels, monkeypatch):
-        monkeypatch.setattr(controls, "layer_damage", lambda *_: {0: 0.9, 1: 0.1, 2: 0.3, 3: 0.2})
-        policy = layer_removal(channels, blocks(), 1 - 62 / 64 / 2)
-        assert {layer: draw.share for layer, draw in policy.draw.items()} == pytest.approx({1: 0, 3: 0}, abs=0.02)
-
     def test_a_token_runs_all_sites_of_a_layer_or_none(self, channels):
         found = masks(channels, Layers({1: 0.4}, seed=1), IDS)
-        whole = found[1, "qkv"][..., 0]
+        whole = found[1, "qkv"][..., :1]
         assert 0.2 < float(whole[:, 2:].float().mean()) < 0.7
-        assert all(
-            torch.equal(found[1, site], whole[..., None].expand_as(found[1, site])) for site in channels.grain.sites
-        )
+        assert all(torch.equal(found[1, s], whole.expand_as(found[1, s])) for s in channels.grain.sites)
 
 
 def state(batch, n):
@@ -336,16 +328,13 @@ class TestCosine:
         assert keep == [[True] * 3, [False, True, False], [True] * 3, [True] * 3]
         # The cosine of .5 across layer 1 says nothing of tokens 0 and 2, which skipped it.
         policy.threshold = 0.69
-        again = [
-            policy(layer, "qkv", at(min(layer, 2)), None, s)[:, 0].tolist() for s in [state(1, 3)] for layer in range(3)
-        ]
-        assert again[2] == [True, True, False]
+        st = state(1, 3)
+        assert [policy(i, "qkv", at(i), None, st)[:, 0].tolist() for i in range(3)][2] == [True, True, False]
 
     def test_other_sites_follow(self, channels, built):
         found = masks(channels, built["channel"]["cosine"], IDS)
-        for layer in range(4):
-            whole = found[layer, "qkv"][..., :1]
-            assert all(torch.equal(found[layer, s], whole.expand_as(found[layer, s])) for s in channels.grain.sites)
+        for (layer, _), keep in found.items():
+            assert torch.equal(keep, found[layer, "qkv"][..., :1].expand_as(keep))
         assert found[0, "o"].all() and found[3, "o"].all() and not found[2, "o"].all()
 
 

@@ -205,8 +205,7 @@ class TestCompare:
         assert (0.93 if n == 40 else 0.9) <= hits / 800 <= 0.97
 
     def test_weighs_by_tokens(self):
-        base = Score(np.array([10.0, 1000.0]), np.array([10, 1000]))
-        adaptive = Score(np.array([20.0, 1000.0]), np.array([10, 1000]))
+        base, adaptive = (Score(np.array([first, 1000.0]), np.array([10, 1000])) for first in (10.0, 20.0))
         found = compare(base, adaptive)
         assert found.increase == pytest.approx(np.expm1(10 / 1010))
         # The extremes are one block, or the other, drawn twice.
@@ -240,14 +239,6 @@ def test_agreement_by_hand(hat, blocks, base_score):
     assert found.kl == pytest.approx(float(divergence.mean()), rel=1e-3) and found.kl > 0.01
 
 
-def test_exits_alone_are_noticed(blocks):
-    hat = skipping("channel")
-    exits = {1: torch.ones(1, 64, dtype=torch.bool)}
-    with hat.force(Masks({}, exits)):
-        found = score_pair(hat, blocks[:2])[1].agreement
-    assert found.kl > 0.01 and found.top1 < 1
-
-
 def llama_like_tokenizer():
     """Begins a text with BOS, puts a space before it, and takes that away on decoding."""
     words = ["<s>", "\u2581The", "\u2581fox", "\u2581is", "\u2581\u00e9trange"]
@@ -271,11 +262,9 @@ class TestBytes:
     def test_windows_of_a_document_add_up(self, tiny_base, tmp_path):
         text = "na\u00efve \u20ac5 \U0001f600 " * 20
         (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-        whole = load_text(tmp_path / "a.txt", tiny_base.tokenizer, split="train", block_size=1000)
-        (expected,) = text_bytes(whole, tiny_base.tokenizer)
-        for stride in (7, 10, 20):
-            cut = load_text(tmp_path / "a.txt", tiny_base.tokenizer, split="train", block_size=40, stride=stride)
-            assert text_bytes(cut, tiny_base.tokenizer).sum() == expected == len(whole[0]["input_ids"]) - 1
+        for stride in (7, 20):
+            cut = load_text(tmp_path / "a.txt", tiny_base.tokenizer, split="all", block_size=40, stride=stride)
+            assert text_bytes(cut, tiny_base.tokenizer).sum() == len(text.encode()) - 1
 
     def test_no_space_before_a_text_and_none_lost_within(self):
         tokenizer = llama_like_tokenizer()

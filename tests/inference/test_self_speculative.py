@@ -7,7 +7,7 @@ from tiny_runs import adaptive
 from transformers import TextStreamer
 
 from hat_lib.config import DATA, HatError
-from hat_lib.inference.self_speculative import DraftLength, _Dice, speculate
+from hat_lib.inference.self_speculative import _Dice, best_draft_length, speculate
 from hat_lib.model.policies import Random
 from hat_lib.model.transformer import HierarchicalTransformer
 
@@ -118,14 +118,8 @@ def test_one_seed_one_text_and_it_streams(hat, capsys):
 
 def test_draft_length_maximises_tokens_per_work():
     """By hand at a = 1/2, c = 0.1: k = 1: 1.5/1.1, 2: 1.75/1.2, 3: 1.875/1.3, 4: 1.9375/1.4; the second is best."""
-    assert DraftLength(0.1)() == 2
-    good, bad, length = DraftLength(0.05), DraftLength(0.9), DraftLength(0.5)
-    for _ in range(50):
-        good.see(4, 4)
-        bad.see(0, 4)
-    assert good() == 8 and bad() == 1
-    length.see(1, 5)  # the second draft was rejected; the last three were never looked at
-    assert (length.accepted, length.tested) == (2, 4)
+    assert best_draft_length(0.5, 0.1) == 2
+    assert best_draft_length(0.99, 0.05) == 8 and best_draft_length(0.02, 0.9) == 1
 
 
 @pytest.mark.parametrize(
