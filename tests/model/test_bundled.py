@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from test_transformer import stepwise
 
 from hat_lib.backbone.base import exact_hash, load_base
 from hat_lib.config import DATA, HatConfig
@@ -72,17 +72,11 @@ def test_decode_equals_parallel_at_three_quarters(hat):
     with hat.record():
         parallel = hat.lm(ids).logits
     assert abs(hat.trace.capacity - 0.75) < 0.05
-    cache, steps = DynamicCache(config=hat.lm.config), []
     with hat.force(hat.trace.masks):
-        for t in range(ids.shape[1]):
-            steps.append(hat.lm(input_ids=ids[:, t : t + 1], cache=cache, use_cache=True).logits)
-    own, cache = [], DynamicCache(config=hat.lm.config)
+        steps = stepwise(hat.lm, ids)
     with hat.dense():
-        dense = hat.lm(ids).logits
-        for t in range(ids.shape[1]):
-            own.append(hat.lm(input_ids=ids[:, t : t + 1], cache=cache, use_cache=True).logits)
-    bound = 4 * float((torch.cat(own, 1) - dense).abs().max())
-    assert float((torch.cat(steps, 1) - parallel).abs().max()) <= max(bound, 1e-4)
+        bound = 4 * float((stepwise(hat.lm, ids) - hat.lm(ids).logits).abs().max())
+    assert float((steps - parallel).abs().max()) <= max(bound, 1e-4)
 
 
 @pytest.mark.slow

@@ -83,19 +83,18 @@ def damage(folder, change):
     (folder / CONFIG_FILE).write_text(json.dumps(meta))
 
 
-def set_at(path, value):
-    """A change that sets ``meta[a][b]...`` for the path "a.b...", or deletes it for ``...``."""
+def set_at(folder, path, value):
+    """Set ``meta[a][b]...`` for the path "a.b...", or delete it for ``...``."""
 
     def change(meta):
         *parents, last = [int(k) if k.isdigit() else k for k in path.split(".")]
         for key in parents:
             meta = meta[key]
+        meta[last] = value
         if value is ...:
             del meta[last]
-        else:
-            meta[last] = value
 
-    return change
+    damage(folder, change)
 
 
 def replace_adapter(folder, payload):
@@ -152,14 +151,14 @@ def test_published_checkpoints_are_read(folder):
 @pytest.mark.parametrize("version", [..., 0, checkpoint.FORMAT_VERSION])
 def test_what_an_older_version_did_not_have_takes_its_default(folder, version):
     before = read_checkpoint(folder)
-    tables = dict.fromkeys(("exit_capacities", "exit_rates", "exit_scores"), ...)
+    tables = dict.fromkeys(EXIT_TABLES)
     config = (f"config.{name}" for name in ("exit_rate", "capacity", "granularity", "protected_tokens"))
     for path in ("training", "calibration.method", *(f"calibration.{name}" for name in tables), *config):
-        damage(folder, set_at(path, ...))
-    damage(folder, set_at("format_version", version))
+        set_at(folder, path, ...)
+    set_at(folder, "format_version", version)
     found = read_checkpoint(folder)
     assert found.config == HatConfig(4, exit_layers=(2,))
-    assert found.calibration == replace(before.calibration, method="damage", **dict.fromkeys(tables))
+    assert found.calibration == replace(before.calibration, method="damage", **tables)
     assert found.training is None
 
 
@@ -249,6 +248,8 @@ def test_what_is_no_file(folder, base, name):
     file = folder / name
     file.rename(folder / "elsewhere")
     refused(folder, base, f"{name} is missing")
+    torch.save({KEY: torch.zeros(64)}, folder / "pytorch_model.bin")
+    refused(folder, base, "pytorch_model.bin is a pickle")  # and never opened
     kinds = [Path.mkdir, lambda path: path.symlink_to("nowhere")]
     if hasattr(os, "mkfifo"):  # reading one would wait for ever
         kinds.append(os.mkfifo)
@@ -280,47 +281,30 @@ def test_the_home_folder(pristine, tmp_path, monkeypatch):
     assert (tmp_path / "mine" / CONFIG_FILE).is_file() and read_checkpoint("~/mine").base == "random:tiny"
 
 
-def test_a_pickle_is_never_opened(tmp_path, base):
-    torch.save({KEY: torch.zeros(64)}, tmp_path / "pytorch_model.bin")
-    refused(tmp_path, base, "pytorch_model.bin is a pickle")
-
-
 NO_EXITS = dict.fromkeys(EXIT_TABLES)
-
-
-def table(found, **changes):
-    return replace(found.calibration, **changes)
 
 
 @pytest.mark.parametrize(
     "config, tables, words",
     [
-        ({"n_layers": 5}, lambda found: None, "the config is for 5 layers, random:tiny has 4"),
-        ({"translator_rank": 10**13}, lambda found: None, "translator_rank must be at most 64, the hidden size of"),
-        ({}, lambda found: read_checkpoint(OLD / "token").calibration, r"calibration.sites must be \['qkv',"),
-        (
-            {},
-            lambda found: table(found, thresholds=found.calibration.thresholds[:3]),
-            "calibration.thresholds must have 4 entries, got 3",
-        ),
-        (
-            {"exit_layers": (1, 2)},
-            lambda found: found.calibration,
-            r"calibration.exit_scores\[0\]\[0\] must have 2 entries, got 1",
-        ),
-        ({"exit_layers": (), "exit_rate": 0.2}, lambda found: table(found, **NO_EXITS), "without exit layers"),
-        ({"exit_rate": 0.2}, lambda found: table(found, **NO_EXITS), "needs trained exit gates"),
+        ({"n_layers": 5}, None, "the config is for 5 layers, random:tiny has 4"),
+        ({"translator_rank": 10**13}, None, "translator_rank must be at most 64, the hidden size of"),
+        ({}, {"sites": ["ffn"]}, r"calibration.sites must be \['qkv',"),
+        ({}, {"thresholds": [[[0.0]]]}, "calibration.thresholds must have 4 entries, got 1"),
+        ({"exit_layers": (1, 2)}, {}, r"calibration.exit_scores\[0\]\[0\] must have 2 entries, got 1"),
+        ({"exit_layers": (), "exit_rate": 0.2}, NO_EXITS, "without exit layers"),
+        ({"exit_rate": 0.2}, NO_EXITS, "needs trained exit gates"),
     ],
 )
 def test_a_constructor_that_fails_leaves_the_base_clean(base, config, tables, words):
-    found = read_checkpoint(OLD / "channel")
+    calibration = tables if tables is None else replace(read_checkpoint(OLD / "channel").calibration, **tables)
     config = HatConfig(**{"n_layers": 4, "exit_layers": (2,), "capacity": 0.6, **config})
     with pytest.raises(HatError, match=words):
-        HierarchicalTransformer(base, config, tables(found))
+        HierarchicalTransformer(base, config, calibration)
     hat = HierarchicalTransformer(base, HatConfig(4))
     if "calibration" in words and config.exit_layers == (2,):
         with pytest.raises(HatError, match=words):
-            hat.calibration = tables(found)
+            hat.calibration = calibration
         assert hat.calibration is None
     hat.unload()
 
@@ -391,13 +375,13 @@ def test_no_json(folder, base, text):
     ],
 )
 def test_wrong_json(folder, base, path, value, words):
-    damage(folder, set_at(path, value))
+    set_at(folder, path, value)
     refused(folder, base, CONFIG_FILE, words)
 
 
 def test_exit_tables_and_all_others_are_checked(folder, base):
     for name in ("exit_capacities", "exit_rates", "exit_scores"):
-        damage(folder, set_at(f"calibration.{name}", None))
+        set_at(folder, f"calibration.{name}", None)
     refused(folder, base, "exit_rate 0.25 needs trained exit gates, but calibration.exit_rates is null")
     assert {*TABLES, "sites", "method", "text"} == {field.name for field in fields(Calibration)}
 
