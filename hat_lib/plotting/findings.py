@@ -129,9 +129,7 @@ def speeds(promise: pd.DataFrame) -> Figure:
         style.log_axis(ax, [1, 1.5, 2, 3, 4, 6])
         ax.grid(axis="y", visible=False)
     first, ax = panels[0]
-    labels = [f"{r.granularity} {r.capacity:.2f} (ran {r.realised:.2f})" for r in first.itertuples()]
-    ax.set_yticks(range(len(first)), labels)
-    ax.invert_yaxis()
+    style.named_rows(ax, [f"{r.granularity} {r.capacity:.2f} (ran {r.realised:.2f})" for r in first.itertuples()])
     names = [key("published", **PUBLISHED), key("if time followed work", marker="|", markersize=11, markeredgewidth=2)]
     names += [key("skipping: over our own dense path", BLUE, line="-", linewidth=6, alpha=0.5)]
     names += [key("all of it: over plain transformers", GREY, "o", "-", markersize=5)]
@@ -174,11 +172,9 @@ def choices(ablations: pd.DataFrame) -> Figure:
             style.whiskers(ax, at, 1 + here[COST].iloc[[i]], colour, marker, across=True, markerfacecolor=fill)
         fine = here["increase_high"].max() < 0.3
         style.log_axis(ax, [1, 1.05, 1.1, 1.15, 1.2, 1.25] if fine else [1, 2, 5, 10, 20, 50, 100, 200], "x{x:g}")
-        ax.grid(axis="y", visible=False)
-        ax.set_yticks(range(len(names)), names)
+        style.named_rows(ax, names)
         grain, capacity = here[["granularity", "capacity"]].iloc[0]
         ax.set(title=f"{grain} grain at {capacity:g}", xlabel="perplexity / base perplexity")
-        ax.invert_yaxis()
     style.below(fig, [key(text, *look) for text, look in TEXTS.items()])
     return fig
 

@@ -95,9 +95,7 @@ def lossless(table: pd.DataFrame) -> Figure:
     speed.axvline(1, color=GREY, linewidth=1)
     speed.set(xlabel="speed over our own dense path (times)")
     for ax, labels in (stood, kinds), (speed, [*TIMES.values(), "our drafts, by work alone"]):
-        ax.set_yticks(range(len(labels)), labels)
-        ax.invert_yaxis()
-        ax.grid(axis="y", visible=False)
+        style.named_rows(ax, labels)
     style.below(fig, names)
     return fig
 

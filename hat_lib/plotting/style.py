@@ -269,6 +269,13 @@ def above(ax: Axes, columns: int) -> None:
     ax.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1))
 
 
+def named_rows(ax: Axes, names: list[str]) -> None:
+    """A row for each name, from the top."""
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+
+
 def log_axis(ax: Axes, ticks: list[float], label: str = "{x:g}") -> None:
     """A horizontal log axis with these ticks and no other."""
     ax.set_xscale("log")

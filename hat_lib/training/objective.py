@@ -30,11 +30,9 @@ Thresholds = Callable[[float], dict[tuple[int, str], float]]
 
 
 class Relaxed:
-    """Policy of training: hard decisions with a soft gradient; sums up what share of the work was kept.
+    """Policy of training: hard decisions with a soft gradient, at score thresholds by (layer, site).
 
-    Args:
-        thresholds: score thresholds by (layer, site).
-        keys: one tuple of integers per sequence, the seed of its noise.
+    ``keys`` seed the noise, a tuple of integers per sequence. Sums up what share of the work was kept.
     """
 
     def __init__(self, hat: HierarchicalTransformer, thresholds: dict, keys: list[tuple[int, ...]], recipe: Recipe):
@@ -102,13 +100,7 @@ class Objective(nn.Module):
                 gate.expand.requires_grad_(False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, index: Tensor, step: int, steps: int) -> dict:
-        """Losses and metrics of one micro-batch.
-
-        Args:
-            input_ids, attention_mask: int64 ``[B, T]``, right-padded.
-            index: int64 ``[B]``, which sample of the data each row is.
-            step, steps: optimizer step and the number of them.
-        """
+        """Losses and metrics of one micro-batch, as from `collate`, in one of ``steps`` optimizer steps."""
         capacity = self.recipe.sampled_capacity(step, steps)
         keys = [(self.recipe.seed, step, int(i)) for i in index]
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -64,15 +64,9 @@ def decoupled_gumbel_softmax(
 
 
 def channel_gate(
-    x: Tensor,
-    log_scale: Tensor,
-    cut: Tensor,
-    *,
-    temperature: float,
-    threshold_scale: Tensor,
-    protected: Tensor,
+    x: Tensor, log_scale: Tensor, cut: Tensor, *, temperature: float, threshold_scale: Tensor, protected: Tensor,
     counted: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Zero the input channels whose score is at or below the threshold: ``keep = |x| > cut``.
 
     The score of channel i is ``|x_i| * norm_i * exp(log_scale_i)``; dividing the threshold by the last two gives

@@ -179,12 +179,10 @@ def train_phase(
 
     Args:
         blocks: rows of `training_text`.
-        phase: "routers" or "exit".
-        thresholds: see `Objective`.
+        phase, thresholds: as for `Objective`.
         resume: go on from the newest sound checkpoint of this phase, if there is one.
         max_minutes: stop, saved, at the first step past this many minutes.
         max_steps: fewer steps than the epochs give; -1 for all.
-        callbacks: more of Trainer's, such as `hat_lib.plotting.training.Live`.
 
     Raises `HatError` at the first loss or gradient that is not finite. At Ctrl-C and at SIGTERM the step is finished
     and saved; SIGTERM is then raised again, for whoever handled it before.
@@ -259,7 +257,7 @@ def end_training(hat: HierarchicalTransformer) -> None:
 
 
 def collate(rows: list[dict]) -> dict[str, Tensor]:
-    """Blocks to ``input_ids, attention_mask [B, T]``, right-padded, and ``index [B]``; int64."""
+    """Blocks to ``input_ids, attention_mask [B, T]``, right-padded, and ``index [B]``, of the sample; int64."""
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
     index = torch.tensor([row["index"] for row in rows])
