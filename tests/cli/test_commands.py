@@ -146,15 +146,6 @@ def test_token_grain_warns_in_one_line_and_a_checkpoint_has_the_capacity_that_wa
     assert [line.split(" at ")[0] for line in err.splitlines()] == ["warning: token grain"]
 
 
-def test_sampling_is_repeatable_by_seed(hat):
-    def sample(seed, temperature=1.0):
-        options = ("--temperature", temperature, "--seed", seed, "--max-new-tokens", 12)
-        return hat("generate", *DENSE, "--prompt", PROMPT, *options)[1].rpartition("\n[")[0]
-
-    assert sample(1) == sample(1) != sample(2)
-    assert sample(1, 0) == sample(2, 0)
-
-
 @pytest.mark.slow
 def test_prompt_from_stdin(python_m):
     done = python_m("hat_lib", "generate", *DENSE, "--prompt", "-", "--max-new-tokens", "1", input=b"Line 1,\nline 2")

@@ -1,4 +1,4 @@
-"""Notebooks in a real browser: JupyterLab runs 06 and 07 and every slider answers to keys; then Notebook 7 and Voila.
+"""Notebooks in a real browser: JupyterLab runs 07 and every slider answers to keys; then Notebook 7 and Voila.
 
 Needs a Chromium on the path (on Debian and Ubuntu: apt install chromium). Pictures of what was seen are kept in
 ``$HAT_SCREENSHOTS``, by default a temporary folder of pytest's.
@@ -29,11 +29,10 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium on the path: apt install chromium"),
 ]
 
-SWEEP, PATTERNS, SHORT = "06_capacity_sweep.ipynb", "07_routing_patterns.ipynb", "07_short.ipynb"
+PATTERNS, SHORT = "07_routing_patterns.ipynb", "07_short.ipynb"
 LAST = "no protected token left, and nothing in the base trains: True"  # what 07 prints in its last cell
 BADGE, ICONS = "https://colab.research.google.com/assets/colab-badge.svg", "https://cdn.jsdelivr.net/npm/@fortawesome"
-QUALITY = pd.read_csv(DATA / "results" / "quality.csv")
-POINTS = points(QUALITY).set_index(["capacity", "exit_rate"])
+POINTS = points(pd.read_csv(DATA / "results" / "quality.csv")).set_index(["capacity", "exit_rate"])
 CAPACITIES, EXIT_RATES = (sorted(POINTS.index.unique(name)) for name in POINTS.index.names)
 
 RUN_ALL = """name => {
@@ -56,8 +55,8 @@ def home(tmp_path_factory):
     """A folder with copies of the notebooks, without outputs: what a page then shows is what ran in it."""
     folder = tmp_path_factory.mktemp("jupyter")
     (folder / "notebooks").mkdir()
-    for source, name in ((SWEEP, SWEEP), (PATTERNS, PATTERNS), (PATTERNS, SHORT)):
-        nb = nbformat.read(NOTEBOOKS / source, as_version=4)
+    for name in (PATTERNS, SHORT):
+        nb = nbformat.read(NOTEBOOKS / PATTERNS, as_version=4)
         for cell in code_cells(nb):
             cell.outputs, cell.execution_count = [], None
             if name == SHORT and "parameters" in cell.metadata.get("tags", ()):
@@ -155,19 +154,6 @@ def says_point(view, capacity, exit_rate=0.0):
 
 
 # --- JupyterLab ---
-
-
-def test_lab_runs_06_and_shows_its_claims_and_figures(new_page, address):
-    stored = [output for cell in code_cells(nbformat.read(NOTEBOOKS / SWEEP, as_version=4)) for output in cell.outputs]
-    claims = [line for output in stored for line in output.get("text", "").splitlines() if line.endswith(" True")]
-    figures = sum("image/png" in output.get("data", ()) for output in stored)
-    with new_page("06_lab") as page:
-        run_all(page, address, "lab/tree", SWEEP)
-        shown = "\n".join(page.locator(".jp-OutputArea-output").all_text_contents())
-        assert f"{len(QUALITY)} points, {QUALITY['tokens'].sum():,} scored tokens" in shown
-        assert len(claims) >= 5 and [claim for claim in claims if claim not in shown] == []
-        assert page.locator(".jp-OutputArea-output img").count() == figures >= 4
-        assert page.away <= {BADGE}
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from hat_lib.workbook.notebooks import (
     WIDGET_VIEW,
     clean,
     clean_file,
-    errors,
     parse_parameters,
     results,
     run_notebook,
@@ -301,13 +300,3 @@ def test_the_record_of_a_run_is_not_cleaned_into_the_workbook(dirty, tmp_path, t
     with pytest.raises(HatError, match=f"00_a.ipynb: a cell that papermill added .{tag}."):
         clean_file(path)
     assert path.read_bytes() == before
-
-
-def test_errors_finds_plain_and_hidden_ones():
-    v4 = nbformat.v4
-    error = v4.new_output("error", ename="ValueError", evalue="line one\nline two", traceback=[])
-    nb = v4.new_notebook(cells=[v4.new_markdown_cell(""), v4.new_code_cell(execution_count=2, outputs=[error])])
-    assert list(errors(nb)) == ["cell [2] ValueError: line one line two"]
-    nb.cells[1].outputs = []
-    nb.metadata["widgets"] = {WIDGET_STATE: {"state": {"a": {"state": {"outputs": [error]}}, "b": {}}}}
-    assert list(errors(nb)) == ["in a widget's callback: ValueError: line one line two"]
