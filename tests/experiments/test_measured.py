@@ -57,12 +57,7 @@ def write_quality(folder, points):
 def test_turns_are_interleaved_and_ratios_paired():
     order, fake = [], {"a": iter([9, 2.0, 4.0, 8.0]), "b": iter([9, 1.0, 1.0, 1.0])}
     variants = [Variant(n, None, torch.inference_mode) for n in "ab"]
-
-    def once(v):
-        order.append(v.name)
-        return next(fake[v.name])
-
-    take_turns(variants, once, rounds=3)
+    take_turns(variants, lambda v: order.append(v.name) or next(fake[v.name]), rounds=3)
     assert order == list("baabbaab") and variants[0].times == [2.0, 4.0, 8.0]  # the warm-up is not counted
     assert ratio(*variants) == 4.0
 
