@@ -1,0 +1,114 @@
+"""Decoder: the engine of one base. Takes a few tokens and a cache, gives their logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from hat_lib.engine import team
+from hat_lib.engine.cache import room_for
+from hat_lib.engine.kernels import LEAVES
+from hat_lib.engine.step import FFN, Decisions, Rows, Scratch, decode_step
+from hat_lib.engine.weights import as_numpy, pack
+
+ROWS = 8
+"""tokens at a time, at most"""
+
+
+class Decoder:
+    """Runs `decode_step` on a base.
+
+    Args:
+        lm: a `LlamaForCausalLM` on the CPU, in float32 or bfloat16; its products' weights are copied.
+        form: of the copy, one of `hat_lib.engine.weights.FORMATS`.
+    """
+
+    def __init__(self, lm, form: str = "base"):
+        self.lm, self.weights, self.form = lm, pack(lm, form), form
+        self.size, self.dtype = lm.config.head_dim, lm.dtype
+        self._scratch: dict[tuple[int, int], Scratch] = {}
+        self._angles = np.zeros((2, 0, self.size // 2), np.float32)
+
+    def everything(self) -> Decisions:
+        """Decisions of the dense model."""
+        w, z = self.weights, lambda *shape: np.zeros(shape, np.float32)
+        layers, d = w.qkv.shape[:2]
+        cuts = [np.full(a.shape[:2], -1, np.float32) for a in (w.qkv, w.o, w.gate_up, w.down)]
+        return Decisions(
+            *cuts, z(layers, 0), z(layers), z(layers, 0), z(layers), np.full(layers, -1),
+            z(0, d), z(0), z(0, d), z(0, d), z(0, 0, d), z(0, d, 0),
+        )  # fmt: skip
+
+    def step(
+        self, ids: Tensor, cache: Cache, decide: Decisions, *, position: Tensor, first: Tensor, protected: Tensor
+    ) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Run ``B * T <= 8`` tokens; their keys and values are appended to the cache.
+
+        Args:
+            ids: int64 ``[B, T]``.
+            position, protected: int64 and bool ``[B, T]``; positions are those of the rotary embedding.
+            first: int64 ``[B]``: the first place of the cache that a sequence sees.
+
+        Returns logits ``[B, T, V]`` in the base's dtype, channels kept at each product, int32 ``[L, 5, B, T]``, and
+        layers run, int64 ``[B, T]``.
+        """
+        w, (b, t), n = self.weights, ids.shape, cache.get_seq_length()
+        room = room_for(cache, b, w.kv_heads, self.size, self.dtype, t)
+        threads = max(1, min(torch.get_num_threads(), team.cores()))
+        scratch = self._room(threads, b * t, room.size)
+        cos, sin = self._rotary(position.flatten().numpy())
+        layers = len(w.qkv)
+        rows = Rows(
+            ids=ids.flatten().numpy(),
+            sequence=np.repeat(np.arange(b), t),
+            slot=np.tile(np.arange(n, n + t), b),
+            first=np.repeat(first.numpy(), t),
+            protected=protected.flatten().numpy(),
+            cos=cos,
+            sin=sin,
+            keys=as_numpy(room.keys),
+            values=as_numpy(room.values),
+            kept=np.zeros((threads, layers, FFN + 1, b * t), np.int32),
+            exits=np.empty(b * t, np.int64),
+            logits=np.empty((b * t, len(w.head)), np.float32),
+        )
+        team.run(decode_step, (w, decide, rows, scratch), threads)
+        for layer in cache.layers:
+            layer.show(n + t)
+        logits = torch.from_numpy(rows.logits).view(b, t, -1).to(self.dtype)
+        return logits, rows.kept.sum(0).reshape(layers, FFN + 1, b, t), rows.exits.reshape(b, t)
+
+    def _rotary(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin ``[R, h/2]`` of the base's own rotary embedding, rounded as it rounds them."""
+        if position.max() >= self._angles.shape[1]:
+            length = 2 * int(position.max()) + 256
+            with torch.no_grad():
+                some = torch.zeros(1, 1, 1, dtype=self.dtype)
+                tables = self.lm.model.rotary_emb(some, torch.arange(length)[None])
+            self._angles = torch.stack([a[0, :, : self.size // 2].float() for a in tables]).numpy()
+        return self._angles[0, position], self._angles[1, position]
+
+    def _room(self, threads: int, rows: int, length: int) -> Scratch:
+        known = self._scratch.get((threads, rows))
+        if known is not None and known.scores.shape[1] >= length:
+            return known
+        w, z = self.weights, lambda *shape: np.zeros(shape, np.float32)
+        d, widest = w.qkv.shape[1], max(w.o.shape[1], w.down.shape[1], w.qkv.shape[1]) + 8
+        self._scratch[threads, rows] = Scratch(
+            h=z(threads, rows, d),
+            x=z(threads, rows, d),
+            qkv=z(rows, w.qkv.shape[2]),
+            mixed=z(rows, w.o.shape[1]),
+            leaves=z(2, LEAVES, rows, d),
+            ffn=z(rows, w.gate_up.shape[2]),
+            index=np.zeros((threads, widest), np.uint64),
+            picked=z(threads, rows, widest),
+            scores=z(threads, length),
+            scale=z(threads, rows),
+            rows=np.zeros((threads, 5, rows), bool),
+            unused=np.zeros((threads, rows), np.int32),
+            small=z(threads, 4096),
+        )
+        return self._scratch[threads, rows]

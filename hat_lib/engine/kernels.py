@@ -1,0 +1,189 @@
+"""Gated products: a channel that is not kept is memory that is not read.
+
+Weights are stored transposed, ``[C, out]``, so that input channel i of a linear layer is one row, and
+``y = sum_i x_i W[i]`` runs over the rows of the kept channels alone. Eight rows are added at a time, so that y, which
+stays in the nearest cache, is loaded and stored once for eight of them.
+
+Sums are in the order of the channels, never reassociated. So what is skipped and what is multiplied by zero give the
+same bits, one token alone and the same token among others do, and any number of threads does.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+OPTIONS = {"boundscheck": False, "error_model": "numpy", "nogil": True}
+F0, F1 = np.float32(0), np.float32(1)
+LEAVES = 8
+"""parts of the channels of a product whose sums are added in pairs, whoever computes them"""
+COLUMNS = 2048
+"""outputs at a time: with eight rows of a weight and the sums of eight tokens they fit the nearest caches"""
+
+
+def compiled(*, reorder: bool = False):
+    """A numba function that lets other threads run, kept on disk where a folder for it can be written.
+
+    Args:
+        reorder: whether sums may be reordered; else products and sums are fused (FMA) and nothing more.
+    """
+
+    def wrap(function):
+        options = OPTIONS | {"fastmath": True if reorder else {"contract"}}
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder to keep it in: compiled in each process
+            return njit(**options)(function)
+
+    return wrap
+
+
+@intrinsic
+def as_float(context, stored):
+    """A stored weight as a float32: of float32, of the bits of a bfloat16 (uint16), of an int8."""
+
+    def widen(_, builder, __, args):
+        if stored == types.uint16:
+            wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+            return builder.bitcast(wide, ir.FloatType())
+        return args[0] if stored == types.float32 else builder.sitofp(args[0], ir.FloatType())
+
+    return types.float32(stored), widen
+
+
+@intrinsic
+def as_stored(context, value, like):
+    """A float32 in the form of ``like``: itself, or the bits of the nearest bfloat16 (ties to even), as uint16."""
+
+    def shorten(_, builder, __, args):
+        if like == types.float32:
+            return args[0]
+        i32 = ir.IntType(32)
+        bits = builder.bitcast(args[0], i32)
+        odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
+        rounded = builder.add(bits, builder.add(odd, i32(0x7FFF)))
+        return builder.trunc(builder.lshr(rounded, i32(16)), ir.IntType(16))
+
+    return like(types.float32, like), shorten
+
+
+@intrinsic
+def power_of_two(context, exponent):
+    """``2.0 ** exponent`` for an int32 from -126 to 127, as a float32."""
+
+    def build(_, builder, __, args):
+        i32 = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.add(args[0], i32(127)), i32(23)), ir.FloatType())
+
+    return types.float32(types.int32), build
+
+
+@compiled()
+def exp(x):
+    """``e ** x`` in float32 to about 2e-7 of itself, in a form that vectorises; x is taken to be at most 88."""
+    z = max(x, np.float32(-87)) * np.float32(1.44269504)
+    whole = np.floor(z + np.float32(0.5))
+    f = (z - whole) * np.float32(0.69314718)
+    tail = np.float32(1 / 120) + f * (np.float32(1 / 720) + f * np.float32(1 / 5040))
+    series = F1 + f * (F1 + f * (np.float32(1 / 2) + f * (np.float32(1 / 6) + f * (np.float32(1 / 24) + f * tail))))
+    return series * power_of_two(np.int32(whole))
+
+
+@compiled()
+def add_eight(r0, r1, r2, r3, r4, r5, r6, r7, x0, x1, x2, x3, x4, x5, x6, x7, y):
+    """``y += x0 * r0 + ... + x7 * r7``, in that order."""
+    for j in range(y.shape[0]):
+        s = y[j]
+        s += x0 * as_float(r0[j])
+        s += x1 * as_float(r1[j])
+        s += x2 * as_float(r2[j])
+        s += x3 * as_float(r3[j])
+        s += x4 * as_float(r4[j])
+        s += x5 * as_float(r5[j])
+        s += x6 * as_float(r6[j])
+        s += x7 * as_float(r7[j])
+        y[j] = s
+
+
+@compiled()
+def add_channels(w, index, values, n, y, c0, c1):
+    """``y[r, c0:c1] = sum_k values[r, k] * w[index[k], c0:c1]`` for k below n, a multiple of eight."""
+    for left in range(c0, c1, COLUMNS):
+        right = min(left + COLUMNS, c1)
+        for r in range(y.shape[0]):
+            y[r, left:right] = F0
+        for k in range(0, n, 8):
+            # Sliced before the call: a loop from 0 to the length of what it is given is one that LLVM vectorises.
+            r0, r1 = w[index[k], left:right], w[index[k + 1], left:right]
+            r2, r3 = w[index[k + 2], left:right], w[index[k + 3], left:right]
+            r4, r5 = w[index[k + 4], left:right], w[index[k + 5], left:right]
+            r6, r7 = w[index[k + 6], left:right], w[index[k + 7], left:right]
+            for r in range(y.shape[0]):
+                x = values[r, k : k + 8]
+                add_eight(
+                    r0, r1, r2, r3, r4, r5, r6, r7,
+                    x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7],
+                    y[r, left:right],
+                )  # fmt: skip
+
+
+@compiled()
+def keep(x, first, last, cut, scale, whole, runs, index, values, kept):
+    """Gather the channels from ``first`` to ``last`` that any row keeps; a row that does not has a zero there.
+
+    Args:
+        x: float32 ``[R, C]``.
+        cut, scale, whole, runs: row r keeps channel i if ``|x[r, i]| > cut[i] * scale[r]``; all of them if
+            ``whole[r]``; none unless ``runs[r]``.
+        index, values: uint64 ``[C + 8]`` and float32 ``[R, C + 8]``, filled up to a multiple of eight with zeros.
+        kept: int32 ``[R]``, to which the number of channels that each row kept is added.
+
+    Returns how many are in ``index``, a multiple of eight.
+    """
+    n, rows = 0, x.shape[0]
+    if rows == 1:
+        row, taken, factor, everything = x[0], values[0], scale[0], whole[0]
+        for i in range(first, last):
+            index[n], taken[n] = i, row[i]
+            n += everything | (abs(row[i]) > cut[i] * factor)
+        kept[0] += n
+    else:
+        for i in range(first, last):
+            index[n], found = i, 0
+            for r in range(rows):
+                mine = runs[r] & (whole[r] | (abs(x[r, i]) > cut[i] * scale[r]))
+                values[r, n] = x[r, i] if mine else F0
+                kept[r] += mine
+                found |= mine
+            n += found
+    full = (n + 7) // 8 * 8
+    for k in range(n, full):
+        index[k] = index[n - 1]  # a row that has just been read
+        for r in range(rows):
+            values[r, k] = F0
+    return full
+
+
+@compiled()
+def span(n, t, team, step):
+    """Where part t of ``team`` parts of ``range(n)`` begins, at a multiple of ``step``; n for ``t == team``."""
+    return n if t == team else min(n, (n * t // team + step - 1) // step * step)
+
+
+@compiled(reorder=True)
+def dots(w, x, y, v0, v1):
+    """``y[r, v] = w[v] . x[r]`` for v from v0 to v1: a dense product with weights as they are, ``[out, C]``."""
+    for v in range(v0, v1):
+        row = w[v]
+        for r in range(x.shape[0]):
+            y[r, v] = dot(row, x[r])
+
+
+@compiled(reorder=True)
+def dot(a, b):
+    s = F0
+    for i in range(b.shape[0]):
+        s += as_float(a[i]) * b[i]
+    return s

@@ -1,0 +1,415 @@
+"""The decode step: from the ids of a few tokens to their logits, in one compiled function run by a team of threads.
+
+It is the layer of `hat_lib.model.decoder_layer`, decided alike, for up to eight tokens (rows) of one or more sequences.
+All threads run it together. Each keeps a hidden state of its own and does norms and decisions for itself, which is
+quicker than telling the others; products are split, wide ones by their outputs and narrow ones by their channels,
+attention by heads, and after each the threads meet. Arithmetic is in float32.
+
+Arrays, with L layers, R rows, D hidden size, H heads and G of them with keys and values, each of size h, F FFN width,
+E exits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+from hat_lib.engine.kernels import F0, F1, LEAVES, add_channels, as_float, as_stored, compiled, dot, dots, exp, keep, span
+from hat_lib.engine.team import meet
+
+SENSITIVITY_LIMIT = np.float32(3)
+"""as `hat_lib.model.routers.SENSITIVITY_LIMIT`"""
+QKV, O, GATE_UP, DOWN, FFN = range(5)
+"""places in ``Rows.kept``"""
+
+
+class Weights(NamedTuple):
+    """The base. Products are transposed, ``[L, C, out]``, in one format; scales are ``[L, out]``, or of no columns."""
+
+    embed: ndarray
+    """``[V, D]`` as the base has it"""
+    head: ndarray
+    """``[V, D]`` as the base has it"""
+    qkv: ndarray
+    o: ndarray
+    gate_up: ndarray
+    down: ndarray
+    qkv_scale: ndarray
+    o_scale: ndarray
+    gate_up_scale: ndarray
+    down_scale: ndarray
+    qkv_bias: ndarray
+    o_bias: ndarray
+    gate_up_bias: ndarray
+    down_bias: ndarray
+    """float32 ``[L, out]``, or of no columns"""
+    norms: ndarray
+    """float32 ``[2, L, D]``: before attention, before the FFN"""
+    last_norm: ndarray
+    """float32 ``[D]``"""
+    heads: int
+    kv_heads: int
+    eps: np.float32
+
+
+class Decisions(NamedTuple):
+    """What runs. All float32 where nothing else is said."""
+
+    cut_qkv: ndarray
+    cut_o: ndarray
+    cut_gate_up: ndarray
+    cut_down: ndarray
+    """``[L, C]``: a channel is kept if its magnitude is above; negative keeps it always"""
+    sensitivity: ndarray
+    """``[L, D]``, or of no columns: exp(-(w.x + b)) multiplies a token's cuts in a layer"""
+    sensitivity_bias: ndarray
+    ffn: ndarray
+    """``[L, D]``, or of no columns: the token grain's routers"""
+    ffn_cut: ndarray
+    """``[L]``: the FFN runs if w.x is above"""
+    exit: ndarray
+    """int64 ``[L]``: which gate stands before a layer, or -1"""
+    gate: ndarray
+    """``[E, D]``: of leaving over staying"""
+    gate_cut: ndarray
+    """``[E]``"""
+    scale: ndarray
+    shift: ndarray
+    """``[E, D]``"""
+    reduce: ndarray
+    """``[E, rank, D]``"""
+    expand: ndarray
+    """``[E, D, rank]``"""
+
+
+class Rows(NamedTuple):
+    """What the tokens are, and where they go; written: keys and values, ``kept``, ``exits``, ``logits``."""
+
+    ids: ndarray
+    """int64 ``[R]``"""
+    sequence: ndarray
+    slot: ndarray
+    """int64 ``[R]``: whose cache, and which place in it"""
+    first: ndarray
+    """int64 ``[R]``: the first place that the token sees"""
+    protected: ndarray
+    """bool ``[R]``"""
+    cos: ndarray
+    sin: ndarray
+    """float32 ``[R, h/2]``"""
+    keys: ndarray
+    values: ndarray
+    """``[L, B, G, room, h]``, in the dtype of the base's cache"""
+    kept: ndarray
+    """int32 ``[P, L, 5, R]``, to be summed over threads: channels kept at each product, and 1 where the FFN ran"""
+    exits: ndarray
+    """int64 ``[R]``: layers that each token ran"""
+    logits: ndarray
+    """float32 ``[R, V]``"""
+
+
+class Scratch(NamedTuple):
+    """Room to work in, for a team of P threads."""
+
+    h: ndarray
+    x: ndarray
+    """``[P, R, D]``"""
+    qkv: ndarray
+    """``[R, (H + 2G) h]``"""
+    mixed: ndarray
+    """``[R, H h]``"""
+    leaves: ndarray
+    """``[2, LEAVES, R, D]``: the parts of a narrow product, in turns"""
+    ffn: ndarray
+    """``[R, 2F]``"""
+    index: ndarray
+    """uint64 ``[P, C + 8]``"""
+    picked: ndarray
+    """``[P, R, C + 8]``"""
+    scores: ndarray
+    """``[P, room]``"""
+    scale: ndarray
+    """``[P, R]``: of the cuts of each row in a layer"""
+    rows: ndarray
+    """bool ``[P, 5, R]``: rows that have not left, whose FFN runs, that keep all channels, that keep all of K and V;
+    and all of them"""
+    unused: ndarray
+    """int32 ``[P, R]``: for counts that another thread makes"""
+    small: ndarray
+    """``[P, rank]``"""
+
+
+@compiled()
+def normed(h, weight, eps, out):
+    """RMS norm of each row of ``h [R, D]``."""
+    for r in range(h.shape[0]):
+        row, to, s = h[r], out[r], mean_square(h[r])
+        factor = F1 / np.sqrt(s + eps)
+        for i in range(row.shape[0]):
+            to[i] = row[i] * factor * weight[i]
+
+
+@compiled(reorder=True)
+def mean_square(x):
+    s = F0
+    for i in range(x.shape[0]):
+        s += x[i] * x[i]
+    return s / np.float32(x.shape[0])
+
+
+@compiled(reorder=True)
+def inner(a, b):
+    s = F0
+    for i in range(a.shape[0]):
+        s += a[i] * b[i]
+    return s
+
+
+@compiled()
+def finish(y, scale, bias, c0, c1):
+    """The outputs' scales, of weights in fewer bits, and biases, where there are any."""
+    for r in range(y.shape[0]):
+        if scale.shape[0]:
+            for j in range(c0, c1):
+                y[r, j] *= scale[j]
+        if bias.shape[0]:
+            for j in range(c0, c1):
+                y[r, j] += bias[j]
+
+
+@compiled()
+def wide(w, scale, bias, index, picked, n, y, c0, c1):
+    """Outputs c0 to c1 of a product, from all the kept channels."""
+    add_channels(w, index, picked, n, y, c0, c1)
+    finish(y, scale, bias, c0, c1)
+
+
+@compiled()
+def narrow(w, x, cut, scale, whole, runs, index, picked, kept, leaves, t, team):
+    """This thread's share of a product whose channels are split: whole rows of the weight, in long pieces.
+
+    The channels make `LEAVES` parts, whose sums are added in pairs: the same sum for any number of threads. A thread
+    has an aligned run of them, a power of two, and leaves its own sum in the first.
+    """
+    channels, part = x.shape[1], LEAVES // team
+    for leaf in range(t * part, (t + 1) * part):
+        n = keep(
+            x, channels * leaf // LEAVES, channels * (leaf + 1) // LEAVES, cut, scale, whole, runs, index, picked, kept
+        )
+        add_channels(w, index, picked, n, leaves[leaf], 0, leaves.shape[2])
+    width = 1
+    while width < part:
+        for leaf in range(t * part, (t + 1) * part, 2 * width):
+            for r in range(leaves.shape[1]):
+                into, other = leaves[leaf, r], leaves[leaf + width, r]
+                for i in range(into.shape[0]):
+                    into[i] += other[i]
+        width *= 2
+
+
+@compiled()
+def gather(leaves, team, scale, bias, runs, h):
+    """Add what the threads left in ``leaves`` to the hidden state of the rows that run."""
+    for r in range(h.shape[0]):
+        if runs[r]:
+            for i in range(h.shape[1]):
+                if team == 1:
+                    s = leaves[0, r, i]
+                elif team == 2:
+                    s = leaves[0, r, i] + leaves[4, r, i]
+                elif team == 4:
+                    s = (leaves[0, r, i] + leaves[2, r, i]) + (leaves[4, r, i] + leaves[6, r, i])
+                else:
+                    low = (leaves[0, r, i] + leaves[1, r, i]) + (leaves[2, r, i] + leaves[3, r, i])
+                    s = low + ((leaves[4, r, i] + leaves[5, r, i]) + (leaves[6, r, i] + leaves[7, r, i]))
+                if scale.shape[0]:
+                    s *= scale[i]
+                if bias.shape[0]:
+                    s += bias[i]
+                h[r, i] += s
+
+
+@compiled()
+def rotate(head, cos, sin):
+    """Rotary position embedding of one head, in place."""
+    half = cos.shape[0]
+    for e in range(half):
+        a, b = head[e], head[half + e]
+        head[e] = a * cos[e] - b * sin[e]
+        head[half + e] = b * cos[e] + a * sin[e]
+
+
+@compiled()
+def exit_gate(decide, e, h, n, small):
+    """Whether a row leaves at exit e; its state is translated if it does (`hat_lib.model.exit_gate`)."""
+    d = h.shape[0]
+    factor = F1 / np.sqrt(mean_square(h) + np.float32(1.1920929e-07))
+    for i in range(d):
+        n[i] = h[i] * factor
+    if not inner(n, decide.gate[e]) > decide.gate_cut[e]:
+        return False
+    length = np.sqrt(mean_square(h) * np.float32(d))
+    for k in range(decide.reduce.shape[1]):
+        small[k] = inner(n, decide.reduce[e, k])
+    for i in range(d):
+        change = decide.scale[e, i] * n[i] + decide.shift[e, i]
+        for k in range(decide.reduce.shape[1]):
+            change += small[k] * decide.expand[e, i, k]
+        h[i] += length * change
+    return True
+
+
+@compiled(reorder=True)
+def attend(q, keys, values, first, last, factor, scores, out):
+    """Attention of one query ``q [h]`` over the places from ``first`` to ``last`` of ``keys`` and ``values [room, h]``."""
+    top = -np.float32(np.inf)
+    for s in range(first, last + 1):
+        scores[s] = dot(keys[s], q) * factor
+        top = max(top, scores[s])
+    total = F0
+    for s in range(first, last + 1):
+        scores[s] = exp(scores[s] - top)
+        total += scores[s]
+    out[:] = F0
+    for s in range(first, last + 1):
+        weight, value = scores[s] / total, values[s]
+        for e in range(out.shape[0]):
+            out[e] += weight * as_float(value[e])
+
+
+@compiled()
+def store(heads, r, head, place, to):
+    """Put one head of a row into the cache, rounded as the cache is."""
+    size = to.shape[1]
+    for e in range(size):
+        to[place, e] = as_stored(heads[r, head * size + e], to[place, e])
+
+
+@compiled()
+def swiglu(gate, up):
+    """``gate = silu(gate) * up``."""
+    for i in range(gate.shape[0]):
+        gate[i] = gate[i] / (F1 + exp(-gate[i])) * up[i]
+
+
+@compiled()
+def decode_step(t, team, barrier, base, decide, rows, room):
+    """Thread t's part in one step of all rows. Every thread of the team calls it; they meet inside."""
+    layers, wide_d = base.qkv.shape[0], base.embed.shape[1]
+    count, heads, groups = rows.ids.shape[0], base.heads, base.kv_heads
+    size = rows.keys.shape[4]
+    q_end, ff_width = heads * size, base.down.shape[1]
+    scaling = F1 / np.sqrt(np.float32(size))
+    lanes = 8 if team >= 8 else 4 if team >= 4 else 2 if team >= 2 else 1
+    h, x, index, picked, scale = room.h[t], room.x[t], room.index[t], room.picked[t], room.scale[t]
+    alive, runs, whole, kv_whole, everyone = (
+        room.rows[t, 0], room.rows[t, 1], room.rows[t, 2], room.rows[t, 3], room.rows[t, 4]
+    )  # fmt: skip
+    kept, unused = rows.kept[t], room.unused[t]
+
+    for r in range(count):
+        alive[r] = everyone[r] = True
+        whole[r] = kv_whole[r] = rows.protected[r]
+        scale[r] = F1
+        row = base.embed[rows.ids[r]]
+        for i in range(wide_d):
+            h[r, i] = as_float(row[i])
+        if t == 0:
+            rows.exits[r] = layers
+
+    living = count
+    for layer in range(layers):
+        gate = decide.exit[layer]
+        if gate >= 0:
+            for r in range(count):
+                if alive[r] and not rows.protected[r] and exit_gate(decide, gate, h[r], x[r], room.small[t]):
+                    alive[r], kv_whole[r] = False, True
+                    living -= 1
+                    if t == 0:
+                        rows.exits[r] = layer
+
+        # Queries, keys and values. A row that has left has keys and values alone, from all of its channels.
+        normed(h, base.norms[0, layer], base.eps, x)
+        if decide.sensitivity.shape[1]:
+            for r in range(count):
+                u = inner(x[r], decide.sensitivity[layer]) + decide.sensitivity_bias[layer]
+                scale[r] = exp(min(max(-u, -SENSITIVITY_LIMIT), SENSITIVITY_LIMIT))
+        w, w_scale, bias, cut = base.qkv[layer], base.qkv_scale[layer], base.qkv_bias[layer], decide.cut_qkv[layer]
+        total = w.shape[1]
+        start = 0
+        if living < count:
+            if living > 0:
+                n = keep(x, 0, wide_d, cut, scale, whole, alive, index, picked, kept[layer, QKV] if t == 0 else unused)
+                c0, c1 = span(q_end, t, team, 32), span(q_end, t + 1, team, 32)
+                wide(w, w_scale, bias, index, picked, n, room.qkv, c0, c1)
+            start = q_end
+            n = keep(x, 0, wide_d, cut, scale, kv_whole, everyone, index, picked, unused)
+        else:
+            n = keep(x, 0, wide_d, cut, scale, whole, alive, index, picked, kept[layer, QKV] if t == 0 else unused)
+        c0, c1 = start + span(total - start, t, team, 32), start + span(total - start, t + 1, team, 32)
+        wide(w, w_scale, bias, index, picked, n, room.qkv, c0, c1)
+        meet(barrier, team)
+        for item in range(count * groups * t // team, count * groups * (t + 1) // team):
+            r, g = item // groups, item % groups
+            keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
+            rotate(room.qkv[r, q_end + g * size : q_end + (g + 1) * size], rows.cos[r], rows.sin[r])
+            store(room.qkv, r, heads + g, rows.slot[r], keys)
+            store(room.qkv, r, heads + groups + g, rows.slot[r], values)
+        meet(barrier, team)
+        if living == 0:
+            continue
+
+        for item in range(count * heads * t // team, count * heads * (t + 1) // team):
+            r, head = item // heads, item % heads
+            mixed = room.mixed[r, head * size : (head + 1) * size]
+            if alive[r]:
+                q, g = room.qkv[r, head * size : (head + 1) * size], head * groups // heads
+                rotate(q, rows.cos[r], rows.sin[r])
+                keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
+                attend(q, keys, values, rows.first[r], rows.slot[r], scaling, room.scores[t], mixed)
+        meet(barrier, team)
+        if t < lanes:
+            narrow(
+                base.o[layer], room.mixed, decide.cut_o[layer], scale, whole, alive,
+                index, picked, kept[layer, O], room.leaves[0], t, lanes,
+            )  # fmt: skip
+        meet(barrier, team)
+        gather(room.leaves[0], lanes, base.o_scale[layer], base.o_bias[layer], alive, h)
+
+        # The feed-forward network.
+        normed(h, base.norms[1, layer], base.eps, x)
+        running = 0
+        for r in range(count):
+            runs[r] = alive[r]
+            if decide.ffn.shape[1]:
+                if layer > 0 and not rows.protected[r]:
+                    runs[r] &= inner(x[r], decide.ffn[layer]) > decide.ffn_cut[layer]
+            if t == 0:
+                kept[layer, FFN, r] = runs[r]
+            running += runs[r]
+        if running == 0:
+            continue
+        counts = kept[layer, GATE_UP] if t == 0 else unused
+        n = keep(x, 0, wide_d, decide.cut_gate_up[layer], scale, whole, runs, index, picked, counts)
+        w, w_scale, bias = base.gate_up[layer], base.gate_up_scale[layer], base.gate_up_bias[layer]
+        f0, f1 = span(ff_width, t, team, 32), span(ff_width, t + 1, team, 32)
+        wide(w, w_scale, bias, index, picked, n, room.ffn, f0, f1)
+        wide(w, w_scale, bias, index, picked, n, room.ffn, ff_width + f0, ff_width + f1)
+        for r in range(count):
+            swiglu(room.ffn[r, f0:f1], room.ffn[r, ff_width + f0 : ff_width + f1])
+        meet(barrier, team)
+        if t < lanes:
+            narrow(
+                base.down[layer], room.ffn[:, :ff_width], decide.cut_down[layer], scale, whole, runs,
+                index, picked, kept[layer, DOWN], room.leaves[1], t, lanes,
+            )  # fmt: skip
+        meet(barrier, team)
+        gather(room.leaves[1], lanes, base.down_scale[layer], base.down_bias[layer], runs, h)
+
+    normed(h, base.last_norm, base.eps, x)
+    vocabulary = base.head.shape[0]
+    dots(base.head, x, rows.logits, vocabulary * t // team, vocabulary * (t + 1) // team)
+    meet(barrier, team)
+

@@ -1,0 +1,85 @@
+"""A base packed for the engine: each product's weights once more, transposed, so that a channel is a row.
+
+``as it is``  the base's own numbers, float32 or bfloat16.
+``int8``      eight bits, with one scale for each output, the largest magnitude of its row over 127.
+
+Embedding and head are the base's own memory.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hat_lib.engine.step import Weights
+
+FORMATS = ("base", "int8")
+MATRICES = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """The memory of a CPU tensor; bfloat16 as the bits, uint16."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+@torch.no_grad()
+def pack(lm, form: str = "base") -> Weights:
+    """The weights of a `LlamaForCausalLM` on the CPU, in float32 or bfloat16.
+
+    Args:
+        form: one of `FORMATS`.
+    """
+    layers, config, packed = lm.model.layers, lm.config, {}
+    for name, linears in MATRICES.items():
+        first = [layers[0].get_submodule(linear) for linear in linears]
+        outputs, channels = sum(linear.out_features for linear in first), first[0].in_features
+        dtype = torch.int8 if form == "int8" else first[0].weight.dtype
+        weights = torch.empty(len(layers), channels, outputs, dtype=dtype)
+        scales = torch.empty(len(layers), outputs if form == "int8" else 0)
+        biases = torch.zeros(len(layers), outputs if any(linear.bias is not None for linear in first) else 0)
+        for i, layer in enumerate(layers):
+            begin = 0
+            for linear in (layer.get_submodule(name) for name in linears):
+                part = slice(begin, begin + linear.out_features)
+                begin = part.stop
+                weight = linear.weight
+                if form == "int8":
+                    weight = weight.float()
+                    scale = weight.abs().amax(1).clamp(min=1e-30) / 127
+                    scales[i, part], weight = scale, (weight / scale[:, None]).round().to(torch.int8)
+                weights[i, :, part] = weight.t()
+                if linear.bias is not None:
+                    biases[i, part] = linear.bias.float()
+        packed |= {name: as_numpy(weights), f"{name}_scale": scales.numpy(), f"{name}_bias": biases.numpy()}
+    norms = torch.stack([
+        torch.stack([layer.get_submodule(norm).weight.float() for layer in layers])
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    ])  # fmt: skip
+    return Weights(
+        embed=as_numpy(lm.model.embed_tokens.weight),
+        head=as_numpy(lm.lm_head.weight),
+        **packed,
+        norms=norms.numpy(),
+        last_norm=lm.model.norm.weight.float().numpy(),
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        eps=np.float32(config.rms_norm_eps),
+    )
+
+
+def packed_bytes(weights: Weights) -> int:
+    """Memory beyond the base's own."""
+    shared = {"embed", "head"}
+    return sum(a.nbytes for n, a in weights._asdict().items() if n not in shared and isinstance(a, np.ndarray))
+
+
+def linears(lm) -> list[nn.Module]:
+    """The modules that are packed."""
+    return [layer.get_submodule(name) for layer in lm.model.layers for names in MATRICES.values() for name in names]

@@ -1,0 +1,233 @@
+"""Which forwards of ``hat.lm`` the engine runs, and how it is told to decide as the reference path does.
+
+The engine (`hat_lib.engine`) decodes up to eight tokens at a time on a CPU. Everything else, and everything that
+somebody watches or changes (hooks, adapters, gradients, hidden states), runs on the reference path. `FastPath` takes
+the place of ``hat.lm.forward``: a forward is run by the engine, or there is a reason why not.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as any_module
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from hat_lib.model.modes import Mode
+from hat_lib.model.policies import ExitThresholds, KeepAll, Threshold
+from hat_lib.model.token_state import TokenState
+
+try:
+    from hat_lib.engine.cache import GrowingLayer
+    from hat_lib.engine.decoder import ROWS, Decoder
+    from hat_lib.engine.step import DOWN, FFN, Decisions
+    from hat_lib.engine.weights import as_numpy, linears
+
+    UNAVAILABLE = None
+except Exception as error:  # numba is missing, or does not know this Python or this CPU
+    UNAVAILABLE = f"numba cannot be used here ({type(error).__name__}: {error})"
+
+ROPES = ("default", "linear", "llama3", "yarn")
+"""rotary embeddings whose angles depend on the position alone"""
+TAKEN = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", "return_dict"}
+READY = 32
+"""decisions that are kept, of as many capacities and exit rates: a context that is entered at each token is quick"""
+
+
+class FastPath:
+    """Stands in ``lm.forward`` while a model is attached.
+
+    Args:
+        hat: a `HierarchicalTransformer`. Its base is packed when the engine is first used, and again if it changed.
+        context: of the model and its layers.
+    """
+
+    def __init__(self, hat, context):
+        self.hat, self.lm, self.context = hat, hat.lm, context
+        self._decoder: Decoder | None = None
+        self._packed: list[int] = []
+        self._decisions: OrderedDict[tuple, Decisions] = OrderedDict()
+        self.never = self._why_never()
+
+    def attach(self, hooks: int) -> None:
+        """Take the place of ``lm.forward``; ``hooks`` is how many of the model's own are on the base."""
+        if self.never:
+            return
+        self._own_hooks = hooks
+        self._hooks = [h for m in self.lm.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._modules = [(vars(p)["_modules"], name, m) for p in self.lm.modules() for name, m in p.named_children()]
+        self._forwards = [vars(m) for m in {*linears(self.lm), self.lm.lm_head, self.lm.model.embed_tokens}]
+        self._reference = self.lm.forward
+        self.lm.forward = functools.wraps(self._reference)(self.forward)
+
+    def detach(self) -> None:
+        if not self.never:
+            vars(self.lm).pop("forward", None)
+            self._decoder = None
+
+    # -- whether ------------------------------------------------------------------------------------
+
+    def _why_never(self) -> str | None:
+        """Why no forward of this base can be run by the engine."""
+        config = self.lm.config
+        if UNAVAILABLE:
+            return UNAVAILABLE
+        if "forward" in vars(self.lm):
+            return "another library overrides the base's forward"
+        if config.hidden_act not in ("silu", "swish"):
+            return f"the FFN's activation is {config.hidden_act}"
+        if config.rope_parameters.get("rope_type", "default") not in ROPES:
+            return f"rotary embeddings of type {config.rope_parameters['rope_type']}"
+        if any(type(linear) is not nn.Linear for linear in (*linears(self.lm), self.lm.lm_head)):
+            return "a linear layer of the base is not a plain one"
+        if self.lm.lm_head.bias is not None:
+            return "the head has a bias"
+        return None
+
+    def why_not(self) -> str | None:
+        """Why the next decode step would run on the reference path, as things stand; None if the engine would."""
+        lm, mode = self.lm, self.context.mode
+        if self.never:
+            return self.never
+        if mode.reference:
+            return "asked for"
+        if lm.device.type != "cpu":
+            return f"the model is on {lm.device.type}"
+        if lm.dtype not in (torch.float32, torch.bfloat16):
+            return f"weights are {lm.dtype}"
+        if mode.record or mode.dropped is not None or not mode.compact:
+            return "decisions are recorded, or layers dropped, or masks multiplied"
+        if type(mode.policy) not in (KeepAll, Threshold) or type(mode.exits) not in (type(None), ExitThresholds):
+            return "decisions are not the method's own"
+        if sum(map(len, self._hooks)) != self._own_hooks or any_module._has_any_global_hook():
+            return "there are hooks on the base"
+        if any(modules.get(name) is not m for modules, name, m in self._modules):
+            return "a module of the base was replaced, as by an adapter"
+        if any("forward" in own for own in self._forwards):
+            return "another library overrides the forward of a linear layer"
+        if lm.training or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return "training, autocast or torch.compile"
+        return None
+
+    def _takes(self, given: dict) -> bool:
+        """Whether this call is one for the engine: a few tokens, a cache, and nothing but logits asked for."""
+        ids, cache, mask = given.get("input_ids"), given.get("cache"), given.get("attention_mask")
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.device.type != "cpu" or not 0 < ids.numel() <= ROWS:
+            return False
+        if any(value is not None and value is not False for name, value in given.items() if name not in TAKEN):
+            return False
+        if type(cache) is not DynamicCache or given.get("use_cache") is False or given.get("return_dict") is False:
+            return False
+        if not all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers) or not cache.layers:
+            return False
+        if torch.is_grad_enabled() or self.lm.config.output_hidden_states or self.lm.config.output_attentions:
+            return False
+        return mask is None or mask.dim() == 2 and mask.shape == (len(ids), cache.get_seq_length() + ids.shape[1])
+
+    # -- how ----------------------------------------------------------------------------------------
+
+    def forward(self, *args, **kwargs):
+        """As `LlamaForCausalLM.forward`."""
+        given = kwargs if not args else {"input_ids": args[0], "attention_mask": "positional"} | kwargs
+        if len(args) < 2 and self._takes(given) and self.why_not() is None:
+            out = self._decode(**{name: given.get(name) for name in TAKEN})
+            if out is not None:
+                return out
+        return self._reference(*args, **kwargs)
+
+    def _decode(self, input_ids, attention_mask, position_ids, cache, logits_to_keep, **_):
+        (b, t), start, mode = input_ids.shape, cache.get_seq_length(), self.context.mode
+        state = self.hat.begin_state(input_ids, attention_mask, position_ids, start)
+        first = torch.zeros(b, dtype=torch.long)
+        if attention_mask is not None and not attention_mask.all():
+            first = (attention_mask != 0).long().argmax(1)
+            if not torch.equal(attention_mask.sum(1), start + t - first) or not state.real.all():
+                return None  # holes, or padding on the right
+        if position_ids is None:
+            position_ids = torch.arange(start, start + t)[None]
+        logits, kept, ran = self.decoder.step(
+            input_ids,
+            cache,
+            self._decide(mode),
+            position=position_ids.expand(b, t),
+            first=first,
+            protected=state.protected,
+        )
+        work = [FFN] if self.hat.config.granularity == "token" else range(DOWN + 1)
+        channels = [1] if self.hat.config.granularity == "token" else self.decoder.channels
+        state.executed = torch.from_numpy(kept[:, work]) / torch.tensor(channels)[:, None, None]
+        state.exit_layer = torch.from_numpy(ran).to(torch.int16)
+        self.context.passed(state, mode)
+        if isinstance(logits_to_keep, Tensor):
+            logits = logits[:, logits_to_keep]
+        elif logits_to_keep:
+            logits = logits[:, -logits_to_keep:]
+        return CausalLMOutputWithPast(logits=logits, cache=cache)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The packed base, as its weights are now."""
+        now = [id(p) + _version(p) for p in self.lm.parameters()]
+        if self._decoder is None or now != self._packed:
+            self._decoder, self._packed = Decoder(self.lm), now
+        return self._decoder
+
+    def _decide(self, mode: Mode) -> Decisions:
+        """The mode's decisions as arrays."""
+        routed, exits = mode.policy, mode.exits
+        version = sum(_version(p) for p in self.hat.hat_parameters().values())
+        asked = (
+            version,
+            tuple(routed.thresholds.values()) if isinstance(routed, Threshold) else None,
+            tuple(exits.thresholds.values()) if exits else None,
+        )
+        if asked not in self._decisions:
+            self._decisions[asked] = self._arrays(routed, exits)
+            if len(self._decisions) > READY:
+                self._decisions.popitem(last=False)
+        self._decisions.move_to_end(asked)
+        return self._decisions[asked]
+
+    @torch.no_grad()
+    def _arrays(self, routed, exits) -> Decisions:
+        hat, made = self.hat, self.decoder.everything()
+        layers = range(hat.config.n_layers)
+        stack = lambda rows: as_numpy(torch.stack([r.detach().float() for r in rows]))  # noqa: E731
+        if isinstance(routed, Threshold) and hat.config.granularity == "channel":
+            for site in hat.grain.sites:
+                cuts = [hat.routers[f"{i}_{site}"].cut(routed.thresholds[i, site]) for i in layers]
+                made = made._replace(**{f"cut_{site}": stack(cuts)})
+            tokens = [hat.routers[f"{i}_token"] for i in layers]
+            if any(router.weight.any() or router.bias.any() for router in tokens):
+                made = made._replace(
+                    sensitivity=stack(r.weight for r in tokens), sensitivity_bias=stack(r.bias for r in tokens)
+                )
+        elif isinstance(routed, Threshold):
+            routers = [hat.routers[f"{i}_ffn"] for i in layers]
+            cuts = [torch.tensor(routed.thresholds[i, "ffn"]) - router.bias for i, router in enumerate(routers)]
+            made = made._replace(ffn=stack(r.weight for r in routers), ffn_cut=stack(cuts))
+        if exits:
+            gates = [(int(depth), gate) for depth, gate in hat.gates.items()]
+            places = made.exit.copy()
+            for e, (depth, _) in enumerate(gates):
+                places[depth] = e
+            weights = [gate.gate.weight[1] - gate.gate.weight[0] for _, gate in gates]
+            cuts = [exits.thresholds[str(d)] - (gate.gate.bias[1] - gate.gate.bias[0]) for d, gate in gates]
+            made = made._replace(
+                exit=places,
+                gate=stack(weights),
+                gate_cut=stack(cuts),
+                scale=stack(gate.scale for _, gate in gates),
+                shift=stack(gate.shift for _, gate in gates),
+                reduce=stack(gate.reduce.weight for _, gate in gates),
+                expand=stack(gate.expand.weight for _, gate in gates),
+            )
+        return made
+
+
+def _version(parameter: Tensor) -> int:
+    """Rises with each change in place; 0 where torch does not count (a tensor made in inference mode)."""
+    return 0 if parameter.is_inference() else parameter._version
