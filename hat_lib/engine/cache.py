@@ -19,7 +19,8 @@ class Room:
 
     def __init__(self, layers: int, batch: int, heads: int, room: int, size: int, dtype: torch.dtype):
         shape = (layers, batch, heads, room, size)
-        self.keys, self.values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        with torch.inference_mode(False):  # else nothing outside of inference mode could write to them
+            self.keys, self.values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
 
     @property
     def size(self) -> int:

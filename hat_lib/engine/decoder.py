@@ -28,6 +28,9 @@ class Decoder:
     def __init__(self, lm, form: str = "base"):
         self.lm, self.weights, self.form = lm, pack(lm, form), form
         self.size, self.dtype = lm.config.head_dim, lm.dtype
+        w = self.weights
+        self.channels = [a.shape[1] for a in (w.qkv, w.o, w.gate_up, w.down)]
+        """inputs of each product"""
         self._scratch: dict[tuple[int, int], Scratch] = {}
         self._angles = np.zeros((2, 0, self.size // 2), np.float32)
 

@@ -16,12 +16,25 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from hat_lib.engine.kernels import F0, F1, LEAVES, add_channels, as_float, as_stored, compiled, dot, dots, exp, keep, span
+from hat_lib.engine.kernels import (
+    F0,
+    F1,
+    LEAVES,
+    add_channels,
+    as_float,
+    as_stored,
+    compiled,
+    dot,
+    dots,
+    exp,
+    keep,
+    span,
+)
 from hat_lib.engine.team import meet
 
 SENSITIVITY_LIMIT = np.float32(3)
 """as `hat_lib.model.routers.SENSITIVITY_LIMIT`"""
-QKV, O, GATE_UP, DOWN, FFN = range(5)
+QKV, OUT, GATE_UP, DOWN, FFN = range(5)
 """places in ``Rows.kept``"""
 
 
@@ -263,7 +276,7 @@ def exit_gate(decide, e, h, n, small):
 
 @compiled(reorder=True)
 def attend(q, keys, values, first, last, factor, scores, out):
-    """Attention of one query ``q [h]`` over the places from ``first`` to ``last`` of ``keys`` and ``values [room, h]``."""
+    """Attention of one query ``q [h]`` over the places from ``first`` to ``last`` of a cache ``[room, h]``."""
     top = -np.float32(np.inf)
     for s in range(first, last + 1):
         scores[s] = dot(keys[s], q) * factor
@@ -373,7 +386,7 @@ def decode_step(t, team, barrier, base, decide, rows, room):
         if t < lanes:
             narrow(
                 base.o[layer], room.mixed, decide.cut_o[layer], scale, whole, alive,
-                index, picked, kept[layer, O], room.leaves[0], t, lanes,
+                index, picked, kept[layer, OUT], room.leaves[0], t, lanes,
             )  # fmt: skip
         meet(barrier, team)
         gather(room.leaves[0], lanes, base.o_scale[layer], base.o_bias[layer], alive, h)
@@ -383,9 +396,8 @@ def decode_step(t, team, barrier, base, decide, rows, room):
         running = 0
         for r in range(count):
             runs[r] = alive[r]
-            if decide.ffn.shape[1]:
-                if layer > 0 and not rows.protected[r]:
-                    runs[r] &= inner(x[r], decide.ffn[layer]) > decide.ffn_cut[layer]
+            if decide.ffn.shape[1] and layer > 0 and not rows.protected[r]:
+                runs[r] &= inner(x[r], decide.ffn[layer]) > decide.ffn_cut[layer]
             if t == 0:
                 kept[layer, FFN, r] = runs[r]
             running += runs[r]
@@ -412,4 +424,3 @@ def decode_step(t, team, barrier, base, decide, rows, room):
     vocabulary = base.head.shape[0]
     dots(base.head, x, rows.logits, vocabulary * t // team, vocabulary * (t + 1) // team)
     meet(barrier, team)
-

@@ -18,12 +18,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hat_lib.model.modes import Mode
 from hat_lib.model.policies import ExitThresholds, KeepAll, Threshold
-from hat_lib.model.token_state import TokenState
 
 try:
     from hat_lib.engine.cache import GrowingLayer
     from hat_lib.engine.decoder import ROWS, Decoder
     from hat_lib.engine.step import DOWN, FFN, Decisions
+    from hat_lib.engine.team import cores
     from hat_lib.engine.weights import as_numpy, linears
 
     UNAVAILABLE = None
@@ -59,14 +59,30 @@ class FastPath:
         self._own_hooks = hooks
         self._hooks = [h for m in self.lm.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._modules = [(vars(p)["_modules"], name, m) for p in self.lm.modules() for name, m in p.named_children()]
-        self._forwards = [vars(m) for m in {*linears(self.lm), self.lm.lm_head, self.lm.model.embed_tokens}]
+        self._forwards = [vars(m) for m in self.lm.modules() if "forward" not in vars(m)]  # all but the model's own
         self._reference = self.lm.forward
-        self.lm.forward = functools.wraps(self._reference)(self.forward)
+
+        @functools.wraps(self._reference)  # generate reads its signature
+        def forward(*args, **kwargs):
+            return self.forward(*args, **kwargs)
+
+        self.lm.forward = forward
 
     def detach(self) -> None:
         if not self.never:
             vars(self.lm).pop("forward", None)
-            self._decoder = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the packed weights; they are packed again when next needed."""
+        self._decoder = None
+
+    def describe(self) -> str:
+        """Which path decodes, for people."""
+        if (why := self.why_not()) is not None:
+            return f"reference path ({why})"
+        threads = max(1, min(torch.get_num_threads(), cores()))
+        return f"engine ({str(self.lm.dtype).removeprefix('torch.')}, {threads} thread{'s' if threads > 1 else ''})"
 
     # -- whether ------------------------------------------------------------------------------------
 
@@ -75,8 +91,8 @@ class FastPath:
         config = self.lm.config
         if UNAVAILABLE:
             return UNAVAILABLE
-        if "forward" in vars(self.lm):
-            return "another library overrides the base's forward"
+        if any("forward" in vars(m) for m in self.lm.modules()):
+            return "another library overrides a forward of the base"
         if config.hidden_act not in ("silu", "swish"):
             return f"the FFN's activation is {config.hidden_act}"
         if config.rope_parameters.get("rope_type", "default") not in ROPES:
@@ -100,14 +116,14 @@ class FastPath:
             return f"weights are {lm.dtype}"
         if mode.record or mode.dropped is not None or not mode.compact:
             return "decisions are recorded, or layers dropped, or masks multiplied"
-        if type(mode.policy) not in (KeepAll, Threshold) or type(mode.exits) not in (type(None), ExitThresholds):
+        if type(mode.policy) not in (KeepAll, Threshold) or not isinstance(mode.exits, ExitThresholds | None):
             return "decisions are not the method's own"
         if sum(map(len, self._hooks)) != self._own_hooks or any_module._has_any_global_hook():
             return "there are hooks on the base"
         if any(modules.get(name) is not m for modules, name, m in self._modules):
             return "a module of the base was replaced, as by an adapter"
         if any("forward" in own for own in self._forwards):
-            return "another library overrides the forward of a linear layer"
+            return "another library overrides a forward of the base"
         if lm.training or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return "training, autocast or torch.compile"
         return None
@@ -131,7 +147,7 @@ class FastPath:
 
     def forward(self, *args, **kwargs):
         """As `LlamaForCausalLM.forward`."""
-        given = kwargs if not args else {"input_ids": args[0], "attention_mask": "positional"} | kwargs
+        given = {"input_ids": args[0]} | kwargs if args else kwargs
         if len(args) < 2 and self._takes(given) and self.why_not() is None:
             out = self._decode(**{name: given.get(name) for name in TAKEN})
             if out is not None:
@@ -160,7 +176,7 @@ class FastPath:
         channels = [1] if self.hat.config.granularity == "token" else self.decoder.channels
         state.executed = torch.from_numpy(kept[:, work]) / torch.tensor(channels)[:, None, None]
         state.exit_layer = torch.from_numpy(ran).to(torch.int16)
-        self.context.passed(state, mode)
+        self.context.done(state)
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep]
         elif logits_to_keep:

@@ -40,6 +40,8 @@ class Mode:
     """decides in place of ``gated``"""
     compact: bool = True
     """rows that a layer does not run are left out; else they are computed, and dropped"""
+    reference: bool = False
+    """leave the engine alone"""
     record: bool = False
     states: list[TokenState] | None = None
     """takes the state of each forward"""
@@ -86,6 +88,12 @@ class Context(threading.local):
         """The state of the innermost forward, or else of the last one."""
         return self.passes[-1].state if self.passes and self.passes[-1] else self.last
 
+    def done(self, state: TokenState, whole: bool = True) -> None:
+        """A forward has ended; ``whole`` unless by an error."""
+        self.last = state
+        if whole and self.mode.states is not None:
+            self.mode.states.append(state)
+
 
 class Modes:
     """Mixed into the model, which has ``capacity`` and ``exit_rate``. Each method is a context, for the thread that
@@ -116,6 +124,10 @@ class Modes:
         """The base, within rounding; nothing skipped, nobody exits."""
         nothing = {"routed": KeepAll(), "gated": None, "control": None, "exit_control": None}
         return self._changed(capacity=1.0, exit_rate=0.0, **nothing)
+
+    def reference(self) -> AbstractContextManager[Self]:
+        """Every forward on the reference path, as if there were no engine."""
+        return self._changed(reference=True)
 
     def masked(self) -> AbstractContextManager[Self]:
         """Compute everything and multiply by the masks; what compaction must equal."""

@@ -54,6 +54,8 @@ class TokenState:
     """channel grain: of the running rows in the present layer, ``[n, 1]``"""
     masks: Masks | None = None
     """the decisions themselves, under `HierarchicalTransformer.record`"""
+    executed: Tensor | None = None
+    """`site_share`, where it is known at once and not site by site"""
     _share: dict[tuple[int, int], Tensor | float] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -122,6 +124,8 @@ class TokenState:
     @property
     def site_share(self) -> Tensor:
         """Executed share of each site, fp32 ``[L, S, B, T]``; 0 where the token had left or is padding."""
+        if self.executed is not None:
+            return self.executed * self._ran[:, None]
         shape = (self.n_layers, len(self.site_work), self.batch, self.tokens)
         out = torch.zeros(shape, device=self.real.device)
         for (layer, site), share in self._share.items():
@@ -156,7 +160,7 @@ class TokenState:
             start=first.start,
             routed=any(s.routed for s in states),
             gated=any(s.gated for s in states),
-            _share={(i, j): row.flatten() for i, layer in enumerate(share) for j, row in enumerate(layer)},
+            executed=share,
         )
 
 

@@ -37,6 +37,7 @@ from hat_lib.model.checkpoint import (
     write_checkpoint,
 )
 from hat_lib.model.decoder_layer import AdaptiveLayer
+from hat_lib.model.fast_path import FastPath
 from hat_lib.model.forward_pass import ForwardPass
 from hat_lib.model.granularity import GRAINS, LINEARS, column_norm
 from hat_lib.model.modes import Context, Mode, Modes
@@ -101,6 +102,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         self.eval()
 
         self._context = Context(SimpleNamespace(mode=Mode()))
+        self._fast = FastPath(self, self._context)
         self.layers = [AdaptiveLayer(layer, i, self._context) for i, layer in enumerate(lm.model.layers)]
         self._attach()
         try:
@@ -117,8 +119,10 @@ class HierarchicalTransformer(Modes, nn.Module):
             self.lm.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.lm.model.register_forward_hook(self._end, always_call=True),
         ]
+        self._fast.attach(len(self._hooks))
 
     def _detach(self) -> None:
+        self._fast.detach()
         for attached in self._hooks:
             attached.remove()
         for adaptive in self.layers:
@@ -137,6 +141,7 @@ class HierarchicalTransformer(Modes, nn.Module):
     def _apply(self, fn, recurse=True):
         """Move or cast the base; routers and gates move along and stay fp32. If that fails, all is where it was."""
         self._check_loaded()
+        self._fast.forget()
         own = [t for module in (self.routers, self.gates) for t in _tensors(module)]
         # Rotary frequencies stay fp32 in every dtype, as in a base that is loaded in it.
         exact = {id(t) for t in (*own, *_tensors(self.lm.model.rotary_emb))}
@@ -234,6 +239,11 @@ class HierarchicalTransformer(Modes, nn.Module):
         return Threshold(self.routers, thresholds)
 
     @property
+    def decoding(self) -> str:
+        """What would run the next decode step of ``lm.generate``, and why."""
+        return self._fast.describe()
+
+    @property
     def trace(self) -> TokenState | None:
         """What the last forward of this thread decided, or the one under way; None before the first."""
         return self._context.trace
@@ -289,19 +299,22 @@ class HierarchicalTransformer(Modes, nn.Module):
                 "replace modules before attaching; wrapping single linear layers (LoRA) is fine at any time"
             )
         start = cache.get_seq_length() if cache is not None else 0
-        shape = self.config.protected_tokens, self.site_work, self.config.n_layers
-        state = TokenState.begin(tokens, given.get("attention_mask"), given.get("position_ids"), start, *shape)
+        state = self.begin_state(tokens, given.get("attention_mask"), given.get("position_ids"), start)
+        passes[-1] = ForwardPass(mode, state, self.grain.sites, self.gates)
+
+    def begin_state(self, tokens: Tensor, mask: Tensor | None, position_ids: Tensor | None, start: int) -> TokenState:
+        """What a forward is to fill, as `TokenState.begin`."""
+        mode, shape = self._context.mode, (self.config.protected_tokens, self.site_work, self.config.n_layers)
+        state = TokenState.begin(tokens, mask, position_ids, start, *shape)
         state.routed, state.gated = not isinstance(mode.policy, KeepAll), mode.exits is not None
         state.masks = Masks() if mode.record else None
-        passes[-1] = ForwardPass(mode, state, self.grain.sites, self.gates)
+        return state
 
     @torch.compiler.disable
     def _end(self, module, args, output):
         ended = self._context.passes.pop()
         if ended is not None:
-            self._context.last = ended.state
-            if output is not None and ended.mode.states is not None:
-                ended.mode.states.append(ended.state)
+            self._context.done(ended.state, whole=output is not None)
 
     # -- checkpoints -------------------------------------------------------------------------------
 
