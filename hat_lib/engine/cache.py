@@ -28,33 +28,55 @@ class Room:
 
 
 class GrowingLayer(DynamicLayer):
-    """One layer of a cache whose keys and values are a view of the room that it shares with the others."""
+    """One layer of a cache: the first ``length`` tokens of the room that all layers share.
+
+    ``keys`` and ``values`` are what transformers reads and assigns. While it assigns the beginning of what it read, as
+    `crop` does, the layer stays in its room; other tensors, as after beams were reordered, are kept outside until the
+    next `room_for`.
+    """
 
     def __init__(self, room: Room, index: int, length: int):
         super().__init__()
         self.room, self.index = room, index
         self.dtype, self.device, self.is_initialized = room.keys.dtype, room.keys.device, True
-        self.show(length)
+        self._held: dict[str, int | Tensor | None] = {"keys": length, "values": length}
+        """how many tokens of the room; or tensors outside of it"""
 
-    def show(self, length: int) -> None:
-        """Let ``length`` tokens be seen."""
-        self.keys, self.values = (a[self.index, :, :, :length] for a in (self.room.keys, self.room.values))
+    def _read(self, name: str) -> Tensor | None:
+        held = self._held[name]
+        return getattr(self.room, name)[self.index, :, :, :held] if isinstance(held, int) else held
+
+    def _assign(self, name: str, value: Tensor | None) -> None:
+        if "_held" not in vars(self):  # by the base class, before there is anything
+            return
+        own = getattr(self.room, name)[self.index]
+        ours = value is not None and value.data_ptr() == own.data_ptr() and value.stride() == own.stride()
+        self._held[name] = value.shape[2] if ours and value.shape[:2] == own.shape[:2] else value
+
+    keys = property(lambda self: self._read("keys"), lambda self, value: self._assign("keys", value))
+    values = property(lambda self: self._read("values"), lambda self, value: self._assign("values", value))
 
     @property
     def in_place(self) -> bool:
-        """False once transformers has put other tensors here, as after beams were reordered."""
-        if self.keys is None:
-            return False
-        own, seen = self.room.keys[self.index], self.keys
-        return seen.data_ptr() == own.data_ptr() and seen.stride() == own.stride() and len(seen) == len(own)
+        """False while transformers has put other tensors here."""
+        held = self._held
+        return isinstance(held["keys"], int) and held["keys"] == held["values"]
+
+    def show(self, length: int) -> None:
+        """Let ``length`` tokens of the room be seen."""
+        self._held = {"keys": length, "values": length}
+
+    def get_seq_length(self) -> int:
+        return self._held["keys"] if self.in_place else super().get_seq_length()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append tokens of the reference path, in place while there is room."""
-        start, more = self.get_seq_length(), key_states.shape[-2]
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
         recorded = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        if recorded or not self.in_place or start + more > self.room.size or len(key_states) != len(self.keys):
+        if recorded or not self.in_place or end > self.room.size or len(key_states) != self.room.keys.shape[1]:
             return super().update(key_states, value_states, *args, **kwargs)
-        self.show(start + more)
+        self.show(end)
         self.keys[:, :, start:], self.values[:, :, start:] = key_states, value_states
         return self.keys, self.values
 

@@ -26,6 +26,7 @@ try:
     from hat_lib.engine.team import cores
     from hat_lib.engine.weights import as_numpy, linears
 
+    LAYERS = DynamicLayer, GrowingLayer
     UNAVAILABLE = None
 except Exception as error:  # numba is missing, or does not know this Python or this CPU
     UNAVAILABLE = f"numba cannot be used here ({type(error).__name__}: {error})"
@@ -59,7 +60,16 @@ class FastPath:
         self._own_hooks = hooks
         self._hooks = [h for m in self.lm.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._modules = [(vars(p)["_modules"], name, m) for p in self.lm.modules() for name, m in p.named_children()]
-        self._forwards = [vars(m) for m in self.lm.modules() if "forward" not in vars(m)]  # all but the model's own
+        self._parameters = [
+            (vars(m)["_parameters"], name, p)
+            for m in self.lm.modules()
+            for name, p in m.named_parameters(recurse=False)
+        ]
+        # Torch counts changes in place, but not of what was made in inference mode.
+        self._counted = [p for _, _, p in self._parameters if p is not None and not p.is_inference()]
+        self._trained = [p for p in self.hat.hat_parameters().values() if not p.is_inference()]
+        own = {self.lm, *(m for m in self.lm.modules() if "forward" in vars(m))}
+        self._forwards = [vars(m) for m in self.lm.modules() if m not in own]
         self._reference = self.lm.forward
 
         @functools.wraps(self._reference)  # generate reads its signature
@@ -120,8 +130,12 @@ class FastPath:
             return "decisions are not the method's own"
         if sum(map(len, self._hooks)) != self._own_hooks or any_module._has_any_global_hook():
             return "there are hooks on the base"
-        if any(modules.get(name) is not m for modules, name, m in self._modules):
+        if any(there.get(name) is not m for there, name, m in self._modules):
             return "a module of the base was replaced, as by an adapter"
+        if any(there.get(name) is not p for there, name, p in self._parameters):
+            return "a parameter of the base was replaced"
+        if lm.config.num_hidden_layers != self.hat.config.n_layers:
+            return "drafts by some of the layers were asked for"
         if any("forward" in own for own in self._forwards):
             return "another library overrides a forward of the base"
         if lm.training or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
@@ -137,7 +151,7 @@ class FastPath:
             return False
         if type(cache) is not DynamicCache or given.get("use_cache") is False or given.get("return_dict") is False:
             return False
-        if not all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers) or not cache.layers:
+        if len(cache.layers) != self.hat.config.n_layers or not all(type(a) in LAYERS for a in cache.layers):
             return False
         if torch.is_grad_enabled() or self.lm.config.output_hidden_states or self.lm.config.output_attentions:
             return False
@@ -164,16 +178,17 @@ class FastPath:
                 return None  # holes, or padding on the right
         if position_ids is None:
             position_ids = torch.arange(start, start + t)[None]
-        logits, kept, ran = self.decoder.step(
+        decoder = self.decoder
+        logits, kept, ran = decoder.step(
             input_ids,
             cache,
-            self._decide(mode),
+            self._decide(mode, decoder),
             position=position_ids.expand(b, t),
             first=first,
             protected=state.protected,
         )
         work = [FFN] if self.hat.config.granularity == "token" else range(DOWN + 1)
-        channels = [1] if self.hat.config.granularity == "token" else self.decoder.channels
+        channels = [1] if self.hat.config.granularity == "token" else decoder.channels
         state.executed = torch.from_numpy(kept[:, work]) / torch.tensor(channels)[:, None, None]
         state.exit_layer = torch.from_numpy(ran).to(torch.int16)
         self.context.done(state)
@@ -186,30 +201,30 @@ class FastPath:
     @property
     def decoder(self) -> Decoder:
         """The packed base, as its weights are now."""
-        now = [id(p) + _version(p) for p in self.lm.parameters()]
+        now = [p._version for p in self._counted]
         if self._decoder is None or now != self._packed:
             self._decoder, self._packed = Decoder(self.lm), now
         return self._decoder
 
-    def _decide(self, mode: Mode) -> Decisions:
+    def _decide(self, mode: Mode, decoder: Decoder) -> Decisions:
         """The mode's decisions as arrays."""
         routed, exits = mode.policy, mode.exits
-        version = sum(_version(p) for p in self.hat.hat_parameters().values())
+        version = sum(p._version for p in self._trained)
         asked = (
             version,
             tuple(routed.thresholds.values()) if isinstance(routed, Threshold) else None,
             tuple(exits.thresholds.values()) if exits else None,
         )
         if asked not in self._decisions:
-            self._decisions[asked] = self._arrays(routed, exits)
+            self._decisions[asked] = self._arrays(routed, exits, decoder)
             if len(self._decisions) > READY:
                 self._decisions.popitem(last=False)
         self._decisions.move_to_end(asked)
         return self._decisions[asked]
 
     @torch.no_grad()
-    def _arrays(self, routed, exits) -> Decisions:
-        hat, made = self.hat, self.decoder.everything()
+    def _arrays(self, routed, exits, decoder: Decoder) -> Decisions:
+        hat, made = self.hat, decoder.everything()
         layers = range(hat.config.n_layers)
         stack = lambda rows: as_numpy(torch.stack([r.detach().float() for r in rows]))  # noqa: E731
         if isinstance(routed, Threshold) and hat.config.granularity == "channel":
@@ -242,8 +257,3 @@ class FastPath:
                 expand=stack(gate.expand.weight for _, gate in gates),
             )
         return made
-
-
-def _version(parameter: Tensor) -> int:
-    """Rises with each change in place; 0 where torch does not count (a tensor made in inference mode)."""
-    return 0 if parameter.is_inference() else parameter._version
