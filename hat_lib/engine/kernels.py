@@ -12,32 +12,16 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-OPTIONS = {"boundscheck": False, "error_model": "numpy", "nogil": True}
+from hat_lib.engine.compiling import compiled
+
 F0, F1 = np.float32(0), np.float32(1)
 LEAVES = 8
 """parts of the channels of a product whose sums are added in pairs, whoever computes them"""
 COLUMNS = 2048
 """outputs at a time: with eight rows of a weight and the sums of eight tokens they fit the nearest caches"""
-
-
-def compiled(*, reorder: bool = False):
-    """A numba function that lets other threads run, kept on disk where a folder for it can be written.
-
-    Args:
-        reorder: whether sums may be reordered; else products and sums are fused (FMA) and nothing more.
-    """
-
-    def wrap(function):
-        options = OPTIONS | {"fastmath": True if reorder else {"contract"}}
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError:  # no folder to keep it in: compiled in each process
-            return njit(**options)(function)
-
-    return wrap
 
 
 @intrinsic
@@ -83,9 +67,9 @@ def power_of_two(context, exponent):
 @compiled()
 def exp(x):
     """``e ** x`` in float32 to about 2e-7 of itself, in a form that vectorises; x is taken to be at most 88."""
-    z = max(x, np.float32(-87)) * np.float32(1.44269504)
-    whole = np.floor(z + np.float32(0.5))
-    f = (z - whole) * np.float32(0.69314718)
+    x = max(x, np.float32(-87))
+    whole = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    f = (x - whole * np.float32(0.693145752)) - whole * np.float32(1.42860677e-6)  # less ln 2, in two parts
     tail = np.float32(1 / 120) + f * (np.float32(1 / 720) + f * np.float32(1 / 5040))
     series = F1 + f * (F1 + f * (np.float32(1 / 2) + f * (np.float32(1 / 6) + f * (np.float32(1 / 24) + f * tail))))
     return series * power_of_two(np.int32(whole))

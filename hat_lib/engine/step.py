@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
+from hat_lib.engine.compiling import compiled
 from hat_lib.engine.kernels import (
     F0,
     F1,
@@ -23,7 +24,6 @@ from hat_lib.engine.kernels import (
     add_channels,
     as_float,
     as_stored,
-    compiled,
     dot,
     dots,
     exp,
@@ -307,7 +307,7 @@ def swiglu(gate, up):
         gate[i] = gate[i] / (F1 + exp(-gate[i])) * up[i]
 
 
-@compiled()
+@compiled(keep=True)
 def decode_step(t, team, barrier, base, decide, rows, room):
     """Thread t's part in one step of all rows. Every thread of the team calls it; they meet inside."""
     layers, wide_d = base.qkv.shape[0], base.embed.shape[1]

@@ -18,7 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from hat_lib.engine.kernels import compiled
+from hat_lib.engine.compiling import compiled
 
 # Places in a barrier, each on a cache line of its own: how many have come, and which meeting it is.
 COME, MEETING, BARRIER = 0, 8, 16

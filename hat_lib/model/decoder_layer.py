@@ -125,7 +125,7 @@ class AdaptiveLayer:
         kept = keep.nonzero().view(-1)
         if not len(kept):
             return h
-        update = layer.mlp(x.view(-1, x.shape[-1])[kept][None])[0]
+        update = layer.mlp(x.view(-1, x.shape[-1])[kept][None])[0].to(h.dtype)  # autocast gives another
         return h.view(-1, h.shape[-1]).index_add(0, kept, update).view(h.shape)
 
     def _heads(self, x: Tensor) -> Tensor:

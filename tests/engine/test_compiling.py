@@ -1,0 +1,45 @@
+"""Compiled code is kept for the sources that it was compiled from, and never needed."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import numpy as np
+from hat_lib.engine.compiling import compiled
+
+@compiled(keep=True)
+def double(x):
+    return 2 * x
+
+assert double(21) == 42
+print(sum(double.stats.cache_hits.values()))
+"""
+
+
+@pytest.fixture
+def hits(tmp_path, monkeypatch):
+    """Runs the script in a process of its own: how much it found."""
+    monkeypatch.setenv("HAT_CACHE", str(tmp_path / "cache"))
+
+    def run():
+        done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    return run
+
+
+def test_it_is_found_again_and_what_is_damaged_is_not_missed(hits, tmp_path):
+    assert hits() == 0 and hits() == 1
+    kept = [path for path in (tmp_path / "cache" / "compiled").iterdir() if path.is_file()]
+    assert kept
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:20])
+    assert hits() == 0
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(hits, tmp_path):
+    (tmp_path / "cache").write_text("not a folder")
+    assert hits() == 0

@@ -1,0 +1,150 @@
+"""The engine against transformers: every form that a Llama takes, any number of threads, rows and sequences."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from hat_lib.engine import team
+from hat_lib.engine.cache import GrowingLayer, room_for
+from hat_lib.engine.decoder import Decoder
+from hat_lib.engine.weights import packed_bytes
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+FORMS = {
+    "many heads": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "grouped": {"num_attention_heads": 6, "num_key_value_heads": 2},
+    "one key head": {"num_attention_heads": 3, "num_key_value_heads": 1},
+    "odd sizes": {"hidden_size": 42, "intermediate_size": 70, "num_attention_heads": 3, "head_dim": 10},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "llama3": {"rope_parameters": LLAMA3, "max_position_embeddings": 128},
+}
+
+
+def llama(dtype=torch.float32, **form):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 3, "num_key_value_heads": None}
+    more = {"num_hidden_layers": 3, "vocab_size": 101, "initializer_range": 0.1}
+    config = LlamaConfig(**{**sizes, **more, **form})
+    config.num_key_value_heads = form.get("num_key_value_heads", config.num_attention_heads)
+    lm = LlamaForCausalLM(config).eval()
+    for name, p in lm.named_parameters():
+        if p.dim() == 1:
+            p.copy_(torch.randn(p.shape) * 0.3 + ("norm" in name))
+    return lm.to(dtype)
+
+
+def steps(decoder, ids, cache=None, at_a_time=1, first=None):
+    """Logits of ``ids [B, T]``, so many tokens at a time behind a cache."""
+    cache = DynamicCache(config=decoder.lm.config) if cache is None else cache
+    out, (b, tokens) = [], ids.shape
+    for t in range(0, tokens, at_a_time):
+        part, start = ids[:, t : t + at_a_time], cache.get_seq_length()
+        position = torch.arange(start, start + part.shape[1]).expand(part.shape)
+        given = {"first": torch.zeros(b, dtype=torch.long), "protected": torch.zeros(part.shape, dtype=torch.bool)}
+        out.append(decoder.step(part, cache, decoder.everything(), position=position, **given)[0])
+    return torch.cat(out, 1)
+
+
+@pytest.fixture
+def ids():
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 101, (2, 24)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_llama(form, ids):
+    lm = llama(**FORMS[form])
+    expected = lm(ids).logits
+    assert float((steps(Decoder(lm), ids) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_bfloat16_is_nearer_to_the_truth_than_transformers(ids):
+    lm = llama(torch.bfloat16)
+    exact, own = llama(torch.bfloat16).float()(ids).logits, lm(ids).logits
+    found = steps(Decoder(lm), ids)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - exact).abs().mean() < (own.float() - exact).abs().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_rows_and_pieces_change_no_bit(dtype, ids, monkeypatch):
+    decoder = Decoder(llama(dtype, num_hidden_layers=2))
+    monkeypatch.setattr(team, "cores", lambda: 16)
+    expected, before = steps(decoder, ids), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5, 8):
+            torch.set_num_threads(threads)
+            assert torch.equal(steps(decoder, ids[:, :8]), expected[:, :8]), threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(steps(decoder, ids[:1]), expected[:1])
+    assert torch.equal(steps(decoder, ids, at_a_time=4), expected)
+
+
+def test_int8_is_near(ids):
+    lm = llama()
+    plain, expected = Decoder(lm), lm(ids).logits
+    small = Decoder(lm, "int8")
+    assert packed_bytes(small.weights) < 0.4 * packed_bytes(plain.weights)
+    found = steps(small, ids).log_softmax(-1)
+    assert 0 <= float((expected.softmax(-1) * (expected.log_softmax(-1) - found)).sum(-1).mean()) < 1e-3
+
+
+class TestCache:
+    """Keys and values in a room of their own stay those of a `DynamicCache`."""
+
+    def both(self, ids):
+        """A plain cache and one that grows, of the same tokens; and the model."""
+        lm = llama()
+        plain, growing = DynamicCache(config=lm.config), DynamicCache(config=lm.config)
+        lm(ids, cache=plain, use_cache=True)
+        lm(ids, cache=growing, use_cache=True)
+        room_for(growing, len(ids), lm.config.num_key_value_heads, lm.config.head_dim, lm.dtype, 1)
+        return lm, plain, growing
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda cache: None,
+            lambda cache: cache.crop(-5),
+            lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+            lambda cache: cache.batch_select_indices(torch.tensor([0])),
+            lambda cache: cache.batch_repeat_interleave(2),
+        ],
+        ids=["as it is", "cropped", "reordered", "selected", "repeated"],
+    )
+    def test_whatever_transformers_does_to_it(self, change, ids):
+        lm, plain, growing = self.both(ids)
+        for cache in (plain, growing):
+            change(cache)
+        assert plain.get_seq_length() == growing.get_seq_length()
+        batch = len(plain.layers[0].keys)
+        for more in (3, 200, 1):  # in place, beyond the room, and outside of it
+            tokens = ids[:1].repeat(batch, 9)[:, :more]
+            expected, found = (lm(tokens, cache=cache, use_cache=True).logits for cache in (plain, growing))
+            assert torch.equal(expected, found)
+        found = steps(Decoder(lm), tokens, cache=growing)
+        expected = lm(tokens, cache=plain, use_cache=True).logits
+        assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+    def test_a_reset_begins_anew(self, ids):
+        lm, _, growing = self.both(ids)
+        growing.reset()
+        assert growing.get_seq_length() == 0
+        assert torch.equal(lm(ids, cache=growing, use_cache=True).logits, lm(ids).logits)
+
+    def test_it_grows_by_doubling(self, ids):
+        lm = llama()
+        decoder, cache, rooms = Decoder(lm), DynamicCache(config=lm.config), set()
+        for _ in range(300):
+            steps(decoder, ids[:1, :1], cache=cache)
+            rooms.add(cache.layers[0].room.size)
+        assert len(rooms) <= 3 and all(isinstance(layer, GrowingLayer) for layer in cache.layers)
+        kept = cache.layers[1].keys
+        assert torch.equal(kept, cache.layers[1].room.keys[1, :, :, :300])

@@ -1,0 +1,99 @@
+"""A team of threads: together inside a step, asleep between steps, and there after whatever happened to one."""
+
+import multiprocessing
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from hat_lib.engine import team
+from hat_lib.engine.compiling import compiled
+from hat_lib.engine.team import Team, fetch_add, meet
+
+
+@compiled()
+def count(t, size, barrier, seen, total):
+    """Each thread adds one and, once all have, notes what it sees; a thousand times."""
+    for turn in range(1000):
+        fetch_add(total, 0, 1)
+        meet(barrier, size)
+        seen[t, turn] = total[0]
+        meet(barrier, size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_nobody_goes_on_alone(size):
+    crew, seen, total = Team(size), np.zeros((size, 1000), np.int64), np.zeros(1, np.int64)
+    crew.run(count, (seen, total))
+    assert np.array_equal(seen, np.broadcast_to(size * np.arange(1, 1001), seen.shape))
+
+
+def test_an_interrupt_comes_after_the_step():
+    crew, ended = Team(2), []
+
+    def slow(t, size, barrier):
+        time.sleep(0.3)
+        ended.append(t)
+
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            crew.run(slow, ())
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert sorted(ended) == [0, 1]
+    crew.run(slow, ())
+    assert sorted(ended) == [0, 0, 1, 1]
+
+
+def test_an_error_is_the_asker_s():
+    crew = Team(2)
+
+    def fails(t, size, barrier):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        crew.run(fails, ())
+    crew.run(lambda t, size, barrier: None, ())
+
+
+def counted(queue=None):
+    seen, total = np.zeros((2, 1000), np.int64), np.zeros(1, np.int64)
+    team.run(count, (seen, total), 2)
+    if queue:
+        queue.put(int(total[0]))
+    return int(total[0])
+
+
+@pytest.mark.skipif(not hasattr(team.os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_has_a_team_of_its_own():
+    expected = counted()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=counted, args=(queue,))
+    child.start()
+    assert queue.get(timeout=60) == expected
+    child.join()
+    assert counted() == expected
+
+
+def test_two_python_threads_take_turns():
+    found = []
+    askers = [threading.Thread(target=lambda: found.append(counted())) for _ in range(4)]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    assert len(set(found)) == 1
+
+
+def test_never_more_threads_than_cores(monkeypatch):
+    asked = []
+    monkeypatch.setattr(team, "cores", lambda: 1)
+    team.run(lambda t, size, barrier: asked.append((t, size)), (), 64)
+    assert asked == [(0, 1)]

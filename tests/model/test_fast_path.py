@@ -1,0 +1,226 @@
+"""Which forwards the engine runs, and that it decides there as the reference path does."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from test_transformer import active, close, new_base, stepwise
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextStreamer
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+from hat_lib.config import HatConfig
+from hat_lib.model import fast_path
+from hat_lib.model.policies import Random
+from hat_lib.model.transformer import HierarchicalTransformer
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.fixture
+def ids():
+    return torch.from_numpy(np.random.default_rng(1).integers(5, 250, (3, 14)))
+
+
+@pytest.fixture(params=["channel", "token"])
+def hat(request):
+    return active(new_base(), request.param)
+
+
+def states(hat, ids, **given):
+    with hat.collect() as found:
+        logits = stepwise(hat.lm, ids, **given)
+    return logits, found
+
+
+def on_engine(hat, ids, **given):
+    """Whether each step of a decode ran on the engine."""
+    return [state.executed is not None for state in states(hat, ids, **given)[1]]
+
+
+def test_it_decides_as_the_reference_path_does(hat, ids):
+    found, ours = states(hat, ids)
+    with hat.reference():
+        expected, theirs = states(hat, ids)
+    assert all(s.executed is not None for s in ours) and all(s.executed is None for s in theirs)
+    close(found, expected)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.exit_layer, b.exit_layer) and torch.allclose(a.site_share, b.site_share)
+        assert (a.capacity, a.exit_rate, a.routed, a.gated) == (pytest.approx(b.capacity), b.exit_rate, True, True)
+    assert 0.3 < type(ours[0]).cat(ours).capacity < 0.95 and type(ours[0]).cat(ours).exit_rate > 0.05
+
+
+def test_several_tokens_at_a_time(hat, ids):
+    expected, cache, out = stepwise(hat.lm, ids[:1]), DynamicCache(config=hat.lm.config), []
+    for piece in ids[:1].split(7, dim=1):
+        out.append(hat.lm(piece, cache=cache, use_cache=True).logits)
+        assert hat.trace.executed is not None
+    close(torch.cat(out, 1), expected)
+
+
+def test_left_padding_is_not_seen(hat, ids):
+    mask = torch.ones(3, 18, dtype=torch.long)
+    mask[0, :4] = mask[1, :1] = 0
+    padded, cache, out = torch.nn.functional.pad(ids, (4, 0)), DynamicCache(config=hat.lm.config), []
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    for t in range(18):
+        given = {"attention_mask": mask[:, : t + 1], "position_ids": position[:, t : t + 1]}
+        out.append(hat.lm(padded[:, t : t + 1], cache=cache, use_cache=True, **given).logits)
+        assert (hat.trace.executed is not None) == (t >= 4)  # a padded token is not the engine's
+    with hat.reference():
+        expected = hat.lm(padded, attention_mask=mask, position_ids=position).logits
+    close(torch.cat(out, 1)[mask.bool()], expected[mask.bool()])
+
+
+class Reasons:
+    """How each thing that the engine cannot do is asked for."""
+
+    def hook(hat, monkeypatch):
+        hat.lm.model.layers[1].mlp.down_proj.register_forward_hook(lambda *args: None)
+
+    def global_hook(hat, monkeypatch):
+        monkeypatch.setitem(torch.nn.modules.module._global_forward_hooks, 0, lambda *args: None)
+
+    def adapter(hat, monkeypatch):
+        mlp = hat.lm.model.layers[1].mlp
+        mlp.up_proj = torch.nn.Sequential(mlp.up_proj)
+
+    def foreign_forward(hat, monkeypatch):
+        linear = hat.lm.model.layers[0].self_attn.q_proj
+        linear.forward = linear.forward
+
+    def float16(hat, monkeypatch):
+        hat.to(torch.float16)
+
+    def training(hat, monkeypatch):
+        hat.lm.train()
+
+    def activations(hat, monkeypatch):
+        monkeypatch.setattr(hat.lm.config, "output_hidden_states", True)
+
+
+@pytest.mark.parametrize("reason", [r for r in vars(Reasons) if not r.startswith("_")])
+def test_what_it_cannot_do_the_reference_path_does(hat, ids, monkeypatch, reason):
+    assert hat.decoding.startswith("engine (float32, ")
+    getattr(Reasons, reason)(hat, monkeypatch)
+    assert not any(on_engine(hat, ids[:, :4]))
+    assert reason == "activations" or hat.decoding.startswith("reference path (")
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        lambda hat: hat.reference(),
+        lambda hat: hat.record(),
+        lambda hat: hat.masked(),
+        lambda hat: hat.using(Random(0.5)),
+        lambda hat: hat.dropping(torch.zeros(4, 3, dtype=torch.bool)),
+        lambda hat: torch.enable_grad(),
+        lambda hat: torch.autocast("cpu"),
+    ],
+    ids=["reference", "record", "masked", "using", "dropping", "grad", "autocast"],
+)
+def test_contexts_that_it_leaves_to_the_reference_path(hat, ids, context):
+    with context(hat):
+        assert not any(on_engine(hat, ids[:, :3]))
+    assert all(on_engine(hat, ids[:, :3]))
+
+
+@pytest.mark.parametrize("given", [{"output_hidden_states": True}, {"labels": True}, {"use_cache": False}])
+def test_what_is_asked_of_one_call(hat, ids, given):
+    if "labels" in given:
+        given = {"labels": ids[:, :1]}
+    hat.lm(ids[:, :1], **{"cache": DynamicCache(config=hat.lm.config), "use_cache": True} | given)
+    assert hat.trace.executed is None
+    hat.lm(ids[:1, :9], cache=DynamicCache(config=hat.lm.config), use_cache=True)  # one row more than it takes
+    assert hat.trace.executed is None
+
+
+def test_without_numba_everything_works(monkeypatch, ids):
+    monkeypatch.setattr(fast_path, "UNAVAILABLE", "numba cannot be used here (ImportError: none)")
+    hat = active(new_base(), "channel")
+    assert hat.decoding == "reference path (numba cannot be used here (ImportError: none))"
+    assert not any(on_engine(hat, ids))
+
+
+def test_weights_and_routers_that_change_are_followed(hat, ids):
+    before = stepwise(hat.lm, ids)
+    hat.lm.model.layers[1].mlp.up_proj.weight.mul_(1.1)
+    for p in hat.hat_parameters().values():
+        p.add_(0.05)
+    after = stepwise(hat.lm, ids)
+    assert float((after - before).abs().max()) > 1e-2
+    with hat.reference():
+        close(after, stepwise(hat.lm, ids))
+    hat.to(torch.bfloat16)
+    assert all(on_engine(hat, ids)) and stepwise(hat.lm, ids).dtype == torch.bfloat16
+
+
+def test_a_copy_and_the_base_afterwards(hat, ids):
+    twin, expected = copy.deepcopy(hat), stepwise(hat.lm, ids)
+    base = hat.unload()
+    assert "forward" not in vars(base.model)
+    assert all(on_engine(twin, ids))
+    close(stepwise(twin.lm, ids), expected)
+
+
+class TestGenerate:
+    """transformers' own loop, on either path, writes the same."""
+
+    def both(self, hat, ids, **settings):
+        given = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0} | settings
+        torch.manual_seed(0)
+        found = hat.lm.generate(ids, **given)
+        assert hat.trace.executed is not None
+        torch.manual_seed(0)
+        with hat.reference():
+            return found, hat.lm.generate(ids, **given)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{}, {"do_sample": True, "top_k": 20}, {"repetition_penalty": 1.3}, {"num_beams": 2}],
+        ids=["greedy", "sampled", "penalty", "beams"],
+    )
+    def test_the_same_text(self, hat, ids, settings):
+        assert torch.equal(*self.both(hat, ids[:1], **settings))
+        assert torch.equal(*self.both(hat, ids, **settings))
+
+    def test_what_listens_and_what_decides(self, hat, ids, capsys):
+        class Nothing(LogitsProcessor):
+            def __call__(self, input_ids, scores):
+                scores[:, 7] = torch.inf
+                return scores
+
+        class Enough(StoppingCriteria):
+            def __call__(self, input_ids, scores, **kwargs):
+                return torch.full((len(input_ids),), input_ids.shape[1] >= 17)
+
+        given = {"logits_processor": LogitsProcessorList([Nothing()])}
+        given["stopping_criteria"] = StoppingCriteriaList([Enough()])
+        streamer = TextStreamer(hat.base.tokenizer, skip_prompt=True)
+        found, expected = self.both(hat, ids[:1], streamer=streamer, **given)
+        assert found[0, 14:].tolist() == [7, 7, 7] and torch.equal(found, expected)
+        assert capsys.readouterr().out.strip()
+
+    def test_a_conversation_goes_on_behind_one_cache(self, hat, ids):
+        texts = []
+        for around in (hat.at(), hat.reference()):
+            cache, text = DynamicCache(config=hat.lm.config), ids[:1, :5]
+            with around:
+                for turn in (ids[1:2], ids[2:3, :3]):
+                    text = torch.cat([text, turn], 1)
+                    text = hat.lm.generate(text, cache=cache, max_new_tokens=6, do_sample=False, pad_token_id=0)
+                    cache.crop(-2)  # as after a user took the end back
+                    text = text[:, :-2]
+            texts.append(text)
+        assert torch.equal(*texts)
+
+
+def test_the_token_grain_never_skips_layer_0(ids):
+    base = new_base()
+    hat = HierarchicalTransformer(base, HatConfig.published(base, exit_layers=()))
+    everything = dict.fromkeys(((i, "ffn") for i in range(hat.config.n_layers)), float("inf"))
+    with hat._changed(routed=hat.threshold_policy(everything)):
+        stepwise(hat.lm, ids)
+    share = hat.trace.site_share
+    assert hat.trace.executed is not None and share[0].eq(1).all() and not share[1:].any()
