@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from test_transformer import active, close, new_base, stepwise
+from test_transformer import active, close, stepwise
+from tiny_runs import GRAINS, tiny
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
@@ -14,7 +15,7 @@ from hat_lib.model import fast_path
 from hat_lib.model.policies import Random
 from hat_lib.model.transformer import HierarchicalTransformer
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:token grain")]
 
 
 @pytest.fixture
@@ -22,9 +23,9 @@ def ids():
     return torch.from_numpy(np.random.default_rng(1).integers(5, 250, (3, 14)))
 
 
-@pytest.fixture(params=["channel", "token"])
+@pytest.fixture(params=GRAINS)
 def hat(request):
-    return active(new_base(), request.param)
+    return active(request.param)
 
 
 def states(hat, ids, **given):
@@ -138,7 +139,7 @@ def test_what_is_asked_of_one_call(hat, ids, given):
 
 def test_without_numba_everything_works(monkeypatch, ids):
     monkeypatch.setattr(fast_path, "UNAVAILABLE", "numba cannot be used here (ImportError: none)")
-    hat = active(new_base(), "channel")
+    hat = active("channel")
     assert hat.decoding == "reference path (numba cannot be used here (ImportError: none))"
     assert not any(on_engine(hat, ids))
 
@@ -217,7 +218,7 @@ class TestGenerate:
 
 
 def test_the_token_grain_never_skips_layer_0(ids):
-    base = new_base()
+    base = tiny()
     hat = HierarchicalTransformer(base, HatConfig.published(base, exit_layers=()))
     everything = dict.fromkeys(((i, "ffn") for i in range(hat.config.n_layers)), float("inf"))
     with hat._changed(routed=hat.threshold_policy(everything)):

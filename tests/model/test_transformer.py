@@ -77,7 +77,8 @@ class TestBase:
         hat = untrained(grain, base)
         close(hat.lm(ids).logits, expected, tol)
         assert hat.capacity == 1.0 and hat.trace.capacity == 1.0 and hat.trace.exit_rate == 0.0
-        close(stepwise(hat.lm, ids), expected, tol)
+        with hat.reference():  # in bf16 the engine rounds less: tests/engine says how near it is to fp32
+            close(stepwise(hat.lm, ids), expected, tol)
 
     def test_active_differs_and_dense_and_capacity_one_equal_base(self, hat, ids):
         expected = tiny().model(ids).logits
