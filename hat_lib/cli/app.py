@@ -28,12 +28,14 @@ def setup(
     fetch: bool = option(True, "Fetch the bundled base (93 MB) and texts (7 MB) if missing."),
     quiet: bool = option(False, "No report: say only what is fetched, or fails.", "--quiet"),
 ) -> None:
-    """Fetch the base and the texts, report the environment."""
+    """Fetch the base and the texts, compile the engine, report the environment."""
+    from hat_lib.model.fast_path import warm
     from hat_lib.workbook.environment import environment, fetch_bundled, lines
 
     try:
         if fetch:
             fetch_bundled()
+            warm()
     finally:  # above all when fetching failed
         if not quiet:
             typer.echo("\n".join(lines(environment())))

@@ -22,7 +22,7 @@ class Decoder:
 
     Args:
         lm: a `LlamaForCausalLM` on the CPU, in float32 or bfloat16; its products' weights are copied.
-        form: of the copy, one of `hat_lib.engine.weights.FORMATS`.
+        form: of the copy, "base" or "int8".
     """
 
     def __init__(self, lm, form: str = "base"):

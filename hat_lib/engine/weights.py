@@ -1,7 +1,7 @@
 """A base packed for the engine: each product's weights once more, transposed, so that a channel is a row.
 
-``as it is``  the base's own numbers, float32 or bfloat16.
-``int8``      eight bits, with one scale for each output, the largest magnitude of its row over 127.
+``base``  the base's own numbers, float32 or bfloat16.
+``int8``  eight bits, with one scale for each output, the largest magnitude of its row over 127.
 
 Embedding and head are the base's own memory.
 """
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from hat_lib.engine.step import Weights
 
-FORMATS = ("base", "int8")
 MATRICES = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -34,7 +33,7 @@ def pack(lm, form: str = "base") -> Weights:
     """The weights of a `LlamaForCausalLM` on the CPU, in float32 or bfloat16.
 
     Args:
-        form: one of `FORMATS`.
+        form: "base" or "int8".
     """
     layers, config, packed = lm.model.layers, lm.config, {}
     for name, linears in MATRICES.items():

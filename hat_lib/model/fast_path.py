@@ -13,6 +13,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as any_module
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -31,6 +32,7 @@ try:
 except Exception as error:  # numba is missing, or does not know this Python or this CPU
     UNAVAILABLE = f"numba cannot be used here ({type(error).__name__}: {error})"
 
+WEIGHT_FORMATS = ("base", "int8")
 ROPES = ("default", "linear", "llama3", "yarn")
 """rotary embeddings whose angles depend on the position alone"""
 TAKEN = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", "return_dict"}
@@ -48,8 +50,10 @@ class FastPath:
 
     def __init__(self, hat, context):
         self.hat, self.lm, self.context = hat, hat.lm, context
+        self.form = "base"
+        """of the packed weights, one of `WEIGHT_FORMATS`"""
         self._decoder: Decoder | None = None
-        self._packed: list[int] = []
+        self._packed: tuple = ()
         self._decisions: OrderedDict[tuple, Decisions] = OrderedDict()
         self.never = self._why_never()
 
@@ -92,7 +96,8 @@ class FastPath:
         if (why := self.why_not()) is not None:
             return f"reference path ({why})"
         threads = max(1, min(torch.get_num_threads(), cores()))
-        return f"engine ({str(self.lm.dtype).removeprefix('torch.')}, {threads} thread{'s' if threads > 1 else ''})"
+        form = str(self.lm.dtype).removeprefix("torch.") if self.form == "base" else self.form
+        return f"engine ({form}, {threads} thread{'s' if threads > 1 else ''})"
 
     # -- whether ------------------------------------------------------------------------------------
 
@@ -202,8 +207,9 @@ class FastPath:
     def decoder(self) -> Decoder:
         """The packed base, as its weights are now."""
         now = [p._version for p in self._counted]
-        if self._decoder is None or now != self._packed:
-            self._decoder, self._packed = Decoder(self.lm), now
+        if self._decoder is None or (now, self.form) != self._packed:
+            self._decoder = None  # before there is another
+            self._decoder, self._packed = Decoder(self.lm, self.form), (now, self.form)
         return self._decoder
 
     def _decide(self, mode: Mode, decoder: Decoder) -> Decisions:
@@ -257,3 +263,15 @@ class FastPath:
                 expand=stack(gate.expand.weight for _, gate in gates),
             )
         return made
+
+
+def warm() -> None:
+    """Compile the decode step for bases in float32 and bfloat16, unless it is kept from before; some twenty seconds."""
+    if UNAVAILABLE is None:
+        config = LlamaConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8
+        )
+        for dtype in (torch.float32, torch.bfloat16):
+            decoder, one = Decoder(LlamaForCausalLM(config).to(dtype)), torch.zeros(1, 1, dtype=torch.long)
+            cache, first = DynamicCache(config=config), torch.zeros(1, dtype=torch.long)
+            decoder.step(one, cache, decoder.everything(), position=one, first=first, protected=one.bool())

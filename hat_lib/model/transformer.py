@@ -37,7 +37,7 @@ from hat_lib.model.checkpoint import (
     write_checkpoint,
 )
 from hat_lib.model.decoder_layer import AdaptiveLayer
-from hat_lib.model.fast_path import FastPath
+from hat_lib.model.fast_path import WEIGHT_FORMATS, FastPath
 from hat_lib.model.forward_pass import ForwardPass
 from hat_lib.model.granularity import GRAINS, LINEARS, column_norm
 from hat_lib.model.modes import Context, Mode, Modes
@@ -237,6 +237,19 @@ class HierarchicalTransformer(Modes, nn.Module):
     def threshold_policy(self, thresholds: dict[tuple[int, str], float]) -> Threshold:
         """The method's own decisions at these thresholds on the routers' scores, by (layer, site)."""
         return Threshold(self.routers, thresholds)
+
+    @property
+    def weight_format(self) -> str:
+        """How the engine keeps the weights that it reads for each token: "base", as the base has them, or "int8", a
+        scale for each output and half the memory of bfloat16, near to the base and not equal. Prefill reads the base's
+        own."""
+        return self._fast.form
+
+    @weight_format.setter
+    def weight_format(self, value: str) -> None:
+        if value not in WEIGHT_FORMATS:
+            raise HatError(f"weight format must be one of {', '.join(WEIGHT_FORMATS)}, got {value!r}")
+        self._fast.form = value
 
     @property
     def decoding(self) -> str:

@@ -10,7 +10,7 @@ from tiny_runs import GRAINS, tiny
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from hat_lib.config import HatConfig
+from hat_lib.config import HatConfig, HatError
 from hat_lib.model import fast_path
 from hat_lib.model.policies import Random
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -155,6 +155,18 @@ def test_weights_and_routers_that_change_are_followed(hat, ids):
         close(after, stepwise(hat.lm, ids))
     hat.to(torch.bfloat16)
     assert all(on_engine(hat, ids)) and stepwise(hat.lm, ids).dtype == torch.bfloat16
+
+
+def test_weights_in_fewer_bits(hat, ids):
+    hat.weight_format = "int8"
+    assert hat.decoding.startswith("engine (int8, ") and all(on_engine(hat, ids))
+    with hat.dense():  # what is decided hangs on the last bit
+        found = stepwise(hat.lm, ids)
+        with hat.reference():
+            near = stepwise(hat.lm, ids)
+    assert 0 < float((found - near).abs().mean()) < 0.05 * float(near.abs().mean())
+    with pytest.raises(HatError, match="weight format must be one of base, int8, got 'int3'"):
+        hat.weight_format = "int3"
 
 
 def test_a_copy_and_the_base_afterwards(hat, ids):
