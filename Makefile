@@ -60,7 +60,7 @@ clean:  ## remove .venv, caches and build leftovers; runs/ stays
 	$(FETCH)
 	@touch $@
 
-# What only tests need: lm-evaluation-harness is 200 MB that no notebook imports.
+# What only tests need: lm-evaluation-harness is 200 MB, Triton a gigabyte, and no notebook imports them.
 .venv/tested: pyproject.toml | .venv/ready
-	$(PY) -m pip install -e ".[dev,eval]"
+	$(PY) -m pip install -e ".[dev,eval,gpu]"
 	@touch $@

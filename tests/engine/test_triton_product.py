@@ -1,0 +1,46 @@
+"""The GPU's kernel, interpreted on the CPU: it is the CPU's product."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = """
+import torch
+from hat_lib.engine.triton_product import gated_product
+
+draw = torch.Generator().manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for channels, outputs in ((64, 128), (45, 301), (200, 7)):
+        x = torch.randn(channels, generator=draw).to(dtype)
+        w = torch.randn(channels, outputs, generator=draw).to(dtype)
+        cut = torch.rand(channels, generator=draw) - 0.1
+        for scale in (1.0, 0.5, 3.0, 1e9):
+            kept = torch.where(x.float().abs() > cut * scale, x.float(), 0.0)
+            expected = kept.double() @ w.double()
+            found = gated_product(x, w, cut, scale)
+            assert found.dtype == torch.float32
+            assert (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max()), (dtype, channels, scale)
+try:
+    gated_product(x, w.t(), cut)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_it_is_the_masked_product():
+    # Read when triton is imported, and so in a process of its own.
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert "must have the rows of a contiguous w [C, O]" in done.stdout
+
+
+def test_the_benchmark_says_what_it_needs():
+    command = [sys.executable, "-c", "import torch, runpy; torch.cuda.is_available = lambda: False; "
+               "runpy.run_module('hat_lib.engine.triton_product', run_name='__main__')"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 1 and "needs a CUDA device" in done.stderr
