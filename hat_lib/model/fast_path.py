@@ -8,7 +8,7 @@ the place of ``hat.lm.forward``: a forward is run by the engine, or there is a r
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
+import threading
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hat_lib.model.modes import Mode
-from hat_lib.model.policies import ExitThresholds, KeepAll, Threshold
+from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold
 
 try:
     from hat_lib.engine.cache import GrowingLayer
     from hat_lib.engine.decoder import ROWS, Decoder
     from hat_lib.engine.step import DOWN, FFN, Decisions
     from hat_lib.engine.team import cores
-    from hat_lib.engine.weights import as_numpy, linears
+    from hat_lib.engine.weights import linears
+    from hat_lib.model.decisions import decisions
 
     LAYERS = DynamicLayer, GrowingLayer
     UNAVAILABLE = None
@@ -54,7 +54,8 @@ class FastPath:
         """of the packed weights, one of `WEIGHT_FORMATS`"""
         self._decoder: Decoder | None = None
         self._packed: tuple = ()
-        self._decisions: OrderedDict[tuple, Decisions] = OrderedDict()
+        self._decisions: dict[tuple, Decisions] = {}
+        self._lock = threading.Lock()
         self.never = self._why_never()
 
     def attach(self, hooks: int) -> None:
@@ -131,8 +132,10 @@ class FastPath:
             return f"weights are {lm.dtype}"
         if mode.record or mode.dropped is not None or not mode.compact:
             return "decisions are recorded, or layers dropped, or masks multiplied"
-        if type(mode.policy) not in (KeepAll, Threshold) or not isinstance(mode.exits, ExitThresholds | None):
+        if type(mode.policy) not in (KeepAll, Threshold, Forced):
             return "decisions are not the method's own"
+        if mode.exits is not None and type(mode.exits) not in (ExitThresholds, Forced):
+            return "exits are not the method's own"
         if sum(map(len, self._hooks)) != self._own_hooks or any_module._has_any_global_hook():
             return "there are hooks on the base"
         if any(there.get(name) is not m for there, name, m in self._modules):
@@ -157,6 +160,8 @@ class FastPath:
         if type(cache) is not DynamicCache or given.get("use_cache") is False or given.get("return_dict") is False:
             return False
         if len(cache.layers) != self.hat.config.n_layers or not all(type(a) in LAYERS for a in cache.layers):
+            return False
+        if ids.numel() > 1 and Forced in (type(self.context.mode.policy), type(self.context.mode.exits)):
             return False
         if torch.is_grad_enabled() or self.lm.config.output_hidden_states or self.lm.config.output_attentions:
             return False
@@ -183,11 +188,13 @@ class FastPath:
                 return None  # holes, or padding on the right
         if position_ids is None:
             position_ids = torch.arange(start, start + t)[None]
-        decoder = self.decoder
+        with self._lock:
+            decoder = self.decoder
+            decide = self._decide(mode.policy, mode.exits, decoder, start)
         logits, kept, ran = decoder.step(
             input_ids,
             cache,
-            self._decide(mode, decoder),
+            decide,
             position=position_ids.expand(b, t),
             first=first,
             protected=state.protected,
@@ -212,56 +219,18 @@ class FastPath:
             self._decoder, self._packed = Decoder(self.lm, self.form), (now, self.form)
         return self._decoder
 
-    def _decide(self, mode: Mode, decoder: Decoder) -> Decisions:
-        """The mode's decisions as arrays."""
-        routed, exits = mode.policy, mode.exits
+    def _decide(self, routed, exits, decoder: Decoder, start: int) -> Decisions:
+        """The mode's decisions as arrays, for a token at place ``start`` of the cache."""
+        if Forced in (type(routed), type(exits)):  # another at each place
+            return decisions(self.hat, decoder.everything(), routed, exits, start)
         version = sum(p._version for p in self._trained)
-        asked = (
-            version,
-            tuple(routed.thresholds.values()) if isinstance(routed, Threshold) else None,
-            tuple(exits.thresholds.values()) if exits else None,
-        )
-        if asked not in self._decisions:
-            self._decisions[asked] = self._arrays(routed, exits, decoder)
-            if len(self._decisions) > READY:
-                self._decisions.popitem(last=False)
-        self._decisions.move_to_end(asked)
-        return self._decisions[asked]
-
-    @torch.no_grad()
-    def _arrays(self, routed, exits, decoder: Decoder) -> Decisions:
-        hat, made = self.hat, decoder.everything()
-        layers = range(hat.config.n_layers)
-        stack = lambda rows: as_numpy(torch.stack([r.detach().float() for r in rows]))  # noqa: E731
-        if isinstance(routed, Threshold) and hat.config.granularity == "channel":
-            for site in hat.grain.sites:
-                cuts = [hat.routers[f"{i}_{site}"].cut(routed.thresholds[i, site]) for i in layers]
-                made = made._replace(**{f"cut_{site}": stack(cuts)})
-            tokens = [hat.routers[f"{i}_token"] for i in layers]
-            if any(router.weight.any() or router.bias.any() for router in tokens):
-                made = made._replace(
-                    sensitivity=stack(r.weight for r in tokens), sensitivity_bias=stack(r.bias for r in tokens)
-                )
-        elif isinstance(routed, Threshold):
-            routers = [hat.routers[f"{i}_ffn"] for i in layers]
-            cuts = [torch.tensor(routed.thresholds[i, "ffn"]) - router.bias for i, router in enumerate(routers)]
-            made = made._replace(ffn=stack(r.weight for r in routers), ffn_cut=stack(cuts))
-        if exits:
-            gates = [(int(depth), gate) for depth, gate in hat.gates.items()]
-            places = made.exit.copy()
-            for e, (depth, _) in enumerate(gates):
-                places[depth] = e
-            weights = [gate.gate.weight[1] - gate.gate.weight[0] for _, gate in gates]
-            cuts = [exits.thresholds[str(d)] - (gate.gate.bias[1] - gate.gate.bias[0]) for d, gate in gates]
-            made = made._replace(
-                exit=places,
-                gate=stack(weights),
-                gate_cut=stack(cuts),
-                scale=stack(gate.scale for _, gate in gates),
-                shift=stack(gate.shift for _, gate in gates),
-                reduce=stack(gate.reduce.weight for _, gate in gates),
-                expand=stack(gate.expand.weight for _, gate in gates),
-            )
+        thresholds = [tuple(p.thresholds.values()) if hasattr(p, "thresholds") else None for p in (routed, exits)]
+        asked = (version, *thresholds)
+        made = self._decisions.get(asked)
+        if made is None:
+            while len(self._decisions) >= READY:
+                del self._decisions[next(iter(self._decisions))]  # the oldest
+            made = self._decisions[asked] = decisions(self.hat, decoder.everything(), routed, exits, start)
         return made
 
 

@@ -51,6 +51,19 @@ def test_it_decides_as_the_reference_path_does(hat, ids):
     assert 0.3 < type(ours[0]).cat(ours).capacity < 0.95 and type(ours[0]).cat(ours).exit_rate > 0.05
 
 
+def test_it_does_what_is_forced(hat, ids):
+    with hat.record(), hat.reference():
+        expected = hat.lm(ids[:1]).logits
+    masks, recorded = hat.trace.masks, hat.trace
+    with hat.force(masks):
+        found, ours = states(hat, ids[:1])
+    assert all(s.executed is not None for s in ours)
+    close(found, expected)
+    joined = type(recorded).cat(ours)
+    assert torch.equal(joined.exit_layer, recorded.exit_layer)
+    assert torch.allclose(joined.site_share, recorded.site_share)
+
+
 def test_several_tokens_at_a_time(hat, ids):
     expected, cache, out = stepwise(hat.lm, ids[:1]), DynamicCache(config=hat.lm.config), []
     for piece in ids[:1].split(7, dim=1):
