@@ -40,8 +40,8 @@ class Decoder:
         layers, d = w.qkv.shape[:2]
         cuts = [np.full(a.shape[:2], -1, np.float32) for a in (w.qkv, w.o, w.gate_up, w.down)]
         return Decisions(
-            *cuts, z(layers, 0), z(layers), z(layers, 0), z(layers), np.full(layers, -1),
-            z(0, d), z(0), z(0, d), z(0, d), z(0, 0, d), z(0, d, 0),
+            *cuts, z(layers, 0), z(layers), z(layers, 0), z(layers, 1), np.full(layers, -1),
+            z(0, d), z(0, 1), z(0, d), z(0, d), z(0, 0, d), z(0, d, 0),
         )  # fmt: skip
 
     def step(

@@ -81,13 +81,13 @@ class Decisions(NamedTuple):
     ffn: ndarray
     """``[L, D]``, or of no columns: the token grain's routers"""
     ffn_cut: ndarray
-    """``[L]``: the FFN runs if w.x is above"""
+    """``[L, 1]``, or another for each row, ``[L, R]``: the FFN runs if w.x is above"""
     exit: ndarray
     """int64 ``[L]``: which gate stands before a layer, or -1"""
     gate: ndarray
     """``[E, D]``: of leaving over staying"""
     gate_cut: ndarray
-    """``[E]``"""
+    """``[E, 1]``, or another for each row, ``[E, R]``"""
     scale: ndarray
     shift: ndarray
     """``[E, D]``"""
@@ -255,13 +255,13 @@ def rotate(head, cos, sin):
 
 
 @compiled()
-def exit_gate(decide, e, h, n, small):
+def exit_gate(decide, e, r, h, n, small):
     """Whether a row leaves at exit e; its state is translated if it does (`hat_lib.model.exit_gate`)."""
     d = h.shape[0]
     factor = F1 / np.sqrt(mean_square(h) + np.float32(1.1920929e-07))
     for i in range(d):
         n[i] = h[i] * factor
-    if not inner(n, decide.gate[e]) > decide.gate_cut[e]:
+    if not inner(n, decide.gate[e]) > decide.gate_cut[e, r % decide.gate_cut.shape[1]]:
         return False
     length = np.sqrt(mean_square(h) * np.float32(d))
     for k in range(decide.reduce.shape[1]):
@@ -337,7 +337,7 @@ def decode_step(t, team, barrier, base, decide, rows, room):
         gate = decide.exit[layer]
         if gate >= 0:
             for r in range(count):
-                if alive[r] and not rows.protected[r] and exit_gate(decide, gate, h[r], x[r], room.small[t]):
+                if alive[r] and not rows.protected[r] and exit_gate(decide, gate, r, h[r], x[r], room.small[t]):
                     alive[r], kv_whole[r] = False, True
                     living -= 1
                     if t == 0:
@@ -397,7 +397,7 @@ def decode_step(t, team, barrier, base, decide, rows, room):
         for r in range(count):
             runs[r] = alive[r]
             if decide.ffn.shape[1] and layer > 0 and not rows.protected[r]:
-                runs[r] &= inner(x[r], decide.ffn[layer]) > decide.ffn_cut[layer]
+                runs[r] &= inner(x[r], decide.ffn[layer]) > decide.ffn_cut[layer, r % decide.ffn_cut.shape[1]]
             if t == 0:
                 kept[layer, FFN, r] = runs[r]
             running += runs[r]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -21,11 +22,13 @@ from torch import Tensor
 from hat_lib import config
 from hat_lib.backbone.base import BUNDLED, load_base
 from hat_lib.config import HatConfig, HatError, check_count
-from hat_lib.evaluation.baselines import RandomExits, exit_shares
+from hat_lib.evaluation.baselines import exit_shares
 from hat_lib.experiments import common, quality
 from hat_lib.experiments.benchmark import PREFILL, Setting, forced, measure, plain_copy
 from hat_lib.experiments.common import CHECKPOINTS, SPEEDS, TEXTS, markdown, rounded, saved, speeds, times
 from hat_lib.experiments.rows import read_rows
+from hat_lib.model.policies import Forced
+from hat_lib.model.token_state import Masks
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import findings, speed
 from hat_lib.plotting.findings import said
@@ -113,7 +116,9 @@ def _grain(checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str
     with torch.inference_mode():
         contexts, around = forced(hat, realised.values(), 1, ids.shape[1]), {}
     for setting in SETTINGS:
-        exits = RandomExits(dict(zip(hat.config.exit_layers, left[setting], strict=True)))
+        draws = np.random.default_rng(0).random((len(left[setting]), *ids.shape))
+        shares = zip(hat.config.exit_layers, left[setting], draws, strict=True)
+        exits = Forced(Masks(exits={depth: torch.from_numpy(draw < share) for depth, share, draw in shares}))
         capacity = contexts[realised[setting]]
         around[setting] = partial(quality.with_exits, hat, capacity, exits) if setting.exit_rate else capacity
     yield from _rows(hat, around, ids % hat.lm.config.vocab_size, rounds, steps, {})

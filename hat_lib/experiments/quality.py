@@ -25,6 +25,7 @@ from hat_lib.evaluation.perplexity import compare, score, score_each
 from hat_lib.experiments import common
 from hat_lib.experiments.common import CHECKPOINTS, TEXTS, machine, markdown, perplexity, rounded, saved
 from hat_lib.model.checkpoint import digest, read_checkpoint
+from hat_lib.model.policies import ExitPolicy
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import findings, frontier
 from hat_lib.plotting.findings import said
@@ -214,7 +215,7 @@ def _control(hat, untrained: Path, point: Point, blocks, sample, realised: float
 
 
 @contextmanager
-def with_exits(hat: HierarchicalTransformer, around: Callable, exits: RandomExits):
+def with_exits(hat: HierarchicalTransformer, around: Callable, exits: ExitPolicy):
     with around(), hat.exiting(exits):
         yield
 

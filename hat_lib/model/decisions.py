@@ -1,4 +1,4 @@
-"""The method's decisions as arrays, for the engine: of a `Threshold`, an `ExitThresholds`, or `Forced` for one token.
+"""The method's decisions as arrays, for the engine: of a `Threshold` and an `ExitThresholds`, or `Forced` ones.
 
 What is forced is a threshold that nothing, or everything, is above.
 """
@@ -17,23 +17,23 @@ from hat_lib.model.policies import ExitThresholds, Forced, Threshold
 
 
 @torch.no_grad()
-def decisions(hat, dense: Decisions, routed, exits, start: int) -> Decisions:
+def decisions(hat, dense: Decisions, routed, exits, places: slice) -> Decisions:
     """What a `HierarchicalTransformer` decides by.
 
     Args:
         dense: decisions of the dense model.
         routed, exits: of a mode; `KeepAll` and None leave ``dense`` as it is.
-        start: place in the cache, for what is forced.
+        places: of these tokens in the cache, for what is forced; channels are forced for one token alone.
     """
-    made = dict(_exits(hat, dense, exits, start)) if exits else {}
+    made = dict(_exits(hat, dense, exits, places)) if exits else {}
     if hat.config.granularity == "token":
-        made |= _ffns(hat, routed, start)
+        made |= _ffns(hat, routed, places)
     else:
-        made |= _channels(hat, dense, routed, start)
+        made |= _channels(hat, dense, routed, places)
     return dense._replace(**made)
 
 
-def _channels(hat, dense: Decisions, routed, start: int) -> dict[str, np.ndarray]:
+def _channels(hat, dense: Decisions, routed, places: slice) -> dict[str, np.ndarray]:
     layers, made = range(hat.config.n_layers), {}
     for site in hat.grain.sites:
         name = f"cut_{site}"
@@ -43,7 +43,7 @@ def _channels(hat, dense: Decisions, routed, start: int) -> dict[str, np.ndarray
             made[name] = getattr(dense, name).copy()
             for i in layers:
                 if (mask := routed.masks.keep.get((i, site))) is not None:
-                    made[name][i] = np.where(mask[0, start].numpy(), -1, np.inf)
+                    made[name][i] = np.where(mask[0, places][0].numpy(), -1, np.inf)
     tokens = [hat.routers[f"{i}_token"] for i in layers]
     if isinstance(routed, Threshold) and any(router.weight.any() or router.bias.any() for router in tokens):
         made["sensitivity"] = _stack(router.weight for router in tokens)
@@ -51,25 +51,23 @@ def _channels(hat, dense: Decisions, routed, start: int) -> dict[str, np.ndarray
     return made
 
 
-def _ffns(hat, routed, start: int) -> dict[str, np.ndarray]:
+def _ffns(hat, routed, places: slice) -> dict[str, np.ndarray]:
     layers, width = range(hat.config.n_layers), hat.lm.config.hidden_size
     if isinstance(routed, Threshold):
         routers = [hat.routers[f"{i}_ffn"] for i in layers]
         cuts = [routed.thresholds[i, "ffn"] - router.bias for i, router in zip(layers, routers, strict=True)]
-        return {"ffn": _stack(router.weight for router in routers), "ffn_cut": _stack(cuts)}
+        return {"ffn": _stack(router.weight for router in routers), "ffn_cut": _stack(cuts)[:, None]}
     if isinstance(routed, Forced):
-        masks = [routed.masks.keep.get((i, "ffn")) for i in layers]
-        runs = [mask is None or bool(mask[0, start]) for mask in masks]
-        cut = np.where(runs, -1, 1).astype(np.float32)
-        return {"ffn": np.zeros((len(layers), width), np.float32), "ffn_cut": cut}
+        cuts = _forced([routed.masks.keep.get((i, "ffn")) for i in layers], places, otherwise=True)
+        return {"ffn": np.zeros((len(layers), width), np.float32), "ffn_cut": cuts}
     return {}
 
 
-def _exits(hat, dense: Decisions, exits, start: int) -> Iterable[tuple[str, np.ndarray]]:
+def _exits(hat, dense: Decisions, exits, places: slice) -> Iterable[tuple[str, np.ndarray]]:
     depths, gates = [int(depth) for depth in hat.gates], list(hat.gates.values())
-    places = dense.exit.copy()
-    places[depths] = range(len(depths))
-    yield "exit", places
+    before = dense.exit.copy()
+    before[depths] = range(len(depths))
+    yield "exit", before
     for name in ("scale", "shift"):
         yield name, _stack(getattr(gate, name) for gate in gates)
     for name in ("reduce", "expand"):
@@ -77,13 +75,21 @@ def _exits(hat, dense: Decisions, exits, start: int) -> Iterable[tuple[str, np.n
     weights = _stack(gate.gate.weight[1] - gate.gate.weight[0] for gate in gates)
     if isinstance(exits, ExitThresholds):
         biases = [gate.gate.bias[1] - gate.gate.bias[0] for gate in gates]
+        cuts = [exits.thresholds[d] - bias for d, bias in zip(hat.gates, biases, strict=True)]
         yield "gate", weights
-        yield "gate_cut", _stack(exits.thresholds[d] - bias for d, bias in zip(hat.gates, biases, strict=True))
+        yield "gate_cut", _stack(cuts)[:, None]
     else:
-        masks = [exits.masks.exits.get(depth) for depth in depths]
-        leaves = [mask is not None and bool(mask[0, start]) for mask in masks]
         yield "gate", np.zeros_like(weights)
-        yield "gate_cut", np.where(leaves, -1, 1).astype(np.float32)
+        yield "gate_cut", _forced([exits.masks.exits.get(depth) for depth in depths], places, otherwise=False)
+
+
+def _forced(masks: list[Tensor | None], places: slice, otherwise: bool) -> np.ndarray:
+    """What a score of zero is to be above, float32 ``[len(masks), B*T]``: below it for yes, over it for no."""
+    some = next((mask[:, places].flatten() for mask in masks if mask is not None), torch.zeros(1))
+    yes = [
+        torch.full_like(some, otherwise, dtype=bool) if mask is None else mask[:, places].flatten() for mask in masks
+    ]
+    return np.where(torch.stack(yes).cpu().numpy(), -1, 1).astype(np.float32)
 
 
 def _stack(rows: Iterable[Tensor]) -> np.ndarray:

@@ -161,7 +161,8 @@ class FastPath:
             return False
         if len(cache.layers) != self.hat.config.n_layers or not all(type(a) in LAYERS for a in cache.layers):
             return False
-        if ids.numel() > 1 and Forced in (type(self.context.mode.policy), type(self.context.mode.exits)):
+        forced = type(self.context.mode.policy) is Forced and self.hat.config.granularity == "channel"
+        if forced and ids.numel() > 1:
             return False
         if torch.is_grad_enabled() or self.lm.config.output_hidden_states or self.lm.config.output_attentions:
             return False
@@ -190,7 +191,7 @@ class FastPath:
             position_ids = torch.arange(start, start + t)[None]
         with self._lock:
             decoder = self.decoder
-            decide = self._decide(mode.policy, mode.exits, decoder, start)
+            decide = self._decide(mode.policy, mode.exits, decoder, slice(start, start + t))
         logits, kept, ran = decoder.step(
             input_ids,
             cache,
@@ -219,10 +220,10 @@ class FastPath:
             self._decoder, self._packed = Decoder(self.lm, self.form), (now, self.form)
         return self._decoder
 
-    def _decide(self, routed, exits, decoder: Decoder, start: int) -> Decisions:
-        """The mode's decisions as arrays, for a token at place ``start`` of the cache."""
+    def _decide(self, routed, exits, decoder: Decoder, places: slice) -> Decisions:
+        """The mode's decisions as arrays, for tokens at these places of the cache."""
         if Forced in (type(routed), type(exits)):  # another at each place
-            return decisions(self.hat, decoder.everything(), routed, exits, start)
+            return decisions(self.hat, decoder.everything(), routed, exits, places)
         version = sum(p._version for p in self._trained)
         thresholds = [tuple(p.thresholds.values()) if hasattr(p, "thresholds") else None for p in (routed, exits)]
         asked = (version, *thresholds)
@@ -230,7 +231,7 @@ class FastPath:
         if made is None:
             while len(self._decisions) >= READY:
                 del self._decisions[next(iter(self._decisions))]  # the oldest
-            made = self._decisions[asked] = decisions(self.hat, decoder.everything(), routed, exits, start)
+            made = self._decisions[asked] = decisions(self.hat, decoder.everything(), routed, exits, places)
         return made
 
 

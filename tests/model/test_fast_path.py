@@ -64,6 +64,16 @@ def test_it_does_what_is_forced(hat, ids):
     assert torch.allclose(joined.site_share, recorded.site_share)
 
 
+def test_whole_ffns_and_exits_are_forced_for_several_rows(ids):
+    hat = active("token")
+    with hat.record(), hat.reference():
+        expected = hat.lm(ids).logits
+    with hat.force(hat.trace.masks):
+        found, ours = states(hat, ids)
+    assert all(s.executed is not None for s in ours)
+    close(found, expected)
+
+
 def test_several_tokens_at_a_time(hat, ids):
     expected, cache, out = stepwise(hat.lm, ids[:1]), DynamicCache(config=hat.lm.config), []
     for piece in ids[:1].split(7, dim=1):
