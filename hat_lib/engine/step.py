@@ -44,7 +44,9 @@ class Weights(NamedTuple):
     embed: ndarray
     """``[V, D]`` as the base has it"""
     head: ndarray
-    """``[V, D]`` as the base has it"""
+    """``[V, D]``, as the base has it or in eight bits"""
+    head_scale: ndarray
+    """float32 ``[V]``, or empty"""
     qkv: ndarray
     o: ndarray
     gate_up: ndarray
@@ -422,5 +424,7 @@ def decode_step(t, team, barrier, base, decide, rows, room):
 
     normed(h, base.last_norm, base.eps, x)
     vocabulary = base.head.shape[0]
-    dots(base.head, x, rows.logits, vocabulary * t // team, vocabulary * (t + 1) // team)
+    first, last = vocabulary * t // team, vocabulary * (t + 1) // team
+    dots(base.head, x, rows.logits, first, last)
+    finish(rows.logits, base.head_scale, base.head_scale[:0], first, last)
     meet(barrier, team)

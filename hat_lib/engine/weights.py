@@ -3,7 +3,7 @@
 ``base``  the base's own numbers, float32 or bfloat16.
 ``int8``  eight bits, with one scale for each output, the largest magnitude of its row over 127.
 
-Embedding and head are the base's own memory.
+The embedding is the base's own memory, and the head, too, as the base has it.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ def pack(lm, form: str = "base") -> Weights:
                 begin = part.stop
                 weight = linear.weight
                 if form == "int8":
-                    weight = weight.float()
-                    scale = weight.abs().amax(1).clamp(min=1e-30) / 127
-                    scales[i, part], weight = scale, (weight / scale[:, None]).round().to(torch.int8)
+                    weight, scales[i, part] = _eight_bits(weight)
                 weights[i, :, part] = weight.t()
                 if linear.bias is not None:
                     biases[i, part] = linear.bias.float()
         packed |= {name: as_numpy(weights), f"{name}_scale": scales.numpy(), f"{name}_bias": biases.numpy()}
+    head, head_scale = _eight_bits(lm.lm_head.weight) if form == "int8" else (lm.lm_head.weight, torch.zeros(0))
     norms = torch.stack([
         torch.stack([layer.get_submodule(norm).weight.float() for layer in layers])
         for norm in ("input_layernorm", "post_attention_layernorm")
     ])  # fmt: skip
     return Weights(
         embed=as_numpy(lm.model.embed_tokens.weight),
-        head=as_numpy(lm.lm_head.weight),
+        head=as_numpy(head),
+        head_scale=head_scale.numpy(),
         **packed,
         norms=norms.numpy(),
         last_norm=lm.model.norm.weight.float().numpy(),
@@ -73,10 +73,20 @@ def pack(lm, form: str = "base") -> Weights:
     )
 
 
+def _eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 ``[out, C]``, and float32 scales ``[out]``."""
+    weight = weight.float()
+    scale = weight.abs().amax(1).clamp(min=1e-30) / 127
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
 def packed_bytes(weights: Weights) -> int:
     """Memory beyond the base's own."""
-    shared = {"embed", "head"}
-    return sum(a.nbytes for n, a in weights._asdict().items() if n not in shared and isinstance(a, np.ndarray))
+    own = {id(a): a for a in weights if isinstance(a, np.ndarray)}
+    del own[id(weights.embed)]
+    if not len(weights.head_scale):
+        own.pop(id(weights.head), None)
+    return sum(a.nbytes for a in own.values())
 
 
 def linears(lm) -> list[nn.Module]:

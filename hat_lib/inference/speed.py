@@ -243,8 +243,6 @@ def _key(hat: HierarchicalTransformer, versus: str, exit_rate: float, batch: int
     """All that a curve depends on."""
     parameters = sorted(hat.hat_parameters().items())
     adapter = b"".join(name.encode() + p.detach().cpu().contiguous().numpy().tobytes() for name, p in parameters)
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return {
         "code": _code(),
         "torch": torch.__version__,
@@ -252,12 +250,20 @@ def _key(hat: HierarchicalTransformer, versus: str, exit_rate: float, batch: int
         "config": hat.config.to_dict(),
         "calibration": hat.calibration and asdict(hat.calibration),
         "adapter": hashlib.sha256(adapter).hexdigest(),
-        "cpu": f"{platform.machine()} {names[0] if names else platform.processor()} {os.cpu_count()}",
+        "cpu": f"{platform.machine()} {cpu_name()} {os.cpu_count()}",
+        "decoding": hat.decoding,
         "machine": _machine(hat),
         "versus": versus,
         "exit_rate": exit_rate,
         "batch": batch,
     }
+
+
+def cpu_name() -> str:
+    """As the system names it."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 @cache

@@ -100,6 +100,32 @@ def lossless(table: pd.DataFrame) -> Figure:
     return fig
 
 
+@draws("base", "way", "weights", "realised", "ms", "low", "high", "ideal")
+def decode(table: pd.DataFrame) -> Figure:
+    """Milliseconds a token of one sequence against the share of the work, a panel for each base.
+
+    Lines with markers are the engine, whiskers its slowest and fastest rounds; dotted, what its dense step would become
+    if time followed the weights that are read. Horizontal lines decode densely.
+    """
+    engine, flat = table[table["way"] == "engine"], {"hf": "plain transformers", "reference": "reference path"}
+    looks = dict(zip(engine["weights"].unique(), SERIES, strict=False))
+    fig, panels = style.panels_by(table, "base", 3.6, 7.6)
+    for rows, ax in panels:
+        for weights, part in rows[rows["way"] == "engine"].sort_values("realised").groupby("weights"):
+            colour, marker = looks[weights]
+            spread = [part["ms"] - part["high"], part["low"] - part["ms"]]
+            ax.errorbar(part["realised"], part["ms"], spread, color=colour, marker=marker, markersize=4, linewidth=1.2)
+            ax.plot(part["realised"], part["ms"].iloc[-1] / part["ideal"], ":", color=colour, linewidth=1.5)
+        for row in rows[rows["way"] != "engine"].itertuples():
+            ax.axhline(row.ms, color=GREY, linewidth=1)
+            name = flat.get(row.way, f"{row.way}, {row.weights}")
+            ax.annotate(name, (0.98, row.ms), xycoords=("axes fraction", "data"), va="center", **LABEL)
+        ax.set(xlabel="realised capacity", ylabel="milliseconds a token", ylim=(0, None))
+    names = [key(f"engine, {weights}", colour, marker, "-") for weights, (colour, marker) in looks.items()]
+    style.below(fig, [*names, key("if time followed the weights", line=":")])
+    return fig
+
+
 @draws("granularity", "exit_rate", "model_share", "decode_dense", "prefill_dense", *QUALITY)
 def work_and_time(table: pd.DataFrame) -> Figure:
     """What skipping costs against the work that it leaves, and against the time, both as shares of the dense path's."""
