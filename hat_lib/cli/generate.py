@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import typer
@@ -57,6 +58,9 @@ def generate(
     infer = AdaptiveInference(hat, versus)
     if refresh_speed:
         infer.curve(refresh=True)
+    if target is not None:
+        chosen = infer.curve().capacity_for(target)
+        typer.echo(f"[{target:g}x here means capacity {chosen:.2f}: {_price(checkpoint, chosen)}]", err=True)
     out = infer.generate(
         prompt,
         target_speedup=target,
@@ -88,3 +92,15 @@ def generate(
             f"[lossless: {drafted} drafted, {out.acceptance:.0%} accepted, {passes} passes of the base; {speedup} over "
             f"{VERSUS[versus]}]"
         )
+
+
+def _price(checkpoint: Path | None, capacity: float) -> str:
+    """What is known of the perplexity at a capacity, before anything is written at it."""
+    from hat_lib.experiments.quality import prices
+
+    if capacity == 1:
+        return "the base's perplexity"
+    with suppress(HatError):  # no results, as after `pip install` without the repository
+        if known := prices(checkpoint or given.CALIBRATED, capacity):
+            return "perplexity about " + ", ".join(f"{increase} on {text}" for text, increase in known.items())
+    return f"what that costs was not measured, see `hat evaluate --capacity {capacity:.2f}`"

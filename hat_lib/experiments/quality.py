@@ -17,6 +17,7 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from hat_lib.config import GRANULARITIES, HatError, check_capacity, check_exit_rate
@@ -154,7 +155,7 @@ def rows(
         trained, untrained = found[grain]
         if read_checkpoint(untrained).training is not None:
             raise HatError(f"{untrained} was trained: expected a checkpoint as `hat calibrate` writes it")
-        adapters |= {(grain, exits): _adapter(trained, exits) for exits in (False, True)}
+        adapters |= {(grain, exits): adapter_digest(trained, exits) for exits in (False, True)}
     for row in done.values():
         if row.adapter != adapters.get((row.granularity, row.exit_rate > 0), row.adapter):
             raise HatError(
@@ -220,13 +221,30 @@ def with_exits(hat: HierarchicalTransformer, around: Callable, exits: ExitPolicy
         yield
 
 
-def _adapter(checkpoint: Path, exits: bool) -> str:
+def adapter_digest(checkpoint: Path, exits: bool) -> str:
     """Gates that are trained again leave the rows without exits as they are."""
     found = read_checkpoint(checkpoint)
     parts = {name: t.numpy().tobytes() for name, t in found.tensors.items() if exits or name.startswith("routers.")}
     tables = asdict(found.calibration) if found.calibration else {}
     used = {k: v for k, v in tables.items() if exits or not k.startswith("exit_")}
     return digest({"tables": used, **{name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}})[:16]
+
+
+def prices(checkpoint: Path, capacity: float, results: Path | None = None) -> dict[str, str]:
+    """About what a checkpoint costs at a capacity, without exits, in perplexity by text; {} if it was not measured.
+
+    Between two capacities that were, along the logarithm of the perplexity; below the lowest, more than there.
+    """
+    rows, known = saved("quality", results).query("exit_rate == 0"), adapter_digest(checkpoint, exits=False)
+    untrained = known == adapter_digest(CHECKPOINTS / "calibrated", exits=False)
+    rows = rows[rows["granularity"] == "channel"] if untrained else rows[rows["adapter"] == known]
+    rows = rows[rows["variant"] == ("untrained" if untrained else "trained")].sort_values(["capacity", "tokens"])
+    found = {}
+    for text, part in rows.drop_duplicates(["text", "capacity"], keep="last").groupby("text"):
+        at, log = [*part["capacity"], 1.0], [*np.log1p(part["increase"]), 0.0]
+        more = "more than " if capacity < at[0] else ""
+        found[text] = f"{more}{np.expm1(np.interp(capacity, at, log)):+.0%}"
+    return found
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:

@@ -34,7 +34,9 @@ def test_a_target_shows_the_spread_of_its_prediction_and_can_be_measured_anew(ha
     monkeypatch.setattr(generate, "timed", lambda *_: 1.25)
     command = ["generate", "--checkpoint", calibrated[0], "--prompt", PROMPT, "--max-new-tokens", 4]
     for options, rounds in (([], 1), ([], 1), (["--refresh-speed"], 2)):
-        code, out, _ = hat(*command, "--target-speedup", "1.3", *options)
+        code, out, err = hat(*command, "--target-speedup", "1.3", *options)
+        unknown = r"\[1\.3x here means capacity 0\.\d\d: what that costs was not measured, see `hat evaluate"
+        assert re.search(unknown, err)
         assert code == 0 and len(turns) == rounds * len(speed.CAPACITIES) * speed.ROUNDS
         assert re.search(r"speedup 1.3 requested, 1\.3\d\d predicted \(1\.\d+ to 1\.\d+ when measured\), 1.250x", out)
 

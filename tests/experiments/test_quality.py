@@ -159,3 +159,12 @@ def test_a_grid_has_each_point_where_it_means_something():
 def test_bad_axes(axis, values, words):
     with pytest.raises(HatError, match=words):
         grid("channel", **{"capacities": [0.5], axis: values})
+
+
+def test_what_a_capacity_costs_is_read_from_the_results():
+    folder = module.CHECKPOINTS
+    at_62, between = (module.prices(folder / "default", c) for c in (0.62, 0.66))
+    assert list(at_62) == ["addresses", "docstrings"] and at_62["addresses"] == "+5%" and "%" in between["docstrings"]
+    assert all(price.startswith("more than +1") for price in module.prices(folder / "default", 0.2).values())
+    assert module.prices(folder / "calibrated", 0.55)["addresses"] == "+21%"
+    assert module.prices(folder / "published", 0.55) == {}
