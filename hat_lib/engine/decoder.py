@@ -29,8 +29,8 @@ class Decoder:
         self.lm, self.weights, self.form = lm, pack(lm, form), form
         self.size, self.dtype = lm.config.head_dim, lm.dtype
         w = self.weights
-        self.channels = [a.shape[1] for a in (w.qkv, w.o, w.gate_up, w.down)]
-        """inputs of each product"""
+        self.channels = np.array([a.shape[1] for a in (w.qkv, w.o, w.gate_up, w.down)])[:, None, None]
+        """inputs of each product, ``[4, 1, 1]``"""
         self._scratch: dict[tuple[int, int], Scratch] = {}
         self._angles = np.zeros((2, 0, self.size // 2), np.float32)
 
@@ -45,7 +45,15 @@ class Decoder:
         )  # fmt: skip
 
     def step(
-        self, ids: Tensor, cache: Cache, decide: Decisions, *, position: Tensor, first: Tensor, protected: Tensor
+        self,
+        ids: Tensor,
+        cache: Cache,
+        decide: Decisions,
+        *,
+        position: Tensor,
+        first: Tensor,
+        protected: Tensor,
+        threads: int | None = None,
     ) -> tuple[Tensor, np.ndarray, np.ndarray]:
         """Run ``B * T <= 8`` tokens; their keys and values are appended to the cache.
 
@@ -53,34 +61,35 @@ class Decoder:
             ids: int64 ``[B, T]``.
             position, protected: int64 and bool ``[B, T]``; positions are those of the rotary embedding.
             first: int64 ``[B]``: the first place of the cache that a sequence sees.
+            threads: at most so many, and no more than there are cores; None: as many as torch uses.
 
         Returns logits ``[B, T, V]`` in the base's dtype, channels kept at each product, int32 ``[L, 5, B, T]``, and
         layers run, int64 ``[B, T]``.
         """
         w, (b, t), n = self.weights, ids.shape, cache.get_seq_length()
         room = room_for(cache, b, w.kv_heads, self.size, self.dtype, t)
-        threads = max(1, min(torch.get_num_threads(), team.cores()))
+        threads = max(1, min(threads or torch.get_num_threads(), team.cores()))
         scratch = self._room(threads, b * t, room.size)
-        cos, sin = self._rotary(position.flatten().numpy())
+        cos, sin = self._rotary(_flat(position))
         layers = len(w.qkv)
+        logits = torch.empty(b, t, len(w.head), dtype=self.dtype)
         rows = Rows(
-            ids=ids.flatten().numpy(),
+            ids=_flat(ids),
             sequence=np.repeat(np.arange(b), t),
             slot=np.tile(np.arange(n, n + t), b),
-            first=np.repeat(first.numpy(), t),
-            protected=protected.flatten().numpy(),
+            first=np.repeat(_flat(first), t),
+            protected=_flat(protected),
             cos=cos,
             sin=sin,
             keys=as_numpy(room.keys),
             values=as_numpy(room.values),
             kept=np.zeros((threads, layers, FFN + 1, b * t), np.int32),
             exits=np.empty(b * t, np.int64),
-            logits=np.empty((b * t, len(w.head)), np.float32),
+            logits=as_numpy(logits.view(b * t, -1)),
         )
         team.run(decode_step, (w, decide, rows, scratch), threads)
         for layer in cache.layers:
             layer.show(n + t)
-        logits = torch.from_numpy(rows.logits).view(b, t, -1).to(self.dtype)
         return logits, rows.kept.sum(0).reshape(layers, FFN + 1, b, t), rows.exits.reshape(b, t)
 
     def _rotary(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -115,3 +124,8 @@ class Decoder:
             small=z(threads, 4096),
         )
         return self._scratch[threads, rows]
+
+
+def _flat(tensor: Tensor) -> np.ndarray:
+    """A copy: to numba an array of one number with the strides of what it was cut from is of another type."""
+    return tensor.reshape(-1).numpy().copy()

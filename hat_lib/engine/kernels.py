@@ -157,12 +157,18 @@ def span(n, t, team, step):
 
 
 @compiled(reorder=True)
-def dots(w, x, y, v0, v1):
-    """``y[r, v] = w[v] . x[r]`` for v from v0 to v1: a dense product with weights as they are, ``[out, C]``."""
+def dots(w, scale, x, y, v0, v1):
+    """``y[r, v] = scale[v] * (w[v] . x[r])`` for v from v0 to v1, rounded to the form of y; no scale if it is empty.
+
+    A dense product with weights as they are, ``[out, C]``.
+    """
     for v in range(v0, v1):
         row = w[v]
         for r in range(x.shape[0]):
-            y[r, v] = dot(row, x[r])
+            s = dot(row, x[r])
+            if scale.shape[0]:
+                s *= scale[v]
+            y[r, v] = as_stored(s, y[r, v])
 
 
 @compiled(reorder=True)

@@ -122,7 +122,7 @@ class Rows(NamedTuple):
     exits: ndarray
     """int64 ``[R]``: layers that each token ran"""
     logits: ndarray
-    """float32 ``[R, V]``"""
+    """``[R, V]``, in the dtype of the base: torch's threads, woken to convert it, would go on spinning beside ours"""
 
 
 class Scratch(NamedTuple):
@@ -365,14 +365,16 @@ def decode_step(t, team, barrier, base, decide, rows, room):
             n = keep(x, 0, wide_d, cut, scale, whole, alive, index, picked, kept[layer, QKV] if t == 0 else unused)
         c0, c1 = start + span(total - start, t, team, 32), start + span(total - start, t + 1, team, 32)
         wide(w, w_scale, bias, index, picked, n, room.qkv, c0, c1)
-        meet(barrier, team)
+        if meet(barrier, team):
+            return
         for item in range(count * groups * t // team, count * groups * (t + 1) // team):
             r, g = item // groups, item % groups
             keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
             rotate(room.qkv[r, q_end + g * size : q_end + (g + 1) * size], rows.cos[r], rows.sin[r])
             store(room.qkv, r, heads + g, rows.slot[r], keys)
             store(room.qkv, r, heads + groups + g, rows.slot[r], values)
-        meet(barrier, team)
+        if meet(barrier, team):
+            return
         if living == 0:
             continue
 
@@ -384,13 +386,15 @@ def decode_step(t, team, barrier, base, decide, rows, room):
                 rotate(q, rows.cos[r], rows.sin[r])
                 keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
                 attend(q, keys, values, rows.first[r], rows.slot[r], scaling, room.scores[t], mixed)
-        meet(barrier, team)
+        if meet(barrier, team):
+            return
         if t < lanes:
             narrow(
                 base.o[layer], room.mixed, decide.cut_o[layer], scale, whole, alive,
                 index, picked, kept[layer, OUT], room.leaves[0], t, lanes,
             )  # fmt: skip
-        meet(barrier, team)
+        if meet(barrier, team):
+            return
         gather(room.leaves[0], lanes, base.o_scale[layer], base.o_bias[layer], alive, h)
 
         # The feed-forward network.
@@ -413,18 +417,18 @@ def decode_step(t, team, barrier, base, decide, rows, room):
         wide(w, w_scale, bias, index, picked, n, room.ffn, ff_width + f0, ff_width + f1)
         for r in range(count):
             swiglu(room.ffn[r, f0:f1], room.ffn[r, ff_width + f0 : ff_width + f1])
-        meet(barrier, team)
+        if meet(barrier, team):
+            return
         if t < lanes:
             narrow(
                 base.down[layer], room.ffn[:, :ff_width], decide.cut_down[layer], scale, whole, runs,
                 index, picked, kept[layer, DOWN], room.leaves[1], t, lanes,
             )  # fmt: skip
-        meet(barrier, team)
+        if meet(barrier, team):
+            return
         gather(room.leaves[1], lanes, base.down_scale[layer], base.down_bias[layer], runs, h)
 
     normed(h, base.last_norm, base.eps, x)
     vocabulary = base.head.shape[0]
-    first, last = vocabulary * t // team, vocabulary * (t + 1) // team
-    dots(base.head, x, rows.logits, first, last)
-    finish(rows.logits, base.head_scale, base.head_scale[:0], first, last)
+    dots(base.head, base.head_scale, x, rows.logits, vocabulary * t // team, vocabulary * (t + 1) // team)
     meet(barrier, team)

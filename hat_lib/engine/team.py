@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 import platform
 import threading
+from functools import partial
+from operator import call
 from queue import SimpleQueue
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -20,8 +23,8 @@ from numba.extending import intrinsic
 
 from hat_lib.engine.compiling import compiled
 
-# Places in a barrier, each on a cache line of its own: how many have come, and which meeting it is.
-COME, MEETING, BARRIER = 0, 8, 16
+# Places in a barrier, each on a cache line of its own: how many have come, which meeting it is, whether it is off.
+COME, MEETING, OFF, BARRIER = 0, 8, 16, 24
 PATIENCE = 5_000
 """turns of the spinning loop, some 100 us, before a thread gives its core away at each turn"""
 SYSTEM, X86 = platform.system(), platform.machine().lower() in ("x86_64", "amd64")
@@ -87,61 +90,72 @@ def give_way(context):
 
 @compiled()
 def meet(barrier, team):
-    """Return when all threads of the team have come here."""
+    """Return False when all threads of the team have come here; True if the step is called off."""
     if team == 1:
-        return
+        return False
     meeting = atomic_load(barrier, MEETING)
     if fetch_add(barrier, COME, 1) == team - 1:
         atomic_store(barrier, COME, 0)
         atomic_store(barrier, MEETING, meeting + 1)
-        return
+        return False
     turns = 0
     while atomic_load(barrier, MEETING) == meeting:
         turns += 1
         if turns < PATIENCE:
             relax()
-        else:  # somebody's core was taken away: it may need this one
+        else:  # somebody's core was taken away, and may be this one; or somebody will never come
+            if atomic_load(barrier, OFF):
+                return True
             give_way()
+    return False
 
 
 class Step:
-    """One step that a team is asked for, and who of the team is still at it."""
+    """One step that a team is asked for, and how many of its threads are still at it."""
 
-    def __init__(self, step, args, size: int):
+    def __init__(self, step, args, helpers: int):
         self.step, self.args, self.error = step, args, None
-        self.running, self.done = [True] * size, threading.Event()
+        self.running, self.done = [True] * helpers, threading.Event()
+        if not helpers:
+            self.done.set()
 
 
 class Team:
-    """Threads that run ``step(t, team, barrier, *args)``, one step after another.
+    """The asking thread and others of its own run ``step(t, team, barrier, *args)`` together, one step after another.
 
-    Who asks for a step only waits for it, so an interrupt (Ctrl-C) ends the waiting and never a step half done.
+    An interrupt (Ctrl-C) reaches the asker when the step is done; or, while the step is compiled, the others are sent
+    home.
     """
 
     def __init__(self, size: int):
         self.size, self.barrier = size, np.zeros(BARRIER, np.int64)
-        self._asked = [SimpleQueue() for _ in range(size)]
-        for t in range(size):
-            threading.Thread(target=self._serve, args=(t,), name=f"hat-engine-{t}", daemon=True).start()
+        self._asked = [SimpleQueue() for _ in range(size - 1)]
+        self._last = Step(None, (), 0)
+        for t, asked in enumerate(self._asked, 1):
+            threading.Thread(target=self._serve, args=(t, asked), name=f"hat-engine-{t}", daemon=True).start()
 
     def run(self, step, args) -> None:
-        asked = Step(step, args, self.size)
-        list(map(SimpleQueue.put, self._asked, [asked] * self.size))  # one call: no interrupt comes between
+        self._last.done.wait()  # for the others, if the asker was interrupted while it waited
+        self.barrier[:] = 0
+        self._last = asked = Step(step, args, self.size - 1)
+        ours = partial(step, 0, self.size, self.barrier, *args)
         try:
-            asked.done.wait()
+            list(map(call, [*(partial(queue.put, asked) for queue in self._asked), ours]))  # no interrupt comes between
         except BaseException:
-            asked.done.wait()  # some milliseconds: until then it writes what the next one would
+            self.barrier[OFF] = 1
             raise
+        finally:
+            asked.done.wait()
         if asked.error is not None:
             raise asked.error
 
-    def _serve(self, t: int) -> None:
+    def _serve(self, t: int, queue: SimpleQueue) -> None:
         while True:
-            asked = self._asked[t].get()
+            asked = queue.get()
             try:
                 asked.step(t, self.size, self.barrier, *asked.args)
-            except BaseException as error:  # while compiling: before any barrier, and so in all of them
-                asked.error = error
+            except BaseException as error:
+                self.barrier[OFF], asked.error = 1, error
             asked.running.pop()
             if not asked.running:
                 asked.done.set()
@@ -165,6 +179,19 @@ def run(step, args, threads: int) -> None:
         else:
             team = _teams.get(size) or _teams.setdefault(size, Team(size))
             team.run(step, args)
+
+
+def torch_alone(threads: int) -> None:
+    """Let torch do in one thread what the calling thread asks of it; others keep theirs.
+
+    After work on a whole vocabulary torch's threads go on spinning for some milliseconds, on the cores that the next
+    step needs. torch's setting is the thread's own, but also that of threads to come, which another thread puts back.
+    """
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        back = threading.Thread(target=torch.set_num_threads, args=(threads,))
+        back.start()
+        back.join()
 
 
 def cores() -> int:

@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import repeat
+from operator import attrgetter, contains, is_
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as any_module
@@ -17,13 +22,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hat_lib.model.modes import Mode
 from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold
 
 try:
     from hat_lib.engine.cache import GrowingLayer
     from hat_lib.engine.decoder import ROWS, Decoder
     from hat_lib.engine.step import DOWN, FFN, Decisions
-    from hat_lib.engine.team import cores
+    from hat_lib.engine.team import cores, torch_alone
     from hat_lib.engine.weights import linears
     from hat_lib.model.decisions import decisions
 
@@ -36,8 +42,24 @@ WEIGHT_FORMATS = ("base", "int8")
 ROPES = ("default", "linear", "llama3", "yarn")
 """rotary embeddings whose angles depend on the position alone"""
 TAKEN = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", "return_dict"}
+VERSION = attrgetter("_version")
+LISTENERS = ("streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "assistant_model",
+             "custom_generate", "negative_prompt_ids")  # fmt: skip
+"""arguments of generate by which others' code, or other forwards, run between two steps"""
 READY = 32
 """decisions that are kept, of as many capacities and exit rates: a context that is entered at each token is quick"""
+
+
+@dataclass
+class Run:
+    """A ``generate`` under way in a thread."""
+
+    threads: int
+    """torch's, when it began"""
+    alone: bool
+    """nobody's code runs between two steps: what was looked at before one holds for the next"""
+    ready: tuple[Mode, Decoder, Decisions] | None = None
+    """of the last step"""
 
 
 class FastPath:
@@ -56,36 +78,48 @@ class FastPath:
         self._packed: tuple = ()
         self._decisions: dict[tuple, Decisions] = {}
         self._lock = threading.Lock()
+        self._here = threading.local()
         self.never = self._why_never()
 
-    def attach(self, hooks: int) -> None:
-        """Take the place of ``lm.forward``; ``hooks`` is how many of the model's own are on the base."""
+    def attach(self) -> None:
+        """Take the place of ``lm.forward``, once the model's own hooks and forwards are there."""
         if self.never:
             return
-        self._own_hooks = hooks
-        self._hooks = [h for m in self.lm.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._modules = [(vars(p)["_modules"], name, m) for p in self.lm.modules() for name, m in p.named_children()]
-        self._parameters = [
-            (vars(m)["_parameters"], name, p)
-            for m in self.lm.modules()
-            for name, p in m.named_parameters(recurse=False)
-        ]
+        modules, ours = list(self.lm.modules()), self.lm.model
+        # What must stay as it is, in the form in which it is compared fastest: it is, before each token.
+        self._hooks = [h for m in modules if m is not ours for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._own_hooks = ours._forward_hooks, ours._forward_pre_hooks
+        self._inside = _columns((m._modules, name, child) for m in modules for name, child in m._modules.items())
+        self._parameters = _columns((m._parameters, name, p) for m in modules for name, p in m._parameters.items())
+        self._forwards = [vars(m) for m in modules if m is not self.lm and "forward" not in vars(m)]
         # Torch counts changes in place, but not of what was made in inference mode.
-        self._counted = [p for _, _, p in self._parameters if p is not None and not p.is_inference()]
+        self._counted = [p for p in self.lm.parameters() if not p.is_inference()]
         self._trained = [p for p in self.hat.hat_parameters().values() if not p.is_inference()]
-        own = {self.lm, *(m for m in self.lm.modules() if "forward" in vars(m))}
-        self._forwards = [vars(m) for m in self.lm.modules() if m not in own]
         self._reference = self.lm.forward
 
         @functools.wraps(self._reference)  # generate reads its signature
         def forward(*args, **kwargs):
             return self.forward(*args, **kwargs)
 
-        self.lm.forward = forward
+        original = self.lm.generate
+
+        @functools.wraps(original)
+        def generate(*args, **kwargs):
+            before = self._run
+            alone = len(args) < 2 and not any(kwargs.get(name) is not None for name in LISTENERS)
+            self._here.run = Run(torch.get_num_threads(), alone)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                torch.set_num_threads(self._run.threads)
+                self._here.run = before
+
+        self.lm.forward, self.lm.generate = forward, generate
 
     def detach(self) -> None:
         if not self.never:
-            vars(self.lm).pop("forward", None)
+            for name in ("forward", "generate"):
+                vars(self.lm).pop(name, None)
         self.forget()
 
     def forget(self) -> None:
@@ -136,15 +170,14 @@ class FastPath:
             return "decisions are not the method's own"
         if mode.exits is not None and type(mode.exits) not in (ExitThresholds, Forced):
             return "exits are not the method's own"
-        if sum(map(len, self._hooks)) != self._own_hooks or any_module._has_any_global_hook():
+        if any(self._hooks) or [*map(len, self._own_hooks)] != [1, 1] or any_module._has_any_global_hook():
             return "there are hooks on the base"
-        if any(there.get(name) is not m for there, name, m in self._modules):
-            return "a module of the base was replaced, as by an adapter"
-        if any(there.get(name) is not p for there, name, p in self._parameters):
-            return "a parameter of the base was replaced"
+        for what, (owners, names, found) in (("module", self._inside), ("parameter", self._parameters)):
+            if not all(map(is_, map(dict.get, owners, names), found)):
+                return f"a {what} of the base was replaced, as by an adapter"
         if lm.config.num_hidden_layers != self.hat.config.n_layers:
             return "drafts by some of the layers were asked for"
-        if any("forward" in own for own in self._forwards):
+        if any(map(contains, self._forwards, repeat("forward"))):
             return "another library overrides a forward of the base"
         if lm.training or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return "training, autocast or torch.compile"
@@ -170,17 +203,26 @@ class FastPath:
 
     # -- how ----------------------------------------------------------------------------------------
 
+    @property
+    def _run(self) -> Run | None:
+        return getattr(self._here, "run", None)
+
     def forward(self, *args, **kwargs):
         """As `LlamaForCausalLM.forward`."""
-        given = {"input_ids": args[0]} | kwargs if args else kwargs
-        if len(args) < 2 and self._takes(given) and self.why_not() is None:
-            out = self._decode(**{name: given.get(name) for name in TAKEN})
+        given, run, mode = {"input_ids": args[0]} | kwargs if args else kwargs, self._run, self.context.mode
+        known = run is not None and run.alone and run.ready is not None and run.ready[0] is mode
+        if len(args) < 2 and self._takes(given) and (known or self.why_not() is None):
+            out = self._decode(mode, run, known, **{name: given.get(name) for name in TAKEN})
             if out is not None:
+                if run:
+                    torch_alone(run.threads)
                 return out
+        if run:
+            torch.set_num_threads(run.threads)
         return self._reference(*args, **kwargs)
 
-    def _decode(self, input_ids, attention_mask, position_ids, cache, logits_to_keep, **_):
-        (b, t), start, mode = input_ids.shape, cache.get_seq_length(), self.context.mode
+    def _decode(self, mode, run, known, input_ids, attention_mask, position_ids, cache, logits_to_keep, **_):
+        (b, t), start = input_ids.shape, cache.get_seq_length()
         state = self.hat.begin_state(input_ids, attention_mask, position_ids, start)
         first = torch.zeros(b, dtype=torch.long)
         if attention_mask is not None and not attention_mask.all():
@@ -189,9 +231,14 @@ class FastPath:
                 return None  # holes, or padding on the right
         if position_ids is None:
             position_ids = torch.arange(start, start + t)[None]
-        with self._lock:
-            decoder = self.decoder
-            decide = self._decide(mode.policy, mode.exits, decoder, slice(start, start + t))
+        if known:
+            _, decoder, decide = run.ready
+        else:
+            with self._lock:
+                decoder = self.decoder
+                decide = self._decide(mode.policy, mode.exits, decoder, slice(start, start + t))
+            if run and Forced not in (type(mode.policy), type(mode.exits)):
+                run.ready = mode, decoder, decide
         logits, kept, ran = decoder.step(
             input_ids,
             cache,
@@ -199,10 +246,11 @@ class FastPath:
             position=position_ids.expand(b, t),
             first=first,
             protected=state.protected,
+            threads=run.threads if run else None,
         )
-        work = [FFN] if self.hat.config.granularity == "token" else range(DOWN + 1)
-        channels = [1] if self.hat.config.granularity == "token" else decoder.channels
-        state.executed = torch.from_numpy(kept[:, work]) / torch.tensor(channels)[:, None, None]
+        token = self.hat.config.granularity == "token"
+        kept = kept[:, FFN:] if token else kept[:, : DOWN + 1] / decoder.channels
+        state.executed = torch.from_numpy(kept.astype(np.float32))
         state.exit_layer = torch.from_numpy(ran).to(torch.int16)
         self.context.done(state)
         if isinstance(logits_to_keep, Tensor):
@@ -214,7 +262,7 @@ class FastPath:
     @property
     def decoder(self) -> Decoder:
         """The packed base, as its weights are now."""
-        now = [p._version for p in self._counted]
+        now = [*map(VERSION, self._counted)]
         if self._decoder is None or (now, self.form) != self._packed:
             self._decoder = None  # before there is another
             self._decoder, self._packed = Decoder(self.lm, self.form), (now, self.form)
@@ -224,7 +272,7 @@ class FastPath:
         """The mode's decisions as arrays, for tokens at these places of the cache."""
         if Forced in (type(routed), type(exits)):  # another at each place
             return decisions(self.hat, decoder.everything(), routed, exits, places)
-        version = sum(p._version for p in self._trained)
+        version = sum(map(VERSION, self._trained))
         thresholds = [tuple(p.thresholds.values()) if hasattr(p, "thresholds") else None for p in (routed, exits)]
         asked = (version, *thresholds)
         made = self._decisions.get(asked)
@@ -233,6 +281,10 @@ class FastPath:
                 del self._decisions[next(iter(self._decisions))]  # the oldest
             made = self._decisions[asked] = decisions(self.hat, decoder.everything(), routed, exits, places)
         return made
+
+
+def _columns(rows: Iterable[tuple]) -> tuple[tuple, ...]:
+    return tuple(zip(*rows, strict=True))
 
 
 def warm() -> None:

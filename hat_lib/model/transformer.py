@@ -119,7 +119,7 @@ class HierarchicalTransformer(Modes, nn.Module):
             self.lm.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.lm.model.register_forward_hook(self._end, always_call=True),
         ]
-        self._fast.attach(len(self._hooks))
+        self._fast.attach()
 
     def _detach(self) -> None:
         self._fast.detach()

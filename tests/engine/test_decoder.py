@@ -8,6 +8,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from hat_lib.engine import team
 from hat_lib.engine.cache import GrowingLayer, room_for
 from hat_lib.engine.decoder import Decoder
+from hat_lib.engine.step import decode_step
 from hat_lib.engine.weights import packed_bytes
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -83,8 +84,10 @@ def test_threads_rows_and_pieces_change_no_bit(dtype, ids, monkeypatch):
             assert torch.equal(steps(decoder, ids[:, :8]), expected[:, :8]), threads
     finally:
         torch.set_num_threads(before)
+    compiled = len(decode_step.signatures)
     assert torch.equal(steps(decoder, ids[:1]), expected[:1])
     assert torch.equal(steps(decoder, ids, at_a_time=4), expected)
+    assert len(decode_step.signatures) == compiled  # or another ten seconds, and other bits
 
 
 def test_int8_is_near(ids):

@@ -92,7 +92,7 @@ def test_a_product_is_a_product(weights, x):
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
     heads = np.empty((5, 77), np.float32)
     rows = np.ascontiguousarray(weights[:, :77])
-    dots(rows, x, heads, 0, 77)
+    dots(rows, np.zeros(0, np.float32), x, heads, 0, 77)
     assert np.abs(heads - x.astype("f8") @ wide.reshape(weights.shape)[:, :77].T).max() < 1e-5 * np.abs(heads).max()
 
 

@@ -1,11 +1,12 @@
 """Which forwards the engine runs, and that it decides there as the reference path does."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from test_transformer import active, close, stepwise
+from test_transformer import GREEDY, active, close, stepwise
 from tiny_runs import GRAINS, tiny
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteriaList
@@ -200,6 +201,19 @@ def test_a_copy_and_the_base_afterwards(hat, ids):
     close(stepwise(twin.lm, ids), expected)
 
 
+class Raises(StoppingCriteria):
+    """Notes torch's threads, and raises at the second token."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen.append(torch.get_num_threads())
+        if len(self.seen) == 2:
+            raise ValueError("enough")
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
 class TestGenerate:
     """transformers' own loop, on either path, writes the same."""
 
@@ -237,6 +251,42 @@ class TestGenerate:
         found, expected = self.both(hat, ids[:1], streamer=streamer, **given)
         assert found[0, 14:].tolist() == [7, 7, 7] and torch.equal(found, expected)
         assert capsys.readouterr().out.strip()
+
+    @pytest.mark.parametrize("how", ["a streamer", "a weight"])
+    def test_what_a_streamer_does_to_the_model_counts_from_the_next_token(self, hat, ids, how):
+        class Meddler:
+            def __init__(self):
+                self.seen = 0
+
+            def put(self, value):
+                self.seen += 1
+                if self.seen == 4 and how == "a weight":
+                    hat.lm.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+                elif self.seen == 4:
+                    hat.lm.model.layers[1].register_forward_hook(lambda *args: None)
+
+            def end(self):
+                pass
+
+        with hat.collect() as found:
+            hat.lm.generate(ids[:1], streamer=Meddler(), **GREEDY)
+        ran = [state.executed is not None for state in found]
+        assert ran == [False, *[True] * 7] if how == "a weight" else ran == [False, True, True, *[False] * 5]
+
+    def test_torch_has_its_threads_back(self, hat, ids):
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(2)
+            hat.lm.generate(ids[:1], **GREEDY)
+            assert torch.get_num_threads() == 2
+            inside = []
+            with pytest.raises(ValueError, match="enough"):
+                hat.lm.generate(ids[:1], stopping_criteria=[Raises(inside)], **GREEDY)
+            assert torch.get_num_threads() == 2 and inside == [2, 1]  # after the prefill, and after a step
+            with ThreadPoolExecutor(1) as pool:  # a thread to come
+                assert pool.submit(torch.get_num_threads).result() == 2
+        finally:
+            torch.set_num_threads(before)
 
     def test_a_conversation_goes_on_behind_one_cache(self, hat, ids):
         texts = []
