@@ -40,7 +40,7 @@ def pack(lm, form: str = "base") -> Weights:
         first = [layers[0].get_submodule(linear) for linear in linears]
         outputs, channels = sum(linear.out_features for linear in first), first[0].in_features
         dtype = torch.int8 if form == "int8" else first[0].weight.dtype
-        weights = torch.empty(len(layers), channels, outputs, dtype=dtype)
+        weights = _room((len(layers), channels, outputs), dtype)
         scales = torch.empty(len(layers), outputs if form == "int8" else 0)
         biases = torch.zeros(len(layers), outputs if any(linear.bias is not None for linear in first) else 0)
         for i, layer in enumerate(layers):
@@ -71,6 +71,12 @@ def pack(lm, form: str = "base") -> Weights:
         kv_heads=config.num_key_value_heads,
         eps=np.float32(config.rms_norm_eps),
     )
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory from numpy, which asks the system for huge pages: a gather touches many."""
+    memory = np.empty(shape, {1: np.int8, 2: np.uint16, 4: np.float32}[dtype.itemsize])
+    return torch.from_numpy(memory).view(dtype)
 
 
 def _eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
