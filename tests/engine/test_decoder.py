@@ -79,7 +79,7 @@ def test_threads_rows_and_pieces_change_no_bit(dtype, ids, monkeypatch):
     monkeypatch.setattr(team, "cores", lambda: 16)
     expected, before = steps(decoder, ids), torch.get_num_threads()
     try:
-        for threads in (1, 2, 3, 5, 8):
+        for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             assert torch.equal(steps(decoder, ids[:, :8]), expected[:, :8]), threads
     finally:
