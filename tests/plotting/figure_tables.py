@@ -53,6 +53,19 @@ def claims():
     return pd.DataFrame(rows).astype({"promised_speedup": float, "promised_increase": float})
 
 
+def decoding():
+    rows = []
+    for base, dense in zip(BASES, (14.0, 70.0), strict=True):
+        for way, weights, ms in (("hf", "bfloat16", 3 * dense), ("llama.cpp", "q4_1", dense / 2)):
+            rows.append({"base": base, "way": way, "weights": weights, "realised": 1.0, "ms": ms, "ideal": np.nan})
+        for weights, share in (("bfloat16", 1.0), ("int8", 0.7)):
+            for capacity in (1.0, 0.6, 0.4):
+                row = {"base": base, "way": "engine", "weights": weights, "realised": capacity, "ideal": 1 / capacity}
+                rows.append(row | {"ms": dense * share * (0.1 + 0.9 * capacity)})
+    table = pd.DataFrame(rows)
+    return table.assign(low=1.2 * table["ms"], high=0.9 * table["ms"])
+
+
 def ablations():
     rows = []
     for grain, names in (("channel", ("start", "default", "wide, start", "wide")), ("token", ("published", "x", "y"))):
@@ -203,6 +216,7 @@ FIGURES = {
     findings.speeds: (claims,),
     findings.exits: (quality,),
     findings.choices: (ablations,),
+    speed.decode: (decoding,),
     speed.targets: (targets,),
     speed.lossless: (lossless,),
     speed.work_and_time: (claims,),
