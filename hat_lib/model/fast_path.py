@@ -143,6 +143,8 @@ class FastPath:
             return UNAVAILABLE
         if any("forward" in vars(m) for m in self.lm.modules()):
             return "another library overrides a forward of the base"
+        if self.hat.config.granularity not in ("channel", "token"):
+            return f"the engine does not know the {self.hat.config.granularity} grain"
         if config.hidden_act not in ("silu", "swish"):
             return f"the FFN's activation is {config.hidden_act}"
         if config.rope_parameters.get("rope_type", "default") not in ROPES:

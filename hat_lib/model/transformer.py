@@ -254,6 +254,7 @@ class HierarchicalTransformer(Modes, nn.Module):
     @property
     def decoding(self) -> str:
         """What would run the next decode step of ``lm.generate``, and why."""
+        self._check_loaded()
         return self._fast.describe()
 
     @property

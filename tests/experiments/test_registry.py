@@ -97,7 +97,7 @@ def test_settings_are_read_by_type(stand_in):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("nothing",), "no experiment 'nothing'; there are: benchmark"),
+        (("nothing",), "no experiment 'nothing'; there are: decode"),
         (("quality", "published", "--set", "dtype=fp32"), "--set goes with the name of one experiment"),
         (("layer_shares", "--set", "tokens=5"), "layer_shares takes checkpoint=, max_tokens=, results=, dtype="),
         (("benchmark", "--set", "rounds=few"), "benchmark: rounds takes a number, got 'few'"),

@@ -196,7 +196,9 @@ def test_weights_in_fewer_bits(hat, ids):
 def test_a_copy_and_the_base_afterwards(hat, ids):
     twin, expected = copy.deepcopy(hat), stepwise(hat.lm, ids)
     base = hat.unload()
-    assert "forward" not in vars(base.model)
+    assert not {"forward", "generate"} & set(vars(base.model))
+    with pytest.raises(HatError, match="unloaded"):
+        hat.decoding  # noqa: B018 - a property
     assert all(on_engine(twin, ids))
     close(stepwise(twin.lm, ids), expected)
 
