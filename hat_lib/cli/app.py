@@ -28,7 +28,7 @@ def setup(
     fetch: bool = option(True, "Fetch the bundled base (93 MB) and texts (7 MB) if missing."),
     quiet: bool = option(False, "No report: say only what is fetched, or fails.", "--quiet"),
 ) -> None:
-    """Fetch the base and the texts, compile the engine, report the environment."""
+    """Fetch base and texts, compile the engine, report."""
     from hat_lib.model.fast_path import warm
     from hat_lib.workbook.environment import environment, fetch_bundled, lines
 
