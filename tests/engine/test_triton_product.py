@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import torch
 from hat_lib.engine.triton_product import gated_product
