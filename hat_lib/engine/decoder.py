@@ -26,7 +26,7 @@ class Decoder:
     """
 
     def __init__(self, lm, form: str = "base"):
-        self.lm, self.weights, self.form = lm, pack(lm, form), form
+        self.lm, self.weights = lm, pack(lm, form)
         self.size, self.dtype = lm.config.head_dim, lm.dtype
         w = self.weights
         self.channels = np.array([a.shape[1] for a in (w.qkv, w.o, w.gate_up, w.down)])[:, None, None]

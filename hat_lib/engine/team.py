@@ -146,6 +146,7 @@ class Team:
             raise
         finally:
             asked.done.wait()
+            asked.args = ()  # or a model that is gone would keep its weights until the next step
         if asked.error is not None:
             raise asked.error
 

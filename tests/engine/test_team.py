@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -77,6 +78,14 @@ def test_nobody_waits_for_one_who_never_comes(who):
         crew.run(missing, (seen, total))
     crew.run(count, (seen, total * 0))
     assert seen[0, -1] == 400
+
+
+def test_nothing_of_a_step_is_kept():
+    crew, seen = Team(2), np.zeros((2, 200), np.int64)
+    kept = weakref.ref(seen)
+    crew.run(count, (seen, np.zeros(1, np.int64)))
+    del seen
+    assert kept() is None
 
 
 def counted(queue=None):
