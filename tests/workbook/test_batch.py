@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import nbformat
 import pytest
@@ -38,7 +39,7 @@ RECORDS += "record(square=seed**2, threads=os.environ['OMP_NUM_THREADS'])"
 
 
 def hat(*arguments):
-    return CliRunner().invoke(app, ["batch", *map(str, arguments)])
+    return CliRunner().invoke(app, ["batch", *map(str, arguments)], catch_exceptions=False)
 
 
 @pytest.fixture
@@ -133,8 +134,8 @@ def stand_in(source, output, figures, parameters, cell_timeout, threads):
 
 
 def without_kernel(task):
-    batch.run_notebook = stand_in
-    return carry_out(task)
+    with patch.object(batch, "run_notebook", stand_in):  # no longer: loky's workers go on to the next test
+        return carry_out(task)
 
 
 @pytest.fixture
