@@ -3,6 +3,9 @@
 numba's own threads (OpenMP) go on spinning after the work is done, which makes torch in the same process four times
 slower. These are Python threads that run compiled code without the interpreter's lock: one lock each wakes them for a
 step, a spin barrier on atomics keeps them together inside it, and between steps nothing spins.
+
+All wait for the slowest. Where another process has one of the cores, a step of two threads takes longer than one of a
+single thread, so a team runs its steps with fewer threads for as long as that is so.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import threading
 from functools import partial
 from operator import call
 from queue import SimpleQueue
+from time import perf_counter, thread_time
 
 import numpy as np
 import torch
@@ -27,6 +31,10 @@ from hat_lib.engine.compiling import compiled
 COME, MEETING, OFF, BARRIER = 0, 8, 16, 24
 PATIENCE = 5_000
 """turns of the spinning loop, some 100 us, before a thread gives its core away at each turn"""
+SHORTEST, LONGEST = 4, 64
+"""steps before a number of threads that was too many is tried again"""
+TIMED = len({thread_time() for _ in range(100)}) > 50
+"""whether the system tells exactly how long a thread has run; some count in ticks of 10 ms or more"""
 SYSTEM, X86 = platform.system(), platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -110,37 +118,76 @@ def meet(barrier, team):
     return False
 
 
+class Pace:
+    """How many threads the next step takes: fewer while other processes have some of the cores.
+
+    One is left out when the last few steps would have been as quick without it. After a pause it is tried for a step.
+    The pause doubles each time that it was one too many, and halves with each step that goes well.
+    """
+
+    def __init__(self, most: int):
+        self.threads = self.most = most
+        self._pauses = [SHORTEST] * (most + 1)
+        """steps to wait before each number of threads"""
+        self._since, self._harm = 0, 0.0
+        """steps with this number of threads; and what the last few lost, where 1 is what one thread fewer would lose"""
+
+    def after(self, lost: float) -> None:
+        """Take note of a step.
+
+        Args:
+            lost: the share of its time in which the most hindered of its threads was not on a core.
+        """
+        now = self.threads
+        # Without a loss n - 1 threads take n / (n - 1) of the time of n, or less, as all wait for the same memory: so
+        # n threads may lose 1 / n of theirs, or less. No step counts for more than twice that: one alone is not enough.
+        harm = min(lost * (now + 1), 2.0) if now > 1 else 0.0
+        self._harm += (harm - self._harm) / 3
+        self._since += 1
+        if self._harm > 1:
+            self._pauses[now] = min(2 * self._pauses[now], LONGEST)
+            self.threads, self._since, self._harm = now - 1, 0, 0.0
+        elif harm <= 1:
+            self._pauses[now] = max(SHORTEST, self._pauses[now] // 2)
+            if now < self.most and self._since >= self._pauses[now + 1]:
+                self.threads, self._since, self._harm = now + 1, 0, 1.0
+
+
 class Step:
     """One step that a team is asked for, and how many of its threads are still at it."""
 
-    def __init__(self, step, args, helpers: int):
-        self.step, self.args, self.error = step, args, None
-        self.running, self.done = [True] * helpers, threading.Event()
-        if not helpers:
+    def __init__(self, step, args, size: int):
+        self.step, self.args, self.size, self.error = step, args, size, None
+        self.running, self.done = [True] * (size - 1), threading.Event()
+        self.ran: list[float] = []
+        """seconds on a core, of each thread"""
+        if size == 1:
             self.done.set()
 
 
 class Team:
     """The asking thread and others of its own run ``step(t, team, barrier, *args)`` together, one step after another.
 
-    An interrupt (Ctrl-C) reaches the asker when the step is done; or, while the step is compiled, the others are sent
-    home.
+    They are at most ``size``, and as many as `Pace` says. An interrupt (Ctrl-C) reaches the asker when the step is
+    done; or, while the step is compiled, the others are sent home.
     """
 
     def __init__(self, size: int):
-        self.size, self.barrier = size, np.zeros(BARRIER, np.int64)
+        self.pace, self.barrier = Pace(size), np.zeros(BARRIER, np.int64)
         self._asked = [SimpleQueue() for _ in range(size - 1)]
-        self._last = Step(None, (), 0)
+        self._last = Step(None, (), 1)
         for t, asked in enumerate(self._asked, 1):
             threading.Thread(target=self._serve, args=(t, asked), name=f"hat-engine-{t}", daemon=True).start()
 
     def run(self, step, args) -> None:
         self._last.done.wait()  # for the others, if the asker was interrupted while it waited
         self.barrier[:] = 0
-        self._last = asked = Step(step, args, self.size - 1)
-        ours = partial(step, 0, self.size, self.barrier, *args)
+        size, start = self.pace.threads, perf_counter()
+        self._last = asked = Step(step, args, size)
+        wake = [partial(queue.put, asked) for queue in self._asked[: size - 1]]
+        ours = partial(step, 0, size, self.barrier, *args)
         try:
-            list(map(call, [*(partial(queue.put, asked) for queue in self._asked), ours]))  # no interrupt comes between
+            *_, before, _, after = list(map(call, [*wake, thread_time, ours, thread_time]))  # no interrupt between
         except BaseException:
             self.barrier[OFF] = 1
             raise
@@ -149,12 +196,15 @@ class Team:
             asked.args = ()  # or a model that is gone would keep its weights until the next step
         if asked.error is not None:
             raise asked.error
+        if TIMED:
+            self.pace.after(1 - min([after - before, *asked.ran]) / (perf_counter() - start))
 
     def _serve(self, t: int, queue: SimpleQueue) -> None:
         while True:
-            asked = queue.get()
+            asked, before = queue.get(), thread_time()
             try:
-                asked.step(t, self.size, self.barrier, *asked.args)
+                asked.step(t, asked.size, self.barrier, *asked.args)
+                asked.ran.append(thread_time() - before)
             except BaseException as error:
                 self.barrier[OFF], asked.error = 1, error
             asked.running.pop()

@@ -11,7 +11,7 @@ import pytest
 
 from hat_lib.engine import team
 from hat_lib.engine.compiling import compiled
-from hat_lib.engine.team import Team, fetch_add, meet
+from hat_lib.engine.team import LONGEST, SHORTEST, TIMED, Pace, Team, fetch_add, meet
 
 
 @compiled()
@@ -89,24 +89,26 @@ def test_nothing_of_a_step_is_kept():
 
 
 def counted(queue=None):
+    """Whether all of a team, however many they were, counted together."""
     seen, total = np.zeros((2, 200), np.int64), np.zeros(1, np.int64)
     team.run(count, (seen, total), 2)
+    together = bool((seen[0] == np.arange(1, 201) * (total[0] // 200)).all())
     if queue:
-        queue.put(int(total[0]))
-    return int(total[0])
+        queue.put(together)
+    return together
 
 
 @pytest.mark.skipif(not hasattr(team.os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_has_a_team_of_its_own():
-    expected = counted()
+    assert counted()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=counted, args=(queue,))
     child.start()
-    assert queue.get(timeout=60) == expected
+    assert queue.get(timeout=60)
     child.join()
-    assert counted() == expected
+    assert counted()
 
 
 def test_two_python_threads_take_turns():
@@ -116,11 +118,63 @@ def test_two_python_threads_take_turns():
         asker.start()
     for asker in askers:
         asker.join()
-    assert len(set(found)) == 1
+    assert found == [True] * 4
 
 
-def test_never_more_threads_than_cores(monkeypatch):
+@pytest.mark.parametrize(("threads", "cores"), [(64, 1), (1, 64), (0, 64)])
+def test_no_more_threads_than_asked_for_or_cores_and_no_team_for_one(monkeypatch, threads, cores):
     asked = []
-    monkeypatch.setattr(team, "cores", lambda: 1)
-    team.run(lambda t, size, barrier: asked.append((t, size)), (), 64)
-    assert asked == [(0, 1)]
+    monkeypatch.setattr(team, "cores", lambda: cores)
+    monkeypatch.setattr(team, "_teams", {})
+    team.run(lambda t, size, barrier: asked.append((t, size)), (), threads)
+    assert asked == [(0, 1)] and not team._teams
+
+
+def sizes(most, lost, steps):
+    """Of each step, where each loses what ``lost(threads, step)`` says."""
+    pace, found = Pace(most), []
+    for step in range(steps):
+        found.append(pace.threads)
+        pace.after(lost(pace.threads, step))
+    return found
+
+
+class TestPace:
+    def test_nothing_lost_nothing_changes(self):
+        assert sizes(8, lambda threads, step: 0.05, 500) == [8] * 500
+
+    @pytest.mark.parametrize("most", [2, 16])
+    def test_a_single_hiccup_changes_nothing(self, most):
+        assert sizes(most, lambda threads, step: 0.99 * (step % 8 == 0), 500) == [most] * 500
+
+    def test_a_core_taken_away_costs_little_and_comes_back(self):
+        found = sizes(2, lambda threads, step: 0.55 * (threads > 1 and step < 1000), 1200)
+        assert found[:12] == [2, 2, 2, *[1] * 8, 2] and found[12:29] == [*[1] * 16, 2]
+        assert found[200:1000].count(2) <= 800 / LONGEST + 1
+        assert 2 in found[1000 : 1000 + LONGEST + 1] and set(found[1000 + LONGEST :]) == {2}
+
+    def test_one_more_or_fewer_at_a_time_as_far_as_needed(self):
+        found = sizes(16, lambda threads, step: 0.5 * (threads > 12 and step < 400), 800)
+        assert max(abs(np.diff(found))) == 1
+        assert set(found[50:400]) == {12, 13} and found[200:400].count(13) < 10
+        assert found[400 + LONGEST + 4 * (SHORTEST + 1) :] == [16] * (400 - LONGEST - 4 * (SHORTEST + 1))
+
+    def test_after_a_time_that_went_well_it_is_tried_again_soon(self):
+        found = sizes(2, lambda threads, step: 0.9 * (threads > 1 and not 300 < step < 600), 620)
+        assert found[590:600] == [2] * 10 and 2 in found[606:612]
+
+
+@pytest.mark.skipif(not TIMED, reason="this system does not tell how long a thread has run")
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_team_notices_who_does_not_run(who):
+    crew, found = Team(2), []
+
+    def hindered(t, size, barrier):
+        if t == 0:
+            found.append(size)
+        if t == who and size == 2:
+            time.sleep(0.02)
+
+    for _ in range(20):
+        crew.run(hindered, ())
+    assert found == [2, 2, *[1] * 8, 2, *[1] * 9]
