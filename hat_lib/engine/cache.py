@@ -7,9 +7,14 @@ part that is in use. So a cache may be cropped, continued, copied and reordered,
 
 from __future__ import annotations
 
+from functools import cached_property
+
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+
+from hat_lib.engine.weights import as_numpy
 
 LEAST_ROOM = 128
 
@@ -21,6 +26,14 @@ class Room:
         shape = (layers, batch, heads, room, size)
         with torch.inference_mode(False):  # else nothing outside of inference mode could write to them
             self.keys, self.values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values, the same memory."""
+        return as_numpy(self.keys), as_numpy(self.values)
+
+    def __getstate__(self) -> dict:
+        return {"keys": self.keys, "values": self.values}  # a copy has arrays of its own memory
 
     @property
     def size(self) -> int:

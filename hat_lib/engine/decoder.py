@@ -11,7 +11,7 @@ from hat_lib.engine import team
 from hat_lib.engine.cache import room_for
 from hat_lib.engine.kernels import LEAVES
 from hat_lib.engine.step import FFN, Decisions, Rows, Scratch, decode_step
-from hat_lib.engine.weights import as_numpy, pack
+from hat_lib.engine.weights import pack
 
 ROWS = 8
 """tokens at a time, at most"""
@@ -46,13 +46,13 @@ class Decoder:
 
     def step(
         self,
-        ids: Tensor,
+        ids: np.ndarray,
         cache: Cache,
         decide: Decisions,
         *,
-        position: Tensor,
-        first: Tensor,
-        protected: Tensor,
+        position: np.ndarray,
+        first: np.ndarray,
+        protected: np.ndarray,
         threads: int | None = None,
     ) -> tuple[Tensor, np.ndarray, np.ndarray]:
         """Run ``B * T <= 8`` tokens; their keys and values are appended to the cache.
@@ -72,24 +72,25 @@ class Decoder:
         scratch = self._room(threads, b * t, room.size)
         cos, sin = self._rotary(_flat(position))
         layers = len(w.qkv)
-        logits = torch.empty(b, t, len(w.head), dtype=self.dtype)
+        logits = np.empty((b * t, len(w.head)), room.arrays[0].dtype)
         rows = Rows(
             ids=_flat(ids),
-            sequence=np.repeat(np.arange(b), t),
+            sequence=np.arange(b).repeat(t),
             slot=np.tile(np.arange(n, n + t), b),
-            first=np.repeat(_flat(first), t),
+            first=first.repeat(t),
             protected=_flat(protected),
             cos=cos,
             sin=sin,
-            keys=as_numpy(room.keys),
-            values=as_numpy(room.values),
+            keys=room.arrays[0],
+            values=room.arrays[1],
             kept=np.zeros((threads, layers, FFN + 1, b * t), np.int32),
             exits=np.empty(b * t, np.int64),
-            logits=as_numpy(logits.view(b * t, -1)),
+            logits=logits,
         )
         team.run(decode_step, (w, decide, rows, scratch), threads)
         for layer in cache.layers:
             layer.show(n + t)
+        logits = torch.from_numpy(logits.reshape(b, t, -1)).view(self.dtype)
         return logits, rows.kept.sum(0).reshape(layers, FFN + 1, b, t), rows.exits.reshape(b, t)
 
     def _rotary(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,6 +127,6 @@ class Decoder:
         return self._scratch[threads, rows]
 
 
-def _flat(tensor: Tensor) -> np.ndarray:
+def _flat(array: np.ndarray) -> np.ndarray:
     """A copy: to numba an array of one number with the strides of what it was cut from is of another type."""
-    return tensor.reshape(-1).numpy().copy()
+    return array.flatten()

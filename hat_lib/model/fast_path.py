@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import repeat
-from operator import attrgetter, contains, is_
+from operator import attrgetter, contains
 
 import numpy as np
 import torch
@@ -77,6 +76,8 @@ class FastPath:
         self._decoder: Decoder | None = None
         self._packed: tuple = ()
         self._decisions: dict[tuple, Decisions] = {}
+        self._decided: tuple = ()
+        """of the last step: by what, and what"""
         self._lock = threading.Lock()
         self._here = threading.local()
         self.never = self._why_never()
@@ -89,8 +90,8 @@ class FastPath:
         # What must stay as it is, in the form in which it is compared fastest: it is, before each token.
         self._hooks = [h for m in modules if m is not ours for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._own_hooks = ours._forward_hooks, ours._forward_pre_hooks
-        self._inside = _columns((m._modules, name, child) for m in modules for name, child in m._modules.items())
-        self._parameters = _columns((m._parameters, name, p) for m in modules for name, p in m._parameters.items())
+        self._held = [held for m in modules for held in (m._modules, m._parameters)]
+        self._held_then = [*map(dict, self._held)]
         self._forwards = [vars(m) for m in modules if m is not self.lm and "forward" not in vars(m)]
         # Torch counts changes in place, but not of what was made in inference mode.
         self._counted = [p for p in self.lm.parameters() if not p.is_inference()]
@@ -174,9 +175,12 @@ class FastPath:
             return "exits are not the method's own"
         if any(self._hooks) or [*map(len, self._own_hooks)] != [1, 1] or any_module._has_any_global_hook():
             return "there are hooks on the base"
-        for what, (owners, names, found) in (("module", self._inside), ("parameter", self._parameters)):
-            if not all(map(is_, map(dict.get, owners, names), found)):
-                return f"a {what} of the base was replaced, as by an adapter"
+        try:
+            same = self._held == self._held_then
+        except RuntimeError:  # a tensor is not what it was: the comparison of their numbers has no truth value
+            same = False
+        if not same:
+            return "a module or a parameter of the base was replaced, as by an adapter"
         if lm.config.num_hidden_layers != self.hat.config.n_layers:
             return "drafts by some of the layers were asked for"
         if any(map(contains, self._forwards, repeat("forward"))):
@@ -212,6 +216,8 @@ class FastPath:
     def forward(self, *args, **kwargs):
         """As `LlamaForCausalLM.forward`."""
         given, run, mode = {"input_ids": args[0]} | kwargs if args else kwargs, self._run, self.context.mode
+        if "past_key_values" in given:  # what transformers called it before
+            given = {"cache": given["past_key_values"]} | {k: v for k, v in given.items() if k != "past_key_values"}
         known = run is not None and run.alone and run.ready is not None and run.ready[0] is mode
         if len(args) < 2 and self._takes(given) and (known or self.why_not() is None):
             out = self._decode(mode, run, known, **{name: given.get(name) for name in TAKEN})
@@ -224,15 +230,19 @@ class FastPath:
         return self._reference(*args, **kwargs)
 
     def _decode(self, mode, run, known, input_ids, attention_mask, position_ids, cache, logits_to_keep, **_):
+        # In numpy: after a step no cache holds anything of torch, and each of its operations costs ten times as much.
         (b, t), start = input_ids.shape, cache.get_seq_length()
-        state = self.hat.begin_state(input_ids, attention_mask, position_ids, start)
-        first = torch.zeros(b, dtype=torch.long)
-        if attention_mask is not None and not attention_mask.all():
-            first = (attention_mask != 0).long().argmax(1)
-            if not torch.equal(attention_mask.sum(1), start + t - first) or not state.real.all():
+        first, position = np.zeros(b, np.int64), np.arange(start, start + t)[None]
+        rank = position.repeat(b, 0)
+        if attention_mask is not None and not (mask := attention_mask.numpy() != 0).all():
+            first = mask.argmax(1)
+            if not np.array_equal(mask.sum(1), start + t - first) or not mask[:, -t:].all():
                 return None  # holes, or padding on the right
-        if position_ids is None:
-            position_ids = torch.arange(start, start + t)[None]
+            rank = rank - first[:, None]
+        if position_ids is not None:
+            position = position_ids.numpy()
+            rank = np.minimum(rank, position)
+        state = self.hat.new_state(torch.from_numpy(np.ones((b, t), bool)), torch.from_numpy(rank), start)
         if known:
             _, decoder, decide = run.ready
         else:
@@ -242,18 +252,18 @@ class FastPath:
             if run and Forced not in (type(mode.policy), type(mode.exits)):
                 run.ready = mode, decoder, decide
         logits, kept, ran = decoder.step(
-            input_ids,
+            input_ids.numpy(),
             cache,
             decide,
-            position=position_ids.expand(b, t),
+            position=np.broadcast_to(position, (b, t)),
             first=first,
-            protected=state.protected,
+            protected=state.protected.numpy(),
             threads=run.threads if run else None,
         )
         token = self.hat.config.granularity == "token"
         kept = kept[:, FFN:] if token else kept[:, : DOWN + 1] / decoder.channels
         state.executed = torch.from_numpy(kept.astype(np.float32))
-        state.exit_layer = torch.from_numpy(ran).to(torch.int16)
+        state.exit_layer = torch.from_numpy(ran.astype(np.int16))
         self.context.done(state)
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep]
@@ -264,7 +274,7 @@ class FastPath:
     @property
     def decoder(self) -> Decoder:
         """The packed base, as its weights are now."""
-        now = [*map(VERSION, self._counted)]
+        now = sum(map(VERSION, self._counted))
         if self._decoder is None or (now, self.form) != self._packed:
             self._decoder = None  # before there is another
             self._decoder, self._packed = Decoder(self.lm, self.form), (now, self.form)
@@ -275,18 +285,16 @@ class FastPath:
         if Forced in (type(routed), type(exits)):  # another at each place
             return decisions(self.hat, decoder.everything(), routed, exits, places)
         version = sum(map(VERSION, self._trained))
-        thresholds = [tuple(p.thresholds.values()) if hasattr(p, "thresholds") else None for p in (routed, exits)]
-        asked = (version, *thresholds)
-        made = self._decisions.get(asked)
-        if made is None:
-            while len(self._decisions) >= READY:
-                del self._decisions[next(iter(self._decisions))]  # the oldest
-            made = self._decisions[asked] = decisions(self.hat, decoder.everything(), routed, exits, places)
-        return made
-
-
-def _columns(rows: Iterable[tuple]) -> tuple[tuple, ...]:
-    return tuple(zip(*rows, strict=True))
+        if self._decided[:3] != (routed, exits, version):
+            thresholds = [tuple(p.thresholds.values()) if hasattr(p, "thresholds") else None for p in (routed, exits)]
+            asked = (version, *thresholds)
+            made = self._decisions.get(asked)
+            if made is None:
+                while len(self._decisions) >= READY:
+                    del self._decisions[next(iter(self._decisions))]  # the oldest
+                made = self._decisions[asked] = decisions(self.hat, decoder.everything(), routed, exits, places)
+            self._decided = routed, exits, version, made
+        return self._decided[3]
 
 
 def warm() -> None:
@@ -296,6 +304,6 @@ def warm() -> None:
             vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8
         )
         for dtype in (torch.float32, torch.bfloat16):
-            decoder, one = Decoder(LlamaForCausalLM(config).to(dtype)), torch.zeros(1, 1, dtype=torch.long)
-            cache, first = DynamicCache(config=config), torch.zeros(1, dtype=torch.long)
-            decoder.step(one, cache, decoder.everything(), position=one, first=first, protected=one.bool())
+            decoder, one = Decoder(LlamaForCausalLM(config).to(dtype)), np.zeros((1, 1), np.int64)
+            cache = DynamicCache(config=config)
+            decoder.step(one, cache, decoder.everything(), position=one, first=one[0], protected=one.astype(bool))

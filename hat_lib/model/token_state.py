@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,21 +61,23 @@ class TokenState:
 
     def __post_init__(self):
         self.batch, self.tokens = self.real.shape
-        self.any_protected = bool(self.protected.any())
         if self.exit_layer is None:
             self.exit_layer = torch.full(self.real.shape, self.n_layers, dtype=torch.int16, device=self.real.device)
 
-    @classmethod
-    def begin(cls, tokens, mask, position_ids, start, protected, site_work, n_layers) -> TokenState:
-        """The state before the first layer.
+    @cached_property
+    def any_protected(self) -> bool:
+        return bool(self.protected.any())
+
+    @staticmethod
+    def places(tokens, mask, position_ids, start) -> tuple[Tensor, Tensor]:
+        """`real` and `position` of what a forward reads.
 
         Args:
-            tokens: ``[B, T, ...]``, what this forward reads.
+            tokens: ``[B, T, ...]``.
             mask: ``[B, start + T]``, 0 at padding; None where there is none, or one of another shape.
             position_ids: ``[B or 1, T]`` as given to the model, or None; where they start again at 0, another document
                 of a packed sequence begins, with protected tokens of its own.
             start: tokens in the KV cache.
-            protected: how many real tokens of a document are protected.
         """
         b, t = tokens.shape[:2]
         if mask is not None and mask.dim() == 2:
@@ -85,7 +88,7 @@ class TokenState:
             position = torch.arange(start, start + t, device=tokens.device).expand(b, t)
         if position_ids is not None and position_ids.shape[-1] == t:
             position = torch.minimum(position, position_ids.to(position.device))
-        return cls(real, position, real & (position < protected), site_work, n_layers, start)
+        return real, position
 
     def leave(self, rows: Tensor, depth: int) -> None:
         """Mark ``rows`` (indices into B*T) as exited after ``depth`` layers."""

@@ -313,13 +313,14 @@ class HierarchicalTransformer(Modes, nn.Module):
                 "replace modules before attaching; wrapping single linear layers (LoRA) is fine at any time"
             )
         start = cache.get_seq_length() if cache is not None else 0
-        state = self.begin_state(tokens, given.get("attention_mask"), given.get("position_ids"), start)
+        places = TokenState.places(tokens, given.get("attention_mask"), given.get("position_ids"), start)
+        state = self.new_state(*places, start)
         passes[-1] = ForwardPass(mode, state, self.grain.sites, self.gates)
 
-    def begin_state(self, tokens: Tensor, mask: Tensor | None, position_ids: Tensor | None, start: int) -> TokenState:
-        """What a forward is to fill, as `TokenState.begin`."""
-        mode, shape = self._context.mode, (self.config.protected_tokens, self.site_work, self.config.n_layers)
-        state = TokenState.begin(tokens, mask, position_ids, start, *shape)
+    def new_state(self, real: Tensor, position: Tensor, start: int) -> TokenState:
+        """What a forward is to fill, of the tokens at these `TokenState.places`."""
+        mode, protected = self._context.mode, real & (position < self.config.protected_tokens)
+        state = TokenState(real, position, protected, self.site_work, self.config.n_layers, start)
         state.routed, state.gated = not isinstance(mode.policy, KeepAll), mode.exits is not None
         state.masks = Masks() if mode.record else None
         return state

@@ -47,9 +47,9 @@ def steps(decoder, ids, cache=None, at_a_time=1, first=None):
     out, (b, tokens) = [], ids.shape
     for t in range(0, tokens, at_a_time):
         part, start = ids[:, t : t + at_a_time], cache.get_seq_length()
-        position = torch.arange(start, start + part.shape[1]).expand(part.shape)
-        given = {"first": torch.zeros(b, dtype=torch.long), "protected": torch.zeros(part.shape, dtype=torch.bool)}
-        out.append(decoder.step(part, cache, decoder.everything(), position=position, **given)[0])
+        position = np.broadcast_to(np.arange(start, start + part.shape[1]), part.shape)
+        given = {"first": np.zeros(b, np.int64), "protected": np.zeros(part.shape, bool)}
+        out.append(decoder.step(part.numpy(), cache, decoder.everything(), position=position, **given)[0])
     return torch.cat(out, 1)
 
 

@@ -48,6 +48,7 @@ def test_it_decides_as_the_reference_path_does(hat, ids):
     close(found, expected)
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a.exit_layer, b.exit_layer) and torch.allclose(a.site_share, b.site_share)
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("real", "position", "protected"))
         assert (a.capacity, a.exit_rate, a.routed, a.gated) == (pytest.approx(b.capacity), b.exit_rate, True, True)
     assert 0.3 < type(ours[0]).cat(ours).capacity < 0.95 and type(ours[0]).cat(ours).exit_rate > 0.05
 
@@ -92,6 +93,7 @@ def test_left_padding_is_not_seen(hat, ids):
         given = {"attention_mask": mask[:, : t + 1], "position_ids": position[:, t : t + 1]}
         out.append(hat.lm(padded[:, t : t + 1], cache=cache, use_cache=True, **given).logits)
         assert (hat.trace.executed is not None) == (t >= 4)  # a padded token is not the engine's
+        assert torch.equal(hat.trace.position.clamp(min=0), position[:, t : t + 1])
     with hat.reference():
         expected = hat.lm(padded, attention_mask=mask, position_ids=position).logits
     close(torch.cat(out, 1)[mask.bool()], expected[mask.bool()])
@@ -109,6 +111,10 @@ class Reasons:
     def adapter(hat, monkeypatch):
         mlp = hat.lm.model.layers[1].mlp
         mlp.up_proj = torch.nn.Sequential(mlp.up_proj)
+
+    def parameter(hat, monkeypatch):
+        linear = hat.lm.model.layers[1].mlp.up_proj
+        linear.weight = torch.nn.Parameter(linear.weight * 2)
 
     def foreign_forward(hat, monkeypatch):
         linear = hat.lm.model.layers[0].self_attn.q_proj
@@ -159,6 +165,13 @@ def test_what_is_asked_of_one_call(hat, ids, given):
     assert hat.trace.executed is None
     hat.lm(ids[:1, :9], cache=DynamicCache(config=hat.lm.config), use_cache=True)  # one row more than it takes
     assert hat.trace.executed is None
+
+
+@pytest.mark.filterwarnings("ignore:.*past_key_values")
+def test_a_cache_by_its_former_name(hat, ids):
+    cache = hat.lm(ids[:, :4], cache=DynamicCache(config=hat.lm.config)).cache
+    found = hat.lm(ids[:1, 4:5].expand(3, 1), past_key_values=cache)
+    assert hat.trace.executed is not None and found.cache is cache and cache.get_seq_length() == 5
 
 
 def test_without_numba_everything_works(monkeypatch, ids):
