@@ -181,6 +181,11 @@ def skipping(grain, base=None, exit_layers=(1, 2, 3), bar=3.0, vectors=0.3, **ch
     return decides(hat, thresholds, [bar] * len(exit_layers))
 
 
+def greedy(hat, tokens: int = 16) -> list[int]:
+    """What follows a prompt of random tokens."""
+    return hat.lm.generate(torch.tensor(random_blocks(1)), max_new_tokens=tokens, do_sample=False)[0].tolist()
+
+
 def decides(hat, thresholds, gates=()):
     """``hat``, set to decide by these thresholds and to let tokens leave by these, as a calibration would set it."""
     sites, layers = hat.grain.sites, range(hat.config.n_layers)

@@ -1,18 +1,23 @@
 """Which forwards the engine runs, and that it decides there as the reference path does."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_transformer import GREEDY, active, close, stepwise
-from tiny_runs import GRAINS, tiny
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextStreamer
-from transformers.generation.stopping_criteria import StoppingCriteriaList
+from tiny_runs import GRAINS, greedy, skipping, tiny
+from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from hat_lib.config import HatConfig, HatError
-from hat_lib.model import fast_path
 from hat_lib.model.policies import Random
 from hat_lib.model.transformer import HierarchicalTransformer
 
@@ -174,11 +179,19 @@ def test_a_cache_by_its_former_name(hat, ids):
     assert hat.trace.executed is not None and found.cache is cache and cache.get_seq_length() == 5
 
 
-def test_without_numba_everything_works(monkeypatch, ids):
-    monkeypatch.setattr(fast_path, "UNAVAILABLE", "numba cannot be used here (ImportError: none)")
-    hat = active("channel")
-    assert hat.decoding == "reference path (numba cannot be used here (ImportError: none))"
-    assert not any(on_engine(hat, ids))
+@pytest.mark.slow
+def test_without_numba_everything_works():
+    script = Path(__file__).parents[1] / "without_numba.py"
+    here = os.environ | {"PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240, env=here)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    hats = [skipping(grain) for grain in GRAINS]
+    assert found["texts"] == [greedy(hat) for hat in hats] and all(hat.trace.executed is not None for hat in hats)
+    (why,) = set(found["decoding"])
+    assert why.startswith("reference path (numba cannot be used here (ModuleNotFoundError: ")
+    assert [line.split(maxsplit=1)[1] for line in found["report"] if line.startswith("decoding")] == [why]
+    assert "note: no engine: skipped channels save no time" in found["report"]
 
 
 def test_weights_and_routers_that_change_are_followed(hat, ids):
@@ -315,6 +328,27 @@ class TestGenerate:
                     text = text[:, :-2]
             texts.append(text)
         assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize(("prompt", "more"), [(1, 63), (60, 4), (60, 40), (70, 4)])
+def test_up_to_the_context_limit_and_beyond_as_transformers_does(grain, prompt, more):
+    base = tiny()
+    config = copy.deepcopy(base.model.config)
+    config.max_position_embeddings = 64
+    torch.manual_seed(0)
+    lm = LlamaForCausalLM(config).eval()
+    hat, given = active(grain, replace(base, model=copy.deepcopy(lm))), GREEDY | {"max_new_tokens": more}
+    text = torch.from_numpy(np.random.default_rng(1).integers(5, 250, (1, prompt)))
+    with hat.collect() as ours:
+        found = hat.lm.generate(text, **given)
+    assert all(state.executed is not None for state in ours[1:])
+    with hat.reference():
+        assert torch.equal(found, hat.lm.generate(text, **given))
+    with hat.dense():
+        found = hat.lm.generate(text, **given)
+    assert hat.trace.executed is not None and torch.equal(found, lm.generate(text, **given))
+    assert found.shape[1] == prompt + more
 
 
 def test_the_token_grain_never_skips_layer_0(ids):
