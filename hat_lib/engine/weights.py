@@ -80,10 +80,12 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 ``[out, C]``, and float32 scales ``[out]``."""
-    weight = weight.float()
-    scale = weight.abs().amax(1).clamp(min=1e-30) / 127
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+    """int8 ``[out, C]``, and float32 scales ``[out]``. Some rows at a time: a head in float32 may be gigabytes."""
+    eight, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
+    for part, to, scale in zip(weight.split(1024), eight.split(1024), scales.split(1024), strict=True):
+        scale.copy_(part.abs().amax(1)).clamp_(min=1e-30).div_(127)
+        to.copy_((part / scale[:, None]).round_())
+    return eight, scales
 
 
 def packed_bytes(weights: Weights) -> int:

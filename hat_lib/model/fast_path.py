@@ -29,7 +29,7 @@ try:
     from hat_lib.engine.decoder import ROWS, Decoder
     from hat_lib.engine.step import DOWN, FFN, Decisions
     from hat_lib.engine.team import cores, torch_alone
-    from hat_lib.engine.weights import linears
+    from hat_lib.engine.weights import linears, packed_bytes
     from hat_lib.model.decisions import decisions
 
     LAYERS = DynamicLayer, GrowingLayer
@@ -126,6 +126,11 @@ class FastPath:
     def forget(self) -> None:
         """Let go of the packed weights; they are packed again when next needed."""
         self._decoder = None
+
+    @property
+    def packed_bytes(self) -> int:
+        """Memory of the packed weights, without what is the base's own."""
+        return 0 if self._decoder is None else packed_bytes(self._decoder.weights)
 
     def describe(self) -> str:
         """Which path decodes, for people."""

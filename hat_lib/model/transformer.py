@@ -252,6 +252,12 @@ class HierarchicalTransformer(Modes, nn.Module):
         self._fast.form = value
 
     @property
+    def packed_bytes(self) -> int:
+        """Bytes that the engine's weights take beside the base's: at most one more copy of the layers in the format
+        "base", and of layers and head in fewer bits in another. 0 before the engine is first used."""
+        return self._fast.packed_bytes
+
+    @property
     def decoding(self) -> str:
         """What would run the next decode step of ``lm.generate``, and why."""
         self._check_loaded()

@@ -9,7 +9,7 @@ from hat_lib.engine import team
 from hat_lib.engine.cache import GrowingLayer, room_for
 from hat_lib.engine.decoder import Decoder
 from hat_lib.engine.step import decode_step
-from hat_lib.engine.weights import packed_bytes
+from hat_lib.engine.weights import linears, packed_bytes
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -100,6 +100,16 @@ def test_int8_is_near(ids):
     assert packed_bytes(small.weights) < 0.4 * packed_bytes(plain.weights)
     found = steps(small, ids).log_softmax(-1)
     assert 0 <= float((expected.softmax(-1) * (expected.log_softmax(-1) - found)).sum(-1).mean()) < 1e-3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_take_one_more_copy_of_the_layers(tied):
+    lm = llama(torch.bfloat16, attention_bias=True, mlp_bias=True, tie_word_embeddings=tied)
+    layers, head = sum(linear.weight.numel() for linear in linears(lm)), lm.lm_head.weight.numel()
+    norms_and_biases = sum(p.numel() for p in lm.parameters() if p.dim() == 1)
+    scales = sum(linear.out_features for linear in linears(lm)) + lm.lm_head.out_features
+    assert packed_bytes(Decoder(lm).weights) == 2 * layers + 4 * norms_and_biases
+    assert packed_bytes(Decoder(lm, "int8").weights) == layers + head + 4 * (scales + norms_and_biases)
 
 
 class TestCache:

@@ -208,8 +208,10 @@ def test_weights_and_routers_that_change_are_followed(hat, ids):
 
 
 def test_weights_in_fewer_bits(hat, ids):
-    hat.weight_format = "int8"
+    assert hat.packed_bytes == 0 and all(on_engine(hat, ids))
+    full, hat.weight_format = hat.packed_bytes, "int8"
     assert hat.decoding.startswith("engine (int8, ") and all(on_engine(hat, ids))
+    assert 0 < hat.packed_bytes < 0.4 * full
     with hat.dense():  # what is decided hangs on the last bit
         found = stepwise(hat.lm, ids)
         with hat.reference():
@@ -222,6 +224,7 @@ def test_weights_in_fewer_bits(hat, ids):
 def test_a_copy_and_the_base_afterwards(hat, ids):
     twin, expected = copy.deepcopy(hat), stepwise(hat.lm, ids)
     base = hat.unload()
+    assert hat.packed_bytes == 0
     assert not {"forward", "generate"} & set(vars(base.model))
     with pytest.raises(HatError, match="unloaded"):
         hat.decoding  # noqa: B018 - a property
