@@ -11,7 +11,7 @@ from hat_lib.engine import team
 from hat_lib.engine.cache import room_for
 from hat_lib.engine.kernels import LEAVES
 from hat_lib.engine.step import FFN, Decisions, Rows, Scratch, decode_step
-from hat_lib.engine.weights import pack
+from hat_lib.engine.weights import pack, widths
 
 ROWS = 8
 """tokens at a time, at most"""
@@ -22,14 +22,14 @@ class Decoder:
 
     Args:
         lm: a `LlamaForCausalLM` on the CPU, in float32 or bfloat16; its products' weights are copied.
-        form: of the copy, "base" or "int8".
+        form: of the copy, "base", "int8" or "q4".
     """
 
     def __init__(self, lm, form: str = "base"):
         self.lm, self.weights = lm, pack(lm, form)
         self.size, self.dtype = lm.config.head_dim, lm.dtype
-        w = self.weights
-        self.channels = np.array([a.shape[1] for a in (w.qkv, w.o, w.gate_up, w.down)])[:, None, None]
+        self.inputs, self.outputs = widths(lm)
+        self.channels = np.array(self.inputs)[:, None, None]
         """inputs of each product, ``[4, 1, 1]``"""
         self._scratch: dict[tuple[int, int], Scratch] = {}
         self._angles = np.zeros((2, 0, self.size // 2), np.float32)
@@ -37,8 +37,8 @@ class Decoder:
     def everything(self) -> Decisions:
         """Decisions of the dense model."""
         w, z = self.weights, lambda *shape: np.zeros(shape, np.float32)
-        layers, d = w.qkv.shape[:2]
-        cuts = [np.full(a.shape[:2], -1, np.float32) for a in (w.qkv, w.o, w.gate_up, w.down)]
+        layers, d = w.norms.shape[1:]
+        cuts = [np.full((layers, c), -1, np.float32) for c in self.inputs]
         return Decisions(
             *cuts, z(layers, 0), z(layers), z(layers, 0), z(layers, 1), np.full(layers, -1),
             z(0, d), z(0, 1), z(0, d), z(0, d), z(0, 0, d), z(0, d, 0),
@@ -107,15 +107,15 @@ class Decoder:
         known = self._scratch.get((threads, rows))
         if known is not None and known.scores.shape[1] >= length:
             return known
-        w, z = self.weights, lambda *shape: np.zeros(shape, np.float32)
-        d, widest = w.qkv.shape[1], max(w.o.shape[1], w.down.shape[1], w.qkv.shape[1]) + 8
+        (qkv, d, gate_up, _), z = self.outputs, lambda *shape: np.zeros(shape, np.float32)
+        mixed, widest = self.inputs[1], max(self.inputs) + 8
         self._scratch[threads, rows] = Scratch(
             h=z(threads, rows, d),
             x=z(threads, rows, d),
-            qkv=z(rows, w.qkv.shape[2]),
-            mixed=z(rows, w.o.shape[1]),
+            qkv=z(rows, qkv),
+            mixed=z(rows, mixed),
             leaves=z(2, LEAVES, rows, d),
-            ffn=z(rows, w.gate_up.shape[2]),
+            ffn=z(rows, gate_up),
             index=np.zeros((threads, widest), np.uint64),
             picked=z(threads, rows, widest),
             scores=z(threads, length),

@@ -17,11 +17,11 @@ import numpy as np
 from numpy import ndarray
 
 from hat_lib.engine.compiling import compiled
+from hat_lib.engine.four_bits import add
 from hat_lib.engine.kernels import (
     F0,
     F1,
     LEAVES,
-    add_channels,
     as_float,
     as_stored,
     dot,
@@ -39,7 +39,7 @@ QKV, OUT, GATE_UP, DOWN, FFN = range(5)
 
 
 class Weights(NamedTuple):
-    """The base. Products are transposed, ``[L, C, out]``, in one format; scales are ``[L, out]``, or of no columns."""
+    """The base. Products are transposed, ``[L, C, out]``, in one format (`hat_lib.engine.weights`)."""
 
     embed: ndarray
     """``[V, D]`` as the base has it"""
@@ -55,6 +55,7 @@ class Weights(NamedTuple):
     o_scale: ndarray
     gate_up_scale: ndarray
     down_scale: ndarray
+    """float32 ``[L, out]``, or of no columns"""
     qkv_bias: ndarray
     o_bias: ndarray
     gate_up_bias: ndarray
@@ -66,6 +67,8 @@ class Weights(NamedTuple):
     """float32 ``[D]``"""
     heads: int
     kv_heads: int
+    unit: int
+    """channels that are not split between threads: they share a scale"""
     eps: np.float32
 
 
@@ -197,12 +200,12 @@ def finish(y, scale, bias, c0, c1):
 @compiled()
 def wide(w, scale, bias, index, picked, n, y, c0, c1):
     """Outputs c0 to c1 of a product, from all the kept channels."""
-    add_channels(w, index, picked, n, y, c0, c1)
+    add(w, index, picked, n, y, c0, c1)
     finish(y, scale, bias, c0, c1)
 
 
 @compiled()
-def narrow(w, x, cut, scale, whole, runs, index, picked, kept, leaves, t, team):
+def narrow(w, unit, x, cut, scale, whole, runs, index, picked, kept, leaves, t, team):
     """This thread's share of a product whose channels are split: whole rows of the weight, in long pieces.
 
     The channels make `LEAVES` parts, whose sums are added in pairs: the same sum for any number of threads. A thread
@@ -210,10 +213,9 @@ def narrow(w, x, cut, scale, whole, runs, index, picked, kept, leaves, t, team):
     """
     channels, part = x.shape[1], LEAVES // team
     for leaf in range(t * part, (t + 1) * part):
-        n = keep(
-            x, channels * leaf // LEAVES, channels * (leaf + 1) // LEAVES, cut, scale, whole, runs, index, picked, kept
-        )
-        add_channels(w, index, picked, n, leaves[leaf], 0, leaves.shape[2])
+        first, last = span(channels, leaf, LEAVES, unit), span(channels, leaf + 1, LEAVES, unit)
+        n = keep(x, first, last, cut, scale, whole, runs, index, picked, kept)
+        add(w, index, picked, n, leaves[leaf], 0, leaves.shape[2])
     width = 1
     while width < part:
         for leaf in range(t * part, (t + 1) * part, 2 * width):
@@ -315,7 +317,7 @@ def decode_step(t, team, barrier, base, decide, rows, room):
     layers, wide_d = base.qkv.shape[0], base.embed.shape[1]
     count, heads, groups = rows.ids.shape[0], base.heads, base.kv_heads
     size = rows.keys.shape[4]
-    q_end, ff_width = heads * size, base.down.shape[1]
+    q_end, ff_width = heads * size, decide.cut_down.shape[1]
     scaling = F1 / np.sqrt(np.float32(size))
     lanes = 8 if team >= 8 else 4 if team >= 4 else 2 if team >= 2 else 1
     h, x, index, picked, scale = room.h[t], room.x[t], room.index[t], room.picked[t], room.scale[t]
@@ -352,8 +354,7 @@ def decode_step(t, team, barrier, base, decide, rows, room):
                 u = inner(x[r], decide.sensitivity[layer]) + decide.sensitivity_bias[layer]
                 scale[r] = exp(min(max(-u, -SENSITIVITY_LIMIT), SENSITIVITY_LIMIT))
         w, w_scale, bias, cut = base.qkv[layer], base.qkv_scale[layer], base.qkv_bias[layer], decide.cut_qkv[layer]
-        total = w.shape[1]
-        start = 0
+        total, start = room.qkv.shape[1], 0
         if living < count:
             if living > 0:
                 n = keep(x, 0, wide_d, cut, scale, whole, alive, index, picked, kept[layer, QKV] if t == 0 else unused)
@@ -390,7 +391,7 @@ def decode_step(t, team, barrier, base, decide, rows, room):
             return
         if t < lanes:
             narrow(
-                base.o[layer], room.mixed, decide.cut_o[layer], scale, whole, alive,
+                base.o[layer], base.unit, room.mixed, decide.cut_o[layer], scale, whole, alive,
                 index, picked, kept[layer, OUT], room.leaves[0], t, lanes,
             )  # fmt: skip
         if meet(barrier, team):
@@ -421,7 +422,7 @@ def decode_step(t, team, barrier, base, decide, rows, room):
             return
         if t < lanes:
             narrow(
-                base.down[layer], room.ffn[:, :ff_width], decide.cut_down[layer], scale, whole, runs,
+                base.down[layer], base.unit, room.ffn[:, :ff_width], decide.cut_down[layer], scale, whole, runs,
                 index, picked, kept[layer, DOWN], room.leaves[1], t, lanes,
             )  # fmt: skip
         if meet(barrier, team):

@@ -2,8 +2,10 @@
 
 ``base``  the base's own numbers, float32 or bfloat16.
 ``int8``  eight bits, with one scale for each output, the largest magnitude of its row over 127.
+``q4``    four bits, with a scale and a minimum for each output and 32 channels, and a head in eight: of a base that was
+          in Q4_1 before, its own numbers. Every width must be a multiple of 32.
 
-The embedding is the base's own memory, and the head, too, as the base has it.
+The embedding is the base's own memory, and the head, too, in the form ``base``.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hat_lib.engine.four_bits import GROUP, ROWS
 from hat_lib.engine.step import Weights
 
 MATRICES = {
@@ -28,34 +31,53 @@ def as_numpy(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+def widths(lm) -> tuple[list[int], list[int]]:
+    """Inputs and outputs of each of `MATRICES`."""
+    modules = [[lm.model.layers[0].get_submodule(linear) for linear in linears] for linears in MATRICES.values()]
+    return [m[0].in_features for m in modules], [sum(linear.out_features for linear in m) for m in modules]
+
+
+def unfit(lm, form: str) -> str | None:
+    """Why this base cannot be packed in a form."""
+    for names in MATRICES.values() if form == "q4" else ():
+        for name in names:
+            linear = lm.model.layers[0].get_submodule(name)
+            for what, width in (("inputs", linear.in_features), ("outputs", linear.out_features)):
+                if width % GROUP:
+                    return f"{form} needs widths that are multiples of {GROUP}, and {name} has {width} {what}"
+    return None
+
+
 @torch.no_grad()
 def pack(lm, form: str = "base") -> Weights:
     """The weights of a `LlamaForCausalLM` on the CPU, in float32 or bfloat16.
 
     Args:
-        form: "base" or "int8".
+        form: "base", "int8" or "q4"; ValueError if the base is `unfit`.
     """
+    if why := unfit(lm, form):
+        raise ValueError(why)
     layers, config, packed = lm.model.layers, lm.config, {}
-    for name, linears in MATRICES.items():
-        first = [layers[0].get_submodule(linear) for linear in linears]
-        outputs, channels = sum(linear.out_features for linear in first), first[0].in_features
-        dtype = torch.int8 if form == "int8" else first[0].weight.dtype
-        weights = _room((len(layers), channels, outputs), dtype)
+    for (name, linears), channels, outputs in zip(MATRICES.items(), *widths(lm), strict=True):
+        biased = any(layers[0].get_submodule(linear).bias is not None for linear in linears)
+        dtype, shape = {
+            "base": (lm.dtype, (channels, outputs)),
+            "int8": (torch.int8, (channels, outputs)),
+            "q4": (torch.uint8, (channels // GROUP * ROWS, outputs // 2)),
+        }[form]
+        weights = _room((len(layers), *shape), dtype)
         scales = torch.empty(len(layers), outputs if form == "int8" else 0)
-        biases = torch.zeros(len(layers), outputs if any(linear.bias is not None for linear in first) else 0)
+        biases = torch.zeros(len(layers), outputs if biased else 0)
         for i, layer in enumerate(layers):
-            begin = 0
-            for linear in (layer.get_submodule(name) for name in linears):
-                part = slice(begin, begin + linear.out_features)
-                begin = part.stop
-                weight = linear.weight
-                if form == "int8":
-                    weight, scales[i, part] = _eight_bits(weight)
-                weights[i, :, part] = weight.t()
-                if linear.bias is not None:
-                    biases[i, part] = linear.bias.float()
+            modules = [layer.get_submodule(linear) for linear in linears]
+            weight = torch.cat([linear.weight for linear in modules])
+            if form == "int8":
+                weight, scales[i] = _eight_bits(weight)
+            weights[i] = _four_bits(weight) if form == "q4" else weight.t()
+            if biased:
+                biases[i] = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias for m in modules])
         packed |= {name: as_numpy(weights), f"{name}_scale": scales.numpy(), f"{name}_bias": biases.numpy()}
-    head, head_scale = _eight_bits(lm.lm_head.weight) if form == "int8" else (lm.lm_head.weight, torch.zeros(0))
+    head, head_scale = (lm.lm_head.weight, torch.zeros(0)) if form == "base" else _eight_bits(lm.lm_head.weight)
     norms = torch.stack([
         torch.stack([layer.get_submodule(norm).weight.float() for layer in layers])
         for norm in ("input_layernorm", "post_attention_layernorm")
@@ -69,13 +91,14 @@ def pack(lm, form: str = "base") -> Weights:
         last_norm=lm.model.norm.weight.float().numpy(),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
+        unit=GROUP if form == "q4" else 1,
         eps=np.float32(config.rms_norm_eps),
     )
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory from numpy, which asks the system for huge pages: a gather touches many."""
-    memory = np.empty(shape, {1: np.int8, 2: np.uint16, 4: np.float32}[dtype.itemsize])
+    memory = np.empty(shape, {1: np.uint8, 2: np.uint16, 4: np.float32}[dtype.itemsize])
     return torch.from_numpy(memory).view(dtype)
 
 
@@ -86,6 +109,19 @@ def _eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
         scale.copy_(part.abs().amax(1)).clamp_(min=1e-30).div_(127)
         to.copy_((part / scale[:, None]).round_())
     return eight, scales
+
+
+def _four_bits(weight: Tensor) -> Tensor:
+    """Rows and scales of ``weight [out, C]``, uint8 ``[C / 32 * 40, out / 2]`` (`hat_lib.engine.four_bits`)."""
+    outputs, n = len(weight), weight.shape[1] // GROUP
+    groups = weight.float().t().contiguous().view(n, GROUP, outputs)
+    low, high = groups.amin(1), groups.amax(1)
+    scales = torch.stack([(high - low) / 15, low], 1).half()
+    d, m = scales.float()[:, :, None].unbind(1)
+    q = (groups - m).div_(d.clamp(min=1e-30)).round_().clamp_(0, 15).to(torch.uint8)
+    first, second, third, fourth = q.view(n, GROUP, outputs // 32, 4, 8).unbind(3)
+    rows = torch.stack([first | second << 4, third | fourth << 4], -1)
+    return torch.cat([part.view(torch.uint8).view(n, -1, outputs // 2) for part in (rows, scales)], 1).flatten(0, 1)
 
 
 def packed_bytes(weights: Weights) -> int:

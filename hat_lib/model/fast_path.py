@@ -29,7 +29,7 @@ try:
     from hat_lib.engine.decoder import ROWS, Decoder
     from hat_lib.engine.step import DOWN, FFN, Decisions
     from hat_lib.engine.team import cores, torch_alone
-    from hat_lib.engine.weights import linears, packed_bytes
+    from hat_lib.engine.weights import linears, packed_bytes, unfit
     from hat_lib.model.decisions import decisions
 
     LAYERS = DynamicLayer, GrowingLayer
@@ -37,7 +37,7 @@ try:
 except Exception as error:  # numba is missing, or does not know this Python or this CPU
     UNAVAILABLE = f"numba cannot be used here ({type(error).__name__}: {error})"
 
-WEIGHT_FORMATS = ("base", "int8")
+WEIGHT_FORMATS = ("base", "int8", "q4")
 ROPES = ("default", "linear", "llama3", "yarn")
 """rotary embeddings whose angles depend on the position alone"""
 TAKEN = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", "return_dict"}
@@ -131,6 +131,10 @@ class FastPath:
     def packed_bytes(self) -> int:
         """Memory of the packed weights, without what is the base's own."""
         return 0 if self._decoder is None else packed_bytes(self._decoder.weights)
+
+    def unfit(self, form: str) -> str | None:
+        """Why the engine cannot keep this base's weights in a form."""
+        return None if self.never else unfit(self.lm, form)
 
     def describe(self) -> str:
         """Which path decodes, for people."""

@@ -240,15 +240,18 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     @property
     def weight_format(self) -> str:
-        """How the engine keeps the weights that it reads for each token: "base", as the base has them, or "int8", a
-        scale for each output and half the memory of bfloat16, near to the base and not equal. Prefill reads the base's
-        own."""
+        """How the engine keeps the weights that it reads for each token: "base", as the base has them; "int8", a scale
+        for each output and half the memory of bfloat16; or "q4", four bits with a scale and a minimum for 32 channels,
+        a third of it, of bases whose widths are multiples of 32. The last two are near to the base and not equal.
+        Prefill reads the base's own."""
         return self._fast.form
 
     @weight_format.setter
     def weight_format(self, value: str) -> None:
         if value not in WEIGHT_FORMATS:
             raise HatError(f"weight format must be one of {', '.join(WEIGHT_FORMATS)}, got {value!r}")
+        if why := self._fast.unfit(value):
+            raise HatError(f"weight format {why}")
         self._fast.form = value
 
     @property

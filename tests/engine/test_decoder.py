@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from four_bits_read import round_weights
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hat_lib.engine import team
@@ -26,6 +27,9 @@ FORMS = {
     "tied": {"tie_word_embeddings": True},
     "llama3": {"rope_parameters": LLAMA3, "max_position_embeddings": 128},
 }
+
+WIDE = {"hidden_size": 96, "intermediate_size": 416, "num_attention_heads": 6, "num_key_value_heads": 2}
+"""widths are multiples of 32, and channels not of 8 times that"""
 
 
 def llama(dtype=torch.float32, **form):
@@ -73,9 +77,9 @@ def test_bfloat16_is_nearer_to_the_truth_than_transformers(ids):
     assert (found.float() - exact).abs().mean() < (own.float() - exact).abs().mean()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_threads_rows_and_pieces_change_no_bit(dtype, ids, monkeypatch):
-    decoder = Decoder(llama(dtype, num_hidden_layers=2))
+@pytest.mark.parametrize("dtype, form", [(torch.float32, "base"), (torch.bfloat16, "base"), (torch.float32, "q4")])
+def test_threads_rows_and_pieces_change_no_bit(dtype, form, ids, monkeypatch):
+    decoder = Decoder(llama(dtype, num_hidden_layers=2, **WIDE if form == "q4" else {}), form)
     monkeypatch.setattr(team, "cores", lambda: 16)
     monkeypatch.setattr(team.Pace, "after", lambda pace, lost: None)
     expected, before = steps(decoder, ids), torch.get_num_threads()
@@ -93,23 +97,48 @@ def test_threads_rows_and_pieces_change_no_bit(dtype, ids, monkeypatch):
     assert len(decode_step.signatures) == compiled  # or another ten seconds, and other bits
 
 
-def test_int8_is_near(ids):
-    lm = llama()
+def divergence(expected, found):
+    """Nats a token."""
+    expected, found = expected.log_softmax(-1), found.log_softmax(-1)
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("form, size, nats", [("int8", 0.3, 1e-3), ("q4", 0.2, 0.2)])
+def test_fewer_bits_are_near(form, size, nats, ids):
+    lm = llama(**WIDE, attention_bias=True)
     plain, expected = Decoder(lm), lm(ids).logits
-    small = Decoder(lm, "int8")
-    assert packed_bytes(small.weights) < 0.4 * packed_bytes(plain.weights)
-    found = steps(small, ids).log_softmax(-1)
-    assert 0 <= float((expected.softmax(-1) * (expected.log_softmax(-1) - found)).sum(-1).mean()) < 1e-3
+    small = Decoder(lm, form)
+    assert packed_bytes(small.weights) < size * packed_bytes(plain.weights)
+    found = steps(small, ids)
+    assert 0 <= divergence(expected, found) < nats
+    if form == "q4":  # most of it is the weights', of normal ones; inputs in eight bits cost little
+        round_weights(lm)
+        assert 0 <= divergence(lm(ids).logits, found) < 2e-3
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_take_one_more_copy_of_the_layers(tied):
-    lm = llama(torch.bfloat16, attention_bias=True, mlp_bias=True, tie_word_embeddings=tied)
+    lm = llama(torch.bfloat16, **WIDE, attention_bias=True, mlp_bias=True, tie_word_embeddings=tied)
     layers, head = sum(linear.weight.numel() for linear in linears(lm)), lm.lm_head.weight.numel()
     norms_and_biases = sum(p.numel() for p in lm.parameters() if p.dim() == 1)
     scales = sum(linear.out_features for linear in linears(lm)) + lm.lm_head.out_features
     assert packed_bytes(Decoder(lm).weights) == 2 * layers + 4 * norms_and_biases
     assert packed_bytes(Decoder(lm, "int8").weights) == layers + head + 4 * (scales + norms_and_biases)
+    small = layers * (4 + 32 / 32) / 8 + head + 4 * lm.lm_head.out_features
+    assert packed_bytes(Decoder(lm, "q4").weights) == small + 4 * norms_and_biases
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"hidden_size": 80, "head_dim": 16}, "q_proj has 80 inputs"),
+        ({"num_key_value_heads": 1}, "k_proj has 16 outputs"),
+        ({"intermediate_size": 80}, "mlp.gate_proj has 80 outputs"),
+    ],
+)
+def test_four_bits_need_whole_groups(changed, named):
+    with pytest.raises(ValueError, match=f"q4 needs widths that are multiples of 32, and .*{named}"):
+        Decoder(llama(**WIDE | {"num_attention_heads": 4, "head_dim": 16} | changed), "q4")
 
 
 class TestCache:

@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from four_bits_read import unpacked
 
-from hat_lib.engine import kernels
+from hat_lib.engine import four_bits, kernels
 from hat_lib.engine.compiling import compiled
-from hat_lib.engine.kernels import add_channels, dots, keep
-from hat_lib.engine.weights import as_numpy
+from hat_lib.engine.four_bits import add, encode
+from hat_lib.engine.kernels import dots, keep
+from hat_lib.engine.weights import _four_bits, as_numpy
 
 NO = np.float32(1e9)
+CHANNELS, OUTPUTS = 96, 2144
+"""more than `COLUMNS`, and not a multiple of 128"""
 
 
 @compiled()
@@ -22,6 +26,11 @@ def widened(bits, out):
 def shortened(values, out):
     for i in range(len(values)):
         out[i] = kernels.as_stored(values[i], out[i])
+
+
+@compiled()
+def add_kept(w, index, values, n, y):
+    add(w, index, values, n, y, 0, y.shape[1])
 
 
 @compiled()
@@ -55,53 +64,95 @@ def product(w, x, cut, *, scale=1.0, whole=False, runs=True):
     """``x [R, C]`` gated, times ``w [C, O]``: outputs ``[R, O]`` and how many channels each row kept."""
     rows, channels = x.shape
     index, values = np.zeros(channels + 8, np.uint64), np.zeros((rows, channels + 8), np.float32)
-    kept, y = np.zeros(rows, np.int32), np.full((rows, w.shape[1]), np.nan, np.float32)
+    kept, y = np.zeros(rows, np.int32), np.full((rows, OUTPUTS), np.nan, np.float32)
     of_row = [np.broadcast_to(np.asarray(v, d), rows).copy() for v, d in ((scale, "f4"), (whole, "?"), (runs, "?"))]
     n = keep(x, 0, channels, cut, *of_row, index, values, kept)
     assert n % 8 == 0
-    add_channels(w, index, values, n, y, 0, w.shape[1])
+    add_kept(w, index, values, n, y)
     return y, kept
 
 
-@pytest.fixture(params=["float32", "bfloat16", "int8"])
+@pytest.fixture(params=["float32", "bfloat16", "int8", "q4"])
 def weights(request):
-    drawn = torch.from_numpy(np.random.default_rng(0).normal(size=(77, 2100)).astype("f4"))  # more than `COLUMNS`
+    drawn = torch.from_numpy(np.random.default_rng(0).normal(size=(CHANNELS, OUTPUTS)).astype("f4"))
+    if request.param == "q4":
+        return as_numpy(_four_bits(drawn.T))
     return as_numpy((50 * drawn).to(torch.int8) if request.param == "int8" else drawn.to(getattr(torch, request.param)))
 
 
 @pytest.fixture
 def x():
-    return np.random.default_rng(1).normal(size=(5, 77)).astype(np.float32)
+    return np.random.default_rng(1).normal(size=(5, CHANNELS)).astype(np.float32)
 
 
 @pytest.mark.parametrize("cut", [-1, 0.1, 0.7, 2.0, NO], ids="cut {}".format)
 def test_what_is_skipped_and_what_is_zero_are_the_same_bits(weights, x, cut):
-    cuts = np.full(77, cut, np.float32)
+    cuts = np.full(CHANNELS, cut, np.float32)
     for row in x:
         found, kept = product(weights, row[None], cuts)
         masked = np.where(np.abs(row) > cut, row, 0).astype(np.float32)
         assert kept[0] == np.count_nonzero(masked)
-        assert np.array_equal(found, product(weights, masked[None], np.full(77, -1, np.float32))[0])
+        assert np.array_equal(found, product(weights, masked[None], np.full(CHANNELS, -1, np.float32))[0])
+
+
+def plain(w):
+    """float32 ``[C, O]``."""
+    if w.dtype == np.uint8:
+        return unpacked(w)
+    wide = np.empty(w.size, np.float32)
+    widened(w.ravel(), wide)
+    return wide.reshape(w.shape)
 
 
 def test_a_product_is_a_product(weights, x):
-    wide = np.empty(weights.size, np.float32)
-    widened(weights.ravel(), wide)
-    expected = x.astype("f8") @ wide.reshape(weights.shape)
-    found = product(weights, x, np.full(77, -1, np.float32))[0]
+    if weights.dtype == np.uint8:  # of what inputs in eight bits are
+        x = rounded(x)
+    expected = x.astype("f8") @ plain(weights)
+    found = product(weights, x, np.full(CHANNELS, -1, np.float32))[0]
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
-    heads = np.empty((5, 77), np.float32)
-    rows = np.ascontiguousarray(weights[:, :77])
-    dots(rows, np.zeros(0, np.float32), x, heads, 0, 77)
-    assert np.abs(heads - x.astype("f8") @ wide.reshape(weights.shape)[:, :77].T).max() < 1e-5 * np.abs(heads).max()
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"], indirect=True)
+def test_a_head_is_a_product(weights, x):
+    rows, heads = np.ascontiguousarray(weights[:, :CHANNELS]), np.empty((5, CHANNELS), np.float32)
+    dots(rows, np.zeros(0, np.float32), x, heads, 0, CHANNELS)
+    assert np.abs(heads - x.astype("f8") @ plain(rows).T).max() < 1e-5 * np.abs(heads).max()
+
+
+def rounded(x):
+    """Codes times scale, groups apart."""
+    groups, codes, made = x.reshape(-1, four_bits.GROUP), np.empty(four_bits.GROUP, np.int16), []
+    for group in groups:
+        scale, total = encode(group, codes)
+        assert total == codes.sum() and abs(codes).max() == (127 if group.any() else 0)
+        assert np.abs(scale * codes - group).max() <= 0.501 * scale
+        made.append(scale * codes.astype(np.float32))
+    return np.reshape(made, x.shape)
+
+
+def test_four_bits_take_the_extremes():
+    """The largest codes, all weights at either end, scales that are zero or subnormal in float16, nothing kept."""
+    ends = torch.tensor([0.0, 15.0]).repeat(16)[:, None].expand(32, 32).clone()
+    for weight in (ends, -1e-6 * ends, ends - 7, torch.full((32, 32), 3.0), torch.zeros(32, 32)):
+        w = as_numpy(_four_bits(weight.T))
+        assert np.array_equal(unpacked(w), weight.half().float().numpy()) or weight.abs().max() < 1e-4
+        for x in (np.ones((1, 32)), np.sign(np.arange(32) % 2 - 0.5)[None], np.zeros((1, 32)), np.full((1, 32), 1e-35)):
+            found = add_all(w, x.astype(np.float32))
+            assert np.allclose(found, x @ unpacked(w).astype("f8"), rtol=1e-6, atol=1e-30)
+
+
+def add_all(w, x):
+    y = np.full((len(x), 2 * w.shape[1]), np.nan, np.float32)
+    add_kept(w, np.arange(x.shape[1], dtype=np.uint64), x, x.shape[1], y)
+    return y
 
 
 def test_a_row_among_others_is_as_alone(weights, x):
-    cuts = np.linspace(0.1, 1.2, 77, dtype=np.float32)
+    cuts = np.linspace(0.1, 1.2, CHANNELS, dtype=np.float32)
     scale, whole = np.array([1, 0.5, 2, 1, 1], "f4"), np.array([0, 0, 0, 1, 0], bool)
     runs = np.array([1, 1, 1, 1, 0], bool)
     together, kept = product(weights, x, cuts, scale=scale, whole=whole, runs=runs)
-    assert kept[3] == 77 and kept[4] == 0 and not together[4].any()
+    assert kept[3] == CHANNELS and kept[4] == 0 and not together[4].any()
     for r in range(4):
         alone, own = product(weights, x[r : r + 1], cuts, scale=scale[r], whole=whole[r])
         assert np.array_equal(together[r], alone[0]) and kept[r] == own[0]

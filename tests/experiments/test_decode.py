@@ -37,7 +37,7 @@ def test_rows(monkeypatch, tmp_path):
     both = [
         ("hf", "float32", 1.0),
         ("reference", "float32", 1.0),
-        *(("engine", f, c) for f in ("float32", "int8") for c in (1.0, 0.5)),
+        *(("engine", f, c) for f in ("float32", "int8", "q4") for c in (1.0, 0.5)),
     ]
     assert ways == [("bundled", *w) for w in [*both, ("llama.cpp", "q4_1", 1.0)]] + [("random:tiny", *w) for w in both]
     for r in found:

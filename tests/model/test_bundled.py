@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from four_bits_read import packed_and_read
 from test_transformer import stepwise
 
 from hat_lib.backbone.base import exact_hash, load_base
@@ -88,3 +89,18 @@ def test_the_reference_checkpoint_costs_little(hat):
     adaptive = score(hat, blocks, progress=False)
     assert abs(adaptive.capacity - 0.75) < 0.02
     assert -0.02 < compare(base, adaptive).increase < 0.06
+
+
+def test_q4_is_the_file_s_own_numbers(bundled):
+    for name, layer, own, read in packed_and_read(bundled.model):
+        assert torch.equal(own, read), (name, layer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "nats"), [("int8", 0.01), ("q4", 0.01)])
+def test_fewer_bits_change_little(hat, form, nats):
+    ids = torch.tensor([load_text("addresses", hat.base.tokenizer, max_tokens=96)[0]["input_ids"]])
+    hat.weight_format = form
+    with hat.dense():
+        found, expected = stepwise(hat.lm, ids).log_softmax(-1), hat.lm(ids).logits.log_softmax(-1)
+    assert 0 <= float((expected.exp() * (expected - found)).sum(-1).mean()) < nats

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from four_bits_read import round_weights
 from test_transformer import GREEDY, active, close, stepwise
 from tiny_runs import GRAINS, greedy, skipping, tiny
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from hat_lib.config import HatConfig, HatError
+from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.model.policies import Random
 from hat_lib.model.transformer import HierarchicalTransformer
 
@@ -207,18 +209,44 @@ def test_weights_and_routers_that_change_are_followed(hat, ids):
     assert all(on_engine(hat, ids)) and stepwise(hat.lm, ids).dtype == torch.bfloat16
 
 
-def test_weights_in_fewer_bits(hat, ids):
+@pytest.mark.parametrize("form, size, off", [("int8", 0.4, 0.05), ("q4", 0.25, 0.05)])
+def test_weights_in_fewer_bits(hat, ids, form, size, off):
+    if form == "q4":  # beside a base that has such weights: inputs in eight bits are what is left
+        round_weights(hat.lm)
     assert hat.packed_bytes == 0 and all(on_engine(hat, ids))
-    full, hat.weight_format = hat.packed_bytes, "int8"
-    assert hat.decoding.startswith("engine (int8, ") and all(on_engine(hat, ids))
-    assert 0 < hat.packed_bytes < 0.4 * full
+    full, hat.weight_format = hat.packed_bytes, form
+    assert hat.decoding.startswith(f"engine ({form}, ") and all(on_engine(hat, ids))
+    assert 0 < hat.packed_bytes < size * full
     with hat.dense():  # what is decided hangs on the last bit
         found = stepwise(hat.lm, ids)
         with hat.reference():
             near = stepwise(hat.lm, ids)
-    assert 0 < float((found - near).abs().mean()) < 0.05 * float(near.abs().mean())
-    with pytest.raises(HatError, match="weight format must be one of base, int8, got 'int3'"):
+    assert 0 < float((found - near).abs().mean()) < off * float(near.abs().mean())
+    assert hat.lm.generate(ids, **GREEDY).shape == (3, 22)
+
+
+def test_a_format_that_it_does_not_know_or_cannot_make(hat, ids, monkeypatch):
+    hat.weight_format = "int8"
+    with pytest.raises(HatError, match="weight format must be one of base, int8, q4, got 'int3'"):
         hat.weight_format = "int3"
+    monkeypatch.setattr(hat.lm.model.layers[0].mlp.up_proj, "out_features", 150)
+    with pytest.raises(HatError, match="weight format q4 needs .* of 32, and mlp.up_proj has 150 outputs"):
+        hat.weight_format = "q4"
+    assert hat.weight_format == "int8"
+
+
+@pytest.mark.parametrize("form", WEIGHT_FORMATS)
+def test_rows_and_pieces_change_no_bit_of_what_is_decided(hat, ids, form):
+    hat.weight_format = form
+    together, ours = states(hat, ids)
+    for r in range(3):
+        alone, own = states(hat, ids[r : r + 1])
+        assert torch.equal(alone[0], together[r])
+        assert torch.equal(type(own[0]).cat(own).site_share[..., 0, :], type(ours[0]).cat(ours).site_share[..., r, :])
+    assert 0.3 < type(ours[0]).cat(ours).capacity < 0.98 and type(ours[0]).cat(ours).exit_rate > 0.02
+    cache = DynamicCache(config=hat.lm.config)
+    pieces = [hat.lm(piece, cache=cache, use_cache=True).logits for piece in ids[:1].split(7, dim=1)]
+    assert torch.equal(torch.cat(pieces, 1), together[:1])
 
 
 def test_a_copy_and_the_base_afterwards(hat, ids):
