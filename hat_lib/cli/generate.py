@@ -27,6 +27,11 @@ def generate(
     ),
     max_new_tokens: int = option(64, "Most tokens to add, at least 1; an end-of-text token stops earlier."),
     dtype: str | None = given.DTYPE,
+    weights: str = option(
+        "base",
+        "What the engine reads for each token: base, the base's own weights, or a copy in fewer bits (int8, ...): "
+        "faster, near to the base and not equal to it. With --lossless the text is that of the base in these weights.",
+    ),
     temperature: float = option(0.0, "0 takes the likeliest token (greedy); from 0.001 on samples from all tokens."),
     seed: int = option(0, "Seed of the sampling, from 0 to 2^64 - 1; greedy has no use for it."),
 ) -> None:
@@ -47,11 +52,17 @@ def generate(
 
     from hat_lib.inference.generate import AdaptiveInference, check_sampling
     from hat_lib.inference.speed import VERSUS, check_target, check_versus
+    from hat_lib.model.fast_path import WEIGHT_FORMATS
 
+    if weights not in WEIGHT_FORMATS:
+        raise HatError(f"--weights must be one of {', '.join(WEIGHT_FORMATS)}, got {weights!r}")
     check_sampling(max_new_tokens, temperature, seed)
     check_versus(versus)
     target = None if target_speedup is None else check_target(target_speedup)
     hat = given.load(base, checkpoint, capacity, exit_rate, dtype)
+    hat.weight_format = weights
+    if weights != "base" and not hat.decoding.startswith("engine"):
+        given.say("warning", f"--weights {weights} changes nothing here: {hat.decoding}")
 
     from transformers import TextStreamer
 
@@ -60,7 +71,7 @@ def generate(
         infer.curve(refresh=True)
     if target is not None:
         chosen = infer.curve().capacity_for(target)
-        typer.echo(f"[{target:g}x here means capacity {chosen:.2f}: {_price(checkpoint, chosen)}]", err=True)
+        typer.echo(f"[{target:g}x here means capacity {chosen:.2f}: {_price(checkpoint, chosen, weights)}]", err=True)
     out = infer.generate(
         prompt,
         target_speedup=target,
@@ -79,7 +90,7 @@ def generate(
         passage = Passage("new tokens", pieces(hat.base.tokenizer, ids), shares)
         typer.echo("\n" + ansi(passage, meaning="work that chose the token, as a share of the dense model's") + "\n")
     work = work_said(out.requested_capacity, out.capacity, out.requested_exit_rate, out.exit_rate, out.model_share)
-    typer.echo(f"[{work}; {out.new_tokens} new tokens, {out.tokens_per_second:.1f} tokens/s]")
+    typer.echo(f"[{work}; {out.new_tokens} new tokens, {out.tokens_per_second:.1f} tokens/s; {hat.decoding}]")
     speedup = "too short a text to measure" if out.realised_speedup is None else f"{out.realised_speedup:.3f}x"
     if out.predicted_speedup is not None:
         predicted = "{:.3f} predicted ({:.3f} to {:.3f} when measured)".format(
@@ -94,13 +105,14 @@ def generate(
         )
 
 
-def _price(checkpoint: Path | None, capacity: float) -> str:
+def _price(checkpoint: Path | None, capacity: float, weights: str) -> str:
     """What is known of the perplexity at a capacity, before anything is written at it."""
     from hat_lib.experiments.quality import prices
 
+    more = "" if weights == "base" else f", and what {weights} costs, see `hat reproduce decode`"
     if capacity == 1:
-        return "the base's perplexity"
+        return "the base's perplexity" + more
     with suppress(HatError):  # no results, as after `pip install` without the repository
         if known := prices(checkpoint or given.CALIBRATED, capacity):
-            return "perplexity about " + ", ".join(f"{increase} on {text}" for text, increase in known.items())
-    return f"what that costs was not measured, see `hat evaluate --capacity {capacity:.2f}`"
+            return "perplexity about " + ", ".join(f"{increase} on {text}" for text, increase in known.items()) + more
+    return f"what that costs was not measured, see `hat evaluate --capacity {capacity:.2f}`" + more

@@ -13,6 +13,7 @@ from hat_lib import config
 from hat_lib.backbone.base import Base
 from hat_lib.config import DATA, HatError
 from hat_lib.evaluation.perplexity import Comparison
+from hat_lib.inference.speed import cpu_name
 
 CHECKPOINTS = DATA / "checkpoints"
 TEXTS = ("addresses", "docstrings")
@@ -26,6 +27,14 @@ class Machine:
     device: str
     dtype: str
     threads: int
+
+
+@dataclass(frozen=True)
+class Timed(Machine):
+    """Rows that hold a time."""
+
+    cpu: str
+    """by its name; "unknown" in rows that were measured before it was kept"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ def machine(base: Base) -> dict:
         "device": torch.cuda.get_device_name(base.device) if cuda else base.device.type,
         "dtype": str(base.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "cpu": cpu_name(),
     }
 
 

@@ -26,7 +26,7 @@ from hat_lib.backbone.base import BUNDLED, BUNDLED_GGUF, load_base
 from hat_lib.backbone.wheels import SMOLLM2, open_wheel
 from hat_lib.config import HatConfig, HatError, check_capacity, check_count
 from hat_lib.experiments.benchmark import CONTEXT, decode_ms, forced, plain_copy
-from hat_lib.experiments.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, times
+from hat_lib.experiments.common import CHECKPOINTS, Timed, machine, markdown, rounded, saved, times
 from hat_lib.inference.speed import cpu_name
 from hat_lib.model.cost import Work, state_cost
 from hat_lib.model.fast_path import WEIGHT_FORMATS
@@ -43,7 +43,7 @@ WAYS = {"hf": "plain transformers", "reference": "the reference path", "engine":
 
 
 @dataclass(frozen=True)
-class Row(Machine):
+class Row(Timed):
     """Medians over rounds."""
 
     cpu: str

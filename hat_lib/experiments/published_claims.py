@@ -45,7 +45,7 @@ SETTINGS = [*(Setting(c) for c in PROMISED), Setting(1.0, 0.1), Setting(0.75, 0.
 
 
 @dataclass(frozen=True)
-class Row(common.Machine):
+class Row(common.Timed):
     granularity: str
     capacity: float
     exit_rate: float  # both as requested

@@ -23,7 +23,7 @@ from torch import Tensor
 from hat_lib.backbone.base import parse_dtype
 from hat_lib.config import check_capacity, check_count
 from hat_lib.experiments.benchmark import plain_copy
-from hat_lib.experiments.common import CHECKPOINTS, SPEEDS, Machine, machine, markdown, rounded, saved, times
+from hat_lib.experiments.common import CHECKPOINTS, SPEEDS, Timed, machine, markdown, rounded, saved, times
 from hat_lib.inference.self_speculative import speculate
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import speed
@@ -37,7 +37,7 @@ EARLY_EXITS = 5
 
 
 @dataclass(frozen=True)
-class Row(Machine):
+class Row(Timed):
     """Times are milliseconds a new token, the prompt's pass included."""
 
     granularity: str

@@ -19,6 +19,7 @@ from hat_lib.experiments.quality import Row
 from hat_lib.experiments.rows import read_rows
 from hat_lib.inference import generate, speed
 from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE
+from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.text.blocks import load_text, text_hash
 from hat_lib.workbook import environment as report
 
@@ -50,7 +51,26 @@ def test_generate_at_capacity_one_is_plain_transformers(hat):
     assert code == 0 and err == ""
     assert text == tokenizer.decode(ids[0], skip_special_tokens=True)
     assert last.startswith("[capacity 1.00 requested, 1.000 realised; exit rate 0.00 requested, 0.000 realised; ")
-    assert last.endswith(" tokens/s]")
+    assert re.search(r" tokens/s; (engine|reference path) \(.*\)\]$", last)
+
+
+def test_weights_in_fewer_bits(hat, calibrated, monkeypatch):
+    """The engine decodes with them, and a curve of the base's own speed is not taken for theirs."""
+    monkeypatch.setenv("HAT_CACHE", str(calibrated[0].parent / "formats"))
+    turns = []
+    monkeypatch.setattr(speed, "timed", lambda hat, *_: turns.append(hat.weight_format) or 2 - hat.capacity)
+    monkeypatch.setattr(generate, "timed", lambda *_: 1.25)
+    command = ["generate", "--checkpoint", calibrated[0], "--dtype", "fp32", "--prompt", PROMPT, "--max-new-tokens", 4]
+    for form in WEIGHT_FORMATS:
+        name = "float32" if form == "base" else form
+        for how in (["--lossless"], ["--target-speedup", "1.3"]):
+            code, out, err = hat(*command, "--weights", form, *how)
+            assert code == 0 and f"; engine ({name}, " in out and "changes nothing" not in err
+        assert (f", and what {form} costs" in err) == (form != "base")
+    assert set(turns) == set(WEIGHT_FORMATS)
+    monkeypatch.setattr("hat_lib.model.fast_path.UNAVAILABLE", "no numba")
+    code, out, err = hat(*command, "--weights", "int8")
+    assert code == 0 and "warning: --weights int8 changes nothing here: reference path (no numba)" in err
 
 
 @pytest.mark.slow

@@ -47,6 +47,7 @@ WHERE = "pass either --save DIR for a new run or --resume DIR for one that was s
         ((*GO, "--refresh-speed"), "--refresh-speed measures for a target: add --target-speedup"),
         ((*GO, "--lossless", "--show-compute"), "with --lossless the base decides on every token"),
         ((*GO, "--versus", "gpu"), "versus must be one of dense, hf, got 'gpu'"),
+        ((*GO, "--weights", "int3"), "--weights must be one of base, int8"),
         ((*GO, "--dtype", "int3"), "dtype must be one of float32, fp32, bfloat16, bf16"),
         (("generate", *TINY, "--prompt", "x"), "no checkpoint for random:tiny: make one with `hat calibrate"),
         (("generate", "--prompt", "x", "--checkpoint", "gone"), "no checkpoint folder at gone"),

@@ -131,14 +131,17 @@ def test_claims(checkpoints, tmp_path, monkeypatch):
 def test_targets(checkpoints, monkeypatch):
     curve = SpeedCurve("dense", 0.0, [0.1, 1.0], [1.15, 1.0], "cpu")
     monkeypatch.setattr("hat_lib.inference.generate.speed_curve", lambda *_, **__: curve)
-    done = {("channel", "dense", target) for target in (1.05, 1.1, 1.15, 1.2)}
-    *within, beyond = targets.rows(done, **checkpoints, dtype="fp32", count=2, max_new_tokens=6)
-    assert [(r.granularity, r.requested, r.reachable) for r in within] == [
-        ("token", s, True) for s in (1.05, 1.1, 1.15)
+    monkeypatch.setattr(targets, "prices", lambda *_: {"addresses": "+3%", "docstrings": "+2%"})
+    done = {("channel", "dense", target) for target in (1.1, 1.15, 1.3, 1.6, 1.7)}
+    rows = list(targets.rows(done, **checkpoints, dtype="fp32", count=2, max_new_tokens=6))
+    assert [(r.granularity, r.requested, r.reachable) for r in rows] == [
+        ("token", target, target <= 1.15) for target in (1.1, 1.15, 1.3, 1.6)
     ]
+    *within, _, beyond = rows
     for r in within:
+        assert r.perplexity == "addresses +3%, docstrings +2%"
         assert r.predicted == pytest.approx(r.requested, abs=1e-3) and r.lowest <= r.measured <= r.highest
-    assert (beyond.requested, beyond.reachable, beyond.largest) == (1.2, False, 1.15)
+    assert beyond.requested > beyond.largest == 1.15
     assert beyond.capacity is None and beyond.measured is None
 
 
