@@ -1,10 +1,11 @@
-"""Wall-clock of both grains at forced shares, interleaved: ``data/results/benchmark.csv``.
+"""Wall-clock of what `decode` leaves out, at forced shares, interleaved: ``data/results/benchmark.csv``.
 
-A ratio is only worth something inside one run, so the variants take turns: in each round every variant
-processes the same tokens once, and what is reported is the median over rounds of the round's ratio.
-``speedup_hf`` is what a user gains over plain transformers; ``speedup_dense`` is the method's own part, over
-this library's dense path; ``ideal`` is what the realised shares would give if time followed weights (decode)
-or FLOPs (prefill). Tokens are forced, not sampled, so every variant sees the same text.
+The token grain and exits in decode, of one sequence and of several, and both grains in prefill; the channel grain
+decodes one sequence for comparison. A ratio is only worth something inside one run, so the variants take turns: in each
+round every variant processes the same tokens once, and what is reported is the median over rounds of the round's ratio.
+``speedup_hf`` is what a user gains over plain transformers; ``speedup_dense`` is the method's own part, over this
+library's dense path; ``ideal`` is what the realised shares would give if time followed weights (decode) or FLOPs
+(prefill). Tokens are forced, not sampled, so every variant sees the same text.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.backbone.base import load_base
 from hat_lib.calibration.capacity import score_quantiles
-from hat_lib.config import HatConfig, check_capacity, check_count
+from hat_lib.config import HatConfig, check_capacity, check_count, check_exit_rate
 from hat_lib.experiments.common import SPEEDS, Timed, machine, markdown, rounded, saved, speeds
 from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.cost import state_cost
@@ -36,11 +37,11 @@ from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.style import benchmark as draw
 
-ABOUT = "speed of a grain at forced shares, on TinyLlama's shape"
-MINUTES = 15
+ABOUT = "speed of the token grain, of exits and of prefill at forced shares, on TinyLlama's shape"
+MINUTES = 10
 KEY = ("granularity", "phase", "batch", "capacity", "exit_rate")
 CONTEXT = 64
-"""tokens in the cache before the first timed decode step"""
+"""tokens in the cache before the first timed decode step, of all sequences together"""
 PREFILL = 512
 """tokens of a timed prefill, shared by the prompts of a batch"""
 
@@ -59,7 +60,9 @@ class Row(Timed):
     granularity: str
     phase: str  # decode (one token per sequence) or prefill
     batch: int
-    tokens: int  # keys in the cache at the first timed step (decode), or tokens of each prompt (prefill)
+    tokens: (
+        int  # of each sequence: keys in the cache at the first timed step (decode), or tokens of each prompt (prefill)
+    )
     capacity: float
     exit_rate: float  # both as requested
     realised: float
@@ -117,11 +120,11 @@ def measure(
 
     ``ids`` are tokens to force, int64 ``[B, >= CONTEXT + steps]``; ``phase`` is "decode" or "prefill".
     """
-    prompts = ids[:, : max(1, PREFILL // len(ids))]
+    prompts, context = ids[:, : max(1, PREFILL // len(ids))], max(1, CONTEXT // len(ids))
     decode = phase == "decode"
 
     def once(lm: LlamaForCausalLM) -> float:
-        return decode_ms(lm, ids, steps) if decode else prefill_ms(lm, prompts)
+        return decode_ms(lm, ids, steps, context) if decode else prefill_ms(lm, prompts)
 
     hf, dense = Variant("hf", plain, torch.inference_mode), Variant("dense", hat.lm, hat.dense)
     adaptive = [Variant(f"{s}", hat.lm, around) for s, around in settings.items()]
@@ -144,7 +147,7 @@ def measure(
                 granularity=hat.config.granularity,
                 phase=phase,
                 batch=len(ids),
-                tokens=CONTEXT if decode else prompts.shape[1],
+                tokens=context if decode else prompts.shape[1],
                 realised=trace.capacity,
                 realised_exit=trace.exit_rate,
                 model_share=cost.model_share,
@@ -206,6 +209,12 @@ def forced(
     return {c: partial(hat.using, policies[c]) for c in gated} | {1.0: hat.dense}
 
 
+def forced_exits(hat: HierarchicalTransformer, rate: float, batch: int, tokens: int) -> AbstractContextManager:
+    """A context in which so many tokens, drawn at random, leave half way up."""
+    leave = torch.from_numpy(np.random.default_rng(0).random((batch, tokens)) < rate).to(hat.base.device)
+    return hat.exiting(Forced(Masks(exits={hat.config.exit_layers[0]: leave})))
+
+
 def random_text(hat: HierarchicalTransformer, batch: int, tokens: int) -> Tensor:
     return torch.randint(0, 256, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(hat.base.device)
 
@@ -216,22 +225,24 @@ def rows(
     base: str = "random:tinyllama",
     channel: Sequence[float] = (1.0, 0.75, 0.6),
     token: Sequence[float] = (1.0, 0.7, 0.55, 0.4),
+    exits: Sequence[float] = (0.3, 0.6),
     batches: Sequence[int] = (1, 8),
     rounds: int = 5,
-    steps: int = 12,
+    steps: int = 16,
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """Both grains at every capacity, decode and prefill, at every batch size.
+    """Both grains at every capacity, decode and prefill; the token grain also at every batch size and exit rate.
 
-    A batch prefills as many tokens as one prompt does, in shorter prompts, so that the two can be compared. In each
-    of ``rounds`` every variant takes one turn, in decode of ``steps`` tokens.
+    A batch has as many tokens as one sequence does, in prefill and before the first timed step, so that the two can be
+    compared. In each of ``rounds`` every variant takes one turn, in decode of ``steps`` tokens.
     """
     for name, count in (("rounds", rounds), ("steps", steps), *(("batches", size) for size in batches)):
         check_count(name, count, 1)
-    for granularity, capacities in (("channel", channel), ("token", token)):
-        asked = [check_capacity(c) for c in capacities]
-        plan = {at: [c for c in asked if (granularity, *at, c, 0.0) not in done]
-                for at in product(("decode", "prefill"), batches)}  # fmt: skip
+    leaving = [Setting(1.0, check_exit_rate(rate)) for rate in exits]
+    for granularity, capacities, more, sizes in (("channel", channel, [], [1]), ("token", token, leaving, batches)):
+        asked = [*(Setting(check_capacity(c)) for c in capacities), *more]
+        plan = {at: [s for s in asked if (granularity, *at, *s) not in done]
+                for at in product(("decode", "prefill"), sizes)}  # fmt: skip
         if any(plan.values()):
             yield from _grain(granularity, plan, base, rounds, steps, dtype)
             gc.collect()  # gigabytes in cycles of models and hooks, which the collector does not see
@@ -239,26 +250,29 @@ def rows(
 
 def _grain(granularity: str, plan: Mapping, base: str, rounds: int, steps: int, dtype: str | None) -> Iterator[Row]:
     loaded = load_base(base, dtype=dtype)
-    hat = HierarchicalTransformer(loaded, HatConfig.default(loaded, granularity=granularity, exit_layers=()))
+    half = loaded.model.config.num_hidden_layers // 2
+    hat = HierarchicalTransformer(loaded, HatConfig.default(loaded, granularity=granularity, exit_layers=(half,)))
     plain, sizes = plain_copy(hat), {size for _, size in plan}
     ids = random_text(hat, max(sizes), max(PREFILL, CONTEXT + steps))
-    capacities = {c for asked in plan.values() for c in asked}
+    capacities = {s.capacity for asked in plan.values() for s in asked}
     with torch.inference_mode():
         around = {size: forced(hat, capacities, size, ids.shape[1]) for size in sizes}
     for (phase, size), asked in plan.items():
         if asked:
-            settings = {Setting(c): around[size][c] for c in asked}
+            leave = partial(forced_exits, hat, batch=size, tokens=ids.shape[1])
+            settings = {s: partial(leave, s.exit_rate) if s.exit_rate else around[size][s.capacity] for s in asked}
             yield from measure(hat, plain, settings, ids[:size], phase=phase, rounds=rounds, steps=steps)
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:
-    return {"benchmark": draw(saved("benchmark", results))}
+    return {"benchmark": draw(saved("benchmark", results).query("exit_rate == 0"))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    header = ["grain", "phase", "batch", "capacity realised", *SPEEDS]
+    header = ["grain", "phase", "batch", "capacity realised", "tokens that leave", *SPEEDS]
     lines = [
-        [r.granularity, r.phase, r.batch, f"{r.realised:.2f}", *speeds(r.ideal, r.speedup_dense, r.speedup_hf)]
+        [r.granularity, r.phase, r.batch, f"{r.realised:.2f}", f"{r.realised_exit:.0%}",
+         *speeds(r.ideal, r.speedup_dense, r.speedup_hf)]
         for r in saved("benchmark", results).itertuples()
-    ]
+    ]  # fmt: skip
     return {"benchmark": markdown(header, lines)}

@@ -1,10 +1,15 @@
-"""Decoding one sequence on a CPU, in milliseconds a token: ``data/results/decode.csv``.
+"""Decoding on a CPU, in milliseconds a token: ``data/results/decode.csv``.
 
 On the bundled base at the capacities of a trained checkpoint, and on TinyLlama's exact shape at the same shares,
 forced: plain transformers, the reference path, and the engine with its weights in each format, all behind the same
-text, in turns. An engine's speedup is over our own fastest dense path in the same format of weights; ``low`` and
-``high`` are the slowest and the fastest rounds. llama.cpp decodes the bundled base's file in its own four bits, in the
-same turns, where llama-cpp-python is installed (``pip install "hat-workbook[peers]"``, which compiles for minutes).
+text, in turns; also eight sequences at a time. An engine's speedup is over our own fastest dense path in the same
+format of weights; ``low`` and ``high`` are the slowest and the fastest rounds. llama.cpp decodes the bundled base's
+file in its own four bits, in the same turns, where llama-cpp-python is installed (``pip install
+"hat-workbook[peers]"``, which compiles for minutes).
+
+Before the engine's first step plain transformers are timed alone ("hf_before"); in the turns they come right after the
+engine. What a format and a capacity cost in quality is told beside their time: KL of what the engine predicts from what
+the dense base does.
 """
 
 from __future__ import annotations
@@ -21,13 +26,14 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import kl_div
+from transformers import DynamicCache
 
 from hat_lib.backbone.base import BUNDLED, BUNDLED_GGUF, load_base
 from hat_lib.backbone.wheels import SMOLLM2, open_wheel
 from hat_lib.config import HatConfig, HatError, check_capacity, check_count
 from hat_lib.experiments.benchmark import CONTEXT, decode_ms, forced, plain_copy
 from hat_lib.experiments.common import CHECKPOINTS, Timed, machine, markdown, rounded, saved, times
-from hat_lib.inference.speed import cpu_name
 from hat_lib.model.cost import Work, state_cost
 from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.model.token_state import TokenState
@@ -35,37 +41,51 @@ from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import speed
 from hat_lib.text.blocks import load_text
 
-ABOUT = "milliseconds a token of one sequence: transformers, the engine by format and capacity, llama.cpp"
-MINUTES = 12
-KEY = ("base", "way", "weights", "capacity")
+ABOUT = "milliseconds a token: transformers, the engine by format and capacity, eight sequences, llama.cpp"
+MINUTES = 20
+KEY = ("base", "way", "weights", "sequences", "capacity")
 SHAPE = "random:tinyllama"
-WAYS = {"hf": "plain transformers", "reference": "the reference path", "engine": "the engine", "llama.cpp": "llama.cpp"}
+WAYS = {"hf": "plain transformers", "hf_before": "plain transformers, before the engine's first step",
+        "reference": "the reference path", "engine": "the engine", "llama.cpp": "llama.cpp"}  # fmt: skip
+TOGETHER = 8
+"""tokens that the engine takes at a time, at most"""
+HELD_OUT = 512
+"""tokens on which a format is compared with the base"""
+READ = {"int8": (1.0, 0.0, 1.0), "q4": (0.5, 4 / 32, 1.0)}
+"""bytes that a format reads for each weight of a kept channel, for each weight whatever is kept (scales of groups of 32
+channels), and for each weight of the head; "base" reads its own"""
 
 
 @dataclass(frozen=True)
 class Row(Timed):
     """Medians over rounds."""
 
-    cpu: str
     way: str
     """one of `WAYS`"""
     weights: str
-    """bfloat16, float32; int8, a scale for each output; q4_1, four bits in groups of 32"""
+    """bfloat16, float32; int8, a scale for each output; q4 and q4_1, four bits in groups of 32"""
+    sequences: int
+    """that decode together"""
     capacity: float
     """requested, or forced"""
     realised: float
     ms: float
+    """a token, of all sequences"""
     low: float
     high: float
     """of the slowest and of the fastest round"""
     tokens_per_second: float
     ideal: float | None
-    """speedup over dense if time followed the weights that are read"""
+    """speedup over dense if time followed the weights that are read; of one sequence, as several share them"""
     over_dense: float | None
     """over our own fastest dense path in this format, paired by round"""
     over_dense_low: float | None
     over_dense_high: float | None
     over_hf: float | None
+    kl: float | None
+    """KL(dense base || engine), nats a token; of weights that mean something, the bundled base's"""
+    copy_mib: float | None
+    """the engine's own copy of weights"""
     steps: int
     rounds: int
 
@@ -76,10 +96,11 @@ class Way:
 
     name: str
     weights: str
+    sequences: int
     capacity: float
     once: Callable[[], float]
-    realised: float = 1.0
-    ideal: float | None = None
+    found: dict = field(default_factory=dict)
+    """more columns"""
     ms: list[float] = field(default_factory=list)
 
 
@@ -88,7 +109,8 @@ def rows(
     *,
     checkpoint: Path = CHECKPOINTS / "default",
     capacities: Sequence[float] = (1.0, 0.9, 0.75, 0.6, 0.5, 0.4),
-    rounds: int = 7,
+    together: int = TOGETHER,
+    rounds: int = 5,
     steps: int = 32,
     dtype: str = "bf16",
 ) -> Iterator[Row]:
@@ -96,96 +118,150 @@ def rows(
 
     Args:
         checkpoint: of the channel grain, for the bundled base.
+        together: sequences, dense and at the middle capacity; the engine takes up to eight.
         rounds: in which every way takes one turn.
         steps: tokens of one turn.
     """
-    check_count("rounds", rounds, 1), check_count("steps", steps, 1)
+    check_count("rounds", rounds, 1), check_count("steps", steps, 1), check_count("together", together, 2, TOGETHER)
     asked = [1.0, *(check_capacity(c) for c in capacities if c != 1)]
     hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
     if hat.base.name != BUNDLED or hat.config.granularity != "channel":
         raise HatError(f"{checkpoint}: expected a checkpoint of the channel grain for the bundled base")
-    block = load_text("docstrings", hat.base.tokenizer, max_tokens=CONTEXT + steps)[0]["input_ids"]
-    ids = torch.tensor([block[: CONTEXT + steps]])
-    yield from _base(hat, ids, {c: lambda c=c: hat.at(c, 0.0) for c in asked}, rounds, steps, done, llama_cpp)
+    if not hat.decoding.startswith("engine"):
+        raise HatError(f"there is no engine to measure: {hat.decoding}")
+    blocks = load_text("docstrings", hat.base.tokenizer, max_tokens=max(HELD_OUT, together * (CONTEXT + steps)))
+    ids = torch.tensor([sum(blocks["input_ids"], [])])
+    yield from _base(hat, ids, {c: lambda c=c: hat.at(c, 0.0) for c in asked}, together, rounds, steps, done)
     del hat
     gc.collect()  # gigabytes in cycles of models and hooks, which the collector does not see
     base = load_base(SHAPE, dtype=dtype)
     hat = HierarchicalTransformer(base, HatConfig.default(base, exit_layers=()))
     with torch.inference_mode():
-        around = forced(hat, asked, 1, ids.shape[1])
-    yield from _base(hat, ids % base.model.config.vocab_size, around, rounds, steps, done, None)
+        around = forced(hat, asked, 1, CONTEXT + steps)
+    yield from _base(hat, ids % base.model.config.vocab_size, around, together, rounds, steps, done)
 
 
-def _base(hat, ids: Tensor, around: dict, rounds: int, steps: int, done: Collection, peer) -> Iterator[Row]:
-    if (hat.base.name, "engine", WEIGHT_FORMATS[-1], min(around)) in done:
+def _base(hat, ids: Tensor, around: dict, together: int, rounds: int, steps: int, done: Collection) -> Iterator[Row]:
+    if (hat.base.name, "engine", WEIGHT_FORMATS[-1], together, 1.0) in done:
         return
-    plain = plain_copy(hat)
-    ways = [Way("hf", str(hat.base.dtype).removeprefix("torch."), 1.0, lambda: decode_ms(plain, ids, steps))]
-    ways.append(Way("reference", ways[0].weights, 1.0, lambda: _within(hat, ids, steps, hat.dense, "base", True)))
-    for form in WEIGHT_FORMATS:
+    plain, own, bundled = plain_copy(hat), str(hat.base.dtype).removeprefix("torch."), hat.base.name == BUNDLED
+    # A batch holds as many tokens as one sequence does before it is timed.
+    texts = {n: ids[:, : n * (CONTEXT // n + steps)].view(n, -1) for n in (1, together)}
+    hf, batch = (Way("hf", own, n, 1.0, lambda n=n: _ms(plain, texts[n], steps)) for n in (1, together))
+    before = [Way("hf_before", own, 1, 1.0, hf.once)] if bundled else []
+    _take_turns(before, rounds)
+    with hat.dense(), hat.reference():
+        expected = _predicted(hat, ids) if bundled else None
+    reference = Way("reference", own, 1, 1.0, lambda: _within(hat, texts[1], steps, hat.dense, "base", True))
+    ways = {form: list(_engine(hat, texts, around, steps, form, expected, ids)) for form in WEIGHT_FORMATS}
+    peer = llama_cpp(texts[1], steps) if bundled else None
+    more = [Way("llama.cpp", "q4_1", 1, 1.0, peer)] if peer else []
+    first, *others = ways.values()
+    turns = [reference, *first, hf, *sum(others, []), batch, *more]  # transformers between two turns of the engine
+    _take_turns(turns, rounds)
+    for way in sorted([*before, *turns], key=lambda way: (way.sequences, [*WAYS].index(way.name))):
+        if (hat.base.name, way.name, way.weights, way.sequences, way.capacity) not in done:
+            yield _row(hat, way, [*before, *turns], steps, rounds)
+
+
+def _engine(
+    hat, texts: dict, around: dict, steps: int, form: str, expected: Tensor | None, ids: Tensor
+) -> Iterator[Way]:
+    """The engine's ways in one format, with all about them that is no time."""
+    name = str(hat.base.dtype).removeprefix("torch.") if form == "base" else form
+    middle = sorted(around)[(len(around) - 1) // 2]
+    _within(hat, texts[1], 1, hat.dense, form)  # packs, outside of what is collected
+    copied = hat.packed_bytes / 2**20
+    for sequences, text in texts.items():
         for capacity, enter in sorted(around.items(), reverse=True):
+            if sequences > 1 and capacity not in (1, middle):
+                continue
             enter = hat.dense if capacity == 1 else enter
             with enter(), hat.collect() as states:
-                _within(hat, ids, steps, hat.at, form)
+                _ms(hat.lm, text, steps)
             trace = TokenState.cat(states[1:])
-            ideal = _ideal(state_cost(hat, trace), hat.base.dtype.itemsize, form)
-            name = ways[0].weights if form == "base" else form
-            once = lambda enter=enter, form=form: _within(hat, ids, steps, enter, form)  # noqa: E731
-            ways.append(Way("engine", name, capacity, once, trace.capacity, ideal))
-    if peer and (once := peer(ids, steps)):
-        ways.append(Way("llama.cpp", "q4_1", 1.0, once))
-    for turn in range(rounds + 1):
-        for way in ways[:: -1 if turn % 2 else 1]:
-            took = way.once()
-            if turn:  # the first warms up
-                way.ms.append(took)
-    for way in ways:
-        yield _row(hat, way, ways, steps, rounds)
+            found = {"realised": trace.capacity, "copy_mib": copied}
+            if sequences == 1:
+                found["ideal"] = _ideal(state_cost(hat, trace), hat.base.dtype.itemsize, form)
+            if sequences == 1 and expected is not None:
+                with enter():
+                    total = kl_div(_predicted(hat, ids), expected, reduction="sum", log_target=True)
+                found["kl"] = float(total) / len(expected)
+            once = lambda text=text, enter=enter: _within(hat, text, steps, enter, form)  # noqa: E731
+            yield Way("engine", name, sequences, capacity, once, found)
+
+
+def _ms(lm, ids: Tensor, steps: int) -> float:
+    """Milliseconds a token, of all sequences."""
+    return decode_ms(lm, ids, steps, ids.shape[1] - steps) / len(ids)
 
 
 def _within(hat, ids: Tensor, steps: int, enter: Callable, form: str, reference: bool = False) -> float:
     changed, hat.weight_format = hat.weight_format != form, form
     with enter(), hat.reference() if reference else hat.at():
         if changed:  # weights are packed at the first step
-            decode_ms(hat.lm, ids, 1)
-        return decode_ms(hat.lm, ids, steps)
+            decode_ms(hat.lm, ids, 1, 1)
+        return _ms(hat.lm, ids, steps)
+
+
+def _take_turns(ways: Sequence[Way], rounds: int) -> None:
+    for turn in range(rounds + 1):
+        for way in ways[:: -1 if turn % 2 else 1]:
+            took = way.once()
+            if turn:  # the first warms up
+                way.ms.append(took)
+
+
+@torch.inference_mode()
+def _predicted(hat, ids: Tensor) -> Tensor:
+    """Log-probabilities of what follows each of `HELD_OUT` tokens, fp32 ``[T, V]``; in steps that the engine takes."""
+    cache, parts = DynamicCache(config=hat.lm.config), ids[:, :HELD_OUT].split(TOGETHER, 1)
+    logits = [hat.lm(input_ids=part, cache=cache, use_cache=True).logits[0] for part in parts]
+    return torch.cat(logits).float().log_softmax(-1)
 
 
 def _row(hat, way: Way, ways: Sequence[Way], steps: int, rounds: int) -> Row:
-    dense = [w for w in ways if w.weights == way.weights and w.capacity == 1 and w.name in ("reference", "engine")]
+    alike = [w for w in ways if w.sequences == way.sequences]
+    (hf,) = (w for w in alike if w.name == "hf")
     over = {}
     if way.name == "engine":
+        dense = [w for w in alike if w.weights == way.weights and w.capacity == 1 and w.name in ("reference", "engine")]
         fastest = min(dense, key=lambda w: statistics.median(w.ms))
         ratios = [a / b for a, b in zip(fastest.ms, way.ms, strict=True)]
         over = {"over_dense": statistics.median(ratios), "over_dense_low": min(ratios), "over_dense_high": max(ratios)}
+    empty = dict.fromkeys(("ideal", "over_dense", "over_dense_low", "over_dense_high", "kl", "copy_mib"))
     ms = statistics.median(way.ms)
     return rounded(
         Row,
-        **machine(hat.base) | dict.fromkeys(("over_dense", "over_dense_low", "over_dense_high")) | over,
-        cpu=cpu_name(),
+        **machine(hat.base) | empty | {"realised": 1.0} | way.found | over,
         way=way.name,
         weights=way.weights,
+        sequences=way.sequences,
         capacity=way.capacity,
-        realised=way.realised,
         ms=ms,
         low=max(way.ms),
         high=min(way.ms),
         tokens_per_second=1e3 / ms,
-        ideal=way.ideal,
-        over_hf=None if way.name == "hf" else statistics.median(a / b for a, b in zip(ways[0].ms, way.ms, strict=True)),
+        over_hf=None if way is hf else statistics.median(a / b for a, b in zip(hf.ms, way.ms, strict=True)),
         steps=steps,
         rounds=rounds,
     )
 
 
 def _ideal(cost: Work, size: int, form: str) -> float:
-    """Dense over executed weights, in the bytes of a format; ``size`` is that of a weight of the base."""
-    small = {"attention", "ffn", "exited_kv", "head"} if form == "int8" else ()
+    """Dense over executed weights, in the bytes that a format reads; ``size`` is that of a weight of the base."""
+    kept, whole, head = READ.get(form, (size, 0.0, size))
     dense, executed = (
-        sum(float(work.sum()) / (size if part in small else 1) for part, work in parts.items())
+        {part: float(work.sum()) for part, work in parts.items()}
         for parts in (cost.dense_weight_bytes, cost.weight_bytes)
     )
-    return dense / executed
+    layers = [sum(parts.pop(p, 0.0) for p in ("attention", "ffn", "exited_kv")) / size for parts in (dense, executed)]
+    heads = [parts.pop("head") / size for parts in (dense, executed)]
+    everything, read = (
+        kept * layer + whole * layers[0] + head * h + sum(rest.values())
+        for layer, h, rest in zip(layers, heads, (dense, executed), strict=True)
+    )
+    return everything / read
 
 
 def llama_cpp(ids: Tensor, steps: int) -> Callable[[], float] | None:
@@ -212,20 +288,21 @@ def llama_cpp(ids: Tensor, steps: int) -> Callable[[], float] | None:
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:
-    return {"decode": speed.decode(saved("decode", results))}
+    return {"decode": speed.decode(saved("decode", results).query("sequences == 1 and way != 'hf_before'"))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    header = ["weights", "way", "capacity realised", "ms a token", "tokens/s", "ideal"]
-    header += ["over our own fastest dense path", "over plain transformers"]
+    header = ["weights", "way", "sequences", "capacity realised", "ms a token", "tokens/s", "ideal"]
+    header += ["over our own fastest dense path", "over plain transformers", "KL, nats a token", "copy, MiB"]
     found = {}
     for base, part in saved("decode", results).groupby("base", sort=False):
         lines = []
         for r in part.itertuples():
-            line = [r.weights, WAYS[r.way], f"{r.realised:.2f}", f"{r.ms:.1f} ({r.high:.1f} to {r.low:.1f})"]
-            line += [f"{r.tokens_per_second:.0f}", None if pd.isna(r.ideal) else times(r.ideal)]
+            line = [r.weights, WAYS[r.way], r.sequences, f"{r.realised:.2f}"]
+            line += [f"{r.ms:.1f} ({r.high:.1f} to {r.low:.1f})", f"{r.tokens_per_second:.0f}"]
             spread = f" ({r.over_dense_low:.2f} to {r.over_dense_high:.2f})"
-            line += [None if pd.isna(x) else times(x) + more for x, more in ((r.over_dense, spread), (r.over_hf, ""))]
-            lines.append(line)
+            speeds = (r.ideal, ""), (r.over_dense, spread), (r.over_hf, "")
+            line += [None if pd.isna(x) else times(x) + more for x, more in speeds]
+            lines.append([*line, *(None if pd.isna(x) else f"{x:.{n}f}" for x, n in ((r.kl, 4), (r.copy_mib, 0)))])
         found[f"decode_{'bundled' if base == BUNDLED else 'tinyllama'}"] = markdown(header, lines)
     return found

@@ -21,8 +21,11 @@ from hat_lib.model.cost import state_cost
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 
-LONGEST = 8
-"""most tokens that are drafted before the base looks at them"""
+LONGEST = 7
+"""most tokens that are drafted before the base looks at them: with the one before, as many as the engine takes"""
+ROW = 0.2
+"""what one more token adds to a verifying pass, as a share of a dense step: weights are read once, multiplied each
+time"""
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,14 @@ def best_draft_length(acceptance: float, cost: float) -> int:
     """How many tokens to draft, 1 to `LONGEST`: what gives most tokens per unit of work.
 
     With acceptance a and a drafting step that costs ``cost`` dense steps, k drafts and one verifying pass give
-    ``(1 - a^(k+1)) / (1 - a)`` tokens for ``k cost + 1`` (Leviathan et al. 2022, equation 1 and theorem 3.8). It counts
-    work and not seconds, so that one seed gives one result on any machine.
+    ``(1 - a^(k+1)) / (1 - a)`` tokens for ``k (cost + ROW) + 1`` (Leviathan et al. 2022, equation 1 and theorem 3.8,
+    where a pass costs the same for any number of tokens). It counts work and not seconds, so that one seed gives one
+    result on any machine.
     """
     k = np.arange(LONGEST + 1)
-    return 1 + int(np.argmax((np.power(acceptance, k).cumsum() / (k * cost + 1))[1:]))
+    return 1 + int(np.argmax((np.power(acceptance, k).cumsum() / (k * (cost + ROW) + 1))[1:]))
 
 
-@torch.inference_mode()
 def speculate(
     hat: HierarchicalTransformer,
     ids: Tensor,
@@ -93,6 +96,30 @@ def speculate(
         raise HatError(f"lossless decoding takes one prompt of at least one token, got shape {tuple(ids.shape)}")
     if max_new_tokens < 1 or (draft_length is not None and draft_length < 1):
         raise HatError(f"max_new_tokens and draft_length must be at least 1, got {max_new_tokens} and {draft_length}")
+    how = {"temperature": temperature, "draft_length": draft_length, "seed": seed, "streamer": streamer}
+    found = []
+
+    def decode(lm, input_ids, **_):  # as a method of generate, in which torch's threads sleep between steps
+        found.append(_speculate(hat, ids, max_new_tokens, **how))
+        return found[0].ids
+
+    pad = hat.base.tokenizer.pad_token_id
+    hat.lm.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=pad, max_new_tokens=max_new_tokens,
+                    custom_generate=decode)  # fmt: skip
+    return found[0]
+
+
+@torch.inference_mode()
+def _speculate(
+    hat: HierarchicalTransformer,
+    ids: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float,
+    draft_length: int | None,
+    seed: int,
+    streamer,
+) -> Speculation:
     lm, stop = hat.lm, stop_tokens(hat)
     dice, cache = _Dice(temperature, torch.Generator(ids.device).manual_seed(seed)), DynamicCache(config=hat.lm.config)
     cost, accepted, tested, passes, states = None, 0, 0, 1, []
