@@ -29,7 +29,7 @@ def generate(
     dtype: str | None = given.DTYPE,
     weights: str = option(
         "base",
-        "What the engine reads for each token: base, the base's own weights, or a copy in fewer bits (int8, ...): "
+        "What the engine reads for each token: base, the base's own weights, or a copy in fewer bits (int8, q4): "
         "faster, near to the base and not equal to it. With --lossless the text is that of the base in these weights.",
     ),
     temperature: float = option(0.0, "0 takes the likeliest token (greedy); from 0.001 on samples from all tokens."),

@@ -152,8 +152,7 @@ def _speculate(
         kept = next((i for i in range(n) if not dice.accepts(drafts[i], base[i], odds[i])), n)
         if kept < n:
             cache.crop(kept - n)
-            rest = (base[kept] - odds[kept]).clamp(min=0)
-            last = dice.throw(rest if rest.any() else base[kept])  # nothing is left if both differ by rounding alone
+            last = dice.throw(dice.left(base[kept], odds[kept]))
         else:
             last = dice.throw(base[n])
         fresh = [*drafts[:kept], last]
@@ -171,7 +170,7 @@ def _speculate(
 
 
 class _Dice:
-    """Draws tokens. Greedy is a distribution with all its mass on one token, so that one rule serves both."""
+    """Draws tokens. Greedy all odds are with one token, and stand for it: int64 ``[1]``."""
 
     def __init__(self, temperature: float, generator: torch.Generator):
         self.temperature, self.generator = temperature, generator
@@ -179,21 +178,26 @@ class _Dice:
     def odds(self, logits: Tensor) -> Tensor:
         """``logits [V]`` as probabilities, fp32 ``[V]``."""
         if self.temperature == 0:
-            return torch.zeros_like(logits, dtype=torch.float32).index_fill_(0, logits.argmax(), 1.0)
+            return logits.argmax()[None]
         return torch.softmax(logits.float() / self.temperature, dim=-1)
 
-    def throw(self, weights: Tensor) -> Tensor:
-        """A token, int64 ``[1]``, with probability in proportion to its weight."""
-        if self.temperature == 0:
-            return weights.argmax()[None]
-        return torch.multinomial(weights, 1, generator=self.generator)
+    def throw(self, odds: Tensor) -> Tensor:
+        """A token, int64 ``[1]``, with probability in proportion to its odds."""
+        return odds if self.temperature == 0 else torch.multinomial(odds, 1, generator=self.generator)
 
     def accepts(self, token: Tensor, base: Tensor, draft: Tensor) -> bool:
         """With probability ``min(1, base / draft)`` of the token."""
         if self.temperature == 0:
-            return bool(base[token])
+            return bool(token == base)
         u = torch.rand(1, generator=self.generator, device=base.device)
         return bool(u * draft[token] < base[token])
+
+    def left(self, base: Tensor, draft: Tensor) -> Tensor:
+        """The odds of what takes the place of a token that was not accepted."""
+        if self.temperature == 0:
+            return base
+        rest = (base - draft).clamp(min=0)
+        return rest if rest.any() else base  # nothing is left if both differ by rounding alone
 
 
 def stop_tokens(hat: HierarchicalTransformer) -> list[int]:
