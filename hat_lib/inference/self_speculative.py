@@ -23,7 +23,7 @@ from hat_lib.model.transformer import HierarchicalTransformer
 
 LONGEST = 7
 """most tokens that are drafted before the base looks at them: with the one before, as many as the engine takes"""
-ROW = 0.2
+ROW = 0.25
 """what one more token adds to a verifying pass, as a share of a dense step: weights are read once, multiplied each
 time"""
 

@@ -117,8 +117,8 @@ def test_one_seed_one_text_and_it_streams(hat, capsys):
 
 
 def test_draft_length_maximises_tokens_per_work():
-    """By hand at a = 1/2, c = 0.1, with 0.2 for a row more: k = 1: 1.5/1.3, 2: 1.75/1.6; at a = 0.8 1.8/1.3, 2.44/1.6,
-    2.952/1.9, 3.3616/2.2, the third is best."""
+    """At a = 1/2, c = 0.1, with 1/4 for a row more: k = 1: 1.5/1.35, 2: 1.75/1.7; at a = 0.8 1.8/1.35, 2.44/1.7,
+    2.952/2.05, 3.3616/2.4, the third is best."""
     assert best_draft_length(0.5, 0.1) == 1 and best_draft_length(0.8, 0.1) == 3
     assert best_draft_length(0.999, 0.05) == 7 and best_draft_length(0.02, 0.9) == 1
 
