@@ -8,6 +8,8 @@ part that is in use. So a cache may be cropped, continued, copied and reordered,
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import repeat
+from operator import is_
 
 import numpy as np
 import torch
@@ -27,13 +29,16 @@ class Room:
         with torch.inference_mode(False):  # else nothing outside of inference mode could write to them
             self.keys, self.values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
 
+        self.length, self.apart = 0, False
+        """tokens that its layers show; and whether one of them may show something else"""
+
     @cached_property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values, the same memory."""
         return as_numpy(self.keys), as_numpy(self.values)
 
     def __getstate__(self) -> dict:
-        return {"keys": self.keys, "values": self.values}  # a copy has arrays of its own memory
+        return {k: v for k, v in vars(self).items() if k != "arrays"}  # a copy has arrays of its own memory
 
     @property
     def size(self) -> int:
@@ -41,22 +46,22 @@ class Room:
 
 
 class GrowingLayer(DynamicLayer):
-    """One layer of a cache: the first ``length`` tokens of the room that all layers share.
+    """One layer of a cache: the first ``room.length`` tokens of the room that all layers share.
 
     ``keys`` and ``values`` are what transformers reads and assigns. While it assigns the beginning of what it read, as
     `crop` does, the layer stays in its room; other tensors, as after beams were reordered, are kept outside until the
     next `room_for`.
     """
 
-    def __init__(self, room: Room, index: int, length: int):
+    def __init__(self, room: Room, index: int):
         super().__init__()
         self.room, self.index = room, index
         self.dtype, self.device, self.is_initialized = room.keys.dtype, room.keys.device, True
-        self._held: dict[str, int | Tensor | None] = {"keys": length, "values": length}
-        """how many tokens of the room; or tensors outside of it"""
+        self._held: dict[str, int | Tensor | None] = {}
+        """what it shows instead, keys or values: so many tokens of the room, or tensors outside of it"""
 
     def _read(self, name: str) -> Tensor | None:
-        held = self._held[name]
+        held = self._held.get(name, self.room.length)
         return getattr(self.room, name)[self.index, :, :, :held] if isinstance(held, int) else held
 
     def _assign(self, name: str, value: Tensor | None) -> None:
@@ -65,31 +70,28 @@ class GrowingLayer(DynamicLayer):
         own = getattr(self.room, name)[self.index]
         ours = value is not None and value.data_ptr() == own.data_ptr() and value.stride() == own.stride()
         self._held[name] = value.shape[2] if ours and value.shape[:2] == own.shape[:2] else value
+        self.room.apart = True
 
     keys = property(lambda self: self._read("keys"), lambda self, value: self._assign("keys", value))
     values = property(lambda self: self._read("values"), lambda self, value: self._assign("values", value))
 
     @property
-    def in_place(self) -> bool:
-        """False while transformers has put other tensors here."""
-        held = self._held
-        return isinstance(held["keys"], int) and held["keys"] == held["values"]
-
-    def show(self, length: int) -> None:
-        """Let ``length`` tokens of the room be seen."""
-        self._held = {"keys": length, "values": length}
+    def shown(self) -> int | None:
+        """How many tokens of the room; None while transformers has put other tensors here."""
+        keys, values = (self._held.get(name, self.room.length) for name in ("keys", "values"))
+        return keys if isinstance(keys, int) and keys == values else None
 
     def get_seq_length(self) -> int:
-        return self._held["keys"] if self.in_place else super().get_seq_length()
+        return super().get_seq_length() if (shown := self.shown) is None else shown
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append tokens of the reference path, in place while there is room."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         recorded = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        if recorded or not self.in_place or end > self.room.size or len(key_states) != self.room.keys.shape[1]:
+        if recorded or self.shown is None or end > self.room.size or len(key_states) != self.room.keys.shape[1]:
             return super().update(key_states, value_states, *args, **kwargs)
-        self.show(end)
+        self._held, self.room.apart = {"keys": end, "values": end}, True  # until the next step the others lag behind
         self.keys[:, :, start:], self.values[:, :, start:] = key_states, value_states
         return self.keys, self.values
 
@@ -98,14 +100,18 @@ def room_for(cache: Cache, batch: int, heads: int, size: int, dtype: torch.dtype
     """The arrays of a cache, with room for ``more`` tokens; its layers become `GrowingLayer` if they are not yet."""
     layers, length = cache.layers, cache.get_seq_length()
     first = layers[0]
-    if isinstance(first, GrowingLayer):
-        room = first.room
-        ours = all(isinstance(a, GrowingLayer) and a.room is room and a.in_place for a in layers)
-        if ours and length + more <= room.size:
+    room = getattr(first, "room", None)
+    ours = room is not None and all(map(is_, map(getattr, layers, repeat("room"), repeat(None)), repeat(room)))
+    if ours and length + more <= room.size:
+        if room.apart and all(layer.shown == length for layer in layers):
+            room.length, room.apart = length, False
+            for layer in layers:
+                layer._held = {}
+        if not room.apart:
             return room
     room = Room(len(layers), batch, heads, max(LEAST_ROOM, 2 * (length + more)), size, dtype)
-    for i, layer in enumerate(layers):
-        if length:
+    if length:
+        for i, layer in enumerate(layers):
             room.keys[i, :, :, :length], room.values[i, :, :, :length] = layer.keys, layer.values
-        layers[i] = GrowingLayer(room, i, length)
+    room.length, layers[:] = length, [GrowingLayer(room, i) for i in range(len(layers))]
     return room

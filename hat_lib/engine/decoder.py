@@ -88,8 +88,7 @@ class Decoder:
             logits=logits,
         )
         team.run(decode_step, (w, decide, rows, scratch), threads)
-        for layer in cache.layers:
-            layer.show(n + t)
+        room.length = n + t
         logits = torch.from_numpy(logits.reshape(b, t, -1)).view(self.dtype)
         return logits, rows.kept.sum(0).reshape(layers, FFN + 1, b, t), rows.exits.reshape(b, t)
 

@@ -241,15 +241,15 @@ class FastPath:
     def _decode(self, mode, run, known, input_ids, attention_mask, position_ids, cache, logits_to_keep, **_):
         # In numpy: after a step no cache holds anything of torch, and each of its operations costs ten times as much.
         (b, t), start = input_ids.shape, cache.get_seq_length()
-        first, position = np.zeros(b, np.int64), np.arange(start, start + t)[None]
-        rank = position.repeat(b, 0)
+        first = np.zeros(b, np.int64)
+        position = rank = np.arange(start, start + t)[None].repeat(b, 0)
         if attention_mask is not None and not (mask := attention_mask.numpy() != 0).all():
             first = mask.argmax(1)
             if not np.array_equal(mask.sum(1), start + t - first) or not mask[:, -t:].all():
                 return None  # holes, or padding on the right
             rank = rank - first[:, None]
         if position_ids is not None:
-            position = position_ids.numpy()
+            position = position_ids.numpy().repeat(b // len(position_ids), 0)
             rank = np.minimum(rank, position)
         state = self.hat.new_state(torch.from_numpy(np.ones((b, t), bool)), torch.from_numpy(rank), start)
         if known:
@@ -264,7 +264,7 @@ class FastPath:
             input_ids.numpy(),
             cache,
             decide,
-            position=np.broadcast_to(position, (b, t)),
+            position=position,
             first=first,
             protected=state.protected.numpy(),
             threads=run.threads if run else None,
