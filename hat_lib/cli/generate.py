@@ -30,7 +30,7 @@ def generate(
     weights: str = option(
         "base",
         "What the engine reads for each token: base, the base's own weights, or a copy in fewer bits (int8, q4): "
-        "faster, near to the base and not equal to it. With --lossless the text is that of the base in these weights.",
+        "faster, near to the base and not equal to it. With --lossless they draft, and the base's own decide.",
     ),
     temperature: float = option(0.0, "0 takes the likeliest token (greedy); from 0.001 on samples from all tokens."),
     seed: int = option(0, "Seed of the sampling, from 0 to 2^64 - 1; greedy has no use for it."),

@@ -31,7 +31,7 @@ from hat_lib.text.prompts import KINDS, Prompt, prompts
 
 ABOUT = "a prompt, four ways to its text"
 MINUTES = 12
-KEY = ("granularity", "capacity", "dtype", "prompt")
+KEY = ("granularity", "capacity", "weights", "dtype", "prompt")
 EARLY_EXITS = 10
 """of so many rounds of kinds, one is also run with transformers' early-exit drafts"""
 
@@ -42,6 +42,7 @@ class Row(Timed):
 
     granularity: str
     capacity: float  # requested for drafts
+    weights: str  # that drafts read, a format of the engine; the base's own decide
     prompt: int
     kind: str
     new_tokens: int
@@ -65,18 +66,19 @@ def rows(
     done: Collection = (),
     *,
     checkpoint: Path = CHECKPOINTS / "default",
-    capacity: float = 0.5,
+    capacity: float = 1.0,
+    weights: str = "q4",
     dtypes: Sequence[str] = ("fp32", "bf16"),
     count: int = 50,
     max_new_tokens: int = 48,
 ) -> Iterator[Row]:
-    """A row for each dtype and each of ``count`` prompts; the checkpoint drafts at ``capacity``."""
+    """A row for each dtype and each of ``count`` prompts; the checkpoint drafts at ``capacity``, with ``weights``."""
     capacity, parsed = check_capacity(capacity), [parse_dtype(dtype) for dtype in dtypes]
     check_count("max_new_tokens", max_new_tokens, 2)
     for dtype in parsed:
         hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
-        plain = plain_copy(hat)
-        here = hat.config.granularity, capacity, str(dtype).removeprefix("torch.")
+        hat.weight_format, plain = weights, plain_copy(hat)
+        here = hat.config.granularity, capacity, weights, str(dtype).removeprefix("torch.")
         for number, prompt in enumerate(prompts(hat.base.tokenizer, count)):
             if (*here, number) not in done:
                 with hat.at(capacity, 0.0):
@@ -89,7 +91,7 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
               "pad_token_id": hat.base.tokenizer.pad_token_id}  # fmt: skip
 
     def dense():
-        with hat.dense():
+        with hat.dense(), hat.weights("base"):
             return hat.lm.generate(ids, **greedy)
 
     ways = {
@@ -113,6 +115,7 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
         **machine(hat.base) | vars(spoken) | {f"ms_{way}": took and took / new for way, took in ms.items()},
         granularity=hat.config.granularity,
         capacity=hat.capacity,
+        weights=hat.weight_format,
         prompt=number,
         kind=prompt.kind,
         identical=parted is None,
@@ -144,13 +147,13 @@ def figures(results: Path | None = None) -> dict[str, Figure]:
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    header = ["grain", "capacity of drafts", "dtype", "text is the base's", "drafts that stood", "tokens/s",
+    header = ["grain", "drafts", "dtype", "text is the base's", "drafts that stood", "tokens/s",
               "by work alone", *SPEEDS[1:], "over its early-exit drafts"]  # fmt: skip
     lines = []
-    for (grain, capacity, dtype), rows in saved("self_speculative", results).groupby(list(KEY[:3])):
+    for (grain, capacity, weights, dtype), rows in saved("self_speculative", results).groupby(list(KEY[:4])):
         same, stood = rows["identical"].sum(), rows["accepted"].sum() / max(1, rows["drafted"].sum())
         dense, hf, early = (rows[f"ms_{way}"] / rows["ms_lossless"] for way in ("dense", "hf", "early_exit"))
-        line = [grain, f"{capacity:.2f}", dtype, f"{same} of {len(rows)}", f"{stood:.0%}"]
+        line = [grain, f"{weights}, at {capacity:.2f}", dtype, f"{same} of {len(rows)}", f"{stood:.0%}"]
         line += [f"{1e3 / rows['ms_lossless'].median():.0f}", times(rows["ideal"].median())]
         line += ["{} ({:.2f} to {:.2f})".format(times(dense.median()), *dense.quantile([0.1, 0.9]))]
         lines.append([*line, times(hf.median()), times(early.median())])

@@ -273,7 +273,7 @@ class AdaptiveInference:
         """What the reference takes for the same tokens: a prefill, and a step for each new token but the last."""
         lm, around = self._reference
         cache, ends = DynamicCache(config=lm.config), range(prompt_length, ids.shape[1])
-        with torch.inference_mode(), around():
+        with torch.inference_mode(), around(), self.hat.weights("base"):
             began = now(lm)
             for start, end in zip([0, *ends], ends, strict=False):
                 lm(input_ids=ids[:, start:end], cache=cache, use_cache=True, logits_to_keep=1)

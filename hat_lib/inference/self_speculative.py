@@ -1,10 +1,12 @@
 """Self-speculative decoding, the base's own text: the adaptive model drafts, its own dense base verifies.
 
 After Zhang et al. 2023 (arXiv:2309.08168), with the acceptance rule of Leviathan et al. 2022
-(arXiv:2211.17192, algorithm 1) and Chen et al. 2023 (arXiv:2302.01318). Drafter and verifier are one set of weights
+(arXiv:2211.17192, algorithm 1) and Chen et al. 2023 (arXiv:2302.01318).
+
+Drafter and verifier are one set of weights, drafts in ``hat.weight_format``, the judge as the base has it,
 with one KV cache, where the verifying pass writes the base's K and V over the drafts'. What comes out is the base's:
-token for token if greedy, in distribution if sampled, up to the rounding by which a forward over several tokens
-differs from a forward over one.
+token for token if greedy, in distribution if sampled, up to the rounding by which a forward over several tokens differs
+from a forward over one.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ LONGEST = 7
 ROW = 0.25
 """what one more token adds to a verifying pass, as a share of a dense step: weights are read once, multiplied each
 time"""
+READ = {"int8": 0.75, "q4": 0.45}
+"""what a drafting step costs in a form of the engine's weights, as a share of one in the base's own, in bfloat16"""
 
 
 @dataclass(frozen=True)
@@ -143,9 +147,10 @@ def _speculate(
                 drafts.append(dice.throw(odds[-1]))
         states += steps
         if n:
-            cost = state_cost(hat, steps[0]).model_share if cost is None else cost
+            if cost is None:
+                cost = READ.get(hat.weight_format, 1.0) * state_cost(hat, steps[0]).model_share
             cache.crop(-n)
-        with hat.dense():
+        with hat.dense(), hat.weights("base"):
             logits = lm(input_ids=torch.cat([new[-1], *drafts])[None], cache=cache, use_cache=True).logits[0]
         passes += 1
         base = [dice.odds(row) for row in logits]

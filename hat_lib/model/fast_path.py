@@ -73,8 +73,9 @@ class FastPath:
         self.hat, self.lm, self.context = hat, hat.lm, context
         self.form = "base"
         """of the packed weights, one of `WEIGHT_FORMATS`"""
-        self._decoder: Decoder | None = None
-        self._packed: tuple = ()
+        self._decoders: dict[str, Decoder] = {}
+        """by form"""
+        self._packed = 0
         self._decisions: dict[tuple, Decisions] = {}
         self._decided: tuple = ()
         """of the last step: by what, and what"""
@@ -125,12 +126,12 @@ class FastPath:
 
     def forget(self) -> None:
         """Let go of the packed weights; they are packed again when next needed."""
-        self._decoder = None
+        self._decoders = {}
 
     @property
     def packed_bytes(self) -> int:
         """Memory of the packed weights, without what is the base's own."""
-        return 0 if self._decoder is None else packed_bytes(self._decoder.weights)
+        return sum(packed_bytes(decoder.weights) for decoder in self._decoders.values())
 
     def unfit(self, form: str) -> str | None:
         """Why the engine cannot keep this base's weights in a form."""
@@ -283,11 +284,12 @@ class FastPath:
     @property
     def decoder(self) -> Decoder:
         """The packed base, as its weights are now."""
-        now = sum(map(VERSION, self._counted))
-        if self._decoder is None or (now, self.form) != self._packed:
-            self._decoder = None  # before there is another
-            self._decoder, self._packed = Decoder(self.lm, self.form), (now, self.form)
-        return self._decoder
+        now, form = sum(map(VERSION, self._counted)), self.context.mode.weights or self.form
+        if now != self._packed:
+            self._decoders, self._packed = {}, now  # before there are others
+        if form not in self._decoders:
+            self._decoders[form] = Decoder(self.lm, form)
+        return self._decoders[form]
 
     def _decide(self, routed, exits, decoder: Decoder, places: slice) -> Decisions:
         """The mode's decisions as arrays, for tokens at these places of the cache."""

@@ -42,6 +42,8 @@ class Mode:
     """rows that a layer does not run are left out; else they are computed, and dropped"""
     reference: bool = False
     """leave the engine alone"""
+    weights: str | None = None
+    """the form in which the engine reads them; None: the model's own"""
     record: bool = False
     states: list[TokenState] | None = None
     """takes the state of each forward"""
@@ -128,6 +130,10 @@ class Modes:
     def reference(self) -> AbstractContextManager[Self]:
         """Every forward on the reference path, as if there were no engine."""
         return self._changed(reference=True)
+
+    def weights(self, form: str) -> AbstractContextManager[Self]:
+        """The engine's weights in another form, which it keeps beside the model's own."""
+        return self._changed(weights=form)
 
     def masked(self) -> AbstractContextManager[Self]:
         """Compute everything and multiply by the masks; what compaction must equal."""

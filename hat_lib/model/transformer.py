@@ -252,6 +252,8 @@ class HierarchicalTransformer(Modes, nn.Module):
             raise HatError(f"weight format must be one of {', '.join(WEIGHT_FORMATS)}, got {value!r}")
         if why := self._fast.unfit(value):
             raise HatError(f"weight format {why}")
+        if value != self._fast.form:
+            self._fast.forget()
         self._fast.form = value
 
     @property

@@ -150,7 +150,8 @@ def test_targets(checkpoints, monkeypatch):
 
 
 def test_self_speculative_text_is_the_base_s(checkpoints):
-    how = {"checkpoint": checkpoints["channel"], "capacity": 0.5, "dtypes": ["fp32"], "max_new_tokens": 8}
+    how = {"checkpoint": checkpoints["channel"], "capacity": 0.5, "weights": "int8"}
+    how |= {"dtypes": ["fp32"], "max_new_tokens": 8}
     rows = list(self_speculative.rows(count=5, **how))
     assert [r.prompt for r in rows] == list(range(5)) and all(r.identical for r in rows)
     assert all(r.new_tokens == r.accepted + r.passes for r in rows if r.new_tokens == 8)

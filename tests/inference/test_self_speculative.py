@@ -3,11 +3,12 @@
 import pytest
 import torch
 from scipy.stats import chisquare, kstest
-from tiny_runs import adaptive
+from tiny_runs import adaptive, new_hat
 from transformers import TextStreamer
 
 from hat_lib.config import DATA, HatError
 from hat_lib.inference.self_speculative import _Dice, best_draft_length, speculate
+from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.model.policies import Random
 from hat_lib.model.transformer import HierarchicalTransformer
 
@@ -50,6 +51,19 @@ def test_drafts_of_any_quality_change_nothing_and_length_is_exact(hat):
             found = speculate(hat, prompt(1), n, draft_length=8)
         assert found.new_tokens == n and torch.equal(found.ids, greedy(hat, prompt(1), n))
         assert (found.drafts is None) == (n < 3)
+
+
+@pytest.mark.parametrize("form", WEIGHT_FORMATS)
+def test_drafts_in_fewer_bits_and_the_base_decides(form):
+    hat = new_hat("channel")
+    with hat.dense():
+        expected = greedy(hat, prompt(0))
+    hat.weight_format = form
+    found = speculate(hat, prompt(0), N)
+    assert hat.decoding.startswith("engine") and torch.equal(found.ids, expected)
+    both, hat.weight_format = hat.packed_bytes, "base"
+    speculate(hat, prompt(0), 4)
+    assert (both > hat.packed_bytes) == (form != "base")
 
 
 def test_stops_at_the_end_of_text_as_generate_does(hat, monkeypatch):
