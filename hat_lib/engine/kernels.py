@@ -10,9 +10,12 @@ same bits, one token alone and the same token among others do, and any number of
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from hat_lib.engine.compiling import compiled
@@ -20,6 +23,8 @@ from hat_lib.engine.compiling import compiled
 F0, F1 = np.float32(0), np.float32(1)
 LEAVES = 8
 """parts of the channels of a product whose sums are added in pairs, whoever computes them"""
+LANES = 16
+"""outputs at a time with several rows"""
 COLUMNS = 2048
 """outputs at a time: with eight rows of a weight and the sums of eight tokens they fit the nearest caches"""
 
@@ -91,6 +96,52 @@ def add_eight(r0, r1, r2, r3, r4, r5, r6, r7, x0, x1, x2, x3, x4, x5, x6, x7, y)
         y[j] = s
 
 
+@intrinsic
+def add_eight_to_all(context, w, index, k, values, y, column):
+    """`add_eight`, to `LANES` outputs of every row: weights are read and widened once. All arrays are contiguous.
+
+    In vectors by hand: where two rows are written, LLVM does not trust that nothing of them is read.
+    """
+
+    def build(inner, builder, signature, args):
+        def pointer(i, *offsets):
+            whole = cgutils.create_struct_proxy(signature.args[i])(inner, builder, args[i]).data
+            return builder.gep(whole, [reduce(builder.add, offsets)])
+
+        def shape(i):
+            array = cgutils.create_struct_proxy(signature.args[i])(inner, builder, args[i])
+            return cgutils.unpack_tuple(builder, array.shape)
+
+        def load(at):
+            return builder.load(builder.bitcast(at, ir.VectorType(at.type.pointee, LANES).as_pointer()), align=1)
+
+        def widened(channel):
+            stored = load(pointer(0, builder.mul(channel, shape(0)[1]), args[5]))
+            if w.dtype == types.uint16:
+                bits = builder.zext(stored, ir.VectorType(i32, LANES))
+                return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, [16] * LANES)), floats)
+            return stored if w.dtype == types.float32 else builder.sitofp(stored, floats)
+
+        def everywhere(number):
+            one = builder.insert_element(ir.Constant(floats, ir.Undefined), number, i32(0))
+            return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, LANES), [0] * LANES))
+
+        i32, floats = ir.IntType(32), ir.VectorType(ir.FloatType(), LANES)
+        count, outputs = shape(4)
+        eight = [widened(builder.load(builder.gep(pointer(1, args[2]), [i32(i)]))) for i in range(8)]
+        with cgutils.for_range(builder, count) as loop:
+            x = pointer(3, builder.mul(loop.index, shape(3)[1]), args[2])
+            to = pointer(4, builder.mul(loop.index, outputs), args[5])
+            s = load(to)
+            for i, weight in enumerate(eight):
+                product = builder.fmul(everywhere(builder.load(builder.gep(x, [i32(i)]))), weight, flags=("contract",))
+                s = builder.fadd(s, product, flags=("contract",))
+            builder.store(s, builder.bitcast(to, s.type.as_pointer()), align=4)
+        return inner.get_dummy_value()
+
+    return types.void(w, index, types.intp, values, y, types.intp), build
+
+
 @compiled()
 def add_channels(w, index, values, n, y, c0, c1):
     """``y[r, c0:c1] = sum_k values[r, k] * w[index[k], c0:c1]`` for k below n, a multiple of eight."""
@@ -98,18 +149,21 @@ def add_channels(w, index, values, n, y, c0, c1):
         right = min(left + COLUMNS, c1)
         for r in range(y.shape[0]):
             y[r, left:right] = F0
+        begin = left if y.shape[0] == 1 else right - (right - left) % LANES  # one row, and what is left: `add_eight`
         for k in range(0, n, 8):
+            for j in range(left, begin, LANES):
+                add_eight_to_all(w, index, k, values, y, j)
             # Sliced before the call: a loop from 0 to the length of what it is given is one that LLVM vectorises.
-            r0, r1 = w[index[k], left:right], w[index[k + 1], left:right]
-            r2, r3 = w[index[k + 2], left:right], w[index[k + 3], left:right]
-            r4, r5 = w[index[k + 4], left:right], w[index[k + 5], left:right]
-            r6, r7 = w[index[k + 6], left:right], w[index[k + 7], left:right]
+            r0, r1 = w[index[k], begin:right], w[index[k + 1], begin:right]
+            r2, r3 = w[index[k + 2], begin:right], w[index[k + 3], begin:right]
+            r4, r5 = w[index[k + 4], begin:right], w[index[k + 5], begin:right]
+            r6, r7 = w[index[k + 6], begin:right], w[index[k + 7], begin:right]
             for r in range(y.shape[0]):
                 x = values[r, k : k + 8]
                 add_eight(
                     r0, r1, r2, r3, r4, r5, r6, r7,
                     x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7],
-                    y[r, left:right],
+                    y[r, begin:right],
                 )  # fmt: skip
 
 

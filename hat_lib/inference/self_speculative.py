@@ -137,7 +137,7 @@ def _speculate(
     while len(new) < max_new_tokens and int(new[-1]) not in stop:
         n = draft_length or 1
         if cost is not None and draft_length is None:  # which the first round shows
-            n = best_draft_length((accepted + 1) / (tested + 2), cost)  # a coin's prior, gone after a few rounds
+            n = best_draft_length((accepted + 3) / (tested + 4), cost)  # most stand, until a few rounds tell
         n = min(n, max_new_tokens - len(new) - 1)
         drafts, odds = [], []
         with hat.collect() as steps:

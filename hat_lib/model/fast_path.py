@@ -20,6 +20,7 @@ from torch.nn.modules import module as any_module
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import output_capturing
 
 from hat_lib.model.modes import Mode
 from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold
@@ -183,7 +184,8 @@ class FastPath:
             return "decisions are not the method's own"
         if mode.exits is not None and type(mode.exits) not in (ExitThresholds, Forced):
             return "exits are not the method's own"
-        if any(self._hooks) or [*map(len, self._own_hooks)] != [1, 1] or any_module._has_any_global_hook():
+        hooked = any(self._hooks) and not self._hooks_sleep()
+        if hooked or [*map(len, self._own_hooks)] != [1, 1] or any_module._has_any_global_hook():
             return "there are hooks on the base"
         try:
             same = self._held == self._held_then
@@ -198,6 +200,10 @@ class FastPath:
         if lm.training or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return "training, autocast or torch.compile"
         return None
+
+    def _hooks_sleep(self) -> bool:
+        """Whether all hooks are those that transformers leaves where hidden states were once asked for."""
+        return all(hook.__module__ == output_capturing.__name__ for hooks in self._hooks for hook in hooks.values())
 
     def _takes(self, given: dict) -> bool:
         """Whether this call is one for the engine: a few tokens, a cache, and nothing but logits asked for."""

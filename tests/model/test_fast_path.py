@@ -174,6 +174,12 @@ def test_what_is_asked_of_one_call(hat, ids, given):
     assert hat.trace.executed is None
 
 
+def test_hidden_states_that_were_asked_for_once(hat, ids):
+    hat.lm(ids, output_hidden_states=True)
+    assert any(hat.lm.model.layers[0]._forward_hooks.values()) and all(on_engine(hat, ids))
+    assert len(hat.lm(ids[:, :2], output_hidden_states=True).hidden_states) == 5
+
+
 @pytest.mark.filterwarnings("ignore:.*past_key_values")
 def test_a_cache_by_its_former_name(hat, ids):
     cache = hat.lm(ids[:, :4], cache=DynamicCache(config=hat.lm.config)).cache
