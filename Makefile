@@ -13,7 +13,10 @@ JOBS ?= 2
 
 PY := .venv/bin/python
 TORCH := torch>=2.7,<3
-LONGEST := tests/workbook/test_browser.py  # first, or one process would wait for the other at the end
+# Named file by file, the longest first, or one process would wait for the other at the end: of a folder and a file in
+# it, pytest takes the folder's order.
+LONGEST := tests/workbook/test_browser.py
+TESTS := $(LONGEST) $(filter-out $(LONGEST),$(sort $(wildcard tests/test_*.py tests/*/test_*.py)))
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := OMP_NUM_THREADS=1 $(OFFLINE) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 300
@@ -32,7 +35,7 @@ check: lint  ## lint, and every test that is not marked slow: under three minute
 	$(PYTEST) -m "not slow"
 
 test: lint  ## lint, every test, and the notebooks' stored outputs compared with a fresh run
-	$(PYTEST) $(LONGEST) tests
+	$(PYTEST) $(TESTS)
 	$(if $(wildcard notebooks/*.ipynb),$(PYTEST) $(NBVAL) notebooks/,@echo "no notebooks to compare")
 
 lint: .venv/tested
