@@ -25,10 +25,10 @@ from hat_lib.model.transformer import HierarchicalTransformer
 
 LONGEST = 7
 """most tokens that are drafted before the base looks at them: with the one before, as many as the engine takes"""
-ROW = 0.25
+ROW = 0.1
 """what one more token adds to a verifying pass, as a share of a dense step: weights are read once, multiplied each
 time"""
-READ = {"int8": 0.75, "q4": 0.45}
+READ = {"int8": 0.7, "q4": 0.4}
 """what a drafting step costs in a form of the engine's weights, as a share of one in the base's own, in bfloat16"""
 
 
@@ -128,7 +128,7 @@ def _speculate(
     dice, cache = _Dice(temperature, torch.Generator(ids.device).manual_seed(seed)), DynamicCache(config=hat.lm.config)
     cost, accepted, tested, passes, states = None, 0, 0, 1, []
 
-    with hat.dense():
+    with hat.dense(), hat.weights("base"):
         logits = lm(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[0]
     new = [dice.throw(dice.odds(logits[-1]))]
     if streamer is not None:

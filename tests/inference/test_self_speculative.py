@@ -7,6 +7,7 @@ from tiny_runs import adaptive, new_hat
 from transformers import TextStreamer
 
 from hat_lib.config import DATA, HatError
+from hat_lib.engine.decoder import Decoder
 from hat_lib.inference.self_speculative import _Dice, best_draft_length, speculate
 from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.model.policies import Random
@@ -53,14 +54,22 @@ def test_drafts_of_any_quality_change_nothing_and_length_is_exact(hat):
         assert (found.drafts is None) == (n < 3)
 
 
+@pytest.mark.parametrize("length", [5, 12], ids=["a prompt that the engine reads", "a longer one"])
 @pytest.mark.parametrize("form", WEIGHT_FORMATS)
-def test_drafts_in_fewer_bits_and_the_base_decides(form):
-    hat = new_hat("channel")
+def test_drafts_in_fewer_bits_and_the_base_decides(form, length, monkeypatch):
+    hat, ids, read, step = new_hat("channel"), prompt(0, length), [], Decoder.step
+
+    def noted(self, ids, *args, **given):
+        read.append((ids.size, self.weights.qkv.dtype == "float32"))
+        return step(self, ids, *args, **given)
+
     with hat.dense():
-        expected = greedy(hat, prompt(0))
+        expected = greedy(hat, ids)
     hat.weight_format = form
-    found = speculate(hat, prompt(0), N)
+    monkeypatch.setattr(Decoder, "step", noted)
+    found = speculate(hat, ids, N)
     assert hat.decoding.startswith("engine") and torch.equal(found.ids, expected)
+    assert all(base for tokens, base in read if tokens > 1) and (length, True) in read or length > 8
     both, hat.weight_format = hat.packed_bytes, "base"
     speculate(hat, prompt(0), 4)
     assert (both > hat.packed_bytes) == (form != "base")
@@ -131,9 +140,9 @@ def test_one_seed_one_text_and_it_streams(hat, capsys):
 
 
 def test_draft_length_maximises_tokens_per_work():
-    """At a = 1/2, c = 0.1, with 1/4 for a row more: k = 1: 1.5/1.35, 2: 1.75/1.7; at a = 0.8 1.8/1.35, 2.44/1.7,
-    2.952/2.05, 3.3616/2.4, the third is best."""
-    assert best_draft_length(0.5, 0.1) == 1 and best_draft_length(0.8, 0.1) == 3
+    """At c = 0.1, with 1/10 for a row more: a = 0.4 gives 1.4/1.2, then 1.56/1.4; a = 0.8 gives 1.8/1.2, 2.44/1.4,
+    2.952/1.6, 3.3616/1.8, 3.6893/2.0, the fourth is best."""
+    assert best_draft_length(0.4, 0.1) == 1 and best_draft_length(0.8, 0.1) == 4
     assert best_draft_length(0.999, 0.05) == 7 and best_draft_length(0.02, 0.9) == 1
 
 
