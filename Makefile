@@ -8,6 +8,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # Fetches the bundled model into the user's cache; does nothing when it is there.
 FETCH ?= $(PY) -m hat_lib setup --quiet
+# Files or folders whose tests `make check` runs: make check ONLY=tests/model; all by default.
+ONLY ?=
 # Processes that tests run in, of one thread each. A file's tests stay together.
 JOBS ?= 2
 
@@ -32,7 +34,7 @@ workbook: .venv/ready  ## run every notebook into runs/, then say how each one w
 	$(OFFLINE) $(PY) -m hat_lib.workbook run
 
 check: lint  ## lint, and every test that is not marked slow: under three minutes
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" $(ONLY)
 
 test: lint  ## lint, every test, and the notebooks' stored outputs compared with a fresh run
 	$(PYTEST) $(TESTS)
