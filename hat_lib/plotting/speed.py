@@ -116,10 +116,11 @@ def decode(table: pd.DataFrame) -> Figure:
             spread = [part["ms"] - part["high"], part["low"] - part["ms"]]
             ax.errorbar(part["realised"], part["ms"], spread, color=colour, marker=marker, markersize=4, linewidth=1.2)
             ax.plot(part["realised"], part["ms"].iloc[-1] / part["ideal"], ":", color=colour, linewidth=1.5)
+        both = rows.loc[rows["way"].isin(flat), "ms"]
         for row in rows[rows["way"] != "engine"].itertuples():
             ax.axhline(row.ms, color=GREY, linewidth=1)
             name = flat.get(row.way, f"{row.way}, {row.weights}")
-            height = -11 if row.way == "hf" else 3  # two lines may all but meet
+            height = -11 if row.way in flat and row.ms == both.min() else 3  # the two may all but meet
             ax.annotate(name, (0.98, row.ms), (0, height), xycoords=("axes fraction", "data"), **LABEL)
         ax.set(xlabel="realised capacity", ylabel="milliseconds a token", ylim=(0, 1.1 * rows["ms"].max()))
     names = [key(f"engine, {weights}", colour, marker, "-") for weights, (colour, marker) in looks.items()]
