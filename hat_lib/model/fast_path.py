@@ -143,7 +143,8 @@ class FastPath:
         if (why := self.why_not()) is not None:
             return f"reference path ({why})"
         threads = max(1, min(torch.get_num_threads(), cores()))
-        form = str(self.lm.dtype).removeprefix("torch.") if self.form == "base" else self.form
+        form = self.context.mode.weights or self.form
+        form = str(self.lm.dtype).removeprefix("torch.") if form == "base" else form
         return f"engine ({form}, {threads} thread{'s' if threads > 1 else ''})"
 
     # -- whether ------------------------------------------------------------------------------------
@@ -246,7 +247,7 @@ class FastPath:
         return self._reference(*args, **kwargs)
 
     def _decode(self, mode, run, known, input_ids, attention_mask, position_ids, cache, logits_to_keep, **_):
-        # In numpy: after a step no cache holds anything of torch, and each of its operations costs ten times as much.
+        # In numpy: after a step no cache holds anything of torch, and its operations cost several times as much.
         (b, t), start = input_ids.shape, cache.get_seq_length()
         first = np.zeros(b, np.int64)
         position = rank = np.arange(start, start + t)[None].repeat(b, 0)

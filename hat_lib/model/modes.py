@@ -133,6 +133,7 @@ class Modes:
 
     def weights(self, form: str) -> AbstractContextManager[Self]:
         """The engine's weights in another form, which it keeps beside the model's own."""
+        self._check_weight_format(form)
         return self._changed(weights=form)
 
     def masked(self) -> AbstractContextManager[Self]:

@@ -248,13 +248,16 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     @weight_format.setter
     def weight_format(self, value: str) -> None:
+        self._check_weight_format(value)
+        if value != self._fast.form:
+            self._fast.forget()
+        self._fast.form = value
+
+    def _check_weight_format(self, value: str) -> None:
         if value not in WEIGHT_FORMATS:
             raise HatError(f"weight format must be one of {', '.join(WEIGHT_FORMATS)}, got {value!r}")
         if why := self._fast.unfit(value):
             raise HatError(f"weight format {why}")
-        if value != self._fast.form:
-            self._fast.forget()
-        self._fast.form = value
 
     @property
     def packed_bytes(self) -> int:

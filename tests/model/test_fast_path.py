@@ -174,6 +174,15 @@ def test_what_is_asked_of_one_call(hat, ids, given):
     assert hat.trace.executed is None
 
 
+def test_weights_in_another_form_for_a_while(hat, ids):
+    before = stepwise(hat.lm, ids)
+    with hat.weights("int8"):
+        assert hat.decoding.startswith("engine (int8, ") and not torch.equal(stepwise(hat.lm, ids), before)
+    assert hat.decoding.startswith("engine (float32, ") and torch.equal(stepwise(hat.lm, ids), before)
+    with pytest.raises(HatError, match="weight format must be one of base, int8, q4, got 'int3'"):
+        hat.weights("int3")
+
+
 def test_hidden_states_that_were_asked_for_once(hat, ids):
     hat.lm(ids, output_hidden_states=True)
     assert any(hat.lm.model.layers[0]._forward_hooks.values()) and all(on_engine(hat, ids))
