@@ -3,7 +3,8 @@
 On the bundled base at the capacities of a trained checkpoint, and on TinyLlama's exact shape at the same shares,
 forced: plain transformers, the reference path, and the engine with its weights in each format, all behind the same
 text, in turns; also eight sequences at a time. An engine's speedup is over our own fastest dense path in the same
-format of weights; ``low`` and ``high`` are the slowest and the fastest rounds. llama.cpp decodes the bundled base's
+format of weights; ``low`` and ``high`` are the slowest and the fastest rounds. "read" is the same threads adding up
+all of the weights in order, which is as fast as memory allows. llama.cpp decodes the bundled base's
 file in its own four bits, in the same turns, where llama-cpp-python is installed (``pip install
 "hat-workbook[peers]"``, which compiles for minutes).
 
@@ -22,6 +23,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -46,7 +48,8 @@ MINUTES = 20
 KEY = ("base", "way", "weights", "sequences", "capacity")
 SHAPE = "random:tinyllama"
 WAYS = {"hf": "plain transformers", "hf_before": "plain transformers, before the engine's first step",
-        "reference": "the reference path", "engine": "the engine", "llama.cpp": "llama.cpp"}  # fmt: skip
+        "reference": "the reference path", "read": "a plain read of what the dense engine reads", "engine": "the engine",
+        "llama.cpp": "llama.cpp"}  # fmt: skip
 TOGETHER = 8
 """tokens that the engine takes at a time, at most"""
 HELD_OUT = 512
@@ -153,11 +156,12 @@ def _base(hat, ids: Tensor, around: dict, together: int, rounds: int, steps: int
     with hat.dense(), hat.reference():
         expected = _predicted(hat, ids) if bundled else None
     reference = Way("reference", own, 1, 1.0, lambda: _within(hat, texts[1], steps, hat.dense, "base", True))
+    read = Way("read", own, 1, 1.0, _plain_read(hat.lm))
     ways = {form: list(_engine(hat, texts, around, steps, form, expected, ids)) for form in WEIGHT_FORMATS}
     peer = llama_cpp(texts[1], steps) if bundled else None
     more = [Way("llama.cpp", "q4_1", 1, 1.0, peer)] if peer else []
     first, *others = ways.values()
-    turns = [reference, *first, hf, *sum(others, []), batch, *more]  # transformers between two turns of the engine
+    turns = [reference, read, *first, hf, *sum(others, []), batch, *more]  # transformers between two turns of the engine
     _take_turns(turns, rounds)
     for way in sorted([*before, *turns], key=lambda way: (way.sequences, [*WAYS].index(way.name))):
         if (hat.base.name, way.name, way.weights, way.sequences, way.capacity) not in done:
@@ -202,6 +206,33 @@ def _within(hat, ids: Tensor, steps: int, enter: Callable, form: str, reference:
         if changed:  # weights are packed at the first step
             decode_ms(hat.lm, ids, 1, 1)
         return _ms(hat.lm, ids, steps)
+
+
+def _plain_read(lm) -> Callable[[], float]:
+    """Milliseconds in which the engine's threads read, in order, as much memory as a dense step reads in the base's own
+    format."""
+    from hat_lib.engine import team
+    from hat_lib.engine.compiling import compiled
+    from hat_lib.engine.weights import linears
+
+    @compiled(reorder=True)
+    def read(t, threads, barrier, memory, sums):
+        total, each = 0, len(memory) // threads
+        for number in memory[t * each : (t + 1) * each]:
+            total += number
+        sums[t] = total
+
+    memory = np.ones(sum(linear.weight.nbytes for linear in (*linears(lm), lm.lm_head)) // 8, np.int64)
+    threads, repeats = torch.get_num_threads(), 5
+    sums = np.zeros(threads, np.int64)
+
+    def once() -> float:
+        began = time.perf_counter()
+        for _ in range(repeats):
+            team.run(read, (memory, sums), threads)
+        return 1e3 * (time.perf_counter() - began) / repeats
+
+    return once
 
 
 def _take_turns(ways: Sequence[Way], rounds: int) -> None:
@@ -288,7 +319,7 @@ def llama_cpp(ids: Tensor, steps: int) -> Callable[[], float] | None:
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:
-    return {"decode": speed.decode(saved("decode", results).query("sequences == 1 and way != 'hf_before'"))}
+    return {"decode": speed.decode(saved("decode", results).query("sequences == 1 and way not in ('hf_before', 'read')"))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

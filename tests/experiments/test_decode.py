@@ -42,6 +42,7 @@ def test_rows(monkeypatch, tmp_path):
     both = [
         ("hf", "float32", 1, 1.0),
         ("reference", "float32", 1, 1.0),
+        ("read", "float32", 1, 1.0),
         *(("engine", name, 1, c) for name in names for c in (1.0, 0.5)),
         ("hf", "float32", 2, 1.0),
         *(("engine", name, 2, c) for name in names for c in (1.0, 0.5)),

@@ -226,7 +226,8 @@ def test_a_step_for_each_grain():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:token grain")
-def test_ablations():
+def test_ablations(monkeypatch):
+    monkeypatch.setattr(ablations, "CALIBRATION_TOKENS", 2048)
     few = (
         Change("channel", "start", {"text": "addresses"}, trained=False),
         Change("channel", "default", {"text": "addresses"}),

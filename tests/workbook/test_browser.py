@@ -31,6 +31,8 @@ pytestmark = [
 
 PATTERNS, SHORT = "07_routing_patterns.ipynb", "07_short.ipynb"
 LAST = "no protected token left, and nothing in the base trains: True"  # what 07 prints in its last cell
+KEPT = ("max_tokens", "patterns(hat", "widgets", LAST.partition(":")[0])
+"""in the cells of the short one, which has all the views"""
 BADGE, ICONS = "https://colab.research.google.com/assets/colab-badge.svg", "https://cdn.jsdelivr.net/npm/@fortawesome"
 POINTS = points(pd.read_csv(DATA / "results" / "quality.csv")).set_index(["capacity", "exit_rate"])
 CAPACITIES, EXIT_RATES = (sorted(POINTS.index.unique(name)) for name in POINTS.index.names)
@@ -55,13 +57,14 @@ def home(tmp_path_factory):
     """A folder with copies of the notebooks, without outputs: what a page then shows is what ran in it."""
     folder = tmp_path_factory.mktemp("jupyter")
     (folder / "notebooks").mkdir()
-    for name in (PATTERNS, SHORT):
-        nb = nbformat.read(NOTEBOOKS / PATTERNS, as_version=4)
-        for cell in code_cells(nb):
-            cell.outputs, cell.execution_count = [], None
-            if name == SHORT and "parameters" in cell.metadata.get("tags", ()):
-                cell.source += "\nmax_tokens = 1024"
-        nbformat.write(nb, folder / "notebooks" / name)
+    nb = nbformat.read(NOTEBOOKS / PATTERNS, as_version=4)
+    for cell in code_cells(nb):
+        cell.outputs, cell.execution_count = [], None
+        if "parameters" in cell.metadata.get("tags", ()):
+            cell.source += "\nmax_tokens = 1024"
+    nbformat.write(nb, folder / "notebooks" / PATTERNS)
+    nb.cells = [cell for cell in code_cells(nb) if any(part in cell.source for part in KEPT)]
+    nbformat.write(nb, folder / "notebooks" / SHORT)
     return folder
 
 
