@@ -48,7 +48,7 @@ MINUTES = 20
 KEY = ("base", "way", "weights", "sequences", "capacity")
 SHAPE = "random:tinyllama"
 WAYS = {"hf": "plain transformers", "hf_before": "plain transformers, before the engine's first step",
-        "reference": "the reference path", "read": "a plain read of what the dense engine reads", "engine": "the engine",
+        "reference": "the reference path", "read": "a plain read of as much memory", "engine": "the engine",
         "llama.cpp": "llama.cpp"}  # fmt: skip
 TOGETHER = 8
 """tokens that the engine takes at a time, at most"""
@@ -161,7 +161,8 @@ def _base(hat, ids: Tensor, around: dict, together: int, rounds: int, steps: int
     peer = llama_cpp(texts[1], steps) if bundled else None
     more = [Way("llama.cpp", "q4_1", 1, 1.0, peer)] if peer else []
     first, *others = ways.values()
-    turns = [reference, read, *first, hf, *sum(others, []), batch, *more]  # transformers between two turns of the engine
+    # Transformers between two turns of the engine.
+    turns = [reference, read, *first, hf, *sum(others, []), batch, *more]
     _take_turns(turns, rounds)
     for way in sorted([*before, *turns], key=lambda way: (way.sequences, [*WAYS].index(way.name))):
         if (hat.base.name, way.name, way.weights, way.sequences, way.capacity) not in done:
@@ -319,7 +320,8 @@ def llama_cpp(ids: Tensor, steps: int) -> Callable[[], float] | None:
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:
-    return {"decode": speed.decode(saved("decode", results).query("sequences == 1 and way not in ('hf_before', 'read')"))}
+    drawn = saved("decode", results).query("sequences == 1 and way not in ('hf_before', 'read')")
+    return {"decode": speed.decode(drawn)}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
