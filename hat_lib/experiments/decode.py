@@ -4,9 +4,8 @@ On the bundled base at the capacities of a trained checkpoint, and on TinyLlama'
 forced: plain transformers, the reference path, and the engine with its weights in each format, all behind the same
 text, in turns; also eight sequences at a time. An engine's speedup is over our own fastest dense path in the same
 format of weights; ``low`` and ``high`` are the slowest and the fastest rounds. "read" is the same threads adding up
-all of the weights in order, which is as fast as memory allows. llama.cpp decodes the bundled base's
-file in its own four bits, in the same turns, where llama-cpp-python is installed (``pip install
-"hat-workbook[peers]"``, which compiles for minutes).
+as much memory in order. llama.cpp decodes the bundled base's file in its own four bits, in the same turns, where
+llama-cpp-python is installed (``pip install "hat-workbook[peers]"``, which compiles for minutes).
 
 Before the engine's first step plain transformers are timed alone ("hf_before"); in the turns they come right after the
 engine. What a format and a capacity cost in quality is told beside their time: KL of what the engine predicts from what
