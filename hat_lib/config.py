@@ -110,6 +110,8 @@ class HatConfig:
     """rank of the correction that an exiting hidden state gets, beside a diagonal one and a bias"""
     protected_tokens: int = 2
     """real tokens at the start of each row that run in full and never exit (attention sinks)"""
+    correction_rank: int | None = None
+    """channel grain: rank of the corrections of gated products, 0 for constant vectors alone; None for none"""
 
     def __post_init__(self):
         object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
@@ -125,6 +127,10 @@ class HatConfig:
         object.__setattr__(self, "exit_rate", check_exit_rate(self.exit_rate))
         for name in ("translator_rank", "protected_tokens"):
             check_count(name, getattr(self, name), 0)
+        if self.correction_rank is not None:
+            check_count("correction_rank", self.correction_rank, 0)
+            if self.granularity != "channel":
+                raise HatError(f"corrections are of the channel grain, got a config of the {self.granularity} grain")
 
     @classmethod
     def default(cls, base, **changes) -> HatConfig:

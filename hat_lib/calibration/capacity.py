@@ -140,7 +140,7 @@ def _set_table(
     for budget in tqdm(BUDGETS, desc="capacities", disable=not progress):
         chosen = split(budget)
         kept, capacity, tokens = 0.0, 0.0, 0
-        with hat.dense(), hat.using(hat.threshold_policy(chosen)):
+        with hat.dense(), hat.using(hat.threshold_policy(chosen)), hat.correcting(len(hat.corrections) > 0):
             for size in forwards(hat, blocks):
                 kept = kept + hat.trace.site_share.flatten(2).sum(-1).double().cpu().numpy()
                 capacity += hat.trace.capacity * size

@@ -67,13 +67,16 @@ def train(
     base: str = given.BUNDLED_BASE,
     text: str = option(
         "",
-        "Sources joined by +: self (text that the base writes itself) and train splits of addresses, a .txt, "
-        ".jsonl or .parquet file or a Hub dataset. [default: addresses+self; quick: addresses]",
+        "Sources joined by +: self and openings (text that the base writes itself) and train splits of addresses, a "
+        ".txt, .jsonl or .parquet file or a Hub dataset. [default: addresses+self; quick: addresses]",
     ),
     granularity: str = given.GRANULARITY,
     recipe: str = option("default", "default (what worked best for the grain) or published (token grain alone)."),
     profile: str = option("full", "quick (a few minutes on two cores) or full."),
     checkpoint: Path | None = option(None, "Start from its calibration (channel grain), or routers (phase exit)."),
+    correction_rank: int | None = option(
+        None, "Channel grain: rank of the corrections of gated products, 0 for constant vectors. [default: none]"
+    ),
     max_minutes: float | None = option(None, "Stop after this many minutes, saved; --resume goes on."),
     dtype: str = option("bf16", f"Of the frozen base: {given.DTYPES_HELP}. What is trained is fp32 in any case."),
     settings: list[str] | None = option(
@@ -94,7 +97,7 @@ def train(
     folder = (save or resume).expanduser()
     given.check_writable(folder)
 
-    from hat_lib.text.mixture import SELF, sources
+    from hat_lib.text.mixture import OWN, sources
     from hat_lib.training.recipe import Recipe
     from hat_lib.training.run import RUN_FILE, Run
     from hat_lib.training.run import train as carry_out
@@ -105,8 +108,9 @@ def train(
         changes = dict(map(_setting, settings or [])) | ({"text": text} if text else {})
         chosen = Recipe.named(recipe, granularity, profile, **changes)
         start = None if checkpoint is None else str(checkpoint)
-        run = Run(phase, granularity, base, chosen, dtype, start, command=shlex.join(["hat", *sys.argv[1:]]))
-    for source in set(sources(run.recipe.text)) - {SELF}:
+        asked = {"correction_rank": correction_rank, "command": shlex.join(["hat", *sys.argv[1:]])}
+        run = Run(phase, granularity, base, chosen, dtype, start, **asked)
+    for source in set(sources(run.recipe.text)) - {*OWN}:
         for split in ("train", "validation"):
             given.check_text(source, split)
     go_on = f"go on with: hat train --resume {shlex.quote(str(folder))}"

@@ -23,10 +23,11 @@ class Decoder:
     Args:
         lm: a `LlamaForCausalLM` on the CPU, in float32 or bfloat16; its products' weights are copied.
         form: of the copy, "base", "int8" or "q4".
+        corrections: as for `pack`.
     """
 
-    def __init__(self, lm, form: str = "base"):
-        self.lm, self.weights = lm, pack(lm, form)
+    def __init__(self, lm, form: str = "base", corrections=None):
+        self.lm, self.weights = lm, pack(lm, form, corrections)
         self.size, self.dtype = lm.config.head_dim, lm.dtype
         self.inputs, self.outputs = widths(lm)
         self.channels = np.array(self.inputs)[:, None, None]

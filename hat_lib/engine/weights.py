@@ -49,17 +49,18 @@ def unfit(lm, form: str) -> str | None:
 
 
 @torch.no_grad()
-def pack(lm, form: str = "base") -> Weights:
+def pack(lm, form: str = "base", corrections=None) -> Weights:
     """The weights of a `LlamaForCausalLM` on the CPU, in float32 or bfloat16.
 
     Args:
         form: "base", "int8" or "q4"; ValueError if the base is `unfit`.
+        corrections: a model's, which become part of the products; None for the base itself.
     """
     if why := unfit(lm, form):
         raise ValueError(why)
     layers, config, packed = lm.model.layers, lm.config, {}
     for (name, linears), channels, outputs in zip(MATRICES.items(), *widths(lm), strict=True):
-        biased = any(layers[0].get_submodule(linear).bias is not None for linear in linears)
+        biased = corrections is not None or any(layers[0].get_submodule(n).bias is not None for n in linears)
         dtype, shape = {
             "base": (lm.dtype, (channels, outputs)),
             "int8": (torch.int8, (channels, outputs)),
@@ -71,11 +72,15 @@ def pack(lm, form: str = "base") -> Weights:
         for i, layer in enumerate(layers):
             modules = [layer.get_submodule(linear) for linear in linears]
             weight = torch.cat([linear.weight for linear in modules])
+            correction = None if corrections is None else corrections[f"{i}_{name}"]
+            if correction is not None:
+                weight = (weight.float() + correction.update()).to(weight.dtype)
             if form == "int8":
                 weight, scales[i] = _eight_bits(weight)
             weights[i] = _four_bits(weight) if form == "q4" else weight.t()
             if biased:
                 biases[i] = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias for m in modules])
+                biases[i] += 0 if correction is None else correction.shift
         packed |= {name: as_numpy(weights), f"{name}_scale": scales.numpy(), f"{name}_bias": biases.numpy()}
     head, head_scale = (lm.lm_head.weight, torch.zeros(0)) if form == "base" else _eight_bits(lm.lm_head.weight)
     norms = torch.stack([

@@ -1,7 +1,7 @@
 """A checkpoint: small weights, readable JSON, and the fingerprint of the frozen base.
 
 A folder with `hat_config.json` (method config, base name and fingerprint, library version, calibration tables, summary
-of the training) and `hat_adapter.safetensors` (routers and gates, nothing else).
+of the training) and `hat_adapter.safetensors` (routers, gates and corrections, nothing else).
 
 Writing takes three renames: the new adapter goes beside the old one, under its hash; then the JSON, which names that
 hash, is replaced; then the adapter moves to its proper name. Reading takes the file with the hash, so a process killed
@@ -42,7 +42,7 @@ MAX_CONFIG_BYTES, MAX_ADAPTER_BYTES = 2**24, 2**30
 MAX_DEPTH = 500
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """What this library writes, and the newest that it reads. Raise it by one for each new field: the field gets a default,
 which older files take, and an older library says that it is too old."""
 
@@ -79,7 +79,7 @@ class Checkpoint:
 
 def is_hat_parameter(name: str) -> bool:
     """The one predicate for what trains, is saved and is counted; ``name`` as in `named_parameters`."""
-    return name.startswith(("routers.", "gates."))
+    return name.startswith(("routers.", "gates.", "corrections."))
 
 
 def write_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
@@ -221,7 +221,7 @@ def _parse_adapter(expected: str, data: bytes) -> dict[str, Tensor]:
         raise HatError(f"this is not a safetensors file: {first_line(error)}") from error
     for name, tensor in tensors.items():
         if not is_hat_parameter(name):
-            raise HatError(f"unexpected key {shown(name)}: not a router's or a gate's parameter")
+            raise HatError(f"unexpected key {shown(name)}: not a parameter of a router, a gate or a correction")
         if tensor.dtype != torch.float32:
             raise HatError(f"{shown(name)} must be torch.float32, got {tensor.dtype}")
         if not torch.isfinite(tensor.view(-1)).all():  # flat: torch refuses more than 64 dimensions

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import output_capturing
 
+from hat_lib.model.corrections import AddTerm
 from hat_lib.model.modes import Mode
 from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold
 
@@ -74,8 +75,8 @@ class FastPath:
         self.hat, self.lm, self.context = hat, hat.lm, context
         self.form = "base"
         """of the packed weights, one of `WEIGHT_FORMATS`"""
-        self._decoders: dict[str, Decoder] = {}
-        """by form"""
+        self._decoders: dict[tuple[str, bool], Decoder] = {}
+        """by form, and whether its products are corrected"""
         self._packed = 0
         self._decisions: dict[tuple, Decisions] = {}
         self._decided: tuple = ()
@@ -92,6 +93,7 @@ class FastPath:
         # What must stay as it is, in the form in which it is compared fastest: it is, before each token.
         self._hooks = [h for m in modules if m is not ours for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._own_hooks = ours._forward_hooks, ours._forward_pre_hooks
+        self._hooks_then = [sum(isinstance(h, AddTerm) for h in hooks.values()) for hooks in self._hooks]
         self._held = [held for m in modules for held in (m._modules, m._parameters)]
         self._held_then = [*map(dict, self._held)]
         self._forwards = [vars(m) for m in modules if m is not self.lm and "forward" not in vars(m)]
@@ -185,7 +187,7 @@ class FastPath:
             return "decisions are not the method's own"
         if mode.exits is not None and type(mode.exits) not in (ExitThresholds, Forced):
             return "exits are not the method's own"
-        hooked = any(self._hooks) and not self._hooks_sleep()
+        hooked = [*map(len, self._hooks)] != self._hooks_then and not self._hooks_sleep()
         if hooked or [*map(len, self._own_hooks)] != [1, 1] or any_module._has_any_global_hook():
             return "there are hooks on the base"
         try:
@@ -203,8 +205,12 @@ class FastPath:
         return None
 
     def _hooks_sleep(self) -> bool:
-        """Whether all hooks are those that transformers leaves where hidden states were once asked for."""
-        return all(hook.__module__ == output_capturing.__name__ for hooks in self._hooks for hook in hooks.values())
+        """Whether all hooks but our own are those that transformers leaves where hidden states were once asked for."""
+        return all(
+            isinstance(hook, AddTerm) or hook.__module__ == output_capturing.__name__
+            for hooks in self._hooks
+            for hook in hooks.values()
+        )
 
     def _takes(self, given: dict) -> bool:
         """Whether this call is one for the engine: a few tokens, a cache, and nothing but logits asked for."""
@@ -291,12 +297,14 @@ class FastPath:
     @property
     def decoder(self) -> Decoder:
         """The packed base, as its weights are now."""
-        now, form = sum(map(VERSION, self._counted)), self.context.mode.weights or self.form
+        mode, corrections = self.context.mode, self.hat.corrections
+        now = sum(map(VERSION, (*self._counted, *corrections.parameters())))
         if now != self._packed:
             self._decoders, self._packed = {}, now  # before there are others
-        if form not in self._decoders:
-            self._decoders[form] = Decoder(self.lm, form)
-        return self._decoders[form]
+        key = mode.weights or self.form, mode.corrected
+        if key not in self._decoders:
+            self._decoders[key] = Decoder(self.lm, key[0], corrections if mode.corrected else None)
+        return self._decoders[key]
 
     def _decide(self, routed, exits, decoder: Decoder, places: slice) -> Decisions:
         """The mode's decisions as arrays, for tokens at these places of the cache."""

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
+from hat_lib.config import HatError
 from hat_lib.model.policies import ExitPolicy, Forced, KeepAll, Policy
 from hat_lib.model.token_state import Masks, TokenState
 
 if TYPE_CHECKING:
+    from hat_lib.model.corrections import Corrections
     from hat_lib.model.forward_pass import ForwardPass
 
 
@@ -38,6 +40,8 @@ class Mode:
     """decides in place of ``routed``"""
     exit_control: ExitPolicy | None = None
     """decides in place of ``gated``"""
+    corrected: bool = False
+    """the base's products have their corrections (`hat_lib.model.corrections`)"""
     compact: bool = True
     """rows that a layer does not run are left out; else they are computed, and dropped"""
     reference: bool = False
@@ -102,6 +106,7 @@ class Modes:
     enters it."""
 
     _context: Context
+    corrections: Corrections
 
     @contextmanager
     def _changed(self, **changes) -> Iterator[Self]:
@@ -124,8 +129,14 @@ class Modes:
 
     def dense(self) -> AbstractContextManager[Self]:
         """The base, within rounding; nothing skipped, nobody exits."""
-        nothing = {"routed": KeepAll(), "gated": None, "control": None, "exit_control": None}
+        nothing = {"routed": KeepAll(), "gated": None, "control": None, "exit_control": None, "corrected": False}
         return self._changed(capacity=1.0, exit_rate=0.0, **nothing)
+
+    def correcting(self, on: bool = True) -> AbstractContextManager[Self]:
+        """The base's products with their corrections, whatever is skipped, or without them."""
+        if on and not self.corrections:
+            raise HatError("this model has no corrections: train some, with correction_rank in its config")
+        return self._changed(corrected=on)
 
     def reference(self) -> AbstractContextManager[Self]:
         """Every forward on the reference path, as if there were no engine."""

@@ -36,6 +36,7 @@ from hat_lib.model.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from hat_lib.model.corrections import Corrections
 from hat_lib.model.decoder_layer import AdaptiveLayer
 from hat_lib.model.fast_path import WEIGHT_FORMATS, FastPath
 from hat_lib.model.forward_pass import ForwardPass
@@ -98,7 +99,11 @@ class HierarchicalTransformer(Modes, nn.Module):
             if config.granularity == "channel":
                 self.routers[f"{i}_token"] = MoERouter(width)
         self.gates = nn.ModuleDict({str(e): ExitGate(width, config.translator_rank) for e in config.exit_layers})
-        self.routers.to(base.device), self.gates.to(base.device)
+        self.corrections = nn.ModuleDict()
+        if config.correction_rank is not None:
+            self.corrections = Corrections(lm.model.layers, config.correction_rank)
+        for own in self._own:
+            own.to(base.device)
         self.eval()
 
         self._context = Context(SimpleNamespace(mode=Mode()))
@@ -119,6 +124,8 @@ class HierarchicalTransformer(Modes, nn.Module):
             self.lm.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.lm.model.register_forward_hook(self._end, always_call=True),
         ]
+        if self.corrections:
+            self._hooks += self.corrections.attach(self.lm.model.layers, self._context)
         self._fast.attach()
 
     def _detach(self) -> None:
@@ -134,6 +141,11 @@ class HierarchicalTransformer(Modes, nn.Module):
         self.layers = []
         return self.base
 
+    @property
+    def _own(self) -> tuple[nn.Module, ...]:
+        """What is not the base's."""
+        return self.routers, self.gates, self.corrections
+
     def _check_loaded(self) -> None:
         if not self.layers:
             raise HatError("this model was unloaded from its base: attach a new HierarchicalTransformer")
@@ -142,7 +154,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         """Move or cast the base; routers and gates move along and stay fp32. If that fails, all is where it was."""
         self._check_loaded()
         self._fast.forget()
-        own = [t for module in (self.routers, self.gates) for t in _tensors(module)]
+        own = [t for module in self._own for t in _tensors(module)]
         # Rotary frequencies stay fp32 in every dtype, as in a base that is loaded in it.
         exact = {id(t) for t in (*own, *_tensors(self.lm.model.rotary_emb))}
         before = [(t, t.data) for t in (*own, *_tensors(self.lm))]
@@ -232,7 +244,8 @@ class HierarchicalTransformer(Modes, nn.Module):
             if calibration is None or calibration.exit_rates is None:
                 raise HatError(f"exit rate {exit_rate} needs trained exit gates; this checkpoint has none (use 0)")
             gated = ExitThresholds(self.gates, calibration.exit_thresholds(exit_rate, capacity))
-        return replace(mode, routed=routed, gated=gated)
+        corrected = capacity < 1.0 and len(self.corrections) > 0
+        return replace(mode, routed=routed, gated=gated, corrected=corrected)
 
     def threshold_policy(self, thresholds: dict[tuple[int, str], float]) -> Threshold:
         """The method's own decisions at these thresholds on the routers' scores, by (layer, site)."""

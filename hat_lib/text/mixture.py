@@ -2,31 +2,44 @@
 
 Thresholds trained on one kind of text got better there and worse elsewhere, so the default mixes addresses with
 ``self``, which favours no corpus. LLM-QAT (Liu et al. 2023, arXiv:2305.17888) distils on generations of the pretrained
-model in this way; here nothing is greedy or cut off: after the first token, every one is drawn from the base's whole
-distribution at temperature 1. The first is BOS where the tokenizer begins a text with it; elsewhere it is drawn evenly
-from the vocabulary without its special tokens. EOS is a token like any other: a block runs on behind it, so that every
-block is full.
+model in this way; here nothing is greedy. There are two sources of such text:
+
+self      every token is drawn from the base's whole distribution at temperature 1. The first is BOS where the tokenizer
+          begins a text with it; elsewhere it is drawn evenly from the vocabulary without its special tokens.
+openings  each block goes on with a beginning of one of many kinds of text (`hat_lib.text.openings`), every token drawn
+          from the nucleus: the likeliest tokens that have `TOP_P` of the probability between them, of `TOP_K` at most
+          (Holtzman et al. 2020, arXiv:1904.09751).
+
+EOS is a token like any other: a block runs on behind it, so that every block is full.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import os
 import sys
 import tempfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from hat_lib.backbone.base import Base
 from hat_lib.config import HatError, cache_dir, check_count
+from hat_lib.text import openings as openings_module
 from hat_lib.text.blocks import at_even_distances, load_text
+from hat_lib.text.openings import openings
 
-SELF = "self"
+SELF, OPENINGS = "self", "openings"
+OWN = (SELF, OPENINGS)
+"""text of the base's own"""
+TOP_P, TOP_K = 0.95, 1000
 
 
 def sources(text: str) -> list[str]:
@@ -46,15 +59,15 @@ def training_text(
 
     Args:
         base: plain, without a `HierarchicalTransformer` on it; ``self`` is sampled from it.
-        text: sources joined by +: ``self``, or those of `load_text`, whose train split is taken.
+        text: sources joined by +: ``self``, ``openings``, or those of `load_text`, whose train split is taken.
 
     Returns rows of `load_text`, and ``index``, the number of the row. A short source gives what it has.
     """
     names, rows = sources(text), []
     each = max(2, tokens // len(names))
     for name in names:
-        if name == SELF:
-            rows += self_text(base, each, block_size=block_size, seed=seed, progress=progress)
+        if name in OWN:
+            rows += self_text(base, each, source=name, block_size=block_size, seed=seed, progress=progress)
             continue
         found = load_text(name, base.tokenizer, split="train", block_size=block_size)
         whole = np.flatnonzero([len(ids) == block_size for ids in found["input_ids"]])
@@ -69,6 +82,7 @@ def self_text(
     base: Base,
     tokens: int,
     *,
+    source: str = SELF,
     block_size: int = 512,
     batch_size: int = 64,
     seed: int = 0,
@@ -84,13 +98,14 @@ def self_text(
     Args:
         base: a plain base, or one that `HierarchicalTransformer.unload` has given back.
         tokens: at least this many, in whole blocks.
+        source: one of `OWN`.
         block_size: tokens in every block, from 2 to the base's context.
         batch_size: blocks that are sampled at once. Changing it changes the text.
         seed: at least 0.
 
     Batches are kept under ``cache_dir()/self_text``, by all that changes them; damaged ones are made again.
-    Returns rows of `load_text`, whose ``doc`` is "self-SEED:ROW". Raises `HatError` for a bad size, a base that carries
-    a HierarchicalTransformer, and a cache that cannot be written.
+    Returns rows of `load_text`, whose ``doc`` is "SOURCE-SEED:ROW". Raises `HatError` for a bad size, a base that
+    carries a HierarchicalTransformer, and a cache that cannot be written.
     """
     for name, value, least in (("tokens", tokens, 2), ("batch_size", batch_size, 1), ("seed", seed, 0)):
         check_count(name, value, least)
@@ -101,40 +116,72 @@ def self_text(
     if any("forward" in vars(layer) for layer in base.model.model.layers):
         raise HatError(f"{base.name} carries a HierarchicalTransformer: call its unload() first")
     shape, dtype = (batch_size, block_size), str(base.dtype).removeprefix("torch.")
-    folder = cache_dir() / "self_text" / f"{base.fingerprint[:16]}-{dtype}-{batch_size}x{block_size}-seed{seed}"
+    kind = f"-p{TOP_P}-k{TOP_K}-{_hash()}" if source == OPENINGS else ""
+    folder = (
+        cache_dir() / f"{source}_text" / f"{base.fingerprint[:16]}-{dtype}-{batch_size}x{block_size}{kind}-seed{seed}"
+    )
     n_rows = -(-tokens // block_size)
     files = [folder / f"{batch:05d}.npz" for batch in range(-(-n_rows // batch_size))]
 
     batches = [_read(file, shape, vocab_size) for file in files]
     missing = [batch for batch, ids in enumerate(batches) if ids is None]
     total = len(missing) * batch_size * block_size
-    with tqdm(total=total, desc="self text", unit="token", disable=not progress or not missing) as bar:
+    with tqdm(total=total, desc=f"{source} text", unit="token", disable=not progress or not missing) as bar:
         for batch in missing:
-            batches[batch] = _write(files[batch], partial(_sample, base, shape, [seed, batch], bar))
-    docs = [f"self-{seed}:{row}" for row in range(n_rows)]
+            batches[batch] = _write(files[batch], partial(_sample, base, shape, [seed, batch], source, bar))
+    docs = [f"{source}-{seed}:{row}" for row in range(n_rows)]
     ids = np.concatenate(batches)[:n_rows].tolist()
     return Dataset.from_dict({"input_ids": ids, "doc": docs, "n_context": [0] * n_rows})
 
 
 @torch.inference_mode()
-def _sample(base: Base, shape: tuple[int, int], seed: list[int], bar: tqdm) -> np.ndarray:
+def _sample(base: Base, shape: tuple[int, int], seed: list[int], source: str, bar: tqdm) -> np.ndarray:
     """Token ids, int32 ``[rows, tokens]``."""
     rows, length = shape
     rng = np.random.default_rng(seed)
-    ids = torch.empty(shape, dtype=torch.long, device=base.device)
-    ids[:, 0] = torch.from_numpy(_first_tokens(base, rows, rng))
+    given = torch.full(shape, -1)
+    """what is not drawn"""
+    if source == OPENINGS:
+        for row, (_, text) in enumerate(openings(rows, rng)):
+            begun = base.tokenizer(text).input_ids[:length]
+            given[row, : len(begun)] = torch.tensor(begun)
+    else:
+        given[:, 0] = torch.from_numpy(_first_tokens(base, rows, rng))
+    given = given.to(base.device)
+    ids = torch.empty_like(given)
+    ids[:, 0] = given[:, 0]
     bar.update(rows)
     # In (0, 1], so that the search below ends at a token, and at one that has a probability.
     draws = torch.from_numpy(1 - rng.random((length, rows, 1))).to(base.device)
     cache = DynamicCache(config=base.model.config)
     for t in range(1, length):
         logits = base.model(ids[:, t - 1 : t], cache=cache, use_cache=True).logits[:, -1]
-        # One number per token by the inverse of the distribution function: the same draws on every device, and
-        # half the time of torch.multinomial, which draws one per entry of the vocabulary.
-        reached = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
-        ids[:, t : t + 1] = torch.searchsorted(reached, draws[t] * reached[:, -1:])
+        drawn = _nucleus(logits, draws[t]) if source == OPENINGS else _draw(logits, draws[t])
+        ids[:, t : t + 1] = torch.where(given[:, t : t + 1] < 0, drawn, given[:, t : t + 1])
         bar.update(rows)
     return ids.to("cpu", torch.int32).numpy()
+
+
+def _draw(logits: Tensor, draws: Tensor) -> Tensor:
+    """A token for each row of logits by a number in (0, 1], int64 ``[rows, 1]``: the inverse of the distribution
+    function. The same draws on every device, and half the time of torch.multinomial, which draws one per entry of the
+    vocabulary."""
+    reached = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(reached, draws * reached[:, -1:])
+
+
+def _nucleus(logits: Tensor, draws: Tensor) -> Tensor:
+    """As `_draw`, from the nucleus alone."""
+    best, which = logits.float().topk(min(TOP_K, logits.shape[-1]))
+    chances = best.sub(logits.float().logsumexp(-1, keepdim=True)).exp()
+    before = chances.cumsum(-1) - chances  # the first always counts
+    return which.gather(-1, _draw(best.masked_fill(before >= TOP_P, -torch.inf), draws))
+
+
+@cache
+def _hash() -> str:
+    """Of the openings, eight hex digits."""
+    return hashlib.sha256(inspect.getsource(openings_module).encode()).hexdigest()[:8]
 
 
 def _first_tokens(base: Base, rows: int, rng: np.random.Generator) -> np.ndarray:

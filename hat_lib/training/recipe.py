@@ -51,6 +51,8 @@ class Recipe:
     """micro-batches per step; two processes with 1 equal one process with 2"""
     router_epochs: float = 3
     router_lr: float = 1e-3
+    correction_lr: float = 1e-3
+    """of corrections, which train together with the routers"""
     exit_epochs: float = 2
     exit_lr: float = 5e-4
     capacity: float = 0.55

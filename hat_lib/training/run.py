@@ -35,7 +35,7 @@ from hat_lib.config import CAPACITY_MIN, GRANULARITIES, HatConfig, HatError
 from hat_lib.model.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import held_out, text_hash
-from hat_lib.text.mixture import SELF, sources, training_text
+from hat_lib.text.mixture import OWN, sources, training_text
 from hat_lib.training.log import seconds_so_far
 from hat_lib.training.recipe import PHASES, Recipe
 from hat_lib.training.trainer import Outcome, train_phase
@@ -58,6 +58,8 @@ class Run:
     start: str | None = None
     """checkpoint to start from: calibrated, and for phase "exit" with trained routers"""
     translator_rank: int = HatConfig.translator_rank
+    correction_rank: int | None = None
+    """of corrections; None: those of ``start``, if it has any"""
     max_steps: int = -1
     command: str = ""
 
@@ -73,6 +75,7 @@ class Run:
         sources(self.recipe.text)
         parse_dtype(self.dtype)
         kinds = {"base": str, "start": str | None, "command": str, "translator_rank": int, "max_steps": int}
+        kinds["correction_rank"] = int | None
         for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
                 raise HatError(f"{name} must be {getattr(kind, '__name__', kind)}, got {getattr(self, name)!r}")
@@ -143,7 +146,7 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
         blocks = training_text(
             base, recipe.text, recipe.tokens, block_size=recipe.block_size, seed=recipe.seed, progress=progress
         )
-        source = next((name for name in sources(recipe.text) if name != SELF), "addresses")
+        source = next((name for name in sources(recipe.text) if name not in OWN), "addresses")
         held = held_out(source, base.tokenizer, _held_tokens(recipe), recipe.block_size)
         torch.manual_seed(recipe.seed)  # translators start at random
         hat = _start(run, checkpoint, base, held, folder / WORK / "start", main and not resume, progress)
@@ -232,12 +235,14 @@ def _start(run, checkpoint: Checkpoint | None, base: Base, held, kept: Path, fir
     """
     if checkpoint is not None:
         checkpoint.check_base(base, run.start)
-        # Its routers and tables; gates begin anew, with the rank that was asked for.
-        config = replace(checkpoint.config, translator_rank=run.translator_rank, exit_rate=0.0)
+        # Its routers and tables; gates begin anew, with the rank that was asked for, and corrections of another rank.
+        kept = checkpoint.config.correction_rank
+        rank = kept if run.correction_rank is None else run.correction_rank
+        config = replace(checkpoint.config, translator_rank=run.translator_rank, correction_rank=rank, exit_rate=0.0)
         hat = HierarchicalTransformer(base, config)
-        fresh = {n: p for n, p in hat.hat_parameters().items() if n.startswith("gates.")}
-        routers = {n: t for n, t in checkpoint.tensors.items() if n.startswith("routers.")}
-        hat.load_adapter(replace(checkpoint, tensors=routers | fresh), run.start)
+        parts = ("routers.", "corrections.") if rank == kept else ("routers.",)
+        tensors = {n: t for n, t in checkpoint.tensors.items() if n.startswith(parts)}
+        hat.load_adapter(replace(checkpoint, tensors=hat.hat_parameters() | tensors), run.start)
         hat.calibration = checkpoint.calibration
         hat.training_summary = {k: v for k, v in (checkpoint.training or {}).items() if not k.startswith("exit")}
     elif run.granularity == "channel" and kept.exists() and not first:
@@ -245,7 +250,8 @@ def _start(run, checkpoint: Checkpoint | None, base: Base, held, kept: Path, fir
         hat.capacity = 1.0
     else:
         shape = HatConfig.published if run.granularity == "token" else HatConfig.default
-        hat = HierarchicalTransformer(base, shape(base, translator_rank=run.translator_rank))
+        changes = {"translator_rank": run.translator_rank, "correction_rank": run.correction_rank}
+        hat = HierarchicalTransformer(base, shape(base, **changes))
         if run.granularity == "channel":
             calibrate(hat, held["input_ids"], progress=progress)
             hat.save_pretrained(kept)

@@ -64,6 +64,16 @@ class HatTrainer(Trainer):
         if self.pop_callback(ProgressCallback):
             self.add_callback(Bar(record.phase))
 
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            corrections = [p for n, p in trained.items() if "corrections." in n]
+            others = [p for n, p in trained.items() if "corrections." not in n]
+            rates = (others, options["lr"]), (corrections, self.model.recipe.correction_lr)
+            self.optimizer = kind([{"params": ps, "lr": rate} for ps, rate in rates if ps], **options)
+        return super().create_optimizer(model)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         out = model(**inputs, step=self.state.global_step, steps=self.state.max_steps)
         if not torch.isfinite(out["loss"]):

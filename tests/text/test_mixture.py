@@ -16,6 +16,7 @@ from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text import mixture
 from hat_lib.text.blocks import load_text
 from hat_lib.text.mixture import self_text, sources, training_text
+from hat_lib.text.openings import openings
 
 ROWS, LENGTH = 3, 8
 BATCH = ROWS * LENGTH
@@ -34,9 +35,9 @@ def sampled(monkeypatch):
     """The batches that were really sampled, in order."""
     batches, sample = [], mixture._sample
 
-    def noted(base, shape, seed, bar):
+    def noted(base, shape, seed, *rest):
         batches.append(seed[1])
-        return sample(base, shape, seed, bar)
+        return sample(base, shape, seed, *rest)
 
     monkeypatch.setattr(mixture, "_sample", noted)
     return batches
@@ -267,3 +268,38 @@ def test_only_a_plain_base_writes_text():
     with pytest.raises(HatError, match="random:tiny carries a HierarchicalTransformer: call its unload"):
         text(base, BATCH)
     assert list(text(hat.unload(), BATCH, anew=True)) == plain
+
+
+# Openings
+
+
+def test_blocks_go_on_with_openings(tiny_base, cached):
+    found = text(tiny_base, 6 * 64, source="openings", block_size=64)
+    begun = [t for batch in range(2) for _, t in openings(ROWS, np.random.default_rng([0, batch]))]
+    for row, beginning in zip(found, begun, strict=True):
+        given = tiny_base.tokenizer(beginning).input_ids[:64]
+        assert row["input_ids"][: len(given)] == given and row["doc"].startswith("openings-0:")
+    assert len(cached()) == 2
+    again = text(tiny_base, 6 * 64, source="openings", block_size=64, anew=True)
+    assert list(found) == list(again)
+    assert text(tiny_base, 6 * 64, source="openings", block_size=64, seed=1)["input_ids"] != found["input_ids"]
+
+
+def test_what_is_drawn_lies_in_the_nucleus(tiny_base, monkeypatch):
+    monkeypatch.setattr(mixture, "TOP_P", 0.3)
+    found = text(tiny_base, 3 * 64, source="openings", block_size=64)
+    for row, (_, beginning) in zip(found, openings(ROWS, np.random.default_rng([0, 0])), strict=True):
+        ids = torch.tensor([row["input_ids"]])
+        with torch.inference_mode():
+            chances, order = tiny_base.model(ids).logits[0].float().softmax(-1).sort(descending=True)
+        before = (chances.cumsum(-1) - chances).gather(-1, order.argsort(-1))  # more probable tokens have so much
+        begun = len(tiny_base.tokenizer(beginning).input_ids)
+        drawn = before[:-1].gather(-1, ids[0, 1:, None])[begun - 1 :, 0]
+        assert (drawn < 0.3 + 1e-5).all() and begun < 60
+
+
+def test_the_nucleus_is_drawn_by_its_own_probabilities(monkeypatch):
+    monkeypatch.setattr(mixture, "TOP_P", 0.7)
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()[None]  # 0.5 and 0.25 are in, as 0.5 alone is not enough
+    found = [int(mixture._nucleus(logits, torch.tensor([[u]], dtype=torch.float64))) for u in (1e-9, 0.66, 0.67, 1.0)]
+    assert found == [1, 1, 3, 3]

@@ -181,7 +181,8 @@ def test_a_file_without_permission(tmp_path):
 def test_what_cannot_be_a_file_is_an_unknown_corpus(source):
     with pytest.raises(HatError, match="unknown corpus") as caught:
         load(source)
-    assert len(str(caught.value)) < 250 and "expected bundled, addresses, docstrings, a .txt" in str(caught.value)
+    said = str(caught.value)
+    assert len(said) < 250 and "expected bundled, addresses, docstrings, encyclopedia, a .txt" in said
 
 
 def test_the_whole_of_a_source(tmp_path):
@@ -315,6 +316,7 @@ def test_prose_of_a_docstring(docstring, prose):
         ("addresses", "validation", 22_847, "27553aaa9b29552f"),
         ("addresses", "test", 26_511, "7ac4f8ed4cbf74a2"),
         ("docstrings", "test", 66_785, "5c985c90f50d81ff"),
+        ("encyclopedia", "test", 517_884, "6edf80bfedfaa32d"),
     ],
 )
 def test_bundled_corpora_are_the_ones_in_the_data_readme(bundled, name, split, tokens, beginning):

@@ -132,6 +132,27 @@ def test_5_steps_and_5_more_are_10(grain, finished, text, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
+def test_corrections_are_trained_with_the_routers_and_kept_by_a_later_run(text, tmp_path, monkeypatch):
+    run = replace(tiny_run("channel", text, "routers"), correction_rank=2)
+    for folder in ("whole", "parts"):
+        if folder == "parts":
+            interrupt_at(monkeypatch, ("routers", 5))
+            assert train(run, tmp_path / folder, progress=False)[0].stopped == "interrupt"
+        train(run, tmp_path / folder, resume=folder == "parts", progress=False)
+    same_run(tmp_path / "parts", tmp_path / "whole")
+    trained = read_checkpoint(tmp_path / "whole").tensors
+    learned = {n: t for n, t in trained.items() if n.startswith("corrections.")}
+    assert len(learned) == 3 * 4 * 4 and all(t.any() for n, t in learned.items() if n.endswith((".up", ".shift")))
+
+    train(tiny_run("channel", text, "exit", start=tmp_path / "whole"), tmp_path / "exits", progress=False)
+    later = read_checkpoint(tmp_path / "exits")
+    assert all(torch.equal(later.tensors[n], t) for n, t in learned.items()) and later.config.correction_rank == 2
+    again = replace(tiny_run("channel", text, "routers", start=tmp_path / "whole"), correction_rank=1)
+    train(again, tmp_path / "again", progress=False)
+    assert read_checkpoint(tmp_path / "again").tensors["corrections.0_down.up"].shape[1] == 1
+
+
+@pytest.mark.slow
 def test_a_run_that_was_killed_after_its_last_step_takes_no_further_one(finished, text, tmp_path, monkeypatch):
     folder, run = tmp_path / "run", tiny_run("token", text)
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):

@@ -1,0 +1,86 @@
+"""Corrections: what gating drops, made good in the base's own products, at no work in use.
+
+Under gating, each product ``y = W x`` of the channel grain becomes ``y = W x + B A x + c``: an update of low rank
+(LoRA, Hu et al. 2021, arXiv:2106.09685) and a constant vector (SPON, arXiv:2512.12744). Both are trained to bring the
+gated model back to its base (`hat_lib.training`), and neither asks for work of its own: the engine reads ``W + B A``
+and adds ``c`` as a bias. The base itself is never changed. On the reference path the terms are added by forward hooks
+on the base's own linear layers, ahead of anybody else's hooks, so that those see the values used; at capacity 1.0, in
+``hat.dense()`` and after `unload` there is nothing but the base.
+
+Matrices that read the same input share A, so one `Correction` serves a site: q|k|v, o, gate|up or down.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hat_lib.model.granularity import LINEARS
+from hat_lib.model.modes import Context
+
+
+class Correction(nn.Module):
+    """The terms of one site. Untrained, they are zero.
+
+    Args:
+        inputs: channels of the site, C.
+        outputs: of each linear layer that reads them.
+        rank: of ``B A``; 0 leaves the constant vector alone.
+    """
+
+    def __init__(self, inputs: int, outputs: list[int], rank: int):
+        super().__init__()
+        self.outputs = outputs
+        self.down = nn.Parameter(torch.randn(rank, inputs) / inputs**0.5)
+        self.up = nn.Parameter(torch.zeros(sum(outputs), rank))
+        self.shift = nn.Parameter(torch.zeros(sum(outputs)))
+
+    def term(self, x: Tensor, number: int) -> Tensor:
+        """What is added to the output of linear layer ``number`` of the site: ``[..., C] -> [..., out]``."""
+        up, shift = (t.split(self.outputs)[number].to(x.dtype) for t in (self.up, self.shift))
+        return F.linear(F.linear(x, self.down.to(x.dtype)), up, shift)
+
+    @torch.no_grad()
+    def update(self) -> Tensor:
+        """``B A``, fp32 ``[out, C]``, the site's linear layers one after another."""
+        return self.up @ self.down
+
+
+class Corrections(nn.ModuleDict):
+    """One `Correction` a layer and site, by ``"{layer}_{site}"``.
+
+    Args:
+        layers: a base's decoder layers.
+        rank: of each.
+    """
+
+    def __init__(self, layers: nn.ModuleList, rank: int):
+        super().__init__()
+        for i, layer in enumerate(layers):
+            for site, names in LINEARS.items():
+                linears = [layer.get_submodule(name) for name in names]
+                sizes = [linear.out_features for linear in linears]
+                self[f"{i}_{site}"] = Correction(linears[0].in_features, sizes, rank)
+
+    def attach(self, layers: nn.ModuleList, context: Context) -> list:
+        """Hook every linear layer; returns the handles."""
+        return [
+            layer.get_submodule(name).register_forward_hook(AddTerm(self[f"{i}_{site}"], number, context), prepend=True)
+            for i, layer in enumerate(layers)
+            for site, names in LINEARS.items()
+            for number, name in enumerate(names)
+        ]
+
+
+class AddTerm(NamedTuple):
+    """The forward hook on a linear layer."""
+
+    correction: Correction
+    number: int
+    context: Context
+
+    def __call__(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+        return out + self.correction.term(args[0], self.number) if self.context.mode.corrected else None

@@ -1,0 +1,191 @@
+"""Corrections: nothing until trained, never in the dense model, one definition on both paths."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_transformer import GREEDY, apart, close, stepwise
+from tiny_runs import new_hat, random_blocks, run_phase, tiny, untrained
+
+from hat_lib.config import HatConfig, HatError
+from hat_lib.model.granularity import LINEARS
+from hat_lib.model.transformer import HierarchicalTransformer
+
+
+@pytest.fixture
+def ids():
+    return torch.from_numpy(np.random.default_rng(1).integers(5, 250, (3, 14)))
+
+
+def corrected(rank=2, size=0.2, base=None):
+    """Calibrated, its corrections random."""
+    torch.manual_seed(0)
+    hat = untrained("channel", base, correction_rank=rank)
+    hat.calibration = new_hat("channel").calibration
+    with torch.no_grad():
+        for correction in hat.corrections.values():
+            correction.up.normal_(0, size), correction.shift.normal_(0, size)
+    return hat
+
+
+def merged(hat):
+    """A plain base whose linear layers hold the corrections."""
+    lm = tiny().model
+    with torch.no_grad():
+        for i, layer in enumerate(lm.model.layers):
+            for site, names in LINEARS.items():
+                correction = hat.corrections[f"{i}_{site}"]
+                sizes = correction.outputs
+                parts = (correction.up @ correction.down).split(sizes), correction.shift.split(sizes)
+                for name, update, shift in zip(names, *parts, strict=True):
+                    linear = layer.get_submodule(name)
+                    linear.weight += update
+                    linear.bias = torch.nn.Parameter(shift.clone())
+    return lm
+
+
+@torch.no_grad()
+def test_untrained_they_change_nothing(ids):
+    plain, hat = new_hat("channel"), untrained(correction_rank=3)
+    hat.calibration = plain.calibration
+    for capacity in (1.0, 0.5):
+        with plain.at(capacity), hat.at(capacity):
+            assert torch.equal(hat.lm(ids).logits, plain.lm(ids).logits)
+
+
+@torch.no_grad()
+def test_the_dense_model_is_the_base(ids):
+    base = tiny()
+    expected, before = base.model(ids).logits, base.fingerprint
+    hat = corrected(base=base)
+    assert torch.equal(hat.lm(ids).logits, expected)
+    with hat.at(0.5):
+        assert apart(hat.lm(ids).logits, expected)
+        with hat.dense():
+            assert torch.equal(hat.lm(ids).logits, expected)
+            close(stepwise(hat.lm, ids), expected)
+    back = hat.unload()
+    assert back.fingerprint == before and torch.equal(back.model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@torch.no_grad()
+def test_they_are_an_update_of_the_weights_and_a_bias(rank, ids):
+    hat = corrected(rank)
+    expected = merged(hat)(ids).logits
+    with hat.correcting():
+        close(hat.lm(ids).logits, expected)
+        close(stepwise(hat.lm, ids), expected)
+        assert hat.lm(ids[:1]).logits.shape == hat.lm(ids[:1], use_cache=False).logits.shape
+    assert apart(expected, tiny().model(ids).logits)
+
+
+@torch.no_grad()
+def test_the_engine_decodes_as_the_reference_path_does(ids):
+    hat = corrected()
+    with hat.at(0.5):
+        assert hat.decoding.startswith("engine")
+        with hat.collect() as states:
+            found = stepwise(hat.lm, ids)
+        assert all(state.executed is not None for state in states)
+        with hat.reference():
+            close(found, stepwise(hat.lm, ids))
+        # A row alone, and one that padding moves to the right.
+        close(stepwise(hat.lm, ids[1:2]), found[1:2])
+        padded = torch.nn.functional.pad(ids, (4, 0))
+        mask = torch.nn.functional.pad(torch.ones_like(ids), (4, 0))
+        close(hat.lm(padded, attention_mask=mask).logits[:, 4:], found)
+
+
+@torch.no_grad()
+def test_the_engine_takes_new_ones(ids):
+    hat = corrected()
+    with hat.at(0.5):
+        before = stepwise(hat.lm, ids)
+        hat.corrections["1_down"].shift += 1
+        after = stepwise(hat.lm, ids)
+        assert apart(after, before)
+        with hat.reference():
+            close(after, stepwise(hat.lm, ids))
+
+
+@torch.no_grad()
+def test_hooks_see_the_values_used_and_send_decoding_to_the_reference_path(ids):
+    base, seen = tiny(), {}
+    attention = base.model.model.layers[1].self_attn
+    early = attention.q_proj.register_forward_hook(lambda m, args, out: seen.update(early=out))
+    hat = corrected(base=base)
+    with hat.correcting():
+        hat.lm(ids)
+        late = attention.q_proj.register_forward_hook(lambda m, args, out: seen.update(late=out, x=args[0]))
+        hat.lm(ids)
+        assert "hooks" in hat.decoding
+    late.remove(), early.remove()
+    expected = attention.q_proj(seen["x"]) + hat.corrections["1_qkv"].term(seen["x"], 0)
+    assert torch.equal(seen["late"], expected) and torch.equal(seen["early"], expected)
+    assert hat.decoding.startswith("engine")
+
+
+@torch.no_grad()
+def test_saved_copied_and_loaded(tmp_path, ids):
+    hat = corrected()
+    hat.save_pretrained(tmp_path / "c")
+    loaded = HierarchicalTransformer.from_pretrained(tmp_path / "c", tiny())
+    twin = copy.deepcopy(hat)
+    with hat.at(0.5), loaded.at(0.5), twin.at(0.5):
+        expected = hat.lm(ids).logits
+        assert torch.equal(loaded.lm(ids).logits, expected) and torch.equal(twin.lm(ids).logits, expected)
+        made = [m.lm.generate(ids[:1], **GREEDY) for m in (hat, loaded, twin)]
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+    plain = new_hat("channel")
+    with pytest.raises(HatError, match="unexpected key 'corrections"):
+        plain.load_adapter(_read(tmp_path / "c"))
+
+
+def _read(folder):
+    from hat_lib.model.checkpoint import read_checkpoint
+
+    return read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"correction_rank": -1}, "correction_rank must be a whole number of at least 0, got -1"),
+        ({"correction_rank": 1.5}, "correction_rank must be a whole number"),
+        ({"correction_rank": 1, "granularity": "token"}, "corrections are of the channel grain"),
+    ],
+)
+def test_configs_that_cannot_be(changes, message):
+    config = HatConfig(4)
+    with pytest.raises(HatError, match=message):
+        replace(config, **changes)
+
+
+def test_a_model_without_them():
+    with pytest.raises(HatError, match="no corrections"):
+        new_hat("channel").correcting()
+
+
+def test_training_brings_the_gated_model_nearer_to_its_base(tmp_path):
+    hat = corrected(size=0.0)
+    before, fingerprint = copy.deepcopy(hat.state_dict()), hat.base.fingerprint
+
+    def kl():
+        ids = torch.tensor(random_blocks())  # as in training
+        with torch.no_grad():
+            base = hat.lm(ids).logits.log_softmax(-1)
+            with hat.at(0.4):
+                return float((base.exp() * (base - hat.lm(ids).logits.log_softmax(-1))).sum(-1).mean())
+
+    untrained_kl = kl()
+    run_phase(hat, tmp_path, steps=60, router_lr=1e-9, correction_lr=5e-3, capacity=0.4, spread=0.0, anneal=0.0)
+    assert kl() < 0.9 * untrained_kl
+    moved = {n for n, t in hat.state_dict().items() if not torch.equal(t, before[n]) and n.startswith("corrections.")}
+    assert moved == {n for n in before if n.startswith("corrections.")}
+    from hat_lib.backbone.base import fingerprint as now
+
+    assert now(hat.base.model) == fingerprint
