@@ -98,7 +98,8 @@ class FastPath:
         self._held_then = [*map(dict, self._held)]
         self._forwards = [vars(m) for m in modules if m is not self.lm and "forward" not in vars(m)]
         # Torch counts changes in place, but not of what was made in inference mode.
-        self._counted = [p for p in self.lm.parameters() if not p.is_inference()]
+        packed = (*self.lm.parameters(), *self.hat.corrections.parameters())
+        self._counted = [p for p in packed if not p.is_inference()]
         self._trained = [p for p in self.hat.hat_parameters().values() if not p.is_inference()]
         self._reference = self.lm.forward
 
@@ -297,13 +298,12 @@ class FastPath:
     @property
     def decoder(self) -> Decoder:
         """The packed base, as its weights are now."""
-        mode, corrections = self.context.mode, self.hat.corrections
-        now = sum(map(VERSION, (*self._counted, *corrections.parameters())))
+        mode, now = self.context.mode, sum(map(VERSION, self._counted))
         if now != self._packed:
             self._decoders, self._packed = {}, now  # before there are others
         key = mode.weights or self.form, mode.corrected
         if key not in self._decoders:
-            self._decoders[key] = Decoder(self.lm, key[0], corrections if mode.corrected else None)
+            self._decoders[key] = Decoder(self.lm, key[0], self.hat.corrections if mode.corrected else None)
         return self._decoders[key]
 
     def _decide(self, routed, exits, decoder: Decoder, places: slice) -> Decisions:

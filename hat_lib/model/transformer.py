@@ -73,9 +73,9 @@ class HierarchicalTransformer(Modes, nn.Module):
         lm, grain, width = base.model, GRAINS[config.granularity], base.model.config.hidden_size
         if config.n_layers != lm.config.num_hidden_layers:
             raise HatError(f"the config is for {config.n_layers} layers, {base.name} has {lm.config.num_hidden_layers}")
-        if config.translator_rank > width:
-            rank = config.translator_rank
-            raise HatError(f"translator_rank must be at most {width}, the hidden size of {base.name}, got {rank}")
+        for name in ("translator_rank", "correction_rank"):
+            if (rank := getattr(config, name) or 0) > width:
+                raise HatError(f"{name} must be at most {width}, the hidden size of {base.name}, got {rank}")
         if calibration is not None:
             calibration.check(config)
         for override in filter(None, (vars(layer).get("forward") for layer in lm.model.layers)):

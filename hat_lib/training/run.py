@@ -79,6 +79,7 @@ class Run:
         for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
                 raise HatError(f"{name} must be {getattr(kind, '__name__', kind)}, got {getattr(self, name)!r}")
+        HatConfig(1, self.granularity, correction_rank=self.correction_rank)  # raises now, not once there is text
 
     @property
     def phases(self) -> tuple[str, ...]:

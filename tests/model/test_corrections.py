@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from test_transformer import GREEDY, apart, close, stepwise
-from tiny_runs import new_hat, random_blocks, run_phase, tiny, untrained
+from tiny_runs import new_hat, random_blocks, run_phase, tiny, tiny_run, untrained
 
 from hat_lib.config import HatConfig, HatError
 from hat_lib.model.granularity import LINEARS
@@ -163,6 +163,14 @@ def test_configs_that_cannot_be(changes, message):
     config = HatConfig(4)
     with pytest.raises(HatError, match=message):
         replace(config, **changes)
+
+
+def test_a_rank_beyond_the_width_and_a_grain_without_them():
+    base = tiny()
+    with pytest.raises(HatError, match="correction_rank must be at most .*, the hidden size of random:tiny, got 65537"):
+        HierarchicalTransformer(base, HatConfig.default(base, correction_rank=65537))
+    with pytest.raises(HatError, match="corrections are of the channel grain"):
+        replace(tiny_run("token", "addresses"), correction_rank=1)
 
 
 def test_a_model_without_them():
