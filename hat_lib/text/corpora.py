@@ -7,7 +7,7 @@ short for a confidence interval.
 ``docstrings`` (domain B)  the prose of a graph library's documentation strings, one document per module.
 Nothing is ever trained or calibrated on it, so it has only a test split.
 
-``encyclopedia``  106 articles of the English Wikipedia of 2016 (CC BY-SA), which travel with the tests of a library for
+``encyclopedia``  102 articles of the English Wikipedia of 2016 (CC BY-SA), which travel with the tests of a library for
 topic models. Only a test split; for last measurements alone, of which no choice is made.
 """
 

@@ -48,10 +48,6 @@ def prose(markup: str) -> Iterator[str]:
     text = html.unescape(re.sub(r"'{2,}", "", text))
     for line in text.split("\n"):
         line = " ".join(EMPTY.sub("", line).split()).replace(" ,", ",").replace(" .", ".")
-        if (
-            len(line.split()) >= 8
-            and line[0].isupper()
-            and line[-1] in '.!?"'
-            and not re.search(r"[{}\[\]|<>\\]", line)
-        ):
+        sentences = len(line.split()) >= 8 and line[0].isupper() and line[-1] in '.!?"'
+        if sentences and not re.search(r"[{}\[\]|<>\\]", line):
             yield line

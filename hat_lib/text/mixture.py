@@ -103,7 +103,7 @@ def self_text(
         batch_size: blocks that are sampled at once. Changing it changes the text.
         seed: at least 0.
 
-    Batches are kept under ``cache_dir()/self_text``, by all that changes them; damaged ones are made again.
+    Batches are kept under ``cache_dir()/SOURCE_text``, by all that changes them; damaged ones are made again.
     Returns rows of `load_text`, whose ``doc`` is "SOURCE-SEED:ROW". Raises `HatError` for a bad size, a base that
     carries a HierarchicalTransformer, and a cache that cannot be written.
     """
@@ -116,10 +116,9 @@ def self_text(
     if any("forward" in vars(layer) for layer in base.model.model.layers):
         raise HatError(f"{base.name} carries a HierarchicalTransformer: call its unload() first")
     shape, dtype = (batch_size, block_size), str(base.dtype).removeprefix("torch.")
-    kind = f"-p{TOP_P}-k{TOP_K}-{_hash()}" if source == OPENINGS else ""
-    folder = (
-        cache_dir() / f"{source}_text" / f"{base.fingerprint[:16]}-{dtype}-{batch_size}x{block_size}{kind}-seed{seed}"
-    )
+    name = f"{base.fingerprint[:16]}-{dtype}-{batch_size}x{block_size}-seed{seed}"
+    name += f"-p{TOP_P}-k{TOP_K}-{_hash()}" if source == OPENINGS else ""
+    folder = cache_dir() / f"{source}_text" / name
     n_rows = -(-tokens // block_size)
     files = [folder / f"{batch:05d}.npz" for batch in range(-(-n_rows // batch_size))]
 
@@ -139,8 +138,7 @@ def _sample(base: Base, shape: tuple[int, int], seed: list[int], source: str, ba
     """Token ids, int32 ``[rows, tokens]``."""
     rows, length = shape
     rng = np.random.default_rng(seed)
-    given = torch.full(shape, -1)
-    """what is not drawn"""
+    given = torch.full(shape, -1)  # a token, or -1 where one is drawn
     if source == OPENINGS:
         for row, (_, text) in enumerate(openings(rows, rng)):
             begun = base.tokenizer(text).input_ids[:length]
