@@ -9,14 +9,16 @@ budget is split over layers and sites is the ``split``:
 
 The price of gating a site is the KL divergence that it causes, by one backward pass (`hat_lib.calibration.fisher`):
 zeroing the channels with scores under a threshold changes the input x of a linear layer by -x there. At the channel
-grain another pass comes before, which measures how sensitive each token is (`hat_lib.calibration.token_sensitivity`).
+grain another pass comes before, which measures how sensitive each token is (`hat_lib.calibration.token_sensitivity`),
+and the head is one more site, whose KL divergence is measured as it is (`hat_lib.calibration.head`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,9 +27,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hat_lib.calibration.fisher import backward
+from hat_lib.calibration.head import HeadPoint, at_slope, between, head_points
 from hat_lib.calibration.token_sensitivity import SHARE, TOKENS, fit_token_sensitivity
 from hat_lib.config import HatError
-from hat_lib.model.threshold_table import EXIT_TABLES, Calibration
+from hat_lib.model.threshold_table import EXIT_TABLES, HEAD_TABLES, Calibration
 from hat_lib.model.transformer import HierarchicalTransformer
 
 # Shares at which the damage is priced; k and p of the damage model are a line through them in log-log.
@@ -47,6 +50,8 @@ SPLITS = ("damage", "uniform", "learned")
 
 Split = Callable[[float], dict[tuple[int, str], float]]
 """budget in (0, 1) -> threshold of each gated (layer, site)"""
+HeadSplit = Callable[[float], tuple[float, float, float] | None]
+"""budget -> threshold, margin and expected share of the head; None reads it in full"""
 
 
 def calibrate(
@@ -55,6 +60,7 @@ def calibrate(
     *,
     split: str = "damage",
     token_sensitivity: bool = True,
+    head: bool = True,
     probe_tokens: int = 4096,
     seed: int = 0,
     text: str = "",
@@ -66,6 +72,7 @@ def calibrate(
         blocks: token-id lists from held-out text; every fourth one serves the table of capacities alone.
         split: "damage" or "uniform", see the module's docstring.
         token_sensitivity: channel grain: measure which tokens lose more by gating; otherwise all are treated alike.
+        head: channel grain: decide about the head, too; otherwise it is read in full, and no part of a capacity.
         probe_tokens: how many of the other tokens the backward pass sees, in whole blocks.
         seed: for the targets sampled from the base.
         text: what the blocks are, kept in the checkpoint.
@@ -87,66 +94,103 @@ def calibrate(
             fit_token_sensitivity(hat, _spread(fit, TOKENS), quantiles.cuts(SHARE), seed, progress)
             quantiles = score_quantiles(hat, fit, progress)
         work = np.tile(hat.site_work, (hat.config.n_layers, 1))
+        points = head_points(hat, fit, progress) if head and hat.config.granularity == "channel" else []
         if split == "damage":
             damage = _fit_damage(_damage(hat, _spread(fit, probe_tokens), quantiles, seed, progress))
             if hat.config.granularity == "token":
                 work[0] = 1e-12  # layer 0's FFN always runs
+    head_work = hat.head_work if points else 0.0
+    whole = work.sum() + head_work
+
+    @lru_cache
+    def split_at(budget: float) -> tuple[np.ndarray, HeadPoint | None]:
+        if split == "damage":
+            return allocate(damage[0], work / whole, budget, damage[1], FLOOR, points, head_work / whole)
+        return np.full_like(work, budget), between(points, budget) if points else None
 
     def at(budget: float) -> dict[tuple[int, str], float]:
-        shares = np.full_like(work, budget)
-        if split == "damage":
-            shares = allocate(damage[0], work / work.sum(), budget, damage[1], FLOOR)
+        shares = split_at(budget)[0]
         return {(i, s): quantiles.cut((i, s), shares[i, hat.grain.sites.index(s)]) for i, s in quantiles.tables}
 
+    def head_at(budget: float) -> tuple[float, float, float] | None:
+        point = split_at(budget)[1]
+        return point and (point.threshold, point.margin, point.share)
+
     text = f"{text}; quantiles of {quantiles.scores} scores a site from {quantiles.tokens} tokens".removeprefix("; ")
-    return _set_table(hat, at, check, split, text, progress)
+    return _set_table(hat, at, head_at, check, split, text, progress)
 
 
 def calibrate_learned(
-    hat: HierarchicalTransformer, blocks: Iterable[list[int]], split: Split, *, text: str = "", progress: bool = True
+    hat: HierarchicalTransformer,
+    blocks: Iterable[list[int]],
+    split: Split,
+    head: HeadSplit,
+    *,
+    text: str = "",
+    progress: bool = True,
 ) -> Calibration:
-    """As `calibrate`, for trained routers: ``split`` gives the thresholds that they were trained with."""
-    return _set_table(hat, split, held_out_parts(hat, blocks)[1], "learned", text, progress)
+    """As `calibrate`, for trained routers: ``split`` gives the thresholds that they were trained with, ``head`` the
+    head's."""
+    return _set_table(hat, split, head, held_out_parts(hat, blocks)[1], "learned", text, progress)
 
 
 def allocate(
-    sensitivity: np.ndarray, work: np.ndarray, budget: float, exponent: np.ndarray, floor: float
-) -> np.ndarray:
-    """Which share each site keeps under one budget: shares in [floor, 1], of the shape of all arguments, that minimise
-    ``sum k (1-s)^p`` under ``sum w s = budget`` (k ``sensitivity``, p ``exponent``, w ``work``, which sums to 1).
+    sensitivity: np.ndarray,
+    work: np.ndarray,
+    budget: float,
+    exponent: np.ndarray,
+    floor: float,
+    points: Sequence[HeadPoint] = (),
+    head_work: float = 0.0,
+) -> tuple[np.ndarray, HeadPoint | None]:
+    """Which share each site keeps under one budget, and at which point the head runs.
 
-    Lagrange gives ``1 - s_i = (lambda w_i / (p_i k_i))^(1/(p_i-1))``, clipped; lambda by bisection. Shares grow with
-    the budget at every site; one with zero sensitivity gets the floor.
+    Shares in [floor, 1], of the shape of all arrays, that minimise ``sum k (1-s)^p + KL_h`` under
+    ``sum w s + w_h s_h = budget`` (k ``sensitivity``, p ``exponent``, w ``work`` and w_h ``head_work``, 1 in all; KL_h
+    and s_h of the head, on the line through ``points``, if there are any).
+
+    Lagrange gives ``1 - s_i = (lambda w_i / (p_i k_i))^(1/(p_i-1))``, clipped, and the point at which the head's line
+    has the slope ``lambda w_h``; lambda by bisection. Shares grow with the budget at every site; one with zero
+    sensitivity gets the floor.
     """
     k = np.maximum(sensitivity, 1e-12)
 
-    def shares(log_lambda: float) -> np.ndarray:
-        return np.clip(1 - np.exp((log_lambda + np.log(work / (exponent * k))) / (exponent - 1)), floor, 1.0)
+    def shares(log_lambda: float) -> tuple[np.ndarray, float]:
+        of_sites = np.clip(1 - np.exp((log_lambda + np.log(work / (exponent * k))) / (exponent - 1)), floor, 1.0)
+        return of_sites, at_slope(points, np.exp(log_lambda) * head_work) if points else 1.0
 
     low, high = -80.0, 80.0  # of log lambda; the kept work falls as lambda grows
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if (work * shares(middle)).sum() > budget else (low, middle)
-    return shares((low + high) / 2)
+        of_sites, of_head = shares(middle)
+        low, high = (middle, high) if (work * of_sites).sum() + head_work * of_head > budget else (low, middle)
+    of_sites, _ = shares(high)
+    left = (budget - (work * of_sites).sum()) / head_work if points else 1.0
+    return of_sites, between(points, left) if points else None
 
 
 @torch.no_grad()
 def _set_table(
-    hat: HierarchicalTransformer, split: Split, blocks: list[Tensor], method: str, text: str, progress: bool
+    hat: HierarchicalTransformer, split: Split, head: HeadSplit, blocks: list[Tensor], method: str, text: str, progress
 ) -> Calibration:
-    """Run each of `BUDGETS` through ``split`` on ``blocks``, and set the table; the tables of exits stay."""
+    """Run each of `BUDGETS` on ``blocks``, split by ``split`` and ``head``, and set the table; tables of exits stay."""
     sites = hat.grain.sites
-    thresholds, shares, capacities = [], [], []
+    thresholds, shares, capacities, heads = [], [], [], []
     for budget in tqdm(BUDGETS, desc="capacities", disable=not progress):
-        chosen = split(budget)
-        kept, capacity, tokens = 0.0, 0.0, 0
-        with hat.dense(), hat.using(hat.threshold_policy(chosen)), hat.correcting(len(hat.corrections) > 0):
-            for size in forwards(hat, blocks):
+        chosen, of_head = split(budget), head(budget)
+        kept, capacity, head_share, tokens = 0.0, 0.0, 0.0, 0
+        shortlist = of_head and hat.shortlist(*of_head)
+        corrected = hat.correcting(len(hat.corrections) > 0)
+        with hat.dense(), hat.using(hat.threshold_policy(chosen)), corrected, hat.shortlisting(shortlist):
+            for size in forwards(hat, blocks, logits=0 if of_head else 1):
                 kept = kept + hat.trace.site_share.flatten(2).sum(-1).double().cpu().numpy()
                 capacity += hat.trace.capacity * size
+                head_share += hat.trace.head_share * size
                 tokens += size
-        capacities.append(capacity / tokens)
+        capacities.append(min(1.0, capacity / tokens))  # a shortlist may be long on text that the base does not know
         shares.append(kept / tokens)
+        if of_head:
+            heads.append([*of_head[:2], head_share / tokens])
         # A site that always runs is never asked; any finite number stands for it.
         thresholds.append([[chosen.get((i, s), 0.0) for s in sites] for i in range(hat.config.n_layers)])
     # At 1.0 the lowest score is kept: magnitudes end at 0, a token router's scores a little below the last threshold.
@@ -160,16 +204,20 @@ def _set_table(
         method=method,
         text=text,
     )
+    if heads:
+        cuts, margins, head_shares = zip(*heads, strict=True)
+        tables = [*np.minimum.accumulate(cuts), 0.0], [*np.maximum.accumulate(margins), max(margins)], [*head_shares, 1]
+        found = replace(found, **{name: _rounded(t) for name, t in zip(HEAD_TABLES, tables, strict=True)})
     if old := hat.calibration:
         found = replace(found, **{name: getattr(old, name) for name in EXIT_TABLES})
     hat.calibration = found
     return found
 
 
-def forwards(hat, blocks: Iterable[Tensor], label: str = "", progress: bool = False) -> Iterator[int]:
-    """Run each of ``blocks`` (``[1, T]``) and yield its number of tokens."""
+def forwards(hat, blocks: Iterable[Tensor], label: str = "", progress: bool = False, logits: int = 1) -> Iterator[int]:
+    """Run each of ``blocks`` (``[1, T]``) and yield its number of tokens; ``logits`` are those to keep, 0 for all."""
     for block in tqdm(blocks, desc=label, disable=not progress):
-        hat.lm(block, use_cache=False, logits_to_keep=1)
+        hat.lm(block, use_cache=False, logits_to_keep=logits)
         yield block.shape[1]
 
 

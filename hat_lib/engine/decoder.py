@@ -23,11 +23,11 @@ class Decoder:
     Args:
         lm: a `LlamaForCausalLM` on the CPU, in float32 or bfloat16; its products' weights are copied.
         form: of the copy, "base", "int8" or "q4".
-        corrections: as for `pack`.
+        corrections, preview: as for `pack`.
     """
 
-    def __init__(self, lm, form: str = "base", corrections=None):
-        self.lm, self.weights = lm, pack(lm, form, corrections)
+    def __init__(self, lm, form: str = "base", corrections=None, preview: bool = False):
+        self.lm, self.weights = lm, pack(lm, form, corrections, preview)
         self.size, self.dtype = lm.config.head_dim, lm.dtype
         self.inputs, self.outputs = widths(lm)
         self.channels = np.array(self.inputs)[:, None, None]
@@ -42,7 +42,7 @@ class Decoder:
         cuts = [np.full((layers, c), -1, np.float32) for c in self.inputs]
         return Decisions(
             *cuts, z(layers, 0), z(layers), z(layers, 0), z(layers, 1), np.full(layers, -1),
-            z(0, d), z(0, 1), z(0, d), z(0, d), z(0, 0, d), z(0, d, 0),
+            z(0, d), z(0, 1), z(0, d), z(0, d), z(0, 0, d), z(0, d, 0), z(0), np.float32(0),
         )  # fmt: skip
 
     def step(
@@ -55,7 +55,7 @@ class Decoder:
         first: np.ndarray,
         protected: np.ndarray,
         threads: int | None = None,
-    ) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    ) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
         """Run ``B * T <= 8`` tokens; their keys and values are appended to the cache.
 
         Args:
@@ -64,8 +64,8 @@ class Decoder:
             first: int64 ``[B]``: the first place of the cache that a sequence sees.
             threads: at most so many, and no more than there are cores; None: as many as torch uses.
 
-        Returns logits ``[B, T, V]`` in the base's dtype, channels kept at each product, int32 ``[L, 5, B, T]``, and
-        layers run, int64 ``[B, T]``.
+        Returns logits ``[B, T, V]`` in the base's dtype, channels kept at each product, int32 ``[L, 5, B, T]``, layers
+        run, int64 ``[B, T]``, and of a gated head the channels and logits that it read, int32 ``[2, B, T]``.
         """
         w, (b, t), n = self.weights, ids.shape, cache.get_seq_length()
         room = room_for(cache, b, w.kv_heads, self.size, self.dtype, t)
@@ -86,12 +86,14 @@ class Decoder:
             values=room.arrays[1],
             kept=np.zeros((threads, layers, FFN + 1, b * t), np.int32),
             exits=np.empty(b * t, np.int64),
+            head=np.zeros((threads, 2, b * t), np.int32),
             logits=logits,
         )
         team.run(decode_step, (w, decide, rows, scratch), threads)
         room.length = n + t
         logits = torch.from_numpy(logits.reshape(b, t, -1)).view(self.dtype)
-        return logits, rows.kept.sum(0).reshape(layers, FFN + 1, b, t), rows.exits.reshape(b, t)
+        kept, head = rows.kept.sum(0).reshape(layers, FFN + 1, b, t), rows.head.sum(0).reshape(2, b, t)
+        return logits, kept, rows.exits.reshape(b, t), head
 
     def _rotary(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin ``[R, h/2]`` of the base's own rotary embedding, rounded as it rounds them."""
@@ -123,6 +125,8 @@ class Decoder:
             rows=np.zeros((threads, 5, rows), bool),
             unused=np.zeros((threads, rows), np.int32),
             small=z(threads, 4096),
+            preview=z(rows, self.weights.preview.shape[1]),
+            best=z(threads, rows),
         )
         return self._scratch[threads, rows]
 

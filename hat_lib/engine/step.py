@@ -34,6 +34,8 @@ from hat_lib.engine.team import meet
 
 SENSITIVITY_LIMIT = np.float32(3)
 """as `hat_lib.model.routers.SENSITIVITY_LIMIT`"""
+PIECE = 256
+"""tokens of the vocabulary that one thread looks at together"""
 QKV, OUT, GATE_UP, DOWN, FFN = range(5)
 """places in ``Rows.kept``"""
 
@@ -47,6 +49,8 @@ class Weights(NamedTuple):
     """``[V, D]``, as the base has it or in eight bits"""
     head_scale: ndarray
     """float32 ``[V]``, or empty"""
+    preview: ndarray
+    """``[D, V]``: the head's weights once more, transposed; of no rows where the head is never gated"""
     qkv: ndarray
     o: ndarray
     gate_up: ndarray
@@ -100,6 +104,10 @@ class Decisions(NamedTuple):
     """``[E, rank, D]``"""
     expand: ndarray
     """``[E, D, rank]``"""
+    cut_head: ndarray
+    """``[D]``, or empty: a channel is in the preview of the logits if its magnitude is above"""
+    margin: np.float32
+    """below the best preview, within which a logit is read in full"""
 
 
 class Rows(NamedTuple):
@@ -124,6 +132,8 @@ class Rows(NamedTuple):
     """int32 ``[P, L, 5, R]``, to be summed over threads: channels kept at each product, and 1 where the FFN ran"""
     exits: ndarray
     """int64 ``[R]``: layers that each token ran"""
+    head: ndarray
+    """int32 ``[P, 2, R]``, to be summed over threads: channels of the preview, and logits read in full"""
     logits: ndarray
     """``[R, V]``, in the dtype of the base: torch's threads, woken to convert it, would go on spinning beside ours"""
 
@@ -157,6 +167,10 @@ class Scratch(NamedTuple):
     """int32 ``[P, R]``: for counts that another thread makes"""
     small: ndarray
     """``[P, rank]``"""
+    preview: ndarray
+    """``[R, V]``, or empty"""
+    best: ndarray
+    """``[P, R]``: of the previews that each thread made"""
 
 
 @compiled()
@@ -296,6 +310,33 @@ def attend(q, keys, values, first, last, factor, scores, out):
             out[e] += weight * as_float(value[e])
 
 
+@compiled(reorder=True)
+def largest(x):
+    top = -np.float32(np.inf)
+    for i in range(x.shape[0]):
+        top = max(top, x[i])
+    return top
+
+
+@compiled()
+def shortlist(head, scale, x, preview, floor, logits, t, team):
+    """This thread's logits of one row: previews, and in full those that reach ``floor``, whose number is returned.
+
+    Threads take pieces in turns: likely tokens have low numbers, and one thread would have most of them.
+    """
+    found, vocabulary = 0, logits.shape[0]
+    for piece in range(t * PIECE, vocabulary, team * PIECE):
+        for v in range(piece, min(piece + PIECE, vocabulary)):
+            value = preview[v]
+            if value >= floor:
+                value = dot(head[v], x)
+                if scale.shape[0]:
+                    value *= scale[v]
+                found += 1
+            logits[v] = as_stored(value, logits[v])
+    return found
+
+
 @compiled()
 def store(heads, r, head, place, to):
     """Put one head of a row into the cache, rounded as the cache is."""
@@ -431,5 +472,23 @@ def decode_step(t, team, barrier, base, decide, rows, room):
 
     normed(h, base.last_norm, base.eps, x)
     vocabulary = base.head.shape[0]
-    dots(base.head, base.head_scale, x, rows.logits, vocabulary * t // team, vocabulary * (t + 1) // team)
+    v0, v1 = span(vocabulary, t, team, 32), span(vocabulary, t + 1, team, 32)
+    if not decide.cut_head.shape[0]:
+        dots(base.head, base.head_scale, x, rows.logits, v0, v1)
+        meet(barrier, team)
+        return
+    for r in range(count):
+        scale[r], whole[r] = F1, False
+    counts = rows.head[t, 0] if t == 0 else unused
+    n = keep(x, 0, wide_d, decide.cut_head, scale, whole, everyone, index, picked, counts)
+    wide(base.preview, base.head_scale, base.o_bias[0, :0], index, picked, n, room.preview, v0, v1)
+    for r in range(count):
+        room.best[t, r] = largest(room.preview[r, v0:v1])
+    if meet(barrier, team):
+        return
+    for r in range(count):
+        floor = largest(room.best[:team, r]) - decide.margin
+        rows.head[t, 1, r] = shortlist(
+            base.head, base.head_scale, x[r], room.preview[r], floor, rows.logits[r], t, team
+        )
     meet(barrier, team)

@@ -49,12 +49,13 @@ def unfit(lm, form: str) -> str | None:
 
 
 @torch.no_grad()
-def pack(lm, form: str = "base", corrections=None) -> Weights:
+def pack(lm, form: str = "base", corrections=None, preview: bool = False) -> Weights:
     """The weights of a `LlamaForCausalLM` on the CPU, in float32 or bfloat16.
 
     Args:
         form: "base", "int8" or "q4"; ValueError if the base is `unfit`.
         corrections: a model's, which become part of the products; None for the base itself.
+        preview: whether the head's weights are packed once more, transposed, for a head that is gated.
     """
     if why := unfit(lm, form):
         raise ValueError(why)
@@ -83,6 +84,8 @@ def pack(lm, form: str = "base", corrections=None) -> Weights:
                 biases[i] += 0 if correction is None else correction.shift
         packed |= {name: as_numpy(weights), f"{name}_scale": scales.numpy(), f"{name}_bias": biases.numpy()}
     head, head_scale = (lm.lm_head.weight, torch.zeros(0)) if form == "base" else _eight_bits(lm.lm_head.weight)
+    columns = _room((head.shape[1], len(head) if preview else 0), head.dtype)
+    columns.copy_(head[: columns.shape[1]].t())
     norms = torch.stack([
         torch.stack([layer.get_submodule(norm).weight.float() for layer in layers])
         for norm in ("input_layernorm", "post_attention_layernorm")
@@ -91,6 +94,7 @@ def pack(lm, form: str = "base", corrections=None) -> Weights:
         embed=as_numpy(lm.model.embed_tokens.weight),
         head=as_numpy(head),
         head_scale=head_scale.numpy(),
+        preview=as_numpy(columns),
         **packed,
         norms=norms.numpy(),
         last_norm=lm.model.norm.weight.float().numpy(),

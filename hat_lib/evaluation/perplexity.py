@@ -60,6 +60,8 @@ class Score:
     capacity: float = 1.0
     exit_rate: float = 0.0
     model_share: float = 1.0
+    layer_capacity: float = 1.0
+    """`capacity` without the head"""
     exits: np.ndarray | None = None
     """real tokens by the layers that they ran, int64 ``[L + 1]``; None for a plain model"""
     agreement: Agreement | None = None
@@ -228,6 +230,7 @@ class _Tally:
 
     def __init__(self, lm: LlamaForCausalLM, hat: HierarchicalTransformer | None, n_blocks: int):
         self.head, self.spent = lm.lm_head, None if hat is None else WorkTally(hat)
+        self.dense = nullcontext if hat is None else hat.dense
         self.nll, self.tokens = np.zeros(n_blocks), np.zeros(n_blocks, dtype=np.int64)
         self.agreed, self.same, self.divergence = 0, 0, 0.0
 
@@ -240,7 +243,8 @@ class _Tally:
             np.add.at(self.nll, blocks, losses.double().cpu().numpy())
             np.add.at(self.tokens, blocks, 1)
             if base is not None:
-                other = self.head(base[row, column - 1]).float()
+                with self.dense():
+                    other = self.head(base[row, column - 1]).float()
                 p, q = F.log_softmax(other, dim=-1), F.log_softmax(logits, dim=-1)
                 self.same += int((other.argmax(-1) == logits.argmax(-1)).sum())
                 self.divergence += float((p.exp() * (p - q)).sum(-1).double().sum())
@@ -253,7 +257,8 @@ class _Tally:
         found = Agreement(self.same / n, self.divergence / n, n) if n else None
         if self.spent is None:
             return Score(self.nll, self.tokens, agreement=found)
-        return Score(self.nll, self.tokens, *self.spent.shares, self.spent.exits, found)
+        spent = self.spent
+        return Score(self.nll, self.tokens, *spent.shares, spent.layer_capacity, spent.exits, found)
 
 
 @dataclass(frozen=True)

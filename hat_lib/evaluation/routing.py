@@ -101,7 +101,7 @@ def patterns(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, progres
         ids, texts = row["input_ids"], pieces(hat.base.tokenizer, row["input_ids"])
         frame = {"doc": row["doc"], "block": number, "position": range(len(ids)), "id": ids, "text": texts}
         frame |= {"class": classes(texts, [i in special for i in ids]), **token_work(hat)}
-        frame |= _losses(hat.lm, base, ours, ids)
+        frame |= _losses(hat, base, ours, ids)
         frames.append(pd.DataFrame(frame).iloc[new])
         shares.append(torch.cat([hat.trace.site_share[:, :, 0], hat.trace.share], dim=1).cpu().numpy()[:, :, new])
     tokens, share = pd.concat(frames, ignore_index=True), np.concatenate(shares, axis=2)
@@ -128,11 +128,13 @@ def token_work(hat: HierarchicalTransformer) -> dict[str, np.ndarray]:
     }
 
 
-def _losses(lm, base: Tensor, ours: Tensor, ids: Sequence[int]) -> dict:
+def _losses(hat, base: Tensor, ours: Tensor, ids: Sequence[int]) -> dict:
     """`LOSSES` of each token and of the next, nats, ``[T]``, from final states ``[T, D]``."""
     following, parts = torch.tensor([*ids[1:], 0], device=base.device), []
     for states, others, after in zip(base.split(SLICE), ours.split(SLICE), following.split(SLICE), strict=True):
-        p, q = (F.log_softmax(lm.lm_head(h).float(), dim=-1) for h in (states, others))
+        with hat.dense():
+            p = F.log_softmax(hat.lm.lm_head(states).float(), dim=-1)
+        q = F.log_softmax(hat.lm.lm_head(others).float(), dim=-1)
         surprisal, hat_surprisal = (-r.gather(1, after[:, None])[:, 0] for r in (p, q))
         entropy, kl = torch.special.entr(p.exp()).sum(-1), (p.exp() * (p - q)).sum(-1)
         parts.append(torch.stack([surprisal, entropy, hat_surprisal, hat_surprisal - surprisal, kl]))

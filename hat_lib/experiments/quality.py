@@ -26,7 +26,8 @@ from hat_lib.evaluation.perplexity import compare, score, score_each
 from hat_lib.experiments import common
 from hat_lib.experiments.common import CHECKPOINTS, TEXTS, machine, markdown, perplexity, rounded, saved
 from hat_lib.model.checkpoint import digest, read_checkpoint
-from hat_lib.model.policies import ExitPolicy
+from hat_lib.model.policies import ExitPolicy, Policy
+from hat_lib.model.threshold_table import HEAD_TABLES
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import findings, frontier
 from hat_lib.plotting.findings import said
@@ -181,7 +182,7 @@ def _on_text(hat, untrained: Path, adapters, text: str, max_tokens: int, points)
         base, (trained,) = score_each(hat, blocks, [partial(hat.at, capacity, rate)], progress=False)
         for point in group:
             try:
-                control = _control(hat, untrained, point, blocks, sample, trained.capacity)
+                control = _control(hat, untrained, point, blocks, sample, trained.layer_capacity)
             except OutOfReach as error:
                 warnings.warn(f"no row for {point.variant} at {capacity} on {text}: {error}", stacklevel=2)
                 continue
@@ -202,7 +203,7 @@ def _on_text(hat, untrained: Path, adapters, text: str, max_tokens: int, points)
 
 
 def _control(hat, untrained: Path, point: Point, blocks, sample, realised: float) -> Callable | None:
-    """Makes the context to run a control in; None for the trained model."""
+    """Makes the context to run a control in, at the trained model's work in the layers; None for that model."""
     if point.variant == "trained":
         return None
     if point.variant == "random_exits":
@@ -211,8 +212,17 @@ def _control(hat, untrained: Path, point: Point, blocks, sample, realised: float
         exits = RandomExits(exit_shares(traces, hat.config.exit_layers), point.seed)
         return partial(with_exits, hat, partial(hat.at, point.capacity, 0.0), exits)
     if point.variant == "untrained":
-        return partial(hat.using, matched(hat, as_in(hat, untrained), sample, max(0.1, realised)))
-    return partial(hat.using, CONTROLS[point.variant](hat, sample, max(0.1, realised), point.seed))
+        policy = matched(hat, as_in(hat, untrained), sample, max(0.1, realised))
+    else:
+        policy = CONTROLS[point.variant](hat, sample, max(0.1, realised), point.seed)
+    return partial(with_policy, hat, point.capacity, policy)
+
+
+@contextmanager
+def with_policy(hat: HierarchicalTransformer, capacity: float, policy: Policy):
+    """A control: another's decisions in the layers, without corrections, and the head as it is at ``capacity``."""
+    with hat.at(capacity, 0.0), hat.correcting(False), hat.using(policy):
+        yield
 
 
 @contextmanager
@@ -222,11 +232,12 @@ def with_exits(hat: HierarchicalTransformer, around: Callable, exits: ExitPolicy
 
 
 def adapter_digest(checkpoint: Path, exits: bool) -> str:
-    """Gates that are trained again leave the rows without exits as they are."""
+    """Gates that are trained again leave the rows without exits as they are, as does a head that is read in full."""
     found = read_checkpoint(checkpoint)
-    parts = {name: t.numpy().tobytes() for name, t in found.tensors.items() if exits or name.startswith("routers.")}
+    parts = {name: t.numpy().tobytes() for name, t in found.tensors.items() if exits or not name.startswith("gates.")}
     tables = asdict(found.calibration) if found.calibration else {}
-    used = {k: v for k, v in tables.items() if exits or not k.startswith("exit_")}
+    left_out = {k for k, v in tables.items() if k.startswith("exit_") and not exits or k in HEAD_TABLES and v is None}
+    used = {k: v for k, v in tables.items() if k not in left_out}
     return digest({"tables": used, **{name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}})[:16]
 
 

@@ -6,8 +6,9 @@ cost is its weights times the share that this token executed. Parts:
     attention    q, k, v and o projections; at their share (channel grain), or in full (token grain)
     ffn          gate, up and down projections, at their share
     exited_kv    K and V, dense, in each layer after the one in which a token left
-    head         the LM head, once per token; a prefill that wants one token's logits spends less
-    routers      D multiply-adds a layer (token grain: from layer 1 on); channel grain: a compare per channel, too
+    head         the LM head, once per token, at its share; a prefill that wants one token's logits spends less
+    routers      D multiply-adds a layer (token grain: from layer 1 on); channel grain: a compare per channel, too; a
+                 compare for each token of the vocabulary, where the head has a shortlist
     exits        each gate that a token reached, and the translator of the one that it took
     core         attention scores and mixing: 4 FLOPs per query channel and key seen; it reads no weights
 
@@ -75,6 +76,7 @@ def work(
     dtype: torch.dtype = torch.bfloat16,
     routed: bool = True,
     gated: bool = True,
+    head_share: float = 1.0,
 ) -> Work:
     """The cost of tokens, given what they executed.
 
@@ -84,6 +86,7 @@ def work(
         context: keys that each token attends to, itself included; a number or ``[...]``.
         dtype: of the base's weights.
         routed, gated: whether routers and exit gates ran at all.
+        head_share: of the head, shortlist included.
     """
     n_layers, d, ran = config.n_layers, lm_config.hidden_size, exit_layer.double()
     q_width = lm_config.num_attention_heads * lm_config.head_dim
@@ -103,9 +106,10 @@ def work(
         attention = zero + size["qkv"] * qkv + size["o"] * o
         return {"attention": attention, "ffn": zero + size["gate_up"] * gate_up + size["down"] * down}
 
-    head = {"head": zero + lm_config.vocab_size * d}
-    weights = linear(**shares) | {"exited_kv": 2 * kv_width * d * (n_layers - ran)} | head
-    dense = linear(**dict.fromkeys(size, n_layers)) | head
+    head = zero + lm_config.vocab_size * d
+    weights = linear(**shares) | {"exited_kv": 2 * kv_width * d * (n_layers - ran), "head": head_share * head}
+    dense = linear(**dict.fromkeys(size, n_layers)) | {"head": head}
+    compares = compares + (d + lm_config.vocab_size) * (head_share < 1)
     reached = sum(((exit_layer >= e).double() for e in config.exit_layers), zero)
     left = (exit_layer < n_layers).double()
     exit_weights = (reached * 2 * d + left * 2 * (config.translator_rank + 1) * d) * gated
@@ -133,6 +137,7 @@ def state_cost(hat: HierarchicalTransformer, state: TokenState) -> Work:
     skipped = (share < 1) & (depth < exit_layer) & real
     left = (exit_layer < state.n_layers) & real
     asked = {"routed": state.routed or bool(skipped.any()), "gated": state.gated or bool(left.any())}
+    asked["head_share"] = state.head_share
     cost = work(hat.lm.config, hat.config, share, exit_layer, context, dtype=hat.lm.dtype, **asked)
     return Work(*({part: v * real for part, v in parts.items()} for parts in vars(cost).values()))
 
@@ -153,19 +158,27 @@ class WorkTally:
 
     def __init__(self, hat: HierarchicalTransformer):
         self.hat = hat
-        self._executed, self._possible = np.zeros(3), np.zeros(3)
+        self._executed, self._possible = np.zeros(4), np.zeros(4)
         self.exits = np.zeros(hat.config.n_layers + 1, dtype=np.int64)
         """tokens by the layers that they ran, ``[L + 1]``"""
 
     def add(self, state: TokenState) -> None:
         """Count a forward."""
         cost, depths = state_cost(self.hat, state), state.exit_layer[state.real]
-        tokens, layers_run = len(depths), int(depths.sum())
-        self._executed += state.capacity * layers_run, state.exit_rate * tokens, float(cost.executed.sum())
-        self._possible += layers_run, tokens, float(cost.dense.sum())
+        tokens, routable = len(depths), int(depths.sum()) + state.head_work * len(depths)
+        executed, layers_run = float(cost.executed.sum()), int(depths.sum())
+        self._executed += (
+            state.capacity * routable, state.exit_rate * tokens, executed, state.layer_capacity * layers_run
+        )  # fmt: skip
+        self._possible += routable, tokens, float(cost.dense.sum()), layers_run
         self.exits += np.bincount(depths.cpu().numpy(), minlength=len(self.exits))
 
     @property
     def shares(self) -> tuple[float, float, float]:
         """Realised capacity, exit rate and model share."""
-        return tuple((self._executed / self._possible).tolist())
+        return tuple((self._executed / self._possible).tolist()[:3])
+
+    @property
+    def layer_capacity(self) -> float:
+        """Realised capacity of the layers alone."""
+        return float(self._executed[3] / self._possible[3])

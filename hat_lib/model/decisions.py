@@ -17,12 +17,12 @@ from hat_lib.model.policies import ExitThresholds, Forced, Threshold
 
 
 @torch.no_grad()
-def decisions(hat, dense: Decisions, routed, exits, places: slice) -> Decisions:
+def decisions(hat, dense: Decisions, routed, exits, shortlist, places: slice) -> Decisions:
     """What a `HierarchicalTransformer` decides by.
 
     Args:
         dense: decisions of the dense model.
-        routed, exits: of a mode; `KeepAll` and None leave ``dense`` as it is.
+        routed, exits, shortlist: of a mode; `KeepAll` and None leave ``dense`` as it is.
         places: of these tokens in the cache, for what is forced; channels are forced for one token alone.
     """
     made = dict(_exits(hat, dense, exits, places)) if exits else {}
@@ -30,6 +30,8 @@ def decisions(hat, dense: Decisions, routed, exits, places: slice) -> Decisions:
         made |= _ffns(hat, routed, places)
     else:
         made |= _channels(hat, dense, routed, places)
+    if shortlist is not None:
+        made |= {"cut_head": as_numpy(shortlist.cut), "margin": np.float32(shortlist.margin)}
     return dense._replace(**made)
 
 

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import output_capturing
 
 from hat_lib.model.corrections import AddTerm
+from hat_lib.model.head import HeadGate
 from hat_lib.model.modes import Mode
 from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold
 
@@ -75,8 +76,8 @@ class FastPath:
         self.hat, self.lm, self.context = hat, hat.lm, context
         self.form = "base"
         """of the packed weights, one of `WEIGHT_FORMATS`"""
-        self._decoders: dict[tuple[str, bool], Decoder] = {}
-        """by form, and whether its products are corrected"""
+        self._decoders: dict[tuple[str, bool, bool], Decoder] = {}
+        """by form, whether its products are corrected, and whether its head may be gated"""
         self._packed = 0
         self._decisions: dict[tuple, Decisions] = {}
         self._decided: tuple = ()
@@ -93,7 +94,7 @@ class FastPath:
         # What must stay as it is, in the form in which it is compared fastest: it is, before each token.
         self._hooks = [h for m in modules if m is not ours for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._own_hooks = ours._forward_hooks, ours._forward_pre_hooks
-        self._hooks_then = [sum(isinstance(h, AddTerm) for h in hooks.values()) for hooks in self._hooks]
+        self._hooks_then = [sum(map(_is_ours, hooks.values())) for hooks in self._hooks]
         self._held = [held for m in modules for held in (m._modules, m._parameters)]
         self._held_then = [*map(dict, self._held)]
         self._forwards = [vars(m) for m in modules if m is not self.lm and "forward" not in vars(m)]
@@ -208,7 +209,7 @@ class FastPath:
     def _hooks_sleep(self) -> bool:
         """Whether all hooks but our own are those that transformers leaves where hidden states were once asked for."""
         return all(
-            isinstance(hook, AddTerm) or hook.__module__ == output_capturing.__name__
+            _is_ours(hook) or hook.__module__ == output_capturing.__name__
             for hooks in self._hooks
             for hook in hooks.values()
         )
@@ -272,10 +273,10 @@ class FastPath:
         else:
             with self._lock:
                 decoder = self.decoder
-                decide = self._decide(mode.policy, mode.exits, decoder, slice(start, start + t))
+                decide = self._decide(mode.policy, mode.exits, mode.shortlist, decoder, slice(start, start + t))
             if run and Forced not in (type(mode.policy), type(mode.exits)):
                 run.ready = mode, decoder, decide
-        logits, kept, ran = decoder.step(
+        logits, kept, ran, head = decoder.step(
             input_ids.numpy(),
             cache,
             decide,
@@ -288,6 +289,9 @@ class FastPath:
         kept = kept[:, FFN:] if token else kept[:, : DOWN + 1] / decoder.channels
         state.executed = torch.from_numpy(kept.astype(np.float32))
         state.exit_layer = torch.from_numpy(ran.astype(np.int16))
+        if mode.shortlist is not None:
+            vocabulary, width = decoder.weights.head.shape
+            state.note_head(torch.from_numpy(head[0] / width + head[1] / vocabulary))
         self.context.done(state)
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep]
@@ -301,26 +305,33 @@ class FastPath:
         mode, now = self.context.mode, sum(map(VERSION, self._counted))
         if now != self._packed:
             self._decoders, self._packed = {}, now  # before there are others
-        key = mode.weights or self.form, mode.corrected
+        # Where gated forwards are corrected, the uncorrected copy serves the dense model.
+        gates_head = self.hat.gates_head and mode.corrected == bool(len(self.hat.corrections))
+        key = mode.weights or self.form, mode.corrected, gates_head or mode.shortlist is not None
         if key not in self._decoders:
-            self._decoders[key] = Decoder(self.lm, key[0], self.hat.corrections if mode.corrected else None)
+            self._decoders[key] = Decoder(self.lm, key[0], self.hat.corrections if mode.corrected else None, key[2])
         return self._decoders[key]
 
-    def _decide(self, routed, exits, decoder: Decoder, places: slice) -> Decisions:
+    def _decide(self, routed, exits, shortlist, decoder: Decoder, places: slice) -> Decisions:
         """The mode's decisions as arrays, for tokens at these places of the cache."""
         if Forced in (type(routed), type(exits)):  # another at each place
-            return decisions(self.hat, decoder.everything(), routed, exits, places)
+            return decisions(self.hat, decoder.everything(), routed, exits, shortlist, places)
         version = sum(map(VERSION, self._trained))
-        if self._decided[:3] != (routed, exits, version):
+        if self._decided[:4] != (routed, exits, shortlist, version):
             thresholds = [tuple(p.thresholds.values()) if hasattr(p, "thresholds") else None for p in (routed, exits)]
-            asked = (version, *thresholds)
+            asked = (version, shortlist, *thresholds)
             made = self._decisions.get(asked)
             if made is None:
                 while len(self._decisions) >= READY:
                     del self._decisions[next(iter(self._decisions))]  # the oldest
-                made = self._decisions[asked] = decisions(self.hat, decoder.everything(), routed, exits, places)
-            self._decided = routed, exits, version, made
-        return self._decided[3]
+                made = decisions(self.hat, decoder.everything(), routed, exits, shortlist, places)
+                self._decisions[asked] = made
+            self._decided = routed, exits, shortlist, version, made
+        return self._decided[4]
+
+
+def _is_ours(hook) -> bool:
+    return isinstance(hook, AddTerm) or isinstance(getattr(hook, "__self__", None), HeadGate)
 
 
 def warm() -> None:

@@ -47,6 +47,15 @@ def linear_work(lm_config) -> dict[str, int]:
 
 def column_norm(layer: nn.Module, site: str) -> Tensor:
     """``||W[:, i]||`` of input channel i over all outputs that read it at a site of the channel grain, fp32 ``[C]``."""
-    weights = [layer.get_submodule(name).weight.detach() for name in LINEARS[site]]
+    return _column_norm([layer.get_submodule(name).weight for name in LINEARS[site]])
+
+
+def head_norm(lm: nn.Module) -> Tensor:
+    """The same of the head, clipped so that it divides, fp32 ``[D]``."""
+    return _column_norm([lm.lm_head.weight]).clamp(min=1e-12)
+
+
+def _column_norm(weights: list[Tensor]) -> Tensor:
     # In slices: a whole matrix of a large base in fp32 takes room for nothing.
-    return torch.stack([rows.float().norm(dim=0) for w in weights for rows in w.split(1024)]).norm(dim=0)
+    parts = [rows.float().norm(dim=0) for w in weights for rows in w.detach().split(1024)]
+    return torch.stack(parts).norm(dim=0)

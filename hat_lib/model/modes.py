@@ -23,6 +23,7 @@ from hat_lib.model.token_state import Masks, TokenState
 if TYPE_CHECKING:
     from hat_lib.model.corrections import Corrections
     from hat_lib.model.forward_pass import ForwardPass
+    from hat_lib.model.head import Shortlist
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Mode:
     """decides in place of ``gated``"""
     corrected: bool = False
     """the base's products have their corrections (`hat_lib.model.corrections`)"""
+    shortlist: Shortlist | None = None
+    """how the head decides (`hat_lib.model.head`); None reads it in full"""
     compact: bool = True
     """rows that a layer does not run are left out; else they are computed, and dropped"""
     reference: bool = False
@@ -76,6 +79,8 @@ class Context(threading.local):
         self.passes: list[ForwardPass | None] = []
         """Forwards under way, the innermost last; None for one that has not begun in earnest"""
         self.last: TokenState | None = None
+        self.final_state: Tensor | None = None
+        """what the head is reading"""
 
     @property
     def mode(self) -> Mode:
@@ -130,13 +135,17 @@ class Modes:
     def dense(self) -> AbstractContextManager[Self]:
         """The base, within rounding; nothing skipped, nobody exits."""
         nothing = {"routed": KeepAll(), "gated": None, "control": None, "exit_control": None, "corrected": False}
-        return self._changed(capacity=1.0, exit_rate=0.0, **nothing)
+        return self._changed(capacity=1.0, exit_rate=0.0, shortlist=None, **nothing)
 
     def correcting(self, on: bool = True) -> AbstractContextManager[Self]:
         """The base's products with their corrections, whatever is skipped, or without them."""
         if on and not self.corrections:
             raise HatError("this model has no corrections: train some, with correction_rank in its config")
         return self._changed(corrected=on)
+
+    def shortlisting(self, shortlist: Shortlist | None) -> AbstractContextManager[Self]:
+        """Another decision of the head, or None for the whole of it; layers decide as they are set."""
+        return self._changed(shortlist=shortlist)
 
     def reference(self) -> AbstractContextManager[Self]:
         """Every forward on the reference path, as if there were no engine."""

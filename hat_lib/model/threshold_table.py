@@ -22,6 +22,7 @@ _shown.maxstring = 80
 shown = _shown.repr
 """`repr`, short enough for a one-line message"""
 
+HEAD_TABLES = ("head_thresholds", "head_margins", "head_shares")
 EXIT_TABLES = ("exit_capacities", "exit_rates", "exit_scores")
 # Axes, least and greatest value, and order of the innermost lists (1 rising, -1 falling, 0 any) of each table. L
 # layers, S sites and E exits are the config's; C, K and R are as many as the first table has.
@@ -29,6 +30,9 @@ TABLES = {
     "capacities": ("C", 0, 1, 1),
     "thresholds": ("LSC", -math.inf, math.inf, -1),
     "shares": ("LSC", 0, 1, 0),
+    "head_thresholds": ("C", 0, math.inf, -1),
+    "head_margins": ("C", 0, math.inf, 1),
+    "head_shares": ("C", 0, 2, 0),
     "exit_capacities": ("K", 0, 1, 1),
     "exit_rates": ("KR", 0, 1, 1),
     "exit_scores": ("KRE", -math.inf, math.inf, 0),
@@ -55,6 +59,13 @@ class Calibration:
     """realised exit rates at each, rising, [K, R]"""
     exit_scores: list[list[list[float]]] | None = None
     """gate thresholds there, [K, R, E]"""
+    head_thresholds: list[float] | None = None
+    """score threshold of the head's channels at each capacity, never rising, [C]; None, as both below, where the head
+    is read in full"""
+    head_margins: list[float] | None = None
+    """nats below the best preview within which a token is read in full, never falling, [C]"""
+    head_shares: list[float] | None = None
+    """mean share of the head's work, shortlist included, [C]"""
     text: str = ""
     """what it was measured on: corpus, split, tokens and hash"""
 
@@ -68,10 +79,11 @@ class Calibration:
                 raise HatError(f"calibration.{name} must be a str, got {shown(getattr(self, name))}")
         sizes = {"L": config.n_layers, "S": len(sites), "E": len(config.exit_layers)}
         for name, table in TABLES.items():
-            if getattr(self, name) is not None or name not in EXIT_TABLES:
+            if getattr(self, name) is not None or name not in HEAD_TABLES + EXIT_TABLES:
                 _check_table(f"calibration.{name}", getattr(self, name), *table, sizes)
-        if len({getattr(self, name) is None for name in EXIT_TABLES}) > 1:
-            raise HatError("calibration.exit_capacities, exit_rates and exit_scores must be all null or all lists")
+        for names in (HEAD_TABLES, EXIT_TABLES):
+            if len({getattr(self, name) is None for name in names}) > 1:
+                raise HatError(f"calibration.{names[0]}, {names[1]} and {names[2]} must be all null or all lists")
         if self.capacities[-1] != 1:
             raise HatError(f"calibration.capacities must end at 1, got {self.capacities[-1]}")
 
@@ -89,6 +101,14 @@ class Calibration:
         if capacity == 1:
             table = np.full_like(table, -np.inf)
         return {(i, site): float(t) for i, row in enumerate(table) for site, t in zip(self.sites, row, strict=True)}
+
+    def head_at(self, capacity: float) -> tuple[float, float, float] | None:
+        """Threshold, margin and expected share of the head; None at capacity 1, and where it is read in full. Raises as
+        `thresholds_at`."""
+        capacity = check_capacity(capacity)
+        if capacity == 1 or self.head_thresholds is None:
+            return None
+        return tuple(float(self._at(getattr(self, name), capacity)) for name in HEAD_TABLES)
 
     def _at(self, table: list, capacity: float) -> np.ndarray:
         values = np.asarray(table)

@@ -57,6 +57,10 @@ class TokenState:
     """the decisions themselves, under `HierarchicalTransformer.record`"""
     executed: Tensor | None = None
     """`site_share`, where it is known at once and not site by site"""
+    head_work: float = 0.0
+    """work of the head, in a layer's routable work, where the head is decided about; else 0"""
+    expected_head_share: float = 1.0
+    _head: tuple[float, int] = (0.0, 0)  # share, summed over the tokens whose logits were read, and their number
     _share: dict[tuple[int, int], Tensor | float] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -103,6 +107,14 @@ class TokenState:
         """Record what one site ran: bool ``[n, C]`` or ``[n]`` for the running rows, None for everything."""
         self._share[layer, site] = 1.0 if keep is None else self._everywhere(_share(keep.detach()))
 
+    def note_head(self, share: Tensor) -> None:
+        """Record what the head ran for the tokens whose logits were read, ``[B, n]`` for the last n of each sequence;
+        padding does not count. In another shape, all count."""
+        if share.dim() == 2 and len(share) == self.batch and share.shape[1] <= self.tokens:
+            share = share[self.real[:, self.tokens - share.shape[1] :]]
+        total, tokens = self._head
+        self._head = total + float(share.sum()), tokens + share.numel()
+
     def note_mask(self, layer: int, site: str, keep: Tensor) -> None:
         """Keep the decision itself; ``keep`` is bool ``[n, ...]`` for the running rows."""
         self.masks.keep[layer, site] = self._everywhere(keep).view(self.batch, self.tokens, *keep.shape[1:])
@@ -142,9 +154,22 @@ class TokenState:
         return torch.einsum("lsbt,s->lbt", self.site_share, work)
 
     @property
-    def capacity(self) -> float:
-        """Realised capacity: mean share over real tokens in the layers that they entered."""
+    def head_share(self) -> float:
+        """Executed share of the head: mean over the tokens whose logits were read, or what is expected of them."""
+        total, tokens = self._head
+        return total / tokens if tokens else self.expected_head_share
+
+    @property
+    def layer_capacity(self) -> float:
+        """Mean share over real tokens in the layers that they entered."""
         return float(self.share.sum() / self._ran.sum().clamp(min=1))
+
+    @property
+    def capacity(self) -> float:
+        """Realised capacity: executed / routable work of real tokens, in the layers that they entered and, where it is
+        decided about, in the head."""
+        ran, head = float(self._ran.sum().clamp(min=1)), self.head_work * float(self.real.sum())
+        return (self.layer_capacity * ran + self.head_share * head) / (ran + head)
 
     @property
     def exit_rate(self) -> float:
@@ -164,6 +189,9 @@ class TokenState:
             routed=any(s.routed for s in states),
             gated=any(s.gated for s in states),
             executed=share,
+            head_work=first.head_work,
+            expected_head_share=first.expected_head_share,
+            _head=tuple(map(sum, zip(*(s._head for s in states), strict=True))),
         )
 
 

@@ -40,7 +40,8 @@ from hat_lib.model.corrections import Corrections
 from hat_lib.model.decoder_layer import AdaptiveLayer
 from hat_lib.model.fast_path import WEIGHT_FORMATS, FastPath
 from hat_lib.model.forward_pass import ForwardPass
-from hat_lib.model.granularity import GRAINS, LINEARS, column_norm
+from hat_lib.model.granularity import GRAINS, LINEARS, column_norm, head_norm
+from hat_lib.model.head import HeadGate, Shortlist
 from hat_lib.model.modes import Context, Mode, Modes
 from hat_lib.model.policies import ExitThresholds, KeepAll, Threshold, token_threshold_scale
 from hat_lib.model.routers import ChannelRouter, ExitGate, MoERouter
@@ -104,6 +105,10 @@ class HierarchicalTransformer(Modes, nn.Module):
             self.corrections = Corrections(lm.model.layers, config.correction_rank)
         for own in self._own:
             own.to(base.device)
+        head = lm.config.vocab_size * width
+        self.head_work = head / sum(work.values())
+        """work of the head, as a multiple of a layer's routable work"""
+        self._head_norm: Tensor | None = None
         self.eval()
 
         self._context = Context(SimpleNamespace(mode=Mode()))
@@ -124,6 +129,7 @@ class HierarchicalTransformer(Modes, nn.Module):
             self.lm.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.lm.model.register_forward_hook(self._end, always_call=True),
         ]
+        self._hooks += HeadGate(self._context).attach(self.lm.lm_head)
         if self.corrections:
             self._hooks += self.corrections.attach(self.lm.model.layers, self._context)
         self._fast.attach()
@@ -232,12 +238,14 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     def _decided(self, mode: Mode, calibration: Calibration | None) -> Mode:
         """``mode`` with the method's own decisions at its capacity and exit rate; raises if they cannot be had."""
-        capacity, exit_rate, routed, gated = mode.capacity, mode.exit_rate, KeepAll(), None
+        capacity, exit_rate, routed, gated, shortlist = mode.capacity, mode.exit_rate, KeepAll(), None, None
         if capacity < 1.0:
             if calibration is None:
                 hint = "run `hat calibrate`, or load a checkpoint"
                 raise HatError(f"capacity {capacity} needs calibrated thresholds: {hint}")
             routed = self.threshold_policy(calibration.thresholds_at(capacity))
+            if (head := calibration.head_at(capacity)) is not None:
+                shortlist = self.shortlist(*head)
         if exit_rate > 0.0:
             if not self.gates:
                 raise HatError(f"exit rate {exit_rate} asked of a model without exit layers")
@@ -245,11 +253,23 @@ class HierarchicalTransformer(Modes, nn.Module):
                 raise HatError(f"exit rate {exit_rate} needs trained exit gates; this checkpoint has none (use 0)")
             gated = ExitThresholds(self.gates, calibration.exit_thresholds(exit_rate, capacity))
         corrected = capacity < 1.0 and len(self.corrections) > 0
-        return replace(mode, routed=routed, gated=gated, corrected=corrected)
+        return replace(mode, routed=routed, gated=gated, corrected=corrected, shortlist=shortlist)
 
     def threshold_policy(self, thresholds: dict[tuple[int, str], float]) -> Threshold:
         """The method's own decisions at these thresholds on the routers' scores, by (layer, site)."""
         return Threshold(self.routers, thresholds)
+
+    @property
+    def gates_head(self) -> bool:
+        """Whether the head is decided about at a capacity below 1.0."""
+        return self.calibration is not None and self.calibration.head_thresholds is not None
+
+    def shortlist(self, threshold: float, margin: float, share: float = 1.0) -> Shortlist:
+        """The head's decision at a threshold on its channels' scores and a margin in nats; ``share`` is what it is
+        expected to run."""
+        if self._head_norm is None:
+            self._head_norm = head_norm(self.lm)
+        return Shortlist(threshold / self._head_norm, margin, share)
 
     @property
     def weight_format(self) -> str:
@@ -349,6 +369,8 @@ class HierarchicalTransformer(Modes, nn.Module):
         mode, protected = self._context.mode, real & (position < self.config.protected_tokens)
         state = TokenState(real, position, protected, self.site_work, self.config.n_layers, start)
         state.routed, state.gated = not isinstance(mode.policy, KeepAll), mode.exits is not None
+        if mode.shortlist is not None:
+            state.head_work, state.expected_head_share = self.head_work, mode.shortlist.share
         state.masks = Masks() if mode.record else None
         return state
 

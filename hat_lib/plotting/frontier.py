@@ -24,6 +24,12 @@ VARIANTS = {
     "removal": (BROWN, "P", ":"),
     "random": (PINK, "^", ":"),
 }
+WAYS = {
+    "layers": ("layers alone", ORANGE, "s", "--"),
+    "head": ("layers and head", GREEN, "D", "-."),
+    "trained": ("layers and head, trained", BLUE, "o", "-"),
+    "fine_tuned": ("what training does with nothing skipped", GREY, "v", "none"),
+}
 HEIGHT = 3.4  # inches
 
 
@@ -48,6 +54,23 @@ def quality(table: pd.DataFrame) -> Figure:
         ax.yaxis.set_major_formatter(FuncFormatter(_increase))
         ax.set(title=f"{grain} grain, {text}", ylabel="perplexity increase" * (text == texts[0]))
     style.below(fig, [style.key(name, *look) for name, look in VARIANTS.items() if name in set(table["variant"])])
+    return fig
+
+
+@draws("way", "text", "model_share", "kl")
+def mechanisms(table: pd.DataFrame) -> Figure:
+    """KL divergence from the base, nats a token on a log axis, against the work of the whole model; a panel for each
+    text. ``table`` has the fields of `hat_lib.experiments.mechanisms.Row`."""
+    texts = list(dict.fromkeys(table["text"]))
+    fig, axes = style.panels(len(texts), height=HEIGHT, width=2.9 * len(texts) + 0.4)
+    for ax, text in zip(axes, texts, strict=True):
+        for way, (_, colour, marker, line) in WAYS.items():
+            rows = table[(table["text"] == text) & (table["way"] == way)].sort_values("model_share")
+            ax.plot(rows["model_share"], rows["kl"], color=colour, marker=marker, linestyle=line, markersize=4)
+        ax.set_yscale("log")
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.set(title=text, xlabel=WORK, ylabel="KL from the base, nats a token" * (text == texts[0]))
+    style.below(fig, [style.key(*look) for way, look in WAYS.items() if way in set(table["way"])])
     return fig
 
 

@@ -29,7 +29,7 @@ from accelerate import PartialState
 
 from hat_lib import __version__
 from hat_lib.backbone.base import Base, load_base, parse_dtype
-from hat_lib.calibration.capacity import Split, calibrate, calibrate_learned, held_out_parts
+from hat_lib.calibration.capacity import HeadSplit, Split, calibrate, calibrate_learned, held_out_parts
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.config import CAPACITY_MIN, GRANULARITIES, HatConfig, HatError
 from hat_lib.model.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
@@ -161,6 +161,7 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
             summary = dict(hat.training_summary)
             continue
         nominal = nominal_thresholds(hat) if phase == "routers" else hat.calibration.thresholds_at
+        nominal_head = nominal_heads(hat)
         left = None if until is None else (until - time.monotonic()) / 60
         outcome = train_phase(
             hat, blocks, recipe, phase, nominal, folder,
@@ -172,7 +173,7 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
         if main:
             text = f"{recipe.text}, train and validation splits, SHA-256 {text_hash(held)[:16]}"
             if phase == "routers":
-                calibrate_learned(hat, held["input_ids"], nominal, text=text, progress=progress)
+                calibrate_learned(hat, held["input_ids"], nominal, nominal_head, text=text, progress=progress)
             else:
                 _, agreement = calibrate_exits(hat, held["input_ids"], progress=progress)
                 summary["exit_agreement"] = [[round(a, 4) for a in row] for row in agreement]
@@ -271,6 +272,12 @@ def nominal_thresholds(hat: HierarchicalTransformer) -> Split:
         return lambda capacity: start.thresholds_at(max(capacity, CAPACITY_MIN))
     keys = [(i, "ffn") for i in range(hat.config.n_layers)]
     return lambda capacity: dict.fromkeys(keys, math.log(max(1 - capacity, 1e-4) / capacity))
+
+
+def nominal_heads(hat: HierarchicalTransformer) -> HeadSplit:
+    """Capacity -> the head's part in it, of the calibration without training: the head is not trained."""
+    start = hat.calibration
+    return lambda capacity: start and start.head_at(max(capacity, CAPACITY_MIN))
 
 
 def _is_done(folder: Path, phase: str) -> bool:

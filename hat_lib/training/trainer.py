@@ -9,9 +9,11 @@ with ``weights_only=True``, from the run's own folder alone.
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -251,12 +253,32 @@ def train_phase(
             stops=stops,
             record=CsvLog(folder / "log.csv", phase, hat),
         )
+        if progress and not last:
+            say_how_long(trainer, phase)
         with stops.caught():
             trainer.train(resume_from_checkpoint=last and str(last))
     finally:
         end_training(hat)
     state = trainer.state
     return Outcome(phase, state.global_step, state.max_steps, time.monotonic() - start, stops.reason)
+
+
+def say_how_long(trainer: HatTrainer, phase: str) -> None:
+    """Write, before the first step, how long the phase will take: by one step that is tried, and changes nothing."""
+    loader, args = trainer.get_train_dataloader(), trainer.args
+    epoch = len(loader) // args.gradient_accumulation_steps or 1
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+    batch = collate([trainer.train_dataset[i] for i in range(min(args.train_batch_size, len(trainer.train_dataset)))])
+    batch, seconds = {name: t.to(args.device) for name, t in batch.items()}, []
+    for _ in range(2):  # the first allocates
+        start = time.perf_counter()
+        with trainer.compute_loss_context_manager():
+            loss = trainer.model(**batch, step=0, steps=max(1, steps))["loss"]
+        loss.backward()
+        trainer.model.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    each = seconds[-1] * args.gradient_accumulation_steps
+    print(f"{phase}: {steps} steps of about {each:.2g} s, about {steps * each / 60:.0f} minutes", file=sys.stderr)
 
 
 def end_training(hat: HierarchicalTransformer) -> None:

@@ -1,0 +1,135 @@
+"""What each mechanism is worth, on three kinds of text: ``data/results/mechanisms.csv``.
+
+One row for each text, capacity and way to run. All of one checkpoint, so that ways differ in one thing:
+
+    layers       channels of the layers alone, by the thresholds of the untrained checkpoint; the head in full
+    head         the same, and the head's shortlist
+    trained      the trained checkpoint: its corrections and scales, the head's shortlist
+    fine_tuned   the corrections with nothing skipped: what training alone does to the base, at all of its work
+
+Blocks stand at even distances in all documents of a test split. ``encyclopedia`` had no part in any choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from hat_lib.config import HatError, check_capacity, check_count
+from hat_lib.evaluation.perplexity import compare, score_each
+from hat_lib.experiments import common
+from hat_lib.experiments.common import CHECKPOINTS, machine, markdown, perplexity, rounded, saved
+from hat_lib.experiments.quality import adapter_digest
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.plotting import frontier
+from hat_lib.plotting.findings import said
+from hat_lib.text.blocks import at_even_distances, load_text, text_hash
+
+ABOUT = "a way to run (layers alone, with the head, trained, fine-tuned) at a capacity, on three kinds of text"
+MINUTES = 60
+KEY = ("way", "text", "capacity")
+TEXTS = ("addresses", "docstrings", "encyclopedia")
+CAPACITIES = (0.9, 0.75, 0.7, 0.62, 0.55, 0.4)
+WAYS = ("layers", "head", "trained", "fine_tuned")
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Row(common.Machine, common.Perplexity):
+    way: str
+    capacity: float
+    realised: float
+    layer_capacity: float
+    model_share: float
+    ppl: float
+    blocks: int
+    documents: int
+    text_hash: str
+    adapter: str
+
+
+def rows(
+    done: Collection = (),
+    *,
+    trained: Path = CHECKPOINTS / "corrected",
+    untrained: Path = CHECKPOINTS / "calibrated",
+    texts: Sequence[str] = TEXTS,
+    capacities: Sequence[float] = CAPACITIES,
+    ways: Sequence[str] = WAYS,
+    tokens: int = 20_480,
+    dtype: str | None = None,
+) -> Iterator[Row]:
+    """Rows on some ``tokens`` tokens of each text. Raises `HatError` for an unknown way or text, a capacity out of
+    range, and checkpoints that do not gate their head."""
+    check_count("tokens", tokens, 2 * BLOCK)
+    capacities = [check_capacity(c) for c in capacities]
+    if odd := [way for way in ways if way not in WAYS]:
+        raise HatError(f"ways must be among {', '.join(WAYS)}, got {odd[0]!r}")
+    for checkpoint, own in ((untrained, ("layers", "head")), (trained, ("trained", "fine_tuned"))):
+        asked = [way for way in ways if way in own]
+        points = {t: [(w, c) for w in asked for c in _of(w, capacities) if (w, t, c) not in done] for t in texts}
+        if not any(points.values()):
+            continue
+        hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
+        if not hat.gates_head:
+            raise HatError(f"{checkpoint} reads its head in full: make it anew with `hat calibrate` or `hat train`")
+        for text in texts:
+            if points[text]:
+                yield from _on_text(hat, checkpoint, text, points[text], tokens)
+
+
+def _of(way: str, capacities: Sequence[float]) -> Sequence[float]:
+    return [1.0] if way == "fine_tuned" else capacities
+
+
+def _on_text(hat, checkpoint: Path, text: str, points: list[tuple[str, float]], tokens: int) -> Iterator[Row]:
+    blocks = load_text(text, hat.base.tokenizer, split="test", block_size=BLOCK)
+    whole = [i for i, ids in enumerate(blocks["input_ids"]) if len(ids) == BLOCK]
+    blocks = at_even_distances(blocks.select(whole), tokens // BLOCK)
+    base, found = score_each(hat, blocks, [partial(_run, hat, *point) for point in points], progress=False)
+    for (way, capacity), scored in zip(points, found, strict=True):
+        yield rounded(
+            Row,
+            **machine(hat.base) | vars(scored.agreement) | perplexity(compare(base, scored)),
+            text=text,
+            way=way,
+            capacity=capacity,
+            realised=scored.capacity,
+            layer_capacity=scored.layer_capacity,
+            model_share=scored.model_share,
+            documents=len(set(blocks["doc"])),
+            text_hash=text_hash(blocks)[:16],
+            adapter=adapter_digest(checkpoint, exits=False),
+        )
+
+
+@contextmanager
+def _run(hat: HierarchicalTransformer, way: str, capacity: float):
+    with ExitStack() as entered:
+        entered.enter_context(hat.dense() if way == "fine_tuned" else hat.at(capacity, 0.0))
+        if way == "fine_tuned":
+            entered.enter_context(hat.correcting())
+        if way == "layers":
+            entered.enter_context(hat.shortlisting(None))
+        yield
+
+
+def figures(results: Path | None = None) -> dict[str, Figure]:
+    return {"mechanisms": frontier.mechanisms(saved("mechanisms", results))}
+
+
+def tables(results: Path | None = None) -> dict[str, str]:
+    """A line for each capacity: the trained model and the untrained one, and the worst text of the trained."""
+    table = saved("mechanisms", results)
+    lines = []
+    for way in WAYS:
+        for capacity, at in table[table["way"] == way].groupby("capacity", sort=False):
+            cells = {r.text: said(r._asdict()) for r in at.itertuples()}
+            shares = (f"{at[name].mean():.2f}" for name in ("realised", "model_share"))
+            lines.append([way.replace("_", " "), f"{capacity:.2f}", *shares, *(cells.get(text) for text in TEXTS)])
+    return {"mechanisms": markdown(["way", "capacity", "realised", "of the model's work", *TEXTS], lines)}

@@ -1,0 +1,66 @@
+"""Mechanisms: the ways differ in what they are named for, blocks are spread, a stopped run goes on."""
+
+import pytest
+import torch
+from test_corrections import corrected
+from tiny_runs import new_hat, tiny
+
+from hat_lib.config import HatError
+from hat_lib.experiments import mechanisms
+from hat_lib.plotting import frontier
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    from dataclasses import replace
+
+    folder, found = tmp_path_factory.mktemp("checkpoints"), {}
+    for name, hat in (("untrained", new_hat("channel")), ("trained", corrected(base=tiny()))):
+        n = len(hat.calibration.capacities)
+        tables = {"head_thresholds": [0.9] * n, "head_margins": [0.5] * n, "head_shares": [0.5] * n}
+        hat.calibration = replace(hat.calibration, **tables)
+        hat.save_pretrained(folder / name)
+        found[name] = folder / name
+    return found
+
+
+HOW = {"texts": ("addresses", "docstrings"), "capacities": (0.6,), "tokens": 1024, "dtype": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def rows(checkpoints):
+    return list(mechanisms.rows(**checkpoints, **HOW))
+
+
+@pytest.mark.filterwarnings("ignore:a short")
+def test_one_row_for_each_way_and_text(rows, checkpoints):
+    found = {(r.way, r.text): r for r in rows}
+    assert set(found) == {(way, text) for way in mechanisms.WAYS for text in HOW["texts"]}
+    layers, head = found["layers", "addresses"], found["head", "addresses"]
+    assert layers.realised == layers.layer_capacity == head.layer_capacity < 1
+    assert head.model_share != layers.model_share and head.kl != layers.kl
+    assert found["fine_tuned", "addresses"].model_share == 1 and found["fine_tuned", "addresses"].kl > 0
+    assert found["fine_tuned", "addresses"].capacity == 1
+    assert {r.blocks for r in rows} == {2} and {r.documents for r in rows} == {2}
+    assert found["head", "addresses"].adapter == layers.adapter != found["trained", "addresses"].adapter
+    again = {tuple(getattr(r, k) for k in mechanisms.KEY): r for r in rows[1:]}
+    assert list(mechanisms.rows(again, **checkpoints, **HOW)) == rows[:1]
+
+
+def test_what_cannot_be_measured(checkpoints, tmp_path):
+    with pytest.raises(HatError, match="ways must be among layers, head, trained, fine_tuned, got 'fast'"):
+        next(mechanisms.rows(ways=["fast"]))
+    with pytest.raises(HatError, match="capacity must be"):
+        next(mechanisms.rows(capacities=[7.0]))
+    new_hat("channel").save_pretrained(tmp_path / "full")
+    with pytest.raises(HatError, match="reads its head in full: make it anew"):
+        next(mechanisms.rows(untrained=tmp_path / "full", dtype="fp32"))
+
+
+def test_the_figure_has_a_panel_for_each_text(rows):
+    import pandas as pd
+
+    fig = frontier.mechanisms(pd.DataFrame([vars(r) for r in rows]))
+    assert [ax.get_title("left") for ax in fig.axes] == list(HOW["texts"])
+    assert all(len(ax.lines) == len(frontier.WAYS) for ax in fig.axes)
+    assert torch.get_default_dtype() == torch.float32
