@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import typer
@@ -22,6 +22,9 @@ def generate(
     refresh_speed: bool = option(False, "With a target: measure this machine's speed anew.", "--refresh-speed"),
     versus: str = option("dense", "Speedups are over dense (our own dense path) or hf (plain transformers)."),
     lossless: bool = option(False, "The base's own text: the adaptive model drafts, the base decides.", "--lossless"),
+    steer: bool = option(
+        False, "Move thresholds while decoding, until the text executes the capacity asked for.", "--steer"
+    ),
     show_compute: bool = option(
         False, "Show new tokens again, coloured by the work that chose each.", "--show-compute"
     ),
@@ -44,6 +47,8 @@ def generate(
     for chosen, on in (("--capacity", capacity), ("--lossless", lossless)):
         if target_speedup is not None and on:
             raise HatError(f"--target-speedup chooses the capacity: leave out {chosen}")
+    if steer and lossless:
+        raise HatError("--steer holds a text to a capacity; with --lossless drafts are held to nothing: leave it out")
     if refresh_speed and target_speedup is None:
         raise HatError("--refresh-speed measures for a target: add --target-speedup")
     if lossless and show_compute:
@@ -72,15 +77,16 @@ def generate(
     if target is not None:
         chosen = infer.curve().capacity_for(target)
         typer.echo(f"[{target:g}x here means capacity {chosen:.2f}: {_price(checkpoint, chosen, weights)}]", err=True)
-    out = infer.generate(
-        prompt,
-        target_speedup=target,
-        mode="lossless" if lossless else "adaptive",
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        streamer=TextStreamer(hat.base.tokenizer, skip_special_tokens=True),
-    )
+    with hat.steered() if steer else nullcontext():
+        out = infer.generate(
+            prompt,
+            target_speedup=target,
+            mode="lossless" if lossless else "adaptive",
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            streamer=TextStreamer(hat.base.tokenizer, skip_special_tokens=True),
+        )
     if show_compute:
         from hat_lib.plotting.token_heatmap import Passage, ansi
         from hat_lib.text.token_classes import pieces

@@ -54,6 +54,7 @@ class Decoder:
         position: np.ndarray,
         first: np.ndarray,
         protected: np.ndarray,
+        scale: np.ndarray | None = None,
         threads: int | None = None,
     ) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
         """Run ``B * T <= 8`` tokens; their keys and values are appended to the cache.
@@ -62,6 +63,7 @@ class Decoder:
             ids: int64 ``[B, T]``.
             position, protected: int64 and bool ``[B, T]``; positions are those of the rotary embedding.
             first: int64 ``[B]``: the first place of the cache that a sequence sees.
+            scale: float32 ``[B * T]``, of all cuts of each token; None for 1.
             threads: at most so many, and no more than there are cores; None: as many as torch uses.
 
         Returns logits ``[B, T, V]`` in the base's dtype, channels kept at each product, int32 ``[L, 5, B, T]``, layers
@@ -80,6 +82,7 @@ class Decoder:
             slot=np.tile(np.arange(n, n + t), b),
             first=first.repeat(t),
             protected=_flat(protected),
+            scale=np.ones(b * t, np.float32) if scale is None else _flat(scale),
             cos=cos,
             sin=sin,
             keys=room.arrays[0],

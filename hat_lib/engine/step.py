@@ -122,6 +122,8 @@ class Rows(NamedTuple):
     """int64 ``[R]``: the first place that the token sees"""
     protected: ndarray
     """bool ``[R]``"""
+    scale: ndarray
+    """float32 ``[R]``: of all cuts of a row"""
     cos: ndarray
     sin: ndarray
     """float32 ``[R, h/2]``"""
@@ -370,7 +372,7 @@ def decode_step(t, team, barrier, base, decide, rows, room):
     for r in range(count):
         alive[r] = everyone[r] = True
         whole[r] = kv_whole[r] = rows.protected[r]
-        scale[r] = F1
+        scale[r] = rows.scale[r]
         row = base.embed[rows.ids[r]]
         for i in range(wide_d):
             h[r, i] = as_float(row[i])
@@ -393,7 +395,7 @@ def decode_step(t, team, barrier, base, decide, rows, room):
         if decide.sensitivity.shape[1]:
             for r in range(count):
                 u = inner(x[r], decide.sensitivity[layer]) + decide.sensitivity_bias[layer]
-                scale[r] = exp(min(max(-u, -SENSITIVITY_LIMIT), SENSITIVITY_LIMIT))
+                scale[r] = exp(min(max(-u, -SENSITIVITY_LIMIT), SENSITIVITY_LIMIT)) * rows.scale[r]
         w, w_scale, bias, cut = base.qkv[layer], base.qkv_scale[layer], base.qkv_bias[layer], decide.cut_qkv[layer]
         total, start = room.qkv.shape[1], 0
         if living < count:

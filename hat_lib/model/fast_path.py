@@ -267,7 +267,7 @@ class FastPath:
         if position_ids is not None:
             position = position_ids.numpy().repeat(b // len(position_ids), 0)
             rank = np.minimum(rank, position)
-        state = self.hat.new_state(torch.from_numpy(np.ones((b, t), bool)), torch.from_numpy(rank), start)
+        state = self.hat.new_state(torch.from_numpy(np.ones((b, t), bool)), torch.from_numpy(rank), start, cache)
         if known:
             _, decoder, decide = run.ready
         else:
@@ -283,6 +283,7 @@ class FastPath:
             position=position,
             first=first,
             protected=state.protected.numpy(),
+            scale=None if state.steering is None else state.steering.numpy(),
             threads=run.threads if run else None,
         )
         token = self.hat.config.granularity == "token"
@@ -292,7 +293,7 @@ class FastPath:
         if mode.shortlist is not None:
             vocabulary, width = decoder.weights.head.shape
             state.note_head(torch.from_numpy(head[0] / width + head[1] / vocabulary))
-        self.context.done(state)
+        self.hat.ended(state, cache)
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep]
         elif logits_to_keep:

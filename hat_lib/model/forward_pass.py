@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from hat_lib.model.modes import Mode
 from hat_lib.model.policies import Gated
@@ -22,6 +23,7 @@ class ForwardPass:
     """of the model's grain"""
     gates: nn.ModuleDict
     """exit gates by depth; they translate who leaves"""
+    cache: Cache | None = None
 
     @property
     def rows(self) -> Tensor | None:

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from hat_lib.config import HatError
 from hat_lib.model.policies import ExitPolicy, Forced, KeepAll, Policy
+from hat_lib.model.steering import GAIN
 from hat_lib.model.token_state import Masks, TokenState
 
 if TYPE_CHECKING:
+    from hat_lib.config import HatConfig
     from hat_lib.model.corrections import Corrections
     from hat_lib.model.forward_pass import ForwardPass
     from hat_lib.model.head import Shortlist
@@ -45,6 +47,8 @@ class Mode:
     """the base's products have their corrections (`hat_lib.model.corrections`)"""
     shortlist: Shortlist | None = None
     """how the head decides (`hat_lib.model.head`); None reads it in full"""
+    steer: float = 0.0
+    """gain of steering (`hat_lib.model.steering`); 0: thresholds stay where they are"""
     compact: bool = True
     """rows that a layer does not run are left out; else they are computed, and dropped"""
     reference: bool = False
@@ -111,6 +115,7 @@ class Modes:
     enters it."""
 
     _context: Context
+    config: HatConfig
     corrections: Corrections
 
     @contextmanager
@@ -135,7 +140,7 @@ class Modes:
     def dense(self) -> AbstractContextManager[Self]:
         """The base, within rounding; nothing skipped, nobody exits."""
         nothing = {"routed": KeepAll(), "gated": None, "control": None, "exit_control": None, "corrected": False}
-        return self._changed(capacity=1.0, exit_rate=0.0, shortlist=None, **nothing)
+        return self._changed(capacity=1.0, exit_rate=0.0, shortlist=None, steer=0.0, **nothing)
 
     def correcting(self, on: bool = True) -> AbstractContextManager[Self]:
         """The base's products with their corrections, whatever is skipped, or without them."""
@@ -146,6 +151,14 @@ class Modes:
     def shortlisting(self, shortlist: Shortlist | None) -> AbstractContextManager[Self]:
         """Another decision of the head, or None for the whole of it; layers decide as they are set."""
         return self._changed(shortlist=shortlist)
+
+    def steered(self, gain: float = GAIN) -> AbstractContextManager[Self]:
+        """Channel grain: thresholds that move while a text is decoded, until it executes the capacity asked for."""
+        if self.config.granularity != "channel":
+            raise HatError(f"steering is of the channel grain, got a model of the {self.config.granularity} grain")
+        if not isinstance(gain, int | float) or not 0 < gain <= 1:
+            raise HatError(f"the gain of steering must be in (0, 1], got {gain!r}")
+        return self._changed(steer=float(gain))
 
     def reference(self) -> AbstractContextManager[Self]:
         """Every forward on the reference path, as if there were no engine."""

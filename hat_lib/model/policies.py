@@ -59,9 +59,13 @@ class Threshold:
 
 
 def token_threshold_scale(routers: nn.ModuleDict, layer: int, site: str, x: Tensor, state: TokenState) -> Tensor:
-    """Channel grain: `MoERouter.threshold_scale` of the running rows in this layer, measured at its first site."""
+    """Channel grain: what multiplies the thresholds of the running rows in this layer, ``[n, 1]``: the tokens' own
+    (`MoERouter.threshold_scale`, measured at the first site), and that of steering."""
     if site == "qkv":
         state.threshold_scale = routers[f"{layer}_token"].threshold_scale(x)
+        if (steering := state.steering) is not None:
+            steering = steering if len(x) == len(steering) else steering[state.alive]
+            state.threshold_scale = state.threshold_scale * steering[:, None]
     return state.threshold_scale
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -90,6 +91,15 @@ class Calibration:
     def shares_at(self, capacity: float) -> np.ndarray:
         """Kept share per layer and site to be expected at a capacity, ``[L, S]``."""
         return self._at(self.shares, check_capacity(capacity))
+
+    def layer_capacity_at(self, capacity: float, site_work: Sequence[float]) -> float:
+        """What is left for the layers where the head has a part in a capacity, and else the capacity itself.
+
+        ``site_work`` is of each site, a fraction of a layer's routable work, ``[S]``.
+        """
+        if self.head_thresholds is None:
+            return capacity
+        return float((self.shares_at(capacity) @ np.asarray(site_work)).mean())
 
     def thresholds_at(self, capacity: float) -> dict[tuple[int, str], float]:
         """Score thresholds by (layer, site); -inf keeps everything. Raises `HatError` outside [0.1, 1].

@@ -53,6 +53,8 @@ class TokenState:
     """whether routers, and exit gates, had a part in this forward"""
     threshold_scale: Tensor | None = None
     """channel grain: of the running rows in the present layer, ``[n, 1]``"""
+    steering: Tensor | None = None
+    """channel grain: what multiplies all thresholds of each row, fp32 ``[B*T]``; None for 1"""
     masks: Masks | None = None
     """the decisions themselves, under `HierarchicalTransformer.record`"""
     executed: Tensor | None = None

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
 
 from hat_lib.backbone.base import Base, first_line, load_base
 from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate
@@ -45,6 +45,7 @@ from hat_lib.model.head import HeadGate, Shortlist
 from hat_lib.model.modes import Context, Mode, Modes
 from hat_lib.model.policies import ExitThresholds, KeepAll, Threshold, token_threshold_scale
 from hat_lib.model.routers import ChannelRouter, ExitGate, MoERouter
+from hat_lib.model.steering import move, offsets
 from hat_lib.model.threshold_table import Calibration
 from hat_lib.model.token_state import Masks, TokenState
 
@@ -361,10 +362,10 @@ class HierarchicalTransformer(Modes, nn.Module):
             )
         start = cache.get_seq_length() if cache is not None else 0
         places = TokenState.places(tokens, given.get("attention_mask"), given.get("position_ids"), start)
-        state = self.new_state(*places, start)
-        passes[-1] = ForwardPass(mode, state, self.grain.sites, self.gates)
+        state = self.new_state(*places, start, cache)
+        passes[-1] = ForwardPass(mode, state, self.grain.sites, self.gates, cache)
 
-    def new_state(self, real: Tensor, position: Tensor, start: int) -> TokenState:
+    def new_state(self, real: Tensor, position: Tensor, start: int, cache: Cache | None = None) -> TokenState:
         """What a forward is to fill, of the tokens at these `TokenState.places`."""
         mode, protected = self._context.mode, real & (position < self.config.protected_tokens)
         state = TokenState(real, position, protected, self.site_work, self.config.n_layers, start)
@@ -372,13 +373,24 @@ class HierarchicalTransformer(Modes, nn.Module):
         if mode.shortlist is not None:
             state.head_work, state.expected_head_share = self.head_work, mode.shortlist.share
         state.masks = Masks() if mode.record else None
+        if mode.steer:
+            state.steering = offsets(cache, state.batch, real.device).exp().repeat_interleave(state.tokens)
         return state
+
+    def ended(self, state: TokenState, cache: Cache | None) -> None:
+        """A forward has run to its end."""
+        mode = self._context.mode
+        if mode.steer and isinstance(mode.policy, Threshold):
+            move(cache, state, self.calibration.layer_capacity_at(mode.capacity, self.site_work), mode.steer)
+        self._context.done(state)
 
     @torch.compiler.disable
     def _end(self, module, args, output):
         ended = self._context.passes.pop()
-        if ended is not None:
-            self._context.done(ended.state, whole=output is not None)
+        if ended is not None and output is not None:
+            self.ended(ended.state, ended.cache)
+        elif ended is not None:
+            self._context.done(ended.state, whole=False)
 
     # -- checkpoints -------------------------------------------------------------------------------
 

@@ -126,7 +126,9 @@ class Objective(nn.Module):
             teacher_logits, logits = self._read(teacher[b][real[b]]), head(student[b][real[b]])
             kl = kl + losses.distillation(teacher_logits, logits) * real[b].sum()
         kl = kl / real.sum()
-        loss = kl + recipe.budget_weight * losses.budget(policy.share, self._layer_capacity(capacity))
+        table = hat.calibration
+        share = capacity if table is None else table.layer_capacity_at(capacity, hat.site_work)
+        loss = kl + recipe.budget_weight * losses.budget(policy.share, share)
         out = {"kl": kl.detach(), "share": policy.share.detach()}
         if policy.scores:
             scores = torch.stack(policy.scores)[:, real.view(-1)]
@@ -143,13 +145,6 @@ class Objective(nn.Module):
             return None
         drawn = np.stack([np.random.default_rng([*key, 2]).random(len(chance)) for key in keys], 1)
         return torch.from_numpy(drawn < chance[:, None]).to(self.hat.base.device)
-
-    def _layer_capacity(self, capacity: float) -> float:
-        """What is left for the layers where the head has a part in a capacity."""
-        calibration = self.hat.calibration
-        if calibration is None or calibration.head_thresholds is None:
-            return capacity
-        return float((calibration.shares_at(capacity) @ self.hat.site_work).mean())
 
     @torch.no_grad()
     def _read(self, hidden: Tensor) -> Tensor:

@@ -1,0 +1,44 @@
+"""Steering: thresholds that move while a text is decoded, until it executes what was asked for.
+
+Thresholds are set on other text, and a text of another kind realises a little more or less than what was asked for.
+Steered, each sequence has an offset, and ``exp(offset)`` multiplies all thresholds of its layers. After each forward
+the offset grows by ``gain`` for what its tokens executed beyond what was asked, token by token:
+
+    offset += gain * sum(executed - asked)
+
+It is causal and a sequence's own, so a row alone still equals the row in a batch. But a token's decisions now depend on
+how the text before it was cut into forwards: a parallel forward moves its offset once, at the end, and decoding moves
+it at every token. So it is off unless asked for (`with hat.steered():`). Offsets stay with the KV cache; beams that
+change places keep the place's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from hat_lib.model.token_state import TokenState
+
+GAIN = 0.05
+"""a deviation is halved in some thirty tokens: a share falls by about 0.4 for each unit of the offset"""
+LIMIT = 1.0
+"""offsets stay within it: a text beyond is not what the thresholds are for"""
+
+
+def offsets(cache: Cache | None, batch: int, device: torch.device) -> Tensor:
+    """Of each sequence so far, fp32 ``[B]``."""
+    found = getattr(cache, "hat_offsets", None)
+    if found is None or batch % len(found):
+        return torch.zeros(batch, device=device)
+    return found.to(device).repeat_interleave(batch // len(found))  # beams begin as copies
+
+
+def move(cache: Cache | None, state: TokenState, asked: float, gain: float) -> None:
+    """Note at the end of a forward what it executed beyond ``asked``, a share of the layers' work."""
+    if cache is None:
+        return
+    counted = state.real & ~state.protected & ~state.exited
+    beyond = ((state.share.mean(0) - asked) * counted).sum(1)
+    before = offsets(cache, state.batch, state.real.device)
+    cache.hat_offsets = (before + gain * beyond).clamp(-LIMIT, LIMIT)

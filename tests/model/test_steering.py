@@ -1,0 +1,98 @@
+"""Steering: decoding comes to execute what was asked for, causally, per sequence, alike on both paths; off, nothing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_transformer import close, stepwise
+from tiny_runs import new_hat
+from transformers import DynamicCache
+
+from hat_lib.config import HatError
+from hat_lib.model.steering import LIMIT, offsets
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+ASKED = 0.6
+
+
+@pytest.fixture
+def ids():
+    return torch.from_numpy(np.random.default_rng(1).integers(5, 250, (3, 60)))
+
+
+def off_by(factor):
+    """A model whose thresholds are wrong by a factor."""
+    hat = new_hat("channel")
+    table = hat.calibration
+    hat.calibration = replace(table, thresholds=(np.array(table.thresholds) * factor).tolist())
+    return hat
+
+
+def decoded(hat, ids):
+    """Logits, and what each token executed in the layers, ``[B, T]``."""
+    with hat.collect() as states:
+        logits = stepwise(hat.lm, ids)
+    return logits, torch.cat([s.share.mean(0) for s in states], 1)
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.5])
+def test_it_comes_to_what_was_asked(factor, ids):
+    hat = off_by(factor)
+    with hat.at(ASKED):
+        plain = decoded(hat, ids)[1][:, 40:].mean()
+        with hat.steered(0.2):
+            steered = decoded(hat, ids)[1][:, 40:].mean()
+    assert abs(plain - ASKED) > 0.05 and abs(steered - ASKED) < 0.02
+
+
+def test_both_paths_steer_alike_and_a_row_alone_as_in_a_batch(ids):
+    hat = off_by(1.5)
+    with hat.at(ASKED), hat.steered(0.1):
+        assert hat.decoding.startswith("engine")
+        logits, shares = decoded(hat, ids[:, :20])
+        with hat.reference():
+            others = decoded(hat, ids[:, :20])
+        alone = decoded(hat, ids[1:2, :20])
+    close(logits, others[0], 1e-4), close(shares, others[1], 1e-4)
+    close(alone[0], logits[1:2], 1e-4), close(alone[1], shares[1:2], 1e-4)
+
+
+def test_the_future_never_changes_the_past(ids):
+    hat, other = off_by(1.5), ids.clone()
+    other[:, 12:] = other[:, 12:].flip(1)
+    with hat.at(ASKED), hat.steered(0.2):
+        close(decoded(hat, ids[:, :20])[0][:, :12], decoded(hat, other[:, :20])[0][:, :12])
+
+
+def test_off_and_dense_nothing_moves(ids):
+    hat = off_by(1.5)
+    cache = DynamicCache(config=hat.lm.config)
+    with hat.at(ASKED):
+        expected = hat.lm(ids).logits
+        hat.lm(ids, cache=cache)
+        assert not hasattr(cache, "hat_offsets")
+        with hat.steered():
+            assert torch.equal(hat.lm(ids, use_cache=False).logits, expected)  # a first forward has no offset yet
+            with hat.dense():
+                hat.lm(ids, cache=DynamicCache(config=hat.lm.config))
+                assert hat.trace.steering is None
+
+
+def test_offsets_stay_with_the_cache_and_within_their_limit(ids):
+    hat, cache = off_by(50.0), DynamicCache(config=new_hat("channel").lm.config)
+    with hat.at(0.9), hat.steered(1.0):
+        hat.lm(ids, cache=cache)
+    assert (offsets(cache, 3, ids.device) == -LIMIT).all()
+    assert offsets(cache, 6, ids.device).shape == (6,)  # beams
+    assert (offsets(cache, 2, ids.device) == 0).all() and (offsets(None, 2, ids.device) == 0).all()
+    made = hat.lm.generate(ids[:1, :4], max_new_tokens=4, do_sample=False, num_beams=2, pad_token_id=0)
+    assert made.shape[1] <= 8
+
+
+def test_what_cannot_be():
+    with pytest.raises(HatError, match="steering is of the channel grain, got a model of the token grain"):
+        new_hat("token").steered()
+    for gain in (0, -1, 2, "fast"):
+        with pytest.raises(HatError, match=r"the gain of steering must be in \(0, 1\]"):
+            new_hat("channel").steered(gain)
