@@ -111,7 +111,7 @@ class HatConfig:
     protected_tokens: int = 2
     """real tokens at the start of each row that run in full and never exit (attention sinks)"""
     correction_rank: int | None = None
-    """channel grain: rank of the corrections of gated products, 0 for constant vectors alone; None for none"""
+    """rank of the corrections of what is skipped, 0 for constant vectors alone; None for none"""
 
     def __post_init__(self):
         object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
@@ -129,8 +129,6 @@ class HatConfig:
             check_count(name, getattr(self, name), 0)
         if self.correction_rank is not None:
             check_count("correction_rank", self.correction_rank, 0)
-            if self.granularity != "channel":
-                raise HatError(f"corrections are of the channel grain, got a config of the {self.granularity} grain")
 
     @classmethod
     def default(cls, base, **changes) -> HatConfig:

@@ -75,7 +75,7 @@ def train(
     profile: str = option("full", "quick (a few minutes on two cores) or full."),
     checkpoint: Path | None = option(None, "Start from its calibration (channel grain), or routers (phase exit)."),
     correction_rank: int | None = option(
-        None, "Channel grain: rank of the corrections of gated products, 0 for constant vectors. [default: none]"
+        None, "Rank of the corrections of gated products, or of skipped FFNs; 0: constant vectors. [default: none]"
     ),
     max_minutes: float | None = option(None, "Stop after this many minutes, saved; --resume goes on."),
     dtype: str = option("bf16", f"Of the frozen base: {given.DTYPES_HELP}. What is trained is fp32 in any case."),

@@ -41,7 +41,8 @@ class Decoder:
         layers, d = w.norms.shape[1:]
         cuts = [np.full((layers, c), -1, np.float32) for c in self.inputs]
         return Decisions(
-            *cuts, z(layers, 0), z(layers), z(layers, 0), z(layers, 1), np.full(layers, -1),
+            *cuts, z(layers, 0), z(layers), z(layers, 0), z(layers, 1),
+            z(0, 0, d), z(0, d, 0), z(0, d), np.full(layers, -1),
             z(0, d), z(0, 1), z(0, d), z(0, d), z(0, 0, d), z(0, d, 0), z(0), np.float32(0),
         )  # fmt: skip
 

@@ -91,6 +91,12 @@ class Decisions(NamedTuple):
     """``[L, D]``, or of no columns: the token grain's routers"""
     ffn_cut: ndarray
     """``[L, 1]``, or another for each row, ``[L, R]``: the FFN runs if w.x is above"""
+    instead_down: ndarray
+    """``[L, rank, D]``"""
+    instead_up: ndarray
+    """``[L, D, rank]``"""
+    instead_shift: ndarray
+    """``[L, D]``; or of no layers, all three: what a row gets in place of an FFN that it skips"""
     exit: ndarray
     """int64 ``[L]``: which gate stands before a layer, or -1"""
     gate: ndarray
@@ -294,6 +300,19 @@ def exit_gate(decide, e, r, h, n, small):
     return True
 
 
+@compiled()
+def stand_in(decide, layer, x, h, small):
+    """Add to ``h`` what stands in for the FFN of ``x``."""
+    rank = decide.instead_down.shape[1]
+    for k in range(rank):
+        small[k] = inner(x, decide.instead_down[layer, k])
+    for i in range(h.shape[0]):
+        s = decide.instead_shift[layer, i]
+        for k in range(rank):
+            s += small[k] * decide.instead_up[layer, i, k]
+        h[i] += s
+
+
 @compiled(reorder=True)
 def attend(q, keys, values, first, last, factor, scores, out):
     """Attention of one query ``q [h]`` over the places from ``first`` to ``last`` of a cache ``[room, h]``."""
@@ -448,6 +467,8 @@ def decode_step(t, team, barrier, base, decide, rows, room):
             runs[r] = alive[r]
             if decide.ffn.shape[1] and layer > 0 and not rows.protected[r]:
                 runs[r] &= inner(x[r], decide.ffn[layer]) > decide.ffn_cut[layer, r % decide.ffn_cut.shape[1]]
+            if alive[r] and not runs[r] and decide.instead_shift.shape[0]:
+                stand_in(decide, layer, x[r], h[r], room.small[t])
             if t == 0:
                 kept[layer, FFN, r] = runs[r]
             running += runs[r]

@@ -57,7 +57,7 @@ def rows(
     done: Collection = (),
     *,
     trained: Path = CHECKPOINTS / "corrected",
-    untrained: Path = CHECKPOINTS / "calibrated",
+    untrained: Path = CHECKPOINTS / "calibrated_head",
     texts: Sequence[str] = TEXTS,
     capacities: Sequence[float] = CAPACITIES,
     ways: Sequence[str] = WAYS,

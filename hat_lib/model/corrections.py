@@ -1,13 +1,15 @@
-"""Corrections: what gating drops, made good in the base's own products, at no work in use.
+"""Corrections: what skipping drops, made good; of gated products at no work in use, of skipped FFNs at little.
 
-Under gating, each product ``y = W x`` of the channel grain becomes ``y = W x + B A x + c``: an update of low rank
-(LoRA, Hu et al. 2021, arXiv:2106.09685) and a constant vector (SPON, arXiv:2512.12744). Both are trained to bring the
-gated model back to its base (`hat_lib.training`), and neither asks for work of its own: the engine reads ``W + B A``
-and adds ``c`` as a bias. The base itself is never changed. On the reference path the terms are added by forward hooks
-on the base's own linear layers, ahead of anybody else's hooks, so that those see the values used; at capacity 1.0, in
-``hat.dense()`` and after `unload` there is nothing but the base.
+Channel grain: each product ``y = W x`` that is gated becomes ``y = W x + B A x + c``: an update of low rank (LoRA, Hu
+et al. 2021, arXiv:2106.09685) and a constant vector (SPON, arXiv:2512.12744). Both are trained to bring the gated model
+back to its base (`hat_lib.training`), and neither asks for work of its own: the engine reads ``W + B A`` and has c as a
+bias. The base itself is never changed. On the reference path the terms are added by forward hooks on the base's
+own linear layers, ahead of anybody else's hooks, so that those see the values used; at capacity 1.0, in ``hat.dense()``
+and after `unload` there is nothing but the base. Matrices that read the same input share A, so one `Correction` serves
+a site: q|k|v, o, gate|up or down.
 
-Matrices that read the same input share A, so one `Correction` serves a site: q|k|v, o, gate|up or down.
+Token grain: an FFN that a token skips is not replaced by nothing but by ``B A x + c`` of the FFN's own input, 2 r D
+multiply-adds. There is none in layer 0, whose FFN always runs.
 """
 
 from __future__ import annotations
@@ -54,23 +56,30 @@ class Corrections(nn.ModuleDict):
 
     Args:
         layers: a base's decoder layers.
+        granularity: "channel" or "token".
         rank: of each.
     """
 
-    def __init__(self, layers: nn.ModuleList, rank: int):
+    def __init__(self, layers: nn.ModuleList, granularity: str, rank: int):
         super().__init__()
         for i, layer in enumerate(layers):
+            if granularity == "token":
+                width = layer.mlp.gate_proj.in_features
+                if i > 0:
+                    self[f"{i}_ffn"] = Correction(width, [width], rank)
+                continue
             for site, names in LINEARS.items():
                 linears = [layer.get_submodule(name) for name in names]
                 sizes = [linear.out_features for linear in linears]
                 self[f"{i}_{site}"] = Correction(linears[0].in_features, sizes, rank)
 
     def attach(self, layers: nn.ModuleList, context: Context) -> list:
-        """Hook every linear layer; returns the handles."""
+        """Channel grain: hook every linear layer; returns the handles."""
         return [
             layer.get_submodule(name).register_forward_hook(AddTerm(self[f"{i}_{site}"], number, context), prepend=True)
             for i, layer in enumerate(layers)
             for site, names in LINEARS.items()
+            if f"{i}_{site}" in self
             for number, name in enumerate(names)
         ]
 

@@ -9,6 +9,7 @@ cost is its weights times the share that this token executed. Parts:
     head         the LM head, once per token, at its share; a prefill that wants one token's logits spends less
     routers      D multiply-adds a layer (token grain: from layer 1 on); channel grain: a compare per channel, too; a
                  compare for each token of the vocabulary, where the head has a shortlist
+    corrections  token grain: 2 r D multiply-adds for each FFN that a token skips, where corrections of rank r stand in
     exits        each gate that a token reached, and the translator of the one that it took
     core         attention scores and mixing: 4 FLOPs per query channel and key seen; it reads no weights
 
@@ -77,6 +78,7 @@ def work(
     routed: bool = True,
     gated: bool = True,
     head_share: float = 1.0,
+    corrected: bool = False,
 ) -> Work:
     """The cost of tokens, given what they executed.
 
@@ -87,6 +89,7 @@ def work(
         dtype: of the base's weights.
         routed, gated: whether routers and exit gates ran at all.
         head_share: of the head, shortlist included.
+        corrected: whether corrections had a part; those of the channel grain cost nothing.
     """
     n_layers, d, ran = config.n_layers, lm_config.hidden_size, exit_layer.double()
     q_width = lm_config.num_attention_heads * lm_config.head_dim
@@ -96,7 +99,9 @@ def work(
     depth = torch.arange(n_layers, device=ran.device).view(-1, 1, *[1] * exit_layer.dim())
     shares = torch.where(depth < exit_layer, site_share.double(), 0.0).sum(0)  # [S, ...], in whole layers
     shares = dict(zip(GRAINS[config.granularity].sites, shares, strict=True))
+    correction_weights = zero
     if config.granularity == "token":
+        correction_weights = 2 * d * (config.correction_rank or 0) * (ran - shares["ffn"]) * corrected
         shares = {"qkv": ran, "o": ran, "gate_up": shares["ffn"], "down": shares["ffn"]}
         compares, router_weights = zero, d * (ran - 1)  # layer 0's FFN always runs, nobody asks its router
     else:  # thresholds are compared in the base's dtype
@@ -117,9 +122,11 @@ def work(
     per_layer = 4 * q_width * (zero + context)
     return Work(
         flops={part: 2 * w for part, w in weights.items()}
-        | {"routers": (compares + 2 * router_weights) * routed, "exits": 2 * exit_weights, "core": per_layer * ran},
+        | {"routers": (compares + 2 * router_weights) * routed, "corrections": 2 * correction_weights}
+        | {"exits": 2 * exit_weights, "core": per_layer * ran},
         weight_bytes={part: dtype.itemsize * w for part, w in weights.items()}
-        | {"routers": router_bytes * routed, "exits": HAT_BYTES * exit_weights},
+        | {"routers": router_bytes * routed, "corrections": HAT_BYTES * correction_weights}
+        | {"exits": HAT_BYTES * exit_weights},
         dense_flops={part: 2 * w for part, w in dense.items()} | {"core": per_layer * n_layers},
         dense_weight_bytes={part: dtype.itemsize * w for part, w in dense.items()},
     )
@@ -137,7 +144,7 @@ def state_cost(hat: HierarchicalTransformer, state: TokenState) -> Work:
     skipped = (share < 1) & (depth < exit_layer) & real
     left = (exit_layer < state.n_layers) & real
     asked = {"routed": state.routed or bool(skipped.any()), "gated": state.gated or bool(left.any())}
-    asked["head_share"] = state.head_share
+    asked |= {"head_share": state.head_share, "corrected": state.corrected}
     cost = work(hat.lm.config, hat.config, share, exit_layer, context, dtype=hat.lm.dtype, **asked)
     return Work(*({part: v * real for part, v in parts.items()} for parts in vars(cost).values()))
 

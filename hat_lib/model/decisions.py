@@ -13,25 +13,28 @@ from torch import Tensor
 
 from hat_lib.engine.step import Decisions
 from hat_lib.engine.weights import as_numpy
+from hat_lib.model.modes import Mode
 from hat_lib.model.policies import ExitThresholds, Forced, Threshold
 
 
 @torch.no_grad()
-def decisions(hat, dense: Decisions, routed, exits, shortlist, places: slice) -> Decisions:
+def decisions(hat, dense: Decisions, mode: Mode, places: slice) -> Decisions:
     """What a `HierarchicalTransformer` decides by.
 
     Args:
         dense: decisions of the dense model.
-        routed, exits, shortlist: of a mode; `KeepAll` and None leave ``dense`` as it is.
+        mode: what it leaves open stays as in ``dense``.
         places: of these tokens in the cache, for what is forced; channels are forced for one token alone.
     """
-    made = dict(_exits(hat, dense, exits, places)) if exits else {}
+    made = dict(_exits(hat, dense, mode.exits, places)) if mode.exits else {}
     if hat.config.granularity == "token":
-        made |= _ffns(hat, routed, places)
+        made |= _ffns(hat, mode.policy, places)
+        if mode.corrected:
+            made |= _instead(hat)
     else:
-        made |= _channels(hat, dense, routed, places)
-    if shortlist is not None:
-        made |= {"cut_head": as_numpy(shortlist.cut), "margin": np.float32(shortlist.margin)}
+        made |= _channels(hat, dense, mode.policy, places)
+    if mode.shortlist is not None:
+        made |= {"cut_head": as_numpy(mode.shortlist.cut), "margin": np.float32(mode.shortlist.margin)}
     return dense._replace(**made)
 
 
@@ -63,6 +66,13 @@ def _ffns(hat, routed, places: slice) -> dict[str, np.ndarray]:
         cuts = _forced([routed.masks.keep.get((i, "ffn")) for i in layers], places, otherwise=True)
         return {"ffn": np.zeros((len(layers), width), np.float32), "ffn_cut": cuts}
     return {}
+
+
+def _instead(hat) -> dict[str, np.ndarray]:
+    """What stands in for an FFN; nothing in layer 0, whose FFN always runs."""
+    parts = {"instead_down": "down", "instead_up": "up", "instead_shift": "shift"}
+    found = {name: [getattr(c, part) for c in hat.corrections.values()] for name, part in parts.items()}
+    return {name: _stack([torch.zeros_like(rows[0]), *rows]) for name, rows in found.items()}
 
 
 def _exits(hat, dense: Decisions, exits, places: slice) -> Iterable[tuple[str, np.ndarray]]:

@@ -120,13 +120,18 @@ class AdaptiveLayer:
         keep = run.decide(self.index, "ffn", x.view(-1, x.shape[-1])) if "ffn" in run.sites else None
         if keep is None:
             return h + layer.mlp(x)
+        instead = run.instead(self.index)
         if not run.mode.compact:
-            return h + layer.mlp(x) * keep.view(*x.shape[:-1], 1).to(x.dtype)
-        kept = keep.nonzero().view(-1)
-        if not len(kept):
-            return h
-        update = layer.mlp(x.view(-1, x.shape[-1])[kept][None])[0].to(h.dtype)  # autocast gives another
-        return h.view(-1, h.shape[-1]).index_add(0, kept, update).view(h.shape)
+            keep = keep.view(*x.shape[:-1], 1).to(x.dtype)
+            out = h + layer.mlp(x) * keep
+            return out if instead is None else out + instead.term(x, 0) * (1 - keep)
+        flat, out = x.view(-1, x.shape[-1]), h.view(-1, h.shape[-1])
+        kept, left = keep.nonzero().view(-1), (~keep).nonzero().view(-1)
+        if len(kept):
+            out = out.index_add(0, kept, layer.mlp(flat[kept][None])[0].to(h.dtype))  # autocast gives another
+        if instead is not None and len(left):
+            out = out.index_add(0, left, instead.term(flat[left], 0).to(h.dtype))
+        return out.view(h.shape)
 
     def _heads(self, x: Tensor) -> Tensor:
         """``[B, T, heads*h] -> [B, heads, T, h]``."""

@@ -273,7 +273,7 @@ class FastPath:
         else:
             with self._lock:
                 decoder = self.decoder
-                decide = self._decide(mode.policy, mode.exits, mode.shortlist, decoder, slice(start, start + t))
+                decide = self._decide(mode, decoder, slice(start, start + t))
             if run and Forced not in (type(mode.policy), type(mode.exits)):
                 run.ready = mode, decoder, decide
         logits, kept, ran, head = decoder.step(
@@ -308,27 +308,28 @@ class FastPath:
             self._decoders, self._packed = {}, now  # before there are others
         # Where gated forwards are corrected, the uncorrected copy serves the dense model.
         gates_head = self.hat.gates_head and mode.corrected == bool(len(self.hat.corrections))
-        key = mode.weights or self.form, mode.corrected, gates_head or mode.shortlist is not None
+        merged = mode.corrected and self.hat.config.granularity == "channel"
+        key = mode.weights or self.form, merged, gates_head or mode.shortlist is not None
         if key not in self._decoders:
-            self._decoders[key] = Decoder(self.lm, key[0], self.hat.corrections if mode.corrected else None, key[2])
+            self._decoders[key] = Decoder(self.lm, key[0], self.hat.corrections if merged else None, key[2])
         return self._decoders[key]
 
-    def _decide(self, routed, exits, shortlist, decoder: Decoder, places: slice) -> Decisions:
+    def _decide(self, mode: Mode, decoder: Decoder, places: slice) -> Decisions:
         """The mode's decisions as arrays, for tokens at these places of the cache."""
+        routed, exits = mode.policy, mode.exits
         if Forced in (type(routed), type(exits)):  # another at each place
-            return decisions(self.hat, decoder.everything(), routed, exits, shortlist, places)
-        version = sum(map(VERSION, self._trained))
-        if self._decided[:4] != (routed, exits, shortlist, version):
+            return decisions(self.hat, decoder.everything(), mode, places)
+        by = routed, exits, mode.shortlist, mode.corrected, sum(map(VERSION, self._trained))
+        if self._decided[:-1] != by:
             thresholds = [tuple(p.thresholds.values()) if hasattr(p, "thresholds") else None for p in (routed, exits)]
-            asked = (version, shortlist, *thresholds)
+            asked = (*by[2:], *thresholds)
             made = self._decisions.get(asked)
             if made is None:
                 while len(self._decisions) >= READY:
                     del self._decisions[next(iter(self._decisions))]  # the oldest
-                made = decisions(self.hat, decoder.everything(), routed, exits, shortlist, places)
-                self._decisions[asked] = made
-            self._decided = routed, exits, shortlist, version, made
-        return self._decided[4]
+                made = self._decisions[asked] = decisions(self.hat, decoder.everything(), mode, places)
+            self._decided = *by, made
+        return self._decided[-1]
 
 
 def _is_ours(hook) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from hat_lib.model.corrections import Correction
 from hat_lib.model.modes import Mode
 from hat_lib.model.policies import Gated
 from hat_lib.model.token_state import TokenState
@@ -23,12 +24,18 @@ class ForwardPass:
     """of the model's grain"""
     gates: nn.ModuleDict
     """exit gates by depth; they translate who leaves"""
+    corrections: nn.ModuleDict
+    """by ``"{layer}_{site}"``"""
     cache: Cache | None = None
 
     @property
     def rows(self) -> Tensor | None:
         """Indices into B*T of the rows that layers compute; None for all of them."""
         return self.state.alive if self.mode.compact else None
+
+    def instead(self, layer: int) -> Correction | None:
+        """What a token gets in place of an FFN that it skips, if anything."""
+        return self.corrections[f"{layer}_ffn"] if self.mode.corrected and f"{layer}_ffn" in self.corrections else None
 
     def gate(self, layer: int, site: str, x: Tensor) -> Tensor:
         """``x [..., C]`` of the rows that run, without the channels that are skipped at a site of the channel grain;

@@ -50,7 +50,8 @@ class TokenState:
     """layers that each token ran, int16 ``[B, T]``; L where it stayed to the end"""
     routed: bool = False
     gated: bool = False
-    """whether routers, and exit gates, had a part in this forward"""
+    corrected: bool = False
+    """whether routers, exit gates and corrections had a part in this forward"""
     threshold_scale: Tensor | None = None
     """channel grain: of the running rows in the present layer, ``[n, 1]``"""
     steering: Tensor | None = None
@@ -190,6 +191,7 @@ class TokenState:
             start=first.start,
             routed=any(s.routed for s in states),
             gated=any(s.gated for s in states),
+            corrected=any(s.corrected for s in states),
             executed=share,
             head_work=first.head_work,
             expected_head_share=first.expected_head_share,

@@ -103,7 +103,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         self.gates = nn.ModuleDict({str(e): ExitGate(width, config.translator_rank) for e in config.exit_layers})
         self.corrections = nn.ModuleDict()
         if config.correction_rank is not None:
-            self.corrections = Corrections(lm.model.layers, config.correction_rank)
+            self.corrections = Corrections(lm.model.layers, config.granularity, config.correction_rank)
         for own in self._own:
             own.to(base.device)
         head = lm.config.vocab_size * width
@@ -363,7 +363,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         start = cache.get_seq_length() if cache is not None else 0
         places = TokenState.places(tokens, given.get("attention_mask"), given.get("position_ids"), start)
         state = self.new_state(*places, start, cache)
-        passes[-1] = ForwardPass(mode, state, self.grain.sites, self.gates, cache)
+        passes[-1] = ForwardPass(mode, state, self.grain.sites, self.gates, self.corrections, cache)
 
     def new_state(self, real: Tensor, position: Tensor, start: int, cache: Cache | None = None) -> TokenState:
         """What a forward is to fill, of the tokens at these `TokenState.places`."""
@@ -372,7 +372,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         state.routed, state.gated = not isinstance(mode.policy, KeepAll), mode.exits is not None
         if mode.shortlist is not None:
             state.head_work, state.expected_head_share = self.head_work, mode.shortlist.share
-        state.masks = Masks() if mode.record else None
+        state.masks, state.corrected = Masks() if mode.record else None, mode.corrected
         if mode.steer:
             state.steering = offsets(cache, state.batch, real.device).exp().repeat_interleave(state.tokens)
         return state

@@ -46,6 +46,7 @@ WHERE = "pass either --save DIR for a new run or --resume DIR for one that was s
         ((*TARGET, "1.1", "--lossless"), "leave out --lossless"),
         ((*GO, "--refresh-speed"), "--refresh-speed measures for a target: add --target-speedup"),
         ((*GO, "--lossless", "--show-compute"), "with --lossless the base decides on every token"),
+        ((*GO, "--lossless", "--steer"), "--steer holds a text to a capacity; with --lossless"),
         ((*GO, "--versus", "gpu"), "versus must be one of dense, hf, got 'gpu'"),
         ((*GO, "--weights", "int3"), "--weights must be one of base, int8"),
         ((*GO, "--dtype", "int3"), "dtype must be one of float32, fp32, bfloat16, bf16"),

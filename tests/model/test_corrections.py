@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from test_transformer import GREEDY, apart, close, stepwise
-from tiny_runs import new_hat, random_blocks, run_phase, tiny, tiny_run, untrained
+from tiny_runs import new_hat, random_blocks, run_phase, skipping, tiny, untrained
 
 from hat_lib.config import HatConfig, HatError
+from hat_lib.model.cost import state_cost
 from hat_lib.model.granularity import LINEARS
 from hat_lib.model.transformer import HierarchicalTransformer
 
@@ -156,7 +157,6 @@ def _read(folder):
     [
         ({"correction_rank": -1}, "correction_rank must be a whole number of at least 0, got -1"),
         ({"correction_rank": 1.5}, "correction_rank must be a whole number"),
-        ({"correction_rank": 1, "granularity": "token"}, "corrections are of the channel grain"),
     ],
 )
 def test_configs_that_cannot_be(changes, message):
@@ -165,12 +165,65 @@ def test_configs_that_cannot_be(changes, message):
         replace(config, **changes)
 
 
-def test_a_rank_beyond_the_width_and_a_grain_without_them():
+def test_a_rank_beyond_the_width():
     base = tiny()
     with pytest.raises(HatError, match="correction_rank must be at most .*, the hidden size of random:tiny, got 65537"):
         HierarchicalTransformer(base, HatConfig.default(base, correction_rank=65537))
-    with pytest.raises(HatError, match="corrections are of the channel grain"):
-        replace(tiny_run("token", "addresses"), correction_rank=1)
+
+
+# -- token grain: what stands in for an FFN ---------------------------------------------------------
+
+
+def standing_in(rank=2, size=0.2, base=None):
+    """Routers that skip about a third of the FFNs, and random corrections."""
+    how = {"bar": 0.6, "vectors": 1.0, "translator_rank": 2}
+    hat = skipping("token", base, **how, correction_rank=rank)
+    with torch.no_grad():
+        for correction in hat.corrections.values():
+            correction.up.normal_(0, size), correction.shift.normal_(0, size)
+    return hat
+
+
+@pytest.mark.filterwarnings("ignore:token grain")
+@torch.no_grad()
+def test_a_skipped_ffn_is_replaced_alike_on_every_path(ids):
+    hat, plain = standing_in(), skipping("token", bar=0.6, vectors=1.0, translator_rank=2)
+    hat.calibration = plain.calibration
+    assert list(hat.corrections) == [f"{i}_ffn" for i in range(1, hat.config.n_layers)]
+    expected = hat.lm(ids).logits
+    assert apart(expected, plain.lm(ids).logits) and 0.3 < hat.trace.capacity < 0.95
+    with hat.correcting(False):
+        close(hat.lm(ids).logits, plain.lm(ids).logits)
+    with hat.masked():
+        close(hat.lm(ids).logits, expected)
+    assert hat.decoding.startswith("engine")
+    with hat.collect() as states:
+        close(stepwise(hat.lm, ids), expected)
+        close(stepwise(hat.lm, ids[1:2]), expected[1:2])
+    assert all(state.executed is not None and state.corrected for state in states)
+    with hat.dense():
+        assert torch.equal(hat.lm(ids).logits, tiny().model(ids).logits)
+    hat.corrections["1_ffn"].shift += 1
+    close(stepwise(hat.lm, ids), hat.lm(ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore:token grain")
+@torch.no_grad()
+def test_the_work_of_what_stands_in_is_counted(ids):
+    hat = standing_in(rank=3)
+    hat.exit_rate = 0.0
+    hat.lm(ids)
+    cost, skipped = state_cost(hat, hat.trace), 1 - hat.trace.site_share[:, 0]
+    assert torch.allclose(cost.flops["corrections"], skipped.sum(0).double() * 2 * 2 * 3 * hat.lm.config.hidden_size)
+    with hat.correcting(False):
+        hat.lm(ids)
+    assert not state_cost(hat, hat.trace).flops["corrections"].any()
+
+
+def test_training_teaches_what_stands_in(tmp_path):
+    hat = untrained("token", correction_rank=2)
+    run_phase(hat, tmp_path, steps=2)
+    assert all(correction.up.any() and correction.shift.any() for correction in hat.corrections.values())
 
 
 def test_a_model_without_them():
