@@ -21,7 +21,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from hat_lib.config import HatError, check_capacity, check_count
-from hat_lib.evaluation.perplexity import compare, score_each
+from hat_lib.evaluation.perplexity import compare, coverage, score_each
 from hat_lib.experiments import common
 from hat_lib.experiments.common import CHECKPOINTS, machine, markdown, perplexity, rounded, saved
 from hat_lib.experiments.quality import adapter_digest
@@ -47,6 +47,8 @@ class Row(common.Machine, common.Perplexity):
     layer_capacity: float
     model_share: float
     ppl: float
+    coverage: float
+    """of the interval, by simulation on these very blocks (`hat_lib.evaluation.perplexity.coverage`)"""
     blocks: int
     documents: int
     text_hash: str
@@ -100,6 +102,7 @@ def _on_text(hat, checkpoint: Path, text: str, points: list[tuple[str, float]], 
             way=way,
             capacity=capacity,
             realised=scored.capacity,
+            coverage=coverage(base, scored),
             layer_capacity=scored.layer_capacity,
             model_share=scored.model_share,
             documents=len(set(blocks["doc"])),
