@@ -180,7 +180,7 @@ def _set_table(
         chosen, of_head = split(budget), head(budget)
         kept, capacity, head_share, tokens = 0.0, 0.0, 0.0, 0
         shortlist = of_head and hat.shortlist(*of_head)
-        corrected = hat.correcting(len(hat.corrections) > 0)
+        corrected = hat.correcting(hat.correction_strength(budget))
         with hat.dense(), hat.using(hat.threshold_policy(chosen)), corrected, hat.shortlisting(shortlist):
             for size in forwards(hat, blocks, logits=0 if of_head else 1):
                 kept = kept + hat.trace.site_share.flatten(2).sum(-1).double().cpu().numpy()

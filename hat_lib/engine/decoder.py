@@ -23,11 +23,11 @@ class Decoder:
     Args:
         lm: a `LlamaForCausalLM` on the CPU, in float32 or bfloat16; its products' weights are copied.
         form: of the copy, "base", "int8" or "q4".
-        corrections, preview: as for `pack`.
+        corrections, strength, preview: as for `pack`.
     """
 
-    def __init__(self, lm, form: str = "base", corrections=None, preview: bool = False):
-        self.lm, self.weights = lm, pack(lm, form, corrections, preview)
+    def __init__(self, lm, form: str = "base", corrections=None, *, strength: float = 1.0, preview: bool = False):
+        self.lm, self.weights = lm, pack(lm, form, corrections, strength=strength, preview=preview)
         self.size, self.dtype = lm.config.head_dim, lm.dtype
         self.inputs, self.outputs = widths(lm)
         self.channels = np.array(self.inputs)[:, None, None]

@@ -49,12 +49,12 @@ def unfit(lm, form: str) -> str | None:
 
 
 @torch.no_grad()
-def pack(lm, form: str = "base", corrections=None, preview: bool = False) -> Weights:
+def pack(lm, form: str = "base", corrections=None, *, strength: float = 1.0, preview: bool = False) -> Weights:
     """The weights of a `LlamaForCausalLM` on the CPU, in float32 or bfloat16.
 
     Args:
         form: "base", "int8" or "q4"; ValueError if the base is `unfit`.
-        corrections: a model's, which become part of the products; None for the base itself.
+        corrections: a model's, which become part of the products at a ``strength``; None for the base itself.
         preview: whether the head's weights are packed once more, transposed, for a head that is gated.
     """
     if why := unfit(lm, form):
@@ -75,13 +75,13 @@ def pack(lm, form: str = "base", corrections=None, preview: bool = False) -> Wei
             weight = torch.cat([linear.weight for linear in modules])
             correction = None if corrections is None else corrections[f"{i}_{name}"]
             if correction is not None:
-                weight = (weight.float() + correction.update()).to(weight.dtype)
+                weight = (weight.float() + strength * correction.update()).to(weight.dtype)
             if form == "int8":
                 weight, scales[i] = _eight_bits(weight)
             weights[i] = _four_bits(weight) if form == "q4" else weight.t()
             if biased:
                 biases[i] = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias for m in modules])
-                biases[i] += 0 if correction is None else correction.shift
+                biases[i] += 0 if correction is None else strength * correction.shift
         packed |= {name: as_numpy(weights), f"{name}_scale": scales.numpy(), f"{name}_bias": biases.numpy()}
     head, head_scale = (lm.lm_head.weight, torch.zeros(0)) if form == "base" else _eight_bits(lm.lm_head.weight)
     columns = _room((head.shape[1], len(head) if preview else 0), head.dtype)

@@ -58,20 +58,26 @@ class Row(common.Machine, common.Perplexity):
 def rows(
     done: Collection = (),
     *,
-    trained: Path = CHECKPOINTS / "corrected",
+    trained: Path | None = None,
     untrained: Path = CHECKPOINTS / "calibrated_head",
     texts: Sequence[str] = TEXTS,
     capacities: Sequence[float] = CAPACITIES,
-    ways: Sequence[str] = WAYS,
+    ways: Sequence[str] | None = None,
     tokens: int = 20_480,
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """Rows on some ``tokens`` tokens of each text. Raises `HatError` for an unknown way or text, a capacity out of
-    range, and checkpoints that do not gate their head."""
+    """Rows on some ``tokens`` tokens of each text; without ``trained``, of the first two ways alone.
+
+    Raises `HatError` for an unknown way or text, a capacity out of range, ways that need what is not given, and
+    checkpoints that do not gate their head.
+    """
     check_count("tokens", tokens, 2 * BLOCK)
     capacities = [check_capacity(c) for c in capacities]
+    ways = ways or (WAYS if trained else WAYS[:2])
     if odd := [way for way in ways if way not in WAYS]:
         raise HatError(f"ways must be among {', '.join(WAYS)}, got {odd[0]!r}")
+    if trained is None and {"trained", "fine_tuned"} & {*ways}:
+        raise HatError("the ways trained and fine_tuned need a checkpoint with corrections: pass trained=DIR")
     for checkpoint, own in ((untrained, ("layers", "head")), (trained, ("trained", "fine_tuned"))):
         asked = [way for way in ways if way in own]
         points = {t: [(w, c) for w in asked for c in _of(w, capacities) if (w, t, c) not in done] for t in texts}
@@ -128,7 +134,7 @@ def figures(results: Path | None = None) -> dict[str, Figure]:
 
 def tables(results: Path | None = None) -> dict[str, str]:
     """A line for each capacity: the trained model and the untrained one, and the worst text of the trained."""
-    table = saved("mechanisms", results)
+    table = saved("mechanisms", results).sort_values("capacity", ascending=False)
     lines = []
     for way in WAYS:
         for capacity, at in table[table["way"] == way].groupby("capacity", sort=False):

@@ -221,7 +221,7 @@ def _control(hat, untrained: Path, point: Point, blocks, sample, realised: float
 @contextmanager
 def with_policy(hat: HierarchicalTransformer, capacity: float, policy: Policy):
     """A control: another's decisions in the layers, without corrections, and the head as it is at ``capacity``."""
-    with hat.at(capacity, 0.0), hat.correcting(False), hat.using(policy):
+    with hat.at(capacity, 0.0), hat.correcting(0.0), hat.using(policy):
         yield
 
 

@@ -6,7 +6,7 @@ back to its base (`hat_lib.training`), and neither asks for work of its own: the
 bias. The base itself is never changed. On the reference path the terms are added by forward hooks on the base's
 own linear layers, ahead of anybody else's hooks, so that those see the values used; at capacity 1.0, in ``hat.dense()``
 and after `unload` there is nothing but the base. Matrices that read the same input share A, so one `Correction` serves
-a site: q|k|v, o, gate|up or down.
+a site: q|k|v, o, gate|up or down. The less is dropped, the less there is to make good: `strength` scales both terms.
 
 Token grain: an FFN that a token skips is not replaced by nothing but by ``B A x + c`` of the FFN's own input, 2 r D
 multiply-adds. There is none in layer 0, whose FFN always runs.
@@ -22,6 +22,17 @@ from torch import Tensor, nn
 
 from hat_lib.model.granularity import LINEARS
 from hat_lib.model.modes import Context
+
+FULL = 0.5
+"""capacity from which downwards corrections of gated products have their whole strength"""
+
+
+def strength(capacity: float, granularity: str = "channel") -> float:
+    """Of corrections at a capacity: 0 at 1, rising evenly to 1 at `FULL`. What stands in for an FFN is there where the
+    FFN is not, at 1."""
+    if capacity >= 1 or granularity == "token":
+        return float(capacity < 1)
+    return min(1.0, (1 - capacity) / (1 - FULL))
 
 
 class Correction(nn.Module):
@@ -92,4 +103,5 @@ class AddTerm(NamedTuple):
     context: Context
 
     def __call__(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
-        return out + self.correction.term(args[0], self.number) if self.context.mode.corrected else None
+        strength = self.context.mode.corrected
+        return out.add(self.correction.term(args[0], self.number), alpha=strength) if strength else None

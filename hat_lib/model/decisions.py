@@ -30,7 +30,7 @@ def decisions(hat, dense: Decisions, mode: Mode, places: slice) -> Decisions:
     if hat.config.granularity == "token":
         made |= _ffns(hat, mode.policy, places)
         if mode.corrected:
-            made |= _instead(hat)
+            made |= _instead(hat, mode.corrected)
     else:
         made |= _channels(hat, dense, mode.policy, places)
     if mode.shortlist is not None:
@@ -68,11 +68,12 @@ def _ffns(hat, routed, places: slice) -> dict[str, np.ndarray]:
     return {}
 
 
-def _instead(hat) -> dict[str, np.ndarray]:
+def _instead(hat, strength: float) -> dict[str, np.ndarray]:
     """What stands in for an FFN; nothing in layer 0, whose FFN always runs."""
-    parts = {"instead_down": "down", "instead_up": "up", "instead_shift": "shift"}
-    found = {name: [getattr(c, part) for c in hat.corrections.values()] for name, part in parts.items()}
-    return {name: _stack([torch.zeros_like(rows[0]), *rows]) for name, rows in found.items()}
+    found = [(c.down, strength * c.up, strength * c.shift) for c in hat.corrections.values()]
+    names = "instead_down", "instead_up", "instead_shift"
+    parts = zip(names, zip(*found, strict=True), strict=True)
+    return {name: _stack([torch.zeros_like(rows[0]), *rows]) for name, rows in parts}
 
 
 def _exits(hat, dense: Decisions, exits, places: slice) -> Iterable[tuple[str, np.ndarray]]:

@@ -120,17 +120,16 @@ class AdaptiveLayer:
         keep = run.decide(self.index, "ffn", x.view(-1, x.shape[-1])) if "ffn" in run.sites else None
         if keep is None:
             return h + layer.mlp(x)
-        instead = run.instead(self.index)
         if not run.mode.compact:
             keep = keep.view(*x.shape[:-1], 1).to(x.dtype)
-            out = h + layer.mlp(x) * keep
-            return out if instead is None else out + instead.term(x, 0) * (1 - keep)
+            out, instead = h + layer.mlp(x) * keep, run.instead(self.index, x)
+            return out if instead is None else out + instead * (1 - keep)
         flat, out = x.view(-1, x.shape[-1]), h.view(-1, h.shape[-1])
         kept, left = keep.nonzero().view(-1), (~keep).nonzero().view(-1)
         if len(kept):
             out = out.index_add(0, kept, layer.mlp(flat[kept][None])[0].to(h.dtype))  # autocast gives another
-        if instead is not None and len(left):
-            out = out.index_add(0, left, instead.term(flat[left], 0).to(h.dtype))
+        if len(left) and (instead := run.instead(self.index, flat[left])) is not None:
+            out = out.index_add(0, left, instead.to(h.dtype))
         return out.view(h.shape)
 
     def _heads(self, x: Tensor) -> Tensor:

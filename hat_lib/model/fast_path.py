@@ -76,8 +76,8 @@ class FastPath:
         self.hat, self.lm, self.context = hat, hat.lm, context
         self.form = "base"
         """of the packed weights, one of `WEIGHT_FORMATS`"""
-        self._decoders: dict[tuple[str, bool, bool], Decoder] = {}
-        """by form, whether its products are corrected, and whether its head may be gated"""
+        self._decoders: dict[tuple[str, float, bool], Decoder] = {}
+        """by form, the strength of corrections in its products, and whether its head may be gated"""
         self._packed = 0
         self._decisions: dict[tuple, Decisions] = {}
         self._decided: tuple = ()
@@ -307,11 +307,14 @@ class FastPath:
         if now != self._packed:
             self._decoders, self._packed = {}, now  # before there are others
         # Where gated forwards are corrected, the uncorrected copy serves the dense model.
-        gates_head = self.hat.gates_head and mode.corrected == bool(len(self.hat.corrections))
-        merged = mode.corrected and self.hat.config.granularity == "channel"
+        gates_head = self.hat.gates_head and bool(mode.corrected) == bool(len(self.hat.corrections))
+        merged = mode.corrected if self.hat.config.granularity == "channel" else 0.0
         key = mode.weights or self.form, merged, gates_head or mode.shortlist is not None
         if key not in self._decoders:
-            self._decoders[key] = Decoder(self.lm, key[0], self.hat.corrections if merged else None, key[2])
+            for other in [k for k in self._decoders if merged and k[0] == key[0] and k[1]]:
+                del self._decoders[other]  # of another strength: there is one corrected copy of a form
+            corrections = self.hat.corrections if merged else None
+            self._decoders[key] = Decoder(self.lm, key[0], corrections, strength=merged, preview=key[2])
         return self._decoders[key]
 
     def _decide(self, mode: Mode, decoder: Decoder, places: slice) -> Decisions:

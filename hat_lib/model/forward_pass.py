@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from hat_lib.model.corrections import Correction
 from hat_lib.model.modes import Mode
 from hat_lib.model.policies import Gated
 from hat_lib.model.token_state import TokenState
@@ -33,9 +32,11 @@ class ForwardPass:
         """Indices into B*T of the rows that layers compute; None for all of them."""
         return self.state.alive if self.mode.compact else None
 
-    def instead(self, layer: int) -> Correction | None:
-        """What a token gets in place of an FFN that it skips, if anything."""
-        return self.corrections[f"{layer}_ffn"] if self.mode.corrected and f"{layer}_ffn" in self.corrections else None
+    def instead(self, layer: int, x: Tensor) -> Tensor | None:
+        """What tokens get in place of an FFN of ``x`` that they skip, if anything; both ``[..., D]``."""
+        if not self.mode.corrected or f"{layer}_ffn" not in self.corrections:
+            return None
+        return self.mode.corrected * self.corrections[f"{layer}_ffn"].term(x, 0)
 
     def gate(self, layer: int, site: str, x: Tensor) -> Tensor:
         """``x [..., C]`` of the rows that run, without the channels that are skipped at a site of the channel grain;

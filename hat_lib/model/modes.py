@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
-from hat_lib.config import HatError
+from hat_lib.config import HatError, check_fraction
 from hat_lib.model.policies import ExitPolicy, Forced, KeepAll, Policy
 from hat_lib.model.steering import GAIN
 from hat_lib.model.token_state import Masks, TokenState
@@ -43,8 +43,8 @@ class Mode:
     """decides in place of ``routed``"""
     exit_control: ExitPolicy | None = None
     """decides in place of ``gated``"""
-    corrected: bool = False
-    """the base's products have their corrections (`hat_lib.model.corrections`)"""
+    corrected: float = 0.0
+    """strength of the corrections (`hat_lib.model.corrections`); 0: there are none"""
     shortlist: Shortlist | None = None
     """how the head decides (`hat_lib.model.head`); None reads it in full"""
     steer: float = 0.0
@@ -139,14 +139,15 @@ class Modes:
 
     def dense(self) -> AbstractContextManager[Self]:
         """The base, within rounding; nothing skipped, nobody exits."""
-        nothing = {"routed": KeepAll(), "gated": None, "control": None, "exit_control": None, "corrected": False}
+        nothing = {"routed": KeepAll(), "gated": None, "control": None, "exit_control": None, "corrected": 0.0}
         return self._changed(capacity=1.0, exit_rate=0.0, shortlist=None, steer=0.0, **nothing)
 
-    def correcting(self, on: bool = True) -> AbstractContextManager[Self]:
-        """The base's products with their corrections, whatever is skipped, or without them."""
-        if on and not self.corrections:
+    def correcting(self, strength: float = 1.0) -> AbstractContextManager[Self]:
+        """Corrections at a strength, from 0 for none to 1, whatever is skipped."""
+        check_fraction("strength", strength, 0.0, 1.0)
+        if strength and not self.corrections:
             raise HatError("this model has no corrections: train some, with correction_rank in its config")
-        return self._changed(corrected=on)
+        return self._changed(corrected=float(strength))
 
     def shortlisting(self, shortlist: Shortlist | None) -> AbstractContextManager[Self]:
         """Another decision of the head, or None for the whole of it; layers decide as they are set."""

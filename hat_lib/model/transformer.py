@@ -36,7 +36,7 @@ from hat_lib.model.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from hat_lib.model.corrections import Corrections
+from hat_lib.model.corrections import Corrections, strength
 from hat_lib.model.decoder_layer import AdaptiveLayer
 from hat_lib.model.fast_path import WEIGHT_FORMATS, FastPath
 from hat_lib.model.forward_pass import ForwardPass
@@ -253,12 +253,16 @@ class HierarchicalTransformer(Modes, nn.Module):
             if calibration is None or calibration.exit_rates is None:
                 raise HatError(f"exit rate {exit_rate} needs trained exit gates; this checkpoint has none (use 0)")
             gated = ExitThresholds(self.gates, calibration.exit_thresholds(exit_rate, capacity))
-        corrected = capacity < 1.0 and len(self.corrections) > 0
+        corrected = self.correction_strength(capacity)
         return replace(mode, routed=routed, gated=gated, corrected=corrected, shortlist=shortlist)
 
     def threshold_policy(self, thresholds: dict[tuple[int, str], float]) -> Threshold:
         """The method's own decisions at these thresholds on the routers' scores, by (layer, site)."""
         return Threshold(self.routers, thresholds)
+
+    def correction_strength(self, capacity: float) -> float:
+        """Of its corrections at a capacity; 0 if it has none."""
+        return strength(capacity, self.config.granularity) if self.corrections else 0.0
 
     @property
     def gates_head(self) -> bool:
@@ -372,7 +376,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         state.routed, state.gated = not isinstance(mode.policy, KeepAll), mode.exits is not None
         if mode.shortlist is not None:
             state.head_work, state.expected_head_share = self.head_work, mode.shortlist.share
-        state.masks, state.corrected = Masks() if mode.record else None, mode.corrected
+        state.masks, state.corrected = Masks() if mode.record else None, mode.corrected > 0
         if mode.steer:
             state.steering = offsets(cache, state.batch, real.device).exp().repeat_interleave(state.tokens)
         return state

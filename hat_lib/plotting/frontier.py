@@ -61,7 +61,7 @@ def quality(table: pd.DataFrame) -> Figure:
 def mechanisms(table: pd.DataFrame) -> Figure:
     """KL divergence from the base, nats a token on a log axis, against the work of the whole model; a panel for each
     text. ``table`` has the fields of `hat_lib.experiments.mechanisms.Row`."""
-    texts = list(dict.fromkeys(table["text"]))
+    texts = sorted(set(table["text"]))
     fig, axes = style.panels(len(texts), height=HEIGHT, width=2.9 * len(texts) + 0.4)
     for ax, text in zip(axes, texts, strict=True):
         for way, (_, colour, marker, line) in WAYS.items():

@@ -117,7 +117,7 @@ class Objective(nn.Module):
     def _routers(self, batch, teacher, capacity, keys, step, steps) -> dict:
         hat, recipe, head = self.hat, self.recipe, self.hat.lm.lm_head
         policy = Relaxed(hat, self.thresholds(capacity), keys, recipe)
-        corrected, dropped = len(hat.corrections) > 0, self._dropped(keys, step, steps)
+        corrected, dropped = hat.correction_strength(capacity), self._dropped(keys, step, steps)
         with hat.masked(), hat.using(policy), hat.correcting(corrected), hat.dropping(dropped):
             student = self._hidden(batch).last_hidden_state
         # A sequence at a time: the logits of a batch would be the largest tensors of the step.
@@ -153,7 +153,7 @@ class Objective(nn.Module):
     def _exits(self, batch, teacher, capacity, keys, step, steps) -> dict:
         hat, recipe, head, norm = self.hat, self.recipe, self.hat.lm.lm_head, self.hat.lm.model.norm
         policy = hat.threshold_policy(self.thresholds(capacity)) if capacity < 1 else KeepAll()
-        with torch.no_grad(), hat.using(policy), hat.correcting(capacity < 1 and len(hat.corrections) > 0):
+        with torch.no_grad(), hat.using(policy), hat.correcting(hat.correction_strength(capacity)):
             hidden = self._hidden(batch, output_hidden_states=True)
         candidates = batch["attention_mask"].bool() & ~hat.trace.protected
         rows, columns = _sample(candidates, recipe.exit_tokens, keys)

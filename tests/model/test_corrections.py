@@ -31,7 +31,7 @@ def corrected(rank=2, size=0.2, base=None):
     return hat
 
 
-def merged(hat):
+def merged(hat, strength=1.0):
     """A plain base whose linear layers hold the corrections."""
     lm = tiny().model
     with torch.no_grad():
@@ -42,8 +42,8 @@ def merged(hat):
                 parts = (correction.up @ correction.down).split(sizes), correction.shift.split(sizes)
                 for name, update, shift in zip(names, *parts, strict=True):
                     linear = layer.get_submodule(name)
-                    linear.weight += update
-                    linear.bias = torch.nn.Parameter(shift.clone())
+                    linear.weight += strength * update
+                    linear.bias = torch.nn.Parameter(strength * shift)
     return lm
 
 
@@ -82,6 +82,24 @@ def test_they_are_an_update_of_the_weights_and_a_bias(rank, ids):
         close(stepwise(hat.lm, ids), expected)
         assert hat.lm(ids[:1]).logits.shape == hat.lm(ids[:1], use_cache=False).logits.shape
     assert apart(expected, tiny().model(ids).logits)
+
+
+@torch.no_grad()
+def test_their_strength_grows_with_what_is_dropped(ids):
+    hat = corrected()
+    assert [hat.correction_strength(c) for c in (1.0, 0.9, 0.75, 0.5, 0.4)] == pytest.approx([0, 0.2, 0.5, 1, 1])
+    assert new_hat("channel").correction_strength(0.5) == 0
+    for strength in (0.3, 0.6):
+        with hat.correcting(strength):
+            close(hat.lm(ids).logits, merged(hat, strength)(ids).logits)
+            close(stepwise(hat.lm, ids), hat.lm(ids).logits)
+    size = hat.packed_bytes
+    with hat.at(0.75):
+        stepwise(hat.lm, ids)
+        assert hat._context.mode.corrected == 0.5 and hat.packed_bytes == size  # one corrected copy
+    for odd in (-0.1, 1.5, True, "much"):
+        with pytest.raises(HatError, match=r"strength must be a number in \[0.0, 1.0\]"):
+            hat.correcting(odd)
 
 
 @torch.no_grad()
@@ -192,7 +210,7 @@ def test_a_skipped_ffn_is_replaced_alike_on_every_path(ids):
     assert list(hat.corrections) == [f"{i}_ffn" for i in range(1, hat.config.n_layers)]
     expected = hat.lm(ids).logits
     assert apart(expected, plain.lm(ids).logits) and 0.3 < hat.trace.capacity < 0.95
-    with hat.correcting(False):
+    with hat.correcting(0.0):
         close(hat.lm(ids).logits, plain.lm(ids).logits)
     with hat.masked():
         close(hat.lm(ids).logits, expected)
@@ -215,7 +233,7 @@ def test_the_work_of_what_stands_in_is_counted(ids):
     hat.lm(ids)
     cost, skipped = state_cost(hat, hat.trace), 1 - hat.trace.site_share[:, 0]
     assert torch.allclose(cost.flops["corrections"], skipped.sum(0).double() * 2 * 2 * 3 * hat.lm.config.hidden_size)
-    with hat.correcting(False):
+    with hat.correcting(0.0):
         hat.lm(ids)
     assert not state_cost(hat, hat.trace).flops["corrections"].any()
 
