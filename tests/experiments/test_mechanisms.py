@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_corrections import corrected
-from tiny_runs import new_hat, tiny
+from tiny_runs import new_hat, untrained
 
 from hat_lib.config import HatError
 from hat_lib.experiments import mechanisms
@@ -15,7 +14,11 @@ def checkpoints(tmp_path_factory):
     from dataclasses import replace
 
     folder, found = tmp_path_factory.mktemp("checkpoints"), {}
-    for name, hat in (("untrained", new_hat("channel")), ("trained", corrected(base=tiny()))):
+    for name, hat in (("untrained", new_hat("channel")), ("trained", untrained(correction_rank=2))):
+        with torch.no_grad():
+            for correction in hat.corrections.values():
+                correction.up.normal_(0, 0.2)
+        hat.calibration = new_hat("channel").calibration
         n = len(hat.calibration.capacities)
         tables = {"head_thresholds": [0.9] * n, "head_margins": [0.5] * n, "head_shares": [0.5] * n}
         hat.calibration = replace(hat.calibration, **tables)
