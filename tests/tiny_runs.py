@@ -78,11 +78,14 @@ def _calibration():
     return calibrate(untrained(), random_blocks(), probe_tokens=64, progress=False)
 
 
-def run_phase(hat, folder, phase="routers", steps=6, blocks=None, resume=False, max_minutes=None, **changes):
+def run_phase(
+    hat, folder, phase="routers", steps=6, blocks=None, resume=False, max_minutes=None, progress=False, **changes
+):
     """`train_phase` on random blocks."""
     return train_phase(
         hat, rows(blocks or random_blocks()), recipe(hat.config.granularity, **changes), phase,
-        nominal_thresholds(hat), Path(folder), resume=resume, max_minutes=max_minutes, max_steps=steps, progress=False,
+        nominal_thresholds(hat), Path(folder), resume=resume, max_minutes=max_minutes, max_steps=steps,
+        progress=progress,
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ class Weights(NamedTuple):
     head_scale: ndarray
     """float32 ``[V]``, or empty"""
     preview: ndarray
-    """``[D, V]``: the head's weights once more, transposed; of no rows where the head is never gated"""
+    """``[D, V]``: the head's weights once more, transposed; of no columns where the head is never gated"""
     qkv: ndarray
     o: ndarray
     gate_up: ndarray

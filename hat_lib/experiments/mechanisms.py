@@ -1,13 +1,13 @@
 """What each mechanism is worth, on three kinds of text: ``data/results/mechanisms.csv``.
 
-One row for each text, capacity and way to run. All of one checkpoint, so that ways differ in one thing:
+One row for each text, capacity and way to run, of an untrained and a trained checkpoint:
 
     layers       channels of the layers alone, by the thresholds of the untrained checkpoint; the head in full
     head         the same, and the head's shortlist
     trained      the trained checkpoint: its corrections and scales, the head's shortlist
     fine_tuned   the corrections with nothing skipped: what training alone does to the base, at all of its work
 
-Blocks stand at even distances in all documents of a test split. ``encyclopedia`` had no part in any choice.
+Whole blocks, at even distances in a test split. ``encyclopedia`` had no part in any choice.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def figures(results: Path | None = None) -> dict[str, Figure]:
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    """A line for each capacity: the trained model and the untrained one, and the worst text of the trained."""
+    """A line for each way and capacity, with every text."""
     table = saved("mechanisms", results).sort_values("capacity", ascending=False)
     lines = []
     for way in WAYS:

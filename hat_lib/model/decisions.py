@@ -34,7 +34,7 @@ def decisions(hat, dense: Decisions, mode: Mode, places: slice) -> Decisions:
     else:
         made |= _channels(hat, dense, mode.policy, places)
     if mode.shortlist is not None:
-        made |= {"cut_head": as_numpy(mode.shortlist.cut), "margin": np.float32(mode.shortlist.margin)}
+        made |= {"cut_head": as_numpy(mode.shortlist.cut.cpu()), "margin": np.float32(mode.shortlist.margin)}
     return dense._replace(**made)
 
 

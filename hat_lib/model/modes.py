@@ -144,10 +144,10 @@ class Modes:
 
     def correcting(self, strength: float = 1.0) -> AbstractContextManager[Self]:
         """Corrections at a strength, from 0 for none to 1, whatever is skipped."""
-        check_fraction("strength", strength, 0.0, 1.0)
+        strength = check_fraction("strength", strength, 0.0, 1.0)
         if strength and not self.corrections:
             raise HatError("this model has no corrections: train some, with correction_rank in its config")
-        return self._changed(corrected=float(strength))
+        return self._changed(corrected=strength)
 
     def shortlisting(self, shortlist: Shortlist | None) -> AbstractContextManager[Self]:
         """Another decision of the head, or None for the whole of it; layers decide as they are set."""
@@ -157,9 +157,7 @@ class Modes:
         """Channel grain: thresholds that move while a text is decoded, until it executes the capacity asked for."""
         if self.config.granularity != "channel":
             raise HatError(f"steering is of the channel grain, got a model of the {self.config.granularity} grain")
-        if not isinstance(gain, int | float) or not 0 < gain <= 1:
-            raise HatError(f"the gain of steering must be in (0, 1], got {gain!r}")
-        return self._changed(steer=float(gain))
+        return self._changed(steer=check_fraction("gain", gain, 0.0, 1.0))
 
     def reference(self) -> AbstractContextManager[Self]:
         """Every forward on the reference path, as if there were no engine."""

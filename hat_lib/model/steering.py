@@ -21,7 +21,6 @@ from transformers.cache_utils import Cache
 from hat_lib.model.token_state import TokenState
 
 GAIN = 0.05
-"""a deviation is halved in some thirty tokens: a share falls by about 0.4 for each unit of the offset"""
 LIMIT = 1.0
 """offsets stay within it: a text beyond is not what the thresholds are for"""
 

@@ -384,7 +384,7 @@ class HierarchicalTransformer(Modes, nn.Module):
     def ended(self, state: TokenState, cache: Cache | None) -> None:
         """A forward has run to its end."""
         mode = self._context.mode
-        if mode.steer and isinstance(mode.policy, Threshold):
+        if mode.steer and mode.capacity < 1 and mode.control is None:
             move(cache, state, self.calibration.layer_capacity_at(mode.capacity, self.site_work), mode.steer)
         self._context.done(state)
 

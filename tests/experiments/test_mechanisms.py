@@ -1,5 +1,8 @@
 """Mechanisms: the ways differ in what they are named for, blocks are spread, a stopped run goes on."""
 
+from dataclasses import replace
+
+import pandas as pd
 import pytest
 import torch
 from tiny_runs import new_hat, untrained
@@ -11,8 +14,6 @@ from hat_lib.plotting import frontier
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    from dataclasses import replace
-
     folder, found = tmp_path_factory.mktemp("checkpoints"), {}
     for name, hat in (("untrained", new_hat("channel")), ("trained", untrained(correction_rank=2))):
         with torch.no_grad():
@@ -35,7 +36,6 @@ def rows(checkpoints):
     return list(mechanisms.rows(**checkpoints, **HOW))
 
 
-@pytest.mark.filterwarnings("ignore:a short")
 def test_one_row_for_each_way_and_text(rows, checkpoints):
     found = {(r.way, r.text): r for r in rows}
     assert set(found) == {(way, text) for way in mechanisms.WAYS for text in HOW["texts"]}
@@ -61,9 +61,6 @@ def test_what_cannot_be_measured(checkpoints, tmp_path):
 
 
 def test_the_figure_has_a_panel_for_each_text(rows):
-    import pandas as pd
-
     fig = frontier.mechanisms(pd.DataFrame([vars(r) for r in rows]))
     assert [ax.get_title("left") for ax in fig.axes] == list(HOW["texts"])
     assert all(len(ax.lines) == len(frontier.WAYS) for ax in fig.axes)
-    assert torch.get_default_dtype() == torch.float32

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_transformer import GREEDY, apart, close, stepwise
+from test_transformer import GREEDY, apart, base_within, close, stepwise
 from tiny_runs import new_hat, random_blocks, run_phase, skipping, tiny, untrained
 
 from hat_lib.config import HatConfig, HatError
@@ -62,11 +62,7 @@ def test_the_dense_model_is_the_base(ids):
     expected, before = base.model(ids).logits, base.fingerprint
     hat = corrected(base=base)
     assert torch.equal(hat.lm(ids).logits, expected)
-    with hat.at(0.5):
-        assert apart(hat.lm(ids).logits, expected)
-        with hat.dense():
-            assert torch.equal(hat.lm(ids).logits, expected)
-            close(stepwise(hat.lm, ids), expected)
+    base_within(hat, ids, expected)
     back = hat.unload()
     assert back.fingerprint == before and torch.equal(back.model(ids).logits, expected)
 

@@ -51,6 +51,15 @@ def stepwise(lm, ids, **kwargs):
     return torch.cat([lm(input_ids=step, cache=cache, use_cache=True, **kwargs).logits for step in steps], 1)
 
 
+def base_within(hat, ids, expected):
+    """Under `dense`, inside a capacity at which the model is another, there is the base."""
+    with hat.at(0.5):
+        assert apart(hat.lm(ids).logits, expected)
+        with hat.dense():
+            assert torch.equal(hat.lm(ids).logits, expected)
+            close(stepwise(hat.lm, ids), expected)
+
+
 def recorded(hat, ids, **given):
     """The logits of a forward, and its decisions."""
     with hat.record():

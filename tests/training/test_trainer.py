@@ -1,5 +1,6 @@
 """One phase on Trainer: what trains, what a stop leaves behind, and what a NaN does."""
 
+import re
 import shutil
 import signal
 import time
@@ -58,6 +59,18 @@ def test_only_the_phase_s_own_parameters_train_and_all_of_them_are_saved(grain_a
     assert files == {".json", ".safetensors", ".pt", ".pth"}  # no copy of the base among them
     assert sum(path.stat().st_size for path in (tmp_path / "work").rglob("*.safetensors")) < 200_000
     assert exact_hash(hat.lm) == frozen and exact_hash(hat.unload().model) == frozen
+
+
+def test_how_long_it_will_take_is_said_first_and_changes_nothing(grain_and_phase, tmp_path, capsys):
+    grain, phase = grain_and_phase
+    found = []
+    for progress in (False, True):
+        hat = new_hat(grain)
+        run_phase(hat, tmp_path / str(progress), phase, progress=progress)
+        found.append(values(hat))
+        said = re.search(rf"^{phase}: 6 steps of about \S+ s, about 0 minutes$", capsys.readouterr().err, re.M)
+        assert bool(said) == progress
+    assert same(*found)
 
 
 @pytest.mark.parametrize("ending", ["done", "not finite", "interrupted"])
