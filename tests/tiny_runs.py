@@ -79,13 +79,14 @@ def _calibration():
 
 
 def run_phase(
-    hat, folder, phase="routers", steps=6, blocks=None, resume=False, max_minutes=None, progress=False, **changes
-):
+    hat, folder, phase="routers", steps=6, blocks=None, resume=False, max_minutes=None, progress=False,
+    validation=None, **changes,
+):  # fmt: skip
     """`train_phase` on random blocks."""
     return train_phase(
         hat, rows(blocks or random_blocks()), recipe(hat.config.granularity, **changes), phase,
         nominal_thresholds(hat), Path(folder), resume=resume, max_minutes=max_minutes, max_steps=steps,
-        progress=progress,
+        progress=progress, validation=validation,
     )  # fmt: skip
 
 

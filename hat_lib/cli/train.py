@@ -113,6 +113,8 @@ def train(
     for source in set(sources(run.recipe.text)) - {*OWN}:
         for split in ("train", "validation"):
             given.check_text(source, split)
+    if run.recipe.validation:
+        given.check_text(run.recipe.validation, "validation")
     go_on = f"go on with: hat train --resume {shlex.quote(str(folder))}"
     main = not int(os.environ.get("RANK", 0))
     try:

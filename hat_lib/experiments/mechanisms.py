@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from datasets import Dataset
 from matplotlib.figure import Figure
+from transformers import PreTrainedTokenizerBase
 
 from hat_lib.config import HatError, check_capacity, check_count
 from hat_lib.evaluation.perplexity import compare, coverage, score_each
@@ -96,9 +98,7 @@ def _of(way: str, capacities: Sequence[float]) -> Sequence[float]:
 
 
 def _on_text(hat, checkpoint: Path, text: str, points: list[tuple[str, float]], tokens: int) -> Iterator[Row]:
-    blocks = load_text(text, hat.base.tokenizer, split="test", block_size=BLOCK)
-    whole = [i for i, ids in enumerate(blocks["input_ids"]) if len(ids) == BLOCK]
-    blocks = at_even_distances(blocks.select(whole), tokens // BLOCK)
+    blocks = whole_blocks(text, hat.base.tokenizer, tokens)
     base, found = score_each(hat, blocks, [partial(_run, hat, *point) for point in points], progress=False)
     for (way, capacity), scored in zip(points, found, strict=True):
         yield rounded(
@@ -115,6 +115,13 @@ def _on_text(hat, checkpoint: Path, text: str, points: list[tuple[str, float]], 
             text_hash=text_hash(blocks)[:16],
             adapter=adapter_digest(checkpoint, exits=False),
         )
+
+
+def whole_blocks(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
+    """About ``tokens`` tokens of a test split, in whole blocks at even distances; rows of `load_text`."""
+    blocks = load_text(text, tokenizer, split="test", block_size=BLOCK)
+    whole = [i for i, ids in enumerate(blocks["input_ids"]) if len(ids) == BLOCK]
+    return at_even_distances(blocks.select(whole), tokens // BLOCK)
 
 
 @contextmanager

@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from hat_lib.model.granularity import LINEARS
 from hat_lib.model.modes import Context
 
-FULL = 0.5
+FULL = 0.45
 """capacity from which downwards corrections of gated products have their whole strength"""
 
 
 def strength(capacity: float, granularity: str = "channel") -> float:
-    """Of corrections at a capacity: 0 at 1, rising evenly to 1 at `FULL`. What stands in for an FFN is there where the
-    FFN is not, at 1."""
+    """Of corrections at a capacity: 0 at 1, rising with the square of what is dropped to 1 at `FULL`, as what they can
+    make good does. What stands in for an FFN is there where the FFN is not, at 1."""
     if capacity >= 1 or granularity == "token":
         return float(capacity < 1)
-    return min(1.0, (1 - capacity) / (1 - FULL))
+    return min(1.0, (1 - capacity) / (1 - FULL)) ** 2
 
 
 class Correction(nn.Module):

@@ -37,7 +37,6 @@ SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (PURPLE, "v")]
 PUBLISHED = {"color": "black", "marker": "D", "markersize": 8, "markerfacecolor": "none", "zorder": 5}
 COST = ["increase", "increase_low", "increase_high"]
 WORK = "executed share of the model's work"
-PERCENT = "{x:.0%}"  # ticks of an axis of shares
 WIDTH, WIDE, HEIGHT, DPI = 7.0, 9.4, 3.8, 130  # inches: one panel, several side by side; inches; dots per inch
 MOST = 1000.0  # per cent; an increase beyond it stands at the upper edge, as a triangle
 
@@ -56,6 +55,11 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
+
+
+def PERCENT(share: float, _=None) -> str:
+    """Ticks of an axis of shares, rounded to nothing that would be untrue: 55%, 57.5%."""
+    return f"{round(100 * share, 6):g}%"
 
 
 def save_figure(fig: Figure, name: str, folder: Path | None = None) -> Path:

@@ -9,6 +9,7 @@ be shown the number is a subscript: tenths of the way from the scale's low end t
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import unicodedata
@@ -164,7 +165,9 @@ class _Scale:
     def legend(self) -> list[tuple[float, str]]:
         """Places on the scale and their numbers, with a sign where an end also stands for what lies beyond it."""
         values = np.linspace(self.low, self.high, STEPS if self.high > self.low else 1)
-        texts = [f"{value:.2f}" for value in values]
+        step = (self.high - self.low) / (STEPS - 1)
+        decimals = max(2, 1 + math.ceil(-math.log10(step) - 1e-9)) if step > 0 else 2  # equal steps look equal
+        texts = [f"{value:.{decimals}f}" for value in values]
         texts[0] = "≤ " * (self.least < self.low) + texts[0]
         texts[-1] = "≥ " * (self.most > self.high) + texts[-1]
         return [(self.at(value[None]), text) for value, text in zip(values, texts, strict=True)]

@@ -84,10 +84,10 @@ def gates(log: pd.DataFrame) -> Figure:
     kl.set(ylabel="KL to the base, mean of the exits")
     _curve(agreement, log, "agreement", GREEN, "reads the base's token")
     _curve(agreement, log, "exit_rate", ORANGE, "drawn to leave")
-    agreement.set(ylabel="share of tokens")
+    agreement.set(ylabel="share of tokens", ylim=(0, 1.02))
     agreement.yaxis.set_major_formatter(PERCENT)
     _curve(loss, log, "gate_loss", PURPLE)
-    loss.axhline(np.log(2), color=GREY, linewidth=1, label="log 2: knows nothing")
+    loss.axhline(np.log(2), color=GREY, linewidth=1, label="log 2: a coin")
     loss.set(ylabel="gates' cross-entropy, nats")
     for ax in (agreement, loss):
         ax.legend()
@@ -154,6 +154,24 @@ def exit_depths(table: pd.DataFrame) -> Figure:
         ax.plot(rows["depth"], rows["agreement"], line, marker=marker, color=colour, markersize=5, label=reader)
     ax.set(xlabel="layers that have run", ylabel="share that read the base's token", ylim=(0, 1.02))
     ax.yaxis.set_major_formatter(PERCENT)
+    ax.legend()
+    return fig
+
+
+@draws("tokens", "capacity", "kl", "share")
+def learning_curve(table: pd.DataFrame) -> Figure:
+    """KL on text that a run does not see, beside that before its first step, by tokens trained on; a line a capacity.
+
+    ``table`` is what `hat_lib.training.validation` writes.
+    """
+    fig, (ax,) = style.panels(1)
+    ax.axhline(1, color=GREY, linewidth=1)
+    for (capacity, rows), (colour, marker) in zip(table.groupby("capacity", sort=False), style.SERIES, strict=False):
+        before = rows["kl"].iloc[0]
+        label = f"capacity {capacity:g}, from {before:.2g} nats"
+        ax.plot(rows["tokens"] / 1000, rows["kl"] / before, marker=marker, color=colour, markersize=4, label=label)
+    ax.yaxis.set_major_formatter(PERCENT)
+    ax.set(xlabel="thousand tokens trained on", ylabel="KL, share of that before", ylim=(0, None))
     ax.legend()
     return fig
 

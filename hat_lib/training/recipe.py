@@ -45,6 +45,9 @@ class Recipe:
     tokens: int = 131_072
     """tokens of one epoch, shared evenly by the sources"""
     block_size: int = 512
+    validation: str = ""
+    """text whose validation split gives a learning curve (`hat_lib.training.validation`); none by default"""
+    validation_tokens: int = 2048
     batch_size: int = 4
     """sequences per micro-batch and process"""
     accumulate: int = 1
@@ -88,12 +91,16 @@ class Recipe:
     def __post_init__(self):
         if not isinstance(self.text, str):
             raise HatError(f"text must be sources joined by +, got {self.text!r}")
+        if not isinstance(self.validation, str):
+            raise HatError(f"validation must be the name of a text, got {self.validation!r}")
         object.__setattr__(self, "capacity", check_capacity(self.capacity))
         object.__setattr__(self, "exit_rate", check_exit_rate(self.exit_rate))
-        for field in fields(self)[1:]:
+        for field in fields(self):
+            if field.type == "str":
+                continue
             name, value = field.name, getattr(self, field.name)
             if field.type == "int":
-                low = {"tokens": 2, "block_size": 2, "seed": 0}.get(name, 1)
+                low = {"tokens": 2, "block_size": 2, "validation_tokens": 2, "seed": 0}.get(name, 1)
                 fits, wanted = isinstance(value, int) and value >= low, f"a whole number of at least {low}"
             elif not isinstance(value, int | float):
                 fits, wanted = False, "a number of at least 0"

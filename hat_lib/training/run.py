@@ -4,6 +4,7 @@ A run owns a folder:
 
     hat_config.json, hat_adapter.safetensors   the checkpoint, written when a phase is done
     log.csv                                    one row per logged step of either phase
+    validation.csv                             the learning curve, where the recipe names a validation text
     run.json                                   what was asked: recipe, base, command, versions
     work/                                      Trainer's checkpoints and tensorboard files; gone when the run is done
 
@@ -39,6 +40,7 @@ from hat_lib.text.mixture import OWN, sources, training_text
 from hat_lib.training.log import seconds_so_far
 from hat_lib.training.recipe import PHASES, Recipe
 from hat_lib.training.trainer import Outcome, train_phase
+from hat_lib.training.validation import unseen
 
 RUN_FILE, LOG_FILE, WORK = "run.json", "log.csv", "work"
 CALIBRATION_TOKENS = 24_000
@@ -147,6 +149,7 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
         blocks = training_text(
             base, recipe.text, recipe.tokens, block_size=recipe.block_size, seed=recipe.seed, progress=progress
         )
+        validation = recipe.validation and unseen(recipe.validation, base.tokenizer, recipe.validation_tokens)
         source = next((name for name in sources(recipe.text) if name not in OWN), "addresses")
         held = held_out(source, base.tokenizer, _held_tokens(recipe), recipe.block_size)
         torch.manual_seed(recipe.seed)  # translators start at random
@@ -165,7 +168,7 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
         left = None if until is None else (until - time.monotonic()) / 60
         outcome = train_phase(
             hat, blocks, recipe, phase, nominal, folder,
-            resume=resume, max_minutes=left, max_steps=run.max_steps, progress=progress,
+            resume=resume, max_minutes=left, max_steps=run.max_steps, progress=progress, validation=validation or None,
         )  # fmt: skip
         outcomes.append(outcome)
         if not outcome.done:
@@ -236,17 +239,7 @@ def _start(run, checkpoint: Checkpoint | None, base: Base, held, kept: Path, fir
     ``first`` makes them anew.
     """
     if checkpoint is not None:
-        checkpoint.check_base(base, run.start)
-        # Its routers and tables; gates begin anew, with the rank that was asked for, and corrections of another rank.
-        kept = checkpoint.config.correction_rank
-        rank = kept if run.correction_rank is None else run.correction_rank
-        config = replace(checkpoint.config, translator_rank=run.translator_rank, correction_rank=rank, exit_rate=0.0)
-        hat = HierarchicalTransformer(base, config)
-        parts = ("routers.", "corrections.") if rank == kept else ("routers.",)
-        tensors = {n: t for n, t in checkpoint.tensors.items() if n.startswith(parts)}
-        hat.load_adapter(replace(checkpoint, tensors=hat.hat_parameters() | tensors), run.start)
-        hat.calibration = checkpoint.calibration
-        hat.training_summary = {k: v for k, v in (checkpoint.training or {}).items() if not k.startswith("exit")}
+        hat = start_from(checkpoint, base, run.start, run.correction_rank, run.translator_rank)
     elif run.granularity == "channel" and kept.exists() and not first:
         hat = HierarchicalTransformer.from_pretrained(kept, base)
         hat.capacity = 1.0
@@ -258,6 +251,26 @@ def _start(run, checkpoint: Checkpoint | None, base: Base, held, kept: Path, fir
             calibrate(hat, held["input_ids"], progress=progress)
             hat.save_pretrained(kept)
     held_out_parts(hat, held["input_ids"])  # raises now, not after the training, where the text is too short
+    return hat
+
+
+def start_from(
+    checkpoint: Checkpoint, base: Base, where: str, correction_rank: int | None = None, translator_rank: int = 1
+) -> HierarchicalTransformer:
+    """``base`` with the routers and tables of a checkpoint, read from ``where``.
+
+    Gates begin anew, and so do corrections of another rank than the checkpoint's, which None stands for.
+    """
+    checkpoint.check_base(base, where)
+    kept = checkpoint.config.correction_rank
+    rank = kept if correction_rank is None else correction_rank
+    config = replace(checkpoint.config, translator_rank=translator_rank, correction_rank=rank, exit_rate=0.0)
+    hat = HierarchicalTransformer(base, config)
+    parts = ("routers.", "corrections.") if rank == kept else ("routers.",)
+    tensors = {n: t for n, t in checkpoint.tensors.items() if n.startswith(parts)}
+    hat.load_adapter(replace(checkpoint, tensors=hat.hat_parameters() | tensors), where)
+    hat.calibration = checkpoint.calibration
+    hat.training_summary = {k: v for k, v in (checkpoint.training or {}).items() if not k.startswith("exit")}
     return hat
 
 

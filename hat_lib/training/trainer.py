@@ -35,6 +35,7 @@ from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.training.log import Bar, CsvLog
 from hat_lib.training.objective import Objective, Thresholds
 from hat_lib.training.recipe import Recipe
+from hat_lib.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,7 @@ def train_phase(
     max_minutes: float | None = None,
     max_steps: int = -1,
     progress: bool = True,
+    validation: Dataset | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Outcome:
     """Run one phase in the subfolder ``work/<phase>`` of ``folder``; ``hat`` holds the trained parameters afterwards.
@@ -195,6 +197,7 @@ def train_phase(
         resume: go on from the newest sound checkpoint of this phase, if there is one.
         max_minutes: stop, saved, at the first step past this many minutes.
         max_steps: fewer steps than the epochs give; -1 for all.
+        validation: rows of `load_text` to draw a learning curve from, of the routers alone.
 
     Raises `HatError` at the first loss or gradient that is not finite. At Ctrl-C and at SIGTERM the step is finished
     and saved; SIGTERM is then raised again, for whoever handled it before.
@@ -239,6 +242,10 @@ def train_phase(
     # It doubts the file system's clock whenever two checkpoints are less than a second apart.
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     stops, start = _Stops(max_minutes), time.monotonic()
+    if validation is not None and phase == "routers":
+        step_tokens = recipe.batch_size * recipe.accumulate * args.world_size * recipe.block_size
+        curve = Validation(folder / "validation.csv", hat, validation, thresholds, step_tokens)
+        callbacks = [*callbacks, curve]
     if last and args.should_save:  # what is newer is half-written, and would count as the newest when old ones go
         for newer in sort_checkpoints(str(work)):
             if _step(newer) > _step(last):

@@ -182,7 +182,7 @@ def test_what_cannot_be_a_file_is_an_unknown_corpus(source):
     with pytest.raises(HatError, match="unknown corpus") as caught:
         load(source)
     said = str(caught.value)
-    assert len(said) < 250 and "expected bundled, addresses, docstrings, encyclopedia, a .txt" in said
+    assert len(said) < 250 and "expected bundled, addresses, docstrings, encyclopedia, news, a .txt" in said
 
 
 def test_the_whole_of_a_source(tmp_path):
@@ -317,6 +317,7 @@ def test_prose_of_a_docstring(docstring, prose):
         ("addresses", "test", 26_511, "7ac4f8ed4cbf74a2"),
         ("docstrings", "test", 66_785, "5c985c90f50d81ff"),
         ("encyclopedia", "test", 517_884, "6edf80bfedfaa32d"),
+        ("news", "validation", 75_082, "e15d091d703803c8"),
     ],
 )
 def test_bundled_corpora_are_the_ones_in_the_data_readme(bundled, name, split, tokens, beginning):

@@ -1,0 +1,91 @@
+"""The learning curve of a run: what skipping costs on text that it does not train on, ``validation.csv``.
+
+A row for each of `CAPACITIES`, before the first step and whenever the run is saved: step, tokens trained on so far,
+capacity, share of the layers' work executed, KL(base || routed) in nats per token and the relative increase of
+perplexity, at the thresholds that the run trains at, the head in full. A resumed run drops the rows past the step
+that it goes on from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from hat_lib.evaluation.perplexity import score_each
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.text.blocks import at_even_distances, load_text
+
+CAPACITIES = (0.75, 0.55, 0.4)
+
+
+def unseen(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, split: str = "validation") -> Dataset:
+    """About ``tokens`` tokens of a text, in blocks at even distances; rows of `load_text`."""
+    blocks = load_text(text, tokenizer, split=split, block_size=512)
+    return at_even_distances(blocks, round(tokens / np.mean([len(ids) for ids in blocks["input_ids"]])))
+
+
+class Validation(TrainerCallback):
+    """Writes ``path``, in the main process alone.
+
+    Args:
+        path: the CSV file.
+        hat: the model in training; its gates do not matter.
+        blocks: rows of `load_text`, none of them trained on.
+        thresholds: capacity -> thresholds by (layer, site).
+        step_tokens: tokens of a step, over all processes.
+    """
+
+    def __init__(
+        self, path: Path, hat: HierarchicalTransformer, blocks: Dataset, thresholds: Callable, step_tokens: int
+    ):
+        self.path, self.hat, self.blocks, self.thresholds = Path(path), hat, blocks, thresholds
+        self.step_tokens = step_tokens
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        before = pd.read_csv(self.path).to_dict("records") if state.global_step and self.path.exists() else []
+        self.rows = [row for row in before if row["step"] <= state.global_step]
+        if not state.global_step:
+            self.on_save(args, state, control)
+
+    def on_save(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero or any(row["step"] == state.global_step for row in self.rows):
+            return
+        self.rows += self.measure(state.global_step)
+        pd.DataFrame(self.rows).to_csv(self.path, index=False)
+
+    def measure(self, step: int) -> list[dict[str, float]]:
+        """The rows of one step."""
+        training = self.hat.training
+        self.hat.eval()
+        base, found = score_each(self.hat, self.blocks, gating(self.hat, self.thresholds), progress=False)
+        self.hat.train(training)
+        return [
+            {
+                "step": step,
+                "tokens": step * self.step_tokens,
+                "capacity": capacity,
+                "share": round(at.layer_capacity, 4),
+                "kl": round(at.agreement.kl, 5),
+                "increase": round(float(np.expm1((at.nll - base.nll).sum() / base.tokens.sum())), 5),
+            }
+            for capacity, at in zip(CAPACITIES, found, strict=True)
+        ]
+
+
+def gating(hat: HierarchicalTransformer, thresholds: Callable) -> list[Callable[[], AbstractContextManager]]:
+    """For each of `CAPACITIES` what runs ``hat`` as its routers are trained: at these thresholds, the head in full."""
+
+    @contextmanager
+    def at(capacity: float) -> Iterator[None]:
+        policy = hat.threshold_policy(thresholds(capacity))
+        with hat.dense(), hat.using(policy), hat.correcting(hat.correction_strength(capacity)):
+            yield
+
+    return [partial(at, capacity) for capacity in CAPACITIES]
