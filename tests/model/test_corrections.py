@@ -92,7 +92,8 @@ def test_their_strength_grows_with_what_is_dropped(ids):
     size = hat.packed_bytes
     with hat.at(0.75):
         stepwise(hat.lm, ids)
-        assert hat._context.mode.corrected == hat.correction_strength(0.75) and hat.packed_bytes == size  # one corrected copy
+        assert hat._context.mode.corrected == hat.correction_strength(0.75)
+        assert hat.packed_bytes == size  # one corrected copy
     for odd in (-0.1, 1.5, True, "much"):
         with pytest.raises(HatError, match=r"strength must be a number in \[0.0, 1.0\]"):
             hat.correcting(odd)
