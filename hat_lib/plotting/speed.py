@@ -154,13 +154,18 @@ def work_and_time(table: pd.DataFrame) -> Figure:
 
 @draws(*CLAIM, *QUALITY)
 def promise(table: pd.DataFrame) -> Figure:
-    """Speedup and increase in perplexity: published (hollow, with the capacity) and measured, a panel for each base
-    that has a quality of its own. Rows with exits are left out."""
-    table = table[table["exit_rate"] == 0].dropna(subset=QUALITY)
-    style.need(table, *QUALITY)
-    fig, panels = style.panels_by(table, "base", 3.9, 7.6)
-    for rows, ax in panels:
-        style.increases(ax, TICKS, "decode speedup (times)", table[QUALITY[0]].max())
+    """Speedup and increase in perplexity: published (hollow, with the capacity) and measured, a panel for each base.
+
+    Rows with exits are left out. A base without quality of its own gets that of the base that has it, for the same
+    grain and capacity.
+    """
+    table = table[table["exit_rate"] == 0]
+    known = table.dropna(subset=QUALITY)[["granularity", "capacity", *QUALITY]]
+    style.need(known, *QUALITY)
+    fig, panels = style.panels_by(table[list(CLAIM)], "base", 3.9, 7.6)
+    for here, ax in panels:
+        style.increases(ax, TICKS, "decode speedup (times)", known[QUALITY[0]].max())
+        rows = here.merge(known, on=["granularity", "capacity"])
         for grain, part in rows.sort_values("capacity").groupby("granularity"):
             for kind, (line, _) in KINDS.items():
                 costs(ax, part[kind], part[QUALITY], *GRAINS[grain], line)

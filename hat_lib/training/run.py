@@ -149,7 +149,9 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
         blocks = training_text(
             base, recipe.text, recipe.tokens, block_size=recipe.block_size, seed=recipe.seed, progress=progress
         )
-        validation = recipe.validation and unseen(recipe.validation, base.tokenizer, recipe.validation_tokens)
+        validation = None
+        if recipe.validation:
+            validation = unseen(recipe.validation, base.tokenizer, recipe.validation_tokens)
         source = next((name for name in sources(recipe.text) if name not in OWN), "addresses")
         held = held_out(source, base.tokenizer, _held_tokens(recipe), recipe.block_size)
         torch.manual_seed(recipe.seed)  # translators start at random
@@ -168,7 +170,7 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
         left = None if until is None else (until - time.monotonic()) / 60
         outcome = train_phase(
             hat, blocks, recipe, phase, nominal, folder,
-            resume=resume, max_minutes=left, max_steps=run.max_steps, progress=progress, validation=validation or None,
+            resume=resume, max_minutes=left, max_steps=run.max_steps, progress=progress, validation=validation,
         )  # fmt: skip
         outcomes.append(outcome)
         if not outcome.done:

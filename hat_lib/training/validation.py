@@ -25,9 +25,9 @@ from hat_lib.text.blocks import at_even_distances, load_text
 CAPACITIES = (0.75, 0.55, 0.4)
 
 
-def unseen(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, split: str = "validation") -> Dataset:
-    """About ``tokens`` tokens of a text, in blocks at even distances; rows of `load_text`."""
-    blocks = load_text(text, tokenizer, split=split, block_size=512)
+def unseen(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
+    """About ``tokens`` tokens of the validation split of a text, in blocks at even distances; rows of `load_text`."""
+    blocks = load_text(text, tokenizer, split="validation", block_size=512)
     return at_even_distances(blocks, round(tokens / np.mean([len(ids) for ids in blocks["input_ids"]])))
 
 

@@ -170,17 +170,6 @@ def results(path: Path) -> dict:
     return found
 
 
-def predictions(path: Path) -> dict[str, list[str]]:
-    """The predictions that `hat_lib.workbook.session.judge` printed in an executed notebook, by "held" and "FAILED"."""
-    found: dict[str, list[str]] = {"held": [], "FAILED": []}
-    for cell in nbformat.read(path, as_version=4).cells:
-        for line in "".join(output.get("text", "") for output in cell.get("outputs", ())).splitlines():
-            verdict, _, prediction = line.partition(": ")
-            if verdict in found:
-                found[verdict].append(prediction)
-    return found
-
-
 def clean(nb: NotebookNode) -> NotebookNode:
     """In place: keep source, outputs, execution counts, cell ids, tags and the kernel's name, for nbval, papermill and
     readers; all else that a machine, a run or an editor leaves in a file makes diffs and gives no information.

@@ -84,6 +84,7 @@ WHERE = "pass either --save DIR for a new run or --resume DIR for one that was s
         ((*TRAIN, "--text", "poems"), "unknown corpus 'poems'"),
         ((*TRAIN, "--text", "self+self"), "distinct sources joined by +, got 'self+self'"),
         ((*TRAIN, "--text", "docstrings"), "it is never trained or calibrated on"),
+        ((*TRAIN, "--set", "validation=docstrings"), "docstrings has no 'validation' split"),
         ((*MINE, "--max-minutes", "nan"), "max minutes must be above 0, got nan"),
         ((*MINE, "--set", "speed=3"), "a recipe has no 'speed'; it has text, tokens, "),
         ((*MINE, "--set", "router_lr"), "--set takes NAME=VALUE, got 'router_lr'"),

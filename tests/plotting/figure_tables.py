@@ -179,14 +179,6 @@ def sensitivity():
     return table.assign(mean=[0.6, 1.8, 0.5, 2.0], low=[0.5, 1.6, 0.4, 1.5], high=[0.7, 2.1, 0.6, 2.5])
 
 
-def scores():
-    return pd.DataFrame({"score": np.r_[0.0, np.geomspace(0.01, 5, 200)]})
-
-
-def thresholds():
-    return pd.DataFrame({"capacity": [0.9, 0.7, 0.4], "threshold": [0.1, 0.5, 2.0], "share": [0.6, 0.4, 0.2]})
-
-
 def curve():
     table = pd.DataFrame({"tokens": [0, 0, 1024, 1024], "capacity": [0.75, 0.4, 0.75, 0.4]})
     return table.assign(kl=[0.01, 0.8, 0.012, 0.5], share=[0.8, 0.45, 0.8, 0.45])
@@ -241,7 +233,6 @@ FIGURES = {
     routing.by_position: (positions,),
     routing.by_quantile: (quantiles,),
     routing.by_sensitivity: (sensitivity,),
-    routing.score_histogram: (scores, thresholds),
     training.routers: (router_log,),
     training.gates: (gate_log,),
     training.reference_routers: (both(router_log),),

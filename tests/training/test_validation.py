@@ -41,6 +41,7 @@ def test_a_row_is_what_evaluation_says():
     assert found[0]["kl"] < found[-1]["kl"]
 
 
+@pytest.mark.slow
 def test_a_run_draws_its_curve_and_is_the_same_run(tmp_path):
     text = page(tmp_path)
     how = {"validation": str(text), "validation_tokens": 128}
@@ -52,6 +53,7 @@ def test_a_run_draws_its_curve_and_is_the_same_run(tmp_path):
     assert all(math.isfinite(value) for row in curve(tmp_path / "with") for value in row.values())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_its_curve(tmp_path, monkeypatch):
     blocks, written = unseen(), []
     once = Validation.measure
@@ -59,7 +61,8 @@ def test_a_resumed_run_goes_on_with_its_curve(tmp_path, monkeypatch):
     hat = new_hat("channel")
     run_phase(hat, tmp_path, steps=12, max_minutes=1e-9, validation=blocks)
     assert written == [0, 1], "stopped after its first step, which is saved"
-    (tmp_path / "validation.csv").open("a").write("9,576,0.4,0.4,0.5,0.5\n")  # of a step that is lost
+    with (tmp_path / "validation.csv").open("a") as file:
+        file.write("9,576,0.4,0.4,0.5,0.5\n")  # of a step that is lost
     run_phase(hat, tmp_path, steps=12, resume=True, validation=blocks)
     assert written == [0, 1, 4, 8, 12]
     assert [row["step"] for row in curve(tmp_path)] == [s for s in written for _ in CAPACITIES]
