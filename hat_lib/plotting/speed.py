@@ -13,28 +13,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from hat_lib.inference.speed import VERSUS
 from hat_lib.plotting import style
-from hat_lib.plotting.style import (
-    BLUE,
-    GRAINS,
-    GREEN,
-    GREY,
-    MOST,
-    ORANGE,
-    PERCENT,
-    PUBLISHED,
-    RED,
-    SERIES,
-    SKY,
-    YELLOW,
-    costs,
-    draws,
-    grain_keys,
-    key,
-)
+from hat_lib.plotting.style import GRAINS, GREY, MOST, PERCENT, PUBLISHED, SERIES, costs, draws, grain_keys, key
 
 KINDS = {"decode_hf": ("-", "over plain transformers"), "decode_dense": ("--", "over our own dense path")}
 CLAIM = ("base", "granularity", "capacity", "exit_rate", "promised_speedup", "promised_increase", *KINDS)
@@ -44,12 +26,6 @@ TIMES = {"ms_hf": "plain transformers", "ms_early_exit": "its early-exit drafts"
 QUALITY = ["docstrings", "docstrings_low", "docstrings_high"]
 TICKS = [0, 1, 3, 10, 30, 100, 300, MOST]
 RESAMPLES = 1000
-TOKEN_PARTS = {
-    "qkv": (BLUE, "q | k | v"), "o": (SKY, "o"), "gate_up": (ORANGE, "gate | up"), "down": (YELLOW, "down"),
-    "head": (GREEN, "head"), "decisions": (RED, "decisions"), "rest": (GREY, "rest of the step"),
-    "loop": ("black", "loop"),
-}  # fmt: skip
-"""part of a token's time -> colour and name"""
 
 
 @draws("exit_rate", "layers", "share")
@@ -152,30 +128,6 @@ def decode(table: pd.DataFrame) -> Figure:
     return fig
 
 
-@draws("way", "part", "realised", "ms")
-def token_time(table: pd.DataFrame) -> Figure:
-    """Milliseconds of a token, stacked by part, a bar for each way; a difference below 0 is drawn as nothing.
-
-    ``table`` has the fields of `hat_lib.experiments.token_time.Row`.
-    """
-    ways, parts = list(dict.fromkeys(table["way"])), list(TOKEN_PARTS)
-    cells = table.pivot(index="way", columns="part", values="ms").reindex(index=ways, columns=parts)
-    fig, (ax,) = style.panels(1, height=2.9, width=7.6)
-    left = np.zeros(len(ways))
-    for part, (colour, label) in TOKEN_PARTS.items():
-        widths = cells[part].fillna(0).clip(lower=0).to_numpy()
-        ax.barh(range(len(ways)), widths, 0.62, left=left, color=colour, edgecolor="white", label=label)
-        left += widths
-    for y, total in enumerate(cells.sum(axis=1)):
-        ax.annotate(f"{total:.1f}", (left[y], y), (4, 0), textcoords="offset points", va="center", fontsize=9)
-    share = table.loc[table["way"] == "adaptive", "realised"].iloc[0]
-    names = {"hf": "plain transformers", "dense": "our own dense path", "adaptive": f"at a capacity: {share:.2f}"}
-    style.named_rows(ax, [names[way] for way in ways])
-    ax.set(xlabel="milliseconds a token", xlim=(0, 1.1 * left.max()))
-    style.below(fig, [Patch(color=colour, label=label) for colour, label in TOKEN_PARTS.values()], ncols=4)
-    return fig
-
-
 @draws("granularity", "exit_rate", "model_share", "decode_dense", "prefill_dense", *QUALITY)
 def work_and_time(table: pd.DataFrame) -> Figure:
     """What skipping costs against the work that it leaves, and against the time, both as shares of the dense path's."""
@@ -202,13 +154,18 @@ def work_and_time(table: pd.DataFrame) -> Figure:
 
 @draws(*CLAIM, *QUALITY)
 def promise(table: pd.DataFrame) -> Figure:
-    """Speedup and increase in perplexity: published (hollow, with the capacity) and measured, a panel for each base
-    that has a quality of its own. Rows with exits are left out."""
-    table = table[table["exit_rate"] == 0].dropna(subset=QUALITY)
-    style.need(table, *QUALITY)
-    fig, panels = style.panels_by(table, "base", 3.9, 7.6)
-    for rows, ax in panels:
-        style.increases(ax, TICKS, "decode speedup (times)", table[QUALITY[0]].max())
+    """Speedup and increase in perplexity: published (hollow, with the capacity) and measured, a panel for each base.
+
+    Rows with exits are left out. A base without quality of its own gets that of the base that has it, for the same
+    grain and capacity.
+    """
+    table = table[table["exit_rate"] == 0]
+    known = table.dropna(subset=QUALITY)[["granularity", "capacity", *QUALITY]]
+    style.need(known, *QUALITY)
+    fig, panels = style.panels_by(table[list(CLAIM)], "base", 3.9, 7.6)
+    for here, ax in panels:
+        style.increases(ax, TICKS, "decode speedup (times)", known[QUALITY[0]].max())
+        rows = here.merge(known, on=["granularity", "capacity"])
         for grain, part in rows.sort_values("capacity").groupby("granularity"):
             for kind, (line, _) in KINDS.items():
                 costs(ax, part[kind], part[QUALITY], *GRAINS[grain], line)
@@ -222,6 +179,30 @@ def promise(table: pd.DataFrame) -> Figure:
         ax.label_outer()
     names = [*grain_keys(table), *(key(label, line=line) for line, label in KINDS.values())]
     style.below(fig, [key("published", **PUBLISHED), *names])
+    return fig
+
+
+@draws("base", "granularity", "capacity", "ideal")
+def ceilings(table: pd.DataFrame, measured: pd.DataFrame) -> Figure:
+    """The speedup that skipped work alone could give, beside the published and the measured one; a panel for a base."""
+    style.need(measured, *CLAIM, "realised")
+    measured = measured[measured["exit_rate"] == 0]
+    claims = measured.dropna(subset="promised_speedup").drop_duplicates("capacity")
+    fig, panels = style.panels_by(table, "base", 3.4, 7.4)
+    for here, ax in panels:
+        timed = measured[measured["base"] == here["base"].iloc[0]]
+        for grain, (colour, marker) in GRAINS.items():
+            ideal = here[here["granularity"] == grain].sort_values("capacity")
+            found = timed[timed["granularity"] == grain].sort_values("realised")
+            ax.plot(ideal["capacity"], ideal["ideal"], ":", color=colour, linewidth=2)
+            ax.plot(found["realised"], found["decode_dense"], "--", color=colour, marker=marker, markersize=5)
+        ax.plot(claims["capacity"], claims["promised_speedup"], linestyle="none", **PUBLISHED)
+        ax.axhline(1, color=GREY, linewidth=1)
+        ax.set(xlabel="capacity")
+    highest = measured[["decode_dense", "promised_speedup"]].max().max()
+    panels[0][1].set(ylabel="decode speedup (times)", ylim=(None, 1.25 * highest))  # by work alone it goes far beyond
+    names = [key("published", **PUBLISHED), *grain_keys(table), key("by work alone", line=":")]
+    style.below(fig, [*names, key("measured, over our own dense path", line="--")])
     return fig
 
 
