@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +44,8 @@ BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8,
 FLOOR = 0.05
 # Tokens that each budget is run on: a mean over every site and token, it needs few.
 CHECK_TOKENS = 4096
+# That many of them in one forward: short blocks cost as much for the code around them as for their work.
+TOGETHER = 1024
 # Scores kept per site, drawn at random from all tokens and channels; enough for an error well under a thousandth.
 SAMPLES = 200_000
 
@@ -215,20 +218,29 @@ def _set_table(
 
 
 def forwards(hat, blocks: Iterable[Tensor], label: str = "", progress: bool = False, logits: int = 1) -> Iterator[int]:
-    """Run each of ``blocks`` (``[1, T]``) and yield its number of tokens; ``logits`` are those to keep, 0 for all."""
+    """Run each of ``blocks`` (``[B, T]``) and yield its number of tokens; ``logits`` are those to keep, 0 for all."""
     for block in tqdm(blocks, desc=label, disable=not progress):
         hat.lm(block, use_cache=False, logits_to_keep=logits)
-        yield block.shape[1]
+        yield block.numel()
 
 
 def held_out_parts(hat, blocks) -> tuple[list[Tensor], list[Tensor]]:
-    """Blocks to measure scores and prices on, and blocks to see what they realise."""
+    """Blocks to measure scores and prices on, ``[1, T]``, and others to see what they realise, several of them at once,
+    ``[B, T]``."""
     blocks = [torch.tensor([b], device=hat.base.device) for b in blocks if len(b) > 1]
     total = sum(b.shape[1] for b in blocks)
     if total < 256:
         raise HatError(f"calibration needs at least 256 tokens of text, got {total}")
     fit = [b for i, b in enumerate(blocks) if i % 4 != 3]
-    return fit, _spread(blocks[3::4] or blocks[-1:], CHECK_TOKENS)
+    return fit, _together(_spread(blocks[3::4] or blocks[-1:], CHECK_TOKENS))
+
+
+def _together(blocks: list[Tensor]) -> list[Tensor]:
+    """Blocks of one length as batches, of `TOGETHER` tokens at most."""
+    found, length = [], Tensor.numel
+    for size, alike in groupby(sorted(blocks, key=length), length):
+        found += torch.cat(list(alike)).split(max(1, TOGETHER // size))
+    return found
 
 
 class ScoreQuantiles(NamedTuple):

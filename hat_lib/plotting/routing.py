@@ -35,7 +35,7 @@ def layer_map(table: pd.DataFrame) -> Figure:
     n_layers = len(share)
     most = max(0.01, np.nanquantile(np.abs(difference.to_numpy()), 0.95))  # else the protected tokens leave no colour
     looks = {"cmap": PALETTE, "vmin": 0, "vmax": 1}, {"cmap": "PuOr", "vmin": -most, "vmax": most}
-    bars = {"format": PERCENT}, {"format": lambda v, _: f"{100 * v:+.0f}" if abs(v) > 1e-9 else "0", "extend": "both"}
+    bars = {"format": PERCENT}, {"format": _points, "extend": "both"}
     titles = "executed share", "executed share − mean of the layer over all tokens, percentage points"
     left = np.flatnonzero(tokens["exit_layer"] < n_layers)
     fig, axes = style.panels(1, 2, 7.0, max(5.0, 1.8 + 0.165 * len(tokens)), sharex=True)
@@ -54,6 +54,11 @@ def layer_map(table: pd.DataFrame) -> Figure:
     axes[1].set_xticks(np.arange(len(tokens)) + 0.5, labels, rotation=90, fontsize=7.5, parse_math=False)
     axes[1].set_xlabel("token (␣: a space, or part of a character)")
     return fig
+
+
+def _points(share: float, _=None) -> str:
+    """A difference of shares in percentage points, rounded to nothing that would be untrue: +2.5, 0."""
+    return f"{round(100 * share, 6):+g}" if abs(share) > 1e-9 else "0"
 
 
 @draws("class", "measure", "tokens", *BOUNDS)

@@ -13,10 +13,28 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from hat_lib.inference.speed import VERSUS
 from hat_lib.plotting import style
-from hat_lib.plotting.style import GRAINS, GREY, MOST, PERCENT, PUBLISHED, SERIES, costs, draws, grain_keys, key
+from hat_lib.plotting.style import (
+    BLUE,
+    GRAINS,
+    GREEN,
+    GREY,
+    MOST,
+    ORANGE,
+    PERCENT,
+    PUBLISHED,
+    RED,
+    SERIES,
+    SKY,
+    YELLOW,
+    costs,
+    draws,
+    grain_keys,
+    key,
+)
 
 KINDS = {"decode_hf": ("-", "over plain transformers"), "decode_dense": ("--", "over our own dense path")}
 CLAIM = ("base", "granularity", "capacity", "exit_rate", "promised_speedup", "promised_increase", *KINDS)
@@ -26,6 +44,12 @@ TIMES = {"ms_hf": "plain transformers", "ms_early_exit": "its early-exit drafts"
 QUALITY = ["docstrings", "docstrings_low", "docstrings_high"]
 TICKS = [0, 1, 3, 10, 30, 100, 300, MOST]
 RESAMPLES = 1000
+TOKEN_PARTS = {
+    "qkv": (BLUE, "q | k | v"), "o": (SKY, "o"), "gate_up": (ORANGE, "gate | up"), "down": (YELLOW, "down"),
+    "head": (GREEN, "head"), "decisions": (RED, "decisions"), "rest": (GREY, "rest of the step"),
+    "loop": ("black", "loop"),
+}  # fmt: skip
+"""part of a token's time -> colour and name"""
 
 
 @draws("exit_rate", "layers", "share")
@@ -125,6 +149,30 @@ def decode(table: pd.DataFrame) -> Figure:
         ax.set(xlabel="realised capacity", ylabel="milliseconds a token", ylim=(0, 1.1 * rows["ms"].max()))
     names = [key(f"engine, {weights}", colour, marker, "-") for weights, (colour, marker) in looks.items()]
     style.below(fig, [*names, key("if time followed the weights", line=":")])
+    return fig
+
+
+@draws("way", "part", "realised", "ms")
+def token_time(table: pd.DataFrame) -> Figure:
+    """Milliseconds of a token, stacked by part, a bar for each way; a difference below 0 is drawn as nothing.
+
+    ``table`` has the fields of `hat_lib.experiments.token_time.Row`.
+    """
+    ways, parts = list(dict.fromkeys(table["way"])), list(TOKEN_PARTS)
+    cells = table.pivot(index="way", columns="part", values="ms").reindex(index=ways, columns=parts)
+    fig, (ax,) = style.panels(1, height=2.9, width=7.6)
+    left = np.zeros(len(ways))
+    for part, (colour, label) in TOKEN_PARTS.items():
+        widths = cells[part].fillna(0).clip(lower=0).to_numpy()
+        ax.barh(range(len(ways)), widths, 0.62, left=left, color=colour, edgecolor="white", label=label)
+        left += widths
+    for y, total in enumerate(cells.sum(axis=1)):
+        ax.annotate(f"{total:.1f}", (left[y], y), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    share = table.loc[table["way"] == "adaptive", "realised"].iloc[0]
+    names = {"hf": "plain transformers", "dense": "our own dense path", "adaptive": f"adaptive, {share:.2f} realised"}
+    style.named_rows(ax, [names[way] for way in ways])
+    ax.set(xlabel="milliseconds a token", xlim=(0, 1.1 * left.max()))
+    style.below(fig, [Patch(color=colour, label=label) for colour, label in TOKEN_PARTS.values()], ncols=4)
     return fig
 
 

@@ -84,10 +84,10 @@ def gates(log: pd.DataFrame) -> Figure:
     kl.set(ylabel="KL to the base, mean of the exits")
     _curve(agreement, log, "agreement", GREEN, "reads the base's token")
     _curve(agreement, log, "exit_rate", ORANGE, "drawn to leave")
-    agreement.set(ylabel="share of tokens")
+    agreement.set(ylabel="share of tokens", ylim=(0, 1))
     agreement.yaxis.set_major_formatter(PERCENT)
     _curve(loss, log, "gate_loss", PURPLE)
-    loss.axhline(np.log(2), color=GREY, linewidth=1, label="log 2: knows nothing")
+    loss.axhline(np.log(2), color=GREY, linewidth=1, label="log 2: a coin")
     loss.set(ylabel="gates' cross-entropy, nats")
     for ax in (agreement, loss):
         ax.legend()

@@ -10,7 +10,7 @@ import torch
 from tiny_runs import GRAINS, adaptive, new_hat, random_blocks
 
 from hat_lib.config import DATA, HatConfig, HatError
-from hat_lib.experiments import ablations, benchmark, published_claims, quality, registry, self_speculative
+from hat_lib.experiments import ablations, benchmark, published_claims, quality, registry, self_speculative, token_time
 from hat_lib.experiments import speed_targets as targets
 from hat_lib.experiments import step_cost as cost
 from hat_lib.experiments.ablations import CHANGES, MEASURED, Change
@@ -168,6 +168,23 @@ def test_where_two_texts_part():
     assert parting(base, torch.tensor([1, 2, 1]), logits) == (1, 2.0)
     assert parting(base, torch.tensor([1, 1, 2]), logits) == (2, 1.0)
     assert parting(base, base[:2], logits) == parting(base[:2], base, logits) == (2, 1.0), "one ended"
+
+
+# --- token_time ---
+
+
+def test_the_parts_of_a_step_make_the_whole(checkpoints):
+    how = {"checkpoint": checkpoints["channel"], "capacity": 0.5, "rounds": 1, "steps": 4, "dtype": "fp32"}
+    rows = list(token_time.rows({("hf", "qkv")}, **how))
+    parts = {way: [r.part for r in rows if r.way == way] for way in token_time.WAYS}
+    assert parts["adaptive"] == list(token_time.PARTS) and "decisions" not in parts["dense"]
+    assert parts["hf"] == [part for part in parts["dense"] if part != "qkv"]
+    assert [r.realised for r in rows if r.way == "dense"] == [1.0] * len(parts["dense"])
+    assert rows[-1].realised == pytest.approx(0.5, abs=0.2)
+    ms = {"dense": [9.0], "dense without nothing": [10.0], "few words": [7.0], "dense generate": [9.5]}
+    ms |= {f"dense without {part}": [10.0 - k] for k, part in enumerate(token_time.PRODUCTS)}
+    found = {part: times[0] for part, times in token_time._parts("dense", ms).items()}
+    assert found == {"qkv": 0.0, "o": 1.0, "gate_up": 2.0, "down": 3.0, "head": 2.0, "rest": 1.0, "loop": 0.5}
 
 
 # --- layer_shares ---

@@ -66,6 +66,13 @@ def decoding():
     return table.assign(low=1.2 * table["ms"], high=0.9 * table["ms"])
 
 
+def token_time():
+    parts = ("qkv", "o", "gate_up", "down", "head", "rest", "loop")
+    rows = [("hf", part, 1.0, 4.0) for part in parts] + [("dense", part, 1.0, 1.5) for part in parts]
+    rows += [("adaptive", part, 0.55, 0.9) for part in parts] + [("adaptive", "decisions", 0.55, -0.02)]
+    return pd.DataFrame(rows, columns=["way", "part", "realised", "ms"])
+
+
 def ablations():
     rows = []
     for grain, names in (("channel", ("start", "default", "wide, start", "wide")), ("token", ("published", "x", "y"))):
@@ -230,6 +237,7 @@ FIGURES = {
     speed.ceilings: (ideals, claims),
     routing.layer_map: (layer_map,),
     routing.by_class: (classes,),
+    speed.token_time: (token_time,),
     routing.by_position: (positions,),
     routing.by_quantile: (quantiles,),
     routing.by_sensitivity: (sensitivity,),

@@ -1,0 +1,223 @@
+"""Where the time of a token goes: ``data/results/token_time.csv``.
+
+One sequence of the bundled base is decoded by plain transformers, by our dense path, and by the engine at a capacity.
+What a part takes is what a step is shorter by without it, in the same round:
+
+    qkv, o, gate_up, down   products of the layers; in place of one there are zeros, or none of its channels is kept
+    head                    the logits; a copy of the base has few words, and the rest of them is the head's
+    decisions               deciding about every channel, and keeping it
+    rest                    of a step: embedding, norms, attention, and what no difference shows
+    loop                    of transformers' generate, beyond the step
+
+Ways and parts take turns; medians over rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from hat_lib.backbone.base import load_base
+from hat_lib.config import HatConfig, check_capacity, check_count
+from hat_lib.experiments.benchmark import CONTEXT, decode_ms, plain_copy
+from hat_lib.experiments.common import CHECKPOINTS, Timed, machine, markdown, rounded, saved
+from hat_lib.inference.speed import Variant, now, take_turns
+from hat_lib.model.policies import Forced, Policy
+from hat_lib.model.token_state import Masks, TokenState
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.plotting import speed
+from hat_lib.text.blocks import load_text
+
+ABOUT = "what a part of a decode step takes, in plain transformers, our dense path and at a capacity"
+MINUTES = 6
+KEY = ("way", "part")
+WAYS = {"hf": "plain transformers", "dense": "our own dense path", "adaptive": "adaptive"}
+PRODUCTS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"),
+            "down": ("down_proj",)}  # fmt: skip
+PARTS = (*PRODUCTS, "head", "decisions", "rest", "loop")
+WORDS = 64
+"""in the vocabulary of the copy that has next to no head"""
+
+
+@dataclass(frozen=True)
+class Row(Timed):
+    way: str
+    """one of `WAYS`"""
+    part: str
+    """one of `PARTS`"""
+    capacity: float
+    realised: float
+    ms: float
+    """of a token; a difference within the noise may be below 0"""
+    low: float
+    high: float
+    """of the rounds"""
+    steps: int
+    rounds: int
+
+
+def rows(
+    done: Collection = (),
+    *,
+    checkpoint: Path = CHECKPOINTS / "default",
+    capacity: float = 0.55,
+    rounds: int = 15,
+    steps: int = 24,
+    dtype: str | None = None,
+) -> Iterator[Row]:
+    """Rows of every way and part; ``checkpoint`` is of the channel grain, at ``capacity``."""
+    check_count("rounds", rounds, 1), check_count("steps", steps, 2)
+    if all((way, part) in done for way in WAYS for part in PARTS):
+        return
+    hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
+    capacity = check_capacity(capacity)
+    blocks = load_text("docstrings", hat.base.tokenizer, max_tokens=2 * (CONTEXT + steps))
+    ids = torch.tensor([sum(blocks["input_ids"], [])])[:, : CONTEXT + steps].to(hat.base.device)
+    variants = {v.name: v for v in _variants(hat, ids, capacity)}
+    take_turns([*variants.values()], lambda v: v.lm(), rounds)
+    ms = {name: v.times for name, v in variants.items()}
+    with hat.at(capacity, 0.0), hat.collect() as states:
+        decode_ms(hat.lm, ids, steps)
+    realised = {"hf": 1.0, "dense": 1.0, "adaptive": TokenState.cat(states[1:]).capacity}
+    for way in WAYS:
+        for part, times in _parts(way, ms).items():
+            if (way, part) not in done:
+                yield rounded(
+                    Row,
+                    **machine(hat.base),
+                    way=way,
+                    part=part,
+                    capacity=capacity if way == "adaptive" else 1.0,
+                    realised=realised[way],
+                    ms=statistics.median(times),
+                    low=min(times),
+                    high=max(times),
+                    steps=steps,
+                    rounds=rounds,
+                )
+
+
+def _variants(hat: HierarchicalTransformer, ids: Tensor, capacity: float) -> Iterator[Variant]:
+    """What is timed; ``lm`` of each gives milliseconds a token."""
+    plain, small = plain_copy(hat), _few_words(hat)
+    steps = ids.shape[1] - CONTEXT
+    at = partial(hat.at, capacity, 0.0)
+    step, generated = partial(decode_ms, hat.lm, ids, steps), partial(_generated_ms, hat, hat.lm, ids)
+    own = partial(decode_ms, plain, ids, steps)
+    yield Variant("hf", own, torch.inference_mode)
+    yield Variant("hf generate", partial(_generated_ms, hat, plain, ids), torch.inference_mode)
+    for part, names in {**PRODUCTS, "head": ("lm_head",)}.items():
+        yield Variant(f"hf without {part}", own, partial(_zeros, plain, names))
+    for way, around in ("dense", hat.dense), ("adaptive", at):
+        yield Variant(way, step, around)
+        yield Variant(f"{way} generate", generated, around)
+        masks = _recorded(hat, ids, around)
+        for part in ("nothing", *PRODUCTS):
+            policy = Forced(Masks({k: m & (k[1] != part) for k, m in masks.keep.items()}))
+            yield Variant(f"{way} without {part}", step, partial(_using, around, hat, policy))
+    yield Variant("few words", partial(decode_ms, small.lm, ids % WORDS, steps), small.dense)
+    yield Variant("adaptive, whole head", step, partial(_whole_head, hat, at))
+    every = hat.threshold_policy(dict.fromkeys(hat.calibration.thresholds_at(capacity), 0.0))
+    yield Variant("deciding", step, partial(_using, hat.dense, hat, every))
+
+
+def _parts(way: str, ms: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Milliseconds of each part, a number for each round."""
+
+    def less(a: str, b: str) -> list[float]:
+        return [x - y for x, y in zip(ms[a], ms[b], strict=True)]
+
+    whole = way if way == "hf" else f"{way} without nothing"
+    found = {part: less(whole, f"{way} without {part}") for part in PRODUCTS}
+    if way == "hf":
+        found["head"] = less("hf", "hf without head")
+    else:
+        found["head"] = less("dense", "few words")
+    if way == "adaptive":
+        saved_there = less("adaptive, whole head", "adaptive")
+        found["head"] = [a - b for a, b in zip(found["head"], saved_there, strict=True)]
+        found["decisions"] = less("deciding", "dense")
+    known = [sum(times) for times in zip(*found.values(), strict=True)]
+    found["rest"] = [a - b for a, b in zip(ms[way], known, strict=True)]
+    found["loop"] = less(f"{way} generate", way)
+    return {part: found[part] for part in PARTS if part in found}
+
+
+def _few_words(hat: HierarchicalTransformer) -> HierarchicalTransformer:
+    """The base with a vocabulary of `WORDS`: next to no head."""
+    base = load_base(hat.base.name, dtype=hat.base.dtype, device=hat.base.device)
+    base.model.resize_token_embeddings(WORDS, mean_resizing=False)
+    base.model.requires_grad_(False)
+    base = replace(base, fingerprint=f"{base.fingerprint}, {WORDS} words")
+    return HierarchicalTransformer(base, HatConfig.default(base, exit_layers=()))
+
+
+@torch.inference_mode()
+def _recorded(hat: HierarchicalTransformer, ids: Tensor, around: Callable) -> Masks:
+    """Decisions on a text, to be forced in decode; all of them where nothing is decided."""
+    with around(), hat.record():
+        hat.lm.model(input_ids=ids, use_cache=False)
+    if hat.trace.masks.keep:
+        return hat.trace.masks
+    with hat.at(0.5, 0.0), hat.record():
+        hat.lm.model(input_ids=ids, use_cache=False)
+    return hat.trace.masks.map(torch.ones_like)
+
+
+@torch.inference_mode()
+def _generated_ms(hat: HierarchicalTransformer, lm: LlamaForCausalLM, ids: Tensor) -> float:
+    """Milliseconds that generate takes for one more token, the prompt's left out."""
+    steps, pad = ids.shape[1] - CONTEXT, hat.base.tokenizer.pad_token_id
+    seconds = []
+    for count in (1, 1 + steps):
+        began = now(lm)
+        lm.generate(ids[:, :CONTEXT], max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=pad)
+        seconds.append(now(lm) - began)
+    return 1e3 * (seconds[1] - seconds[0]) / steps
+
+
+@contextmanager
+def _zeros(lm: LlamaForCausalLM, names: tuple[str, ...]):
+    """Zeros in place of the products of these names."""
+    with ExitStack() as stack:
+        for name, module in lm.named_modules():
+            if name.rpartition(".")[2] in names:
+                module.forward = lambda x, n=module.out_features: x.new_zeros(*x.shape[:-1], n)
+                stack.callback(vars(module).pop, "forward")
+        yield
+
+
+@contextmanager
+def _using(around: Callable, hat: HierarchicalTransformer, policy: Policy):
+    with around(), hat.using(policy):
+        yield
+
+
+@contextmanager
+def _whole_head(hat: HierarchicalTransformer, around: Callable):
+    with around(), hat.shortlisting(None):
+        yield
+
+
+def figures(results: Path | None = None) -> dict[str, Figure]:
+    return {"token_time": speed.token_time(saved("token_time", results))}
+
+
+def tables(results: Path | None = None) -> dict[str, str]:
+    table = saved("token_time", results)
+    lines = []
+    for way, part in table.groupby("way", sort=False):
+        ms = dict(zip(part["part"], part["ms"], strict=True))
+        at = "" if way != "adaptive" else f", {part['realised'].iloc[0]:.2f} realised"
+        total = f"{part['ms'].sum():.1f}"
+        lines.append([WAYS[way] + at, *(f"{ms[p]:.2f}" if p in ms else None for p in PARTS), total])
+    return {"token_time": markdown(["ms a token", *(p.replace("_", ", ") for p in PARTS), "in all"], lines)}
