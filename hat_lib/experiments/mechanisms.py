@@ -60,8 +60,8 @@ class Row(common.Machine, common.Perplexity):
 def rows(
     done: Collection = (),
     *,
-    trained: Path | None = CHECKPOINTS / "default",
-    untrained: Path = CHECKPOINTS / "calibrated",
+    trained: Path | None = None,
+    untrained: Path = CHECKPOINTS / "calibrated_head",
     texts: Sequence[str] = TEXTS,
     capacities: Sequence[float] = CAPACITIES,
     ways: Sequence[str] | None = None,

@@ -209,7 +209,7 @@ def _whole_head(hat: HierarchicalTransformer, around: Callable):
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:
-    return {"05_token_time": speed.token_time(saved("token_time", results))}
+    return {"token_time": speed.token_time(saved("token_time", results))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

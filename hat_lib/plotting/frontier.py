@@ -74,26 +74,6 @@ def mechanisms(table: pd.DataFrame) -> Figure:
     return fig
 
 
-@draws("change", "text", "capacity", "kl")
-def changes(table: pd.DataFrame) -> Figure:
-    """KL divergence from the base after each short run, nats a token, a mark for each text; a panel for each capacity.
-    ``table`` has the fields of `hat_lib.experiments.corrections.Row`."""
-    names, capacities = list(dict.fromkeys(table["change"])), sorted(set(table["capacity"]), reverse=True)
-    texts = list(dict.fromkeys(table["text"]))
-    fig, axes = style.panels(len(capacities), height=0.8 + 0.27 * len(names), width=7.6)
-    for ax, capacity in zip(axes, capacities, strict=True):
-        at = table[table["capacity"] == capacity].pivot(index="change", columns="text", values="kl").reindex(names)
-        for text, (colour, marker) in zip(texts, SERIES, strict=False):
-            ax.plot(at[text], range(len(names)), marker, color=colour, markersize=5)
-            ax.axvline(at[text].iloc[0], color=colour, linewidth=1, linestyle=":")
-        ax.grid(axis="y", visible=False)
-        ax.set(title=f"{capacity:.0%} of the layers' work", xlabel="KL from the base, nats a token")
-    style.named_rows(axes[0], names)  # the others share its rows
-    first = style.key(names[0], line=":")
-    style.below(fig, [*(style.key(text, *look) for text, look in zip(texts, SERIES, strict=False)), first])
-    return fig
-
-
 def _increase(percent: float, _=None) -> str:
     """+10 %, +100 %, x11, x101, x10^4: percents up to a hundred of them, then times the base's perplexity."""
     if percent <= 100:

@@ -1,4 +1,4 @@
-"""Figures of routing patterns, most of them drawn from the tables of `hat_lib.evaluation.routing`.
+"""Figures of routing patterns, drawn from the tables of `hat_lib.evaluation.routing`.
 
 Whiskers are 95 % intervals. A hollow point is one whose difference to the mean of all tokens is within that
 difference's own interval. Where tokens leave early, a second panel says how many do.
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, RED, WIDE, WIDTH, draws, key
+from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, WIDE, WIDTH, draws, key
 from hat_lib.plotting.token_heatmap import PALETTE, in_font, visible
 
 ENDS = ["mean", "low", "high"]
@@ -59,24 +59,6 @@ def layer_map(table: pd.DataFrame) -> Figure:
 def _points(share: float, _=None) -> str:
     """A difference of shares in percentage points, rounded to nothing that would be untrue: +2.5, 0."""
     return f"{round(100 * share, 6):+g}" if abs(share) > 1e-9 else "0"
-
-
-@draws("score")
-def score_histogram(table: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
-    """Scores of one site's channels, a row each, on a logarithmic axis, and ``thresholds``: capacity, threshold, share
-    of the scores above it."""
-    fig, (ax,) = style.panels(1)
-    scores = table["score"][table["score"] > 0]
-    ends = np.log10(np.quantile(scores, (0.001, 0.9999)))
-    ax.hist(scores, np.logspace(*ends, 80), weights=np.full(len(scores), 1 / len(table)), color=GREY, alpha=0.6)
-    ax.set_xscale("log")
-    for row, colour in zip(thresholds.itertuples(), (GREEN, BLUE, RED), strict=True):
-        label = f"threshold at capacity {row.capacity:g}: {row.share:.0%} kept"
-        ax.axvline(row.threshold, color=colour, linewidth=2, label=label)
-    ax.yaxis.set_major_formatter(PERCENT)
-    ax.set(xlabel="score of a channel: the most that it can add to the output", ylabel="share of channels")
-    style.above(ax, 1)
-    return fig
 
 
 @draws("class", "measure", "tokens", *BOUNDS)

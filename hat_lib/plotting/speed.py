@@ -202,13 +202,18 @@ def work_and_time(table: pd.DataFrame) -> Figure:
 
 @draws(*CLAIM, *QUALITY)
 def promise(table: pd.DataFrame) -> Figure:
-    """Speedup and increase in perplexity: published (hollow, with the capacity) and measured, a panel for each base
-    that has a quality of its own. Rows with exits are left out."""
-    table = table[table["exit_rate"] == 0].dropna(subset=QUALITY)
-    style.need(table, *QUALITY)
-    fig, panels = style.panels_by(table, "base", 3.9, 7.6)
-    for rows, ax in panels:
-        style.increases(ax, TICKS, "decode speedup (times)", table[QUALITY[0]].max())
+    """Speedup and increase in perplexity: published (hollow, with the capacity) and measured, a panel for each base.
+
+    Rows with exits are left out. A base without quality of its own gets that of the base that has it, for the same
+    grain and capacity.
+    """
+    table = table[table["exit_rate"] == 0]
+    known = table.dropna(subset=QUALITY)[["granularity", "capacity", *QUALITY]]
+    style.need(known, *QUALITY)
+    fig, panels = style.panels_by(table[list(CLAIM)], "base", 3.9, 7.6)
+    for here, ax in panels:
+        style.increases(ax, TICKS, "decode speedup (times)", known[QUALITY[0]].max())
+        rows = here.merge(known, on=["granularity", "capacity"])
         for grain, part in rows.sort_values("capacity").groupby("granularity"):
             for kind, (line, _) in KINDS.items():
                 costs(ax, part[kind], part[QUALITY], *GRAINS[grain], line)
@@ -222,6 +227,30 @@ def promise(table: pd.DataFrame) -> Figure:
         ax.label_outer()
     names = [*grain_keys(table), *(key(label, line=line) for line, label in KINDS.values())]
     style.below(fig, [key("published", **PUBLISHED), *names])
+    return fig
+
+
+@draws("base", "granularity", "capacity", "ideal")
+def ceilings(table: pd.DataFrame, measured: pd.DataFrame) -> Figure:
+    """The speedup that skipped work alone could give, beside the published and the measured one; a panel for a base."""
+    style.need(measured, *CLAIM, "realised")
+    measured = measured[measured["exit_rate"] == 0]
+    claims = measured.dropna(subset="promised_speedup").drop_duplicates("capacity")
+    fig, panels = style.panels_by(table, "base", 3.4, 7.4)
+    for here, ax in panels:
+        timed = measured[measured["base"] == here["base"].iloc[0]]
+        for grain, (colour, marker) in GRAINS.items():
+            ideal = here[here["granularity"] == grain].sort_values("capacity")
+            found = timed[timed["granularity"] == grain].sort_values("realised")
+            ax.plot(ideal["capacity"], ideal["ideal"], ":", color=colour, linewidth=2)
+            ax.plot(found["realised"], found["decode_dense"], "--", color=colour, marker=marker, markersize=5)
+        ax.plot(claims["capacity"], claims["promised_speedup"], linestyle="none", **PUBLISHED)
+        ax.axhline(1, color=GREY, linewidth=1)
+        ax.set(xlabel="capacity")
+    highest = measured[["decode_dense", "promised_speedup"]].max().max()
+    panels[0][1].set(ylabel="decode speedup (times)", ylim=(None, 1.25 * highest))  # by work alone it goes far beyond
+    names = [key("published", **PUBLISHED), *grain_keys(table), key("by work alone", line=":")]
+    style.below(fig, [*names, key("measured, over our own dense path", line="--")])
     return fig
 
 
