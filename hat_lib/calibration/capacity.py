@@ -44,7 +44,7 @@ BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8,
 FLOOR = 0.05
 # Tokens that each budget is run on: a mean over every site and token, it needs few.
 CHECK_TOKENS = 4096
-# That many of them in one forward: short blocks cost as much for the code around them as for their work.
+# Of these, at most so many in one forward: the code around a short block costs as much as its work.
 TOGETHER = 1024
 # Scores kept per site, drawn at random from all tokens and channels; enough for an error well under a thousandth.
 SAMPLES = 200_000

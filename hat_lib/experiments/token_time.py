@@ -17,7 +17,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hat_lib.backbone.base import load_base
-from hat_lib.config import HatConfig, check_capacity, check_count
+from hat_lib.config import HatConfig, HatError, check_capacity, check_count
 from hat_lib.experiments.benchmark import CONTEXT, decode_ms, plain_copy
 from hat_lib.experiments.common import CHECKPOINTS, Timed, machine, markdown, rounded, saved
 from hat_lib.inference.speed import Variant, now, take_turns
@@ -76,15 +76,18 @@ def rows(
 ) -> Iterator[Row]:
     """Rows of every way and part; ``checkpoint`` is of the channel grain, at ``capacity``."""
     check_count("rounds", rounds, 1), check_count("steps", steps, 2)
-    if all((way, part) in done for way in WAYS for part in PARTS):
+    capacity = check_capacity(capacity)
+    if all((way, part) in done for way in WAYS for part in PARTS if part != "decisions" or way == "adaptive"):
         return
     hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
-    capacity = check_capacity(capacity)
+    if hat.config.granularity != "channel":
+        raise HatError(f"{checkpoint} has the {hat.config.granularity} grain, expected channel")
     blocks = load_text("docstrings", hat.base.tokenizer, max_tokens=2 * (CONTEXT + steps))
     ids = torch.tensor([sum(blocks["input_ids"], [])])[:, : CONTEXT + steps].to(hat.base.device)
-    variants = {v.name: v for v in _variants(hat, ids, capacity)}
-    take_turns([*variants.values()], lambda v: v.lm(), rounds)
-    ms = {name: v.times for name, v in variants.items()}
+    variants, measures = zip(*_variants(hat, ids, capacity), strict=True)
+    once = {v.name: measure for v, measure in zip(variants, measures, strict=True)}
+    take_turns(variants, lambda v: once[v.name](v.lm), rounds)
+    ms = {v.name: v.times for v in variants}
     with hat.at(capacity, 0.0), hat.collect() as states:
         decode_ms(hat.lm, ids, steps)
     realised = {"hf": 1.0, "dense": 1.0, "adaptive": TokenState.cat(states[1:]).capacity}
@@ -106,28 +109,29 @@ def rows(
                 )
 
 
-def _variants(hat: HierarchicalTransformer, ids: Tensor, capacity: float) -> Iterator[Variant]:
-    """What is timed; ``lm`` of each gives milliseconds a token."""
+def _variants(
+    hat: HierarchicalTransformer, ids: Tensor, capacity: float
+) -> Iterator[tuple[Variant, Callable[[LlamaForCausalLM], float]]]:
+    """What is timed, and what gives milliseconds a token of its ``lm``."""
     plain, small = plain_copy(hat), _few_words(hat)
     steps = ids.shape[1] - CONTEXT
     at = partial(hat.at, capacity, 0.0)
-    step, generated = partial(decode_ms, hat.lm, ids, steps), partial(_generated_ms, hat, hat.lm, ids)
-    own = partial(decode_ms, plain, ids, steps)
-    yield Variant("hf", own, torch.inference_mode)
-    yield Variant("hf generate", partial(_generated_ms, hat, plain, ids), torch.inference_mode)
+    step, generated = partial(decode_ms, ids=ids, steps=steps), partial(_generated_ms, ids=ids)
+    yield Variant("hf", plain, torch.inference_mode), step
+    yield Variant("hf generate", plain, torch.inference_mode), generated
     for part, names in {**PRODUCTS, "head": ("lm_head",)}.items():
-        yield Variant(f"hf without {part}", own, partial(_zeros, plain, names))
+        yield Variant(f"hf without {part}", plain, partial(_zeros, plain, names)), step
     for way, around in ("dense", hat.dense), ("adaptive", at):
-        yield Variant(way, step, around)
-        yield Variant(f"{way} generate", generated, around)
+        yield Variant(way, hat.lm, around), step
+        yield Variant(f"{way} generate", hat.lm, around), generated
         masks = _recorded(hat, ids, around)
         for part in ("nothing", *PRODUCTS):
             policy = Forced(Masks({k: m & (k[1] != part) for k, m in masks.keep.items()}))
-            yield Variant(f"{way} without {part}", step, partial(_using, around, hat, policy))
-    yield Variant("few words", partial(decode_ms, small.lm, ids % WORDS, steps), small.dense)
-    yield Variant("adaptive, whole head", step, partial(_whole_head, hat, at))
+            yield Variant(f"{way} without {part}", hat.lm, partial(_using, around, hat, policy)), step
+    yield Variant("few words", small.lm, small.dense), partial(decode_ms, ids=ids % WORDS, steps=steps)
+    yield Variant("adaptive, whole head", hat.lm, partial(_whole_head, hat, at)), step
     every = hat.threshold_policy(dict.fromkeys(hat.calibration.thresholds_at(capacity), 0.0))
-    yield Variant("deciding", step, partial(_using, hat.dense, hat, every))
+    yield Variant("deciding", hat.lm, partial(_using, hat.dense, hat, every)), step
 
 
 def _parts(way: str, ms: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -157,7 +161,6 @@ def _few_words(hat: HierarchicalTransformer) -> HierarchicalTransformer:
     base = load_base(hat.base.name, dtype=hat.base.dtype, device=hat.base.device)
     base.model.resize_token_embeddings(WORDS, mean_resizing=False)
     base.model.requires_grad_(False)
-    base = replace(base, fingerprint=f"{base.fingerprint}, {WORDS} words")
     return HierarchicalTransformer(base, HatConfig.default(base, exit_layers=()))
 
 
@@ -174,13 +177,12 @@ def _recorded(hat: HierarchicalTransformer, ids: Tensor, around: Callable) -> Ma
 
 
 @torch.inference_mode()
-def _generated_ms(hat: HierarchicalTransformer, lm: LlamaForCausalLM, ids: Tensor) -> float:
+def _generated_ms(lm: LlamaForCausalLM, ids: Tensor) -> float:
     """Milliseconds that generate takes for one more token, the prompt's left out."""
-    steps, pad = ids.shape[1] - CONTEXT, hat.base.tokenizer.pad_token_id
-    seconds = []
+    steps, seconds = ids.shape[1] - CONTEXT, []
     for count in (1, 1 + steps):
         began = now(lm)
-        lm.generate(ids[:, :CONTEXT], max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=pad)
+        lm.generate(ids[:, :CONTEXT], max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
         seconds.append(now(lm) - began)
     return 1e3 * (seconds[1] - seconds[0]) / steps
 

@@ -106,6 +106,18 @@ def test_the_model_is_left_as_it_was_found(grain):
     assert found.exit_scores == [[[0.0] * 3] * 2]  # the tables of exits are another calibration's
 
 
+@pytest.mark.parametrize("grain", GRAINS)
+def test_blocks_that_run_together_say_what_each_says_alone(grain, monkeypatch):
+    hat = untrained(grain)
+    mixed = [ids for pair in zip(blocks(12), blocks(12, 40, seed=1), strict=True) for ids in pair]
+    assert max(map(len, module.held_out_parts(hat, mixed)[1])) > 1
+    found = calibrate(hat, mixed, probe_tokens=128, progress=False)
+    monkeypatch.setattr(module, "TOGETHER", 1)
+    alone = calibrate(hat, mixed, probe_tokens=128, progress=False)
+    np.testing.assert_allclose(found.capacities, alone.capacities, atol=2e-3)
+    np.testing.assert_allclose(found.shares, alone.shares, atol=5e-3)
+
+
 def test_quantiles_rest_on_all_tokens_of_a_wide_base(monkeypatch):
     """Drawn at random from rows and channels: every token has a part, however few scores are kept."""
     hat, text = untrained(), [torch.tensor([b]) for b in blocks(8)]

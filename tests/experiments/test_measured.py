@@ -181,6 +181,9 @@ def test_the_parts_of_a_step_make_the_whole(checkpoints):
     assert parts["hf"] == [part for part in parts["dense"] if part != "qkv"]
     assert [r.realised for r in rows if r.way == "dense"] == [1.0] * len(parts["dense"])
     assert rows[-1].realised == pytest.approx(0.5, abs=0.2)
+    assert list(token_time.rows({("hf", "qkv"), *keys(token_time, rows)}, checkpoint="nowhere")) == []
+    with pytest.raises(HatError, match="has the token grain, expected channel"):
+        next(token_time.rows(**how | {"checkpoint": checkpoints["token"]}))
     ms = {"dense": [9.0], "dense without nothing": [10.0], "few words": [7.0], "dense generate": [9.5]}
     ms |= {f"dense without {part}": [10.0 - k] for k, part in enumerate(token_time.PRODUCTS)}
     found = {part: times[0] for part, times in token_time._parts("dense", ms).items()}
