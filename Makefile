@@ -10,6 +10,8 @@ TORCH_INDEX ?=
 FETCH ?= $(PY) -m hat_lib setup --quiet
 # Files or folders whose tests `make check` runs: make check ONLY=tests/model; all by default.
 ONLY ?=
+# Rows that `make soak` measures, and the share of their cases: make soak PART="--only hostile --share 0.01 --out runs/a.csv"
+PART ?=
 # Processes that tests run in, of one thread each. A file's tests stay together.
 JOBS ?= 2
 
@@ -25,7 +27,7 @@ NBVAL := --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanit
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup workbook check test lint clean
+.PHONY: help setup workbook check test soak lint clean
 
 help:  ## say what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +41,9 @@ check: lint  ## lint, and every test that is not marked slow: under three minute
 test: lint  ## lint, every test, and the notebooks' stored outputs compared with a fresh run
 	$(PYTEST) $(TESTS)
 	$(if $(wildcard notebooks/*.ipynb),$(PYTEST) $(NBVAL) notebooks/,@echo "no notebooks to compare")
+
+soak: .venv/tested  ## what it survives, about an hour: rows that data/results/reliability.csv lacks; stopped, it goes on
+	PYTHONPATH=tests $(OFFLINE) $(PY) -m soak $(PART)
 
 lint: .venv/tested
 	$(PY) -m ruff check .

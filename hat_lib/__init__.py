@@ -2,8 +2,8 @@
 
 Axis letters, everywhere: ``B`` batch, ``T`` tokens, ``D`` hidden, ``F`` FFN width, ``L`` layers,
 ``S`` gated sites in a layer, ``E`` exits, ``K`` cached keys, ``V`` vocabulary. The packages, in the
-order in which data flows: backbone, model, text, calibration, inference, evaluation, training, plotting, explore,
-experiments, workbook, cli. Imports run one way (`[tool.importlinter]` in pyproject.toml).
+order in which data flows: backbone, engine, model, text, calibration, inference, evaluation, training, plotting,
+explore, experiments, workbook, cli. Imports run one way (`[tool.importlinter]` in pyproject.toml).
 """
 
 __version__ = "0.1.0"

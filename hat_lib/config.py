@@ -49,6 +49,18 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hat_lib"
 
 
+def lock(file, taken: str) -> None:
+    """Hold an open file until it is closed (`flock`, so not on Windows); `HatError` ``taken`` if another has it."""
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise HatError(taken) from error
+    except OSError as error:
+        raise HatError(f"cannot lock {file.name}: {error.strerror or error}") from error
+
+
 def check_fraction(name: str, value: object, low: float, high: float) -> float:
     """``value``, a number or a numeric string in [low, high], as a float, or `HatError`."""
     try:

@@ -1,6 +1,8 @@
-"""Shared fixtures. Tests run offline: only pip may fetch the pinned wheels, on first use."""
+"""Shared fixtures. Tests run offline: only pip, a process of its own, may fetch the pinned wheels, on first use."""
 
+import ipaddress
 import os
+import socket
 
 # Read once, when transformers and datasets are imported, so they are set before anything else.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -16,6 +18,42 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "bundled" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.bundled)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def outside():
+    """Sockets of this process reach this machine alone. What was tried beyond it, ``(host, test)``, fails the run."""
+    tried = []
+
+    def check(host):
+        try:
+            address = ipaddress.ip_address(host)
+            inside = address.is_loopback or address.is_unspecified
+        except ValueError:  # a name, or nothing
+            inside = host in (None, "", "localhost", socket.gethostname())
+        if not inside:
+            tried.append((host, os.environ.get("PYTEST_CURRENT_TEST")))
+            raise ConnectionRefusedError(f"tests are offline, and {host} is not this machine")
+
+    def guarded(call):
+        def guard(self, *args):
+            silent = self.type == socket.SOCK_DGRAM and call.__name__ != "sendto"  # sends no packet
+            if self.family in (socket.AF_INET, socket.AF_INET6) and not silent:
+                check(args[-1][0])
+            return call(self, *args)
+
+        return guard
+
+    def resolve(host, *args, call=socket.getaddrinfo, **kwargs):
+        check(host.decode() if isinstance(host, bytes) else host)
+        return call(host, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex", "sendto"):
+            patch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+        patch.setattr(socket, "getaddrinfo", resolve)
+        yield tried
+    assert not tried
 
 
 @pytest.fixture(scope="session")

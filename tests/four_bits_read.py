@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from hat_lib.engine.weights import MATRICES, pack
+from hat_lib.backbone.shapes import LINEARS
+from hat_lib.engine.weights import pack
 
 
 def unpacked(w: np.ndarray) -> np.ndarray:
@@ -19,7 +20,7 @@ def unpacked(w: np.ndarray) -> np.ndarray:
 def packed_and_read(lm):
     """The gated matrices ``(name, layer, as the base has it, as q4 has it)``, float32 ``[out, C]``."""
     weights = pack(lm, "q4")
-    for name, linears in MATRICES.items():
+    for name, linears in LINEARS.items():
         for i, layer in enumerate(lm.model.layers):
             own = torch.cat([layer.get_submodule(linear).weight for linear in linears]).float()
             yield name, i, own, torch.from_numpy(unpacked(getattr(weights, name)[i])).T
@@ -29,6 +30,6 @@ def packed_and_read(lm):
 def round_weights(lm) -> None:
     """Give a base the numbers that q4 makes of its gated matrices."""
     for name, i, _, read in packed_and_read(lm):
-        modules = [lm.model.layers[i].get_submodule(linear) for linear in MATRICES[name]]
+        modules = [lm.model.layers[i].get_submodule(linear) for linear in LINEARS[name]]
         for linear, part in zip(modules, read.split([m.out_features for m in modules]), strict=True):
             linear.weight.copy_(part)

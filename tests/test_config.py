@@ -70,6 +70,8 @@ def test_the_two_shapes_of_a_base_a_model_or_a_config(tiny_base):
         ({"n_layers": 0}, "n_layers must be a whole number of at least 1, got 0"),
         ({"translator_rank": -1}, "translator_rank must be a whole number of at least 0, got -1"),
         ({"protected_tokens": 1.5}, "protected_tokens must be a whole number of at least 0, got 1.5"),
+        ({"correction_rank": -1}, "correction_rank must be a whole number of at least 0, got -1"),
+        ({"correction_rank": 1.5}, "correction_rank must be a whole number of at least 0, got 1.5"),
     ],
 )
 def test_one_line_for_a_wrong_field(changes, message):

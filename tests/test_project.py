@@ -69,6 +69,13 @@ def test_every_import_of_the_library_is_declared():
     assert unknown == set()
 
 
+def test_what_lies_beside_the_modules_is_packaged():
+    data = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packaged = {path for name, globs in data.items() for g in globs for path in REPO.joinpath(*name.split(".")).glob(g)}
+    beside = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert beside and beside == packaged
+
+
 def test_versions_agree():
     citation = yaml.safe_load((REPO / "CITATION.cff").read_text())
     newest = re.search(r"^## \[(\d[^\]]*)\]", (REPO / "CHANGELOG.md").read_text(), re.M)

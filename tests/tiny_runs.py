@@ -1,10 +1,13 @@
 """Training runs that take a second: `random:tiny`, a page of text, a dozen steps. And processes to kill."""
 
+import copy
+import csv
 import multiprocessing
 import os
 import signal
 import sys
 import warnings
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -73,6 +76,23 @@ def new_hat(grain: str) -> HierarchicalTransformer:
     return hat
 
 
+def peaked(dtype=torch.float32):
+    """A base whose tokens are not all alike to it."""
+    base = tiny(dtype)
+    base.model.model.norm.weight.mul_(4)
+    return base
+
+
+def gating(base=None, threshold=6.0, margin=10.0):
+    """Calibrated, the head at one threshold and margin at every capacity."""
+    hat = untrained("channel", base or peaked())
+    made = new_hat("channel").calibration
+    n = len(made.capacities)
+    tables = {"head_thresholds": [threshold] * n, "head_margins": [margin] * n, "head_shares": [0.5] * n}
+    hat.calibration = replace(made, **tables)
+    return hat
+
+
 @cache
 def _calibration():
     return calibrate(untrained(), random_blocks(), probe_tokens=64, progress=False)
@@ -124,7 +144,7 @@ def interrupt_at(monkeypatch, *steps: tuple[str, int], by=signal.SIGINT) -> None
 # Processes. A fork server has the imports done, which take seconds, and has run nothing yet that a fork would break.
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["hat_lib.training.run", "hat_lib.cli.app"])
+_context.set_forkserver_preload(["hat_lib.training.run", "hat_lib.cli.app", "soak.faults"])
 
 
 def start(target, *args):
@@ -139,8 +159,8 @@ def _quietly(target, *args):
     target(*args)
 
 
-def train_and_die(run: Run, folder: Path, event: int | None) -> None:
-    """Carry on with a run; `kill -9` of this very process when it touches a file in ``folder`` for the n-th time."""
+def kill_at(folder: Path, event: int | None) -> None:
+    """`kill -9` of this very process when it touches a file in ``folder`` for the n-th time."""
     seen = 0
 
     def hook(name, args):
@@ -152,6 +172,11 @@ def train_and_die(run: Run, folder: Path, event: int | None) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+
+
+def train_and_die(run: Run, folder: Path, event: int | None) -> None:
+    """Carry on with a run until it is killed, or done."""
+    kill_at(folder, event)
     train(run, folder, resume=(folder / "run.json").exists(), progress=False)
 
 
@@ -188,6 +213,27 @@ def skipping(grain, base=None, exit_layers=(1, 2, 3), bar=3.0, vectors=0.3, **ch
 def greedy(hat, tokens: int = 16) -> list[int]:
     """What follows a prompt of random tokens."""
     return hat.lm.generate(torch.tensor(random_blocks(1)), max_new_tokens=tokens, do_sample=False)[0].tolist()
+
+
+@torch.no_grad()
+def same_after_saving(hat, base, folder: Path, ids) -> None:
+    """At half of the work, what was saved and loaded onto ``base``, and a copy, give the same logits and text."""
+    hat.save_pretrained(folder)
+    loaded, twin = HierarchicalTransformer.from_pretrained(folder, base), copy.deepcopy(hat)
+    with hat.at(0.5), loaded.at(0.5), twin.at(0.5):
+        expected = hat.lm(ids).logits
+        assert torch.equal(loaded.lm(ids).logits, expected) and torch.equal(twin.lm(ids).logits, expected)
+        assert greedy(hat) == greedy(loaded) == greedy(twin)
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def logged_steps(folder: Path) -> list[tuple[str, int]]:
+    return [(row["phase"], int(row["step"])) for row in table(folder / "log.csv")]
 
 
 def decides(hat, thresholds, gates=()):

@@ -119,21 +119,13 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def fingerprint(model: LlamaForCausalLM) -> str:
+def fingerprint(model: LlamaForCausalLM, dtype: torch.dtype | None = torch.bfloat16) -> str:
     """SHA-256, hex, of all parameters rounded to bf16 and of the config values that change what they compute.
 
     Parameters enter by name, shape and row-major values, in the order of their names, tied ones once. So one
-    checkpoint has one fingerprint in fp32 and in bf16, on any device and in any memory layout.
+    checkpoint has one fingerprint in fp32 and in bf16 (`load_base` hashes before it goes to fp16), on any device and
+    in any memory layout. ``dtype`` is what they are rounded to, None for the exact bits.
     """
-    return _hash(model, torch.bfloat16)  # `load_base` hashes before it goes to fp16
-
-
-def exact_hash(model: LlamaForCausalLM) -> str:
-    """As `fingerprint`, over the exact bits and the dtype: unchanged means unchanged to the last bit."""
-    return _hash(model, None)
-
-
-def _hash(model: LlamaForCausalLM, dtype: torch.dtype | None) -> str:
     config = model.config
     rope = {k: float(v) if isinstance(v, int) else v for k, v in config.rope_parameters.items()}
     keys = ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act")
@@ -145,6 +137,11 @@ def _hash(model: LlamaForCausalLM, dtype: torch.dtype | None) -> str:
         for rows in value.split(max(1, 2**14 // max(1, value.shape[1:].numel()))):
             digest.update(rows.to(cast).contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def exact_hash(model: LlamaForCausalLM) -> str:
+    """As `fingerprint`, over the exact bits and the dtype: unchanged means unchanged to the last bit."""
+    return fingerprint(model, None)
 
 
 def _device(device) -> torch.device:

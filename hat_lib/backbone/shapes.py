@@ -1,5 +1,7 @@
 """Llama shapes with random weights and a byte tokenizer: for tests and for timing, offline in seconds.
 
+`LINEARS` names what a decoder layer of any Llama multiplies by.
+
 ``random:tiny``       under 1 M parameters, weights large enough that logits and routing are far from uniform.
 ``random:tinyllama``  the exact shape of TinyLlama-1.1B; a wall-clock ratio does not depend on the weights.
 
@@ -28,6 +30,14 @@ SHAPES = {
         "num_attention_heads": 32, "num_key_value_heads": 4, "initializer_range": 0.02,
     },
 }  # fmt: skip
+
+LINEARS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""the linear layers of a decoder layer, by the input that they share"""
 
 # Values drawn once and reused in turn: drawing 1.1 billion takes longer than everything else together.
 # A prime, so that no two matrices of a model start at the same place in it.

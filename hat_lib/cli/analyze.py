@@ -73,14 +73,13 @@ def analyze(
     if out is None:
         return
     from hat_lib.plotting.routing import FIGURES
-    from hat_lib.plotting.style import png
+    from hat_lib.plotting.style import png, write
 
     files = {f"{name}.csv": _csv(table) for name, table in {"tokens": tokens, **made}.items()}
     files |= {f"{name}.png": png(draw(made[name])) for name, draw in FIGURES.items()}
     files["text.html"] = (PAGE + html(*passages(tokens, "model_share"), **scale)).encode()
-    out.expanduser().mkdir(parents=True, exist_ok=True)
     for name, payload in files.items():
-        (out.expanduser() / name).write_bytes(payload)
+        write(out.expanduser() / name, payload)
     typer.echo(f"\nwrote {', '.join(files)} to {out}")
 
 

@@ -38,7 +38,7 @@ def option(default, words: str, *names: str, **settings):
 
 BASE = option(None, f"The frozen Llama: {BASE_HELP}. [default: the one the checkpoint names, or bundled]")
 BUNDLED_BASE = option("bundled", f"The frozen Llama: {BASE_HELP}.")
-CHECKPOINT = option(None, "Folder that `hat calibrate` wrote. [default: one for bundled; capacity 1.0 needs none]")
+CHECKPOINT = option(None, "Folder of `hat calibrate` or `hat train`. [default: one for bundled; at 1.0 none is needed]")
 # Strings, so that a wrong number gets the library's own message.
 CAPACITY = option(None, f"Compute per token: {CAPACITY_HELP}. [default: the checkpoint's]", metavar="SHARE")
 EXIT_RATE = option(

@@ -58,7 +58,7 @@ def sweep(
     from hat_lib.experiments.quality import KEY, Row, grid, rows
     from hat_lib.experiments.rows import RowWriter
     from hat_lib.plotting.frontier import quality as frontier
-    from hat_lib.plotting.style import png
+    from hat_lib.plotting.style import png, write
 
     if dtype is not None:
         parse_dtype(dtype)
@@ -75,8 +75,7 @@ def sweep(
                 f"({r.realised_exit:.3f})  {r.variant:12} seed {r.seed}  {r.increase:+.2%} "
                 f"({r.increase_low:+.2%} to {r.increase_high:+.2%})"
             )
-    figure = out.with_suffix(".png")
-    figure.write_bytes(png(frontier(pd.read_csv(out))))
+    figure = write(out.with_suffix(".png"), png(frontier(pd.read_csv(out))))
     typer.echo(f"wrote {out} and {figure}")
 
 
@@ -146,7 +145,7 @@ def _figures(name: str, experiment, results: Path) -> None:
 
     folder = REPO / "figures" if results.resolve() == RESULTS.resolve() else results / "figures"
     try:
-        for figure, drawn in experiment.figures(results).items():
+        for figure, drawn in getattr(experiment, "figures", lambda results: {})(results).items():
             typer.echo(f"wrote {save_figure(drawn, figure, folder)}")
     except HatError as error:  # it also rests on a file that is not there
         say("warning", f"the figures of {name} stay as they are: {error}")

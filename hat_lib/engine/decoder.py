@@ -74,16 +74,17 @@ class Decoder:
         room = room_for(cache, b, w.kv_heads, self.size, self.dtype, t)
         threads = max(1, min(threads or torch.get_num_threads(), team.cores()))
         scratch = self._room(threads, b * t, room.size)
-        cos, sin = self._rotary(_flat(position))
+        # Copies: to numba an array of one number with the strides of what it was cut from is of another type.
+        cos, sin = self._rotary(position.flatten())
         layers = len(w.qkv)
         logits = np.empty((b * t, len(w.head)), room.arrays[0].dtype)
         rows = Rows(
-            ids=_flat(ids),
+            ids=ids.flatten(),
             sequence=np.arange(b).repeat(t),
             slot=np.tile(np.arange(n, n + t), b),
             first=first.repeat(t),
-            protected=_flat(protected),
-            scale=np.ones(b * t, np.float32) if scale is None else _flat(scale),
+            protected=protected.flatten(),
+            scale=np.ones(b * t, np.float32) if scale is None else scale.flatten(),
             cos=cos,
             sin=sin,
             keys=room.arrays[0],
@@ -133,8 +134,3 @@ class Decoder:
             best=z(threads, rows),
         )
         return self._scratch[threads, rows]
-
-
-def _flat(array: np.ndarray) -> np.ndarray:
-    """A copy: to numba an array of one number with the strides of what it was cut from is of another type."""
-    return array.flatten()

@@ -18,18 +18,7 @@ from numpy import ndarray
 
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add
-from hat_lib.engine.kernels import (
-    F0,
-    F1,
-    LEAVES,
-    as_float,
-    as_stored,
-    dot,
-    dots,
-    exp,
-    keep,
-    span,
-)
+from hat_lib.engine.kernels import F0, F1, LEAVES, as_float, as_stored, dot, dots, exp, keep, span
 from hat_lib.engine.team import meet
 
 SENSITIVITY_LIMIT = np.float32(3)
@@ -282,7 +271,7 @@ def rotate(head, cos, sin):
 
 @compiled()
 def exit_gate(decide, e, r, h, n, small):
-    """Whether a row leaves at exit e; its state is translated if it does (`hat_lib.model.exit_gate`)."""
+    """Whether a row leaves at exit e; its state is translated if it does (`hat_lib.model.routers.ExitGate`)."""
     d = h.shape[0]
     factor = F1 / np.sqrt(mean_square(h) + np.float32(1.1920929e-07))
     for i in range(d):

@@ -14,15 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hat_lib.backbone.shapes import LINEARS
 from hat_lib.engine.four_bits import GROUP, ROWS
 from hat_lib.engine.step import Weights
-
-MATRICES = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:
@@ -32,14 +26,14 @@ def as_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def widths(lm) -> tuple[list[int], list[int]]:
-    """Inputs and outputs of each of `MATRICES`."""
-    modules = [[lm.model.layers[0].get_submodule(linear) for linear in linears] for linears in MATRICES.values()]
+    """Inputs and outputs of each of `LINEARS`."""
+    modules = [[lm.model.layers[0].get_submodule(linear) for linear in linears] for linears in LINEARS.values()]
     return [m[0].in_features for m in modules], [sum(linear.out_features for linear in m) for m in modules]
 
 
 def unfit(lm, form: str) -> str | None:
     """Why this base cannot be packed in a form."""
-    for names in MATRICES.values() if form == "q4" else ():
+    for names in LINEARS.values() if form == "q4" else ():
         for name in names:
             linear = lm.model.layers[0].get_submodule(name)
             for what, width in (("inputs", linear.in_features), ("outputs", linear.out_features)):
@@ -60,7 +54,7 @@ def pack(lm, form: str = "base", corrections=None, *, strength: float = 1.0, pre
     if why := unfit(lm, form):
         raise ValueError(why)
     layers, config, packed = lm.model.layers, lm.config, {}
-    for (name, linears), channels, outputs in zip(MATRICES.items(), *widths(lm), strict=True):
+    for (name, linears), channels, outputs in zip(LINEARS.items(), *widths(lm), strict=True):
         biased = corrections is not None or any(layers[0].get_submodule(n).bias is not None for n in linears)
         dtype, shape = {
             "base": (lm.dtype, (channels, outputs)),
@@ -144,4 +138,4 @@ def packed_bytes(weights: Weights) -> int:
 
 def linears(lm) -> list[nn.Module]:
     """The modules that are packed."""
-    return [layer.get_submodule(name) for layer in lm.model.layers for names in MATRICES.values() for name in names]
+    return [layer.get_submodule(name) for layer in lm.model.layers for names in LINEARS.values() for name in names]

@@ -1,7 +1,7 @@
 """Routing patterns: which tokens get how much, where in the model, and how hard they are.
 
-`patterns` reads a text twice, as the base and as the adaptive model, and keeps one row a token; `TABLES` and three more
-are made of it. Two predictions meet at a token, and names end in what they are about:
+`patterns` reads a text twice, as the base and as the adaptive model, and keeps one row a token; tables are made of
+it. Two predictions meet at a token, and names end in what they are about:
 
     ..._of_token  this token, predicted from the position before it, so by what the token before executed
     ..._of_next   the token after it, predicted from this one's own state: what its own work was spent on
@@ -60,11 +60,21 @@ class Patterns:
     granularity: str
     requested_capacity: float
     requested_exit_rate: float
+    head_work: float = 0.0
+    """of the head, in a layer's routable work, where the head is decided about; else 0"""
+    head_share: float = 1.0
+    """executed, mean over tokens"""
+
+    @property
+    def layer_capacity(self) -> float:
+        """Realised in the layers: mean share over tokens and the layers that they entered."""
+        return float(np.nanmean(self.share))
 
     @property
     def capacity(self) -> float:
-        """Realised: mean share over tokens and the layers that they entered."""
-        return float(np.nanmean(self.share))
+        """Realised: executed / routable work, in the layers and, where it is decided about, in the head."""
+        ran, head = np.isfinite(self.share).sum(), self.head_work * len(self.tokens)
+        return float((self.layer_capacity * ran + self.head_share * head) / (ran + head))
 
     @property
     def exit_rate(self) -> float:
@@ -92,22 +102,24 @@ def patterns(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, progres
     context, lengths = hat.lm.config.max_position_embeddings, [len(row["input_ids"]) for row in blocks]
     if not lengths or not 1 <= min(lengths) <= max(lengths) <= context:
         raise HatError(f"patterns needs blocks of 1 to {context} tokens, got lengths {sorted(set(lengths))}")
-    frames, shares, special = [], [], set(hat.base.tokenizer.all_special_ids)
+    frames, shares, head_shares, special = [], [], [], set(hat.base.tokenizer.all_special_ids)
     for number, row in enumerate(tqdm(blocks, desc="patterns", disable=not progress)):
         with hat.dense():
             base = _final_states(hat, row["input_ids"])
         ours = _final_states(hat, row["input_ids"])
         new = slice(row["n_context"], None)
+        losses = _losses(hat, base, ours, row["input_ids"])  # after it the trace knows what the head read
         ids, texts = row["input_ids"], pieces(hat.base.tokenizer, row["input_ids"])
         frame = {"doc": row["doc"], "block": number, "position": range(len(ids)), "id": ids, "text": texts}
-        frame |= {"class": classes(texts, [i in special for i in ids]), **token_work(hat)}
-        frame |= _losses(hat, base, ours, ids)
+        frame |= {"class": classes(texts, [i in special for i in ids]), **token_work(hat), **losses}
         frames.append(pd.DataFrame(frame).iloc[new])
+        head_shares.append(np.full(len(frames[-1]), hat.trace.head_share))
         shares.append(torch.cat([hat.trace.site_share[:, :, 0], hat.trace.share], dim=1).cpu().numpy()[:, :, new])
     tokens, share = pd.concat(frames, ignore_index=True), np.concatenate(shares, axis=2)
     share = np.where(np.arange(len(share))[:, None, None] < tokens["exit_layer"].to_numpy(), share, np.float32(np.nan))
     requested = hat.config.granularity, hat.capacity, hat.exit_rate
-    return Patterns(tokens, share[:, :-1], share[:, -1], tuple(hat.grain.sites), *requested)
+    head = hat.trace.head_work, float(np.concatenate(head_shares).mean())
+    return Patterns(tokens, share[:, :-1], share[:, -1], tuple(hat.grain.sites), *requested, *head)
 
 
 def _final_states(hat: HierarchicalTransformer, ids: Sequence[int]) -> Tensor:

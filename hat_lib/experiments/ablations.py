@@ -123,7 +123,9 @@ def _run(change: Change, folder: Path, base: str, steps: int, texts, tokens: int
         loaded = load_base(base, dtype=dtype)
         hat = HierarchicalTransformer(loaded, HatConfig.default(loaded, protected_tokens=change.protected_tokens))
         blocks = held_out("addresses", loaded.tokenizer, CALIBRATION_TOKENS, recipe.block_size)["input_ids"]
-        calibrate(hat, blocks, split=change.split, token_sensitivity=change.token_sensitivity, progress=False)
+        calibrate(
+            hat, blocks, split=change.split, token_sensitivity=change.token_sensitivity, head=False, progress=False
+        )
         start = folder / "start"
         hat.save_pretrained(start)
     found = folder / "run" if change.trained else start
@@ -134,7 +136,8 @@ def _run(change: Change, folder: Path, base: str, steps: int, texts, tokens: int
     for text, split in texts:
         blocks = load_text(text, hat.base.tokenizer, split=split, max_tokens=tokens)
         policy = matched(hat, as_in(hat, found), blocks, capacity)
-        dense, (routed,) = score_each(hat, blocks, [partial(hat.using, policy)], progress=False)
+        with hat.dense():
+            dense, (routed,) = score_each(hat, blocks, [partial(hat.using, policy)], progress=False)
         yield rounded(
             Row,
             **machine(hat.base) | vars(routed.agreement) | perplexity(compare(dense, routed)),
@@ -144,7 +147,7 @@ def _run(change: Change, folder: Path, base: str, steps: int, texts, tokens: int
             split=split,
             steps=steps * change.trained,
             capacity=capacity,
-            realised=routed.capacity,
+            realised=routed.layer_capacity,
         )
 
 

@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from hat_lib.backbone.wheels import SMOLLM2, open_wheel
 from hat_lib.config import HatConfig, HatError, check_capacity, check_count
 from hat_lib.experiments.benchmark import CONTEXT, decode_ms, forced, plain_copy
 from hat_lib.experiments.common import CHECKPOINTS, Timed, machine, markdown, rounded, saved, times
+from hat_lib.inference.speed import take_turns
 from hat_lib.model.cost import Work, state_cost
 from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.model.token_state import TokenState
@@ -103,7 +105,8 @@ class Way:
     once: Callable[[], float]
     found: dict = field(default_factory=dict)
     """more columns"""
-    ms: list[float] = field(default_factory=list)
+    around: Callable = nullcontext
+    times: list[float] = field(default_factory=list)
 
 
 def rows(
@@ -151,7 +154,7 @@ def _base(hat, ids: Tensor, around: dict, together: int, rounds: int, steps: int
     texts = {n: ids[:, : n * (CONTEXT // n + steps)].view(n, -1) for n in (1, together)}
     hf, batch = (Way("hf", own, n, 1.0, lambda n=n: _ms(plain, texts[n], steps)) for n in (1, together))
     before = [Way("hf_before", own, 1, 1.0, hf.once)] if bundled else []
-    _take_turns(before, rounds)
+    take_turns(before, lambda way: way.once(), rounds)
     with hat.dense(), hat.reference():
         expected = _predicted(hat, ids) if bundled else None
     reference = Way("reference", own, 1, 1.0, lambda: _within(hat, texts[1], steps, hat.dense, "base", True))
@@ -162,7 +165,7 @@ def _base(hat, ids: Tensor, around: dict, together: int, rounds: int, steps: int
     first, *others = ways.values()
     # Transformers between two turns of the engine.
     turns = [reference, read, *first, hf, *sum(others, []), batch, *more]
-    _take_turns(turns, rounds)
+    take_turns(turns, lambda way: way.once(), rounds)
     for way in sorted([*before, *turns], key=lambda way: (way.sequences, [*WAYS].index(way.name))):
         if (hat.base.name, way.name, way.weights, way.sequences, way.capacity) not in done:
             yield _row(hat, way, [*before, *turns], steps, rounds)
@@ -235,14 +238,6 @@ def _plain_read(lm) -> Callable[[], float]:
     return once
 
 
-def _take_turns(ways: Sequence[Way], rounds: int) -> None:
-    for turn in range(rounds + 1):
-        for way in ways[:: -1 if turn % 2 else 1]:
-            took = way.once()
-            if turn:  # the first warms up
-                way.ms.append(took)
-
-
 @torch.inference_mode()
 def _predicted(hat, ids: Tensor) -> Tensor:
     """Log-probabilities of what follows each of `HELD_OUT` tokens, fp32 ``[T, V]``; in steps that the engine takes."""
@@ -257,11 +252,11 @@ def _row(hat, way: Way, ways: Sequence[Way], steps: int, rounds: int) -> Row:
     over = {}
     if way.name == "engine":
         dense = [w for w in alike if w.weights == way.weights and w.capacity == 1 and w.name in ("reference", "engine")]
-        fastest = min(dense, key=lambda w: statistics.median(w.ms))
-        ratios = [a / b for a, b in zip(fastest.ms, way.ms, strict=True)]
+        fastest = min(dense, key=lambda w: statistics.median(w.times))
+        ratios = [a / b for a, b in zip(fastest.times, way.times, strict=True)]
         over = {"over_dense": statistics.median(ratios), "over_dense_low": min(ratios), "over_dense_high": max(ratios)}
     empty = dict.fromkeys(("ideal", "over_dense", "over_dense_low", "over_dense_high", "kl", "copy_mib"))
-    ms = statistics.median(way.ms)
+    ms = statistics.median(way.times)
     return rounded(
         Row,
         **machine(hat.base) | empty | {"realised": 1.0} | way.found | over,
@@ -270,10 +265,10 @@ def _row(hat, way: Way, ways: Sequence[Way], steps: int, rounds: int) -> Row:
         sequences=way.sequences,
         capacity=way.capacity,
         ms=ms,
-        low=max(way.ms),
-        high=min(way.ms),
+        low=max(way.times),
+        high=min(way.times),
         tokens_per_second=1e3 / ms,
-        over_hf=None if way is hf else statistics.median(a / b for a, b in zip(hf.ms, way.ms, strict=True)),
+        over_hf=None if way is hf else statistics.median(a / b for a, b in zip(hf.times, way.times, strict=True)),
         steps=steps,
         rounds=rounds,
     )

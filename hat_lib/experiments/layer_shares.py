@@ -75,7 +75,3 @@ def layer_shares(
 
 def figures(results: Path | None = None) -> dict[str, Figure]:
     return {"07_frontier": frontier.twin(saved("quality", results), saved("layer_shares", results))}
-
-
-def tables(results: Path | None = None) -> dict[str, str]:
-    return {}

@@ -12,8 +12,7 @@ Whole blocks, at even distances in a test split. ``encyclopedia`` had no part in
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from hat_lib.evaluation.perplexity import compare, coverage, score_each
 from hat_lib.experiments import common
 from hat_lib.experiments.common import CHECKPOINTS, machine, markdown, perplexity, rounded, saved
 from hat_lib.experiments.quality import adapter_digest
+from hat_lib.model.modes import together
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import frontier
 from hat_lib.plotting.findings import said
@@ -60,8 +60,8 @@ class Row(common.Machine, common.Perplexity):
 def rows(
     done: Collection = (),
     *,
-    trained: Path | None = None,
-    untrained: Path = CHECKPOINTS / "calibrated_head",
+    trained: Path | None = CHECKPOINTS / "default",
+    untrained: Path = CHECKPOINTS / "calibrated",
     texts: Sequence[str] = TEXTS,
     capacities: Sequence[float] = CAPACITIES,
     ways: Sequence[str] | None = None,
@@ -99,7 +99,7 @@ def _of(way: str, capacities: Sequence[float]) -> Sequence[float]:
 
 def _on_text(hat, checkpoint: Path, text: str, points: list[tuple[str, float]], tokens: int) -> Iterator[Row]:
     blocks = whole_blocks(text, hat.base.tokenizer, tokens)
-    base, found = score_each(hat, blocks, [partial(_run, hat, *point) for point in points], progress=False)
+    base, found = score_each(hat, blocks, [_around(hat, *point) for point in points], progress=False)
     for (way, capacity), scored in zip(points, found, strict=True):
         yield rounded(
             Row,
@@ -124,15 +124,10 @@ def whole_blocks(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> 
     return at_even_distances(blocks.select(whole), tokens // BLOCK)
 
 
-@contextmanager
-def _run(hat: HierarchicalTransformer, way: str, capacity: float):
-    with ExitStack() as entered:
-        entered.enter_context(hat.dense() if way == "fine_tuned" else hat.at(capacity, 0.0))
-        if way == "fine_tuned":
-            entered.enter_context(hat.correcting())
-        if way == "layers":
-            entered.enter_context(hat.shortlisting(None))
-        yield
+def _around(hat: HierarchicalTransformer, way: str, capacity: float) -> Callable:
+    at = partial(hat.at, capacity, 0.0)
+    more = {"fine_tuned": (hat.dense, hat.correcting), "layers": (at, partial(hat.shortlisting, None))}
+    return partial(together, *more.get(way, (at,)))
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:

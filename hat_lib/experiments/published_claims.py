@@ -25,8 +25,9 @@ from hat_lib.config import HatConfig, HatError, check_count
 from hat_lib.evaluation.baselines import exit_shares
 from hat_lib.experiments import common, quality
 from hat_lib.experiments.benchmark import PREFILL, Setting, forced, measure, plain_copy
-from hat_lib.experiments.common import CHECKPOINTS, SPEEDS, TEXTS, markdown, rounded, saved, speeds, times
+from hat_lib.experiments.common import CHECKPOINTS, SPEEDS, TEXTS, markdown, rounded, saved, speeds
 from hat_lib.experiments.rows import read_rows
+from hat_lib.model.modes import together
 from hat_lib.model.policies import Forced
 from hat_lib.model.token_state import Masks
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -120,7 +121,7 @@ def _grain(checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str
         shares = zip(hat.config.exit_layers, left[setting], draws, strict=True)
         exits = Forced(Masks(exits={depth: torch.from_numpy(draw < share) for depth, share, draw in shares}))
         capacity = contexts[realised[setting]]
-        around[setting] = partial(quality.with_exits, hat, capacity, exits) if setting.exit_rate else capacity
+        around[setting] = partial(together, capacity, partial(hat.exiting, exits)) if setting.exit_rate else capacity
     yield from _rows(hat, around, ids % hat.lm.config.vocab_size, rounds, steps, {})
     del hat, contexts, around
     gc.collect()
@@ -164,16 +165,11 @@ def tables(results: Path | None = None) -> dict[str, str]:
     shape = {(r.granularity, r.capacity): r for r in rows[rows["base"] == SHAPE].itertuples()}
     header = ["grain", "capacity requested / realised", "claimed", *(f"perplexity, {text}" for text in TEXTS)]
     header += [f"decode, {base}: {kind}" for base in ("bundled base", "TinyLlama's shape") for kind in SPEEDS]
-    brief = ["capacity", "published claim: decode speed, perplexity", "measured perplexity (95 % interval)",
-             "share of the model's work", "measured decode speed, skipping alone"]  # fmt: skip
-    lines, front = [], []
+    lines = []
     for r in rows[rows["base"] == BUNDLED].itertuples():
         claimed, increases = f"{r.promised_speedup}x, {r.promised_increase:+.0%}", [said(r._asdict(), t) for t in TEXTS]
         line = [r.granularity, f"{r.capacity:.2f} / {r.realised:.2f}", claimed, *increases]
         for at in (r, shape[r.granularity, r.capacity]):
             line += speeds(at.ideal_decode, at.decode_dense, at.decode_hf)
         lines.append(line)
-        if r.granularity == "channel":
-            alone = times(r.decode_dense, r.ideal_decode)
-            front.append([f"{r.capacity:.0%}", claimed, increases[-1], f"{r.model_share:.0%}", alone])
-    return {"published_claims": markdown(header, lines), "frontpage": markdown(brief, front)}
+    return {"published_claims": markdown(header, lines)}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby, product
@@ -26,7 +25,7 @@ from hat_lib.evaluation.perplexity import compare, score, score_each
 from hat_lib.experiments import common
 from hat_lib.experiments.common import CHECKPOINTS, TEXTS, machine, markdown, perplexity, rounded, saved
 from hat_lib.model.checkpoint import digest, read_checkpoint
-from hat_lib.model.policies import ExitPolicy, Policy
+from hat_lib.model.modes import together
 from hat_lib.model.threshold_table import HEAD_TABLES
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import findings, frontier
@@ -206,29 +205,18 @@ def _control(hat, untrained: Path, point: Point, blocks, sample, realised: float
     """Makes the context to run a control in, at the trained model's work in the layers; None for that model."""
     if point.variant == "trained":
         return None
+    at = partial(hat.at, point.capacity, 0.0)
     if point.variant == "random_exits":
         with hat.at(point.capacity, point.exit_rate), hat.collect() as traces:
             score(hat, blocks, progress=False)
         exits = RandomExits(exit_shares(traces, hat.config.exit_layers), point.seed)
-        return partial(with_exits, hat, partial(hat.at, point.capacity, 0.0), exits)
+        return partial(together, at, partial(hat.exiting, exits))
     if point.variant == "untrained":
         policy = matched(hat, as_in(hat, untrained), sample, max(0.1, realised))
     else:
         policy = CONTROLS[point.variant](hat, sample, max(0.1, realised), point.seed)
-    return partial(with_policy, hat, point.capacity, policy)
-
-
-@contextmanager
-def with_policy(hat: HierarchicalTransformer, capacity: float, policy: Policy):
-    """A control: another's decisions in the layers, without corrections, and the head as it is at ``capacity``."""
-    with hat.at(capacity, 0.0), hat.correcting(0.0), hat.using(policy):
-        yield
-
-
-@contextmanager
-def with_exits(hat: HierarchicalTransformer, around: Callable, exits: ExitPolicy):
-    with around(), hat.exiting(exits):
-        yield
+    # Another's decisions in the layers, without corrections, and the head as it is at the capacity.
+    return partial(together, at, partial(hat.correcting, 0.0), partial(hat.using, policy))
 
 
 def adapter_digest(checkpoint: Path, exits: bool) -> str:

@@ -5,8 +5,8 @@
     READS         other files that it reads, if any
     Row, KEY      a dataclass, whose fields are the columns, and the fields that tell rows apart
     rows(done)    measures the rows whose keys are not in ``done``, one by one; its keyword arguments are the options
-    figures()     the figures that rest on the saved rows, by file name
-    tables()      the tables of README and docs from the saved rows, in Markdown, by name
+    figures()     the figures that rest on the saved rows, by file name, if any
+    tables()      the tables of README and docs from the saved rows, in Markdown, by name, if any
 
 `measure` writes each row as it comes, so that a run that was stopped goes on where it was. A document says where a
 table stands, and `fill` writes what is between the two lines, so that no number is typed:
@@ -31,8 +31,8 @@ from hat_lib.config import HatError
 from hat_lib.experiments.common import markdown
 from hat_lib.experiments.rows import RowWriter
 
-NAMES = ("decode", "benchmark", "quality", "mechanisms", "published", "layer_shares", "published_claims",
-         "speed_targets", "token_time", "self_speculative", "ablations", "step_cost")  # fmt: skip
+NAMES = ("decode", "benchmark", "quality", "mechanisms", "published", "layer_shares",
+         "published_claims", "speed_targets", "token_time", "self_speculative", "ablations", "step_cost")  # fmt: skip
 """in the order in which one reads another's file"""
 MARKED = re.compile(r"^<!-- table: (\S+) -->$((?:(?!^<!-- table).)*?^<!-- end -->$)?", re.M | re.S)
 
@@ -92,7 +92,8 @@ def all_tables(results: Path | None = None) -> dict[str, str]:
     """Every Markdown table, by the name that its place in a document is marked with; `results` lists the files."""
     lines = [[f"`{name}`", load(name).ABOUT, f"{load(name).MINUTES} min"] for name in NAMES]
     overview = {"results": markdown(["file, `hat reproduce`", "what a row is", "takes, on two idle cores"], lines)}
-    return overview | {table: text for name in NAMES for table, text in load(name).tables(results).items()}
+    made = [load(name).tables(results) for name in NAMES if hasattr(load(name), "tables")]
+    return overview | {table: text for tables in made for table, text in tables.items()}
 
 
 def documents() -> list[Path]:

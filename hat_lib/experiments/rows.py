@@ -18,7 +18,6 @@ on Windows), and a second one is refused. Workers of a pool hand their rows to t
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import os
 import typing
@@ -26,9 +25,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from reprlib import repr as short
 from types import NoneType
 
-from hat_lib.config import HatError
+from hat_lib.config import HatError, lock
 from hat_lib.text.plain import cell, from_cell
 
 
@@ -64,12 +64,7 @@ class RowWriter:
             raise
 
     def _open(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise HatError(f"{self.path} is being written by another run") from error
-        except OSError as error:
-            raise HatError(f"cannot lock {self.path}: {error.strerror or error}") from error
+        lock(self._file, f"{self.path} is being written by another run")
         self._file.seek(0)
         data = self._file.read()
         self._columns, rows, self._end = _read(self.path, data, self.row_type)
@@ -144,7 +139,9 @@ def _read(path, data: bytes, row_type: type) -> tuple[dict, list, int]:
         raise HatError(f"{path} is not CSV: {error}") from error
     if sorted(columns) != sorted(kinds):
         missing, unknown = ([n for n in a if n not in b] for a, b in ((kinds, columns), (columns, kinds)))
-        raise HatError(f"{path} has other columns than {row_type.__name__}: missing {missing}, unknown {unknown}")
+        raise HatError(
+            f"{path} has other columns than {row_type.__name__}: missing {short(missing)}, unknown {short(unknown)}"
+        )
     rows = []
     for number, cells in enumerate(lines, start=1):
         if len(cells) != len(columns):
@@ -181,7 +178,7 @@ def _value(name: str, text: str, wanted: type, optional: bool, got: str | None =
         return from_cell(text) if wanted is str else wanted(text)
     except (ValueError, KeyError):
         kind = wanted.__name__ + " or None (an empty cell)" * optional
-        raise HatError(f"{name} must be {kind}, got {got or repr(text)}") from None
+        raise HatError(f"{name} must be {kind}, got {got or short(text)}") from None
 
 
 def _line(cells) -> bytes:

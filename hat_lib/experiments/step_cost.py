@@ -105,10 +105,6 @@ def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: i
     )
 
 
-def figures(results: Path | None = None) -> dict:
-    return {}
-
-
 def tables(results: Path | None = None) -> dict[str, str]:
     header = ["grain", "a training step", "plain forward and backward", "ratio", "tokens"]
     lines = [

@@ -27,11 +27,13 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hat_lib.backbone.base import load_base
+from hat_lib.backbone.shapes import LINEARS
 from hat_lib.config import HatConfig, HatError, check_capacity, check_count
 from hat_lib.experiments.benchmark import CONTEXT, decode_ms, plain_copy
 from hat_lib.experiments.common import CHECKPOINTS, Timed, machine, markdown, rounded, saved
 from hat_lib.inference.speed import Variant, now, take_turns
-from hat_lib.model.policies import Forced, Policy
+from hat_lib.model.modes import together
+from hat_lib.model.policies import Forced
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import speed
@@ -41,9 +43,7 @@ ABOUT = "what a part of a decode step takes, in plain transformers, our dense pa
 MINUTES = 6
 KEY = ("way", "part")
 WAYS = {"hf": "plain transformers", "dense": "our own dense path", "adaptive": "adaptive"}
-PRODUCTS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"),
-            "down": ("down_proj",)}  # fmt: skip
-PARTS = (*PRODUCTS, "head", "decisions", "rest", "loop")
+PARTS = (*LINEARS, "head", "decisions", "rest", "loop")
 WORDS = 64
 """in the vocabulary of the copy that has next to no head"""
 
@@ -119,19 +119,19 @@ def _variants(
     step, generated = partial(decode_ms, ids=ids, steps=steps), partial(_generated_ms, ids=ids)
     yield Variant("hf", plain, torch.inference_mode), step
     yield Variant("hf generate", plain, torch.inference_mode), generated
-    for part, names in {**PRODUCTS, "head": ("lm_head",)}.items():
+    for part, names in {**LINEARS, "head": ("lm_head",)}.items():
         yield Variant(f"hf without {part}", plain, partial(_zeros, plain, names)), step
     for way, around in ("dense", hat.dense), ("adaptive", at):
         yield Variant(way, hat.lm, around), step
         yield Variant(f"{way} generate", hat.lm, around), generated
         masks = _recorded(hat, ids, around)
-        for part in ("nothing", *PRODUCTS):
-            policy = Forced(Masks({k: m & (k[1] != part) for k, m in masks.keep.items()}))
-            yield Variant(f"{way} without {part}", hat.lm, partial(_using, around, hat, policy)), step
+        for part in ("nothing", *LINEARS):
+            forced = partial(hat.using, Forced(Masks({k: m & (k[1] != part) for k, m in masks.keep.items()})))
+            yield Variant(f"{way} without {part}", hat.lm, partial(together, around, forced)), step
     yield Variant("few words", small.lm, small.dense), partial(decode_ms, ids=ids % WORDS, steps=steps)
-    yield Variant("adaptive, whole head", hat.lm, partial(_whole_head, hat, at)), step
+    yield Variant("adaptive, whole head", hat.lm, partial(together, at, partial(hat.shortlisting, None))), step
     every = hat.threshold_policy(dict.fromkeys(hat.calibration.thresholds_at(capacity), 0.0))
-    yield Variant("deciding", hat.lm, partial(_using, hat.dense, hat, every)), step
+    yield Variant("deciding", hat.lm, partial(together, hat.dense, partial(hat.using, every))), step
 
 
 def _parts(way: str, ms: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -141,7 +141,7 @@ def _parts(way: str, ms: dict[str, list[float]]) -> dict[str, list[float]]:
         return [x - y for x, y in zip(ms[a], ms[b], strict=True)]
 
     whole = way if way == "hf" else f"{way} without nothing"
-    found = {part: less(whole, f"{way} without {part}") for part in PRODUCTS}
+    found = {part: less(whole, f"{way} without {part}") for part in LINEARS}
     if way == "hf":
         found["head"] = less("hf", "hf without head")
     else:
@@ -192,26 +192,14 @@ def _zeros(lm: LlamaForCausalLM, names: tuple[str, ...]):
     """Zeros in place of the products of these names."""
     with ExitStack() as stack:
         for name, module in lm.named_modules():
-            if name.rpartition(".")[2] in names:
+            if name.endswith(names):
                 module.forward = lambda x, n=module.out_features: x.new_zeros(*x.shape[:-1], n)
                 stack.callback(vars(module).pop, "forward")
         yield
 
 
-@contextmanager
-def _using(around: Callable, hat: HierarchicalTransformer, policy: Policy):
-    with around(), hat.using(policy):
-        yield
-
-
-@contextmanager
-def _whole_head(hat: HierarchicalTransformer, around: Callable):
-    with around(), hat.shortlisting(None):
-        yield
-
-
 def figures(results: Path | None = None) -> dict[str, Figure]:
-    return {"token_time": speed.token_time(saved("token_time", results))}
+    return {"05_token_time": speed.token_time(saved("token_time", results))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

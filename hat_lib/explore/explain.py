@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from hat_lib.config import HatError, check_count
 from hat_lib.evaluation.routing import token_work
@@ -50,9 +51,9 @@ class Explanation:
     def figure(self) -> Figure:
         """Layer × token: the executed share, and how far it is from the layer's mean over this prompt."""
         table = self.frame.rename(columns={"token": "text", "position": "token", "exit": "exit_layer"})
-        free = ~self.tokens["protected"].to_numpy().repeat(self.frame["layer"].nunique())
-        usual = table["share"].where(free).groupby(table["layer"]).transform("mean")
-        return layer_map(table.assign(difference=table["share"] - usual))
+        protected = self.tokens["protected"].to_numpy().repeat(self.frame["layer"].nunique())
+        usual = table["share"].where(~protected).groupby(table["layer"]).transform("mean")
+        return layer_map(table.assign(difference=table["share"] - usual, protected=protected))
 
     def __str__(self) -> str:
         return self.ansi()
@@ -80,21 +81,32 @@ class Explanation:
 def explain(hat: HierarchicalTransformer, prompt: str, *, max_new_tokens: int = 0) -> Explanation:
     """What ``hat``, as it is set, runs for each token of a prompt; with ``max_new_tokens``, also of its greedy
     continuation. Raises `HatError` for an empty prompt and one beyond the base's context."""
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise HatError(f"a prompt must be text, got {prompt!r}")
     check_count("max_new_tokens", max_new_tokens, 0)
-    tokenizer, context = hat.base.tokenizer, hat.lm.config.max_position_embeddings
-    ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.to(hat.base.device)
+    ids = prompt_ids(hat, prompt, max_new_tokens)
     given = ids.shape[1]
-    if given + max_new_tokens > context:
-        raise HatError(f"{given} prompt tokens + {max_new_tokens} new ones exceed the context of the base: {context}")
     if max_new_tokens:
-        how = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+        how = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": hat.base.tokenizer.pad_token_id}
         ids = hat.lm.generate(ids, attention_mask=torch.ones_like(ids), **how)
     hat.lm.model(ids, use_cache=False)
+    return explained(hat, ids, given)
+
+
+def prompt_ids(hat: HierarchicalTransformer, prompt: str, room: int = 0) -> Tensor:
+    """A prompt as int64 ``[1, T]``; `HatError` unless it is text, with room for so many more tokens in the context."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise HatError(f"a prompt must be text, got {prompt!r}")
+    ids = hat.base.tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.to(hat.base.device)
+    given, context = ids.shape[1], hat.lm.config.max_position_embeddings
+    if given + room > context:
+        raise HatError(f"{given} prompt tokens + {room} new ones exceed the context of the base: {context}")
+    return ids
+
+
+def explained(hat: HierarchicalTransformer, ids: Tensor, given: int) -> Explanation:
+    """Of the forward that ``hat`` ran last, over ``ids [1, T]``, of which the first ``given`` are the prompt's."""
     work, share, ids = token_work(hat), hat.trace.share[:, 0].cpu().numpy(), ids[0].tolist()
     exits, (n_layers, length) = work["exit_layer"], share.shape
-    tokens = pd.DataFrame({"token": pieces(tokenizer, ids), "position": range(length), "id": ids})
+    tokens = pd.DataFrame({"token": pieces(hat.base.tokenizer, ids), "position": range(length), "id": ids})
     tokens["new"] = tokens["position"] >= given
     tokens = tokens.assign(**{name: work[name] for name in ("protected", "share", "model_share")}, exit=exits)
     frame = tokens[["token", "position"]].loc[tokens.index.repeat(n_layers)].reset_index(drop=True)

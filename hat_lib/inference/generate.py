@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -25,7 +25,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from hat_lib.backbone.base import load_base
 from hat_lib.config import HatError, check_count
 from hat_lib.inference.self_speculative import Speculation, speculate, stop_tokens
-from hat_lib.inference.speed import SpeedCurve, check_target, check_versus, now, speed_curve, timed
+from hat_lib.inference.speed import SpeedCurve, check_target, check_versus, held, now, speed_curve, timed
 from hat_lib.model.cost import state_cost
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -126,7 +126,8 @@ class AdaptiveInference:
 
         Args:
             capacity, exit_rate: None is what ``hat`` is set to.
-            target_speedup: in place of ``capacity``: the largest one that reaches it, by `SpeedCurve.capacity_for`.
+            target_speedup: in place of ``capacity``: the largest one that reaches it, by `SpeedCurve.capacity_for`;
+                the text is steered to it, at the channel grain.
             mode: "adaptive", or "lossless": ``hat`` drafts, the base decides (`speculate`), one prompt after another.
             temperature: 0 takes the likeliest token; above 0 samples from the whole distribution.
             measure: the realised speedup afterwards, for a few seconds; None does with a target and in lossless mode.
@@ -154,7 +155,7 @@ class AdaptiveInference:
             predicted |= {"predicted_range": curve.spread(capacity)}
         measure = (target_speedup is not None or mode == "lossless") if measure is None else measure
         run = self._lossless if mode == "lossless" else self._adaptive
-        with hat.at(capacity, exit_rate):
+        with hat.at(capacity, exit_rate), held(hat) if predicted else nullcontext():
             return replace(run(inputs, max_new_tokens, temperature, seed, measure, streamer, settings), **predicted)
 
     def curve(self, exit_rate: float | None = None, batch: int = 1, *, refresh: bool = False) -> SpeedCurve:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hat_lib.model.granularity import LINEARS
+from hat_lib.backbone.shapes import LINEARS
 from hat_lib.model.modes import Context
 
 FULL = 0.45

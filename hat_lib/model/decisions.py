@@ -26,7 +26,7 @@ def decisions(hat, dense: Decisions, mode: Mode, places: slice) -> Decisions:
         mode: what it leaves open stays as in ``dense``.
         places: of these tokens in the cache, for what is forced; channels are forced for one token alone.
     """
-    made = dict(_exits(hat, dense, mode.exits, places)) if mode.exits else {}
+    made = dict(_exits(hat, dense, mode.exits, places)) if mode.exits and hat.gates else {}
     if hat.config.granularity == "token":
         made |= _ffns(hat, mode.policy, places)
         if mode.corrected:

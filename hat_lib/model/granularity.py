@@ -14,13 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-LINEARS = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
-"""the linear layers of a decoder layer, by the input that they share"""
+from hat_lib.backbone.shapes import LINEARS
 
 
 class Grain(NamedTuple):

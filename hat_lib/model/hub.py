@@ -66,12 +66,7 @@ def local_folder(checkpoint: str | Path) -> Path:
 
 
 def push_to_hub(
-    checkpoint,
-    repo_id: str,
-    *,
-    private: bool = False,
-    token: str | None = None,
-    base_model: str | None = None,
+    checkpoint, repo_id: str, *, private: bool = False, token: str | None = None, base_model: str | None = None
 ) -> str:
     """Upload routers, gates, config, calibration and training summary; returns the commit's address.
 

@@ -8,8 +8,8 @@ what it names and nothing else: a control put in place by `using` decides around
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Self
@@ -108,6 +108,15 @@ class Context(threading.local):
         self.last = state
         if whole and self.mode.states is not None:
             self.mode.states.append(state)
+
+
+@contextmanager
+def together(*makers: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """One context of several, each made and entered inside the one before it."""
+    with ExitStack() as stack:
+        for make in makers:
+            stack.enter_context(make())
+        yield
 
 
 class Modes:

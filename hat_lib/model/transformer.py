@@ -27,20 +27,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 from hat_lib.backbone.base import Base, first_line, load_base
+from hat_lib.backbone.shapes import LINEARS
 from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate
-from hat_lib.model.checkpoint import (
-    CONFIG_FILE,
-    Checkpoint,
-    check_tensors,
-    is_hat_parameter,
-    read_checkpoint,
-    write_checkpoint,
-)
+from hat_lib.model.checkpoint import Checkpoint, check_tensors, is_hat_parameter, read_checkpoint, write_checkpoint
 from hat_lib.model.corrections import Corrections, strength
 from hat_lib.model.decoder_layer import AdaptiveLayer
 from hat_lib.model.fast_path import WEIGHT_FORMATS, FastPath
 from hat_lib.model.forward_pass import ForwardPass
-from hat_lib.model.granularity import GRAINS, LINEARS, column_norm, head_norm
+from hat_lib.model.granularity import GRAINS, column_norm, head_norm
 from hat_lib.model.head import HeadGate, Shortlist
 from hat_lib.model.modes import Context, Mode, Modes
 from hat_lib.model.policies import ExitThresholds, KeepAll, Threshold, token_threshold_scale
@@ -409,7 +403,7 @@ class HierarchicalTransformer(Modes, nn.Module):
 
         Raises `HatError` if a file, a key, a shape or the base is not as expected; a base that was given is as it was.
         """
-        from hat_lib.model.hub import local_folder
+        from hat_lib.model.hub import CONFIG_FILE, local_folder
 
         checkpoint = read_checkpoint(local_folder(folder))
         if not isinstance(base, Base):

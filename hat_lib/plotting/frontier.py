@@ -1,6 +1,7 @@
 """Frontiers: what is lost at each amount of work. `quality`: the trained model and every control, a panel for each
 grain and text, over the work of the whole model, by which grains can be compared. `twin`: the trained model alone,
-setting by setting, beside the sliders of `hat_lib.workbook.widgets.FrontierView`. `sweep`: one text, measured just now.
+setting by setting, beside the slider of `hat_lib.workbook.widgets.FrontierView`. `sweep`: one text, measured just now.
+`mechanisms`: KL of the ways to run a model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Figures of routing patterns, drawn from the tables of `hat_lib.evaluation.routing`.
+"""Figures of routing patterns, most of them drawn from the tables of `hat_lib.evaluation.routing`.
 
 Whiskers are 95 % intervals. A hollow point is one whose difference to the mean of all tokens is within that
 difference's own interval. Where tokens leave early, a second panel says how many do.
@@ -10,25 +10,29 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, WIDE, WIDTH, draws, key
+from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, RED, WIDE, WIDTH, draws, key
 from hat_lib.plotting.token_heatmap import PALETTE, in_font, visible
 
 ENDS = ["mean", "low", "high"]
 BOUNDS = (*ENDS, "difference", "difference_low", "difference_high")
 PANELS = {"share": "executed share", "left": "tokens that leave early"}
 LABEL = 12  # characters of a token under the map
+AFTER = "#dddddd"  # layers that a token did not enter
 
 
 @draws("token", "text", "exit_layer", "layer", "share", "difference")
 def layer_map(table: pd.DataFrame) -> Figure:
     """Layer × token: the executed share, and how far it is from the layer's mean; a cross where a token leaves.
 
-    ``table`` has a row per cell; ``share`` is nan after an exit.
+    ``table`` has a row per cell; ``share`` is nan after an exit. A column ``protected`` puts these tokens into the
+    legend.
     """
     tokens = table.drop_duplicates("token")
     share, difference = (table.pivot(index="layer", columns="token", values=v) for v in ("share", "difference"))
@@ -43,14 +47,18 @@ def layer_map(table: pd.DataFrame) -> Figure:
         fig.colorbar(ax.pcolormesh(cells.to_numpy(), **look), ax=ax, pad=0.01, **bar)
         places = range(0, n_layers, max(1, n_layers // 6))
         ax.set_yticks([y + 0.5 for y in places], places)
-        ax.set(title=title, ylabel="layer", facecolor="#dddddd")
+        ax.set(title=title, ylabel="layer", facecolor=AFTER)
         ax.grid(visible=False)
         if len(left):
             depth = tokens["exit_layer"].to_numpy()[left]
             ax.plot(left + 0.5, depth + 0.5, "x", color="black", markersize=4.5, label="left before this layer")
-    if len(left):
-        axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
-    labels = [_label(text) for text in tokens["text"]]
+    names = [Patch(color=AFTER, label="had left")] * bool(len(left))
+    if table.get("protected", pd.Series(False)).any():
+        names.append(Patch(color=colormaps[PALETTE](1.0), label="at the start: protected, runs in full"))
+    names += axes[0].get_legend_handles_labels()[0]
+    if names:
+        axes[0].legend(handles=names, ncols=len(names), loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    labels = [in_font(label(text)) for text in tokens["text"]]
     axes[1].set_xticks(np.arange(len(tokens)) + 0.5, labels, rotation=90, fontsize=7.5, parse_math=False)
     axes[1].set_xlabel("token (␣: a space, or part of a character)")
     return fig
@@ -59,6 +67,24 @@ def layer_map(table: pd.DataFrame) -> Figure:
 def _points(share: float, _=None) -> str:
     """A difference of shares in percentage points, rounded to nothing that would be untrue: +2.5, 0."""
     return f"{round(100 * share, 6):+g}" if abs(share) > 1e-9 else "0"
+
+
+@draws("score")
+def score_histogram(table: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
+    """Scores of one site's channels, a row each, on a logarithmic axis, and ``thresholds``: capacity, threshold, share
+    of the scores above it."""
+    fig, (ax,) = style.panels(1)
+    scores = table["score"][table["score"] > 0]
+    ends = np.log10(np.quantile(scores, (0.001, 0.9999)))
+    ax.hist(scores, np.logspace(*ends, 80), weights=np.full(len(scores), 1 / len(table)), color=GREY, alpha=0.6)
+    ax.set_xscale("log")
+    for row, colour in zip(thresholds.itertuples(), (GREEN, BLUE, RED), strict=True):
+        label = f"threshold at capacity {row.capacity:g}: {row.share:.0%} kept"
+        ax.axvline(row.threshold, color=colour, linewidth=2, label=label)
+    ax.yaxis.set_major_formatter(PERCENT)
+    ax.set(xlabel="score of a channel: the most that it can add to the output", ylabel="share of channels")
+    style.above(ax, 1)
+    return fig
 
 
 @draws("class", "measure", "tokens", *BOUNDS)
@@ -128,13 +154,13 @@ def by_sensitivity(table: pd.DataFrame) -> Figure:
 
 
 FIGURES = {"layer_map": layer_map, "classes": by_class, "positions": by_position, "quantiles": by_quantile}
-"""name of a table in `analyze.TABLES` -> its figure"""
+"""name of a table in `hat_lib.evaluation.routing.TABLES` -> its figure"""
 
 
-def _label(text: str) -> str:
-    """A token under the map: short, and in characters that the font has."""
+def label(text: str) -> str:
+    """A token beside a map: short, and visible if it is a space or nothing."""
     shown = visible(text).replace("\n", "").strip(" ") or "␣"
-    return in_font(shown if len(shown) <= LABEL else shown[: LABEL - 1] + "…")
+    return shown if len(shown) <= LABEL else shown[: LABEL - 1] + "…"
 
 
 def _measures(table: pd.DataFrame) -> list[str]:

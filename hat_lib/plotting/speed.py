@@ -17,24 +17,7 @@ from matplotlib.patches import Patch
 
 from hat_lib.inference.speed import VERSUS
 from hat_lib.plotting import style
-from hat_lib.plotting.style import (
-    BLUE,
-    GRAINS,
-    GREEN,
-    GREY,
-    MOST,
-    ORANGE,
-    PERCENT,
-    PUBLISHED,
-    RED,
-    SERIES,
-    SKY,
-    YELLOW,
-    costs,
-    draws,
-    grain_keys,
-    key,
-)
+from hat_lib.plotting.style import BLUE, GRAINS, GREEN, GREY, ORANGE, PERCENT, RED, SERIES, SKY, YELLOW, draws, key
 
 KINDS = {"decode_hf": ("-", "over plain transformers"), "decode_dense": ("--", "over our own dense path")}
 CLAIM = ("base", "granularity", "capacity", "exit_rate", "promised_speedup", "promised_increase", *KINDS)
@@ -42,7 +25,7 @@ GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 LABEL = {"textcoords": "offset points", "fontsize": 8, "bbox": GROUND, "zorder": 4, "ha": "right"}
 TIMES = {"ms_hf": "plain transformers", "ms_early_exit": "its early-exit drafts", "ms_lossless": "our drafts"}
 QUALITY = ["docstrings", "docstrings_low", "docstrings_high"]
-TICKS = [0, 1, 3, 10, 30, 100, 300, MOST]
+TICKS = [0, 1, 3, 10, 30, 100, 300, style.MOST]
 RESAMPLES = 1000
 TOKEN_PARTS = {
     "qkv": (BLUE, "q | k | v"), "o": (SKY, "o"), "gate_up": (ORANGE, "gate | up"), "down": (YELLOW, "down"),
@@ -90,7 +73,7 @@ def targets(table: pd.DataFrame) -> Figure:
         ax.set(xlabel=f"target speedup over {over}", title=f"{rows['prompts'].max()} prompts")
     panels[0][1].set_ylabel("speedup (times)")
     beyond = key("out of reach: the most there is", marker="o", markersize=5, markerfacecolor="none")
-    style.below(fig, [*grain_keys(table), key("as asked", line=":"), beyond])
+    style.below(fig, [*style.grain_keys(table), key("as asked", line=":"), beyond])
     return fig
 
 
@@ -113,7 +96,7 @@ def lossless(table: pd.DataFrame) -> Figure:
         for y, way in enumerate(TIMES):
             _resampled(speed, y + shift, (rows["ms_dense"] / rows[way]).dropna(), np.median, *look)
         hollow = dict(zip(("color", "marker"), look, strict=True)) | {"markersize": 5}
-        speed.plot(rows["ideal"].median(), len(TIMES) + shift, **PUBLISHED | hollow)
+        speed.plot(rows["ideal"].median(), len(TIMES) + shift, **style.PUBLISHED | hollow)
     stood.set(xlabel="share of the drafted tokens that stood")
     stood.xaxis.set_major_formatter(PERCENT)
     speed.axvline(1, color=GREY, linewidth=1)
@@ -192,65 +175,36 @@ def work_and_time(table: pd.DataFrame) -> Figure:
         for grain, rows in table.assign(x=share).groupby("granularity"):
             colour, marker = GRAINS[grain]
             staying, leaving = rows[rows["exit_rate"] == 0].sort_values("model_share"), rows[rows["exit_rate"] > 0]
-            costs(ax, staying["x"], staying[QUALITY], colour, marker, "-")
-            costs(ax, leaving["x"], leaving[QUALITY], colour, "x")
+            style.costs(ax, staying["x"], staying[QUALITY], colour, marker, "-")
+            style.costs(ax, leaving["x"], leaving[QUALITY], colour, "x")
         ax.axvline(1, color=GREY, linewidth=1)
         ax.label_outer()
-    style.below(fig, [*grain_keys(table, "-"), key("with exits", marker="x")])
+    style.below(fig, [*style.grain_keys(table, "-"), key("with exits", marker="x")])
     return fig
 
 
 @draws(*CLAIM, *QUALITY)
 def promise(table: pd.DataFrame) -> Figure:
-    """Speedup and increase in perplexity: published (hollow, with the capacity) and measured, a panel for each base.
-
-    Rows with exits are left out. A base without quality of its own gets that of the base that has it, for the same
-    grain and capacity.
-    """
-    table = table[table["exit_rate"] == 0]
-    known = table.dropna(subset=QUALITY)[["granularity", "capacity", *QUALITY]]
-    style.need(known, *QUALITY)
-    fig, panels = style.panels_by(table[list(CLAIM)], "base", 3.9, 7.6)
-    for here, ax in panels:
-        style.increases(ax, TICKS, "decode speedup (times)", known[QUALITY[0]].max())
-        rows = here.merge(known, on=["granularity", "capacity"])
+    """Speedup and increase in perplexity: published (hollow, with the capacity) and measured, a panel for each base
+    that has a quality of its own. Rows with exits are left out."""
+    table = table[table["exit_rate"] == 0].dropna(subset=QUALITY)
+    style.need(table, *QUALITY)
+    fig, panels = style.panels_by(table, "base", 3.9, 7.6)
+    for rows, ax in panels:
+        style.increases(ax, TICKS, "decode speedup (times)", table[QUALITY[0]].max())
         for grain, part in rows.sort_values("capacity").groupby("granularity"):
             for kind, (line, _) in KINDS.items():
-                costs(ax, part[kind], part[QUALITY], *GRAINS[grain], line)
+                style.costs(ax, part[kind], part[QUALITY], *GRAINS[grain], line)
         claims = rows.dropna(subset="promised_speedup").drop_duplicates("capacity")
-        ax.plot(claims["promised_speedup"], 100 * claims["promised_increase"], linestyle="none", **PUBLISHED)
+        ax.plot(claims["promised_speedup"], 100 * claims["promised_increase"], linestyle="none", **style.PUBLISHED)
         for row in claims.itertuples():
             at = row.promised_speedup, 100 * row.promised_increase
             ax.annotate(f"{row.capacity:.2f}", at, (-9, -3), **LABEL)
         ax.axvline(1, color=GREY, linewidth=1)
         style.log_axis(ax, [0.5, 0.7, 1, 1.3, 1.6, 2, 3, 4, 6, 8])
         ax.label_outer()
-    names = [*grain_keys(table), *(key(label, line=line) for line, label in KINDS.values())]
-    style.below(fig, [key("published", **PUBLISHED), *names])
-    return fig
-
-
-@draws("base", "granularity", "capacity", "ideal")
-def ceilings(table: pd.DataFrame, measured: pd.DataFrame) -> Figure:
-    """The speedup that skipped work alone could give, beside the published and the measured one; a panel for a base."""
-    style.need(measured, *CLAIM, "realised")
-    measured = measured[measured["exit_rate"] == 0]
-    claims = measured.dropna(subset="promised_speedup").drop_duplicates("capacity")
-    fig, panels = style.panels_by(table, "base", 3.4, 7.4)
-    for here, ax in panels:
-        timed = measured[measured["base"] == here["base"].iloc[0]]
-        for grain, (colour, marker) in GRAINS.items():
-            ideal = here[here["granularity"] == grain].sort_values("capacity")
-            found = timed[timed["granularity"] == grain].sort_values("realised")
-            ax.plot(ideal["capacity"], ideal["ideal"], ":", color=colour, linewidth=2)
-            ax.plot(found["realised"], found["decode_dense"], "--", color=colour, marker=marker, markersize=5)
-        ax.plot(claims["capacity"], claims["promised_speedup"], linestyle="none", **PUBLISHED)
-        ax.axhline(1, color=GREY, linewidth=1)
-        ax.set(xlabel="capacity")
-    highest = measured[["decode_dense", "promised_speedup"]].max().max()
-    panels[0][1].set(ylabel="decode speedup (times)", ylim=(None, 1.25 * highest))  # by work alone it goes far beyond
-    names = [key("published", **PUBLISHED), *grain_keys(table), key("by work alone", line=":")]
-    style.below(fig, [*names, key("measured, over our own dense path", line="--")])
+    names = [*style.grain_keys(table), *(key(label, line=line) for line, label in KINDS.values())]
+    style.below(fig, [key("published", **style.PUBLISHED), *names])
     return fig
 
 

@@ -8,6 +8,7 @@ set, and each series also has a marker or line style of its own. Pages may be da
 
 from __future__ import annotations
 
+import os
 from base64 import b64encode
 from collections.abc import Callable
 from functools import wraps
@@ -64,10 +65,21 @@ def PERCENT(share: float, _=None) -> str:
 
 def save_figure(fig: Figure, name: str, folder: Path | None = None) -> Path:
     """Write ``fig`` as ``name``.png into ``folder``, by default `config.FIGURES`; the same figure, the same bytes."""
-    folder = folder or config.FIGURES
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.png"
-    path.write_bytes(png(fig))
+    return write((folder or config.FIGURES) / f"{name}.png", png(fig))
+
+
+def write(path: Path, payload: bytes) -> Path:
+    """Write a file in one step. Raises `HatError` if it cannot be written; what was there stays."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            new.write_bytes(payload)
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+    except OSError as error:
+        raise HatError(f"cannot write {path}: {error.strerror or error}") from error
     return path
 
 
@@ -240,7 +252,7 @@ def increases(
 
     Args:
         largest: increase that is drawn by `costs`; beyond `MOST` the label says what a triangle is.
-        top: of the axis, in per cent.
+        top: of the axis, in per cent; by default a little above the largest.
     """
     ax.axhline(0, color=GREY, linewidth=1)
     ax.set_yscale("symlog", linthresh=1, linscale=1 if largest is None else 0.5)
@@ -250,7 +262,7 @@ def increases(
     beyond = largest is not None and bool(100 * largest > MOST)
     ax.set(xlabel=xlabel, ylabel="perplexity increase" + " (▲: beyond)" * beyond)
     if largest is not None:
-        ax.set_ylim(-0.6, 1.4 * MOST if beyond else top)
+        ax.set_ylim(-0.6, 1.4 * MOST if beyond else top or 140 * max(largest, 0.1))
 
 
 def key(label: str, colour: str = "black", marker: str | None = None, line: str = "none", **look) -> Line2D:

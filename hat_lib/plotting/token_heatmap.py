@@ -32,6 +32,7 @@ PALETTE = "cividis"
 STEPS = 5  # of the legend
 # Of a figure: characters of a line; points; the width of a character of the font, and from line to line, in sizes.
 COLUMNS, SIZE, ADVANCE, LEADING = 100, 8.0, 0.602, 1.7
+FRAME = "#d55e00"  # of a token that is marked
 FONT = {"family": "DejaVu Sans Mono", "size": SIZE, "va": "center", "parse_math": False}
 
 
@@ -44,6 +45,8 @@ class Passage:
     """as from `hat_lib.text.token_classes.pieces`: a token without text shares the character of the next"""
     values: Sequence[float]
     """number of each token; nan leaves it without colour"""
+    mark: int | None = None
+    """a token to put into a frame, on a page and in a picture"""
 
 
 def passages(tokens: pd.DataFrame, column: str) -> list[Passage]:
@@ -56,7 +59,7 @@ def html(*passages: Passage, meaning: str, low: float | None = None, high: float
     """Passages as one HTML fragment; a token's number shows when the pointer rests on it.
 
     Args:
-        meaning: what the numbers are, for the legend.
+        meaning: what the numbers are, for the legend; if it is empty there is none.
         low, high: ends of the scale, beyond which colours do not change; by default the least and the greatest number.
 
     Raises `HatError` for a passage whose tokens are not one for each number, where no token has a number and the ends
@@ -64,19 +67,20 @@ def html(*passages: Passage, meaning: str, low: float | None = None, high: float
     """
     scale = _Scale(passages, low, high)
 
-    def span(text: str, at: float, more: str) -> str:
+    def span(text: str, at: float, more: str, marked: bool = False) -> str:
+        frame = f"outline:2px solid {FRAME};outline-offset:-1px;font-weight:bold;" if marked else ""
         if np.isnan(at):
-            return escape(text)
+            return f'<span style="{frame}">{escape(text)}</span>' if marked else escape(text)
         (r, g, b), ink = _colours(at)
-        return f'<span style="background:#{r:02x}{g:02x}{b:02x};color:{ink}{more}">{escape(text)}</span>'
+        return f'<span style="{frame}background:#{r:02x}{g:02x}{b:02x};color:{ink}{more}">{escape(text)}</span>'
 
     swatches = "".join(span(text, at, ";padding:0 .6em") for at, text in scale.legend())
-    parts = [f"<p>{escape(visible(meaning))} {swatches}</p>"]
+    parts = [f"<p>{escape(visible(meaning))} {swatches}</p>"] if meaning else []
     for passage in passages:
         spans = ""
-        for text, numbers in _characters(passage):
+        for text, numbers, marked in _characters(passage):
             title = ", ".join(f"{v:.3f}" for v in numbers)
-            spans += span(text, scale.at(numbers), f'" title="{title}')
+            spans += span(text, scale.at(numbers), f'" title="{title}', marked)
         parts.append(f"<p><strong>{escape(visible(passage.title))}</strong><br>{spans}</p>")
     style = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5"
     return f'<div style="{style}">{"".join(parts)}</div>'
@@ -94,7 +98,7 @@ def ansi(*passages: Passage, meaning: str, low=None, high=None, colours: bool | 
     legend = " ".join(paint(text, at) for at, text in scale.legend())
     lines = [f"{visible(meaning)}: {legend}"]
     for passage in passages:
-        spans = [paint(text, scale.at(numbers)) for text, numbers in _characters(passage)]
+        spans = [paint(text, scale.at(numbers)) for text, numbers, _ in _characters(passage)]
         lines += ["", visible(passage.title), "".join(spans)]
     return "\n".join(lines)
 
@@ -102,12 +106,13 @@ def ansi(*passages: Passage, meaning: str, low=None, high=None, colours: bool | 
 def figure(*passages: Passage, meaning: str, low=None, high=None) -> Figure:
     """Passages as a picture, with the colours of `html`; arguments and errors as there."""
     scale = _Scale(passages, low, high)
-    lines = _wrapped([(visible(meaning) + " ", np.nan), *((f" {text} ", at) for at, text in scale.legend())])
+    legend = ((f" {text} ", at, False) for at, text in scale.legend())
+    lines = _wrapped([(visible(meaning) + " ", np.nan, False), *legend])
     if scale.most < scale.least:  # no number, no legend
         lines = [[]]
     for p in passages:
-        lines += [[], *_wrapped([(visible(p.title), None)])]
-        lines += _wrapped((text, scale.at(numbers)) for text, numbers in _characters(p))
+        lines += [[], *_wrapped([(visible(p.title), None, False)])]
+        lines += _wrapped((text, scale.at(numbers), marked) for text, numbers, marked in _characters(p))
     advance, step = SIZE * ADVANCE / 72, SIZE * LEADING / 72
     size = max(WIDTH, (COLUMNS + 2) * advance), step * (len(lines) + 1)
     with mpl.rc_context(STYLE):
@@ -116,12 +121,15 @@ def figure(*passages: Passage, meaning: str, low=None, high=None) -> Figure:
         ax = fig.add_axes((0, 0, 1, 1), xlim=(-1, size[0] / advance - 1), ylim=(len(lines) + 0.5, -0.5))
         ax.set_axis_off()
         for row, line in enumerate(lines):
-            for column, part, at in line:
+            for column, part, at, marked in line:
                 ink, weight = "black", "bold" if at is None else "normal"
                 if at is not None and not np.isnan(at):
                     rgb, ink = _colours(at)
                     ground = [v / 255 for v in rgb]
                     ax.add_patch(Rectangle((column, row), len(part), 1, facecolor=ground, linewidth=0))
+                if marked:
+                    frame = {"fill": False, "edgecolor": FRAME, "linewidth": 2, "zorder": 2}
+                    ax.add_patch(Rectangle((column, row), len(part), 1, **frame))
                 ax.text(column, row + 0.5, in_font(part, FONT["family"]), **FONT, color=ink, weight=weight)
     return fig
 
@@ -173,21 +181,23 @@ class _Scale:
         return [(self.at(value[None]), text) for value, text in zip(values, texts, strict=True)]
 
 
-def _characters(passage: Passage) -> Iterator[tuple[str, np.ndarray]]:
-    """Visible text with the numbers of the tokens that it came from; characters are never split."""
+def _characters(passage: Passage) -> Iterator[tuple[str, np.ndarray, bool]]:
+    """Visible text with the numbers of the tokens that it came from, and whether one of them is marked; characters are
+    never split."""
     texts, values = list(passage.tokens), np.asarray(passage.values, dtype=float)
     ends = [i for i, text in enumerate(texts) if text]
     start = 0
     for end in ends:
         stop = len(values) if end == ends[-1] else end + 1  # nothing comes after the last: the rest joins it
-        yield visible(texts[end]), values[start:stop]
+        yield visible(texts[end]), values[start:stop], passage.mark is not None and start <= passage.mark < stop
         start = stop
 
 
-def _wrapped(parts: Iterable[tuple[str, float | None]]) -> list[list[tuple[int, str, float | None]]]:
-    """Lines of (column, characters, place on the scale); broken inside a part only if it is longer than a line."""
+def _wrapped(parts: Iterable[tuple[str, float | None, bool]]) -> list[list[tuple[int, str, float | None, bool]]]:
+    """Lines of (column, characters, place on the scale, whether it is marked); broken inside a part only if it is
+    longer than a line."""
     lines, column = [[]], 0
-    for text, at in parts:
+    for text, *look in parts:
         for i, part in enumerate(text.split("\n")):
             over = column + len(part) > COLUMNS
             for j in range(0, max(1, len(part)), COLUMNS):
@@ -195,7 +205,7 @@ def _wrapped(parts: Iterable[tuple[str, float | None]]) -> list[list[tuple[int, 
                     lines.append([])
                     column = 0
                 if head := part[j : j + COLUMNS]:
-                    lines[-1].append((column, head, at))
+                    lines[-1].append((column, head, *look))
                 column += len(head)
     return lines
 

@@ -21,10 +21,11 @@ TOKEN = {
     "tokens": 65_536, "router_epochs": 4, "router_lr": 2e-2, "exit_lr": 2e-3, "capacity": 0.7, "spread": 0.3,
     "anneal": 0.0, "budget_weight": 10.0, "decision_weight": 0.0, "layer_dropout": 0.0,
 }  # fmt: skip
-# No noise, no regularisers, gates by targets alone, larger steps in both phases.
+# No noise, no regularisers, gates by targets alone; text of many kinds, capacities where corrections have work to do.
 CHANNEL = {
-    "batch_size": 2, "router_epochs": 4, "router_lr": 5e-3, "exit_lr": 2e-3, "capacity": 0.62, "spread": 0.25,
-    "anneal": 0.1, "temperature": 0.5, "noise": 0.0, "z_weight": 0.0, "entropy_weight": 0.0, "decision_weight": 0.0,
+    "text": "addresses+openings", "tokens": 196_608, "batch_size": 2, "router_epochs": 1.3, "router_lr": 3e-3,
+    "correction_lr": 1.5e-3, "exit_epochs": 0.65, "exit_lr": 2e-3, "capacity": 0.55, "spread": 0.2, "anneal": 0.0,
+    "temperature": 0.5, "noise": 0.0, "z_weight": 0.0, "entropy_weight": 0.0, "decision_weight": 0.0,
     "layer_dropout": 0.0,
 }  # fmt: skip
 PROFILES = {

@@ -14,7 +14,6 @@ process at a time, or one group of torchrun's: it holds a lock, which the system
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import shutil
@@ -32,7 +31,7 @@ from hat_lib import __version__
 from hat_lib.backbone.base import Base, load_base, parse_dtype
 from hat_lib.calibration.capacity import HeadSplit, Split, calibrate, calibrate_learned, held_out_parts
 from hat_lib.calibration.exits import calibrate_exits
-from hat_lib.config import CAPACITY_MIN, GRANULARITIES, HatConfig, HatError
+from hat_lib.config import CAPACITY_MIN, GRANULARITIES, HatConfig, HatError, lock
 from hat_lib.model.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import held_out, text_hash
@@ -119,7 +118,7 @@ def train(
     every process calls this with the same arguments; the first one alone writes.
 
     Raises `HatError` for a folder that holds another run, text or base that cannot be had, phase "exit" on a
-    checkpoint without trained routers, and a loss that is not finite.
+    checkpoint without trained routers, a loss that is not finite, and a disk that is full: what was saved before stays.
     """
     folder, began = Path(folder), time.monotonic()
     if not resume:
@@ -136,7 +135,12 @@ def train(
             outcomes = []
         else:
             until = None if max_minutes is None else began + 60 * max_minutes
-            outcomes = _train(run, folder, checkpoint, processes, resume, until, progress and main)
+            try:
+                outcomes = _train(run, folder, checkpoint, processes, resume, until, progress and main)
+            except OSError as error:
+                if error.errno is None:  # not of a file
+                    raise
+                raise HatError(f"cannot write {error.filename or folder}: {error.strerror}") from error
     if main and (not outcomes or outcomes[-1].done):
         shutil.rmtree(folder / WORK, ignore_errors=True)
     return outcomes
@@ -200,7 +204,7 @@ def _refuse_taken(folder: Path) -> None:
 
 @contextmanager
 def _lock(folder: Path):
-    """Hold ``folder`` alone (`flock`, so not on Windows); the file goes with ``work`` when the run is done."""
+    """Hold ``folder`` alone; the file goes with ``work`` when the run is done."""
     path = folder / WORK / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,12 +212,7 @@ def _lock(folder: Path):
     except OSError as error:
         raise HatError(f"cannot write {path}: {error.strerror or error}") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise HatError(f"another process is training in {folder}: wait for it, or choose another folder") from error
-        except OSError as error:
-            raise HatError(f"cannot lock {path}: {error.strerror or error}") from error
+        lock(file, f"another process is training in {folder}: wait for it, or choose another folder")
         yield
 
 

@@ -29,6 +29,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import sort_checkpoints
 
+from hat_lib.backbone.base import first_line
 from hat_lib.config import HatError
 from hat_lib.model.checkpoint import read_checkpoint
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -105,6 +106,8 @@ class HatTrainer(Trainer):
         self.stops.saving = True
         try:
             super()._save_checkpoint(model, trial)
+        except RuntimeError as error:  # in which torch tells of a full disk
+            raise HatError(f"cannot write a checkpoint to {self.args.output_dir}: {first_line(error)}") from error
         finally:
             self.stops.saving = False
 

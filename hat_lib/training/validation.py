@@ -8,8 +8,7 @@ that it goes on from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hat_lib.evaluation.perplexity import score_each
+from hat_lib.model.modes import together
+from hat_lib.model.policies import Policy
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import at_even_distances, load_text
 
@@ -62,10 +63,11 @@ class Validation(TrainerCallback):
 
     def measure(self, step: int) -> list[dict[str, float]]:
         """The rows of one step."""
-        training = self.hat.training
-        self.hat.eval()
-        base, found = score_each(self.hat, self.blocks, gating(self.hat, self.thresholds), progress=False)
-        self.hat.train(training)
+        hat, training = self.hat, self.hat.training
+        hat.eval()
+        around = [as_trained(hat, hat.threshold_policy(self.thresholds(c)), c) for c in CAPACITIES]
+        base, found = score_each(hat, self.blocks, around, progress=False)
+        hat.train(training)
         return [
             {
                 "step": step,
@@ -79,13 +81,7 @@ class Validation(TrainerCallback):
         ]
 
 
-def gating(hat: HierarchicalTransformer, thresholds: Callable) -> list[Callable[[], AbstractContextManager]]:
-    """For each of `CAPACITIES` what runs ``hat`` as its routers are trained: at these thresholds, the head in full."""
-
-    @contextmanager
-    def at(capacity: float) -> Iterator[None]:
-        policy = hat.threshold_policy(thresholds(capacity))
-        with hat.dense(), hat.using(policy), hat.correcting(hat.correction_strength(capacity)):
-            yield
-
-    return [partial(at, capacity) for capacity in CAPACITIES]
+def as_trained(hat: HierarchicalTransformer, policy: Policy, capacity: float) -> Callable:
+    """Makes the context in which routers are trained at a capacity: a policy in the layers, the head in full."""
+    correcting = partial(hat.correcting, hat.correction_strength(capacity))
+    return partial(together, hat.dense, partial(hat.using, policy), correcting)

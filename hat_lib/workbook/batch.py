@@ -40,7 +40,7 @@ from joblib import Parallel, cpu_count, delayed
 
 from hat_lib.config import NOTEBOOKS, HatError, check_capacity, check_exit_rate
 from hat_lib.experiments.rows import RowWriter, read_rows
-from hat_lib.workbook.notebooks import parse_parameters, results, run_notebook, select
+from hat_lib.workbook.notebooks import one_line, parse_parameters, results, run_notebook, select
 from hat_lib.workbook.session import json_text
 
 ROWS, UNFINISHED = "runs.csv", "unfinished"
@@ -156,8 +156,8 @@ def code_hash(notebook: Path) -> str:
     try:
         cells = nbformat.read(notebook, as_version=4).cells
         return _hash("\0".join(cell.source for cell in cells if cell.cell_type == "code"))[:16]
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, nbformat.ValidationError) as error:
-        raise HatError(f"{notebook} cannot be read as a notebook: {error}") from error
+    except Exception as error:  # whatever a damaged file raises, inside two libraries
+        raise HatError(f"{notebook} cannot be read as a notebook: {one_line(error)}") from error
 
 
 def _hash(text: str) -> str:

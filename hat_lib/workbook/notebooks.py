@@ -27,6 +27,8 @@ from hat_lib.workbook.session import RESULT
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 WIDGET_STATE, WIDGET_VIEW = (f"application/vnd.jupyter.widget-{part}+json" for part in ("state", "view"))
+FOLDED = "hide-input"
+"""tag of a cell whose source is folded; the key that JupyterLab goes by is made of it"""
 PAPERMILL_TAGS = {"injected-parameters", "papermill-error-cell-tag"}
 PROGRESS = re.compile(r".*\d+%\||.*\d+ ?\w* \[\d+:\d+")  # a bar of tqdm, with or without a total
 START_TIMEOUT = 120  # seconds for a kernel to come up on a busy machine
@@ -71,8 +73,8 @@ def parse_parameters(assignments: list[str], notebooks: list[Path]) -> dict:
     for notebook in notebooks if assignments else ():
         try:
             known = inspect_notebook(notebook)
-        except ValueError as error:  # no kernel, or one without a language
-            raise HatError(f"{notebook.name}: {error}") from error
+        except Exception as error:  # no kernel, one without a language, and whatever a damaged file raises in papermill
+            raise HatError(f"{notebook.name}: {one_line(error)}") from error
         for assignment in assignments:
             name, equals, text = assignment.partition("=")
             if not equals:
@@ -161,6 +163,11 @@ def _one_line(kind: str, message: str) -> str:
     return f"{kind}: {' '.join(message.split())[:200]}"
 
 
+def one_line(error: Exception) -> str:
+    """What a library says of a file, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def results(path: Path) -> dict:
     """All that the cells of an executed notebook handed to `hat_lib.workbook.session.record`."""
     found = {}
@@ -170,19 +177,32 @@ def results(path: Path) -> dict:
     return found
 
 
+def predictions(path: Path) -> dict[str, list[str]]:
+    """The predictions that `hat_lib.workbook.session.judge` printed in an executed notebook, by "held" and "FAILED"."""
+    found: dict[str, list[str]] = {"held": [], "FAILED": []}
+    for cell in nbformat.read(path, as_version=4).cells:
+        for line in "".join(output.get("text", "") for output in cell.get("outputs", ())).splitlines():
+            verdict, _, prediction = line.partition(": ")
+            if verdict in found:
+                found[verdict].append(prediction)
+    return found
+
+
 def clean(nb: NotebookNode) -> NotebookNode:
     """In place: keep source, outputs, execution counts, cell ids, tags and the kernel's name, for nbval, papermill and
     readers; all else that a machine, a run or an editor leaves in a file makes diffs and gives no information.
 
-    Views of widgets go with the state that they need; their text stays. So do outputs on stderr that are
-    progress bars and nothing else. Raises `HatError` on a cell that papermill added: such a file is the
-    record of a run, not the workbook.
+    A cell with the tag `FOLDED` is folded. Views of widgets go with the state that they need; their text stays. So do
+    outputs on stderr that are progress bars and nothing else. Raises `HatError` on a cell that papermill added: such a
+    file is the record of a run, not the workbook.
     """
     for cell in nb.cells:
         tags = cell.metadata.get("tags", [])
         if PAPERMILL_TAGS & set(tags):
             raise HatError(f"a cell that papermill added ({', '.join(tags)}) cannot be committed")
-        cell.metadata = NotebookNode(tags=tags) if tags else NotebookNode()
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        if FOLDED in tags:
+            cell.metadata["jupyter"] = {"source_hidden": True}
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
             for data in (output.data for output in cell.outputs if len(output.get("data", ())) > 1):

@@ -1,6 +1,8 @@
-"""What a notebook calls: `begin` in its first cell, `record` where it found a number.
+"""What a notebook calls: `begin` in its first cell, `judge` where a prediction meets its measurement, `record` where it
+found a number.
 
 more = begin(profile=profile, seed=seed, dtype=dtype, max_tokens=(max_tokens, 512))
+judge("the realised capacity lies within 0.06 of 0.6", abs(realised - 0.6) < 0.06, f"{realised:.3f}")
 record(perplexity=21.3, capacity=0.55)
 """
 
@@ -42,6 +44,15 @@ def begin(*, profile: str, seed: int, full: int = 8, dtype: str | None = None, *
         packages = ["torch", "transformers"]
     print(*(f"{name} {version(name)}" for name in ("hat-workbook", *packages)), sep=", ")
     return {"quick": 1, "full": full}[profile]
+
+
+def judge(prediction: str, held: bool, measured: str = "") -> None:
+    """Print whether a prediction held or failed, and in a line below what was measured.
+
+    nbval compares the first line. The second has numbers that differ from machine to machine, and
+    ``notebooks/nbval_sanitize.cfg`` leaves it out of the comparison.
+    """
+    print(f"{'held' if held else 'FAILED'}: {prediction}" + f"\n    measured: {measured}" * bool(measured))
 
 
 def record(**values) -> None:

@@ -6,10 +6,10 @@ import random
 import shutil
 import socket
 
-import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_file import write_gguf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -204,33 +204,6 @@ def test_missing_pad_token_becomes_eos_and_padding_goes_left(copy):
     path.write_text(json.dumps({**settings, "padding_side": "right"}))
     tokenizer = cpu(copy).tokenizer
     assert tokenizer.pad_token == tokenizer.eos_token == "</s>" and tokenizer.padding_side == "left"
-
-
-def write_gguf(base, path):
-    """The model as an fp32 GGUF file, laid out as llama.cpp does (its RoPE pairs neighbouring rows)."""
-    config, tokenizer = base.model.config, base.tokenizer
-    writer = gguf.GGUFWriter(path, "llama")
-    fields = {
-        "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size,
-        "head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads,
-        "rope_freq_base": config.rope_parameters["rope_theta"], "layer_norm_rms_eps": config.rms_norm_eps,
-        "vocab_size": config.vocab_size, "tokenizer_model": "gpt2", "token_merges": ["a b"],
-        "token_list": [*tokenizer.convert_ids_to_tokens(range(len(tokenizer))), "ab"],
-        "token_types": [1] * 256 + [3] * 3 + [1], "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
-    }  # fmt: skip
-    for name, value in fields.items():
-        getattr(writer, f"add_{name}")(value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in base.model.state_dict().items():
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads:
-            weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_gguf_file_is_loaded_dense(tiny_base, tmp_path, capfd):

@@ -2,18 +2,16 @@
 
 import json
 import os
-import shutil
 import sys
 
 import pytest
 import torch
 from tiny_runs import page, tiny_run
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from hat_lib.backbone.shapes import byte_tokenizer, random_model
 from hat_lib.cli import given
 from hat_lib.evaluation import perplexity
-from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE
+from hat_lib.model.checkpoint import CONFIG_FILE
 
 TINY = ("--base", "random:tiny")
 DENSE = (*TINY, "--capacity", "1.0", "--dtype", "fp32")
@@ -52,6 +50,7 @@ WHERE = "pass either --save DIR for a new run or --resume DIR for one that was s
         ((*GO, "--dtype", "int3"), "dtype must be one of float32, fp32, bfloat16, bf16"),
         (("generate", *TINY, "--prompt", "x"), "no checkpoint for random:tiny: make one with `hat calibrate"),
         (("generate", "--prompt", "x", "--checkpoint", "gone"), "no checkpoint folder at gone"),
+        (("evaluate", "--capacity", "1.0", "--base", "random:huge"), "unknown base 'random:huge': expected bundled"),
         ((*EVALUATE, "--max-tokens", "1"), "max tokens must be a whole number of at least 2, got 1"),
         ((*EVALUATE, "--split", "dev"), "split must be one of train, validation, test, all, got 'dev'"),
         ((*EVALUATE, "--text", "wikitext"), "unknown corpus 'wikitext': expected bundled, addresses"),
@@ -89,8 +88,6 @@ WHERE = "pass either --save DIR for a new run or --resume DIR for one that was s
         ((*MINE, "--set", "speed=3"), "a recipe has no 'speed'; it has text, tokens, "),
         ((*MINE, "--set", "router_lr"), "--set takes NAME=VALUE, got 'router_lr'"),
         ((*MINE, "--set", "tokens=1e5"), "tokens must be a whole number of at least 2, got 100000.0"),
-        ((*TRAIN, "--set", "text=5"), "text must be sources joined by +, got 5"),
-        ((*MINE, "--set", "seed=5000000000"), "seed must be below 2**32"),
         ((*MINE, "--phase", "exit"), "phase exit needs trained routers: pass --checkpoint DIR of a run with --phase"),
         ((*MINE, "--checkpoint", "gone"), "no checkpoint folder at gone"),
     ],
@@ -101,22 +98,11 @@ def test_wrong_options(refuses, no_base, args, words, monkeypatch, tmp_path):
     refuses(args, words)
 
 
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        (b"", "is empty"),
-        (b"abc\0def", "is not text: NUL at byte 3"),
-        (b"caf\xe9 au lait", "is not UTF-8: byte 3 is 0xe9"),
-        (b'{"text": "half \\ud83e"}', "has half a character, \\ud83e, at 5"),
-        (b"[" * 100_000, "brackets nested too deep"),
-    ],
-)
 @pytest.mark.parametrize("command", [EVALUATE, (*CALIBRATE, *TINY)])
-def test_wrong_text_files(refuses, no_base, command, content, words, monkeypatch, tmp_path):
+def test_a_wrong_text_file(refuses, no_base, command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    name = "a text.jsonl" if content[:1] in b"{[" and content else "a text.txt"
-    (tmp_path / name).write_bytes(content)
-    refuses((*command, "--text", name), name, words)
+    (tmp_path / "a text.txt").write_bytes(b"abc\0def")
+    refuses((*command, "--text", "a text.txt"), "a text.txt is not text: NUL at byte 3")
 
 
 def test_a_folder_that_cannot_be_written(refuses, no_base, tmp_path):
@@ -136,20 +122,12 @@ def test_a_folder_without_permission(refuses, no_base, tmp_path):
     refuses((*CALIBRATE[:1], *TINY, "--save", tmp_path / "new"), "cannot write a checkpoint", "Permission denied")
 
 
-def test_checkpoints_that_are_missing_or_damaged(refuses, no_base, calibrated, monkeypatch, tmp_path):
+def test_checkpoints_that_are_missing_or_damaged(refuses, no_base, monkeypatch, tmp_path):
     monkeypatch.setattr(given, "CALIBRATED", tmp_path / "gone")
     refuses(("generate", "--prompt", "x"), f"no checkpoint at {tmp_path / 'gone'}", "--capacity 1.0")
     refuses(("generate", "--prompt", "x", "--capacity", "1", "--exit-rate", "0.2"), "no checkpoint at")
-    (tmp_path / "pickle").mkdir()
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "pickle" / "hat_adapter.bin")
-    options = ("evaluate", "--text", "docstrings", "--checkpoint")
-    refuses((*options, tmp_path / "pickle"), CONFIG_FILE, "hat_adapter.bin is a pickle, and pickles are never loaded")
-    copy = shutil.copytree(calibrated[0], tmp_path / "copy")
-    data = (copy / ADAPTER_FILE).read_bytes()
-    (copy / ADAPTER_FILE).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    refuses((*options, copy), ADAPTER_FILE, "SHA-256")
-    (copy / CONFIG_FILE).write_text("{")
-    refuses((*options, copy), CONFIG_FILE, "is not valid JSON")
+    (tmp_path / CONFIG_FILE).write_text("{")
+    refuses(("evaluate", "--text", "docstrings", "--checkpoint", tmp_path), CONFIG_FILE, "is not valid JSON")
 
 
 @pytest.mark.parametrize(
@@ -181,35 +159,19 @@ def test_tasks_without_lm_eval(refuses, no_base, monkeypatch, name):
 def test_wrong_tasks(refuses, no_base, tmp_path):
     pytest.importorskip("lm_eval")
     refuses((*EVALUATE, "--tasks", "arc"), "unknown task 'arc': ", " has address_cloze, address_perplexity")
-    options = (*EVALUATE, "--tasks", "arc", "--tasks-path")
-    refuses((*options, tmp_path / "gone"), f"no folder of tasks at {tmp_path / 'gone'}")
-    refuses((*options, tmp_path), f"unknown task 'arc': {tmp_path} has none")
+    gone = tmp_path / "gone"
+    refuses((*EVALUATE, "--tasks", "arc", "--tasks-path", gone), f"no folder of tasks at {gone}")
 
 
 # What only the base can tell
-
-
-def test_wrong_bases(refuses, tmp_path):
-    options = ("evaluate", "--text", "docstrings", "--capacity", "1.0", "--base")
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=260)).save_pretrained(tmp_path / "gpt2")
-    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
-    pickled = tmp_path / "pickled"
-    pickled.mkdir()
-    (pickled / "config.json").write_text('{"model_type": "llama"}')
-    torch.save({"weight": torch.zeros(2)}, pickled / "pytorch_model.bin")
-    refuses((*options, tmp_path / "gone"), f"no such folder: {tmp_path / 'gone'}")
-    refuses((*options, "random:huge"), "unknown base 'random:huge': expected bundled, random:tiny")
-    refuses((*options, tmp_path / "gpt2"), "model type 'gpt2'", "Llama-shaped")
-    refuses((*options, pickled), "pytorch_model.bin", "pickle", "safetensors")
 
 
 def test_a_checkpoint_for_another_base(refuses, calibrated, tmp_path):
     random_model("random:tiny", torch.float32, seed=1).save_pretrained(tmp_path / "other")
     byte_tokenizer().save_pretrained(tmp_path / "other")
     options = ("--checkpoint", calibrated[0], "--base", tmp_path / "other")
-    for command in (("generate", "--prompt", "x"), ("evaluate", "--text", "docstrings")):
-        words = "was made for random:tiny with fingerprint 137fe20082f6", f"{tmp_path / 'other'} has "
-        refuses((*command, *options), *words)
+    words = "was made for random:tiny with fingerprint 137fe20082f6", f"{tmp_path / 'other'} has "
+    refuses(("generate", "--prompt", "x", *options), *words)
 
 
 def test_what_base_and_text_do_not_allow(refuses, calibrated, tmp_path):
@@ -218,11 +180,7 @@ def test_what_base_and_text_do_not_allow(refuses, calibrated, tmp_path):
     long = ("generate", *DENSE, "--prompt", "x" * 2000, "--max-new-tokens", "49")
     refuses(long, "2000 prompt tokens + 49 new ones", "context of random:tiny: 2048")
     mine = tmp_path / "a.txt"
-    for content, words in (
-        ("", "is empty"),
-        (" \n", "interval needs at least 2 blocks"),
-        ("x", "fewer than two tokens"),
-    ):
+    for content, words in ((" \n", "interval needs at least 2 blocks"), ("x", "fewer than two tokens")):
         mine.write_text(content)
         refuses((*EVALUATE, "--text", mine), str(mine), words)
     options = ("calibrate", *TINY, "--save", tmp_path / "new", "--text", mine)

@@ -2,17 +2,18 @@
 
 import dataclasses
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_runs import GRAINS, random_blocks, tiny, untrained
 from transformers import DynamicCache
 
-from hat_lib.backbone.base import load_base
 from hat_lib.calibration.capacity import calibrate
-from hat_lib.config import HatConfig, HatError
+from hat_lib.config import HatError
 from hat_lib.evaluation import baselines as controls
 from hat_lib.evaluation.baselines import (
     CONTROLS,
@@ -33,25 +34,15 @@ from hat_lib.evaluation.baselines import (
 from hat_lib.model.checkpoint import Checkpoint, write_checkpoint
 from hat_lib.model.policies import KeepAll, Random
 from hat_lib.model.token_state import Masks, TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
 
-GRAINS = ("channel", "token")
 EXITS = (1, 2, 3)
+blocks = partial(random_blocks, n=5, length=64)
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-
-def blocks(seed=0, n=5, length=64):
-    return torch.randint(5, 250, (n, length), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def new(grain):
-    base = load_base("random:tiny", dtype=torch.float32, device="cpu")
-    return HierarchicalTransformer(base, HatConfig.default(base, granularity=grain, exit_layers=EXITS))
 
 
 @pytest.fixture(scope="module")
 def calibrated():
-    hats = {grain: new(grain) for grain in GRAINS}
+    hats = {grain: untrained(grain) for grain in GRAINS}
     for hat in hats.values():
         calibrate(hat, blocks(), probe_tokens=128, progress=False)
     return hats
@@ -123,7 +114,7 @@ def equal(a, b):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-IDS = torch.tensor(blocks(7, 3, 14))
+IDS = torch.tensor(random_blocks(3, 14, seed=7))
 
 
 class TestEveryControl:
@@ -235,7 +226,7 @@ class TestStatic:
         shares = np.array([[float(policy.keep[i, s].float().mean()) for s in channels.grain.sites] for i in range(4)])
         assert np.abs(shares - channels.calibration.shares_at(0.5)).max() < 0.06
         with pytest.raises(HatError, match="calibrat"):
-            static_choice(new("channel"), blocks(), 0.7)
+            static_choice(untrained("channel"), blocks(), 0.7)
 
     def test_token_grain_drops_the_cheapest_ffns(self, tokens, monkeypatch):
         monkeypatch.setattr(controls, "layer_damage", lambda *_: {1: 0.3, 2: 0.1, 3: 0.2})
@@ -250,7 +241,7 @@ class TestStatic:
 class TestRemoval:
     def test_damage_is_the_kl_of_a_base_without_that_ffn_and_measured_once(self, tokens, monkeypatch):
         text = torch.tensor(blocks())
-        reference = load_base("random:tiny", dtype=torch.float32, device="cpu").model
+        reference = tiny().model
         p = reference(text).logits[:, :-1].log_softmax(-1)
         mlp = reference.model.layers[2].mlp
         run, protected = mlp.forward, torch.arange(64).view(1, 64, 1) < 2
@@ -282,7 +273,7 @@ def state(batch, n):
 class TestCosine:
     def test_it_is_the_cosine_of_the_residual_stream(self, hat):
         """Against the streams of plain transformers, where each enters a layer, or its FFN."""
-        reference = load_base("random:tiny", dtype=torch.float32, device="cpu").model
+        reference = tiny().model
         name = "post_attention_layernorm" if hat.config.granularity == "token" else "input_layernorm"
         streams, found, stream = [], {}, StreamCosine(hat)
         for layer in reference.model.layers:
@@ -350,7 +341,7 @@ class TestAsIn:
         hat.capacity = 0.7
         start = masks(hat, hat.threshold_policy(hat.calibration.thresholds_at(0.7)), IDS)
         hat.capacity = hat.config.capacity
-        trained = new(hat.config.granularity)
+        trained = untrained(hat.config.granularity)
         for parameter in trained.hat_parameters().values():
             parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
         before = {k: v.clone() for k, v in trained.hat_parameters().items()}
@@ -361,7 +352,7 @@ class TestAsIn:
         with pytest.raises(HatError, match="token grain, expected channel"):
             as_in(channels, self.save(tokens, tmp_path / "token"))
         with pytest.raises(HatError, match="no calibration: make one with `hat calibrate`"):
-            as_in(channels, self.save(new("channel"), tmp_path / "bare"))
+            as_in(channels, self.save(untrained("channel"), tmp_path / "bare"))
         base = dataclasses.replace(channels.base, fingerprint="0" * 64)
         with pytest.raises(HatError, match="has 000000000000"):
             as_in(SimpleNamespace(base=base), self.save(channels, tmp_path / "other"))
@@ -375,7 +366,7 @@ def test_random_exits_leave_at_the_asked_rates_and_a_row_draws_alone_as_in_a_bat
             channels.lm(ids, use_cache=False)
         return channels.trace
 
-    state = run(torch.randint(5, 250, (8, 512), generator=torch.Generator().manual_seed(2)))
+    state = run(torch.tensor(random_blocks(8, 512, seed=2)))
     assert exit_shares([state], EXITS) == pytest.approx(rates, abs=0.04)
     assert not (state.exit_layer < len(channels.layers))[state.protected].any()
     assert torch.equal(run(IDS[:1]).exit_layer, run(IDS).exit_layer[:1])

@@ -90,6 +90,17 @@ class TestPatterns:
         cost = state_cost(hat, state)
         np.testing.assert_allclose(frame["model_share"], (cost.executed / cost.dense)[0])
 
+    def test_where_the_head_is_gated_its_work_counts(self, blocks):
+        hat = tiny_runs.gating()
+        whole = [{**row, "n_context": 0} for row in blocks]
+        with hat.at(0.5):
+            found, scored = patterns(hat, whole, progress=False), score(hat, whole, progress=False)
+        assert found.layer_capacity == pytest.approx(scored.layer_capacity, rel=1e-5)
+        assert (
+            found.capacity == pytest.approx(scored.capacity, rel=1e-3) != pytest.approx(found.layer_capacity, abs=0.01)
+        )
+        assert found.tokens["model_share"].mean() == pytest.approx(scored.model_share, rel=1e-3)
+
     def test_agrees_with_what_evaluate_measures(self, hat, blocks):
         whole = [{**row, "n_context": 0} for row in blocks]  # evaluate counts the work of context too
         found, scored = patterns(hat, whole, progress=False), score(hat, whole, progress=False)

@@ -10,12 +10,14 @@ import torch
 from tiny_runs import GRAINS, adaptive, new_hat, random_blocks
 
 from hat_lib.config import DATA, HatConfig, HatError
+from hat_lib.evaluation.perplexity import compare, score
 from hat_lib.experiments import ablations, benchmark, published_claims, quality, registry, self_speculative, token_time
 from hat_lib.experiments import speed_targets as targets
 from hat_lib.experiments import step_cost as cost
 from hat_lib.experiments.ablations import CHANGES, MEASURED, Change
 from hat_lib.experiments.benchmark import Setting, forced, measure, ratio
 from hat_lib.experiments.layer_shares import layer_shares
+from hat_lib.experiments.mechanisms import whole_blocks
 from hat_lib.experiments.published_claims import PROMISED, SETTINGS
 from hat_lib.experiments.rows import RowWriter, read_rows
 from hat_lib.inference.speed import SpeedCurve, Variant, cpu_name, take_turns
@@ -133,20 +135,30 @@ def test_claims(checkpoints, tmp_path, monkeypatch):
 
 
 def test_targets(checkpoints, monkeypatch):
-    curve = SpeedCurve("dense", 0.0, [0.1, 1.0], [1.15, 1.0], "cpu")
+    curve = SpeedCurve("dense", 0.0, [0.1, 1.0], [1.16, 1.0], "cpu")
     monkeypatch.setattr("hat_lib.inference.generate.speed_curve", lambda *_, **__: curve)
-    monkeypatch.setattr(targets, "prices", lambda *_: {"addresses": "+3%", "docstrings": "+2%"})
-    done = {("channel", "dense", target) for target in (1.1, 1.15, 1.3, 1.6, 1.7)}
-    rows = list(targets.rows(done, **checkpoints, dtype="fp32", count=2, max_new_tokens=6))
-    assert [(r.granularity, r.requested, r.reachable) for r in rows] == [
-        ("token", target, target <= 1.15) for target in (1.1, 1.15, 1.3, 1.6)
-    ]
-    *within, _, beyond = rows
-    for r in within:
-        assert r.perplexity == "addresses +3%, docstrings +2%"
+    monkeypatch.setattr(targets, "TEXTS", ("addresses", "docstrings"))
+    done = {("token", "dense", target) for target in (1.16, 1.3, 1.6, 1.7, 1.8)}
+    how = {"dtype": "fp32", "count": 2, "max_new_tokens": 6, "tokens": 1024}
+    rows = list(targets.rows(done, **checkpoints, **how))
+    expected = [("channel", target, target <= 1.16) for target in (1.1, 1.16, 1.3, 1.6, 1.7, 1.8)]
+    assert [(r.granularity, r.requested, r.reachable) for r in rows] == [*expected, ("token", 1.1, True)]
+    promised, largest, *beyond, token = rows
+    for r in (promised, largest, token):
         assert r.predicted == pytest.approx(r.requested, abs=1e-3) and r.lowest <= r.measured <= r.highest
-    assert beyond.requested > beyond.largest == 1.15
-    assert beyond.capacity is None and beyond.measured is None
+        assert r.over_hf > 0
+    assert promised.docstrings_low < promised.docstrings < promised.docstrings_high and promised.tokens > 900
+    for r in (largest, token):
+        assert (r.docstrings, r.tokens) == (None, 0), "no claim is made for it, or not of this grain"
+    hat = HierarchicalTransformer.from_pretrained(checkpoints["channel"], dtype="fp32")
+    blocks = whole_blocks("addresses", hat.base.tokenizer, 1024)
+    with hat.at(curve.capacity_for(1.1), 0.0):
+        adapted = score(hat, blocks, progress=False)
+    with hat.dense():
+        found = compare(score(hat, blocks, progress=False), adapted)
+    assert promised.addresses == pytest.approx(found.increase, rel=1e-3)
+    for r in beyond:
+        assert r.requested > r.largest == 1.16 and r.capacity is r.measured is r.over_hf is None
 
 
 def test_self_speculative_text_is_the_base_s(checkpoints):
@@ -185,7 +197,7 @@ def test_the_parts_of_a_step_make_the_whole(checkpoints):
     with pytest.raises(HatError, match="has the token grain, expected channel"):
         next(token_time.rows(**how | {"checkpoint": checkpoints["token"]}))
     ms = {"dense": [9.0], "dense without nothing": [10.0], "few words": [7.0], "dense generate": [9.5]}
-    ms |= {f"dense without {part}": [10.0 - k] for k, part in enumerate(token_time.PRODUCTS)}
+    ms |= {f"dense without {part}": [10.0 - k] for k, part in enumerate(token_time.LINEARS)}
     found = {part: times[0] for part, times in token_time._parts("dense", ms).items()}
     assert found == {"qkv": 0.0, "o": 1.0, "gate_up": 2.0, "down": 3.0, "head": 2.0, "rest": 1.0, "loop": 0.5}
 

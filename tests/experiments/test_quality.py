@@ -10,7 +10,7 @@ from tiny_runs import adaptive, new_hat
 from hat_lib.config import HatError
 from hat_lib.evaluation.baselines import OutOfReach
 from hat_lib.experiments import quality as module
-from hat_lib.experiments.common import TEXTS
+from hat_lib.experiments.common import TEXTS, saved
 from hat_lib.experiments.quality import KEY, Point, Row, grid, plan
 from hat_lib.experiments.rows import RowWriter, read_rows
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -163,8 +163,12 @@ def test_bad_axes(axis, values, words):
 
 def test_what_a_capacity_costs_is_read_from_the_results():
     folder = module.CHECKPOINTS
-    assert module.prices(folder / "default", 0.55) == {"addresses": "+12%", "docstrings": "+12%"}
-    assert module.prices(folder / "default", 0.66)["docstrings"] in ("+2%", "+3%", "+4%", "+5%")
-    assert all(price.startswith("more than +1") for price in module.prices(folder / "default", 0.2).values())
-    assert module.prices(folder / "calibrated", 0.55)["addresses"] == "+21%"
+    rows = saved("quality").query("granularity == 'channel' and exit_rate == 0 and text == 'docstrings'")
+    at = rows.set_index(["variant", "capacity", "max_tokens"])["increase"]
+    for checkpoint, variant in (("default", "trained"), ("calibrated", "untrained")):
+        known = module.prices(folder / checkpoint, 0.55)
+        assert known["docstrings"] == f"{at[variant, 0.55, 4000]:+.0%}" and [*known] == ["addresses", "docstrings"]
+        assert all(price.startswith("more than +") for price in module.prices(folder / checkpoint, 0.2).values())
+    between = float(module.prices(folder / "default", 0.58)["docstrings"].rstrip("%")) / 100
+    assert at["trained", 0.62, 20_000] - 0.005 < between < at["trained", 0.55, 4000] + 0.005
     assert module.prices(folder / "published", 0.55) == {}

@@ -70,11 +70,12 @@ def test_bf16_differs_only_where_the_base_nearly_ties():
 def test_decode_equals_parallel_at_three_quarters(hat):
     hat.capacity = 0.75
     ids = torch.tensor([load_text("addresses", hat.base.tokenizer, max_tokens=48)[0]["input_ids"]])
-    with hat.record():
-        parallel = hat.lm(ids).logits
-    assert abs(hat.trace.capacity - 0.75) < 0.05
-    with hat.force(hat.trace.masks):
-        steps = stepwise(hat.lm, ids)
+    with hat.shortlisting(None):  # what the head reads again cannot be forced, and may tip
+        with hat.record():
+            parallel = hat.lm(ids).logits
+        assert 0.75 < hat.trace.layer_capacity < 0.9
+        with hat.force(hat.trace.masks):
+            steps = stepwise(hat.lm, ids)
     with hat.dense():
         bound = 4 * float((stepwise(hat.lm, ids) - hat.lm(ids).logits).abs().max())
     assert float((steps - parallel).abs().max()) <= max(bound, 1e-4)

@@ -22,13 +22,7 @@ from hat_lib import __version__
 from hat_lib.backbone.base import exact_hash, fingerprint
 from hat_lib.config import DATA, HatConfig, HatError
 from hat_lib.model import checkpoint
-from hat_lib.model.checkpoint import (
-    ADAPTER_FILE,
-    CONFIG_FILE,
-    is_hat_parameter,
-    read_checkpoint,
-    write_checkpoint,
-)
+from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE, is_hat_parameter, read_checkpoint, write_checkpoint
 from hat_lib.model.threshold_table import EXIT_TABLES, HEAD_TABLES, TABLES, Calibration
 from hat_lib.model.transformer import HierarchicalTransformer
 
@@ -290,6 +284,7 @@ NO_EXITS = dict.fromkeys(EXIT_TABLES)
     [
         ({"n_layers": 5}, None, "the config is for 5 layers, random:tiny has 4"),
         ({"translator_rank": 10**13}, None, "translator_rank must be at most 64, the hidden size of"),
+        ({"correction_rank": 65}, None, "correction_rank must be at most 64, the hidden size of random:tiny, got 65"),
         ({}, {"sites": ["ffn"]}, r"calibration.sites must be \['qkv',"),
         ({}, {"thresholds": [[[0.0]]]}, "calibration.thresholds must have 4 entries, got 1"),
         ({"exit_layers": (1, 2)}, {}, r"calibration.exit_scores\[0\]\[0\] must have 2 entries, got 1"),

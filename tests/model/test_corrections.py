@@ -1,23 +1,16 @@
 """Corrections: nothing until trained, never in the dense model, one definition on both paths."""
 
 import copy
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from test_transformer import GREEDY, apart, base_within, close, stepwise
-from tiny_runs import new_hat, random_blocks, run_phase, skipping, tiny, untrained
+from test_transformer import apart, base_within, close, stepwise
+from tiny_runs import new_hat, random_blocks, run_phase, same_after_saving, skipping, tiny, untrained
 
-from hat_lib.config import HatConfig, HatError
+from hat_lib.backbone.shapes import LINEARS
+from hat_lib.config import HatError
+from hat_lib.model.checkpoint import read_checkpoint
 from hat_lib.model.cost import state_cost
-from hat_lib.model.granularity import LINEARS
-from hat_lib.model.transformer import HierarchicalTransformer
-
-
-@pytest.fixture
-def ids():
-    return torch.from_numpy(np.random.default_rng(1).integers(5, 250, (3, 14)))
 
 
 def corrected(rank=2, size=0.2, base=None):
@@ -147,43 +140,9 @@ def test_hooks_see_the_values_used_and_send_decoding_to_the_reference_path(ids):
 
 @torch.no_grad()
 def test_saved_copied_and_loaded(tmp_path, ids):
-    hat = corrected()
-    hat.save_pretrained(tmp_path / "c")
-    loaded = HierarchicalTransformer.from_pretrained(tmp_path / "c", tiny())
-    twin = copy.deepcopy(hat)
-    with hat.at(0.5), loaded.at(0.5), twin.at(0.5):
-        expected = hat.lm(ids).logits
-        assert torch.equal(loaded.lm(ids).logits, expected) and torch.equal(twin.lm(ids).logits, expected)
-        made = [m.lm.generate(ids[:1], **GREEDY) for m in (hat, loaded, twin)]
-    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
-    plain = new_hat("channel")
+    same_after_saving(corrected(), tiny(), tmp_path / "c", ids)
     with pytest.raises(HatError, match="unexpected key 'corrections"):
-        plain.load_adapter(_read(tmp_path / "c"))
-
-
-def _read(folder):
-    from hat_lib.model.checkpoint import read_checkpoint
-
-    return read_checkpoint(folder)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"correction_rank": -1}, "correction_rank must be a whole number of at least 0, got -1"),
-        ({"correction_rank": 1.5}, "correction_rank must be a whole number"),
-    ],
-)
-def test_configs_that_cannot_be(changes, message):
-    config = HatConfig(4)
-    with pytest.raises(HatError, match=message):
-        replace(config, **changes)
-
-
-def test_a_rank_beyond_the_width():
-    base = tiny()
-    with pytest.raises(HatError, match="correction_rank must be at most .*, the hidden size of random:tiny, got 65537"):
-        HierarchicalTransformer(base, HatConfig.default(base, correction_rank=65537))
+        new_hat("channel").load_adapter(read_checkpoint(tmp_path / "c"))
 
 
 # -- token grain: what stands in for an FFN ---------------------------------------------------------

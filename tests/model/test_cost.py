@@ -23,11 +23,6 @@ LINEAR = ("attention", "ffn", "exited_kv", "head")
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-@pytest.fixture
-def ids():
-    return torch.from_numpy(np.random.default_rng(1).integers(5, 250, (B, T)))
-
-
 @pytest.fixture(params=GRAINS)
 def hat(request):
     return untrained(request.param)

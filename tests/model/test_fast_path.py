@@ -26,11 +26,6 @@ from hat_lib.model.transformer import HierarchicalTransformer
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:token grain")]
 
 
-@pytest.fixture
-def ids():
-    return torch.from_numpy(np.random.default_rng(1).integers(5, 250, (3, 14)))
-
-
 @pytest.fixture(params=GRAINS)
 def hat(request):
     return active(request.param)
@@ -61,34 +56,17 @@ def test_it_decides_as_the_reference_path_does(hat, ids):
 
 
 def test_it_does_what_is_forced(hat, ids):
+    ids = ids if hat.config.granularity == "token" else ids[:1]  # channels, of one row alone
     with hat.record(), hat.reference():
-        expected = hat.lm(ids[:1]).logits
+        expected = hat.lm(ids).logits
     masks, recorded = hat.trace.masks, hat.trace
     with hat.force(masks):
-        found, ours = states(hat, ids[:1])
+        found, ours = states(hat, ids)
     assert all(s.executed is not None for s in ours)
     close(found, expected)
     joined = type(recorded).cat(ours)
     assert torch.equal(joined.exit_layer, recorded.exit_layer)
     assert torch.allclose(joined.site_share, recorded.site_share)
-
-
-def test_whole_ffns_and_exits_are_forced_for_several_rows(ids):
-    hat = active("token")
-    with hat.record(), hat.reference():
-        expected = hat.lm(ids).logits
-    with hat.force(hat.trace.masks):
-        found, ours = states(hat, ids)
-    assert all(s.executed is not None for s in ours)
-    close(found, expected)
-
-
-def test_several_tokens_at_a_time(hat, ids):
-    expected, cache, out = stepwise(hat.lm, ids[:1]), DynamicCache(config=hat.lm.config), []
-    for piece in ids[:1].split(7, dim=1):
-        out.append(hat.lm(piece, cache=cache, use_cache=True).logits)
-        assert hat.trace.executed is not None
-    close(torch.cat(out, 1), expected)
 
 
 def test_left_padding_is_not_seen(hat, ids):
@@ -260,8 +238,9 @@ def test_rows_and_pieces_change_no_bit_of_what_is_decided(hat, ids, form):
         assert torch.equal(type(own[0]).cat(own).site_share[..., 0, :], type(ours[0]).cat(ours).site_share[..., r, :])
     assert 0.3 < type(ours[0]).cat(ours).capacity < 0.98 and type(ours[0]).cat(ours).exit_rate > 0.02
     cache = DynamicCache(config=hat.lm.config)
-    pieces = [hat.lm(piece, cache=cache, use_cache=True).logits for piece in ids[:1].split(7, dim=1)]
-    assert torch.equal(torch.cat(pieces, 1), together[:1])
+    with hat.collect() as found:
+        pieces = [hat.lm(piece, cache=cache, use_cache=True).logits for piece in ids[:1].split(7, dim=1)]
+    assert torch.equal(torch.cat(pieces, 1), together[:1]) and all(s.executed is not None for s in found)
 
 
 def test_a_copy_and_the_base_afterwards(hat, ids):

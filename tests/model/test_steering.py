@@ -1,6 +1,7 @@
 """Steering: decoding comes to execute what was asked for, causally, per sequence, alike on both paths; off, nothing."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from tiny_runs import new_hat
 from transformers import DynamicCache
 
 from hat_lib.config import HatError
-from hat_lib.model.steering import LIMIT, offsets
+from hat_lib.model.steering import LIMIT, SLOPE, move, offsets
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 ASKED = 0.6
@@ -63,6 +64,23 @@ def test_the_future_never_changes_the_past(ids):
     other[:, 12:] = other[:, 12:].flip(1)
     with hat.at(ASKED), hat.steered(0.2):
         close(decoded(hat, ids[:, :20])[0][:, :12], decoded(hat, other[:, :20])[0][:, :12])
+
+
+def test_a_prompt_moves_the_offset_as_far_as_its_tokens_one_by_one_and_a_long_one_no_further_than_it_takes():
+    def offset_after(pieces, beyond):
+        """Where a text executes ``beyond`` more than was asked, less what the offset so far saves."""
+        cache, offset = DynamicCache(), 0.0
+        for tokens in pieces:
+            executed = torch.full((3, 1, tokens), 0.5 + beyond - SLOPE * offset)
+            real = torch.ones(1, tokens, dtype=torch.bool)
+            state = SimpleNamespace(real=real, protected=~real, exited=~real, share=executed, batch=1)
+            move(cache, state, 0.5, gain=0.2)
+            offset = float(offsets(cache, 1, real.device))
+        return offset
+
+    assert offset_after([8], 0.1) == pytest.approx(offset_after([1] * 8, 0.1), rel=1e-4)
+    assert offset_after([1], 0.1) == pytest.approx(0.2 * 0.1)
+    assert offset_after([2000], 0.1) == pytest.approx(0.1 / SLOPE, rel=1e-4)
 
 
 def test_off_and_dense_nothing_moves(ids):

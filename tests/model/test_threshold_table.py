@@ -51,5 +51,8 @@ def test_exit_thresholds():
     c = calibration(exit_capacities=[0.5, 1.0], exit_rates=rates, exit_scores=[one, other])
     assert c.exit_thresholds(0.25, 0.5) == [5.0, 4.0] and c.exit_thresholds(0.25, 1.0) == [0.0, -1.0]
     assert c.exit_thresholds(0.25, 0.75) == [2.5, 1.5]
+    for capacity in (0.1, 0.6, 0.9, 1.0):  # whoever leaves at a rate leaves at a higher one
+        rising = [c.exit_thresholds(rate, capacity) for rate in np.linspace(0, 1, 33)]
+        assert (np.diff(rising, axis=0) <= 0).all()
     with pytest.raises(HatError, match="exit"):
         calibration().exit_thresholds(0.2, 1.0)

@@ -29,11 +29,6 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:token grain")]
 
 
-@pytest.fixture
-def ids():
-    return torch.from_numpy(np.random.default_rng(1).integers(5, 250, (3, 14)))
-
-
 @pytest.fixture(params=GRAINS)
 def hat(request):
     """Random routers and gates, thresholds that skip about a third, exits that about a fifth take."""

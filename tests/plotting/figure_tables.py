@@ -109,12 +109,6 @@ def exits():
     return pd.DataFrame(rows, columns=["exit_rate", "layers", "share"])
 
 
-def ideals():
-    grid = [(b, g, c) for b in BASES for g in ("channel", "token") for c in (0.1, 0.5, 1.0)]
-    table = pd.DataFrame(grid, columns=["base", "granularity", "capacity"])
-    return table.assign(ideal=1 / table["capacity"])
-
-
 def benchmark():
     rows = [
         {"base": base, "device": "cpu", "dtype": "bfloat16", "threads": 2, "granularity": grain, "phase": phase}
@@ -186,6 +180,14 @@ def sensitivity():
     return table.assign(mean=[0.6, 1.8, 0.5, 2.0], low=[0.5, 1.6, 0.4, 1.5], high=[0.7, 2.1, 0.6, 2.5])
 
 
+def scores():
+    return pd.DataFrame({"score": np.r_[0.0, np.geomspace(0.01, 5, 200)]})
+
+
+def thresholds():
+    return pd.DataFrame({"capacity": [0.9, 0.7, 0.4], "threshold": [0.1, 0.5, 2.0], "share": [0.6, 0.4, 0.2]})
+
+
 def curve():
     table = pd.DataFrame({"tokens": [0, 0, 1024, 1024], "capacity": [0.75, 0.4, 0.75, 0.4]})
     return table.assign(kl=[0.01, 0.8, 0.012, 0.5], share=[0.8, 0.45, 0.8, 0.45])
@@ -234,13 +236,13 @@ FIGURES = {
     speed.work_and_time: (claims,),
     speed.promise: (claims,),
     speed.exits: (exits,),
-    speed.ceilings: (ideals, claims),
     routing.layer_map: (layer_map,),
     routing.by_class: (classes,),
     speed.token_time: (token_time,),
     routing.by_position: (positions,),
     routing.by_quantile: (quantiles,),
     routing.by_sensitivity: (sensitivity,),
+    routing.score_histogram: (scores, thresholds),
     training.routers: (router_log,),
     training.gates: (gate_log,),
     training.reference_routers: (both(router_log),),

@@ -177,3 +177,19 @@ def test_a_picture_has_every_token_where_the_text_has_it():
     ]  # fmt: skip
     words, _ = drawn(Passage("a", ["x"], [0.5]), Passage("$b_1$", ["\t", "\x1b", "🦙", ""], [0.5] * 4))
     assert words == [(1, 0, "a"), (2, 0, "x"), (4, 0, "$b_1$"), (5, 0, "⇥"), (5, 1, "□"), (5, 2, "□")]
+
+
+def test_a_marked_token_is_framed_with_what_it_shares_a_character_with():
+    passage = Passage("p", ["one", "", " two", "three"], [0.1, 0.2, 0.3, 0.4], mark=1)
+    framed = [attrs for _, attrs in Page(html(passage, meaning="")).tags if "outline" in attrs.get("style", "")]
+    assert [attrs["title"] for attrs in framed] == ["0.200, 0.300"]
+    frames = [patch for patch in figure(passage, meaning="m").axes[0].patches if not patch.get_fill()]
+    assert [(patch.get_x(), patch.get_width()) for patch in frames] == [(3, 4)]
+    assert "outline" in html(Passage("p", ["one"], [np.nan], mark=0), meaning="", low=0, high=1)
+    assert "outline" not in html(Passage("p", ["one"], [0.1], mark=1), meaning="")
+
+
+def test_without_a_meaning_there_is_no_legend():
+    passage = Passage("p", ["one"], [0.1])
+    assert [tag for tag, _ in Page(html(passage, meaning="")).tags][1:] == ["p", "strong", "br", "span"]
+    assert len(Page(html(passage, meaning="m")).tags) == 7

@@ -90,6 +90,7 @@ NAN, WHOLE, POSITIVE, LEAST_0 = float("nan"), "must be a whole number", "must be
         ("router_lr", NAN, LEAST_0), ("exit_lr", "fast", LEAST_0), ("noise", -1, LEAST_0), ("z_weight", True, LEAST_0),
         ("anneal", 1.1, "in [0, 1]"), ("warmup", -0.1, "in [0, 1]"), ("layer_dropout", NAN, "in [0, 1]"),
         ("capacity", 0.05, "in [0.1, 1.0]"), ("exit_rate", 2, "in [0.0, 1.0]"), ("text", 3, "joined by +"),
+        ("validation", 3, "the name of a text"), ("validation_tokens", 1, WHOLE), ("validation_tokens", "many", WHOLE),
     ],
 )  # fmt: skip
 def test_bad_values(name, value, words):

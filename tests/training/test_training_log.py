@@ -1,21 +1,10 @@
 """log.csv: one row for each logged step, whatever stopped the run in between; and what tensorboard reads."""
 
-import csv
-
 import pytest
-from tiny_runs import GRAINS, interrupt_at, new_hat, recipe, run_phase
+from tiny_runs import GRAINS, interrupt_at, logged_steps, new_hat, recipe, run_phase, table
 
 from hat_lib.config import HatError
 from hat_lib.training.log import METRICS, CsvLog, seconds_so_far
-
-
-def read(folder):
-    with (folder / "log.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def steps(folder):
-    return [(row["phase"], int(row["step"])) for row in read(folder)]
 
 
 @pytest.mark.parametrize("grain", GRAINS)
@@ -23,7 +12,7 @@ def test_columns_and_cells(grain, tmp_path):
     hat = new_hat(grain)
     for phase in ("routers", "exit"):
         run_phase(hat, tmp_path, phase)
-    rows = read(tmp_path)
+    rows = table(tmp_path / "log.csv")
     sites = {"token": ["ffn"], "channel": ["qkv", "o", "gate_up", "down"]}[grain]
     shares = [f"share_{name}" for name in (*sites, 0, 1, 2, 3)]
     tail = ["grad_norm", "learning_rate", "tokens_per_second", "eta_seconds"]
@@ -45,7 +34,7 @@ def test_columns_and_cells(grain, tmp_path):
 
 def test_a_row_for_every_logged_step_averaged_since_the_one_before(tmp_path):
     run_phase(new_hat("token"), tmp_path, steps=8, log_steps=3)
-    rows = read(tmp_path)
+    rows = table(tmp_path / "log.csv")
     assert [int(row["step"]) for row in rows] == [1, 3, 6]
     drawn = [recipe("token").sampled_capacity(step, 8) for step in range(8)]
     expected = [drawn[0], sum(drawn[1:3]) / 2, sum(drawn[3:6]) / 3]
@@ -70,7 +59,7 @@ def test_the_estimate_is_the_pace_of_this_session_times_what_is_left(tmp_path, m
     log.note({"loss": 4.0, "kl": 2.0}, tokens=100)
     State.global_step = 14
     log.on_log(Args, State, None, {"loss": 3.0, "grad_norm": 0.5, "learning_rate": 1e-3})
-    (row,) = read(tmp_path)
+    (row,) = table(tmp_path / "log.csv")
     # 4 steps in 8 s, 36 left; 400 tokens in each of two processes.
     assert (row["eta_seconds"], row["tokens_per_second"], row["seconds"]) == ("72", "100", "8.0")
     assert (row["loss"], row["kl"], row["grad_norm"], row["learning_rate"]) == ("3", "1.5", "0.5", "0.001")
@@ -89,8 +78,8 @@ def test_a_resumed_run_has_no_step_twice_and_adds_up_its_time(tmp_path, monkeypa
     long = [line.replace(line.split(",")[3], "90.0", 1) for line in lines[3:4]]
     path.write_text("".join([*lines[:3], *long, *later, lines[3][:30]]))
     run_phase(new_hat("token"), tmp_path, resume=True)
-    assert steps(tmp_path) == [("routers", step) for step in range(1, 7)]
-    assert all(float(row["seconds"]) >= 90 for row in read(tmp_path)[2:])
+    assert logged_steps(tmp_path) == [("routers", step) for step in range(1, 7)]
+    assert all(float(row["seconds"]) >= 90 for row in table(tmp_path / "log.csv")[2:])
 
 
 def test_a_log_with_other_columns_is_one_clear_error_and_stays(tmp_path, monkeypatch):
@@ -105,7 +94,7 @@ def test_a_log_with_other_columns_is_one_clear_error_and_stays(tmp_path, monkeyp
             run_phase(new_hat("token"), tmp_path, phase, resume=resume)
     assert path.read_text() == changed
     run_phase(new_hat("token"), tmp_path, steps=2)
-    assert steps(tmp_path) == [("routers", 1), ("routers", 2)]
+    assert logged_steps(tmp_path) == [("routers", 1), ("routers", 2)]
 
 
 @pytest.mark.slow
@@ -113,6 +102,6 @@ def test_gates_trained_anew_keep_the_rows_of_their_routers(tmp_path):
     hat = new_hat("token")
     run_phase(hat, tmp_path)
     run_phase(hat, tmp_path, "exit")
-    assert len(steps(tmp_path)) == 12
+    assert len(logged_steps(tmp_path)) == 12
     run_phase(hat, tmp_path, "exit", steps=2)
-    assert steps(tmp_path)[6:] == [("exit", 1), ("exit", 2)]
+    assert logged_steps(tmp_path)[6:] == [("exit", 1), ("exit", 2)]

@@ -1,6 +1,5 @@
-"""A run from nothing to a checkpoint, stopped and killed on the way. The command is in test_runs.py."""
+"""A run from nothing to a checkpoint, stopped and killed on the way. The command is in test_train_command.py."""
 
-import csv
 import random
 import shutil
 import signal
@@ -9,7 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny_runs
 import torch
-from tiny_runs import GRAINS, interrupt_at, page, tiny_run
+from tiny_runs import GRAINS, interrupt_at, logged_steps, page, table, tiny_run
 
 from hat_lib.backbone.base import exact_hash, load_base
 from hat_lib.config import HatConfig, HatError
@@ -41,18 +40,12 @@ def adapter(folder):
     return (folder / ADAPTER_FILE).read_bytes()
 
 
-def steps(folder):
-    with (folder / "log.csv").open(newline="") as file:
-        return [(row["phase"], int(row["step"])) for row in csv.DictReader(file)]
-
-
 def same_run(found, expected):
     """The adapter's bytes, the tables, and every number in the log but the times."""
 
     def log(folder):
-        rows = list(csv.DictReader((folder / "log.csv").open(newline="")))
         times = ("seconds", "tokens_per_second", "eta_seconds")
-        return [{name: value for name, value in row.items() if name not in times} for row in rows]
+        return [{k: v for k, v in row.items() if k not in times} for row in table(folder / "log.csv")]
 
     assert adapter(found) == adapter(expected)
     assert read_checkpoint(found).calibration == read_checkpoint(expected).calibration
@@ -92,7 +85,7 @@ def test_a_finished_run_and_the_same_again(grain, finished, text, tmp_path, monk
     """The same bytes, whatever the global random state, and the base is left alone."""
     folder = finished[grain]
     assert {path.name for path in folder.iterdir()} == {"hat_config.json", ADAPTER_FILE, "log.csv", "run.json"}
-    assert steps(folder) == [(phase, step) for phase in ("routers", "exit") for step in range(1, 11)]
+    assert logged_steps(folder) == [(phase, step) for phase in ("routers", "exit") for step in range(1, 11)]
     checkpoint = read_checkpoint(folder)
     assert checkpoint.base_fingerprint == tiny_base.fingerprint
     assert checkpoint.calibration.method == "learned" and [r[0] for r in checkpoint.calibration.exit_rates] == [0.0] * 4
@@ -122,12 +115,8 @@ def test_5_steps_and_5_more_are_10(grain, finished, text, tmp_path, monkeypatch)
     interrupt_at(monkeypatch, ("routers", 5), ("exit", 5))
     ended = [[(o.phase, o.step, o.stopped) for o in train(run, folder, resume=resume, progress=False)]
              for resume in (False, True, True)]  # fmt: skip
-    assert ended == [
-        [("routers", 5, "interrupt")],
-        [("routers", 10, ""), ("exit", 5, "interrupt")],
-        [("exit", 10, "")],
-    ]
-    assert steps(folder) == steps(finished[grain])  # no step twice
+    assert ended == [[("routers", 5, "interrupt")], [("routers", 10, ""), ("exit", 5, "interrupt")], [("exit", 10, "")]]
+    assert logged_steps(folder) == logged_steps(finished[grain])  # no step twice
     same_run(folder, finished[grain])
 
 
@@ -185,7 +174,7 @@ def test_kill_9_at_any_point_leaves_a_run_that_goes_on(finished, text, tmp_path)
             break
     assert died >= 3
     train(run, folder, resume=(folder / "run.json").exists(), progress=False)
-    assert adapter(folder) == adapter(finished["token"]) and steps(folder) == steps(finished["token"])
+    assert adapter(folder) == adapter(finished["token"]) and logged_steps(folder) == logged_steps(finished["token"])
     assert not (folder / "work").exists()
 
 
@@ -230,7 +219,7 @@ def test_a_run_that_ended_between_the_look_and_the_lock_is_not_trained_over(fini
 def test_gates_alone_on_trained_routers(finished, text, tmp_path):
     run = tiny_run("token", text, phase="exit", start=finished["token"])
     (outcome,) = train(run, tmp_path / "run", progress=False)
-    assert outcome.phase == "exit" and steps(tmp_path / "run") == [("exit", step) for step in range(1, 11)]
+    assert outcome.phase == "exit" and logged_steps(tmp_path / "run") == [("exit", step) for step in range(1, 11)]
     found, before = (read_checkpoint(folder) for folder in (tmp_path / "run", finished["token"]))
     routers = [name for name in found.tensors if name.startswith("routers.")]
     assert all(torch.equal(found.tensors[name], before.tensors[name]) for name in routers)

@@ -1,16 +1,13 @@
 """The learning curve: measured outside of training, which it does not change; a resumed run goes on with it."""
 
-import csv
 import math
 
 import pytest
 import torch
-from tiny_runs import new_hat, page, random_blocks, rows, run_phase, tiny_run
+from tiny_runs import new_hat, page, random_blocks, rows, run_phase, table, tiny_run
 
-from hat_lib.config import HatError
 from hat_lib.evaluation.perplexity import score_each
 from hat_lib.model.checkpoint import ADAPTER_FILE
-from hat_lib.training.recipe import Recipe
 from hat_lib.training.run import nominal_thresholds, train
 from hat_lib.training.validation import CAPACITIES, Validation
 
@@ -21,8 +18,7 @@ def unseen(n=2):
 
 
 def curve(folder):
-    with (folder / "validation.csv").open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    return [{name: float(value) for name, value in row.items()} for row in table(folder / "validation.csv")]
 
 
 def test_a_row_is_what_evaluation_says():
@@ -67,9 +63,3 @@ def test_a_resumed_run_goes_on_with_its_curve(tmp_path, monkeypatch):
     assert written == [0, 1, 4, 8, 12]
     assert [row["step"] for row in curve(tmp_path)] == [s for s in written for _ in CAPACITIES]
     assert torch.isfinite(torch.tensor([row["kl"] for row in curve(tmp_path)])).all()
-
-
-@pytest.mark.parametrize("odd", [{"validation": 3}, {"validation_tokens": 1}, {"validation_tokens": "many"}])
-def test_what_cannot_be_a_curve(odd):
-    with pytest.raises(HatError, match="validation"):
-        Recipe.channel(**odd)

@@ -21,11 +21,12 @@ from hat_lib.workbook.notebooks import (
     clean,
     clean_file,
     parse_parameters,
+    predictions,
     results,
     run_notebook,
     select,
 )  # fmt: skip
-from hat_lib.workbook.session import begin, record
+from hat_lib.workbook.session import begin, judge, record
 
 
 @pytest.mark.parametrize(
@@ -50,16 +51,7 @@ def test_values_take_the_type_of_their_default(tmp_path, assignment, value):
 
 @pytest.mark.parametrize(
     "assignment",
-    [
-        "capacity=high",
-        "capacity=true",
-        "capacity=",
-        "steps=0.5",
-        "steps=true",
-        "rates=0.5",
-        "train=1",
-        "rates=[1",
-    ],
+    ["capacity=high", "capacity=true", "capacity=", "steps=0.5", "steps=true", "rates=0.5", "train=1", "rates=[1"],
 )
 def test_values_of_another_type_are_refused(tmp_path, assignment):
     with pytest.raises(HatError, match=assignment.split("=")[0]):
@@ -74,6 +66,18 @@ def test_a_notebook_that_names_no_language_is_refused(tmp_path, kernel):
     nbformat.write(nb, path)
     with pytest.raises(HatError, match="00_a.ipynb: No (kernel name|language) found"):
         parse_parameters(["steps=1"], [path])
+
+
+def test_predictions_are_those_that_were_judged(tmp_path, capsys):
+    judge("one lies below two", 1 < 2, "1")
+    judge("two lies below one", 2 < 1)
+    said = capsys.readouterr().out
+    assert said == "held: one lies below two\n    measured: 1\nFAILED: two lies below one\n"
+    path = notebook(tmp_path / "00_a.ipynb", "1")
+    nb = nbformat.read(path, as_version=4)
+    nb.cells[-1].outputs = [nbformat.v4.new_output("stream", text=said)]
+    nbformat.write(nb, path)
+    assert predictions(path) == {"held": ["one lies below two"], "FAILED": ["two lies below one"]}
 
 
 def test_select_names_what_there_is(tmp_path):
@@ -278,6 +282,13 @@ def test_clean_keeps_what_counts_and_drops_the_rest(dirty):
     assert [cell.id for cell in nb.cells] == ids and code.execution_count == 3 and code.source == "work()"
     assert [o.get("text", "")[-9:] for o in code.outputs] == ["oss 0.50\n", " careful\n", ""]
     assert code.outputs[-1].data == {"text/plain": "FloatSlider(value=0.75)"}
+
+
+def test_a_cell_that_is_tagged_so_is_folded(dirty):
+    dirty.cells[0].metadata.tags = ["hide-input"]
+    title, code = clean(dirty).cells
+    assert title.metadata == {"tags": ["hide-input"], "jupyter": {"source_hidden": True}}
+    assert "jupyter" not in code.metadata
 
 
 def test_clean_file_is_idempotent(dirty, tmp_path):

@@ -1,5 +1,6 @@
 """The interactive views without a browser: sliders are set, text and pictures answer, errors are told in place."""
 
+import json
 import re
 import sys
 from html import unescape
@@ -14,21 +15,24 @@ from matplotlib.image import imread
 from tiny_runs import adaptive
 
 from hat_lib.config import HatError
-from hat_lib.evaluation.routing import patterns, prompt_blocks
 from hat_lib.experiments import published_claims, quality
 from hat_lib.inference.generate import AdaptiveInference
 from hat_lib.plotting.frontier import points, twin
 from hat_lib.plotting.style import png
-from hat_lib.workbook import widgets
+from hat_lib.workbook import generate_view
+from hat_lib.workbook import view as views
+from hat_lib.workbook.generate_view import STRETCH
 from hat_lib.workbook.notebooks import WIDGET_VIEW
-from hat_lib.workbook.widgets import ALL, FrontierView, GenerateView, RoutingView, show
+from hat_lib.workbook.widgets import FrontierView, GenerateView, TokenMapView, show
 
 LAYERS = 4
 
 
 def said(view):
     """State and text of a view's status."""
-    (state, body) = re.fullmatch(r'<div role="status" data-state="(\w+)">(.*)</div>', view.said.value, re.S).groups()
+    (state, body) = re.fullmatch(
+        r'<div role="status" data-state="(\w+)"[^>]*>(.*)</div>', view.said.value, re.S
+    ).groups()
     return state, unescape(re.sub("<br>", "\n", body))
 
 
@@ -62,12 +66,11 @@ def layers_table(settings=((0.4, 0.0), (0.62, 0.0), (0.8, 0.0), (0.62, 0.1), (1.
 
 
 def promise_table():
-    known = [(0.4, 0.0, 1.5), (0.8, 0.0, 1.1), (1.0, 0.1, 1.03)]
+    known = [(0.4, 0.0, 1.5), (0.8, 0.0, 1.1), (1.0, 0.1, 1.03), (0.9, 0.0, 1.05)]
     empty = dict.fromkeys(published_claims.Row.__dataclass_fields__, 0.0)
     machine = {"granularity": "channel", "device": "cpu", "dtype": "bfloat16", "threads": 2}
-    rows = [
-        empty | machine | {"base": "bundled", "capacity": c, "exit_rate": e, "decode_dense": s} for c, e, s in known
-    ]
+    times = [{"capacity": c, "exit_rate": e, "decode_dense": s, "decode_hf": 2 * s} for c, e, s in known]
+    rows = [empty | machine | {"base": "bundled"} | row for row in times]
     return pd.DataFrame([*rows, rows[0] | {"base": "random:tinyllama", "decode_dense": 9.0}])
 
 
@@ -86,38 +89,57 @@ def test_points_are_the_trained_rows_on_most_tokens_and_the_base():
         points(quality_table(), text="poems")
 
 
-def test_a_point_of_the_frontier_is_told_with_its_speed(frontier):
-    assert [v for _, v in frontier.capacity.options] == [0.4, 0.62, 0.8, 1.0]
-    assert [v for _, v in frontier.exit_rate.options] == [0.0, 0.1]
-    frontier.capacity.value = 0.4
+def settings(view):
+    return [value for _, value in view.setting.options]
+
+
+def test_a_point_of_the_frontier_is_told_with_its_quality_and_its_time(frontier):
+    frontier.setting.value = (0.4, 0.0)
     assert said(frontier) == (
         "ready",
         "capacity 0.40 requested, 0.403 realised; exit rate 0.00 requested, 0.001 realised; model share 0.520\n"
-        "perplexity 38.00, base 20.00 (a 4-bit file, dequantised): +90.0% (+88.0% to +92.0%)\n"
-        "decode: predicted speedup 1.50x over our own dense path (cpu, bfloat16, 2 threads)\n"
+        "quality: perplexity +90.0% (+88.0% to +92.0%) over the base's 20.00 (1,000 tokens of docstrings, a 4-bit "
+        "file, dequantised)\n"
+        "time: a token is decoded 1.50x as fast as dense, 3.00x as fast as transformers (cpu, bfloat16, 2 threads)\n"
         "executed by layer: least 40.0% (layer 0), most 40.0% (layer 0)",
     )
-    for capacity, exit_rate, words in (
-        (0.62, 0.0, "speedup 1.28x"),  # 0.22 of the way from 1.5 at 0.4 to 1.1 at 0.8
-        (1.0, 0.0, "+0.0% (+0.0% to +0.0%)\ndecode: predicted speedup 1.00x"),
-        (1.0, 0.1, "speedup 1.03x"),
-        (0.62, 0.1, "no speed was measured"),
-        (0.8, 0.1, "capacity 0.80 was not measured with exit rate 0.10; there are: 0.62, 1.00"),
-    ):
-        frontier.capacity.value, frontier.exit_rate.value = capacity, exit_rate
-        assert said(frontier)[0] == "ready" and words in said(frontier)[1]
+    frontier.setting.value = (1.0, 0.0)
+    assert "quality: perplexity is the base's 20.00" in said(frontier)[1]
+    assert "time: our own dense path, which the others are timed against" in said(frontier)[1]
+    frontier.setting.label = "1.00, exits 0.10"
+    assert "1.03x as fast as dense" in said(frontier)[1] and "+30.0%" in said(frontier)[1]
+    assert frontier.words == said(frontier)[1]
+
+
+def test_only_settings_with_quality_layers_and_time_are_offered(frontier):
+    # (0.62, 0) and (0.62, 0.1) were not timed, (0.9, 0) has no quality.
+    assert settings(frontier) == [(0.4, 0.0), (0.8, 0.0), (1.0, 0.0), (1.0, 0.1)]
+    for claims in (None, promise_table().assign(granularity="token")):  # no time at all: quality alone
+        view = FrontierView(points(quality_table()), layers_table(), claims)
+        assert settings(view) == [(0.4, 0), (0.62, 0), (0.8, 0), (1.0, 0), (0.62, 0.1), (1.0, 0.1)]
+        assert "time" not in said(view)[1]
+    few = layers_table([(0.4, 0.0), (1.0, 0.0)])
+    assert settings(FrontierView(points(quality_table()), few)) == [(0.4, 0.0), (1.0, 0.0)]
+
+
+def test_the_base_has_one_perplexity():
+    longer = quality_row(0.8, increase=0.02, tokens=5000, base_ppl=19.0)
+    view = FrontierView(points(pd.concat([quality_table(), pd.DataFrame([longer])])), layers_table())
+    for setting in settings(view):
+        view.setting.value = setting
+        assert "the base's 19.00 (5,000 tokens" in said(view)[1]
 
 
 def test_the_picture_has_one_point_and_the_layers_of_the_setting(frontier):
-    def pixels(capacity, exit_rate):
-        frontier.capacity.value, frontier.exit_rate.value = capacity, exit_rate
+    def pixels(capacity):
+        frontier.setting.value = (capacity, 0.0)
         return imread(BytesIO(frontier.picture.value))
 
-    low, high, nothing = pixels(0.4, 0.0), pixels(0.8, 0.0), pixels(0.8, 0.1)
+    low, high = pixels(0.4), pixels(0.8)
     half = low.shape[1] // 2
     for part in (slice(None, half), slice(half, None)):  # the point on the left, the bars on the right
-        assert not np.array_equal(low[:, part], high[:, part]) and not np.array_equal(nothing[:, part], high[:, part])
-    assert np.array_equal(pixels(0.4, 0.0), low)  # nothing of the others is left over
+        assert not np.array_equal(low[:, part], high[:, part])
+    assert np.array_equal(pixels(0.4), low)  # nothing of the others is left over
 
 
 def test_twin_shows_every_setting():
@@ -137,19 +159,18 @@ def test_frontier_reads_the_saved_sweep(tmp_path):
     with pytest.raises(HatError, match=r"no .*layer_shares.csv: make it with `hat reproduce layer_shares`"):
         FrontierView.saved(tmp_path)
     layers_table().to_csv(tmp_path / "layer_shares.csv", index=False)
-    assert "no speed was measured" in said(FrontierView.saved(tmp_path))[1]
+    assert "as fast as dense" not in said(FrontierView.saved(tmp_path))[1]
     promise_table().to_csv(tmp_path / "published_claims.csv", index=False)
-    assert "predicted speedup" in said(FrontierView.saved(tmp_path))[1]
+    assert "as fast as dense" in said(FrontierView.saved(tmp_path))[1]
     with pytest.raises(HatError, match="token and addresses"):
         FrontierView.saved(tmp_path, granularity="token", text="addresses")
 
 
-def test_the_committed_results_are_under_the_sliders():
+def test_the_committed_results_are_under_the_slider():
     view = FrontierView.saved()
-    for capacity in (v for _, v in view.capacity.options):
-        for rate in (v for _, v in view.exit_rate.options):
-            view.capacity.value, view.exit_rate.value = capacity, rate
-            assert said(view)[0] == "ready"
+    for setting in settings(view):
+        view.setting.value = setting
+        assert said(view)[0] == "ready" and f"capacity {setting[0]:.2f} requested" in said(view)[1]
 
 
 @pytest.fixture(scope="module")
@@ -160,67 +181,136 @@ def hat():
 # --- generation ---
 
 
+CAPACITIES = (0.9, 0.45)
+
+
 @pytest.fixture
-def generate(hat):
+def generate(hat, monkeypatch):
+    monkeypatch.setattr(generate_view, "REPEATS", 2)
     hat.capacity, hat.exit_rate = 0.6, 0.0
-    return GenerateView(AdaptiveInference(hat), "one two three", max_new_tokens=6)
+    return GenerateView(AdaptiveInference(hat), "one two three", CAPACITIES, max_new_tokens=6)
 
 
-def test_nothing_runs_before_it_is_asked_for(generate):
-    assert said(generate) == ("ready", "press Generate, or move a slider")
-    assert generate.adaptive.value == generate.dense.value == ""
-    sliders = (generate.capacity, generate.exit_rate, generate.prompt)
-    assert not any(s.continuous_update for s in sliders) and all(s.description for s in (*sliders, generate.mode))
-
-
-def test_text_stands_beside_the_dense_text_and_follows_the_controls(generate, hat):
-    generate.button.click()
-    state, text = said(generate)
-    assert state == "ready" and re.search(r"adaptive: \d+\.\d tokens/s; dense: \d+\.\d tokens/s", text)
-    assert "capacity 0.60 requested" in text and "exit rate 0.00 requested, 0.000 realised" in text
-    assert "share of the dense model's" in text_of(generate.adaptive)
-    expected = AdaptiveInference(hat).generate("one two three", capacity=1.0, exit_rate=0.0, max_new_tokens=6)
-    assert text_of(generate.dense).startswith("dense\n") and len(text_of(generate.dense)) >= len(expected.texts[0])
-    generate.capacity.value = 1.0
-    assert "the first 6 of 6 tokens are the dense model's" in said(generate)[1]
-    generate.capacity.value, generate.exit_rate.value = 0.45, 0.5
-    assert "capacity 0.45 requested" in said(generate)[1] and "exit rate 0.50 requested" in said(generate)[1]
-    assert (hat.capacity, hat.exit_rate) == (0.6, 0.0)  # the model is left alone
-    generate.mode.value, generate.capacity.value, generate.exit_rate.value = "lossless", 0.3, 0.0
-    state, text = said(generate)
-    assert state == "ready" and "lossless: " in text and "of the drafts accepted" in text
-    assert "the first 6 of 6 tokens are the dense model's" in text
-
-
-def test_while_it_runs_the_view_is_busy_and_only_its_button_is_off(generate, monkeypatch):
+@pytest.fixture
+def seen(generate, monkeypatch):
+    """What the view showed at each call of generate, with the settings of the call."""
     seen, run = [], generate._infer.generate
 
     def watched(*args, **kwargs):
-        keep_their_keys = (generate.prompt, generate.capacity, generate.exit_rate, generate.mode)
+        seen.append((kwargs["capacity"], kwargs["max_new_tokens"], [side.value for side in generate.texts.children]))
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(generate._infer, "generate", watched)
+    return seen
+
+
+def sides(view):
+    """Title and text of each side."""
+    return dict(text_of(side).split("\n", 1) for side in view.texts.children)
+
+
+def test_nothing_runs_before_it_is_asked_for(generate):
+    assert said(generate) == ("ready", "press Generate, or change a control")
+    assert generate.texts.children == () and generate.numbers.value == ""
+    controls = (generate.capacities, generate.exit_rate, generate.prompt)
+    assert not any(c.continuous_update for c in controls) and all(c.description for c in (*controls, generate.mode))
+
+
+def test_texts_stand_side_by_side_and_follow_the_controls(generate, hat):
+    generate.button.click()
+    state, text = said(generate)
+    assert state == "ready" and "realised capacity is not what was asked: thresholds were set on other" in text
+    assert list(sides(generate)) == generate.table["text"].tolist() == ["dense", "capacity 0.90", "capacity 0.45"]
+    for capacity, shown in zip((1.0, *CAPACITIES), sides(generate).values(), strict=True):
+        found = AdaptiveInference(hat).generate("one two three", capacity=capacity, exit_rate=0.0, max_new_tokens=6)
+        assert len(shown) >= len(found.texts[0])
+        row = generate.table.iloc[(1.0, *CAPACITIES).index(capacity)]
+        assert row["realised"] == f"{found.capacity:.3f}" and row["model share"] == f"{found.model_share:.1%}"
+    assert all(re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", told) for told in generate.table["tokens/s"])
+    assert "background" not in generate.texts.children[0].value and "background" in generate.texts.children[1].value
+    generate.capacities.value = "1"
+    assert list(sides(generate)) == ["dense", "capacity 1.00"]
+    assert generate.table["parts from dense"].tolist() == ["", "nowhere in 6 tokens"]
+    assert "realised capacity" not in said(generate)[1]
+    generate.exit_rate.value = 0.5
+    assert list(sides(generate)) == ["dense", "capacity 1.00, exits 0.50"]
+    assert (hat.capacity, hat.exit_rate) == (0.6, 0.0)  # the model is left alone
+    generate.exit_rate.value = 0.0
+    generate.mode.value, generate.capacities.value = "lossless", "0.3"
+    assert list(sides(generate)) == ["dense", "lossless, drafts at 0.30"]
+    assert re.fullmatch(r"nowhere in 6 tokens; \d+% of the drafts stood", generate.table["parts from dense"][1])
+
+
+def test_a_text_is_written_token_by_token_and_the_old_one_stays_until_then(generate, seen):
+    generate.button.click()
+    before = [side.value for side in generate.texts.children]
+    written = []
+    generate.texts.children[0].observe(lambda change: written.append(change["new"]), names="value")
+    seen.clear()
+    generate.prompt.value = "four five"
+    assert seen[0][2] == before  # nothing was cleared
+    assert len(written) >= 5 and all(len(a) < len(b) for a, b in zip(written[:5], written[1:5], strict=False))
+
+
+def test_the_first_token_that_is_not_the_dense_ones_is_framed(generate):
+    generate.capacities.value = "0.45"
+    (row,) = generate.table.iloc[1:].itertuples()
+    at = int(re.match(r"at token (\d+): “.*” for “.*”", row[-1])[1])
+    dense, ours = (g.ids[0, g.prompt_length :].tolist() for g in generate._found)
+    assert ours[: at - 1] == dense[: at - 1] and ours[at - 1] != dense[at - 1]
+    assert generate.texts.children[1].value.count("outline:") == 1
+    assert "outline:" not in generate.texts.children[0].value
+    assert sum(not patch.get_fill() for patch in generate.twin().axes[0].patches) == 1
+
+
+def test_speed_is_that_of_the_same_prompt_again_in_turns(generate, seen):
+    generate.button.click()
+    ways = [1.0, *CAPACITIES]
+    assert [(c, n) for c, n, _ in seen[:3]] == [(c, 6) for c in ways]
+    turns = [(c, n) for c, n, _ in seen[3:]]
+    assert turns[:6] == [(c, STRETCH) for c in (*reversed(ways), *ways)] and len(turns) == 6
+    seen.clear()
+    generate.button.click()
+    assert [c for c, n, _ in seen if n == 6] == list(CAPACITIES)  # the dense text of the same prompt is kept
+
+
+def test_while_it_runs_the_view_is_busy_and_only_its_button_is_off(generate, monkeypatch):
+    states, run = [], generate._infer.generate
+
+    def watched(*args, **kwargs):
+        keep_their_keys = (generate.prompt, generate.capacities, generate.exit_rate, generate.mode)
         off = generate.button.disabled and not any(control.disabled for control in keep_their_keys)
-        seen.append((said(generate), off, generate.adaptive.value))
+        states.append((*said(generate), off))
         return run(*args, **kwargs)
 
     monkeypatch.setattr(generate._infer, "generate", watched)
     generate.button.click()
-    assert seen == 4 * [(("busy", "⏳ generating …"), True, "")]  # both sides, and a few tokens to warm up
+    assert states[:4] == [("busy", f"⏳ {what}", True) for what in (
+        "generating: dense", "generating: capacity 0.90", "generating: capacity 0.45",
+        "timing the same prompt again, in turns",
+    )]  # fmt: skip
     assert not generate.button.disabled
-    generate.button.click()
-    assert len(seen) == 5  # the dense text of the same prompt is kept
-    generate.prompt.value = "four five"
-    assert len(seen) == 7
 
 
 @pytest.mark.parametrize(
-    ("prompt", "words"), [("   ", "a prompt must be text to continue"), ("x" * 3000, "exceed the context")]
+    ("control", "value", "words"),
+    [
+        ("prompt", "   ", "a prompt must be text to continue"),
+        ("prompt", "x" * 3000, "exceed the context"),
+        ("capacities", "0.5, fast", "capacity must be a number in [0.1, 1.0], got 'fast'"),
+        ("capacities", "0.5, 0.05", "got '0.05'"),
+        ("capacities", " ", "expected 1 to 4 capacities"),
+        ("capacities", "0.9, 0.8, 0.7, 0.6, 0.5", "expected 1 to 4 capacities"),
+    ],
 )
-def test_bad_input_is_told_in_place(generate, prompt, words):
+def test_bad_input_is_told_in_place_and_the_last_answer_stays(generate, control, value, words):
     generate.button.click()
-    generate.prompt.value = prompt
+    before, good = sides(generate), getattr(generate, control).value
+    getattr(generate, control).value = value
     state, text = said(generate)
-    assert state == "error" and words in text and generate.adaptive.value == generate.dense.value == ""
+    assert state == "error" and words in text and sides(generate) == before
     assert not generate.button.disabled
-    generate.prompt.value = "one two"
+    getattr(generate, control).value = good
     assert said(generate)[0] == "ready"
 
 
@@ -230,7 +320,7 @@ def test_no_exception_leaves_a_callback(generate, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(generate._infer, "generate", fail)
-    generate.capacity.value = 0.5
+    generate.exit_rate.value = 0.5
     state, text = said(generate)
     assert state == "error" and text in ("⚠ RuntimeError: out of <memory>", "⚠ interrupted")
     assert not generate.button.disabled
@@ -238,99 +328,106 @@ def test_no_exception_leaves_a_callback(generate, monkeypatch, error):
 
 def test_a_prompt_cannot_act_in_the_page(generate):
     generate.prompt.value = "<script>alert(1)</script>"
-    assert "<script" not in generate.adaptive.value + generate.dense.value + generate.said.value
+    assert "<script" not in "".join(w.value for w in (*generate.texts.children, generate.numbers, generate.said))
 
 
-def test_the_twin_is_the_last_answer_beside_the_dense_text(generate):
+def test_the_twin_is_the_last_answer(generate):
     with pytest.raises(HatError, match="no answer to draw"):
         generate.twin()
     generate.button.click()
-    for settings, grounds in (({}, True), ({"capacity": 1.0}, True), ({"mode": "lossless"}, False)):
-        for name, value in settings.items():
-            getattr(generate, name).value = value
+    for mode, grounds in (("adaptive", True), ("lossless", False)):
+        generate.mode.value = mode
         ax = generate.twin().axes[0]
-        assert bool(ax.patches) == grounds
-        assert [t.get_text() for t in ax.texts if t.get_weight() == "bold"] == [
-            f"{generate.mode.value}, capacity {generate.capacity.value:.2f}, exit rate 0.00",
-            "dense",
-        ]
-    generate.prompt.value = " "
-    with pytest.raises(HatError, match="no answer to draw"):
-        generate.twin()
+        assert any(patch.get_y() > 3 and patch.get_fill() for patch in ax.patches) == grounds
+        assert [t.get_text() for t in ax.texts if t.get_weight() == "bold"] == generate.table["text"].tolist()
 
 
-# --- routing ---
+# --- the map of tokens ---
 
 
-@pytest.fixture(scope="module")
-def routing(hat):
-    prompts = {"first": "The quick brown fox jumps.", "second <b>": "One, two, three, four, five!"}
-    with hat.at(0.6, 0.6):
-        found = patterns(hat, prompt_blocks(hat.base.tokenizer, prompts), progress=False)
-    return RoutingView(found), found
+PROMPTS = {"first": "The quick brown fox jumps.", "second": "One, <b>two</b>, three, four!"}
 
 
-def titles(view):
-    """Numbers that a reader sees when the pointer rests on a token."""
-    return [float(v) for v in re.findall(r'title="([\d.]+)', view.shown.value)]
+@pytest.fixture
+def tokens(hat):
+    hat.capacity, hat.exit_rate = 0.6, 0.6
+    return TokenMapView(hat, PROMPTS)
 
 
-def test_a_text_and_a_layer_are_shown_with_their_shares(routing):
-    view, found = routing
-    docs = found.tokens["doc"]
-    for doc in ("first", "second <b>"):
-        for layer in (ALL, 1):
-            view.text.value, view.layer.value = doc, layer
-            rows = np.flatnonzero(docs == doc)
-            values = found.tokens["share"].to_numpy()[rows] if layer == ALL else found.share[layer, rows]
-            assert titles(view) == pytest.approx(values[~np.isnan(values)].tolist(), abs=6e-4)
-            assert said(view)[0] == "ready" and said(view)[1].startswith("all layers" if layer == ALL else "layer 1")
-    assert "<b>" not in view.shown.value
+def test_a_prompt_is_mapped_token_by_layer_as_json(tokens, hat):
+    for name, prompt in PROMPTS.items():
+        tokens.text.label = name
+        facts, known = tokens.map.facts, tokens.found.explanation.tokens
+        assert tokens.prompt.value == prompt == "".join(known["token"]) and said(tokens)[0] == "ready"
+        assert np.shape(facts["share"]) == (len(known), LAYERS) and np.shape(facts["site_share"])[1] == 4
+        gone = [sum(share is None for share in row) for row in facts["share"]]
+        assert gone == (LAYERS - known["exit"]).tolist() and any(gone)
+        assert [t["protected"] for t in facts["tokens"]] == known["protected"].tolist()
+        json.dumps(facts, allow_nan=False)
+    assert (hat.capacity, hat.exit_rate) == (0.6, 0.6)
 
 
-def test_tokens_that_had_left_are_counted_and_have_no_colour(routing):
-    view, found = routing
-    view.text.value, view.layer.value = "first", len(found.share) - 1
-    rows = found.tokens[found.tokens["doc"] == "first"]
-    gone = int((rows["exit_layer"] < len(found.share)).sum())
-    assert gone and f"{gone} of {len(rows)} tokens had left before it" in said(view)[1]
-    assert len(titles(view)) == len(rows) - gone
+def test_the_map_follows_its_sliders(tokens):
+    assert "capacity 0.60 requested" in said(tokens)[1] and not tokens.capacity.continuous_update
+    tokens.capacity.value = 1.0
+    tokens.exit_rate.value = 0.0
+    assert "capacity 1.00 requested, 1.000 realised" in said(tokens)[1]
+    assert {share for row in tokens.map.facts["share"] for share in row} == {1.0}
 
 
-@pytest.mark.parametrize(
-    ("prompt", "capacity", "words"),
-    [("One, two, three.", 1.0, "mean executed share 100.0%"), ("ab", 0.6, "no token to route")],
-)
-def test_a_text_in_which_nothing_differs_is_shown_too(hat, prompt, capacity, words):
-    with hat.at(capacity, 0.0):
-        view = RoutingView(patterns(hat, prompt_blocks(hat.base.tokenizer, {"it": prompt}), progress=False))
-    assert said(view)[0] == "ready" and words in said(view)[1] and set(titles(view)) == {1.0}
+def test_the_words_of_the_page_are_those_of_the_still_twin(tokens):
+    tokens.map.token, tokens.map.layer = 4, 1
+    shown, told = tokens.map.facts["tokens"][4], tokens.about()
+    for words in (shown["headline"], *shown["lines"], *shown["means"], *(c for row in shown["next"] for c in row)):
+        assert words in told
+    assert "layer 1" in told and f"{tokens.map.facts['score'][4][0][1]:.2f}" in told
+    heat = tokens.twin().axes[0].collections[0].get_array()
+    assert heat.shape == (LAYERS, len(tokens.map.facts["tokens"]))
+    names = [text.get_text() for text in tokens.twin().axes[0].get_legend().get_texts()]
+    assert names == ["had left", "at the start: protected, runs in full", "left before this layer"]
+
+
+def test_a_shorter_prompt_keeps_a_token_picked_and_a_bad_one_keeps_the_map(tokens):
+    tokens.map.token = len(tokens.map.facts["tokens"]) - 1
+    tokens.prompt.value = "ab"
+    assert tokens.map.token == len(tokens.map.facts["tokens"]) - 1 and tokens.about()
+    facts = tokens.map.facts
+    for prompt, words in ((" ", "a prompt must be text"), ("ab " * 200, "a map has room for 128 tokens")):
+        tokens.prompt.value = prompt
+        assert said(tokens)[0] == "error" and words in said(tokens)[1] and tokens.map.facts == facts
+
+
+def test_the_page_takes_what_it_shows_as_text_and_asks_for_nothing_elsewhere(tokens):
+    script, look = str(tokens.map._esm), str(tokens.map._css)
+    assert "export default" in script and ".hat-map" in look
+    for forbidden in ("innerHTML", "insertAdjacentHTML", "import ", "http", "fetch(", "url("):
+        assert forbidden not in script + look
 
 
 # --- notebooks ---
 
 
-def test_colab_is_told_to_load_the_widgets_and_other_places_are_not(routing, monkeypatch):
-    view, _ = routing
+def test_colab_is_told_to_load_the_widgets_and_other_places_are_not(generate, monkeypatch):
+    view = generate
     shown, enabled = [], []
-    monkeypatch.setattr(widgets, "display", lambda bundle, raw: shown.append(bundle))
+    monkeypatch.setattr(views, "display", lambda bundle, raw: shown.append(bundle))
     show(view)
     assert enabled == []
     output = ModuleType("google.colab.output")
     output.enable_custom_widget_manager = lambda: enabled.append(len(shown))
     monkeypatch.setitem(sys.modules, "google.colab.output", output)
-    monkeypatch.setattr(widgets, "in_colab", lambda: True)
+    monkeypatch.setattr(views, "in_colab", lambda: True)
     show(view)
     assert enabled == [1] and len(shown) == 2  # before the second view was displayed
     assert [bundle[WIDGET_VIEW]["model_id"] for bundle in shown] == [view.model_id] * 2
-    assert shown[0]["text/plain"] == "RoutingView: run this cell to use it"
+    assert shown[0]["text/plain"] == "GenerateView: run this cell to use it"
 
 
-def test_views_are_made_of_stock_widgets(routing, frontier, generate):
+def test_views_are_made_of_stock_widgets_and_one_of_our_own(tokens, frontier, generate):
     def pieces(widget: Widget):
         yield widget
         for child in getattr(widget, "children", ()):
             yield from pieces(child)
 
-    modules = {w._view_module for view in (routing[0], frontier, generate) for w in pieces(view)}
-    assert modules == {"@jupyter-widgets/controls"}  # nothing that a page would have to fetch from elsewhere
+    modules = {w._view_module for view in (tokens, frontier, generate) for w in pieces(view)}
+    assert modules == {"@jupyter-widgets/controls", "anywidget"}

@@ -1,0 +1,266 @@
+"""The equalities of docs/architecture.md, on drawn models.
+
+A case is a Llama's shape, a method's shape and a text. Decisions that were recorded in one pass are forced on another,
+so that none of them can tip by rounding. A head whose decisions cannot be forced may tip at one token.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import hypothesis
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_runs import GRAINS, skipping
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from hat_lib.backbone.base import Base, exact_hash, fingerprint
+from hat_lib.backbone.shapes import byte_tokenizer
+from hat_lib.model.token_state import TokenState
+from hat_lib.model.transformer import HierarchicalTransformer
+from soak import Found
+
+TOKENIZER = byte_tokenizer()
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+
+
+@dataclass(frozen=True)
+class Case:
+    depth: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    width: int
+    inner: int
+    attention_bias: bool
+    mlp_bias: bool
+    tied: bool
+    dtype: torch.dtype
+    grain: str
+    exits: frozenset[int]
+    translator_rank: int
+    correction_rank: int | None
+    protected: int
+    capacity: float
+    head_gated: bool
+    lora: bool
+    batch: int
+    tokens: int
+    side: str
+    threads: int
+    seed: int
+
+
+@st.composite
+def drawn(draw) -> Case:
+    heads = draw(st.integers(1, 4))
+    depth = draw(st.integers(1, 4))
+    grain = draw(st.sampled_from(GRAINS))
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
+    return Case(
+        depth=depth,
+        heads=heads,
+        kv_heads=draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])),
+        head_size=2 * draw(st.integers(1, 8)),
+        width=heads * draw(st.integers(2, 12)),  # transformers asks for a multiple
+        inner=draw(st.integers(4, 96)),
+        attention_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+        tied=draw(st.booleans()),
+        dtype=dtype,
+        grain=grain,
+        exits=frozenset(draw(st.sets(st.integers(1, depth - 1)))) if depth > 1 else frozenset(),
+        translator_rank=draw(st.integers(0, 3)),
+        correction_rank=draw(st.sampled_from([None, None, 0, 2])),
+        protected=draw(st.integers(0, 3)),
+        capacity=draw(st.integers(50, 99)) / 100,
+        head_gated=dtype == torch.float32 and draw(st.booleans()),  # in bf16 a channel of the preview tips as well
+        lora=draw(st.sampled_from([False, False, False, True])),
+        batch=draw(st.integers(1, 4)),
+        tokens=draw(st.integers(2, 12)),
+        side=draw(st.sampled_from(["left", "right"])),
+        threads=draw(st.integers(1, 3)),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def run(count: int, seed: int = 0) -> Found:
+    """``count`` cases, the same ones for the same seed; the first that fails is shrunk, and the last."""
+    found = Found()
+
+    @hypothesis.seed(seed)
+    @settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        suppress_health_check=[*HealthCheck],
+    )
+    @given(drawn())
+    def cases(case):
+        found.cases += 1
+        check(case)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "token grain|Initializing zero-element tensors")
+            cases()
+    except Exception as error:
+        found.fail("shrunk", " ".join([repr(error), *getattr(error, "__notes__", [])]))
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def llama(case: Case) -> Base:
+    """A base of this shape, its weights drawn."""
+    config = LlamaConfig(
+        num_hidden_layers=case.depth, hidden_size=case.width, intermediate_size=case.inner, vocab_size=260,
+        num_attention_heads=case.heads, num_key_value_heads=case.kv_heads, head_dim=case.head_size,
+        attention_bias=case.attention_bias, mlp_bias=case.mlp_bias, tie_word_embeddings=case.tied,
+        bos_token_id=256, eos_token_id=257, pad_token_id=258, max_position_embeddings=64, attn_implementation="sdpa",
+    )  # fmt: skip
+    draws, lm = np.random.default_rng(case.seed), LlamaForCausalLM(config)
+    for name, p in lm.named_parameters():
+        scale = 0.1 if p.dim() == 1 else p.shape[1] ** -0.5
+        p.copy_(torch.from_numpy(draws.normal(size=tuple(p.shape)) * scale + ("norm" in name)))
+    lm.requires_grad_(False).eval()
+    identity, rotary = fingerprint(lm), lm.model.rotary_emb
+    lm.to(case.dtype).config.dtype = case.dtype
+    rotary.float().__init__(config)  # frequencies stay fp32, as in a base that is loaded in bf16
+    return Base(lm, TOKENIZER, identity, "drawn")
+
+
+def adaptive(case: Case, base: Base) -> HierarchicalTransformer:
+    """Random routers, gates and corrections, and thresholds that skip about a third."""
+    shape = {"translator_rank": min(case.translator_rank, case.width), "protected_tokens": case.protected}
+    rank = None if case.correction_rank is None else min(case.correction_rank, case.width)
+    hat = skipping(case.grain, base, tuple(sorted(case.exits)), bar=0.6, correction_rank=rank, **shape)
+    if case.head_gated:
+        tables = {"head_thresholds": [2.0, 0.0], "head_margins": [2.0, 9.0], "head_shares": [0.5, 1.0]}
+        hat.calibration = replace(hat.calibration, **tables)
+    hat.capacity = case.capacity
+    return hat
+
+
+def tune(lm: LlamaForCausalLM, seed: int) -> None:
+    """Low-rank adapters on some linear layers."""
+    import peft  # slow to import
+
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft asks for a name that transformers is about to drop
+        tuned, draws = peft.get_peft_model(lm, lora), np.random.default_rng(seed)
+    for name, p in tuned.named_parameters():
+        if "lora_" in name:
+            p.data = torch.from_numpy(draws.normal(size=tuple(p.shape)) * 0.1).to(p.dtype)
+
+
+def stepwise(lm, ids):
+    cache = DynamicCache(config=lm.config)
+    return torch.cat([lm(step, cache=cache, use_cache=True).logits for step in ids.split(1, dim=1)], 1)
+
+
+def check(case: Case) -> None:
+    """Raise AssertionError unless every equality holds."""
+    base, draws = llama(case), np.random.default_rng(case.seed + 1)
+    ids = torch.from_numpy(draws.integers(0, 256, (case.batch, case.tokens)))
+    expected, frozen = base.model(ids).logits, exact_hash(base.model)
+
+    def close(a, b, what, tips=0):
+        assert a.shape == b.shape and a.isfinite().all(), what
+        off = (a.float() - b.float()).abs() > TOLERANCE[case.dtype] * max(1.0, float(b.abs().max()))
+        assert off.any(-1).sum() <= tips, f"{what}: {int(off.sum())} logits differ"
+
+    hat = adaptive(case, base)
+    tips = 1 if case.head_gated else 0
+    with hat.dense():
+        close(hat.lm(ids).logits, expected, "dense = base")
+    with hat.at(1.0, 0.0):
+        close(hat.lm(ids).logits, expected, "capacity 1 = base")
+
+    with TemporaryDirectory() as folder:
+        before, point = hat.lm(ids).logits, (hat.capacity, hat.exit_rate)
+        hat.save_pretrained(Path(folder, "saved"))
+        assert exact_hash(hat.unload().model) == frozen, "the base changed"
+        assert not any("forward" in vars(m) for m in base.model.modules()), "a forward is left"
+        hat = HierarchicalTransformer.from_pretrained(Path(folder, "saved"), base)
+    hat.capacity, hat.exit_rate = point
+    assert torch.equal(hat.lm(ids).logits, before), "saved = loaded"
+
+    if case.lora:
+        tune(hat.lm, case.seed)
+    with hat.record(), hat.reference():
+        parallel, state = hat.lm(ids).logits, hat.trace
+    masks = state.masks
+
+    for path in (hat.reference, nullcontext):
+        for rows in (slice(None), slice(0, 1)):
+            some = masks.map(lambda m, rows=rows: m[rows])
+            with path(), hat.force(some), hat.collect() as states:
+                close(stepwise(hat.lm, ids[rows]), parallel[rows], f"decode = parallel, {path.__name__}", tips)
+            assert torch.equal(TokenState.cat(states).exit_layer, state.exit_layer[rows]), "exits, step by step"
+    with hat.force(masks), hat.masked():
+        close(hat.lm(ids).logits, parallel, "compact = masked", tips)
+
+    if case.dtype == torch.float32:  # deciding by themselves, rows whose decisions none tipped
+        with hat.reference(), hat.collect() as theirs:
+            slow = stepwise(hat.lm, ids)
+        with hat.collect() as ours:
+            fast = stepwise(hat.lm, ids)
+        a, b = (TokenState.cat(states).site_share for states in (ours, theirs))
+        alike = (a - b).abs().amax((0, 1, 3)) < 1e-6
+        close(fast[alike], slow[alike], "engine = reference path", tips)
+    one = stepwise(hat.lm, ids)
+    if hat.trace.executed is not None:  # the engine ran it
+        torch.set_num_threads(case.threads)
+        assert torch.equal(one, stepwise(hat.lm, ids)), "1 thread = several"
+        torch.set_num_threads(1)
+
+    at = case.tokens // 2
+    changed = torch.cat((ids[:, :at], (ids[:, at:] + 17) % 256), 1)
+    with hat.record(), hat.reference():
+        hat.lm(changed)
+    other = hat.trace.masks
+    for where, mask in masks.keep.items():
+        if where in other.keep:  # no layer runs where all have left
+            share = (mask[:, :at] != other.keep[where][:, :at]).float().mean()
+            assert share <= (0.01 if case.dtype == torch.float32 else 0.1), "the future decides about the past"
+    close(_with_past(hat, masks, other, changed, at)[:, :at], parallel[:, :at], "the future changes the past", tips)
+
+    lengths = draws.integers(1, case.tokens + 1, case.batch)
+    _padded(hat, ids, lengths, case.side, lambda a, b: close(a, b, "alone = in a batch", tips))
+
+
+def _with_past(hat, masks, other, ids, at):
+    """The logits of ``ids`` whose first tokens decide as in ``masks``, and the others as in ``other``."""
+    joined = type(masks)(
+        {k: torch.cat((m[:, :at], other.keep.get(k, m)[:, at:]), 1) for k, m in masks.keep.items()},
+        {k: torch.cat((m[:, :at], other.exits.get(k, m)[:, at:]), 1) for k, m in masks.exits.items()},
+    )
+    with hat.force(joined), hat.reference():
+        return hat.lm(ids).logits
+
+
+def _padded(hat, ids, lengths, side, close) -> None:
+    """Each row alone, and in a batch with padding."""
+    width = ids.shape[1]
+    batch, mask = torch.full_like(ids, 258), torch.zeros_like(ids)
+    spans = [slice(width - n, width) if side == "left" else slice(0, n) for n in map(int, lengths)]
+    for row, span in enumerate(spans):
+        batch[row, span], mask[row, span] = ids[row, : lengths[row]], 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with hat.record(), hat.reference():
+        together, state = hat.lm(batch, attention_mask=mask, position_ids=positions).logits, hat.trace
+    for row, span in enumerate(spans):
+        with hat.force(state.masks.map(lambda m, row=row, span=span: m[row : row + 1, span])):
+            close(hat.lm(ids[row : row + 1, : lengths[row]]).logits[0], together[row, span])
+        assert torch.equal(hat.trace.exit_layer[0], state.exit_layer[row, span]), "exits, alone and in a batch"

@@ -1,0 +1,48 @@
+"""Texts of marks, as everything that makes HTML of a text shows them: no tag and no attribute comes from a text."""
+
+from __future__ import annotations
+
+import random
+from html.parser import HTMLParser
+
+import pandas as pd
+import torch
+from tiny_runs import adaptive
+
+from hat_lib.config import HatError
+from hat_lib.plotting.token_heatmap import Passage, html
+from hat_lib.workbook.generate_view import _page
+from hat_lib.workbook.view import View
+from soak import Found
+
+MARKS = ["<script>", "<img src=x onerror=alert(1)>", "</span></div><b>", '"><svg onload=x>', "&lt;i&gt;", "<!--"]
+MARKS += ["'\";--", "\x1b[31m", "\u202e"]
+
+
+class Tags(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found |= {tag, *(name for name, _ in attributes)}
+
+
+def shown(count: int) -> Found:
+    """Prompts and titles of marks, as the coloured text, a table of a sweep and a view's status show them."""
+    found, hat = Found(), adaptive("channel")
+    allowed = {"div", "p", "span", "strong", "br", "style", "title", "role", "data-state", "table", "tr", "th", "td"}
+    for number in range(count):
+        rng = random.Random(f"shown {number}")
+        text = "".join(rng.choice([*MARKS, "a", " ", "\n", "<", "&"]) for _ in range(rng.randrange(1, 12)))
+        with found.case(f"shown {number}"):
+            passage, view = Passage(text, list(text), [rng.random() for _ in text]), View([])
+            with view._told():
+                raise HatError(text)
+            parts = [html(passage, meaning=text), view.said.value, _page(pd.DataFrame({text: [text]}))]
+            with torch.no_grad():
+                parts += [hat.explain(text)._repr_html_()] if text.strip() else []
+            for part in parts:
+                assert (tags := Tags(part).found) <= allowed, f"{tags - allowed} from {text!r}"
+    return found
