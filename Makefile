@@ -42,7 +42,7 @@ test: lint  ## lint, every test, and the notebooks' stored outputs compared with
 	$(PYTEST) $(TESTS)
 	$(if $(wildcard notebooks/*.ipynb),$(PYTEST) $(NBVAL) notebooks/,@echo "no notebooks to compare")
 
-soak: .venv/tested  ## what it survives, about an hour: rows that data/results/reliability.csv lacks; stopped, it goes on
+soak: .venv/tested  ## what it survives, over an hour: rows that data/results/reliability.csv lacks; stopped, it goes on
 	PYTHONPATH=tests $(OFFLINE) $(PY) -m soak $(PART)
 
 lint: .venv/tested
