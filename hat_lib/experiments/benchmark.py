@@ -82,11 +82,12 @@ class Row(Timed):
 def decode_ms(lm: LlamaForCausalLM, ids: Tensor, steps: int, context: int = CONTEXT) -> float:
     """Mean milliseconds of one decode step over ``steps`` forced tokens after ``context`` cached ones.
 
-    The mean, because tokens differ in work: of ten tokens one may leave early.
+    The mean, because tokens differ in work: of ten tokens one may leave early. Before the steps there are two forwards
+    that are not timed: the prompt, and the first step, in which the engine may have to pack weights.
     """
     cache = DynamicCache(config=lm.config)
     lm(input_ids=ids[:, :context], cache=cache, use_cache=True, logits_to_keep=1)
-    lm(input_ids=ids[:, context : context + 1], cache=cache, use_cache=True, logits_to_keep=1)  # weights are packed
+    lm(input_ids=ids[:, context : context + 1], cache=cache, use_cache=True, logits_to_keep=1)
     cache.crop(-1)
     start = now(lm)
     for t in range(context, context + steps):

@@ -186,7 +186,7 @@ def _engine(
             enter = hat.dense if capacity == 1 else enter
             with enter(), hat.collect() as states:
                 _ms(hat.lm, text, steps)
-            trace = TokenState.cat(states[1:])
+            trace = TokenState.cat(states[2:])
             found = {"realised": trace.capacity, "copy_mib": copied}
             if sequences == 1:
                 found["ideal"] = _ideal(state_cost(hat, trace), hat.base.dtype.itemsize, form)

@@ -90,7 +90,7 @@ def rows(
     ms = {v.name: v.times for v in variants}
     with hat.at(capacity, 0.0), hat.collect() as states:
         decode_ms(hat.lm, ids, steps)
-    realised = {"hf": 1.0, "dense": 1.0, "adaptive": TokenState.cat(states[1:]).capacity}
+    realised = {"hf": 1.0, "dense": 1.0, "adaptive": TokenState.cat(states[2:]).capacity}
     for way in WAYS:
         for part, times in _parts(way, ms).items():
             if (way, part) not in done:

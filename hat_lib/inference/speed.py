@@ -194,9 +194,9 @@ def held(hat: HierarchicalTransformer) -> AbstractContextManager:
 def timed(hat: HierarchicalTransformer, reference: tuple, ids: Tensor, mask: Tensor | None = None) -> float:
     """Speedup of ``hat`` as it is set over a reference, at the same decode steps over the last tokens of ``ids``.
 
-    All but `STEPS` + `WARM` tokens, or half of them if they are few, are put into the cache first. At each position
-    both run the same token behind the same cache. The median of the ratios; where tokens exit the ratio of the means,
-    as one token in ten that leaves early would not show in a median.
+    All but `STEPS` + `WARM` tokens, or half of them if they are few, are put into the cache first, by ``hat`` as it is
+    set. At each position both run the same token behind the same cache. The median of the ratios; where tokens exit the
+    ratio of the means, as one token in ten that leaves early would not show in a median.
 
     Args:
         reference: ``(lm, around)``: a model, and a function that makes the context to run it in.

@@ -376,3 +376,11 @@ def test_live_draws_while_the_log_grows_and_keeps_the_last_drawing(tmp_path, mon
     assert not more and len(updated) == 2 and how["metadata"] == {"image/png": {"alt": "what it shows"}}
     assert set(bundle) == {"image/png"} and updated[0] != updated[1]
     assert (tmp_path / "figures" / "gates.png").read_bytes() == style.png(training.gates(whole))
+
+
+@pytest.mark.parametrize("largest", [0.02, 1.4, 50.0])
+def test_an_axis_of_increases_reaches_the_largest_that_is_drawn(largest):
+    ax = Figure().subplots()
+    style.increases(ax, [0, 1, 10], "speedup", largest)
+    low, high = ax.get_ylim()
+    assert low < 0 and high > min(100 * largest, style.MOST)
