@@ -23,7 +23,10 @@ def packed_and_read(lm):
     for name, linears in LINEARS.items():
         for i, layer in enumerate(lm.model.layers):
             own = torch.cat([layer.get_submodule(linear).weight for linear in linears]).float()
-            yield name, i, own, torch.from_numpy(unpacked(getattr(weights, name)[i])).T
+            read = torch.from_numpy(unpacked(getattr(weights, name)[i])).T
+            if name == "gate_up":  # gates and ups stand in blocks by turns
+                read = torch.cat([*read.unflatten(0, (-1, 2, weights.block)).transpose(0, 1).flatten(1, 2)])
+            yield name, i, own, read
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from numpy import ndarray
 
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add
-from hat_lib.engine.kernels import F0, F1, LEAVES, as_float, as_stored, dot, dots, exp, keep, span
+from hat_lib.engine.kernels import F0, F1, LEAVES, add_eight, as_float, as_stored, dot, dots, exp, keep, span
 from hat_lib.engine.team import meet
 
 SENSITIVITY_LIMIT = np.float32(3)
@@ -62,6 +62,8 @@ class Weights(NamedTuple):
     kv_heads: int
     unit: int
     """channels that are not split between threads: they share a scale"""
+    block: int
+    """outputs of ``gate_up`` in turns: so many gates, and the ups of the same neurons"""
     eps: np.float32
 
 
@@ -147,8 +149,10 @@ class Scratch(NamedTuple):
     """``[R, H h]``"""
     leaves: ndarray
     """``[2, LEAVES, R, D]``: the parts of a narrow product, in turns"""
+    gate_up: ndarray
+    """``[R, 2F]``, in blocks as the weights"""
     ffn: ndarray
-    """``[R, 2F]``"""
+    """``[R, F]``"""
     index: ndarray
     """uint64 ``[P, C + 8]``"""
     picked: ndarray
@@ -303,29 +307,38 @@ def stand_in(decide, layer, x, h, small):
 
 
 @compiled(reorder=True)
-def attend(q, keys, values, first, last, factor, scores, out):
-    """Attention of one query ``q [h]`` over the places from ``first`` to ``last`` of a cache ``[room, h]``."""
-    top = -np.float32(np.inf)
-    for s in range(first, last + 1):
-        scores[s] = dot(keys[s], q) * factor
-        top = max(top, scores[s])
-    total = F0
-    for s in range(first, last + 1):
-        scores[s] = exp(scores[s] - top)
-        total += scores[s]
-    out[:] = F0
-    for s in range(first, last + 1):
-        weight, value = scores[s] / total, values[s]
-        for e in range(out.shape[0]):
-            out[e] += weight * as_float(value[e])
-
-
-@compiled(reorder=True)
 def largest(x):
     top = -np.float32(np.inf)
     for i in range(x.shape[0]):
         top = max(top, x[i])
     return top
+
+
+@compiled(reorder=True)
+def attend(q, keys, values, first, last, factor, scores, out):
+    """Attention of one query ``q [h]`` over the places from ``first`` to ``last`` of a cache ``[room, h]``."""
+    for s in range(first, last + 1):
+        scores[s] = dot(keys[s], q) * factor
+    top, total = largest(scores[first : last + 1]), F0
+    for s in range(first, last + 1):
+        scores[s] = exp(scores[s] - top)
+        total += scores[s]
+    for s in range(first, last + 1):
+        scores[s] /= total
+    out[:] = F0
+    eights = last + 1 - (last + 1 - first) % 8
+    for s in range(first, eights, 8):
+        add_eight(
+            values[s], values[s + 1], values[s + 2], values[s + 3],
+            values[s + 4], values[s + 5], values[s + 6], values[s + 7],
+            scores[s], scores[s + 1], scores[s + 2], scores[s + 3],
+            scores[s + 4], scores[s + 5], scores[s + 6], scores[s + 7],
+            out,
+        )  # fmt: skip
+    for s in range(eights, last + 1):
+        weight, value = scores[s], values[s]
+        for e in range(out.shape[0]):
+            out[e] += weight * as_float(value[e])
 
 
 @compiled()
@@ -335,15 +348,19 @@ def shortlist(head, scale, x, preview, floor, logits, t, team):
     Threads take pieces in turns: likely tokens have low numbers, and one thread would have most of them.
     """
     found, vocabulary = 0, logits.shape[0]
-    for piece in range(t * PIECE, vocabulary, team * PIECE):
-        for v in range(piece, min(piece + PIECE, vocabulary)):
-            value = preview[v]
-            if value >= floor:
+    for v0 in range(t * PIECE, vocabulary, team * PIECE):
+        v1 = min(v0 + PIECE, vocabulary)
+        for v in range(v0, v1):
+            logits[v] = as_stored(preview[v], logits[v])
+        if largest(preview[v0:v1]) < floor:
+            continue
+        for v in range(v0, v1):
+            if preview[v] >= floor:
                 value = dot(head[v], x)
                 if scale.shape[0]:
                     value *= scale[v]
+                logits[v] = as_stored(value, logits[v])
                 found += 1
-            logits[v] = as_stored(value, logits[v])
     return found
 
 
@@ -356,10 +373,12 @@ def store(heads, r, head, place, to):
 
 
 @compiled()
-def swiglu(gate, up):
-    """``gate = silu(gate) * up``."""
-    for i in range(gate.shape[0]):
-        gate[i] = gate[i] / (F1 + exp(-gate[i])) * up[i]
+def swiglu(gate_up, block, f0, f1, out):
+    """``out = silu(gate) * up``, from f0 to f1; a block of gates stands before the block of their ups."""
+    for start in range(f0, f1, block):
+        gates, ups, to = gate_up[2 * start :], gate_up[2 * start + block :], out[start:]
+        for i in range(block):
+            to[i] = gates[i] / (F1 + exp(-gates[i])) * ups[i]
 
 
 @compiled(keep=True)
@@ -467,15 +486,14 @@ def decode_step(t, team, barrier, base, decide, rows, room):
         n = keep(x, 0, wide_d, decide.cut_gate_up[layer], scale, whole, runs, index, picked, counts)
         w, w_scale, bias = base.gate_up[layer], base.gate_up_scale[layer], base.gate_up_bias[layer]
         f0, f1 = span(ff_width, t, team, 32), span(ff_width, t + 1, team, 32)
-        wide(w, w_scale, bias, index, picked, n, room.ffn, f0, f1)
-        wide(w, w_scale, bias, index, picked, n, room.ffn, ff_width + f0, ff_width + f1)
+        wide(w, w_scale, bias, index, picked, n, room.gate_up, 2 * f0, 2 * f1)
         for r in range(count):
-            swiglu(room.ffn[r, f0:f1], room.ffn[r, ff_width + f0 : ff_width + f1])
+            swiglu(room.gate_up[r], base.block, f0, f1, room.ffn[r])
         if meet(barrier, team):
             return
         if t < lanes:
             narrow(
-                base.down[layer], base.unit, room.ffn[:, :ff_width], decide.cut_down[layer], scale, whole, runs,
+                base.down[layer], base.unit, room.ffn, decide.cut_down[layer], scale, whole, runs,
                 index, picked, kept[layer, DOWN], room.leaves[1], t, lanes,
             )  # fmt: skip
         if meet(barrier, team):

@@ -10,6 +10,8 @@ The embedding is the base's own memory, and the head, too, in the form ``base``.
 
 from __future__ import annotations
 
+from math import gcd
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -54,6 +56,7 @@ def pack(lm, form: str = "base", corrections=None, *, strength: float = 1.0, pre
     if why := unfit(lm, form):
         raise ValueError(why)
     layers, config, packed = lm.model.layers, lm.config, {}
+    block = gcd(config.intermediate_size, 32)
     for (name, linears), channels, outputs in zip(LINEARS.items(), *widths(lm), strict=True):
         biased = corrections is not None or any(layers[0].get_submodule(n).bias is not None for n in linears)
         dtype, shape = {
@@ -63,19 +66,23 @@ def pack(lm, form: str = "base", corrections=None, *, strength: float = 1.0, pre
         }[form]
         weights = _room((len(layers), *shape), dtype)
         scales = torch.empty(len(layers), outputs if form == "int8" else 0)
-        biases = torch.zeros(len(layers), outputs if biased else 0)
+        biases = torch.empty(len(layers), outputs if biased else 0)
         for i, layer in enumerate(layers):
             modules = [layer.get_submodule(linear) for linear in linears]
             weight = torch.cat([linear.weight for linear in modules])
             correction = None if corrections is None else corrections[f"{i}_{name}"]
             if correction is not None:
                 weight = (weight.float() + strength * correction.update()).to(weight.dtype)
+            bias = torch.zeros(outputs if biased else 0)
+            if biased:
+                bias = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias for m in modules])
+                bias += 0 if correction is None else strength * correction.shift
+            if name == "gate_up":
+                weight, bias = _in_turns(weight, block), _in_turns(bias, block)
             if form == "int8":
                 weight, scales[i] = _eight_bits(weight)
             weights[i] = _four_bits(weight) if form == "q4" else weight.t()
-            if biased:
-                biases[i] = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias for m in modules])
-                biases[i] += 0 if correction is None else strength * correction.shift
+            biases[i] = bias
         packed |= {name: as_numpy(weights), f"{name}_scale": scales.numpy(), f"{name}_bias": biases.numpy()}
     head, head_scale = (lm.lm_head.weight, torch.zeros(0)) if form == "base" else _eight_bits(lm.lm_head.weight)
     columns = _room((head.shape[1], len(head) if preview else 0), head.dtype)
@@ -95,6 +102,7 @@ def pack(lm, form: str = "base", corrections=None, *, strength: float = 1.0, pre
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         unit=GROUP if form == "q4" else 1,
+        block=block,
         eps=np.float32(config.rms_norm_eps),
     )
 
@@ -103,6 +111,11 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory from numpy, which asks the system for huge pages: a gather touches many."""
     memory = np.empty(shape, {1: np.uint8, 2: np.uint16, 4: np.float32}[dtype.itemsize])
     return torch.from_numpy(memory).view(dtype)
+
+
+def _in_turns(outputs: Tensor, block: int) -> Tensor:
+    """Gates and ups ``[2F, ...]`` in blocks: what a thread reads of a row is one long piece, and not two."""
+    return outputs.unflatten(0, (2, -1, block)).transpose(0, 1).flatten(0, 2)
 
 
 def _eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -292,7 +292,8 @@ class FastPath:
         state.exit_layer = torch.from_numpy(ran.astype(np.int16))
         if mode.shortlist is not None:
             vocabulary, width = decoder.weights.head.shape
-            state.note_head(torch.from_numpy(head[0] / width + head[1] / vocabulary))
+            channels, words = head.sum((1, 2))
+            state.count_head(float(channels / width + words / vocabulary), b * t)
         self.hat.ended(state, cache)
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep]

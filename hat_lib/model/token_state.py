@@ -115,8 +115,12 @@ class TokenState:
         padding does not count. In another shape, all count."""
         if share.dim() == 2 and len(share) == self.batch and share.shape[1] <= self.tokens:
             share = share[self.real[:, self.tokens - share.shape[1] :]]
-        total, tokens = self._head
-        self._head = total + float(share.sum()), tokens + share.numel()
+        self.count_head(float(share.sum()), share.numel())
+
+    def count_head(self, work: float, tokens: int) -> None:
+        """Record what the head ran for so many tokens: their shares, summed."""
+        total, before = self._head
+        self._head = total + work, before + tokens
 
     def note_mask(self, layer: int, site: str, keep: Tensor) -> None:
         """Keep the decision itself; ``keep`` is bool ``[n, ...]`` for the running rows."""
