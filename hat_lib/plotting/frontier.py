@@ -76,10 +76,10 @@ def mechanisms(table: pd.DataFrame) -> Figure:
 
 
 def _increase(percent: float, _=None) -> str:
-    """+10 %, +100 %, x11, x101, x10^4: percents up to a hundred of them, then times the base's perplexity."""
-    if percent <= 100:
-        return f"{percent:+.0f} %" if percent else "0"
-    return f"x{1 + percent / 100:.0f}" if percent < 1e5 else f"x$10^{{{np.log10(percent) - 2:.0f}}}$"
+    """+10 %, +1,000 %, +10^6 %"""
+    if percent < 1e5:
+        return f"{percent:+,.0f} %" if percent else "0"
+    return f"+$10^{{{np.log10(percent):.0f}}}$ %"
 
 
 def points(quality: pd.DataFrame, granularity: str = "channel", text: str = "docstrings") -> pd.DataFrame:

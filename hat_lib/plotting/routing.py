@@ -40,7 +40,7 @@ def layer_map(table: pd.DataFrame) -> Figure:
     most = max(0.01, np.nanquantile(np.abs(difference.to_numpy()), 0.95))  # else the protected tokens leave no colour
     looks = {"cmap": PALETTE, "vmin": 0, "vmax": 1}, {"cmap": "PuOr", "vmin": -most, "vmax": most}
     bars = {"format": PERCENT}, {"format": _points, "extend": "both"}
-    titles = "executed share", "executed share − mean of the layer over all tokens, percentage points"
+    titles = "executed share", "less the layer's mean over all tokens, percentage points"
     left = np.flatnonzero(tokens["exit_layer"] < n_layers)
     fig, axes = style.panels(1, 2, 7.0, max(5.0, 1.8 + 0.165 * len(tokens)), sharex=True)
     for ax, cells, look, bar, title in zip(axes, (share, difference), looks, bars, titles, strict=True):
@@ -57,7 +57,7 @@ def layer_map(table: pd.DataFrame) -> Figure:
         names.append(Patch(color=colormaps[PALETTE](1.0), label="at the start: protected, runs in full"))
     names += axes[0].get_legend_handles_labels()[0]
     if names:
-        axes[0].legend(handles=names, ncols=len(names), loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+        style.below(fig, names)
     labels = [in_font(label(text)) for text in tokens["text"]]
     axes[1].set_xticks(np.arange(len(tokens)) + 0.5, labels, rotation=90, fontsize=7.5, parse_math=False)
     axes[1].set_xlabel("token (␣: a space, or part of a character)")
@@ -82,7 +82,7 @@ def score_histogram(table: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
         label = f"threshold at capacity {row.capacity:g}: {row.share:.0%} kept"
         ax.axvline(row.threshold, color=colour, linewidth=2, label=label)
     ax.yaxis.set_major_formatter(PERCENT)
-    ax.set(xlabel="score of a channel: the most that it can add to the output", ylabel="share of channels")
+    ax.set(xlabel="score of a channel", ylabel="share of channels")
     style.above(ax, 1)
     return fig
 

@@ -89,7 +89,7 @@ def lossless(table: pd.DataFrame) -> Figure:
     names = []
     for number, ((grain, capacity, dtype), rows) in enumerate(groups):
         look, shift = SERIES[number % len(SERIES)], 0.16 * (number - (len(groups) - 1) / 2)
-        names.append(key(f"{grain} grain at {capacity:g}, {dtype}", *look))
+        names.append(key(f"{grain} grain, capacity {capacity:g}, {dtype}", *look))
         for y, kind in enumerate(kinds):
             pairs = rows.loc[rows["kind"] == kind, ["accepted", "drafted"]]
             _resampled(stood, y + shift, pairs, _ratio, *look)

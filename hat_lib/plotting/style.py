@@ -38,6 +38,7 @@ SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (PURPLE, "v")]
 PUBLISHED = {"color": "black", "marker": "D", "markersize": 8, "markerfacecolor": "none", "zorder": 5}
 COST = ["increase", "increase_low", "increase_high"]
 WORK = "executed share of the model's work"
+BASES = {"bundled": "bundled base, 135M", "random:tinyllama": "TinyLlama's shape, 1.1B"}
 WIDTH, WIDE, HEIGHT, DPI = 7.0, 9.4, 3.8, 130  # inches: one panel, several side by side; inches; dots per inch
 MOST = 1000.0  # per cent; an increase beyond it stands at the upper edge, as a triangle
 
@@ -213,11 +214,11 @@ def panels(
 def panels_by(
     table: pd.DataFrame, column: str, height: float, width: float, **shared
 ) -> tuple[Figure, list[tuple[pd.DataFrame, Axes]]]:
-    """A panel for each value of a column, with that title, and the rows that have it."""
+    """A panel for each value of a column, with that title (or the one in `BASES`), and the rows that have it."""
     groups = list(table.groupby(column))
     fig, axes = panels(len(groups), height=height, width=width, **{"sharey": True, "sharex": True} | shared)
     for ax, (value, _) in zip(axes, groups, strict=True):
-        ax.set_title(value)
+        ax.set_title(BASES.get(value, value))
     return fig, [(rows, ax) for (_, rows), ax in zip(groups, axes, strict=True)]
 
 

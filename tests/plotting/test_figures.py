@@ -171,7 +171,7 @@ def test_prices_stand_at_realised_capacities_and_the_claim_is_hollow():
 
 def test_a_speedup_is_split_at_our_own_dense_path():
     bundled, shape = drawn(findings.speeds).axes
-    assert [ax.get_title(loc="left") for ax in (bundled, shape)] == ["bundled", "random:tinyllama"]
+    assert [ax.get_title(loc="left") for ax in (bundled, shape)] == ["bundled base, 135M", "TinyLlama's shape, 1.1B"]
     ran = [f"{c:.2f} (ran {c - 0.02:.2f})" for c in (0.9, 0.4)]
     assert labels(bundled.yaxis) == [f"{grain} {text}" for grain in ("channel", "token") for text in ran]
     dense = [0.9 / c for c in (0.9, 0.4)]
@@ -252,7 +252,7 @@ def test_time_is_one_over_speedup_exits_are_apart_and_what_lies_beyond_is_a_tria
 
 def test_the_claim_is_hollow_and_a_base_without_quality_is_left_out():
     (ax,) = drawn(speed.promise).axes
-    assert ax.get_title(loc="left") == "bundled"
+    assert ax.get_title(loc="left") == "bundled base, 135M"
     assert hollow(ax) == [(1.1, 1.0), (1.8, 12.0)]
     assert sorted(t.get_text() for t in ax.texts) == ["0.40", "0.90"]
     cost = [100 * 0.02 / c**4 for c in (0.4, 0.9)]
