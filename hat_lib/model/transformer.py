@@ -217,7 +217,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         self._check_loaded()
         value, mode = check_capacity(value), self._context.mode
         if value < 1.0 and self.config.granularity == "token":
-            warnings.warn(f"token grain at capacity {value}: {POOR}", stacklevel=2)
+            warnings.warn(f"token grain at capacity {value}: {POOR}", stacklevel=3)
         self._context.mode = self._decided(replace(mode, capacity=value), self.calibration)
 
     @property
