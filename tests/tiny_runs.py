@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from hat_lib.backbone.base import load_base
+from hat_lib.backbone.base import fingerprint, load_base
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.config import HatConfig
@@ -80,7 +80,7 @@ def peaked(dtype=torch.float32):
     """A base whose tokens are not all alike to it."""
     base = tiny(dtype)
     base.model.model.norm.weight.mul_(4)
-    return base
+    return replace(base, fingerprint=fingerprint(base.model))
 
 
 def gating(base=None, threshold=6.0, margin=10.0):

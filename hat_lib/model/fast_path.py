@@ -44,7 +44,7 @@ WEIGHT_FORMATS = ("base", "int8", "q4")
 ROPES = ("default", "linear", "llama3", "yarn")
 """rotary embeddings whose angles depend on the position alone"""
 TAKEN = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", "return_dict"}
-VERSION = attrgetter("_version")
+VERSION, EPSILON, SCALING = attrgetter("_version"), attrgetter("variance_epsilon"), attrgetter("scaling")
 LISTENERS = ("streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "assistant_model",
              "custom_generate", "negative_prompt_ids")  # fmt: skip
 """arguments of generate by which others' code, or other forwards, run between two steps"""
@@ -98,6 +98,9 @@ class FastPath:
         self._held = [held for m in modules for held in (m._modules, m._parameters)]
         self._held_then = [*map(dict, self._held)]
         self._forwards = [vars(m) for m in modules if m is not self.lm and "forward" not in vars(m)]
+        self._norms = [m for m in modules if hasattr(m, "variance_epsilon")]
+        self._attentions = [layer.self_attn for layer in ours.layers]
+        self._constants = [*map(EPSILON, self._norms), *map(SCALING, self._attentions)]
         # Torch counts changes in place, but not of what was made in inference mode.
         packed = (*self.lm.parameters(), *self.hat.corrections.parameters())
         self._counted = [p for p in packed if not p.is_inference()]
@@ -130,8 +133,8 @@ class FastPath:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of the packed weights; they are packed again when next needed."""
-        self._decoders = {}
+        """Let go of packed weights and decisions; they are made again when next needed."""
+        self._decoders, self._decisions, self._decided = {}, {}, ()
 
     @property
     def packed_bytes(self) -> int:
@@ -198,6 +201,8 @@ class FastPath:
             same = False
         if not same:
             return "a module or a parameter of the base was replaced, as by an adapter"
+        if [*map(EPSILON, self._norms), *map(SCALING, self._attentions)] != self._constants:
+            return "a constant of the base was changed: a norm's epsilon, or the scale of attention"
         if lm.config.num_hidden_layers != self.hat.config.n_layers:
             return "drafts by some of the layers were asked for"
         if any(map(contains, self._forwards, repeat("forward"))):
@@ -244,7 +249,11 @@ class FastPath:
         if "past_key_values" in given:  # what transformers called it before
             given = {"cache": given["past_key_values"]} | {k: v for k, v in given.items() if k != "past_key_values"}
         known = run is not None and run.alone and run.ready is not None and run.ready[0] is mode
-        if len(args) < 2 and self._takes(given) and (known or self.why_not() is None):
+        takes = len(args) < 2 and self._takes(given)
+        if takes and not known and (not given["cache"].get_seq_length() or run is not None and run.ready is None):
+            self.hat.look()  # as the reference path does for the prompts that it runs
+            mode = self.context.mode
+        if takes and (known or self.why_not() is None):
             out = self._decode(mode, run, known, **{name: given.get(name) for name in TAKEN})
             if out is not None:
                 if run:

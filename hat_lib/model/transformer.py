@@ -15,6 +15,7 @@ holds for the thread that entered it.
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
-from hat_lib.backbone.base import Base, first_line, load_base
+from hat_lib.backbone.base import Base, fingerprint, first_line, load_base
 from hat_lib.backbone.shapes import LINEARS
 from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate
 from hat_lib.model.checkpoint import Checkpoint, check_tensors, is_hat_parameter, read_checkpoint, write_checkpoint
@@ -42,6 +43,7 @@ from hat_lib.model.routers import ChannelRouter, ExitGate, MoERouter
 from hat_lib.model.steering import move, offsets
 from hat_lib.model.threshold_table import Calibration
 from hat_lib.model.token_state import Masks, TokenState
+from hat_lib.model.watch import Watch
 
 POOR = (
     "skipping whole FFNs of a frozen base multiplies perplexity (see data/results); the channel grain keeps far more "
@@ -104,6 +106,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         self.head_work = head / sum(work.values())
         """work of the head, as a multiple of a layer's routable work"""
         self._head_norm: Tensor | None = None
+        self._looking = threading.Lock()
         self.eval()
 
         self._context = Context(SimpleNamespace(mode=Mode()))
@@ -128,6 +131,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         if self.corrections:
             self._hooks += self.corrections.attach(self.lm.model.layers, self._context)
         self._fast.attach()
+        self._watches = Watch(self.lm), Watch(*self._own)
 
     def _detach(self) -> None:
         self._fast.detach()
@@ -138,6 +142,8 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     def unload(self) -> Base:
         """Take everything off and return the base, as it was before. The model is of no use from then on."""
+        if self.layers:
+            self.look()
         self._detach()
         self.layers = []
         return self.base
@@ -170,6 +176,7 @@ class HierarchicalTransformer(Modes, nn.Module):
                 raise HatError(f"the model could not be moved, and is as it was: {first_line(error)}") from error
             raise
         self.lm.config.dtype = self.lm.dtype
+        self._watches = Watch(self.lm), Watch(*self._own)
         return self
 
     def __deepcopy__(self, memo) -> HierarchicalTransformer:
@@ -359,9 +366,32 @@ class HierarchicalTransformer(Modes, nn.Module):
                 "replace modules before attaching; wrapping single linear layers (LoRA) is fine at any time"
             )
         start = cache.get_seq_length() if cache is not None else 0
+        if not start:
+            self.look()
+            mode = self._context.mode
         places = TokenState.places(tokens, given.get("attention_mask"), given.get("position_ids"), start)
         state = self.new_state(*places, start, cache)
         passes[-1] = ForwardPass(mode, state, self.grain.sites, self.gates, self.corrections, cache)
+
+    def look(self) -> None:
+        """Follow changes of the base's weights and of what is trained; done at each prompt. What was made of weights
+        (norms in scores, packed copies, the base's fingerprint) is made anew. Warns if the base is now another."""
+        with self._looking:
+            base, own = [watch.changed() for watch in self._watches]
+            if base or own:
+                self._fast.forget()
+            if not base:
+                return
+            for name, router in self.routers.items():
+                if isinstance(router, ChannelRouter):
+                    layer, site = name.split("_", 1)
+                    router.column_norm.copy_(column_norm(self.lm.model.layers[int(layer)], site).clamp(min=1e-12))
+            before, self._head_norm = self.base.fingerprint, None
+            self.base = replace(self.base, fingerprint=fingerprint(self.lm))
+            self.calibration = self.calibration  # the head's decision is made of its norms
+        if self.base.fingerprint != before:
+            what = "scores, packed weights and fingerprint follow; thresholds were set on the weights before"
+            warnings.warn(f"weights of the base were changed under the model: {what}", stacklevel=2)
 
     def new_state(self, real: Tensor, position: Tensor, start: int, cache: Cache | None = None) -> TokenState:
         """What a forward is to fill, of the tokens at these `TokenState.places`."""
@@ -431,6 +461,8 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     def save_pretrained(self, folder) -> None:
         """Write routers, gates, config and calibration; never the base. See `hat_lib.model.checkpoint`."""
+        if self.layers:
+            self.look()
         parts = self.config, self.base.name, self.base.fingerprint, self.hat_parameters()
         write_checkpoint(folder, Checkpoint(*parts, self.calibration, self.training_summary))
 

@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from four_bits_read import round_weights
@@ -18,12 +21,17 @@ from tiny_runs import GRAINS, greedy, skipping, tiny
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from hat_lib.backbone.base import fingerprint
 from hat_lib.config import HatConfig, HatError
 from hat_lib.model.fast_path import WEIGHT_FORMATS
+from hat_lib.model.granularity import column_norm
 from hat_lib.model.policies import Random
 from hat_lib.model.transformer import HierarchicalTransformer
 
-pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:token grain")]
+pytestmark = [
+    pytest.mark.usefixtures("no_grad"),
+    pytest.mark.filterwarnings("ignore:token grain", "ignore:weights of the base were changed"),
+]
 
 
 @pytest.fixture(params=GRAINS)
@@ -104,6 +112,12 @@ class Reasons:
     def foreign_forward(hat, monkeypatch):
         linear = hat.lm.model.layers[0].self_attn.q_proj
         linear.forward = linear.forward
+
+    def scaling(hat, monkeypatch):
+        hat.lm.model.layers[1].self_attn.scaling *= 2
+
+    def epsilon(hat, monkeypatch):
+        hat.lm.model.norm.variance_epsilon *= 2
 
     def float16(hat, monkeypatch):
         hat.to(torch.float16)
@@ -187,6 +201,46 @@ def test_without_numba_everything_works():
     assert why.startswith("reference path (numba cannot be used here (ModuleNotFoundError: ")
     assert [line.split(maxsplit=1)[1] for line in found["report"] if line.startswith("decoding")] == [why]
     assert "note: no engine: skipped channels save no time" in found["report"]
+
+
+def merged(lm):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft asks for a name that transformers is about to drop
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        peft.get_peft_model(lm, lora).merge_and_unload()
+
+
+CHANGES = {
+    "adapters were merged": merged,
+    "data": lambda lm: lm.model.layers[1].mlp.up_proj.weight.data.mul_(1.5),
+    "rotary": lambda lm: lm.model.rotary_emb.inv_freq.mul_(2),
+    "replaced": lambda lm: setattr(lm.lm_head, "weight", torch.nn.Parameter(2 * lm.lm_head.weight)),
+    "loaded": lambda lm: lm.load_state_dict({k: 1.2 * v for k, v in lm.state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_that_change_under_the_model_are_followed(hat, ids, change):
+    before = stepwise(hat.lm, ids)
+    CHANGES[change](hat.lm)
+    another = pytest.warns(UserWarning, match="weights of the base were changed under the model")
+    with another if change != "rotary" else nullcontext():
+        after = stepwise(hat.lm, ids)
+    assert float((after - before).abs().max()) > 1e-2
+    with hat.reference():
+        close(after, stepwise(hat.lm, ids))
+    assert hat.base.fingerprint == fingerprint(hat.lm)
+    if hat.config.granularity == "channel":
+        torch.testing.assert_close(hat.routers["1_down"].column_norm, column_norm(hat.lm.model.layers[1], "down"))
+
+
+def test_routers_changed_through_data_are_followed(hat, ids):
+    stepwise(hat.lm, ids)
+    for p in hat.hat_parameters().values():
+        p.data.add_(0.3)
+    after = stepwise(hat.lm, ids)
+    with hat.reference():
+        close(after, stepwise(hat.lm, ids))
 
 
 def test_weights_and_routers_that_change_are_followed(hat, ids):
