@@ -27,7 +27,7 @@ NBVAL := --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanit
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup workbook check test soak lint clean
+.PHONY: help setup workbook check test soak refresh lint clean
 
 help:  ## say what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,12 @@ test: lint  ## lint, every test, and the notebooks' stored outputs compared with
 
 soak: .venv/tested  ## what it survives, over an hour: rows that data/results/reliability.csv lacks; stopped, it goes on
 	PYTHONPATH=tests $(OFFLINE) $(PY) -m soak $(PART)
+
+refresh: .venv/tested  ## make all that is committed anew: results, tables, figures, notebooks; hours, on an idle machine
+	$(OFFLINE) $(PY) -m hat_lib reproduce --all --again --out data/results
+	$(PY) -m hat_lib reproduce --tables
+	$(PY) -m hat_lib reproduce --figures
+	$(OFFLINE) $(PY) -m hat_lib.workbook execute
 
 lint: .venv/tested
 	$(PY) -m ruff check .

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as any_module
+from torch.utils.hooks import RemovableHandle
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -44,7 +45,7 @@ WEIGHT_FORMATS = ("base", "int8", "q4")
 ROPES = ("default", "linear", "llama3", "yarn")
 """rotary embeddings whose angles depend on the position alone"""
 TAKEN = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", "return_dict"}
-VERSION, EPSILON, SCALING = attrgetter("_version"), attrgetter("variance_epsilon"), attrgetter("scaling")
+EPSILON, SCALING = attrgetter("variance_epsilon"), attrgetter("scaling")
 LISTENERS = ("streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "assistant_model",
              "custom_generate", "negative_prompt_ids")  # fmt: skip
 """arguments of generate by which others' code, or other forwards, run between two steps"""
@@ -78,7 +79,6 @@ class FastPath:
         """of the packed weights, one of `WEIGHT_FORMATS`"""
         self._decoders: dict[tuple[str, float, bool], Decoder] = {}
         """by form, the strength of corrections in its products, and whether its head may be gated"""
-        self._packed = 0
         self._decisions: dict[tuple, Decisions] = {}
         self._decided: tuple = ()
         """of the last step: by what, and what"""
@@ -95,16 +95,14 @@ class FastPath:
         self._hooks = [h for m in modules if m is not ours for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._own_hooks = ours._forward_hooks, ours._forward_pre_hooks
         self._hooks_then = [sum(map(_is_ours, hooks.values())) for hooks in self._hooks]
-        self._held = [held for m in modules for held in (m._modules, m._parameters)]
+        self._next_hook = None
+        """the number of torch's next hook, anywhere, when there were none on the base"""
+        self._held = [held for m in modules for held in (m._modules, m._parameters) if held]
         self._held_then = [*map(dict, self._held)]
         self._forwards = [vars(m) for m in modules if m is not self.lm and "forward" not in vars(m)]
         self._norms = [m for m in modules if hasattr(m, "variance_epsilon")]
         self._attentions = [layer.self_attn for layer in ours.layers]
         self._constants = [*map(EPSILON, self._norms), *map(SCALING, self._attentions)]
-        # Torch counts changes in place, but not of what was made in inference mode.
-        packed = (*self.lm.parameters(), *self.hat.corrections.parameters())
-        self._counted = [p for p in packed if not p.is_inference()]
-        self._trained = [p for p in self.hat.hat_parameters().values() if not p.is_inference()]
         self._reference = self.lm.forward
 
         @functools.wraps(self._reference)  # generate reads its signature
@@ -192,8 +190,11 @@ class FastPath:
             return "decisions are not the method's own"
         if mode.exits is not None and type(mode.exits) not in (ExitThresholds, Forced):
             return "exits are not the method's own"
-        hooked = [*map(len, self._hooks)] != self._hooks_then and not self._hooks_sleep()
-        if hooked or [*map(len, self._own_hooks)] != [1, 1] or any_module._has_any_global_hook():
+        if (number := RemovableHandle.next_id) != self._next_hook:
+            if [*map(len, self._hooks)] != self._hooks_then and not self._hooks_sleep():
+                return "there are hooks on the base"
+            self._next_hook = number
+        if [*map(len, self._own_hooks)] != [1, 1] or any_module._has_any_global_hook():
             return "there are hooks on the base"
         try:
             same = self._held == self._held_then
@@ -312,10 +313,8 @@ class FastPath:
 
     @property
     def decoder(self) -> Decoder:
-        """The packed base, as its weights are now."""
-        mode, now = self.context.mode, sum(map(VERSION, self._counted))
-        if now != self._packed:
-            self._decoders, self._packed = {}, now  # before there are others
+        """The packed base, as its weights were at the last prompt."""
+        mode = self.context.mode
         # Where gated forwards are corrected, the uncorrected copy serves the dense model.
         gates_head = self.hat.gates_head and bool(mode.corrected) == bool(len(self.hat.corrections))
         merged = mode.corrected if self.hat.config.granularity == "channel" else 0.0
@@ -332,7 +331,7 @@ class FastPath:
         routed, exits = mode.policy, mode.exits
         if Forced in (type(routed), type(exits)):  # another at each place
             return decisions(self.hat, decoder.everything(), mode, places)
-        by = routed, exits, mode.shortlist, mode.corrected, sum(map(VERSION, self._trained))
+        by = routed, exits, mode.shortlist, mode.corrected
         if self._decided[:-1] != by:
             thresholds = [tuple(p.thresholds.values()) if hasattr(p, "thresholds") else None for p in (routed, exits)]
             asked = (*by[2:], *thresholds)
