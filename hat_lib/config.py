@@ -121,7 +121,7 @@ class HatConfig:
     translator_rank: int = 1
     """rank of the correction that an exiting hidden state gets, beside a diagonal one and a bias"""
     protected_tokens: int = 2
-    """real tokens at the start of each row that run in full and never exit (attention sinks)"""
+    """real tokens at the start of each document that run in full and never exit (attention sinks)"""
     correction_rank: int | None = None
     """rank of the corrections of what is skipped, 0 for constant vectors alone; None for none"""
 

@@ -1,4 +1,4 @@
-"""``hat analyze``: which tokens get how much; five lines of findings, and the tables behind them."""
+"""``hat analyze``: how compute is distributed over tokens and layers; a five-line summary, and the tables behind it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from hat_lib.cli import given
-from hat_lib.cli.given import option, say
+from hat_lib.cli import options
+from hat_lib.cli.options import option, say
 from hat_lib.config import check_count, work_said
 from hat_lib.text.plain import cell, printable
 
@@ -25,27 +25,27 @@ PAGE = '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="
 
 
 def analyze(
-    base: str | None = given.BASE,
-    checkpoint: Path | None = given.CHECKPOINT,
-    text: str = given.TEXT,
-    split: str | None = given.SPLIT,
-    capacity: str | None = given.CAPACITY,
-    exit_rate: str | None = given.EXIT_RATE,
-    max_tokens: int = given.MAX_TOKENS,
-    dtype: str | None = given.DTYPE,
-    tables: bool = option(False, "Also the tables, and the beginning of the text, coloured by work.", "--tables"),
+    base: str | None = options.BASE,
+    checkpoint: Path | None = options.CHECKPOINT,
+    text: str = options.TEXT,
+    split: str | None = options.SPLIT,
+    capacity: str | None = options.CAPACITY,
+    exit_rate: str | None = options.EXIT_RATE,
+    max_tokens: int = options.MAX_TOKENS,
+    dtype: str | None = options.DTYPE,
+    tables: bool = option(False, "Also print the tables, and the beginning of the text coloured by compute.", "--tables"),
     out: Path | None = option(None, "Also write tables (CSV), figures (PNG) and coloured text (HTML) to this folder."),
 ) -> None:
-    """Which tokens get how much, where, and how hard they are.
+    """How compute is distributed over tokens and layers.
 
-    Five lines of findings; by class, position, surprisal, entropy and layer with --tables, and whole with --out. All
-    intervals are of 95 %.
+    And whether harder tokens get more. Prints a five-line summary; --tables prints tables by class, position,
+    surprisal, entropy and layer, --out writes all of them. All intervals are 95 % intervals.
     """
     check_count("max tokens", max_tokens, 2)
-    given.check_text(text, split)
+    options.check_text(text, split)
     if out is not None:
-        given.check_writable(out, "an analysis")
-    hat = given.load(base, checkpoint, capacity, exit_rate, dtype)
+        options.check_writable(out, "an analysis")
+    hat = options.load(base, checkpoint, capacity, exit_rate, dtype)
 
     from hat_lib.evaluation.routing import TABLES, patterns
     from hat_lib.plotting.token_heatmap import ansi, html, passages
@@ -57,7 +57,7 @@ def analyze(
     tokens, n_blocks = found.tokens, found.tokens["block"].nunique()
     if n_blocks < 2:
         say("warning", f"intervals need at least 2 blocks of up to 512 tokens, got {len(tokens)} tokens in one")
-    _, said = given.measured(text, split, len(tokens), sum(len(t.encode(errors="replace")) for t in tokens["text"]))
+    _, said = options.measured(text, split, len(tokens), sum(len(t.encode(errors="replace")) for t in tokens["text"]))
     typer.echo(f"{printable(text)}: {len(tokens)} tokens in {n_blocks} blocks\nmeasured     {said}")
     typer.echo("\n".join(_findings(found, made)))
     low, high = tokens.loc[~tokens["protected"], "model_share"].quantile([0.01, 0.99])

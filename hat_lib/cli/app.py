@@ -18,7 +18,7 @@ from hat_lib.cli.analyze import analyze
 from hat_lib.cli.batch import batch
 from hat_lib.cli.evaluate import evaluate
 from hat_lib.cli.generate import generate
-from hat_lib.cli.given import option, say
+from hat_lib.cli.options import option, say
 from hat_lib.cli.results import reproduce, sweep
 from hat_lib.cli.train import calibrate, train
 from hat_lib.config import NO_DATA, HatError, outside_repository

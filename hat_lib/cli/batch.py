@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from hat_lib.cli.given import option
+from hat_lib.cli.options import option
 from hat_lib.config import HatError, check_count
 
 

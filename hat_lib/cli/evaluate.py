@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from hat_lib import __version__
-from hat_lib.cli import given
-from hat_lib.cli.given import option
+from hat_lib.cli import options
+from hat_lib.cli.options import option
 from hat_lib.config import HatError, check_count, work_said
 from hat_lib.text.plain import printable
 
@@ -22,13 +22,13 @@ FOUR_BIT = "the bundled base is a 4-bit file, dequantised; its perplexity is not
 
 
 def evaluate(
-    base: str | None = given.BASE,
-    checkpoint: Path | None = given.CHECKPOINT,
-    text: str = given.TEXT,
-    split: str | None = given.SPLIT,
-    capacity: str | None = given.CAPACITY,
-    exit_rate: str | None = given.EXIT_RATE,
-    max_tokens: int = given.MAX_TOKENS,
+    base: str | None = options.BASE,
+    checkpoint: Path | None = options.CHECKPOINT,
+    text: str = options.TEXT,
+    split: str | None = options.SPLIT,
+    capacity: str | None = options.CAPACITY,
+    exit_rate: str | None = options.EXIT_RATE,
+    max_tokens: int = options.MAX_TOKENS,
     documents: bool = option(False, "Also a line for each document.", "--documents"),
     tasks: str | None = option(
         None, "Instead of a text: tasks of lm-evaluation-harness, comma-separated, such as address_cloze."
@@ -37,7 +37,7 @@ def evaluate(
         None, "Folder of YAML files of tasks; Python that a task names is run. [default: data/tasks]"
     ),
     batch_size: int = option(1, "Blocks or requests a forward, at least 1; changes no result beyond rounding."),
-    dtype: str | None = given.DTYPE,
+    dtype: str | None = options.DTYPE,
     as_json: bool = option(False, "Print one JSON object on stdout and nothing else.", "--json"),
 ) -> None:
     """Perplexity against the base, with its 95 % interval.
@@ -50,16 +50,16 @@ def evaluate(
     if tasks is None:
         if tasks_path is not None:
             raise HatError("--tasks-path needs --tasks NAME[,NAME]")
-        given.check_text(text, split)
-        hat = given.load(base, checkpoint, capacity, exit_rate, dtype)
+        options.check_text(text, split)
+        hat = options.load(base, checkpoint, capacity, exit_rate, dtype)
         row, lines = _on_text(hat, text, split, max_tokens, batch_size, documents)
     else:
-        if documents or (text, split, max_tokens) != (given.TEXT.default, None, given.MAX_TOKENS.default):
+        if documents or (text, split, max_tokens) != (options.TEXT.default, None, options.MAX_TOKENS.default):
             raise HatError("--tasks brings its own text: leave out --text, --split, --max-tokens and --documents")
         from hat_lib.evaluation.lm_eval import TASKS, load_tasks
 
-        loaded = load_tasks(given.names("--tasks", tasks), tasks_path or TASKS)
-        hat = given.load(base, checkpoint, capacity, exit_rate, dtype)
+        loaded = load_tasks(options.names("--tasks", tasks), tasks_path or TASKS)
+        hat = options.load(base, checkpoint, capacity, exit_rate, dtype)
         row, lines = _on_tasks(hat, loaded, batch_size)
     typer.echo(json.dumps(row) if as_json else "\n".join(lines))
 
@@ -82,7 +82,7 @@ def _on_text(
     dense, (adaptive,) = score_each(hat, blocks, batch_size=batch_size)
     paired, sizes = compare(dense, adaptive), text_bytes(blocks, hat.base.tokenizer)
     rows, n_bytes = by_document(blocks, sizes, dense, adaptive), int(sizes.sum())
-    share, said = given.measured(text, split, paired.tokens, n_bytes)
+    share, said = options.measured(text, split, paired.tokens, n_bytes)
     bits = {name: bits_per_byte(s.nll.sum(), n_bytes) for name, s in (("base_bits", dense), ("bits", adaptive))}
     row = _about(hat, adaptive.capacity, adaptive.exit_rate, adaptive.model_share)
     row |= {"text": text, "split": split, "text_hash": text_hash(blocks)[:16]}

@@ -7,42 +7,44 @@ from pathlib import Path
 
 import typer
 
-from hat_lib.cli import given
-from hat_lib.cli.given import option
+from hat_lib.cli import options
+from hat_lib.cli.options import option
 from hat_lib.config import HatError, work_said
 
 
 def generate(
     prompt: str = option(..., "Text to continue, as it is, without a chat template; - reads stdin."),
-    base: str | None = given.BASE,
-    checkpoint: Path | None = given.CHECKPOINT,
-    capacity: str | None = given.CAPACITY,
-    exit_rate: str | None = given.EXIT_RATE,
-    target_speedup: str | None = option(None, "Decode this many times as fast, at the largest capacity that does."),
+    base: str | None = options.BASE,
+    checkpoint: Path | None = options.CHECKPOINT,
+    capacity: str | None = options.CAPACITY,
+    exit_rate: str | None = options.EXIT_RATE,
+    target_speedup: str | None = option(
+        None, "Decode this many times as fast, at the highest capacity that reaches it."
+    ),
     refresh_speed: bool = option(False, "With a target: measure this machine's speed anew.", "--refresh-speed"),
     versus: str = option("dense", "Speedups are over dense (our own dense path) or hf (plain transformers)."),
     lossless: bool = option(False, "The base's own text: the adaptive model drafts, the base decides.", "--lossless"),
     steer: bool = option(
-        False, "Move thresholds while decoding, until the text executes the capacity asked for.", "--steer"
+        False, "Move thresholds while decoding, so that realised capacity matches the request.", "--steer"
     ),
     show_compute: bool = option(
-        False, "Show new tokens again, coloured by the work that chose each.", "--show-compute"
+        False, "Show each new token again, coloured by the compute spent predicting it.", "--show-compute"
     ),
     max_new_tokens: int = option(64, "Most tokens to add, at least 1; an end-of-text token stops earlier."),
-    dtype: str | None = given.DTYPE,
+    dtype: str | None = options.DTYPE,
     weights: str = option(
         "base",
         "What the engine reads for each token: base, the base's own weights, or a copy in fewer bits (int8, q4): "
         "faster, near to the base and not equal to it. With --lossless they draft, and the base's own decide.",
     ),
-    temperature: float = option(0.0, "0 takes the likeliest token (greedy); from 0.001 on samples from all tokens."),
-    seed: int = option(0, "Seed of the sampling, from 0 to 2^64 - 1; greedy has no use for it."),
+    temperature: float = option(0.0, "0 takes the likeliest token (greedy); 0.001 and above samples from all tokens."),
+    seed: int = option(0, "Seed of the sampling, from 0 to 2^64 - 1; greedy decoding ignores it."),
 ) -> None:
     """Continue a prompt, and say how much was executed.
 
     At a capacity, at a target speedup (the first one measures this machine's speed, about half a minute), or exactly as
-    the base would, with the adaptive model as drafter. The text appears as it comes; the lines after it have what was
-    requested and what was realised.
+    the base would, with the adaptive model as drafter. The text is printed as it is generated; the lines after it say what
+    was requested and what was realised.
     """
     for chosen, on in (("--capacity", capacity), ("--lossless", lossless)):
         if target_speedup is not None and on:
@@ -53,7 +55,7 @@ def generate(
         raise HatError("--refresh-speed measures for a target: add --target-speedup")
     if lossless and show_compute:
         raise HatError("--show-compute colours what a token skipped; with --lossless the base decides on every token")
-    prompt = given.read_prompt(prompt)
+    prompt = options.read_prompt(prompt)
 
     from hat_lib.inference.generate import AdaptiveInference, check_sampling
     from hat_lib.inference.speed import VERSUS, check_target, check_versus
@@ -64,10 +66,10 @@ def generate(
     check_sampling(max_new_tokens, temperature, seed)
     check_versus(versus)
     target = None if target_speedup is None else check_target(target_speedup)
-    hat = given.load(base, checkpoint, capacity, exit_rate, dtype)
+    hat = options.load(base, checkpoint, capacity, exit_rate, dtype)
     hat.weight_format = weights
     if weights != "base" and not hat.decoding.startswith("engine"):
-        given.say("warning", f"--weights {weights} changes nothing here: {hat.decoding}")
+        options.say("warning", f"--weights {weights} changes nothing here: {hat.decoding}")
 
     from transformers import TextStreamer
 
@@ -94,7 +96,7 @@ def generate(
         ids = out.ids[0, out.prompt_length :].tolist()
         shares = out.token_share[0, out.prompt_length - 1 :].tolist()
         passage = Passage("new tokens", pieces(hat.base.tokenizer, ids), shares)
-        typer.echo("\n" + ansi(passage, meaning="work that chose the token, as a share of the dense model's") + "\n")
+        typer.echo("\n" + ansi(passage, meaning="compute spent predicting the token, as a share of the dense model's") + "\n")
     work = work_said(out.requested_capacity, out.capacity, out.requested_exit_rate, out.exit_rate, out.model_share)
     typer.echo(f"[{work}; {out.new_tokens} new tokens, {out.tokens_per_second:.1f} tokens/s; {hat.decoding}]")
     speedup = "too short a text to measure" if out.realised_speedup is None else f"{out.realised_speedup:.3f}x"
@@ -119,6 +121,6 @@ def _price(checkpoint: Path | None, capacity: float, weights: str) -> str:
     if capacity == 1:
         return "the base's perplexity" + more
     with suppress(HatError):  # no results, as after `pip install` without the repository
-        if known := prices(checkpoint or given.CALIBRATED, capacity):
+        if known := prices(checkpoint or options.DEFAULT, capacity):
             return "perplexity about " + ", ".join(f"{increase} on {text}" for text, increase in known.items()) + more
     return f"what that costs was not measured, see `hat evaluate --capacity {capacity:.2f}`" + more

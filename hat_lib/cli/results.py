@@ -6,8 +6,8 @@ from pathlib import Path
 
 import typer
 
-from hat_lib.cli import given
-from hat_lib.cli.given import option, say
+from hat_lib.cli import options
+from hat_lib.cli.options import option, say
 from hat_lib.config import DATA, REPO, RUNS, WHY, HatError, check_count
 
 RESULTS = DATA / "results"
@@ -19,38 +19,42 @@ def sweep(
     exit_rate: str = option("0", "Exit rates, 0-1, comma-separated."),
     seed: str = option("0", "Seeds of what is drawn at random, comma-separated."),
     grains: str = option("channel,token", "Which grains to measure, comma-separated: channel, token."),
-    texts: str = option("addresses,docstrings", f"Comma-separated; each {given.TEXT_HELP}."),
+    texts: str = option("addresses,docstrings", f"Comma-separated; each {options.TEXT_HELP}."),
     variants: str = option(
         "trained,untrained,random,static,cosine,removal,random_exits", "The trained model and its controls."
     ),
-    max_tokens: int = given.MAX_TOKENS,
-    channel: Path = option(given.CHECKPOINTS / "default", "Trained checkpoint of this grain."),
-    channel_untrained: Path = option(given.CALIBRATED, "Calibrated, untrained checkpoint of this grain, a control."),
-    token: Path = option(given.CHECKPOINTS / "token", "Trained checkpoint of this grain."),
-    token_untrained: Path = option(given.CHECKPOINTS / "calibrated_token", "Untrained checkpoint, a control."),
-    dtype: str | None = given.DTYPE,
+    max_tokens: int = option(4000, "Tokens of each text, at least 1024; more makes the interval narrower."),
+    channel: Path = option(options.DEFAULT, "Trained channel-grain checkpoint."),
+    channel_untrained: Path = option(
+        options.CHECKPOINTS / "calibrated", "Untrained channel-grain checkpoint, calibrated alone: a control."
+    ),
+    token: Path = option(options.CHECKPOINTS / "token", "Trained token-grain checkpoint."),
+    token_untrained: Path = option(
+        options.CHECKPOINTS / "calibrated_token", "Untrained token-grain checkpoint, calibrated alone: a control."
+    ),
+    dtype: str | None = options.DTYPE,
 ) -> None:
     """Quality over a grid, beside every control at equal work.
 
     A row is written as soon as it is measured; stopped and started again, a sweep goes on where it was. At its end the
-    frontier is drawn beside the file, with 95 % intervals. A file that the trained checkpoint was not made with is
-    measured whole, of any other text the split test.
+    frontier is drawn beside the file, with 95 % intervals. All of a file is measured, unless the trained checkpoint was
+    made with it; of any other text, the split test.
     """
     if out.suffix.lower() != ".csv":
         raise HatError(f"--out must be a .csv file, beside which the figure goes as .png, got {out}")
-    wanted = given.names("--grains", grains)
-    given.check_grains("grains", wanted)
+    wanted = options.names("--grains", grains)
+    options.check_grains("grains", wanted)
     axes = {
         "capacities": _numbers("--capacity", capacity),
         "exit_rates": _numbers("--exit-rate", exit_rate),
         "seeds": _numbers("--seed", seed, int),
-        "texts": given.names("--texts", texts),
-        "variants": given.names("--variants", variants),
+        "texts": options.names("--texts", texts),
+        "variants": options.names("--variants", variants),
         "max_tokens": check_count("max tokens", max_tokens, 1024),
     }
     for source in axes["texts"]:
-        given.check_text(source, None)
-    given.check_writable(out.parent, "a sweep")
+        options.check_text(source, None)
+    options.check_writable(out.parent, "a sweep")
 
     import pandas as pd
 
@@ -82,7 +86,7 @@ def sweep(
 def _numbers(option: str, text: str, kind: type = float) -> list:
     """``"0.4,0.7"`` as numbers, at least one."""
     try:
-        return [kind(part) for part in given.names(option, text)]
+        return [kind(part) for part in options.names(option, text)]
     except ValueError:
         raise HatError(f"{option} takes numbers, comma-separated, got {text!r}") from None
 
@@ -95,7 +99,7 @@ def reproduce(
     out: Path | None = option(
         None, "Folder of the CSV files; only rows that they lack are measured. [default: runs/results]"
     ),
-    again: bool = option(False, "Measure every row, and replace the old file once all are there.", "--again"),
+    again: bool = option(False, "Measure every row again, and replace the old file once all are done.", "--again"),
     settings: list[str] | None = option(
         None, "An option of the experiment; may be repeated: --set channel=0.9,0.7.", "--set", metavar="NAME=VALUE"
     ),
@@ -108,7 +112,7 @@ def reproduce(
     and figures change with --out data/results alone, and rows that they hold only with --again.
     """
     folder = out or RUNS / "results"
-    given.check_writable(folder, "results")
+    options.check_writable(folder, "results")
 
     from hat_lib.experiments import registry
 
@@ -116,7 +120,7 @@ def reproduce(
     experiments = {name: registry.load(name) for name in wanted}
     if settings and len(wanted) != 1:
         raise HatError("--set goes with the name of one experiment")
-    options = registry.parse(wanted[0], settings) if settings else {}
+    changed = registry.parse(wanted[0], settings) if settings else {}
     if figures:
         for name in wanted or registry.NAMES:
             _figures(name, registry.load(name), out or RESULTS)
@@ -132,7 +136,7 @@ def reproduce(
         typer.echo(f"{'':28}--set {', '.join(registry.option_kinds(name))}")
     for name, experiment in experiments.items():
         count = 0
-        for row in registry.measure(name, folder, again=again, **options):
+        for row in registry.measure(name, folder, again=again, **changed):
             count += 1
             typer.echo(f"{name}: " + ", ".join(f"{key} {getattr(row, key)}" for key in experiment.KEY))
         known = "" if count else ", as it had them all (--again measures them once more)"

@@ -11,21 +11,24 @@ from pathlib import Path
 
 import typer
 
-from hat_lib.cli import given
-from hat_lib.cli.given import option
+from hat_lib.cli import options
+from hat_lib.cli.options import option
 from hat_lib.config import HatConfig, HatError, check_capacity, check_count
 
 
 def calibrate(
     save: Path = option(..., "Folder to write the checkpoint to; an older one in it is replaced."),
-    base: str = given.BUNDLED_BASE,
-    text: str = option("bundled", f"Measure on its train and validation splits: {given.TEXT_HELP}."),
-    granularity: str = given.GRANULARITY,
-    tokens: int = option(12_000, "Tokens of text for the scores, at least 256; more: steadier, slower."),
-    probe_tokens: int = option(4096, "Tokens for how sensitive the output is to each layer, at least 16."),
-    dtype: str = option("fp32", f"Of the passes: {given.DTYPES_HELP}. The thresholds serve every dtype."),
+    base: str = options.BUNDLED_BASE,
+    text: str = option("bundled", f"Measure on its train and validation splits: {options.TEXT_HELP}."),
+    granularity: str = options.GRANULARITY,
+    tokens: int = option(12_000, "Tokens of text to take the scores from, at least 256; more is steadier and slower."),
+    probe_tokens: int = option(4096, "Tokens to measure each layer's effect on the output with, at least 16."),
+    dtype: str = option("fp32", f"Of the passes: {options.DTYPES_HELP}. The thresholds serve every dtype."),
     capacity: str | None = option(
-        None, f"Default, {given.CAPACITY_HELP}. [default: 0.75 for channel, 0.55 for token]", metavar="SHARE"
+        None,
+        f"Capacity that the checkpoint runs at unless told otherwise: {options.CAPACITY_HELP}. [default: 0.75 for channel, "
+        "0.55 for token]",
+        metavar="SHARE",
     ),
 ) -> None:
     """Measure thresholds on held-out text, write a checkpoint.
@@ -33,11 +36,11 @@ def calibrate(
     One checkpoint serves every capacity. Nothing is trained. With the bundled base it takes minutes on a CPU.
     """
     changes = {} if capacity is None else {"capacity": check_capacity(capacity)}
-    given.check_grains("granularity", [granularity])
+    options.check_grains("granularity", [granularity])
     check_count("tokens", tokens, 256)
     check_count("probe tokens", probe_tokens, 16)
-    given.check_writable(save)
-    given.check_text(text, "validation")
+    options.check_writable(save)
+    options.check_text(text, "validation")
 
     from hat_lib.backbone.base import load_base
     from hat_lib.calibration.capacity import calibrate as measure
@@ -64,14 +67,14 @@ def train(
     ),
     save: Path | None = option(None, "Folder of a new run: checkpoint, log.csv and run.json."),
     resume: Path | None = option(None, "Folder of a run that was stopped: go on with it, as it was asked for."),
-    base: str = given.BUNDLED_BASE,
+    base: str = options.BUNDLED_BASE,
     text: str = option(
         "",
         "Sources joined by +: self and openings (text that the base writes itself) and train splits of addresses, a "
         ".txt, .jsonl or .parquet file or a Hub dataset. [default: addresses+openings for channel, addresses+self for "
         "token; quick: addresses]",
     ),
-    granularity: str = given.GRANULARITY,
+    granularity: str = options.GRANULARITY,
     recipe: str = option("default", "default (what worked best for the grain) or published (token grain alone)."),
     profile: str = option("full", "quick (a few minutes on two cores) or full."),
     checkpoint: Path | None = option(None, "Start from its calibration (channel grain), or routers (phase exit)."),
@@ -79,7 +82,7 @@ def train(
         None, "Rank of the corrections of gated products, or of skipped FFNs; 0: constant vectors. [default: none]"
     ),
     max_minutes: float | None = option(None, "Stop after this many minutes, saved; --resume goes on."),
-    dtype: str = option("bf16", f"Of the frozen base: {given.DTYPES_HELP}. What is trained is fp32 in any case."),
+    dtype: str = option("bf16", f"Of the frozen base: {options.DTYPES_HELP}. What is trained is fp32 in any case."),
     settings: list[str] | None = option(
         None, "Change one hyperparameter; may be repeated: --set router_lr=1e-3.", "--set", metavar="NAME=VALUE"
     ),
@@ -96,7 +99,7 @@ def train(
     if max_minutes is not None and not max_minutes > 0:
         raise HatError(f"max minutes must be above 0, got {max_minutes}")
     folder = (save or resume).expanduser()
-    given.check_writable(folder)
+    options.check_writable(folder)
 
     from hat_lib.text.mixture import OWN, sources
     from hat_lib.training.recipe import Recipe
@@ -113,9 +116,9 @@ def train(
         run = Run(phase, granularity, base, chosen, dtype, start, **asked)
     for source in set(sources(run.recipe.text)) - {*OWN}:
         for split in ("train", "validation"):
-            given.check_text(source, split)
+            options.check_text(source, split)
     if run.recipe.validation:
-        given.check_text(run.recipe.validation, "validation")
+        options.check_text(run.recipe.validation, "validation")
     go_on = f"go on with: hat train --resume {shlex.quote(str(folder))}"
     main = not int(os.environ.get("RANK", 0))
     try:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from hat_lib.backbone.base import load_base, parse_dtype
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import GRANULARITIES, HatConfig, check_count
-from hat_lib.evaluation.baselines import as_in, matched
+from hat_lib.evaluation.controls import as_in, matched
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.experiments.common import Perplexity, machine, markdown, perplexity, rounded, saved
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -31,7 +31,7 @@ from hat_lib.training.run import CALIBRATION_TOKENS, Run, train
 ABOUT = "a short run that differs in one thing"
 MINUTES = 120
 KEY = ("granularity", "change", "text")
-# (text, split) that a run is measured on. Domain B has no part in any choice; it is shown, not chosen by.
+# (text, split) that a run is measured on. Domain B is shown, and selects nothing.
 MEASURED = (("addresses", "validation"), ("docstrings", "test"))
 
 

@@ -7,7 +7,7 @@ One row for each text, capacity and way to run, of an untrained and a trained ch
     trained      the trained checkpoint: its corrections and scales, the head's shortlist
     fine_tuned   the corrections with nothing skipped: what training alone does to the base, at all of its work
 
-Whole blocks, at even distances in a test split. ``encyclopedia`` had no part in any choice.
+Whole blocks, at even distances in a test split. ``encyclopedia`` was not used to select anything.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from hat_lib.evaluation.baselines import CONTROLS
+from hat_lib.evaluation.controls import CONTROLS
 from hat_lib.experiments import quality
 from hat_lib.experiments.common import CHECKPOINTS, TEXTS, markdown, saved
 from hat_lib.plotting.findings import promised, said

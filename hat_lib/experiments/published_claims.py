@@ -22,7 +22,7 @@ from torch import Tensor
 from hat_lib import config
 from hat_lib.backbone.base import BUNDLED, load_base
 from hat_lib.config import HatConfig, HatError, check_count
-from hat_lib.evaluation.baselines import exit_shares
+from hat_lib.evaluation.controls import exit_shares
 from hat_lib.experiments import common, quality
 from hat_lib.experiments.benchmark import PREFILL, Setting, forced, measure, plain_copy
 from hat_lib.experiments.common import CHECKPOINTS, SPEEDS, TEXTS, markdown, rounded, saved, speeds

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hat_lib.config import GRANULARITIES, HatError, check_capacity, check_exit_rate
-from hat_lib.evaluation.baselines import CONTROLS, OutOfReach, RandomExits, as_in, exit_shares, matched
+from hat_lib.evaluation.controls import CONTROLS, OutOfReach, RandomExits, as_in, exit_shares, matched
 from hat_lib.evaluation.perplexity import compare, score, score_each
 from hat_lib.experiments import common
 from hat_lib.experiments.common import CHECKPOINTS, TEXTS, machine, markdown, perplexity, rounded, saved
@@ -144,8 +144,8 @@ def rows(
 ) -> Iterator[Row]:
     """Rows for the points that are not ``done``, grain by grain; those of `plan` unless told.
 
-    Raises `HatError` for a checkpoint of another grain, an untrained one that was trained, and where ``done`` has
-    rows of other checkpoints. A control that cannot do as much work as the trained model is warned of and left out.
+    Raises `HatError` for a checkpoint of another grain, one that was not trained in place of one that was, or the
+    reverse, and where ``done`` has rows of other checkpoints. A control that cannot do as much work as the trained model is warned of and left out.
     """
     if odd := [g for g in grains if g not in GRANULARITIES]:
         raise HatError(f"grains must be among {', '.join(GRANULARITIES)}, got {odd[0]!r}")
@@ -153,6 +153,8 @@ def rows(
     found = {"channel": (channel, channel_untrained), "token": (token, token_untrained)}
     for grain in grains:
         trained, untrained = found[grain]
+        if not (read_checkpoint(trained).training or {}).get("routers"):
+            raise HatError(f"{trained} has no trained routers: expected a checkpoint as `hat train` writes it")
         if read_checkpoint(untrained).training is not None:
             raise HatError(f"{untrained} was trained: expected a checkpoint as `hat calibrate` writes it")
         adapters |= {(grain, exits): adapter_digest(trained, exits) for exits in (False, True)}

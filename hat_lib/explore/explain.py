@@ -19,6 +19,7 @@ from hat_lib.evaluation.routing import token_work
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.routing import layer_map
 from hat_lib.plotting.token_heatmap import Passage, ansi, html
+from hat_lib.text.plain import check_whole
 from hat_lib.text.token_classes import pieces
 
 
@@ -95,6 +96,7 @@ def prompt_ids(hat: HierarchicalTransformer, prompt: str, room: int = 0) -> Tens
     """A prompt as int64 ``[1, T]``; `HatError` unless it is text, with room for so many more tokens in the context."""
     if not isinstance(prompt, str) or not prompt.strip():
         raise HatError(f"a prompt must be text, got {prompt!r}")
+    check_whole("the prompt", prompt)
     ids = hat.base.tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.to(hat.base.device)
     given, context = ids.shape[1], hat.lm.config.max_position_embeddings
     if given + room > context:

@@ -7,7 +7,7 @@ at equal work, several grains and results that are kept, see ``hat sweep`` and `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
@@ -21,8 +21,11 @@ from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.frontier import sweep as sweep_figure
 from hat_lib.text.blocks import default_split, load_text, names_file
+from hat_lib.text.plain import check_whole
 
 CAPACITIES = (0.4, 0.55, 0.7, 0.9)
+OTHER_FILES = (".md", ".rst", ".tex", ".html", ".csv", ".tsv", ".json", ".log", ".pdf", ".docx")
+"""endings of texts' files that `load_text` does not read, so that the name of one is not measured as a text"""
 SHOWN = {"index": False, "float_format": "{:.4f}".format}
 
 
@@ -65,7 +68,7 @@ class Sweep:
 def sweep(
     hat: HierarchicalTransformer,
     text: str | Path | Sequence = "addresses",
-    capacities: Sequence[float] = CAPACITIES,
+    capacities: float | Sequence[float] = CAPACITIES,
     *,
     exit_rate: float | None = None,
     split: str | None = None,
@@ -78,9 +81,9 @@ def sweep(
 
     Args:
         text: a name as `load_text` takes it (a corpus, a file, a dataset of the Hub), a text itself (anything with a
-            space or a line's end in it that is no file), or a list of texts, of blocks of token ids or of rows of
+            space or a line's end in it that is not named as a file), or a list of texts, of blocks of token ids or of rows of
             `load_text`.
-        capacities: requested, in [0.1, 1].
+        capacities: requested, in [0.1, 1]; one or several.
         exit_rate: requested at each of them; None is what ``hat`` is set to.
         split: of a name; see `load_text`. None: see `default_split`.
         max_tokens, block_size: how much is measured of a text, and in blocks of how many tokens; blocks that are
@@ -89,7 +92,7 @@ def sweep(
 
     Raises `HatError` for a bad argument, before anything is run.
     """
-    capacities = [check_capacity(c) for c in capacities]
+    capacities = [check_capacity(c) for c in (capacities if isinstance(capacities, Iterable) else [capacities])]
     if not capacities or len(set(capacities)) < len(capacities):
         raise HatError(f"a sweep needs capacities, each once, got {capacities}")
     settings = [partial(hat.at, c, exit_rate) for c in capacities]
@@ -115,8 +118,12 @@ def sweep(
 def _blocks(hat, text, split: str | None, max_tokens: int | None, block_size: int) -> tuple[str, Sequence[Mapping]]:
     """A name for the text, and its blocks."""
     tokenizer, texts = hat.base.tokenizer, [text] if isinstance(text, str | Path) else list(text)
+    for item in texts:
+        if isinstance(item, str):
+            check_whole("the text", item)
     words = isinstance(text, str) and any(c.isspace() for c in text.strip())
-    if isinstance(text, str | Path) and not (words and ("\n" in text.strip() or not names_file(text))):
+    file = isinstance(text, str | Path) and (names_file(text) or Path(text).suffix.lower() in OTHER_FILES)
+    if isinstance(text, str | Path) and not (words and ("\n" in text.strip() or not file)):
         split = split or default_split(text, hat)
         rows = load_text(text, tokenizer, split=split, max_tokens=max_tokens, block_size=block_size)
         return f"{text}, {split} split", rows

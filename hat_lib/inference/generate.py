@@ -96,11 +96,11 @@ class Generation:
 
 
 class AdaptiveInference:
-    """Generates with a `HierarchicalTransformer`, and holds its speed against a baseline. Any number of threads may.
+    """Generates with a `HierarchicalTransformer`, and compares its speed with a baseline's. Any number of threads may.
 
     Args:
         hat: left, after each call, at the capacity and exit rate that it had.
-        versus: what speedups are held against: "dense", our own dense path, or "hf", plain transformers, for which a
+        versus: what speedups are measured against: "dense", our own dense path, or "hf", plain transformers, for which a
             second copy of the base is loaded when first needed.
     """
 

@@ -1,12 +1,12 @@
-"""Corrections: what skipping drops, made good; of gated products at no work in use, of skipped FFNs at little.
+"""Corrections compensate for skipped computation: in gated products at no extra inference cost, in skipped FFNs at little.
 
 Channel grain: each product ``y = W x`` that is gated becomes ``y = W x + B A x + c``: an update of low rank (LoRA, Hu
 et al. 2021, arXiv:2106.09685) and a constant vector (SPON, arXiv:2512.12744). Both are trained to bring the gated model
-back to its base (`hat_lib.training`), and neither asks for work of its own: the engine reads ``W + B A`` and has c as a
+back to its base (`hat_lib.training`), and neither adds work at inference: the engine reads ``W + B A`` and has c as a
 bias. The base itself is never changed. On the reference path the terms are added by forward hooks on the base's
 own linear layers, ahead of anybody else's hooks, so that those see the values used; at capacity 1.0, in ``hat.dense()``
 and after `unload` there is nothing but the base. Matrices that read the same input share A, so one `Correction` serves
-a site: q|k|v, o, gate|up or down. The less is dropped, the less there is to make good: `strength` scales both terms.
+a site: q|k|v, o, gate|up or down. The less is dropped, the less there is to compensate for: `strength` scales both.
 
 Token grain: an FFN that a token skips is not replaced by nothing but by ``B A x + c`` of the FFN's own input, 2 r D
 multiply-adds. There is none in layer 0, whose FFN always runs.
@@ -29,7 +29,7 @@ FULL = 0.45
 
 def strength(capacity: float, granularity: str = "channel") -> float:
     """Of corrections at a capacity: 0 at 1, rising with the square of what is dropped to 1 at `FULL`, as what they can
-    make good does. What stands in for an FFN is there where the FFN is not, at 1."""
+    compensate for does. What stands in for a skipped FFN has strength 1."""
     if capacity >= 1 or granularity == "token":
         return float(capacity < 1)
     return min(1.0, (1 - capacity) / (1 - FULL)) ** 2
@@ -103,5 +103,5 @@ class AddTerm(NamedTuple):
     context: Context
 
     def __call__(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
-        strength = self.context.mode.corrected
+        strength = self.context.mode.corrected if self.context.passes else 0.0  # by hand it is the base's
         return out.add(self.correction.term(args[0], self.number), alpha=strength) if strength else None

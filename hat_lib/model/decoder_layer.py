@@ -45,13 +45,16 @@ class AdaptiveLayer:
         return self.layer.self_attn is self.attn and self.layer.mlp is self.mlp
 
     @property
-    def run(self) -> ForwardPass:
-        return self.context.passes[-1]
+    def run(self) -> ForwardPass | None:
+        """The forward of the model that is under way; None where somebody calls a part by hand, which is the base's."""
+        return self.context.passes[-1] if self.context.passes else None
 
     @torch.compiler.disable  # it branches on what a token asks for
     def forward(self, hidden_states: Tensor, **given) -> Tensor:
         """``[B, T, D] -> [B, T, D]``; ``given`` is what attention takes beside the hidden states."""
         run, layer = self.run, self.layer
+        if run is None:
+            return type(layer).forward(layer, hidden_states, **given)
         h = run.exit(self.index, hidden_states)
         mixed, _ = layer.self_attn(hidden_states=layer.input_layernorm(h), **given)
         rows = run.rows
@@ -78,6 +81,8 @@ class AdaptiveLayer:
     ) -> tuple[Tensor, Tensor | None]:
         """``[B, T, D]``, normed, to the attention's output for the running rows: ``[B, T, D]`` or ``[1, n, D]``."""
         run, attn = self.run, self.attn
+        if run is None:
+            return type(attn).forward(attn, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
         if run.rows is not None:
             return self._attention_of_rows(hidden_states, *position_embeddings, attention_mask, cache, kwargs), None
         x = run.gate(self.index, "qkv", hidden_states)
@@ -110,6 +115,8 @@ class AdaptiveLayer:
     def feed_forward(self, x: Tensor) -> Tensor:
         """The gated FFN, SwiGLU in a Llama; ``[..., D] -> [..., D]``."""
         run, mlp = self.run, self.mlp
+        if run is None:
+            return type(mlp).forward(mlp, x)
         x = run.gate(self.index, "gate_up", x)
         return mlp.down_proj(run.gate(self.index, "down", mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)))
 

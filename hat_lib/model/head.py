@@ -6,7 +6,7 @@ logits are read once more, from all channels. So what is likely is exact, and wh
 the head's work is its share of channels plus the shortlist's share of the vocabulary.
 
 On a small base the head is a large part of the work (21 % of SmolLM2-135M). It is decided at any capacity below 1.0 of
-a model whose calibration has tables for it; exits and masks do not know it.
+a model whose calibration has tables for it. Exits and recorded masks do not include the head.
 """
 
 from __future__ import annotations

@@ -49,6 +49,8 @@ hat.lm.generate(...)  # transformers' own LlamaForCausalLM
 def local_folder(checkpoint: str | Path) -> Path:
     """The folder of a checkpoint; one that is named ``owner/name`` and is no local path comes from the Hub, its two
     files and the card alone, into the Hub's own cache. Raises `HatError` if they can't be fetched."""
+    if not isinstance(checkpoint, str | os.PathLike):
+        raise HatError(f"a checkpoint must be a folder, or owner/name on the Hub, got {checkpoint!r}")
     repo_id = checkpoint.as_posix() if isinstance(checkpoint, Path) else str(checkpoint)
     if os.path.exists(repo_id) or not HUB_ID.fullmatch(repo_id):
         return Path(checkpoint)

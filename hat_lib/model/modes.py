@@ -98,6 +98,13 @@ class Context(threading.local):
         else:
             self.shared.mode = mode
 
+    def __deepcopy__(self, memo) -> Context:
+        """Itself: a copy of a part of the model, as an adapter makes one of the head, works in the same model."""
+        return self
+
+    def __reduce_ex__(self, protocol):
+        raise HatError("parts of hat.lm are never pickled: unload() first, or use hat.lm.save_pretrained or state_dict")
+
     @property
     def trace(self) -> TokenState | None:
         """The state of the innermost forward, or else of the last one."""
@@ -129,6 +136,7 @@ class Modes:
 
     @contextmanager
     def _changed(self, **changes) -> Iterator[Self]:
+        self._check_loaded()
         before = self._context.own
         self._context.own = replace(self._context.mode, **changes)
         try:
@@ -190,7 +198,9 @@ class Modes:
         return self._changed(exit_control=exits)
 
     def force(self, masks: Masks) -> AbstractContextManager[Self]:
-        """Decisions, exits included, as recorded by `record`."""
+        """Decisions, exits included, as recorded by `record`. Raises `HatError` for those of another grain or shape; a
+        forward raises it for those of other sequences than it has, or of too few tokens."""
+        self._check_masks(masks)
         forced = Forced(masks)
         return self._changed(control=forced, exit_control=forced)
 

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from hat_lib.config import HatError
 from hat_lib.model.token_state import Masks, TokenState
 
 
@@ -91,6 +92,14 @@ class Forced:
 
     def __init__(self, masks: Masks):
         self.masks = masks
+        self.sizes = {tuple(mask.shape[:2]) for mask in (*masks.keep.values(), *masks.exits.values())}
+
+    def check(self, state: TokenState) -> None:
+        """Raise `HatError` unless they are of this forward's sequences, and reach to its last token."""
+        rows, end = state.batch, state.start + state.tokens
+        if odd := [size for size in self.sizes if size[0] != rows or size[1] < end]:
+            got = " and ".join(map(str, odd[0]))
+            raise HatError(f"forced masks must cover {rows} sequences and {end} tokens here, got {got}")
 
     def __call__(self, layer, site, x, rows, state):
         return self._rows(self.masks.keep.get((layer, site)), rows, state)

@@ -1,4 +1,4 @@
-"""What is trained: routers score how much a token wants some work, exit gates whether it is finished.
+"""What is trained: routers score how much a token needs a computation, exit gates whether it is finished.
 
 All scores are fp32, untrained ones are zero, and in use the decision is always ``score > threshold``, per token
 (`hat_lib.model.policies`): it reads neither the future nor the rest of the batch.

@@ -1,4 +1,4 @@
-"""Steering: thresholds that move while a text is decoded, until it executes what was asked for.
+"""Steering: thresholds that move while a text is decoded, so that realised capacity matches the request.
 
 Thresholds are set on other text, and a text of another kind realises a little more or less than what was asked for.
 Steered, each sequence has an offset, and ``exp(offset)`` multiplies all thresholds of its layers. After each forward

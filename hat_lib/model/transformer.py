@@ -1,6 +1,6 @@
 """HierarchicalTransformer: routers and exit gates fitted onto a frozen Llama.
 
-    hat = HierarchicalTransformer.from_pretrained("data/checkpoints/calibrated")
+    hat = HierarchicalTransformer.from_pretrained("data/checkpoints/default")
     hat.capacity = 0.75
     hat.lm.generate(...)
 
@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +39,7 @@ from hat_lib.model.forward_pass import ForwardPass
 from hat_lib.model.granularity import GRAINS, column_norm, head_norm
 from hat_lib.model.head import HeadGate, Shortlist
 from hat_lib.model.modes import Context, Mode, Modes
-from hat_lib.model.policies import ExitThresholds, KeepAll, Threshold, token_threshold_scale
+from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold, token_threshold_scale
 from hat_lib.model.routers import ChannelRouter, ExitGate, MoERouter
 from hat_lib.model.steering import move, offsets
 from hat_lib.model.threshold_table import Calibration
@@ -68,6 +69,10 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     def __init__(self, base: Base, config: HatConfig, calibration: Calibration | None = None):
         super().__init__()
+        for name, value, kind in (("base", base, Base), ("config", config, HatConfig)):
+            if not isinstance(value, kind):
+                how = "load_base(name or folder)" if kind is Base else "HatConfig.default(base)"
+                raise HatError(f"{name} must be a {kind.__name__}, as {how} gives it, got {type(value).__name__}")
         lm, grain, width = base.model, GRAINS[config.granularity], base.model.config.hidden_size
         if config.n_layers != lm.config.num_hidden_layers:
             raise HatError(f"the config is for {config.n_layers} layers, {base.name} has {lm.config.num_hidden_layers}")
@@ -78,7 +83,8 @@ class HierarchicalTransformer(Modes, nn.Module):
             calibration.check(config)
         for override in filter(None, (vars(layer).get("forward") for layer in lm.model.layers)):
             if isinstance(getattr(override, "__self__", None), AdaptiveLayer):
-                raise HatError(f"{base.name} already carries a HierarchicalTransformer: call its unload() first")
+                raise HatError(f"{base.name} already carries a HierarchicalTransformer: call its unload() first, or load the base again"
+                )
             raise HatError(
                 f"{base.name} has a decoder layer whose forward another library overrides: take that off first"
             )
@@ -139,6 +145,13 @@ class HierarchicalTransformer(Modes, nn.Module):
             attached.remove()
         for adaptive in self.layers:
             adaptive.detach()
+        for module in self.lm.modules():  # what was copied along with a part, as an adapter copies the head
+            for calls in (module._forward_pre_hooks, module._forward_hooks, vars(module)):
+                for name in [name for name, call in calls.items() if self._is_ours(call)]:
+                    del calls[name]
+
+    def _is_ours(self, call) -> bool:
+        return getattr(getattr(call, "__self__", call), "context", None) is self._context
 
     def unload(self) -> Base:
         """Take everything off and return the base, as it was before. The model is of no use from then on."""
@@ -148,6 +161,9 @@ class HierarchicalTransformer(Modes, nn.Module):
         self.layers = []
         return self.base
 
+    def forward(self, *args, **kwargs):
+        raise HatError("a HierarchicalTransformer is not called itself: call hat.lm, a LlamaForCausalLM")
+
     @property
     def _own(self) -> tuple[nn.Module, ...]:
         """What is not the base's."""
@@ -156,6 +172,22 @@ class HierarchicalTransformer(Modes, nn.Module):
     def _check_loaded(self) -> None:
         if not self.layers:
             raise HatError("this model was unloaded from its base: attach a new HierarchicalTransformer")
+
+    def _check_masks(self, masks: Masks) -> None:
+        """Raise `HatError` unless this model decides at each of their places, and about so many channels."""
+        if not isinstance(masks, Masks):
+            raise HatError(f"masks must be Masks, as hat.trace.masks holds them, got {type(masks).__name__}")
+        sites = product(range(self.config.n_layers), self.grain.sites)
+        channels = {(i, s): () if s == "ffn" else self.routers[f"{i}_{s}"].log_scale.shape for i, s in sites}
+        channels |= dict.fromkeys(self.config.exit_layers, ())
+        for place, mask in (masks.keep | masks.exits).items():
+            if place not in channels:
+                grain, exits = self.config.granularity, list(self.config.exit_layers)
+                known = f"{self.config.n_layers} layers, sites {', '.join(self.grain.sites)} and exits {exits}"
+                raise HatError(f"masks of a {grain} model must be of its {known}, got one of {place!r}")
+            if mask.dtype != torch.bool or mask.dim() < 2 or mask.shape[2:] != channels[place]:
+                expected = ", ".join(["B", "T", *map(str, channels[place])])
+                raise HatError(f"the mask of {place!r} must be bool [{expected}], got {mask.dtype} {list(mask.shape)}")
 
     def _apply(self, fn, recurse=True):
         """Move or cast the base; routers and gates move along and stay fp32. If that fails, all is where it was."""
@@ -182,7 +214,7 @@ class HierarchicalTransformer(Modes, nn.Module):
     def __deepcopy__(self, memo) -> HierarchicalTransformer:
         """A model of its own on a copy of the base, set as this one is; not while another thread runs."""
         self._check_loaded()
-        if id(self.lm) in memo:
+        if any(id(module) in memo for module in self.lm.modules()):
             raise HatError("hat.lm cannot be copied without its routers: use copy.deepcopy(hat), or copy hat.unload()")
         self._detach()
         try:
@@ -207,6 +239,7 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     @calibration.setter
     def calibration(self, calibration: Calibration | None) -> None:
+        self._check_loaded()
         if calibration is not None:
             calibration.check(self.config)
         modes = self._context.shared.mode, self._context.own
@@ -287,6 +320,7 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     @weight_format.setter
     def weight_format(self, value: str) -> None:
+        self._check_loaded()
         self._check_weight_format(value)
         if value != self._fast.form:
             self._fast.forget()
@@ -360,9 +394,10 @@ class HierarchicalTransformer(Modes, nn.Module):
             raise HatError("static KV caches are not supported: leave cache_implementation unset (dynamic)")
         if self.lm.device != next(self.routers.parameters()).device:
             raise HatError("the base was moved under the model: use hat.to(...), not hat.lm.to(...)")
-        if odd := [a.index for a in self.layers if not a.intact]:
+        ours = zip(self.layers, self.lm.model.layers, strict=False)
+        if odd := [a.index for a, layer in ours if a.layer is not layer or not a.intact]:
             raise HatError(
-                f"layer {odd[0]} has another attention or FFN module than when the model was attached: "
+                f"layer {odd[0]}, its attention or its FFN is another module than when the model was attached: "
                 "replace modules before attaching; wrapping single linear layers (LoRA) is fine at any time"
             )
         start = cache.get_seq_length() if cache is not None else 0
@@ -397,6 +432,9 @@ class HierarchicalTransformer(Modes, nn.Module):
         """What a forward is to fill, of the tokens at these `TokenState.places`."""
         mode, protected = self._context.mode, real & (position < self.config.protected_tokens)
         state = TokenState(real, position, protected, self.site_work, self.config.n_layers, start)
+        for decides in (mode.policy, mode.exits):
+            if isinstance(decides, Forced):
+                decides.check(state)
         state.routed, state.gated = not isinstance(mode.policy, KeepAll), mode.exits is not None
         if mode.shortlist is not None:
             state.head_work, state.expected_head_share = self.head_work, mode.shortlist.share
@@ -488,6 +526,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         """What each token of a prompt executed, by layer; see `hat_lib.explore.explain.explain`."""
         from hat_lib.explore.explain import explain
 
+        self._check_loaded()
         return explain(self, prompt, **options)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+from hat_lib.config import HatError
+
 ESCAPE = re.compile(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 # What spreadsheets take for the beginning of a formula; an apostrophe before one needs another, or it would be dropped.
 FORMULA = re.compile("[' ]*[=+@＝＋－＠-]")
@@ -21,6 +23,15 @@ def printable(text: str) -> str:
     red \x1b[31m\n
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def check_whole(what: str, text: str) -> None:
+    """Raise `HatError` for half a character, which a string may hold and UTF-8, so a tokenizer, may not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise HatError(f"{what} has half a character, {half}, at {error.start}: expected whole ones") from error
 
 
 def cell(text: str) -> str:

@@ -13,7 +13,7 @@ import hat_lib
 from hat_lib.backbone import base
 from hat_lib.backbone.shapes import byte_tokenizer, random_model
 from hat_lib.calibration.exits import calibrate_exits
-from hat_lib.cli import given
+from hat_lib.cli import options as shared
 from hat_lib.evaluation.lm_eval import TASKS
 from hat_lib.experiments.quality import Row
 from hat_lib.experiments.rows import read_rows
@@ -175,7 +175,10 @@ def test_prompt_from_stdin(python_m):
 
 
 def test_reference_checkpoint_is_used_for_the_bundled_base_alone(calibrated, monkeypatch, hat):
-    monkeypatch.setattr(given, "CALIBRATED", calibrated[0])  # one that names random:tiny as its base
+    assert shared.DEFAULT.parts[-2:] == ("checkpoints", "default") and "data/checkpoints/default" in shared.CHECKPOINT.help
+    summary = json.loads((shared.DEFAULT / CONFIG_FILE).read_text())["training"]
+    assert summary["routers"], "the one that README measures is trained"
+    monkeypatch.setattr(shared, "DEFAULT", calibrated[0])  # one that names random:tiny as its base
     code, out, _ = hat("generate", "--prompt", PROMPT, "--max-new-tokens", 2)
     assert code == 0 and "capacity 0.75 requested" in out
 

@@ -9,7 +9,7 @@ import torch
 from tiny_runs import page, tiny_run
 
 from hat_lib.backbone.shapes import byte_tokenizer, random_model
-from hat_lib.cli import given
+from hat_lib.cli import options as shared
 from hat_lib.evaluation import perplexity
 from hat_lib.model.checkpoint import CONFIG_FILE
 
@@ -123,7 +123,7 @@ def test_a_folder_without_permission(refuses, no_base, tmp_path):
 
 
 def test_checkpoints_that_are_missing_or_damaged(refuses, no_base, monkeypatch, tmp_path):
-    monkeypatch.setattr(given, "CALIBRATED", tmp_path / "gone")
+    monkeypatch.setattr(shared, "DEFAULT", tmp_path / "gone")
     refuses(("generate", "--prompt", "x"), f"no checkpoint at {tmp_path / 'gone'}", "--capacity 1.0")
     refuses(("generate", "--prompt", "x", "--capacity", "1", "--exit-rate", "0.2"), "no checkpoint at")
     (tmp_path / CONFIG_FILE).write_text("{")

@@ -14,8 +14,8 @@ from transformers import DynamicCache
 
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import HatError
-from hat_lib.evaluation import baselines as controls
-from hat_lib.evaluation.baselines import (
+from hat_lib.evaluation import controls
+from hat_lib.evaluation.controls import (
     CONTROLS,
     Cosine,
     Layers,

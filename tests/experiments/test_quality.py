@@ -8,7 +8,7 @@ import torch
 from tiny_runs import adaptive, new_hat
 
 from hat_lib.config import HatError
-from hat_lib.evaluation.baselines import OutOfReach
+from hat_lib.evaluation.controls import OutOfReach
 from hat_lib.experiments import quality as module
 from hat_lib.experiments.common import TEXTS, saved
 from hat_lib.experiments.quality import KEY, Point, Row, grid, plan
@@ -98,6 +98,7 @@ def test_refusals(grain, tmp_path):
     swapped = {"grains": ["token"], "token": grain["channel"], "token_untrained": grain["channel_untrained"]}
     for changes, words in (
         (swapped | {"points": None}, "has the channel grain, expected token"),
+        ({"channel": grain["channel_untrained"]}, "has no trained routers: expected a checkpoint as `hat train` writes it"),
         ({"channel_untrained": grain["channel"]}, "was trained: expected a checkpoint as `hat calibrate` writes it"),
         ({"channel": tmp_path / "none"}, "no checkpoint folder at"),
     ):

@@ -65,6 +65,7 @@ def test_it_is_shown_as_coloured_text_and_as_a_map(hat):
     [
         ("", 0, "a prompt must be text"),
         (7, 0, "a prompt must be text, got 7"),
+        ("\ud800 x", 0, r"the prompt has half a character, \\ud800, at 0: expected whole ones"),
         (PROMPT, -1, "max_new_tokens must be"),
         ("a " * 3000, 0, "exceed the context of the base: 2048"),
     ],

@@ -76,7 +76,7 @@ def test_all_of_a_file_is_measured_unless_it_was_trained_on(hat, tmp_path, monke
 
 
 def test_one_block_has_no_interval_and_says_so(hat):
-    found = sweep(hat, "The quick brown fox jumps over the lazy dog", [0.7], progress=False)
+    found = sweep(hat, "The quick brown fox jumps over the lazy dog", 0.7, progress=False)
     assert found.frame[["increase_low", "increase_high"]].isna().all(axis=None)
     assert np.isfinite(found.frame["increase"]).all() and "no interval: one block" in str(found)
     assert isinstance(found.figure(), Figure)
@@ -86,9 +86,13 @@ def test_one_block_has_no_interval_and_says_so(hat):
     ("text", "how", "words"),
     [
         (BLOCKS, {"capacities": []}, "a sweep needs capacities, each once, got"),
+        (BLOCKS, {"capacities": 2}, r"capacity must be a number in \[0.1, 1.0\], got 2"),
         (BLOCKS, {"capacities": [0.5, 2]}, "capacity must be a number"),
         (BLOCKS, {"exit_rate": -1}, "exit rate must be"),
         ("nowhere.txt", {}, "nowhere.txt: no such file"),
+        ("my notes.md", {}, "unknown corpus 'my notes.md': expected .* a .txt/.jsonl/.parquet file"),
+        ("half a \ud800", {}, r"the text has half a character, \\ud800, at 7"),
+        (["a text", "\udfff"], {}, r"the text has half a character, \\udfff, at 0"),
         ("nothing", {}, "unknown corpus 'nothing'"),
         ([], {}, "nothing to score"),
     ],

@@ -1,5 +1,6 @@
 """The head at less than its full work: what is likely is exact, on both paths, and counted."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -67,12 +68,14 @@ def test_the_engine_decodes_as_the_reference_path_does(form, ids):
         with hat.collect() as states:
             found = stepwise(hat.lm, ids)
         assert all(state.executed is not None for state in states)
+        with hat.reference(), hat.collect() as slow:
+            expected = stepwise(hat.lm, ids)
         if form == "base":
-            with hat.reference(), hat.collect() as slow:
-                all_but_one_close(found, stepwise(hat.lm, ids))
+            all_but_one_close(found, expected)
             assert [s.head_share for s in states] == pytest.approx([s.head_share for s in slow], abs=2e-3)
-        else:
-            assert 0.2 < states[-1].head_share < 1.9
+        else:  # another shortlist, as the weights are others, of about the same length
+            shares, exact = ([s.head_share for s in of] for of in (states, slow))
+            assert shares != exact and np.mean(shares) == pytest.approx(np.mean(exact), abs=0.03)
         # A row alone, and below one that padding moves to the right.
         close(stepwise(hat.lm, ids[1:2]), found[1:2])
     if form == "base":
@@ -147,6 +150,23 @@ def test_padding_and_tokens_that_nobody_asked_for_do_not_count(ids):
 
 def test_saved_copied_and_loaded(tmp_path, ids):
     same_after_saving(gating(), peaked(), tmp_path / "c", ids)
+
+
+def test_a_head_that_peft_copies_decides_as_before_and_not_after_unload(ids):
+    import peft  # slow to import
+
+    hat = gating()
+    with hat.at(0.5):
+        expected, share = hat.lm(ids).logits, hat.trace.head_share
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft asks for a name that transformers is about to drop
+        how = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        tuned = peft.get_peft_model(hat.lm, how)
+    hat.capacity = 0.5
+    with torch.no_grad():
+        assert torch.equal(tuned(ids).logits, expected) and hat.trace.head_share == share < 1
+        base = hat.unload().model
+        close(base(ids).logits, peaked().model(ids).logits)
 
 
 def test_bfloat16(ids):

@@ -108,7 +108,7 @@ def test_local_paths_never_ask_the_hub(asked, saved, monkeypatch):
     assert asked.calls == []
 
 
-@pytest.mark.parametrize("name", ["/no/where", "./no/where", "~/where", "nowhere", "a/b/c", ".", "", "a/b\0"])
+@pytest.mark.parametrize("name", ["/no/where", "./no/where", "~/where", "nowhere", "a/b/c", ".", "", "a/b\0", None])
 def test_what_is_neither_a_folder_nor_an_id_is_not_looked_for(asked, name):
     with pytest.raises(HatError):
         HierarchicalTransformer.from_pretrained(name)

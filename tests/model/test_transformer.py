@@ -5,9 +5,11 @@ Decisions recorded in one pass are forced on the other, so logits must agree wit
 """
 
 import copy
+import io
 import pickle
 import threading
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -105,8 +107,22 @@ class TestBase:
         assert all("forward" not in vars(m) for m in base.model.modules())
         assert not base.model.model._forward_pre_hooks and not base.model.model._forward_hooks
         assert hat.unload() is base  # a second time does nothing
-        for use in (lambda: hat.to(torch.float32), lambda: setattr(hat, "capacity", 0.5), lambda: copy.deepcopy(hat)):
+        settings = {"capacity": 0.5, "calibration": None, "weight_format": "base"}
+        uses = [partial(setattr, hat, name, value) for name, value in settings.items()]
+        uses += [lambda: hat.to(torch.float32), lambda: copy.deepcopy(hat), lambda: hat.explain("a")]
+        uses += [lambda: hat.dense().__enter__(), lambda: hat.using(KeepAll()).__enter__(), lambda: hat.at().__enter__()]
+        for use in uses:
             with pytest.raises(HatError, match="was unloaded"):
+                use()
+
+    def test_what_is_no_base_and_no_config_and_what_is_called_is_hat_lm(self, hat, ids):
+        for use, message in (
+            (lambda: HierarchicalTransformer(tiny().model, hat.config), "base must be a Base, as load_base.*, got Llama"),
+            (lambda: HierarchicalTransformer(tiny(), None), "config must be a HatConfig, as .*, got NoneType"),
+            (lambda: HierarchicalTransformer(hat.base, hat.config), "call its unload.. first, or load the base again"),
+            (lambda: hat(ids), "is not called itself: call hat.lm"),
+        ):
+            with pytest.raises(HatError, match=message):
                 use()
 
 
@@ -229,6 +245,12 @@ class TestCache:
         hat.to(torch.float32)
         assert hat.lm(ids).logits.dtype == torch.float32
 
+    def test_double_is_a_dtype_as_well(self, hat, ids):
+        logits, masks = recorded(hat, ids)
+        with hat.double().force(masks):
+            assert hat.lm(ids).logits.dtype == torch.float64
+            close(hat.lm(ids).logits.float(), logits)
+
     def test_a_move_that_fails_changes_nothing(self, hat, ids):
         before, moved = hat.lm(ids).logits, []
 
@@ -318,6 +340,25 @@ class TestPolicies:
             hat.capacity = float("nan")
         with pytest.raises(HatError, match="exit"):
             hat.exit_rate = 0.3
+
+
+    def test_forced_masks_that_do_not_fit_are_refused(self, hat, ids):
+        _, masks = recorded(hat, ids)
+        _, others = recorded(active({"channel": "token", "token": "channel"}[hat.config.granularity]), ids)
+        for given, message in (
+            ({}, "masks must be Masks, as hat.trace.masks holds them, got dict"),
+            (others, "model must be of its 4 layers, sites .*, got one of"),
+            (Masks({}, {7: torch.ones(3, 14, dtype=torch.bool)}), r"and exits \[1, 2, 3\], got one of 7"),
+            (masks.map(lambda mask: mask[..., :-1, None]), r"must be bool \[B, T.*\], got torch.bool \[3, "),
+            (masks.map(lambda mask: mask.float()), "must be bool .*, got torch.float32"),
+        ):
+            with pytest.raises(HatError, match=message):
+                hat.force(given)
+        longer = torch.cat((ids, ids), 1)
+        with hat.force(masks):
+            for use in (lambda: hat.lm(ids[:1]), lambda: hat.lm(longer), lambda: hat.lm.generate(ids, **GREEDY)):
+                with pytest.raises(HatError, match=r"forced masks must cover \d sequences and \d+ tokens.*, got 3 and 14"):
+                    use()
 
 
 class TestGeneration:
@@ -503,8 +544,12 @@ class TestALlama:
             close(gated, merged.lm(ids).logits)
 
     def test_a_replaced_module_is_refused(self, hat, ids):
-        hat.lm.model.layers[1].mlp = copy.deepcopy(tiny().model.model.layers[1].mlp)
-        with pytest.raises(HatError, match="layer 1 has another attention or FFN module"):
+        layers = hat.lm.model.layers
+        layers[2] = copy.deepcopy(layers[2])
+        with pytest.raises(HatError, match="layer 2, its attention or its FFN is another module than when"):
+            hat.lm(ids)
+        layers[1].mlp = copy.deepcopy(tiny().model.model.layers[1].mlp)
+        with pytest.raises(HatError, match="layer 1, its"):
             hat.lm(ids)
 
     def test_files_state_dicts_and_fingerprint_after_a_decode_are_those_of_plain_transformers(self, hat, ids, tmp_path):
@@ -526,6 +571,7 @@ class TestALlama:
         expected = hat.lm(ids).logits
         for use, message in (
             (lambda: copy.deepcopy(hat.lm), "hat.lm cannot be copied without its routers"),
+            (lambda: copy.deepcopy(hat.lm.model), "hat.lm cannot be copied without its routers"),
             (lambda: pickle.dumps(hat), "never pickled: use save_pretrained"),
             (lambda: pickle.dumps(hat.lm), "never pickled"),
         ):
@@ -535,6 +581,28 @@ class TestALlama:
         hat.capacity, hat.exit_rate = 1.0, 0.0
         assert torch.equal(twin.lm(ids).logits, expected) and (twin.capacity, twin.exit_rate) == (0.7, 0.2)
         assert twin.lm.model.layers[0].mlp is not hat.lm.model.layers[0].mlp
+
+    def test_a_part_by_hand_is_the_bases_and_its_copy_works_in_the_model(self, ids):
+        hat, plain = skipping("channel", bar=0.6, correction_rank=2), tiny().model
+        expected, masks = recorded(hat, ids)
+        x = plain.get_input_embeddings()(ids)
+        given = {"position_embeddings": plain.model.rotary_emb(x, torch.arange(14)[None])}
+        layer, theirs = hat.lm.model.layers[1], plain.model.layers[1]
+        for ours in (layer, copy.deepcopy(hat.lm.model.layers)[1]):
+            assert torch.equal(ours.mlp(x), theirs.mlp(x)) and torch.equal(copy.deepcopy(ours.mlp)(x), theirs.mlp(x))
+            assert torch.equal(ours(x, **given), theirs(x, **given))
+        for part in (layer, layer.mlp, layer.mlp.up_proj, hat.lm.lm_head):
+            for write in (pickle.dumps, lambda part: torch.save(part, io.BytesIO())):
+                with pytest.raises(HatError, match="parts of hat.lm are never pickled"):
+                    write(part)
+        copied = copy.deepcopy(layer)
+        layer.load_state_dict(copied.state_dict())
+        hat.lm.lm_head = copy.deepcopy(hat.lm.lm_head)
+        with hat.force(masks):
+            assert torch.equal(hat.lm(ids).logits, expected)
+        base = hat.unload().model
+        assert torch.equal(base(ids).logits, plain(ids).logits)
+        assert torch.equal(copied.mlp(x), theirs.mlp(x))
 
     def test_torch_compile_runs_it_as_it_is(self, hat, ids):
         expected = hat.lm(ids).logits

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from hat_lib.model.transformer import HierarchicalTransformer
 
 CHECKPOINTS = DATA / "checkpoints"
-CALIBRATED = CHECKPOINTS / "calibrated"
-"""a reference checkpoint of the bundled base, which comes with the repository"""
+DEFAULT = CHECKPOINTS / "default"
+"""the trained channel-grain checkpoint of the bundled base, which comes with the repository"""
 
 BASE_HELP = "bundled, a Hub id (owner/name), a folder with safetensors, a .gguf file, or random:tiny"
 TEXT_HELP = (
@@ -38,7 +38,11 @@ def option(default, words: str, *names: str, **settings):
 
 BASE = option(None, f"The frozen Llama: {BASE_HELP}. [default: the one the checkpoint names, or bundled]")
 BUNDLED_BASE = option("bundled", f"The frozen Llama: {BASE_HELP}.")
-CHECKPOINT = option(None, "Folder of `hat calibrate` or `hat train`. [default: one for bundled; at 1.0 none is needed]")
+CHECKPOINT = option(
+    None,
+    "Folder of `hat calibrate` or `hat train`. [default: data/checkpoints/default, trained, for the bundled base; none "
+    "at capacity 1.0 without exits]",
+)
 # Strings, so that a wrong number gets the library's own message.
 CAPACITY = option(None, f"Compute per token: {CAPACITY_HELP}. [default: the checkpoint's]", metavar="SHARE")
 EXIT_RATE = option(
@@ -146,8 +150,8 @@ def load(
     needed = checkpoint is None and (share != 1.0 or rate)
     if needed and base not in (None, "bundled"):
         raise HatError(_MISSING.format(where=f"for {base}", of=f"--base {base} "))
-    if needed and not CALIBRATED.exists():
-        raise HatError(_MISSING.format(where=f"at {CALIBRATED}", of=""))
+    if needed and not DEFAULT.exists():
+        raise HatError(_MISSING.format(where=f"at {DEFAULT}", of=""))
 
     from hat_lib.backbone.base import load_base
     from hat_lib.model.transformer import HierarchicalTransformer
@@ -155,7 +159,7 @@ def load(
     if checkpoint is None and not needed:
         loaded = load_base(*[base] if base else [], dtype=dtype)
         return HierarchicalTransformer(loaded, HatConfig.default(loaded))
-    hat = HierarchicalTransformer.from_pretrained(checkpoint or CALIBRATED, base, dtype=dtype)
+    hat = HierarchicalTransformer.from_pretrained(checkpoint or DEFAULT, base, dtype=dtype)
     if share is not None:
         hat.capacity = share
     if rate is not None:

@@ -1,0 +1,345 @@
+"""Controls: simpler choices of what to skip, compared with the method at equal compute.
+
+A router is worth something only if it beats these at equal realised work. Each control is a policy for
+``with hat.using(policy):``, so it differs from the method in nothing but its decisions; protected tokens and
+layer 0's FFN (token grain) run as ever. `CONTROLS` has them under one signature; `as_in` is the method of another
+checkpoint, say an untrained one; `RandomExits` is the gates' control. Each is a family with one dial, which `matched`
+turns until the realised capacity on a text is the requested one. On another text it may differ, for `cosine_rule` above
+all: report what was realised there. Exits are off while one is built.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hat_lib.config import CAPACITY_MIN, HatError, check_capacity
+from hat_lib.evaluation.perplexity import score_each
+from hat_lib.model.checkpoint import check_tensors, read_checkpoint
+from hat_lib.model.policies import KeepAll, Policy, Random, Static, Threshold
+from hat_lib.model.token_state import TokenState
+from hat_lib.model.transformer import HierarchicalTransformer
+
+Blocks = Iterable[Sequence[int] | Mapping]
+"""Text: token-id lists, or rows of `load_text`. All of it is run a few times: 2,000 tokens are enough."""
+Family = Callable[[float], Policy]
+"""A control for each setting of its dial in [0, 1]; it keeps more as the dial rises, and everything at 1."""
+
+# `matched` stops at CLOSE; a control further off than TOLERANCE is no control.
+CLOSE, TOLERANCE, STEPS = 0.002, 0.01, 24
+MIN_TOKENS = 256
+# Tokens that price the removal of each layer, in blocks taken at even distances.
+DAMAGE_TOKENS = 1024
+
+
+class OutOfReach(HatError):
+    """This control cannot realise the capacity on this text: no reason to stop a sweep, but a row without a result."""
+
+
+# -- equal work ----------------------------------------------------------------------------------------
+
+
+def matched(hat: HierarchicalTransformer, family: Family, blocks: Blocks, capacity: float) -> Policy:
+    """The member of ``family`` that realises ``capacity`` on ``blocks``, within 0.01 and mostly within 0.002.
+
+    It looks at the work alone, never at what the model predicts, so it may be given the very text that is measured
+    afterwards. Protected tokens are part of it, so texts cut into much shorter blocks realise more. Raises `OutOfReach`
+    for a capacity that no member of the family comes near, and another `HatError` for one outside [0.1, 1] and for a
+    text of less than 256 tokens.
+    """
+    capacity, texts = check_capacity(capacity), text_tensors(hat, blocks)
+    if capacity == 1.0:
+        return KeepAll()
+    low, high = (0.0, 0.0), (1.0, 1.0)  # (dial, realised) at both ends of the bracket
+    best = (np.inf, np.nan, None)
+    for _ in range(STEPS):
+        # Where a straight line between the ends would cross, held off them so that the bracket always shrinks.
+        step = float(np.clip((capacity - low[1]) / max(high[1] - low[1], 1e-9), 0.1, 0.9))
+        dial = low[0] + step * (high[0] - low[0])
+        policy = family(dial)
+        realised = realised_capacity(hat, policy, texts)
+        best = min(best, (abs(realised - capacity), realised, policy), key=lambda found: found[0])
+        if best[0] <= CLOSE:
+            break
+        low, high = (low, (dial, realised)) if realised > capacity else ((dial, realised), high)
+    if best[0] > TOLERANCE:
+        raise OutOfReach(f"this control cannot realise capacity {capacity} on this text: its nearest is {best[1]:.3f}")
+    return best[2]
+
+
+@torch.no_grad()
+def realised_capacity(hat: HierarchicalTransformer, policy: Policy, texts: Sequence[Tensor]) -> float:
+    """Executed / routable work under ``policy`` without exits, over all tokens of ``texts`` (``[1, T]`` each)."""
+    kept = 0.0
+    with hat.dense(), hat.using(policy):
+        for ids in texts:
+            hat.lm.model(ids, use_cache=False)
+            kept += hat.trace.capacity * ids.shape[1]
+    return kept / sum(ids.shape[1] for ids in texts)
+
+
+def text_tensors(hat: HierarchicalTransformer, blocks: Blocks) -> list[Tensor]:
+    """The blocks as int64 ``[1, T]`` on the model's device."""
+    rows = [b["input_ids"] if isinstance(b, Mapping) else b for b in blocks]
+    texts = [torch.as_tensor(b, device=hat.base.device).view(1, -1) for b in rows if len(b)]
+    found = sum(t.shape[1] for t in texts)
+    if found < MIN_TOKENS:
+        raise HatError(f"a control is matched on at least {MIN_TOKENS} tokens of text, got {found}")
+    return texts
+
+
+def _for_site(keep: Tensor, site: str, x: Tensor) -> Tensor:
+    """A decision per row, ``[n]``, in the shape that the site takes."""
+    return keep if site == "ffn" else keep[:, None].expand_as(x)
+
+
+# -- random and static ---------------------------------------------------------------------------------
+
+
+def random_mask(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, seed: int = 0) -> Policy:
+    """Every unit is kept with the same probability, whatever the token: `Random`."""
+    return matched(hat, lambda share: Random(share, seed), blocks, capacity)
+
+
+@torch.no_grad()
+def static_choice(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, seed: int = 0) -> Policy:
+    """The method without its choice per token: the same channels, or the same FFNs, for every token.
+
+    Channel grain: in each site the channels whose score has the largest root mean square on ``blocks``; how many
+    is the method's own allocation, ``hat.calibration.shares_at``. The scores are the routers' as they are, trained or
+    not. Token grain: `layer_removal`.
+    """
+    if hat.config.granularity == "token":
+        return layer_removal(hat, blocks, capacity, seed)
+    if hat.calibration is None:
+        raise HatError("the static choice takes its shares from a calibration: run `hat calibrate` first")
+    texts, energy = text_tensors(hat, blocks), {}
+
+    def watch(layer, site, x, rows, state):
+        squares = hat.routers[f"{layer}_{site}"].score(x[~state.protected.view(-1)]).double().square().sum(0)
+        energy[layer, site] = energy.get((layer, site), 0) + squares
+
+    realised_capacity(hat, watch, texts)
+    ranked = {key: squares.argsort(descending=True, stable=True) for key, squares in energy.items()}
+
+    def family(dial: float) -> Policy:
+        shares, keep = hat.calibration.shares_at(max(dial, CAPACITY_MIN)), {}
+        for (layer, site), order in ranked.items():
+            count = round(float(shares[layer, hat.grain.sites.index(site)]) * len(order))
+            keep[layer, site] = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+            keep[layer, site][order[:count]] = True
+        return Static(keep)
+
+    return matched(hat, family, texts, capacity)
+
+
+# -- whole layers --------------------------------------------------------------------------------------
+
+
+class Layers:
+    """Whole layers: ``share[layer]`` of the tokens, drawn at random, run all sites of that layer; default all."""
+
+    def __init__(self, share: Mapping[int, float], seed: int = 0):
+        self.draw = {layer: Random(s, seed) for layer, s in share.items() if s < 1}
+
+    def __call__(self, layer, site, x, rows, state):
+        if layer not in self.draw:
+            return None
+        keep = self.draw[layer](layer, "ffn", x, rows, state)  # one draw a token, the same at every site
+        return _for_site(keep, site, x)
+
+
+def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, seed: int = 0) -> Policy:
+    """The routable work of whole layers is skipped for every token: the FFN, or all four sites (channel grain).
+
+    Greedy: layers go in the order of their `layer_damage`, cheapest first, which does not see that two layers
+    may stand in for one another. The last one to go is skipped for a random part of the tokens, such that the work is
+    the requested one. At the channel grain a token that skips a layer leaves K and V of zero there.
+    """
+    texts = text_tensors(hat, blocks)
+    order = sorted((cost, layer) for layer, cost in layer_damage(hat, texts).items())
+
+    def family(dial: float) -> Policy:
+        skipped = (1 - dial) * len(order)
+        return Layers({layer: max(0.0, 1 - (skipped - i)) for i, (_, layer) in enumerate(order) if i < skipped}, seed)
+
+    return matched(hat, family, texts, capacity)
+
+
+_DAMAGE: WeakKeyDictionary[HierarchicalTransformer, dict] = WeakKeyDictionary()
+
+
+def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, float]:
+    """KL(base || base without that layer's routable work), nats per token, for each layer that can be skipped.
+
+    A pass a layer, and one of the base, over about `DAMAGE_TOKENS` tokens of ``blocks``. No router has a part in it, so
+    the numbers are kept for as long as ``hat`` is, and serve every capacity.
+    """
+    texts = text_tensors(hat, blocks)
+    rows = [{"input_ids": t[0].tolist(), "n_context": 0} for t in texts]
+    rows = rows[:: max(1, sum(t.shape[1] for t in texts) // DAMAGE_TOKENS)]
+    known, key = _DAMAGE.setdefault(hat, {}), (hat.base.dtype, str(rows))
+    if key not in known:
+        layers = range(hat.config.granularity == "token", hat.config.n_layers)  # layer 0's FFN always runs
+        with hat.dense():
+            without = [partial(hat.using, Layers({layer: 0.0})) for layer in layers]
+            _, scores = score_each(hat, rows, without, progress=False)
+        known[key] = {layer: score.agreement.kl for layer, score in zip(layers, scores, strict=True)}
+    return known[key]
+
+
+# -- the cosine rule -----------------------------------------------------------------------------------
+
+
+class StreamCosine:
+    """How little the residual stream of each token has turned since one layer before: cosine, fp32 ``[n]``.
+
+    What a router reads is an RMSNorm's output: the stream times one positive number per token, which a cosine does
+    not see, times the norm's weights, which are divided out here. So it is the cosine of the stream itself,
+    between the places where it enters two layers (channel grain) or their FFNs (token grain).
+    """
+
+    def __init__(self, hat: HierarchicalTransformer):
+        name = "post_attention_layernorm" if hat.config.granularity == "token" else "input_layernorm"
+        weights = [getattr(layer, name).weight.detach().float() for layer in hat.lm.model.layers]
+        self.inverse = [torch.where(w == 0, 0.0, 1 / w) for w in weights]
+        self._before: WeakKeyDictionary[TokenState, Tensor] = WeakKeyDictionary()
+
+    def __call__(self, layer: int, x: Tensor, rows: Tensor | None, state: TokenState) -> Tensor | None:
+        """None in the first layer of a forward that is asked; rows that have left are never asked again."""
+        point = x.detach().float() * self.inverse[layer]
+        if rows is not None:
+            point = point.new_zeros(state.batch * state.tokens, point.shape[1]).index_copy(0, rows, point)
+        before, self._before[state] = self._before.get(state), point
+        if before is None:
+            return None
+        cosine = F.cosine_similarity(point, before, dim=-1)
+        return cosine if rows is None else cosine[rows]
+
+
+class Cosine:
+    """Skip layer l for a token whose predicted cosine across it exceeds ``threshold``; see `cosine_rule`.
+
+    Args:
+        mean, std, r: of the cosine across each layer, on held-out text, ``[L]`` each; ``r`` is its correlation with
+            the cosine across the layer before. ``mean`` is -inf for a layer that always runs.
+    """
+
+    def __init__(self, hat: HierarchicalTransformer, mean, std, r, threshold: float):
+        self.cosine, self.site = StreamCosine(hat), hat.grain.sites[0]
+        self.mean, self.std, self.r, self.threshold = mean.tolist(), std.tolist(), r.tolist(), threshold
+        # By forward: who keeps the present layer, and the deviation expected of each row; bool and fp32 ``[B * T]``.
+        self._decided: WeakKeyDictionary[TokenState, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+
+    def __call__(self, layer, site, x, rows, state):
+        if site == self.site:  # the layer's other sites follow
+            self._decided[state] = self._decide(layer, x, rows, state)
+        keep = self._decided[state][0]
+        return _for_site(keep if rows is None else keep[rows], site, x)
+
+    def _decide(self, layer: int, x: Tensor, rows: Tensor | None, state: TokenState) -> tuple[Tensor, Tensor]:
+        """In new tensors: the trace keeps those it was given."""
+        cosine, n = self.cosine(layer, x, rows, state), state.batch * state.tokens
+        if cosine is None:
+            return torch.ones(n, dtype=torch.bool, device=x.device), torch.zeros(n, device=x.device)
+        keep, deviation = self._decided[state]
+        at = torch.arange(n, device=x.device) if rows is None else rows
+        seen = (cosine - self.mean[layer - 1]) / self.std[layer - 1]
+        # A layer that did not run turns nothing, which is no news: the deviation expected of it stands.
+        expected = self.r[layer] * torch.where(keep[at], seen, deviation[at])
+        runs = self.mean[layer] + self.std[layer] * expected <= self.threshold
+        return keep.index_copy(0, at, runs), deviation.index_copy(0, at, expected)
+
+
+def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, seed: int = 0) -> Policy:
+    """A layer is skipped for a token if it is predicted to turn that token's residual stream little.
+
+    ShortGPT (Men et al. 2024, arXiv:2403.03853) removes the layers of least Block Influence, 1 - mean cos(stream
+    before, stream after); FFN-SkipLLM (Jaiswal et al. 2024, arXiv:2404.03865) skips a token's next FFNs once its
+    cosine is high. Here both speak: the cosine across layer l is predicted by a line fitted on held-out text, from
+    the cosine across layer l - 1; where that did not run, from the one predicted for it (by the last cosine alone no
+    token would run again: a skipped layer's is 1). One threshold for all layers, so layers find their own shares.
+
+    Always run: the first layer that is asked (0; at the token grain 1), and the last, whose cosine no later layer sees.
+    Channel grain: the decision holds for all four sites, and a token that skips a layer leaves K and V of zero there.
+    Token grain: a cosine spans the FFN and the next layer's attention. ``seed`` is unused.
+    """
+    texts, cosine, n_layers = text_tensors(hat, blocks), StreamCosine(hat), hat.config.n_layers
+    across: dict[int, list[Tensor]] = {}
+
+    def watch(layer, site, x, rows, state):
+        if site == hat.grain.sites[0] and (seen := cosine(layer, x, rows, state)) is not None:
+            across.setdefault(layer - 1, []).append(seen[~state.protected.view(-1)])
+
+    realised_capacity(hat, watch, texts)
+    if len(across) < 2:
+        raise HatError(f"the cosine rule has nothing to predict in a base of {n_layers} layers")
+    mean, std, r = np.full(n_layers, -np.inf), np.zeros(n_layers), np.zeros(n_layers)
+    deviation, predicted = {}, []
+    for layer, cosines in sorted(across.items()):
+        seen = torch.cat(cosines).double().cpu().numpy()
+        mean[layer], std[layer] = seen.mean(), max(seen.std(), 1e-9)
+        deviation[layer] = (seen - mean[layer]) / std[layer]
+        if layer - 1 in deviation:
+            r[layer] = np.mean(deviation[layer] * deviation[layer - 1])
+            predicted.append(mean[layer] + std[layer] * r[layer] * deviation[layer - 1])
+    return matched(hat, lambda dial: Cosine(hat, mean, std, r, float(np.quantile(predicted, dial))), texts, capacity)
+
+
+# -- another checkpoint, other exits ------------------------------------------------------------------------
+
+
+def as_in(hat: HierarchicalTransformer, checkpoint: str | Path) -> Family:
+    """The method as another checkpoint has it: its routers and its calibration; the untrained one above all.
+
+    The dial is the requested capacity, from 0.1 on. ``hat`` stays as it is: the policies carry routers of their own.
+    Raises `HatError` if the checkpoint cannot be read, has no calibration, or was made for another base or grain.
+    """
+    other = read_checkpoint(checkpoint)
+    other.check_base(hat.base, checkpoint)
+    if other.config.granularity != hat.config.granularity:
+        raise HatError(f"{checkpoint} has the {other.config.granularity} grain, expected {hat.config.granularity}")
+    if other.calibration is None:
+        raise HatError(f"{checkpoint} has no calibration: make one with `hat calibrate`")
+    tensors = {k.removeprefix("routers."): v for k, v in other.tensors.items() if k.startswith("routers.")}
+    routers = copy.deepcopy(hat.routers)
+    check_tensors(tensors, dict(routers.named_parameters()), checkpoint)
+    routers.load_state_dict(tensors)
+    return lambda dial: Threshold(routers, other.calibration.thresholds_at(max(dial, CAPACITY_MIN)))
+
+
+class RandomExits:
+    """Control for the gates: at depth e, each token that may leave does so with probability ``rates[e]``.
+
+    To be put beside ``hat.gates`` at the shares of them that left there: same depths, same translators, same rates,
+    other tokens.
+    """
+
+    def __init__(self, rates: Mapping[int, float], seed: int = 0):
+        self.draws = {depth: Random(rate, seed + 1) for depth, rate in rates.items()}
+
+    def exits(self, depth: int, h: Tensor, rows: Tensor, state: TokenState) -> Tensor:
+        """bool ``[n]``: who of ``rows`` leaves after ``depth`` layers."""
+        return self.draws[depth](depth, "ffn", h, rows, state)
+
+
+def exit_shares(states: Iterable[TokenState], depths: Iterable[int]) -> dict[int, float]:
+    """Of the tokens that could leave at each depth, the share that did: the ``rates`` of `RandomExits`."""
+    left = torch.cat([s.exit_layer[s.real & ~s.protected] for s in states])
+    return {depth: float((left == depth).sum() / (left >= depth).sum().clamp(min=1)) for depth in depths}
+
+
+CONTROLS: dict[str, Callable[[HierarchicalTransformer, Blocks, float, int], Policy]] = {
+    "random": random_mask,
+    "static": static_choice,
+    "cosine": cosine_rule,
+    "removal": layer_removal,
+}
