@@ -33,7 +33,7 @@ def analyze(
     exit_rate: str | None = options.EXIT_RATE,
     max_tokens: int = options.MAX_TOKENS,
     dtype: str | None = options.DTYPE,
-    tables: bool = option(False, "Also print the tables, and the beginning of the text coloured by compute.", "--tables"),
+    tables: bool = option(False, "Also the tables, and the beginning of the text coloured by compute.", "--tables"),
     out: Path | None = option(None, "Also write tables (CSV), figures (PNG) and coloured text (HTML) to this folder."),
 ) -> None:
     """How compute is distributed over tokens and layers.

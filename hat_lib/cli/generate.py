@@ -43,8 +43,8 @@ def generate(
     """Continue a prompt, and say how much was executed.
 
     At a capacity, at a target speedup (the first one measures this machine's speed, about half a minute), or exactly as
-    the base would, with the adaptive model as drafter. The text is printed as it is generated; the lines after it say what
-    was requested and what was realised.
+    the base would, with the adaptive model as drafter. The text is printed as it is generated; the lines after it say
+    what was requested and what was realised.
     """
     for chosen, on in (("--capacity", capacity), ("--lossless", lossless)):
         if target_speedup is not None and on:
@@ -96,7 +96,8 @@ def generate(
         ids = out.ids[0, out.prompt_length :].tolist()
         shares = out.token_share[0, out.prompt_length - 1 :].tolist()
         passage = Passage("new tokens", pieces(hat.base.tokenizer, ids), shares)
-        typer.echo("\n" + ansi(passage, meaning="compute spent predicting the token, as a share of the dense model's") + "\n")
+        meaning = "compute spent predicting the token, as a share of the dense model's"
+        typer.echo("\n" + ansi(passage, meaning=meaning) + "\n")
     work = work_said(out.requested_capacity, out.capacity, out.requested_exit_rate, out.exit_rate, out.model_share)
     typer.echo(f"[{work}; {out.new_tokens} new tokens, {out.tokens_per_second:.1f} tokens/s; {hat.decoding}]")
     speedup = "too short a text to measure" if out.realised_speedup is None else f"{out.realised_speedup:.3f}x"

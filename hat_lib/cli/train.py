@@ -26,8 +26,8 @@ def calibrate(
     dtype: str = option("fp32", f"Of the passes: {options.DTYPES_HELP}. The thresholds serve every dtype."),
     capacity: str | None = option(
         None,
-        f"Capacity that the checkpoint runs at unless told otherwise: {options.CAPACITY_HELP}. [default: 0.75 for channel, "
-        "0.55 for token]",
+        f"Capacity of the checkpoint unless told otherwise: {options.CAPACITY_HELP}. [default: 0.75 for channel, 0.55 "
+        "for token]",
         metavar="SHARE",
     ),
 ) -> None:

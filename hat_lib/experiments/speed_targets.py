@@ -80,7 +80,7 @@ def rows(
 ) -> Iterator[Row]:
     """Rows for each checkpoint and target; the speed curve comes from the user's cache or is measured first.
 
-    ``versus`` is what speedups are measured against, dense (our own dense path) or hf (plain transformers); ``count`` how
+    ``versus`` is what speedups are relative to, dense (our own dense path) or hf (plain transformers); ``count`` how
     many prompts; ``tokens`` how many of each text, of its test split in whole blocks at even distances.
     """
     check_count("tokens", tokens, 2 * BLOCK)

@@ -100,7 +100,7 @@ class AdaptiveInference:
 
     Args:
         hat: left, after each call, at the capacity and exit rate that it had.
-        versus: what speedups are measured against: "dense", our own dense path, or "hf", plain transformers, for which a
+        versus: what speedups are relative to: "dense", our own dense path, or "hf", plain transformers, for which a
             second copy of the base is loaded when first needed.
     """
 

@@ -1,4 +1,4 @@
-"""Corrections compensate for skipped computation: in gated products at no extra inference cost, in skipped FFNs at little.
+"""Corrections compensate for skipped computation, in gated products at no extra inference cost, in FFNs at little.
 
 Channel grain: each product ``y = W x`` that is gated becomes ``y = W x + B A x + c``: an update of low rank (LoRA, Hu
 et al. 2021, arXiv:2106.09685) and a constant vector (SPON, arXiv:2512.12744). Both are trained to bring the gated model

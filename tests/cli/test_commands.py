@@ -175,9 +175,10 @@ def test_prompt_from_stdin(python_m):
 
 
 def test_reference_checkpoint_is_used_for_the_bundled_base_alone(calibrated, monkeypatch, hat):
-    assert shared.DEFAULT.parts[-2:] == ("checkpoints", "default") and "data/checkpoints/default" in shared.CHECKPOINT.help
+    assert "data/checkpoints/default" in shared.CHECKPOINT.help
+    assert shared.DEFAULT.parts[-3:] == ("data", "checkpoints", "default")
     summary = json.loads((shared.DEFAULT / CONFIG_FILE).read_text())["training"]
-    assert summary["routers"], "the one that README measures is trained"
+    assert summary["routers"], "README's table is of the trained one"
     monkeypatch.setattr(shared, "DEFAULT", calibrated[0])  # one that names random:tiny as its base
     code, out, _ = hat("generate", "--prompt", PROMPT, "--max-new-tokens", 2)
     assert code == 0 and "capacity 0.75 requested" in out
