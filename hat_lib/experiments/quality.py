@@ -145,7 +145,8 @@ def rows(
     """Rows for the points that are not ``done``, grain by grain; those of `plan` unless told.
 
     Raises `HatError` for a checkpoint of another grain, one that was not trained in place of one that was, or the
-    reverse, and where ``done`` has rows of other checkpoints. A control that cannot do as much work as the trained model is warned of and left out.
+    reverse, and where ``done`` has rows of other checkpoints. A control that cannot do as much work as the trained
+    model is warned of and left out.
     """
     if odd := [g for g in grains if g not in GRANULARITIES]:
         raise HatError(f"grains must be among {', '.join(GRANULARITIES)}, got {odd[0]!r}")

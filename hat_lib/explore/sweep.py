@@ -81,8 +81,8 @@ def sweep(
 
     Args:
         text: a name as `load_text` takes it (a corpus, a file, a dataset of the Hub), a text itself (anything with a
-            space or a line's end in it that is not named as a file), or a list of texts, of blocks of token ids or of rows of
-            `load_text`.
+            space or a line's end in it that is no file's name), or a list of texts, of blocks of token ids or of rows
+            of `load_text`.
         capacities: requested, in [0.1, 1]; one or several.
         exit_rate: requested at each of them; None is what ``hat`` is set to.
         split: of a name; see `load_text`. None: see `default_split`.
@@ -122,8 +122,9 @@ def _blocks(hat, text, split: str | None, max_tokens: int | None, block_size: in
         if isinstance(item, str):
             check_whole("the text", item)
     words = isinstance(text, str) and any(c.isspace() for c in text.strip())
-    file = isinstance(text, str | Path) and (names_file(text) or Path(text).suffix.lower() in OTHER_FILES)
-    if isinstance(text, str | Path) and not (words and ("\n" in text.strip() or not file)):
+    if words and "\n" not in text.strip():
+        words = not (names_file(text) or Path(text).suffix.lower() in OTHER_FILES)
+    if isinstance(text, str | Path) and not words:
         split = split or default_split(text, hat)
         rows = load_text(text, tokenizer, split=split, max_tokens=max_tokens, block_size=block_size)
         return f"{text}, {split} split", rows

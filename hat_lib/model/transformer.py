@@ -69,10 +69,10 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     def __init__(self, base: Base, config: HatConfig, calibration: Calibration | None = None):
         super().__init__()
-        for name, value, kind in (("base", base, Base), ("config", config, HatConfig)):
-            if not isinstance(value, kind):
-                how = "load_base(name or folder)" if kind is Base else "HatConfig.default(base)"
-                raise HatError(f"{name} must be a {kind.__name__}, as {how} gives it, got {type(value).__name__}")
+        if not isinstance(base, Base):
+            raise HatError(f"base must be a Base, as load_base gives it, got {type(base).__name__}")
+        if not isinstance(config, HatConfig):
+            raise HatError(f"config must be a HatConfig, such as HatConfig.default(base), got {type(config).__name__}")
         lm, grain, width = base.model, GRAINS[config.granularity], base.model.config.hidden_size
         if config.n_layers != lm.config.num_hidden_layers:
             raise HatError(f"the config is for {config.n_layers} layers, {base.name} has {lm.config.num_hidden_layers}")
@@ -83,8 +83,8 @@ class HierarchicalTransformer(Modes, nn.Module):
             calibration.check(config)
         for override in filter(None, (vars(layer).get("forward") for layer in lm.model.layers)):
             if isinstance(getattr(override, "__self__", None), AdaptiveLayer):
-                raise HatError(f"{base.name} already carries a HierarchicalTransformer: call its unload() first, or load the base again"
-                )
+                ways = "call its unload() first, or load the base again"
+                raise HatError(f"{base.name} already carries a HierarchicalTransformer: {ways}")
             raise HatError(
                 f"{base.name} has a decoder layer whose forward another library overrides: take that off first"
             )

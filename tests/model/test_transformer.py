@@ -110,15 +110,22 @@ class TestBase:
         settings = {"capacity": 0.5, "calibration": None, "weight_format": "base"}
         uses = [partial(setattr, hat, name, value) for name, value in settings.items()]
         uses += [lambda: hat.to(torch.float32), lambda: copy.deepcopy(hat), lambda: hat.explain("a")]
-        uses += [lambda: hat.dense().__enter__(), lambda: hat.using(KeepAll()).__enter__(), lambda: hat.at().__enter__()]
+        uses += [
+            lambda: hat.dense().__enter__(),
+            lambda: hat.using(KeepAll()).__enter__(),
+            lambda: hat.at().__enter__(),
+        ]
         for use in uses:
             with pytest.raises(HatError, match="was unloaded"):
                 use()
 
     def test_what_is_no_base_and_no_config_and_what_is_called_is_hat_lm(self, hat, ids):
         for use, message in (
-            (lambda: HierarchicalTransformer(tiny().model, hat.config), "base must be a Base, as load_base.*, got Llama"),
-            (lambda: HierarchicalTransformer(tiny(), None), "config must be a HatConfig, as .*, got NoneType"),
+            (
+                lambda: HierarchicalTransformer(tiny().model, hat.config),
+                "base must be a Base, as load_base.*, got Llama",
+            ),
+            (lambda: HierarchicalTransformer(tiny(), None), "config must be a HatConfig, .*, got NoneType"),
             (lambda: HierarchicalTransformer(hat.base, hat.config), "call its unload.. first, or load the base again"),
             (lambda: hat(ids), "is not called itself: call hat.lm"),
         ):
@@ -341,7 +348,6 @@ class TestPolicies:
         with pytest.raises(HatError, match="exit"):
             hat.exit_rate = 0.3
 
-
     def test_forced_masks_that_do_not_fit_are_refused(self, hat, ids):
         _, masks = recorded(hat, ids)
         _, others = recorded(active({"channel": "token", "token": "channel"}[hat.config.granularity]), ids)
@@ -357,7 +363,9 @@ class TestPolicies:
         longer = torch.cat((ids, ids), 1)
         with hat.force(masks):
             for use in (lambda: hat.lm(ids[:1]), lambda: hat.lm(longer), lambda: hat.lm.generate(ids, **GREEDY)):
-                with pytest.raises(HatError, match=r"forced masks must cover \d sequences and \d+ tokens.*, got 3 and 14"):
+                with pytest.raises(
+                    HatError, match=r"forced masks must cover \d sequences and \d+ tokens.*, got 3 and 14"
+                ):
                     use()
 
 
