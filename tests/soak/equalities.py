@@ -63,12 +63,14 @@ def drawn(draw) -> Case:
     depth = draw(st.integers(1, 4))
     grain = draw(st.sampled_from(GRAINS))
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
+    # In bf16 a norm over fewer than eight channels magnifies how the parallel pass rounds; decoding is nearer to fp32.
+    least = 2 if dtype == torch.float32 else max(2, -(-8 // heads))
     return Case(
         depth=depth,
         heads=heads,
         kv_heads=draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])),
         head_size=2 * draw(st.integers(1, 8)),
-        width=heads * draw(st.integers(2, 12)),  # transformers asks for a multiple
+        width=heads * draw(st.integers(least, 12)),  # transformers asks for a multiple
         inner=draw(st.integers(4, 96)),
         attention_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),

@@ -1,7 +1,7 @@
 """Load: many generations in one process, the end of the context, ragged batches, and threads on two models.
 
-Memory is looked at fifty times after the first tenth; its slope is in KiB a generation. Slowdown is the median time of
-the last tenth over that of the first.
+Memory is looked at fifty times after the first tenth; its slope is in KiB a generation. Slowdown is the median CPU time
+of the last tenth over that of the first: what else the machine does must not count.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def generations(count: int, model: str = "tiny", path: str = "engine") -> Found:
     looks = set(np.linspace(count // 10, count - 1, 50).astype(int).tolist())
     with hat.reference() if path == "reference" else nullcontext(), torch.no_grad():
         for n in range(-3, count):  # the first compile, and allocate
-            start = time.perf_counter()
+            start = time.process_time()
             out = hat.lm.generate(prompts[n % 26], **how)
             if n >= 0:
-                seconds.append(time.perf_counter() - start)
+                seconds.append(time.process_time() - start)
             if n in looks:
                 gc.collect()
                 memory.append((n, resident_kib()))

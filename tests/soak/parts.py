@@ -26,7 +26,7 @@ class Row:
     seconds: float
     worst_mib: float  # most memory beyond what the process had before the first case
     kib_per_case: float | None  # slope of the memory, after the first tenth
-    slowdown: float | None  # median time of the last tenth over that of the first
+    slowdown: float | None  # median CPU time of the last tenth over that of the first
     threads: int
     device: str
     note: str | None  # the first failure, or what was left out
