@@ -63,14 +63,12 @@ def drawn(draw) -> Case:
     depth = draw(st.integers(1, 4))
     grain = draw(st.sampled_from(GRAINS))
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
-    # In bf16 a norm over fewer than eight channels magnifies how the parallel pass rounds; decoding is nearer to fp32.
-    least = 2 if dtype == torch.float32 else max(2, -(-8 // heads))
     return Case(
         depth=depth,
         heads=heads,
         kv_heads=draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])),
         head_size=2 * draw(st.integers(1, 8)),
-        width=heads * draw(st.integers(least, 12)),  # transformers asks for a multiple
+        width=heads * draw(st.integers(2, 12)),  # transformers asks for a multiple
         inner=draw(st.integers(4, 96)),
         attention_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
@@ -177,9 +175,11 @@ def check(case: Case) -> None:
     ids = torch.from_numpy(draws.integers(0, 256, (case.batch, case.tokens)))
     expected, frozen = base.model(ids).logits, exact_hash(base.model)
 
+    tolerance = TOLERANCE[case.dtype]
+
     def close(a, b, what, tips=0):
         assert a.shape == b.shape and a.isfinite().all(), what
-        off = (a.float() - b.float()).abs() > TOLERANCE[case.dtype] * max(1.0, float(b.abs().max()))
+        off = (a.float() - b.float()).abs() > tolerance * max(1.0, float(b.abs().max()))
         assert off.any(-1).sum() <= tips, f"{what}: {int(off.sum())} logits differ"
 
     hat = adaptive(case, base)
@@ -203,6 +203,14 @@ def check(case: Case) -> None:
     with hat.record(), hat.reference():
         parallel, state = hat.lm(ids).logits, hat.trace
     masks = state.masks
+    if (
+        case.dtype == torch.bfloat16
+    ):  # some of these models magnify rounding: twice as far as it takes this pass from fp32
+        hat.to(torch.float32)
+        with hat.reference(), hat.force(masks):
+            exact = hat.lm(ids).logits
+        hat.to(torch.bfloat16)
+        tolerance = max(tolerance, 2 * float((parallel - exact).abs().max()) / max(1.0, float(parallel.abs().max())))
 
     for path in (hat.reference, nullcontext):
         for rows in (slice(None), slice(0, 1)):
