@@ -110,7 +110,7 @@ class ExitGate(nn.Module):
     def translate(self, h: Tensor) -> Tensor:
         n = _norm(h)
         change = self.scale * n + self.expand(self.reduce(n)) + self.shift
-        length = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=torch.float32)
+        length = torch.linalg.vector_norm(h.float(), dim=-1, keepdim=True)
         return h + (length * change).to(h.dtype)
 
 

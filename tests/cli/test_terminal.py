@@ -42,6 +42,10 @@ def test_every_option_is_explained(run_hat, command):
         assert len(" ".join(option.split()[1:])) > 20, option
 
 
+def test_sweep_says_how_many_tokens_it_needs(run_hat):
+    assert "Tokens of each text, at least 1024" in " ".join(run_hat("sweep", "--help")[1].split())
+
+
 @pytest.mark.parametrize(
     ("found", "said"), [(0.583, f"0.583 realised ({WHY})"), (0.603, "0.603 realised"), (float("nan"), "nan realised")]
 )

@@ -98,10 +98,7 @@ def test_refusals(grain, tmp_path):
     swapped = {"grains": ["token"], "token": grain["channel"], "token_untrained": grain["channel_untrained"]}
     for changes, words in (
         (swapped | {"points": None}, "has the channel grain, expected token"),
-        (
-            {"channel": grain["channel_untrained"]},
-            "has no trained routers: expected a checkpoint as `hat train` writes it",
-        ),
+        ({"channel": grain["channel_untrained"]}, "has no trained routers: expected a checkpoint as `hat train`"),
         ({"channel_untrained": grain["channel"]}, "was trained: expected a checkpoint as `hat calibrate` writes it"),
         ({"channel": tmp_path / "none"}, "no checkpoint folder at"),
     ):

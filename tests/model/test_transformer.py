@@ -110,11 +110,7 @@ class TestBase:
         settings = {"capacity": 0.5, "calibration": None, "weight_format": "base"}
         uses = [partial(setattr, hat, name, value) for name, value in settings.items()]
         uses += [lambda: hat.to(torch.float32), lambda: copy.deepcopy(hat), lambda: hat.explain("a")]
-        uses += [
-            lambda: hat.dense().__enter__(),
-            lambda: hat.using(KeepAll()).__enter__(),
-            lambda: hat.at().__enter__(),
-        ]
+        uses += [make().__enter__ for make in (hat.dense, hat.at, lambda: hat.using(KeepAll()))]
         for use in uses:
             with pytest.raises(HatError, match="was unloaded"):
                 use()
@@ -123,7 +119,7 @@ class TestBase:
         for use, message in (
             (
                 lambda: HierarchicalTransformer(tiny().model, hat.config),
-                "base must be a Base, as load_base.*, got Llama",
+                "base must be a Base, .*, got LlamaForCausalLM",
             ),
             (lambda: HierarchicalTransformer(tiny(), None), "config must be a HatConfig, .*, got NoneType"),
             (lambda: HierarchicalTransformer(hat.base, hat.config), "call its unload.. first, or load the base again"),
@@ -363,9 +359,7 @@ class TestPolicies:
         longer = torch.cat((ids, ids), 1)
         with hat.force(masks):
             for use in (lambda: hat.lm(ids[:1]), lambda: hat.lm(longer), lambda: hat.lm.generate(ids, **GREEDY)):
-                with pytest.raises(
-                    HatError, match=r"forced masks must cover \d sequences and \d+ tokens.*, got 3 and 14"
-                ):
+                with pytest.raises(HatError, match=r"must cover \d sequences and \d+ tokens here, got 3 and 14"):
                     use()
 
 
@@ -603,9 +597,7 @@ class TestALlama:
             for write in (pickle.dumps, lambda part: torch.save(part, io.BytesIO())):
                 with pytest.raises(HatError, match="parts of hat.lm are never pickled"):
                     write(part)
-        copied = copy.deepcopy(layer)
-        layer.load_state_dict(copied.state_dict())
-        hat.lm.lm_head = copy.deepcopy(hat.lm.lm_head)
+        copied, hat.lm.lm_head = copy.deepcopy(layer), copy.deepcopy(hat.lm.lm_head)
         with hat.force(masks):
             assert torch.equal(hat.lm(ids).logits, expected)
         base = hat.unload().model
