@@ -75,7 +75,7 @@ def test_the_engine_decodes_as_the_reference_path_does(form, ids):
             assert [s.head_share for s in states] == pytest.approx([s.head_share for s in slow], abs=2e-3)
         else:  # another shortlist, as the weights are others, of about the same length
             shares, exact = ([s.head_share for s in of] for of in (states, slow))
-            assert shares != exact and np.mean(shares) == pytest.approx(np.mean(exact), abs=0.03)
+            assert shares != exact and np.mean(shares) == pytest.approx(np.mean(exact), abs=0.08)
         # A row alone, and below one that padding moves to the right.
         close(stepwise(hat.lm, ids[1:2]), found[1:2])
     if form == "base":

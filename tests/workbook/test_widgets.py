@@ -383,7 +383,7 @@ def test_the_words_of_the_page_are_those_of_the_still_twin(tokens):
     assert "layer 1" in told and f"{tokens.map.facts['score'][4][0][1]:.2f}" in told
     heat = tokens.twin().axes[0].collections[0].get_array()
     assert heat.shape == (LAYERS, len(tokens.map.facts["tokens"]))
-    names = [text.get_text() for text in tokens.twin().axes[0].get_legend().get_texts()]
+    names = [text.get_text() for text in tokens.twin().legends[0].get_texts()]
     assert names == ["had left", "at the start: protected, runs in full", "left before this layer"]
 
 
