@@ -1,7 +1,7 @@
 """Frontiers: what is lost at each amount of work. `quality`: the trained model and every control, a panel for each
 grain and text, over the work of the whole model, by which grains can be compared. `twin`: the trained model alone,
 setting by setting, beside the slider of `hat_lib.workbook.widgets.FrontierView`. `sweep`: one text, measured just now.
-`mechanisms`: KL of the ways to run a model. `changes`: KL after short runs.
+`mechanisms`: KL of the ways to run a model.
 """
 
 from __future__ import annotations
@@ -72,26 +72,6 @@ def mechanisms(table: pd.DataFrame) -> Figure:
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.set(title=text, xlabel=WORK, ylabel="KL from the base, nats a token" * (text == texts[0]))
     style.below(fig, [style.key(*look) for way, look in WAYS.items() if way in set(table["way"])])
-    return fig
-
-
-@draws("change", "text", "capacity", "kl")
-def changes(table: pd.DataFrame) -> Figure:
-    """KL divergence from the base after each short run, nats a token, a mark for each text; a panel for each capacity.
-    ``table`` has the fields of `hat_lib.experiments.corrections.Row`."""
-    names, capacities = list(dict.fromkeys(table["change"])), sorted(set(table["capacity"]), reverse=True)
-    texts = list(dict.fromkeys(table["text"]))
-    fig, axes = style.panels(len(capacities), height=0.8 + 0.27 * len(names), width=7.6)
-    for ax, capacity in zip(axes, capacities, strict=True):
-        at = table[table["capacity"] == capacity].pivot(index="change", columns="text", values="kl").reindex(names)
-        for text, (colour, marker) in zip(texts, SERIES, strict=False):
-            ax.plot(at[text], range(len(names)), marker, color=colour, markersize=5)
-            ax.axvline(at[text].iloc[0], color=colour, linewidth=1, linestyle=":")
-        ax.grid(axis="y", visible=False)
-        ax.set(title=f"{capacity:.0%} of the layers' work", xlabel="KL from the base, nats a token")
-    style.named_rows(axes[0], names)  # the others share its rows
-    first = style.key(names[0], line=":")
-    style.below(fig, [*(style.key(text, *look) for text, look in zip(texts, SERIES, strict=False)), first])
     return fig
 
 

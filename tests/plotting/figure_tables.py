@@ -188,12 +188,6 @@ def thresholds():
     return pd.DataFrame({"capacity": [0.9, 0.7, 0.4], "threshold": [0.1, 0.5, 2.0], "share": [0.6, 0.4, 0.2]})
 
 
-def changes():
-    runs = [("untrained", 0.3), ("rank 1", 0.28), ("rank 4", 0.27)]
-    rows = [(change, text, c, kl / c) for change, kl in runs for text in ("addresses", "news") for c in (0.6, 0.5)]
-    return pd.DataFrame(rows, columns=["change", "text", "capacity", "kl"])
-
-
 def curve():
     table = pd.DataFrame({"tokens": [0, 0, 1024, 1024], "capacity": [0.75, 0.4, 0.75, 0.4]})
     return table.assign(kl=[0.01, 0.8, 0.012, 0.5], share=[0.8, 0.45, 0.8, 0.45])
@@ -231,7 +225,6 @@ FIGURES = {
     style.grain_frontier: (grain_frontier,),
     style.benchmark: (benchmark,),
     frontier.quality: (quality,),
-    frontier.changes: (changes,),
     frontier.sweep: (sweep,),
     findings.promised: (quality, published, claims),
     findings.speeds: (claims,),
