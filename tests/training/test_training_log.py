@@ -24,7 +24,7 @@ def test_columns_and_cells(grain, tmp_path):
         filled = {name for name, cell in row.items() if cell != ""}
         both = {"phase", "step", "steps", "seconds", "loss", "capacity", "kl", *tail}
         assert filled == both | (of_routers if row["phase"] == "routers" else of_exit)
-        assert row["steps"] == "6" and float(row["tokens_per_second"]) > 100
+        assert row["steps"] == "6" and float(row["tokens_per_second"]) > 0
     # A layer's share is its sites' by their work, and the whole share is the layers' mean.
     for row in rows[:6]:
         by_site = sum(float(row[f"share_{s}"]) * work for s, work in zip(sites, hat.site_work, strict=True))
