@@ -203,9 +203,8 @@ def check(case: Case) -> None:
     with hat.record(), hat.reference():
         parallel, state = hat.lm(ids).logits, hat.trace
     masks = state.masks
-    if (
-        case.dtype == torch.bfloat16
-    ):  # some of these models magnify rounding: twice as far as it takes this pass from fp32
+    if case.dtype == torch.bfloat16:
+        # Some of these models magnify rounding: twice as far as it takes this pass from fp32.
         hat.to(torch.float32)
         with hat.reference(), hat.force(masks):
             exact = hat.lm(ids).logits
