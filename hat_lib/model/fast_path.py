@@ -96,8 +96,8 @@ class FastPath:
         self._own_hooks = ours._forward_hooks, ours._forward_pre_hooks
         self._hooks_then = [sum(map(_is_ours, hooks.values())) for hooks in self._hooks]
         self._next_hook = None
-        """The number of torch's next hook, anywhere, when there were none on the base: while it stays, torch's calls have
-        put none there. A hook that is put into a module's dictionary by hand is not seen."""
+        """The number of torch's next hook, anywhere, when there were none on the base. While it stays, its calls put
+        none there; one that is put into a module's dictionary by hand is not seen."""
         self._held = [held for m in modules for held in (m._modules, m._parameters) if held]
         self._held_then = [*map(dict, self._held)]
         self._forwards = [vars(m) for m in modules if m is not self.lm and "forward" not in vars(m)]
