@@ -183,16 +183,20 @@ class Team:
         self._last.done.wait()  # for the others, if the asker was interrupted while it waited
         self.barrier[:] = 0
         size, start = self.pace.threads, perf_counter()
-        self._last = asked = Step(step, args, size)
+        asked = Step(step, args, size)
+        # Noted as the others are woken: an interrupt between the two would leave the next step waiting for ever.
+        last = partial(setattr, self, "_last", asked)
         wake = [partial(queue.put, asked) for queue in self._asked[: size - 1]]
         ours = partial(step, 0, size, self.barrier, *args)
+        calls = [last, *wake, thread_time, ours, thread_time]
         try:
-            *_, before, _, after = list(map(call, [*wake, thread_time, ours, thread_time]))  # no interrupt between
+            *_, before, _, after = list(map(call, calls))  # no interrupt between
         except BaseException:
             self.barrier[OFF] = 1
             raise
         finally:
-            asked.done.wait()
+            if self._last is asked:
+                asked.done.wait()
             asked.args = ()  # or a model that is gone would keep its weights until the next step
         if asked.error is not None:
             raise asked.error

@@ -31,7 +31,7 @@ from hat_lib.config import HatError
 from hat_lib.experiments.common import markdown
 from hat_lib.experiments.rows import RowWriter
 
-NAMES = ("decode", "benchmark", "quality", "mechanisms", "published", "layer_shares",
+NAMES = ("decode", "benchmark", "quality", "mechanisms", "published", "stand_ins", "layer_shares",
          "published_claims", "speed_targets", "token_time", "self_speculative", "ablations", "step_cost")  # fmt: skip
 """in the order in which one reads another's file"""
 MARKED = re.compile(r"^<!-- table: (\S+) -->$((?:(?!^<!-- table).)*?^<!-- end -->$)?", re.M | re.S)

@@ -49,12 +49,12 @@ def _layer(ax: Axes) -> None:
     _bent(ax, 3, 44.5, y), _bent(ax, 46.5, 82.5, y)
 
     ax.add_patch(FancyBboxPatch((7.2, 36.5), 66, 5, "round,pad=0.4", fc="white", ec=ORANGE, linewidth=1.4))
-    score = r"keep channel $i$ where   $|x_i| \cdot \Vert W_{:,i} \Vert \cdot e^{a_i} \cdot e^{u} > t$"
+    score = r"keep channel $i$ where   $|x_i| \cdot \Vert W_{:,i} \Vert \cdot e^{a_i} \cdot e^{u} > \tau$"
     ax.text(40.5, 39, f"router:  {score}", ha="center", va="center", fontsize=10.5)
-    ax.text(0.5, 46.6, r"$t$: one threshold for each layer, site and capacity     $a_i$: learned     "
+    ax.text(0.5, 46.6, r"$\tau$: one threshold for each layer, site and capacity     $a_i$: learned     "
             r"$u$: the token's sensitivity, measured, once a layer", fontsize=8.5, va="center")  # fmt: skip
-    _box(ax, 7.2, 31, 8, 4, "$u = w x + b$", ORANGE, 8)
-    ax.text(16, 31, "one for all four", fontsize=7.5, va="center", color="#555555")
+    _box(ax, 10.6, 31, 8, 4, "$u = w x + b$", ORANGE, 8)
+    ax.text(19.2, 31, "one for all four", fontsize=7.5, va="center", color="#555555")
 
     _box(ax, 15, 10.5, 17, 4.2, "cache: keys and values", GREY, 7.5)
     _arrow(ax, (18.5, y - 3), (20.5, 12.8), GREY), _arrow(ax, (25.5, 12.8), (27.2, y - 3), GREY)
@@ -70,7 +70,7 @@ def _exit(ax: Axes) -> None:
     _arrow(ax, (90, y - 3), (90, 12.8), PURPLE)
     _box(ax, 82, 10.5, 17, 4.2, "translator, norm, head", PURPLE, 7.5)
     # What is left of a token that has left: keys and values in later layers, from the state that is frozen.
-    _box(ax, 41, 10.5, 36, 4.2, "later layers: keys and values alone, of its frozen state", "#bbbbbb", 7.5, "#777777")
+    _box(ax, 41, 10.5, 36, 4.2, "later layers: keys and values alone, of its frozen state", "#bbbbbb", 7.5, "#444444")
     _arrow(ax, (82, 10.5), (77, 10.5), "#bbbbbb")
     keys = ((0.5, BLUE, "base, frozen"), (17, ORANGE, "routers"), (30, PURPLE, "exits, after five of the layers"))
     for x, colour, name in (*keys, (62, GREEN, "channels that are read"), (84, FAINT, "not read")):

@@ -1,8 +1,8 @@
 """Findings: what the saved results say about each claim, as verdicts, words and figures.
 
-Tables of ``data/results`` go in; no model is loaded and nothing is measured. An interval decides whether a bound on a
-cost is kept: "yes" where all of it lies below, "no" where all of it lies above, "open" where the bound lies inside. In
-the figures a hollow marker is a claim, or a difference that cannot be told from none.
+Tables of ``data/results`` go in; no model is loaded and nothing is measured. An interval decides about a bound:
+"kept" where all of it lies on the right side, "missed" where all of it lies on the wrong one, "open" where the bound
+lies inside. In the figures a hollow marker is a claim, or a difference that cannot be told from none.
 """
 
 from __future__ import annotations
@@ -29,14 +29,38 @@ EXITS = {"trained": (GREEN, "D", "exits chosen by the gates"), "random_exits": (
 
 
 def verdict(low: float, high: float, bound: float) -> str:
-    """Does a cost with the interval ``low`` .. ``high`` stay below ``bound``? "yes", "no" or "open"."""
-    return "yes" if high <= bound else "no" if low > bound else "open"
+    """Of a cost with the interval ``low`` .. ``high`` that is to be at most ``bound``: "kept", "missed" or "open"."""
+    return "kept" if high <= bound else "missed" if low > bound else "open"
+
+
+def reached(low: float, high: float, bound: float) -> str:
+    """The `verdict` on a gain, which is to be at least ``bound``."""
+    return verdict(-high, -low, -bound)
 
 
 def joint(verdicts: Iterable[str]) -> str:
-    """Of what has to hold everywhere: "no" if it fails anywhere, "yes" if it holds everywhere, else "open"."""
+    """Of what has to hold everywhere: "missed" if it fails anywhere, "kept" if it holds everywhere, else "open"."""
     found = set(verdicts)
-    return "no" if "no" in found else "yes" if found == {"yes"} else "open"
+    return "missed" if "missed" in found else "kept" if found == {"kept"} else "open"
+
+
+def rivals(quality: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `hat_lib.experiments.quality` to hold the trained model against: no exits, the same point, as much of the
+    model's work within 0.02, or more. A model that is damaged is unsure, and its head reads more words in full."""
+    point = [*POINT, "max_tokens"]
+    style.need(quality, *point, "variant", "exit_rate", "model_share")
+    rows = quality[quality["exit_rate"] == 0]
+    trained = rows.loc[rows["variant"] == "trained", [*point, "model_share"]]
+    others = rows[rows["variant"] != "trained"].merge(trained, on=point, suffixes=("", "_of_trained"))
+    return others[others["model_share"] - others["model_share_of_trained"] >= -0.02]
+
+
+def beaten(rows: pd.DataFrame) -> tuple[str, str]:
+    """Is the trained model better than each of these? The `joint` verdict by the paired margins, and the count."""
+    style.need(rows, "margin_low", "margin_high")
+    better, worse = (rows["margin_low"] > 0).sum(), (rows["margin_high"] < 0).sum()
+    each = (reached(*ends, 0) for ends in rows[["margin_low", "margin_high"]].to_numpy())
+    return joint(each), f"better {better}, worse {worse} of {len(rows)}"
 
 
 def kept(quality: pd.DataFrame, promise: pd.DataFrame) -> pd.DataFrame:
@@ -128,8 +152,9 @@ def speeds(promise: pd.DataFrame) -> Figure:
         ax.set(xlabel="decode speedup (times)")
         style.log_axis(ax, [1, 1.5, 2, 3, 4, 6])
         ax.grid(axis="y", visible=False)
-    first, ax = panels[0]
-    style.named_rows(ax, [f"{r.granularity} {r.capacity:.2f} (ran {r.realised:.2f})" for r in first.itertuples()])
+    ran = rows.groupby(["granularity", "capacity"], sort=False)["realised"]
+    names = [(*at, ", ".join(dict.fromkeys(f"{r:.2f}" for r in shares))) for at, shares in ran]
+    style.named_rows(panels[0][1], [f"{grain} {capacity:.2f} (ran {shares})" for grain, capacity, shares in names])
     names = [key("published", **PUBLISHED), key("if time followed work", marker="|", markersize=11, markeredgewidth=2)]
     names += [key("skipping: over our own dense path", BLUE, line="-", linewidth=6, alpha=0.5)]
     names += [key("all of it: over plain transformers", GREY, "o", "-", markersize=5)]
@@ -197,8 +222,9 @@ def _by_text(rows: pd.DataFrame, xlabel: str, height: float):
     rows = rows[rows["text"].isin(TEXTS)]
     style.need(rows, "text", "increase")
     top = 1.4 * np.clip(100 * rows["increase_high"].max(), 1, MOST)
+    bottom = min(-0.6, 120 * rows["increase_low"].min())
     fig, panels = style.panels_by(rows, "text", height, 8.0)
     for _, ax in panels:
-        style.increases(ax, [0, 1, 3, 10, 30, 100, 300, MOST], xlabel, rows["increase"].max(), top)
+        style.increases(ax, [0, 1, 3, 10, 30, 100, 300, MOST], xlabel, rows["increase"].max(), top, bottom)
         ax.set_ylabel(ax.get_ylabel() if ax is panels[0][1] else "")
     return fig, panels

@@ -131,7 +131,7 @@ def draw(ax: Axes, points: pd.DataFrame) -> None:
     style.increases(ax, [-1, 0, *(10.0**n for n in range(9))], WORK)
     for (rate, rows), look in zip(points.groupby("exit_rate"), SERIES * len(points), strict=False):
         style.whiskers(ax, rows["model_share"], 100 * rows[COST], *look, "-", label=f"exit rate {rate:g}")
-    ax.legend(loc="lower left", fontsize=8)
+    style.above(ax, 3, fontsize=8)
 
 
 @draws("capacity", "realised", *COST, "top1")

@@ -66,7 +66,7 @@ def targets(table: pd.DataFrame) -> Figure:
         for number, (grain, part) in enumerate(rows.groupby("granularity")):
             colour, marker = GRAINS[grain]
             found, lacking = part[part["measured"].notna()], part[~part["reachable"].astype(bool)]
-            x = found["requested"] + 0.003 * number  # two whiskers at one target do not hide each other
+            x = found["requested"] + 0.02 * number  # two whiskers at one target do not hide each other
             style.whiskers(ax, x, found[["measured", "lowest", "highest"]], colour, marker)
             ax.plot(lacking["requested"], lacking["largest"], marker, color=colour, markerfacecolor="white")
         over = VERSUS[rows["versus"].iloc[0]]

@@ -178,7 +178,7 @@ def benchmark(table: pd.DataFrame) -> Figure:
     """Measured speedups beside the ideal: a row of panels per base and machine, a panel per phase and batch."""
     settings = list(table.groupby(list(MACHINE), sort=False))
     phases = sorted(set(zip(table["batch"], table["phase"], strict=True)))
-    kinds = {"speedup_hf": ("-", "vs plain transformers"), "speedup_dense": ("--", "vs own dense path")}
+    kinds = {"speedup_hf": ("-", "over plain transformers"), "speedup_dense": ("--", "over our own dense path")}
     fig, axes = panels(len(phases), len(settings), height=2.9 * len(settings) + 0.7)
     for i, ((base, device, dtype, threads), rows) in enumerate(settings):
         for j, (batch, phase) in enumerate(phases):
@@ -191,7 +191,7 @@ def benchmark(table: pd.DataFrame) -> Figure:
                     ax.plot(part["realised"], part[column], line, marker=marker, color=colour, markersize=4)
             ax.axhline(1, color=GREY, linewidth=1)
             where = f"{dtype}, {device}" + (f", {threads} threads" if device == "cpu" else "")
-            ax.set_title(f"{base}\n{where}\n{phase}, batch {batch}", fontsize=9)
+            ax.set_title(f"{BASES.get(base, base)}\n{where}\n{phase}, batch {batch}", fontsize=9)
             ax.set(xlabel="realised capacity", ylabel="speedup (times)" if j == 0 else "")
     names = [key(f"{g} grain", c, m, "-") for g, (c, m) in GRAINS.items()]
     names += [key(name, line=line) for line, name in kinds.values()]
@@ -247,13 +247,18 @@ def costs(ax: Axes, x, ends: pd.DataFrame, colour: str, marker: str, line: str =
 
 
 def increases(
-    ax: Axes, ticks: list[float], xlabel: str, largest: float | None = None, top: float | None = None
+    ax: Axes,
+    ticks: list[float],
+    xlabel: str,
+    largest: float | None = None,
+    top: float | None = None,
+    bottom: float = -0.6,
 ) -> None:
     """Axes of an increase in perplexity, in per cent, over a share: linear below 1 %, logarithmic above.
 
     Args:
         largest: increase that is drawn by `costs`; beyond `MOST` the label says what a triangle is.
-        top: of the axis, in per cent; by default a little above the largest.
+        top, bottom: of the axis, in per cent; by default a little above the largest, and room for little below 0.
     """
     ax.axhline(0, color=GREY, linewidth=1)
     ax.set_yscale("symlog", linthresh=1, linscale=1 if largest is None else 0.5)
@@ -263,7 +268,7 @@ def increases(
     beyond = largest is not None and bool(100 * largest > MOST)
     ax.set(xlabel=xlabel, ylabel="perplexity increase" + " (▲: beyond)" * beyond)
     if largest is not None:
-        ax.set_ylim(-0.6, 1.4 * MOST if beyond else top or 140 * max(largest, 0.1))
+        ax.set_ylim(bottom, 1.4 * MOST if beyond else top or 140 * max(largest, 0.1))
 
 
 def key(label: str, colour: str = "black", marker: str | None = None, line: str = "none", **look) -> Line2D:
@@ -281,9 +286,11 @@ def below(fig: Figure, entries: list[Line2D], **look) -> None:
     fig.legend(handles=entries, **{"ncols": len(entries), "loc": "outside lower center"} | look)
 
 
-def above(ax: Axes, columns: int) -> None:
+def above(ax: Axes, columns: int, **look) -> None:
     """The legend of one panel, above it."""
-    ax.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1))
+    ax.legend(
+        ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), **{"handlelength": 1.5, "columnspacing": 1.0} | look
+    )
 
 
 def named_rows(ax: Axes, names: list[str]) -> None:

@@ -90,7 +90,7 @@ def gates(log: pd.DataFrame) -> Figure:
     loss.axhline(np.log(2), color=GREY, linewidth=1, label="log 2: a coin")
     loss.set(ylabel="gates' cross-entropy, nats")
     for ax in (agreement, loss):
-        ax.legend()
+        style.above(ax, 1)
     return fig
 
 
@@ -108,7 +108,7 @@ def reference_routers(log: pd.DataFrame) -> Figure:
         sites.plot(channel["run"], more.rolling(RECENT, min_periods=1).mean(), line, color=colour, label=site)
     sites.axhline(0, color=GREY, linewidth=1)
     sites.set(title="channel grain: inputs kept by each matrix", ylabel="share − mean share, points")
-    sites.margins(y=0.25)
+    sites.margins(y=0.4)
     sites.legend(ncols=2, loc="lower left")
     _heat(fig, layers, token)
     layers.set(title="token grain: tokens kept by each layer")
@@ -160,20 +160,42 @@ def exit_depths(table: pd.DataFrame) -> Figure:
 
 @draws("tokens", "capacity", "kl", "share")
 def learning_curve(table: pd.DataFrame) -> Figure:
-    """KL on text that a run does not see, beside that before its first step, by tokens trained on; a line a capacity.
+    """KL on text that a run does not see, as `at_equal_work`, by tokens trained on; a line for each capacity.
 
     ``table`` is what `hat_lib.training.validation` writes.
     """
     fig, (ax,) = style.panels(1)
     ax.axhline(1, color=GREY, linewidth=1)
-    for (capacity, rows), (colour, marker) in zip(table.groupby("capacity", sort=False), style.SERIES, strict=False):
+    lines = at_equal_work(table).groupby("capacity", sort=False)
+    for (capacity, rows), (colour, marker) in zip(lines, style.SERIES, strict=False):
         before = rows["kl"].iloc[0]
         label = f"capacity {capacity:g}, from {before:.2g} nats"
         ax.plot(rows["tokens"] / 1000, rows["kl"] / before, marker=marker, color=colour, markersize=4, label=label)
     ax.yaxis.set_major_formatter(PERCENT)
-    ax.set(xlabel="thousand tokens trained on", ylabel="KL, share of that before", ylim=(0, None))
+    ax.set(xlabel="thousand tokens trained on", ylabel="KL at equal work, share of that before", ylim=(0, None))
     ax.legend()
     return fig
+
+
+def at_equal_work(curve: pd.DataFrame) -> pd.DataFrame:
+    """A learning curve whose ``kl`` is that at the share which its capacity executed before the first step.
+
+    A run moves what a capacity executes, and KL with it. Between the capacities of a step the logarithm of KL goes by a
+    straight line over the share, and on by the nearest one; with a single capacity nothing is known of that.
+    """
+    style.need(curve, "tokens", "capacity", "kl", "share")
+    wanted = curve.drop_duplicates("capacity").set_index("capacity")["share"]
+    steps = []
+    for _, rows in curve.groupby("tokens", sort=False):
+        at = rows.sort_values("share")
+        share, log = at["share"].to_numpy(), np.log(at["kl"].to_numpy())
+        if len(at) > 1:
+            asked = rows["capacity"].map(wanted).to_numpy()
+            right = np.clip(np.searchsorted(share, asked), 1, len(at) - 1)
+            slope = (log[right] - log[right - 1]) / (share[right] - share[right - 1])
+            rows = rows.assign(share=asked, kl=np.exp(log[right] + slope * (asked - share[right])))
+        steps.append(rows)
+    return pd.concat(steps)
 
 
 def layer_columns(log: pd.DataFrame) -> list[str]:
@@ -190,7 +212,7 @@ def _dots(fig: Figure, ax: Axes, log: pd.DataFrame, x: str, hue: str, meaning: s
         ax.plot([], [], marker, color="black", markersize=4, label=f"{grain} grain")
     fig.colorbar(dots, ax=ax, format=PERCENT, label=meaning)
     ax.set(yscale="log", ylabel="KL to the base, nats per token")
-    ax.legend()
+    style.above(ax, 2)
 
 
 def _heat(fig: Figure, ax: Axes, log: pd.DataFrame) -> None:

@@ -106,6 +106,7 @@ def test_the_model_is_left_as_it_was_found(grain):
     assert found.exit_scores == [[[0.0] * 3] * 2]  # the tables of exits are another calibration's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grain", GRAINS)
 def test_blocks_that_run_together_say_what_each_says_alone(grain, monkeypatch):
     hat = untrained(grain)

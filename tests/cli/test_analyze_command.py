@@ -38,6 +38,7 @@ def run(run_hat, monkeypatch):
     return lambda *args: run_hat("analyze", *args)
 
 
+@pytest.mark.slow
 def test_five_lines_of_findings_then_tables_and_files_that_read_back(run, checkpoint, text, tmp_path):
     out = tmp_path / "new" / "analysis"
     options = ("--checkpoint", checkpoint, "--text", text, "--capacity", 0.6, "--max-tokens", 1500, "--dtype", "fp32")

@@ -28,6 +28,7 @@ DENSE = (*TINY, "--capacity", "1.0", "--dtype", "fp32")
 PROMPT = "The state of our union is"
 
 
+@pytest.mark.slow
 def test_a_target_shows_the_spread_of_its_prediction_and_can_be_measured_anew(hat, calibrated, monkeypatch):
     turns = []
     monkeypatch.setenv("HAT_CACHE", str(calibrated[0].parent / "cache"))

@@ -62,12 +62,14 @@ def test_a_terminal_of_ascii_shows_what_it_can(python_m, encoding):
     assert done.returncode == 2 and done.stderr.startswith(b"error: capacity must be a number in [0.1, 1.0], got ")
 
 
+@pytest.mark.slow
 def test_text_beyond_ascii_goes_to_a_terminal_of_ascii(python_m):
     prompt = "caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{LLAMA}"
     done = python_m("hat_lib", *GENERATE, prompt, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(b"caf? ?"), done
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 @pytest.mark.parametrize("args", [("--help",), (*GENERATE, "x")])
 def test_a_full_disk_is_one_line(python_m, args):

@@ -59,6 +59,7 @@ def command(args, out):
     main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, code, words",
     [

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -51,6 +52,46 @@ def test_an_interrupt_ends_nobody_else_s_part():
     assert ended == [1]  # and the asker waited for it
     crew.run(slow, ())
     assert sorted(ended) == [0, 1, 1]
+
+
+def test_an_interrupt_at_any_line_leaves_a_team_that_goes_on():
+    """One between a step's being noted and the others' being asked once left every later step waiting for ever."""
+    crew = Team(2)
+    crew.pace.after = lambda lost: None  # both threads, however busy the machine is
+
+    def step(t, size, barrier):
+        pass
+
+    def interrupted_at(number: int) -> bool:
+        left = number
+
+        def trace(frame, event, arg):
+            nonlocal left
+            if frame.f_code is not Team.run.__code__:
+                return None
+            left -= event == "line"
+            if left == 0 and event == "line":
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            crew.run(step, ())
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    number = 1
+    while interrupted_at(number):
+        later = threading.Thread(target=crew.run, args=(step, ()), daemon=True)
+        later.start()
+        later.join(20)
+        assert not later.is_alive(), f"hangs after an interrupt at line {number} of Team.run"
+        number += 1
+    assert number > 12
 
 
 def test_an_error_is_the_asker_s():

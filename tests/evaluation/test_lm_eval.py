@@ -212,6 +212,7 @@ def test_wrong_tasks(tmp_path, files, names, words):
         load_tasks(["cloze"], tmp_path / "gone")
 
 
+@pytest.mark.slow
 def test_a_metric_that_nobody_knows(folder, tmp_path, outside):
     pytest.importorskip("lm_eval")
     (tmp_path / "a.yaml").write_text(CLOZE.replace("metric: acc", "metric: luck"))

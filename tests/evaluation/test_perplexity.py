@@ -189,6 +189,7 @@ class TestCompare:
         assert found.ppl / found.base_ppl == pytest.approx(1.08)
         assert (found.increase, found.low, found.high) == pytest.approx((0.08, 0.08, 0.08))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("n", [8, 40])
     @pytest.mark.parametrize("text", MEASURED)
     def test_the_true_ratio_is_covered(self, text, n):

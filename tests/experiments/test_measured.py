@@ -64,6 +64,7 @@ def test_turns_are_interleaved_and_ratios_paired():
     assert ratio(*variants) == 4.0
 
 
+@pytest.mark.slow
 def test_forced_shares_by_phase_and_batch():
     asked = {"channel": [1.0, 0.75, 0.5], "token": [1.0, 0.75], "exits": [0.4], "batches": [1, 2]}
     how = {"base": "random:tiny", "rounds": 1, "steps": 20, "dtype": "fp32"}
@@ -108,6 +109,7 @@ def test_forced_tokens_skip_exactly(tiny_base):
 # --- published_claims ---
 
 
+@pytest.mark.slow
 def test_claims(checkpoints, tmp_path, monkeypatch):
     texts = ("addresses", "docstrings")
     points = [quality.Point(g, text, 1, *s, "trained") for g in GRAINS for text in texts for s in SETTINGS]
@@ -251,6 +253,7 @@ def test_a_step_is_timed_and_leaves_the_model_as_it_was(grain):
     assert all(torch.equal(p, before[n]) and p.requires_grad for n, p in hat.hat_parameters().items())
 
 
+@pytest.mark.slow
 def test_a_step_for_each_grain():
     rows = list(cost.rows({("token",)}, base="random:tiny", rounds=1, dtype="fp32"))
     assert [(row.granularity, row.tokens) for row in rows] == [("channel", 1024)]

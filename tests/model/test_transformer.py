@@ -604,6 +604,7 @@ class TestALlama:
         assert torch.equal(base(ids).logits, plain(ids).logits)
         assert torch.equal(copied.mlp(x), theirs.mlp(x))
 
+    @pytest.mark.slow
     def test_torch_compile_runs_it_as_it_is(self, hat, ids):
         expected = hat.lm(ids).logits
         close(torch.compile(hat.lm, backend="eager")(ids).logits, expected)

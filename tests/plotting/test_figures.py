@@ -211,13 +211,24 @@ def test_targets_stand_at_what_was_measured_and_refused_ones_at_the_most_there_i
     (ax,) = drawn(speed.targets).axes
     channel, token = ax.containers
     at, ends = points(token)
-    np.testing.assert_allclose(at, [[1.103, 1.12]])  # a little to the right of the other grain's
+    np.testing.assert_allclose(at, [[1.12, 1.12]])  # a little to the right of the other grain's
     np.testing.assert_allclose(ends[0][:, 1], [1.05, 1.2])
     np.testing.assert_allclose(points(channel)[0], [[0.9, 0.91]])
     refused = [line.get_xydata().tolist() for line in ax.lines if line.get_markerfacecolor() == "white"]
     assert [[1.1, 0.9]] in refused
     diagonal = next(line for line in ax.lines if line.get_linestyle() == ":")
     assert np.array_equal(diagonal.get_xdata(), diagonal.get_ydata())
+
+
+def test_a_learning_curve_is_read_at_the_work_before_the_first_step():
+    share, kl = np.array([0.8, 0.6, 0.4]), lambda share: np.exp(1 - 8 * share)
+    before = pd.DataFrame({"tokens": 0, "capacity": [0.75, 0.55, 0.35], "share": share, "kl": 2 * kl(share)})
+    after = before.assign(tokens=1000, share=share - 0.03, kl=kl(share - 0.03))  # half the KL, hidden by less work
+    read = training.at_equal_work(pd.concat([before, after]))
+    assert read["share"].tolist() == [*share, *share]
+    np.testing.assert_allclose(read.query("tokens == 1000")["kl"], kl(share), rtol=1e-12)
+    alone = pd.concat([before, after]).query("capacity == 0.55")
+    pd.testing.assert_frame_equal(training.at_equal_work(alone), alone)
 
 
 def test_drafts_are_summed_by_kind_and_what_was_not_run_is_left_out():

@@ -9,11 +9,26 @@ from hat_lib.plotting.style import COST
 
 
 def test_the_whole_interval_has_to_lie_on_one_side_and_one_failure_or_doubt_is_enough():
-    cases = [(-0.01, 0.03, "yes"), (0.031, 0.05, "no"), (0.02, 0.04, "open"), (0.03, 0.04, "open")]
+    cases = [(-0.01, 0.03, "kept"), (0.031, 0.05, "missed"), (0.02, 0.04, "open"), (0.03, 0.04, "open")]
     assert [findings.verdict(low, high, 0.03) for low, high, _ in cases] == [said for *_, said in cases]
-    assert findings.joint(["yes", "yes"]) == "yes"
-    assert findings.joint(["yes", "open"]) == findings.joint([]) == "open"
-    assert findings.joint(["yes", "open", "no"]) == "no"
+    assert [findings.reached(-high, -low, -0.03) for low, high, _ in cases] == [said for *_, said in cases]
+    assert findings.joint(["kept", "kept"]) == "kept"
+    assert findings.joint(["kept", "open"]) == findings.joint([]) == "open"
+    assert findings.joint(["kept", "open", "missed"]) == "missed"
+
+
+def test_a_rival_does_as_much_work_or_more_at_the_same_point_and_is_beaten_by_its_paired_margin():
+    table = quality().query("text == 'addresses' and granularity == 'channel' and capacity == 0.9")
+    table = table.assign(max_tokens=4000, margin_low=0.01, margin_high=0.02)
+    table = pd.concat([table[table["variant"] == "trained"].head(1)] * 4)
+    table = table.assign(variant=["trained", "static", "random", "cosine"], model_share=[0.9, 0.885, 0.99, 0.87])
+    found = findings.rivals(table)
+    assert found["variant"].tolist() == ["static", "random"], "cosine ran too little"
+    assert findings.beaten(found) == ("kept", "better 2, worse 0 of 2")
+    found.loc[found["variant"] == "random", "margin_low"] = -0.01
+    assert findings.beaten(found) == ("open", "better 1, worse 0 of 2")
+    found.loc[found["variant"] == "random", "margin_high"] = -0.005
+    assert findings.beaten(found) == ("missed", "better 1, worse 1 of 2")
 
 
 def test_each_trained_row_meets_the_claim_of_its_capacity_and_the_one_on_more_tokens_counts():
@@ -21,8 +36,8 @@ def test_each_trained_row_meets_the_claim_of_its_capacity_and_the_one_on_more_to
     assert set(kept.index.get_level_values("capacity")) == {0.4, 0.65, 0.9}, "0.2 and exits have no claim"
     channel = kept.loc["channel", "addresses"]
     assert channel["promised"].tolist() == pytest.approx([0.12, (0.12 + 0.01) / 2, 0.01])
-    assert channel["kept"].tolist() == ["no", "yes", "yes"]
-    assert (kept.loc["token", "kept"] == "no").all()
+    assert channel["kept"].tolist() == ["missed", "kept", "kept"]
+    assert (kept.loc["token", "kept"] == "missed").all()
     more = quality().query("capacity == 0.9 and variant == 'trained'").assign(tokens=20_000, increase_high=0.5)
     again = findings.kept(pd.concat([more, quality()]), claims())
     assert again.query("capacity == 0.9 and granularity == 'channel'")["kept"].tolist() == ["open", "open"]

@@ -68,6 +68,7 @@ def test_a_bomb_is_one(tmp_path):
         pickle.loads(pickle.dumps(planted.Bomb(tmp_path / "again")))
 
 
+@pytest.mark.slow
 def test_marks_are_shown_and_do_not_act():
     sound(shown.shown(20), 20)
 

@@ -273,6 +273,7 @@ def test_only_a_plain_base_writes_text():
 # Openings
 
 
+@pytest.mark.slow
 def test_blocks_go_on_with_openings(tiny_base, cached):
     found = text(tiny_base, 6 * 64, source="openings", block_size=64)
     begun = [t for batch in range(2) for _, t in openings(ROWS, np.random.default_rng([0, batch]))]

@@ -309,6 +309,7 @@ def test_prose_of_a_docstring(docstring, prose):
     assert list(docstring_prose(docstring)) == prose
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, split, tokens, beginning",
     [

@@ -61,6 +61,7 @@ def test_only_the_phase_s_own_parameters_train_and_all_of_them_are_saved(grain_a
     assert exact_hash(hat.lm) == frozen and exact_hash(hat.unload().model) == frozen
 
 
+@pytest.mark.slow
 def test_how_long_it_will_take_is_said_first_and_changes_nothing(grain_and_phase, tmp_path, capsys):
     grain, phase = grain_and_phase
     found = []
@@ -248,6 +249,7 @@ def foreign_state(folder):
     path.write_text(path.read_text().replace("{", '{"of_another_version": 1,', 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stray, left",
     [

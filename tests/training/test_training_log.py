@@ -82,6 +82,7 @@ def test_a_resumed_run_has_no_step_twice_and_adds_up_its_time(tmp_path, monkeypa
     assert all(float(row["seconds"]) >= 90 for row in table(tmp_path / "log.csv")[2:])
 
 
+@pytest.mark.slow
 def test_a_log_with_other_columns_is_one_clear_error_and_stays(tmp_path, monkeypatch):
     """Of a resumed phase, and of gates after routers; routers that begin anew begin a new log."""
     path = tmp_path / "log.csv"

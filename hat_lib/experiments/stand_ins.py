@@ -1,0 +1,43 @@
+"""The token grain with something in place of each FFN that is skipped: ``data/results/stand_ins.csv``.
+
+The rows are those of `hat_lib.experiments.quality`, for a checkpoint that was trained as ``token`` was, with a product
+of low rank that stands in for a skipped FFN (`hat_lib.model.corrections`). Its work is not counted in a capacity: it
+is said beside the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from hat_lib.experiments import quality
+from hat_lib.experiments.common import CHECKPOINTS, TEXTS, markdown, saved
+from hat_lib.plotting.findings import said
+
+ABOUT = "as in quality, for the token grain with low-rank stand-ins for skipped FFNs"
+MINUTES = 15
+KEY, Row = quality.KEY, quality.Row
+
+
+def rows(
+    done: Mapping[tuple, quality.Row] | None = None,
+    *,
+    token: Path = CHECKPOINTS / "token_stand_ins",
+    token_untrained: Path = CHECKPOINTS / "calibrated_token",
+    dtype: str | None = None,
+) -> Iterator[quality.Row]:
+    points = [p for p in quality.plan("token") if p.variant == "trained" and p.exit_rate == 0]
+    paths = {"token": token, "token_untrained": token_untrained}
+    yield from quality.rows(done, **paths, grains=["token"], points=points, dtype=dtype)
+
+
+def tables(results: Path | None = None) -> dict[str, str]:
+    """Each increase with the capacity realised, beside that of the same recipe with nothing in an FFN's place."""
+    ways = {"nothing in its place": "quality", "a stand-in": "stand_ins"}
+    asked = "granularity == 'token' and exit_rate == 0 and variant == 'trained'"
+    found = {way: saved(name, results).query(asked).sort_values("tokens") for way, name in ways.items()}
+    cells = {(way, r.text, r.capacity): f"{said(r._asdict())} at {r.realised:.2f}, KL {r.kl:.2f}"
+             for way, rows in found.items() for r in rows.itertuples()}  # fmt: skip
+    lines = [[f"{c:.2f}", *(cells.get((way, text, c)) for text in TEXTS for way in ways)]
+             for c in sorted(set(found["a stand-in"]["capacity"]), reverse=True)]  # fmt: skip
+    return {"stand_ins": markdown(["capacity", *(f"{text}: {way}" for text in TEXTS for way in ways)], lines)}
