@@ -88,6 +88,7 @@ def test_mishaps(name, tmp_path):
     sound(found, 1)
 
 
+@pytest.mark.timeout(method="thread")  # the alarm is its own
 def test_ctrl_c_inside_a_compiled_step(tmp_path):
     faults.ctrl_c(tmp_path, 5)
 
