@@ -1,8 +1,8 @@
 """The token grain with something in place of each FFN that is skipped: ``data/results/stand_ins.csv``.
 
 The rows are those of `hat_lib.experiments.quality`, for a checkpoint that was trained as ``token`` was, with a product
-of low rank that stands in for a skipped FFN (`hat_lib.model.corrections`). Its work is not counted in a capacity: it
-is said beside the table.
+of low rank that stands in for a skipped FFN (`hat_lib.model.corrections`). Its work counts in the model's share, not in
+a capacity.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hat_lib.experiments.common import CHECKPOINTS, TEXTS, markdown, saved
 from hat_lib.plotting.findings import said
 
 ABOUT = "as in quality, for the token grain with low-rank stand-ins for skipped FFNs"
-MINUTES = 15
+MINUTES = 7
 KEY, Row = quality.KEY, quality.Row
 
 

@@ -134,9 +134,11 @@ NUMBERS = ("realised", "promised_speedup", "ideal_decode", "decode_dense", "deco
 def speeds(promise: pd.DataFrame) -> Figure:
     """Decode speedups in two factors, a panel for each base: what skipping gives (thick), what the dense path (thin).
 
-    ``promise`` has the fields of `hat_lib.experiments.published_claims.Row`; rows with exits are left out.
+    What ran stands beside a row's name, base by base where they differ. ``promise`` has the fields of
+    `hat_lib.experiments.published_claims.Row`; rows with exits are left out.
     """
-    rows = promise[promise["exit_rate"] == 0].sort_values(["granularity", "capacity"], ascending=[True, False])
+    rows = promise[promise["exit_rate"] == 0]
+    rows = rows.sort_values(["granularity", "capacity", "base"], ascending=[True, False, True])
     style.need(rows, "base")
     fig, panels = style.panels_by(rows, "base", 3.9, 8.4)
     for here, ax in panels:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from tiny_runs import adaptive, new_hat
 
-from hat_lib.config import HatError
+from hat_lib.config import DATA, HatError
 from hat_lib.evaluation.controls import OutOfReach
 from hat_lib.experiments import quality as module
+from hat_lib.experiments import stand_ins
 from hat_lib.experiments.common import TEXTS, saved
 from hat_lib.experiments.quality import KEY, Point, Row, grid, plan
 from hat_lib.experiments.rows import RowWriter, read_rows
@@ -173,3 +174,12 @@ def test_what_a_capacity_costs_is_read_from_the_results():
     between = float(module.prices(folder / "default", 0.58)["docstrings"].rstrip("%")) / 100
     assert at["trained", 0.62, 20_000] - 0.005 < between < at["trained", 0.55, 4000] + 0.005
     assert module.prices(folder / "published", 0.55) == {}
+
+
+def test_the_committed_stand_ins_are_all_there_and_of_the_committed_checkpoint():
+    done = {
+        tuple(getattr(row, name) for name in KEY): row for row in read_rows(DATA / "results" / "stand_ins.csv", Row)
+    }
+    assert list(stand_ins.rows(done)) == [] and len(done) == 12
+    with pytest.raises(HatError, match="rows of another token checkpoint"):
+        next(stand_ins.rows(done, token=DATA / "checkpoints" / "token"))
