@@ -112,10 +112,11 @@ class Decoder:
 
     def _room(self, threads: int, rows: int, length: int) -> Scratch:
         known = self._scratch.get((threads, rows))
-        if known is not None and known.scores.shape[1] >= length:
+        if known is not None and known.places.shape[1] >= length + 8:
             return known
         (qkv, d, gate_up, _), z = self.outputs, lambda *shape: np.zeros(shape, np.float32)
-        mixed, widest = self.inputs[1], max(self.inputs) + 8
+        mixed, widest, w = self.inputs[1], max(self.inputs) + 8, self.weights
+        group = w.heads // w.kv_heads
         self._scratch[threads, rows] = Scratch(
             h=z(threads, rows, d),
             x=z(threads, rows, d),
@@ -126,12 +127,14 @@ class Decoder:
             ffn=z(rows, self.inputs[3]),
             index=np.zeros((threads, widest), np.uint64),
             picked=z(threads, rows, widest),
-            scores=z(threads, length),
+            queries=z(threads, group, self.size),
+            scores=z(threads, group, length + 8),
+            places=np.arange(length + 8, dtype=np.uint64)[None].repeat(threads, 0),
             scale=z(threads, rows),
             rows=np.zeros((threads, 5, rows), bool),
             unused=np.zeros((threads, rows), np.int32),
             small=z(threads, 4096),
-            preview=z(rows, self.weights.preview.shape[1]),
+            preview=z(rows, w.preview.shape[1]),
             best=z(threads, rows),
         )
         return self._scratch[threads, rows]

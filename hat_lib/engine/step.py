@@ -18,7 +18,20 @@ from numpy import ndarray
 
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add
-from hat_lib.engine.kernels import F0, F1, LEAVES, add_eight, as_float, as_stored, dot, dots, exp, keep, span
+from hat_lib.engine.kernels import (
+    F0,
+    F1,
+    LANES,
+    LEAVES,
+    add_eight_to_all,
+    as_float,
+    as_stored,
+    dot,
+    dots,
+    exp,
+    keep,
+    span,
+)
 from hat_lib.engine.team import meet
 
 SENSITIVITY_LIMIT = np.float32(3)
@@ -157,8 +170,12 @@ class Scratch(NamedTuple):
     """uint64 ``[P, C + 8]``"""
     picked: ndarray
     """``[P, R, C + 8]``"""
+    queries: ndarray
+    """``[P, H / G, h]``"""
     scores: ndarray
-    """``[P, room]``"""
+    """``[P, H / G, room + 8]``"""
+    places: ndarray
+    """uint64 ``[P, room + 8]``: 0, 1, 2 ..."""
     scale: ndarray
     """``[P, R]``: of the cuts of each row in a layer"""
     rows: ndarray
@@ -264,13 +281,13 @@ def gather(leaves, team, scale, bias, runs, h):
 
 
 @compiled()
-def rotate(head, cos, sin):
-    """Rotary position embedding of one head, in place."""
+def rotate(head, cos, sin, out):
+    """Rotary position embedding of one head, rounded as ``out`` is."""
     half = cos.shape[0]
     for e in range(half):
         a, b = head[e], head[half + e]
-        head[e] = a * cos[e] - b * sin[e]
-        head[half + e] = b * cos[e] + a * sin[e]
+        out[e] = as_stored(a * cos[e] - b * sin[e], out[e])
+        out[half + e] = as_stored(b * cos[e] + a * sin[e], out[e])
 
 
 @compiled()
@@ -315,30 +332,34 @@ def largest(x):
 
 
 @compiled(reorder=True)
-def attend(q, keys, values, first, last, factor, scores, out):
-    """Attention of one query ``q [h]`` over the places from ``first`` to ``last`` of a cache ``[room, h]``."""
+def attend(q, keys, values, first, last, factor, places, scores, out):
+    """Attention of queries ``q [n, h]`` over the places from ``first`` to ``last`` of the cache ``[room, h]`` that they
+    share. Values are added eight at a time, at the end some of them times 0."""
+    count, size = q.shape
     for s in range(first, last + 1):
-        scores[s] = dot(keys[s], q) * factor
-    top, total = largest(scores[first : last + 1]), F0
-    for s in range(first, last + 1):
-        scores[s] = exp(scores[s] - top)
-        total += scores[s]
-    for s in range(first, last + 1):
-        scores[s] /= total
+        for i in range(count):
+            scores[i, s] = dot(keys[s], q[i]) * factor
+    for i in range(count):
+        row, total = scores[i, first : last + 1], F0
+        top = largest(row)
+        for s in range(row.shape[0]):
+            row[s] = exp(row[s] - top)
+            total += row[s]
+        for s in range(row.shape[0]):
+            row[s] /= total
+    full = first + (last - first + 8) // 8 * 8
+    for s in range(last + 1, full):
+        places[s], scores[:count, s] = last, F0
     out[:] = F0
-    eights = last + 1 - (last + 1 - first) % 8
-    for s in range(first, eights, 8):
-        add_eight(
-            values[s], values[s + 1], values[s + 2], values[s + 3],
-            values[s + 4], values[s + 5], values[s + 6], values[s + 7],
-            scores[s], scores[s + 1], scores[s + 2], scores[s + 3],
-            scores[s + 4], scores[s + 5], scores[s + 6], scores[s + 7],
-            out,
-        )  # fmt: skip
-    for s in range(eights, last + 1):
-        weight, value = scores[s], values[s]
-        for e in range(out.shape[0]):
-            out[e] += weight * as_float(value[e])
+    for s in range(first, full, 8):
+        for e in range(0, size - size % LANES, LANES):
+            add_eight_to_all(values, places, s, scores, out, e)
+    for s in range(last + 1, full):
+        places[s] = s
+    for i in range(count):
+        for e in range(size - size % LANES, size):
+            for s in range(first, last + 1):
+                out[i, e] += scores[i, s] * as_float(values[s, e])
 
 
 @compiled()
@@ -362,14 +383,6 @@ def shortlist(head, scale, x, preview, floor, logits, t, team):
                 logits[v] = as_stored(value, logits[v])
                 found += 1
     return found
-
-
-@compiled()
-def store(heads, r, head, place, to):
-    """Put one head of a row into the cache, rounded as the cache is."""
-    size = to.shape[1]
-    for e in range(size):
-        to[place, e] = as_stored(heads[r, head * size + e], to[place, e])
 
 
 @compiled()
@@ -438,27 +451,43 @@ def decode_step(t, team, barrier, base, decide, rows, room):
         wide(w, w_scale, bias, index, picked, n, room.qkv, c0, c1)
         if meet(barrier, team):
             return
-        for item in range(count * groups * t // team, count * groups * (t + 1) // team):
-            r, g = item // groups, item % groups
+
+        # Attention, by heads. Keys and values of a group are put into the cache by each thread that has some of its
+        # heads: all write the same. A row alone does not wait for others.
+        begin, end = count * heads * t // team, count * heads * (t + 1) // team
+        item = begin
+        while item < end:
+            r, head = item // heads, item % heads
+            g = head * groups // heads
+            item += (g + 1) * heads // groups - head
             keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
-            rotate(room.qkv[r, q_end + g * size : q_end + (g + 1) * size], rows.cos[r], rows.sin[r])
-            store(room.qkv, r, heads + g, rows.slot[r], keys)
-            store(room.qkv, r, heads + groups + g, rows.slot[r], values)
+            qkv, slot = room.qkv[r].reshape(-1, size), rows.slot[r]
+            rotate(qkv[heads + g], rows.cos[r], rows.sin[r], keys[slot])
+            for e in range(size):
+                values[slot, e] = as_stored(qkv[heads + groups + g, e], values[slot, e])
+        if count > 1 and meet(barrier, team):
+            return
+        item = begin
+        while item < end:
+            r, head = item // heads, item % heads
+            g = head * groups // heads
+            n = min(end - item, (g + 1) * heads // groups - head)
+            item += n
+            if alive[r]:
+                keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
+                qkv, mixed = room.qkv[r].reshape(-1, size), room.mixed[r].reshape(-1, size)
+                q = room.queries[t, :n]
+                for i in range(n):
+                    rotate(qkv[head + i], rows.cos[r], rows.sin[r], q[i])
+                attend(
+                    q, keys, values, rows.first[r], rows.slot[r], scaling, room.places[t], room.scores[t],
+                    mixed[head : head + n],
+                )  # fmt: skip
         if meet(barrier, team):
             return
         if living == 0:
             continue
 
-        for item in range(count * heads * t // team, count * heads * (t + 1) // team):
-            r, head = item // heads, item % heads
-            mixed = room.mixed[r, head * size : (head + 1) * size]
-            if alive[r]:
-                q, g = room.qkv[r, head * size : (head + 1) * size], head * groups // heads
-                rotate(q, rows.cos[r], rows.sin[r])
-                keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
-                attend(q, keys, values, rows.first[r], rows.slot[r], scaling, room.scores[t], mixed)
-        if meet(barrier, team):
-            return
         if t < lanes:
             narrow(
                 base.o[layer], base.unit, room.mixed, decide.cut_o[layer], scale, whole, alive,

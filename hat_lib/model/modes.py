@@ -35,6 +35,8 @@ class Mode:
     capacity: float = 1.0
     exit_rate: float = 0.0
     """both as requested"""
+    layer_capacity: float = 1.0
+    """what ``capacity`` leaves for the layers, where the head has a part in it"""
     routed: Policy = KeepAll()
     """the method's own decisions at this capacity"""
     gated: ExitPolicy | None = None
@@ -157,7 +159,7 @@ class Modes:
     def dense(self) -> AbstractContextManager[Self]:
         """The base, within rounding; nothing skipped, nobody exits."""
         nothing = {"routed": KeepAll(), "gated": None, "control": None, "exit_control": None, "corrected": 0.0}
-        return self._changed(capacity=1.0, exit_rate=0.0, shortlist=None, steer=0.0, **nothing)
+        return self._changed(capacity=1.0, layer_capacity=1.0, exit_rate=0.0, shortlist=None, steer=0.0, **nothing)
 
     def correcting(self, strength: float = 1.0) -> AbstractContextManager[Self]:
         """Corrections at a strength, from 0 for none to 1, whatever is skipped."""

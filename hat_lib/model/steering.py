@@ -17,8 +17,7 @@ change places keep the place's.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
 from transformers.cache_utils import Cache
 
 from hat_lib.model.token_state import TokenState
@@ -29,22 +28,29 @@ SLOPE = 0.25
 LIMIT = 1.0
 """offsets stay within it: a text beyond is not what the thresholds are for"""
 
+# In numpy: after a step of the engine no cache holds anything of torch, and its operations cost several times as much.
 
-def offsets(cache: Cache | None, batch: int, device: torch.device) -> Tensor:
-    """Of each sequence so far, fp32 ``[B]``."""
+
+def offsets(cache: Cache | None, batch: int) -> np.ndarray:
+    """Of each sequence so far, float32 ``[B]``."""
     found = getattr(cache, "hat_offsets", None)
     if found is None or batch % len(found):
-        return torch.zeros(batch, device=device)
-    return found.to(device).repeat_interleave(batch // len(found))  # beams begin as copies
+        return np.zeros(batch, np.float32)
+    return found.repeat(batch // len(found))  # beams begin as copies
 
 
 def move(cache: Cache | None, state: TokenState, asked: float, gain: float) -> None:
     """Note at the end of a forward what it executed beyond ``asked``, a share of the layers' work."""
     if cache is None:
         return
-    counted = state.real & ~state.protected & ~state.exited
-    tokens = counted.sum(1)
-    beyond = ((state.share.mean(0) - asked) * counted).sum(1) / tokens.clamp(min=1)
-    reach = (1 - (1 - gain * SLOPE) ** tokens) / SLOPE
-    before = offsets(cache, state.batch, state.real.device)
-    cache.hat_offsets = (before + beyond * reach).clamp(-LIMIT, LIMIT)
+    real, protected, depth = (a.cpu().numpy() for a in (state.real, state.protected, state.exit_layer))
+    counted = real & ~protected & (depth == state.n_layers)
+    site_share = (state.site_share if state.executed is None else state.executed).cpu().numpy()
+    layers, sites = site_share.shape[:2]
+    share = (state.site_work @ site_share.sum(0).reshape(sites, -1)).reshape(counted.shape) / layers
+    moved = offsets(cache, state.batch).tolist()
+    for row, tokens in enumerate(zip(share.tolist(), counted.tolist(), strict=True)):
+        if ran := [executed for executed, counts in zip(*tokens, strict=True) if counts]:
+            reach = (1 - (1 - gain * SLOPE) ** len(ran)) / SLOPE
+            moved[row] = min(max(moved[row] + (sum(ran) / len(ran) - asked) * reach, -LIMIT), LIMIT)
+    cache.hat_offsets = np.array(moved, np.float32)

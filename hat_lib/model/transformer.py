@@ -24,6 +24,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
@@ -274,11 +275,13 @@ class HierarchicalTransformer(Modes, nn.Module):
     def _decided(self, mode: Mode, calibration: Calibration | None) -> Mode:
         """``mode`` with the method's own decisions at its capacity and exit rate; raises if they cannot be had."""
         capacity, exit_rate, routed, gated, shortlist = mode.capacity, mode.exit_rate, KeepAll(), None, None
+        layers = capacity
         if capacity < 1.0:
             if calibration is None:
                 hint = "run `hat calibrate`, or load a checkpoint"
                 raise HatError(f"capacity {capacity} needs calibrated thresholds: {hint}")
             routed = self.threshold_policy(calibration.thresholds_at(capacity))
+            layers = calibration.layer_capacity_at(capacity, self.site_work)
             if (head := calibration.head_at(capacity)) is not None:
                 shortlist = self.shortlist(*head)
         if exit_rate > 0.0:
@@ -287,8 +290,8 @@ class HierarchicalTransformer(Modes, nn.Module):
             if calibration is None or calibration.exit_rates is None:
                 raise HatError(f"exit rate {exit_rate} needs trained exit gates; this checkpoint has none (use 0)")
             gated = ExitThresholds(self.gates, calibration.exit_thresholds(exit_rate, capacity))
-        corrected = self.correction_strength(capacity)
-        return replace(mode, routed=routed, gated=gated, corrected=corrected, shortlist=shortlist)
+        how = {"corrected": self.correction_strength(capacity), "shortlist": shortlist, "layer_capacity": layers}
+        return replace(mode, routed=routed, gated=gated, **how)
 
     def threshold_policy(self, thresholds: dict[tuple[int, str], float]) -> Threshold:
         """The method's own decisions at these thresholds on the routers' scores, by (layer, site)."""
@@ -440,14 +443,15 @@ class HierarchicalTransformer(Modes, nn.Module):
             state.head_work, state.expected_head_share = self.head_work, mode.shortlist.share
         state.masks, state.corrected = Masks() if mode.record else None, mode.corrected > 0
         if mode.steer:
-            state.steering = offsets(cache, state.batch, real.device).exp().repeat_interleave(state.tokens)
+            scale = np.exp(offsets(cache, state.batch)).repeat(state.tokens)
+            state.steering = torch.from_numpy(scale).to(real.device)
         return state
 
     def ended(self, state: TokenState, cache: Cache | None) -> None:
         """A forward has run to its end."""
         mode = self._context.mode
         if mode.steer and mode.capacity < 1 and mode.control is None:
-            move(cache, state, self.calibration.layer_capacity_at(mode.capacity, self.site_work), mode.steer)
+            move(cache, state, mode.layer_capacity, mode.steer)
         self._context.done(state)
 
     @torch.compiler.disable

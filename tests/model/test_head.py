@@ -60,7 +60,8 @@ def all_but_one_close(a, b):
 
 
 @pytest.mark.parametrize("form", ["base", "int8", "q4"])
-def test_the_engine_decodes_as_the_reference_path_does(form, ids):
+def test_the_engine_decodes_as_the_reference_path_does(form):
+    ids = torch.from_numpy(np.random.default_rng(2).integers(5, 250, (3, 14)))  # no score is at its threshold
     hat = gating()
     hat.weight_format = form
     with hat.at(0.5):

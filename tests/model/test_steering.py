@@ -1,7 +1,6 @@
 """Steering: decoding comes to execute what was asked for, causally, per sequence, alike on both paths; off, nothing."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from transformers import DynamicCache
 
 from hat_lib.config import HatError
 from hat_lib.model.steering import LIMIT, SLOPE, move, offsets
+from hat_lib.model.token_state import TokenState
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 ASKED = 0.6
@@ -71,11 +71,10 @@ def test_a_prompt_moves_the_offset_as_far_as_its_tokens_one_by_one_and_a_long_on
         """Where a text executes ``beyond`` more than was asked, less what the offset so far saves."""
         cache, offset = DynamicCache(), 0.0
         for tokens in pieces:
-            executed = torch.full((3, 1, tokens), 0.5 + beyond - SLOPE * offset)
+            executed = torch.full((3, 4, 1, tokens), 0.5 + beyond - SLOPE * offset)
             real = torch.ones(1, tokens, dtype=torch.bool)
-            state = SimpleNamespace(real=real, protected=~real, exited=~real, share=executed, batch=1)
-            move(cache, state, 0.5, gain=0.2)
-            offset = float(offsets(cache, 1, real.device))
+            move(cache, TokenState(real, real, ~real, [0.25] * 4, n_layers=3, executed=executed), 0.5, gain=0.2)
+            offset = float(offsets(cache, 1)[0])
         return offset
 
     assert offset_after([8], 0.1) == pytest.approx(offset_after([1] * 8, 0.1), rel=1e-4)
@@ -101,9 +100,9 @@ def test_offsets_stay_with_the_cache_and_within_their_limit(ids):
     hat, cache = off_by(50.0), DynamicCache(config=new_hat("channel").lm.config)
     with hat.at(0.9), hat.steered(1.0):
         hat.lm(ids, cache=cache)
-    assert (offsets(cache, 3, ids.device) == -LIMIT).all()
-    assert offsets(cache, 6, ids.device).shape == (6,)  # beams
-    assert (offsets(cache, 2, ids.device) == 0).all() and (offsets(None, 2, ids.device) == 0).all()
+    assert (offsets(cache, 3) == -LIMIT).all()
+    assert offsets(cache, 6).shape == (6,)  # beams
+    assert (offsets(cache, 2) == 0).all() and (offsets(None, 2) == 0).all()
     made = hat.lm.generate(ids[:1, :4], max_new_tokens=4, do_sample=False, num_beams=2, pad_token_id=0)
     assert made.shape[1] <= 8
 
