@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import random
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -60,9 +61,14 @@ def now(lm: LlamaForCausalLM) -> float:
 
 
 def take_turns(variants: Sequence[Variant], once: Callable[[Variant], float], rounds: int, warm: int = 1) -> None:
-    """``once`` of each variant per round, in alternating order; the first ``warm`` rounds are not kept in ``times``."""
+    """``once`` of each variant per round; the first ``warm`` rounds are not kept in ``times``.
+
+    One round has a random order, the next its reverse, alike in every run: what comes before a turn has a part in its
+    time, and no variant always comes after the same one.
+    """
     for r in range(warm + rounds):
-        for v in variants if r % 2 else reversed(variants):
+        order = random.Random(r // 2).sample(variants, len(variants))
+        for v in order if r % 2 else reversed(order):
             with v.around():
                 v.times.append(once(v))
     for v in variants:

@@ -57,11 +57,30 @@ def write_quality(folder, points):
 
 
 def test_turns_are_interleaved_and_ratios_paired():
-    order, fake = [], {"a": iter([9, 2.0, 4.0, 8.0]), "b": iter([9, 1.0, 1.0, 1.0])}
+    fake = {"a": iter([9, 2.0, 4.0, 8.0]), "b": iter([9, 1.0, 1.0, 1.0])}
     variants = [Variant(n, None, torch.inference_mode) for n in "ab"]
-    take_turns(variants, lambda v: order.append(v.name) or next(fake[v.name]), rounds=3)
-    assert order == list("baabbaab") and variants[0].times == [2.0, 4.0, 8.0]  # the warm-up is not counted
+    take_turns(variants, lambda v: next(fake[v.name]), rounds=3)
+    assert variants[0].times == [2.0, 4.0, 8.0]  # the warm-up is not counted
     assert ratio(*variants) == 4.0
+
+
+def test_a_round_has_a_random_order_and_the_next_its_reverse_alike_in_every_run():
+    def turns():
+        order, variants = "", [Variant(n, None, torch.inference_mode) for n in "abcd"]
+
+        def once(v):
+            nonlocal order
+            order += v.name
+            return 1.0
+
+        take_turns(variants, once, rounds=79)
+        return [order[i : i + 4] for i in range(0, len(order), 4)]
+
+    rounds = turns()
+    assert rounds == turns() and all({*r} == {*"abcd"} for r in rounds)
+    assert all(a == b[::-1] for a, b in zip(rounds[::2], rounds[1::2], strict=True))
+    before_d = [r[r.index("d") - 1] for r in rounds if r[0] != "d"]
+    assert all(before_d.count(name) > 10 for name in "abc")
 
 
 @pytest.mark.slow
