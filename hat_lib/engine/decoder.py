@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from hat_lib.engine import team
 from hat_lib.engine.cache import room_for
 from hat_lib.engine.kernels import LEAVES
-from hat_lib.engine.step import FFN, Decisions, Rows, Scratch, decode_step
+from hat_lib.engine.step import FFN, PIECE, Decisions, Rows, Scratch, decode_step
 from hat_lib.engine.weights import pack, widths
 
 ROWS = 8
@@ -115,7 +115,7 @@ class Decoder:
         if known is not None and known.places.shape[1] >= length + 8:
             return known
         (qkv, d, gate_up, _), z = self.outputs, lambda *shape: np.zeros(shape, np.float32)
-        mixed, widest, w = self.inputs[1], max(self.inputs) + 8, self.weights
+        mixed, widest, w = self.inputs[1], max(self.inputs) + 8 * LEAVES, self.weights
         group = w.heads // w.kv_heads
         self._scratch[threads, rows] = Scratch(
             h=z(threads, rows, d),
@@ -127,6 +127,8 @@ class Decoder:
             ffn=z(rows, self.inputs[3]),
             index=np.zeros((threads, widest), np.uint64),
             picked=z(threads, rows, widest),
+            ends=np.zeros((threads, LEAVES), np.int64),
+            words=np.zeros((threads, PIECE), np.int64),
             queries=z(threads, group, self.size),
             scores=z(threads, group, length + 8),
             places=np.arange(length + 8, dtype=np.uint64)[None].repeat(threads, 0),

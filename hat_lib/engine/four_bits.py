@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from hat_lib.engine.compiling import compiled
-from hat_lib.engine.kernels import F0, add_channels
+from hat_lib.engine.kernels import F0, add_channels, prefetch
 
 GROUP, ROWS = 32, 40
 """channels that share a scale, and rows of memory that they and their scales take"""
@@ -45,11 +45,6 @@ def _adds(outputs: int):
         bits = builder.sext(builder.load(vector(builder, pointer, I16), align=1), ir.VectorType(I32, 8))
         bits = builder.and_(builder.shl(bits, splat(builder, I32(13))), splat(builder, I32(0x8FFFFFFF)))
         return builder.fmul(builder.bitcast(bits, ir.VectorType(F32, 8)), splat(builder, F32(2.0**112)))
-
-    def prefetch(builder, pointer):
-        kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-        call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(call, [pointer, I32(0), I32(2), I32(1)])  # to the second cache: the first is full of this group
 
     def build(context, builder, signature, args):
         w, codes, rows, soon, y = (
@@ -130,19 +125,19 @@ def place(channel):
 
 
 @compiled()
-def add_groups(w, index, values, n, y, c0, c1):
+def add_groups(w, index, values, start, n, filled, y, c0, c1):
     """As `hat_lib.engine.kernels.add_channels`, of weights in four bits; c0 and c1 are multiples of 32."""
-    width, last = w.shape[1], 0
+    width, last = w.shape[1], start
     codes, rows, soon = np.empty(GROUP, np.int16), np.empty(GROUP, np.intp), np.empty(GROUP, np.intp)
     for r in range(y.shape[0]):
         y[r, c0:c1] = F0
-    while n > 1 and index[n - 1] == index[n - 2]:
+    while n > start + 1 and index[n - 1] == index[n - 2]:
         n -= 1  # what only fills up to eight
     while last < n:
         first, group = last, place(index[last]) // ROWS
         while last < n and place(index[last]) // ROWS == group:
             rows[last - first] = width * place(index[last])
-            soon[last - first] = width * place(index[min(last + AHEAD, n - 1)])
+            soon[last - first] = width * place(index[min(last + AHEAD, filled - 1)])
             last += 1
         for r in range(y.shape[0]):
             factor, total = encode(values[r, first:last], codes)
@@ -155,11 +150,11 @@ def add_groups(w, index, values, n, y, c0, c1):
                 column += 32
 
 
-def add(w, index, values, n, y, c0, c1):
+def add(w, index, values, start, n, filled, y, c0, c1):
     """In compiled code: `add_groups` of bytes, `add_channels` of weights of any other type."""
 
 
 @overload(add)
-def _add(w, index, values, n, y, c0, c1):
+def _add(w, index, values, start, n, filled, y, c0, c1):
     add_all = add_groups if w.dtype == types.uint8 else add_channels
-    return lambda w, index, values, n, y, c0, c1: add_all(w, index, values, n, y, c0, c1)
+    return lambda w, index, values, start, n, filled, y, c0, c1: add_all(w, index, values, start, n, filled, y, c0, c1)

@@ -142,17 +142,51 @@ def add_eight_to_all(context, w, index, k, values, y, column):
     return types.void(w, index, types.intp, values, y, types.intp), build
 
 
+def prefetch(builder, pointer):
+    """Ask memory for a cache line, for the second cache: the nearest is full of what is being added."""
+    i8, i32 = ir.IntType(8), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32])
+    call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(call, [builder.bitcast(pointer, i8.as_pointer()), i32(0), i32(2), i32(1)])
+
+
+@intrinsic
+def prefetch_at(context, w, row, column):
+    """Ask memory for the cache line with ``w[row, column]``, which may lie behind the end of w."""
+
+    def build(inner, builder, signature, args):
+        array = cgutils.create_struct_proxy(signature.args[0])(inner, builder, args[0])
+        width = cgutils.unpack_tuple(builder, array.shape)[1]
+        prefetch(builder, builder.gep(array.data, [builder.add(builder.mul(args[1], width), args[2])]))
+        return inner.get_dummy_value()
+
+    return types.void(w, types.intp, types.intp), build
+
+
 @compiled()
-def add_channels(w, index, values, n, y, c0, c1):
-    """``y[r, c0:c1] = sum_k values[r, k] * w[index[k], c0:c1]`` for k below n, a multiple of eight."""
+def add_channels(w, index, values, start, n, filled, y, c0, c1):
+    """``y[r, c0:c1] = sum_k values[r, k] * w[index[k], c0:c1]`` for k from ``start`` to n, a multiple of eight apart.
+
+    ``filled``: how many are in ``index``; what is behind n will be added next.
+    """
+    line = 64 // w.itemsize
     for left in range(c0, c1, COLUMNS):
         right = min(left + COLUMNS, c1)
         for r in range(y.shape[0]):
             y[r, left:right] = F0
-        begin = left if y.shape[0] == 1 else right - (right - left) % LANES  # one row, and what is left: `add_eight`
-        for k in range(0, n, 8):
-            for j in range(left, begin, LANES):
-                add_eight_to_all(w, index, k, values, y, j)
+        begin = right - (right - left) % LANES
+        for k in range(start, n, 8):
+            # No prefetcher foresees which rows are next, kept or all, as a row is short.
+            ahead, shift = min(k + 8, filled - 8), 0
+            if k + 8 >= n and right < c1:
+                ahead, shift = start, right - left
+            for first in range(left, begin, line):
+                for i in range(8):
+                    prefetch_at(w, np.intp(index[ahead + i]), first + shift)
+                for j in range(first, min(first + line, begin), LANES):
+                    add_eight_to_all(w, index, k, values, y, j)
+            if begin == right:
+                continue
             # Sliced before the call: a loop from 0 to the length of what it is given is one that LLVM vectorises.
             r0, r1 = w[index[k], begin:right], w[index[k + 1], begin:right]
             r2, r3 = w[index[k + 2], begin:right], w[index[k + 3], begin:right]
@@ -168,25 +202,26 @@ def add_channels(w, index, values, n, y, c0, c1):
 
 
 @compiled()
-def keep(x, first, last, cut, scale, whole, runs, index, values, kept):
+def keep(x, first, last, cut, scale, whole, runs, index, values, kept, start=0):
     """Gather the channels from ``first`` to ``last`` that any row keeps; a row that does not has a zero there.
 
     Args:
         x: float32 ``[R, C]``.
         cut, scale, whole, runs: row r keeps channel i if ``|x[r, i]| > cut[i] * scale[r]``; all of them if
             ``whole[r]``; none unless ``runs[r]``.
-        index, values: uint64 ``[C + 8]`` and float32 ``[R, C + 8]``, filled up to a multiple of eight with zeros.
+        index, values: uint64 ``[C + 8]`` and float32 ``[R, C + 8]``, or longer; filled from ``start``, up to a multiple
+            of eight with zeros.
         kept: int32 ``[R]``, to which the number of channels that each row kept is added.
 
-    Returns how many are in ``index``, a multiple of eight.
+    Returns how many are in ``index``.
     """
-    n, rows = 0, x.shape[0]
+    n, rows = start, x.shape[0]
     if rows == 1:
         row, taken, factor, everything = x[0], values[0], scale[0], whole[0]
         for i in range(first, last):
             index[n], taken[n] = i, row[i]
             n += everything | (abs(row[i]) > cut[i] * factor)
-        kept[0] += n
+        kept[0] += n - start
     else:
         for i in range(first, last):
             index[n], found = i, 0
@@ -196,7 +231,7 @@ def keep(x, first, last, cut, scale, whole, runs, index, values, kept):
                 kept[r] += mine
                 found |= mine
             n += found
-    full = (n + 7) // 8 * 8
+    full = start + (n - start + 7) // 8 * 8
     for k in range(n, full):
         index[k] = index[n - 1]  # a row that has just been read
         for r in range(rows):

@@ -30,6 +30,7 @@ from hat_lib.engine.kernels import (
     dots,
     exp,
     keep,
+    prefetch_at,
     span,
 )
 from hat_lib.engine.team import meet
@@ -167,9 +168,13 @@ class Scratch(NamedTuple):
     ffn: ndarray
     """``[R, F]``"""
     index: ndarray
-    """uint64 ``[P, C + 8]``"""
+    """uint64 ``[P, C + 8 LEAVES]``"""
     picked: ndarray
-    """``[P, R, C + 8]``"""
+    """``[P, R, C + 8 LEAVES]``"""
+    ends: ndarray
+    """int64 ``[P, LEAVES]``: of each part in the two above"""
+    words: ndarray
+    """int64 ``[P, PIECE]``: tokens of the vocabulary"""
     queries: ndarray
     """``[P, H / G, h]``"""
     scores: ndarray
@@ -232,22 +237,25 @@ def finish(y, scale, bias, c0, c1):
 @compiled()
 def wide(w, scale, bias, index, picked, n, y, c0, c1):
     """Outputs c0 to c1 of a product, from all the kept channels."""
-    add(w, index, picked, n, y, c0, c1)
+    add(w, index, picked, 0, n, n, y, c0, c1)
     finish(y, scale, bias, c0, c1)
 
 
 @compiled()
-def narrow(w, unit, x, cut, scale, whole, runs, index, picked, kept, leaves, t, team):
+def narrow(w, unit, x, cut, scale, whole, runs, index, picked, ends, kept, leaves, t, team):
     """This thread's share of a product whose channels are split: whole rows of the weight, in long pieces.
 
     The channels make `LEAVES` parts, whose sums are added in pairs: the same sum for any number of threads. A thread
     has an aligned run of them, a power of two, and leaves its own sum in the first.
     """
-    channels, part = x.shape[1], LEAVES // team
+    channels, part, n = x.shape[1], LEAVES // team, 0
     for leaf in range(t * part, (t + 1) * part):
         first, last = span(channels, leaf, LEAVES, unit), span(channels, leaf + 1, LEAVES, unit)
-        n = keep(x, first, last, cut, scale, whole, runs, index, picked, kept)
-        add(w, index, picked, n, leaves[leaf], 0, leaves.shape[2])
+        n = ends[leaf] = keep(x, first, last, cut, scale, whole, runs, index, picked, kept, n)
+    start = 0
+    for leaf in range(t * part, (t + 1) * part):
+        add(w, index, picked, start, ends[leaf], n, leaves[leaf], 0, leaves.shape[2])
+        start = ends[leaf]
     width = 1
     while width < part:
         for leaf in range(t * part, (t + 1) * part, 2 * width):
@@ -363,26 +371,37 @@ def attend(q, keys, values, first, last, factor, places, scores, out):
 
 
 @compiled()
-def shortlist(head, scale, x, preview, floor, logits, t, team):
+def shortlist(head, scale, x, preview, floor, words, logits, t, team):
     """This thread's logits of one row: previews, and in full those that reach ``floor``, whose number is returned.
 
     Threads take pieces in turns: likely tokens have low numbers, and one thread would have most of them.
     """
-    found, vocabulary = 0, logits.shape[0]
+    found, n, vocabulary, line = 0, 0, logits.shape[0], 64 // head.itemsize
     for v0 in range(t * PIECE, vocabulary, team * PIECE):
         v1 = min(v0 + PIECE, vocabulary)
         for v in range(v0, v1):
             logits[v] = as_stored(preview[v], logits[v])
-        if largest(preview[v0:v1]) < floor:
-            continue
-        for v in range(v0, v1):
-            if preview[v] >= floor:
-                value = dot(head[v], x)
-                if scale.shape[0]:
-                    value *= scale[v]
-                logits[v] = as_stored(value, logits[v])
-                found += 1
-    return found
+        if not largest(preview[v0:v1]) < floor:
+            for v in range(v0, v1):
+                words[n] = v
+                n += preview[v] >= floor
+                if n == PIECE:
+                    found, n = found + read(head, scale, x, words[:n], line, logits), 0
+    return found + read(head, scale, x, words[:n], line, logits)
+
+
+@compiled()
+def read(head, scale, x, words, line, logits):
+    """The logits of some tokens, in full; returns how many."""
+    for k in range(words.shape[0]):
+        if k + 4 < words.shape[0]:
+            for i in range(0, x.shape[0], line):
+                prefetch_at(head, words[k + 4], i)
+        value = dot(head[words[k]], x)
+        if scale.shape[0]:
+            value *= scale[words[k]]
+        logits[words[k]] = as_stored(value, logits[words[k]])
+    return words.shape[0]
 
 
 @compiled()
@@ -491,7 +510,7 @@ def decode_step(t, team, barrier, base, decide, rows, room):
         if t < lanes:
             narrow(
                 base.o[layer], base.unit, room.mixed, decide.cut_o[layer], scale, whole, alive,
-                index, picked, kept[layer, OUT], room.leaves[0], t, lanes,
+                index, picked, room.ends[t], kept[layer, OUT], room.leaves[0], t, lanes,
             )  # fmt: skip
         if meet(barrier, team):
             return
@@ -523,7 +542,7 @@ def decode_step(t, team, barrier, base, decide, rows, room):
         if t < lanes:
             narrow(
                 base.down[layer], base.unit, room.ffn, decide.cut_down[layer], scale, whole, runs,
-                index, picked, kept[layer, DOWN], room.leaves[1], t, lanes,
+                index, picked, room.ends[t], kept[layer, DOWN], room.leaves[1], t, lanes,
             )  # fmt: skip
         if meet(barrier, team):
             return
@@ -548,6 +567,6 @@ def decode_step(t, team, barrier, base, decide, rows, room):
     for r in range(count):
         floor = largest(room.best[:team, r]) - decide.margin
         rows.head[t, 1, r] = shortlist(
-            base.head, base.head_scale, x[r], room.preview[r], floor, rows.logits[r], t, team
+            base.head, base.head_scale, x[r], room.preview[r], floor, room.words[t], rows.logits[r], t, team
         )
     meet(barrier, team)

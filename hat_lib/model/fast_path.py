@@ -278,7 +278,9 @@ class FastPath:
         if position_ids is not None:
             position = position_ids.numpy().repeat(b // len(position_ids), 0)
             rank = np.minimum(rank, position)
-        state = self.hat.new_state(torch.from_numpy(np.ones((b, t), bool)), torch.from_numpy(rank), start, cache)
+        protected = rank < self.hat.config.protected_tokens
+        real, rank, guarded = map(torch.from_numpy, (np.ones((b, t), bool), rank, protected))
+        state = self.hat.new_state(real, rank, start, cache, guarded)
         if known:
             _, decoder, decide = run.ready
         else:
@@ -293,7 +295,7 @@ class FastPath:
             decide,
             position=position,
             first=first,
-            protected=state.protected.numpy(),
+            protected=protected,
             scale=None if state.steering is None else state.steering.numpy(),
             threads=run.threads if run else None,
         )
@@ -308,7 +310,7 @@ class FastPath:
         self.hat.ended(state, cache)
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep]
-        elif logits_to_keep:
+        elif logits_to_keep and logits_to_keep != t:
             logits = logits[:, -logits_to_keep:]
         return CausalLMOutputWithPast(logits=logits, cache=cache)
 

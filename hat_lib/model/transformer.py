@@ -431,9 +431,13 @@ class HierarchicalTransformer(Modes, nn.Module):
             what = "scores, packed weights and fingerprint follow; thresholds were set on the weights before"
             warnings.warn(f"weights of the base were changed under the model: {what}", stacklevel=2)
 
-    def new_state(self, real: Tensor, position: Tensor, start: int, cache: Cache | None = None) -> TokenState:
-        """What a forward is to fill, of the tokens at these `TokenState.places`."""
-        mode, protected = self._context.mode, real & (position < self.config.protected_tokens)
+    def new_state(
+        self, real: Tensor, position: Tensor, start: int, cache: Cache | None = None, protected: Tensor | None = None
+    ) -> TokenState:
+        """What a forward is to fill, of the tokens at these `TokenState.places`; by those, too, who is protected."""
+        mode = self._context.mode
+        if protected is None:
+            protected = real & (position < self.config.protected_tokens)
         state = TokenState(real, position, protected, self.site_work, self.config.n_layers, start)
         for decides in (mode.policy, mode.exits):
             if isinstance(decides, Forced):

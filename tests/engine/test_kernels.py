@@ -30,7 +30,7 @@ def shortened(values, out):
 
 @compiled()
 def add_kept(w, index, values, n, y):
-    add(w, index, values, n, y, 0, y.shape[1])
+    add(w, index, values, 0, n, n, y, 0, y.shape[1])
 
 
 @compiled()
