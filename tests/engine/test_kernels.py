@@ -9,6 +9,7 @@ from hat_lib.engine import four_bits, kernels
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add, encode
 from hat_lib.engine.kernels import dots, keep
+from hat_lib.engine.step import PIECE, shortlist
 from hat_lib.engine.weights import _four_bits, as_numpy
 
 NO = np.float32(1e9)
@@ -31,6 +32,11 @@ def shortened(values, out):
 @compiled()
 def add_kept(w, index, values, n, y):
     add(w, index, values, 0, n, n, y, 0, y.shape[1])
+
+
+@compiled()
+def add_part(w, index, values, start, n, filled, y):
+    add(w, index, values, start, n, filled, y, 0, y.shape[1])
 
 
 @compiled()
@@ -93,6 +99,43 @@ def test_what_is_skipped_and_what_is_zero_are_the_same_bits(weights, x, cut):
         masked = np.where(np.abs(row) > cut, row, 0).astype(np.float32)
         assert kept[0] == np.count_nonzero(masked)
         assert np.array_equal(found, product(weights, masked[None], np.full(CHANNELS, -1, np.float32))[0])
+
+
+def test_parts_whose_channels_are_decided_together_are_the_parts(weights, x):
+    cuts, rows, parts = np.full(CHANNELS, 0.7, np.float32), len(x), ((0, 32), (32, 32), (32, CHANNELS))
+    of_row = np.ones(rows, np.float32), np.zeros(rows, bool), np.ones(rows, bool)
+
+    def room():
+        return np.zeros(CHANNELS + 24, np.uint64), np.zeros((rows, CHANNELS + 24), np.float32), np.zeros(rows, np.int32)
+
+    index, values, kept = room()
+    ends = [0]
+    for first, last in parts:
+        ends.append(keep(x, first, last, cuts, *of_row, index, values, kept, ends[-1]))
+    for (first, last), start, end in zip(parts, ends, ends[1:], strict=True):
+        found, expected = (np.full((rows, OUTPUTS), np.nan, np.float32) for _ in range(2))
+        add_part(weights, index, values, start, end, ends[-1], found)
+        alone, of_it, _ = room()
+        add_kept(
+            weights, alone, of_it, keep(x, first, last, cuts, *of_row, alone, of_it, np.zeros_like(kept)), expected
+        )
+        assert np.array_equal(found, expected) and (last > first) == bool(found.any())
+    assert np.array_equal(kept, (np.abs(x) > 0.7).sum(1))
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"], indirect=True)
+def test_words_whose_preview_reaches_the_floor_are_read_in_full(weights, x):
+    head, preview = np.ascontiguousarray(weights.T), np.random.default_rng(2).normal(size=OUTPUTS).astype(np.float32)
+    scale = np.linspace(1, 2, OUTPUTS if weights.dtype == np.int8 else 0, dtype=np.float32)
+    full, words = np.empty((1, OUTPUTS), np.float32), np.zeros(PIECE, np.int64)
+    dots(head, scale, x[:1], full, 0, OUTPUTS)
+    for floor in (-0.5, 1.0, 9.0):
+        likely = preview >= floor
+        for team in (1, 3):
+            logits = np.full(OUTPUTS, np.nan, np.float32)
+            found = [shortlist(head, scale, x[0], preview, floor, words, logits, t, team) for t in range(team)]
+            assert sum(found) == likely.sum() and (floor > 0 or likely.sum() > 3 * PIECE)
+            np.testing.assert_allclose(logits, np.where(likely, full[0], preview), rtol=1e-5, atol=1e-4)
 
 
 def plain(w):
