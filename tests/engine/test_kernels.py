@@ -112,7 +112,7 @@ def test_parts_whose_channels_are_decided_together_are_the_parts(weights, x):
     ends = [0]
     for first, last in parts:
         ends.append(keep(x, first, last, cuts, *of_row, index, values, kept, ends[-1]))
-    for (first, last), start, end in zip(parts, ends, ends[1:], strict=True):
+    for (first, last), start, end in zip(parts, ends[:-1], ends[1:], strict=True):
         found, expected = (np.full((rows, OUTPUTS), np.nan, np.float32) for _ in range(2))
         add_part(weights, index, values, start, end, ends[-1], found)
         alone, of_it, _ = room()
