@@ -26,7 +26,7 @@ def decisions(hat, dense: Decisions, mode: Mode, places: slice) -> Decisions:
         mode: what it leaves open stays as in ``dense``.
         places: of these tokens in the cache, for what is forced; channels are forced for one token alone.
     """
-    made = dict(_exits(hat, dense, mode.exits, places)) if mode.exits and hat.gates else {}
+    made = {}
     if hat.config.granularity == "token":
         made |= _ffns(hat, mode.policy, places)
         if mode.corrected:
@@ -35,7 +35,13 @@ def decisions(hat, dense: Decisions, mode: Mode, places: slice) -> Decisions:
         made |= _channels(hat, dense, mode.policy, places)
     if mode.shortlist is not None:
         made |= {"cut_head": as_numpy(mode.shortlist.cut.cpu()), "margin": np.float32(mode.shortlist.margin)}
-    return dense._replace(**made)
+    return with_exits(hat, dense._replace(**made), mode.exits, places)
+
+
+@torch.no_grad()
+def with_exits(hat, made: Decisions, exits: ExitThresholds | Forced | None, places: slice) -> Decisions:
+    """``made``, and the decisions of exits; ``places`` as for `decisions`."""
+    return made._replace(**dict(_exits(hat, made, exits, places))) if exits and hat.gates else made
 
 
 def _channels(hat, dense: Decisions, routed, places: slice) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from operator import attrgetter, contains
 
@@ -34,7 +34,7 @@ try:
     from hat_lib.engine.step import DOWN, FFN, Decisions
     from hat_lib.engine.team import cores, torch_alone
     from hat_lib.engine.weights import linears, packed_bytes, unfit
-    from hat_lib.model.decisions import decisions
+    from hat_lib.model.decisions import decisions, with_exits
 
     LAYERS = DynamicLayer, GrowingLayer
     UNAVAILABLE = None
@@ -332,8 +332,11 @@ class FastPath:
     def _decide(self, mode: Mode, decoder: Decoder, places: slice) -> Decisions:
         """The mode's decisions as arrays, for tokens at these places of the cache."""
         routed, exits = mode.policy, mode.exits
-        if Forced in (type(routed), type(exits)):  # another at each place
+        if type(routed) is Forced:  # another at each place
             return decisions(self.hat, decoder.everything(), mode, places)
+        if type(exits) is Forced:
+            rest = self._decide(replace(mode, gated=None, exit_control=None), decoder, places)
+            return with_exits(self.hat, rest, exits, places)
         by = routed, exits, mode.shortlist, mode.corrected
         if self._decided[:-1] != by:
             thresholds = [tuple(p.thresholds.values()) if hasattr(p, "thresholds") else None for p in (routed, exits)]
