@@ -118,6 +118,7 @@ def run_notebook(
         threads: that the kernel may compute with; by default as it finds it.
     """
     import papermill
+    from nbclient.output_widget import OutputWidget
 
     figures.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -125,7 +126,10 @@ def run_notebook(
     literal = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, output)]
     environment = {"HAT_FIGURES": str(figures.resolve())} | (dict.fromkeys(THREADS, str(threads)) if threads else {})
     try:
-        with _one_at_a_time, patch.dict(os.environ, environment):  # the kernel inherits it
+        # What an Output widget has caught, nbclient also tells the kernel, behind the back of the loop that waits on
+        # the same socket for the cell's reply: once in some hundred times the reply was lost, and the run hung.
+        untold = patch.object(OutputWidget, "sync_state", lambda widget: None)
+        with _one_at_a_time, untold, patch.dict(os.environ, environment):  # the kernel inherits the environment
             papermill.execute_notebook(
                 *literal,
                 parameters,
