@@ -112,6 +112,8 @@ def run_notebook(
 ) -> Result:
     """Execute ``source`` in its own folder into ``output``. Never raises for what the notebook did.
 
+    What an Output widget catches is in the file that comes out; inside the notebook its ``outputs`` stay empty.
+
     Args:
         figures: folder for its figures, which its process sees as ``HAT_FIGURES``.
         cell_timeout: seconds.
