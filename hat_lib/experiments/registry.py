@@ -1,15 +1,15 @@
-"""The experiments: a module for each file of ``data/results``, named like it, all of one shape.
+"""The experiments: one module per file of ``data/results``, with the same name, all with the same interface.
 
-    ABOUT         what a row is, in a line
-    MINUTES       how long all rows take on two idle cores, about
-    READS         other files that it reads, if any
+    ABOUT         what a row is, in one line
+    MINUTES       about how long all rows take on two idle cores
+    READS         other files it reads, if any
     Row, KEY      a dataclass, whose fields are the columns, and the fields that tell rows apart
     rows(done)    measures the rows whose keys are not in ``done``, one by one; its keyword arguments are the options
-    figures()     the figures that rest on the saved rows, by file name, if any
+    figures()     the figures based on the saved rows, by file name, if any
     tables()      the tables of README and docs from the saved rows, in Markdown, by name, if any
 
-`measure` writes each row as it comes, so that a run that was stopped goes on where it was. A document says where a
-table stands, and `fill` writes what is between the two lines, so that no number is typed:
+`measure` writes each row as it comes, so that a stopped run resumes where it was. A document marks the place of a
+table, and `fill` writes what is between the two lines, so that no number is typed by hand:
 
     <!-- table: quality -->
     <!-- end -->
@@ -31,9 +31,9 @@ from hat_lib.config import HatError
 from hat_lib.experiments.common import markdown
 from hat_lib.experiments.rows import RowWriter
 
-NAMES = ("decode", "benchmark", "quality", "mechanisms", "published", "stand_ins", "layer_shares",
+NAMES = ("decode", "benchmark", "quality", "mechanisms", "corrections", "published", "stand_ins", "layer_shares",
          "published_claims", "speed_targets", "token_time", "self_speculative", "ablations", "step_cost")  # fmt: skip
-"""in the order in which one reads another's file"""
+"""ordered so that each comes after those whose files it reads"""
 MARKED = re.compile(r"^<!-- table: (\S+) -->$((?:(?!^<!-- table).)*?^<!-- end -->$)?", re.M | re.S)
 
 
@@ -47,11 +47,11 @@ def measure(name: str, results: Path, *, again: bool = False, **options) -> Iter
     """Measure what ``results/NAME.csv`` lacks, yielding each row once it is written.
 
     Args:
-        again: measure everything, and replace the file once all of it is there.
+        again: measure everything, and replace the file once it is complete.
         options: keyword arguments of the experiment's ``rows``.
     """
     experiment = load(name)
-    if reads := getattr(experiment, "READS", ()):  # what was measured here goes before what is committed
+    if reads := getattr(experiment, "READS", ()):  # what was measured here takes precedence over what is committed
         here = all((results / f"{other}.csv").is_file() for other in reads)
         options = {"results": results if here else None} | options
     with RowWriter(results / f"{name}.csv", experiment.Row, experiment.KEY, replace=again) as writer:
@@ -76,7 +76,7 @@ def parse(name: str, settings: Sequence[str]) -> dict:
 
 
 def option_kinds(name: str) -> dict[str, tuple[type, bool]]:
-    """Option -> (type of a value, does it take several?), in the order of the signature."""
+    """Option -> (type of a value, whether it takes several), in the order of the signature."""
     kinds = {}
     for option, parameter in inspect.signature(load(name).rows, eval_str=True).parameters.items():
         hint = parameter.annotation
@@ -89,7 +89,7 @@ def option_kinds(name: str) -> dict[str, tuple[type, bool]]:
 
 
 def all_tables(results: Path | None = None) -> dict[str, str]:
-    """Every Markdown table, by the name that its place in a document is marked with; `results` lists the files."""
+    """Every Markdown table, by the name that marks its place in a document; the table `results` lists the files."""
     lines = [[f"`{name}`", load(name).ABOUT, f"{load(name).MINUTES} min"] for name in NAMES]
     overview = {"results": markdown(["file, `hat reproduce`", "what a row is", "takes, on two idle cores"], lines)}
     made = [load(name).tables(results) for name in NAMES if hasattr(load(name), "tables")]
@@ -97,13 +97,13 @@ def all_tables(results: Path | None = None) -> dict[str, str]:
 
 
 def documents() -> list[Path]:
-    """The files that may hold tables."""
+    """The files that may contain tables."""
     docs = sorted((config.REPO / "docs").rglob("*.md"))
     return [config.REPO / "README.md", config.REPO / "data" / "README.md", *docs]
 
 
 def fill(text: str, tables: Mapping[str, str], where: str) -> str:
-    """``text`` with every marked table as ``tables`` has it; `HatError` for an unknown name and a missing end."""
+    """``text`` with every marked table replaced from ``tables``; `HatError` for an unknown name or a missing end."""
 
     def put(found: re.Match) -> str:
         name, content = found.groups()
@@ -117,7 +117,7 @@ def fill(text: str, tables: Mapping[str, str], where: str) -> str:
 
 
 def outdated(tables: Mapping[str, str]) -> dict[Path, str]:
-    """Documents whose tables are not those of the data, with the text that they should have."""
+    """Documents whose tables do not match the data, with the text they should have."""
     texts = {path: path.read_text(encoding="utf-8") for path in documents()}
     filled = {path: fill(text, tables, str(path.relative_to(config.REPO))) for path, text in texts.items()}
     return {path: text for path, text in filled.items() if text != texts[path]}
