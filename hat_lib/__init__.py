@@ -1,8 +1,8 @@
 """Hierarchical Adaptive Transformer: per-token compute for a frozen Llama.
 
-Axis letters, everywhere: ``B`` batch, ``T`` tokens, ``D`` hidden, ``F`` FFN width, ``L`` layers,
+Axis letters, used everywhere: ``B`` batch, ``T`` tokens, ``D`` hidden, ``F`` FFN width, ``L`` layers,
 ``S`` gated sites in a layer, ``E`` exits, ``K`` cached keys, ``V`` vocabulary. The packages, in the
-order in which data flows: backbone, engine, model, text, calibration, inference, evaluation, training, plotting,
+order of the data flow: backbone, engine, model, text, calibration, inference, evaluation, training, plotting,
 explore, experiments, workbook, cli. Imports run one way (`[tool.importlinter]` in pyproject.toml).
 """
 

@@ -17,11 +17,11 @@ from pathlib import Path
 CAPACITY_MIN, CAPACITY_MAX = 0.1, 1.0
 GRANULARITIES = ("channel", "token")
 
-# Depths at which the published method places its exits, as layers already run, out of TinyLlama's 22.
+# Exit depths of the published method, in layers already run, out of TinyLlama's 22.
 PUBLISHED_EXITS, PUBLISHED_DEPTH = (4, 8, 12, 16, 19), 22
 
 REPO = Path(__file__).resolve().parent.parent
-# Results and reference checkpoints, which come with the repository and not with an installed package.
+# Results and reference checkpoints, which come with the repository, not with an installed package.
 DATA = Path(os.environ.get("HAT_DATA", REPO / "data")).expanduser()
 NOTEBOOKS = REPO / "notebooks"
 RUNS = (REPO if NOTEBOOKS.is_dir() else Path.cwd()) / "runs"
@@ -29,16 +29,16 @@ NO_DATA = (
     "reference checkpoints, results and notebooks come with a clone of the repository alone: clone it, and install it "
     "with pip install -e or set HAT_DATA to its folder data"
 )
-# Where notebooks draw. The committed figures/ change by `hat_lib.workbook execute` and `hat reproduce --figures` alone.
+# Where notebooks draw. Only `hat_lib.workbook execute` and `hat reproduce --figures` change the committed figures/.
 FIGURES = Path(os.environ.get("HAT_FIGURES", RUNS / "figures"))
 
 
 class HatError(ValueError):
-    """Bad input, told in one line that names the thing and what was expected."""
+    """Bad input, reported in one line that names the culprit and what was expected."""
 
 
 def outside_repository(message: str) -> bool:
-    """Whether ``message`` names a place that only a clone of the repository has, and this is none."""
+    """Whether ``message`` names a folder that only a clone of the repository has, and which is missing here."""
     return any(str(place) in message and not place.is_dir() for place in (DATA, NOTEBOOKS))
 
 
@@ -50,7 +50,7 @@ def cache_dir() -> Path:
 
 
 def lock(file, taken: str) -> None:
-    """Hold an open file until it is closed (`flock`, so not on Windows); `HatError` ``taken`` if another has it."""
+    """Lock an open file until it is closed (`flock`, so not on Windows); `HatError` ``taken`` if it already is."""
     import fcntl
 
     try:
@@ -62,7 +62,7 @@ def lock(file, taken: str) -> None:
 
 
 def check_fraction(name: str, value: object, low: float, high: float) -> float:
-    """``value``, a number or a numeric string in [low, high], as a float, or `HatError`."""
+    """``value``, a number or numeric string in [low, high], as a float; else `HatError`."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -77,7 +77,7 @@ check_exit_rate = partial(check_fraction, "exit rate", low=0.0, high=1.0)
 
 
 def check_count(name: str, value: object, low: int, high: int | None = None) -> int:
-    """``value``, a whole number of at least ``low`` and at most ``high``, or `HatError`."""
+    """``value``, a whole number of at least ``low`` and at most ``high``; else `HatError`."""
     if not _is_int(value) or value < low or (high is not None and value > high):
         most = "" if high is None else f", at most {high}"
         raise HatError(f"{name} must be a whole number of at least {low}{most}, got {value!r}")
@@ -85,11 +85,11 @@ def check_count(name: str, value: object, low: int, high: int | None = None) -> 
 
 
 WHY = "thresholds were set on other text, and the first tokens of a block run in full"
-"""why a realised capacity is not the requested one"""
+"""why a realised capacity differs from the requested one"""
 
 
 def work_said(capacity: float, realised: float, exit_rate: float, realised_exit: float, model_share: float) -> str:
-    """What was requested beside what was realised, in words, with the reason where capacities differ."""
+    """What was requested and what was realised, in words, with the reason if the capacities differ."""
     why = f" ({WHY})" if abs(realised - capacity) >= 0.005 else ""
     return (
         f"capacity {capacity:.2f} requested, {realised:.3f} realised{why}; exit rate {exit_rate:.2f} requested, "
@@ -98,7 +98,7 @@ def work_said(capacity: float, realised: float, exit_rate: float, realised_exit:
 
 
 def scaled_exits(n_layers: int) -> tuple[int, ...]:
-    """The published exit depths in proportion to another depth; distinct, in [1, n_layers - 1].
+    """The published exit depths, scaled to ``n_layers``; distinct, in [1, n_layers - 1].
 
     >>> scaled_exits(22), scaled_exits(30)
     ((4, 8, 12, 16, 19), (5, 11, 16, 22, 26))
@@ -114,16 +114,16 @@ class HatConfig:
     n_layers: int
     granularity: str = "channel"
     exit_layers: tuple[int, ...] = ()
-    """depths at which a token may leave: exit ``e`` means that ``e`` layers have run; 1 .. n_layers - 1"""
+    """depths at which a token may leave: at exit ``e``, ``e`` layers have run; 1 .. n_layers - 1"""
     capacity: float = 0.75
     exit_rate: float = 0.0
-    """both as a loaded model is set at first"""
+    """both: the settings of a freshly loaded model"""
     translator_rank: int = 1
-    """rank of the correction that an exiting hidden state gets, beside a diagonal one and a bias"""
+    """rank of the correction that an exiting hidden state gets, besides a diagonal one and a bias"""
     protected_tokens: int = 2
     """real tokens at the start of each document that run in full and never exit (attention sinks)"""
     correction_rank: int | None = None
-    """rank of the corrections of what is skipped, 0 for constant vectors alone; None for none"""
+    """rank of the corrections for what is skipped; 0: constant vectors only; None: no corrections"""
 
     def __post_init__(self):
         object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
@@ -144,7 +144,7 @@ class HatConfig:
 
     @classmethod
     def default(cls, base, **changes) -> HatConfig:
-        """Channel grain at capacity 0.75, five exits in proportion to the depth of ``base``.
+        """Channel grain at capacity 0.75, with five exits scaled to the depth of ``base``.
 
         ``base`` is a `Base`, a Llama model or its config.
         """
@@ -153,8 +153,8 @@ class HatConfig:
 
     @classmethod
     def published(cls, base, **changes) -> HatConfig:
-        """The published shape: whole-FFN token routing at capacity 0.55, five exits. On TinyLlama-1.1B (22 layers)
-        they are 4, 8, 12, 16, 19 and about 100K parameters are trained."""
+        """The published shape: whole-FFN token routing at capacity 0.55, with five exits. On TinyLlama-1.1B (22 layers)
+        they are at 4, 8, 12, 16 and 19, and about 100K parameters are trained."""
         return cls.default(base, **{"granularity": "token", "capacity": 0.55, **changes})
 
     def to_dict(self) -> dict:
@@ -162,12 +162,12 @@ class HatConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> HatConfig:
-        """From JSON, as `to_dict` wrote it or an older version of it: a field that is missing takes its default."""
+        """From JSON as written by `to_dict`, or by an older version of it: missing fields take their defaults."""
         values = with_defaults("config", values, defaults(cls))
         if not isinstance(values["exit_layers"], list | tuple):
             raise HatError(f"exit_layers must be a list, got {values['exit_layers']!r}")
         for name in ("capacity", "exit_rate"):
-            if isinstance(values[name], str):  # text is for the command line
+            if isinstance(values[name], str):  # strings are for the command line only
                 raise HatError(f"{name} must be a number, got {values[name]!r}")
         return cls(**values)
 
@@ -178,9 +178,9 @@ def defaults(kind: type) -> dict[str, object]:
 
 
 def with_defaults(what: str, values: object, known: dict[str, object]) -> dict:
-    """The JSON object ``values`` with a value for every field of ``known``, the defaults.
+    """The JSON object ``values``, with the defaults in ``known`` filled in.
 
-    Raises `HatError` that names ``what`` and an unknown field, or one that is `dataclasses.MISSING`.
+    Raises `HatError`, naming ``what``, for unknown fields and for missing ones whose default is `dataclasses.MISSING`.
     """
     if not isinstance(values, dict):
         raise HatError(f"{what} must be an object, got {type(values).__name__}")

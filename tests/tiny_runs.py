@@ -1,4 +1,4 @@
-"""Training runs that take a second: `random:tiny`, a page of text, a dozen steps. And processes to kill."""
+"""Training runs that take a second (`random:tiny`, a page of text, a dozen steps), and processes to kill."""
 
 import copy
 import csv
@@ -31,7 +31,7 @@ PHASES = ("routers", "exit")
 
 
 def page(folder: Path) -> Path:
-    """A text of one's own; about 28 blocks of 64."""
+    """A text file of about 28 blocks of 64 tokens."""
     path = folder / "page.txt"
     path.write_text(" ".join(f"Line {i}: the {i % 7} quick brown foxes jump over {i}." for i in range(40)))
     return path
@@ -57,18 +57,18 @@ def rows(blocks: list[list[int]]) -> Dataset:
 
 
 def tiny(dtype=torch.float32):
-    """A base of one's own."""
+    """A separate tiny base."""
     return load_base("random:tiny", dtype=dtype, device="cpu")
 
 
 def untrained(grain: str = "channel", base=None, **changes) -> HierarchicalTransformer:
-    """On a base of its own, if none is given; not calibrated."""
+    """Not calibrated; on its own base if none is given."""
     base = base or tiny()
     return HierarchicalTransformer(base, HatConfig.default(base, granularity=grain, **changes))
 
 
 def new_hat(grain: str) -> HierarchicalTransformer:
-    """Untrained, on a base of its own, calibrated where the grain's training needs it."""
+    """Untrained, on its own base, calibrated if the grain's training needs it."""
     torch.manual_seed(0)
     hat = untrained(grain)
     if grain == "channel":
@@ -77,14 +77,14 @@ def new_hat(grain: str) -> HierarchicalTransformer:
 
 
 def peaked(dtype=torch.float32):
-    """A base whose tokens are not all alike to it."""
+    """A base whose predictions are not nearly uniform."""
     base = tiny(dtype)
     base.model.model.norm.weight.mul_(4)
     return replace(base, fingerprint=fingerprint(base.model))
 
 
 def gating(base=None, threshold=6.0, margin=10.0):
-    """Calibrated, the head at one threshold and margin at every capacity."""
+    """Calibrated, with the same threshold and margin for the head at every capacity."""
     hat = untrained("channel", base or peaked())
     made = new_hat("channel").calibration
     n = len(made.capacities)
@@ -111,7 +111,7 @@ def run_phase(
 
 
 def gradients(checkpoint: Path, phase: str, folder: Path, **changes) -> list[dict[str, torch.Tensor]]:
-    """Of each of four steps of a phase, all at the checkpoint's parameters: the learning rate is 0."""
+    """For each of four steps of a phase, all at the checkpoint's parameters, because the learning rate is 0."""
     hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype="fp32", device="cpu")
     steps, clip = [], trainer.HatTrainer._clip_grad_norm
 
@@ -129,7 +129,7 @@ def gradients(checkpoint: Path, phase: str, folder: Path, **changes) -> list[dic
 
 
 def interrupt_at(monkeypatch, *steps: tuple[str, int], by=signal.SIGINT) -> None:
-    """Press Ctrl-C in the given (phase, step), once each; or send another signal."""
+    """Press Ctrl-C, or send another signal, once in each given (phase, step)."""
     left = set(steps)
 
     class Log(trainer.CsvLog):
@@ -141,7 +141,7 @@ def interrupt_at(monkeypatch, *steps: tuple[str, int], by=signal.SIGINT) -> None
     monkeypatch.setattr(trainer, "CsvLog", Log)
 
 
-# Processes. A fork server has the imports done, which take seconds, and has run nothing yet that a fork would break.
+# Processes. A fork server has done the imports, which take seconds, and has run nothing yet that a fork would break.
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["hat_lib.training.run", "hat_lib.cli.app", "soak.faults"])
@@ -160,7 +160,7 @@ def _quietly(target, *args):
 
 
 def kill_at(folder: Path, event: int | None) -> None:
-    """`kill -9` of this very process when it touches a file in ``folder`` for the n-th time."""
+    """`kill -9` this very process when it touches a file in ``folder`` for the n-th time."""
     seen = 0
 
     def hook(name, args):
@@ -175,13 +175,13 @@ def kill_at(folder: Path, event: int | None) -> None:
 
 
 def train_and_die(run: Run, folder: Path, event: int | None) -> None:
-    """Carry on with a run until it is killed, or done."""
+    """Continue a run until it is killed or done."""
     kill_at(folder, event)
     train(run, folder, resume=(folder / "run.json").exists(), progress=False)
 
 
 def adaptive(grain: str) -> HierarchicalTransformer:
-    """Calibrated, exits too, on a base of its own; nothing trained."""
+    """Calibrated, including exits, on its own base; nothing trained."""
     torch.manual_seed(0)
     hat = untrained(grain)
     with torch.no_grad():  # routers and gates that tell tokens apart
@@ -193,7 +193,7 @@ def adaptive(grain: str) -> HierarchicalTransformer:
 
 
 def skipping(grain, base=None, exit_layers=(1, 2, 3), bar=3.0, vectors=0.3, **changes):
-    """Random routers and gates; thresholds that skip about a third and let about a fifth leave."""
+    """Random routers and gates, with thresholds that skip about a third and let about a fifth leave."""
     hat, draws = untrained(grain, base, exit_layers=exit_layers, **changes), np.random.default_rng(3)
     with torch.no_grad():
         for parameter in hat.hat_parameters().values():
@@ -217,7 +217,7 @@ def greedy(hat, tokens: int = 16) -> list[int]:
 
 @torch.no_grad()
 def same_after_saving(hat, base, folder: Path, ids) -> None:
-    """At half of the work, what was saved and loaded onto ``base``, and a copy, give the same logits and text."""
+    """At half the work, a model saved and loaded onto ``base``, and a copy, give the same logits and text."""
     hat.save_pretrained(folder)
     loaded, twin = HierarchicalTransformer.from_pretrained(folder, base), copy.deepcopy(hat)
     with hat.at(0.5), loaded.at(0.5), twin.at(0.5):
@@ -237,7 +237,7 @@ def logged_steps(folder: Path) -> list[tuple[str, int]]:
 
 
 def decides(hat, thresholds, gates=()):
-    """``hat``, set to decide by these thresholds and to let tokens leave by these, as a calibration would set it."""
+    """``hat``, set to decide by these thresholds and let tokens leave by those of ``gates``, as a calibration would."""
     sites, layers = hat.grain.sites, range(hat.config.n_layers)
     table = [[[thresholds.get((i, s), 0.0)] * 2 for s in sites] for i in layers]
     shares = [[[0.5, 1.0] for _ in sites] for _ in layers]

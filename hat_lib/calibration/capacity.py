@@ -1,16 +1,16 @@
 """Calibrate on held-out text: the table that turns a capacity into thresholds.
 
-For a ladder of budgets, `calibrate` sets thresholds, runs text, and notes which capacity and shares came out. How a
+For a ladder of budgets, `calibrate` sets thresholds, runs text, and notes the capacity and shares that come out. How a
 budget is split over layers and sites is the ``split``:
 
     damage    (default, no training) the closed form of `allocate`, from the prices below
     uniform   every site keeps the same share
     learned   the thresholds that the routers were trained with (`calibrate_learned`)
 
-The price of gating a site is the KL divergence that it causes, by one backward pass (`hat_lib.calibration.fisher`):
-zeroing the channels with scores under a threshold changes the input x of a linear layer by -x there. At the channel
-grain another pass comes before, which measures how sensitive each token is (`hat_lib.calibration.token_sensitivity`),
-and the head is one more site, whose KL divergence is measured as it is (`hat_lib.calibration.head`).
+The price of gating a site is the KL divergence that it causes, from one backward pass (`hat_lib.calibration.fisher`):
+zeroing the channels with scores below a threshold changes the input x of a linear layer by -x there. At the channel
+grain, an earlier pass measures how sensitive each token is (`hat_lib.calibration.token_sensitivity`), and the head is
+one more site, whose KL divergence is measured directly (`hat_lib.calibration.head`).
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from hat_lib.config import HatError
 from hat_lib.model.threshold_table import EXIT_TABLES, HEAD_TABLES, Calibration
 from hat_lib.model.transformer import HierarchicalTransformer
 
-# Shares at which the damage is priced; k and p of the damage model are a line through them in log-log.
+# Shares at which the damage is priced; k and p of the damage model come from a line through them in log-log.
 PROBE_SHARES = (0.45, 0.6, 0.75)
-# A steeper or flatter line than this is noise: a quadratic is the least, as the form itself is one.
+# A steeper or flatter line than this is noise: the exponent is at least 2, as the form itself is quadratic.
 EXPONENT_RANGE = (2.0, 6.0)
 QUANTILES = 65
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-# Least share of a site in the damage split: nothing is ever switched off for good.
+# Least share of a site in the damage split: nothing is ever switched off entirely.
 FLOOR = 0.05
-# Tokens that each budget is run on: a mean over every site and token, it needs few.
+# Tokens that each budget is run on: a mean over all sites and tokens needs few.
 CHECK_TOKENS = 4096
-# Of these, at most so many in one forward: the code around a short block costs as much as its work.
+# Of these, at most this many in one forward: the overhead of a short block costs as much as its work.
 TOGETHER = 1024
 # Scores kept per site, drawn at random from all tokens and channels; enough for an error well under a thousandth.
 SAMPLES = 200_000
@@ -72,15 +72,15 @@ def calibrate(
     """Measure ``hat`` on ``blocks`` of token ids, without training; sets and returns its calibration.
 
     Args:
-        blocks: token-id lists from held-out text; every fourth one serves the table of capacities alone.
+        blocks: token-id lists from held-out text; every fourth one serves only the table of capacities.
         split: "damage" or "uniform", see the module's docstring.
         token_sensitivity: channel grain: measure which tokens lose more by gating; otherwise all are treated alike.
-        head: channel grain: decide about the head, too; otherwise it is read in full, and no part of a capacity.
+        head: channel grain: gate the head, too; otherwise it is read in full, and is not part of a capacity.
         probe_tokens: how many of the other tokens the backward pass sees, in whole blocks.
         seed: for the targets sampled from the base.
         text: what the blocks are, kept in the checkpoint.
 
-    Raises `HatError` for a text with less than 256 tokens, or whose scores are all equal.
+    Raises `HatError` for a text with fewer than 256 tokens, or whose scores are all equal.
     """
     if split not in SPLITS[:2]:
         raise HatError(f"split must be {' or '.join(SPLITS[:2])}, got {split!r}")
@@ -132,7 +132,7 @@ def calibrate_learned(
     text: str = "",
     progress: bool = True,
 ) -> Calibration:
-    """As `calibrate`, for trained routers: ``split`` gives the thresholds that they were trained with, ``head`` the
+    """Like `calibrate`, for trained routers: ``split`` gives the thresholds that they were trained with, ``head`` the
     head's."""
     return _set_table(hat, split, head, held_out_parts(hat, blocks)[1], "learned", text, progress)
 
@@ -146,15 +146,15 @@ def allocate(
     points: Sequence[HeadPoint] = (),
     head_work: float = 0.0,
 ) -> tuple[np.ndarray, HeadPoint | None]:
-    """Which share each site keeps under one budget, and at which point the head runs.
+    """The share that each site keeps under one budget, and the point at which the head runs.
 
-    Shares in [floor, 1], of the shape of all arrays, that minimise ``sum k (1-s)^p + KL_h`` under
+    Shares in [floor, 1], of the same shape as the arrays, that minimise ``sum k (1-s)^p + KL_h`` subject to
     ``sum w s + w_h s_h = budget`` (k ``sensitivity``, p ``exponent``, w ``work`` and w_h ``head_work``, 1 in all; KL_h
-    and s_h of the head, on the line through ``points``, if there are any).
+    and s_h are the head's, on the line through ``points``, if there are any).
 
-    Lagrange gives ``1 - s_i = (lambda w_i / (p_i k_i))^(1/(p_i-1))``, clipped, and the point at which the head's line
-    has the slope ``lambda w_h``; lambda by bisection. Shares grow with the budget at every site; one with zero
-    sensitivity gets the floor.
+    Lagrange's method gives ``1 - s_i = (lambda w_i / (p_i k_i))^(1/(p_i-1))``, clipped, and the point at which the
+    head's line has slope ``lambda w_h``; lambda is found by bisection. Every site's share grows with the budget; a site
+    with zero sensitivity gets the floor.
     """
     k = np.maximum(sensitivity, 1e-12)
 
@@ -176,7 +176,7 @@ def allocate(
 def _set_table(
     hat: HierarchicalTransformer, split: Split, head: HeadSplit, blocks: list[Tensor], method: str, text: str, progress
 ) -> Calibration:
-    """Run each of `BUDGETS` on ``blocks``, split by ``split`` and ``head``, and set the table; tables of exits stay."""
+    """Run each of `BUDGETS` on ``blocks``, split by ``split`` and ``head``, and set the table; exit tables are kept."""
     sites = hat.grain.sites
     thresholds, shares, capacities, heads = [], [], [], []
     for budget in tqdm(BUDGETS, desc="capacities", disable=not progress):
@@ -194,9 +194,9 @@ def _set_table(
         shares.append(kept / tokens)
         if of_head:
             heads.append([*of_head[:2], head_share / tokens])
-        # A site that always runs is never asked; any finite number stands for it.
+        # A site that always runs is never asked; any finite number will do.
         thresholds.append([[chosen.get((i, s), 0.0) for s in sites] for i in range(hat.config.n_layers)])
-    # At 1.0 the lowest score is kept: magnitudes end at 0, a token router's scores a little below the last threshold.
+    # At 1.0 even the lowest score is kept: magnitudes end at 0, token routers' scores just below the last threshold.
     last = np.asarray(thresholds[-1])
     everything = np.zeros_like(last) if hat.config.granularity == "channel" else last - (1 + np.abs(last))
     found = Calibration(
@@ -218,14 +218,14 @@ def _set_table(
 
 
 def forwards(hat, blocks: Iterable[Tensor], label: str = "", progress: bool = False, logits: int = 1) -> Iterator[int]:
-    """Run each of ``blocks`` (``[B, T]``) and yield its number of tokens; ``logits`` are those to keep, 0 for all."""
+    """Run each of ``blocks`` (``[B, T]``) and yield its number of tokens; ``logits`` is how many to keep, 0 for all."""
     for block in tqdm(blocks, desc=label, disable=not progress):
         hat.lm(block, use_cache=False, logits_to_keep=logits)
         yield block.numel()
 
 
 def held_out_parts(hat, blocks) -> tuple[list[Tensor], list[Tensor]]:
-    """Blocks to measure scores and prices on, ``[1, T]``, and others to see what they realise, several of them at once,
+    """Blocks to measure scores and prices on, ``[1, T]``, and others to see what they realise, in batches,
     ``[B, T]``."""
     blocks = [torch.tensor([b], device=hat.base.device) for b in blocks if len(b) > 1]
     total = sum(b.shape[1] for b in blocks)
@@ -236,7 +236,7 @@ def held_out_parts(hat, blocks) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _together(blocks: list[Tensor]) -> list[Tensor]:
-    """Blocks of one length as batches, of `TOGETHER` tokens at most."""
+    """Blocks of the same length as batches of at most `TOGETHER` tokens."""
     found, length = [], Tensor.numel
     for size, alike in groupby(sorted(blocks, key=length), length):
         found += torch.cat(list(alike)).split(max(1, TOGETHER // size))
@@ -259,7 +259,7 @@ class ScoreQuantiles(NamedTuple):
         return float(np.interp(1 - share, np.linspace(0, 1, len(table)), table))
 
     def cuts(self, share: float) -> dict[tuple[int, str], float]:
-        """The same share at every site."""
+        """Thresholds that keep the same share at every site."""
         return {key: self.cut(key, share) for key in self.tables}
 
 
@@ -267,9 +267,9 @@ class ScoreQuantiles(NamedTuple):
 def score_quantiles(
     hat: HierarchicalTransformer, blocks: list[Tensor], progress: bool = True, seed: int = 0
 ) -> ScoreQuantiles:
-    """Run the dense model over ``blocks`` (``[1, T]`` each), drawing up to `SAMPLES` scores a site at random.
+    """Run the dense model over ``blocks`` (``[1, T]`` each), drawing up to `SAMPLES` scores per site at random.
 
-    Rows and channels alike are drawn from the whole text: a stride would take one token of a block on a wide base.
+    Both rows and channels are drawn from the whole text: on a wide base, a stride would take one token per block.
     Protected tokens are left out. Raises `HatError` if all scores are equal (token routers that were never fitted).
     """
     total, drawn = sum(b.shape[1] for b in blocks), np.random.default_rng(seed)
@@ -321,8 +321,8 @@ def _damage(hat, blocks, quantiles, seed: int, progress) -> np.ndarray:
 
 
 def _fit_damage(damage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """k and p of ``k (1 - s)^p`` per site, ``[L, S]`` each, by least squares in log-log; the smallest k where nothing
-    was priced, because it always runs."""
+    """k and p of ``k (1 - s)^p`` per site, ``[L, S]`` each, by least squares in log-log; the smallest k for a site that
+    was not priced because it always runs."""
     x = np.log(1 - np.asarray(PROBE_SHARES))
     y = np.log(np.maximum(damage, 1e-12)).reshape(len(x), -1)
     p = np.clip(np.polyfit(x, y, 1)[0], *EXPONENT_RANGE)
@@ -358,7 +358,7 @@ def fit_token_routers(hat: HierarchicalTransformer, blocks, progress: bool = Tru
 
 
 def _spread(blocks: list[Tensor], tokens: int) -> list[Tensor]:
-    """About ``tokens`` tokens of whole blocks, taken at even distances."""
+    """About ``tokens`` tokens in whole blocks, evenly spaced."""
     count = min(max(1, round(len(blocks) * tokens / sum(b.shape[1] for b in blocks))), len(blocks))
     return [blocks[i] for i in np.linspace(0, len(blocks) - 1, count).round().astype(int)]
 

@@ -1,10 +1,10 @@
 """Calibrate exits: the table that turns an exit rate, at a capacity, into one threshold per gate.
 
 A gate is trained to say whether the token that would be read here is the base's. On held-out text, what it says is
-mapped to how often that was so (a logistic map per gate: Platt 1999), which makes the gates comparable. Then one bar
-for all of them: a token leaves at the first exit whose chance of agreeing with the base is over the bar. Which rate a
+mapped to how often that was true (a logistic map per gate: Platt 1999), which makes the gates comparable. All of them
+then share one bar: a token leaves at the first exit whose chance of agreeing with the base is above it. The rate that a
 bar realises is measured with exits on, because tokens that left change the keys and values that later tokens see.
-Skipped work changes what a gate reads, so all of it is done at several capacities.
+Skipped work changes what a gate reads, so all of this is done at several capacities.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hat_lib.model.transformer import HierarchicalTransformer
 
 CAPACITIES = (0.4, 0.55, 0.75, 1.0)
 RATES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
-# Thresholds beyond this are certain decisions; JSON has no infinity. Between the last two rates, to interpolate is to
+# Thresholds beyond this are certain decisions; JSON has no infinity. Interpolating between the last two rates is a
 # jump, which is why they lie close together.
 CERTAIN = 1e6
 
@@ -40,11 +40,11 @@ def calibrate_exits(
     *,
     progress: bool = True,
 ) -> tuple[Calibration, list[list[float]]]:
-    """Measure the exits of ``hat`` at ``capacities``, rising; sets its calibration, with exits.
+    """Measure the exits of ``hat`` at rising ``capacities``; sets its calibration, with exits.
 
-    Returns it, and for each of its capacities and exit rates (after 0) the agreement with the base of those who left.
+    Returns it and, for each of its capacities and exit rates (after 0), how often tokens that left agree with the base.
     Raises `HatError` without exit layers, without a calibration of capacities, for capacities out of order, or with
-    less than 256 tokens.
+    fewer than 256 tokens.
     """
     if not hat.gates:
         raise HatError("no exits to calibrate: the config has no exit layers")
@@ -68,7 +68,7 @@ def _at_one_capacity(hat, fit: list[Tensor], check: list[Tensor]) -> tuple[list,
     maps = [_logistic(s, a) for s, a in zip(scores.T, agreed.T, strict=True)]
     chance = np.stack([expit(a * s + b) for (a, b), s in zip(maps, scores.T, strict=True)], 1)
 
-    best = np.sort(chance.max(1))  # a token leaves somewhere if its best chance is over the bar
+    best = np.sort(chance.max(1))  # a token leaves somewhere if its best chance is above the bar
     rates, table, agreement = [0.0], [[CERTAIN] * len(maps)], []
     for rate in RATES:
         bar = float(np.quantile(best, 1 - rate)) if rate < 1 else 0.0

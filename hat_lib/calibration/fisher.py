@@ -1,8 +1,8 @@
-"""What an activation is worth: one backward pass for the KL divergence that any small change of it would cause.
+"""What an activation is worth: one backward pass for the KL divergence that any small change to it would cause.
 
 If y is sampled from the base itself, the KL divergence between the base and a base whose activation a is changed by a
 small d is, to second order, ``1/2 E[(grad_a log p(y) . d)^2]``: the Fisher quadratic form. So one gradient prices every
-change of every activation, and prices of small changes add up (docs/experiments/correction-without-training.md).
+change to every activation, and prices of small changes add up (docs/experiments/correction-without-training.md).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from hat_lib.model.transformer import HierarchicalTransformer
 
 Price = Callable[[int, str, Tensor, Tensor], Callable[[Tensor], None] | None]
 """(layer, site, router's input x, activation) -> what to do with the activation's gradient, if anything. Both are
-detached: whoever held the activation itself would keep the graph of every block alive."""
+detached: holding on to the activation itself would keep the graph of every block alive."""
 
 
 def backward(
     hat: HierarchicalTransformer, blocks: Iterable[Tensor], price: Price, *, seed: int, progress: bool, label: str
 ) -> int:
-    """Dense passes over ``blocks`` (``[1, T]`` each), forward and back from targets that the base draws itself; returns
-    the number of tokens."""
+    """Dense passes over ``blocks`` (``[1, T]`` each), forward, and back from targets that the base draws itself;
+    returns the number of tokens."""
 
     def see(layer: int, site: str, x: Tensor, activation: Tensor) -> None:
         with torch.no_grad():

@@ -1,9 +1,9 @@
-"""What the head costs at less than its full work: the points between which calibration chooses.
+"""What the head costs at less than its full work: the points that calibration chooses between.
 
-Two things say how much of the head is run: how many channels the preview reads, and within which margin of the best
-preview a token is read in full (`hat_lib.model.head`). Several of both are tried on final states of the dense model,
-and the KL divergence of each is measured, not modelled. Kept are the points on the lower convex hull, along which both
-grow.
+Two things say how much of the head is run: how many channels the preview reads, and the margin below the best preview
+within which a token is read in full (`hat_lib.model.head`). Several of both are tried on final states of the dense
+model, and the KL divergence of each pair is measured, not modelled. The points on the lower convex hull, along which
+both grow, are kept.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class HeadPoint(NamedTuple):
 
 @torch.no_grad()
 def head_points(hat: HierarchicalTransformer, blocks: Sequence[Tensor], progress: bool = True) -> list[HeadPoint]:
-    """The hull of what `SHARES` and `MARGINS` make of the head, by rising work. Empty where all of them are more work
-    than the head itself, as of a base that finds all tokens alike: then it is to be read in full.
+    """The hull of what `SHARES` and `MARGINS` make of the head, by rising work. Empty if all of them are more work
+    than the head itself, as for a base that finds all tokens equally likely: the head is then to be read in full.
 
-    ``blocks`` are int64 ``[1, T]``; about `TOKENS` of their tokens are taken at even distances.
+    ``blocks`` are int64 ``[1, T]``; about `TOKENS` of their tokens are used, evenly spaced.
     """
     lm, chosen = hat.lm, []
     each = max(1, TOKENS // len(blocks))
@@ -55,7 +55,7 @@ def head_points(hat: HierarchicalTransformer, blocks: Sequence[Tensor], progress
             states = lm.model(block, use_cache=False).last_hidden_state[0]
             chosen.append(states[np.linspace(0, len(states) - 1, min(each, len(states))).round().astype(int)])
         states = torch.cat(chosen)
-        # The score is over the norm: a shortlist at threshold 1 has cuts of one over the norms.
+        # A score is a magnitude times a norm: a shortlist at threshold 1 has cuts of one over the norms.
         scores = states.float().abs() / hat.shortlist(1.0, 0.0).cut.to(states.device)
         thresholds = np.quantile(scores.cpu().numpy(), 1 - np.array(SHARES))
         work, kl = np.zeros((2, len(SHARES), len(MARGINS)))
@@ -92,7 +92,7 @@ def hull(points: Sequence[HeadPoint]) -> list[HeadPoint]:
 
 
 def at_slope(points: Sequence[HeadPoint], slope: float) -> float:
-    """The share up to which a unit of work takes more than ``slope`` off the damage."""
+    """The share up to which a unit of work lowers the damage by more than ``slope``."""
     for before, after in pairwise(points):
         if -_slope(before, after) < slope:
             return before.share
@@ -100,7 +100,7 @@ def at_slope(points: Sequence[HeadPoint], slope: float) -> float:
 
 
 def between(points: Sequence[HeadPoint], share: float) -> HeadPoint:
-    """The point at ``share``, on the line through ``points``; the nearest end beyond them."""
+    """The point at ``share`` on the line through ``points``; beyond its ends, the nearest one."""
     table = np.array(points)
     return HeadPoint(*(float(np.interp(share, table[:, 0], column)) for column in table.T))
 

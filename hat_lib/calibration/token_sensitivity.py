@@ -1,12 +1,12 @@
 """Which tokens are sensitive to skipping: the token routers of the channel grain, measured and not trained.
 
 Dropping the same share of channels costs some tokens several times as much as others. A backward pass measures how much
-(`hat_lib.calibration.fisher`), and the state that enters a layer predicts it: by a log-linear model of the price,
-``eta = w.x + b``, fitted to some thousand tokens. How well it predicts on text of another kind: notebook 07.
+(`hat_lib.calibration.fisher`), and the state that enters a layer predicts it, by a log-linear model of the price,
+``eta = w.x + b``, fitted to thousands of tokens. Notebook 07 shows how well it predicts on text of another kind.
 
-Where all channels of all tokens are to be dropped at the same marginal price, ``1/2 t^2 e^eta`` for one that lies at
-the threshold t, thresholds go with ``exp(-eta / 2)``. So the sensitivity, which divides a token's thresholds by
-``exp(u)``, is ``u = eta / 2``.
+If all channels of all tokens are to be dropped at the same marginal price, ``1/2 t^2 e^eta`` for one at the threshold
+t, thresholds scale as ``exp(-eta / 2)``. So the sensitivity, which divides a token's thresholds by ``exp(u)``, is
+``u = eta / 2``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from hat_lib.calibration.fisher import backward
 from hat_lib.config import HatError
 from hat_lib.model.transformer import HierarchicalTransformer
 
-# Backward pass for at most so many tokens: their inputs are kept, in half precision, for every layer.
+# At most this many tokens in the backward pass: their inputs are kept, in half precision, for every layer.
 TOKENS = 24_576
 # Kept share at which tokens are priced.
 SHARE = 0.75
 # Prices are averaged over neighbouring layers: one token's price in one layer is mostly noise.
 NEIGHBOURS = 2
-# Prices above this many times the mean are clipped to it.
+# Prices are clipped to this many times the mean.
 PRICE_LIMIT = 30.0
-# Standard deviation that eta is expected to have: tighter than it comes out, and so better on text of another kind.
+# Expected standard deviation of eta: tighter than it turns out to be, which does better on text of another kind.
 PRIOR = 0.4
 
 
@@ -54,9 +54,9 @@ def token_prices(
 ) -> tuple[Tensor, list[Tensor]]:
     """What it would cost each token to drop its channels at or below ``cuts``, in one layer at a time.
 
-    ``blocks`` and ``cuts`` as in `fit_token_sensitivity`, ``seed`` for the targets that are drawn from the base; the
-    token routers are not asked. Returns the prices, nats of KL divergence, fp32 ``[L, n]``, and what predicts them, the
-    inputs of q|k|v: L of ``[n, D]`` in half precision. n counts the tokens that are not protected, in order.
+    ``blocks`` and ``cuts`` are as in `fit_token_sensitivity`, ``seed`` is for the targets drawn from the base; the
+    token routers are not used. Returns the prices in nats of KL divergence, fp32 ``[L, n]``, and what predicts them,
+    the inputs of q|k|v: L of ``[n, D]`` in half precision. n counts the tokens that are not protected, in order.
 
     Raises `HatError` at the token grain, which has no token sensitivity.
     """
@@ -83,11 +83,11 @@ def token_prices(
 
 @torch.enable_grad()
 def log_linear(x: Tensor, y: Tensor, steps: int = 60) -> tuple[Tensor, Tensor]:
-    """``w`` and ``b`` of ``log E[y | x] = w.x + b``, for y that scatters as an exponential variable does.
+    """``w`` and ``b`` of ``log E[y | x] = w.x + b``, for exponentially distributed y.
 
-    The most probable ones under a normal prior by which ``w.x`` has the standard deviation `PRIOR`, whatever the number
-    of columns (for the model: McCullagh and Nelder 1989, chapter 8). Convex; by L-BFGS. ``x`` is fp32 ``[n, D]``, ``y``
-    fp32 ``[n]``, at least 0, not all 0.
+    The most probable ones under a normal prior that gives ``w.x`` the standard deviation `PRIOR`, whatever the number
+    of columns (for the model: McCullagh and Nelder 1989, chapter 8). Convex; solved by L-BFGS. ``x`` is fp32
+    ``[n, D]``, ``y`` fp32 ``[n]``, at least 0, not all 0.
     """
     mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
     columns = (x - mean) / spread

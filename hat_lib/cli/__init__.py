@@ -1,1 +1,1 @@
-"""The command line: a module a command; `options` has what they share, `app` puts them together."""
+"""The command line: one module per command or two; `options` has what they share, `app` puts them together."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hat_lib.evaluation.routing import Patterns
 
 KEYS = {"classes": ["class"], "positions": ["first", "last"], "quantiles": ["quantity", "least"]}
-"""tables by group, and what names a group"""
+"""tables by group, and the columns that name a group"""
 QUANTITIES = {"surprisal": "the surprisal of the next token", "kl": "what skipping changed there (KL)"}
 PAGE = '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
 
@@ -38,8 +38,8 @@ def analyze(
 ) -> None:
     """How compute is distributed over tokens and layers.
 
-    And whether harder tokens get more. Prints a five-line summary; --tables prints tables by class, position,
-    surprisal, entropy and layer, --out writes all of them. All intervals are 95 % intervals.
+    And whether harder tokens get more. Prints a five-line summary; --tables also prints tables by class, position,
+    surprisal, entropy and layer, and --out writes all of them. All intervals are 95 % intervals.
     """
     check_count("max tokens", max_tokens, 2)
     options.check_text(text, split)
@@ -84,7 +84,7 @@ def analyze(
 
 
 def _findings(found: Patterns, tables: dict[str, pd.DataFrame]) -> list[str]:
-    """How much was executed, by whom, where, and whether hard tokens got more: a line each."""
+    """How much was executed, by which classes and layers, and whether hard tokens got more: one line each."""
     classes, layers, rho = tables["classes"], tables["layers"].query("site == 'all'"), tables["correlations"]
     classes = classes[(classes["measure"] == "share") & (classes["tokens"] >= min(20, classes["tokens"].max()))]
     rho = rho.query("compute == 'share' and quantity in ['surprisal', 'kl'] and of == 'next'").dropna(subset=["rho"])
@@ -112,7 +112,7 @@ def _interval(low: float, high: float, form: str) -> str:
 
 
 def _by_group(table: pd.DataFrame, keys: list[str]) -> str:
-    """A line a group: some of its measures, each with its interval and the sign of its difference."""
+    """One line per group: some of its measures, each with its interval and the sign of its difference."""
 
     def cell(row) -> str:
         spec = ".1%" if row["measure"] in ("share", "left") else ".3f"
@@ -135,6 +135,6 @@ def _by_layer(table: pd.DataFrame) -> str:
 
 
 def _csv(table: pd.DataFrame) -> bytes:
-    """Six digits; text that neither a terminal nor a spreadsheet acts on."""
+    """Numbers with six digits, and text that no terminal or spreadsheet will interpret."""
     safe = table.map(lambda value: cell(value) if isinstance(value, str) else value)
     return safe.to_csv(index=False, float_format="%.6g", quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").encode()

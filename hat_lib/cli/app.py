@@ -1,7 +1,7 @@
 """The command line, put together: ``hat setup | generate | evaluate ...``, also ``python -m hat_lib``.
 
-Each command checks what it was given before it loads a model; bad input becomes one line on stderr and exit
-code 2. torch is imported inside the commands, so that ``hat --help`` answers at once.
+Each command checks its input before it loads a model; bad input becomes one line on stderr and exit code 2. torch is
+imported inside the commands, so that ``hat --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ GROUPS = {
     "Reproduce": (reproduce, batch),
 }
 
-# \b keeps the lines of a paragraph as they are.
+# \b keeps the line breaks of a paragraph.
 EXAMPLE = """\b
 A worked example, from nothing to a measured price of less compute:
 
@@ -68,11 +68,11 @@ class Hat(TyperGroup):
 
     def main(self, *args, **options):
         for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a terminal of ASCII alone shows a question mark for the rest
+            if hasattr(stream, "reconfigure"):  # an ASCII-only terminal shows question marks for other characters
                 stream.reconfigure(errors="replace")
         try:
             return super().main(*args, **options)
-        except OSError as error:  # a full disk, a folder where a file should be: the system's words say it
+        except OSError as error:  # a full disk, a folder where a file should be: the system's message will do
             if error.errno is None:
                 raise
             with suppress(OSError):
@@ -80,7 +80,7 @@ class Hat(TyperGroup):
             for stream in (sys.stdout, sys.stderr):
                 try:
                     stream.flush()
-                except OSError:  # what is left would fail once more when Python ends
+                except OSError:  # otherwise what is left would fail again when Python exits
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             sys.exit(1)
 
@@ -97,7 +97,7 @@ class Hat(TyperGroup):
             raise typer.Exit(130) from None
 
     def format_commands(self, ctx, formatter):
-        """By group, which Typer itself shows with rich alone."""
+        """By group, which Typer itself shows only with rich."""
         width = formatter.width - 6 - max(map(len, self.commands))
         for group, commands in GROUPS.items():
             with formatter.section(group):
@@ -120,7 +120,7 @@ for command in sum(GROUPS.values(), ()):
 
 def main() -> None:
     """The entry point of ``hat``."""
-    # Read when transformers is first imported; its advice is for people who write code with it.
+    # Read when transformers is first imported, whose advice is for people who write code with it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

@@ -33,8 +33,8 @@ def batch(
 ) -> None:
     """Run one notebook over a grid of parameters.
 
-    In parallel; one executed notebook and one row of DIR/runs.csv for each run. Stopped and started again, it runs what
-    is missing or failed. Exits with 1 if a run failed.
+    In parallel, with one executed notebook and one row of DIR/runs.csv for each run. If stopped and started again, it
+    runs what is missing or failed. Exits with 1 if a run failed.
     """
     counts = {"jobs": (jobs, 1), "threads": (threads, 1), "retries": (retries, 0), "cell timeout": (cell_timeout, 1)}
     for name, (value, low) in counts.items():

@@ -1,4 +1,4 @@
-"""``hat evaluate``: quality beside the base's, on a text or on tasks of lm-evaluation-harness."""
+"""``hat evaluate``: quality compared with the base's, on a text or on tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def evaluate(
 ) -> None:
     """Perplexity against the base, with its 95 % interval.
 
-    Both are scored on the same blocks, and the interval is a paired one. Or, with --tasks, scores of
-    lm-evaluation-harness, the base's beside the model's.
+    Both are scored on the same blocks, and the interval is paired. Or, with --tasks, scores of lm-evaluation-harness,
+    the base's beside the model's.
     """
     check_count("max tokens", max_tokens, 2)
     check_count("batch size", batch_size, 1)

@@ -42,9 +42,9 @@ def generate(
 ) -> None:
     """Continue a prompt, and say how much was executed.
 
-    At a capacity, at a target speedup (the first one measures this machine's speed, about half a minute), or exactly as
-    the base would, with the adaptive model as drafter. The text is printed as it is generated; the lines after it say
-    what was requested and what was realised.
+    At a capacity, at a target speedup (the first time, this machine's speed is measured, which takes about half a
+    minute), or exactly as the base would, with the adaptive model as drafter. The text is printed as it is generated;
+    the lines after it say what was requested and what was realised.
     """
     for chosen, on in (("--capacity", capacity), ("--lossless", lossless)):
         if target_speedup is not None and on:
@@ -115,7 +115,7 @@ def generate(
 
 
 def _price(checkpoint: Path | None, capacity: float, weights: str) -> str:
-    """What is known of the perplexity at a capacity, before anything is written at it."""
+    """What is known about the perplexity at a capacity, before any text is generated at it."""
     from hat_lib.experiments.quality import prices
 
     more = "" if weights == "base" else f", and what {weights} costs, see `hat reproduce decode`"

@@ -1,7 +1,7 @@
-"""What the commands take: each option with the words that explain it, and the checks before a model is loaded.
+"""What the commands take: each option with its help text, and the checks before a model is loaded.
 
-A wrong value raises `HatError`, which `hat_lib.cli.app` tells in one line. torch is imported inside functions alone, so
-that help answers at once.
+A wrong value raises `HatError`, which `hat_lib.cli.app` reports in one line. torch is only imported inside functions,
+so that help answers at once.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CHECKPOINT = option(
     "Folder of `hat calibrate` or `hat train`. [default: data/checkpoints/default, trained, for the bundled base; none "
     "at capacity 1.0 without exits]",
 )
-# Strings, so that a wrong number gets the library's own message.
+# Strings, so that an invalid number gets the library's own message.
 CAPACITY = option(None, f"Compute per token: {CAPACITY_HELP}. [default: the checkpoint's]", metavar="SHARE")
 EXIT_RATE = option(
     None,
@@ -67,7 +67,7 @@ MAX_TOKENS = option(4000, "Tokens of text, at least 2; more makes the interval n
 
 
 def say(kind: str, message: object) -> None:
-    """One line on stderr, in which nothing acts."""
+    """One line on stderr, without active control characters."""
     typer.echo(f"{kind}: {printable(str(message).replace(chr(10), ' '))}", err=True)
 
 
@@ -85,7 +85,7 @@ def check_grains(what: str, wanted: list[str]) -> None:
 
 
 def check_writable(folder: Path, what: str = "a checkpoint") -> None:
-    """Raise unless ``what`` can be written to ``folder``; creates nothing that stays."""
+    """Raise unless ``what`` can be written to ``folder``; leaves nothing behind."""
     there = folder.expanduser().absolute()
     while not there.exists():
         there = there.parent
@@ -98,9 +98,9 @@ def check_writable(folder: Path, what: str = "a checkpoint") -> None:
 
 
 def check_text(source: str, split: str | None) -> None:
-    """Raise as `load_text` would, before the base is loaded: read the source with a stand-in tokenizer.
+    """Raise as `load_text` would, before the base is loaded, by reading the source with a stand-in tokenizer.
 
-    Without a split, raise where no split has anything to read.
+    Without a split, a file is checked as a whole and any other text by its test split.
     """
     from hat_lib.text.blocks import load_text, names_file
 
@@ -111,7 +111,7 @@ def check_text(source: str, split: str | None) -> None:
 
 
 def measured(source: str, split: str, tokens: int, n_bytes: int) -> tuple[float | None, str]:
-    """How much of a whole text ``n_bytes`` are, None where nobody knows; and that in words, which every report has."""
+    """The share of the whole text that ``n_bytes`` are, None if unknown; and the same in words, for every report."""
     from hat_lib.text.blocks import source_bytes
 
     whole = source_bytes(source, "all")
@@ -131,7 +131,7 @@ def read_prompt(prompt: str) -> str:
         if prompt == "-":
             if sys.stdin is None:
                 raise HatError("--prompt - reads stdin, which is closed")
-            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # whatever the terminal's own is
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # whatever the terminal's encoding is
             prompt = sys.stdin.read()
         prompt.encode()
     except UnicodeError as error:
@@ -144,7 +144,7 @@ def read_prompt(prompt: str) -> str:
 def load(
     base: str | None, checkpoint: Path | None, capacity: str | None, exit_rate: str | None, dtype: str | None
 ) -> HierarchicalTransformer:
-    """The model that the options of `generate`, `evaluate` and `analyze` ask for, with everything checked first."""
+    """The model requested by the options of `generate`, `evaluate` and `analyze`, with everything checked first."""
     share = None if capacity is None else check_capacity(capacity)
     rate = None if exit_rate is None else check_exit_rate(exit_rate)
     needed = checkpoint is None and (share != 1.0 or rate)

@@ -1,4 +1,4 @@
-"""``hat sweep`` and ``hat reproduce``: files of results, row by row, and the figures and tables that rest on them."""
+"""``hat sweep`` and ``hat reproduce``: files of results, row by row, and the figures and tables based on them."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def sweep(
 ) -> None:
     """Quality over a grid, beside every control at equal work.
 
-    A row is written as soon as it is measured; stopped and started again, a sweep goes on where it was. At its end the
-    frontier is drawn beside the file, with 95 % intervals. All of a file is measured, unless the trained checkpoint was
-    made with it; of any other text, the split test.
+    A row is written as soon as it is measured; if stopped and started again, a sweep resumes where it was. At the end,
+    the frontier is drawn beside the file, with 95 % intervals. A text that is a file is measured whole, unless the
+    trained checkpoint was made with it; of any other text, the test split is measured.
     """
     if out.suffix.lower() != ".csv":
         raise HatError(f"--out must be a .csv file, beside which the figure goes as .png, got {out}")
@@ -67,6 +67,11 @@ def sweep(
     if dtype is not None:
         parse_dtype(dtype)
     points = [point for name in wanted for point in grid(name, **axes)]
+    if not points:
+        raise HatError(
+            "nothing to measure at these settings: controls of routers need a capacity below 1 and exit rate 0, "
+            "random_exits one above 0, and static the channel grain (for whole FFNs it is removal)"
+        )
     sources = {"channel": channel, "channel_untrained": channel_untrained, "token": token,
                "token_untrained": token_untrained}  # fmt: skip
     typer.echo(f"{len(points)} points; those that {out} holds are kept")
@@ -106,10 +111,10 @@ def reproduce(
     figures: bool = option(False, "Measure nothing: redraw figures/, or those of --out.", "--figures"),
     tables: bool = option(False, "Measure nothing: rewrite the tables of README and docs.", "--tables"),
 ) -> None:
-    """Measure results again, row by row, and draw what rests on them.
+    """Measure results again, row by row, and draw what uses them.
 
-    Without a name: what there is, and how long each takes. What was stopped goes on where it was. The committed files
-    and figures change with --out data/results alone, and rows that they hold only with --again.
+    Without a name, lists what there is and how long each takes. What was stopped resumes where it was. The committed
+    files and figures change only with --out data/results, and the rows they already hold only with --again as well.
     """
     folder = out or RUNS / "results"
     options.check_writable(folder, "results")
@@ -151,5 +156,5 @@ def _figures(name: str, experiment, results: Path) -> None:
     try:
         for figure, drawn in getattr(experiment, "figures", lambda results: {})(results).items():
             typer.echo(f"wrote {save_figure(drawn, figure, folder)}")
-    except HatError as error:  # it also rests on a file that is not there
+    except HatError as error:  # they also need a file that does not exist
         say("warning", f"the figures of {name} stay as they are: {error}")

@@ -1,4 +1,4 @@
-"""``hat calibrate`` and ``hat train``, which make checkpoints; training that was stopped goes on where it stopped."""
+"""``hat calibrate`` and ``hat train``, which make checkpoints; training that was stopped resumes where it was."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def calibrate(
 ) -> None:
     """Measure thresholds on held-out text, write a checkpoint.
 
-    One checkpoint serves every capacity. Nothing is trained. With the bundled base it takes minutes on a CPU.
+    One checkpoint serves every capacity. Nothing is trained. With the bundled base this takes minutes on a CPU.
     """
     changes = {} if capacity is None else {"capacity": check_capacity(capacity)}
     options.check_grains("granularity", [granularity])
@@ -89,8 +89,8 @@ def train(
 ) -> None:
     """Train routers and exit gates; the base stays frozen.
 
-    Ctrl-C and SIGTERM finish the step, save, and say how to go on. Under `torchrun --nproc_per_node=N -m hat_lib train
-    ...` the same command trains on N processes.
+    On Ctrl-C or SIGTERM, it finishes the step, saves, and says how to resume. Under `torchrun --nproc_per_node=N -m
+    hat_lib train ...` the same command trains on N processes.
     """
     if (save is None) == (resume is None):
         raise HatError("pass either --save DIR for a new run or --resume DIR for one that was stopped")
@@ -140,7 +140,7 @@ def train(
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, where by itself it would end the process without a word."""
+    """Raised on SIGTERM, which by default would end the process without a word."""
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Keys and values with room to grow, behind transformers' cache.
 
-A `DynamicLayer` is copied whole for each token that is appended. Here all layers of a cache share two arrays that are
-twice as long each time they are full; what transformers sees of a layer, ``keys`` and ``values``, is a view of the
+A `DynamicLayer` is copied whole for each token that is appended. Here all layers of a cache share two arrays that
+double in length whenever they are full; the ``keys`` and ``values`` that transformers sees of a layer are views of the
 part that is in use. So a cache may be cropped, continued, copied and reordered, on this path or on any other.
 """
 
@@ -26,19 +26,19 @@ class Room:
 
     def __init__(self, layers: int, batch: int, heads: int, room: int, size: int, dtype: torch.dtype):
         shape = (layers, batch, heads, room, size)
-        with torch.inference_mode(False):  # else nothing outside of inference mode could write to them
+        with torch.inference_mode(False):  # else nothing outside inference mode could write to them
             self.keys, self.values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
 
         self.length, self.apart = 0, False
-        """tokens that its layers show; and whether one of them may show something else"""
+        """tokens that its layers show, and whether one of them may show something else"""
 
     @cached_property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values, the same memory."""
+        """Keys and values, as views of the same memory."""
         return as_numpy(self.keys), as_numpy(self.values)
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in vars(self).items() if k != "arrays"}  # a copy has arrays of its own memory
+        return {k: v for k, v in vars(self).items() if k != "arrays"}  # a copy makes arrays of its own memory
 
     @property
     def size(self) -> int:
@@ -48,9 +48,9 @@ class Room:
 class GrowingLayer(DynamicLayer):
     """One layer of a cache: the first ``room.length`` tokens of the room that all layers share.
 
-    ``keys`` and ``values`` are what transformers reads and assigns. While it assigns the beginning of what it read, as
-    `crop` does, the layer stays in its room; other tensors, as after beams were reordered, are kept outside until the
-    next `room_for`.
+    ``keys`` and ``values`` are what transformers reads and assigns. As long as it assigns the beginning of what it
+    read, as `crop` does, the layer stays in its room; other tensors, such as reordered beams, are kept outside until
+    the next `room_for`.
     """
 
     def __init__(self, room: Room, index: int):
@@ -58,7 +58,7 @@ class GrowingLayer(DynamicLayer):
         self.room, self.index = room, index
         self.dtype, self.device, self.is_initialized = room.keys.dtype, room.keys.device, True
         self._held: dict[str, int | Tensor | None] = {}
-        """what it shows instead, keys or values: so many tokens of the room, or tensors outside of it"""
+        """what it shows instead, as keys or values: this many tokens of the room, or a tensor outside it"""
 
     def _read(self, name: str) -> Tensor | None:
         held = self._held.get(name, self.room.length)
@@ -77,7 +77,7 @@ class GrowingLayer(DynamicLayer):
 
     @property
     def shown(self) -> int | None:
-        """How many tokens of the room; None while transformers has put other tensors here."""
+        """How many tokens of the room it shows; None while transformers has put other tensors here."""
         keys, values = (self._held.get(name, self.room.length) for name in ("keys", "values"))
         return keys if isinstance(keys, int) and keys == values else None
 
@@ -85,7 +85,7 @@ class GrowingLayer(DynamicLayer):
         return super().get_seq_length() if (shown := self.shown) is None else shown
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append tokens of the reference path, in place while there is room."""
+        """Append tokens from the reference path, in place while there is room."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         recorded = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)

@@ -1,7 +1,7 @@
-"""How the engine's functions are compiled, and where what was compiled is kept.
+"""How the engine's functions are compiled, and where compiled code is kept.
 
 Compiling the decode step takes some ten seconds. It is kept in the user's cache, for the sources of the whole engine:
-numba itself looks at the file of the function alone, and would run the old code of one whose helpers have changed.
+numba itself looks only at the function's own file, and would run old code after its helpers have changed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ OPTIONS = {"boundscheck": False, "error_model": "numpy", "nogil": True}
 
 
 def compiled(*, reorder: bool = False, keep: bool = False):
-    """Compile a function with numba when it is first called; it lets other threads run.
+    """Compile a function with numba when it is first called; it runs without the GIL.
 
     Args:
-        reorder: whether sums may be reordered; else products and sums are fused (FMA) and nothing more.
-        keep: whether to keep the compiled code for other processes. A folder that cannot be written is no error.
+        reorder: whether sums may be reordered; else products and sums are fused (FMA), and nothing more.
+        keep: whether to keep the compiled code for other processes. A folder that cannot be written is not an error.
     """
 
     def wrap(function):
@@ -39,7 +39,7 @@ def compiled(*, reorder: bool = False, keep: bool = False):
 
 
 class _Locator(caching._CacheLocator):
-    """Where the code of a function is kept, and what it depends on beside types, numba and the CPU."""
+    """Where a function's code is kept, and what it depends on besides types, numba and the CPU."""
 
     def get_cache_path(self) -> str:
         return str(cache_dir() / "compiled")
@@ -63,7 +63,7 @@ class _Kept(caching.CompileResultCacheImpl):
 
 
 class _Cache(caching.FunctionCache):
-    """Whatever is wrong with what was kept (damaged, half written) or with the folder (full): compile."""
+    """Compiles whenever something is wrong with what was kept (damaged, half written) or with the folder (full)."""
 
     _impl_class = _Kept
 

@@ -1,4 +1,4 @@
-"""Decoder: the engine of one base. Takes a few tokens and a cache, gives their logits."""
+"""Decoder: the engine of one base. Takes a few tokens and a cache, returns their logits."""
 
 from __future__ import annotations
 
@@ -63,18 +63,18 @@ class Decoder:
         Args:
             ids: int64 ``[B, T]``.
             position, protected: int64 and bool ``[B, T]``; positions are those of the rotary embedding.
-            first: int64 ``[B]``: the first place of the cache that a sequence sees.
-            scale: float32 ``[B * T]``, of all cuts of each token; None for 1.
-            threads: at most so many, and no more than there are cores; None: as many as torch uses.
+            first: int64 ``[B]``: the first position in the cache that a sequence sees.
+            scale: float32 ``[B * T]``, factor on all cuts of each token; None for 1.
+            threads: at most this many, and no more than there are cores; None for as many as torch uses.
 
-        Returns logits ``[B, T, V]`` in the base's dtype, channels kept at each product, int32 ``[L, 5, B, T]``, layers
-        run, int64 ``[B, T]``, and of a gated head the channels and logits that it read, int32 ``[2, B, T]``.
+        Returns logits ``[B, T, V]`` in the base's dtype; channels kept at each product, int64 ``[L, 5, B, T]``; layers
+        run, int64 ``[B, T]``; and, for a gated head, the channels and logits that it read, int64 ``[2, B, T]``.
         """
         w, (b, t), n = self.weights, ids.shape, cache.get_seq_length()
         room = room_for(cache, b, w.kv_heads, self.size, self.dtype, t)
         threads = max(1, min(threads or torch.get_num_threads(), team.cores()))
         scratch = self._room(threads, b * t, room.size)
-        # Copies: to numba an array of one number with the strides of what it was cut from is of another type.
+        # Copies: to numba, an array of one number with the strides of what it was sliced from has another type.
         cos, sin = self._rotary(position.flatten())
         layers = len(w.qkv)
         logits = np.empty((b * t, len(w.head)), room.arrays[0].dtype)

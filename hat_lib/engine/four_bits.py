@@ -1,13 +1,13 @@
-"""Gated products of weights in four bits, in groups of 32 channels, as GGUF's Q4_1 has them.
+"""Gated products of weights in four bits, in groups of 32 channels, as in GGUF's Q4_1.
 
-A weight is ``d * q + m``, q in 0..15, with d and m in float16 for each output and group. Inputs go to eight bits,
-``x ~ s * c`` with c in -127..127, one scale s for what a row keeps of a group. The sum of c q is then an integer, exact
-in any order, and a group adds ``s d sum(c q) + m s sum(c)`` to an output, in float32, groups in order. The same c stand
-in both terms, so that what rounding c costs is weighed by the weight, which is less than its distance from m.
+A weight is ``d * q + m``, q in 0..15, with d and m in float16 for each output and group. Inputs are rounded to eight
+bits, ``x ~ s * c`` with c in -127..127, one scale s for what a row keeps of a group. The sum of c q is then an integer,
+exact in any order, and a group adds ``s d sum(c q) + m s sum(c)`` to an output, in float32, groups in order. Both terms
+use the same c, so that the rounding error of c is weighted by the weight, which is less than its distance from m.
 
-Weights are bytes ``[C / 32 * 40, out / 2]``: of each group the rows of its 32 channels, and in the room of eight more
-its scales, float16 ``[2, out]``. In a row eight words of 16 bits are 32 outputs: word j has outputs j, 8 + j, 16 + j
-and 24 + j, from its lowest bits to its highest.
+Weights are bytes ``[C / 32 * 40, out / 2]``: for each group, the rows of its 32 channels and, in the space of eight
+more, its scales, float16 ``[2, out]``. In a row, eight words of 16 bits hold 32 outputs: word j has outputs j, 8 + j,
+16 + j and 24 + j, from its lowest bits to its highest.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from hat_lib.engine.kernels import F0, add_channels, prefetch
 GROUP, ROWS = 32, 40
 """channels that share a scale, and rows of memory that they and their scales take"""
 AHEAD = 32
-"""kept channels from the one that is added to the one that is asked of memory: no prefetcher guesses what is skipped"""
+"""how many kept channels ahead to prefetch: no hardware prefetcher can guess what is skipped"""
 I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 
 
 def _adds(outputs: int):
-    """A function that adds a group to so many outputs, with sums in registers; LLVM cuts vectors to the CPU's."""
+    """A function that adds a group to this many outputs, with sums in registers; LLVM splits vectors to fit the CPU."""
     words = outputs // 4
 
     def splat(builder, value, lanes=8):
@@ -41,7 +41,7 @@ def _adds(outputs: int):
         return builder.bitcast(pointer, ir.VectorType(kind, lanes).as_pointer())
 
     def from_half(builder, pointer):
-        """Eight float16 as float32, by integers: exact, and no call where the CPU has no instruction for it."""
+        """Eight float16 as float32, by integer operations: exact, and no call if the CPU has no instruction for it."""
         bits = builder.sext(builder.load(vector(builder, pointer, I16), align=1), ir.VectorType(I32, 8))
         bits = builder.and_(builder.shl(bits, splat(builder, I32(13))), splat(builder, I32(0x8FFFFFFF)))
         return builder.fmul(builder.bitcast(bits, ir.VectorType(F32, 8)), splat(builder, F32(2.0**112)))
@@ -55,7 +55,7 @@ def _adds(outputs: int):
         size = column.type
         words_at = builder.gep(w, [builder.udiv(column, size(2))])
 
-        # Less eight times all codes: sums of c (q - 8) fit 16 bits, whatever flows over on the way.
+        # Minus eight times all codes: sums of c (q - 8) fit 16 bits, whatever overflows on the way.
         eight = builder.mul(total, I32(8))
         start = splat(builder, builder.trunc(builder.neg(eight), I16), words)
         sums = [cgutils.alloca_once_value(builder, start) for _ in range(4)]
@@ -93,9 +93,9 @@ def _adds(outputs: int):
         """Add what is kept of a group to ``y[column : column + outputs]``.
 
         Args:
-            codes: int16 ``[count]``, ``total`` in all, of inputs ``factor * codes``.
-            rows, soon: where in w each one's row begins, and a row to fetch meanwhile; in bytes, as ``scales``.
-            width: bytes of a row.
+            codes: int16 ``[count]``, with sum ``total``, of inputs ``factor * codes``.
+            rows, soon: where each one's row begins in w, and a row to fetch meanwhile; in bytes, like ``scales``.
+            width: bytes per row.
         """
         return types.void(w, codes, rows, soon, y, *[types.intp] * 4, types.float32, types.int32), build
 
@@ -126,13 +126,13 @@ def place(channel):
 
 @compiled()
 def add_groups(w, index, values, start, n, filled, y, c0, c1):
-    """As `hat_lib.engine.kernels.add_channels`, of weights in four bits; c0 and c1 are multiples of 32."""
+    """Like `hat_lib.engine.kernels.add_channels`, for weights in four bits; c0 and c1 are multiples of 32."""
     width, last = w.shape[1], start
     codes, rows, soon = np.empty(GROUP, np.int16), np.empty(GROUP, np.intp), np.empty(GROUP, np.intp)
     for r in range(y.shape[0]):
         y[r, c0:c1] = F0
     while n > start + 1 and index[n - 1] == index[n - 2]:
-        n -= 1  # what only fills up to eight
+        n -= 1  # what only pads to a multiple of eight
     while last < n:
         first, group = last, place(index[last]) // ROWS
         while last < n and place(index[last]) // ROWS == group:
@@ -151,7 +151,7 @@ def add_groups(w, index, values, start, n, filled, y, c0, c1):
 
 
 def add(w, index, values, start, n, filled, y, c0, c1):
-    """In compiled code: `add_groups` of bytes, `add_channels` of weights of any other type."""
+    """In compiled code: `add_groups` for bytes, `add_channels` for weights of any other type."""
 
 
 @overload(add)

@@ -1,11 +1,11 @@
 """Gated products: a channel that is not kept is memory that is not read.
 
 Weights are stored transposed, ``[C, out]``, so that input channel i of a linear layer is one row, and
-``y = sum_i x_i W[i]`` runs over the rows of the kept channels alone. Eight rows are added at a time, so that y, which
+``y = sum_i x_i W[i]`` runs over the rows of the kept channels only. Eight rows are added at a time, so that y, which
 stays in the nearest cache, is loaded and stored once for eight of them.
 
-Sums are in the order of the channels, never reassociated. So what is skipped and what is multiplied by zero give the
-same bits, one token alone and the same token among others do, and any number of threads does.
+Sums over channels are in their order, never reassociated. So the bits are the same whether a channel is skipped or
+multiplied by zero, whether a token is alone or among others, and for any number of threads.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from hat_lib.engine.compiling import compiled
 
 F0, F1 = np.float32(0), np.float32(1)
 LEAVES = 8
-"""parts of the channels of a product whose sums are added in pairs, whoever computes them"""
+"""parts of a product's channels, whose sums are added in pairs whichever thread computes them"""
 LANES = 16
 """outputs at a time with several rows"""
 COLUMNS = 2048
-"""outputs at a time: with eight rows of a weight and the sums of eight tokens they fit the nearest caches"""
+"""outputs at a time: for these, eight rows of a weight and the sums of eight tokens fit the nearest caches"""
 
 
 @intrinsic
 def as_float(context, stored):
-    """A stored weight as a float32: of float32, of the bits of a bfloat16 (uint16), of an int8."""
+    """A stored weight as a float32, from a float32, the bits of a bfloat16 (uint16) or an int8."""
 
     def widen(_, builder, __, args):
         if stored == types.uint16:
@@ -71,10 +71,10 @@ def power_of_two(context, exponent):
 
 @compiled()
 def exp(x):
-    """``e ** x`` in float32 to about 2e-7 of itself, in a form that vectorises; x is taken to be at most 88."""
+    """``e ** x`` in float32 to a relative error of about 2e-7, in a form that vectorises; x is assumed to be <= 88."""
     x = max(x, np.float32(-87))
     whole = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
-    f = (x - whole * np.float32(0.693145752)) - whole * np.float32(1.42860677e-6)  # less ln 2, in two parts
+    f = (x - whole * np.float32(0.693145752)) - whole * np.float32(1.42860677e-6)  # minus whole * ln 2, in two parts
     tail = np.float32(1 / 120) + f * (np.float32(1 / 720) + f * np.float32(1 / 5040))
     series = F1 + f * (F1 + f * (np.float32(1 / 2) + f * (np.float32(1 / 6) + f * (np.float32(1 / 24) + f * tail))))
     return series * power_of_two(np.int32(whole))
@@ -100,7 +100,7 @@ def add_eight(r0, r1, r2, r3, r4, r5, r6, r7, x0, x1, x2, x3, x4, x5, x6, x7, y)
 def add_eight_to_all(context, w, index, k, values, y, column):
     """`add_eight`, to `LANES` outputs of every row: weights are read and widened once. All arrays are contiguous.
 
-    In vectors by hand: where two rows are written, LLVM does not trust that nothing of them is read.
+    Vectorised by hand: when two rows are written, LLVM cannot be sure that neither is also read.
     """
 
     def build(inner, builder, signature, args):
@@ -143,7 +143,7 @@ def add_eight_to_all(context, w, index, k, values, y, column):
 
 
 def prefetch(builder, pointer):
-    """Ask memory for a cache line, for the second cache: the nearest is full of what is being added."""
+    """Prefetch a cache line into the second-level cache: the first is full of what is being added."""
     i8, i32 = ir.IntType(8), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32])
     call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -152,7 +152,7 @@ def prefetch(builder, pointer):
 
 @intrinsic
 def prefetch_at(context, w, row, column):
-    """Ask memory for the cache line with ``w[row, column]``, which may lie behind the end of w."""
+    """Prefetch the cache line with ``w[row, column]``, which may lie beyond the end of w."""
 
     def build(inner, builder, signature, args):
         array = cgutils.create_struct_proxy(signature.args[0])(inner, builder, args[0])
@@ -167,7 +167,7 @@ def prefetch_at(context, w, row, column):
 def add_channels(w, index, values, start, n, filled, y, c0, c1):
     """``y[r, c0:c1] = sum_k values[r, k] * w[index[k], c0:c1]`` for k from ``start`` to n, a multiple of eight apart.
 
-    ``filled``: how many are in ``index``; what is behind n will be added next.
+    ``filled`` is the number of entries in ``index``; those after n will be added next.
     """
     line = 64 // w.itemsize
     for left in range(c0, c1, COLUMNS):
@@ -176,7 +176,7 @@ def add_channels(w, index, values, start, n, filled, y, c0, c1):
             y[r, left:right] = F0
         begin = right - (right - left) % LANES
         for k in range(start, n, 8):
-            # No prefetcher foresees which rows are next, kept or all, as a row is short.
+            # No hardware prefetcher foresees which rows are next, even if all are kept, since rows are short.
             ahead, shift = min(k + 8, filled - 8), 0
             if k + 8 >= n and right < c1:
                 ahead, shift = start, right - left
@@ -187,7 +187,7 @@ def add_channels(w, index, values, start, n, filled, y, c0, c1):
                     add_eight_to_all(w, index, k, values, y, j)
             if begin == right:
                 continue
-            # Sliced before the call: a loop from 0 to the length of what it is given is one that LLVM vectorises.
+            # Sliced before the call: LLVM vectorises a loop from 0 to the length of an argument.
             r0, r1 = w[index[k], begin:right], w[index[k + 1], begin:right]
             r2, r3 = w[index[k + 2], begin:right], w[index[k + 3], begin:right]
             r4, r5 = w[index[k + 4], begin:right], w[index[k + 5], begin:right]
@@ -203,17 +203,17 @@ def add_channels(w, index, values, start, n, filled, y, c0, c1):
 
 @compiled()
 def keep(x, first, last, cut, scale, whole, runs, index, values, kept, start=0):
-    """Gather the channels from ``first`` to ``last`` that any row keeps; a row that does not has a zero there.
+    """Gather the channels from ``first`` to ``last`` that any row keeps; a row that does not gets a zero there.
 
     Args:
         x: float32 ``[R, C]``.
         cut, scale, whole, runs: row r keeps channel i if ``|x[r, i]| > cut[i] * scale[r]``; all of them if
-            ``whole[r]``; none unless ``runs[r]``.
-        index, values: uint64 ``[C + 8]`` and float32 ``[R, C + 8]``, or longer; filled from ``start``, up to a multiple
-            of eight with zeros.
+            ``whole[r]``; none unless ``runs[r]``, which is not read for a single row.
+        index, values: uint64 ``[C + 8]`` and float32 ``[R, C + 8]``, or longer; filled from ``start``, and with zeros
+            up to a multiple of eight.
         kept: int32 ``[R]``, to which the number of channels that each row kept is added.
 
-    Returns how many are in ``index``.
+    Returns the number of entries in ``index``.
     """
     n, rows = start, x.shape[0]
     if rows == 1:
@@ -247,9 +247,9 @@ def span(n, t, team, step):
 
 @compiled(reorder=True)
 def dots(w, scale, x, y, v0, v1):
-    """``y[r, v] = scale[v] * (w[v] . x[r])`` for v from v0 to v1, rounded to the form of y; no scale if it is empty.
+    """``y[r, v] = scale[v] * (w[v] . x[r])`` for v from v0 to v1, rounded to the dtype of y; no scale if it is empty.
 
-    A dense product with weights as they are, ``[out, C]``.
+    A dense product with untransposed weights, ``[out, C]``.
     """
     for v in range(v0, v1):
         row = w[v]

@@ -1,12 +1,12 @@
 """The decode step: from the ids of a few tokens to their logits, in one compiled function run by a team of threads.
 
-It is the layer of `hat_lib.model.decoder_layer`, decided alike, for up to eight tokens (rows) of one or more sequences.
-All threads run it together. Each keeps a hidden state of its own and does norms and decisions for itself, which is
-quicker than telling the others; products are split, wide ones by their outputs and narrow ones by their channels,
+It is the layer of `hat_lib.model.decoder_layer`, with the same decisions, for up to eight tokens (rows) of one or more
+sequences. All threads run it together. Each keeps a hidden state of its own and computes norms and decisions itself,
+which is quicker than telling the others; products are split, wide ones by outputs and narrow ones by channels,
 attention by heads, and after each the threads meet. Arithmetic is in float32.
 
-Arrays, with L layers, R rows, D hidden size, H heads and G of them with keys and values, each of size h, F FFN width,
-E exits, V vocabulary.
+Axes of arrays: L layers, R rows, D hidden size, H heads and G key/value heads, each of size h, F FFN width, E exits,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from hat_lib.engine.kernels import (
 from hat_lib.engine.team import meet
 
 SENSITIVITY_LIMIT = np.float32(3)
-"""as `hat_lib.model.routers.SENSITIVITY_LIMIT`"""
+"""same as `hat_lib.model.routers.SENSITIVITY_LIMIT`"""
 PIECE = 256
-"""tokens of the vocabulary that one thread looks at together"""
+"""tokens of the vocabulary that a thread looks at together"""
 QKV, OUT, GATE_UP, DOWN, FFN = range(5)
-"""places in ``Rows.kept``"""
+"""indices into ``Rows.kept``"""
 
 
 class Weights(NamedTuple):
-    """The base. Products are transposed, ``[L, C, out]``, in one format (`hat_lib.engine.weights`)."""
+    """The base. Products' weights are transposed, ``[L, C, out]``, in one format (`hat_lib.engine.weights`)."""
 
     embed: ndarray
     """``[V, D]`` as the base has it"""
@@ -53,7 +53,7 @@ class Weights(NamedTuple):
     head_scale: ndarray
     """float32 ``[V]``, or empty"""
     preview: ndarray
-    """``[D, V]``: the head's weights once more, transposed; of no columns where the head is never gated"""
+    """``[D, V]``: the head's weights once more, transposed; no columns if the head is never gated"""
     qkv: ndarray
     o: ndarray
     gate_up: ndarray
@@ -62,12 +62,12 @@ class Weights(NamedTuple):
     o_scale: ndarray
     gate_up_scale: ndarray
     down_scale: ndarray
-    """float32 ``[L, out]``, or of no columns"""
+    """float32 ``[L, out]``, or no columns"""
     qkv_bias: ndarray
     o_bias: ndarray
     gate_up_bias: ndarray
     down_bias: ndarray
-    """float32 ``[L, out]``, or of no columns"""
+    """float32 ``[L, out]``, or no columns"""
     norms: ndarray
     """float32 ``[2, L, D]``: before attention, before the FFN"""
     last_norm: ndarray
@@ -75,39 +75,39 @@ class Weights(NamedTuple):
     heads: int
     kv_heads: int
     unit: int
-    """channels that are not split between threads: they share a scale"""
+    """number of channels that share a scale and are not split between threads"""
     block: int
-    """outputs of ``gate_up`` in turns: so many gates, and the ups of the same neurons"""
+    """outputs of ``gate_up`` alternate: this many gates, then the ups of the same neurons"""
     eps: np.float32
 
 
 class Decisions(NamedTuple):
-    """What runs. All float32 where nothing else is said."""
+    """What runs. All float32 unless noted."""
 
     cut_qkv: ndarray
     cut_o: ndarray
     cut_gate_up: ndarray
     cut_down: ndarray
-    """``[L, C]``: a channel is kept if its magnitude is above; negative keeps it always"""
+    """``[L, C]``: a channel is kept if its magnitude is above this; always, if this is negative"""
     sensitivity: ndarray
-    """``[L, D]``, or of no columns: exp(-(w.x + b)) multiplies a token's cuts in a layer"""
+    """``[L, D]``, or no columns: exp(-(w.x + b)) multiplies a token's cuts in a layer"""
     sensitivity_bias: ndarray
     ffn: ndarray
-    """``[L, D]``, or of no columns: the token grain's routers"""
+    """``[L, D]``, or no columns: the token grain's routers"""
     ffn_cut: ndarray
-    """``[L, 1]``, or another for each row, ``[L, R]``: the FFN runs if w.x is above"""
+    """``[L, 1]``, or one per row, ``[L, R]``: the FFN runs if w.x is above this"""
     instead_down: ndarray
     """``[L, rank, D]``"""
     instead_up: ndarray
     """``[L, D, rank]``"""
     instead_shift: ndarray
-    """``[L, D]``; or of no layers, all three: what a row gets in place of an FFN that it skips"""
+    """``[L, D]``; or no layers in all three: what a row gets in place of an FFN that it skips"""
     exit: ndarray
-    """int64 ``[L]``: which gate stands before a layer, or -1"""
+    """int64 ``[L]``: which gate comes before a layer, or -1"""
     gate: ndarray
-    """``[E, D]``: of leaving over staying"""
+    """``[E, D]``: leaving minus staying"""
     gate_cut: ndarray
-    """``[E, 1]``, or another for each row, ``[E, R]``"""
+    """``[E, 1]``, or one per row, ``[E, R]``"""
     scale: ndarray
     shift: ndarray
     """``[E, D]``"""
@@ -116,25 +116,25 @@ class Decisions(NamedTuple):
     expand: ndarray
     """``[E, D, rank]``"""
     cut_head: ndarray
-    """``[D]``, or empty: a channel is in the preview of the logits if its magnitude is above"""
+    """``[D]``, or empty: a channel is in the preview of the logits if its magnitude is above this"""
     margin: np.float32
-    """below the best preview, within which a logit is read in full"""
+    """a logit is read in full if its preview is within this margin of the best"""
 
 
 class Rows(NamedTuple):
-    """What the tokens are, and where they go; written: keys and values, ``kept``, ``exits``, ``logits``."""
+    """The tokens, and where results go; written to: keys and values, ``kept``, ``exits``, ``head``, ``logits``."""
 
     ids: ndarray
     """int64 ``[R]``"""
     sequence: ndarray
     slot: ndarray
-    """int64 ``[R]``: whose cache, and which place in it"""
+    """int64 ``[R]``: whose cache, and which position in it"""
     first: ndarray
-    """int64 ``[R]``: the first place that the token sees"""
+    """int64 ``[R]``: the first position that the token sees"""
     protected: ndarray
     """bool ``[R]``"""
     scale: ndarray
-    """float32 ``[R]``: of all cuts of a row"""
+    """float32 ``[R]``: factor on all cuts of a row"""
     cos: ndarray
     sin: ndarray
     """float32 ``[R, h/2]``"""
@@ -148,11 +148,11 @@ class Rows(NamedTuple):
     head: ndarray
     """int32 ``[P, 2, R]``, to be summed over threads: channels of the preview, and logits read in full"""
     logits: ndarray
-    """``[R, V]``, in the dtype of the base: torch's threads, woken to convert it, would go on spinning beside ours"""
+    """``[R, V]``, in the dtype of the base: to convert it, torch would wake threads that go on spinning beside ours"""
 
 
 class Scratch(NamedTuple):
-    """Room to work in, for a team of P threads."""
+    """Working memory for a team of P threads."""
 
     h: ndarray
     x: ndarray
@@ -162,9 +162,9 @@ class Scratch(NamedTuple):
     mixed: ndarray
     """``[R, H h]``"""
     leaves: ndarray
-    """``[2, LEAVES, R, D]``: the parts of a narrow product, in turns"""
+    """``[2, LEAVES, R, D]``: the parts of narrow products, used alternately"""
     gate_up: ndarray
-    """``[R, 2F]``, in blocks as the weights"""
+    """``[R, 2F]``, in blocks like the weights"""
     ffn: ndarray
     """``[R, F]``"""
     index: ndarray
@@ -172,7 +172,7 @@ class Scratch(NamedTuple):
     picked: ndarray
     """``[P, R, C + 8 LEAVES]``"""
     ends: ndarray
-    """int64 ``[P, LEAVES]``: of each part in the two above"""
+    """int64 ``[P, LEAVES]``: the end of each part in the two above"""
     words: ndarray
     """int64 ``[P, PIECE]``: tokens of the vocabulary"""
     queries: ndarray
@@ -182,18 +182,18 @@ class Scratch(NamedTuple):
     places: ndarray
     """uint64 ``[P, room + 8]``: 0, 1, 2 ..."""
     scale: ndarray
-    """``[P, R]``: of the cuts of each row in a layer"""
+    """``[P, R]``: factor on the cuts of each row in a layer"""
     rows: ndarray
-    """bool ``[P, 5, R]``: rows that have not left, whose FFN runs, that keep all channels, that keep all of K and V;
-    and all of them"""
+    """bool ``[P, 5, R]``: rows that have not left, whose FFN runs, that keep all channels, that keep all channels for
+    K and V; and all rows"""
     unused: ndarray
-    """int32 ``[P, R]``: for counts that another thread makes"""
+    """int32 ``[P, R]``: for counts that another thread keeps"""
     small: ndarray
     """``[P, rank]``"""
     preview: ndarray
     """``[R, V]``, or empty"""
     best: ndarray
-    """``[P, R]``: of the previews that each thread made"""
+    """``[P, R]``: best of the previews that each thread made"""
 
 
 @compiled()
@@ -224,7 +224,7 @@ def inner(a, b):
 
 @compiled()
 def finish(y, scale, bias, c0, c1):
-    """The outputs' scales, of weights in fewer bits, and biases, where there are any."""
+    """Apply the outputs' scales, of weights in fewer bits, and biases, if there are any."""
     for r in range(y.shape[0]):
         if scale.shape[0]:
             for j in range(c0, c1):
@@ -245,8 +245,8 @@ def wide(w, scale, bias, index, picked, n, y, c0, c1):
 def narrow(w, unit, x, cut, scale, whole, runs, index, picked, ends, kept, leaves, t, team):
     """This thread's share of a product whose channels are split: whole rows of the weight, in long pieces.
 
-    The channels make `LEAVES` parts, whose sums are added in pairs: the same sum for any number of threads. A thread
-    has an aligned run of them, a power of two, and leaves its own sum in the first.
+    The channels form `LEAVES` parts, whose sums are added in pairs: the same sum for any number of threads. A thread
+    has an aligned run of them, a power of two in number, and leaves its own sum in the first.
     """
     channels, part, n = x.shape[1], LEAVES // team, 0
     for leaf in range(t * part, (t + 1) * part):
@@ -290,7 +290,7 @@ def gather(leaves, team, scale, bias, runs, h):
 
 @compiled()
 def rotate(head, cos, sin, out):
-    """Rotary position embedding of one head, rounded as ``out`` is."""
+    """Rotary position embedding of one head, rounded to the dtype of ``out``."""
     half = cos.shape[0]
     for e in range(half):
         a, b = head[e], head[half + e]
@@ -300,7 +300,7 @@ def rotate(head, cos, sin, out):
 
 @compiled()
 def exit_gate(decide, e, r, h, n, small):
-    """Whether a row leaves at exit e; its state is translated if it does (`hat_lib.model.routers.ExitGate`)."""
+    """Whether a row leaves at exit e; if so, its state is translated (`hat_lib.model.routers.ExitGate`)."""
     d = h.shape[0]
     factor = F1 / np.sqrt(mean_square(h) + np.float32(1.1920929e-07))
     for i in range(d):
@@ -341,8 +341,8 @@ def largest(x):
 
 @compiled(reorder=True)
 def attend(q, keys, values, first, last, factor, places, scores, out):
-    """Attention of queries ``q [n, h]`` over the places from ``first`` to ``last`` of the cache ``[room, h]`` that they
-    share. Values are added eight at a time, at the end some of them times 0."""
+    """Attention of queries ``q [n, h]`` over the positions from ``first`` to ``last`` of the cache ``[room, h]`` that
+    they share. Values are added eight at a time, the last eight filled up with some times 0."""
     count, size = q.shape
     for s in range(first, last + 1):
         for i in range(count):
@@ -372,9 +372,9 @@ def attend(q, keys, values, first, last, factor, places, scores, out):
 
 @compiled()
 def shortlist(head, scale, x, preview, floor, words, logits, t, team):
-    """This thread's logits of one row: previews, and in full those that reach ``floor``, whose number is returned.
+    """This thread's logits of one row: previews, and in full those that reach ``floor``; returns how many do.
 
-    Threads take pieces in turns: likely tokens have low numbers, and one thread would have most of them.
+    Threads take pieces in turn: likely tokens have low ids, and one thread would have most of them.
     """
     found, n, vocabulary, line = 0, 0, logits.shape[0], 64 // head.itemsize
     for v0 in range(t * PIECE, vocabulary, team * PIECE):
@@ -406,7 +406,7 @@ def read(head, scale, x, words, line, logits):
 
 @compiled()
 def swiglu(gate_up, block, f0, f1, out):
-    """``out = silu(gate) * up``, from f0 to f1; a block of gates stands before the block of their ups."""
+    """``out = silu(gate) * up``, from f0 to f1; each block of gates comes before the block of their ups."""
     for start in range(f0, f1, block):
         gates, ups, to = gate_up[2 * start :], gate_up[2 * start + block :], out[start:]
         for i in range(block):
@@ -415,7 +415,7 @@ def swiglu(gate_up, block, f0, f1, out):
 
 @compiled(keep=True)
 def decode_step(t, team, barrier, base, decide, rows, room):
-    """Thread t's part in one step of all rows. Every thread of the team calls it; they meet inside."""
+    """Thread t's part of one step for all rows. Every thread of the team calls it; they meet inside."""
     layers, wide_d = base.qkv.shape[0], base.embed.shape[1]
     count, heads, groups = rows.ids.shape[0], base.heads, base.kv_heads
     size = rows.keys.shape[4]
@@ -449,7 +449,7 @@ def decode_step(t, team, barrier, base, decide, rows, room):
                     if t == 0:
                         rows.exits[r] = layer
 
-        # Queries, keys and values. A row that has left has keys and values alone, from all of its channels.
+        # Queries, keys and values. A row that has left gets only keys and values, from all of its channels.
         normed(h, base.norms[0, layer], base.eps, x)
         if decide.sensitivity.shape[1]:
             for r in range(count):
@@ -472,7 +472,7 @@ def decode_step(t, team, barrier, base, decide, rows, room):
             return
 
         # Attention, by heads. Keys and values of a group are put into the cache by each thread that has some of its
-        # heads: all write the same. A row alone does not wait for others.
+        # heads: all write the same. A single row does not need to wait for others.
         begin, end = count * heads * t // team, count * heads * (t + 1) // team
         item = begin
         while item < end:

@@ -1,11 +1,11 @@
 """A team of threads that meets at barriers inside a step, and sleeps between steps.
 
 numba's own threads (OpenMP) go on spinning after the work is done, which makes torch in the same process four times
-slower. These are Python threads that run compiled code without the interpreter's lock: one lock each wakes them for a
-step, a spin barrier on atomics keeps them together inside it, and between steps nothing spins.
+slower. These are Python threads that run compiled code without the GIL: one queue each wakes them for a step, a spin
+barrier on atomics keeps them together inside it, and between steps nothing spins.
 
-All wait for the slowest. Where another process has one of the cores, a step of two threads takes longer than one of a
-single thread, so a team runs its steps with fewer threads for as long as that is so.
+All wait for the slowest. While another process occupies one of the cores, a step of two threads takes longer than a
+step of one, so a team then runs its steps with fewer threads.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from numba.extending import intrinsic
 
 from hat_lib.engine.compiling import compiled
 
-# Places in a barrier, each on a cache line of its own: how many have come, which meeting it is, whether it is off.
+# Indices into a barrier, each on its own cache line: how many have come, which meeting it is, whether it is off.
 COME, MEETING, OFF, BARRIER = 0, 8, 16, 24
 PATIENCE = 5_000
-"""turns of the spinning loop, some 100 us, before a thread gives its core away at each turn"""
+"""turns of the spin loop, some 100 us, before a thread starts to give way at each turn"""
 SHORTEST, LONGEST = 4, 64
-"""steps before a number of threads that was too many is tried again"""
+"""fewest and most steps before a number of threads that was too many is tried again"""
 TIMED = len({thread_time() for _ in range(100)}) > 50
-"""whether the system tells exactly how long a thread has run; some count in ticks of 10 ms or more"""
+"""whether the system reports exactly how long a thread has run; some count in ticks of 10 ms or more"""
 SYSTEM, X86 = platform.system(), platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -45,7 +45,7 @@ def _place(context, builder, array, args):
 
 @intrinsic
 def fetch_add(context, array, place, value):
-    """Add to an int64 of an array, at once for all threads; returns what was there."""
+    """Atomically add to an int64 in an array; returns what was there before."""
 
     def build(inner, builder, signature, args):
         return builder.atomic_rmw("add", _place(inner, builder, array, args), args[2], "seq_cst")
@@ -72,7 +72,7 @@ def atomic_store(context, array, place, value):
 
 @intrinsic
 def relax(context):
-    """Tell the processor that this is a loop that waits, where it can be told."""
+    """Tell the processor that this is a spin-wait loop, if there is an instruction for it."""
 
     def build(inner, builder, signature, args):
         if X86:
@@ -85,7 +85,7 @@ def relax(context):
 
 @intrinsic
 def give_way(context):
-    """Let another thread have this core, where the system has a call for it."""
+    """Let another thread have this core, if the system has a call for it."""
 
     def build(inner, builder, signature, args):
         if SYSTEM != "Windows":
@@ -98,7 +98,7 @@ def give_way(context):
 
 @compiled()
 def meet(barrier, team):
-    """Return False when all threads of the team have come here; True if the step is called off."""
+    """Return False once all threads of the team have come here; True if the step is called off."""
     if team == 1:
         return False
     meeting = atomic_load(barrier, MEETING)
@@ -111,7 +111,7 @@ def meet(barrier, team):
         turns += 1
         if turns < PATIENCE:
             relax()
-        else:  # somebody's core was taken away, and may be this one; or somebody will never come
+        else:  # another thread has lost its core and may need this one, or it will never come
             if atomic_load(barrier, OFF):
                 return True
             give_way()
@@ -119,16 +119,16 @@ def meet(barrier, team):
 
 
 class Pace:
-    """How many threads the next step takes: fewer while other processes have some of the cores.
+    """How many threads the next step uses: fewer while other processes occupy some of the cores.
 
     One is left out when the last few steps would have been as quick without it. After a pause it is tried for a step.
-    The pause doubles each time that it was one too many, and halves with each step that goes well.
+    The pause doubles each time it proves one too many, and halves with each step that goes well.
     """
 
     def __init__(self, most: int):
         self.threads = self.most = most
         self._pauses = [SHORTEST] * (most + 1)
-        """steps to wait before each number of threads"""
+        """steps to wait before trying each number of threads"""
         self._since, self._harm = 0, 0.0
         """steps with this number of threads; and what the last few lost, where 1 is what one thread fewer would lose"""
 
@@ -136,11 +136,11 @@ class Pace:
         """Take note of a step.
 
         Args:
-            lost: the share of its time in which the most hindered of its threads was not on a core.
+            lost: the share of its time that the most hindered of its threads was not on a core.
         """
         now = self.threads
-        # Without a loss n - 1 threads take n / (n - 1) of the time of n, or less, as all wait for the same memory: so
-        # n threads may lose 1 / n of theirs, or less. No step counts for more than twice that: one alone is not enough.
+        # Without a loss, n - 1 threads take n / (n - 1) of the time of n, or less, since all wait for the same memory:
+        # so n threads may lose 1 / n of theirs, or less. No step counts for more than twice that: one is not enough.
         harm = min(lost * (now + 1), 2.0) if now > 1 else 0.0
         self._harm += (harm - self._harm) / 3
         self._since += 1
@@ -154,22 +154,22 @@ class Pace:
 
 
 class Step:
-    """One step that a team is asked for, and how many of its threads are still at it."""
+    """One step that a team is asked to run, and how many of its threads are still at it."""
 
     def __init__(self, step, args, size: int):
         self.step, self.args, self.size, self.error = step, args, size, None
         self.running, self.done = [True] * (size - 1), threading.Event()
         self.ran: list[float] = []
-        """seconds on a core, of each thread"""
+        """seconds that each thread was on a core"""
         if size == 1:
             self.done.set()
 
 
 class Team:
-    """The asking thread and others of its own run ``step(t, team, barrier, *args)`` together, one step after another.
+    """The calling thread and others of the team's own run ``step(t, team, barrier, *args)`` together, step by step.
 
-    They are at most ``size``, and as many as `Pace` says. An interrupt (Ctrl-C) reaches the asker when the step is
-    done; or, while the step is compiled, the others are sent home.
+    They are at most ``size``, and as many as `Pace` says. An interrupt (Ctrl-C) reaches the caller when the step is
+    done; while the step is being compiled, the other threads are released.
     """
 
     def __init__(self, size: int):
@@ -180,24 +180,24 @@ class Team:
             threading.Thread(target=self._serve, args=(t, asked), name=f"hat-engine-{t}", daemon=True).start()
 
     def run(self, step, args) -> None:
-        self._last.done.wait()  # for the others, if the asker was interrupted while it waited
+        self._last.done.wait()  # for the others, if the caller was interrupted while it waited
         self.barrier[:] = 0
         size, start = self.pace.threads, perf_counter()
         asked = Step(step, args, size)
-        # Noted as the others are woken: an interrupt between the two would leave the next step waiting for ever.
+        # Noted as the others are woken: an interrupt between the two would make the next step wait for ever.
         last = partial(setattr, self, "_last", asked)
         wake = [partial(queue.put, asked) for queue in self._asked[: size - 1]]
         ours = partial(step, 0, size, self.barrier, *args)
         calls = [last, *wake, thread_time, ours, thread_time]
         try:
-            *_, before, _, after = list(map(call, calls))  # no interrupt between
+            *_, before, _, after = list(map(call, calls))  # no interrupt in between
         except BaseException:
             self.barrier[OFF] = 1
             raise
         finally:
             if self._last is asked:
                 asked.done.wait()
-            asked.args = ()  # or a model that is gone would keep its weights until the next step
+            asked.args = ()  # else a deleted model's weights would be held until the next step
         if asked.error is not None:
             raise asked.error
         if TIMED:
@@ -223,9 +223,9 @@ _ALONE = np.zeros(BARRIER, np.int64)
 
 
 def run(step, args, threads: int) -> None:
-    """Run ``step(t, team, barrier, *args)`` in a team of at most ``threads``, and of the cores that there are.
+    """Run ``step(t, team, barrier, *args)`` in a team of at most ``threads``, and no more than there are cores.
 
-    One step at a time in a process: two would spin against each other.
+    One step at a time per process: two would spin against each other.
     """
     size = max(1, min(threads, cores()))
     with _one_step:
@@ -237,10 +237,10 @@ def run(step, args, threads: int) -> None:
 
 
 def torch_alone(threads: int) -> None:
-    """Let torch do in one thread what the calling thread asks of it; others keep theirs.
+    """Make torch use one thread for what the calling thread asks of it; other threads keep theirs.
 
-    After work on a whole vocabulary torch's threads go on spinning for some milliseconds, on the cores that the next
-    step needs. torch's setting is the thread's own, but also that of threads to come, which another thread puts back.
+    After work on a whole vocabulary, torch's threads go on spinning for some milliseconds, on the cores that the next
+    step needs. torch's setting is per thread, but also becomes that of future threads, which another thread restores.
     """
     if torch.get_num_threads() > 1:
         torch.set_num_threads(1)
@@ -255,7 +255,7 @@ def cores() -> int:
 
 
 def _forget() -> None:
-    """In a forked child: the threads did not come along, and the lock may have been held."""
+    """In a forked child: the threads were not copied, and the lock may have been held."""
     global _one_step
     _one_step = threading.Lock()
     _teams.clear()

@@ -2,13 +2,13 @@
 
 The weight is transposed, ``[C, O]``, as on the CPU (`hat_lib.engine.kernels`): a program has a tile of channels and
 outputs, loads the rows of the tile that the threshold keeps, and adds its sums, in float32, to those of the other
-programs (split-K). TEAL's kernel (Liu et al. 2024, arXiv:2408.14690) does so in float16.
+programs (split-K). TEAL's kernel (Liu et al. 2024, arXiv:2408.14690) does this in float16.
 
-No forward uses it yet: its speed was never measured. Where there is a GPU,
+No forward uses it yet: its speed has never been measured. On a machine with a GPU,
 
     python -m hat_lib.engine.triton_product
 
-times it against `torch.nn.functional.linear`. On a CPU it runs under ``TRITON_INTERPRET=1``, slowly, as its tests do.
+times it against `torch.nn.functional.linear`. On a CPU it runs, slowly, under ``TRITON_INTERPRET=1``, as in its tests.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def gated_product(x: Tensor, w: Tensor, cut: Tensor, scale: float = 1.0) -> Tens
     Args:
         x: ``[C]``, float32, bfloat16 or float16.
         w: ``[C, O]``, transposed and contiguous, of any of these dtypes.
-        cut: float32 ``[C]``; negative keeps a channel always.
-        scale: of the cuts, the token's own (`hat_lib.model.routers.MoERouter.threshold_scale`).
+        cut: float32 ``[C]``; a negative one always keeps its channel.
+        scale: factor on the cuts, the token's own (`hat_lib.model.routers.MoERouter.threshold_scale`).
 
-    Sums of programs are added in the order in which they end: the last bits differ from run to run.
+    Programs add their sums in the order in which they finish, so the last bits differ from run to run.
     """
     channels, outputs = w.shape
     if x.shape != (channels,) or cut.shape != (channels,) or not w.is_contiguous():
@@ -57,7 +57,7 @@ def gated_product(x: Tensor, w: Tensor, cut: Tensor, scale: float = 1.0) -> Tens
 
 
 def main() -> None:
-    """Microseconds of each product, dense by torch and gated at several shares, medians of a hundred."""
+    """Print microseconds of each product, dense in torch and gated at several shares: medians of a hundred."""
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device, and torch sees none")
     print(f"{torch.cuda.get_device_name()}, bfloat16, one row, us")
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _microseconds(once) -> float:
-    """Of one call, the median of a hundred, after ten; weights are out of the cache between two."""
+    """Of one call: the median of a hundred, after ten to warm up; weights are flushed from the cache in between."""
     flush, times = torch.empty(1 << 26, device="cuda"), []
     for turn in range(110):
         flush.zero_()

@@ -1,11 +1,11 @@
-"""A base packed for the engine: each product's weights once more, transposed, so that a channel is a row.
+"""A base packed for the engine: each product's weights once more, transposed so that a channel is a row.
 
 ``base``  the base's own numbers, float32 or bfloat16.
-``int8``  eight bits, with one scale for each output, the largest magnitude of its row over 127.
-``q4``    four bits, with a scale and a minimum for each output and 32 channels, and a head in eight: of a base that was
+``int8``  eight bits, with one scale per output, the largest magnitude of its row over 127.
+``q4``    four bits, with a scale and a minimum per output and 32 channels, and the head in eight: for a base that was
           in Q4_1 before, its own numbers. Every width must be a multiple of 32.
 
-The embedding is the base's own memory, and the head, too, in the form ``base``.
+The embedding is the base's own memory, and so is the head in the form ``base``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hat_lib.engine.step import Weights
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:
-    """The memory of a CPU tensor; bfloat16 as the bits, uint16."""
+    """The memory of a CPU tensor; bfloat16 as its bits, uint16."""
     tensor = tensor.detach()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
@@ -34,7 +34,7 @@ def widths(lm) -> tuple[list[int], list[int]]:
 
 
 def unfit(lm, form: str) -> str | None:
-    """Why this base cannot be packed in a form."""
+    """Why this base cannot be packed in a form; None if it can."""
     for names in LINEARS.values() if form == "q4" else ():
         for name in names:
             linear = lm.model.layers[0].get_submodule(name)
@@ -50,8 +50,8 @@ def pack(lm, form: str = "base", corrections=None, *, strength: float = 1.0, pre
 
     Args:
         form: "base", "int8" or "q4"; ValueError if the base is `unfit`.
-        corrections: a model's, which become part of the products at a ``strength``; None for the base itself.
-        preview: whether the head's weights are packed once more, transposed, for a head that is gated.
+        corrections: a model's, which become part of the products at ``strength``; None for the base itself.
+        preview: whether the head's weights are packed once more, transposed, for a gated head.
     """
     if why := unfit(lm, form):
         raise ValueError(why)
@@ -108,13 +108,13 @@ def pack(lm, form: str = "base", corrections=None, *, strength: float = 1.0, pre
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory from numpy, which asks the system for huge pages: a gather touches many."""
+    """Uninitialised memory from numpy, which asks the system for huge pages: a gather touches many pages."""
     memory = np.empty(shape, {1: np.uint8, 2: np.uint16, 4: np.float32}[dtype.itemsize])
     return torch.from_numpy(memory).view(dtype)
 
 
 def _in_turns(outputs: Tensor, block: int) -> Tensor:
-    """Gates and ups ``[2F, ...]`` in blocks: what a thread reads of a row is one long piece, and not two."""
+    """Gates and ups ``[2F, ...]`` in alternating blocks: a thread then reads one long piece of a row, not two."""
     return outputs.unflatten(0, (2, -1, block)).transpose(0, 1).flatten(0, 2)
 
 
@@ -141,7 +141,7 @@ def _four_bits(weight: Tensor) -> Tensor:
 
 
 def packed_bytes(weights: Weights) -> int:
-    """Memory beyond the base's own."""
+    """Bytes of memory beyond the base's own."""
     own = {id(a): a for a in weights if isinstance(a, np.ndarray)}
     del own[id(weights.embed)]
     if not len(weights.head_scale):

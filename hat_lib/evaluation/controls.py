@@ -1,11 +1,11 @@
 """Controls: simpler choices of what to skip, compared with the method at equal compute.
 
-A router is worth something only if it beats these at equal realised work. Each control is a policy for
-``with hat.using(policy):``, so it differs from the method in nothing but its decisions; protected tokens and
-layer 0's FFN (token grain) run as ever. `CONTROLS` has them under one signature; `as_in` is the method of another
-checkpoint, say an untrained one; `RandomExits` is the gates' control. Each is a family with one dial, which `matched`
-turns until the realised capacity on a text is the requested one. On another text it may differ, for `cosine_rule` above
-all: report what was realised there. Exits are off while one is built.
+A router is only worth something if it beats these at equal realised work. Each control is a policy for
+``with hat.using(policy):``, so it differs from the method only in its decisions; protected tokens and
+layer 0's FFN (token grain) always run as usual. `CONTROLS` holds them under one signature; `as_in` is the method with
+another checkpoint, such as an untrained one; `RandomExits` is the control for the gates. Each is a family with one
+dial, which `matched` turns until the realised capacity on a text is the requested one. On other text it may differ,
+especially for `cosine_rule`: report what was realised there. Exits are off while a control is built.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 
 Blocks = Iterable[Sequence[int] | Mapping]
-"""Text: token-id lists, or rows of `load_text`. All of it is run a few times: 2,000 tokens are enough."""
+"""Text: token-id lists, or rows of `load_text`. All of it is run several times: 2,000 tokens are enough."""
 Family = Callable[[float], Policy]
 """A control for each setting of its dial in [0, 1]; it keeps more as the dial rises, and everything at 1."""
 
-# `matched` stops at CLOSE; a control further off than TOLERANCE is no control.
+# `matched` stops at CLOSE; a control further off than TOLERANCE is rejected.
 CLOSE, TOLERANCE, STEPS = 0.002, 0.01, 24
 MIN_TOKENS = 256
-# Tokens that price the removal of each layer, in blocks taken at even distances.
+# Tokens for pricing the removal of each layer, in evenly spaced blocks.
 DAMAGE_TOKENS = 1024
 
 
 class OutOfReach(HatError):
-    """This control cannot realise the capacity on this text: no reason to stop a sweep, but a row without a result."""
+    """This control cannot realise the capacity on this text: a sweep goes on, with no result in this row."""
 
 
 # -- equal work ----------------------------------------------------------------------------------------
@@ -50,10 +50,10 @@ class OutOfReach(HatError):
 def matched(hat: HierarchicalTransformer, family: Family, blocks: Blocks, capacity: float) -> Policy:
     """The member of ``family`` that realises ``capacity`` on ``blocks``, within 0.01 and mostly within 0.002.
 
-    It looks at the work alone, never at what the model predicts, so it may be given the very text that is measured
-    afterwards. Protected tokens are part of it, so texts cut into much shorter blocks realise more. Raises `OutOfReach`
-    for a capacity that no member of the family comes near, and another `HatError` for one outside [0.1, 1] and for a
-    text of less than 256 tokens.
+    It looks only at the work, never at what the model predicts, so it may be given the very text that is measured
+    afterwards. Protected tokens count, so texts cut into much shorter blocks realise more. Raises `OutOfReach` for a
+    capacity that no member of the family comes near, and a plain `HatError` for one outside [0.1, 1] or a text of fewer
+    than 256 tokens.
     """
     capacity, texts = check_capacity(capacity), text_tensors(hat, blocks)
     if capacity == 1.0:
@@ -61,7 +61,7 @@ def matched(hat: HierarchicalTransformer, family: Family, blocks: Blocks, capaci
     low, high = (0.0, 0.0), (1.0, 1.0)  # (dial, realised) at both ends of the bracket
     best = (np.inf, np.nan, None)
     for _ in range(STEPS):
-        # Where a straight line between the ends would cross, held off them so that the bracket always shrinks.
+        # Where a straight line between the ends would cross, kept away from them so that the bracket always shrinks.
         step = float(np.clip((capacity - low[1]) / max(high[1] - low[1], 1e-9), 0.1, 0.9))
         dial = low[0] + step * (high[0] - low[0])
         policy = family(dial)
@@ -97,7 +97,7 @@ def text_tensors(hat: HierarchicalTransformer, blocks: Blocks) -> list[Tensor]:
 
 
 def _for_site(keep: Tensor, site: str, x: Tensor) -> Tensor:
-    """A decision per row, ``[n]``, in the shape that the site takes."""
+    """A decision per row, ``[n]``, in the shape the site expects."""
     return keep if site == "ffn" else keep[:, None].expand_as(x)
 
 
@@ -105,7 +105,7 @@ def _for_site(keep: Tensor, site: str, x: Tensor) -> Tensor:
 
 
 def random_mask(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, seed: int = 0) -> Policy:
-    """Every unit is kept with the same probability, whatever the token: `Random`."""
+    """Every unit is kept with the same probability, whatever the token (`Random`)."""
     return matched(hat, lambda share: Random(share, seed), blocks, capacity)
 
 
@@ -113,9 +113,9 @@ def random_mask(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, s
 def static_choice(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, seed: int = 0) -> Policy:
     """The method without its choice per token: the same channels, or the same FFNs, for every token.
 
-    Channel grain: in each site the channels whose score has the largest root mean square on ``blocks``; how many
-    is the method's own allocation, ``hat.calibration.shares_at``. The scores are the routers' as they are, trained or
-    not. Token grain: `layer_removal`.
+    Channel grain: at each site, the channels whose scores have the largest root mean square on ``blocks``, as many as
+    the method itself allocates (``hat.calibration.shares_at``). The scores are those of the routers as they are,
+    trained or not. Token grain: `layer_removal`.
     """
     if hat.config.granularity == "token":
         return layer_removal(hat, blocks, capacity, seed)
@@ -145,7 +145,7 @@ def static_choice(hat: HierarchicalTransformer, blocks: Blocks, capacity: float,
 
 
 class Layers:
-    """Whole layers: ``share[layer]`` of the tokens, drawn at random, run all sites of that layer; default all."""
+    """Whole layers: ``share[layer]`` of the tokens (default: all), drawn at random, run all sites of that layer."""
 
     def __init__(self, share: Mapping[int, float], seed: int = 0):
         self.draw = {layer: Random(s, seed) for layer, s in share.items() if s < 1}
@@ -153,16 +153,16 @@ class Layers:
     def __call__(self, layer, site, x, rows, state):
         if layer not in self.draw:
             return None
-        keep = self.draw[layer](layer, "ffn", x, rows, state)  # one draw a token, the same at every site
+        keep = self.draw[layer](layer, "ffn", x, rows, state)  # one draw per token, the same at every site
         return _for_site(keep, site, x)
 
 
 def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, seed: int = 0) -> Policy:
     """The routable work of whole layers is skipped for every token: the FFN, or all four sites (channel grain).
 
-    Greedy: layers go in the order of their `layer_damage`, cheapest first, which does not see that two layers
-    may stand in for one another. The last one to go is skipped for a random part of the tokens, such that the work is
-    the requested one. At the channel grain a token that skips a layer leaves K and V of zero there.
+    Greedy: layers are removed in the order of their `layer_damage`, cheapest first, which misses that two layers may
+    stand in for one another. The last one removed is skipped for a random part of the tokens, so that the work is the
+    requested amount. At the channel grain, a token that skips a layer leaves zero K and V there.
     """
     texts = text_tensors(hat, blocks)
     order = sorted((cost, layer) for layer, cost in layer_damage(hat, texts).items())
@@ -180,8 +180,8 @@ _DAMAGE: WeakKeyDictionary[HierarchicalTransformer, dict] = WeakKeyDictionary()
 def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, float]:
     """KL(base || base without that layer's routable work), nats per token, for each layer that can be skipped.
 
-    A pass a layer, and one of the base, over about `DAMAGE_TOKENS` tokens of ``blocks``. No router has a part in it, so
-    the numbers are kept for as long as ``hat`` is, and serve every capacity.
+    One pass per layer, and one of the base, over about `DAMAGE_TOKENS` tokens of ``blocks``. Routers play no part, so
+    the numbers are kept as long as ``hat`` lives and serve every capacity.
     """
     texts = text_tensors(hat, blocks)
     rows = [{"input_ids": t[0].tolist(), "n_context": 0} for t in texts]
@@ -200,11 +200,11 @@ def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, floa
 
 
 class StreamCosine:
-    """How little the residual stream of each token has turned since one layer before: cosine, fp32 ``[n]``.
+    """How little each token's residual stream has turned since the previous layer: cosine, fp32 ``[n]``.
 
-    What a router reads is an RMSNorm's output: the stream times one positive number per token, which a cosine does
-    not see, times the norm's weights, which are divided out here. So it is the cosine of the stream itself,
-    between the places where it enters two layers (channel grain) or their FFNs (token grain).
+    A router reads the output of an RMSNorm: the stream times one positive number per token, which a cosine ignores,
+    times the norm's weights, which are divided out here. So this is the cosine of the stream itself, between the points
+    where it enters two successive layers (channel grain) or their FFNs (token grain).
     """
 
     def __init__(self, hat: HierarchicalTransformer):
@@ -214,7 +214,7 @@ class StreamCosine:
         self._before: WeakKeyDictionary[TokenState, Tensor] = WeakKeyDictionary()
 
     def __call__(self, layer: int, x: Tensor, rows: Tensor | None, state: TokenState) -> Tensor | None:
-        """None in the first layer of a forward that is asked; rows that have left are never asked again."""
+        """None at the first layer queried in a forward; rows that have left are never queried again."""
         point = x.detach().float() * self.inverse[layer]
         if rows is not None:
             point = point.new_zeros(state.batch * state.tokens, point.shape[1]).index_copy(0, rows, point)
@@ -230,13 +230,13 @@ class Cosine:
 
     Args:
         mean, std, r: of the cosine across each layer, on held-out text, ``[L]`` each; ``r`` is its correlation with
-            the cosine across the layer before. ``mean`` is -inf for a layer that always runs.
+            the cosine across the previous layer. ``mean`` is -inf for a layer that always runs.
     """
 
     def __init__(self, hat: HierarchicalTransformer, mean, std, r, threshold: float):
         self.cosine, self.site = StreamCosine(hat), hat.grain.sites[0]
         self.mean, self.std, self.r, self.threshold = mean.tolist(), std.tolist(), r.tolist(), threshold
-        # By forward: who keeps the present layer, and the deviation expected of each row; bool and fp32 ``[B * T]``.
+        # By forward: which rows keep the current layer, and each row's expected deviation; bool and fp32 ``[B * T]``.
         self._decided: WeakKeyDictionary[TokenState, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def __call__(self, layer, site, x, rows, state):
@@ -246,14 +246,14 @@ class Cosine:
         return _for_site(keep if rows is None else keep[rows], site, x)
 
     def _decide(self, layer: int, x: Tensor, rows: Tensor | None, state: TokenState) -> tuple[Tensor, Tensor]:
-        """In new tensors: the trace keeps those it was given."""
+        """Returns new tensors, because the trace keeps those it was given."""
         cosine, n = self.cosine(layer, x, rows, state), state.batch * state.tokens
         if cosine is None:
             return torch.ones(n, dtype=torch.bool, device=x.device), torch.zeros(n, device=x.device)
         keep, deviation = self._decided[state]
         at = torch.arange(n, device=x.device) if rows is None else rows
         seen = (cosine - self.mean[layer - 1]) / self.std[layer - 1]
-        # A layer that did not run turns nothing, which is no news: the deviation expected of it stands.
+        # A layer that did not run turns nothing, which tells us nothing: its expected deviation stands.
         expected = self.r[layer] * torch.where(keep[at], seen, deviation[at])
         runs = self.mean[layer] + self.std[layer] * expected <= self.threshold
         return keep.index_copy(0, at, runs), deviation.index_copy(0, at, expected)
@@ -264,12 +264,13 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, s
 
     ShortGPT (Men et al. 2024, arXiv:2403.03853) removes the layers of least Block Influence, 1 - mean cos(stream
     before, stream after); FFN-SkipLLM (Jaiswal et al. 2024, arXiv:2404.03865) skips a token's next FFNs once its
-    cosine is high. Here both speak: the cosine across layer l is predicted by a line fitted on held-out text, from
-    the cosine across layer l - 1; where that did not run, from the one predicted for it (by the last cosine alone no
-    token would run again: a skipped layer's is 1). One threshold for all layers, so layers find their own shares.
+    cosine is high. This combines the two: a line fitted on held-out text predicts the cosine across layer l from the
+    cosine across layer l - 1 or, if that layer did not run, from the one predicted for it (with the last cosine alone
+    no token would run again, because a skipped layer's cosine is 1). One threshold serves all layers, so layers find
+    their own shares.
 
-    Always run: the first layer that is asked (0; at the token grain 1), and the last, whose cosine no later layer sees.
-    Channel grain: the decision holds for all four sites, and a token that skips a layer leaves K and V of zero there.
+    Always run: the first layer with decisions (0; at the token grain 1), and the last, whose cosine no layer sees.
+    Channel grain: the decision holds for all four sites, and a token that skips a layer leaves zero K and V there.
     Token grain: a cosine spans the FFN and the next layer's attention. ``seed`` is unused.
     """
     texts, cosine, n_layers = text_tensors(hat, blocks), StreamCosine(hat), hat.config.n_layers
@@ -298,9 +299,9 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, s
 
 
 def as_in(hat: HierarchicalTransformer, checkpoint: str | Path) -> Family:
-    """The method as another checkpoint has it: its routers and its calibration; the untrained one above all.
+    """The method with the routers and calibration of another checkpoint, above all the untrained one.
 
-    The dial is the requested capacity, from 0.1 on. ``hat`` stays as it is: the policies carry routers of their own.
+    The dial is the requested capacity, from 0.1 up. ``hat`` is not changed: the policies carry their own routers.
     Raises `HatError` if the checkpoint cannot be read, has no calibration, or was made for another base or grain.
     """
     other = read_checkpoint(checkpoint)
@@ -319,20 +320,20 @@ def as_in(hat: HierarchicalTransformer, checkpoint: str | Path) -> Family:
 class RandomExits:
     """Control for the gates: at depth e, each token that may leave does so with probability ``rates[e]``.
 
-    To be put beside ``hat.gates`` at the shares of them that left there: same depths, same translators, same rates,
-    other tokens.
+    Compare with ``hat.gates``, using the shares of tokens that left there (`exit_shares`): the same depths, translators
+    and rates, but other tokens.
     """
 
     def __init__(self, rates: Mapping[int, float], seed: int = 0):
         self.draws = {depth: Random(rate, seed + 1) for depth, rate in rates.items()}
 
     def exits(self, depth: int, h: Tensor, rows: Tensor, state: TokenState) -> Tensor:
-        """bool ``[n]``: who of ``rows`` leaves after ``depth`` layers."""
+        """bool ``[n]``: which of ``rows`` leave after ``depth`` layers."""
         return self.draws[depth](depth, "ffn", h, rows, state)
 
 
 def exit_shares(states: Iterable[TokenState], depths: Iterable[int]) -> dict[int, float]:
-    """Of the tokens that could leave at each depth, the share that did: the ``rates`` of `RandomExits`."""
+    """The share of tokens that left at each depth, of those that could: the ``rates`` of `RandomExits`."""
     left = torch.cat([s.exit_layer[s.real & ~s.protected] for s in states])
     return {depth: float((left == depth).sum() / (left >= depth).sum().clamp(min=1)) for depth in depths}
 

@@ -1,13 +1,13 @@
 """Tasks of lm-evaluation-harness on the adaptive model, beside its base (Biderman et al. 2024, arXiv:2405.14782).
 
-The harness (package `lm_eval`, the extra ``eval``) runs as it is: its `HFLM` takes ``hat.lm``, a task is a YAML file of
-its kind, scores are its own. What this adds is the work that they cost.
+The harness (package `lm_eval`, the extra ``eval``) runs unchanged: its `HFLM` takes ``hat.lm``, a task is one of its
+YAML files, and the scores are its own. This module adds the work they cost.
 
-No score depends on the batch, within rounding. The harness pads log-likelihood requests on the right and passes no
-attention mask; as attention is causal and a decision reads its own token alone, nothing reaches a real token from the
-pads after it. `HFLM` then cuts each row to its length, and there its pads leave the count of work too. Prompts to be
-continued are padded on the left with a mask, which the model reads itself; a sequence that has ended goes on in pads
-until the longest of its batch has, and those count as tokens.
+Within rounding, no score depends on the batch. The harness pads log-likelihood requests on the right and passes no
+attention mask; attention is causal and a decision reads only its own token, so nothing reaches a real token from the
+pads after it. `HFLM` then cuts each row to its length, and at that point its pads leave the count of work too. Prompts
+to be continued are padded on the left, with a mask that the model itself reads; a sequence that has ended continues
+with pads until the longest in its batch has ended, and those count as tokens.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ TASKS = DATA / "tasks"
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One metric of one task; standard errors are the harness's, and None where it has none."""
+    """One metric of one task; standard errors are the harness's, or None if it has none."""
 
     task: str
     metric: str
-    """the harness's name, with its filter if there is one: acc, or exact_match (strict-match)"""
+    """the harness's name, with its filter if there is one, such as acc or exact_match (strict-match)"""
     base: float
     base_stderr: float | None
     value: float
@@ -48,10 +48,10 @@ class TaskRow:
 
 
 def load_tasks(names: Sequence[str], folder: str | Path = TASKS) -> dict:
-    """Tasks and groups of a folder of YAML files, as the harness's `TaskManager` gives them, data included.
+    """Tasks and groups from a folder of YAML files, as the harness's `TaskManager` returns them, data included.
 
-    Data files are looked for from ``folder``; a task may also name a set of the Hub, and Python functions, which are
-    run. Raises `HatError` if `lm_eval` is not installed, or a folder or a task is not there or cannot be loaded.
+    Paths of data files are relative to ``folder``; a task may also name a Hub dataset, or Python functions, which are
+    run. Raises `HatError` if `lm_eval` is not installed, or a folder or task is missing or cannot be loaded.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -65,11 +65,11 @@ def load_tasks(names: Sequence[str], folder: str | Path = TASKS) -> dict:
         known = ", ".join(manager.all_tasks[:10]) or "none"
         more = f" and {len(manager.all_tasks) - 10} more" if len(manager.all_tasks) > 10 else ""
         raise HatError(f"unknown task {unknown[0]!r}: {folder} has {known}{more}")
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or reading a local file is told to a server
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # otherwise even reading a local file is reported to a server
     try:
         with chdir(folder):
             found = manager.load(list(names))
-    except Exception as error:  # of whatever kind YAML, datasets, the Hub or a task's own code raise
+    except Exception as error:  # whatever YAML, datasets, the Hub or a task's own code may raise
         what = f"{type(error).__name__}: {first_line(error)}"
         raise HatError(f"cannot load {', '.join(names)} from {folder}: {what}") from error
     for task in found["tasks"].values():  # as `lm_eval.simple_evaluate` does
@@ -80,9 +80,9 @@ def load_tasks(names: Sequence[str], folder: str | Path = TASKS) -> dict:
 
 
 def run_tasks(hat: HierarchicalTransformer, tasks: dict, *, batch_size: int = 1) -> tuple[list[TaskRow], WorkTally]:
-    """Run what `load_tasks` gave, on the base (``hat.dense()``) and on ``hat`` as it is set.
+    """Run what `load_tasks` returned, on the base (``hat.dense()``) and on ``hat`` as it is set.
 
-    Returns a row for each metric of each task and group, and the work of ``hat``; raises `HatError` if no task has a
+    Returns a row for each metric of each task and group, and the work of ``hat``. Raises `HatError` if no task has a
     metric that the harness knows.
     """
     from lm_eval import evaluate
@@ -111,7 +111,7 @@ def run_tasks(hat: HierarchicalTransformer, tasks: dict, *, batch_size: int = 1)
 
 
 def counting_lm(hat: HierarchicalTransformer, batch_size: int):
-    """The harness's `HFLM` on ``hat.lm``, with the work of its forwards in ``spent``."""
+    """The harness's `HFLM` on ``hat.lm``, which adds up the work of its forwards in ``spent``."""
     from lm_eval.models.huggingface import HFLM
 
     class CountingLM(HFLM):
@@ -120,7 +120,7 @@ def counting_lm(hat: HierarchicalTransformer, batch_size: int):
             return super()._model_call(inps, *args, **options)
 
         def _select_cont_toks(self, logits, contlen=None, inplen=None):
-            """Asked once for each row of a log-likelihood batch, in order; ``inplen`` is its length without pads."""
+            """Called once for each row of a log-likelihood batch, in order; ``inplen`` is its length without pads."""
             state = hat.trace
             state.real[self._rows_seen, inplen:] = False
             self._rows_seen += 1
@@ -134,7 +134,7 @@ def counting_lm(hat: HierarchicalTransformer, batch_size: int):
             self.spent.add(TokenState.cat(states))
             return out
 
-    logging.disable(logging.WARNING)  # each time, that it was given a model and not a name
+    logging.disable(logging.WARNING)  # it warns each time that it was given a model and not a name
     try:
         lm = CountingLM(pretrained=hat.lm, tokenizer=hat.base.tokenizer, batch_size=batch_size)
     finally:

@@ -1,16 +1,16 @@
 """Quality: perplexity with a confidence interval, agreement with the base, bits per byte.
 
 Perplexity is exp of the mean negative log-likelihood per scored token, over the strided windows of
-`hat_lib.text.blocks`: a block's ``n_context`` leading tokens are looked at and not scored, nor is the first token of
-a block without context.
+`hat_lib.text.blocks`: a block's ``n_context`` leading tokens are read but not scored, nor is the first token of a block
+without context.
 
 `compare` is paired: base and adaptive model score the same tokens, and blocks are resampled together
 (expanded percentile bootstrap, Hesterberg 2015, arXiv:1411.5279), so that what is hard for both cancels.
 The unit is the block, because a test split may be a handful of long documents; blocks of one document are alike, so
-the interval speaks of text like this text, and is too narrow for other documents.
+the interval applies to text like this text, and is too narrow for other documents.
 
-Bits per byte are nats / (ln 2 * UTF-8 bytes of the scored tokens' text), and compare across tokenizers, as perplexity
-does not (Gao et al. 2020, "The Pile", arXiv:2101.00027).
+Bits per byte are nats / (ln 2 * UTF-8 bytes of the scored tokens' text) and, unlike perplexity, are comparable across
+tokenizers (Gao et al. 2020, "The Pile", arXiv:2101.00027).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Agreement:
     """How close an adaptive model stays to its own dense pass, over the scored tokens."""
 
     top1: float
-    """share of tokens for which both hold the same next token most likely"""
+    """share of tokens for which both have the same most likely next token"""
     kl: float
     """KL(base || adaptive), nats per token"""
     tokens: int
@@ -51,7 +51,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicts a text, and what it spent: realised, over all real tokens that it ran."""
+    """How well a model predicts a text, and what it spent: realised, over all real tokens it ran."""
 
     nll: np.ndarray
     """negative log-likelihood of each block, nats, fp64 ``[n_blocks]`` in the order of the dataset"""
@@ -63,9 +63,9 @@ class Score:
     layer_capacity: float = 1.0
     """`capacity` without the head"""
     exits: np.ndarray | None = None
-    """real tokens by the layers that they ran, int64 ``[L + 1]``; None for a plain model"""
+    """real tokens by the number of layers they ran, int64 ``[L + 1]``; None for a plain model"""
     agreement: Agreement | None = None
-    """with the base, where the same tokens were run through it"""
+    """with the base, if the same tokens were run through it"""
 
     @property
     def perplexity(self) -> float:
@@ -73,7 +73,7 @@ class Score:
 
     @property
     def depth(self) -> float:
-        """Layers that a token ran, mean over real tokens."""
+        """Layers a token ran, mean over real tokens."""
         return float(np.arange(len(self.exits)) @ self.exits / self.exits.sum())
 
 
@@ -108,7 +108,7 @@ def score(
         dataset: rows of `load_text`: ``input_ids`` and ``n_context``.
         batch_size: blocks per forward, right-padded.
 
-    Raises `HatError` for a text without a scored token, a bad batch size, and ``hat.lm`` in place of ``hat``.
+    Raises `HatError` for a text without a scored token, a bad batch size, or ``hat.lm`` instead of ``hat``.
     """
     lm, hat = _unwrap(model)
     tally = _Tally(lm, hat, len(dataset))
@@ -126,10 +126,10 @@ def score_each(
     batch_size: int = 1,
     progress: bool = True,
 ) -> tuple[Score, list[Score]]:
-    """`score` of the base and of ``hat`` in each of several settings, with its agreement; the base is run once for all.
+    """`score` of the base, run once, and of ``hat`` in each of several settings, with its agreement.
 
     Args:
-        settings: each makes the context to run ``hat`` in, such as ``partial(hat.at, 0.5)``; by default as it is set.
+        settings: each makes a context to run ``hat`` in, such as ``partial(hat.at, 0.5)``; by default, as it is set.
 
     Other arguments and errors as in `score`; the base is ``hat.dense()``.
     """
@@ -147,10 +147,11 @@ def score_each(
 
 
 def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 0) -> Comparison:
-    """Relative increase in perplexity with a paired bootstrap interval; one seed, one result.
+    """Relative increase in perplexity with a paired bootstrap interval; a seed fixes the result.
 
-    An interval needs 8 blocks: of 100 texts drawn from measured blocks it then holds the truth in 93 to 95; with 4
-    blocks in 87, with 3 in 75, with 2 in 50. Raises `HatError` for other blocks, or fewer than two.
+    An interval needs 8 blocks: it then holds the truth for 93 to 95 of 100 texts drawn from measured blocks; with 4
+    blocks for 87, with 3 for 75, with 2 for 50. Raises `HatError` if the two were scored on different blocks, or on
+    fewer than two.
     """
     if not np.array_equal(base.tokens, adaptive.tokens):
         sizes = (f"{len(s.tokens)} blocks of {int(s.tokens.sum())} tokens" for s in (base, adaptive))
@@ -159,7 +160,7 @@ def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 
     if n < 2:
         raise HatError(f"an interval needs at least 2 blocks, got {n}: use more text or shorter blocks")
     added = adaptive.nll - base.nll
-    # How often each block is drawn, which is all that a resampled sum needs.
+    # How often each block is drawn, which is all a resampled sum needs.
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
     drawn = np.expm1(counts @ added / (counts @ base.tokens))
     low, high = np.quantile(drawn, tails(n))
@@ -179,7 +180,7 @@ def coverage(
 ) -> float:
     """How often an interval of `compare` would hold the truth on text like these blocks: the share of ``draws`` texts,
     each of ``blocks`` blocks drawn from these (by default as many as there are), whose interval holds the increase
-    over all of these. Wanted: 0.95."""
+    over all of these. Ideally 0.95."""
     n, drawn, held = blocks or len(base.tokens), np.random.default_rng(seed), 0
     truth = compare(base, adaptive, resamples=1).increase
     for number in range(draws):
@@ -191,7 +192,7 @@ def coverage(
 
 
 def tails(n: int) -> tuple[float, float]:
-    """Quantiles of a 95 % bootstrap interval from ``n`` >= 2 units, wider for few as Student's t is than the normal."""
+    """Quantiles of a 95 % bootstrap interval from ``n`` >= 2 units, wider for small n, as Student's t is."""
     tail = float(norm.cdf(np.sqrt(n / (n - 1)) * student_t.ppf(0.025, n - 1)))
     return tail, 1 - tail
 
@@ -199,34 +200,35 @@ def tails(n: int) -> tuple[float, float]:
 def text_bytes(dataset: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """UTF-8 bytes of the scored tokens of each block, int64 ``[n_blocks]``; rows as in `load_text`.
 
-    Those of the decoded block less those of the decoded tokens before its first scored one. So special tokens are no
-    text, the space that some tokenizers put before a text cancels, and a character that the edge of a block cuts counts
-    where it ends. The windows of a document add up to its text, but for its first token, which is not scored.
+    Those of the decoded block less those of the decoded tokens before its first scored one. So special tokens do not
+    count as text, the space that some tokenizers put before a text cancels, and a character cut by the edge of a block
+    counts where it ends. The windows of a document add up to its text, except for its first token, which is not scored.
     """
 
     def size(ids: list[int]) -> int:
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return len(text.strip("\ufffd").encode())  # what a cut character decodes to
+        return len(text.strip("\ufffd").encode())  # U+FFFD is what a cut character decodes to
 
     blocks = [(row["input_ids"], max(1, row["n_context"])) for row in dataset]
     return np.array([size(ids) - size(ids[:first]) for ids, first in blocks], dtype=np.int64)
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float | None:
-    """Cross-entropy in bits per byte of text; None where there is no text."""
+    """Cross-entropy in bits per byte of text; None if there is no text."""
     return float(nats / (math.log(2) * n_bytes)) if n_bytes else None
 
 
 def by_document(dataset: Sequence[Mapping], n_bytes: np.ndarray, base: Score, adaptive: Score) -> pd.DataFrame:
-    """A row for each document, in the order in which they come.
+    """A row for each document, in the order in which they occur.
 
     Args:
         dataset: what both were scored on; the column ``doc`` tells documents apart.
-        n_bytes: what `text_bytes` gave for it.
+        n_bytes: what `text_bytes` returned for it.
 
     Returns:
-        ``document``, ``blocks``, ``tokens`` (scored), ``bytes``, ``base_perplexity``, ``perplexity``, ``increase`` (of
-        the second over the first, less 1), ``base_bits_per_byte``, ``bits_per_byte`` (None where no character ends).
+        ``document``, ``blocks``, ``tokens`` (scored), ``bytes``, ``base_perplexity``, ``perplexity``, ``increase``
+        (``perplexity / base_perplexity - 1``), ``base_bits_per_byte``, ``bits_per_byte`` (None where no character
+        ends).
     """
     blocks = {"blocks": 1, "tokens": base.tokens, "bytes": n_bytes, "base": base.nll, "nll": adaptive.nll}
     table = pd.DataFrame({"document": [row["doc"] for row in dataset], **blocks})
@@ -242,7 +244,7 @@ def by_document(dataset: Sequence[Mapping], n_bytes: np.ndarray, base: Score, ad
 
 
 class _Tally:
-    """What the batches of one pass add up to."""
+    """Running totals over the batches of one pass."""
 
     def __init__(self, lm: LlamaForCausalLM, hat: HierarchicalTransformer | None, n_blocks: int):
         self.head, self.spent = lm.lm_head, None if hat is None else WorkTally(hat)
@@ -251,7 +253,7 @@ class _Tally:
         self.agreed, self.same, self.divergence = 0, 0, 0.0
 
     def add(self, batch: _Batch, hidden: Tensor, base: Tensor | None = None) -> None:
-        """Right after the forward that gave ``hidden [B, T, D]``; ``base`` has the states to agree with."""
+        """Call right after the forward that gave ``hidden [B, T, D]``; ``base`` has the states to compare with."""
         rows, columns = batch.scored.nonzero(as_tuple=True)
         for row, column in zip(rows.split(SLICE), columns.split(SLICE), strict=True):
             blocks, logits = batch.blocks[row.cpu().numpy()], self.head(hidden[row, column - 1]).float()
@@ -285,7 +287,7 @@ class _Batch:
     scored: Tensor  # bool [B, T]
 
     def run(self, lm: LlamaForCausalLM) -> Tensor:
-        """Final hidden states ``[B, T, D]``; the head comes later, for scored tokens alone."""
+        """Final hidden states ``[B, T, D]``; the head is applied later, to scored tokens only."""
         return lm.model(input_ids=self.ids, attention_mask=self.real, use_cache=False).last_hidden_state
 
 
@@ -295,7 +297,7 @@ def _batches(dataset, batch_size: int, device, progress: bool) -> Iterator[_Batc
     first = [max(1, row["n_context"]) for row in dataset]  # nothing precedes the very first token
     if not any(n > start for n, start in zip(lengths, first, strict=True)):
         raise HatError(f"nothing to score: {len(lengths)} blocks without a token that follows another")
-    order = np.argsort(lengths, kind="stable")[::-1]  # blocks of like length pad each other least
+    order = np.argsort(lengths, kind="stable")[::-1]  # blocks of similar length need the least padding
     for start in tqdm(range(0, len(order), batch_size), desc="perplexity", disable=not progress):
         blocks = order[start : start + batch_size]
         rows = [torch.as_tensor(dataset[block]["input_ids"]) for block in blocks.tolist()]

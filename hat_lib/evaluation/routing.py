@@ -1,15 +1,16 @@
-"""Routing patterns: which tokens get how much, where in the model, and how hard they are.
+"""Routing patterns: which tokens get how much work, where in the model, and how hard they are.
 
-`patterns` reads a text twice, as the base and as the adaptive model, and keeps one row a token; tables are made of
-it. Two predictions meet at a token, and names end in what they are about:
+`patterns` runs a text twice, through the base and through the adaptive model, and keeps one row per token; all tables
+are made from it. Two predictions meet at a token, so names end in the one they are about:
 
-    ..._of_token  this token, predicted from the position before it, so by what the token before executed
+    ..._of_token  this token, predicted at the position before it, so from what the previous token executed
     ..._of_next   the token after it, predicted from this one's own state: what its own work was spent on
 
 Protected tokens run in full whatever a router says, so every table but `by_position` leaves them out. All intervals are
-95 % bootstraps over blocks, widened for few of them as in `hat_lib.evaluation.perplexity.compare`; what stands in fewer
-than two blocks, or does not vary, has none (nan). ``difference`` is to the mean of all tokens that are not protected,
-and its interval resamples both together. They speak of text like this text, and of a table's many intervals some miss.
+95 % bootstraps over blocks, widened for small numbers of blocks as in `hat_lib.evaluation.perplexity.compare`; what
+occurs in fewer than two blocks, or does not vary, has none (nan). ``difference`` is relative to the mean of all
+unprotected tokens, and its interval resamples both together. Intervals apply to text like this text, and in a table
+with many of them some will miss.
 """
 
 from __future__ import annotations
@@ -32,47 +33,47 @@ from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.token_classes import CLASSES, classes, pieces
 
 LOSSES = ("surprisal", "entropy", "hat_surprisal", "added_loss", "kl")
-"""per prediction, nats: the base's surprisal and entropy, the adaptive model's surprisal, how much that is above the
-base's (negative where the adaptive model does better), and KL(base || adaptive), its mean over what may come"""
+"""per prediction, nats: the base's surprisal and entropy, the adaptive model's surprisal, how far that is above the
+base's (negative where the adaptive model does better), and KL(base || adaptive), its mean over possible next tokens"""
 
 MEASURES = ("share", "model_share", "left", "surprisal_of_token", "entropy_of_next", "added_loss_of_next", "kl_of_next")
 """columns of `Patterns.tokens` whose means the tables give"""
 RESAMPLES = 1000
 RUN = 16
-"""tokens of a prompt that are resampled together: neighbours are alike"""
+"""tokens of a prompt that are resampled together, because neighbours are alike"""
 
 
 @dataclass(frozen=True)
 class Patterns:
-    """A text token by token, ``N`` in all; context that a strided window repeats is left out."""
+    """A text token by token, ``N`` in all; context repeated by a strided window is left out."""
 
     tokens: pd.DataFrame
     """a row per token: ``doc``, ``block`` (rank in the dataset), ``position`` (in its block, from 0), ``id``, ``text``,
-    ``class`` (see `token_classes.CLASSES`), ``protected``, ``share`` (executed share, mean over the layers that it
-    entered), ``model_share`` (all its work / the base's), ``exit_layer`` (layers that it entered), ``left`` (before
+    ``class`` (see `token_classes.CLASSES`), ``protected``, ``share`` (executed share, mean over the layers it
+    entered), ``model_share`` (all its work / the base's), ``exit_layer`` (layers it entered), ``left`` (before
     the last layer), and `LOSSES`, each ``_of_token`` (nan at the beginning of a text) and ``_of_next`` (nan at the end
-    of a block, where the next token is another block's)"""
+    of a block, where the next token belongs to another block)"""
     site_share: np.ndarray
-    """executed share, fp32 ``[L, S, N]``; nan in layers that the token did not enter"""
+    """executed share, fp32 ``[L, S, N]``; nan in layers the token did not enter"""
     share: np.ndarray
-    """the same over a layer's sites, weighted by their work, fp32 ``[L, N]``"""
+    """the same over all sites of a layer, weighted by their work, fp32 ``[L, N]``"""
     sites: tuple[str, ...]
     granularity: str
     requested_capacity: float
     requested_exit_rate: float
     head_work: float = 0.0
-    """of the head, in a layer's routable work, where the head is decided about; else 0"""
+    """the head's work, in units of a layer's routable work, if the head is gated; else 0"""
     head_share: float = 1.0
-    """executed, mean over tokens"""
+    """executed share of the head, mean over tokens"""
 
     @property
     def layer_capacity(self) -> float:
-        """Realised in the layers: mean share over tokens and the layers that they entered."""
+        """Realised in the layers: mean share over tokens and the layers they entered."""
         return float(np.nanmean(self.share))
 
     @property
     def capacity(self) -> float:
-        """Realised: executed / routable work, in the layers and, where it is decided about, in the head."""
+        """Realised: executed / routable work, in the layers and, if it is gated, in the head."""
         ran, head = np.isfinite(self.share).sum(), self.head_work * len(self.tokens)
         return float((self.layer_capacity * ran + self.head_share * head) / (ran + head))
 
@@ -83,7 +84,7 @@ class Patterns:
 
 
 def prompt_blocks(tokenizer, prompts: Mapping[str, str]) -> list[dict]:
-    """Prompts as blocks for `patterns`, one each, whose ``doc`` is its name. Raises `HatError` below two tokens."""
+    """Prompts as blocks for `patterns`, one per prompt, with its name as ``doc``. `HatError` below two tokens."""
     found = [{"input_ids": tokenizer(text).input_ids, "doc": name, "n_context": 0} for name, text in prompts.items()]
     for row in found:
         if len(row["input_ids"]) < 2:
@@ -93,9 +94,9 @@ def prompt_blocks(tokenizer, prompts: Mapping[str, str]) -> list[dict]:
 
 @torch.no_grad()
 def patterns(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, progress: bool = True) -> Patterns:
-    """Run ``hat`` as it is set, and its base, over each block, a row of `load_text` or `prompt_blocks`.
+    """Run ``hat`` as it is set, and its base, over each block: a row of `load_text` or `prompt_blocks`.
 
-    Raises `HatError` for ``hat.lm`` in place of ``hat``, no blocks, and a block beyond the base's context.
+    Raises `HatError` if given ``hat.lm`` instead of ``hat``, no blocks, or a block beyond the base's context.
     """
     if not isinstance(hat, HierarchicalTransformer):
         raise HatError(f"patterns needs a HierarchicalTransformer, got {type(hat).__name__}")
@@ -108,7 +109,7 @@ def patterns(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, progres
             base = _final_states(hat, row["input_ids"])
         ours = _final_states(hat, row["input_ids"])
         new = slice(row["n_context"], None)
-        losses = _losses(hat, base, ours, row["input_ids"])  # after it the trace knows what the head read
+        losses = _losses(hat, base, ours, row["input_ids"])  # only then does the trace hold what the head read
         ids, texts = row["input_ids"], pieces(hat.base.tokenizer, row["input_ids"])
         frame = {"doc": row["doc"], "block": number, "position": range(len(ids)), "id": ids, "text": texts}
         frame |= {"class": classes(texts, [i in special for i in ids]), **token_work(hat), **losses}
@@ -128,7 +129,7 @@ def _final_states(hat: HierarchicalTransformer, ids: Sequence[int]) -> Tensor:
 
 
 def token_work(hat: HierarchicalTransformer) -> dict[str, np.ndarray]:
-    """What each token of the last forward of one row executed, ``[T]`` each; columns of `Patterns.tokens`."""
+    """What each token executed in the last forward of a single row, ``[T]`` each; columns of `Patterns.tokens`."""
     state, cost = hat.trace, state_cost(hat, hat.trace)
     exit_layer = state.exit_layer[0].long().cpu()
     return {
@@ -141,7 +142,7 @@ def token_work(hat: HierarchicalTransformer) -> dict[str, np.ndarray]:
 
 
 def _losses(hat, base: Tensor, ours: Tensor, ids: Sequence[int]) -> dict:
-    """`LOSSES` of each token and of the next, nats, ``[T]``, from final states ``[T, D]``."""
+    """`LOSSES` of each token and of the next one, nats, ``[T]``, from final states ``[T, D]``."""
     following, parts = torch.tensor([*ids[1:], 0], device=base.device), []
     for states, others, after in zip(base.split(SLICE), ours.split(SLICE), following.split(SLICE), strict=True):
         with hat.dense():
@@ -158,8 +159,8 @@ def _losses(hat, base: Tensor, ours: Tensor, ids: Sequence[int]) -> dict:
 
 
 def by_class(found: Patterns) -> pd.DataFrame:
-    """A row per `CLASSES` that occurs and per measure of `MEASURES`: ``class``, ``measure``, ``tokens`` (that have a
-    number), ``blocks`` (that they stand in), ``mean``, ``low``, ``high``, ``difference``, ``difference_low``,
+    """A row for each of `CLASSES` that occurs and each of `MEASURES`: ``class``, ``measure``, ``tokens`` (that have a
+    value), ``blocks`` (that contain them), ``mean``, ``low``, ``high``, ``difference``, ``difference_low``,
     ``difference_high``."""
     tokens = _free(found)
     codes = pd.Categorical(tokens["class"], categories=list(CLASSES)).codes
@@ -167,7 +168,7 @@ def by_class(found: Patterns) -> pd.DataFrame:
 
 
 def by_position(found: Patterns) -> pd.DataFrame:
-    """Columns as in `by_class`, by position in the block: ``first`` to ``last``, ``protected`` or not."""
+    """Columns as in `by_class`, by position in the block (``first`` to ``last``), ``protected`` or not."""
     tokens = found.tokens
     protected = int(tokens["protected"].groupby(tokens["block"]).sum().max())
     edges = [0, max(1, protected)]
@@ -181,12 +182,13 @@ def by_position(found: Patterns) -> pd.DataFrame:
 def by_quantile(found: Patterns, bins: int = 8) -> pd.DataFrame:
     """Columns as in `by_class`, by surprisal and by entropy, of the token and of the next, in bins of equal size.
 
-    Before them ``quantity``, ``bin`` (from 0), and ``least``, ``median``, ``most`` of the quantity in it, nats.
+    They are preceded by ``quantity``, ``bin`` (from 0), and ``least``, ``median``, ``most`` of the quantity in the bin,
+    in nats.
     """
     parts = []
     for quantity in (f"{name}_of_{which}" for name in ("surprisal", "entropy") for which in ("token", "next")):
         tokens = _free(found).dropna(subset=quantity)
-        if tokens.empty:  # no text of more than three tokens
+        if tokens.empty:  # no text is longer than three tokens
             continue
         codes = pd.qcut(tokens[quantity].rank(method="first"), min(bins, len(tokens)), labels=False).to_numpy()
         edges = tokens[quantity].groupby(codes).agg(least="min", median="median", most="max").reset_index(names="bin")
@@ -195,7 +197,7 @@ def by_quantile(found: Patterns, bins: int = 8) -> pd.DataFrame:
 
 
 def by_layer(found: Patterns) -> pd.DataFrame:
-    """Executed share by layer and site (``site`` "all": over the layer), among the tokens that entered the layer:
+    """Executed share by layer and site (``site`` "all": the whole layer), among the tokens that entered the layer:
     ``layer``, ``site``, ``tokens``, ``mean``, ``sd`` (over tokens), ``low``, ``high`` (of the mean)."""
     free = ~found.tokens["protected"].to_numpy()
     values = np.concatenate([found.site_share, found.share[:, None]], axis=1)[:, :, free].astype(float)
@@ -207,11 +209,11 @@ def by_layer(found: Patterns) -> pd.DataFrame:
 
 
 def correlations(found: Patterns) -> pd.DataFrame:
-    """Spearman's rank correlation of a token's compute with how hard things are and what skipping added.
+    """Spearman's rank correlation of a token's compute with the difficulty of the predictions and what skipping added.
 
-    Where tokens leave, ``exit_layer`` is compute too, and ``share`` is that of the tokens that stayed: in other layers
-    other shares are usual. Columns ``compute``, ``quantity``, ``of`` ("token" or "next"), ``rho`` (nan without any
-    variation), ``low``, ``high``, ``tokens``, ``blocks``.
+    If tokens leave, ``exit_layer`` counts as compute too, and ``share`` is taken over the tokens that stayed, because
+    the usual share differs from layer to layer. Columns ``compute``, ``quantity``, ``of`` ("token" or "next"), ``rho``
+    (nan without any variation), ``low``, ``high``, ``tokens``, ``blocks``.
     """
     free = _free(found)
     samples = {"share": free[~free["left"]]} | ({"exit_layer": free} if free["left"].any() else {})
@@ -232,15 +234,15 @@ def correlations(found: Patterns) -> pd.DataFrame:
 def by_sensitivity(
     price: np.ndarray, forecast: np.ndarray, block: np.ndarray, depths: int = 3, bins: int = 5
 ) -> pd.DataFrame:
-    """Do tokens cost what was forecast? Pairs of token and layer in bins of equal size by the forecast, at each depth.
+    """Do tokens cost what was forecast? (token, layer) pairs in bins of equal size by forecast, at each depth.
 
-    ``price`` and ``forecast`` of dropping a token's channels in a layer, ``[L, n]``, are in any unit: both are taken
-    relative to the layer's mean. ``block [n]`` is that of each token. Columns ``bin`` (from 0), ``pairs``, ``forecast``
-    (mean), ``mean`` (of the prices), ``low``, ``high``, and ``first`` to ``last``, the layers.
+    ``price`` and ``forecast`` of dropping a token's channels in a layer, ``[L, n]``, may be in any unit: both are taken
+    relative to the layer's mean. ``block [n]`` is the block of each token. Columns ``bin`` (from 0), ``pairs``,
+    ``forecast`` (mean), ``mean`` (of the prices), ``low``, ``high``, and the layers, ``first`` to ``last``.
     """
     parts = []
     for layers in np.array_split(np.arange(len(price)), depths):
-        # Token after token, so that a block's pairs lie together.
+        # Token by token, so that the pairs of a block are contiguous.
         cost, guess = ((x[layers] / x[layers].mean(1, keepdims=True)).T.ravel() for x in (price, forecast))
         codes = pd.qcut(pd.Series(guess).rank(method="first"), bins, labels=False).to_numpy()
         values = np.where(codes == np.arange(bins)[:, None], cost, np.nan)
@@ -252,9 +254,9 @@ def by_sensitivity(
 
 
 def compare_docs(found: Patterns, first: str, second: str) -> pd.DataFrame:
-    """Two prompts, or documents: their means, and the difference second - first.
+    """Means of two prompts or documents, and the difference second - first.
 
-    Runs of `RUN` tokens are resampled, in each alone. One prompt is one sample, so an interval says how steady the
+    Runs of `RUN` tokens are resampled, separately in each. One prompt is one sample, so an interval says how steady the
     mean is along this prompt, and nothing about others of its kind. A row per ``measure``: ``first``, ``second``,
     ``difference``, ``low``, ``high``. Raises `HatError` for a document without an unprotected token.
     """
@@ -271,9 +273,9 @@ def compare_docs(found: Patterns, first: str, second: str) -> pd.DataFrame:
 
 
 def layer_map(found: Patterns, first: int = 0, count: int = 48) -> pd.DataFrame:
-    """The layer × token map of ``count`` tokens from row ``first`` of `Patterns.tokens` on, a row per cell: ``token``
-    (row), ``text``, ``exit_layer``, ``layer``, ``share`` (nan where the token had left) and ``difference`` to the mean
-    share of the layer over all tokens that are not protected and entered it."""
+    """The layer × token map of ``count`` tokens, starting at row ``first`` of `Patterns.tokens`. A row per cell:
+    ``token`` (row), ``text``, ``exit_layer``, ``layer``, ``share`` (nan where the token had left) and ``difference``
+    from the mean share of the layer over all unprotected tokens that entered it."""
     n_layers = len(found.share)
     usual = by_layer(found).query("site == 'all'")["mean"].to_numpy()
     part = found.tokens.iloc[first : first + count]
@@ -291,7 +293,7 @@ TABLES: dict[str, Callable[[Patterns], pd.DataFrame]] = {
     "correlations": correlations,
     "layer_map": layer_map,
 }
-"""every table of one text by name"""
+"""all tables of a text, by name"""
 
 
 def _free(found: Patterns) -> pd.DataFrame:
@@ -301,7 +303,7 @@ def _free(found: Patterns) -> pd.DataFrame:
 
 
 def _table(tokens: pd.DataFrame, codes: np.ndarray, keys: pd.DataFrame) -> pd.DataFrame:
-    """Means and intervals of each measure in each group; ``codes [N]`` are rows of ``keys``."""
+    """Means and intervals of each measure in each group; ``codes [N]`` index the rows of ``keys``."""
     member = np.vstack([~tokens["protected"], codes == np.arange(len(keys))[:, None]])
     parts = []
     for measure in MEASURES:
@@ -316,18 +318,19 @@ def _table(tokens: pd.DataFrame, codes: np.ndarray, keys: pd.DataFrame) -> pd.Da
 
 
 def _means(values: np.ndarray, unit: np.ndarray, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray]:
-    """Means of the rows of ``values [M, N]`` without nan, with their intervals, and those of each resample ``[R, M]``.
+    """Means over the non-nan values of each row of ``values [M, N]``, with intervals; and the means of each resample
+    ``[R, M]``.
 
-    Neighbours of an equal ``unit [N]`` are drawn together. ``blocks`` counts the units that a mean comes from.
+    Neighbours with the same ``unit [N]`` are drawn together. ``blocks`` counts the units behind a mean.
     """
     known = ~np.isnan(values)
     starts = np.flatnonzero(np.diff(unit, prepend=-1))
     sums = np.add.reduceat(np.where(known, values, 0.0), starts, axis=1)
     counts = np.add.reduceat(known.astype(int), starts, axis=1)
     draws, blocks = _draws(len(starts), seed), (counts > 0).sum(1)
-    with np.errstate(invalid="ignore"):  # a resample that lacks the row's units
+    with np.errstate(invalid="ignore"):  # a resample may lack all of a row's units
         mean, drawn = sums.sum(1) / counts.sum(1), (draws @ sums.T) / (draws @ counts.T)
-    # Where every token has the same number (none of these 20 left), resampling cannot say how far it might be off.
+    # Where all tokens have the same value (say, none of 20 left), resampling cannot tell how far off it might be.
     drawn[:, np.fmin.reduce(values, axis=1) == np.fmax.reduce(values, axis=1)] = np.nan
     low, high = _interval(drawn, blocks)
     columns = {"tokens": counts.sum(1), "blocks": blocks, "mean": mean, "low": low, "high": high}
@@ -335,7 +338,7 @@ def _means(values: np.ndarray, unit: np.ndarray, seed: int = 0) -> tuple[pd.Data
 
 
 def _draws(n: int, seed: int = 0) -> np.ndarray:
-    """How often each of ``n`` units is drawn, in each resample."""
+    """How often each of ``n`` units is drawn in each resample."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
 
 
@@ -350,11 +353,11 @@ def _interval(drawn: np.ndarray, units: Sequence[int]) -> tuple[np.ndarray, np.n
 
 
 def _spearman(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> float:
-    """Spearman's rho of the pairs, each as often as ``weight`` says; x and y are int codes in order ``[N]``."""
+    """Spearman's rho of the pairs, each counted ``weight`` times; x and y are ordinal int codes ``[N]``."""
     ranks = []
     for code in (x, y):
         mass = np.bincount(code, weight)
-        ranks.append((np.cumsum(mass) - mass / 2)[code])  # ties share the middle of their ranks
+        ranks.append((np.cumsum(mass) - mass / 2)[code])  # ties share their middle rank
     with np.errstate(invalid="ignore", divide="ignore"):
         (xx, xy), (_, yy) = np.cov(*ranks, fweights=weight, ddof=0)
         return float(xy / np.sqrt(xx * yy))

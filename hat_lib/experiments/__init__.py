@@ -1,1 +1,1 @@
-"""What fills data/results: one module a file of results."""
+"""What fills data/results: one module per file of results."""

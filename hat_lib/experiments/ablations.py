@@ -1,8 +1,8 @@
-"""What each choice of the recipe is worth: short runs that differ in one thing, ``data/results/ablations.csv``.
+"""What each choice in the recipe is worth: short runs that differ in one thing, ``data/results/ablations.csv``.
 
 Every run trains routers for a few steps from the same seed and is then measured at the same realised capacity, on
-validation text of the domain it was trained on, and on the other domain. Short runs rank choices that
-act fast; they say nothing on how a choice scales.
+validation text from the domain it was trained on and on the other domain. Short runs rank choices that act quickly;
+they say nothing about how a choice scales.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from hat_lib.training.run import CALIBRATION_TOKENS, Run, train
 ABOUT = "a short run that differs in one thing"
 MINUTES = 120
 KEY = ("granularity", "change", "text")
-# (text, split) that a run is measured on. Domain B is shown, and selects nothing.
+# (text, split) that a run is measured on. The second is reported, but selects nothing.
 MEASURED = (("addresses", "validation"), ("docstrings", "test"))
 
 
 @dataclass(frozen=True)
 class Change:
-    """One run: the recipe of its grain with one thing changed; steps 0 is the start, untrained."""
+    """One run: the recipe of its grain with one thing changed; ``trained=False`` is the start, with 0 steps."""
 
     granularity: str
     name: str
     recipe: dict = field(default_factory=dict)
     trained: bool = True
     split: str = "damage"
-    """how the budget is split over sites at the start, and whether sensitive tokens keep more: see `calibrate`"""
+    """how the budget is split over sites at the start and, next, whether sensitive tokens keep more: see `calibrate`"""
     token_sensitivity: bool = False
     protected_tokens: int = 2
 
@@ -72,7 +72,7 @@ CHANGES = (
     Change("token", "one capacity", {"capacity": 0.75, "spread": 0.0, "anneal": 0.0}),
     Change("token", "budget weight 10", {"budget_weight": 10.0}),
     Change("token", "learning rate 2e-2", {"router_lr": 2e-2}),
-    # what notebook 03 trains with, to learn in forty steps
+    # what notebook 03 trains with, so as to learn in forty steps
     Change("token", "the last four together", {"layer_dropout": 0.0, "capacity": 0.75, "spread": 0.0, "anneal": 0.0,
                                                "budget_weight": 10.0, "router_lr": 2e-2}),
 )  # fmt: skip
@@ -110,12 +110,12 @@ def rows(
         if change.granularity in grains and texts:
             with TemporaryDirectory() as folder:
                 yield from _run(change, Path(folder), base, steps, texts, tokens, dtype)
-            gc.collect()  # models and their hooks refer to each other, and the collector does not see their size
+            gc.collect()  # models and their hooks refer to each other, and the collector cannot see their size
 
 
 def _run(change: Change, folder: Path, base: str, steps: int, texts, tokens: int, dtype: str) -> Iterator[Row]:
     make = Recipe.published if change.granularity == "token" else Recipe.channel
-    # As many tokens a step for both grains, and no token twice.
+    # The same number of tokens per step for both grains, and no token twice.
     recipe = make("full", **{"batch_size": 2, "log_steps": steps, "save_steps": steps, **change.recipe})
     recipe = replace(recipe, tokens=steps * recipe.batch_size * recipe.block_size)
     start = None

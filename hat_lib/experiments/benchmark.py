@@ -1,8 +1,8 @@
-"""Wall-clock of what `decode` leaves out, at forced shares, interleaved: ``data/results/benchmark.csv``.
+"""Wall-clock time of what `decode` leaves out, at forced shares, interleaved: ``data/results/benchmark.csv``.
 
-The token grain and exits in decode, of one sequence and of several, and both grains in prefill; the channel grain
-decodes one sequence for comparison. A ratio is only worth something inside one run, so the variants take turns: in each
-round every variant processes the same tokens once, and what is reported is the median over rounds of the round's ratio.
+The token grain and exits in decode, for one sequence and for several, and both grains in prefill; the channel grain
+decodes one sequence for comparison. A ratio only means something within one run, so the variants take turns: in each
+round every variant processes the same tokens once, and the median over rounds of each round's ratio is reported.
 ``speedup_hf`` is what a user gains over plain transformers; ``speedup_dense`` is the method's own part, over this
 library's dense path; ``ideal`` is what the realised shares would give if time followed weights (decode) or FLOPs
 (prefill). Tokens are forced, not sampled, so every variant sees the same text.
@@ -41,9 +41,9 @@ ABOUT = "speed of the token grain, of exits and of prefill at forced shares, on 
 MINUTES = 10
 KEY = ("granularity", "phase", "batch", "capacity", "exit_rate")
 CONTEXT = 64
-"""tokens in the cache before the first timed decode step, of all sequences together"""
+"""tokens in the cache before the first timed decode step, over all sequences"""
 PREFILL = 512
-"""tokens of a timed prefill, shared by the prompts of a batch"""
+"""tokens of a timed prefill, split between the prompts of a batch"""
 
 
 class Setting(NamedTuple):
@@ -61,7 +61,7 @@ class Row(Timed):
     phase: str  # decode (one token per sequence) or prefill
     batch: int
     tokens: int
-    """of each sequence: keys in the cache at the first timed step (decode), or tokens of each prompt (prefill)"""
+    """per sequence: keys in the cache at the first timed step (decode), or prompt tokens (prefill)"""
     capacity: float
     exit_rate: float  # both as requested
     realised: float
@@ -82,8 +82,8 @@ class Row(Timed):
 def decode_ms(lm: LlamaForCausalLM, ids: Tensor, steps: int, context: int = CONTEXT) -> float:
     """Mean milliseconds of one decode step over ``steps`` forced tokens after ``context`` cached ones.
 
-    The mean, because tokens differ in work: of ten tokens one may leave early. Before the steps there are two forwards
-    that are not timed: the prompt, and the first step, in which the engine may have to pack weights.
+    The mean, because tokens differ in work: one in ten may leave early. Two forwards before the steps are not timed:
+    the prompt, and the first step, in which the engine may have to pack weights.
     """
     cache = DynamicCache(config=lm.config)
     lm(input_ids=ids[:, :context], cache=cache, use_cache=True, logits_to_keep=1)
@@ -97,7 +97,7 @@ def decode_ms(lm: LlamaForCausalLM, ids: Tensor, steps: int, context: int = CONT
 
 @torch.inference_mode()
 def prefill_ms(lm: LlamaForCausalLM, ids: Tensor) -> float:
-    """Milliseconds of one forward over ``ids`` with the logits of the last token alone, as generate does."""
+    """Milliseconds of one forward over ``ids``, with logits of the last token only, as in generate."""
     start = now(lm)
     lm(input_ids=ids, cache=DynamicCache(config=lm.config), use_cache=True, logits_to_keep=1)
     return 1e3 * (now(lm) - start)
@@ -118,9 +118,9 @@ def measure(
     rounds: int,
     steps: int,
 ) -> list[Row]:
-    """A row for each setting: what makes the context in which ``hat`` runs at it; ``plain`` is `plain_copy`.
+    """A row for each of ``settings``, whose values make the context to run ``hat`` in; ``plain`` is `plain_copy`.
 
-    ``ids`` are tokens to force, int64 ``[B, >= CONTEXT + steps]``; ``phase`` is "decode" or "prefill".
+    ``ids`` are the tokens to force, int64 ``[B, >= CONTEXT + steps]``; ``phase`` is "decode" or "prefill".
     """
     prompts, context = ids[:, : max(1, PREFILL // len(ids))], max(1, CONTEXT // len(ids))
     decode = phase == "decode"
@@ -162,7 +162,7 @@ def measure(
 
 
 def _ideal(cost, phase: str, batch: int) -> float:
-    """Dense / executed: weights read for decode, FLOPs for prefill, where the head serves the last token alone.
+    """Dense / executed: weights read for decode, FLOPs for prefill, where the head only serves the last token.
 
     In a batch a weight is read once for all rows, so the ideal of a batched decode is that of the rows' mean
     only if rows are compacted; it is reported as an upper bound.
@@ -178,12 +178,12 @@ def _ideal(cost, phase: str, batch: int) -> float:
 
 
 def plain_copy(hat: HierarchicalTransformer) -> LlamaForCausalLM:
-    """The same base in plain transformers, with weights of its own."""
+    """The same base in plain transformers, with its own weights."""
     return load_base(hat.base.name, dtype=hat.base.dtype, device=hat.base.device).model
 
 
 def forced_tokens(hat: HierarchicalTransformer, capacity: float, batch: int, tokens: int, seed: int = 0) -> Policy:
-    """The same number of FFNs skipped for every token, drawn at random; layer 0 always runs, so the others skip
+    """The same number of FFNs, drawn at random, is skipped for every token; layer 0 always runs, so the others skip
     ``L (1 - capacity)`` between them."""
     n = hat.config.n_layers
     generator = np.random.default_rng(seed)
@@ -198,7 +198,7 @@ def forced_tokens(hat: HierarchicalTransformer, capacity: float, batch: int, tok
 def forced(
     hat: HierarchicalTransformer, capacities: Iterable[float], batch: int, tokens: int
 ) -> dict[float, Callable[[], AbstractContextManager]]:
-    """Capacity -> what makes a context in which ``hat`` executes that share of a text ``[batch, tokens]``.
+    """Capacity -> a function that makes a context in which ``hat`` executes that share of a text ``[batch, tokens]``.
 
     Channel grain: one quantile of the scores per site, the same share everywhere. Token grain: `forced_tokens`.
     """
@@ -212,7 +212,7 @@ def forced(
 
 
 def forced_exits(hat: HierarchicalTransformer, rate: float, batch: int, tokens: int) -> AbstractContextManager:
-    """A context in which so many tokens, drawn at random, leave half way up."""
+    """A context in which a share ``rate`` of the tokens, drawn at random, leaves halfway up."""
     leave = torch.from_numpy(np.random.default_rng(0).random((batch, tokens)) < rate).to(hat.base.device)
     return hat.exiting(Forced(Masks(exits={hat.config.exit_layers[0]: leave})))
 
@@ -235,8 +235,8 @@ def rows(
 ) -> Iterator[Row]:
     """Both grains at every capacity, decode and prefill; the token grain also at every batch size and exit rate.
 
-    A batch has as many tokens as one sequence does, in prefill and before the first timed step, so that the two can be
-    compared. In each of ``rounds`` every variant takes one turn, in decode of ``steps`` tokens.
+    A batch has as many tokens in total as a single sequence, in prefill and before the first timed step, so that the
+    two can be compared. In each of ``rounds`` every variant takes one turn, of ``steps`` tokens in decode.
     """
     for name, count in (("rounds", rounds), ("steps", steps), *(("batches", size) for size in batches)):
         check_count(name, count, 1)
@@ -247,7 +247,7 @@ def rows(
                 for at in product(("decode", "prefill"), sizes)}  # fmt: skip
         if any(plan.values()):
             yield from _grain(granularity, plan, base, rounds, steps, dtype)
-            gc.collect()  # gigabytes in cycles of models and hooks, which the collector does not see
+            gc.collect()  # gigabytes in cycles of models and hooks, whose size the collector cannot see
 
 
 def _grain(granularity: str, plan: Mapping, base: str, rounds: int, steps: int, dtype: str | None) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""What the experiments have in common: columns of several files, their saved rows, and tables in Markdown."""
+"""What the experiments share: columns used in several files, their saved rows, and Markdown tables."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Machine:
 
 @dataclass(frozen=True)
 class Timed(Machine):
-    """Rows that hold a time."""
+    """Rows that contain times."""
 
     cpu: str
-    """by its name; "unknown" in rows that were measured before it was kept"""
+    """its name; "unknown" in rows measured before it was recorded"""
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """On a text beside its base's; of a 4-bit file, dequantised, when ``base`` is "bundled"."""
+    """On a text, relative to the base's; if ``base`` is "bundled", that is a dequantised 4-bit file."""
 
     text: str
     tokens: int
@@ -48,7 +48,7 @@ class Perplexity:
     increase_low: float
     increase_high: float  # 95 % paired interval
     top1: float  # share of tokens with the base's most likely next token
-    kl: float  # KL(base || variant), nats a token
+    kl: float  # KL(base || variant), nats per token
 
 
 def machine(base: Base) -> dict:
@@ -67,13 +67,13 @@ def perplexity(paired: Comparison) -> dict:
 
 
 def rounded(row_type: type, **values):
-    """A row with its floats to five significant digits; what ``row_type`` has no column for is left out."""
+    """A row with its floats rounded to five significant digits; values without a column in ``row_type`` are dropped."""
     names = [f.name for f in fields(row_type) if f.name in values]
     return row_type(**{n: float(f"{values[n]:.5g}") if isinstance(values[n], float) else values[n] for n in names})
 
 
 def saved(name: str, results: Path | None = None) -> pd.DataFrame:
-    """The rows of a file of results; ``results`` is its folder, ``data/results`` unless told."""
+    """The rows of a file of results; ``results`` is its folder, by default ``data/results``."""
     path = (results or config.DATA / "results") / f"{name}.csv"
     if not path.is_file():
         raise HatError(f"no {path}: make it with `hat reproduce {name}`")
@@ -81,14 +81,14 @@ def saved(name: str, results: Path | None = None) -> pd.DataFrame:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """A table, a line for each row; what is missing (None, nan) is an empty cell."""
+    """A table with one line per row; missing values (None, nan) become empty cells."""
     lines = [header, ["---"] * len(header), *rows]
     cells = [["" if value is None or value != value else str(value) for value in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def times(speedup: float, ideal: float | None = None) -> str:
-    """A speedup; skipping alone cannot beat its ideal, so a point above it says how large the noise is.
+    """A speedup; skipping alone cannot beat its ideal, so a point above it shows how large the noise is.
 
     >>> times(1.16), times(1.16, 1.1), times(1.104, 1.1)
     ('1.16x', '1.16x (above ideal: noise)', '1.10x')

@@ -1,15 +1,15 @@
-"""Decoding on a CPU, in milliseconds a token: ``data/results/decode.csv``.
+"""Decoding on a CPU, in milliseconds per token: ``data/results/decode.csv``.
 
-On the bundled base at the capacities of a trained checkpoint, and on TinyLlama's exact shape at the same shares,
-forced: plain transformers, the reference path, and the engine with its weights in each format, all behind the same
-text, in turns; also eight sequences at a time. An engine's speedup is over our own fastest dense path in the same
-format of weights; ``low`` and ``high`` are the slowest and the fastest rounds. "read" is the same threads adding up
-as much memory in order. llama.cpp decodes the bundled base's file in its own four bits, in the same turns, where
-llama-cpp-python is installed (``pip install "hat-workbook[peers]"``, which compiles for minutes).
+On the bundled base at the capacities of a trained checkpoint, and on TinyLlama's exact shape forced to the same shares:
+plain transformers, the reference path, and the engine with its weights in each format, all after the same text, in
+turns; also eight sequences at a time. The engine's speedup is over our own fastest dense path in the same weight
+format; ``low`` and ``high`` are the slowest and the fastest rounds. "read" is the same threads summing as much memory
+in order. llama.cpp decodes the bundled base's file in its own four bits, in the same turns, if llama-cpp-python is
+installed (``pip install "hat-workbook[peers]"``, which takes minutes to compile).
 
-Before the engine's first step plain transformers are timed alone ("hf_before"); in the turns they come right after the
-engine. What a format and a capacity cost in quality is told beside their time: KL of what the engine predicts from what
-the dense base does.
+Before the engine's first step, plain transformers are timed alone ("hf_before"); in the turns they come right after the
+engine. Beside its time, each format and capacity has its cost in quality: the KL of the engine's predictions from those
+of the dense base.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ WAYS = {"hf": "plain transformers", "hf_before": "plain transformers, before the
         "reference": "the reference path", "read": "a plain read of as much memory", "engine": "the engine",
         "llama.cpp": "llama.cpp"}  # fmt: skip
 TOGETHER = 8
-"""tokens that the engine takes at a time, at most"""
+"""most tokens the engine takes at a time"""
 HELD_OUT = 512
 """tokens on which a format is compared with the base"""
 READ = {"int8": (1.0, 0.0, 1.0), "q4": (0.5, 4 / 32, 1.0)}
-"""bytes that a format reads for each weight of a kept channel, for each weight whatever is kept (scales of groups of 32
+"""bytes that a format reads for each weight of a kept channel, for each weight kept or not (scales of groups of 32
 channels), and for each weight of the head; "base" reads its own"""
 
 
@@ -69,25 +69,25 @@ class Row(Timed):
     weights: str
     """bfloat16, float32; int8, a scale for each output; q4 and q4_1, four bits in groups of 32"""
     sequences: int
-    """that decode together"""
+    """number that decode together"""
     capacity: float
     """requested, or forced"""
     realised: float
     ms: float
-    """a token, of all sequences"""
+    """per token, over all sequences"""
     low: float
     high: float
     """of the slowest and of the fastest round"""
     tokens_per_second: float
     ideal: float | None
-    """speedup over dense if time followed the weights that are read; of one sequence, as several share them"""
+    """speedup over dense if time followed the weights read; only for one sequence, as several share them"""
     over_dense: float | None
     """over our own fastest dense path in this format, paired by round"""
     over_dense_low: float | None
     over_dense_high: float | None
     over_hf: float | None
     kl: float | None
-    """KL(dense base || engine), nats a token; of weights that mean something, the bundled base's"""
+    """KL(dense base || engine), nats per token; only for meaningful weights, those of the bundled base"""
     copy_mib: float | None
     """the engine's own copy of weights"""
     steps: int
@@ -96,7 +96,7 @@ class Row(Timed):
 
 @dataclass
 class Way:
-    """One way to decode: ``once()`` gives milliseconds a token."""
+    """One way to decode: ``once()`` returns milliseconds per token."""
 
     name: str
     weights: str
@@ -119,13 +119,13 @@ def rows(
     steps: int = 32,
     dtype: str = "bf16",
 ) -> Iterator[Row]:
-    """Rows of both bases.
+    """Rows for both bases.
 
     Args:
         checkpoint: of the channel grain, for the bundled base.
-        together: sequences, dense and at the middle capacity; the engine takes up to eight.
-        rounds: in which every way takes one turn.
-        steps: tokens of one turn.
+        together: sequences to decode together, dense and at the middle capacity; the engine takes up to eight.
+        rounds: each way takes one turn per round.
+        steps: tokens per turn.
     """
     check_count("rounds", rounds, 1), check_count("steps", steps, 1), check_count("together", together, 2, TOGETHER)
     asked = [1.0, *(check_capacity(c) for c in capacities if c != 1)]
@@ -138,7 +138,7 @@ def rows(
     ids = torch.tensor([sum(blocks["input_ids"], [])])
     yield from _base(hat, ids, {c: lambda c=c: hat.at(c, 0.0) for c in asked}, together, rounds, steps, done)
     del hat
-    gc.collect()  # gigabytes in cycles of models and hooks, which the collector does not see
+    gc.collect()  # gigabytes in cycles of models and hooks, whose size the collector cannot see
     base = load_base(SHAPE, dtype=dtype)
     hat = HierarchicalTransformer(base, HatConfig.default(base, exit_layers=()))
     with torch.inference_mode():
@@ -150,7 +150,7 @@ def _base(hat, ids: Tensor, around: dict, together: int, rounds: int, steps: int
     if (hat.base.name, "engine", WEIGHT_FORMATS[-1], together, 1.0) in done:
         return
     plain, own, bundled = plain_copy(hat), str(hat.base.dtype).removeprefix("torch."), hat.base.name == BUNDLED
-    # A batch holds as many tokens as one sequence does before it is timed.
+    # Before timing, a batch holds as many tokens in total as a single sequence does.
     texts = {n: ids[:, : n * (CONTEXT // n + steps)].view(n, -1) for n in (1, together)}
     hf, batch = (Way("hf", own, n, 1.0, lambda n=n: _ms(plain, texts[n], steps)) for n in (1, together))
     before = [Way("hf_before", own, 1, 1.0, hf.once)] if bundled else []
@@ -163,7 +163,7 @@ def _base(hat, ids: Tensor, around: dict, together: int, rounds: int, steps: int
     peer = llama_cpp(texts[1], steps) if bundled else None
     more = [Way("llama.cpp", "q4_1", 1, 1.0, peer)] if peer else []
     first, *others = ways.values()
-    # Transformers between two turns of the engine.
+    # Plain transformers between two turns of the engine.
     turns = [reference, read, *first, hf, *sum(others, []), batch, *more]
     take_turns(turns, lambda way: way.once(), rounds)
     for way in sorted([*before, *turns], key=lambda way: (way.sequences, [*WAYS].index(way.name))):
@@ -174,10 +174,10 @@ def _base(hat, ids: Tensor, around: dict, together: int, rounds: int, steps: int
 def _engine(
     hat, texts: dict, around: dict, steps: int, form: str, expected: Tensor | None, ids: Tensor
 ) -> Iterator[Way]:
-    """The engine's ways in one format, with all about them that is no time."""
+    """The engine's ways in one format, with all of their columns that are not times."""
     name = str(hat.base.dtype).removeprefix("torch.") if form == "base" else form
     middle = sorted(around)[(len(around) - 1) // 2]
-    _within(hat, texts[1], 1, hat.dense, form)  # packs, outside of what is collected
+    _within(hat, texts[1], 1, hat.dense, form)  # packs the weights before anything is collected
     copied = hat.packed_bytes / 2**20
     for sequences, text in texts.items():
         for capacity, enter in sorted(around.items(), reverse=True):
@@ -199,7 +199,7 @@ def _engine(
 
 
 def _ms(lm, ids: Tensor, steps: int) -> float:
-    """Milliseconds a token, of all sequences."""
+    """Milliseconds per token, over all sequences."""
     return decode_ms(lm, ids, steps, ids.shape[1] - steps) / len(ids)
 
 
@@ -212,8 +212,8 @@ def _within(hat, ids: Tensor, steps: int, enter: Callable, form: str, reference:
 
 
 def _plain_read(lm) -> Callable[[], float]:
-    """Milliseconds in which the engine's threads read, in order, as much memory as a dense step reads in the base's own
-    format."""
+    """Measures the milliseconds in which the engine's threads read, in order, as much memory as a dense step reads in
+    the base's own format."""
     from hat_lib.engine import team
     from hat_lib.engine.compiling import compiled
     from hat_lib.engine.weights import linears
@@ -240,7 +240,7 @@ def _plain_read(lm) -> Callable[[], float]:
 
 @torch.inference_mode()
 def _predicted(hat, ids: Tensor) -> Tensor:
-    """Log-probabilities of what follows each of `HELD_OUT` tokens, fp32 ``[T, V]``; in steps that the engine takes."""
+    """Log-probabilities of what follows each of `HELD_OUT` tokens, fp32 ``[T, V]``, in steps the engine can take."""
     cache, parts = DynamicCache(config=hat.lm.config), ids[:, :HELD_OUT].split(TOGETHER, 1)
     logits = [hat.lm(input_ids=part, cache=cache, use_cache=True).logits[0] for part in parts]
     return torch.cat(logits).float().log_softmax(-1)
@@ -275,7 +275,7 @@ def _row(hat, way: Way, ways: Sequence[Way], steps: int, rounds: int) -> Row:
 
 
 def _ideal(cost: Work, size: int, form: str) -> float:
-    """Dense over executed weights, in the bytes that a format reads; ``size`` is that of a weight of the base."""
+    """Dense over executed weights, in the bytes a format reads; ``size`` is the size in bytes of a base weight."""
     kept, whole, head = READ.get(form, (size, 0.0, size))
     dense, executed = (
         {part: float(work.sum()) for part, work in parts.items()}
@@ -291,7 +291,8 @@ def _ideal(cost: Work, size: int, form: str) -> float:
 
 
 def llama_cpp(ids: Tensor, steps: int) -> Callable[[], float] | None:
-    """Milliseconds a token of llama.cpp on the bundled base's file, behind the same tokens; None if not installed."""
+    """Measures milliseconds per token of llama.cpp on the bundled base's file, after the same tokens; None if it is not
+    installed."""
     try:
         from llama_cpp import Llama
     except ImportError:

@@ -1,6 +1,6 @@
 """What each layer executes at the settings of ``quality.csv``: ``data/results/layer_shares.csv``.
 
-That file keeps a number for the whole model; the view of the frontier shows where in it the work is done.
+That file has one number for the whole model; the view of the frontier shows where in the model the work is done.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def rows(
     done: Collection = (),
     *,
     checkpoint: Path = CHECKPOINTS / "default",
-    max_tokens: int = 128,
+    max_tokens: int = 2048,
     results: Path | None = None,
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """Every layer at every setting that ``quality.csv`` in ``results`` has for the channel grain and docstrings."""
+    """Every layer at every setting that ``quality.csv`` in ``results`` has for the channel grain on docstrings."""
     points = frontier.points(saved("quality", results))[["capacity", "exit_rate"]]
     if settings := [at for at in points.itertuples(index=False, name=None) if (*at, 0) not in done]:
         hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
@@ -56,7 +56,7 @@ def layer_shares(
 ) -> list[Row]:
     """Run ``hat`` over each row of `load_text` at each (capacity, exit rate); it is left as it was.
 
-    One block a forward, so there are no pads. Raises `HatError` without blocks, and for a setting out of range.
+    One block per forward, so there are no pads. Raises `HatError` without blocks, and for a setting out of range.
     """
     if not len(blocks):
         raise HatError("layer shares need at least one block of text")

@@ -3,11 +3,11 @@
 One row for each text, capacity and way to run, of an untrained and a trained checkpoint:
 
     layers       channels of the layers alone, by the thresholds of the untrained checkpoint; the head in full
-    head         the same, and the head's shortlist
-    trained      the trained checkpoint: its corrections and scales, the head's shortlist
-    fine_tuned   the corrections with nothing skipped: what training alone does to the base, at all of its work
+    head         the same, plus the head's shortlist
+    trained      the trained checkpoint: its corrections and scales, and the head's shortlist
+    fine_tuned   the corrections with nothing skipped: what training alone does to the base, at full work
 
-Whole blocks, at even distances in a test split. ``encyclopedia`` was not used to select anything.
+Measured on evenly spaced whole blocks of a test split. ``encyclopedia`` was not used to select anything.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Row(common.Machine, common.Perplexity):
     model_share: float
     ppl: float
     coverage: float
-    """of the interval, by simulation on these very blocks (`hat_lib.evaluation.perplexity.coverage`)"""
+    """of the interval, simulated on these very blocks (`hat_lib.evaluation.perplexity.coverage`)"""
     blocks: int
     documents: int
     text_hash: str
@@ -68,9 +68,9 @@ def rows(
     tokens: int = 20_480,
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """Rows on some ``tokens`` tokens of each text; without ``trained``, of the first two ways alone.
+    """Rows on about ``tokens`` tokens of each text; without ``trained``, only for the first two ways.
 
-    Raises `HatError` for an unknown way or text, a capacity out of range, ways that need what is not given, and
+    Raises `HatError` for an unknown way or text, a capacity out of range, ways whose checkpoint is not given, and
     checkpoints that do not gate their head.
     """
     check_count("tokens", tokens, 2 * BLOCK)
@@ -118,7 +118,7 @@ def _on_text(hat, checkpoint: Path, text: str, points: list[tuple[str, float]], 
 
 
 def whole_blocks(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
-    """About ``tokens`` tokens of a test split, in whole blocks at even distances; rows of `load_text`."""
+    """About ``tokens`` tokens of a test split, in evenly spaced whole blocks; rows of `load_text`."""
     blocks = load_text(text, tokenizer, split="test", block_size=BLOCK)
     whole = [i for i, ids in enumerate(blocks["input_ids"]) if len(ids) == BLOCK]
     return at_even_distances(blocks.select(whole), tokens // BLOCK)
@@ -135,7 +135,7 @@ def figures(results: Path | None = None) -> dict[str, Figure]:
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    """A line for each way and capacity, with every text."""
+    """A line for each way and capacity, with all texts."""
     table = saved("mechanisms", results).sort_values("capacity", ascending=False)
     lines = []
     for way in WAYS:

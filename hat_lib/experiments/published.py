@@ -1,7 +1,7 @@
 """The published recipe, measured like our own: ``data/results/published.csv``.
 
-The rows are those of `hat_lib.experiments.quality`, for the checkpoint that was trained with the published
-hyperparameters, at the grain that they are for.
+The rows are as in `hat_lib.experiments.quality`, for the checkpoint trained with the published hyperparameters, at the
+grain they are meant for.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def figures(results: Path | None = None) -> dict[str, Figure]:
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    """The token grain by two recipes, each increase with the capacity realised; controls at the work of ours."""
+    """The token grain under two recipes, each increase with its realised capacity; controls at the work of ours."""
     asked = "granularity == 'token' and exit_rate == 0"
     ours, theirs = (saved(name, results).query(asked).sort_values("tokens") for name in ("quality", "published"))
     ways = ("our recipe", "published recipe", "best control")

@@ -1,8 +1,8 @@
-"""What is claimed for the published method, and what is there: ``data/results/published_claims.csv``.
+"""What is claimed for the published method, and what is measured: ``data/results/published_claims.csv``.
 
-Claimed for a frozen base: so much capacity, so many times as fast, for so much perplexity. Beside it, for both grains
-and the claimed capacities, quality on the bundled base as ``quality.csv`` has it, and speed: on the bundled base
-with the reference checkpoints, and on TinyLlama's exact shape with the shares and exits forced that the bundled base
+The claims are for a frozen base: at a given capacity, a speedup and its price in perplexity. Next to them, for both
+grains at the claimed capacities: quality on the bundled base, from ``quality.csv``, and speed, both on the bundled base
+with the reference checkpoints and on TinyLlama's exact shape, forced to the shares and exits that the bundled base
 realised.
 """
 
@@ -52,7 +52,7 @@ class Row(common.Timed):
     exit_rate: float  # both as requested
     promised_speedup: float | None
     promised_increase: float | None
-    realised: float  # capacity, in the timed decode, as are the next two
+    realised: float  # capacity, in the timed decode, like the next two
     realised_exit: float
     model_share: float
     ideal_decode: float
@@ -61,7 +61,7 @@ class Row(common.Timed):
     ideal_prefill: float
     prefill_dense: float
     prefill_hf: float
-    addresses: float | None  # increase in perplexity, of the bundled base, with its 95 % paired interval
+    addresses: float | None  # increase in perplexity on the bundled base, with its 95 % paired interval
     addresses_low: float | None
     addresses_high: float | None
     docstrings: float | None
@@ -80,9 +80,9 @@ def rows(
     steps: int = 64,
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """Rows of both bases, grain by grain; ``quality.csv`` in ``results`` was made with these checkpoints.
+    """Rows for both bases, grain by grain; ``quality.csv`` in ``results`` must have been made with these checkpoints.
 
-    A turn of decode has many ``steps``, as what a token grain realises in a few tokens says little.
+    A turn of decode has many ``steps``, because what the token grain realises over a few tokens says little.
     """
     check_count("rounds", rounds, 1), check_count("steps", steps, 1)
     path = (results or config.DATA / "results") / "quality.csv"
@@ -111,7 +111,7 @@ def _grain(checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str
 
     # On TinyLlama's shape, forced to what the bundled base realised.
     del hat
-    gc.collect()  # gigabytes in cycles of models and hooks, which the collector does not see
+    gc.collect()  # gigabytes in cycles of models and hooks, whose size the collector cannot see
     base = load_base(SHAPE, dtype=dtype)
     hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=granularity))
     with torch.inference_mode():
@@ -152,12 +152,12 @@ def _rows(hat, around: Mapping, ids: Tensor, rounds: int, steps: int, known: Map
             prefill_dense=prefill.speedup_dense,
             prefill_hf=prefill.speedup_hf,
         )
-        yield replace(row, **quoted)  # a quotation: to the digit
+        yield replace(row, **quoted)  # quoted, so not rounded again
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:
     rows = saved("published_claims", results)
-    # A speed above its ideal was measured wrongly; `speeds` shows it beside the ideal, elsewhere it would mislead.
+    # A speed above its ideal is a measuring error; `speeds` shows it beside the ideal, elsewhere it would mislead.
     above = rows["decode_dense"].round(2) > rows["ideal_decode"].round(2)
     drawn = {"06_work_and_time": speed.work_and_time(rows[~above]), "06_promise": speed.promise(rows)}
     return drawn | {"08_speeds": findings.speeds(rows)}

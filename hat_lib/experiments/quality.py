@@ -1,8 +1,8 @@
-"""What the trained checkpoints keep, beside every control, at equal work: ``data/results/quality.csv``.
+"""The quality of the trained checkpoints beside every control, at equal work: ``data/results/quality.csv``.
 
 One row for each grain, text, capacity and variant: perplexity over the base's, agreement with it, and the margin to
-the trained model on the same tokens. A control is turned until it executes what the trained model executed on that
-very text; only its work is looked at for that, never its predictions.
+the trained model on the same tokens. A control is tuned until it executes as much as the trained model did on that
+very text, looking only at its work, never at its predictions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ MINUTES = 60
 VARIANTS = ("trained", "untrained", *CONTROLS, "random_exits")
 DRAWN = ("random", "removal", "static", "random_exits")
 """variants with something drawn at random, which differ from seed to seed"""
-# A control is turned on this many tokens of the text, in blocks at even distances.
+NOT_APART = ("token", "static")
+"""at the token grain the static choice is the removal of whole layers, which has its own rows"""
+# A control is tuned on this many tokens of the text, in evenly spaced blocks.
 MATCH_TOKENS = 1024
 
 
@@ -50,7 +52,7 @@ class Point(NamedTuple):
     capacity: float
     exit_rate: float
     variant: str  # one of `VARIANTS`
-    seed: int = 0  # of what is drawn at random
+    seed: int = 0  # of random draws
 
 
 KEY = Point._fields
@@ -71,15 +73,15 @@ class Row(common.Machine, common.Perplexity):
     margin: float
     margin_low: float
     margin_high: float
-    """perplexity over the trained model's at this point, less 1, and its 95 % paired interval; 0 for the trained"""
+    """perplexity over the trained model's at this point, less 1, and its 95 % paired interval; 0 for that model"""
     blocks: int
     text_hash: str
     adapter: str
-    """beginning of the SHA-256 of the parameters and tables behind the row; those of exits only where some leave"""
+    """beginning of the SHA-256 of the parameters and tables behind the row; those of exits only if some tokens leave"""
 
 
 def plan(granularity: str) -> list[Point]:
-    """The points of one grain, most telling ones first; those that share a text and a trained run stand together."""
+    """The points of one grain, most informative first; those that share a text and a trained run are adjacent."""
     both, gates = ("trained", "untrained"), ("trained", "random_exits")
     long = [((0.75, 0.62), 0.0, both)]
     short = [((0.9, 0.7, 0.55), 0.0, (*both, *CONTROLS)), ((0.4,), 0.0, both)]
@@ -91,6 +93,7 @@ def plan(granularity: str) -> list[Point]:
         for capacities, rate, variants in grid
         for capacity in capacities
         for variant in variants
+        if (granularity, variant) != NOT_APART
     ]
 
 
@@ -106,9 +109,9 @@ def grid(
 ) -> list[Point]:
     """The points of a sweep, for one grain: by text, then capacity, then exit rate, the trained model first.
 
-    Controls of routers stand beside the rows without exits, `random_exits` beside those with. At capacity 1.0 without
-    exits there is nothing to control; what draws nothing at random is run with the first seed alone. Raises `HatError`
-    for an empty axis, a value out of range or given twice.
+    Controls for routers accompany the rows without exits, `random_exits` those with exits. At capacity 1.0 without
+    exits there is nothing to control; variants without random draws are run only with the first seed, and `NOT_APART`
+    not at all. Raises `HatError` for an empty axis, or a value that is out of range or given twice.
     """
     axes = {"capacity": [check_capacity(c) for c in capacities], "exit rate": [check_exit_rate(r) for r in exit_rates],
             "seed": list(seeds), "text": list(texts), "variant": list(variants)}  # fmt: skip
@@ -121,7 +124,7 @@ def grid(
         raise HatError(f"variants must be among {', '.join(VARIANTS)}, got {odd[0]!r}")
 
     def stands(capacity: float, rate: float, variant: str, seed: int) -> bool:
-        if variant not in DRAWN and seed != seeds[0]:
+        if (granularity, variant) == NOT_APART or (variant not in DRAWN and seed != seeds[0]):
             return False
         if variant == "random_exits":
             return rate > 0
@@ -142,11 +145,11 @@ def rows(
     points: Sequence[Point] | None = None,
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """Rows for the points that are not ``done``, grain by grain; those of `plan` unless told.
+    """Rows for the ``points`` that are not ``done``, grain by grain; by default those of `plan`.
 
-    Raises `HatError` for a checkpoint of another grain, one that was not trained in place of one that was, or the
-    reverse, and where ``done`` has rows of other checkpoints. A control that cannot do as much work as the trained
-    model is warned of and left out.
+    Raises `HatError` for a checkpoint of the wrong grain, an untrained checkpoint in place of a trained one or the
+    reverse, and if ``done`` has rows of other checkpoints. A control that cannot match the work of the trained model is
+    left out with a warning.
     """
     if odd := [g for g in grains if g not in GRANULARITIES]:
         raise HatError(f"grains must be among {', '.join(GRANULARITIES)}, got {odd[0]!r}")
@@ -167,7 +170,7 @@ def rows(
             )
     for grain in grains:
         trained, untrained = found[grain]
-        missing = [p for p in points or plan(grain) if p.granularity == grain and p not in done]
+        missing = [p for p in (plan(grain) if points is None else points) if p.granularity == grain and p not in done]
         if not missing:
             continue
         hat = HierarchicalTransformer.from_pretrained(trained, dtype=dtype)
@@ -205,7 +208,7 @@ def _on_text(hat, untrained: Path, adapters, text: str, max_tokens: int, points)
 
 
 def _control(hat, untrained: Path, point: Point, blocks, sample, realised: float) -> Callable | None:
-    """Makes the context to run a control in, at the trained model's work in the layers; None for that model."""
+    """Makes the context to run a control in, at the trained model's work in the layers; None for that model itself."""
     if point.variant == "trained":
         return None
     at = partial(hat.at, point.capacity, 0.0)
@@ -218,12 +221,12 @@ def _control(hat, untrained: Path, point: Point, blocks, sample, realised: float
         policy = matched(hat, as_in(hat, untrained), sample, max(0.1, realised))
     else:
         policy = CONTROLS[point.variant](hat, sample, max(0.1, realised), point.seed)
-    # Another's decisions in the layers, without corrections, and the head as it is at the capacity.
+    # The control's decisions in the layers, without corrections, and the head as it is at the capacity.
     return partial(together, at, partial(hat.correcting, 0.0), partial(hat.using, policy))
 
 
 def adapter_digest(checkpoint: Path, exits: bool) -> str:
-    """Gates that are trained again leave the rows without exits as they are, as does a head that is read in full."""
+    """Digest of the parameters and tables; omits the gates without ``exits``, and the tables of a head read in full."""
     found = read_checkpoint(checkpoint)
     parts = {name: t.numpy().tobytes() for name, t in found.tensors.items() if exits or not name.startswith("gates.")}
     tables = asdict(found.calibration) if found.calibration else {}
@@ -233,9 +236,9 @@ def adapter_digest(checkpoint: Path, exits: bool) -> str:
 
 
 def prices(checkpoint: Path, capacity: float, results: Path | None = None) -> dict[str, str]:
-    """About what a checkpoint costs at a capacity, without exits, in perplexity by text; {} if it was not measured.
+    """Roughly what a checkpoint costs in perplexity at a capacity, without exits, by text; {} if it was not measured.
 
-    Between two capacities that were, along the logarithm of the perplexity; below the lowest, more than there.
+    Interpolated between measured capacities in the logarithm of perplexity; below the lowest, "more than" its cost.
     """
     rows, known = saved("quality", results).query("exit_rate == 0"), adapter_digest(checkpoint, exits=False)
     untrained = known == adapter_digest(CHECKPOINTS / "calibrated", exits=False)
@@ -256,9 +259,9 @@ def figures(results: Path | None = None) -> dict[str, Figure]:
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    """The channel grain, trained and untrained at equal work."""
+    """The channel grain, trained and untrained, at equal work."""
     rows = saved("quality", results).query("granularity == 'channel' and exit_rate == 0").sort_values("tokens")
-    cells = {(r.capacity, r.text, r.variant): said(r._asdict()) for r in rows.itertuples()}  # on most tokens: the last
+    cells = {(r.capacity, r.text, r.variant): said(r._asdict()) for r in rows.itertuples()}  # the last has most tokens
     ways = [(text, variant) for text in TEXTS for variant in ("trained", "untrained")]
     header = ["capacity", *(f"{text}, {variant}" for text, variant in ways)]
     lines = [[f"{c:.2f}", *(cells.get((c, *way)) for way in ways)] for c in sorted(set(rows["capacity"]), reverse=True)]

@@ -1,17 +1,17 @@
-"""Rows of results, written one at a time, so that a run that is stopped goes on where it was.
+"""Rows of results, written one at a time, so that a stopped run resumes where it was.
 
-A CSV file whose columns are the fields of a dataclass; some of them, the key, say what was measured:
+A CSV file whose columns are the fields of a dataclass; some of them, the key, identify what was measured:
 
     with RowWriter(path, SweepRow, key=("text", "capacity", "seed")) as rows:
         for point in grid:
             if point not in rows.done:
                 rows.write(measure(*point))
 
-A row is on disk, whole, before `write` returns. A run killed inside a write leaves a line without its end: the next
-`RowWriter` drops it, and `read_rows` passes over it. Nothing else that is in the file is ever changed. Text comes from
-anywhere, and the file is opened in spreadsheets and terminals: it is written as `hat_lib.text.plain.cell` makes it.
+A row is completely on disk before `write` returns. A run killed during a write leaves a truncated line: the next
+`RowWriter` drops it, and `read_rows` skips it. Nothing else in the file is ever changed. Text may come from anywhere,
+and the file may be opened in spreadsheets and terminals, so text is written through `hat_lib.text.plain.cell`.
 
-One writer a file: it holds a lock until it is closed, which the system releases if the process dies (`flock`, so not
+One writer per file: it holds a lock until it is closed, which the system releases if the process dies (`flock`, so not
 on Windows), and a second one is refused. Workers of a pool hand their rows to the process that writes.
 """
 
@@ -36,22 +36,22 @@ class RowWriter:
     """Appends rows of one dataclass to a CSV file; a context manager.
 
     Args:
-        path: created, with its folders and a header line, if it is not there.
+        path: created, with its folders and a header line, if it does not exist.
         row_type: a dataclass whose fields are `str`, `bool`, `int` or `float`, or one of these `` | None``. Floats are
-            written in full: round them before.
+            written in full: round them first.
         key: the fields that tell rows apart.
-        replace: write to ``path`` + ".new", where a stopped run goes on, and put it in the place of ``path`` when the
+        replace: write to ``path`` + ".new", where a stopped run resumes, and replace ``path`` with it when the
             ``with`` block ends without an error.
 
-    Raises `HatError` for other columns than the row's, a line that does not read back, a key that stands
-    there twice, a file that is being written, and one that cannot be; the file stays as it was.
+    Raises `HatError` for columns other than the row's, a line that does not read back, a duplicate key, a file that is
+    being written by another run, and one that cannot be written; the file stays as it was.
     """
 
     def __init__(self, path: str | Path, row_type: type, key: Sequence[str], *, replace: bool = False):
         self._replaces = Path(path) if replace else None
         self.path, self.row_type, self.key = Path(f"{path}.new" if replace else path), row_type, tuple(key)
         self.done: dict[tuple, typing.Any] = {}
-        """the rows in the file by their keys, each a tuple in the order of ``key``"""
+        """the rows in the file by key, a tuple in the order of ``key``"""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b", buffering=0)
@@ -80,7 +80,7 @@ class RowWriter:
             self._append(_line(self._columns))
 
     def write(self, row) -> None:
-        """Append one row. Raises `HatError` for a key that is done, and for a value that would not read back."""
+        """Append one row. Raises `HatError` for a key that is already done, or a value that would not read back."""
         cells = [_cell(name, getattr(row, name), kind) for name, kind in self._columns.items()]
         key = self._key(row)
         if key in self.done:
@@ -103,7 +103,7 @@ class RowWriter:
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
         except BaseException as error:
-            self._file.truncate(self._end)  # neither a full disk nor Ctrl-C leaves half a line before the next one
+            self._file.truncate(self._end)  # so that neither a full disk nor Ctrl-C leaves half a line
             if isinstance(error, OSError):
                 raise HatError(f"cannot write {self.path}: {error.strerror or error}") from error
             raise
@@ -117,9 +117,9 @@ class RowWriter:
 
 
 def read_rows(path: str | Path, row_type: type) -> list:
-    """The rows of a file as ``row_type``, in its order, types restored; also while it is being written.
+    """The rows of a file as ``row_type``, in file order, with types restored; works while it is being written, too.
 
-    Raises `HatError` if there is no such file, its columns are not the row's fields, or a cell is of another type.
+    Raises `HatError` if there is no such file, its columns are not the row's fields, or a cell has the wrong type.
     """
     try:
         data = Path(path).read_bytes()
@@ -129,9 +129,9 @@ def read_rows(path: str | Path, row_type: type) -> list:
 
 
 def _read(path, data: bytes, row_type: type) -> tuple[dict, list, int]:
-    """Kinds of the columns in the file's order, the rows, and the length in bytes of the lines that have their end."""
+    """Kinds of the columns in file order, the rows, and the length in bytes of the complete lines."""
     kinds, end = _kinds(row_type), data.rfind(b"\n") + 1
-    if not end and _line(kinds).startswith(data):  # nothing yet, or killed inside its first line
+    if not end and _line(kinds).startswith(data):  # empty, or killed while writing its first line
         return kinds, [], 0
     try:
         columns, *lines = csv.reader(io.StringIO(data[:end].decode() or "\n", newline="\n"), strict=True)
@@ -153,7 +153,7 @@ def _read(path, data: bytes, row_type: type) -> tuple[dict, list, int]:
 
 
 def _kinds(row_type: type) -> dict[str, tuple[type, bool]]:
-    """Field -> (type, may it be None)."""
+    """Field -> (type, whether it may be None)."""
     hints = typing.get_type_hints(row_type)
     parts = {field.name: typing.get_args(hints[field.name]) or (hints[field.name],) for field in fields(row_type)}
     return {name: (next(t for t in found if t is not NoneType), NoneType in found) for name, found in parts.items()}

@@ -1,11 +1,12 @@
-"""Is self-speculative text the base's own, and is it fast? One row a prompt: ``data/results/self_speculative.csv``.
+"""Is self-speculative text the base's own, and is it fast? One row per prompt: ``data/results/self_speculative.csv``.
 
 In turns, prompt by prompt, four ways to the base's greedy text are timed: plain transformers, our own dense path,
 `hat_lib.inference.self_speculative`, and transformers' own self-speculation (`assistant_early_exit`, which reads
 drafts from a layer through the final norm and the LM head).
 
-In fp32 the text must be the base's. In bf16 a forward over several tokens rounds otherwise than one over one, so
-two texts may part where the base itself hesitates; a row says where, and by how much the base preferred its token.
+In fp32 the text must be the base's. In bf16 a forward over several tokens rounds differently from a forward over one,
+so two texts may part where the base itself is undecided; a row says where, and by how much the base preferred its
+token.
 """
 
 from __future__ import annotations
@@ -33,33 +34,33 @@ ABOUT = "a prompt, four ways to its text"
 MINUTES = 12
 KEY = ("granularity", "capacity", "weights", "dtype", "prompt")
 EARLY_EXITS = 10
-"""of so many rounds of kinds, one is also run with transformers' early-exit drafts"""
+"""one in this many rounds of kinds is also run with transformers' early-exit drafts"""
 
 
 @dataclass(frozen=True)
 class Row(Timed):
-    """Times are milliseconds a new token, the prompt's pass included."""
+    """Times are milliseconds per new token, the prompt's pass included."""
 
     granularity: str
     capacity: float  # requested for drafts
-    weights: str  # that drafts read, a format of the engine; the base's own decide
+    weights: str  # format of the engine's weights that drafts read; verification reads the base's own
     prompt: int
     kind: str
     new_tokens: int
     identical: bool  # to plain transformers' greedy text
     parted_at: int | None  # new tokens before the first that differs
     gap_ulp: float | None
-    """there, between the base's two best logits, in units in the last place of a bf16 of that size"""
+    """between the base's two best logits at that place, in units in the last place of a bf16 of that size"""
     drafted: int
     accepted: int
     passes: int
-    draft_share: float  # work of a drafting step / of a dense one
-    ideal: float  # speedup over dense if time followed the weights that are read
+    draft_share: float  # work of a drafting step / work of a dense one
+    ideal: float  # speedup over dense if time followed the weights read
     ms_hf: float
     ms_dense: float
     ms_lossless: float
     ms_early_exit: float | None
-    """None where it was not run: it takes longer than all else, so every tenth round of kinds has it"""
+    """None if not run: it takes longer than everything else, so only every tenth round of kinds has it"""
 
 
 def rows(
@@ -72,7 +73,7 @@ def rows(
     count: int = 50,
     max_new_tokens: int = 48,
 ) -> Iterator[Row]:
-    """A row for each dtype and each of ``count`` prompts; the checkpoint drafts at ``capacity``, with ``weights``."""
+    """A row for each dtype and each of ``count`` prompts; the checkpoint drafts at ``capacity`` with ``weights``."""
     capacity, parsed = check_capacity(capacity), [parse_dtype(dtype) for dtype in dtypes]
     check_count("max_new_tokens", max_new_tokens, 2)
     for dtype in parsed:
@@ -129,7 +130,7 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
 def parting(base: Tensor, other: Tensor, logits: Sequence[Tensor]) -> tuple[int | None, float | None]:
     """Where two texts of new tokens part, and how far apart the base's two best logits are there, in bf16 ulps.
 
-    ``(None, None)`` for equal texts; if one is the other's beginning, they part at its end. ``logits`` are the base's
+    ``(None, None)`` for equal texts; if one is a prefix of the other, they part at its end. ``logits`` are the base's
     at each of its tokens, ``[1, V]``.
     """
     if torch.equal(base, other):

@@ -1,10 +1,10 @@
-"""Does a target speedup come true, and what does it cost? ``data/results/speed_targets.csv``.
+"""Is a target speedup met, and what does it cost? ``data/results/speed_targets.csv``.
 
-For each checkpoint the promised speedups, the largest that its `SpeedCurve` reaches, and one beyond, which is refused.
-The curve was measured on one text; here other prompts are continued at the capacity that it names, and the speedup of
-those texts is measured again, dense and adaptive in turns at each token. At that very capacity perplexity of the
-channel grain is measured on three kinds of text, so that speed and quality are of one base, one checkpoint and one
-operating point. The token grain's is beyond use at every target, and stands in ``quality.csv``.
+For each checkpoint: the promised speedups, the largest that its `SpeedCurve` reaches, and one beyond it, which is
+refused. The curve was measured on one text; here other prompts are continued at the capacity it names, and the speedup
+on those texts is measured again, dense and adaptive in turns at each token. For the channel grain, perplexity is
+measured at that very capacity on three kinds of text, so that speed and quality belong to one base, one checkpoint and
+one operating point. The token grain's is too high to be usable at any target; see ``quality.csv``.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Row(Timed):
     granularity: str
     versus: str
     requested: float
-    reachable: bool  # or else refused
-    largest: float  # the largest speedup that the curve reaches
-    capacity: float | None = None  # that the target was turned into, requested
+    reachable: bool  # False: refused
+    largest: float  # the largest speedup the curve reaches
+    capacity: float | None = None  # requested, as chosen for the target
     realised_capacity: float | None = None  # median over prompts
     predicted: float | None = None
-    measured: float | None = None  # median over prompts of the speedup on the text that was generated
+    measured: float | None = None  # median over prompts of the speedup on the generated text
     lowest: float | None = None
-    highest: float | None = None  # of the prompts
+    highest: float | None = None  # over prompts
     over_hf: float | None = None  # median over prompts of the speedup over plain transformers on the same text
     prompts: int = 0
     new_tokens: int
@@ -80,8 +80,8 @@ def rows(
 ) -> Iterator[Row]:
     """Rows for each checkpoint and target; the speed curve comes from the user's cache or is measured first.
 
-    ``versus`` is what speedups are relative to, dense (our own dense path) or hf (plain transformers); ``count`` how
-    many prompts; ``tokens`` how many of each text, of its test split in whole blocks at even distances.
+    ``versus`` is what speedups are relative to, dense (our own dense path) or hf (plain transformers); ``count`` is
+    the number of prompts; ``tokens`` are taken from the test split of each text, in evenly spaced whole blocks.
     """
     check_count("tokens", tokens, 2 * BLOCK)
     for checkpoint in (channel, token):
@@ -111,7 +111,7 @@ def rows(
 
 
 def _prices(hat: HierarchicalTransformer, capacities: Sequence[float], tokens: int) -> Mapping[float, dict]:
-    """Capacity -> the columns of perplexity; each base is scored once for all of them."""
+    """Capacity -> the columns of perplexity; on each text, the base is scored once for all capacities."""
     found = {capacity: {"tokens": tokens} for capacity in capacities}
     for text in TEXTS if found else ():
         blocks = whole_blocks(text, hat.base.tokenizer, tokens)

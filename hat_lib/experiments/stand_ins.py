@@ -1,8 +1,8 @@
-"""The token grain with something in place of each FFN that is skipped: ``data/results/stand_ins.csv``.
+"""The token grain with something in place of each skipped FFN: ``data/results/stand_ins.csv``.
 
-The rows are those of `hat_lib.experiments.quality`, for a checkpoint that was trained as ``token`` was, with a product
-of low rank that stands in for a skipped FFN (`hat_lib.model.corrections`). Its work counts in the model's share, not in
-a capacity.
+The rows are as in `hat_lib.experiments.quality`, for a checkpoint trained as ``token`` was, with a low-rank product
+that stands in for a skipped FFN (`hat_lib.model.corrections`). Its work counts in the model share, not in the
+capacity.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def rows(
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    """Each increase with the capacity realised, beside that of the same recipe with nothing in an FFN's place."""
+    """Each increase with its realised capacity, beside that of the same recipe with nothing in an FFN's place."""
     ways = {"nothing in its place": "quality", "a stand-in": "stand_ins"}
     asked = "granularity == 'token' and exit_rate == 0 and variant == 'trained'"
     found = {way: saved(name, results).query(asked).sort_values("tokens") for way, name in ways.items()}

@@ -1,8 +1,8 @@
-"""What a training step costs beside a plain forward and backward of the frozen base: ``data/results/step_cost.csv``.
+"""What a training step costs next to a plain forward and backward of the frozen base: ``data/results/step_cost.csv``.
 
-One step is the teacher's pass and `hat_lib.training.objective` forward and backward; its yardstick is transformers' own
-model, cross-entropy, and the backward to the input embeddings, which is what reaching the first router takes. The
-optimizer is left out: what it updates is 0.01 % of the base.
+One step is the teacher's pass plus the forward and backward of `hat_lib.training.objective`. It is compared with
+transformers' own model, cross-entropy, and the backward to the input embeddings, which reaching the first router takes.
+The optimizer is left out: what it updates is 0.01 % of the base.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KEY = ("granularity",)
 
 @dataclass(frozen=True)
 class Row(Timed):
-    """Seconds are medians over the rounds, the ratio is the median of the rounds' ratios."""
+    """Seconds are medians over rounds; the ratio is the median of the rounds' ratios."""
 
     granularity: str
     ratio: float
@@ -60,7 +60,7 @@ def rows(done: Collection = (), *, base: str = "bundled", rounds: int = 5, dtype
 
 
 def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: int) -> Row:
-    """Time the step of phase "routers", at the end of its schedule, against the plain base.
+    """Time a step of phase "routers", at the end of its schedule, against the plain base.
 
     ``batch`` is what `hat_lib.training.trainer.collate` returns. A second copy of the base is loaded; ``hat`` is left
     as it was.

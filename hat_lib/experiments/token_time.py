@@ -1,15 +1,15 @@
 """Where the time of a token goes: ``data/results/token_time.csv``.
 
 One sequence of the bundled base is decoded by plain transformers, by our dense path, and by the engine at a capacity.
-What a part takes is what a step is shorter by without it, in the same round:
+A part's time is how much shorter a step is without it, in the same round:
 
-    qkv, o, gate_up, down   products of the layers; in place of one there are zeros, or none of its channels is kept
-    head                    the logits; a copy of the base has few words, and the rest of them is the head's
+    qkv, o, gate_up, down   products of the layers; one is replaced by zeros, or none of its channels is kept
+    head                    the logits; replaced by zeros, or compared with a copy of the base with a tiny vocabulary
     decisions               deciding about every channel, and keeping it
-    rest                    of a step: embedding, norms, attention, and what no difference shows
-    loop                    of transformers' generate, beyond the step
+    rest                    the rest of a step: embedding, norms, attention, and what no difference shows
+    loop                    what transformers' generate adds to a step
 
-Ways and parts take turns; medians over rounds.
+Ways and parts take turns; times are medians over rounds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ KEY = ("way", "part")
 WAYS = {"hf": "plain transformers", "dense": "our own dense path", "adaptive": "adaptive"}
 PARTS = (*LINEARS, "head", "decisions", "rest", "loop")
 WORDS = 64
-"""in the vocabulary of the copy that has next to no head"""
+"""size of the vocabulary of the copy that has next to no head"""
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Row(Timed):
     capacity: float
     realised: float
     ms: float
-    """of a token; a difference within the noise may be below 0"""
+    """per token; a difference within the noise may be below 0"""
     low: float
     high: float
-    """of the rounds"""
+    """lowest and highest round"""
     steps: int
     rounds: int
 
@@ -74,7 +74,7 @@ def rows(
     steps: int = 24,
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """Rows of every way and part; ``checkpoint`` is of the channel grain, at ``capacity``."""
+    """Rows for every way and part; ``checkpoint`` must have the channel grain, and runs at ``capacity``."""
     check_count("rounds", rounds, 1), check_count("steps", steps, 2)
     capacity = check_capacity(capacity)
     if all((way, part) in done for way in WAYS for part in PARTS if part != "decisions" or way == "adaptive"):
@@ -112,7 +112,7 @@ def rows(
 def _variants(
     hat: HierarchicalTransformer, ids: Tensor, capacity: float
 ) -> Iterator[tuple[Variant, Callable[[LlamaForCausalLM], float]]]:
-    """What is timed, and what gives milliseconds a token of its ``lm``."""
+    """What is timed, each with a function that gives milliseconds per token of its ``lm``."""
     plain, small = plain_copy(hat), _few_words(hat)
     steps = ids.shape[1] - CONTEXT
     at = partial(hat.at, capacity, 0.0)
@@ -135,7 +135,7 @@ def _variants(
 
 
 def _parts(way: str, ms: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Milliseconds of each part, a number for each round."""
+    """Milliseconds of each part, one number per round."""
 
     def less(a: str, b: str) -> list[float]:
         return [x - y for x, y in zip(ms[a], ms[b], strict=True)]
@@ -157,7 +157,7 @@ def _parts(way: str, ms: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def _few_words(hat: HierarchicalTransformer) -> HierarchicalTransformer:
-    """The base with a vocabulary of `WORDS`: next to no head."""
+    """The base with a vocabulary of `WORDS`, so with next to no head."""
     base = load_base(hat.base.name, dtype=hat.base.dtype, device=hat.base.device)
     base.model.resize_token_embeddings(WORDS, mean_resizing=False)
     base.model.requires_grad_(False)
@@ -166,7 +166,7 @@ def _few_words(hat: HierarchicalTransformer) -> HierarchicalTransformer:
 
 @torch.inference_mode()
 def _recorded(hat: HierarchicalTransformer, ids: Tensor, around: Callable) -> Masks:
-    """Decisions on a text, to be forced in decode; all of them where nothing is decided."""
+    """Decisions on a text, to be forced in decode; where nothing is decided, everything is kept."""
     with around(), hat.record():
         hat.lm.model(input_ids=ids, use_cache=False)
     if hat.trace.masks.keep:
@@ -178,8 +178,8 @@ def _recorded(hat: HierarchicalTransformer, ids: Tensor, around: Callable) -> Ma
 
 @torch.inference_mode()
 def _generated_ms(lm: LlamaForCausalLM, ids: Tensor) -> float:
-    """Milliseconds that generate takes for one more token, the prompt's left out. No token ends it; to forbid one would
-    be an operation on the whole vocabulary at each step."""
+    """Milliseconds that generate takes per token, without the prompt's pass. No token ends the text: forbidding one
+    would instead cost an operation on the whole vocabulary at each step."""
     steps, seconds = ids.shape[1] - CONTEXT, []
     for count in (1, 1 + steps):
         began = now(lm)
@@ -190,7 +190,7 @@ def _generated_ms(lm: LlamaForCausalLM, ids: Tensor) -> float:
 
 @contextmanager
 def _zeros(lm: LlamaForCausalLM, names: tuple[str, ...]):
-    """Zeros in place of the products of these names."""
+    """Zeros in place of the products with these names."""
     with ExitStack() as stack:
         for name, module in lm.named_modules():
             if name.endswith(names):

@@ -1,1 +1,1 @@
-"""The two calls that people look for first, ``hat.sweep(text)`` and ``hat.explain(prompt)``: measured and drawn."""
+"""The two calls people look for first, ``hat.sweep(text)`` and ``hat.explain(prompt)``: measured and drawn."""

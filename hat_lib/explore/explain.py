@@ -1,6 +1,6 @@
 """What each token of a prompt got: ``hat.explain("The future of AI is")``.
 
-One forward at the capacity that the model is set to. For losses beside the work, and tables with intervals, see
+One forward at the capacity the model is set to. For losses next to the work, and tables with intervals, see
 `hat_lib.evaluation.routing`.
 """
 
@@ -25,15 +25,15 @@ from hat_lib.text.token_classes import pieces
 
 @dataclass(frozen=True)
 class Explanation:
-    """A prompt token by token. In a notebook it shows the coloured text; `print` does in a terminal."""
+    """A prompt token by token. A notebook shows the coloured text, as does `print` in a terminal."""
 
     frame: pd.DataFrame = field(repr=False)
     """a row per token and layer: ``token`` (its text), ``position``, ``layer``, ``share`` (executed share of the
-    layer's routable work; nan in layers that it did not enter), ``exit`` (layers that it ran; all of them where it
-    stayed to the end)"""
+    layer's routable work; nan in layers it did not enter), ``exit`` (layers it ran; all of them if it stayed to the
+    end)"""
     tokens: pd.DataFrame = field(repr=False)
     """a row per token: ``token``, ``position``, ``id``, ``new`` (generated here), ``protected`` (runs in full),
-    ``share`` (mean over the layers that it entered), ``model_share`` (all its work / the base's), ``exit``"""
+    ``share`` (mean over the layers it entered), ``model_share`` (all its work / the base's), ``exit``"""
     requested_capacity: float
     capacity: float
     """realised"""
@@ -42,15 +42,15 @@ class Explanation:
     """realised"""
 
     def html(self, low: float | None = None, high: float | None = None) -> str:
-        """The text as HTML, each token on a ground that says its share of the base's work."""
+        """The text as HTML; each token's background shows its share of the base's work."""
         return html(self._passage(), **self._scale(low, high))
 
     def ansi(self, colours: bool | None = None) -> str:
-        """The same for a terminal; without colours, subscripts say tenths of the scale."""
+        """The same for a terminal; without colours, subscripts give tenths of the scale."""
         return ansi(self._passage(), colours=colours, **self._scale())
 
     def figure(self) -> Figure:
-        """Layer × token: the executed share, and how far it is from the layer's mean over this prompt."""
+        """Layer × token: the executed share, and its difference from the layer's mean over this prompt."""
         table = self.frame.rename(columns={"token": "text", "position": "token", "exit": "exit_layer"})
         protected = self.tokens["protected"].to_numpy().repeat(self.frame["layer"].nunique())
         usual = table["share"].where(~protected).groupby(table["layer"]).transform("mean")
@@ -71,7 +71,7 @@ class Explanation:
         return Passage(title, self.tokens["token"].tolist(), self.tokens["model_share"].tolist())
 
     def _scale(self, low: float | None = None, high: float | None = None) -> dict:
-        """Protected tokens would leave the others no colour."""
+        """Leaves protected tokens out of the range: with them, the other tokens would all look alike."""
         free = self.tokens.loc[~self.tokens["protected"], "model_share"]
         free = self.tokens["model_share"] if free.empty else free
         low, high = free.min() if low is None else low, free.max() if high is None else high
@@ -80,8 +80,8 @@ class Explanation:
 
 @torch.no_grad()
 def explain(hat: HierarchicalTransformer, prompt: str, *, max_new_tokens: int = 0) -> Explanation:
-    """What ``hat``, as it is set, runs for each token of a prompt; with ``max_new_tokens``, also of its greedy
-    continuation. Raises `HatError` for an empty prompt and one beyond the base's context."""
+    """What ``hat``, as it is set, runs for each token of a prompt and, with ``max_new_tokens``, of its greedy
+    continuation. Raises `HatError` for an empty prompt or one beyond the base's context."""
     check_count("max_new_tokens", max_new_tokens, 0)
     ids = prompt_ids(hat, prompt, max_new_tokens)
     given = ids.shape[1]
@@ -93,7 +93,7 @@ def explain(hat: HierarchicalTransformer, prompt: str, *, max_new_tokens: int = 
 
 
 def prompt_ids(hat: HierarchicalTransformer, prompt: str, room: int = 0) -> Tensor:
-    """A prompt as int64 ``[1, T]``; `HatError` unless it is text, with room for so many more tokens in the context."""
+    """A prompt as int64 ``[1, T]``; `HatError` unless it is text and ``room`` more tokens fit into the context."""
     if not isinstance(prompt, str) or not prompt.strip():
         raise HatError(f"a prompt must be text, got {prompt!r}")
     check_whole("the prompt", prompt)
@@ -105,7 +105,7 @@ def prompt_ids(hat: HierarchicalTransformer, prompt: str, room: int = 0) -> Tens
 
 
 def explained(hat: HierarchicalTransformer, ids: Tensor, given: int) -> Explanation:
-    """Of the forward that ``hat`` ran last, over ``ids [1, T]``, of which the first ``given`` are the prompt's."""
+    """Explain the last forward of ``hat``, over ``ids [1, T]``, the first ``given`` of which are the prompt."""
     work, share, ids = token_work(hat), hat.trace.share[:, 0].cpu().numpy(), ids[0].tolist()
     exits, (n_layers, length) = work["exit_layer"], share.shape
     tokens = pd.DataFrame({"token": pieces(hat.base.tokenizer, ids), "position": range(length), "id": ids})

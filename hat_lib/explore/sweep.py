@@ -1,7 +1,7 @@
 """What each capacity costs on a text: ``hat.sweep("addresses", capacities=(0.5, 0.75))``.
 
-The base is run once for all capacities, and every difference to it is paired: same tokens, same blocks. For controls
-at equal work, several grains and results that are kept, see ``hat sweep`` and `hat_lib.experiments`.
+The base is run once for all capacities, and every difference from it is paired: same tokens, same blocks. For controls
+at equal work, several grains and stored results, see ``hat sweep`` and `hat_lib.experiments`.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from hat_lib.text.plain import check_whole
 
 CAPACITIES = (0.4, 0.55, 0.7, 0.9)
 OTHER_FILES = (".md", ".rst", ".tex", ".html", ".csv", ".tsv", ".json", ".log", ".pdf", ".docx")
-"""endings of texts' files that `load_text` does not read, so that the name of one is not measured as a text"""
+"""text file extensions that `load_text` does not read; a file name with one is not to be measured as if it were text"""
 SHOWN = {"index": False, "float_format": "{:.4f}".format}
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Capacities on one text. In a notebook it shows its table; `figure` draws it."""
+    """Capacities on one text. A notebook shows the table; `figure` draws it."""
 
     frame: pd.DataFrame = field(repr=False)
     """a row per capacity: ``capacity`` (requested), ``realised``, ``exit_rate`` (realised), ``model_share`` (all work,
     head and routers included, / the base's), ``perplexity``, ``increase`` (over the base's, less 1),
     ``increase_low``, ``increase_high`` (95 % paired bootstrap interval; nan on a text of one block), ``kl`` (base ||
-    adaptive, nats per token), ``top1`` (share of tokens for which both hold the same next token most likely)"""
+    adaptive, nats per token), ``top1`` (share of tokens for which both have the same most likely next token)"""
     text: str
     """name of the text, or its beginning"""
     base: str
     base_perplexity: float
     tokens: int
-    """that were scored"""
+    """number of scored tokens"""
     blocks: int
 
     def figure(self) -> Figure:
@@ -80,14 +80,13 @@ def sweep(
     """Perplexity, divergence and work at each capacity, beside the base; ``hat`` is left as it was.
 
     Args:
-        text: a name as `load_text` takes it (a corpus, a file, a dataset of the Hub), a text itself (anything with a
-            space or a line's end in it that is no file's name), or a list of texts, of blocks of token ids or of rows
-            of `load_text`.
+        text: a name as for `load_text` (a corpus, a file, a Hub dataset), a text itself (anything with a space or a
+            line break that is not a file name), or a list of texts, of blocks of token ids or of rows of `load_text`.
         capacities: requested, in [0.1, 1]; one or several.
-        exit_rate: requested at each of them; None is what ``hat`` is set to.
-        split: of a name; see `load_text`. None: see `default_split`.
-        max_tokens, block_size: how much is measured of a text, and in blocks of how many tokens; blocks that are
-            given are measured as they are.
+        exit_rate: requested at each of them; None means what ``hat`` is set to.
+        split: if ``text`` is a name; see `load_text`. None: see `default_split`.
+        max_tokens, block_size: how many tokens of a text to measure, and in blocks of how many; given blocks are
+            measured as they are.
         batch_size: blocks per forward.
 
     Raises `HatError` for a bad argument, before anything is run.
@@ -96,7 +95,7 @@ def sweep(
     if not capacities or len(set(capacities)) < len(capacities):
         raise HatError(f"a sweep needs capacities, each once, got {capacities}")
     settings = [partial(hat.at, c, exit_rate) for c in capacities]
-    for setting in settings:  # so that one that cannot be set is told before the first is measured
+    for setting in settings:  # so that an invalid one is reported before anything is measured
         with setting():
             pass
     name, dataset = _blocks(hat, text, split, max_tokens, block_size)

@@ -1,10 +1,10 @@
-"""A prompt token by token: what each ran, layer by layer and matrix by matrix, and what base and model say comes next.
+"""A prompt token by token: what each ran, by layer and matrix, and what base and adaptive model predict next.
 
     facts = token_facts(hat, "The future of AI is")
     print(facts.about(4))
 
-Two forwards, one of the base and one of the model as it is set. The map in notebooks shows this, and its still twin
-prints it.
+It takes two forwards, one of the base and one of the model as it is set. The map in notebooks shows this, and its
+still twin prints it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.token_heatmap import visible
 
 MOST = 128
-"""tokens of a prompt; a map of more cannot be read"""
+"""tokens of a prompt; a map of more would be unreadable"""
 LIKELIEST = 5
 MATRICES = {"qkv": "q | k | v", "o": "o", "gate_up": "gate | up", "down": "down", "ffn": "FFN"}
 """site -> the matrices behind it"""
@@ -39,18 +39,18 @@ class TokenFacts:
     work: str
     """capacity and exit rate, requested and realised, in words"""
     sites: tuple[str, ...]
-    """`MATRICES` by name"""
+    """their names in `MATRICES`"""
     share: np.ndarray = field(repr=False)
-    """executed share of the layer, fp32 ``[L, T]``; nan in layers that the token did not enter"""
+    """executed share of the layer, fp32 ``[L, T]``; nan in layers the token did not enter"""
     site_share: np.ndarray = field(repr=False)
-    """the same of each site, ``[L, S, T]``"""
+    """the same for each site, ``[L, S, T]``"""
     score: np.ndarray = field(repr=False)
-    """mean score against the threshold of the token, ``[L, S, T]``: divided by it (channel grain) or beyond it (token
+    """a token's mean score relative to the threshold, ``[L, S, T]``: divided by it (channel grain) or less it (token
     grain); nan where nothing was decided"""
     entropy: np.ndarray = field(repr=False)
-    """of the base's next token, nats ``[T]``"""
+    """of the base's prediction of the next token, nats ``[T]``"""
     base_next: list[list[tuple[str, float]]] = field(repr=False)
-    """the `LIKELIEST` tokens that may come next and their probabilities, for each token of the prompt"""
+    """the `LIKELIEST` next tokens and their probabilities, for each token of the prompt"""
     hat_next: list[list[tuple[str, float]]] = field(repr=False)
 
     @property
@@ -63,7 +63,7 @@ class TokenFacts:
         return f"token {position}: {quoted(token['token'])}"
 
     def lines(self, position: int) -> list[str]:
-        """What is to be said about a token, in sentences."""
+        """A token's facts, one sentence each."""
         token, n_layers = self.explanation.tokens.iloc[position], len(self.share)
         if token["protected"]:
             depth = "protected: it runs in full in every layer and never leaves"
@@ -77,22 +77,22 @@ class TokenFacts:
         return [depth, f"executed {work}", f"the base's entropy of what comes next: {entropy:.2f} nats, {alike}"]
 
     def matrices(self, position: int, layer: int | None = None) -> pd.DataFrame:
-        """A row per matrix: executed share over the layers that the token entered, and share and score in one."""
+        """A row per matrix: executed share over the layers the token entered and, for a ``layer``, share and score."""
         shares = self.site_share[:, :, position]
-        table = pd.DataFrame({"matrix": self.sites, "mean": [_percent(v) for v in np.nanmean(shares, axis=0)]})
+        table = pd.DataFrame({"site": self.sites, "mean": [_percent(v) for v in np.nanmean(shares, axis=0)]})
         if layer is not None:
             table[f"layer {layer}"] = [_percent(v) for v in shares[layer]]
             table[self.scored] = [_number(v) for v in self.score[layer, :, position]]
         return table
 
     def next_tokens(self, position: int) -> pd.DataFrame:
-        """The likeliest next tokens of base and model, side by side."""
+        """The likeliest next tokens of the base and the adaptive model, side by side."""
         base, ours = self.base_next[position], self.hat_next[position]
         columns = {"base": [quoted(t) for t, _ in base], "p": [_percent(p) for _, p in base]}
         return pd.DataFrame(columns | {"adaptive": [quoted(t) for t, _ in ours], "p ": [_percent(p) for _, p in ours]})
 
     def about(self, position: int, layer: int | None = None) -> str:
-        """All of it as text."""
+        """Everything about a token, as text."""
         tables = self.matrices(position, layer), self.next_tokens(position)
         said = [self.headline(position), *self.lines(position)]
         return "\n".join([*said, *(table.to_string(index=False) for table in tables)])
@@ -100,8 +100,8 @@ class TokenFacts:
 
 @torch.inference_mode()
 def token_facts(hat: HierarchicalTransformer, prompt: str) -> TokenFacts:
-    """Of a prompt of at most `MOST` tokens, read by the base and by ``hat`` as it is set. Raises `HatError` for another
-    one."""
+    """The facts of a prompt of at most `MOST` tokens, read by the base and by ``hat`` as it is set. Raises `HatError`
+    for a longer one."""
     ids = prompt_ids(hat, prompt)
     length = ids.shape[1]
     if length > MOST:
@@ -133,7 +133,7 @@ def token_facts(hat: HierarchicalTransformer, prompt: str) -> TokenFacts:
 
 
 class _Scores(Threshold):
-    """The method, and how far the scores lie from the thresholds: ``out [L, S, T]``."""
+    """The method, which also writes how far the scores are from the thresholds to ``out [L, S, T]``."""
 
     def __init__(self, hat: HierarchicalTransformer, thresholds: dict[tuple[int, str], float], out: Tensor):
         super().__init__(hat.routers, thresholds)
@@ -149,10 +149,10 @@ class _Scores(Threshold):
 
 
 def _likeliest(hat: HierarchicalTransformer, logits: Tensor, ids: Tensor) -> tuple[list, np.ndarray]:
-    """The likeliest next tokens with their probabilities, and the entropy in nats, of ``logits [T, V]``."""
+    """The likeliest next tokens with their probabilities, and the entropy in nats, from ``logits [T, V]``."""
     p = logits.float().softmax(-1)
     best, which = p.topk(LIKELIEST)
-    # A tokenizer may drop the space before what it takes for the beginning of a text, so each stands behind a token.
+    # A tokenizer may drop a space at what it takes for the beginning of a text, so each is decoded after another token.
     decode, first = hat.base.tokenizer.batch_decode, ids[0, 0].item()
     whole = decode([[first, i] for i in which.flatten().tolist()], clean_up_tokenization_spaces=False)
     begins = len(decode([[first]], clean_up_tokenization_spaces=False)[0])
@@ -162,7 +162,7 @@ def _likeliest(hat: HierarchicalTransformer, logits: Tensor, ids: Tensor) -> tup
 
 
 def quoted(text: str) -> str:
-    """A token between marks, so that its spaces show; of one without text, that it is a part of a character."""
+    """A token in quotation marks, so that its spaces show; one without text is said to be part of a character."""
     return f"“{visible(text).replace(chr(10), '')}”" if text else "(part of a character)"
 
 

@@ -5,7 +5,7 @@
     infer.generate(["One prompt", "and another"], target_speedup=1.1)
     infer.generate("The future of AI is", capacity=0.5, mode="lossless")
 
-What comes back is a `Generation`: the text, and beside everything that was asked for what was realised.
+What comes back is a `Generation`: the text and, for everything requested, what was realised.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from hat_lib.model.transformer import HierarchicalTransformer
 
 MODES = ("adaptive", "lossless")
 TEMPERATURE_MIN = 1e-3
-"""below it logits over the temperature may overflow, and what is drawn is the likeliest token anyway"""
+"""below it, logits divided by the temperature may overflow, and the likeliest token would be drawn anyway"""
 
 
 def check_sampling(max_new_tokens: int, temperature: float, seed: int) -> None:
-    """Raise `HatError` for what cannot be sampled with."""
+    """Raise `HatError` for settings that cannot be sampled with."""
     check_count("max new tokens", max_new_tokens, 1)
-    check_count("seed", seed, 0, 2**64 - 1)  # what torch takes
+    check_count("seed", seed, 0, 2**64 - 1)  # torch's range
     if temperature != 0 and not TEMPERATURE_MIN <= temperature < math.inf:
         raise HatError(f"temperature must be 0 (greedy) or a number of at least {TEMPERATURE_MIN}, got {temperature}")
 
 
 # Threads may share a model. What they cannot share is a tokenizer whose padding is being set, and transformers' source
-# of random numbers, which is torch's global one: sampled texts come one after another, greedy ones at once.
+# of random numbers, which is torch's global one: sampled texts are made one at a time, greedy ones concurrently.
 _ONE_AT_A_TIME, _SAMPLING = threading.Lock(), threading.Lock()
 
 
 @dataclass(frozen=True)
 class Generation:
-    """New text, and what it took. ``B`` prompts; ``T`` columns of prompt, left-padded, and new tokens."""
+    """New text, and what it took: ``B`` prompts; ``T`` columns of left-padded prompt and new tokens."""
 
     texts: list[str]
-    """what was added to each prompt"""
+    """the continuation of each prompt"""
     ids: Tensor
     """int64 ``[B, T]``"""
     prompt_length: int
@@ -65,11 +65,11 @@ class Generation:
     requested_capacity: float
     requested_exit_rate: float
     capacity: float
-    """realised over prompts and new tokens, as the next three are; in lossless mode over drafts (nan without any)"""
+    """realised over prompts and new tokens, like the next three; in lossless mode over drafts (nan without any)"""
     exit_rate: float
     model_share: float
     exit_histogram: dict[int, int]
-    """layers run -> tokens that ran so many"""
+    """layers run -> tokens that ran that many"""
     versus: str
     token_share: Tensor | None = None
     """work as a share of dense, fp32 ``[B, T - 1]``: column t chose the token in column t + 1; nan at padding. None in
@@ -77,10 +77,10 @@ class Generation:
     target_speedup: float | None = None
     predicted_speedup: float | None = None
     predicted_range: tuple[float, float] | None = None
-    """by the slowest and the fastest turns of the measurement that predicts"""
+    """from the slowest and the fastest turns of the measurement behind the prediction"""
     realised_speedup: float | None = None
-    """over ``versus``, measured on this text: of decode, in lossless mode of prompts and all; None where that was not
-    asked for or the text is too short"""
+    """over ``versus``, measured on this text: of decode or, in lossless mode, prompts included; None if not asked for
+    or if the text is too short"""
     speculation: list[Speculation] | None = None
     """lossless mode: one for each prompt"""
 
@@ -90,16 +90,16 @@ class Generation:
 
     @property
     def acceptance(self) -> float:
-        """Lossless mode: share of the drafted tokens that stood; nan elsewhere."""
+        """Lossless mode: share of the drafted tokens that were accepted; nan otherwise."""
         drafted = sum(s.drafted for s in self.speculation or ())
         return sum(s.accepted for s in self.speculation) / drafted if drafted else math.nan
 
 
 class AdaptiveInference:
-    """Generates with a `HierarchicalTransformer`, and compares its speed with a baseline's. Any number of threads may.
+    """Generates with a `HierarchicalTransformer` and compares its speed with a baseline's. Threads may share one.
 
     Args:
-        hat: left, after each call, at the capacity and exit rate that it had.
+        hat: each call leaves it at the capacity and exit rate it had.
         versus: what speedups are relative to: "dense", our own dense path, or "hf", plain transformers, for which a
             second copy of the base is loaded when first needed.
     """
@@ -125,12 +125,13 @@ class AdaptiveInference:
         """Continue one prompt, or several as a batch.
 
         Args:
-            capacity, exit_rate: None is what ``hat`` is set to.
-            target_speedup: in place of ``capacity``: the largest one that reaches it, by `SpeedCurve.capacity_for`;
-                the text is steered to it, at the channel grain.
+            capacity, exit_rate: None means what ``hat`` is set to.
+            target_speedup: replaces ``capacity`` by the largest one that reaches it (`SpeedCurve.capacity_for`); at
+                the channel grain, the text is steered to it.
             mode: "adaptive", or "lossless": ``hat`` drafts, the base decides (`speculate`), one prompt after another.
             temperature: 0 takes the likeliest token; above 0 samples from the whole distribution.
-            measure: the realised speedup afterwards, for a few seconds; None does with a target and in lossless mode.
+            measure: take a few seconds to measure the realised speedup afterwards; None does so with a target and in
+                lossless mode.
             streamer, settings: as for transformers' `generate`; no settings in lossless mode.
 
         Raises `HatError` for bad input, before anything is generated.
@@ -159,7 +160,7 @@ class AdaptiveInference:
             return replace(run(inputs, max_new_tokens, temperature, seed, measure, streamer, settings), **predicted)
 
     def curve(self, exit_rate: float | None = None, batch: int = 1, *, refresh: bool = False) -> SpeedCurve:
-        """Speedup by capacity on this machine; measured on the first call, or to ``refresh`` what the cache has."""
+        """Speedup by capacity on this machine; measured on the first call, or again with ``refresh``."""
         how = {"exit_rate": self.hat.exit_rate if exit_rate is None else exit_rate, "batch": batch}
         return speed_curve(self.hat, self.versus, plain=lambda: self.plain, refresh=refresh, **how)
 
@@ -188,7 +189,7 @@ class AdaptiveInference:
         for prompt in prompts:
             if not isinstance(prompt, str) or not prompt.strip():
                 raise HatError(f"a prompt must be text to continue, got {prompt!r}")
-        with self.hat.at(capacity, exit_rate):  # which refuses what cannot be set
+        with self.hat.at(capacity, exit_rate):  # raises for what cannot be set
             pass
 
     def _adaptive(self, inputs, max_new_tokens, temperature, seed, measure, streamer, settings) -> Generation:
@@ -209,13 +210,13 @@ class AdaptiveInference:
             seconds = time.perf_counter() - began
         real = self._real(ids, inputs.attention_mask)
         if settings.get("num_beams", 1) > 1 or len(states[0].real) != len(ids):
-            # Beams leave others' forwards behind: what stands in ``ids`` is run once more.
+            # Beam search also leaves the forwards of discarded beams: run what is in ``ids`` once more.
             with torch.inference_mode():
                 hat.lm.model(input_ids=ids[:, :-1], attention_mask=real[:, :-1].long(), use_cache=False)
             trace = hat.trace
         else:
             trace = TokenState.cat(states)
-            trace.real = trace.real & real[:, 1:]  # what was run for batch-mates alone is not counted
+            trace.real = trace.real & real[:, 1:]  # steps run only for the sake of other rows do not count
         length, realised = inputs.input_ids.shape[1], None
         if measure and ids.shape[1] - length > 3:
             realised = timed(hat, self._reference, ids, real.long() if not bool(real.all()) else None)
@@ -224,7 +225,7 @@ class AdaptiveInference:
         return self._generation("adaptive", ids, real, length, seconds, trace, **more)
 
     def _lossless(self, inputs, max_new_tokens, temperature, seed, measure, streamer, _) -> Generation:
-        """One prompt after another; results are put together as `_adaptive` pads them."""
+        """One prompt after another; results are combined with the same padding as in `_adaptive`."""
         prompts = [ids[None, mask] for ids, mask in zip(inputs.input_ids, inputs.attention_mask.bool(), strict=True)]
         began = time.perf_counter()
         how = {"temperature": temperature, "seed": seed, "streamer": streamer}
@@ -243,7 +244,7 @@ class AdaptiveInference:
         return self._generation("lossless", ids, real, inputs.input_ids.shape[1], seconds, trace, **more)
 
     def _real(self, ids: Tensor, prompt_mask: Tensor) -> Tensor:
-        """bool ``[B, T]``: neither left padding nor anything after the first end-of-text token that is new."""
+        """bool ``[B, T]``: False at left padding and after the first newly generated end-of-text token."""
         mask = prompt_mask.bool().repeat_interleave(len(ids) // len(prompt_mask), dim=0)
         stop = torch.tensor(stop_tokens(self.hat), dtype=torch.long, device=ids.device)
         ends = torch.isin(ids[:, mask.shape[1] :], stop).long()
@@ -271,7 +272,7 @@ class AdaptiveInference:
         )
 
     def _seconds(self, ids: Tensor, prompt_length: int) -> float:
-        """What the reference takes for the same tokens: a prefill, and a step for each new token but the last."""
+        """Seconds the reference takes for the same tokens: a prefill, and a step for each new token but the last."""
         lm, around = self._reference
         cache, ends = DynamicCache(config=lm.config), range(prompt_length, ids.shape[1])
         with torch.inference_mode(), around(), self.hat.weights("base"):

@@ -1,12 +1,12 @@
-"""Self-speculative decoding, the base's own text: the adaptive model drafts, its own dense base verifies.
+"""Self-speculative decoding, for exactly the base's text: the adaptive model drafts, its own dense base verifies.
 
 After Zhang et al. 2023 (arXiv:2309.08168), with the acceptance rule of Leviathan et al. 2022
 (arXiv:2211.17192, algorithm 1) and Chen et al. 2023 (arXiv:2302.01318).
 
-Drafter and verifier are one set of weights, drafts in ``hat.weight_format``, the judge as the base has it,
-with one KV cache, where the verifying pass writes the base's K and V over the drafts'. What comes out is the base's:
-token for token if greedy, in distribution if sampled, up to the rounding by which a forward over several tokens differs
-from a forward over one.
+Drafter and verifier are one set of weights, read in ``hat.weight_format`` for drafts and in the base's own format to
+verify. They share one KV cache, in which the verifying pass overwrites the drafts' K and V with the base's. The output
+is the base's: token for token if greedy, in distribution if sampled, up to the rounding differences between a forward
+over several tokens and a forward over one.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 
 LONGEST = 7
-"""most tokens that are drafted before the base looks at them: with the one before, as many as the engine takes"""
+"""most tokens to draft before the base looks at them: with the one before them, as many as the engine takes"""
 ROW = 0.1
-"""what one more token adds to a verifying pass, as a share of a dense step: weights are read once, multiplied each
-time"""
+"""what one more token adds to a verifying pass, as a share of a dense step: weights are read once but multiplied for
+each token"""
 READ = {"int8": 0.7, "q4": 0.4}
-"""what a drafting step costs in a form of the engine's weights, as a share of one in the base's own, in bfloat16"""
+"""cost of a drafting step in a format of the engine's weights, as a share of one in the base's own, in bfloat16"""
 
 
 @dataclass(frozen=True)
 class Speculation:
-    """One sequence, and how drafting it went."""
+    """One sequence, and how its drafting went."""
 
     ids: Tensor
     """prompt and new tokens, int64 ``[1, T]``"""
@@ -42,9 +42,9 @@ class Speculation:
     passes: int
     """dense passes, the prompt's included"""
     accepted: int
-    """drafted tokens that the base let stand"""
+    """drafted tokens that the base accepted"""
     drafts: TokenState | None
-    """what the drafting steps ran, one after another along T; None without any"""
+    """what the drafting steps ran, concatenated along T; None without any"""
     draft_share: float
     """their mean work, as a share of a dense step's; nan without any"""
 
@@ -54,7 +54,7 @@ class Speculation:
 
     @property
     def acceptance(self) -> float:
-        """Accepted / drafted tokens; nan where none was drafted."""
+        """Accepted / drafted tokens; nan if none were drafted."""
         return self.accepted / self.drafted if self.drafted else float("nan")
 
     @property
@@ -65,11 +65,11 @@ class Speculation:
 
 
 def best_draft_length(acceptance: float, cost: float) -> int:
-    """How many tokens to draft, 1 to `LONGEST`: what gives most tokens per unit of work.
+    """How many tokens to draft, 1 to `LONGEST`: the number that yields the most tokens per unit of work.
 
     With acceptance a and a drafting step that costs ``cost`` dense steps, k drafts and one verifying pass give
     ``(1 - a^(k+1)) / (1 - a)`` tokens for ``k (cost + ROW) + 1`` (Leviathan et al. 2022, equation 1 and theorem 3.8,
-    where a pass costs the same for any number of tokens). It counts work and not seconds, so that one seed gives one
+    where a pass costs the same for any number of tokens). It counts work, not seconds, so that a seed gives the same
     result on any machine.
     """
     k = np.arange(LONGEST + 1)
@@ -91,10 +91,10 @@ def speculate(
     Args:
         ids: int64 ``[1, T]``, without padding.
         temperature: 0 is greedy; above 0 samples from the base's whole distribution at that temperature.
-        draft_length: tokens a round; None takes `best_draft_length` at the acceptance seen so far.
-        streamer: as `generate` takes it: ``put`` of tokens as they are verified, then ``end``.
+        draft_length: tokens per round; None takes `best_draft_length` at the acceptance seen so far.
+        streamer: as for `generate`: ``put`` receives tokens as they are verified, then ``end`` is called.
 
-    Stops after an end-of-text token, too. Raises `HatError` for a batch, an empty prompt, and numbers out of range.
+    Also stops after an end-of-text token. Raises `HatError` for a batch, an empty prompt, and numbers out of range.
     """
     if ids.dim() != 2 or len(ids) != 1 or not ids.shape[1]:
         raise HatError(f"lossless decoding takes one prompt of at least one token, got shape {tuple(ids.shape)}")
@@ -103,7 +103,7 @@ def speculate(
     how = {"temperature": temperature, "draft_length": draft_length, "seed": seed, "streamer": streamer}
     found = []
 
-    def decode(lm, input_ids, **_):  # as a method of generate, in which torch's threads sleep between steps
+    def decode(lm, input_ids, **_):  # runs inside generate, where torch's threads sleep between steps
         found.append(_speculate(hat, ids, max_new_tokens, **how))
         return found[0].ids
 
@@ -136,8 +136,8 @@ def _speculate(
         streamer.put(new[0].cpu())
     while len(new) < max_new_tokens and int(new[-1]) not in stop:
         n = draft_length or 1
-        if cost is not None and draft_length is None:  # which the first round shows
-            n = best_draft_length((accepted + 3) / (tested + 4), cost)  # most stand, until a few rounds tell
+        if cost is not None and draft_length is None:  # the first round measures the cost
+            n = best_draft_length((accepted + 3) / (tested + 4), cost)  # a high prior until a few rounds are in
         n = min(n, max_new_tokens - len(new) - 1)
         drafts, odds = [], []
         with hat.collect() as steps:
@@ -164,7 +164,7 @@ def _speculate(
         fresh = fresh[: next((i for i, t in enumerate(fresh, 1) if int(t) in stop), len(fresh))]
         new += fresh
         accepted += kept
-        tested += min(kept + 1, n)  # nothing after the first rejected was
+        tested += min(kept + 1, n)  # drafts after the first rejected one were never tested
         for token in fresh if streamer is not None else ():
             streamer.put(token.cpu())
     if streamer is not None:
@@ -175,7 +175,7 @@ def _speculate(
 
 
 class _Dice:
-    """Draws tokens. Greedy all odds are with one token, and stand for it: int64 ``[1]``."""
+    """Draws tokens. In greedy mode, "odds" are the one likeliest token itself: int64 ``[1]``."""
 
     def __init__(self, temperature: float, generator: torch.Generator):
         self.temperature, self.generator = temperature, generator
@@ -187,25 +187,25 @@ class _Dice:
         return torch.softmax(logits.float() / self.temperature, dim=-1)
 
     def throw(self, odds: Tensor) -> Tensor:
-        """A token, int64 ``[1]``, with probability in proportion to its odds."""
+        """A token, int64 ``[1]``, drawn in proportion to the odds."""
         return odds if self.temperature == 0 else torch.multinomial(odds, 1, generator=self.generator)
 
     def accepts(self, token: Tensor, base: Tensor, draft: Tensor) -> bool:
-        """With probability ``min(1, base / draft)`` of the token."""
+        """True with probability ``min(1, base / draft)`` at the token."""
         if self.temperature == 0:
             return bool(token == base)
         u = torch.rand(1, generator=self.generator, device=base.device)
         return bool(u * draft[token] < base[token])
 
     def left(self, base: Tensor, draft: Tensor) -> Tensor:
-        """The odds of what takes the place of a token that was not accepted."""
+        """The odds from which to draw a replacement for a rejected token."""
         if self.temperature == 0:
             return base
         rest = (base - draft).clamp(min=0)
-        return rest if rest.any() else base  # nothing is left if both differ by rounding alone
+        return rest if rest.any() else base  # nothing is left if the two differ only by rounding
 
 
 def stop_tokens(hat: HierarchicalTransformer) -> list[int]:
-    """Tokens that end a text; none, one or several, whatever the base's generation config holds."""
+    """Tokens that end a text: none, one or several, as in the base's generation config."""
     stop = hat.lm.generation_config.eos_token_id
     return [] if stop is None else [stop] if isinstance(stop, int) else list(stop)

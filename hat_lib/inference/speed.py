@@ -1,8 +1,8 @@
-"""Speed on this machine: variants timed in turns, and a curve of speedup by capacity, searched for a target.
+"""Speed on this machine: variants timed in turns, and a curve of speedup by capacity that is searched for a target.
 
-Wall-clock does not follow work: what a skipped weight saves depends on the machine, the dtype and the threads. So the
-model of speed is a measurement, `SpeedCurve`: decode at some capacities, each beside the path that it is held
-against, at the same positions of the same text. It is kept in the user's cache under everything that it depends on.
+Wall-clock time does not follow work: what a skipped weight saves depends on the machine, the dtype and the threads. So
+speed is modelled by a measurement, `SpeedCurve`: decoding at several capacities, each beside the path it is compared
+with, at the same positions of the same text. It is cached for the user, keyed by everything it depends on.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from hat_lib.model.checkpoint import digest
 from hat_lib.model.transformer import HierarchicalTransformer
 
 VERSUS = {"dense": "our own dense path", "hf": "plain transformers"}
-"""what a speedup is held against"""
+"""what a speedup is relative to"""
 TARGET_MAX = 10.0
-"""no capacity and no exit rate of a useful model comes near it"""
+"""no capacity or exit rate of a useful model comes near it"""
 CAPACITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ROUNDS = 3
-"""turns of each capacity, one after another: a machine drifts, and the first turn of a process is slow"""
+"""passes over all capacities: a machine drifts, and the first turn of a process is slow"""
 CONTEXT, STEPS, WARM = 64, 24, 3
-"""tokens in the cache, timed steps, and steps before them"""
+"""tokens in the cache, timed steps, and warm-up steps before them"""
 
 
 @dataclass
 class Variant:
-    """A way to run: ``lm`` under ``around()``, a context such as ``hat.dense``."""
+    """A way to run: ``lm`` inside the context ``around()``, such as ``hat.dense``."""
 
     name: str
     lm: LlamaForCausalLM
@@ -54,17 +54,17 @@ class Variant:
 
 
 def now(lm: LlamaForCausalLM) -> float:
-    """Seconds on a clock, once the model's device has done what it was asked for."""
+    """Seconds on a clock, once the model's device has finished its pending work."""
     if lm.device.type == "cuda":
         torch.cuda.synchronize(lm.device)
     return time.perf_counter()
 
 
 def take_turns(variants: Sequence[Variant], once: Callable[[Variant], float], rounds: int, warm: int = 1) -> None:
-    """``once`` of each variant per round; the first ``warm`` rounds are not kept in ``times``.
+    """Call ``once`` on each variant in each round; the first ``warm`` rounds are dropped from ``times``.
 
-    One round has a random order, the next its reverse, alike in every run: what comes before a turn has a part in its
-    time, and no variant always comes after the same one.
+    One round has a random order and the next its reverse, the same in every run: what runs just before a turn affects
+    its time, so no variant should always follow the same one.
     """
     for r in range(warm + rounds):
         order = random.Random(r // 2).sample(variants, len(variants))
@@ -86,21 +86,21 @@ class SpeedCurve:
     measured: list[float]
     """speedup at each, the median of `ROUNDS` turns"""
     machine: str
-    """device, dtype and threads, for people"""
+    """device, dtype and threads, for display"""
     low: Sequence[float] = ()
     high: Sequence[float] = ()
-    """slowest and fastest turn at each capacity; empty where that is not known"""
+    """slowest and fastest turn at each capacity; empty if not known"""
 
     def __post_init__(self):
         points = self.capacities, self.measured, self.low or self.measured, self.high or self.measured
-        table = np.array(points, dtype=float)  # ValueError unless all are as long
+        table = np.array(points, dtype=float)  # ValueError unless all have the same length
         rising = table.ndim == 2 and table.size and (np.diff(table[0]) > 0).all()
         if not rising or not np.isfinite(table).all() or table.min() <= 0:
             raise HatError("a speed curve needs rising capacities and, for each, finite speedups above 0")
 
     @property
     def speedups(self) -> np.ndarray:
-        """``measured`` made to fall, or stay, as capacity rises: least squares (isotonic regression)."""
+        """``measured``, made non-increasing in capacity by least squares (isotonic regression)."""
         return isotonic_regression(self.measured, increasing=False).x
 
     def at(self, capacity: float) -> float:
@@ -108,17 +108,17 @@ class SpeedCurve:
         return float(np.interp(capacity, self.capacities, self.speedups))
 
     def spread(self, capacity: float) -> tuple[float, float]:
-        """What the slowest and the fastest turns predict; both are made to fall too, so `at` lies between them."""
+        """What the slowest and the fastest turns predict; both are made non-increasing, so `at` lies between them."""
         turns = (isotonic_regression(t or self.measured, increasing=False).x for t in (self.low, self.high))
         return tuple(float(np.interp(capacity, self.capacities, points)) for points in turns)
 
     @property
     def largest(self) -> float:
-        """The largest speedup that can be asked for."""
+        """The largest speedup that can be requested."""
         return float(self.speedups[0])
 
     def capacity_for(self, target: float) -> float:
-        """The largest capacity that reaches a speedup, by bisection; `HatError` names the maximum if none does."""
+        """The largest capacity that reaches ``target``, by bisection; if none does, `HatError` names the maximum."""
         if self.at(1.0) >= target:
             return 1.0
         if self.largest < target:
@@ -134,7 +134,7 @@ class SpeedCurve:
 
 
 def check_target(value: object) -> float:
-    """``value`` as a target speedup, in (0, 10], or `HatError`."""
+    """``value`` as a target speedup in (0, 10], or `HatError`."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -145,7 +145,7 @@ def check_target(value: object) -> float:
 
 
 def check_versus(value: str) -> str:
-    """``value``, one of `VERSUS`, or `HatError`."""
+    """``value`` if it is one of `VERSUS`, or `HatError`."""
     if value not in VERSUS:
         raise HatError(f"versus must be one of {', '.join(VERSUS)}, got {value!r}")
     return value
@@ -161,16 +161,16 @@ def speed_curve(
     refresh: bool = False,
     progress: bool = True,
 ) -> SpeedCurve:
-    """The curve of this model on this machine; measured where the cache has none, in about half a minute.
+    """The curve of this model on this machine: from the cache, or else measured in about half a minute.
 
     Args:
         versus: one of `VERSUS`.
         exit_rate: requested, at every capacity.
         batch: sequences that decode together.
-        plain: gives the same base in plain transformers, and is asked for versus "hf" alone.
-        refresh: measure anew, whatever the cache has.
+        plain: returns the same base in plain transformers; called only for versus "hf".
+        refresh: measure again, whatever the cache has.
 
-    Warns where the cache cannot be written: the curve is good, and measured again next time.
+    Warns if the cache cannot be written: the curve is valid, but will be measured again next time.
     """
     path = cache_dir() / "speed" / f"{digest(_key(hat, versus, exit_rate, batch))[:24]}.json"
     known = None if refresh else _read(path)
@@ -186,23 +186,23 @@ def speed_curve(
     curve = SpeedCurve(versus, exit_rate, list(CAPACITIES), measured, _machine(hat), low, high)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(curve)))  # half a file is no curve, and measured again
+        path.write_text(json.dumps(asdict(curve)))  # a half-written file does not load, and is measured again
     except OSError as error:
         warnings.warn(f"speed curve not kept ({error}); set HAT_CACHE to a folder with room", stacklevel=2)
     return curve
 
 
 def held(hat: HierarchicalTransformer) -> AbstractContextManager:
-    """For a target speedup: a text that executes less or more than another at a capacity is steered to the same."""
+    """Steering for a target speedup: texts that would execute less or more at a capacity are held to the same work."""
     return hat.steered() if hat.config.granularity == "channel" else nullcontext()
 
 
 def timed(hat: HierarchicalTransformer, reference: tuple, ids: Tensor, mask: Tensor | None = None) -> float:
     """Speedup of ``hat`` as it is set over a reference, at the same decode steps over the last tokens of ``ids``.
 
-    All but `STEPS` + `WARM` tokens, or half of them if they are few, are put into the cache first, by ``hat`` as it is
-    set. At each position both run the same token behind the same cache. The median of the ratios; where tokens exit the
-    ratio of the means, as one token in ten that leaves early would not show in a median.
+    All but the last `STEPS` + `WARM` tokens, or half of them if they are few, are first put into the cache by ``hat``
+    as it is set. At each position both then run the same token after the same cache. Returns the median of the ratios
+    or, where tokens exit, the ratio of the means: one token in ten leaving early would not show in a median.
 
     Args:
         reference: ``(lm, around)``: a model, and a function that makes the context to run it in.
@@ -234,7 +234,7 @@ def timed(hat: HierarchicalTransformer, reference: tuple, ids: Tensor, mask: Ten
 
 @torch.inference_mode()
 def sample(hat: HierarchicalTransformer, tokens: int, batch: int = 1) -> Tensor:
-    """Text of the base's own, int64 ``[batch, tokens]``, the same every time."""
+    """Text sampled from the base, int64 ``[batch, tokens]``, the same every time."""
     tokenizer = hat.base.tokenizer
     start = torch.tensor([tokenizer("The").input_ids] * batch, device=hat.base.device)
     with torch.random.fork_rng(), hat.dense():
@@ -251,7 +251,7 @@ def _machine(hat: HierarchicalTransformer) -> str:
 
 
 def _key(hat: HierarchicalTransformer, versus: str, exit_rate: float, batch: int) -> dict:
-    """All that a curve depends on."""
+    """Everything a curve depends on."""
     parameters = sorted(hat.hat_parameters().items())
     adapter = b"".join(name.encode() + p.detach().cpu().contiguous().numpy().tobytes() for name, p in parameters)
     return {
@@ -271,7 +271,7 @@ def _key(hat: HierarchicalTransformer, versus: str, exit_rate: float, batch: int
 
 
 def cpu_name() -> str:
-    """As the system names it."""
+    """The CPU's name, as the system gives it."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return names[0].partition(":")[2].strip() if names else platform.processor()
@@ -279,14 +279,14 @@ def cpu_name() -> str:
 
 @cache
 def _code() -> str:
-    """SHA-256 of the source that decodes and that times, where a version would stay the same from edit to edit."""
+    """SHA-256 of the source that decodes and times: a version number would not change with every edit."""
     root, packages = Path(__file__).parents[1], ("model", "engine", "inference")
     source = b"".join(path.read_bytes() for p in packages for path in sorted((root / p).glob("*.py")))
     return hashlib.sha256(source).hexdigest()
 
 
 def _read(path: Path) -> SpeedCurve | None:
-    """The curve in a file; None where it is missing, or damaged, or of another form: it is measured again."""
+    """The curve in a file; None if it is missing, damaged or in another form, and so has to be measured again."""
     try:
         return SpeedCurve(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, RecursionError):

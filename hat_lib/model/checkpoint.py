@@ -1,15 +1,15 @@
 """A checkpoint: small weights, readable JSON, and the fingerprint of the frozen base.
 
-A folder with `hat_config.json` (method config, base name and fingerprint, library version, calibration tables, summary
-of the training) and `hat_adapter.safetensors` (routers, gates and corrections, nothing else).
+A folder with `hat_config.json` (method config, base name and fingerprint, library version, calibration tables, training
+summary) and `hat_adapter.safetensors` (routers, gates and corrections, nothing else).
 
-Writing takes three renames: the new adapter goes beside the old one, under its hash; then the JSON, which names that
+Writing takes three renames: the new adapter goes next to the old one, under its hash; then the JSON, which names that
 hash, is replaced; then the adapter moves to its proper name. Reading takes the file with the hash, so a process killed
 at any point leaves the old checkpoint or the new one. One writer at a time.
 
-Reading is strict: any surprise raises one `HatError` that names the file, the key and what was expected. What files of
-older versions lack takes its default. The JSON's last field, ``sha256``, covers the meaning of all others, so that a
-changed digit in a table is noticed; who edits the file by hand deletes that line.
+Reading is strict: any surprise raises one `HatError` that names the file, the key and what was expected. Fields that
+older versions' files lack take their defaults. The JSON's last field, ``sha256``, covers the content of all others, so
+that a changed digit in a table is noticed; to edit the file by hand, delete that line.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from hat_lib.model.threshold_table import Calibration, shown
 CONFIG_FILE, ADAPTER_FILE = "hat_config.json", "hat_adapter.safetensors"
 # A larger file is something else, and is not read.
 MAX_CONFIG_BYTES, MAX_ADAPTER_BYTES = 2**24, 2**30
-# Of JSON: more than anything that is ours, and well within the stack of every Python.
+# Of JSON: more than any file of ours needs, and well within the stack of every Python.
 MAX_DEPTH = 500
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 FORMAT_VERSION = 2
-"""What this library writes, and the newest that it reads. Raise it by one for each new field: the field gets a default,
-which older files take, and an older library says that it is too old."""
+"""What this library writes, and the newest that it reads. Raise it by one for each new field: older files take the
+field's default, and an older library says that it is too old."""
 
 # The fields of the JSON. The first files had no version.
 FIELDS = dict.fromkeys(("config", "base", "base_fingerprint", "library_version", "adapter_sha256"), MISSING)
@@ -69,7 +69,7 @@ class Checkpoint:
     """summary of the run that trained it, any JSON object"""
 
     def check_base(self, base: Base, folder: str | Path) -> None:
-        """Raise `HatError` unless ``base`` is the one that this, read from ``folder``, was made for."""
+        """Raise `HatError` unless ``base`` is the one that this checkpoint, read from ``folder``, was made for."""
         if base.fingerprint != self.base_fingerprint:
             raise HatError(
                 f"{Path(folder, CONFIG_FILE)} was made for {self.base} with fingerprint "
@@ -78,13 +78,13 @@ class Checkpoint:
 
 
 def is_hat_parameter(name: str) -> bool:
-    """The one predicate for what trains, is saved and is counted; ``name`` as in `named_parameters`."""
+    """The one predicate for what is trained, saved and counted; ``name`` as in `named_parameters`."""
     return name.startswith(("routers.", "gates.", "corrections."))
 
 
 def write_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
-    """Write both files; returns the folder. Raises `HatError` if it can't be written, and, before it is touched, if
-    what would be written could not be read again."""
+    """Write both files; returns the folder. Raises `HatError` if it can't be written, or, before it is touched, if
+    what would be written could not be read back."""
     folder = Path(os.path.expanduser(folder))
     config, adapter = _encode(checkpoint)
     pending = folder / f"{ADAPTER_FILE}.{hashlib.sha256(adapter).hexdigest()}"  # it waits for the JSON that names it
@@ -103,7 +103,7 @@ def write_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read and check both files; nothing is built until all of it is known to be sound."""
+    """Read and check both files; nothing is built until all of it is known to be valid."""
     folder = Path(os.path.expanduser(folder))
     if not os.path.isdir(folder):
         raise HatError(f"no checkpoint folder at {folder}")
@@ -127,14 +127,14 @@ def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], folder:
 
 
 def parse_config(data: bytes) -> tuple[Checkpoint, str]:
-    """What the JSON says, without the tensors, and the SHA-256 of their file; raises `HatError` with the key."""
+    """What the JSON says, without the tensors, and the SHA-256 of their file; raises `HatError` naming the key."""
     meta = _parse_json(data)
     if not isinstance(meta, dict):
         raise HatError(f"expected an object, got {shown(meta)}")
     version = meta.get("format_version", 0)
     if type(version) is not int or version < 0:
         raise HatError(f"format_version must be a whole number of at least 0, got {shown(version)}")
-    if version > FORMAT_VERSION:  # first of all: nothing else in it may mean what it means here
+    if version > FORMAT_VERSION:  # first of all: the rest may no longer mean what it means here
         ours = f"hat_lib {__version__} reads versions up to {FORMAT_VERSION}"
         raise HatError(f"format_version is {version}, {ours}: upgrade hat_lib")
     rest = digest({key: value for key, value in meta.items() if key != "sha256"})
@@ -163,12 +163,12 @@ def parse_config(data: bytes) -> tuple[Checkpoint, str]:
 
 
 def digest(meta: dict) -> str:
-    """SHA-256 of the meaning, not of the spaces."""
+    """SHA-256 of the content, whatever the whitespace."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _parse_json(data: bytes):
-    """Standard JSON in UTF-8: no key twice in one object, no number beyond int64 or float64, not nested too deep."""
+    """Standard JSON in UTF-8: no duplicate keys, no number beyond int64 or float64, not nested too deeply."""
     number, whole = partial(_bounded, float, math.inf), partial(_bounded, int, 2**63)
     hooks = {"object_pairs_hook": _unique, "parse_int": whole, "parse_float": number, "parse_constant": number}
     try:
@@ -230,7 +230,7 @@ def _parse_adapter(expected: str, data: bytes) -> dict[str, Tensor]:
 
 
 def _encode(checkpoint: Checkpoint) -> tuple[bytes, bytes]:
-    """The bytes of both files, parsed once as a check."""
+    """The bytes of both files, parsed back as a check."""
     # Copied: safetensors refuses tensors that share memory.
     tensors = {k: v.detach().to("cpu", torch.float32, copy=True).contiguous() for k, v in checkpoint.tensors.items()}
     adapter = save(tensors)
@@ -256,7 +256,7 @@ def _encode(checkpoint: Checkpoint) -> tuple[bytes, bytes]:
 
 
 def _read(file: Path, limit: int, parse: Callable):
-    """``parse`` the file's bytes; whatever is wrong with it is one short `HatError` that begins with its path."""
+    """``parse`` the file's bytes; whatever is wrong with it raises one short `HatError` that begins with its path."""
     try:
         if not os.path.isfile(file):
             found = "is not a file" if os.path.lexists(file) else "is missing"
@@ -276,7 +276,7 @@ def _read(file: Path, limit: int, parse: Callable):
 
 
 def _replace(path: Path, payload: bytes) -> None:
-    """Write beside ``path``, flush to disk, then rename over it."""
+    """Write next to ``path``, flush to disk, then rename over it."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -1,15 +1,15 @@
-"""Corrections compensate for skipped computation, in gated products at no extra inference cost, in FFNs at little.
+"""Corrections compensate for skipped computation: in gated products at no extra inference cost, in FFNs at little.
 
-Channel grain: each product ``y = W x`` that is gated becomes ``y = W x + B A x + c``: an update of low rank (LoRA, Hu
-et al. 2021, arXiv:2106.09685) and a constant vector (SPON, arXiv:2512.12744). Both are trained to bring the gated model
+Channel grain: each gated product ``y = W x`` becomes ``y = W x + B A x + c``, with a low-rank update (LoRA, Hu et al.
+2021, arXiv:2106.09685) and a constant vector (SPON, arXiv:2512.12744). Both are trained to bring the gated model
 back to its base (`hat_lib.training`), and neither adds work at inference: the engine reads ``W + B A`` and has c as a
 bias. The base itself is never changed. On the reference path the terms are added by forward hooks on the base's
 own linear layers, ahead of anybody else's hooks, so that those see the values used; at capacity 1.0, in ``hat.dense()``
-and after `unload` there is nothing but the base. Matrices that read the same input share A, so one `Correction` serves
+and after `unload`, only the base is left. Matrices that read the same input share A, so one `Correction` serves
 a site: q|k|v, o, gate|up or down. The less is dropped, the less there is to compensate for: `strength` scales both.
 
-Token grain: an FFN that a token skips is not replaced by nothing but by ``B A x + c`` of the FFN's own input, 2 r D
-multiply-adds. There is none in layer 0, whose FFN always runs.
+Token grain: ``B A x + c`` of the FFN's own input stands in for an FFN that a token skips, at 2 r D multiply-adds.
+Layer 0 has none, since its FFN always runs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from hat_lib.backbone.shapes import LINEARS
 from hat_lib.model.modes import Context
 
 FULL = 0.45
-"""capacity from which downwards corrections of gated products have their whole strength"""
+"""capacity at and below which corrections of gated products have their full strength"""
 
 
 def strength(capacity: float, granularity: str = "channel") -> float:
-    """Of corrections at a capacity: 0 at 1, rising with the square of what is dropped to 1 at `FULL`, as what they can
-    compensate for does. What stands in for a skipped FFN has strength 1."""
+    """Strength of corrections at a capacity: 0 at 1, rising with the square of what is dropped to 1 at `FULL`, as does
+    what they can compensate for. What stands in for a skipped FFN has strength 1."""
     if capacity >= 1 or granularity == "token":
         return float(capacity < 1)
     return min(1.0, (1 - capacity) / (1 - FULL)) ** 2
@@ -41,7 +41,7 @@ class Correction(nn.Module):
     Args:
         inputs: channels of the site, C.
         outputs: of each linear layer that reads them.
-        rank: of ``B A``; 0 leaves the constant vector alone.
+        rank: of ``B A``; 0 leaves only the constant vector.
     """
 
     def __init__(self, inputs: int, outputs: list[int], rank: int):
@@ -58,12 +58,12 @@ class Correction(nn.Module):
 
     @torch.no_grad()
     def update(self) -> Tensor:
-        """``B A``, fp32 ``[out, C]``, the site's linear layers one after another."""
+        """``B A``, fp32 ``[out, C]``, the site's linear layers stacked."""
         return self.up @ self.down
 
 
 class Corrections(nn.ModuleDict):
-    """One `Correction` a layer and site, by ``"{layer}_{site}"``.
+    """One `Correction` per layer and site, by ``"{layer}_{site}"``.
 
     Args:
         layers: a base's decoder layers.
@@ -103,5 +103,5 @@ class AddTerm(NamedTuple):
     context: Context
 
     def __call__(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
-        strength = self.context.mode.corrected if self.context.passes else 0.0  # by hand it is the base's
+        strength = self.context.mode.corrected if self.context.passes else 0.0  # called by hand, it is the base's
         return out.add(self.correction.term(args[0], self.number), alpha=strength) if strength else None

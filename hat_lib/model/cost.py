@@ -1,21 +1,21 @@
-"""What a token costs: FLOPs and weight bytes, counted from what a forward really ran.
+"""What a token costs: FLOPs and weight bytes, counted from what a forward actually ran.
 
-A linear layer costs two FLOPs for each weight that it reads (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), so its
-cost is its weights times the share that this token executed. Parts:
+A linear layer costs two FLOPs per weight that it reads (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), so its
+cost follows from its weights and the share that this token executed. Parts:
 
     attention    q, k, v and o projections; at their share (channel grain), or in full (token grain)
     ffn          gate, up and down projections, at their share
     exited_kv    K and V, dense, in each layer after the one in which a token left
-    head         the LM head, once per token, at its share; a prefill that wants one token's logits spends less
-    routers      D multiply-adds a layer (token grain: from layer 1 on); channel grain: a compare per channel, too; a
-                 compare for each token of the vocabulary, where the head has a shortlist
-    corrections  token grain: 2 r D multiply-adds for each FFN that a token skips, where corrections of rank r stand in
+    head         the LM head, once per token, at its share; a prefill that needs only one token's logits spends less
+    routers      D multiply-adds per layer (token grain: from layer 1 on); channel grain: also a compare per channel,
+                 and a compare per token of the vocabulary if the head has a shortlist
+    corrections  token grain: 2 r D multiply-adds for each FFN that a token skips, if corrections of rank r stand in
     exits        each gate that a token reached, and the translator of the one that it took
     core         attention scores and mixing: 4 FLOPs per query channel and key seen; it reads no weights
 
-Left out, in the dense count too: norms, activations, residual sums, softmax, RoPE, biases, the embedding's one row.
-This is the work that the method asks for, whatever the hardware makes of it: channels run masked and dense on the
-reference path, and a batch reads its weights once for all of its rows.
+Left out, in the dense count too: norms, activations, residual sums, softmax, RoPE, biases, the one embedding row.
+This is the work that the method asks for, whatever the hardware makes of it: on the reference path, channels are masked
+and computed densely, and a batch reads its weights once for all of its rows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from hat_lib.model.transformer import HierarchicalTransformer
 
 HAT_BYTES = 4
-"""bytes of a trained parameter: routers, gates and translators stay fp32"""
+"""bytes per trained parameter: routers, gates and translators stay fp32"""
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,18 @@ class Work:
 
     @property
     def executed(self) -> Tensor:
-        """FLOPs of each token, all parts but ``core``."""
+        """FLOPs of each token, all parts except ``core``."""
         return sum(v for part, v in self.flops.items() if part != "core")
 
     @property
     def dense(self) -> Tensor:
-        """FLOPs that the base spends on each token, all parts but ``core``."""
+        """FLOPs that the base spends on each token, all parts except ``core``."""
         return sum(v for part, v in self.dense_flops.items() if part != "core")
 
     @property
     def model_share(self) -> float:
-        """Executed / dense FLOPs over all tokens. Without the attention core, which depends on the context's length
-        and not on what the method skips: so results at different lengths can stand side by side."""
+        """Executed / dense FLOPs over all tokens. Without the attention core, which depends on the context length
+        and not on what the method skips, so that results at different lengths are comparable."""
         return float(self.executed.sum() / self.dense.sum())
 
 
@@ -83,13 +83,13 @@ def work(
     """The cost of tokens, given what they executed.
 
     Args:
-        site_share: of each gated site, ``[L, S, ...]`` in [0, 1]; layers that a token did not enter are not read.
+        site_share: of each gated site, ``[L, S, ...]`` in [0, 1]; layers that a token did not enter are ignored.
         exit_layer: layers that each token ran, ``[...]``; L where it stayed to the end.
         context: keys that each token attends to, itself included; a number or ``[...]``.
         dtype: of the base's weights.
         routed, gated: whether routers and exit gates ran at all.
         head_share: of the head, shortlist included.
-        corrected: whether corrections had a part; those of the channel grain cost nothing.
+        corrected: whether corrections took part; those of the channel grain cost nothing.
     """
     n_layers, d, ran = config.n_layers, lm_config.hidden_size, exit_layer.double()
     q_width = lm_config.num_attention_heads * lm_config.head_dim
@@ -103,8 +103,8 @@ def work(
     if config.granularity == "token":
         correction_weights = 2 * d * (config.correction_rank or 0) * (ran - shares["ffn"]) * corrected
         shares = {"qkv": ran, "o": ran, "gate_up": shares["ffn"], "down": shares["ffn"]}
-        compares, router_weights = zero, d * (ran - 1)  # layer 0's FFN always runs, nobody asks its router
-    else:  # thresholds are compared in the base's dtype
+        compares, router_weights = zero, d * (ran - 1)  # layer 0's FFN always runs, without asking its router
+    else:
         compares, router_weights = (d + q_width + d + lm_config.intermediate_size) * ran, d * ran
 
     def linear(qkv, o, gate_up, down) -> dict[str, Tensor]:
@@ -135,8 +135,8 @@ def work(
 def state_cost(hat: HierarchicalTransformer, state: TokenState) -> Work:
     """The cost of one forward, or of several joined by `TokenState.cat`: ``[B, T]`` on the CPU, 0 at pads.
 
-    Routers and gates are charged where they had a part in the forward, or where the state shows that something was
-    skipped or somebody left. A control is charged for the router that it stands in for.
+    Routers and gates are charged if they took part in the forward, or if the state shows that something was skipped
+    or a token left. A control is charged for the router that it stands in for.
     """
     real, share = state.real.cpu(), state.site_share.cpu()
     exit_layer, context = state.exit_layer.cpu().long(), state.position.cpu() + 1
@@ -152,8 +152,8 @@ def state_cost(hat: HierarchicalTransformer, state: TokenState) -> Work:
 def ideal_speedup(
     lm_config: LlamaConfig, config: HatConfig, capacity: float = 1.0, exit_layer: int | None = None
 ) -> float:
-    """``1 / model_share``, the gain if time were proportional to linear work, where every token runs at ``capacity``
-    and leaves after ``exit_layer`` layers (None: nobody does). Raises `HatError` for a capacity outside [0.1, 1]."""
+    """``1 / model_share``: the speedup if time were proportional to linear work and every token ran at ``capacity``
+    and left after ``exit_layer`` layers (None: none leaves). Raises `HatError` for a capacity outside [0.1, 1]."""
     capacity, gated = check_capacity(capacity), exit_layer is not None
     share = torch.full((config.n_layers, len(GRAINS[config.granularity].sites)), capacity)
     depth = torch.tensor(exit_layer if gated else config.n_layers)
@@ -161,16 +161,16 @@ def ideal_speedup(
 
 
 class WorkTally:
-    """Work of forwards of ``hat``. Shares are ratios of sums over all real tokens, not means over forwards."""
+    """Work summed over forwards of ``hat``. Shares are ratios of sums over all real tokens, not means over forwards."""
 
     def __init__(self, hat: HierarchicalTransformer):
         self.hat = hat
         self._executed, self._possible = np.zeros(4), np.zeros(4)
         self.exits = np.zeros(hat.config.n_layers + 1, dtype=np.int64)
-        """tokens by the layers that they ran, ``[L + 1]``"""
+        """number of tokens by layers run, ``[L + 1]``"""
 
     def add(self, state: TokenState) -> None:
-        """Count a forward."""
+        """Add a forward."""
         cost, depths = state_cost(self.hat, state), state.exit_layer[state.real]
         tokens, routable = len(depths), int(depths.sum()) + state.head_work * len(depths)
         executed, layers_run = float(cost.executed.sum()), int(depths.sum())

@@ -1,6 +1,6 @@
-"""The method's decisions as arrays, for the engine: of a `Threshold` and an `ExitThresholds`, or `Forced` ones.
+"""The method's decisions as arrays, for the engine: those of `Threshold` and `ExitThresholds`, or `Forced` ones.
 
-What is forced is a threshold that nothing, or everything, is above.
+A forced decision is a threshold that nothing, or everything, is above.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def decisions(hat, dense: Decisions, mode: Mode, places: slice) -> Decisions:
     Args:
         dense: decisions of the dense model.
         mode: what it leaves open stays as in ``dense``.
-        places: of these tokens in the cache, for what is forced; channels are forced for one token alone.
+        places: of these tokens in the cache, for forced decisions; channels are forced for one token only.
     """
     made = {}
     if hat.config.granularity == "token":
@@ -40,7 +40,7 @@ def decisions(hat, dense: Decisions, mode: Mode, places: slice) -> Decisions:
 
 @torch.no_grad()
 def with_exits(hat, made: Decisions, exits: ExitThresholds | Forced | None, places: slice) -> Decisions:
-    """``made``, and the decisions of exits; ``places`` as for `decisions`."""
+    """``made`` with the decisions of exits; ``places`` as for `decisions`."""
     return made._replace(**dict(_exits(hat, made, exits, places))) if exits and hat.gates else made
 
 
@@ -103,7 +103,7 @@ def _exits(hat, dense: Decisions, exits, places: slice) -> Iterable[tuple[str, n
 
 
 def _forced(masks: list[Tensor | None], places: slice, otherwise: bool) -> np.ndarray:
-    """What a score of zero is to be above, float32 ``[len(masks), B*T]``: below it for yes, over it for no."""
+    """Thresholds for a score of zero, float32 ``[len(masks), B*T]``: below zero for yes, above it for no."""
     some = next((mask[:, places].flatten() for mask in masks if mask is not None), torch.zeros(1))
     yes = [
         torch.full_like(some, otherwise, dtype=bool) if mask is None else mask[:, places].flatten() for mask in masks

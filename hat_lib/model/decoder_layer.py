@@ -2,11 +2,11 @@
 
 It overrides `forward` on the instances of a `LlamaDecoderLayer`, its attention and its FFN; the loop over layers stays
 transformers' own, and every linear layer and norm is the base's own module, called on masked input. So forward hooks,
-LoRA and interpretability tools see a Llama. Rows that do not run are gathered out: while any are, those modules see
-``[1, n, ...]`` for the n rows that do, and else ``[B, T, ...]`` as ever.
+LoRA and interpretability tools see a Llama. Rows that do not run are gathered out: those modules then see
+``[1, n, ...]`` for the n rows that do, and otherwise ``[B, T, ...]`` as usual.
 
 A token that has exited keeps a frozen hidden state and still gets K and V in each later layer, computed from that
-state; no query, attention output or FFN. So the cache stays dense, and later tokens see the same keys as ever.
+state, but no query, attention output or FFN. So the cache stays dense, and later tokens see a key for every token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hat_lib.model.modes import Context
 
 
 class AdaptiveLayer:
-    """Takes the place of the forwards of a `LlamaDecoderLayer` of transformers 5.24, from `attach` to `detach`."""
+    """Replaces the forwards of a `LlamaDecoderLayer` of transformers 5.24, from `attach` to `detach`."""
 
     def __init__(self, layer: nn.Module, index: int, context: Context):
         self.layer, self.index, self.context = layer, index, context
@@ -41,17 +41,17 @@ class AdaptiveLayer:
 
     @property
     def intact(self) -> bool:
-        """False if somebody has put another attention or FFN module into the layer."""
+        """False if the layer's attention or FFN module has been replaced by another."""
         return self.layer.self_attn is self.attn and self.layer.mlp is self.mlp
 
     @property
     def run(self) -> ForwardPass | None:
-        """The forward of the model that is under way; None where somebody calls a part by hand, which is the base's."""
+        """The model's forward that is under way; None if a part is called by hand: it then acts as the base's."""
         return self.context.passes[-1] if self.context.passes else None
 
-    @torch.compiler.disable  # it branches on what a token asks for
+    @torch.compiler.disable  # it branches on what each token needs
     def forward(self, hidden_states: Tensor, **given) -> Tensor:
-        """``[B, T, D] -> [B, T, D]``; ``given`` is what attention takes beside the hidden states."""
+        """``[B, T, D] -> [B, T, D]``; ``given`` is what attention takes besides the hidden states."""
         run, layer = self.run, self.layer
         if run is None:
             return type(layer).forward(layer, hidden_states, **given)
@@ -65,7 +65,7 @@ class AdaptiveLayer:
         else:
             flat = h.view(-1, h.shape[-1])
             out = flat.index_copy(0, rows, self._ffn(flat[rows][None] + mixed)[0]).view(h.shape)
-        if run.state.alive is not None and rows is None:  # exited rows were computed as well: drop that
+        if run.state.alive is not None and rows is None:  # exited rows were computed too: discard them
             out = torch.where(run.state.exited[..., None], h, out)
         if run.mode.dropped is not None:
             out = torch.where(run.mode.dropped[self.index, :, None, None], h, out)
@@ -79,7 +79,7 @@ class AdaptiveLayer:
         cache=None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """``[B, T, D]``, normed, to the attention's output for the running rows: ``[B, T, D]`` or ``[1, n, D]``."""
+        """Normed ``[B, T, D]`` -> attention output for the running rows, ``[B, T, D]`` or ``[1, n, D]``."""
         run, attn = self.run, self.attn
         if run is None:
             return type(attn).forward(attn, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
@@ -95,7 +95,7 @@ class AdaptiveLayer:
         return attn.o_proj(run.gate(self.index, "o", mixed.reshape(*x.shape[:-1], -1))), weights
 
     def _attention_of_rows(self, hidden_states, cos, sin, mask, cache, kwargs) -> Tensor:
-        """The same where some rows have exited: K and V of all, and what the others make of them, ``[1, n, D]``."""
+        """The same when some rows have exited: K and V of all rows, attention output of the others, ``[1, n, D]``."""
         run, attn, rows = self.run, self.attn, self.run.rows
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         q_input = run.gate(self.index, "qkv", flat[rows][None]) if len(rows) else flat[rows][None]
@@ -134,7 +134,7 @@ class AdaptiveLayer:
         flat, out = x.view(-1, x.shape[-1]), h.view(-1, h.shape[-1])
         kept, left = keep.nonzero().view(-1), (~keep).nonzero().view(-1)
         if len(kept):
-            out = out.index_add(0, kept, layer.mlp(flat[kept][None])[0].to(h.dtype))  # autocast gives another
+            out = out.index_add(0, kept, layer.mlp(flat[kept][None])[0].to(h.dtype))  # autocast gives another dtype
         if len(left) and (instead := run.instead(self.index, flat[left])) is not None:
             out = out.index_add(0, left, instead.to(h.dtype))
         return out.view(h.shape)
@@ -144,7 +144,7 @@ class AdaptiveLayer:
         return x.view(*x.shape[:-1], -1, self.attn.head_dim).transpose(1, 2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention for the running rows alone, each sequence padded to the longest count of them.
+        """Attention for the running rows only, each sequence padded to the largest count.
 
         ``q [n, H, h]``, k and v ``[B, G, K, h]``, mask ``[B or 1, 1, T, K]`` or None, causal -> ``[n, H*h]``.
         """
@@ -155,9 +155,9 @@ class AdaptiveLayer:
         slot = torch.arange(len(rows), device=row.device) - (counts.cumsum(0) - counts)[row]
         width = int(counts.max())
         padded = q.new_zeros(b, width, *q.shape[1:]).index_put((row, slot), q)
-        if mask is None:  # plain causal, queries are the last t keys
+        if mask is None:  # plain causal: queries are at the last t keys
             mask = torch.ones(t, keys, dtype=torch.bool, device=q.device).tril(keys - t).expand(b, 1, t, keys)
-        # Slots beyond a sequence's count repeat its first query's row of the mask; nothing reads them.
+        # Slots beyond a sequence's count repeat the mask of its first token; nothing reads them.
         where = torch.zeros(b, width, dtype=torch.long, device=q.device).index_put((row, slot), column)
         seen = mask.expand(b, -1, -1, -1).gather(2, where[:, None, :, None].expand(b, mask.shape[1], width, keys))
         out = F.scaled_dot_product_attention(

@@ -1,8 +1,8 @@
 """Which forwards of ``hat.lm`` the engine runs, and how it is told to decide as the reference path does.
 
 The engine (`hat_lib.engine`) decodes up to eight tokens at a time on a CPU. Everything else, and everything that
-somebody watches or changes (hooks, adapters, gradients, hidden states), runs on the reference path. `FastPath` takes
-the place of ``hat.lm.forward``: a forward is run by the engine, or there is a reason why not.
+somebody observes or modifies (hooks, adapters, gradients, hidden states), runs on the reference path. `FastPath`
+replaces ``hat.lm.forward``: a forward is run by the engine, or there is a reason why not.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ try:
 
     LAYERS = DynamicLayer, GrowingLayer
     UNAVAILABLE = None
-except Exception as error:  # numba is missing, or does not know this Python or this CPU
+except Exception as error:  # numba is missing, or does not support this Python or this CPU
     UNAVAILABLE = f"numba cannot be used here ({type(error).__name__}: {error})"
 
 WEIGHT_FORMATS = ("base", "int8", "q4")
@@ -48,29 +48,29 @@ TAKEN = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache", "l
 EPSILON, SCALING = attrgetter("variance_epsilon"), attrgetter("scaling")
 LISTENERS = ("streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "assistant_model",
              "custom_generate", "negative_prompt_ids")  # fmt: skip
-"""arguments of generate by which others' code, or other forwards, run between two steps"""
+"""arguments of generate that make other code, or other forwards, run between two steps"""
 READY = 32
-"""decisions that are kept, of as many capacities and exit rates: a context that is entered at each token is quick"""
+"""decisions that are kept, of as many capacities and exit rates: entering a context at each token is then quick"""
 
 
 @dataclass
 class Run:
-    """A ``generate`` under way in a thread."""
+    """A call of ``generate`` under way in a thread."""
 
     threads: int
-    """torch's, when it began"""
+    """torch's number of threads when it began"""
     alone: bool
-    """nobody's code runs between two steps: what was looked at before one holds for the next"""
+    """no other code runs between two steps: what was checked before one holds for the next"""
     ready: tuple[Mode, Decoder, Decisions] | None = None
     """of the last step"""
 
 
 class FastPath:
-    """Stands in ``lm.forward`` while a model is attached.
+    """Replaces ``lm.forward`` while a model is attached.
 
     Args:
-        hat: a `HierarchicalTransformer`. Its base is packed when the engine is first used, and again if it changed.
-        context: of the model and its layers.
+        hat: a `HierarchicalTransformer`. Its base is packed when the engine is first used, and again if it changes.
+        context: shared by the model and its layers.
     """
 
     def __init__(self, hat, context):
@@ -81,23 +81,23 @@ class FastPath:
         """by form, the strength of corrections in its products, and whether its head may be gated"""
         self._decisions: dict[tuple, Decisions] = {}
         self._decided: tuple = ()
-        """of the last step: by what, and what"""
+        """of the last step: what decided, and its decisions"""
         self._lock = threading.Lock()
         self._here = threading.local()
         self.never = self._why_never()
 
     def attach(self) -> None:
-        """Take the place of ``lm.forward``, once the model's own hooks and forwards are there."""
+        """Replace ``lm.forward``, once the model's own hooks and forwards are in place."""
         if self.never:
             return
         modules, ours = list(self.lm.modules()), self.lm.model
-        # What must stay as it is, in the form in which it is compared fastest: it is, before each token.
+        # What must not change, in the form that is fastest to compare, as is done before each token.
         self._hooks = [h for m in modules if m is not ours for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._own_hooks = ours._forward_hooks, ours._forward_pre_hooks
         self._hooks_then = [sum(map(_is_ours, hooks.values())) for hooks in self._hooks]
         self._next_hook = None
-        """The number of torch's next hook, anywhere, when there were none on the base. While it stays, its calls put
-        none there; one that is put into a module's dictionary by hand is not seen."""
+        """The number of torch's next hook, anywhere, when there were none on the base. While it stays the same, torch
+        has added none there; one put into a module's dictionary by hand is not noticed."""
         self._held = [held for m in modules for held in (m._modules, m._parameters) if held]
         self._held_then = [*map(dict, self._held)]
         self._forwards = [vars(m) for m in modules if m is not self.lm and "forward" not in vars(m)]
@@ -132,20 +132,20 @@ class FastPath:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of packed weights and decisions; they are made again when next needed."""
+        """Drop packed weights and decisions; they are made again when next needed."""
         self._decoders, self._decisions, self._decided = {}, {}, ()
 
     @property
     def packed_bytes(self) -> int:
-        """Memory of the packed weights, without what is the base's own."""
+        """Bytes of the packed weights, not counting the base's own memory."""
         return sum(packed_bytes(decoder.weights) for decoder in self._decoders.values())
 
     def unfit(self, form: str) -> str | None:
-        """Why the engine cannot keep this base's weights in a form."""
+        """Why the engine cannot keep this base's weights in a form, or None."""
         return None if self.never else unfit(self.lm, form)
 
     def describe(self) -> str:
-        """Which path decodes, for people."""
+        """Which path decodes, in words."""
         if (why := self.why_not()) is not None:
             return f"reference path ({why})"
         threads = max(1, min(torch.get_num_threads(), cores()))
@@ -156,7 +156,7 @@ class FastPath:
     # -- whether ------------------------------------------------------------------------------------
 
     def _why_never(self) -> str | None:
-        """Why no forward of this base can be run by the engine."""
+        """Why the engine can run no forward of this base; None if it can."""
         config = self.lm.config
         if UNAVAILABLE:
             return UNAVAILABLE
@@ -175,7 +175,7 @@ class FastPath:
         return None
 
     def why_not(self) -> str | None:
-        """Why the next decode step would run on the reference path, as things stand; None if the engine would."""
+        """Why the next decode step would run on the reference path, as things stand; None if it would not."""
         lm, mode = self.lm, self.context.mode
         if self.never:
             return self.never
@@ -199,7 +199,7 @@ class FastPath:
             return "there are hooks on the base"
         try:
             same = self._held == self._held_then
-        except RuntimeError:  # a tensor is not what it was: the comparison of their numbers has no truth value
+        except RuntimeError:  # a tensor was replaced: comparing the numbers of two gives no single truth value
             same = False
         if not same:
             return "a module or a parameter of the base was replaced, as by an adapter"
@@ -214,7 +214,7 @@ class FastPath:
         return None
 
     def _hooks_sleep(self) -> bool:
-        """Whether all hooks but our own are those that transformers leaves where hidden states were once asked for."""
+        """Whether all hooks but our own are those that transformers leaves once hidden states have been asked for."""
         return all(
             _is_ours(hook) or hook.__module__ == output_capturing.__name__
             for hooks in self._hooks
@@ -222,7 +222,7 @@ class FastPath:
         )
 
     def _takes(self, given: dict) -> bool:
-        """Whether this call is one for the engine: a few tokens, a cache, and nothing but logits asked for."""
+        """Whether this call is one for the engine: a few tokens, a cache, and only logits asked for."""
         ids, cache, mask = given.get("input_ids"), given.get("cache"), given.get("attention_mask")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.device.type != "cpu" or not 0 < ids.numel() <= ROWS:
             return False
@@ -246,9 +246,9 @@ class FastPath:
         return getattr(self._here, "run", None)
 
     def forward(self, *args, **kwargs):
-        """As `LlamaForCausalLM.forward`."""
+        """Like `LlamaForCausalLM.forward`."""
         given, run, mode = {"input_ids": args[0]} | kwargs if args else kwargs, self._run, self.context.mode
-        if "past_key_values" in given:  # what transformers called it before
+        if "past_key_values" in given:  # transformers' earlier name for it
             given = {"cache": given["past_key_values"]} | {k: v for k, v in given.items() if k != "past_key_values"}
         known = run is not None and run.alone and run.ready is not None and run.ready[0] is mode
         takes = len(args) < 2 and self._takes(given)
@@ -266,7 +266,7 @@ class FastPath:
         return self._reference(*args, **kwargs)
 
     def _decode(self, mode, run, known, input_ids, attention_mask, position_ids, cache, logits_to_keep, **_):
-        # In numpy: after a step no cache holds anything of torch, and its operations cost several times as much.
+        # In numpy: after a step the CPU's caches hold nothing of torch, and its operations cost several times as much.
         (b, t), start = input_ids.shape, cache.get_seq_length()
         first = np.zeros(b, np.int64)
         position = rank = np.arange(start, start + t)[None].repeat(b, 0)
@@ -324,15 +324,15 @@ class FastPath:
         key = mode.weights or self.form, merged, gates_head or mode.shortlist is not None
         if key not in self._decoders:
             for other in [k for k in self._decoders if merged and k[0] == key[0] and k[1]]:
-                del self._decoders[other]  # of another strength: there is one corrected copy of a form
+                del self._decoders[other]  # of another strength: there is only one corrected copy per form
             corrections = self.hat.corrections if merged else None
             self._decoders[key] = Decoder(self.lm, key[0], corrections, strength=merged, preview=key[2])
         return self._decoders[key]
 
     def _decide(self, mode: Mode, decoder: Decoder, places: slice) -> Decisions:
-        """The mode's decisions as arrays, for tokens at these places of the cache."""
+        """The mode's decisions as arrays, for tokens at these positions in the cache."""
         routed, exits = mode.policy, mode.exits
-        if type(routed) is Forced:  # another at each place
+        if type(routed) is Forced:  # they differ between positions
             return decisions(self.hat, decoder.everything(), mode, places)
         if type(exits) is Forced:
             rest = self._decide(replace(mode, gated=None, exit_control=None), decoder, places)
@@ -355,7 +355,7 @@ def _is_ours(hook) -> bool:
 
 
 def warm() -> None:
-    """Compile the decode step for bases in float32 and bfloat16, unless it is kept from before; some twenty seconds."""
+    """Compile the decode step for bases in float32 and bfloat16, unless already cached; takes some twenty seconds."""
     if UNAVAILABLE is None:
         config = LlamaConfig(
             vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8

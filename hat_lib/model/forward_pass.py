@@ -1,4 +1,4 @@
-"""One forward: who decides, what was decided, and which rows still run. All that a layer asks for."""
+"""One forward: who decides, what was decided, and which rows still run. All that a layer needs to know."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hat_lib.model.token_state import TokenState
 
 @dataclass
 class ForwardPass:
-    """The decisions of one forward of one thread, applied and noted in ``state``."""
+    """The decisions of one forward in one thread, applied and recorded in ``state``."""
 
     mode: Mode
     state: TokenState
     sites: tuple[str, ...]
     """of the model's grain"""
     gates: nn.ModuleDict
-    """exit gates by depth; they translate who leaves"""
+    """exit gates by depth; they translate the states that leave"""
     corrections: nn.ModuleDict
     """by ``"{layer}_{site}"``"""
     cache: Cache | None = None
@@ -33,13 +33,13 @@ class ForwardPass:
         return self.state.alive if self.mode.compact else None
 
     def instead(self, layer: int, x: Tensor) -> Tensor | None:
-        """What tokens get in place of an FFN of ``x`` that they skip, if anything; both ``[..., D]``."""
+        """What tokens get in place of a skipped FFN of ``x``, if anything; both ``[..., D]``."""
         if not self.mode.corrected or f"{layer}_ffn" not in self.corrections:
             return None
         return self.mode.corrected * self.corrections[f"{layer}_ffn"].term(x, 0)
 
     def gate(self, layer: int, site: str, x: Tensor) -> Tensor:
-        """``x [..., C]`` of the rows that run, without the channels that are skipped at a site of the channel grain;
+        """``x [..., C]`` of the running rows, with the channels zeroed that are skipped at a site of the channel grain;
         at another grain, x itself."""
         if site not in self.sites:
             return x
@@ -55,9 +55,9 @@ class ForwardPass:
 
     def decide(self, layer: int, site: str, x: Tensor) -> Tensor | Gated | None:
         """What the running rows ``x [n, C]`` keep at a site, protected tokens included: bool ``[n, C]`` (channel) or
-        ``[n]`` (token), in training a float mask or `Gated`; None for everything."""
+        ``[n]`` (token); in training, a float mask or `Gated`; None for everything."""
         state, rows, index = self.state, self.rows, self.sites.index(site)
-        # Layer 0's FFN carries the whole model (skipping it alone destroys the output): never a whole skip.
+        # The whole model depends on layer 0's FFN (skipping it alone destroys the output): it is never skipped whole.
         fixed = site == "ffn" and layer == 0
         keep = None if fixed else self.mode.policy(layer, site, x, rows, state)
         if isinstance(keep, Gated):

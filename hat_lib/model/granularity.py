@@ -1,10 +1,10 @@
 """Granularity: what a router decides about, named by the sites of a layer where it decides.
 
-``channel``  each input channel of every linear layer, per token (the default). Four sites, as matrices that read the
+``channel``  each input channel of every linear layer, per token (the default). Four sites, since matrices that read the
              same input share one decision: q|k|v, o, gate|up, down.
 ``token``    the whole FFN, per token (the published method). One site.
 
-What a site does to a forward stands in `hat_lib.model.decoder_layer`.
+What a site does in a forward is defined in `hat_lib.model.decoder_layer`.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def column_norm(layer: nn.Module, site: str) -> Tensor:
 
 
 def head_norm(lm: nn.Module) -> Tensor:
-    """The same of the head, clipped so that it divides, fp32 ``[D]``."""
+    """The same for the head, clamped so that it can be divided by, fp32 ``[D]``."""
     return _column_norm([lm.lm_head.weight]).clamp(min=1e-12)
 
 
 def _column_norm(weights: list[Tensor]) -> Tensor:
-    # In slices: a whole matrix of a large base in fp32 takes room for nothing.
+    # In slices: a whole matrix of a large base in fp32 would waste memory.
     parts = [rows.float().norm(dim=0) for w in weights for rows in w.detach().split(1024)]
     return torch.stack(parts).norm(dim=0)

@@ -1,12 +1,12 @@
 """The head at less than its full work: every token of the vocabulary from some channels, the likely ones from all.
 
-A preview of the logits is read from the channels of the final state that are over a threshold, scored as at any other
-site of the channel grain. Tokens whose preview comes within a margin of the best one make the shortlist, and their
-logits are read once more, from all channels. So what is likely is exact, and who is unlikely is told from few channels:
-the head's work is its share of channels plus the shortlist's share of the vocabulary.
+A preview of the logits is read from the channels of the final state that are above a threshold, scored by magnitude
+times column norm. Tokens whose preview comes within a margin of the best one form the shortlist, and their
+logits are read again, from all channels. So likely tokens are exact, and unlikely ones are ruled out from few channels:
+the head's work is the preview's share of the channels plus the shortlist's share of the vocabulary.
 
-On a small base the head is a large part of the work (21 % of SmolLM2-135M). It is decided at any capacity below 1.0 of
-a model whose calibration has tables for it. Exits and recorded masks do not include the head.
+On a small base the head is a large part of the work (21 % of SmolLM2-135M). It is gated at any capacity below 1.0 if
+the model's calibration has tables for it. Exits and recorded masks do not include the head.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hat_lib.model.modes import Context
 
 ROWS = 128
-"""of logits that are put right at once: those of a long prompt are large"""
+"""rows of logits corrected at a time: those of a long prompt are large"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,19 +27,19 @@ class Shortlist:
     """How the head decides."""
 
     cut: Tensor
-    """magnitude over which a channel of the final state is read for the preview, fp32 ``[D]``"""
+    """magnitude above which a channel of the final state is read for the preview, fp32 ``[D]``"""
     margin: float
     """nats below the best preview within which a token is on the shortlist"""
     share: float
-    """of the head's work that is expected, for a forward whose logits nobody asked for"""
+    """expected share of the head's work, for a forward whose logits nobody asked for"""
 
     def keep(self, x: Tensor) -> Tensor:
-        """The channels that the preview reads: bool, as ``x [..., D]``."""
+        """The channels that the preview reads: bool, shaped like ``x [..., D]``."""
         return x.abs() > self.cut.to(x.device)
 
 
 class HeadGate:
-    """Two hooks on the head: its input masked, its output put right where the shortlist says so."""
+    """Two hooks on the head: one masks its input, the other corrects its output for the shortlist."""
 
     def __init__(self, context: Context):
         self.context = context
@@ -72,6 +72,6 @@ class HeadGate:
 
 
 def likely(preview: Tensor, margin: float) -> Tensor:
-    """Who is on the shortlist: bool, as ``preview [..., V]``. Compared in fp32, whatever the dtype of logits."""
+    """Which tokens are on the shortlist: bool, like ``preview [..., V]``. Compared in fp32, whatever its dtype."""
     preview = preview.float()
     return preview >= preview.amax(-1, keepdim=True) - margin

@@ -3,8 +3,8 @@
     hat = HierarchicalTransformer.from_pretrained("owner/name")
     hat.push_to_hub("owner/name", private=True)
 
-A connection is opened only to push, and to load a name that is no local path. This module and the Hub's client are
-imported when there is something to ask it.
+A connection is opened only to push, or to load a name that is not a local path. This module and the Hub's client are
+imported only when needed.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ hat.lm.generate(...)  # transformers' own LlamaForCausalLM
 
 
 def local_folder(checkpoint: str | Path) -> Path:
-    """The folder of a checkpoint; one that is named ``owner/name`` and is no local path comes from the Hub, its two
-    files and the card alone, into the Hub's own cache. Raises `HatError` if they can't be fetched."""
+    """The folder of a checkpoint; one that is named ``owner/name`` and is not a local path comes from the Hub, just its
+    two files and the card, into the Hub's own cache. Raises `HatError` if they can't be fetched."""
     if not isinstance(checkpoint, str | os.PathLike):
         raise HatError(f"a checkpoint must be a folder, or owner/name on the Hub, got {checkpoint!r}")
     repo_id = checkpoint.as_posix() if isinstance(checkpoint, Path) else str(checkpoint)
@@ -74,12 +74,12 @@ def push_to_hub(
 
     Args:
         checkpoint: a folder, or a model with `save_pretrained`.
-        repo_id: ``owner/name``; made if it is not there. A card that is there is kept.
-        private: for a new repository. One that is public already is refused, rather than written to.
+        repo_id: ``owner/name``; created if it does not exist. An existing card is kept.
+        private: for a new repository. One that is already public is refused, rather than written to.
         token: None takes the one that ``hf auth login`` stored.
-        base_model: Hub id to load the base by, needed where the checkpoint names a local path.
+        base_model: Hub id to load the base by, needed if the checkpoint names a local path.
 
-    Raises `HatError` if the checkpoint is unsound (before any connection), or the Hub refuses or can't be reached.
+    Raises `HatError` if the checkpoint is invalid (before any connection), or the Hub refuses or can't be reached.
     """
     for what, name in {"repo_id": repo_id, "base_model": repo_id if base_model is None else base_model}.items():
         if not isinstance(name, str) or not HUB_ID.fullmatch(name):
@@ -90,7 +90,7 @@ def push_to_hub(
             checkpoint.save_pretrained(source)
         found = read_checkpoint(source if hasattr(checkpoint, "save_pretrained") else checkpoint)
         found = replace(found, base=base_model or _public_name(found.base))
-        # A folder of its own: only what `write_checkpoint` writes goes up, and that is no base weight.
+        # A folder of its own: only what `write_checkpoint` writes is uploaded, and never a base weight.
         write_checkpoint(folder, found)
         import huggingface_hub
 

@@ -1,8 +1,8 @@
-"""Modes: the ways to run a `HierarchicalTransformer` for a while, each a context that puts back what was set.
+"""Modes: temporary ways to run a `HierarchicalTransformer`, each a context that restores what was set before.
 
 A mode is what a forward decides by. The model has one of its own, set by ``hat.capacity`` and ``hat.exit_rate``; inside
-a context the thread that entered it has another, and every other thread still has the model's. What is nested changes
-what it names and nothing else: a control put in place by `using` decides around and inside ``at(capacity)``.
+a context, the thread that entered it has another, and every other thread still has the model's. A nested context
+changes only what it names: a control set by `using` decides both around and inside ``at(capacity)``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Mode:
     exit_rate: float = 0.0
     """both as requested"""
     layer_capacity: float = 1.0
-    """what ``capacity`` leaves for the layers, where the head has a part in it"""
+    """what ``capacity`` leaves for the layers, if the head has a part in it"""
     routed: Policy = KeepAll()
     """the method's own decisions at this capacity"""
     gated: ExitPolicy | None = None
@@ -46,31 +46,31 @@ class Mode:
     exit_control: ExitPolicy | None = None
     """decides in place of ``gated``"""
     corrected: float = 0.0
-    """strength of the corrections (`hat_lib.model.corrections`); 0: there are none"""
+    """strength of the corrections (`hat_lib.model.corrections`); 0 for none"""
     shortlist: Shortlist | None = None
     """how the head decides (`hat_lib.model.head`); None reads it in full"""
     steer: float = 0.0
-    """gain of steering (`hat_lib.model.steering`); 0: thresholds stay where they are"""
+    """gain of steering (`hat_lib.model.steering`); 0 leaves thresholds where they are"""
     compact: bool = True
-    """rows that a layer does not run are left out; else they are computed, and dropped"""
+    """leave out rows that a layer does not run; else compute and discard them"""
     reference: bool = False
-    """leave the engine alone"""
+    """never use the engine"""
     weights: str | None = None
-    """the form in which the engine reads them; None: the model's own"""
+    """format of the engine's weights; None for the model's own"""
     record: bool = False
     states: list[TokenState] | None = None
-    """takes the state of each forward"""
+    """collects the state of each forward"""
     dropped: Tensor | None = None
     """bool ``[L, B]``: layers left out for a sequence, in training"""
 
     @property
     def policy(self) -> Policy:
-        """What decides."""
+        """What decides which work runs."""
         return self.control or self.routed
 
     @property
     def exits(self) -> ExitPolicy | None:
-        """Who leaves."""
+        """What decides which tokens leave."""
         return self.exit_control or self.gated
 
 
@@ -83,7 +83,7 @@ class Context(threading.local):
         self.own: Mode | None = None
         """of the contexts that this thread has entered"""
         self.passes: list[ForwardPass | None] = []
-        """Forwards under way, the innermost last; None for one that has not begun in earnest"""
+        """forwards under way, innermost last; None for one that is still being set up"""
         self.last: TokenState | None = None
         self.final_state: Tensor | None = None
         """what the head is reading"""
@@ -94,14 +94,14 @@ class Context(threading.local):
 
     @mode.setter
     def mode(self, mode: Mode) -> None:
-        """Of this thread inside a context, else of the model."""
+        """Set this thread's inside a context, else the model's."""
         if self.own:
             self.own = mode
         else:
             self.shared.mode = mode
 
     def __deepcopy__(self, memo) -> Context:
-        """Itself: a copy of a part of the model, as an adapter makes one of the head, works in the same model."""
+        """Itself: a copy of a part of the model, such as an adapter's of the head, works in the same model."""
         return self
 
     def __reduce_ex__(self, protocol):
@@ -109,11 +109,11 @@ class Context(threading.local):
 
     @property
     def trace(self) -> TokenState | None:
-        """The state of the innermost forward, or else of the last one."""
+        """The state of the innermost forward under way, else of the last one."""
         return self.passes[-1].state if self.passes and self.passes[-1] else self.last
 
     def done(self, state: TokenState, whole: bool = True) -> None:
-        """A forward has ended; ``whole`` unless by an error."""
+        """Note that a forward has ended; not ``whole`` if it ended in an error."""
         self.last = state
         if whole and self.mode.states is not None:
             self.mode.states.append(state)
@@ -121,7 +121,7 @@ class Context(threading.local):
 
 @contextmanager
 def together(*makers: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """One context of several, each made and entered inside the one before it."""
+    """Several contexts as one, each made and entered inside the one before it."""
     with ExitStack() as stack:
         for make in makers:
             stack.enter_context(make())
@@ -129,8 +129,8 @@ def together(*makers: Callable[[], AbstractContextManager]) -> Iterator[None]:
 
 
 class Modes:
-    """Mixed into the model, which has ``capacity`` and ``exit_rate``. Each method is a context, for the thread that
-    enters it."""
+    """Mixin for the model, which has ``capacity`` and ``exit_rate``. Each method is a context that applies to the
+    thread that enters it."""
 
     _context: Context
     config: HatConfig
@@ -157,23 +157,23 @@ class Modes:
             yield self
 
     def dense(self) -> AbstractContextManager[Self]:
-        """The base, within rounding; nothing skipped, nobody exits."""
+        """The base, within rounding: nothing is skipped and no token exits."""
         nothing = {"routed": KeepAll(), "gated": None, "control": None, "exit_control": None, "corrected": 0.0}
         return self._changed(capacity=1.0, layer_capacity=1.0, exit_rate=0.0, shortlist=None, steer=0.0, **nothing)
 
     def correcting(self, strength: float = 1.0) -> AbstractContextManager[Self]:
-        """Corrections at a strength, from 0 for none to 1, whatever is skipped."""
+        """Corrections at a given strength, from 0 (none) to 1, whatever is skipped."""
         strength = check_fraction("strength", strength, 0.0, 1.0)
         if strength and not self.corrections:
             raise HatError("this model has no corrections: train some, with correction_rank in its config")
         return self._changed(corrected=strength)
 
     def shortlisting(self, shortlist: Shortlist | None) -> AbstractContextManager[Self]:
-        """Another decision of the head, or None for the whole of it; layers decide as they are set."""
+        """Another decision for the head, or None to read it in full; layers decide as before."""
         return self._changed(shortlist=shortlist)
 
     def steered(self, gain: float = GAIN) -> AbstractContextManager[Self]:
-        """Channel grain: thresholds that move while a text is decoded, until it executes the capacity asked for."""
+        """Channel grain: thresholds that move while a text is decoded, so that it executes the capacity asked for."""
         if self.config.granularity != "channel":
             raise HatError(f"steering is of the channel grain, got a model of the {self.config.granularity} grain")
         return self._changed(steer=check_fraction("gain", gain, 0.0, 1.0))
@@ -183,7 +183,7 @@ class Modes:
         return self._changed(reference=True)
 
     def weights(self, form: str) -> AbstractContextManager[Self]:
-        """The engine's weights in another form, which it keeps beside the model's own."""
+        """The engine's weights in another format, kept alongside the model's own."""
         self._check_weight_format(form)
         return self._changed(weights=form)
 
@@ -192,16 +192,16 @@ class Modes:
         return self._changed(compact=False)
 
     def using(self, policy: Policy) -> AbstractContextManager[Self]:
-        """Decisions from any source (`Random`, `Static`, ...), at any capacity; exits as they are set."""
+        """Decisions from any source (`Random`, `Static`, ...), at any capacity; exits as before."""
         return self._changed(control=policy)
 
     def exiting(self, exits: ExitPolicy) -> AbstractContextManager[Self]:
-        """Exits from any source (`ExitThresholds`, ...), at any exit rate; decisions as they are set."""
+        """Exits from any source (`ExitThresholds`, ...), at any exit rate; decisions as before."""
         return self._changed(exit_control=exits)
 
     def force(self, masks: Masks) -> AbstractContextManager[Self]:
-        """Decisions, exits included, as recorded by `record`. Raises `HatError` for those of another grain or shape; a
-        forward raises it for those of other sequences than it has, or of too few tokens."""
+        """Decisions, exits included, as recorded by `record`. Raises `HatError` if they are of another grain or shape;
+        a forward raises it if they are of another number of sequences, or of too few tokens."""
         self._check_masks(masks)
         forced = Forced(masks)
         return self._changed(control=forced, exit_control=forced)
@@ -216,7 +216,7 @@ class Modes:
 
     @contextmanager
     def collect(self) -> Iterator[list[TokenState]]:
-        """A list of the states of all forwards in it (``TokenState.cat`` joins decode steps)."""
+        """A list of the states of all forwards inside (``TokenState.cat`` joins decode steps)."""
         states: list[TokenState] = []
         with self._changed(states=states):
             yield states

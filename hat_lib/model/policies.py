@@ -1,9 +1,9 @@
 """Policies: where the decisions of a forward come from.
 
 The method's own are `Threshold` and `ExitThresholds`: ``score > threshold``, per token, in fp32, deterministic
-(scores: `hat_lib.model.routers`; thresholds: `hat_lib.model.threshold_table`). Everything, recorded, random and static
-choices go through the same code, so that a control differs from the method in nothing but its decisions. A policy keeps
-nothing between calls: any number of threads may ask the same one.
+(scores: `hat_lib.model.routers`; thresholds: `hat_lib.model.threshold_table`). Keep-all, recorded, random and static
+choices go through the same code, so that a control differs from the method only in its decisions. A policy keeps no
+state between calls: any number of threads may use the same one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hat_lib.model.token_state import Masks, TokenState
 
 
 class Gated(NamedTuple):
-    """What a policy in training may answer in place of a mask: its own product, with its own gradient."""
+    """What a policy may return instead of a mask in training: its own product, with its own gradient."""
 
     x: Tensor
     """``x * keep``, ``[n, C]``"""
@@ -35,17 +35,17 @@ class Policy(Protocol):
 
 
 class ExitPolicy(Protocol):
-    """Decides who leaves after ``depth`` layers."""
+    """Decides which tokens leave after ``depth`` layers."""
 
     def exits(self, depth: int, h: Tensor, rows: Tensor, state: TokenState) -> Tensor | None:
-        """``h [n, D]``, the states of the running ``rows`` -> bool ``[n]``; None if nobody leaves."""
+        """``h [n, D]``, the states of the running ``rows`` -> bool ``[n]``; None if none leaves."""
 
 
 class Threshold:
     """The method: score > threshold.
 
     Args:
-        routers: a model's, by ``"{layer}_{site}"`` and, for the sensitivity of its tokens, ``"{layer}_token"``.
+        routers: a model's, by ``"{layer}_{site}"`` and, for token sensitivity, ``"{layer}_token"``.
         thresholds: on the routers' scores, by (layer, site).
     """
 
@@ -60,8 +60,8 @@ class Threshold:
 
 
 def token_threshold_scale(routers: nn.ModuleDict, layer: int, site: str, x: Tensor, state: TokenState) -> Tensor:
-    """Channel grain: what multiplies the thresholds of the running rows in this layer, ``[n, 1]``: the tokens' own
-    (`MoERouter.threshold_scale`, measured at the first site), and that of steering."""
+    """Channel grain: what multiplies the running rows' thresholds in this layer, ``[n, 1]``: each token's own factor
+    (`MoERouter.threshold_scale`, computed at the first site) times that of steering."""
     if site == "qkv":
         state.threshold_scale = routers[f"{layer}_token"].threshold_scale(x)
         if (steering := state.steering) is not None:
@@ -71,7 +71,7 @@ def token_threshold_scale(routers: nn.ModuleDict, layer: int, site: str, x: Tens
 
 
 class ExitThresholds:
-    """The method: a token leaves at the first exit whose gate scores it over the gate's threshold."""
+    """The method: a token leaves at the first exit whose gate scores it above the gate's threshold."""
 
     def __init__(self, gates: nn.ModuleDict, thresholds: Sequence[float]):
         self.gates, self.thresholds = gates, dict(zip(gates, thresholds, strict=True))
@@ -88,14 +88,14 @@ class KeepAll:
 
 
 class Forced:
-    """Decisions recorded before, or made by hand; positions count from the start of the cache."""
+    """Decisions recorded earlier or made by hand; positions count from the start of the cache."""
 
     def __init__(self, masks: Masks):
         self.masks = masks
         self.sizes = {tuple(mask.shape[:2]) for mask in (*masks.keep.values(), *masks.exits.values())}
 
     def check(self, state: TokenState) -> None:
-        """Raise `HatError` unless they are of this forward's sequences, and reach to its last token."""
+        """Raise `HatError` unless they have this forward's number of sequences and reach its last token."""
         rows, end = state.batch, state.start + state.tokens
         if odd := [size for size in self.sizes if size[0] != rows or size[1] < end]:
             got = " and ".join(map(str, odd[0]))
@@ -118,8 +118,8 @@ class Forced:
 class Random:
     """Control: keep each unit with probability ``share``, independent of the token's content.
 
-    The draw is a hash of (seed, layer, site, position, channel), so decode and parallel forward, and a row alone and in
-    a batch, draw alike.
+    The draw is a hash of (seed, layer, site, position, channel), so it is the same in decode and in a parallel forward,
+    and for a row alone and in a batch.
     """
 
     def __init__(self, share: float, seed: int = 0):

@@ -1,15 +1,15 @@
 """What is trained: routers score how much a token needs a computation, exit gates whether it is finished.
 
-All scores are fp32, untrained ones are zero, and in use the decision is always ``score > threshold``, per token
-(`hat_lib.model.policies`): it reads neither the future nor the rest of the batch.
+All scores are fp32, and in use the decision is always ``score > threshold``, per token (`hat_lib.model.policies`): it
+reads neither the future nor the rest of the batch.
 
-token grain (the published method): one logit per token and layer, ``s = w.x + b`` on the FFN's input. channel grain:
+Token grain (the published method): one logit per token and layer, ``s = w.x + b`` on the FFN's input. Channel grain:
 for input channel i of a linear layer, ``s_i = |x_i| * ||W[:, i]||``, the norm of what that channel would add to the
 output; thresholded activation sparsity as in TEAL (Liu et al. 2024, arXiv:2408.14690) and CATS (arXiv:2404.08763),
 weighted by the column norm as in Wanda (arXiv:2306.11695). The router learns one log-scale per channel. In each layer
 a token router says how sensitive the token is, ``u = w.x + b`` on the input of q|k|v, and all of its thresholds in
-that layer are multiplied by ``exp(-u)``: a sensitive token keeps more channels. It is measured and not trained, see
-`hat_lib.calibration.token_sensitivity`.
+that layer are multiplied by ``exp(-u)``: a sensitive token keeps more channels. Sensitivity is measured, not trained:
+see `hat_lib.calibration.token_sensitivity`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A factor of e^3 either way is more than any text asked for; what lies beyond is a stray extrapolation.
+# No text called for a factor of e^3 either way; anything beyond is a stray extrapolation.
 SENSITIVITY_LIMIT = 3.0
 
 
@@ -32,7 +32,7 @@ class MoERouter(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def score(self, x: Tensor) -> Tensor:
-        # A sum over the last axis, not a matmul: one row alone rounds as the same row in a batch.
+        # A sum over the last axis, not a matmul: a row rounds the same alone and in a batch.
         return (x.float() * self.weight).sum(-1) + self.bias
 
     def keep(self, x: Tensor, threshold: float) -> Tensor:
@@ -59,18 +59,18 @@ class ChannelRouter(nn.Module):
         self.register_buffer("column_norm", column_norm.clamp(min=1e-12), persistent=False)
 
     def score(self, x: Tensor, threshold_scale: Tensor | None = None) -> Tensor:
-        """``threshold_scale [n, 1]`` is the tokens' own, from `MoERouter.threshold_scale`."""
+        """``threshold_scale [n, 1]`` is each token's own, from `MoERouter.threshold_scale`."""
         score = x.float().abs() * (self.column_norm * self.log_scale.exp())
         return score if threshold_scale is None else score / threshold_scale
 
     def cut(self, threshold: float) -> Tensor:
-        """The magnitude over which a channel is kept, fp32 ``[C]``: ``score > threshold`` with one division a
+        """The magnitude above which a channel is kept, fp32 ``[C]``: ``score > threshold`` with one division per
         channel."""
         return threshold / (self.column_norm * self.log_scale.exp())
 
     @torch.no_grad()
     def keep(self, x: Tensor, threshold: float, threshold_scale: Tensor | None = None) -> Tensor:
-        """bool ``[n, C]``. All in fp32, whatever the dtype of x, so that a row decides alike alone and in a batch."""
+        """bool ``[n, C]``. All in fp32, whatever the dtype of x, so that a row decides the same in any batch."""
         cut = self.cut(threshold)
         return x.abs() > (cut if threshold_scale is None else cut * threshold_scale)
 
@@ -78,11 +78,11 @@ class ChannelRouter(nn.Module):
 class ExitGate(nn.Module):
     """One exit: ``score [n, D] -> [n]`` fp32, and ``translate [n, D] -> [n, D]`` in the input's dtype.
 
-    The gate is a linear layer D -> 2 on ``n = h / rms(h)``, its score the difference of the leave and stay logits (the
-    published method trains it with Gumbel-softmax). The last layers change a hidden state so much that it cannot be
-    read early as it is, so who leaves is translated (the idea of the tuned lens, Belrose et al. 2023,
+    The gate is a linear layer D -> 2 on ``n = h / rms(h)``; its score is the leave logit minus the stay logit (the
+    published method trains it with Gumbel-softmax). The last layers change a hidden state too much for it to be
+    read early as it is, so a leaving state is translated (the idea of the tuned lens, Belrose et al. 2023,
     arXiv:2303.08112): ``h + |h| (a * n + U V n + b)``, an affine map whose matrix is diagonal plus low rank. The bias
-    alone lets an exit at least say which tokens are frequent. The length ``|h|`` makes one learning rate fit every
+    alone lets an exit at least predict frequent tokens. The length ``|h|`` makes one learning rate fit every
     depth and width: a step of size e in each number turns the state by about ``e sqrt(D)``.
 
     Untrained, the score is 0 for every token and the translator is the identity.

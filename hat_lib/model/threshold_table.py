@@ -1,6 +1,6 @@
 """From a requested capacity to one threshold per layer and site.
 
-A `Calibration` is a table: at some capacities, realised on held-out text, which thresholds realised them. In
+A `Calibration` is a table of capacities realised on held-out text, and of the thresholds that realised them. In
 between, thresholds are interpolated. They never rise with capacity, so the kept sets of two capacities are nested.
 How the budget is split over layers and sites is decided where the table is made (`hat_lib.calibration`).
 """
@@ -26,7 +26,7 @@ shown = _shown.repr
 HEAD_TABLES = ("head_thresholds", "head_margins", "head_shares")
 EXIT_TABLES = ("exit_capacities", "exit_rates", "exit_scores")
 # Axes, least and greatest value, and order of the innermost lists (1 rising, -1 falling, 0 any) of each table. L
-# layers, S sites and E exits are the config's; C, K and R are as many as the first table has.
+# layers, S sites and E exits are the config's; C, K and R are set by the first table that has them.
 TABLES = {
     "capacities": ("C", 0, 1, 1),
     "thresholds": ("LSC", -math.inf, math.inf, -1),
@@ -49,20 +49,20 @@ class Calibration:
     capacities: list[float]
     """realised capacities, rising to 1.0, [C]"""
     thresholds: list[list[list[float]]]
-    """score threshold that each site had there, never rising with capacity, [L, S, C]"""
+    """score threshold of each site there, never rising with capacity, [L, S, C]"""
     shares: list[list[list[float]]]
     """mean share that each site kept there, [L, S, C]"""
     method: str = "damage"
     """how the budget was split over sites: see `hat_lib.calibration.capacity.SPLITS`"""
     exit_capacities: list[float] | None = None
-    """capacities at which exits were measured, rising, [K]; None, as both below, while the gates are untrained"""
+    """capacities at which exits were measured, rising, [K]; None, like the two below, while gates are untrained"""
     exit_rates: list[list[float]] | None = None
     """realised exit rates at each, rising, [K, R]"""
     exit_scores: list[list[list[float]]] | None = None
     """gate thresholds there, [K, R, E]"""
     head_thresholds: list[float] | None = None
-    """score threshold of the head's channels at each capacity, never rising, [C]; None, as both below, where the head
-    is read in full"""
+    """score threshold of the head's channels at each capacity, never rising, [C]; None, like the two below, if the
+    head is read in full"""
     head_margins: list[float] | None = None
     """nats below the best preview within which a token is read in full, never falling, [C]"""
     head_shares: list[float] | None = None
@@ -71,7 +71,7 @@ class Calibration:
     """what it was measured on: corpus, split, tokens and hash"""
 
     def check(self, config: HatConfig) -> None:
-        """Raise `HatError`, which names the entry, unless these are sound tables for a model of this shape."""
+        """Raise `HatError`, naming the entry, unless these are valid tables for a model of this shape."""
         sites = list(GRAINS[config.granularity].sites)
         if self.sites != sites:
             raise HatError(f"calibration.sites must be {sites}, got {shown(self.sites)}")
@@ -89,13 +89,13 @@ class Calibration:
             raise HatError(f"calibration.capacities must end at 1, got {self.capacities[-1]}")
 
     def shares_at(self, capacity: float) -> np.ndarray:
-        """Kept share per layer and site to be expected at a capacity, ``[L, S]``."""
+        """Expected kept share per layer and site at a capacity, ``[L, S]``."""
         return self._at(self.shares, check_capacity(capacity))
 
     def layer_capacity_at(self, capacity: float, site_work: Sequence[float]) -> float:
-        """What is left for the layers where the head has a part in a capacity, and else the capacity itself.
+        """What a capacity leaves for the layers if the head has a part in it, else the capacity itself.
 
-        ``site_work`` is of each site, a fraction of a layer's routable work, ``[S]``.
+        ``site_work`` is each site's work, as a fraction of a layer's routable work, ``[S]``.
         """
         if self.head_thresholds is None:
             return capacity
@@ -104,7 +104,7 @@ class Calibration:
     def thresholds_at(self, capacity: float) -> dict[tuple[int, str], float]:
         """Score thresholds by (layer, site); -inf keeps everything. Raises `HatError` outside [0.1, 1].
 
-        Below the lowest capacity that was measured, that one's thresholds.
+        Below the lowest measured capacity, that one's thresholds are used.
         """
         capacity = check_capacity(capacity)
         table = self._at(self.thresholds, capacity)
@@ -113,7 +113,7 @@ class Calibration:
         return {(i, site): float(t) for i, row in enumerate(table) for site, t in zip(self.sites, row, strict=True)}
 
     def head_at(self, capacity: float) -> tuple[float, float, float] | None:
-        """Threshold, margin and expected share of the head; None at capacity 1, and where it is read in full. Raises as
+        """Threshold, margin and expected share of the head; None at capacity 1, and if it is read in full. Raises like
         `thresholds_at`."""
         capacity = check_capacity(capacity)
         if capacity == 1 or self.head_thresholds is None:
@@ -131,7 +131,7 @@ class Calibration:
     def exit_thresholds(self, exit_rate: float, capacity: float) -> list[float]:
         """One gate threshold per exit, interpolated between rates, then between capacities; +inf at rate 0.
 
-        Beyond the rates and capacities that were measured, the nearest one's.
+        Beyond the measured rates and capacities, the nearest one is used.
         """
         rate = check_exit_rate(exit_rate)
         if self.exit_rates is None:
@@ -146,7 +146,7 @@ class Calibration:
 
 
 def _check_table(name: str, value, axes: str, low: float, high: float, order: int, sizes: dict[str, int]) -> None:
-    """Raise unless ``value`` is lists nested along ``axes`` of numbers in [low, high]; new axes enter ``sizes``."""
+    """Raise unless ``value`` is lists nested along ``axes``, of numbers in [low, high]; adds new axes to ``sizes``."""
     if not axes:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise HatError(f"{name} must be a number in [{low}, {high}], got {shown(value)}")

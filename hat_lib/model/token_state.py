@@ -1,6 +1,6 @@
 """TokenState: everything one forward pass decided, per layer and per token.
 
-The model fills one in each forward; losses, cost, sweeps, plots and widgets read only this object. It also answers the
+The model fills in one per forward; losses, cost, sweeps, plots and widgets read only this object. It also answers the
 two questions that every layer asks on the way: which rows are still alive, and which are protected.
 """
 
@@ -22,7 +22,7 @@ class Masks:
     """by layer and site, bool ``[B, T, C]`` (channel grain, C input channels) or ``[B, T]`` (token grain); rows that
     had already exited hold False"""
     exits: dict[int, Tensor] = field(default_factory=dict)
-    """bool ``[B, T]``, by exit: who left there"""
+    """bool ``[B, T]``, by exit: which tokens left there"""
 
     def map(self, change) -> Masks:
         """The same decisions with ``change`` applied to each ``[B, T, ...]`` tensor (slice, index, pad)."""
@@ -31,7 +31,7 @@ class Masks:
 
 @dataclass(eq=False)
 class TokenState:
-    """Who is alive, where each token left, and what share of each layer it ran."""
+    """Which tokens are alive, where each one left, and what share of each layer it ran."""
 
     real: Tensor
     """bool ``[B, T]``, False at padding"""
@@ -51,17 +51,17 @@ class TokenState:
     routed: bool = False
     gated: bool = False
     corrected: bool = False
-    """whether routers, exit gates and corrections had a part in this forward"""
+    """whether routers, exit gates and corrections took part in this forward"""
     threshold_scale: Tensor | None = None
-    """channel grain: of the running rows in the present layer, ``[n, 1]``"""
+    """channel grain: of the running rows in the current layer, ``[n, 1]``"""
     steering: Tensor | None = None
     """channel grain: what multiplies all thresholds of each row, fp32 ``[B*T]``; None for 1"""
     masks: Masks | None = None
     """the decisions themselves, under `HierarchicalTransformer.record`"""
     executed: Tensor | None = None
-    """`site_share`, where it is known at once and not site by site"""
+    """`site_share`, if it is known as a whole rather than site by site"""
     head_work: float = 0.0
-    """work of the head, in a layer's routable work, where the head is decided about; else 0"""
+    """work of the head, as a multiple of a layer's routable work, if the head is gated; else 0"""
     expected_head_share: float = 1.0
     _head: tuple[float, int] = (0.0, 0)  # share, summed over the tokens whose logits were read, and their number
     _share: dict[tuple[int, int], Tensor | float] = field(default_factory=dict)
@@ -77,14 +77,14 @@ class TokenState:
 
     @staticmethod
     def places(tokens, mask, position_ids, start) -> tuple[Tensor, Tensor]:
-        """`real` and `position` of what a forward reads.
+        """`real` and `position` of the tokens that a forward reads.
 
         Args:
             tokens: ``[B, T, ...]``.
-            mask: ``[B, start + T]``, 0 at padding; None where there is none, or one of another shape.
-            position_ids: ``[B or 1, T]`` as given to the model, or None; where they start again at 0, another document
+            mask: ``[B, start + T]``, 0 at padding; None, or any that is not 2-D, means no padding.
+            position_ids: ``[B or 1, T]`` as given to the model, or None; where they restart at 0, another document
                 of a packed sequence begins, with protected tokens of its own.
-            start: tokens in the KV cache.
+            start: tokens already in the KV cache.
         """
         b, t = tokens.shape[:2]
         if mask is not None and mask.dim() == 2:
@@ -118,7 +118,7 @@ class TokenState:
         self.count_head(float(share.sum()), share.numel())
 
     def count_head(self, work: float, tokens: int) -> None:
-        """Record what the head ran for so many tokens: their shares, summed."""
+        """Record what the head ran for a number of tokens: the sum of their shares."""
         total, before = self._head
         self._head = total + work, before + tokens
 
@@ -127,14 +127,14 @@ class TokenState:
         self.masks.keep[layer, site] = self._everywhere(keep).view(self.batch, self.tokens, *keep.shape[1:])
 
     def _everywhere(self, values: Tensor) -> Tensor:
-        """Values of the running rows, at their places among all rows; 0 at the others."""
+        """Values of the running rows, at their positions among all rows; 0 elsewhere."""
         if self.alive is None or len(values) != self.alive.numel():
             return values
         return values.new_zeros(self.batch * self.tokens, *values.shape[1:]).index_copy(0, self.alive, values)
 
     @property
     def exited(self) -> Tensor:
-        """bool ``[B, T]``: who has left by now."""
+        """bool ``[B, T]``: which tokens have left by now."""
         return self.exit_layer < self.n_layers
 
     @property
@@ -162,7 +162,7 @@ class TokenState:
 
     @property
     def head_share(self) -> float:
-        """Executed share of the head: mean over the tokens whose logits were read, or what is expected of them."""
+        """Executed share of the head: mean over the tokens whose logits were read, else the expected share."""
         total, tokens = self._head
         return total / tokens if tokens else self.expected_head_share
 
@@ -173,8 +173,8 @@ class TokenState:
 
     @property
     def capacity(self) -> float:
-        """Realised capacity: executed / routable work of real tokens, in the layers that they entered and, where it is
-        decided about, in the head."""
+        """Realised capacity: executed / routable work of real tokens, in the layers that they entered and, if it is
+        gated, in the head."""
         ran, head = float(self._ran.sum().clamp(min=1)), self.head_work * float(self.real.sum())
         return (self.layer_capacity * ran + self.head_share * head) / (ran + head)
 
@@ -204,8 +204,8 @@ class TokenState:
 
 
 def _share(kept: Tensor) -> Tensor:
-    """Share per row, fp32 ``[n]``, of a keep mask (already a share if it is one number a row)."""
+    """Share per row, fp32 ``[n]``, of a keep mask (already a share if it has one number per row)."""
     if kept.is_floating_point():
         return kept if kept.dim() == 1 else kept.float().mean(1)
-    # Summing booleans straight into int32 is the fast way on CPU, four times a float mean.
+    # Summing booleans straight into int32 is the fast way on a CPU, four times as fast as a float mean.
     return kept.float() if kept.dim() == 1 else kept.sum(1, dtype=torch.int32) / kept.shape[1]

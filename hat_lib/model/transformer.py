@@ -6,10 +6,10 @@
 
 ``hat.lm`` is the base's own `LlamaForCausalLM`, so generate, pipeline, hooks, LoRA and evaluation harnesses take it as
 it is, and ``hat.lm.save_pretrained`` writes what plain transformers loads. Its decoder layers are the same objects with
-`forward` overridden on the instance (`hat_lib.model.decoder_layer`); `unload` gives them back as they were.
+`forward` overridden on the instance (`hat_lib.model.decoder_layer`); `unload` restores them.
 
 Any number of threads may run one model: each has its own ``hat.trace``, and a context such as ``with hat.at(0.5)``
-holds for the thread that entered it.
+applies only to the thread that entered it.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class HierarchicalTransformer(Modes, nn.Module):
     Args:
         base: its model is adapted in place until `unload`.
         config: the method's shape; `HatConfig.default(base)` or `HatConfig.published(base)`.
-        calibration: thresholds for any capacity, from `hat_lib.calibration`; without it only capacity 1.0
-            and forced decisions are possible.
+        calibration: thresholds for any capacity, from `hat_lib.calibration`; without it only capacity 1.0,
+            forced decisions and policies of your own are possible.
 
-    Raises `HatError`, and leaves the base as it was, if config or calibration are for another shape, or it is adapted
-    already.
+    Raises `HatError`, and leaves the base as it was, if config or calibration are for another shape, or if the base is
+    already adapted.
     """
 
     def __init__(self, base: Base, config: HatConfig, calibration: Calibration | None = None):
@@ -146,7 +146,7 @@ class HierarchicalTransformer(Modes, nn.Module):
             attached.remove()
         for adaptive in self.layers:
             adaptive.detach()
-        for module in self.lm.modules():  # what was copied along with a part, as an adapter copies the head
+        for module in self.lm.modules():  # also what was copied along, as when an adapter copies the head
             for calls in (module._forward_pre_hooks, module._forward_hooks, vars(module)):
                 for name in [name for name, call in calls.items() if self._is_ours(call)]:
                     del calls[name]
@@ -155,7 +155,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         return getattr(getattr(call, "__self__", call), "context", None) is self._context
 
     def unload(self) -> Base:
-        """Take everything off and return the base, as it was before. The model is of no use from then on."""
+        """Take everything off and return the base, as it was before. The model cannot be used afterwards."""
         if self.layers:
             self.look()
         self._detach()
@@ -167,7 +167,7 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     @property
     def _own(self) -> tuple[nn.Module, ...]:
-        """What is not the base's."""
+        """The modules that are not the base's."""
         return self.routers, self.gates, self.corrections
 
     def _check_loaded(self) -> None:
@@ -175,7 +175,7 @@ class HierarchicalTransformer(Modes, nn.Module):
             raise HatError("this model was unloaded from its base: attach a new HierarchicalTransformer")
 
     def _check_masks(self, masks: Masks) -> None:
-        """Raise `HatError` unless this model decides at each of their places, and about so many channels."""
+        """Raise `HatError` unless this model has each mask's site or exit, with as many channels."""
         if not isinstance(masks, Masks):
             raise HatError(f"masks must be Masks, as hat.trace.masks holds them, got {type(masks).__name__}")
         sites = product(range(self.config.n_layers), self.grain.sites)
@@ -191,11 +191,11 @@ class HierarchicalTransformer(Modes, nn.Module):
                 raise HatError(f"the mask of {place!r} must be bool [{expected}], got {mask.dtype} {list(mask.shape)}")
 
     def _apply(self, fn, recurse=True):
-        """Move or cast the base; routers and gates move along and stay fp32. If that fails, all is where it was."""
+        """Move or cast the base; routers and gates move along and stay fp32. If that fails, all stays as it was."""
         self._check_loaded()
         self._fast.forget()
         own = [t for module in self._own for t in _tensors(module)]
-        # Rotary frequencies stay fp32 in every dtype, as in a base that is loaded in it.
+        # Rotary frequencies stay fp32 in every dtype, as in a base loaded in that dtype.
         exact = {id(t) for t in (*own, *_tensors(self.lm.model.rotary_emb))}
         before = [(t, t.data) for t in (*own, *_tensors(self.lm))]
         try:
@@ -213,7 +213,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         return self
 
     def __deepcopy__(self, memo) -> HierarchicalTransformer:
-        """A model of its own on a copy of the base, set as this one is; not while another thread runs."""
+        """An independent model on a copy of the base, with this one's settings; not while another thread runs."""
         self._check_loaded()
         if any(id(module) in memo for module in self.lm.modules()):
             raise HatError("hat.lm cannot be copied without its routers: use copy.deepcopy(hat), or copy hat.unload()")
@@ -235,7 +235,7 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     @property
     def calibration(self) -> Calibration | None:
-        """The tables behind capacity and exit rate. A new one takes effect at once, at the capacity that is set."""
+        """The tables behind capacity and exit rate. A new one takes effect at once, at the current capacity."""
         return self._calibration
 
     @calibration.setter
@@ -273,7 +273,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         self._context.mode = self._decided(mode, self.calibration)
 
     def _decided(self, mode: Mode, calibration: Calibration | None) -> Mode:
-        """``mode`` with the method's own decisions at its capacity and exit rate; raises if they cannot be had."""
+        """``mode`` with the method's own decisions at its capacity and exit rate; raises if there are none."""
         capacity, exit_rate, routed, gated, shortlist = mode.capacity, mode.exit_rate, KeepAll(), None, None
         layers = capacity
         if capacity < 1.0:
@@ -298,27 +298,27 @@ class HierarchicalTransformer(Modes, nn.Module):
         return Threshold(self.routers, thresholds)
 
     def correction_strength(self, capacity: float) -> float:
-        """Of its corrections at a capacity; 0 if it has none."""
+        """Strength of the corrections at a capacity; 0 if there are none."""
         return strength(capacity, self.config.granularity) if self.corrections else 0.0
 
     @property
     def gates_head(self) -> bool:
-        """Whether the head is decided about at a capacity below 1.0."""
+        """Whether the head is gated at capacities below 1.0."""
         return self.calibration is not None and self.calibration.head_thresholds is not None
 
     def shortlist(self, threshold: float, margin: float, share: float = 1.0) -> Shortlist:
-        """The head's decision at a threshold on its channels' scores and a margin in nats; ``share`` is what it is
-        expected to run."""
+        """The head's decision at a threshold on its channels' scores and a margin in nats; ``share`` is the share of
+        its work that it is expected to run."""
         if self._head_norm is None:
             self._head_norm = head_norm(self.lm)
         return Shortlist(threshold / self._head_norm, margin, share)
 
     @property
     def weight_format(self) -> str:
-        """How the engine keeps the weights that it reads for each token: "base", as the base has them; "int8", a scale
-        for each output and half the memory of bfloat16; or "q4", four bits with a scale and a minimum for 32 channels,
-        a third of it, of bases whose widths are multiples of 32. The last two are near to the base and not equal.
-        Prefill reads the base's own."""
+        """How the engine keeps the weights that it reads for each token: "base", as the base has them; "int8", with a
+        scale per output (half the memory of bfloat16); or "q4", four bits with a scale and a minimum per 32 channels
+        (a third), for bases whose widths are multiples of 32. The last two only approximate the base. Prefill reads
+        the base's own weights."""
         return self._fast.form
 
     @weight_format.setter
@@ -337,8 +337,8 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes that the engine's weights take beside the base's: at most one more copy of the layers in the format
-        "base", and of layers and head in fewer bits in another. 0 before the engine is first used."""
+        """Bytes that the engine's weights take besides the base's: a copy of the layers, and of the head where it is
+        gated or read in fewer bits, for each format in use, with and without corrections. 0 before its first use."""
         return self._fast.packed_bytes
 
     @property
@@ -352,10 +352,10 @@ class HierarchicalTransformer(Modes, nn.Module):
         """What the last forward of this thread decided, or the one under way; None before the first."""
         return self._context.trace
 
-    # -- what calibration asks ---------------------------------------------------------------------
+    # -- what calibration needs --------------------------------------------------------------------
 
     def scores(self, layer: int, site: str, x: Tensor) -> Tensor:
-        """The router's scores inside a forward, the tokens' sensitivity applied: ``x [n, C] -> [n, C]`` or ``[n]``."""
+        """The router's scores inside a forward, with token sensitivity applied: ``x [n, C] -> [n, C]`` or ``[n]``."""
         router = self.routers[f"{layer}_{site}"]
         if site == "ffn":
             return router.score(x)
@@ -365,8 +365,8 @@ class HierarchicalTransformer(Modes, nn.Module):
     def watching(self, see: Callable[[int, str, Tensor, Tensor], None]) -> Iterator[None]:
         """Context: call ``see(layer, site, x, activation)`` after each site that runs.
 
-        ``x`` is what the router reads, ``activation`` what is zeroed where the router skips: the very same input
-        (channel grain), or the FFN's output. Both are the tensors of the graph, ``[..., C]``.
+        ``x`` is what the router reads, ``activation`` what is zeroed where the router skips: that same input
+        (channel grain) or the FFN's output (token grain). Both are tensors of the graph, ``[..., C]``.
         """
         hooks = []
         for i, layer in enumerate(self.lm.model.layers):
@@ -389,7 +389,7 @@ class HierarchicalTransformer(Modes, nn.Module):
     def _begin(self, module, args, kwargs):
         """Pre-hook on the model: a fresh `TokenState` from the 2-D mask, the positions and the cache's length."""
         passes, mode = self._context.passes, self._context.mode
-        passes.append(None)  # `_end` comes whatever happens, and takes it off
+        passes.append(None)  # `_end` is called whatever happens, and pops it
         given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         cache = given.get("cache", given.get("past_key_values"))
@@ -412,8 +412,8 @@ class HierarchicalTransformer(Modes, nn.Module):
         passes[-1] = ForwardPass(mode, state, self.grain.sites, self.gates, self.corrections, cache)
 
     def look(self) -> None:
-        """Follow changes of the base's weights and of what is trained; done at each prompt. What was made of weights
-        (norms in scores, packed copies, the base's fingerprint) is made anew. Warns if the base is now another."""
+        """Follow changes to the base's weights and to what is trained; done at each prompt. What was derived from them
+        (norms in scores, packed copies, the base's fingerprint) is made anew. Warns if the base has changed."""
         with self._looking:
             base, own = [watch.changed() for watch in self._watches]
             if base or own:
@@ -426,7 +426,7 @@ class HierarchicalTransformer(Modes, nn.Module):
                     router.column_norm.copy_(column_norm(self.lm.model.layers[int(layer)], site).clamp(min=1e-12))
             before, self._head_norm = self.base.fingerprint, None
             self.base = replace(self.base, fingerprint=fingerprint(self.lm))
-            self.calibration = self.calibration  # the head's decision is made of its norms
+            self.calibration = self.calibration  # the head's decision depends on its norms
         if self.base.fingerprint != before:
             what = "scores, packed weights and fingerprint follow; thresholds were set on the weights before"
             warnings.warn(f"weights of the base were changed under the model: {what}", stacklevel=2)
@@ -434,7 +434,7 @@ class HierarchicalTransformer(Modes, nn.Module):
     def new_state(
         self, real: Tensor, position: Tensor, start: int, cache: Cache | None = None, protected: Tensor | None = None
     ) -> TokenState:
-        """What a forward is to fill, of the tokens at these `TokenState.places`; by those, too, who is protected."""
+        """A state for a forward to fill in, of tokens at these `TokenState.places`, which say who is protected."""
         mode = self._context.mode
         if protected is None:
             protected = real & (position < self.config.protected_tokens)
@@ -452,7 +452,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         return state
 
     def ended(self, state: TokenState, cache: Cache | None) -> None:
-        """A forward has run to its end."""
+        """Called when a forward has run to its end."""
         mode = self._context.mode
         if mode.steer and mode.capacity < 1 and mode.control is None:
             move(cache, state, mode.layer_capacity, mode.steer)
@@ -473,11 +473,11 @@ class HierarchicalTransformer(Modes, nn.Module):
         """Load a checkpoint onto its base.
 
         Args:
-            folder: as `save_pretrained` wrote it; ``owner/name``, if there is no such folder, is one on the Hub.
+            folder: as written by `save_pretrained`; ``owner/name`` is one on the Hub if there is no such folder.
             base: a loaded `Base`, or the name of one; by default the name that the checkpoint carries.
             dtype, device: for the base; see `load_base`.
 
-        Raises `HatError` if a file, a key, a shape or the base is not as expected; a base that was given is as it was.
+        Raises `HatError` if a file, a key, a shape or the base is not as expected; a given base is left as it was.
         """
         from hat_lib.model.hub import CONFIG_FILE, local_folder
 
@@ -516,7 +516,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         """The trained parameters by name: all that a checkpoint saves."""
         return {n: p for n, p in self.named_parameters() if is_hat_parameter(n)}
 
-    # -- imported when asked for: the model itself neither measures, draws nor uploads ---------------
+    # -- imported on demand: the model itself does not measure, draw or upload ----------------------
 
     def push_to_hub(self, repo_id: str, **options) -> str:
         """Upload what `save_pretrained` writes; see `hat_lib.model.hub.push_to_hub`."""

@@ -1,4 +1,4 @@
-"""Whether weights were changed under a model: what it made of them (norms, packed copies) is then made anew."""
+"""Whether weights were changed under a model: what it derived from them (norms, packed copies) is then rebuilt."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 FEW = 16
-"""numbers of a tensor that are looked at"""
+"""numbers of a tensor that are checked"""
 
 
 class Watch:
-    """Of all tensors that some modules hold by now: where they lie, how often they were changed in place, and on a CPU
-    a few of their numbers.
+    """Watches all tensors that some modules currently hold: their addresses, how often they were changed in place and,
+    on a CPU, a few of their numbers.
 
-    Torch counts changes in place, but not those through ``.data``, by which adapters are merged; of those a change is
-    seen if it reaches one of the few numbers. To look costs about a microsecond a tensor.
+    Torch counts in-place changes, but not those through ``.data``, by which adapters are merged; such a change is
+    noticed if it affects one of the few numbers. A check costs about a microsecond per tensor.
     """
 
     def __init__(self, *roots: nn.Module):
@@ -25,7 +25,7 @@ class Watch:
         self.changed()
 
     def changed(self) -> bool:
-        """Since it was last asked."""
+        """Whether anything changed since the last call."""
         tensors = [t for held in self._held for t in held.values() if t is not None]
         places = [(t.data_ptr(), t.dtype, t.device) for t in tensors]
         if places != self._places:
@@ -36,7 +36,7 @@ class Watch:
 
 
 def _few(tensor: Tensor) -> np.ndarray:
-    """Some `FEW` numbers of a tensor, the same memory."""
+    """About `FEW` numbers of a tensor, sharing its memory."""
     tensor = tensor.detach()
     each = FEW if tensor.dim() < 2 else int(FEW**0.5)
     some = tensor[tuple(slice(None, None, max(1, size // each)) for size in tensor.shape)] if tensor.dim() else tensor

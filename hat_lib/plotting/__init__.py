@@ -1,1 +1,1 @@
-"""From result rows or a trace to a Figure."""
+"""From a table of results or a trace to a Figure."""

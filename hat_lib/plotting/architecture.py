@@ -15,7 +15,7 @@ FAINT = "#dddddd"
 
 
 def layer() -> Figure:
-    """One decoder layer at the channel grain: four gated inputs, one sensitivity of the token, an exit behind it."""
+    """One decoder layer at the channel grain: four gated inputs, one sensitivity per token, and an exit after it."""
     with mpl.rc_context(STYLE):
         fig = Figure(figsize=(9.4, 4.5), layout="constrained")
         ax = fig.subplots()
@@ -53,7 +53,7 @@ def _layer(ax: Axes) -> None:
     ax.text(40.5, 39, f"router:  {score}", ha="center", va="center", fontsize=10.5)
     ax.text(0.5, 46.6, r"$\tau$: one threshold for each layer, site and capacity     $a_i$: learned     "
             r"$u$: the token's sensitivity, measured, once a layer", fontsize=8.5, va="center")  # fmt: skip
-    _box(ax, 10.6, 31, 8, 4, "$u = w x + b$", ORANGE, 8)
+    _box(ax, 10.6, 31, 8, 4, "$u = w \\cdot h + b$", ORANGE, 8)
     ax.text(19.2, 31, "one for all four", fontsize=7.5, va="center", color="#555555")
 
     _box(ax, 15, 10.5, 17, 4.2, "cache: keys and values", GREY, 7.5)
@@ -69,17 +69,22 @@ def _exit(ax: Axes) -> None:
     ax.text(91, 17.6, "finished", fontsize=7.5, ha="left", color=PURPLE)
     _arrow(ax, (90, y - 3), (90, 12.8), PURPLE)
     _box(ax, 82, 10.5, 17, 4.2, "translator, norm, head", PURPLE, 7.5)
-    # What is left of a token that has left: keys and values in later layers, from the state that is frozen.
+    # What remains of a token that has left: keys and values in later layers, from its frozen state.
     _box(ax, 41, 10.5, 36, 4.2, "later layers: keys and values alone, of its frozen state", "#bbbbbb", 7.5, "#444444")
     _arrow(ax, (82, 10.5), (77, 10.5), "#bbbbbb")
     keys = ((0.5, BLUE, "base, frozen"), (17, ORANGE, "routers"), (30, PURPLE, "exits, after five of the layers"))
-    for x, colour, name in (*keys, (62, GREEN, "channels that are read"), (84, FAINT, "not read")):
+    for x, colour, name in (
+        *keys,
+        (55, GREY, "attention"),
+        (69, GREEN, "channels that are read"),
+        (91, FAINT, "not read"),
+    ):
         ax.add_patch(Rectangle((x, 2.6), 1.6, 1.6, fc=colour, ec="none"))
         ax.text(x + 2.4, 3.3, name, fontsize=8.5, va="center")
 
 
 def _channels(ax: Axes, x: float, y: float, kept: str) -> None:
-    """A vector of channels, from below; those that are kept are marked x."""
+    """A vector of channels, from bottom to top; ``kept`` marks kept channels with x."""
     for channel, low in zip(kept, y + 1.5 * (np.arange(8) - 4), strict=True):
         ax.add_patch(Rectangle((x, low), 1.6, 1.3, fc=GREEN if channel == "x" else FAINT, ec="none"))
 

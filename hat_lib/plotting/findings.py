@@ -1,8 +1,8 @@
 """Findings: what the saved results say about each claim, as verdicts, words and figures.
 
-Tables of ``data/results`` go in; no model is loaded and nothing is measured. An interval decides about a bound:
-"kept" where all of it lies on the right side, "missed" where all of it lies on the wrong one, "open" where the bound
-lies inside. In the figures a hollow marker is a claim, or a difference that cannot be told from none.
+The input is tables of ``data/results``; no model is loaded and nothing is measured. A bound is judged by an interval:
+"kept" if all of it lies on the right side, "missed" if all of it lies on the wrong side, "open" if the bound lies
+inside. In the figures a hollow marker is a claim, or a difference indistinguishable from none.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ EXITS = {"trained": (GREEN, "D", "exits chosen by the gates"), "random_exits": (
 
 
 def verdict(low: float, high: float, bound: float) -> str:
-    """Of a cost with the interval ``low`` .. ``high`` that is to be at most ``bound``: "kept", "missed" or "open"."""
+    """Whether a cost with the interval ``low`` .. ``high`` is at most ``bound``: "kept", "missed" or "open"."""
     return "kept" if high <= bound else "missed" if low > bound else "open"
 
 
 def reached(low: float, high: float, bound: float) -> str:
-    """The `verdict` on a gain, which is to be at least ``bound``."""
+    """The `verdict` on a gain, which should be at least ``bound``."""
     return verdict(-high, -low, -bound)
 
 
 def joint(verdicts: Iterable[str]) -> str:
-    """Of what has to hold everywhere: "missed" if it fails anywhere, "kept" if it holds everywhere, else "open"."""
+    """The verdict on a claim about all: "missed" if it fails anywhere, "kept" if it holds everywhere, else "open"."""
     found = set(verdicts)
     return "missed" if "missed" in found else "kept" if found == {"kept"} else "open"
 
 
 def rivals(quality: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `hat_lib.experiments.quality` to hold the trained model against: no exits, the same point, as much of the
-    model's work within 0.02, or more. A model that is damaged is unsure, and its head reads more words in full."""
+    """Rows of `hat_lib.experiments.quality` to compare the trained model with: no exits, the same point, and as much
+    model share within 0.02, or more. A damaged model is unsure, so its head reads more tokens' logits in full."""
     point = [*POINT, "max_tokens"]
     style.need(quality, *point, "variant", "exit_rate", "model_share")
     rows = quality[quality["exit_rate"] == 0]
@@ -56,7 +56,7 @@ def rivals(quality: pd.DataFrame) -> pd.DataFrame:
 
 
 def beaten(rows: pd.DataFrame) -> tuple[str, str]:
-    """Is the trained model better than each of these? The `joint` verdict by the paired margins, and the count."""
+    """Is the trained model better than each of these? The `joint` verdict from the paired margins, and the counts."""
     style.need(rows, "margin_low", "margin_high")
     better, worse = (rows["margin_low"] > 0).sum(), (rows["margin_high"] < 0).sum()
     each = (reached(*ends, 0) for ends in rows[["margin_low", "margin_high"]].to_numpy())
@@ -64,10 +64,10 @@ def beaten(rows: pd.DataFrame) -> tuple[str, str]:
 
 
 def kept(quality: pd.DataFrame, promise: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `hat_lib.experiments.quality` that are trained and without exits, beside the claim.
+    """The trained rows of `hat_lib.experiments.quality` without exits, beside the claim.
 
-    Columns ``promised`` (increase; between published capacities in proportion, and rows outside are left out) and
-    ``kept`` (a `verdict`). Of two rows for one point, the one on more tokens counts. ``promise`` has ``capacity`` and
+    Adds the columns ``promised`` (increase; interpolated between published capacities, rows outside them are left out)
+    and ``kept`` (a `verdict`). If a point has two rows, the one on more tokens counts. ``promise`` has ``capacity`` and
     ``promised_increase``.
     """
     style.need(quality, *POINT, *RUN, "realised")
@@ -78,10 +78,11 @@ def kept(quality: pd.DataFrame, promise: pd.DataFrame) -> pd.DataFrame:
 
 
 def apart(ablations: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `hat_lib.experiments.ablations` with a column ``apart``: does the interval miss the reference's?
+    """The rows of `hat_lib.experiments.ablations` with a column ``apart``: is the interval disjoint from the
+    reference's?
 
-    The reference is, on the same text, the first change of a grain among those with as many steps: the recipe itself,
-    or its start.
+    The reference, on the same text, is the grain's first change with the same number of steps: the recipe itself, or
+    its start.
     """
     style.need(ablations, *POINT, "change", "steps", *COST)
     first = ablations.groupby(["granularity", "text", "steps"], sort=False)[COST].transform("first")
@@ -90,7 +91,7 @@ def apart(ablations: pd.DataFrame) -> pd.DataFrame:
 
 
 def said(row: Mapping, name: str = "increase") -> str:
-    """An increase in perplexity and its interval (``name``_low, ``name``_high), per cent up to a doubling."""
+    """An increase in perplexity and its interval (``name``_low, ``name``_high), in per cent up to a doubling."""
     values = [row[column] for column in (name, f"{name}_low", f"{name}_high")]
     if values[0] < 1:
         middle, low, high = (f"{value:+.1%}".replace("-0.0%", "+0.0%") for value in values)
@@ -100,14 +101,14 @@ def said(row: Mapping, name: str = "increase") -> str:
 
 
 def machine(rows: pd.DataFrame) -> str:
-    """Device, dtype and threads of the rows, as far as their file names them."""
+    """Device, dtype and threads of the rows, where their file has them."""
     have = [name for name in ("device", "dtype", "threads") if name in rows]
     return ", ".join("threads " * (name == "threads") + "/".join(map(str, rows[name].unique())) for name in have)
 
 
 @draws()
 def promised(quality: pd.DataFrame, published: pd.DataFrame, promise: pd.DataFrame) -> Figure:
-    """Increase in perplexity at the capacity that was realised, beside the published claim; a panel for each text.
+    """Increase in perplexity at the realised capacity, beside the published claim; a panel for each text.
 
     ``published`` has rows like ``quality``, of the token grain trained by the published recipe; the rest as for `kept`.
     """
@@ -122,7 +123,7 @@ def promised(quality: pd.DataFrame, published: pd.DataFrame, promise: pd.DataFra
             rows = rows[rows["text"] == here["text"].iloc[0]]
             style.costs(ax, rows["realised"], rows[COST], *look)
         ax.plot(bounds["capacity"], 100 * bounds["promised_increase"], ":", **PUBLISHED)
-    claim = key("published", line=":", **PUBLISHED)
+    claim = key("claimed", line=":", **PUBLISHED)
     style.below(fig, [claim, *(key(name, *look) for name, look in TRAINED.items())], ncols=3)
     return fig
 
@@ -132,9 +133,10 @@ NUMBERS = ("realised", "promised_speedup", "ideal_decode", "decode_dense", "deco
 
 @draws("base", "granularity", "capacity", "exit_rate", *NUMBERS)
 def speeds(promise: pd.DataFrame) -> Figure:
-    """Decode speedups in two factors, a panel for each base: what skipping gives (thick), what the dense path (thin).
+    """Decode speedups in two factors, a panel for each base: what skipping gives (thick), what the dense path adds
+    (thin).
 
-    What ran stands beside a row's name, base by base where they differ. ``promise`` has the fields of
+    The realised capacity is beside a row's name, for each base where they differ. ``promise`` has the fields of
     `hat_lib.experiments.published_claims.Row`; rows with exits are left out.
     """
     rows = promise[promise["exit_rate"] == 0]
@@ -157,7 +159,7 @@ def speeds(promise: pd.DataFrame) -> Figure:
     ran = rows.groupby(["granularity", "capacity"], sort=False)["realised"]
     names = [(*at, ", ".join(dict.fromkeys(f"{r:.2f}" for r in shares))) for at, shares in ran]
     style.named_rows(panels[0][1], [f"{grain} {capacity:.2f} (ran {shares})" for grain, capacity, shares in names])
-    names = [key("published", **PUBLISHED), key("if time followed work", marker="|", markersize=11, markeredgewidth=2)]
+    names = [key("claimed", **PUBLISHED), key("if time followed work", marker="|", markersize=11, markeredgewidth=2)]
     names += [key("skipping: over our own dense path", BLUE, line="-", linewidth=6, alpha=0.5)]
     names += [key("all of it: over plain transformers", GREY, "o", "-", markersize=5)]
     style.below(fig, names, fontsize=8)
@@ -166,7 +168,7 @@ def speeds(promise: pd.DataFrame) -> Figure:
 
 @draws(*POINT, *RUN, "model_share")
 def exits(quality: pd.DataFrame) -> Figure:
-    """Channel grain: what leaving early costs and saves, beside the line of capacities; ``quality`` as for `kept`."""
+    """Channel grain: what leaving early costs and saves, beside the capacity curve; ``quality`` as for `kept`."""
     here = quality[quality["granularity"] == "channel"]
     leaving = here[(here["exit_rate"] > 0) & here["variant"].isin(EXITS)]
     fig, panels = _by_text(pd.concat([leaving, _dial(here, "trained")]), style.WORK, 3.6)
@@ -186,7 +188,7 @@ def exits(quality: pd.DataFrame) -> Figure:
 
 @draws()
 def choices(ablations: pd.DataFrame) -> Figure:
-    """What each choice of a recipe is worth, a panel for each grain; filled where the interval is `apart`."""
+    """What each choice in a recipe is worth, a panel for each grain; filled where the interval is `apart`."""
     table = apart(ablations)[ablations["text"].isin(TEXTS)]
     style.need(table, "text")
     fig, panels = style.panels_by(table, "granularity", 4.2, 9.0, sharey=False, sharex=False)
@@ -214,13 +216,13 @@ def _bounds(promise: pd.DataFrame) -> pd.DataFrame:
 
 
 def _dial(quality: pd.DataFrame, variant: str) -> pd.DataFrame:
-    """Rows of a variant without exits; of two for one point, the one on more tokens."""
+    """Rows of a variant without exits; if a point has two, the one on more tokens."""
     rows = quality[(quality["variant"] == variant) & (quality["exit_rate"] == 0)].sort_values("tokens")
     return rows.drop_duplicates(POINT, keep="last").sort_values(POINT)
 
 
 def _by_text(rows: pd.DataFrame, xlabel: str, height: float):
-    """`panels_by` text, with axes of an increase in perplexity over a share."""
+    """`panels_by` text, with axes for an increase in perplexity over a share."""
     rows = rows[rows["text"].isin(TEXTS)]
     style.need(rows, "text", "increase")
     top = 1.4 * np.clip(100 * rows["increase_high"].max(), 1, MOST)

@@ -1,7 +1,7 @@
 """Frontiers: what is lost at each amount of work. `quality`: the trained model and every control, a panel for each
-grain and text, over the work of the whole model, by which grains can be compared. `twin`: the trained model alone,
-setting by setting, beside the slider of `hat_lib.workbook.widgets.FrontierView`. `sweep`: one text, measured just now.
-`mechanisms`: KL of the ways to run a model.
+grain and text, over the work of the whole model, so that grains can be compared. `twin`: the trained model alone,
+setting by setting, the still twin of `hat_lib.workbook.widgets.FrontierView`. `sweep`: one freshly measured text.
+`mechanisms`: KL of the ways to run a model. `changes`: KL after short runs that differ in one thing.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ HEIGHT = 3.4  # inches
 def quality(table: pd.DataFrame) -> Figure:
     """Perplexity increase against the work of the whole model, with 95 % intervals; linear below 1 %, log above.
 
-    ``table`` has the fields of `hat_lib.experiments.quality.Row`; rows with exits are left out, and of two rows for one
-    point the one on more tokens counts.
+    ``table`` has the fields of `hat_lib.experiments.quality.Row`; rows with exits are left out, and if a point has two
+    rows, the one on more tokens counts.
     """
     table = table[table["exit_rate"] == 0].sort_values("tokens")
     table = table.drop_duplicates(["granularity", "text", "variant", "capacity"], keep="last")
@@ -60,8 +60,8 @@ def quality(table: pd.DataFrame) -> Figure:
 
 @draws("way", "text", "model_share", "kl")
 def mechanisms(table: pd.DataFrame) -> Figure:
-    """KL divergence from the base, nats a token on a log axis, against the work of the whole model; a panel for each
-    text. ``table`` has the fields of `hat_lib.experiments.mechanisms.Row`."""
+    """KL divergence from the base, in nats per token on a log axis, against the work of the whole model; a panel for
+    each text. ``table`` has the fields of `hat_lib.experiments.mechanisms.Row`."""
     texts = sorted(set(table["text"]))
     fig, axes = style.panels(len(texts), height=HEIGHT, width=2.9 * len(texts) + 0.4)
     for ax, text in zip(axes, texts, strict=True):
@@ -75,18 +75,38 @@ def mechanisms(table: pd.DataFrame) -> Figure:
     return fig
 
 
+@draws("change", "text", "capacity", "kl")
+def changes(table: pd.DataFrame) -> Figure:
+    """KL divergence from the base after each short run, in nats per token; a marker for each text, a panel for each
+    capacity. ``table`` has the fields of `hat_lib.experiments.corrections.Row`."""
+    names, capacities = list(dict.fromkeys(table["change"])), sorted(set(table["capacity"]), reverse=True)
+    texts = list(dict.fromkeys(table["text"]))
+    fig, axes = style.panels(len(capacities), height=0.8 + 0.27 * len(names), width=7.6)
+    for ax, capacity in zip(axes, capacities, strict=True):
+        at = table[table["capacity"] == capacity].pivot(index="change", columns="text", values="kl").reindex(names)
+        for text, (colour, marker) in zip(texts, SERIES, strict=False):
+            ax.plot(at[text], range(len(names)), marker, color=colour, markersize=5)
+            ax.axvline(at[text].iloc[0], color=colour, linewidth=1, linestyle=":")
+        ax.grid(axis="y", visible=False)
+        ax.set(title=f"capacity {capacity:g}", xlabel="KL from the base, nats a token")
+    style.named_rows(axes[0], names)  # the others share its rows
+    first = style.key(names[0], line=":")
+    style.below(fig, [*(style.key(text, *look) for text, look in zip(texts, SERIES, strict=False)), first])
+    return fig
+
+
 def _increase(percent: float, _=None) -> str:
     """+10 %, +1,000 %, +10^6 %"""
-    if percent < 1e5:
+    if percent < 1e4:
         return f"{percent:+,.0f} %" if percent else "0"
     return f"+$10^{{{np.log10(percent):.0f}}}$ %"
 
 
 def points(quality: pd.DataFrame, granularity: str = "channel", text: str = "docstrings") -> pd.DataFrame:
-    """The trained model's rows for one grain and text, by exit rate and capacity, and the base at the end.
+    """The trained model's rows for one grain and text, by exit rate and capacity, with the base added if missing.
 
-    Of two rows for one setting, the one on more tokens counts. The base is at capacity 1 and exit rate 0, where
-    everything runs and nothing needs to be measured. Raises `HatError` where no row is left.
+    If a setting has two rows, the one on more tokens counts. The base is at capacity 1 and exit rate 0, where
+    everything runs and nothing needs to be measured. Raises `HatError` if no row is left.
     """
     names = "granularity", "text", "variant", "capacity", "exit_rate", "tokens", "base_ppl", "ppl", "model_share"
     style.need(quality, *names)
@@ -127,7 +147,7 @@ def twin(quality: pd.DataFrame, layers: pd.DataFrame, granularity: str = "channe
 
 
 def draw(ax: Axes, points: pd.DataFrame) -> None:
-    """Perplexity increase against the whole model's work, a line for each exit rate; linear below 1 %, log above."""
+    """Perplexity increase against the work of the whole model, a line per exit rate; linear below 1 %, log above."""
     style.increases(ax, [-1, 0, *(10.0**n for n in range(9))], WORK)
     for (rate, rows), look in zip(points.groupby("exit_rate"), SERIES * len(points), strict=False):
         style.whiskers(ax, rows["model_share"], 100 * rows[COST], *look, "-", label=f"exit rate {rate:g}")

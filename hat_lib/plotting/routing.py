@@ -1,7 +1,7 @@
 """Figures of routing patterns, most of them drawn from the tables of `hat_lib.evaluation.routing`.
 
-Whiskers are 95 % intervals. A hollow point is one whose difference to the mean of all tokens is within that
-difference's own interval. Where tokens leave early, a second panel says how many do.
+Whiskers are 95 % intervals. A point is hollow unless the interval of its difference from the mean of all tokens
+excludes 0. Where tokens leave early, a second panel shows how many do.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from hat_lib.plotting.token_heatmap import PALETTE, in_font, visible
 ENDS = ["mean", "low", "high"]
 BOUNDS = (*ENDS, "difference", "difference_low", "difference_high")
 PANELS = {"share": "executed share", "left": "tokens that leave early"}
-LABEL = 12  # characters of a token under the map
-AFTER = "#dddddd"  # layers that a token did not enter
+LABEL = 12  # most characters of a token to show under the map
+AFTER = "#dddddd"  # layers a token did not enter
 
 
 @draws("token", "text", "exit_layer", "layer", "share", "difference")
 def layer_map(table: pd.DataFrame) -> Figure:
-    """Layer × token: the executed share, and how far it is from the layer's mean; a cross where a token leaves.
+    """Layer × token: the executed share, and its difference from the layer's mean; a cross where a token leaves.
 
-    ``table`` has a row per cell; ``share`` is nan after an exit. A column ``protected`` puts these tokens into the
-    legend.
+    ``table`` has a row per cell; ``share`` is nan after an exit. With a column ``protected``, the legend also explains
+    these tokens.
     """
     tokens = table.drop_duplicates("token")
     share, difference = (table.pivot(index="layer", columns="token", values=v) for v in ("share", "difference"))
     n_layers = len(share)
-    most = max(0.01, np.nanquantile(np.abs(difference.to_numpy()), 0.95))  # else the protected tokens leave no colour
+    most = max(0.01, np.nanquantile(np.abs(difference.to_numpy()), 0.95))  # or protected tokens would dominate
     looks = {"cmap": PALETTE, "vmin": 0, "vmax": 1}, {"cmap": "PuOr", "vmin": -most, "vmax": most}
     bars = {"format": PERCENT}, {"format": _points, "extend": "both"}
     titles = "executed share", "less the layer's mean over all tokens, percentage points"
@@ -65,14 +65,14 @@ def layer_map(table: pd.DataFrame) -> Figure:
 
 
 def _points(share: float, _=None) -> str:
-    """A difference of shares in percentage points, rounded to nothing that would be untrue: +2.5, 0."""
+    """A difference of shares in percentage points, shortened without losing accuracy: +2.5, 0."""
     return f"{round(100 * share, 6):+g}" if abs(share) > 1e-9 else "0"
 
 
 @draws("score")
 def score_histogram(table: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
-    """Scores of one site's channels, a row each, on a logarithmic axis, and ``thresholds``: capacity, threshold, share
-    of the scores above it."""
+    """Scores of one site's channels, one per row, on a logarithmic axis, and ``thresholds`` with their capacity,
+    threshold, and share of the scores above it."""
     fig, (ax,) = style.panels(1)
     scores = table["score"][table["score"] > 0]
     ends = np.log10(np.quantile(scores, (0.001, 0.9999)))
@@ -89,7 +89,7 @@ def score_histogram(table: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
 
 @draws("class", "measure", "tokens", *BOUNDS)
 def by_class(table: pd.DataFrame) -> Figure:
-    """Executed share by token class, least first, with the number of tokens."""
+    """Executed share by token class, lowest first, with the number of tokens."""
     order = table[table["measure"] == "share"].sort_values("mean")[["class", "tokens"]]
     measures = _measures(table)
     width = WIDE if len(measures) > 1 else WIDTH
@@ -106,7 +106,7 @@ def by_class(table: pd.DataFrame) -> Figure:
 
 @draws("first", "last", "protected", "measure", *BOUNDS)
 def by_position(table: pd.DataFrame) -> Figure:
-    """Executed share by position in the block. The protected tokens, which run in full, are not shown."""
+    """Executed share by position in the block. Protected tokens, which run in full, are not shown."""
     shown = table[~table["protected"].astype(bool)]
     measures = _measures(shown)
     fig, axes = style.panels(1, len(measures), 3.3 * len(measures) + 0.4)
@@ -122,7 +122,7 @@ def by_position(table: pd.DataFrame) -> Figure:
 
 @draws("quantity", "median", "measure", *BOUNDS)
 def by_quantile(table: pd.DataFrame) -> Figure:
-    """Executed share against the base's surprisal and entropy in nats, of the token and of the next, in equal bins."""
+    """Executed share against the base's surprisal and entropy (nats) of the token and of the next, in equal bins."""
     looks = {"token": (BLUE, "o", "of the token itself"), "next": (ORANGE, "s", "of the next token")}
     measures = _measures(table)
     fig, axes = style.panels(2, len(measures), 3.3 * len(measures) + 0.4, WIDE)
@@ -158,18 +158,18 @@ FIGURES = {"layer_map": layer_map, "classes": by_class, "positions": by_position
 
 
 def label(text: str) -> str:
-    """A token beside a map: short, and visible if it is a space or nothing."""
+    """A token's label on a map: short, and visible even if it is a space or empty."""
     shown = visible(text).replace("\n", "").strip(" ") or "␣"
     return shown if len(shown) <= LABEL else shown[: LABEL - 1] + "…"
 
 
 def _measures(table: pd.DataFrame) -> list[str]:
-    """The share, and who leaves early where anybody does."""
+    """The share and, if any tokens leave early, how many do."""
     return [m for m in PANELS if m == "share" or table.loc[table["measure"] == m, "mean"].max() > 0]
 
 
 def _intervals(ax: Axes, rows: pd.DataFrame, at: np.ndarray, colour=BLUE, marker="o", across=False, line="none"):
-    """Means with their whiskers at the places ``at`` of the other axis, and a line at the mean of all tokens."""
+    """Means with whiskers at positions ``at`` of the other axis, and a line at the mean of all tokens."""
     x, y = (rows["mean"], at) if across else (at, rows["mean"])
     (ax.axvline if across else ax.axhline)((rows["mean"] - rows["difference"]).mean(), color=GREY, linewidth=1)
     style.whiskers(ax, at, rows[ENDS], colour, "none", line, across, linewidth=1)

@@ -1,7 +1,7 @@
-"""Figures of speed and of what it costs: targets, self-speculative decoding, claims beside what was measured.
+"""Figures of speed and what it costs: targets, self-speculative decoding, claims beside what was measured.
 
-Solid lines are speed over plain transformers, dashed over our own dense path, dotted what the work alone would give. A
-hollow marker is a number that was not measured here: a claim, or an ideal. Tables with perplexity have it as three
+Solid lines are speed over plain transformers, dashed lines over our own dense path; dotted lines are what the work
+alone would give. A hollow marker is a number not measured here: a claim, or an ideal. Tables have perplexity in three
 columns named after the text, `QUALITY`: the increase over the base's and its interval.
 """
 
@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 
 from hat_lib.inference.speed import VERSUS
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, GRAINS, GREEN, GREY, ORANGE, PERCENT, RED, SERIES, SKY, YELLOW, draws, key
+from hat_lib.plotting.style import BLUE, GRAINS, GREEN, GREY, ORANGE, PERCENT, PURPLE, SERIES, SKY, YELLOW, draws, key
 
 KINDS = {"decode_hf": ("-", "over plain transformers"), "decode_dense": ("--", "over our own dense path")}
 CLAIM = ("base", "granularity", "capacity", "exit_rate", "promised_speedup", "promised_increase", *KINDS)
@@ -29,7 +29,7 @@ TICKS = [0, 1, 3, 10, 30, 100, 300, style.MOST]
 RESAMPLES = 1000
 TOKEN_PARTS = {
     "qkv": (BLUE, "q | k | v"), "o": (SKY, "o"), "gate_up": (ORANGE, "gate | up"), "down": (YELLOW, "down"),
-    "head": (GREEN, "head"), "decisions": (RED, "decisions"), "rest": (GREY, "rest of the step"),
+    "head": (GREEN, "head"), "decisions": (PURPLE, "decisions"), "rest": (GREY, "rest of the step"),
     "loop": ("black", "loop"),
 }  # fmt: skip
 """part of a token's time -> colour and name"""
@@ -37,7 +37,7 @@ TOKEN_PARTS = {
 
 @draws("exit_rate", "layers", "share")
 def exits(table: pd.DataFrame) -> Figure:
-    """Where tokens leave: the share of all tokens over the layers that they ran; those who stay at the right end."""
+    """Where tokens leave: the share of all tokens by the layers they ran; those that stay are at the right end."""
     cells = table.pivot(index="layers", columns="exit_rate", values="share").fillna(0.0)
     fig, (ax,) = style.panels(1, height=3.0)
     width, places = 0.8 / len(cells.columns), np.arange(len(cells))
@@ -54,7 +54,7 @@ def exits(table: pd.DataFrame) -> Figure:
 
 @draws("granularity", "versus", "requested", "reachable", "largest", "measured", "lowest", "highest", "prompts")
 def targets(table: pd.DataFrame) -> Figure:
-    """Target speedups beside those of the texts that were generated for them: medians, lowest to highest prompt.
+    """Target speedups beside those of the texts generated for them: medians, and lowest to highest prompt.
 
     ``table`` has the fields of `hat_lib.experiments.speed_targets.Row`.
     """
@@ -66,20 +66,21 @@ def targets(table: pd.DataFrame) -> Figure:
         for number, (grain, part) in enumerate(rows.groupby("granularity")):
             colour, marker = GRAINS[grain]
             found, lacking = part[part["measured"].notna()], part[~part["reachable"].astype(bool)]
-            x = found["requested"] + 0.02 * number  # two whiskers at one target do not hide each other
-            style.whiskers(ax, x, found[["measured", "lowest", "highest"]], colour, marker)
-            ax.plot(lacking["requested"], lacking["largest"], marker, color=colour, markerfacecolor="white")
+            apart = 0.02 * number  # so that two whiskers at one target do not hide each other
+            ends = found[["measured", "lowest", "highest"]]
+            style.whiskers(ax, found["requested"] + apart, ends, colour, marker)
+            ax.plot(lacking["requested"] + apart, lacking["largest"], marker, color=colour, markerfacecolor="white")
         over = VERSUS[rows["versus"].iloc[0]]
         ax.set(xlabel=f"target speedup over {over}", title=f"{rows['prompts'].max()} prompts")
     panels[0][1].set_ylabel("speedup (times)")
-    beyond = key("out of reach: the most there is", marker="o", markersize=5, markerfacecolor="none")
+    beyond = key("refused: the most that the curve promised", marker="o", markersize=5, markerfacecolor="none")
     style.below(fig, [*style.grain_keys(table), key("as asked", line=":"), beyond])
     return fig
 
 
 @draws("granularity", "capacity", "dtype", "kind", "drafted", "accepted", "ideal", "ms_dense", *TIMES)
 def lossless(table: pd.DataFrame) -> Figure:
-    """Drafts that the base let stand, by kind of prompt, and speed beside three other ways to the same text.
+    """Drafts that the base accepted, by kind of prompt, and speed beside three other ways to the same text.
 
     Whiskers are 95 % bootstrap intervals over prompts: of a ratio of sums on the left, of a median on the right.
     ``table`` has the fields of `hat_lib.experiments.self_speculative.Row`.
@@ -101,7 +102,7 @@ def lossless(table: pd.DataFrame) -> Figure:
     stood.xaxis.set_major_formatter(PERCENT)
     speed.axvline(1, color=GREY, linewidth=1)
     speed.set(xlabel="speed over our own dense path (times)")
-    for ax, labels in (stood, kinds), (speed, [*TIMES.values(), "our drafts, by work alone"]):
+    for ax, labels in (stood, kinds), (speed, [*TIMES.values(), "our drafts,\nby work alone"]):
         style.named_rows(ax, labels)
     style.below(fig, names)
     return fig
@@ -109,10 +110,10 @@ def lossless(table: pd.DataFrame) -> Figure:
 
 @draws("base", "way", "weights", "realised", "ms", "low", "high", "ideal")
 def decode(table: pd.DataFrame) -> Figure:
-    """Milliseconds a token of one sequence against the share of the work, a panel for each base.
+    """Milliseconds per token of one sequence against the share of the work, a panel for each base.
 
-    Lines with markers are the engine, whiskers its slowest and fastest rounds; dotted, what its dense step would become
-    if time followed the weights that are read. Horizontal lines decode densely.
+    Lines with markers are the engine, whiskers its slowest and fastest rounds; dotted lines are what its dense step
+    would take if time followed the weights read. Horizontal lines decode densely.
     """
     engine, flat = table[table["way"] == "engine"], {"hf": "plain transformers", "reference": "reference path"}
     looks = dict(zip(engine["weights"].unique(), SERIES, strict=False))
@@ -127,7 +128,7 @@ def decode(table: pd.DataFrame) -> Figure:
         for row in rows[rows["way"] != "engine"].itertuples():
             ax.axhline(row.ms, color=GREY, linewidth=1)
             name = flat.get(row.way, f"{row.way}, {row.weights}")
-            height = -11 if row.way in flat and row.ms == both.min() else 3  # the two may all but meet
+            height = -11 if row.way in flat and row.ms == both.min() else 3  # the two may almost coincide
             ax.annotate(name, (0.98, row.ms), (0, height), xycoords=("axes fraction", "data"), **LABEL)
         ax.set(xlabel="realised capacity", ylabel="milliseconds a token", ylim=(0, 1.1 * rows["ms"].max()))
     names = [key(f"engine, {weights}", colour, marker, "-") for weights, (colour, marker) in looks.items()]
@@ -137,7 +138,7 @@ def decode(table: pd.DataFrame) -> Figure:
 
 @draws("way", "part", "realised", "ms")
 def token_time(table: pd.DataFrame) -> Figure:
-    """Milliseconds of a token, stacked by part, a bar for each way; a difference below 0 is drawn as nothing.
+    """Milliseconds of a token, stacked by part, a bar for each way; a difference below 0 is not drawn.
 
     ``table`` has the fields of `hat_lib.experiments.token_time.Row`.
     """
@@ -161,7 +162,7 @@ def token_time(table: pd.DataFrame) -> Figure:
 
 @draws("granularity", "exit_rate", "model_share", "decode_dense", "prefill_dense", *QUALITY)
 def work_and_time(table: pd.DataFrame) -> Figure:
-    """What skipping costs against the work that it leaves, and against the time, both as shares of the dense path's."""
+    """What skipping costs against the work that remains, and against time, both as shares of the dense path's."""
     table = table.dropna(subset=QUALITY)
     style.need(table, *QUALITY)
     shares = {
@@ -186,7 +187,7 @@ def work_and_time(table: pd.DataFrame) -> Figure:
 @draws(*CLAIM, *QUALITY)
 def promise(table: pd.DataFrame) -> Figure:
     """Speedup and increase in perplexity: published (hollow, with the capacity) and measured, a panel for each base
-    that has a quality of its own. Rows with exits are left out."""
+    whose quality was measured. Rows with exits are left out."""
     table = table[table["exit_rate"] == 0].dropna(subset=QUALITY)
     style.need(table, *QUALITY)
     fig, panels = style.panels_by(table, "base", 3.9, 7.6)
@@ -204,7 +205,7 @@ def promise(table: pd.DataFrame) -> Figure:
         style.log_axis(ax, [0.5, 0.7, 1, 1.3, 1.6, 2, 3, 4, 6, 8])
         ax.label_outer()
     names = [*style.grain_keys(table), *(key(label, line=line) for line, label in KINDS.values())]
-    style.below(fig, [key("published", **style.PUBLISHED), *names])
+    style.below(fig, [key("claimed", **style.PUBLISHED), *names])
     return fig
 
 
@@ -216,7 +217,7 @@ def _ratio(pairs: np.ndarray, axis: int) -> np.ndarray:
 def _resampled(
     ax: Axes, y: float, values: pd.DataFrame | pd.Series, statistic: Callable, colour: str, marker: str
 ) -> None:
-    """A statistic over the rows (its ``axis``) at the height ``y``, with its 95 % interval over resampled rows."""
+    """A statistic over the rows (its ``axis``) at height ``y``, with its 95 % interval over resampled rows."""
     if values.empty:
         return
     rows = values.to_numpy()

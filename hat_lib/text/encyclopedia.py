@@ -1,4 +1,4 @@
-"""Prose of encyclopedia articles, from the markup of MediaWiki."""
+"""Prose of encyclopedia articles, from MediaWiki markup."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ END = re.compile(r"^==\s*(See also|Notes|References|Further reading|External lin
 
 
 def articles(file: IO[bytes]) -> Iterator[tuple[str, str]]:
-    """``(title, prose)`` of each article in a dump of pages, redirects and what has no prose left out."""
+    """``(title, prose)`` of each article in a page dump, without redirects and pages that have no prose."""
     title = ""
     for _, element in ElementTree.iterparse(file):
         tag = element.tag.rpartition("}")[2]
@@ -36,7 +36,7 @@ def articles(file: IO[bytes]) -> Iterator[tuple[str, str]]:
 
 
 def prose(markup: str) -> Iterator[str]:
-    """Paragraphs of whole sentences, a line each, without notes, tables, lists, headings and formulas."""
+    """Paragraphs of whole sentences, one line each, without notes, tables, lists, headings or formulas."""
     if markup[:9].upper() == "#REDIRECT":
         return
     if end := END.search(markup):

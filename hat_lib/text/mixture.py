@@ -1,16 +1,16 @@
-"""What a run trains on: sources mixed evenly, among them text that the frozen base wrote itself.
+"""What a run trains on: sources mixed evenly, including text that the frozen base wrote itself.
 
 Thresholds trained on one kind of text got better there and worse elsewhere, so the default mixes addresses with
 ``self``, which favours no corpus. LLM-QAT (Liu et al. 2023, arXiv:2305.17888) distils on generations of the pretrained
 model in this way; here nothing is greedy. There are two sources of such text:
 
-self      every token is drawn from the base's whole distribution at temperature 1. The first is BOS where the tokenizer
-          begins a text with it; elsewhere it is drawn evenly from the vocabulary without its special tokens.
-openings  each block goes on with a beginning of one of many kinds of text (`hat_lib.text.openings`), every token drawn
-          from the nucleus: the likeliest tokens that have `TOP_P` of the probability between them, of `TOP_K` at most
-          (Holtzman et al. 2020, arXiv:1904.09751).
+self      every token is drawn from the base's whole distribution at temperature 1. The first is BOS if the tokenizer
+          begins a text with it; otherwise it is drawn uniformly from the vocabulary without its special tokens.
+openings  each block continues an opening of one of many kinds of text (`hat_lib.text.openings`), every token drawn
+          from the nucleus: the most likely tokens that together have `TOP_P` of the probability, at most `TOP_K` of
+          them (Holtzman et al. 2020, arXiv:1904.09751).
 
-EOS is a token like any other: a block runs on behind it, so that every block is full.
+EOS is a token like any other: a block goes on after it, so that every block is full.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from hat_lib.text.openings import openings
 
 SELF, OPENINGS = "self", "openings"
 OWN = (SELF, OPENINGS)
-"""text of the base's own"""
+"""text that the base writes itself"""
 TOP_P, TOP_K = 0.95, 1000
 
 
 def sources(text: str) -> list[str]:
-    """``"addresses+self"`` as a list; ``bundled`` stands for that. Raises `HatError` for an empty or repeated one."""
+    """``"addresses+self"`` as a list; ``bundled`` stands for it. Raises `HatError` for an empty or repeated source."""
     if text == "bundled":
         text = f"addresses+{SELF}"
     found = [part.strip() for part in text.split("+")]
@@ -55,13 +55,13 @@ def sources(text: str) -> list[str]:
 def training_text(
     base: Base, text: str, tokens: int, *, block_size: int = 512, seed: int = 0, progress: bool = True
 ) -> Dataset:
-    """About ``tokens`` tokens in blocks, the sources' shares equal, in one fixed shuffled order.
+    """About ``tokens`` tokens in blocks, in equal shares from each source, in one fixed shuffled order.
 
     Args:
         base: plain, without a `HierarchicalTransformer` on it; ``self`` is sampled from it.
         text: sources joined by +: ``self``, ``openings``, or those of `load_text`, whose train split is taken.
 
-    Returns rows of `load_text`, and ``index``, the number of the row. A short source gives what it has.
+    Returns rows as in `load_text`, with ``index``, the number of the row. A short source gives what it has.
     """
     names, rows = sources(text), []
     each = max(2, tokens // len(names))
@@ -90,22 +90,22 @@ def self_text(
 ) -> Dataset:
     """Blocks of text sampled from ``base``.
 
-    Each batch of blocks has a random stream of its own, by ``(seed, batch)``: more ``tokens`` later continue the
-    same text, and an interrupted run goes on at the batch in which it stopped. A batch is always sampled whole. What is
-    made anew is the same text on the same device with the same number of threads; elsewhere the logits round
-    differently, and a block takes another course where a draw falls close to a border.
+    Each batch of blocks has a random stream of its own, seeded by ``(seed, batch)``: more ``tokens`` later continue
+    the same text, and an interrupted run resumes at the batch in which it stopped. A batch is always sampled whole.
+    Sampled again, the text is the same on the same device with the same number of threads; elsewhere the logits round
+    differently, and a block takes another course where a draw falls close to a boundary.
 
     Args:
         base: a plain base, or one that `HierarchicalTransformer.unload` has given back.
         tokens: at least this many, in whole blocks.
         source: one of `OWN`.
         block_size: tokens in every block, from 2 to the base's context.
-        batch_size: blocks that are sampled at once. Changing it changes the text.
+        batch_size: blocks sampled at once. Changing it changes the text.
         seed: at least 0.
 
-    Batches are kept under ``cache_dir()/SOURCE_text``, by all that changes them; damaged ones are made again.
-    Returns rows of `load_text`, whose ``doc`` is "SOURCE-SEED:ROW". Raises `HatError` for a bad size, a base that
-    carries a HierarchicalTransformer, and a cache that cannot be written.
+    Batches are kept under ``cache_dir()/SOURCE_text``, keyed by all that changes them; damaged ones are made again.
+    Returns rows as in `load_text`, whose ``doc`` is "SOURCE-SEED:ROW". Raises `HatError` for a bad size, a base that
+    carries a HierarchicalTransformer, or a cache that cannot be written.
     """
     for name, value, least in (("tokens", tokens, 2), ("batch_size", batch_size, 1), ("seed", seed, 0)):
         check_count(name, value, least)
@@ -149,7 +149,7 @@ def _sample(base: Base, shape: tuple[int, int], seed: list[int], source: str, ba
     ids = torch.empty_like(given)
     ids[:, 0] = given[:, 0]
     bar.update(rows)
-    # In (0, 1], so that the search below ends at a token, and at one that has a probability.
+    # In (0, 1], so that the search below ends at a token, and at one with nonzero probability.
     draws = torch.from_numpy(1 - rng.random((length, rows, 1))).to(base.device)
     cache = DynamicCache(config=base.model.config)
     for t in range(1, length):
@@ -161,15 +161,15 @@ def _sample(base: Base, shape: tuple[int, int], seed: list[int], source: str, ba
 
 
 def _draw(logits: Tensor, draws: Tensor) -> Tensor:
-    """A token for each row of logits by a number in (0, 1], int64 ``[rows, 1]``: the inverse of the distribution
-    function. The same draws on every device, and half the time of torch.multinomial, which draws one per entry of the
-    vocabulary."""
+    """A token for each row of logits from a number in (0, 1], int64 ``[rows, 1]``, by inverting the cumulative
+    distribution. The same draws on every device, in half the time of torch.multinomial, which draws one per entry of
+    the vocabulary."""
     reached = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(reached, draws * reached[:, -1:])
 
 
 def _nucleus(logits: Tensor, draws: Tensor) -> Tensor:
-    """As `_draw`, from the nucleus alone."""
+    """Like `_draw`, from the nucleus only."""
     best, which = logits.float().topk(min(TOP_K, logits.shape[-1]))
     chances = best.sub(logits.float().logsumexp(-1, keepdim=True)).exp()
     before = chances.cumsum(-1) - chances  # the first always counts
@@ -178,7 +178,7 @@ def _nucleus(logits: Tensor, draws: Tensor) -> Tensor:
 
 @cache
 def _hash() -> str:
-    """Of the openings, eight hex digits."""
+    """Hash of the openings, eight hex digits."""
     return hashlib.sha256(inspect.getsource(openings_module).encode()).hexdigest()[:8]
 
 
@@ -192,7 +192,7 @@ def _first_tokens(base: Base, rows: int, rng: np.random.Generator) -> np.ndarray
 
 
 def _read(path: Path, shape: tuple[int, int], vocab_size: int) -> np.ndarray | None:
-    """The ids in a file, or None where it is missing or damaged; a zip file carries a checksum."""
+    """The ids in a file, or None if it is missing or damaged; a zip file carries a checksum."""
     if not path.exists():
         return None
     try:
@@ -207,7 +207,7 @@ def _read(path: Path, shape: tuple[int, int], vocab_size: int) -> np.ndarray | N
 
 
 def _write(path: Path, make: partial[np.ndarray]) -> np.ndarray:
-    """``make()``, kept at ``path``; a file is opened first, so that a full or closed cache is told at once."""
+    """``make()``, kept at ``path``; the file is opened first, so that a full or read-only cache is reported at once."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -1,7 +1,7 @@
-"""Text from outside, made harmless for a terminal and for a spreadsheet.
+"""Text from outside, made harmless for terminals and spreadsheets.
 
-A text, a file's name or a token may hold escape sequences that move the cursor or set the title of a terminal, marks
-that reverse the order of letters, or a beginning that a spreadsheet takes for a formula and computes
+A text, file name or token may hold escape sequences that move the cursor or set a terminal's title, marks that reverse
+the order of letters, or a beginning that a spreadsheet takes for a formula and evaluates
 (https://owasp.org/www-community/attacks/CSV_Injection).
 """
 
@@ -17,7 +17,7 @@ FORMULA = re.compile("[' ]*[=+@＝＋－＠-]")
 
 
 def printable(text: str) -> str:
-    r"""``text`` on one line, with every character that shows nothing or acts written as Python writes it.
+    r"""``text`` on one line, with every invisible or control character escaped as in Python.
 
     >>> print(printable("red \x1b[31m\n"))
     red \x1b[31m\n
@@ -26,7 +26,7 @@ def printable(text: str) -> str:
 
 
 def check_whole(what: str, text: str) -> None:
-    """Raise `HatError` for half a character, which a string may hold and UTF-8, so a tokenizer, may not."""
+    """Raise `HatError` for half a character (a lone surrogate), which UTF-8, and so a tokenizer, cannot take."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,7 +1,7 @@
-"""Prompts of several kinds, always the same ones, to measure generation on.
+"""Prompts of several kinds, always the same, to measure generation on.
 
 Lines of addresses and docstrings come from test splits, which nothing was trained or calibrated on; sentences about
-topics, programs and lists are put together from the words below.
+topics, programs and lists are assembled from the words below.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hat_lib.text.blocks import load_text
 
 KINDS = 5
 LENGTH = 24
-"""tokens of a prompt that is cut out of a text"""
+"""tokens of a prompt that is cut from a text"""
 
 BEGUN = ("{} is", "The history of {} begins", "Five facts about {}:\n1.", "My teacher told me that {}",
          "A poem about {}:\n")  # fmt: skip
@@ -51,11 +51,11 @@ def prompts(tokenizer: PreTrainedTokenizerBase, count: int = 200) -> list[Prompt
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, source: str, count: int) -> list[str]:
-    """``count`` pieces of a test split, at even distances, each from the beginning of a line."""
+    """``count`` pieces of a test split, evenly spaced, each from the beginning of a line."""
     lines = []
     for block in load_text(source, tokenizer, split="test", max_tokens=60_000):
         text = tokenizer.decode(block["input_ids"], skip_special_tokens=True)
-        # The first line began in the block before, and a piece needs room behind it.
+        # The first line began in the previous block, and a piece needs text after its start.
         starts = [i + 1 for i, c in enumerate(text[: len(text) * 3 // 4]) if c == "\n"]
         lines += [text[i:] for i in starts if text[i] != "\n"]
     chosen = [lines[i * len(lines) // count] for i in range(count)]

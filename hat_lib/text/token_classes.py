@@ -1,6 +1,6 @@
-"""Kinds of tokens: the text of each token, and one class for each by its text and its neighbours'.
+"""Kinds of tokens: the text of each token, and its class, by its own text and its neighbours'.
 
-A rule of thumb for English, not a parser. A token gets the first class in `CLASSES` whose line is true of it:
+A rule of thumb for English, not a parser. A token gets the first class in `CLASSES` whose description fits it:
 
 - a name is a capitalised word inside a sentence, so acronyms and the words of a title are names too, while a name
   that opens a sentence is not; a sentence begins after . ! ? : or a line's end;
@@ -50,14 +50,14 @@ _SENTENCE_BEGINS = re.compile(r"""(^|[.!?:…]["'”’)\]]*\s|\n)\s*["'“‘(\
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text of each token; joined, they are the text of all.
+    """The text of each token; joined, they are the whole text.
 
     A character that several tokens share belongs to the last of them, and the text of those before is empty.
     """
     whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     out, end = [], 0
     for n in range(1, len(ids) + 1):
-        # Of a character that is not complete yet, decoders show U+FFFD, which is not what stands there in the end.
+        # For a character that is still incomplete, decoders show U+FFFD, which is not what is there in the end.
         so_far = tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False)
         out.append(commonprefix([so_far[end:], whole[end:]]))
         end += len(out[-1])

@@ -1,1 +1,1 @@
-"""Routers, then exit gates, by imitating the frozen base."""
+"""Training routers, then exit gates, to imitate the frozen base."""

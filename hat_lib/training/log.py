@@ -1,9 +1,9 @@
-"""What a run writes down while it trains: one CSV row per logged step, which notebooks plot live.
+"""What a run logs while it trains: one CSV row per logged step, which notebooks plot live.
 
-Columns: phase, step, steps, seconds, then the metrics of `hat_lib.training.objective` averaged since the row before,
+Columns: phase, step, steps, seconds, then the metrics of `hat_lib.training.objective` averaged since the previous row,
 the share of each site (``share_qkv`` ...) and of each layer (``share_0`` ...), gradient norm, learning rate, tokens per
 second and the estimated seconds left. A cell is empty where a phase has no such metric. A resumed run drops the rows
-past the step that it goes on from.
+past the step it resumes from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ METRICS = ("loss", "capacity", "kl", "share", "z_loss", "entropy", "gate_loss", 
 
 
 class CsvLog(TrainerCallback):
-    """Appends to ``path``, in the main process alone; `HatError` where a file to go on with has other columns."""
+    """Appends to ``path``, in the main process only; `HatError` if an existing file to continue has other columns."""
 
     def __init__(self, path: Path, phase: str, hat: HierarchicalTransformer):
         self.path, self.phase, self.hat = Path(path), phase, hat
@@ -38,7 +38,7 @@ class CsvLog(TrainerCallback):
         self.since = time.monotonic()
 
     def note(self, metrics: dict, tokens: int) -> None:
-        """Add one micro-batch: what `Objective` returned, and its real tokens."""
+        """Add one micro-batch: what `Objective` returned, and its number of real tokens."""
         for name in set(METRICS) & set(metrics):
             self.sums[name] = self.sums.get(name, 0.0) + float(torch.as_tensor(metrics[name]).detach())
         if "site_share" in metrics:
@@ -46,7 +46,7 @@ class CsvLog(TrainerCallback):
         self.count, self.tokens = self.count + 1, self.tokens + tokens
 
     def means(self) -> dict[str, float]:
-        """Metrics by name, averaged since the row before; the loss is Trainer's to log."""
+        """Metrics by name, averaged since the previous row; the loss is left for Trainer to log."""
         return {k: round(v / self.count, 6) for k, v in self.sums.items() if k != "loss"}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -65,12 +65,12 @@ class CsvLog(TrainerCallback):
         self.before = seconds_so_far(self.path, self.phase)
 
     def _kept(self, step: int) -> list[dict]:
-        """Rows up to ``step``; gates are trained on routers, whose rows stay, and go with routers trained anew."""
+        """Rows up to ``step``. Training gates keeps the routers' rows; training routers afresh drops all rows."""
         if not self.path.exists() or (self.phase == "routers" and step == 0):
             return []
         with self.path.open(newline="") as file:
             reader = csv.DictReader(file)
-            rows = [row for row in reader if None not in (*row, *row.values())]  # a kill may cut the last
+            rows = [row for row in reader if None not in (*row, *row.values())]  # a kill may truncate the last
         if reader.fieldnames != self.columns:
             other = sorted(set(reader.fieldnames or ()) ^ set(self.columns)) or ["another order"]
             raise HatError(f"{self.path} has other columns than this run writes, {other[0]} for one: move it away")
@@ -104,7 +104,7 @@ class CsvLog(TrainerCallback):
 
 
 def seconds_so_far(path: Path, phase: str) -> float:
-    """Seconds that a phase has taken by its last row, over all the times that it was resumed; 0 without a row."""
+    """Seconds a phase had taken by its last row, summed over all resumptions; 0 without a row."""
     if not path.exists():
         return 0.0
     with path.open(newline="") as file:
@@ -112,7 +112,7 @@ def seconds_so_far(path: Path, phase: str) -> float:
 
 
 class Bar(ProgressCallback):
-    """Trainer's bar with phase and loss on it, instead of a line for every logged step."""
+    """Trainer's progress bar, showing phase and loss instead of printing a line for every logged step."""
 
     def __init__(self, phase: str):
         super().__init__()

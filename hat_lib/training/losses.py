@@ -1,6 +1,6 @@
-"""Losses: tensors of the tokens that count in, one number out.
+"""Losses: from tensors of the tokens that count to one number.
 
-The mean over no token is 0, with gradient 0. Half-precision input is computed in fp32, fp64 in fp64, and the loss has
+The mean over no tokens is 0, with gradient 0. Half-precision input is computed in fp32, fp64 in fp64, and the loss has
 that dtype.
 """
 
@@ -14,12 +14,12 @@ from torch.autograd.function import once_differentiable
 from hat_lib.config import HatError
 
 # Logits that `divergence` handles at a time. On CPU its three fp32 tensors of this size, 0.5 MB each, stay in a core's
-# L2 cache; elsewhere few and large kernels matter more.
+# L2 cache; elsewhere it matters more to launch few, large kernels.
 CPU_TILE, GPU_TILE = 1 << 17, 1 << 25
 
 
 def distillation(teacher: Tensor, student: Tensor) -> Tensor:
-    """Mean of `divergence` over the tokens: KL(teacher || student) in nats per token, one number."""
+    """Mean of `divergence` over the tokens: KL(teacher || student) in nats per token, a scalar."""
     return _mean(divergence(teacher, student))
 
 
@@ -27,7 +27,7 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """``sum_v p_v (log p_v - log q_v)`` of each token, with p = softmax(teacher), q = softmax(student).
 
     KL(teacher || student) in nats (Hinton et al. 2015, arXiv:1503.02531, at temperature 1), >= 0 up to rounding.
-    Its gradient, ``q - p``, is found in the same pass, a few rows at a time, so that the only full-size tensor kept
+    Its gradient, ``q - p``, is computed in the same pass, a few rows at a time, so that the only full-size tensor kept
     for the backward is that difference, in the student's dtype.
 
     Args:
@@ -61,7 +61,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        # Scaled here, not in the difference: p / tokens of a rare token would underflow in fp16.
+        # Scaled here, not in the stored difference: p / tokens would underflow in fp16 for a rare token.
         (difference,) = ctx.saved_tensors
         scaled = torch.empty_like(difference)
         for rows in _tiles(difference):
@@ -76,10 +76,10 @@ def _tiles(logits: Tensor) -> list[slice]:
 
 
 def budget(share: Tensor, target: float | Tensor) -> Tensor:
-    """``|share - target|``: the distance of the executed share of work from the requested capacity, both in [0, 1].
+    """``|share - target|``: how far the executed share of work is from the requested capacity, both in [0, 1].
 
-    ``share`` is the GLOBAL mean share, a scalar with gradient. Only the mean is pulled, so that layers and tokens are
-    free to find their own shares under it.
+    ``share`` is the GLOBAL mean share, a scalar with gradient. Only the mean is constrained, so layers and tokens are
+    free to find their own shares.
     """
     if share.dim():
         raise HatError(f"share must be one number, the global mean, got shape {list(share.shape)}")
@@ -89,20 +89,20 @@ def budget(share: Tensor, target: float | Tensor) -> Tensor:
 def z_loss(scores: Tensor) -> Tensor:
     """``mean (log(exp(s/2) + exp(-s/2)))^2``: router z-loss (Zoph et al. 2022, arXiv:2202.08906, eq. 5).
 
-    A router with one logit s decides like a softmax over (s, 0), or over any shift of that pair: we take the
-    centred (s/2, -s/2), since on (s, 0) the loss falls as s goes to minus infinity and would reward skipping.
-    Least at s = 0, with value (log 2)^2. ``scores`` have any shape and the units in which ``sigmoid(score)`` is the
-    chance to keep.
+    A router with one logit s decides like a softmax over (s, 0), or over any shift of that pair. We use the
+    centred (s/2, -s/2), because with (s, 0) the loss falls as s goes to minus infinity, which would reward skipping.
+    The minimum is (log 2)^2, at s = 0. ``scores`` have any shape, in units such that ``sigmoid(score)`` is the
+    probability of keeping.
     """
-    a = _at_least_fp32(scores).abs()  # the loss is the same for s and -s, and so is its rounding
+    a = _at_least_fp32(scores).abs()  # so that the loss is the same for s and -s, rounding included
     return _mean((F.softplus(-a) + a / 2).square())
 
 
 def entropy(scores: Tensor) -> Tensor:
-    """``mean H(sigmoid(s))``, the entropy of the keep decision in nats, in [0, log 2]; minimised, so that
+    """``mean H(sigmoid(s))``, the entropy of the keep decision in nats, in [0, log 2]. Minimised, so that
     decisions move away from 50/50 and a hard threshold changes little (Grandvalet & Bengio 2004).
 
-    ``H = softplus(-a) + a * sigmoid(-a)`` with a = |s|: the same for s and -s, and no difference of large numbers.
+    ``H = softplus(-a) + a * sigmoid(-a)`` with a = |s|: the same for s and -s, without subtracting large numbers.
     ``scores`` as for `z_loss`.
     """
     a = _at_least_fp32(scores).abs()
@@ -110,14 +110,14 @@ def entropy(scores: Tensor) -> Tensor:
 
 
 def exit_targets(teacher: Tensor, exited: Tensor) -> Tensor:
-    """Which tokens may leave, bool ``[...]``: where the exit's most likely next token is the teacher's, of two logits
-    ``[..., V]``, after the final norm and head."""
+    """Which tokens may leave, bool ``[...]``: those whose most likely next token is the same at the exit as for the
+    teacher. Both arguments are logits ``[..., V]``, after the final norm and head."""
     _check_alike(teacher, exited)
     return teacher.argmax(-1) == exited.argmax(-1)
 
 
 def exit_loss(gate_logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the gate's (stay, leave) logits ``[..., 2]`` with bool ``targets`` ``[...]``, True to leave
+    """Cross-entropy of the gate's (stay, leave) logits ``[..., 2]`` with bool ``targets`` ``[...]``, True for leave
     (`exit_targets`), in nats per token."""
     logits, classes = _at_least_fp32(gate_logits).reshape(-1, 2), targets.reshape(-1).long()
     return F.cross_entropy(logits, classes, reduction="sum") / max(len(classes), 1)

@@ -2,12 +2,12 @@
 
 routers   the routed model against the frozen base on the same tokens, KL(base || routed), at a capacity sampled for
           this step; plus the budget and, for the token grain, the regularisers. Gates are off.
-exit      routers frozen and deciding as in use. At each exit depth some tokens are translated, read by the base's norm
-          and head, and compared with the base: translators learn by KL, gates by whether the exit's next token is the
-          base's. The published method also samples whole decisions, and pays for those that send a token where it is
-          wrong, and for the distance from a budget of exits.
+exit      routers are frozen and decide as in use. At each exit depth some tokens are translated, read by the base's
+          norm and head, and compared with the base: translators learn from the KL, gates from whether the exit's next
+          token is the base's. The published method also samples whole decisions and penalises those that let a token
+          leave where it is wrong, and the distance from a budget of exits.
 
-No label enters: a language-modelling loss would lower perplexity by learning the corpus, and hide what skipping costs.
+No labels are used: a language-modelling loss would lower perplexity by learning the corpus, hiding what skipping costs.
 All randomness is a function of (seed, step, sample): two processes, or a resumed run, do what one process does.
 """
 
@@ -30,21 +30,21 @@ Thresholds = Callable[[float], dict[tuple[int, str], float]]
 
 
 class Relaxed:
-    """Policy of training: hard decisions with a soft gradient, at score thresholds by (layer, site).
+    """The training policy: hard decisions with a soft gradient, at score thresholds by (layer, site).
 
-    ``keys`` seed the noise, a tuple of integers per sequence. Sums up what share of the work was kept.
+    ``keys`` seed the noise, one tuple of integers per sequence. Adds up the share of the work that was kept.
     """
 
     def __init__(self, hat: HierarchicalTransformer, thresholds: dict, keys: list[tuple[int, ...]], recipe: Recipe):
         self.hat, self.thresholds, self.keys = hat, thresholds, keys
         self.temperature, self.noise = recipe.temperature, recipe.noise
         self.work = dict(zip(hat.grain.sites, hat.site_work, strict=True))
-        # Layer 0's FFN is never asked: it always runs.
+        # No decision is taken for layer 0's FFN: it always runs.
         always = 1 / hat.config.n_layers if hat.config.granularity == "token" else 0.0
         self.share: Tensor = torch.tensor(always, device=hat.base.device)
         """mean share of the routable work kept over real tokens, differentiable once the forward is done"""
         self.scores: list[Tensor] = []
-        """token grain: the routers' scores ``[B*T]``, one tensor a layer"""
+        """token grain: the routers' scores ``[B*T]``, one tensor per layer"""
 
     def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: TokenState):
         router, threshold = self.hat.routers[f"{layer}_{site}"], self.thresholds[layer, site]
@@ -63,7 +63,7 @@ class Relaxed:
                 return Gated(gated, keep)
             logit = router.score(x, scale).clamp(min=1e-12).log() - np.log(max(threshold, 1e-12))
             protected = protected[:, None]
-        # Drawn sequence by sequence: its neighbours in the batch do not change it.
+        # Drawn sequence by sequence, so that a sequence's batch neighbours do not change its noise.
         place = layer * len(self.work) + list(self.work).index(site)
         drawn = [
             straight_through(
@@ -83,7 +83,7 @@ class Objective(nn.Module):
     """``forward(input_ids, attention_mask, index, step, steps) -> {"loss": ..., metrics}``.
 
     Args:
-        hat: the model; only the phase's own parameters require a gradient from here on.
+        hat: the model; from here on, only the phase's own parameters require a gradient.
         phase: "routers" or "exit".
         thresholds: capacity -> score thresholds: nominal ones in "routers", those in use in "exit".
     """
@@ -101,7 +101,7 @@ class Objective(nn.Module):
                 gate.expand.requires_grad_(False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, index: Tensor, step: int, steps: int) -> dict:
-        """Losses and metrics of one micro-batch, as from `collate`, in one of ``steps`` optimizer steps."""
+        """Losses and metrics of one micro-batch, as made by `collate`, in one of ``steps`` optimizer steps."""
         capacity = self.recipe.sampled_capacity(step, steps)
         keys = [(self.recipe.seed, step, int(i)) for i in index]
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -120,7 +120,7 @@ class Objective(nn.Module):
         corrected, dropped = hat.correction_strength(capacity), self._dropped(keys, step, steps)
         with hat.masked(), hat.using(policy), hat.correcting(corrected), hat.dropping(dropped):
             student = self._hidden(batch).last_hidden_state
-        # A sequence at a time: the logits of a batch would be the largest tensors of the step.
+        # One sequence at a time: the logits of a whole batch would be the largest tensors of the step.
         kl, real = 0.0, batch["attention_mask"].bool()
         for b in range(len(real)):
             teacher_logits, logits = self._read(teacher[b][real[b]]), head(student[b][real[b]])
@@ -182,7 +182,7 @@ class Objective(nn.Module):
                 for part, key in zip(decisions.split(counts), keys, strict=True)
             ]
             leave = torch.cat(drawn)[:, 1]
-            # Who has not left yet and leaves here pays if this exit is wrong.
+            # A token that leaves here, not having left before, pays if this exit is wrong.
             cost, left, stay = cost + stay * leave * ~right, left + stay * leave, stay * (1 - leave)
         wrong, rate = _mean(cost + stay * wrong_stay), _mean(left)
         pull = losses.budget(rate, recipe.sampled_exit_rate(step) if len(rows) else 0.0)
@@ -194,12 +194,12 @@ class Objective(nn.Module):
 
 
 def _mean(values: Tensor) -> Tensor:
-    """0, on the graph, where a batch has no token that may leave: DDP waits for a gradient all the same."""
+    """The mean; 0, still on the graph, where no token of the batch may leave: DDP waits for a gradient regardless."""
     return values.sum() / max(len(values), 1)
 
 
 def _sample(candidates: Tensor, count: int, keys) -> tuple[Tensor, Tensor]:
-    """Up to ``count`` positions of each row of bool ``[B, T]``, drawn by the row's own key: (rows, columns)."""
+    """Up to ``count`` true positions of each row of bool ``[B, T]``, drawn with the row's own key: (rows, columns)."""
     rows, columns = [], []
     for b, key in enumerate(keys):
         free = candidates[b].nonzero().view(-1)

@@ -1,8 +1,9 @@
 """Recipe: everything a training run is made of, except the model and the text's tokens.
 
-Three starting points. `Recipe.channel` and `Recipe.token` are ours, one a grain, as measured (docs/experiments);
-`Recipe.published` has the hyperparameters of the published method, for the token grain. Each in two profiles: ``quick``
-(two CPU cores, a few minutes) and ``full`` (as the reference checkpoints; on a GPU more tokens are cheap).
+There are three starting points. `Recipe.channel` and `Recipe.token` are ours, one per grain, as measured
+(docs/experiments); `Recipe.published` has the published method's hyperparameters, for the token grain. Each has two
+profiles: ``quick`` (two CPU cores, a few minutes) and ``full`` (as for the reference checkpoints; on a GPU more tokens
+are cheap).
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from hat_lib.config import CAPACITY_MAX, CAPACITY_MIN, HatError, check_capacity,
 
 PHASES = ("routers", "exit", "full")
 RECIPES = ("default", "published")
-# A strong pull to the budget, large steps, no layer dropout, gates by targets alone.
+# A strong pull towards the budget, large steps, no layer dropout, gates trained on targets alone.
 TOKEN = {
     "tokens": 65_536, "router_epochs": 4, "router_lr": 2e-2, "exit_lr": 2e-3, "capacity": 0.7, "spread": 0.3,
     "anneal": 0.0, "budget_weight": 10.0, "decision_weight": 0.0, "layer_dropout": 0.0,
 }  # fmt: skip
-# No noise, no regularisers, gates by targets alone; text of many kinds, capacities where corrections have work to do.
+# No noise, no regularisers, gates trained on targets alone; many kinds of text, capacities low enough that corrections
+# matter.
 CHANNEL = {
     "text": "addresses+openings", "tokens": 196_608, "batch_size": 2, "router_epochs": 1.3, "router_lr": 3e-3,
     "correction_lr": 1.5e-3, "exit_epochs": 0.65, "exit_lr": 2e-3, "capacity": 0.55, "spread": 0.2, "anneal": 0.0,
@@ -44,7 +46,7 @@ class Recipe:
     text: str = "addresses+self"
     """sources of `hat_lib.text.mixture`, joined by +"""
     tokens: int = 131_072
-    """tokens of one epoch, shared evenly by the sources"""
+    """tokens per epoch, split evenly between the sources"""
     block_size: int = 512
     validation: str = ""
     """text whose validation split gives a learning curve (`hat_lib.training.validation`); none by default"""
@@ -56,15 +58,15 @@ class Recipe:
     router_epochs: float = 3
     router_lr: float = 1e-3
     correction_lr: float = 1e-3
-    """of corrections, which train together with the routers"""
+    """of the corrections, which train together with the routers"""
     exit_epochs: float = 2
     exit_lr: float = 5e-4
     capacity: float = 0.55
-    """where the schedule of sampled capacities ends; it begins at 1.0"""
+    """where the schedule of sampled capacities ends; it starts at 1.0"""
     anneal: float = 0.3
-    """share of the steps in which the schedule gets there"""
+    """share of the steps that the schedule takes to get there"""
     spread: float = 0.2
-    """capacities are drawn uniformly, this far to each side of the schedule, within 0.1-1.0"""
+    """capacities are drawn uniformly, up to this far either side of the schedule, within 0.1-1.0"""
     temperature: float = 1.0
     """of the straight-through gradient of a router's decision, in units of its score (channel: of the log-score)"""
     noise: float = 1.0
@@ -75,16 +77,17 @@ class Recipe:
     gate_forward_temperature: float = 1.0
     gate_backward_temperature: float = 2.0
     decision_weight: float = 1.0
-    """of sampled exits, how many are wrong and how far from a sampled rate; 0 trains gates by their targets alone"""
+    """weight of how many sampled exits are wrong and how far they are from a sampled rate; 0 trains gates on their
+    targets alone"""
     exit_rate: float = 0.3
     """highest exit rate that the gates are trained for; sampled per step from 0 up to it"""
     exit_tokens: int = 64
     """tokens per sequence, drawn at random, at which exits are compared with the base"""
     layer_dropout: float = 0.1
-    """highest chance that a layer is left out for a sequence: at the last layer, at the end of the run"""
+    """highest probability that a layer is dropped for a sequence: that of the last layer, at the end of the run"""
     max_grad_norm: float = 1.0
     warmup: float = 0.05
-    """share of the steps in which the learning rate rises; then it falls along a cosine"""
+    """share of the steps over which the learning rate rises; it then falls along a cosine"""
     seed: int = 0
     log_steps: int = 5
     save_steps: int = 50
@@ -113,12 +116,12 @@ class Recipe:
                 fits, wanted = 0 <= value < math.inf, "a number of at least 0"
             if not fits or isinstance(value, bool):
                 raise HatError(f"{name} must be {wanted}, got {value!r}")
-        if self.seed >= 2**32:  # what numpy takes
+        if self.seed >= 2**32:  # numpy takes no more
             raise HatError(f"seed must be below 2**32, got {self.seed}")
 
     @classmethod
     def named(cls, name: str, granularity: str, profile: str = "full", **changes) -> Recipe:
-        """``default``: ours for the grain, or ``published``, which is for the token grain alone."""
+        """``default`` is ours for the grain; ``published`` is for the token grain only."""
         if name not in RECIPES:
             raise HatError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
         if name == "published" and granularity != "token":
@@ -133,12 +136,12 @@ class Recipe:
 
     @classmethod
     def token(cls, profile: str = "full", **changes) -> Recipe:
-        """For the token grain, ours."""
+        """Our recipe for the token grain."""
         return cls._profiled(TOKEN, profile, changes)
 
     @classmethod
     def channel(cls, profile: str = "full", **changes) -> Recipe:
-        """For the channel grain, ours."""
+        """Our recipe for the channel grain."""
         return cls._profiled(CHANNEL, profile, changes)
 
     @classmethod
@@ -151,7 +154,7 @@ class Recipe:
         return cls(**start | PROFILES[profile] | changes)
 
     def sampled_capacity(self, step: int, steps: int) -> float:
-        """The capacity of one step: from (seed, step) alone, so that every process and a resumed run agree."""
+        """The capacity of one step; it depends on (seed, step) alone, so all processes and a resumed run agree."""
         at = 1.0 if self.anneal == 0 else min(1.0, step / max(1, self.anneal * steps))
         middle = CAPACITY_MAX + (self.capacity - CAPACITY_MAX) * at
         drawn = np.random.default_rng([self.seed, step]).uniform(-self.spread, self.spread)
@@ -161,7 +164,7 @@ class Recipe:
         return float(np.random.default_rng([self.seed, step, 1]).uniform(0, self.exit_rate))
 
     def layer_dropout_at(self, step: int, steps: int, n_layers: int) -> np.ndarray:
-        """Chance that each layer is left out, ``[L]``: grows with depth and over the run.
+        """Probability that each layer is dropped, ``[L]``; it grows with depth and over the run.
 
         ``p (exp(l ln2 / (L-1)) - 1) step/steps``: the progressive dropout of LayerSkip (Elhoushi et al. 2024,
         arXiv:2404.16710, section 4.1), linear in time.

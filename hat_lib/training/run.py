@@ -5,11 +5,11 @@ A run owns a folder:
     hat_config.json, hat_adapter.safetensors   the checkpoint, written when a phase is done
     log.csv                                    one row per logged step of either phase
     validation.csv                             the learning curve, where the recipe names a validation text
-    run.json                                   what was asked: recipe, base, command, versions
+    run.json                                   what was asked for: recipe, base, command, versions
     work/                                      Trainer's checkpoints and tensorboard files; gone when the run is done
 
-A run that was stopped, by Ctrl-C, a time limit or a kill, goes on from the last sound checkpoint in ``work``. One
-process at a time, or one group of torchrun's: it holds a lock, which the system releases if the process dies.
+A run stopped by Ctrl-C, a time limit or a kill resumes from the last sound checkpoint in ``work``. One process at a
+time, or one torchrun group, may train in a folder: it holds a lock, which the system releases if the process dies.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from hat_lib.training.validation import unseen
 
 RUN_FILE, LOG_FILE, WORK = "run.json", "log.csv", "work"
 CALIBRATION_TOKENS = 24_000
-# How long processes wait for the first one, which alone samples text and calibrates.
+# How long processes wait for the first one, the only one that samples text and calibrates.
 PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What was asked for; `run.json` holds exactly this, so that ``--resume`` asks the same again."""
+    """What was asked for; `run.json` holds exactly this, so that ``--resume`` asks for the same again."""
 
     phase: str
     granularity: str
@@ -57,7 +57,7 @@ class Run:
     recipe: Recipe
     dtype: str = "bf16"
     start: str | None = None
-    """checkpoint to start from: calibrated, and for phase "exit" with trained routers"""
+    """checkpoint to start from: calibrated and, for phase "exit", with trained routers"""
     translator_rank: int = HatConfig.translator_rank
     correction_rank: int | None = None
     """of corrections; None: those of ``start``, if it has any"""
@@ -80,7 +80,7 @@ class Run:
         for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
                 raise HatError(f"{name} must be {getattr(kind, '__name__', kind)}, got {getattr(self, name)!r}")
-        HatConfig(1, self.granularity, correction_rank=self.correction_rank)  # raises now, not once there is text
+        HatConfig(1, self.granularity, correction_rank=self.correction_rank)  # raises now, not once text is ready
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -112,24 +112,24 @@ class Run:
 def train(
     run: Run, folder: str | Path, *, resume: bool = False, max_minutes: float | None = None, progress: bool = True
 ) -> list[Outcome]:
-    """Carry out ``run`` in ``folder``; returns how each phase that ran ended, nothing for a run that was finished.
+    """Carry out ``run`` in ``folder``. Returns how each phase that ran ended, or nothing if the run was finished.
 
-    The last `Outcome` is not ``done`` where the run was stopped; it then goes on with ``resume=True``. Under torchrun
-    every process calls this with the same arguments; the first one alone writes.
+    If the run was stopped, the last `Outcome` is not ``done``; call again with ``resume=True`` to continue. Under
+    torchrun every process calls this with the same arguments; only the first one writes.
 
-    Raises `HatError` for a folder that holds another run, text or base that cannot be had, phase "exit" on a
-    checkpoint without trained routers, a loss that is not finite, and a disk that is full: what was saved before stays.
+    Raises `HatError` for a folder that holds another run, unavailable text or base, phase "exit" on a checkpoint
+    without trained routers, a loss that is not finite, and a full disk; what was saved before stays.
     """
     folder, began = Path(folder), time.monotonic()
     if not resume:
         _refuse_taken(folder)
     checkpoint = _read_start(run)
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-    processes.wait_for_everyone()  # they have all seen the folder as it was
+    processes.wait_for_everyone()  # by now all have seen the folder as it was
     main = processes.is_main_process
     with _lock(folder) if main else nullcontext():
         if main and not resume:
-            _refuse_taken(folder)  # another run may have begun and ended meanwhile
+            _refuse_taken(folder)  # another run may have started and finished in the meantime
         processes.wait_for_everyone()
         if _is_done(folder, run.phases[-1]):
             outcomes = []
@@ -138,7 +138,7 @@ def train(
             try:
                 outcomes = _train(run, folder, checkpoint, processes, resume, until, progress and main)
             except OSError as error:
-                if error.errno is None:  # not of a file
+                if error.errno is None:  # not about a file
                     raise
                 raise HatError(f"cannot write {error.filename or folder}: {error.strerror}") from error
     if main and (not outcomes or outcomes[-1].done):
@@ -149,7 +149,7 @@ def train(
 def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[Outcome]:
     main, recipe = processes.is_main_process, run.recipe
     base = load_base(run.base, dtype=run.dtype, device=processes.device if processes.num_processes > 1 else None)
-    with processes.main_process_first():  # the others read what it kept
+    with processes.main_process_first():  # the others read what it stored
         blocks = training_text(
             base, recipe.text, recipe.tokens, block_size=recipe.block_size, seed=recipe.seed, progress=progress
         )
@@ -158,7 +158,7 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
             validation = unseen(recipe.validation, base.tokenizer, recipe.validation_tokens)
         source = next((name for name in sources(recipe.text) if name not in OWN), "addresses")
         held = held_out(source, base.tokenizer, _held_tokens(recipe), recipe.block_size)
-        torch.manual_seed(recipe.seed)  # translators start at random
+        torch.manual_seed(recipe.seed)  # translators are initialised at random
         hat = _start(run, checkpoint, base, held, folder / WORK / "start", main and not resume, progress)
         if main and not resume:
             run.write(folder)
@@ -204,7 +204,7 @@ def _refuse_taken(folder: Path) -> None:
 
 @contextmanager
 def _lock(folder: Path):
-    """Hold ``folder`` alone; the file goes with ``work`` when the run is done."""
+    """Hold ``folder`` exclusively; the lock file is removed with ``work`` when the run is done."""
     path = folder / WORK / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +217,7 @@ def _lock(folder: Path):
 
 
 def _read_start(run: Run) -> Checkpoint | None:
-    """The checkpoint that a run starts from, checked as far as is possible without its base."""
+    """The checkpoint that a run starts from, checked as far as possible without its base."""
     if run.start is None:
         return None
     checkpoint = read_checkpoint(run.start)
@@ -234,10 +234,10 @@ def _read_start(run: Run) -> Checkpoint | None:
 
 
 def _start(run, checkpoint: Checkpoint | None, base: Base, held, kept: Path, first: bool, progress: bool):
-    """The model before its first step: routers that run everything, gates that never let go.
+    """The model before its first step: routers that run everything, gates that let no token leave.
 
-    Its tables are ``kept``, because a resumed run, and every process, must train at the very same thresholds;
-    ``first`` makes them anew.
+    Its tables are stored in ``kept``, because a resumed run, and every process, must train at the very same thresholds;
+    with ``first`` they are made afresh.
     """
     if checkpoint is not None:
         hat = start_from(checkpoint, base, run.start, run.correction_rank, run.translator_rank)
@@ -251,16 +251,16 @@ def _start(run, checkpoint: Checkpoint | None, base: Base, held, kept: Path, fir
         if run.granularity == "channel":
             calibrate(hat, held["input_ids"], progress=progress)
             hat.save_pretrained(kept)
-    held_out_parts(hat, held["input_ids"])  # raises now, not after the training, where the text is too short
+    held_out_parts(hat, held["input_ids"])  # if the text is too short, raises now and not after training
     return hat
 
 
 def start_from(
     checkpoint: Checkpoint, base: Base, where: str, correction_rank: int | None = None, translator_rank: int = 1
 ) -> HierarchicalTransformer:
-    """``base`` with the routers and tables of a checkpoint, read from ``where``.
+    """``base`` with the routers and tables of a checkpoint that was read from ``where``.
 
-    Gates begin anew, and so do corrections of another rank than the checkpoint's, which None stands for.
+    Gates start afresh, and so do corrections if ``correction_rank`` differs from the checkpoint's (None keeps it).
     """
     checkpoint.check_base(base, where)
     kept = checkpoint.config.correction_rank
@@ -278,7 +278,7 @@ def start_from(
 def nominal_thresholds(hat: HierarchicalTransformer) -> Split:
     """Capacity -> the thresholds that routers are trained at, before any calibration of what they learn.
 
-    Channel grain: those of the calibration without training, which the learned scales then shift. Token grain:
+    Channel grain: those of the untrained calibration, which the learned scales then shift. Token grain:
     ``log((1-c)/c)`` everywhere; with logistic noise a score of 0 is kept with probability c.
     """
     if hat.config.granularity == "channel":
@@ -289,7 +289,7 @@ def nominal_thresholds(hat: HierarchicalTransformer) -> Split:
 
 
 def nominal_heads(hat: HierarchicalTransformer) -> HeadSplit:
-    """Capacity -> the head's part in it, of the calibration without training: the head is not trained."""
+    """Capacity -> the head's part in it, from the untrained calibration: the head is not trained."""
     start = hat.calibration
     return lambda capacity: start and start.head_at(max(capacity, CAPACITY_MIN))
 
@@ -299,12 +299,12 @@ def _is_done(folder: Path, phase: str) -> bool:
 
 
 def _load_finished(hat: HierarchicalTransformer, folder: Path) -> None:
-    """Put a finished phase's parameters, tables and summary onto ``hat``."""
+    """Load a finished phase's parameters, tables and summary into ``hat``."""
     checkpoint = read_checkpoint(folder)
     hat.load_adapter(checkpoint, folder)
     hat.calibration, hat.training_summary = checkpoint.calibration, checkpoint.training
 
 
 def _held_tokens(recipe: Recipe) -> int:
-    """A short run is not calibrated for longer than it was trained."""
+    """Held-out tokens to calibrate on, so that a short run does not take longer to calibrate than to train."""
     return CALIBRATION_TOKENS if recipe.tokens >= CALIBRATION_TOKENS else max(2048, recipe.tokens // 4)

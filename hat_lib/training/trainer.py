@@ -1,9 +1,9 @@
 """One phase of training on `transformers.Trainer`.
 
-Progress bars, tensorboard, gradient accumulation, resuming and `torchrun` are Trainer's. Ours are the objective, what
-is saved (routers and gates, never the base), and four ways to stop without loss: a time limit, Ctrl-C, SIGTERM (what
-a cluster sends before it kills), and a number that is not finite. Resume files of Trainer hold pickles: they are read
-with ``weights_only=True``, from the run's own folder alone.
+Progress bars, tensorboard, gradient accumulation, resuming and `torchrun` come from Trainer. Ours are the objective,
+what is saved (routers and gates, never the base), and four ways to stop without losing work: a time limit, Ctrl-C,
+SIGTERM (what a cluster sends before it kills), and a number that is not finite. Trainer's resume files hold pickles:
+they are read with ``weights_only=True``, and only from the run's own folder.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from hat_lib.training.validation import Validation
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a phase ended; ``stopped`` is "time", "interrupt", "terminate", or empty when it ran to the end."""
+    """How a phase ended; ``stopped`` is "time", "interrupt", "terminate", or empty if it ran to the end."""
 
     phase: str
     step: int
@@ -63,7 +63,7 @@ class HatTrainer(Trainer):
         super().__init__(*args, callbacks=[stops, *kwargs.pop("callbacks")], **kwargs)
         self.record, self.stops = record, stops
         self.add_callback(record)
-        # One line for every logged step is what log.csv is for. A notebook's table is another callback, and stays.
+        # A line for every logged step is what log.csv is for. A notebook's table is a different callback, and stays.
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback):
             self.add_callback(Bar(record.phase))
@@ -91,7 +91,7 @@ class HatTrainer(Trainer):
         super().log(logs, start_time)
 
     def _clip_grad_norm(self, model):
-        # Before the clipping, which divides by the norm of all, and so spreads one NaN to every parameter.
+        # Before clipping, which divides by the global norm and so would spread one NaN to every parameter.
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
                 self._stop(f"the gradient of {name.removeprefix('hat.')} is not finite")
@@ -106,13 +106,13 @@ class HatTrainer(Trainer):
         self.stops.saving = True
         try:
             super()._save_checkpoint(model, trial)
-        except RuntimeError as error:  # in which torch tells of a full disk
+        except RuntimeError as error:  # which is how torch reports a full disk
             raise HatError(f"cannot write a checkpoint to {self.args.output_dir}: {first_line(error)}") from error
         finally:
             self.stops.saving = False
 
     def _save(self, output_dir=None, state_dict=None):
-        if self.args.should_save:  # every process is asked
+        if self.args.should_save:  # this is called in every process
             self.model.hat.save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -125,11 +125,11 @@ class HatTrainer(Trainer):
             raise HatError(f"{checkpoint} is not of this run: move it away to go on without it ({error})") from error
 
     def _load_scaler(self, checkpoint):
-        """Nothing here trains in fp16, so a ``scaler.pt`` is another program's."""
+        """Nothing here trains in fp16, so a ``scaler.pt`` would come from another program."""
 
 
 class _Stops(TrainerCallback):
-    """Stop in good order, all processes after the same step: at the time limit, at Ctrl-C, at SIGTERM."""
+    """Stop cleanly, all processes after the same step: at the time limit, on Ctrl-C, on SIGTERM."""
 
     REASONS = ("", "time", "interrupt", "terminate")
     SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
@@ -140,18 +140,18 @@ class _Stops(TrainerCallback):
         self.reason = ""
 
     def receive(self, number: int, frame=None) -> None:
-        """The first one ends the training after its step; a later Ctrl-C ends it now, unless it is saving."""
+        """The first signal ends training after the current step; a later Ctrl-C ends it now, unless it is saving."""
         now = time.monotonic()
         if not self.asked:
             self.asked, self.since = self.SIGNALS[number], now
-        # Sooner, it is torchrun that passes on what the terminal has sent already.
+        # Within a second, it is torchrun passing on what the terminal has already sent.
         elif number == signal.SIGINT and now - self.since > 1 and not self.saving:
             raise KeyboardInterrupt
 
     @contextmanager
     def caught(self):
-        """Signals come here. Afterwards SIGTERM goes on to whom it was for: by default it ends the process."""
-        if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        """Handle signals here. SIGTERM is then raised again for its previous handler: by default the process ends."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             yield
             return
         before = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
@@ -159,14 +159,14 @@ class _Stops(TrainerCallback):
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
+                signal.signal(number, handler or signal.SIG_DFL)  # None: not set from Python
             if "terminate" in (self.asked, self.reason):
                 signal.raise_signal(signal.SIGTERM)
 
     def on_step_end(self, args, state, control, **kwargs):
         late = self.limit is not None and time.monotonic() > self.limit and state.global_step < state.max_steps
         reason = self.REASONS.index(self.asked) or int(late)
-        if args.world_size > 1:  # what one of them wants, all do
+        if args.world_size > 1:  # if one process stops, all do
             highest = torch.tensor(reason, device=args.device)
             distributed.all_reduce(highest, distributed.ReduceOp.MAX)
             reason = int(highest)
@@ -174,7 +174,7 @@ class _Stops(TrainerCallback):
         if self.reason:
             control.should_training_stop = control.should_save = True
 
-    on_train_end = on_step_end  # Ctrl-C while the last step was saved
+    on_train_end = on_step_end  # for a Ctrl-C while the last step is being saved
 
 
 def train_phase(
@@ -197,19 +197,19 @@ def train_phase(
     Args:
         blocks: rows of `training_text`.
         phase, thresholds: as for `Objective`.
-        resume: go on from the newest sound checkpoint of this phase, if there is one.
-        max_minutes: stop, saved, at the first step past this many minutes.
-        max_steps: fewer steps than the epochs give; -1 for all.
-        validation: rows of `load_text` to draw a learning curve from, of the routers alone.
+        resume: continue from the newest sound checkpoint of this phase, if there is one.
+        max_minutes: save and stop at the first step past this many minutes.
+        max_steps: overrides the epochs, to run fewer steps; -1 for all.
+        validation: rows of `load_text` for a learning curve, in phase "routers" only.
 
-    Raises `HatError` at the first loss or gradient that is not finite. At Ctrl-C and at SIGTERM the step is finished
+    Raises `HatError` at the first loss or gradient that is not finite. On Ctrl-C or SIGTERM the step is finished
     and saved; SIGTERM is then raised again, for whoever handled it before.
     """
     work = folder / "work" / phase
     last = sound_checkpoint(work) if resume else None
     if last:
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-        if state.global_step >= state.max_steps:  # stopped after its last step; Trainer would take one more
+        if state.global_step >= state.max_steps:  # it stopped after its last step; Trainer would take one more
             hat.load_adapter(read_checkpoint(last), last)
             return Outcome(phase, state.global_step, state.max_steps, 0.0)
     own, device = "router" if phase == "routers" else "exit", hat.base.device.type
@@ -226,7 +226,7 @@ def train_phase(
         max_grad_norm=recipe.max_grad_norm,
         logging_steps=recipe.log_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would hide a NaN behind the running mean
+        logging_nan_inf_filter=False,  # which would hide a NaN behind the running mean
         save_steps=recipe.save_steps,
         save_total_limit=2,
         seed=recipe.seed,
@@ -234,22 +234,22 @@ def train_phase(
         use_cpu=device == "cpu",
         bf16=hat.base.dtype == torch.bfloat16,
         remove_unused_columns=False,
-        # The token router of layer 0 is never asked, and waiting for its gradient would be an error.
+        # The token router of layer 0 is never used, and waiting for its gradient would be an error.
         ddp_find_unused_parameters=phase == "routers" and hat.config.granularity == "token",
         dataloader_pin_memory=device == "cuda",
         report_to=["tensorboard"],
         disable_tqdm=not progress,
     )
-    # Without torchrun one GPU: DataParallel would copy a model whose layers call into the original.
+    # One GPU without torchrun: DataParallel would copy a model whose layers call into the original.
     args._n_gpu = min(1, args.n_gpu)
-    # It doubts the file system's clock whenever two checkpoints are less than a second apart.
+    # It warns about the file system's clock whenever two checkpoints are less than a second apart.
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     stops, start = _Stops(max_minutes), time.monotonic()
     if validation is not None and phase == "routers":
         step_tokens = recipe.batch_size * recipe.accumulate * args.world_size * recipe.block_size
         curve = Validation(folder / "validation.csv", hat, validation, thresholds, step_tokens)
         callbacks = [*callbacks, curve]
-    if last and args.should_save:  # what is newer is half-written, and would count as the newest when old ones go
+    if last and args.should_save:  # newer ones are half-written, and would count as newest when old ones are deleted
         for newer in sort_checkpoints(str(work)):
             if _step(newer) > _step(last):
                 shutil.rmtree(newer)
@@ -274,7 +274,7 @@ def train_phase(
 
 
 def say_how_long(trainer: HatTrainer, phase: str) -> None:
-    """Write, before the first step, how long the phase will take: by one step that is tried, and changes nothing."""
+    """Print how long the phase will take, before its first step, from a trial step that changes nothing."""
     loader, args = trainer.get_train_dataloader(), trainer.args
     epoch = len(loader) // args.gradient_accumulation_steps or 1
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
@@ -292,14 +292,14 @@ def say_how_long(trainer: HatTrainer, phase: str) -> None:
 
 
 def end_training(hat: HierarchicalTransformer) -> None:
-    """Put ``hat`` in order for use, after an `Objective` had it."""
+    """Make ``hat`` ready for use again after an `Objective` has trained it."""
     hat.eval()
     for p in hat.hat_parameters().values():
         p.requires_grad_(True)
 
 
 def collate(rows: list[dict]) -> dict[str, Tensor]:
-    """Blocks to ``input_ids, attention_mask [B, T]``, right-padded, and ``index [B]``, of the sample; int64."""
+    """Blocks to ``input_ids, attention_mask [B, T]``, right-padded, and ``index [B]`` of the samples; all int64."""
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
     index = torch.tensor([row["index"] for row in rows])
@@ -307,9 +307,9 @@ def collate(rows: list[dict]) -> dict[str, Tensor]:
 
 
 def sound_checkpoint(work: str | Path) -> Path | None:
-    """The newest of Trainer's checkpoints that is complete; half-written ones are passed over.
+    """The newest complete checkpoint of Trainer's; half-written ones are skipped.
 
-    Trainer writes straight into ``checkpoint-N``, its ``trainer_state.json`` last.
+    Trainer writes straight into ``checkpoint-N``, with ``trainer_state.json`` last.
     """
     for folder in map(Path, reversed(sort_checkpoints(str(work)))):
         try:
@@ -332,7 +332,7 @@ def _step(folder: str | Path) -> int:
 
 @torch.no_grad()
 def _first_bad(hat: HierarchicalTransformer, inputs: dict) -> str:
-    """Where a value that is not finite first appears: a parameter, a layer of the dense base, or what comes after."""
+    """Where a non-finite value first appears: a parameter, a layer of the dense base, or what comes after."""
     for name, parameter in hat.named_parameters():
         if not torch.isfinite(parameter).all():
             return name

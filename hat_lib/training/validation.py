@@ -1,9 +1,9 @@
-"""The learning curve of a run: what skipping costs on text that it does not train on, ``validation.csv``.
+"""The learning curve of a run: what skipping costs on text it does not train on, in ``validation.csv``.
 
-A row for each of `CAPACITIES`, before the first step and whenever the run is saved: step, tokens trained on so far,
-capacity, share of the layers' work executed, KL(base || routed) in nats per token and the relative increase of
-perplexity, at the thresholds that the run trains at, the head in full. A resumed run drops the rows past the step
-that it goes on from.
+One row for each of `CAPACITIES`, before the first step and whenever the run is saved: step, tokens trained on so far,
+capacity, executed share of the layers' work, KL(base || routed) in nats per token and the relative increase in
+perplexity, at the thresholds the run trains at, with the head in full. A resumed run drops the rows past the step it
+resumes from.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ CAPACITIES = (0.75, 0.55, 0.4)
 
 
 def unseen(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
-    """About ``tokens`` tokens of the validation split of a text, in blocks at even distances; rows of `load_text`."""
+    """About ``tokens`` tokens of a text's validation split, in evenly spaced blocks; rows of `load_text`."""
     blocks = load_text(text, tokenizer, split="validation", block_size=512)
     return at_even_distances(blocks, round(tokens / np.mean([len(ids) for ids in blocks["input_ids"]])))
 
 
 class Validation(TrainerCallback):
-    """Writes ``path``, in the main process alone.
+    """Writes ``path``, in the main process only.
 
     Args:
         path: the CSV file.
-        hat: the model in training; its gates do not matter.
+        hat: the model being trained; its gates do not matter.
         blocks: rows of `load_text`, none of them trained on.
         thresholds: capacity -> thresholds by (layer, site).
-        step_tokens: tokens of a step, over all processes.
+        step_tokens: tokens per step, over all processes.
     """
 
     def __init__(
@@ -82,6 +82,6 @@ class Validation(TrainerCallback):
 
 
 def as_trained(hat: HierarchicalTransformer, policy: Policy, capacity: float) -> Callable:
-    """Makes the context in which routers are trained at a capacity: a policy in the layers, the head in full."""
+    """Makes the context routers are trained in at a capacity: a policy in the layers, the head in full."""
     correcting = partial(hat.correcting, hat.correction_strength(capacity))
     return partial(together, hat.dense, partial(hat.using, policy), correcting)

@@ -1,1 +1,1 @@
-"""Notebooks, batches of them, and their environment."""
+"""Notebooks, batches of notebooks, and their environment."""

@@ -2,9 +2,9 @@
 
     python -m hat_lib.workbook run [NN ...] [-p name=value]   into runs/<name>/, working tree untouched
     python -m hat_lib.workbook execute [NN ...]               redo the committed outputs and figures/
-    python -m hat_lib.workbook clean [FILE ...]               take machine traces out of notebook files
+    python -m hat_lib.workbook clean [FILE ...]               strip traces of the machine from notebook files
 
-Many runs of one notebook, with other parameters each, are ``hat batch``.
+For many runs of one notebook with different parameters, see ``hat batch``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CellTimeout = Annotated[int, typer.Option(help="Seconds that one cell may take."
 def run(
     names: Names = None, parameters: Parameters = None, name: Folder = None, cell_timeout: CellTimeout = 600
 ) -> None:
-    """Run notebooks headless into runs/<name>/ and say how each went; exits with 1 if any failed."""
+    """Run notebooks headless into runs/<name>/ and report how each went; exits with 1 if any failed."""
     notebooks = select(names or [], NOTEBOOKS)
     values = parse_parameters(parameters or [], notebooks)
     folder = RUNS / (name or time.strftime("%Y%m%d-%H%M%S"))
@@ -46,9 +46,9 @@ def run(
 
 @app.command()
 def execute(names: Names = None, cell_timeout: CellTimeout = 600) -> None:
-    """Run notebooks with their defaults and put outputs and figures in place; a failure changes neither."""
+    """Run notebooks with their defaults and put outputs and figures in place; a failed run changes neither."""
     results = []
-    # The findings tally what the others' outputs say.
+    # The findings count what the other notebooks' outputs say, so they run last.
     for notebook in sorted(select(names or [], NOTEBOOKS), key=lambda path: path.stem.startswith("08")):
         with tempfile.TemporaryDirectory() as scratch:
             output, figures = Path(scratch, notebook.name), Path(scratch, "figures")
@@ -62,7 +62,7 @@ def execute(names: Names = None, cell_timeout: CellTimeout = 600) -> None:
 
 @app.command()
 def clean(files: Files = None) -> None:
-    """Clean notebook files in place, before a commit."""
+    """Clean notebook files in place before a commit."""
     for path in files or select([], NOTEBOOKS):
         if clean_file(path):
             typer.echo(f"cleaned {path}")

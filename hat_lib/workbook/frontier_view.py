@@ -1,4 +1,4 @@
-"""The frontier under a slider: quality, time and the work of each layer, at the settings that were measured."""
+"""The frontier with a slider: quality, time and the work of each layer, at the measured settings."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ SETTING = ["capacity", "exit_rate"]
 
 
 class FrontierView(View):
-    """A slider over the settings that were measured → a point on the frontier, its numbers, and the work of each layer.
+    """A slider over the measured settings → a point on the frontier, its numbers, and the work of each layer.
 
-    It stops at a setting, exit rate by exit rate, and nowhere between: there the view would show a number that nobody
-    has seen.
+    It stops only at settings, exit rate by exit rate: between them the view would show numbers that were never
+    measured.
 
     Args:
-        points: as from `hat_lib.plotting.frontier.points`, the base among them.
-        layers: rows of `hat_lib.experiments.layer_shares`; a setting that is not in it is left out.
+        points: as from `hat_lib.plotting.frontier.points`, including the base.
+        layers: rows of `hat_lib.experiments.layer_shares`; settings without any are left out.
         claims: rows of `hat_lib.experiments.published_claims.Row`, for time. Settings that were not timed are left out;
-            where none was, or this is None, quality stands alone.
+            if none were, or this is None, only quality is shown.
     """
 
     def __init__(self, points: pd.DataFrame, layers: pd.DataFrame, claims: pd.DataFrame | None = None):
-        self._base = points[(points["capacity"] == 1) & (points["exit_rate"] == 0)].iloc[0]
         self._layers = {setting: rows.sort_values("layer") for setting, rows in layers.groupby(SETTING)}
         self._times = _times(points, claims)
         points = points[[self._whole(setting) for setting in points[SETTING].itertuples(index=False, name=None)]]
@@ -54,17 +53,17 @@ class FrontierView(View):
     def saved(
         cls, results: Path = DATA / "results", granularity: str = "channel", text: str = "docstrings"
     ) -> FrontierView:
-        """From the files in the folder ``results``: ``quality.csv``, ``layer_shares.csv`` and, if it is there,
+        """From the files in the folder ``results``: ``quality.csv``, ``layer_shares.csv`` and, if it exists,
         ``published_claims.csv`` (time).
 
-        Raises `HatError` for a missing file, and where the sweep has no row for the grain and text.
+        Raises `HatError` for a missing file, and if ``quality.csv`` has no row for the grain and text.
         """
         points = frontier.points(saved("quality", results), granularity, text)
         timed = (results / "published_claims.csv").is_file()
         return cls(points, saved("layer_shares", results), saved("published_claims", results) if timed else None)
 
     def _whole(self, setting: tuple[float, float]) -> bool:
-        """Whether all that the view shows was measured at a setting; of the base, nothing needs to be."""
+        """Whether everything the view shows was measured at a setting; the base only needs its layers."""
         base = setting == (1.0, 0.0)
         return setting in self._layers and (base or self._times.empty or setting in self._times.index)
 
@@ -75,10 +74,10 @@ class FrontierView(View):
             self._say("ready", self._numbers(*setting))
 
     def _numbers(self, capacity: float, exit_rate: float) -> str:
-        row, base = self._points.loc[capacity, exit_rate], self._base
+        row = self._points.loc[capacity, exit_rate]
         said = [work_said(capacity, row["realised"], exit_rate, row["realised_exit"], row["model_share"])]
-        file = ", a 4-bit file, dequantised" if base["base"] == BUNDLED else ""
-        whose = f"the base's {base['base_ppl']:.2f} ({base['tokens']:,.0f} tokens of {base['text']}{file})"
+        file = ", a 4-bit file, dequantised" if row["base"] == BUNDLED else ""
+        whose = f"the base's {row['base_ppl']:.2f} ({row['tokens']:,.0f} tokens of {row['text']}{file})"
         if (capacity, exit_rate) == (1.0, 0.0):
             said.append(f"quality: perplexity is {whose}")
         else:
@@ -88,7 +87,8 @@ class FrontierView(View):
             said.append(f"time: {self._time(capacity, exit_rate)}")
         executed = self._layers[capacity, exit_rate].set_index("layer")["executed"]
         least, most = (f"{executed[i]:.1%} (layer {i})" for i in (executed.idxmin(), executed.idxmax()))
-        return "<br>".join([*said, f"executed by layer: least {least}, most {most}"])
+        on = f" (on {self._layers[capacity, exit_rate]['tokens'].iloc[0]:,} tokens)"
+        return "<br>".join([*said, f"executed by layer: least {least}, most {most}{on}"])
 
     def _time(self, capacity: float, exit_rate: float) -> str:
         machine = "{device}, {dtype}, {threads} threads".format(**self._times.iloc[0])
@@ -108,7 +108,7 @@ def _times(points: pd.DataFrame, claims: pd.DataFrame | None) -> pd.DataFrame:
 
 
 class _Picture:
-    """Drawn once; for each point only the point and the bars are drawn anew on the kept ground, which is fast."""
+    """Drawn once; after that, only the point, bars and line are redrawn on the stored background, which is fast."""
 
     def __init__(self, points: pd.DataFrame, n_layers: int):
         with mpl.rc_context(STYLE):

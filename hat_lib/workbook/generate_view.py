@@ -1,4 +1,4 @@
-"""Text as it is written, dense and at several capacities side by side, each token on the colour of its work."""
+"""Text as it is generated, dense and at several capacities side by side, each token coloured by its work."""
 
 from __future__ import annotations
 
@@ -21,24 +21,28 @@ from hat_lib.text.token_classes import pieces
 from hat_lib.workbook.view import LET_GO, LOOK, View, exit_slider
 
 DENSE = {"capacity": 1.0, "exit_rate": 0.0}
-SCALE = {"meaning": "in a frame: first token that is not dense's; share of the dense work:", "low": 0.4, "high": 1.0}
+SCALE = {
+    "meaning": "framed: first token that differs from the dense text; colour: share of the dense work",
+    "low": 0.4,
+    "high": 1.0,
+}
 """the same for all capacities, so that texts can be compared by eye"""
 UNNAMED = SCALE | {"meaning": ""}
 MOST = 4
-"""capacities beside the dense text; more have no room"""
+"""capacities beside the dense text; there is no room for more"""
 REPEATS, STRETCH = 3, 8
-"""turns in which each way is timed, and new tokens of each"""
+"""turns in which each way is timed, and new tokens per turn"""
 
 
 class GenerateView(View):
     """A prompt, capacities and a mode → the dense text and one for each capacity, and how fast they come.
 
-    Nothing runs until the button is pressed or a control is changed. A text takes the place of the old one when its
-    first token comes. Then the beginning of the same prompt is timed, each way `REPEATS` times in turns, without
-    anything being shown meanwhile. What is changed while it runs is answered next, at its last value.
+    Nothing runs until the button is pressed or a control is changed. A text replaces the old one when its first token
+    arrives. Then the first tokens after the same prompt are timed, each way `REPEATS` times in turns, with nothing
+    being shown meanwhile. Changes made while it runs are answered next, at their latest value.
 
     Args:
-        infer: its model is left, after each answer, at the capacity and exit rate that it had.
+        infer: after each answer, its model is left at the capacity and exit rate it had.
         prompt, capacities: to begin with.
         max_new_tokens: of each text.
     """
@@ -55,7 +59,7 @@ class GenerateView(View):
         self._found: list[Generation] = []
         self._passages: list[Passage] = []
         self.table = pd.DataFrame()
-        """a row per text: how fast it came, what it executed and where it parts from the dense one"""
+        """a row per text: how fast it came, what it executed and where it parts from the dense text"""
         self.prompt = Textarea(prompt, description="Prompt", rows=2, **LET_GO)
         self.capacities = Text(", ".join(f"{c:g}" for c in capacities), description="Capacities", **LET_GO)
         self.exit_rate = exit_slider(infer.hat.exit_rate)
@@ -69,8 +73,8 @@ class GenerateView(View):
         self._say("ready", "press Generate, or change a control")
 
     def _update(self, _event=None) -> None:
-        # The button alone: clicks would queue up, while of a control's values ipywidgets sends the last. And what is
-        # switched off loses its keys to the notebook, where an arrow folds the section away.
+        # Only the button: clicks would queue up, whereas ipywidgets sends only the last of a control's values. And a
+        # disabled control loses its keys to the notebook, where an arrow key folds the section.
         self.button.disabled = True
         with self._told():
             ways, prompt = self._ways(), self.prompt.value
@@ -93,19 +97,19 @@ class GenerateView(View):
 
     @property
     def remark(self) -> str:
-        """What is to be said of the last answer as a whole."""
+        """A remark on the last answer as a whole."""
         off = any(abs(g.capacity - g.requested_capacity) >= 0.005 for g in self._found[1:])
         why = f"; realised capacity is not what was asked: {WHY}" if off else ""
         return f"tokens/s: median, slowest and fastest of {REPEATS} stretches of {STRETCH} tokens, in turns{why}"
 
     def twin(self) -> Figure:
-        """The last answer as a picture. Raises `HatError` where there is none."""
+        """The last answer as a picture. Raises `HatError` if there is none."""
         if not self._found:
             raise HatError("no answer to draw: press Generate first")
         return figure(*self._passages, **SCALE)
 
     def _ways(self) -> dict[str, dict]:
-        """Settings of the texts beside the dense one, by name."""
+        """Settings of the texts next to the dense one, by name."""
         given = [part.strip() for part in self.capacities.value.replace(";", ",").split(",")]
         capacities = list(dict.fromkeys(check_capacity(part) for part in given if part))
         if not 1 <= len(capacities) <= MOST:
@@ -116,8 +120,8 @@ class GenerateView(View):
         return {title.format(c) + exits: {"capacity": c, "exit_rate": rate, "mode": mode} for c in capacities}
 
     def _stream(self, prompt: str, before: list[Generation], name: str, way: dict) -> Generation:
-        """Write a text behind those before it, as it comes; in lossless mode no token has a work of its own to colour
-        it by."""
+        """Show a text after those before it, as it is generated; in lossless mode tokens have no work of their own to
+        be coloured by."""
         ids, values, tokenizer = [], [], self._infer.hat.base.tokenizer
         coloured, dense = bool(before) and way["mode"] == "adaptive", before[0] if before else None
 
@@ -135,13 +139,13 @@ class GenerateView(View):
         return found
 
     def _work(self) -> float:
-        """Of the token that just came."""
+        """Executed share of the latest token's work."""
         hat = self._infer.hat
         cost = state_cost(hat, hat.trace)
         return float((cost.executed / cost.dense)[0, -1])
 
     def _speeds(self, prompt: str, ways: list[dict]) -> np.ndarray:
-        """Tokens a second after the first, ``[way, REPEATS]``; nan where a text ends at once."""
+        """Tokens per second after the first, ``[way, REPEATS]``; nan if a text ends at once."""
         speeds = np.full((len(ways), REPEATS), np.nan)
         for turn in range(REPEATS):
             for row in range(len(ways))[:: 1 if turn % 2 else -1]:
@@ -165,7 +169,7 @@ class GenerateView(View):
 
 
 class _EachToken:
-    """A streamer, as transformers has them: calls ``on_token`` with each new token of one sequence."""
+    """A transformers-style streamer: calls ``on_token`` with each new token of one sequence."""
 
     def __init__(self, on_token):
         self.on_token, self.prompt_seen = on_token, False
@@ -181,14 +185,14 @@ class _EachToken:
 
 
 def _parting(ids: list[int], dense: Generation | None, ended: bool = True) -> int | None:
-    """The first token of a text that is not the dense one's; None where there is none (yet, unless it has ended)."""
+    """Index of the first token that differs from the dense text's; None if none does (yet, unless it has ended)."""
     base = [] if dense is None else dense.ids[0, dense.prompt_length :].tolist()
     same = len(os.path.commonprefix([ids, base]))
     return None if dense is None or same >= (max if ended else min)(len(ids), len(base)) else same
 
 
 def _table(passages: list[Passage], found: list[Generation], speeds: np.ndarray) -> pd.DataFrame:
-    """What stands below the texts, as text; the first is the dense one."""
+    """The table below the texts, as strings; the first row is the dense text."""
     rows = []
     for ours, g, times in zip(passages, found, speeds, strict=True):
         known = times[~np.isnan(times)]
@@ -216,7 +220,7 @@ def _or_none(value: float, form: str) -> str:
 
 
 def _page(table: pd.DataFrame) -> str:
-    """As HTML that takes the colours of the page."""
+    """The table as HTML in the colours of the page."""
     cell = '<t{kind} style="padding:.15em 1.2em .15em 0;white-space:nowrap">{text}</t{kind}>'
     rows = [("h", table.columns), *(("d", row) for row in table.itertuples(index=False))]
     cells = ["".join(cell.format(kind=kind, text=escape(text)) for text in row) for kind, row in rows]

@@ -1,9 +1,9 @@
-"""Notebook files: find one, check its parameters, execute it, judge it, and what of it may be committed.
+"""Notebook files: find one, check its parameters, execute it, judge it, and clean it for a commit.
 
-papermill alone is too kind for a sweep. A misspelt parameter only logs a line, and every point then runs the
+papermill alone is too lenient for a sweep. A misspelt parameter only logs a line, and every point then runs the
 defaults; a killed kernel leaves a notebook whose cells all say "completed"; an exception in a widget callback
-hides in the widget's state. So names and types of parameters are checked before anything starts, and a
-notebook has passed only if papermill returned, no cell shows an error and no Output widget holds one.
+hides in the widget's state. So parameter names and types are checked before anything starts, and a notebook has
+passed only if papermill returned, no cell shows an error and no Output widget holds one.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from hat_lib.workbook.session import RESULT
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 WIDGET_STATE, WIDGET_VIEW = (f"application/vnd.jupyter.widget-{part}+json" for part in ("state", "view"))
 FOLDED = "hide-input"
-"""tag of a cell whose source is folded; the key that JupyterLab goes by is made of it"""
+"""tag of a cell whose source is folded; from it, `clean` sets the key that JupyterLab uses"""
 PAPERMILL_TAGS = {"injected-parameters", "papermill-error-cell-tag"}
-PROGRESS = re.compile(r".*\d+%\||.*\d+ ?\w* \[\d+:\d+")  # a bar of tqdm, with or without a total
+PROGRESS = re.compile(r".*\d+%\||.*\d+ ?\w* \[\d+:\d+")  # a tqdm bar, with or without a total
 START_TIMEOUT = 120  # seconds for a kernel to come up on a busy machine
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
-_one_at_a_time = threading.Lock()  # environment and working folder are the whole process's
+_one_at_a_time = threading.Lock()  # environment and working folder belong to the whole process
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Result:
 
 
 def select(names: list[str], folder: Path) -> list[Path]:
-    """The notebooks ``NN_*.ipynb`` of a folder that ``names`` mean (a number or a name); all for no names."""
+    """The notebooks ``NN_*.ipynb`` of a folder that match ``names`` (numbers or names); all of them without names."""
     every = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not every:
         raise HatError(f"no notebook in {folder}")
@@ -63,9 +63,9 @@ def select(names: list[str], folder: Path) -> list[Path]:
 
 
 def parse_parameters(assignments: list[str], notebooks: list[Path]) -> dict:
-    """``["capacity=0.7"]`` -> ``{"capacity": 0.7}``; `HatError` unless every notebook takes name and type.
+    """``["capacity=0.7"]`` -> ``{"capacity": 0.7}``; `HatError` unless every notebook takes the name and type.
 
-    Values are YAML, fitted to the type of the default in the notebook's ``parameters`` cell.
+    Values are YAML, converted to the type of the default in the notebook's ``parameters`` cell.
     """
     from papermill import inspect_notebook
 
@@ -73,7 +73,7 @@ def parse_parameters(assignments: list[str], notebooks: list[Path]) -> dict:
     for notebook in notebooks if assignments else ():
         try:
             known = inspect_notebook(notebook)
-        except Exception as error:  # no kernel, one without a language, and whatever a damaged file raises in papermill
+        except Exception as error:  # no kernel, a kernel without a language, or whatever papermill raises
             raise HatError(f"{notebook.name}: {one_line(error)}") from error
         for assignment in assignments:
             name, equals, text = assignment.partition("=")
@@ -92,15 +92,15 @@ def _typed(name: str, text: str, default_source: str):
         default = ast.literal_eval(default_source)
     except yaml.YAMLError:
         raise HatError(f"the value of parameter {name!r} is not valid YAML: {text!r}") from None
-    except (ValueError, SyntaxError):  # the default is an expression: nothing to compare with
+    except (ValueError, SyntaxError):  # the default is an expression, so there is nothing to compare with
         return value
     if isinstance(default, str) and not isinstance(value, str):
         return text
     if isinstance(default, float) and isinstance(value, int | str) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1 as a whole number and 1e-3 as text
+            return float(value)  # YAML reads 1 as an integer and 1e-3 as text
         except ValueError:
-            pass  # the type check below says it better
+            pass  # the type check below has a better message
     if default is not None and type(value) is not type(default):
         kind = type(default).__name__
         raise HatError(f"parameter {name!r} must be of type {kind}, like {default!r}; got {text!r}")
@@ -110,14 +110,14 @@ def _typed(name: str, text: str, default_source: str):
 def run_notebook(
     source: Path, output: Path, figures: Path, parameters: dict, cell_timeout: int, threads: int | None = None
 ) -> Result:
-    """Execute ``source`` in its own folder into ``output``. Never raises for what the notebook did.
+    """Execute ``source`` in its own folder into ``output``. Never raises because of what the notebook did.
 
-    What an Output widget catches is in the file that comes out; inside the notebook its ``outputs`` stay empty.
+    What an Output widget catches is in the output file; inside the notebook its ``outputs`` stay empty.
 
     Args:
         figures: folder for its figures, which its process sees as ``HAT_FIGURES``.
         cell_timeout: seconds.
-        threads: that the kernel may compute with; by default as it finds it.
+        threads: for the kernel to compute with; None leaves the environment as it is.
     """
     import papermill
     from nbclient.output_widget import OutputWidget
@@ -128,8 +128,8 @@ def run_notebook(
     literal = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, output)]
     environment = {"HAT_FIGURES": str(figures.resolve())} | (dict.fromkeys(THREADS, str(threads)) if threads else {})
     try:
-        # What an Output widget has caught, nbclient also tells the kernel, behind the back of the loop that waits on
-        # the same socket for the cell's reply: once in some hundred times the reply was lost, and the run hung.
+        # nbclient also reports what an Output widget caught to the kernel, while the loop that waits for the cell's
+        # reply uses the same socket: about once in a hundred times the reply was lost, and the run hung.
         untold = patch.object(OutputWidget, "sync_state", lambda widget: None)
         with _one_at_a_time, untold, patch.dict(os.environ, environment):  # the kernel inherits the environment
             papermill.execute_notebook(
@@ -147,13 +147,13 @@ def run_notebook(
         shown = e.source.strip().splitlines()
         excerpt = "".join(f"\n    | {line}" for line in shown[:6] + ["..."] * (len(shown) > 6))
         error = f"cell [{e.exec_count}] {_one_line(e.ename, e.evalue)}{excerpt}"
-    except Exception as e:  # a dead kernel, a time-out, an unreadable file: the other notebooks still run
+    except Exception as e:  # a dead kernel, a timeout, an unreadable file: the other notebooks still run
         error = _one_line(type(e).__name__, str(e))
     return Result(source.stem, time.monotonic() - start, figures, error)
 
 
 def errors(nb: NotebookNode) -> Iterator[str]:
-    """One line for every error in a notebook, also for those hidden in the state of its Output widgets."""
+    """One line for every error in a notebook, including those hidden in the state of its Output widgets."""
     for cell in nb.cells:
         for output in cell.get("outputs", ()):
             if output.output_type == "error":
@@ -170,12 +170,12 @@ def _one_line(kind: str, message: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What a library says of a file, on one line."""
+    """A library's error message, on one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def results(path: Path) -> dict:
-    """All that the cells of an executed notebook handed to `hat_lib.workbook.session.record`."""
+    """Everything the cells of an executed notebook passed to `hat_lib.workbook.session.record`."""
     found = {}
     for cell in nbformat.read(path, as_version=4).cells:
         for output in cell.get("outputs", ()):
@@ -184,7 +184,7 @@ def results(path: Path) -> dict:
 
 
 def predictions(path: Path) -> dict[str, list[str]]:
-    """The predictions that `hat_lib.workbook.session.judge` printed in an executed notebook, by "held" and "FAILED"."""
+    """The predictions `hat_lib.workbook.session.judge` printed in an executed notebook, by "held" and "FAILED"."""
     found: dict[str, list[str]] = {"held": [], "FAILED": []}
     for cell in nbformat.read(path, as_version=4).cells:
         for line in "".join(output.get("text", "") for output in cell.get("outputs", ())).splitlines():
@@ -196,11 +196,11 @@ def predictions(path: Path) -> dict[str, list[str]]:
 
 def clean(nb: NotebookNode) -> NotebookNode:
     """In place: keep source, outputs, execution counts, cell ids, tags and the kernel's name, for nbval, papermill and
-    readers; all else that a machine, a run or an editor leaves in a file makes diffs and gives no information.
+    readers; whatever else a machine, a run or an editor leaves in a file causes diffs without giving information.
 
-    A cell with the tag `FOLDED` is folded. Views of widgets go with the state that they need; their text stays. So do
-    outputs on stderr that are progress bars and nothing else. Raises `HatError` on a cell that papermill added: such a
-    file is the record of a run, not the workbook.
+    A cell with the tag `FOLDED` is folded. Widget views are removed, along with the state they need; their text stays.
+    Outputs on stderr that only hold progress bars are removed too. Raises `HatError` on a cell added by papermill: such
+    a file is the record of a run, not the workbook.
     """
     for cell in nb.cells:
         tags = cell.metadata.get("tags", [])

@@ -1,5 +1,5 @@
-"""What a notebook calls: `begin` in its first cell, `judge` where a prediction meets its measurement, `record` where it
-found a number.
+"""What a notebook calls: `begin` in its first cell, `judge` where a prediction meets its measurement, `record` for a
+number it found.
 
 more = begin(profile=profile, seed=seed, dtype=dtype, max_tokens=(max_tokens, 512))
 judge("the realised capacity lies within 0.06 of 0.6", abs(realised - 0.6) < 0.06, f"{realised:.3f}")
@@ -14,18 +14,18 @@ from importlib.metadata import version
 from hat_lib.config import HatError
 
 RESULT = "application/x-hat-result+json"
-"""mime type of a cell output that `record` made: a JSON object"""
+"""MIME type of a cell output made by `record`: a JSON object"""
 
 
 def begin(*, profile: str, seed: int, full: int = 8, dtype: str | None = None, **counts: tuple[int, int]) -> int:
-    """Check the parameters that notebooks share, print versions and, where there is a model, seed torch.
+    """Check the parameters that notebooks share, print versions and, if there is a model, seed torch.
 
     Args:
-        full: how many times as much profile "full" does as "quick".
-        dtype: of the base, as `load_base` takes it; None in a notebook without a model, where torch stays unloaded.
-        counts: ``name=(value, least)`` of whole numbers.
+        full: how many times as much the profile "full" does as "quick".
+        dtype: of the base, as for `load_base`; None in a notebook without a model, where torch is not imported.
+        counts: ``name=(value, least)`` for whole numbers.
 
-    Returns 1 for the profile "quick", else ``full``; raises `HatError` for a value that makes no sense.
+    Returns 1 for the profile "quick", else ``full``; raises `HatError` for an invalid value.
     """
     if profile not in ("quick", "full"):
         raise HatError(f"profile must be quick or full, got {profile!r}")
@@ -35,9 +35,11 @@ def begin(*, profile: str, seed: int, full: int = 8, dtype: str | None = None, *
     packages = ["numpy", "pandas"]
     if dtype is not None:
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
         from hat_lib.backbone.base import parse_dtype
 
+        disable_progress_bar()  # half-drawn bars would stay in stored outputs
         if dtype != "auto":
             parse_dtype(dtype)
         torch.manual_seed(seed)
@@ -47,9 +49,9 @@ def begin(*, profile: str, seed: int, full: int = 8, dtype: str | None = None, *
 
 
 def judge(prediction: str, held: bool, measured: str = "") -> None:
-    """Print whether a prediction held or failed, and in a line below what was measured.
+    """Print whether a prediction held or failed and, on a second line, what was measured.
 
-    nbval compares the first line. The second has numbers that differ from machine to machine, and
+    nbval compares the first line. The second has numbers that differ from machine to machine, so
     ``notebooks/nbval_sanitize.cfg`` leaves it out of the comparison.
     """
     print(f"{'held' if held else 'FAILED'}: {prediction}" + f"\n    measured: {measured}" * bool(measured))
@@ -58,7 +60,7 @@ def judge(prediction: str, held: bool, measured: str = "") -> None:
 def record(**values) -> None:
     """Show values and keep them for `hat_lib.workbook.notebooks.results`; a later value of a name replaces it.
 
-    Raises `HatError` for what JSON cannot hold, nan and infinity included.
+    Raises `HatError` for what JSON cannot represent, nan and infinity included.
     """
     from IPython.display import display
 
@@ -68,7 +70,7 @@ def record(**values) -> None:
 
 
 def json_text(what: str, value: object) -> str:
-    """``value`` as JSON; raises `HatError` that names ``what``."""
+    """``value`` as JSON; raises a `HatError` that names ``what``."""
     try:
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):

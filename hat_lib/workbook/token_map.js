@@ -1,4 +1,4 @@
-// The map of a prompt: a row per token, a cell per layer, and beside it all about the token that is picked.
+// The map of a prompt: a row per token, a cell per layer, and beside it everything about the selected token.
 // Words come from Python and go into the page as text, never as HTML.
 
 const KEYS = {
@@ -80,7 +80,7 @@ function render({ model, el }) {
     panel.replaceChildren();
     element("h4", "", token.headline, panel);
     token.lines.forEach(line => element("p", "", line, panel));
-    const work = table(["matrix", "layer by layer", "mean", `layer ${layer}`, scored], ["18%", "31%", "15%", "16%", "20%"]);
+    const work = table(["site", "layer by layer", "mean", `layer ${layer}`, scored], ["18%", "31%", "15%", "16%", "20%"]);
     sites.forEach((site, s) => {
       const row = element("tr", "", "", work);
       element("td", "", site, row);

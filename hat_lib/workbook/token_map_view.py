@@ -1,4 +1,4 @@
-"""A map of the work, token by layer: point at a cell for its share, pick a token to see what it ran and led to."""
+"""A map of the work, token by layer: hover over a cell for its share, pick a token to see what it ran and led to."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ COLOURS = [to_hex(colour) for colour in colormaps[PALETTE](np.linspace(0, 1, 64)
 
 
 class TokenMap(anywidget.AnyWidget):
-    """The map itself, drawn by ``token_map.js``, with which these are shared."""
+    """The map itself, drawn by ``token_map.js``, which shares these traits."""
 
     _esm, _css = HERE / "token_map.js", HERE / "token_map.css"
     facts = traitlets.Dict().tag(sync=True)
     """what `drawn` makes of a prompt"""
     token = traitlets.Int(0).tag(sync=True)
     layer = traitlets.Int(0).tag(sync=True)
-    """the cell that is picked"""
+    """the selected cell"""
 
 
 class TokenMapView(View):
-    """A prompt and two sliders → the map of what each token ran in each layer, and all about the token that is picked.
+    """A prompt and two sliders → the map of what each token ran in each layer, and everything about the selected token.
 
     An answer takes two forwards, one of the base and one at the capacity.
 
     Args:
-        hat: left, after each answer, at the capacity and exit rate that it had.
-        prompts: by name, to choose from; any other can be typed.
+        hat: after each answer, left at the capacity and exit rate it had.
+        prompts: to choose from, by name; any other can be typed.
     """
 
     def __init__(self, hat: HierarchicalTransformer, prompts: Mapping[str, str]):
@@ -68,7 +68,7 @@ class TokenMapView(View):
             self._say("ready", self.found.work)
 
     def about(self) -> str:
-        """What the view says of the token and layer that are picked."""
+        """What the view says about the selected token and layer."""
         return self.found.about(self.map.token, self.map.layer)
 
     def twin(self) -> Figure:
@@ -77,7 +77,7 @@ class TokenMapView(View):
 
 
 def drawn(found: TokenFacts) -> dict:
-    """What the map draws, in lists: a number for each cell, and the words about each token."""
+    """What the map draws, as lists: a number for each cell, and the words about each token."""
     tokens = found.explanation.tokens
     free = found.share[:, ~tokens["protected"].to_numpy()]
     low, high = np.nanquantile(free, [0.02, 0.98]) if np.isfinite(free).any() else (0.0, 1.0)
@@ -106,6 +106,6 @@ def drawn(found: TokenFacts) -> dict:
 
 
 def _lists(values: np.ndarray) -> list:
-    """JSON knows no nan and no infinity."""
+    """Nested lists, with None for nan and infinity, which JSON does not have."""
     values = np.round(values.astype(float), 4)
     return np.where(np.isfinite(values), values, None).tolist()

@@ -1,8 +1,8 @@
-"""What the interactive views share: how one is shown, how it says what it found, and how it tells an error.
+"""What the interactive views share: how one is shown, how it says what it found, and how it reports an error.
 
-Sliders have a description and a visible value, and move with the arrow keys; Notebook 7 takes these for itself and
-leaves Home, End, Page Up and Page Down. Jupyter hides an exception in a widget's callback: it goes to a log that nobody
-reads. So every callback runs inside `View._told`.
+Sliders have a description and a visible value, and move with the arrow keys; Notebook 7 takes those for itself and
+leaves Home, End, Page Up and Page Down. Jupyter hides exceptions in a widget's callback in a log that nobody reads, so
+every callback runs inside `View._told`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from hat_lib.workbook.environment import in_colab
 
 LOOK = {"style": {"description_width": "7em"}, "layout": Layout(width="min(32em, 95%)")}
 LET_GO = {"continuous_update": False, **LOOK}
-"""of controls that answer when they are let go, as each answer runs the model"""
+"""for controls that answer only when released, because each answer runs the model"""
 
 
 def show(view: Widget) -> None:
-    """Display a view, with a line in its place on pages that run nothing.
+    """Display a view, or a line in its place on pages that run nothing.
 
-    On Colab the page is first told to load ipywidgets 8, which it does not bring along.
+    On Colab, the page is first told to load ipywidgets 8, which it does not include.
     """
     if in_colab():
         import_module("google.colab.output").enable_custom_widget_manager()
@@ -36,7 +36,7 @@ def show(view: Widget) -> None:
 
 
 class View(VBox):
-    """Controls, a line ``said`` on what they found, and what they show; `_update` answers when a control moves."""
+    """Controls, a line ``said`` about what they found, and what they show; `_update` answers when a control moves."""
 
     def __init__(self, controls: list[Widget], *shown: Widget):
         self.said = HTML()
@@ -50,15 +50,15 @@ class View(VBox):
         return unescape(re.sub("<[^>]*>", "", self.said.value.replace("<br>", "\n")))
 
     def _say(self, state: str, message: str) -> None:
-        """``message`` is HTML, ``state`` ready, busy or error. Screen readers read it out as it changes."""
+        """``message`` is HTML, ``state`` is ready, busy or error. Screen readers announce it when it changes."""
         sign = {"error": "⚠ ", "busy": "⏳ "}.get(state, "")
         self.said.value = f'<div role="status" data-state="{state}" style="line-height:1.5">{sign}{message}</div>'
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Context of a callback that says in place of an exception what went wrong.
+        """Context for a callback that says what went wrong instead of raising an exception.
 
-        `KeyboardInterrupt` too: the kernel's stop button ends a long callback, and the view stays usable.
+        This includes `KeyboardInterrupt`: the kernel's stop button ends a long callback, and the view stays usable.
         """
         try:
             yield

@@ -4,8 +4,8 @@
     widgets.show(widgets.GenerateView(AdaptiveInference(hat)))  still: its twin(), table and remark
     widgets.show(widgets.TokenMapView(hat, {"fox": "The quick brown fox"}))  still: its twin() and about()
 
-They work in JupyterLab, Notebook 7, Colab and Voila, with pictures as PNG, text as HTML, and one part of their own, the
-map of tokens, through anywidget. A page that runs nothing, such as GitHub's, shows none of them.
+They work in JupyterLab, Notebook 7, Colab and Voila, with pictures as PNG, text as HTML, and one custom part, the map
+of tokens, through anywidget. A page that runs nothing, such as GitHub's, shows none of them.
 """
 
 from hat_lib.workbook.frontier_view import FrontierView

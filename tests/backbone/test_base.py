@@ -1,4 +1,4 @@
-"""The base is frozen, known by its fingerprint, and bad names or files are told in one line."""
+"""The base is frozen and identified by its fingerprint; bad names or files are reported in one line."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from hat_lib.backbone.base import default_dtype, exact_hash, fingerprint, load_b
 from hat_lib.backbone.shapes import byte_tokenizer, random_config, random_model
 from hat_lib.config import HatError
 
-# One value for every machine: a change of the weights, of the dequantising code or of the hash shows here.
+# The same on every machine: a change in the weights, the dequantising code or the hash shows here.
 TINY_FINGERPRINT = "137fe20082f68c01"
 BUNDLED_FINGERPRINT = "c402d0de16184249"
 
@@ -39,7 +39,7 @@ def cpu(name, **options):
 
 @pytest.fixture
 def tiny():
-    """A tiny model of its own, to be changed."""
+    """A separate tiny model, free to be changed."""
     return random_model("random:tiny", torch.float32)
 
 
@@ -47,13 +47,13 @@ def tiny():
 def saved(tmp_path_factory, tiny_base):
     folder = tmp_path_factory.mktemp("saved") / "a folder"
     tiny_base.model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)  # one that has not padded yet: it would save that too
+    byte_tokenizer().save_pretrained(folder)  # a fresh one: padding settings would be saved too
     return folder
 
 
 @pytest.fixture
 def copy(saved, tmp_path):
-    """A copy of the saved tiny checkpoint, to be damaged."""
+    """A copy of the saved tiny checkpoint, free to be damaged."""
     return shutil.copytree(saved, tmp_path / "copy")
 
 
@@ -67,7 +67,7 @@ def test_tiny_is_tiny_frozen_and_not_degenerate(tiny_base):
     assert model.config._attn_implementation == "sdpa"
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     out = model(IDS).logits
-    # The weights are the same everywhere: next tokens are neither all alike (5.56 nats) nor certain (0).
+    # The weights are the same everywhere: next tokens are neither equally likely (5.56 nats) nor certain (0).
     entropy = float(torch.distributions.Categorical(logits=out).entropy().mean())
     assert entropy == pytest.approx(4.42, abs=0.02)
     shifted = model(IDS, position_ids=torch.arange(12).flip(0)[None]).logits
@@ -151,7 +151,7 @@ def test_hashes_see_weights_order_and_config(tiny):
     before, exact, layers = fingerprint(tiny), exact_hash(tiny), tiny.model.layers
     weight, rope = layers[2].mlp.gate_proj.weight.data, tiny.config.rope_parameters
     weight[5, 7] = torch.nextafter(weight[5, 7], torch.tensor(9.0))
-    rope["rope_theta"] = 10_000  # was 10000.0: JSON may hold either
+    rope["rope_theta"] = 10_000  # was 10000.0: JSON may contain either
     assert fingerprint(tiny) == before and exact_hash(tiny) != exact
 
     def swap():
@@ -216,7 +216,7 @@ def test_gguf_file_is_loaded_dense(tiny_base, tmp_path, capfd):
     torch.testing.assert_close(base.model(IDS).logits, tiny_base.model(IDS).logits, rtol=0, atol=1e-5)
     assert base.tokenizer.encode("hello, world") == tiny_base.tokenizer.encode("hello, world")
     assert cpu(path, dtype="bf16").fingerprint == base.fingerprint
-    base.model.save_pretrained(tmp_path / "dense")  # a model that still counts as quantised refuses
+    base.model.save_pretrained(tmp_path / "dense")  # fails for a model that still counts as quantised
     for damaged in (path.read_bytes()[:300_000], b"not a gguf file at all" * 10):
         path.write_bytes(damaged)
         fails(path, str(path))

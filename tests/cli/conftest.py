@@ -1,4 +1,4 @@
-"""What the tests of commands share: a command run, a command refused, a text and a checkpoint of one's own."""
+"""What the tests of commands share: running a command, a refused command, the user's own text and checkpoint."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def hat(run_hat, monkeypatch):
 
 @pytest.fixture
 def refuses(hat, tmp_path):
-    """A command fails with one ``error:`` line that has all the words, prints nothing else and writes nothing."""
+    """A command fails with one ``error:`` line that contains all the words, prints nothing else and writes nothing."""
 
     def run(args, *words):
         before = sorted(tmp_path.rglob("*"))
@@ -38,7 +38,7 @@ def refuses(hat, tmp_path):
 
 @pytest.fixture
 def no_base(monkeypatch):
-    """No base may be loaded: one that is, is hashed."""
+    """No base may be loaded; loading one would hash it."""
     monkeypatch.setattr(
         base, "fingerprint", lambda *_: pytest.fail("a base was loaded before the arguments were checked")
     )
@@ -46,7 +46,7 @@ def no_base(monkeypatch):
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
-    """A text of one's own, long enough to calibrate on."""
+    """A text file, long enough to calibrate on."""
     path = tmp_path_factory.mktemp("text") / "my text.txt"
     path.write_text(" ".join(f"Line {i}: the {i % 7} quick brown foxes jump over {i}." for i in range(400)))
     return path
@@ -54,7 +54,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def python_m():
-    """Run a module as a process of its own."""
+    """Run a module in a separate process."""
 
     def run(module, *args, cwd=REPO, stdout=subprocess.PIPE, input=None, **environment):
         command = [sys.executable, "-m", module, *map(str, args)]
@@ -67,7 +67,7 @@ def python_m():
 
 @pytest.fixture(scope="session")
 def calibrated(tmp_path_factory, text, python_m):
-    """What `hat calibrate` writes for the tiny base; stdout beside it."""
+    """What `hat calibrate` writes for the tiny base, and its stdout."""
     folder = tmp_path_factory.mktemp("calibrated") / "my checkpoint"
     options = ("--base", "random:tiny", "--save", folder, "--text", text, "--tokens", "600", "--probe-tokens", "64")
     done = python_m("hat_lib", "calibrate", *options)

@@ -1,4 +1,4 @@
-"""`hat analyze`: five lines of findings, tables when asked for, files in which nothing of a text acts."""
+"""`hat analyze`: five lines of findings, tables on request, and files in which no text is interpreted."""
 
 import json
 

@@ -56,7 +56,7 @@ def test_generate_at_capacity_one_is_plain_transformers(hat):
 
 
 def test_weights_in_fewer_bits(hat, calibrated, monkeypatch):
-    """The engine decodes with them, and a curve of the base's own speed is not taken for theirs."""
+    """The engine decodes with them, and a speed curve measured with the base's own weights is not used for them."""
     monkeypatch.setenv("HAT_CACHE", str(calibrated[0].parent / "formats"))
     turns = []
     monkeypatch.setattr(speed, "timed", lambda hat, *_: turns.append(hat.weight_format) or 2 - hat.capacity)
@@ -109,7 +109,7 @@ def test_calibrate_then_generate_then_evaluate(hat, calibrated, text):
 
 
 def test_evaluate_says_how_much_it_measured(hat, calibrated, text, tmp_path):
-    """All of a text of one's own, which the checkpoint was not made with; else its split test, and so it is said."""
+    """All of a user's file that the checkpoint was not made with, otherwise the file's test split; and it says so."""
     options = ("evaluate", "--checkpoint", calibrated[0], "--capacity", "1.0", "--dtype", "fp32", "--text")
     mine = tmp_path / "mine.txt"
     mine.write_bytes(text.read_bytes()[:3000])
@@ -118,7 +118,7 @@ def test_evaluate_says_how_much_it_measured(hat, calibrated, text, tmp_path):
     assert "\nmeasured     1,197 of about 3,000 tokens (39.9% of the text)" in said
     row = json.loads(hat(*options, mine, "--max-tokens", 1200, "--json")[1])
     assert row["split"] == "all" and row["share_of_text"] == 0.399
-    copy = tmp_path / text.name  # the name that the checkpoint's calibration has
+    copy = tmp_path / text.name  # the name recorded in the checkpoint's calibration
     copy.write_bytes(text.read_bytes())
     test = hat(*options, copy)[1]
     assert "% of the text), split test; --split all and --max-tokens measure more\n" in test
@@ -133,7 +133,7 @@ def test_evaluate_says_where_tokens_left(hat, text, tmp_path):
     model.unload()
     options = ("evaluate", "--checkpoint", tmp_path, "--text", text, "--max-tokens", 1000, "--split", "train")
     out = hat(*options, "--capacity", "1.0", "--exit-rate", "1.0")[1].splitlines()
-    assert out[-5:] == [  # of each of the two blocks, the first two tokens never leave
+    assert out[-5:] == [  # the first two tokens of both blocks never leave
         "mean depth   1.01 of 4 layers",
         "    1 layers     996 tokens, 99.6%",
         "    2 layers       0 tokens, 0.0%",
@@ -207,7 +207,7 @@ def test_sweep_writes_goes_on_and_draws(hat, text, tmp_path):
     assert {r.seed for r in lucky} == {0, 1} and len({r.ppl for r in lucky}) == 2
     assert "capacity and exit rate as requested, and (realised); they differ, for thresholds" in printed
     assert sweep("0.6,0.8", "docstrings").count("channel  docstrings") == 6, "only what was missing"
-    sweep("0.6", str(text), "trained")  # of a text of one's own all is measured, not its split test alone
+    sweep("0.6", str(text), "trained")  # a user's file is measured whole, not just its test split
     whole = load_text(text, byte_tokenizer(), split="all", max_tokens=1024)
     assert {r.text_hash for r in read_rows(out, Row) if r.text == str(text)} == {text_hash(whole)[:16]}
 

@@ -1,4 +1,4 @@
-"""Every wrong input is one line that names it, told before a base is loaded wherever the base is not what is wrong."""
+"""Every wrong input gives one line that names it, before a base is loaded unless the base itself is what is wrong."""
 
 import json
 import os
@@ -70,6 +70,8 @@ WHERE = "pass either --save DIR for a new run or --resume DIR for one that was s
         ((*SWEEP, "--seed", "0.5"), "--seed takes numbers"),
         ((*SWEEP, "--grains", "word"), "grains must be among channel, token, got 'word'"),
         ((*SWEEP, "--variants", "trained,lucky"), "variants must be among"),
+        ((*SWEEP, "--variants", "random_exits"), "nothing to measure at these settings"),
+        ((*SWEEP, "--grains", "token", "--variants", "static"), "static the channel grain (for whole FFNs it is"),
         ((*SWEEP, "--texts", "nowhere"), "nowhere"),
         ((*SWEEP, "--max-tokens", "1"), "max tokens must be a whole number of at least 1024"),
         ((*SWEEP, "--dtype", "int8"), "int8"),
@@ -163,7 +165,7 @@ def test_wrong_tasks(refuses, no_base, tmp_path):
     refuses((*EVALUATE, "--tasks", "arc", "--tasks-path", gone), f"no folder of tasks at {gone}")
 
 
-# What only the base can tell
+# What can only be known from the base
 
 
 def test_a_checkpoint_for_another_base(refuses, calibrated, tmp_path):

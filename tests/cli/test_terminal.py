@@ -95,7 +95,7 @@ def test_what_a_message_repeats_cannot_act(run_hat):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory, python_m):
-    """A folder in which the package lies as `pip install .` leaves it, without the rest of the repository."""
+    """A folder with the package as installed by `pip install .`, without the rest of the repository."""
     folder = tmp_path_factory.mktemp("installed")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPO / name, folder / name)

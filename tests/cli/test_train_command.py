@@ -1,4 +1,4 @@
-"""`hat train`, what a person types: how it starts and how it ends."""
+"""`hat train` as a person types it: how it starts and how it ends."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_max_minutes_stops_saved_and_says_how_to_go_on(hat, text, tmp_path):
 
 
 def command(args, out):
-    """`hat` in a process of its own."""
+    """`hat` in a separate process."""
     sys.stdout = sys.stderr = open(out, "w")  # noqa: SIM115
     sys.argv = ["hat", *args]
     main()
@@ -76,7 +76,7 @@ def test_a_signal_to_a_process(hat, text, tmp_path, number, code, words):
         assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
     for again in ("--resume", folder), ("--save", folder, "--text", text):
-        assert hat("train", *again)[0] == 2  # a second one in the folder of the first
+        assert hat("train", *again)[0] == 2  # a second run in the folder of the first
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == code

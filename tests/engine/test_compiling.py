@@ -1,4 +1,4 @@
-"""Compiled code is kept for the sources that it was compiled from, and never needed."""
+"""Compiled code is cached for the sources it was compiled from, and the cache is never required."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ print(sum(double.stats.cache_hits.values()))
 
 @pytest.fixture
 def hits(tmp_path, monkeypatch):
-    """Runs the script in a process of its own: how much it found."""
+    """Runs the script in a separate process; returns how much it found."""
     monkeypatch.setenv("HAT_CACHE", str(tmp_path / "cache"))
 
     def run():

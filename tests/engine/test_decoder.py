@@ -1,4 +1,4 @@
-"""The engine against transformers: every form that a Llama takes, any number of threads, rows and sequences."""
+"""The engine against transformers: every form a Llama takes, any number of threads, rows and sequences."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ FORMS = {
 }
 
 WIDE = {"hidden_size": 96, "intermediate_size": 416, "num_attention_heads": 6, "num_key_value_heads": 2}
-"""widths are multiples of 32, and channels not of 8 times that"""
+"""widths are multiples of 32, but channels not of 8 times that"""
 
 
 def llama(dtype=torch.float32, **form):
@@ -46,7 +46,7 @@ def llama(dtype=torch.float32, **form):
 
 
 def steps(decoder, ids, cache=None, at_a_time=1, first=None):
-    """Logits of ``ids [B, T]``, so many tokens at a time behind a cache."""
+    """Logits of ``ids [B, T]``, ``at_a_time`` tokens at a time after a cache."""
     cache = DynamicCache(config=decoder.lm.config) if cache is None else cache
     out, (b, tokens) = [], ids.shape
     for t in range(0, tokens, at_a_time):
@@ -94,11 +94,11 @@ def test_threads_rows_and_pieces_change_no_bit(dtype, form, ids, monkeypatch):
     compiled = len(decode_step.signatures)
     assert torch.equal(steps(decoder, ids[:1]), expected[:1])
     assert torch.equal(steps(decoder, ids, at_a_time=4), expected)
-    assert len(decode_step.signatures) == compiled  # or another ten seconds, and other bits
+    assert len(decode_step.signatures) == compiled  # otherwise ten more seconds, and different bits
 
 
 def divergence(expected, found):
-    """Nats a token."""
+    """KL divergence, nats per token."""
     expected, found = expected.log_softmax(-1), found.log_softmax(-1)
     return float((expected.exp() * (expected - found)).sum(-1).mean())
 
@@ -111,7 +111,7 @@ def test_fewer_bits_are_near(form, size, nats, ids):
     assert packed_bytes(small.weights) < size * packed_bytes(plain.weights)
     found = steps(small, ids)
     assert 0 <= divergence(expected, found) < nats
-    if form == "q4":  # most of it is the weights', of normal ones; inputs in eight bits cost little
+    if form == "q4":  # mostly due to the (normally distributed) weights; inputs in eight bits cost little
         round_weights(lm)
         assert 0 <= divergence(lm(ids).logits, found) < 2e-3
 
@@ -142,10 +142,10 @@ def test_four_bits_need_whole_groups(changed, named):
 
 
 class TestCache:
-    """Keys and values in a room of their own stay those of a `DynamicCache`."""
+    """Keys and values in the growing arrays stay equal to those of a `DynamicCache`."""
 
     def both(self, ids):
-        """A plain cache and one that grows, of the same tokens; and the model."""
+        """A plain cache and a growing one, for the same tokens, and the model."""
         lm = llama()
         plain, growing = DynamicCache(config=lm.config), DynamicCache(config=lm.config)
         lm(ids, cache=plain, use_cache=True)
@@ -170,7 +170,7 @@ class TestCache:
             change(cache)
         assert plain.get_seq_length() == growing.get_seq_length()
         batch = len(plain.layers[0].keys)
-        for more in (3, 200, 1):  # in place, beyond the room, and outside of it
+        for more in (3, 200, 1):  # in place, beyond the allocated room, and outside it
             tokens = ids[:1].repeat(batch, 9)[:, :more]
             expected, found = (lm(tokens, cache=cache, use_cache=True).logits for cache in (plain, growing))
             assert torch.equal(expected, found)

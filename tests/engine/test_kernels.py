@@ -1,4 +1,4 @@
-"""Gated products: bits that depend on neither what is skipped, nor the rows beside, nor the number of threads."""
+"""Gated products: their bits do not depend on what is skipped, on the other rows, or on the number of threads."""
 
 import numpy as np
 import pytest
@@ -148,7 +148,7 @@ def plain(w):
 
 
 def test_a_product_is_a_product(weights, x):
-    if weights.dtype == np.uint8:  # of what inputs in eight bits are
+    if weights.dtype == np.uint8:  # relative to inputs in eight bits
         x = rounded(x)
     expected = x.astype("f8") @ plain(weights)
     found = product(weights, x, np.full(CHANNELS, -1, np.float32))[0]
@@ -163,7 +163,7 @@ def test_a_head_is_a_product(weights, x):
 
 
 def rounded(x):
-    """Codes times scale, groups apart."""
+    """Codes times scale, by group."""
     groups, codes, made = x.reshape(-1, four_bits.GROUP), np.empty(four_bits.GROUP, np.int16), []
     for group in groups:
         scale, total = encode(group, codes)
@@ -174,7 +174,7 @@ def rounded(x):
 
 
 def test_four_bits_take_the_extremes():
-    """The largest codes, all weights at either end, scales that are zero or subnormal in float16, nothing kept."""
+    """The largest codes, all weights at either extreme, scales that are zero or subnormal in float16, nothing kept."""
     ends = torch.tensor([0.0, 15.0]).repeat(16)[:, None].expand(32, 32).clone()
     for weight in (ends, -1e-6 * ends, ends - 7, torch.full((32, 32), 3.0), torch.zeros(32, 32)):
         w = as_numpy(_four_bits(weight.T))

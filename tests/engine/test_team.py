@@ -1,4 +1,4 @@
-"""A team of threads: together inside a step, asleep between steps, and there after whatever happened to one."""
+"""A team of threads: together inside a step, asleep between steps, and usable whatever happened during one."""
 
 import multiprocessing
 import signal
@@ -17,7 +17,7 @@ from hat_lib.engine.team import LONGEST, SHORTEST, TIMED, Pace, Team, fetch_add,
 
 @compiled()
 def count(t, size, barrier, seen, total):
-    """Each thread adds one and, once all have, notes what it sees; two hundred times."""
+    """Each thread adds one and, once all have, records what it sees; two hundred times."""
     for turn in range(200):
         fetch_add(total, 0, 1)
         if meet(barrier, size):
@@ -49,15 +49,15 @@ def test_an_interrupt_ends_nobody_else_s_part():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
-    assert ended == [1]  # and the asker waited for it
+    assert ended == [1]  # and the caller waited for it
     crew.run(slow, ())
     assert sorted(ended) == [0, 1, 1]
 
 
 def test_an_interrupt_at_any_line_leaves_a_team_that_goes_on():
-    """One between a step's being noted and the others' being asked once left every later step waiting for ever."""
+    """An interrupt between recording a step and calling the others once left every later step waiting forever."""
     crew = Team(2)
-    crew.pace.after = lambda lost: None  # both threads, however busy the machine is
+    crew.pace.after = lambda lost: None  # always both threads, however busy the machine is
 
     def step(t, size, barrier):
         pass
@@ -107,7 +107,7 @@ def test_an_error_is_the_asker_s():
 
 @pytest.mark.parametrize("who", [0, 1])
 def test_nobody_waits_for_one_who_never_comes(who):
-    """As after an interrupt, or an error, while the step is compiled."""
+    """As after an interrupt or an error while the step is being compiled."""
     crew, seen, total = Team(2), np.zeros((2, 200), np.int64), np.zeros(1, np.int64)
 
     def missing(t, *args):
@@ -130,7 +130,7 @@ def test_nothing_of_a_step_is_kept():
 
 
 def counted(queue=None):
-    """Whether all of a team, however many they were, counted together."""
+    """Whether the whole team, of whatever size, counted together."""
     seen, total = np.zeros((2, 200), np.int64), np.zeros(1, np.int64)
     team.run(count, (seen, total), 2)
     together = bool((seen[0] == np.arange(1, 201) * (total[0] // 200)).all())
@@ -172,7 +172,7 @@ def test_no_more_threads_than_asked_for_or_cores_and_no_team_for_one(monkeypatch
 
 
 def sizes(most, lost, steps):
-    """Of each step, where each loses what ``lost(threads, step)`` says."""
+    """Team size of each step, where each step loses what ``lost(threads, step)`` says."""
     pace, found = Pace(most), []
     for step in range(steps):
         found.append(pace.threads)

@@ -1,4 +1,4 @@
-"""The GPU's kernel, interpreted on the CPU: it is the CPU's product."""
+"""The GPU kernel, interpreted on the CPU, gives the CPU's product."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ except ValueError as error:
 
 
 def test_it_is_the_masked_product():
-    # Read when triton is imported, and so in a process of its own.
+    # Read when triton is imported, hence a separate process.
     env = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Controls on a tiny random Llama, both grains: as much work as asked for, by nothing but their own rule."""
+"""Controls on a tiny random Llama, both grains: the requested work, chosen by nothing but their own rule."""
 
 import dataclasses
 from contextlib import nullcontext
@@ -65,12 +65,12 @@ def tokens(calibrated):
 
 @pytest.fixture(scope="module")
 def built(calibrated):
-    """Each control at 0.8, made once."""
+    """Each control at capacity 0.8, built once."""
     found = {}
     with torch.no_grad():
         for grain, hat in calibrated.items():
             found[grain] = {name: make(hat, blocks(), 0.8, 4) for name, make in CONTROLS.items()}
-    # A free-running comparison of two passes needs a threshold that no cosine lies next to.
+    # A free-running comparison of two passes needs a threshold that no cosine is close to.
     for grain, policies in found.items():
         clear_of_cosines(calibrated[grain], policies["cosine"])
     return found
@@ -90,7 +90,7 @@ def clear_of_cosines(hat, policy):
 
 
 def predictions(hat, policy, ids):
-    """The predicted cosines that a policy compares with its threshold, of one forward."""
+    """The predicted cosines that a policy compares with its threshold in one forward."""
     seen = []
 
     def watch(layer, site, x, rows, state):
@@ -178,7 +178,7 @@ class TestEveryControl:
         equal(*({k: m[:, :8] for k, m in found.items()} for found in (one, other)))
 
     def test_rows_that_left_change_nothing_for_the_others(self, hat, policy):
-        """With exits a policy sees the rows that stay, by index; without compaction it sees all of them."""
+        """With exits, a policy sees the rows that stay, by index; without compaction, it sees all of them."""
         leave = {e: torch.zeros(3, 14, dtype=torch.bool) for e in EXITS}
         leave[1][0, 4:8], leave[2][1, 6:9], leave[3][2, 2:5] = True, True, True
         found = []
@@ -193,7 +193,7 @@ class TestEveryControl:
 
 class TestMatched:
     def test_the_dial_is_found(self, hat):
-        """Random(s) runs the fixed work and the share s of the rest: solved by hand."""
+        """Random(s) runs the fixed work and a share s of the rest: solved by hand."""
         fixed = 2 / 64 if hat.config.granularity == "channel" else 1 - (62 / 64) * 0.75
         policy = random_mask(hat, blocks(), 0.7, seed=1)
         assert policy.share == pytest.approx((0.7 - fixed) / (1 - fixed), abs=0.04)
@@ -230,7 +230,7 @@ class TestStatic:
 
     def test_token_grain_drops_the_cheapest_ffns(self, tokens, monkeypatch):
         monkeypatch.setattr(controls, "layer_damage", lambda *_: {1: 0.3, 2: 0.1, 3: 0.2})
-        quarter = 62 / 64 / 4  # what one FFN is worth, protected tokens apart
+        quarter = 62 / 64 / 4  # the share of one FFN, without protected tokens
         policy = static_choice(tokens, blocks(), 1 - 1.5 * quarter, seed=3)
         with tokens.using(policy):
             tokens.lm(torch.tensor(blocks()))
@@ -272,7 +272,7 @@ def state(batch, n):
 
 class TestCosine:
     def test_it_is_the_cosine_of_the_residual_stream(self, hat):
-        """Against the streams of plain transformers, where each enters a layer, or its FFN."""
+        """Against the streams of plain transformers, where each enters a layer or its FFN."""
         reference = tiny().model
         name = "post_attention_layernorm" if hat.config.granularity == "token" else "input_layernorm"
         streams, found, stream = [], {}, StreamCosine(hat)
@@ -317,7 +317,7 @@ class TestCosine:
         # Layer 2: only token 1 ran layer 1, where it deviates by (.9 - .8)/.2 = .5, times r = -1. For the others
         # .5 and 0 were expected there. So .7 + .05 * (-.5, -.5, 0) = .675, .675, .7: all run.
         assert keep == [[True] * 3, [False, True, False], [True] * 3, [True] * 3]
-        # The cosine of .5 across layer 1 says nothing of tokens 0 and 2, which skipped it.
+        # The cosine of .5 across layer 1 says nothing about tokens 0 and 2, which skipped it.
         policy.threshold = 0.69
         st = state(1, 3)
         assert [policy(i, "qkv", at(i), None, st)[:, 0].tolist() for i in range(3)][2] == [True, True, False]

@@ -73,7 +73,7 @@ def test_the_data_that_comes_with_the_repository_is_what_its_script_makes():
 
 @pytest.fixture(scope="module", params=("channel", "token"))
 def runs(request, folder):
-    """Rows and work by batch size, of a model that skips a third and lets a good half leave; and that model."""
+    """Rows and work by batch size, for a model that skips a third and lets over half leave, and that model."""
     pytest.importorskip("lm_eval")
     hat = skipping(request.param)
     return {b: run_tasks(hat, load_tasks(["cloze", "rolling", "write"], folder), batch_size=b) for b in (1, 8)}, hat
@@ -102,7 +102,7 @@ def test_pads_are_not_counted_as_work(runs):
 
 
 def test_each_request_and_its_likelihood_are_equal_at_any_batch_size(folder):
-    """Single requests, which a mean over a task could hide; by hand too, with the model alone."""
+    """Single requests, whose errors a mean over a task could hide; also by hand, with the model alone."""
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
 
@@ -122,7 +122,7 @@ def test_each_request_and_its_likelihood_are_equal_at_any_batch_size(folder):
 
 
 def test_rolling_likelihood_is_our_perplexity(runs):
-    """Short texts, each from its first token on; then windows that are shorter than the text."""
+    """Short texts, each from its first token; then windows shorter than the text."""
     from lm_eval.api.instance import Instance
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -154,7 +154,7 @@ def test_work_is_that_of_all_forwards_and_all_of_it_in_a_dense_model(folder):
     hat = skipping("channel")
     _, spent = run_tasks(hat, load_tasks(["write"], folder), batch_size=1)
     prompts = [len(hat.base.tokenizer(text).input_ids) for text in texts()]
-    assert spent.exits.sum() == sum(prompts) + N * 4  # of five new tokens the last is not read again
+    assert spent.exits.sum() == sum(prompts) + N * 4  # the last of five new tokens is not read again
     with hat.dense():
         rows, spent = run_tasks(hat, load_tasks(["cloze"], folder), batch_size=4)
     assert spent.shares == (1.0, 0.0, 1.0) and spent.exits[:-1].sum() == 0
@@ -174,7 +174,7 @@ def test_local_tasks_need_no_network_and_a_group_brings_its_tasks(folder, monkey
 
 
 def test_tasks_that_come_with_the_repository():
-    """Not their scores: on a random model those say nothing."""
+    """Not their scores, which say nothing on a random model."""
     pytest.importorskip("lm_eval")
     hat = skipping("channel")
     tasks = load_tasks(["address_cloze", "address_perplexity"])
@@ -219,4 +219,4 @@ def test_a_metric_that_nobody_knows(folder, tmp_path, outside):
     (tmp_path / "rows.jsonl").write_bytes((folder / "rows.jsonl").read_bytes())
     with pytest.raises(HatError, match="^cloze: lm_eval knows none of the metrics"):
         run_tasks(skipping("channel"), load_tasks(["cloze"], tmp_path))
-    outside.clear()  # lm_eval asks the Hub for it
+    outside.clear()  # lm_eval requests it from the Hub

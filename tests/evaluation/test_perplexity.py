@@ -1,5 +1,5 @@
 """Perplexity against sums worked out by hand and against transformers' own loss; intervals on made-up scores; more
-compute on text is no worse. Against lm-evaluation-harness: test_lm_eval.py."""
+compute is no worse on text. For lm-evaluation-harness, see test_lm_eval.py."""
 
 from pathlib import Path
 
@@ -160,8 +160,8 @@ class TestScore:
 
 
 def measured() -> dict[str, list[np.ndarray]]:
-    """Blocks of 256 tokens of test splits: scored tokens, and nats of the bundled base and of the default checkpoint at
-    capacity 0.5, by text."""
+    """Blocks of 256 tokens from test splits: scored tokens, and nats of the bundled base and of the default checkpoint
+    at capacity 0.5, by text."""
     table = pd.read_csv(Path(__file__).with_name("block_losses.csv"))
     return {text: [rows[c].to_numpy() for c in ("tokens", "base", "adaptive")] for text, rows in table.groupby("text")}
 
@@ -170,7 +170,7 @@ MEASURED = measured()
 
 
 def made_up(n, increase, seed=0, noise=0.1):
-    """Scores of n blocks of unequal length; what is hard for one is hard for both."""
+    """Scores of n blocks of unequal length; what is hard for one model is hard for both."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(50, 500, size=n)
     nll = tokens * rng.normal(3.0, 0.8, size=n)
@@ -180,7 +180,7 @@ def made_up(n, increase, seed=0, noise=0.1):
 
 class TestCompare:
     def test_constant_ratio_has_no_width(self, base_score):
-        """Pairing: blocks differ by far more than the models do, and none of it reaches the interval."""
+        """Pairing: blocks differ by far more than the models do, but none of that reaches the interval."""
         same = compare(base_score, base_score)
         assert (same.increase, same.low, same.high) == (0.0, 0.0, 0.0)
         assert same.base_ppl == same.ppl == base_score.perplexity
@@ -193,8 +193,8 @@ class TestCompare:
     @pytest.mark.parametrize("n", [8, 40])
     @pytest.mark.parametrize("text", MEASURED)
     def test_the_true_ratio_is_covered(self, text, n):
-        """Texts drawn from blocks that were measured, whose ratio is known: a 95 % interval holds it in about 95 of 100
-        (plain percentiles: in 91 at 12 blocks)."""
+        """Texts drawn from measured blocks, whose ratio is known: a 95 % interval holds it for about 95 of 100 (plain
+        percentiles: for 91, with 12 blocks)."""
         tokens, base, adaptive = MEASURED[text]
         found = coverage(Score(base, tokens), Score(adaptive, tokens), n, draws=800, resamples=1000)
         assert (0.93 if n == 40 else 0.9) <= found <= 0.97
@@ -203,7 +203,7 @@ class TestCompare:
         base, adaptive = (Score(np.array([first, 1000.0]), np.array([10, 1000])) for first in (10.0, 20.0))
         found = compare(base, adaptive)
         assert found.increase == pytest.approx(np.expm1(10 / 1010))
-        # The extremes are one block, or the other, drawn twice.
+        # The extremes are one block or the other, drawn twice.
         assert found.low == 0.0 and found.high == pytest.approx(np.e - 1)
 
     def test_one_seed_one_interval_and_none_of_other_texts_or_one_block(self, base_score):
@@ -235,7 +235,7 @@ def test_agreement_by_hand(hat, blocks, base_score):
 
 
 def llama_like_tokenizer():
-    """Begins a text with BOS, puts a space before it, and takes that away on decoding."""
+    """Starts a text with BOS, puts a space before it, and removes that when decoding."""
     words = ["<s>", "\u2581The", "\u2581fox", "\u2581is", "\u2581\u00e9trange"]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
     core.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -246,7 +246,7 @@ def llama_like_tokenizer():
 
 class TestBytes:
     def test_by_hand(self, tiny_base):
-        """One token a byte: a cut character counts where it ends."""
+        """One token per byte: a cut character counts where it ends."""
         ids = tiny_base.tokenizer("a\u00e9\u20acb").input_ids  # 1 + 2 + 3 + 1 bytes
         rows = [(ids, 0, 6), (ids[:5], 0, 2), (ids[2:], 2, 4), (ids[2:6], 2, 3), (ids[:2], 0, 0)]
         dataset = [{"input_ids": part, "n_context": context} for part, context, _ in rows]
@@ -269,7 +269,7 @@ class TestBytes:
         assert text_bytes(rows, tokenizer).tolist() == [19, 16, 12, 3]
 
     def test_bits(self, tiny_base, base_score, blocks):
-        """A token a byte: bits per byte are the binary logarithm of perplexity."""
+        """One token per byte: bits per byte are the binary logarithm of perplexity."""
         n_bytes = text_bytes(blocks, tiny_base.tokenizer)
         assert np.array_equal(n_bytes, base_score.tokens)
         found = bits_per_byte(base_score.nll.sum(), n_bytes.sum())
@@ -292,7 +292,7 @@ def test_documents_by_hand():
 
 
 class TestMoreCompute:
-    """Nested exits; on text never worse, and deeper. Tables that are not nested in capacity are not read."""
+    """Nested exits; on text never worse, and deeper. Tables that are not nested in capacity are refused."""
 
     @pytest.mark.parametrize("name", ["calibrated", "calibrated_token", "default", "published", "token"])
     def test_exits_of_the_reference_checkpoints_are_nested(self, name):
@@ -302,7 +302,7 @@ class TestMoreCompute:
 
     @pytest.mark.slow
     def test_on_text_more_capacity_is_never_worse_and_more_exits_are_never_deeper(self, bundled):
-        """Beyond the paired interval, and by a mean."""
+        """Beyond the paired interval, and in the mean."""
         blocks = load_text("docstrings", bundled.tokenizer, block_size=48, max_tokens=288)
         hat = HierarchicalTransformer.from_pretrained(DATA / "checkpoints" / "default", bundled)
         try:
@@ -319,5 +319,5 @@ class TestMoreCompute:
         pairs = [(less, more) for i, less in enumerate(scores) for more in scores[i + 1 :]]
         found = [compare(less, more) for less, more in pairs]
         assert len(found) == 3 and all(c.low <= 0 for c in found)
-        assert found[1].high < 0  # the text is long enough to tell 0.4 from everything
+        assert found[1].high < 0  # the text is long enough to tell 0.4 from full work
         assert scores[-1].depth == 30 and all(a > b for a, b in zip([30.0, *depths], depths, strict=False))

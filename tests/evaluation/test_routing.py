@@ -1,4 +1,4 @@
-"""Routing patterns against forwards read by hand, other numbers of the library, and made-up tokens."""
+"""Routing patterns against forwards evaluated by hand, other numbers of the library, and made-up tokens."""
 
 import numpy as np
 import pandas as pd
@@ -38,7 +38,7 @@ def found(hat, blocks):
 
 
 def made_up(n_blocks=12, size=50, seed=0, **columns):
-    """Tokens without a model; `columns` replace what is drawn."""
+    """Tokens made without a model; `columns` replace what is drawn."""
     draw, n = np.random.default_rng(seed), n_blocks * size
     block, position = np.divmod(np.arange(n), size)
     share = draw.uniform(0.4, 0.8, n)
@@ -102,7 +102,7 @@ class TestPatterns:
         assert found.tokens["model_share"].mean() == pytest.approx(scored.model_share, rel=1e-3)
 
     def test_agrees_with_what_evaluate_measures(self, hat, blocks):
-        whole = [{**row, "n_context": 0} for row in blocks]  # evaluate counts the work of context too
+        whole = [{**row, "n_context": 0} for row in blocks]  # evaluate counts the context's work, too
         found, scored = patterns(hat, whole, progress=False), score(hat, whole, progress=False)
         assert found.capacity == pytest.approx(scored.capacity, rel=1e-5)
         assert found.exit_rate == pytest.approx(scored.exit_rate, rel=1e-6) and scored.exit_rate > 0
@@ -169,7 +169,7 @@ class TestTables:
         np.testing.assert_allclose(rows["difference"], rows["mean"] - free, atol=1e-12)
 
     def test_honest_forecasts_lie_on_the_diagonal_and_idle_ones_do_not(self):
-        """Prices that scatter about what was forecast; then the forecasts of other tokens."""
+        """Prices scattered around the forecast; then with the forecasts of other tokens."""
         draw, block = np.random.default_rng(0), np.repeat(np.arange(20), 100)
         forecast = np.exp(draw.normal(size=(6, 2000))) * 10.0 ** np.arange(6)[:, None]
         price = 1e-3 * forecast * draw.exponential(size=forecast.shape)
@@ -178,7 +178,7 @@ class TestTables:
         assert (table["pairs"] == 3 * 2000 / 4).all() and table["bin"].tolist() == [0, 1, 2, 3] * 2
         assert table["forecast"].between(table["low"], table["high"]).sum() >= 7
         weighted = table.groupby("first")[["forecast", "mean"]].mean()
-        np.testing.assert_allclose(weighted, 1, rtol=1e-9)  # both relative to the mean of a layer
+        np.testing.assert_allclose(weighted, 1, rtol=1e-9)  # both relative to the layer's mean
         idle = routing.by_sensitivity(price, np.roll(forecast, 1, axis=1), block, depths=2, bins=4)
         assert idle["low"].max() < 1 < idle["high"].min()
 
@@ -224,7 +224,7 @@ class TestTables:
         one = patterns(hat, [{"input_ids": [5, 6, 7, 8], "doc": "d", "n_context": 0}], progress=False)
         for make in routing.TABLES.values():
             pd.testing.assert_frame_equal(make(found), make(found))
-            table = make(one)  # one block: numbers, and no interval
+            table = make(one)  # one block: numbers, but no interval
             for name in {"low", "high", "difference_low", "difference_high"} & set(table):
                 assert table[name].isna().all()
         pd.testing.assert_frame_equal(found.tokens, before)
@@ -235,7 +235,7 @@ class TestTables:
 
 class TestIntervals:
     def test_are_those_of_evaluate(self, monkeypatch):
-        """The mean of a measure over blocks, as `compare` has it for the loss."""
+        """The mean of a measure over blocks, as in `compare` for the loss."""
         monkeypatch.setattr(routing, "RESAMPLES", 2000)
         draw = np.random.default_rng(1)
         tokens, added = draw.integers(20, 60, 9), draw.normal(0.1, 1, 9)

@@ -1,4 +1,4 @@
-"""Rows of the decode experiment, with few and short rounds; nothing is asserted about a speed."""
+"""Rows of the decode experiment, with few, short rounds; nothing is asserted about speed."""
 
 import sys
 import types
@@ -24,7 +24,7 @@ def small(monkeypatch):
 @pytest.mark.usefixtures("small")
 def test_rows(monkeypatch, tmp_path):
     class Llama:
-        """What stands in for llama.cpp's."""
+        """A stand-in for llama.cpp's class."""
 
         def __init__(self, path, **settings):
             assert str(path).endswith(".gguf") and settings["n_threads"] >= 1
@@ -73,7 +73,7 @@ def test_rows(monkeypatch, tmp_path):
 
 
 def test_a_format_s_ideal_is_in_the_bytes_that_it_reads():
-    """Half of 1000 weights of the layers, 200 of the head; in four bits the scales are read whole."""
+    """Half of 1000 weights of the layers, 200 of the head; in four bits, all scales are read."""
     dense, executed = ({"ffn": torch.tensor(2.0 * n), "head": torch.tensor(400.0)} for n in (1000, 500))
     ideal = {form: decode._ideal(Work({}, executed, {}, dense), 2, form) for form in ("base", "int8", "q4")}
     assert ideal == {"base": 2400 / 1400, "int8": 1200 / 700, "q4": 825 / 575}

@@ -1,4 +1,4 @@
-"""Each experiment but `quality`, on `random:tiny`: complete rows, forced work, and what is done is left out.
+"""Each experiment but `quality`, on `random:tiny`: rows are complete, work is forced, and finished rows are skipped.
 
 No assertion on speed.
 """
@@ -44,7 +44,7 @@ def keys(experiment, rows):
 
 
 def write_quality(folder, points):
-    """`quality.csv` with increases that say where they belong."""
+    """`quality.csv` with increases that identify their row."""
     template = read_rows(DATA / "results" / "quality.csv", quality.Row)[0]
     with RowWriter(folder / "quality.csv", quality.Row, quality.KEY) as writer:
         for p in points:
@@ -197,7 +197,7 @@ def test_where_two_texts_part():
     logits = [torch.tensor([[1.0, top, top - gap]]) for top, gap in [(8.0, 1.0), (3.0, 0.03125), (200.0, 1.0)]]
     base, parting = torch.tensor([1, 1, 1]), self_speculative.parting
     assert parting(base, base, logits) == (None, None)
-    # Between 2 and 4 a bf16 has steps of 2^-6, between 128 and 256 of 1.
+    # A bf16 has steps of 2^-6 between 2 and 4, and of 1 between 128 and 256.
     assert parting(base, torch.tensor([1, 2, 1]), logits) == (1, 2.0)
     assert parting(base, torch.tensor([1, 1, 2]), logits) == (2, 1.0)
     assert parting(base, base[:2], logits) == parting(base[:2], base, logits) == (2, 1.0), "one ended"

@@ -1,4 +1,4 @@
-"""Mechanisms: the ways differ in what they are named for, blocks are spread, a stopped run goes on."""
+"""Mechanisms: the ways differ in what they are named after, blocks are spread out, a stopped run resumes."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Quality rows on `random:tiny`: complete, paired, at equal work, and resumed without a change."""
+"""Quality rows on `random:tiny`: complete, paired, at equal work, and unchanged by resuming."""
 
 from collections import Counter
 
@@ -24,7 +24,7 @@ POINTS += [Point("channel", "docstrings", TOKENS, 1.0, 0.5, v) for v in ("traine
 
 @pytest.fixture(scope="module")
 def grain(tmp_path_factory):
-    """Checkpoints of `random:tiny`: calibrated, and with other scales and gates in place of trained ones."""
+    """Checkpoints of `random:tiny`: calibrated, and with other scales and gates standing in for trained ones."""
     folder, trained = tmp_path_factory.mktemp("quality"), adaptive("channel")
     new_hat("channel").save_pretrained(folder / "untrained")
     trained.training_summary = {"routers": {"steps": 1}}
@@ -132,6 +132,7 @@ def test_the_plan_has_what_the_result_must_show():
         assert {(p.capacity, p.variant) for p in long} == {(c, v) for c in (0.75, 0.62) for v in VARIANTS[:2]}
         counts = Counter(p.variant for p in short)
         assert all(counts[variant] >= 3 for variant in ("untrained", *module.CONTROLS))
+        assert not [p for p in plan("token") if p.variant == "static"], "that is the removal of layers"
         assert Point("channel", text, 4000, 1.0, 0.3, "random_exits") in short
 
 

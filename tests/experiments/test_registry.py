@@ -1,4 +1,4 @@
-"""Every file of data/results has an experiment of one shape, and `hat reproduce` runs, draws and tabulates them."""
+"""Every file of data/results has an experiment with one interface; `hat reproduce` runs, draws and tabulates them."""
 
 import shutil
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ RESULTS = DATA / "results"
 
 
 def test_one_module_for_each_file_and_each_file_for_one_module():
-    others = {"reliability.csv"}  # of `make soak`
+    others = {"reliability.csv"}  # from `make soak`
     assert {path.name for path in RESULTS.iterdir()} - others == {f"{name}.csv" for name in registry.NAMES}
 
 
@@ -57,7 +57,7 @@ class Row:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """An experiment that counts what it measures, and stops where it is told."""
+    """An experiment that counts what it measures, and stops where told to."""
     seen = []
 
     def rows(done=(), *, count: int = 3, stop: int | None = None, shares: list[float] = (), name: str = "a"):

@@ -1,4 +1,4 @@
-"""Rows survive a kill at any byte, come back as they were, and are never mixed with another table's."""
+"""Rows survive a kill at any byte, read back as they were, and are never mixed with another table's."""
 
 import subprocess
 import sys
@@ -119,7 +119,7 @@ def test_killed_at_every_byte(path):
 
 
 def test_a_row_is_on_disk_before_write_returns(path):
-    """A process that dies without closing anything loses nothing, and its lock with it."""
+    """A process that dies without closing anything loses no row, and its lock is released."""
     code = f"""
 import os, sys
 sys.path[:0] = {sys.path!r}
@@ -210,7 +210,7 @@ def test_a_second_writer(path):
     with RowWriter(path, Row, KEY) as writer:
         writer.write(row(1))
         refused(path, "being written by another run")
-        assert read_rows(path, Row) == [row(1)]  # reading is free
+        assert read_rows(path, Row) == [row(1)]  # reading needs no lock
         writer.write(row(2))
     assert len(written(path, [row(3)]).splitlines()) == 4
 

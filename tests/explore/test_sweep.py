@@ -1,4 +1,4 @@
-"""`hat.sweep`: each row is what `score_each` and `compare` say there, from one pass over the base."""
+"""`hat.sweep`: each row is what `score_each` and `compare` give, from one pass over the base."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What the map of a prompt knows: shares as in the trace, scores against thresholds, and next tokens of both models."""
+"""What the map of a prompt shows: shares as in the trace, scores against thresholds, and next tokens of both models."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""AdaptiveInference: what is asked, what is realised, and nothing left behind."""
+"""AdaptiveInference: what is requested, what is realised, and nothing left behind."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +45,7 @@ def test_a_capacity_is_what_generate_gives_there(hat, infer):
 
 
 def test_eight_threads_write_what_one_does(hat, infer):
-    """One model; each thread with a capacity, an exit rate, prompts, a mode and a temperature of its own."""
+    """One model; each thread has its own capacity, exit rate, prompts, mode and temperature."""
     jobs = [
         {"prompts": PROMPTS[i % 3] if i % 4 else PROMPTS, "capacity": 0.4 + 0.04 * i, "exit_rate": 0.3 * (i % 2),
          "mode": "lossless" if i % 5 == 2 else "adaptive", "temperature": float(i % 3 == 0), "seed": i}
@@ -61,7 +61,7 @@ def test_eight_threads_write_what_one_does(hat, infer):
 
 
 def test_a_batch_is_its_rows(hat, infer):
-    """Padding counts nowhere: shares, exits and texts of a batch are those of its rows alone."""
+    """Padding never counts: shares, exits and texts of a batch are those of its rows alone."""
     together = infer.generate(PROMPTS, capacity=0.6, exit_rate=0.3, max_new_tokens=8)
     rows = [infer.generate(p, capacity=0.6, exit_rate=0.3, max_new_tokens=8) for p in PROMPTS]
     assert together.texts == [r.texts[0] for r in rows]
@@ -77,7 +77,7 @@ def test_a_batch_is_its_rows(hat, infer):
 
 
 def test_what_follows_the_end_of_text_is_not_counted(hat, infer, monkeypatch):
-    """The words are given: one sequence ends with its third, the other goes on to the tenth."""
+    """The tokens are forced: one sequence ends with its third token, the other goes on to the tenth."""
     stop, words = 77, torch.arange(100, 120).view(2, 10)
     words[0, 2] = stop
     monkeypatch.setattr(hat.lm.generation_config, "eos_token_id", stop)

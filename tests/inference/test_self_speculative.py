@@ -87,7 +87,7 @@ def test_stops_at_the_end_of_text_as_generate_does(hat, monkeypatch):
 
 
 def test_rejection_rule_gives_the_base_distribution():
-    """Leviathan et al. 2022, appendix A.1: whatever drafts, what is kept or drawn instead follows the base."""
+    """Leviathan et al. 2022, appendix A.1: whatever drafts, kept and replacement tokens follow the base's odds."""
     dice = _Dice(1.0, torch.Generator().manual_seed(0))
     base, draft = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0]), torch.tensor([0.05, 0.3, 0.05, 0.4, 0.2])
     counts = torch.zeros(5)
@@ -102,8 +102,8 @@ def test_rejection_rule_gives_the_base_distribution():
 
 @pytest.mark.slow
 def test_samples_follow_the_base(hat, monkeypatch):
-    """The second new token is a kept draft or its replacement. Its place in the base's cumulative distribution given
-    the first token, jittered within the token's own mass, is uniform if it follows the base."""
+    """The second new token is a kept draft or its replacement. Its position in the base's cumulative distribution given
+    the first token, jittered within the token's own mass, is uniform if it follows the base's distribution."""
     monkeypatch.setattr(hat.lm.generation_config, "eos_token_id", None)
     ids, draws = prompt(4), 300
     with torch.no_grad(), hat.dense():
@@ -127,7 +127,7 @@ def test_samples_follow_the_base(hat, monkeypatch):
 
 def test_a_rejection_by_rounding_alone_still_draws(hat, monkeypatch):
     monkeypatch.setattr(_Dice, "accepts", lambda *_: False)
-    with hat.at(1.0):  # drafts are the base's own, so nothing is left of it
+    with hat.at(1.0):  # drafts are the base's own, so no rest is left
         assert speculate(hat, prompt(6), 8, temperature=1.0).new_tokens == 8
 
 
@@ -140,8 +140,8 @@ def test_one_seed_one_text_and_it_streams(hat, capsys):
 
 
 def test_draft_length_maximises_tokens_per_work():
-    """At c = 0.1, with 1/10 for a row more: a = 0.4 gives 1.4/1.2, then 1.56/1.4; a = 0.8 gives 1.8/1.2, 2.44/1.4,
-    2.952/1.6, 3.3616/1.8, 3.6893/2.0, the fourth is best."""
+    """At c = 0.1, with 1/10 for each further row: a = 0.4 gives 1.4/1.2, then 1.56/1.4; a = 0.8 gives 1.8/1.2,
+    2.44/1.4, 2.952/1.6, 3.3616/1.8, 3.6893/2.0, of which the fourth is best."""
     assert best_draft_length(0.4, 0.1) == 1 and best_draft_length(0.8, 0.1) == 4
     assert best_draft_length(0.999, 0.05) == 7 and best_draft_length(0.02, 0.9) == 1
 

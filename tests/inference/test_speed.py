@@ -1,4 +1,4 @@
-"""The speed model: a curve that falls, searched, kept under all it depends on; times paired at the same positions."""
+"""The speed model: a falling curve, searched, and cached by all it depends on; times paired at the same positions."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def test_targets_that_are_none(value):
 
 
 def test_both_take_turns_on_the_same_tokens(hat, monkeypatch):
-    """A clock that the reference moves by 3, and the model by 1, at its last step, a token that exits, by 1/2."""
+    """A clock that the reference advances by 3 and the model by 1 or, at its last step, where a token exits, by 1/2."""
     clock, seen, run = [0.0], [], hat.lm.forward
     monkeypatch.setattr(module, "now", lambda lm: clock[0])
     monkeypatch.setattr(module, "WARM", 2)
@@ -81,7 +81,7 @@ def test_both_take_turns_on_the_same_tokens(hat, monkeypatch):
 
 @pytest.fixture
 def turns(cache, monkeypatch):
-    """Measurements that take no time: 2 - capacity, and the first turn of each curve is off by one."""
+    """Instant measurements: 2 - capacity, with the first turn of each curve off by one."""
     calls = []
     first = len(module.CAPACITIES) * module.ROUNDS
     monkeypatch.setattr(

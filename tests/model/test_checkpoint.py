@@ -1,6 +1,6 @@
-"""What is saved is what is loaded, to the bit; anything else is one error, and the base stays as it was.
+"""What is saved is loaded bit for bit; anything else is a single error, and the base stays as it was.
 
-``version_0/<grain>`` was written before files had a version: a checkpoint on ``random:tiny`` with exits, and, in
+``version_0/<grain>`` was written before files had a version: a checkpoint on ``random:tiny`` with exits and, in
 ``expected.safetensors``, what it did to a text: logits ``[3, V]`` of the last tokens, shares ``[L, S, 1, T]`` and
 exit layers ``[1, T]``. No score of that text is within 0.5 % of its threshold.
 """
@@ -49,7 +49,7 @@ def stays_as_it_was(base):
 
 @pytest.fixture
 def base():
-    """A base of its own: whatever a failed load leaves behind would show here."""
+    """A separate base: whatever a failed load leaves behind would show here."""
     base = tiny()
     with stays_as_it_was(base):
         yield base
@@ -57,7 +57,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    """A checkpoint of the channel grain in today's format, with every kind of field."""
+    """A channel-grain checkpoint in the current format, with every kind of field."""
     folder = tmp_path_factory.mktemp("pristine") / "a folder, ünïcode 模型"
     write_checkpoint(folder, read_checkpoint(OLD / "channel"))
     return folder
@@ -65,12 +65,12 @@ def pristine(tmp_path_factory):
 
 @pytest.fixture
 def folder(pristine, tmp_path):
-    """A copy of it, to be damaged."""
+    """A copy of it, free to be damaged."""
     return shutil.copytree(pristine, tmp_path / "copy")
 
 
 def damage(folder, change):
-    """Apply ``change`` to the parsed JSON and write it back, as a person would by hand."""
+    """Apply ``change`` to the parsed JSON and write it back, like a person editing it by hand."""
     meta = json.loads((folder / CONFIG_FILE).read_text())
     meta.pop("sha256", None)
     change(meta)
@@ -92,7 +92,7 @@ def set_at(folder, path, value):
 
 
 def replace_adapter(folder, payload):
-    """Another adapter, with its hash in the JSON: only what is inside can give it away."""
+    """Another adapter, with its hash in the JSON, so that only its contents can give it away."""
     (folder / ADAPTER_FILE).write_bytes(payload)
     damage(folder, lambda meta: meta.update(adapter_sha256=hashlib.sha256(payload).hexdigest()))
 
@@ -102,7 +102,7 @@ def replace_tensors(folder, tensors):
 
 
 def refused(folder, base, *words):
-    """Loading fails with one line that has all the words."""
+    """Loading fails with one line that contains all the words."""
     with pytest.raises(HatError) as caught:
         HierarchicalTransformer.from_pretrained(folder, base)
     message = str(caught.value)
@@ -184,7 +184,7 @@ def test_the_checkpoint_names_its_base_and_another_name_may_be_given(pristine, b
 
 @pytest.mark.parametrize("grain", GRAINS)
 def test_only_the_adapter_is_saved_and_all_of_it(grain, base, tmp_path):
-    """Uncalibrated: it runs everything after loading."""
+    """Uncalibrated, so it runs everything after loading."""
     hat = untrained(grain, base)
     with torch.no_grad():
         for number, parameter in enumerate(hat.hat_parameters().values()):
@@ -244,9 +244,9 @@ def test_what_is_no_file(folder, base, name):
     file.rename(folder / "elsewhere")
     refused(folder, base, f"{name} is missing")
     torch.save({KEY: torch.zeros(64)}, folder / "pytorch_model.bin")
-    refused(folder, base, "pytorch_model.bin is a pickle")  # and never opened
+    refused(folder, base, "pytorch_model.bin is a pickle")  # and is never opened
     kinds = [Path.mkdir, lambda path: path.symlink_to("nowhere")]
-    if hasattr(os, "mkfifo"):  # reading one would wait for ever
+    if hasattr(os, "mkfifo"):  # reading one would block forever
         kinds.append(os.mkfifo)
     for make in kinds:
         make(file)
@@ -266,7 +266,7 @@ def test_a_file_that_the_disk_refuses(folder, base, monkeypatch):
 
 @pytest.mark.parametrize("name, limit", [(CONFIG_FILE, 2**24), (ADAPTER_FILE, 2**30)])
 def test_a_file_too_large_to_be_one_of_ours(folder, base, name, limit):
-    os.truncate(folder / name, limit + 1)  # sparse: takes no room on the disk
+    os.truncate(folder / name, limit + 1)  # sparse: takes no disk space
     refused(folder, base, name, f"{limit + 1} bytes, expected at most {limit}")
 
 
@@ -389,7 +389,7 @@ def test_json_deeper_than_the_stack(folder, base, place, depth):
     text = (folder / CONFIG_FILE).read_text()
     assert place in text
     (folder / CONFIG_FILE).write_text(text.replace(place, place.split(":")[0] + ": " + "[" * depth + "]" * depth))
-    if "steps" in place and depth == 400:  # free JSON, and not too deep
+    if "steps" in place and depth == 400:  # free-form JSON, and not too deep
         assert read_checkpoint(folder).training["steps"]
     else:
         refused(folder, base, CONFIG_FILE)
@@ -401,8 +401,8 @@ def test_a_changed_digit_in_a_table_is_noticed(folder, base):
     meta["calibration"]["thresholds"][0][0][0] *= 1.001
     file.write_text(json.dumps(meta))
     refused(folder, base, CONFIG_FILE, f"sha256 is '{meta['sha256']}'", "the rest has", "delete the line sha256")
-    del meta["sha256"]  # what the message says
-    file.write_text(json.dumps(dict(reversed(meta.items())), indent=4))  # spaces and order say nothing
+    del meta["sha256"]  # as the message advises
+    file.write_text(json.dumps(dict(reversed(meta.items())), indent=4))  # spaces and order do not matter
     assert read_checkpoint(folder).calibration.thresholds == meta["calibration"]["thresholds"]
 
 
@@ -470,11 +470,11 @@ def test_a_full_disk(folder, monkeypatch, calls):
     assert state(folder) == 1 and files(folder) == [ADAPTER_FILE, f"{ADAPTER_FILE}.bak", CONFIG_FILE]
 
 
-# A process that is killed while it saves: old or new, never neither
+# A process killed while saving leaves the old state or the new one, never neither
 
 
 def other(old, number=1):
-    """State ``number`` of a checkpoint; the weights and the JSON both tell which."""
+    """State ``number`` of a checkpoint, recorded in both the weights and the JSON."""
     changed = {**old.tensors, KEY: torch.full((64,), float(number))}
     return replace(old, tensors=changed, training={"state": number})
 
@@ -492,11 +492,11 @@ def files(folder):
 
 
 class Killed(BaseException):
-    """Not an Exception: nobody handles it."""
+    """Not an Exception, so that nothing handles it."""
 
 
 def save_and_die(folder, found, step, monkeypatch):
-    """Save; from the given step on, the process can't do anything any more. True if it came so far."""
+    """Save; from the given step on, the process can no longer do anything. True if it got that far."""
     seen = []
 
     def dying(function):
@@ -526,7 +526,7 @@ def test_killed_at_any_step_and_again_while_saving_anew(folder, tmp_path, monkey
         once = shutil.copytree(folder, tmp_path / f"{first}")
         died = save_and_die(once, other(old, 1), first, monkeypatch)
         outcomes.append(state(once))
-        # The same state again (a resumed run) and another one, with what the first kill left around.
+        # The same state again (a resumed run) and another one, with what the first kill left behind.
         for number in (1, 2):
             for second in range(0, 100, 3):
                 twice = shutil.copytree(once, tmp_path / f"{first}-{number}-{second}")
@@ -536,7 +536,7 @@ def test_killed_at_any_step_and_again_while_saving_anew(folder, tmp_path, monkey
                 assert state(twice) in (outcomes[-1], number)
         if not died:
             break
-    # Old up to the second rename, the JSON's; new from then on.
+    # Old up to the second rename, that of the JSON; new from then on.
     assert outcomes == sorted(outcomes) and set(outcomes) == {0, 1} and len(outcomes) > 12
 
 

@@ -1,4 +1,4 @@
-"""Corrections: nothing until trained, never in the dense model, one definition on both paths."""
+"""Corrections: no effect until trained, never in the dense model, the same definition on both paths."""
 
 import copy
 
@@ -14,7 +14,7 @@ from hat_lib.model.cost import state_cost
 
 
 def corrected(rank=2, size=0.2, base=None):
-    """Calibrated, its corrections random."""
+    """Calibrated, with random corrections."""
     torch.manual_seed(0)
     hat = untrained("channel", base, correction_rank=rank)
     hat.calibration = new_hat("channel").calibration
@@ -25,7 +25,7 @@ def corrected(rank=2, size=0.2, base=None):
 
 
 def merged(hat, strength=1.0):
-    """A plain base whose linear layers hold the corrections."""
+    """A plain base with the corrections merged into its linear layers."""
     lm = tiny().model
     with torch.no_grad():
         for i, layer in enumerate(lm.model.layers):

@@ -1,5 +1,5 @@
-"""The cost model against three independent counts: torch's FLOP counter, the rows that each linear layer was really
-given, and numbers worked out by hand for TinyLlama-1.1B."""
+"""The cost model against three independent counts: torch's FLOP counter, the rows actually passed to each linear layer,
+and numbers worked out by hand for TinyLlama-1.1B."""
 
 from contextlib import contextmanager
 
@@ -30,7 +30,7 @@ def hat(request):
 
 @contextmanager
 def skipping(hat, share=0.6, rows=B):
-    """Tokens leave at random depths and, below 1, whatever the grain gates is dropped at random."""
+    """Tokens leave at random depths and, with a share below 1, whatever the grain gates is dropped at random."""
     draws = np.random.default_rng(2)
     exits = Masks({}, {e: torch.from_numpy(draws.random((B, T)) < 0.15)[:rows] for e in EXITS})
     with hat.force(exits), hat.using(Random(share) if share < 1 else KeepAll()):
@@ -48,7 +48,7 @@ def decode(hat, ids, around):
 
 
 def count_flops():
-    """torch's counter, taught the CPU's own attention; formulas see shapes in place of tensors."""
+    """torch's counter, extended to the CPU's own attention; formulas get shapes instead of tensors."""
 
     def attention(q, k, v, *rest, **kwargs):  # [B, H, n, h], scores and mixing
         return 2 * 2 * q[0] * q[1] * q[2] * k[2] * q[3]
@@ -58,28 +58,28 @@ def count_flops():
 
 
 def split_flops(counter):
-    """(linear layers, attention core); exit gates are sums of products, which the counter does not see."""
+    """(linear layers, attention core); exit gates are sums of products, which the counter does not count."""
     counts = counter.get_flop_counts().get("Global", {})
     core = sum(n for op, n in counts.items() if "attention" in str(op) or "bmm" in str(op))
     return sum(counts.values()) - core, core
 
 
 def linear_flops(hat, state):
-    """Of the cost model, with the translators' products, which it counts among the exits."""
+    """Of the cost model, with the products of the translators, which it counts among the exits."""
     flops = state_cost(hat, state).flops
     left = int((state.exit_layer < hat.config.n_layers).sum())
     translators = left * 2 * 2 * hat.config.translator_rank * hat.lm.config.hidden_size
     return round(float(sum(flops[p].sum() for p in LINEAR))) + translators
 
 
-# What is skipped for real, and not multiplied by zero: whole FFNs, and all of a token that has left.
+# What is really skipped, not multiplied by zero: whole FFNs, and everything of a token that has left.
 SHARES = {"channel": 1.0, "token": 0.6}
 
 
 class TestAgainstTheFlopCounter:
     @pytest.mark.parametrize("grain", GRAINS)
     def test_decode_of_one_row(self, grain, ids):
-        """Equal to the last FLOP, step by step, the attention core too."""
+        """Equal to the last FLOP, step by step, including the attention core."""
         hat, depths = untrained(grain, tiny(torch.bfloat16)), set()
         with skipping(hat, SHARES[grain], rows=1):
             for counter, state in decode(hat, ids, count_flops):
@@ -99,7 +99,7 @@ class TestAgainstTheFlopCounter:
         assert split_flops(counter)[0] == linear_flops(hat, hat.trace)
 
     def test_channels_are_masked_here(self, ids):
-        """Multiplied by zero, not skipped: there the share is what the method asks for, and no FLOP count."""
+        """Multiplied by zero, not skipped: here the share is what the method asks for, not a FLOP count."""
         hat = untrained("channel")
         with hat.using(Random(0.6)), count_flops() as counter:
             hat.lm(ids)
@@ -109,7 +109,7 @@ class TestAgainstTheFlopCounter:
 
 @contextmanager
 def rows_given(hat):
-    """Rows that each linear layer of a decoder layer is given: ``{(layer, name): rows}``."""
+    """Rows passed to each linear layer of a decoder layer: ``{(layer, name): rows}``."""
     rows, hooks = {}, []
 
     def see(key, x):
@@ -128,7 +128,7 @@ def rows_given(hat):
 
 class TestRowsThatEachLayerWasGiven:
     def test_a_batch(self, hat, ids):
-        """A token that left gets keys and values alone; the FFN runs on the tokens kept (token grain)."""
+        """A token that left only gets keys and values; the FFN runs on the tokens kept (token grain)."""
         with skipping(hat), hat.record(), rows_given(hat) as rows:
             hat.lm(ids)
         state = hat.trace
@@ -220,15 +220,15 @@ class TestStates:
         assert shares == sorted(shares, reverse=True) and len(set(shares)) == 5 and shares[-1] > 0
 
     def test_routers_and_gates_are_charged_while_on_or_where_they_acted(self, hat, ids):
-        """A text too short for a skip or an exit still ran them; a state outlives the settings it was made with."""
+        """A text too short for any skip or exit still ran them; a state outlives the settings it was made with."""
         with hat.force(Masks()), hat.using(Random(0.6)):
-            hat.lm(ids[:, :2])  # protected tokens alone
+            hat.lm(ids[:, :2])  # protected tokens only
         cost = state_cost(hat, hat.trace)
         assert hat.trace.capacity == 1.0 and hat.trace.exit_rate == 0.0
         assert cost.flops["routers"].all() and cost.flops["exits"].all() and cost.model_share > 1
 
     def test_model_share_by_hand(self, hat, ids):
-        """Head, routers, gates and exited K/V count: the body's share alone would promise more."""
+        """Head, routers, gates and the K/V of exited tokens count: the layers' share alone would promise more."""
         with skipping(hat):
             hat.lm(ids)
         state, d, n = hat.trace, 64, B * T
@@ -269,6 +269,6 @@ class TestStates:
         joined = state_cost(hat, TokenState.cat(states))
         for part, flops in parallel.flops.items():
             assert torch.allclose(joined.flops[part], flops, rtol=1e-6), part
-        # A tally's shares are ratios of sums, whatever the steps that they came in.
+        # A tally's shares are ratios of sums, however the work was split into steps.
         assert tally.shares == pytest.approx((state.capacity, state.exit_rate, parallel.model_share), rel=1e-6)
         assert tally.exits.tolist() == torch.bincount(state.exit_layer.flatten().long(), minlength=5).tolist()

@@ -1,4 +1,4 @@
-"""Which forwards the engine runs, and that it decides there as the reference path does."""
+"""Which forwards the engine runs, and that it decides as the reference path does."""
 
 import copy
 import json
@@ -46,7 +46,7 @@ def states(hat, ids, **given):
 
 
 def on_engine(hat, ids, **given):
-    """Whether each step of a decode ran on the engine."""
+    """For each step of a decode, whether it ran on the engine."""
     return [state.executed is not None for state in states(hat, ids, **given)[1]]
 
 
@@ -64,7 +64,7 @@ def test_it_decides_as_the_reference_path_does(hat, ids):
 
 
 def test_it_does_what_is_forced(hat, ids):
-    ids = ids if hat.config.granularity == "token" else ids[:1]  # channels, of one row alone
+    ids = ids if hat.config.granularity == "token" else ids[:1]  # channels, of a single row
     with hat.record(), hat.reference():
         expected = hat.lm(ids).logits
     masks, recorded = hat.trace.masks, hat.trace
@@ -85,7 +85,7 @@ def test_left_padding_is_not_seen(hat, ids):
     for t in range(18):
         given = {"attention_mask": mask[:, : t + 1], "position_ids": position[:, t : t + 1]}
         out.append(hat.lm(padded[:, t : t + 1], cache=cache, use_cache=True, **given).logits)
-        assert (hat.trace.executed is not None) == (t >= 4)  # a padded token is not the engine's
+        assert (hat.trace.executed is not None) == (t >= 4)  # the engine does not run padded tokens
         assert torch.equal(hat.trace.position.clamp(min=0), position[:, t : t + 1])
     with hat.reference():
         expected = hat.lm(padded, attention_mask=mask, position_ids=position).logits
@@ -93,7 +93,7 @@ def test_left_padding_is_not_seen(hat, ids):
 
 
 class Reasons:
-    """How each thing that the engine cannot do is asked for."""
+    """How to ask for each thing the engine cannot do."""
 
     def hook(hat, monkeypatch):
         hat.lm.model.layers[1].mlp.down_proj.register_forward_hook(lambda *args: None)
@@ -162,7 +162,7 @@ def test_what_is_asked_of_one_call(hat, ids, given):
         given = {"labels": ids[:, :1]}
     hat.lm(ids[:, :1], **{"cache": DynamicCache(config=hat.lm.config), "use_cache": True} | given)
     assert hat.trace.executed is None
-    hat.lm(ids[:1, :9], cache=DynamicCache(config=hat.lm.config), use_cache=True)  # one row more than it takes
+    hat.lm(ids[:1, :9], cache=DynamicCache(config=hat.lm.config), use_cache=True)  # one row more than the engine takes
     assert hat.trace.executed is None
 
 
@@ -258,13 +258,13 @@ def test_weights_and_routers_that_change_are_followed(hat, ids):
 
 @pytest.mark.parametrize("form, size, off", [("int8", 0.4, 0.05), ("q4", 0.25, 0.05)])
 def test_weights_in_fewer_bits(hat, ids, form, size, off):
-    if form == "q4":  # beside a base that has such weights: inputs in eight bits are what is left
+    if form == "q4":  # against a base with the same weights, only inputs in eight bits differ
         round_weights(hat.lm)
     assert hat.packed_bytes == 0 and all(on_engine(hat, ids))
     full, hat.weight_format = hat.packed_bytes, form
     assert hat.decoding.startswith(f"engine ({form}, ") and all(on_engine(hat, ids))
     assert 0 < hat.packed_bytes < size * full
-    with hat.dense():  # what is decided hangs on the last bit
+    with hat.dense():  # decisions would depend on the last bit
         found = stepwise(hat.lm, ids)
         with hat.reference():
             near = stepwise(hat.lm, ids)
@@ -309,7 +309,7 @@ def test_a_copy_and_the_base_afterwards(hat, ids):
 
 
 class Raises(StoppingCriteria):
-    """Notes torch's threads, and raises at the second token."""
+    """Records torch's threads, and raises at the second token."""
 
     def __init__(self, seen):
         self.seen = seen
@@ -322,7 +322,7 @@ class Raises(StoppingCriteria):
 
 
 class TestGenerate:
-    """transformers' own loop, on either path, writes the same."""
+    """transformers' own loop writes the same on either path."""
 
     def both(self, hat, ids, **settings):
         given = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0} | settings
@@ -390,7 +390,7 @@ class TestGenerate:
             with pytest.raises(ValueError, match="enough"):
                 hat.lm.generate(ids[:1], stopping_criteria=[Raises(inside)], **GREEDY)
             assert torch.get_num_threads() == 2 and inside == [2, 1]  # after the prefill, and after a step
-            with ThreadPoolExecutor(1) as pool:  # a thread to come
+            with ThreadPoolExecutor(1) as pool:  # a thread started afterwards
                 assert pool.submit(torch.get_num_threads).result() == 2
         finally:
             torch.set_num_threads(before)
@@ -403,7 +403,7 @@ class TestGenerate:
                 for turn in (ids[1:2], ids[2:3, :3]):
                     text = torch.cat([text, turn], 1)
                     text = hat.lm.generate(text, cache=cache, max_new_tokens=6, do_sample=False, pad_token_id=0)
-                    cache.crop(-2)  # as after a user took the end back
+                    cache.crop(-2)  # as if a user had removed the end
                     text = text[:, :-2]
             texts.append(text)
         assert torch.equal(*texts)

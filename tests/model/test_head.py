@@ -1,4 +1,4 @@
-"""The head at less than its full work: what is likely is exact, on both paths, and counted."""
+"""The head at less than its full work: likely tokens are exact, on both paths, and the work is counted."""
 
 import warnings
 from dataclasses import replace
@@ -54,7 +54,7 @@ def test_the_dense_model_is_the_base(ids):
 
 
 def all_but_one_close(a, b):
-    """A logit at the very end of the shortlist may tip by rounding."""
+    """A logit at the very end of the shortlist may flip by rounding."""
     off = ((a - b).abs() > 1e-5 * max(1.0, float(b.abs().max()))).any(-1)
     assert off.sum() <= 1
 
@@ -74,10 +74,10 @@ def test_the_engine_decodes_as_the_reference_path_does(form):
         if form == "base":
             all_but_one_close(found, expected)
             assert [s.head_share for s in states] == pytest.approx([s.head_share for s in slow], abs=2e-3)
-        else:  # another shortlist, as the weights are others, of about the same length
+        else:  # other weights give another shortlist, of about the same length
             shares, exact = ([s.head_share for s in of] for of in (states, slow))
             assert shares != exact and np.mean(shares) == pytest.approx(np.mean(exact), abs=0.08)
-        # A row alone, and below one that padding moves to the right.
+        # A row alone, and then one shifted right by padding.
         close(stepwise(hat.lm, ids[1:2]), found[1:2])
     if form == "base":
         padded, mask = (torch.nn.functional.pad(t, (4, 0)) for t in (ids, torch.ones_like(ids)))
@@ -146,7 +146,7 @@ def test_padding_and_tokens_that_nobody_asked_for_do_not_count(ids):
         assert last == pytest.approx(states[-1].head_share, abs=1e-6)
         assert type(states[0]).cat(states).head_share == pytest.approx(alone, abs=1e-5)
         hat.lm.model(ids)
-        assert hat.trace.head_share == 0.5  # nobody asked: what is expected
+        assert hat.trace.head_share == 0.5  # nothing was read: the expected value
 
 
 def test_saved_copied_and_loaded(tmp_path, ids):
@@ -172,7 +172,7 @@ def test_a_head_that_peft_copies_decides_as_before_and_not_after_unload(ids):
 
 def test_bfloat16(ids):
     hat = gating(peaked(torch.bfloat16))
-    with hat.dense():  # layers in full: what is kept in them differs by rounding
+    with hat.dense():  # layers in full: what they keep would differ by rounding
         full = hat.lm(ids).logits
         with hat.shortlisting(hat.shortlist(6.0, 10.0)):
             found, slow = stepwise(hat.lm, ids), hat.lm(ids).logits

@@ -1,4 +1,4 @@
-"""With the Hub replaced: what is asked of it, what goes up, and that nothing is asked for local paths."""
+"""With a fake Hub: what is requested, what is uploaded, and that nothing is requested for local paths."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
-    """A Hub that keeps what it is asked and what it is sent; ``asked.private`` and ``asked.card`` are its answers."""
+    """A Hub that records requests and uploads; ``asked.private`` and ``asked.card`` are its answers."""
     hub_ = SimpleNamespace(calls=[], files={}, private=False, card=False, error=None)
 
     def call(name, **options):
@@ -101,7 +101,7 @@ def test_the_model_is_imported_without_the_hub():
 
 def test_local_paths_never_ask_the_hub(asked, saved, monkeypatch):
     monkeypatch.chdir(saved.parent.parent)
-    relative = f"{saved.parent.name}/{saved.name}"  # as a Hub id looks
+    relative = f"{saved.parent.name}/{saved.name}"  # looks like a Hub id
     for name in (saved, str(saved), relative, Path(relative)):
         assert hub.local_folder(name) == Path(name)
         assert HierarchicalTransformer.from_pretrained(name).base.name == "random:tiny"
@@ -129,7 +129,7 @@ def test_from_the_hub(asked, saved, kind):
 
 @pytest.mark.parametrize("error", [ConnectionError("no route\nto host"), ValueError("401"), None])
 def test_a_hub_that_refuses_is_one_error_with_the_way_out(request, saved, error):
-    if error:  # else the real client: `conftest.py` sets HF_HUB_OFFLINE, so it tries nothing
+    if error:  # otherwise the real client, which makes no requests, as `conftest.py` sets HF_HUB_OFFLINE
         request.getfixturevalue("asked").error = error
     with pytest.raises(HatError) as caught:
         HierarchicalTransformer.from_pretrained("owner/no-such-checkpoint")
@@ -144,7 +144,7 @@ def test_a_hub_that_refuses_is_one_error_with_the_way_out(request, saved, error)
 
 
 def test_only_the_adapter_of_a_folder_goes(asked, saved, tmp_path):
-    """Whatever else lies in the folder, the base's weights above all, stays here."""
+    """Whatever else is in the folder, above all the base's weights, stays here."""
     folder = shutil.copytree(saved, tmp_path / "full")
     tiny().model.save_pretrained(folder)
     (folder / ".env").write_text("password")

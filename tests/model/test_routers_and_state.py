@@ -1,4 +1,4 @@
-"""Scores of routers and gates, draws of a control, and the shares of a state."""
+"""Scores of routers and gates, a control's draws, and the shares of a state."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_the_fast_comparison_decides_as_the_fp32_score_does(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sensitive_token_has_lower_thresholds_alone_as_in_a_batch(dtype):
-    """One fp32 path: no row flips a channel because it is alone."""
+    """A single fp32 path: no row flips a channel because it is alone."""
     router, token, draws = channel_router(), MoERouter(512), np.random.default_rng(1)
     token.weight.copy_(torch.from_numpy(draws.normal(size=512) * 0.05))
     x = torch.from_numpy(draws.normal(size=(64, 512))).to(dtype)

@@ -1,4 +1,5 @@
-"""Steering: decoding comes to execute what was asked for, causally, per sequence, alike on both paths; off, nothing."""
+"""Steering: decoding converges to the requested work, causally, per sequence, the same on both paths; off, it does
+nothing."""
 
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ def ids():
 
 
 def off_by(factor):
-    """A model whose thresholds are wrong by a factor."""
+    """A model whose thresholds are off by a factor."""
     hat = new_hat("channel")
     table = hat.calibration
     hat.calibration = replace(table, thresholds=(np.array(table.thresholds) * factor).tolist())
@@ -31,7 +32,7 @@ def off_by(factor):
 
 
 def decoded(hat, ids):
-    """Logits, and what each token executed in the layers, ``[B, T]``."""
+    """Logits, and the share each token executed in the layers, ``[B, T]``."""
     with hat.collect() as states:
         logits = stepwise(hat.lm, ids)
     return logits, torch.cat([s.share.mean(0) for s in states], 1)
@@ -68,7 +69,7 @@ def test_the_future_never_changes_the_past(ids):
 
 def test_a_prompt_moves_the_offset_as_far_as_its_tokens_one_by_one_and_a_long_one_no_further_than_it_takes():
     def offset_after(pieces, beyond):
-        """Where a text executes ``beyond`` more than was asked, less what the offset so far saves."""
+        """The offset after a text that executes ``beyond`` more than requested, less what the offset so far saves."""
         cache, offset = DynamicCache(), 0.0
         for tokens in pieces:
             executed = torch.full((3, 4, 1, tokens), 0.5 + beyond - SLOPE * offset)

@@ -1,4 +1,4 @@
-"""From a capacity or an exit rate to thresholds: what lies between two measured ones, and what is refused."""
+"""From a capacity or an exit rate to thresholds: interpolation between measured ones, and what is refused."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_thresholds_are_nested_in_capacity_from_the_lowest_measured_to_everythin
     for low, high in zip(tables, tables[1:], strict=False):
         assert all(high[k] <= low[k] for k in low)
     assert tables[0] == c.thresholds_at(0.2) and set(tables[-1].values()) == {-np.inf}
-    c = calibration(capacities=[0.5, 0.5, 1.0])  # equal ones are no division by zero
+    c = calibration(capacities=[0.5, 0.5, 1.0])  # equal ones cause no division by zero
     assert all(np.isfinite(list(c.thresholds_at(x).values())).all() for x in (0.1, 0.5, 0.7))
     with pytest.raises(HatError, match="capacity"):
         calibration().thresholds_at(0.05)
@@ -42,16 +42,16 @@ def test_exit_thresholds():
     one = [[9.0, 8.0], [1.0, 0.0], [-5.0, -6.0]]
     c = calibration(exit_capacities=[0.5], exit_rates=[[0.0, 0.5, 1.0]], exit_scores=[one])
     assert c.exit_thresholds(0.0, 0.5) == [np.inf, np.inf]
-    for capacity in (0.1, 0.5, 1.0):  # the nearest that was measured
+    for capacity in (0.1, 0.5, 1.0):  # the nearest measured one
         assert c.exit_thresholds(0.5, capacity) == [1.0, 0.0]
     assert c.exit_thresholds(0.75, 0.5) == [-2.0, -3.0]
-    # At 1.0 the same rate needs lower bars: first along the rates of each capacity, then between the two.
+    # At 1.0 the same rate needs lower bars. Interpolated first along the rates of each capacity, then between the two.
     other = [[9.0, 8.0], [0.0, -1.0], [-5.0, -6.0]]
     rates = [[0.0, 0.5, 1.0], [0.0, 0.25, 1.0]]
     c = calibration(exit_capacities=[0.5, 1.0], exit_rates=rates, exit_scores=[one, other])
     assert c.exit_thresholds(0.25, 0.5) == [5.0, 4.0] and c.exit_thresholds(0.25, 1.0) == [0.0, -1.0]
     assert c.exit_thresholds(0.25, 0.75) == [2.5, 1.5]
-    for capacity in (0.1, 0.6, 0.9, 1.0):  # whoever leaves at a rate leaves at a higher one
+    for capacity in (0.1, 0.6, 0.9, 1.0):  # a token that leaves at a rate also leaves at a higher one
         rising = [c.exit_thresholds(rate, capacity) for rate in np.linspace(0, 1, 33)]
         assert (np.diff(rising, axis=0) <= 0).all()
     with pytest.raises(HatError, match="exit"):

@@ -1,7 +1,7 @@
 """One equality per feature, on a tiny random Llama, for both grains.
 
 Decisions recorded in one pass are forced on the other, so logits must agree within rounding: sense (a) of
-"equal". `test_free_running_*` let both passes decide for themselves: sense (b).
+"equal". `test_free_running_*` lets both passes decide for themselves: sense (b).
 """
 
 import copy
@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ig
 
 @pytest.fixture(params=GRAINS)
 def hat(request):
-    """Random routers and gates, thresholds that skip about a third, exits that about a fifth take."""
+    """Random routers and gates, thresholds that skip about a third, exits taken by about a fifth."""
     return active(request.param)
 
 
@@ -49,7 +49,7 @@ def stepwise(lm, ids, **kwargs):
 
 
 def base_within(hat, ids, expected):
-    """Under `dense`, inside a capacity at which the model is another, there is the base."""
+    """`dense` gives the base, even inside a capacity at which the model differs."""
     with hat.at(0.5):
         assert apart(hat.lm(ids).logits, expected)
         with hat.dense():
@@ -58,7 +58,7 @@ def base_within(hat, ids, expected):
 
 
 def recorded(hat, ids, **given):
-    """The logits of a forward, and its decisions."""
+    """The logits and the decisions of a forward."""
     with hat.record():
         logits = hat.lm(ids, **given).logits
     return logits, hat.trace.masks
@@ -83,7 +83,7 @@ class TestBase:
         hat = untrained(grain, base)
         close(hat.lm(ids).logits, expected, tol)
         assert hat.capacity == 1.0 and hat.trace.capacity == 1.0 and hat.trace.exit_rate == 0.0
-        with hat.reference():  # in bf16 the engine rounds less: tests/engine says how near it is to fp32
+        with hat.reference():  # in bf16 the engine rounds less: tests/engine checks how close it is to fp32
             close(stepwise(hat.lm, ids), expected, tol)
 
     def test_active_differs_and_dense_and_capacity_one_equal_base(self, hat, ids):
@@ -197,7 +197,7 @@ class TestSamePassTwoWays:
             assert torch.equal(sa.exit_layer[:, :t], sb.exit_layer[:, :t]) and apart(a[:, t:], b[:, t:])
 
     def test_each_document_of_a_packed_sequence_is_as_alone(self, ids):
-        """Where `position_ids` start again, a document of its own begins, with protected tokens of its own."""
+        """Where `position_ids` restart, a new document begins, with its own protected tokens."""
         hat = active("channel")
         first, second = ids[:1, :8], ids[1:2, :6]
         positions = torch.cat((torch.arange(8), torch.arange(6)))[None]
@@ -220,7 +220,7 @@ class TestCache:
             close(hat.lm(ids[order][:, -1:], cache=cache, use_cache=True).logits[:, 0], parallel[:, -1])
 
     def test_masks_of_steps_whose_tokens_all_leave_join_to_those_of_all_tokens(self, hat, ids):
-        """A step in which the only token leaves runs no further layer; its masks there are recorded, all False."""
+        """A step whose only token leaves runs no further layer; its masks there are recorded as all False."""
         leave, cache = {1: torch.ones_like(ids, dtype=torch.bool)}, DynamicCache(config=hat.lm.config)
         keep = recorded(hat, ids)[1].keep
         with hat.force(Masks(dict(keep), leave)):
@@ -236,7 +236,7 @@ class TestCache:
             hat.lm(ids, cache=StaticCache(config=hat.lm.config, max_cache_len=32), use_cache=True)
 
     def test_bf16_and_back(self, hat, ids):
-        """Routers, norms of columns and rotary frequencies stay fp32: as a model that was loaded in bf16."""
+        """Routers, column norms and rotary frequencies stay fp32, as in a model loaded in bf16."""
         own = {k: v.clone() for k, v in [*hat.routers.named_buffers(), *hat.hat_parameters().items()]}
         masks = recorded(hat, ids)[1]
         hat.to(torch.bfloat16)
@@ -286,7 +286,7 @@ class TestExits:
     def test_all_rows_gone(self, hat, ids):
         with hat.force(Masks({}, {1: torch.ones(3, 14, dtype=torch.bool)})):
             parallel = hat.lm(ids).logits
-            assert hat.trace.exit_rate == pytest.approx(12 / 14)  # two protected tokens a row stay
+            assert hat.trace.exit_rate == pytest.approx(12 / 14)  # the two protected tokens of each row stay
             assert (hat.trace.share[:, :, :2] == 1).all()
             close(stepwise(hat.lm, ids), parallel)
 
@@ -300,7 +300,7 @@ class TestPolicies:
             close(stepwise(hat.lm, ids), parallel)
         with hat.using(Random(0.6, seed=5)):
             assert apart(hat.lm(ids).logits, parallel)
-        # two protected tokens of 14 and, for tokens, layer 0's FFN always run
+        # two protected tokens of 14 and, at the token grain, layer 0's FFN always run
         fixed = 2 / 14 if hat.config.granularity == "channel" else 1 - (12 / 14) * 0.75
         assert abs(realised - (fixed + (1 - fixed) * 0.6)) < 0.08
 
@@ -364,7 +364,7 @@ class TestPolicies:
 
 
 class TestGeneration:
-    """`hat.lm` is what generate and pipeline take; a cached generation equals an uncached one."""
+    """generate and pipeline work on `hat.lm`; generation with a cache equals generation without."""
 
     @pytest.mark.parametrize(
         "kwargs",
@@ -386,7 +386,7 @@ class TestGeneration:
         options = GREEDY | {"num_beams": beams}
         cached = hat.lm.generate(ids[:1, :6], **options)
         assert torch.equal(cached, hat.lm.generate(ids[:1, :6], use_cache=False, **options))
-        assert "deprecated" not in caplog.text  # as the alias past_key_values is
+        assert "deprecated" not in caplog.text  # as the alias past_key_values would be
 
     def test_left_padded_batch_generates_each_row(self, hat, ids):
         batch, mask = ids[:2, :8].clone(), torch.ones(2, 8, dtype=torch.long)
@@ -417,7 +417,7 @@ class TestParameters:
 
 
 class TestThreads:
-    """A forward is its thread's own, and so is a context."""
+    """A forward belongs to its thread, and so does a context."""
 
     @pytest.mark.slow
     def test_eight_threads_give_what_one_gives(self, hat, ids):
@@ -466,7 +466,7 @@ class TestThreads:
 
 
 class TestALlama:
-    """Hooks, LoRA and files of the reference path are a Llama's."""
+    """Hooks, LoRA and saved files work on the reference path as on a Llama."""
 
     MODULES = ("input_layernorm", "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj",
                "post_attention_layernorm", "mlp", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
@@ -492,7 +492,7 @@ class TestALlama:
             for name, site in {"self_attn.o_proj": "o", "mlp.down_proj": "down"}.items():
                 assert ((seen[name][0][0] != 0) <= masks[site]).all() and (~masks[site]).any()
             assert x.shape == (3, 14, 64)
-        else:  # the FFN sees the kept rows, and no other
+        else:  # the FFN only sees the kept rows
             assert x.shape == (1, int(masks["ffn"].sum()), 64)
             assert torch.equal(x[0], seen["post_attention_layernorm"][2][masks["ffn"]])
         attended = out.hidden_states[2] + seen["self_attn"][2][0]
@@ -514,7 +514,7 @@ class TestALlama:
 
         lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 
-        def tune(model):  # its numbers are drawn by peft: made the same on every call
+        def tune(model):  # peft draws its own numbers: make them the same on every call
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # peft asks for a name that transformers is about to drop
                 tuned = peft.get_peft_model(model, lora)
@@ -534,7 +534,7 @@ class TestALlama:
         close(hat.lm(ids).logits, expected)
         assert apart(expected, tiny().model(ids).logits, 0.1)
 
-        # Below capacity 1 the low-rank part reads the masked input as well: as if it were merged into the weight.
+        # Below capacity 1 the low-rank part also reads the masked input, as if it were merged into the weight.
         def skip(layer, site, x, rows, state):
             return torch.arange(x.shape[1]).expand(x.shape) % 3 > 0
 

@@ -1,4 +1,4 @@
-"""A table for every figure, small enough to know where each point has to stand."""
+"""A table for every figure, small enough to know where each point has to be."""
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ BASES, TEXTS = ("bundled", "random:tinyllama"), ("addresses", "docstrings")
 
 
 def costs(rows, spread=0.1):
-    """A table of increases with an interval of ``spread`` of each on both sides."""
+    """A table of increases, each with an interval of ``spread`` times its value on either side."""
     table = pd.DataFrame(rows)
     low, high = ((1 + sign * spread) * table["increase"] for sign in (-1, 1))
     return table.assign(increase_low=low, increase_high=high)
@@ -140,7 +140,7 @@ def sweep():
 
 
 def measured(keys, left=0.0):
-    """Share and exits of the groups ``keys``: the first is clearly below the mean, the second not, the third above."""
+    """Share and exits of the groups ``keys``: the first clearly below the mean, the second not, the third above."""
 
     def intervals(means, differences, half=0.02):
         means, differences = np.array(means), np.array(differences, dtype=float)
@@ -149,7 +149,7 @@ def measured(keys, left=0.0):
         return table.assign(difference=np.nan_to_num(differences), **bounds)
 
     share = intervals([0.5, 0.59, 0.7], [-0.1, -0.01, 0.1])
-    early = intervals([left, 1.2 * left, left], [0.0, 0.02, np.nan])  # nan: it has no interval
+    early = intervals([left, 1.2 * left, left], [0.0, 0.02, np.nan])  # nan: no interval
     return pd.concat([keys.assign(measure="share").join(share), keys.assign(measure="left").join(early)])
 
 
@@ -188,9 +188,15 @@ def thresholds():
     return pd.DataFrame({"capacity": [0.9, 0.7, 0.4], "threshold": [0.1, 0.5, 2.0], "share": [0.6, 0.4, 0.2]})
 
 
+def changes():
+    runs = [("untrained", 0.3), ("rank 1", 0.28), ("rank 4", 0.27)]
+    rows = [(change, text, c, kl / c) for change, kl in runs for text in ("addresses", "news") for c in (0.6, 0.5)]
+    return pd.DataFrame(rows, columns=["change", "text", "capacity", "kl"])
+
+
 def curve():
     table = pd.DataFrame({"tokens": [0, 0, 1024, 1024], "capacity": [0.75, 0.4, 0.75, 0.4]})
-    return table.assign(kl=[0.01, 0.8, 0.012, 0.5], share=[0.8, 0.45, 0.8, 0.45])
+    return table.assign(kl=[0.01, 0.8, 0.012, 0.5], increase=[0.01, 1.1, 0.0, 0.6], share=[0.8, 0.45, 0.8, 0.45])
 
 
 def router_log(granularity="token", steps=12):
@@ -226,6 +232,7 @@ FIGURES = {
     style.benchmark: (benchmark,),
     frontier.quality: (quality,),
     frontier.sweep: (sweep,),
+    frontier.changes: (changes,),
     findings.promised: (quality, published, claims),
     findings.speeds: (claims,),
     findings.exits: (quality,),
@@ -250,7 +257,7 @@ FIGURES = {
     training.exit_depths: (depths,),
     training.learning_curve: (curve,),
 }
-"""figure -> what makes its tables"""
+"""figure -> the function that makes its tables"""
 
 
 def drawn(figure):

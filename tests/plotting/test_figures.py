@@ -1,4 +1,4 @@
-"""What holds for every figure, and where single points, marks and labels have to stand."""
+"""What holds for every figure, and where single points, marks and labels have to be."""
 
 import warnings
 
@@ -35,13 +35,13 @@ every_figure = pytest.mark.parametrize("figure", FIGURES, ids=lambda f: f"{f.__m
 
 
 def points(container):
-    """What an errorbar marks: its points, and the ends of its whiskers, ``[n, 2]`` each."""
+    """What an errorbar draws: its points and the ends of its whiskers, ``[n, 2]`` each."""
     line, _, bars = container
     return np.asarray(line.get_xydata(), float), [np.array(s, float) for s in bars[0].get_segments()]
 
 
 def whiskers(ax, axis):
-    """Both ends of each interval of an axes, as drawn."""
+    """Both ends of each interval on an axes, as drawn."""
     (only,) = ax.containers
     return np.array([segment[:, axis] for segment in only[2][0].get_segments()], dtype=float)
 
@@ -51,7 +51,7 @@ def labels(axis):
 
 
 def hollow(ax):
-    """The points of a claim."""
+    """The points of claims."""
     (line,) = (line for line in ax.lines if line.get_markerfacecolor() == "none")
     return sorted(map(tuple, line.get_xydata().tolist()))
 
@@ -166,7 +166,7 @@ def test_prices_stand_at_realised_capacities_and_the_claim_is_hollow():
         assert [line.get_xydata().tolist() for line in beyond] == [[[0.39, MOST]]]
         np.testing.assert_allclose(ours[0], [[0.64, 550], [0.89, 50]])
     fig = drawn(findings.promised)
-    assert "beyond" in fig.axes[0].get_ylabel() and fig.legends[0].get_texts()[0].get_text() == "published"
+    assert "beyond" in fig.axes[0].get_ylabel() and fig.legends[0].get_texts()[0].get_text() == "claimed"
 
 
 def test_a_speedup_is_split_at_our_own_dense_path():
@@ -221,12 +221,15 @@ def test_targets_stand_at_what_was_measured_and_refused_ones_at_the_most_there_i
 
 
 def test_a_learning_curve_is_read_at_the_work_before_the_first_step():
-    share, kl = np.array([0.8, 0.6, 0.4]), lambda share: np.exp(1 - 8 * share)
-    before = pd.DataFrame({"tokens": 0, "capacity": [0.75, 0.55, 0.35], "share": share, "kl": 2 * kl(share)})
-    after = before.assign(tokens=1000, share=share - 0.03, kl=kl(share - 0.03))  # half the KL, hidden by less work
+    share, less = np.array([0.8, 0.6, 0.4]), np.array([0.77, 0.57, 0.37])
+    kl, increase = lambda share: np.exp(1 - 8 * share), lambda share: np.exp(2 - 3 * share) - 1
+    before = {"tokens": 0, "capacity": [0.75, 0.55, 0.35], "share": share, "kl": 2 * kl(share)}
+    before = pd.DataFrame(before | {"increase": 2 * increase(share)})
+    after = before.assign(tokens=1000, share=less, kl=kl(less), increase=increase(less))  # half, at less work
     read = training.at_equal_work(pd.concat([before, after]))
     assert read["share"].tolist() == [*share, *share]
-    np.testing.assert_allclose(read.query("tokens == 1000")["kl"], kl(share), rtol=1e-12)
+    for name, line in (("kl", kl), ("increase", increase)):
+        np.testing.assert_allclose(read.query("tokens == 1000")[name], line(share), rtol=1e-12)
     alone = pd.concat([before, after]).query("capacity == 0.55")
     pd.testing.assert_frame_equal(training.at_equal_work(alone), alone)
 
@@ -358,7 +361,7 @@ def test_layers_are_in_order_and_sites_are_no_layers():
 
 
 def test_live_draws_while_the_log_grows_and_keeps_the_last_drawing(tmp_path, monkeypatch):
-    """One picture that is updated in place; none before there is a row, none too soon, none from a second process."""
+    """One picture, updated in place; none before there is a row, none too soon, none from a second process."""
     shown, updated = [], []
 
     class Handle:

@@ -1,4 +1,4 @@
-"""Findings: verdicts by interval, and words with their machine."""
+"""Findings: verdicts from intervals, and sentences that name the machine."""
 
 import pandas as pd
 import pytest
@@ -48,7 +48,7 @@ def test_a_change_is_held_against_the_first_of_as_many_steps_on_the_same_text():
     table = findings.apart(ablations())
     assert sorted(set(table.loc[table["apart"], "change"])) == ["wide", "y"]
     only = ablations()
-    only.loc[(only["change"] == "y") & (only["text"] == "docstrings"), "increase_high"] = 4.5  # as low as the reference
+    only.loc[(only["change"] == "y") & (only["text"] == "docstrings"), "increase_high"] = 4.5  # the reference's low end
     table = findings.apart(only).query("change == 'y'").set_index("text")
     assert table["apart"].to_dict() == {"addresses": True, "docstrings": False}
 

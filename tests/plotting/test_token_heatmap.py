@@ -1,5 +1,5 @@
-"""Coloured text: the text survives, nothing in it acts, ink is readable, numbers are there without colours too; as a
-picture every character stands where the text has it."""
+"""Coloured text: the text survives, nothing in it is interpreted, it is readable on its background, numbers are there
+even without colours; in a picture every character is in its place."""
 
 import re
 from html.parser import HTMLParser
@@ -17,7 +17,7 @@ HOSTILE = ["<script>alert(1)</script>", '" onload="x', "&amp;", "\x1b[2J", "\x9b
 
 
 class Page(HTMLParser):
-    """What a browser sees: tags with attributes, and the text between them."""
+    """What a browser sees: tags with their attributes, and the text between them."""
 
     def __init__(self, fragment):
         super().__init__()
@@ -36,13 +36,13 @@ def spans(fragment):
 
 
 def grounds(text):
-    """8-bit ground and ink of each painted run."""
+    """8-bit background and text colour of each coloured run."""
     found = re.findall(r"\x1b\[48;2;(\d+);(\d+);(\d+);38;2;(\d+);\d+;\d+m", text)
     return [(tuple(map(int, f[:3])), int(f[3])) for f in found]
 
 
 def drawn(*passages, low=0.0, high=1.0):
-    """(row below the legend, column, characters) of each piece of text, and the grounds and inks in the same terms."""
+    """(row below the legend, column, characters) of each piece of text, and likewise its background and text colour."""
     ax = figure(*passages, meaning="share", low=low, high=high).axes[0]
     words = [(int(y) - 1, int(x), t.get_text()) for t in ax.texts for x, y in [t.get_position()] if y > 1]
     inks = {(int(y) - 1, int(x)): t.get_color() for t in ax.texts for x, y in [t.get_position()]}
@@ -57,7 +57,7 @@ def test_nothing_in_the_text_acts_on_a_page_and_nothing_is_fetched():
     assert all(set(attrs) <= {"style", "title"} for _, attrs in page.tags)
     assert HOSTILE[0] in page.data and "<b>" in page.data and "<i>" in page.data
     assert "\u202e" not in page.data and r"\u202egnp.exe" in page.data
-    page.data.encode()  # the lone surrogate is told, not kept
+    page.data.encode()  # the lone surrogate is spelled out, not kept
 
 
 @pytest.mark.parametrize("colours", [True, False])
@@ -101,7 +101,7 @@ def test_ink_is_readable_on_every_ground_and_all_three_have_the_same():
     picture = [v for place, v in sorted(drawn(passage)[1].items()) if place[0] > 0]
     assert len(found) == len(page) == len(picture) == 256
     lights = [luminance(ground) for ground, _ in found]
-    assert lights == sorted(lights)  # lightness alone tells the order
+    assert lights == sorted(lights)  # lightness alone shows the order
     for (ground, grey), style, (_, face, ink) in zip(found, page, picture, strict=True):
         name = "white" if grey else "black"
         assert style == f"background:#{''.join(f'{c:02x}' for c in ground)};color:{name}"
@@ -120,7 +120,7 @@ def test_passages_share_scale_and_legend_which_says_where_colours_stop():
     assert "≤ 0.20" in shown and "≥ 0.60" in shown
     styles = [style for _, style in spans(shown)]
     assert [styles[0], styles[2]] == [style for _, style in spans(together)]
-    one = html(Passage("t", ["a", "b"], [0.5, 0.5]), meaning="m")  # one number is a scale too
+    one = html(Passage("t", ["a", "b"], [0.5, 0.5]), meaning="m")  # a single number is a scale, too
     assert one.count(">0.50<") == 1 and len(spans(one)) == 2
 
 
@@ -135,7 +135,7 @@ def test_without_colours_subscripts_say_tenths():
 @pytest.mark.parametrize(
     ("terminal", "environment", "expected"),
     [
-        (True, {"NO_COLOR": ""}, True),  # as the convention has it
+        (True, {"NO_COLOR": ""}, True),  # as the convention says
         (False, {}, False),
         (True, {"NO_COLOR": "1"}, False),
         (True, {"TERM": "dumb"}, False),

@@ -1,6 +1,6 @@
-"""What the library survives, counted: drawn models, hostile files, faults, load.
+"""What the library survives, counted: randomly drawn models, hostile files, faults, load.
 
-`make soak` measures all of it into ``data/results/reliability.csv``; `test_soak.py` runs a small part of the same.
+`make soak` measures all of it into ``data/results/reliability.csv``; `test_soak.py` runs a small part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Found:
     cases: int = 0
     failures: int = 0
     named_errors: int = 0
-    """cases that ended in one `HatError` of one line"""
+    """cases that ended in a single one-line `HatError`"""
     note: str = ""
     """the first failure, or what was left out"""
     kib_per_case: float | None = None
@@ -28,7 +28,7 @@ class Found:
 
     @contextmanager
     def case(self, name: str) -> Iterator[None]:
-        """Counts what happens in it. Whatever is raised ends here, Ctrl-C of a person alone excepted."""
+        """Counts what happens inside. Whatever is raised ends here, except for a Ctrl-C by a person."""
         self.cases += 1
         try:
             yield
@@ -45,5 +45,5 @@ class Found:
 
 
 def peak_mib() -> float:
-    """The most memory that this process ever had."""
+    """The most memory this process has ever used."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

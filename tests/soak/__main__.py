@@ -1,6 +1,6 @@
-"""`make soak`: measure what ``data/results/reliability.csv`` lacks, a row at a time, each in a process of its own.
+"""`make soak`: measure what ``data/results/reliability.csv`` lacks, one row at a time, each in its own process.
 
-A row that failed stands there as well; to measure one again, delete it.
+A failed row is recorded as well; to measure one again, delete it.
 """
 
 from __future__ import annotations

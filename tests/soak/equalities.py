@@ -1,7 +1,7 @@
-"""The equalities of docs/architecture.md, on drawn models.
+"""The equalities of docs/architecture.md, on randomly drawn models.
 
-A case is a Llama's shape, a method's shape and a text. Decisions that were recorded in one pass are forced on another,
-so that none of them can tip by rounding. A head whose decisions cannot be forced may tip at one token.
+A case is a Llama's shape, a method's shape and a text. Decisions recorded in one pass are forced on another, so that
+rounding cannot flip any of them. The head's decisions cannot be forced, and may flip at one token.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def drawn(draw) -> Case:
         heads=heads,
         kv_heads=draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])),
         head_size=2 * draw(st.integers(1, 8)),
-        width=heads * draw(st.integers(2, 12)),  # transformers asks for a multiple
+        width=heads * draw(st.integers(2, 12)),  # transformers requires a multiple
         inner=draw(st.integers(4, 96)),
         attention_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
@@ -80,7 +80,7 @@ def drawn(draw) -> Case:
         correction_rank=draw(st.sampled_from([None, None, 0, 2])),
         protected=draw(st.integers(0, 3)),
         capacity=draw(st.integers(50, 99)) / 100,
-        head_gated=dtype == torch.float32 and draw(st.booleans()),  # in bf16 a channel of the preview tips as well
+        head_gated=dtype == torch.float32 and draw(st.booleans()),  # in bf16 a channel of the preview may flip as well
         lora=draw(st.sampled_from([False, False, False, True])),
         batch=draw(st.integers(1, 4)),
         tokens=draw(st.integers(2, 12)),
@@ -91,7 +91,7 @@ def drawn(draw) -> Case:
 
 
 def run(count: int, seed: int = 0) -> Found:
-    """``count`` cases, the same ones for the same seed; the first that fails is shrunk, and the last."""
+    """``count`` cases, the same for the same seed; the first that fails is shrunk and ends the run."""
     found = Found()
 
     @hypothesis.seed(seed)
@@ -121,7 +121,7 @@ def run(count: int, seed: int = 0) -> Found:
 
 
 def llama(case: Case) -> Base:
-    """A base of this shape, its weights drawn."""
+    """A base of this shape, with random weights."""
     config = LlamaConfig(
         num_hidden_layers=case.depth, hidden_size=case.width, intermediate_size=case.inner, vocab_size=260,
         num_attention_heads=case.heads, num_key_value_heads=case.kv_heads, head_dim=case.head_size,
@@ -135,7 +135,7 @@ def llama(case: Case) -> Base:
     lm.requires_grad_(False).eval()
     identity, rotary = fingerprint(lm), lm.model.rotary_emb
     lm.to(case.dtype).config.dtype = case.dtype
-    rotary.float().__init__(config)  # frequencies stay fp32, as in a base that is loaded in bf16
+    rotary.float().__init__(config)  # frequencies stay fp32, as in a base loaded in bf16
     return Base(lm, TOKENIZER, identity, "drawn")
 
 
@@ -204,7 +204,7 @@ def check(case: Case) -> None:
         parallel, state = hat.lm(ids).logits, hat.trace
     masks = state.masks
     if case.dtype == torch.bfloat16:
-        # Some of these models magnify rounding: twice as far as it takes this pass from fp32.
+        # Some of these models magnify rounding: allow twice the distance of this pass from fp32.
         hat.to(torch.float32)
         with hat.reference(), hat.force(masks):
             exact = hat.lm(ids).logits
@@ -220,7 +220,7 @@ def check(case: Case) -> None:
     with hat.force(masks), hat.masked():
         close(hat.lm(ids).logits, parallel, "compact = masked", tips)
 
-    if case.dtype == torch.float32:  # deciding by themselves, rows whose decisions none tipped
+    if case.dtype == torch.float32:  # deciding by themselves: rows in which no decision flipped
         with hat.reference(), hat.collect() as theirs:
             slow = stepwise(hat.lm, ids)
         with hat.collect() as ours:
@@ -240,7 +240,7 @@ def check(case: Case) -> None:
         hat.lm(changed)
     other = hat.trace.masks
     for where, mask in masks.keep.items():
-        if where in other.keep:  # no layer runs where all have left
+        if where in other.keep:  # once all tokens have left, no layer runs
             share = (mask[:, :at] != other.keep[where][:, :at]).float().mean()
             assert share <= (0.01 if case.dtype == torch.float32 else 0.1), "the future decides about the past"
     close(_with_past(hat, masks, other, changed, at)[:, :at], parallel[:, :at], "the future changes the past", tips)
@@ -250,7 +250,7 @@ def check(case: Case) -> None:
 
 
 def _with_past(hat, masks, other, ids, at):
-    """The logits of ``ids`` whose first tokens decide as in ``masks``, and the others as in ``other``."""
+    """The logits of ``ids``, whose first tokens decide as in ``masks`` and the others as in ``other``."""
     joined = type(masks)(
         {k: torch.cat((m[:, :at], other.keep.get(k, m)[:, at:]), 1) for k, m in masks.keep.items()},
         {k: torch.cat((m[:, :at], other.exits.get(k, m)[:, at:]), 1) for k, m in masks.exits.items()},
@@ -260,7 +260,7 @@ def _with_past(hat, masks, other, ids, at):
 
 
 def _padded(hat, ids, lengths, side, close) -> None:
-    """Each row alone, and in a batch with padding."""
+    """Each row alone and in a batch with padding."""
     width = ids.shape[1]
     batch, mask = torch.full_like(ids, 258), torch.zeros_like(ids)
     spans = [slice(width - n, width) if side == "left" else slice(0, n) for n in map(int, lengths)]

@@ -1,7 +1,7 @@
-"""Faults: killed at random points, a full disk, a folder that is closed, a cache that is damaged, Ctrl-C.
+"""Faults: killed at random points, a full disk, a read-only folder, a damaged cache, Ctrl-C.
 
 A job is killed again and again, by ``kill -9`` when it touches a file or at any moment, or in the middle of a write,
-until it has been killed often enough; then it ends, and what it leaves is what an undisturbed one left.
+until it has been killed often enough; then it runs to its end, and leaves what an undisturbed one leaves.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def training(folder: Path, text: Path) -> None:
 
 
 def saving(folder: Path, start: Path) -> None:
-    """Twelve states one after the other; the weights and the JSON both tell which."""
+    """Twelve states one after the other, each recorded in both the weights and the JSON."""
     old = read_checkpoint(start)
     for number in range(12):
         tensors = {name: torch.full_like(t, number) for name, t in old.tensors.items()}
@@ -60,7 +60,7 @@ class Point:
 
 
 def sweeping(folder: Path, text: Path) -> None:
-    """A row for each capacity that the file lacks."""
+    """A row for each capacity missing from the file."""
     hat = skipping("channel")
     with RowWriter(folder / "rows.csv", Point, ("capacity",)) as rows:
         for capacity in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
@@ -70,7 +70,7 @@ def sweeping(folder: Path, text: Path) -> None:
 
 
 def batching(folder: Path, source: Path) -> None:
-    """Runs of a notebook; in place of a kernel its file is copied."""
+    """Runs of a notebook; instead of running in a kernel, its file is copied."""
 
     def stand_in(source, output, figures, parameters, cell_timeout, threads):
         figures.mkdir(parents=True)
@@ -95,7 +95,7 @@ def drawing(folder: Path, _: Path) -> None:
 
 
 def whole(folder: Path) -> None:
-    """Raises if anything that a killed job left is corrupt."""
+    """Raises if anything a killed job left behind is corrupt."""
     if (folder / CONFIG_FILE).exists():
         found = read_checkpoint(folder)
         if number := (found.training or {}).get("state"):
@@ -107,11 +107,11 @@ def whole(folder: Path) -> None:
 
 
 def left(folder: Path) -> dict:
-    """What a job leaves, without times and numbers of attempts."""
+    """What a job leaves behind, without times and attempt numbers."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if name.startswith(batch.UNFINISHED):  # of attempts that were killed
+        if name.startswith(batch.UNFINISHED):  # from killed attempts
             continue
         if path.suffix == ".csv" and name != "rows.csv":
             rows = list(csv.DictReader(path.open(newline="")))
@@ -126,19 +126,19 @@ def left(folder: Path) -> dict:
 
 JOBS = {job.__name__: job for job in (training, saving, sweeping, batching, calibrating, drawing)}
 TOUCHES = {"training": 80, "saving": 90, "sweeping": 3, "batching": 70, "calibrating": 8, "drawing": 12}
-"""times that a job touches files, about"""
+"""about how often a job touches files"""
 
 
 def _dying(job: str, folder: Path, given: Path, event: int | None, size: int | None) -> None:
     kill_at(folder, event)
-    if size is not None:  # the system kills at the byte that is too many
+    if size is not None:  # the system kills it at the first byte too many
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     JOBS[job](folder, given)
 
 
 def killed(job: str, kills: int, folder: Path) -> Found:
-    """A job killed so many times, and ended as often as it lived."""
+    """A job killed ``kills`` times, and run to its end whenever it survives."""
     found, points, target, seconds = Found(), random.Random(job), folder / "target", time.monotonic()
     given = {"training": page, "batching": lambda f: notebook(f / "a.ipynb")}.get(job, lambda f: f / "start")(folder)
     adaptive("channel").save_pretrained(folder / "start")
@@ -179,7 +179,7 @@ def killed(job: str, kills: int, folder: Path) -> Found:
 
 
 def hat(*arguments) -> str:
-    """The message of a command that is refused: one line, and no trace."""
+    """The message of a refused command: one line, and no traceback."""
     done = CliRunner().invoke(app, [*map(str, arguments)])
     assert done.exit_code in (1, 2) and done.output.count("error: ") == 1, (done.exit_code, done.output[-500:])
     assert isinstance(done.exception, SystemExit), repr(done.exception)
@@ -188,7 +188,7 @@ def hat(*arguments) -> str:
 
 @contextmanager
 def small_disk(folder: Path, size: str):
-    """A disk of its own, where the system lets us have one; else pytest or the command leaves it out."""
+    """A separate small disk, if the system allows one; otherwise pytest or the command skips it."""
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
@@ -236,7 +236,7 @@ def _fails(tasks):
 
 
 def closed_folder(folder: Path) -> None:
-    """Every command that writes, into a place where nobody may."""
+    """Every command that writes, into a read-only place."""
     with small_disk(folder / "closed", "64k") as disk:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         source, text = notebook(folder / "a.ipynb"), page(folder)
@@ -252,7 +252,7 @@ def closed_folder(folder: Path) -> None:
 
 
 def two_at_once(folder: Path) -> None:
-    """A second writer of a file, a batch and a training is refused, and the first goes on."""
+    """A second writer of a file, a batch or a training run is refused, and the first continues."""
     source, refused = notebook(folder / "a.ipynb"), []
 
     def second(attempt):
@@ -282,7 +282,7 @@ def two_at_once(folder: Path) -> None:
 
 
 def damaged_cache(folder: Path) -> None:
-    """Sampled text whose file is gone, cut or another: made again, the same."""
+    """Sampled text whose file is missing, truncated or replaced is made again, the same."""
     base, how = tiny(), {"block_size": 16, "batch_size": 2, "progress": False}
     before = os.environ.get("HAT_CACHE")
     os.environ["HAT_CACHE"] = str(folder / "cache")
@@ -315,7 +315,7 @@ def damaged_compiled_code(folder: Path) -> None:
 
 
 def killed_kernel(folder: Path) -> None:
-    """A notebook whose kernel is killed has failed, and says so; the next one runs."""
+    """A notebook whose kernel is killed fails, and says so; the next one runs."""
     for number, source in enumerate(["import os; os.kill(os.getpid(), 9)", "1 + 1"]):
         path = notebook(folder / f"{number}.ipynb", source)
         ran = run_notebook(path, folder / f"{number}_out.ipynb", folder / "figures", {}, cell_timeout=60)
@@ -323,7 +323,7 @@ def killed_kernel(folder: Path) -> None:
 
 
 def ctrl_c(folder: Path, times: int = 40) -> None:
-    """Inside the engine's steps and between them; the next text is the same as before."""
+    """Inside and between the engine's steps; the next text is the same as before."""
     model, points = skipping("channel"), random.Random(0)
     ids = torch.tensor(random_blocks(1))
 
@@ -335,7 +335,7 @@ def ctrl_c(folder: Path, times: int = 40) -> None:
     threads = torch.get_num_threads()
     text()
     seconds, stopped = time.monotonic() - begun, 0
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)  # as SIGINT is handled
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)  # like SIGINT
     try:
         for _ in range(times):
             signal.setitimer(signal.ITIMER_REAL, points.uniform(0.0001, seconds))

@@ -1,8 +1,8 @@
 """Hostile files: damaged by bytes and by structure.
 
-A case is sound if the file is refused by one `HatError` of one line that names it, or read correctly; whatever happens,
-nothing hangs, memory stays, nothing is unpickled, no process begins and the base is left as it was. Case ``n`` of a
-kind is the same on every run.
+A case is sound if the file is refused by a single one-line `HatError` that names it, or read correctly; whatever
+happens, nothing hangs, memory does not grow, nothing is unpickled, no process starts and the base is left as it was.
+Case ``n`` of a kind is the same on every run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from hat_lib.workbook.batch import parse_grid
 from soak import Found, peak_mib
 
 SECONDS, MIB = 30, 1024
-"""that one case may take, and add to the memory of the process"""
+"""that one case may take, and add to the process's memory"""
 WHOLE = [0, 1, 2, 7, 255, 2**16, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1]
 OTHER = [
     None,
@@ -79,14 +79,14 @@ OTHER += [
 
 
 class Hang(BaseException):
-    """Not an Exception: no loader handles it."""
+    """Not an Exception, so that no loader handles it."""
 
 
 # What is done to a file
 
 
 def bytes_changed(rng: random.Random, data: bytes, within: int | None = None) -> bytes:
-    """One to three changes of its bytes, in the first ``within``."""
+    """One to three changes to the bytes, in the first ``within``."""
     for _ in range(rng.choice([1, 1, 2, 3])):
         at = rng.randrange(min(len(data), within or len(data)) + 1)
         before, byte, after = data[:at], data[at : at + 1], data[at + 1 :]
@@ -101,7 +101,7 @@ def bytes_changed(rng: random.Random, data: bytes, within: int | None = None) ->
 
 
 def tree_changed(rng: random.Random, tree) -> None:
-    """Something else somewhere in parsed JSON, on a leaf or a branch; or it is deleted, or something is added."""
+    """Replace, delete or add something somewhere in parsed JSON, at a leaf or a branch."""
     node, parent = tree, None
     while parent is None or (isinstance(node, dict | list) and node and rng.randrange(5)):
         parent = node
@@ -119,7 +119,7 @@ def tree_changed(rng: random.Random, tree) -> None:
 
 
 class Checkpoint:
-    """The JSON of a checkpoint, with its digest or, as after a change by hand, without."""
+    """The JSON of a checkpoint, with its digest or, as after an edit by hand, without."""
 
     file = CONFIG_FILE
 
@@ -155,7 +155,7 @@ class Checkpoint:
                 assert hat.lm(torch.arange(24)[None] + 30).logits.isfinite().all()
             hat.unload()
             self.as_it_should_be(folder)
-            write_checkpoint(folder, read_checkpoint(folder))  # what loads can be saved
+            write_checkpoint(folder, read_checkpoint(folder))  # whatever loads can be saved
         finally:
             assert exact_hash(self.base.model) == self.frozen and "forward" not in vars(self.base.model.model.layers[0])
 
@@ -165,7 +165,7 @@ class Checkpoint:
 
 
 class Adapter(Checkpoint):
-    """The tensors of a checkpoint. The JSON has their hash, so that what is inside alone can give them away."""
+    """The tensors of a checkpoint. The JSON has their hash, so that only their contents can give them away."""
 
     file = ADAPTER_FILE
 
@@ -195,7 +195,7 @@ class Adapter(Checkpoint):
 
 
 class Gguf:
-    """A GGUF file of a very small Llama, most often damaged in its header."""
+    """A GGUF file of a very small Llama, usually damaged in its header."""
 
     def __init__(self, folder: Path):
         self.path = folder / "small.gguf"
@@ -246,7 +246,7 @@ class Corpus:
 
 
 class Notebook:
-    """A notebook handed to batch: its parameters are read, and none of its code is run."""
+    """A notebook passed to batch: its parameters are read, but none of its code is run."""
 
     def __init__(self, folder: Path):
         self.path = notebook(folder / "a.ipynb", "import os\nos.mkdir('run')", "1 / 0")
@@ -266,7 +266,7 @@ class Notebook:
 
 
 class Csv:
-    """A file of results: what is read is written again as the same rows."""
+    """A file of results: whatever is read can be written again as the same rows."""
 
     def __init__(self, folder: Path):
         self.path = folder / "quality.csv"
@@ -307,12 +307,12 @@ def _listen(event: str, args) -> None:
         _armed.append(f"{event} {args[:2]}")
 
 
-sys.addaudithook(_listen)  # there is no way to take it away, and it does nothing until it is armed
+sys.addaudithook(_listen)  # cannot be removed, but does nothing until armed
 
 
 @contextlib.contextmanager
 def nothing_runs():
-    """Raises AssertionError if something is unpickled, a process begins, or time runs out."""
+    """Raises AssertionError if something is unpickled, a process starts, or time runs out."""
     global _armed
 
     def late(*_):
@@ -332,7 +332,7 @@ def nothing_runs():
 
 
 def fuzz(kind: str, count: int, folder: Path, first: int = 0) -> Found:
-    """Cases ``first`` and following of a kind; a case that fails is made anew by its number."""
+    """Cases of a kind from ``first`` on; a failing case can be reproduced from its number."""
     target, found, before = KINDS[kind](folder), Found(), peak_mib()
     for number in range(first, first + count):
         target.damage(random.Random(f"{kind} {number}"))

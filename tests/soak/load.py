@@ -1,7 +1,7 @@
 """Load: many generations in one process, the end of the context, ragged batches, and threads on two models.
 
-Memory is looked at fifty times after the first tenth; its slope is in KiB a generation. Slowdown is the median CPU time
-of the last tenth over that of the first: what else the machine does must not count.
+Memory is read fifty times after the first tenth; its slope is in KiB per generation. Slowdown is the median CPU time
+of the last tenth over that of the first, so that other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MOST_KIB, MOST_SLOWDOWN = 2.0, 1.3
 
 
 def resident_kib() -> float:
-    """Memory that this process has now (Linux)."""
+    """Memory this process uses now (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1024
 
 
 def generations(count: int, model: str = "tiny", path: str = "engine") -> Found:
-    """Texts of 16 tokens behind prompts of 4 to 16, one after the other."""
+    """Texts of 16 tokens after prompts of 4 to 16, one after the other."""
     bundled = DATA / "checkpoints" / "default"
     hat = skipping("channel") if model == "tiny" else HierarchicalTransformer.from_pretrained(bundled)
     found, seconds, memory = Found(), [], []
@@ -46,7 +46,7 @@ def generations(count: int, model: str = "tiny", path: str = "engine") -> Found:
     prompts = [torch.tensor([block[: 4 + n % 13]]) for n, block in enumerate(random_blocks(26))]
     looks = set(np.linspace(count // 10, count - 1, 50).astype(int).tolist())
     with hat.reference() if path == "reference" else nullcontext(), torch.no_grad():
-        for n in range(-3, count):  # the first compile, and allocate
+        for n in range(-3, count):  # the first ones compile and allocate
             start = time.process_time()
             out = hat.lm.generate(prompts[n % 26], **how)
             if n >= 0:
@@ -68,7 +68,7 @@ def generations(count: int, model: str = "tiny", path: str = "engine") -> Found:
 
 
 def context_limit(length: int = 2048) -> Found:
-    """A prompt as long as the context, and a cache that grows to it a token at a time, on both paths."""
+    """A prompt as long as the context, and a cache that grows to that length token by token, on both paths."""
     found, hat = Found(), skipping("channel", exit_layers=())
     ids = torch.tensor(random_blocks(1, length))
     with torch.no_grad():
@@ -106,7 +106,7 @@ def ragged(rows: int = 64) -> Found:
 
 
 def threads(rounds: int = 20, count: int = 8) -> Found:
-    """Eight threads generate on two models, at two capacities: each text is what one thread alone writes."""
+    """Eight threads generate with two models at two capacities: each text is what a single thread writes."""
     found, hats, barrier = (
         Found(),
         [skipping("channel"), skipping("channel", exit_layers=(2,))],
@@ -158,8 +158,8 @@ def notebooks(count: int, folder: Path) -> Found:
 
 
 def determinism(folder: Path, counts: tuple[int, ...] = (1, 2, 3)) -> Found:
-    """The same measurement with any number of threads, and the same training with the same: byte for byte the same
-    files. A training with another number of threads may round otherwise, and the note says so."""
+    """The same measurement with any number of threads, and the same training with the same number, give the same files
+    byte for byte. Training with another number of threads may round differently, which the note then says."""
     found, made, before, text = Found(), {}, torch.get_num_threads(), page(folder)
     for count in (counts[0], *counts):
         torch.set_num_threads(count)

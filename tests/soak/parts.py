@@ -1,4 +1,4 @@
-"""The rows of ``data/results/reliability.csv``, and what measures each."""
+"""The rows of ``data/results/reliability.csv``, and the function that measures each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Row:
 
 
 def parts() -> dict:
-    """(area, what) -> cases, and what measures so many in a folder."""
+    """(area, what) -> number of cases, and the function that runs that many in a folder."""
     found = {("equalities", "drawn models"): (1000, lambda n, folder: equalities.run(n))}
     for kind in hostile.KINDS:
         found["hostile files", kind] = 10_000, lambda n, folder, kind=kind: hostile.fuzz(kind, n, folder)

@@ -1,4 +1,4 @@
-"""Pickles, and code that is to be run when a file is read, in every place where a loader looks: none of it runs."""
+"""Pickles, and code meant to run when a file is read, in every place where a loader looks: none of it runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Bomb:
 
 
 def planted(folder: Path) -> Found:
-    """A pickle, plain and as torch and numpy keep one, in every place where a loader looks."""
+    """A pickle, plain and as stored by torch and numpy, in every place where a loader looks."""
     found, witness, base = Found(), folder / "it ran", tiny()
     plain, zipped, array = pickle.dumps(Bomb(witness)), folder / "bomb.pt", folder / "bomb.npz"
     torch.save({"a": Bomb(witness)}, zipped)
@@ -112,7 +112,7 @@ def planted(folder: Path) -> Found:
 
 
 def _remote_code(folder: Path, witness: Path, base: Base) -> None:
-    """Code beside a base, named everywhere where transformers could be told to run it."""
+    """Code beside a base, named wherever transformers could be told to run it."""
     place = shutil.copytree(folder / "base", folder / "remote")
     code = f"import os\nos.mkdir({str(witness)!r})\n"
     (place / "custom_generate").mkdir()
@@ -141,7 +141,7 @@ def _extension_type(folder: Path, witness: Path, base: Base) -> None:
 
 
 def _cached_text(folder: Path, witness: Path, base: Base) -> None:
-    """Text of the base's own, in the cache."""
+    """The cache of text sampled from the base."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HAT_CACHE", str(folder / "cache"))
         how = {"block_size": 8, "batch_size": 2, "progress": False}

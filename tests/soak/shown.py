@@ -1,4 +1,4 @@
-"""Texts of marks, as everything that makes HTML of a text shows them: no tag and no attribute comes from a text."""
+"""Texts full of markup, shown by everything that turns text into HTML: no tag or attribute comes from a text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Tags(HTMLParser):
 
 
 def shown(count: int) -> Found:
-    """Prompts and titles of marks, as the coloured text, a table of a sweep and a view's status show them."""
+    """Prompts and titles full of markup, shown by the coloured text, a sweep's table and a view's status."""
     found, hat = Found(), adaptive("channel")
     allowed = {"div", "p", "span", "strong", "br", "style", "title", "role", "data-state", "table", "tr", "th", "td"}
     for number in range(count):

@@ -88,7 +88,7 @@ def test_mishaps(name, tmp_path):
     sound(found, 1)
 
 
-@pytest.mark.timeout(method="thread")  # the alarm is its own
+@pytest.mark.timeout(method="thread")  # it uses the alarm itself
 def test_ctrl_c_inside_a_compiled_step(tmp_path):
     faults.ctrl_c(tmp_path, 5)
 
@@ -105,7 +105,7 @@ def test_load():
 
 
 class Here:
-    """In place of a process."""
+    """A stand-in for a process."""
 
     @staticmethod
     def submit(function, *args):
@@ -113,7 +113,7 @@ class Here:
 
 
 def test_a_row_for_each_part_once(tmp_path, monkeypatch, capsys):
-    """What the file has is not measured again."""
+    """What is already in the file is not measured again."""
     monkeypatch.setattr(
         "sys.argv", ["soak", "--only", "result CSVs", "--share", "0.001", "--out", str(tmp_path / "a.csv")]
     )
@@ -124,7 +124,7 @@ def test_a_row_for_each_part_once(tmp_path, monkeypatch, capsys):
     assert command.main() == 0 and capsys.readouterr().out == ""
 
 
-# Defects that were found so, by name
+# Defects found this way, by name
 
 
 def test_decisions_are_forced_on_a_model_without_exits():
@@ -177,7 +177,7 @@ def test_a_figure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_disk_that_is_full_ends_a_training_with_one_error(tmp_path, monkeypatch):
     def full(*args, **options):
-        raise RuntimeError("basic_ios::clear: iostream error")  # torch's words for it
+        raise RuntimeError("basic_ios::clear: iostream error")  # torch's wording
 
     with monkeypatch.context() as patch, pytest.raises(HatError, match="cannot write a checkpoint to .*iostream error"):
         patch.setattr(torch, "save", full)

@@ -1,4 +1,4 @@
-"""Markup of MediaWiki becomes paragraphs of prose, and nothing else."""
+"""MediaWiki markup becomes paragraphs of prose, and nothing else."""
 
 import io
 

@@ -1,5 +1,5 @@
 """What a run trains on: equal shares of whole blocks in one fixed order, never what is held out; and the base's own
-text, from its whole distribution, the same again, and kept through interruptions."""
+text, sampled from its whole distribution, reproducible, and kept through interruptions."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def cached(tmp_path, monkeypatch):
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """The batches that were really sampled, in order."""
+    """The batches that were actually sampled, in order."""
     batches, sample = [], mixture._sample
 
     def noted(base, shape, seed, *rest):
@@ -45,7 +45,7 @@ def sampled(monkeypatch):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """60 documents of 100 bytes, each of its own two letters and digits."""
+    """60 documents of 100 bytes, each with its own two letters and digits."""
     path = tmp_path / "corpus.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"{i:02d}" * 50}) for i in range(60)))
     return path
@@ -89,7 +89,7 @@ def test_the_order_is_fixed_by_the_seed(tiny_base, corpus):
     first, again, other = (list(build(tiny_base, corpus, seed=seed)) for seed in (0, 0, 1))
     assert first == again != other
     key = lambda row: (row["doc"], row["input_ids"])  # noqa: E731
-    assert sorted(map(key, first)) == sorted(map(key, other))  # of a corpus the same blocks, in another order
+    assert sorted(map(key, first)) == sorted(map(key, other))  # the same blocks of a corpus, in another order
     drawn = [set(map(tuple, build(tiny_base, "self", seed=seed)["input_ids"])) for seed in (0, 1)]
     assert not drawn[0] & drawn[1]
 
@@ -99,7 +99,7 @@ def test_blocks_come_from_all_of_the_train_split_and_from_nothing_else(tiny_base
     whole = [tuple(row["input_ids"]) for row in train if len(row["input_ids"]) == 32]
     found = [whole.index(tuple(ids)) for ids in build(tiny_base, corpus)["input_ids"]]
     assert len(found) == 20 and min(found) == 0
-    assert np.diff(sorted(found)).max() <= 2 * len(whole) / 20  # at even distances
+    assert np.diff(sorted(found)).max() <= 2 * len(whole) / 20  # evenly spaced
     with pytest.raises(HatError, match="never trained or calibrated on"):
         build(tiny_base, "docstrings")
 
@@ -123,14 +123,14 @@ def test_blocks_are_full_and_just_enough_in_rows_of_load_text(tiny_base, corpus)
 
 
 def test_tokens_come_from_the_whole_distribution_at_temperature_one(tiny_base):
-    """Only then is the surprise at the sampled tokens, on average, the entropy."""
+    """Only then is the mean surprisal of the sampled tokens equal to the entropy."""
     ids = torch.tensor(text(tiny_base, 4096, block_size=64, batch_size=64)["input_ids"])
     with torch.no_grad():
         log_p = tiny_base.model(ids[:, :-1]).logits.log_softmax(-1)
     surprise = -log_p.gather(-1, ids[:, 1:, None])[..., 0]
     entropy = -(log_p.exp() * log_p).sum(-1)
     excess = surprise - entropy
-    assert entropy.mean() > 2  # far from deterministic, or the mean would say nothing
+    assert entropy.mean() > 2  # far from deterministic, otherwise the mean would say nothing
     assert abs(excess.mean()) < 3 * excess.std() / excess.numel() ** 0.5
     assert len(ids.unique()) == tiny_base.model.config.vocab_size
 
@@ -293,7 +293,7 @@ def test_what_is_drawn_lies_in_the_nucleus(tiny_base, monkeypatch):
         ids = torch.tensor([row["input_ids"]])
         with torch.inference_mode():
             chances, order = tiny_base.model(ids).logits[0].float().softmax(-1).sort(descending=True)
-        before = (chances.cumsum(-1) - chances).gather(-1, order.argsort(-1))  # more probable tokens have so much
+        before = (chances.cumsum(-1) - chances).gather(-1, order.argsort(-1))  # mass of the more probable tokens
         begun = len(tiny_base.tokenizer(beginning).input_ids)
         drawn = before[:-1].gather(-1, ids[0, 1:, None])[begun - 1 :, 0]
         assert (drawn < 0.3 + 1e-5).all() and begun < 60
@@ -301,6 +301,6 @@ def test_what_is_drawn_lies_in_the_nucleus(tiny_base, monkeypatch):
 
 def test_the_nucleus_is_drawn_by_its_own_probabilities(monkeypatch):
     monkeypatch.setattr(mixture, "TOP_P", 0.7)
-    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()[None]  # 0.5 and 0.25 are in, as 0.5 alone is not enough
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()[None]  # 0.5 and 0.25 are included, as 0.5 alone is not enough
     found = [int(mixture._nucleus(logits, torch.tensor([[u]], dtype=torch.float64))) for u in (1e-9, 0.66, 0.67, 1.0)]
     assert found == [1, 1, 3, 3]

@@ -1,4 +1,4 @@
-"""Beginnings of texts: every pattern can be filled, kinds come up alike, the same again from the same numbers."""
+"""Beginnings of texts: every pattern can be filled, kinds are equally frequent, same numbers give same texts."""
 
 import numpy as np
 

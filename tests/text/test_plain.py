@@ -1,4 +1,4 @@
-"""No text acts on a terminal or in a spreadsheet."""
+"""No text is interpreted by a terminal or a spreadsheet."""
 
 import pytest
 from hypothesis import given

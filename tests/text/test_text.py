@@ -1,4 +1,4 @@
-"""Sources become the same rows of tokens, blocks keep to their documents, and bad input takes one line."""
+"""Sources always give the same rows of tokens, blocks do not cross documents, and bad input gives one line."""
 
 import json
 import os
@@ -186,7 +186,7 @@ def test_what_cannot_be_a_file_is_an_unknown_corpus(source):
 
 
 def test_the_whole_of_a_source(tmp_path):
-    """Split "all" is every document once, in the order of the source; so the bytes of the splits add up to its."""
+    """Split "all" is every document once, in source order, so the bytes of the splits add up to its bytes."""
     few, many = tmp_path / "few.txt", tmp_path / "many.jsonl"
     few.write_text("  abc déf" * 50)
     docs = [f"document number {i} of forty" for i in range(40)]

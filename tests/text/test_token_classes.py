@@ -1,4 +1,4 @@
-"""The text of each token adds up to the text of all; each class by examples, and by its place in the order."""
+"""The texts of the tokens add up to the whole text; each class by examples, and by its place in the order."""
 
 import random
 
@@ -11,7 +11,7 @@ from hat_lib.text.token_classes import CLASSES, FUNCTION_WORDS, classes, pieces
 
 
 def spaced_tokenizer():
-    """As Llama's: a space is part of the next token, the first one is dropped, unknown characters become bytes."""
+    """Like Llama's: a space is part of the next token, the first one is dropped, unknown characters become bytes."""
     words = ["▁", "▁the", "▁cat", "s", "é", "."]
     names = ["<unk>", "<s>", *(f"<0x{i:02X}>" for i in range(256)), *words]
     vocabulary = {name: i for i, name in enumerate(names)}
@@ -44,7 +44,7 @@ def test_pieces_of_any_ids_join_to_their_text(make):
     ("texts", "expected"),
     [
         (["In", " the", " end"], ["function word", "function word", "whole word"]),
-        ([" a", " in", "verse"], ["function word", "word start", "word rest"]),  # "in" is no word here
+        ([" a", " in", "verse"], ["function word", "word start", "word rest"]),  # "in" is not a word here
         ([" met", " Ada", " in", " Paris"], ["whole word", "name", "function word", "name"]),
         (["Paris", " fell", ".", " Rome"], ["whole word", "whole word", "punctuation", "whole word"]),
         ([" so", " (", "NASA", ")"], ["function word", "punctuation", "name", "punctuation"]),

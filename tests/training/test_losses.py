@@ -1,4 +1,4 @@
-"""Each loss against a value worked out by hand, its gradient, and what it must not depend on."""
+"""Each loss against a value worked out by hand, with its gradient, and what it must not depend on."""
 
 import math
 
@@ -30,12 +30,12 @@ def close(found, expected, tolerance=1e-6):
 
 def test_divergence_and_distillation_by_hand():
     # Token 1: p = (3/4, 1/4), q = (1/2, 1/2): KL = 3/4 log(3/2) + 1/4 log(1/2) = 0.304099 - 0.173287 = 0.130812.
-    # Token 2, the other way: 1/2 log(2/3) + 1/2 log 2 = 0.143841.
+    # Token 2, the other way round: 1/2 log(2/3) + 1/2 log 2 = 0.143841.
     teacher, student = leaf([[[LOG3, 0.0], [0.0, 0.0]]]), leaf([[[0.0, 0.0], [LOG3, 0.0]]])
     each = divergence(teacher, student)
     close(each.detach(), [[0.130812, 0.143841]])
     close(divergence(teacher[0, 0], student[0, 0]).detach(), 0.130812)
-    for _ in range(2):  # walked twice
+    for _ in range(2):  # backward twice
         each.backward(torch.tensor([[1.0, 10.0]]), retain_graph=True)
     close(student.grad, [[[-0.5, 0.5], [5.0, -5.0]]])
     student.grad = None

@@ -1,4 +1,4 @@
-"""What one step minimises: the same for a sample, whatever stands beside it."""
+"""What one step minimises: the same for a sample, whatever else is in the batch."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from hat_lib.training.run import nominal_thresholds
 from hat_lib.training.trainer import collate
 
 LENGTHS, INDEX = (24, 9, 17), (7, 3, 11)
-# Everything that is drawn at random is on, in both grains.
+# All random draws are on, in both grains.
 RANDOM = {"noise": 1.0, "layer_dropout": 0.5, "exit_tokens": 8}
 
 
@@ -35,7 +35,7 @@ def step(objective, rows, at=8, steps=10):
 
 
 def numbers(out):
-    """The metrics that are means over tokens; the loss itself is not one, because the budget is of the whole batch."""
+    """The metrics that are means over tokens; the loss is not one, because the budget is for the whole batch."""
     return {n: torch.as_tensor(v, dtype=torch.float64) for n, v in out.items() if n not in ("loss", "capacity")}
 
 
@@ -55,11 +55,11 @@ def test_a_row_counts_the_same_alone_in_a_batch_and_padded(grain_and_phase):
     objective, rows = new(grain, phase), samples()
     whole = numbers(step(objective, rows))
     alone = [numbers(step(objective, [row])) for row in rows]
-    # Weights: real tokens, or the sampled ones: at most 8 of those that are not protected.
+    # Weights: the number of real tokens, or of sampled ones: at most 8 that are not protected.
     weights = torch.tensor([n if phase == "routers" else min(8, n - 2) for n in LENGTHS], dtype=torch.float64)
     mean = {name: sum(w * a[name] for w, a in zip(weights, alone, strict=True)) / weights.sum() for name in whole}
     same(whole, mean)
-    # And the order of the rows does not matter, while which sample they are does.
+    # And the order of the rows does not matter, but which samples they are does.
     same(whole, numbers(step(objective, rows[::-1])))
     renamed = numbers(step(objective, [row | {"index": row["index"] + 1} for row in rows]))
     assert abs(float(renamed["kl"] - whole["kl"])) > 1e-4
@@ -71,7 +71,7 @@ def test_a_row_counts_the_same_alone_in_a_batch_and_padded(grain_and_phase):
 
 @pytest.mark.parametrize("lengths", [(2, 1), (1, 1, 1), (1,)])
 def test_a_batch_of_protected_tokens_alone_trains_nothing(grain_and_phase, lengths):
-    """No token may be skipped, none may leave: a loss on the graph, finite, whose gradient is 0."""
+    """No token may be skipped and none may leave: the loss is on the graph, finite, with gradient 0."""
     objective = new(*grain_and_phase, z_weight=0.0, entropy_weight=0.0, layer_dropout=0.0)
     out = step(objective, samples(lengths))
     out["loss"].backward()
@@ -79,11 +79,11 @@ def test_a_batch_of_protected_tokens_alone_trains_nothing(grain_and_phase, lengt
     assert grain_and_phase[1] == "routers" or float(out["loss"].detach()) == 0
     own = [p for n, p in objective.hat.hat_parameters().items() if p.requires_grad]
     assert own and all(p.grad is None or not p.grad.any() for p in own)
-    assert sum(p.grad is not None for p in own) >= len(own) - 2  # token grain: layer 0's router is never asked
+    assert sum(p.grad is not None for p in own) >= len(own) - 2  # token grain: layer 0's router is never used
 
 
-# What is drawn -> the only changes that leave it on, and a number that it moves. Sampled decisions are shares of 22
-# tokens, which two draws may have in common; their gradient is of the noise itself.
+# What is drawn -> the changes that leave only it on, and a number it affects. Sampled decisions are shares of 22
+# tokens, which may be the same for two draws; their gradient depends on the noise itself.
 DRAWN = {
     "noise": ("routers", {"layer_dropout": 0.0}, "kl"),
     "layer dropout": ("routers", {"noise": 0.0}, "kl"),
@@ -134,7 +134,7 @@ def test_each_loss_is_the_sum_of_its_parts():
         decisions = out["wrong"] + 3 * abs(out["exit_rate"] - recipe.sampled_exit_rate(8))
         assert out["loss"] == pytest.approx(out["kl"] + out["gate_loss"] + weight * decisions, rel=1e-5)
         found.append(out["wrong"])
-    assert 0 < found[0] == found[1] <= 1  # the weight changes no draw
+    assert 0 < found[0] == found[1] <= 1  # the weight does not change any draw
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -1,4 +1,4 @@
-"""Hyperparameters: what is sampled depends on (seed, step) alone, schedules begin and end where they should."""
+"""Hyperparameters: samples depend on (seed, step) alone, and schedules begin and end where they should."""
 
 import math
 import random
@@ -39,7 +39,7 @@ def test_what_is_drawn_depends_on_seed_and_step_alone():
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
     assert draws(0, reversed(range(STEPS))) == first
     assert len({rate for _, rate in first}) == STEPS and draws(1, range(STEPS)) != first
-    # Neither of the two says anything about the other.
+    # The two are uncorrelated.
     flat = Recipe(anneal=0.0, capacity=0.55, spread=0.2)
     pairs = [(flat.sampled_capacity(s, STEPS), flat.sampled_exit_rate(s)) for s in range(1000)]
     assert abs(np.corrcoef(np.transpose(pairs))[0, 1]) < 0.1

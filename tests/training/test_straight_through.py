@@ -20,7 +20,7 @@ def sample(logits, forward=1.0, backward=1.0, **kwargs):
 
 
 def gate(x, log_scale, cut, temperature=1.0, **rows):
-    """`channel_gate`; every row counts, none is protected, unless told."""
+    """`channel_gate`; by default every row counts and none is protected."""
     every = torch.ones(len(x), dtype=torch.bool)
     rows = {"threshold_scale": torch.ones(len(x), 1), "protected": ~every, "counted": every} | rows
     return channel_gate(x, log_scale, cut, temperature=temperature, **rows)
@@ -98,11 +98,11 @@ def gate_case(n=600, width=24, seed=0, dtype=torch.float64):
 
 
 def by_autograd(x, cut, temperature, protected, counted, grad, grad_count):
-    """The same outputs and gradients, spelled out on full-size tensors in fp64."""
+    """The same outputs and gradients, computed explicitly on full-size tensors in fp64."""
     x, cut = x.detach().double().requires_grad_(), cut.double()
     log_scale = leaf(torch.zeros(cut.shape[-1]), torch.float64)
     size = x.detach().abs()
-    u = torch.log(size / cut) + log_scale  # x takes part by its size alone, without gradient
+    u = torch.log(size / cut) + log_scale  # only the size of x matters here, without gradient
     hard = (size > cut) | protected[:, None]
     soft = torch.sigmoid(u / temperature) * ~protected[:, None]
     keep = hard + (soft - soft.detach())
@@ -129,7 +129,7 @@ def test_channel_gate_against_autograd(temperature, dtype, tile, scaled, monkeyp
     torch.testing.assert_close(y.double(), expected[0], rtol=0, atol=0)
     assert torch.equal(keep, expected[1]) and torch.equal(count.double(), expected[2])
     torch.testing.assert_close(x.grad.double(), expected[3], rtol=0, atol=0)
-    # Worked out in fp32 even from bfloat16: an error of 1e-6 of the largest, where bfloat16 sums would make 1e-3.
+    # Computed in fp32 even from bfloat16: an error of 1e-6 of the largest, where bfloat16 sums would give 1e-3.
     tolerance = 2e-6 * float(expected[4].abs().max())
     torch.testing.assert_close(log_scale.grad.double(), expected[4], rtol=0, atol=tolerance)
 
@@ -173,7 +173,7 @@ def test_channel_gate_keeps_only_x_and_a_byte_per_element_and_gives_only_the_gra
     gate(x, torch.zeros(24), cut)[0].backward(grad)  # no gradient of log_scale
     torch.testing.assert_close(x.grad, grad * (x.abs() > cut))
     unused, log_scale = leaf(x), leaf(torch.zeros(24))
-    gate(unused, log_scale, cut)[2].sum().backward()  # of the count alone
+    gate(unused, log_scale, cut)[2].sum().backward()  # through the count alone
     assert float(unused.grad.abs().max()) == 0 and float(log_scale.grad.min()) > 0
 
 

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:token grain")
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The folder in which `two_processes.py` ran, and what its two processes said."""
+    """The folder in which `two_processes.py` ran, and what its two processes printed."""
     folder = tmp_path_factory.mktemp("two")
     page(folder)
     tests = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ def two(tmp_path_factory):
 
 @pytest.fixture
 def one_thread():
-    """As torchrun gives its processes, so that sums are split, and rounded, alike."""
+    """One thread, as under torchrun, so that sums are split and rounded the same way."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -41,9 +41,9 @@ def one_thread():
 @pytest.mark.parametrize("grain", GRAINS)
 @pytest.mark.parametrize("phase", PHASES)
 def test_two_processes_have_the_gradients_of_one_that_accumulates_two_batches(two, grain, phase, tmp_path):
-    """Gradients at the same parameters, because what ten steps of Adam make of them says less: it hides a wrong
-    factor, and one decision that rounding turns at a threshold moves every parameter. Here such a decision costs up
-    to a third of one step's gradient; a wrong division costs all of it in every step.
+    """Gradients at the same parameters, because the result of ten Adam steps says less: it hides a wrong factor, and
+    one decision flipped by rounding at a threshold moves every parameter. Here such a decision costs up to a third of
+    one step's gradient; a wrong division costs all of it in every step.
     """
     folder, ended = two
     assert [e["ended"][grain] for e in ended] == [[["routers", 10, ""], ["exit", 10, ""]]] * 2
@@ -51,11 +51,11 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_batches(tw
     one = gradients(folder / grain, phase, tmp_path / "one", accumulate=2)
     errors = relative_errors(both, one)
     assert max(errors) < 0.5 and sorted(errors)[1] < 1e-3, errors
-    assert min(relative_errors(gradients(folder / grain, phase, tmp_path / "alone"), one)) > 0.5  # one batch's
+    assert min(relative_errors(gradients(folder / grain, phase, tmp_path / "alone"), one)) > 0.5  # those of one batch
 
 
 def relative_errors(found, expected):
-    """Of each step, over all parameters: norm of the difference by the norm of what was expected."""
+    """For each step, over all parameters: norm of the difference over the norm of what was expected."""
     flat = [[torch.cat([step[n].flatten() for n in sorted(step)]) for step in steps] for steps in (found, expected)]
     return [float((a - b).norm() / b.norm()) for a, b in zip(*flat, strict=True)]
 

@@ -76,7 +76,7 @@ def test_how_long_it_will_take_is_said_first_and_changes_nothing(grain_and_phase
 
 @pytest.mark.parametrize("ending", ["done", "not finite", "interrupted"])
 def test_capacity_exits_and_decisions_stay_as_they_were(grain_and_phase, ending, tmp_path, monkeypatch):
-    """However a training ends, inside its forward too; the learning rate is 0, so that the parameters stay."""
+    """However training ends, even inside its forward; the learning rate is 0, so that the parameters stay."""
     grain, phase = grain_and_phase
     hat, name = skipping(grain), "distillation" if phase == "routers" else "divergence"
     loss = getattr(losses, name)
@@ -129,7 +129,7 @@ def test_accumulated_gradients_are_the_mean_of_their_batches_whatever_the_step(t
 
 @pytest.fixture
 def terminated(monkeypatch):
-    """Where SIGTERM ends up, in place of the end of this process."""
+    """Where SIGTERM ends up, instead of ending this process."""
     received = []
     before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
     yield received
@@ -138,7 +138,7 @@ def terminated(monkeypatch):
 
 @pytest.mark.parametrize("number, reason", [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "terminate"), (0, "time")])
 def test_a_stop_finishes_the_step_and_saves_it(tmp_path, monkeypatch, terminated, number, reason):
-    """Ctrl-C, SIGTERM, which is then passed on, and a time limit."""
+    """Ctrl-C, SIGTERM (which is then passed on), and a time limit."""
     if number:
         interrupt_at(monkeypatch, ("routers", 3), by=number)
     outcome = run_phase(new_hat("token"), tmp_path, max_minutes=None if number else 1e-9)
@@ -164,9 +164,9 @@ def test_ctrl_c_in_the_last_step_or_while_it_is_saved_is_not_lost(tmp_path, monk
 def test_a_second_ctrl_c_stops_at_once_but_not_a_save():
     stops = trainer._Stops(None)
     stops.receive(signal.SIGINT)
-    stops.receive(signal.SIGINT)  # at once: the same one, as torchrun passes it on
+    stops.receive(signal.SIGINT)  # immediately: the same signal, passed on by torchrun
     stops.since -= 2
-    stops.receive(signal.SIGTERM)  # what follows on it, if anything, is SIGKILL
+    stops.receive(signal.SIGTERM)  # what follows it, if anything, is SIGKILL
     stops.saving = True
     stops.receive(signal.SIGINT)
     stops.saving = False
@@ -218,7 +218,7 @@ def test_a_half_written_checkpoint_is_passed_over(two_checkpoints, tmp_path, fil
     assert sound_checkpoint(work).name == "checkpoint-6"
     path = work / "checkpoint-6" / file
     data = path.read_bytes()
-    if damage == "missing" and file != "rng_state.pth":  # every random number has a key of its own
+    if damage == "missing" and file != "rng_state.pth":  # every random number has its own key
         path.unlink()
     else:
         path.write_bytes({"empty": b"", "cut": data[: len(data) // 2]}.get(damage, bytes(len(data))))
@@ -230,7 +230,7 @@ def test_folders_of_other_names_and_no_folder_at_all(two_checkpoints, tmp_path):
     work = shutil.copytree(two_checkpoints, tmp_path / "work")
     (work / "checkpoint-old").mkdir()
     (work / "checkpoint-12").mkdir()
-    shutil.copytree(work / "checkpoint-6", work / "checkpoint-8")  # it says that it is of step 6
+    shutil.copytree(work / "checkpoint-6", work / "checkpoint-8")  # it says it is step 6
     assert sound_checkpoint(work).name == "checkpoint-6"
 
 
@@ -259,7 +259,7 @@ def foreign_state(folder):
     ],
 )
 def test_stray_files_do_not_stop_a_resumed_phase(tmp_path, stray, left):
-    """A checkpoint with files that Trainer of some other kind would read, or that cannot be read, is left aside."""
+    """A checkpoint with files meant for a different Trainer, or that cannot be read, is skipped."""
     run_phase(new_hat("token"), tmp_path, steps=8, max_minutes=None, save_steps=2)
     work = tmp_path / "work" / "routers"
     shutil.rmtree(work / "checkpoint-8")
@@ -279,7 +279,7 @@ def test_an_optimizer_of_another_run_is_one_clear_error(tmp_path):
         run_phase(new_hat("token"), tmp_path, resume=True)
 
 
-# A number that is not finite
+# A non-finite number
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_an_optimizer_of_another_run_is_one_clear_error(tmp_path):
     ],
 )
 def test_a_nan_stops_with_one_line_that_says_where_and_leaves_a_checkpoint(tmp_path, monkeypatch, where, words):
-    """From step 5 on; the checkpoint of step 4 is sound, and training goes on from it."""
+    """From step 5 on; the checkpoint of step 4 is sound, and training resumes from it."""
     hat, forward = new_hat("token"), Objective.forward
 
     def planted(self, input_ids, attention_mask, index, step, steps):

@@ -1,4 +1,4 @@
-"""log.csv: one row for each logged step, whatever stopped the run in between; and what tensorboard reads."""
+"""log.csv: one row for each logged step, however the run was interrupted; and what tensorboard reads."""
 
 import pytest
 from tiny_runs import GRAINS, interrupt_at, logged_steps, new_hat, recipe, run_phase, table
@@ -25,7 +25,7 @@ def test_columns_and_cells(grain, tmp_path):
         both = {"phase", "step", "steps", "seconds", "loss", "capacity", "kl", *tail}
         assert filled == both | (of_routers if row["phase"] == "routers" else of_exit)
         assert row["steps"] == "6" and float(row["tokens_per_second"]) > 0
-    # A layer's share is its sites' by their work, and the whole share is the layers' mean.
+    # A layer's share is that of its sites weighted by work, and the total share is the mean over layers.
     for row in rows[:6]:
         by_site = sum(float(row[f"share_{s}"]) * work for s, work in zip(sites, hat.site_work, strict=True))
         by_layer = sum(float(row[f"share_{i}"]) for i in range(4)) / 4
@@ -51,7 +51,7 @@ def test_the_estimate_is_the_pace_of_this_session_times_what_is_left(tmp_path, m
     class Args:
         world_size = 2
 
-    clock = iter([100.0, 100.0, 100.0, 108.0, 108.0])  # made, cleared, begun; 8 seconds later a row
+    clock = iter([100.0, 100.0, 100.0, 108.0, 108.0])  # created, cleared, started; a row 8 seconds later
     monkeypatch.setattr("hat_lib.training.log.time.monotonic", lambda: next(clock))
     log = CsvLog(tmp_path / "log.csv", "routers", new_hat("token"))
     log.on_train_begin(Args, State, None)
@@ -68,7 +68,7 @@ def test_the_estimate_is_the_pace_of_this_session_times_what_is_left(tmp_path, m
 def test_a_resumed_run_has_no_step_twice_and_adds_up_its_time(tmp_path, monkeypatch):
     interrupt_at(monkeypatch, ("routers", 3))
     run_phase(new_hat("token"), tmp_path)
-    (events,) = (tmp_path / "work" / "routers").rglob("events.out.tfevents.*")  # there while it trains
+    (events,) = (tmp_path / "work" / "routers").rglob("events.out.tfevents.*")  # written while it trains
     for tag in (b"train/loss", b"train/kl", b"train/share", b"train/grad_norm", b"train/learning_rate"):
         assert tag in events.read_bytes()
     path = tmp_path / "log.csv"
@@ -84,7 +84,7 @@ def test_a_resumed_run_has_no_step_twice_and_adds_up_its_time(tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_a_log_with_other_columns_is_one_clear_error_and_stays(tmp_path, monkeypatch):
-    """Of a resumed phase, and of gates after routers; routers that begin anew begin a new log."""
+    """For a resumed phase, and for gates after routers; routers trained afresh start a new log."""
     path = tmp_path / "log.csv"
     interrupt_at(monkeypatch, ("routers", 3))
     run_phase(new_hat("token"), tmp_path)

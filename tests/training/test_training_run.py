@@ -1,4 +1,4 @@
-"""A run from nothing to a checkpoint, stopped and killed on the way. The command is in test_train_command.py."""
+"""A run from nothing to a checkpoint, stopped and killed on the way. For the command, see test_train_command.py."""
 
 import random
 import shutil
@@ -28,7 +28,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, text):
-    """By grain: the folder of a run of both phases, 10 steps each, that nothing disturbed."""
+    """By grain: the folder of an undisturbed run of both phases, 10 steps each."""
     found = {}
     for grain in GRAINS:
         found[grain] = tmp_path_factory.mktemp("finished") / grain
@@ -41,7 +41,7 @@ def adapter(folder):
 
 
 def same_run(found, expected):
-    """The adapter's bytes, the tables, and every number in the log but the times."""
+    """The adapter's bytes, the tables, and every number in the log except the times."""
 
     def log(folder):
         times = ("seconds", "tokens_per_second", "eta_seconds")
@@ -67,7 +67,7 @@ def test_before_the_first_step_the_model_is_the_base(grain, text, tmp_path, monk
         ids = torch.tensor(blocks["input_ids"][:2])
         with torch.no_grad():
             seen.update(logits=hat.lm(ids).logits, base=tiny_base.model(ids).logits, capacity=hat.trace.capacity)
-            with hat.using(hat.threshold_policy(thresholds(1.0))):  # nominal ones too keep everything
+            with hat.using(hat.threshold_policy(thresholds(1.0))):  # nominal thresholds keep everything, too
                 seen.update(routed=hat.lm(ids).logits, routed_capacity=hat.trace.capacity)
         raise InterruptedError
 
@@ -82,7 +82,7 @@ def test_before_the_first_step_the_model_is_the_base(grain, text, tmp_path, monk
 @pytest.mark.slow
 @pytest.mark.parametrize("grain", GRAINS)
 def test_a_finished_run_and_the_same_again(grain, finished, text, tmp_path, monkeypatch, tiny_base):
-    """The same bytes, whatever the global random state, and the base is left alone."""
+    """The same bytes, whatever the global random state, and an unchanged base."""
     folder = finished[grain]
     assert {path.name for path in folder.iterdir()} == {"hat_config.json", ADAPTER_FILE, "log.csv", "run.json"}
     assert logged_steps(folder) == [(phase, step) for phase in ("routers", "exit") for step in range(1, 11)]
@@ -98,7 +98,7 @@ def test_a_finished_run_and_the_same_again(grain, finished, text, tmp_path, monk
     assert hat.trace.capacity < 1 and hat.trace.exit_rate > 0
     base = load_base("random:tiny", dtype="fp32", device="cpu")
     monkeypatch.setattr(module, "load_base", lambda *args, **options: base)
-    torch.manual_seed(9)  # translators start at random, by the recipe's seed alone
+    torch.manual_seed(9)  # translators are initialised from the recipe's seed alone
     train(tiny_run(grain, text), tmp_path / "again", progress=False)
     same_run(tmp_path / "again", folder)
     assert exact_hash(base.model) == exact_hash(tiny_base.model)
@@ -155,7 +155,7 @@ def test_a_run_that_was_killed_after_its_last_step_takes_no_further_one(finished
 
 @pytest.mark.slow
 def test_kill_9_at_any_point_leaves_a_run_that_goes_on(finished, text, tmp_path):
-    """Killed while it touches a file, most often one of a checkpoint, or at any moment; then once more to the end."""
+    """Killed while it touches a file, usually one of a checkpoint, or at any moment; then run to the end."""
     folder, run = tmp_path / "run", tiny_run("token", text, save_steps=1)
     points, died = random.Random(0), 0
     for attempt in range(9):
@@ -181,7 +181,7 @@ def test_kill_9_at_any_point_leaves_a_run_that_goes_on(finished, text, tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_second_training_in_the_folder_is_refused(finished, text, tmp_path, monkeypatch, resume):
-    """Begun while the first loads its base, before `run.json` is there; or a second ``--resume``."""
+    """Started while the first loads its base, before `run.json` exists; or a second ``--resume``."""
     folder, run = tmp_path / "run", tiny_run("token", text)
     if resume:
         interrupt_at(monkeypatch, ("routers", 5))
@@ -223,7 +223,7 @@ def test_gates_alone_on_trained_routers(finished, text, tmp_path):
     found, before = (read_checkpoint(folder) for folder in (tmp_path / "run", finished["token"]))
     routers = [name for name in found.tensors if name.startswith("routers.")]
     assert all(torch.equal(found.tensors[name], before.tensors[name]) for name in routers)
-    assert adapter(tmp_path / "run") == adapter(finished["token"])  # as if it had gone on by itself
+    assert adapter(tmp_path / "run") == adapter(finished["token"])  # as if it had continued by itself
     assert set(found.training) == set(before.training)
 
 

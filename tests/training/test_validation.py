@@ -1,4 +1,4 @@
-"""The learning curve: measured outside of training, which it does not change; a resumed run goes on with it."""
+"""The learning curve: measured outside training, which it does not change; a resumed run continues it."""
 
 import math
 
@@ -58,7 +58,7 @@ def test_a_resumed_run_goes_on_with_its_curve(tmp_path, monkeypatch):
     run_phase(hat, tmp_path, steps=12, max_minutes=1e-9, validation=blocks)
     assert written == [0, 1], "stopped after its first step, which is saved"
     with (tmp_path / "validation.csv").open("a") as file:
-        file.write("9,576,0.4,0.4,0.5,0.5\n")  # of a step that is lost
+        file.write("9,576,0.4,0.4,0.5,0.5\n")  # from a lost step
     run_phase(hat, tmp_path, steps=12, resume=True, validation=blocks)
     assert written == [0, 1, 4, 8, 12]
     assert [row["step"] for row in curve(tmp_path)] == [s for s in written for _ in CAPACITIES]

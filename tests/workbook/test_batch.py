@@ -1,4 +1,4 @@
-"""Nothing of a batch is lost: workers die in mid-run, calls are broken off, and bad input starts nothing."""
+"""Nothing in a batch is lost when workers die mid-run or calls are interrupted, and bad input starts nothing."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from hat_lib.workbook.notebooks import Result
 
 PARAMETERS = 'capacity: float = 0.75\nexit_rate = 0.0\nseed: int = 0\nname = "x"\nrates = [0.1]\nwhen = None'
 
-# Kills its worker, the kernel's parent process, the first time that it runs with seed 1.
+# Kills its worker, the kernel's parent process, the first time it runs with seed 1.
 KILLS = """
 import os, signal, time
 from pathlib import Path
@@ -117,7 +117,7 @@ def test_names_of_runs_are_distinct_file_names():
 
 
 def stand_in(source, output, figures, parameters, cell_timeout, threads):
-    """Instead of a kernel: what happens is the parameter ``name``."""
+    """Instead of a kernel: the parameter ``name`` says what happens."""
     attempt, name = int(output.stem), parameters["name"]
     slow = output.parent.parent / "name=slow" / output.name
     while name == "kills beside slow" and attempt <= 2 and not slow.exists():
@@ -134,7 +134,7 @@ def stand_in(source, output, figures, parameters, cell_timeout, threads):
 
 
 def without_kernel(task):
-    with patch.object(batch, "run_notebook", stand_in):  # no longer: loky's workers go on to the next test
+    with patch.object(batch, "run_notebook", stand_in):  # and no longer: loky's workers live on into the next test
         return carry_out(task)
 
 
@@ -179,7 +179,7 @@ def test_failed_runs_are_tried_again_and_only_what_is_missing_is_resumed(call, o
     assert (failed.error, failed.output, failed.results) == ("it failed", "unfinished/name=fails/2.ipynb", "{}")
 
     (out / "name=a.ipynb").unlink()
-    shutil.rmtree(out / "unfinished")  # the numbers of attempts go on all the same
+    shutil.rmtree(out / "unfinished")  # attempt numbers continue all the same
     again = call("a", "fails_once", "fails", "b", retries=0)
     assert outcome(again) == {"a": ("ok", 2), "fails": ("failed", 3), "b": ("ok", 1)}
     assert len(read_rows(out / "runs.csv", batch.BatchRow)) == 6 and (out / "name=a.ipynb").exists()
@@ -281,14 +281,14 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(source, out, monkey
 def test_a_run_that_always_kills_its_worker_takes_no_other_with_it(call, monkeypatch):
     monkeypatch.setattr(batch, "carry_out", without_kernel)
     rows = call("kills beside slow", "slow", "a", engine=Local(2), retries=0)
-    # Twice both were broken off, which is nobody's attempt; then each ran alone.
+    # Both were interrupted twice, which counts as nobody's attempt; then each ran alone.
     assert outcome(rows) == {"a": ("ok", 1), "slow": ("ok", 3), "kills beside slow": ("failed", 3)}
     assert [row.error for row in rows if row.status == "failed"] == ["its worker was killed"]
 
 
 @pytest.fixture(scope="module")
 def scheduler(tmp_path_factory):
-    """Address of a Dask scheduler with two worker processes of one thread, all of them real."""
+    """Address of a real Dask scheduler with two real single-threaded worker processes."""
     folder = tmp_path_factory.mktemp("dask")
     found = folder / "scheduler.json"
     shared = ["--no-dashboard", "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(found)]
@@ -320,7 +320,7 @@ def scheduler(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "dask"])
 def test_a_killed_worker_loses_nothing(tmp_path, out, engine, request):
-    """Each run has its notebook and one row, and the one that killed its worker was run again by another."""
+    """Each run has its notebook and one row, and the one that killed its worker was repeated by another worker."""
     options = ("--jobs", 2)
     if engine == "dask":
         options = ("--engine", "dask", "--scheduler", request.getfixturevalue("scheduler"))

@@ -1,7 +1,7 @@
-"""Views in a real browser: JupyterLab runs those of 07 and each answers to pointer and keys; then Notebook 7 and Voila.
+"""Views in a real browser: JupyterLab runs those of 07, each responds to pointer and keys; then Notebook 7 and Voila.
 
-Needs a Chromium on the path (on Debian and Ubuntu: apt install chromium). Pictures of what was seen are kept in
-``$HAT_SCREENSHOTS``, by default a temporary folder of pytest's.
+Needs a Chromium on the path (on Debian and Ubuntu: apt install chromium). Screenshots are kept in
+``$HAT_SCREENSHOTS``, by default one of pytest's temporary folders.
 """
 
 import os
@@ -24,14 +24,14 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.bundled,
-    pytest.mark.timeout(1200),  # a notebook takes half a minute, and ten on a machine with other work
+    pytest.mark.timeout(1200),  # a notebook takes half a minute, or ten on a busy machine
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium on the path: apt install chromium"),
 ]
 
 PATTERNS, VIEWS, AGAIN = "07_routing_patterns.ipynb", "07_views.ipynb", "07_views_again.ipynb"
 KEPT = ("profile: str", "begin(", "from_pretrained", "prompts = ", "infer, prompt", "widgets")
-"""in the cells of the others, which have the views of the first and little else; a kernel belongs to a notebook, so two
-pages need two of them. Notebooks are run whole elsewhere."""
+"""in the cells of the other notebooks, which have the views of the first and little else: a kernel belongs to a
+notebook, so two pages need two of them. Whole notebooks are run elsewhere."""
 ICONS = "https://cdn.jsdelivr.net/npm/@fortawesome"
 
 RUN_ALL = """name => {
@@ -51,7 +51,7 @@ SHUT_DOWN = "window.jupyterapp?.shell.currentWidget?.context?.sessionContext.shu
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a notebook of the views, without outputs: what a page then shows is what ran in it."""
+    """A folder with a notebook of the views, without outputs, so that a page only shows what ran in it."""
     folder = tmp_path_factory.mktemp("jupyter")
     (folder / "notebooks").mkdir()
     nb = nbformat.read(NOTEBOOKS / PATTERNS, as_version=4)
@@ -66,7 +66,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(home):
-    """Of JupyterLab and Notebook 7, to be formatted with the place of a page."""
+    """The address of JupyterLab and Notebook 7, to be formatted with a page's path."""
     with jupyter(home) as address:
         yield address
 
@@ -80,7 +80,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def new_page(pictures):
-    """Opens pages that reach this machine alone: ``page.away`` is what else they asked for."""
+    """Opens pages that can only reach this machine; ``page.away`` lists what else they requested."""
     sync_api.expect.set_options(timeout=120_000)
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--disable-dev-shm-usage"])
@@ -113,7 +113,7 @@ def code_cells(nb):
 
 
 def run_all(page, address, place, name):
-    """Open a notebook in the front end at a place, and run all of its cells."""
+    """Open a notebook in the front end at ``place``, and run all of its cells."""
     page.goto(address.format(f"{place}/{name}"))
     page.wait_for_function("window.jupyterapp")
     page.evaluate(RUN_ALL, name)
@@ -125,13 +125,13 @@ def run_all(page, address, place, name):
 
 
 def view(page, part):
-    """The view, that is the outermost box, that has a part: the map of tokens, the frontier or live text."""
+    """The view (the outermost box) that contains a part: the map of tokens, the frontier or live text."""
     parts = {"map": page.locator(".hat-map"), "frontier": page.locator("img"), "live": page.locator("button")}
     return page.locator(".widget-vbox").filter(has=parts[part])
 
 
 def press(view, slider, key):
-    """Move a slider by a key; its value afterwards."""
+    """Move a slider with a key; returns its value afterwards."""
     moved = view.locator(".widget-slider", has_text=slider)
     moved.locator("[role=slider]").press(key)
     return moved.locator(".widget-readout").text_content()
@@ -144,7 +144,7 @@ def says(view, text):
 
 
 def picked(tokens, token, layer):
-    """Wait until all about a token and a layer stands beside the map."""
+    """Wait until everything about a token and a layer is shown beside the map."""
     panel = tokens.locator(".hat-map-panel")
     sync_api.expect(panel.locator("h4")).to_contain_text(f"token {token}: ")
     sync_api.expect(panel.locator("th").nth(3)).to_have_text(f"layer {layer}")
@@ -154,7 +154,7 @@ def picked(tokens, token, layer):
 
 
 def walk_on_the_map(page, picture):
-    """Point, click and press keys; keys too that a front end might take for itself."""
+    """Point, click and press keys, including those that a front end might take for itself."""
     tokens = view(page, "map")
     says(tokens, "capacity 0.62 requested")
     picked(tokens, 8, 5)  # as the notebook leaves it
@@ -183,7 +183,7 @@ def walk_on_the_map(page, picture):
 
 @pytest.fixture(scope="module")
 def lab(new_page, address):
-    """JupyterLab's page of the views, run from the first cell to the last."""
+    """JupyterLab's page with the views, run from the first cell to the last."""
     with new_page("07_lab") as page:
         run_all(page, address, "lab/tree", VIEWS)
         yield page
@@ -232,13 +232,13 @@ def test_the_frontier_moves_by_keyboard_over_what_was_measured(lab, pictures):
 
 
 def texts(live):
-    """Title -> text of each side."""
+    """Title -> text, for each side."""
     titles = live.locator("p > strong")
     return {t.text_content(): t.locator("xpath=..").text_content().removeprefix(t.text_content()) for t in titles.all()}
 
 
 def grounds(live):
-    """The colours behind the tokens, as they are painted."""
+    """The background colours of the tokens, as painted."""
     spans = live.locator("p:has(strong) span")
     return spans.evaluate_all("spans => spans.map(span => getComputedStyle(span).backgroundColor)")
 
@@ -305,7 +305,7 @@ def test_a_key_held_down_while_it_generates_stays_with_the_slider_and_gives_few_
 
 
 def step_on_the_frontier(page):
-    """By keys that no front end takes for itself: arrows belong to Notebook 7, which takes them before a slider."""
+    """With keys that no front end takes for itself: arrows go to Notebook 7, which takes them before a slider does."""
     frontier, twin = view(page, "frontier"), FrontierView.saved()
     for key, place in (("End", -1), ("Home", 0)):
         label, twin.setting.value = twin.setting.options[place]

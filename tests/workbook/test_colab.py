@@ -26,7 +26,7 @@ def cells(request):
 
 @pytest.fixture
 def fetch(cells, monkeypatch, tmp_path):
-    """Run the cell that fetches, in an empty folder with pip and git stubbed: the commands that it gave."""
+    """Run the fetching cell in an empty folder, with pip and git stubbed; returns the commands it ran."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
 
@@ -61,7 +61,7 @@ def test_on_colab_the_project_is_fetched_once_and_torch_stays(fetch, monkeypatch
     *git, address, folder = clone
     assert git == ["git", "clone", "-q", "--depth", "1"] and folder == "hat-workbook"
     assert urlsplit(address)[:3] == ("https", "github.com", f"/{OWNER_AND_NAME}")
-    # The torch that is there is asked for by its exact version, so pip has no other to choose.
+    # The installed torch is requested by its exact version, so that pip cannot choose another.
     pip = [sys.executable, "-m", "pip", "install", "-q"]
     assert install == [*pip, "-e", "hat-workbook", f"torch=={version('torch')}"]
     assert sys.path == [str(tmp_path / "hat-workbook"), *path]  # an editable install shows only in the next process

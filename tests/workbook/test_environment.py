@@ -1,4 +1,4 @@
-"""What a report of the machine says: what will be slow, in plain sentences."""
+"""What the report on the machine says: what will be slow, in plain sentences."""
 
 import sys
 

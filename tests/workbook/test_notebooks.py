@@ -181,7 +181,7 @@ def test_a_run_takes_parameters_and_sees_errors_that_a_widget_hides(project):
         "from IPython.display import display\nfrom ipywidgets import Output\nout = Output()\ndisplay(out)\n"
         "with out:\n    raise RuntimeError('hidden')"
     )
-    told_to_kernel = "print(len(out.outputs))"  # by a message that may cost the reply of its cell
+    told_to_kernel = "print(len(out.outputs))"  # in a message that may lose the cell's reply
     notebook(project / "notebooks/00_a.ipynb", "print(capacity, steps)", show, told_to_kernel)
     notebook(project / "notebooks/01_b.ipynb", parameters="steps = 3")
     for assignment, told in {
@@ -241,7 +241,7 @@ def test_a_notebook_run_as_jupyter_runs_it_changes_nothing_that_is_committed(tmp
 
 @pytest.fixture
 def dirty():
-    """A notebook as papermill and JupyterLab leave it: timings, widget state, a progress bar."""
+    """A notebook as left by papermill and JupyterLab: timings, widget state, a progress bar."""
     v4 = nbformat.v4
     bar = "  0%|          | 0/8 [00:00<?, ?it/s]\r100%|██████████| 8/8 [00:01<00:00,  6.1it/s]\n"
     view = {"text/plain": "FloatSlider(value=0.75)", WIDGET_VIEW: {"model_id": "abc"}}

@@ -1,4 +1,4 @@
-"""The interactive views without a browser: sliders are set, text and pictures answer, errors are told in place."""
+"""The interactive views without a browser: sliders are set, text and pictures respond, errors are shown in place."""
 
 import json
 import re
@@ -29,7 +29,7 @@ LAYERS = 4
 
 
 def said(view):
-    """State and text of a view's status."""
+    """State and text of a view's status line."""
     (state, body) = re.fullmatch(
         r'<div role="status" data-state="(\w+)"[^>]*>(.*)</div>', view.said.value, re.S
     ).groups()
@@ -101,7 +101,7 @@ def test_a_point_of_the_frontier_is_told_with_its_quality_and_its_time(frontier)
         "quality: perplexity +90.0% (+88.0% to +92.0%) over the base's 20.00 (1,000 tokens of docstrings, a 4-bit "
         "file, dequantised)\n"
         "time: a token is decoded 1.50x as fast as dense, 3.00x as fast as transformers (cpu, bfloat16, 2 threads)\n"
-        "executed by layer: least 40.0% (layer 0), most 40.0% (layer 0)",
+        "executed by layer: least 40.0% (layer 0), most 40.0% (layer 0) (on 64 tokens)",
     )
     frontier.setting.value = (1.0, 0.0)
     assert "quality: perplexity is the base's 20.00" in said(frontier)[1]
@@ -114,7 +114,7 @@ def test_a_point_of_the_frontier_is_told_with_its_quality_and_its_time(frontier)
 def test_only_settings_with_quality_layers_and_time_are_offered(frontier):
     # (0.62, 0) and (0.62, 0.1) were not timed, (0.9, 0) has no quality.
     assert settings(frontier) == [(0.4, 0.0), (0.8, 0.0), (1.0, 0.0), (1.0, 0.1)]
-    for claims in (None, promise_table().assign(granularity="token")):  # no time at all: quality alone
+    for claims in (None, promise_table().assign(granularity="token")):  # no times at all: only quality
         view = FrontierView(points(quality_table()), layers_table(), claims)
         assert settings(view) == [(0.4, 0), (0.62, 0), (0.8, 0), (1.0, 0), (0.62, 0.1), (1.0, 0.1)]
         assert "time" not in said(view)[1]
@@ -122,12 +122,12 @@ def test_only_settings_with_quality_layers_and_time_are_offered(frontier):
     assert settings(FrontierView(points(quality_table()), few)) == [(0.4, 0.0), (1.0, 0.0)]
 
 
-def test_the_base_has_one_perplexity():
+def test_an_increase_is_told_with_the_base_of_its_own_tokens():
     longer = quality_row(0.8, increase=0.02, tokens=5000, base_ppl=19.0)
     view = FrontierView(points(pd.concat([quality_table(), pd.DataFrame([longer])])), layers_table())
-    for setting in settings(view):
+    for setting, base in (((0.4, 0.0), "20.00 (1,000"), ((0.8, 0.0), "19.00 (5,000"), ((1.0, 0.0), "19.00 (5,000")):
         view.setting.value = setting
-        assert "the base's 19.00 (5,000 tokens" in said(view)[1]
+        assert f"the base's {base} tokens of docstrings" in said(view)[1]
 
 
 def test_the_picture_has_one_point_and_the_layers_of_the_setting(frontier):
@@ -139,7 +139,7 @@ def test_the_picture_has_one_point_and_the_layers_of_the_setting(frontier):
     half = low.shape[1] // 2
     for part in (slice(None, half), slice(half, None)):  # the point on the left, the bars on the right
         assert not np.array_equal(low[:, part], high[:, part])
-    assert np.array_equal(pixels(0.4), low)  # nothing of the others is left over
+    assert np.array_equal(pixels(0.4), low)  # nothing is left over from the others
 
 
 def test_twin_shows_every_setting():
@@ -193,7 +193,7 @@ def generate(hat, monkeypatch):
 
 @pytest.fixture
 def seen(generate, monkeypatch):
-    """What the view showed at each call of generate, with the settings of the call."""
+    """What the view showed at each call of generate, with the call's settings."""
     seen, run = [], generate._infer.generate
 
     def watched(*args, **kwargs):
