@@ -121,7 +121,7 @@ def gradients(checkpoint: Path, phase: str, folder: Path, **changes) -> list[dic
 
     trainer.HatTrainer._clip_grad_norm = note
     try:
-        fixed = {"router_lr": 0, "exit_lr": 0, "anneal": 0, "capacity": 0.55, "spread": 0.1}
+        fixed = {"router_lr": 0, "exit_lr": 0, "split_lr": 1e-12, "anneal": 0, "capacity": 0.55, "spread": 0.1}
         run_phase(hat, folder, phase, steps=4, **fixed | changes)
     finally:
         trainer.HatTrainer._clip_grad_norm = clip

@@ -3,8 +3,9 @@
 Every run starts from the same thresholds, trains for a few steps from the same seed, and is measured at several
 capacities of the layers, with the head in full, on text it was not trained on: other addresses, news, and docstrings.
 Training, and thresholds from another text, change how much a capacity executes, so runs are compared at the work of the
-first (`at_equal_work`). Untrained runs differ in the text their thresholds come from. Short runs rank what acts
-quickly; the learning curve of a long one is beside its checkpoint, in ``validation.csv``.
+first (`at_equal_work`). The split of the budget stays as calibrated. Untrained runs differ in the text their thresholds
+come from. Short runs rank what acts quickly; the learning curve of a long one is beside its checkpoint, in
+``validation.csv``.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def _started(base: Base, change: Change, starts: dict) -> HierarchicalTransforme
 
 def _train(hat: HierarchicalTransformer, change: Change, steps: int) -> None:
     drawn = {} if change.alone is None else {"capacity": change.alone, "spread": 0.0}
-    recipe = Recipe.channel("full", router_epochs=1, log_steps=steps, save_steps=steps, **drawn)
+    recipe = Recipe.channel("full", split_lr=0.0, router_epochs=1, log_steps=steps, save_steps=steps, **drawn)
     tokens = steps * recipe.batch_size * recipe.block_size
     plain = load_base(hat.base.name, dtype=hat.base.dtype)
     blocks = training_text(plain, change.trained_on, tokens, block_size=recipe.block_size, progress=False)

@@ -13,8 +13,6 @@ All randomness is a function of (seed, step, sample): two processes, or a resume
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -23,20 +21,23 @@ from hat_lib.model.policies import Gated, KeepAll, token_threshold_scale
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.training import losses
+from hat_lib.training.budget_split import BudgetSplit, Thresholds
 from hat_lib.training.recipe import Recipe
 from hat_lib.training.straight_through import channel_gate, decoupled_gumbel_softmax, seeded, straight_through
-
-Thresholds = Callable[[float], dict[tuple[int, str], float]]
 
 
 class Relaxed:
     """The training policy: hard decisions with a soft gradient, at score thresholds by (layer, site).
 
-    ``keys`` seed the noise, one tuple of integers per sequence. Adds up the share of the work that was kept.
+    ``keys`` seed the noise, one tuple of integers per sequence. ``offsets [L, S]``, channel grain, are added to the
+    log-scores of a site. Adds up the share of the work that was kept.
     """
 
-    def __init__(self, hat: HierarchicalTransformer, thresholds: dict, keys: list[tuple[int, ...]], recipe: Recipe):
-        self.hat, self.thresholds, self.keys = hat, thresholds, keys
+    def __init__(
+        self, hat: HierarchicalTransformer, thresholds: dict, keys: list[tuple[int, ...]], recipe: Recipe,
+        offsets: Tensor | None = None,
+    ):  # fmt: skip
+        self.hat, self.thresholds, self.keys, self.offsets = hat, thresholds, keys, offsets
         self.temperature, self.noise = recipe.temperature, recipe.noise
         self.work = dict(zip(hat.grain.sites, hat.site_work, strict=True))
         # No decision is taken for layer 0's FFN: it always runs.
@@ -48,6 +49,7 @@ class Relaxed:
 
     def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: TokenState):
         router, threshold = self.hat.routers[f"{layer}_{site}"], self.thresholds[layer, site]
+        place = layer, list(self.work).index(site)
         real, protected = state.real.view(-1), state.protected.view(-1)
         if site == "ffn":
             logit = router.score(x)
@@ -55,19 +57,21 @@ class Relaxed:
             logit = logit - threshold
         else:
             scale = token_threshold_scale(self.hat.routers, layer, site, x.detach(), state)
+            offset = 0.0 if self.offsets is None else self.offsets[place]
             if not self.noise:
                 how = {"threshold_scale": scale, "temperature": self.temperature, "protected": protected}
-                cut = router.cut(threshold).detach()
-                gated, keep, count = channel_gate(x, router.log_scale, cut, counted=real, **how)
+                log_scale = router.log_scale + offset
+                cut = (threshold / (router.column_norm * log_scale.exp())).detach()
+                gated, keep, count = channel_gate(x, log_scale, cut, counted=real, **how)
                 self._add(site, count.sum() / (real.sum() * x.shape[1]))
                 return Gated(gated, keep)
-            logit = router.score(x, scale).clamp(min=1e-12).log() - np.log(max(threshold, 1e-12))
+            logit = router.score(x, scale).clamp(min=1e-12).log() + offset - np.log(max(threshold, 1e-12))
             protected = protected[:, None]
         # Drawn sequence by sequence, so that a sequence's batch neighbours do not change its noise.
-        place = layer * len(self.work) + list(self.work).index(site)
+        number = place[0] * len(self.work) + place[1]
         drawn = [
             straight_through(
-                part, temperature=self.temperature, noise=self.noise, generator=seeded(x.device, *key, place)
+                part, temperature=self.temperature, noise=self.noise, generator=seeded(x.device, *key, number)
             )
             for part, key in zip(logit.chunk(len(self.keys)), self.keys, strict=True)
         ]
@@ -83,14 +87,17 @@ class Objective(nn.Module):
     """``forward(input_ids, attention_mask, index, step, steps) -> {"loss": ..., metrics}``.
 
     Args:
-        hat: the model; from here on, only the phase's own parameters require a gradient.
+        hat: the model; from here on, only the phase's own parameters require a gradient. Routers of the channel grain
+            train with the split of their budget, ``split``, unless the recipe's ``split_lr`` is 0.
         phase: "routers" or "exit".
         thresholds: capacity -> score thresholds: nominal ones in "routers", those in use in "exit".
     """
 
     def __init__(self, hat: HierarchicalTransformer, recipe: Recipe, phase: str, thresholds: Thresholds):
         super().__init__()
-        self.hat, self.recipe, self.phase, self.thresholds = hat, recipe, phase, thresholds
+        self.hat, self.recipe, self.phase, self.nominal = hat, recipe, phase, thresholds
+        learned = phase == "routers" and hat.config.granularity == "channel" and recipe.split_lr > 0
+        self.split = BudgetSplit(hat.config.n_layers, hat.grain.sites).to(hat.base.device) if learned else None
         for name, router in hat.routers.items():
             router.requires_grad_(phase == "routers" and not name.endswith("_token"))
         hat.corrections.requires_grad_(phase == "routers")
@@ -111,12 +118,17 @@ class Objective(nn.Module):
             run = self._routers if self.phase == "routers" else self._exits
             return {"capacity": capacity} | run(batch, teacher, capacity, keys, step, steps)
 
+    @property
+    def thresholds(self) -> Thresholds:
+        """Those given, moved by the learned split."""
+        return self.split.on(self.nominal) if self.split else self.nominal
+
     def _hidden(self, batch: dict, **kwargs):
         return self.hat.lm.model(**batch, use_cache=False, **kwargs)
 
     def _routers(self, batch, teacher, capacity, keys, step, steps) -> dict:
         hat, recipe, head = self.hat, self.recipe, self.hat.lm.lm_head
-        policy = Relaxed(hat, self.thresholds(capacity), keys, recipe)
+        policy = Relaxed(hat, self.nominal(capacity), keys, recipe, self.split and self.split.at(capacity))
         corrected, dropped = hat.correction_strength(capacity), self._dropped(keys, step, steps)
         with hat.masked(), hat.using(policy), hat.correcting(corrected), hat.dropping(dropped):
             student = self._hidden(batch).last_hidden_state
@@ -152,7 +164,7 @@ class Objective(nn.Module):
 
     def _exits(self, batch, teacher, capacity, keys, step, steps) -> dict:
         hat, recipe, head, norm = self.hat, self.recipe, self.hat.lm.lm_head, self.hat.lm.model.norm
-        policy = hat.threshold_policy(self.thresholds(capacity)) if capacity < 1 else KeepAll()
+        policy = hat.threshold_policy(self.nominal(capacity)) if capacity < 1 else KeepAll()
         with torch.no_grad(), hat.using(policy), hat.correcting(hat.correction_strength(capacity)):
             hidden = self._hidden(batch, output_hidden_states=True)
         candidates = batch["attention_mask"].bool() & ~hat.trace.protected

@@ -26,8 +26,8 @@ TOKEN = {
 # matter.
 CHANNEL = {
     "text": "addresses+openings", "tokens": 196_608, "batch_size": 2, "router_epochs": 1.3, "router_lr": 3e-3,
-    "correction_lr": 1.5e-3, "exit_epochs": 0.65, "exit_lr": 2e-3, "capacity": 0.55, "spread": 0.2, "anneal": 0.0,
-    "temperature": 0.5, "noise": 0.0, "z_weight": 0.0, "entropy_weight": 0.0, "decision_weight": 0.0,
+    "correction_lr": 1.5e-3, "split_lr": 3e-2, "exit_epochs": 0.65, "exit_lr": 2e-3, "capacity": 0.55, "spread": 0.2,
+    "anneal": 0.0, "temperature": 0.5, "noise": 0.0, "z_weight": 0.0, "entropy_weight": 0.0, "decision_weight": 0.0,
     "layer_dropout": 0.0,
 }  # fmt: skip
 PROFILES = {
@@ -59,6 +59,9 @@ class Recipe:
     router_lr: float = 1e-3
     correction_lr: float = 1e-3
     """of the corrections, which train together with the routers"""
+    split_lr: float = 0.0
+    """of the split of the budget over layers and sites (channel grain), which trains together with the routers; 0
+    leaves it as calibrated"""
     exit_epochs: float = 2
     exit_lr: float = 5e-4
     capacity: float = 0.55

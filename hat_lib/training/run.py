@@ -182,7 +182,9 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
         if main:
             text = f"{recipe.text}, train and validation splits, SHA-256 {text_hash(held)[:16]}"
             if phase == "routers":
-                calibrate_learned(hat, held["input_ids"], nominal, nominal_head, text=text, progress=progress)
+                calibrate_learned(
+                    hat, held["input_ids"], outcome.thresholds, nominal_head, text=text, progress=progress
+                )
             else:
                 _, agreement = calibrate_exits(hat, held["input_ids"], progress=progress)
                 summary["exit_agreement"] = [[round(a, 4) for a in row] for row in agreement]
@@ -276,9 +278,9 @@ def start_from(
 
 
 def nominal_thresholds(hat: HierarchicalTransformer) -> Split:
-    """Capacity -> the thresholds that routers are trained at, before any calibration of what they learn.
+    """Capacity -> the thresholds that training of the routers starts from, before any calibration of what they learn.
 
-    Channel grain: those of the untrained calibration, which the learned scales then shift. Token grain:
+    Channel grain: those of the untrained calibration, which the learned scales and split then shift. Token grain:
     ``log((1-c)/c)`` everywhere; with logistic noise a score of 0 is kept with probability c.
     """
     if hat.config.granularity == "channel":

@@ -18,11 +18,13 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -33,21 +35,26 @@ from hat_lib.backbone.base import first_line
 from hat_lib.config import HatError
 from hat_lib.model.checkpoint import read_checkpoint
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.training.budget_split import FILE as SPLIT_FILE
+from hat_lib.training.budget_split import Thresholds
 from hat_lib.training.log import Bar, CsvLog
-from hat_lib.training.objective import Objective, Thresholds
+from hat_lib.training.objective import Objective
 from hat_lib.training.recipe import Recipe
 from hat_lib.training.validation import Validation
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a phase ended; ``stopped`` is "time", "interrupt", "terminate", or empty if it ran to the end."""
+    """How a phase ended."""
 
     phase: str
     step: int
     steps: int
     seconds: float
     stopped: str = ""
+    """"time", "interrupt", "terminate", or empty if it ran to the end"""
+    thresholds: Thresholds | None = field(default=None, repr=False)
+    """those that the routers were trained at in the end, their learned split included"""
 
     @property
     def done(self) -> bool:
@@ -72,10 +79,12 @@ class HatTrainer(Trainer):
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-            corrections = [p for n, p in trained.items() if "corrections." in n]
-            others = [p for n, p in trained.items() if "corrections." not in n]
-            rates = (others, options["lr"]), (corrections, self.model.recipe.correction_lr)
-            self.optimizer = kind([{"params": ps, "lr": rate} for ps, rate in rates if ps], **options)
+            recipe, rates = self.model.recipe, {}
+            for name, parameter in trained.items():
+                own = {"split": recipe.split_lr, "corrections": recipe.correction_lr}
+                part = name.removeprefix("hat.").split(".")[0]
+                rates.setdefault(own.get(part, options["lr"]), []).append(parameter)
+            self.optimizer = kind([{"params": ps, "lr": rate} for rate, ps in rates.items()], **options)
         return super().create_optimizer(model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -106,17 +115,20 @@ class HatTrainer(Trainer):
         self.stops.saving = True
         try:
             super()._save_checkpoint(model, trial)
-        except RuntimeError as error:  # which is how torch reports a full disk
+        except (RuntimeError, SafetensorError) as error:  # which is how a full disk is reported
             raise HatError(f"cannot write a checkpoint to {self.args.output_dir}: {first_line(error)}") from error
         finally:
             self.stops.saving = False
 
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save:  # this is called in every process
-            self.model.hat.save_pretrained(output_dir or self.args.output_dir)
+            folder = Path(output_dir or self.args.output_dir)
+            self.model.hat.save_pretrained(folder)
+            if self.model.split:
+                save_file(self.model.split.state_dict(), folder / SPLIT_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self.model.hat.load_adapter(read_checkpoint(resume_from_checkpoint), resume_from_checkpoint)
+        _load(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         try:
@@ -207,11 +219,13 @@ def train_phase(
     """
     work = folder / "work" / phase
     last = sound_checkpoint(work) if resume else None
+    objective = Objective(hat, recipe, phase, thresholds)
     if last:
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))
         if state.global_step >= state.max_steps:  # it stopped after its last step; Trainer would take one more
-            hat.load_adapter(read_checkpoint(last), last)
-            return Outcome(phase, state.global_step, state.max_steps, 0.0)
+            _load(objective, last)
+            end_training(hat)
+            return Outcome(phase, state.global_step, state.max_steps, 0.0, thresholds=objective.thresholds)
     own, device = "router" if phase == "routers" else "exit", hat.base.device.type
     args = TrainingArguments(
         output_dir=str(work),
@@ -247,7 +261,7 @@ def train_phase(
     stops, start = _Stops(max_minutes), time.monotonic()
     if validation is not None and phase == "routers":
         step_tokens = recipe.batch_size * recipe.accumulate * args.world_size * recipe.block_size
-        curve = Validation(folder / "validation.csv", hat, validation, thresholds, step_tokens)
+        curve = Validation(folder / "validation.csv", hat, validation, objective.thresholds, step_tokens)
         callbacks = [*callbacks, curve]
     if last and args.should_save:  # newer ones are half-written, and would count as newest when old ones are deleted
         for newer in sort_checkpoints(str(work)):
@@ -255,7 +269,7 @@ def train_phase(
                 shutil.rmtree(newer)
     try:
         trainer = HatTrainer(
-            model=Objective(hat, recipe, phase, thresholds),
+            model=objective,
             args=args,
             train_dataset=blocks,
             data_collator=collate,
@@ -270,7 +284,8 @@ def train_phase(
     finally:
         end_training(hat)
     state = trainer.state
-    return Outcome(phase, state.global_step, state.max_steps, time.monotonic() - start, stops.reason)
+    seconds = time.monotonic() - start
+    return Outcome(phase, state.global_step, state.max_steps, seconds, stops.reason, objective.thresholds)
 
 
 def say_how_long(trainer: HatTrainer, phase: str) -> None:
@@ -289,6 +304,16 @@ def say_how_long(trainer: HatTrainer, phase: str) -> None:
         seconds.append(time.perf_counter() - start)
     each = seconds[-1] * args.gradient_accumulation_steps
     print(f"{phase}: {steps} steps of about {each:.2g} s, about {steps * each / 60:.0f} minutes", file=sys.stderr)
+
+
+def _load(objective: Objective, state: Path) -> None:
+    """The parameters of a training state."""
+    objective.hat.load_adapter(read_checkpoint(state), state)
+    if objective.split:
+        try:
+            objective.split.load_state_dict(load_file(state / SPLIT_FILE))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise HatError(f"{state} is not of this run: no split of its budget ({first_line(error)})") from error
 
 
 def end_training(hat: HierarchicalTransformer) -> None:
@@ -315,12 +340,15 @@ def sound_checkpoint(work: str | Path) -> Path | None:
         try:
             state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
             read_checkpoint(folder)
+            for file in folder.glob(SPLIT_FILE):
+                load_file(file)
             with safe_globals():  # numpy's random state
                 for file in {folder / "optimizer.pt", folder / "scheduler.pt", *folder.glob("*.pth")}:
                     torch.load(file, weights_only=True, map_location="cpu")
             if state.global_step == _step(folder):
                 return folder
-        except (HatError, OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError):
+        except (HatError, OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError,
+                SafetensorError):  # fmt: skip
             continue
     return None
 

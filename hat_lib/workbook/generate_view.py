@@ -22,7 +22,7 @@ from hat_lib.workbook.view import LET_GO, LOOK, View, exit_slider
 
 DENSE = {"capacity": 1.0, "exit_rate": 0.0}
 SCALE = {
-    "meaning": "framed: first token that differs from the dense text; colour: share of the dense work",
+    "meaning": "framed: first token unlike dense; share of the dense work:",
     "low": 0.4,
     "high": 1.0,
 }

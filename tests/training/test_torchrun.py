@@ -51,7 +51,7 @@ def test_two_processes_have_the_gradients_of_one_that_accumulates_two_batches(tw
     one = gradients(folder / grain, phase, tmp_path / "one", accumulate=2)
     errors = relative_errors(both, one)
     assert max(errors) < 0.5 and sorted(errors)[1] < 1e-3, errors
-    assert min(relative_errors(gradients(folder / grain, phase, tmp_path / "alone"), one)) > 0.5  # those of one batch
+    assert min(relative_errors(gradients(folder / grain, phase, tmp_path / "alone"), one)) > 0.1  # those of one batch
 
 
 def relative_errors(found, expected):

@@ -1,0 +1,127 @@
+"""The learned split of a budget: an offset per site at knots of capacity, folded into thresholds."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import new_hat, page, random_blocks, recipe, run_phase, tiny_run
+
+from hat_lib.config import HatError
+from hat_lib.model.checkpoint import read_checkpoint
+from hat_lib.training.budget_split import FILE, KNOTS, UNTIL, BudgetSplit
+from hat_lib.training.objective import Objective
+from hat_lib.training.run import nominal_thresholds, train
+from hat_lib.training.trainer import collate, sound_checkpoint
+
+
+def split():
+    found = BudgetSplit(2, ("a", "b"))
+    with torch.no_grad():
+        found.offsets.copy_(torch.arange(12.0).view(3, 2, 2) / 10)
+    return found
+
+
+def test_offsets_go_by_straight_lines_between_knots_and_end():
+    found = split()
+    for knot, offsets in zip(KNOTS, found.offsets, strict=True):
+        assert torch.allclose(found.at(knot), offsets)
+    assert torch.allclose(found.at((KNOTS[0] + KNOTS[1]) / 2), found.offsets[:2].mean(0))
+    assert torch.allclose(found.at((KNOTS[-1] + UNTIL) / 2), found.offsets[-1] / 2)
+    assert torch.equal(found.at(0.1), found.at(KNOTS[0])) and not found.at(UNTIL).any() and not found.at(1.0).any()
+
+
+def test_thresholds_move_by_the_offsets_and_untrained_ones_do_not():
+    nominal = {(i, s): 1.0 + i for i in range(2) for s in "ab"}
+    assert BudgetSplit(2, ("a", "b")).on(lambda c: nominal)(0.4) == nominal
+    moved = split().on(lambda c: nominal)(KNOTS[1])
+    assert moved[1, "a"] == pytest.approx(2 * math.exp(-0.6))
+    assert split().on(lambda c: nominal)(1.0) == nominal
+
+
+def test_a_step_decides_at_the_moved_thresholds():
+    """The training pass with offsets keeps what the method keeps at the thresholds they give."""
+    hat = new_hat("channel")
+    objective = Objective(hat, recipe("channel", capacity=0.5, spread=0.0), "routers", nominal_thresholds(hat))
+    with torch.no_grad():
+        objective.split.offsets.normal_(0, 0.3, generator=torch.Generator().manual_seed(3))
+    batch = collate([{"input_ids": ids, "index": i} for i, ids in enumerate(random_blocks(2, 24))])
+    out = objective.eval()(**batch, step=0, steps=1)
+    shares = {}
+    for name, thresholds in (("moved", objective.thresholds), ("nominal", objective.nominal)):
+        with torch.no_grad(), hat.dense(), hat.using(hat.threshold_policy(thresholds(0.5))):
+            hat.lm(batch["input_ids"], use_cache=False)
+        shares[name] = hat.trace.capacity
+    assert float(out["share"]) == pytest.approx(float(shares["moved"]), abs=1e-4)
+    assert abs(shares["moved"] - shares["nominal"]) > 0.005
+
+
+@pytest.mark.parametrize("changes", [{"split_lr": 0.0}, {}])
+def test_it_trains_unless_its_rate_is_zero(changes, tmp_path):
+    hat = new_hat("channel")
+    nominal = nominal_thresholds(hat)(0.5)
+    outcome = run_phase(hat, tmp_path, **changes)
+    moved = outcome.thresholds(0.5) != nominal
+    assert moved == (not changes) == bool(list(tmp_path.rglob(FILE)))
+    assert outcome.thresholds(1.0) == nominal_thresholds(hat)(1.0)
+
+
+def test_the_token_grain_and_gates_have_none():
+    for grain, phase in (("token", "routers"), ("token", "exit"), ("channel", "exit")):
+        hat = new_hat(grain)
+        how = recipe(grain, split_lr=0.1)
+        assert Objective(hat, how, phase, nominal_thresholds(hat)).split is None
+
+
+def test_a_resumed_phase_ends_with_the_same_split(tmp_path):
+    whole = run_phase(new_hat("channel"), tmp_path / "whole", steps=8)
+    run_phase(new_hat("channel"), tmp_path / "parts", steps=8, max_minutes=1e-9)
+    again = run_phase(new_hat("channel"), tmp_path / "parts", steps=8, resume=True)
+    assert again.thresholds(0.5) == whole.thresholds(0.5)
+    ended = run_phase(new_hat("channel"), tmp_path / "parts", steps=8, resume=True)  # nothing is left to train
+    assert ended.seconds == 0 and ended.thresholds(0.5) == whole.thresholds(0.5)
+
+
+def test_a_state_without_its_split_is_refused_and_a_damaged_one_passed_over(tmp_path):
+    run_phase(new_hat("channel"), tmp_path, steps=8)
+    last = sound_checkpoint(tmp_path / "work" / "routers")
+    (last / FILE).write_bytes((last / FILE).read_bytes()[:30])
+    assert sound_checkpoint(tmp_path / "work" / "routers") != last
+    (last / FILE).unlink()
+    with pytest.raises(HatError, match="is not of this run: no split of its budget"):
+        run_phase(new_hat("channel"), tmp_path, steps=8, resume=True)
+
+
+@pytest.mark.slow
+def test_a_run_s_table_has_the_learned_split(tmp_path):
+    text = page(tmp_path)
+    tables = {}
+    for name, rate in (("with", 0.1), ("without", 0.0)):
+        train(tiny_run("channel", text, "routers", split_lr=rate), tmp_path / name, progress=False)
+        tables[name] = read_checkpoint(tmp_path / name)
+    assert tables["with"].tensors.keys() == tables["without"].tensors.keys(), "it is no part of a checkpoint"
+    assert tables["with"].calibration.thresholds != tables["without"].calibration.thresholds
+    assert not (tmp_path / "with" / "work").exists()
+
+
+def test_it_learns_where_the_work_matters():
+    """Two sites of one layer: an offset per site moves work to the one whose loss hurts."""
+    hat, made = new_hat("channel"), []
+    how = recipe("channel", split_lr=0.2, router_lr=0.0, budget_weight=1.0, capacity=0.5, spread=0.0, save_steps=100)
+    objective = Objective(hat, how, "routers", nominal_thresholds(hat))
+    batch = collate([{"input_ids": ids, "index": i} for i, ids in enumerate(random_blocks(4, 32))])
+    optimizer = torch.optim.Adam([objective.split.offsets], lr=0.05)
+    for step in range(30):
+        out = objective(**batch, step=step, steps=30)
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+        made.append((float(out["kl"]), float(out["share"])))
+    first, last = made[0], made[-1]
+    assert last[0] / first[0] < 1 - 0.5 * abs(last[1] - first[1]), made
+
+
+def test_files_hold_the_offsets_alone(tmp_path):
+    run_phase(new_hat("channel"), tmp_path, steps=4)
+    (file,) = tmp_path.rglob(FILE)
+    assert {name: tuple(t.shape) for name, t in load_file(file).items()} == {"offsets": (3, 4, 4)}
