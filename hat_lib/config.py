@@ -43,10 +43,17 @@ def outside_repository(message: str) -> bool:
 
 
 def cache_dir() -> Path:
-    """Where downloads and dequantised weights are kept: ``$HAT_CACHE``, else the user cache folder."""
-    if "HAT_CACHE" in os.environ:
-        return Path(os.environ["HAT_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hat_lib"
+    """Where downloads and dequantised weights are kept: ``$HAT_CACHE``, else the user cache folder.
+
+    An empty variable counts as unset. Raises `HatError` for a relative ``$HAT_CACHE``: each kernel and process has a
+    working directory of its own, and would fill another folder.
+    """
+    if own := os.environ.get("HAT_CACHE"):
+        folder = Path(own).expanduser()
+        if not folder.is_absolute():
+            raise HatError(f"HAT_CACHE must be an absolute path, got {own!r}")
+        return folder
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hat_lib"
 
 
 def lock(file, taken: str) -> None:

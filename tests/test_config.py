@@ -94,6 +94,12 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "hat_lib"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path.home() / ".cache" / "hat_lib"
+    monkeypatch.setenv("HAT_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_dir() == Path.home() / ".cache" / "hat_lib", "empty is unset, and not the working directory"
+    monkeypatch.setenv("HAT_CACHE", "cache")
+    with pytest.raises(HatError, match="HAT_CACHE must be an absolute path, got 'cache'"):
+        cache_dir()
 
 
 @pytest.mark.parametrize("value", [0, 6, 2.0, True, "3", None])

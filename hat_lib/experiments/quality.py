@@ -37,7 +37,7 @@ MINUTES = 60
 VARIANTS = ("trained", "untrained", *CONTROLS, "random_exits")
 DRAWN = ("random", "removal", "static", "random_exits")
 """variants with something drawn at random, which differ from seed to seed"""
-NOT_APART = ("token", "static")
+SAME_AS_REMOVAL = ("token", "static")
 """at the token grain the static choice is the removal of whole layers, which has its own rows"""
 # A control is tuned on this many tokens of the text, in evenly spaced blocks.
 MATCH_TOKENS = 1024
@@ -93,7 +93,7 @@ def plan(granularity: str) -> list[Point]:
         for capacities, rate, variants in grid
         for capacity in capacities
         for variant in variants
-        if (granularity, variant) != NOT_APART
+        if (granularity, variant) != SAME_AS_REMOVAL
     ]
 
 
@@ -110,8 +110,8 @@ def grid(
     """The points of a sweep, for one grain: by text, then capacity, then exit rate, the trained model first.
 
     Controls for routers accompany the rows without exits, `random_exits` those with exits. At capacity 1.0 without
-    exits there is nothing to control; variants without random draws are run only with the first seed, and `NOT_APART`
-    not at all. Raises `HatError` for an empty axis, or a value that is out of range or given twice.
+    exits there is nothing to control; variants without random draws are run only with the first seed, and
+    `SAME_AS_REMOVAL` not at all. Raises `HatError` for an empty axis, or a value that is out of range or given twice.
     """
     axes = {"capacity": [check_capacity(c) for c in capacities], "exit rate": [check_exit_rate(r) for r in exit_rates],
             "seed": list(seeds), "text": list(texts), "variant": list(variants)}  # fmt: skip
@@ -124,7 +124,7 @@ def grid(
         raise HatError(f"variants must be among {', '.join(VARIANTS)}, got {odd[0]!r}")
 
     def stands(capacity: float, rate: float, variant: str, seed: int) -> bool:
-        if (granularity, variant) == NOT_APART or (variant not in DRAWN and seed != seeds[0]):
+        if (granularity, variant) == SAME_AS_REMOVAL or (variant not in DRAWN and seed != seeds[0]):
             return False
         if variant == "random_exits":
             return rate > 0
