@@ -1,7 +1,10 @@
 """One dataclass defines what a HAT is, and refuses what it cannot be, in one line that names it."""
 
+import errno
+import fcntl
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from hat_lib.config import (
     check_capacity,
     check_count,
     check_exit_rate,
+    lock,
     scaled_exits,
 )
 
@@ -100,6 +104,21 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HAT_CACHE", "cache")
     with pytest.raises(HatError, match="HAT_CACHE must be an absolute path, got 'cache'"):
         cache_dir()
+
+
+def test_a_lock_is_held_once_and_a_file_system_without_locks_is_named(monkeypatch, tmp_path):
+    path = tmp_path / "rows.lock"
+    with path.open("a") as first, path.open("a") as second:
+        lock(first, "taken")
+        with pytest.raises(HatError, match="^taken$"):
+            lock(second, "taken")
+
+        def refuse(*_):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        with pytest.raises(HatError, match=f"cannot lock {path}: {os.strerror(errno.ENOLCK)}"):
+            lock(second, "taken")
 
 
 @pytest.mark.parametrize("value", [0, 6, 2.0, True, "3", None])

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import nbformat
 import pytest
@@ -19,7 +20,7 @@ from hat_lib.cli.app import app
 from hat_lib.config import NOTEBOOKS, REPO, HatError
 from hat_lib.experiments.rows import read_rows
 from hat_lib.workbook import batch
-from hat_lib.workbook.batch import Dask, Local, carry_out, find_notebook, latest_rows, parse_grid, run_name
+from hat_lib.workbook.batch import Dask, Local, Task, carry_out, find_notebook, latest_rows, parse_grid, run_name
 from hat_lib.workbook.notebooks import Result
 
 PARAMETERS = 'capacity: float = 0.75\nexit_rate = 0.0\nseed: int = 0\nname = "x"\nrates = [0.1]\nwhen = None'
@@ -354,6 +355,34 @@ def test_what_dask_gives_up_is_handed_in_again_until_its_attempts_are_used_up(ca
         engine._client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 0))
         (row,) = call("kills", engine=engine, retries=0)
     assert (row.status, row.attempts, row.error) == ("failed", 1, "its worker was killed")
+
+
+def test_without_the_package_dask_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(HatError, match=r"Dask needs the package distributed: pip install 'hat-workbook\[cluster\]'"):
+        Dask("tcp://127.0.0.1:9")
+
+
+def test_a_worker_that_cannot_import_is_told_and_the_client_closed(monkeypatch):
+    client = Mock()
+    client.nthreads.return_value = {"a worker": 1}
+    client.run.side_effect = ModuleNotFoundError("No module named 'hat_lib'")
+    monkeypatch.setattr(batch, "_connect", lambda address: client)
+    with pytest.raises(HatError, match="a worker of tcp://h:1 cannot use hat_lib: No module named 'hat_lib'"):
+        Dask("tcp://h:1")
+    client.close.assert_called_once()
+
+
+def test_workers_that_die_before_they_begin_end_the_batch(monkeypatch, source, out):
+    def broken(*_, **__):
+        def pool(calls):
+            raise BrokenProcessPool("a worker was terminated")
+
+        return pool
+
+    monkeypatch.setattr(batch, "Parallel", broken)
+    with pytest.raises(HatError, match="workers die before they begin a run: a worker was terminated"):
+        list(Local(2)([Task("seed=0", source, "", out, {}, 1, 1, 60)]))
 
 
 @pytest.mark.slow
