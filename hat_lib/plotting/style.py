@@ -283,7 +283,7 @@ def grain_keys(table: pd.DataFrame, line: str = "none") -> list[Line2D]:
 
 
 def below(fig: Figure, entries: list[Line2D], **look) -> None:
-    """The legend of a whole figure, in one row below it."""
+    """The legend of a whole figure, below it; in one row unless ``ncols`` says otherwise."""
     fig.legend(handles=entries, **{"ncols": len(entries), "loc": "outside lower center"} | look)
 
 
