@@ -83,15 +83,12 @@ class Row(common.Machine, common.Perplexity):
 def plan(granularity: str) -> list[Point]:
     """The points of one grain, most informative first; those that share a text and a trained run are adjacent."""
     both, gates = ("trained", "untrained"), ("trained", "random_exits")
-    beside_controls = ((0.9, 0.7, 0.55), 0.0, (*both, *CONTROLS))
-    exits = [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained",))]
-    if granularity == "channel":
-        plans = {20_000: [beside_controls, ((0.75, 0.62, 0.4), 0.0, both), *exits]}
-    else:  # costs so much more that fewer tokens tell it
-        plans = {20_000: [((0.75, 0.62), 0.0, both)], 4_000: [beside_controls, ((0.4,), 0.0, both), *exits]}
+    long = [((0.75, 0.62), 0.0, both)]
+    short = [((0.9, 0.7, 0.55), 0.0, (*both, *CONTROLS)), ((0.4,), 0.0, both)]
+    short += [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained",))]
     return [
         Point(granularity, text, tokens, capacity, rate, variant)
-        for tokens, grid in plans.items()
+        for tokens, grid in ((20_000, long), (4_000, short))
         for text in TEXTS
         for capacities, rate, variants in grid
         for capacity in capacities
@@ -186,20 +183,15 @@ def rows(
 def _on_text(hat, untrained: Path, adapters, text: str, max_tokens: int, points) -> Iterator[Row]:
     blocks = load_text(text, hat.base.tokenizer, split=default_split(text, hat), max_tokens=max_tokens)
     sample = blocks.select(range(0, len(blocks), max(1, round(max_tokens / MATCH_TOKENS))))
-    points = list(points)
-    settings = list(dict.fromkeys((p.capacity, p.exit_rate) for p in points))
-    base, all_trained = score_each(hat, blocks, [partial(hat.at, *s) for s in settings], progress=False)
-    for (capacity, rate), trained in zip(settings, all_trained, strict=True):
-        runs = {}
-        for point in (p for p in points if (p.capacity, p.exit_rate) == (capacity, rate)):
+    for (capacity, rate), group in groupby(points, key=lambda p: (p.capacity, p.exit_rate)):
+        base, (trained,) = score_each(hat, blocks, [partial(hat.at, capacity, rate)], progress=False)
+        for point in group:
             try:
-                runs[point] = _control(hat, untrained, point, blocks, sample, trained.layer_capacity)
+                control = _control(hat, untrained, point, blocks, sample, trained.layer_capacity)
             except OutOfReach as error:
                 warnings.warn(f"no row for {point.variant} at {capacity} on {text}: {error}", stacklevel=2)
-        controls = [run for run in runs.values() if run]
-        scores = iter(score_each(hat, blocks, controls, progress=False)[1] if controls else ())
-        for point, control in runs.items():
-            found = next(scores) if control else trained
+                continue
+            found = score_each(hat, blocks, [control], progress=False)[1][0] if control else trained
             margin = compare(trained, found)
             yield rounded(
                 Row,
