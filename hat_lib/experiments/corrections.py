@@ -3,9 +3,9 @@
 Every run starts from the same thresholds, trains for a few steps from the same seed, and is measured at several
 capacities of the layers, with the head in full, on text it was not trained on: other addresses, news, and docstrings.
 Training, and thresholds from another text, change how much a capacity executes, so runs are compared at the work of the
-first (`at_equal_work`). The split of the budget stays as calibrated. Untrained runs differ in the text their thresholds
-come from. Short runs rank what acts quickly; the learning curve of a long one is beside its checkpoint, in
-``validation.csv``.
+first (`at_equal_work`). Except where said, the split of the budget over layers and sites stays as calibrated. Untrained
+runs differ in the text their thresholds come from. Short runs rank what acts quickly; the learning curve of a long one
+is beside its checkpoint, in ``validation.csv``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from hat_lib.plotting import frontier
 from hat_lib.plotting.training import at_equal_work
 from hat_lib.text.blocks import at_even_distances, load_text
 from hat_lib.text.mixture import training_text
+from hat_lib.training.budget_split import BudgetSplit, Thresholds
 from hat_lib.training.recipe import Recipe
 from hat_lib.training.run import nominal_thresholds
 from hat_lib.training.trainer import train_phase
@@ -61,6 +62,8 @@ class Change:
     """text the thresholds come from"""
     alone: float | None = None
     """the only capacity to train at; None: the recipe's range"""
+    split_lr: float = 0.0
+    """of the split of the budget; 0 leaves it as calibrated"""
 
 
 CHANGES = (
@@ -71,6 +74,8 @@ CHANGES = (
     Change("rank 4", 4, MIXTURE),
     Change("rank 16", 16, MIXTURE),
     Change("rank 4, at 0.5 alone", 4, MIXTURE, alone=0.5),
+    Change("routers and split", None, MIXTURE, split_lr=0.03),
+    Change("rank 4 and split", 4, MIXTURE, split_lr=0.03),
     Change("on addresses", 4, "addresses"),
     Change("on openings", 4, "openings"),
     Change("on self", 4, "self"),
@@ -116,11 +121,10 @@ def rows(
         points = {at: [c for c in CAPACITIES if (change.name, at[0], c) not in done] for at in MEASURED}
         if any(points.values()):
             hat = _started(load_base(base, dtype=dtype), change, starts)
-            if change.trained_on:
-                _train(hat, change, steps)
+            thresholds = _train(hat, change, steps) if change.trained_on else nominal_thresholds(hat)
             trained = steps if change.trained_on else 0
             for at, capacities in points.items():
-                yield from _on_text(hat, change, trained, *at, capacities, tokens)
+                yield from _on_text(hat, change, trained, thresholds, *at, capacities, tokens)
             gc.collect()  # models and their hooks refer to each other, and the collector cannot see their size
 
 
@@ -137,32 +141,41 @@ def _started(base: Base, change: Change, starts: dict) -> HierarchicalTransforme
     return hat
 
 
-def _train(hat: HierarchicalTransformer, change: Change, steps: int) -> None:
+def _train(hat: HierarchicalTransformer, change: Change, steps: int) -> Thresholds:
+    """Trains ``hat``; returns the thresholds it was trained at in the end."""
     drawn = {} if change.alone is None else {"capacity": change.alone, "spread": 0.0}
-    recipe = Recipe.channel("full", split_lr=0.0, router_epochs=1, log_steps=steps, save_steps=steps, **drawn)
+    recipe = Recipe.channel(
+        "full", split_lr=change.split_lr, router_epochs=1, log_steps=steps, save_steps=steps, **drawn
+    )
     tokens = steps * recipe.batch_size * recipe.block_size
     plain = load_base(hat.base.name, dtype=hat.base.dtype)
     blocks = training_text(plain, change.trained_on, tokens, block_size=recipe.block_size, progress=False)
     with TemporaryDirectory() as folder:
-        train_phase(
+        ended = train_phase(
             hat, blocks, recipe, "routers", nominal_thresholds(hat), Path(folder), max_steps=steps, progress=False
         )
     hat.eval()
+    return ended.thresholds
 
 
-def _on_text(hat, change: Change, steps: int, text: str, split: str, capacities, tokens: int) -> Iterator[Row]:
+def _on_text(
+    hat, change: Change, steps: int, thresholds: Thresholds, text: str, split: str, capacities, tokens: int
+) -> Iterator[Row]:
     blocks = load_text(text, hat.base.tokenizer, split=split, block_size=512)
     mean = sum(map(len, blocks["input_ids"])) / len(blocks)
-    blocks, thresholds = at_even_distances(blocks, round(tokens / mean)), nominal_thresholds(hat)
+    blocks = at_even_distances(blocks, round(tokens / mean))
     around = [as_trained(hat, hat.threshold_policy(thresholds(capacity)), capacity) for capacity in capacities]
     dense, measured = score_each(hat, blocks, around, progress=False)
+    trained = {n: p for n, p in hat.hat_parameters().items() if steps and "_token." not in n and "gates." not in n}
+    parameters = sum(p.numel() for p in trained.values())
+    if change.split_lr:
+        parameters += BudgetSplit(hat.config.n_layers, hat.grain.sites).offsets.numel()
     for capacity, found in zip(capacities, measured, strict=True):
-        parts = {n: p for n, p in hat.hat_parameters().items() if steps and "_token." not in n and "gates." not in n}
         yield rounded(
             Row,
             **machine(hat.base) | vars(found.agreement) | perplexity(compare(dense, found)) | vars(change),
             change=change.name,
-            parameters=sum(p.numel() for p in parts.values()),
+            parameters=parameters,
             steps=steps,
             text=text,
             split=split,

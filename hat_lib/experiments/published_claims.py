@@ -86,14 +86,14 @@ def rows(
     """
     check_count("rounds", rounds, 1), check_count("steps", steps, 1)
     path = (results or config.DATA / "results") / "quality.csv"
-    known = {(r.granularity, r.text, r.capacity, r.exit_rate): r
-             for r in read_rows(path, quality.Row) if r.variant == "trained"}  # fmt: skip
+    measured = sorted(read_rows(path, quality.Row), key=lambda r: r.tokens)  # a later row replaces an earlier
+    known = {(r.granularity, r.text, r.capacity, r.exit_rate): r for r in measured if r.variant == "trained"}
     for granularity, checkpoint in (("channel", channel), ("token", token)):
         if lacking := [(t, s) for t in TEXTS for s in SETTINGS if (granularity, t, *s) not in known]:
             raise HatError(f"{path} lacks {granularity} {lacking[0]}: run `hat reproduce quality` first")
         if sum(key[1] == granularity for key in done) < 2 * len(SETTINGS):
-            measured = _grain(checkpoint, known, rounds, steps, dtype)
-            yield from (row for row in measured if tuple(getattr(row, name) for name in KEY) not in done)
+            found = _grain(checkpoint, known, rounds, steps, dtype)
+            yield from (row for row in found if tuple(getattr(row, name) for name in KEY) not in done)
 
 
 def _grain(checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str | None) -> Iterator[Row]:

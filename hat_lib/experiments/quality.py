@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from hat_lib.config import GRANULARITIES, HatError, check_capacity, check_exit_rate
 from hat_lib.evaluation.controls import CONTROLS, OutOfReach, RandomExits, as_in, exit_shares, matched
-from hat_lib.evaluation.perplexity import compare, score, score_each
+from hat_lib.evaluation.perplexity import Score, compare, score, score_each
 from hat_lib.experiments import common
 from hat_lib.experiments.common import CHECKPOINTS, TEXTS, machine, markdown, perplexity, rounded, saved
 from hat_lib.model.checkpoint import digest, read_checkpoint
@@ -83,12 +83,15 @@ class Row(common.Machine, common.Perplexity):
 def plan(granularity: str) -> list[Point]:
     """The points of one grain, most informative first; those that share a text and a trained run are adjacent."""
     both, gates = ("trained", "untrained"), ("trained", "random_exits")
-    long = [((0.75, 0.62), 0.0, both)]
-    short = [((0.9, 0.7, 0.55), 0.0, (*both, *CONTROLS)), ((0.4,), 0.0, both)]
-    short += [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained",))]
+    beside_controls = ((0.9, 0.7, 0.55), 0.0, (*both, *CONTROLS))
+    exits = [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained",))]
+    if granularity == "channel":
+        plans = {20_000: [beside_controls, ((0.75, 0.62, 0.4), 0.0, both), *exits]}
+    else:  # costs so much more that fewer tokens tell it
+        plans = {20_000: [((0.75, 0.62), 0.0, both)], 4_000: [beside_controls, ((0.4,), 0.0, both), *exits]}
     return [
         Point(granularity, text, tokens, capacity, rate, variant)
-        for tokens, grid in ((20_000, long), (4_000, short))
+        for tokens, grid in plans.items()
         for text in TEXTS
         for capacities, rate, variants in grid
         for capacity in capacities
@@ -183,35 +186,45 @@ def rows(
 def _on_text(hat, untrained: Path, adapters, text: str, max_tokens: int, points) -> Iterator[Row]:
     blocks = load_text(text, hat.base.tokenizer, split=default_split(text, hat), max_tokens=max_tokens)
     sample = blocks.select(range(0, len(blocks), max(1, round(max_tokens / MATCH_TOKENS))))
-    for (capacity, rate), group in groupby(points, key=lambda p: (p.capacity, p.exit_rate)):
-        base, (trained,) = score_each(hat, blocks, [partial(hat.at, capacity, rate)], progress=False)
-        for point in group:
+    points = list(points)
+    settings = list(dict.fromkeys((p.capacity, p.exit_rate) for p in points))
+    base, found = score_each(hat, blocks, [partial(hat.at, *s) for s in settings], progress=False)
+    trained = dict(zip(settings, found, strict=True))
+    for point in points:
+        if point.variant == "trained":
+            yield _row(hat, adapters, blocks, point, base, trained, trained[point.capacity, point.exit_rate])
+    controls: dict[Point, Callable] = {}
+    for point in points:
+        if point.variant != "trained":
             try:
-                control = _control(hat, untrained, point, blocks, sample, trained.layer_capacity)
+                controls[point] = _control(hat, untrained, point, blocks, sample, trained)
             except OutOfReach as error:
-                warnings.warn(f"no row for {point.variant} at {capacity} on {text}: {error}", stacklevel=2)
-                continue
-            found = score_each(hat, blocks, [control], progress=False)[1][0] if control else trained
-            margin = compare(trained, found)
-            yield rounded(
-                Row,
-                **machine(hat.base) | vars(found.agreement) | perplexity(compare(base, found)) | point._asdict(),
-                realised=found.capacity,
-                realised_exit=found.exit_rate,
-                model_share=found.model_share,
-                margin=margin.increase,
-                margin_low=margin.low,
-                margin_high=margin.high,
-                text_hash=text_hash(blocks)[:16],
-                adapter=adapters[point.granularity, rate > 0],
-            )
+                warnings.warn(f"no row for {point.variant} at {point.capacity} on {text}: {error}", stacklevel=2)
+    if controls:  # in one go, for the base runs again, and costs as much as any of them
+        _, scores = score_each(hat, blocks, list(controls.values()), progress=False)
+        for point, found_there in zip(controls, scores, strict=True):
+            yield _row(hat, adapters, blocks, point, base, trained, found_there)
 
 
-def _control(hat, untrained: Path, point: Point, blocks, sample, realised: float) -> Callable | None:
-    """Makes the context to run a control in, at the trained model's work in the layers; None for that model itself."""
-    if point.variant == "trained":
-        return None
-    at = partial(hat.at, point.capacity, 0.0)
+def _row(hat, adapters, blocks, point: Point, base: Score, trained: Mapping[tuple, Score], found: Score) -> Row:
+    margin = compare(trained[point.capacity, point.exit_rate], found)
+    return rounded(
+        Row,
+        **machine(hat.base) | vars(found.agreement) | perplexity(compare(base, found)) | point._asdict(),
+        realised=found.capacity,
+        realised_exit=found.exit_rate,
+        model_share=found.model_share,
+        margin=margin.increase,
+        margin_low=margin.low,
+        margin_high=margin.high,
+        text_hash=text_hash(blocks)[:16],
+        adapter=adapters[point.granularity, point.exit_rate > 0],
+    )
+
+
+def _control(hat, untrained: Path, point: Point, blocks, sample, trained: Mapping[tuple, Score]) -> Callable:
+    """Makes the context to run a control in, at the trained model's work in the layers."""
+    at, realised = partial(hat.at, point.capacity, 0.0), trained[point.capacity, point.exit_rate].layer_capacity
     if point.variant == "random_exits":
         with hat.at(point.capacity, point.exit_rate), hat.collect() as traces:
             score(hat, blocks, progress=False)

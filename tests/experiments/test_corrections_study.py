@@ -6,7 +6,8 @@ import pytest
 
 from hat_lib.config import HatError
 from hat_lib.experiments import corrections
-from hat_lib.experiments.corrections import CAPACITIES, MEASURED, SHOWN
+from hat_lib.experiments.corrections import CAPACITIES, MEASURED, SHOWN, Change
+from hat_lib.training.run import nominal_thresholds
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,6 +30,21 @@ def test_a_run_trains_what_it_says():
         assert (r.steps, r.parameters > 0) == ((0, False) if r.change == "untrained" else (2, True))
     before, after = ({(r.text, r.capacity): r.kl for r in rows if r.change == name} for name in how["changes"])
     assert all(before[key] != after[key] for key in before)
+
+
+@pytest.mark.slow
+def test_a_learned_split_is_measured(tiny_base):
+    change = Change("split", None, "addresses", split_lr=0.5)
+    hat = corrections._started(tiny_base, change, {})
+    nominal, learned = nominal_thresholds(hat), corrections._train(hat, change, 2)
+    for capacity, moved in ((0.5, True), (0.9, False)):
+        assert (learned(capacity) != nominal(capacity)) == moved
+    calibrated, split = (
+        next(corrections._on_text(hat, change, 2, t, *MEASURED[1], (0.5,), 1024)) for t in (nominal, learned)
+    )
+    assert calibrated.kl != split.kl
+    routers = sum(p.numel() for n, p in hat.routers.named_parameters() if "_token" not in n)
+    assert split.parameters == routers + 3 * hat.config.n_layers * len(hat.grain.sites)
 
 
 def test_runs_are_read_at_the_work_of_the_first(tmp_path):
