@@ -200,7 +200,7 @@ def promise(table: pd.DataFrame) -> Figure:
         ax.plot(claims["promised_speedup"], 100 * claims["promised_increase"], linestyle="none", **style.PUBLISHED)
         for row in claims.itertuples():
             at = row.promised_speedup, 100 * row.promised_increase
-            ax.annotate(f"{row.capacity:.2f}", at, (-9, -3), **LABEL)
+            ax.annotate(f"{row.capacity:.2f}", at, (0, 8), **LABEL | {"ha": "center"})
         ax.axvline(1, color=GREY, linewidth=1)
         style.log_axis(ax, [0.5, 0.7, 1, 1.3, 1.6, 2, 3, 4, 6, 8])
         ax.label_outer()
