@@ -4,7 +4,7 @@ One row for each text, capacity and way to run, of an untrained and a trained ch
 
     layers       channels of the layers alone, by the thresholds of the untrained checkpoint; the head in full
     head         the same, plus the head's shortlist
-    trained      the trained checkpoint: its corrections and scales, and the head's shortlist
+    trained      the trained checkpoint: its scales, split of the budget and corrections, and the head's shortlist
     fine_tuned   the corrections with nothing skipped: what training alone does to the base, at full work
 
 Measured on evenly spaced whole blocks of a test split. ``encyclopedia`` was not used to select anything.

@@ -81,7 +81,7 @@ class Row(common.Machine, common.Perplexity):
 
 
 def plan(granularity: str) -> list[Point]:
-    """The points of one grain, most informative first; those that share a text and a trained run are adjacent."""
+    """The points of one grain, most informative first; those on the same tokens of a text are adjacent."""
     both, gates = ("trained", "untrained"), ("trained", "random_exits")
     beside_controls = ((0.9, 0.7, 0.55), 0.0, (*both, *CONTROLS))
     exits = [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained",))]

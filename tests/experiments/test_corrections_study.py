@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hat_lib.backbone.base import load_base
 from hat_lib.config import HatError
 from hat_lib.experiments import corrections
 from hat_lib.experiments.corrections import CAPACITIES, MEASURED, SHOWN, Change
@@ -33,9 +34,9 @@ def test_a_run_trains_what_it_says():
 
 
 @pytest.mark.slow
-def test_a_learned_split_is_measured(tiny_base):
+def test_a_learned_split_is_measured():
     change = Change("split", None, "addresses", split_lr=0.5)
-    hat = corrections._started(tiny_base, change, {})
+    hat = corrections._started(load_base("random:tiny", dtype="fp32"), change, {})
     nominal, learned = nominal_thresholds(hat), corrections._train(hat, change, 2)
     for capacity, moved in ((0.5, True), (0.9, False)):
         assert (learned(capacity) != nominal(capacity)) == moved
