@@ -126,13 +126,15 @@ def decode(table: pd.DataFrame) -> Figure:
             ax.plot(part["realised"], part["ms"].iloc[-1] / part["ideal"], ":", color=colour, linewidth=1.5)
         both = rows.loc[rows["way"].isin(flat), "ms"]
         for row in rows[rows["way"] != "engine"].itertuples():
-            ax.axhline(row.ms, color=GREY, linewidth=1)
-            name = flat.get(row.way, f"{row.way}, {row.weights}")
-            height = -11 if row.way in flat and row.ms == both.min() else 3  # the two may almost coincide
-            ax.annotate(name, (0.98, row.ms), (0, height), xycoords=("axes fraction", "data"), **LABEL)
+            ax.axhline(row.ms, color=GREY, linewidth=1, linestyle="-" if row.way in flat else "--")
+            if row.way in flat:  # others cross the engine's lines, where a label would cover points
+                height = -11 if row.ms == both.min() else 3  # the two may almost coincide
+                ax.annotate(flat[row.way], (0.98, row.ms), (0, height), xycoords=("axes fraction", "data"), **LABEL)
         ax.set(xlabel="realised capacity", ylabel="milliseconds a token", ylim=(0, 1.1 * rows["ms"].max()))
     names = [key(f"engine, {weights}", colour, marker, "-") for weights, (colour, marker) in looks.items()]
-    style.below(fig, [*names, key("if time followed the weights", line=":")])
+    others = table[~table["way"].isin(["engine", *flat])]
+    peers = [key(f"{way}, {weights}", GREY, line="--") for way, weights in others.groupby(["way", "weights"]).groups]
+    style.below(fig, [*names, key("if time followed the weights", line=":"), *peers])
     return fig
 
 
