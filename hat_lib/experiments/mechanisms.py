@@ -131,7 +131,8 @@ def _around(hat: HierarchicalTransformer, way: str, capacity: float) -> Callable
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:
-    return {"mechanisms": frontier.mechanisms(saved("mechanisms", results))}
+    """Controls and exits come from quality.csv, the same texts in other blocks."""
+    return {"mechanisms": frontier.mechanisms(saved("mechanisms", results), saved("quality", results))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

@@ -31,6 +31,13 @@ WAYS = {
     "trained": ("layers and head, trained", BLUE, "o", "-"),
     "fine_tuned": ("what training does with nothing skipped", GREY, "v", "none"),
 }
+OTHERS = {  # beside the WAYS, by variant
+    "exits": ("trained, some tokens leaving early", BROWN, "X", "none"),
+    "static": ("static", PURPLE, "D", ":"),
+    "cosine": ("cosine", PURPLE, "s", ":"),
+    "removal": ("removal", PURPLE, "P", ":"),
+    "random": ("random", PURPLE, "^", ":"),
+}
 HEIGHT = 3.4  # inches
 
 
@@ -59,19 +66,30 @@ def quality(table: pd.DataFrame) -> Figure:
 
 
 @draws("way", "text", "model_share", "kl")
-def mechanisms(table: pd.DataFrame) -> Figure:
+def mechanisms(table: pd.DataFrame, quality: pd.DataFrame | None = None) -> Figure:
     """KL divergence from the base, in nats per token on a log axis, against the work of the whole model; a panel for
-    each text. ``table`` has the fields of `hat_lib.experiments.mechanisms.Row`."""
+    each text.
+
+    ``table`` has the fields of `hat_lib.experiments.mechanisms.Row`. With ``quality``, which has those of
+    `hat_lib.experiments.quality.Row`, controls and exits at the channel grain stand beside, on the texts it has.
+    """
     texts = sorted(set(table["text"]))
+    drawn = [(label, "way", way, *look) for way, (label, *look) in WAYS.items() if way in set(table["way"])]
+    if quality is not None:
+        quality = quality[quality["granularity"] == "channel"]
+        leaving = (quality["variant"] == "trained") & (quality["exit_rate"] > 0)
+        quality = quality.assign(variant=quality["variant"].mask(leaving, "exits"))
+        drawn += [(label, "variant", name, *look) for name, (label, *look) in OTHERS.items()]
     fig, axes = style.panels(len(texts), height=HEIGHT, width=2.9 * len(texts) + 0.4)
     for ax, text in zip(axes, texts, strict=True):
-        for way, (_, colour, marker, line) in WAYS.items():
-            rows = table[(table["text"] == text) & (table["way"] == way)].sort_values("model_share")
+        for _, column, name, colour, marker, line in drawn:
+            rows = table if column == "way" else quality
+            rows = rows[(rows["text"] == text) & (rows[column] == name)].sort_values("model_share")
             ax.plot(rows["model_share"], rows["kl"], color=colour, marker=marker, linestyle=line, markersize=4)
         ax.set_yscale("log")
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.set(title=text, xlabel=WORK, ylabel="KL from the base, nats a token" * (text == texts[0]))
-    style.below(fig, [style.key(*look) for way, look in WAYS.items() if way in set(table["way"])])
+    style.below(fig, [style.key(label, *look) for label, _, _, *look in drawn], ncols=4)
     return fig
 
 

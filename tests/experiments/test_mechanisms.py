@@ -9,7 +9,7 @@ from tiny_runs import new_hat, untrained
 
 from hat_lib.config import HatError
 from hat_lib.experiments import mechanisms
-from hat_lib.plotting import frontier
+from hat_lib.plotting import frontier, style
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +64,17 @@ def test_the_figure_has_a_panel_for_each_text(rows):
     fig = frontier.mechanisms(pd.DataFrame([vars(r) for r in rows]))
     assert [ax.get_title("left") for ax in fig.axes] == list(HOW["texts"])
     assert all(len(ax.lines) == len(frontier.WAYS) for ax in fig.axes)
+
+
+def test_controls_and_exits_stand_beside_where_they_were_measured(rows):
+    points = [("trained", 0.0), ("trained", 0.1), ("random_exits", 0.1), ("static", 0.0), ("random", 0.0)]
+    columns = {"granularity": "channel", "text": "docstrings", "model_share": 0.5, "kl": 2.0}
+    controls = pd.DataFrame([columns | {"variant": variant, "exit_rate": rate} for variant, rate in points])
+    fig = frontier.mechanisms(pd.DataFrame([vars(r) for r in rows]), controls)
+    drawn = [{look: 0 for look in (style.BROWN, style.PURPLE)} for _ in fig.axes]
+    for ax, points in zip(fig.axes, drawn, strict=True):
+        for line in ax.lines:
+            if line.get_color() in points:
+                points[line.get_color()] += len(line.get_xdata())
+    addresses, docstrings = drawn
+    assert docstrings == {style.BROWN: 1, style.PURPLE: 2} and not any(addresses.values())
