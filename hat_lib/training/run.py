@@ -32,7 +32,7 @@ from hat_lib.backbone.base import Base, load_base, parse_dtype
 from hat_lib.calibration.capacity import HeadSplit, Split, calibrate, calibrate_learned, held_out_parts
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.config import CAPACITY_MIN, GRANULARITIES, HatConfig, HatError, lock
-from hat_lib.model.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
+from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE, Checkpoint, read_checkpoint
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import held_out, text_hash
 from hat_lib.text.mixture import OWN, sources, training_text
@@ -41,7 +41,7 @@ from hat_lib.training.recipe import PHASES, Recipe
 from hat_lib.training.trainer import Outcome, train_phase
 from hat_lib.training.validation import unseen
 
-RUN_FILE, LOG_FILE, WORK = "run.json", "log.csv", "work"
+RUN_FILE, LOG_FILE, WORK, LOCK = "run.json", "log.csv", "work", ".lock"
 CALIBRATION_TOKENS = 24_000
 # How long processes wait for the first one, the only one that samples text and calibrates.
 PATIENCE = timedelta(hours=12)
@@ -202,12 +202,17 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
 def _refuse_taken(folder: Path) -> None:
     if (folder / RUN_FILE).exists() or (folder / CONFIG_FILE).exists():
         raise HatError(f"{folder} already holds a run or a checkpoint: resume it, or choose another folder")
+    # A run writes these after its run.json, and work with its lock: here they are someone else's.
+    names = [name for name in (ADAPTER_FILE, LOG_FILE, "validation.csv") if (folder / name).exists()]
+    names += [WORK] * ((folder / WORK).exists() and not (folder / WORK / LOCK).exists())
+    if names:
+        raise HatError(f"{folder} already holds {', '.join(names)}, which training writes: choose another folder")
 
 
 @contextmanager
 def _lock(folder: Path):
     """Hold ``folder`` exclusively; the lock file is removed with ``work`` when the run is done."""
-    path = folder / WORK / ".lock"
+    path = folder / WORK / LOCK
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")

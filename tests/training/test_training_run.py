@@ -212,6 +212,18 @@ def test_a_run_that_ended_between_the_look_and_the_lock_is_not_trained_over(fini
         train(tiny_run("token", text), folder, progress=False)
 
 
+@pytest.mark.parametrize("name", ["log.csv", "validation.csv", "hat_adapter.safetensors", "work"])
+def test_a_folder_with_someone_elses_file_is_refused_and_left_as_it_is(text, tmp_path, name):
+    mine = tmp_path / name
+    if name == "work":
+        mine.mkdir()
+        mine /= "thesis.txt"
+    mine.write_text("mine")
+    with pytest.raises(HatError, match=f"already holds {name}, which training writes: choose another folder"):
+        train(tiny_run("token", text), tmp_path, progress=False)
+    assert mine.read_text() == "mine" and [p for p in tmp_path.rglob("*") if p.is_file()] == [mine]
+
+
 # What a run can start from
 
 
