@@ -107,6 +107,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(os.path.expanduser(folder))
     if not os.path.isdir(folder):
         raise HatError(f"no checkpoint folder at {folder}")
+    if os.path.isfile(folder / "run.json") and not os.path.isfile(folder / CONFIG_FILE):
+        raise HatError(f"{folder} holds a training run without a finished phase: hat train --resume {folder}")
     found, sha256 = _read(folder / CONFIG_FILE, MAX_CONFIG_BYTES, parse_config)
     pending = folder / f"{ADAPTER_FILE}.{sha256}"
     adapter = pending if os.path.isfile(pending) else folder / ADAPTER_FILE

@@ -256,6 +256,11 @@ def test_what_is_no_file(folder, base, name):
     assert read_checkpoint(folder).base == "random:tiny"
 
 
+def test_a_run_without_a_finished_phase_is_no_checkpoint_yet(base, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    refused(tmp_path, base, "holds a training run without a finished phase: hat train --resume")
+
+
 def test_a_file_that_the_disk_refuses(folder, base, monkeypatch):
     def fail(path):
         raise OSError(5, "Input/output error", str(path))
