@@ -158,3 +158,10 @@ def test_no_other_split_is_better(budget):
     how = {"bounds": [(0.05, 1)] * SITES, "constraints": met, "options": {"ftol": 1e-12, "maxiter": 500}}
     found = minimize(damage, np.full(SITES, budget), **how)
     assert damage(allocate(k, w, budget, p, 0.05)[0]) <= found.fun + 1e-6
+
+
+@pytest.mark.parametrize(("count", "measured", "checked"), [(1, [0], [0]), (3, [0, 1, 2], [2]), (5, [0, 1, 2, 4], [3])])
+def test_every_fourth_block_checks_or_the_last_of_a_few(count, measured, checked):
+    blocks = [[n] * (300 + n) for n in range(count)]  # known by what they hold, and of different lengths
+    found = module.held_out_parts(untrained("channel"), blocks)
+    assert [[int(b[0, 0]) for b in part] for part in found] == [measured, checked]

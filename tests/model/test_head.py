@@ -198,6 +198,12 @@ def test_calibration_finds_points_that_keep_the_base():
             assert float((exact.exp() * (exact - found)).sum(-1).mean()) == pytest.approx(p.kl, rel=0.01, abs=1e-5)
 
 
+def test_each_block_gives_a_token_even_of_more_blocks_than_tokens(monkeypatch):
+    monkeypatch.setattr("hat_lib.calibration.head.TOKENS", 4)
+    blocks = list(torch.from_numpy(np.random.default_rng(0).integers(5, 250, (8, 1, 64))))
+    assert head_points(gating(), blocks, progress=False)
+
+
 def test_a_base_that_finds_all_tokens_alike_keeps_its_head():
     assert head_points(new_hat("channel"), [torch.full((1, 64), 7)], progress=False) == []
     assert new_hat("channel").calibration.head_at(0.5) is None
