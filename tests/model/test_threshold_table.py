@@ -1,10 +1,12 @@
 """From a capacity or an exit rate to thresholds: interpolation between measured ones, and what is refused."""
 
+import math
+
 import numpy as np
 import pytest
 
-from hat_lib.config import HatError
-from hat_lib.model.threshold_table import Calibration
+from hat_lib.config import HatConfig, HatError
+from hat_lib.model.threshold_table import TABLES, Calibration
 
 
 def calibration(**changes):
@@ -56,3 +58,23 @@ def test_exit_thresholds():
         assert (np.diff(rising, axis=0) <= 0).all()
     with pytest.raises(HatError, match="exit"):
         calibration().exit_thresholds(0.2, 1.0)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, low, *_) in TABLES.items() if low == 0])
+def test_a_table_holds_what_lies_between_its_limits_and_nothing_beyond(name):
+    config, sizes = HatConfig(2, exit_layers=[1]), {"L": 2, "S": 4, "C": 2, "K": 1, "R": 2, "E": 1}
+
+    def filled(value, axes):
+        return [filled(value, axes[1:]) for _ in range(sizes[axes[0]])] if axes else value
+
+    tables = {other: filled(0.5, axes) for other, (axes, *_) in TABLES.items()} | {"capacities": [0.5, 1.0]}
+    axes, low, high, _ = TABLES[name]
+    for limit, beyond in ((low, -math.inf), (high, math.inf)):
+        for value in {limit, math.nextafter(limit, beyond)} - {beyond}:
+            table = [min(value, 0.5), max(value, 1.0)] if name == "capacities" else filled(value, axes)
+            made = Calibration(["qkv", "o", "gate_up", "down"], **tables | {name: table})
+            if value == limit:
+                made.check(config)
+            else:
+                with pytest.raises(HatError, match=rf"{name}.*must be a number in \[{low}, {high}\]"):
+                    made.check(config)
