@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 
 from matplotlib.figure import Figure
 
@@ -43,23 +43,26 @@ class Change:
     name: str
     recipe: dict = field(default_factory=dict)
     trained: bool = True
+    # Channel grain: how the start is calibrated, see `calibrate`, and what is trained beside the routers.
     split: str = "damage"
-    """how the budget is split over sites at the start and, next, whether sensitive tokens keep more: see `calibrate`"""
-    token_sensitivity: bool = False
+    token_sensitivity: bool = True
     protected_tokens: int = 2
+    corrections: bool = True
 
 
 CHANGES = (
     Change("channel", "start", trained=False),
     Change("channel", "default"),
+    Change("channel", "no corrections", corrections=False),
+    Change("channel", "no learned split", {"split_lr": 0.0}),
     Change("channel", "uniform split, start", split="uniform", trained=False),
     Change("channel", "uniform split", split="uniform"),
-    Change("channel", "text: addresses", {"text": "addresses"}),
-    Change("channel", "text: self", {"text": "self"}),
+    Change("channel", "no token sensitivity, start", token_sensitivity=False, trained=False),
+    Change("channel", "no token sensitivity", token_sensitivity=False),
     Change("channel", "no protected tokens, start", protected_tokens=0, trained=False),
     Change("channel", "no protected tokens", protected_tokens=0),
-    Change("channel", "token sensitivity, start", token_sensitivity=True, trained=False),
-    Change("channel", "token sensitivity", token_sensitivity=True),
+    Change("channel", "text: addresses", {"text": "addresses"}),
+    Change("channel", "text: openings", {"text": "openings"}),
     Change("channel", "temperature 0.2", {"temperature": 0.2}),
     Change("channel", "temperature 1", {"temperature": 1.0}),
     Change("channel", "Gumbel noise", {"noise": 1.0}),
@@ -78,6 +81,8 @@ CHANGES = (
 )  # fmt: skip
 CAPACITY = {"channel": 0.62, "token": 0.75}
 """where the runs of a grain are compared"""
+CORRECTION_RANK = 4
+"""that of the checkpoint ``default``"""
 
 
 @dataclass(frozen=True)
@@ -105,12 +110,12 @@ def rows(
     """Two rows for each change, after ``steps`` training steps, on ``tokens`` tokens per text."""
     parse_dtype(dtype)
     check_count("steps", steps, 1), check_count("tokens", tokens, 1024)
-    for change in changes:
-        texts = [at for at in MEASURED if (change.granularity, change.name, at[0]) not in done]
-        if change.granularity in grains and texts:
-            with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
+        for change in changes:
+            texts = [at for at in MEASURED if (change.granularity, change.name, at[0]) not in done]
+            if change.granularity in grains and texts:
                 yield from _run(change, Path(folder), base, steps, texts, tokens, dtype)
-            gc.collect()  # models and their hooks refer to each other, and the collector cannot see their size
+                gc.collect()  # models and their hooks refer to each other, and the collector cannot see their size
 
 
 def _run(change: Change, folder: Path, base: str, steps: int, texts, tokens: int, dtype: str) -> Iterator[Row]:
@@ -118,20 +123,14 @@ def _run(change: Change, folder: Path, base: str, steps: int, texts, tokens: int
     # The same number of tokens per step for both grains, and no token twice.
     recipe = make("full", **{"batch_size": 2, "log_steps": steps, "save_steps": steps, **change.recipe})
     recipe = replace(recipe, tokens=steps * recipe.batch_size * recipe.block_size)
-    start = None
+    start = rank = None
     if change.granularity == "channel":
-        loaded = load_base(base, dtype=dtype)
-        hat = HierarchicalTransformer(loaded, HatConfig.default(loaded, protected_tokens=change.protected_tokens))
-        blocks = held_out("addresses", loaded.tokenizer, CALIBRATION_TOKENS, recipe.block_size)["input_ids"]
-        calibrate(
-            hat, blocks, split=change.split, token_sensitivity=change.token_sensitivity, head=False, progress=False
-        )
-        start = folder / "start"
-        hat.save_pretrained(start)
-    found = folder / "run" if change.trained else start
+        start = _calibrated(change, folder, base, recipe.block_size, dtype)
+        rank = CORRECTION_RANK if change.corrections else None
+    found = Path(mkdtemp(dir=folder)) / "run" if change.trained else start
     if change.trained:
-        run = Run("routers", change.granularity, base, recipe, dtype, start and str(start), max_steps=steps)
-        train(run, found, progress=False)
+        beside = {"start": start and str(start), "correction_rank": rank, "max_steps": steps}
+        train(Run("routers", change.granularity, base, recipe, dtype, **beside), found, progress=False)
     hat, capacity = HierarchicalTransformer.from_pretrained(found, base, dtype=dtype), CAPACITY[change.granularity]
     for text, split in texts:
         blocks = load_text(text, hat.base.tokenizer, split=split, max_tokens=tokens)
@@ -149,6 +148,18 @@ def _run(change: Change, folder: Path, base: str, steps: int, texts, tokens: int
             capacity=capacity,
             realised=routed.layer_capacity,
         )
+
+
+def _calibrated(change: Change, folder: Path, base: str, block_size: int, dtype: str) -> Path:
+    """The checkpoint in ``folder`` that a run starts from; runs that differ only in their recipe share it."""
+    start = folder / f"{change.split}-{change.token_sensitivity}-{change.protected_tokens}"
+    if not start.exists():
+        loaded = load_base(base, dtype=dtype)
+        hat = HierarchicalTransformer(loaded, HatConfig.default(loaded, protected_tokens=change.protected_tokens))
+        blocks = held_out("addresses", loaded.tokenizer, CALIBRATION_TOKENS, block_size)["input_ids"]
+        calibrate(hat, blocks, split=change.split, token_sensitivity=change.token_sensitivity, progress=False)
+        hat.save_pretrained(start)
+    return start
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:

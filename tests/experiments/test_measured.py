@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_runs import GRAINS, adaptive, new_hat, random_blocks
 
+from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import DATA, HatConfig, HatError
 from hat_lib.evaluation.perplexity import compare, score
 from hat_lib.experiments import ablations, benchmark, published_claims, quality, registry, self_speculative, token_time
@@ -282,17 +283,22 @@ def test_a_step_for_each_grain():
 @pytest.mark.filterwarnings("ignore:token grain")
 def test_ablations(monkeypatch):
     monkeypatch.setattr(ablations, "CALIBRATION_TOKENS", 2048)
+    starts = []
+    monkeypatch.setattr(ablations, "calibrate", lambda *a, **k: starts.append(k["split"]) or calibrate(*a, **k))
     few = (
         Change("channel", "start", {"text": "addresses"}, trained=False),
         Change("channel", "default", {"text": "addresses"}),
+        Change("channel", "no corrections", {"text": "addresses"}, corrections=False),
+        Change("channel", "uniform split", {"text": "addresses"}, split="uniform"),
         Change("token", "no z-loss", {"text": "addresses", "z_weight": 0.0}),
     )
     how = {"base": "random:tiny", "changes": few, "steps": 2, "tokens": 1200, "dtype": "fp32"}
     rows = list(ablations.rows(**how))
     assert [(r.change, r.text) for r in rows] == [(c.name, text) for c in few for text, _ in MEASURED]
-    assert [r.steps for r in rows] == [0, 0, 2, 2, 2, 2]
+    assert [r.steps for r in rows] == [0, 0] + 8 * [2]
+    assert starts == ["damage", "uniform"], "runs that differ in their recipe alone start from the same calibration"
     assert all(r.realised == pytest.approx(r.capacity, abs=0.011) for r in rows)
-    assert rows[0].increase != rows[2].increase
+    assert len({r.increase for r in rows if r.text == "addresses"}) == len(few)
     assert list(ablations.rows(set(keys(ablations, rows[:3])), **how)) == rows[3:]
 
 
