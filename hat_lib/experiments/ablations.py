@@ -21,7 +21,7 @@ from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import GRANULARITIES, HatConfig, check_count
 from hat_lib.evaluation.controls import as_in, matched
 from hat_lib.evaluation.perplexity import compare, score_each
-from hat_lib.experiments.common import Perplexity, machine, markdown, perplexity, rounded, saved
+from hat_lib.experiments.common import Machine, Perplexity, machine, markdown, perplexity, rounded, saved
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.findings import choices, said
 from hat_lib.text.blocks import held_out, load_text
@@ -86,15 +86,13 @@ CORRECTION_RANK = 4
 
 
 @dataclass(frozen=True)
-class Row(Perplexity):
+class Row(Machine, Perplexity):
     granularity: str
     change: str
     split: str
     steps: int
     capacity: float
     realised: float
-    base: str
-    dtype: str
 
 
 def rows(

@@ -29,7 +29,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from hat_lib.backbone.base import load_base
 from hat_lib.calibration.capacity import score_quantiles
 from hat_lib.config import HatConfig, check_capacity, check_count, check_exit_rate
-from hat_lib.experiments.common import SPEEDS, Timed, machine, markdown, rounded, saved, speeds
+from hat_lib.experiments.common import SPEEDS, Machine, machine, markdown, rounded, saved, speeds
 from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.cost import state_cost
 from hat_lib.model.policies import Forced, Policy
@@ -54,7 +54,7 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row(Timed):
+class Row(Machine):
     """One variant of one measurement. Times are milliseconds per forward, medians over rounds."""
 
     granularity: str

@@ -27,14 +27,8 @@ class Machine:
     device: str
     dtype: str
     threads: int
-
-
-@dataclass(frozen=True)
-class Timed(Machine):
-    """Rows that contain times."""
-
     cpu: str
-    """its name; "unknown" in rows measured before it was recorded"""
+    """its name, as the system gives it"""
 
 
 @dataclass(frozen=True)

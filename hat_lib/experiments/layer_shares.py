@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from hat_lib.config import HatError
-from hat_lib.experiments.common import CHECKPOINTS, rounded, saved
+from hat_lib.experiments.common import CHECKPOINTS, Machine, machine, rounded, saved
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import frontier
 from hat_lib.text.blocks import load_text
@@ -25,7 +25,7 @@ KEY = ("capacity", "exit_rate", "layer")
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Machine):
     capacity: float
     exit_rate: float  # both as requested
     layer: int
@@ -67,7 +67,7 @@ def layer_shares(
                 hat.lm.model(input_ids=torch.tensor([block["input_ids"]], device=hat.lm.device), use_cache=False)
         share = torch.cat([trace.share[:, 0] for trace in traces], dim=1).double()
         entered = depth < torch.cat([trace.exit_layer[0] for trace in traces])
-        setting = {"capacity": capacity, "exit_rate": exit_rate, "tokens": share.shape[1]}
+        setting = {"capacity": capacity, "exit_rate": exit_rate, "tokens": share.shape[1]} | machine(hat.base)
         shares = zip(share.mean(1).tolist(), entered.double().mean(1).tolist(), strict=True)
         rows += [rounded(Row, **setting, layer=i, executed=e, entered=n) for i, (e, n) in enumerate(shares)]
     return rows

@@ -46,7 +46,7 @@ SETTINGS = [*(Setting(c) for c in PROMISED), Setting(1.0, 0.1), Setting(0.75, 0.
 
 
 @dataclass(frozen=True)
-class Row(common.Timed):
+class Row(common.Machine):
     granularity: str
     capacity: float
     exit_rate: float  # both as requested

@@ -24,7 +24,7 @@ from torch import Tensor
 from hat_lib.backbone.base import parse_dtype
 from hat_lib.config import check_capacity, check_count
 from hat_lib.experiments.benchmark import plain_copy
-from hat_lib.experiments.common import CHECKPOINTS, SPEEDS, Timed, machine, markdown, rounded, saved, times
+from hat_lib.experiments.common import CHECKPOINTS, SPEEDS, Machine, machine, markdown, rounded, saved, times
 from hat_lib.inference.self_speculative import speculate
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import speed
@@ -38,7 +38,7 @@ EARLY_EXITS = 10
 
 
 @dataclass(frozen=True)
-class Row(Timed):
+class Row(Machine):
     """Times are milliseconds per new token, the prompt's pass included."""
 
     granularity: str

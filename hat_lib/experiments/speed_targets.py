@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from hat_lib.config import check_count
 from hat_lib.evaluation.perplexity import compare, score_each
-from hat_lib.experiments.common import CHECKPOINTS, Timed, machine, markdown, rounded, saved, times
+from hat_lib.experiments.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, times
 from hat_lib.experiments.mechanisms import BLOCK, TEXTS, whole_blocks
 from hat_lib.experiments.published_claims import PROMISED
 from hat_lib.inference.generate import AdaptiveInference
@@ -39,7 +39,7 @@ CLAIMED = dict(PROMISED.values())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row(Timed):
+class Row(Machine):
     checkpoint: str
     granularity: str
     versus: str

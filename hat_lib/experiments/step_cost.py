@@ -20,7 +20,7 @@ from hat_lib.backbone.base import load_base
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import GRANULARITIES, HatConfig, check_count
 from hat_lib.experiments.benchmark import plain_copy, ratio
-from hat_lib.experiments.common import Timed, machine, markdown, rounded, saved, times
+from hat_lib.experiments.common import Machine, machine, markdown, rounded, saved, times
 from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.mixture import training_text
@@ -35,7 +35,7 @@ KEY = ("granularity",)
 
 
 @dataclass(frozen=True)
-class Row(Timed):
+class Row(Machine):
     """Seconds are medians over rounds; the ratio is the median of the rounds' ratios."""
 
     granularity: str

@@ -30,7 +30,7 @@ from hat_lib.backbone.base import load_base
 from hat_lib.backbone.shapes import LINEARS
 from hat_lib.config import HatConfig, HatError, check_capacity, check_count
 from hat_lib.experiments.benchmark import CONTEXT, decode_ms, plain_copy
-from hat_lib.experiments.common import CHECKPOINTS, Timed, machine, markdown, rounded, saved
+from hat_lib.experiments.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved
 from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.modes import together
 from hat_lib.model.policies import Forced
@@ -49,7 +49,7 @@ WORDS = 64
 
 
 @dataclass(frozen=True)
-class Row(Timed):
+class Row(Machine):
     way: str
     """one of `WAYS`"""
     part: str
