@@ -79,7 +79,7 @@ CHANGES = (
     Change("token", "the last four together", {"layer_dropout": 0.0, "capacity": 0.75, "spread": 0.0, "anneal": 0.0,
                                                "budget_weight": 10.0, "router_lr": 2e-2}),
 )  # fmt: skip
-CAPACITY = {"channel": 0.62, "token": 0.75}
+CAPACITY = {"channel": 0.5, "token": 0.75}
 """where the runs of a grain are compared"""
 CORRECTION_RANK = 4
 """that of the checkpoint ``default``"""
