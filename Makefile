@@ -16,7 +16,7 @@ PART ?=
 JOBS ?= 2
 
 PY := .venv/bin/python
-TORCH := torch>=2.7,<3
+TORCH := torch>=2.8,<3
 # Named file by file, the longest first, or one process would wait for the other at the end: of a folder and a file in
 # it, pytest takes the folder's order.
 LONGEST := tests/workbook/test_browser.py

@@ -16,6 +16,7 @@ from io import BytesIO
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import display
@@ -232,8 +233,8 @@ def whiskers(
         ends: three columns: the value, and the low and the high end of its interval (nan: none).
         across: whether the values are on the x axis.
     """
-    middle, low, high = (ends[name] for name in ends)
-    reach = [(middle - low).fillna(0).clip(lower=0), (high - middle).fillna(0).clip(lower=0)]
+    middle, low, high = ends.to_numpy().T
+    reach = np.nan_to_num([middle - low, high - middle]).clip(min=0)
     look = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "capsize": 2, "elinewidth": 1} | look
     ax.errorbar(*((middle, x) if across else (x, middle)), **{"xerr" if across else "yerr": reach}, **look)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from hat_lib.inference.speed import cpu_name
-from soak import Found, equalities, faults, hostile, load, peak_mib, planted, shown
+from soak import Found, equalities, faults, hostile, load, peak_mib, planted, shown, versions
 
 KEY = ("area", "what")
 KILLS = {"training": 30, "saving": 20, "sweeping": 15, "batching": 15, "calibrating": 8, "drawing": 12}
@@ -52,6 +53,9 @@ def parts() -> dict:
     found["load", "eight threads on two models"] = 100, lambda n, folder: load.threads(n)
     found["load", "notebooks at once"] = 10, lambda n, folder: load.notebooks(n, folder)
     found["determinism", "other numbers of threads"] = 1, lambda n, folder: load.determinism(folder)
+    for which, python in versions.RUNS:
+        run = partial(versions.versions, which, python)
+        found["versions", f"{which}, Python {python}"] = 1, lambda n, folder, run=run: run(folder)
     return found
 
 

@@ -34,6 +34,7 @@ def test_setup_tells_what_would_be_slow(changes, words):
         cores=4,
         memory=16.0,
         disk_free=50.0,
+        has_pip=True,
         offline=False,
         colab=False,
     )
