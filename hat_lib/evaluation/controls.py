@@ -47,10 +47,13 @@ class OutOfReach(HatError):
 # -- equal work ----------------------------------------------------------------------------------------
 
 
-def matched(hat: HierarchicalTransformer, family: Family, blocks: Blocks, capacity: float) -> Policy:
+def matched(
+    hat: HierarchicalTransformer, family: Family, blocks: Blocks, capacity: float, corrected: float = 0.0
+) -> Policy:
     """The member of ``family`` that realises ``capacity`` on ``blocks``, within 0.01 and mostly within 0.002.
 
-    It looks only at the work, never at what the model predicts, so it may be given the very text that is measured
+    ``corrected`` is the strength of the corrections beside it: they change what later layers read, and with it the
+    work. It looks only at the work, never at what the model predicts, so it may be given the very text that is measured
     afterwards. Protected tokens count, so texts cut into much shorter blocks realise more. Raises `OutOfReach` for a
     capacity that no member of the family comes near, and a plain `HatError` for one outside [0.1, 1] or a text of fewer
     than 256 tokens.
@@ -65,7 +68,7 @@ def matched(hat: HierarchicalTransformer, family: Family, blocks: Blocks, capaci
         step = float(np.clip((capacity - low[1]) / max(high[1] - low[1], 1e-9), 0.1, 0.9))
         dial = low[0] + step * (high[0] - low[0])
         policy = family(dial)
-        realised = realised_capacity(hat, policy, texts)
+        realised = realised_capacity(hat, policy, texts, corrected)
         best = min(best, (abs(realised - capacity), realised, policy), key=lambda found: found[0])
         if best[0] <= CLOSE:
             break
@@ -76,10 +79,12 @@ def matched(hat: HierarchicalTransformer, family: Family, blocks: Blocks, capaci
 
 
 @torch.no_grad()
-def realised_capacity(hat: HierarchicalTransformer, policy: Policy, texts: Sequence[Tensor]) -> float:
+def realised_capacity(
+    hat: HierarchicalTransformer, policy: Policy, texts: Sequence[Tensor], corrected: float = 0.0
+) -> float:
     """Executed / routable work under ``policy`` without exits, over all tokens of ``texts`` (``[1, T]`` each)."""
     kept = 0.0
-    with hat.dense(), hat.using(policy):
+    with hat.dense(), hat.using(policy), hat.correcting(corrected):
         for ids in texts:
             hat.lm.model(ids, use_cache=False)
             kept += hat.trace.capacity * ids.shape[1]

@@ -1,8 +1,8 @@
 """What each choice in the recipe is worth: short runs that differ in one thing, ``data/results/ablations.csv``.
 
-Every run trains routers for a few steps from the same seed and is then measured at the same realised capacity, on
-validation text from the domain it was trained on and on the other domain. Short runs rank choices that act quickly;
-they say nothing about how a choice scales.
+Every run trains routers for a few steps from the same seed and is then measured at the same realised capacities of the
+layers, with the head in full, on validation text from the domain it was trained on and on the other domain. Short runs
+rank choices that act quickly; they say nothing about how a choice scales.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 
@@ -27,10 +27,11 @@ from hat_lib.plotting.findings import choices, said
 from hat_lib.text.blocks import held_out, load_text
 from hat_lib.training.recipe import Recipe
 from hat_lib.training.run import CALIBRATION_TOKENS, Run, train
+from hat_lib.training.validation import as_trained
 
 ABOUT = "a short run that differs in one thing"
 MINUTES = 120
-KEY = ("granularity", "change", "text")
+KEY = ("granularity", "change", "capacity", "text")
 # (text, split) that a run is measured on. The second is reported, but selects nothing.
 MEASURED = (("addresses", "validation"), ("docstrings", "test"))
 
@@ -79,7 +80,7 @@ CHANGES = (
     Change("token", "the last four together", {"layer_dropout": 0.0, "capacity": 0.75, "spread": 0.0, "anneal": 0.0,
                                                "budget_weight": 10.0, "router_lr": 2e-2}),
 )  # fmt: skip
-CAPACITY = {"channel": 0.5, "token": 0.75}
+CAPACITIES = {"channel": (0.62, 0.4), "token": (0.75,)}
 """where the runs of a grain are compared"""
 CORRECTION_RANK = 4
 """that of the checkpoint ``default``"""
@@ -105,18 +106,21 @@ def rows(
     dtype: str = "bf16",
     changes: Sequence[Change] = CHANGES,
 ) -> Iterator[Row]:
-    """Two rows for each change, after ``steps`` training steps, on ``tokens`` tokens per text."""
+    """For each change, after ``steps`` training steps, a row per capacity and text, on ``tokens`` tokens per text."""
     parse_dtype(dtype)
     check_count("steps", steps, 1), check_count("tokens", tokens, 1024)
     with TemporaryDirectory() as folder:
         for change in changes:
-            texts = [at for at in MEASURED if (change.granularity, change.name, at[0]) not in done]
-            if change.granularity in grains and texts:
-                yield from _run(change, Path(folder), base, steps, texts, tokens, dtype)
+            points = product(CAPACITIES[change.granularity], MEASURED)
+            lacking = {at for at in points if (change.granularity, change.name, at[0], at[1][0]) not in done}
+            if change.granularity in grains and lacking:
+                found = _trained(change, Path(folder), base, steps, dtype)
+                yield from _measured(change, found, base, steps, lacking, tokens, dtype)
                 gc.collect()  # models and their hooks refer to each other, and the collector cannot see their size
 
 
-def _run(change: Change, folder: Path, base: str, steps: int, texts, tokens: int, dtype: str) -> Iterator[Row]:
+def _trained(change: Change, folder: Path, base: str, steps: int, dtype: str) -> Path:
+    """The checkpoint of a run, in ``folder``."""
     make = Recipe.published if change.granularity == "token" else Recipe.channel
     # The same number of tokens per step for both grains, and no token twice.
     recipe = make("full", **{"batch_size": 2, "log_steps": steps, "save_steps": steps, **change.recipe})
@@ -125,27 +129,34 @@ def _run(change: Change, folder: Path, base: str, steps: int, texts, tokens: int
     if change.granularity == "channel":
         start = _calibrated(change, folder, base, recipe.block_size, dtype)
         rank = CORRECTION_RANK if change.corrections else None
-    found = Path(mkdtemp(dir=folder)) / "run" if change.trained else start
-    if change.trained:
-        beside = {"start": start and str(start), "correction_rank": rank, "max_steps": steps}
-        train(Run("routers", change.granularity, base, recipe, dtype, **beside), found, progress=False)
-    hat, capacity = HierarchicalTransformer.from_pretrained(found, base, dtype=dtype), CAPACITY[change.granularity]
-    for text, split in texts:
-        blocks = load_text(text, hat.base.tokenizer, split=split, max_tokens=tokens)
-        policy = matched(hat, as_in(hat, found), blocks, capacity)
-        with hat.dense():
-            dense, (routed,) = score_each(hat, blocks, [partial(hat.using, policy)], progress=False)
-        yield rounded(
-            Row,
-            **machine(hat.base) | vars(routed.agreement) | perplexity(compare(dense, routed)),
-            granularity=change.granularity,
-            change=change.name,
-            text=text,
-            split=split,
-            steps=steps * change.trained,
-            capacity=capacity,
-            realised=routed.layer_capacity,
-        )
+    if not change.trained:
+        return start
+    found = Path(mkdtemp(dir=folder)) / "run"
+    beside = {"start": start and str(start), "correction_rank": rank, "max_steps": steps}
+    train(Run("routers", change.granularity, base, recipe, dtype, **beside), found, progress=False)
+    return found
+
+
+def _measured(change: Change, found: Path, base: str, steps: int, points, tokens: int, dtype: str) -> Iterator[Row]:
+    hat = HierarchicalTransformer.from_pretrained(found, base, dtype=dtype)
+    for text, split in MEASURED:
+        if not (capacities := [c for c in CAPACITIES[change.granularity] if (c, (text, split)) in points]):
+            continue
+        blocks, family = load_text(text, hat.base.tokenizer, split=split, max_tokens=tokens), as_in(hat, found)
+        around = [as_trained(hat, matched(hat, family, blocks, c, hat.correction_strength(c)), c) for c in capacities]
+        dense, scores = score_each(hat, blocks, around, progress=False)
+        for capacity, routed in zip(capacities, scores, strict=True):
+            yield rounded(
+                Row,
+                **machine(hat.base) | vars(routed.agreement) | perplexity(compare(dense, routed)),
+                granularity=change.granularity,
+                change=change.name,
+                text=text,
+                split=split,
+                steps=steps * change.trained,
+                capacity=capacity,
+                realised=routed.layer_capacity,
+            )
 
 
 def _calibrated(change: Change, folder: Path, base: str, block_size: int, dtype: str) -> Path:
@@ -165,11 +176,9 @@ def figures(results: Path | None = None) -> dict[str, Figure]:
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    rows = saved("ablations", results)
-    header = ["grain", "change", "training steps", "capacity", *(f"perplexity, {text}" for text, _ in MEASURED)]
+    rows = saved("ablations", results).sort_values(["granularity", "capacity"], ascending=[True, False], kind="stable")
     lines = []
-    for (grain, change), of in rows.groupby(["granularity", "change"], sort=False):
-        found = {r.text: said(r._asdict()) for r in of.itertuples()}
-        line = [grain, change, of["steps"].iloc[0], of["capacity"].iloc[0]]
-        lines.append(line + [found.get(text) for text, _ in MEASURED])
-    return {"ablations": markdown(header, lines)}
+    for (grain, capacity, change), of in rows.groupby(["granularity", "capacity", "change"], sort=False):
+        found = {r.text: f"{said(r._asdict())}, KL {r.kl:.3f}" for r in of.itertuples()}
+        lines.append([grain, capacity, change, of["steps"].iloc[0], *(found.get(text) for text, _ in MEASURED)])
+    return {"ablations": markdown(["grain", "capacity", "change", "steps", *(text for text, _ in MEASURED)], lines)}

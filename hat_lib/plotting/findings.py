@@ -17,6 +17,8 @@ from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, MOST, ORANGE, PUBLISHED, PURPLE, SKY, draws, key
 
 POINT = ["granularity", "text", "capacity"]
+RATIOS = {0.3: [1, 1.05, 1.1, 1.15, 1.2, 1.25], 4: [1, 1.5, 2, 3, 4], np.inf: [1, 2, 5, 10, 20, 50, 100, 200]}
+"""ticks of an axis of perplexity ratios, by the largest increase on it"""
 RUN = ("variant", "exit_rate", "tokens", *COST)
 TEXTS = {"addresses": (BLUE, "o"), "docstrings": (ORANGE, "s")}
 TRAINED = {
@@ -81,11 +83,11 @@ def apart(ablations: pd.DataFrame) -> pd.DataFrame:
     """The rows of `hat_lib.experiments.ablations` with a column ``apart``: is the interval disjoint from the
     reference's?
 
-    The reference, on the same text, is the grain's first change with the same number of steps: the recipe itself, or
-    its start.
+    The reference, on the same text at the same capacity, is the grain's first change with as many steps: the recipe
+    itself, or its start.
     """
     style.need(ablations, *POINT, "change", "steps", *COST)
-    first = ablations.groupby(["granularity", "text", "steps"], sort=False)[COST].transform("first")
+    first = ablations.groupby([*POINT, "steps"], sort=False)[COST].transform("first")
     meet = (ablations["increase_low"] <= first["increase_high"]) & (first["increase_low"] <= ablations["increase_high"])
     return ablations.assign(apart=~meet)
 
@@ -188,21 +190,23 @@ def exits(quality: pd.DataFrame) -> Figure:
 
 @draws()
 def choices(ablations: pd.DataFrame) -> Figure:
-    """What each choice in a recipe is worth, a panel for each grain; filled where the interval is `apart`."""
+    """What each choice in a recipe is worth, a panel for each grain and capacity; filled where the interval is
+    `apart`."""
     table = apart(ablations)[ablations["text"].isin(TEXTS)]
     style.need(table, "text")
-    fig, panels = style.panels_by(table, "granularity", 4.2, 9.0, sharey=False, sharex=False)
-    for here, ax in panels:
+    points = list(table.groupby(["granularity", "capacity"]))
+    fig, axes = style.panels(len(points), height=4.2, width=9.0, sharey=False, sharex=False)
+    for ax, ((grain, capacity), here) in zip(axes, points, strict=True):
         names = list(dict.fromkeys(here["change"]))
         for i, row in enumerate(here.itertuples()):
             (colour, marker), shift = TEXTS[row.text], 0.3 * list(TEXTS).index(row.text) - 0.15
             fill = colour if row.apart else "white"
             at = [names.index(row.change) + shift]
             style.whiskers(ax, at, 1 + here[COST].iloc[[i]], colour, marker, across=True, markerfacecolor=fill)
-        fine = here["increase_high"].max() < 0.3
-        style.log_axis(ax, [1, 1.05, 1.1, 1.15, 1.2, 1.25] if fine else [1, 2, 5, 10, 20, 50, 100, 200], "x{x:g}")
+        most = here["increase_high"].max()
+        ticks = next(ticks for end, ticks in RATIOS.items() if most < end)
+        style.log_axis(ax, ticks, "x{x:g}")
         style.named_rows(ax, names)
-        grain, capacity = here[["granularity", "capacity"]].iloc[0]
         ax.set(title=f"{grain} grain at {capacity:g}", xlabel="perplexity / base perplexity")
     style.below(fig, [key(text, *look) for text, look in TEXTS.items()])
     return fig

@@ -15,7 +15,7 @@ from hat_lib.evaluation.perplexity import compare, score
 from hat_lib.experiments import ablations, benchmark, published_claims, quality, registry, self_speculative, token_time
 from hat_lib.experiments import speed_targets as targets
 from hat_lib.experiments import step_cost as cost
-from hat_lib.experiments.ablations import CHANGES, MEASURED, Change
+from hat_lib.experiments.ablations import CAPACITIES, CHANGES, MEASURED, Change
 from hat_lib.experiments.benchmark import Setting, forced, measure, ratio
 from hat_lib.experiments.layer_shares import layer_shares
 from hat_lib.experiments.mechanisms import whole_blocks
@@ -294,11 +294,13 @@ def test_ablations(monkeypatch):
     )
     how = {"base": "random:tiny", "changes": few, "steps": 2, "tokens": 1200, "dtype": "fp32"}
     rows = list(ablations.rows(**how))
-    assert [(r.change, r.text) for r in rows] == [(c.name, text) for c in few for text, _ in MEASURED]
-    assert [r.steps for r in rows] == [0, 0] + 8 * [2]
+    assert [(r.change, r.text, r.capacity) for r in rows] == [
+        (c.name, text, capacity) for c in few for text, _ in MEASURED for capacity in CAPACITIES[c.granularity]
+    ]
+    assert [r.steps for r in rows] == 4 * [0] + 14 * [2]
     assert starts == ["damage", "uniform"], "runs that differ in their recipe alone start from the same calibration"
     assert all(r.realised == pytest.approx(r.capacity, abs=0.011) for r in rows)
-    assert len({r.increase for r in rows if r.text == "addresses"}) == len(few)
+    assert len({r.increase for r in rows}) == len(rows), "no two are the same"
     assert list(ablations.rows(set(keys(ablations, rows[:3])), **how)) == rows[3:]
 
 
