@@ -30,7 +30,7 @@ from hat_lib.training.run import CALIBRATION_TOKENS, Run, train
 from hat_lib.training.validation import as_trained
 
 ABOUT = "a short run that differs in one thing"
-MINUTES = 120
+MINUTES = 140
 KEY = ("granularity", "change", "capacity", "text")
 # (text, split) that a run is measured on. The second is reported, but selects nothing.
 MEASURED = (("addresses", "validation"), ("docstrings", "test"))
@@ -180,5 +180,7 @@ def tables(results: Path | None = None) -> dict[str, str]:
     lines = []
     for (grain, capacity, change), of in rows.groupby(["granularity", "capacity", "change"], sort=False):
         found = {r.text: f"{said(r._asdict())}, KL {r.kl:.3f}" for r in of.itertuples()}
-        lines.append([grain, capacity, change, of["steps"].iloc[0], *(found.get(text) for text, _ in MEASURED)])
+        lines.append(
+            [grain, f"{capacity:.2f}", change, of["steps"].iloc[0], *(found.get(text) for text, _ in MEASURED)]
+        )
     return {"ablations": markdown(["grain", "capacity", "change", "steps", *(text for text, _ in MEASURED)], lines)}

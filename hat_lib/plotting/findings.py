@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, MOST, ORANGE, PUBLISHED, PURPLE, SKY, draws, key
 
 POINT = ["granularity", "text", "capacity"]
-RATIOS = {0.3: [1, 1.05, 1.1, 1.15, 1.2, 1.25], 4: [1, 1.5, 2, 3, 4], np.inf: [1, 2, 5, 10, 20, 50, 100, 200]}
+RATIOS = {0.3: [1, 1.05, 1.1, 1.15, 1.2, 1.25], 4: [1, 1.5, 2, 3, 4], np.inf: [1, 2, 5, 10, 20, 50, 100]}
 """ticks of an axis of perplexity ratios, by the largest increase on it"""
 RUN = ("variant", "exit_rate", "tokens", *COST)
 TEXTS = {"addresses": (BLUE, "o"), "docstrings": (ORANGE, "s")}
@@ -190,26 +191,37 @@ def exits(quality: pd.DataFrame) -> Figure:
 
 @draws()
 def choices(ablations: pd.DataFrame) -> Figure:
-    """What each choice in a recipe is worth, a panel for each grain and capacity; filled where the interval is
-    `apart`."""
+    """What each choice in a recipe is worth, a row for each grain and a panel for each capacity; filled where the
+    interval is `apart`."""
     table = apart(ablations)[ablations["text"].isin(TEXTS)]
     style.need(table, "text")
-    points = list(table.groupby(["granularity", "capacity"]))
-    fig, axes = style.panels(len(points), height=4.2, width=9.0, sharey=False, sharex=False)
-    for ax, ((grain, capacity), here) in zip(axes, points, strict=True):
-        names = list(dict.fromkeys(here["change"]))
-        for i, row in enumerate(here.itertuples()):
-            (colour, marker), shift = TEXTS[row.text], 0.3 * list(TEXTS).index(row.text) - 0.15
-            fill = colour if row.apart else "white"
-            at = [names.index(row.change) + shift]
-            style.whiskers(ax, at, 1 + here[COST].iloc[[i]], colour, marker, across=True, markerfacecolor=fill)
-        most = here["increase_high"].max()
-        ticks = next(ticks for end, ticks in RATIOS.items() if most < end)
-        style.log_axis(ax, ticks, "x{x:g}")
-        style.named_rows(ax, names)
-        ax.set(title=f"{grain} grain at {capacity:g}", xlabel="perplexity / base perplexity")
+    grains = [(grain, sorted(of.groupby("capacity"), reverse=True)) for grain, of in table.groupby("granularity")]
+    columns, counts = max(len(of) for _, of in grains), [of[0][1]["change"].nunique() for _, of in grains]
+    sizes = {"height": 1.6 + 0.22 * sum(counts), "width": 8.0, "height_ratios": counts}
+    fig, axes = style.panels(columns, len(grains), **sizes, sharey=False, sharex=False)
+    for row, (grain, of) in enumerate(grains):
+        for column, ax in enumerate(axes[row * columns : (row + 1) * columns]):
+            if column < len(of):
+                capacity, here = of[column]
+                _choices(ax, here, named=column == 0)
+                ax.set_title(f"{grain} grain at {capacity:.2f}")
+            else:
+                ax.remove()
     style.below(fig, [key(text, *look) for text, look in TEXTS.items()])
     return fig
+
+
+def _choices(ax: Axes, here: pd.DataFrame, named: bool) -> None:
+    names = list(dict.fromkeys(here["change"]))
+    for i, row in enumerate(here.itertuples()):
+        (colour, marker), shift = TEXTS[row.text], 0.3 * list(TEXTS).index(row.text) - 0.15
+        fill = colour if row.apart else "white"
+        at = [names.index(row.change) + shift]
+        style.whiskers(ax, at, 1 + here[COST].iloc[[i]], colour, marker, across=True, markerfacecolor=fill)
+    most = here["increase_high"].max()
+    style.log_axis(ax, next(ticks for end, ticks in RATIOS.items() if most < end), "x{x:g}")
+    style.named_rows(ax, names if named else [""] * len(names))
+    ax.set_xlabel("perplexity / base perplexity")
 
 
 def _bounds(promise: pd.DataFrame) -> pd.DataFrame:
