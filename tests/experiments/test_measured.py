@@ -11,7 +11,7 @@ from tiny_runs import GRAINS, adaptive, new_hat, random_blocks
 
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import DATA, HatConfig, HatError
-from hat_lib.evaluation.perplexity import compare, score
+from hat_lib.evaluation.perplexity import compare, score, score_each
 from hat_lib.experiments import ablations, benchmark, published_claims, quality, registry, self_speculative, token_time
 from hat_lib.experiments import speed_targets as targets
 from hat_lib.experiments import step_cost as cost
@@ -292,6 +292,15 @@ def test_ablations(monkeypatch):
         Change("channel", "uniform split", {"text": "addresses"}, split="uniform"),
         Change("token", "no z-loss", {"text": "addresses", "z_weight": 0.0}),
     )
+
+    def with_their_corrections(hat, blocks, settings, **options):
+        for enter in settings:
+            with enter(), torch.no_grad():
+                hat.lm(torch.arange(8)[None])
+            assert hat.trace.corrected == bool(hat.corrections)
+        return score_each(hat, blocks, settings, **options)
+
+    monkeypatch.setattr(ablations, "score_each", with_their_corrections)
     how = {"base": "random:tiny", "changes": few, "steps": 2, "tokens": 1200, "dtype": "fp32"}
     rows = list(ablations.rows(**how))
     assert [(r.change, r.text, r.capacity) for r in rows] == [

@@ -18,7 +18,7 @@ from hat_lib.experiments.rows import read_rows
 from hat_lib.training.run import Run, train
 from hat_lib.workbook.batch import parse_grid
 from soak import __main__ as command
-from soak import equalities, faults, hostile, load, planted, shown
+from soak import equalities, faults, hostile, load, planted, shown, versions
 
 
 def sound(found, cases):
@@ -122,6 +122,16 @@ def test_a_row_for_each_part_once(tmp_path, monkeypatch, capsys):
     (row,) = read_rows(tmp_path / "a.csv", command.Row)
     assert (row.area, row.cases) == ("hostile files", 10)
     assert command.main() == 0 and capsys.readouterr().out == ""
+
+
+def test_versions_that_cannot_be_had_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert versions.versions("newest", "3.14", tmp_path).note == "left out: no uv on the path (pip install uv)"
+    uv = tmp_path / "uv"
+    uv.write_text("#!/bin/sh\nexit 2\n")
+    uv.chmod(0o755)
+    found = versions.versions("newest", "3.14", tmp_path)
+    assert (found.cases, found.note) == (0, "left out: there is no Python 3.14 here")
 
 
 # Defects found this way, by name
