@@ -38,10 +38,11 @@ def versions(which: str, python: str, folder: Path) -> Found:
     # As `make check`, but for the linters.
     tests = [env / "bin" / "python", "-m", "pytest", "-q", "-m", "not slow", "-n", "2", "--dist", "loadfile"]
     offline = dict.fromkeys(OUTSIDE, "1") | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    path = f"{env / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    around = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # the clone, and nothing else
+    around |= offline | {"PATH": f"{env / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     with (folder / "out.txt").open("w") as out:
         command = [*tests, f"--junitxml={folder / 'tests.xml'}"]
-        subprocess.run(command, cwd=clone, env=os.environ | offline | {"PATH": path}, stdout=out, stderr=out)
+        subprocess.run(command, cwd=clone, env=around, stdout=out, stderr=out)
     if not (folder / "tests.xml").exists():
         raise RuntimeError((folder / "out.txt").read_text()[-1000:])
     suite = ElementTree.parse(folder / "tests.xml").getroot()[0]
