@@ -3,7 +3,7 @@
 On the bundled base at the capacities of a trained checkpoint, and on TinyLlama's exact shape forced to the same shares:
 plain transformers, the reference path, and the engine with its weights in each format, all after the same text, in
 turns; also eight sequences at a time. The engine's speedup is over our own fastest dense path in the same weight
-format; ``low`` and ``high`` are the slowest and the fastest rounds. "read" is the same threads summing as much memory
+format; ``low`` and ``high`` are of the fastest and the slowest round. "read" is the same threads summing as much memory
 in order. llama.cpp decodes the bundled base's file in its own four bits, in the same turns, if llama-cpp-python is
 installed (``pip install "hat-workbook[peers]"``, which takes minutes to compile).
 
@@ -77,7 +77,7 @@ class Row(Machine):
     """per token, over all sequences"""
     low: float
     high: float
-    """of the slowest and of the fastest round"""
+    """of the fastest and of the slowest round"""
     tokens_per_second: float
     ideal: float | None
     """speedup over dense if time followed the weights read; only for one sequence, as several share them"""
@@ -265,8 +265,8 @@ def _row(hat, way: Way, ways: Sequence[Way], steps: int, rounds: int) -> Row:
         sequences=way.sequences,
         capacity=way.capacity,
         ms=ms,
-        low=max(way.times),
-        high=min(way.times),
+        low=min(way.times),
+        high=max(way.times),
         tokens_per_second=1e3 / ms,
         over_hf=None if way is hf else statistics.median(a / b for a, b in zip(hf.times, way.times, strict=True)),
         steps=steps,
@@ -327,7 +327,7 @@ def tables(results: Path | None = None) -> dict[str, str]:
         lines = []
         for r in part.itertuples():
             line = [r.weights, WAYS[r.way], r.sequences, f"{r.realised:.2f}"]
-            line += [f"{r.ms:.1f} ({r.high:.1f} to {r.low:.1f})", f"{r.tokens_per_second:.0f}"]
+            line += [f"{r.ms:.1f} ({r.low:.1f} to {r.high:.1f})", f"{r.tokens_per_second:.0f}"]
             spread = f" ({r.over_dense_low:.2f} to {r.over_dense_high:.2f})"
             speeds = (r.ideal, ""), (r.over_dense, spread), (r.over_hf, "")
             line += [None if pd.isna(x) else times(x) + more for x, more in speeds]
