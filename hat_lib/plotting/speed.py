@@ -121,7 +121,7 @@ def decode(table: pd.DataFrame) -> Figure:
     for rows, ax in panels:
         for weights, part in rows[rows["way"] == "engine"].sort_values("realised").groupby("weights"):
             colour, marker = looks[weights]
-            spread = [part["ms"] - part["high"], part["low"] - part["ms"]]
+            spread = [part["ms"] - part["low"], part["high"] - part["ms"]]
             ax.errorbar(part["realised"], part["ms"], spread, color=colour, marker=marker, markersize=4, linewidth=1.2)
             ax.plot(part["realised"], part["ms"].iloc[-1] / part["ideal"], ":", color=colour, linewidth=1.5)
         both = rows.loc[rows["way"].isin(flat), "ms"]

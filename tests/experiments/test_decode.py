@@ -54,7 +54,7 @@ def test_rows(monkeypatch, tmp_path):
         *(("random:tiny", *way) for way in both),
     ]
     for r in found:
-        assert r.high <= r.ms <= r.low and r.tokens_per_second == pytest.approx(1e3 / r.ms, rel=1e-3)
+        assert r.low <= r.ms <= r.high and r.tokens_per_second == pytest.approx(1e3 / r.ms, rel=1e-3)
         assert (r.over_hf is None) == (r.way == "hf") and r.cpu == cpu_name()
         if r.way == "engine":
             assert abs(r.realised - r.capacity) < 0.15 and r.over_dense_low <= r.over_dense <= r.over_dense_high
