@@ -63,7 +63,7 @@ def decoding():
                 row = {"base": base, "way": "engine", "weights": weights, "realised": capacity, "ideal": 1 / capacity}
                 rows.append(row | {"ms": dense * share * (0.1 + 0.9 * capacity)})
     table = pd.DataFrame(rows)
-    return table.assign(low=1.2 * table["ms"], high=0.9 * table["ms"])
+    return table.assign(low=0.9 * table["ms"], high=1.2 * table["ms"])
 
 
 def token_time():
