@@ -165,3 +165,9 @@ def test_every_fourth_block_checks_or_the_last_of_a_few(count, measured, checked
     blocks = [[n] * (300 + n) for n in range(count)]  # known by what they hold, and of different lengths
     found = module.held_out_parts(untrained("channel"), blocks)
     assert [[int(b[0, 0]) for b in part] for part in found] == [measured, checked]
+
+
+def test_a_part_of_the_blocks_reaches_from_the_first_to_the_last():
+    blocks = [torch.full((1, 4), n) for n in range(9)]
+    assert [int(b[0, 0]) for b in module._spread(blocks, 12)] == [0, 4, 8]
+    assert [int(b[0, 0]) for b in module._spread(blocks, 1)] == [0] and len(module._spread(blocks, 1_000)) == 9

@@ -60,7 +60,11 @@ def test_exit_thresholds():
         calibration().exit_thresholds(0.2, 1.0)
 
 
-@pytest.mark.parametrize("name", [name for name, (_, low, *_) in TABLES.items() if low == 0])
+LIMITS = {"capacities": (0, 1), "shares": (0, 1), "head_thresholds": (0, math.inf), "head_margins": (0, math.inf)}
+LIMITS |= {"head_shares": (0, 2), "exit_capacities": (0, 1), "exit_rates": (0, 1)}
+
+
+@pytest.mark.parametrize("name", LIMITS)
 def test_a_table_holds_what_lies_between_its_limits_and_nothing_beyond(name):
     config, sizes = HatConfig(2, exit_layers=[1]), {"L": 2, "S": 4, "C": 2, "K": 1, "R": 2, "E": 1}
 
@@ -68,7 +72,7 @@ def test_a_table_holds_what_lies_between_its_limits_and_nothing_beyond(name):
         return [filled(value, axes[1:]) for _ in range(sizes[axes[0]])] if axes else value
 
     tables = {other: filled(0.5, axes) for other, (axes, *_) in TABLES.items()} | {"capacities": [0.5, 1.0]}
-    axes, low, high, _ = TABLES[name]
+    axes, (low, high) = TABLES[name][0], LIMITS[name]
     for limit, beyond in ((low, -math.inf), (high, math.inf)):
         for value in {limit, math.nextafter(limit, beyond)} - {beyond}:
             table = [min(value, 0.5), max(value, 1.0)] if name == "capacities" else filled(value, axes)
