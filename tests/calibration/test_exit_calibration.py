@@ -92,7 +92,8 @@ def test_an_exit_is_right_where_it_reads_the_token_that_the_base_reads():
     for number, depth in enumerate(map(int, hat.gates)):
         read = hat.lm.lm_head(hat.lm.model.norm(states[depth][0])).argmax(-1)  # an untrained translator is the identity
         same = (read == last)[hat.config.protected_tokens :].tolist()
-        assert right[:, number].tolist() == same and len(set(same)) == 2
+        assert right[:, number].tolist() == same
+    assert right.any() and not right.all()
 
 
 def test_the_logistic_map_finds_the_chance():
