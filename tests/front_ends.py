@@ -23,7 +23,8 @@ def jupyter(home: Path) -> Iterator[str]:
     """
     port, token = _free_port(), secrets.token_hex(16)
     commands = {"expose_app_in_browser": True}  # as `window.jupyterapp`
-    server = {"ip": "127.0.0.1", "port": port, "port_retries": 0, "open_browser": False, "allow_root": True}
+    # Which addresses it listens on is left as it comes.
+    server = {"port": port, "port_retries": 0, "open_browser": False, "allow_root": True}
     options = {
         "ServerApp": server | {"root_dir": str(home / "notebooks")},
         "IdentityProvider": {"token": token},

@@ -46,6 +46,9 @@ DTYPES = {
     "float16": torch.float16, "fp16": torch.float16,
 }  # fmt: skip
 
+MOST_LAYERS = 1000
+"""of a base. transformers builds every layer that a file says it has, before it looks for their weights."""
+
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -196,6 +199,9 @@ def _pretrained(source: Path | str, dtype: torch.dtype, gguf_file: str | None = 
             kind = config.get("model_type")
             if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) != LlamaForCausalLM.__name__:
                 raise HatError(f"{shown} has model type {kind!r}: a Llama-shaped one is expected (model type 'llama')")
+            layers = config.get("num_hidden_layers", 1)
+            if not isinstance(layers, int) or layers > MOST_LAYERS:
+                raise HatError(f"{shown} has num_hidden_layers {layers!r}: expected at most {MOST_LAYERS}")
             if "quantization_config" in config:
                 raise HatError(f"{shown} is a quantised checkpoint: expected plain weights (or a .gguf file)")
             how = {"use_safetensors": True}

@@ -298,6 +298,8 @@ def pickled(folder):
         (config(model_type="gpt2"), "has model type 'gpt2': a Llama-shaped one is expected"),
         (config(num_hidden_layers=5), "missing model.layers.4."),
         (config(num_hidden_layers=3), "unexpected model.layers.3."),
+        (config(num_hidden_layers=2**32), "has num_hidden_layers 4294967296: expected at most 1000"),
+        (config(num_hidden_layers="4"), "has num_hidden_layers '4': expected at most 1000"),
         (weights(model__layers__2__mlp__up_proj__weight=None), "missing model.layers.2.mlp.up_proj.weight"),
         (weights(model__layers__0__self_attn__q_proj__bias=torch.zeros(64)), "unexpected model.layers.0.self_attn.q_"),
     ],

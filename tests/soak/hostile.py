@@ -194,20 +194,25 @@ class Adapter(Checkpoint):
         assert all(torch.equal(t, expected[n]) and t.isfinite().all() for n, t in found.items())
 
 
+def very_small() -> Base:
+    """A Llama whose file is mostly its header."""
+    config = LlamaConfig(
+        num_hidden_layers=1, hidden_size=8, intermediate_size=8, vocab_size=260, num_attention_heads=1,
+        max_position_embeddings=64, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    lm = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.copy_(torch.linspace(-0.3, 1, p.numel()).view_as(p))
+    return Base(lm, byte_tokenizer(), "", "")
+
+
 class Gguf:
     """A GGUF file of a very small Llama, usually damaged in its header."""
 
     def __init__(self, folder: Path):
         self.path = folder / "small.gguf"
-        config = LlamaConfig(
-            num_hidden_layers=1, hidden_size=8, intermediate_size=8, vocab_size=260, num_attention_heads=1,
-            max_position_embeddings=64, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        )  # fmt: skip
-        lm = LlamaForCausalLM(config)
-        with torch.no_grad():
-            for p in lm.parameters():
-                p.copy_(torch.linspace(-0.3, 1, p.numel()).view_as(p))
-        write_gguf(Base(lm, byte_tokenizer(), "", ""), self.path)
+        write_gguf(very_small(), self.path)
         self.good = self.path.read_bytes()
 
     def damage(self, rng: random.Random) -> None:
@@ -216,6 +221,29 @@ class Gguf:
     def load(self) -> None:
         base = load_base(self.path, dtype="fp32", device="cpu")
         assert base.model(torch.arange(5)[None] % base.model.config.vocab_size).logits.dim() == 3
+
+
+class Folder(Gguf):
+    """A folder as save_pretrained writes it: damaged in a JSON file, or in the header of the weights."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "small"
+        base = very_small()
+        for part in (base.model, base.tokenizer):
+            part.save_pretrained(self.path)
+        self.good = {path: path.read_bytes() for path in sorted(self.path.iterdir())}
+
+    def damage(self, rng: random.Random) -> None:
+        for path, data in self.good.items():
+            path.write_bytes(data)
+        path = rng.choice([self.path / "config.json", *self.good])
+        if path.suffix == ".json" and rng.random() < 0.7:
+            tree = json.loads(self.good[path])
+            for _ in range(rng.choice([1, 1, 2])):
+                tree_changed(rng, tree)
+            path.write_text(json.dumps(tree))
+        else:
+            path.write_bytes(bytes_changed(rng, self.good[path], 3000))
 
 
 class Corpus:
@@ -293,7 +321,8 @@ class Csv:
             raise
 
 
-KINDS = {"checkpoint JSON": Checkpoint, "checkpoint tensors": Adapter, "GGUF": Gguf, "corpora": Corpus,
+KINDS = {"checkpoint JSON": Checkpoint, "checkpoint tensors": Adapter, "GGUF": Gguf, "base folders": Folder,
+         "corpora": Corpus,
          "notebooks for batch": Notebook, "result CSVs": Csv}  # fmt: skip
 
 # What must not happen

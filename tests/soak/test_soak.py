@@ -32,11 +32,11 @@ def test_equalities():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "count"), [("checkpoint JSON", 60), ("checkpoint tensors", 60), ("GGUF", 60)])
-def test_hostile_models(kind, count, tmp_path):
-    found = hostile.fuzz(kind, count, tmp_path)
-    sound(found, count)
-    assert 0 < found.named_errors < count, "some are refused, and some are none the worse"
+@pytest.mark.parametrize("kind", ["checkpoint JSON", "checkpoint tensors", "GGUF", "base folders"])
+def test_hostile_models(kind, tmp_path):
+    found = hostile.fuzz(kind, 60, tmp_path)
+    sound(found, 60)
+    assert 0 < found.named_errors < 60, "some are refused, and some are none the worse"
 
 
 @pytest.mark.parametrize("kind", ["corpora", "notebooks for batch", "result CSVs"])
