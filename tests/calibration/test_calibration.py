@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 from tiny_runs import GRAINS, decides, random_blocks, skipping, untrained
 
 from hat_lib.calibration import capacity as module
-from hat_lib.calibration.capacity import allocate, calibrate, fit_token_routers
+from hat_lib.calibration.capacity import allocate, calibrate, fit_token_routers, score_quantiles
 from hat_lib.config import HatError
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
@@ -86,6 +86,11 @@ def test_token_routers_are_fitted_once():
     assert first.any() and torch.equal(first, hat.routers["2_ffn"].weight)
 
 
+def test_routers_that_cannot_tell_tokens_apart_give_no_thresholds():
+    with torch.no_grad(), pytest.raises(HatError, match="every router score is equal, .*: train or fit the routers"):
+        score_quantiles(untrained("token"), [torch.tensor([b]) for b in blocks(2)], progress=False)
+
+
 @pytest.mark.parametrize("grain", GRAINS)
 def test_the_model_is_left_as_it_was_found(grain):
     """Capacity, exit rate and decisions stay, even with exits on."""
@@ -93,6 +98,8 @@ def test_the_model_is_left_as_it_was_found(grain):
     ids, before = torch.tensor(blocks(2)), hat.calibration
     with pytest.raises(HatError, match="256 tokens"):
         calibrate(hat, blocks(2, 16), progress=False)
+    with pytest.raises(HatError, match="split must be damage or uniform, got 'even'"):
+        calibrate(hat, blocks(), split="even", progress=False)
     assert hat.calibration is before
     calibrate(hat, blocks(), probe_tokens=128, progress=False)
     assert hat.capacity == 0.7 and hat.exit_rate == 0.2

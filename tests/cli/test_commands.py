@@ -14,6 +14,7 @@ from hat_lib.backbone import base
 from hat_lib.backbone.shapes import byte_tokenizer, random_model
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.cli import options as shared
+from hat_lib.cli.generate import _price
 from hat_lib.evaluation.lm_eval import TASKS
 from hat_lib.experiments.quality import Row
 from hat_lib.experiments.rows import read_rows
@@ -53,6 +54,20 @@ def test_generate_at_capacity_one_is_plain_transformers(hat):
     assert text == tokenizer.decode(ids[0], skip_special_tokens=True)
     assert last.startswith("[capacity 1.00 requested, 1.000 realised; exit rate 0.00 requested, 0.000 realised; ")
     assert re.search(r" tokens/s; (engine|reference path) \(.*\)\]$", last)
+
+
+def test_the_new_text_with_what_each_token_took(hat, calibrated):
+    command = ["generate", "--checkpoint", calibrated[0], "--dtype", "fp32", "--prompt", PROMPT, "--max-new-tokens", 8]
+    code, out, _ = hat(*command, "--show-compute")
+    key = r"compute spent predicting the token, as a share of the dense model's: 0\.\d{3}₀ .*; 8 new tokens, "
+    assert code == 0 and re.search(key, out, re.DOTALL)
+
+
+def test_a_price_is_what_was_measured():
+    measured = _price(None, 0.7, "base")
+    assert re.fullmatch(r"perplexity about (\+[\d.]+% on \w+(, )?)+", measured)
+    assert _price(None, 0.7, "int8") == f"{measured}, and what int8 costs, see `hat reproduce decode`"
+    assert _price(None, 1.0, "base") == "the base's perplexity"
 
 
 def test_weights_in_fewer_bits(hat, calibrated, monkeypatch):

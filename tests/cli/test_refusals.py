@@ -78,6 +78,7 @@ WHERE = "pass either --save DIR for a new run or --resume DIR for one that was s
         ((*ANALYZE, "--out", __file__), "is not a folder"),
         (("train",), WHERE),
         (("train", "--save", "a", "--resume", "b"), WHERE),
+        (("train", "--resume", "gone", "--set", "warmup=1"), "--resume goes on as the run was asked for: leave out"),
         (("train", "--resume", "gone"), "nothing to resume in gone: run.json is missing"),
         ((*MINE, "--phase", "gates"), "phase must be one of routers, exit, full, got 'gates'"),
         ((*MINE, "--granularity", "block"), "granularity must be one of channel, token, got 'block'"),

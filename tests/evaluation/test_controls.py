@@ -1,5 +1,6 @@
 """Controls on a tiny random Llama, both grains: the requested work, chosen by nothing but their own rule."""
 
+import copy
 import dataclasses
 from contextlib import nullcontext
 from functools import partial
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_runs import GRAINS, random_blocks, tiny, untrained
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import HatError
@@ -201,6 +202,14 @@ class TestMatched:
     def test_out_of_reach(self, tokens):
         with pytest.raises(OutOfReach, match="cannot realise capacity 0.5 on this text: its nearest is 0.7"):
             cosine_rule(tokens, blocks(), 0.5)
+
+    def test_two_layers_leave_the_cosine_rule_nothing_to_predict(self):
+        base = tiny()
+        config = copy.deepcopy(base.model.config)
+        config.num_hidden_layers = 2
+        small = untrained("channel", dataclasses.replace(base, model=LlamaForCausalLM(config).eval()), exit_layers=())
+        with pytest.raises(HatError, match="the cosine rule has nothing to predict in a base of 2 layers"):
+            cosine_rule(small, blocks(), 0.7)
 
     def test_rows_of_a_dataset_are_blocks_and_bad_input_is_refused(self, hat):
         rows = [{"input_ids": b, "doc": "a", "n_context": 0} for b in blocks()]

@@ -55,6 +55,8 @@ def test_what_cannot_be_measured(checkpoints, tmp_path):
         next(mechanisms.rows(ways=["fast"]))
     with pytest.raises(HatError, match="capacity must be"):
         next(mechanisms.rows(capacities=[7.0]))
+    with pytest.raises(HatError, match="trained and fine_tuned need a checkpoint with corrections: pass trained=DIR"):
+        next(mechanisms.rows(trained=None, ways=["layers", "fine_tuned"]))
     new_hat("channel").save_pretrained(tmp_path / "full")
     with pytest.raises(HatError, match="reads its head in full: make it anew"):
         next(mechanisms.rows(untrained=tmp_path / "full", dtype="fp32"))

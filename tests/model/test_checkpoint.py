@@ -342,6 +342,12 @@ def test_no_json(folder, base, text):
     refused(folder, base, CONFIG_FILE, "not valid JSON: " + ("duplicate key 'b" if text in TWICE else ""))
 
 
+@pytest.mark.parametrize(("text", "shown"), [("[]", "[]"), ("3", "3"), ("null", "None")])
+def test_json_of_no_object(folder, base, text, shown):
+    (folder / CONFIG_FILE).write_text(text)
+    refused(folder, base, CONFIG_FILE, f"expected an object, got {shown}")
+
+
 @pytest.mark.parametrize(
     "path, value, words",
     [
@@ -353,10 +359,12 @@ def test_no_json(folder, base, text):
         ("format_version", "1", "format_version must be a whole number of at least 0, got '1'"),
         ("format_version", True, "format_version must be a whole number of at least 0, got True"),
         ("config", [], "config must be an object, got list"),
+        ("training", 3, "training must be an object or null, got 3"),
         ("config.capacity", 7, "capacity must be a number in [0.1, 1.0], got 7"),
         ("config.exit_layers", [3, 1], "exit layers must be sorted and distinct, got [3, 1]"),
         ("config.exit_layers", 3, "exit_layers must be a list, got 3"),
         ("config.capacity", "0.5", "capacity must be a number, got '0.5'"),
+        ("config.translator_rank", 65, "translator_rank must be at most 64, the hidden size of random:tiny, got 65"),
         ("config.capacity", 10**400, "not valid JSON: number out of range"),
         ("calibration", 3, "calibration must be an object, got int"),
         ("calibration.shares", ..., "missing fields in calibration: ['shares']"),
@@ -387,7 +395,7 @@ def test_exit_tables_and_all_others_are_checked(folder, base):
     assert {*TABLES, "sites", "method", "text"} == {field.name for field in fields(Calibration)}
 
 
-@pytest.mark.parametrize("depth", [400, 980, 100_000])
+@pytest.mark.parametrize("depth", [400, 600, 980, 100_000])
 @pytest.mark.parametrize("place", ['"steps": 3', '"capacity": 0.6'])
 def test_json_deeper_than_the_stack(folder, base, place, depth):
     damage(folder, lambda meta: None)

@@ -16,13 +16,14 @@ import peft
 import pytest
 import torch
 from four_bits_read import round_weights
-from test_transformer import GREEDY, active, close, stepwise
+from test_transformer import EXITS, GREEDY, active, close, stepwise
 from tiny_runs import GRAINS, greedy, skipping, tiny
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from hat_lib.backbone.base import fingerprint
 from hat_lib.config import HatConfig, HatError
+from hat_lib.evaluation.controls import RandomExits
 from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.model.granularity import column_norm
 from hat_lib.model.policies import Random
@@ -125,6 +126,9 @@ class Reasons:
     def training(hat, monkeypatch):
         hat.lm.train()
 
+    def fewer_layers(hat, monkeypatch):
+        monkeypatch.setattr(hat.lm.config, "num_hidden_layers", 3)
+
     def activations(hat, monkeypatch):
         monkeypatch.setattr(hat.lm.config, "output_hidden_states", True)
 
@@ -144,16 +148,43 @@ def test_what_it_cannot_do_the_reference_path_does(hat, ids, monkeypatch, reason
         lambda hat: hat.record(),
         lambda hat: hat.masked(),
         lambda hat: hat.using(Random(0.5)),
+        lambda hat: hat.exiting(RandomExits(dict.fromkeys(EXITS, 0.5))),
         lambda hat: hat.dropping(torch.zeros(4, 3, dtype=torch.bool)),
         lambda hat: torch.enable_grad(),
         lambda hat: torch.autocast("cpu"),
     ],
-    ids=["reference", "record", "masked", "using", "dropping", "grad", "autocast"],
+    ids=["reference", "record", "masked", "using", "exiting", "dropping", "grad", "autocast"],
 )
 def test_contexts_that_it_leaves_to_the_reference_path(hat, ids, context):
     with context(hat):
         assert not any(on_engine(hat, ids[:, :3]))
     assert all(on_engine(hat, ids[:, :3]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_act": "gelu"}, "the FFN's activation is gelu"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rotary embeddings of type dynamic",
+        ),
+        ({"head_bias": True}, "the head has a bias"),
+        ({"forward": True}, "another library overrides a forward of the base"),
+    ],
+)
+def test_bases_that_it_leaves_to_the_reference_path(ids, changes, words):
+    base = tiny()
+    config = copy.deepcopy(base.model.config)
+    config.update({key: value for key, value in changes.items() if hasattr(config, key)})
+    lm = LlamaForCausalLM(config).eval()
+    if "head_bias" in changes:
+        lm.lm_head.bias = torch.nn.Parameter(torch.zeros(lm.vocab_size))
+    if "forward" in changes:
+        lm.model.layers[0].mlp.forward = lm.model.layers[0].mlp.forward
+    hat = active("channel", replace(base, model=lm))
+    assert hat.decoding == f"reference path ({words})"
+    assert not any(on_engine(hat, ids[:, :3]))
 
 
 @pytest.mark.parametrize("given", [{"output_hidden_states": True}, {"labels": True}, {"use_cache": False}])

@@ -116,6 +116,8 @@ class TestBase:
                 use()
 
     def test_what_is_no_base_and_no_config_and_what_is_called_is_hat_lm(self, hat, ids):
+        forwarded = tiny()
+        forwarded.model.model.layers[1].forward = forwarded.model.model.layers[1].forward
         for use, message in (
             (
                 lambda: HierarchicalTransformer(tiny().model, hat.config),
@@ -123,6 +125,7 @@ class TestBase:
             ),
             (lambda: HierarchicalTransformer(tiny(), None), "config must be a HatConfig, .*, got NoneType"),
             (lambda: HierarchicalTransformer(hat.base, hat.config), "call its unload.. first, or load the base again"),
+            (lambda: HierarchicalTransformer(forwarded, hat.config), "whose forward another library overrides: take"),
             (lambda: hat(ids), "is not called itself: call hat.lm"),
         ):
             with pytest.raises(HatError, match=message):
@@ -266,6 +269,12 @@ class TestCache:
         with pytest.raises(HatError, match="could not be moved, and is as it was: no memory"):
             hat._apply(fails)
         assert torch.equal(hat.lm(ids).logits, before) and hat.capacity == 0.7
+
+    def test_a_base_moved_by_itself_is_told(self, hat, ids):
+        hat.lm.to("meta")
+        with pytest.raises(HatError, match="the base was moved under the model: use hat.to.*, not hat.lm.to"):
+            hat.lm(ids.to("meta"))
+        assert hat.decoding == "reference path (the model is on meta)"
 
 
 class TestExits:

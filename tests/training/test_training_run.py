@@ -212,6 +212,12 @@ def test_a_run_that_ended_between_the_look_and_the_lock_is_not_trained_over(fini
         train(tiny_run("token", text), folder, progress=False)
 
 
+def test_a_lock_that_cannot_be_taken(text, tmp_path):
+    (tmp_path / "work" / ".lock").mkdir(parents=True)
+    with pytest.raises(HatError, match="cannot write .*.lock: Is a directory"):
+        train(tiny_run("token", text), tmp_path, progress=False)
+
+
 @pytest.mark.parametrize("name", ["log.csv", "validation.csv", "hat_adapter.safetensors", "work"])
 def test_a_folder_with_someone_elses_file_is_refused_and_left_as_it_is(text, tmp_path, name):
     mine = tmp_path / name

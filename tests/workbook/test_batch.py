@@ -226,6 +226,36 @@ def test_a_notebook_that_changes_in_mid_batch_ends_it(call, source, out):
     assert list(latest_rows(out)) == ["name=a"]
 
 
+def test_what_cannot_be_written_in_mid_batch_ends_it(call, out, source):
+    def vanished(tasks):
+        shutil.rmtree(out)
+        yield carry_out(tasks[0])
+
+    with pytest.raises(HatError, match="cannot write .*unfinished.*: No such file or directory"):
+        call("a", engine=vanished)
+    list(batch.batch(source, [{"seed": 0}], out, lambda tasks: [], threads=1))
+    (out / "unfinished").touch()
+    with pytest.raises(HatError, match="cannot write .*unfinished: File exists"):
+        call("a")
+
+
+def test_an_attempt_that_was_begun_and_never_ended_counts(call, out):
+    def begun(tasks):
+        tasks[0].attempts.mkdir()
+        (tasks[0].attempts / "1.ipynb").touch()
+        yield carry_out(tasks[0])
+
+    (row,) = call("a", engine=begun, retries=0)
+    assert (row.status, row.error) == ("failed", "its worker was killed")
+
+
+def test_a_failed_run_is_the_exit_code_of_the_command(source, out, monkeypatch):
+    monkeypatch.setattr(batch, "run_notebook", stand_in)
+    monkeypatch.setattr(batch, "Local", type("Here", (Local,), {"__call__": lambda self, tasks: map(carry_out, tasks)}))
+    done = hat(source, "--grid", "name=a,fails", "--out", out, "--retries", 0)
+    assert done.exit_code == 1 and "it failed" in done.output and f"wrote {out}" in done.output
+
+
 def test_results_too_large_for_a_row_fail_the_run(call, monkeypatch):
     monkeypatch.setattr(batch, "results", lambda path: {"all": "x" * 200_000})
     (row,) = call("a", retries=0)
@@ -371,6 +401,24 @@ def test_a_worker_that_cannot_import_is_told_and_the_client_closed(monkeypatch):
     with pytest.raises(HatError, match="a worker of tcp://h:1 cannot use hat_lib: No module named 'hat_lib'"):
         Dask("tcp://h:1")
     client.close.assert_called_once()
+
+
+@pytest.mark.parametrize(("error", "told"), [(HatError("full disk"), "^full disk"), (OSError("no host"), "no host")])
+def test_an_error_of_a_worker_ends_the_batch(source, out, error, told, monkeypatch):
+    from distributed import LocalCluster
+
+    def fails(task):
+        raise error
+
+    monkeypatch.setattr(batch, "carry_out", fails)
+    quiet = {"dashboard_address": ":0", "processes": False, "threads_per_worker": 1}
+    task = Task("seed=0", source, "", out, {}, 1, 1, 60)
+    with (
+        LocalCluster(n_workers=1, **quiet) as cluster,
+        Dask(cluster.scheduler_address) as engine,
+        pytest.raises(HatError, match=told),
+    ):
+        list(engine([task]))
 
 
 def test_workers_that_die_before_they_begin_end_the_batch(monkeypatch, source, out):

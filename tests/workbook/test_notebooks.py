@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -88,6 +90,14 @@ def test_select_names_what_there_is(tmp_path):
         select(["07"], tmp_path)
     with pytest.raises(HatError, match="no notebook in"):
         select([], tmp_path / "empty")
+
+
+def test_a_wrong_command_is_one_line():
+    done = subprocess.run([sys.executable, "-m", "hat_lib.workbook", "run", "42"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith(
+        "error: no notebook '42'; there are: 00"
+    )
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
