@@ -167,7 +167,19 @@ def test_no_other_split_is_better(budget):
     assert damage(allocate(k, w, budget, p, 0.05)[0]) <= found.fun + 1e-6
 
 
-@pytest.mark.parametrize(("count", "measured", "checked"), [(1, [0], [0]), (3, [0, 1, 2], [2]), (5, [0, 1, 2, 4], [3])])
+@pytest.mark.parametrize("exponent", [1.0, 2.5, 5.5, 8.0])
+def test_a_power_law_is_found_within_two_and_six(exponent):
+    damage = np.array([[[0.3 * (1 - share) ** exponent]] for share in module.PROBE_SHARES])
+    k, p = module._fit_damage(damage)
+    assert p.item() == pytest.approx(min(max(exponent, 2.0), 6.0), abs=1e-3)
+    if exponent == p:
+        assert k.item() == pytest.approx(0.3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("count", "measured", "checked"),
+    [(1, [0], [0]), (3, [0, 1, 2], [2]), (5, [0, 1, 2, 4], [3]), (9, [0, 1, 2, 4, 5, 6, 8], [3, 7])],
+)
 def test_every_fourth_block_checks_or_the_last_of_a_few(count, measured, checked):
     blocks = [[n] * (300 + n) for n in range(count)]  # known by what they hold, and of different lengths
     found = module.held_out_parts(untrained("channel"), blocks)

@@ -1,6 +1,7 @@
 """Perplexity against sums worked out by hand and against transformers' own loss; intervals on made-up scores; more
 compute is no worse on text. For lm-evaluation-harness, see test_lm_eval.py."""
 
+from math import erfc, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from hat_lib.evaluation.perplexity import (
     coverage,
     score,
     score_each,
+    tails,
     text_bytes,
 )
 from hat_lib.model.checkpoint import read_checkpoint
@@ -157,6 +159,13 @@ class TestScore:
             for name, value in vars(alone).items():
                 assert name == "agreement" or np.array_equal(getattr(found, name), value), name
         assert adaptive.agreement is not None and base.agreement is None
+
+
+@pytest.mark.parametrize(("n", "t"), [(2, 12.7062), (5, 2.7764), (40, 2.0227)])
+def test_the_tails_of_few_units_are_widened_twice(n, t):
+    """By Student's t of 97.5 % at n - 1 degrees of freedom, from a table, and by the bootstrap's own n / (n - 1)."""
+    low, high = tails(n)
+    assert high == 1 - low and low == pytest.approx(erfc(t * sqrt(n / (n - 1)) / sqrt(2)) / 2, rel=2e-3)
 
 
 def measured() -> dict[str, list[np.ndarray]]:

@@ -375,6 +375,7 @@ def test_json_of_no_object(folder, base, text, shown):
         ("calibration.thresholds.3.3.0", float("nan"), "not valid JSON: number out of range: 'NaN'"),
         ("calibration.thresholds.3.3.0", -1, "calibration.thresholds[3][3] must be in falling order, got [-1,"),
         ("calibration.capacities", [], "calibration.capacities must have 1 entries, got 0"),
+        ("calibration.capacities", [0.7, 0.6, 1], "calibration.capacities must be in rising order, got [0.7,"),
         ("calibration.capacities.1", 0.99, "calibration.capacities must end at 1, got 0.99"),
         ("calibration.sites.0", "q", "calibration.sites must be ['qkv', 'o', 'gate_up', 'down'], got ['q',"),
         ("calibration.method", None, "calibration.method must be a str, got None"),
