@@ -365,6 +365,7 @@ def test_json_of_no_object(folder, base, text, shown):
         ("config.exit_layers", 3, "exit_layers must be a list, got 3"),
         ("config.capacity", "0.5", "capacity must be a number, got '0.5'"),
         ("config.translator_rank", 65, "translator_rank must be at most 64, the hidden size of random:tiny, got 65"),
+        ("training.steps", 2**63, "not valid JSON: number out of range: '9223372036854775808'"),
         ("config.capacity", 10**400, "not valid JSON: number out of range"),
         ("calibration", 3, "calibration must be an object, got int"),
         ("calibration.shares", ..., "missing fields in calibration: ['shares']"),
