@@ -57,6 +57,8 @@ def module(cov: Coverage, path: Path) -> dict:
 def main() -> None:
     cov = Coverage()
     cov.load()
+    if not cov.get_data().measured_files():
+        raise SystemExit("coverage has recorded nothing here: run the tests under it first, and `coverage combine`")
     library, rows = Path("hat_lib"), []
     for package, paths in groupby(sorted(library.rglob("*.py")), lambda path: path.relative_to(library).parts[0]):
         found = [module(cov, path) for path in paths]

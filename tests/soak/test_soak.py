@@ -124,6 +124,22 @@ def test_a_row_for_each_part_once(tmp_path, monkeypatch, capsys):
     assert command.main() == 0 and capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--only", "nothing"], "no row has 'nothing' in it; there are: equalities: drawn models, "),
+        (["--share", "0"], "--share must be above 0, at most 1, got 0.0"),
+        (["--share", "0.5"], "a share of the cases is no result to keep: pass --out FILE"),
+    ],
+)
+def test_what_would_measure_nothing_or_spoil_the_results_is_refused(options, told, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["soak", *options])
+    before = command.RESULTS.read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert told in capsys.readouterr().err and command.RESULTS.read_bytes() == before
+
+
 def test_versions_that_cannot_be_had_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert versions.versions("newest", "3.14", tmp_path).note == "left out: no uv on the path (pip install uv)"
