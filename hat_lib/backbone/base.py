@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import re
+import reprlib
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -198,10 +199,12 @@ def _pretrained(source: Path | str, dtype: torch.dtype, gguf_file: str | None = 
             config, _ = PreTrainedConfig.get_config_dict(source, **where)
             kind = config.get("model_type")
             if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) != LlamaForCausalLM.__name__:
-                raise HatError(f"{shown} has model type {kind!r}: a Llama-shaped one is expected (model type 'llama')")
+                has = f"{shown} has model type {reprlib.repr(kind)}"
+                raise HatError(f"{has}: a Llama-shaped one is expected (model type 'llama')")
             layers = config.get("num_hidden_layers", 1)
             if not isinstance(layers, int) or layers > MOST_LAYERS:
-                raise HatError(f"{shown} has num_hidden_layers {layers!r}: expected at most {MOST_LAYERS}")
+                has = f"{shown} has num_hidden_layers {reprlib.repr(layers)}"
+                raise HatError(f"{has}: expected at most {MOST_LAYERS}")
             if "quantization_config" in config:
                 raise HatError(f"{shown} is a quantised checkpoint: expected plain weights (or a .gguf file)")
             how = {"use_safetensors": True}
