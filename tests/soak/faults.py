@@ -322,6 +322,21 @@ def killed_kernel(folder: Path) -> None:
         assert bool(ran.error) == (number == 0) and "\n" not in ran.error, ran.error
 
 
+def killed_worker(folder: Path) -> None:
+    """A Dask worker killed in mid-run: another one repeats the run, and each run has one row."""
+    from distributed import LocalCluster
+
+    kills = f"import os, pathlib\nfirst = pathlib.Path({str(folder / 'first')!r})\n"
+    kills += "if steps == 1 and not first.exists():\n    first.touch()\n    os.kill(os.getppid(), 9)"
+    source, grid = notebook(folder / "a.ipynb", kills), [{"steps": 1}, {"steps": 2}]
+    workers = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0"}
+    with LocalCluster(**workers) as cluster, batch.Dask(cluster.scheduler_address) as engine:
+        ended = {row.run: row for row in batch.batch(source, grid, folder / "out", engine, threads=1)}
+    rows = read_rows(folder / "out" / batch.ROWS, batch.BatchRow)
+    assert {row.run: row for row in rows} == ended and len(rows) == 2
+    assert {row.status for row in rows} == {"ok"} and ended["steps=1"].attempts == 2
+
+
 def ctrl_c(folder: Path, times: int = 40) -> None:
     """Inside and between the engine's steps; the next text is the same as before."""
     model, points = skipping("channel"), random.Random(0)
@@ -352,7 +367,7 @@ def ctrl_c(folder: Path, times: int = 40) -> None:
 
 
 MISHAPS = {f.__name__: f for f in (full_disk, closed_folder, two_at_once, damaged_cache, damaged_compiled_code,
-                                   killed_kernel, ctrl_c)}  # fmt: skip
+                                   killed_kernel, killed_worker, ctrl_c)}  # fmt: skip
 
 
 def mishap(name: str, folder: Path) -> Found:
