@@ -6,13 +6,14 @@ runs, and so is what needs a CUDA device. `messages` are the statements that rai
 
 import ast
 import csv
+import subprocess
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
 from coverage import Coverage
 
-COLUMNS = ("package", "lines", "reached", "compiled", "cuda", "messages", "messages_reached", "not_reached")
+COLUMNS = ("commit", "package", "lines", "reached", "compiled", "cuda", "messages", "messages_reached", "not_reached")
 COMPILED = ("compiled", "jit", "intrinsic", "overload")
 
 
@@ -59,12 +60,14 @@ def main() -> None:
     cov.load()
     if not cov.get_data().measured_files():
         raise SystemExit("coverage has recorded nothing here: run the tests under it first, and `coverage combine`")
+    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
     library, rows = Path("hat_lib"), []
     for package, paths in groupby(sorted(library.rglob("*.py")), lambda path: path.relative_to(library).parts[0]):
         found = [module(cov, path) for path in paths]
-        counts = {name: sum(m[name] for m in found) for name in COLUMNS[1:-1]}
+        counts = {name: sum(m[name] for m in found) for name in COLUMNS[2:-1]}
         left = "; ".join(m["not_reached"] for m in found if m["not_reached"])
-        rows.append({"package": package.removesuffix(".py"), **counts, "not_reached": left})
+        where = {"commit": commit.stdout.strip(), "package": package.removesuffix(".py")}
+        rows.append(where | counts | {"not_reached": left})
     with Path("data/results/coverage.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
