@@ -161,27 +161,33 @@ def test_contexts_that_it_leaves_to_the_reference_path(hat, ids, context):
     assert all(on_engine(hat, ids[:, :3]))
 
 
+def head_bias(lm):
+    lm.lm_head.bias = torch.nn.Parameter(torch.zeros(lm.vocab_size))
+
+
+def foreign_forward(lm):
+    lm.model.layers[0].mlp.forward = lm.model.layers[0].mlp.forward
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("config", "change", "words"),
     [
-        ({"hidden_act": "gelu"}, "the FFN's activation is gelu"),
-        (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "rotary embeddings of type dynamic",
-        ),
-        ({"head_bias": True}, "the head has a bias"),
-        ({"forward": True}, "another library overrides a forward of the base"),
+        ({"hidden_act": "gelu"}, None, "the FFN's activation is gelu"),
+        ({"rope_parameters": DYNAMIC}, None, "rotary embeddings of type dynamic"),
+        ({}, head_bias, "the head has a bias"),
+        ({}, foreign_forward, "another library overrides a forward of the base"),
     ],
 )
-def test_bases_that_it_leaves_to_the_reference_path(ids, changes, words):
+def test_bases_that_it_leaves_to_the_reference_path(ids, config, change, words):
     base = tiny()
-    config = copy.deepcopy(base.model.config)
-    config.update({key: value for key, value in changes.items() if hasattr(config, key)})
-    lm = LlamaForCausalLM(config).eval()
-    if "head_bias" in changes:
-        lm.lm_head.bias = torch.nn.Parameter(torch.zeros(lm.vocab_size))
-    if "forward" in changes:
-        lm.model.layers[0].mlp.forward = lm.model.layers[0].mlp.forward
+    changed = copy.deepcopy(base.model.config)
+    changed.update(config)
+    lm = LlamaForCausalLM(changed).eval()
+    if change is not None:
+        change(lm)
     hat = active("channel", replace(base, model=lm))
     assert hat.decoding == f"reference path ({words})"
     assert not any(on_engine(hat, ids[:, :3]))

@@ -322,8 +322,7 @@ class Csv:
 
 
 KINDS = {"checkpoint JSON": Checkpoint, "checkpoint tensors": Adapter, "GGUF": Gguf, "base folders": Folder,
-         "corpora": Corpus,
-         "notebooks for batch": Notebook, "result CSVs": Csv}  # fmt: skip
+         "corpora": Corpus, "notebooks for batch": Notebook, "result CSVs": Csv}  # fmt: skip
 
 # What must not happen
 

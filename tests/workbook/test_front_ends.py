@@ -1,4 +1,4 @@
-"""Who reaches the notebooks' server as it comes, without settings of ours."""
+"""Who reaches the notebooks' server where nothing says on which address it listens."""
 
 import socket
 from urllib.error import HTTPError

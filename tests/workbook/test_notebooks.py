@@ -94,10 +94,8 @@ def test_select_names_what_there_is(tmp_path):
 
 def test_a_wrong_command_is_one_line():
     done = subprocess.run([sys.executable, "-m", "hat_lib.workbook", "run", "42"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith(
-        "error: no notebook '42'; there are: 00"
-    )
-    assert done.stderr.count("\n") == 1
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("error: no notebook '42'; there are: 00")
 
 
 @pytest.mark.slow
