@@ -47,6 +47,7 @@ def analyze(
         options.check_writable(out, "an analysis")
     hat = options.load(base, checkpoint, capacity, exit_rate, dtype)
 
+    from hat_lib.evaluation.intervals import FEWEST, NONE
     from hat_lib.evaluation.routing import TABLES, patterns
     from hat_lib.plotting.token_heatmap import ansi, html, passages
     from hat_lib.text.blocks import default_split, load_text
@@ -55,8 +56,8 @@ def analyze(
     found = patterns(hat, load_text(text, hat.base.tokenizer, split=split, max_tokens=max_tokens))
     made = {name: make(found) for name, make in TABLES.items()}
     tokens, n_blocks = found.tokens, found.tokens["block"].nunique()
-    if n_blocks < 2:
-        say("warning", f"intervals need at least 2 blocks of up to 512 tokens, got {len(tokens)} tokens in one")
+    if n_blocks < FEWEST:
+        say("warning", f"{NONE} of up to 512 tokens, got {n_blocks}")
     _, said = options.measured(text, split, len(tokens), sum(len(t.encode(errors="replace")) for t in tokens["text"]))
     typer.echo(f"{printable(text)}: {len(tokens)} tokens in {n_blocks} blocks\nmeasured     {said}")
     typer.echo("\n".join(_findings(found, made)))

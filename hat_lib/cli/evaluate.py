@@ -68,17 +68,12 @@ def _on_text(
     hat: HierarchicalTransformer, text: str, split: str | None, max_tokens: int, batch_size: int, documents: bool
 ) -> tuple[dict, list[str]]:
     """What was measured, for a program and for a reader."""
+    from hat_lib.evaluation.intervals import FEWEST, NONE
     from hat_lib.evaluation.perplexity import bits_per_byte, by_document, compare, score_each, text_bytes
     from hat_lib.text.blocks import default_split, load_text, text_hash
 
     split = split or default_split(text, hat)
     blocks = load_text(text, hat.base.tokenizer, split=split, max_tokens=max_tokens)
-    if len(blocks) < 2:
-        raise HatError(
-            f"{text}, split {split}: an interval needs at least 2 blocks of up to 512 tokens, got "
-            f"{len(blocks[0]['input_ids'])} tokens: bring more text (5 % of a file are its split test), name another "
-            "--split, or raise --max-tokens"
-        )
     dense, (adaptive,) = score_each(hat, blocks, batch_size=batch_size)
     paired, sizes = compare(dense, adaptive), text_bytes(blocks, hat.base.tokenizer)
     rows, n_bytes = by_document(blocks, sizes, dense, adaptive), int(sizes.sum())
@@ -88,12 +83,16 @@ def _on_text(
     row |= {"text": text, "split": split, "text_hash": text_hash(blocks)[:16]}
     row |= {"tokens": paired.tokens, "blocks": paired.n_blocks, "bytes": n_bytes, "share_of_text": share}
     row |= {"base_perplexity": paired.base_ppl, "perplexity": paired.ppl, "increase": paired.increase}
-    row |= {"increase_low": paired.low, "increase_high": paired.high}
+    few = paired.n_blocks < FEWEST
+    row |= {"increase_low": None if few else paired.low, "increase_high": None if few else paired.high}
     row |= {f"{name}_per_byte": value for name, value in bits.items()}
     row |= {"top1": adaptive.agreement.top1, "kl": adaptive.agreement.kl, "depth": adaptive.depth}
     row["exits"] = {depth: int(adaptive.exits[depth]) for depth in (*hat.config.exit_layers, hat.config.n_layers)}
     row["documents"] = rows.to_dict("records")
     words = {name: _estimate(value) for name, value in bits.items()} | {"name": printable(text), "measured": said}
+    words["interval"] = f"95 % interval {paired.low:+.2%} to {paired.high:+.2%}"
+    if few:
+        words["interval"] = f"{NONE} of up to 512 tokens, got {paired.n_blocks}; bring more text or raise --max-tokens"
     lines = [ON_TEXT.format(**row | words), *_work(row)]
     if hat.exit_rate:
         total = sum(row["exits"].values())
@@ -130,7 +129,7 @@ ON_TEXT = """\
 {name}: {tokens} tokens in {blocks} blocks, SHA-256 {text_hash}
 measured     {measured}
 perplexity   {base_perplexity:.3f} for the base {base} ({dtype}), {perplexity:.3f} for the model
-increase     {increase:+.2%}, 95 % interval {increase_low:+.2%} to {increase_high:+.2%}
+increase     {increase:+.2%}, {interval}
 bits/byte    {base_bits} for the base, {bits} for the model
 agreement    {top1:.2%} of the base's most likely tokens, KL {kl:.4f} nats a token"""
 

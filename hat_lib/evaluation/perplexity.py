@@ -4,10 +4,9 @@ Perplexity is exp of the mean negative log-likelihood per scored token, over the
 `hat_lib.text.blocks`: a block's ``n_context`` leading tokens are read but not scored, nor is the first token of a block
 without context.
 
-`compare` is paired: base and adaptive model score the same tokens, and blocks are resampled together
-(expanded percentile bootstrap, Hesterberg 2015, arXiv:1411.5279), so that what is hard for both cancels.
-The unit is the block, because a test split may be a handful of long documents; blocks of one document are alike, so
-the interval applies to text like this text, and is too narrow for other documents.
+`compare` is paired: both models score the same tokens, and their blocks are resampled together, so that what is hard
+for both cancels. Which blocks count as independent, see `hat_lib.evaluation.intervals`. With fewer than six documents
+the interval applies to more text of these documents, and is too narrow for others.
 
 Bits per byte are nats / (ln 2 * UTF-8 bytes of the scored tokens' text) and, unlike perplexity, are comparable across
 tokenizers (Gao et al. 2020, "The Pile", arXiv:2101.00027).
@@ -24,13 +23,12 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy.stats import norm
-from scipy.stats import t as student_t
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from hat_lib.config import HatError, check_count
+from hat_lib.evaluation.intervals import FEWEST, resample, tails, units
 from hat_lib.model.cost import WorkTally
 from hat_lib.model.transformer import HierarchicalTransformer
 
@@ -66,6 +64,8 @@ class Score:
     """real tokens by the number of layers they ran, int64 ``[L + 1]``; None for a plain model"""
     agreement: Agreement | None = None
     """with the base, if the same tokens were run through it"""
+    documents: np.ndarray | None = None
+    """name of the document that each block belongs to, ``[n_blocks]``; None if each is a document of its own"""
 
     @property
     def perplexity(self) -> float:
@@ -85,7 +85,7 @@ class Comparison:
     """``ppl / base_ppl - 1``"""
     low: float
     high: float
-    """95 % confidence interval of the increase"""
+    """95 % confidence interval of the increase; nan below six blocks"""
     base_ppl: float
     ppl: float
     tokens: int
@@ -111,7 +111,7 @@ def score(
     Raises `HatError` for a text without a scored token, a bad batch size, or ``hat.lm`` instead of ``hat``.
     """
     lm, hat = _unwrap(model)
-    tally = _Tally(lm, hat, len(dataset))
+    tally = _Tally(lm, hat, dataset)
     for batch in _batches(dataset, batch_size, lm.device, progress):
         tally.add(batch, batch.run(lm))
     return tally.score()
@@ -135,7 +135,7 @@ def score_each(
     """
     if not isinstance(hat, HierarchicalTransformer):
         raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to be compared with")
-    base, *adaptive = (_Tally(hat.lm, hat, len(dataset)) for _ in range(1 + len(settings)))
+    base, *adaptive = (_Tally(hat.lm, hat, dataset) for _ in range(1 + len(settings)))
     for batch in _batches(dataset, batch_size, hat.lm.device, progress):
         with hat.dense():
             dense = batch.run(hat.lm)
@@ -149,21 +149,17 @@ def score_each(
 def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 0) -> Comparison:
     """Relative increase in perplexity with a paired bootstrap interval; a seed fixes the result.
 
-    An interval needs 8 blocks: it then holds the truth for 93 to 95 of 100 texts drawn from measured blocks; with 4
-    blocks for 87, with 3 for 75, with 2 for 50. Raises `HatError` if the two were scored on different blocks, or on
-    fewer than two.
+    Raises `HatError` if the two were scored on different blocks.
     """
     if not np.array_equal(base.tokens, adaptive.tokens):
         sizes = (f"{len(s.tokens)} blocks of {int(s.tokens.sum())} tokens" for s in (base, adaptive))
         raise HatError(f"both must be scored on the same blocks, got {' and '.join(sizes)}")
-    n = len(base.tokens)
-    if n < 2:
-        raise HatError(f"an interval needs at least 2 blocks, got {n}: use more text or shorter blocks")
-    added = adaptive.nll - base.nll
-    # How often each block is drawn, which is all a resampled sum needs.
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    drawn = np.expm1(counts @ added / (counts @ base.tokens))
-    low, high = np.quantile(drawn, tails(n))
+    n, added = len(base.tokens), adaptive.nll - base.nll
+    low = high = math.nan
+    if n >= FEWEST:
+        found = units(_documents(adaptive))
+        counts = resample(found, n, resamples, seed)
+        low, high = np.quantile(np.expm1(counts @ added / (counts @ base.tokens)), tails(found.drawn))
     return Comparison(
         increase=float(np.expm1(added.sum() / base.tokens.sum())),
         low=float(low),
@@ -178,23 +174,27 @@ def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 
 def coverage(
     base: Score, adaptive: Score, blocks: int | None = None, *, draws: int = 200, resamples: int = 500, seed: int = 0
 ) -> float:
-    """How often an interval of `compare` would hold the truth on text like these blocks: the share of ``draws`` texts,
-    each of ``blocks`` blocks drawn from these (by default as many as there are), whose interval holds the increase
-    over all of these. Ideally 0.95."""
-    n, drawn, held = blocks or len(base.tokens), np.random.default_rng(seed), 0
-    truth = compare(base, adaptive, resamples=1).increase
+    """How often an interval of `compare` would hold the truth on text like these blocks; ideally 0.95.
+
+    The share of ``draws`` texts, each of about ``blocks`` blocks (by default as many as there are), whose interval
+    holds the increase over all of these blocks. Texts are put together from the very units that the bootstrap draws, so
+    this sees what few units do to an interval, and neither what other documents would bring nor how alike units are.
+    """
+    found, n = units(_documents(adaptive)), len(base.tokens)
+    count = max(1, round(found.drawn * (blocks or n) / n))
+    rng, truth, held = np.random.default_rng(seed), compare(base, adaptive, resamples=1).increase, 0
     for number in range(draws):
-        at = drawn.integers(len(base.tokens), size=n)
-        parts = (replace(s, nll=s.nll[at], tokens=s.tokens[at]) for s in (base, adaptive))
-        found = compare(*parts, resamples=resamples, seed=number)
-        held += found.low <= truth <= found.high
+        chosen = [found.blocks[unit] for unit in rng.integers(len(found.blocks), size=count)]
+        at = np.concatenate(chosen)
+        documents = np.repeat(np.arange(count) * found.documents, [len(unit) for unit in chosen])
+        parts = (replace(s, nll=s.nll[at], tokens=s.tokens[at], documents=documents) for s in (base, adaptive))
+        drawn = compare(*parts, resamples=resamples, seed=number)
+        held += drawn.low <= truth <= drawn.high
     return held / draws
 
 
-def tails(n: int) -> tuple[float, float]:
-    """Quantiles of a 95 % bootstrap interval from ``n`` >= 2 units, wider for small n, as Student's t is."""
-    tail = float(norm.cdf(np.sqrt(n / (n - 1)) * student_t.ppf(0.025, n - 1)))
-    return tail, 1 - tail
+def _documents(score: Score) -> Sequence:
+    return range(len(score.tokens)) if score.documents is None else score.documents
 
 
 def text_bytes(dataset: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -246,10 +246,11 @@ def by_document(dataset: Sequence[Mapping], n_bytes: np.ndarray, base: Score, ad
 class _Tally:
     """Running totals over the batches of one pass."""
 
-    def __init__(self, lm: LlamaForCausalLM, hat: HierarchicalTransformer | None, n_blocks: int):
+    def __init__(self, lm: LlamaForCausalLM, hat: HierarchicalTransformer | None, dataset: Sequence[Mapping]):
         self.head, self.spent = lm.lm_head, None if hat is None else WorkTally(hat)
         self.dense = nullcontext if hat is None else hat.dense
-        self.nll, self.tokens = np.zeros(n_blocks), np.zeros(n_blocks, dtype=np.int64)
+        self.nll, self.tokens = np.zeros(len(dataset)), np.zeros(len(dataset), dtype=np.int64)
+        self.documents = np.array([str(row.get("doc", number)) for number, row in enumerate(dataset)])
         self.agreed, self.same, self.divergence = 0, 0, 0.0
 
     def add(self, batch: _Batch, hidden: Tensor, base: Tensor | None = None) -> None:
@@ -274,9 +275,10 @@ class _Tally:
         n = self.agreed
         found = Agreement(self.same / n, self.divergence / n, n) if n else None
         if self.spent is None:
-            return Score(self.nll, self.tokens, agreement=found)
+            return Score(self.nll, self.tokens, agreement=found, documents=self.documents)
         spent = self.spent
-        return Score(self.nll, self.tokens, *spent.shares, spent.layer_capacity, spent.exits, found)
+        how = *spent.shares, spent.layer_capacity, spent.exits, found, self.documents
+        return Score(self.nll, self.tokens, *how)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ are made from it. Two predictions meet at a token, so names end in the one they 
     ..._of_next   the token after it, predicted from this one's own state: what its own work was spent on
 
 Protected tokens run in full whatever a router says, so every table but `by_position` leaves them out. All intervals are
-95 % bootstraps over blocks, widened for small numbers of blocks as in `hat_lib.evaluation.perplexity.compare`; what
-occurs in fewer than two blocks, or does not vary, has none (nan). ``difference`` is relative to the mean of all
-unprotected tokens, and its interval resamples both together. Intervals apply to text like this text, and in a table
-with many of them some will miss.
+95 % bootstraps over documents or runs of blocks, as `hat_lib.evaluation.intervals` says; what occurs in fewer than six
+blocks, or does not vary, has none (nan). ``difference`` is relative to the mean of all unprotected tokens, and its
+interval resamples both together. Intervals apply to text like this text, and in a table with many of them some will
+miss.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hat_lib.config import HatError
-from hat_lib.evaluation.perplexity import SLICE, tails
+from hat_lib.evaluation.intervals import FEWEST, resample, tails, units
+from hat_lib.evaluation.perplexity import SLICE
 from hat_lib.model.cost import state_cost
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.token_classes import CLASSES, classes, pieces
@@ -39,6 +40,7 @@ base's (negative where the adaptive model does better), and KL(base || adaptive)
 MEASURES = ("share", "model_share", "left", "surprisal_of_token", "entropy_of_next", "added_loss_of_next", "kl_of_next")
 """columns of `Patterns.tokens` whose means the tables give"""
 RESAMPLES = 1000
+PLACE = ["block", "doc"]
 RUN = 16
 """tokens of a prompt that are resampled together, because neighbours are alike"""
 
@@ -202,7 +204,7 @@ def by_layer(found: Patterns) -> pd.DataFrame:
     free = ~found.tokens["protected"].to_numpy()
     values = np.concatenate([found.site_share, found.share[:, None]], axis=1)[:, :, free].astype(float)
     values = values.reshape(-1, values.shape[-1])
-    means, _ = _means(values, found.tokens.loc[free, "block"].to_numpy())
+    means, _ = _means(values, *found.tokens.loc[free, PLACE].to_numpy().T)
     means["sd"] = pd.DataFrame(values).std(axis=1, ddof=0)
     names = pd.DataFrame(product(range(len(found.share)), (*found.sites, "all")), columns=["layer", "site"])
     return names.join(means[["tokens", "mean", "sd", "low", "high"]])
@@ -223,10 +225,11 @@ def correlations(found: Patterns) -> pd.DataFrame:
         if part.empty:
             continue
         columns = part[compute], part[f"{quantity}_of_{which}"], part["block"]
-        x, y, unit = (np.unique(column, return_inverse=True)[1] for column in columns)
-        n = unit.max() + 1
+        x, y, block = (np.unique(column, return_inverse=True)[1] for column in columns)
+        n, drawn = block.max() + 1, units(part.groupby("block", sort=False)["doc"].first().to_numpy())
         rho = _spearman(x, y, np.ones(len(x), dtype=int))
-        low, high = _interval(np.array([[_spearman(x, y, weight[unit])] for weight in _draws(n)]), [n])
+        weights = resample(drawn, n, RESAMPLES)
+        low, high = _interval(np.array([[_spearman(x, y, weight[block])] for weight in weights]), [n], drawn.drawn / n)
         rows.append((compute, quantity, which, rho, low[0], high[0], len(part), n))
     return pd.DataFrame(rows, columns=["compute", "quantity", "of", "rho", "low", "high", "tokens", "blocks"])
 
@@ -246,7 +249,7 @@ def by_sensitivity(
         cost, guess = ((x[layers] / x[layers].mean(1, keepdims=True)).T.ravel() for x in (price, forecast))
         codes = pd.qcut(pd.Series(guess).rank(method="first"), bins, labels=False).to_numpy()
         values = np.where(codes == np.arange(bins)[:, None], cost, np.nan)
-        means, _ = _means(values, np.repeat(block, len(layers)))
+        means, _ = _means(values, np.repeat(block, len(layers)), np.repeat(block, len(layers)))
         forecasts = pd.Series(guess).groupby(codes).mean()
         table = pd.DataFrame({"bin": range(bins), "pairs": means["tokens"], "forecast": forecasts})
         parts.append(table.join(means[["mean", "low", "high"]]).assign(first=layers[0], last=layers[-1]))
@@ -265,7 +268,8 @@ def compare_docs(found: Patterns, first: str, second: str) -> pd.DataFrame:
         part = free[free["doc"] == name]
         if part.empty:
             raise HatError(f"no unprotected token of {name!r}; documents: {list(found.tokens['doc'].unique())}")
-        parts.append(_means(part[list(MEASURES)].to_numpy(dtype=float).T, np.arange(len(part)) // RUN, seed))
+        values, place = part[list(MEASURES)].to_numpy(dtype=float).T, np.arange(len(part))
+        parts.append(_means(values, place // RUN, place // RUN, seed))
     (one, drawn), (other, drawn_other) = parts
     low, high = _interval(drawn_other - drawn, np.minimum(one["blocks"], other["blocks"]))
     columns = {"first": one["mean"], "second": other["mean"], "difference": other["mean"] - one["mean"]}
@@ -308,47 +312,49 @@ def _table(tokens: pd.DataFrame, codes: np.ndarray, keys: pd.DataFrame) -> pd.Da
     parts = []
     for measure in MEASURES:
         values = np.where(member, tokens[measure].to_numpy(dtype=float), np.nan)
-        means, drawn = _means(values, tokens["block"].to_numpy())
+        means, drawn = _means(values, *tokens[PLACE].to_numpy().T)
         means.insert(0, "measure", measure)
         means["difference"] = means["mean"] - means["mean"][0]
-        means["difference_low"], means["difference_high"] = _interval(drawn - drawn[:, :1], means["blocks"])
+        ends = _interval(drawn - drawn[:, :1], means["blocks"], means.attrs["units"])
+        means["difference_low"], means["difference_high"] = ends
         parts.append(keys.join(means.iloc[1:].reset_index(drop=True)))
     table = pd.concat(parts, ignore_index=True)
     return table[table["tokens"] > 0].reset_index(drop=True)
 
 
-def _means(values: np.ndarray, unit: np.ndarray, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray]:
+def _means(values: np.ndarray, block, document, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray]:
     """Means over the non-nan values of each row of ``values [M, N]``, with intervals; and the means of each resample
     ``[R, M]``.
 
-    Neighbours with the same ``unit [N]`` are drawn together. ``blocks`` counts the units behind a mean.
+    Neighbours with the same ``block [N]`` are drawn together, and so are those of one ``document [N]``. ``blocks``
+    counts the blocks behind a mean; ``attrs["units"]`` is the number of independent units a block.
     """
     known = ~np.isnan(values)
-    starts = np.flatnonzero(np.diff(unit, prepend=-1))
+    starts = np.flatnonzero(np.asarray(block)[1:] != np.asarray(block)[:-1]) + 1
+    starts = np.concatenate([[0], starts])
     sums = np.add.reduceat(np.where(known, values, 0.0), starts, axis=1)
     counts = np.add.reduceat(known.astype(int), starts, axis=1)
-    draws, blocks = _draws(len(starts), seed), (counts > 0).sum(1)
-    with np.errstate(invalid="ignore"):  # a resample may lack all of a row's units
+    found, blocks = units(np.asarray(document)[starts]), (counts > 0).sum(1)
+    draws = resample(found, len(starts), RESAMPLES, seed)
+    with np.errstate(invalid="ignore"):  # a resample may lack all of a row's blocks
         mean, drawn = sums.sum(1) / counts.sum(1), (draws @ sums.T) / (draws @ counts.T)
     # Where all tokens have the same value (say, none of 20 left), resampling cannot tell how far off it might be.
     drawn[:, np.fmin.reduce(values, axis=1) == np.fmax.reduce(values, axis=1)] = np.nan
-    low, high = _interval(drawn, blocks)
-    columns = {"tokens": counts.sum(1), "blocks": blocks, "mean": mean, "low": low, "high": high}
-    return pd.DataFrame(columns), drawn
+    share = found.drawn / len(starts)
+    low, high = _interval(drawn, blocks, share)
+    table = pd.DataFrame({"tokens": counts.sum(1), "blocks": blocks, "mean": mean, "low": low, "high": high})
+    table.attrs["units"] = share
+    return table, drawn
 
 
-def _draws(n: int, seed: int = 0) -> np.ndarray:
-    """How often each of ``n`` units is drawn in each resample."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-
-
-def _interval(drawn: np.ndarray, units: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of each column of ``[R, M]``; nan below two units."""
+def _interval(drawn: np.ndarray, blocks: Sequence[int], share: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval of each column of ``[R, M]`` from so many blocks, each worth ``share`` of an independent unit; nan
+    below six blocks."""
     ends = np.full((2, drawn.shape[1]), np.nan)
-    for column, n in enumerate(units):
+    for column, n in enumerate(blocks):
         known = drawn[~np.isnan(drawn[:, column]), column]
-        if n > 1 and len(known):
-            ends[:, column] = np.quantile(known, tails(n))
+        if n >= FEWEST and len(known):
+            ends[:, column] = np.quantile(known, tails(max(2, n * share)))
     return ends[0], ends[1]
 
 

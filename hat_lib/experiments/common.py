@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -39,8 +40,8 @@ class Perplexity:
     tokens: int
     base_ppl: float
     increase: float
-    increase_low: float
-    increase_high: float  # 95 % paired interval
+    increase_low: float | None
+    increase_high: float | None  # 95 % paired interval; None below six blocks
     top1: float  # share of tokens with the base's most likely next token
     kl: float  # KL(base || variant), nats per token
 
@@ -57,7 +58,13 @@ def machine(base: Base) -> dict:
 
 
 def perplexity(paired: Comparison) -> dict:
-    return vars(paired) | {"increase_low": paired.low, "increase_high": paired.high, "blocks": paired.n_blocks}
+    ends = interval(paired)
+    return vars(paired) | {"increase_low": ends[0], "increase_high": ends[1], "blocks": paired.n_blocks}
+
+
+def interval(paired: Comparison) -> tuple[float | None, float | None]:
+    """Its ends; None for none."""
+    return (None, None) if math.isnan(paired.low) else (paired.low, paired.high)
 
 
 def rounded(row_type: type, **values):

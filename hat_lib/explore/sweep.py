@@ -6,7 +6,6 @@ at equal work, several grains and stored results, see ``hat sweep`` and `hat_lib
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,10 +16,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hat_lib.config import WHY, HatError, check_capacity
+from hat_lib.evaluation.intervals import FEWEST, NONE
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.frontier import sweep as sweep_figure
-from hat_lib.text.blocks import default_split, load_text, names_file
+from hat_lib.text.blocks import default_split, first_ids, load_text, names_file
 from hat_lib.text.plain import check_whole
 
 CAPACITIES = (0.4, 0.55, 0.7, 0.9)
@@ -36,7 +36,7 @@ class Sweep:
     frame: pd.DataFrame = field(repr=False)
     """a row per capacity: ``capacity`` (requested), ``realised``, ``exit_rate`` (realised), ``model_share`` (all work,
     head and routers included, / the base's), ``perplexity``, ``increase`` (over the base's, less 1),
-    ``increase_low``, ``increase_high`` (95 % paired bootstrap interval; nan on a text of one block), ``kl`` (base ||
+    ``increase_low``, ``increase_high`` (95 % paired bootstrap interval; nan below six blocks), ``kl`` (base ||
     adaptive, nats per token), ``top1`` (share of tokens for which both have the same most likely next token)"""
     text: str
     """name of the text, or its beginning"""
@@ -58,7 +58,7 @@ class Sweep:
         return f"<p>{escape(self._what())}</p>{table}<p>realised differs from requested: {WHY}</p>"
 
     def _what(self) -> str:
-        short = "" if self.blocks > 1 else " (no interval: one block)"
+        short = "" if self.blocks >= FEWEST else f" ({NONE})"
         return (
             f"{self.base} on {self.text}: {self.tokens} scored tokens in {self.blocks} blocks{short}; "
             f"perplexity of the base {self.base_perplexity:.3f}"
@@ -102,13 +102,10 @@ def sweep(
     base, scores = score_each(hat, dataset, settings, batch_size=batch_size, progress=progress)
     rows = []
     for capacity, found in zip(capacities, scores, strict=True):
-        increase, low, high = found.perplexity / base.perplexity - 1, math.nan, math.nan
-        if len(dataset) > 1:
-            versus = compare(base, found)
-            increase, low, high = versus.increase, versus.low, versus.high
+        versus = compare(base, found)
         row = {"capacity": capacity, "realised": found.capacity, "exit_rate": found.exit_rate}
         row |= {"model_share": found.model_share, "perplexity": found.perplexity}
-        row |= {"increase": increase, "increase_low": low, "increase_high": high}
+        row |= {"increase": versus.increase, "increase_low": versus.low, "increase_high": versus.high}
         rows.append(row | {"kl": found.agreement.kl, "top1": found.agreement.top1})
     what = hat.base.name, base.perplexity, int(base.tokens.sum()), len(dataset)
     return Sweep(pd.DataFrame(rows), name, *what)
@@ -132,8 +129,8 @@ def _blocks(hat, text, split: str | None, max_tokens: int | None, block_size: in
         if isinstance(item, Mapping):
             rows.append(item)
             continue
-        ids = tokenizer(item, verbose=False).input_ids[:max_tokens] if isinstance(item, str) else list(item)
+        ids = first_ids(tokenizer, item, max_tokens) if isinstance(item, str) else list(item)
         size = block_size if isinstance(item, str) else max(1, len(ids))
         rows += [{"input_ids": ids[i : i + size], "n_context": 0} for i in range(0, len(ids), size)]
-    name = f'"{" ".join(text.split()[:6])} …"' if isinstance(text, str) else f"{len(texts)} texts or blocks"
+    name = f'"{" ".join(text.split(None, 6)[:6])} …"' if isinstance(text, str) else f"{len(texts)} texts or blocks"
     return name, [row for row in rows if len(row["input_ids"]) > 1]

@@ -1,7 +1,6 @@
 """Perplexity against sums worked out by hand and against transformers' own loss; intervals on made-up scores; more
 compute is no worse on text. For lm-evaluation-harness, see test_lm_eval.py."""
 
-from math import erfc, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from hat_lib.evaluation.perplexity import (
     coverage,
     score,
     score_each,
-    tails,
     text_bytes,
 )
 from hat_lib.model.checkpoint import read_checkpoint
@@ -161,13 +159,6 @@ class TestScore:
         assert adaptive.agreement is not None and base.agreement is None
 
 
-@pytest.mark.parametrize(("n", "t"), [(2, 12.7062), (5, 2.7764), (40, 2.0227)])
-def test_the_tails_of_few_units_are_widened_twice(n, t):
-    """By Student's t of 97.5 % at n - 1 degrees of freedom, from a table, and by the bootstrap's own n / (n - 1)."""
-    low, high = tails(n)
-    assert high == 1 - low and low == pytest.approx(erfc(t * sqrt(n / (n - 1)) / sqrt(2)) / 2, rel=2e-3)
-
-
 def measured() -> dict[str, list[np.ndarray]]:
     """Blocks of 256 tokens from test splits: scored tokens, and nats of the bundled base and of the default checkpoint
     at capacity 0.5, by text."""
@@ -199,30 +190,26 @@ class TestCompare:
         assert (found.increase, found.low, found.high) == pytest.approx((0.08, 0.08, 0.08))
 
     @pytest.mark.slow
+    @pytest.mark.parametrize("documents", ["each block", "one"])
     @pytest.mark.parametrize("n", [8, 40])
     @pytest.mark.parametrize("text", MEASURED)
-    def test_the_true_ratio_is_covered(self, text, n):
+    def test_the_true_ratio_is_covered(self, text, n, documents):
         """Texts drawn from measured blocks, whose ratio is known: a 95 % interval holds it for about 95 of 100 (plain
-        percentiles: for 91, with 12 blocks)."""
+        percentiles: for 91, with 12 blocks), or somewhat fewer where eight blocks are four runs."""
         tokens, base, adaptive = MEASURED[text]
-        found = coverage(Score(base, tokens), Score(adaptive, tokens), n, draws=800, resamples=1000)
-        assert (0.93 if n == 40 else 0.9) <= found <= 0.97
+        one = None if documents == "each block" else np.zeros(len(tokens))
+        pair = Score(base, tokens), Score(adaptive, tokens, documents=one)
+        assert (0.92 if n == 40 else 0.86) <= coverage(*pair, n, draws=800, resamples=1000) <= 0.985
 
     def test_weighs_by_tokens(self):
         base, adaptive = (Score(np.array([first, 1000.0]), np.array([10, 1000])) for first in (10.0, 20.0))
-        found = compare(base, adaptive)
-        assert found.increase == pytest.approx(np.expm1(10 / 1010))
-        # The extremes are one block or the other, drawn twice.
-        assert found.low == 0.0 and found.high == pytest.approx(np.e - 1)
+        assert compare(base, adaptive).increase == pytest.approx(np.expm1(10 / 1010))
 
-    def test_one_seed_one_interval_and_none_of_other_texts_or_one_block(self, base_score):
+    def test_one_seed_one_interval_and_none_of_other_texts(self, base_score):
         pair = made_up(30, 0.05)
         assert compare(*pair, seed=1) == compare(*pair, seed=1) != compare(*pair, seed=2)
         with pytest.raises(HatError, match="same blocks"):
             compare(base_score, Score(base_score.nll[1:], base_score.tokens[1:]))
-        one = Score(np.array([30.0]), np.array([10]))
-        with pytest.raises(HatError, match="2 blocks"):
-            compare(one, one)
 
 
 def test_agreement_by_hand(hat, blocks, base_score):

@@ -1,0 +1,65 @@
+"""Intervals: what is drawn together, how wide few units make an interval, and what dependence does to it."""
+
+from math import erfc, isnan, sqrt
+
+import numpy as np
+import pytest
+
+from hat_lib.evaluation.intervals import FEWEST, resample, tails, units
+from hat_lib.evaluation.perplexity import Score, compare
+
+
+@pytest.mark.parametrize(("n", "t"), [(2, 12.7062), (5, 2.7764), (40, 2.0227)])
+def test_the_tails_of_few_units_are_widened_twice(n, t):
+    """By Student's t of 97.5 % at n - 1 degrees of freedom, from a table, and by the bootstrap's own n / (n - 1)."""
+    low, high = tails(n)
+    assert high == 1 - low and low == pytest.approx(erfc(t * sqrt(n / (n - 1)) / sqrt(2)) / 2, rel=2e-3)
+
+
+def test_documents_are_drawn_whole():
+    found = units(list("aabcccdef"))
+    assert found.documents and found.drawn == 6
+    assert [blocks.tolist() for blocks in found.blocks] == [[0, 1], [2], [3, 4, 5], [6], [7], [8]]
+    drawn = resample(found, 9, 200)
+    assert (drawn[:, 0] == drawn[:, 1]).all() and (drawn[:, 3] == drawn[:, 5]).all()
+    assert (drawn[:, [0, 2, 3, 6, 7, 8]].sum(1) == 6).all()
+
+
+def test_runs_of_neighbours_are_drawn_where_documents_are_few():
+    """27 blocks of two documents: runs of three, which stay in their document and have every block equally often."""
+    found = units([0] * 12 + [1] * 15)
+    assert not found.documents and found.drawn == 9 and len(found.blocks) == 27
+    assert [found.blocks[at].tolist() for at in (0, 11, 26)] == [[0, 1, 2], [11, 0, 1], [26, 12, 13]]
+    assert (np.bincount(np.concatenate(found.blocks)) == 3).all()
+    assert resample(found, 27, 100).sum(1).tolist() == [27] * 100
+
+
+def scores(added, documents=None):
+    tokens = np.full(len(added), 500)
+    base = np.linspace(1400.0, 1600.0, len(added))
+    return Score(base, tokens), Score(base + added, tokens, documents=documents)
+
+
+def test_blocks_that_repeat_one_another_narrow_nothing():
+    """Six documents of five alike blocks say what six blocks say."""
+    each = np.array([10.0, 30.0, 20.0, 50.0, 0.0, 40.0])
+    one, many = compare(*scores(each)), compare(*scores(each.repeat(5), np.arange(6).repeat(5)))
+    assert (many.low, many.high) == pytest.approx((one.low, one.high)) and many.n_blocks == 30
+    alone = compare(*scores(each.repeat(5)))
+    assert alone.high - alone.low < 0.6 * (one.high - one.low)
+
+
+def test_neighbours_that_are_alike_widen_the_interval():
+    """Blocks of one document that rise and fall slowly, against the same blocks in another order."""
+    slow = 20 + 10 * np.sin(np.arange(40) / 3)
+    mixed = np.random.default_rng(0).permutation(slow)
+    found, other = (compare(*scores(added, np.zeros(40))) for added in (slow, mixed))
+    assert found.increase == pytest.approx(other.increase)
+    assert found.high - found.low > 1.3 * (other.high - other.low)
+
+
+def test_below_six_blocks_there_is_none():
+    for n in (1, FEWEST - 1):
+        found = compare(*scores(np.full(n, 10.0)))
+        assert isnan(found.low) and isnan(found.high) and found.increase == pytest.approx(np.expm1(0.02))
+    assert compare(*scores(np.arange(FEWEST))).low > 0
