@@ -1,17 +1,18 @@
 """Controls: simpler choices of what to skip, compared with the method at equal compute.
 
-A router is only worth something if it beats these at equal realised work. Each control is a policy for
-``with hat.using(policy):``, so it differs from the method only in its decisions; protected tokens and
-layer 0's FFN (token grain) always run as usual. `CONTROLS` holds them under one signature; `as_in` is the method with
-another checkpoint, such as an untrained one; `RandomExits` is the control for the gates. Each is a family with one
-dial, which `matched` turns until the realised capacity on a text is the requested one. On other text it may differ,
-especially for `cosine_rule`: report what was realised there. Exits are off while a control is built.
+A router is only worth something if it beats these at equal realised work. Each control is a family of policies with one
+dial, and `matched` turns the dial until the realised capacity on a text is the requested one. A policy is run by
+``with hat.using(policy):``, so it differs from the method only in its decisions; protected tokens and layer 0's FFN
+(token grain) always run as usual. `CONTROLS` holds the families under one signature; `as_in` is the method with
+another checkpoint, such as an untrained one; `RandomExits` is the control for the gates. Exits are off while a control
+is built.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -32,9 +33,12 @@ Blocks = Iterable[Sequence[int] | Mapping]
 """Text: token-id lists, or rows of `load_text`. All of it is run several times: 2,000 tokens are enough."""
 Family = Callable[[float], Policy]
 """A control for each setting of its dial in [0, 1]; it keeps more as the dial rises, and everything at 1."""
+Around = Callable[[], AbstractContextManager]
 
-# `matched` stops at CLOSE; a control further off than TOLERANCE is rejected.
-CLOSE, TOLERANCE, STEPS = 0.002, 0.01, 24
+EQUAL = 0.003
+"""equal work: two shares of the whole model's work, on the same text, that differ by no more than this"""
+# `matched` stops at CLOSE; a control further off than EQUAL is rejected.
+CLOSE, STEPS = 0.001, 24
 MIN_TOKENS = 256
 # Tokens for pricing the removal of each layer, in evenly spaced blocks.
 DAMAGE_TOKENS = 1024
@@ -48,12 +52,14 @@ class OutOfReach(HatError):
 
 
 def matched(
-    hat: HierarchicalTransformer, family: Family, blocks: Blocks, capacity: float, corrected: float = 0.0
+    hat: HierarchicalTransformer, family: Family, blocks: Blocks, capacity: float, around: Around | None = None
 ) -> Policy:
-    """The member of ``family`` that realises ``capacity`` on ``blocks``, within 0.01 and mostly within 0.002.
+    """The member of ``family`` that realises ``capacity`` on ``blocks``, within 0.003 and mostly within 0.001.
 
-    ``corrected`` is the strength of the corrections beside it: they change what later layers read, and with it the
-    work. It looks only at the work, never at what the model predicts, so it may be given the very text that is measured
+    It is run inside ``around()``, by default ``hat.dense()``, where the head is read in full and is no part of a
+    capacity; inside ``hat.at(c)`` of a model that skips part of its head, the head's own work counts.
+
+    It looks only at the work, never at what the model predicts, so it may be given the very text that is measured
     afterwards. Protected tokens count, so texts cut into much shorter blocks realise more. Raises `OutOfReach` for a
     capacity that no member of the family comes near, and a plain `HatError` for one outside [0.1, 1] or a text of fewer
     than 256 tokens.
@@ -68,25 +74,26 @@ def matched(
         step = float(np.clip((capacity - low[1]) / max(high[1] - low[1], 1e-9), 0.1, 0.9))
         dial = low[0] + step * (high[0] - low[0])
         policy = family(dial)
-        realised = realised_capacity(hat, policy, texts, corrected)
+        realised = realised_capacity(hat, policy, texts, around)
         best = min(best, (abs(realised - capacity), realised, policy), key=lambda found: found[0])
         if best[0] <= CLOSE:
             break
         low, high = (low, (dial, realised)) if realised > capacity else ((dial, realised), high)
-    if best[0] > TOLERANCE:
+    if best[0] > EQUAL:
         raise OutOfReach(f"this control cannot realise capacity {capacity} on this text: its nearest is {best[1]:.3f}")
     return best[2]
 
 
 @torch.no_grad()
 def realised_capacity(
-    hat: HierarchicalTransformer, policy: Policy, texts: Sequence[Tensor], corrected: float = 0.0
+    hat: HierarchicalTransformer, policy: Policy, texts: Sequence[Tensor], around: Around | None = None
 ) -> float:
-    """Executed / routable work under ``policy`` without exits, over all tokens of ``texts`` (``[1, T]`` each)."""
+    """Executed / routable work under ``policy``, inside ``around()`` as in `matched`, over all tokens of ``texts``
+    (``[1, T]`` each)."""
     kept = 0.0
-    with hat.dense(), hat.using(policy), hat.correcting(corrected):
+    with (around or hat.dense)(), hat.using(policy):
         for ids in texts:
-            hat.lm.model(ids, use_cache=False)
+            hat.lm(ids, use_cache=False)
             kept += hat.trace.capacity * ids.shape[1]
     return kept / sum(ids.shape[1] for ids in texts)
 
@@ -109,13 +116,13 @@ def _for_site(keep: Tensor, site: str, x: Tensor) -> Tensor:
 # -- random and static ---------------------------------------------------------------------------------
 
 
-def random_mask(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, seed: int = 0) -> Policy:
-    """Every unit is kept with the same probability, whatever the token (`Random`)."""
-    return matched(hat, lambda share: Random(share, seed), blocks, capacity)
+def random_mask(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
+    """Every unit is kept with the same probability, whatever the token (`Random`); ``blocks`` are unused."""
+    return lambda share: Random(share, seed)
 
 
 @torch.no_grad()
-def static_choice(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, seed: int = 0) -> Policy:
+def static_choice(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
     """The method without its choice per token: the same channels, or the same FFNs, for every token.
 
     Channel grain: at each site, the channels whose scores have the largest root mean square on ``blocks``, as many as
@@ -123,7 +130,7 @@ def static_choice(hat: HierarchicalTransformer, blocks: Blocks, capacity: float,
     trained or not. Token grain: `layer_removal`.
     """
     if hat.config.granularity == "token":
-        return layer_removal(hat, blocks, capacity, seed)
+        return layer_removal(hat, blocks, seed)
     if hat.calibration is None:
         raise HatError("the static choice takes its shares from a calibration: run `hat calibrate` first")
     texts, energy = text_tensors(hat, blocks), {}
@@ -143,7 +150,7 @@ def static_choice(hat: HierarchicalTransformer, blocks: Blocks, capacity: float,
             keep[layer, site][order[:count]] = True
         return Static(keep)
 
-    return matched(hat, family, texts, capacity)
+    return family
 
 
 # -- whole layers --------------------------------------------------------------------------------------
@@ -162,21 +169,20 @@ class Layers:
         return _for_site(keep, site, x)
 
 
-def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, seed: int = 0) -> Policy:
+def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
     """The routable work of whole layers is skipped for every token: the FFN, or all four sites (channel grain).
 
     Greedy: layers are removed in the order of their `layer_damage`, cheapest first, which misses that two layers may
     stand in for one another. The last one removed is skipped for a random part of the tokens, so that the work is the
     requested amount. At the channel grain, a token that skips a layer leaves zero K and V there.
     """
-    texts = text_tensors(hat, blocks)
-    order = sorted((cost, layer) for layer, cost in layer_damage(hat, texts).items())
+    order = sorted((cost, layer) for layer, cost in layer_damage(hat, blocks).items())
 
     def family(dial: float) -> Policy:
         skipped = (1 - dial) * len(order)
         return Layers({layer: max(0.0, 1 - (skipped - i)) for i, (_, layer) in enumerate(order) if i < skipped}, seed)
 
-    return matched(hat, family, texts, capacity)
+    return family
 
 
 _DAMAGE: WeakKeyDictionary[HierarchicalTransformer, dict] = WeakKeyDictionary()
@@ -264,7 +270,7 @@ class Cosine:
         return keep.index_copy(0, at, runs), deviation.index_copy(0, at, expected)
 
 
-def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, seed: int = 0) -> Policy:
+def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
     """A layer is skipped for a token if it is predicted to turn that token's residual stream little.
 
     ShortGPT (Men et al. 2024, arXiv:2403.03853) removes the layers of least Block Influence, 1 - mean cos(stream
@@ -297,7 +303,7 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, capacity: float, s
         if layer - 1 in deviation:
             r[layer] = np.mean(deviation[layer] * deviation[layer - 1])
             predicted.append(mean[layer] + std[layer] * r[layer] * deviation[layer - 1])
-    return matched(hat, lambda dial: Cosine(hat, mean, std, r, float(np.quantile(predicted, dial))), texts, capacity)
+    return lambda dial: Cosine(hat, mean, std, r, float(np.quantile(predicted, dial)))
 
 
 # -- another checkpoint, other exits ------------------------------------------------------------------------
@@ -343,7 +349,7 @@ def exit_shares(states: Iterable[TokenState], depths: Iterable[int]) -> dict[int
     return {depth: float((left == depth).sum() / (left >= depth).sum().clamp(min=1)) for depth in depths}
 
 
-CONTROLS: dict[str, Callable[[HierarchicalTransformer, Blocks, float, int], Policy]] = {
+CONTROLS: dict[str, Callable[[HierarchicalTransformer, Blocks, int], Family]] = {
     "random": random_mask,
     "static": static_choice,
     "cosine": cosine_rule,

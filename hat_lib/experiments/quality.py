@@ -1,8 +1,10 @@
 """The quality of the trained checkpoints beside every control, at equal work: ``data/results/quality.csv``.
 
 One row for each grain, text, capacity and variant: perplexity over the base's, agreement with it, and the margin to
-the trained model on the same tokens. A control is tuned until it executes as much as the trained model did on that
-very text, looking only at its work, never at its predictions.
+the trained model on the same tokens. A control is tuned until its share of the whole model's work, on the very text
+that is scored, is within `EQUAL` of the trained model's; only its work is looked at, never its predictions. No control
+has corrections; ``uncorrected`` is the trained model without its own, at equal work, so that what is left of a margin
+is the choice alone. All of them keep the head's shortlist, which costs more the less sure a model is.
 """
 
 from __future__ import annotations
@@ -17,30 +19,45 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from datasets import Dataset
 from matplotlib.figure import Figure
 
-from hat_lib.config import GRANULARITIES, HatError, check_capacity, check_exit_rate
-from hat_lib.evaluation.controls import CONTROLS, OutOfReach, RandomExits, as_in, exit_shares, matched
+from hat_lib.config import CAPACITY_MIN, GRANULARITIES, HatError, check_capacity, check_exit_rate
+from hat_lib.evaluation.controls import (
+    CONTROLS,
+    EQUAL,
+    MIN_TOKENS,
+    Family,
+    OutOfReach,
+    RandomExits,
+    as_in,
+    exit_shares,
+    matched,
+)
 from hat_lib.evaluation.perplexity import Score, compare, score, score_each
 from hat_lib.experiments import common
-from hat_lib.experiments.common import CHECKPOINTS, TEXTS, machine, markdown, perplexity, rounded, saved
+from hat_lib.experiments.common import CHECKPOINTS, TEXTS, interval, machine, markdown, perplexity, rounded, saved
 from hat_lib.model.checkpoint import digest, read_checkpoint
 from hat_lib.model.modes import together
 from hat_lib.model.threshold_table import HEAD_TABLES
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import findings, frontier
 from hat_lib.plotting.findings import said
-from hat_lib.text.blocks import default_split, load_text, text_hash
+from hat_lib.text.blocks import at_even_distances, default_split, load_text, text_hash
+from hat_lib.text.corpora import CORPORA
 
 ABOUT = "a variant (trained, untrained, a control) at a point, at equal work"
 MINUTES = 60
-VARIANTS = ("trained", "untrained", *CONTROLS, "random_exits")
+VARIANTS = ("trained", "uncorrected", "untrained", *CONTROLS, "random_exits")
 DRAWN = ("random", "removal", "static", "random_exits")
 """variants with something drawn at random, which differ from seed to seed"""
+SEEDS = 5
+"""draws of random exits, whose rates are small"""
 SAME_AS_REMOVAL = ("token", "static")
 """at the token grain the static choice is the removal of whole layers, which has its own rows"""
-# A control is tuned on this many tokens of the text, in evenly spaced blocks.
+# A control is first tuned on this many tokens of the text, in evenly spaced blocks, and then on all of it.
 MATCH_TOKENS = 1024
+ROUNDS = 4
 
 
 class Point(NamedTuple):
@@ -71,10 +88,11 @@ class Row(common.Machine, common.Perplexity):
     model_share: float
     ppl: float
     margin: float
-    margin_low: float
-    margin_high: float
+    margin_low: float | None
+    margin_high: float | None
     """perplexity over the trained model's at this point, less 1, and its 95 % paired interval; 0 for that model"""
     blocks: int
+    documents: int
     text_hash: str
     adapter: str
     """beginning of the SHA-256 of the parameters and tables behind the row; those of exits only if some tokens leave"""
@@ -83,19 +101,23 @@ class Row(common.Machine, common.Perplexity):
 def plan(granularity: str) -> list[Point]:
     """The points of one grain, most informative first; those on the same tokens of a text are adjacent."""
     both, gates = ("trained", "untrained"), ("trained", "random_exits")
-    beside_controls = ((0.9, 0.7, 0.55), 0.0, (*both, *CONTROLS))
+    few = ("trained",) if granularity == "channel" else both
+    beside_controls = ((0.9, 0.7, 0.55), 0.0, (*few, *CONTROLS))
     exits = [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained",))]
+    # What costs many times as much is told by fewer tokens.
     if granularity == "channel":
-        plans = {20_000: [beside_controls, ((0.75, 0.62, 0.4), 0.0, both), *exits]}
-    else:  # costs so much more that fewer tokens tell it
-        plans = {20_000: [((0.75, 0.62), 0.0, both)], 4_000: [beside_controls, ((0.4,), 0.0, both), *exits]}
+        choice = ((0.7, 0.55), 0.0, (*both, "uncorrected"))
+        plans = {20_480: [choice, ((0.9, 0.75, 0.62, 0.4), 0.0, both)], 4_096: [beside_controls, *exits]}
+    else:
+        plans = {4_096: [beside_controls, ((0.75, 0.62, 0.4), 0.0, both), *exits]}
     return [
-        Point(granularity, text, tokens, capacity, rate, variant)
+        Point(granularity, text, tokens, capacity, rate, variant, seed)
         for tokens, grid in plans.items()
         for text in TEXTS
         for capacities, rate, variants in grid
         for capacity in capacities
         for variant in variants
+        for seed in range(SEEDS if variant == "random_exits" else 1)
         if (granularity, variant) != SAME_AS_REMOVAL
     ]
 
@@ -131,6 +153,8 @@ def grid(
             return False
         if variant == "random_exits":
             return rate > 0
+        if variant == "uncorrected" and granularity != "channel":
+            return False
         return variant == "trained" or (rate == 0 and capacity < 1)
 
     points = product(texts, axes["capacity"], axes["exit rate"], variants, seeds)
@@ -180,12 +204,15 @@ def rows(
         if hat.config.granularity != grain:
             raise HatError(f"{trained} has the {hat.config.granularity} grain, expected {grain}")
         for (text, tokens), group in groupby(missing, key=lambda p: (p.text, p.max_tokens)):
-            yield from _on_text(hat, untrained, adapters, text, tokens, group)
+            yield from _on_text(hat, found[grain], adapters, text, tokens, group)
 
 
-def _on_text(hat, untrained: Path, adapters, text: str, max_tokens: int, points) -> Iterator[Row]:
-    blocks = load_text(text, hat.base.tokenizer, split=default_split(text, hat), max_tokens=max_tokens)
-    sample = blocks.select(range(0, len(blocks), max(1, round(max_tokens / MATCH_TOKENS))))
+def _on_text(hat, checkpoints: Sequence[Path], adapters, text: str, max_tokens: int, points) -> Iterator[Row]:
+    blocks = text_to_score(text, hat, max_tokens)
+    total = sum(map(len, blocks["input_ids"]))
+    if total < MIN_TOKENS:
+        raise HatError(f"{text}: controls are matched on at least {MIN_TOKENS} tokens, got {total}")
+    sample = blocks.select(range(0, len(blocks), max(1, round(total / MATCH_TOKENS))))
     points = list(points)
     settings = list(dict.fromkeys((p.capacity, p.exit_rate) for p in points))
     base, found = score_each(hat, blocks, [partial(hat.at, *s) for s in settings], progress=False)
@@ -193,21 +220,34 @@ def _on_text(hat, untrained: Path, adapters, text: str, max_tokens: int, points)
     for point in points:
         if point.variant == "trained":
             yield _row(hat, adapters, blocks, point, base, trained, trained[point.capacity, point.exit_rate])
-    controls: dict[Point, Callable] = {}
-    for point in points:
-        if point.variant != "trained":
-            try:
-                controls[point] = _control(hat, untrained, point, blocks, sample, trained)
-            except OutOfReach as error:
-                warnings.warn(f"no row for {point.variant} at {point.capacity} on {text}: {error}", stacklevel=2)
-    if controls:  # in one go, for the base runs again, and costs as much as any of them
-        _, scores = score_each(hat, blocks, list(controls.values()), progress=False)
-        for point, found_there in zip(controls, scores, strict=True):
+    drawn = [p for p in points if p.variant == "random_exits"]
+    rates = {at: _exit_rates(hat, *at, blocks) for at in dict.fromkeys((p.capacity, p.exit_rate) for p in drawn)}
+    exits = {p: _random_exits(hat, p, rates[p.capacity, p.exit_rate]) for p in drawn}
+    if exits:
+        _, scores = score_each(hat, blocks, list(exits.values()), progress=False)
+        for point, found_there in zip(exits, scores, strict=True):
             yield _row(hat, adapters, blocks, point, base, trained, found_there)
+    controls = [p for p in points if p.variant not in ("trained", "random_exits")]
+    for point, scored in _at_equal_work(hat, checkpoints, controls, blocks, sample, trained):
+        yield _row(hat, adapters, blocks, point, base, trained, scored)
+
+
+def text_to_score(text: str, hat, max_tokens: int) -> Dataset:
+    """About ``max_tokens`` tokens: blocks spread over all documents of a bundled text, the beginning of any other."""
+    how = {"tokenizer": hat.base.tokenizer, "split": default_split(text, hat)}
+    if text not in CORPORA:
+        return load_text(text, max_tokens=max_tokens, **how)
+    blocks = load_text(text, **how)
+    return at_even_distances(blocks, round(max_tokens * len(blocks) / sum(map(len, blocks["input_ids"]))))
 
 
 def _row(hat, adapters, blocks, point: Point, base: Score, trained: Mapping[tuple, Score], found: Score) -> Row:
-    margin = compare(trained[point.capacity, point.exit_rate], found)
+    partner = trained[point.capacity, point.exit_rate]
+    if abs(found.model_share - partner.model_share) > EQUAL and not point.exit_rate:
+        shares = f"{found.model_share:.4f} of the model's work, the trained model {partner.model_share:.4f}"
+        raise HatError(f"{point.variant} at {point.capacity} on {point.text} is not at equal work: it ran {shares}")
+    margin = compare(partner, found)
+    low, high = interval(margin)
     return rounded(
         Row,
         **machine(hat.base) | vars(found.agreement) | perplexity(compare(base, found)) | point._asdict(),
@@ -215,27 +255,62 @@ def _row(hat, adapters, blocks, point: Point, base: Score, trained: Mapping[tupl
         realised_exit=found.exit_rate,
         model_share=found.model_share,
         margin=margin.increase,
-        margin_low=margin.low,
-        margin_high=margin.high,
+        margin_low=low,
+        margin_high=high,
+        documents=len(set(blocks["doc"])),
         text_hash=text_hash(blocks)[:16],
         adapter=adapters[point.granularity, point.exit_rate > 0],
     )
 
 
-def _control(hat, untrained: Path, point: Point, blocks, sample, trained: Mapping[tuple, Score]) -> Callable:
-    """Makes the context to run a control in, at the trained model's work in the layers."""
-    at, realised = partial(hat.at, point.capacity, 0.0), trained[point.capacity, point.exit_rate].layer_capacity
-    if point.variant == "random_exits":
-        with hat.at(point.capacity, point.exit_rate), hat.collect() as traces:
-            score(hat, blocks, progress=False)
-        exits = RandomExits(exit_shares(traces, hat.config.exit_layers), point.seed)
-        return partial(together, at, partial(hat.exiting, exits))
-    if point.variant == "untrained":
-        policy = matched(hat, as_in(hat, untrained), sample, max(0.1, realised))
-    else:
-        policy = CONTROLS[point.variant](hat, sample, max(0.1, realised), point.seed)
-    # The control's decisions in the layers, without corrections, and the head as it is at the capacity.
-    return partial(together, at, partial(hat.correcting, 0.0), partial(hat.using, policy))
+def _exit_rates(hat, capacity: float, rate: float, blocks) -> Mapping[int, float]:
+    with hat.at(capacity, rate), hat.collect() as traces:
+        score(hat, blocks, progress=False)
+    return exit_shares(traces, hat.config.exit_layers)
+
+
+def _random_exits(hat, point: Point, rates: Mapping[int, float]) -> Callable:
+    """As many exits at each depth as the gates took, by other tokens; the work is the same as far as chance allows."""
+    exits = RandomExits(rates, point.seed)
+    return partial(together, partial(hat.at, point.capacity, 0.0), partial(hat.exiting, exits))
+
+
+def _at_equal_work(hat, checkpoints, points, blocks, sample, trained) -> Iterator[tuple[Point, Score]]:
+    """Scores of controls whose work on ``blocks`` is the trained model's; those that miss it are tried again, aimed as
+    far to the other side of it."""
+    aims = {p: trained[p.capacity, p.exit_rate].capacity for p in points}
+    families = {p: _family(hat, checkpoints, p, sample) for p in points}
+    for last in (*[False] * (ROUNDS - 1), True):
+        settings = {}
+        for point, aim in list(aims.items()):
+            # The head as it is at the capacity, and no corrections.
+            around = partial(together, partial(hat.at, point.capacity, 0.0), partial(hat.correcting, 0.0))
+            try:
+                policy = matched(hat, families[point], sample, min(max(aim, CAPACITY_MIN), 0.999), around)
+                settings[point] = partial(together, around, partial(hat.using, policy))
+            except OutOfReach as error:
+                del aims[point]
+                warnings.warn(f"no row for {point.variant} at {point.capacity} on {point.text}: {error}", stacklevel=3)
+        if not settings:
+            return
+        _, scores = score_each(hat, blocks, list(settings.values()), progress=False)  # in one go: the base runs again
+        for point, found in zip(settings, scores, strict=True):
+            partner = trained[point.capacity, point.exit_rate]
+            if abs(found.model_share - partner.model_share) <= EQUAL:
+                del aims[point]
+                yield point, found
+            elif last:
+                told = f"its share of the model's work is {found.model_share:.3f}, not {partner.model_share:.3f}"
+                warnings.warn(f"no row for {point.variant} at {point.capacity} on {point.text}: {told}", stacklevel=3)
+            else:
+                aims[point] += partner.capacity - found.capacity
+
+
+def _family(hat, checkpoints: Sequence[Path], point: Point, sample) -> Family:
+    trained, untrained = checkpoints
+    if point.variant in ("uncorrected", "untrained"):
+        return as_in(hat, trained if point.variant == "uncorrected" else untrained)
+    return CONTROLS[point.variant](hat, sample, point.seed)
 
 
 def adapter_digest(checkpoint: Path, exits: bool) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from hat_lib.config import HatError
 from hat_lib.model.token_state import Masks, TokenState
@@ -116,20 +117,20 @@ class Forced:
 
 
 class Random:
-    """Control: keep each unit with probability ``share``, independent of the token's content.
+    """Control: keep each unit with probability ``share``, whatever the token needs.
 
-    The draw is a hash of (seed, layer, site, position, channel), so it is the same in decode and in a parallel forward,
-    and for a row alone and in a batch.
+    The draw is a hash of (seed, layer, site, channel, and the text so far: `prefixes`), so it is the same in decode and
+    in a parallel forward, and for a row alone and in a batch, and another one in every text.
     """
 
     def __init__(self, share: float, seed: int = 0):
         self.share, self.seed = share, seed
 
     def __call__(self, layer, site, x, rows, state):
-        position = state.position.flatten()
-        position = position if rows is None else position[rows]
+        text = state.prefix.flatten()
+        text = text if rows is None else text[rows]
         salt = _mix(torch.tensor(hash((self.seed, layer)) ^ sum(map(ord, site)), device=x.device))
-        units = position if site == "ffn" else position[:, None] * x.shape[-1] + torch.arange(x.shape[-1]).to(x.device)
+        units = text if site == "ffn" else text[:, None] + torch.arange(x.shape[-1], device=x.device)
         uniform = (_mix(_mix(units) + salt) >> 11).double() / 2**52
         return uniform.abs() < self.share
 
@@ -143,6 +144,26 @@ class Static:
     def __call__(self, layer, site, x, rows, state):
         mask = self.keep.get((layer, site))
         return None if mask is None else mask.to(x.device).expand(x.shape[0], *mask.shape)
+
+
+def prefixes(tokens: Tensor, state: TokenState, cache: Cache | None) -> Tensor:
+    """A hash of each token and all before it in its document, int64 ``[B, T]``: the same however a text is padded,
+    batched or split into forwards.
+
+    ``tokens`` are ids ``[B, T]``, or zeros where only embeddings are known. Hashes are kept with the cache, by row; beams
+    that change rows do not take theirs along, and tokens that the engine ran are left out.
+    """
+    before = state.position.new_zeros(state.batch, 0)
+    if state.start and (known := getattr(cache, "hat_prefixes", None)) is not None:
+        before = known[:, : state.start].repeat_interleave(state.batch // len(known), 0)  # beams begin as copies
+    each = torch.where(state.real, _mix(_mix(tokens) + state.position), 0)
+    sums = before[:, -1:].sum(1, keepdim=True) + each.cumsum(1)
+    first = torch.where(state.real & (state.position == 0), torch.arange(state.tokens, device=sums.device), -1)
+    first = first.cummax(1).values  # where the document of each token begins; -1 for before this forward
+    found = sums - torch.where(first < 0, 0, (sums - each).gather(1, first.clamp(min=0)))
+    if cache is not None:
+        cache.hat_prefixes = torch.cat([before, found], dim=1)
+    return found
 
 
 def _mix(z: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ class TokenState:
     n_layers: int
     start: int = 0
     """number of tokens already in the KV cache"""
+    prefix: Tensor | None = None
+    """int64 ``[B, T]``, a hash of the text up to each token (`hat_lib.model.policies.prefixes`); None in the engine"""
     alive: Tensor | None = None
     """rows (indices into B*T) that still run; None while all do"""
     exit_layer: Tensor = None

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hat_lib.evaluation.controls import EQUAL
 from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, MOST, ORANGE, PUBLISHED, PURPLE, SKY, draws, key
 
@@ -48,14 +49,14 @@ def joint(verdicts: Iterable[str]) -> str:
 
 
 def rivals(quality: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `hat_lib.experiments.quality` to compare the trained model with: no exits, the same point, and as much
-    model share within 0.02, or more. A damaged model is unsure, so its head reads more tokens' logits in full."""
+    """Rows of `hat_lib.experiments.quality` to compare the trained model with: no exits, the same point, and the same
+    share of the model's work within `EQUAL`."""
     point = [*POINT, "max_tokens"]
     style.need(quality, *point, "variant", "exit_rate", "model_share")
     rows = quality[quality["exit_rate"] == 0]
     trained = rows.loc[rows["variant"] == "trained", [*point, "model_share"]]
     others = rows[rows["variant"] != "trained"].merge(trained, on=point, suffixes=("", "_of_trained"))
-    return others[others["model_share"] - others["model_share_of_trained"] >= -0.02]
+    return others[(others["model_share"] - others["model_share_of_trained"]).abs() <= EQUAL + 5e-6]  # rounded
 
 
 def beaten(rows: pd.DataFrame) -> tuple[str, str]:
@@ -81,16 +82,14 @@ def kept(quality: pd.DataFrame, promise: pd.DataFrame) -> pd.DataFrame:
 
 
 def apart(ablations: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `hat_lib.experiments.ablations` with a column ``apart``: is the interval disjoint from the
-    reference's?
+    """The rows of `hat_lib.experiments.ablations` with a column ``apart``: can the change be told from the reference by
+    the paired interval of their difference? False where there is none.
 
-    The reference, on the same text at the same capacity, is the grain's first change with as many steps: the recipe
+    The reference, on the same tokens at the same capacity, is the grain's first change with as many steps: the recipe
     itself, or its start.
     """
-    style.need(ablations, *POINT, "change", "steps", *COST)
-    first = ablations.groupby([*POINT, "steps"], sort=False)[COST].transform("first")
-    meet = (ablations["increase_low"] <= first["increase_high"]) & (first["increase_low"] <= ablations["increase_high"])
-    return ablations.assign(apart=~meet)
+    style.need(ablations, "change", "margin_low", "margin_high")
+    return ablations.assign(apart=(ablations["margin_low"] > 0) | (ablations["margin_high"] < 0))
 
 
 def said(row: Mapping, name: str = "increase") -> str:
