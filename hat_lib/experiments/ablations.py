@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -20,14 +21,14 @@ from hat_lib.backbone.base import load_base, parse_dtype
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import GRANULARITIES, HatConfig, check_count
 from hat_lib.evaluation.controls import as_in, matched
-from hat_lib.evaluation.perplexity import compare, score_each
-from hat_lib.experiments.common import Machine, Perplexity, machine, markdown, perplexity, rounded, saved
+from hat_lib.evaluation.perplexity import Score, compare, score_each
+from hat_lib.experiments.common import Machine, Perplexity, interval, machine, markdown, perplexity, rounded, saved
+from hat_lib.model.modes import together
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.findings import choices, said
 from hat_lib.text.blocks import held_out, load_text
 from hat_lib.training.recipe import Recipe
 from hat_lib.training.run import CALIBRATION_TOKENS, Run, train
-from hat_lib.training.validation import as_trained
 
 ABOUT = "a short run that differs in one thing"
 MINUTES = 140
@@ -94,6 +95,11 @@ class Row(Machine, Perplexity):
     steps: int
     capacity: float
     realised: float
+    margin: float | None
+    margin_low: float | None
+    margin_high: float | None
+    """perplexity over that of the grain's first change with as many steps, on the same tokens, less 1, with its 95 %
+    paired interval; 0 for that change itself"""
 
 
 def rows(
@@ -109,14 +115,28 @@ def rows(
     """For each change, after ``steps`` training steps, a row per capacity and text, on ``tokens`` tokens per text."""
     parse_dtype(dtype)
     check_count("steps", steps, 1), check_count("tokens", tokens, 1024)
+    references: dict[tuple, Score] = {}
     with TemporaryDirectory() as folder:
+
+        def measure(change: Change, points: Sequence[tuple]) -> dict[tuple, tuple]:
+            found = _trained(change, Path(folder), base, steps, dtype)
+            return _scored(found, base, points, tokens, dtype)
+
         for change in changes:
-            points = product(CAPACITIES[change.granularity], MEASURED)
-            lacking = {at for at in points if (change.granularity, change.name, at[0], at[1][0]) not in done}
-            if change.granularity in grains and lacking:
-                found = _trained(change, Path(folder), base, steps, dtype)
-                yield from _measured(change, found, base, steps, lacking, tokens, dtype)
-                gc.collect()  # models and their hooks refer to each other, and the collector cannot see their size
+            points = list(product(CAPACITIES[change.granularity], MEASURED))
+            lacking = [at for at in points if (change.granularity, change.name, at[0], at[1][0]) not in done]
+            if change.granularity not in grains or not lacking:
+                continue
+            kind = change.granularity, change.trained
+            first = next(c for c in changes if (c.granularity, c.trained) == kind)
+            scored = measure(change, points if change is first else lacking)
+            if change is first:
+                references |= {(kind, at): found for at, (_, found, _) in scored.items()}
+            elif (kind, lacking[0]) not in references:  # a run that was stopped goes on
+                references |= {(kind, at): found for at, (_, found, _) in measure(first, points).items()}
+            for at in lacking:
+                yield _row(change, steps * change.trained, *at, *scored[at], references[kind, at])
+            gc.collect()  # models and their hooks refer to each other, and the collector cannot see their size
 
 
 def _trained(change: Change, folder: Path, base: str, steps: int, dtype: str) -> Path:
@@ -137,26 +157,41 @@ def _trained(change: Change, folder: Path, base: str, steps: int, dtype: str) ->
     return found
 
 
-def _measured(change: Change, found: Path, base: str, steps: int, points, tokens: int, dtype: str) -> Iterator[Row]:
-    hat = HierarchicalTransformer.from_pretrained(found, base, dtype=dtype)
+def _scored(found: Path, base: str, points: Sequence[tuple], tokens: int, dtype: str) -> dict[tuple, tuple]:
+    """(capacity, (text, split)) -> scores of the dense model and of the checkpoint ``found``, and the machine."""
+    hat, scored = HierarchicalTransformer.from_pretrained(found, base, dtype=dtype), {}
     for text, split in MEASURED:
-        if not (capacities := [c for c in CAPACITIES[change.granularity] if (c, (text, split)) in points]):
+        if not (capacities := [c for c, at in points if at == (text, split)]):
             continue
         blocks, family = load_text(text, hat.base.tokenizer, split=split, max_tokens=tokens), as_in(hat, found)
-        around = [as_trained(hat, matched(hat, family, blocks, c, hat.correction_strength(c)), c) for c in capacities]
-        dense, scores = score_each(hat, blocks, around, progress=False)
+        settings = []
+        for capacity in capacities:  # the head in full, as in training
+            around = partial(together, hat.dense, partial(hat.correcting, hat.correction_strength(capacity)))
+            policy = matched(hat, family, blocks, capacity, around)
+            settings.append(partial(together, around, partial(hat.using, policy)))
+        dense, scores = score_each(hat, blocks, settings, progress=False)
         for capacity, routed in zip(capacities, scores, strict=True):
-            yield rounded(
-                Row,
-                **machine(hat.base) | vars(routed.agreement) | perplexity(compare(dense, routed)),
-                granularity=change.granularity,
-                change=change.name,
-                text=text,
-                split=split,
-                steps=steps * change.trained,
-                capacity=capacity,
-                realised=routed.layer_capacity,
-            )
+            scored[capacity, (text, split)] = dense, routed, machine(hat.base)
+    return scored
+
+
+def _row(change, steps: int, capacity: float, text: tuple[str, str], dense, routed, about: dict, first: Score) -> Row:
+    margin = compare(first, routed)
+    low, high = interval(margin)
+    return rounded(
+        Row,
+        **about | vars(routed.agreement) | perplexity(compare(dense, routed)),
+        granularity=change.granularity,
+        change=change.name,
+        text=text[0],
+        split=text[1],
+        steps=steps,
+        capacity=capacity,
+        realised=routed.layer_capacity,
+        margin=margin.increase,
+        margin_low=low,
+        margin_high=high,
+    )
 
 
 def _calibrated(change: Change, folder: Path, base: str, block_size: int, dtype: str) -> Path:
@@ -165,7 +200,8 @@ def _calibrated(change: Change, folder: Path, base: str, block_size: int, dtype:
     if not start.exists():
         loaded = load_base(base, dtype=dtype)
         hat = HierarchicalTransformer(loaded, HatConfig.default(loaded, protected_tokens=change.protected_tokens))
-        blocks = held_out("addresses", loaded.tokenizer, CALIBRATION_TOKENS, block_size)["input_ids"]
+        # Runs are scored on the validation split.
+        blocks = held_out("addresses", loaded.tokenizer, CALIBRATION_TOKENS, block_size, ("train",))["input_ids"]
         calibrate(hat, blocks, split=change.split, token_sensitivity=change.token_sensitivity, progress=False)
         hat.save_pretrained(start)
     return start

@@ -7,7 +7,7 @@ One row for each text, capacity and way to run, of an untrained and a trained ch
     trained      the trained checkpoint: its scales, split of the budget and corrections, and the head's shortlist
     fine_tuned   the corrections with nothing skipped: what training alone does to the base, at full work
 
-Measured on evenly spaced whole blocks of a test split. ``encyclopedia`` was not used to select anything.
+Measured on evenly spaced whole blocks of a test split. What was chosen by which text: docs/measurements.md.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from hat_lib.config import HatError, check_capacity, check_count
-from hat_lib.evaluation.perplexity import compare, coverage, score_each
+from hat_lib.evaluation.perplexity import Score, compare, coverage, score_each
 from hat_lib.experiments import common
-from hat_lib.experiments.common import CHECKPOINTS, machine, markdown, perplexity, rounded, saved
+from hat_lib.experiments.common import CHECKPOINTS, interval, machine, markdown, perplexity, rounded, saved
 from hat_lib.experiments.quality import adapter_digest
 from hat_lib.model.modes import together
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -51,6 +51,11 @@ class Row(common.Machine, common.Perplexity):
     ppl: float
     coverage: float
     """of the interval, simulated on these very blocks (`hat_lib.evaluation.perplexity.coverage`)"""
+    margin: float | None
+    margin_low: float | None
+    margin_high: float | None
+    """perplexity over that of ``head`` at this capacity, on the same tokens, less 1, and its 95 % paired interval; None
+    for ``fine_tuned``"""
     blocks: int
     documents: int
     text_hash: str
@@ -80,41 +85,55 @@ def rows(
         raise HatError(f"ways must be among {', '.join(WAYS)}, got {odd[0]!r}")
     if trained is None and {"trained", "fine_tuned"} & {*ways}:
         raise HatError("the ways trained and fine_tuned need a checkpoint with corrections: pass trained=DIR")
-    for checkpoint, own in ((untrained, ("layers", "head")), (trained, ("trained", "fine_tuned"))):
-        asked = [way for way in ways if way in own]
-        points = {t: [(w, c) for w in asked for c in _of(w, capacities) if (w, t, c) not in done] for t in texts}
-        if not any(points.values()):
+    hats: dict[Path, HierarchicalTransformer] = {}
+    for text in texts:
+        points = [(way, c) for way in ways for c in _of(way, capacities) if (way, text, c) not in done]
+        if not points:
             continue
-        hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
-        if not hat.gates_head:
-            raise HatError(f"{checkpoint} reads its head in full: make it anew with `hat calibrate` or `hat train`")
-        for text in texts:
-            if points[text]:
-                yield from _on_text(hat, checkpoint, text, points[text], tokens)
+        # What margins are taken over is scored, too, where its own rows are done.
+        over = [("head", c) for c in dict.fromkeys(c for way, c in points if way != "fine_tuned")]
+        asked = {untrained: list(dict.fromkeys([*over, *(p for p in points if p[0] in WAYS[:2])]))}
+        asked[trained] = [p for p in points if p[0] in WAYS[2:]]
+        scored = {}
+        for checkpoint, of in asked.items():
+            if not of:
+                continue
+            if checkpoint not in hats:
+                hats[checkpoint] = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
+            hat = hats[checkpoint]
+            if not hat.gates_head:
+                raise HatError(f"{checkpoint} reads its head in full: make it anew with `hat calibrate` or `hat train`")
+            blocks = whole_blocks(text, hat.base.tokenizer, tokens)
+            base, found = score_each(hat, blocks, [_around(hat, *point) for point in of], progress=False)
+            scored |= {point: (checkpoint, base, at) for point, at in zip(of, found, strict=True)}
+        for point in points:
+            yield _row(hat, text, blocks, *point, *scored[point], scored.get(("head", point[1])))
 
 
 def _of(way: str, capacities: Sequence[float]) -> Sequence[float]:
     return [1.0] if way == "fine_tuned" else capacities
 
 
-def _on_text(hat, checkpoint: Path, text: str, points: list[tuple[str, float]], tokens: int) -> Iterator[Row]:
-    blocks = whole_blocks(text, hat.base.tokenizer, tokens)
-    base, found = score_each(hat, blocks, [_around(hat, *point) for point in points], progress=False)
-    for (way, capacity), scored in zip(points, found, strict=True):
-        yield rounded(
-            Row,
-            **machine(hat.base) | vars(scored.agreement) | perplexity(compare(base, scored)),
-            text=text,
-            way=way,
-            capacity=capacity,
-            realised=scored.capacity,
-            coverage=coverage(base, scored),
-            layer_capacity=scored.layer_capacity,
-            model_share=scored.model_share,
-            documents=len(set(blocks["doc"])),
-            text_hash=text_hash(blocks)[:16],
-            adapter=adapter_digest(checkpoint, exits=False),
-        )
+def _row(hat, text: str, blocks, way: str, capacity: float, checkpoint: Path, base: Score, found: Score, over) -> Row:
+    margin = compare(over[2], found) if over else None
+    low, high = interval(margin) if margin else (None, None)
+    return rounded(
+        Row,
+        **machine(hat.base) | vars(found.agreement) | perplexity(compare(base, found)),
+        text=text,
+        way=way,
+        capacity=capacity,
+        realised=found.capacity,
+        coverage=coverage(base, found),
+        margin=margin and margin.increase,
+        margin_low=low,
+        margin_high=high,
+        layer_capacity=found.layer_capacity,
+        model_share=found.model_share,
+        documents=len(set(blocks["doc"])),
+        text_hash=text_hash(blocks)[:16],
+        adapter=adapter_digest(checkpoint, exits=False),
+    )
 
 
 def whole_blocks(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
