@@ -6,7 +6,8 @@ back to its base (`hat_lib.training`), and neither adds work at inference: the e
 bias. The base itself is never changed. On the reference path the terms are added by forward hooks on the base's
 own linear layers, ahead of anybody else's hooks, so that those see the values used; at capacity 1.0, in ``hat.dense()``
 and after `unload`, only the base is left. Matrices that read the same input share A, so one `Correction` serves
-a site: q|k|v, o, gate|up or down. The less is dropped, the less there is to compensate for: `strength` scales both.
+a site: q|k|v, o, gate|up or down. Both terms serve every token, protected or not, and x has only the channels that are
+kept. The less is dropped, the less there is to compensate for: `strength`, of the capacity asked for, scales both.
 
 Token grain: ``B A x + c`` of the FFN's own input stands in for an FFN that a token skips, at 2 r D multiply-adds.
 Layer 0 has none, since its FFN always runs.

@@ -6,7 +6,8 @@ logits are read again, from all channels. So likely tokens are exact, and unlike
 the head's work is the preview's share of the channels plus the shortlist's share of the vocabulary.
 
 On a small base the head is a large part of the work (21 % of SmolLM2-135M). It is gated at any capacity below 1.0 if
-the model's calibration has tables for it. Exits and recorded masks do not include the head.
+the model's calibration has tables for it. It knows neither token sensitivity nor protected tokens: their logits are
+previewed like any other's. Exits and recorded masks do not include the head.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ for input channel i of a linear layer, ``s_i = |x_i| * ||W[:, i]||``, the norm o
 output; thresholded activation sparsity as in TEAL (Liu et al. 2024, arXiv:2408.14690) and CATS (arXiv:2404.08763),
 weighted by the column norm as in Wanda (arXiv:2306.11695). The router learns one log-scale per channel. In each layer
 a token router says how sensitive the token is, ``u = w.x + b`` on the input of q|k|v, and all of its thresholds in
-that layer are multiplied by ``exp(-u)``: a sensitive token keeps more channels. Sensitivity is measured, not trained:
-see `hat_lib.calibration.token_sensitivity`.
+that layer are multiplied by ``exp(-u)``, with u cut to `SENSITIVITY_LIMIT` either way: a sensitive token keeps more
+channels. Sensitivity is measured, not trained: see `hat_lib.calibration.token_sensitivity`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """From a requested capacity to one threshold per layer and site.
 
 A `Calibration` is a table of capacities realised on held-out text, and of the thresholds that realised them. In
-between, thresholds are interpolated. They never rise with capacity, so the kept sets of two capacities are nested.
+between, the thresholds (not their logarithms) are interpolated linearly over capacity, and so are the head's threshold
+and margin. Thresholds never rise with capacity, so the kept sets of two capacities are nested.
 How the budget is split over layers and sites is decided where the table is made (`hat_lib.calibration`).
 """
 
