@@ -3,7 +3,8 @@
 `LINEARS` names the linear layers in any Llama's decoder layer.
 
 ``random:tiny``       under 1 M parameters, weights large enough that logits and routing are far from uniform.
-``random:tinyllama``  the exact shape of TinyLlama-1.1B; a wall-clock ratio does not depend on the weights.
+``random:tinyllama``  the exact shape of TinyLlama-1.1B, for timing. Gated, it approximates that model's speed: time
+                      depends on which channels are kept, and on how many of them are kept again by the next token.
 
 Both are identical to the bit on every machine and device, and neither touches the caller's random state.
 """

@@ -1,8 +1,9 @@
 """Wall-clock time of what `decode` leaves out, at forced shares, interleaved: ``data/results/benchmark.csv``.
 
 The token grain and exits in decode, for one sequence and for several, and both grains in prefill; the channel grain
-decodes one sequence for comparison. A ratio only means something within one run, so the variants take turns: in each
-round every variant processes the same tokens once, and the median over rounds of each round's ratio is reported.
+decodes one sequence for comparison; on TinyLlama's shape with random weights unless told otherwise. A ratio only means
+something within one run, so the variants take turns: in each round every variant processes the same tokens once, and
+the median over rounds of each round's ratio is reported.
 ``speedup_hf`` is what a user gains over plain transformers; ``speedup_dense`` is the method's own part, over this
 library's dense path; ``ideal`` is what the realised shares would give if time followed weights (decode) or FLOPs
 (prefill). Tokens are forced, not sampled, so every variant sees the same text.

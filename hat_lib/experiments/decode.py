@@ -1,11 +1,11 @@
 """Decoding on a CPU, in milliseconds per token: ``data/results/decode.csv``.
 
-On the bundled base at the capacities of a trained checkpoint, and on TinyLlama's exact shape forced to the same shares:
-plain transformers, the reference path, and the engine with its weights in each format, all after the same text, in
-turns; also eight sequences at a time. The engine's speedup is over our own fastest dense path in the same weight
-format; ``low`` and ``high`` are of the fastest and the slowest round. "read" is the same threads summing as much memory
-in order. llama.cpp decodes the bundled base's file in its own four bits, in the same turns, if llama-cpp-python is
-installed (``pip install "hat-workbook[peers]"``, which takes minutes to compile).
+On the bundled base at the capacities of a trained checkpoint, and on TinyLlama's exact shape, with random weights,
+forced to the same shares: plain transformers, the reference path, and the engine with its weights in each format, all
+after the same text, in turns; also eight sequences at a time. The engine's speedup is over our own fastest dense path
+in the same weight format; ``low`` and ``high`` are of the fastest and the slowest round. "read" is the same threads
+summing as much memory in order. llama.cpp decodes the bundled base's file in its own four bits, in the same turns, if
+llama-cpp-python is installed (``pip install "hat-workbook[peers]"``, which takes minutes to compile).
 
 Before the engine's first step, plain transformers are timed alone ("hf_before"); in the turns they come right after the
 engine. Beside its time, each format and capacity has its cost in quality: the KL of the engine's predictions from those

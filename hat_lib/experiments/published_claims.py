@@ -2,8 +2,8 @@
 
 The claims are for a frozen base: at a given capacity, a speedup and its price in perplexity. Next to them, for both
 grains at the claimed capacities: quality on the bundled base, from ``quality.csv``, and speed, both on the bundled base
-with the reference checkpoints and on TinyLlama's exact shape, forced to the shares and exits that the bundled base
-realised.
+with the reference checkpoints and on TinyLlama's exact shape with random weights, forced to the shares and exits that
+the bundled base realised.
 """
 
 from __future__ import annotations
