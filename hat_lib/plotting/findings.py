@@ -88,7 +88,7 @@ def apart(ablations: pd.DataFrame) -> pd.DataFrame:
     The reference, on the same tokens at the same capacity, is the grain's first change with as many steps: the recipe
     itself, or its start.
     """
-    style.need(ablations, "change", "margin_low", "margin_high")
+    style.need(ablations, *POINT, "change", *COST, "margin_low", "margin_high")
     return ablations.assign(apart=(ablations["margin_low"] > 0) | (ablations["margin_high"] < 0))
 
 

@@ -19,6 +19,7 @@ from hat_lib.plotting.token_heatmap import PALETTE
 
 VARIANTS = {
     "trained": (BLUE, "o", "-"),
+    "uncorrected": (GREY, "X", ":"),
     "untrained": (ORANGE, "s", "--"),
     "static": (GREEN, "D", "-."),
     "cosine": (PURPLE, "v", ":"),

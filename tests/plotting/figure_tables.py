@@ -68,9 +68,11 @@ def decoding():
 
 def token_time():
     parts = ("qkv", "o", "gate_up", "down", "head", "rest", "loop")
-    rows = [("hf", part, 1.0, 4.0) for part in parts] + [("dense", part, 1.0, 1.5) for part in parts]
-    rows += [("adaptive", part, 0.55, 0.9) for part in parts] + [("adaptive", "decisions", 0.55, -0.02)]
-    return pd.DataFrame(rows, columns=["way", "part", "realised", "ms"])
+    rows = [("hf", part, 1.0, 4.0, -9.0, 20.0) for part in parts]
+    rows += [("dense", part, 1.0, 1.5, 0.5, 2.0) for part in parts]
+    rows += [("adaptive", part, 0.55, 0.9, 0.1, 3.0) for part in parts]
+    rows += [("adaptive", "decisions", 0.55, -0.02, -0.3, 0.2)]
+    return pd.DataFrame(rows, columns=["way", "part", "realised", "ms", "low", "high"])
 
 
 def ablations():
@@ -80,6 +82,8 @@ def ablations():
             for text in TEXTS:
                 increase = {"wide": 0.14, "wide, start": 0.08, "published": 5.0, "x": 5.5, "y": 1.0}.get(change, 0.08)
                 at = {"granularity": grain, "change": change, "text": text, "capacity": 0.62}
+                margin = (1 + increase) / (6 if grain == "token" else 1.08) - 1  # over the first of as many steps
+                at |= {"margin_low": margin - 0.01 - (change == "x"), "margin_high": margin + 0.01 + (change == "x")}
                 rows.append(at | {"steps": 0 if "start" in change else 40, "increase": increase})
     return costs(rows)
 

@@ -220,6 +220,15 @@ def test_targets_stand_at_what_was_measured_and_refused_ones_at_the_most_there_i
     assert np.array_equal(diagonal.get_xdata(), diagonal.get_ydata())
 
 
+def test_a_part_of_a_token_has_its_spread_and_is_hollow_where_that_includes_nothing():
+    plain, dense, ours = drawn(speed.token_time).axes
+    filled = [[bar.get_facecolor() != WHITE for bar in ax.patches if np.isfinite(bar.get_width())]
+              for ax in (plain, dense, ours)]  # fmt: skip
+    assert not any(filled[0]) and all(filled[1]) and filled[2].count(False) == 1
+    at, ends = points(dense.containers[-1])
+    assert at[0].tolist() == [1.5, 0] and ends[0][:, 0].tolist() == [0.5, 2.0]
+
+
 def test_a_learning_curve_is_read_at_the_work_before_the_first_step():
     share, less = np.array([0.8, 0.6, 0.4]), np.array([0.77, 0.57, 0.37])
     kl, increase = lambda share: np.exp(1 - 8 * share), lambda share: np.exp(2 - 3 * share) - 1
