@@ -56,6 +56,7 @@ class Decoder:
         first: np.ndarray,
         protected: np.ndarray,
         scale: np.ndarray | None = None,
+        read: np.ndarray | None = None,
         threads: int | None = None,
     ) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
         """Run ``B * T <= 8`` tokens; their keys and values are appended to the cache.
@@ -65,10 +66,11 @@ class Decoder:
             position, protected: int64 and bool ``[B, T]``; positions are those of the rotary embedding.
             first: int64 ``[B]``: the first position in the cache that a sequence sees.
             scale: float32 ``[B * T]``, factor on all cuts of each token; None for 1.
+            read: int64 ``[N]``, at most T: which tokens of each sequence are asked for logits; None for all.
             threads: at most this many, and no more than there are cores; None for as many as torch uses.
 
-        Returns logits ``[B, T, V]`` in the base's dtype; channels kept at each product, int64 ``[L, 5, B, T]``; layers
-        run, int64 ``[B, T]``; and, for a gated head, the channels and logits that it read, int64 ``[2, B, T]``.
+        Returns logits ``[B, N, V]`` in the base's dtype; channels kept at each product, int64 ``[L, 5, B, T]``; layers
+        run, int64 ``[B, T]``; and, for a gated head, the channels and logits that it read, int64 ``[2, B, N]``.
         """
         w, (b, t), n = self.weights, ids.shape, cache.get_seq_length()
         room = room_for(cache, b, w.kv_heads, self.size, self.dtype, t)
@@ -77,7 +79,8 @@ class Decoder:
         # Copies: to numba, an array of one number with the strides of what it was sliced from has another type.
         cos, sin = self._rotary(position.flatten())
         layers = len(w.qkv)
-        logits = np.empty((b * t, len(w.head)), room.arrays[0].dtype)
+        read = (np.arange(0, b * t, t)[:, None] + (np.arange(t) if read is None else read)).flatten()
+        logits = np.empty((len(read), len(w.head)), room.arrays[0].dtype)
         rows = Rows(
             ids=ids.flatten(),
             sequence=np.arange(b).repeat(t),
@@ -91,13 +94,14 @@ class Decoder:
             values=room.arrays[1],
             kept=np.zeros((threads, layers, FFN + 1, b * t), np.int32),
             exits=np.empty(b * t, np.int64),
-            head=np.zeros((threads, 2, b * t), np.int32),
+            head=np.zeros((threads, 2, len(read)), np.int32),
+            read=read,
             logits=logits,
         )
         team.run(decode_step, (w, decide, rows, scratch), threads)
         room.length = n + t
-        logits = torch.from_numpy(logits.reshape(b, t, -1)).view(self.dtype)
-        kept, head = rows.kept.sum(0).reshape(layers, FFN + 1, b, t), rows.head.sum(0).reshape(2, b, t)
+        logits = torch.from_numpy(logits.reshape(b, len(read) // b, len(w.head))).view(self.dtype)
+        kept, head = rows.kept.sum(0).reshape(layers, FFN + 1, b, t), rows.head.sum(0).reshape(2, b, len(read) // b)
         return logits, kept, rows.exits.reshape(b, t), head
 
     def _rotary(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

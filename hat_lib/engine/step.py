@@ -39,6 +39,8 @@ SENSITIVITY_LIMIT = np.float32(3)
 """same as `hat_lib.model.routers.SENSITIVITY_LIMIT`"""
 PIECE = 256
 """tokens of the vocabulary that a thread looks at together"""
+LOWEST = np.finfo(np.float32).min
+"""best preview of a thread that has made none"""
 QKV, OUT, GATE_UP, DOWN, FFN = range(5)
 """indices into ``Rows.kept``"""
 
@@ -146,9 +148,11 @@ class Rows(NamedTuple):
     exits: ndarray
     """int64 ``[R]``: layers that each token ran"""
     head: ndarray
-    """int32 ``[P, 2, R]``, to be summed over threads: channels of the preview, and logits read in full"""
+    """int32 ``[P, 2, N]``, to be summed over threads: channels of the preview, and logits read in full"""
+    read: ndarray
+    """int64 ``[N]``: the rows whose logits are asked for; the head runs for no others"""
     logits: ndarray
-    """``[R, V]``, in the dtype of the base: to convert it, torch would wake threads that go on spinning beside ours"""
+    """``[N, V]``, in the dtype of the base: to convert it, torch would wake threads that go on spinning beside ours"""
 
 
 class Scratch(NamedTuple):
@@ -333,8 +337,8 @@ def stand_in(decide, layer, x, h, small):
 
 @compiled(reorder=True)
 def largest(x):
-    top = -np.float32(np.inf)
-    for i in range(x.shape[0]):
+    top = x[0]  # not from -inf, which this arithmetic takes not to exist
+    for i in range(1, x.shape[0]):
         top = max(top, x[i])
     return top
 
@@ -548,8 +552,11 @@ def decode_step(t, team, barrier, base, decide, rows, room):
             return
         gather(room.leaves[1], lanes, base.down_scale[layer], base.down_bias[layer], runs, h)
 
-    normed(h, base.last_norm, base.eps, x)
-    vocabulary = base.head.shape[0]
+    count = rows.read.shape[0]
+    for k in range(count):
+        r = rows.read[k]
+        normed(h[r : r + 1], base.last_norm, base.eps, x[k : k + 1])
+    x, vocabulary = x[:count], base.head.shape[0]
     v0, v1 = span(vocabulary, t, team, 32), span(vocabulary, t + 1, team, 32)
     if not decide.cut_head.shape[0]:
         dots(base.head, base.head_scale, x, rows.logits, v0, v1)
@@ -559,9 +566,9 @@ def decode_step(t, team, barrier, base, decide, rows, room):
         scale[r], whole[r] = F1, False
     counts = rows.head[t, 0] if t == 0 else unused
     n = keep(x, 0, wide_d, decide.cut_head, scale, whole, everyone, index, picked, counts)
-    wide(base.preview, base.head_scale, base.o_bias[0, :0], index, picked, n, room.preview, v0, v1)
+    wide(base.preview, base.head_scale, base.o_bias[0, :0], index, picked, n, room.preview[:count], v0, v1)
     for r in range(count):
-        room.best[t, r] = largest(room.preview[r, v0:v1])
+        room.best[t, r] = largest(room.preview[r, v0:v1]) if v0 < v1 else LOWEST
     if meet(barrier, team):
         return
     for r in range(count):

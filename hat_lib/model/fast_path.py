@@ -132,8 +132,10 @@ class FastPath:
         self.forget()
 
     def forget(self) -> None:
-        """Drop packed weights and decisions; they are made again when next needed."""
-        self._decoders, self._decisions, self._decided = {}, {}, ()
+        """Drop packed weights and decisions; they are made again when next needed. Waits for a thread that is making
+        some: it would keep what it made of weights as they were."""
+        with self._lock:
+            self._decoders, self._decisions, self._decided = {}, {}, ()
 
     @property
     def packed_bytes(self) -> int:
@@ -278,6 +280,9 @@ class FastPath:
         if position_ids is not None:
             position = position_ids.numpy().repeat(b // len(position_ids), 0)
             rank = np.minimum(rank, position)
+        some = logits_to_keep.numpy() if isinstance(logits_to_keep, Tensor) else slice(-(logits_to_keep or 0), None)
+        if (read := np.arange(t)[some]).size > t:
+            return None  # logits asked for twice
         protected = rank < self.hat.config.protected_tokens
         real, rank, guarded = map(torch.from_numpy, (np.ones((b, t), bool), rank, protected))
         state = self.hat.new_state(real, rank, start, cache, guarded)
@@ -297,6 +302,7 @@ class FastPath:
             first=first,
             protected=protected,
             scale=None if state.steering is None else state.steering.numpy(),
+            read=read.flatten(),
             threads=run.threads if run else None,
         )
         token = self.hat.config.granularity == "token"
@@ -306,13 +312,9 @@ class FastPath:
         if mode.shortlist is not None:
             vocabulary, width = decoder.weights.head.shape
             channels, words = head.sum((1, 2))
-            state.count_head(float(channels / width + words / vocabulary), b * t)
+            state.count_head(float(channels / width + words / vocabulary), head[0].size)
         self.hat.ended(state, cache)
-        if isinstance(logits_to_keep, Tensor):
-            logits = logits[:, logits_to_keep]
-        elif logits_to_keep and logits_to_keep != t:
-            logits = logits[:, -logits_to_keep:]
-        return CausalLMOutputWithPast(logits=logits, cache=cache)
+        return CausalLMOutputWithPast(logits=logits.view(b, *read.shape, logits.shape[-1]), cache=cache)
 
     @property
     def decoder(self) -> Decoder:

@@ -97,6 +97,26 @@ def test_threads_rows_and_pieces_change_no_bit(dtype, form, ids, monkeypatch):
     assert len(decode_step.signatures) == compiled  # otherwise ten more seconds, and different bits
 
 
+@pytest.mark.parametrize("read", [[3], [1, 3], [3, 0], [], [0, 1, 2, 3]], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_head_runs_for_the_tokens_whose_logits_are_asked_for(read, gated, ids, monkeypatch):
+    decoder, some = Decoder(llama(vocab_size=30), preview=True), ids[:, :4] % 30
+    everything = decoder.everything()
+    if gated:
+        everything = everything._replace(cut_head=np.full(48, 0.8, np.float32), margin=np.float32(2))
+    given = {"position": np.broadcast_to(np.arange(4), (2, 4)), "first": np.zeros(2, np.int64)}
+    given["protected"] = np.zeros((2, 4), bool)
+    monkeypatch.setattr(team, "cores", lambda: 2)
+    monkeypatch.setattr(team.Pace, "after", lambda pace, lost: None)
+    for threads in (1, 2):  # the second makes no previews of so few tokens
+        (expected, *_, of_all), (found, *_, head) = (
+            decoder.step(some.numpy(), DynamicCache(config=decoder.lm.config), everything, **given, **more)
+            for more in ({"threads": threads}, {"threads": threads, "read": np.array(read, np.int64)})
+        )
+        assert torch.equal(found, expected[:, read]) and np.array_equal(head, of_all[..., read])
+        assert head.any() == (gated and len(read) > 0)
+
+
 def divergence(expected, found):
     """KL divergence, nats per token."""
     expected, found = expected.log_softmax(-1), found.log_softmax(-1)

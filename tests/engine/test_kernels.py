@@ -9,7 +9,7 @@ from hat_lib.engine import four_bits, kernels
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add, encode
 from hat_lib.engine.kernels import dots, keep
-from hat_lib.engine.step import PIECE, shortlist
+from hat_lib.engine.step import PIECE, largest, shortlist
 from hat_lib.engine.weights import _four_bits, as_numpy
 
 NO = np.float32(1e9)
@@ -64,6 +64,15 @@ def test_exp():
     assert np.abs(found / np.exp(x.astype(np.float64)) - 1).max() < 1e-6
     exponentials(np.full(1, -1e30, np.float32), found[:1])
     assert 0 <= found[0] < 1e-37
+
+
+def test_the_largest_of_one_or_many_however_low():
+    lowest = np.finfo(np.float32).min
+    for size in range(1, 70):
+        x = np.linspace(lowest, lowest / 2, size, dtype=np.float32)
+        assert largest(x) == largest(x[::-1].copy()) == x.max()
+    # Code that may reorder may also take infinity not to exist: it must not start from it.
+    assert not any("0xFFF0000000000000" in code for code in largest.inspect_llvm().values())
 
 
 def product(w, x, cut, *, scale=1.0, whole=False, runs=True):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -17,13 +18,15 @@ import pytest
 import torch
 from four_bits_read import round_weights
 from test_transformer import EXITS, GREEDY, active, close, stepwise
-from tiny_runs import GRAINS, greedy, skipping, tiny
+from tiny_runs import GRAINS, gating, greedy, skipping, tiny
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from hat_lib.backbone.base import fingerprint
 from hat_lib.config import HatConfig, HatError
+from hat_lib.engine.decoder import Decoder
 from hat_lib.evaluation.controls import RandomExits
+from hat_lib.model import fast_path
 from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.model.granularity import column_norm
 from hat_lib.model.policies import Random
@@ -203,6 +206,34 @@ def test_what_is_asked_of_one_call(hat, ids, given):
     assert hat.trace.executed is None
 
 
+@pytest.mark.parametrize("capacity", [1.0, 0.5])
+@pytest.mark.parametrize(
+    "keep",
+    [1, 2, 9, 0, None, torch.tensor([1]), torch.tensor([2, 0]), torch.tensor(2), torch.tensor([0, 0, 1, 2, 2])],
+    ids=lambda keep: f"{keep if keep is None or type(keep) is int else keep.tolist()}",
+)
+def test_the_head_runs_for_the_logits_that_are_asked_for(ids, capacity, keep):
+    hat, some = gating(), torch.tensor([[7, 11, 13], [17, 19, 23]])
+    asked = slice(-(keep or 0), None) if not isinstance(keep, torch.Tensor) else keep
+    with hat.at(capacity):
+        every = hat.lm(some, cache=DynamicCache(config=hat.lm.config)).logits
+        alone = stepwise_shares(hat, some)[asked].flatten()
+        cache = DynamicCache(config=hat.lm.config)
+        found = hat.lm(some, cache=cache, **({} if keep is None else {"logits_to_keep": keep})).logits
+        twice = isinstance(keep, torch.Tensor) and keep.numel() > 3
+        assert (hat.trace.executed is None) == twice and cache.get_seq_length() == 3
+        close(found, every[:, asked])
+        assert hat.trace.head_share == pytest.approx(float(alone.mean()), abs=1e-5)
+        assert (capacity < 1) == (hat.trace.head_share < 1)
+
+
+def stepwise_shares(hat, ids):
+    """The head's share of each token, ``[T]``, mean over rows."""
+    with hat.collect() as found:
+        stepwise(hat.lm, ids)
+    return torch.tensor([state.head_share for state in found])
+
+
 def test_weights_in_another_form_for_a_while(hat, ids):
     before = stepwise(hat.lm, ids)
     with hat.weights("int8"):
@@ -269,6 +300,25 @@ def test_weights_that_change_under_the_model_are_followed(hat, ids, change):
     assert hat.base.fingerprint == fingerprint(hat.lm)
     if hat.config.granularity == "channel":
         torch.testing.assert_close(hat.routers["1_down"].column_norm, column_norm(hat.lm.model.layers[1], "down"))
+
+
+def test_weights_that_change_while_another_thread_packs_them_are_followed(hat, ids, monkeypatch):
+    looked = threading.Thread(target=hat.look)
+
+    def pack(*args, **given):
+        packed = Decoder(*args, **given)
+        if looked.ident is None:
+            hat.lm.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+            looked.start()
+            looked.join(0.5)  # it waits until this is done
+        return packed
+
+    monkeypatch.setattr(fast_path, "Decoder", pack)
+    hat.lm(ids[:1, :1], cache=DynamicCache(config=hat.lm.config))
+    looked.join()
+    after = stepwise(hat.lm, ids)
+    with hat.reference():
+        close(after, stepwise(hat.lm, ids))
 
 
 def test_routers_changed_through_data_are_followed(hat, ids):
