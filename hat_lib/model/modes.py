@@ -2,7 +2,8 @@
 
 A mode is what a forward decides by. The model has one of its own, set by ``hat.capacity`` and ``hat.exit_rate``; inside
 a context, the thread that entered it has another, and every other thread still has the model's. A nested context
-changes only what it names: a control set by `using` decides both around and inside ``at(capacity)``.
+changes only what it names: a control set by `using` decides both around and inside ``at(capacity)``. Contexts of a
+thread end in the reverse of the order in which they began; one that does not raises `HatError`, and leaves nothing set.
 """
 
 from __future__ import annotations
@@ -74,14 +75,19 @@ class Mode:
         return self.exit_control or self.gated
 
 
+@dataclass(eq=False)
+class Frame:
+    """A context that a thread has entered."""
+
+    mode: Mode
+
+
 class Context(threading.local):
-    """What a model shares with its layers: its mode, for all threads, and each thread's own mode and forwards."""
+    """What a model shares with its layers: its mode, for all threads, and each thread's own modes and forwards."""
 
     def __init__(self, shared: SimpleNamespace):
-        self.shared = shared
-        """``.mode`` is the model's"""
-        self.own: Mode | None = None
-        """of the contexts that this thread has entered"""
+        self.frames: list[SimpleNamespace | Frame] = [shared]
+        """``.mode`` of the first is the model's; then the contexts that this thread has entered, innermost last"""
         self.passes: list[ForwardPass | None] = []
         """forwards under way, innermost last; None for one that is still being set up"""
         self.last: TokenState | None = None
@@ -90,15 +96,12 @@ class Context(threading.local):
 
     @property
     def mode(self) -> Mode:
-        return self.own or self.shared.mode
+        return self.frames[-1].mode
 
     @mode.setter
     def mode(self, mode: Mode) -> None:
-        """Set this thread's inside a context, else the model's."""
-        if self.own:
-            self.own = mode
-        else:
-            self.shared.mode = mode
+        """Set the innermost context's, else the model's."""
+        self.frames[-1].mode = mode
 
     def __deepcopy__(self, memo) -> Context:
         """Itself: a copy of a part of the model, such as an adapter's of the head, works in the same model."""
@@ -139,12 +142,19 @@ class Modes:
     @contextmanager
     def _changed(self, **changes) -> Iterator[Self]:
         self._check_loaded()
-        before = self._context.own
-        self._context.own = replace(self._context.mode, **changes)
+        # Of the thread that enters: a generator that holds a context may be closed in another one.
+        frames, own = self._context.frames, Frame(replace(self._context.mode, **changes))
+        frames.append(own)
         try:
             yield self
         finally:
-            self._context.own = before
+            innermost = frames[-1] is own
+            frames.remove(own)
+        if not innermost:
+            raise HatError(
+                "a context of the model ended before one that began inside it: contexts must end in the reverse of the "
+                "order in which they began, so no generator that holds one may wait while another context begins"
+            )
 
     @contextmanager
     def at(self, capacity: float | None = None, exit_rate: float | None = None) -> Iterator[Self]:

@@ -150,8 +150,8 @@ def prefixes(tokens: Tensor, state: TokenState, cache: Cache | None) -> Tensor:
     """A hash of each token and all before it in its document, int64 ``[B, T]``: the same however a text is padded,
     batched or split into forwards.
 
-    ``tokens`` are ids ``[B, T]``, or zeros where only embeddings are known. Hashes are kept with the cache, by row; beams
-    that change rows do not take theirs along, and tokens that the engine ran are left out.
+    ``tokens`` are ids ``[B, T]``, or zeros where only embeddings are known. Hashes are kept with the cache, by row;
+    beams that change rows do not take theirs along, and tokens that the engine ran are left out.
     """
     before = state.position.new_zeros(state.batch, 0)
     if state.start and (known := getattr(cache, "hat_prefixes", None)) is not None:

@@ -40,7 +40,7 @@ from hat_lib.model.forward_pass import ForwardPass
 from hat_lib.model.granularity import GRAINS, column_norm, head_norm
 from hat_lib.model.head import HeadGate, Shortlist
 from hat_lib.model.modes import Context, Mode, Modes
-from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold, token_threshold_scale
+from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold, prefixes, token_threshold_scale
 from hat_lib.model.routers import ChannelRouter, ExitGate, MoERouter
 from hat_lib.model.steering import move, offsets
 from hat_lib.model.threshold_table import Calibration
@@ -243,9 +243,10 @@ class HierarchicalTransformer(Modes, nn.Module):
         self._check_loaded()
         if calibration is not None:
             calibration.check(self.config)
-        modes = self._context.shared.mode, self._context.own
-        decided = [mode and self._decided(mode, calibration) for mode in modes]  # raises before anything is changed
-        self._context.shared.mode, self._context.own = decided
+        frames = self._context.frames
+        decided = [self._decided(frame.mode, calibration) for frame in frames]  # raises before anything is changed
+        for frame, mode in zip(frames, decided, strict=True):
+            frame.mode = mode
         self._calibration = calibration
 
     @property
@@ -409,6 +410,7 @@ class HierarchicalTransformer(Modes, nn.Module):
             mode = self._context.mode
         places = TokenState.places(tokens, given.get("attention_mask"), given.get("position_ids"), start)
         state = self.new_state(*places, start, cache)
+        state.prefix = prefixes(torch.zeros_like(state.position) if tokens.dim() > 2 else tokens, state, cache)
         passes[-1] = ForwardPass(mode, state, self.grain.sites, self.gates, self.corrections, cache)
 
     def look(self) -> None:

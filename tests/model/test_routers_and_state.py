@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hat_lib.model.policies import Random
+from hat_lib.model.policies import Random, prefixes
 from hat_lib.model.routers import ChannelRouter, ExitGate, MoERouter
 from hat_lib.model.token_state import TokenState
 
@@ -73,6 +73,7 @@ def test_gate_reads_the_direction_not_the_scale():
 def test_random_keeps_its_share_everywhere(share):
     real = torch.ones(1, 400, dtype=torch.bool)
     state = TokenState(real, torch.arange(400)[None], torch.zeros_like(real), [1.0], 4)
+    state.prefix = prefixes(torch.zeros(1, 400, dtype=torch.int64), state, None)
     keep, other = (Random(share, seed=3)(i, "down", torch.zeros(400, 256), None, state) for i in (2, 3))
     assert abs(float(keep.float().mean()) - share) < 0.01 and float((keep != other).float().mean()) > 0.02
     for axis in (0, 1):  # no token and no channel is favoured

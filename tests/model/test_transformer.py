@@ -9,6 +9,8 @@ import io
 import pickle
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -342,6 +344,49 @@ class TestPolicies:
         with pytest.raises(RuntimeError), hat.dense():
             raise RuntimeError
         assert torch.equal(hat.lm(ids).logits, expected)
+
+    def test_contexts_of_two_generators_that_end_in_the_other_order_leave_nothing(self, hat, ids):
+        def inside(capacity, error=None):
+            with hat.at(capacity):
+                yield
+                hat.exit_rate = 0.1
+                if error:
+                    raise error
+
+        expected = hat.lm(ids).logits
+        for error, seen in ((None, HatError), (KeyError("mine"), KeyError)):
+            first, second = inside(0.9, error), inside(0.8)
+            next(first), next(second)
+            with pytest.raises(seen, match="must end in the reverse of the order in which they began|mine"):
+                next(first)
+            assert hat.capacity == 0.8 and hat.exit_rate == 0.1  # the second's, which is still open
+            assert next(second, None) is None
+            assert hat.capacity == 0.7 and hat.exit_rate == 0.2 and torch.equal(hat.lm(ids).logits, expected)
+
+    def test_a_context_may_be_closed_by_another_thread(self, hat):
+        def inside():
+            with hat.at(0.9):
+                yield
+
+        held = inside()
+        next(held)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(held.close).result()
+            assert hat.capacity == pool.submit(lambda: hat.capacity).result() == 0.7
+
+    def test_a_calibration_takes_effect_in_every_context_that_is_open(self, hat, ids):
+        def halved(table):
+            return (np.array(table) / 2).tolist()
+
+        table = replace(hat.calibration, thresholds=halved(hat.calibration.thresholds))
+        with hat.at(0.6):
+            with hat.at(0.8):
+                hat.calibration = table
+                inner = hat.lm(ids).logits
+            outer = hat.lm(ids).logits
+        for capacity, found in ((0.8, inner), (0.6, outer)):
+            with hat.at(capacity):
+                assert torch.equal(hat.lm(ids).logits, found)
 
     @pytest.mark.parametrize("grain", GRAINS)
     def test_capacity_without_calibration(self, grain):
