@@ -31,9 +31,9 @@ PHASES = ("routers", "exit")
 
 
 def page(folder: Path) -> Path:
-    """A text file of about 28 blocks of 64 tokens."""
+    """A text file of about 90 blocks of 64 tokens, five of them in its validation split."""
     path = folder / "page.txt"
-    path.write_text(" ".join(f"Line {i}: the {i % 7} quick brown foxes jump over {i}." for i in range(40)))
+    path.write_text(" ".join(f"Line {i}: the {i % 7} quick brown foxes jump over {i}." for i in range(120)))
     return path
 
 

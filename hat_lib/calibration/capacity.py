@@ -42,6 +42,8 @@ QUANTILES = 65
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 # Least share of a site in the damage split: nothing is ever switched off entirely.
 FLOOR = 0.05
+# Fewest tokens to calibrate on.
+LEAST_TOKENS = 256
 # Tokens that each budget is run on: a mean over all sites and tokens needs few.
 CHECK_TOKENS = 4096
 # Of these, at most this many in one forward: the overhead of a short block costs as much as its work.
@@ -72,7 +74,7 @@ def calibrate(
     """Measure ``hat`` on ``blocks`` of token ids, without training; sets and returns its calibration.
 
     Args:
-        blocks: token-id lists from held-out text; every fourth one serves only the table of capacities.
+        blocks: token-id lists from held-out text; about a fourth of it serves only the table of capacities.
         split: "damage" or "uniform", see the module's docstring.
         token_sensitivity: channel grain: measure which tokens lose more by gating; otherwise all are treated alike.
         head: channel grain: gate the head, too; otherwise it is read in full, and is not part of a capacity.
@@ -133,8 +135,29 @@ def calibrate_learned(
     progress: bool = True,
 ) -> Calibration:
     """Like `calibrate`, for trained routers: ``split`` gives the thresholds that they were trained with, ``head`` the
-    head's."""
-    return _set_table(hat, split, head, held_out_parts(hat, blocks)[1], "learned", text, progress)
+    head's. Nothing is fitted, so the table is measured on all of ``blocks``, which training must not have read."""
+    return _set_table(hat, split, head, _checking(hat, blocks), "learned", text, progress)
+
+
+def recalibrate(
+    hat: HierarchicalTransformer, blocks: Iterable[list[int]], *, text: str = "", progress: bool = True
+) -> Calibration:
+    """Measure on other ``blocks`` what each row of the table of ``hat`` realises; sets and returns the new table.
+
+    Only capacities and shares change. Each row runs with corrections at the strength that belongs to its budget. Raises
+    `HatError` for a table that does not have a row for each of `BUDGETS`, or fewer than 256 tokens.
+    """
+    old = hat.calibration
+    if old is None or len(old.capacities) != len(BUDGETS) + 1:
+        found = f"one of {len(old.capacities)}" if old else "none"
+        raise HatError(f"expected a calibration of {len(BUDGETS) + 1} capacities to measure again, got {found}")
+    keys = [(i, s) for i in range(hat.config.n_layers) for s in old.sites]
+    rows = np.reshape(old.thresholds, (len(keys), -1)).T[:-1]
+    splits = [dict(zip(keys, row.tolist(), strict=True)) for row in rows]
+    heads = list(zip(*(getattr(old, name)[:-1] for name in HEAD_TABLES), strict=True)) if hat.gates_head else None
+    realised = _realised(hat, splits, heads or [None] * len(rows), _checking(hat, blocks), progress)
+    hat.calibration = replace(old, **realised, text=text)
+    return hat.calibration
 
 
 def allocate(
@@ -178,9 +201,31 @@ def _set_table(
 ) -> Calibration:
     """Run each of `BUDGETS` on ``blocks``, split by ``split`` and ``head``, and set the table; exit tables are kept."""
     sites = hat.grain.sites
-    thresholds, shares, capacities, heads = [], [], [], []
-    for budget in tqdm(BUDGETS, desc="capacities", disable=not progress):
-        chosen, of_head = split(budget), head(budget)
+    splits, heads = [split(budget) for budget in BUDGETS], [head(budget) for budget in BUDGETS]
+    realised = _realised(hat, splits, heads, blocks, progress)
+    # A site that always runs is never asked; any finite number will do.
+    thresholds = [[[cuts.get((i, s), 0.0) for s in sites] for i in range(hat.config.n_layers)] for cuts in splits]
+    # At 1.0 even the lowest score is kept: magnitudes end at 0, token routers' scores just below the last threshold.
+    last = np.asarray(thresholds[-1])
+    everything = np.zeros_like(last) if hat.config.granularity == "channel" else last - (1 + np.abs(last))
+    thresholds = _rounded(np.stack([*np.minimum.accumulate(thresholds), everything], -1))
+    found = Calibration(sites=list(sites), thresholds=thresholds, method=method, text=text, **realised)
+    if all(heads):
+        cuts, margins, _ = zip(*heads, strict=True)
+        tables = [*np.minimum.accumulate(cuts), 0.0], [*np.maximum.accumulate(margins), max(margins)]
+        found = replace(found, **{name: _rounded(t) for name, t in zip(HEAD_TABLES[:2], tables, strict=True)})
+    if old := hat.calibration:
+        found = replace(found, **{name: getattr(old, name) for name in EXIT_TABLES})
+    hat.calibration = found
+    return found
+
+
+@torch.no_grad()
+def _realised(hat, splits: Sequence[dict], heads: Sequence[tuple | None], blocks: list[Tensor], progress) -> dict:
+    """The columns of a table that are measured on ``blocks``, by name, from the thresholds for each of `BUDGETS`."""
+    capacities, shares, head_shares = [], [], []
+    rows = zip(BUDGETS, splits, heads, strict=True)
+    for budget, chosen, of_head in tqdm(rows, desc="capacities", total=len(BUDGETS), disable=not progress):
         kept, capacity, head_share, tokens = 0.0, 0.0, 0.0, 0
         shortlist = of_head and hat.shortlist(*of_head)
         corrected = hat.correcting(hat.correction_strength(budget))
@@ -192,29 +237,12 @@ def _set_table(
                 tokens += size
         capacities.append(min(1.0, capacity / tokens))  # a shortlist may be long on text that the base does not know
         shares.append(kept / tokens)
-        if of_head:
-            heads.append([*of_head[:2], head_share / tokens])
-        # A site that always runs is never asked; any finite number will do.
-        thresholds.append([[chosen.get((i, s), 0.0) for s in sites] for i in range(hat.config.n_layers)])
-    # At 1.0 even the lowest score is kept: magnitudes end at 0, token routers' scores just below the last threshold.
-    last = np.asarray(thresholds[-1])
-    everything = np.zeros_like(last) if hat.config.granularity == "channel" else last - (1 + np.abs(last))
-    found = Calibration(
-        sites=list(sites),
-        capacities=[*np.maximum.accumulate(np.round(capacities, 5)).tolist(), 1.0],
-        thresholds=_rounded(np.stack([*np.minimum.accumulate(thresholds), everything], -1)),
-        shares=_rounded(np.stack([*shares, np.ones_like(last)], -1)),
-        method=method,
-        text=text,
-    )
-    if heads:
-        cuts, margins, head_shares = zip(*heads, strict=True)
-        tables = [*np.minimum.accumulate(cuts), 0.0], [*np.maximum.accumulate(margins), max(margins)], [*head_shares, 1]
-        found = replace(found, **{name: _rounded(t) for name, t in zip(HEAD_TABLES, tables, strict=True)})
-    if old := hat.calibration:
-        found = replace(found, **{name: getattr(old, name) for name in EXIT_TABLES})
-    hat.calibration = found
-    return found
+        head_shares.append(head_share / tokens)
+    found = {
+        "capacities": [*np.maximum.accumulate(np.round(capacities, 5)).tolist(), 1.0],
+        "shares": _rounded(np.stack([*shares, np.ones_like(shares[-1])], -1)),
+    }
+    return found | ({"head_shares": _rounded([*head_shares, 1])} if all(heads) else {})
 
 
 def forwards(hat, blocks: Iterable[Tensor], label: str = "", progress: bool = False, logits: int = 1) -> Iterator[int]:
@@ -225,14 +253,29 @@ def forwards(hat, blocks: Iterable[Tensor], label: str = "", progress: bool = Fa
 
 
 def held_out_parts(hat, blocks) -> tuple[list[Tensor], list[Tensor]]:
-    """Blocks to measure scores and prices on, ``[1, T]``, and others to see what they realise, in batches,
-    ``[B, T]``."""
+    """Text to measure scores and prices on, in blocks ``[1, T]``, and other text to see what they realise, in batches
+    ``[B, T]``: every fourth block or, where that is less than an eighth of the tokens, the last quarter of each."""
+    blocks = _tensors(hat, blocks)
+    fit, check = [b for i, b in enumerate(blocks) if i % 4 != 3], blocks[3::4]
+    if 8 * _size(check) < _size(blocks):
+        fit, check = zip(*(b.tensor_split([3 * b.shape[1] // 4], 1) for b in blocks), strict=True)
+    return list(fit), _together(_spread(check, CHECK_TOKENS))
+
+
+def _checking(hat, blocks) -> list[Tensor]:
+    """Batches ``[B, T]`` to see what is realised, where nothing is fitted."""
+    return _together(_spread(_tensors(hat, blocks), CHECK_TOKENS))
+
+
+def _tensors(hat, blocks) -> list[Tensor]:
     blocks = [torch.tensor([b], device=hat.base.device) for b in blocks if len(b) > 1]
-    total = sum(b.shape[1] for b in blocks)
-    if total < 256:
-        raise HatError(f"calibration needs at least 256 tokens of text, got {total}")
-    fit = [b for i, b in enumerate(blocks) if i % 4 != 3]
-    return fit, _together(_spread(blocks[3::4] or blocks[-1:], CHECK_TOKENS))
+    if _size(blocks) < LEAST_TOKENS:
+        raise HatError(f"calibration needs at least {LEAST_TOKENS} tokens of text, got {_size(blocks)}")
+    return blocks
+
+
+def _size(blocks: Iterable[Tensor]) -> int:
+    return sum(b.numel() for b in blocks)
 
 
 def _together(blocks: list[Tensor]) -> list[Tensor]:
@@ -357,9 +400,9 @@ def fit_token_routers(hat: HierarchicalTransformer, blocks, progress: bool = Tru
             routers[index].bias.copy_(mean_y - mean_x @ weight)
 
 
-def _spread(blocks: list[Tensor], tokens: int) -> list[Tensor]:
+def _spread(blocks: Sequence[Tensor], tokens: int) -> list[Tensor]:
     """About ``tokens`` tokens in whole blocks, evenly spaced."""
-    count = min(max(1, round(len(blocks) * tokens / sum(b.shape[1] for b in blocks))), len(blocks))
+    count = min(max(1, round(len(blocks) * tokens / _size(blocks))), len(blocks))
     return [blocks[i] for i in np.linspace(0, len(blocks) - 1, count).round().astype(int)]
 
 

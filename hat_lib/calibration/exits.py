@@ -3,8 +3,9 @@
 A gate is trained to say whether the token that would be read here is the base's. On held-out text, what it says is
 mapped to how often that was true (a logistic map per gate: Platt 1999), which makes the gates comparable. All of them
 then share one bar: a token leaves at the first exit whose chance of agreeing with the base is above it. The rate that a
-bar realises is measured with exits on, because tokens that left change the keys and values that later tokens see.
-Skipped work changes what a gate reads, so all of this is done at several capacities.
+bar realises, and how often those that left agree, is measured on other blocks, with exits on, because tokens that left
+change the keys and values that later tokens see. Skipped work changes what a gate reads, so all of this is done at
+several capacities.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from scipy.special import expit, logit
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hat_lib.calibration.capacity import forwards, held_out_parts
+from hat_lib.calibration.capacity import held_out_parts
 from hat_lib.config import HatError, check_capacity
 from hat_lib.model.policies import ExitThresholds
 from hat_lib.model.threshold_table import Calibration
@@ -42,9 +43,10 @@ def calibrate_exits(
 ) -> tuple[Calibration, list[list[float]]]:
     """Measure the exits of ``hat`` at rising ``capacities``; sets its calibration, with exits.
 
-    Returns it and, for each of its capacities and exit rates (after 0), how often tokens that left agree with the base.
-    Raises `HatError` without exit layers, without a calibration of capacities, for capacities out of order, or with
-    fewer than 256 tokens.
+    Maps and bars are fitted on about three quarters of ``blocks``, which training must not have read; what they realise
+    is measured on the rest. Returns the calibration and, for each of its capacities and exit rates (after 0), how often
+    tokens that left agree with the base (1 if none did). Raises `HatError` without exit layers, without a calibration
+    of capacities, for capacities out of order, or with fewer than 256 tokens.
     """
     if not hat.gates:
         raise HatError("no exits to calibrate: the config has no exit layers")
@@ -53,17 +55,20 @@ def calibrate_exits(
     capacities = [check_capacity(c) for c in capacities]
     if not capacities or sorted(set(capacities)) != capacities:
         raise HatError(f"capacities must be at least one, and rise, got {capacities}")
-    parts, tables = held_out_parts(hat, blocks), []
+    (fit, check), tables = held_out_parts(hat, blocks), []
+    with hat.dense():
+        base = [hat.lm(block, use_cache=False).logits.argmax(-1) for block in check]
     for capacity in tqdm(capacities, desc="exits", disable=not progress):
         with hat.dense(), hat.at(capacity):
-            tables.append(_at_one_capacity(hat, *parts))
+            tables.append(_at_one_capacity(hat, fit, check, base))
     rates, scores, agreement = (list(column) for column in zip(*tables, strict=True))
     hat.calibration = replace(hat.calibration, exit_capacities=capacities, exit_rates=rates, exit_scores=scores)
     return hat.calibration, agreement
 
 
-def _at_one_capacity(hat, fit: list[Tensor], check: list[Tensor]) -> tuple[list, list, list]:
-    """Realised rates ``[R]``, thresholds ``[R, E]``, and the agreement of those that left ``[R - 1]``."""
+def _at_one_capacity(hat, fit: list[Tensor], check: list[Tensor], base: list[Tensor]) -> tuple[list, list, list]:
+    """Realised rates ``[R]``, thresholds ``[R, E]``, and the agreement of those that left ``[R - 1]`` with ``base``,
+    the tokens that it reads in ``check``."""
     scores, agreed = _scores(hat, fit)
     maps = [_logistic(s, a) for s, a in zip(scores.T, agreed.T, strict=True)]
     chance = np.stack([expit(a * s + b) for (a, b), s in zip(maps, scores.T, strict=True)], 1)
@@ -74,12 +79,15 @@ def _at_one_capacity(hat, fit: list[Tensor], check: list[Tensor]) -> tuple[list,
         bar = float(np.quantile(best, 1 - rate)) if rate < 1 else 0.0
         # The gate scores at which the chance is ``bar``.
         thresholds = [float(np.clip((logit(bar) - b) / a, -CERTAIN, CERTAIN)) for a, b in maps]
-        leaving = chance > bar
-        leavers, first = leaving.any(1), leaving.argmax(1)
-        agreement.append(float(agreed[leavers, first[leavers]].mean()) if leavers.any() else 1.0)
+        same = []  # of each token that left: whether it agrees
         with hat.exiting(ExitThresholds(hat.gates, thresholds)):
-            left = [(hat.trace.exit_rate * size, size) for size in forwards(hat, check)]
-        rates.append(sum(gone for gone, _ in left) / sum(size for _, size in left))
+            for block, tokens in zip(check, base, strict=True):
+                hidden = hat.lm.model(block, use_cache=False).last_hidden_state
+                left = hat.trace.exited
+                same.append(hat.lm.lm_head(hidden[left]).argmax(-1) == tokens[left])
+        same = torch.cat(same).float()
+        rates.append(len(same) / sum(block.numel() for block in check))
+        agreement.append(float(same.mean()) if len(same) else 1.0)
         table.append(thresholds)
     return np.maximum.accumulate(np.round(rates, 5)).tolist(), np.round(table, 6).tolist(), agreement
 

@@ -18,9 +18,10 @@ import json
 import math
 import shutil
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from accelerate import PartialState
 
 from hat_lib import __version__
 from hat_lib.backbone.base import Base, load_base, parse_dtype
-from hat_lib.calibration.capacity import HeadSplit, Split, calibrate, calibrate_learned, held_out_parts
+from hat_lib.calibration.capacity import LEAST_TOKENS, HeadSplit, Split, calibrate, calibrate_learned
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.config import CAPACITY_MIN, GRANULARITIES, HatConfig, HatError, lock
 from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE, Checkpoint, read_checkpoint
@@ -38,7 +39,7 @@ from hat_lib.text.blocks import held_out, text_hash
 from hat_lib.text.mixture import OWN, sources, training_text
 from hat_lib.training.log import seconds_so_far
 from hat_lib.training.recipe import PHASES, Recipe
-from hat_lib.training.trainer import Outcome, train_phase
+from hat_lib.training.trainer import Outcome, sound_checkpoint, train_phase
 from hat_lib.training.validation import unseen
 
 RUN_FILE, LOG_FILE, WORK, LOCK = "run.json", "log.csv", "work", ".lock"
@@ -118,7 +119,8 @@ def train(
     torchrun every process calls this with the same arguments; only the first one writes.
 
     Raises `HatError` for a folder that holds another run, unavailable text or base, phase "exit" on a checkpoint
-    without trained routers, a loss that is not finite, and a full disk; what was saved before stays.
+    without trained routers, a loss that is not finite, and a full disk; what was saved before stays. A new run that
+    fails before it has a checkpoint leaves the folder as it was.
     """
     folder, began = Path(folder), time.monotonic()
     if not resume:
@@ -137,8 +139,10 @@ def train(
             until = None if max_minutes is None else began + 60 * max_minutes
             try:
                 outcomes = _train(run, folder, checkpoint, processes, resume, until, progress and main)
-            except OSError as error:
-                if error.errno is None:  # not about a file
+            except Exception as error:
+                if main and not resume:
+                    _clear(folder)
+                if getattr(error, "errno", None) is None:  # not about a file
                     raise
                 raise HatError(f"cannot write {error.filename or folder}: {error.strerror}") from error
     if main and (not outcomes or outcomes[-1].done):
@@ -150,16 +154,22 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
     main, recipe = processes.is_main_process, run.recipe
     base = load_base(run.base, dtype=run.dtype, device=processes.device if processes.num_processes > 1 else None)
     with processes.main_process_first():  # the others read what it stored
+        source = next((name for name in sources(recipe.text) if name not in OWN), "addresses")
+        part = partial(held_out, source, base.tokenizer, _held_tokens(recipe), recipe.block_size)
+        held = part(splits=["validation"])
+        if (found := sum(map(len, held["input_ids"]))) < LEAST_TOKENS:
+            raise HatError(
+                f"{source}: trained models are calibrated on the validation split, which has {found} tokens, expected "
+                f"at least {LEAST_TOKENS}: bring at least {math.ceil(LEAST_TOKENS / found)} times as much text"
+            )
         blocks = training_text(
             base, recipe.text, recipe.tokens, block_size=recipe.block_size, seed=recipe.seed, progress=progress
         )
         validation = None
         if recipe.validation:
             validation = unseen(recipe.validation, base.tokenizer, recipe.validation_tokens)
-        source = next((name for name in sources(recipe.text) if name not in OWN), "addresses")
-        held = held_out(source, base.tokenizer, _held_tokens(recipe), recipe.block_size)
         torch.manual_seed(recipe.seed)  # translators are initialised at random
-        hat = _start(run, checkpoint, base, held, folder / WORK / "start", main and not resume, progress)
+        hat = _start(run, checkpoint, base, part, folder / WORK / "start", main and not resume, progress)
         if main and not resume:
             run.write(folder)
 
@@ -180,7 +190,7 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
         if not outcome.done:
             break
         if main:
-            text = f"{recipe.text}, train and validation splits, SHA-256 {text_hash(held)[:16]}"
+            text = f"{source}, validation split, {found} tokens, SHA-256 {text_hash(held)[:16]}"
             if phase == "routers":
                 calibrate_learned(
                     hat, held["input_ids"], outcome.thresholds, nominal_head, text=text, progress=progress
@@ -210,17 +220,40 @@ def _refuse_taken(folder: Path) -> None:
 
 
 @contextmanager
+def _no_empty_folders(folder: Path):
+    """Remove ``folder`` and its parents at the end, as far as they are new and empty."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a new run has written, unless there is something to resume from."""
+    if (folder / CONFIG_FILE).exists() or any(sound_checkpoint(folder / WORK / phase) for phase in PHASES):
+        return
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    for name in (RUN_FILE, f".{RUN_FILE}", LOG_FILE, "validation.csv"):
+        with suppress(OSError):
+            (folder / name).unlink()
+
+
+@contextmanager
 def _lock(folder: Path):
     """Hold ``folder`` exclusively; the lock file is removed with ``work`` when the run is done."""
     path = folder / WORK / LOCK
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    except OSError as error:
-        raise HatError(f"cannot write {path}: {error.strerror or error}") from error
-    with file:
-        lock(file, f"another process is training in {folder}: wait for it, or choose another folder")
-        yield
+    with _no_empty_folders(path.parent):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a")
+        except OSError as error:
+            raise HatError(f"cannot write {path}: {error.strerror or error}") from error
+        with file:
+            lock(file, f"another process is training in {folder}: wait for it, or choose another folder")
+            yield
 
 
 def _read_start(run: Run) -> Checkpoint | None:
@@ -240,11 +273,11 @@ def _read_start(run: Run) -> Checkpoint | None:
     return checkpoint
 
 
-def _start(run, checkpoint: Checkpoint | None, base: Base, held, kept: Path, first: bool, progress: bool):
+def _start(run, checkpoint: Checkpoint | None, base: Base, part, kept: Path, first: bool, progress: bool):
     """The model before its first step: routers that run everything, gates that let no token leave.
 
-    Its tables are stored in ``kept``, because a resumed run, and every process, must train at the very same thresholds;
-    with ``first`` they are made afresh.
+    Its tables, made from what ``part`` gives of the train split, are stored in ``kept``, because a resumed run, and
+    every process, must train at the very same thresholds; with ``first`` they are made afresh.
     """
     if checkpoint is not None:
         hat = start_from(checkpoint, base, run.start, run.correction_rank, run.translator_rank)
@@ -256,9 +289,8 @@ def _start(run, checkpoint: Checkpoint | None, base: Base, held, kept: Path, fir
         changes = {"translator_rank": run.translator_rank, "correction_rank": run.correction_rank}
         hat = HierarchicalTransformer(base, shape(base, **changes))
         if run.granularity == "channel":
-            calibrate(hat, held["input_ids"], progress=progress)
+            calibrate(hat, part(splits=["train"])["input_ids"], progress=progress)
             hat.save_pretrained(kept)
-    held_out_parts(hat, held["input_ids"])  # if the text is too short, raises now and not after training
     return hat
 
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import sort_checkpoints
 
@@ -279,13 +280,25 @@ def train_phase(
         )
         if progress and not last:
             say_how_long(trainer, phase)
-        with stops.caught():
+        with stops.caught(), _writers_closed(trainer):
             trainer.train(resume_from_checkpoint=last and str(last))
     finally:
         end_training(hat)
     state = trainer.state
     seconds = time.monotonic() - start
     return Outcome(phase, state.global_step, state.max_steps, seconds, stops.reason, objective.thresholds)
+
+
+@contextmanager
+def _writers_closed(trainer: Trainer):
+    """Close tensorboard's files also after an error, where Trainer leaves them to a thread that goes on writing."""
+    try:
+        yield
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer:
+                with suppress(OSError):  # of a full disk
+                    callback.tb_writer.close()
 
 
 def say_how_long(trainer: HatTrainer, phase: str) -> None:

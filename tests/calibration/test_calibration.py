@@ -1,6 +1,7 @@
 """Calibration on a tiny random Llama: the request is realised, prices are KL, and no other split is better."""
 
 import gc
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -9,10 +10,18 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-from tiny_runs import GRAINS, decides, random_blocks, skipping, untrained
+from tiny_runs import GRAINS, decides, peaked, random_blocks, skipping, untrained
 
 from hat_lib.calibration import capacity as module
-from hat_lib.calibration.capacity import allocate, calibrate, fit_token_routers, score_quantiles
+from hat_lib.calibration.capacity import (
+    allocate,
+    calibrate,
+    calibrate_learned,
+    fit_token_routers,
+    recalibrate,
+    score_quantiles,
+)
+from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.config import HatError
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
@@ -178,12 +187,68 @@ def test_a_power_law_is_found_within_two_and_six(exponent):
 
 @pytest.mark.parametrize(
     ("count", "measured", "checked"),
-    [(1, [0], [0]), (3, [0, 1, 2], [2]), (5, [0, 1, 2, 4], [3]), (9, [0, 1, 2, 4, 5, 6, 8], [3, 7])],
+    [(5, [0, 1, 2, 4], [3]), (9, [0, 1, 2, 4, 5, 6, 8], [3, 7])],
 )
-def test_every_fourth_block_checks_or_the_last_of_a_few(count, measured, checked):
+def test_every_fourth_block_checks(count, measured, checked):
     blocks = [[n] * (300 + n) for n in range(count)]  # known by what they hold, and of different lengths
     found = module.held_out_parts(untrained("channel"), blocks)
     assert [[int(b[0, 0]) for b in part] for part in found] == [measured, checked]
+
+
+@pytest.mark.parametrize("lengths", [[256], [512, 8], [300, 301, 302], [512, 512, 512, 8], [512] + [4] * 7])
+def test_of_few_or_uneven_blocks_a_part_of_each_checks_and_was_not_measured(lengths):
+    ends = np.cumsum(lengths).tolist()
+    text = [list(range(end - n, end)) for n, end in zip(lengths, ends, strict=True)]  # no token occurs twice
+    fit, check = ([i for b in part for i in b.flatten().tolist()] for part in module.held_out_parts(untrained(), text))
+    assert sorted(fit + check) == list(range(sum(lengths)))
+    assert len(fit) / 8 < len(check) < len(fit)
+
+
+@torch.no_grad()
+def _mean_capacity(hat, text):
+    found = []
+    for block in text:
+        hat.lm(torch.tensor([block]))
+        found.append(hat.trace.capacity)
+    return np.mean(found)
+
+
+def test_the_table_of_trained_routers_rests_on_all_blocks():
+    hat, text = untrained(), [*blocks(6), *([token % 8 + 5 for token in block] for block in blocks(2))]
+    calibrate(hat, blocks(), probe_tokens=64, head=False, progress=False)
+    thresholds = hat.calibration.thresholds_at
+    found = calibrate_learned(hat, text, lambda b: thresholds(max(b, 0.1)), lambda b: None, progress=False)
+    for row in (5, 10):
+        with hat.dense(), hat.using(hat.threshold_policy(thresholds(module.BUDGETS[row]))):
+            assert found.capacities[row] == pytest.approx(_mean_capacity(hat, text), abs=1e-4)
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+def test_on_other_text_the_same_thresholds_get_other_capacities(grain):
+    hat, other = untrained(grain, peaked(), correction_rank=2), [[token % 2 + 5 for token in b] for b in blocks(6)]
+    with torch.no_grad():
+        for parameter in hat.hat_parameters().values():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    calibrate(hat, blocks(), probe_tokens=64, progress=False)
+    calibrate_exits(hat, blocks(), [1.0], progress=False)
+    before = hat.calibration
+    found = recalibrate(hat, other, text="other text", progress=False)
+    assert hat.calibration is found and found.text == "other text"
+    measured = {"text", "capacities", "shares"} | ({"head_shares"} if grain == "channel" else set())
+    assert {f.name for f in fields(found) if getattr(found, f.name) != getattr(before, f.name)} == measured
+    hat.calibration = before
+    for row in (6, 10):
+        budget = hat.correcting(hat.correction_strength(module.BUDGETS[row]))
+        with hat.dense(), hat.at(before.capacities[row]), budget:
+            assert found.capacities[row] == pytest.approx(_mean_capacity(hat, other), abs=1e-3)
+
+
+def test_only_a_whole_table_is_measured_again():
+    hat = decides(skipping("channel"), {}, [0.0] * 3)
+    with pytest.raises(HatError, match="expected a calibration of 17 capacities to measure again, got one of 2"):
+        recalibrate(hat, blocks(), progress=False)
+    with pytest.raises(HatError, match="got none"):
+        recalibrate(untrained(), blocks(), progress=False)
 
 
 def test_a_part_of_the_blocks_reaches_from_the_first_to_the_last():

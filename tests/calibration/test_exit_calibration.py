@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import expit
-from tiny_runs import GRAINS, new_hat, random_blocks, run_phase, untrained
+from tiny_runs import GRAINS, adaptive, new_hat, random_blocks, run_phase, untrained
 
 from hat_lib.calibration import exits as module
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.config import HatError
+from hat_lib.model.policies import ExitThresholds
 
 TEXT = random_blocks(40, 64, seed=4)
 AT = (0.5, 0.8, 1.0)
@@ -79,6 +80,24 @@ def test_those_who_leave_first_are_those_that_agree_most(trained):
     assert np.shape(agreement) == (len(AT), len(module.RATES))
     for by_rate in agreement:
         assert all(0 <= a <= 1 for a in by_rate) and np.mean(by_rate[:4]) > by_rate[-1] + 0.05
+
+
+@torch.no_grad()
+def test_what_is_realised_is_measured_on_other_blocks_than_were_fitted():
+    hat, other = adaptive("channel"), list(TEXT)
+    other[3::4] = random_blocks(10, 64, seed=5)
+    (first, _), (found, agreement) = (calibrate_exits(hat, text, [0.8], progress=False) for text in (TEXT, other))
+    assert found.exit_scores == first.exit_scores and found.exit_rates != first.exit_rates
+    checked = torch.tensor(other[3::4])
+    with hat.dense():
+        base = hat.lm(checked).logits.argmax(-1)
+    for row in range(1, len(module.RATES) + 1):
+        thresholds = ExitThresholds(hat.gates, found.exit_scores[0][row])
+        with hat.dense(), hat.at(0.8), hat.exiting(thresholds):
+            same = (hat.lm(checked).logits.argmax(-1) == base)[hat.trace.exited]
+        assert found.exit_rates[0][row] == pytest.approx(len(same) / checked.numel(), abs=0.02)
+        if len(same) > 100:  # one token more or less then does not matter
+            assert agreement[0][row - 1] == pytest.approx(float(same.float().mean()), abs=0.02)
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 """A run from nothing to a checkpoint, stopped and killed on the way. For the command, see test_train_command.py."""
 
+import errno
 import random
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny_runs
@@ -14,6 +16,7 @@ from hat_lib.backbone.base import exact_hash, load_base
 from hat_lib.config import HatConfig, HatError
 from hat_lib.model.checkpoint import ADAPTER_FILE, read_checkpoint, write_checkpoint
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.text.blocks import load_text
 from hat_lib.training import run as module
 from hat_lib.training.run import train
 from hat_lib.training.trainer import sound_checkpoint
@@ -54,6 +57,29 @@ def same_run(found, expected):
 
 def raises(*args, **options):
     raise InterruptedError
+
+
+def fill_disk(monkeypatch, name):
+    """The disk is full as soon as a file is written that has ``name`` in its path; its beginning may be written."""
+
+    def full(where, function, error, beginning=b""):
+        once = getattr(where, function)
+
+        def attempt(*args, **options):
+            path = next((a for a in args if name in str(a)), None)
+            if path is None:
+                return once(*args, **options)
+            if beginning:
+                with open(path, "wb") as file:
+                    file.write(beginning)
+            raise error
+
+        monkeypatch.setattr(where, function, attempt)
+
+    no_space = OSError(errno.ENOSPC, "No space left on device")
+    full(Path, "open", no_space)
+    full(Path, "write_text", no_space, b"{")
+    full(torch, "save", RuntimeError("iostream error"), b"PK")  # torch's wording
 
 
 # Before and after
@@ -230,6 +256,33 @@ def test_a_folder_with_someone_elses_file_is_refused_and_left_as_it_is(text, tmp
     assert mine.read_text() == "mine" and [p for p in tmp_path.rglob("*") if p.is_file()] == [mine]
 
 
+@pytest.mark.parametrize("name", [".lock", ".run.json", "log.csv", "checkpoint-4"])
+@pytest.mark.parametrize("new", [True, False])
+def test_a_disk_that_is_full_before_the_first_checkpoint_leaves_the_folder_as_it_was(
+    text, tmp_path, monkeypatch, name, new
+):
+    folder = tmp_path / "runs" / "run"
+    if not new:
+        folder.mkdir(parents=True)
+        (folder / "notes.txt").write_text("mine")
+    before = set(tmp_path.rglob("*"))
+    with monkeypatch.context() as patch, pytest.raises(HatError, match="cannot write .*(No space left|iostream error)"):
+        fill_disk(patch, name)
+        train(tiny_run("token", text), folder, progress=False)
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_later_leaves_a_run_that_goes_on(finished, text, tmp_path, monkeypatch):
+    folder, run = tmp_path / "run", tiny_run("token", text)
+    with monkeypatch.context() as patch, pytest.raises(HatError, match="cannot write a checkpoint to .*iostream error"):
+        fill_disk(patch, "checkpoint-8")
+        train(run, folder, progress=False)
+    assert sound_checkpoint(folder / "work" / "routers").name == "checkpoint-4"
+    train(run, folder, resume=True, progress=False)
+    same_run(folder, finished["token"])
+
+
 # What a run can start from
 
 
@@ -265,9 +318,38 @@ def test_a_start_that_cannot_be(text, finished, tmp_path, tiny_base, monkeypatch
 
 
 def test_a_text_too_short_to_calibrate_on_is_told_before_the_training(tmp_path, monkeypatch):
-    (tmp_path / "short.txt").write_text("A line of some words. " * 12)
-    monkeypatch.setattr(module, "train_phase", lambda *args, **options: pytest.fail("it trained"))
+    (tmp_path / "short.txt").write_text("A line of some words. " * 100)
+    for name in ("training_text", "train_phase"):
+        monkeypatch.setattr(module, name, lambda *args, **options: pytest.fail("too late"))
+    words = "short.txt: .* validation split, which has 1.. tokens, expected at least 256: bring at least 3 times as"
     for grain in GRAINS:
-        with pytest.raises(HatError, match="calibration needs at least 256 tokens"):
+        with pytest.raises(HatError, match=words):
             train(tiny_run(grain, tmp_path / "short.txt"), tmp_path / grain, progress=False)
         assert not (tmp_path / grain / "run.json").exists()
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+def test_calibration_after_training_reads_what_training_did_not(grain, text, tmp_path, monkeypatch, tiny_base):
+    read = {}
+
+    def see(name):
+        function = getattr(module, name)
+
+        def seen(hat, blocks, *args, **options):
+            rows = blocks["input_ids"] if name == "train_phase" else blocks
+            read.setdefault(name, []).extend(map(tuple, rows))
+            return function(hat, blocks, *args, **options)
+
+        monkeypatch.setattr(module, name, seen)
+
+    before, after = ("train_phase", "calibrate"), ("calibrate_learned", "calibrate_exits")
+    for name in before + after:
+        see(name)
+    train(tiny_run(grain, text, steps=2), tmp_path / "run", progress=False)
+    part = {}
+    for split in ("train", "validation"):
+        part[split] = set(map(tuple, load_text(text, tiny_base.tokenizer, split=split, block_size=64)["input_ids"]))
+    assert read.keys() == {*before, *after} - ({"calibrate"} if grain == "token" else set())
+    for name, rows in read.items():
+        assert set(rows) <= part["validation" if name in after else "train"], name
+    assert read_checkpoint(tmp_path / "run").calibration.text.startswith(f"{text}, validation split, ")
