@@ -26,7 +26,8 @@ DEFAULT = CHECKPOINTS / "default"
 
 BASE_HELP = "bundled, a Hub id (owner/name), a folder with safetensors, a .gguf file, or random:tiny"
 TEXT_HELP = (
-    "addresses, docstrings, encyclopedia, news, a .txt, .jsonl or .parquet file, or a Hub dataset (owner/name[:config])"
+    "addresses, docstrings, encyclopedia, news, reserve, a .txt, .jsonl or .parquet file, or a Hub dataset "
+    "(owner/name[:config])"
 )
 CAPACITY_HELP = "share of the routable work to execute, 0.1-1.0, where 1.0 runs everything"
 DTYPES_HELP = "fp32, bf16 or fp16"

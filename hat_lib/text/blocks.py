@@ -6,7 +6,7 @@ strided perplexity that transformers documents under "perplexity"). The tokenize
 it begins a text with BOS, a document's first block begins with it.
 
 Sources:
-    bundled, addresses, docstrings, encyclopedia, news   see `hat_lib.text.corpora`
+    bundled, addresses, docstrings, encyclopedia, news, reserve   see `hat_lib.text.corpora`
     a .txt file (one document), a .jsonl (field "text") or .parquet (column "text")
     a Hub dataset, ``owner/name`` or ``owner/name:config``, streamed; field "text"
 
@@ -21,8 +21,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -38,8 +39,12 @@ from hat_lib.text.corpora import ALL, CORPORA, SPLITS, Document, documents
 HUB_MAX_TOKENS = 200_000
 """tokens taken from a Hub stream when no ``max_tokens`` is given"""
 
+WHOLE_BYTES = 16_000_000
+"""most UTF-8 bytes tokenised at once: a byte of prose takes 130 bytes of memory, one of base64 250, so 4 GB at most"""
+
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 KINDS = "/".join(SUFFIXES)
+REST_OF_WORD = re.compile(r"\S{0,10000}\s*")
 
 
 def load_text(
@@ -62,8 +67,8 @@ def load_text(
         max_tokens: stop after this many tokens, context not counted; the last block may be cut short.
 
     Returns rows ``input_ids`` (list of 2 to block_size ints), ``doc`` (document id) and ``n_context`` (int). Raises
-    `HatError` for an unknown source or split, an unreadable file (with the line or byte), fewer than two tokens in all,
-    a bad size, or a Hub that cannot be reached.
+    `HatError` for an unknown source or split, an unreadable file (with the line or byte), a document of which more is
+    wanted than `first_ids` reads, fewer than two tokens in all, a bad size, or a Hub that cannot be reached.
     """
     if tokenizer is None:
         raise HatError("load_text needs a tokenizer: pass that of the base")
@@ -76,7 +81,7 @@ def load_text(
     stream, on_hub = _open(source, split)
     rows, left = [], max_tokens or (HUB_MAX_TOKENS if on_hub else sys.maxsize)
     for doc, text in stream:
-        ids = tokenizer(text, verbose=False).input_ids
+        ids = first_ids(tokenizer, text, left, f"{doc}, split {split}")
         for start, n_context in windows(len(ids), block_size, stride):
             block = ids[start : start + block_size][: n_context + left]
             if len(block) >= 2 and left >= 2:
@@ -89,14 +94,49 @@ def load_text(
     return Dataset.from_list(rows)
 
 
-def held_out(source: str | Path, tokenizer: PreTrainedTokenizerBase, tokens: int, block_size: int = 512) -> Dataset:
-    """About ``tokens`` tokens that no test sees: evenly spaced blocks, half from train, half from validation.
+def held_out(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    block_size: int = 512,
+    splits: Sequence[str] = ("train", "validation"),
+) -> Dataset:
+    """About ``tokens`` tokens that no test sees: evenly spaced blocks, in equal parts from ``splits``.
 
-    For calibration, which trains nothing, both splits are held out, and the older text widens the range.
-    Rows and errors as in `load_text`; a split shorter than its half gives what it has.
+    For a calibration where nothing is trained, both splits are held out, and the older text widens the range; after
+    training, only validation is. Rows and errors as in `load_text`; a split shorter than its part gives what it has.
     """
-    parts = [load_text(source, tokenizer, split=split, block_size=block_size) for split in ("train", "validation")]
-    return concatenate_datasets([at_even_distances(rows, round(tokens / 2 / block_size)) for rows in parts])
+    parts = []
+    for split in splits:
+        rows = load_text(source, tokenizer, split=split, block_size=block_size)
+        usual = np.median([len(ids) for ids in rows["input_ids"]])  # documents may all be shorter than a block
+        parts.append(at_even_distances(rows, round(tokens / len(splits) / usual)))
+    return concatenate_datasets(parts)
+
+
+def first_ids(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int | None, name: str = "the text") -> list[int]:
+    """The first ``tokens`` ids of a text, None for all, without tokenising all of a long one.
+
+    A beginning is tokenised, then one at least twice as long, until the ids stay the same: a tokenizer looks only so
+    far ahead. Raises `HatError` with the ``name`` of the text if this takes more than `WHOLE_BYTES`, and for fewer
+    than two ``tokens``.
+    """
+    end = len(text) if tokens is None else 1000 + 6 * check_count("max_tokens", tokens, 2)  # most text has < 6 a token
+    before: list[int] = []
+    while True:
+        if end < len(text):
+            end = REST_OF_WORD.match(text, end).end()  # how a run of spaces or digits is cut up depends on its end
+        beginning = text[:end]
+        if len(beginning.encode()) > WHOLE_BYTES:
+            size, most = len(text.encode()) / 1e6, WHOLE_BYTES / 1e6
+            raise HatError(
+                f"{name}: one text of {size:.1f} MB, of which over {most:.0f} MB would be tokenised at once: cut it "
+                'into documents (a .jsonl, field "text"), or give a lower max_tokens where there is one'
+            )
+        ids = tokenizer(beginning, verbose=False).input_ids[:tokens]
+        if end >= len(text) or (len(ids) == tokens and ids == before):
+            return ids
+        end, before = 2 * end, ids
 
 
 def at_even_distances(rows: Dataset, count: int) -> Dataset:

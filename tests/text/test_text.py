@@ -1,6 +1,7 @@
 """Sources always give the same rows of tokens, blocks do not cross documents, and bad input gives one line."""
 
 import errno
+import itertools
 import json
 import re
 import socket
@@ -10,12 +11,23 @@ from unittest.mock import Mock
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from hat_lib.backbone.shapes import byte_tokenizer
 from hat_lib.config import DATA, HatError
-from hat_lib.text.blocks import HUB_MAX_TOKENS, load_text, source_bytes, text_hash, windows
+from hat_lib.text.blocks import (
+    HUB_MAX_TOKENS,
+    WHOLE_BYTES,
+    first_ids,
+    held_out,
+    load_text,
+    source_bytes,
+    text_hash,
+    windows,
+)
 from hat_lib.text.corpora import SPLITS, docstring_prose, documents, module_prose
 
 TOKENIZER = byte_tokenizer()
@@ -82,6 +94,17 @@ def test_max_tokens_counts_new_tokens(tmp_path, stride):
         assert TOKENIZER.decode([t for r in rows for t in r["input_ids"][r["n_context"] :]]) == whole[:total]
 
 
+def test_held_out_text_is_of_the_splits_asked_for_and_as_long_whatever_its_documents(tmp_path):
+    docs = [json.dumps({"text": f"document {i:03d} of a few words"}) for i in range(400)]
+    (tmp_path / "short.jsonl").write_text("\n".join(docs))
+    of_split = {name: {row["doc"] for row in load(tmp_path / "short.jsonl", split=name)} for name in SPLITS}
+    for splits in (["validation"], ["train"], ["train", "validation"]):
+        found = held_out(tmp_path / "short.jsonl", TOKENIZER, 500, splits=splits)
+        parts = [sum(len(row["input_ids"]) for row in found if row["doc"] in of_split[name]) for name in splits]
+        assert sum(parts) == sum(map(len, found["input_ids"])) == pytest.approx(500, rel=0.1)
+        assert all(part == pytest.approx(500 / len(splits), rel=0.1) for part in parts)
+
+
 def test_hash_names_the_text(tmp_path):
     path, found = tmp_path / "a.txt", []
     for content in ("abcdefghij" * 20, "abcdefghij" * 20, "abcdefghiJ" + "abcdefghij" * 19):
@@ -105,6 +128,91 @@ def test_special_tokens_of_the_tokenizer_are_kept(tmp_path):
 
     rows = load_text(path, WithBos(), split="train", block_size=64)
     assert [row["input_ids"][0] == TOKENIZER.bos_token_id for row in rows] == [True, False, False]
+
+
+# Long documents
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+"""how it finds words, inside which it then looks for tokens"""
+MERGES = [("Ċ", "Ġ"), ("a", "b"), ("Ã", "©"), ("'", "t"), *((c * 2**i, c * 2**i) for i in range(6) for c in "Ġa=")]
+
+
+def bpe(**parts):
+    """A tokenizer of bytes and of runs of up to 64 equal ones, with its own way to find words."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(left + right for left, right in MERGES)]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, MERGES))
+    for name, part in parts.items():
+        setattr(core, name, part)
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+TOKENIZERS = {
+    "bytes": TOKENIZER,
+    "as GPT-2": bpe(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "as Llama 3": bpe(pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), LEVEL])),
+    "one word, BOS and EOS": bpe(
+        pre_tokenizer=LEVEL,
+        normalizer=normalizers.NFKC(),
+        post_processor=processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]),
+    ),
+}
+RUNS = (*" \na7éΩ日=😀'", " \n", "ab", "xyz", "e\u0301", "👩‍👧", "don't ", "!\n", "word ", "<s>")
+LONG = st.lists(st.tuples(st.sampled_from(RUNS), st.sampled_from([1, 2, 3, 50, 700, 4000])), min_size=1, max_size=8)
+
+
+def check_first_ids(tokenizer, runs, tokens):
+    text = "".join(run * times for run, times in runs)
+    assert first_ids(tokenizer, text, tokens) == tokenizer(text).input_ids[:tokens]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(LONG, st.integers(2, 1500))
+@example([("a", 40_000)], 190)  # the cut of the first beginning falls in the last id that is wanted
+@example([("\n", 1), (" ", 4000), ("\n", 1)], 10)  # two words for Llama 3, until the second line end is seen
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_first_ids_are_those_of_the_whole_text(name, runs, tokens):
+    check_first_ids(TOKENIZERS[name], runs, tokens)
+
+
+@pytest.mark.slow
+@given(LONG, st.integers(2, 1500))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_first_ids_of_the_bundled_tokenizer(bundled, runs, tokens):
+    check_first_ids(bundled.tokenizer, runs, tokens)
+
+
+class Watched:
+    """The byte tokenizer, and the longest text that it was given."""
+
+    longest = 0
+
+    def __call__(self, text, **options):
+        self.longest = max(self.longest, len(text))
+        return TOKENIZER(text, **options)
+
+
+@pytest.mark.parametrize("text", ["abcdefghij" * 100_000, "some words " * 100_000])
+def test_of_a_long_document_no_more_is_tokenised_than_is_wanted(tmp_path, text):
+    path, watched = tmp_path / "long.txt", Watched()
+    path.write_text(text)
+    rows = load_text(path, watched, split="all", block_size=16, stride=5, max_tokens=333)
+    assert watched.longest < 40_000
+    assert sum(len(row["input_ids"]) - row["n_context"] for row in rows) == 333
+    path.write_text(text[:3000])
+    assert list(rows)[:-1] == list(load(path, split="all", block_size=16, stride=5))[: len(rows) - 1]
+
+
+@pytest.mark.parametrize("max_tokens", [None, WHOLE_BYTES])
+def test_more_of_a_document_than_memory_holds_is_refused_before_it_is_tokenised(tmp_path, max_tokens):
+    path = tmp_path / "long.txt"
+    path.write_text("é" * 9_000_000)
+    with pytest.raises(HatError, match=r"^long.txt, split all: one text of 18.0 MB, .* over 16 MB .* \.jsonl"):
+        load(path, split="all", max_tokens=max_tokens)
+    assert sum(map(len, load(path, split="all", max_tokens=300)["input_ids"])) == 300
 
 
 # Files
@@ -184,7 +292,7 @@ def test_what_cannot_be_a_file_is_an_unknown_corpus(source):
     with pytest.raises(HatError, match="unknown corpus") as caught:
         load(source)
     said = str(caught.value)
-    assert len(said) < 250 and "expected bundled, addresses, docstrings, encyclopedia, news, a .txt" in said
+    assert len(said) < 250 and "expected bundled, addresses, docstrings, encyclopedia, news, reserve, a .txt" in said
 
 
 def test_the_whole_of_a_source(tmp_path):
@@ -282,9 +390,9 @@ def test_addresses_split_by_year():
 
 
 def test_docstrings_have_no_split_to_train_on_and_modules_are_parsed_and_never_run():
-    for split in ("train", "validation"):
+    for name, split in itertools.product(("docstrings", "reserve"), ("train", "validation")):
         with pytest.raises(HatError, match="never trained or calibrated on"):
-            load("docstrings", split=split)
+            load(name, split=split)
     source = '"""This module must never be run, only read by the parser."""\nraise SystemExit("run")\n'
     source += 'def f():\n    r"""Every function of the module is read as well, of course."""\n    "\\d"\n'
     assert list(module_prose(source)) == [
@@ -321,6 +429,7 @@ def test_prose_of_a_docstring(docstring, prose):
         ("docstrings", "test", 66_785, "5c985c90f50d81ff"),
         ("encyclopedia", "test", 517_884, "6edf80bfedfaa32d"),
         ("news", "validation", 75_082, "e15d091d703803c8"),
+        ("reserve", "test", 19_169, "43403cc57e85b93f"),
     ],
 )
 def test_bundled_corpora_are_the_ones_in_the_data_readme(bundled, name, split, tokens, beginning):
