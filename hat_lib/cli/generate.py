@@ -58,7 +58,7 @@ def generate(
     prompt = options.read_prompt(prompt)
 
     from hat_lib.inference.generate import AdaptiveInference, check_sampling
-    from hat_lib.inference.speed import VERSUS, check_target, check_versus
+    from hat_lib.inference.speed import VERSUS, check_target, check_versus, said
     from hat_lib.model.fast_path import WEIGHT_FORMATS
 
     if weights not in WEIGHT_FORMATS:
@@ -98,19 +98,22 @@ def generate(
         passage = Passage("new tokens", pieces(hat.base.tokenizer, ids), shares)
         meaning = "compute spent predicting the token, as a share of the dense model's"
         typer.echo("\n" + ansi(passage, meaning=meaning) + "\n")
-    work = work_said(out.requested_capacity, out.capacity, out.requested_exit_rate, out.exit_rate, out.model_share)
+    share = out.draft_share if lossless else out.model_share
+    work = work_said(out.requested_capacity, out.capacity, out.requested_exit_rate, out.exit_rate, share)
+    work = f"drafts alone: {work}" if lossless else work
     typer.echo(f"[{work}; {out.new_tokens} new tokens, {out.tokens_per_second:.1f} tokens/s; {hat.decoding}]")
-    speedup = "too short a text to measure" if out.realised_speedup is None else f"{out.realised_speedup:.3f}x"
+    speedup = said(out.realised_speedup, VERSUS[versus])
     if out.predicted_speedup is not None:
         predicted = "{:.3f} predicted ({:.3f} to {:.3f} when measured)".format(
             out.predicted_speedup, *out.predicted_range
         )
-        typer.echo(f"[speedup {out.target_speedup:g} requested, {predicted}, {speedup} realised over {VERSUS[versus]}]")
+        typer.echo(f"[speedup {out.target_speedup:g} requested, {predicted}; realised: {speedup}]")
     if lossless:
-        drafted, passes = sum(s.drafted for s in out.speculation), out.speculation[0].passes
+        (spoken,) = out.speculation
         typer.echo(
-            f"[lossless: {drafted} drafted, {out.acceptance:.0%} accepted, {passes} passes of the base; {speedup} over "
-            f"{VERSUS[versus]}]"
+            f"[lossless: {spoken.drafted} drafted, {out.acceptance:.0%} accepted, {spoken.passes} passes of the base; "
+            f"all that ran, verification included: {out.model_share:.2f} times the dense model's work and "
+            f"{1 / spoken.ideal_speedup:.2f} times the weights it reads; {speedup}]"
         )
 
 

@@ -1,8 +1,8 @@
 """Is self-speculative text the base's own, and is it fast? One row per prompt: ``data/results/self_speculative.csv``.
 
-In turns, prompt by prompt, four ways to the base's greedy text are timed: plain transformers, our own dense path,
-`hat_lib.inference.self_speculative`, and transformers' own self-speculation (`assistant_early_exit`, which reads
-drafts from a layer through the final norm and the LM head).
+Prompt by prompt, four ways to the base's greedy text are timed in several turns, after one that does not count: plain
+transformers, our own dense path, `hat_lib.inference.self_speculative`, and transformers' own self-speculation
+(`assistant_early_exit`, which reads drafts from a layer through the final norm and the LM head).
 
 In fp32 the text must be the base's. In bf16 a forward over several tokens rounds differently from a forward over one,
 so two texts may part where the base itself is undecided; a row says where, and by how much the base preferred its
@@ -12,7 +12,7 @@ token.
 from __future__ import annotations
 
 import math
-import time
+import statistics
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,13 @@ from hat_lib.config import check_capacity, check_count
 from hat_lib.experiments.benchmark import plain_copy
 from hat_lib.experiments.common import CHECKPOINTS, SPEEDS, Machine, machine, markdown, rounded, saved, times
 from hat_lib.inference.self_speculative import speculate
+from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import speed
 from hat_lib.text.prompts import KINDS, Prompt, prompts
 
 ABOUT = "a prompt, four ways to its text"
-MINUTES = 12
+MINUTES = 45
 KEY = ("granularity", "capacity", "weights", "dtype", "prompt")
 EARLY_EXITS = 10
 """one in this many rounds of kinds is also run with transformers' early-exit drafts"""
@@ -39,7 +40,7 @@ EARLY_EXITS = 10
 
 @dataclass(frozen=True)
 class Row(Machine):
-    """Times are milliseconds per new token, the prompt's pass included."""
+    """Times are milliseconds per new token, the prompt's pass included: medians over rounds."""
 
     granularity: str
     capacity: float  # requested for drafts
@@ -61,6 +62,10 @@ class Row(Machine):
     ms_lossless: float
     ms_early_exit: float | None
     """None if not run: it takes longer than everything else, so only every tenth round of kinds has it"""
+    over_dense_low: float | None
+    over_dense_high: float | None
+    """``ms_dense / ms_lossless`` in the slowest and in the fastest round; None where there was only one"""
+    rounds: int
 
 
 def rows(
@@ -72,10 +77,14 @@ def rows(
     dtypes: Sequence[str] = ("fp32", "bf16"),
     count: int = 50,
     max_new_tokens: int = 48,
+    rounds: int = 3,
 ) -> Iterator[Row]:
-    """A row for each dtype and each of ``count`` prompts; the checkpoint drafts at ``capacity`` with ``weights``."""
+    """A row for each dtype and each of ``count`` prompts; the checkpoint drafts at ``capacity`` with ``weights``.
+
+    ``rounds`` are turns of each way, all ways in each round, in an order that the next one reverses.
+    """
     capacity, parsed = check_capacity(capacity), [parse_dtype(dtype) for dtype in dtypes]
-    check_count("max_new_tokens", max_new_tokens, 2)
+    check_count("max_new_tokens", max_new_tokens, 2), check_count("rounds", rounds, 1)
     for dtype in parsed:
         hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
         hat.weight_format, plain = weights, plain_copy(hat)
@@ -83,10 +92,10 @@ def rows(
         for number, prompt in enumerate(prompts(hat.base.tokenizer, count)):
             if (*here, number) not in done:
                 with hat.at(capacity, 0.0):
-                    yield _measure(hat, plain, number, prompt, max_new_tokens)
+                    yield _measure(hat, plain, number, prompt, max_new_tokens, rounds)
 
 
-def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, max_new_tokens: int) -> Row:
+def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, max_new_tokens: int, rounds: int) -> Row:
     ids = hat.base.tokenizer(prompt.text, return_tensors="pt").input_ids.to(hat.base.device)
     greedy = {"attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens, "do_sample": False,
               "pad_token_id": hat.base.tokenizer.pad_token_id}  # fmt: skip
@@ -102,12 +111,17 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
         "early_exit": lambda: plain.generate(ids, **greedy, assistant_early_exit=hat.config.exit_layers[-1]),
     }
     order = list(ways) if number // KINDS % EARLY_EXITS == 0 else list(ways)[:3]
-    found, ms = {}, {"early_exit": None}
-    for way in order[:: -1 if number % 2 else 1]:
-        with torch.inference_mode():
-            began = time.perf_counter()
-            found[way] = ways[way]()
-            ms[way] = 1e3 * (time.perf_counter() - began)
+    found, variants = {}, [Variant(way, hat.lm, torch.inference_mode) for way in order]
+
+    def once(v: Variant) -> float:
+        began = now(v.lm)
+        found[v.name] = ways[v.name]()
+        return 1e3 * (now(v.lm) - began)
+
+    take_turns(variants, once, rounds)
+    turns = {v.name: v.times for v in variants}
+    ms = {"early_exit": None} | {way: statistics.median(took) for way, took in turns.items()}
+    over_dense = [dense / ours for dense, ours in zip(turns["dense"], turns["lossless"], strict=True)]
     text, spoken = found["hf"].sequences, found["lossless"]
     parted, gap = parting(text[0, ids.shape[1] :], spoken.ids[0, ids.shape[1] :], found["hf"].logits)
     new = text.shape[1] - ids.shape[1]
@@ -124,6 +138,9 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
         gap_ulp=gap,
         drafted=spoken.drafted,
         ideal=spoken.ideal_speedup,
+        over_dense_low=min(over_dense) if rounds > 1 else None,
+        over_dense_high=max(over_dense) if rounds > 1 else None,
+        rounds=rounds,
     )
 
 
@@ -148,8 +165,8 @@ def figures(results: Path | None = None) -> dict[str, Figure]:
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    header = ["grain", "drafts", "dtype", "text is the base's", "drafts that stood", "tokens/s",
-              "by work alone", *SPEEDS[1:], "over its early-exit drafts"]  # fmt: skip
+    header = ["grain", "drafts", "dtype", "text is the base's", "drafts that stood", "tokens/s", "by work alone",
+              SPEEDS[1], "slowest and fastest turn of a prompt", SPEEDS[2], "over its early-exit drafts"]  # fmt: skip
     lines = []
     for (grain, capacity, weights, dtype), rows in saved("self_speculative", results).groupby(list(KEY[:4])):
         same, stood = rows["identical"].sum(), rows["accepted"].sum() / max(1, rows["drafted"].sum())
@@ -157,5 +174,7 @@ def tables(results: Path | None = None) -> dict[str, str]:
         line = [grain, f"{weights}, at {capacity:.2f}", dtype, f"{same} of {len(rows)}", f"{stood:.0%}"]
         line += [f"{1e3 / rows['ms_lossless'].median():.0f}", times(rows["ideal"].median())]
         line += ["{} ({:.2f} to {:.2f})".format(times(dense.median()), *dense.quantile([0.1, 0.9]))]
+        low, high = ((rows[f"over_dense_{end}"] / dense - 1).median() for end in ("low", "high"))
+        line += [None if math.isnan(low) else f"{low:+.0%} and {high:+.0%}"]
         lines.append([*line, times(hf.median()), times(early.median())])
     return {"self_speculative": markdown(header, lines)}

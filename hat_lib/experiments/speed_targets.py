@@ -3,8 +3,9 @@
 For each checkpoint: the promised speedups, the largest that its `SpeedCurve` reaches, and one beyond it, which is
 refused. The curve was measured on one text; here other prompts are continued at the capacity it names, and the speedup
 on those texts is measured again, dense and adaptive in turns at each token. For the channel grain, perplexity is
-measured at that very capacity on three kinds of text, so that speed and quality belong to one base, one checkpoint and
-one operating point. The token grain's is too high to be usable at any target; see ``quality.csv``.
+measured as those texts were timed: at that very capacity, steered, and decoded token by token, on three kinds of text.
+So speed and quality belong to one base, one checkpoint and one operating point, and a row says what both realised. The
+token grain's perplexity is too high to be usable at any target; see ``quality.csv``.
 """
 
 from __future__ import annotations
@@ -20,22 +21,27 @@ import torch
 from matplotlib.figure import Figure
 
 from hat_lib.config import check_count
-from hat_lib.evaluation.perplexity import compare, score_each
-from hat_lib.experiments.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, times
+from hat_lib.evaluation.decoded import score_decoded
+from hat_lib.evaluation.perplexity import compare
+from hat_lib.experiments.common import CHECKPOINTS, Machine, interval, machine, markdown, rounded, saved, times
 from hat_lib.experiments.mechanisms import BLOCK, TEXTS, whole_blocks
 from hat_lib.experiments.published_claims import PROMISED
 from hat_lib.inference.generate import AdaptiveInference
 from hat_lib.inference.speed import held, timed
+from hat_lib.model.modes import together
+from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import speed
 from hat_lib.plotting.findings import said
 from hat_lib.text.prompts import prompts
 
 ABOUT = "a target speedup, what came of it and what it costs on three kinds of text"
-MINUTES = 25
+MINUTES = 30
 KEY = ("granularity", "versus", "requested")
 CLAIMED = dict(PROMISED.values())
 """speedup -> increase in perplexity, of the published claims"""
+TOGETHER = 4
+"""blocks decoded at a time: weights are read once for all of them, while each has decisions and steering of its own"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +53,7 @@ class Row(Machine):
     reachable: bool  # False: refused
     largest: float  # the largest speedup the curve reaches
     capacity: float | None = None  # requested, as chosen for the target
-    realised_capacity: float | None = None  # median over prompts
+    realised_capacity: float | None = None  # of the steps that were timed, median over prompts
     predicted: float | None = None
     measured: float | None = None  # median over prompts of the speedup on the generated text
     lowest: float | None = None
@@ -58,12 +64,15 @@ class Row(Machine):
     addresses: float | None = None  # increase in perplexity at this capacity, with its 95 % paired interval
     addresses_low: float | None = None
     addresses_high: float | None = None
+    addresses_realised: float | None = None  # capacity, of the text that was scored
     docstrings: float | None = None
     docstrings_low: float | None = None
     docstrings_high: float | None = None
+    docstrings_realised: float | None = None
     encyclopedia: float | None = None
     encyclopedia_low: float | None = None
     encyclopedia_high: float | None = None
+    encyclopedia_realised: float | None = None
     tokens: int = 0  # of each text; 0 where perplexity was not measured
 
 
@@ -75,13 +84,14 @@ def rows(
     versus: str = "dense",
     count: int = 10,
     max_new_tokens: int = 60,
-    tokens: int = 20_480,
+    tokens: int = 10_240,
     dtype: str | None = None,
 ) -> Iterator[Row]:
     """Rows for each checkpoint and target; the speed curve comes from the user's cache or is measured first.
 
     ``versus`` is what speedups are relative to, dense (our own dense path) or hf (plain transformers); ``count`` is
-    the number of prompts; ``tokens`` are taken from the test split of each text, in evenly spaced whole blocks.
+    the number of prompts; ``tokens`` are taken from the test split of each text, in evenly spaced whole blocks: 20 by
+    default, because decoding them one by one, at each target and dense, takes most of the time.
     """
     check_count("tokens", tokens, 2 * BLOCK)
     for checkpoint in (channel, token):
@@ -113,12 +123,15 @@ def rows(
 def _prices(hat: HierarchicalTransformer, capacities: Sequence[float], tokens: int) -> Mapping[float, dict]:
     """Capacity -> the columns of perplexity; on each text, the base is scored once for all capacities."""
     found = {capacity: {"tokens": tokens} for capacity in capacities}
+    settings = [partial(together, partial(hat.at, c, 0.0), partial(held, hat)) for c in found]
     for text in TEXTS if found else ():
         blocks = whole_blocks(text, hat.base.tokenizer, tokens)
-        base, scored = score_each(hat, blocks, [partial(hat.at, c, 0.0) for c in found], progress=False)
+        base, scored = score_decoded(hat, blocks, settings, batch_size=TOGETHER, progress=False)
         for columns, at in zip(found.values(), scored, strict=True):
             paired = compare(base, at)
-            columns |= {text: paired.increase, f"{text}_low": paired.low, f"{text}_high": paired.high}
+            low, high = interval(paired)
+            columns |= {text: paired.increase, f"{text}_low": low, f"{text}_high": high}
+            columns[f"{text}_realised"] = at.capacity
             columns["tokens"] = min(columns["tokens"], paired.tokens)
     return found
 
@@ -127,11 +140,15 @@ def _continued(infer: AdaptiveInference, texts: Sequence[str], target: float, ma
     hat = infer.hat
     made = [infer.generate(text, target_speedup=target, max_new_tokens=max_new_tokens) for text in texts]
     measured = [m.realised_speedup for m in made if m.realised_speedup is not None]
-    with hat.at(made[0].requested_capacity, 0.0), held(hat):
-        over_hf = [timed(hat, (infer.plain, torch.inference_mode), m.ids) for m in made if m.realised_speedup]
+    over_hf, realised = [], []
+    for m in made:
+        if m.realised_speedup is not None:
+            with hat.at(m.requested_capacity, 0.0), held(hat), hat.collect() as states:
+                over_hf.append(timed(hat, (infer.plain, torch.inference_mode), m.ids))
+            realised.append(TokenState.cat(states[1:]).capacity)  # the first fills the cache
     return {
         "capacity": made[0].requested_capacity,
-        "realised_capacity": statistics.median(m.capacity for m in made),
+        "realised_capacity": statistics.median(realised) if realised else None,
         "predicted": made[0].predicted_speedup,
         "measured": statistics.median(measured) if measured else None,
         "lowest": min(measured, default=None),
@@ -147,9 +164,12 @@ def figures(results: Path | None = None) -> dict[str, Figure]:
 
 def tables(results: Path | None = None) -> dict[str, str]:
     measured = "measured: median (lowest to highest prompt)"
-    header = ["grain", "target", "capacity chosen", measured, "over plain transformers", *TEXTS, "most within reach"]
-    brief = ["claimed: speed, perplexity", "capacity", "speed over our own dense path (slowest to fastest prompt)",
-             "speed over plain transformers", "perplexity, worst of three texts (95 % interval)"]  # fmt: skip
+    realised = "realised, timed / scored"
+    header = ["grain", "target", "capacity chosen", realised, measured, "over plain transformers", *TEXTS,
+              "most within reach"]  # fmt: skip
+    brief = ["claimed: speed, perplexity", "capacity", realised,
+             "speed over our own dense path (slowest to fastest prompt)", "speed over plain transformers",
+             "perplexity, worst of three texts (95 % interval)"]  # fmt: skip
     lines, front = [], []
     for r in saved("speed_targets", results).query("versus == 'dense'").itertuples():
         row = r._asdict()
@@ -157,9 +177,18 @@ def tables(results: Path | None = None) -> dict[str, str]:
         found = f"{r.measured:.2f}x ({r.lowest:.2f}x to {r.highest:.2f}x)" if r.reachable else "refused"
         over = times(r.over_hf) if r.reachable else None
         chosen = f"{r.capacity:.2f}" if r.reachable else None
-        lines.append([r.granularity, f"{r.requested:.3g}x", chosen, found, over, *costs, times(r.largest)])
+        ran = _realised(row)
+        lines.append([r.granularity, f"{r.requested:.3g}x", chosen, ran, found, over, *costs, times(r.largest)])
         if r.granularity == "channel" and r.requested in CLAIMED:
             claim = f"{r.requested}x, {CLAIMED[r.requested]:+.0%}"
             worst = max(TEXTS, key=row.get) if r.tokens else None
-            front.append([claim, chosen, found, over, worst and said(row, worst)])
+            front.append([claim, chosen, ran, found, over, worst and said(row, worst)])
     return {"speed_targets": markdown(header, lines), "promise": markdown(brief, front)}
+
+
+def _realised(row: Mapping) -> str | None:
+    """Capacity of the timed texts and, where there are any, from the least to the most of the scored ones."""
+    scored = [row[f"{text}_realised"] for text in TEXTS if not math.isnan(row[f"{text}_realised"])]
+    ends = " to ".join(dict.fromkeys(f"{of(scored):.3f}" for of in (min, max))) if scored else None
+    timed = None if math.isnan(row["realised_capacity"]) else f"{row['realised_capacity']:.3f}"
+    return " / ".join(filter(None, (timed, ends))) or None

@@ -57,7 +57,7 @@ class Row(Machine):
     capacity: float
     realised: float
     ms: float
-    """per token; a difference within the noise may be below 0"""
+    """per token; a difference within the noise may be below 0, and its spread includes 0"""
     low: float
     high: float
     """lowest and highest round"""
@@ -207,8 +207,9 @@ def tables(results: Path | None = None) -> dict[str, str]:
     table = saved("token_time", results)
     lines = []
     for way, part in table.groupby("way", sort=False):
-        ms = dict(zip(part["part"], part["ms"], strict=True))
+        ms = {r.part: f"{r.ms:.2f} ({r.low:.1f} to {r.high:.1f})" for r in part.itertuples()}
         at = "" if way != "adaptive" else f", {part['realised'].iloc[0]:.2f} realised"
         total = f"{part['ms'].sum():.1f}"
-        lines.append([WAYS[way] + at, *(f"{ms[p]:.2f}" if p in ms else None for p in PARTS), total])
-    return {"token_time": markdown(["ms a token", *(p.replace("_", ", ") for p in PARTS), "in all"], lines)}
+        lines.append([WAYS[way] + at, *(ms.get(p) for p in PARTS), total])
+    header = ["ms a token: median (lowest to highest round)", *(p.replace("_", ", ") for p in PARTS), "sum of medians"]
+    return {"token_time": markdown(header, lines)}

@@ -65,11 +65,13 @@ class Generation:
     requested_capacity: float
     requested_exit_rate: float
     capacity: float
-    """realised over prompts and new tokens, like the next three; in lossless mode over drafts (nan without any)"""
+    """realised over prompts and new tokens, like the next two; in lossless mode over drafts (nan without any)"""
     exit_rate: float
-    model_share: float
     exit_histogram: dict[int, int]
     """layers run -> tokens that ran that many"""
+    model_share: float
+    """executed work / the dense model's on this text; in lossless mode that of all that ran, prompt, drafts and
+    verification, which is usually above 1"""
     versus: str
     token_share: Tensor | None = None
     """work as a share of dense, fp32 ``[B, T - 1]``: column t chose the token in column t + 1; nan at padding. None in
@@ -93,6 +95,12 @@ class Generation:
         """Lossless mode: share of the drafted tokens that were accepted; nan otherwise."""
         drafted = sum(s.drafted for s in self.speculation or ())
         return sum(s.accepted for s in self.speculation) / drafted if drafted else math.nan
+
+    @property
+    def draft_share(self) -> float:
+        """Lossless mode: work of the drafting steps / that of as many dense ones; nan otherwise."""
+        drafted = sum(s.drafted for s in self.speculation or ())
+        return sum(s.drafting for s in self.speculation) / drafted if drafted else math.nan
 
 
 class AdaptiveInference:
@@ -222,6 +230,7 @@ class AdaptiveInference:
             realised = timed(hat, self._reference, ids, real.long() if not bool(real.all()) else None)
         cost = state_cost(hat, trace)
         more = {"token_share": (cost.executed / cost.dense).float(), "realised_speedup": realised}
+        more["model_share"] = cost.model_share
         return self._generation("adaptive", ids, real, length, seconds, trace, **more)
 
     def _lossless(self, inputs, max_new_tokens, temperature, seed, measure, streamer, _) -> Generation:
@@ -241,6 +250,7 @@ class AdaptiveInference:
         drafts = [s.drafts for s in found if s.drafts]
         trace, real = TokenState.cat(drafts) if drafts else None, self._real(ids, inputs.attention_mask)
         more = {"speculation": found, "realised_speedup": realised}
+        more["model_share"] = sum(s.ran for s in found) / sum(s.ids.shape[1] - 1 for s in found)
         return self._generation("lossless", ids, real, inputs.input_ids.shape[1], seconds, trace, **more)
 
     def _real(self, ids: Tensor, prompt_mask: Tensor) -> Tensor:
@@ -265,7 +275,6 @@ class AdaptiveInference:
             requested_exit_rate=hat.exit_rate,
             capacity=trace.capacity if trace else math.nan,
             exit_rate=trace.exit_rate if trace else math.nan,
-            model_share=state_cost(hat, trace).model_share if trace else math.nan,
             exit_histogram={int(depth): int(count) for depth, count in depths},
             versus=self.versus,
             **more,

@@ -58,10 +58,20 @@ class Speculation:
         return self.accepted / self.drafted if self.drafted else float("nan")
 
     @property
+    def drafting(self) -> float:
+        """Work of all drafting steps, in dense steps."""
+        return self.drafted * self.draft_share if self.drafted else 0.0
+
+    @property
+    def ran(self) -> float:
+        """Work of all that ran, in dense steps: the prompt, drafts, and passes that verify them."""
+        prompt, verified = self.ids.shape[1] - self.new_tokens, self.drafted + self.passes - 1
+        return prompt + verified + self.drafting
+
+    @property
     def ideal_speedup(self) -> float:
         """New tokens per dense step's worth of weights read, if a verifying pass reads them once for all its tokens."""
-        drafting = self.drafted * self.draft_share if self.drafted else 0.0
-        return self.new_tokens / (self.passes + drafting)
+        return self.new_tokens / (self.passes + self.drafting)
 
 
 def best_draft_length(acceptance: float, cost: float) -> int:

@@ -192,6 +192,13 @@ def speed_curve(
     return curve
 
 
+def said(speedup: float | None, versus: str) -> str:
+    """A measured speedup over ``versus`` in words: one below 1 is called slower, None too short a text."""
+    if speedup is None:
+        return "too short a text to measure"
+    return f"{speedup:.3f}x, slower than {versus}" if round(speedup, 3) < 1 else f"{speedup:.3f}x over {versus}"
+
+
 def held(hat: HierarchicalTransformer) -> AbstractContextManager:
     """Steering for a target speedup: texts that would execute less or more at a capacity are held to the same work."""
     return hat.steered() if hat.config.granularity == "channel" else nullcontext()

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from hat_lib.inference.speed import VERSUS
 from hat_lib.plotting import style
@@ -138,27 +137,27 @@ def decode(table: pd.DataFrame) -> Figure:
     return fig
 
 
-@draws("way", "part", "realised", "ms")
+@draws("way", "part", "realised", "ms", "low", "high")
 def token_time(table: pd.DataFrame) -> Figure:
-    """Milliseconds of a token, stacked by part, a bar for each way; a difference below 0 is not drawn.
+    """Milliseconds of a token by part, a panel for each way on a scale of its own: medians, with whiskers from the
+    lowest to the highest round. Hollow bars are parts whose whiskers include 0: the rounds do not tell them from none.
 
     ``table`` has the fields of `hat_lib.experiments.token_time.Row`.
     """
-    ways, parts = list(dict.fromkeys(table["way"])), list(TOKEN_PARTS)
-    cells = table.pivot(index="way", columns="part", values="ms").reindex(index=ways, columns=parts)
-    fig, (ax,) = style.panels(1, height=2.9, width=7.6)
-    left = np.zeros(len(ways))
-    for part, (colour, label) in TOKEN_PARTS.items():
-        widths = cells[part].fillna(0).clip(lower=0).to_numpy()
-        ax.barh(range(len(ways)), widths, 0.62, left=left, color=colour, edgecolor="white", label=label)
-        left += widths
-    for y, total in enumerate(cells.sum(axis=1)):
-        ax.annotate(f"{total:.1f}", (left[y], y), (4, 0), textcoords="offset points", va="center", fontsize=9)
     share = table.loc[table["way"] == "adaptive", "realised"].iloc[0]
     names = {"hf": "plain transformers", "dense": "our own dense path", "adaptive": f"adaptive, {share:.2f} realised"}
-    style.named_rows(ax, [names[way] for way in ways])
-    ax.set(xlabel="milliseconds a token", xlim=(0, 1.1 * left.max()))
-    style.below(fig, [Patch(color=colour, label=label) for colour, label in TOKEN_PARTS.values()], ncols=4)
+    fig, axes = style.panels(3, height=3.4, width=8.6)
+    for ax, (way, title) in zip(axes, names.items(), strict=True):
+        parts = table[table["way"] == way].set_index("part").reindex(list(TOKEN_PARTS))
+        known = parts["low"] * parts["high"] > 0
+        for y, (part, (colour, _)) in enumerate(TOKEN_PARTS.items()):
+            ax.barh(y, parts.loc[part, "ms"], 0.62, color=colour if known[part] else "white", edgecolor=colour)
+        style.whiskers(ax, range(len(parts)), parts[["ms", "low", "high"]], "black", "", across=True, elinewidth=0.8)
+        ax.axvline(0, color=GREY, linewidth=1)
+        ax.set_title(f"{title}\n{parts['ms'].sum():.1f} ms, sum of medians", fontsize=9)
+        ax.set(xlabel="milliseconds a token")
+        ax.grid(axis="y", visible=False)
+    style.named_rows(axes[0], [label for _, label in TOKEN_PARTS.values()])
     return fig
 
 

@@ -59,7 +59,8 @@ class GenerateView(View):
         self._found: list[Generation] = []
         self._passages: list[Passage] = []
         self.table = pd.DataFrame()
-        """a row per text: how fast it came, what it executed and where it parts from the dense text"""
+        """a row per text: how fast it came, what it executed and where it parts from the dense text. In lossless mode
+        drafts are told apart, and the model share is that of all that ran, verification included"""
         self.prompt = Textarea(prompt, description="Prompt", rows=2, **LET_GO)
         self.capacities = Text(", ".join(f"{c:g}" for c in capacities), description="Capacities", **LET_GO)
         self.exit_rate = exit_slider(infer.hat.exit_rate)
@@ -198,14 +199,21 @@ def _table(passages: list[Passage], found: list[Generation], speeds: np.ndarray)
         known = times[~np.isnan(times)]
         ends = (np.median(known), known.min(), known.max()) if len(known) else ()
         row = {"text": ours.title, "tokens/s": "{:.1f} ({:.1f} to {:.1f})".format(*ends) if ends else "too short"}
-        row["realised"] = _or_none(g.capacity, "{:.3f}")
-        row["left early"] = _or_none(g.exit_rate, "{:.1%}")
-        row["model share"] = _or_none(g.model_share, "{:.1%}")
+        row["speed"] = "" if g is found[0] else _speed(np.median(times / speeds[0]))
+        drafts, verified = (" of drafts", " with verification") if g.mode == "lossless" else ("", "")
+        row["realised"] = _or_none(g.capacity, "{:.3f}" + drafts)
+        row["left early"] = _or_none(g.exit_rate, "{:.1%}" + drafts)
+        row["model share"] = _or_none(g.model_share, "{:.1%}" + verified)
         row["parts from dense"] = "" if g is found[0] else _parts(ours, passages[0])
         if not np.isnan(g.acceptance):
             row["parts from dense"] += f"; {g.acceptance:.0%} of the drafts stood"
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _speed(ratio: float) -> str:
+    """Speed over the dense text's, nan if a text was too short."""
+    return _or_none(ratio, "{:.2f}x, slower than dense" if round(ratio, 2) < 1 else "{:.2f}x")
 
 
 def _parts(ours: Passage, dense: Passage) -> str:

@@ -41,7 +41,8 @@ def test_a_target_shows_the_spread_of_its_prediction_and_can_be_measured_anew(ha
         unknown = r"\[1\.3x here means capacity 0\.\d\d: what that costs was not measured, see `hat evaluate"
         assert re.search(unknown, err)
         assert code == 0 and len(turns) == rounds * len(speed.CAPACITIES) * speed.ROUNDS
-        assert re.search(r"speedup 1.3 requested, 1\.3\d\d predicted \(1\.\d+ to 1\.\d+ when measured\), 1.250x", out)
+        told = r"speedup 1.3 requested, 1\.3\d\d predicted \(1\.\d+ to 1\.\d+ when measured\); realised: 1.250x"
+        assert re.search(told, out)
 
 
 def test_generate_at_capacity_one_is_plain_transformers(hat):
@@ -87,6 +88,16 @@ def test_weights_in_fewer_bits(hat, calibrated, monkeypatch):
     monkeypatch.setattr("hat_lib.model.fast_path.UNAVAILABLE", "no numba")
     code, out, err = hat(*command, "--weights", "int8")
     assert code == 0 and "warning: --weights int8 changes nothing here: reference path (no numba)" in err
+
+
+def test_lossless_says_what_all_that_ran_took_and_when_it_was_slower(hat, calibrated, monkeypatch):
+    monkeypatch.setattr(generate.AdaptiveInference, "_seconds", lambda *_: 1e-9)
+    command = ["generate", "--checkpoint", calibrated[0], "--dtype", "fp32", "--prompt", PROMPT, "--max-new-tokens", 12]
+    code, out, _ = hat(*command, "--lossless", "--capacity", "0.5")
+    drafts = re.search(r"\[drafts alone: capacity 0\.50 requested, .*; model share (0\.\d+); 12 new tokens, ", out)
+    whole = re.search(r"verification included: (.+) times the dense model's work and (.+) times the weights it", out)
+    assert code == 0 and float(drafts[1]) < 1 < float(whole[1]) and float(whole[2]) > 0
+    assert "0.000x, slower than our own dense path]" in out
 
 
 @pytest.mark.slow

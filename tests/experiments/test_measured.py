@@ -11,8 +11,18 @@ from tiny_runs import GRAINS, adaptive, new_hat, random_blocks
 
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import DATA, HatConfig, HatError
-from hat_lib.evaluation.perplexity import compare, score, score_each
-from hat_lib.experiments import ablations, benchmark, published_claims, quality, registry, self_speculative, token_time
+from hat_lib.evaluation.decoded import score_decoded
+from hat_lib.evaluation.perplexity import compare, score_each
+from hat_lib.experiments import (
+    ablations,
+    benchmark,
+    mechanisms,
+    published_claims,
+    quality,
+    registry,
+    self_speculative,
+    token_time,
+)
 from hat_lib.experiments import speed_targets as targets
 from hat_lib.experiments import step_cost as cost
 from hat_lib.experiments.ablations import CAPACITIES, CHANGES, MEASURED, Change
@@ -160,38 +170,43 @@ def test_targets(checkpoints, monkeypatch):
     curve = SpeedCurve("dense", 0.0, [0.1, 1.0], [1.16, 1.0], "cpu")
     monkeypatch.setattr("hat_lib.inference.generate.speed_curve", lambda *_, **__: curve)
     monkeypatch.setattr(targets, "TEXTS", ("addresses", "docstrings"))
+    for module in (mechanisms, targets):
+        monkeypatch.setattr(module, "BLOCK", 64)
     done = {("token", "dense", target) for target in (1.16, 1.3, 1.6, 1.7, 1.8)}
-    how = {"dtype": "fp32", "count": 2, "max_new_tokens": 6, "tokens": 1024}
+    how = {"dtype": "fp32", "count": 2, "max_new_tokens": 6, "tokens": 384}
     rows = list(targets.rows(done, **checkpoints, **how))
     expected = [("channel", target, target <= 1.16) for target in (1.1, 1.16, 1.3, 1.6, 1.7, 1.8)]
     assert [(r.granularity, r.requested, r.reachable) for r in rows] == [*expected, ("token", 1.1, True)]
     promised, largest, *beyond, token = rows
     for r in (promised, largest, token):
         assert r.predicted == pytest.approx(r.requested, abs=1e-3) and r.lowest <= r.measured <= r.highest
-        assert r.over_hf > 0
-    assert promised.docstrings_low < promised.docstrings < promised.docstrings_high and promised.tokens > 900
+        assert r.over_hf > 0 and abs(r.realised_capacity - r.capacity) < 0.3
+    assert promised.docstrings_low < promised.docstrings < promised.docstrings_high and promised.tokens == 6 * 63
     for r in (largest, token):
-        assert (r.docstrings, r.tokens) == (None, 0), "no claim is made for it, or not of this grain"
+        assert (r.docstrings, r.docstrings_realised, r.tokens) == (None, None, 0), "no claim for it, or for this grain"
     hat = HierarchicalTransformer.from_pretrained(checkpoints["channel"], dtype="fp32")
-    blocks = whole_blocks("addresses", hat.base.tokenizer, 1024)
-    with hat.at(curve.capacity_for(1.1), 0.0):
-        adapted = score(hat, blocks, progress=False)
-    with hat.dense():
-        found = compare(score(hat, blocks, progress=False), adapted)
-    assert promised.addresses == pytest.approx(found.increase, rel=1e-3)
+    blocks = whole_blocks("addresses", hat.base.tokenizer, 384)
+    with hat.at(curve.capacity_for(1.1), 0.0), hat.steered():
+        base, (adapted,) = score_decoded(hat, blocks, progress=False)
+    assert promised.addresses == pytest.approx(compare(base, adapted).increase, rel=1e-2), "priced as it was timed"
+    assert promised.addresses_realised == pytest.approx(adapted.capacity, abs=1e-4)
     for r in beyond:
         assert r.requested > r.largest == 1.16 and r.capacity is r.measured is r.over_hf is None
 
 
 def test_self_speculative_text_is_the_base_s(checkpoints):
     how = {"checkpoint": checkpoints["channel"], "capacity": 0.5, "weights": "int8"}
-    how |= {"dtypes": ["fp32"], "max_new_tokens": 8}
+    how |= {"dtypes": ["fp32"], "max_new_tokens": 8, "rounds": 2}
     rows = list(self_speculative.rows(count=5, **how))
     assert [r.prompt for r in rows] == list(range(5)) and all(r.identical for r in rows)
     assert all(r.new_tokens == r.accepted + r.passes for r in rows if r.new_tokens == 8)
     assert all(min(r.ms_hf, r.ms_dense, r.ms_lossless, r.ms_early_exit) > 0 for r in rows)
+    for r in rows:  # rounded
+        assert r.rounds == 2 and r.over_dense_low <= 1.0001 * r.ms_dense / r.ms_lossless <= 1.0002 * r.over_dense_high
     more = list(self_speculative.rows(set(keys(self_speculative, rows)), count=7, **how))
     assert [(r.prompt, r.ms_early_exit) for r in more] == [(5, None), (6, None)]
+    (once,) = self_speculative.rows(count=1, **how | {"rounds": 1})
+    assert (once.over_dense_low, once.over_dense_high, once.rounds) == (None, None, 1)
 
 
 def test_where_two_texts_part():

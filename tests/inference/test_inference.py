@@ -152,8 +152,12 @@ def test_lossless_is_the_base_prompt_by_prompt(hat, infer):
     assert out.texts == [decode(e[0, -12:], skip_special_tokens=True) for e in expected]
     assert out.new_tokens == 36 and 0 <= out.acceptance <= 1 and out.realised_speedup > 0
     assert out.token_share is None and out.mode == "lossless" and len(out.speculation) == 3
+    steps = [s.ids.shape[1] - 1 for s in out.speculation]
+    assert out.model_share == pytest.approx(sum(s.ran for s in out.speculation) / sum(steps))
+    assert out.draft_share < 1 < out.model_share, "drafts ran less than dense steps, all together more"
     one = infer.generate(PROMPTS[1], mode="lossless", max_new_tokens=1, measure=False)
     assert math.isnan(one.capacity) and one.new_tokens == 1 and one.realised_speedup is None
+    assert one.model_share == 1 and math.isnan(one.draft_share)
 
 
 def test_against_plain_transformers(hat):

@@ -9,6 +9,7 @@ from transformers import TextStreamer
 from hat_lib.config import DATA, HatError
 from hat_lib.engine.decoder import Decoder
 from hat_lib.inference.self_speculative import _Dice, best_draft_length, speculate
+from hat_lib.model.cost import state_cost
 from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.model.policies import Random
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -41,6 +42,16 @@ def test_greedy_is_the_base_token_for_token(hat, capacity, exit_rate):
         assert 0 <= found.accepted <= found.drafted
         if capacity == 1:
             assert found.acceptance == 1 and found.draft_share == 1
+
+
+def test_what_ran_is_the_prompt_the_drafts_and_their_verification(hat):
+    ids = prompt(0)
+    with hat.at(0.5), hat.collect() as dense:  # drafts are collected apart
+        found = speculate(hat, ids, N, draft_length=3)
+    drafts = state_cost(hat, found.drafts)
+    one = float(drafts.dense.sum()) / found.drafted
+    assert found.ran == pytest.approx(sum(s.tokens for s in dense) + float(drafts.executed.sum()) / one)
+    assert found.ran > found.ids.shape[1] - 1, "more than the dense model runs for the same text"
 
 
 def test_drafts_of_any_quality_change_nothing_and_length_is_exact(hat):

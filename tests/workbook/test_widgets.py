@@ -239,6 +239,17 @@ def test_texts_stand_side_by_side_and_follow_the_controls(generate, hat):
     generate.mode.value, generate.capacities.value = "lossless", "0.3"
     assert list(sides(generate)) == ["dense", "lossless, drafts at 0.30"]
     assert re.fullmatch(r"nowhere in 6 tokens; \d+% of the drafts stood", generate.table["parts from dense"][1])
+    row, found = generate.table.iloc[1], generate._found[1]
+    assert row["realised"] == f"{found.capacity:.3f} of drafts"
+    assert row["model share"] == f"{found.model_share:.1%} with verification" and found.model_share > 1
+
+
+def test_a_text_that_comes_slower_than_the_dense_one_is_called_so(generate, monkeypatch):
+    speeds = np.array([[8.0, 10.0], [4.0, 5.0], [16.0, 20.0]])
+    monkeypatch.setattr(generate, "_speeds", lambda *_: speeds)
+    generate.button.click()
+    assert ["slower" in told for told in generate.table["speed"]] == [False, True, False]
+    assert [told[:5] for told in generate.table["speed"]] == ["", "0.50x", "2.00x"]
 
 
 def test_a_text_is_written_token_by_token_and_the_old_one_stays_until_then(generate, seen):
