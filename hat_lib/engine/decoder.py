@@ -66,7 +66,8 @@ class Decoder:
             position, protected: int64 and bool ``[B, T]``; positions are those of the rotary embedding.
             first: int64 ``[B]``: the first position in the cache that a sequence sees.
             scale: float32 ``[B * T]``, factor on all cuts of each token; None for 1.
-            read: int64 ``[N]``, at most T: which tokens of each sequence are asked for logits; None for all.
+            read: int64 ``[B, N]``, or of another shape: which of the ``B * T`` tokens are asked for their logits; no
+                more than there are, and None for all.
             threads: at most this many, and no more than there are cores; None for as many as torch uses.
 
         Returns logits ``[B, N, V]`` in the base's dtype; channels kept at each product, int64 ``[L, 5, B, T]``; layers
@@ -79,8 +80,8 @@ class Decoder:
         # Copies: to numba, an array of one number with the strides of what it was sliced from has another type.
         cos, sin = self._rotary(position.flatten())
         layers = len(w.qkv)
-        read = (np.arange(0, b * t, t)[:, None] + (np.arange(t) if read is None else read)).flatten()
-        logits = np.empty((len(read), len(w.head)), room.arrays[0].dtype)
+        read = np.arange(b * t).reshape(b, t) if read is None else read
+        logits = np.empty((read.size, len(w.head)), room.arrays[0].dtype)
         rows = Rows(
             ids=ids.flatten(),
             sequence=np.arange(b).repeat(t),
@@ -94,14 +95,14 @@ class Decoder:
             values=room.arrays[1],
             kept=np.zeros((threads, layers, FFN + 1, b * t), np.int32),
             exits=np.empty(b * t, np.int64),
-            head=np.zeros((threads, 2, len(read)), np.int32),
-            read=read,
+            head=np.zeros((threads, 2, read.size), np.int32),
+            read=read.flatten(),
             logits=logits,
         )
         team.run(decode_step, (w, decide, rows, scratch), threads)
         room.length = n + t
-        logits = torch.from_numpy(logits.reshape(b, len(read) // b, len(w.head))).view(self.dtype)
-        kept, head = rows.kept.sum(0).reshape(layers, FFN + 1, b, t), rows.head.sum(0).reshape(2, b, len(read) // b)
+        logits = torch.from_numpy(logits.reshape(*read.shape, len(w.head))).view(self.dtype)
+        kept, head = rows.kept.sum(0).reshape(layers, FFN + 1, b, t), rows.head.sum(0).reshape(2, *read.shape)
         return logits, kept, rows.exits.reshape(b, t), head
 
     def _rotary(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -279,13 +279,15 @@ def _at_equal_work(hat, checkpoints, points, blocks, sample, trained) -> Iterato
     """Scores of controls whose work on ``blocks`` is the trained model's; those that miss it are tried again, aimed as
     far to the other side of it."""
     aims = {p: trained[p.capacity, p.exit_rate].capacity for p in points}
-    families = {p: _family(hat, checkpoints, p, sample) for p in points}
+    families: dict[Point, Family] = {}
     for last in (*[False] * (ROUNDS - 1), True):
         settings = {}
         for point, aim in list(aims.items()):
             # The head as it is at the capacity, and no corrections.
             around = partial(together, partial(hat.at, point.capacity, 0.0), partial(hat.correcting, 0.0))
             try:
+                if point not in families:
+                    families[point] = _family(hat, checkpoints, point, sample)
                 policy = matched(hat, families[point], sample, min(max(aim, CAPACITY_MIN), 0.999), around)
                 settings[point] = partial(together, around, partial(hat.using, policy))
             except OutOfReach as error:
@@ -347,10 +349,10 @@ def figures(results: Path | None = None) -> dict[str, Figure]:
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    """The channel grain, trained and untrained, at equal work."""
+    """The channel grain, trained, without its corrections, and untrained, at equal work."""
     rows = saved("quality", results).query("granularity == 'channel' and exit_rate == 0").sort_values("tokens")
     cells = {(r.capacity, r.text, r.variant): said(r._asdict()) for r in rows.itertuples()}  # the last has most tokens
-    ways = [(text, variant) for text in TEXTS for variant in ("trained", "untrained")]
+    ways = [(text, variant) for text in TEXTS for variant in ("trained", "uncorrected", "untrained")]
     header = ["capacity", *(f"{text}, {variant}" for text, variant in ways)]
     lines = [[f"{c:.2f}", *(cells.get((c, *way)) for way in ways)] for c in sorted(set(rows["capacity"]), reverse=True)]
     return {"quality": markdown(header, lines)}

@@ -281,7 +281,7 @@ class FastPath:
             position = position_ids.numpy().repeat(b // len(position_ids), 0)
             rank = np.minimum(rank, position)
         some = logits_to_keep.numpy() if isinstance(logits_to_keep, Tensor) else slice(-(logits_to_keep or 0), None)
-        if (read := np.arange(t)[some]).size > t:
+        if (read := np.arange(b * t).reshape(b, t)[:, some]).size > b * t:
             return None  # logits asked for twice
         protected = rank < self.hat.config.protected_tokens
         real, rank, guarded = map(torch.from_numpy, (np.ones((b, t), bool), rank, protected))
@@ -302,7 +302,7 @@ class FastPath:
             first=first,
             protected=protected,
             scale=None if state.steering is None else state.steering.numpy(),
-            read=read.flatten(),
+            read=read,
             threads=run.threads if run else None,
         )
         token = self.hat.config.granularity == "token"
@@ -311,10 +311,10 @@ class FastPath:
         state.exit_layer = torch.from_numpy(ran.astype(np.int16))
         if mode.shortlist is not None:
             vocabulary, width = decoder.weights.head.shape
-            channels, words = head.sum((1, 2))
-            state.count_head(float(channels / width + words / vocabulary), head[0].size)
+            channels, words = head.reshape(2, -1).sum(1)
+            state.count_head(float(channels / width + words / vocabulary), read.size)
         self.hat.ended(state, cache)
-        return CausalLMOutputWithPast(logits=logits.view(b, *read.shape, logits.shape[-1]), cache=cache)
+        return CausalLMOutputWithPast(logits=logits, cache=cache)
 
     @property
     def decoder(self) -> Decoder:

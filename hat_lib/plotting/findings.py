@@ -83,13 +83,20 @@ def kept(quality: pd.DataFrame, promise: pd.DataFrame) -> pd.DataFrame:
 
 def apart(ablations: pd.DataFrame) -> pd.DataFrame:
     """The rows of `hat_lib.experiments.ablations` with a column ``apart``: can the change be told from the reference by
-    the paired interval of their difference? False where there is none.
+    the paired interval of their difference?
 
     The reference, on the same tokens at the same capacity, is the grain's first change with as many steps: the recipe
-    itself, or its start.
+    itself, or its start. Rows that were measured without a margin are apart if their intervals do not meet, which is
+    harder to pass.
     """
-    style.need(ablations, *POINT, "change", *COST, "margin_low", "margin_high")
-    return ablations.assign(apart=(ablations["margin_low"] > 0) | (ablations["margin_high"] < 0))
+    style.need(ablations, *POINT, "change", "steps", *COST, "margin_low", "margin_high")
+    first = ablations.groupby([*POINT, "steps"], sort=False)[COST].transform("first")
+    above, below = (
+        ablations["increase_low"] > first["increase_high"],
+        ablations["increase_high"] < first["increase_low"],
+    )
+    told = (ablations["margin_low"] > 0) | (ablations["margin_high"] < 0)
+    return ablations.assign(apart=told.where(ablations["margin_low"].notna(), above | below))
 
 
 def said(row: Mapping, name: str = "increase") -> str:

@@ -111,7 +111,7 @@ def test_the_head_runs_for_the_tokens_whose_logits_are_asked_for(read, gated, id
     for threads in (1, 2):  # the second makes no previews of so few tokens
         (expected, *_, of_all), (found, *_, head) = (
             decoder.step(some.numpy(), DynamicCache(config=decoder.lm.config), everything, **given, **more)
-            for more in ({"threads": threads}, {"threads": threads, "read": np.array(read, np.int64)})
+            for more in ({"threads": threads}, {"threads": threads, "read": np.arange(8).reshape(2, 4)[:, read]})
         )
         assert torch.equal(found, expected[:, read]) and np.array_equal(head, of_all[..., read])
         assert head.any() == (gated and len(read) > 0)
