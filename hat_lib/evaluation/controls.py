@@ -92,8 +92,9 @@ def realised_capacity(
     (``[1, T]`` each)."""
     kept = 0.0
     with (around or hat.dense)(), hat.using(policy):
+        logits = 0 if hat.gates_head and hat.capacity < 1 else 1  # all of them, where the head's work differs by token
         for ids in texts:
-            hat.lm(ids, use_cache=False)
+            hat.lm(ids, use_cache=False, logits_to_keep=logits)
             kept += hat.trace.capacity * ids.shape[1]
     return kept / sum(ids.shape[1] for ids in texts)
 
