@@ -11,7 +11,6 @@ import gc
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 
@@ -123,7 +122,7 @@ def rows(
             return _scored(found, base, points, tokens, dtype)
 
         for change in changes:
-            points = list(product(CAPACITIES[change.granularity], MEASURED))
+            points = [(capacity, at) for at in MEASURED for capacity in CAPACITIES[change.granularity]]
             lacking = [at for at in points if (change.granularity, change.name, at[0], at[1][0]) not in done]
             if change.granularity not in grains or not lacking:
                 continue

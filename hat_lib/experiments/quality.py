@@ -213,6 +213,8 @@ def _on_text(hat, checkpoints: Sequence[Path], adapters, text: str, max_tokens: 
     if total < MIN_TOKENS:
         raise HatError(f"{text}: controls are matched on at least {MIN_TOKENS} tokens, got {total}")
     sample = blocks.select(range(0, len(blocks), max(1, round(total / MATCH_TOKENS))))
+    if sum(map(len, sample["input_ids"])) < MIN_TOKENS:
+        sample = blocks
     points = list(points)
     settings = list(dict.fromkeys((p.capacity, p.exit_rate) for p in points))
     base, found = score_each(hat, blocks, [partial(hat.at, *s) for s in settings], progress=False)
