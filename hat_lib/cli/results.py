@@ -60,6 +60,7 @@ def sweep(
     import pandas as pd
 
     from hat_lib.backbone.base import parse_dtype
+    from hat_lib.evaluation.intervals import NONE
     from hat_lib.experiments.quality import KEY, Row, grid, rows
     from hat_lib.experiments.rows import RowWriter
     from hat_lib.plotting.frontier import quality as frontier
@@ -80,10 +81,10 @@ def sweep(
     with RowWriter(out, Row, KEY) as writer:
         for r in rows(writer.done, **sources, grains=wanted, points=points, dtype=dtype):
             writer.write(r)
+            interval = NONE if r.increase_low is None else f"{r.increase_low:+.2%} to {r.increase_high:+.2%}"
             typer.echo(
                 f"{r.granularity:8} {r.text:12} capacity {r.capacity:.2f} ({r.realised:.3f})  exits {r.exit_rate:.2f} "
-                f"({r.realised_exit:.3f})  {r.variant:12} seed {r.seed}  {r.increase:+.2%} "
-                f"({r.increase_low:+.2%} to {r.increase_high:+.2%})"
+                f"({r.realised_exit:.3f})  {r.variant:12} seed {r.seed}  {r.increase:+.2%} ({interval})"
             )
     figure = write(out.with_suffix(".png"), png(frontier(pd.read_csv(out))))
     typer.echo(f"wrote {out} and {figure}")
