@@ -38,7 +38,7 @@ from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.style import benchmark as draw
 
-ABOUT = "speed of the token grain, of exits and of prefill at forced shares, on TinyLlama's shape"
+ABOUT = "speed of the token grain, of exits and of prefill at forced shares, on TinyLlama's shape with random weights"
 MINUTES = 10
 KEY = ("granularity", "phase", "batch", "capacity", "exit_rate")
 CONTEXT = 64

@@ -167,7 +167,9 @@ def tables(results: Path | None = None) -> dict[str, str]:
     rows = saved("published_claims", results).query("exit_rate == 0")
     shape = {(r.granularity, r.capacity): r for r in rows[rows["base"] == SHAPE].itertuples()}
     header = ["grain", "capacity requested / realised", "claimed", *(f"perplexity, {text}" for text in TEXTS)]
-    header += [f"decode, {base}: {kind}" for base in ("bundled base", "TinyLlama's shape") for kind in SPEEDS]
+    header += [
+        f"decode, {base}: {kind}" for base in ("bundled base", "TinyLlama's shape, random weights") for kind in SPEEDS
+    ]
     lines = []
     for r in rows[rows["base"] == BUNDLED].itertuples():
         claimed, increases = f"{r.promised_speedup}x, {r.promised_increase:+.0%}", [said(r._asdict(), t) for t in TEXTS]

@@ -55,6 +55,10 @@ SEEDS = 5
 """draws of random exits, whose rates are small"""
 SAME_AS_REMOVAL = ("token", "static")
 """at the token grain the static choice is the removal of whole layers, which has its own rows"""
+MANY = {"addresses": 20_480, "docstrings": 10_240}
+"""tokens on which the channel grain is compared with its start: all of the addresses' test part"""
+FEW = 4_096
+"""tokens of each text for what costs many times as much: controls, exits, the token grain"""
 # A control is first tuned on this many tokens of the text, in evenly spaced blocks, and then on all of it.
 MATCH_TOKENS = 1024
 ROUNDS = 4
@@ -101,19 +105,17 @@ class Row(common.Machine, common.Perplexity):
 def plan(granularity: str) -> list[Point]:
     """The points of one grain, most informative first; those on the same tokens of a text are adjacent."""
     both, gates = ("trained", "untrained"), ("trained", "random_exits")
-    few = ("trained",) if granularity == "channel" else both
-    beside_controls = ((0.9, 0.7, 0.55), 0.0, (*few, *CONTROLS))
     exits = [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained",))]
-    # What costs many times as much is told by fewer tokens.
     if granularity == "channel":
-        choice = ((0.7, 0.55), 0.0, (*both, "uncorrected"))
-        plans = {20_480: [choice, ((0.9, 0.75, 0.62, 0.4), 0.0, both)], 4_096: [beside_controls, *exits]}
+        dial = [((0.7, 0.55, 0.4), 0.0, (*both, "uncorrected")), ((0.9, 0.75, 0.62), 0.0, both)]
+        beside = [((0.7, 0.55), 0.0, ("trained", *CONTROLS)), *exits]
+        plans = [*((text, tokens, dial) for text, tokens in MANY.items()), *((text, FEW, beside) for text in TEXTS)]
     else:
-        plans = {4_096: [beside_controls, ((0.75, 0.62, 0.4), 0.0, both), *exits]}
+        beside = [((0.7, 0.55), 0.0, (*both, *CONTROLS)), ((0.9, 0.75, 0.62, 0.4), 0.0, both), *exits]
+        plans = [(text, FEW, beside) for text in TEXTS]
     return [
         Point(granularity, text, tokens, capacity, rate, variant, seed)
-        for tokens, grid in plans.items()
-        for text in TEXTS
+        for text, tokens, grid in plans
         for capacities, rate, variants in grid
         for capacity in capacities
         for variant in variants

@@ -39,7 +39,7 @@ SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (PURPLE, "v")]
 PUBLISHED = {"color": "black", "marker": "D", "markersize": 8, "markerfacecolor": "none", "zorder": 5}
 COST = ["increase", "increase_low", "increase_high"]
 WORK = "executed share of the model's work"
-BASES = {"bundled": "bundled base, 135M", "random:tinyllama": "TinyLlama's shape, 1.1B"}
+BASES = {"bundled": "bundled base, 135M", "random:tinyllama": "TinyLlama's shape, random weights"}
 WIDTH, WIDE, HEIGHT, DPI = 7.0, 9.4, 3.8, 130  # inches: one panel, several side by side; inches; dots per inch
 MOST = 1000.0  # per cent; a larger increase is drawn as a triangle at the upper edge
 
