@@ -28,7 +28,7 @@ from hat_lib.experiments.common import machine, markdown, perplexity, rounded, s
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import frontier
 from hat_lib.plotting.training import at_equal_work
-from hat_lib.text.blocks import at_even_distances, load_text
+from hat_lib.text.blocks import load_text, spread
 from hat_lib.text.mixture import training_text
 from hat_lib.training.budget_split import BudgetSplit, Thresholds
 from hat_lib.training.recipe import Recipe
@@ -161,9 +161,7 @@ def _train(hat: HierarchicalTransformer, change: Change, steps: int) -> Threshol
 def _on_text(
     hat, change: Change, steps: int, thresholds: Thresholds, text: str, split: str, capacities, tokens: int
 ) -> Iterator[Row]:
-    blocks = load_text(text, hat.base.tokenizer, split=split, block_size=512)
-    mean = sum(map(len, blocks["input_ids"])) / len(blocks)
-    blocks = at_even_distances(blocks, round(tokens / mean))
+    blocks = spread(load_text(text, hat.base.tokenizer, split=split, block_size=512), tokens)
     around = [as_trained(hat, hat.threshold_policy(thresholds(capacity)), capacity) for capacity in capacities]
     dense, measured = score_each(hat, blocks, around, progress=False)
     trained = {n: p for n, p in hat.hat_parameters().items() if steps and "_token." not in n and "gates." not in n}

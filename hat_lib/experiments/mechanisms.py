@@ -33,10 +33,10 @@ from hat_lib.plotting.findings import said
 from hat_lib.text.blocks import at_even_distances, load_text, text_hash
 
 ABOUT = "a way to run (layers alone, with the head, trained, fine-tuned) at a capacity, on three kinds of text"
-MINUTES = 60
+MINUTES = 45
 KEY = ("way", "text", "capacity")
 TEXTS = ("addresses", "docstrings", "encyclopedia")
-CAPACITIES = (0.9, 0.75, 0.7, 0.62, 0.55, 0.4)
+CAPACITIES = (0.9, 0.7, 0.55, 0.4)
 WAYS = ("layers", "head", "trained", "fine_tuned")
 BLOCK = 512
 

@@ -43,7 +43,7 @@ from hat_lib.model.threshold_table import HEAD_TABLES
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import findings, frontier
 from hat_lib.plotting.findings import said
-from hat_lib.text.blocks import at_even_distances, default_split, load_text, text_hash
+from hat_lib.text.blocks import default_split, load_text, spread, text_hash
 from hat_lib.text.corpora import CORPORA
 
 ABOUT = "a variant (trained, untrained, a control) at a point, at equal work"
@@ -241,8 +241,7 @@ def text_to_score(text: str, hat, max_tokens: int) -> Dataset:
     how = {"tokenizer": hat.base.tokenizer, "split": default_split(text, hat)}
     if text not in CORPORA:
         return load_text(text, max_tokens=max_tokens, **how)
-    blocks = load_text(text, **how)
-    return at_even_distances(blocks, round(max_tokens * len(blocks) / sum(map(len, blocks["input_ids"]))))
+    return spread(load_text(text, **how), max_tokens)
 
 
 def _row(hat, adapters, blocks, point: Point, base: Score, trained: Mapping[tuple, Score], found: Score) -> Row:

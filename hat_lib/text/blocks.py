@@ -145,6 +145,11 @@ def at_even_distances(rows: Dataset, count: int) -> Dataset:
     return rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int))
 
 
+def spread(blocks: Dataset, tokens: int) -> Dataset:
+    """About ``tokens`` tokens, in blocks spread over the whole."""
+    return at_even_distances(blocks, round(tokens * len(blocks) / sum(map(len, blocks["input_ids"]))))
+
+
 def source_bytes(source: str | Path, split: str) -> int | None:
     """Bytes of a split in UTF-8, errors as in `load_text`; None for a Hub dataset, which is never read to its end."""
     stream, on_hub = _open(os.fspath(source), split)

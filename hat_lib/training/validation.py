@@ -21,7 +21,7 @@ from hat_lib.evaluation.perplexity import score_each
 from hat_lib.model.modes import together
 from hat_lib.model.policies import Policy
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.text.blocks import at_even_distances, load_text
+from hat_lib.text.blocks import load_text, spread
 
 CAPACITIES = (0.75, 0.55, 0.4)
 
@@ -29,7 +29,7 @@ CAPACITIES = (0.75, 0.55, 0.4)
 def unseen(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
     """About ``tokens`` tokens of a text's validation split, in evenly spaced blocks; rows of `load_text`."""
     blocks = load_text(text, tokenizer, split="validation", block_size=512)
-    return at_even_distances(blocks, round(tokens / np.mean([len(ids) for ids in blocks["input_ids"]])))
+    return spread(blocks, tokens)
 
 
 class Validation(TrainerCallback):
