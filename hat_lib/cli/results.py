@@ -21,7 +21,7 @@ def sweep(
     grains: str = option("channel,token", "Which grains to measure, comma-separated: channel, token."),
     texts: str = option("addresses,docstrings", f"Comma-separated; each {options.TEXT_HELP}."),
     variants: str = option(
-        "trained,uncorrected,untrained,random,static,cosine,removal,random_exits",
+        "trained,uncorrected,untrained,random,static,cosine,removal,random_exits,no_exits",
         "The trained model, the same without its corrections, and its controls.",
     ),
     max_tokens: int = option(4000, "Tokens of each text, at least 1024; more makes the interval narrower."),
@@ -72,7 +72,7 @@ def sweep(
     if not points:
         raise HatError(
             "nothing to measure at these settings: controls of routers need a capacity below 1 and exit rate 0, "
-            "random_exits one above 0, and static the channel grain (for whole FFNs it is removal)"
+            "random_exits and no_exits one above 0; static, uncorrected and no_exits the channel grain"
         )
     sources = {"channel": channel, "channel_untrained": channel_untrained, "token": token,
                "token_untrained": token_untrained}  # fmt: skip

@@ -4,7 +4,8 @@ One row for each grain, text, capacity and variant: perplexity over the base's, 
 the trained model on the same tokens. A control is tuned until its share of the whole model's work, on the very text
 that is scored, is within `EQUAL` of the trained model's; only its work is looked at, never its predictions. No control
 has corrections; ``uncorrected`` is the trained model without its own, at equal work, so that what is left of a margin
-is the choice alone. All of them keep the head's shortlist, which costs more the less sure a model is.
+is the choice alone. All of them keep the head's shortlist, which costs more the less sure a model is. Exits have two
+controls: as many at random, and ``no_exits``, the trained model at a capacity that does the same work without any.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ from hat_lib.text.corpora import CORPORA
 
 ABOUT = "a variant (trained, untrained, a control) at a point, at equal work"
 MINUTES = 60
-VARIANTS = ("trained", "uncorrected", "untrained", *CONTROLS, "random_exits")
+VARIANTS = ("trained", "uncorrected", "untrained", *CONTROLS, "random_exits", "no_exits")
 DRAWN = ("random", "removal", "static", "random_exits")
 """variants with something drawn at random, which differ from seed to seed"""
 SEEDS = 5
 """draws of random exits, whose rates are small"""
-SAME_AS_REMOVAL = ("token", "static")
-"""at the token grain the static choice is the removal of whole layers, which has its own rows"""
+NONE_OF_IT = {"channel": (), "token": ("static", "uncorrected", "no_exits")}
+"""variants that a grain does not have: with whole FFNs, static is removal, and there are no corrections"""
 MANY = {"addresses": 20_480, "docstrings": 10_240}
 """tokens on which the channel grain is compared with its start: all of the addresses' test part"""
 FEW = 4_096
@@ -104,8 +105,8 @@ class Row(common.Machine, common.Perplexity):
 
 def plan(granularity: str) -> list[Point]:
     """The points of one grain, most informative first; those on the same tokens of a text are adjacent."""
-    both, gates = ("trained", "untrained"), ("trained", "random_exits")
-    exits = [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained",))]
+    both, gates = ("trained", "untrained"), ("trained", "random_exits", "no_exits")
+    exits = [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained", "no_exits"))]
     if granularity == "channel":
         dial = [((0.7, 0.55, 0.4), 0.0, (*both, "uncorrected")), ((0.9, 0.75, 0.62), 0.0, both)]
         beside = [((0.7, 0.55), 0.0, ("trained", *CONTROLS)), *exits]
@@ -120,7 +121,7 @@ def plan(granularity: str) -> list[Point]:
         for capacity in capacities
         for variant in variants
         for seed in range(SEEDS if variant == "random_exits" else 1)
-        if (granularity, variant) != SAME_AS_REMOVAL
+        if variant not in NONE_OF_IT[granularity]
     ]
 
 
@@ -137,8 +138,8 @@ def grid(
     """The points of a sweep, for one grain: by text, then capacity, then exit rate, the trained model first.
 
     Controls for routers accompany the rows without exits, `random_exits` those with exits. At capacity 1.0 without
-    exits there is nothing to control; variants without random draws are run only with the first seed, and
-    `SAME_AS_REMOVAL` not at all. Raises `HatError` for an empty axis, or a value that is out of range or given twice.
+    exits there is nothing to control; variants without random draws are run only with the first seed, and those of
+    `NONE_OF_IT` not at all. Raises `HatError` for an empty axis, or a value that is out of range or given twice.
     """
     axes = {"capacity": [check_capacity(c) for c in capacities], "exit rate": [check_exit_rate(r) for r in exit_rates],
             "seed": list(seeds), "text": list(texts), "variant": list(variants)}  # fmt: skip
@@ -151,12 +152,10 @@ def grid(
         raise HatError(f"variants must be among {', '.join(VARIANTS)}, got {odd[0]!r}")
 
     def stands(capacity: float, rate: float, variant: str, seed: int) -> bool:
-        if (granularity, variant) == SAME_AS_REMOVAL or (variant not in DRAWN and seed != seeds[0]):
+        if variant in NONE_OF_IT[granularity] or (variant not in DRAWN and seed != seeds[0]):
             return False
-        if variant == "random_exits":
+        if variant in ("random_exits", "no_exits"):
             return rate > 0
-        if variant == "uncorrected" and granularity != "channel":
-            return False
         return variant == "trained" or (rate == 0 and capacity < 1)
 
     points = product(texts, axes["capacity"], axes["exit rate"], variants, seeds)
@@ -246,7 +245,7 @@ def text_to_score(text: str, hat, max_tokens: int) -> Dataset:
 
 def _row(hat, adapters, blocks, point: Point, base: Score, trained: Mapping[tuple, Score], found: Score) -> Row:
     partner = trained[point.capacity, point.exit_rate]
-    if abs(found.model_share - partner.model_share) > EQUAL and not point.exit_rate:
+    if abs(found.model_share - partner.model_share) > EQUAL and point.variant != "random_exits":
         shares = f"{found.model_share:.4f} of the model's work, the trained model {partner.model_share:.4f}"
         raise HatError(f"{point.variant} at {point.capacity} on {point.text} is not at equal work: it ran {shares}")
     margin = compare(partner, found)
@@ -281,11 +280,14 @@ def _random_exits(hat, point: Point, rates: Mapping[int, float]) -> Callable:
 def _at_equal_work(hat, checkpoints, points, blocks, sample, trained) -> Iterator[tuple[Point, Score]]:
     """Scores of controls whose work on ``blocks`` is the trained model's; those that miss it are tried again, aimed as
     far to the other side of it."""
-    aims = {p: trained[p.capacity, p.exit_rate].capacity for p in points}
+    aims = {p: _work(p, trained[p.capacity, p.exit_rate]) for p in points}
     families: dict[Point, Family] = {}
     for last in (*[False] * (ROUNDS - 1), True):
         settings = {}
         for point, aim in list(aims.items()):
+            if point.variant == "no_exits":
+                settings[point] = partial(hat.at, min(max(aim, CAPACITY_MIN), 1.0), 0.0)
+                continue
             # The head as it is at the capacity, and no corrections.
             around = partial(together, partial(hat.at, point.capacity, 0.0), partial(hat.correcting, 0.0))
             try:
@@ -308,7 +310,12 @@ def _at_equal_work(hat, checkpoints, points, blocks, sample, trained) -> Iterato
                 told = f"its share of the model's work is {found.model_share:.3f}, not {partner.model_share:.3f}"
                 warnings.warn(f"no row for {point.variant} at {point.capacity} on {point.text}: {told}", stacklevel=3)
             else:
-                aims[point] += partner.capacity - found.capacity
+                aims[point] += _work(point, partner) - _work(point, found)
+
+
+def _work(point: Point, found: Score) -> float:
+    """What a control is aimed by: the capacity, which leaves out what exits save."""
+    return found.model_share if point.variant == "no_exits" else found.capacity
 
 
 def _family(hat, checkpoints: Sequence[Path], point: Point, sample) -> Family:

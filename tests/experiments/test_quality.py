@@ -17,7 +17,7 @@ from hat_lib.model.transformer import HierarchicalTransformer
 TOKENS = 3600
 VARIANTS = ("trained", "uncorrected", "untrained", "random", "static", "removal")
 POINTS = [Point("channel", "docstrings", TOKENS, 0.7, 0.0, variant) for variant in VARIANTS]
-POINTS += [Point("channel", "docstrings", TOKENS, 1.0, 0.5, v) for v in ("trained", "random_exits")]
+POINTS += [Point("channel", "docstrings", TOKENS, 1.0, 0.5, v) for v in ("trained", "random_exits", "no_exits")]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def measured(grain, tmp_path_factory):
 @pytest.mark.slow
 def test_every_point_once_at_equal_work(measured):
     rows = measured[1]
-    assert set(rows) == {(v, 0.0) for v in VARIANTS} | {("trained", 0.5), ("random_exits", 0.5)}
+    assert set(rows) == {(v, 0.0) for v in VARIANTS} | {(v, 0.5) for v in ("trained", "random_exits", "no_exits")}
     trained = rows["trained", 0.0]
     assert trained.realised == pytest.approx(0.7, abs=0.05)
     for variant in VARIANTS:
@@ -61,7 +61,9 @@ def test_every_point_once_at_equal_work(measured):
         assert row.kl > 0 and 0 < row.top1 <= 1
         assert row.documents >= 6 and row.margin_low <= row.margin <= row.margin_high
     assert trained.margin == trained.margin_low == trained.margin_high == 0
-    gates, drawn = rows["trained", 0.5], rows["random_exits", 0.5]
+    gates, drawn, dial = (rows[variant, 0.5] for variant in ("trained", "random_exits", "no_exits"))
+    assert dial.realised_exit == 0 and dial.model_share == pytest.approx(gates.model_share, abs=0.003)
+    assert dial.margin == pytest.approx(dial.ppl / gates.ppl - 1, abs=1e-4)
     assert gates.realised_exit > 0.2
     assert drawn.realised_exit == pytest.approx(gates.realised_exit, abs=0.04)  # five standard errors of the draw
 
@@ -117,7 +119,8 @@ def test_only_a_control_out_of_reach_costs_no_other_row(grain, tmp_path, monkeyp
         with pytest.warns(UserWarning, match="no row for static at 0.7 on docstrings: its nearest is 0.9"):
             found = list(run)
         left = [v for v in VARIANTS if v not in ("trained", "static")]
-        assert [r.variant for r in found] == ["trained", "trained", "random_exits", *left]
+        assert [r.variant for r in found[:3]] == ["trained", "trained", "random_exits"]
+        assert {r.variant for r in found[3:]} == {*left, "no_exits"}
     else:
         with pytest.raises(HatError, match="the text has no tokens"):
             list(run)
