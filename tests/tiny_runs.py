@@ -180,10 +180,10 @@ def train_and_die(run: Run, folder: Path, event: int | None) -> None:
     train(run, folder, resume=(folder / "run.json").exists(), progress=False)
 
 
-def adaptive(grain: str) -> HierarchicalTransformer:
+def adaptive(grain: str, **changes) -> HierarchicalTransformer:
     """Calibrated, including exits, on its own base; nothing trained."""
     torch.manual_seed(0)
-    hat = untrained(grain)
+    hat = untrained(grain, **changes)
     with torch.no_grad():  # routers and gates that tell tokens apart
         for parameter in hat.hat_parameters().values():
             parameter.add_(torch.randn_like(parameter) * 0.3)

@@ -21,7 +21,7 @@ def sweep(
     grains: str = option("channel,token", "Which grains to measure, comma-separated: channel, token."),
     texts: str = option("addresses,docstrings", f"Comma-separated; each {options.TEXT_HELP}."),
     variants: str = option(
-        "trained,uncorrected,untrained,random,static,cosine,removal,random_exits,no_exits",
+        "trained,uncorrected,untrained,random,static,cosine,removal,random_exits,no_exits,fine_tuned",
         "The trained model, the same without its corrections, and its controls.",
     ),
     max_tokens: int = option(4000, "Tokens of each text, at least 1024; more makes the interval narrower."),

@@ -4,7 +4,8 @@ One row for each grain, text, capacity and variant: perplexity over the base's, 
 the trained model on the same tokens. A control is tuned until its share of the whole model's work, on the very text
 that is scored, is within `EQUAL` of the trained model's; only its work is looked at, never its predictions. No control
 has corrections; ``uncorrected`` is the trained model without its own, at equal work, so that what is left of a margin
-is the choice alone. All of them keep the head's shortlist, which costs more the less sure a model is. Exits have two
+is the choice alone; ``fine_tuned`` has them at full strength with nothing skipped: what training does to the base. All
+of them keep the head's shortlist, which costs more the less sure a model is. Exits have two
 controls: as many at random, and ``no_exits``, the trained model at a capacity that does the same work without any.
 """
 
@@ -49,15 +50,17 @@ from hat_lib.text.corpora import CORPORA
 
 ABOUT = "a variant (trained, untrained, a control) at a point, at equal work"
 MINUTES = 60
-VARIANTS = ("trained", "uncorrected", "untrained", *CONTROLS, "random_exits", "no_exits")
+VARIANTS = ("trained", "uncorrected", "untrained", *CONTROLS, "random_exits", "no_exits", "fine_tuned")
 DRAWN = ("random", "removal", "static", "random_exits")
 """variants with something drawn at random, which differ from seed to seed"""
 SEEDS = 5
 """draws of random exits, whose rates are small"""
-NONE_OF_IT = {"channel": (), "token": ("static", "uncorrected", "no_exits")}
+NONE_OF_IT = {"channel": (), "token": ("static", "uncorrected", "no_exits", "fine_tuned")}
 """variants that a grain does not have: with whole FFNs, static is removal, and there are no corrections"""
-MANY = {"addresses": 20_480, "docstrings": 10_240}
-"""tokens on which the channel grain is compared with its start: all of the addresses' test part"""
+UNMATCHED = ("random_exits", "fine_tuned")
+"""variants whose work is what it is: equal as far as chance allows, and that of the dense model"""
+MANY = {"addresses": 20_480, "docstrings": 10_240, "encyclopedia": 20_480}
+"""tokens on which the channel grain is compared with its start; of the addresses, all of the test part"""
 FEW = 4_096
 """tokens of each text for what costs many times as much: controls, exits, the token grain"""
 # A control is first tuned on this many tokens of the text, in evenly spaced blocks, and then on all of it.
@@ -109,6 +112,7 @@ def plan(granularity: str) -> list[Point]:
     exits = [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained", "no_exits"))]
     if granularity == "channel":
         dial = [((0.7, 0.55, 0.4), 0.0, (*both, "uncorrected")), ((0.9, 0.75, 0.62), 0.0, both)]
+        dial += [((1.0,), 0.0, ("fine_tuned",))]
         beside = [((0.7, 0.55), 0.0, ("trained", *CONTROLS)), *exits]
         plans = [*((text, tokens, dial) for text, tokens in MANY.items()), *((text, FEW, beside) for text in TEXTS)]
     else:
@@ -137,9 +141,10 @@ def grid(
 ) -> list[Point]:
     """The points of a sweep, for one grain: by text, then capacity, then exit rate, the trained model first.
 
-    Controls for routers accompany the rows without exits, `random_exits` those with exits. At capacity 1.0 without
-    exits there is nothing to control; variants without random draws are run only with the first seed, and those of
-    `NONE_OF_IT` not at all. Raises `HatError` for an empty axis, or a value that is out of range or given twice.
+    Controls for routers accompany the rows without exits, `random_exits` and `no_exits` those with exits. At capacity
+    1.0 without exits there is nothing to control, and only there `fine_tuned` is measured; variants without random
+    draws are run only with the first seed, and those of `NONE_OF_IT` not at all. Raises `HatError` for an empty axis,
+    or a value that is out of range or given twice.
     """
     axes = {"capacity": [check_capacity(c) for c in capacities], "exit rate": [check_exit_rate(r) for r in exit_rates],
             "seed": list(seeds), "text": list(texts), "variant": list(variants)}  # fmt: skip
@@ -156,6 +161,8 @@ def grid(
             return False
         if variant in ("random_exits", "no_exits"):
             return rate > 0
+        if variant == "fine_tuned":
+            return rate == 0 and capacity == 1
         return variant == "trained" or (rate == 0 and capacity < 1)
 
     points = product(texts, axes["capacity"], axes["exit rate"], variants, seeds)
@@ -204,6 +211,7 @@ def rows(
         hat = HierarchicalTransformer.from_pretrained(trained, dtype=dtype)
         if hat.config.granularity != grain:
             raise HatError(f"{trained} has the {hat.config.granularity} grain, expected {grain}")
+        missing = [p for p in missing if p.variant != "fine_tuned" or hat.corrections]
         for (text, tokens), group in groupby(missing, key=lambda p: (p.text, p.max_tokens)):
             yield from _on_text(hat, found[grain], adapters, text, tokens, group)
 
@@ -225,12 +233,13 @@ def _on_text(hat, checkpoints: Sequence[Path], adapters, text: str, max_tokens: 
             yield _row(hat, adapters, blocks, point, base, trained, trained[point.capacity, point.exit_rate])
     drawn = [p for p in points if p.variant == "random_exits"]
     rates = {at: _exit_rates(hat, *at, blocks) for at in dict.fromkeys((p.capacity, p.exit_rate) for p in drawn)}
-    exits = {p: _random_exits(hat, p, rates[p.capacity, p.exit_rate]) for p in drawn}
-    if exits:
-        _, scores = score_each(hat, blocks, list(exits.values()), progress=False)
-        for point, found_there in zip(exits, scores, strict=True):
+    given = {p: _random_exits(hat, p, rates[p.capacity, p.exit_rate]) for p in drawn}
+    given |= {p: partial(together, hat.dense, hat.correcting) for p in points if p.variant == "fine_tuned"}
+    if given:
+        _, scores = score_each(hat, blocks, list(given.values()), progress=False)
+        for point, found_there in zip(given, scores, strict=True):
             yield _row(hat, adapters, blocks, point, base, trained, found_there)
-    controls = [p for p in points if p.variant not in ("trained", "random_exits")]
+    controls = [p for p in points if p.variant not in ("trained", *UNMATCHED)]
     for point, scored in _at_equal_work(hat, checkpoints, controls, blocks, sample, trained):
         yield _row(hat, adapters, blocks, point, base, trained, scored)
 
@@ -245,7 +254,7 @@ def text_to_score(text: str, hat, max_tokens: int) -> Dataset:
 
 def _row(hat, adapters, blocks, point: Point, base: Score, trained: Mapping[tuple, Score], found: Score) -> Row:
     partner = trained[point.capacity, point.exit_rate]
-    if abs(found.model_share - partner.model_share) > EQUAL and point.variant != "random_exits":
+    if abs(found.model_share - partner.model_share) > EQUAL and point.variant not in UNMATCHED:
         shares = f"{found.model_share:.4f} of the model's work, the trained model {partner.model_share:.4f}"
         raise HatError(f"{point.variant} at {point.capacity} on {point.text} is not at equal work: it ran {shares}")
     margin = compare(partner, found)
@@ -354,15 +363,21 @@ def prices(checkpoint: Path, capacity: float, results: Path | None = None) -> di
 
 def figures(results: Path | None = None) -> dict[str, Figure]:
     table = saved("quality", results)
+    both = table[table["text"].isin(TEXTS)]  # with controls and both grains
     docstrings = frontier.quality(table[table["text"] == "docstrings"])
-    return {"quality": frontier.quality(table), "06_quality": docstrings, "08_exits": findings.exits(table)}
+    return {"quality": frontier.quality(both), "divergence": frontier.divergence(table), "06_quality": docstrings,
+            "08_exits": findings.exits(table)}  # fmt: skip
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    """The channel grain, trained, without its corrections, and untrained, at equal work."""
-    rows = saved("quality", results).query("granularity == 'channel' and exit_rate == 0").sort_values("tokens")
-    cells = {(r.capacity, r.text, r.variant): said(r._asdict()) for r in rows.itertuples()}  # the last has most tokens
-    ways = [(text, variant) for text in TEXTS for variant in ("trained", "uncorrected", "untrained")]
-    header = ["capacity", *(f"{text}, {variant}" for text, variant in ways)]
-    lines = [[f"{c:.2f}", *(cells.get((c, *way)) for way in ways)] for c in sorted(set(rows["capacity"]), reverse=True)]
-    return {"quality": markdown(header, lines)}
+    """The channel grain, trained, without its corrections, and untrained, at equal work; and the corrections alone."""
+    rows = saved("quality", results).query("granularity == 'channel' and exit_rate == 0")
+    rows = rows.sort_values("tokens").drop_duplicates(["text", "variant", "capacity"], keep="last")
+    lines = []
+    for variant in ("trained", "uncorrected", "untrained", "fine_tuned"):
+        here = rows[rows["variant"] == variant].sort_values("capacity", ascending=False)
+        for capacity, at in here.groupby("capacity", sort=False):
+            cells = {r.text: said(r._asdict()) for r in at.itertuples()}
+            name = variant.replace("_", " ")
+            lines.append([name, f"{capacity:.2f}", f"{at['model_share'].mean():.2f}", *map(cells.get, MANY)])
+    return {"quality": markdown(["channel grain", "capacity", "of the model's work", *MANY], lines)}

@@ -31,7 +31,7 @@ from hat_lib.config import HatError
 from hat_lib.experiments.common import markdown
 from hat_lib.experiments.rows import RowWriter
 
-NAMES = ("decode", "benchmark", "quality", "mechanisms", "corrections", "published", "stand_ins", "layer_shares",
+NAMES = ("decode", "benchmark", "quality", "corrections", "published", "stand_ins", "layer_shares",
          "published_claims", "speed_targets", "token_time", "self_speculative", "ablations", "step_cost")  # fmt: skip
 """ordered so that each comes after those whose files it reads"""
 MARKED = re.compile(r"^<!-- table: (\S+) -->$((?:(?!^<!-- table).)*?^<!-- end -->$)?", re.M | re.S)

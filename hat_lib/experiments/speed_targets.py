@@ -18,14 +18,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from matplotlib.figure import Figure
+from transformers import PreTrainedTokenizerBase
 
 from hat_lib.config import check_count
 from hat_lib.evaluation.decoded import score_decoded
 from hat_lib.evaluation.perplexity import compare
 from hat_lib.experiments.common import CHECKPOINTS, Machine, interval, machine, markdown, rounded, saved, times
-from hat_lib.experiments.mechanisms import BLOCK, TEXTS, whole_blocks
 from hat_lib.experiments.published_claims import PROMISED
+from hat_lib.experiments.quality import MANY
 from hat_lib.inference.generate import AdaptiveInference
 from hat_lib.inference.speed import held, timed
 from hat_lib.model.modes import together
@@ -33,6 +35,7 @@ from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import speed
 from hat_lib.plotting.findings import said
+from hat_lib.text.blocks import load_text, spread
 from hat_lib.text.prompts import prompts
 
 ABOUT = "a target speedup, what came of it and what it costs on three kinds of text"
@@ -40,6 +43,7 @@ MINUTES = 30
 KEY = ("granularity", "versus", "requested")
 CLAIMED = dict(PROMISED.values())
 """speedup -> increase in perplexity, of the published claims"""
+TEXTS, BLOCK = tuple(MANY), 512
 TOGETHER = 4
 """blocks decoded at a time: weights are read once for all of them, while each has decisions and steering of its own"""
 
@@ -134,6 +138,13 @@ def _prices(hat: HierarchicalTransformer, capacities: Sequence[float], tokens: i
             columns[f"{text}_realised"] = at.capacity
             columns["tokens"] = min(columns["tokens"], paired.tokens)
     return found
+
+
+def whole_blocks(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
+    """About ``tokens`` tokens of a test split, in evenly spaced whole blocks; rows of `load_text`."""
+    blocks = load_text(text, tokenizer, split="test", block_size=BLOCK)
+    whole = [i for i, ids in enumerate(blocks["input_ids"]) if len(ids) == BLOCK]
+    return spread(blocks.select(whole), tokens)
 
 
 def _continued(infer: AdaptiveInference, texts: Sequence[str], target: float, max_new_tokens: int) -> dict:

@@ -1,7 +1,7 @@
 """Frontiers: what is lost at each amount of work. `quality`: the trained model and every control, a panel for each
 grain and text, over the work of the whole model, so that grains can be compared. `twin`: the trained model alone,
 setting by setting, the still twin of `hat_lib.workbook.widgets.FrontierView`. `sweep`: one freshly measured text.
-`mechanisms`: KL of the ways to run a model. `changes`: KL after short runs that differ in one thing.
+`divergence`: the same by KL. `changes`: KL after short runs that differ in one thing.
 """
 
 from __future__ import annotations
@@ -26,13 +26,11 @@ VARIANTS = {
     "removal": (BROWN, "P", ":"),
     "random": (PINK, "^", ":"),
 }
-WAYS = {
-    "layers": ("layers alone", ORANGE, "s", "--"),
-    "head": ("layers and head", GREEN, "D", "-."),
-    "trained": ("layers and head, trained", BLUE, "o", "-"),
-    "fine_tuned": ("what training does with nothing skipped", GREY, "v", "none"),
-}
-OTHERS = {  # beside the WAYS, by variant
+KINDS = {  # of the channel grain, in `divergence`
+    "untrained": ("untrained", ORANGE, "s", "--"),
+    "uncorrected": ("trained, without corrections", GREY, "X", ":"),
+    "trained": ("trained", BLUE, "o", "-"),
+    "fine_tuned": ("corrections with nothing skipped", GREEN, "v", "none"),
     "exits": ("trained, some tokens leaving early", BROWN, "X", "none"),
     "static": ("static", PURPLE, "D", ":"),
     "cosine": ("cosine", PURPLE, "s", ":"),
@@ -66,31 +64,24 @@ def quality(table: pd.DataFrame) -> Figure:
     return fig
 
 
-@draws("way", "text", "model_share", "kl")
-def mechanisms(table: pd.DataFrame, quality: pd.DataFrame | None = None) -> Figure:
-    """KL divergence from the base, in nats per token on a log axis, against the work of the whole model; a panel for
-    each text.
-
-    ``table`` has the fields of `hat_lib.experiments.mechanisms.Row`. With ``quality``, which has those of
-    `hat_lib.experiments.quality.Row`, controls and exits at the channel grain stand beside, on the texts it has.
-    """
-    texts = sorted(set(table["text"]))
-    drawn = [(label, "way", way, *look) for way, (label, *look) in WAYS.items() if way in set(table["way"])]
-    if quality is not None:
-        quality = quality[quality["granularity"] == "channel"]
-        leaving = (quality["variant"] == "trained") & (quality["exit_rate"] > 0)
-        quality = quality.assign(variant=quality["variant"].mask(leaving, "exits"))
-        drawn += [(label, "variant", name, *look) for name, (label, *look) in OTHERS.items()]
+@draws("granularity", "text", "variant", "exit_rate", "tokens", "model_share", "kl")
+def divergence(table: pd.DataFrame) -> Figure:
+    """KL divergence from the base at the channel grain, in nats per token on a log axis, against the work of the whole
+    model; a panel for each text. ``table`` is as for `quality`, with exits."""
+    table = table[table["granularity"] == "channel"].sort_values("tokens")
+    leaving = (table["variant"] == "trained") & (table["exit_rate"] > 0)
+    table = table.assign(variant=table["variant"].mask(leaving, "exits"))
+    table = table.drop_duplicates(["text", "variant", "capacity", "exit_rate"], keep="last")
+    texts, kinds = sorted(set(table["text"])), {k: look for k, look in KINDS.items() if k in set(table["variant"])}
     fig, axes = style.panels(len(texts), height=HEIGHT, width=2.9 * len(texts) + 0.4)
     for ax, text in zip(axes, texts, strict=True):
-        for _, column, name, colour, marker, line in drawn:
-            rows = table if column == "way" else quality
-            rows = rows[(rows["text"] == text) & (rows[column] == name)].sort_values("model_share")
+        for kind, (_, colour, marker, line) in kinds.items():
+            rows = table[(table["text"] == text) & (table["variant"] == kind)].sort_values("model_share")
             ax.plot(rows["model_share"], rows["kl"], color=colour, marker=marker, linestyle=line, markersize=4)
         ax.set_yscale("log")
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.set(title=text, xlabel=WORK, ylabel="KL from the base, nats a token" * (text == texts[0]))
-    style.below(fig, [style.key(label, *look) for label, _, _, *look in drawn], ncols=4)
+    style.below(fig, [style.key(label, *look) for label, *look in kinds.values()], ncols=4)
     return fig
 
 

@@ -16,7 +16,6 @@ from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.experiments import (
     ablations,
     benchmark,
-    mechanisms,
     published_claims,
     quality,
     registry,
@@ -28,7 +27,6 @@ from hat_lib.experiments import step_cost as cost
 from hat_lib.experiments.ablations import CAPACITIES, CHANGES, MEASURED, Change
 from hat_lib.experiments.benchmark import Setting, forced, measure, ratio
 from hat_lib.experiments.layer_shares import layer_shares
-from hat_lib.experiments.mechanisms import whole_blocks
 from hat_lib.experiments.published_claims import PROMISED, SETTINGS
 from hat_lib.experiments.rows import RowWriter, read_rows
 from hat_lib.inference.speed import SpeedCurve, Variant, cpu_name, take_turns
@@ -170,8 +168,7 @@ def test_targets(checkpoints, monkeypatch):
     curve = SpeedCurve("dense", 0.0, [0.1, 1.0], [1.16, 1.0], "cpu")
     monkeypatch.setattr("hat_lib.inference.generate.speed_curve", lambda *_, **__: curve)
     monkeypatch.setattr(targets, "TEXTS", ("addresses", "docstrings"))
-    for module in (mechanisms, targets):
-        monkeypatch.setattr(module, "BLOCK", 64)
+    monkeypatch.setattr(targets, "BLOCK", 64)
     done = {("token", "dense", target) for target in (1.16, 1.3, 1.6, 1.7, 1.8)}
     how = {"dtype": "fp32", "count": 2, "max_new_tokens": 6, "tokens": 384}
     rows = list(targets.rows(done, **checkpoints, **how))
@@ -185,7 +182,7 @@ def test_targets(checkpoints, monkeypatch):
     for r in (largest, token):
         assert (r.docstrings, r.docstrings_realised, r.tokens) == (None, None, 0), "no claim for it, or for this grain"
     hat = HierarchicalTransformer.from_pretrained(checkpoints["channel"], dtype="fp32")
-    blocks = whole_blocks("addresses", hat.base.tokenizer, 384)
+    blocks = targets.whole_blocks("addresses", hat.base.tokenizer, 384)
     with hat.at(curve.capacity_for(1.1), 0.0), hat.steered():
         base, (adapted,) = score_decoded(hat, blocks, progress=False)
     assert promised.addresses == pytest.approx(compare(base, adapted).increase, rel=1e-2), "priced as it was timed"

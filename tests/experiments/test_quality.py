@@ -18,12 +18,13 @@ TOKENS = 3600
 VARIANTS = ("trained", "uncorrected", "untrained", "random", "static", "removal")
 POINTS = [Point("channel", "docstrings", TOKENS, 0.7, 0.0, variant) for variant in VARIANTS]
 POINTS += [Point("channel", "docstrings", TOKENS, 1.0, 0.5, v) for v in ("trained", "random_exits", "no_exits")]
+POINTS += [Point("channel", "docstrings", TOKENS, 1.0, 0.0, "fine_tuned")]
 
 
 @pytest.fixture(scope="module")
 def grain(tmp_path_factory):
     """Checkpoints of `random:tiny`: calibrated, and with other scales and gates standing in for trained ones."""
-    folder, trained = tmp_path_factory.mktemp("quality"), adaptive("channel")
+    folder, trained = tmp_path_factory.mktemp("quality"), adaptive("channel", correction_rank=2)
     new_hat("channel").save_pretrained(folder / "untrained")
     trained.training_summary = {"routers": {"steps": 1}}
     trained.save_pretrained(folder / "trained")
@@ -49,7 +50,8 @@ def measured(grain, tmp_path_factory):
 @pytest.mark.slow
 def test_every_point_once_at_equal_work(measured):
     rows = measured[1]
-    assert set(rows) == {(v, 0.0) for v in VARIANTS} | {(v, 0.5) for v in ("trained", "random_exits", "no_exits")}
+    exits = {(v, 0.5) for v in ("trained", "random_exits", "no_exits")}
+    assert set(rows) == {(v, 0.0) for v in (*VARIANTS, "fine_tuned")} | exits
     trained = rows["trained", 0.0]
     assert trained.realised == pytest.approx(0.7, abs=0.05)
     for variant in VARIANTS:
@@ -61,6 +63,8 @@ def test_every_point_once_at_equal_work(measured):
         assert row.kl > 0 and 0 < row.top1 <= 1
         assert row.documents >= 6 and row.margin_low <= row.margin <= row.margin_high
     assert trained.margin == trained.margin_low == trained.margin_high == 0
+    idle = rows["fine_tuned", 0.0]
+    assert idle.realised == 1 and idle.margin == pytest.approx(idle.increase, abs=1e-4) and idle.kl > 0
     gates, drawn, dial = (rows[variant, 0.5] for variant in ("trained", "random_exits", "no_exits"))
     assert dial.realised_exit == 0 and dial.model_share == pytest.approx(gates.model_share, abs=0.003)
     assert dial.margin == pytest.approx(dial.ppl / gates.ppl - 1, abs=1e-4)
@@ -119,13 +123,13 @@ def test_only_a_control_out_of_reach_costs_no_other_row(grain, tmp_path, monkeyp
         with pytest.warns(UserWarning, match="no row for static at 0.7 on docstrings: its nearest is 0.9"):
             found = list(run)
         left = [v for v in VARIANTS if v not in ("trained", "static")]
-        assert [r.variant for r in found[:3]] == ["trained", "trained", "random_exits"]
-        assert {r.variant for r in found[3:]} == {*left, "no_exits"}
+        assert [r.variant for r in found[:4]] == ["trained", "trained", "random_exits", "fine_tuned"]
+        assert {r.variant for r in found[4:]} == {*left, "no_exits"}
     else:
         with pytest.raises(HatError, match="the text has no tokens"):
             list(run)
         done = {r.variant for r in read_rows(tmp_path / "quality.csv", Row)}
-        assert done == {"trained", "random_exits"}  # controls come together
+        assert done == {"trained", "random_exits", "fine_tuned"}  # controls come together
 
 
 def test_a_short_text_of_several_documents_is_matched_on_all_of_it(grain, tmp_path):
