@@ -31,6 +31,10 @@ def quality(grains=("channel", "token")):
     return costs(rows)
 
 
+def divergence():
+    return quality().assign(kl=lambda table: table["increase"] / 2)
+
+
 def published():
     return quality(["token"]).query("capacity in (0.9, 0.4)").assign(increase=0.8, increase_low=0.7, increase_high=0.9)
 
@@ -235,6 +239,7 @@ FIGURES = {
     style.grain_frontier: (grain_frontier,),
     style.benchmark: (benchmark,),
     frontier.quality: (quality,),
+    frontier.divergence: (divergence,),
     frontier.sweep: (sweep,),
     frontier.changes: (changes,),
     findings.promised: (quality, published, claims),

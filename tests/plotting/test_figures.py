@@ -144,6 +144,15 @@ def test_every_variant_has_its_line_without_exits_and_the_better_measured_row_co
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["trained", "untrained", "random"]
 
 
+def test_a_divergence_has_a_panel_for_each_text_with_exits_beside_the_dial():
+    fig = drawn(frontier.divergence)
+    assert [ax.get_title(loc="left") for ax in fig.axes] == ["addresses", "docstrings"]
+    lines = {line.get_color(): line for line in fig.axes[0].lines}
+    np.testing.assert_allclose(lines[style.BROWN].get_xydata(), [[0.97, 0.15]])
+    np.testing.assert_allclose(lines[style.BLUE].get_xydata()[0], [0.25, 1.0])
+    assert len(lines) == 4, "trained, untrained, random, and leaving early"
+
+
 def test_a_sweep_has_no_whiskers_where_there_is_no_interval():
     increase, top1 = drawn(frontier.sweep).axes
     np.testing.assert_allclose(whiskers(increase, 1), [[0.2, 0.4], [0.01, 0.01]])
