@@ -108,14 +108,16 @@ class Row(common.Machine, common.Perplexity):
 
 def plan(granularity: str) -> list[Point]:
     """The points of one grain, most informative first; those on the same tokens of a text are adjacent."""
-    both, gates = ("trained", "untrained"), ("trained", "random_exits", "no_exits")
-    exits = [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained", "no_exits"))]
+    both = "trained", "untrained"
     if granularity == "channel":
-        dial = [((0.7, 0.55, 0.4), 0.0, (*both, "uncorrected")), ((0.9, 0.75, 0.62), 0.0, both)]
-        dial += [((1.0,), 0.0, ("fine_tuned",))]
+        gates = "trained", "random_exits", "no_exits"
+        exits = [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained", "no_exits"))]
+        dial = [((0.7, 0.55, 0.4), 0.0, (*both, "uncorrected")), ((0.9,), 0.0, both)]
+        dial += [((0.75, 0.62), 0.0, ("trained",)), ((1.0,), 0.0, ("fine_tuned",))]
         beside = [((0.7, 0.55), 0.0, ("trained", *CONTROLS)), *exits]
         plans = [*((text, tokens, dial) for text, tokens in MANY.items()), *((text, FEW, beside) for text in TEXTS)]
     else:
+        exits = [((1.0,), 0.1, ("trained",)), ((0.75,), 0.1, ("trained",))]
         beside = [((0.7, 0.55), 0.0, (*both, *CONTROLS)), ((0.9, 0.75, 0.62, 0.4), 0.0, both), *exits]
         plans = [(text, FEW, beside) for text in TEXTS]
     return [

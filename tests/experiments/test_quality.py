@@ -150,11 +150,12 @@ def test_the_plan_has_what_the_result_must_show():
         for text in TEXTS:
             here = {(p.max_tokens, p.capacity, p.variant) for p in found if p.text == text and not p.exit_rate}
             tokens = module.MANY[text] if granularity == "channel" else module.FEW
-            assert here >= {(tokens, c, v) for c in (0.9, 0.75, 0.7, 0.62, 0.55, 0.4) for v in ("trained", "untrained")}
+            assert here >= {(tokens, c, v) for c in (0.9, 0.7, 0.55, 0.4) for v in ("trained", "untrained")}
             assert here >= {(4096, c, v) for c in (0.7, 0.55) for v in ("trained", *controls)}
             choice = {c for n, c, v in here if (n, v) == (tokens, "uncorrected")}
             assert choice == ({0.7, 0.55, 0.4} if granularity == "channel" else set())
-            assert {Point(granularity, text, 4096, 1.0, 0.3, "random_exits", seed) for seed in range(5)} <= {*found}
+            draws = {Point("channel", text, 4096, 1.0, 0.3, "random_exits", seed) for seed in range(5)}
+            assert draws <= {*found} or granularity == "token"
             assert Point(granularity, text, 4096, 1.0, 0.3, "trained") in found
 
 
