@@ -2,7 +2,7 @@
 
 The input is tables of ``data/results``; no model is loaded and nothing is measured. A bound is judged by an interval:
 "kept" if all of it lies on the right side, "missed" if all of it lies on the wrong side, "open" if the bound lies
-inside. In the figures a hollow marker is a claim, or a difference indistinguishable from none.
+inside. In the figures a hollow marker is a claim.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hat_lib.evaluation.controls import EQUAL
@@ -19,8 +18,6 @@ from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, MOST, ORANGE, PUBLISHED, PURPLE, SKY, draws, key
 
 POINT = ["granularity", "text", "capacity"]
-RATIOS = {0.3: [1, 1.05, 1.1, 1.15, 1.2, 1.25], 4: [1, 1.5, 2, 3, 4], np.inf: [1, 2, 5, 10, 20, 50, 100]}
-"""ticks of an axis of perplexity ratios, by the largest increase on it"""
 RUN = ("variant", "exit_rate", "tokens", *COST)
 TEXTS = {"addresses": (BLUE, "o"), "docstrings": (ORANGE, "s")}
 TRAINED = {
@@ -79,24 +76,6 @@ def kept(quality: pd.DataFrame, promise: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows["capacity"].between(bounds["capacity"].min(), bounds["capacity"].max())]
     rows = rows.assign(promised=np.interp(rows["capacity"], bounds["capacity"], bounds["promised_increase"]))
     return rows.assign(kept=[verdict(*row) for row in rows[[*COST[1:], "promised"]].to_numpy()])
-
-
-def apart(ablations: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `hat_lib.experiments.ablations` with a column ``apart``: can the change be told from the reference by
-    the paired interval of their difference?
-
-    The reference, on the same tokens at the same capacity, is the grain's first change with as many steps: the recipe
-    itself, or its start. Rows that were measured without a margin are apart if their intervals do not meet, which is
-    harder to pass.
-    """
-    style.need(ablations, *POINT, "change", "steps", *COST, "margin_low", "margin_high")
-    first = ablations.groupby([*POINT, "steps"], sort=False)[COST].transform("first")
-    above, below = (
-        ablations["increase_low"] > first["increase_high"],
-        ablations["increase_high"] < first["increase_low"],
-    )
-    told = (ablations["margin_low"] > 0) | (ablations["margin_high"] < 0)
-    return ablations.assign(apart=told.where(ablations["margin_low"].notna(), above | below))
 
 
 def said(row: Mapping, name: str = "increase") -> str:
@@ -193,41 +172,6 @@ def exits(quality: pd.DataFrame) -> Figure:
     names = [key(name, colour, marker) for colour, marker, name in EXITS.values()]
     style.below(fig, [key("no exits, by capacity", BLUE, "o", "-"), *names])
     return fig
-
-
-@draws()
-def choices(ablations: pd.DataFrame) -> Figure:
-    """What each choice in a recipe is worth, a row for each grain and a panel for each capacity; filled where the
-    interval is `apart`."""
-    table = apart(ablations)[ablations["text"].isin(TEXTS)]
-    style.need(table, "text")
-    grains = [(grain, sorted(of.groupby("capacity"), reverse=True)) for grain, of in table.groupby("granularity")]
-    columns, counts = max(len(of) for _, of in grains), [of[0][1]["change"].nunique() for _, of in grains]
-    sizes = {"height": 1.6 + 0.22 * sum(counts), "width": 8.0, "height_ratios": counts}
-    fig, axes = style.panels(columns, len(grains), **sizes, sharey=False, sharex=False)
-    for row, (grain, of) in enumerate(grains):
-        for column, ax in enumerate(axes[row * columns : (row + 1) * columns]):
-            if column < len(of):
-                capacity, here = of[column]
-                _choices(ax, here, named=column == 0)
-                ax.set_title(f"{grain} grain at {capacity:.2f}")
-            else:
-                ax.remove()
-    style.below(fig, [key(text, *look) for text, look in TEXTS.items()])
-    return fig
-
-
-def _choices(ax: Axes, here: pd.DataFrame, named: bool) -> None:
-    names = list(dict.fromkeys(here["change"]))
-    for i, row in enumerate(here.itertuples()):
-        (colour, marker), shift = TEXTS[row.text], 0.3 * list(TEXTS).index(row.text) - 0.15
-        fill = colour if row.apart else "white"
-        at = [names.index(row.change) + shift]
-        style.whiskers(ax, at, 1 + here[COST].iloc[[i]], colour, marker, across=True, markerfacecolor=fill)
-    most = here["increase_high"].max()
-    style.log_axis(ax, next(ticks for end, ticks in RATIOS.items() if most < end), "x{x:g}")
-    style.named_rows(ax, names if named else [""] * len(names))
-    ax.set_xlabel("perplexity / base perplexity")
 
 
 def _bounds(promise: pd.DataFrame) -> pd.DataFrame:

@@ -302,10 +302,10 @@ def named_rows(ax: Axes, names: list[str]) -> None:
     ax.grid(axis="y", visible=False)
 
 
-def log_axis(ax: Axes, ticks: list[float], label: str = "{x:g}") -> None:
+def log_axis(ax: Axes, ticks: list[float]) -> None:
     """A horizontal log axis with these ticks only."""
     ax.set_xscale("log")
-    fixed(ax.xaxis, ticks, label)
+    fixed(ax.xaxis, ticks)
 
 
 def fixed(axis: Axis, ticks: list[float], label: str = "{x:g}") -> None:

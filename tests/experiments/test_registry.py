@@ -105,7 +105,7 @@ def test_settings_are_read_by_type(stand_in):
         (("published_claims", "--set", "rounds=0"), "rounds must be a whole number of at least 1"),
         (("benchmark", "--set", "batches=1,0"), "batches must be a whole number of at least 1"),
         (("self_speculative", "--set", "capacity=2"), "capacity must be a number in"),
-        (("ablations", "--set", "dtype=int8"), "int8"),
+        (("corrections", "--set", "dtype=int8"), "int8"),
         (("quality", "--set", "grains=word"), "grains must be among channel, token, got 'word'"),
     ],
 )

@@ -79,19 +79,6 @@ def token_time():
     return pd.DataFrame(rows, columns=["way", "part", "realised", "ms", "low", "high"])
 
 
-def ablations():
-    rows = []
-    for grain, names in (("channel", ("start", "default", "wide, start", "wide")), ("token", ("published", "x", "y"))):
-        for change in names:
-            for text in TEXTS:
-                increase = {"wide": 0.14, "wide, start": 0.08, "published": 5.0, "x": 5.5, "y": 1.0}.get(change, 0.08)
-                at = {"granularity": grain, "change": change, "text": text, "capacity": 0.62}
-                margin = (1 + increase) / (6 if grain == "token" else 1.08) - 1  # over the first of as many steps
-                at |= {"margin_low": margin - 0.01 - (change == "x"), "margin_high": margin + 0.01 + (change == "x")}
-                rows.append(at | {"steps": 0 if "start" in change else 40, "increase": increase})
-    return costs(rows)
-
-
 def targets():
     names = ["granularity", "versus", "requested", "reachable", "largest", "measured", "lowest", "highest", "prompts"]
     rows = [
@@ -245,7 +232,6 @@ FIGURES = {
     findings.promised: (quality, published, claims),
     findings.speeds: (claims,),
     findings.exits: (quality,),
-    findings.choices: (ablations,),
     speed.decode: (decoding,),
     speed.targets: (targets,),
     speed.lossless: (lossless,),

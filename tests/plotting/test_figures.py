@@ -207,15 +207,6 @@ def test_exits_stand_beside_the_line_of_capacities_with_their_rate():
     assert [len(ax.texts) for ax in findings.exits(without).axes] == [0, 0]
 
 
-def test_a_change_is_filled_where_it_stands_apart():
-    channel, token = drawn(findings.choices).axes
-    assert labels(token.yaxis) == ["published", "x", "y"]
-    found = [(float(c[0].get_xdata()[0]), c[0].get_markerfacecolor()) for c in token.containers]
-    assert found == [(6, "white"), (6, "white"), (6.5, "white"), (6.5, "white"), (2, BLUE), (2, ORANGE)]
-    np.testing.assert_allclose(points(token.containers[0])[1][0][:, 0], [5.5, 6.5])
-    assert channel.get_xlim()[1] < 1.3 < token.get_xlim()[1]
-
-
 # --- speed ---
 
 

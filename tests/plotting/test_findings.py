@@ -2,7 +2,7 @@
 
 import pandas as pd
 import pytest
-from figure_tables import ablations, claims, quality
+from figure_tables import claims, quality
 
 from hat_lib.plotting import findings
 from hat_lib.plotting.style import COST
@@ -42,15 +42,6 @@ def test_each_trained_row_meets_the_claim_of_its_capacity_and_the_one_on_more_to
     again = findings.kept(pd.concat([more, quality()]), claims())
     assert again.query("capacity == 0.9 and granularity == 'channel'")["kept"].tolist() == ["open", "open"]
     assert len(again) == len(kept)
-
-
-def test_a_change_is_told_from_the_first_by_its_paired_margin():
-    table = findings.apart(ablations())
-    assert sorted(set(table.loc[table["apart"], "change"])) == ["wide", "y"]
-    only = ablations()
-    only.loc[(only["change"] == "y") & (only["text"] == "docstrings"), "margin_high"] = 0.01
-    table = findings.apart(only.assign(increase_low=0.0)).query("change == 'y'").set_index("text")
-    assert table["apart"].to_dict() == {"addresses": True, "docstrings": False}
 
 
 @pytest.mark.parametrize(
