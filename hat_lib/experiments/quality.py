@@ -112,10 +112,11 @@ def plan(granularity: str) -> list[Point]:
     if granularity == "channel":
         gates = "trained", "random_exits", "no_exits"
         exits = [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained", "no_exits"))]
-        dial = [((0.7, 0.55, 0.4), 0.0, (*both, "uncorrected")), ((0.9,), 0.0, both)]
-        dial += [((0.75, 0.62), 0.0, ("trained",)), ((1.0,), 0.0, ("fine_tuned",))]
+        dial = [((0.9, 0.7, 0.55, 0.4), 0.0, both), ((1.0,), 0.0, ("fine_tuned",))]
+        more = [((0.7, 0.55, 0.4), 0.0, ("uncorrected",)), ((0.75, 0.62), 0.0, ("trained",))]
         beside = [((0.7, 0.55), 0.0, ("trained", *CONTROLS)), *exits]
-        plans = [*((text, tokens, dial) for text, tokens in MANY.items()), *((text, FEW, beside) for text in TEXTS)]
+        plans = [(text, tokens, dial + more * (text in TEXTS)) for text, tokens in MANY.items()]
+        plans += [(text, FEW, beside) for text in TEXTS]
     else:
         exits = [((1.0,), 0.1, ("trained",)), ((0.75,), 0.1, ("trained",))]
         beside = [((0.7, 0.55), 0.0, (*both, *CONTROLS)), ((0.9, 0.75, 0.62, 0.4), 0.0, both), *exits]
