@@ -46,9 +46,9 @@ soak: .venv/tested  ## what it survives, over an hour: rows that data/results/re
 	PYTHONPATH=tests $(OFFLINE) $(PY) -m soak $(PART)
 
 refresh: .venv/tested  ## make all that is committed anew: results, tables, figures, notebooks; hours, on an idle machine
-	$(OFFLINE) $(PY) -m hat_lib reproduce --all --again --out data/results
-	$(PY) -m hat_lib reproduce --tables
-	$(PY) -m hat_lib reproduce --figures
+	$(OFFLINE) $(PY) -m studies --all --again --out data/results
+	$(PY) -m studies --tables
+	$(PY) -m studies --figures
 	$(OFFLINE) $(PY) -m hat_lib.workbook execute
 
 lint: .venv/tested

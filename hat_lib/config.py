@@ -29,7 +29,7 @@ NO_DATA = (
     "reference checkpoints, results and notebooks come with a clone of the repository alone: clone it, and install it "
     "with pip install -e or set HAT_DATA to its folder data"
 )
-# Where notebooks draw. Only `hat_lib.workbook execute` and `hat reproduce --figures` change the committed figures/.
+# Where notebooks draw. Only `hat_lib.workbook execute` and `python -m studies --figures` change the committed figures/.
 FIGURES = Path(os.environ.get("HAT_FIGURES", RUNS / "figures"))
 
 

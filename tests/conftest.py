@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import socket
+from functools import partial
 
 # Read once, when transformers and datasets are imported, so these are set before anything else.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -84,10 +85,19 @@ def run_hat(capsys):
     """Run a command in this process: ``(exit code, stdout, stderr)``."""
     from hat_lib.cli.app import app
 
-    def run(*args):
-        with pytest.raises(SystemExit) as stopped:
-            app([str(a) for a in args], prog_name="hat")
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
+    return partial(_run, capsys, app)
 
-    return run
+
+@pytest.fixture
+def run_studies(capsys):
+    """``python -m studies`` in this process, as `run_hat`."""
+    from studies.__main__ import app
+
+    return partial(_run, capsys, app)
+
+
+def _run(capsys, app, *args):
+    with pytest.raises(SystemExit) as stopped:
+        app([str(a) for a in args], prog_name="hat")
+    out, err = capsys.readouterr()
+    return stopped.value.code or 0, out, err

@@ -4,11 +4,11 @@ import pytest
 
 from hat_lib import config
 from hat_lib.config import HatError
-from hat_lib.experiments.registry import all_tables, documents, fill, outdated
+from studies.registry import all_tables, documents, fill, outdated
 
 
 def test_every_table_is_that_of_the_data():
-    assert not outdated(all_tables()), "run `hat reproduce --tables`"
+    assert not outdated(all_tables()), "run `python -m studies --tables`"
 
 
 def test_a_table_takes_the_place_of_what_stood_there():

@@ -12,14 +12,14 @@ import warnings
 from contextlib import suppress
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from hat_lib.cli.analyze import analyze
 from hat_lib.cli.batch import batch
 from hat_lib.cli.evaluate import evaluate
 from hat_lib.cli.generate import generate
 from hat_lib.cli.options import option, say
-from hat_lib.cli.results import reproduce, sweep
+from hat_lib.cli.sweep import sweep
 from hat_lib.cli.train import calibrate, train
 from hat_lib.config import NO_DATA, HatError, outside_repository
 
@@ -44,7 +44,7 @@ def setup(
 GROUPS = {
     "Use": (setup, generate, evaluate, analyze, calibrate, sweep),
     "Train": (train,),
-    "Reproduce": (reproduce, batch),
+    "Reproduce": (batch,),
 }
 
 # \b keeps the line breaks of a paragraph.
@@ -63,7 +63,7 @@ A worked example, from nothing to a measured price of less compute:
 """
 
 
-class Hat(TyperGroup):
+class Friendly:
     """The one place where bad input becomes a line on stderr, and Ctrl-C exit code 130."""
 
     def main(self, *args, **options):
@@ -95,6 +95,14 @@ class Hat(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("\ninterrupted", err=True)
             raise typer.Exit(130) from None
+
+
+class Command(Friendly, TyperCommand):
+    """A program of one command."""
+
+
+class Hat(Friendly, TyperGroup):
+    """``hat``, its commands listed in groups."""
 
     def format_commands(self, ctx, formatter):
         """By group, which Typer itself shows only with rich."""

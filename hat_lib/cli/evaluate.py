@@ -135,7 +135,7 @@ agreement    {top1:.2%} of the base's most likely tokens, KL {kl:.4f} nats a tok
 
 
 def _about(hat: HierarchicalTransformer, capacity: float, exit_rate: float, model_share: float) -> dict:
-    from hat_lib.experiments.common import machine
+    from hat_lib.backbone.machine import machine
 
     return machine(hat.base) | {
         "hat_lib": __version__,

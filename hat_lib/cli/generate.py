@@ -119,9 +119,9 @@ def generate(
 
 def _price(checkpoint: Path | None, capacity: float, weights: str) -> str:
     """What is known about the perplexity at a capacity, before any text is generated at it."""
-    from hat_lib.experiments.quality import prices
+    from hat_lib.evaluation.equal_work import prices
 
-    more = "" if weights == "base" else f", and what {weights} costs, see `hat reproduce decode`"
+    more = "" if weights == "base" else f", and what {weights} costs, see `python -m studies decode`"
     if capacity == 1:
         return "the base's perplexity" + more
     with suppress(HatError):  # no results, as after `pip install` without the repository

@@ -316,3 +316,27 @@ def _unwrap(model) -> tuple[LlamaForCausalLM, HierarchicalTransformer | None]:
     if any("forward" in vars(layer) for layer in model.model.layers):
         raise HatError("this model carries a HierarchicalTransformer: pass that, so that its work is counted")
     return model, None
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """On a text, relative to the base's; if ``base`` is "bundled", that is a dequantised 4-bit file."""
+
+    text: str
+    tokens: int
+    base_ppl: float
+    increase: float
+    increase_low: float | None
+    increase_high: float | None  # 95 % paired interval; None below six blocks
+    top1: float  # share of tokens with the base's most likely next token
+    kl: float  # KL(base || variant), nats per token
+
+
+def columns(paired: Comparison) -> dict:
+    ends = interval(paired)
+    return vars(paired) | {"increase_low": ends[0], "increase_high": ends[1], "blocks": paired.n_blocks}
+
+
+def interval(paired: Comparison) -> tuple[float | None, float | None]:
+    """Its ends; None for none."""
+    return (None, None) if math.isnan(paired.low) else (paired.low, paired.high)

@@ -1,7 +1,7 @@
 """What each capacity costs on a text: ``hat.sweep("addresses", capacities=(0.5, 0.75))``.
 
 The base is run once for all capacities, and every difference from it is paired: same tokens, same blocks. For controls
-at equal work, several grains and stored results, see ``hat sweep`` and `hat_lib.experiments`.
+at equal work, several grains and stored results, see ``hat sweep``.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, LlamaForCausalLM
 
+from hat_lib.backbone.machine import cpu_name
 from hat_lib.config import CAPACITY_MIN, HatError, cache_dir
 from hat_lib.model.checkpoint import digest
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -275,13 +276,6 @@ def _key(hat: HierarchicalTransformer, versus: str, exit_rate: float, batch: int
         "exit_rate": exit_rate,
         "batch": batch,
     }
-
-
-def cpu_name() -> str:
-    """The CPU's name, as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 @cache

@@ -1,7 +1,6 @@
 """Frontiers: what is lost at each amount of work. `quality`: the trained model and every control, a panel for each
 grain and text, over the work of the whole model, so that grains can be compared. `twin`: the trained model alone,
 setting by setting, the still twin of `hat_lib.workbook.widgets.FrontierView`. `sweep`: one freshly measured text.
-`divergence`: the same by KL. `changes`: KL after short runs that differ in one thing.
 """
 
 from __future__ import annotations
@@ -26,17 +25,6 @@ VARIANTS = {
     "removal": (BROWN, "P", ":"),
     "random": (PINK, "^", ":"),
 }
-KINDS = {  # of the channel grain, in `divergence`
-    "untrained": ("untrained", ORANGE, "s", "--"),
-    "uncorrected": ("trained, without corrections", GREY, "X", ":"),
-    "trained": ("trained", BLUE, "o", "-"),
-    "fine_tuned": ("corrections with nothing skipped", GREEN, "v", "none"),
-    "exits": ("trained, some tokens leaving early", BROWN, "X", "none"),
-    "static": ("static", PURPLE, "D", ":"),
-    "cosine": ("cosine", PURPLE, "s", ":"),
-    "removal": ("removal", PURPLE, "P", ":"),
-    "random": ("random", PURPLE, "^", ":"),
-}
 HEIGHT = 3.4  # inches
 
 
@@ -44,8 +32,8 @@ HEIGHT = 3.4  # inches
 def quality(table: pd.DataFrame) -> Figure:
     """Perplexity increase against the work of the whole model, with 95 % intervals; linear below 1 %, log above.
 
-    ``table`` has the fields of `hat_lib.experiments.quality.Row`; rows with exits are left out, and if a point has two
-    rows, the one on more tokens counts.
+    ``table`` has the fields of `hat_lib.evaluation.equal_work.Row`; rows with exits are left out, and if a point has
+    two rows, the one on more tokens counts.
     """
     table = table[table["exit_rate"] == 0].sort_values("tokens")
     table = table.drop_duplicates(["granularity", "text", "variant", "capacity"], keep="last")
@@ -61,47 +49,6 @@ def quality(table: pd.DataFrame) -> Figure:
         ax.yaxis.set_major_formatter(FuncFormatter(_increase))
         ax.set(title=f"{grain} grain, {text}", ylabel="perplexity increase" * (text == texts[0]))
     style.below(fig, [style.key(name, *look) for name, look in VARIANTS.items() if name in set(table["variant"])])
-    return fig
-
-
-@draws("granularity", "text", "variant", "exit_rate", "tokens", "model_share", "kl")
-def divergence(table: pd.DataFrame) -> Figure:
-    """KL divergence from the base at the channel grain, in nats per token on a log axis, against the work of the whole
-    model; a panel for each text. ``table`` is as for `quality`, with exits."""
-    table = table[table["granularity"] == "channel"].sort_values("tokens")
-    leaving = (table["variant"] == "trained") & (table["exit_rate"] > 0)
-    table = table.assign(variant=table["variant"].mask(leaving, "exits"))
-    table = table.drop_duplicates(["text", "variant", "capacity", "exit_rate"], keep="last")
-    texts, kinds = sorted(set(table["text"])), {k: look for k, look in KINDS.items() if k in set(table["variant"])}
-    fig, axes = style.panels(len(texts), height=HEIGHT, width=2.9 * len(texts) + 0.4)
-    for ax, text in zip(axes, texts, strict=True):
-        for kind, (_, colour, marker, line) in kinds.items():
-            rows = table[(table["text"] == text) & (table["variant"] == kind)].sort_values("model_share")
-            ax.plot(rows["model_share"], rows["kl"], color=colour, marker=marker, linestyle=line, markersize=4)
-        ax.set_yscale("log")
-        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        ax.set(title=text, xlabel=WORK, ylabel="KL from the base, nats a token" * (text == texts[0]))
-    style.below(fig, [style.key(label, *look) for label, *look in kinds.values()], ncols=4)
-    return fig
-
-
-@draws("change", "text", "capacity", "kl")
-def changes(table: pd.DataFrame) -> Figure:
-    """KL divergence from the base after each short run, in nats per token; a marker for each text, a panel for each
-    capacity. ``table`` has the fields of `hat_lib.experiments.corrections.Row`."""
-    names, capacities = list(dict.fromkeys(table["change"])), sorted(set(table["capacity"]), reverse=True)
-    texts = list(dict.fromkeys(table["text"]))
-    fig, axes = style.panels(len(capacities), height=0.8 + 0.27 * len(names), width=7.6)
-    for ax, capacity in zip(axes, capacities, strict=True):
-        at = table[table["capacity"] == capacity].pivot(index="change", columns="text", values="kl").reindex(names)
-        for text, (colour, marker) in zip(texts, SERIES, strict=False):
-            ax.plot(at[text], range(len(names)), marker, color=colour, markersize=5)
-            ax.axvline(at[text].iloc[0], color=colour, linewidth=1, linestyle=":")
-        ax.grid(axis="y", visible=False)
-        ax.set(title=f"capacity {capacity:g}", xlabel="KL from the base, nats a token")
-    style.named_rows(axes[0], names)  # the others share its rows
-    first = style.key(names[0], line=":")
-    style.below(fig, [*(style.key(text, *look) for text, look in zip(texts, SERIES, strict=False)), first])
     return fig
 
 
@@ -122,7 +69,9 @@ def points(quality: pd.DataFrame, granularity: str = "channel", text: str = "doc
     style.need(quality, *names)
     rows = quality.query("granularity == @granularity and text == @text and variant == 'trained'")
     if rows.empty:
-        raise HatError(f"no row of the trained model for {granularity} and {text}: run `hat reproduce quality` first")
+        raise HatError(
+            f"no row of the trained model for {granularity} and {text}: run `python -m studies quality` first"
+        )
     rows = rows.sort_values("tokens").drop_duplicates(["capacity", "exit_rate"], keep="last")
     if not ((rows["capacity"] == 1) & (rows["exit_rate"] == 0)).any():
         most = rows.iloc[-1]
@@ -136,7 +85,7 @@ def points(quality: pd.DataFrame, granularity: str = "channel", text: str = "doc
 def twin(quality: pd.DataFrame, layers: pd.DataFrame, granularity: str = "channel", text: str = "docstrings") -> Figure:
     """Every point of the frontier with its requested capacity, and what each layer executed at every setting.
 
-    ``layers`` has the fields of `hat_lib.experiments.layer_shares.Row`; the rest is as for `points`.
+    ``layers`` has the fields of `studies.layer_shares.Row`; the rest is as for `points`.
     """
     style.need(layers, "capacity", "exit_rate", "layer", "executed", "entered")
     rows = points(quality, granularity, text)

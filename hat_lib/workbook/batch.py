@@ -39,7 +39,7 @@ import nbformat
 from joblib import Parallel, cpu_count, delayed
 
 from hat_lib.config import NOTEBOOKS, HatError, check_capacity, check_exit_rate
-from hat_lib.experiments.rows import RowWriter, read_rows
+from hat_lib.rows import RowWriter, read_rows
 from hat_lib.workbook.notebooks import one_line, parse_parameters, results, run_notebook, select
 from hat_lib.workbook.session import json_text
 

@@ -15,9 +15,9 @@ from matplotlib.image import imsave
 
 from hat_lib.backbone.base import BUNDLED
 from hat_lib.config import DATA, work_said
-from hat_lib.experiments.common import saved
 from hat_lib.plotting import frontier
 from hat_lib.plotting.style import BLUE, ORANGE, PERCENT, RED, STYLE, WIDE
+from hat_lib.rows import results_table as saved
 from hat_lib.workbook.view import LOOK, View
 
 SETTING = ["capacity", "exit_rate"]
@@ -31,8 +31,8 @@ class FrontierView(View):
 
     Args:
         points: as from `hat_lib.plotting.frontier.points`, including the base.
-        layers: rows of `hat_lib.experiments.layer_shares`; settings without any are left out.
-        claims: rows of `hat_lib.experiments.published_claims.Row`, for time. Settings that were not timed are left out;
+        layers: rows of `studies.layer_shares`; settings without any are left out.
+        claims: rows of `studies.published_claims.Row`, for time. Settings that were not timed are left out;
             if none were, or this is None, only quality is shown.
     """
 

@@ -16,13 +16,13 @@ from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.cli import options as shared
 from hat_lib.cli.generate import _price
 from hat_lib.evaluation.lm_eval import TASKS
-from hat_lib.experiments.quality import Row
-from hat_lib.experiments.rows import read_rows
 from hat_lib.inference import generate, speed
 from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE
 from hat_lib.model.fast_path import WEIGHT_FORMATS
+from hat_lib.rows import read_rows
 from hat_lib.text.blocks import load_text, text_hash
 from hat_lib.workbook import environment as report
+from studies.quality import Row
 
 TINY = ("--base", "random:tiny")
 DENSE = (*TINY, "--capacity", "1.0", "--dtype", "fp32")
@@ -67,7 +67,7 @@ def test_the_new_text_with_what_each_token_took(hat, calibrated):
 def test_a_price_is_what_was_measured():
     measured = _price(None, 0.7, "base")
     assert re.fullmatch(r"perplexity about (\+[\d.]+% on \w+(, )?)+", measured)
-    assert _price(None, 0.7, "int8") == f"{measured}, and what int8 costs, see `hat reproduce decode`"
+    assert _price(None, 0.7, "int8") == f"{measured}, and what int8 costs, see `python -m studies decode`"
     assert _price(None, 1.0, "base") == "the base's perplexity"
 
 

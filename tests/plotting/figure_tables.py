@@ -3,7 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from hat_lib.plotting import findings, frontier, routing, speed, style, training
+from hat_lib.plotting import frontier, routing, style, training
+from studies.plotting import divergence, findings, speed
 
 BASES, TEXTS = ("bundled", "random:tinyllama"), ("addresses", "docstrings")
 
@@ -31,7 +32,7 @@ def quality(grains=("channel", "token")):
     return costs(rows)
 
 
-def divergence():
+def divergences():
     return quality().assign(kl=lambda table: table["increase"] / 2)
 
 
@@ -226,9 +227,9 @@ FIGURES = {
     style.grain_frontier: (grain_frontier,),
     style.benchmark: (benchmark,),
     frontier.quality: (quality,),
-    frontier.divergence: (divergence,),
+    divergence.divergence: (divergences,),
     frontier.sweep: (sweep,),
-    frontier.changes: (changes,),
+    divergence.changes: (changes,),
     findings.promised: (quality, published, claims),
     findings.speeds: (claims,),
     findings.exits: (quality,),

@@ -27,8 +27,9 @@ from transformers import TrainerControl, TrainerState
 from hat_lib import config
 from hat_lib.config import HatError
 from hat_lib.evaluation.routing import TABLES
-from hat_lib.plotting import architecture, findings, frontier, routing, speed, style, training
+from hat_lib.plotting import architecture, frontier, routing, style, training
 from hat_lib.plotting.style import BLUE, GREY, MOST, ORANGE
+from studies.plotting import divergence, findings, speed
 
 WHITE = (1.0, 1.0, 1.0, 1.0)
 every_figure = pytest.mark.parametrize("figure", FIGURES, ids=lambda f: f"{f.__module__.rsplit('.')[-1]}-{f.__name__}")
@@ -145,7 +146,7 @@ def test_every_variant_has_its_line_without_exits_and_the_better_measured_row_co
 
 
 def test_a_divergence_has_a_panel_for_each_text_with_exits_beside_the_dial():
-    fig = drawn(frontier.divergence)
+    fig = drawn(divergence.divergence)
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["addresses", "docstrings"]
     lines = {line.get_color(): line for line in fig.axes[0].lines}
     np.testing.assert_allclose(lines[style.BROWN].get_xydata(), [[0.97, 0.15]])

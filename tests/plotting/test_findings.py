@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 from figure_tables import claims, quality
 
-from hat_lib.plotting import findings
 from hat_lib.plotting.style import COST
+from studies.plotting import findings
 
 
 def test_the_whole_interval_has_to_lie_on_one_side_and_one_failure_or_doubt_is_enough():

@@ -14,7 +14,7 @@ from pathlib import Path
 from tiny_runs import _context
 
 from hat_lib.config import DATA
-from hat_lib.experiments.rows import RowWriter
+from hat_lib.rows import RowWriter
 from soak.parts import KEY, Row, measure, parts
 
 RESULTS = DATA / "results" / "reliability.csv"

@@ -29,9 +29,9 @@ from typer.testing import CliRunner
 
 from hat_lib.cli.app import app
 from hat_lib.config import HatError
-from hat_lib.experiments.rows import RowWriter, read_rows
 from hat_lib.model.checkpoint import CONFIG_FILE, read_checkpoint, write_checkpoint
 from hat_lib.plotting.style import save_figure
+from hat_lib.rows import RowWriter, read_rows
 from hat_lib.text.mixture import self_text
 from hat_lib.training.run import train
 from hat_lib.workbook import batch
@@ -246,7 +246,6 @@ def closed_folder(folder: Path) -> None:
             ("calibrate", *tiny_base, "--save", disk / "new"),
             ("train", *tiny_base, "--profile", "quick", "--save", disk / "new"),
             ("sweep", "--out", disk / "rows.csv"),
-            ("reproduce", "step_cost", "--out", disk),
         ):
             assert "Read-only file system" in hat(*command) or "cannot write" in hat(*command)
 

@@ -29,13 +29,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hat_lib.backbone.base import Base, exact_hash, load_base
 from hat_lib.backbone.shapes import byte_tokenizer
 from hat_lib.config import DATA, HatError
-from hat_lib.experiments.quality import KEY, Row
-from hat_lib.experiments.rows import RowWriter, read_rows
 from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE, read_checkpoint, write_checkpoint
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.rows import RowWriter, read_rows
 from hat_lib.text.blocks import load_text
 from hat_lib.workbook.batch import parse_grid
 from soak import Found, peak_mib
+from studies.quality import KEY, Row
 
 SECONDS, MIB = 30, 1024
 """that one case may take, and add to the process's memory"""

@@ -21,9 +21,9 @@ from tiny_runs import page, random_blocks, skipping, tiny_run
 from transformers import DynamicCache
 
 from hat_lib.config import DATA
-from hat_lib.experiments.rows import read_rows
 from hat_lib.model.checkpoint import ADAPTER_FILE
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.rows import read_rows
 from hat_lib.training.run import train
 from hat_lib.workbook.batch import BatchRow, Local, batch
 from soak import Found

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hat_lib.inference.speed import cpu_name
+from hat_lib.backbone.machine import cpu_name
 from soak import Found, equalities, faults, hostile, load, peak_mib, planted, shown, versions
 
 KEY = ("area", "what")

@@ -20,15 +20,15 @@ from tiny_runs import adaptive, tiny
 
 from hat_lib.backbone.base import Base, load_base
 from hat_lib.config import HatError, cache_dir
-from hat_lib.experiments.quality import KEY, Row
-from hat_lib.experiments.rows import RowWriter, read_rows
 from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.rows import RowWriter, read_rows
 from hat_lib.text.blocks import load_text
 from hat_lib.text.mixture import self_text
 from hat_lib.training.trainer import sound_checkpoint
 from hat_lib.workbook.batch import parse_grid
 from soak import Found
+from studies.quality import KEY, Row
 
 
 class Bomb:

@@ -14,7 +14,7 @@ from notebook_files import notebook
 from tiny_runs import new_hat, page, run_phase, skipping, tiny_run
 
 from hat_lib.config import HatError
-from hat_lib.experiments.rows import read_rows
+from hat_lib.rows import read_rows
 from hat_lib.training.run import Run, train
 from hat_lib.workbook.batch import parse_grid
 from soak import __main__ as command

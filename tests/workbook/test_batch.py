@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hat_lib.cli.app import app
 from hat_lib.config import NOTEBOOKS, REPO, HatError
-from hat_lib.experiments.rows import read_rows
+from hat_lib.rows import read_rows
 from hat_lib.workbook import batch
 from hat_lib.workbook.batch import Dask, Local, Task, carry_out, find_notebook, latest_rows, parse_grid, run_name
 from hat_lib.workbook.notebooks import Result

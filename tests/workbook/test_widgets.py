@@ -15,7 +15,6 @@ from matplotlib.image import imread
 from tiny_runs import adaptive
 
 from hat_lib.config import HatError
-from hat_lib.experiments import published_claims, quality
 from hat_lib.inference.generate import AdaptiveInference
 from hat_lib.plotting.frontier import points, twin
 from hat_lib.plotting.style import png
@@ -24,6 +23,7 @@ from hat_lib.workbook import view as views
 from hat_lib.workbook.generate_view import STRETCH
 from hat_lib.workbook.notebooks import WIDGET_VIEW
 from hat_lib.workbook.widgets import FrontierView, GenerateView, TokenMapView, show
+from studies import published_claims, quality
 
 LAYERS = 4
 
@@ -85,7 +85,7 @@ def test_points_are_the_trained_rows_on_most_tokens_and_the_base():
     assert settings == [(0, 0.4, 0.9), (0, 0.62, 0.1), (0, 0.8, 0.01), (0, 1, 0), (0.1, 0.62, 0.4), (0.1, 1, 0.3)]
     base = table.iloc[3]
     assert (base["ppl"], base["model_share"], base["realised"], base["realised_exit"]) == (20, 1, 1, 0)
-    with pytest.raises(HatError, match="channel and poems: run `hat reproduce quality`"):
+    with pytest.raises(HatError, match="channel and poems: run `python -m studies quality`"):
         points(quality_table(), text="poems")
 
 
@@ -153,10 +153,10 @@ def test_twin_shows_every_setting():
 
 
 def test_frontier_reads_the_saved_sweep(tmp_path):
-    with pytest.raises(HatError, match=r"no .*quality.csv: make it with `hat reproduce quality`"):
+    with pytest.raises(HatError, match=r"no .*quality.csv: make it with `python -m studies quality`"):
         FrontierView.saved(tmp_path)
     quality_table().to_csv(tmp_path / "quality.csv", index=False)
-    with pytest.raises(HatError, match=r"no .*layer_shares.csv: make it with `hat reproduce layer_shares`"):
+    with pytest.raises(HatError, match=r"no .*layer_shares.csv: make it with `python -m studies layer_shares`"):
         FrontierView.saved(tmp_path)
     layers_table().to_csv(tmp_path / "layer_shares.csv", index=False)
     assert "as fast as dense" not in said(FrontierView.saved(tmp_path))[1]

@@ -46,7 +46,7 @@ def joint(verdicts: Iterable[str]) -> str:
 
 
 def rivals(quality: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `hat_lib.experiments.quality` to compare the trained model with: no exits, the same point, and the same
+    """Rows of `studies.quality` to compare the trained model with: no exits, the same point, and the same
     share of the model's work within `EQUAL`."""
     point = [*POINT, "max_tokens"]
     style.need(quality, *point, "variant", "exit_rate", "model_share")
@@ -65,7 +65,7 @@ def beaten(rows: pd.DataFrame) -> tuple[str, str]:
 
 
 def kept(quality: pd.DataFrame, promise: pd.DataFrame) -> pd.DataFrame:
-    """The trained rows of `hat_lib.experiments.quality` without exits, beside the claim.
+    """The trained rows of `studies.quality` without exits, beside the claim.
 
     Adds the columns ``promised`` (increase; interpolated between published capacities, rows outside them are left out)
     and ``kept`` (a `verdict`). If a point has two rows, the one on more tokens counts. ``promise`` has ``capacity`` and
@@ -125,7 +125,7 @@ def speeds(promise: pd.DataFrame) -> Figure:
     (thin).
 
     The realised capacity is beside a row's name, for each base where they differ. ``promise`` has the fields of
-    `hat_lib.experiments.published_claims.Row`; rows with exits are left out.
+    `studies.published_claims.Row`; rows with exits are left out.
     """
     rows = promise[promise["exit_rate"] == 0]
     rows = rows.sort_values(["granularity", "capacity", "base"], ascending=[True, False, True])

@@ -28,6 +28,9 @@ from pathlib import Path
 from reprlib import repr as short
 from types import NoneType
 
+import pandas as pd
+
+from hat_lib import config
 from hat_lib.config import HatError, lock
 from hat_lib.text.plain import cell, from_cell
 
@@ -185,3 +188,17 @@ def _line(cells) -> bytes:
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(cells)
     return line.getvalue().encode()
+
+
+def rounded(row_type: type, **values):
+    """A row with its floats rounded to five significant digits; values without a column in ``row_type`` are dropped."""
+    names = [f.name for f in fields(row_type) if f.name in values]
+    return row_type(**{n: float(f"{values[n]:.5g}") if isinstance(values[n], float) else values[n] for n in names})
+
+
+def results_table(name: str, results: Path | None = None) -> pd.DataFrame:
+    """The rows of a file of results; ``results`` is its folder, by default ``data/results``."""
+    path = (results or config.DATA / "results") / f"{name}.csv"
+    if not path.is_file():
+        raise HatError(f"no {path}: make it with `python -m studies {name}`")
+    return pd.read_csv(path)

@@ -1,4 +1,4 @@
-"""``hat sweep`` and ``hat reproduce``: files of results, row by row, and the figures and tables based on them."""
+"""``hat sweep``: quality over a grid, beside every control, into a file of rows and a figure."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from pathlib import Path
 import typer
 
 from hat_lib.cli import options
-from hat_lib.cli.options import option, say
-from hat_lib.config import DATA, REPO, RUNS, WHY, HatError, check_count
-
-RESULTS = DATA / "results"
+from hat_lib.cli.options import option
+from hat_lib.config import WHY, HatError, check_count
 
 
 def sweep(
@@ -60,11 +58,11 @@ def sweep(
     import pandas as pd
 
     from hat_lib.backbone.base import parse_dtype
+    from hat_lib.evaluation.equal_work import Point, Row, grid, rows
     from hat_lib.evaluation.intervals import NONE
-    from hat_lib.experiments.quality import KEY, Row, grid, rows
-    from hat_lib.experiments.rows import RowWriter
     from hat_lib.plotting.frontier import quality as frontier
     from hat_lib.plotting.style import png, write
+    from hat_lib.rows import RowWriter
 
     if dtype is not None:
         parse_dtype(dtype)
@@ -78,7 +76,7 @@ def sweep(
                "token_untrained": token_untrained}  # fmt: skip
     typer.echo(f"{len(points)} points; those that {out} holds are kept")
     typer.echo(f"capacity and exit rate as requested, and (realised); they differ, for {WHY}")
-    with RowWriter(out, Row, KEY) as writer:
+    with RowWriter(out, Row, Point._fields) as writer:
         for r in rows(writer.done, **sources, grains=wanted, points=points, dtype=dtype):
             writer.write(r)
             interval = NONE if r.increase_low is None else f"{r.increase_low:+.2%} to {r.increase_high:+.2%}"
@@ -96,67 +94,3 @@ def _numbers(option: str, text: str, kind: type = float) -> list:
         return [kind(part) for part in options.names(option, text)]
     except ValueError:
         raise HatError(f"{option} takes numbers, comma-separated, got {text!r}") from None
-
-
-def reproduce(
-    names: list[str] | None = typer.Argument(
-        None, metavar="[NAME]...", help="Experiments; none lists them.", show_default=False
-    ),
-    everything: bool = option(False, "Every experiment, each after those whose files it reads.", "--all"),
-    out: Path | None = option(
-        None, "Folder of the CSV files; only rows that they lack are measured. [default: runs/results]"
-    ),
-    again: bool = option(False, "Measure every row again, and replace the old file once all are done.", "--again"),
-    settings: list[str] | None = option(
-        None, "An option of the experiment; may be repeated: --set channel=0.9,0.7.", "--set", metavar="NAME=VALUE"
-    ),
-    figures: bool = option(False, "Measure nothing: redraw figures/, or those of --out.", "--figures"),
-    tables: bool = option(False, "Measure nothing: rewrite the tables of README and docs.", "--tables"),
-) -> None:
-    """Measure results again, row by row, and draw what uses them.
-
-    Without a name, lists what there is and how long each takes. What was stopped resumes where it was. The committed
-    files and figures change only with --out data/results, and the rows they already hold only with --again as well.
-    """
-    folder = out or RUNS / "results"
-    options.check_writable(folder, "results")
-
-    from hat_lib.experiments import registry
-
-    wanted = list(registry.NAMES) if everything else names or []
-    experiments = {name: registry.load(name) for name in wanted}
-    if settings and len(wanted) != 1:
-        raise HatError("--set goes with the name of one experiment")
-    changed = registry.parse(wanted[0], settings) if settings else {}
-    if figures:
-        for name in wanted or registry.NAMES:
-            _figures(name, registry.load(name), out or RESULTS)
-    if tables:
-        for path, text in registry.outdated(registry.all_tables()).items():
-            path.write_text(text, encoding="utf-8")
-            typer.echo(f"wrote {path}")
-    if figures or tables:
-        return
-    for name in () if wanted else registry.NAMES:
-        experiment = registry.load(name)
-        typer.echo(f"{name:18} {experiment.MINUTES:4} min  {experiment.ABOUT}")
-        typer.echo(f"{'':28}--set {', '.join(registry.option_kinds(name))}")
-    for name, experiment in experiments.items():
-        count = 0
-        for row in registry.measure(name, folder, again=again, **changed):
-            count += 1
-            typer.echo(f"{name}: " + ", ".join(f"{key} {getattr(row, key)}" for key in experiment.KEY))
-        known = "" if count else ", as it had them all (--again measures them once more)"
-        typer.echo(f"{name}: {count} new rows in {folder / name}.csv{known}")
-        _figures(name, experiment, folder)
-
-
-def _figures(name: str, experiment, results: Path) -> None:
-    from hat_lib.plotting.style import save_figure
-
-    folder = REPO / "figures" if results.resolve() == RESULTS.resolve() else results / "figures"
-    try:
-        for figure, drawn in getattr(experiment, "figures", lambda results: {})(results).items():
-            typer.echo(f"wrote {save_figure(drawn, figure, folder)}")
-    except HatError as error:  # they also need a file that does not exist
-        say("warning", f"the figures of {name} stay as they are: {error}")

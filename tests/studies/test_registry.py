@@ -1,4 +1,4 @@
-"""Every file of data/results has an experiment with one interface; `hat reproduce` runs, draws and tabulates them."""
+"""Every file of data/results has a study with one interface; `python -m studies` runs, draws and tabulates them."""
 
 import shutil
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from hat_lib import config
 from hat_lib.config import DATA, REPO, HatError
-from hat_lib.experiments import registry
-from hat_lib.experiments.common import times
-from hat_lib.experiments.rows import read_rows
+from hat_lib.rows import read_rows
+from studies import registry
+from studies.common import times
 
 RESULTS = DATA / "results"
 
@@ -23,10 +23,10 @@ def test_one_module_for_each_file_and_each_file_for_one_module():
 
 @pytest.mark.parametrize("name", registry.NAMES)
 def test_the_committed_rows_read_back_and_are_told_apart_by_their_key(name):
-    experiment = registry.load(name)
-    assert experiment.ABOUT and experiment.MINUTES > 0
-    rows = read_rows(RESULTS / f"{name}.csv", experiment.Row)
-    assert rows and len({tuple(getattr(row, key) for key in experiment.KEY) for row in rows}) == len(rows)
+    study = registry.load(name)
+    assert study.ABOUT and study.MINUTES > 0
+    rows = read_rows(RESULTS / f"{name}.csv", study.Row)
+    assert rows and len({tuple(getattr(row, key) for key in study.KEY) for row in rows}) == len(rows)
 
 
 @pytest.mark.parametrize("name", registry.NAMES)
@@ -37,7 +37,7 @@ def test_figures_and_tables_come_from_the_files_alone(name, tmp_path):
     assert all(text.startswith("| ") and text.count("\n") > 2 for text in tables.values())
     for make, found in zip(made, (drawn, tables), strict=True):
         if found:
-            with pytest.raises(HatError, match="make it with `hat reproduce"):
+            with pytest.raises(HatError, match="make it with `python -m studies"):
                 make(tmp_path)
 
 
@@ -57,7 +57,7 @@ class Row:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """An experiment that counts what it measures, and stops where told to."""
+    """An study that counts what it measures, and stops where told to."""
     seen = []
 
     def rows(done=(), *, count: int = 3, stop: int | None = None, shares: list[float] = (), name: str = "a"):
@@ -75,18 +75,18 @@ def stand_in(monkeypatch):
     return module
 
 
-def test_a_stopped_run_goes_on_and_again_replaces_all_at_once(stand_in, run_hat, tmp_path):
+def test_a_stopped_run_goes_on_and_again_replaces_all_at_once(stand_in, run_studies, tmp_path):
     out = tmp_path / "new" / "counted.csv"
-    run = ("reproduce", "counted", "--out", out.parent)
-    code, said, err = run_hat(*run, "--set", "stop=2")
+    run = ("counted", "--out", out.parent)
+    code, said, err = run_studies(*run, "--set", "stop=2")
     assert code == 130 and "counted: point 1" in said and stand_in.seen == [0, 1], err
-    code, said, _ = run_hat(*run)
+    code, said, _ = run_studies(*run)
     assert code == 0 and "counted: 1 new rows" in said and stand_in.seen == [0, 1, 2]
     first = out.read_text()
-    code, said, _ = run_hat(*run)
+    code, said, _ = run_studies(*run)
     assert "0 new rows" in said and "--again" in said and out.read_text() == first
-    assert run_hat(*run, "--again", "--set", "stop=1")[0] == 130 and out.read_text() == first
-    assert run_hat(*run, "--again")[0] == 0 and stand_in.seen == [0, 1, 2, 0, 1, 2]
+    assert run_studies(*run, "--again", "--set", "stop=1")[0] == 130 and out.read_text() == first
+    assert run_studies(*run, "--again")[0] == 0 and stand_in.seen == [0, 1, 2, 0, 1, 2]
     assert [row.cost for row in read_rows(out, Row)] == [4.5, 5.5, 6.5] and len(list(out.parent.iterdir())) == 1
 
 
@@ -98,8 +98,8 @@ def test_settings_are_read_by_type(stand_in):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("nothing",), "no experiment 'nothing'; there are: decode"),
-        (("quality", "published", "--set", "dtype=fp32"), "--set goes with the name of one experiment"),
+        (("nothing",), "no study 'nothing'; there are: decode"),
+        (("quality", "published", "--set", "dtype=fp32"), "--set goes with the name of one study"),
         (("layer_shares", "--set", "tokens=5"), "layer_shares takes checkpoint=, max_tokens=, results=, dtype="),
         (("benchmark", "--set", "rounds=few"), "benchmark: rounds takes a number, got 'few'"),
         (("published_claims", "--set", "rounds=0"), "rounds must be a whole number of at least 1"),
@@ -109,32 +109,34 @@ def test_settings_are_read_by_type(stand_in):
         (("quality", "--set", "grains=word"), "grains must be among channel, token, got 'word'"),
     ],
 )
-def test_a_typo_is_told_before_anything_is_loaded(run_hat, tmp_path, monkeypatch, args, words):
+def test_a_typo_is_told_before_anything_is_loaded(run_studies, tmp_path, monkeypatch, args, words):
     monkeypatch.setattr("hat_lib.model.transformer.HierarchicalTransformer.from_pretrained", None)
-    code, _, err = run_hat("reproduce", *args, "--out", tmp_path)
+    code, _, err = run_studies(*args, "--out", tmp_path)
     assert code == 2 and err.count("error: ") == 1 and words in err
 
 
-def test_without_a_name_everything_is_listed(run_hat):
-    code, out, _ = run_hat("reproduce")
+def test_without_a_name_everything_is_listed(run_studies):
+    code, out, _ = run_studies()
     lines = out.splitlines()
     assert code == 0 and [line.split()[0] for line in lines[::2]] == list(registry.NAMES)
     assert "60 min" in lines[2 * registry.NAMES.index("quality")]
 
 
-def test_figures_of_the_files_that_are_there(run_hat, tmp_path):
+def test_figures_of_the_files_that_are_there(run_studies, tmp_path):
     shutil.copy(RESULTS / "quality.csv", tmp_path)
-    code, out, err = run_hat("reproduce", "quality", "layer_shares", "--figures", "--out", tmp_path)
+    code, out, err = run_studies("quality", "layer_shares", "--figures", "--out", tmp_path)
     assert code == 0 and err.count("warning: ") == 1 and "layer_shares.csv" in err
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"quality.png", "06_quality.png", "08_exits.png"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        f"{name}.png" for name in registry.load("quality").figures()
+    }
 
 
-def test_tables_of_the_documents(run_hat, tmp_path, monkeypatch):
+def test_tables_of_the_documents(run_studies, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     for path in ("README.md", "data/README.md"):
         (tmp_path / path).write_text("<!-- table: quality -->\n| 0 |\n<!-- end -->\n")
     monkeypatch.setattr(config, "REPO", tmp_path)
-    code, out, _ = run_hat("reproduce", "--tables", "--out", tmp_path)
+    code, out, _ = run_studies("--tables", "--out", tmp_path)
     assert code == 0 and out.count("wrote ") == 2
     assert registry.all_tables()["quality"] in (tmp_path / "README.md").read_text()
-    assert run_hat("reproduce", "--tables", "--out", tmp_path)[1] == ""
+    assert run_studies("--tables", "--out", tmp_path)[1] == ""

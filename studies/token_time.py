@@ -29,15 +29,15 @@ from transformers import LlamaForCausalLM
 from hat_lib.backbone.base import load_base
 from hat_lib.backbone.shapes import LINEARS
 from hat_lib.config import HatConfig, HatError, check_capacity, check_count
-from hat_lib.experiments.benchmark import CONTEXT, decode_ms, plain_copy
-from hat_lib.experiments.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved
 from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.modes import together
 from hat_lib.model.policies import Forced
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.plotting import speed
 from hat_lib.text.blocks import load_text
+from studies.benchmark import CONTEXT, decode_ms, plain_copy
+from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved
+from studies.plotting import speed
 
 ABOUT = "what a part of a decode step takes, in plain transformers, our dense path and at a capacity"
 MINUTES = 6

@@ -6,11 +6,11 @@ import types
 import pytest
 import torch
 
+from hat_lib.backbone.machine import cpu_name
 from hat_lib.config import HatError
-from hat_lib.experiments import decode
-from hat_lib.inference.speed import cpu_name
 from hat_lib.model.cost import Work
 from hat_lib.model.fast_path import WEIGHT_FORMATS
+from studies import decode
 
 pytestmark = [pytest.mark.slow, pytest.mark.bundled]
 

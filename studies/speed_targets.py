@@ -25,18 +25,18 @@ from transformers import PreTrainedTokenizerBase
 from hat_lib.config import check_count
 from hat_lib.evaluation.decoded import score_decoded
 from hat_lib.evaluation.perplexity import compare
-from hat_lib.experiments.common import CHECKPOINTS, Machine, interval, machine, markdown, rounded, saved, times
-from hat_lib.experiments.published_claims import PROMISED
-from hat_lib.experiments.quality import MANY
 from hat_lib.inference.generate import AdaptiveInference
 from hat_lib.inference.speed import held, timed
 from hat_lib.model.modes import together
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.plotting import speed
-from hat_lib.plotting.findings import said
 from hat_lib.text.blocks import load_text, spread
 from hat_lib.text.prompts import prompts
+from studies.common import CHECKPOINTS, Machine, interval, machine, markdown, rounded, saved, times
+from studies.plotting import speed
+from studies.plotting.findings import said
+from studies.published_claims import PROMISED
+from studies.quality import MANY
 
 ABOUT = "a target speedup, what came of it and what it costs on three kinds of text"
 MINUTES = 30

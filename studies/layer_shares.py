@@ -13,10 +13,10 @@ import torch
 from matplotlib.figure import Figure
 
 from hat_lib.config import HatError
-from hat_lib.experiments.common import CHECKPOINTS, Machine, machine, rounded, saved
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import frontier
 from hat_lib.text.blocks import load_text
+from studies.common import CHECKPOINTS, Machine, machine, rounded, saved
 
 ABOUT = "what a layer executes at a setting"
 MINUTES = 1

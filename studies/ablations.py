@@ -16,12 +16,12 @@ from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import CAPACITY_MIN, HatConfig, check_count
 from hat_lib.evaluation.controls import matched
 from hat_lib.evaluation.perplexity import Score, compare, score_each
-from hat_lib.experiments.common import Machine, Perplexity, interval, machine, markdown, perplexity, rounded, saved
 from hat_lib.model.modes import together
 from hat_lib.model.policies import Policy
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.plotting.findings import said
 from hat_lib.text.blocks import held_out, load_text, spread
+from studies.common import Machine, Perplexity, interval, machine, markdown, perplexity, rounded, saved
+from studies.plotting.findings import said
 
 ABOUT = "a calibration with one thing changed, at equal work of the layers"
 MINUTES = 30

@@ -6,9 +6,9 @@ import pytest
 
 from hat_lib.backbone.base import load_base
 from hat_lib.config import HatError
-from hat_lib.experiments import corrections
-from hat_lib.experiments.corrections import CAPACITIES, MEASURED, SHOWN, Change
 from hat_lib.training.run import nominal_thresholds
+from studies import corrections
+from studies.corrections import CAPACITIES, MEASURED, SHOWN, Change
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,6 @@
 """The token grain with something in place of each skipped FFN: ``data/results/stand_ins.csv``.
 
-The rows are as in `hat_lib.experiments.quality`, for a checkpoint trained as ``token`` was, with a low-rank product
+The rows are as in `studies.quality`, for a checkpoint trained as ``token`` was, with a low-rank product
 that stands in for a skipped FFN (`hat_lib.model.corrections`). Its work counts in the model share, not in the
 capacity.
 """
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from hat_lib.experiments import quality
-from hat_lib.experiments.common import CHECKPOINTS, TEXTS, markdown, saved
-from hat_lib.plotting.findings import said
+from studies import quality
+from studies.common import CHECKPOINTS, TEXTS, markdown, saved
+from studies.plotting.findings import said
 
 ABOUT = "as in quality, for the token grain with low-rank stand-ins for skipped FFNs"
 MINUTES = 7

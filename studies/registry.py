@@ -1,4 +1,4 @@
-"""The experiments: one module per file of ``data/results``, with the same name, all with the same interface.
+"""The studies: one module per file of ``data/results``, with the same name, all with the same interface.
 
     ABOUT         what a row is, in one line
     MINUTES       about how long all rows take on two idle cores
@@ -28,8 +28,8 @@ from types import ModuleType
 
 from hat_lib import config
 from hat_lib.config import HatError
-from hat_lib.experiments.common import markdown
-from hat_lib.experiments.rows import RowWriter
+from hat_lib.rows import RowWriter
+from studies.common import markdown
 
 NAMES = ("decode", "benchmark", "quality", "corrections", "published", "stand_ins", "layer_shares",
          "published_claims", "speed_targets", "token_time", "self_speculative", "ablations", "step_cost")  # fmt: skip
@@ -39,8 +39,8 @@ MARKED = re.compile(r"^<!-- table: (\S+) -->$((?:(?!^<!-- table).)*?^<!-- end --
 
 def load(name: str) -> ModuleType:
     if name not in NAMES:
-        raise HatError(f"no experiment {name!r}; there are: {', '.join(NAMES)}")
-    return import_module(f"hat_lib.experiments.{name}")
+        raise HatError(f"no study {name!r}; there are: {', '.join(NAMES)}")
+    return import_module(f"studies.{name}")
 
 
 def measure(name: str, results: Path, *, again: bool = False, **options) -> Iterator:
@@ -48,20 +48,20 @@ def measure(name: str, results: Path, *, again: bool = False, **options) -> Iter
 
     Args:
         again: measure everything, and replace the file once it is complete.
-        options: keyword arguments of the experiment's ``rows``.
+        options: keyword arguments of the study's ``rows``.
     """
-    experiment = load(name)
-    if reads := getattr(experiment, "READS", ()):  # what was measured here takes precedence over what is committed
+    study = load(name)
+    if reads := getattr(study, "READS", ()):  # what was measured here takes precedence over what is committed
         here = all((results / f"{other}.csv").is_file() for other in reads)
         options = {"results": results if here else None} | options
-    with RowWriter(results / f"{name}.csv", experiment.Row, experiment.KEY, replace=again) as writer:
-        for row in experiment.rows(writer.done, **options):
+    with RowWriter(results / f"{name}.csv", study.Row, study.KEY, replace=again) as writer:
+        for row in study.rows(writer.done, **options):
             writer.write(row)
             yield row
 
 
 def parse(name: str, settings: Sequence[str]) -> dict:
-    """``["rounds=3", "channel=0.9,0.7"]`` as keyword arguments of the experiment's ``rows``, checked by type."""
+    """``["rounds=3", "channel=0.9,0.7"]`` as keyword arguments of the study's ``rows``, checked by type."""
     kinds, found = option_kinds(name), {}
     for setting in settings:
         option, equals, text = setting.partition("=")
@@ -91,7 +91,7 @@ def option_kinds(name: str) -> dict[str, tuple[type, bool]]:
 def all_tables(results: Path | None = None) -> dict[str, str]:
     """Every Markdown table, by the name that marks its place in a document; the table `results` lists the files."""
     lines = [[f"`{name}`", load(name).ABOUT, f"{load(name).MINUTES} min"] for name in NAMES]
-    overview = {"results": markdown(["file, `hat reproduce`", "what a row is", "takes, on two idle cores"], lines)}
+    overview = {"results": markdown(["file, `python -m studies`", "what a row is", "takes, on two idle cores"], lines)}
     made = [load(name).tables(results) for name in NAMES if hasattr(load(name), "tables")]
     return overview | {table: text for tables in made for table, text in tables.items()}
 

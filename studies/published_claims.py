@@ -23,17 +23,17 @@ from hat_lib import config
 from hat_lib.backbone.base import BUNDLED, load_base
 from hat_lib.config import HatConfig, HatError, check_count
 from hat_lib.evaluation.controls import exit_shares
-from hat_lib.experiments import common, quality
-from hat_lib.experiments.benchmark import PREFILL, Setting, forced, measure, plain_copy
-from hat_lib.experiments.common import CHECKPOINTS, SPEEDS, TEXTS, markdown, rounded, saved, speeds
-from hat_lib.experiments.rows import read_rows
 from hat_lib.model.modes import together
 from hat_lib.model.policies import Forced
 from hat_lib.model.token_state import Masks
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.plotting import findings, speed
-from hat_lib.plotting.findings import said
+from hat_lib.rows import read_rows
 from hat_lib.text.blocks import load_text
+from studies import common, quality
+from studies.benchmark import PREFILL, Setting, forced, measure, plain_copy
+from studies.common import CHECKPOINTS, SPEEDS, TEXTS, markdown, rounded, saved, speeds
+from studies.plotting import findings, speed
+from studies.plotting.findings import said
 
 ABOUT = "a claimed point: quality from quality.csv, speed measured"
 MINUTES = 15
@@ -90,7 +90,7 @@ def rows(
     known = {(r.granularity, r.text, r.capacity, r.exit_rate): r for r in measured if r.variant == "trained"}
     for granularity, checkpoint in (("channel", channel), ("token", token)):
         if lacking := [(t, s) for t in TEXTS for s in SETTINGS if (granularity, t, *s) not in known]:
-            raise HatError(f"{path} lacks {granularity} {lacking[0]}: run `hat reproduce quality` first")
+            raise HatError(f"{path} lacks {granularity} {lacking[0]}: run `python -m studies quality` first")
         if sum(key[1] == granularity for key in done) < 2 * len(SETTINGS):
             found = _grain(checkpoint, known, rounds, steps, dtype)
             yield from (row for row in found if tuple(getattr(row, name) for name in KEY) not in done)

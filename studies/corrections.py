@@ -23,10 +23,7 @@ from hat_lib.backbone.base import Base, load_base, parse_dtype
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import HatConfig, HatError, check_count
 from hat_lib.evaluation.perplexity import compare, score_each
-from hat_lib.experiments import common
-from hat_lib.experiments.common import machine, markdown, perplexity, rounded, saved
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.plotting import frontier
 from hat_lib.plotting.training import at_equal_work
 from hat_lib.text.blocks import load_text, spread
 from hat_lib.text.mixture import training_text
@@ -35,6 +32,9 @@ from hat_lib.training.recipe import Recipe
 from hat_lib.training.run import nominal_thresholds
 from hat_lib.training.trainer import train_phase
 from hat_lib.training.validation import as_trained
+from studies import common
+from studies.common import machine, markdown, perplexity, rounded, saved
+from studies.plotting import divergence
 
 ABOUT = "a short run with corrections of some rank, on some text, at equal work"
 MINUTES = 60
@@ -192,7 +192,7 @@ def shown(results: Path | None = None) -> pd.DataFrame:
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:
-    return {"corrections": frontier.changes(shown(results))}
+    return {"corrections": divergence.changes(shown(results))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

@@ -19,8 +19,6 @@ from torch import Tensor
 from hat_lib.backbone.base import load_base
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import GRANULARITIES, HatConfig, check_count
-from hat_lib.experiments.benchmark import plain_copy, ratio
-from hat_lib.experiments.common import Machine, machine, markdown, rounded, saved, times
 from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.mixture import training_text
@@ -28,6 +26,8 @@ from hat_lib.training.objective import Objective
 from hat_lib.training.recipe import Recipe
 from hat_lib.training.run import nominal_thresholds
 from hat_lib.training.trainer import collate, end_training
+from studies.benchmark import plain_copy, ratio
+from studies.common import Machine, machine, markdown, rounded, saved, times
 
 ABOUT = "a training step beside a plain forward and backward"
 MINUTES = 2

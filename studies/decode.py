@@ -34,15 +34,15 @@ from transformers import DynamicCache
 from hat_lib.backbone.base import BUNDLED, BUNDLED_GGUF, load_base
 from hat_lib.backbone.wheels import SMOLLM2, open_wheel
 from hat_lib.config import HatConfig, HatError, check_capacity, check_count
-from hat_lib.experiments.benchmark import CONTEXT, decode_ms, forced, plain_copy
-from hat_lib.experiments.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, times
 from hat_lib.inference.speed import take_turns
 from hat_lib.model.cost import Work, state_cost
 from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.plotting import speed
 from hat_lib.text.blocks import load_text
+from studies.benchmark import CONTEXT, decode_ms, forced, plain_copy
+from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, times
+from studies.plotting import speed
 
 ABOUT = "milliseconds a token: transformers, the engine by format and capacity, eight sequences, llama.cpp"
 MINUTES = 20

@@ -1,12 +1,12 @@
-"""The quality of the trained checkpoints beside every control, at equal work: ``data/results/quality.csv``.
+"""A trained checkpoint beside every control, at equal work: the rows of `hat sweep` and of the study `quality`.
 
 One row for each grain, text, capacity and variant: perplexity over the base's, agreement with it, and the margin to
 the trained model on the same tokens. A control is tuned until its share of the whole model's work, on the very text
 that is scored, is within `EQUAL` of the trained model's; only its work is looked at, never its predictions. No control
 has corrections; ``uncorrected`` is the trained model without its own, at equal work, so that what is left of a margin
 is the choice alone; ``fine_tuned`` has them at full strength with nothing skipped: what training does to the base. All
-of them keep the head's shortlist, which costs more the less sure a model is. Exits have two
-controls: as many at random, and ``no_exits``, the trained model at a capacity that does the same work without any.
+of them keep the head's shortlist, which costs more the less sure a model is. Exits have two controls: as many at
+random, and ``no_exits``, the trained model at a capacity that does the same work without any.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset
-from matplotlib.figure import Figure
 
-from hat_lib.config import CAPACITY_MIN, GRANULARITIES, HatError, check_capacity, check_exit_rate
+from hat_lib.backbone.machine import Machine, machine
+from hat_lib.config import CAPACITY_MIN, DATA, GRANULARITIES, HatError, check_capacity, check_exit_rate
 from hat_lib.evaluation.controls import (
     CONTROLS,
     EQUAL,
@@ -36,33 +36,24 @@ from hat_lib.evaluation.controls import (
     exit_shares,
     matched,
 )
-from hat_lib.evaluation.perplexity import Score, compare, score, score_each
-from hat_lib.experiments import common
-from hat_lib.experiments.common import CHECKPOINTS, TEXTS, interval, machine, markdown, perplexity, rounded, saved
+from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, interval, score, score_each
 from hat_lib.model.checkpoint import digest, read_checkpoint
 from hat_lib.model.modes import together
 from hat_lib.model.threshold_table import HEAD_TABLES
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.plotting import findings, frontier
-from hat_lib.plotting.findings import said
+from hat_lib.rows import results_table, rounded
 from hat_lib.text.blocks import default_split, load_text, spread, text_hash
 from hat_lib.text.corpora import CORPORA
 
-ABOUT = "a variant (trained, untrained, a control) at a point, at equal work"
-MINUTES = 60
+CHECKPOINTS = DATA / "checkpoints"
+TEXTS = ("addresses", "docstrings")
 VARIANTS = ("trained", "uncorrected", "untrained", *CONTROLS, "random_exits", "no_exits", "fine_tuned")
 DRAWN = ("random", "removal", "static", "random_exits")
 """variants with something drawn at random, which differ from seed to seed"""
-SEEDS = 5
-"""draws of random exits, whose rates are small"""
 NONE_OF_IT = {"channel": (), "token": ("static", "uncorrected", "no_exits", "fine_tuned")}
 """variants that a grain does not have: with whole FFNs, static is removal, and there are no corrections"""
 UNMATCHED = ("random_exits", "fine_tuned")
 """variants whose work is what it is: equal as far as chance allows, and that of the dense model"""
-MANY = {"addresses": 20_480, "docstrings": 10_240, "encyclopedia": 20_480}
-"""tokens on which the channel grain is compared with its start; of the addresses, all of the test part"""
-FEW = 4_096
-"""tokens of each text for what costs many times as much: controls, exits, the token grain"""
 # A control is first tuned on this many tokens of the text, in evenly spaced blocks, and then on all of it.
 MATCH_TOKENS = 1024
 ROUNDS = 4
@@ -84,7 +75,7 @@ KEY = Point._fields
 
 
 @dataclass(frozen=True)
-class Row(common.Machine, common.Perplexity):
+class Row(Machine, Perplexity):
     granularity: str
     max_tokens: int
     capacity: float
@@ -104,32 +95,6 @@ class Row(common.Machine, common.Perplexity):
     text_hash: str
     adapter: str
     """beginning of the SHA-256 of the parameters and tables behind the row; those of exits only if some tokens leave"""
-
-
-def plan(granularity: str) -> list[Point]:
-    """The points of one grain, most informative first; those on the same tokens of a text are adjacent."""
-    both = "trained", "untrained"
-    if granularity == "channel":
-        gates = "trained", "random_exits", "no_exits"
-        exits = [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained", "no_exits"))]
-        dial = [((0.9, 0.7, 0.55, 0.4), 0.0, both), ((1.0,), 0.0, ("fine_tuned",))]
-        more = [((0.7, 0.55, 0.4), 0.0, ("uncorrected",)), ((0.75, 0.62), 0.0, ("trained",))]
-        beside = [((0.7, 0.55), 0.0, ("trained", *CONTROLS)), *exits]
-        plans = [(text, tokens, dial + more * (text in TEXTS)) for text, tokens in MANY.items()]
-        plans += [(text, FEW, beside) for text in TEXTS]
-    else:
-        exits = [((1.0,), 0.1, ("trained",)), ((0.75,), 0.1, ("trained",))]
-        beside = [((0.7, 0.55), 0.0, (*both, *CONTROLS)), ((0.9, 0.75, 0.62, 0.4), 0.0, both), *exits]
-        plans = [(text, FEW, beside) for text in TEXTS]
-    return [
-        Point(granularity, text, tokens, capacity, rate, variant, seed)
-        for text, tokens, grid in plans
-        for capacities, rate, variants in grid
-        for capacity in capacities
-        for variant in variants
-        for seed in range(SEEDS if variant == "random_exits" else 1)
-        if variant not in NONE_OF_IT[granularity]
-    ]
 
 
 def grid(
@@ -180,10 +145,10 @@ def rows(
     token: Path = CHECKPOINTS / "token",
     token_untrained: Path = CHECKPOINTS / "calibrated_token",
     grains: Sequence[str] = GRANULARITIES,
-    points: Sequence[Point] | None = None,
+    points: Sequence[Point],
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """Rows for the ``points`` that are not ``done``, grain by grain; by default those of `plan`.
+    """Rows for the ``points`` that are not ``done``, grain by grain.
 
     Raises `HatError` for a checkpoint of the wrong grain, an untrained checkpoint in place of a trained one or the
     reverse, and if ``done`` has rows of other checkpoints. A control that cannot match the work of the trained model is
@@ -208,7 +173,7 @@ def rows(
             )
     for grain in grains:
         trained, untrained = found[grain]
-        missing = [p for p in (plan(grain) if points is None else points) if p.granularity == grain and p not in done]
+        missing = [p for p in points if p.granularity == grain and p not in done]
         if not missing:
             continue
         hat = HierarchicalTransformer.from_pretrained(trained, dtype=dtype)
@@ -264,7 +229,7 @@ def _row(hat, adapters, blocks, point: Point, base: Score, trained: Mapping[tupl
     low, high = interval(margin)
     return rounded(
         Row,
-        **machine(hat.base) | vars(found.agreement) | perplexity(compare(base, found)) | point._asdict(),
+        **machine(hat.base) | vars(found.agreement) | columns(compare(base, found)) | point._asdict(),
         realised=found.capacity,
         realised_exit=found.exit_rate,
         model_share=found.model_share,
@@ -352,7 +317,7 @@ def prices(checkpoint: Path, capacity: float, results: Path | None = None) -> di
 
     Interpolated between measured capacities in the logarithm of perplexity; below the lowest, "more than" its cost.
     """
-    rows, known = saved("quality", results).query("exit_rate == 0"), adapter_digest(checkpoint, exits=False)
+    rows, known = results_table("quality", results).query("exit_rate == 0"), adapter_digest(checkpoint, exits=False)
     untrained = known == adapter_digest(CHECKPOINTS / "calibrated", exits=False)
     rows = rows[rows["granularity"] == "channel"] if untrained else rows[rows["adapter"] == known]
     rows = rows[rows["variant"] == ("untrained" if untrained else "trained")].sort_values(["capacity", "tokens"])
@@ -362,25 +327,3 @@ def prices(checkpoint: Path, capacity: float, results: Path | None = None) -> di
         more = "more than " if capacity < at[0] else ""
         found[text] = f"{more}{np.expm1(np.interp(capacity, at, log)):+.0%}"
     return found
-
-
-def figures(results: Path | None = None) -> dict[str, Figure]:
-    table = saved("quality", results)
-    both = table[table["text"].isin(TEXTS)]  # with controls and both grains
-    docstrings = frontier.quality(table[table["text"] == "docstrings"])
-    return {"quality": frontier.quality(both), "divergence": frontier.divergence(table), "06_quality": docstrings,
-            "08_exits": findings.exits(table)}  # fmt: skip
-
-
-def tables(results: Path | None = None) -> dict[str, str]:
-    """The channel grain, trained, without its corrections, and untrained, at equal work; and the corrections alone."""
-    rows = saved("quality", results).query("granularity == 'channel' and exit_rate == 0")
-    rows = rows.sort_values("tokens").drop_duplicates(["text", "variant", "capacity"], keep="last")
-    lines = []
-    for variant in ("trained", "uncorrected", "untrained", "fine_tuned"):
-        here = rows[rows["variant"] == variant].sort_values("capacity", ascending=False)
-        for capacity, at in here.groupby("capacity", sort=False):
-            cells = {r.text: said(r._asdict()) for r in at.itertuples()}
-            name = variant.replace("_", " ")
-            lines.append([name, f"{capacity:.2f}", f"{at['model_share'].mean():.2f}", *map(cells.get, MANY)])
-    return {"quality": markdown(["channel grain", "capacity", "of the model's work", *MANY], lines)}

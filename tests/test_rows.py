@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hat_lib.config import REPO, HatError
-from hat_lib.experiments.rows import RowWriter, read_rows
+from hat_lib.rows import RowWriter, read_rows
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def test_a_write_that_fails_leaves_no_half_line(path, monkeypatch, failure):
     with RowWriter(path, Row, KEY) as writer:
         writer.write(row(1))
         with monkeypatch.context() as patch:
-            patch.setattr("hat_lib.experiments.rows.os.fsync", fail)
+            patch.setattr("hat_lib.rows.os.fsync", fail)
             with pytest.raises((HatError, KeyboardInterrupt), match="No space|^$"):
                 writer.write(row(2))
         assert writer.done == {("addresses", 1): row(1)}

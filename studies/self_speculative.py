@@ -23,13 +23,13 @@ from torch import Tensor
 
 from hat_lib.backbone.base import parse_dtype
 from hat_lib.config import check_capacity, check_count
-from hat_lib.experiments.benchmark import plain_copy
-from hat_lib.experiments.common import CHECKPOINTS, SPEEDS, Machine, machine, markdown, rounded, saved, times
 from hat_lib.inference.self_speculative import speculate
 from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.plotting import speed
 from hat_lib.text.prompts import KINDS, Prompt, prompts
+from studies.benchmark import plain_copy
+from studies.common import CHECKPOINTS, SPEEDS, Machine, machine, markdown, rounded, saved, times
+from studies.plotting import speed
 
 ABOUT = "a prompt, four ways to its text"
 MINUTES = 45

@@ -3,15 +3,19 @@
 No assertion on speed.
 """
 
-
 import pytest
 import torch
 from tiny_runs import GRAINS, adaptive, new_hat, random_blocks
 
+from hat_lib.backbone.machine import cpu_name
 from hat_lib.config import DATA, HatConfig, HatError
 from hat_lib.evaluation.decoded import score_decoded
 from hat_lib.evaluation.perplexity import compare
-from hat_lib.experiments import (
+from hat_lib.inference.speed import SpeedCurve, Variant, take_turns
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.rows import RowWriter, read_rows
+from hat_lib.training.trainer import collate
+from studies import (
     ablations,
     benchmark,
     published_claims,
@@ -20,16 +24,12 @@ from hat_lib.experiments import (
     self_speculative,
     token_time,
 )
-from hat_lib.experiments import speed_targets as targets
-from hat_lib.experiments import step_cost as cost
-from hat_lib.experiments.ablations import CAPACITIES, CHANGES, MEASURED
-from hat_lib.experiments.benchmark import Setting, forced, measure, ratio
-from hat_lib.experiments.layer_shares import layer_shares
-from hat_lib.experiments.published_claims import PROMISED, SETTINGS
-from hat_lib.experiments.rows import RowWriter, read_rows
-from hat_lib.inference.speed import SpeedCurve, Variant, cpu_name, take_turns
-from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.training.trainer import collate
+from studies import speed_targets as targets
+from studies import step_cost as cost
+from studies.ablations import CAPACITIES, CHANGES, MEASURED
+from studies.benchmark import Setting, forced, measure, ratio
+from studies.layer_shares import layer_shares
+from studies.published_claims import PROMISED, SETTINGS
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_claims(checkpoints, tmp_path, monkeypatch):
     assert rows[-1].granularity == "token" and rows[2 * n].addresses == 100.9
     (tmp_path / "quality.csv").unlink()
     write_quality(tmp_path, points[:4])
-    with pytest.raises(HatError, match="run `hat reproduce quality` first"):
+    with pytest.raises(HatError, match="run `python -m studies quality` first"):
         next(published_claims.rows(results=tmp_path))
 
 

@@ -1,6 +1,6 @@
 """The published recipe, measured like our own: ``data/results/published.csv``.
 
-The rows are as in `hat_lib.experiments.quality`, for the checkpoint trained with the published hyperparameters, at the
+The rows are as in `studies.quality`, for the checkpoint trained with the published hyperparameters, at the
 grain they are meant for.
 """
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from hat_lib.evaluation.controls import CONTROLS
-from hat_lib.experiments import quality
-from hat_lib.experiments.common import CHECKPOINTS, TEXTS, markdown, saved
-from hat_lib.plotting.findings import promised, said
+from studies import quality
+from studies.common import CHECKPOINTS, TEXTS, markdown, saved
+from studies.plotting.findings import promised, said
 
 ABOUT = "as in quality, for the token grain trained by the published recipe"
 MINUTES = 7

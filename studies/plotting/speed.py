@@ -55,7 +55,7 @@ def exits(table: pd.DataFrame) -> Figure:
 def targets(table: pd.DataFrame) -> Figure:
     """Target speedups beside those of the texts generated for them: medians, and lowest to highest prompt.
 
-    ``table`` has the fields of `hat_lib.experiments.speed_targets.Row`.
+    ``table`` has the fields of `studies.speed_targets.Row`.
     """
     fig, panels = style.panels_by(table, "versus", 4.0, 7.0, sharex=False)
     for rows, ax in panels:
@@ -82,7 +82,7 @@ def lossless(table: pd.DataFrame) -> Figure:
     """Drafts that the base accepted, by kind of prompt, and speed beside three other ways to the same text.
 
     Whiskers are 95 % bootstrap intervals over prompts: of a ratio of sums on the left, of a median on the right.
-    ``table`` has the fields of `hat_lib.experiments.self_speculative.Row`.
+    ``table`` has the fields of `studies.self_speculative.Row`.
     """
     kinds, groups = list(dict.fromkeys(table["kind"])), list(table.groupby(["granularity", "capacity", "dtype"]))
     fig, (stood, speed) = style.panels(2, height=3.6, width=8.4, sharey=False)
@@ -142,7 +142,7 @@ def token_time(table: pd.DataFrame) -> Figure:
     """Milliseconds of a token by part, a panel for each way on a scale of its own: medians, with whiskers from the
     lowest to the highest round. Hollow bars are parts whose whiskers include 0: the rounds do not tell them from none.
 
-    ``table`` has the fields of `hat_lib.experiments.token_time.Row`.
+    ``table`` has the fields of `studies.token_time.Row`.
     """
     share = table.loc[table["way"] == "adaptive", "realised"].iloc[0]
     names = {"hf": "plain transformers", "dense": "our own dense path", "adaptive": f"adaptive, {share:.2f} realised"}

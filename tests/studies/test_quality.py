@@ -6,13 +6,15 @@ import torch
 from tiny_runs import adaptive, new_hat
 
 from hat_lib.config import DATA, HatError
+from hat_lib.evaluation import equal_work as module
 from hat_lib.evaluation.controls import EQUAL, OutOfReach
-from hat_lib.experiments import quality as module
-from hat_lib.experiments import stand_ins
-from hat_lib.experiments.common import TEXTS, saved
-from hat_lib.experiments.quality import KEY, Point, Row, grid, plan
-from hat_lib.experiments.rows import RowWriter, read_rows
+from hat_lib.evaluation.equal_work import Point, Row, grid
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.rows import RowWriter, read_rows
+from studies import quality as study
+from studies import stand_ins
+from studies.common import TEXTS, saved
+from studies.quality import KEY, plan
 
 TOKENS = 3600
 VARIANTS = ("trained", "uncorrected", "untrained", "random", "static", "removal")
@@ -103,7 +105,7 @@ def test_rows_of_other_gates_are_refused_and_those_without_exits_stay_valid(meas
 def test_refusals(grain, tmp_path):
     swapped = {"grains": ["token"], "token": grain["channel"], "token_untrained": grain["channel_untrained"]}
     for changes, words in (
-        (swapped | {"points": None}, "has the channel grain, expected token"),
+        (swapped | {"points": [p._replace(granularity="token") for p in POINTS]}, "has the channel grain, expected token"),
         ({"channel": grain["channel_untrained"]}, "has no trained routers: expected a checkpoint as `hat train`"),
         ({"channel_untrained": grain["channel"]}, "was trained: expected a checkpoint as `hat calibrate` writes it"),
         ({"channel": tmp_path / "none"}, "no checkpoint folder at"),
@@ -149,7 +151,7 @@ def test_the_plan_has_what_the_result_must_show():
         assert len(set(found)) == len(found)
         for text in TEXTS:
             here = {(p.max_tokens, p.capacity, p.variant) for p in found if p.text == text and not p.exit_rate}
-            tokens = module.MANY[text] if granularity == "channel" else module.FEW
+            tokens = study.MANY[text] if granularity == "channel" else study.FEW
             assert here >= {(tokens, c, v) for c in (0.9, 0.7, 0.55, 0.4) for v in ("trained", "untrained")}
             assert here >= {(4096, c, v) for c in (0.7, 0.55) for v in ("trained", *controls)}
             choice = {c for n, c, v in here if (n, v) == (tokens, "uncorrected")}

@@ -30,13 +30,13 @@ from transformers import DynamicCache, LlamaForCausalLM
 from hat_lib.backbone.base import load_base
 from hat_lib.calibration.capacity import score_quantiles
 from hat_lib.config import HatConfig, check_capacity, check_count, check_exit_rate
-from hat_lib.experiments.common import SPEEDS, Machine, machine, markdown, rounded, saved, speeds
 from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.cost import state_cost
 from hat_lib.model.policies import Forced, Policy
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.style import benchmark as draw
+from studies.common import SPEEDS, Machine, machine, markdown, rounded, saved, speeds
 
 ABOUT = "speed of the token grain, of exits and of prefill at forced shares, on TinyLlama's shape with random weights"
 MINUTES = 10

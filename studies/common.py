@@ -1,0 +1,38 @@
+"""What the studies share: Markdown tables, and names from the library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from hat_lib.backbone.machine import Machine, machine
+from hat_lib.evaluation.equal_work import CHECKPOINTS, TEXTS
+from hat_lib.evaluation.perplexity import Perplexity, interval
+from hat_lib.evaluation.perplexity import columns as perplexity
+from hat_lib.rows import results_table as saved
+from hat_lib.rows import rounded
+
+__all__ = ["CHECKPOINTS", "TEXTS", "Machine", "Perplexity", "interval", "machine", "perplexity", "rounded", "saved"]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """A table with one line per row; missing values (None, nan) become empty cells."""
+    lines = [header, ["---"] * len(header), *rows]
+    cells = [["" if value is None or value != value else str(value) for value in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def times(speedup: float, ideal: float | None = None) -> str:
+    """A speedup; skipping alone cannot beat its ideal, so a point above it shows how large the noise is.
+
+    >>> times(1.16), times(1.16, 1.1), times(1.104, 1.1)
+    ('1.16x', '1.16x (above ideal: noise)', '1.10x')
+    """
+    return f"{speedup:.2f}x" + " (above ideal: noise)" * (ideal is not None and round(speedup, 2) > round(ideal, 2))
+
+
+SPEEDS = ("ideal", "over our own dense path", "over plain transformers")
+"""columns of `speeds`"""
+
+
+def speeds(ideal: float, dense: float, hf: float) -> list[str]:
+    return [times(ideal), times(dense, ideal), times(hf)]

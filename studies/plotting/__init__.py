@@ -1,0 +1,1 @@
+"""The figures and verdicts that come from saved results."""

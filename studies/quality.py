@@ -1,0 +1,97 @@
+"""The quality of the trained checkpoints beside every control, at equal work: ``data/results/quality.csv``.
+
+The rows are those of `hat_lib.evaluation.equal_work`, at the points of `plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from hat_lib.config import GRANULARITIES
+from hat_lib.evaluation import equal_work
+from hat_lib.evaluation.controls import CONTROLS
+from hat_lib.evaluation.equal_work import CHECKPOINTS, NONE_OF_IT, TEXTS, Point, Row
+from hat_lib.plotting import frontier
+from studies.common import markdown, saved
+from studies.plotting import divergence, findings
+from studies.plotting.findings import said
+
+ABOUT = "a variant (trained, untrained, a control) at a point, at equal work"
+MINUTES = 60
+KEY = Point._fields
+SEEDS = 5
+"""draws of random exits, whose rates are small"""
+MANY = {"addresses": 20_480, "docstrings": 10_240, "encyclopedia": 20_480}
+"""tokens on which the channel grain is compared with its start; of the addresses, all of the test part"""
+FEW = 4_096
+"""tokens of each text for what costs many times as much: controls, exits, the token grain"""
+
+
+def plan(granularity: str) -> list[Point]:
+    """The points of one grain, most informative first; those on the same tokens of a text are adjacent."""
+    both = "trained", "untrained"
+    if granularity == "channel":
+        gates = "trained", "random_exits", "no_exits"
+        exits = [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained", "no_exits"))]
+        dial = [((0.9, 0.7, 0.55, 0.4), 0.0, both), ((1.0,), 0.0, ("fine_tuned",))]
+        more = [((0.7, 0.55, 0.4), 0.0, ("uncorrected",)), ((0.75, 0.62), 0.0, ("trained",))]
+        beside = [((0.7, 0.55), 0.0, ("trained", *CONTROLS)), *exits]
+        plans = [(text, tokens, dial + more * (text in TEXTS)) for text, tokens in MANY.items()]
+        plans += [(text, FEW, beside) for text in TEXTS]
+    else:
+        exits = [((1.0,), 0.1, ("trained",)), ((0.75,), 0.1, ("trained",))]
+        beside = [((0.7, 0.55), 0.0, (*both, *CONTROLS)), ((0.9, 0.75, 0.62, 0.4), 0.0, both), *exits]
+        plans = [(text, FEW, beside) for text in TEXTS]
+    return [
+        Point(granularity, text, tokens, capacity, rate, variant, seed)
+        for text, tokens, grid in plans
+        for capacities, rate, variants in grid
+        for capacity in capacities
+        for variant in variants
+        for seed in range(SEEDS if variant == "random_exits" else 1)
+        if variant not in NONE_OF_IT[granularity]
+    ]
+
+
+def rows(
+    done: Mapping[tuple, Row] | None = None,
+    *,
+    channel: Path = CHECKPOINTS / "default",
+    channel_untrained: Path = CHECKPOINTS / "calibrated",
+    token: Path = CHECKPOINTS / "token",
+    token_untrained: Path = CHECKPOINTS / "calibrated_token",
+    grains: Sequence[str] = GRANULARITIES,
+    points: Sequence[Point] | None = None,
+    dtype: str | None = None,
+) -> Iterator[Row]:
+    """See `hat_lib.evaluation.equal_work.rows`; by default, the points of `plan`."""
+    paths = {"channel": channel, "channel_untrained": channel_untrained, "token": token,
+             "token_untrained": token_untrained}  # fmt: skip
+    if points is None:
+        points = [point for grain in grains if grain in GRANULARITIES for point in plan(grain)]
+    yield from equal_work.rows(done, **paths, grains=grains, points=points, dtype=dtype)
+
+
+def figures(results: Path | None = None) -> dict[str, Figure]:
+    table = saved("quality", results)
+    both = table[table["text"].isin(TEXTS)]  # with controls and both grains
+    docstrings = frontier.quality(table[table["text"] == "docstrings"])
+    return {"quality": frontier.quality(both), "divergence": divergence.divergence(table), "06_quality": docstrings,
+            "08_exits": findings.exits(table)}  # fmt: skip
+
+
+def tables(results: Path | None = None) -> dict[str, str]:
+    """The channel grain, trained, without its corrections, and untrained, at equal work; and the corrections alone."""
+    rows = saved("quality", results).query("granularity == 'channel' and exit_rate == 0")
+    rows = rows.sort_values("tokens").drop_duplicates(["text", "variant", "capacity"], keep="last")
+    lines = []
+    for variant in ("trained", "uncorrected", "untrained", "fine_tuned"):
+        here = rows[rows["variant"] == variant].sort_values("capacity", ascending=False)
+        for capacity, at in here.groupby("capacity", sort=False):
+            cells = {r.text: said(r._asdict()) for r in at.itertuples()}
+            name = variant.replace("_", " ")
+            lines.append([name, f"{capacity:.2f}", f"{at['model_share'].mean():.2f}", *map(cells.get, MANY)])
+    return {"quality": markdown(["channel grain", "capacity", "of the model's work", *MANY], lines)}
