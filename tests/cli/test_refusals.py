@@ -70,7 +70,7 @@ WHERE = "pass either --save DIR for a new run or --resume DIR for one that was s
         ((*SWEEP, "--grains", "word"), "grains must be among channel, token, got 'word'"),
         ((*SWEEP, "--variants", "trained,lucky"), "variants must be among"),
         ((*SWEEP, "--variants", "random_exits"), "nothing to measure at these settings"),
-        ((*SWEEP, "--grains", "token", "--variants", "static"), "static the channel grain (for whole FFNs it is"),
+        ((*SWEEP, "--grains", "token", "--variants", "static"), "static, uncorrected and no_exits the channel grain"),
         ((*SWEEP, "--texts", "nowhere"), "nowhere"),
         ((*SWEEP, "--max-tokens", "1"), "max tokens must be a whole number of at least 1024"),
         ((*SWEEP, "--dtype", "int8"), "int8"),
