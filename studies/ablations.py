@@ -53,7 +53,7 @@ def rows(
     done: Collection = (),
     *,
     base: str = "bundled",
-    tokens: int = 4096,
+    tokens: int = 3072,
     calibration_tokens: int = 8192,
     dtype: str | None = None,
 ) -> Iterator[Row]:

@@ -34,8 +34,9 @@ def plan(granularity: str) -> list[Point]:
     """The points of one grain, most informative first; those on the same tokens of a text are adjacent."""
     both = "trained", "untrained"
     if granularity == "channel":
-        gates = "trained", "random_exits", "no_exits"
-        exits = [((1.0,), 0.1, gates), ((1.0,), 0.3, gates), ((0.75,), 0.1, ("trained", "no_exits"))]
+        gates = "trained", "random_exits"
+        # Just below 1.0 the dial is too steep to be matched to a rate of 0.1.
+        exits = [((1.0,), 0.1, gates), ((1.0,), 0.3, (*gates, "no_exits")), ((0.75,), 0.1, ("trained", "no_exits"))]
         dial = [((0.9, 0.7, 0.55, 0.4), 0.0, both), ((1.0,), 0.0, ("fine_tuned",))]
         more = [((0.7, 0.55, 0.4), 0.0, ("uncorrected",)), ((0.75, 0.62), 0.0, ("trained",))]
         beside = [((0.7, 0.55), 0.0, ("trained", *CONTROLS)), *exits]

@@ -105,7 +105,10 @@ def test_rows_of_other_gates_are_refused_and_those_without_exits_stay_valid(meas
 def test_refusals(grain, tmp_path):
     swapped = {"grains": ["token"], "token": grain["channel"], "token_untrained": grain["channel_untrained"]}
     for changes, words in (
-        (swapped | {"points": [p._replace(granularity="token") for p in POINTS]}, "has the channel grain, expected token"),
+        (
+            swapped | {"points": [p._replace(granularity="token") for p in POINTS]},
+            "has the channel grain, expected token",
+        ),
         ({"channel": grain["channel_untrained"]}, "has no trained routers: expected a checkpoint as `hat train`"),
         ({"channel_untrained": grain["channel"]}, "was trained: expected a checkpoint as `hat calibrate` writes it"),
         ({"channel": tmp_path / "none"}, "no checkpoint folder at"),
