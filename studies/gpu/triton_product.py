@@ -6,7 +6,7 @@ programs (split-K). TEAL's kernel (Liu et al. 2024, arXiv:2408.14690) does this 
 
 No forward uses it yet: its speed has never been measured. On a machine with a GPU,
 
-    python -m hat_lib.engine.triton_product
+    python -m studies.gpu.triton_product
 
 times it against `torch.nn.functional.linear`. On a CPU it runs, slowly, under ``TRITON_INTERPRET=1``, as in its tests.
 """

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import torch
-from hat_lib.engine.triton_product import gated_product
+from studies.gpu.triton_product import gated_product
 
 draw = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -43,6 +43,6 @@ def test_it_is_the_masked_product():
 
 def test_the_benchmark_says_what_it_needs():
     command = [sys.executable, "-c", "import torch, runpy; torch.cuda.is_available = lambda: False; "
-               "runpy.run_module('hat_lib.engine.triton_product', run_name='__main__')"]  # fmt: skip
+               "runpy.run_module('studies.gpu.triton_product', run_name='__main__')"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 1 and "needs a CUDA device" in done.stderr
