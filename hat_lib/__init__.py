@@ -3,7 +3,7 @@
 Axis letters, used everywhere: ``B`` batch, ``T`` tokens, ``D`` hidden, ``F`` FFN width, ``L`` layers,
 ``S`` gated sites in a layer, ``E`` exits, ``K`` cached keys, ``V`` vocabulary. The packages, in the
 order of the data flow: backbone, engine, model, text, calibration, inference, evaluation, training, plotting,
-explore, experiments, workbook, cli. Imports run one way (`[tool.importlinter]` in pyproject.toml).
+explore, workbook, cli. Imports run one way (`[tool.importlinter]` in pyproject.toml).
 """
 
 __version__ = "0.1.0"
