@@ -37,8 +37,9 @@ def plan(granularity: str) -> list[Point]:
         gates = "trained", "random_exits"
         # Just below 1.0 the dial is too steep to be matched to a rate of 0.1.
         exits = [((1.0,), 0.1, gates), ((1.0,), 0.3, (*gates, "no_exits")), ((0.75,), 0.1, ("trained", "no_exits"))]
-        dial = [((0.9, 0.7, 0.55, 0.4), 0.0, both), ((1.0,), 0.0, ("fine_tuned",))]
-        more = [((0.7, 0.55, 0.4), 0.0, ("uncorrected",)), ((0.75, 0.62), 0.0, ("trained",))]
+        dial = [((0.9, 0.7, 0.55, 0.4), 0.0, ("trained",)), ((1.0,), 0.0, ("fine_tuned",))]
+        more = [((0.9, 0.7, 0.55, 0.4), 0.0, ("untrained",)), ((0.7, 0.55, 0.4), 0.0, ("uncorrected",))]
+        more += [((0.75, 0.62), 0.0, ("trained",))]
         beside = [((0.7, 0.55), 0.0, ("trained", *CONTROLS)), *exits]
         plans = [(text, tokens, dial + more * (text in TEXTS)) for text, tokens in MANY.items()]
         plans += [(text, FEW, beside) for text in TEXTS]
