@@ -32,7 +32,7 @@ from studies.common import CHECKPOINTS, SPEEDS, Machine, machine, markdown, roun
 from studies.plotting import speed
 
 ABOUT = "a prompt, four ways to its text"
-MINUTES = 45
+MINUTES = 15
 KEY = ("granularity", "capacity", "weights", "dtype", "prompt")
 EARLY_EXITS = 10
 """one in this many rounds of kinds is also run with transformers' early-exit drafts"""
@@ -75,7 +75,7 @@ def rows(
     capacity: float = 1.0,
     weights: str = "q4",
     dtypes: Sequence[str] = ("fp32", "bf16"),
-    count: int = 50,
+    count: int = 20,
     max_new_tokens: int = 48,
     rounds: int = 3,
 ) -> Iterator[Row]:

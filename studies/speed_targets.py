@@ -39,7 +39,7 @@ from studies.published_claims import PROMISED
 from studies.quality import MANY
 
 ABOUT = "a target speedup, what came of it and what it costs on three kinds of text"
-MINUTES = 30
+MINUTES = 20
 KEY = ("granularity", "versus", "requested")
 CLAIMED = dict(PROMISED.values())
 """speedup -> increase in perplexity, of the published claims"""
@@ -88,13 +88,13 @@ def rows(
     versus: str = "dense",
     count: int = 10,
     max_new_tokens: int = 60,
-    tokens: int = 10_240,
+    tokens: int = 4_096,
     dtype: str | None = None,
 ) -> Iterator[Row]:
     """Rows for each checkpoint and target; the speed curve comes from the user's cache or is measured first.
 
     ``versus`` is what speedups are relative to, dense (our own dense path) or hf (plain transformers); ``count`` is
-    the number of prompts; ``tokens`` are taken from the test split of each text, in evenly spaced whole blocks: 20 by
+    the number of prompts; ``tokens`` are taken from the test split of each text, in evenly spaced whole blocks: 8 by
     default, because decoding them one by one, at each target and dense, takes most of the time.
     """
     check_count("tokens", tokens, 2 * BLOCK)
