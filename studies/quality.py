@@ -20,7 +20,7 @@ from studies.plotting import divergence, findings
 from studies.plotting.findings import said
 
 ABOUT = "a variant (trained, untrained, a control) at a point, at equal work"
-MINUTES = 60
+MINUTES = 120
 KEY = Point._fields
 SEEDS = 5
 """draws of random exits, whose rates are small"""
@@ -32,7 +32,6 @@ FEW = 4_096
 
 def plan(granularity: str) -> list[Point]:
     """The points of one grain, most informative first; those on the same tokens of a text are adjacent."""
-    both = "trained", "untrained"
     if granularity == "channel":
         gates = "trained", "random_exits"
         # Just below 1.0 the dial is too steep to be matched to a rate of 0.1.
@@ -45,7 +44,7 @@ def plan(granularity: str) -> list[Point]:
         plans += [(text, FEW, beside) for text in TEXTS]
     else:
         exits = [((1.0,), 0.1, ("trained",)), ((0.75,), 0.1, ("trained",))]
-        beside = [((0.7, 0.55), 0.0, (*both, *CONTROLS)), ((0.9, 0.75, 0.62, 0.4), 0.0, both), *exits]
+        beside = [((0.7, 0.55), 0.0, ("trained", *CONTROLS)), ((0.9, 0.75, 0.62, 0.4), 0.0, ("trained",)), *exits]
         plans = [(text, FEW, beside) for text in TEXTS]
     return [
         Point(granularity, text, tokens, capacity, rate, variant, seed)

@@ -119,7 +119,7 @@ def test_without_a_name_everything_is_listed(run_studies):
     code, out, _ = run_studies()
     lines = out.splitlines()
     assert code == 0 and [line.split()[0] for line in lines[::2]] == list(registry.NAMES)
-    assert "60 min" in lines[2 * registry.NAMES.index("quality")]
+    assert "120 min" in lines[2 * registry.NAMES.index("quality")]
 
 
 def test_figures_of_the_files_that_are_there(run_studies, tmp_path):
