@@ -74,12 +74,6 @@ def test_marks_are_shown_and_do_not_act():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["batching", "drawing"])
-def test_killed_at_random_points(job, tmp_path):
-    sound(faults.killed(job, 2, tmp_path), 3)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["closed_folder", "damaged_cache", "full_disk"])
 def test_mishaps(name, tmp_path):
     found = faults.mishap(name, tmp_path)

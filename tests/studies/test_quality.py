@@ -200,7 +200,7 @@ def test_what_a_capacity_costs_is_read_from_the_results():
     at = rows.sort_values("tokens").groupby(["variant", "capacity"])["increase"].last()
     for checkpoint, variant in (("default", "trained"), ("calibrated", "untrained")):
         known = module.prices(folder / checkpoint, 0.55)
-        assert known["docstrings"] == f"{at[variant, 0.55]:+.0%}" and [*known] == ["addresses", "docstrings"]
+        assert known["docstrings"] == f"{at[variant, 0.55]:+.0%}" and {*known} >= {"addresses", "docstrings"}
         assert all(price.startswith("more than +") for price in module.prices(folder / checkpoint, 0.2).values())
     between = float(module.prices(folder / "default", 0.58)["docstrings"].rstrip("%")) / 100
     assert at["trained", 0.62] - 0.005 < between < at["trained", 0.55] + 0.005

@@ -1,4 +1,4 @@
-"""Views in a real browser: JupyterLab runs those of 07, each responds to pointer and keys; then Notebook 7 and Voila.
+"""Views in a real browser: JupyterLab runs those of 07, and each responds to pointer and keys.
 
 Needs a Chromium on the path (on Debian and Ubuntu: apt install chromium). Screenshots are kept in
 ``$HAT_SCREENSHOTS``, by default one of pytest's temporary folders.
@@ -8,12 +8,11 @@ import os
 import re
 import shutil
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
 import pytest
-from front_ends import jupyter, voila
+from front_ends import jupyter
 
 from hat_lib.config import NOTEBOOKS
 from hat_lib.workbook.notebooks import errors
@@ -302,35 +301,3 @@ def test_a_key_held_down_while_it_generates_stays_with_the_slider_and_gives_few_
 
 
 # --- other front ends ---
-
-
-def step_on_the_frontier(page):
-    """With keys that no front end takes for itself: arrows go to Notebook 7, which takes them before a slider does."""
-    frontier, twin = view(page, "frontier"), FrontierView.saved()
-    for key, place in (("End", -1), ("Home", 0)):
-        label, twin.setting.value = twin.setting.options[place]
-        assert press(frontier, "Capacity", key) == label
-        says(frontier, twin.words.splitlines()[0])
-
-
-@pytest.mark.skipif(not find_spec("notebook"), reason='no Notebook 7: pip install -e ".[dev]"')
-def test_notebook_7_runs_the_views_and_they_answer(new_page, address, pictures):
-    with new_page("07_notebook7") as page:
-        run_all(page, address, "notebooks", AGAIN)
-        assert page.evaluate("jupyterapp.name") == "Jupyter Notebook"
-        walk_on_the_map(page, pictures / "07_map_notebook7.png")
-        step_on_the_frontier(page)
-        assert page.away == set()
-
-
-@pytest.mark.skipif(not find_spec("voila"), reason='no Voila: pip install -e ".[dev]"')
-def test_voila_serves_the_views_without_code_and_they_answer(new_page, home, pictures):
-    with new_page("07_voila") as page, voila(home, VIEWS) as address:
-        page.goto(address, wait_until="commit")
-        view(page, "live").locator("[data-state=ready]").wait_for(timeout=600_000)
-        assert page.locator("[role=slider]").count() == 4
-        text = page.locator("body").text_content()
-        assert "Traceback" not in text and "import torch" not in text
-        walk_on_the_map(page, pictures / "07_map_voila.png")
-        step_on_the_frontier(page)
-        assert all(asked.startswith(ICONS) for asked in page.away)
