@@ -25,12 +25,11 @@ def rows(
     done: Mapping[tuple, quality.Row] | None = None,
     *,
     token: Path = CHECKPOINTS / "published",
-    token_untrained: Path = CHECKPOINTS / "calibrated_token",
     dtype: str | None = None,
 ) -> Iterator[quality.Row]:
+    """The points of the token grain that are trained and without exits."""
     points = [p for p in quality.plan("token") if p.variant == "trained" and p.exit_rate == 0]
-    paths = {"token": token, "token_untrained": token_untrained}
-    yield from quality.rows(done, **paths, grains=["token"], points=points, dtype=dtype)
+    yield from quality.rows(done, token=token, grains=["token"], points=points, dtype=dtype)
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:

@@ -21,7 +21,7 @@ from studies.plotting.findings import said
 
 ABOUT = "a variant (trained, untrained, a control) at a point, at equal work"
 MINUTES = 120
-KEY = Point._fields
+KEY = equal_work.KEY
 SEEDS = 5
 """draws of random exits, whose rates are small"""
 MANY = {"addresses": 20_480, "docstrings": 10_240, "encyclopedia": 20_480}

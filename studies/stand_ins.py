@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from studies import quality
+from studies import published, quality
 from studies.common import CHECKPOINTS, TEXTS, markdown, saved
 from studies.plotting.findings import said
 
@@ -23,12 +23,10 @@ def rows(
     done: Mapping[tuple, quality.Row] | None = None,
     *,
     token: Path = CHECKPOINTS / "token_stand_ins",
-    token_untrained: Path = CHECKPOINTS / "calibrated_token",
     dtype: str | None = None,
 ) -> Iterator[quality.Row]:
-    points = [p for p in quality.plan("token") if p.variant == "trained" and p.exit_rate == 0]
-    paths = {"token": token, "token_untrained": token_untrained}
-    yield from quality.rows(done, **paths, grains=["token"], points=points, dtype=dtype)
+    """The same points as of the published recipe."""
+    yield from published.rows(done, token=token, dtype=dtype)
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

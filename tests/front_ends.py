@@ -1,4 +1,4 @@
-"""JupyterLab with Notebook 7, and Voila: on loopback, with a token, and without reading or writing the user's files."""
+"""JupyterLab: on loopback, with a token, and without reading or writing the user's files."""
 
 import json
 import os
@@ -17,7 +17,7 @@ USER = ("JUPYTER", "JPY_", "IPYTHON")  # variables leading to the user's setting
 
 @contextmanager
 def jupyter(home: Path) -> Iterator[str]:
-    """Serve ``home/notebooks`` in JupyterLab and Notebook 7; yields an address to be formatted with a page's path.
+    """Serve ``home/notebooks`` in JupyterLab; yields an address to be formatted with a page's path.
 
     ``home`` also holds settings, kernel files, figures and the server log.
     """
@@ -29,22 +29,12 @@ def jupyter(home: Path) -> Iterator[str]:
         "ServerApp": server | {"root_dir": str(home / "notebooks")},
         "IdentityProvider": {"token": token},
         "LabApp": commands,
-        "JupyterNotebookApp": commands,
     }
     _write(home / "config" / "jupyter_server_config.json", options)
     news = "@jupyterlab/apputils-extension:announcements"  # a dialog, and a request to another host
     _write(home / "config" / "labconfig" / "page_config.json", {"disabledExtensions": {news: True}})
     with _running(home, port, "jupyterlab"):
         yield f"http://127.0.0.1:{port}/{{}}?token={token}&reset"  # so that no tab of an earlier page comes back
-
-
-@contextmanager
-def voila(home: Path, notebook: str) -> Iterator[str]:
-    """Serve one of ``home/notebooks`` in Voila; yields the address of its page, which runs the notebook when opened."""
-    port, token = _free_port(), secrets.token_hex(16)
-    options = ("--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}", f"--token={token}")
-    with _running(home, port, "voila", f"notebooks/{notebook}", *options):
-        yield f"http://127.0.0.1:{port}/?token={token}"
 
 
 @contextmanager

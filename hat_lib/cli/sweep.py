@@ -58,7 +58,7 @@ def sweep(
     import pandas as pd
 
     from hat_lib.backbone.base import parse_dtype
-    from hat_lib.evaluation.equal_work import Point, Row, grid, rows
+    from hat_lib.evaluation.equal_work import KEY, Row, grid, rows
     from hat_lib.evaluation.intervals import NONE
     from hat_lib.plotting.frontier import quality as frontier
     from hat_lib.plotting.style import png, write
@@ -76,7 +76,7 @@ def sweep(
                "token_untrained": token_untrained}  # fmt: skip
     typer.echo(f"{len(points)} points; those that {out} holds are kept")
     typer.echo(f"capacity and exit rate as requested, and (realised); they differ, for {WHY}")
-    with RowWriter(out, Row, Point._fields) as writer:
+    with RowWriter(out, Row, KEY) as writer:
         for r in rows(writer.done, **sources, grains=wanted, points=points, dtype=dtype):
             writer.write(r)
             interval = NONE if r.increase_low is None else f"{r.increase_low:+.2%} to {r.increase_high:+.2%}"

@@ -27,11 +27,9 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium on the path: apt install chromium"),
 ]
 
-PATTERNS, VIEWS, AGAIN = "07_routing_patterns.ipynb", "07_views.ipynb", "07_views_again.ipynb"
+PATTERNS, VIEWS = "07_routing_patterns.ipynb", "07_views.ipynb"
 KEPT = ("profile: str", "begin(", "from_pretrained", "prompts = ", "infer, prompt", "widgets")
-"""in the cells of the other notebooks, which have the views of the first and little else: a kernel belongs to a
-notebook, so two pages need two of them. Whole notebooks are run elsewhere."""
-ICONS = "https://cdn.jsdelivr.net/npm/@fortawesome"
+"""in the cells of a notebook that has the views and little else; whole notebooks are run elsewhere"""
 
 RUN_ALL = """name => {
   const run = async app => {
@@ -58,14 +56,13 @@ def home(tmp_path_factory):
     for cell in nb.cells:
         cell.outputs, cell.execution_count = [], None
     nb.cells[0].source += "\nnew_tokens = 12"
-    for name in (VIEWS, AGAIN):
-        nbformat.write(nb, folder / "notebooks" / name)
+    nbformat.write(nb, folder / "notebooks" / VIEWS)
     return folder
 
 
 @pytest.fixture(scope="module")
 def address(home):
-    """The address of JupyterLab and Notebook 7, to be formatted with a page's path."""
+    """The address of JupyterLab, to be formatted with a page's path."""
     with jupyter(home) as address:
         yield address
 
