@@ -95,7 +95,7 @@ WHY = "thresholds were set on other text, and the first tokens of a block run in
 """why a realised capacity differs from the requested one"""
 
 
-def work_said(capacity: float, realised: float, exit_rate: float, realised_exit: float, model_share: float) -> str:
+def work_text(capacity: float, realised: float, exit_rate: float, realised_exit: float, model_share: float) -> str:
     """What was requested and what was realised, in words, with the reason if the capacities differ."""
     why = f" ({WHY})" if abs(realised - capacity) >= 0.005 else ""
     return (

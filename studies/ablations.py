@@ -16,12 +16,12 @@ from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import CAPACITY_MIN, HatConfig, check_count
 from hat_lib.evaluation.controls import matched
 from hat_lib.evaluation.perplexity import Score, compare, score_each
-from hat_lib.model.modes import together
+from hat_lib.model.modes import combined
 from hat_lib.model.policies import Policy
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import held_out, load_text, spread
 from studies.common import Machine, Perplexity, interval, machine, markdown, perplexity, rounded, saved
-from studies.plotting.findings import said
+from studies.plotting.findings import increase_text
 
 ABOUT = "a calibration with one thing changed, at equal work of the layers"
 MINUTES = 30
@@ -100,7 +100,7 @@ def _scored(hat: HierarchicalTransformer, blocks) -> tuple[Score, dict[float, Sc
         return hat.threshold_policy(hat.calibration.thresholds_at(max(dial, CAPACITY_MIN)))
 
     policies = [matched(hat, family, blocks, capacity) for capacity in CAPACITIES]
-    settings = [partial(together, hat.dense, partial(hat.using, policy)) for policy in policies]
+    settings = [partial(combined, hat.dense, partial(hat.using, policy)) for policy in policies]
     dense, scores = score_each(hat, blocks, settings, progress=False)
     return dense, dict(zip(CAPACITIES, scores, strict=True))
 
@@ -109,8 +109,8 @@ def tables(results: Path | None = None) -> dict[str, str]:
     lines = []
     table = saved("ablations", results).sort_values("capacity", ascending=False, kind="stable")
     for (capacity, change), of in table.groupby(["capacity", "change"], sort=False):
-        found = {r.text: f"{said(r._asdict())}, KL {r.kl:.3f}" for r in of.itertuples()}
-        margins = {r.text: said(r._asdict(), "margin") if change != "none" else None for r in of.itertuples()}
+        found = {r.text: f"{increase_text(r._asdict())}, KL {r.kl:.3f}" for r in of.itertuples()}
+        margins = {r.text: increase_text(r._asdict(), "margin") if change != "none" else None for r in of.itertuples()}
         cells = [cell for text, _ in MEASURED for cell in (found.get(text), margins.get(text))]
         lines.append([f"{capacity:.2f}", change, *cells])
     header = [name for text, _ in MEASURED for name in (text, "over no change")]

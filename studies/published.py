@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from hat_lib.evaluation.controls import CONTROLS
 from studies import quality
 from studies.common import CHECKPOINTS, TEXTS, markdown, saved
-from studies.plotting.findings import promised, said
+from studies.plotting.findings import increase_text, promised
 
 ABOUT = "as in quality, for the token grain trained by the published recipe"
 MINUTES = 7
@@ -48,8 +48,8 @@ def tables(results: Path | None = None) -> dict[str, str]:
             here = [rows[(rows["text"] == text) & (rows["capacity"] == capacity)] for rows in (ours, theirs)]
             for rows in here:
                 row = rows[rows["variant"] == "trained"].iloc[-1]
-                line.append(f"{said(row)} at {row['realised']:.2f}")
+                line.append(f"{increase_text(row)} at {row['realised']:.2f}")
             rivals = here[0][here[0]["variant"].isin(CONTROLS)].sort_values("increase").to_dict("records")
-            line.append(f"{said(rivals[0])}, {rivals[0]['variant']}" if rivals else None)
+            line.append(f"{increase_text(rivals[0])}, {rivals[0]['variant']}" if rivals else None)
         lines.append(line)
     return {"published": markdown(["capacity", *(f"{text}: {way}" for text in TEXTS for way in ways)], lines)}

@@ -23,7 +23,7 @@ from hat_lib import config
 from hat_lib.backbone.base import BUNDLED, load_base
 from hat_lib.config import HatConfig, HatError, check_count
 from hat_lib.evaluation.controls import exit_shares
-from hat_lib.model.modes import together
+from hat_lib.model.modes import combined
 from hat_lib.model.policies import Forced
 from hat_lib.model.token_state import Masks
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -33,7 +33,7 @@ from studies import common, quality
 from studies.benchmark import PREFILL, Setting, forced, measure, plain_copy
 from studies.common import CHECKPOINTS, SPEEDS, TEXTS, markdown, rounded, saved, speeds
 from studies.plotting import findings, speed
-from studies.plotting.findings import said
+from studies.plotting.findings import increase_text
 
 ABOUT = "a claimed point: quality from quality.csv, speed measured"
 MINUTES = 15
@@ -121,7 +121,7 @@ def _grain(checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str
         shares = zip(hat.config.exit_layers, left[setting], draws, strict=True)
         exits = Forced(Masks(exits={depth: torch.from_numpy(draw < share) for depth, share, draw in shares}))
         capacity = contexts[realised[setting]]
-        around[setting] = partial(together, capacity, partial(hat.exiting, exits)) if setting.exit_rate else capacity
+        around[setting] = partial(combined, capacity, partial(hat.exiting, exits)) if setting.exit_rate else capacity
     yield from _rows(hat, around, ids % hat.lm.config.vocab_size, rounds, steps, {})
     del hat, contexts, around
     gc.collect()
@@ -172,7 +172,10 @@ def tables(results: Path | None = None) -> dict[str, str]:
     ]
     lines = []
     for r in rows[rows["base"] == BUNDLED].itertuples():
-        claimed, increases = f"{r.promised_speedup}x, {r.promised_increase:+.0%}", [said(r._asdict(), t) for t in TEXTS]
+        claimed, increases = (
+            f"{r.promised_speedup}x, {r.promised_increase:+.0%}",
+            [increase_text(r._asdict(), t) for t in TEXTS],
+        )
         line = [r.granularity, f"{r.capacity:.2f} / {r.realised:.2f}", claimed, *increases]
         for at in (r, shape[r.granularity, r.capacity]):
             line += speeds(at.ideal_decode, at.decode_dense, at.decode_hf)

@@ -17,7 +17,7 @@ from hat_lib.evaluation.equal_work import CHECKPOINTS, NONE_OF_IT, TEXTS, Point,
 from hat_lib.plotting import frontier
 from studies.common import markdown, saved
 from studies.plotting import divergence, findings
-from studies.plotting.findings import said
+from studies.plotting.findings import increase_text
 
 ABOUT = "a variant (trained, untrained, a control) at a point, at equal work"
 MINUTES = 120
@@ -92,7 +92,7 @@ def tables(results: Path | None = None) -> dict[str, str]:
     for variant in ("trained", "uncorrected", "untrained", "fine_tuned"):
         here = rows[rows["variant"] == variant].sort_values("capacity", ascending=False)
         for capacity, at in here.groupby("capacity", sort=False):
-            cells = {r.text: said(r._asdict()) for r in at.itertuples()}
+            cells = {r.text: increase_text(r._asdict()) for r in at.itertuples()}
             name = variant.replace("_", " ")
             lines.append([name, f"{capacity:.2f}", f"{at['model_share'].mean():.2f}", *map(cells.get, MANY)])
     return {"quality": markdown(["channel grain", "capacity", "of the model's work", *MANY], lines)}

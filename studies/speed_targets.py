@@ -26,15 +26,15 @@ from hat_lib.config import check_count
 from hat_lib.evaluation.decoded import score_decoded
 from hat_lib.evaluation.perplexity import compare
 from hat_lib.inference.generate import AdaptiveInference
-from hat_lib.inference.speed import held, timed
-from hat_lib.model.modes import together
+from hat_lib.inference.speed import hold_work, timed
+from hat_lib.model.modes import combined
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text, spread
 from hat_lib.text.prompts import prompts
 from studies.common import CHECKPOINTS, Machine, interval, machine, markdown, rounded, saved, times
 from studies.plotting import speed
-from studies.plotting.findings import said
+from studies.plotting.findings import increase_text
 from studies.published_claims import PROMISED
 from studies.quality import MANY
 
@@ -127,7 +127,7 @@ def rows(
 def _prices(hat: HierarchicalTransformer, capacities: Sequence[float], tokens: int) -> Mapping[float, dict]:
     """Capacity -> the columns of perplexity; on each text, the base is scored once for all capacities."""
     found = {capacity: {"tokens": tokens} for capacity in capacities}
-    settings = [partial(together, partial(hat.at, c, 0.0), partial(held, hat)) for c in found]
+    settings = [partial(combined, partial(hat.at, c, 0.0), partial(hold_work, hat)) for c in found]
     for text in TEXTS if found else ():
         blocks = whole_blocks(text, hat.base.tokenizer, tokens)
         base, scored = score_decoded(hat, blocks, settings, batch_size=TOGETHER, progress=False)
@@ -154,7 +154,7 @@ def _continued(infer: AdaptiveInference, texts: Sequence[str], target: float, ma
     over_hf, realised = [], []
     for m in made:
         if m.realised_speedup is not None:
-            with hat.at(m.requested_capacity, 0.0), held(hat), hat.collect() as states:
+            with hat.at(m.requested_capacity, 0.0), hold_work(hat), hat.collect() as states:
                 over_hf.append(timed(hat, (infer.plain, torch.inference_mode), m.ids))
             realised.append(TokenState.cat(states[1:]).capacity)  # the first fills the cache
     return {
@@ -184,7 +184,7 @@ def tables(results: Path | None = None) -> dict[str, str]:
     lines, front = [], []
     for r in saved("speed_targets", results).query("versus == 'dense'").itertuples():
         row = r._asdict()
-        costs = [said(row, text) if r.tokens else None for text in TEXTS]
+        costs = [increase_text(row, text) if r.tokens else None for text in TEXTS]
         found = f"{r.measured:.2f}x ({r.lowest:.2f}x to {r.highest:.2f}x)" if r.reachable else "refused"
         over = times(r.over_hf) if r.reachable else None
         chosen = f"{r.capacity:.2f}" if r.reachable else None
@@ -193,7 +193,7 @@ def tables(results: Path | None = None) -> dict[str, str]:
         if r.granularity == "channel" and r.requested in CLAIMED:
             claim = f"{r.requested}x, {CLAIMED[r.requested]:+.0%}"
             worst = max(TEXTS, key=row.get) if r.tokens else None
-            front.append([claim, chosen, ran, found, over, worst and said(row, worst)])
+            front.append([claim, chosen, ran, found, over, worst and increase_text(row, worst)])
     return {"speed_targets": markdown(header, lines), "promise": markdown(brief, front)}
 
 

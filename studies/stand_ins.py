@@ -12,7 +12,7 @@ from pathlib import Path
 
 from studies import published, quality
 from studies.common import CHECKPOINTS, TEXTS, markdown, saved
-from studies.plotting.findings import said
+from studies.plotting.findings import increase_text
 
 ABOUT = "as in quality, for the token grain with low-rank stand-ins for skipped FFNs"
 MINUTES = 7
@@ -34,7 +34,7 @@ def tables(results: Path | None = None) -> dict[str, str]:
     ways = {"nothing in its place": "quality", "a stand-in": "stand_ins"}
     asked = "granularity == 'token' and exit_rate == 0 and variant == 'trained'"
     found = {way: saved(name, results).query(asked).sort_values("tokens") for way, name in ways.items()}
-    cells = {(way, r.text, r.capacity): f"{said(r._asdict())} at {r.realised:.2f}, KL {r.kl:.2f}"
+    cells = {(way, r.text, r.capacity): f"{increase_text(r._asdict())} at {r.realised:.2f}, KL {r.kl:.2f}"
              for way, rows in found.items() for r in rows.itertuples()}  # fmt: skip
     lines = [[f"{c:.2f}", *(cells.get((way, text, c)) for text in TEXTS for way in ways)]
              for c in sorted(set(found["a stand-in"]["capacity"]), reverse=True)]  # fmt: skip

@@ -30,7 +30,7 @@ from hat_lib.backbone.base import load_base
 from hat_lib.backbone.shapes import LINEARS
 from hat_lib.config import HatConfig, HatError, check_capacity, check_count
 from hat_lib.inference.speed import Variant, now, take_turns
-from hat_lib.model.modes import together
+from hat_lib.model.modes import combined
 from hat_lib.model.policies import Forced
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -127,11 +127,11 @@ def _variants(
         masks = _recorded(hat, ids, around)
         for part in ("nothing", *LINEARS):
             forced = partial(hat.using, Forced(Masks({k: m & (k[1] != part) for k, m in masks.keep.items()})))
-            yield Variant(f"{way} without {part}", hat.lm, partial(together, around, forced)), step
+            yield Variant(f"{way} without {part}", hat.lm, partial(combined, around, forced)), step
     yield Variant("few words", small.lm, small.dense), partial(decode_ms, ids=ids % WORDS, steps=steps)
-    yield Variant("adaptive, whole head", hat.lm, partial(together, at, partial(hat.shortlisting, None))), step
+    yield Variant("adaptive, whole head", hat.lm, partial(combined, at, partial(hat.shortlisting, None))), step
     every = hat.threshold_policy(dict.fromkeys(hat.calibration.thresholds_at(capacity), 0.0))
-    yield Variant("deciding", hat.lm, partial(together, hat.dense, partial(hat.using, every))), step
+    yield Variant("deciding", hat.lm, partial(combined, hat.dense, partial(hat.using, every))), step
 
 
 def _parts(way: str, ms: dict[str, list[float]]) -> dict[str, list[float]]:

@@ -115,7 +115,7 @@ def calibrate(
 
     def at(budget: float) -> dict[tuple[int, str], float]:
         shares = split_at(budget)[0]
-        return {(i, s): quantiles.cut((i, s), shares[i, hat.grain.sites.index(s)]) for i, s in quantiles.tables}
+        return {(i, s): quantiles.threshold((i, s), shares[i, hat.grain.sites.index(s)]) for i, s in quantiles.tables}
 
     def head_at(budget: float) -> tuple[float, float, float] | None:
         point = split_at(budget)[1]
@@ -296,14 +296,14 @@ class ScoreQuantiles(NamedTuple):
     scores: int
     """drawn at the site with most of them"""
 
-    def cut(self, key: tuple[int, str], share: float) -> float:
+    def threshold(self, key: tuple[int, str], share: float) -> float:
         """The threshold that keeps ``share`` of a site's scores."""
         table = self.tables[key]
         return float(np.interp(1 - share, np.linspace(0, 1, len(table)), table))
 
     def cuts(self, share: float) -> dict[tuple[int, str], float]:
         """Thresholds that keep the same share at every site."""
-        return {key: self.cut(key, share) for key in self.tables}
+        return {key: self.threshold(key, share) for key in self.tables}
 
 
 @torch.no_grad()
@@ -340,7 +340,7 @@ def score_quantiles(
 def _damage(hat, blocks, quantiles, seed: int, progress) -> np.ndarray:
     """Predicted KL in nats per token of gating each site alone, ``[len(PROBE_SHARES), L, S]``."""
     sites = hat.grain.sites
-    cuts = {key: [quantiles.cut(key, share) for share in PROBE_SHARES] for key in quantiles.tables}
+    cuts = {key: [quantiles.threshold(key, share) for share in PROBE_SHARES] for key in quantiles.tables}
     total = torch.zeros(len(PROBE_SHARES), hat.config.n_layers, len(sites), dtype=torch.float64)
 
     def price(layer: int, site: str, x: Tensor, value: Tensor):

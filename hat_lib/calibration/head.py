@@ -56,7 +56,7 @@ def head_points(hat: HierarchicalTransformer, blocks: Sequence[Tensor], progress
             chosen.append(states[np.linspace(0, len(states) - 1, min(each, len(states))).round().astype(int)])
         states = torch.cat(chosen)
         # A score is a magnitude times a norm: a shortlist at threshold 1 has cuts of one over the norms.
-        scores = states.float().abs() / hat.shortlist(1.0, 0.0).cut.to(states.device)
+        scores = states.float().abs() / hat.shortlist(1.0, 0.0).threshold.to(states.device)
         thresholds = np.quantile(scores.cpu().numpy(), 1 - np.array(SHARES))
         work, kl = np.zeros((2, len(SHARES), len(MARGINS)))
         for rows in tqdm(states.split(SLICE), desc="the head", disable=not progress):

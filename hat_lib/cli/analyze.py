@@ -10,7 +10,7 @@ import typer
 
 from hat_lib.cli import options
 from hat_lib.cli.options import option, say
-from hat_lib.config import check_count, work_said
+from hat_lib.config import check_count, work_text
 from hat_lib.text.plain import cell, printable
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _findings(found: Patterns, tables: dict[str, pd.DataFrame]) -> list[str]:
     rho = rho.query("compute == 'share' and quantity in ['surprisal', 'kl'] and of == 'next'").dropna(subset=["rho"])
     hard = [f"{QUANTITIES[r.quantity]} {r.rho:+.2f}{_interval(r.low, r.high, '+.2f')}" for r in rho.itertuples()]
     share = found.tokens["model_share"].mean()
-    work = work_said(found.requested_capacity, found.capacity, found.requested_exit_rate, found.exit_rate, share)
+    work = work_text(found.requested_capacity, found.capacity, found.requested_exit_rate, found.exit_rate, share)
     return [
         f"work         {work} of the base's work, head and routers included",
         f"classes      {_extremes(classes, 'class')}",

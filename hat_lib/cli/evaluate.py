@@ -12,7 +12,7 @@ import typer
 from hat_lib import __version__
 from hat_lib.cli import options
 from hat_lib.cli.options import option
-from hat_lib.config import HatError, check_count, work_said
+from hat_lib.config import HatError, check_count, work_text
 from hat_lib.text.plain import printable
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _about(hat: HierarchicalTransformer, capacity: float, exit_rate: float, mode
 
 def _work(row: dict) -> list[str]:
     shares = ("requested_capacity", "capacity", "requested_exit_rate", "exit_rate", "model_share")
-    work = f"work         {work_said(*map(row.get, shares))} of the base's work, head and routers included"
+    work = f"work         {work_text(*map(row.get, shares))} of the base's work, head and routers included"
     return [work] + ([f"note         {row['note']}"] if row["note"] else [])
 
 

@@ -9,7 +9,7 @@ import typer
 
 from hat_lib.cli import options
 from hat_lib.cli.options import option
-from hat_lib.config import HatError, work_said
+from hat_lib.config import HatError, work_text
 
 
 def generate(
@@ -58,7 +58,7 @@ def generate(
     prompt = options.read_prompt(prompt)
 
     from hat_lib.inference.generate import AdaptiveInference, check_sampling
-    from hat_lib.inference.speed import VERSUS, check_target, check_versus, said
+    from hat_lib.inference.speed import VERSUS, check_target, check_versus, speedup_text
     from hat_lib.model.fast_path import WEIGHT_FORMATS
 
     if weights not in WEIGHT_FORMATS:
@@ -99,10 +99,10 @@ def generate(
         meaning = "compute spent predicting the token, as a share of the dense model's"
         typer.echo("\n" + ansi(passage, meaning=meaning) + "\n")
     share = out.draft_share if lossless else out.model_share
-    work = work_said(out.requested_capacity, out.capacity, out.requested_exit_rate, out.exit_rate, share)
+    work = work_text(out.requested_capacity, out.capacity, out.requested_exit_rate, out.exit_rate, share)
     work = f"drafts alone: {work}" if lossless else work
     typer.echo(f"[{work}; {out.new_tokens} new tokens, {out.tokens_per_second:.1f} tokens/s; {hat.decoding}]")
-    speedup = said(out.realised_speedup, VERSUS[versus])
+    speedup = speedup_text(out.realised_speedup, VERSUS[versus])
     if out.predicted_speedup is not None:
         predicted = "{:.3f} predicted ({:.3f} to {:.3f} when measured)".format(
             out.predicted_speedup, *out.predicted_range

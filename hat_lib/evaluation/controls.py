@@ -3,7 +3,7 @@
 A router is only worth something if it beats these at equal realised work. Each control is a family of policies with one
 dial, and `matched` turns the dial until the realised capacity on a text is the requested one. A policy is run by
 ``with hat.using(policy):``, so it differs from the method only in its decisions; protected tokens and layer 0's FFN
-(token grain) always run as usual. `CONTROLS` holds the families under one signature; `as_in` is the method with
+(token grain) always run as usual. `CONTROLS` holds the families under one signature; `family_of` is the method with
 another checkpoint, such as an untrained one; `RandomExits` is the control for the gates. Exits are off while a control
 is built.
 """
@@ -310,7 +310,7 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
 # -- another checkpoint, other exits ------------------------------------------------------------------------
 
 
-def as_in(hat: HierarchicalTransformer, checkpoint: str | Path) -> Family:
+def family_of(hat: HierarchicalTransformer, checkpoint: str | Path) -> Family:
     """The method with the routers and calibration of another checkpoint, above all the untrained one.
 
     The dial is the requested capacity, from 0.1 up. ``hat`` is not changed: the policies carry their own routers.

@@ -32,13 +32,13 @@ from hat_lib.evaluation.controls import (
     Family,
     OutOfReach,
     RandomExits,
-    as_in,
     exit_shares,
+    family_of,
     matched,
 )
 from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, interval, score, score_each
 from hat_lib.model.checkpoint import digest, read_checkpoint
-from hat_lib.model.modes import together
+from hat_lib.model.modes import combined
 from hat_lib.model.threshold_table import HEAD_TABLES
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.rows import results_table, rounded
@@ -202,7 +202,7 @@ def _on_text(hat, checkpoints: Sequence[Path], adapters, text: str, max_tokens: 
     drawn = [p for p in points if p.variant == "random_exits"]
     rates = {at: _exit_rates(hat, *at, blocks) for at in dict.fromkeys((p.capacity, p.exit_rate) for p in drawn)}
     given = {p: _random_exits(hat, p, rates[p.capacity, p.exit_rate]) for p in drawn}
-    given |= {p: partial(together, hat.dense, hat.correcting) for p in points if p.variant == "fine_tuned"}
+    given |= {p: partial(combined, hat.dense, hat.correcting) for p in points if p.variant == "fine_tuned"}
     if given:
         _, scores = score_each(hat, blocks, list(given.values()), progress=False)
         for point, found_there in zip(given, scores, strict=True):
@@ -251,7 +251,7 @@ def _exit_rates(hat, capacity: float, rate: float, blocks) -> Mapping[int, float
 def _random_exits(hat, point: Point, rates: Mapping[int, float]) -> Callable:
     """As many exits at each depth as the gates took, by other tokens; the work is the same as far as chance allows."""
     exits = RandomExits(rates, point.seed)
-    return partial(together, partial(hat.at, point.capacity, 0.0), partial(hat.exiting, exits))
+    return partial(combined, partial(hat.at, point.capacity, 0.0), partial(hat.exiting, exits))
 
 
 def _at_equal_work(hat, checkpoints, points, blocks, sample, trained) -> Iterator[tuple[Point, Score]]:
@@ -266,12 +266,12 @@ def _at_equal_work(hat, checkpoints, points, blocks, sample, trained) -> Iterato
                 settings[point] = partial(hat.at, min(max(aim, CAPACITY_MIN), 1.0), 0.0)
                 continue
             # The head as it is at the capacity, and no corrections.
-            around = partial(together, partial(hat.at, point.capacity, 0.0), partial(hat.correcting, 0.0))
+            around = partial(combined, partial(hat.at, point.capacity, 0.0), partial(hat.correcting, 0.0))
             try:
                 if point not in families:
                     families[point] = _family(hat, checkpoints, point, sample)
                 policy = matched(hat, families[point], sample, min(max(aim, CAPACITY_MIN), 0.999), around)
-                settings[point] = partial(together, around, partial(hat.using, policy))
+                settings[point] = partial(combined, around, partial(hat.using, policy))
             except OutOfReach as error:
                 del aims[point]
                 warnings.warn(f"no row for {point.variant} at {point.capacity} on {point.text}: {error}", stacklevel=3)
@@ -298,7 +298,7 @@ def _work(point: Point, found: Score) -> float:
 def _family(hat, checkpoints: Sequence[Path], point: Point, sample) -> Family:
     trained, untrained = checkpoints
     if point.variant in ("uncorrected", "untrained"):
-        return as_in(hat, trained if point.variant == "uncorrected" else untrained)
+        return family_of(hat, trained if point.variant == "uncorrected" else untrained)
     return CONTROLS[point.variant](hat, sample, point.seed)
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hat_lib.config import HatError, work_said
+from hat_lib.config import HatError, work_text
 from hat_lib.explore.explain import Explanation, explained, prompt_ids
 from hat_lib.model.cost import state_cost
 from hat_lib.model.policies import Threshold
@@ -121,7 +121,7 @@ def token_facts(hat: HierarchicalTransformer, prompt: str) -> TokenFacts:
     base_next, entropy = _likeliest(hat, base, ids)
     return TokenFacts(
         explanation,
-        work_said(*work),
+        work_text(*work),
         tuple(MATRICES[site] for site in hat.grain.sites),
         np.where(entered, trace.share[:, 0].cpu().numpy(), np.float32(np.nan)),
         np.where(entered[:, None], trace.site_share[:, :, 0].cpu().numpy(), np.float32(np.nan)),

@@ -25,7 +25,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from hat_lib.backbone.base import load_base
 from hat_lib.config import HatError, check_count
 from hat_lib.inference.self_speculative import Speculation, speculate, stop_tokens
-from hat_lib.inference.speed import SpeedCurve, check_target, check_versus, held, now, speed_curve, timed
+from hat_lib.inference.speed import SpeedCurve, check_target, check_versus, hold_work, now, speed_curve, timed
 from hat_lib.model.cost import state_cost
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -164,7 +164,7 @@ class AdaptiveInference:
             predicted |= {"predicted_range": curve.spread(capacity)}
         measure = (target_speedup is not None or mode == "lossless") if measure is None else measure
         run = self._lossless if mode == "lossless" else self._adaptive
-        with hat.at(capacity, exit_rate), held(hat) if predicted else nullcontext():
+        with hat.at(capacity, exit_rate), hold_work(hat) if predicted else nullcontext():
             return replace(run(inputs, max_new_tokens, temperature, seed, measure, streamer, settings), **predicted)
 
     def curve(self, exit_rate: float | None = None, batch: int = 1, *, refresh: bool = False) -> SpeedCurve:

@@ -181,7 +181,7 @@ def speed_curve(
     ids = sample(hat, CONTEXT + WARM + STEPS, batch)
     turns = {capacity: [] for capacity in CAPACITIES}
     for capacity in tqdm(CAPACITIES * ROUNDS, desc="speed curve", disable=not progress):
-        with hat.at(capacity, exit_rate), held(hat):
+        with hat.at(capacity, exit_rate), hold_work(hat):
             turns[capacity].append(timed(hat, reference, ids))
     measured, low, high = ([round(float(of(t)), 4) for t in turns.values()] for of in (np.median, min, max))
     curve = SpeedCurve(versus, exit_rate, list(CAPACITIES), measured, _machine(hat), low, high)
@@ -193,14 +193,14 @@ def speed_curve(
     return curve
 
 
-def said(speedup: float | None, versus: str) -> str:
+def speedup_text(speedup: float | None, versus: str) -> str:
     """A measured speedup over ``versus`` in words: one below 1 is called slower, None too short a text."""
     if speedup is None:
         return "too short a text to measure"
     return f"{speedup:.3f}x, slower than {versus}" if round(speedup, 3) < 1 else f"{speedup:.3f}x over {versus}"
 
 
-def held(hat: HierarchicalTransformer) -> AbstractContextManager:
+def hold_work(hat: HierarchicalTransformer) -> AbstractContextManager:
     """Steering for a target speedup: texts that would execute less or more at a capacity are held to the same work."""
     return hat.steered() if hat.config.granularity == "channel" else nullcontext()
 

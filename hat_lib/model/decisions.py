@@ -34,7 +34,7 @@ def decisions(hat, dense: Decisions, mode: Mode, places: slice) -> Decisions:
     else:
         made |= _channels(hat, dense, mode.policy, places)
     if mode.shortlist is not None:
-        made |= {"cut_head": as_numpy(mode.shortlist.cut.cpu()), "margin": np.float32(mode.shortlist.margin)}
+        made |= {"cut_head": as_numpy(mode.shortlist.threshold.cpu()), "margin": np.float32(mode.shortlist.margin)}
     return with_exits(hat, dense._replace(**made), mode.exits, places)
 
 
@@ -49,7 +49,9 @@ def _channels(hat, dense: Decisions, routed, places: slice) -> dict[str, np.ndar
     for site in hat.grain.sites:
         name = f"cut_{site}"
         if isinstance(routed, Threshold):
-            made[name] = _stack(hat.routers[f"{i}_{site}"].cut(routed.thresholds[i, site]) for i in layers)
+            made[name] = _stack(
+                hat.routers[f"{i}_{site}"].channel_thresholds(routed.thresholds[i, site]) for i in layers
+            )
         elif isinstance(routed, Forced):
             made[name] = getattr(dense, name).copy()
             for i in layers:

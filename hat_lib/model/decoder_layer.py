@@ -85,20 +85,20 @@ class AdaptiveLayer:
             return type(attn).forward(attn, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
         if run.rows is not None:
             return self._attention_of_rows(hidden_states, *position_embeddings, attention_mask, cache, kwargs), None
-        x = run.gate(self.index, "qkv", hidden_states)
+        x = run.skip(self.index, "qkv", hidden_states)
         q, k, v = (self._heads(project(x)) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, attn.layer_idx, kwargs=kwargs)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager_attention_forward)
         mixed, weights = attend(attn, q, k, v, attention_mask, dropout=0.0, scaling=attn.scaling, **kwargs)
-        return attn.o_proj(run.gate(self.index, "o", mixed.reshape(*x.shape[:-1], -1))), weights
+        return attn.o_proj(run.skip(self.index, "o", mixed.reshape(*x.shape[:-1], -1))), weights
 
     def _attention_of_rows(self, hidden_states, cos, sin, mask, cache, kwargs) -> Tensor:
         """The same when some rows have exited: K and V of all rows, attention output of the others, ``[1, n, D]``."""
         run, attn, rows = self.run, self.attn, self.run.rows
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        q_input = run.gate(self.index, "qkv", flat[rows][None]) if len(rows) else flat[rows][None]
+        q_input = run.skip(self.index, "qkv", flat[rows][None]) if len(rows) else flat[rows][None]
         kv_input = flat.index_copy(0, rows, q_input[0]).view(hidden_states.shape)
         k, v = self._heads(attn.k_proj(kv_input)), self._heads(attn.v_proj(kv_input))
         k = k * cos[:, None] + rotate_half(k) * sin[:, None]
@@ -110,15 +110,15 @@ class AdaptiveLayer:
         q = self._heads(attn.q_proj(q_input))
         q = q * cos + rotate_half(q) * sin
         mixed = self._attend(q[0].transpose(0, 1), k, v, mask)[None]
-        return attn.o_proj(run.gate(self.index, "o", mixed))
+        return attn.o_proj(run.skip(self.index, "o", mixed))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The gated FFN, SwiGLU in a Llama; ``[..., D] -> [..., D]``."""
         run, mlp = self.run, self.mlp
         if run is None:
             return type(mlp).forward(mlp, x)
-        x = run.gate(self.index, "gate_up", x)
-        return mlp.down_proj(run.gate(self.index, "down", mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)))
+        x = run.skip(self.index, "gate_up", x)
+        return mlp.down_proj(run.skip(self.index, "down", mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)))
 
     def _ffn(self, h: Tensor) -> Tensor:
         """``h`` plus the FFN of its norm, for the rows that the token grain keeps; ``[..., D] -> [..., D]``."""
@@ -129,13 +129,13 @@ class AdaptiveLayer:
             return h + layer.mlp(x)
         if not run.mode.compact:
             keep = keep.view(*x.shape[:-1], 1).to(x.dtype)
-            out, instead = h + layer.mlp(x) * keep, run.instead(self.index, x)
+            out, instead = h + layer.mlp(x) * keep, run.stand_in(self.index, x)
             return out if instead is None else out + instead * (1 - keep)
         flat, out = x.view(-1, x.shape[-1]), h.view(-1, h.shape[-1])
         kept, left = keep.nonzero().view(-1), (~keep).nonzero().view(-1)
         if len(kept):
             out = out.index_add(0, kept, layer.mlp(flat[kept][None])[0].to(h.dtype))  # autocast gives another dtype
-        if len(left) and (instead := run.instead(self.index, flat[left])) is not None:
+        if len(left) and (instead := run.stand_in(self.index, flat[left])) is not None:
             out = out.index_add(0, left, instead.to(h.dtype))
         return out.view(h.shape)
 

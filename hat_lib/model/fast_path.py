@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import output_capturing
 
 from hat_lib.model.corrections import AddTerm
-from hat_lib.model.head import HeadGate
+from hat_lib.model.head import ShortlistHooks
 from hat_lib.model.modes import Mode
 from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold
 
@@ -255,7 +255,7 @@ class FastPath:
         known = run is not None and run.alone and run.ready is not None and run.ready[0] is mode
         takes = len(args) < 2 and self._takes(given)
         if takes and not known and (not given["cache"].get_seq_length() or run is not None and run.ready is None):
-            self.hat.look()  # as the reference path does for the prompts that it runs
+            self.hat.refresh()  # as the reference path does for the prompts that it runs
             mode = self.context.mode
         if takes and (known or self.why_not() is None):
             out = self._decode(mode, run, known, **{name: given.get(name) for name in TAKEN})
@@ -313,7 +313,7 @@ class FastPath:
             vocabulary, width = decoder.weights.head.shape
             channels, words = head.reshape(2, -1).sum(1)
             state.count_head(float(channels / width + words / vocabulary), read.size)
-        self.hat.ended(state, cache)
+        self.hat.finish(state, cache)
         return CausalLMOutputWithPast(logits=logits, cache=cache)
 
     @property
@@ -337,7 +337,7 @@ class FastPath:
         if type(routed) is Forced:  # they differ between positions
             return decisions(self.hat, decoder.everything(), mode, places)
         if type(exits) is Forced:
-            rest = self._decide(replace(mode, gated=None, exit_control=None), decoder, places)
+            rest = self._decide(replace(mode, own_exits=None, exit_control=None), decoder, places)
             return with_exits(self.hat, rest, exits, places)
         by = routed, exits, mode.shortlist, mode.corrected
         if self._decided[:-1] != by:
@@ -353,7 +353,7 @@ class FastPath:
 
 
 def _is_ours(hook) -> bool:
-    return isinstance(hook, AddTerm) or isinstance(getattr(hook, "__self__", None), HeadGate)
+    return isinstance(hook, AddTerm) or isinstance(getattr(hook, "__self__", None), ShortlistHooks)
 
 
 def warm() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from hat_lib.model.modes import Mode
-from hat_lib.model.policies import Gated
+from hat_lib.model.policies import MaskedInput
 from hat_lib.model.token_state import TokenState
 
 
@@ -32,13 +32,13 @@ class ForwardPass:
         """Indices into B*T of the rows that layers compute; None for all of them."""
         return self.state.alive if self.mode.compact else None
 
-    def instead(self, layer: int, x: Tensor) -> Tensor | None:
+    def stand_in(self, layer: int, x: Tensor) -> Tensor | None:
         """What tokens get in place of a skipped FFN of ``x``, if anything; both ``[..., D]``."""
         if not self.mode.corrected or f"{layer}_ffn" not in self.corrections:
             return None
         return self.mode.corrected * self.corrections[f"{layer}_ffn"].term(x, 0)
 
-    def gate(self, layer: int, site: str, x: Tensor) -> Tensor:
+    def skip(self, layer: int, site: str, x: Tensor) -> Tensor:
         """``x [..., C]`` of the running rows, with the channels zeroed that are skipped at a site of the channel grain;
         at another grain, x itself."""
         if site not in self.sites:
@@ -47,20 +47,20 @@ class ForwardPass:
         keep = self.decide(layer, site, flat)
         if keep is None:
             return x
-        if isinstance(keep, Gated):
+        if isinstance(keep, MaskedInput):
             return keep.x.view(x.shape)
         if not self.mode.compact and self.state.alive is not None:
             keep = keep | self.state.exited.view(-1, 1)  # their K and V come from all channels
         return (flat * keep).view(x.shape)
 
-    def decide(self, layer: int, site: str, x: Tensor) -> Tensor | Gated | None:
+    def decide(self, layer: int, site: str, x: Tensor) -> Tensor | MaskedInput | None:
         """What the running rows ``x [n, C]`` keep at a site, protected tokens included: bool ``[n, C]`` (channel) or
         ``[n]`` (token); in training, a float mask or `Gated`; None for everything."""
         state, rows, index = self.state, self.rows, self.sites.index(site)
         # The whole model depends on layer 0's FFN (skipping it alone destroys the output): it is never skipped whole.
         fixed = site == "ffn" and layer == 0
         keep = None if fixed else self.mode.policy(layer, site, x, rows, state)
-        if isinstance(keep, Gated):
+        if isinstance(keep, MaskedInput):
             state.note(layer, index, keep.keep)
             return keep
         if keep is not None and state.any_protected:

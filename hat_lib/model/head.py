@@ -27,7 +27,7 @@ ROWS = 128
 class Shortlist:
     """How the head decides."""
 
-    cut: Tensor
+    threshold: Tensor
     """magnitude above which a channel of the final state is read for the preview, fp32 ``[D]``"""
     margin: float
     """nats below the best preview within which a token is on the shortlist"""
@@ -36,10 +36,10 @@ class Shortlist:
 
     def keep(self, x: Tensor) -> Tensor:
         """The channels that the preview reads: bool, shaped like ``x [..., D]``."""
-        return x.abs() > self.cut.to(x.device)
+        return x.abs() > self.threshold.to(x.device)
 
 
-class HeadGate:
+class ShortlistHooks:
     """Two hooks on the head: one masks its input, the other corrects its output for the shortlist."""
 
     def __init__(self, context: Context):

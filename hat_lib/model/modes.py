@@ -38,14 +38,14 @@ class Mode:
     """both as requested"""
     layer_capacity: float = 1.0
     """what ``capacity`` leaves for the layers, if the head has a part in it"""
-    routed: Policy = KeepAll()
+    own_policy: Policy = KeepAll()
     """the method's own decisions at this capacity"""
-    gated: ExitPolicy | None = None
+    own_exits: ExitPolicy | None = None
     """the method's own exits at this rate and capacity"""
     control: Policy | None = None
-    """decides in place of ``routed``"""
+    """decides in place of ``own_policy``"""
     exit_control: ExitPolicy | None = None
-    """decides in place of ``gated``"""
+    """decides in place of ``own_exits``"""
     corrected: float = 0.0
     """strength of the corrections (`hat_lib.model.corrections`); 0 for none"""
     shortlist: Shortlist | None = None
@@ -67,12 +67,12 @@ class Mode:
     @property
     def policy(self) -> Policy:
         """What decides which work runs."""
-        return self.control or self.routed
+        return self.control or self.own_policy
 
     @property
     def exits(self) -> ExitPolicy | None:
         """What decides which tokens leave."""
-        return self.exit_control or self.gated
+        return self.exit_control or self.own_exits
 
 
 @dataclass(eq=False)
@@ -123,7 +123,7 @@ class Context(threading.local):
 
 
 @contextmanager
-def together(*makers: Callable[[], AbstractContextManager]) -> Iterator[None]:
+def combined(*makers: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Several contexts as one, each made and entered inside the one before it."""
     with ExitStack() as stack:
         for make in makers:
@@ -168,7 +168,7 @@ class Modes:
 
     def dense(self) -> AbstractContextManager[Self]:
         """The base, within rounding: nothing is skipped and no token exits."""
-        nothing = {"routed": KeepAll(), "gated": None, "control": None, "exit_control": None, "corrected": 0.0}
+        nothing = {"own_policy": KeepAll(), "own_exits": None, "control": None, "exit_control": None, "corrected": 0.0}
         return self._changed(capacity=1.0, layer_capacity=1.0, exit_rate=0.0, shortlist=None, steer=0.0, **nothing)
 
     def correcting(self, strength: float = 1.0) -> AbstractContextManager[Self]:

@@ -19,7 +19,7 @@ from hat_lib.config import HatError
 from hat_lib.model.token_state import Masks, TokenState
 
 
-class Gated(NamedTuple):
+class MaskedInput(NamedTuple):
     """What a policy may return instead of a mask in training: its own product, with its own gradient."""
 
     x: Tensor

@@ -63,7 +63,7 @@ class ChannelRouter(nn.Module):
         score = x.float().abs() * (self.column_norm * self.log_scale.exp())
         return score if threshold_scale is None else score / threshold_scale
 
-    def cut(self, threshold: float) -> Tensor:
+    def channel_thresholds(self, threshold: float) -> Tensor:
         """The magnitude above which a channel is kept, fp32 ``[C]``: ``score > threshold`` with one division per
         channel."""
         return threshold / (self.column_norm * self.log_scale.exp())
@@ -71,7 +71,7 @@ class ChannelRouter(nn.Module):
     @torch.no_grad()
     def keep(self, x: Tensor, threshold: float, threshold_scale: Tensor | None = None) -> Tensor:
         """bool ``[n, C]``. All in fp32, whatever the dtype of x, so that a row decides the same in any batch."""
-        cut = self.cut(threshold)
+        cut = self.channel_thresholds(threshold)
         return x.abs() > (cut if threshold_scale is None else cut * threshold_scale)
 
 

@@ -38,7 +38,7 @@ from hat_lib.model.decoder_layer import AdaptiveLayer
 from hat_lib.model.fast_path import WEIGHT_FORMATS, FastPath
 from hat_lib.model.forward_pass import ForwardPass
 from hat_lib.model.granularity import GRAINS, column_norm, head_norm
-from hat_lib.model.head import HeadGate, Shortlist
+from hat_lib.model.head import Shortlist, ShortlistHooks
 from hat_lib.model.modes import Context, Mode, Modes
 from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold, prefixes, token_threshold_scale
 from hat_lib.model.routers import ChannelRouter, ExitGate, MoERouter
@@ -134,7 +134,7 @@ class HierarchicalTransformer(Modes, nn.Module):
             self.lm.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.lm.model.register_forward_hook(self._end, always_call=True),
         ]
-        self._hooks += HeadGate(self._context).attach(self.lm.lm_head)
+        self._hooks += ShortlistHooks(self._context).attach(self.lm.lm_head)
         if self.corrections:
             self._hooks += self.corrections.attach(self.lm.model.layers, self._context)
         self._fast.attach()
@@ -157,7 +157,7 @@ class HierarchicalTransformer(Modes, nn.Module):
     def unload(self) -> Base:
         """Take everything off and return the base, as it was before. The model cannot be used afterwards."""
         if self.layers:
-            self.look()
+            self.refresh()
         self._detach()
         self.layers = []
         return self.base
@@ -275,13 +275,13 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     def _decided(self, mode: Mode, calibration: Calibration | None) -> Mode:
         """``mode`` with the method's own decisions at its capacity and exit rate; raises if there are none."""
-        capacity, exit_rate, routed, gated, shortlist = mode.capacity, mode.exit_rate, KeepAll(), None, None
+        capacity, exit_rate, policy, exits, shortlist = mode.capacity, mode.exit_rate, KeepAll(), None, None
         layers = capacity
         if capacity < 1.0:
             if calibration is None:
                 hint = "run `hat calibrate`, or load a checkpoint"
                 raise HatError(f"capacity {capacity} needs calibrated thresholds: {hint}")
-            routed = self.threshold_policy(calibration.thresholds_at(capacity))
+            policy = self.threshold_policy(calibration.thresholds_at(capacity))
             layers = calibration.layer_capacity_at(capacity, self.site_work)
             if (head := calibration.head_at(capacity)) is not None:
                 shortlist = self.shortlist(*head)
@@ -290,9 +290,9 @@ class HierarchicalTransformer(Modes, nn.Module):
                 raise HatError(f"exit rate {exit_rate} asked of a model without exit layers")
             if calibration is None or calibration.exit_rates is None:
                 raise HatError(f"exit rate {exit_rate} needs trained exit gates; this checkpoint has none (use 0)")
-            gated = ExitThresholds(self.gates, calibration.exit_thresholds(exit_rate, capacity))
+            exits = ExitThresholds(self.gates, calibration.exit_thresholds(exit_rate, capacity))
         how = {"corrected": self.correction_strength(capacity), "shortlist": shortlist, "layer_capacity": layers}
-        return replace(mode, routed=routed, gated=gated, **how)
+        return replace(mode, own_policy=policy, own_exits=exits, **how)
 
     def threshold_policy(self, thresholds: dict[tuple[int, str], float]) -> Threshold:
         """The method's own decisions at these thresholds on the routers' scores, by (layer, site)."""
@@ -406,14 +406,14 @@ class HierarchicalTransformer(Modes, nn.Module):
             )
         start = cache.get_seq_length() if cache is not None else 0
         if not start:
-            self.look()
+            self.refresh()
             mode = self._context.mode
         places = TokenState.places(tokens, given.get("attention_mask"), given.get("position_ids"), start)
         state = self.new_state(*places, start, cache)
         state.prefix = prefixes(torch.zeros_like(state.position) if tokens.dim() > 2 else tokens, state, cache)
         passes[-1] = ForwardPass(mode, state, self.grain.sites, self.gates, self.corrections, cache)
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Follow changes to the base's weights and to what is trained; done at each prompt. What was derived from them
         (norms in scores, packed copies, the base's fingerprint) is made anew. Warns if the base has changed."""
         with self._looking:
@@ -453,7 +453,7 @@ class HierarchicalTransformer(Modes, nn.Module):
             state.steering = torch.from_numpy(scale).to(real.device)
         return state
 
-    def ended(self, state: TokenState, cache: Cache | None) -> None:
+    def finish(self, state: TokenState, cache: Cache | None) -> None:
         """Called when a forward has run to its end."""
         mode = self._context.mode
         if mode.steer and mode.capacity < 1 and mode.control is None:
@@ -464,7 +464,7 @@ class HierarchicalTransformer(Modes, nn.Module):
     def _end(self, module, args, output):
         ended = self._context.passes.pop()
         if ended is not None and output is not None:
-            self.ended(ended.state, ended.cache)
+            self.finish(ended.state, ended.cache)
         elif ended is not None:
             self._context.done(ended.state, whole=False)
 
@@ -510,7 +510,7 @@ class HierarchicalTransformer(Modes, nn.Module):
     def save_pretrained(self, folder) -> None:
         """Write routers, gates, config and calibration; never the base. See `hat_lib.model.checkpoint`."""
         if self.layers:
-            self.look()
+            self.refresh()
         parts = self.config, self.base.name, self.base.fingerprint, self.hat_parameters()
         write_checkpoint(folder, Checkpoint(*parts, self.calibration, self.training_summary))
 

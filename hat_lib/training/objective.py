@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hat_lib.model.policies import Gated, KeepAll, token_threshold_scale
+from hat_lib.model.policies import KeepAll, MaskedInput, token_threshold_scale
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.training import losses
@@ -64,7 +64,7 @@ class Relaxed:
                 cut = (threshold / (router.column_norm * log_scale.exp())).detach()
                 gated, keep, count = channel_gate(x, log_scale, cut, counted=real, **how)
                 self._add(site, count.sum() / (real.sum() * x.shape[1]))
-                return Gated(gated, keep)
+                return MaskedInput(gated, keep)
             logit = router.score(x, scale).clamp(min=1e-12).log() + offset - np.log(max(threshold, 1e-12))
             protected = protected[:, None]
         # Drawn sequence by sequence, so that a sequence's batch neighbours do not change its noise.

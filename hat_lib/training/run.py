@@ -40,7 +40,7 @@ from hat_lib.text.mixture import OWN, sources, training_text
 from hat_lib.training.log import seconds_so_far
 from hat_lib.training.recipe import PHASES, Recipe
 from hat_lib.training.trainer import Outcome, sound_checkpoint, train_phase
-from hat_lib.training.validation import unseen
+from hat_lib.training.validation import validation_blocks
 
 RUN_FILE, LOG_FILE, WORK, LOCK = "run.json", "log.csv", "work", ".lock"
 CALIBRATION_TOKENS = 24_000
@@ -167,7 +167,7 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
         )
         validation = None
         if recipe.validation:
-            validation = unseen(recipe.validation, base.tokenizer, recipe.validation_tokens)
+            validation = validation_blocks(recipe.validation, base.tokenizer, recipe.validation_tokens)
         torch.manual_seed(recipe.seed)  # translators are initialised at random
         hat = _start(run, checkpoint, base, part, folder / WORK / "start", main and not resume, progress)
         if main and not resume:

@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hat_lib.evaluation.perplexity import score_each
-from hat_lib.model.modes import together
+from hat_lib.model.modes import combined
 from hat_lib.model.policies import Policy
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text, spread
@@ -26,7 +26,7 @@ from hat_lib.text.blocks import load_text, spread
 CAPACITIES = (0.75, 0.55, 0.4)
 
 
-def unseen(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
+def validation_blocks(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
     """About ``tokens`` tokens of a text's validation split, in evenly spaced blocks; rows of `load_text`."""
     blocks = load_text(text, tokenizer, split="validation", block_size=512)
     return spread(blocks, tokens)
@@ -84,4 +84,4 @@ class Validation(TrainerCallback):
 def as_trained(hat: HierarchicalTransformer, policy: Policy, capacity: float) -> Callable:
     """Makes the context routers are trained in at a capacity: a policy in the layers, the head in full."""
     correcting = partial(hat.correcting, hat.correction_strength(capacity))
-    return partial(together, hat.dense, partial(hat.using, policy), correcting)
+    return partial(combined, hat.dense, partial(hat.using, policy), correcting)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 from hat_lib.backbone.base import BUNDLED
-from hat_lib.config import DATA, work_said
+from hat_lib.config import DATA, work_text
 from hat_lib.plotting import frontier
 from hat_lib.plotting.style import BLUE, ORANGE, PERCENT, RED, STYLE, WIDE
 from hat_lib.rows import results_table as saved
@@ -75,7 +75,7 @@ class FrontierView(View):
 
     def _numbers(self, capacity: float, exit_rate: float) -> str:
         row = self._points.loc[capacity, exit_rate]
-        said = [work_said(capacity, row["realised"], exit_rate, row["realised_exit"], row["model_share"])]
+        said = [work_text(capacity, row["realised"], exit_rate, row["realised_exit"], row["model_share"])]
         file = ", a 4-bit file, dequantised" if row["base"] == BUNDLED else ""
         whose = f"the base's {row['base_ppl']:.2f} ({row['tokens']:,.0f} tokens of {row['text']}{file})"
         if (capacity, exit_rate) == (1.0, 0.0):

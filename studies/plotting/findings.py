@@ -78,7 +78,7 @@ def kept(quality: pd.DataFrame, promise: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(kept=[verdict(*row) for row in rows[[*COST[1:], "promised"]].to_numpy()])
 
 
-def said(row: Mapping, name: str = "increase") -> str:
+def increase_text(row: Mapping, name: str = "increase") -> str:
     """An increase in perplexity and its interval (``name``_low, ``name``_high), in per cent up to a doubling."""
     values = [row[column] for column in (name, f"{name}_low", f"{name}_high")]
     if values[0] < 1:

@@ -69,7 +69,7 @@ def test_prices_predict_small_kl():
         ratios = []
         for layer in range(4):
             for j, site in enumerate(hat.grain.sites):
-                router, cut = hat.routers[f"{layer}_{site}"], quantiles.cut((layer, site), share)
+                router, cut = hat.routers[f"{layer}_{site}"], quantiles.threshold((layer, site), share)
 
                 def only(i, s, x, rows, state, at=(layer, site), router=router, cut=cut):
                     return router.keep(x, cut) if (i, s) == at else None

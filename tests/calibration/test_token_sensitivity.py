@@ -61,7 +61,7 @@ def test_prices_of_tokens_add_up_to_those_of_the_text():
     """For a single site, the mean over tokens is what `calibrate` takes as the site's price."""
     hat, text = untrained(), [torch.tensor([b]) for b in BLOCKS]
     quantiles = capacity.score_quantiles(hat, text, progress=False)
-    cuts = {key: -1.0 for key in quantiles.tables} | {(2, "down"): quantiles.cut((2, "down"), 0.75)}
+    cuts = {key: -1.0 for key in quantiles.tables} | {(2, "down"): quantiles.threshold((2, "down"), 0.75)}
     prices, inputs = token_sensitivity.token_prices(hat, text, cuts, seed=0, progress=False)
     whole = capacity._damage(hat, text, quantiles, seed=0, progress=False)[capacity.PROBE_SHARES.index(0.75), 2, 3]
     assert prices.shape == (4, 16 * 62) and inputs[0].shape == (16 * 62, 64)

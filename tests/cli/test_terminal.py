@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from hat_lib.cli.app import GROUPS, app
-from hat_lib.config import REPO, WHY, work_said
+from hat_lib.config import REPO, WHY, work_text
 
 GENERATE = ("generate", "--base", "random:tiny", "--capacity", "1", "--max-new-tokens", "4", "--prompt")
 
@@ -51,7 +51,7 @@ def test_sweep_says_how_many_tokens_it_needs(run_hat):
 )
 def test_a_realised_capacity_says_why_it_is_another(found, said):
     rest = "exit rate 0.00 requested, 0.001 realised; model share 0.700"
-    assert work_said(0.6, found, 0.0, 0.001, 0.7) == f"capacity 0.60 requested, {said}; {rest}"
+    assert work_text(0.6, found, 0.0, 0.001, 0.7) == f"capacity 0.60 requested, {said}; {rest}"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tiny_runs import gating, new_hat, random_blocks, skipping
 from hat_lib.config import HatError
 from hat_lib.evaluation.decoded import score_decoded
 from hat_lib.evaluation.perplexity import score_each
-from hat_lib.model.modes import together
+from hat_lib.model.modes import combined
 
 BLOCKS = [
     {"input_ids": ids, "n_context": context, "doc": "a"}
@@ -44,7 +44,7 @@ def test_the_engine_decodes_and_steering_brings_it_to_what_was_asked():
     hat.calibration = replace(table, thresholds=(1.5 * np.array(table.thresholds)).tolist())
     at = partial(hat.at, 0.6)
     assert hat.decoding.startswith("engine")
-    _, (plain, steered) = score_decoded(hat, blocks, [at, partial(together, at, hat.steered)], progress=False)
+    _, (plain, steered) = score_decoded(hat, blocks, [at, partial(combined, at, hat.steered)], progress=False)
     assert abs(plain.capacity - 0.6) > 0.05 and abs(steered.capacity - 0.6) < 0.03
 
 

@@ -11,7 +11,7 @@ from transformers import TextStreamer
 from hat_lib.config import HatError
 from hat_lib.inference import generate as module
 from hat_lib.inference.generate import AdaptiveInference
-from hat_lib.inference.speed import SpeedCurve, held
+from hat_lib.inference.speed import SpeedCurve, hold_work
 
 PROMPTS = ["The state of our union", "One", "A prompt that is longer than both of these"]
 
@@ -137,7 +137,7 @@ def test_for_a_target_a_text_is_steered(hat, infer, monkeypatch):
     curve = SpeedCurve("dense", 0.0, [0.1, 1.0], [1.9, 1.0], "cpu")
     monkeypatch.setattr(module, "speed_curve", lambda *_, **__: curve)
     out = infer.generate(PROMPTS[0], target_speedup=1.4, exit_rate=0.0, max_new_tokens=12, measure=False)
-    with held(hat):
+    with hold_work(hat):
         same = infer.generate(PROMPTS[0], capacity=out.requested_capacity, exit_rate=0.0, max_new_tokens=12)
     assert torch.equal(out.ids, same.ids) and torch.equal(out.token_share, same.token_share)
     plain = infer.generate(PROMPTS[0], capacity=out.requested_capacity, exit_rate=0.0, max_new_tokens=12)

@@ -11,7 +11,7 @@ from tiny_runs import adaptive
 from hat_lib.config import HatError
 from hat_lib.inference import speed as module
 from hat_lib.inference.generate import AdaptiveInference
-from hat_lib.inference.speed import SpeedCurve, check_target, said, sample, speed_curve, timed
+from hat_lib.inference.speed import SpeedCurve, check_target, sample, speed_curve, speedup_text, timed
 
 CURVE = SpeedCurve("dense", 0.0, [0.1, 0.4, 0.7, 1.0], [2.0, 1.6, 1.3, 1.0], "cpu, float32, 1 threads")
 
@@ -50,7 +50,7 @@ def test_a_bumpy_measurement_becomes_a_falling_curve_inside_a_falling_spread():
 
 
 def test_below_one_it_is_called_slower():
-    told = [said(speedup, "dense") for speedup in (1.25, 0.9996, 0.9994, 0.33, None)]
+    told = [speedup_text(speedup, "dense") for speedup in (1.25, 0.9996, 0.9994, 0.33, None)]
     assert [("slower" in words, "over" in words) for words in told[:4]] == 2 * [(False, True)] + 2 * [(True, False)]
     assert told[3].startswith("0.330x") and "too short" in told[4]
 

@@ -303,7 +303,7 @@ def test_weights_that_change_under_the_model_are_followed(hat, ids, change):
 
 
 def test_weights_that_change_while_another_thread_packs_them_are_followed(hat, ids, monkeypatch):
-    looked = threading.Thread(target=hat.look)
+    looked = threading.Thread(target=hat.refresh)
 
     def pack(*args, **given):
         packed = Decoder(*args, **given)
@@ -521,7 +521,7 @@ def test_the_token_grain_never_skips_layer_0(ids):
     base = tiny()
     hat = HierarchicalTransformer(base, HatConfig.published(base, exit_layers=()))
     everything = dict.fromkeys(((i, "ffn") for i in range(hat.config.n_layers)), float("inf"))
-    with hat._changed(routed=hat.threshold_policy(everything)):
+    with hat._changed(own_policy=hat.threshold_policy(everything)):
         stepwise(hat.lm, ids)
     share = hat.trace.site_share
     assert hat.trace.executed is not None and share[0].eq(1).all() and not share[1:].any()

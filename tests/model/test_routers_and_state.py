@@ -29,9 +29,11 @@ def test_the_fast_comparison_decides_as_the_fp32_score_does(dtype):
         score = router.score(x)
         clear = (score - threshold).abs() > 1e-4 * max(abs(threshold), 1e-6)
         assert torch.equal(router.keep(x, threshold)[clear], (score > threshold)[clear])
-    near = router.cut(0.5).to(dtype)  # the numbers of a dtype on both sides of each cut, which rounding could flip
+    near = router.channel_thresholds(0.5).to(
+        dtype
+    )  # the numbers of a dtype on both sides of each cut, which rounding could flip
     for x in (near, torch.nextafter(near, torch.zeros_like(near)), torch.nextafter(near, near + 1)):
-        assert torch.equal(router.keep(x[None], 0.5)[0], x.float().abs() > router.cut(0.5))
+        assert torch.equal(router.keep(x[None], 0.5)[0], x.float().abs() > router.channel_thresholds(0.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

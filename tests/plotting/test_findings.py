@@ -55,7 +55,7 @@ def test_each_trained_row_meets_the_claim_of_its_capacity_and_the_one_on_more_to
     ],
 )
 def test_an_increase_is_said_with_its_interval(ends, said):
-    assert findings.said(pd.Series(dict(zip(COST, ends, strict=True)))) == said
+    assert findings.increase_text(pd.Series(dict(zip(COST, ends, strict=True)))) == said
 
 
 def test_a_machine_is_what_the_rows_say_of_it():

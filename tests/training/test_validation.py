@@ -12,7 +12,7 @@ from hat_lib.training.run import nominal_thresholds, train
 from hat_lib.training.validation import CAPACITIES, Validation
 
 
-def unseen(n=2):
+def validation_blocks(n=2):
     blocks = rows(random_blocks(n, 32, seed=5))
     return blocks.add_column("n_context", [0] * n)
 
@@ -22,7 +22,7 @@ def curve(folder):
 
 
 def test_a_row_is_what_evaluation_says():
-    hat, blocks = new_hat("channel"), unseen(3)
+    hat, blocks = new_hat("channel"), validation_blocks(3)
     thresholds = nominal_thresholds(hat)
     hat.train()
     found = Validation("unused.csv", hat, blocks, thresholds, 64).measure(7)
@@ -51,7 +51,7 @@ def test_a_run_draws_its_curve_and_is_the_same_run(tmp_path):
 
 @pytest.mark.slow
 def test_a_resumed_run_goes_on_with_its_curve(tmp_path, monkeypatch):
-    blocks, written = unseen(), []
+    blocks, written = validation_blocks(), []
     once = Validation.measure
     monkeypatch.setattr(Validation, "measure", lambda self, step: written.append(step) or once(self, step))
     hat = new_hat("channel")
