@@ -3,7 +3,7 @@
 Axis letters, used everywhere: ``B`` batch, ``T`` tokens, ``D`` hidden, ``F`` FFN width, ``L`` layers,
 ``S`` gated sites in a layer, ``E`` exits, ``K`` cached keys, ``V`` vocabulary. The packages, in the
 order of the data flow: backbone, engine, model, text, calibration, inference, evaluation, training, plotting,
-explore, workbook, cli. Imports run one way (`[tool.importlinter]` in pyproject.toml).
+workbook, cli. Imports run one way (`[tool.importlinter]` in pyproject.toml).
 """
 
 __version__ = "0.1.0"
@@ -15,6 +15,8 @@ _PUBLIC = {
     "load_text": "text.blocks",
     "HierarchicalTransformer": "model.transformer",
     "AdaptiveInference": "inference.generate",
+    "explain": "evaluation.explain",
+    "sweep": "evaluation.sweep",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

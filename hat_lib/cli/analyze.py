@@ -47,9 +47,9 @@ def analyze(
         options.check_writable(out, "an analysis")
     hat = options.load(base, checkpoint, capacity, exit_rate, dtype)
 
+    from hat_lib.evaluation.coloured_text import ansi, html, passages
     from hat_lib.evaluation.intervals import FEWEST, NONE
     from hat_lib.evaluation.routing import TABLES, patterns
-    from hat_lib.plotting.token_heatmap import ansi, html, passages
     from hat_lib.text.blocks import default_split, load_text
 
     split = split or default_split(text, hat)

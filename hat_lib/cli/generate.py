@@ -90,7 +90,7 @@ def generate(
             streamer=TextStreamer(hat.base.tokenizer, skip_special_tokens=True),
         )
     if show_compute:
-        from hat_lib.plotting.token_heatmap import Passage, ansi
+        from hat_lib.evaluation.coloured_text import Passage, ansi
         from hat_lib.text.token_classes import pieces
 
         ids = out.ids[0, out.prompt_length :].tolist()

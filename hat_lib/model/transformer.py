@@ -518,26 +518,11 @@ class HierarchicalTransformer(Modes, nn.Module):
         """The trained parameters by name: all that a checkpoint saves."""
         return {n: p for n, p in self.named_parameters() if is_hat_parameter(n)}
 
-    # -- imported on demand: the model itself does not measure, draw or upload ----------------------
-
     def push_to_hub(self, repo_id: str, **options) -> str:
         """Upload what `save_pretrained` writes; see `hat_lib.model.hub.push_to_hub`."""
         from hat_lib.model.hub import push_to_hub
 
         return push_to_hub(self, repo_id, **options)
-
-    def sweep(self, text="addresses", **options):
-        """What less compute costs on a text, at ``capacities=[...]``; see `hat_lib.explore.sweep.sweep`."""
-        from hat_lib.explore.sweep import sweep
-
-        return sweep(self, text, **options)
-
-    def explain(self, prompt: str, **options):
-        """What each token of a prompt executed, by layer; see `hat_lib.explore.explain.explain`."""
-        from hat_lib.explore.explain import explain
-
-        self._check_loaded()
-        return explain(self, prompt, **options)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

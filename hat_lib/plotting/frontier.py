@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from hat_lib.config import HatError
+from hat_lib.evaluation.coloured_text import PALETTE
 from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, ORANGE, PERCENT, PINK, PURPLE, SERIES, WORK, draws
-from hat_lib.plotting.token_heatmap import PALETTE
 
 VARIANTS = {
     "trained": (BLUE, "o", "-"),
@@ -115,7 +115,7 @@ def draw(ax: Axes, points: pd.DataFrame) -> None:
 
 @draws("capacity", "realised", *COST, "top1")
 def sweep(table: pd.DataFrame) -> Figure:
-    """Perplexity increase and top-1 agreement of `hat_lib.explore.sweep.Sweep.frame` against the realised capacity."""
+    """Perplexity increase and top-1 agreement of `hat_lib.evaluation.sweep.Sweep.frame` against realised capacity."""
     table = table.sort_values("realised")
     fig, (increase, top1) = style.panels(2, width=1.2 * style.WIDTH, sharey=False)
     increase.axhline(0, color=GREY, linewidth=1)

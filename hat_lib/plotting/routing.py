@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from hat_lib.evaluation.coloured_text import PALETTE, visible
 from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, RED, WIDE, WIDTH, draws, key
-from hat_lib.plotting.token_heatmap import PALETTE, in_font, visible
+from hat_lib.plotting.token_heatmap import in_font
 
 ENDS = ["mean", "low", "high"]
 BOUNDS = (*ENDS, "difference", "difference_low", "difference_high")

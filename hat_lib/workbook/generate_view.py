@@ -13,10 +13,11 @@ from ipywidgets import HTML, Button, Dropdown, GridBox, Layout, Text, Textarea
 from matplotlib.figure import Figure
 
 from hat_lib.config import WHY, HatError, check_capacity
-from hat_lib.explore.token_facts import quoted
+from hat_lib.evaluation.coloured_text import Passage, html
+from hat_lib.evaluation.token_facts import quoted
 from hat_lib.inference.generate import MODES, AdaptiveInference, Generation
 from hat_lib.model.cost import state_cost
-from hat_lib.plotting.token_heatmap import Passage, figure, html
+from hat_lib.plotting.token_heatmap import figure
 from hat_lib.text.token_classes import pieces
 from hat_lib.workbook.view import LET_GO, LOOK, View, exit_slider
 

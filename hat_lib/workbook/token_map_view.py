@@ -13,10 +13,10 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from hat_lib.explore.token_facts import TokenFacts, token_facts
+from hat_lib.evaluation.coloured_text import PALETTE
+from hat_lib.evaluation.token_facts import TokenFacts, token_facts
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.plotting.routing import label
-from hat_lib.plotting.token_heatmap import PALETTE
+from hat_lib.plotting.routing import label, layer_map
 from hat_lib.workbook.view import LET_GO, LOOK, View, capacity_slider, exit_slider
 
 HERE = Path(__file__).parent
@@ -73,7 +73,7 @@ class TokenMapView(View):
 
     def twin(self) -> Figure:
         """The map as a picture."""
-        return self.found.explanation.figure()
+        return layer_map(self.found.explanation.layer_map())
 
 
 def drawn(found: TokenFacts) -> dict:

@@ -111,7 +111,7 @@ class TestBase:
         assert hat.unload() is base  # a second time does nothing
         settings = {"capacity": 0.5, "calibration": None, "weight_format": "base"}
         uses = [partial(setattr, hat, name, value) for name, value in settings.items()]
-        uses += [lambda: hat.to(torch.float32), lambda: copy.deepcopy(hat), lambda: hat.explain("a")]
+        uses += [lambda: hat.to(torch.float32), lambda: copy.deepcopy(hat)]
         uses += [make().__enter__ for make in (hat.dense, hat.at, lambda: hat.using(KeepAll()))]
         for use in uses:
             with pytest.raises(HatError, match="was unloaded"):

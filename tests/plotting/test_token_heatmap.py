@@ -9,8 +9,9 @@ import pytest
 from matplotlib.colors import to_rgba
 
 from hat_lib.config import HatError
-from hat_lib.plotting import token_heatmap as coloured
-from hat_lib.plotting.token_heatmap import COLUMNS, Passage, ansi, figure, html
+from hat_lib.evaluation import coloured_text as coloured
+from hat_lib.evaluation.coloured_text import Passage, ansi, html
+from hat_lib.plotting.token_heatmap import COLUMNS, figure
 
 ESCAPE = re.compile(r"\x1b\[[\d;]*m")
 HOSTILE = ["<script>alert(1)</script>", '" onload="x', "&amp;", "\x1b[2J", "\x9b31m", "\u202egnp.exe", "\r", "\ud800"]

@@ -27,6 +27,7 @@ from PIL import Image
 from tiny_runs import adaptive, kill_at, page, random_blocks, skipping, start, tiny, tiny_run, train_and_die
 from typer.testing import CliRunner
 
+from hat_lib import sweep
 from hat_lib.cli.app import app
 from hat_lib.config import HatError
 from hat_lib.model.checkpoint import CONFIG_FILE, read_checkpoint, write_checkpoint
@@ -65,7 +66,7 @@ def sweeping(folder: Path, text: Path) -> None:
     with RowWriter(folder / "rows.csv", Point, ("capacity",)) as rows:
         for capacity in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
             if (capacity,) not in rows.done:
-                found = hat.sweep(random_blocks(2), capacities=[capacity], progress=False)
+                found = sweep(hat, random_blocks(2), capacities=[capacity], progress=False)
                 rows.write(Point(capacity, float(found.frame["perplexity"][0])))
 
 

@@ -9,8 +9,9 @@ import pandas as pd
 import torch
 from tiny_runs import adaptive
 
+from hat_lib import explain
 from hat_lib.config import HatError
-from hat_lib.plotting.token_heatmap import Passage, html
+from hat_lib.evaluation.coloured_text import Passage, html
 from hat_lib.workbook.generate_view import _page
 from hat_lib.workbook.view import View
 from soak import Found
@@ -42,7 +43,7 @@ def shown(count: int) -> Found:
                 raise HatError(text)
             parts = [html(passage, meaning=text), view.said.value, _page(pd.DataFrame({text: [text]}))]
             with torch.no_grad():
-                parts += [hat.explain(text)._repr_html_()] if text.strip() else []
+                parts += [explain(hat, text)._repr_html_()] if text.strip() else []
             for part in parts:
                 assert (tags := Tags(part).found) <= allowed, f"{tags - allowed} from {text!r}"
     return found

@@ -1,13 +1,12 @@
-"""`hat.sweep`: each row is what `score_each` and `compare` give, from one pass over the base."""
+"""`sweep`: each row is what `score_each` and `compare` give, from one pass over the base."""
 
 import numpy as np
 import pytest
 import tiny_runs
-from matplotlib.figure import Figure
 
 from hat_lib.config import HatError
 from hat_lib.evaluation.perplexity import compare, score_each
-from hat_lib.explore.sweep import sweep
+from hat_lib.evaluation.sweep import sweep
 from hat_lib.text.blocks import load_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
@@ -38,16 +37,11 @@ def test_rows_are_those_of_each_capacity_alone_and_the_base_is_run_once(hat):
     assert (found.base_perplexity, found.tokens, found.blocks) == (base.perplexity, 6 * 39, 6)
 
 
-def test_it_is_shown_as_a_table_and_as_a_figure(hat):
+def test_it_is_shown_as_a_table(hat):
     found = sweep(hat, BLOCKS, (0.6, 1.0), progress=False)
     for shown in (str(found), found._repr_html_()):
         assert "234 scored tokens in 6 blocks" in shown and "realised differs from requested" in shown
         assert all(column in shown for column in found.frame)
-    figure = found.figure()
-    assert isinstance(figure, Figure)
-    increase, top1 = figure.axes
-    np.testing.assert_allclose(top1.lines[0].get_xdata(), sorted(found.frame["realised"]))
-    assert [t.get_text() for t in increase.texts] == ["0.6", "1"]
 
 
 def test_text_is_a_name_a_text_texts_or_blocks(hat, tmp_path):
@@ -89,7 +83,6 @@ def test_one_block_has_no_interval_and_says_so(hat):
     found = sweep(hat, "The quick brown fox jumps over the lazy dog", 0.7, progress=False)
     assert found.frame[["increase_low", "increase_high"]].isna().all(axis=None)
     assert np.isfinite(found.frame["increase"]).all() and "no interval" in str(found)
-    assert isinstance(found.figure(), Figure)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`hat.explain`: the trace of one forward, token by token, as a table and as coloured text."""
+"""`explain`: the trace of one forward, token by token, as a table and as coloured text."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import tiny_runs
 import torch
 
 from hat_lib.config import HatError
+from hat_lib.evaluation.explain import explain
 from hat_lib.evaluation.routing import patterns
-from hat_lib.explore.explain import explain
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 PROMPT = "In 2025 a naïve fox 🦙 met the Kings."
@@ -45,7 +45,7 @@ def test_one_forward_as_the_model_is_set_and_a_continuation_with_it(hat):
     assert found.tokens["new"].tolist() == [False] * ids.shape[1] + [True] * (expected.shape[1] - ids.shape[1])
 
 
-def test_it_is_shown_as_coloured_text_and_as_a_map(hat):
+def test_it_is_shown_as_coloured_text(hat):
     found = explain(hat, PROMPT)
     coloured = (found.tokens["token"] != "").sum()
     assert found._repr_html_() == found.html() and found.html().count('title="') == coloured
@@ -53,11 +53,6 @@ def test_it_is_shown_as_coloured_text_and_as_a_map(hat):
     free = found.tokens.loc[~found.tokens["protected"], "model_share"]
     assert f">{free.min():.2f}<" in found.html() and f"{free.max():.2f}<" in found.html()
     assert "≤ 0.99" in found.html(low=0.99, high=1.5)
-    heat = found.figure().axes[0].collections[0].get_array()
-    np.testing.assert_allclose(
-        np.ma.filled(heat, np.nan).ravel(),
-        found.frame.pivot(index="layer", columns="position")["share"].to_numpy().ravel(),
-    )
 
 
 @pytest.mark.parametrize(

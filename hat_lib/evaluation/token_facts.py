@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from hat_lib.config import HatError, work_text
-from hat_lib.explore.explain import Explanation, explained, prompt_ids
+from hat_lib.evaluation.coloured_text import visible
+from hat_lib.evaluation.explain import Explanation, explained, prompt_ids
 from hat_lib.model.cost import state_cost
 from hat_lib.model.policies import Threshold
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.plotting.token_heatmap import visible
 
 MOST = 128
 """tokens of a prompt; a map of more would be unreadable"""

@@ -1,4 +1,4 @@
-"""What each token of a prompt got: ``hat.explain("The future of AI is")``.
+"""What each token of a prompt got: ``explain(hat, "The future of AI is")``.
 
 One forward at the capacity the model is set to. For losses next to the work, and tables with intervals, see
 `hat_lib.evaluation.routing`.
@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from hat_lib.config import HatError, check_count
+from hat_lib.evaluation.coloured_text import Passage, ansi, html
 from hat_lib.evaluation.routing import token_work
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.plotting.routing import layer_map
-from hat_lib.plotting.token_heatmap import Passage, ansi, html
 from hat_lib.text.plain import check_whole
 from hat_lib.text.token_classes import pieces
 
@@ -49,12 +47,12 @@ class Explanation:
         """The same for a terminal; without colours, subscripts give tenths of the scale."""
         return ansi(self._passage(), colours=colours, **self._scale())
 
-    def figure(self) -> Figure:
-        """Layer × token: the executed share, and its difference from the layer's mean over this prompt."""
+    def layer_map(self) -> pd.DataFrame:
+        """A row per layer and token: the executed share, and its difference from the layer's mean over this prompt."""
         table = self.frame.rename(columns={"token": "text", "position": "token", "exit": "exit_layer"})
         protected = self.tokens["protected"].to_numpy().repeat(self.frame["layer"].nunique())
         usual = table["share"].where(~protected).groupby(table["layer"]).transform("mean")
-        return layer_map(table.assign(difference=table["share"] - usual, protected=protected))
+        return table.assign(difference=table["share"] - usual, protected=protected)
 
     def __str__(self) -> str:
         return self.ansi()
@@ -88,8 +86,9 @@ def explain(hat: HierarchicalTransformer, prompt: str, *, max_new_tokens: int = 
     if max_new_tokens:
         how = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": hat.base.tokenizer.pad_token_id}
         ids = hat.lm.generate(ids, attention_mask=torch.ones_like(ids), **how)
-    hat.lm.model(ids, use_cache=False)
-    return explained(hat, ids, given)
+    with hat.at():
+        hat.lm.model(ids, use_cache=False)
+        return explained(hat, ids, given)
 
 
 def prompt_ids(hat: HierarchicalTransformer, prompt: str, room: int = 0) -> Tensor:

@@ -5,8 +5,8 @@ import pytest
 import tiny_runs
 
 from hat_lib.config import HatError
-from hat_lib.explore.explain import explain
-from hat_lib.explore.token_facts import LIKELIEST, MOST, token_facts
+from hat_lib.evaluation.explain import explain
+from hat_lib.evaluation.token_facts import LIKELIEST, MOST, token_facts
 
 pytestmark = [
     pytest.mark.usefixtures("no_grad"),

@@ -1,4 +1,4 @@
-"""What each capacity costs on a text: ``hat.sweep("addresses", capacities=(0.5, 0.75))``.
+"""What each capacity costs on a text: ``sweep(hat, "addresses", capacities=(0.5, 0.75))``.
 
 The base is run once for all capacities, and every difference from it is paired: same tokens, same blocks. For controls
 at equal work, several grains and stored results, see ``hat sweep``.
@@ -13,13 +13,11 @@ from html import escape
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from hat_lib.config import WHY, HatError, check_capacity
 from hat_lib.evaluation.intervals import FEWEST, NONE
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.plotting.frontier import sweep as sweep_figure
 from hat_lib.text.blocks import default_split, first_ids, load_text, names_file
 from hat_lib.text.plain import check_whole
 
@@ -31,7 +29,7 @@ SHOWN = {"index": False, "float_format": "{:.4f}".format}
 
 @dataclass(frozen=True)
 class Sweep:
-    """Capacities on one text. A notebook shows the table; `figure` draws it."""
+    """Capacities on one text. A notebook shows the table; `hat_lib.plotting.frontier.sweep` draws it."""
 
     frame: pd.DataFrame = field(repr=False)
     """a row per capacity: ``capacity`` (requested), ``realised``, ``exit_rate`` (realised), ``model_share`` (all work,
@@ -45,10 +43,6 @@ class Sweep:
     tokens: int
     """number of scored tokens"""
     blocks: int
-
-    def figure(self) -> Figure:
-        """Perplexity increase and agreement against realised capacity."""
-        return sweep_figure(self.frame)
 
     def __str__(self) -> str:
         return f"{self._what()}\n{self.frame.to_string(**SHOWN)}\nrealised differs from requested: {WHY}"
