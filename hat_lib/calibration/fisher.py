@@ -2,7 +2,7 @@
 
 If y is sampled from the base itself, the KL divergence between the base and a base whose activation a is changed by a
 small d is, to second order, ``1/2 E[(grad_a log p(y) . d)^2]``: the Fisher quadratic form. So one gradient prices every
-change to every activation, and prices of small changes add up (docs/experiments/correction-without-training.md).
+change to every activation, and prices of small changes add up (docs/experiments/corrections.md).
 """
 
 from __future__ import annotations
