@@ -15,7 +15,7 @@ _PUBLIC = {
     "load_text": "text.blocks",
     "HierarchicalTransformer": "model.transformer",
     "AdaptiveInference": "inference.generate",
-    "explain": "evaluation.explain",
+    "explain": "evaluation.tokens",
     "sweep": "evaluation.sweep",
 }
 __all__ = [*_PUBLIC, "__version__"]

@@ -10,13 +10,13 @@ import typer
 
 from hat_lib.cli import options
 from hat_lib.cli.options import option, say
-from hat_lib.config import check_count, work_text
+from hat_lib.config import check_count
 from hat_lib.text.plain import cell, printable
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hat_lib.evaluation.routing import Patterns
+    from hat_lib.evaluation.tokens import TokenTable
 
 KEYS = {"classes": ["class"], "positions": ["first", "last"], "quantiles": ["quantity", "least"]}
 """tables by group, and the columns that name a group"""
@@ -49,11 +49,12 @@ def analyze(
 
     from hat_lib.evaluation.coloured_text import ansi, html, passages
     from hat_lib.evaluation.intervals import FEWEST, NONE
-    from hat_lib.evaluation.routing import TABLES, patterns
+    from hat_lib.evaluation.routing import TABLES
+    from hat_lib.evaluation.tokens import token_table
     from hat_lib.text.blocks import default_split, load_text
 
     split = split or default_split(text, hat)
-    found = patterns(hat, load_text(text, hat.base.tokenizer, split=split, max_tokens=max_tokens))
+    found = token_table(hat, load_text(text, hat.base.tokenizer, split=split, max_tokens=max_tokens))
     made = {name: make(found) for name, make in TABLES.items()}
     tokens, n_blocks = found.tokens, found.tokens["block"].nunique()
     if n_blocks < FEWEST:
@@ -84,16 +85,14 @@ def analyze(
     typer.echo(f"\nwrote {', '.join(files)} to {out}")
 
 
-def _findings(found: Patterns, tables: dict[str, pd.DataFrame]) -> list[str]:
+def _findings(found: TokenTable, tables: dict[str, pd.DataFrame]) -> list[str]:
     """How much was executed, by which classes and layers, and whether hard tokens got more: one line each."""
     classes, layers, rho = tables["classes"], tables["layers"].query("site == 'all'"), tables["correlations"]
     classes = classes[(classes["measure"] == "share") & (classes["tokens"] >= min(20, classes["tokens"].max()))]
     rho = rho.query("compute == 'share' and quantity in ['surprisal', 'kl'] and of == 'next'").dropna(subset=["rho"])
     hard = [f"{QUANTITIES[r.quantity]} {r.rho:+.2f}{_interval(r.low, r.high, '+.2f')}" for r in rho.itertuples()]
-    share = found.tokens["model_share"].mean()
-    work = work_text(found.requested_capacity, found.capacity, found.requested_exit_rate, found.exit_rate, share)
     return [
-        f"work         {work} of the base's work, head and routers included",
+        f"work         {found.work} of the base's work, head and routers included",
         f"classes      {_extremes(classes, 'class')}",
         f"layers       {_extremes(layers.assign(layer=[f'layer {n}' for n in layers['layer']]), 'layer')}",
         f"difficulty   rank correlation of a token's share with {', with '.join(hard) or 'anything: all are alike'}",

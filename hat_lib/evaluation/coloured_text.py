@@ -42,7 +42,7 @@ class Passage:
 
 
 def passages(tokens: pd.DataFrame, column: str) -> list[Passage]:
-    """A passage for each ``doc`` of `hat_lib.evaluation.routing.Patterns.tokens`, with the numbers in ``column``."""
+    """A passage for each ``doc`` of `hat_lib.evaluation.tokens.TokenTable.tokens`, with the numbers in ``column``."""
     docs = tokens.groupby("doc", sort=False)
     return [Passage(str(doc), part["text"].tolist(), part[column].tolist()) for doc, part in docs]
 

@@ -1,166 +1,34 @@
 """Routing patterns: which tokens get how much work, where in the model, and how hard they are.
 
-`patterns` runs a text twice, through the base and through the adaptive model, and keeps one row per token; all tables
-are made from it. Two predictions meet at a token, so names end in the one they are about:
-
-    ..._of_token  this token, predicted at the position before it, so from what the previous token executed
-    ..._of_next   the token after it, predicted from this one's own state: what its own work was spent on
-
-Protected tokens run in full whatever a router says, so every table but `by_position` leaves them out. All intervals are
-95 % bootstraps over documents or runs of blocks, as `hat_lib.evaluation.intervals` says; what occurs in fewer than six
-blocks, or does not vary, has none (nan). ``difference`` is relative to the mean of all unprotected tokens, and its
-interval resamples both together. Intervals apply to text like this text, and in a table with many of them some will
-miss.
+Means over a `hat_lib.evaluation.tokens.TokenTable`, each with a 95 % bootstrap interval over documents or runs of
+blocks (`hat_lib.evaluation.intervals`); what occurs in fewer than six blocks, or does not vary, has none (nan).
+Protected tokens run in full whatever a router says, so every table but `by_position` leaves them out. ``difference`` is
+relative to the mean of all unprotected tokens, and its interval resamples both together. Intervals apply to text like
+this text, and in a table with many of them some will miss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import product
 
 import numpy as np
 import pandas as pd
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm.auto import tqdm
 
 from hat_lib.config import HatError
 from hat_lib.evaluation.intervals import FEWEST, resample, tails, units
-from hat_lib.evaluation.perplexity import SLICE
-from hat_lib.model.cost import state_cost
-from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.text.token_classes import CLASSES, classes, pieces
-
-LOSSES = ("surprisal", "entropy", "hat_surprisal", "added_loss", "kl")
-"""per prediction, nats: the base's surprisal and entropy, the adaptive model's surprisal, how far that is above the
-base's (negative where the adaptive model does better), and KL(base || adaptive), its mean over possible next tokens"""
+from hat_lib.evaluation.tokens import TokenTable
+from hat_lib.text.token_classes import CLASSES
 
 MEASURES = ("share", "model_share", "left", "surprisal_of_token", "entropy_of_next", "added_loss_of_next", "kl_of_next")
-"""columns of `Patterns.tokens` whose means the tables give"""
+"""columns of `TokenTable.tokens` whose means the tables give"""
 RESAMPLES = 1000
 PLACE = ["block", "doc"]
 RUN = 16
 """tokens of a prompt that are resampled together, because neighbours are alike"""
 
 
-@dataclass(frozen=True)
-class Patterns:
-    """A text token by token, ``N`` in all; context repeated by a strided window is left out."""
-
-    tokens: pd.DataFrame
-    """a row per token: ``doc``, ``block`` (rank in the dataset), ``position`` (in its block, from 0), ``id``, ``text``,
-    ``class`` (see `token_classes.CLASSES`), ``protected``, ``share`` (executed share, mean over the layers it
-    entered), ``model_share`` (all its work / the base's), ``exit_layer`` (layers it entered), ``left`` (before
-    the last layer), and `LOSSES`, each ``_of_token`` (nan at the beginning of a text) and ``_of_next`` (nan at the end
-    of a block, where the next token belongs to another block)"""
-    site_share: np.ndarray
-    """executed share, fp32 ``[L, S, N]``; nan in layers the token did not enter"""
-    share: np.ndarray
-    """the same over all sites of a layer, weighted by their work, fp32 ``[L, N]``"""
-    sites: tuple[str, ...]
-    granularity: str
-    requested_capacity: float
-    requested_exit_rate: float
-    head_work: float = 0.0
-    """the head's work, in units of a layer's routable work, if the head is gated; else 0"""
-    head_share: float = 1.0
-    """executed share of the head, mean over tokens"""
-
-    @property
-    def layer_capacity(self) -> float:
-        """Realised in the layers: mean share over tokens and the layers they entered."""
-        return float(np.nanmean(self.share))
-
-    @property
-    def capacity(self) -> float:
-        """Realised: executed / routable work, in the layers and, if it is gated, in the head."""
-        ran, head = np.isfinite(self.share).sum(), self.head_work * len(self.tokens)
-        return float((self.layer_capacity * ran + self.head_share * head) / (ran + head))
-
-    @property
-    def exit_rate(self) -> float:
-        """Realised share of tokens that left before the last layer."""
-        return float(self.tokens["left"].mean())
-
-
-def prompt_blocks(tokenizer, prompts: Mapping[str, str]) -> list[dict]:
-    """Prompts as blocks for `patterns`, one per prompt, with its name as ``doc``. `HatError` below two tokens."""
-    found = [{"input_ids": tokenizer(text).input_ids, "doc": name, "n_context": 0} for name, text in prompts.items()]
-    for row in found:
-        if len(row["input_ids"]) < 2:
-            raise HatError(f"prompt {row['doc']!r} must have at least two tokens, got {prompts[row['doc']]!r}")
-    return found
-
-
-@torch.no_grad()
-def patterns(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, progress: bool = True) -> Patterns:
-    """Run ``hat`` as it is set, and its base, over each block: a row of `load_text` or `prompt_blocks`.
-
-    Raises `HatError` if given ``hat.lm`` instead of ``hat``, no blocks, or a block beyond the base's context.
-    """
-    if not isinstance(hat, HierarchicalTransformer):
-        raise HatError(f"patterns needs a HierarchicalTransformer, got {type(hat).__name__}")
-    context, lengths = hat.lm.config.max_position_embeddings, [len(row["input_ids"]) for row in blocks]
-    if not lengths or not 1 <= min(lengths) <= max(lengths) <= context:
-        raise HatError(f"patterns needs blocks of 1 to {context} tokens, got lengths {sorted(set(lengths))}")
-    frames, shares, head_shares, special = [], [], [], set(hat.base.tokenizer.all_special_ids)
-    for number, row in enumerate(tqdm(blocks, desc="patterns", disable=not progress)):
-        with hat.dense():
-            base = _final_states(hat, row["input_ids"])
-        ours = _final_states(hat, row["input_ids"])
-        new = slice(row["n_context"], None)
-        losses = _losses(hat, base, ours, row["input_ids"])  # only then does the trace hold what the head read
-        ids, texts = row["input_ids"], pieces(hat.base.tokenizer, row["input_ids"])
-        frame = {"doc": row["doc"], "block": number, "position": range(len(ids)), "id": ids, "text": texts}
-        frame |= {"class": classes(texts, [i in special for i in ids]), **token_work(hat), **losses}
-        frames.append(pd.DataFrame(frame).iloc[new])
-        head_shares.append(np.full(len(frames[-1]), hat.trace.head_share))
-        shares.append(torch.cat([hat.trace.site_share[:, :, 0], hat.trace.share], dim=1).cpu().numpy()[:, :, new])
-    tokens, share = pd.concat(frames, ignore_index=True), np.concatenate(shares, axis=2)
-    share = np.where(np.arange(len(share))[:, None, None] < tokens["exit_layer"].to_numpy(), share, np.float32(np.nan))
-    requested = hat.config.granularity, hat.capacity, hat.exit_rate
-    head = hat.trace.head_work, float(np.concatenate(head_shares).mean())
-    return Patterns(tokens, share[:, :-1], share[:, -1], tuple(hat.grain.sites), *requested, *head)
-
-
-def _final_states(hat: HierarchicalTransformer, ids: Sequence[int]) -> Tensor:
-    """``[T, D]``; ``hat.trace`` is of this forward."""
-    return hat.lm.model(input_ids=torch.tensor([ids], device=hat.lm.device), use_cache=False).last_hidden_state[0]
-
-
-def token_work(hat: HierarchicalTransformer) -> dict[str, np.ndarray]:
-    """What each token executed in the last forward of a single row, ``[T]`` each; columns of `Patterns.tokens`."""
-    state, cost = hat.trace, state_cost(hat, hat.trace)
-    exit_layer = state.exit_layer[0].long().cpu()
-    return {
-        "protected": state.protected[0].cpu().numpy(),
-        "share": (state.share[:, 0].double().sum(0).cpu() / exit_layer).numpy(),
-        "model_share": (cost.executed / cost.dense)[0].numpy(),
-        "exit_layer": exit_layer.numpy(),
-        "left": (exit_layer < state.n_layers).numpy(),
-    }
-
-
-def _losses(hat, base: Tensor, ours: Tensor, ids: Sequence[int]) -> dict:
-    """`LOSSES` of each token and of the next one, nats, ``[T]``, from final states ``[T, D]``."""
-    following, parts = torch.tensor([*ids[1:], 0], device=base.device), []
-    for states, others, after in zip(base.split(SLICE), ours.split(SLICE), following.split(SLICE), strict=True):
-        with hat.dense():
-            p = F.log_softmax(hat.lm.lm_head(states).float(), dim=-1)
-        q = F.log_softmax(hat.lm.lm_head(others).float(), dim=-1)
-        surprisal, hat_surprisal = (-r.gather(1, after[:, None])[:, 0] for r in (p, q))
-        entropy, kl = torch.special.entr(p.exp()).sum(-1), (p.exp() * (p - q)).sum(-1)
-        parts.append(torch.stack([surprisal, entropy, hat_surprisal, hat_surprisal - surprisal, kl]))
-    of_next = torch.cat(parts, dim=1).double().cpu().numpy()
-    of_token = np.concatenate([np.full((len(LOSSES), 1), np.nan), of_next[:, :-1]], axis=1)
-    of_next[[LOSSES.index(name) for name in ("surprisal", "hat_surprisal", "added_loss")], -1] = np.nan
-    both = ("token", of_token), ("next", of_next)
-    return {f"{name}_of_{which}": v for which, values in both for name, v in zip(LOSSES, values, strict=True)}
-
-
-def by_class(found: Patterns) -> pd.DataFrame:
+def by_class(found: TokenTable) -> pd.DataFrame:
     """A row for each of `CLASSES` that occurs and each of `MEASURES`: ``class``, ``measure``, ``tokens`` (that have a
     value), ``blocks`` (that contain them), ``mean``, ``low``, ``high``, ``difference``, ``difference_low``,
     ``difference_high``."""
@@ -169,7 +37,7 @@ def by_class(found: Patterns) -> pd.DataFrame:
     return _table(tokens, codes, pd.DataFrame({"class": list(CLASSES)}))
 
 
-def by_position(found: Patterns) -> pd.DataFrame:
+def by_position(found: TokenTable) -> pd.DataFrame:
     """Columns as in `by_class`, by position in the block (``first`` to ``last``), ``protected`` or not."""
     tokens = found.tokens
     protected = int(tokens["protected"].groupby(tokens["block"]).sum().max())
@@ -181,14 +49,13 @@ def by_position(found: Patterns) -> pd.DataFrame:
     return _table(tokens, codes, keys.assign(protected=keys["last"] < protected))
 
 
-def by_quantile(found: Patterns, bins: int = 8) -> pd.DataFrame:
+def by_quantile(found: TokenTable, bins: int = 8) -> pd.DataFrame:
     """Columns as in `by_class`, by surprisal and by entropy, of the token and of the next, in bins of equal size.
 
-    They are preceded by ``quantity``, ``bin`` (from 0), and ``least``, ``median``, ``most`` of the quantity in the bin,
-    in nats.
+    Before them ``quantity``, ``bin`` (from 0), and ``least``, ``median``, ``most`` of the quantity in the bin, in nats.
     """
     parts = []
-    for quantity in (f"{name}_of_{which}" for name in ("surprisal", "entropy") for which in ("token", "next")):
+    for quantity in ("surprisal_of_token", "surprisal_of_next", "entropy_of_token", "entropy_of_next"):
         tokens = _free(found).dropna(subset=quantity)
         if tokens.empty:  # no text is longer than three tokens
             continue
@@ -198,7 +65,7 @@ def by_quantile(found: Patterns, bins: int = 8) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def by_layer(found: Patterns) -> pd.DataFrame:
+def by_layer(found: TokenTable) -> pd.DataFrame:
     """Executed share by layer and site (``site`` "all": the whole layer), among the tokens that entered the layer:
     ``layer``, ``site``, ``tokens``, ``mean``, ``sd`` (over tokens), ``low``, ``high`` (of the mean)."""
     free = ~found.tokens["protected"].to_numpy()
@@ -210,7 +77,7 @@ def by_layer(found: Patterns) -> pd.DataFrame:
     return names.join(means[["tokens", "mean", "sd", "low", "high"]])
 
 
-def correlations(found: Patterns) -> pd.DataFrame:
+def correlations(found: TokenTable) -> pd.DataFrame:
     """Spearman's rank correlation of a token's compute with the difficulty of the predictions and what skipping added.
 
     If tokens leave, ``exit_layer`` counts as compute too, and ``share`` is taken over the tokens that stayed, because
@@ -218,18 +85,20 @@ def correlations(found: Patterns) -> pd.DataFrame:
     (nan without any variation), ``low``, ``high``, ``tokens``, ``blocks``.
     """
     free = _free(found)
-    samples = {"share": free[~free["left"]]} | ({"exit_layer": free} if free["left"].any() else {})
-    quantities, rows = ("surprisal", "entropy", "added_loss", "kl"), []
-    for (compute, sample), quantity, which in product(samples.items(), quantities, ("token", "next")):
-        part = sample.dropna(subset=f"{quantity}_of_{which}")
+    samples = {"share": free[~free["left"]]}
+    if free["left"].any():
+        samples["exit_layer"] = free
+    rows = []
+    for compute, quantity, which in product(samples, ("surprisal", "entropy", "added_loss", "kl"), ("token", "next")):
+        part = samples[compute].dropna(subset=f"{quantity}_of_{which}")
         if part.empty:
             continue
         columns = part[compute], part[f"{quantity}_of_{which}"], part["block"]
         x, y, block = (np.unique(column, return_inverse=True)[1] for column in columns)
         n, drawn = block.max() + 1, units(part.groupby("block", sort=False)["doc"].first().to_numpy())
         rho = _spearman(x, y, np.ones(len(x), dtype=int))
-        weights = resample(drawn, n, RESAMPLES)
-        low, high = _interval(np.array([[_spearman(x, y, weight[block])] for weight in weights]), [n], drawn.drawn / n)
+        drawn_rho = [[_spearman(x, y, weight[block])] for weight in resample(drawn, n, RESAMPLES)]
+        low, high = _interval(np.array(drawn_rho), [n], drawn.drawn / n)
         rows.append((compute, quantity, which, rho, low[0], high[0], len(part), n))
     return pd.DataFrame(rows, columns=["compute", "quantity", "of", "rho", "low", "high", "tokens", "blocks"])
 
@@ -256,7 +125,7 @@ def by_sensitivity(
     return pd.concat(parts, ignore_index=True)
 
 
-def compare_docs(found: Patterns, first: str, second: str) -> pd.DataFrame:
+def compare_docs(found: TokenTable, first: str, second: str) -> pd.DataFrame:
     """Means of two prompts or documents, and the difference second - first.
 
     Runs of `RUN` tokens are resampled, separately in each. One prompt is one sample, so an interval says how steady the
@@ -276,20 +145,17 @@ def compare_docs(found: Patterns, first: str, second: str) -> pd.DataFrame:
     return pd.DataFrame({"measure": MEASURES, **columns, "low": low, "high": high})
 
 
-def layer_map(found: Patterns, first: int = 0, count: int = 48) -> pd.DataFrame:
-    """The layer × token map of ``count`` tokens, starting at row ``first`` of `Patterns.tokens`. A row per cell:
-    ``token`` (row), ``text``, ``exit_layer``, ``layer``, ``share`` (nan where the token had left) and ``difference``
-    from the mean share of the layer over all unprotected tokens that entered it."""
-    n_layers = len(found.share)
-    usual = by_layer(found).query("site == 'all'")["mean"].to_numpy()
-    part = found.tokens.iloc[first : first + count]
-    share = found.share[:, first : first + count].T
-    cells = part[["text", "exit_layer"]].rename_axis("token").reset_index().loc[lambda t: t.index.repeat(n_layers)]
-    values = {"share": share.ravel(), "difference": (share - usual).ravel()}
-    return cells.assign(layer=np.tile(np.arange(n_layers), len(part)), **values).reset_index(drop=True)
+def layer_map(found: TokenTable, first: int = 0, count: int = 48) -> pd.DataFrame:
+    """The layer × token map of ``count`` tokens from row ``first`` of `TokenTable.tokens` on: some columns of
+    `TokenTable.frame`, and ``difference`` from the mean share of the layer over all unprotected tokens in it."""
+    n_layers, free = len(found.share), ~found.tokens["protected"].to_numpy()
+    usual = pd.DataFrame(found.share[:, free].astype(float)).mean(axis=1)
+    cells = found.frame.iloc[first * n_layers : (first + count) * n_layers].reset_index(drop=True)
+    cells = cells[["token", "text", "exit_layer", "protected", "layer", "share"]]
+    return cells.assign(difference=cells["share"] - cells["layer"].map(usual))
 
 
-TABLES: dict[str, Callable[[Patterns], pd.DataFrame]] = {
+TABLES: dict[str, Callable[[TokenTable], pd.DataFrame]] = {
     "classes": by_class,
     "positions": by_position,
     "quantiles": by_quantile,
@@ -300,7 +166,7 @@ TABLES: dict[str, Callable[[Patterns], pd.DataFrame]] = {
 """all tables of a text, by name"""
 
 
-def _free(found: Patterns) -> pd.DataFrame:
+def _free(found: TokenTable) -> pd.DataFrame:
     if found.tokens["protected"].all():
         raise HatError(f"nothing to compare: all {len(found.tokens)} tokens are protected; use longer text")
     return found.tokens[~found.tokens["protected"]]

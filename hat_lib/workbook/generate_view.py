@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from hat_lib.config import WHY, HatError, check_capacity
 from hat_lib.evaluation.coloured_text import Passage, html
-from hat_lib.evaluation.token_facts import quoted
+from hat_lib.evaluation.tokens import quoted
 from hat_lib.inference.generate import MODES, AdaptiveInference, Generation
 from hat_lib.model.cost import state_cost
 from hat_lib.plotting.token_heatmap import figure

@@ -13,12 +13,17 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from hat_lib.config import HatError
 from hat_lib.evaluation.coloured_text import PALETTE
-from hat_lib.evaluation.token_facts import TokenFacts, token_facts
+from hat_lib.evaluation.routing import layer_map as layer_table
+from hat_lib.evaluation.tokens import MATRICES, TokenTable, explain
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.routing import label, layer_map
+from hat_lib.text.plain import check_whole
 from hat_lib.workbook.view import LET_GO, LOOK, View, capacity_slider, exit_slider
 
+MOST = 128
+"""tokens of a prompt; a map of more would be unreadable"""
 HERE = Path(__file__).parent
 COLOURS = [to_hex(colour) for colour in colormaps[PALETTE](np.linspace(0, 1, 64))]
 
@@ -46,7 +51,7 @@ class TokenMapView(View):
 
     def __init__(self, hat: HierarchicalTransformer, prompts: Mapping[str, str]):
         self._hat = hat
-        self.found: TokenFacts | None = None
+        self.found: TokenTable | None = None
         """behind the map"""
         self.text = Dropdown(description="Text", options=list(prompts.items()), **LOOK)
         self.prompt = Textarea(self.text.value, description="Prompt", rows=3, **LET_GO)
@@ -61,8 +66,9 @@ class TokenMapView(View):
         with self._told():
             self._say("busy", "reading the prompt, as the base and as set")
             with self._hat.at(self.capacity.value, self.exit_rate.value):
-                self.found = token_facts(self._hat, self.prompt.value)
-            length = len(self.found.explanation.tokens)
+                check_length(self._hat, self.prompt.value)
+                self.found = explain(self._hat, self.prompt.value, scores=True)
+            length = len(self.found.tokens)
             with self.map.hold_sync():
                 self.map.token, self.map.facts = min(self.map.token, length - 1), drawn(self.found)
             self._say("ready", self.found.work)
@@ -73,36 +79,49 @@ class TokenMapView(View):
 
     def twin(self) -> Figure:
         """The map as a picture."""
-        return layer_map(self.found.explanation.layer_map())
+        return layer_map(layer_table(self.found, count=MOST))
 
 
-def drawn(found: TokenFacts) -> dict:
+def check_length(hat: HierarchicalTransformer, prompt: str) -> None:
+    check_whole("the prompt", prompt)
+    length = len(hat.base.tokenizer(prompt, verbose=False).input_ids)
+    if length > MOST:
+        raise HatError(f"a map shows up to {MOST} tokens, the prompt has {length}: make it shorter")
+
+
+def drawn(found: TokenTable) -> dict:
     """What the map draws, as lists: a number for each cell, and the words about each token."""
-    tokens = found.explanation.tokens
+    tokens = found.tokens
     free = found.share[:, ~tokens["protected"].to_numpy()]
+    score = np.full_like(found.site_share, np.nan) if found.score is None else found.score
     low, high = np.nanquantile(free, [0.02, 0.98]) if np.isfinite(free).any() else (0.0, 1.0)
     return {
-        "sites": found.sites,
-        "scored": found.scored,
+        "sites": [MATRICES[site] for site in found.sites],
+        "scored": found.score_meaning,
         "colours": COLOURS,
         "low": float(low),
         "high": float(high),
         "share": _lists(found.share.T),
         "site_share": _lists(found.site_share.transpose(2, 1, 0)),
-        "score": _lists(found.score.transpose(2, 1, 0)),
+        "score": _lists(score.transpose(2, 1, 0)),
         "tokens": [
             {
-                "label": label(row.token),
+                "label": label(row.text),
                 "protected": bool(row.protected),
                 "headline": found.headline(row.position),
                 "lines": found.lines(row.position),
                 "means": found.matrices(row.position)["mean"].tolist(),
-                "next": found.next_tokens(row.position).to_numpy().tolist(),
-                "odds": [[p for _, p in side[row.position]] for side in (found.base_next, found.hat_next)],
+                "next": _next_tokens(found, row.position),
+                "odds": found.next_p[:, row.position].tolist(),
             }
             for row in tokens.itertuples()
         ],
     }
+
+
+def _next_tokens(found: TokenTable, position: int) -> list:
+    table = found.next_tokens(position)
+    return [[row.base, f"{row.base_p:.1%}", row.adaptive, f"{row.adaptive_p:.1%}"] for row in table.itertuples()]
 
 
 def _lists(values: np.ndarray) -> list:

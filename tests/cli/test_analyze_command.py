@@ -8,7 +8,7 @@ import pytest
 import tiny_runs
 
 from hat_lib.evaluation import routing
-from hat_lib.evaluation.routing import LOSSES, patterns
+from hat_lib.evaluation.tokens import LOSSES, token_table
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
 from hat_lib.text.plain import cell
@@ -61,7 +61,7 @@ def test_five_lines_of_findings_then_tables_and_files_that_read_back(run, checkp
     tokens = pd.read_csv(out / "tokens.csv", keep_default_na=False, na_values={f"{n}_of_token": [""] for n in LOSSES})
     hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype="fp32")
     hat.capacity = 0.6
-    found = patterns(hat, load_text(text, hat.base.tokenizer, split="all", max_tokens=1500), progress=False)
+    found = token_table(hat, load_text(text, hat.base.tokenizer, split="all", max_tokens=1500), progress=False)
     assert tokens["text"].tolist() == found.tokens["text"].map(cell).tolist()
     np.testing.assert_allclose(tokens["share"], found.tokens["share"], rtol=1e-5)
     np.testing.assert_allclose(tokens["surprisal_of_token"], found.tokens["surprisal_of_token"], rtol=1e-5)

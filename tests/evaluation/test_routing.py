@@ -4,14 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny_runs
-import torch
 from scipy.stats import spearmanr
 
 from hat_lib.config import HatError
 from hat_lib.evaluation import routing
-from hat_lib.evaluation.perplexity import Score, compare, score, score_each
-from hat_lib.evaluation.routing import LOSSES, MEASURES, Patterns, patterns
-from hat_lib.model.cost import state_cost
+from hat_lib.evaluation.perplexity import Score, compare
+from hat_lib.evaluation.routing import MEASURES
+from hat_lib.evaluation.tokens import LOSSES, TokenTable, prompt_blocks, token_table
 from hat_lib.text.blocks import load_text
 from hat_lib.text.token_classes import CLASSES
 
@@ -34,7 +33,7 @@ def blocks(tiny_base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(hat, blocks):
-    return patterns(hat, blocks, progress=False)
+    return token_table(hat, blocks, progress=False)
 
 
 def made_up(n_blocks=12, size=50, seed=0, **columns):
@@ -49,100 +48,7 @@ def made_up(n_blocks=12, size=50, seed=0, **columns):
         tokens[f"{name}_of_token"], tokens[f"{name}_of_next"] = draw.normal(size=(2, n))
     tokens = tokens.assign(**columns)
     layers = np.tile(tokens["share"].to_numpy(dtype=np.float32), (3, 1))
-    return Patterns(tokens, layers[:, None], layers, ("ffn",), "token", 0.6, 0.0)
-
-
-class TestPatterns:
-    def test_losses_are_those_of_the_two_models_and_stand_where_they_say(self, hat, blocks, found):
-        row = blocks[0]
-        ids = torch.tensor([row["input_ids"]])
-        ours = hat.lm(ids).logits[0].double().log_softmax(-1)
-        with hat.dense():
-            theirs = hat.lm(ids).logits[0].double().log_softmax(-1)
-        frame = found.tokens[found.tokens["block"] == 0]
-        follows = torch.arange(ids.shape[1] - 1), ids[0, 1:]
-        expected = {
-            "surprisal": -theirs[follows],
-            "hat_surprisal": -ours[follows],
-            "added_loss": theirs[follows] - ours[follows],
-        }
-        for name, values in expected.items():
-            np.testing.assert_allclose(frame[f"{name}_of_next"][:-1], values, rtol=1e-4, atol=1e-4)
-            assert np.isnan(frame[f"{name}_of_next"].iloc[-1])
-        entropy, kl = -(theirs.exp() * theirs).sum(-1), (theirs.exp() * (theirs - ours)).sum(-1)
-        np.testing.assert_allclose(frame["entropy_of_next"], entropy, rtol=1e-4)
-        np.testing.assert_allclose(frame["kl_of_next"], kl, rtol=1e-3, atol=1e-5)
-        for name in LOSSES:
-            assert np.isnan(frame[f"{name}_of_token"].iloc[0])
-            np.testing.assert_array_equal(frame[f"{name}_of_token"][1:], frame[f"{name}_of_next"][:-1])
-
-    def test_work_is_that_of_the_trace(self, hat, blocks, found):
-        hat.lm(torch.tensor([blocks[0]["input_ids"]]))
-        state, n = hat.trace, len(blocks[0]["input_ids"])
-        frame, exit_layer = found.tokens.iloc[:n], state.exit_layer[0].numpy()
-        assert 0 < frame["left"].sum() < n and frame["protected"].sum() == 2
-        assert frame["exit_layer"].tolist() == exit_layer.tolist()
-        ran = np.arange(state.n_layers)[:, None] < exit_layer
-        np.testing.assert_array_equal(np.isnan(found.share[:, :n]), ~ran)
-        np.testing.assert_allclose(np.nan_to_num(found.share[:, :n]), state.share[:, 0], rtol=1e-6)
-        np.testing.assert_allclose(np.nan_to_num(found.site_share[:, :, :n]), state.site_share[:, :, 0], rtol=1e-6)
-        np.testing.assert_allclose(frame["share"], np.nanmean(found.share[:, :n], axis=0), rtol=1e-5)
-        cost = state_cost(hat, state)
-        np.testing.assert_allclose(frame["model_share"], (cost.executed / cost.dense)[0])
-
-    def test_where_the_head_is_gated_its_work_counts(self, blocks):
-        hat = tiny_runs.gating()
-        whole = [{**row, "n_context": 0} for row in blocks]
-        with hat.at(0.5):
-            found, scored = patterns(hat, whole, progress=False), score(hat, whole, progress=False)
-        assert found.layer_capacity == pytest.approx(scored.layer_capacity, rel=1e-5)
-        assert (
-            found.capacity == pytest.approx(scored.capacity, rel=1e-3) != pytest.approx(found.layer_capacity, abs=0.01)
-        )
-        assert found.tokens["model_share"].mean() == pytest.approx(scored.model_share, rel=1e-3)
-
-    def test_agrees_with_what_evaluate_measures(self, hat, blocks):
-        whole = [{**row, "n_context": 0} for row in blocks]  # evaluate counts the context's work, too
-        found, scored = patterns(hat, whole, progress=False), score(hat, whole, progress=False)
-        assert found.capacity == pytest.approx(scored.capacity, rel=1e-5)
-        assert found.exit_rate == pytest.approx(scored.exit_rate, rel=1e-6) and scored.exit_rate > 0
-        assert found.tokens["model_share"].mean() == pytest.approx(scored.model_share, rel=1e-6)
-        nll = found.tokens["hat_surprisal_of_token"].groupby(found.tokens["block"]).sum()
-        np.testing.assert_allclose(nll, scored.nll, rtol=1e-4)
-        _, (paired,) = score_each(hat, whole, progress=False)
-        assert found.tokens["kl_of_token"].mean() == pytest.approx(paired.agreement.kl, rel=1e-3)
-
-    def test_context_is_left_out_and_still_seen(self, hat, blocks, found):
-        assert {row["n_context"] for row in blocks} == {0, 24}
-        ids = [i for row in blocks for i in row["input_ids"][row["n_context"] :]]
-        assert found.tokens["id"].tolist() == ids and found.share.shape[1] == len(ids)
-        second = found.tokens[found.tokens["block"] == 1]
-        assert second["position"].iloc[0] == 24 and second["surprisal_of_token"].notna().all()
-        assert not second["protected"].any()
-
-    def test_text_and_classes_are_of_the_whole_block(self, found, tiny_base, blocks):
-        text = tiny_base.tokenizer.decode(blocks[0]["input_ids"])
-        assert "".join(found.tokens.loc[found.tokens["block"] == 0, "text"]) == text
-        assert set(found.tokens["class"]) <= set(CLASSES) and "digits" in set(found.tokens["class"])
-        rows = [{"input_ids": [256, 5, 6], "doc": "", "n_context": 0}]
-        special = patterns(tiny_runs.skipping("token"), rows, progress=False)
-        assert special.tokens["class"].tolist()[0] == "special"
-
-    def test_at_capacity_one_nothing_is_added(self, hat, blocks):
-        with hat.dense():
-            found = patterns(hat, blocks[:1], progress=False)
-        assert found.capacity == 1.0 and found.exit_rate == 0.0
-        assert found.tokens["added_loss_of_next"].abs().max() == 0 and found.tokens["kl_of_next"].abs().max() < 1e-6
-
-    def test_what_cannot_be_read_is_refused(self, hat, blocks):
-        for model, rows, words in (
-            (hat.lm, blocks, "needs a HierarchicalTransformer, got LlamaForCausalLM"),
-            (hat, [], r"got lengths \[\]"),
-            (hat, [{**blocks[0], "input_ids": []}], r"got lengths \[0\]"),
-            (hat, [{**blocks[0], "input_ids": [5] * 2049}], "1 to 2048 tokens, got lengths"),
-        ):
-            with pytest.raises(HatError, match=words):
-                patterns(model, rows, progress=False)
+    return TokenTable(tokens, layers, layers[:, None], ("ffn",), 0.6, 0.0)
 
 
 class TestTables:
@@ -221,14 +127,14 @@ class TestTables:
     def test_every_table_is_the_same_twice_and_of_short_text_without_an_interval(self, hat, found, monkeypatch):
         monkeypatch.setattr(routing, "RESAMPLES", 50)
         before = found.tokens.copy()
-        one = patterns(hat, [{"input_ids": [5, 6, 7, 8], "doc": "d", "n_context": 0}], progress=False)
+        one = token_table(hat, [{"input_ids": [5, 6, 7, 8], "doc": "d", "n_context": 0}], progress=False)
         for make in routing.TABLES.values():
             pd.testing.assert_frame_equal(make(found), make(found))
             table = make(one)  # one block: numbers, but no interval
             for name in {"low", "high", "difference_low", "difference_high"} & set(table):
                 assert table[name].isna().all()
         pd.testing.assert_frame_equal(found.tokens, before)
-        protected = patterns(hat, [{"input_ids": [5, 6], "doc": "d", "n_context": 0}], progress=False)
+        protected = token_table(hat, [{"input_ids": [5, 6], "doc": "d", "n_context": 0}], progress=False)
         with pytest.raises(HatError, match="all 2 tokens are protected"):
             routing.by_class(protected)
 
@@ -298,8 +204,8 @@ class TestCorrelations:
 class TestPrompts:
     def test_two_prompts_side_by_side(self, hat):
         names = {"easy": "one two three four five six " * 4, "hard": "Zebra quilts vex 17 jumpy dwarfs. " * 4}
-        rows = routing.prompt_blocks(hat.base.tokenizer, names)
-        found = patterns(hat, rows, progress=False)
+        rows = prompt_blocks(hat.base.tokenizer, names)
+        found = token_table(hat, rows, progress=False)
         table = routing.compare_docs(found, "easy", "hard").set_index("measure")
         free = found.tokens[~found.tokens["protected"]].groupby("doc")
         for measure in MEASURES:
@@ -312,8 +218,8 @@ class TestPrompts:
 
     def test_a_prompt_beside_itself_differs_by_nothing_and_a_short_one_has_no_interval(self, hat):
         same = "The same words. " * 6
-        rows = routing.prompt_blocks(hat.base.tokenizer, {"a": same, "b": same, "short": "abcdefgh"})
-        found = patterns(hat, rows, progress=False)
+        rows = prompt_blocks(hat.base.tokenizer, {"a": same, "b": same, "short": "abcdefgh"})
+        found = token_table(hat, rows, progress=False)
         known = routing.compare_docs(found, "a", "b").dropna()
         assert len(known) and (known["difference"] == 0).all()
         assert ((known["low"] <= 0) & (known["high"] >= 0)).all()
@@ -321,10 +227,8 @@ class TestPrompts:
         assert short[["low", "high"]].isna().all(axis=None) and short["difference"].notna().all()
 
     def test_bad_prompts_and_names_are_named(self, hat):
-        with pytest.raises(HatError, match="prompt 'p' must have at least two tokens, got 'x'"):
-            routing.prompt_blocks(hat.base.tokenizer, {"p": "x"})
-        rows = routing.prompt_blocks(hat.base.tokenizer, {"a": "abc", "b": "ab"})
-        found = patterns(hat, rows, progress=False)
+        rows = prompt_blocks(hat.base.tokenizer, {"a": "abc", "b": "ab"})
+        found = token_table(hat, rows, progress=False)
         for name in ("b", "c"):
-            with pytest.raises(HatError, match=f"no unprotected token of '{name}'; documents: \\['a', 'b'\\]"):
+            with pytest.raises(HatError, match=name):
                 routing.compare_docs(found, "a", name)

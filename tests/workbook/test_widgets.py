@@ -368,11 +368,11 @@ def tokens(hat):
 def test_a_prompt_is_mapped_token_by_layer_as_json(tokens, hat):
     for name, prompt in PROMPTS.items():
         tokens.text.label = name
-        facts, known = tokens.map.facts, tokens.found.explanation.tokens
-        assert tokens.prompt.value == prompt == "".join(known["token"]) and said(tokens)[0] == "ready"
+        facts, known = tokens.map.facts, tokens.found.tokens
+        assert tokens.prompt.value == prompt == "".join(known["text"]) and said(tokens)[0] == "ready"
         assert np.shape(facts["share"]) == (len(known), LAYERS) and np.shape(facts["site_share"])[1] == 4
         gone = [sum(share is None for share in row) for row in facts["share"]]
-        assert gone == (LAYERS - known["exit"]).tolist() and any(gone)
+        assert gone == (LAYERS - known["exit_layer"]).tolist() and any(gone)
         assert [t["protected"] for t in facts["tokens"]] == known["protected"].tolist()
         json.dumps(facts, allow_nan=False)
     assert (hat.capacity, hat.exit_rate) == (0.6, 0.6)
@@ -403,7 +403,7 @@ def test_a_shorter_prompt_keeps_a_token_picked_and_a_bad_one_keeps_the_map(token
     tokens.prompt.value = "ab"
     assert tokens.map.token == len(tokens.map.facts["tokens"]) - 1 and tokens.about()
     facts = tokens.map.facts
-    for prompt, words in ((" ", "a prompt must be text"), ("ab " * 200, "a map has room for 128 tokens")):
+    for prompt, words in ((" ", "a prompt must be text"), ("ab " * 200, "a map shows up to 128 tokens")):
         tokens.prompt.value = prompt
         assert said(tokens)[0] == "error" and words in said(tokens)[1] and tokens.map.facts == facts
 
