@@ -54,10 +54,14 @@ def measure(name: str, results: Path, *, again: bool = False, **options) -> Iter
     if reads := getattr(study, "READS", ()):  # what was measured here takes precedence over what is committed
         here = all((results / f"{other}.csv").is_file() for other in reads)
         options = {"results": results if here else None} | options
-    with RowWriter(results / f"{name}.csv", study.Row, study.KEY, replace=again) as writer:
+    path = results / f"{name}.csv"
+    unfinished = results / f"{name}.csv.new"  # where a stopped run resumes
+    with RowWriter(unfinished if again else path, study.Row, study.KEY) as writer:
         for row in study.rows(writer.done, **options):
             writer.write(row)
             yield row
+    if again:
+        unfinished.replace(path)
 
 
 def parse(name: str, settings: Sequence[str]) -> dict:
