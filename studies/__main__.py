@@ -53,6 +53,7 @@ def run(
         for path, text in registry.outdated(registry.all_tables()).items():
             path.write_text(text, encoding="utf-8")
             typer.echo(f"wrote {path}")
+        registry.load("quality").write_prices()
     if figures or tables:
         return
     for name in () if wanted else registry.NAMES:

@@ -14,6 +14,7 @@ from hat_lib.config import GRANULARITIES
 from hat_lib.evaluation import equal_work
 from hat_lib.evaluation.controls import CONTROLS
 from hat_lib.evaluation.equal_work import CHECKPOINTS, NONE_OF_IT, TEXTS, Point, Row
+from hat_lib.model import checkpoint
 from hat_lib.plotting import frontier
 from studies.common import markdown, saved
 from studies.plotting import divergence, findings
@@ -74,6 +75,16 @@ def rows(
     if points is None:
         points = [point for grain in grains if grain in GRANULARITIES for point in plan(grain)]
     yield from equal_work.rows(done, **paths, grains=grains, points=points, dtype=dtype)
+
+
+def write_prices() -> None:
+    """The measured increases of the committed checkpoints, into each of them."""
+    own = {name: saved(name) for name in ("quality", "published", "stand_ins")}
+    variants = (("default", "quality", "channel", "trained"), ("calibrated", "quality", "channel", "untrained"),
+                ("token", "quality", "token", "trained"), ("published", "published", "token", "trained"),
+                ("token_stand_ins", "stand_ins", "token", "trained"))  # fmt: skip
+    for folder, file, granularity, variant in variants:
+        checkpoint.write_prices(CHECKPOINTS / folder, equal_work.prices(own[file], granularity, variant))
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:

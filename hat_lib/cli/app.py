@@ -21,7 +21,7 @@ from hat_lib.cli.generate import generate
 from hat_lib.cli.options import option, say
 from hat_lib.cli.sweep import sweep
 from hat_lib.cli.train import calibrate, train
-from hat_lib.config import NO_DATA, HatError, outside_repository
+from hat_lib.config import HatError
 
 
 def setup(
@@ -90,7 +90,7 @@ class Friendly:
                 warnings.showwarning = lambda message, *_, **__: say("warning", message)
                 return super().invoke(ctx)
         except HatError as error:
-            say("error", f"{error}; {NO_DATA}" if outside_repository(str(error)) else error)
+            say("error", error)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("\ninterrupted", err=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 import typer
@@ -78,7 +78,7 @@ def generate(
         infer.curve(refresh=True)
     if target is not None:
         chosen = infer.curve().capacity_for(target)
-        typer.echo(f"[{target:g}x here means capacity {chosen:.2f}: {_price(checkpoint, chosen, weights)}]", err=True)
+        typer.echo(f"[{target:g}x here means capacity {chosen:.2f}: {_price(hat, chosen, weights)}]", err=True)
     with hat.steered() if steer else nullcontext():
         out = infer.generate(
             prompt,
@@ -117,14 +117,13 @@ def generate(
         )
 
 
-def _price(checkpoint: Path | None, capacity: float, weights: str) -> str:
+def _price(hat, capacity: float, weights: str) -> str:
     """What is known about the perplexity at a capacity, before any text is generated at it."""
-    from hat_lib.evaluation.equal_work import prices
+    from hat_lib.evaluation.equal_work import price_texts
 
     more = "" if weights == "base" else f", and what {weights} costs, see `python -m studies decode`"
     if capacity == 1:
         return "the base's perplexity" + more
-    with suppress(HatError):  # no results, as after `pip install` without the repository
-        if known := prices(checkpoint or options.DEFAULT, capacity):
-            return "perplexity about " + ", ".join(f"{increase} on {text}" for text, increase in known.items()) + more
+    if known := price_texts(hat.prices, capacity):
+        return "perplexity about " + ", ".join(f"{increase} on {text}" for text, increase in known.items()) + more
     return f"what that costs was not measured, see `hat evaluate --capacity {capacity:.2f}`" + more

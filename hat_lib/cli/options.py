@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from hat_lib.config import DATA, GRANULARITIES, HatConfig, HatError, check_capacity, check_exit_rate
+from hat_lib.config import GRANULARITIES, HatConfig, HatError, check_capacity, check_exit_rate
 from hat_lib.text.plain import printable
 
 if TYPE_CHECKING:
     from hat_lib.model.transformer import HierarchicalTransformer
 
-CHECKPOINTS = DATA / "checkpoints"
-DEFAULT = CHECKPOINTS / "default"
-"""the trained channel-grain checkpoint of the bundled base, which comes with the repository"""
+DEFAULT = Path("default")
+"""the trained channel-grain checkpoint of the bundled base, which comes with the library"""
 
 BASE_HELP = "bundled, a Hub id (owner/name), a folder with safetensors, a .gguf file, or random:tiny"
 TEXT_HELP = (
@@ -41,8 +40,8 @@ BASE = option(None, f"The frozen Llama: {BASE_HELP}. [default: the one the check
 BUNDLED_BASE = option("bundled", f"The frozen Llama: {BASE_HELP}.")
 CHECKPOINT = option(
     None,
-    "Folder of `hat calibrate` or `hat train`. [default: data/checkpoints/default, trained, for the bundled base; none "
-    "at capacity 1.0 without exits]",
+    "Folder of `hat calibrate` or `hat train`, one that comes with the library (default, calibrated, token, ...), or "
+    "owner/name on the Hub. [default: default, trained, for the bundled base; none at capacity 1.0 without exits]",
 )
 # Strings, so that an invalid number gets the library's own message.
 CAPACITY = option(None, f"Compute per token: {CAPACITY_HELP}. [default: the checkpoint's]", metavar="SHARE")
@@ -150,9 +149,10 @@ def load(
     rate = None if exit_rate is None else check_exit_rate(exit_rate)
     needed = checkpoint is None and (share != 1.0 or rate)
     if needed and base not in (None, "bundled"):
-        raise HatError(_MISSING.format(where=f"for {base}", of=f"--base {base} "))
-    if needed and not DEFAULT.exists():
-        raise HatError(_MISSING.format(where=f"at {DEFAULT}", of=""))
+        raise HatError(
+            f"no checkpoint for {base}: make one with `hat calibrate --base {base} --save DIR` and pass --checkpoint "
+            "DIR, or run everything with --capacity 1.0"
+        )
 
     from hat_lib.backbone.base import load_base
     from hat_lib.model.transformer import HierarchicalTransformer
@@ -166,9 +166,3 @@ def load(
     if rate is not None:
         hat.exit_rate = rate
     return hat
-
-
-_MISSING = (
-    "no checkpoint {where}: make one with `hat calibrate {of}--save DIR` and pass --checkpoint DIR, or run everything "
-    "with --capacity 1.0"
-)

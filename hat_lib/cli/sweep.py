@@ -23,15 +23,20 @@ def sweep(
         "The trained model, the same without its corrections, and its controls.",
     ),
     max_tokens: int = option(4000, "Tokens of each text, at least 1024; more makes the interval narrower."),
-    channel: Path = option(options.DEFAULT, "Trained channel-grain checkpoint."),
+    channel: Path = option(Path("default"), "Trained channel-grain checkpoint."),
     channel_untrained: Path = option(
-        options.CHECKPOINTS / "calibrated", "Untrained channel-grain checkpoint, calibrated alone: a control."
+        Path("calibrated"), "Untrained channel-grain checkpoint, calibrated alone: a control."
     ),
-    token: Path = option(options.CHECKPOINTS / "token", "Trained token-grain checkpoint."),
+    token: Path = option(Path("token"), "Trained token-grain checkpoint."),
     token_untrained: Path = option(
-        options.CHECKPOINTS / "calibrated_token", "Untrained token-grain checkpoint, calibrated alone: a control."
+        Path("calibrated_token"), "Untrained token-grain checkpoint, calibrated alone: a control."
     ),
     dtype: str | None = options.DTYPE,
+    write_prices: bool = option(
+        False,
+        "Store the increases in the trained checkpoints, in place of those they hold, for `hat generate` to name.",
+        "--write-prices",
+    ),
 ) -> None:
     """Quality over a grid, beside every control at equal work.
 
@@ -58,8 +63,9 @@ def sweep(
     import pandas as pd
 
     from hat_lib.backbone.base import parse_dtype
-    from hat_lib.evaluation.equal_work import KEY, Row, grid, rows
+    from hat_lib.evaluation.equal_work import KEY, Row, grid, prices, rows
     from hat_lib.evaluation.intervals import NONE
+    from hat_lib.model import checkpoint
     from hat_lib.plotting.frontier import quality as frontier
     from hat_lib.plotting.style import png, write
     from hat_lib.rows import RowWriter
@@ -84,7 +90,12 @@ def sweep(
                 f"{r.granularity:8} {r.text:12} capacity {r.capacity:.2f} ({r.realised:.3f})  exits {r.exit_rate:.2f} "
                 f"({r.realised_exit:.3f})  {r.variant:12} seed {r.seed}  {r.increase:+.2%} ({interval})"
             )
-    figure = write(out.with_suffix(".png"), png(frontier(pd.read_csv(out))))
+    measured = pd.read_csv(out)
+    if write_prices:
+        for grain in wanted:
+            checkpoint.write_prices(sources[grain], prices(measured, grain))
+            typer.echo(f"wrote prices to {sources[grain]}")
+    figure = write(out.with_suffix(".png"), png(frontier(measured)))
     typer.echo(f"wrote {out} and {figure}")
 
 

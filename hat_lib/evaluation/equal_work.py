@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from datasets import Dataset
 
 from hat_lib.backbone.machine import Machine, machine
@@ -37,11 +38,11 @@ from hat_lib.evaluation.controls import (
     matched,
 )
 from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, interval, score, score_each
-from hat_lib.model.checkpoint import digest, read_checkpoint
+from hat_lib.model.checkpoint import Price, digest, read_checkpoint
 from hat_lib.model.modes import combined
 from hat_lib.model.threshold_table import HEAD_TABLES
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.rows import results_table, rounded
+from hat_lib.rows import rounded
 from hat_lib.text.blocks import default_split, load_text, spread, text_hash
 from hat_lib.text.corpora import CORPORA
 
@@ -312,18 +313,34 @@ def adapter_digest(checkpoint: Path, exits: bool) -> str:
     return digest({"tables": used, **{name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}})[:16]
 
 
-def prices(checkpoint: Path, capacity: float, results: Path | None = None) -> dict[str, str]:
-    """Roughly what a checkpoint costs in perplexity at a capacity, without exits, by text; {} if it was not measured.
+def prices(rows: pd.DataFrame, granularity: str, variant: str = "trained") -> list[Price]:
+    """What a variant was measured at, without exits, for its checkpoint: at each capacity, on the most tokens."""
+    rows = rows[(rows["granularity"] == granularity) & (rows["variant"] == variant) & (rows["exit_rate"] == 0)]
+    rows = rows.sort_values(["text", "capacity", "tokens"]).drop_duplicates(["text", "capacity"], keep="last")
+    return [
+        Price(
+            text=row["text"],
+            capacity=row["capacity"],
+            realised=row["realised"],
+            increase=row["increase"],
+            low=None if pd.isna(row["increase_low"]) else row["increase_low"],
+            high=None if pd.isna(row["increase_high"]) else row["increase_high"],
+            base_perplexity=row["base_ppl"],
+            tokens=row["tokens"],
+        )
+        for row in rows.to_dict("records")
+    ]
+
+
+def price_texts(prices: Sequence[Price], capacity: float) -> dict[str, str]:
+    """Roughly what a capacity costs in perplexity, by text, such as "+4%".
 
     Interpolated between measured capacities in the logarithm of perplexity; below the lowest, "more than" its cost.
     """
-    rows, known = results_table("quality", results).query("exit_rate == 0"), adapter_digest(checkpoint, exits=False)
-    untrained = known == adapter_digest(CHECKPOINTS / "calibrated", exits=False)
-    rows = rows[rows["granularity"] == "channel"] if untrained else rows[rows["adapter"] == known]
-    rows = rows[rows["variant"] == ("untrained" if untrained else "trained")].sort_values(["capacity", "tokens"])
     found = {}
-    for text, part in rows.drop_duplicates(["text", "capacity"], keep="last").groupby("text"):
-        at, log = [*part["capacity"], 1.0], [*np.log1p(part["increase"]), 0.0]
-        more = "more than " if capacity < at[0] else ""
-        found[text] = f"{more}{np.expm1(np.interp(capacity, at, log)):+.0%}"
+    for text in dict.fromkeys(price.text for price in prices):
+        rows = sorted((price.capacity, np.log1p(price.increase)) for price in prices if price.text == text)
+        capacities, logs = zip(*rows, (1.0, 0.0), strict=True)
+        more = "more than " if capacity < capacities[0] else ""
+        found[text] = f"{more}{np.expm1(np.interp(capacity, capacities, logs)):+.0%}"
     return found

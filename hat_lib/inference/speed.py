@@ -266,7 +266,7 @@ def _key(hat: HierarchicalTransformer, versus: str, exit_rate: float, batch: int
         "code": _code(),
         "torch": torch.__version__,
         "base": hat.base.fingerprint,
-        "config": hat.config.to_dict(),
+        "config": asdict(hat.config),
         "calibration": hat.calibration and asdict(hat.calibration),
         "adapter": hashlib.sha256(adapter).hexdigest(),
         "cpu": f"{platform.machine()} {cpu_name()} {os.cpu_count()}",

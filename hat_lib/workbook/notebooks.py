@@ -52,7 +52,7 @@ def select(names: list[str], folder: Path) -> list[Path]:
     """The notebooks ``NN_*.ipynb`` of a folder that match ``names`` (numbers or names); all of them without names."""
     every = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not every:
-        raise HatError(f"no notebook in {folder}")
+        raise HatError(f"no notebook in {folder}: they come with a clone of the repository")
     chosen = set()
     for name in names:
         matches = {path for path in every if Path(name).name in (path.stem[:2], path.stem, path.name)}

@@ -17,7 +17,7 @@ from hat_lib.cli import options as shared
 from hat_lib.cli.generate import _price
 from hat_lib.evaluation.lm_eval import TASKS
 from hat_lib.inference import generate, speed
-from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE
+from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE, read_checkpoint
 from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.rows import read_rows
 from hat_lib.text.blocks import load_text, text_hash
@@ -65,10 +65,11 @@ def test_the_new_text_with_what_each_token_took(hat, calibrated):
 
 
 def test_a_price_is_what_was_measured():
-    measured = _price(None, 0.7, "base")
+    default = read_checkpoint("default")
+    measured = _price(default, 0.7, "base")
     assert re.fullmatch(r"perplexity about (\+[\d.]+% on \w+(, )?)+", measured)
-    assert _price(None, 0.7, "int8") == f"{measured}, and what int8 costs, see `python -m studies decode`"
-    assert _price(None, 1.0, "base") == "the base's perplexity"
+    assert _price(default, 0.7, "int8") == f"{measured}, and what int8 costs, see `python -m studies decode`"
+    assert _price(default, 1.0, "base") == "the base's perplexity"
 
 
 def test_weights_in_fewer_bits(hat, calibrated, monkeypatch):
@@ -202,10 +203,7 @@ def test_prompt_from_stdin(python_m):
 
 
 def test_reference_checkpoint_is_used_for_the_bundled_base_alone(calibrated, monkeypatch, hat):
-    assert "data/checkpoints/default" in shared.CHECKPOINT.help
-    assert shared.DEFAULT.parts[-3:] == ("data", "checkpoints", "default")
-    summary = json.loads((shared.DEFAULT / CONFIG_FILE).read_text())["training"]
-    assert summary["routers"], "README's table is of the trained one"
+    assert read_checkpoint(shared.DEFAULT).training["routers"], "README's table is of the trained one"
     monkeypatch.setattr(shared, "DEFAULT", calibrated[0])  # one that names random:tiny as its base
     code, out, _ = hat("generate", "--prompt", PROMPT, "--max-new-tokens", 2)
     assert code == 0 and "capacity 0.75 requested" in out
@@ -233,9 +231,12 @@ def test_sweep_writes_goes_on_and_draws(hat, text, tmp_path):
     assert {r.seed for r in lucky} == {0, 1} and len({r.ppl for r in lucky}) == 2
     assert "capacity and exit rate as requested, and (realised); they differ, for thresholds" in printed
     assert sweep("0.6,0.8", "docstrings").count("channel  docstrings") == 6, "only what was missing"
+    options = (*options, "--write-prices")
     sweep("0.6", str(text), "trained")  # a user's file is measured whole, not just its test split
     whole = load_text(text, byte_tokenizer(), split="all", max_tokens=1024)
     assert {r.text_hash for r in read_rows(out, Row) if r.text == str(text)} == {text_hash(whole)[:16]}
+    prices = read_checkpoint(tmp_path / "trained").prices
+    assert {(p.text, p.capacity) for p in prices} == {("docstrings", c) for c in (0.6, 0.8, 0.9)} | {(str(text), 0.6)}
 
 
 # Setup

@@ -48,7 +48,7 @@ WHERE = "pass either --save DIR for a new run or --resume DIR for one that was s
         ((*GO, "--weights", "int3"), "--weights must be one of base, int8"),
         ((*GO, "--dtype", "int3"), "dtype must be one of float32, fp32, bfloat16, bf16"),
         (("generate", *TINY, "--prompt", "x"), "no checkpoint for random:tiny: make one with `hat calibrate"),
-        (("generate", "--prompt", "x", "--checkpoint", "gone"), "no checkpoint folder at gone"),
+        (("generate", "--prompt", "x", "--checkpoint", "gone"), "no checkpoint 'gone'"),
         (("evaluate", "--capacity", "1.0", "--base", "random:huge"), "unknown base 'random:huge': expected bundled"),
         ((*EVALUATE, "--max-tokens", "1"), "max tokens must be a whole number of at least 2, got 1"),
         ((*EVALUATE, "--split", "dev"), "split must be one of train, validation, test, all, got 'dev'"),
@@ -91,7 +91,7 @@ WHERE = "pass either --save DIR for a new run or --resume DIR for one that was s
         ((*MINE, "--set", "router_lr"), "--set takes NAME=VALUE, got 'router_lr'"),
         ((*MINE, "--set", "tokens=1e5"), "tokens must be a whole number of at least 2, got 100000.0"),
         ((*MINE, "--phase", "exit"), "phase exit needs trained routers: pass --checkpoint DIR of a run with --phase"),
-        ((*MINE, "--checkpoint", "gone"), "no checkpoint folder at gone"),
+        ((*MINE, "--checkpoint", "gone"), "no checkpoint 'gone'"),
     ],
 )  # fmt: skip
 def test_wrong_options(refuses, no_base, args, words, monkeypatch, tmp_path):
@@ -126,10 +126,9 @@ def test_a_folder_without_permission(refuses, no_base, tmp_path):
 
 def test_checkpoints_that_are_missing_or_damaged(refuses, no_base, monkeypatch, tmp_path):
     monkeypatch.setattr(shared, "DEFAULT", tmp_path / "gone")
-    refuses(("generate", "--prompt", "x"), f"no checkpoint at {tmp_path / 'gone'}", "--capacity 1.0")
-    refuses(("generate", "--prompt", "x", "--capacity", "1", "--exit-rate", "0.2"), "no checkpoint at")
+    refuses(("generate", "--prompt", "x"), str(tmp_path / "gone"), "calibrated")
     (tmp_path / CONFIG_FILE).write_text("{")
-    refuses(("evaluate", "--text", "docstrings", "--checkpoint", tmp_path), CONFIG_FILE, "is not valid JSON")
+    refuses(("evaluate", "--text", "docstrings", "--checkpoint", tmp_path), CONFIG_FILE)
 
 
 @pytest.mark.parametrize(

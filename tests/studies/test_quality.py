@@ -9,6 +9,7 @@ from hat_lib.config import DATA, HatError
 from hat_lib.evaluation import equal_work as module
 from hat_lib.evaluation.controls import EQUAL, OutOfReach
 from hat_lib.evaluation.equal_work import Point, Row, grid
+from hat_lib.model.checkpoint import read_checkpoint
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.rows import RowWriter, read_rows
 from studies import quality as study
@@ -111,7 +112,7 @@ def test_refusals(grain, tmp_path):
         ),
         ({"channel": grain["channel_untrained"]}, "has no trained routers: expected a checkpoint as `hat train`"),
         ({"channel_untrained": grain["channel"]}, "was trained: expected a checkpoint as `hat calibrate` writes it"),
-        ({"channel": tmp_path / "none"}, "no checkpoint folder at"),
+        ({"channel": tmp_path / "none"}, "no checkpoint"),
     ):
         with pytest.raises(HatError, match=words):
             list(quality(tmp_path / "a.csv", grain, **changes))
@@ -194,17 +195,21 @@ def test_bad_axes(axis, values, words):
         grid("channel", **{"capacities": [0.5], axis: values})
 
 
-def test_what_a_capacity_costs_is_read_from_the_results():
-    folder = module.CHECKPOINTS
-    rows = saved("quality").query("granularity == 'channel' and exit_rate == 0 and text == 'docstrings'")
-    at = rows.sort_values("tokens").groupby(["variant", "capacity"])["increase"].last()
-    for checkpoint, variant in (("default", "trained"), ("calibrated", "untrained")):
-        known = module.prices(folder / checkpoint, 0.55)
-        assert known["docstrings"] == f"{at[variant, 0.55]:+.0%}" and {*known} >= {"addresses", "docstrings"}
-        assert all(price.startswith("more than +") for price in module.prices(folder / checkpoint, 0.2).values())
-    between = float(module.prices(folder / "default", 0.58)["docstrings"].rstrip("%")) / 100
-    assert at["trained", 0.62] - 0.005 < between < at["trained", 0.55] + 0.005
-    assert module.prices(folder / "published", 0.55) == {}
+def test_prices_of_the_committed_checkpoints_are_those_of_the_results():
+    table = saved("quality")
+    for name, grain, variant in (("default", "channel", "trained"), ("calibrated", "channel", "untrained"),
+                                 ("token", "token", "trained")):  # fmt: skip
+        assert read_checkpoint(name).prices == module.prices(table, grain, variant)
+    assert read_checkpoint("published").prices == module.prices(saved("published"), "token")
+    assert read_checkpoint("token_stand_ins").prices == module.prices(saved("stand_ins"), "token")
+
+
+def test_price_texts():
+    known = [module.Price("news", capacity, capacity, cost, None, None, 20.0, 4000)
+             for capacity, cost in ((0.5, 0.21), (0.7, 0.1))]  # fmt: skip
+    assert module.price_texts(known, 0.7) == {"news": "+10%"} and module.price_texts(known, 1.0) == {"news": "+0%"}
+    assert module.price_texts(known, 0.6) == {"news": "+15%"}, "half way in the logarithm"
+    assert module.price_texts(known, 0.4) == {"news": "more than +21%"} and module.price_texts([], 0.5) == {}
 
 
 def test_the_committed_stand_ins_are_of_the_committed_checkpoint():
