@@ -2,8 +2,8 @@
 
 ``capacity``   executed / routable work, in [0.1, 1.0]; 1.0 runs everything.
 ``exit_rate``  requested share of tokens that leave before the last layer, in [0, 1]; 0 is off.
-``granularity``  what a router decides about: ``channel`` (an input channel of a linear layer, per
-token; the default) or ``token`` (the whole FFN, per token; the published method).
+``granularity``  what a router decides about, per token: ``channel`` (an input channel of a linear layer; the default)
+or ``token`` (the whole FFN; the published method).
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ class HatConfig:
     """rank of the corrections for what is skipped; 0: constant vectors only; None: no corrections"""
 
     def __post_init__(self):
+        check_count("n_layers", self.n_layers, 1)
         exits = tuple(self.exit_layers)
         object.__setattr__(self, "exit_layers", exits)
         if self.granularity not in GRANULARITIES:
@@ -133,9 +134,8 @@ class HatConfig:
             raise HatError(f"exit layers must be {expected}, got {list(exits)}")
         object.__setattr__(self, "capacity", check_capacity(self.capacity))
         object.__setattr__(self, "exit_rate", check_exit_rate(self.exit_rate))
-        for name in ("n_layers", "translator_rank", "protected_tokens"):
-            check_count(name, getattr(self, name), 0)
-        check_count("correction_rank", self.correction_rank or 0, 0)
+        for name in ("translator_rank", "protected_tokens", "correction_rank"):
+            check_count(name, getattr(self, name) or 0, 0)
 
     @classmethod
     def default(cls, base, **changes) -> HatConfig:
