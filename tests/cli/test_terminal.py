@@ -97,33 +97,27 @@ def test_what_a_message_repeats_cannot_act(run_hat):
 def installed(tmp_path_factory, python_m):
     """A folder with the package as installed by `pip install .`, without the rest of the repository."""
     folder = tmp_path_factory.mktemp("installed")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(REPO / name, folder / name)
-    shutil.copytree(REPO / "hat_lib", folder / "hat_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("hat_lib", "data"):
+        shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "work"))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
     done = subprocess.run([*pip, "--target", folder / "site", folder], capture_output=True, text=True)
     if "BackendUnavailable" in done.stderr or "No module named" in done.stderr:
         pytest.skip("needs pip and setuptools")
     assert done.returncode == 0, done.stderr
-    shutil.rmtree(folder / "hat_lib")
+    for name in ("hat_lib", "data"):
+        shutil.rmtree(folder / name)
     (folder / "elsewhere").mkdir()
     where = {"cwd": folder / "elsewhere", "PYTHONPATH": str(folder / "site")}
-    return lambda *args, **more: python_m("hat_lib", *args, **where, **more)
-
-
-HINT = b"come with a clone of the repository alone"
+    return lambda *args: python_m("hat_lib", *args, **where)
 
 
 @pytest.mark.slow
-def test_an_installed_copy_works_and_says_where_data_come_from(installed, tmp_path):
-    assert installed("--help").returncode == 0
-    done = installed("setup", "--no-fetch")
-    assert done.returncode == 0 and b"\ndata               none at " in done.stdout and HINT in done.stdout
+def test_an_installed_copy_has_the_reference_checkpoints(installed):
     done = installed(*GENERATE, "x")
     assert done.returncode == 0 and done.stdout.startswith(b"x") and done.stderr == b""
-    for args in (("generate", "--prompt", "x"), ("batch", "05", "--grid", "seed=0", "--out", "new")):
-        done = installed(*args)
-        assert done.returncode == 2 and done.stderr.startswith(b"error: no ") and done.stderr.count(b"\n") == 1
-        assert HINT in done.stderr and b"set HAT_DATA to its folder data" in done.stderr
-    done = installed("generate", "--prompt", "x", HAT_DATA=str(tmp_path))
-    assert done.returncode == 2 and f"no checkpoint at {tmp_path}".encode() in done.stderr and HINT not in done.stderr
+    done = installed("generate", "--prompt", "x", "--base", "random:tiny", "--checkpoint", "default")
+    assert done.returncode == 2 and b"was made for bundled" in done.stderr, "found, by name"
+    done = installed("batch", "05", "--grid", "seed=0", "--out", "new")
+    assert done.returncode == 2 and b"clone of the repository" in done.stderr
