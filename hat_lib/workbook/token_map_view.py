@@ -13,14 +13,14 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from hat_lib.config import HatError
+from hat_lib.config import CAPACITY_MIN, HatError
 from hat_lib.evaluation.coloured_text import PALETTE
 from hat_lib.evaluation.routing import layer_map as layer_table
 from hat_lib.evaluation.tokens import MATRICES, TokenTable, explain
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.routing import label, layer_map
 from hat_lib.text.plain import check_whole
-from hat_lib.workbook.view import LET_GO, LOOK, View, capacity_slider, exit_slider
+from hat_lib.workbook.view import CONTROL, ON_RELEASE, View, share_slider
 
 MOST = 128
 """tokens of a prompt; a map of more would be unreadable"""
@@ -33,7 +33,7 @@ class TokenMap(anywidget.AnyWidget):
 
     _esm, _css = HERE / "token_map.js", HERE / "token_map.css"
     facts = traitlets.Dict().tag(sync=True)
-    """what `drawn` makes of a prompt"""
+    """what `map_facts` makes of a prompt"""
     token = traitlets.Int(0).tag(sync=True)
     layer = traitlets.Int(0).tag(sync=True)
     """the selected cell"""
@@ -53,25 +53,25 @@ class TokenMapView(View):
         self._hat = hat
         self.found: TokenTable | None = None
         """behind the map"""
-        self.text = Dropdown(description="Text", options=list(prompts.items()), **LOOK)
-        self.prompt = Textarea(self.text.value, description="Prompt", rows=3, **LET_GO)
-        self.capacity, self.exit_rate = capacity_slider(hat.capacity), exit_slider(hat.exit_rate)
+        self.text = Dropdown(description="Text", options=list(prompts.items()), **CONTROL)
+        self.prompt = Textarea(self.text.value, description="Prompt", rows=3, **ON_RELEASE)
+        self.capacity = share_slider("Capacity", hat.capacity, CAPACITY_MIN)
+        self.exit_rate = share_slider("Exit rate", hat.exit_rate)
         self.map = TokenMap()
         self.text.observe(lambda change: setattr(self.prompt, "value", change["new"]), names="value")
         super().__init__([self.prompt, self.capacity, self.exit_rate], self.map)
         self.children = (self.text, *self.children)
-        self._update()
+        self.answer()
 
-    def _update(self, _change=None) -> None:
-        with self._told():
-            self._say("busy", "reading the prompt, as the base and as set")
-            with self._hat.at(self.capacity.value, self.exit_rate.value):
-                check_length(self._hat, self.prompt.value)
-                self.found = explain(self._hat, self.prompt.value, scores=True)
-            length = len(self.found.tokens)
-            with self.map.hold_sync():
-                self.map.token, self.map.facts = min(self.map.token, length - 1), drawn(self.found)
-            self._say("ready", self.found.work)
+    def _update(self) -> None:
+        self._say("busy", "reading the prompt, as the base and as set")
+        with self._hat.at(self.capacity.value, self.exit_rate.value):
+            check_length(self._hat, self.prompt.value)
+            self.found = explain(self._hat, self.prompt.value, scores=True)
+        with self.map.hold_sync():
+            self.map.token = min(self.map.token, len(self.found.tokens) - 1)
+            self.map.facts = map_facts(self.found)
+        self._say("ready", self.found.work)
 
     def about(self) -> str:
         """What the view says about the selected token and layer."""
@@ -89,34 +89,27 @@ def check_length(hat: HierarchicalTransformer, prompt: str) -> None:
         raise HatError(f"a map shows up to {MOST} tokens, the prompt has {length}: make it shorter")
 
 
-def drawn(found: TokenTable) -> dict:
+def map_facts(found: TokenTable) -> dict:
     """What the map draws, as lists: a number for each cell, and the words about each token."""
-    tokens = found.tokens
-    free = found.share[:, ~tokens["protected"].to_numpy()]
+    free = found.share[:, ~found.tokens["protected"].to_numpy()]
+    low, high = np.nanquantile(free, [0.02, 0.98]).tolist() if np.isfinite(free).any() else (0.0, 1.0)
     score = np.full_like(found.site_share, np.nan) if found.score is None else found.score
-    low, high = np.nanquantile(free, [0.02, 0.98]) if np.isfinite(free).any() else (0.0, 1.0)
-    return {
-        "sites": [MATRICES[site] for site in found.sites],
-        "scored": found.score_meaning,
-        "colours": COLOURS,
-        "low": float(low),
-        "high": float(high),
-        "share": _lists(found.share.T),
-        "site_share": _lists(found.site_share.transpose(2, 1, 0)),
-        "score": _lists(score.transpose(2, 1, 0)),
-        "tokens": [
-            {
-                "label": label(row.text),
-                "protected": bool(row.protected),
-                "headline": found.headline(row.position),
-                "lines": found.lines(row.position),
-                "means": found.matrices(row.position)["mean"].tolist(),
-                "next": _next_tokens(found, row.position),
-                "odds": found.next_p[:, row.position].tolist(),
-            }
-            for row in tokens.itertuples()
-        ],
-    }
+    facts = {"sites": [MATRICES[site] for site in found.sites], "scored": found.score_meaning, "colours": COLOURS}
+    facts |= {"low": low, "high": high}
+    facts |= {"share": _lists(found.share), "site_share": _lists(found.site_share), "score": _lists(score)}
+    facts["tokens"] = [
+        {
+            "label": label(row.text),
+            "protected": bool(row.protected),
+            "headline": found.headline(row.position),
+            "lines": found.lines(row.position),
+            "means": found.matrices(row.position)["mean"].tolist(),
+            "next": _next_tokens(found, row.position),
+            "odds": found.next_p[:, row.position].tolist(),
+        }
+        for row in found.tokens.itertuples()
+    ]
+    return facts
 
 
 def _next_tokens(found: TokenTable, position: int) -> list:
@@ -125,6 +118,6 @@ def _next_tokens(found: TokenTable, position: int) -> list:
 
 
 def _lists(values: np.ndarray) -> list:
-    """Nested lists, with None for nan and infinity, which JSON does not have."""
-    values = np.round(values.astype(float), 4)
+    """Nested lists with the axes reversed, and None for nan and infinity, which JSON does not have."""
+    values = np.round(values.T.astype(float), 4)
     return np.where(np.isfinite(values), values, None).tolist()

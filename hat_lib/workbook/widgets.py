@@ -1,11 +1,10 @@
 """Interactive views for notebooks: the frontier, live generation, and where compute goes. Each has a still twin.
 
     widgets.show(widgets.FrontierView.saved())                  still: plotting.frontier.twin
-    widgets.show(widgets.GenerateView(AdaptiveInference(hat)))  still: its twin(), table and remark
+    widgets.show(widgets.GenerateView(AdaptiveInference(hat)))  still: its twin(), table and words
     widgets.show(widgets.TokenMapView(hat, {"fox": "The quick brown fox"}))  still: its twin() and about()
 
-They work in JupyterLab, Notebook 7, Colab and Voila, with pictures as PNG, text as HTML, and one custom part, the map
-of tokens, through anywidget. A page that runs nothing, such as GitHub's, shows none of them.
+They work in JupyterLab, Notebook 7, Colab and Voila; a page that runs nothing, such as GitHub's, shows none of them.
 """
 
 from hat_lib.workbook.frontier_view import FrontierView
