@@ -25,7 +25,7 @@ DEFAULT = Path("default")
 
 BASE_HELP = "bundled, a Hub id (owner/name), a folder with safetensors, a .gguf file, or random:tiny"
 TEXT_HELP = (
-    "addresses, docstrings, encyclopedia, news, reserve, a .txt, .jsonl or .parquet file, or a Hub dataset "
+    "addresses, docstrings, encyclopedia, news, reserve, a .txt, .md, .jsonl or .parquet file, or a Hub dataset "
     "(owner/name[:config])"
 )
 CAPACITY_HELP = "share of the routable work to execute, 0.1-1.0, where 1.0 runs everything"

@@ -71,8 +71,8 @@ def train(
     text: str = option(
         "",
         "Sources joined by +: self and openings (text that the base writes itself) and train splits of addresses, a "
-        ".txt, .jsonl or .parquet file or a Hub dataset. [default: addresses+openings for channel, addresses+self for "
-        "token; quick: addresses]",
+        ".txt, .md, .jsonl or .parquet file or a Hub dataset. [default: addresses+openings for channel, addresses+self "
+        "for token; quick: addresses]",
     ),
     granularity: str = options.GRANULARITY,
     recipe: str = option("default", "default (what worked best for the grain) or published (token grain alone)."),

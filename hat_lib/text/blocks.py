@@ -2,12 +2,11 @@
 
 A block never spans two documents. With a ``stride`` below ``block_size`` the windows of one document overlap, and each
 token is scored once, in the window where it is new: ``n_context`` says how many leading tokens are only context (the
-strided perplexity that transformers documents under "perplexity"). The tokenizer's own special tokens are kept, so if
-it begins a text with BOS, a document's first block begins with it.
+strided perplexity of transformers' documentation). The tokenizer's own special tokens are kept, such as a leading BOS.
 
 Sources:
     bundled, addresses, docstrings, encyclopedia, news, reserve   see `hat_lib.text.corpora`
-    a .txt file (one document), a .jsonl (field "text") or .parquet (column "text")
+    a .txt or .md file (one document), a .jsonl (field "text") or .parquet (column "text")
     a Hub dataset, ``owner/name`` or ``owner/name:config``, streamed; field "text"
 
 A file is split by document, 90 / 5 / 5 % in the order of the SHA-256 of the text, so splits depend neither
@@ -42,8 +41,7 @@ HUB_MAX_TOKENS = 200_000
 WHOLE_BYTES = 16_000_000
 """most UTF-8 bytes tokenised at once: a byte of prose takes 130 bytes of memory, one of base64 250, so 4 GB at most"""
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-KINDS = "/".join(SUFFIXES)
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 REST_OF_WORD = re.compile(r"\S{0,10000}\s*")
 
 
@@ -67,8 +65,8 @@ def load_text(
         max_tokens: stop after this many tokens, context not counted; the last block may be cut short.
 
     Returns rows ``input_ids`` (list of 2 to block_size ints), ``doc`` (document id) and ``n_context`` (int). Raises
-    `HatError` for an unknown source or split, an unreadable file (with the line or byte), a document of which more is
-    wanted than `first_ids` reads, fewer than two tokens in all, a bad size, or a Hub that cannot be reached.
+    `HatError` for an unknown source or split, an unreadable file, a document of which more is wanted than `first_ids`
+    reads, fewer than two tokens in all, a bad size, or a Hub that cannot be reached.
     """
     if tokenizer is None:
         raise HatError("load_text needs a tokenizer: pass that of the base")
@@ -128,10 +126,9 @@ def first_ids(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int | None,
             end = REST_OF_WORD.match(text, end).end()  # how a run of spaces or digits is cut up depends on its end
         beginning = text[:end]
         if len(beginning.encode()) > WHOLE_BYTES:
-            size, most = len(text.encode()) / 1e6, WHOLE_BYTES / 1e6
             raise HatError(
-                f"{name}: one text of {size:.1f} MB, of which over {most:.0f} MB would be tokenised at once: cut it "
-                'into documents (a .jsonl, field "text"), or give a lower max_tokens where there is one'
+                f"{name}: over {WHOLE_BYTES / 1e6:.0f} MB of one text would be tokenised at once: cut it into "
+                'documents (a .jsonl, field "text"), or give a lower max_tokens where there is one'
             )
         ids = tokenizer(beginning, verbose=False).input_ids[:tokens]
         if end >= len(text) or (len(ids) == tokens and ids == before):
@@ -185,9 +182,9 @@ def names_file(source: str | Path) -> bool:
 
 def default_split(source: str | Path, hat) -> str:
     """The split to measure ``hat`` on: all of a file, unless ``hat`` was made with one of that name; else test."""
-    summary = hat.training_summary or {}
-    said = [str(summary.get("recipe", {}).get("text", "")), hat.calibration.text if hat.calibration else ""]
-    used = {Path(part.strip()).name for text in said for part in text.partition(", train and ")[0].split("+")}
+    trained_on = str((hat.training_summary or {}).get("recipe", {}).get("text", ""))
+    calibrated_on = hat.calibration.text.partition(", train and ")[0] if hat.calibration else ""
+    used = {Path(part.strip()).name for part in f"{trained_on}+{calibrated_on}".split("+")}
     return "all" if names_file(source) and Path(source).name not in used else "test"
 
 
@@ -202,68 +199,40 @@ def _open(source: str, split: str) -> tuple[Iterator[Document], bool]:
     hub_id, _, config = source.partition(":")
     if HUB_ID.fullmatch(hub_id):
         return _stream(hub_id, config or None, split), True
-    known = f"{', '.join(CORPORA)}, a {KINDS} file or a Hub id (owner/name)"
+    known = f"{', '.join(CORPORA)}, a {'/'.join(SUFFIXES)} file or a Hub id (owner/name)"
     raise HatError(f"unknown corpus {source[:80]!r}: expected {known}")
 
 
 def _read(path: Path) -> list[Document]:
     suffix = path.suffix.lower()
-    if not path.is_file() or suffix not in SUFFIXES:
-        problem = "no such file" if not path.exists() else f"expected a {KINDS} file"
-        raise HatError(f"{path}: {problem}")
+    if suffix not in SUFFIXES:
+        raise HatError(f"{path}: expected a {'/'.join(SUFFIXES)} file")
     try:
-        if path.stat().st_size == 0:
-            raise HatError(f"{path} is empty")
         if suffix == ".parquet":
-            return _read_parquet(path)
-        data = path.read_bytes()
-    except OSError as error:
-        raise HatError(f"cannot read {path}: {error.strerror or error}") from error
-    if b"\0" in data:
-        raise HatError(f"{path} is not text: NUL at byte {data.index(0)}")
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise HatError(f"{path} is not UTF-8: byte {error.start} is {data[error.start]:#04x}") from error
-    return [(path.name, text)] if suffix == ".txt" else _read_jsonl(path, text)
+            table = pyarrow.parquet.read_table(path)
+            if "text" not in table.column_names:
+                raise HatError(f'{path} has no column "text"; its columns are {", ".join(table.column_names)}')
+            texts = table.column("text").drop_null().cast("string").to_pylist()
+            return [(f"{path.name}:{number}", text) for number, text in enumerate(texts)]
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise HatError(f"cannot read {path}: {first_line(error)}") from error
+    if "\0" in text:
+        raise HatError(f"{path} is not text: it has a NUL")
+    return list(_read_jsonl(path, text)) if suffix == ".jsonl" else [(path.name, text)]
 
 
-def _read_jsonl(path: Path, text: str) -> list[Document]:
-    found = []
+def _read_jsonl(path: Path, text: str) -> Iterator[Document]:
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also cuts at U+2028 in a string
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            row["text"].encode()
-        except RecursionError:
-            problem = "brackets nested too deep to be read"
-        except UnicodeEncodeError as error:
-            problem = f'"text" has half a character, \\u{ord(error.object[error.start]):04x}, at {error.start}'
-        except ValueError as error:
-            problem = f"not JSON ({error})"
-        except (TypeError, KeyError, AttributeError):
-            problem = 'expected an object with a string field "text"'
-        else:
-            found.append((f"{path.name}:{number}", row["text"]))
-            continue
-        raise HatError(f"{path}, line {number}: {problem}")
-    return found
-
-
-def _read_parquet(path: Path) -> list[Document]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            texts = file.read(columns=["text"]).column("text").to_pylist() if "text" in columns else None
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise HatError(f"{path} is not a readable parquet file ({first_line(error)})") from error
-    if texts is None:
-        raise HatError(f'{path} has no column "text"; its columns are {", ".join(columns)}')
-    for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise HatError(f'{path}, row {number}: column "text" holds {text!r}, not a string')
-    return [(f"{path.name}:{number}", text) for number, text in enumerate(texts)]
+            document = json.loads(line)["text"]
+            document.encode()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            problem = f'expected an object with a string field "text" ({first_line(error)})'
+            raise HatError(f"{path}, line {number}: {problem}") from error
+        yield f"{path.name}:{number}", document
 
 
 def _split(found: list[Document], split: str) -> list[Document]:
@@ -273,18 +242,19 @@ def _split(found: list[Document], split: str) -> list[Document]:
     order = sorted(set(keys))
     if len(order) < 3:
         return [(doc, _part(text, split)) for doc, text in found]
-    held = max(1, round(0.05 * len(order)))
-    parts = {"test": order[:held], "validation": order[held : 2 * held], "train": order[2 * held :]}
+    count = max(1, round(0.05 * len(order)))
+    parts = {"test": order[:count], "validation": order[count : 2 * count], "train": order[2 * count :]}
     chosen = set(parts[split])
     return [document for key, document in zip(keys, found, strict=True) if key in chosen]
 
 
 def _part(text: str, split: str) -> str:
     """One split of a text by position, cut at the ends of words."""
-    at = [round(share * len(text)) for share in (0.9, 0.95)]
-    cuts = [next((i for i in range(n, len(text)) if text[i].isspace()), n) for n in at]
+    near = [round(share * len(text)) for share in (0.9, 0.95)]
+    ends = [next((i for i in range(n, len(text)) if text[i].isspace()), n) for n in near]
+    bounds = [0, *ends, len(text)]
     which = SPLITS.index(split)
-    return text[[0, *cuts][which] : [*cuts, len(text)][which]].strip()
+    return text[bounds[which] : bounds[which + 1]].strip()
 
 
 def _stream(hub_id: str, config: str | None, split: str) -> Iterator[Document]:
@@ -292,11 +262,9 @@ def _stream(hub_id: str, config: str | None, split: str) -> Iterator[Document]:
         splits = get_dataset_split_names(hub_id, config) if split == ALL else [split]
         rows = chain.from_iterable(load_dataset(hub_id, config, split=name, streaming=True) for name in splits)
         for number, row in enumerate(rows):
-            if not isinstance(row.get("text"), str):
-                raise HatError(f'{hub_id} has no text in its field "text"; its fields are {", ".join(row)}')
             yield f"{hub_id}:{number}", row["text"]
-    except HatError:
-        raise
+    except KeyError as error:
+        raise HatError(f'{hub_id} has no field "text"') from error
     except Exception as error:  # whatever the Hub's client raises: offline, no such dataset, no such split
         hint = "offline, use bundled, docstrings or a file"
         raise HatError(f"cannot stream {hub_id} from the Hub: {first_line(error)}; {hint}") from error

@@ -1,14 +1,13 @@
 """What a run trains on: sources mixed evenly, including text that the frozen base wrote itself.
 
-Thresholds trained on one kind of text got better there and worse elsewhere, so the default mixes addresses with
-``self``, which favours no corpus. LLM-QAT (Liu et al. 2023, arXiv:2305.17888) distils on generations of the pretrained
-model in this way; here nothing is greedy. There are two sources of such text:
+Thresholds trained on one kind of text got better there and worse elsewhere, so the default mixes addresses with the
+base's own text, as LLM-QAT does (Liu et al. 2023, arXiv:2305.17888); here nothing is greedy. There are two such texts:
 
 self      every token is drawn from the base's whole distribution at temperature 1. The first is BOS if the tokenizer
           begins a text with it; otherwise it is drawn uniformly from the vocabulary without its special tokens.
-openings  each block continues an opening of one of many kinds of text (`hat_lib.text.openings`), every token drawn
-          from the nucleus: the most likely tokens that together have `TOP_P` of the probability, at most `TOP_K` of
-          them (Holtzman et al. 2020, arXiv:1904.09751).
+openings  each block continues the first words of one of nineteen kinds of text (`data/text/openings.json`, written for
+          this purpose), every token drawn from the nucleus: the most likely tokens that together have `TOP_P` of the
+          probability, at most `TOP_K` of them (Holtzman et al. 2020, arXiv:1904.09751).
 
 EOS is a token like any other: a block goes on after it, so that every block is full.
 """
@@ -16,11 +15,11 @@ EOS is a token like any other: a block goes on after it, so that every block is 
 from __future__ import annotations
 
 import hashlib
-import inspect
+import json
 import os
 import sys
 import tempfile
-from functools import cache, partial
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +31,8 @@ from transformers import DynamicCache
 
 from hat_lib.backbone.base import Base
 from hat_lib.config import HatError, cache_dir, check_count
-from hat_lib.text import openings as openings_module
 from hat_lib.text.blocks import at_even_distances, load_text
-from hat_lib.text.openings import openings
+from hat_lib.text.corpora import FOLDER
 
 SELF, OPENINGS = "self", "openings"
 OWN = (SELF, OPENINGS)
@@ -91,9 +89,9 @@ def self_text(
     """Blocks of text sampled from ``base``.
 
     Each batch of blocks has a random stream of its own, seeded by ``(seed, batch)``: more ``tokens`` later continue
-    the same text, and an interrupted run resumes at the batch in which it stopped. A batch is always sampled whole.
-    Sampled again, the text is the same on the same device with the same number of threads; elsewhere the logits round
-    differently, and a block takes another course where a draw falls close to a boundary.
+    the same text. Batches are kept under ``cache_dir()/SOURCE_text``, by all that changes them, so that an interrupted
+    call resumes at the batch in which it stopped. Sampled again, the text is the same on the same device with the same
+    number of threads; elsewhere a block takes another course where a draw falls close to a boundary.
 
     Args:
         base: a plain base, or one that `HierarchicalTransformer.unload` has given back.
@@ -103,34 +101,63 @@ def self_text(
         batch_size: blocks sampled at once. Changing it changes the text.
         seed: at least 0.
 
-    Batches are kept under ``cache_dir()/SOURCE_text``, keyed by all that changes them; damaged ones are made again.
     Returns rows as in `load_text`, whose ``doc`` is "SOURCE-SEED:ROW". Raises `HatError` for a bad size, a base that
     carries a HierarchicalTransformer, or a cache that cannot be written.
     """
-    for name, value, least in (("tokens", tokens, 2), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        check_count(name, value, least)
-    check_count("block_size", block_size, 2)
-    context, vocab_size = base.model.config.max_position_embeddings, base.model.config.vocab_size
-    if block_size > context:
-        raise HatError(f"block_size must be at most {context}, the context of {base.name}, got {block_size}")
+    check_count("tokens", tokens, 2)
+    check_count("block_size", block_size, 2, base.model.config.max_position_embeddings)
     if any("forward" in vars(layer) for layer in base.model.model.layers):
         raise HatError(f"{base.name} carries a HierarchicalTransformer: call its unload() first")
-    shape, dtype = (batch_size, block_size), str(base.dtype).removeprefix("torch.")
+    dtype = str(base.dtype).removeprefix("torch.")
     name = f"{base.fingerprint[:16]}-{dtype}-{batch_size}x{block_size}-seed{seed}"
-    name += f"-p{TOP_P}-k{TOP_K}-{_hash()}" if source == OPENINGS else ""
+    if source == OPENINGS:
+        name += f"-p{TOP_P}-k{TOP_K}-{hashlib.sha256(_openings_file().read_bytes()).hexdigest()[:8]}"
     folder = cache_dir() / f"{source}_text" / name
     n_rows = -(-tokens // block_size)
     files = [folder / f"{batch:05d}.npz" for batch in range(-(-n_rows // batch_size))]
-
-    batches = [_read(file, shape, vocab_size) for file in files]
+    batches = [_read(file) for file in files]
     missing = [batch for batch, ids in enumerate(batches) if ids is None]
     total = len(missing) * batch_size * block_size
     with tqdm(total=total, desc=f"{source} text", unit="token", disable=not progress or not missing) as bar:
         for batch in missing:
-            batches[batch] = _write(files[batch], partial(_sample, base, shape, [seed, batch], source, bar))
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=folder) as scratch:  # a full cache is reported before the work
+                    batches[batch] = _sample(base, (batch_size, block_size), [seed, batch], source, bar)
+                    np.savez(Path(scratch, "ids.npz"), input_ids=batches[batch])
+                    os.replace(Path(scratch, "ids.npz"), files[batch])
+            except OSError as error:
+                raise HatError(f"cannot write the cache ({error}); set HAT_CACHE to a folder with room") from error
     docs = [f"{source}-{seed}:{row}" for row in range(n_rows)]
     ids = np.concatenate(batches)[:n_rows].tolist()
     return Dataset.from_dict({"input_ids": ids, "doc": docs, "n_context": [0] * n_rows})
+
+
+def openings(count: int, rng: np.random.Generator) -> list[str]:
+    """Beginnings of texts, drawn evenly over kinds, then over a kind's patterns, whose blanks are filled at random."""
+    known = json.loads(_openings_file().read_text(encoding="utf-8"))
+    kinds = list(known["patterns"].values())
+    return [_opening(kinds[i], known["words"], rng) for i in rng.integers(len(kinds), size=count)]
+
+
+def _opening(patterns: list[str], words: dict[str, list[str]], rng: np.random.Generator) -> str:
+    def draw(kind: str) -> str:
+        return words[kind][rng.integers(len(words[kind]))]
+
+    # The order of the draws is part of the text.
+    pattern = patterns[rng.integers(len(patterns))]
+    subject, other_subject, place = draw("subject"), draw("subject"), draw("place")
+    first, other, month, weekday, word = draw("first"), draw("first"), draw("month"), draw("weekday"), draw("word")
+    return pattern.format(
+        s=subject, t=other_subject, S=subject[0].upper() + subject[1:], place=place, PLACE=place.upper(),
+        first=first, other=other, month=month, weekday=weekday, word=word, Word=word.capitalize(),
+        name=f"{first} {draw('last')}", n=draw("view"), year=rng.integers(1750, 2024), day=rng.integers(1, 29),
+        number=rng.integers(2, 100), digit=rng.integers(1, 10),
+    )  # fmt: skip
+
+
+def _openings_file() -> Path:
+    return FOLDER / "openings.json"
 
 
 @torch.inference_mode()
@@ -140,7 +167,7 @@ def _sample(base: Base, shape: tuple[int, int], seed: list[int], source: str, ba
     rng = np.random.default_rng(seed)
     given = torch.full(shape, -1)  # a token, or -1 where one is drawn
     if source == OPENINGS:
-        for row, (_, text) in enumerate(openings(rows, rng)):
+        for row, text in enumerate(openings(rows, rng)):
             begun = base.tokenizer(text).input_ids[:length]
             given[row, : len(begun)] = torch.tensor(begun)
     else:
@@ -162,8 +189,7 @@ def _sample(base: Base, shape: tuple[int, int], seed: list[int], source: str, ba
 
 def _draw(logits: Tensor, draws: Tensor) -> Tensor:
     """A token for each row of logits from a number in (0, 1], int64 ``[rows, 1]``, by inverting the cumulative
-    distribution. The same draws on every device, in half the time of torch.multinomial, which draws one per entry of
-    the vocabulary."""
+    distribution: the same draws on every device, in half the time of torch.multinomial."""
     reached = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(reached, draws * reached[:, -1:])
 
@@ -176,12 +202,6 @@ def _nucleus(logits: Tensor, draws: Tensor) -> Tensor:
     return which.gather(-1, _draw(best.masked_fill(before >= TOP_P, -torch.inf), draws))
 
 
-@cache
-def _hash() -> str:
-    """Hash of the openings, eight hex digits."""
-    return hashlib.sha256(inspect.getsource(openings_module).encode()).hexdigest()[:8]
-
-
 def _first_tokens(base: Base, rows: int, rng: np.random.Generator) -> np.ndarray:
     tokenizer = base.tokenizer
     start = tokenizer("").input_ids[:1]
@@ -191,30 +211,13 @@ def _first_tokens(base: Base, rows: int, rng: np.random.Generator) -> np.ndarray
     return rng.choice(sorted(set(tokenizer.get_vocab().values()) - special), rows)
 
 
-def _read(path: Path, shape: tuple[int, int], vocab_size: int) -> np.ndarray | None:
+def _read(path: Path) -> np.ndarray | None:
     """The ids in a file, or None if it is missing or damaged; a zip file carries a checksum."""
     if not path.exists():
         return None
     try:
         with np.load(path) as file:
-            ids = file["input_ids"]
-        sound = ids.shape == shape and ids.dtype == np.int32 and ids.min() >= 0 and ids.max() < vocab_size
-    except Exception:  # whatever a damaged file raises, inside two libraries
-        sound = False
-    if not sound:
+            return file["input_ids"]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         print(f"{path} is damaged, making it again", file=sys.stderr)
-    return ids if sound else None
-
-
-def _write(path: Path, make: partial[np.ndarray]) -> np.ndarray:
-    """``make()``, kept at ``path``; the file is opened first, so that a full or read-only cache is reported at once."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            with open(Path(folder) / path.name, "wb") as file:
-                ids = make()
-                np.savez(file, input_ids=ids)
-            os.replace(file.name, path)
-    except OSError as error:
-        raise HatError(f"cannot write the cache ({error}); set HAT_CACHE to a folder with room") from error
-    return ids
+        return None

@@ -1,9 +1,6 @@
-"""Text from outside, made harmless for terminals and spreadsheets.
-
-A text, file name or token may hold escape sequences that move the cursor or set a terminal's title, marks that reverse
-the order of letters, or a beginning that a spreadsheet takes for a formula and evaluates
-(https://owasp.org/www-community/attacks/CSV_Injection).
-"""
+"""Text from outside, made harmless for terminals and spreadsheets: a text, file name or token may hold escape
+sequences, marks that reverse the order of letters, or a beginning that a spreadsheet evaluates as a formula
+(https://owasp.org/www-community/attacks/CSV_Injection)."""
 
 from __future__ import annotations
 
@@ -17,11 +14,7 @@ FORMULA = re.compile("[' ]*[=+@＝＋－＠-]")
 
 
 def printable(text: str) -> str:
-    r"""``text`` on one line, with every invisible or control character escaped as in Python.
-
-    >>> print(printable("red \x1b[31m\n"))
-    red \x1b[31m\n
-    """
+    r"""``text`` on one line, with every invisible or control character escaped as in Python: ``\x1b[31m\n``."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -30,16 +23,13 @@ def check_whole(what: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
+        half = printable(text[error.start])
         raise HatError(f"{what} has half a character, {half}, at {error.start}: expected whole ones") from error
 
 
 def cell(text: str) -> str:
-    r"""``text`` for a cell of a table, on one line: `printable`, and with an apostrophe before what would be a formula.
-
-    >>> print(cell("=1+1"), cell("a = b"), cell("\x1b[2J"))
-    '=1+1 a = b \x1b[2J
-    """
+    """``text`` for a cell of a table, on one line: `printable`, and with an apostrophe before what would be a formula,
+    such as ``'=1+1``."""
     text = ESCAPE.sub(r"\\x5c\1", text)
     text = "".join(f"\\x{ord(c):02x}" if c in "\t\n\r" else printable(c) for c in text)
     return "'" + text if FORMULA.match(text) else text

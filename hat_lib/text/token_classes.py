@@ -1,12 +1,8 @@
 """Kinds of tokens: the text of each token, and its class, by its own text and its neighbours'.
 
-A rule of thumb for English, not a parser. A token gets the first class in `CLASSES` whose description fits it:
-
-- a name is a capitalised word inside a sentence, so acronyms and the words of a title are names too, while a name
-  that opens a sentence is not; a sentence begins after . ! ? : or a line's end;
-- function words are the closed classes (articles, prepositions, pronouns, conjunctions, auxiliaries, a few
-  particles) and only as whole tokens, not all in capitals: "in" of "in|verse" is a word start, "WHO" a name;
-- at the edges of a block, where a neighbour is out of sight, a sentence begins and a word ends.
+A rule of thumb for English, not a parser. A token gets the first class in `CLASSES` whose description fits it. A name
+is a capitalised word inside a sentence, so acronyms and the words of a title are names too, while a name that opens a
+sentence is not; a sentence begins after . ! ? : or a line's end, and at the beginning of a block.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 import pytest
 
 from hat_lib.config import HatError
-from hat_lib.text.prompts import LENGTH, prompts
+from studies.prompts import LENGTH, prompts
 
 
 def test_two_hundred_of_five_kinds(tiny_base):
