@@ -3,10 +3,10 @@
 `LINEARS` names the linear layers in any Llama's decoder layer.
 
 ``random:tiny``       under 1 M parameters, weights large enough that logits and routing are far from uniform.
-``random:tinyllama``  the exact shape of TinyLlama-1.1B, for timing. Gated, it approximates that model's speed: time
-                      depends on which channels are kept, and on how many of them are kept again by the next token.
+``random:tinyllama``  the exact shape of TinyLlama-1.1B, for timing; with channels skipped, it is only near that
+                      model's speed, which depends on which ones the next token keeps again.
 
-Both are identical to the bit on every machine and device, and neither touches the caller's random state.
+Both are identical to the bit everywhere, and neither touches the caller's random state.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ LINEARS = {
 }
 """the linear layers of a decoder layer, by the input that they share"""
 
-# Values drawn once and reused cyclically: drawing 1.1 billion takes longer than everything else together.
-# A prime, so that no two matrices of a model start at the same offset in it.
+# Values drawn once and reused cyclically: drawing 1.1 billion takes longer than all else. A prime, so that no two
+# matrices of a model start at the same offset in it.
 POOL = 16_777_213
 
 
@@ -97,21 +97,12 @@ def _normal(count: int, seed: int) -> torch.Tensor:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per UTF-8 byte (ids 0-255), then BOS, EOS and PAD; adds no special tokens by itself.
-
-    ``decode(encode(text)) == text`` for every text. A byte's id is its rank in the byte-level alphabet,
-    not its value. As with other tokenizers, "<s>" in a text is read as BOS unless ``split_special_tokens``.
-    """
+    """One token per UTF-8 byte (ids 0-255, by rank in the byte-level alphabet), then BOS, EOS and PAD; adds no special
+    tokens by itself. ``decode(encode(text)) == text`` for every text."""
     vocabulary = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([BOS, EOS, PAD])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    marks = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "padding_side": "left"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **marks)

@@ -61,8 +61,8 @@ class Price:
     capacity: float  # requested
     realised: float
     increase: float  # perplexity / the base's, less 1
-    low: float | None
-    high: float | None  # the 95 % interval of the increase; None on too little text
+    low: float | None  # with `high` its 95 % interval; None on too little text
+    high: float | None
     base_perplexity: float
     tokens: int  # number of scored tokens
 

