@@ -20,9 +20,13 @@ from collections.abc import Iterable, Iterator
 from typing import IO
 from xml.etree import ElementTree
 
-from hat_lib.backbone.wheels import GENSIM, NETWORKX, WheelSpec, open_wheel
+from hat_lib.backbone.wheels import GENSIM, WheelSpec, open_wheel
 from hat_lib.text.corpora import FOLDER, Document
 
+NETWORKX = WheelSpec(
+    "networkx", "3.6.1", "networkx-3.6.1-py3-none-any.whl",
+    "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762", 2_068_504,
+)  # fmt: skip
 WIKIPEDIA = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 LICENSES = {
     NETWORKX: "networkx-3.6.1.dist-info/licenses/LICENSE.txt",

