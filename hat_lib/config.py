@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 CAPACITY_MIN, CAPACITY_MAX = 0.1, 1.0
-GRANULARITIES = ("channel", "token")
 
 # Exit depths of the published method, in layers already run, out of TinyLlama's 22.
 PUBLISHED_EXITS, PUBLISHED_DEPTH = (4, 8, 12, 16, 19), 22
@@ -111,6 +110,7 @@ class HatConfig:
 
     n_layers: int
     granularity: str = "channel"
+    """one of `hat_lib.model.granularity.GRAINS`"""
     exit_layers: tuple[int, ...] = ()
     """depths at which a token may leave: at exit ``e``, ``e`` layers have run; 1 .. n_layers - 1"""
     capacity: float = 0.75
@@ -127,8 +127,6 @@ class HatConfig:
         check_count("n_layers", self.n_layers, 1)
         exits = tuple(self.exit_layers)
         object.__setattr__(self, "exit_layers", exits)
-        if self.granularity not in GRANULARITIES:
-            raise HatError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
         if exits != tuple(sorted({e for e in exits if 1 <= e < self.n_layers})):
             expected = f"distinct, rising and in 1..{self.n_layers - 1} for {self.n_layers} layers"
             raise HatError(f"exit layers must be {expected}, got {list(exits)}")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from hat_lib.config import GRANULARITIES
 from hat_lib.evaluation import equal_work
 from hat_lib.evaluation.controls import CONTROLS
 from hat_lib.evaluation.equal_work import CHECKPOINTS, NONE_OF_IT, TEXTS, Point, Row
 from hat_lib.model import checkpoint
+from hat_lib.model.granularity import GRAINS
 from hat_lib.plotting import frontier
 from studies.common import markdown, saved
 from studies.plotting import divergence, findings
@@ -65,7 +65,7 @@ def rows(
     channel_untrained: Path = CHECKPOINTS / "calibrated",
     token: Path = CHECKPOINTS / "token",
     token_untrained: Path = CHECKPOINTS / "calibrated_token",
-    grains: Sequence[str] = GRANULARITIES,
+    grains: Sequence[str] = tuple(GRAINS),
     points: Sequence[Point] | None = None,
     dtype: str | None = None,
 ) -> Iterator[Row]:
@@ -73,7 +73,7 @@ def rows(
     paths = {"channel": channel, "channel_untrained": channel_untrained, "token": token,
              "token_untrained": token_untrained}  # fmt: skip
     if points is None:
-        points = [point for grain in grains if grain in GRANULARITIES for point in plan(grain)]
+        points = [point for grain in grains if grain in GRAINS for point in plan(grain)]
     yield from equal_work.rows(done, **paths, grains=grains, points=points, dtype=dtype)
 
 

@@ -67,7 +67,7 @@ def test_default_and_published_shapes(tiny_base):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("exit_layers", e) for e in ((0,), (4, 22), (4, 4, 8), (8, 4))]
-    + [("granularity", "head"), ("capacity", 0.05), ("exit_rate", 2), ("n_layers", 0), ("translator_rank", -1)]
+    + [("capacity", 0.05), ("exit_rate", 2), ("n_layers", 0), ("translator_rank", -1)]
     + [("protected_tokens", 1.5), ("correction_rank", -1)],
 )
 def test_wrong_field(name, value):

@@ -88,22 +88,21 @@ def calibrate(
         raise HatError(f"split must be {' or '.join(SPLITS[:2])}, got {split!r}")
     fit, check = held_out_parts(hat, blocks)
     with torch.no_grad():
-        if hat.config.granularity == "token":
+        if hat.grain.logits:
             fit_token_routers(hat, fit, progress)
-        else:
-            for name, parameter in hat.routers.named_parameters():
-                if "_token." in name:  # all tokens alike
-                    parameter.zero_()
+        for name, parameter in hat.routers.named_parameters():
+            if "_token." in name:  # all tokens alike
+                parameter.zero_()
         quantiles = score_quantiles(hat, fit, progress)
-        if token_sensitivity and hat.config.granularity == "channel":
+        if token_sensitivity and hat.grain.scales_thresholds:
             fit_token_sensitivity(hat, _spread(fit, TOKENS), quantiles.cuts(SHARE), seed, progress)
             quantiles = score_quantiles(hat, fit, progress)
         work = np.tile(hat.site_work, (hat.config.n_layers, 1))
-        points = head_points(hat, fit, progress) if head and hat.config.granularity == "channel" else []
+        points = head_points(hat, fit, progress) if head and hat.grain.has_shortlist else []
         if split == "damage":
             damage = _fit_damage(_damage(hat, _spread(fit, probe_tokens), quantiles, seed, progress))
-            if hat.config.granularity == "token":
-                work[0] = 1e-12  # layer 0's FFN always runs
+            always = [[hat.grain.always_runs(i, s) for s in hat.grain.sites] for i in range(hat.config.n_layers)]
+            work[np.array(always)] = 1e-12
     head_work = hat.head_work if points else 0.0
     whole = work.sum() + head_work
 
@@ -205,9 +204,9 @@ def _set_table(
     realised = _realised(hat, splits, heads, blocks, progress)
     # A site that always runs is never asked; any finite number will do.
     thresholds = [[[cuts.get((i, s), 0.0) for s in sites] for i in range(hat.config.n_layers)] for cuts in splits]
-    # At 1.0 even the lowest score is kept: magnitudes end at 0, token routers' scores just below the last threshold.
+    # At 1.0 even the lowest score is kept: magnitudes end at 0, logits somewhere below the last threshold.
     last = np.asarray(thresholds[-1])
-    everything = np.zeros_like(last) if hat.config.granularity == "channel" else last - (1 + np.abs(last))
+    everything = last - (1 + np.abs(last)) if hat.grain.logits else np.zeros_like(last)
     thresholds = _rounded(np.stack([*np.minimum.accumulate(thresholds), everything], -1))
     found = Calibration(sites=list(sites), thresholds=thresholds, method=method, text=text, **realised)
     if all(heads):
@@ -350,8 +349,7 @@ def _damage(hat, blocks, quantiles, seed: int, progress) -> np.ndarray:
 
         def use(gradient: Tensor) -> None:
             first_order = (value * gradient).float()
-            if score.dim() == 1:
-                first_order = first_order.sum(-1)
+            first_order = first_order.view(*score.shape, -1).sum(-1)  # of each unit
             for row, cut in zip(total, cuts[layer, site], strict=True):
                 change = first_order * (score <= cut)
                 change = change if change.dim() == 1 else change.sum(-1)
@@ -377,18 +375,17 @@ def _fit_damage(damage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def fit_token_routers(hat: HierarchicalTransformer, blocks, progress: bool = True) -> None:
     """Closed-form start for untrained token routers: ridge regression of log ||FFN(x)|| on the router's input x. The
     published method trains them from scratch; this gives an untrained calibration something to rank by."""
-    routers = [hat.routers[f"{i}_ffn"] for i in range(hat.config.n_layers)]
-    if any(bool(r.weight.any()) for r in routers):
+    if any(router.weight.any() for router in hat.routers.values()):
         return
-    rows: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def see(layer: int, site: str, x: Tensor, out: Tensor) -> None:
         x, out = x.flatten(0, -2).float(), out.flatten(0, -2).float()
-        rows.setdefault(layer, []).append((x, out.norm(dim=-1).clamp(min=1e-6).log()))
+        rows.setdefault(f"{layer}_{site}", []).append((x, out.norm(dim=-1).clamp(min=1e-6).log()))
 
     with hat.dense(), hat.watching(see):
         list(forwards(hat, blocks, "token routers", progress))
-    for index, pairs in rows.items():
+    for name, pairs in rows.items():
         x, y = torch.cat([a for a, _ in pairs]).double(), torch.cat([b for _, b in pairs]).double()
         mean_x, mean_y = x.mean(0), y.mean()
         centred = x - mean_x
@@ -396,8 +393,8 @@ def fit_token_routers(hat: HierarchicalTransformer, blocks, progress: bool = Tru
         ridge = 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         weight = torch.linalg.solve(gram + ridge, centred.T @ (y - mean_y))
         with torch.no_grad():
-            routers[index].weight.copy_(weight)
-            routers[index].bias.copy_(mean_y - mean_x @ weight)
+            hat.routers[name].weight.copy_(weight)
+            hat.routers[name].bias.copy_(mean_y - mean_x @ weight)
 
 
 def _spread(blocks: Sequence[Tensor], tokens: int) -> list[Tensor]:

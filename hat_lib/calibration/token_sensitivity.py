@@ -64,8 +64,8 @@ def token_prices(
 
     Raises `HatError` at the token grain, which has no token sensitivity.
     """
-    if hat.config.granularity != "channel":
-        raise HatError(f"token sensitivity is of the channel grain, got a model of the {hat.config.granularity} grain")
+    if not hat.grain.scales_thresholds:
+        raise HatError(f"the {hat.grain.name} grain has no token sensitivity")
     price, inputs = ([[] for _ in range(hat.config.n_layers)] for _ in range(2))
 
     def see(layer: int, site: str, x: Tensor, value: Tensor):

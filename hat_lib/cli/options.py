@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from hat_lib.config import GRANULARITIES, HatConfig, HatError, check_capacity, check_exit_rate
+from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate
 from hat_lib.text.plain import printable
 
 if TYPE_CHECKING:
@@ -80,8 +80,10 @@ def names(option: str, text: str) -> list[str]:
 
 
 def check_grains(what: str, wanted: list[str]) -> None:
-    if unknown := [name for name in wanted if name not in GRANULARITIES]:
-        raise HatError(f"{what} must be among {', '.join(GRANULARITIES)}, got {unknown[0]!r}")
+    from hat_lib.model.granularity import GRAINS
+
+    if unknown := [name for name in wanted if name not in GRAINS]:
+        raise HatError(f"{what} must be among {', '.join(GRAINS)}, got {unknown[0]!r}")
 
 
 def check_writable(folder: Path, what: str = "a checkpoint") -> None:

@@ -13,7 +13,7 @@ import typer
 
 from hat_lib.cli import options
 from hat_lib.cli.options import option
-from hat_lib.config import HatConfig, HatError, check_capacity, check_count
+from hat_lib.config import HatError, check_capacity, check_count
 
 
 def calibrate(
@@ -44,13 +44,13 @@ def calibrate(
 
     from hat_lib.backbone.base import load_base
     from hat_lib.calibration.capacity import calibrate as measure
+    from hat_lib.model.granularity import GRAINS
     from hat_lib.model.transformer import HierarchicalTransformer
     from hat_lib.text.blocks import held_out, text_hash
 
     loaded = load_base(base, dtype=dtype)
     blocks = held_out(text, loaded.tokenizer, tokens)
-    shape = HatConfig.published if granularity == "token" else HatConfig.default
-    hat = HierarchicalTransformer(loaded, shape(loaded, **changes))
+    hat = HierarchicalTransformer(loaded, GRAINS[granularity].config(loaded, **changes))
     found = sum(map(len, blocks["input_ids"]))
     source = f"{text}, train and validation splits, {found} tokens, SHA-256 {text_hash(blocks)[:16]}"
     calibration = measure(hat, blocks["input_ids"], probe_tokens=probe_tokens, text=source)

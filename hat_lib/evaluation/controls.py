@@ -109,9 +109,9 @@ def text_tensors(hat: HierarchicalTransformer, blocks: Blocks) -> list[Tensor]:
     return texts
 
 
-def _for_site(keep: Tensor, site: str, x: Tensor) -> Tensor:
-    """A decision per row, ``[n]``, in the shape the site expects."""
-    return keep if site == "ffn" else keep[:, None].expand_as(x)
+def _for_site(keep: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A decision per row, ``[n]``, for all units of a site; ``shape`` is in `TokenState.mask_shapes`."""
+    return keep.view(-1, *[1] * len(shape)).expand(-1, *shape)
 
 
 # -- random and static ---------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def static_choice(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
     the method itself allocates (``hat.calibration.shares_at``). The scores are those of the routers as they are,
     trained or not. Token grain: `layer_removal`.
     """
-    if hat.config.granularity == "token":
+    if not any(hat.mask_shapes.values()):  # one decision for each layer
         return layer_removal(hat, blocks, seed)
     if hat.calibration is None:
         raise HatError("the static choice takes its shares from a calibration: run `hat calibrate` first")
@@ -167,7 +167,7 @@ class Layers:
         if layer not in self.draw:
             return None
         keep = self.draw[layer](layer, "ffn", x, rows, state)  # one draw per token, the same at every site
-        return _for_site(keep, site, x)
+        return _for_site(keep, state.mask_shapes[site])
 
 
 def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
@@ -200,7 +200,8 @@ def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, floa
     rows = rows[:: max(1, sum(t.shape[1] for t in texts) // DAMAGE_TOKENS)]
     known, key = _DAMAGE.setdefault(hat, {}), (hat.base.dtype, str(rows))
     if key not in known:
-        layers = range(hat.config.granularity == "token", hat.config.n_layers)  # layer 0's FFN always runs
+        every = range(hat.config.n_layers)
+        layers = [i for i in every if not all(hat.grain.always_runs(i, site) for site in hat.grain.sites)]
         with hat.dense():
             without = [partial(hat.using, Layers({layer: 0.0})) for layer in layers]
             _, scores = score_each(hat, rows, without, progress=False)
@@ -220,7 +221,7 @@ class StreamCosine:
     """
 
     def __init__(self, hat: HierarchicalTransformer):
-        name = "post_attention_layernorm" if hat.config.granularity == "token" else "input_layernorm"
+        name = "post_attention_layernorm" if hat.grain.sites[0] == "ffn" else "input_layernorm"
         weights = [getattr(layer, name).weight.detach().float() for layer in hat.lm.model.layers]
         self.inverse = [torch.where(w == 0, 0.0, 1 / w) for w in weights]
         self._before: WeakKeyDictionary[TokenState, Tensor] = WeakKeyDictionary()
@@ -255,7 +256,7 @@ class Cosine:
         if site == self.site:  # the layer's other sites follow
             self._decided[state] = self._decide(layer, x, rows, state)
         keep = self._decided[state][0]
-        return _for_site(keep if rows is None else keep[rows], site, x)
+        return _for_site(keep if rows is None else keep[rows], state.mask_shapes[site])
 
     def _decide(self, layer: int, x: Tensor, rows: Tensor | None, state: TokenState) -> tuple[Tensor, Tensor]:
         """Returns new tensors, because the trace keeps those it was given."""
@@ -326,7 +327,7 @@ def family_of(hat: HierarchicalTransformer, checkpoint: str | Path) -> Family:
     routers = copy.deepcopy(hat.routers)
     check_tensors(tensors, dict(routers.named_parameters()), checkpoint)
     routers.load_state_dict(tensors)
-    return lambda dial: Threshold(routers, other.calibration.thresholds_at(max(dial, CAPACITY_MIN)))
+    return lambda dial: Threshold(hat.grain, routers, other.calibration.thresholds_at(max(dial, CAPACITY_MIN)))
 
 
 class RandomExits:

@@ -25,7 +25,7 @@ import pandas as pd
 from datasets import Dataset
 
 from hat_lib.backbone.machine import Machine, machine
-from hat_lib.config import CAPACITY_MIN, DATA, GRANULARITIES, HatError, check_capacity, check_exit_rate
+from hat_lib.config import CAPACITY_MIN, DATA, HatError, check_capacity, check_exit_rate
 from hat_lib.evaluation.controls import (
     CONTROLS,
     EQUAL,
@@ -39,6 +39,7 @@ from hat_lib.evaluation.controls import (
 )
 from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, interval, score, score_each
 from hat_lib.model.checkpoint import Price, digest, read_checkpoint
+from hat_lib.model.granularity import GRAINS
 from hat_lib.model.modes import combined
 from hat_lib.model.threshold_table import HEAD_TABLES
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -145,7 +146,7 @@ def rows(
     channel_untrained: Path = CHECKPOINTS / "calibrated",
     token: Path = CHECKPOINTS / "token",
     token_untrained: Path = CHECKPOINTS / "calibrated_token",
-    grains: Sequence[str] = GRANULARITIES,
+    grains: Sequence[str] = tuple(GRAINS),
     points: Sequence[Point],
     dtype: str | None = None,
 ) -> Iterator[Row]:
@@ -155,8 +156,8 @@ def rows(
     reverse, and if ``done`` has rows of other checkpoints. A control that cannot match the work of the trained model is
     left out with a warning.
     """
-    if odd := [g for g in grains if g not in GRANULARITIES]:
-        raise HatError(f"grains must be among {', '.join(GRANULARITIES)}, got {odd[0]!r}")
+    if odd := [g for g in grains if g not in GRAINS]:
+        raise HatError(f"grains must be among {', '.join(GRAINS)}, got {odd[0]!r}")
     done, adapters = done or {}, {}
     found = {"channel": (channel, channel_untrained), "token": (token, token_untrained)}
     for grain in grains:

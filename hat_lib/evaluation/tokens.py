@@ -298,14 +298,14 @@ class _Scores(Threshold):
     """The method's own decisions, which also notes how far the scores are from the thresholds in ``out [L, S, T]``."""
 
     def __init__(self, hat: HierarchicalTransformer, length: int):
-        super().__init__(hat.routers, hat.calibration.thresholds_at(hat.capacity))
+        super().__init__(hat.grain, hat.routers, hat.calibration.thresholds_at(hat.capacity))
         self.hat = hat
         self.out = torch.full((hat.config.n_layers, len(hat.grain.sites), length), torch.nan, device=hat.base.device)
 
     def __call__(self, layer, site, x, rows, state):
         keep, score = super().__call__(layer, site, x, rows, state), self.hat.scores(layer, site, x)
         threshold = self.thresholds[layer, site]
-        score = score - threshold if site == "ffn" else score.mean(-1) / threshold
+        score = score - threshold if self.grain.logits else score.mean(-1) / threshold
         self.out[layer, self.hat.grain.sites.index(site), slice(None) if rows is None else rows] = score.float()
         return keep
 

@@ -202,7 +202,7 @@ def speedup_text(speedup: float | None, versus: str) -> str:
 
 def hold_work(hat: HierarchicalTransformer) -> AbstractContextManager:
     """Steering for a target speedup: texts that would execute less or more at a capacity are held to the same work."""
-    return hat.steered() if hat.config.granularity == "channel" else nullcontext()
+    return hat.steered() if hat.grain.scales_thresholds else nullcontext()
 
 
 def timed(hat: HierarchicalTransformer, reference: tuple, ids: Tensor, mask: Tensor | None = None) -> float:

@@ -1,39 +1,32 @@
-"""Corrections compensate for skipped computation: in gated products at no extra inference cost, in FFNs at little.
+"""Corrections compensate for skipped computation: in linear layers at no extra inference cost, in FFNs at little.
 
-Channel grain: each gated product ``y = W x`` becomes ``y = W x + B A x + c``, with a low-rank update (LoRA, Hu et al.
-2021, arXiv:2106.09685) and a constant vector (SPON, arXiv:2512.12744). Both are trained to bring the gated model
-back to its base (`hat_lib.training`), and neither adds work at inference: the engine reads ``W + B A`` and has c as a
-bias. The base itself is never changed. On the reference path the terms are added by forward hooks on the base's
-own linear layers, ahead of anybody else's hooks, so that those see the values used; at capacity 1.0, in ``hat.dense()``
-and after `unload`, only the base is left. Matrices that read the same input share A, so one `Correction` serves
-a site: q|k|v, o, gate|up or down. Both terms serve every token, protected or not, and x has only the channels that are
-kept. The less is dropped, the less there is to compensate for: `strength`, of the capacity asked for, scales both.
+Channel grain: each linear layer ``y = W x`` becomes ``y = W x + B A x + c``, with a low-rank update (LoRA, Hu et al.
+2021, arXiv:2106.09685) and a constant vector (SPON, arXiv:2512.12744), trained to bring the model back to its base
+(`hat_lib.training`). The engine reads ``W + B A`` and has c as a bias; the base itself is never changed. On the
+reference path, forward hooks add the terms ahead of anybody else's hooks; at capacity 1.0, in ``hat.dense()`` and after
+`unload`, only the base is left. Matrices that read the same input share A, so one `Correction` serves a site. Both
+terms serve every token, protected or not, and x has only the channels that are kept. The less is dropped, the less
+there is to compensate for: the strength (`Grain.correction_strength`) scales both.
 
 Token grain: ``B A x + c`` of the FFN's own input stands in for an FFN that a token skips, at 2 r D multiply-adds.
-Layer 0 has none, since its FFN always runs.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hat_lib.backbone.shapes import LINEARS
-from hat_lib.model.modes import Context
+
+if TYPE_CHECKING:
+    from hat_lib.model.granularity import Grain
+    from hat_lib.model.modes import Context
 
 FULL = 0.45
-"""capacity at and below which corrections of gated products have their full strength"""
-
-
-def strength(capacity: float, granularity: str = "channel") -> float:
-    """Strength of corrections at a capacity: 0 at 1, rising with the square of what is dropped to 1 at `FULL`, as does
-    what they can compensate for. What stands in for a skipped FFN has strength 1."""
-    if capacity >= 1 or granularity == "token":
-        return float(capacity < 1)
-    return min(1.0, (1 - capacity) / (1 - FULL)) ** 2
+"""capacity at and below which corrections of linear layers have their full strength"""
 
 
 class Correction(nn.Module):
@@ -64,36 +57,26 @@ class Correction(nn.Module):
 
 
 class Corrections(nn.ModuleDict):
-    """One `Correction` per layer and site, by ``"{layer}_{site}"``.
+    """A grain's corrections of rank ``rank`` for decoder layers, by ``"{layer}_{site}"``."""
 
-    Args:
-        layers: a base's decoder layers.
-        granularity: "channel" or "token".
-        rank: of each.
-    """
-
-    def __init__(self, layers: nn.ModuleList, granularity: str, rank: int):
+    def __init__(self, layers: nn.ModuleList, grain: Grain, rank: int):
         super().__init__()
         for i, layer in enumerate(layers):
-            if granularity == "token":
-                width = layer.mlp.gate_proj.in_features
-                if i > 0:
-                    self[f"{i}_ffn"] = Correction(width, [width], rank)
-                continue
-            for site, names in LINEARS.items():
-                linears = [layer.get_submodule(name) for name in names]
-                sizes = [linear.out_features for linear in linears]
-                self[f"{i}_{site}"] = Correction(linears[0].in_features, sizes, rank)
+            for site in grain.sites:
+                correction = grain.correction(layer, i, site, rank)
+                if correction is not None:
+                    self[f"{i}_{site}"] = correction
 
     def attach(self, layers: nn.ModuleList, context: Context) -> list:
-        """Channel grain: hook every linear layer; returns the handles."""
-        return [
-            layer.get_submodule(name).register_forward_hook(AddTerm(self[f"{i}_{site}"], number, context), prepend=True)
-            for i, layer in enumerate(layers)
-            for site, names in LINEARS.items()
-            if f"{i}_{site}" in self
-            for number, name in enumerate(names)
-        ]
+        """Hook the linear layers that are corrected; returns the handles."""
+        handles = []
+        for key, correction in self.items():
+            layer, site = key.split("_", 1)
+            for number, name in enumerate(LINEARS.get(site, ())):
+                hook = AddTerm(correction, number, context)
+                linear = layers[int(layer)].get_submodule(name)
+                handles.append(linear.register_forward_hook(hook, prepend=True))
+        return handles
 
 
 class AddTerm(NamedTuple):

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from hat_lib.config import HatConfig, check_capacity
-from hat_lib.model.granularity import GRAINS, linear_work
+from hat_lib.model.granularity import SITES, grain_named, linear_work
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -96,23 +96,23 @@ def work(
     kv_width = lm_config.num_key_value_heads * lm_config.head_dim
     zero, size = torch.zeros_like(ran), linear_work(lm_config)
 
+    grain = grain_named(config.granularity)
     depth = torch.arange(n_layers, device=ran.device).view(-1, 1, *[1] * exit_layer.dim())
-    shares = torch.where(depth < exit_layer, site_share.double(), 0.0).sum(0)  # [S, ...], in whole layers
-    shares = dict(zip(GRAINS[config.granularity].sites, shares, strict=True))
-    correction_weights = zero
-    if config.granularity == "token":
-        correction_weights = 2 * d * (config.correction_rank or 0) * (ran - shares["ffn"]) * corrected
-        shares = {"qkv": ran, "o": ran, "gate_up": shares["ffn"], "down": shares["ffn"]}
-        compares, router_weights = zero, d * (ran - 1)  # layer 0's FFN always runs, without asking its router
-    else:
-        compares, router_weights = (d + q_width + d + lm_config.intermediate_size) * ran, d * ran
+    executed = torch.where(depth < exit_layer, site_share.double(), 0.0).sum(0)  # [S, ...], in whole layers
+    executed = dict(zip(grain.sites, executed, strict=True))
+    layers = dict.fromkeys(size, ran)
+    for site, number in executed.items():
+        layers |= dict.fromkeys(SITES[site], number)
+    compares, router_weights = grain.router_work(lm_config, ran)
+    skipped = {site: ran - number for site, number in executed.items()}
+    correction_weights = zero + grain.correction_work(lm_config, config.correction_rank or 0, skipped) * corrected
 
     def linear(qkv, o, gate_up, down) -> dict[str, Tensor]:
         attention = zero + size["qkv"] * qkv + size["o"] * o
         return {"attention": attention, "ffn": zero + size["gate_up"] * gate_up + size["down"] * down}
 
     head = zero + lm_config.vocab_size * d
-    weights = linear(**shares) | {"exited_kv": 2 * kv_width * d * (n_layers - ran), "head": head_share * head}
+    weights = linear(**layers) | {"exited_kv": 2 * kv_width * d * (n_layers - ran), "head": head_share * head}
     dense = linear(**dict.fromkeys(size, n_layers)) | {"head": head}
     compares = compares + (d + lm_config.vocab_size) * (head_share < 1)
     reached = sum(((exit_layer >= e).double() for e in config.exit_layers), zero)
@@ -155,7 +155,7 @@ def ideal_speedup(
     """``1 / model_share``: the speedup if time were proportional to linear work and every token ran at ``capacity``
     and left after ``exit_layer`` layers (None: none leaves). Raises `HatError` for a capacity outside [0.1, 1]."""
     capacity, gated = check_capacity(capacity), exit_layer is not None
-    share = torch.full((config.n_layers, len(GRAINS[config.granularity].sites)), capacity)
+    share = torch.full((config.n_layers, len(grain_named(config.granularity).sites)), capacity)
     depth = torch.tensor(exit_layer if gated else config.n_layers)
     return 1 / work(lm_config, config, share, depth, routed=capacity < 1, gated=gated).model_share
 

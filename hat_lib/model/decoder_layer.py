@@ -1,9 +1,10 @@
 """The adaptive decoder layer: one rule for prefill, decode and any batch. This is the method's definition.
 
 It overrides `forward` on the instances of a `LlamaDecoderLayer`, its attention and its FFN; the loop over layers stays
-transformers' own, and every linear layer and norm is the base's own module, called on masked input. So forward hooks,
-LoRA and interpretability tools see a Llama. Rows that do not run are gathered out: those modules then see
-``[1, n, ...]`` for the n rows that do, and otherwise ``[B, T, ...]`` as usual.
+transformers' own, and every linear layer and norm is the base's own module, so forward hooks, LoRA and interpretability
+tools see a Llama. The grain decides at some of five sites: the inputs "qkv", "o", "gate_up" and "down" of linear layers
+(`ForwardPass.skip` zeroes what is skipped) and "ffn", the whole FFN. Rows that do not run are gathered out: modules
+then see ``[1, n, ...]`` for the n rows that do, and otherwise ``[B, T, ...]`` as usual.
 
 A token that has exited keeps a frozen hidden state and still gets K and V in each later layer, computed from that
 state, but no query, attention output or FFN. So the cache stays dense, and later tokens see a key for every token.
@@ -11,9 +12,12 @@ state, but no query, attention output or FFN. So the cache stays dense, and late
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.models.llama.modeling_llama import (
     ALL_ATTENTION_FUNCTIONS,
     apply_rotary_pos_emb,
@@ -21,6 +25,7 @@ from transformers.models.llama.modeling_llama import (
     rotate_half,
 )
 
+from hat_lib.backbone.shapes import LINEARS
 from hat_lib.model.forward_pass import ForwardPass
 from hat_lib.model.modes import Context
 
@@ -38,6 +43,16 @@ class AdaptiveLayer:
     def detach(self) -> None:
         for module in (self.layer, self.attn, self.mlp):
             vars(module).pop("forward", None)
+
+    def watch(self, site: str, see: Callable[[int, str, Tensor, Tensor], None]) -> RemovableHandle:
+        """Hook a site, to call ``see(layer, site, x, activation)`` when it has run; see
+        `HierarchicalTransformer.watching`."""
+
+        def hook(module, args, out):
+            see(self.index, site, args[0], out if site == "ffn" else args[0])
+
+        module = self.mlp if site == "ffn" else self.layer.get_submodule(LINEARS[site][0])
+        return module.register_forward_hook(hook)
 
     @property
     def intact(self) -> bool:
@@ -121,10 +136,10 @@ class AdaptiveLayer:
         return mlp.down_proj(run.skip(self.index, "down", mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)))
 
     def _ffn(self, h: Tensor) -> Tensor:
-        """``h`` plus the FFN of its norm, for the rows that the token grain keeps; ``[..., D] -> [..., D]``."""
+        """``h`` plus the FFN of its norm, for the rows that keep it; ``[..., D] -> [..., D]``."""
         run, layer = self.run, self.layer
         x = layer.post_attention_layernorm(h)
-        keep = run.decide(self.index, "ffn", x.view(-1, x.shape[-1])) if "ffn" in run.sites else None
+        keep = run.decide(self.index, "ffn", x.view(-1, x.shape[-1]))
         if keep is None:
             return h + layer.mlp(x)
         if not run.mode.compact:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from hat_lib.model.granularity import Grain
 from hat_lib.model.modes import Mode
 from hat_lib.model.policies import MaskedInput
 from hat_lib.model.token_state import TokenState
@@ -19,8 +20,7 @@ class ForwardPass:
 
     mode: Mode
     state: TokenState
-    sites: tuple[str, ...]
-    """of the model's grain"""
+    grain: Grain
     gates: nn.ModuleDict
     """exit gates by depth; they translate the states that leave"""
     corrections: nn.ModuleDict
@@ -39,9 +39,9 @@ class ForwardPass:
         return self.mode.corrected * self.corrections[f"{layer}_ffn"].term(x, 0)
 
     def skip(self, layer: int, site: str, x: Tensor) -> Tensor:
-        """``x [..., C]`` of the running rows, with the channels zeroed that are skipped at a site of the channel grain;
-        at another grain, x itself."""
-        if site not in self.sites:
+        """The input ``x [..., C]`` of linear layers, for the running rows, with the units zeroed that they skip; x
+        itself if the grain does not decide there."""
+        if site not in self.grain.sites:
             return x
         flat = x.reshape(-1, x.shape[-1])
         keep = self.decide(layer, site, flat)
@@ -51,15 +51,16 @@ class ForwardPass:
             return keep.x.view(x.shape)
         if not self.mode.compact and self.state.alive is not None:
             keep = keep | self.state.exited.view(-1, 1)  # their K and V come from all channels
-        return (flat * keep).view(x.shape)
+        return (flat.view(*keep.shape, -1) * keep[..., None]).view(x.shape)
 
     def decide(self, layer: int, site: str, x: Tensor) -> Tensor | MaskedInput | None:
-        """What the running rows ``x [n, C]`` keep at a site, protected tokens included: bool ``[n, C]`` (channel) or
-        ``[n]`` (token); in training, a float mask or `Gated`; None for everything."""
-        state, rows, index = self.state, self.rows, self.sites.index(site)
-        # The whole model depends on layer 0's FFN (skipping it alone destroys the output): it is never skipped whole.
-        fixed = site == "ffn" and layer == 0
-        keep = None if fixed else self.mode.policy(layer, site, x, rows, state)
+        """What the running rows ``x [n, C]`` keep at a site, protected tokens included: bool ``[n, units]``, or ``[n]``
+        for the FFN; in training, a float mask or a `MaskedInput`; None for everything, or if the grain does not decide
+        there."""
+        if site not in self.grain.sites:
+            return None
+        state, rows, index = self.state, self.rows, self.grain.sites.index(site)
+        keep = None if self.grain.always_runs(layer, site) else self.mode.policy(layer, site, x, rows, state)
         if isinstance(keep, MaskedInput):
             state.note(layer, index, keep.keep)
             return keep
@@ -69,8 +70,8 @@ class ForwardPass:
             keep = keep | protected if keep.dtype == torch.bool else torch.where(protected, 1.0, keep)
         state.note(layer, index, keep)
         if state.masks is not None:
-            whole = x.shape[:1] if site == "ffn" else x.shape
-            state.note_mask(layer, site, keep if keep is not None else x.new_ones(whole, dtype=torch.bool))
+            whole = x.new_ones(len(x), *state.mask_shapes[site], dtype=torch.bool)
+            state.note_mask(layer, site, whole if keep is None else keep)
         return keep
 
     def exit(self, depth: int, h: Tensor) -> Tensor:

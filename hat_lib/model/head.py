@@ -5,19 +5,21 @@ times column norm. Tokens whose preview comes within a margin of the best one fo
 logits are read again, from all channels. So likely tokens are exact, and unlikely ones are ruled out from few channels:
 the head's work is the preview's share of the channels plus the shortlist's share of the vocabulary.
 
-On a small base the head is a large part of the work (21 % of SmolLM2-135M). It is gated at any capacity below 1.0 if
-the model's calibration has tables for it. It knows neither token sensitivity nor protected tokens: their logits are
-previewed like any other's. Exits and recorded masks do not include the head.
+On a small base the head is a large part of the work (21 % of SmolLM2-135M). It has a shortlist at any capacity below
+1.0 if the model's calibration has tables for it. It knows neither token sensitivity nor protected tokens: their logits
+are previewed like any other's. Exits and recorded masks do not include the head.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from hat_lib.model.modes import Context
+if TYPE_CHECKING:
+    from hat_lib.model.modes import Context
 
 ROWS = 128
 """rows of logits corrected at a time: those of a long prompt are large"""

@@ -1,7 +1,6 @@
-"""Modes: temporary ways to run a `HierarchicalTransformer`, each a context that restores what was set before.
+"""Modes: what a forward decides by. The model has one of its own, set by ``hat.capacity`` and ``hat.exit_rate``.
 
-A mode is what a forward decides by. The model has one of its own, set by ``hat.capacity`` and ``hat.exit_rate``; inside
-a context, the thread that entered it has another, and every other thread still has the model's. A nested context
+Inside a context, the thread that entered it has another, and every other thread still has the model's. A nested context
 changes only what it names: a control set by `using` decides both around and inside ``at(capacity)``. Contexts of a
 thread end in the reverse of the order in which they began; one that does not raises `HatError`, and leaves nothing set.
 """
@@ -9,24 +8,24 @@ thread end in the reverse of the order in which they began; one that does not ra
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
-from hat_lib.config import HatError, check_fraction
-from hat_lib.model.policies import ExitPolicy, Forced, KeepAll, Policy
+from hat_lib.config import HatError, check_capacity, check_exit_rate, check_fraction
+from hat_lib.model.granularity import head_norm
+from hat_lib.model.head import Shortlist
+from hat_lib.model.policies import ExitPolicy, ExitThresholds, Forced, KeepAll, Policy, Threshold
 from hat_lib.model.steering import GAIN
+from hat_lib.model.threshold_table import Calibration
 from hat_lib.model.token_state import Masks, TokenState
 
 if TYPE_CHECKING:
-    from hat_lib.config import HatConfig
-    from hat_lib.model.corrections import Corrections
     from hat_lib.model.forward_pass import ForwardPass
-    from hat_lib.model.head import Shortlist
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,13 @@ class Mode:
     layer_capacity: float = 1.0
     """what ``capacity`` leaves for the layers, if the head has a part in it"""
     own_policy: Policy = KeepAll()
-    """the method's own decisions at this capacity"""
     own_exits: ExitPolicy | None = None
-    """the method's own exits at this rate and capacity"""
+    """the method's own decisions at this capacity and exit rate"""
     control: Policy | None = None
-    """decides in place of ``own_policy``"""
     exit_control: ExitPolicy | None = None
-    """decides in place of ``own_exits``"""
+    """decide in place of the method's own"""
     corrected: float = 0.0
-    """strength of the corrections (`hat_lib.model.corrections`); 0 for none"""
+    """strength of the corrections; 0 for none"""
     shortlist: Shortlist | None = None
     """how the head decides (`hat_lib.model.head`); None reads it in full"""
     steer: float = 0.0
@@ -59,6 +56,7 @@ class Mode:
     weights: str | None = None
     """format of the engine's weights; None for the model's own"""
     record: bool = False
+    """keep the decisions of each forward"""
     states: list[TokenState] | None = None
     """collects the state of each forward"""
     dropped: Tensor | None = None
@@ -77,7 +75,7 @@ class Mode:
 
 @dataclass(eq=False)
 class Frame:
-    """A context that a thread has entered."""
+    """Where a mode is set: the model itself, or a context that a thread has entered."""
 
     mode: Mode
 
@@ -85,9 +83,9 @@ class Frame:
 class Context(threading.local):
     """What a model shares with its layers: its mode, for all threads, and each thread's own modes and forwards."""
 
-    def __init__(self, shared: SimpleNamespace):
-        self.frames: list[SimpleNamespace | Frame] = [shared]
-        """``.mode`` of the first is the model's; then the contexts that this thread has entered, innermost last"""
+    def __init__(self, shared: Frame):
+        self.frames: list[Frame] = [shared]
+        """the model's, then those of the contexts that this thread has entered, innermost last"""
         self.passes: list[ForwardPass | None] = []
         """forwards under way, innermost last; None for one that is still being set up"""
         self.last: TokenState | None = None
@@ -100,7 +98,6 @@ class Context(threading.local):
 
     @mode.setter
     def mode(self, mode: Mode) -> None:
-        """Set the innermost context's, else the model's."""
         self.frames[-1].mode = mode
 
     def __deepcopy__(self, memo) -> Context:
@@ -132,12 +129,100 @@ def combined(*makers: Callable[[], AbstractContextManager]) -> Iterator[None]:
 
 
 class Modes:
-    """Mixin for the model, which has ``capacity`` and ``exit_rate``. Each method is a context that applies to the
-    thread that enters it."""
+    """The part of a `HierarchicalTransformer` that sets modes: its own, and in contexts, that of the thread which
+    enters them."""
 
     _context: Context
-    config: HatConfig
-    corrections: Corrections
+    _calibration: Calibration | None
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The tables behind capacity and exit rate. A new one takes effect at once, in every open context."""
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, calibration: Calibration | None) -> None:
+        self._check_loaded()
+        if calibration is not None:
+            calibration.check(self.config)
+        frames = self._context.frames
+        decided = [self._decided(frame.mode, calibration) for frame in frames]  # raises before anything is changed
+        for frame, mode in zip(frames, decided, strict=True):
+            frame.mode = mode
+        self._calibration, self.prices = calibration, []
+
+    @property
+    def capacity(self) -> float:
+        """Requested executed / routable work, 0.1-1.0. Setting it needs no retraining."""
+        return self._context.mode.capacity
+
+    @capacity.setter
+    def capacity(self, value: float) -> None:
+        self._check_loaded()
+        mode = replace(self._context.mode, capacity=check_capacity(value))
+        if mode.capacity < 1.0 and self.grain.warning:
+            warnings.warn(f"{self.grain.name} grain at capacity {value}: {self.grain.warning}", stacklevel=3)
+        self._context.mode = self._decided(mode, self.calibration)
+
+    @property
+    def exit_rate(self) -> float:
+        """Requested share of tokens that leave before the last layer, 0-1; 0 turns exits off."""
+        return self._context.mode.exit_rate
+
+    @exit_rate.setter
+    def exit_rate(self, value: float) -> None:
+        self._check_loaded()
+        mode = replace(self._context.mode, exit_rate=check_exit_rate(value))
+        self._context.mode = self._decided(mode, self.calibration)
+
+    def _decided(self, mode: Mode, calibration: Calibration | None) -> Mode:
+        """``mode`` with the method's own decisions at its capacity and exit rate; raises if there are none."""
+        capacity, exit_rate = mode.capacity, mode.exit_rate
+        policy, layer_capacity, exits, shortlist = KeepAll(), capacity, None, None
+        if capacity < 1.0:
+            if calibration is None:
+                hint = "run `hat calibrate`, or load a checkpoint"
+                raise HatError(f"capacity {capacity} needs calibrated thresholds: {hint}")
+            policy = self.threshold_policy(calibration.thresholds_at(capacity))
+            layer_capacity = calibration.layer_capacity_at(capacity, self.site_work)
+            head = calibration.head_at(capacity)
+            shortlist = None if head is None else self.shortlist(*head)
+        if exit_rate > 0.0:
+            if not self.gates:
+                raise HatError(f"exit rate {exit_rate} asked of a model without exit layers")
+            if calibration is None or calibration.exit_rates is None:
+                raise HatError(f"exit rate {exit_rate} needs trained exit gates; this checkpoint has none (use 0)")
+            exits = ExitThresholds(self.gates, calibration.exit_thresholds(exit_rate, capacity))
+        return replace(
+            mode,
+            own_policy=policy,
+            own_exits=exits,
+            corrected=self.correction_strength(capacity),
+            shortlist=shortlist,
+            layer_capacity=layer_capacity,
+        )
+
+    def threshold_policy(self, thresholds: dict[tuple[int, str], float]) -> Threshold:
+        """The method's own decisions at these thresholds on the routers' scores, by (layer, site)."""
+        return Threshold(self.grain, self.routers, thresholds)
+
+    def correction_strength(self, capacity: float) -> float:
+        """Strength of the corrections at a capacity; 0 if there are none."""
+        return self.grain.correction_strength(capacity) if self.corrections else 0.0
+
+    @property
+    def gates_head(self) -> bool:
+        """Whether the head has a shortlist at capacities below 1.0."""
+        return self.calibration is not None and self.calibration.head_thresholds is not None
+
+    def shortlist(self, threshold: float, margin: float, share: float = 1.0) -> Shortlist:
+        """The head's decision at a threshold on its channels' scores and a margin in nats; ``share`` is the share of
+        its work that it is expected to run."""
+        if self._head_norm is None:
+            self._head_norm = head_norm(self.lm)
+        return Shortlist(threshold / self._head_norm, margin, share)
+
+    # -- contexts ----------------------------------------------------------------------------------
 
     @contextmanager
     def _changed(self, **changes) -> Iterator[Self]:
@@ -151,10 +236,7 @@ class Modes:
             innermost = frames[-1] is own
             frames.remove(own)
         if not innermost:
-            raise HatError(
-                "a context of the model ended before one that began inside it: contexts must end in the reverse of the "
-                "order in which they began, so no generator that holds one may wait while another context begins"
-            )
+            raise HatError("a context of the model ended before one that began inside it, as generators may make it")
 
     @contextmanager
     def at(self, capacity: float | None = None, exit_rate: float | None = None) -> Iterator[Self]:
@@ -183,9 +265,9 @@ class Modes:
         return self._changed(shortlist=shortlist)
 
     def steered(self, gain: float = GAIN) -> AbstractContextManager[Self]:
-        """Channel grain: thresholds that move while a text is decoded, so that it executes the capacity asked for."""
-        if self.config.granularity != "channel":
-            raise HatError(f"steering is of the channel grain, got a model of the {self.config.granularity} grain")
+        """Thresholds that move while a text is decoded, so that it executes the capacity asked for (channel grain)."""
+        if not self.grain.scales_thresholds:
+            raise HatError(f"the thresholds of the {self.grain.name} grain cannot be steered")
         return self._changed(steer=check_fraction("gain", gain, 0.0, 1.0))
 
     def reference(self) -> AbstractContextManager[Self]:

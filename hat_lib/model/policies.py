@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from hat_lib.config import HatError
+from hat_lib.model.granularity import Grain
 from hat_lib.model.token_state import Masks, TokenState
 
 
@@ -32,7 +33,7 @@ class Policy(Protocol):
     """Decides what work runs, for the ``n`` rows in ``rows`` (indices into B*T; None means all of them)."""
 
     def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: TokenState) -> Tensor | None:
-        """bool ``[n, C]`` (channel) or ``[n]`` (token) to keep; None keeps everything."""
+        """bool ``[n, units]``, or ``[n]`` for the whole FFN, to keep; None keeps everything."""
 
 
 class ExitPolicy(Protocol):
@@ -43,32 +44,13 @@ class ExitPolicy(Protocol):
 
 
 class Threshold:
-    """The method: score > threshold.
+    """The method: score > threshold, on the routers' scores, with thresholds by (layer, site)."""
 
-    Args:
-        routers: a model's, by ``"{layer}_{site}"`` and, for token sensitivity, ``"{layer}_token"``.
-        thresholds: on the routers' scores, by (layer, site).
-    """
-
-    def __init__(self, routers: nn.ModuleDict, thresholds: dict[tuple[int, str], float]):
-        self.routers, self.thresholds = routers, thresholds
+    def __init__(self, grain: Grain, routers: nn.ModuleDict, thresholds: dict[tuple[int, str], float]):
+        self.grain, self.routers, self.thresholds = grain, routers, thresholds
 
     def __call__(self, layer, site, x, rows, state):
-        router, threshold = self.routers[f"{layer}_{site}"], self.thresholds[layer, site]
-        if site == "ffn":
-            return router.keep(x, threshold)
-        return router.keep(x, threshold, token_threshold_scale(self.routers, layer, site, x, state))
-
-
-def token_threshold_scale(routers: nn.ModuleDict, layer: int, site: str, x: Tensor, state: TokenState) -> Tensor:
-    """Channel grain: what multiplies the running rows' thresholds in this layer, ``[n, 1]``: each token's own factor
-    (`MoERouter.threshold_scale`, computed at the first site) times that of steering."""
-    if site == "qkv":
-        state.threshold_scale = routers[f"{layer}_token"].threshold_scale(x)
-        if (steering := state.steering) is not None:
-            steering = steering if len(x) == len(steering) else steering[state.alive]
-            state.threshold_scale = state.threshold_scale * steering[:, None]
-    return state.threshold_scale
+        return self.grain.keep(self.routers, layer, site, x, self.thresholds[layer, site], state)
 
 
 class ExitThresholds:
@@ -97,10 +79,12 @@ class Forced:
 
     def check(self, state: TokenState) -> None:
         """Raise `HatError` unless they have this forward's number of sequences and reach its last token."""
-        rows, end = state.batch, state.start + state.tokens
-        if odd := [size for size in self.sizes if size[0] != rows or size[1] < end]:
-            got = " and ".join(map(str, odd[0]))
-            raise HatError(f"forced masks must cover {rows} sequences and {end} tokens here, got {got}")
+        sequences, end = state.batch, state.start + state.tokens
+        for rows, tokens in self.sizes:
+            if rows != sequences or tokens < end:
+                raise HatError(
+                    f"forced masks must cover {sequences} sequences and {end} tokens here, got {rows} and {tokens}"
+                )
 
     def __call__(self, layer, site, x, rows, state):
         return self._rows(self.masks.keep.get((layer, site)), rows, state)
@@ -119,7 +103,7 @@ class Forced:
 class Random:
     """Control: keep each unit with probability ``share``, whatever the token needs.
 
-    The draw is a hash of (seed, layer, site, channel, and the text so far: `prefixes`), so it is the same in decode and
+    The draw is a hash of (seed, layer, site, unit, and the text so far: `prefixes`), so it is the same in decode and
     in a parallel forward, and for a row alone and in a batch, and another one in every text.
     """
 
@@ -130,13 +114,14 @@ class Random:
         text = state.prefix.flatten()
         text = text if rows is None else text[rows]
         salt = _mix(torch.tensor(hash((self.seed, layer)) ^ sum(map(ord, site)), device=x.device))
-        units = text if site == "ffn" else text[:, None] + torch.arange(x.shape[-1], device=x.device)
+        shape = state.mask_shapes.get(site, ())  # without units, one draw a row
+        units = text[:, None] + torch.arange(*shape, device=x.device) if shape else text
         uniform = (_mix(_mix(units) + salt) >> 11).double() / 2**52
         return uniform.abs() < self.share
 
 
 class Static:
-    """Control: the same choice for every token. ``keep[layer, site]`` is bool ``[C]``, or ``[]`` (token)."""
+    """Control: the same choice for every token. ``keep[layer, site]`` is bool ``[units]``, or ``[]`` (FFN)."""
 
     def __init__(self, keep: dict[tuple[int, str], Tensor]):
         self.keep = keep

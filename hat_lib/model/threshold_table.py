@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 
 from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate
-from hat_lib.model.granularity import GRAINS
+from hat_lib.model.granularity import grain_named
 
 _shown = reprlib.Repr()
 _shown.maxstring = 80
@@ -73,7 +73,7 @@ class Calibration:
 
     def check(self, config: HatConfig) -> None:
         """Raise `HatError`, naming the entry, unless these are valid tables for a model of this shape."""
-        sites = list(GRAINS[config.granularity].sites)
+        sites = list(grain_named(config.granularity).sites)
         if self.sites != sites:
             raise HatError(f"calibration.sites must be {sites}, got {shown(self.sites)}")
         for name in ("method", "text"):

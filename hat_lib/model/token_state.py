@@ -1,7 +1,6 @@
 """TokenState: everything one forward pass decided, per layer and per token.
 
-The model fills in one per forward; losses, cost, sweeps, plots and widgets read only this object. It also answers the
-two questions that every layer asks on the way: which rows are still alive, and which are protected.
+The model fills in one per forward; losses, cost, sweeps, plots and widgets read only this object.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ class Masks:
     """Decisions taken in one forward, to be forced on another (`HierarchicalTransformer.force`)."""
 
     keep: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    """by layer and site, bool ``[B, T, C]`` (channel grain, C input channels) or ``[B, T]`` (token grain); rows that
-    had already exited hold False"""
+    """by layer and site, bool ``[B, T, units]``, or ``[B, T]`` for the whole FFN; False for rows that had exited"""
     exits: dict[int, Tensor] = field(default_factory=dict)
     """bool ``[B, T]``, by exit: which tokens left there"""
 
@@ -40,12 +38,14 @@ class TokenState:
     protected: Tensor
     """bool ``[B, T]``, tokens that run in full and never exit"""
     site_work: Sequence[float]
-    """work of each gated site of a layer, as a fraction of the layer's routable work ``[S]``"""
+    """work of each site of a layer, as a fraction of the layer's routable work ``[S]``"""
     n_layers: int
     start: int = 0
     """number of tokens already in the KV cache"""
     prefix: Tensor | None = None
     """int64 ``[B, T]``, a hash of the text up to each token (`hat_lib.model.policies.prefixes`); None in the engine"""
+    mask_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """shape of one row's decision, by site: ``(units,)``, or ``()`` for the whole FFN"""
     alive: Tensor | None = None
     """rows (indices into B*T) that still run; None while all do"""
     exit_layer: Tensor = None
@@ -55,15 +55,15 @@ class TokenState:
     corrected: bool = False
     """whether routers, exit gates and corrections took part in this forward"""
     threshold_scale: Tensor | None = None
-    """channel grain: of the running rows in the current layer, ``[n, 1]``"""
+    """what multiplies the thresholds of the running rows in the current layer, ``[n, 1]``"""
     steering: Tensor | None = None
-    """channel grain: what multiplies all thresholds of each row, fp32 ``[B*T]``; None for 1"""
+    """steering's part in it, fp32 ``[B*T]``; None for 1"""
     masks: Masks | None = None
     """the decisions themselves, under `HierarchicalTransformer.record`"""
     executed: Tensor | None = None
     """`site_share`, if it is known as a whole rather than site by site"""
     head_work: float = 0.0
-    """work of the head, as a multiple of a layer's routable work, if the head is gated; else 0"""
+    """work of the head, as a multiple of a layer's routable work, if it has a shortlist; else 0"""
     expected_head_share: float = 1.0
     _head: tuple[float, int] = (0.0, 0)  # share, summed over the tokens whose logits were read, and their number
     _share: dict[tuple[int, int], Tensor | float] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class TokenState:
                 self.masks.keep |= {(layer, site): torch.zeros_like(keep) for site, keep in first.items()}
 
     def note(self, layer: int, site: int, keep: Tensor | None) -> None:
-        """Record what one site ran: bool ``[n, C]`` or ``[n]`` for the running rows, None for everything."""
+        """Record what one site ran: the mask of the running rows, None for everything."""
         self._share[layer, site] = 1.0 if keep is None else self._everywhere(_share(keep.detach()))
 
     def note_head(self, share: Tensor) -> None:
@@ -175,8 +175,8 @@ class TokenState:
 
     @property
     def capacity(self) -> float:
-        """Realised capacity: executed / routable work of real tokens, in the layers that they entered and, if it is
-        gated, in the head."""
+        """Realised capacity: executed / routable work of real tokens, in the layers that they entered and in a head
+        with a shortlist."""
         ran, head = float(self._ran.sum().clamp(min=1)), self.head_work * float(self.real.sum())
         return (self.layer_capacity * ran + self.head_share * head) / (ran + head)
 

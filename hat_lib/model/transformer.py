@@ -5,11 +5,9 @@
     hat.lm.generate(...)
 
 ``hat.lm`` is the base's own `LlamaForCausalLM`, so generate, pipeline, hooks, LoRA and evaluation harnesses take it as
-it is, and ``hat.lm.save_pretrained`` writes what plain transformers loads. Its decoder layers are the same objects with
-`forward` overridden on the instance (`hat_lib.model.decoder_layer`); `unload` restores them.
-
-Any number of threads may run one model: each has its own ``hat.trace``, and a context such as ``with hat.at(0.5)``
-applies only to the thread that entered it.
+it is. Its decoder layers are the same objects with `forward` overridden on the instance
+(`hat_lib.model.decoder_layer`); `unload` restores them. Any number of threads may run one model: each has its own
+``hat.trace``, and a context such as ``with hat.at(0.5)`` applies only to the thread that entered it.
 """
 
 from __future__ import annotations
@@ -20,18 +18,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
-from hat_lib.backbone.base import Base, fingerprint, first_line, load_base
-from hat_lib.backbone.shapes import LINEARS
-from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate
+from hat_lib.backbone.base import Base, fingerprint, load_base
+from hat_lib.config import HatConfig, HatError
 from hat_lib.model.checkpoint import (
     Checkpoint,
     Price,
@@ -41,24 +36,20 @@ from hat_lib.model.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from hat_lib.model.corrections import Corrections, strength
+from hat_lib.model.corrections import Corrections
 from hat_lib.model.decoder_layer import AdaptiveLayer
 from hat_lib.model.fast_path import WEIGHT_FORMATS, FastPath
 from hat_lib.model.forward_pass import ForwardPass
-from hat_lib.model.granularity import GRAINS, column_norm, head_norm
-from hat_lib.model.head import Shortlist, ShortlistHooks
-from hat_lib.model.modes import Context, Mode, Modes
-from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold, prefixes, token_threshold_scale
-from hat_lib.model.routers import ChannelRouter, ExitGate, MoERouter
+from hat_lib.model.granularity import grain_named
+from hat_lib.model.head import ShortlistHooks
+from hat_lib.model.modes import Context, Frame, Mode, Modes
+from hat_lib.model.policies import Forced, KeepAll, prefixes
+from hat_lib.model.routers import ExitGate
 from hat_lib.model.steering import move, offsets
 from hat_lib.model.threshold_table import Calibration
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.watch import Watch
 
-POOR = (
-    "skipping whole FFNs of a frozen base multiplies perplexity (see data/results); the channel grain keeps far more "
-    "at equal work"
-)
 # In the order in which `LlamaModel.forward` takes them.
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
 
@@ -80,62 +71,48 @@ class HierarchicalTransformer(Modes, nn.Module):
         super().__init__()
         if not isinstance(base, Base):
             raise HatError(f"base must be a Base, as load_base gives it, got {type(base).__name__}")
-        if not isinstance(config, HatConfig):
-            raise HatError(f"config must be a HatConfig, such as HatConfig.default(base), got {type(config).__name__}")
-        lm, grain, width = base.model, GRAINS[config.granularity], base.model.config.hidden_size
-        if config.n_layers != lm.config.num_hidden_layers:
-            raise HatError(f"the config is for {config.n_layers} layers, {base.name} has {lm.config.num_hidden_layers}")
-        for name in ("translator_rank", "correction_rank"):
-            if (rank := getattr(config, name) or 0) > width:
-                raise HatError(f"{name} must be at most {width}, the hidden size of {base.name}, got {rank}")
+        lm, grain, width = base.model, grain_named(config.granularity), base.model.config.hidden_size
+        layers = lm.model.layers
+        if config.n_layers != len(layers):
+            raise HatError(f"the config is for {config.n_layers} layers, {base.name} has {len(layers)}")
         if calibration is not None:
             calibration.check(config)
-        for override in filter(None, (vars(layer).get("forward") for layer in lm.model.layers)):
-            if isinstance(getattr(override, "__self__", None), AdaptiveLayer):
-                ways = "call its unload() first, or load the base again"
-                raise HatError(f"{base.name} already carries a HierarchicalTransformer: {ways}")
+        if any("forward" in vars(layer) for layer in layers):
             raise HatError(
-                f"{base.name} has a decoder layer whose forward another library overrides: take that off first"
+                f"{base.name} already carries a HierarchicalTransformer, or another library overrides its layers: call "
+                "its unload() first, or load the base again"
             )
-        self.base, self.lm, self.config, self.grain = base, lm, config, grain
-        self._calibration = calibration
+        self.base, self.lm, self.config, self.grain, self._calibration = base, lm, config, grain, calibration
         self.training_summary: dict | None = None
         self.prices: list[Price] = []
         """perplexity over the base's at some capacities, as the checkpoint was measured; none for a new calibration"""
         work = grain.site_work(lm.config)
         self.site_work = [work[s] / sum(work.values()) for s in grain.sites]
         """work of each site, as a fraction of a layer's routable work"""
+        self.head_work = lm.config.vocab_size * width / sum(work.values())
+        """work of the head, as a multiple of a layer's routable work"""
+        self.mask_shapes = {site: grain.mask_shape(lm.config, site) for site in grain.sites}
+        """shape of one token's decision, by site"""
 
         self.routers = nn.ModuleDict()
-        for i, layer in enumerate(lm.model.layers):
-            for site in grain.sites:
-                router = MoERouter(width) if site == "ffn" else ChannelRouter(column_norm(layer, site))
-                self.routers[f"{i}_{site}"] = router
-            if config.granularity == "channel":
-                self.routers[f"{i}_token"] = MoERouter(width)
+        for i, layer in enumerate(layers):
+            self.routers.update({f"{i}_{name}": router for name, router in grain.routers(layer).items()})
         self.gates = nn.ModuleDict({str(e): ExitGate(width, config.translator_rank) for e in config.exit_layers})
-        self.corrections = nn.ModuleDict()
-        if config.correction_rank is not None:
-            self.corrections = Corrections(lm.model.layers, config.granularity, config.correction_rank)
+        rank = config.correction_rank
+        self.corrections = nn.ModuleDict() if rank is None else Corrections(layers, grain, rank)
+        self._own = self.routers, self.gates, self.corrections
         for own in self._own:
             own.to(base.device)
-        head = lm.config.vocab_size * width
-        self.head_work = head / sum(work.values())
-        """work of the head, as a multiple of a layer's routable work"""
-        self._head_norm: Tensor | None = None
-        self._looking = threading.Lock()
         self.eval()
 
-        self._context = Context(SimpleNamespace(mode=Mode()))
+        self._head_norm: Tensor | None = None
+        self._refreshing = threading.Lock()
+        mode = Mode() if calibration is None else Mode(config.capacity, config.exit_rate)
+        self._context = Context(Frame(self._decided(mode, calibration)))
         self._fast = FastPath(self, self._context)
-        self.layers = [AdaptiveLayer(layer, i, self._context) for i, layer in enumerate(lm.model.layers)]
+        self.layers = [AdaptiveLayer(layer, i, self._context) for i, layer in enumerate(layers)]
         self._attach()
-        try:
-            if calibration is not None:
-                self.capacity, self.exit_rate = config.capacity, config.exit_rate
-        except BaseException:
-            self.unload()
-            raise
+        self.capacity = self._context.mode.capacity  # warns about a grain that loses much
 
     def _attach(self) -> None:
         for adaptive in self.layers:
@@ -143,8 +120,8 @@ class HierarchicalTransformer(Modes, nn.Module):
         self._hooks = [
             self.lm.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.lm.model.register_forward_hook(self._end, always_call=True),
+            *ShortlistHooks(self._context).attach(self.lm.lm_head),
         ]
-        self._hooks += ShortlistHooks(self._context).attach(self.lm.lm_head)
         if self.corrections:
             self._hooks += self.corrections.attach(self.lm.model.layers, self._context)
         self._fast.attach()
@@ -152,72 +129,36 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     def _detach(self) -> None:
         self._fast.detach()
-        for attached in self._hooks:
-            attached.remove()
+        for hook in self._hooks:
+            hook.remove()
         for adaptive in self.layers:
             adaptive.detach()
-        for module in self.lm.modules():  # also what was copied along, as when an adapter copies the head
-            for calls in (module._forward_pre_hooks, module._forward_hooks, vars(module)):
-                for name in [name for name, call in calls.items() if self._is_ours(call)]:
-                    del calls[name]
-
-    def _is_ours(self, call) -> bool:
-        return getattr(getattr(call, "__self__", call), "context", None) is self._context
 
     def unload(self) -> Base:
         """Take everything off and return the base, as it was before. The model cannot be used afterwards."""
         if self.layers:
             self.refresh()
-        self._detach()
-        self.layers = []
+            self._detach()
+            self.layers = []
+            self._context.frames[0].mode = Mode()  # for hooks that an adapter copied along with a module
         return self.base
 
     def forward(self, *args, **kwargs):
         raise HatError("a HierarchicalTransformer is not called itself: call hat.lm, a LlamaForCausalLM")
 
-    @property
-    def _own(self) -> tuple[nn.Module, ...]:
-        """The modules that are not the base's."""
-        return self.routers, self.gates, self.corrections
-
     def _check_loaded(self) -> None:
         if not self.layers:
             raise HatError("this model was unloaded from its base: attach a new HierarchicalTransformer")
 
-    def _check_masks(self, masks: Masks) -> None:
-        """Raise `HatError` unless this model has each mask's site or exit, with as many channels."""
-        if not isinstance(masks, Masks):
-            raise HatError(f"masks must be Masks, as hat.trace.masks holds them, got {type(masks).__name__}")
-        sites = product(range(self.config.n_layers), self.grain.sites)
-        channels = {(i, s): () if s == "ffn" else self.routers[f"{i}_{s}"].log_scale.shape for i, s in sites}
-        channels |= dict.fromkeys(self.config.exit_layers, ())
-        for place, mask in (masks.keep | masks.exits).items():
-            if place not in channels:
-                grain, exits = self.config.granularity, list(self.config.exit_layers)
-                known = f"{self.config.n_layers} layers, sites {', '.join(self.grain.sites)} and exits {exits}"
-                raise HatError(f"masks of a {grain} model must be of its {known}, got one of {place!r}")
-            if mask.dtype != torch.bool or mask.dim() < 2 or mask.shape[2:] != channels[place]:
-                expected = ", ".join(["B", "T", *map(str, channels[place])])
-                raise HatError(f"the mask of {place!r} must be bool [{expected}], got {mask.dtype} {list(mask.shape)}")
-
     def _apply(self, fn, recurse=True):
-        """Move or cast the base; routers and gates move along and stay fp32. If that fails, all stays as it was."""
+        """Move or cast the base; routers and gates move along and stay fp32."""
         self._check_loaded()
         self._fast.forget()
-        own = [t for module in self._own for t in _tensors(module)]
         # Rotary frequencies stay fp32 in every dtype, as in a base loaded in that dtype.
-        exact = {id(t) for t in (*own, *_tensors(self.lm.model.rotary_emb))}
-        before = [(t, t.data) for t in (*own, *_tensors(self.lm))]
-        try:
-            for t, data in before:
-                moved = fn(data)
-                t.data = data.to(moved.device) if id(t) in exact else moved
-        except BaseException as error:
-            for t, data in before:
-                t.data = data
-            if isinstance(error, Exception):
-                raise HatError(f"the model could not be moved, and is as it was: {first_line(error)}") from error
-            raise
+        exact = {id(t) for module in (*self._own, self.lm.model.rotary_emb) for t in _tensors(module)}
+        for t in _tensors(self):
+            moved = fn(t.data)
+            t.data = t.data.to(moved.device) if id(t) in exact else moved
         self.lm.config.dtype = self.lm.dtype
         self._watches = Watch(self.lm), Watch(*self._own)
         return self
@@ -242,88 +183,18 @@ class HierarchicalTransformer(Modes, nn.Module):
     def __reduce_ex__(self, protocol):
         raise HatError("a HierarchicalTransformer is never pickled: use save_pretrained, or state_dict with torch.save")
 
-    # -- capacity and exits, at run time -----------------------------------------------------------
+    def _check_masks(self, masks: Masks) -> None:
+        """Raise `HatError` unless this model has each mask's site or exit, with as many units."""
+        shapes = {(i, site): shape for i in range(self.config.n_layers) for site, shape in self.mask_shapes.items()}
+        shapes |= dict.fromkeys(self.config.exit_layers, ())
+        for place, mask in (masks.keep | masks.exits).items():
+            if place not in shapes:
+                raise HatError(f"this {self.grain.name} model has no site or exit {place!r}, of which there is a mask")
+            if mask.dtype != torch.bool or mask.dim() < 2 or mask.shape[2:] != shapes[place]:
+                expected = ", ".join(["B", "T", *map(str, shapes[place])])
+                raise HatError(f"the mask of {place!r} must be bool [{expected}], got {mask.dtype} {list(mask.shape)}")
 
-    @property
-    def calibration(self) -> Calibration | None:
-        """The tables behind capacity and exit rate. A new one takes effect at once, at the current capacity."""
-        return self._calibration
-
-    @calibration.setter
-    def calibration(self, calibration: Calibration | None) -> None:
-        self._check_loaded()
-        if calibration is not None:
-            calibration.check(self.config)
-        frames = self._context.frames
-        decided = [self._decided(frame.mode, calibration) for frame in frames]  # raises before anything is changed
-        for frame, mode in zip(frames, decided, strict=True):
-            frame.mode = mode
-        self._calibration, self.prices = calibration, []
-
-    @property
-    def capacity(self) -> float:
-        """Requested executed / routable work, 0.1-1.0. Setting it needs no retraining."""
-        return self._context.mode.capacity
-
-    @capacity.setter
-    def capacity(self, value: float) -> None:
-        self._check_loaded()
-        value, mode = check_capacity(value), self._context.mode
-        if value < 1.0 and self.config.granularity == "token":
-            warnings.warn(f"token grain at capacity {value}: {POOR}", stacklevel=3)
-        self._context.mode = self._decided(replace(mode, capacity=value), self.calibration)
-
-    @property
-    def exit_rate(self) -> float:
-        """Requested share of tokens that leave before the last layer, 0-1; 0 turns exits off."""
-        return self._context.mode.exit_rate
-
-    @exit_rate.setter
-    def exit_rate(self, value: float) -> None:
-        self._check_loaded()
-        mode = replace(self._context.mode, exit_rate=check_exit_rate(value))
-        self._context.mode = self._decided(mode, self.calibration)
-
-    def _decided(self, mode: Mode, calibration: Calibration | None) -> Mode:
-        """``mode`` with the method's own decisions at its capacity and exit rate; raises if there are none."""
-        capacity, exit_rate, policy, exits, shortlist = mode.capacity, mode.exit_rate, KeepAll(), None, None
-        layers = capacity
-        if capacity < 1.0:
-            if calibration is None:
-                hint = "run `hat calibrate`, or load a checkpoint"
-                raise HatError(f"capacity {capacity} needs calibrated thresholds: {hint}")
-            policy = self.threshold_policy(calibration.thresholds_at(capacity))
-            layers = calibration.layer_capacity_at(capacity, self.site_work)
-            if (head := calibration.head_at(capacity)) is not None:
-                shortlist = self.shortlist(*head)
-        if exit_rate > 0.0:
-            if not self.gates:
-                raise HatError(f"exit rate {exit_rate} asked of a model without exit layers")
-            if calibration is None or calibration.exit_rates is None:
-                raise HatError(f"exit rate {exit_rate} needs trained exit gates; this checkpoint has none (use 0)")
-            exits = ExitThresholds(self.gates, calibration.exit_thresholds(exit_rate, capacity))
-        how = {"corrected": self.correction_strength(capacity), "shortlist": shortlist, "layer_capacity": layers}
-        return replace(mode, own_policy=policy, own_exits=exits, **how)
-
-    def threshold_policy(self, thresholds: dict[tuple[int, str], float]) -> Threshold:
-        """The method's own decisions at these thresholds on the routers' scores, by (layer, site)."""
-        return Threshold(self.routers, thresholds)
-
-    def correction_strength(self, capacity: float) -> float:
-        """Strength of the corrections at a capacity; 0 if there are none."""
-        return strength(capacity, self.config.granularity) if self.corrections else 0.0
-
-    @property
-    def gates_head(self) -> bool:
-        """Whether the head is gated at capacities below 1.0."""
-        return self.calibration is not None and self.calibration.head_thresholds is not None
-
-    def shortlist(self, threshold: float, margin: float, share: float = 1.0) -> Shortlist:
-        """The head's decision at a threshold on its channels' scores and a margin in nats; ``share`` is the share of
-        its work that it is expected to run."""
-        if self._head_norm is None:
-            self._head_norm = head_norm(self.lm)
-        return Shortlist(threshold / self._head_norm, margin, share)
+    # -- the engine --------------------------------------------------------------------------------
 
     @property
     def weight_format(self) -> str:
@@ -349,8 +220,8 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes that the engine's weights take besides the base's: a copy of the layers, and of the head where it is
-        gated or read in fewer bits, for each format in use, with and without corrections. 0 before its first use."""
+        """Bytes that the engine's weights take besides the base's: a copy of the layers, and of the head if it has a
+        shortlist or fewer bits, for each format in use, with and without corrections. 0 before its first use."""
         return self._fast.packed_bytes
 
     @property
@@ -359,48 +230,35 @@ class HierarchicalTransformer(Modes, nn.Module):
         self._check_loaded()
         return self._fast.describe()
 
+    # -- what happens in a forward -----------------------------------------------------------------
+
     @property
     def trace(self) -> TokenState | None:
         """What the last forward of this thread decided, or the one under way; None before the first."""
         return self._context.trace
 
-    # -- what calibration needs --------------------------------------------------------------------
-
     def scores(self, layer: int, site: str, x: Tensor) -> Tensor:
-        """The router's scores inside a forward, with token sensitivity applied: ``x [n, C] -> [n, C]`` or ``[n]``."""
-        router = self.routers[f"{layer}_{site}"]
-        if site == "ffn":
-            return router.score(x)
-        return router.score(x, token_threshold_scale(self.routers, layer, site, x, self.trace))
+        """The router's scores inside a forward, token sensitivity applied: ``x [n, C] -> [n, units]`` or ``[n]``."""
+        return self.grain.score(self.routers, layer, site, x, self.trace)
 
     @contextmanager
     def watching(self, see: Callable[[int, str, Tensor, Tensor], None]) -> Iterator[None]:
-        """Context: call ``see(layer, site, x, activation)`` after each site that runs.
+        """Context: call ``see(layer, site, x, activation)`` after each site that runs, with tensors of the graph.
 
-        ``x`` is what the router reads, ``activation`` what is zeroed where the router skips: that same input
-        (channel grain) or the FFN's output (token grain). Both are tensors of the graph, ``[..., C]``.
+        ``x [..., C]`` is what the router reads; ``activation``, what is zeroed where the router skips: that same input,
+        or the FFN's output.
         """
-        hooks = []
-        for i, layer in enumerate(self.lm.model.layers):
-            for site in self.grain.sites:
-
-                def watch(module, args, out, i=i, site=site):
-                    see(i, site, args[0], out if site == "ffn" else args[0])
-
-                module = layer.mlp if site == "ffn" else layer.get_submodule(LINEARS[site][0])
-                hooks.append(module.register_forward_hook(watch))
+        hooks = [layer.watch(site, see) for layer in self.layers for site in self.grain.sites]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    # -- around each forward -----------------------------------------------------------------------
-
     @torch.compiler.disable
     def _begin(self, module, args, kwargs):
         """Pre-hook on the model: a fresh `TokenState` from the 2-D mask, the positions and the cache's length."""
-        passes, mode = self._context.passes, self._context.mode
+        passes = self._context.passes
         passes.append(None)  # `_end` is called whatever happens, and pops it
         given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
@@ -409,34 +267,33 @@ class HierarchicalTransformer(Modes, nn.Module):
             raise HatError("static KV caches are not supported: leave cache_implementation unset (dynamic)")
         if self.lm.device != next(self.routers.parameters()).device:
             raise HatError("the base was moved under the model: use hat.to(...), not hat.lm.to(...)")
-        ours = zip(self.layers, self.lm.model.layers, strict=False)
-        if odd := [a.index for a, layer in ours if a.layer is not layer or not a.intact]:
-            raise HatError(
-                f"layer {odd[0]}, its attention or its FFN is another module than when the model was attached: "
-                "replace modules before attaching; wrapping single linear layers (LoRA) is fine at any time"
-            )
+        for adaptive, layer in zip(self.layers, self.lm.model.layers, strict=False):
+            if adaptive.layer is not layer or not adaptive.intact:
+                raise HatError(
+                    f"layer {adaptive.index}, its attention or its FFN was replaced after attaching: replace modules "
+                    "before; wrapping single linear layers (LoRA) is fine at any time"
+                )
         start = cache.get_seq_length() if cache is not None else 0
         if not start:
             self.refresh()
-            mode = self._context.mode
         places = TokenState.places(tokens, given.get("attention_mask"), given.get("position_ids"), start)
         state = self.new_state(*places, start, cache)
         state.prefix = prefixes(torch.zeros_like(state.position) if tokens.dim() > 2 else tokens, state, cache)
-        passes[-1] = ForwardPass(mode, state, self.grain.sites, self.gates, self.corrections, cache)
+        passes[-1] = ForwardPass(self._context.mode, state, self.grain, self.gates, self.corrections, cache)
 
     def refresh(self) -> None:
         """Follow changes to the base's weights and to what is trained; done at each prompt. What was derived from them
         (norms in scores, packed copies, the base's fingerprint) is made anew. Warns if the base has changed."""
-        with self._looking:
+        with self._refreshing:
             base, own = [watch.changed() for watch in self._watches]
             if base or own:
                 self._fast.forget()
             if not base:
                 return
-            for name, router in self.routers.items():
-                if isinstance(router, ChannelRouter):
-                    layer, site = name.split("_", 1)
-                    router.column_norm.copy_(column_norm(self.lm.model.layers[int(layer)], site).clamp(min=1e-12))
+            for i, layer in enumerate(self.lm.model.layers):
+                for name, router in self.grain.routers(layer).items():
+                    for buffer, fresh in zip(self.routers[f"{i}_{name}"].buffers(), router.buffers(), strict=True):
+                        buffer.copy_(fresh)
             before, self._head_norm = self.base.fingerprint, None
             self.base = replace(self.base, fingerprint=fingerprint(self.lm))
             self.calibration = self.calibration  # the head's decision depends on its norms
@@ -452,6 +309,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         if protected is None:
             protected = real & (position < self.config.protected_tokens)
         state = TokenState(real, position, protected, self.site_work, self.config.n_layers, start)
+        state.mask_shapes = self.mask_shapes
         for decides in (mode.policy, mode.exits):
             if isinstance(decides, Forced):
                 decides.check(state)

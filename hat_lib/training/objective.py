@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hat_lib.model.policies import KeepAll, MaskedInput, token_threshold_scale
+from hat_lib.model.policies import KeepAll, MaskedInput
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.training import losses
@@ -40,32 +40,34 @@ class Relaxed:
         self.hat, self.thresholds, self.keys, self.offsets = hat, thresholds, keys, offsets
         self.temperature, self.noise = recipe.temperature, recipe.noise
         self.work = dict(zip(hat.grain.sites, hat.site_work, strict=True))
-        # No decision is taken for layer 0's FFN: it always runs.
-        always = 1 / hat.config.n_layers if hat.config.granularity == "token" else 0.0
+        grain, layers = hat.grain, range(hat.config.n_layers)
+        always = sum(self.work[s] for i in layers for s in grain.sites if grain.always_runs(i, s)) / len(layers)
         self.share: Tensor = torch.tensor(always, device=hat.base.device)
         """mean share of the routable work kept over real tokens, differentiable once the forward is done"""
         self.scores: list[Tensor] = []
         """token grain: the routers' scores ``[B*T]``, one tensor per layer"""
 
     def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: TokenState):
-        router, threshold = self.hat.routers[f"{layer}_{site}"], self.thresholds[layer, site]
+        grain, threshold = self.hat.grain, self.thresholds[layer, site]
         place = layer, list(self.work).index(site)
         real, protected = state.real.view(-1), state.protected.view(-1)
-        if site == "ffn":
-            logit = router.score(x)
+        if grain.logits:
+            logit = grain.score(self.hat.routers, layer, site, x, state)
             self.scores.append(logit)
             logit = logit - threshold
         else:
-            scale = token_threshold_scale(self.hat.routers, layer, site, x.detach(), state)
             offset = 0.0 if self.offsets is None else self.offsets[place]
-            if not self.noise:
+            if not self.noise and grain.scales_thresholds:
+                scale = grain.threshold_scale(self.hat.routers, layer, site, x.detach(), state)
                 how = {"threshold_scale": scale, "temperature": self.temperature, "protected": protected}
+                router = self.hat.routers[f"{layer}_{site}"]
                 log_scale = router.log_scale + offset
                 cut = (threshold / (router.column_norm * log_scale.exp())).detach()
                 gated, keep, count = channel_gate(x, log_scale, cut, counted=real, **how)
                 self._add(site, count.sum() / (real.sum() * x.shape[1]))
                 return MaskedInput(gated, keep)
-            logit = router.score(x, scale).clamp(min=1e-12).log() + offset - np.log(max(threshold, 1e-12))
+            score = grain.score(self.hat.routers, layer, site, x, state).clamp(min=1e-12)
+            logit = score.log() + offset - np.log(max(threshold, 1e-12))
             protected = protected[:, None]
         # Drawn sequence by sequence, so that a sequence's batch neighbours do not change its noise.
         number = place[0] * len(self.work) + place[1]
@@ -96,7 +98,7 @@ class Objective(nn.Module):
     def __init__(self, hat: HierarchicalTransformer, recipe: Recipe, phase: str, thresholds: Thresholds):
         super().__init__()
         self.hat, self.recipe, self.phase, self.nominal = hat, recipe, phase, thresholds
-        learned = phase == "routers" and hat.config.granularity == "channel" and recipe.split_lr > 0
+        learned = phase == "routers" and not hat.grain.logits and recipe.split_lr > 0
         self.split = BudgetSplit(hat.config.n_layers, hat.grain.sites).to(hat.base.device) if learned else None
         for name, router in hat.routers.items():
             router.requires_grad_(phase == "routers" and not name.endswith("_token"))

@@ -32,8 +32,9 @@ from hat_lib import __version__
 from hat_lib.backbone.base import Base, load_base, parse_dtype
 from hat_lib.calibration.capacity import LEAST_TOKENS, HeadSplit, Split, calibrate, calibrate_learned
 from hat_lib.calibration.exits import calibrate_exits
-from hat_lib.config import CAPACITY_MIN, GRANULARITIES, HatConfig, HatError, lock
+from hat_lib.config import CAPACITY_MIN, HatConfig, HatError, lock
 from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE, Checkpoint, read_checkpoint
+from hat_lib.model.granularity import GRAINS
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import held_out, text_hash
 from hat_lib.text.mixture import OWN, sources, training_text
@@ -66,7 +67,7 @@ class Run:
     command: str = ""
 
     def __post_init__(self):
-        for name, known in {"phase": PHASES, "granularity": GRANULARITIES}.items():
+        for name, known in {"phase": PHASES, "granularity": GRAINS}.items():
             if getattr(self, name) not in known:
                 raise HatError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.phase == "exit" and self.start is None:
@@ -281,14 +282,13 @@ def _start(run, checkpoint: Checkpoint | None, base: Base, part, kept: Path, fir
     """
     if checkpoint is not None:
         hat = start_from(checkpoint, base, run.start, run.correction_rank, run.translator_rank)
-    elif run.granularity == "channel" and kept.exists() and not first:
+    elif not GRAINS[run.granularity].logits and kept.exists() and not first:
         hat = HierarchicalTransformer.from_pretrained(kept, base)
         hat.capacity = 1.0
     else:
-        shape = HatConfig.published if run.granularity == "token" else HatConfig.default
         changes = {"translator_rank": run.translator_rank, "correction_rank": run.correction_rank}
-        hat = HierarchicalTransformer(base, shape(base, **changes))
-        if run.granularity == "channel":
+        hat = HierarchicalTransformer(base, GRAINS[run.granularity].config(base, **changes))
+        if not hat.grain.logits:
             calibrate(hat, part(splits=["train"])["input_ids"], progress=progress)
             hat.save_pretrained(kept)
     return hat
@@ -317,13 +317,13 @@ def start_from(
 def nominal_thresholds(hat: HierarchicalTransformer) -> Split:
     """Capacity -> the thresholds that training of the routers starts from, before any calibration of what they learn.
 
-    Channel grain: those of the untrained calibration, which the learned scales and split then shift. Token grain:
+    Magnitudes: those of the untrained calibration, which the learned scales and split then shift. Logits:
     ``log((1-c)/c)`` everywhere; with logistic noise a score of 0 is kept with probability c.
     """
-    if hat.config.granularity == "channel":
+    if not hat.grain.logits:
         start = hat.calibration
         return lambda capacity: start.thresholds_at(max(capacity, CAPACITY_MIN))
-    keys = [(i, "ffn") for i in range(hat.config.n_layers)]
+    keys = [(i, site) for i in range(hat.config.n_layers) for site in hat.grain.sites]
     return lambda capacity: dict.fromkeys(keys, math.log(max(1 - capacity, 1e-4) / capacity))
 
 

@@ -249,8 +249,8 @@ def train_phase(
         use_cpu=device == "cpu",
         bf16=hat.base.dtype == torch.bfloat16,
         remove_unused_columns=False,
-        # The token router of layer 0 is never used, and waiting for its gradient would be an error.
-        ddp_find_unused_parameters=phase == "routers" and hat.config.granularity == "token",
+        # A router that is never asked, as where layer 0 always runs, gets no gradient to wait for.
+        ddp_find_unused_parameters=phase == "routers" and any(hat.grain.always_runs(0, s) for s in hat.grain.sites),
         dataloader_pin_memory=device == "cuda",
         report_to=["tensorboard"],
         disable_tqdm=not progress,

@@ -281,7 +281,8 @@ class TestRemoval:
 
 def state(batch, n):
     real = torch.ones(batch, n, dtype=torch.bool)
-    return TokenState(real, torch.arange(n).expand(batch, n), torch.zeros_like(real), [1.0], 4)
+    places = real, torch.arange(n).expand(batch, n), torch.zeros_like(real)
+    return TokenState(*places, [1.0], 4, mask_shapes={"qkv": (64,)})
 
 
 class TestCosine:

