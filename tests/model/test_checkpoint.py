@@ -263,7 +263,6 @@ def test_no_json(folder, base, text):
     ("config", "tables", "words"),
     [
         ({"n_layers": 5}, None, "5 layers"),
-        ({"correction_rank": 65}, None, "correction_rank"),
         ({}, {"sites": ["ffn"]}, "calibration.sites"),
         ({"exit_layers": (), "exit_rate": 0.2}, dict.fromkeys(EXIT_TABLES), "without exit layers"),
         ({"exit_rate": 0.2}, dict.fromkeys(EXIT_TABLES), "trained exit gates"),
