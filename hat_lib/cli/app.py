@@ -30,7 +30,7 @@ def setup(
 ) -> None:
     """Fetch base and texts, compile the engine, report."""
     from hat_lib.model.fast_path import warm
-    from hat_lib.workbook.environment import environment, fetch_bundled, lines
+    from hat_lib.workbook.environment import environment, fetch_bundled
 
     try:
         if fetch:
@@ -38,7 +38,7 @@ def setup(
             warm()
     finally:  # above all when fetching failed
         if not quiet:
-            typer.echo("\n".join(lines(environment())))
+            typer.echo("\n".join(environment()))
 
 
 GROUPS = {

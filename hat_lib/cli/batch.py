@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import typer
 
 from hat_lib.cli.options import option
-from hat_lib.config import HatError, check_count
+from hat_lib.config import NOTEBOOKS, HatError
 
 
 def batch(
@@ -26,50 +25,54 @@ def batch(
     out: Path = option(..., "New folder, or that of the same notebook's batch to go on with."),
     engine: str = option("local", "local (processes on this machine) or dask (the workers of --scheduler)."),
     scheduler: str | None = option(None, "Address of a Dask scheduler.", metavar="tcp://HOST:PORT"),
-    jobs: int | None = option(None, "Runs at once, each with its own model; 1 suits a GPU. [default: number of cores]"),
-    threads: int | None = option(None, "Threads that each run computes with. [default: cores / runs at once]"),
-    retries: int = option(1, "Further attempts for a run that failed or whose worker was killed."),
-    cell_timeout: int = option(600, "Seconds that one cell may take."),
+    jobs: int | None = option(
+        None, "Runs at once, each with its own model; 1 suits a GPU. [default: number of cores]", min=1
+    ),
+    threads: int | None = option(
+        None, "Threads that each run computes with. [default: cores / runs at once; with Dask, the worker's]", min=1
+    ),
+    retries: int = option(1, "Further attempts for a run that failed.", min=0),
+    cell_timeout: int = option(600, "Seconds that one cell may take.", min=1),
 ) -> None:
     """Run one notebook over a grid of parameters.
 
     In parallel, with one executed notebook and one row of DIR/runs.csv for each run. If stopped and started again, it
     runs what is missing or failed. Exits with 1 if a run failed.
     """
-    counts = {"jobs": (jobs, 1), "threads": (threads, 1), "retries": (retries, 0), "cell timeout": (cell_timeout, 1)}
-    for name, (value, low) in counts.items():
-        if value is not None:
-            check_count(name, value, low)
     if engine not in ("local", "dask"):
         raise HatError(f"engine must be local or dask, got {engine!r}")
     if (engine == "dask") != (scheduler is not None):
         raise HatError("--engine dask and --scheduler tcp://HOST:PORT go together")
-    if engine == "dask" and jobs is not None:
-        raise HatError("--jobs is for the local engine; with Dask, the number of its workers decides")
 
     from joblib import cpu_count
 
-    from hat_lib.workbook.batch import Dask, Local, find_notebook, latest_rows, parse_grid, run_name
     from hat_lib.workbook.batch import batch as carry_out
+    from hat_lib.workbook.batch import dask, latest_rows, local, parse_grid, run_name
+    from hat_lib.workbook.notebooks import select
 
-    path, out = find_notebook(notebook), out.expanduser()
+    path, out = select([notebook], NOTEBOOKS)[0], out.expanduser()
     points = parse_grid(path, grid)
-    runs = [run_name(point) for point in points]
-    local = nullcontext(Local(jobs or min(len(runs), cpu_count())))
+    if engine == "local":
+        jobs = jobs or min(len(points), cpu_count())
+        threads = threads or max(1, cpu_count() // jobs)
+
+    def workers(tasks):
+        return local(tasks, jobs) if engine == "local" else dask(tasks, scheduler)
+
     try:
-        with Dask(scheduler) if engine == "dask" else local as workers:
-            settings = {"threads": threads or workers.threads, "retries": retries, "cell_timeout": cell_timeout}
-            for row in carry_out(path, points, out, workers, **settings):
-                typer.echo(f"{row.run}: {row.status} after {row.seconds:.1f} s" + f"\n  {row.error}" * bool(row.error))
+        settings = {"threads": threads, "retries": retries, "cell_timeout": cell_timeout}
+        for row in carry_out(path, points, out, workers, **settings):
+            typer.echo(f"{row.run}: {row.status} after {row.seconds:.1f} s" + (f"\n  {row.error}" if row.error else ""))
     except KeyboardInterrupt:
         again = shlex.join(["hat", *sys.argv[1:]])
         typer.echo(f"\ninterrupted; finished runs stay, and the same command does the others: {again}", err=True)
         raise typer.Exit(130) from None
-    rows = latest_rows(out)
-    width = max(map(len, ["run", *runs]))
+    latest = latest_rows(out)
+    rows = [latest[run_name(point)] for point in points]
+    width = max(len("run"), *(len(row.run) for row in rows))
     typer.echo(f"\n{'run':{width}}  status  attempts  seconds")
-    for row in map(rows.get, runs):
+    for row in rows:
         typer.echo(f"{row.run:{width}}  {row.status:6}  {row.attempts:8d}  {row.seconds:7.1f}")
     typer.echo(f"wrote {out}")
-    if any(rows[run].status != "ok" for run in runs):
+    if any(row.status != "ok" for row in rows):
         raise typer.Exit(1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 
-from hat_lib.config import HatError
+from hat_lib.config import HatError, check_count
 
 RESULT = "application/x-hat-result+json"
 """MIME type of a cell output made by `record`: a JSON object"""
@@ -20,19 +20,15 @@ RESULT = "application/x-hat-result+json"
 def begin(*, profile: str, seed: int, full: int = 8, dtype: str | None = None, **counts: tuple[int, int]) -> int:
     """Check the parameters that notebooks share, print versions and, if there is a model, seed torch.
 
-    Args:
-        full: how many times as much the profile "full" does as "quick".
-        dtype: of the base, as for `load_base`; None in a notebook without a model, where torch is not imported.
-        counts: ``name=(value, least)`` for whole numbers.
-
-    Returns 1 for the profile "quick", else ``full``; raises `HatError` for an invalid value.
+    ``counts`` are ``name=(value, least)`` for whole numbers; ``dtype`` is that of the base, None where there is no
+    model. Returns 1 for the profile "quick", else ``full``: how many times as much it does.
     """
     if profile not in ("quick", "full"):
         raise HatError(f"profile must be quick or full, got {profile!r}")
-    for name, (value, least) in {**counts, "seed": (seed, 0)}.items():
-        if value < least:
-            raise HatError(f"{name} must be a whole number of at least {least}, got {value}")
-    packages = ["numpy", "pandas"]
+    check_count("seed", seed, 0)
+    for name, (value, least) in counts.items():
+        check_count(name, value, least)
+    packages = ["hat-workbook", "numpy", "pandas"]
     if dtype is not None:
         import torch
         from transformers.utils.logging import disable_progress_bar
@@ -43,9 +39,9 @@ def begin(*, profile: str, seed: int, full: int = 8, dtype: str | None = None, *
         if dtype != "auto":
             parse_dtype(dtype)
         torch.manual_seed(seed)
-        packages = ["torch", "transformers"]
-    print(*(f"{name} {version(name)}" for name in ("hat-workbook", *packages)), sep=", ")
-    return {"quick": 1, "full": full}[profile]
+        packages = ["hat-workbook", "torch", "transformers"]
+    print(", ".join(f"{name} {version(name)}" for name in packages))
+    return full if profile == "full" else 1
 
 
 def judge(prediction: str, held: bool, measured: str = "") -> None:
@@ -54,7 +50,9 @@ def judge(prediction: str, held: bool, measured: str = "") -> None:
     nbval compares the first line. The second has numbers that differ from machine to machine, so
     ``notebooks/nbval_sanitize.cfg`` leaves it out of the comparison.
     """
-    print(f"{'held' if held else 'FAILED'}: {prediction}" + f"\n    measured: {measured}" * bool(measured))
+    print(f"{'held' if held else 'FAILED'}: {prediction}")
+    if measured:
+        print(f"    measured: {measured}")
 
 
 def record(**values) -> None:
@@ -64,15 +62,9 @@ def record(**values) -> None:
     """
     from IPython.display import display
 
-    json_text("what is recorded", values)
+    try:
+        json.dumps(values, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise HatError(f"what is recorded must be JSON (finite numbers, text, lists, dicts, None): {error}") from None
     text = ", ".join(f"{name} = {value}" for name, value in values.items())
     display({"text/plain": text, RESULT: values}, raw=True)
-
-
-def json_text(what: str, value: object) -> str:
-    """``value`` as JSON; raises a `HatError` that names ``what``."""
-    try:
-        return json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        expected = "JSON (finite numbers, text, lists, dicts, None)"
-        raise HatError(f"{what} must be {expected}, got {value!r}") from None

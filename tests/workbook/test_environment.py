@@ -1,53 +1,26 @@
-"""What the report on the machine says: what will be slow, in plain sentences."""
+"""The report on the machine."""
 
 import sys
 
-import pytest
 import torch
 
 from hat_lib.workbook import environment as report
 
-FACTS = report.environment()
 
-
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"dtype": torch.float32, "device": "cpu"}, "fp32 only"),
-        ({"threads": 1}, "one torch thread"),
-        ({"no_engine": "numba cannot be used here"}, "skipped channels save no time"),
-        ({"threads": 8, "cores": 2}, "8 torch threads on 2 cores"),
-        ({"device": "cuda: Some GPU"}, "quality is real, speed is not"),
-        ({"memory": 2.0}, "2.0 GB of memory"),
-        ({"ready": {"base bundled": False}, "has_pip": False}, "no pip"),
-        ({"ready": {"base bundled": False}, "disk_free": 0.1}, "0.1 GB of disk"),
-        ({"offline": True}, "HF_HUB_OFFLINE"),
-        ({"colab": True}, "Drive"),
-    ],
-)
-def test_setup_tells_what_would_be_slow(changes, words):
-    fine = FACTS | dict(
-        dtype=torch.bfloat16,
-        device="cpu",
-        no_engine=None,
-        threads=4,
-        cores=4,
-        memory=16.0,
-        disk_free=50.0,
-        has_pip=True,
-        offline=False,
-        colab=False,
-    )
-    assert report.slow_here(fine) == []
-    (note,) = report.slow_here(fine | changes)
-    assert words in note and f"note: {note}" in report.lines(fine | changes)
+def test_slow_machines_are_noted(monkeypatch):
+    monkeypatch.setattr(report, "default_dtype", lambda device: torch.bfloat16)
+    assert not any(line.startswith("note: ") for line in report.environment())
+    monkeypatch.setattr(report, "default_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(report.fast_path, "UNAVAILABLE", "no numba")
+    notes = [line for line in report.environment() if line.startswith("note: ")]
+    assert len(notes) == 2 and "fp32" in notes[0] and "no engine" in notes[1]
 
 
 def test_colab_is_found_without_importing_it(monkeypatch, tmp_path):
     assert not report.in_colab()
     package = tmp_path / "google" / "colab"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise ImportError('wants a notebook')")
+    (package / "__init__.py").write_text("raise ImportError('needs a notebook')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "google", raising=False)
     assert report.in_colab()
