@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 FETCH ?= $(PY) -m hat_lib setup --quiet
 # Files or folders whose tests `make check` runs: make check ONLY=tests/model; all by default.
 ONLY ?=
-# Rows that `make soak` measures, and the share of their cases: make soak PART="--only hostile --share 0.01 --out runs/a.csv"
+# What `make soak` runs: equalities, kills or leaks; all by default.
 PART ?=
 # Processes that tests run in, of one thread each. A file's tests stay together.
 JOBS ?= 2
@@ -37,14 +37,14 @@ help:  ## say what each target does
 workbook: .venv/ready  ## run every notebook into runs/, then say how each one went
 	$(OFFLINE) $(PY) -m hat_lib.workbook run
 
-check: lint  ## lint, and every test that is not marked slow: under three minutes
+check: lint  ## lint, and every test that is not marked slow: under two minutes
 	$(PYTEST) -m "not slow" $(ONLY)
 
 test: lint  ## lint, every test, and stored outputs of the notebooks (but 03 and 04) compared with a fresh run
 	$(PYTEST) $(TESTS)
 	$(if $(COMPARED),$(PYTEST) $(NBVAL) $(COMPARED),@echo "no notebooks to compare")
 
-soak: .venv/tested  ## what it survives, over an hour: rows that data/results/reliability.csv lacks; stopped, it goes on
+soak: .venv/tested  ## a thousand random models, kills, and memory over many texts: half an hour
 	PYTHONPATH=tests $(OFFLINE) $(PY) -m soak $(PART)
 
 refresh: .venv/tested  ## make all that is committed anew: results, tables, figures, notebooks; hours, on an idle machine

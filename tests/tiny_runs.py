@@ -144,7 +144,7 @@ def interrupt_at(monkeypatch, *steps: tuple[str, int], by=signal.SIGINT) -> None
 # Processes. A fork server has done the imports, which take seconds, and has run nothing yet that a fork would break.
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["hat_lib.training.run", "hat_lib.cli.app", "soak.faults"])
+_context.set_forkserver_preload(["hat_lib.training.run", "hat_lib.cli.app", "soak.kills"])
 
 
 def start(target, *args):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import hypothesis
 import numpy as np
@@ -24,46 +25,17 @@ from hat_lib.backbone.base import Base, exact_hash, fingerprint
 from hat_lib.backbone.shapes import byte_tokenizer
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
-from soak import Found
 
 TOKENIZER = byte_tokenizer()
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 
-@dataclass(frozen=True)
-class Case:
-    depth: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    width: int
-    inner: int
-    attention_bias: bool
-    mlp_bias: bool
-    tied: bool
-    dtype: torch.dtype
-    grain: str
-    exits: frozenset[int]
-    translator_rank: int
-    correction_rank: int | None
-    protected: int
-    capacity: float
-    head_gated: bool
-    lora: bool
-    batch: int
-    tokens: int
-    side: str
-    threads: int
-    seed: int
-
-
 @st.composite
-def drawn(draw) -> Case:
+def drawn(draw) -> SimpleNamespace:
     heads = draw(st.integers(1, 4))
     depth = draw(st.integers(1, 4))
-    grain = draw(st.sampled_from(GRAINS))
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
-    return Case(
+    return SimpleNamespace(
         depth=depth,
         heads=heads,
         kv_heads=draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])),
@@ -74,13 +46,13 @@ def drawn(draw) -> Case:
         mlp_bias=draw(st.booleans()),
         tied=draw(st.booleans()),
         dtype=dtype,
-        grain=grain,
-        exits=frozenset(draw(st.sets(st.integers(1, depth - 1)))) if depth > 1 else frozenset(),
+        grain=draw(st.sampled_from(GRAINS)),
+        exits=draw(st.sets(st.integers(1, depth - 1))) if depth > 1 else set(),
         translator_rank=draw(st.integers(0, 3)),
         correction_rank=draw(st.sampled_from([None, None, 0, 2])),
         protected=draw(st.integers(0, 3)),
         capacity=draw(st.integers(50, 99)) / 100,
-        head_gated=dtype == torch.float32 and draw(st.booleans()),  # in bf16 a channel of the preview may flip as well
+        skips_head=dtype == torch.float32 and draw(st.booleans()),  # in bf16 a channel of the preview may flip as well
         lora=draw(st.sampled_from([False, False, False, True])),
         batch=draw(st.integers(1, 4)),
         tokens=draw(st.integers(2, 12)),
@@ -90,11 +62,10 @@ def drawn(draw) -> Case:
     )
 
 
-def run(count: int, seed: int = 0) -> Found:
-    """``count`` cases, the same for the same seed; the first that fails is shrunk and ends the run."""
-    found = Found()
+def run(count: int) -> None:
+    """``count`` cases, the same on every run; the first that fails is shrunk and raised."""
 
-    @hypothesis.seed(seed)
+    @hypothesis.seed(0)
     @settings(
         max_examples=count,
         database=None,
@@ -104,7 +75,6 @@ def run(count: int, seed: int = 0) -> Found:
     )
     @given(drawn())
     def cases(case):
-        found.cases += 1
         check(case)
 
     threads = torch.get_num_threads()
@@ -113,14 +83,11 @@ def run(count: int, seed: int = 0) -> Found:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "token grain|Initializing zero-element tensors")
             cases()
-    except Exception as error:
-        found.fail("shrunk", " ".join([repr(error), *getattr(error, "__notes__", [])]))
     finally:
         torch.set_num_threads(threads)
-    return found
 
 
-def llama(case: Case) -> Base:
+def llama(case: SimpleNamespace) -> Base:
     """A base of this shape, with random weights."""
     config = LlamaConfig(
         num_hidden_layers=case.depth, hidden_size=case.width, intermediate_size=case.inner, vocab_size=260,
@@ -139,12 +106,12 @@ def llama(case: Case) -> Base:
     return Base(lm, TOKENIZER, identity, "drawn")
 
 
-def adaptive(case: Case, base: Base) -> HierarchicalTransformer:
+def adaptive(case: SimpleNamespace, base: Base) -> HierarchicalTransformer:
     """Random routers, gates and corrections, and thresholds that skip about a third."""
     shape = {"translator_rank": min(case.translator_rank, case.width), "protected_tokens": case.protected}
     rank = None if case.correction_rank is None else min(case.correction_rank, case.width)
     hat = skipping(case.grain, base, tuple(sorted(case.exits)), bar=0.6, correction_rank=rank, **shape)
-    if case.head_gated:
+    if case.skips_head:
         tables = {"head_thresholds": [2.0, 0.0], "head_margins": [2.0, 9.0], "head_shares": [0.5, 1.0]}
         hat.calibration = replace(hat.calibration, **tables)
     hat.capacity = case.capacity
@@ -169,7 +136,7 @@ def stepwise(lm, ids):
     return torch.cat([lm(step, cache=cache, use_cache=True).logits for step in ids.split(1, dim=1)], 1)
 
 
-def check(case: Case) -> None:
+def check(case: SimpleNamespace) -> None:
     """Raise AssertionError unless every equality holds."""
     base, draws = llama(case), np.random.default_rng(case.seed + 1)
     ids = torch.from_numpy(draws.integers(0, 256, (case.batch, case.tokens)))
@@ -183,7 +150,7 @@ def check(case: Case) -> None:
         assert off.any(-1).sum() <= tips, f"{what}: {int(off.sum())} logits differ"
 
     hat = adaptive(case, base)
-    tips = 1 if case.head_gated else 0
+    tips = 1 if case.skips_head else 0
     with hat.dense():
         close(hat.lm(ids).logits, expected, "dense = base")
     with hat.at(1.0, 0.0):
