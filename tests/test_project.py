@@ -59,7 +59,7 @@ def test_every_import_of_the_library_is_declared():
 
 
 def test_what_lies_beside_the_modules_is_packaged():
-    packaged = set()  # and what setup.py takes from data/
+    packaged = set()
     for name, patterns in PYPROJECT["tool"]["setuptools"]["package-data"].items():
         for pattern in patterns:
             packaged |= set(REPO.joinpath(*name.split(".")).glob(pattern))

@@ -39,9 +39,7 @@ def select(names: list[str], folder: Path) -> list[Path]:
         path = Path(name).expanduser()
         matches = [path] if path.is_file() else [p for p in notebooks if name in (p.stem[:2], p.stem, p.name)]
         if not matches:
-            there = (
-                ", ".join(p.stem for p in notebooks) or f"none in {folder}, which comes with a clone of the repository"
-            )
+            there = ", ".join(p.stem for p in notebooks) or "none: they come with a clone of the repository"
             raise HatError(f"no notebook {name!r}; there are: {there}")
         chosen += matches
     return chosen or notebooks
