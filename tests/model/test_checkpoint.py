@@ -8,7 +8,7 @@ exit layers ``[1, T]``. No score of that text is within 0.5 % of its threshold.
 import copy
 import json
 import os
-import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny_runs import GRAINS, tiny, untrained
 
-from hat_lib.backbone.base import exact_hash, fingerprint
+from hat_lib.backbone.base import exact_hash
 from hat_lib.config import DATA, HatConfig, HatError
 from hat_lib.model.checkpoint import (
     ADAPTER_FILE,
@@ -43,16 +43,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:token grain")
 OLD = Path(__file__).with_name("version_0")
 FILES = (ADAPTER_FILE, CONFIG_FILE)
 KEY = "routers.2_qkv.log_scale"
+NO_EXITS = dict.fromkeys(EXIT_TABLES)
 PRICES = [Price("news", c, c + 0.01, 1 - c, None, None, 20.0, 4000) for c in (0.4, 0.7)]
 
 
 def logits(hat, ids):
     with torch.inference_mode():
         return hat.lm(ids).logits
-
-
-def files(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture
@@ -148,12 +145,8 @@ def test_round_trip(folder, base, tmp_path):
     hat.unload()
 
 
-def test_base_by_the_name_in_the_checkpoint_or_another(folder, base, tmp_path):
-    assert HierarchicalTransformer.from_pretrained(folder, dtype="fp32", device="cpu").base.name == "random:tiny"
-    base.model.save_pretrained(tmp_path)
-    base.tokenizer.save_pretrained(tmp_path)
-    hat = HierarchicalTransformer.from_pretrained(folder, tmp_path, dtype="fp32", device="cpu")
-    assert hat.base.fingerprint == base.fingerprint and hat.base.name == str(tmp_path)
+def test_base_by_the_name_in_the_checkpoint(folder):
+    assert HierarchicalTransformer.from_pretrained(folder, dtype="bf16").base.name == "random:tiny"
 
 
 @pytest.mark.parametrize("grain", GRAINS)
@@ -171,24 +164,6 @@ def test_only_the_adapter_is_saved_and_all_of_it(grain, base, tmp_path):
     assert tensors.keys() == loaded.hat_parameters().keys()
     assert all(torch.equal(p, hat.hat_parameters()[name]) for name, p in loaded.hat_parameters().items())
     loaded.unload()
-
-
-@pytest.mark.parametrize("grain", GRAINS)
-def test_neither_use_nor_training_changes_the_base(grain, base):
-    hat = HierarchicalTransformer.from_pretrained(OLD / grain, base)
-    ids, before = load_file(OLD / grain / "expected.safetensors")["ids"], exact_hash(base.model)
-    for capacity in (0.8, 1.0, 0.6):
-        hat.capacity = capacity
-        hat.lm.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    hat.train()
-    step = torch.optim.SGD(hat.parameters(), lr=1.0)
-    hat.lm(ids).logits.square().mean().backward()
-    adapter = {name: parameter.clone() for name, parameter in hat.hat_parameters().items()}
-    step.step()
-    assert (fingerprint(hat.lm), exact_hash(hat.lm)) == (base.fingerprint, before)
-    assert any(not torch.equal(parameter, adapter[name]) for name, parameter in hat.hat_parameters().items())
-    hat.eval()
-    hat.unload()
 
 
 def test_write_prices(folder):
@@ -260,49 +235,35 @@ def test_no_json(folder, base, text):
 
 
 @pytest.mark.parametrize(
-    ("config", "tables", "words"),
-    [
-        ({"n_layers": 5}, None, "5 layers"),
-        ({}, {"sites": ["ffn"]}, "calibration.sites"),
-        ({"exit_layers": (), "exit_rate": 0.2}, dict.fromkeys(EXIT_TABLES), "without exit layers"),
-        ({"exit_rate": 0.2}, dict.fromkeys(EXIT_TABLES), "trained exit gates"),
-    ],
+    ("changes", "tables"),
+    [({"n_layers": 5}, {}), ({}, {"sites": ["ffn"]}), ({"exit_rate": 0.2}, NO_EXITS)],
 )
-def test_constructor_that_fails_leaves_the_base_clean(base, config, tables, words):
-    calibration = tables if tables is None else replace(read_checkpoint(OLD / "channel").calibration, **tables)
-    with pytest.raises(HatError, match=words):
-        HierarchicalTransformer(
-            base, HatConfig(**{"n_layers": 4, "exit_layers": (2,), "capacity": 0.6, **config}), calibration
-        )
+def test_constructor_that_fails_leaves_the_base_clean(base, changes, tables):
+    found = read_checkpoint(OLD / "channel")
+    with pytest.raises(HatError):
+        HierarchicalTransformer(base, replace(found.config, **changes), replace(found.calibration, **tables))
 
 
-def test_killed_while_saving(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("renames", "saved"), [(0, False), (1, False), (2, True), (3, True)])
+def test_killed_while_saving(folder, monkeypatch, renames, saved):
     """It leaves the old checkpoint or the new one, whichever rename is the last."""
     old = read_checkpoint(folder)
     new = replace(old, tensors=old.tensors | {KEY: torch.ones(64)}, training={"state": 1})
-    rename, states = os.replace, []
-    for calls in range(4):
-        copied = shutil.copytree(folder, tmp_path / str(calls))
-        left = iter(range(calls))
+    rename, left = os.replace, iter(range(renames))
 
-        def dying(source, target, left=left):
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            rename(source, target)
+    def dying(source, target):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        rename(source, target)
 
-        monkeypatch.setattr(os, "replace", dying)
-        if calls < 3:
-            with pytest.raises(KeyboardInterrupt):
-                write_checkpoint(copied, new)
-        else:
-            write_checkpoint(copied, new)
-        found = read_checkpoint(copied)
-        states.append(found.training == new.training)
-        assert torch.equal(found.tensors[KEY], (new if states[-1] else old).tensors[KEY])
-        monkeypatch.setattr(os, "replace", rename)
-        write_checkpoint(copied, new)
-        assert files(copied) == sorted(FILES)
-    assert states == [False, False, True, True]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying)
+        with pytest.raises(KeyboardInterrupt) if renames < 3 else nullcontext():
+            write_checkpoint(folder, new)
+    found, expected = read_checkpoint(folder), new if saved else old
+    assert found.training == expected.training and torch.equal(found.tensors[KEY], expected.tensors[KEY])
+    write_checkpoint(folder, new)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
 
 
 # The Hugging Face Hub
