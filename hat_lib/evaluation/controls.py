@@ -3,9 +3,8 @@
 A router is only worth something if it beats these at equal realised work. Each control is a family of policies with one
 dial, and `matched` turns the dial until the realised capacity on a text is the requested one. A policy is run by
 ``with hat.using(policy):``, so it differs from the method only in its decisions; protected tokens and layer 0's FFN
-(token grain) always run as usual. `CONTROLS` holds the families under one signature; `family_of` is the method with
-another checkpoint, such as an untrained one; `RandomExits` is the control for the gates. Exits are off while a control
-is built.
+(token grain) always run as usual. `CONTROLS` holds the families under one signature; `checkpoint_family` is the method
+with another checkpoint, such as an untrained one; `RandomExits` is the control for the gates.
 """
 
 from __future__ import annotations
@@ -56,13 +55,10 @@ def matched(
 ) -> Policy:
     """The member of ``family`` that realises ``capacity`` on ``blocks``, within 0.003 and mostly within 0.001.
 
-    It is run inside ``around()``, by default ``hat.dense()``, where the head is read in full and is no part of a
-    capacity; inside ``hat.at(c)`` of a model that skips part of its head, the head's own work counts.
-
-    It looks only at the work, never at what the model predicts, so it may be given the very text that is measured
-    afterwards. Protected tokens count, so texts cut into much shorter blocks realise more. Raises `OutOfReach` for a
-    capacity that no member of the family comes near, and a plain `HatError` for one outside [0.1, 1] or a text of fewer
-    than 256 tokens.
+    It runs inside ``around()``, by default ``hat.dense()``, where the head is read in full and is no part of a
+    capacity; inside ``hat.at(c)`` of a model that skips part of its head, the head's own work counts. It looks only at
+    the work, never at predictions, so it may be given the very text that is measured afterwards. Raises `OutOfReach`
+    for a capacity that no member comes near, and a plain `HatError` for one outside [0.1, 1] or fewer than 256 tokens.
     """
     capacity, texts = check_capacity(capacity), text_tensors(hat, blocks)
     if capacity == 1.0:
@@ -78,7 +74,10 @@ def matched(
         best = min(best, (abs(realised - capacity), realised, policy), key=lambda found: found[0])
         if best[0] <= CLOSE:
             break
-        low, high = (low, (dial, realised)) if realised > capacity else ((dial, realised), high)
+        if realised > capacity:
+            high = dial, realised
+        else:
+            low = dial, realised
     if best[0] > EQUAL:
         raise OutOfReach(f"this control cannot realise capacity {capacity} on this text: its nearest is {best[1]:.3f}")
     return best[2]
@@ -118,7 +117,7 @@ def _for_site(keep: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def random_mask(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
-    """Every unit is kept with the same probability, whatever the token (`Random`); ``blocks`` are unused."""
+    """Every unit is kept with the same probability, whatever the token (`Random`)."""
     return lambda share: Random(share, seed)
 
 
@@ -127,8 +126,7 @@ def static_choice(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
     """The method without its choice per token: the same channels, or the same FFNs, for every token.
 
     Channel grain: at each site, the channels whose scores have the largest root mean square on ``blocks``, as many as
-    the method itself allocates (``hat.calibration.shares_at``). The scores are those of the routers as they are,
-    trained or not. Token grain: `layer_removal`.
+    the method itself allocates (``hat.calibration.shares_at``). Token grain: `layer_removal`.
     """
     if not any(hat.mask_shapes.values()):  # one decision for each layer
         return layer_removal(hat, blocks, seed)
@@ -173,9 +171,9 @@ class Layers:
 def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
     """The routable work of whole layers is skipped for every token: the FFN, or all four sites (channel grain).
 
-    Greedy: layers are removed in the order of their `layer_damage`, cheapest first, which misses that two layers may
-    stand in for one another. The last one removed is skipped for a random part of the tokens, so that the work is the
-    requested amount. At the channel grain, a token that skips a layer leaves zero K and V there.
+    Greedy: layers are removed in the order of their `layer_damage`, cheapest first. The last one removed is skipped for
+    a random part of the tokens, so that the work is the requested amount. At the channel grain, a token that skips a
+    layer leaves zero K and V there.
     """
     order = sorted((cost, layer) for layer, cost in layer_damage(hat, blocks).items())
 
@@ -186,27 +184,17 @@ def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
     return family
 
 
-_DAMAGE: WeakKeyDictionary[HierarchicalTransformer, dict] = WeakKeyDictionary()
-
-
 def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, float]:
-    """KL(base || base without that layer's routable work), nats per token, for each layer that can be skipped.
-
-    One pass per layer, and one of the base, over about `DAMAGE_TOKENS` tokens of ``blocks``. Routers play no part, so
-    the numbers are kept as long as ``hat`` lives and serve every capacity.
-    """
-    texts = text_tensors(hat, blocks)
-    rows = [{"input_ids": t[0].tolist(), "n_context": 0} for t in texts]
-    rows = rows[:: max(1, sum(t.shape[1] for t in texts) // DAMAGE_TOKENS)]
-    known, key = _DAMAGE.setdefault(hat, {}), (hat.base.dtype, str(rows))
-    if key not in known:
-        every = range(hat.config.n_layers)
-        layers = [i for i in every if not all(hat.grain.always_runs(i, site) for site in hat.grain.sites)]
-        with hat.dense():
-            without = [partial(hat.using, Layers({layer: 0.0})) for layer in layers]
-            _, scores = score_each(hat, rows, without, progress=False)
-        known[key] = {layer: score.agreement.kl for layer, score in zip(layers, scores, strict=True)}
-    return known[key]
+    """KL(base || base without that layer's routable work), nats per token, for each layer that can be skipped. One pass
+    per layer and one of the base, over about `DAMAGE_TOKENS` tokens of ``blocks``."""
+    rows = [{"input_ids": t[0].tolist(), "n_context": 0} for t in text_tensors(hat, blocks)]
+    rows = rows[:: max(1, sum(len(row["input_ids"]) for row in rows) // DAMAGE_TOKENS)]
+    every = range(hat.config.n_layers)
+    layers = [i for i in every if not all(hat.grain.always_runs(i, site) for site in hat.grain.sites)]
+    with hat.dense():
+        without = [partial(hat.using, Layers({layer: 0.0})) for layer in layers]
+        _, scores = score_each(hat, rows, without, progress=False)
+    return {layer: score.agreement.kl for layer, score in zip(layers, scores, strict=True)}
 
 
 # -- the cosine rule -----------------------------------------------------------------------------------
@@ -241,9 +229,8 @@ class StreamCosine:
 class Cosine:
     """Skip layer l for a token whose predicted cosine across it exceeds ``threshold``; see `cosine_rule`.
 
-    Args:
-        mean, std, r: of the cosine across each layer, on held-out text, ``[L]`` each; ``r`` is its correlation with
-            the cosine across the previous layer. ``mean`` is -inf for a layer that always runs.
+    ``mean``, ``std`` and ``r [L]`` are of the cosine across each layer, on held-out text; ``r`` is its correlation with
+    the cosine across the previous layer. ``mean`` is -inf for a layer that always runs.
     """
 
     def __init__(self, hat: HierarchicalTransformer, mean, std, r, threshold: float):
@@ -279,12 +266,11 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
     before, stream after); FFN-SkipLLM (Jaiswal et al. 2024, arXiv:2404.03865) skips a token's next FFNs once its
     cosine is high. This combines the two: a line fitted on held-out text predicts the cosine across layer l from the
     cosine across layer l - 1 or, if that layer did not run, from the one predicted for it (with the last cosine alone
-    no token would run again, because a skipped layer's cosine is 1). One threshold serves all layers, so layers find
-    their own shares.
+    no token would run again, because a skipped layer's cosine is 1). One threshold serves all layers.
 
     Always run: the first layer with decisions (0; at the token grain 1), and the last, whose cosine no layer sees.
     Channel grain: the decision holds for all four sites, and a token that skips a layer leaves zero K and V there.
-    Token grain: a cosine spans the FFN and the next layer's attention. ``seed`` is unused.
+    Token grain: a cosine spans the FFN and the next layer's attention.
     """
     texts, cosine, n_layers = text_tensors(hat, blocks), StreamCosine(hat), hat.config.n_layers
     across: dict[int, list[Tensor]] = {}
@@ -308,10 +294,18 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
     return lambda dial: Cosine(hat, mean, std, r, float(np.quantile(predicted, dial)))
 
 
+CONTROLS: dict[str, Callable[[HierarchicalTransformer, Blocks, int], Family]] = {
+    "random": random_mask,
+    "static": static_choice,
+    "cosine": cosine_rule,
+    "removal": layer_removal,
+}
+
+
 # -- another checkpoint, other exits ------------------------------------------------------------------------
 
 
-def family_of(hat: HierarchicalTransformer, checkpoint: str | Path) -> Family:
+def checkpoint_family(hat: HierarchicalTransformer, checkpoint: str | Path) -> Family:
     """The method with the routers and calibration of another checkpoint, above all the untrained one.
 
     The dial is the requested capacity, from 0.1 up. ``hat`` is not changed: the policies carry their own routers.
@@ -349,11 +343,3 @@ def exit_shares(states: Iterable[TokenState], depths: Iterable[int]) -> dict[int
     """The share of tokens that left at each depth, of those that could: the ``rates`` of `RandomExits`."""
     left = torch.cat([s.exit_layer[s.real & ~s.protected] for s in states])
     return {depth: float((left == depth).sum() / (left >= depth).sum().clamp(min=1)) for depth in depths}
-
-
-CONTROLS: dict[str, Callable[[HierarchicalTransformer, Blocks, int], Family]] = {
-    "random": random_mask,
-    "static": static_choice,
-    "cosine": cosine_rule,
-    "removal": layer_removal,
-}

@@ -25,7 +25,7 @@ import pandas as pd
 from datasets import Dataset
 
 from hat_lib.backbone.machine import Machine, machine
-from hat_lib.config import CAPACITY_MIN, DATA, HatError, check_capacity, check_exit_rate
+from hat_lib.config import CAPACITY_MIN, DATA, HatError, check_capacity, check_count, check_exit_rate
 from hat_lib.evaluation.controls import (
     CONTROLS,
     EQUAL,
@@ -33,8 +33,8 @@ from hat_lib.evaluation.controls import (
     Family,
     OutOfReach,
     RandomExits,
+    checkpoint_family,
     exit_shares,
-    family_of,
     matched,
 )
 from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, interval, score, score_each
@@ -116,17 +116,19 @@ def grid(
     draws are run only with the first seed, and those of `NONE_OF_IT` not at all. Raises `HatError` for an empty axis,
     or a value that is out of range or given twice.
     """
-    axes = {"capacity": [check_capacity(c) for c in capacities], "exit rate": [check_exit_rate(r) for r in exit_rates],
-            "seed": list(seeds), "text": list(texts), "variant": list(variants)}  # fmt: skip
+    capacities = [check_capacity(capacity) for capacity in capacities]
+    exit_rates = [check_exit_rate(rate) for rate in exit_rates]
+    axes = {"text": texts, "capacity": capacities, "exit rate": exit_rates, "variant": variants, "seed": seeds}
     for name, values in axes.items():
         if not values or len(set(values)) < len(values):
-            raise HatError(f"a sweep needs at least one {name}, and each once, got {values}")
-    if odd := [s for s in seeds if not isinstance(s, int) or s < 0]:
-        raise HatError(f"a seed must be a whole number of at least 0, got {odd[0]!r}")
-    if odd := [v for v in variants if v not in VARIANTS]:
-        raise HatError(f"variants must be among {', '.join(VARIANTS)}, got {odd[0]!r}")
+            raise HatError(f"a sweep needs at least one {name}, and each once, got {list(values)}")
+    for seed in seeds:
+        check_count("seed", seed, 0)
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise HatError(f"variants must be among {', '.join(VARIANTS)}, got {variant!r}")
 
-    def stands(capacity: float, rate: float, variant: str, seed: int) -> bool:
+    def is_measured(capacity: float, rate: float, variant: str, seed: int) -> bool:
         if variant in NONE_OF_IT[granularity] or (variant not in DRAWN and seed != seeds[0]):
             return False
         if variant in ("random_exits", "no_exits"):
@@ -135,8 +137,8 @@ def grid(
             return rate == 0 and capacity == 1
         return variant == "trained" or (rate == 0 and capacity < 1)
 
-    points = product(texts, axes["capacity"], axes["exit rate"], variants, seeds)
-    return [Point(granularity, text, max_tokens, *at) for text, *at in points if stands(*at)]
+    points = product(*axes.values())
+    return [Point(granularity, text, max_tokens, *at) for text, *at in points if is_measured(*at)]
 
 
 def rows(
@@ -156,62 +158,152 @@ def rows(
     reverse, and if ``done`` has rows of other checkpoints. A control that cannot match the work of the trained model is
     left out with a warning.
     """
-    if odd := [g for g in grains if g not in GRAINS]:
-        raise HatError(f"grains must be among {', '.join(GRAINS)}, got {odd[0]!r}")
     done, adapters = done or {}, {}
-    found = {"channel": (channel, channel_untrained), "token": (token, token_untrained)}
+    checkpoints = {"channel": (channel, channel_untrained), "token": (token, token_untrained)}
     for grain in grains:
-        trained, untrained = found[grain]
+        if grain not in GRAINS:
+            raise HatError(f"grains must be among {', '.join(GRAINS)}, got {grain!r}")
+        trained, untrained = checkpoints[grain]
         if not (read_checkpoint(trained).training or {}).get("routers"):
             raise HatError(f"{trained} has no trained routers: expected a checkpoint as `hat train` writes it")
         if read_checkpoint(untrained).training is not None:
             raise HatError(f"{untrained} was trained: expected a checkpoint as `hat calibrate` writes it")
-        adapters |= {(grain, exits): adapter_digest(trained, exits) for exits in (False, True)}
+        for exits in (False, True):
+            adapters[grain, exits] = adapter_digest(trained, exits)
     for row in done.values():
         if row.adapter != adapters.get((row.granularity, row.exit_rate > 0), row.adapter):
             raise HatError(
-                f"there are rows of another {row.granularity} checkpoint than {found[row.granularity][0]}: "
+                f"there are rows of another {row.granularity} checkpoint than {checkpoints[row.granularity][0]}: "
                 "measure all of them again, or write elsewhere"
             )
     for grain in grains:
-        trained, untrained = found[grain]
         missing = [p for p in points if p.granularity == grain and p not in done]
         if not missing:
             continue
+        trained = checkpoints[grain][0]
         hat = HierarchicalTransformer.from_pretrained(trained, dtype=dtype)
         if hat.config.granularity != grain:
             raise HatError(f"{trained} has the {hat.config.granularity} grain, expected {grain}")
         missing = [p for p in missing if p.variant != "fine_tuned" or hat.corrections]
-        for (text, tokens), group in groupby(missing, key=lambda p: (p.text, p.max_tokens)):
-            yield from _on_text(hat, found[grain], adapters, text, tokens, group)
+        for (text, _), group in groupby(missing, key=lambda p: (p.text, p.max_tokens)):
+            yield from _OnText(hat, checkpoints[grain], adapters, text, list(group)).rows()
 
 
-def _on_text(hat, checkpoints: Sequence[Path], adapters, text: str, max_tokens: int, points) -> Iterator[Row]:
-    blocks = text_to_score(text, hat, max_tokens)
-    total = sum(map(len, blocks["input_ids"]))
-    if total < MIN_TOKENS:
-        raise HatError(f"{text}: controls are matched on at least {MIN_TOKENS} tokens, got {total}")
-    sample = blocks.select(range(0, len(blocks), max(1, round(total / MATCH_TOKENS))))
-    if sum(map(len, sample["input_ids"])) < MIN_TOKENS:
-        sample = blocks
-    points = list(points)
-    settings = list(dict.fromkeys((p.capacity, p.exit_rate) for p in points))
-    base, found = score_each(hat, blocks, [partial(hat.at, *s) for s in settings], progress=False)
-    trained = dict(zip(settings, found, strict=True))
-    for point in points:
-        if point.variant == "trained":
-            yield _row(hat, adapters, blocks, point, base, trained, trained[point.capacity, point.exit_rate])
-    drawn = [p for p in points if p.variant == "random_exits"]
-    rates = {at: _exit_rates(hat, *at, blocks) for at in dict.fromkeys((p.capacity, p.exit_rate) for p in drawn)}
-    given = {p: _random_exits(hat, p, rates[p.capacity, p.exit_rate]) for p in drawn}
-    given |= {p: partial(combined, hat.dense, hat.correcting) for p in points if p.variant == "fine_tuned"}
-    if given:
-        _, scores = score_each(hat, blocks, list(given.values()), progress=False)
-        for point, found_there in zip(given, scores, strict=True):
-            yield _row(hat, adapters, blocks, point, base, trained, found_there)
-    controls = [p for p in points if p.variant not in ("trained", *UNMATCHED)]
-    for point, scored in _at_equal_work(hat, checkpoints, controls, blocks, sample, trained):
-        yield _row(hat, adapters, blocks, point, base, trained, scored)
+class _OnText:
+    """The rows of one checkpoint on one text."""
+
+    def __init__(self, hat, checkpoints: Sequence[Path], adapters: Mapping, text: str, points: Sequence[Point]):
+        self.hat, self.checkpoints, self.adapters, self.text, self.points = hat, checkpoints, adapters, text, points
+        self.blocks = text_to_score(text, hat, points[0].max_tokens)
+        total = sum(map(len, self.blocks["input_ids"]))
+        if total < MIN_TOKENS:
+            raise HatError(f"{text}: controls are matched on at least {MIN_TOKENS} tokens, got {total}")
+        self.sample = self.blocks.select(range(0, len(self.blocks), max(1, round(total / MATCH_TOKENS))))
+        if sum(map(len, self.sample["input_ids"])) < MIN_TOKENS:
+            self.sample = self.blocks
+        settings = list(dict.fromkeys((p.capacity, p.exit_rate) for p in points))
+        self.base, scores = self.scored([partial(hat.at, *setting) for setting in settings])
+        self.trained = dict(zip(settings, scores, strict=True))
+        self.left: dict[tuple, Mapping[int, float]] = {}
+        """share of tokens that left at each depth, by setting"""
+
+    def scored(self, settings: Sequence[Callable]) -> tuple[Score, list[Score]]:
+        return score_each(self.hat, self.blocks, settings, progress=False)
+
+    def rows(self) -> Iterator[Row]:
+        for point in self.points:
+            if point.variant == "trained":
+                yield self.row(point, self.partner(point))
+        unmatched = [p for p in self.points if p.variant in UNMATCHED]
+        if unmatched:
+            _, scores = self.scored([self.unmatched(p) for p in unmatched])
+            for point, found in zip(unmatched, scores, strict=True):
+                yield self.row(point, found)
+        for point, found in self.controls():
+            yield self.row(point, found)
+
+    def partner(self, point: Point) -> Score:
+        """Of the trained model, at the same capacity and exit rate."""
+        return self.trained[point.capacity, point.exit_rate]
+
+    def row(self, point: Point, found: Score) -> Row:
+        partner = self.partner(point)
+        if abs(found.model_share - partner.model_share) > EQUAL and point.variant not in UNMATCHED:
+            shares = f"{found.model_share:.4f} of the model's work, the trained model {partner.model_share:.4f}"
+            raise HatError(f"{point.variant} at {point.capacity} on {point.text} is not at equal work: it ran {shares}")
+        margin = compare(partner, found)
+        low, high = interval(margin)
+        return rounded(
+            Row,
+            **machine(self.hat.base) | vars(found.agreement) | columns(compare(self.base, found)) | point._asdict(),
+            realised=found.capacity,
+            realised_exit=found.exit_rate,
+            model_share=found.model_share,
+            margin=margin.increase,
+            margin_low=low,
+            margin_high=high,
+            documents=len(set(self.blocks["doc"])),
+            text_hash=text_hash(self.blocks)[:16],
+            adapter=self.adapters[point.granularity, point.exit_rate > 0],
+        )
+
+    def unmatched(self, point: Point) -> Callable:
+        """The context of a variant whose work is not matched. Of `RandomExits`, as many leave at each depth as by the
+        gates, but other tokens; the work is the same as far as chance allows."""
+        if point.variant == "fine_tuned":
+            return partial(combined, self.hat.dense, self.hat.correcting)
+        setting = point.capacity, point.exit_rate
+        if setting not in self.left:
+            with self.hat.at(*setting), self.hat.collect() as traces:
+                score(self.hat, self.blocks, progress=False)
+            self.left[setting] = exit_shares(traces, self.hat.config.exit_layers)
+        exits = RandomExits(self.left[setting], point.seed)
+        return partial(combined, partial(self.hat.at, point.capacity, 0.0), partial(self.hat.exiting, exits))
+
+    def controls(self) -> Iterator[tuple[Point, Score]]:
+        """Scores of controls whose work on the text is the trained model's. Those that miss it are tried again, aimed
+        as far to the other side of it."""
+        points = [p for p in self.points if p.variant not in ("trained", *UNMATCHED)]
+        aims = {p: _work(p, self.partner(p)) for p in points}
+        families: dict[tuple, Family] = {}
+        for attempt in range(ROUNDS):
+            settings = {}
+            for point, aim in list(aims.items()):
+                try:
+                    settings[point] = self.control(point, aim, families)
+                except OutOfReach as error:
+                    del aims[point]
+                    self.warn(point, error)
+            if not settings:
+                return
+            _, scores = self.scored(list(settings.values()))  # all at once: the base runs again
+            for point, found in zip(settings, scores, strict=True):
+                partner = self.partner(point)
+                if abs(found.model_share - partner.model_share) <= EQUAL:
+                    del aims[point]
+                    yield point, found
+                elif attempt == ROUNDS - 1:
+                    self.warn(point, f"its share of the work is {found.model_share:.3f}, not {partner.model_share:.3f}")
+                else:
+                    aims[point] += _work(point, partner) - _work(point, found)
+
+    def control(self, point: Point, aim: float, families: dict[tuple, Family]) -> Callable:
+        """The context of a control that comes to the work ``aim`` on the sample."""
+        if point.variant == "no_exits":
+            return partial(self.hat.at, min(max(aim, CAPACITY_MIN), 1.0), 0.0)
+        key = point.variant, point.seed
+        if key not in families:
+            if point.variant in ("uncorrected", "untrained"):
+                families[key] = checkpoint_family(self.hat, self.checkpoints[point.variant == "untrained"])
+            else:
+                families[key] = CONTROLS[point.variant](self.hat, self.sample, point.seed)
+        # The head as it is at the capacity, and no corrections.
+        around = partial(combined, partial(self.hat.at, point.capacity, 0.0), partial(self.hat.correcting, 0.0))
+        policy = matched(self.hat, families[key], self.sample, min(max(aim, CAPACITY_MIN), 0.999), around)
+        return partial(combined, around, partial(self.hat.using, policy))
+
+    def warn(self, point: Point, why) -> None:
+        warnings.warn(f"no row for {point.variant} at {point.capacity} on {point.text}: {why}", stacklevel=3)
 
 
 def text_to_score(text: str, hat, max_tokens: int) -> Dataset:
@@ -222,86 +314,9 @@ def text_to_score(text: str, hat, max_tokens: int) -> Dataset:
     return spread(load_text(text, **how), max_tokens)
 
 
-def _row(hat, adapters, blocks, point: Point, base: Score, trained: Mapping[tuple, Score], found: Score) -> Row:
-    partner = trained[point.capacity, point.exit_rate]
-    if abs(found.model_share - partner.model_share) > EQUAL and point.variant not in UNMATCHED:
-        shares = f"{found.model_share:.4f} of the model's work, the trained model {partner.model_share:.4f}"
-        raise HatError(f"{point.variant} at {point.capacity} on {point.text} is not at equal work: it ran {shares}")
-    margin = compare(partner, found)
-    low, high = interval(margin)
-    return rounded(
-        Row,
-        **machine(hat.base) | vars(found.agreement) | columns(compare(base, found)) | point._asdict(),
-        realised=found.capacity,
-        realised_exit=found.exit_rate,
-        model_share=found.model_share,
-        margin=margin.increase,
-        margin_low=low,
-        margin_high=high,
-        documents=len(set(blocks["doc"])),
-        text_hash=text_hash(blocks)[:16],
-        adapter=adapters[point.granularity, point.exit_rate > 0],
-    )
-
-
-def _exit_rates(hat, capacity: float, rate: float, blocks) -> Mapping[int, float]:
-    with hat.at(capacity, rate), hat.collect() as traces:
-        score(hat, blocks, progress=False)
-    return exit_shares(traces, hat.config.exit_layers)
-
-
-def _random_exits(hat, point: Point, rates: Mapping[int, float]) -> Callable:
-    """As many exits at each depth as the gates took, by other tokens; the work is the same as far as chance allows."""
-    exits = RandomExits(rates, point.seed)
-    return partial(combined, partial(hat.at, point.capacity, 0.0), partial(hat.exiting, exits))
-
-
-def _at_equal_work(hat, checkpoints, points, blocks, sample, trained) -> Iterator[tuple[Point, Score]]:
-    """Scores of controls whose work on ``blocks`` is the trained model's; those that miss it are tried again, aimed as
-    far to the other side of it."""
-    aims = {p: _work(p, trained[p.capacity, p.exit_rate]) for p in points}
-    families: dict[Point, Family] = {}
-    for last in (*[False] * (ROUNDS - 1), True):
-        settings = {}
-        for point, aim in list(aims.items()):
-            if point.variant == "no_exits":
-                settings[point] = partial(hat.at, min(max(aim, CAPACITY_MIN), 1.0), 0.0)
-                continue
-            # The head as it is at the capacity, and no corrections.
-            around = partial(combined, partial(hat.at, point.capacity, 0.0), partial(hat.correcting, 0.0))
-            try:
-                if point not in families:
-                    families[point] = _family(hat, checkpoints, point, sample)
-                policy = matched(hat, families[point], sample, min(max(aim, CAPACITY_MIN), 0.999), around)
-                settings[point] = partial(combined, around, partial(hat.using, policy))
-            except OutOfReach as error:
-                del aims[point]
-                warnings.warn(f"no row for {point.variant} at {point.capacity} on {point.text}: {error}", stacklevel=3)
-        if not settings:
-            return
-        _, scores = score_each(hat, blocks, list(settings.values()), progress=False)  # in one go: the base runs again
-        for point, found in zip(settings, scores, strict=True):
-            partner = trained[point.capacity, point.exit_rate]
-            if abs(found.model_share - partner.model_share) <= EQUAL:
-                del aims[point]
-                yield point, found
-            elif last:
-                told = f"its share of the model's work is {found.model_share:.3f}, not {partner.model_share:.3f}"
-                warnings.warn(f"no row for {point.variant} at {point.capacity} on {point.text}: {told}", stacklevel=3)
-            else:
-                aims[point] += _work(point, partner) - _work(point, found)
-
-
 def _work(point: Point, found: Score) -> float:
     """What a control is aimed by: the capacity, which leaves out what exits save."""
     return found.model_share if point.variant == "no_exits" else found.capacity
-
-
-def _family(hat, checkpoints: Sequence[Path], point: Point, sample) -> Family:
-    trained, untrained = checkpoints
-    if point.variant in ("uncorrected", "untrained"):
-        return family_of(hat, trained if point.variant == "uncorrected" else untrained)
-    return CONTROLS[point.variant](hat, sample, point.seed)
 
 
 def adapter_digest(checkpoint: Path, exits: bool) -> str:

@@ -23,9 +23,9 @@ from hat_lib.evaluation.controls import (
     OutOfReach,
     RandomExits,
     StreamCosine,
+    checkpoint_family,
     cosine_rule,
     exit_shares,
-    family_of,
     layer_damage,
     matched,
     realised_capacity,
@@ -360,17 +360,17 @@ class TestAsIn:
         for parameter in trained.hat_parameters().values():
             parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
         before = {k: v.clone() for k, v in trained.hat_parameters().items()}
-        equal(masks(trained, family_of(trained, folder)(0.7), IDS), start)
+        equal(masks(trained, checkpoint_family(trained, folder)(0.7), IDS), start)
         assert all(torch.equal(v, before[k]) for k, v in trained.hat_parameters().items())
 
     def test_refusals(self, calibrated, channels, tokens, tmp_path):
         with pytest.raises(HatError, match="token grain, expected channel"):
-            family_of(channels, self.save(tokens, tmp_path / "token"))
+            checkpoint_family(channels, self.save(tokens, tmp_path / "token"))
         with pytest.raises(HatError, match="no calibration: make one with `hat calibrate`"):
-            family_of(channels, self.save(untrained("channel"), tmp_path / "bare"))
+            checkpoint_family(channels, self.save(untrained("channel"), tmp_path / "bare"))
         base = dataclasses.replace(channels.base, fingerprint="0" * 64)
         with pytest.raises(HatError, match="has 000000000000"):
-            family_of(SimpleNamespace(base=base), self.save(channels, tmp_path / "other"))
+            checkpoint_family(SimpleNamespace(base=base), self.save(channels, tmp_path / "other"))
 
 
 def test_random_exits_leave_at_the_asked_rates_and_a_row_draws_alone_as_in_a_batch(channels):
