@@ -20,7 +20,7 @@ from hat_lib.model.modes import combined
 from hat_lib.model.policies import Policy
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import held_out, load_text, spread
-from studies.common import Machine, Perplexity, interval, machine, markdown, perplexity, rounded, saved
+from studies.common import Machine, Perplexity, machine, markdown, perplexity, rounded, saved
 from studies.plotting.findings import increase_text
 
 ABOUT = "a calibration with one thing changed, at equal work of the layers"
@@ -78,7 +78,7 @@ def rows(
             for capacity, score in scores.items():
                 if (name, capacity, text) not in done:
                     margin = compare(first[(text, split), capacity], score)
-                    low, high = interval(margin)
+                    low, high = margin.interval
                     yield rounded(
                         Row,
                         **machine(loaded) | vars(score.agreement) | perplexity(compare(dense, score)),

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.backbone.base import load_base
-from hat_lib.calibration.capacity import score_quantiles
+from hat_lib.calibration.quantiles import score_quantiles
 from hat_lib.config import HatConfig, check_capacity, check_count, check_exit_rate
 from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.cost import state_cost
@@ -208,7 +208,7 @@ def forced(
         policies = {c: forced_tokens(hat, c, batch, tokens) for c in gated}
     else:
         quantiles = score_quantiles(hat, [random_text(hat, 1, tokens)], progress=False)
-        policies = {c: hat.threshold_policy(quantiles.cuts(c)) for c in gated}
+        policies = {c: hat.threshold_policy(quantiles.thresholds(c)) for c in gated}
     return {c: partial(hat.using, policies[c]) for c in gated} | {1.0: hat.dense}
 
 

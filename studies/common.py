@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from hat_lib.backbone.machine import Machine, machine
 from hat_lib.evaluation.equal_work import CHECKPOINTS, TEXTS
-from hat_lib.evaluation.perplexity import Perplexity, interval
+from hat_lib.evaluation.perplexity import Perplexity
 from hat_lib.evaluation.perplexity import columns as perplexity
 from hat_lib.rows import results_table as saved
 from hat_lib.rows import rounded
 
-__all__ = ["CHECKPOINTS", "TEXTS", "Machine", "Perplexity", "interval", "machine", "perplexity", "rounded", "saved"]
+__all__ = ["CHECKPOINTS", "TEXTS", "Machine", "Perplexity", "machine", "perplexity", "rounded", "saved"]
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence]) -> str:

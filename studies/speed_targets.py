@@ -31,7 +31,7 @@ from hat_lib.model.modes import combined
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text, spread
-from studies.common import CHECKPOINTS, Machine, interval, machine, markdown, rounded, saved, times
+from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, times
 from studies.plotting import speed
 from studies.plotting.findings import increase_text
 from studies.prompts import prompts
@@ -133,7 +133,7 @@ def _prices(hat: HierarchicalTransformer, capacities: Sequence[float], tokens: i
         base, scored = score_decoded(hat, blocks, settings, batch_size=TOGETHER, progress=False)
         for columns, at in zip(found.values(), scored, strict=True):
             paired = compare(base, at)
-            low, high = interval(paired)
+            low, high = paired.interval
             columns |= {text: paired.increase, f"{text}_low": low, f"{text}_high": high}
             columns[f"{text}_realised"] = at.capacity
             columns["tokens"] = min(columns["tokens"], paired.tokens)

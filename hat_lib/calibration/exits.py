@@ -20,7 +20,7 @@ from scipy.special import expit, logit
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hat_lib.calibration.capacity import held_out_parts
+from hat_lib.calibration.quantiles import held_out_parts
 from hat_lib.config import HatError, check_capacity
 from hat_lib.model.policies import ExitThresholds
 from hat_lib.model.threshold_table import Calibration

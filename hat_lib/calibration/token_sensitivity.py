@@ -1,8 +1,8 @@
 """Which tokens are sensitive to skipping: the token routers of the channel grain, measured and not trained.
 
-Dropping the same share of channels costs some tokens several times as much as others. A backward pass measures how much
-(`hat_lib.calibration.fisher`), and the state that enters a layer predicts it, by a log-linear model of the price,
-``eta = w.x + b``, fitted to thousands of tokens. Notebook 07 shows how well it predicts on text of another kind.
+Dropping the same share of channels costs some tokens several times as much as others. A backward pass measures how
+much (`backward`), and the state that enters a layer predicts it, by a log-linear model of the price, ``eta = w.x + b``,
+fitted to thousands of tokens. Notebook 07 shows how well it predicts on text of another kind.
 
 If all channels of all tokens are to be dropped at the same marginal price, ``1/2 t^2 e^eta`` for one at the threshold
 t, thresholds scale as ``exp(-eta / 2)``. So the sensitivity, which divides a token's thresholds by ``exp(u)``, is
@@ -15,11 +15,13 @@ perplexity, untrained and after a short training, on both texts (``data/results/
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hat_lib.calibration.fisher import backward
 from hat_lib.config import HatError
 from hat_lib.model.transformer import HierarchicalTransformer
 
@@ -34,13 +36,17 @@ PRICE_LIMIT = 30.0
 # Expected standard deviation of eta: tighter than it turns out to be, which does better on text of another kind.
 PRIOR = 0.4
 
+Price = Callable[[int, str, Tensor, Tensor], Callable[[Tensor], None] | None]
+"""(layer, site, router's input x, activation) -> what to do with the activation's gradient, if anything. Both are
+detached: holding on to the activation itself would keep the graph of every block alive."""
+
 
 def fit_token_sensitivity(
-    hat: HierarchicalTransformer, blocks: list[Tensor], cuts: dict, seed: int, progress: bool = True
+    hat: HierarchicalTransformer, blocks: list[Tensor], thresholds: dict, seed: int, progress: bool = True
 ) -> None:
-    """Set the weights of ``hat``'s token routers from ``blocks``, int64 ``[1, T]`` each; ``cuts`` are the score
+    """Set the weights of ``hat``'s token routers from ``blocks``, int64 ``[1, T]`` each; ``thresholds`` are the score
     thresholds by (layer, site) at which `SHARE` is kept."""
-    prices, inputs = token_prices(hat, blocks, cuts, seed, progress)
+    prices, inputs = token_prices(hat, blocks, thresholds, seed, progress)
     prices = prices / prices.mean(1, keepdim=True).clamp(min=1e-12)
     for layer in tqdm(range(len(prices)), desc="token sensitivity", disable=not progress):
         near = prices[max(0, layer - NEIGHBOURS) : layer + NEIGHBOURS + 1].mean(0).clamp(max=PRICE_LIMIT)
@@ -54,14 +60,13 @@ def fit_token_sensitivity(
 
 
 def token_prices(
-    hat: HierarchicalTransformer, blocks: list[Tensor], cuts: dict, seed: int = 0, progress: bool = True
+    hat: HierarchicalTransformer, blocks: list[Tensor], thresholds: dict, seed: int = 0, progress: bool = True
 ) -> tuple[Tensor, list[Tensor]]:
-    """What it would cost each token to drop its channels at or below ``cuts``, in one layer at a time.
+    """What it would cost each token to drop its channels at or below ``thresholds``, in one layer at a time.
 
-    ``blocks`` and ``cuts`` are as in `fit_token_sensitivity`, ``seed`` is for the targets drawn from the base; the
-    token routers are not used. Returns the prices in nats of KL divergence, fp32 ``[L, n]``, and what predicts them,
+    ``blocks`` and ``thresholds`` are as in `fit_token_sensitivity`, ``seed`` is for the targets drawn from the base.
+    Token routers are not used. Returns the prices in nats of KL divergence, fp32 ``[L, n]``, and what predicts them,
     the inputs of q|k|v: L of ``[n, D]`` in half precision. n counts the tokens that are not protected, in order.
-
     Raises `HatError` at the token grain, which has no token sensitivity.
     """
     if not hat.grain.scales_thresholds:
@@ -70,7 +75,7 @@ def token_prices(
 
     def see(layer: int, site: str, x: Tensor, value: Tensor):
         free = ~hat.trace.protected.view(-1)
-        dropped = hat.routers[f"{layer}_{site}"].score(x) <= cuts[layer, site]
+        dropped = hat.routers[f"{layer}_{site}"].score(x) <= thresholds[layer, site]
         if site == "qkv":
             inputs[layer].append(x[free].half())
             price[layer].append(torch.zeros(int(free.sum()), device=x.device))
@@ -110,3 +115,33 @@ def log_linear(x: Tensor, y: Tensor, steps: int = 60) -> tuple[Tensor, Tensor]:
     optimizer.step(loss)
     weight = (weight / spread).detach()
     return weight, bias.detach() - mean @ weight
+
+
+def backward(
+    hat: HierarchicalTransformer, blocks: Iterable[Tensor], price: Price, *, seed: int, progress: bool, label: str
+) -> int:
+    """Price activations by dense passes over ``blocks`` (``[1, T]`` each), forward, and back from targets that the base
+    draws itself; returns the number of tokens.
+
+    If y is drawn from the base, the KL divergence between the base and a base whose activation a is changed by a small
+    d is, to second order, ``1/2 E[(grad_a log p(y) . d)^2]``: the Fisher quadratic form. So one gradient prices every
+    change to every activation, and prices of small changes add up.
+    """
+
+    def see(layer: int, site: str, x: Tensor, activation: Tensor) -> None:
+        with torch.no_grad():
+            use = price(layer, site, x.detach().flatten(0, -2), activation.detach().flatten(0, -2))
+        if use is not None:
+            activation.register_hook(lambda gradient: use(gradient.flatten(0, -2)))
+
+    generator = torch.Generator(hat.base.device).manual_seed(seed)
+    tokens = 0
+    with hat.dense(), hat.watching(see):
+        for block in tqdm(blocks, desc=label, disable=not progress):
+            with torch.enable_grad():
+                embedded = hat.lm.get_input_embeddings()(block).detach().requires_grad_()
+                logits = hat.lm(inputs_embeds=embedded, use_cache=False).logits[0].float()
+                target = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                F.cross_entropy(logits, target, reduction="sum").backward()
+            tokens += block.shape[1]
+    return tokens

@@ -57,22 +57,20 @@ def html(*passages: Passage, meaning: str, low: float | None = None, high: float
     Raises `HatError` if a passage does not have one number per token, if no token has a number and the ends are not
     given, and for a scale that does not go up from one finite number to another.
     """
-    scale = Scale(passages, low, high)
-
-    def span(text: str, at: float, more: str, marked: bool = False) -> str:
-        frame = f"outline:2px solid {FRAME};outline-offset:-1px;font-weight:bold;" if marked else ""
-        if np.isnan(at):
-            return f'<span style="{frame}">{escape(text)}</span>' if marked else escape(text)
-        (r, g, b), ink = colours_at(at)
-        return f'<span style="{frame}background:#{r:02x}{g:02x}{b:02x};color:{ink}{more}">{escape(text)}</span>'
-
-    swatches = "".join(span(text, at, ";padding:0 .6em") for at, text in scale.legend())
-    parts = [f"<p>{escape(visible(meaning))} {swatches}</p>"] if meaning else []
+    scale, parts = Scale(passages, low, high), []
+    if meaning:
+        swatches = "".join(f'<span style="{_css(at)};padding:0 .6em">{text}</span>' for at, text in scale.legend())
+        parts.append(f"<p>{escape(visible(meaning))} {swatches}</p>")
     for passage in passages:
         spans = ""
         for text, numbers, marked in characters(passage):
-            title = ", ".join(f"{v:.3f}" for v in numbers)
-            spans += span(text, scale.at(numbers), f'" title="{title}', marked)
+            at = scale.at(numbers)
+            css = f"outline:2px solid {FRAME};outline-offset:-1px;font-weight:bold;" if marked else ""
+            if np.isnan(at):
+                spans += f'<span style="{css}">{escape(text)}</span>' if marked else escape(text)
+            else:
+                title = ", ".join(f"{v:.3f}" for v in numbers)
+                spans += f'<span style="{css}{_css(at)}" title="{title}">{escape(text)}</span>'
         parts.append(f"<p><strong>{escape(visible(passage.title))}</strong><br>{spans}</p>")
     style = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5"
     return f'<div style="{style}">{"".join(parts)}</div>'
@@ -106,8 +104,7 @@ class Scale:
     def __init__(self, passages: Sequence[Passage], low: float | None, high: float | None):
         for p in passages:
             if len(p.tokens) != len(p.values):
-                counts = f"got {len(p.values)} for {len(p.tokens)}"
-                raise HatError(f"{p.title!r}: expected a number for each token, {counts}")
+                raise HatError(f"{p.title!r}: got {len(p.values)} numbers for {len(p.tokens)} tokens")
         values = np.concatenate([np.zeros(0), *(np.asarray(p.values, dtype=float) for p in passages)])
         known = values[np.isfinite(values)]
         if not len(known) and None in (low, high):
@@ -165,6 +162,11 @@ def colours_at(at: float) -> tuple[tuple[int, ...], str]:
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in map(int, rgb))]
     luminance = np.dot(linear, (0.2126, 0.7152, 0.0722))
     return tuple(map(int, rgb)), "black" if luminance > 0.179 else "white"
+
+
+def _css(at: float) -> str:
+    (r, g, b), ink = colours_at(at)
+    return f"background:#{r:02x}{g:02x}{b:02x};color:{ink}"
 
 
 def _painted(text: str, at: float) -> str:

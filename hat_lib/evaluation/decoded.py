@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.evaluation.perplexity import Score, _batches, _Tally
@@ -36,28 +35,29 @@ def score_decoded(
     ``[B, T, V]`` in the base's dtype. Arguments as in `score_each`. Raises `HatError` for a text without a scored
     token, and for a bad batch size.
     """
-    headless = SimpleNamespace(lm_head=nn.Identity())  # what it is given are logits already
-    found = [(around, _Tally(headless, None, dataset), WorkTally(hat)) for around in (hat.dense, *settings)]
+    settings = (hat.dense, *settings)
+    tallies = [_Tally(lambda logits: logits, None, dataset) for _ in settings]  # what they are given are logits already
+    spent = [WorkTally(hat) for _ in settings]
 
     def decode(lm, input_ids, **_):  # runs inside generate, where torch's threads sleep between steps
         for batch in _batches(dataset, batch_size, lm.device, progress):
             base = None
-            for around, tally, spent in found:
-                with around(), hat.collect() as steps:
+            for setting, tally, work in zip(settings, tallies, spent, strict=True):
+                with setting(), hat.collect() as steps:
                     logits = _forced(lm, batch.ids)
                 tally.add(batch, logits, base)
                 state = TokenState.cat(steps)
                 state.real = batch.real.bool()  # steps run only for the sake of longer blocks do not count
-                spent.add(state)
+                work.add(state)
                 base = logits if base is None else base
         return input_ids
 
     with torch.inference_mode():
         start = torch.zeros(1, 1, dtype=torch.long, device=hat.lm.device)
         hat.lm.generate(start, max_new_tokens=1, custom_generate=decode)
-    for _, tally, spent in found:
-        tally.spent = spent
-    base, *adaptive = (tally.score() for _, tally, _ in found)
+    for tally, work in zip(tallies, spent, strict=True):
+        tally.spent = work
+    base, *adaptive = [tally.score() for tally in tallies]
     return base, adaptive
 
 

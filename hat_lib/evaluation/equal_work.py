@@ -37,7 +37,7 @@ from hat_lib.evaluation.controls import (
     exit_shares,
     matched,
 )
-from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, interval, score, score_each
+from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, score, score_each
 from hat_lib.model.checkpoint import Price, digest, read_checkpoint
 from hat_lib.model.granularity import GRAINS
 from hat_lib.model.modes import combined
@@ -232,7 +232,7 @@ class _OnText:
             shares = f"{found.model_share:.4f} of the model's work, the trained model {partner.model_share:.4f}"
             raise HatError(f"{point.variant} at {point.capacity} on {point.text} is not at equal work: it ran {shares}")
         margin = compare(partner, found)
-        low, high = interval(margin)
+        low, high = margin.interval
         return rounded(
             Row,
             **machine(self.hat.base) | vars(found.agreement) | columns(compare(self.base, found)) | point._asdict(),

@@ -101,13 +101,16 @@ def run_tasks(hat: HierarchicalTransformer, tasks: dict, *, batch_size: int = 1)
             if not kind or name.endswith("_stderr"):
                 continue
             metric, stderr = name if kind == "none" else f"{name} ({kind})", f"{name}_stderr,{kind}"
-            errors = (found.get(stderr) for found in (theirs, metrics))  # "N/A" where there is none
-            error, own = (float(e) if isinstance(e, int | float) else None for e in errors)
-            both = float(theirs[key]), error, float(value), own
-            rows.append(TaskRow(task, metric, *both, int(metrics["sample_len"]), data_hash if samples else ""))
+            row = float(theirs[key]), _number(theirs.get(stderr)), float(value), _number(metrics.get(stderr))
+            rows.append(TaskRow(task, metric, *row, int(metrics["sample_len"]), data_hash if samples else ""))
     if not rows:
         raise HatError(f"{', '.join(adaptive['results'])}: lm_eval knows none of the metrics asked for")
     return rows, ours.spent
+
+
+def _number(value) -> float | None:
+    """None for the harness's "N/A"."""
+    return float(value) if isinstance(value, int | float) else None
 
 
 def counting_lm(hat: HierarchicalTransformer, batch_size: int):

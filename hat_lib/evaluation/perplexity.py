@@ -5,8 +5,8 @@ Perplexity is exp of the mean negative log-likelihood per scored token, over the
 without context.
 
 `compare` is paired: both models score the same tokens, and their blocks are resampled together, so that what is hard
-for both cancels. Which blocks count as independent, see `hat_lib.evaluation.intervals`. With fewer than six documents
-the interval applies to more text of these documents, and is too narrow for others.
+for both cancels (`hat_lib.evaluation.intervals`). With fewer than six documents the interval applies to more text of
+these documents, and is too narrow for others.
 
 Bits per byte are nats / (ln 2 * UTF-8 bytes of the scored tokens' text) and, unlike perplexity, are comparable across
 tokenizers (Gao et al. 2020, "The Pile", arXiv:2101.00027).
@@ -68,6 +68,11 @@ class Score:
     """name of the document that each block belongs to, ``[n_blocks]``; None if each is a document of its own"""
 
     @property
+    def document_of(self) -> Sequence:
+        """The document of each block."""
+        return range(len(self.tokens)) if self.documents is None else self.documents
+
+    @property
     def perplexity(self) -> float:
         return float(np.exp(self.nll.sum() / self.tokens.sum()))
 
@@ -81,15 +86,18 @@ class Score:
 class Comparison:
     """Perplexity of an adaptive model against its base, on the same tokens."""
 
-    increase: float
-    """``ppl / base_ppl - 1``"""
+    increase: float  # ppl / base_ppl - 1
     low: float
-    high: float
-    """95 % confidence interval of the increase; nan below six blocks"""
+    high: float  # 95 % confidence interval of the increase; nan below six blocks
     base_ppl: float
     ppl: float
     tokens: int
     n_blocks: int
+
+    @property
+    def interval(self) -> tuple[float | None, float | None]:
+        """The ends; None for none."""
+        return (None, None) if math.isnan(self.low) else (self.low, self.high)
 
 
 @torch.no_grad()
@@ -111,7 +119,7 @@ def score(
     Raises `HatError` for a text without a scored token, a bad batch size, or ``hat.lm`` instead of ``hat``.
     """
     lm, hat = _unwrap(model)
-    tally = _Tally(lm, hat, dataset)
+    tally = _Tally(lm.lm_head, hat, dataset)
     for batch in _batches(dataset, batch_size, lm.device, progress):
         tally.add(batch, batch.run(lm))
     return tally.score()
@@ -135,7 +143,7 @@ def score_each(
     """
     if not isinstance(hat, HierarchicalTransformer):
         raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to be compared with")
-    base, *adaptive = (_Tally(hat.lm, hat, dataset) for _ in range(1 + len(settings)))
+    base, *adaptive = (_Tally(hat.lm.lm_head, hat, dataset) for _ in range(1 + len(settings)))
     for batch in _batches(dataset, batch_size, hat.lm.device, progress):
         with hat.dense():
             dense = batch.run(hat.lm)
@@ -154,21 +162,14 @@ def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 
     if not np.array_equal(base.tokens, adaptive.tokens):
         sizes = (f"{len(s.tokens)} blocks of {int(s.tokens.sum())} tokens" for s in (base, adaptive))
         raise HatError(f"both must be scored on the same blocks, got {' and '.join(sizes)}")
-    n, added = len(base.tokens), adaptive.nll - base.nll
+    n, added, tokens = len(base.tokens), adaptive.nll - base.nll, int(base.tokens.sum())
     low = high = math.nan
     if n >= FEWEST:
-        found = units(_documents(adaptive))
+        found = units(adaptive.document_of)
         counts = resample(found, n, resamples, seed)
-        low, high = np.quantile(np.expm1(counts @ added / (counts @ base.tokens)), tails(found.drawn))
-    return Comparison(
-        increase=float(np.expm1(added.sum() / base.tokens.sum())),
-        low=float(low),
-        high=float(high),
-        base_ppl=base.perplexity,
-        ppl=adaptive.perplexity,
-        tokens=int(base.tokens.sum()),
-        n_blocks=n,
-    )
+        low, high = np.quantile(np.expm1(counts @ added / (counts @ base.tokens)), tails(found.drawn)).tolist()
+    increase = float(np.expm1(added.sum() / tokens))
+    return Comparison(increase, low, high, base.perplexity, adaptive.perplexity, tokens, n)
 
 
 def coverage(
@@ -180,21 +181,17 @@ def coverage(
     holds the increase over all of these blocks. Texts are put together from the very units that the bootstrap draws, so
     this sees what few units do to an interval, and neither what other documents would bring nor how alike units are.
     """
-    found, n = units(_documents(adaptive)), len(base.tokens)
+    found, n = units(adaptive.document_of), len(base.tokens)
     count = max(1, round(found.drawn * (blocks or n) / n))
-    rng, truth, held = np.random.default_rng(seed), compare(base, adaptive, resamples=1).increase, 0
+    rng, truth, covered = np.random.default_rng(seed), compare(base, adaptive, resamples=1).increase, 0
     for number in range(draws):
         chosen = [found.blocks[unit] for unit in rng.integers(len(found.blocks), size=count)]
         at = np.concatenate(chosen)
         documents = np.repeat(np.arange(count) * found.documents, [len(unit) for unit in chosen])
         parts = (replace(s, nll=s.nll[at], tokens=s.tokens[at], documents=documents) for s in (base, adaptive))
         drawn = compare(*parts, resamples=resamples, seed=number)
-        held += drawn.low <= truth <= drawn.high
-    return held / draws
-
-
-def _documents(score: Score) -> Sequence:
-    return range(len(score.tokens)) if score.documents is None else score.documents
+        covered += drawn.low <= truth <= drawn.high
+    return covered / draws
 
 
 def text_bytes(dataset: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -233,21 +230,20 @@ def by_document(dataset: Sequence[Mapping], n_bytes: np.ndarray, base: Score, ad
     blocks = {"blocks": 1, "tokens": base.tokens, "bytes": n_bytes, "base": base.nll, "nll": adaptive.nll}
     table = pd.DataFrame({"document": [row["doc"] for row in dataset], **blocks})
     table = table.groupby("document", sort=False, as_index=False).sum()
-    nats = {"base_": table.pop("base"), "": table.pop("nll")}
-    for whose, sums in nats.items():
-        table[f"{whose}perplexity"] = np.exp(sums / table["tokens"])
-    table["increase"] = np.expm1((nats[""] - nats["base_"]) / table["tokens"])
-    for whose, sums in nats.items():
-        bits = [bits_per_byte(n, size) for n, size in zip(sums, table["bytes"], strict=True)]
-        table[f"{whose}bits_per_byte"] = pd.Series(bits, dtype=object)
+    base_nll, nll = table.pop("base"), table.pop("nll")
+    table["base_perplexity"] = np.exp(base_nll / table["tokens"])
+    table["perplexity"] = np.exp(nll / table["tokens"])
+    table["increase"] = np.expm1((nll - base_nll) / table["tokens"])
+    for name, nats in (("base_bits_per_byte", base_nll), ("bits_per_byte", nll)):
+        table[name] = pd.Series(list(map(bits_per_byte, nats, table["bytes"])), dtype=object)
     return table
 
 
 class _Tally:
     """Running totals over the batches of one pass."""
 
-    def __init__(self, lm: LlamaForCausalLM, hat: HierarchicalTransformer | None, dataset: Sequence[Mapping]):
-        self.head, self.spent = lm.lm_head, None if hat is None else WorkTally(hat)
+    def __init__(self, head: Callable, hat: HierarchicalTransformer | None, dataset: Sequence[Mapping]):
+        self.head, self.spent = head, None if hat is None else WorkTally(hat)
         self.dense = nullcontext if hat is None else hat.dense
         self.nll, self.tokens = np.zeros(len(dataset)), np.zeros(len(dataset), dtype=np.int64)
         self.documents = np.array([str(row.get("doc", number)) for number, row in enumerate(dataset)])
@@ -276,9 +272,8 @@ class _Tally:
         found = Agreement(self.same / n, self.divergence / n, n) if n else None
         if self.spent is None:
             return Score(self.nll, self.tokens, agreement=found, documents=self.documents)
-        spent = self.spent
-        how = *spent.shares, spent.layer_capacity, spent.exits, found, self.documents
-        return Score(self.nll, self.tokens, *how)
+        work = *self.spent.shares, self.spent.layer_capacity, self.spent.exits
+        return Score(self.nll, self.tokens, *work, found, self.documents)
 
 
 @dataclass(frozen=True)
@@ -333,10 +328,6 @@ class Perplexity:
 
 
 def columns(paired: Comparison) -> dict:
-    ends = interval(paired)
-    return vars(paired) | {"increase_low": ends[0], "increase_high": ends[1], "blocks": paired.n_blocks}
-
-
-def interval(paired: Comparison) -> tuple[float | None, float | None]:
-    """Its ends; None for none."""
-    return (None, None) if math.isnan(paired.low) else (paired.low, paired.high)
+    """Columns of a row of results: `Comparison`, and with ends of None where there is no interval."""
+    low, high = paired.interval
+    return vars(paired) | {"increase_low": low, "increase_high": high, "blocks": paired.n_blocks}

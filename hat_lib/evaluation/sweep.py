@@ -24,7 +24,6 @@ from hat_lib.text.plain import check_whole
 CAPACITIES = (0.4, 0.55, 0.7, 0.9)
 OTHER_FILES = (".md", ".rst", ".tex", ".html", ".csv", ".tsv", ".json", ".log", ".pdf", ".docx")
 """text file extensions that `load_text` does not read; a file name with one is not to be measured as if it were text"""
-SHOWN = {"index": False, "float_format": "{:.4f}".format}
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,14 @@ class Sweep:
     blocks: int
 
     def __str__(self) -> str:
-        return f"{self._what()}\n{self.frame.to_string(**SHOWN)}\nrealised differs from requested: {WHY}"
+        table = self.frame.to_string(index=False, float_format="{:.4f}".format)
+        return f"{self._heading()}\n{table}\nrealised differs from requested: {WHY}"
 
     def _repr_html_(self) -> str:
-        table = self.frame.to_html(**SHOWN, border=0)
-        return f"<p>{escape(self._what())}</p>{table}<p>realised differs from requested: {WHY}</p>"
+        table = self.frame.to_html(index=False, float_format="{:.4f}".format, border=0)
+        return f"<p>{escape(self._heading())}</p>{table}<p>realised differs from requested: {WHY}</p>"
 
-    def _what(self) -> str:
+    def _heading(self) -> str:
         short = "" if self.blocks >= FEWEST else f" ({NONE})"
         return (
             f"{self.base} on {self.text}: {self.tokens} scored tokens in {self.blocks} blocks{short}; "
@@ -92,39 +92,53 @@ def sweep(
     for setting in settings:  # so that an invalid one is reported before anything is measured
         with setting():
             pass
-    name, dataset = _blocks(hat, text, split, max_tokens, block_size)
-    base, scores = score_each(hat, dataset, settings, batch_size=batch_size, progress=progress)
+    name, blocks = _blocks(hat, text, split, max_tokens, block_size)
+    base, scores = score_each(hat, blocks, settings, batch_size=batch_size, progress=progress)
     rows = []
     for capacity, found in zip(capacities, scores, strict=True):
-        versus = compare(base, found)
-        row = {"capacity": capacity, "realised": found.capacity, "exit_rate": found.exit_rate}
-        row |= {"model_share": found.model_share, "perplexity": found.perplexity}
-        row |= {"increase": versus.increase, "increase_low": versus.low, "increase_high": versus.high}
-        rows.append(row | {"kl": found.agreement.kl, "top1": found.agreement.top1})
-    what = hat.base.name, base.perplexity, int(base.tokens.sum()), len(dataset)
-    return Sweep(pd.DataFrame(rows), name, *what)
+        paired = compare(base, found)
+        rows.append(
+            {
+                "capacity": capacity,
+                "realised": found.capacity,
+                "exit_rate": found.exit_rate,
+                "model_share": found.model_share,
+                "perplexity": found.perplexity,
+                "increase": paired.increase,
+                "increase_low": paired.low,
+                "increase_high": paired.high,
+                "kl": found.agreement.kl,
+                "top1": found.agreement.top1,
+            }
+        )
+    return Sweep(pd.DataFrame(rows), name, hat.base.name, base.perplexity, int(base.tokens.sum()), len(blocks))
 
 
 def _blocks(hat, text, split: str | None, max_tokens: int | None, block_size: int) -> tuple[str, Sequence[Mapping]]:
     """A name for the text, and its blocks."""
-    tokenizer, texts = hat.base.tokenizer, [text] if isinstance(text, str | Path) else list(text)
-    for item in texts:
+    tokenizer = hat.base.tokenizer
+    for item in [text] if isinstance(text, str | Path) else text:
         if isinstance(item, str):
             check_whole("the text", item)
-    words = isinstance(text, str) and any(c.isspace() for c in text.strip())
-    if words and "\n" not in text.strip():
-        words = not (names_file(text) or Path(text).suffix.lower() in OTHER_FILES)
-    if isinstance(text, str | Path) and not words:
+    if isinstance(text, Path) or (isinstance(text, str) and _is_name(text)):
         split = split or default_split(text, hat)
         rows = load_text(text, tokenizer, split=split, max_tokens=max_tokens, block_size=block_size)
         return f"{text}, {split} split", rows
+    texts = [text] if isinstance(text, str) else text
     rows = []
     for item in texts:
-        if isinstance(item, Mapping):
-            rows.append(item)
-            continue
-        ids = first_ids(tokenizer, item, max_tokens) if isinstance(item, str) else list(item)
-        size = block_size if isinstance(item, str) else max(1, len(ids))
-        rows += [{"input_ids": ids[i : i + size], "n_context": 0} for i in range(0, len(ids), size)]
+        if isinstance(item, str):
+            ids = first_ids(tokenizer, item, max_tokens)
+            parts = [ids[i : i + block_size] for i in range(0, len(ids), block_size)]
+            rows += [{"input_ids": part, "n_context": 0} for part in parts]
+        else:
+            rows.append(item if isinstance(item, Mapping) else {"input_ids": list(item), "n_context": 0})
     name = f'"{" ".join(text.split(None, 6)[:6])} …"' if isinstance(text, str) else f"{len(texts)} texts or blocks"
     return name, [row for row in rows if len(row["input_ids"]) > 1]
+
+
+def _is_name(text: str) -> bool:
+    """Whether a string names a text: one line, without white space or with a file's extension at its end."""
+    words = text.strip()
+    spaced = any(c.isspace() for c in words)
+    return "\n" not in words and (not spaced or names_file(text) or Path(text).suffix.lower() in OTHER_FILES)

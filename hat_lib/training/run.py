@@ -30,8 +30,9 @@ from accelerate import PartialState
 
 from hat_lib import __version__
 from hat_lib.backbone.base import Base, load_base, parse_dtype
-from hat_lib.calibration.capacity import LEAST_TOKENS, HeadSplit, Split, calibrate, calibrate_learned
+from hat_lib.calibration.capacity import HeadSplit, Split, calibrate, calibrate_learned
 from hat_lib.calibration.exits import calibrate_exits
+from hat_lib.calibration.quantiles import LEAST_TOKENS
 from hat_lib.config import CAPACITY_MIN, HatConfig, HatError, lock
 from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE, Checkpoint, read_checkpoint
 from hat_lib.model.granularity import GRAINS

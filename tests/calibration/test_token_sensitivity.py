@@ -4,8 +4,10 @@ import pytest
 import torch
 from tiny_runs import random_blocks, untrained
 
-from hat_lib.calibration import capacity, token_sensitivity
+from hat_lib.calibration import token_sensitivity
+from hat_lib.calibration.budget import PROBE_SHARES, site_damage
 from hat_lib.calibration.capacity import calibrate
+from hat_lib.calibration.quantiles import score_quantiles
 from hat_lib.calibration.token_sensitivity import PRIOR, log_linear
 from hat_lib.config import HatError
 
@@ -22,13 +24,13 @@ def drawn(n=6000, width=8, seed=0):
     return x, eta, eta.exp() * torch.empty(n).exponential_(generator=generator)
 
 
-def test_the_model_is_found_again():
+def test_log_linear_finds_the_model():
     x, eta, y = drawn()
     weight, bias = log_linear(x, y)
     assert float((x @ weight + bias - eta).abs().max()) < 0.3 and float(eta.std()) > 0.3
 
 
-def test_at_its_optimum_nothing_pulls():
+def test_log_linear_is_at_its_optimum():
     """The gradient by hand: the pull of the prior against that of the data, on standardised columns."""
     x, _, y = drawn(n=500)
     weight, bias = log_linear(x, y)
@@ -60,10 +62,10 @@ def test_the_need_is_half_the_log_of_the_price(monkeypatch):
 def test_prices_of_tokens_add_up_to_those_of_the_text():
     """For a single site, the mean over tokens is what `calibrate` takes as the site's price."""
     hat, text = untrained(), [torch.tensor([b]) for b in BLOCKS]
-    quantiles = capacity.score_quantiles(hat, text, progress=False)
-    cuts = {key: -1.0 for key in quantiles.tables} | {(2, "down"): quantiles.threshold((2, "down"), 0.75)}
-    prices, inputs = token_sensitivity.token_prices(hat, text, cuts, seed=0, progress=False)
-    whole = capacity._damage(hat, text, quantiles, seed=0, progress=False)[capacity.PROBE_SHARES.index(0.75), 2, 3]
+    quantiles = score_quantiles(hat, text, progress=False)
+    thresholds = {key: -1.0 for key in quantiles.tables} | {(2, "down"): quantiles.threshold((2, "down"), 0.75)}
+    prices, inputs = token_sensitivity.token_prices(hat, text, thresholds, seed=0, progress=False)
+    whole = site_damage(hat, text, quantiles, progress=False)[PROBE_SHARES.index(0.75), 2, 3]
     assert prices.shape == (4, 16 * 62) and inputs[0].shape == (16 * 62, 64)
     assert not prices[[0, 1, 3]].any() and float(prices[2].sum()) / (16 * 64) == pytest.approx(whole, rel=1e-4)
 

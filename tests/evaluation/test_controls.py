@@ -1,6 +1,5 @@
 """Controls on a tiny random Llama, both grains: the requested work, chosen by nothing but their own rule."""
 
-import copy
 import dataclasses
 from contextlib import nullcontext
 from functools import partial
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_runs import GRAINS, random_blocks, tiny, untrained
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache
 
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import HatError
@@ -24,7 +23,6 @@ from hat_lib.evaluation.controls import (
     RandomExits,
     StreamCosine,
     checkpoint_family,
-    cosine_rule,
     exit_shares,
     layer_damage,
     matched,
@@ -32,7 +30,7 @@ from hat_lib.evaluation.controls import (
     static_choice,
 )
 from hat_lib.model.checkpoint import Checkpoint, write_checkpoint
-from hat_lib.model.policies import KeepAll, Random
+from hat_lib.model.policies import Random
 from hat_lib.model.token_state import Masks, TokenState
 
 EXITS = (1, 2, 3)
@@ -135,17 +133,6 @@ class TestEveryControl:
         fresh = [torch.tensor([b]) for b in blocks(seed=5)]
         assert abs(realised_capacity(hat, policy, fresh) - capacity) <= 0.03
 
-    def test_leaves_the_model_as_it_was(self, hat):
-        before = {k: v.clone() for k, v in hat.hat_parameters().items()}
-        hat.lm(IDS)
-        share, capacity = hat.trace.share, hat.capacity
-        for name in CONTROLS:
-            control(hat, name, 0.85)
-            assert isinstance(control(hat, name, 1.0), KeepAll)
-        assert all(torch.equal(v, before[k]) for k, v in hat.hat_parameters().items())
-        hat.lm(IDS)
-        assert torch.equal(hat.trace.share, share) and hat.capacity == capacity
-
     def test_protected_tokens_run_in_full(self, hat, policy):
         with hat.using(policy):
             hat.lm(IDS)
@@ -205,24 +192,13 @@ class TestMatched:
         assert policy.share == pytest.approx((0.7 - fixed) / (1 - fixed), abs=0.04)
 
     def test_out_of_reach(self, tokens):
-        with pytest.raises(OutOfReach, match="cannot realise capacity 0.5 on this text: its nearest is 0.7"):
+        with pytest.raises(OutOfReach):
             control(tokens, "cosine", 0.5)
 
-    def test_two_layers_leave_the_cosine_rule_nothing_to_predict(self):
-        base = tiny()
-        config = copy.deepcopy(base.model.config)
-        config.num_hidden_layers = 2
-        small = untrained("channel", dataclasses.replace(base, model=LlamaForCausalLM(config).eval()), exit_layers=())
-        with pytest.raises(HatError, match="the cosine rule has nothing to predict in a base of 2 layers"):
-            cosine_rule(small, blocks())
-
-    def test_rows_of_a_dataset_are_blocks_and_bad_input_is_refused(self, hat):
-        rows = [{"input_ids": b, "doc": "a", "n_context": 0} for b in blocks()]
-        assert control(hat, "random", 0.8, text=rows).share == control(hat, "random", 0.8).share
-        with pytest.raises(HatError, match="at least 256 tokens of text, got 64"):
-            matched(hat, Random, blocks(n=1), 0.8)
-        with pytest.raises(HatError, match="capacity must be a number"):
-            matched(hat, Random, blocks(), 0.05)
+    def test_refusals(self, hat):
+        for text, capacity in ((blocks(n=1), 0.8), (blocks(), 0.05)):
+            with pytest.raises(HatError):
+                matched(hat, Random, text, capacity)
 
 
 class TestStatic:
@@ -253,7 +229,7 @@ class TestStatic:
 
 
 class TestRemoval:
-    def test_damage_is_the_kl_of_a_base_without_that_ffn_and_measured_once(self, tokens, monkeypatch):
+    def test_damage_is_the_kl_of_a_base_without_that_ffn(self, tokens):
         text = torch.tensor(blocks())
         reference = tiny().model
         p = reference(text).logits[:, :-1].log_softmax(-1)
@@ -262,15 +238,8 @@ class TestRemoval:
         mlp.forward = lambda x: run(x) * protected
         q = reference(text).logits[:, :-1].log_softmax(-1)
         found = layer_damage(tokens, blocks())
-        monkeypatch.setattr(controls, "score_each", None)
-        assert set(found) == {1, 2, 3} and layer_damage(tokens, blocks()) == found
+        assert set(found) == {1, 2, 3}
         assert found[2] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
-
-    def test_a_removed_layer_passes_its_input_on(self, channels):
-        assert set(layer_damage(channels, blocks())) == {0, 1, 2, 3}
-        with channels.dense(), channels.using(Layers({2: 0.0})):
-            states = channels.lm(IDS, output_hidden_states=True).hidden_states
-        assert torch.equal(states[3][:, 2:], states[2][:, 2:]) and not torch.equal(states[3][:, :2], states[2][:, :2])
 
     def test_a_token_runs_all_sites_of_a_layer_or_none(self, channels):
         found = masks(channels, Layers({1: 0.4}, seed=1), IDS)
@@ -307,12 +276,6 @@ class TestCosine:
             expected = F.cosine_similarity(streams[layer - 1], streams[layer], dim=-1)
             torch.testing.assert_close(cosine.view(3, 14), expected, rtol=0, atol=1e-5)
 
-    def test_forwards_do_not_mix(self, channels):
-        stream, x = StreamCosine(channels), torch.randn(5, 64)
-        one, other = state(1, 5), state(1, 5)
-        assert stream(0, x, None, one) is None and stream(1, x, None, one) is not None
-        assert stream(1, x, None, other) is None
-
     def test_by_hand(self, channels):
         """Three tokens whose streams turn by known angles; layers 1 and 2 decide, 0 and 3 always run."""
         mean, std, r = (np.array(v) for v in ([0.9, 0.8, 0.7, -np.inf], [0.1, 0.2, 0.05, 0.0], [0.0, 0.5, -1.0, 0.0]))
@@ -337,14 +300,8 @@ class TestCosine:
         st = state(1, 3)
         assert [policy(i, "qkv", at(i), None, st)[:, 0].tolist() for i in range(3)][2] == [True, True, False]
 
-    def test_other_sites_follow(self, channels, built):
-        found = masks(channels, built["channel"]["cosine"], IDS)
-        for (layer, _), keep in found.items():
-            assert torch.equal(keep, found[layer, "qkv"][..., :1].expand_as(keep))
-        assert found[0, "o"].all() and found[3, "o"].all() and not found[2, "o"].all()
 
-
-class TestAsIn:
+class TestCheckpointFamily:
     def save(self, hat, folder, training=None):
         parameters = {k: v.clone() for k, v in hat.hat_parameters().items()}
         parts = hat.config, hat.base.name, hat.base.fingerprint, parameters, hat.calibration, training
@@ -363,17 +320,19 @@ class TestAsIn:
         equal(masks(trained, checkpoint_family(trained, folder)(0.7), IDS), start)
         assert all(torch.equal(v, before[k]) for k, v in trained.hat_parameters().items())
 
-    def test_refusals(self, calibrated, channels, tokens, tmp_path):
-        with pytest.raises(HatError, match="token grain, expected channel"):
-            checkpoint_family(channels, self.save(tokens, tmp_path / "token"))
-        with pytest.raises(HatError, match="no calibration: make one with `hat calibrate`"):
-            checkpoint_family(channels, self.save(untrained("channel"), tmp_path / "bare"))
-        base = dataclasses.replace(channels.base, fingerprint="0" * 64)
-        with pytest.raises(HatError, match="has 000000000000"):
-            checkpoint_family(SimpleNamespace(base=base), self.save(channels, tmp_path / "other"))
+    def test_refusals(self, channels, tokens, tmp_path):
+        other = SimpleNamespace(base=dataclasses.replace(channels.base, fingerprint="0" * 64))
+        saved = self.save(channels, tmp_path / "channel")
+        for hat, folder in (
+            (channels, self.save(tokens, tmp_path / "token")),
+            (channels, self.save(untrained("channel"), tmp_path / "bare")),
+            (other, saved),
+        ):
+            with pytest.raises(HatError):
+                checkpoint_family(hat, folder)
 
 
-def test_random_exits_leave_at_the_asked_rates_and_a_row_draws_alone_as_in_a_batch(channels):
+def test_random_exits_leave_at_their_rates(channels):
     rates = {1: 0.25, 2: 0.5, 3: 0.1}
 
     def run(ids):
@@ -387,7 +346,7 @@ def test_random_exits_leave_at_the_asked_rates_and_a_row_draws_alone_as_in_a_bat
     assert torch.equal(run(IDS[:1]).exit_layer, run(IDS).exit_layer[:1])
 
 
-def test_two_texts_are_drawn_apart_and_their_shared_beginning_alike(hat):
+def test_draws_differ_between_blocks_after_a_shared_beginning(hat):
     ids = torch.tensor(random_blocks(2, 48, seed=3))
     ids[1, :10] = ids[0, :10]
     for policy in (Random(0.5), Layers({2: 0.5})):
@@ -399,16 +358,8 @@ def test_two_texts_are_drawn_apart_and_their_shared_beginning_alike(hat):
                 assert abs(agree - 0.5) < 0.4, "as two draws would"
 
 
-def test_a_text_packed_behind_another_draws_as_it_does_alone(channels):
+def test_draws_of_a_packed_document_are_those_it_has_alone(channels):
     packed = torch.cat([IDS[:1], IDS[1:2]], dim=1)
     places = torch.arange(14).repeat(2)[None]
     behind = masks(channels, Random(0.5, 1), packed, position_ids=places)
     equal({k: m[:, 14:] for k, m in behind.items()}, masks(channels, Random(0.5, 1), IDS[1:2]))
-
-
-def test_a_cache_that_is_cropped_draws_as_if_it_had_never_been_longer(channels):
-    cache, policy = DynamicCache(config=channels.lm.config), Random(0.5, 1)
-    masks(channels, policy, IDS[:1], cache=cache, use_cache=True)
-    cache.crop(-5)
-    again = masks(channels, policy, IDS[:1, 9:], cache=cache, use_cache=True)
-    equal(again, {k: m[:, 9:] for k, m in masks(channels, policy, IDS[:1]).items()})

@@ -3,12 +3,9 @@
 import json
 import math
 import runpy
-import socket
 
-import datasets
 import numpy as np
 import pytest
-import torch
 from tiny_runs import skipping
 
 from hat_lib.config import HatError
@@ -35,7 +32,6 @@ CLOZE += 'doc_to_choice: "{{choices}}"\n'
 ROLLING = TASK.format("rolling", "loglikelihood_rolling", "", "{{text}}", "bits_per_byte", "bits_per_byte")
 WRITE = TASK.format("write", "generate_until", "{{text}}", "the", "exact_match", "mean")
 WRITE += 'generation_kwargs: {until: ["\\n\\n\\n"], max_gen_toks: 5}\n'
-BOTH = "{group: both, task: [cloze, rolling], aggregate_metric_list: []}"
 
 
 def texts():
@@ -48,39 +44,29 @@ def folder(tmp_path_factory):
     choices = [" a dog", " the lazy dogs", "!", " it"]
     rows = [{"text": text, "choices": choices, "label": n % 4} for n, text in enumerate(texts())]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, content in (("cloze", CLOZE), ("rolling", ROLLING), ("write", WRITE), ("both", BOTH)):
+    for name, content in (("cloze", CLOZE), ("rolling", ROLLING), ("write", WRITE)):
         (folder / f"{name}.yaml").write_text(content)
     return folder
 
 
-# Without lm_eval
-
-
-def test_the_data_that_comes_with_the_repository_is_what_its_script_makes():
+def test_the_data_is_what_its_script_makes():
     made = runpy.run_path(str(TASKS / "make.py"))["make"]()
     assert made == {path.name: path.read_text(encoding="utf-8") for path in TASKS.glob("*.jsonl")}
     rows = [json.loads(line) for line in made["cloze.jsonl"].splitlines()]
     assert len({row["context"] for row in rows}) == len(rows) == 120
-    for row in rows:
-        assert len(set(row["choices"])) == 4 and not set(row["choices"]) - {row["choices"][row["label"]]} & set(
-            row["context"].lower().split()
-        )
-    assert sum(path.stat().st_size for path in TASKS.glob("*.jsonl")) < 60_000
-
-
-# With it
+    assert all(len(set(row["choices"])) == 4 for row in rows)
 
 
 @pytest.fixture(scope="module", params=("channel", "token"))
 def runs(request, folder):
-    """Rows and work by batch size, for a model that skips a third and lets over half leave, and that model."""
+    """Rows and work by batch size, and the model."""
     pytest.importorskip("lm_eval")
     hat = skipping(request.param)
     return {b: run_tasks(hat, load_tasks(["cloze", "rolling", "write"], folder), batch_size=b) for b in (1, 8)}, hat
 
 
 @pytest.mark.slow
-def test_scores_are_equal_at_batch_size_1_and_8(runs):
+def test_scores_are_equal_at_any_batch_size(runs):
     (alone, _), (batched, _) = (runs[0][b] for b in (1, 8))
     assert [r.metric for r in alone] == ["acc", "bits_per_byte", "exact_match"]
     for a, b in zip(alone, batched, strict=True):
@@ -101,26 +87,6 @@ def test_pads_are_not_counted_as_work(runs):
     assert all(0.05 < share < 0.97 for share in alone.shares)
 
 
-def test_each_request_and_its_likelihood_are_equal_at_any_batch_size(folder):
-    """Single requests, whose errors a mean over a task could hide; also by hand, with the model alone."""
-    pytest.importorskip("lm_eval")
-    from lm_eval.api.instance import Instance
-
-    hat = skipping("channel")
-    pairs = [(text, f" and {'so ' * (n % 4)}on") for n, text in enumerate(texts())]
-    requests = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
-    found = {b: harness.counting_lm(hat, b).loglikelihood(requests, disable_tqdm=True) for b in (1, 3, 8)}
-    tokenizer = hat.base.tokenizer
-    for n, (context, more) in enumerate(pairs):
-        given, ids = len(tokenizer(context).input_ids), torch.tensor([tokenizer(context + more).input_ids])
-        with torch.no_grad():
-            log_p = hat.lm(ids[:, :-1]).logits[0].log_softmax(-1)
-        by_hand = float(log_p.gather(1, ids[0, 1:, None])[given - 1 :].sum())
-        for b in (1, 3, 8):
-            assert found[b][n][0] == pytest.approx(by_hand, abs=1e-4)
-            assert found[b][n][1] == found[1][n][1]
-
-
 def test_rolling_likelihood_is_our_perplexity(runs):
     """Short texts, each from its first token; then windows shorter than the text."""
     from lm_eval.api.instance import Instance
@@ -136,7 +102,6 @@ def test_rolling_likelihood_is_our_perplexity(runs):
     assert theirs == pytest.approx((-ours.nll).tolist(), abs=1e-3)
 
     n_bytes = text_bytes(rows, hat.base.tokenizer)
-    assert n_bytes.tolist() == [len(text.encode()) for text in texts()]
     reported = next(r.value for r in runs[0][1][0] if r.metric == "bits_per_byte")
     assert bits_per_byte(ours.nll.sum(), n_bytes.sum()) == pytest.approx(reported, rel=1e-5)
 
@@ -161,18 +126,6 @@ def test_work_is_that_of_all_forwards_and_all_of_it_in_a_dense_model(folder):
     assert [r.value for r in rows] == [r.base for r in rows]
 
 
-def test_local_tasks_need_no_network_and_a_group_brings_its_tasks(folder, monkeypatch):
-    pytest.importorskip("lm_eval")
-    asked = []
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
-    monkeypatch.setattr(datasets.load, "get_session", lambda: asked.append("a count of downloads"))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address))
-    tasks = load_tasks(["both"], folder)
-    run_tasks(skipping("channel"), tasks, batch_size=8)
-    assert asked == [] and sorted(tasks["tasks"]) == ["cloze", "rolling"]
-
-
 def test_tasks_that_come_with_the_repository():
     """Not their scores, which say nothing on a random model."""
     pytest.importorskip("lm_eval")
@@ -190,33 +143,29 @@ ON_THE_HUB = CLOZE.replace("dataset_path: json", "dataset_path: owner/name")
 
 
 @pytest.mark.parametrize(
-    "files, names, words",
+    "files, name",
     [
-        ({}, ["cloze"], "unknown task 'cloze': .* has none"),
-        ({"a.yaml": CLOZE}, ["cloze", "hellaswag"], "unknown task 'hellaswag': .* has cloze"),
-        ({"a.yaml": "task: [not: yaml"}, ["cloze"], "unknown task 'cloze': .* has none"),
-        ({"a.yaml": CLOZE}, ["cloze"], "cannot load cloze from .*: FileNotFoundError: .*rows.jsonl"),
-        ({"a.yaml": CLOZE, "rows.jsonl": "{"}, ["cloze"], "cannot load cloze from "),
-        ({"a.yaml": NO_SPLIT, "rows.jsonl": '{"text": "a"}\n'}, ["cloze"], "cannot load .*: KeyError: 'dev'"),
-        ({"a.yaml": ON_THE_HUB}, ["cloze"], "cannot load cloze from "),
+        ({}, "cloze"),
+        ({"a.yaml": CLOZE}, "hellaswag"),
+        ({"a.yaml": CLOZE}, "cloze"),  # without its data
+        ({"a.yaml": NO_SPLIT, "rows.jsonl": '{"text": "a"}\n'}, "cloze"),
+        ({"a.yaml": ON_THE_HUB}, "cloze"),
     ],
 )
-def test_wrong_tasks(tmp_path, files, names, words):
+def test_wrong_tasks_are_named(tmp_path, files, name):
     pytest.importorskip("lm_eval")
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
-    with pytest.raises(HatError, match=words) as error:
-        load_tasks(names, tmp_path)
-    assert "\n" not in str(error.value)
-    with pytest.raises(HatError, match="no folder of tasks at .*gone"):
-        load_tasks(["cloze"], tmp_path / "gone")
+    for file, content in files.items():
+        (tmp_path / file).write_text(content)
+    for folder in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(HatError):
+            load_tasks([name], folder)
 
 
 @pytest.mark.slow
-def test_a_metric_that_nobody_knows(folder, tmp_path, outside):
+def test_an_unknown_metric_is_refused(folder, tmp_path, outside):
     pytest.importorskip("lm_eval")
     (tmp_path / "a.yaml").write_text(CLOZE.replace("metric: acc", "metric: luck"))
     (tmp_path / "rows.jsonl").write_bytes((folder / "rows.jsonl").read_bytes())
-    with pytest.raises(HatError, match="^cloze: lm_eval knows none of the metrics"):
+    with pytest.raises(HatError, match="cloze"):
         run_tasks(skipping("channel"), load_tasks(["cloze"], tmp_path))
     outside.clear()  # lm_eval requests it from the Hub

@@ -9,7 +9,7 @@ import torch
 from test_transformer import base_within, close, stepwise
 from tiny_runs import gating, new_hat, peaked, same_after_saving
 
-from hat_lib.calibration.head import HeadPoint, at_slope, between, head_points, hull
+from hat_lib.calibration.budget import HeadPoint, at_slope, between, head_points, hull
 from hat_lib.config import HatError
 from hat_lib.model.cost import state_cost
 
@@ -200,7 +200,7 @@ def test_calibration_finds_points_that_keep_the_base():
 
 
 def test_each_block_gives_a_token_even_of_more_blocks_than_tokens(monkeypatch):
-    monkeypatch.setattr("hat_lib.calibration.head.TOKENS", 4)
+    monkeypatch.setattr("hat_lib.calibration.budget.HEAD_TOKENS", 4)
     blocks = list(torch.from_numpy(np.random.default_rng(0).integers(5, 250, (8, 1, 64))))
     assert head_points(gating(), blocks, progress=False)
 

@@ -154,7 +154,7 @@ def test_colours_only_where_they_are_wanted(monkeypatch, terminal, environment, 
 @pytest.mark.parametrize(
     ("passage", "scale", "words"),
     [
-        (Passage("t", ["a", "b"], [0.5]), {}, "'t': expected a number for each token, got 1 for 2"),
+        (Passage("t", ["a", "b"], [0.5]), {}, "'t': got 1 numbers for 2 tokens"),
         (Passage("t", ["a"], [np.nan]), {}, "no token has a number"),
         (Passage("t", [], []), {}, "no token has a number"),
         (Passage("t", ["a"], [0.5]), {"low": 0.6}, "0.6 to 0.5"),

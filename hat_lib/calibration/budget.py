@@ -1,0 +1,189 @@
+"""How a budget is split over sites and the head, by what skipping each of them costs.
+
+Prices are KL divergences from the base, in nats per token. A site's is ``k (1 - s)^p`` at the kept share s, fitted to a
+backward pass (`hat_lib.calibration.token_sensitivity.backward`): zeroing the channels with scores below a threshold
+changes the input x of a linear layer by -x there. The head's is measured, not modelled: two things say how much of it
+is run, how many channels the preview reads, and the margin below the best preview within which a token is read in full
+(`hat_lib.model.head`). Several of both are tried on final states of the dense model, and those on the lower convex
+hull, along which both grow, are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hat_lib.calibration.quantiles import ScoreQuantiles
+from hat_lib.calibration.token_sensitivity import backward
+from hat_lib.model.head import likely
+from hat_lib.model.transformer import HierarchicalTransformer
+
+# Shares at which the damage is priced; k and p of the damage model come from a line through them in log-log.
+PROBE_SHARES = (0.45, 0.6, 0.75)
+# A steeper or flatter line than this is noise: the exponent is at least 2, as the form itself is quadratic.
+EXPONENT_RANGE = (2.0, 6.0)
+# Tried for the head: shares of channels in the preview, and margins in nats, on so many tokens.
+SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.55)
+MARGINS = (7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 15.0)
+HEAD_TOKENS = 1024
+SLICE = 128
+"""rows of logits held at once"""
+
+
+class HeadPoint(NamedTuple):
+    """A way to run the head."""
+
+    share: float
+    """of its work, shortlist included"""
+    kl: float
+    """nats per token"""
+    threshold: float
+    margin: float
+
+
+def allocate(
+    sensitivity: np.ndarray,
+    work: np.ndarray,
+    budget: float,
+    exponent: np.ndarray,
+    floor: float,
+    points: Sequence[HeadPoint] = (),
+    head_work: float = 0.0,
+) -> tuple[np.ndarray, HeadPoint | None]:
+    """The share that each site keeps under one budget, and the point at which the head runs.
+
+    Shares in [floor, 1], of the same shape as the arrays, that minimise ``sum k (1-s)^p + KL_h`` subject to
+    ``sum w s + w_h s_h = budget`` (k ``sensitivity``, p ``exponent``, w ``work`` and w_h ``head_work``, 1 in all; KL_h
+    and s_h are the head's, on the line through ``points``, if there are any).
+
+    Lagrange's method gives ``1 - s_i = (lambda w_i / (p_i k_i))^(1/(p_i-1))``, clipped, and the point at which the
+    head's line has slope ``lambda w_h``; lambda is found by bisection. Every site's share grows with the budget; a site
+    with zero sensitivity gets the floor.
+    """
+    k = np.maximum(sensitivity, 1e-12)
+
+    def shares(log_lambda: float) -> tuple[np.ndarray, float]:
+        of_sites = np.clip(1 - np.exp((log_lambda + np.log(work / (exponent * k))) / (exponent - 1)), floor, 1.0)
+        return of_sites, at_slope(points, np.exp(log_lambda) * head_work) if points else 1.0
+
+    low, high = -80.0, 80.0  # of log lambda; the kept work falls as lambda grows
+    for _ in range(100):
+        middle = (low + high) / 2
+        of_sites, of_head = shares(middle)
+        low, high = (middle, high) if (work * of_sites).sum() + head_work * of_head > budget else (low, middle)
+    of_sites, _ = shares(high)
+    left = (budget - (work * of_sites).sum()) / head_work if points else 1.0
+    return of_sites, between(points, left) if points else None
+
+
+def site_damage(
+    hat, blocks: Sequence[Tensor], quantiles: ScoreQuantiles, seed: int = 0, progress: bool = True
+) -> np.ndarray:
+    """Predicted KL in nats per token of gating each site alone, ``[len(PROBE_SHARES), L, S]``."""
+    sites = hat.grain.sites
+    thresholds = {key: [quantiles.threshold(key, share) for share in PROBE_SHARES] for key in quantiles.tables}
+    total = torch.zeros(len(PROBE_SHARES), hat.config.n_layers, len(sites), dtype=torch.float64)
+
+    def price(layer: int, site: str, x: Tensor, value: Tensor):
+        if (layer, site) not in thresholds:  # it always runs
+            return None
+        free, score = ~hat.trace.protected.view(-1), hat.scores(layer, site, x)
+
+        def use(gradient: Tensor) -> None:
+            first_order = (value * gradient).float()
+            first_order = first_order.view(*score.shape, -1).sum(-1)  # of each unit
+            for row, threshold in zip(total, thresholds[layer, site], strict=True):
+                change = first_order * (score <= threshold)
+                change = change if change.dim() == 1 else change.sum(-1)
+                row[layer, sites.index(site)] += change[free].double().pow(2).sum().item() / 2
+
+        return use
+
+    tokens = backward(hat, blocks, price, seed=seed, progress=progress, label="prices of sites")
+    return total.numpy() / tokens
+
+
+def fit_damage(damage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """k and p of ``k (1 - s)^p`` per site, ``[L, S]`` each, by least squares in log-log; the smallest k for a site that
+    was not priced because it always runs."""
+    x = np.log(1 - np.asarray(PROBE_SHARES))
+    y = np.log(np.maximum(damage, 1e-12)).reshape(len(x), -1)
+    p = np.clip(np.polyfit(x, y, 1)[0], *EXPONENT_RANGE)
+    log_k = (y - p * x[:, None]).mean(0)
+    shape = damage.shape[1:]
+    return np.exp(log_k).round(9).reshape(shape), p.round(4).reshape(shape)
+
+
+@torch.no_grad()
+def head_points(hat: HierarchicalTransformer, blocks: Sequence[Tensor], progress: bool = True) -> list[HeadPoint]:
+    """The hull of what `SHARES` and `MARGINS` make of the head, by rising work. Empty if all of them are more work
+    than the head itself, as for a base that finds all tokens equally likely: the head is then to be read in full.
+
+    ``blocks`` are int64 ``[1, T]``; about `HEAD_TOKENS` of their tokens are used, evenly spaced.
+    """
+    lm, chosen = hat.lm, []
+    each = max(1, HEAD_TOKENS // len(blocks))
+    with hat.dense():
+        for block in tqdm(blocks, desc="final states", disable=not progress):
+            states = lm.model(block, use_cache=False).last_hidden_state[0]
+            chosen.append(states[np.linspace(0, len(states) - 1, min(each, len(states))).round().astype(int)])
+        states = torch.cat(chosen)
+        # A score is a magnitude times a norm: a shortlist at threshold 1 has thresholds of one over the norms.
+        scores = states.float().abs() / hat.shortlist(1.0, 0.0).threshold.to(states.device)
+        thresholds = np.quantile(scores.cpu().numpy(), 1 - np.array(SHARES))
+        work, kl = np.zeros((2, len(SHARES), len(MARGINS)))
+        for rows in tqdm(states.split(SLICE), desc="the head", disable=not progress):
+            full = lm.lm_head(rows)
+            exact = F.log_softmax(full.float(), dim=-1)
+            for s, threshold in enumerate(thresholds):
+                keep = hat.shortlist(threshold, 0.0).keep(rows)
+                preview = lm.lm_head(rows * keep)
+                for m, margin in enumerate(MARGINS):
+                    wanted = likely(preview, margin)
+                    found = F.log_softmax(full.where(wanted, preview).float(), dim=-1)
+                    kl[s, m] += float((exact.exp() * (exact - found)).sum())
+                    work[s, m] += float(keep.float().mean(1).sum() + wanted.float().mean(1).sum())
+    tried = [
+        HeadPoint(work[s, m] / len(states), kl[s, m] / len(states), float(threshold), margin)
+        for s, threshold in enumerate(thresholds)
+        for m, margin in enumerate(MARGINS)
+    ]
+    return hull([point for point in tried if point.share < 1])
+
+
+def hull(points: Sequence[HeadPoint]) -> list[HeadPoint]:
+    """The lower convex hull of damage over work, from the least work to the least damage; thresholds only fall along
+    it, and margins only rise."""
+    kept: list[HeadPoint] = []
+    for point in sorted(points):
+        if kept and (point.kl >= kept[-1].kl or point.threshold > kept[-1].threshold or point.margin < kept[-1].margin):
+            continue
+        while len(kept) > 1 and _slope(kept[-1], point) <= _slope(kept[-2], kept[-1]):
+            kept.pop()
+        kept.append(point)
+    return kept
+
+
+def at_slope(points: Sequence[HeadPoint], slope: float) -> float:
+    """The share up to which a unit of work lowers the damage by more than ``slope``."""
+    for before, after in pairwise(points):
+        if -_slope(before, after) < slope:
+            return before.share
+    return points[-1].share
+
+
+def between(points: Sequence[HeadPoint], share: float) -> HeadPoint:
+    """The point at ``share`` on the line through ``points``; beyond its ends, the nearest one."""
+    table = np.array(points)
+    return HeadPoint(*(float(np.interp(share, table[:, 0], column)) for column in table.T))
+
+
+def _slope(before: HeadPoint, after: HeadPoint) -> float:
+    return (after.kl - before.kl) / (after.share - before.share)

@@ -1,0 +1,120 @@
+"""Held-out text for calibration, and the dense model's scores on it, as a threshold for each share to keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hat_lib.config import HatError
+from hat_lib.model.transformer import HierarchicalTransformer
+
+# Fewest tokens to calibrate on.
+LEAST_TOKENS = 256
+# Tokens on which a setting is run to see what it realises: a mean over all sites and tokens needs few.
+CHECK_TOKENS = 4096
+# Of these, at most this many in one forward: the overhead of a short block costs as much as its work.
+BATCH_TOKENS = 1024
+QUANTILES = 65
+# Scores kept per site, drawn at random from all tokens and channels; enough for an error well under a thousandth.
+SAMPLES = 200_000
+
+
+def held_out_parts(hat, blocks: Iterable[list[int]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Text to measure scores and prices on, in blocks ``[1, T]``, and other text to see what they realise, in batches
+    ``[B, T]``: every fourth block or, where that is less than an eighth of the tokens, the last quarter of each."""
+    blocks = block_tensors(hat, blocks)
+    fit, check = [b for i, b in enumerate(blocks) if i % 4 != 3], blocks[3::4]
+    if 8 * _size(check) < _size(blocks):
+        fit, check = zip(*(b.tensor_split([3 * b.shape[1] // 4], 1) for b in blocks), strict=True)
+    return list(fit), check_batches(check)
+
+
+def block_tensors(hat, blocks: Iterable[list[int]]) -> list[Tensor]:
+    """Blocks as int64 ``[1, T]`` on the model's device; `HatError` below `LEAST_TOKENS` tokens."""
+    tensors = [torch.tensor([b], device=hat.base.device) for b in blocks if len(b) > 1]
+    if _size(tensors) < LEAST_TOKENS:
+        raise HatError(f"calibration needs at least {LEAST_TOKENS} tokens of text, got {_size(tensors)}")
+    return tensors
+
+
+def check_batches(blocks: Sequence[Tensor]) -> list[Tensor]:
+    """About `CHECK_TOKENS` tokens, blocks of the same length as batches of at most `BATCH_TOKENS`."""
+    batches, length = [], Tensor.numel
+    for size, alike in groupby(sorted(spread(blocks, CHECK_TOKENS), key=length), length):
+        batches += torch.cat(list(alike)).split(max(1, BATCH_TOKENS // size))
+    return batches
+
+
+def spread(blocks: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """About ``tokens`` tokens in whole blocks, evenly spaced."""
+    count = min(max(1, round(len(blocks) * tokens / _size(blocks))), len(blocks))
+    return [blocks[i] for i in np.linspace(0, len(blocks) - 1, count).round().astype(int)]
+
+
+def _size(blocks: Iterable[Tensor]) -> int:
+    return sum(b.numel() for b in blocks)
+
+
+def forwards(hat, blocks: Iterable[Tensor], label: str = "", progress: bool = False, logits: int = 1) -> Iterator[int]:
+    """Run each of ``blocks`` (``[B, T]``) and yield its number of tokens; ``logits`` is how many to keep, 0 for all."""
+    for block in tqdm(blocks, desc=label, disable=not progress):
+        hat.lm(block, use_cache=False, logits_to_keep=logits)
+        yield block.numel()
+
+
+class ScoreQuantiles(NamedTuple):
+    """The dense model's scores, as a threshold for each share to keep."""
+
+    tables: dict[tuple[int, str], np.ndarray]
+    """scores at evenly spaced quantiles, by (layer, site)"""
+    tokens: int
+    """that the scores were drawn from"""
+    scores: int
+    """drawn at the site with most of them"""
+
+    def threshold(self, key: tuple[int, str], share: float) -> float:
+        """The threshold that keeps ``share`` of a site's scores."""
+        table = self.tables[key]
+        return float(np.interp(1 - share, np.linspace(0, 1, len(table)), table))
+
+    def thresholds(self, share: float) -> dict[tuple[int, str], float]:
+        """Thresholds that keep the same share at every site."""
+        return {key: self.threshold(key, share) for key in self.tables}
+
+
+@torch.no_grad()
+def score_quantiles(
+    hat: HierarchicalTransformer, blocks: list[Tensor], progress: bool = True, seed: int = 0
+) -> ScoreQuantiles:
+    """Run the dense model over ``blocks`` (``[1, T]`` each), drawing up to `SAMPLES` scores per site at random.
+
+    Both rows and channels are drawn from the whole text: on a wide base, a stride would take one token per block.
+    Protected tokens are left out. Raises `HatError` if all scores are equal (token routers that were never fitted).
+    """
+    total, drawn = sum(b.shape[1] for b in blocks), np.random.default_rng(seed)
+    found: dict[tuple[int, str], list[Tensor]] = {}
+    tokens = 0
+
+    def collect(layer, site, x, rows, state):
+        score = hat.scores(layer, site, x)[~state.protected.view(-1)].flatten()
+        wanted = math.ceil(SAMPLES * x.shape[0] / total)
+        if wanted < len(score):
+            score = score[torch.from_numpy(drawn.integers(len(score), size=wanted)).to(score.device)]
+        found.setdefault((layer, site), []).append(score)
+
+    with hat.dense(), hat.using(collect):
+        for _ in forwards(hat, blocks, "scores", progress):
+            tokens += int((~hat.trace.protected).sum())
+    grid = np.linspace(0, 1, QUANTILES)
+    kept = {key: torch.cat(scores).cpu().numpy() for key, scores in found.items()}
+    tables = {key: np.quantile(scores, grid) for key, scores in kept.items()}
+    if all(q[0] == q[-1] for q in tables.values()):
+        raise HatError("every router score is equal, so no threshold can tell tokens apart: train or fit the routers")
+    return ScoreQuantiles(tables, tokens, max(map(len, kept.values())))

@@ -1,0 +1,73 @@
+"""Prices are KL divergences, and no other split of a budget is better. Points of the head: tests/model/test_head.py."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from tiny_runs import random_blocks, untrained
+
+from hat_lib.calibration.budget import PROBE_SHARES, allocate, fit_damage, site_damage
+from hat_lib.calibration.quantiles import score_quantiles
+
+SITES = 6
+prices = st.lists(st.floats(1e-4, 1.0), min_size=SITES, max_size=SITES).map(np.array)
+exponents = st.lists(st.floats(2.0, 6.0), min_size=SITES, max_size=SITES).map(np.array)
+works = st.lists(st.floats(0.1, 1.0), min_size=SITES, max_size=SITES).map(lambda w: np.array(w) / sum(w))
+
+
+@settings(max_examples=60, deadline=None)
+@given(prices, works, exponents, st.floats(0.15, 0.9), st.floats(0.01, 0.09))
+def test_allocate_meets_the_budget_and_more_of_it_keeps_more_everywhere(k, w, p, budget, more):
+    shares, _ = allocate(k, w, budget, p, 0.05)
+    assert abs((w * shares).sum() - budget) < 1e-6 and (shares >= 0.05).all() and (shares <= 1).all()
+    assert (allocate(k, w, budget + more, p, 0.05)[0] >= shares - 1e-9).all()
+
+
+@pytest.mark.parametrize("budget", [0.4, 0.7])
+def test_allocate_does_the_least_damage(budget):
+    rng = np.random.default_rng(0)
+    k, w, p = rng.uniform(0.01, 1, SITES), rng.dirichlet(np.ones(SITES)), rng.uniform(2.5, 4, SITES)
+    damage = lambda s: float((k * np.clip(1 - s, 0, 1) ** p).sum())  # noqa: E731
+    met = {"type": "eq", "fun": lambda s: (w * s).sum() - budget}
+    how = {"bounds": [(0.05, 1)] * SITES, "constraints": met, "options": {"ftol": 1e-12, "maxiter": 500}}
+    found = minimize(damage, np.full(SITES, budget), **how)
+    assert damage(allocate(k, w, budget, p, 0.05)[0]) <= found.fun + 1e-6
+
+
+@pytest.mark.parametrize("exponent", [1.0, 2.5, 5.5, 8.0])
+def test_fit_damage_finds_a_power_law_within_two_and_six(exponent):
+    damage = np.array([[[0.3 * (1 - share) ** exponent]] for share in PROBE_SHARES])
+    k, p = fit_damage(damage)
+    assert p.item() == pytest.approx(min(max(exponent, 2.0), 6.0), abs=1e-3)
+    if 2 <= exponent <= 6:
+        assert k.item() == pytest.approx(0.3, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_site_damage_predicts_small_kl():
+    """The Fisher form against the actual KL from skipping in one site, where it is small."""
+    hat, share = untrained(), PROBE_SHARES[-1]
+    text = [torch.tensor([b]) for b in random_blocks(24, 64)]
+    ratios = []
+    with torch.no_grad():
+        quantiles = score_quantiles(hat, text, progress=False)
+        predicted = site_damage(hat, text, quantiles, progress=False)
+        for layer in range(4):
+            for j, site in enumerate(hat.grain.sites):
+                router, threshold = hat.routers[f"{layer}_{site}"], quantiles.threshold((layer, site), share)
+
+                def only(i, s, x, rows, state, at=(layer, site), router=router, threshold=threshold):
+                    return router.keep(x, threshold) if (i, s) == at else None
+
+                kl = []
+                for block in text:
+                    with hat.dense():
+                        teacher = F.log_softmax(hat.lm(block).logits, -1)
+                    with hat.using(only):
+                        student = F.log_softmax(hat.lm(block).logits, -1)
+                    kl.append(float((teacher.exp() * (teacher - student)).sum(-1).mean()))
+                ratios.append(predicted[-1, layer, j] / np.mean(kl))
+    assert 0.9 < np.median(ratios) < 1.1 and min(ratios) > 0.7 and max(ratios) < 1.5

@@ -1,0 +1,103 @@
+"""Calibration on a tiny random Llama: the request is realised, and the model is otherwise as it was."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import GRAINS, decides, random_blocks, skipping, untrained
+
+from hat_lib.calibration import capacity, quantiles
+from hat_lib.calibration.capacity import calibrate, calibrate_learned, fit_token_routers
+from hat_lib.config import HatError
+
+pytestmark = pytest.mark.filterwarnings("ignore:token grain")
+
+
+def blocks(n=16, length=64, seed=0):
+    return random_blocks(n, length, seed)
+
+
+@pytest.mark.parametrize(("grain", "capacities"), [("channel", (0.3, 0.5, 0.75, 0.9)), ("token", (0.5, 0.7, 0.9))])
+def test_realises_the_requested_capacity(grain, capacities):
+    hat = untrained(grain)
+    calibrate(hat, blocks(), probe_tokens=256, progress=False)
+    fresh = torch.tensor(blocks(8, 64, seed=9))
+    with torch.no_grad():
+        for requested in capacities:
+            hat.capacity = requested
+            hat.lm(fresh)
+            assert abs(hat.trace.capacity - requested) < (0.02 if grain == "channel" else 0.06)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_tokens():
+    """Graphs of finished blocks are freed at once, not when the garbage collector runs."""
+    hat = untrained()
+    calibrate(hat, blocks(), probe_tokens=64, progress=False)
+    gc.collect(), gc.disable()
+    try:
+        before = sum(type(o) is torch.Tensor for o in gc.get_objects())
+        calibrate(hat, blocks(), probe_tokens=768, progress=False)
+        assert sum(type(o) is torch.Tensor for o in gc.get_objects()) == before
+    finally:
+        gc.enable()
+
+
+def test_token_routers_are_fitted_once():
+    hat, text = untrained("token"), [torch.tensor([b]) for b in blocks(4)]
+    with torch.no_grad():
+        fit_token_routers(hat, text, progress=False)
+        first = hat.routers["2_ffn"].weight.clone()
+        fit_token_routers(hat, text[:1], progress=False)
+    assert first.any() and torch.equal(first, hat.routers["2_ffn"].weight)
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+def test_settings_and_exit_tables_stay(grain):
+    hat = decides(skipping(grain), {}, [0.0] * 3)
+    ids, before = torch.tensor(blocks(2)), hat.calibration
+    for text, how in ((blocks(2, 16), {}), (blocks(), {"split": "even"})):
+        with pytest.raises(HatError):
+            calibrate(hat, text, progress=False, **how)
+    assert hat.calibration is before
+    calibrate(hat, blocks(), probe_tokens=128, progress=False)
+    assert hat.capacity == 0.7 and hat.exit_rate == 0.2 and hat.calibration.exit_scores == [[[0.0] * 3] * 2]
+    with torch.no_grad():
+        hat.lm(ids)
+        realised = hat.trace.share
+        with hat.using(hat.threshold_policy(hat.calibration.thresholds_at(0.7))):
+            hat.lm(ids)
+    assert torch.equal(hat.trace.share, realised)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grain", GRAINS)
+def test_batches_measure_what_blocks_do_alone(grain, monkeypatch):
+    hat = untrained(grain)
+    mixed = [ids for pair in zip(blocks(12), blocks(12, 40, seed=1), strict=True) for ids in pair]
+    found = calibrate(hat, mixed, probe_tokens=128, progress=False)
+    monkeypatch.setattr(quantiles, "BATCH_TOKENS", 1)
+    alone = calibrate(hat, mixed, probe_tokens=128, progress=False)
+    np.testing.assert_allclose(found.capacities, alone.capacities, atol=2e-3)
+    np.testing.assert_allclose(found.shares, alone.shares, atol=5e-3)
+
+
+def test_the_same_text_gives_the_same_table():
+    hat = untrained()
+    first, again = (calibrate(hat, blocks(8), probe_tokens=128, text="a text", progress=False) for _ in range(2))
+    assert first == again and first.text.startswith("a text; quantiles of ")
+
+
+def test_learned_thresholds_are_measured_on_all_blocks():
+    hat, text = untrained(), [*blocks(6), *([token % 8 + 5 for token in block] for block in blocks(2))]
+    calibrate(hat, blocks(), probe_tokens=64, head=False, progress=False)
+    thresholds = hat.calibration.thresholds_at
+    found = calibrate_learned(hat, text, lambda b: thresholds(max(b, 0.1)), lambda b: None, progress=False)
+    for row in (5, 10):
+        with torch.no_grad(), hat.dense(), hat.using(hat.threshold_policy(thresholds(capacity.BUDGETS[row]))):
+            realised = []
+            for block in text:
+                hat.lm(torch.tensor([block]))
+                realised.append(hat.trace.capacity)
+        assert found.capacities[row] == pytest.approx(np.mean(realised), abs=1e-4)
