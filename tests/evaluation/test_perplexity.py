@@ -75,17 +75,6 @@ class TestScore:
             total, count = total + nll, count + len(new)
         assert base_score.perplexity == pytest.approx(np.exp(total / count), rel=1e-5)
         assert (base_score.capacity, base_score.exit_rate, base_score.model_share) == (1.0, 0.0, 1.0)
-        long = [n for n, row in enumerate(blocks) if row["doc"] == "long.txt"]
-        whole = len(tiny_base.tokenizer(TEXT[: int(0.9 * len(TEXT))]).input_ids)
-        assert len(long) > 5 and abs(int(base_score.tokens[long].sum()) - whole) < 10, "each token once"
-
-    def test_equals_the_loss_of_transformers(self, tiny_base):
-        ids = tiny_base.tokenizer(TEXT).input_ids[:300]  # more than two slices of logits
-        with torch.no_grad():
-            loss = float(tiny_base.model(torch.tensor([ids]), labels=torch.tensor([ids])).loss)
-        found = score(tiny_base.model, [{"input_ids": ids, "doc": "a", "n_context": 0}], progress=False)
-        assert found.perplexity == pytest.approx(np.exp(loss), rel=1e-5)
-        assert found.nll[0] == pytest.approx(loss * 299, rel=1e-5) and found.tokens.tolist() == [299]
 
     def test_batch_size_changes_nothing(self, hat, blocks, base_score):
         alone, batched = (score(hat, blocks, batch_size=b, progress=False) for b in (1, 4))
