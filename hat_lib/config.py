@@ -41,8 +41,7 @@ FIGURES = Path(os.environ.get("HAT_FIGURES", RUNS / "figures"))
 def cache_dir() -> Path:
     """Where downloads and dequantised weights are kept: ``$HAT_CACHE``, else the user cache folder.
 
-    Raises `HatError` for a relative ``$HAT_CACHE``: each kernel has a working directory of its own, and would fill
-    another folder.
+    Raises `HatError` for a relative ``$HAT_CACHE``, which each kernel would take for another folder.
     """
     if own := os.environ.get("HAT_CACHE"):
         folder = Path(own).expanduser()
@@ -85,8 +84,8 @@ def check_count(name: str, value: object, low: int, high: int | None = None) -> 
     return value
 
 
+# Why a realised capacity differs from the requested one.
 WHY = "thresholds were set on other text, and the first tokens of a block run in full"
-"""why a realised capacity differs from the requested one"""
 
 
 def work_text(capacity: float, realised: float, exit_rate: float, realised_exit: float, model_share: float) -> str:
@@ -137,10 +136,7 @@ class HatConfig:
 
     @classmethod
     def default(cls, base, **changes) -> HatConfig:
-        """Channel grain at capacity 0.75, with five exits scaled to the depth of ``base``.
-
-        ``base`` is a `Base`, a Llama model or its config.
-        """
+        """Channel grain at capacity 0.75, with five exits scaled to the depth of a `Base`, a Llama or its config."""
         n = getattr(getattr(base, "model", base), "config", base).num_hidden_layers
         return cls(**{"n_layers": n, "exit_layers": scaled_exits(n), **changes})
 

@@ -207,7 +207,7 @@ def _pretrained(source: Path | str, dtype: torch.dtype, gguf_file: str | None = 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' warnings and bars, then restore the user's settings."""
+    """Without transformers' warnings and bars."""
     level, bars, gguf_bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled(), hf_gguf.tqdm
     hf_gguf.tqdm = lambda items, **_: items  # this one ignores every setting
     hf_logging.set_verbosity_error()

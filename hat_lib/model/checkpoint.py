@@ -48,8 +48,6 @@ base is loaded from where it lives.
 
     hat = HierarchicalTransformer.from_pretrained("{repo_id}")
     hat.lm.generate(...)  # transformers' own LlamaForCausalLM
-
-{config}
 """
 
 
@@ -85,10 +83,8 @@ class Checkpoint:
     def check_base(self, base: Base, folder: str | Path) -> None:
         """Raise `HatError` unless ``base`` is the one that this checkpoint, read from ``folder``, was made for."""
         if base.fingerprint != self.base_fingerprint:
-            raise HatError(
-                f"{folder} was made for {self.base} with fingerprint {self.base_fingerprint[:12]}..., "
-                f"{base.name} has {base.fingerprint[:12]}..."
-            )
+            made_for = f"{self.base} with fingerprint {self.base_fingerprint[:12]}"
+            raise HatError(f"{folder} was made for {made_for}, {base.name} has {base.fingerprint[:12]}")
 
 
 def is_hat_parameter(name: str) -> bool:
@@ -110,9 +106,8 @@ def find_checkpoint(name: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if not HUB_ID.fullmatch(name):
-        raise HatError(
-            f"no checkpoint {name!r}: expected a folder, owner/name on the Hub, or one of {', '.join(names)}"
-        )
+        known = ", ".join(names)
+        raise HatError(f"no checkpoint {name!r}: expected a folder, owner/name on the Hub, or one of {known}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -132,8 +127,8 @@ def read_checkpoint(name: str | Path) -> Checkpoint:
         meta = json.loads(file.read_bytes())
         if meta.pop("format_version", 0) > FORMAT_VERSION:
             raise HatError(f"written by hat_lib {meta['library_version']}, newer than {__version__}: upgrade hat_lib")
-        for name in ("library_version", "sha256"):  # the second was written up to version 2
-            meta.pop(name, None)
+        meta.pop("library_version", None)
+        meta.pop("sha256", None)  # of the other fields; written up to version 2
         sha256 = meta.pop("adapter_sha256", None)
         meta["config"] = HatConfig(**meta.get("config", {}))
         meta["prices"] = [Price(**row) for row in meta.get("prices", [])]
@@ -188,18 +183,14 @@ def write_prices(folder: str | Path, prices: Iterable[Price]) -> None:
     write_checkpoint(find_checkpoint(folder), replace(read_checkpoint(folder), prices=list(prices)))
 
 
-def push_to_hub(
-    checkpoint: Checkpoint, repo_id: str, *, private: bool = False, token: str | None = None, base_model=None
-) -> str:
+def push_to_hub(checkpoint: Checkpoint, repo_id: str, *, private=False, token=None, base_model=None) -> str:
     """Upload a checkpoint, with a model card, to the Hugging Face Hub; returns the commit's address.
 
     Args:
         repo_id: ``owner/name``; created if it does not exist. An existing card is kept.
-        private: for a new repository. One that is already public is refused, rather than written to.
+        private: for a new repository. One that is already public is refused, rather than written to (`HatError`).
         token: None takes the one that ``hf auth login`` stored.
-        base_model: Hub id to load the base by, needed if the checkpoint names a local path.
-
-    Raises `HatError` for a base that only this machine has; what the Hub refuses, its client raises.
+        base_model: Hub id to load the base by, needed if the checkpoint names a local path (else `HatError`).
     """
     # Not its `ModelHubMixin`, which asks for a config.json of its own and writes a card into every local folder.
     from huggingface_hub import HfApi, ModelCardData
@@ -217,10 +208,8 @@ def push_to_hub(
             front = ModelCardData(license="mit", library_name="hat_lib", tags=["hat", "adaptive-computation", "llama"])
             if base not in SHAPES:
                 front.base_model, front.base_model_relation = BUNDLED_SOURCE if base == BUNDLED else base, "adapter"
-            card = CARD.format(
-                front=front.to_yaml(), repo_id=repo_id, base=f"{base}, fingerprint {checkpoint.base_fingerprint[:16]}",
-                parameters=sum(tensor.numel() for tensor in checkpoint.tensors.values()), config=checkpoint.config,
-            )  # fmt: skip
+            count = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+            card = CARD.format(front=front.to_yaml(), repo_id=repo_id, base=base, parameters=count)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a HAT checkpoint"))
 

