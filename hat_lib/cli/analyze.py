@@ -10,7 +10,6 @@ import typer
 
 from hat_lib.cli import options
 from hat_lib.cli.options import option, say
-from hat_lib.config import check_count
 from hat_lib.text.plain import cell, printable
 
 if TYPE_CHECKING:
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
     from hat_lib.evaluation.tokens import TokenTable
 
-KEYS = {"classes": ["class"], "positions": ["first", "last"], "quantiles": ["quantity", "least"]}
-"""tables by group, and the columns that name a group"""
 QUANTITIES = {"surprisal": "the surprisal of the next token", "kl": "what skipping changed there (KL)"}
 PAGE = '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
 
@@ -33,6 +30,7 @@ def analyze(
     exit_rate: str | None = options.EXIT_RATE,
     max_tokens: int = options.MAX_TOKENS,
     dtype: str | None = options.DTYPE,
+    threads: int | None = options.THREADS,
     tables: bool = option(False, "Also the tables, and the beginning of the text coloured by compute.", "--tables"),
     out: Path | None = option(None, "Also write tables (CSV), figures (PNG) and coloured text (HTML) to this folder."),
 ) -> None:
@@ -41,10 +39,10 @@ def analyze(
     And whether harder tokens get more. Prints a five-line summary; --tables also prints tables by class, position,
     surprisal, entropy and layer, and --out writes all of them. All intervals are 95 % intervals.
     """
-    check_count("max tokens", max_tokens, 2)
-    options.check_text(text, split)
     if out is not None:
         options.check_writable(out, "an analysis")
+    options.start(threads)
+    options.check_text(text, split)
     hat = options.load(base, checkpoint, capacity, exit_rate, dtype)
 
     from hat_lib.evaluation.coloured_text import ansi, html, passages
@@ -59,18 +57,15 @@ def analyze(
     tokens, n_blocks = found.tokens, found.tokens["block"].nunique()
     if n_blocks < FEWEST:
         say("warning", f"{NONE} of up to 512 tokens, got {n_blocks}")
-    _, said = options.measured(text, split, len(tokens), sum(len(t.encode(errors="replace")) for t in tokens["text"]))
-    typer.echo(f"{printable(text)}: {len(tokens)} tokens in {n_blocks} blocks\nmeasured     {said}")
+    _, extent = options.measured(text, split, len(tokens), sum(len(t.encode(errors="replace")) for t in tokens["text"]))
+    typer.echo(f"{printable(text)}: {len(tokens)} tokens in {n_blocks} blocks\nmeasured     {extent}")
     typer.echo("\n".join(_findings(found, made)))
     low, high = tokens.loc[~tokens["protected"], "model_share"].quantile([0.01, 0.99])
     scale = {"meaning": "share of the base's work that a token got", "low": low, "high": high}
     if tables:
-        typer.echo("\n+ or - behind an interval: clear of the mean of all tokens, above or below")
-        for name, keys in KEYS.items():
-            typer.echo(f"\n{name}\n{_by_group(made[name], keys)}")
-        typer.echo(f"\nlayers: executed share, mean ± standard deviation over tokens\n{_by_layer(made['layers'])}")
-        correlations = made["correlations"].to_string(index=False, float_format="{:+.3f}".format)
-        typer.echo(f"\nrank correlations\n{correlations}\n")
+        for name, table in list(made.items())[:-1]:  # but the map of layers
+            typer.echo(f"\n{name}\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='')}")
+        typer.echo()
         typer.echo(ansi(*passages(tokens.head(100), "model_share"), **scale))
     if out is None:
         return
@@ -103,35 +98,12 @@ def _extremes(rows: pd.DataFrame, name: str) -> str:
     if rows["mean"].max() == rows["mean"].min():
         return f"every {name} ran {rows['mean'].max():.1%}"
     ends = {"most": rows.loc[rows["mean"].idxmax()], "least": rows.loc[rows["mean"].idxmin()]}
-    said = {word: f"{row['mean']:.1%}{_interval(row['low'], row['high'], '.1%')}" for word, row in ends.items()}
-    return ", ".join(f"{word} work: {ends[word][name]}, {said[word]}" for word in ends)
+    shares = {word: f"{row['mean']:.1%}{_interval(row['low'], row['high'], '.1%')}" for word, row in ends.items()}
+    return ", ".join(f"{word} work: {row[name]}, {shares[word]}" for word, row in ends.items())
 
 
 def _interval(low: float, high: float, form: str) -> str:
     return "" if low != low else f" ({low:{form}} to {high:{form}})"
-
-
-def _by_group(table: pd.DataFrame, keys: list[str]) -> str:
-    """One line per group: some of its measures, each with its interval and the sign of its difference."""
-
-    def cell(row) -> str:
-        spec = ".1%" if row["measure"] in ("share", "left") else ".3f"
-        sign = "+" if row["difference_low"] > 0 else "-" if row["difference_high"] < 0 else " "
-        return f"{row['mean']:{spec}}{_interval(row['low'], row['high'], spec)} {sign}"
-
-    shown = table[table["measure"] == "share"][[*keys, "tokens"]]
-    for measure in ("share", "left", "surprisal_of_token", "kl_of_next"):
-        part = table[table["measure"] == measure]
-        if part["mean"].any():
-            part = part[keys].assign(**{measure: part.apply(cell, axis=1)})
-            shown = shown.merge(part, on=keys, how="left").fillna({measure: ""})
-    return shown.to_string(index=False, float_format="{:.2f}".format)
-
-
-def _by_layer(table: pd.DataFrame) -> str:
-    cells = [f"{mean:.1%} ± {sd:.1%}" for mean, sd in zip(table["mean"], table["sd"], strict=True)]
-    wide = table.assign(cell=cells).pivot(index="layer", columns="site", values="cell")
-    return wide[table["site"].unique()].reset_index().to_string(index=False)
 
 
 def _csv(table: pd.DataFrame) -> bytes:

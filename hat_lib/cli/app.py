@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from contextlib import suppress
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -25,10 +24,10 @@ from hat_lib.config import HatError
 
 
 def setup(
-    fetch: bool = option(True, "Fetch the bundled base (93 MB) and texts (7 MB) if missing."),
+    fetch: bool = option(True, "Fetch the bundled base (93 MB) and text (4 MB) if missing."),
     quiet: bool = option(False, "No report: say only what is fetched, or fails.", "--quiet"),
 ) -> None:
-    """Fetch base and texts, compile the engine, report."""
+    """Fetch base and text, compile the engine, report."""
     from hat_lib.model.fast_path import warm
     from hat_lib.workbook.environment import environment, fetch_bundled
 
@@ -41,50 +40,30 @@ def setup(
             typer.echo("\n".join(environment()))
 
 
-GROUPS = {
-    "Use": (setup, generate, evaluate, analyze, calibrate, sweep),
-    "Train": (train,),
-    "Reproduce": (batch,),
-}
-
 # \b keeps the line breaks of a paragraph.
 EXAMPLE = """\b
 A worked example, from nothing to a measured price of less compute:
 
 \b
-  hat setup                                        fetch base and texts, once
-  hat generate --prompt "The state of our union"   at the default capacity
-  hat generate --prompt "The state of our union" --capacity 1.0
-                                                   everything runs: the base
-  hat evaluate --text docstrings --capacity 0.6    what does it cost?
-  hat calibrate --save mine                        your own thresholds
+  hat setup                                  fetch base and text, once
+  hat generate "The state of our union"      at the default capacity
+  hat generate "The state of our union" --capacity 1.0
+                                             everything runs: the base
+  hat evaluate --text docstrings --capacity 0.6
+                                             what does it cost?
+  hat calibrate --save mine                  your own thresholds
   hat evaluate --checkpoint mine --capacity 0.6
-  hat train --profile quick --save trained         routers, then exit gates
+  hat train --profile quick --save trained   routers, then exit gates
 """
 
 
 class Friendly:
     """The one place where bad input becomes a line on stderr, and Ctrl-C exit code 130."""
 
-    def main(self, *args, **options):
+    def invoke(self, ctx):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # an ASCII-only terminal shows question marks for other characters
                 stream.reconfigure(errors="replace")
-        try:
-            return super().main(*args, **options)
-        except OSError as error:  # a full disk, a folder where a file should be: the system's message will do
-            if error.errno is None:
-                raise
-            with suppress(OSError):
-                say("error", f"{error.filename or 'cannot write the output'}: {error.strerror}")
-            for stream in (sys.stdout, sys.stderr):
-                try:
-                    stream.flush()
-                except OSError:  # otherwise what is left would fail again when Python exits
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            sys.exit(1)
-
-    def invoke(self, ctx):
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_, **__: say("warning", message)
@@ -92,6 +71,11 @@ class Friendly:
         except HatError as error:
             say("error", error)
             raise typer.Exit(2) from None
+        except OSError as error:
+            if error.filename is None:  # a closed pipe, which typer ends quietly
+                raise
+            say("error", f"{error.filename}: {error.strerror}")
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("\ninterrupted", err=True)
             raise typer.Exit(130) from None
@@ -102,15 +86,7 @@ class Command(Friendly, TyperCommand):
 
 
 class Hat(Friendly, TyperGroup):
-    """``hat``, its commands listed in groups."""
-
-    def format_commands(self, ctx, formatter):
-        """By group, which Typer itself shows only with rich."""
-        width = formatter.width - 6 - max(map(len, self.commands))
-        for group, commands in GROUPS.items():
-            with formatter.section(group):
-                names = [command.__name__ for command in commands]
-                formatter.write_dl([(name, self.commands[name].get_short_help_str(width)) for name in names])
+    """``hat`` itself."""
 
 
 app = typer.Typer(
@@ -122,7 +98,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text reads the same in a terminal, a notebook and a log
 )
-for command in sum(GROUPS.values(), ()):
+for command in (setup, generate, evaluate, analyze, calibrate, sweep, train, batch):
     app.command()(command)
 
 
@@ -130,6 +106,4 @@ def main() -> None:
     """The entry point of ``hat``."""
     # Read when transformers is first imported, whose advice is for people who write code with it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if sys.stdout is None:  # closed by the caller
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     app(prog_name="hat")

@@ -12,7 +12,7 @@ import typer
 from hat_lib import __version__
 from hat_lib.cli import options
 from hat_lib.cli.options import option
-from hat_lib.config import HatError, check_count, work_text
+from hat_lib.config import HatError, work_text
 from hat_lib.text.plain import printable
 
 if TYPE_CHECKING:
@@ -36,8 +36,9 @@ def evaluate(
     tasks_path: Path | None = option(
         None, "Folder of YAML files of tasks; Python that a task names is run. [default: data/tasks]"
     ),
-    batch_size: int = option(1, "Blocks or requests a forward, at least 1; changes no result beyond rounding."),
+    batch_size: int = option(1, "Blocks or requests a forward; changes no result beyond rounding.", min=1),
     dtype: str | None = options.DTYPE,
+    threads: int | None = options.THREADS,
     as_json: bool = option(False, "Print one JSON object on stdout and nothing else.", "--json"),
 ) -> None:
     """Perplexity against the base, with its 95 % interval.
@@ -45,8 +46,7 @@ def evaluate(
     Both are scored on the same blocks, and the interval is paired. Or, with --tasks, scores of lm-evaluation-harness,
     the base's beside the model's.
     """
-    check_count("max tokens", max_tokens, 2)
-    check_count("batch size", batch_size, 1)
+    options.start(threads)
     if tasks is None:
         if tasks_path is not None:
             raise HatError("--tasks-path needs --tasks NAME[,NAME]")
@@ -76,35 +76,51 @@ def _on_text(
     blocks = load_text(text, hat.base.tokenizer, split=split, max_tokens=max_tokens)
     dense, (adaptive,) = score_each(hat, blocks, batch_size=batch_size)
     paired, sizes = compare(dense, adaptive), text_bytes(blocks, hat.base.tokenizer)
-    rows, n_bytes = by_document(blocks, sizes, dense, adaptive), int(sizes.sum())
-    share, said = options.measured(text, split, paired.tokens, n_bytes)
-    bits = {name: bits_per_byte(s.nll.sum(), n_bytes) for name, s in (("base_bits", dense), ("bits", adaptive))}
-    row = _about(hat, adaptive.capacity, adaptive.exit_rate, adaptive.model_share)
-    row |= {"text": text, "split": split, "text_hash": text_hash(blocks)[:16]}
-    row |= {"tokens": paired.tokens, "blocks": paired.n_blocks, "bytes": n_bytes, "share_of_text": share}
-    row |= {"base_perplexity": paired.base_ppl, "perplexity": paired.ppl, "increase": paired.increase}
+    table, n_bytes = by_document(blocks, sizes, dense, adaptive), int(sizes.sum())
+    share, extent = options.measured(text, split, paired.tokens, n_bytes)
     few = paired.n_blocks < FEWEST
-    row |= {"increase_low": None if few else paired.low, "increase_high": None if few else paired.high}
-    row |= {f"{name}_per_byte": value for name, value in bits.items()}
-    row |= {"top1": adaptive.agreement.top1, "kl": adaptive.agreement.kl, "depth": adaptive.depth}
-    row["exits"] = {depth: int(adaptive.exits[depth]) for depth in (*hat.config.exit_layers, hat.config.n_layers)}
-    row["documents"] = rows.to_dict("records")
-    words = {name: _estimate(value) for name, value in bits.items()} | {"name": printable(text), "measured": said}
-    words["interval"] = f"95 % interval {paired.low:+.2%} to {paired.high:+.2%}"
+    row = _about(hat, adaptive.capacity, adaptive.exit_rate, adaptive.model_share) | {
+        "text": text,
+        "split": split,
+        "text_hash": text_hash(blocks)[:16],
+        "tokens": paired.tokens,
+        "blocks": paired.n_blocks,
+        "bytes": n_bytes,
+        "share_of_text": share,
+        "base_perplexity": paired.base_ppl,
+        "perplexity": paired.ppl,
+        "increase": paired.increase,
+        "increase_low": None if few else paired.low,
+        "increase_high": None if few else paired.high,
+        "base_bits_per_byte": bits_per_byte(dense.nll.sum(), n_bytes),
+        "bits_per_byte": bits_per_byte(adaptive.nll.sum(), n_bytes),
+        "top1": adaptive.agreement.top1,
+        "kl": adaptive.agreement.kl,
+        "depth": adaptive.depth,
+        "exits": {depth: int(adaptive.exits[depth]) for depth in (*hat.config.exit_layers, hat.config.n_layers)},
+        "documents": table.to_dict("records"),
+    }
+    interval = f"95 % interval {paired.low:+.2%} to {paired.high:+.2%}"
     if few:
-        words["interval"] = f"{NONE} of up to 512 tokens, got {paired.n_blocks}; bring more text or raise --max-tokens"
-    lines = [ON_TEXT.format(**row | words), *_work(row)]
+        interval = f"{NONE} of up to 512 tokens, got {paired.n_blocks}; bring more text or raise --max-tokens"
+    dense_bits, bits = _estimate(row["base_bits_per_byte"]), _estimate(row["bits_per_byte"])
+    lines = [
+        f"{printable(text)}: {paired.tokens} tokens in {paired.n_blocks} blocks, SHA-256 {row['text_hash']}",
+        f"measured     {extent}",
+        f"perplexity   {paired.base_ppl:.3f} for the base {row['base']} ({row['dtype']}), "
+        f"{paired.ppl:.3f} for the model",
+        f"increase     {paired.increase:+.2%}, {interval}",
+        f"bits/byte    {dense_bits} for the base, {bits} for the model",
+        f"agreement    {row['top1']:.2%} of the base's most likely tokens, KL {row['kl']:.4f} nats a token",
+        *_work(row),
+    ]
     if hat.exit_rate:
         total = sum(row["exits"].values())
         lines.append(f"mean depth   {adaptive.depth:.2f} of {hat.config.n_layers} layers")
         lines += [f"  {depth:3d} layers {n:7d} tokens, {n / total:.1%}" for depth, n in row["exits"].items()]
     if documents:
-        lines.append("\ntokens    bytes  base ppl       ppl  increase  bits/byte, base  and model  document")
-        lines += [
-            f"{r.tokens:6d}  {r.bytes:7d}  {r.base_perplexity:8.2f}  {r.perplexity:8.2f}  {r.increase:+8.2%}  "
-            f"{_estimate(r.base_bits_per_byte):>15}  {_estimate(r.bits_per_byte):>9}  {printable(r.document)}"
-            for r in rows.itertuples()
-        ]
+        table["document"] = table["document"].map(printable)
+        lines.append("\n" + table.to_string(index=False, float_format="{:.4f}".format))
     return row, lines
 
 
@@ -115,23 +131,11 @@ def _on_tasks(hat: HierarchicalTransformer, tasks: dict, batch_size: int) -> tup
 
     rows, spent = run_tasks(hat, tasks, batch_size=batch_size)
     row = _about(hat, *spent.shares) | {"lm_eval": lm_eval.__version__, "batch_size": batch_size}
-    width = max(4, *(len(r.task) for r in rows))
-    lines = [f"{'task':{width}}  {'metric':20}  {'base':>20}  {'model':>20}  samples"]
-    lines += [
-        f"{r.task:{width}}  {r.metric:20}  {_estimate(r.base, r.base_stderr):>20}  "
-        f"{_estimate(r.value, r.stderr):>20}  {r.samples:7d}"
-        for r in rows
-    ]
+    lines = [f"{'task':20}  {'metric':20}  {'base':>20}  {'model':>20}  samples"]
+    for r in rows:
+        base, value = _estimate(r.base, r.base_stderr), _estimate(r.value, r.stderr)
+        lines.append(f"{r.task:20}  {r.metric:20}  {base:>20}  {value:>20}  {r.samples:7d}")
     return row | {"tasks": [asdict(r) for r in rows]}, lines + _work(row)
-
-
-ON_TEXT = """\
-{name}: {tokens} tokens in {blocks} blocks, SHA-256 {text_hash}
-measured     {measured}
-perplexity   {base_perplexity:.3f} for the base {base} ({dtype}), {perplexity:.3f} for the model
-increase     {increase:+.2%}, {interval}
-bits/byte    {base_bits} for the base, {bits} for the model
-agreement    {top1:.2%} of the base's most likely tokens, KL {kl:.4f} nats a token"""
 
 
 def _about(hat: HierarchicalTransformer, capacity: float, exit_rate: float, model_share: float) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from hat_lib.config import HatError, work_text
 
 
 def generate(
-    prompt: str = option(..., "Text to continue, as it is, without a chat template; - reads stdin."),
+    prompt: str | None = typer.Argument(
+        None, help="Text to continue, as it is, without a chat template; - reads stdin.", show_default=False
+    ),
+    prompt_option: str | None = option(None, "The prompt as an option.", "--prompt", metavar="PROMPT"),
     base: str | None = options.BASE,
     checkpoint: Path | None = options.CHECKPOINT,
     capacity: str | None = options.CAPACITY,
@@ -30,7 +34,7 @@ def generate(
     show_compute: bool = option(
         False, "Show each new token again, coloured by the compute spent predicting it.", "--show-compute"
     ),
-    max_new_tokens: int = option(64, "Most tokens to add, at least 1; an end-of-text token stops earlier."),
+    max_new_tokens: int = option(64, "Most tokens to add; an end-of-text token stops earlier.", min=1),
     dtype: str | None = options.DTYPE,
     weights: str = option(
         "base",
@@ -38,7 +42,8 @@ def generate(
         "faster, near to the base and not equal to it. With --lossless they draft, and the base's own decide.",
     ),
     temperature: float = option(0.0, "0 takes the likeliest token (greedy); 0.001 and above samples from all tokens."),
-    seed: int = option(0, "Seed of the sampling, from 0 to 2^64 - 1; greedy decoding ignores it."),
+    seed: int = option(0, "Seed of the sampling; greedy decoding ignores it.", min=0),
+    threads: int | None = options.THREADS,
 ) -> None:
     """Continue a prompt, and say how much was executed.
 
@@ -46,16 +51,14 @@ def generate(
     minute), or exactly as the base would, with the adaptive model as drafter. The text is printed as it is generated;
     the lines after it say what was requested and what was realised.
     """
-    for chosen, on in (("--capacity", capacity), ("--lossless", lossless)):
-        if target_speedup is not None and on:
-            raise HatError(f"--target-speedup chooses the capacity: leave out {chosen}")
-    if steer and lossless:
-        raise HatError("--steer holds a text to a capacity; with --lossless drafts are held to nothing: leave it out")
+    if target_speedup is not None and (capacity is not None or lossless):
+        raise HatError("--target-speedup chooses the capacity: leave out --capacity and --lossless")
     if refresh_speed and target_speedup is None:
         raise HatError("--refresh-speed measures for a target: add --target-speedup")
-    if lossless and show_compute:
-        raise HatError("--show-compute colours what a token skipped; with --lossless the base decides on every token")
-    prompt = options.read_prompt(prompt)
+    if lossless and (steer or show_compute):
+        raise HatError("--lossless lets the base decide on every token: leave out --steer and --show-compute")
+    prompt = read_prompt(prompt_option if prompt is None else prompt)
+    options.start(threads)
 
     from hat_lib.inference.generate import AdaptiveInference, check_sampling
     from hat_lib.inference.speed import VERSUS, check_target, check_versus, speedup_text
@@ -104,17 +107,26 @@ def generate(
     typer.echo(f"[{work}; {out.new_tokens} new tokens, {out.tokens_per_second:.1f} tokens/s; {hat.decoding}]")
     speedup = speedup_text(out.realised_speedup, VERSUS[versus])
     if out.predicted_speedup is not None:
-        predicted = "{:.3f} predicted ({:.3f} to {:.3f} when measured)".format(
-            out.predicted_speedup, *out.predicted_range
-        )
+        low, high = out.predicted_range
+        predicted = f"{out.predicted_speedup:.3f} predicted ({low:.3f} to {high:.3f} when measured)"
         typer.echo(f"[speedup {out.target_speedup:g} requested, {predicted}; realised: {speedup}]")
     if lossless:
-        (spoken,) = out.speculation
+        (speculation,) = out.speculation
         typer.echo(
-            f"[lossless: {spoken.drafted} drafted, {out.acceptance:.0%} accepted, {spoken.passes} passes of the base; "
-            f"all that ran, verification included: {out.model_share:.2f} times the dense model's work and "
-            f"{1 / spoken.ideal_speedup:.2f} times the weights it reads; {speedup}]"
+            f"[lossless: {speculation.drafted} drafted, {out.acceptance:.0%} accepted, {speculation.passes} passes of "
+            f"the base; all that ran, verification included: {out.model_share:.2f} times the dense model's work and "
+            f"{1 / speculation.ideal_speedup:.2f} times the weights it reads; {speedup}]"
         )
+
+
+def read_prompt(prompt: str | None) -> str:
+    """The prompt, from stdin if it is ``-``; raises if there is nothing to continue."""
+    if prompt == "-":
+        sys.stdin.reconfigure(encoding="utf-8")  # whatever the terminal's encoding is
+        prompt = sys.stdin.read()
+    if not prompt or not prompt.strip():
+        raise HatError(f"the prompt is empty: expected text to continue, got {prompt!r}")
+    return prompt
 
 
 def _price(hat, capacity: float, weights: str) -> str:

@@ -6,7 +6,6 @@ so that help answers at once.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,12 +62,22 @@ SPLIT = option(
     "Part of the text: train, validation, test (5 % of a file), or all. [default: test; all of a file that the "
     "checkpoint was not made with]",
 )
-MAX_TOKENS = option(4000, "Tokens of text, at least 2; more makes the interval narrower.")
+MAX_TOKENS = option(4000, "Tokens of text, at least 2; more makes the interval narrower.", min=2)
+THREADS = option(None, "Threads to compute with. [default: one a core]", min=1)
 
 
 def say(kind: str, message: object) -> None:
     """One line on stderr, without active control characters."""
     typer.echo(f"{kind}: {printable(str(message).replace(chr(10), ' '))}", err=True)
+
+
+def start(threads: int | None) -> None:
+    """Say that something happens, because importing torch and loading take seconds, and set the threads."""
+    typer.echo("loading ...", err=True)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def names(option: str, text: str) -> list[str]:
@@ -82,19 +91,17 @@ def names(option: str, text: str) -> list[str]:
 def check_grains(what: str, wanted: list[str]) -> None:
     from hat_lib.model.granularity import GRAINS
 
-    if unknown := [name for name in wanted if name not in GRAINS]:
-        raise HatError(f"{what} must be among {', '.join(GRAINS)}, got {unknown[0]!r}")
+    for name in wanted:
+        if name not in GRAINS:
+            raise HatError(f"{what} must be among {', '.join(GRAINS)}, got {name!r}")
 
 
 def check_writable(folder: Path, what: str = "a checkpoint") -> None:
     """Raise unless ``what`` can be written to ``folder``; leaves nothing behind."""
-    there = folder.expanduser().absolute()
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir():
-        raise HatError(f"cannot write {what} to {folder}: {there} is not a folder")
+    folder = folder.expanduser().absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        tempfile.TemporaryFile(dir=there).close()
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise HatError(f"cannot write {what} to {folder}: {error.strerror or error}") from error
 
@@ -127,30 +134,14 @@ def measured(source: str, split: str, tokens: int, n_bytes: int) -> tuple[float 
     return share, f"{tokens:,} of about {about} tokens ({share:.1%} of the text), split {split}; {more} more"
 
 
-def read_prompt(prompt: str) -> str:
-    """The prompt, from stdin if it is ``-``; raises if there is nothing to continue."""
-    try:
-        if prompt == "-":
-            if sys.stdin is None:
-                raise HatError("--prompt - reads stdin, which is closed")
-            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # whatever the terminal's encoding is
-            prompt = sys.stdin.read()
-        prompt.encode()
-    except UnicodeError as error:
-        raise HatError(f"the prompt is not UTF-8 text: {error}") from error
-    if not prompt.strip():
-        raise HatError(f"the prompt is empty: expected text to continue, got {prompt!r}")
-    return prompt
-
-
 def load(
     base: str | None, checkpoint: Path | None, capacity: str | None, exit_rate: str | None, dtype: str | None
 ) -> HierarchicalTransformer:
     """The model requested by the options of `generate`, `evaluate` and `analyze`, with everything checked first."""
     share = None if capacity is None else check_capacity(capacity)
     rate = None if exit_rate is None else check_exit_rate(exit_rate)
-    needed = checkpoint is None and (share != 1.0 or rate)
-    if needed and base not in (None, "bundled"):
+    dense = share == 1.0 and not rate
+    if checkpoint is None and not dense and base not in (None, "bundled"):
         raise HatError(
             f"no checkpoint for {base}: make one with `hat calibrate --base {base} --save DIR` and pass --checkpoint "
             "DIR, or run everything with --capacity 1.0"
@@ -159,8 +150,8 @@ def load(
     from hat_lib.backbone.base import load_base
     from hat_lib.model.transformer import HierarchicalTransformer
 
-    if checkpoint is None and not needed:
-        loaded = load_base(*[base] if base else [], dtype=dtype)
+    if checkpoint is None and dense:
+        loaded = load_base(base or "bundled", dtype=dtype)
         return HierarchicalTransformer(loaded, HatConfig.default(loaded))
     hat = HierarchicalTransformer.from_pretrained(checkpoint or DEFAULT, base, dtype=dtype)
     if share is not None:

@@ -8,7 +8,7 @@ import typer
 
 from hat_lib.cli import options
 from hat_lib.cli.options import option
-from hat_lib.config import WHY, HatError, check_count
+from hat_lib.config import WHY, HatError
 
 
 def sweep(
@@ -22,7 +22,7 @@ def sweep(
         "trained,uncorrected,untrained,random,static,cosine,removal,random_exits,no_exits,fine_tuned",
         "The trained model, the same without its corrections, and its controls.",
     ),
-    max_tokens: int = option(4000, "Tokens of each text, at least 1024; more makes the interval narrower."),
+    max_tokens: int = option(4000, "Tokens of each text, at least 1024; more makes the interval narrower.", min=1024),
     channel: Path = option(Path("default"), "Trained channel-grain checkpoint."),
     channel_untrained: Path = option(
         Path("calibrated"), "Untrained channel-grain checkpoint, calibrated alone: a control."
@@ -32,6 +32,7 @@ def sweep(
         Path("calibrated_token"), "Untrained token-grain checkpoint, calibrated alone: a control."
     ),
     dtype: str | None = options.DTYPE,
+    threads: int | None = options.THREADS,
     write_prices: bool = option(
         False,
         "Store the increases in the trained checkpoints, in place of those they hold, for `hat generate` to name.",
@@ -54,11 +55,12 @@ def sweep(
         "seeds": _numbers("--seed", seed, int),
         "texts": options.names("--texts", texts),
         "variants": options.names("--variants", variants),
-        "max_tokens": check_count("max tokens", max_tokens, 1024),
+        "max_tokens": max_tokens,
     }
+    options.check_writable(out.parent, "a sweep")
+    options.start(threads)
     for source in axes["texts"]:
         options.check_text(source, None)
-    options.check_writable(out.parent, "a sweep")
 
     import pandas as pd
 

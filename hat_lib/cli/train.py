@@ -13,7 +13,7 @@ import typer
 
 from hat_lib.cli import options
 from hat_lib.cli.options import option
-from hat_lib.config import HatError, check_capacity, check_count
+from hat_lib.config import HatError, check_capacity
 
 
 def calibrate(
@@ -21,8 +21,10 @@ def calibrate(
     base: str = options.BUNDLED_BASE,
     text: str = option("bundled", f"Measure on its train and validation splits: {options.TEXT_HELP}."),
     granularity: str = options.GRANULARITY,
-    tokens: int = option(12_000, "Tokens of text to take the scores from, at least 256; more is steadier and slower."),
-    probe_tokens: int = option(4096, "Tokens to measure each layer's effect on the output with, at least 16."),
+    tokens: int = option(
+        12_000, "Tokens of text to take the scores from, at least 256; more is steadier and slower.", min=256
+    ),
+    probe_tokens: int = option(4096, "Tokens to measure each layer's effect on the output with, at least 16.", min=16),
     dtype: str = option("fp32", f"Of the passes: {options.DTYPES_HELP}. The thresholds serve every dtype."),
     capacity: str | None = option(
         None,
@@ -30,16 +32,16 @@ def calibrate(
         "for token]",
         metavar="SHARE",
     ),
+    threads: int | None = options.THREADS,
 ) -> None:
     """Measure thresholds on held-out text, write a checkpoint.
 
     One checkpoint serves every capacity. Nothing is trained. With the bundled base this takes minutes on a CPU.
     """
     changes = {} if capacity is None else {"capacity": check_capacity(capacity)}
-    options.check_grains("granularity", [granularity])
-    check_count("tokens", tokens, 256)
-    check_count("probe tokens", probe_tokens, 16)
     options.check_writable(save)
+    options.start(threads)
+    options.check_grains("granularity", [granularity])
     options.check_text(text, "validation")
 
     from hat_lib.backbone.base import load_base
@@ -86,6 +88,7 @@ def train(
     settings: list[str] | None = option(
         None, "Change one hyperparameter; may be repeated: --set router_lr=1e-3.", "--set", metavar="NAME=VALUE"
     ),
+    threads: int | None = options.THREADS,
 ) -> None:
     """Train routers and exit gates; the base stays frozen.
 
@@ -100,6 +103,7 @@ def train(
         raise HatError(f"max minutes must be above 0, got {max_minutes}")
     folder = (save or resume).expanduser()
     options.check_writable(folder)
+    options.start(threads)
 
     from hat_lib.text.mixture import OWN, sources
     from hat_lib.training.recipe import Recipe

@@ -1,4 +1,4 @@
-"""What the tests of commands share: running a command, a refused command, the user's own text and checkpoint."""
+"""What the tests of commands share."""
 
 import os
 import subprocess
@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from hat_lib.backbone import base
 from hat_lib.config import REPO
 
 
@@ -21,33 +20,10 @@ def hat(run_hat, monkeypatch):
     return run
 
 
-@pytest.fixture
-def refuses(hat, tmp_path):
-    """A command fails with one ``error:`` line that contains all the words, prints nothing else and writes nothing."""
-
-    def run(args, *words):
-        before = sorted(tmp_path.rglob("*"))
-        code, out, err = hat(*args)
-        errors = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert code == 2 and out == "" and len(errors) == 1 and "Traceback" not in err, (code, out, err)
-        assert all(word in errors[0] for word in words), err
-        assert sorted(tmp_path.rglob("*")) == before
-
-    return run
-
-
-@pytest.fixture
-def no_base(monkeypatch):
-    """No base may be loaded; loading one would hash it."""
-    monkeypatch.setattr(
-        base, "fingerprint", lambda *_: pytest.fail("a base was loaded before the arguments were checked")
-    )
-
-
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
-    """A text file, long enough to calibrate on."""
-    path = tmp_path_factory.mktemp("text") / "my text.txt"
+    """A Markdown file, long enough to calibrate on."""
+    path = tmp_path_factory.mktemp("text") / "my text.md"
     path.write_text(" ".join(f"Line {i}: the {i % 7} quick brown foxes jump over {i}." for i in range(400)))
     return path
 
@@ -67,9 +43,9 @@ def python_m():
 
 @pytest.fixture(scope="session")
 def calibrated(tmp_path_factory, text, python_m):
-    """What `hat calibrate` writes for the tiny base, and its stdout."""
+    """What `hat calibrate` writes for the tiny base."""
     folder = tmp_path_factory.mktemp("calibrated") / "my checkpoint"
     options = ("--base", "random:tiny", "--save", folder, "--text", text, "--tokens", "600", "--probe-tokens", "64")
     done = python_m("hat_lib", "calibrate", *options)
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout.decode()
+    return folder
