@@ -1,8 +1,7 @@
 """Perplexity of a text as it is decoded: token by token after a KV cache, the text's own tokens forced.
 
-`score_each` runs a block in one parallel forward. Decoding asks for the same next tokens, but the engine runs it, and
-steering moves thresholds at every token, as it does in generation (`hat_lib.model.steering`). So what was timed in
-decode, steered to a capacity, is scored here as it ran.
+`score_each` runs a block in one parallel forward. In decoding the engine runs, and steering moves thresholds at every
+token (`hat_lib.model.steering`). So what was timed in decode, steered to a capacity, is scored here as it ran.
 """
 
 from __future__ import annotations

@@ -108,13 +108,8 @@ def score(
     batch_size: int = 1,
     progress: bool = True,
 ) -> Score:
-    """Negative log-likelihood of each block; the same for any batch size, within rounding.
-
-    Args:
-        model: a `HierarchicalTransformer`, run as it is set (under ``hat.dense()`` it is its base), or a
-            plain Llama.
-        dataset: rows of `load_text`: ``input_ids`` and ``n_context``.
-        batch_size: blocks per forward, right-padded.
+    """Negative log-likelihood of each block of ``dataset``, rows of `load_text` with ``input_ids`` and ``n_context``;
+    the same for any ``batch_size``, blocks per forward, within rounding. A `HierarchicalTransformer` runs as it is set.
 
     Raises `HatError` for a text without a scored token, a bad batch size, or ``hat.lm`` instead of ``hat``.
     """
@@ -134,12 +129,8 @@ def score_each(
     batch_size: int = 1,
     progress: bool = True,
 ) -> tuple[Score, list[Score]]:
-    """`score` of the base, run once, and of ``hat`` in each of several settings, with its agreement.
-
-    Args:
-        settings: each makes a context to run ``hat`` in, such as ``partial(hat.at, 0.5)``; by default, as it is set.
-
-    Other arguments and errors as in `score`; the base is ``hat.dense()``.
+    """`score` of the base (``hat.dense()``), run once, and of ``hat`` in each of several settings, with its agreement.
+    A setting makes a context to run ``hat`` in, such as ``partial(hat.at, 0.5)``; by default, as it is set.
     """
     if not isinstance(hat, HierarchicalTransformer):
         raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to be compared with")
@@ -177,9 +168,9 @@ def coverage(
 ) -> float:
     """How often an interval of `compare` would hold the truth on text like these blocks; ideally 0.95.
 
-    The share of ``draws`` texts, each of about ``blocks`` blocks (by default as many as there are), whose interval
-    holds the increase over all of these blocks. Texts are put together from the very units that the bootstrap draws, so
-    this sees what few units do to an interval, and neither what other documents would bring nor how alike units are.
+    The share of ``draws`` texts of about ``blocks`` blocks (by default as many as there are) whose interval holds the
+    increase over all of these blocks. Texts are put together from the units that the bootstrap draws, so this sees what
+    few units do to an interval, and neither what other documents would bring nor how alike units are.
     """
     found, n = units(adaptive.document_of), len(base.tokens)
     count = max(1, round(found.drawn * (blocks or n) / n))
@@ -216,16 +207,10 @@ def bits_per_byte(nats: float, n_bytes: int) -> float | None:
 
 
 def by_document(dataset: Sequence[Mapping], n_bytes: np.ndarray, base: Score, adaptive: Score) -> pd.DataFrame:
-    """A row for each document, in the order in which they occur.
+    """A row for each ``doc`` of ``dataset``, in the order in which they occur; ``n_bytes`` is from `text_bytes`.
 
-    Args:
-        dataset: what both were scored on; the column ``doc`` tells documents apart.
-        n_bytes: what `text_bytes` returned for it.
-
-    Returns:
-        ``document``, ``blocks``, ``tokens`` (scored), ``bytes``, ``base_perplexity``, ``perplexity``, ``increase``
-        (``perplexity / base_perplexity - 1``), ``base_bits_per_byte``, ``bits_per_byte`` (None where no character
-        ends).
+    Columns: ``document``, ``blocks``, ``tokens`` (scored), ``bytes``, ``base_perplexity``, ``perplexity``, ``increase``
+    (``perplexity / base_perplexity - 1``), ``base_bits_per_byte``, ``bits_per_byte`` (None where no character ends).
     """
     blocks = {"blocks": 1, "tokens": base.tokens, "bytes": n_bytes, "base": base.nll, "nll": adaptive.nll}
     table = pd.DataFrame({"document": [row["doc"] for row in dataset], **blocks})

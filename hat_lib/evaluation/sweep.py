@@ -97,20 +97,10 @@ def sweep(
     rows = []
     for capacity, found in zip(capacities, scores, strict=True):
         paired = compare(base, found)
-        rows.append(
-            {
-                "capacity": capacity,
-                "realised": found.capacity,
-                "exit_rate": found.exit_rate,
-                "model_share": found.model_share,
-                "perplexity": found.perplexity,
-                "increase": paired.increase,
-                "increase_low": paired.low,
-                "increase_high": paired.high,
-                "kl": found.agreement.kl,
-                "top1": found.agreement.top1,
-            }
-        )
+        row = {"capacity": capacity, "realised": found.capacity, "exit_rate": found.exit_rate}
+        row |= {"model_share": found.model_share, "perplexity": found.perplexity, "increase": paired.increase}
+        row |= {"increase_low": paired.low, "increase_high": paired.high}
+        rows.append(row | {"kl": found.agreement.kl, "top1": found.agreement.top1})
     return Sweep(pd.DataFrame(rows), name, hat.base.name, base.perplexity, int(base.tokens.sum()), len(blocks))
 
 

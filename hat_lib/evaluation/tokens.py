@@ -90,8 +90,8 @@ class TokenTable:
     @property
     def work(self) -> str:
         """Capacity and exit rate, requested and realised, in words."""
-        model_share = float(self.tokens["model_share"].mean())
-        return work_text(self.requested_capacity, self.capacity, self.requested_exit_rate, self.exit_rate, model_share)
+        share = float(self.tokens["model_share"].mean())
+        return work_text(self.requested_capacity, self.capacity, self.requested_exit_rate, self.exit_rate, share)
 
     @property
     def frame(self) -> pd.DataFrame:

@@ -101,20 +101,6 @@ def test_what_is_realised_is_measured_on_other_blocks_than_were_fitted():
 
 
 @torch.no_grad()
-def test_an_exit_is_right_where_it_reads_the_token_that_the_base_reads():
-    hat = new_hat("channel")
-    block = torch.tensor([TEXT[0]])
-    _, right = module._scores(hat, [block])
-    with hat.dense():
-        states = hat.lm.model(block, use_cache=False, output_hidden_states=True).hidden_states
-    last = hat.lm.lm_head(states[-1])[0].argmax(-1)  # normed already
-    for number, depth in enumerate(map(int, hat.gates)):
-        read = hat.lm.lm_head(hat.lm.model.norm(states[depth][0])).argmax(-1)  # an untrained translator is the identity
-        same = (read == last)[hat.config.protected_tokens :].tolist()
-        assert right[:, number].tolist() == same
-    assert right.any() and not right.all()
-
-
 def test_logistic_finds_the_chance():
     rng = np.random.default_rng(0)
     score = rng.normal(3, 5, 20_000)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import runpy
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from tiny_runs import skipping
 
 from hat_lib.config import HatError
 from hat_lib.evaluation import lm_eval as harness
-from hat_lib.evaluation.lm_eval import TASKS, load_tasks, run_tasks
+from hat_lib.evaluation.lm_eval import load_tasks, run_tasks
 from hat_lib.evaluation.perplexity import bits_per_byte, score, text_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
@@ -47,14 +46,6 @@ def folder(tmp_path_factory):
     for name, content in (("cloze", CLOZE), ("rolling", ROLLING), ("write", WRITE)):
         (folder / f"{name}.yaml").write_text(content)
     return folder
-
-
-def test_the_data_is_what_its_script_makes():
-    made = runpy.run_path(str(TASKS / "make.py"))["make"]()
-    assert made == {path.name: path.read_text(encoding="utf-8") for path in TASKS.glob("*.jsonl")}
-    rows = [json.loads(line) for line in made["cloze.jsonl"].splitlines()]
-    assert len({row["context"] for row in rows}) == len(rows) == 120
-    assert all(len(set(row["choices"])) == 4 for row in rows)
 
 
 @pytest.fixture(scope="module", params=("channel", "token"))

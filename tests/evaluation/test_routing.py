@@ -202,16 +202,6 @@ class TestCompareDocs:
         kept = table.dropna()
         assert "share" in kept.index and (kept["low"] < kept["high"]).all()
 
-    def test_a_prompt_beside_itself_differs_by_nothing_and_a_short_one_has_no_interval(self, hat):
-        same = "The same words. " * 6
-        rows = prompt_blocks(hat.base.tokenizer, {"a": same, "b": same, "short": "abcdefgh"})
-        found = token_table(hat, rows, progress=False)
-        known = routing.compare_docs(found, "a", "b").dropna()
-        assert len(known) and (known["difference"] == 0).all()
-        assert ((known["low"] <= 0) & (known["high"] >= 0)).all()
-        short = routing.compare_docs(found, "short", "b")
-        assert short[["low", "high"]].isna().all(axis=None) and short["difference"].notna().all()
-
     def test_bad_prompts_and_names_are_named(self, hat):
         rows = prompt_blocks(hat.base.tokenizer, {"a": "abc", "b": "ab"})
         found = token_table(hat, rows, progress=False)

@@ -180,18 +180,18 @@ def test_a_grid_has_each_point_where_it_means_something():
 
 
 @pytest.mark.parametrize(
-    ("axis", "values", "words"),
+    ("axis", "values"),
     [
-        ("capacities", [0.05], "capacity must be"),
-        ("capacities", [], "at least one capacity, and each once"),
-        ("capacities", [0.5, 0.5], "at least one capacity, and each once"),
-        ("exit_rates", [1.5], "exit rate must be"),
-        ("seeds", [-1], "a seed must be"),
-        ("variants", ["lucky"], "variants must be among trained, uncorrected"),
+        ("capacities", [0.05]),
+        ("capacities", []),
+        ("capacities", [0.5, 0.5]),
+        ("exit_rates", [1.5]),
+        ("seeds", [-1]),
+        ("variants", ["lucky"]),
     ],
 )
-def test_bad_axes(axis, values, words):
-    with pytest.raises(HatError, match=words):
+def test_bad_axes(axis, values):
+    with pytest.raises(HatError):
         grid("channel", **{"capacities": [0.5], axis: values})
 
 
