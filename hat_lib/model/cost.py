@@ -3,19 +3,18 @@
 A linear layer costs two FLOPs per weight that it reads (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), so its
 cost follows from its weights and the share that this token executed. Parts:
 
-    attention    q, k, v and o projections; at their share (channel grain), or in full (token grain)
+    attention    q, k, v and o projections, at their share
     ffn          gate, up and down projections, at their share
     exited_kv    K and V, dense, in each layer after the one in which a token left
     head         the LM head, once per token, at its share; a prefill that needs only one token's logits spends less
-    routers      D multiply-adds per layer (token grain: from layer 1 on); channel grain: also a compare per channel,
-                 and a compare per token of the vocabulary if the head has a shortlist
+    routers      channel grain: D multiply-adds and a compare per channel in each layer, and a compare per token of the
+                 vocabulary if the head has a shortlist; token grain: D multiply-adds, from layer 1 on
     corrections  token grain: 2 r D multiply-adds for each FFN that a token skips, if corrections of rank r stand in
     exits        each gate that a token reached, and the translator of the one that it took
     core         attention scores and mixing: 4 FLOPs per query channel and key seen; it reads no weights
 
 Left out, in the dense count too: norms, activations, residual sums, softmax, RoPE, biases, the one embedding row.
-This is the work that the method asks for, whatever the hardware makes of it: on the reference path, channels are masked
-and computed densely, and a batch reads its weights once for all of its rows.
+This is the work that the method asks for, whatever the hardware makes of it.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ HAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Work:
-    """Work of each token by part (see the module's docstring), fp64 tensors of the tokens' shape."""
+    """Work of each token by part, fp64 tensors of the tokens' shape."""
 
     flops: dict[str, Tensor]
     weight_bytes: dict[str, Tensor]
@@ -62,8 +61,8 @@ class Work:
 
     @property
     def model_share(self) -> float:
-        """Executed / dense FLOPs over all tokens. Without the attention core, which depends on the context length
-        and not on what the method skips, so that results at different lengths are comparable."""
+        """Executed / dense FLOPs over all tokens, without the attention core, so that results at different context
+        lengths are comparable."""
         return float(self.executed.sum() / self.dense.sum())
 
 
@@ -83,7 +82,7 @@ def work(
     """The cost of tokens, given what they executed.
 
     Args:
-        site_share: of each gated site, ``[L, S, ...]`` in [0, 1]; layers that a token did not enter are ignored.
+        site_share: of each site, ``[L, S, ...]`` in [0, 1]; layers that a token did not enter are ignored.
         exit_layer: layers that each token ran, ``[...]``; L where it stayed to the end.
         context: keys that each token attends to, itself included; a number or ``[...]``.
         dtype: of the base's weights.
@@ -172,12 +171,11 @@ class WorkTally:
     def add(self, state: TokenState) -> None:
         """Add a forward."""
         cost, depths = state_cost(self.hat, state), state.exit_layer[state.real]
-        tokens, routable = len(depths), int(depths.sum()) + state.head_work * len(depths)
-        executed, layers_run = float(cost.executed.sum()), int(depths.sum())
-        self._executed += (
-            state.capacity * routable, state.exit_rate * tokens, executed, state.layer_capacity * layers_run
-        )  # fmt: skip
-        self._possible += routable, tokens, float(cost.dense.sum()), layers_run
+        tokens, layers = len(depths), int(depths.sum())
+        possible = np.array([layers + state.head_work * tokens, tokens, float(cost.dense.sum()), layers])
+        shares = np.array([state.capacity, state.exit_rate, cost.model_share, state.layer_capacity])
+        self._executed += shares * possible
+        self._possible += possible
         self.exits += np.bincount(depths.cpu().numpy(), minlength=len(self.exits))
 
     @property

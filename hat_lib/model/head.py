@@ -1,9 +1,8 @@
 """The head at less than its full work: every token of the vocabulary from some channels, the likely ones from all.
 
 A preview of the logits is read from the channels of the final state that are above a threshold, scored by magnitude
-times column norm. Tokens whose preview comes within a margin of the best one form the shortlist, and their
-logits are read again, from all channels. So likely tokens are exact, and unlikely ones are ruled out from few channels:
-the head's work is the preview's share of the channels plus the shortlist's share of the vocabulary.
+times column norm. Tokens whose preview comes within a margin of the best one form the shortlist, and their logits are
+read again, from all channels. The work is the preview's share of the channels plus the shortlist's of the vocabulary.
 
 On a small base the head is a large part of the work (21 % of SmolLM2-135M). It has a shortlist at any capacity below
 1.0 if the model's calibration has tables for it. It knows neither token sensitivity nor protected tokens: their logits

@@ -203,7 +203,7 @@ class Modes:
         )
 
     def threshold_policy(self, thresholds: dict[tuple[int, str], float]) -> Threshold:
-        """The method's own decisions at these thresholds on the routers' scores, by (layer, site)."""
+        """The method's own decisions at these thresholds, by (layer, site)."""
         return Threshold(self.grain, self.routers, thresholds)
 
     def correction_strength(self, capacity: float) -> float:
@@ -216,8 +216,7 @@ class Modes:
         return self.calibration is not None and self.calibration.head_thresholds is not None
 
     def shortlist(self, threshold: float, margin: float, share: float = 1.0) -> Shortlist:
-        """The head's decision at a threshold on its channels' scores and a margin in nats; ``share`` is the share of
-        its work that it is expected to run."""
+        """The head's decision at a threshold on its channels' scores and a margin in nats."""
         if self._head_norm is None:
             self._head_norm = head_norm(self.lm)
         return Shortlist(threshold / self._head_norm, margin, share)
@@ -292,8 +291,7 @@ class Modes:
         return self._changed(exit_control=exits)
 
     def force(self, masks: Masks) -> AbstractContextManager[Self]:
-        """Decisions, exits included, as recorded by `record`. Raises `HatError` if they are of another grain or shape;
-        a forward raises it if they are of another number of sequences, or of too few tokens."""
+        """Decisions, exits included, as recorded by `record`. Raises `HatError` if they do not fit."""
         self._check_masks(masks)
         forced = Forced(masks)
         return self._changed(control=forced, exit_control=forced)

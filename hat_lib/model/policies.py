@@ -1,9 +1,8 @@
 """Policies: where the decisions of a forward come from.
 
-The method's own are `Threshold` and `ExitThresholds`: ``score > threshold``, per token, in fp32, deterministic
-(scores: `hat_lib.model.routers`; thresholds: `hat_lib.model.threshold_table`). Keep-all, recorded, random and static
-choices go through the same code, so that a control differs from the method only in its decisions. A policy keeps no
-state between calls: any number of threads may use the same one.
+The method's own are `Threshold` and `ExitThresholds`: ``score > threshold``, per token, in fp32, deterministic.
+Keep-all, recorded, random and static choices go through the same code, so that a control differs from the method only
+in its decisions. A policy keeps no state between calls: any number of threads may use the same one.
 """
 
 from __future__ import annotations
@@ -103,8 +102,8 @@ class Forced:
 class Random:
     """Control: keep each unit with probability ``share``, whatever the token needs.
 
-    The draw is a hash of (seed, layer, site, unit, and the text so far: `prefixes`), so it is the same in decode and
-    in a parallel forward, and for a row alone and in a batch, and another one in every text.
+    The draw is a hash of (seed, layer, site, unit, and the text so far: `prefixes`), so it is the same in decode as in
+    a parallel forward, alone as in a batch, and another one in every text.
     """
 
     def __init__(self, share: float, seed: int = 0):
@@ -132,12 +131,9 @@ class Static:
 
 
 def prefixes(tokens: Tensor, state: TokenState, cache: Cache | None) -> Tensor:
-    """A hash of each token and all before it in its document, int64 ``[B, T]``: the same however a text is padded,
-    batched or split into forwards.
-
-    ``tokens`` are ids ``[B, T]``, or zeros where only embeddings are known. Hashes are kept with the cache, by row;
-    beams that change rows do not take theirs along, and tokens that the engine ran are left out.
-    """
+    """A hash of each token and all before it in its document, int64 ``[B, T]``, the same however a text is padded,
+    batched or split. ``tokens`` are ids ``[B, T]``, or zeros where only embeddings are known. Hashes are kept with the
+    cache, by row; beams that change rows do not take theirs along, and tokens that the engine ran are left out."""
     before = state.position.new_zeros(state.batch, 0)
     if state.start and (known := getattr(cache, "hat_prefixes", None)) is not None:
         before = known[:, : state.start].repeat_interleave(state.batch // len(known), 0)  # beams begin as copies
@@ -153,7 +149,6 @@ def prefixes(tokens: Tensor, state: TokenState, cache: Cache | None) -> Tensor:
 
 def _mix(z: Tensor) -> Tensor:
     """The splitmix64 finaliser (Steele et al. 2014) on int64, wrapping; a well-spread integer hash."""
-    shift = lambda v, n: (v >> n) & ((1 << (64 - n)) - 1)  # noqa: E731 - logical shift on signed integers
-    z = (z ^ shift(z, 30)) * -0x40A7B892E31B1A47
-    z = (z ^ shift(z, 27)) * -0x6B2FB644ECCEEE15
-    return z ^ shift(z, 31)
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor  # masked: a logical shift of signed integers
+    return z

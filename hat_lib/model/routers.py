@@ -1,15 +1,14 @@
 """What is trained: routers score how much a token needs a computation, exit gates whether it is finished.
 
-All scores are fp32, and in use the decision is always ``score > threshold``, per token (`hat_lib.model.policies`): it
-reads neither the future nor the rest of the batch.
+All scores are fp32, and in use the decision is always ``score > threshold``, per token: it reads neither the future nor
+the rest of the batch.
 
 Token grain (the published method): one logit per token and layer, ``s = w.x + b`` on the FFN's input. Channel grain:
 for input channel i of a linear layer, ``s_i = |x_i| * ||W[:, i]||``, the norm of what that channel would add to the
 output; thresholded activation sparsity as in TEAL (Liu et al. 2024, arXiv:2408.14690) and CATS (arXiv:2404.08763),
 weighted by the column norm as in Wanda (arXiv:2306.11695). The router learns one log-scale per channel. In each layer
-a token router says how sensitive the token is, ``u = w.x + b`` on the input of q|k|v, and all of its thresholds in
-that layer are multiplied by ``exp(-u)``, with u cut to `SENSITIVITY_LIMIT` either way: a sensitive token keeps more
-channels. Sensitivity is measured, not trained: see `hat_lib.calibration.token_sensitivity`.
+a token router says how sensitive the token is, ``u = w.x + b`` on the input of q|k|v, and its thresholds there are
+multiplied by ``exp(-u)``. Sensitivity is measured, not trained: see `hat_lib.calibration.token_sensitivity`.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# No text called for a factor of e^3 either way; anything beyond is a stray extrapolation.
 SENSITIVITY_LIMIT = 3.0
+"""of u, either way: no text called for more"""
 
 
 class MoERouter(nn.Module):
@@ -64,26 +63,23 @@ class ChannelRouter(nn.Module):
         return score if threshold_scale is None else score / threshold_scale
 
     def channel_thresholds(self, threshold: float) -> Tensor:
-        """The magnitude above which a channel is kept, fp32 ``[C]``: ``score > threshold`` with one division per
-        channel."""
+        """The magnitude above which a channel is kept, fp32 ``[C]``."""
         return threshold / (self.column_norm * self.log_scale.exp())
 
     @torch.no_grad()
     def keep(self, x: Tensor, threshold: float, threshold_scale: Tensor | None = None) -> Tensor:
         """bool ``[n, C]``. All in fp32, whatever the dtype of x, so that a row decides the same in any batch."""
-        cut = self.channel_thresholds(threshold)
-        return x.abs() > (cut if threshold_scale is None else cut * threshold_scale)
+        magnitude = self.channel_thresholds(threshold)
+        return x.abs() > (magnitude if threshold_scale is None else magnitude * threshold_scale)
 
 
 class ExitGate(nn.Module):
     """One exit: ``score [n, D] -> [n]`` fp32, and ``translate [n, D] -> [n, D]`` in the input's dtype.
 
-    The gate is a linear layer D -> 2 on ``n = h / rms(h)``; its score is the leave logit minus the stay logit (the
-    published method trains it with Gumbel-softmax). The last layers change a hidden state too much for it to be
-    read early as it is, so a leaving state is translated (the idea of the tuned lens, Belrose et al. 2023,
-    arXiv:2303.08112): ``h + |h| (a * n + U V n + b)``, an affine map whose matrix is diagonal plus low rank. The bias
-    alone lets an exit at least predict frequent tokens. The length ``|h|`` makes one learning rate fit every
-    depth and width: a step of size e in each number turns the state by about ``e sqrt(D)``.
+    The gate is a linear layer D -> 2 on ``n = h / rms(h)``; its score is the leave logit minus the stay logit. The last
+    layers change a hidden state too much for it to be read early as it is, so a leaving state is translated (the idea
+    of the tuned lens, Belrose et al. 2023, arXiv:2303.08112): ``h + |h| (a * n + U V n + b)``, an affine map whose
+    matrix is diagonal plus low rank. The length ``|h|`` makes one learning rate fit every depth and width.
 
     Untrained, the score is 0 for every token and the translator is the identity.
     """

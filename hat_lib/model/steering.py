@@ -1,18 +1,16 @@
 """Steering: thresholds that move while a text is decoded, so that realised capacity matches the request.
 
-Thresholds are set on other text, so a text of another kind realises a little more or less than was asked for. With
-steering, each sequence has an offset, and ``exp(offset)`` multiplies all thresholds of its layers. After each forward
-of ``n`` tokens the offset grows with how much more they executed, on average, than was asked:
+Thresholds are set on other text, so a text of another kind realises a little more or less than was asked for. Each
+sequence has an offset, and ``exp(offset)`` multiplies the thresholds of its layers. After each forward of ``n`` tokens
 
     offset += (executed - asked) * (1 - (1 - gain * slope) ** n) / slope
 
 For one token that is ``gain`` times its excess. A prompt moves the offset as far as its tokens would have, one by one,
-if each unit of the offset lowers what is executed by ``slope``; a long prompt moves it as far as it takes.
+if each unit of the offset lowers what is executed by ``slope``.
 
-Steering is causal and separate for each sequence, so a row alone still equals the row in a batch. But a token's
-decisions now depend on how the text before it was split into forwards: a parallel forward moves its offset once, at the
-end, and decoding moves it at every token. So it is off unless asked for (`with hat.steered():`). Offsets are kept with
-the KV cache, by row; beams that change rows do not take theirs along.
+Steering is causal and separate for each sequence, but a token's decisions now depend on how the text before it was
+split into forwards. So it is off unless asked for (`with hat.steered():`). Offsets are kept with the KV cache, by row;
+beams that change rows do not take theirs along.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ GAIN = 0.2
 SLOPE = 0.25
 """on the bundled base: 0.31, 0.24 and 0.09 at capacities of 0.44, 0.61 and 0.82"""
 LIMIT = 1.0
-"""offsets stay within it, either way: the thresholds are not meant for a text that needs more"""
+"""of offsets, either way"""
 
 # In numpy: after an engine step the CPU's caches hold nothing of torch, and its operations cost several times as much.
 

@@ -1,43 +1,34 @@
 """From a requested capacity to one threshold per layer and site.
 
 A `Calibration` is a table of capacities realised on held-out text, and of the thresholds that realised them. In
-between, the thresholds (not their logarithms) are interpolated linearly over capacity, and so are the head's threshold
-and margin. Thresholds never rise with capacity, so the kept sets of two capacities are nested.
-How the budget is split over layers and sites is decided where the table is made (`hat_lib.calibration`).
+between, thresholds are interpolated linearly over capacity, and so are the head's threshold and margin. Thresholds
+never rise with capacity, so the kept sets of two capacities are nested. `hat_lib.calibration` makes the table.
 """
 
 from __future__ import annotations
 
-import math
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate
 from hat_lib.model.granularity import grain_named
 
-_shown = reprlib.Repr()
-_shown.maxstring = 80
-shown = _shown.repr
-"""`repr`, short enough for a one-line message"""
-
 HEAD_TABLES = ("head_thresholds", "head_margins", "head_shares")
 EXIT_TABLES = ("exit_capacities", "exit_rates", "exit_scores")
-# Axes, least and greatest value, and order of the innermost lists (1 rising, -1 falling, 0 any) of each table. L
-# layers, S sites and E exits are the config's; C, K and R are set by the first table that has them.
+# Axes, range and order along the last axis (1 rising, -1 falling, 0 any) of each table. L layers, S sites and E exits
+# are the config's; C, K and R are set by the first table that has them.
 TABLES = {
     "capacities": ("C", 0, 1, 1),
-    "thresholds": ("LSC", -math.inf, math.inf, -1),
+    "thresholds": ("LSC", -np.inf, np.inf, -1),
     "shares": ("LSC", 0, 1, 0),
-    "head_thresholds": ("C", 0, math.inf, -1),
-    "head_margins": ("C", 0, math.inf, 1),
+    "head_thresholds": ("C", 0, np.inf, -1),
+    "head_margins": ("C", 0, np.inf, 1),
     "head_shares": ("C", 0, 2, 0),
     "exit_capacities": ("K", 0, 1, 1),
     "exit_rates": ("KR", 0, 1, 1),
-    "exit_scores": ("KRE", -math.inf, math.inf, 0),
+    "exit_scores": ("KRE", -np.inf, np.inf, 0),
 }
 
 
@@ -46,7 +37,7 @@ class Calibration:
     """What `hat_lib.calibration.capacity` measured; saved in the checkpoint as JSON."""
 
     sites: list[str]
-    """gated sites of a layer, S"""
+    """of the grain, S"""
     capacities: list[float]
     """realised capacities, rising to 1.0, [C]"""
     thresholds: list[list[list[float]]]
@@ -72,20 +63,25 @@ class Calibration:
     """what it was measured on: corpus, split, tokens and hash"""
 
     def check(self, config: HatConfig) -> None:
-        """Raise `HatError`, naming the entry, unless these are valid tables for a model of this shape."""
+        """Raise `HatError`, naming the table, unless these are valid for a model of this shape."""
         sites = list(grain_named(config.granularity).sites)
         if self.sites != sites:
-            raise HatError(f"calibration.sites must be {sites}, got {shown(self.sites)}")
-        for name in ("method", "text"):
-            if not isinstance(getattr(self, name), str):
-                raise HatError(f"calibration.{name} must be a str, got {shown(getattr(self, name))}")
-        sizes = {"L": config.n_layers, "S": len(sites), "E": len(config.exit_layers)}
-        for name, table in TABLES.items():
-            if getattr(self, name) is not None or name not in HEAD_TABLES + EXIT_TABLES:
-                _check_table(f"calibration.{name}", getattr(self, name), *table, sizes)
+            raise HatError(f"calibration.sites must be {sites}, got {self.sites}")
         for names in (HEAD_TABLES, EXIT_TABLES):
             if len({getattr(self, name) is None for name in names}) > 1:
                 raise HatError(f"calibration.{names[0]}, {names[1]} and {names[2]} must be all null or all lists")
+        sizes = {"L": config.n_layers, "S": len(sites), "E": len(config.exit_layers)}
+        for name, (axes, low, high, order) in TABLES.items():
+            if (values := getattr(self, name)) is None and name in HEAD_TABLES + EXIT_TABLES:
+                continue
+            table = _array(name, values, axes)
+            shape = tuple(sizes.setdefault(axis, size) for axis, size in zip(axes, table.shape, strict=True))
+            if table.shape != shape:
+                raise HatError(f"calibration.{name} must have the shape {shape}, got {table.shape}")
+            if not ((table >= low) & (table <= high)).all():
+                raise HatError(f"calibration.{name} must be numbers in [{low}, {high}]")
+            if (order * np.diff(table) < 0).any():
+                raise HatError(f"calibration.{name} must be in {'rising' if order > 0 else 'falling'} order")
         if self.capacities[-1] != 1:
             raise HatError(f"calibration.capacities must end at 1, got {self.capacities[-1]}")
 
@@ -146,18 +142,11 @@ class Calibration:
         return [float(np.interp(capacity, self.exit_capacities, column)) for column in zip(*there, strict=True)]
 
 
-def _check_table(name: str, value, axes: str, low: float, high: float, order: int, sizes: dict[str, int]) -> None:
-    """Raise unless ``value`` is lists nested along ``axes``, of numbers in [low, high]; adds new axes to ``sizes``."""
-    if not axes:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise HatError(f"{name} must be a number in [{low}, {high}], got {shown(value)}")
-        return
-    if not isinstance(value, list):
-        raise HatError(f"{name} must be a list, got {shown(value)}")
-    size = sizes.setdefault(axes[0], max(1, len(value)))
-    if len(value) != size:
-        raise HatError(f"{name} must have {size} entries, got {len(value)}")
-    for i, entry in enumerate(value):
-        _check_table(f"{name}[{i}]", entry, axes[1:], low, high, order, sizes)
-    if order and len(axes) == 1 and any(order * a > order * b for a, b in pairwise(value)):
-        raise HatError(f"{name} must be in {'rising' if order > 0 else 'falling'} order, got {shown(value)}")
+def _array(name: str, values, axes: str) -> np.ndarray:
+    try:
+        table = np.array(values)
+    except ValueError:  # rows of different lengths
+        table = np.array(None)
+    if table.ndim != len(axes) or not table.size or table.dtype.kind not in "fi":
+        raise HatError(f"calibration.{name} must be lists of numbers, nested {len(axes)} deep and alike in length")
+    return table

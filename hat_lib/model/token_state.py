@@ -6,7 +6,7 @@ The model fills in one per forward; losses, cost, sweeps, plots and widgets read
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -29,12 +29,12 @@ class Masks:
 
 @dataclass(eq=False)
 class TokenState:
-    """Which tokens are alive, where each one left, and what share of each layer it ran."""
+    """Which tokens still run, where each one left, and what share of each layer it ran."""
 
     real: Tensor
     """bool ``[B, T]``, False at padding"""
     position: Tensor
-    """int64 ``[B, T]``, rank among the real tokens of its document, counted from 0"""
+    """int64 ``[B, T]``, rank among the real tokens of its document"""
     protected: Tensor
     """bool ``[B, T]``, tokens that run in full and never exit"""
     site_work: Sequence[float]
@@ -43,7 +43,7 @@ class TokenState:
     start: int = 0
     """number of tokens already in the KV cache"""
     prefix: Tensor | None = None
-    """int64 ``[B, T]``, a hash of the text up to each token (`hat_lib.model.policies.prefixes`); None in the engine"""
+    """int64 ``[B, T]``, hashes of the text so far (`hat_lib.model.policies.prefixes`); None in the engine"""
     mask_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """shape of one row's decision, by site: ``(units,)``, or ``()`` for the whole FFN"""
     alive: Tensor | None = None
@@ -79,14 +79,10 @@ class TokenState:
 
     @staticmethod
     def places(tokens, mask, position_ids, start) -> tuple[Tensor, Tensor]:
-        """`real` and `position` of the tokens that a forward reads.
+        """`real` and `position` of ``tokens [B, T, ...]``, after ``start`` tokens in the KV cache.
 
-        Args:
-            tokens: ``[B, T, ...]``.
-            mask: ``[B, start + T]``, 0 at padding; None, or any that is not 2-D, means no padding.
-            position_ids: ``[B or 1, T]`` as given to the model, or None; where they restart at 0, another document
-                of a packed sequence begins, with protected tokens of its own.
-            start: tokens already in the KV cache.
+        ``mask [B, start + T]`` is 0 at padding; None, or any that is not 2-D, means no padding. Where ``position_ids``
+        (``[B or 1, T]`` or None) restart at 0, another document of a packed sequence begins.
         """
         b, t = tokens.shape[:2]
         if mask is not None and mask.dim() == 2:
@@ -188,20 +184,18 @@ class TokenState:
     @classmethod
     def cat(cls, states: Sequence[TokenState]) -> TokenState:
         """Join the states of consecutive forwards of the same rows (prefill, then each decode step) along T."""
-        first, share = states[0], torch.cat([s.site_share for s in states], dim=-1)
-        names = ("real", "position", "protected", "exit_layer")
-        return cls(
-            **{name: torch.cat([getattr(s, name) for s in states], dim=1) for name in names},
-            site_work=first.site_work,
-            n_layers=first.n_layers,
-            start=first.start,
+        along = ("real", "position", "protected", "exit_layer")
+        head = [sum(numbers) for numbers in zip(*(s._head for s in states), strict=True)]
+        return replace(
+            states[0],
+            **{name: torch.cat([getattr(s, name) for s in states], dim=1) for name in along},
             routed=any(s.routed for s in states),
             gated=any(s.gated for s in states),
             corrected=any(s.corrected for s in states),
-            executed=share,
-            head_work=first.head_work,
-            expected_head_share=first.expected_head_share,
-            _head=tuple(map(sum, zip(*(s._head for s in states), strict=True))),
+            executed=torch.cat([s.site_share for s in states], dim=-1),
+            alive=None,
+            masks=None,
+            _head=tuple(head),
         )
 
 

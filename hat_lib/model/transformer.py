@@ -198,10 +198,8 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     @property
     def weight_format(self) -> str:
-        """How the engine keeps the weights that it reads for each token: "base", as the base has them; "int8", with a
-        scale per output (half the memory of bfloat16); or "q4", four bits with a scale and a minimum per 32 channels
-        (a third), for bases whose widths are multiples of 32. The last two only approximate the base. Prefill reads
-        the base's own weights."""
+        """How the engine keeps its weights: "base", as the base has them; or, approximately, "int8", with a scale per
+        output, or "q4", four bits with a scale and a minimum per 32 channels. Prefill reads the base's own weights."""
         return self._fast.form
 
     @weight_format.setter
@@ -220,8 +218,7 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes that the engine's weights take besides the base's: a copy of the layers, and of the head if it has a
-        shortlist or fewer bits, for each format in use, with and without corrections. 0 before its first use."""
+        """Bytes that the engine's weights take besides the base's; 0 before its first use."""
         return self._fast.packed_bytes
 
     @property

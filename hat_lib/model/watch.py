@@ -11,22 +11,18 @@ FEW = 16
 
 
 class Watch:
-    """Watches all tensors that some modules currently hold: their addresses, how often they were changed in place and,
-    on a CPU, a few of their numbers.
-
-    Torch counts in-place changes, but not those through ``.data``, by which adapters are merged; such a change is
-    noticed if it affects one of the few numbers. A check costs about a microsecond per tensor.
-    """
+    """Watches the tensors of some modules: their addresses, torch's count of changes in place and, on a CPU, a few
+    numbers: torch does not count changes through ``.data``, by which adapters are merged. About a microsecond each."""
 
     def __init__(self, *roots: nn.Module):
         modules = [module for root in roots for module in root.modules()]
-        self._held = [held for m in modules for held in (m._parameters, m._buffers) if held]
+        self._tensors = [tensors for m in modules for tensors in (m._parameters, m._buffers) if tensors]
         self._places = self._seen = None
         self.changed()
 
     def changed(self) -> bool:
         """Whether anything changed since the last call."""
-        tensors = [t for held in self._held for t in held.values() if t is not None]
+        tensors = [t for named in self._tensors for t in named.values() if t is not None]
         places = [(t.data_ptr(), t.dtype, t.device) for t in tensors]
         if places != self._places:
             self._places, self._numbers = places, [_few(t) for t in tensors if t.device.type == "cpu"]

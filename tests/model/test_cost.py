@@ -98,57 +98,6 @@ class TestAgainstTheFlopCounter:
         assert hat.trace.exit_rate > 0.2 and (hat.trace.capacity < 0.9 or grain == "channel")
         assert split_flops(counter)[0] == linear_flops(hat, hat.trace)
 
-    def test_channels_are_masked_here(self, ids):
-        """Multiplied by zero, not skipped: here the share is what the method asks for, not a FLOP count."""
-        hat = untrained("channel")
-        with hat.using(Random(0.6)), count_flops() as counter:
-            hat.lm(ids)
-        cost = state_cost(hat, hat.trace)
-        assert split_flops(counter)[0] == round(float(cost.dense.sum())) > 1.2 * float(cost.executed.sum())
-
-
-@contextmanager
-def rows_given(hat):
-    """Rows passed to each linear layer of a decoder layer: ``{(layer, name): rows}``."""
-    rows, hooks = {}, []
-
-    def see(key, x):
-        rows[key] += x.numel() // x.shape[-1]
-
-    for i, layer in enumerate(hat.lm.model.layers):
-        for name, module in layer.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                key = i, name.split(".")[-1]
-                rows[key] = 0
-                hooks.append(module.register_forward_pre_hook(lambda _, args, key=key: see(key, args[0])))
-    yield rows
-    for hook in hooks:
-        hook.remove()
-
-
-class TestRowsThatEachLayerWasGiven:
-    def test_a_batch(self, hat, ids):
-        """A token that left only gets keys and values; the FFN runs on the tokens kept (token grain)."""
-        with skipping(hat), hat.record(), rows_given(hat) as rows:
-            hat.lm(ids)
-        state = hat.trace
-        assert len(state.exit_layer.unique()) == 4
-        for i in range(4):
-            alive = int((state.exit_layer > i).sum())
-            kept = alive
-            if hat.config.granularity == "token":
-                kept = int((state.masks.keep[i, "ffn"].view(B, T) & (state.exit_layer > i)).sum())
-                assert kept == round(float(state.share[i].sum())) and (i == 0 or kept < alive)
-            assert rows[i, "k_proj"] == rows[i, "v_proj"] == B * T
-            assert rows[i, "q_proj"] == rows[i, "o_proj"] == alive
-            assert rows[i, "gate_proj"] == rows[i, "up_proj"] == rows[i, "down_proj"] == kept
-
-    def test_decode(self, hat, ids):
-        with hat.force(Masks({}, {2: torch.ones(1, T, dtype=torch.bool)})):
-            for rows, state in decode(hat, ids, lambda: rows_given(hat)):
-                assert int(state.exit_layer) == 2
-                assert rows == {(i, name): int(i < 2 or name in ("k_proj", "v_proj")) for i, name in rows}
-
 
 class TestTinyLlamaByHand:
     """22 layers, D 2048, F 5632, 32 heads of 64, 4 K/V heads, vocabulary 32,000."""
@@ -193,17 +142,6 @@ class TestTinyLlamaByHand:
         assert float(cost.flops["exits"]) == 2 * (reached * 2 * 2048 + 2 * 2 * 2048)
         assert float(cost.weight_bytes["exits"]) == 2 * float(cost.flops["exits"])  # fp32
 
-    def test_routers(self):
-        """Two tokens, one of which leaves after 8 layers."""
-        depths, channels = torch.tensor([22, 8]), 3 * 2048 + 5632
-        for grain, sites, layers, flops, size in (
-            ("token", 1, (21, 7), 2 * 2048, 4 * 2048),
-            ("channel", 4, (22, 8), channels + 2 * 2048, 2 * channels + 4 * 2048),
-        ):
-            cost = work(self.LM, HatConfig.default(self.LM, granularity=grain), torch.ones(22, sites, 2), depths)
-            assert cost.flops["routers"].tolist() == [n * flops for n in layers]
-            assert cost.weight_bytes["routers"].tolist() == [n * size for n in layers]
-
 
 class TestStates:
     def test_dense_costs_exactly_one_and_less_work_less(self, hat, ids):
@@ -218,14 +156,6 @@ class TestStates:
             hat.lm(ids)
         shares.append(state_cost(hat, hat.trace).model_share)
         assert shares == sorted(shares, reverse=True) and len(set(shares)) == 5 and shares[-1] > 0
-
-    def test_routers_and_gates_are_charged_while_on_or_where_they_acted(self, hat, ids):
-        """A text too short for any skip or exit still ran them; a state outlives the settings it was made with."""
-        with hat.force(Masks()), hat.using(Random(0.6)):
-            hat.lm(ids[:, :2])  # protected tokens only
-        cost = state_cost(hat, hat.trace)
-        assert hat.trace.capacity == 1.0 and hat.trace.exit_rate == 0.0
-        assert cost.flops["routers"].all() and cost.flops["exits"].all() and cost.model_share > 1
 
     def test_model_share_by_hand(self, hat, ids):
         """Head, routers, gates and the K/V of exited tokens count: the layers' share alone would promise more."""
@@ -242,19 +172,6 @@ class TestStates:
         routers = {"channel": ran * (5 * 64 + 160), "token": 2 * 64 * (ran - n)}
         expected = (2 * weights + routers[hat.config.granularity] + 2 * exits) / (2 * n * (4 * body + 260 * d))
         assert state_cost(hat, state).model_share == pytest.approx(expected, rel=1e-6)
-
-    def test_pads_cost_nothing(self, hat, ids):
-        mask = torch.ones_like(ids)
-        mask[0, 9:] = 0
-        with hat.using(Random(0.6)):
-            hat.lm(ids, attention_mask=mask)
-            cost = state_cost(hat, hat.trace)
-            hat.lm(ids[:1, :9])
-        assert all(not v[0, 9:].any() for parts in vars(cost).values() for v in parts.values())
-        assert (cost.executed[mask.bool()] > 0).all()
-        alone = state_cost(hat, hat.trace)
-        assert torch.allclose(alone.executed[0], cost.executed[0, :9])
-        assert torch.equal(alone.flops["core"][0], cost.flops["core"][0, :9])
 
     def test_decode_costs_what_the_parallel_forward_does(self, hat, ids):
         tally = WorkTally(hat)
