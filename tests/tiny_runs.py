@@ -113,18 +113,18 @@ def run_phase(
 def gradients(checkpoint: Path, phase: str, folder: Path, **changes) -> list[dict[str, torch.Tensor]]:
     """For each of four steps of a phase, all at the checkpoint's parameters, because the learning rate is 0."""
     hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype="fp32", device="cpu")
-    steps, clip = [], trainer.HatTrainer._clip_grad_norm
+    steps, clip = [], trainer._clip
 
-    def note(self, model):
-        steps.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
-        return clip(self, model)
+    def note(objective, step):
+        steps.append({n: p.grad.clone() for n, p in objective.named_parameters() if p.grad is not None})
+        return clip(objective, step)
 
-    trainer.HatTrainer._clip_grad_norm = note
+    trainer._clip = note
     try:
         fixed = {"router_lr": 0, "exit_lr": 0, "split_lr": 1e-12, "anneal": 0, "capacity": 0.55, "spread": 0.1}
         run_phase(hat, folder, phase, steps=4, **fixed | changes)
     finally:
-        trainer.HatTrainer._clip_grad_norm = clip
+        trainer._clip = clip
     return steps
 
 
@@ -132,13 +132,14 @@ def interrupt_at(monkeypatch, *steps: tuple[str, int], by=signal.SIGINT) -> None
     """Press Ctrl-C, or send another signal, once in each given (phase, step)."""
     left = set(steps)
 
-    class Log(trainer.CsvLog):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if (self.phase, state.global_step + 1) in left:
-                left.remove((self.phase, state.global_step + 1))
+    class Interrupted(trainer.Objective):
+        def forward(self, *args, step, **kwargs):
+            if (self.phase, step + 1) in left:
+                left.remove((self.phase, step + 1))
                 signal.raise_signal(by)
+            return super().forward(*args, step=step, **kwargs)
 
-    monkeypatch.setattr(trainer, "CsvLog", Log)
+    monkeypatch.setattr(trainer, "Objective", Interrupted)
 
 
 # Processes. A fork server has done the imports, which take seconds, and has run nothing yet that a fork would break.

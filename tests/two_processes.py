@@ -19,12 +19,13 @@ from hat_lib.training.run import train
 RANK = int(os.environ["RANK"])
 
 
-class CtrlC(trainer.CsvLog):
+class CtrlC(trainer.Objective):
     """Ctrl-C in step 3, in the second process only."""
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        if RANK == 1 and state.global_step == 2:
+    def forward(self, *args, step, **kwargs):
+        if RANK == 1 and step == 2:
             signal.raise_signal(signal.SIGINT)
+        return super().forward(*args, step=step, **kwargs)
 
 
 def main(folder: Path) -> None:
@@ -36,9 +37,9 @@ def main(folder: Path) -> None:
         ended[grain] = train(tiny_run(grain, text), folder / grain, progress=False)
     late = 1e-6 if RANK == 0 else None
     ended["time"] = train(tiny_run("token", text), folder / "time", max_minutes=late, progress=False)
-    log, trainer.CsvLog = trainer.CsvLog, CtrlC
+    objective, trainer.Objective = trainer.Objective, CtrlC
     ended["interrupt"] = train(tiny_run("token", text), folder / "interrupt", progress=False)
-    trainer.CsvLog = log
+    trainer.Objective = objective
     app(["train", "--resume", str(folder / "interrupt")], standalone_mode=False)
     for grain in GRAINS:
         for phase in PHASES:

@@ -17,7 +17,6 @@ from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from transformers import TrainerCallback
 
 from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, GRAINS, GREEN, GREY, ORANGE, PERCENT, PURPLE, SKY, WIDE, draws
@@ -31,26 +30,24 @@ SITES = {
 }
 
 
-class Live(TrainerCallback):
+class Live:
     """Draws a run's ``log.csv`` with one of this module's functions in the notebook cell that trains, at most once
-    every ``every`` seconds; the last drawing is saved as by `style.show`, with its ``name`` and ``alt``.
+    every ``every`` seconds; the last drawing is saved as by `style.show`, with its ``name`` and ``alt``. For the
+    argument ``watch`` of `hat_lib.training.trainer.train_phase`.
     """
 
     def __init__(self, log: Path, draw: Callable[[pd.DataFrame], Figure], name: str, alt: str, every: float = 3.0):
         self.log, self.draw, self.name, self.alt, self.every = Path(log), draw, name, alt, every
         self.handle, self.next = None, 0.0
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and time.monotonic() >= self.next:
-            self._show(pd.read_csv(self.log))
-            self.next = time.monotonic() + self.every
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            rows = pd.read_csv(self.log)
-            self._show(rows)
-            if not rows.empty:
-                style.save_figure(self.draw(rows), self.name)  # drawn again: a second rendering differs from the first
+    def __call__(self, ended: bool) -> None:
+        if not ended and time.monotonic() < self.next:
+            return
+        rows = pd.read_csv(self.log)
+        self._show(rows)
+        self.next = time.monotonic() + self.every
+        if ended and not rows.empty:
+            style.save_figure(self.draw(rows), self.name)  # drawn again: a second rendering differs from the first
 
     def _show(self, rows: pd.DataFrame) -> None:
         if rows.empty:

@@ -1,4 +1,4 @@
-"""What a run logs while it trains: one CSV row per logged step, which notebooks plot live.
+"""What a run logs while it trains: a CSV row per logged step, which notebooks plot live, and the same for tensorboard.
 
 Columns: phase, step, steps, seconds, then the metrics of `hat_lib.training.objective` averaged since the previous row,
 the share of each site (``share_qkv`` ...) and of each layer (``share_0`` ...), gradient norm, learning rate, tokens per
@@ -9,115 +9,100 @@ past the step it resumes from.
 from __future__ import annotations
 
 import csv
-import math
 import time
 from pathlib import Path
 
 import torch
-from transformers import ProgressCallback, TrainerCallback
+from torch.utils.tensorboard import SummaryWriter
 
-from hat_lib.config import HatError
 from hat_lib.model.transformer import HierarchicalTransformer
 
 METRICS = ("loss", "capacity", "kl", "share", "z_loss", "entropy", "gate_loss", "wrong", "exit_rate", "agreement")
 
 
-class CsvLog(TrainerCallback):
-    """Appends to ``path``, in the main process only; `HatError` if an existing file to continue has other columns."""
+class Log:
+    """Appends to ``path``, and to tensorboard files in ``work``; for the main process only.
 
-    def __init__(self, path: Path, phase: str, hat: HierarchicalTransformer):
-        self.path, self.phase, self.hat = Path(path), phase, hat
+    Args:
+        start: the step that the phase goes on from.
+        n_processes: each adds as many tokens as this one.
+    """
+
+    def __init__(
+        self, path: Path, work: Path, phase: str, hat: HierarchicalTransformer, start: int, steps: int, n_processes: int
+    ):
+        self.path, self.phase, self.hat, self.first, self.steps = path, phase, hat, start, steps
+        self.n_processes = n_processes
         shares = [f"share_{s}" for s in hat.grain.sites] + [f"share_{i}" for i in range(hat.config.n_layers)]
         tail = ["grad_norm", "learning_rate", "tokens_per_second", "eta_seconds"]
         self.columns = ["phase", "step", "steps", "seconds", *METRICS, *shares, *tail]
-        self._clear()
-
-    def _clear(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.site_share, self.count, self.tokens = 0, 0, 0
-        self.since = time.monotonic()
-
-    def note(self, metrics: dict, tokens: int) -> None:
-        """Add one micro-batch: what `Objective` returned, and its number of real tokens."""
-        for name in set(METRICS) & set(metrics):
-            self.sums[name] = self.sums.get(name, 0.0) + float(torch.as_tensor(metrics[name]).detach())
-        if "site_share" in metrics:
-            self.site_share = self.site_share + metrics["site_share"].cpu()
-        self.count, self.tokens = self.count + 1, self.tokens + tokens
-
-    def means(self) -> dict[str, float]:
-        """Metrics by name, averaged since the previous row; the loss is left for Trainer to log."""
-        return {k: round(v / self.count, 6) for k, v in self.sums.items() if k != "loss"}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._clear()
-        self.start, self.first = time.monotonic(), state.global_step
-        if not state.is_world_process_zero:
-            return
-        kept = self._kept(state.global_step)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".part")
+        kept = _rows(path) if start or phase != "routers" else []
+        kept = [row for row in kept if row["phase"] != phase or int(row["step"]) <= start]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part")
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(kept)
-        temporary.replace(self.path)
-        self.before = seconds_so_far(self.path, self.phase)
+        temporary.replace(path)
+        self.before, self.began = seconds_so_far(path, phase), time.monotonic()
+        self.board = SummaryWriter(work / "tensorboard", purge_step=start + 1)
+        self._clear()
 
-    def _kept(self, step: int) -> list[dict]:
-        """Rows up to ``step``. Training gates keeps the routers' rows; training routers afresh drops all rows."""
-        if not self.path.exists() or (self.phase == "routers" and step == 0):
-            return []
-        with self.path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [row for row in reader if None not in (*row, *row.values())]  # a kill may truncate the last
-        if reader.fieldnames != self.columns:
-            other = sorted(set(reader.fieldnames or ()) ^ set(self.columns)) or ["another order"]
-            raise HatError(f"{self.path} has other columns than this run writes, {other[0]} for one: move it away")
-        last = {"routers": math.inf, self.phase: step}
-        return [row for row in rows if int(row["step"]) <= last.get(row["phase"], -1)]
+    def _clear(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.site_share, self.count, self.tokens, self.since = None, 0, 0, time.monotonic()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not self.count or not state.is_world_process_zero or "loss" not in (logs or {}):
-            return
+    def add(self, metrics: dict, tokens: int) -> None:
+        """Add one micro-batch: what `Objective` returned, and its number of real tokens."""
+        for name in METRICS:
+            if name in metrics:
+                self.sums[name] = self.sums.get(name, 0.0) + float(torch.as_tensor(metrics[name]).detach())
+        if "site_share" in metrics:
+            share = metrics["site_share"].cpu()
+            self.site_share = share if self.site_share is None else self.site_share + share
+        self.count, self.tokens = self.count + 1, self.tokens + tokens
+
+    def write(self, step: int, grad_norm: float, learning_rate: float) -> float:
+        """Write the row of a step; returns its loss."""
         now = time.monotonic()
-        row = {name: f"{total / self.count:.6g}" for name, total in self.sums.items()}
-        if isinstance(self.site_share, torch.Tensor):
+        values = {name: total / self.count for name, total in self.sums.items()}
+        row = {name: f"{value:.6g}" for name, value in values.items()}
+        if self.site_share is not None:
             share = self.site_share / self.count
             by_layer = share @ torch.tensor(self.hat.site_work)
             row |= {f"share_{s}": f"{v:.4f}" for s, v in zip(self.hat.grain.sites, share.mean(0).tolist(), strict=True)}
             row |= {f"share_{i}": f"{v:.4f}" for i, v in enumerate(by_layer.tolist())}
-        pace = (now - self.start) / max(1, state.global_step - self.first)
+        pace = (now - self.began) / (step - self.first)
         row |= {
             "phase": self.phase,
-            "step": state.global_step,
-            "steps": state.max_steps,
-            "seconds": f"{self.before + now - self.start:.1f}",
-            "grad_norm": f"{float(logs.get('grad_norm', math.nan)):.4g}",
-            "learning_rate": f"{logs.get('learning_rate', math.nan):.4g}",
-            "tokens_per_second": f"{self.tokens * args.world_size / (now - self.since):.0f}",
-            "eta_seconds": f"{pace * (state.max_steps - state.global_step):.0f}",
+            "step": step,
+            "steps": self.steps,
+            "seconds": f"{self.before + now - self.began:.1f}",
+            "grad_norm": f"{grad_norm:.4g}",
+            "learning_rate": f"{learning_rate:.4g}",
+            "tokens_per_second": f"{self.tokens * self.n_processes / (now - self.since):.0f}",
+            "eta_seconds": f"{pace * (self.steps - step):.0f}",
         }
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
+        for name, value in (values | {"grad_norm": grad_norm, "learning_rate": learning_rate}).items():
+            self.board.add_scalar(f"train/{name}", value, step)
         self._clear()
+        return values["loss"]
+
+    def close(self) -> None:
+        self.board.close()
 
 
 def seconds_so_far(path: Path, phase: str) -> float:
     """Seconds a phase had taken by its last row, summed over all resumptions; 0 without a row."""
+    return max((float(row["seconds"]) for row in _rows(path) if row["phase"] == phase), default=0.0)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a log; a kill may have truncated the last."""
     if not path.exists():
-        return 0.0
+        return []
     with path.open(newline="") as file:
-        return max((float(row["seconds"]) for row in csv.DictReader(file) if row["phase"] == phase), default=0.0)
-
-
-class Bar(ProgressCallback):
-    """Trainer's progress bar, showing phase and loss instead of printing a line for every logged step."""
-
-    def __init__(self, phase: str):
-        super().__init__()
-        self.phase = phase
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_description(f"{self.phase}, loss {logs['loss']:.4g}")
+        return [row for row in csv.DictReader(file) if row["eta_seconds"]]

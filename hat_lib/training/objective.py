@@ -23,7 +23,7 @@ from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.training import losses
 from hat_lib.training.budget_split import BudgetSplit, Thresholds
 from hat_lib.training.recipe import Recipe
-from hat_lib.training.straight_through import channel_gate, decoupled_gumbel_softmax, seeded, straight_through
+from hat_lib.training.straight_through import decoupled_gumbel_softmax, masked_channels, seeded, straight_through
 
 
 class Relaxed:
@@ -59,13 +59,13 @@ class Relaxed:
             offset = 0.0 if self.offsets is None else self.offsets[place]
             if not self.noise and grain.scales_thresholds:
                 scale = grain.threshold_scale(self.hat.routers, layer, site, x.detach(), state)
-                how = {"threshold_scale": scale, "temperature": self.temperature, "protected": protected}
                 router = self.hat.routers[f"{layer}_{site}"]
                 log_scale = router.log_scale + offset
-                cut = (threshold / (router.column_norm * log_scale.exp())).detach()
-                gated, keep, count = channel_gate(x, log_scale, cut, counted=real, **how)
-                self._add(site, count.sum() / (real.sum() * x.shape[1]))
-                return MaskedInput(gated, keep)
+                cut = (threshold / (router.column_norm * log_scale.exp())).detach() * scale
+                how = {"temperature": self.temperature, "protected": protected}
+                masked, keep, decisions = masked_channels(x, log_scale, cut, **how)
+                self._add(site, decisions[real].mean())
+                return MaskedInput(masked, keep)
             score = grain.score(self.hat.routers, layer, site, x, state).clamp(min=1e-12)
             logit = score.log() + offset - np.log(max(threshold, 1e-12))
             protected = protected[:, None]

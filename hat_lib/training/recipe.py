@@ -13,7 +13,15 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from hat_lib.config import CAPACITY_MAX, CAPACITY_MIN, HatError, check_capacity, check_exit_rate
+from hat_lib.config import (
+    CAPACITY_MAX,
+    CAPACITY_MIN,
+    HatError,
+    check_capacity,
+    check_count,
+    check_exit_rate,
+    check_fraction,
+)
 
 PHASES = ("routers", "exit", "full")
 RECIPES = ("default", "published")
@@ -96,31 +104,20 @@ class Recipe:
     save_steps: int = 50
 
     def __post_init__(self):
-        if not isinstance(self.text, str):
-            raise HatError(f"text must be sources joined by +, got {self.text!r}")
-        if not isinstance(self.validation, str):
-            raise HatError(f"validation must be the name of a text, got {self.validation!r}")
         object.__setattr__(self, "capacity", check_capacity(self.capacity))
         object.__setattr__(self, "exit_rate", check_exit_rate(self.exit_rate))
         for field in fields(self):
-            if field.type == "str":
-                continue
             name, value = field.name, getattr(self, field.name)
-            if field.type == "int":
-                low = {"tokens": 2, "block_size": 2, "validation_tokens": 2, "seed": 0}.get(name, 1)
-                fits, wanted = isinstance(value, int) and value >= low, f"a whole number of at least {low}"
-            elif not isinstance(value, int | float):
-                fits, wanted = False, "a number of at least 0"
-            elif name in ("anneal", "warmup", "layer_dropout"):
-                fits, wanted = 0 <= value <= 1, "a number in [0, 1]"
+            if field.type == "str":
+                if not isinstance(value, str):
+                    raise HatError(f"{name} must be the name of a text, got {value!r}")
+            elif field.type == "int":
+                at_least_two = ("tokens", "block_size", "validation_tokens")
+                check_count(name, value, 2 if name in at_least_two else 0 if name == "seed" else 1)
             elif name.endswith(("_epochs", "temperature", "_norm")):
-                fits, wanted = 0 < value < math.inf, "a number above 0"
+                check_fraction(name, value, 1e-9, math.inf)
             else:
-                fits, wanted = 0 <= value < math.inf, "a number of at least 0"
-            if not fits or isinstance(value, bool):
-                raise HatError(f"{name} must be {wanted}, got {value!r}")
-        if self.seed >= 2**32:  # numpy takes no more
-            raise HatError(f"seed must be below 2**32, got {self.seed}")
+                check_fraction(name, value, 0.0, 1.0 if name in ("anneal", "warmup", "layer_dropout") else math.inf)
 
     @classmethod
     def named(cls, name: str, granularity: str, profile: str = "full", **changes) -> Recipe:

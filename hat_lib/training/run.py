@@ -6,10 +6,10 @@ A run owns a folder:
     log.csv                                    one row per logged step of either phase
     validation.csv                             the learning curve, where the recipe names a validation text
     run.json                                   what was asked for: recipe, base, command, versions
-    work/                                      Trainer's checkpoints and tensorboard files; gone when the run is done
+    work/                                      training states and tensorboard files; gone when the run is done
 
-A run stopped by Ctrl-C, a time limit or a kill resumes from the last sound checkpoint in ``work``. One process at a
-time, or one torchrun group, may train in a folder: it holds a lock, which the system releases if the process dies.
+A run stopped by Ctrl-C, a time limit or a kill resumes from the last state in ``work``. One process at a time, or one
+torchrun group, may train in a folder: it holds a lock, which the system releases if the process dies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 import shutil
 import time
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -34,14 +34,14 @@ from hat_lib.calibration.capacity import HeadSplit, Split, calibrate, calibrate_
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.calibration.quantiles import LEAST_TOKENS
 from hat_lib.config import CAPACITY_MIN, HatConfig, HatError, lock
-from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE, Checkpoint, read_checkpoint
+from hat_lib.model.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
 from hat_lib.model.granularity import GRAINS
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import held_out, text_hash
 from hat_lib.text.mixture import OWN, sources, training_text
 from hat_lib.training.log import seconds_so_far
 from hat_lib.training.recipe import PHASES, Recipe
-from hat_lib.training.trainer import Outcome, sound_checkpoint, train_phase
+from hat_lib.training.trainer import Outcome, last_checkpoint, train_phase
 from hat_lib.training.validation import validation_blocks
 
 RUN_FILE, LOG_FILE, WORK, LOCK = "run.json", "log.csv", "work", ".lock"
@@ -76,14 +76,10 @@ class Run:
                 "phase exit needs trained routers: pass --checkpoint DIR of a run with --phase routers, or train both "
                 "with --phase full"
             )
+        # What is wrong raises now, not once text is ready.
         sources(self.recipe.text)
         parse_dtype(self.dtype)
-        kinds = {"base": str, "start": str | None, "command": str, "translator_rank": int, "max_steps": int}
-        kinds["correction_rank"] = int | None
-        for name, kind in kinds.items():
-            if not isinstance(getattr(self, name), kind):
-                raise HatError(f"{name} must be {getattr(kind, '__name__', kind)}, got {getattr(self, name)!r}")
-        HatConfig(1, self.granularity, correction_rank=self.correction_rank)  # raises now, not once text is ready
+        HatConfig(1, self.granularity, translator_rank=self.translator_rank, correction_rank=self.correction_rank)
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -91,9 +87,8 @@ class Run:
 
     def write(self, folder: Path) -> None:
         versions = {"hat_lib": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        meta, temporary = {**asdict(self), "versions": versions}, folder / f".{RUN_FILE}"
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        temporary = folder / f".{RUN_FILE}"
+        temporary.write_text(json.dumps({**asdict(self), "versions": versions}, indent=1) + "\n", encoding="utf-8")
         temporary.replace(folder / RUN_FILE)
 
     @classmethod
@@ -105,9 +100,7 @@ class Run:
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
             meta.pop("versions")
-            if unlike := set(meta) ^ {f.name for f in fields(cls)}:
-                raise HatError(f"missing or unknown fields {sorted(unlike)}")
-            return cls(**{**meta, "recipe": Recipe(**meta["recipe"])})
+            return cls(**meta | {"recipe": Recipe(**meta["recipe"])})
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # HatError is a ValueError
             raise HatError(f"{path} is not what `hat train` wrote: {error}") from error
 
@@ -121,31 +114,20 @@ def train(
     torchrun every process calls this with the same arguments; only the first one writes.
 
     Raises `HatError` for a folder that holds another run, unavailable text or base, phase "exit" on a checkpoint
-    without trained routers, a loss that is not finite, and a full disk; what was saved before stays. A new run that
-    fails before it has a checkpoint leaves the folder as it was.
+    without trained routers, a loss that is not finite, and a full disk; what was saved before stays.
     """
     folder, began = Path(folder), time.monotonic()
-    if not resume:
-        _refuse_taken(folder)
     checkpoint = _read_start(run)
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-    processes.wait_for_everyone()  # by now all have seen the folder as it was
     main = processes.is_main_process
-    with _lock(folder) if main else nullcontext():
-        if main and not resume:
-            _refuse_taken(folder)  # another run may have started and finished in the meantime
+    with _lock(folder, resume) if main else nullcontext():
         processes.wait_for_everyone()
-        if _is_done(folder, run.phases[-1]):
-            outcomes = []
-        else:
-            until = None if max_minutes is None else began + 60 * max_minutes
+        outcomes = []
+        if not _is_done(folder, run.phases[-1]):
+            until = math.inf if max_minutes is None else began + 60 * max_minutes
             try:
                 outcomes = _train(run, folder, checkpoint, processes, resume, until, progress and main)
-            except Exception as error:
-                if main and not resume:
-                    _clear(folder)
-                if getattr(error, "errno", None) is None:  # not about a file
-                    raise
+            except OSError as error:
                 raise HatError(f"cannot write {error.filename or folder}: {error.strerror}") from error
     if main and (not outcomes or outcomes[-1].done):
         shutil.rmtree(folder / WORK, ignore_errors=True)
@@ -183,10 +165,9 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
             continue
         nominal = nominal_thresholds(hat) if phase == "routers" else hat.calibration.thresholds_at
         nominal_head = nominal_heads(hat)
-        left = None if until is None else (until - time.monotonic()) / 60
         outcome = train_phase(
-            hat, blocks, recipe, phase, nominal, folder,
-            resume=resume, max_minutes=left, max_steps=run.max_steps, progress=progress, validation=validation,
+            hat, blocks, recipe, phase, nominal, folder, resume=resume, max_minutes=(until - time.monotonic()) / 60,
+            max_steps=run.max_steps, progress=progress, validation=validation,
         )  # fmt: skip
         outcomes.append(outcome)
         if not outcome.done:
@@ -194,9 +175,8 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
         if main:
             text = f"{source}, validation split, {found} tokens, SHA-256 {text_hash(held)[:16]}"
             if phase == "routers":
-                calibrate_learned(
-                    hat, held["input_ids"], outcome.thresholds, nominal_head, text=text, progress=progress
-                )
+                how = {"text": text, "progress": progress}
+                calibrate_learned(hat, held["input_ids"], outcome.thresholds, nominal_head, **how)
             else:
                 _, agreement = calibrate_exits(hat, held["input_ids"], progress=progress)
                 summary["exit_agreement"] = [[round(a, 4) for a in row] for row in agreement]
@@ -211,51 +191,29 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
     return outcomes
 
 
-def _refuse_taken(folder: Path) -> None:
-    if (folder / RUN_FILE).exists() or (folder / CONFIG_FILE).exists():
-        raise HatError(f"{folder} already holds a run or a checkpoint: resume it, or choose another folder")
-    # A run writes these after its run.json, and work with its lock: here they are someone else's.
-    names = [name for name in (ADAPTER_FILE, LOG_FILE, "validation.csv") if (folder / name).exists()]
-    names += [WORK] * ((folder / WORK).exists() and not (folder / WORK / LOCK).exists())
-    if names:
-        raise HatError(f"{folder} already holds {', '.join(names)}, which training writes: choose another folder")
-
-
 @contextmanager
-def _no_empty_folders(folder: Path):
-    """Remove ``folder`` and its parents at the end, as far as they are new and empty."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    finally:
-        for path in new:
-            with suppress(OSError):
-                path.rmdir()
+def _lock(folder: Path, resume: bool):
+    """Hold ``folder`` exclusively; the lock file is removed with ``work`` when the run is done.
 
-
-def _clear(folder: Path) -> None:
-    """Remove what a new run has written, unless there is something to resume from."""
-    if (folder / CONFIG_FILE).exists() or any(sound_checkpoint(folder / WORK / phase) for phase in PHASES):
-        return
-    shutil.rmtree(folder / WORK, ignore_errors=True)
-    for name in (RUN_FILE, f".{RUN_FILE}", LOG_FILE, "validation.csv"):
-        with suppress(OSError):
-            (folder / name).unlink()
-
-
-@contextmanager
-def _lock(folder: Path):
-    """Hold ``folder`` exclusively; the lock file is removed with ``work`` when the run is done."""
+    A new run is refused where there is one, and what it has written is removed if it fails before its first state.
+    """
     path = folder / WORK / LOCK
-    with _no_empty_folders(path.parent):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        lock(file, f"another process is training in {folder}: wait for it, or choose another folder")
+        if not resume and ((folder / RUN_FILE).exists() or (folder / CONFIG_FILE).exists()):
+            raise HatError(f"{folder} already holds a run or a checkpoint: resume it, or choose another folder")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a")
-        except OSError as error:
-            raise HatError(f"cannot write {path}: {error.strerror or error}") from error
-        with file:
-            lock(file, f"another process is training in {folder}: wait for it, or choose another folder")
             yield
+        except Exception:
+            states = [last_checkpoint(folder / WORK / phase) for phase in PHASES]
+            if not resume and not any(states) and not (folder / CONFIG_FILE).exists():
+                shutil.rmtree(folder / WORK)
+                (folder / RUN_FILE).unlink(missing_ok=True)
+                (folder / LOG_FILE).unlink(missing_ok=True)
+                with suppress(OSError):  # something else is in it
+                    folder.rmdir()
+            raise
 
 
 def _read_start(run: Run) -> Checkpoint | None:
@@ -282,16 +240,16 @@ def _start(run, checkpoint: Checkpoint | None, base: Base, part, kept: Path, fir
     every process, must train at the very same thresholds; with ``first`` they are made afresh.
     """
     if checkpoint is not None:
-        hat = start_from(checkpoint, base, run.start, run.correction_rank, run.translator_rank)
-    elif not GRAINS[run.granularity].logits and kept.exists() and not first:
+        return start_from(checkpoint, base, run.start, run.correction_rank, run.translator_rank)
+    if not GRAINS[run.granularity].logits and kept.exists() and not first:
         hat = HierarchicalTransformer.from_pretrained(kept, base)
         hat.capacity = 1.0
-    else:
-        changes = {"translator_rank": run.translator_rank, "correction_rank": run.correction_rank}
-        hat = HierarchicalTransformer(base, GRAINS[run.granularity].config(base, **changes))
-        if not hat.grain.logits:
-            calibrate(hat, part(splits=["train"])["input_ids"], progress=progress)
-            hat.save_pretrained(kept)
+        return hat
+    ranks = {"translator_rank": run.translator_rank, "correction_rank": run.correction_rank}
+    hat = HierarchicalTransformer(base, GRAINS[run.granularity].config(base, **ranks))
+    if not hat.grain.logits:
+        calibrate(hat, part(splits=["train"])["input_ids"], progress=progress)
+        hat.save_pretrained(kept)
     return hat
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
 from hat_lib.evaluation.perplexity import score_each
 from hat_lib.model.modes import combined
@@ -28,37 +28,38 @@ CAPACITIES = (0.75, 0.55, 0.4)
 
 def validation_blocks(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
     """About ``tokens`` tokens of a text's validation split, in evenly spaced blocks; rows of `load_text`."""
-    blocks = load_text(text, tokenizer, split="validation", block_size=512)
-    return spread(blocks, tokens)
+    return spread(load_text(text, tokenizer, split="validation", block_size=512), tokens)
 
 
-class Validation(TrainerCallback):
-    """Writes ``path``, in the main process only.
+class Validation:
+    """Writes ``path``.
 
     Args:
-        path: the CSV file.
         hat: the model being trained; its gates do not matter.
         blocks: rows of `load_text`, none of them trained on.
         thresholds: capacity -> thresholds by (layer, site).
         step_tokens: tokens per step, over all processes.
+        start: the step that the phase goes on from.
     """
 
     def __init__(
-        self, path: Path, hat: HierarchicalTransformer, blocks: Dataset, thresholds: Callable, step_tokens: int
+        self,
+        path: Path,
+        hat: HierarchicalTransformer,
+        blocks: Dataset,
+        thresholds: Callable,
+        step_tokens: int,
+        start: int = 0,
     ):
-        self.path, self.hat, self.blocks, self.thresholds = Path(path), hat, blocks, thresholds
+        self.path, self.hat, self.blocks, self.thresholds = path, hat, blocks, thresholds
         self.step_tokens = step_tokens
+        before = pd.read_csv(path).to_dict("records") if start and path.exists() else []
+        self.rows = [row for row in before if row["step"] <= start]
+        if not start:
+            self.measure_at(0)
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        before = pd.read_csv(self.path).to_dict("records") if state.global_step and self.path.exists() else []
-        self.rows = [row for row in before if row["step"] <= state.global_step]
-        if not state.global_step:
-            self.on_save(args, state, control)
-
-    def on_save(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero or any(row["step"] == state.global_step for row in self.rows):
-            return
-        self.rows += self.measure(state.global_step)
+    def measure_at(self, step: int) -> None:
+        self.rows += self.measure(step)
         pd.DataFrame(self.rows).to_csv(self.path, index=False)
 
     def measure(self, step: int) -> list[dict[str, float]]:

@@ -22,7 +22,6 @@ from figure_tables import (
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from transformers import TrainerControl, TrainerState
 
 from hat_lib import config
 from hat_lib.config import HatError
@@ -385,20 +384,18 @@ def test_live_draws_while_the_log_grows_and_keeps_the_last_drawing(tmp_path, mon
     monkeypatch.setattr(training, "display", lambda bundle, **how: shown.append((bundle, how)) or Handle())
     log, whole = tmp_path / "log.csv", gate_log()
     live = training.Live(log, training.gates, "gates", "what it shows", every=0)
-    state, other = TrainerState(), TrainerState(is_world_process_zero=False)
 
-    def at(event, rows, state=state):
+    def at(rows, ended=False):
         whole.head(rows).to_csv(log, index=False)
-        getattr(live, f"on_{event}")(None, state, TrainerControl())
+        live(ended)
 
-    at("step_begin", 0)
-    at("step_begin", 5, other)
+    at(0)
     assert not shown and not updated
-    at("step_begin", 5)
+    at(5)
     live.every = 3600
-    at("step_begin", 8)
-    at("step_begin", 9)
-    at("train_end", 12)
+    at(8)
+    at(9)
+    at(12, ended=True)
     (bundle, how), *more = shown
     assert not more and len(updated) == 2 and how["metadata"] == {"image/png": {"alt": "what it shows"}}
     assert set(bundle) == {"image/png"} and updated[0] != updated[1]

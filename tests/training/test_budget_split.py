@@ -4,15 +4,12 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_runs import new_hat, page, random_blocks, recipe, run_phase, tiny_run
+from tiny_runs import new_hat, random_blocks, recipe, run_phase
 
-from hat_lib.config import HatError
-from hat_lib.model.checkpoint import read_checkpoint
 from hat_lib.training.budget_split import FILE, KNOTS, UNTIL, BudgetSplit
 from hat_lib.training.objective import Objective
-from hat_lib.training.run import nominal_thresholds, train
-from hat_lib.training.trainer import collate, sound_checkpoint
+from hat_lib.training.run import nominal_thresholds
+from hat_lib.training.trainer import collate
 
 
 def split():
@@ -60,7 +57,7 @@ def test_a_step_decides_at_the_moved_thresholds():
 def test_it_trains_unless_its_rate_is_zero(changes, tmp_path):
     hat = new_hat("channel")
     nominal = nominal_thresholds(hat)(0.5)
-    outcome = run_phase(hat, tmp_path, **changes)
+    outcome = run_phase(hat, tmp_path, steps=3, **changes)
     moved = outcome.thresholds(0.5) != nominal
     assert moved == (not changes) == bool(list(tmp_path.rglob(FILE)))
     assert outcome.thresholds(1.0) == nominal_thresholds(hat)(1.0)
@@ -74,34 +71,10 @@ def test_the_token_grain_and_gates_have_none():
 
 
 def test_a_resumed_phase_ends_with_the_same_split(tmp_path):
-    whole = run_phase(new_hat("channel"), tmp_path / "whole", steps=8)
-    run_phase(new_hat("channel"), tmp_path / "parts", steps=8, max_minutes=1e-9)
-    again = run_phase(new_hat("channel"), tmp_path / "parts", steps=8, resume=True)
+    whole = run_phase(new_hat("channel"), tmp_path / "whole", steps=3)
+    run_phase(new_hat("channel"), tmp_path / "parts", steps=3, max_minutes=1e-9)
+    again = run_phase(new_hat("channel"), tmp_path / "parts", steps=3, resume=True)
     assert again.thresholds(0.5) == whole.thresholds(0.5)
-    ended = run_phase(new_hat("channel"), tmp_path / "parts", steps=8, resume=True)  # nothing is left to train
-    assert ended.seconds == 0 and ended.thresholds(0.5) == whole.thresholds(0.5)
-
-
-def test_a_state_without_its_split_is_refused_and_a_damaged_one_passed_over(tmp_path):
-    run_phase(new_hat("channel"), tmp_path, steps=8)
-    last = sound_checkpoint(tmp_path / "work" / "routers")
-    (last / FILE).write_bytes((last / FILE).read_bytes()[:30])
-    assert sound_checkpoint(tmp_path / "work" / "routers") != last
-    (last / FILE).unlink()
-    with pytest.raises(HatError, match="is not of this run: no split of its budget"):
-        run_phase(new_hat("channel"), tmp_path, steps=8, resume=True)
-
-
-@pytest.mark.slow
-def test_a_run_s_table_has_the_learned_split(tmp_path):
-    text = page(tmp_path)
-    tables = {}
-    for name, rate in (("with", 0.1), ("without", 0.0)):
-        train(tiny_run("channel", text, "routers", split_lr=rate), tmp_path / name, progress=False)
-        tables[name] = read_checkpoint(tmp_path / name)
-    assert tables["with"].tensors.keys() == tables["without"].tensors.keys(), "it is no part of a checkpoint"
-    assert tables["with"].calibration.thresholds != tables["without"].calibration.thresholds
-    assert not (tmp_path / "with" / "work").exists()
 
 
 def test_it_learns_where_the_work_matters():
@@ -111,17 +84,11 @@ def test_it_learns_where_the_work_matters():
     objective = Objective(hat, how, "routers", nominal_thresholds(hat))
     batch = collate([{"input_ids": ids, "index": i} for i, ids in enumerate(random_blocks(4, 32))])
     optimizer = torch.optim.Adam([objective.split.offsets], lr=0.05)
-    for step in range(30):
-        out = objective(**batch, step=step, steps=30)
+    for step in range(20):
+        out = objective(**batch, step=step, steps=20)
         optimizer.zero_grad()
         out["loss"].backward()
         optimizer.step()
         made.append((float(out["kl"]), float(out["share"])))
     first, last = made[0], made[-1]
     assert last[0] / first[0] < 1 - 0.5 * abs(last[1] - first[1]), made
-
-
-def test_files_hold_the_offsets_alone(tmp_path):
-    run_phase(new_hat("channel"), tmp_path, steps=4)
-    (file,) = tmp_path.rglob(FILE)
-    assert {name: tuple(t.shape) for name, t in load_file(file).items()} == {"offsets": (3, 4, 4)}

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from hat_lib.config import HatError
-from hat_lib.training import losses
 from hat_lib.training.losses import budget, distillation, divergence, entropy, exit_loss, exit_targets, z_loss
 
 LOG3 = math.log(3)
@@ -23,9 +22,6 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 def close(found, expected, tolerance=1e-6):
     torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), atol=tolerance, rtol=0)
-
-
-# --- distillation ---
 
 
 def test_divergence_and_distillation_by_hand():
@@ -49,7 +45,7 @@ def test_divergence_and_distillation_by_hand():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_distillation_is_kl_div(dtype, tolerance):
     teacher, student = 3 * normal(2, 7, 300), leaf(3 * normal(2, 7, 300, seed=1), dtype)
-    assert float(distillation(teacher, teacher)) == 0  # exactly
+    assert float(distillation(teacher, teacher)) == 0
     reference = leaf(student)
     p, q = F.log_softmax(teacher.view(14, 300), -1), F.log_softmax(reference.view(14, 300), -1)
     expected = F.kl_div(q, p, log_target=True, reduction="batchmean")
@@ -62,20 +58,14 @@ def test_distillation_is_kl_div(dtype, tolerance):
     assert (error <= tolerance * reference.grad.abs() + 1e-6).all()
 
 
-# --- budget ---
-
-
 def test_budget():
     share = leaf([0.75, 0.25, 0.5])
     loss = torch.stack([budget(one, 0.5) for one in share])
     loss.sum().backward()
     close(loss.detach(), [0.25, 0.25, 0.0])
     assert share.grad.tolist() == [1.0, -1.0, 0.0]
-    with pytest.raises(HatError, match=r"global mean, got shape \[3\]"):
+    with pytest.raises(HatError, match="share"):
         budget(share, 0.5)
-
-
-# --- z-loss and entropy ---
 
 
 def test_z_loss_and_entropy_by_hand():
@@ -113,8 +103,7 @@ every_loss = pytest.mark.parametrize(("tail", "loss"), PER_TOKEN.values(), ids=P
 
 
 @every_loss
-def test_gradcheck_and_a_mean_over_tokens_that_is_zero_for_none(tail, loss, monkeypatch):
-    monkeypatch.setattr(losses, "CPU_TILE", 55)  # several tiles, the last one shorter
+def test_gradcheck_and_a_mean_over_tokens_that_is_zero_for_none(tail, loss):
     x = leaf(4 * normal(3, 4, *tail, seed=1), torch.float64)
     assert loss(x).dtype == torch.float64 and torch.autograd.gradcheck(loss, x)
     none = leaf(torch.zeros(0, 4, *tail), torch.float64)
@@ -132,9 +121,6 @@ def test_half_precision_is_computed_in_fp32(loss):
     assert loss(half).dtype == torch.float32 and half.grad.dtype == torch.bfloat16
 
 
-# --- exit gates ---
-
-
 def test_exit_loss_by_hand():
     # (0, log 3) to leave: -log(3/4) = 0.287682.  (0, 0) to stay: log 2 = 0.693147.  Mean 0.490415.
     # Gradient: (p - target) / tokens, with p of leaving 3/4 and 1/2.
@@ -145,9 +131,3 @@ def test_exit_loss_by_hand():
     close(logits.grad, [[0.125, -0.125], [-0.25, 0.25]])
     teacher, exited = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0]]), torch.tensor([[9.0, 9.5, 9.4], [0.0, 0.1, 0.0]])
     assert exit_targets(teacher, exited.bfloat16()).tolist() == [True, False]
-
-
-@pytest.mark.parametrize("loss", [distillation, exit_targets])
-def test_logits_of_another_shape_are_refused(loss):
-    with pytest.raises(HatError, match=r"\[2, 3\] and \[2, 4\]"):
-        loss(torch.zeros(2, 3), torch.zeros(2, 4))

