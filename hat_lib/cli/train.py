@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import sys
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import typer
@@ -113,11 +113,12 @@ def train(
     if resume is not None:
         run = Run.read(folder)
     else:
-        changes = dict(map(_setting, settings or [])) | ({"text": text} if text else {})
+        changes = dict(_setting(assignment) for assignment in settings or [])
+        if text:
+            changes["text"] = text
         chosen = Recipe.named(recipe, granularity, profile, **changes)
-        start = None if checkpoint is None else str(checkpoint)
-        asked = {"correction_rank": correction_rank, "command": shlex.join(["hat", *sys.argv[1:]])}
-        run = Run(phase, granularity, base, chosen, dtype, start, **asked)
+        start, command = checkpoint and str(checkpoint), shlex.join(["hat", *sys.argv[1:]])
+        run = Run(phase, granularity, base, chosen, dtype, start, correction_rank=correction_rank, command=command)
     for source in set(sources(run.recipe.text)) - {*OWN}:
         for split in ("train", "validation"):
             options.check_text(source, split)
@@ -125,9 +126,10 @@ def train(
         options.check_text(run.recipe.validation, "validation")
     go_on = f"go on with: hat train --resume {shlex.quote(str(folder))}"
     main = not int(os.environ.get("RANK", 0))
+    if main:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
-        with _terminates() if main else nullcontext():
-            outcomes = carry_out(run, folder, resume=resume is not None, max_minutes=max_minutes)
+        outcomes = carry_out(run, folder, resume=resume is not None, max_minutes=max_minutes)
     except KeyboardInterrupt as stop:
         how, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
         if main and (folder / RUN_FILE).exists():
@@ -147,16 +149,8 @@ class Terminated(KeyboardInterrupt):
     """Raised on SIGTERM, which by default would end the process without a word."""
 
 
-@contextmanager
-def _terminates():
-    def stop(*_):
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _terminate(*_) -> None:
+    raise Terminated
 
 
 def _setting(text: str) -> tuple[str, int | float | str]:
