@@ -26,7 +26,7 @@ from hat_lib.config import check_count
 from hat_lib.evaluation.decoded import score_decoded
 from hat_lib.evaluation.perplexity import compare
 from hat_lib.inference.generate import AdaptiveInference
-from hat_lib.inference.speed import hold_work, timed
+from hat_lib.inference.speed import steer_to_capacity, timed
 from hat_lib.model.modes import combined
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -127,7 +127,7 @@ def rows(
 def _prices(hat: HierarchicalTransformer, capacities: Sequence[float], tokens: int) -> Mapping[float, dict]:
     """Capacity -> the columns of perplexity; on each text, the base is scored once for all capacities."""
     found = {capacity: {"tokens": tokens} for capacity in capacities}
-    settings = [partial(combined, partial(hat.at, c, 0.0), partial(hold_work, hat)) for c in found]
+    settings = [partial(combined, partial(hat.at, c, 0.0), partial(steer_to_capacity, hat)) for c in found]
     for text in TEXTS if found else ():
         blocks = whole_blocks(text, hat.base.tokenizer, tokens)
         base, scored = score_decoded(hat, blocks, settings, batch_size=TOGETHER, progress=False)
@@ -154,7 +154,7 @@ def _continued(infer: AdaptiveInference, texts: Sequence[str], target: float, ma
     over_hf, realised = [], []
     for m in made:
         if m.realised_speedup is not None:
-            with hat.at(m.requested_capacity, 0.0), hold_work(hat), hat.collect() as states:
+            with hat.at(m.requested_capacity, 0.0), steer_to_capacity(hat), hat.collect() as states:
                 over_hf.append(timed(hat, (infer.plain, torch.inference_mode), m.ids))
             realised.append(TokenState.cat(states[1:]).capacity)  # the first fills the cache
     return {

@@ -18,12 +18,12 @@ def unpacked(w: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def packed_and_read(lm):
-    """The gated matrices ``(name, layer, the base's weights, q4's weights)``, float32 ``[out, C]``."""
+    """The packed matrices ``(name, layer, the base's weights, q4's weights)``, float32 ``[out, C]``."""
     weights = pack(lm, "q4")
     for name, linears in LINEARS.items():
         for i, layer in enumerate(lm.model.layers):
             own = torch.cat([layer.get_submodule(linear).weight for linear in linears]).float()
-            read = torch.from_numpy(unpacked(getattr(weights, name)[i])).T
+            read = torch.from_numpy(unpacked(getattr(weights, name).weight[i])).T
             if name == "gate_up":  # gates and ups are in alternating blocks
                 read = torch.cat([*read.unflatten(0, (-1, 2, weights.block)).transpose(0, 1).flatten(1, 2)])
             yield name, i, own, read
@@ -31,7 +31,7 @@ def packed_and_read(lm):
 
 @torch.no_grad()
 def round_weights(lm) -> None:
-    """Replace a base's gated matrices with their values in q4."""
+    """Replace a base's packed matrices with their values in q4."""
     for name, i, _, read in packed_and_read(lm):
         modules = [lm.model.layers[i].get_submodule(linear) for linear in LINEARS[name]]
         for linear, part in zip(modules, read.split([m.out_features for m in modules]), strict=True):

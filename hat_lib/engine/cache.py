@@ -1,117 +1,89 @@
-"""Keys and values with room to grow, behind transformers' cache.
+"""Keys and values that grow in place, behind transformers' cache.
 
 A `DynamicLayer` is copied whole for each token that is appended. Here all layers of a cache share two arrays that
-double in length whenever they are full; the ``keys`` and ``values`` that transformers sees of a layer are views of the
-part that is in use. So a cache may be cropped, continued, copied and reordered, on this path or on any other.
+double in length when they are full; what transformers sees of a layer are views of the part in use. So a cache may be
+cropped, continued, copied and reordered, on this path or on any other.
 """
 
 from __future__ import annotations
-
-from functools import cached_property
-from itertools import repeat
-from operator import is_
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hat_lib.engine.weights import as_numpy
-
-LEAST_ROOM = 128
+MIN_SIZE = 128
 
 
-class Room:
-    """``keys`` and ``values [L, B, G, room, h]`` of all layers of a cache."""
+class KeyValueBuffer:
+    """``keys`` and ``values [L, B, G, size, h]`` of all layers of a cache; bfloat16 as its bits, uint16."""
 
-    def __init__(self, layers: int, batch: int, heads: int, room: int, size: int, dtype: torch.dtype):
-        shape = (layers, batch, heads, room, size)
-        with torch.inference_mode(False):  # else nothing outside inference mode could write to them
-            self.keys, self.values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    def __init__(self, layers: int, batch: int, heads: int, size: int, head_dim: int, dtype: torch.dtype):
+        shape, stored = (layers, batch, heads, size, head_dim), np.uint16 if dtype == torch.bfloat16 else np.float32
+        self.keys, self.values = np.empty(shape, stored), np.empty(shape, stored)
+        self.dtype, self.batch, self.size = dtype, batch, size
 
-        self.length, self.apart = 0, False
-        """tokens that its layers show, and whether one of them may show something else"""
-
-    @cached_property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values, as views of the same memory."""
-        return as_numpy(self.keys), as_numpy(self.values)
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in vars(self).items() if k != "arrays"}  # a copy makes arrays of its own memory
-
-    @property
-    def size(self) -> int:
-        return self.keys.shape[3]
+    def view(self, name: str, layer: int, length: int) -> Tensor:
+        """The first tokens of a layer, ``[B, G, length, h]``."""
+        return torch.from_numpy(getattr(self, name)[layer, :, :, :length]).view(self.dtype)
 
 
 class GrowingLayer(DynamicLayer):
-    """One layer of a cache: the first ``room.length`` tokens of the room that all layers share.
+    """One layer of a cache: the first ``length`` tokens of the shared buffer.
 
-    ``keys`` and ``values`` are what transformers reads and assigns. As long as it assigns the beginning of what it
-    read, as `crop` does, the layer stays in its room; other tensors, such as reordered beams, are kept outside until
-    the next `room_for`.
+    Other tensors that transformers assigns, such as reordered beams, are kept outside the buffer (``length`` is then
+    None) until the next `buffer_for`.
     """
 
-    def __init__(self, room: Room, index: int):
-        super().__init__()
-        self.room, self.index = room, index
-        self.dtype, self.device, self.is_initialized = room.keys.dtype, room.keys.device, True
-        self._held: dict[str, int | Tensor | None] = {}
-        """what it shows instead, as keys or values: this many tokens of the room, or a tensor outside it"""
+    def __init__(self, buffer: KeyValueBuffer, index: int, length: int):
+        self.buffer, self.index, self.length = buffer, index, None
+        self._outside: dict[str, Tensor | None] = {}
+        super().__init__()  # which assigns keys and values
+        self.length, self.dtype, self.device, self.is_initialized = length, buffer.dtype, torch.device("cpu"), True
 
-    def _read(self, name: str) -> Tensor | None:
-        held = self._held.get(name, self.room.length)
-        return getattr(self.room, name)[self.index, :, :, :held] if isinstance(held, int) else held
+    def _get(self, name: str) -> Tensor | None:
+        return self._outside[name] if self.length is None else self.buffer.view(name, self.index, self.length)
 
-    def _assign(self, name: str, value: Tensor | None) -> None:
-        if "_held" not in vars(self):  # by the base class, before there is anything
-            return
-        own = getattr(self.room, name)[self.index]
-        ours = value is not None and value.data_ptr() == own.data_ptr() and value.stride() == own.stride()
-        self._held[name] = value.shape[2] if ours and value.shape[:2] == own.shape[:2] else value
-        self.room.apart = True
+    def _set(self, name: str, value: Tensor | None) -> None:
+        if self.length is not None:  # the other of the two stays as it is
+            self._outside = {"keys": self.keys, "values": self.values}
+            self.length = None
+        self._outside = self._outside | {name: value}
 
-    keys = property(lambda self: self._read("keys"), lambda self, value: self._assign("keys", value))
-    values = property(lambda self: self._read("values"), lambda self, value: self._assign("values", value))
-
-    @property
-    def shown(self) -> int | None:
-        """How many tokens of the room it shows; None while transformers has put other tensors here."""
-        keys, values = (self._held.get(name, self.room.length) for name in ("keys", "values"))
-        return keys if isinstance(keys, int) and keys == values else None
+    keys = property(lambda self: self._get("keys"), lambda self, value: self._set("keys", value))
+    values = property(lambda self: self._get("values"), lambda self, value: self._set("values", value))
 
     def get_seq_length(self) -> int:
-        return super().get_seq_length() if (shown := self.shown) is None else shown
+        return super().get_seq_length() if self.length is None else self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.length is None or tokens_to_remove >= 0:
+            super().crop(tokens_to_remove)
+        else:
+            self.length = max(0, self.length + tokens_to_remove)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append tokens from the reference path, in place while there is room."""
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
+        """Append tokens from the reference path, in place while they fit."""
+        start, count = self.get_seq_length(), key_states.shape[-2]
         recorded = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        if recorded or self.shown is None or end > self.room.size or len(key_states) != self.room.keys.shape[1]:
+        fits = self.length is not None and start + count <= self.buffer.size and len(key_states) == self.buffer.batch
+        if recorded or not fits:
             return super().update(key_states, value_states, *args, **kwargs)
-        self._held, self.room.apart = {"keys": end, "values": end}, True  # until the next step the others lag behind
+        self.length = start + count
         self.keys[:, :, start:], self.values[:, :, start:] = key_states, value_states
         return self.keys, self.values
 
 
-def room_for(cache: Cache, batch: int, heads: int, size: int, dtype: torch.dtype, more: int) -> Room:
-    """The arrays of a cache, with room for ``more`` tokens; its layers become `GrowingLayer` if they are not yet."""
+def buffer_for(cache: Cache, batch: int, heads: int, head_dim: int, dtype: torch.dtype, more: int) -> KeyValueBuffer:
+    """The buffer of a cache, with space for ``more`` tokens; its layers become `GrowingLayer` if they are not yet."""
     layers, length = cache.layers, cache.get_seq_length()
-    first = layers[0]
-    room = getattr(first, "room", None)
-    ours = room is not None and all(map(is_, map(getattr, layers, repeat("room"), repeat(None)), repeat(room)))
-    if ours and length + more <= room.size:
-        if room.apart and all(layer.shown == length for layer in layers):
-            room.length, room.apart = length, False
-            for layer in layers:
-                layer._held = {}
-        if not room.apart:
-            return room
-    room = Room(len(layers), batch, heads, max(LEAST_ROOM, 2 * (length + more)), size, dtype)
-    if length:
-        for i, layer in enumerate(layers):
-            room.keys[i, :, :, :length], room.values[i, :, :, :length] = layer.keys, layer.values
-    room.length, layers[:] = length, [GrowingLayer(room, i) for i in range(len(layers))]
-    return room
+    buffer = getattr(layers[0], "buffer", None)
+    fits = buffer is not None and buffer.batch == batch and length + more <= buffer.size
+    if fits and all(layer.length == length for layer in layers):
+        return buffer
+    buffer = KeyValueBuffer(len(layers), batch, heads, max(MIN_SIZE, 2 * (length + more)), head_dim, dtype)
+    for i in range(len(layers) if length else 0):
+        buffer.view("keys", i, length).copy_(layers[i].keys)
+        buffer.view("values", i, length).copy_(layers[i].values)
+    layers[:] = [GrowingLayer(buffer, i, length) for i in range(len(layers))]
+    return buffer

@@ -15,8 +15,6 @@ from numba.core import caching
 
 from hat_lib.config import cache_dir
 
-OPTIONS = {"boundscheck": False, "error_model": "numpy", "nogil": True}
-
 
 def compiled(*, reorder: bool = False, keep: bool = False):
     """Compile a function with numba when it is first called; it runs without the GIL.
@@ -27,13 +25,12 @@ def compiled(*, reorder: bool = False, keep: bool = False):
     """
 
     def wrap(function):
-        made = njit(**OPTIONS, fastmath=True if reorder else {"contract"})(function)
+        fastmath = True if reorder else {"contract"}
+        dispatcher = njit(boundscheck=False, error_model="numpy", nogil=True, fastmath=fastmath)(function)
         if keep:
-            try:
-                made._cache = _Cache(function)
-            except Exception:  # no folder, or another numba: compiled in each process
-                return made
-        return made
+            with contextlib.suppress(Exception):  # no folder, or another numba: compiled in each process
+                dispatcher._cache = _Cache(function)
+        return dispatcher
 
     return wrap
 
@@ -58,20 +55,21 @@ class _Locator(caching._CacheLocator):
         return self
 
 
-class _Kept(caching.CompileResultCacheImpl):
+class _CacheImpl(caching.CompileResultCacheImpl):
     _locator_classes = [_Locator]
 
 
 class _Cache(caching.FunctionCache):
-    """Compiles whenever something is wrong with what was kept (damaged, half written) or with the folder (full)."""
+    """Drops what it cannot read (damaged, or of other classes), and goes on when nothing more can be kept."""
 
-    _impl_class = _Kept
+    _impl_class = _CacheImpl
 
     def load_overload(self, signature, context):
         try:
             return super().load_overload(signature, context)
         except Exception:
-            return None
+            with contextlib.suppress(OSError):
+                self.flush()
 
     def save_overload(self, signature, data):
         with contextlib.suppress(Exception):

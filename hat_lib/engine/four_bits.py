@@ -1,4 +1,4 @@
-"""Gated products of weights in four bits, in groups of 32 channels, as in GGUF's Q4_1.
+"""Sparse products of weights in four bits, in groups of 32 channels, as in GGUF's Q4_1.
 
 A weight is ``d * q + m``, q in 0..15, with d and m in float16 for each output and group. Inputs are rounded to eight
 bits, ``x ~ s * c`` with c in -127..127, one scale s for what a row keeps of a group. The sum of c q is then an integer,
@@ -21,7 +21,7 @@ from numba.extending import intrinsic, overload
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.kernels import F0, add_channels, prefetch
 
-GROUP, ROWS = 32, 40
+GROUP, GROUP_ROWS = 32, 40
 """channels that share a scale, and rows of memory that they and their scales take"""
 AHEAD = 32
 """how many kept channels ahead to prefetch: no hardware prefetcher can guess what is skipped"""
@@ -85,7 +85,7 @@ def _adds(outputs: int):
             builder.store(more, to, align=4)
             if i % 32 == 0:
                 for pointer in (d, m):
-                    prefetch(builder, builder.gep(pointer, [builder.mul(width, size(ROWS))]))  # of the next group
+                    prefetch(builder, builder.gep(pointer, [builder.mul(width, size(GROUP_ROWS))]))  # of the next group
         return context.get_dummy_value()
 
     @intrinsic
@@ -119,9 +119,9 @@ def encode(values, codes):
 
 
 @compiled()
-def place(channel):
+def row_of(channel):
     """The row of a channel."""
-    return np.intp(channel) + np.intp(channel) // GROUP * (ROWS - GROUP)
+    return np.intp(channel) + np.intp(channel) // GROUP * (GROUP_ROWS - GROUP)
 
 
 @compiled()
@@ -134,14 +134,14 @@ def add_groups(w, index, values, start, n, filled, y, c0, c1):
     while n > start + 1 and index[n - 1] == index[n - 2]:
         n -= 1  # what only pads to a multiple of eight
     while last < n:
-        first, group = last, place(index[last]) // ROWS
-        while last < n and place(index[last]) // ROWS == group:
-            rows[last - first] = width * place(index[last])
-            soon[last - first] = width * place(index[min(last + AHEAD, filled - 1)])
+        first, group = last, row_of(index[last]) // GROUP_ROWS
+        while last < n and row_of(index[last]) // GROUP_ROWS == group:
+            rows[last - first] = width * row_of(index[last])
+            soon[last - first] = width * row_of(index[min(last + AHEAD, filled - 1)])
             last += 1
         for r in range(y.shape[0]):
             factor, total = encode(values[r, first:last], codes)
-            row, column, scales = y[r], c0, width * (ROWS * group + GROUP)
+            row, column, scales = y[r], c0, width * (GROUP_ROWS * group + GROUP)
             while column + 128 <= c1:
                 _add_128(w, codes, rows, soon, row, width, column, scales, last - first, factor, total)
                 column += 128

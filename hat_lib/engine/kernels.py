@@ -1,4 +1,4 @@
-"""Gated products: a channel that is not kept is memory that is not read.
+"""Sparse products: a channel that is not kept is memory that is not read.
 
 Weights are stored transposed, ``[C, out]``, so that input channel i of a linear layer is one row, and
 ``y = sum_i x_i W[i]`` runs over the rows of the kept channels only. Eight rows are added at a time, so that y, which
@@ -21,8 +21,6 @@ from numba.extending import intrinsic
 from hat_lib.engine.compiling import compiled
 
 F0, F1 = np.float32(0), np.float32(1)
-LEAVES = 8
-"""parts of a product's channels, whose sums are added in pairs whichever thread computes them"""
 LANES = 16
 """outputs at a time with several rows"""
 COLUMNS = 2048
@@ -80,25 +78,9 @@ def exp(x):
     return series * power_of_two(np.int32(whole))
 
 
-@compiled()
-def add_eight(r0, r1, r2, r3, r4, r5, r6, r7, x0, x1, x2, x3, x4, x5, x6, x7, y):
-    """``y += x0 * r0 + ... + x7 * r7``, in that order."""
-    for j in range(y.shape[0]):
-        s = y[j]
-        s += x0 * as_float(r0[j])
-        s += x1 * as_float(r1[j])
-        s += x2 * as_float(r2[j])
-        s += x3 * as_float(r3[j])
-        s += x4 * as_float(r4[j])
-        s += x5 * as_float(r5[j])
-        s += x6 * as_float(r6[j])
-        s += x7 * as_float(r7[j])
-        y[j] = s
-
-
 @intrinsic
-def add_eight_to_all(context, w, index, k, values, y, column):
-    """`add_eight`, to `LANES` outputs of every row: weights are read and widened once. All arrays are contiguous.
+def add_eight(context, w, index, k, values, y, column):
+    """Add eight channels, from ``index[k]``, to `LANES` outputs of every row. All arrays are contiguous.
 
     Vectorised by hand: when two rows are written, LLVM cannot be sure that neither is also read.
     """
@@ -184,31 +166,21 @@ def add_channels(w, index, values, start, n, filled, y, c0, c1):
                 for i in range(8):
                     prefetch_at(w, np.intp(index[ahead + i]), first + shift)
                 for j in range(first, min(first + line, begin), LANES):
-                    add_eight_to_all(w, index, k, values, y, j)
-            if begin == right:
-                continue
-            # Sliced before the call: LLVM vectorises a loop from 0 to the length of an argument.
-            r0, r1 = w[index[k], begin:right], w[index[k + 1], begin:right]
-            r2, r3 = w[index[k + 2], begin:right], w[index[k + 3], begin:right]
-            r4, r5 = w[index[k + 4], begin:right], w[index[k + 5], begin:right]
-            r6, r7 = w[index[k + 6], begin:right], w[index[k + 7], begin:right]
+                    add_eight(w, index, k, values, y, j)
             for r in range(y.shape[0]):
-                x = values[r, k : k + 8]
-                add_eight(
-                    r0, r1, r2, r3, r4, r5, r6, r7,
-                    x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7],
-                    y[r, begin:right],
-                )  # fmt: skip
+                for j in range(begin, right):
+                    for i in range(k, k + 8):
+                        y[r, j] += values[r, i] * as_float(w[index[i], j])
 
 
 @compiled()
-def keep(x, first, last, cut, scale, whole, runs, index, values, kept, start=0):
+def keep(x, first, last, threshold, scale, keep_all, runs, index, values, kept, start=0):
     """Gather the channels from ``first`` to ``last`` that any row keeps; a row that does not gets a zero there.
 
     Args:
         x: float32 ``[R, C]``.
-        cut, scale, whole, runs: row r keeps channel i if ``|x[r, i]| > cut[i] * scale[r]``; all of them if
-            ``whole[r]``; none unless ``runs[r]``, which is not read for a single row.
+        threshold, scale, keep_all, runs: row r keeps channel i if ``|x[r, i]| > threshold[i] * scale[r]``; all of them
+            if ``keep_all[r]``; none unless ``runs[r]``, which is not read for a single row.
         index, values: uint64 ``[C + 8]`` and float32 ``[R, C + 8]``, or longer; filled from ``start``, and with zeros
             up to a multiple of eight.
         kept: int32 ``[R]``, to which the number of channels that each row kept is added.
@@ -217,20 +189,20 @@ def keep(x, first, last, cut, scale, whole, runs, index, values, kept, start=0):
     """
     n, rows = start, x.shape[0]
     if rows == 1:
-        row, taken, factor, everything = x[0], values[0], scale[0], whole[0]
+        row, gathered, factor, everything = x[0], values[0], scale[0], keep_all[0]
         for i in range(first, last):
-            index[n], taken[n] = i, row[i]
-            n += everything | (abs(row[i]) > cut[i] * factor)
+            index[n], gathered[n] = i, row[i]
+            n += everything | (abs(row[i]) > threshold[i] * factor)
         kept[0] += n - start
     else:
         for i in range(first, last):
-            index[n], found = i, 0
+            index[n], wanted = i, 0
             for r in range(rows):
-                mine = runs[r] & (whole[r] | (abs(x[r, i]) > cut[i] * scale[r]))
-                values[r, n] = x[r, i] if mine else F0
-                kept[r] += mine
-                found |= mine
-            n += found
+                by_row = runs[r] & (keep_all[r] | (abs(x[r, i]) > threshold[i] * scale[r]))
+                values[r, n] = x[r, i] if by_row else F0
+                kept[r] += by_row
+                wanted |= by_row
+            n += wanted
     full = start + (n - start + 7) // 8 * 8
     for k in range(n, full):
         index[k] = index[n - 1]  # a row that has just been read

@@ -13,8 +13,6 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from functools import partial
-from operator import call
 from queue import SimpleQueue
 from time import perf_counter, thread_time
 
@@ -27,18 +25,17 @@ from numba.extending import intrinsic
 
 from hat_lib.engine.compiling import compiled
 
-# Indices into a barrier, each on its own cache line: how many have come, which meeting it is, whether it is off.
-COME, MEETING, OFF, BARRIER = 0, 8, 16, 24
+# Indices into a barrier, each on its own cache line: how many have arrived, which meeting it is, whether it is off.
+ARRIVED, MEETING, OFF, BARRIER = 0, 8, 16, 24
 PATIENCE = 5_000
 """turns of the spin loop, some 100 us, before a thread starts to give way at each turn"""
 SHORTEST, LONGEST = 4, 64
 """fewest and most steps before a number of threads that was too many is tried again"""
 TIMED = len({thread_time() for _ in range(100)}) > 50
 """whether the system reports exactly how long a thread has run; some count in ticks of 10 ms or more"""
-SYSTEM, X86 = platform.system(), platform.machine().lower() in ("x86_64", "amd64")
 
 
-def _place(context, builder, array, args):
+def _element(context, builder, array, args):
     data = cgutils.create_struct_proxy(array)(context, builder, args[0]).data
     return builder.gep(data, [args[1]])
 
@@ -48,7 +45,7 @@ def fetch_add(context, array, place, value):
     """Atomically add to an int64 in an array; returns what was there before."""
 
     def build(inner, builder, signature, args):
-        return builder.atomic_rmw("add", _place(inner, builder, array, args), args[2], "seq_cst")
+        return builder.atomic_rmw("add", _element(inner, builder, array, args), args[2], "seq_cst")
 
     return types.int64(array, types.intp, types.int64), build
 
@@ -56,44 +53,31 @@ def fetch_add(context, array, place, value):
 @intrinsic
 def atomic_load(context, array, place):
     def build(inner, builder, signature, args):
-        return builder.load_atomic(_place(inner, builder, array, args), "seq_cst", 8)
+        return builder.load_atomic(_element(inner, builder, array, args), "seq_cst", 8)
 
     return types.int64(array, types.intp), build
 
 
-@intrinsic
-def atomic_store(context, array, place, value):
-    def build(inner, builder, signature, args):
-        builder.store_atomic(args[2], _place(inner, builder, array, args), "seq_cst", 8)
-        return inner.get_dummy_value()
+def _call(name: str, result: ir.Type, available: bool):
+    """A function that calls an external one without arguments, or does nothing."""
 
-    return types.void(array, types.intp, types.int64), build
+    @intrinsic
+    def call(context):
+        def build(inner, builder, signature, args):
+            if available:
+                kind = ir.FunctionType(result, [])
+                builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+            return inner.get_dummy_value()
 
+        return types.void(), build
 
-@intrinsic
-def relax(context):
-    """Tell the processor that this is a spin-wait loop, if there is an instruction for it."""
-
-    def build(inner, builder, signature, args):
-        if X86:
-            pause = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, pause, "llvm.x86.sse2.pause"), [])
-        return inner.get_dummy_value()
-
-    return types.void(), build
+    return call
 
 
-@intrinsic
-def give_way(context):
-    """Let another thread have this core, if the system has a call for it."""
-
-    def build(inner, builder, signature, args):
-        if SYSTEM != "Windows":
-            call = ir.FunctionType(ir.IntType(32), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, call, "sched_yield"), [])
-        return inner.get_dummy_value()
-
-    return types.void(), build
+pause = _call("llvm.x86.sse2.pause", ir.VoidType(), platform.machine().lower() in ("x86_64", "amd64"))
+"""tells the processor that this is a spin-wait loop"""
+give_way = _call("sched_yield", ir.IntType(32), platform.system() != "Windows")
+"""lets another thread have this core"""
 
 
 @compiled()
@@ -102,15 +86,15 @@ def meet(barrier, team):
     if team == 1:
         return False
     meeting = atomic_load(barrier, MEETING)
-    if fetch_add(barrier, COME, 1) == team - 1:
-        atomic_store(barrier, COME, 0)
-        atomic_store(barrier, MEETING, meeting + 1)
+    if fetch_add(barrier, ARRIVED, 1) == team - 1:
+        fetch_add(barrier, ARRIVED, -team)
+        fetch_add(barrier, MEETING, 1)
         return False
     turns = 0
     while atomic_load(barrier, MEETING) == meeting:
         turns += 1
         if turns < PATIENCE:
-            relax()
+            pause()
         else:  # another thread has lost its core and may need this one, or it will never come
             if atomic_load(barrier, OFF):
                 return True
@@ -153,73 +137,57 @@ class Pace:
                 self.threads, self._since, self._harm = now + 1, 0, 1.0
 
 
-class Step:
-    """One step that a team is asked to run, and how many of its threads are still at it."""
-
-    def __init__(self, step, args, size: int):
-        self.step, self.args, self.size, self.error = step, args, size, None
-        self.running, self.done = [True] * (size - 1), threading.Event()
-        self.ran: list[float] = []
-        """seconds that each thread was on a core"""
-        if size == 1:
-            self.done.set()
-
-
 class Team:
     """The calling thread and others of the team's own run ``step(t, team, barrier, *args)`` together, step by step.
 
-    They are at most ``size``, and as many as `Pace` says. An interrupt (Ctrl-C) reaches the caller when the step is
-    done; while the step is being compiled, the other threads are released.
+    They are at most ``size``, and as many as `Pace` says. After an error or an interrupt (Ctrl-C) in one of them, the
+    others leave the step at their next meeting.
     """
 
     def __init__(self, size: int):
-        self.pace, self.barrier = Pace(size), np.zeros(BARRIER, np.int64)
-        self._asked = [SimpleQueue() for _ in range(size - 1)]
-        self._last = Step(None, (), 1)
-        for t, asked in enumerate(self._asked, 1):
-            threading.Thread(target=self._serve, args=(t, asked), name=f"hat-engine-{t}", daemon=True).start()
+        self.pace = Pace(size)
+        self._queues = [SimpleQueue() for _ in range(size - 1)]
+        for t, queue in enumerate(self._queues, 1):
+            threading.Thread(target=_serve, args=(t, queue), name=f"hat-engine-{t}", daemon=True).start()
 
     def run(self, step, args) -> None:
-        self._last.done.wait()  # for the others, if the caller was interrupted while it waited
-        self.barrier[:] = 0
-        size, start = self.pace.threads, perf_counter()
-        asked = Step(step, args, size)
-        # Noted as the others are woken: an interrupt between the two would make the next step wait for ever.
-        last = partial(setattr, self, "_last", asked)
-        wake = [partial(queue.put, asked) for queue in self._asked[: size - 1]]
-        ours = partial(step, 0, size, self.barrier, *args)
-        calls = [last, *wake, thread_time, ours, thread_time]
+        # Barrier and outcomes are the step's own: whatever an interrupted one leaves behind, the next does not see.
+        size, barrier, outcomes = self.pace.threads, np.zeros(BARRIER, np.int64), SimpleQueue()
+        start, before = perf_counter(), thread_time()
         try:
-            *_, before, _, after = list(map(call, calls))  # no interrupt in between
+            for queue in self._queues[: size - 1]:
+                queue.put((step, args, size, barrier, outcomes))
+            step(0, size, barrier, *args)
+            ran = [thread_time() - before]
+            for _ in range(size - 1):
+                outcome = outcomes.get()
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                ran.append(outcome)
         except BaseException:
-            self.barrier[OFF] = 1
+            barrier[OFF] = 1
             raise
-        finally:
-            if self._last is asked:
-                asked.done.wait()
-            asked.args = ()  # else a deleted model's weights would be held until the next step
-        if asked.error is not None:
-            raise asked.error
         if TIMED:
-            self.pace.after(1 - min([after - before, *asked.ran]) / (perf_counter() - start))
+            self.pace.after(1 - min(ran) / (perf_counter() - start))
 
-    def _serve(self, t: int, queue: SimpleQueue) -> None:
-        while True:
-            asked, before = queue.get(), thread_time()
-            try:
-                asked.step(t, asked.size, self.barrier, *asked.args)
-                asked.ran.append(thread_time() - before)
-            except BaseException as error:
-                self.barrier[OFF], asked.error = 1, error
-            asked.running.pop()
-            if not asked.running:
-                asked.done.set()
-            del asked
+
+def _serve(t: int, queue: SimpleQueue) -> None:
+    while True:
+        _take_part(t, *queue.get())  # keeps nothing of the step: a deleted model's weights would stay in memory
+
+
+def _take_part(t: int, step, args, size: int, barrier: np.ndarray, outcomes: SimpleQueue) -> None:
+    before = thread_time()
+    try:
+        step(t, size, barrier, *args)
+        outcomes.put(thread_time() - before)
+    except BaseException as error:
+        barrier[OFF] = 1
+        outcomes.put(error)
 
 
 _one_step = threading.Lock()
 _teams: dict[int, Team] = {}
-_ALONE = np.zeros(BARRIER, np.int64)
 
 
 def run(step, args, threads: int) -> None:
@@ -229,15 +197,13 @@ def run(step, args, threads: int) -> None:
     """
     size = max(1, min(threads, cores()))
     with _one_step:
-        if size == 1:
-            step(0, 1, _ALONE, *args)
-        else:
-            team = _teams.get(size) or _teams.setdefault(size, Team(size))
-            team.run(step, args)
+        if size not in _teams:
+            _teams[size] = Team(size)
+        _teams[size].run(step, args)
 
 
-def torch_alone(threads: int) -> None:
-    """Make torch use one thread for what the calling thread asks of it; other threads keep theirs.
+def torch_on_one_thread(threads: int) -> None:
+    """Make torch use one thread for what the calling thread asks of it; other threads keep theirs, ``threads``.
 
     After work on a whole vocabulary, torch's threads go on spinning for some milliseconds, on the cores that the next
     step needs. torch's setting is per thread, but also becomes that of future threads, which another thread restores.
@@ -254,7 +220,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _forget() -> None:
+def _forget_teams() -> None:
     """In a forked child: the threads were not copied, and the lock may have been held."""
     global _one_step
     _one_step = threading.Lock()
@@ -262,4 +228,4 @@ def _forget() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_forget_teams)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from hat_lib.backbone.shapes import LINEARS
-from hat_lib.engine.four_bits import GROUP, ROWS
-from hat_lib.engine.step import Weights
+from hat_lib.engine.arrays import Linear, Weights
+from hat_lib.engine.four_bits import GROUP, GROUP_ROWS
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:
@@ -33,6 +33,11 @@ def widths(lm) -> tuple[list[int], list[int]]:
     return [m[0].in_features for m in modules], [sum(linear.out_features for linear in m) for m in modules]
 
 
+def linears(lm) -> list[nn.Module]:
+    """The modules that are packed."""
+    return [layer.get_submodule(name) for layer in lm.model.layers for names in LINEARS.values() for name in names]
+
+
 def unfit(lm, form: str) -> str | None:
     """Why this base cannot be packed in a form; None if it can."""
     for names in LINEARS.values() if form == "q4" else ():
@@ -44,6 +49,15 @@ def unfit(lm, form: str) -> str | None:
     return None
 
 
+def packed_bytes(weights: Weights) -> int:
+    """Bytes of memory beyond the base's own."""
+    products = [array for linear in (weights.qkv, weights.o, weights.gate_up, weights.down) for array in linear]
+    own = [*products, weights.preview, weights.norms, weights.last_norm, weights.head_scale]
+    if len(weights.head_scale):
+        own.append(weights.head)
+    return sum(array.nbytes for array in own)
+
+
 @torch.no_grad()
 def pack(lm, form: str = "base", corrections=None, *, strength: float = 1.0, preview: bool = False) -> Weights:
     """The weights of a `LlamaForCausalLM` on the CPU, in float32 or bfloat16.
@@ -51,53 +65,27 @@ def pack(lm, form: str = "base", corrections=None, *, strength: float = 1.0, pre
     Args:
         form: "base", "int8" or "q4"; ValueError if the base is `unfit`.
         corrections: a model's, which become part of the products at ``strength``; None for the base itself.
-        preview: whether the head's weights are packed once more, transposed, for a gated head.
+        preview: whether the head's weights are packed once more, transposed, for a shortlist.
     """
     if why := unfit(lm, form):
         raise ValueError(why)
-    layers, config, packed = lm.model.layers, lm.config, {}
+    config = lm.config
     block = gcd(config.intermediate_size, 32)
-    for (name, linears), channels, outputs in zip(LINEARS.items(), *widths(lm), strict=True):
-        biased = corrections is not None or any(layers[0].get_submodule(n).bias is not None for n in linears)
-        dtype, shape = {
-            "base": (lm.dtype, (channels, outputs)),
-            "int8": (torch.int8, (channels, outputs)),
-            "q4": (torch.uint8, (channels // GROUP * ROWS, outputs // 2)),
-        }[form]
-        weights = _room((len(layers), *shape), dtype)
-        scales = torch.empty(len(layers), outputs if form == "int8" else 0)
-        biases = torch.empty(len(layers), outputs if biased else 0)
-        for i, layer in enumerate(layers):
-            modules = [layer.get_submodule(linear) for linear in linears]
-            weight = torch.cat([linear.weight for linear in modules])
-            correction = None if corrections is None else corrections[f"{i}_{name}"]
-            if correction is not None:
-                weight = (weight.float() + strength * correction.update()).to(weight.dtype)
-            bias = torch.zeros(outputs if biased else 0)
-            if biased:
-                bias = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias for m in modules])
-                bias += 0 if correction is None else strength * correction.shift
-            if name == "gate_up":
-                weight, bias = _in_turns(weight, block), _in_turns(bias, block)
-            if form == "int8":
-                weight, scales[i] = _eight_bits(weight)
-            weights[i] = _four_bits(weight) if form == "q4" else weight.t()
-            biases[i] = bias
-        packed |= {name: as_numpy(weights), f"{name}_scale": scales.numpy(), f"{name}_bias": biases.numpy()}
+    products = {name: _product(lm, name, form, corrections, strength, block) for name in LINEARS}
     head, head_scale = (lm.lm_head.weight, torch.zeros(0)) if form == "base" else _eight_bits(lm.lm_head.weight)
-    columns = _room((head.shape[1], len(head) if preview else 0), head.dtype)
+    columns = _memory((head.shape[1], len(head) if preview else 0), head.dtype)
     columns.copy_(head[: columns.shape[1]].t())
-    norms = torch.stack([
-        torch.stack([layer.get_submodule(norm).weight.float() for layer in layers])
+    norms = [
+        torch.stack([layer.get_submodule(norm).weight.float() for layer in lm.model.layers])
         for norm in ("input_layernorm", "post_attention_layernorm")
-    ])  # fmt: skip
+    ]
     return Weights(
         embed=as_numpy(lm.model.embed_tokens.weight),
         head=as_numpy(head),
         head_scale=head_scale.numpy(),
         preview=as_numpy(columns),
-        **packed,
-        norms=norms.numpy(),
+        **products,
+        norms=torch.stack(norms).numpy(),
         last_norm=lm.model.norm.weight.float().numpy(),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
@@ -107,13 +95,42 @@ def pack(lm, form: str = "base", corrections=None, *, strength: float = 1.0, pre
     )
 
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory from numpy, which asks the system for huge pages: a gather touches many pages."""
+def _product(lm, name: str, form: str, corrections, strength: float, block: int) -> Linear:
+    """One of `LINEARS`, of all layers."""
+    layers = [[layer.get_submodule(linear) for linear in LINEARS[name]] for layer in lm.model.layers]
+    channels, outputs = layers[0][0].in_features, sum(linear.out_features for linear in layers[0])
+    biased = corrections is not None or any(linear.bias is not None for linear in layers[0])
+    dtype, shape = {
+        "base": (lm.dtype, (channels, outputs)),
+        "int8": (torch.int8, (channels, outputs)),
+        "q4": (torch.uint8, (channels // GROUP * GROUP_ROWS, outputs // 2)),
+    }[form]
+    weights = _memory((len(layers), *shape), dtype)
+    scales = torch.empty(len(layers), outputs if form == "int8" else 0)
+    biases = torch.zeros(len(layers), outputs if biased else 0)
+    for i, linears in enumerate(layers):
+        weight = torch.cat([linear.weight for linear in linears])
+        if biased:
+            biases[i] = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias for m in linears])
+        correction = None if corrections is None else corrections[f"{i}_{name}"]
+        if correction is not None:
+            weight = (weight.float() + strength * correction.update()).to(weight.dtype)
+            biases[i] += strength * correction.shift
+        if name == "gate_up":
+            weight, biases[i] = _alternating(weight, block), _alternating(biases[i], block) if biased else biases[i]
+        if form == "int8":
+            weight, scales[i] = _eight_bits(weight)
+        weights[i] = _four_bits(weight) if form == "q4" else weight.t()
+    return Linear(as_numpy(weights), scales.numpy(), biases.numpy())
+
+
+def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory from numpy, which asks the system for huge pages: sparse reads touch many pages."""
     memory = np.empty(shape, {1: np.uint8, 2: np.uint16, 4: np.float32}[dtype.itemsize])
     return torch.from_numpy(memory).view(dtype)
 
 
-def _in_turns(outputs: Tensor, block: int) -> Tensor:
+def _alternating(outputs: Tensor, block: int) -> Tensor:
     """Gates and ups ``[2F, ...]`` in alternating blocks: a thread then reads one long piece of a row, not two."""
     return outputs.unflatten(0, (2, -1, block)).transpose(0, 1).flatten(0, 2)
 
@@ -138,17 +155,3 @@ def _four_bits(weight: Tensor) -> Tensor:
     first, second, third, fourth = q.view(n, GROUP, outputs // 32, 4, 8).unbind(3)
     rows = torch.stack([first | second << 4, third | fourth << 4], -1)
     return torch.cat([part.view(torch.uint8).view(n, -1, outputs // 2) for part in (rows, scales)], 1).flatten(0, 1)
-
-
-def packed_bytes(weights: Weights) -> int:
-    """Bytes of memory beyond the base's own."""
-    own = {id(a): a for a in weights if isinstance(a, np.ndarray)}
-    del own[id(weights.embed)]
-    if not len(weights.head_scale):
-        own.pop(id(weights.head), None)
-    return sum(a.nbytes for a in own.values())
-
-
-def linears(lm) -> list[nn.Module]:
-    """The modules that are packed."""
-    return [layer.get_submodule(name) for layer in lm.model.layers for names in LINEARS.values() for name in names]

@@ -25,7 +25,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from hat_lib.backbone.base import load_base
 from hat_lib.config import HatError, check_count
 from hat_lib.inference.self_speculative import Speculation, speculate, stop_tokens
-from hat_lib.inference.speed import SpeedCurve, check_target, check_versus, hold_work, now, speed_curve, timed
+from hat_lib.inference.speed import SpeedCurve, check_target, check_versus, now, speed_curve, steer_to_capacity, timed
 from hat_lib.model.cost import state_cost
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -34,6 +34,10 @@ MODES = ("adaptive", "lossless")
 TEMPERATURE_MIN = 1e-3
 """below it, logits divided by the temperature may overflow, and the likeliest token would be drawn anyway"""
 
+# Threads may share a model, but not a tokenizer whose padding is being set, nor transformers' source of random
+# numbers, which is torch's global one: sampled texts are made one at a time, greedy ones concurrently.
+_TOKENIZING, _SAMPLING = threading.Lock(), threading.Lock()
+
 
 def check_sampling(max_new_tokens: int, temperature: float, seed: int) -> None:
     """Raise `HatError` for settings that cannot be sampled with."""
@@ -41,11 +45,6 @@ def check_sampling(max_new_tokens: int, temperature: float, seed: int) -> None:
     check_count("seed", seed, 0, 2**64 - 1)  # torch's range
     if temperature != 0 and not TEMPERATURE_MIN <= temperature < math.inf:
         raise HatError(f"temperature must be 0 (greedy) or a number of at least {TEMPERATURE_MIN}, got {temperature}")
-
-
-# Threads may share a model. What they cannot share is a tokenizer whose padding is being set, and transformers' source
-# of random numbers, which is torch's global one: sampled texts are made one at a time, greedy ones concurrently.
-_ONE_AT_A_TIME, _SAMPLING = threading.Lock(), threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -85,22 +84,14 @@ class Generation:
     or if the text is too short"""
     speculation: list[Speculation] | None = None
     """lossless mode: one for each prompt"""
+    acceptance: float = math.nan
+    """lossless mode: share of the drafted tokens that were accepted"""
+    draft_share: float = math.nan
+    """lossless mode: work of the drafting steps / that of as many dense ones"""
 
     @property
     def tokens_per_second(self) -> float:
         return self.new_tokens / self.seconds
-
-    @property
-    def acceptance(self) -> float:
-        """Lossless mode: share of the drafted tokens that were accepted; nan otherwise."""
-        drafted = sum(s.drafted for s in self.speculation or ())
-        return sum(s.accepted for s in self.speculation) / drafted if drafted else math.nan
-
-    @property
-    def draft_share(self) -> float:
-        """Lossless mode: work of the drafting steps / that of as many dense ones; nan otherwise."""
-        drafted = sum(s.drafted for s in self.speculation or ())
-        return sum(s.drafting for s in self.speculation) / drafted if drafted else math.nan
 
 
 class AdaptiveInference:
@@ -130,7 +121,7 @@ class AdaptiveInference:
         streamer=None,
         **settings,
     ) -> Generation:
-        """Continue one prompt, or several as a batch.
+        """Continue one prompt, or several as a batch. Raises `HatError` for bad input, before anything is generated.
 
         Args:
             capacity, exit_rate: None means what ``hat`` is set to.
@@ -141,14 +132,12 @@ class AdaptiveInference:
             measure: take a few seconds to measure the realised speedup afterwards; None does so with a target and in
                 lossless mode.
             streamer, settings: as for transformers' `generate`; no settings in lossless mode.
-
-        Raises `HatError` for bad input, before anything is generated.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        self._check(prompts, capacity, exit_rate, target_speedup, mode, settings)
+        self._check(prompts, capacity, target_speedup, mode, settings)
         check_sampling(max_new_tokens, temperature, seed)
         hat, tokenizer = self.hat, self.hat.base.tokenizer
-        with _ONE_AT_A_TIME:
+        with _TOKENIZING:
             inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False, verbose=False)
         inputs = inputs.to(hat.base.device)
         length, context = inputs.input_ids.shape[1], hat.lm.config.max_position_embeddings
@@ -157,20 +146,22 @@ class AdaptiveInference:
             raise HatError(f"{what} exceed the context of {hat.base.name}: {context}")
 
         predicted = {}
-        if target_speedup is not None:
-            curve = self.curve(exit_rate, len(prompts))
-            capacity = curve.capacity_for(target_speedup)
-            predicted = {"target_speedup": target_speedup, "predicted_speedup": curve.at(capacity)}
-            predicted |= {"predicted_range": curve.spread(capacity)}
-        measure = (target_speedup is not None or mode == "lossless") if measure is None else measure
-        run = self._lossless if mode == "lossless" else self._adaptive
-        with hat.at(capacity, exit_rate), hold_work(hat) if predicted else nullcontext():
-            return replace(run(inputs, max_new_tokens, temperature, seed, measure, streamer, settings), **predicted)
+        with hat.at(capacity, exit_rate):
+            if target_speedup is not None:
+                curve = self.curve(exit_rate, len(prompts))
+                capacity = curve.capacity_for(target_speedup)
+                predicted = {"predicted_speedup": curve.at(capacity), "predicted_range": curve.spread(capacity)}
+            measure = (target_speedup is not None or mode == "lossless") if measure is None else measure
+            run = self._lossless if mode == "lossless" else self._adaptive
+            with hat.at(capacity), nullcontext() if target_speedup is None else steer_to_capacity(hat):
+                found = run(inputs, max_new_tokens, temperature, seed, measure, streamer, settings)
+        return replace(found, target_speedup=target_speedup, **predicted)
 
     def curve(self, exit_rate: float | None = None, batch: int = 1, *, refresh: bool = False) -> SpeedCurve:
         """Speedup by capacity on this machine; measured on the first call, or again with ``refresh``."""
-        how = {"exit_rate": self.hat.exit_rate if exit_rate is None else exit_rate, "batch": batch}
-        return speed_curve(self.hat, self.versus, plain=lambda: self.plain, refresh=refresh, **how)
+        exit_rate = self.hat.exit_rate if exit_rate is None else exit_rate
+        plain = lambda: self.plain  # noqa: E731 - loaded only if it is needed
+        return speed_curve(self.hat, self.versus, exit_rate=exit_rate, batch=batch, plain=plain, refresh=refresh)
 
     @cached_property
     def plain(self) -> LlamaForCausalLM:
@@ -182,29 +173,25 @@ class AdaptiveInference:
     def _reference(self):
         return (self.hat.lm, self.hat.dense) if self.versus == "dense" else (self.plain, torch.inference_mode)
 
-    def _check(self, prompts, capacity, exit_rate, target, mode, settings) -> None:
+    def _check(self, prompts, capacity, target, mode, settings) -> None:
         if mode not in MODES:
             raise HatError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if target is not None:
             check_target(target)
-            if capacity is not None:
-                raise HatError(f"pass a capacity or a target speedup, not both (got {capacity} and {target})")
+        if target is not None and capacity is not None:
+            raise HatError(f"pass a capacity or a target speedup, not both (got {capacity} and {target})")
         if mode == "lossless" and (target is not None or settings):
             what = ", ".join(settings) or "a target speedup"
             raise HatError(f"lossless mode takes the capacity of its drafts, not {what}")
-        if not prompts:
-            raise HatError("no prompt: expected a text, or a list of texts")
-        for prompt in prompts:
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise HatError(f"a prompt must be text to continue, got {prompt!r}")
-        with self.hat.at(capacity, exit_rate):  # raises for what cannot be set
-            pass
+        if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+            raise HatError(f"prompts must be a text to continue, or several, got {prompts!r}")
 
     def _adaptive(self, inputs, max_new_tokens, temperature, seed, measure, streamer, settings) -> Generation:
         hat, device = self.hat, self.hat.base.device
         how = {"max_new_tokens": max_new_tokens, "pad_token_id": hat.base.tokenizer.pad_token_id}
         how |= {"streamer": streamer, "do_sample": temperature > 0}
-        how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        if temperature:
+            how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         how |= settings
         with ExitStack() as stack:
             states = stack.enter_context(hat.collect())
@@ -229,29 +216,42 @@ class AdaptiveInference:
         if measure and ids.shape[1] - length > 3:
             realised = timed(hat, self._reference, ids, real.long() if not bool(real.all()) else None)
         cost = state_cost(hat, trace)
-        more = {"token_share": (cost.executed / cost.dense).float(), "realised_speedup": realised}
-        more["model_share"] = cost.model_share
-        return self._generation("adaptive", ids, real, length, seconds, trace, **more)
+        shares = {"token_share": (cost.executed / cost.dense).float(), "model_share": cost.model_share}
+        return self._generation("adaptive", ids, real, length, seconds, trace, realised_speedup=realised, **shares)
 
     def _lossless(self, inputs, max_new_tokens, temperature, seed, measure, streamer, _) -> Generation:
         """One prompt after another; results are combined with the same padding as in `_adaptive`."""
         prompts = [ids[None, mask] for ids, mask in zip(inputs.input_ids, inputs.attention_mask.bool(), strict=True)]
-        began = time.perf_counter()
         how = {"temperature": temperature, "seed": seed, "streamer": streamer}
+        began = time.perf_counter()
         found = [speculate(self.hat, ids, max_new_tokens, **how) for ids in prompts]
         seconds = time.perf_counter() - began
-        new = [s.ids[0, ids.shape[1] :] for s, ids in zip(found, prompts, strict=True)]
+        new = [s.ids[0, -s.new_tokens :] for s in found]
         pad = self.hat.base.tokenizer.pad_token_id
         tail = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=pad)
         ids = torch.cat([inputs.input_ids, tail], dim=1)
-        realised = None
-        if measure:
-            realised = sum(self._seconds(s.ids, p.shape[1]) for s, p in zip(found, prompts, strict=True)) / seconds
         drafts = [s.drafts for s in found if s.drafts]
         trace, real = TokenState.cat(drafts) if drafts else None, self._real(ids, inputs.attention_mask)
-        more = {"speculation": found, "realised_speedup": realised}
-        more["model_share"] = sum(s.ran for s in found) / sum(s.ids.shape[1] - 1 for s in found)
-        return self._generation("lossless", ids, real, inputs.input_ids.shape[1], seconds, trace, **more)
+        drafted = sum(s.drafted for s in found) or math.nan
+        return self._generation(
+            "lossless", ids, real, inputs.input_ids.shape[1], seconds, trace,
+            speculation=found,
+            acceptance=sum(s.accepted for s in found) / drafted,
+            draft_share=sum(s.drafting for s in found) / drafted,
+            realised_speedup=sum(map(self._seconds, found)) / seconds if measure else None,
+            model_share=sum(s.ran for s in found) / sum(s.ids.shape[1] - 1 for s in found),
+        )  # fmt: skip
+
+    def _seconds(self, found: Speculation) -> float:
+        """Seconds the reference takes for the same tokens: a prefill, and a step for each new token but the last."""
+        lm, around = self._reference
+        length = found.ids.shape[1]
+        cache, ends = DynamicCache(config=lm.config), range(length - found.new_tokens, length)
+        with torch.inference_mode(), around(), self.hat.weights("base"):
+            began = now(lm)
+            for start, end in zip([0, *ends], ends, strict=False):
+                lm(input_ids=found.ids[:, start:end], cache=cache, use_cache=True, logits_to_keep=1)
+            return now(lm) - began
 
     def _real(self, ids: Tensor, prompt_mask: Tensor) -> Tensor:
         """bool ``[B, T]``: False at left padding and after the first newly generated end-of-text token."""
@@ -279,13 +279,3 @@ class AdaptiveInference:
             versus=self.versus,
             **more,
         )
-
-    def _seconds(self, ids: Tensor, prompt_length: int) -> float:
-        """Seconds the reference takes for the same tokens: a prefill, and a step for each new token but the last."""
-        lm, around = self._reference
-        cache, ends = DynamicCache(config=lm.config), range(prompt_length, ids.shape[1])
-        with torch.inference_mode(), around(), self.hat.weights("base"):
-            began = now(lm)
-            for start, end in zip([0, *ends], ends, strict=False):
-                lm(input_ids=ids[:, start:end], cache=cache, use_cache=True, logits_to_keep=1)
-            return now(lm) - began

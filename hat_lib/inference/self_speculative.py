@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from hat_lib.config import HatError
+from hat_lib.config import HatError, check_count
 from hat_lib.model.cost import state_cost
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 
 LONGEST = 7
-"""most tokens to draft before the base looks at them: with the one before them, as many as the engine takes"""
+"""most tokens to draft before the base verifies them: with the one before them, as many as the engine takes"""
 ROW = 0.1
 """what one more token adds to a verifying pass, as a share of a dense step: weights are read once but multiplied for
 each token"""
@@ -65,8 +65,7 @@ class Speculation:
     @property
     def ran(self) -> float:
         """Work of all that ran, in dense steps: the prompt, drafts, and passes that verify them."""
-        prompt, verified = self.ids.shape[1] - self.new_tokens, self.drafted + self.passes - 1
-        return prompt + verified + self.drafting
+        return self.ids.shape[1] - self.new_tokens + self.drafted + self.passes - 1 + self.drafting
 
     @property
     def ideal_speedup(self) -> float:
@@ -83,7 +82,8 @@ def best_draft_length(acceptance: float, cost: float) -> int:
     result on any machine.
     """
     k = np.arange(LONGEST + 1)
-    return 1 + int(np.argmax((np.power(acceptance, k).cumsum() / (k * (cost + ROW) + 1))[1:]))
+    tokens = np.power(acceptance, k).cumsum()
+    return 1 + int(np.argmax((tokens / (k * (cost + ROW) + 1))[1:]))
 
 
 def speculate(
@@ -96,25 +96,23 @@ def speculate(
     seed: int = 0,
     streamer=None,
 ) -> Speculation:
-    """Continue one prompt as the base would, drafting with ``hat`` as it is set.
+    """Continue one prompt as the base would, drafting with ``hat`` as it is set; stops after an end-of-text token.
 
     Args:
-        ids: int64 ``[1, T]``, without padding.
+        ids: int64 ``[1, T]``, without padding; `HatError` for a batch or nothing.
         temperature: 0 is greedy; above 0 samples from the base's whole distribution at that temperature.
         draft_length: tokens per round; None takes `best_draft_length` at the acceptance seen so far.
         streamer: as for `generate`: ``put`` receives tokens as they are verified, then ``end`` is called.
-
-    Also stops after an end-of-text token. Raises `HatError` for a batch, an empty prompt, and numbers out of range.
     """
     if ids.dim() != 2 or len(ids) != 1 or not ids.shape[1]:
         raise HatError(f"lossless decoding takes one prompt of at least one token, got shape {tuple(ids.shape)}")
-    if max_new_tokens < 1 or (draft_length is not None and draft_length < 1):
-        raise HatError(f"max_new_tokens and draft_length must be at least 1, got {max_new_tokens} and {draft_length}")
-    how = {"temperature": temperature, "draft_length": draft_length, "seed": seed, "streamer": streamer}
+    check_count("max new tokens", max_new_tokens, 1)
+    check_count("draft length", LONGEST if draft_length is None else draft_length, 1)
+    sampler = Sampler(temperature, torch.Generator(ids.device).manual_seed(seed))
     found = []
 
     def decode(lm, input_ids, **_):  # runs inside generate, where torch's threads sleep between steps
-        found.append(_speculate(hat, ids, max_new_tokens, **how))
+        found.append(_speculate(hat, ids, max_new_tokens, sampler, draft_length, streamer))
         return found[0].ids
 
     pad = hat.base.tokenizer.pad_token_id
@@ -124,23 +122,13 @@ def speculate(
 
 
 @torch.inference_mode()
-def _speculate(
-    hat: HierarchicalTransformer,
-    ids: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float,
-    draft_length: int | None,
-    seed: int,
-    streamer,
-) -> Speculation:
-    lm, stop = hat.lm, stop_tokens(hat)
-    dice, cache = _Dice(temperature, torch.Generator(ids.device).manual_seed(seed)), DynamicCache(config=hat.lm.config)
+def _speculate(hat, ids, max_new_tokens, sampler: Sampler, draft_length, streamer) -> Speculation:
+    lm, stop, cache = hat.lm, stop_tokens(hat), DynamicCache(config=hat.lm.config)
     cost, accepted, tested, passes, states = None, 0, 0, 1, []
 
     with hat.dense(), hat.weights("base"):
         logits = lm(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[0]
-    new = [dice.throw(dice.odds(logits[-1]))]
+    new = [sampler.draw(sampler.distribution(logits[-1]))]
     if streamer is not None:
         streamer.put(ids.cpu())
         streamer.put(new[0].cpu())
@@ -149,12 +137,13 @@ def _speculate(
         if cost is not None and draft_length is None:  # the first round measures the cost
             n = best_draft_length((accepted + 3) / (tested + 4), cost)  # a high prior until a few rounds are in
         n = min(n, max_new_tokens - len(new) - 1)
-        drafts, odds = [], []
+        drafts, guesses = [], []
         with hat.collect() as steps:
             for _ in range(n):
                 token = drafts[-1] if drafts else new[-1]
-                odds.append(dice.odds(lm(input_ids=token[None], cache=cache, use_cache=True).logits[0, -1]))
-                drafts.append(dice.throw(odds[-1]))
+                logits = lm(input_ids=token[None], cache=cache, use_cache=True).logits[0, -1]
+                guesses.append(sampler.distribution(logits))
+                drafts.append(sampler.draw(guesses[-1]))
         states += steps
         if n:
             if cost is None:
@@ -163,20 +152,22 @@ def _speculate(
         with hat.dense(), hat.weights("base"):
             logits = lm(input_ids=torch.cat([new[-1], *drafts])[None], cache=cache, use_cache=True).logits[0]
         passes += 1
-        base = [dice.odds(row) for row in logits]
-        kept = next((i for i in range(n) if not dice.accepts(drafts[i], base[i], odds[i])), n)
+        base = [sampler.distribution(row) for row in logits]
+        kept = 0
+        while kept < n and sampler.accepts(drafts[kept], base[kept], guesses[kept]):
+            kept += 1
+        last = base[n]
         if kept < n:
             cache.crop(kept - n)
-            last = dice.throw(dice.left(base[kept], odds[kept]))
-        else:
-            last = dice.throw(base[n])
-        fresh = [*drafts[:kept], last]
-        fresh = fresh[: next((i for i, t in enumerate(fresh, 1) if int(t) in stop), len(fresh))]
-        new += fresh
+            last = sampler.residual(base[kept], guesses[kept])
         accepted += kept
         tested += min(kept + 1, n)  # drafts after the first rejected one were never tested
-        for token in fresh if streamer is not None else ():
-            streamer.put(token.cpu())
+        for token in [*drafts[:kept], sampler.draw(last)]:
+            new.append(token)
+            if streamer is not None:
+                streamer.put(token.cpu())
+            if int(token) in stop:
+                break
     if streamer is not None:
         streamer.end()
     drafted = TokenState.cat(states) if states else None
@@ -184,21 +175,23 @@ def _speculate(
     return Speculation(torch.cat([ids, torch.cat(new)[None]], dim=1), len(new), passes, accepted, drafted, share)
 
 
-class _Dice:
-    """Draws tokens. In greedy mode, "odds" are the one likeliest token itself: int64 ``[1]``."""
+class Sampler:
+    """Draws tokens. Greedy (temperature 0), a "distribution" is the likeliest token itself: int64 ``[1]``."""
 
     def __init__(self, temperature: float, generator: torch.Generator):
         self.temperature, self.generator = temperature, generator
 
-    def odds(self, logits: Tensor) -> Tensor:
+    def distribution(self, logits: Tensor) -> Tensor:
         """``logits [V]`` as probabilities, fp32 ``[V]``."""
         if self.temperature == 0:
             return logits.argmax()[None]
         return torch.softmax(logits.float() / self.temperature, dim=-1)
 
-    def throw(self, odds: Tensor) -> Tensor:
-        """A token, int64 ``[1]``, drawn in proportion to the odds."""
-        return odds if self.temperature == 0 else torch.multinomial(odds, 1, generator=self.generator)
+    def draw(self, distribution: Tensor) -> Tensor:
+        """A token, int64 ``[1]``."""
+        if self.temperature == 0:
+            return distribution
+        return torch.multinomial(distribution, 1, generator=self.generator)
 
     def accepts(self, token: Tensor, base: Tensor, draft: Tensor) -> bool:
         """True with probability ``min(1, base / draft)`` at the token."""
@@ -207,8 +200,8 @@ class _Dice:
         u = torch.rand(1, generator=self.generator, device=base.device)
         return bool(u * draft[token] < base[token])
 
-    def left(self, base: Tensor, draft: Tensor) -> Tensor:
-        """The odds from which to draw a replacement for a rejected token."""
+    def residual(self, base: Tensor, draft: Tensor) -> Tensor:
+        """The distribution from which to draw a replacement for a rejected token."""
         if self.temperature == 0:
             return base
         rest = (base - draft).clamp(min=0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import random
@@ -17,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.backbone.machine import cpu_name
 from hat_lib.config import CAPACITY_MIN, HatError, cache_dir
-from hat_lib.model.checkpoint import digest
 from hat_lib.model.transformer import HierarchicalTransformer
 
 VERSUS = {"dense": "our own dense path", "hf": "plain transformers"}
@@ -92,13 +90,6 @@ class SpeedCurve:
     high: Sequence[float] = ()
     """slowest and fastest turn at each capacity; empty if not known"""
 
-    def __post_init__(self):
-        points = self.capacities, self.measured, self.low or self.measured, self.high or self.measured
-        table = np.array(points, dtype=float)  # ValueError unless all have the same length
-        rising = table.ndim == 2 and table.size and (np.diff(table[0]) > 0).all()
-        if not rising or not np.isfinite(table).all() or table.min() <= 0:
-            raise HatError("a speed curve needs rising capacities and, for each, finite speedups above 0")
-
     @property
     def speedups(self) -> np.ndarray:
         """``measured``, made non-increasing in capacity by least squares (isotonic regression)."""
@@ -110,8 +101,8 @@ class SpeedCurve:
 
     def spread(self, capacity: float) -> tuple[float, float]:
         """What the slowest and the fastest turns predict; both are made non-increasing, so `at` lies between them."""
-        turns = (isotonic_regression(t or self.measured, increasing=False).x for t in (self.low, self.high))
-        return tuple(float(np.interp(capacity, self.capacities, points)) for points in turns)
+        slowest, fastest = (replace(self, measured=list(turns or self.measured)) for turns in (self.low, self.high))
+        return slowest.at(capacity), fastest.at(capacity)
 
     @property
     def largest(self) -> float:
@@ -119,19 +110,15 @@ class SpeedCurve:
         return float(self.speedups[0])
 
     def capacity_for(self, target: float) -> float:
-        """The largest capacity that reaches ``target``, by bisection; if none does, `HatError` names the maximum."""
-        if self.at(1.0) >= target:
-            return 1.0
-        if self.largest < target:
+        """The largest capacity, to 1e-4, that reaches ``target``; if none does, `HatError` names the maximum."""
+        capacities = np.linspace(1.0, CAPACITY_MIN, 9001)
+        reached = np.interp(capacities, self.capacities, self.speedups) >= target
+        if not reached.any():
             raise HatError(
                 f"target speedup {target:g} is out of reach here: at most {self.largest:.3f} over "
                 f"{VERSUS[self.versus]} ({self.machine}, exit rate {self.exit_rate:g})"
             )
-        low, high = CAPACITY_MIN, 1.0  # the first is fast enough, the last is not
-        while high - low > 1e-4:
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.at(middle) >= target else (low, middle)
-        return low
+        return float(capacities[reached.argmax()])
 
 
 def check_target(value: object) -> float:
@@ -139,8 +126,8 @@ def check_target(value: object) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool) or not 0 < number <= TARGET_MAX:
+        number = 0.0
+    if not 0 < number <= TARGET_MAX:
         raise HatError(f"target speedup must be a number above 0, at most {TARGET_MAX:g}, got {value!r}")
     return number
 
@@ -173,15 +160,15 @@ def speed_curve(
 
     Warns if the cache cannot be written: the curve is valid, but will be measured again next time.
     """
-    path = cache_dir() / "speed" / f"{digest(_key(hat, versus, exit_rate, batch))[:24]}.json"
+    path = _file(hat, versus, exit_rate, batch)
     known = None if refresh else _read(path)
-    if known is not None and (known.versus, known.exit_rate) == (versus, exit_rate):
+    if known is not None:
         return known
     reference = (hat.lm, hat.dense) if versus == "dense" else (plain(), torch.inference_mode)
     ids = sample(hat, CONTEXT + WARM + STEPS, batch)
     turns = {capacity: [] for capacity in CAPACITIES}
     for capacity in tqdm(CAPACITIES * ROUNDS, desc="speed curve", disable=not progress):
-        with hat.at(capacity, exit_rate), hold_work(hat):
+        with hat.at(capacity, exit_rate), steer_to_capacity(hat):
             turns[capacity].append(timed(hat, reference, ids))
     measured, low, high = ([round(float(of(t)), 4) for t in turns.values()] for of in (np.median, min, max))
     curve = SpeedCurve(versus, exit_rate, list(CAPACITIES), measured, _machine(hat), low, high)
@@ -189,7 +176,7 @@ def speed_curve(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(curve)))  # a half-written file does not load, and is measured again
     except OSError as error:
-        warnings.warn(f"speed curve not kept ({error}); set HAT_CACHE to a folder with room", stacklevel=2)
+        warnings.warn(f"speed curve not kept ({error}); set HAT_CACHE to a folder with space", stacklevel=2)
     return curve
 
 
@@ -200,8 +187,8 @@ def speedup_text(speedup: float | None, versus: str) -> str:
     return f"{speedup:.3f}x, slower than {versus}" if round(speedup, 3) < 1 else f"{speedup:.3f}x over {versus}"
 
 
-def hold_work(hat: HierarchicalTransformer) -> AbstractContextManager:
-    """Steering for a target speedup: texts that would execute less or more at a capacity are held to the same work."""
+def steer_to_capacity(hat: HierarchicalTransformer) -> AbstractContextManager:
+    """Steering for a target speedup: texts that would execute less or more at a capacity are held to it."""
     return hat.steered() if hat.grain.scales_thresholds else nullcontext()
 
 
@@ -222,8 +209,8 @@ def timed(hat: HierarchicalTransformer, reference: tuple, ids: Tensor, mask: Ten
     cache = DynamicCache(config=hat.lm.config)
 
     def run(lm: LlamaForCausalLM, start: int, end: int) -> None:
-        seen = {} if mask is None else {"attention_mask": mask[:, :end]}
-        lm(input_ids=ids[:, start:end], cache=cache, use_cache=True, logits_to_keep=1, **seen)
+        seen = None if mask is None else mask[:, :end]
+        lm(input_ids=ids[:, start:end], attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1)
 
     def step(v: Variant) -> float:
         position = context + len(v.times)
@@ -258,24 +245,15 @@ def _machine(hat: HierarchicalTransformer) -> str:
     return f"{device.type}, {dtype}, {torch.get_num_threads()} threads"
 
 
-def _key(hat: HierarchicalTransformer, versus: str, exit_rate: float, batch: int) -> dict:
-    """Everything a curve depends on."""
-    parameters = sorted(hat.hat_parameters().items())
-    adapter = b"".join(name.encode() + p.detach().cpu().contiguous().numpy().tobytes() for name, p in parameters)
-    return {
-        "code": _code(),
-        "torch": torch.__version__,
-        "base": hat.base.fingerprint,
-        "config": asdict(hat.config),
-        "calibration": hat.calibration and asdict(hat.calibration),
-        "adapter": hashlib.sha256(adapter).hexdigest(),
-        "cpu": f"{platform.machine()} {cpu_name()} {os.cpu_count()}",
-        "decoding": hat.decoding,
-        "machine": _machine(hat),
-        "versus": versus,
-        "exit_rate": exit_rate,
-        "batch": batch,
-    }
+def _file(hat: HierarchicalTransformer, *settings) -> Path:
+    """Where a curve is kept, by everything it depends on."""
+    adapter = hashlib.sha256()
+    for name, p in sorted(hat.hat_parameters().items()):
+        adapter.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+    model = hat.base.fingerprint, hat.config, hat.calibration, adapter.hexdigest()
+    machine = torch.__version__, platform.machine(), cpu_name(), os.cpu_count(), _machine(hat), hat.decoding
+    key = hashlib.sha256(repr((_code(), *model, *machine, *settings)).encode())
+    return cache_dir() / "speed" / f"{key.hexdigest()[:24]}.json"
 
 
 @cache
@@ -290,5 +268,5 @@ def _read(path: Path) -> SpeedCurve | None:
     """The curve in a file; None if it is missing, damaged or in another form, and so has to be measured again."""
     try:
         return SpeedCurve(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError):
         return None

@@ -1,4 +1,4 @@
-"""Which forwards of ``hat.lm`` the engine runs, and how it is told to decide as the reference path does.
+"""Which forwards of ``hat.lm`` the engine runs, and with which decisions.
 
 The engine (`hat_lib.engine`) decodes up to eight tokens at a time on a CPU. Everything else, and everything that
 somebody observes or modifies (hooks, adapters, gradients, hidden states), runs on the reference path. `FastPath`
@@ -10,29 +10,24 @@ from __future__ import annotations
 import functools
 import threading
 from dataclasses import dataclass, replace
-from itertools import repeat
-from operator import attrgetter, contains
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as any_module
-from torch.utils.hooks import RemovableHandle
+from torch.nn.modules import module as torch_module
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import output_capturing
 
-from hat_lib.model.corrections import AddTerm
-from hat_lib.model.head import ShortlistHooks
 from hat_lib.model.modes import Mode
 from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold
 
 try:
+    from hat_lib.engine.arrays import DOWN, FFN, Decisions
     from hat_lib.engine.cache import GrowingLayer
-    from hat_lib.engine.decoder import ROWS, Decoder
-    from hat_lib.engine.step import DOWN, FFN, Decisions
-    from hat_lib.engine.team import cores, torch_alone
+    from hat_lib.engine.decoder import MAX_TOKENS, Decoder
+    from hat_lib.engine.team import cores, torch_on_one_thread
     from hat_lib.engine.weights import linears, packed_bytes, unfit
     from hat_lib.model.decisions import decisions, with_exits
 
@@ -44,25 +39,24 @@ except Exception as error:  # numba is missing, or does not support this Python 
 WEIGHT_FORMATS = ("base", "int8", "q4")
 ROPES = ("default", "linear", "llama3", "yarn")
 """rotary embeddings whose angles depend on the position alone"""
-TAKEN = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", "return_dict"}
-EPSILON, SCALING = attrgetter("variance_epsilon"), attrgetter("scaling")
+ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", "return_dict"}
 LISTENERS = ("streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "assistant_model",
              "custom_generate", "negative_prompt_ids")  # fmt: skip
 """arguments of generate that make other code, or other forwards, run between two steps"""
-READY = 32
-"""decisions that are kept, of as many capacities and exit rates: entering a context at each token is then quick"""
+KEPT_DECISIONS = 32
+"""of as many capacities and exit rates: entering a context at each token is then quick"""
 
 
 @dataclass
-class Run:
+class GenerateCall:
     """A call of ``generate`` under way in a thread."""
 
     threads: int
     """torch's number of threads when it began"""
-    alone: bool
+    unobserved: bool
     """no other code runs between two steps: what was checked before one holds for the next"""
-    ready: tuple[Mode, Decoder, Decisions] | None = None
-    """of the last step"""
+    last: tuple[Mode, Decoder, Decisions] | None = None
+    """what its last step on the engine ran with"""
 
 
 class FastPath:
@@ -78,50 +72,38 @@ class FastPath:
         self.form = "base"
         """of the packed weights, one of `WEIGHT_FORMATS`"""
         self._decoders: dict[tuple[str, float, bool], Decoder] = {}
-        """by form, the strength of corrections in its products, and whether its head may be gated"""
+        """by form, the strength of corrections in its products, and whether it can make a shortlist"""
         self._decisions: dict[tuple, Decisions] = {}
-        self._decided: tuple = ()
-        """of the last step: what decided, and its decisions"""
         self._lock = threading.Lock()
-        self._here = threading.local()
+        self._local = threading.local()
         self.never = self._why_never()
 
     def attach(self) -> None:
         """Replace ``lm.forward``, once the model's own hooks and forwards are in place."""
         if self.never:
             return
-        modules, ours = list(self.lm.modules()), self.lm.model
-        # What must not change, in the form that is fastest to compare, as is done before each token.
-        self._hooks = [h for m in modules if m is not ours for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._own_hooks = ours._forward_hooks, ours._forward_pre_hooks
-        self._hooks_then = [sum(map(_is_ours, hooks.values())) for hooks in self._hooks]
-        self._next_hook = None
-        """The number of torch's next hook, anywhere, when there were none on the base. While it stays the same, torch
-        has added none there; one put into a module's dictionary by hand is not noticed."""
-        self._held = [held for m in modules for held in (m._modules, m._parameters) if held]
-        self._held_then = [*map(dict, self._held)]
-        self._forwards = [vars(m) for m in modules if m is not self.lm and "forward" not in vars(m)]
-        self._norms = [m for m in modules if hasattr(m, "variance_epsilon")]
-        self._attentions = [layer.self_attn for layer in ours.layers]
-        self._constants = [*map(EPSILON, self._norms), *map(SCALING, self._attentions)]
-        self._reference = self.lm.forward
+        modules = list(self.lm.modules())
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks_before = [*map(dict, self._hooks)]
+        self._contents = [contents for m in modules for contents in (m._modules, m._parameters) if contents]
+        self._contents_before = [*map(dict, self._contents)]
+        self._without_forward = [vars(m) for m in modules if m is not self.lm and "forward" not in vars(m)]
+        self._reference, original = self.lm.forward, self.lm.generate
 
         @functools.wraps(self._reference)  # generate reads its signature
         def forward(*args, **kwargs):
             return self.forward(*args, **kwargs)
 
-        original = self.lm.generate
-
         @functools.wraps(original)
         def generate(*args, **kwargs):
-            before = self._run
-            alone = len(args) < 2 and not any(kwargs.get(name) is not None for name in LISTENERS)
-            self._here.run = Run(torch.get_num_threads(), alone)
+            before, threads = self._call, torch.get_num_threads()
+            observed = len(args) > 1 or any(kwargs.get(name) is not None for name in LISTENERS)
+            self._local.call = GenerateCall(threads, not observed)
             try:
                 return original(*args, **kwargs)
             finally:
-                torch.set_num_threads(self._run.threads)
-                self._here.run = before
+                torch.set_num_threads(threads)
+                self._local.call = before
 
         self.lm.forward, self.lm.generate = forward, generate
 
@@ -135,7 +117,7 @@ class FastPath:
         """Drop packed weights and decisions; they are made again when next needed. Waits for a thread that is making
         some: it would keep what it made of weights as they were."""
         with self._lock:
-            self._decoders, self._decisions, self._decided = {}, {}, ()
+            self._decoders, self._decisions = {}, {}
 
     @property
     def packed_bytes(self) -> int:
@@ -193,49 +175,49 @@ class FastPath:
             return "decisions are not the method's own"
         if mode.exits is not None and type(mode.exits) not in (ExitThresholds, Forced):
             return "exits are not the method's own"
-        if (number := RemovableHandle.next_id) != self._next_hook:
-            if [*map(len, self._hooks)] != self._hooks_then and not self._hooks_sleep():
-                return "there are hooks on the base"
-            self._next_hook = number
-        if [*map(len, self._own_hooks)] != [1, 1] or any_module._has_any_global_hook():
+        if torch_module._has_any_global_hook() or self._has_new_hooks():
             return "there are hooks on the base"
-        try:
-            same = self._held == self._held_then
-        except RuntimeError:  # a tensor was replaced: comparing the numbers of two gives no single truth value
-            same = False
-        if not same:
+        if not self._same_contents():
             return "a module or a parameter of the base was replaced, as by an adapter"
-        if [*map(EPSILON, self._norms), *map(SCALING, self._attentions)] != self._constants:
-            return "a constant of the base was changed: a norm's epsilon, or the scale of attention"
         if lm.config.num_hidden_layers != self.hat.config.n_layers:
             return "drafts by some of the layers were asked for"
-        if any(map(contains, self._forwards, repeat("forward"))):
+        if any("forward" in attributes for attributes in self._without_forward):
             return "another library overrides a forward of the base"
         if lm.training or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return "training, autocast or torch.compile"
         return None
 
-    def _hooks_sleep(self) -> bool:
-        """Whether all hooks but our own are those that transformers leaves once hidden states have been asked for."""
-        return all(
-            _is_ours(hook) or hook.__module__ == output_capturing.__name__
-            for hooks in self._hooks
-            for hook in hooks.values()
-        )
+    def _has_new_hooks(self) -> bool:
+        """Whether there are hooks that were not there when the model was attached, apart from those that transformers
+        leaves once hidden states have been asked for."""
+        if self._hooks == self._hooks_before:
+            return False
+        for hooks, before in zip(self._hooks, self._hooks_before, strict=True):
+            for key, hook in hooks.items():
+                if key not in before and getattr(hook, "__module__", None) != output_capturing.__name__:
+                    return True
+        return False
+
+    def _same_contents(self) -> bool:
+        try:
+            return self._contents == self._contents_before
+        except RuntimeError:  # a tensor was replaced: comparing the numbers of two gives no single truth value
+            return False
 
     def _takes(self, given: dict) -> bool:
         """Whether this call is one for the engine: a few tokens, a cache, and only logits asked for."""
         ids, cache, mask = given.get("input_ids"), given.get("cache"), given.get("attention_mask")
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.device.type != "cpu" or not 0 < ids.numel() <= ROWS:
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.device.type != "cpu":
             return False
-        if any(value is not None and value is not False for name, value in given.items() if name not in TAKEN):
+        if not 0 < ids.numel() <= MAX_TOKENS:
+            return False
+        if any(value is not None and value is not False for name, value in given.items() if name not in ARGUMENTS):
             return False
         if type(cache) is not DynamicCache or given.get("use_cache") is False or given.get("return_dict") is False:
             return False
-        if len(cache.layers) != self.hat.config.n_layers or not all(type(a) in LAYERS for a in cache.layers):
+        if len(cache.layers) != self.hat.config.n_layers or any(type(layer) not in LAYERS for layer in cache.layers):
             return False
-        forced = type(self.context.mode.policy) is Forced and self.hat.config.granularity == "channel"
-        if forced and ids.numel() > 1:
+        if type(self.context.mode.policy) is Forced and self.hat.config.granularity == "channel" and ids.numel() > 1:
             return False
         if torch.is_grad_enabled() or self.lm.config.output_hidden_states or self.lm.config.output_attentions:
             return False
@@ -244,32 +226,38 @@ class FastPath:
     # -- how ----------------------------------------------------------------------------------------
 
     @property
-    def _run(self) -> Run | None:
-        return getattr(self._here, "run", None)
+    def _call(self) -> GenerateCall | None:
+        return getattr(self._local, "call", None)
 
     def forward(self, *args, **kwargs):
         """Like `LlamaForCausalLM.forward`."""
-        given, run, mode = {"input_ids": args[0]} | kwargs if args else kwargs, self._run, self.context.mode
+        call, given = self._call, dict(kwargs)
+        if args:
+            given["input_ids"] = args[0]
         if "past_key_values" in given:  # transformers' earlier name for it
-            given = {"cache": given["past_key_values"]} | {k: v for k, v in given.items() if k != "past_key_values"}
-        known = run is not None and run.alone and run.ready is not None and run.ready[0] is mode
-        takes = len(args) < 2 and self._takes(given)
-        if takes and not known and (not given["cache"].get_seq_length() or run is not None and run.ready is None):
-            self.hat.refresh()  # as the reference path does for the prompts that it runs
-            mode = self.context.mode
-        if takes and (known or self.why_not() is None):
-            out = self._decode(mode, run, known, **{name: given.get(name) for name in TAKEN})
-            if out is not None:
-                if run:
-                    torch_alone(run.threads)
-                return out
-        if run:
-            torch.set_num_threads(run.threads)
-        return self._reference(*args, **kwargs)
+            given["cache"] = given.pop("past_key_values")
+        out = self._step(call, given) if len(args) < 2 and self._takes(given) else None
+        if out is None:
+            if call is not None:
+                torch.set_num_threads(call.threads)
+            return self._reference(*args, **kwargs)
+        if call is not None:
+            torch_on_one_thread(call.threads)
+        return out
 
-    def _decode(self, mode, run, known, input_ids, attention_mask, position_ids, cache, logits_to_keep, **_):
+    def _step(self, call: GenerateCall | None, given: dict) -> CausalLMOutputWithPast | None:
+        """Run what the engine `_takes`; None if it may not."""
+        known = call is not None and call.unobserved and call.last is not None and call.last[0] is self.context.mode
+        if not known:
+            if not given["cache"].get_seq_length() or call is not None and call.last is None:
+                self.hat.refresh()  # as the reference path does for the prompts that it runs
+            if self.why_not() is not None:
+                return None
+        return self._decode(call, known, **{name: given.get(name) for name in ARGUMENTS})
+
+    def _decode(self, call, known, input_ids, attention_mask, position_ids, cache, logits_to_keep, **_):
         # In numpy: after a step the CPU's caches hold nothing of torch, and its operations cost several times as much.
-        (b, t), start = input_ids.shape, cache.get_seq_length()
+        mode, (b, t), start = self.context.mode, input_ids.shape, cache.get_seq_length()
         first = np.zeros(b, np.int64)
         position = rank = np.arange(start, start + t)[None].repeat(b, 0)
         if attention_mask is not None and not (mask := attention_mask.numpy() != 0).all():
@@ -280,21 +268,21 @@ class FastPath:
         if position_ids is not None:
             position = position_ids.numpy().repeat(b // len(position_ids), 0)
             rank = np.minimum(rank, position)
-        some = logits_to_keep.numpy() if isinstance(logits_to_keep, Tensor) else slice(-(logits_to_keep or 0), None)
-        if (read := np.arange(b * t).reshape(b, t)[:, some]).size > b * t:
+        kept = logits_to_keep.numpy() if isinstance(logits_to_keep, Tensor) else slice(-(logits_to_keep or 0), None)
+        if (logit_rows := np.arange(b * t).reshape(b, t)[:, kept]).size > b * t:
             return None  # logits asked for twice
         protected = rank < self.hat.config.protected_tokens
         real, rank, guarded = map(torch.from_numpy, (np.ones((b, t), bool), rank, protected))
         state = self.hat.new_state(real, rank, start, cache, guarded)
         if known:
-            _, decoder, decide = run.ready
+            _, decoder, decide = call.last
         else:
             with self._lock:
                 decoder = self.decoder
                 decide = self._decide(mode, decoder, slice(start, start + t))
-            if run and Forced not in (type(mode.policy), type(mode.exits)):
-                run.ready = mode, decoder, decide
-        logits, kept, ran, head = decoder.step(
+            if call is not None and Forced not in (type(mode.policy), type(mode.exits)):
+                call.last = mode, decoder, decide
+        logits, executed, depth, head = decoder.step(
             input_ids.numpy(),
             cache,
             decide,
@@ -302,17 +290,17 @@ class FastPath:
             first=first,
             protected=protected,
             scale=None if state.steering is None else state.steering.numpy(),
-            read=read,
-            threads=run.threads if run else None,
+            logit_rows=logit_rows,
+            threads=None if call is None else call.threads,
         )
         token = self.hat.config.granularity == "token"
-        kept = kept[:, FFN:] if token else kept[:, : DOWN + 1] / decoder.channels
-        state.executed = torch.from_numpy(kept.astype(np.float32))
-        state.exit_layer = torch.from_numpy(ran.astype(np.int16))
+        executed = executed[:, FFN:] if token else executed[:, : DOWN + 1] / decoder.channels
+        state.executed = torch.from_numpy(executed.astype(np.float32))
+        state.exit_layer = torch.from_numpy(depth.astype(np.int16))
         if mode.shortlist is not None:
             vocabulary, width = decoder.weights.head.shape
-            channels, words = head.reshape(2, -1).sum(1)
-            state.count_head(float(channels / width + words / vocabulary), read.size)
+            channels, candidates = head.reshape(2, -1).sum(1)
+            state.count_head(float(channels / width + candidates / vocabulary), logit_rows.size)
         self.hat.finish(state, cache)
         return CausalLMOutputWithPast(logits=logits, cache=cache)
 
@@ -320,7 +308,7 @@ class FastPath:
     def decoder(self) -> Decoder:
         """The packed base, as its weights were at the last prompt."""
         mode = self.context.mode
-        # Where gated forwards are corrected, the uncorrected copy serves the dense model.
+        # Where adaptive forwards are corrected, the uncorrected copy serves the dense model.
         gates_head = self.hat.gates_head and bool(mode.corrected) == bool(len(self.hat.corrections))
         merged = mode.corrected if self.hat.config.granularity == "channel" else 0.0
         key = mode.weights or self.form, merged, gates_head or mode.shortlist is not None
@@ -331,29 +319,21 @@ class FastPath:
             self._decoders[key] = Decoder(self.lm, key[0], corrections, strength=merged, preview=key[2])
         return self._decoders[key]
 
-    def _decide(self, mode: Mode, decoder: Decoder, places: slice) -> Decisions:
+    def _decide(self, mode: Mode, decoder: Decoder, window: slice) -> Decisions:
         """The mode's decisions as arrays, for tokens at these positions in the cache."""
-        routed, exits = mode.policy, mode.exits
-        if type(routed) is Forced:  # they differ between positions
-            return decisions(self.hat, decoder.everything(), mode, places)
-        if type(exits) is Forced:
-            rest = self._decide(replace(mode, own_exits=None, exit_control=None), decoder, places)
-            return with_exits(self.hat, rest, exits, places)
-        by = routed, exits, mode.shortlist, mode.corrected
-        if self._decided[:-1] != by:
-            thresholds = [tuple(p.thresholds.values()) if hasattr(p, "thresholds") else None for p in (routed, exits)]
-            asked = (*by[2:], *thresholds)
-            made = self._decisions.get(asked)
-            if made is None:
-                while len(self._decisions) >= READY:
-                    del self._decisions[next(iter(self._decisions))]  # the oldest
-                made = self._decisions[asked] = decisions(self.hat, decoder.everything(), mode, places)
-            self._decided = *by, made
-        return self._decided[-1]
-
-
-def _is_ours(hook) -> bool:
-    return isinstance(hook, AddTerm) or isinstance(getattr(hook, "__self__", None), ShortlistHooks)
+        if type(mode.policy) is Forced:  # they differ between positions
+            return decisions(self.hat, decoder.keep_everything(), mode, window)
+        if type(mode.exits) is Forced:
+            rest = self._decide(replace(mode, own_exits=None, exit_control=None), decoder, window)
+            return with_exits(self.hat, rest, mode.exits, window)
+        thresholds = [tuple(p.thresholds.values()) if hasattr(p, "thresholds") else None
+                      for p in (mode.policy, mode.exits)]  # fmt: skip
+        key = mode.shortlist, mode.corrected, *thresholds
+        if key not in self._decisions:
+            while len(self._decisions) >= KEPT_DECISIONS:
+                del self._decisions[next(iter(self._decisions))]  # the oldest
+            self._decisions[key] = decisions(self.hat, decoder.keep_everything(), mode, window)
+        return self._decisions[key]
 
 
 def warm() -> None:
@@ -364,5 +344,5 @@ def warm() -> None:
         )
         for dtype in (torch.float32, torch.bfloat16):
             decoder, one = Decoder(LlamaForCausalLM(config).to(dtype)), np.zeros((1, 1), np.int64)
-            cache = DynamicCache(config=config)
-            decoder.step(one, cache, decoder.everything(), position=one, first=one[0], protected=one.astype(bool))
+            cache, everything = DynamicCache(config=config), decoder.keep_everything()
+            decoder.step(one, cache, everything, position=one, first=one[0], protected=one.astype(bool))

@@ -1,4 +1,4 @@
-"""Gated products: their bits do not depend on what is skipped, on the other rows, or on the number of threads."""
+"""Sparse products: their bits do not depend on what is skipped, on the other rows, or on the number of threads."""
 
 import numpy as np
 import pytest
@@ -6,13 +6,13 @@ import torch
 from four_bits_read import unpacked
 
 from hat_lib.engine import four_bits, kernels
+from hat_lib.engine.arrays import PIECE
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add, encode
 from hat_lib.engine.kernels import dots, keep
-from hat_lib.engine.step import PIECE, largest, shortlist
+from hat_lib.engine.operations import largest, shortlist
 from hat_lib.engine.weights import _four_bits, as_numpy
 
-NO = np.float32(1e9)
 CHANNELS, OUTPUTS = 96, 2144
 """more than `COLUMNS`, and not a multiple of 128"""
 
@@ -32,11 +32,6 @@ def shortened(values, out):
 @compiled()
 def add_kept(w, index, values, n, y):
     add(w, index, values, 0, n, n, y, 0, y.shape[1])
-
-
-@compiled()
-def add_part(w, index, values, start, n, filled, y):
-    add(w, index, values, start, n, filled, y, 0, y.shape[1])
 
 
 @compiled()
@@ -66,22 +61,20 @@ def test_exp():
     assert 0 <= found[0] < 1e-37
 
 
-def test_the_largest_of_one_or_many_however_low():
+def test_largest_is_right_however_low():
     lowest = np.finfo(np.float32).min
     for size in range(1, 70):
         x = np.linspace(lowest, lowest / 2, size, dtype=np.float32)
         assert largest(x) == largest(x[::-1].copy()) == x.max()
-    # Code that may reorder may also take infinity not to exist: it must not start from it.
-    assert not any("0xFFF0000000000000" in code for code in largest.inspect_llvm().values())
 
 
-def product(w, x, cut, *, scale=1.0, whole=False, runs=True):
-    """``x [R, C]`` gated, times ``w [C, O]``: outputs ``[R, O]`` and how many channels each row kept."""
+def product(w, x, threshold, *, scale=1.0, keep_all=False, runs=True):
+    """Kept channels of ``x [R, C]`` times ``w [C, O]``: outputs ``[R, O]`` and how many channels each row kept."""
     rows, channels = x.shape
     index, values = np.zeros(channels + 8, np.uint64), np.zeros((rows, channels + 8), np.float32)
     kept, y = np.zeros(rows, np.int32), np.full((rows, OUTPUTS), np.nan, np.float32)
-    of_row = [np.broadcast_to(np.asarray(v, d), rows).copy() for v, d in ((scale, "f4"), (whole, "?"), (runs, "?"))]
-    n = keep(x, 0, channels, cut, *of_row, index, values, kept)
+    of_row = [np.broadcast_to(np.asarray(v, d), rows).copy() for v, d in ((scale, "f4"), (keep_all, "?"), (runs, "?"))]
+    n = keep(x, 0, channels, threshold, *of_row, index, values, kept)
     assert n % 8 == 0
     add_kept(w, index, values, n, y)
     return y, kept
@@ -100,49 +93,27 @@ def x():
     return np.random.default_rng(1).normal(size=(5, CHANNELS)).astype(np.float32)
 
 
-@pytest.mark.parametrize("cut", [-1, 0.1, 0.7, 2.0, NO], ids="cut {}".format)
-def test_what_is_skipped_and_what_is_zero_are_the_same_bits(weights, x, cut):
-    cuts = np.full(CHANNELS, cut, np.float32)
+@pytest.mark.parametrize("threshold", [-1, 0.1, 0.7, 2.0, 1e9], ids=str)
+def test_skipped_and_zero_channels_give_the_same_bits(weights, x, threshold):
+    thresholds = np.full(CHANNELS, threshold, np.float32)
     for row in x:
-        found, kept = product(weights, row[None], cuts)
-        masked = np.where(np.abs(row) > cut, row, 0).astype(np.float32)
+        found, kept = product(weights, row[None], thresholds)
+        masked = np.where(np.abs(row) > threshold, row, 0).astype(np.float32)
         assert kept[0] == np.count_nonzero(masked)
         assert np.array_equal(found, product(weights, masked[None], np.full(CHANNELS, -1, np.float32))[0])
 
 
-def test_parts_whose_channels_are_decided_together_are_the_parts(weights, x):
-    cuts, rows, parts = np.full(CHANNELS, 0.7, np.float32), len(x), ((0, 32), (32, 32), (32, CHANNELS))
-    of_row = np.ones(rows, np.float32), np.zeros(rows, bool), np.ones(rows, bool)
-
-    def room():
-        return np.zeros(CHANNELS + 24, np.uint64), np.zeros((rows, CHANNELS + 24), np.float32), np.zeros(rows, np.int32)
-
-    index, values, kept = room()
-    ends = [0]
-    for first, last in parts:
-        ends.append(keep(x, first, last, cuts, *of_row, index, values, kept, ends[-1]))
-    for (first, last), start, end in zip(parts, ends[:-1], ends[1:], strict=True):
-        found, expected = (np.full((rows, OUTPUTS), np.nan, np.float32) for _ in range(2))
-        add_part(weights, index, values, start, end, ends[-1], found)
-        alone, of_it, _ = room()
-        add_kept(
-            weights, alone, of_it, keep(x, first, last, cuts, *of_row, alone, of_it, np.zeros_like(kept)), expected
-        )
-        assert np.array_equal(found, expected) and (last > first) == bool(found.any())
-    assert np.array_equal(kept, (np.abs(x) > 0.7).sum(1))
-
-
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"], indirect=True)
-def test_words_whose_preview_reaches_the_floor_are_read_in_full(weights, x):
+def test_shortlist(weights, x):
     head, preview = np.ascontiguousarray(weights.T), np.random.default_rng(2).normal(size=OUTPUTS).astype(np.float32)
     scale = np.linspace(1, 2, OUTPUTS if weights.dtype == np.int8 else 0, dtype=np.float32)
-    full, words = np.empty((1, OUTPUTS), np.float32), np.zeros(PIECE, np.int64)
+    full, candidates = np.empty((1, OUTPUTS), np.float32), np.zeros(PIECE, np.int64)
     dots(head, scale, x[:1], full, 0, OUTPUTS)
     for floor in (-0.5, 1.0, 9.0):
         likely = preview >= floor
         for team in (1, 3):
             logits = np.full(OUTPUTS, np.nan, np.float32)
-            found = [shortlist(head, scale, x[0], preview, floor, words, logits, t, team) for t in range(team)]
+            found = [shortlist(head, scale, x[0], preview, floor, candidates, logits, t, team) for t in range(team)]
             assert sum(found) == likely.sum() and (floor > 0 or likely.sum() > 3 * PIECE)
             np.testing.assert_allclose(logits, np.where(likely, full[0], preview), rtol=1e-5, atol=1e-4)
 
@@ -156,7 +127,7 @@ def plain(w):
     return wide.reshape(w.shape)
 
 
-def test_a_product_is_a_product(weights, x):
+def test_product(weights, x):
     if weights.dtype == np.uint8:  # relative to inputs in eight bits
         x = rounded(x)
     expected = x.astype("f8") @ plain(weights)
@@ -165,7 +136,7 @@ def test_a_product_is_a_product(weights, x):
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"], indirect=True)
-def test_a_head_is_a_product(weights, x):
+def test_head(weights, x):
     rows, heads = np.ascontiguousarray(weights[:, :CHANNELS]), np.empty((5, CHANNELS), np.float32)
     dots(rows, np.zeros(0, np.float32), x, heads, 0, CHANNELS)
     assert np.abs(heads - x.astype("f8") @ plain(rows).T).max() < 1e-5 * np.abs(heads).max()
@@ -182,7 +153,7 @@ def rounded(x):
     return np.reshape(made, x.shape)
 
 
-def test_four_bits_take_the_extremes():
+def test_four_bits_at_extremes():
     """The largest codes, all weights at either extreme, scales that are zero or subnormal in float16, nothing kept."""
     ends = torch.tensor([0.0, 15.0]).repeat(16)[:, None].expand(32, 32).clone()
     for weight in (ends, -1e-6 * ends, ends - 7, torch.full((32, 32), 3.0), torch.zeros(32, 32)):
@@ -199,12 +170,12 @@ def add_all(w, x):
     return y
 
 
-def test_a_row_among_others_is_as_alone(weights, x):
-    cuts = np.linspace(0.1, 1.2, CHANNELS, dtype=np.float32)
-    scale, whole = np.array([1, 0.5, 2, 1, 1], "f4"), np.array([0, 0, 0, 1, 0], bool)
+def test_row_among_others_is_as_alone(weights, x):
+    thresholds = np.linspace(0.1, 1.2, CHANNELS, dtype=np.float32)
+    scale, keep_all = np.array([1, 0.5, 2, 1, 1], "f4"), np.array([0, 0, 0, 1, 0], bool)
     runs = np.array([1, 1, 1, 1, 0], bool)
-    together, kept = product(weights, x, cuts, scale=scale, whole=whole, runs=runs)
+    together, kept = product(weights, x, thresholds, scale=scale, keep_all=keep_all, runs=runs)
     assert kept[3] == CHANNELS and kept[4] == 0 and not together[4].any()
     for r in range(4):
-        alone, own = product(weights, x[r : r + 1], cuts, scale=scale[r], whole=whole[r])
+        alone, own = product(weights, x[r : r + 1], thresholds, scale=scale[r], keep_all=keep_all[r])
         assert np.array_equal(together[r], alone[0]) and kept[r] == own[0]

@@ -1,0 +1,224 @@
+"""The parts of a decoder layer, and of the head, that `hat_lib.engine.step` puts together; arithmetic is in float32."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hat_lib.engine.arrays import PARTIALS, PIECE
+from hat_lib.engine.compiling import compiled
+from hat_lib.engine.four_bits import add
+from hat_lib.engine.kernels import F0, F1, LANES, add_eight, as_float, as_stored, dot, exp, keep, prefetch_at, span
+
+
+@compiled(reorder=True)
+def mean_square(x):
+    s = F0
+    for i in range(x.shape[0]):
+        s += x[i] * x[i]
+    return s / np.float32(x.shape[0])
+
+
+@compiled(reorder=True)
+def inner(a, b):
+    s = F0
+    for i in range(a.shape[0]):
+        s += a[i] * b[i]
+    return s
+
+
+@compiled(reorder=True)
+def largest(x):
+    top = x[0]  # not from -inf, which this arithmetic takes not to exist
+    for i in range(1, x.shape[0]):
+        top = max(top, x[i])
+    return top
+
+
+@compiled()
+def rms_norm(h, weight, eps, out):
+    """RMS norm of each row of ``h [R, D]``."""
+    for r in range(h.shape[0]):
+        factor = F1 / np.sqrt(mean_square(h[r]) + eps)
+        row, to = h[r], out[r]
+        for i in range(row.shape[0]):
+            to[i] = row[i] * factor * weight[i]
+
+
+@compiled()
+def product(w, scale, bias, index, gathered, n, y, c0, c1):
+    """Outputs c0 to c1 of a product, from all the kept channels; scale and bias may be empty."""
+    add(w, index, gathered, 0, n, n, y, c0, c1)
+    for r in range(y.shape[0]):
+        if scale.shape[0]:
+            for j in range(c0, c1):
+                y[r, j] *= scale[j]
+        if bias.shape[0]:
+            for j in range(c0, c1):
+                y[r, j] += bias[j]
+
+
+@compiled()
+def partial_product(w, unit, x, threshold, scale, keep_all, runs, index, gathered, ends, kept, partials, t, team):
+    """A thread's share of a narrow product, whose channels are split: whole rows of the weight, in long pieces.
+
+    The channels form `PARTIALS` parts, whose sums are added in pairs: the same sum for any number of threads. A thread
+    has neighbouring parts, a power of two in number, and leaves its own sum in the first.
+    """
+    channels, share, n = x.shape[1], PARTIALS // team, 0
+    for part in range(t * share, (t + 1) * share):
+        first, last = span(channels, part, PARTIALS, unit), span(channels, part + 1, PARTIALS, unit)
+        n = ends[part] = keep(x, first, last, threshold, scale, keep_all, runs, index, gathered, kept, n)
+    start = 0
+    for part in range(t * share, (t + 1) * share):
+        add(w, index, gathered, start, ends[part], n, partials[part], 0, partials.shape[2])
+        start = ends[part]
+    width = 1
+    while width < share:
+        for part in range(t * share, (t + 1) * share, 2 * width):
+            for r in range(partials.shape[1]):
+                into, other = partials[part, r], partials[part + width, r]
+                for i in range(into.shape[0]):
+                    into[i] += other[i]
+        width *= 2
+
+
+@compiled()
+def add_partials(partials, team, scale, bias, runs, h):
+    """Add the sum of what the threads left in ``partials`` to the hidden state of the rows that run."""
+    p = partials
+    for r in range(h.shape[0]):
+        if runs[r]:
+            for i in range(h.shape[1]):
+                if team == 1:
+                    s = p[0, r, i]
+                elif team == 2:
+                    s = p[0, r, i] + p[4, r, i]
+                elif team == 4:
+                    s = (p[0, r, i] + p[2, r, i]) + (p[4, r, i] + p[6, r, i])
+                else:
+                    s = (p[0, r, i] + p[1, r, i]) + (p[2, r, i] + p[3, r, i])
+                    s += (p[4, r, i] + p[5, r, i]) + (p[6, r, i] + p[7, r, i])
+                if scale.shape[0]:
+                    s *= scale[i]
+                if bias.shape[0]:
+                    s += bias[i]
+                h[r, i] += s
+
+
+@compiled()
+def rotate(head, cos, sin, out):
+    """Rotary position embedding of one head, rounded to the dtype of ``out``."""
+    half = cos.shape[0]
+    for e in range(half):
+        a, b = head[e], head[half + e]
+        out[e] = as_stored(a * cos[e] - b * sin[e], out[e])
+        out[half + e] = as_stored(b * cos[e] + a * sin[e], out[e])
+
+
+@compiled(reorder=True)
+def attend(q, keys, values, first, last, factor, positions, scores, out):
+    """Attention of queries ``q [n, h]`` over the positions from ``first`` to ``last`` of the cache ``[size, h]`` that
+    they share. Values are added eight at a time, the last eight filled up with some times 0."""
+    count, size = q.shape
+    for s in range(first, last + 1):
+        for i in range(count):
+            scores[i, s] = dot(keys[s], q[i]) * factor
+    for i in range(count):
+        row, total = scores[i, first : last + 1], F0
+        top = largest(row)
+        for s in range(row.shape[0]):
+            row[s] = exp(row[s] - top)
+            total += row[s]
+        for s in range(row.shape[0]):
+            row[s] /= total
+    full = first + (last - first + 8) // 8 * 8
+    for s in range(last + 1, full):
+        positions[s], scores[:count, s] = last, F0
+    out[:] = F0
+    for s in range(first, full, 8):
+        for e in range(0, size - size % LANES, LANES):
+            add_eight(values, positions, s, scores, out, e)
+    for s in range(last + 1, full):
+        positions[s] = s
+    for i in range(count):
+        for e in range(size - size % LANES, size):
+            for s in range(first, last + 1):
+                out[i, e] += scores[i, s] * as_float(values[s, e])
+
+
+@compiled()
+def swiglu(gate_up, block, f0, f1, out):
+    """``out = silu(gate) * up``, from f0 to f1; each block of gates comes before the block of their ups."""
+    for start in range(f0, f1, block):
+        gates, ups, to = gate_up[2 * start :], gate_up[2 * start + block :], out[start:]
+        for i in range(block):
+            to[i] = gates[i] / (F1 + exp(-gates[i])) * ups[i]
+
+
+@compiled()
+def exit_gate(decide, e, r, h, n, small):
+    """Whether a row leaves at exit e; if so, its state is translated (`hat_lib.model.routers.ExitGate`)."""
+    d = h.shape[0]
+    factor = F1 / np.sqrt(mean_square(h) + np.float32(1.1920929e-07))
+    for i in range(d):
+        n[i] = h[i] * factor
+    if not inner(n, decide.gate[e]) > decide.gate_threshold[e, r % decide.gate_threshold.shape[1]]:
+        return False
+    length = np.sqrt(mean_square(h) * np.float32(d))
+    for k in range(decide.reduce.shape[1]):
+        small[k] = inner(n, decide.reduce[e, k])
+    for i in range(d):
+        change = decide.scale[e, i] * n[i] + decide.shift[e, i]
+        for k in range(decide.reduce.shape[1]):
+            change += small[k] * decide.expand[e, i, k]
+        h[i] += length * change
+    return True
+
+
+@compiled()
+def correct(decide, layer, x, h, small):
+    """Add to ``h`` what a skipped FFN of ``x`` is replaced by."""
+    rank = decide.correction_down.shape[1]
+    for k in range(rank):
+        small[k] = inner(x, decide.correction_down[layer, k])
+    for i in range(h.shape[0]):
+        s = decide.correction_shift[layer, i]
+        for k in range(rank):
+            s += small[k] * decide.correction_up[layer, i, k]
+        h[i] += s
+
+
+@compiled()
+def shortlist(head, scale, x, preview, floor, candidates, logits, t, team):
+    """This thread's logits of one row: previews, and in full those that reach ``floor``; returns how many do.
+
+    Threads take pieces in turn: likely tokens have low ids, and one thread would have most of them.
+    """
+    found, n, vocabulary = 0, 0, logits.shape[0]
+    for v0 in range(t * PIECE, vocabulary, team * PIECE):
+        v1 = min(v0 + PIECE, vocabulary)
+        for v in range(v0, v1):
+            logits[v] = as_stored(preview[v], logits[v])
+        if not largest(preview[v0:v1]) < floor:
+            for v in range(v0, v1):
+                candidates[n] = v
+                n += preview[v] >= floor
+                if n == PIECE:
+                    full_logits(head, scale, x, candidates, logits)
+                    found, n = found + n, 0
+    full_logits(head, scale, x, candidates[:n], logits)
+    return found + n
+
+
+@compiled()
+def full_logits(head, scale, x, candidates, logits):
+    """The logits of some tokens, from all channels."""
+    line = 64 // head.itemsize
+    for k in range(candidates.shape[0]):
+        if k + 4 < candidates.shape[0]:
+            for i in range(0, x.shape[0], line):
+                prefetch_at(head, candidates[k + 4], i)
+        value = dot(head[candidates[k]], x)
+        if scale.shape[0]:
+            value *= scale[candidates[k]]
+        logits[candidates[k]] = as_stored(value, logits[candidates[k]])
