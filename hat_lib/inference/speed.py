@@ -15,9 +15,8 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -161,9 +160,9 @@ def speed_curve(
     Warns if the cache cannot be written: the curve is valid, but will be measured again next time.
     """
     path = _file(hat, versus, exit_rate, batch)
-    known = None if refresh else _read(path)
-    if known is not None:
-        return known
+    if path.is_file() and not refresh:
+        with suppress(ValueError, TypeError):  # half written: measured again
+            return SpeedCurve(**json.loads(path.read_text()))
     reference = (hat.lm, hat.dense) if versus == "dense" else (plain(), torch.inference_mode)
     ids = sample(hat, CONTEXT + WARM + STEPS, batch)
     turns = {capacity: [] for capacity in CAPACITIES}
@@ -174,7 +173,7 @@ def speed_curve(
     curve = SpeedCurve(versus, exit_rate, list(CAPACITIES), measured, _machine(hat), low, high)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(curve)))  # a half-written file does not load, and is measured again
+        path.write_text(json.dumps(asdict(curve)))
     except OSError as error:
         warnings.warn(f"speed curve not kept ({error}); set HAT_CACHE to a folder with space", stacklevel=2)
     return curve
@@ -246,27 +245,15 @@ def _machine(hat: HierarchicalTransformer) -> str:
 
 
 def _file(hat: HierarchicalTransformer, *settings) -> Path:
-    """Where a curve is kept, by everything it depends on."""
-    adapter = hashlib.sha256()
+    """Where a curve is kept, by everything it depends on: also the source that decodes and times, since a version
+    number would not change with every edit."""
+    code, adapter, root = hashlib.sha256(), hashlib.sha256(), Path(__file__).parents[1]
+    for package in ("model", "engine", "inference"):
+        for path in sorted((root / package).glob("*.py")):
+            code.update(path.read_bytes())
     for name, p in sorted(hat.hat_parameters().items()):
         adapter.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
     model = hat.base.fingerprint, hat.config, hat.calibration, adapter.hexdigest()
     machine = torch.__version__, platform.machine(), cpu_name(), os.cpu_count(), _machine(hat), hat.decoding
-    key = hashlib.sha256(repr((_code(), *model, *machine, *settings)).encode())
+    key = hashlib.sha256(repr((code.hexdigest(), *model, *machine, *settings)).encode())
     return cache_dir() / "speed" / f"{key.hexdigest()[:24]}.json"
-
-
-@cache
-def _code() -> str:
-    """SHA-256 of the source that decodes and times: a version number would not change with every edit."""
-    root, packages = Path(__file__).parents[1], ("model", "engine", "inference")
-    source = b"".join(path.read_bytes() for p in packages for path in sorted((root / p).glob("*.py")))
-    return hashlib.sha256(source).hexdigest()
-
-
-def _read(path: Path) -> SpeedCurve | None:
-    """The curve in a file; None if it is missing, damaged or in another form, and so has to be measured again."""
-    try:
-        return SpeedCurve(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return None

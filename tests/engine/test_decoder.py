@@ -12,7 +12,7 @@ from hat_lib.engine import team
 from hat_lib.engine.cache import GrowingLayer, buffer_for
 from hat_lib.engine.decoder import Decoder
 from hat_lib.engine.step import decode_step
-from hat_lib.engine.weights import linears, packed_bytes
+from hat_lib.engine.weights import packed_bytes
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -97,25 +97,6 @@ def test_threads_rows_and_pieces_change_no_bit(dtype, form, ids, monkeypatch):
     assert len(decode_step.signatures) == compiled  # otherwise ten more seconds, and different bits
 
 
-@pytest.mark.parametrize("columns", [[3], [3, 0], [], [0, 1, 2, 3]], ids=str)
-@pytest.mark.parametrize("shortlist", [False, True])
-def test_head_runs_for_the_rows_asked_for(columns, shortlist, ids):
-    decoder, some = Decoder(llama(vocab_size=30), preview=True), ids[:, :4] % 30
-    decide = decoder.keep_everything()
-    if shortlist:
-        decide = decide._replace(head_threshold=np.full(48, 0.8, np.float32), margin=np.float32(2))
-    given = {"position": np.broadcast_to(np.arange(4), (2, 4)), "first": np.zeros(2, np.int64)}
-    given["protected"] = np.zeros((2, 4), bool)
-    rows = np.arange(8).reshape(2, 4)[:, columns]
-    for threads in (1, 2):  # the second makes no previews of so few tokens
-        (expected, *_, of_all), (found, *_, head) = (
-            decoder.step(some.numpy(), DynamicCache(config=decoder.lm.config), decide, **given, **more)
-            for more in ({"threads": threads}, {"threads": threads, "logit_rows": rows})
-        )
-        assert torch.equal(found, expected[:, columns]) and np.array_equal(head, of_all[..., columns])
-        assert head.any() == (shortlist and len(columns) > 0)
-
-
 def divergence(expected, found):
     """KL divergence, nats per token."""
     expected, found = expected.log_softmax(-1), found.log_softmax(-1)
@@ -133,29 +114,6 @@ def test_fewer_bits_are_near(form, size, nats, ids):
     if form == "q4":  # mostly due to the (normally distributed) weights; inputs in eight bits cost little
         round_weights(lm)
         assert 0 <= divergence(lm(ids).logits, found) < 2e-3
-
-
-def test_weights_take_one_more_copy_of_the_layers():
-    lm = llama(torch.bfloat16, **WIDE, attention_bias=True, mlp_bias=True)
-    layers, head = sum(linear.weight.numel() for linear in linears(lm)), lm.lm_head.weight.numel()
-    norms_and_biases = sum(p.numel() for p in lm.parameters() if p.dim() == 1)
-    scales = sum(linear.out_features for linear in linears(lm)) + lm.lm_head.out_features
-    assert packed_bytes(Decoder(lm).weights) == 2 * layers + 4 * norms_and_biases
-    assert packed_bytes(Decoder(lm, "int8").weights) == layers + head + 4 * (scales + norms_and_biases)
-    small = layers * (4 + 32 / 32) / 8 + head + 4 * lm.lm_head.out_features
-    assert packed_bytes(Decoder(lm, "q4").weights) == small + 4 * norms_and_biases
-
-
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ({"hidden_size": 80, "head_dim": 16}, "q_proj has 80 inputs"),
-        ({"num_key_value_heads": 1}, "k_proj has 16 outputs"),
-    ],
-)
-def test_four_bits_need_whole_groups(changed, named):
-    with pytest.raises(ValueError, match=named):
-        Decoder(llama(**WIDE | {"num_attention_heads": 4, "head_dim": 16} | changed), "q4")
 
 
 class TestCache:

@@ -10,7 +10,7 @@ from hat_lib.engine.arrays import PIECE
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add, encode
 from hat_lib.engine.kernels import dots, keep
-from hat_lib.engine.operations import largest, shortlist
+from hat_lib.engine.operations import shortlist
 from hat_lib.engine.weights import _four_bits, as_numpy
 
 CHANNELS, OUTPUTS = 96, 2144
@@ -59,13 +59,6 @@ def test_exp():
     assert np.abs(found / np.exp(x.astype(np.float64)) - 1).max() < 1e-6
     exponentials(np.full(1, -1e30, np.float32), found[:1])
     assert 0 <= found[0] < 1e-37
-
-
-def test_largest_is_right_however_low():
-    lowest = np.finfo(np.float32).min
-    for size in range(1, 70):
-        x = np.linspace(lowest, lowest / 2, size, dtype=np.float32)
-        assert largest(x) == largest(x[::-1].copy()) == x.max()
 
 
 def product(w, x, threshold, *, scale=1.0, keep_all=False, runs=True):

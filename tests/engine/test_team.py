@@ -106,10 +106,6 @@ class TestPace:
         assert found[:12] == [2, 2, 2, *[1] * 8, 2] and found[200:1000].count(2) <= 800 / LONGEST + 1
         assert set(found[1000 + LONGEST :]) == {2}
 
-    def test_goes_down_one_by_one_as_far_as_needed(self):
-        found = sizes(16, lambda threads, step: 0.5 * (threads > 12), 400)
-        assert max(abs(np.diff(found))) == 1 and set(found[50:]) == {12, 13} and found[200:].count(13) < 10
-
 
 @pytest.mark.skipif(not TIMED, reason="this system does not tell how long a thread has run")
 def test_team_leaves_out_a_thread_that_does_not_run():

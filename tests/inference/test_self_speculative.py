@@ -128,12 +128,6 @@ def test_samples_follow_the_base(hat, monkeypatch):
     assert kstest(torch.stack(places).numpy(), "uniform").pvalue > 1e-3
 
 
-def test_a_rejection_by_rounding_alone_still_draws(hat, monkeypatch):
-    monkeypatch.setattr(Sampler, "accepts", lambda *_: False)
-    with hat.at(1.0):  # drafts are the base's own, so no rest is left
-        assert speculate(hat, prompt(6), 8, temperature=1.0).new_tokens == 8
-
-
 def test_seed_and_streamer(hat, capsys):
     with hat.at(0.5):
         texts = [speculate(hat, prompt(5), 20, temperature=1.0, seed=s).ids.tolist() for s in (1, 1, 2)]
