@@ -1,12 +1,11 @@
 """Corrections compensate for skipped computation: in linear layers at no extra inference cost, in FFNs at little.
 
 Channel grain: each linear layer ``y = W x`` becomes ``y = W x + B A x + c``, with a low-rank update (LoRA, Hu et al.
-2021, arXiv:2106.09685) and a constant vector (SPON, arXiv:2512.12744), trained to bring the model back to its base
-(`hat_lib.training`). The engine reads ``W + B A`` and has c as a bias; the base itself is never changed. On the
-reference path, forward hooks add the terms ahead of anybody else's hooks; at capacity 1.0, in ``hat.dense()`` and after
-`unload`, only the base is left. Matrices that read the same input share A, so one `Correction` serves a site. Both
-terms serve every token, protected or not, and x has only the channels that are kept. The less is dropped, the less
-there is to compensate for: the strength (`Grain.correction_strength`) scales both.
+2021, arXiv:2106.09685) and a constant vector (SPON, arXiv:2512.12744), trained to bring the model back to its base. The
+engine reads ``W + B A`` and has c as a bias; on the reference path, hooks add the terms ahead of anybody else's.
+Matrices that read the same input share A, so one `Correction` serves a site. Both terms serve every token, and x has
+only the channels that are kept. The less is dropped, the less there is to compensate for: a strength
+(`Grain.correction_strength`) scales both, which is 0 at capacity 1.0.
 
 Token grain: ``B A x + c`` of the FFN's own input stands in for an FFN that a token skips, at 2 r D multiply-adds.
 """

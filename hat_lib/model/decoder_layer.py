@@ -45,8 +45,7 @@ class AdaptiveLayer:
             vars(module).pop("forward", None)
 
     def watch(self, site: str, see: Callable[[int, str, Tensor, Tensor], None]) -> RemovableHandle:
-        """Hook a site, to call ``see(layer, site, x, activation)`` when it has run; see
-        `HierarchicalTransformer.watching`."""
+        """Hook a site; ``see`` is as in `HierarchicalTransformer.watching`."""
 
         def hook(module, args, out):
             see(self.index, site, args[0], out if site == "ffn" else args[0])

@@ -55,8 +55,7 @@ class ForwardPass:
 
     def decide(self, layer: int, site: str, x: Tensor) -> Tensor | MaskedInput | None:
         """What the running rows ``x [n, C]`` keep at a site, protected tokens included: bool ``[n, units]``, or ``[n]``
-        for the FFN; in training, a float mask or a `MaskedInput`; None for everything, or if the grain does not decide
-        there."""
+        for the FFN; in training, a float mask or a `MaskedInput`; None for everything."""
         if site not in self.grain.sites:
             return None
         state, rows, index = self.state, self.rows, self.grain.sites.index(site)

@@ -129,15 +129,14 @@ def combined(*makers: Callable[[], AbstractContextManager]) -> Iterator[None]:
 
 
 class Modes:
-    """The part of a `HierarchicalTransformer` that sets modes: its own, and in contexts, that of the thread which
-    enters them."""
+    """The part of a `HierarchicalTransformer` that sets modes: its own, and in contexts those of a thread."""
 
     _context: Context
     _calibration: Calibration | None
 
     @property
     def calibration(self) -> Calibration | None:
-        """The tables behind capacity and exit rate. A new one takes effect at once, in every open context."""
+        """The tables behind capacity and exit rate; a new one takes effect in every open context."""
         return self._calibration
 
     @calibration.setter

@@ -48,7 +48,8 @@ def move(cache: Cache | None, state: TokenState, asked: float, gain: float) -> N
     share = (state.site_work @ site_share.sum(0).reshape(sites, -1)).reshape(counted.shape) / layers
     moved = offsets(cache, state.batch).tolist()
     for row, tokens in enumerate(zip(share.tolist(), counted.tolist(), strict=True)):
-        if ran := [executed for executed, counts in zip(*tokens, strict=True) if counts]:
+        ran = [executed for executed, counts in zip(*tokens, strict=True) if counts]
+        if ran:
             reach = (1 - (1 - gain * SLOPE) ** len(ran)) / SLOPE
             moved[row] = min(max(moved[row] + (sum(ran) / len(ran) - asked) * reach, -LIMIT), LIMIT)
     cache.hat_offsets = np.array(moved, np.float32)

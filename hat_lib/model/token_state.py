@@ -109,14 +109,14 @@ class TokenState:
         self._share[layer, site] = 1.0 if keep is None else self._everywhere(_share(keep.detach()))
 
     def note_head(self, share: Tensor) -> None:
-        """Record what the head ran for the tokens whose logits were read, ``[B, n]`` for the last n of each sequence;
-        padding does not count. In another shape, all count."""
+        """Record what the head ran: ``[B, n]`` for the last n tokens of each sequence, without padding; in another
+        shape, for all tokens given."""
         if share.dim() == 2 and len(share) == self.batch and share.shape[1] <= self.tokens:
             share = share[self.real[:, self.tokens - share.shape[1] :]]
         self.count_head(float(share.sum()), share.numel())
 
     def count_head(self, work: float, tokens: int) -> None:
-        """Record what the head ran for a number of tokens: the sum of their shares."""
+        """Add a sum of shares, and the number of tokens that it is over."""
         total, before = self._head
         self._head = total + work, before + tokens
 
