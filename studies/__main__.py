@@ -33,8 +33,8 @@ def run(
 ) -> None:
     """Measure results again, row by row, and draw what uses them.
 
-    Without a name, lists what there is and how long each takes. What was stopped resumes where it was. The committed
-    files and figures change only with --out data/results, and the rows they already hold only with --again as well.
+    Without a name, lists what there is. What was stopped resumes where it was. The committed files and figures change
+    only with --out data/results, and the rows they already hold only with --again as well.
     """
     folder = out or RUNS / "results"
     options.check_writable(folder, "results")
@@ -42,13 +42,12 @@ def run(
     from studies import registry
 
     wanted = list(registry.NAMES) if everything else names or []
-    studies = {name: registry.load(name) for name in wanted}
+    studies = {name: registry.load(name) for name in wanted or registry.NAMES}
     if settings and len(wanted) != 1:
         raise HatError("--set goes with the name of one study")
-    changed = registry.parse(wanted[0], settings) if settings else {}
     if figures:
-        for name in wanted or registry.NAMES:
-            _figures(name, registry.load(name), out or RESULTS)
+        for name, study in studies.items():
+            _figures(name, study, out or RESULTS)
     if tables:
         for path, text in registry.outdated(registry.all_tables()).items():
             path.write_text(text, encoding="utf-8")
@@ -56,17 +55,18 @@ def run(
         registry.load("quality").write_prices()
     if figures or tables:
         return
-    for name in () if wanted else registry.NAMES:
-        study = registry.load(name)
-        typer.echo(f"{name:18} {study.MINUTES:4} min  {study.ABOUT}")
-        typer.echo(f"{'':28}--set {', '.join(registry.option_kinds(name))}")
+    if not wanted:
+        for name, study in studies.items():
+            typer.echo(f"{name:18} {study.MINUTES:4} min  {study.ABOUT}")
+        return
+    changed = registry.parse(wanted[0], settings) if settings else {}
     for name, study in studies.items():
         count = 0
         for row in registry.measure(name, folder, again=again, **changed):
             count += 1
-            typer.echo(f"{name}: " + ", ".join(f"{key} {getattr(row, key)}" for key in study.KEY))
-        known = "" if count else ", as it had them all (--again measures them once more)"
-        typer.echo(f"{name}: {count} new rows in {folder / name}.csv{known}")
+            typer.echo(f"{name}: " + ", ".join(f"{field} {getattr(row, field)}" for field in study.KEY))
+        note = "" if count else ", as it had them all (--again measures them once more)"
+        typer.echo(f"{name}: {count} new rows in {folder / name}.csv{note}")
         _figures(name, study, folder)
 
 

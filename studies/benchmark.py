@@ -35,8 +35,8 @@ from hat_lib.model.cost import state_cost
 from hat_lib.model.policies import Forced, Policy
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.plotting.style import benchmark as draw
 from studies.common import SPEEDS, Machine, machine, markdown, rounded, saved, speeds
+from studies.plotting import speed
 
 ABOUT = "speed of the token grain, of exits and of prefill at forced shares, on TinyLlama's shape with random weights"
 MINUTES = 10
@@ -268,7 +268,7 @@ def _grain(granularity: str, plan: Mapping, base: str, rounds: int, steps: int, 
 
 
 def figures(results: Path | None = None) -> dict[str, Figure]:
-    return {"benchmark": draw(saved("benchmark", results).query("exit_rate == 0"))}
+    return {"benchmark": speed.benchmark(saved("benchmark", results).query("exit_rate == 0"))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

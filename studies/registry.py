@@ -1,15 +1,14 @@
-"""The studies: one module per file of ``data/results``, with the same name, all with the same interface.
+"""The studies: one module per file of ``data/results``, with the same name and interface. To add one, write the module
+and put its name into `NAMES`.
 
-    ABOUT         what a row is, in one line
-    MINUTES       about how long all rows take on two idle cores
-    READS         other files it reads, if any
-    Row, KEY      a dataclass, whose fields are the columns, and the fields that tell rows apart
-    rows(done)    measures the rows whose keys are not in ``done``, one by one; its keyword arguments are the options
-    figures()     the figures based on the saved rows, by file name, if any
-    tables()      the tables of README and docs from the saved rows, in Markdown, by name, if any
+    ABOUT, MINUTES  what a row is, in one line; about how long all rows take on two idle cores
+    READS           other files it reads, if any
+    Row, KEY        a dataclass, whose fields are the columns, and the fields that tell rows apart
+    rows(done)      measures the rows whose keys are not in ``done``, one by one; its keyword arguments are the options
+    figures()       the figures of the saved rows, by file name, if any
+    tables()        the tables of README and docs of the saved rows, in Markdown, by name, if any
 
-`measure` writes each row as it comes, so that a stopped run resumes where it was. A document marks the place of a
-table, and `fill` writes what is between the two lines, so that no number is typed by hand:
+A document marks the place of a table, and `fill` writes what is between the two lines:
 
     <!-- table: quality -->
     <!-- end -->

@@ -42,13 +42,15 @@ def quality(table: pd.DataFrame) -> Figure:
     for ax, (grain, text) in zip(axes, ((g, t) for g in grains for t in texts), strict=True):
         here = table[(table["granularity"] == grain) & (table["text"] == text)].sort_values("model_share")
         style.increases(ax, [0, *(10.0**n for n in (*range(4), *range(4, 20, 2)))], WORK)
-        for variant, look in VARIANTS.items():
+        for variant, series in VARIANTS.items():
             rows = here[here["variant"] == variant]
             if len(rows):
-                style.whiskers(ax, rows["model_share"], 100 * rows[COST], *look, markersize=4)
+                style.whiskers(ax, rows["model_share"], 100 * rows[COST], *series, markersize=4)
         ax.yaxis.set_major_formatter(FuncFormatter(_increase))
         ax.set(title=f"{grain} grain, {text}", ylabel="perplexity increase" * (text == texts[0]))
-    style.below(fig, [style.key(name, *look) for name, look in VARIANTS.items() if name in set(table["variant"])])
+    style.legend_below(
+        fig, [style.entry(name, *series) for name, series in VARIANTS.items() if name in set(table["variant"])]
+    )
     return fig
 
 
@@ -66,7 +68,7 @@ def points(quality: pd.DataFrame, granularity: str = "channel", text: str = "doc
     everything runs and nothing needs to be measured. Raises `HatError` if no row is left.
     """
     names = "granularity", "text", "variant", "capacity", "exit_rate", "tokens", "base_ppl", "ppl", "model_share"
-    style.need(quality, *names)
+    style.check_table(quality, *names)
     rows = quality.query("granularity == @granularity and text == @text and variant == 'trained'")
     if rows.empty:
         raise HatError(
@@ -87,7 +89,7 @@ def twin(quality: pd.DataFrame, layers: pd.DataFrame, granularity: str = "channe
 
     ``layers`` has the fields of `studies.layer_shares.Row`; the rest is as for `points`.
     """
-    style.need(layers, "capacity", "exit_rate", "layer", "executed", "entered")
+    style.check_table(layers, "capacity", "exit_rate", "layer", "executed", "entered")
     rows = points(quality, granularity, text)
     fig, (cost, work) = style.panels(2, height=HEIGHT, width=7.6, sharey=False)
     draw(cost, rows)
@@ -108,9 +110,9 @@ def twin(quality: pd.DataFrame, layers: pd.DataFrame, granularity: str = "channe
 def draw(ax: Axes, points: pd.DataFrame) -> None:
     """Perplexity increase against the work of the whole model, a line per exit rate; linear below 1 %, log above."""
     style.increases(ax, [-1, 0, *(10.0**n for n in range(9))], WORK)
-    for (rate, rows), look in zip(points.groupby("exit_rate"), SERIES * len(points), strict=False):
-        style.whiskers(ax, rows["model_share"], 100 * rows[COST], *look, "-", label=f"exit rate {rate:g}")
-    style.above(ax, 3, fontsize=8)
+    for (rate, rows), series in zip(points.groupby("exit_rate"), SERIES * len(points), strict=False):
+        style.whiskers(ax, rows["model_share"], 100 * rows[COST], *series, "-", label=f"exit rate {rate:g}")
+    style.legend_above(ax, 3, fontsize=8)
 
 
 @draws("capacity", "realised", *COST, "top1")

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 
 from hat_lib.evaluation.coloured_text import PALETTE, visible
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, RED, WIDE, WIDTH, draws, key
+from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, RED, WIDE, WIDTH, draws, entry
 from hat_lib.plotting.token_heatmap import in_font
 
 ENDS = ["mean", "low", "high"]
@@ -39,13 +39,13 @@ def layer_map(table: pd.DataFrame) -> Figure:
     share, difference = (table.pivot(index="layer", columns="token", values=v) for v in ("share", "difference"))
     n_layers = len(share)
     most = max(0.01, np.nanquantile(np.abs(difference.to_numpy()), 0.95))  # or protected tokens would dominate
-    looks = {"cmap": PALETTE, "vmin": 0, "vmax": 1}, {"cmap": "PuOr", "vmin": -most, "vmax": most}
+    all_series = {"cmap": PALETTE, "vmin": 0, "vmax": 1}, {"cmap": "PuOr", "vmin": -most, "vmax": most}
     bars = {"format": PERCENT}, {"format": _points, "extend": "both"}
     titles = "executed share", "less the layer's mean over all tokens, percentage points"
     left = np.flatnonzero(tokens["exit_layer"] < n_layers)
     fig, axes = style.panels(1, 2, 7.0, max(5.0, 1.8 + 0.165 * len(tokens)), sharex=True)
-    for ax, cells, look, bar, title in zip(axes, (share, difference), looks, bars, titles, strict=True):
-        fig.colorbar(ax.pcolormesh(cells.to_numpy(), **look), ax=ax, pad=0.01, **bar)
+    for ax, cells, series, bar, title in zip(axes, (share, difference), all_series, bars, titles, strict=True):
+        fig.colorbar(ax.pcolormesh(cells.to_numpy(), **series), ax=ax, pad=0.01, **bar)
         places = range(0, n_layers, max(1, n_layers // 6))
         ax.set_yticks([y + 0.5 for y in places], places)
         ax.set(title=title, ylabel="layer", facecolor=AFTER)
@@ -58,7 +58,7 @@ def layer_map(table: pd.DataFrame) -> Figure:
         names.append(Patch(color=colormaps[PALETTE](1.0), label="at the start: protected, runs in full"))
     names += axes[0].get_legend_handles_labels()[0]
     if names:
-        style.below(fig, names)
+        style.legend_below(fig, names)
     labels = [in_font(label(text)) for text in tokens["text"]]
     axes[1].set_xticks(np.arange(len(tokens)) + 0.5, labels, rotation=90, fontsize=7.5, parse_math=False)
     axes[1].set_xlabel("token (␣: a space, or part of a character)")
@@ -84,7 +84,7 @@ def score_histogram(table: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
         ax.axvline(row.threshold, color=colour, linewidth=2, label=label)
     ax.yaxis.set_major_formatter(PERCENT)
     ax.set(xlabel="score of a channel", ylabel="share of channels")
-    style.above(ax, 1)
+    style.legend_above(ax, 1)
     return fig
 
 
@@ -97,7 +97,7 @@ def by_class(table: pd.DataFrame) -> Figure:
     fig, axes = style.panels(len(measures), height=1.5 + 0.32 * len(order), width=width)
     for ax, measure in zip(axes, measures, strict=True):
         rows = table[table["measure"] == measure].set_index("class").loc[order["class"]]
-        _intervals(ax, rows, np.arange(len(rows)), across=True)
+        _intervals(ax, rows, np.arange(len(rows)), horizontal=True)
         ax.set_yticks(range(len(rows)), [f"{name} ({n:,})" for name, n in order.itertuples(index=False)])
         ax.set(xlabel=PANELS[measure], ylabel="" if ax is not axes[0] else "class (tokens)")
         ax.grid(axis="y", visible=False)
@@ -124,17 +124,17 @@ def by_position(table: pd.DataFrame) -> Figure:
 @draws("quantity", "median", "measure", *BOUNDS)
 def by_quantile(table: pd.DataFrame) -> Figure:
     """Executed share against the base's surprisal and entropy (nats) of the token and of the next, in equal bins."""
-    looks = {"token": (BLUE, "o", "of the token itself"), "next": (ORANGE, "s", "of the next token")}
+    all_series = {"token": (BLUE, "o", "of the token itself"), "next": (ORANGE, "s", "of the next token")}
     measures = _measures(table)
     fig, axes = style.panels(2, len(measures), 3.3 * len(measures) + 0.4, WIDE)
     cells = [(measure, quantity) for measure in measures for quantity in ("surprisal", "entropy")]
     for ax, (measure, quantity) in zip(axes, cells, strict=True):
-        for which, (colour, marker, _) in looks.items():
+        for which, (colour, marker, _) in all_series.items():
             rows = table[(table["measure"] == measure) & (table["quantity"] == f"{quantity}_of_{which}")]
             _intervals(ax, rows, rows["median"].to_numpy(), colour, marker, line="-")
         ylabel = PANELS[measure] if quantity == "surprisal" else ""
         ax.set(xlabel=f"the base's {quantity}, nats (median of the bin)", ylabel=ylabel)
-    _legend(fig, [key(label, colour, marker, "-") for colour, marker, label in looks.values()])
+    _legend(fig, [entry(label, colour, marker, "-") for colour, marker, label in all_series.values()])
     return fig
 
 
@@ -142,14 +142,14 @@ def by_quantile(table: pd.DataFrame) -> Figure:
 def by_sensitivity(table: pd.DataFrame) -> Figure:
     """What tokens cost against what was forecast, both relative to the mean of their layer, by depth."""
     fig, (ax,) = style.panels(1, height=4.6)
-    looks = (BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-.")
-    for look, ((first, last), rows) in zip(looks, table.groupby(["first", "last"]), strict=False):
-        style.whiskers(ax, rows["forecast"], rows[ENDS], *look, label=f"layers {first}–{last}")
+    all_series = (BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-.")
+    for series, ((first, last), rows) in zip(all_series, table.groupby(["first", "last"]), strict=False):
+        style.whiskers(ax, rows["forecast"], rows[ENDS], *series, label=f"layers {first}–{last}")
     ends = table[["forecast", "low"]].min().min(), table[["forecast", "high"]].max().max()
     ax.plot(ends, ends, color=GREY, linewidth=1, label="as forecast")
     ax.set(xscale="log", yscale="log", xlabel="forecast, × the layer's mean", ylabel="measured, × the layer's mean")
     for axis in (ax.xaxis, ax.yaxis):
-        style.fixed(axis, [0.25, 0.5, 1, 2, 4])
+        style.set_ticks(axis, [0.25, 0.5, 1, 2, 4])
     ax.legend()
     return fig
 
@@ -180,7 +180,7 @@ def _intervals(ax: Axes, rows: pd.DataFrame, at: np.ndarray, colour=BLUE, marker
 
 
 def _legend(fig: Figure, lines: Sequence[Line2D] = ()) -> None:
-    mean = key("mean of all tokens", GREY, line="-")
-    hollow = key("no difference shown", marker="o", markerfacecolor="white")
-    entries = [*lines, mean, key("differs from it (95 %)", marker="o"), hollow]
-    style.below(fig, entries, loc="outside upper left", fontsize=8)
+    mean = entry("mean of all tokens", GREY, line="-")
+    hollow = entry("no difference shown", marker="o", markerfacecolor="white")
+    entries = [*lines, mean, entry("differs from it (95 %)", marker="o"), hollow]
+    style.legend_below(fig, entries, loc="outside upper left", fontsize=8)

@@ -8,7 +8,6 @@ series also has its own marker or line style. Pages may be dark, so a figure has
 
 from __future__ import annotations
 
-import os
 from base64 import b64encode
 from collections.abc import Callable
 from functools import wraps
@@ -72,15 +71,10 @@ def save_figure(fig: Figure, name: str, folder: Path | None = None) -> Path:
 
 
 def write(path: Path, payload: bytes) -> Path:
-    """Write a file atomically. Raises `HatError` if it cannot be written; what was there stays."""
-    new = path.with_name(f".{path.name}.new")
+    """Write a file and its folders; `HatError` if that is not possible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            new.write_bytes(payload)
-            os.replace(new, path)
-        finally:
-            new.unlink(missing_ok=True)
+        path.write_bytes(payload)
     except OSError as error:
         raise HatError(f"cannot write {path}: {error.strerror or error}") from error
     return path
@@ -116,7 +110,7 @@ def draws(*columns: str) -> Callable:
     def decorate(draw: Callable) -> Callable:
         @wraps(draw)
         def inside(table: pd.DataFrame, *args, **settings) -> Figure:
-            need(table, *columns)
+            check_table(table, *columns)
             with mpl.rc_context(STYLE):
                 return draw(table, *args, **settings)
 
@@ -138,7 +132,7 @@ def weight_shares(table: pd.DataFrame) -> Figure:
     ax.xaxis.set_major_formatter(PERCENT)
     ax.grid(axis="y", visible=False)
     ax.invert_yaxis()
-    above(ax, 3)
+    legend_above(ax, 3)
     return fig
 
 
@@ -153,7 +147,7 @@ def skipped_ffn(table: pd.DataFrame) -> Figure:
     ticks, largest = [1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000], table[["ratio", "high"]].max().max()
     last = next((v for v in ticks if v >= largest), ticks[-1])  # decades alone might leave a single label
     ax.set_yscale("log")
-    fixed(ax.yaxis, [v for v in ticks if v <= last], "{x:g}×")
+    set_ticks(ax.yaxis, [v for v in ticks if v <= last], "{x:g}×")
     ax.set(xlabel="layer whose FFN is skipped", ylabel="perplexity / base perplexity")
     ax.legend(loc="upper center")
     return fig
@@ -164,79 +158,42 @@ def grain_frontier(table: pd.DataFrame) -> Figure:
     """Perplexity / base perplexity - 1 against the share of the linear layers' work, a line per ``method``."""
     fig, (ax,) = panels(1, height=4.2)
     increases(ax, [-1, 0, 1, 10, 100, 1e3, 1e4, 1e5, 1e6], "executed share of the linear layers' work")
-    looks = zip((BLUE, ORANGE, GREEN, PINK, PURPLE, BROWN), "osD^vP", strict=True)
-    for (method, rows), look in zip(table.groupby("method", sort=False), looks, strict=False):
+    all_series = zip((BLUE, ORANGE, GREEN, PINK, PURPLE, BROWN), "osD^vP", strict=True)
+    for (method, rows), series in zip(table.groupby("method", sort=False), all_series, strict=False):
         rows = rows.sort_values("work")
-        whiskers(ax, rows["work"], 100 * rows[["increase", "low", "high"]], *look, "-", label=method)
-    above(ax, 3)
+        whiskers(ax, rows["work"], 100 * rows[["increase", "low", "high"]], *series, "-", label=method)
+    legend_above(ax, 3)
     return fig
 
 
-MACHINE = ("base", "device", "dtype", "threads")
-
-
-@draws(*MACHINE, "granularity", "phase", "batch", "realised", "ideal", "speedup_hf", "speedup_dense")
-def benchmark(table: pd.DataFrame) -> Figure:
-    """Measured speedups beside the ideal: a row of panels per base and machine, a panel per phase and batch size."""
-    settings = list(table.groupby(list(MACHINE), sort=False))
-    phases = sorted(set(zip(table["batch"], table["phase"], strict=True)))
-    kinds = {"speedup_hf": ("-", "over plain transformers"), "speedup_dense": ("--", "over our own dense path")}
-    fig, axes = panels(len(phases), len(settings), height=2.9 * len(settings) + 0.7)
-    for i, ((base, device, dtype, threads), rows) in enumerate(settings):
-        for j, (batch, phase) in enumerate(phases):
-            ax = axes[i * len(phases) + j]
-            here = rows[(rows["phase"] == phase) & (rows["batch"] == batch)]
-            for grain, part in here.sort_values("realised").groupby("granularity", sort=False):
-                colour, marker = GRAINS[grain]
-                ax.plot(part["realised"], part["ideal"], ":", color=colour, linewidth=1.5)
-                for column, (line, _) in kinds.items():
-                    ax.plot(part["realised"], part[column], line, marker=marker, color=colour, markersize=4)
-            ax.axhline(1, color=GREY, linewidth=1)
-            where = f"{dtype}, {device}" + (f", {threads} threads" if device == "cpu" else "")
-            ax.set_title(f"{BASES.get(base, base)}\n{where}\n{phase}, batch {batch}", fontsize=9)
-            ax.set(xlabel="realised capacity", ylabel="speedup (times)" if j == 0 else "")
-    names = [key(f"{g} grain", c, m, "-") for g, (c, m) in GRAINS.items()]
-    names += [key(name, line=line) for line, name in kinds.values()]
-    below(fig, [*names, key("ideal", line=":")], fontsize=8)
-    return fig
-
-
-# -- parts ---------------------------------------------------------------------------------------------
-
-
-def panels(
-    columns: int, rows: int = 1, height: float = HEIGHT, width: float = 0, **shared
-) -> tuple[Figure, list[Axes]]:
-    """An empty figure and its axes, row by row; sizes of the whole figure in inches."""
+def panels(columns: int, rows: int = 1, height: float = HEIGHT, width: float = 0, **more) -> tuple[Figure, list[Axes]]:
+    """An empty figure and its axes, row by row; sizes of the whole figure in inches. ``more`` is for `subplots`."""
     width = width or (WIDTH if columns == 1 else max(WIDTH, 3.0 * columns))
     fig = Figure(figsize=(width, height), layout="constrained")
-    return fig, list(fig.subplots(rows, columns, squeeze=False, **{"sharey": "row"} | shared).flat)
+    return fig, list(fig.subplots(rows, columns, squeeze=False, **{"sharey": "row"} | more).flat)
 
 
-def panels_by(
-    table: pd.DataFrame, column: str, height: float, width: float, **shared
-) -> tuple[Figure, list[tuple[pd.DataFrame, Axes]]]:
-    """A panel for each value of a column, titled with it (or its name in `BASES`), and the rows that have it."""
+def panels_by(table: pd.DataFrame, column: str, height: float, width: float, **more):
+    """A figure with a panel for each value of a column, titled with it; and ``[(rows, axes), ...]``."""
     groups = list(table.groupby(column))
-    fig, axes = panels(len(groups), height=height, width=width, **{"sharey": True, "sharex": True} | shared)
+    fig, axes = panels(len(groups), height=height, width=width, **{"sharey": True, "sharex": True} | more)
     for ax, (value, _) in zip(axes, groups, strict=True):
         ax.set_title(BASES.get(value, value))
     return fig, [(rows, ax) for (_, rows), ax in zip(groups, axes, strict=True)]
 
 
 def whiskers(
-    ax: Axes, x, ends: pd.DataFrame, colour: str, marker: str, line: str = "none", across: bool = False, **look
+    ax: Axes, x, ends: pd.DataFrame, colour: str, marker: str, line: str = "none", horizontal: bool = False, **more
 ) -> None:
-    """Points with their intervals, joined by a line.
-
-    Args:
-        ends: three columns: the value, and the low and the high end of its interval (nan: none).
-        across: whether the values are on the x axis.
-    """
+    """Points joined by a line, with their intervals: ``ends`` are the value, and the low and the high end (nan: none),
+    along the x axis if ``horizontal``."""
     middle, low, high = ends.to_numpy().T
     reach = np.nan_to_num([middle - low, high - middle]).clip(min=0)
-    look = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "capsize": 2, "elinewidth": 1} | look
-    ax.errorbar(*((middle, x) if across else (x, middle)), **{"xerr" if across else "yerr": reach}, **look)
+    more = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "capsize": 2, "elinewidth": 1} | more
+    if horizontal:
+        ax.errorbar(middle, x, xerr=reach, **more)
+    else:
+        ax.errorbar(x, middle, yerr=reach, **more)
 
 
 def costs(ax: Axes, x, ends: pd.DataFrame, colour: str, marker: str, line: str = "none") -> None:
@@ -248,19 +205,11 @@ def costs(ax: Axes, x, ends: pd.DataFrame, colour: str, marker: str, line: str =
     ax.plot(x[~inside], [MOST] * int((~inside).sum()), "^", color=colour, markersize=6)
 
 
-def increases(
-    ax: Axes,
-    ticks: list[float],
-    xlabel: str,
-    largest: float | None = None,
-    top: float | None = None,
-    bottom: float = -0.6,
-) -> None:
+def increases(ax: Axes, ticks, xlabel: str, largest: float | None = None, top: float = 0, bottom: float = -0.6) -> None:
     """Axes for an increase in perplexity, in per cent, over a share: linear below 1 %, logarithmic above.
 
-    Args:
-        largest: largest increase drawn by `costs`; beyond `MOST`, the label explains the triangle.
-        top, bottom: of the axis, in per cent; by default a little above the largest and a little below 0.
+    ``largest`` is the largest increase drawn by `costs`; beyond `MOST`, the label explains the triangle. ``top`` and
+    ``bottom`` are the ends of the axis; without a top, it ends a little above the largest.
     """
     ax.axhline(0, color=GREY, linewidth=1)
     ax.set_yscale("symlog", linthresh=1, linscale=1 if largest is None else 0.5)
@@ -268,31 +217,29 @@ def increases(
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+,.0f} %" if v else "0"))
     ax.xaxis.set_major_formatter(PERCENT)
     beyond = largest is not None and bool(100 * largest > MOST)
-    ax.set(xlabel=xlabel, ylabel="perplexity increase" + " (▲: beyond)" * beyond)
+    ax.set(xlabel=xlabel, ylabel="perplexity increase" + (" (▲: beyond)" if beyond else ""))
     if largest is not None:
         ax.set_ylim(bottom, 1.4 * MOST if beyond else top or 140 * max(largest, 0.1))
 
 
-def key(label: str, colour: str = "black", marker: str | None = None, line: str = "none", **look) -> Line2D:
-    """A legend entry."""
-    return Line2D([], [], **{"color": colour, "marker": marker, "linestyle": line, "label": label} | look)
+def entry(label: str, colour: str = "black", marker: str | None = None, line: str = "none", **more) -> Line2D:
+    return Line2D([], [], **{"color": colour, "marker": marker, "linestyle": line, "label": label} | more)
 
 
-def grain_keys(table: pd.DataFrame, line: str = "none") -> list[Line2D]:
+def grain_entries(table: pd.DataFrame, line: str = "none") -> list[Line2D]:
     """Legend entries for the grains in a table."""
-    return [key(f"{grain} grain", *GRAINS[grain], line) for grain in GRAINS if grain in set(table["granularity"])]
+    return [entry(f"{g} grain", *GRAINS[g], line) for g in GRAINS if g in set(table["granularity"])]
 
 
-def below(fig: Figure, entries: list[Line2D], **look) -> None:
-    """The legend of a whole figure, below it; in one row unless ``ncols`` says otherwise."""
-    fig.legend(handles=entries, **{"ncols": len(entries), "loc": "outside lower center"} | look)
+def legend_below(fig: Figure, entries: list[Line2D], **more) -> None:
+    """The legend of a whole figure, below it, in one row."""
+    fig.legend(handles=entries, **{"ncols": len(entries), "loc": "outside lower center"} | more)
 
 
-def above(ax: Axes, columns: int, **look) -> None:
+def legend_above(ax: Axes, columns: int, **more) -> None:
     """The legend of one panel, above it."""
-    ax.legend(
-        ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), **{"handlelength": 1.5, "columnspacing": 1.0} | look
-    )
+    more = {"handlelength": 1.5, "columnspacing": 1.0} | more
+    ax.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), **more)
 
 
 def named_rows(ax: Axes, names: list[str]) -> None:
@@ -305,17 +252,17 @@ def named_rows(ax: Axes, names: list[str]) -> None:
 def log_axis(ax: Axes, ticks: list[float]) -> None:
     """A horizontal log axis with these ticks only."""
     ax.set_xscale("log")
-    fixed(ax.xaxis, ticks)
+    set_ticks(ax.xaxis, ticks)
 
 
-def fixed(axis: Axis, ticks: list[float], label: str = "{x:g}") -> None:
+def set_ticks(axis: Axis, ticks: list[float], label: str = "{x:g}") -> None:
     """These ticks only."""
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(label)
 
 
-def need(table: pd.DataFrame, *columns: str) -> None:
+def check_table(table: pd.DataFrame, *columns: str) -> None:
     """Raise `HatError` unless the table has the columns and at least one row."""
     missing = [c for c in columns if c not in table]
     if missing or table.empty:

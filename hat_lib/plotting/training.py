@@ -92,7 +92,7 @@ def gates(log: pd.DataFrame) -> Figure:
     loss.axhline(np.log(2), color=GREY, linewidth=1, label="log 2: a coin")
     loss.set(ylabel="gates' cross-entropy, nats")
     for ax in (agreement, loss):
-        style.above(ax, 1)
+        style.legend_above(ax, 1)
     return fig
 
 
@@ -126,7 +126,7 @@ def reference_gates(log: pd.DataFrame, exits: pd.DataFrame) -> Figure:
 
     ``exits``: ``granularity``, ``exit_rate`` (realised), ``agreement`` (of the tokens that left, with the base).
     """
-    style.need(exits, "granularity", "exit_rate", "agreement")
+    style.check_table(exits, "granularity", "exit_rate", "agreement")
     log = log.assign(run=log["step"] / log["steps"])
     fig, axes = style.panels(3, height=3.0, width=WIDE, sharey=False)
     drawn = (
@@ -151,8 +151,8 @@ def reference_gates(log: pd.DataFrame, exits: pd.DataFrame) -> Figure:
 def exit_depths(table: pd.DataFrame) -> Figure:
     """How often the base's next token can be read after each layer, a line per ``reader``."""
     fig, (ax,) = style.panels(1)
-    looks = zip((GREY, BLUE, ORANGE, GREEN), "oDs^", ("-", "--", "-.", ":"), strict=True)
-    for (reader, rows), (colour, marker, line) in zip(table.groupby("reader", sort=False), looks, strict=False):
+    all_series = zip((GREY, BLUE, ORANGE, GREEN), "oDs^", ("-", "--", "-.", ":"), strict=True)
+    for (reader, rows), (colour, marker, line) in zip(table.groupby("reader", sort=False), all_series, strict=False):
         ax.plot(rows["depth"], rows["agreement"], line, marker=marker, color=colour, markersize=5, label=reader)
     ax.set(xlabel="layers that have run", ylabel="share that read the base's token", ylim=(0, 1.02))
     ax.yaxis.set_major_formatter(PERCENT)
@@ -187,7 +187,7 @@ def at_equal_work(curve: pd.DataFrame) -> pd.DataFrame:
     linearly in the share between the capacities of a step, and extrapolated from the nearest two; with a single
     capacity, rows stay as they are.
     """
-    style.need(curve, "tokens", "capacity", "kl", "increase", "share")
+    style.check_table(curve, "tokens", "capacity", "kl", "increase", "share")
     wanted = curve.drop_duplicates("capacity").set_index("capacity")["share"]
     steps = []
     for _, rows in curve.groupby("tokens", sort=False):
@@ -218,7 +218,7 @@ def _dots(fig: Figure, ax: Axes, log: pd.DataFrame, x: str, hue: str, meaning: s
         ax.plot([], [], marker, color="black", markersize=4, label=f"{grain} grain")
     fig.colorbar(dots, ax=ax, format=PERCENT, label=meaning)
     ax.set(yscale="log", ylabel="KL to the base, nats per token")
-    style.above(ax, 2)
+    style.legend_above(ax, 2)
 
 
 def _heat(fig: Figure, ax: Axes, log: pd.DataFrame) -> None:

@@ -6,9 +6,9 @@ const KEYS = {
   ArrowLeft: ["layer", -1], ArrowRight: ["layer", 1], PageUp: ["layer", -1], PageDown: ["layer", 1],
 };
 
-function element(tag, look = "", text = "", parent = null) {
+function element(tag, classes = "", text = "", parent = null) {
   const made = document.createElement(tag);
-  if (look) made.className = look;
+  if (classes) made.className = classes;
   if (text) made.textContent = text;
   parent?.append(made);
   return made;
@@ -45,9 +45,9 @@ function render({ model, el }) {
     const scale = element("span", "", `executed share: ≤ ${percent(low)}`, legend);
     element("i", "hat-map-scale", "", scale).style.background = `linear-gradient(to right, ${colours.join(",")})`;
     scale.append(`≥ ${percent(high)}`);
-    for (const [look, words] of [["left", "blank: had left"], ["protected", "yellow, hatched: protected, runs in full"]]) {
+    for (const [classes, words] of [["left", "blank: had left"], ["protected", "yellow, hatched: protected, runs in full"]]) {
       const entry = element("span", "", "", legend);
-      element("i", `hat-map-${look}`, "", entry).style.backgroundColor = look === "left" ? "" : colours.at(-1);
+      element("i", `hat-map-${classes}`, "", entry).style.backgroundColor = classes === "left" ? "" : colours.at(-1);
       entry.append(words);
     }
   }

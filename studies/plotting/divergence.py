@@ -31,7 +31,7 @@ def divergence(table: pd.DataFrame) -> Figure:
     leaving = (table["variant"] == "trained") & (table["exit_rate"] > 0)
     table = table.assign(variant=table["variant"].mask(leaving, "exits"))
     table = table.drop_duplicates(["text", "variant", "capacity", "exit_rate"], keep="last")
-    texts, kinds = sorted(set(table["text"])), {k: look for k, look in KINDS.items() if k in set(table["variant"])}
+    texts, kinds = sorted(set(table["text"])), {k: series for k, series in KINDS.items() if k in set(table["variant"])}
     fig, axes = style.panels(len(texts), height=HEIGHT, width=2.9 * len(texts) + 0.4)
     for ax, text in zip(axes, texts, strict=True):
         for kind, (_, colour, marker, line) in kinds.items():
@@ -40,7 +40,7 @@ def divergence(table: pd.DataFrame) -> Figure:
         ax.set_yscale("log")
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.set(title=text, xlabel=WORK, ylabel="KL from the base, nats a token" * (text == texts[0]))
-    style.below(fig, [style.key(label, *look) for label, *look in kinds.values()], ncols=4)
+    style.legend_below(fig, [style.entry(label, *series) for label, *series in kinds.values()], ncols=4)
     return fig
 
 
@@ -59,6 +59,6 @@ def changes(table: pd.DataFrame) -> Figure:
         ax.grid(axis="y", visible=False)
         ax.set(title=f"capacity {capacity:g}", xlabel="KL from the base, nats a token")
     style.named_rows(axes[0], names)  # the others share its rows
-    first = style.key(names[0], line=":")
-    style.below(fig, [*(style.key(text, *look) for text, look in zip(texts, SERIES, strict=False)), first])
+    first = style.entry(names[0], line=":")
+    style.legend_below(fig, [*(style.entry(text, *series) for text, series in zip(texts, SERIES, strict=False)), first])
     return fig

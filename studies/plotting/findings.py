@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from hat_lib.evaluation.controls import EQUAL
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, MOST, ORANGE, PUBLISHED, PURPLE, SKY, draws, key
+from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, MOST, ORANGE, PUBLISHED, PURPLE, SKY, draws, entry
 
 POINT = ["granularity", "text", "capacity"]
 RUN = ("variant", "exit_rate", "tokens", *COST)
@@ -49,7 +49,7 @@ def rivals(quality: pd.DataFrame) -> pd.DataFrame:
     """Rows of `studies.quality` to compare the trained model with: no exits, the same point, and the same
     share of the model's work within `EQUAL`."""
     point = [*POINT, "max_tokens"]
-    style.need(quality, *point, "variant", "exit_rate", "model_share")
+    style.check_table(quality, *point, "variant", "exit_rate", "model_share")
     rows = quality[quality["exit_rate"] == 0]
     trained = rows.loc[rows["variant"] == "trained", [*point, "model_share"]]
     others = rows[rows["variant"] != "trained"].merge(trained, on=point, suffixes=("", "_of_trained"))
@@ -58,7 +58,7 @@ def rivals(quality: pd.DataFrame) -> pd.DataFrame:
 
 def beaten(rows: pd.DataFrame) -> tuple[str, str]:
     """Is the trained model better than each of these? The `joint` verdict from the paired margins, and the counts."""
-    style.need(rows, "margin_low", "margin_high")
+    style.check_table(rows, "margin_low", "margin_high")
     better, worse = (rows["margin_low"] > 0).sum(), (rows["margin_high"] < 0).sum()
     each = (reached(*ends, 0) for ends in rows[["margin_low", "margin_high"]].to_numpy())
     return joint(each), f"better {better}, worse {worse} of {len(rows)}"
@@ -71,7 +71,7 @@ def kept(quality: pd.DataFrame, promise: pd.DataFrame) -> pd.DataFrame:
     and ``kept`` (a `verdict`). If a point has two rows, the one on more tokens counts. ``promise`` has ``capacity`` and
     ``promised_increase``.
     """
-    style.need(quality, *POINT, *RUN, "realised")
+    style.check_table(quality, *POINT, *RUN, "realised")
     bounds, rows = _bounds(promise), _dial(quality, "trained")
     rows = rows[rows["capacity"].between(bounds["capacity"].min(), bounds["capacity"].max())]
     rows = rows.assign(promised=np.interp(rows["capacity"], bounds["capacity"], bounds["promised_increase"]))
@@ -100,19 +100,19 @@ def promised(quality: pd.DataFrame, published: pd.DataFrame, promise: pd.DataFra
 
     ``published`` has rows like ``quality``, of the token grain trained by the published recipe; the rest as for `kept`.
     """
-    style.need(published, *POINT, *RUN, "realised")
+    style.check_table(published, *POINT, *RUN, "realised")
     found, bounds = kept(quality, promise), _bounds(promise)
     channel, token = (found[found["granularity"] == grain] for grain in ("channel", "token"))
     start = _dial(quality, "untrained").query("granularity == 'channel'")
     lines = [channel, start, _dial(published, "trained"), token]
     fig, panels = _by_text(found, "capacity that was realised", 4.1)
     for here, ax in panels:
-        for rows, look in zip(lines, TRAINED.values(), strict=True):
+        for rows, series in zip(lines, TRAINED.values(), strict=True):
             rows = rows[rows["text"] == here["text"].iloc[0]]
-            style.costs(ax, rows["realised"], rows[COST], *look)
+            style.costs(ax, rows["realised"], rows[COST], *series)
         ax.plot(bounds["capacity"], 100 * bounds["promised_increase"], ":", **PUBLISHED)
-    claim = key("claimed", line=":", **PUBLISHED)
-    style.below(fig, [claim, *(key(name, *look) for name, look in TRAINED.items())], ncols=3)
+    claim = entry("claimed", line=":", **PUBLISHED)
+    style.legend_below(fig, [claim, *(entry(name, *series) for name, series in TRAINED.items())], ncols=3)
     return fig
 
 
@@ -129,7 +129,7 @@ def speeds(promise: pd.DataFrame) -> Figure:
     """
     rows = promise[promise["exit_rate"] == 0]
     rows = rows.sort_values(["granularity", "capacity", "base"], ascending=[True, False, True])
-    style.need(rows, "base")
+    style.check_table(rows, "base")
     fig, panels = style.panels_by(rows, "base", 3.9, 8.4)
     for here, ax in panels:
         for y, row in enumerate(here.itertuples()):
@@ -147,10 +147,13 @@ def speeds(promise: pd.DataFrame) -> Figure:
     ran = rows.groupby(["granularity", "capacity"], sort=False)["realised"]
     names = [(*at, ", ".join(dict.fromkeys(f"{r:.2f}" for r in shares))) for at, shares in ran]
     style.named_rows(panels[0][1], [f"{grain} {capacity:.2f} (ran {shares})" for grain, capacity, shares in names])
-    names = [key("claimed", **PUBLISHED), key("if time followed work", marker="|", markersize=11, markeredgewidth=2)]
-    names += [key("skipping: over our own dense path", BLUE, line="-", linewidth=6, alpha=0.5)]
-    names += [key("all of it: over plain transformers", GREY, "o", "-", markersize=5)]
-    style.below(fig, names, fontsize=8)
+    names = [
+        entry("claimed", **PUBLISHED),
+        entry("if time followed work", marker="|", markersize=11, markeredgewidth=2),
+    ]
+    names += [entry("skipping: over our own dense path", BLUE, line="-", linewidth=6, alpha=0.5)]
+    names += [entry("all of it: over plain transformers", GREY, "o", "-", markersize=5)]
+    style.legend_below(fig, names, fontsize=8)
     return fig
 
 
@@ -169,15 +172,15 @@ def exits(quality: pd.DataFrame) -> Figure:
         for row in left[left["variant"] == "trained"].itertuples():
             at = (row.model_share, min(100 * row.increase, MOST))
             ax.annotate(f"{row.exit_rate:g}", at, (-8, -3), textcoords="offset points", ha="right", fontsize=8)
-    names = [key(name, colour, marker) for colour, marker, name in EXITS.values()]
-    style.below(fig, [key("no exits, by capacity", BLUE, "o", "-"), *names])
+    names = [entry(name, colour, marker) for colour, marker, name in EXITS.values()]
+    style.legend_below(fig, [entry("no exits, by capacity", BLUE, "o", "-"), *names])
     return fig
 
 
 def _bounds(promise: pd.DataFrame) -> pd.DataFrame:
-    style.need(promise, "capacity", "promised_increase")
+    style.check_table(promise, "capacity", "promised_increase")
     bounds = promise.dropna(subset="promised_increase").drop_duplicates("capacity").sort_values("capacity")
-    style.need(bounds, "promised_increase")
+    style.check_table(bounds, "promised_increase")
     return bounds
 
 
@@ -190,7 +193,7 @@ def _dial(quality: pd.DataFrame, variant: str) -> pd.DataFrame:
 def _by_text(rows: pd.DataFrame, xlabel: str, height: float):
     """`panels_by` text, with axes for an increase in perplexity over a share."""
     rows = rows[rows["text"].isin(TEXTS)]
-    style.need(rows, "text", "increase")
+    style.check_table(rows, "text", "increase")
     top = 1.4 * np.clip(100 * rows["increase_high"].max(), 1, MOST)
     bottom = min(-0.6, 120 * rows["increase_low"].min())
     fig, panels = style.panels_by(rows, "text", height, 8.0)

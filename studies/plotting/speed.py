@@ -16,7 +16,20 @@ from matplotlib.figure import Figure
 
 from hat_lib.inference.speed import VERSUS
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, GRAINS, GREEN, GREY, ORANGE, PERCENT, PURPLE, SERIES, SKY, YELLOW, draws, key
+from hat_lib.plotting.style import (
+    BLUE,
+    GRAINS,
+    GREEN,
+    GREY,
+    ORANGE,
+    PERCENT,
+    PURPLE,
+    SERIES,
+    SKY,
+    YELLOW,
+    draws,
+    entry,
+)
 
 KINDS = {"decode_hf": ("-", "over plain transformers"), "decode_dense": ("--", "over our own dense path")}
 CLAIM = ("base", "granularity", "capacity", "exit_rate", "promised_speedup", "promised_increase", *KINDS)
@@ -26,6 +39,7 @@ TIMES = {"ms_hf": "plain transformers", "ms_early_exit": "its early-exit drafts"
 QUALITY = ["docstrings", "docstrings_low", "docstrings_high"]
 TICKS = [0, 1, 3, 10, 30, 100, 300, style.MOST]
 RESAMPLES = 1000
+MACHINE = ("base", "device", "dtype", "threads")
 TOKEN_PARTS = {
     "qkv": (BLUE, "q | k | v"), "o": (SKY, "o"), "gate_up": (ORANGE, "gate | up"), "down": (YELLOW, "down"),
     "head": (GREEN, "head"), "decisions": (PURPLE, "decisions"), "rest": (GREY, "rest of the step"),
@@ -47,7 +61,7 @@ def exits(table: pd.DataFrame) -> Figure:
     ax.set(xlabel="layers that the token ran", ylabel="share of the tokens")
     ax.yaxis.set_major_formatter(PERCENT)
     ax.grid(axis="x", visible=False)
-    style.above(ax, len(cells.columns))
+    style.legend_above(ax, len(cells.columns))
     return fig
 
 
@@ -65,15 +79,15 @@ def targets(table: pd.DataFrame) -> Figure:
         for number, (grain, part) in enumerate(rows.groupby("granularity")):
             colour, marker = GRAINS[grain]
             found, lacking = part[part["measured"].notna()], part[~part["reachable"].astype(bool)]
-            apart = 0.02 * number  # so that two whiskers at one target do not hide each other
+            shift = 0.02 * number  # so that two whiskers at one target do not hide each other
             ends = found[["measured", "lowest", "highest"]]
-            style.whiskers(ax, found["requested"] + apart, ends, colour, marker)
-            ax.plot(lacking["requested"] + apart, lacking["largest"], marker, color=colour, markerfacecolor="white")
+            style.whiskers(ax, found["requested"] + shift, ends, colour, marker)
+            ax.plot(lacking["requested"] + shift, lacking["largest"], marker, color=colour, markerfacecolor="white")
         over = VERSUS[rows["versus"].iloc[0]]
         ax.set(xlabel=f"target speedup over {over}", title=f"{rows['prompts'].max()} prompts")
     panels[0][1].set_ylabel("speedup (times)")
-    beyond = key("refused: the most that the curve promised", marker="o", markersize=5, markerfacecolor="none")
-    style.below(fig, [*style.grain_keys(table), key("as asked", line=":"), beyond])
+    beyond = entry("refused: the most that the curve promised", marker="o", markersize=5, markerfacecolor="none")
+    style.legend_below(fig, [*style.grain_entries(table), entry("as asked", line=":"), beyond])
     return fig
 
 
@@ -88,14 +102,14 @@ def lossless(table: pd.DataFrame) -> Figure:
     fig, (stood, speed) = style.panels(2, height=3.6, width=8.4, sharey=False)
     names = []
     for number, ((grain, capacity, dtype), rows) in enumerate(groups):
-        look, shift = SERIES[number % len(SERIES)], 0.16 * (number - (len(groups) - 1) / 2)
-        names.append(key(f"{grain} grain, capacity {capacity:g}, {dtype}", *look))
+        series, shift = SERIES[number % len(SERIES)], 0.16 * (number - (len(groups) - 1) / 2)
+        names.append(entry(f"{grain} grain, capacity {capacity:g}, {dtype}", *series))
         for y, kind in enumerate(kinds):
             pairs = rows.loc[rows["kind"] == kind, ["accepted", "drafted"]]
-            _resampled(stood, y + shift, pairs, _ratio, *look)
+            _resampled(stood, y + shift, pairs, _ratio, *series)
         for y, way in enumerate(TIMES):
-            _resampled(speed, y + shift, (rows["ms_dense"] / rows[way]).dropna(), np.median, *look)
-        hollow = dict(zip(("color", "marker"), look, strict=True)) | {"markersize": 5}
+            _resampled(speed, y + shift, (rows["ms_dense"] / rows[way]).dropna(), np.median, *series)
+        hollow = dict(zip(("color", "marker"), series, strict=True)) | {"markersize": 5}
         speed.plot(rows["ideal"].median(), len(TIMES) + shift, **style.PUBLISHED | hollow)
     stood.set(xlabel="share of the drafted tokens that stood")
     stood.xaxis.set_major_formatter(PERCENT)
@@ -103,7 +117,7 @@ def lossless(table: pd.DataFrame) -> Figure:
     speed.set(xlabel="speed over our own dense path (times)")
     for ax, labels in (stood, kinds), (speed, [*TIMES.values(), "our drafts,\nby work alone"]):
         style.named_rows(ax, labels)
-    style.below(fig, names)
+    style.legend_below(fig, names)
     return fig
 
 
@@ -115,11 +129,11 @@ def decode(table: pd.DataFrame) -> Figure:
     would take if time followed the weights read. Horizontal lines decode densely.
     """
     engine, flat = table[table["way"] == "engine"], {"hf": "plain transformers", "reference": "reference path"}
-    looks = dict(zip(engine["weights"].unique(), SERIES, strict=False))
+    all_series = dict(zip(engine["weights"].unique(), SERIES, strict=False))
     fig, panels = style.panels_by(table, "base", 3.6, 7.6, sharey=False)
     for rows, ax in panels:
         for weights, part in rows[rows["way"] == "engine"].sort_values("realised").groupby("weights"):
-            colour, marker = looks[weights]
+            colour, marker = all_series[weights]
             spread = [part["ms"] - part["low"], part["high"] - part["ms"]]
             ax.errorbar(part["realised"], part["ms"], spread, color=colour, marker=marker, markersize=4, linewidth=1.2)
             ax.plot(part["realised"], part["ms"].iloc[-1] / part["ideal"], ":", color=colour, linewidth=1.5)
@@ -130,10 +144,10 @@ def decode(table: pd.DataFrame) -> Figure:
                 height = -11 if row.ms == both.min() else 3  # the two may almost coincide
                 ax.annotate(flat[row.way], (0.98, row.ms), (0, height), xycoords=("axes fraction", "data"), **LABEL)
         ax.set(xlabel="realised capacity", ylabel="milliseconds a token", ylim=(0, 1.1 * rows["ms"].max()))
-    names = [key(f"engine, {weights}", colour, marker, "-") for weights, (colour, marker) in looks.items()]
+    names = [entry(f"engine, {weights}", colour, marker, "-") for weights, (colour, marker) in all_series.items()]
     others = table[~table["way"].isin(["engine", *flat])]
-    peers = [key(f"{way}, {weights}", GREY, line="--") for way, weights in others.groupby(["way", "weights"]).groups]
-    style.below(fig, [*names, key("if time followed the weights", line=":"), *peers])
+    peers = [entry(f"{way}, {weights}", GREY, line="--") for way, weights in others.groupby(["way", "weights"]).groups]
+    style.legend_below(fig, [*names, entry("if time followed the weights", line=":"), *peers])
     return fig
 
 
@@ -152,7 +166,9 @@ def token_time(table: pd.DataFrame) -> Figure:
         known = parts["low"] * parts["high"] > 0
         for y, (part, (colour, _)) in enumerate(TOKEN_PARTS.items()):
             ax.barh(y, parts.loc[part, "ms"], 0.62, color=colour if known[part] else "white", edgecolor=colour)
-        style.whiskers(ax, range(len(parts)), parts[["ms", "low", "high"]], "black", "", across=True, elinewidth=0.8)
+        style.whiskers(
+            ax, range(len(parts)), parts[["ms", "low", "high"]], "black", "", horizontal=True, elinewidth=0.8
+        )
         ax.axvline(0, color=GREY, linewidth=1)
         ax.set_title(f"{title}\n{parts['ms'].sum():.1f} ms, sum of medians", fontsize=9)
         ax.set(xlabel="milliseconds a token")
@@ -161,11 +177,37 @@ def token_time(table: pd.DataFrame) -> Figure:
     return fig
 
 
+@draws(*MACHINE, "granularity", "phase", "batch", "realised", "ideal", "speedup_hf", "speedup_dense")
+def benchmark(table: pd.DataFrame) -> Figure:
+    """Measured speedups beside the ideal: a row of panels per base and machine, a panel per phase and batch size."""
+    settings = list(table.groupby(list(MACHINE), sort=False))
+    phases = sorted(set(zip(table["batch"], table["phase"], strict=True)))
+    kinds = {"speedup_hf": ("-", "over plain transformers"), "speedup_dense": ("--", "over our own dense path")}
+    fig, axes = style.panels(len(phases), len(settings), height=2.9 * len(settings) + 0.7)
+    for i, ((base, device, dtype, threads), rows) in enumerate(settings):
+        for j, (batch, phase) in enumerate(phases):
+            ax = axes[i * len(phases) + j]
+            here = rows[(rows["phase"] == phase) & (rows["batch"] == batch)]
+            for grain, part in here.sort_values("realised").groupby("granularity", sort=False):
+                colour, marker = GRAINS[grain]
+                ax.plot(part["realised"], part["ideal"], ":", color=colour, linewidth=1.5)
+                for column, (line, _) in kinds.items():
+                    ax.plot(part["realised"], part[column], line, marker=marker, color=colour, markersize=4)
+            ax.axhline(1, color=GREY, linewidth=1)
+            where = f"{dtype}, {device}" + (f", {threads} threads" if device == "cpu" else "")
+            ax.set_title(f"{style.BASES.get(base, base)}\n{where}\n{phase}, batch {batch}", fontsize=9)
+            ax.set(xlabel="realised capacity", ylabel="speedup (times)" if j == 0 else "")
+    names = [entry(f"{g} grain", c, m, "-") for g, (c, m) in GRAINS.items()]
+    names += [entry(name, line=line) for line, name in kinds.values()]
+    style.legend_below(fig, [*names, entry("ideal", line=":")], fontsize=8)
+    return fig
+
+
 @draws("granularity", "exit_rate", "model_share", "decode_dense", "prefill_dense", *QUALITY)
 def work_and_time(table: pd.DataFrame) -> Figure:
     """What skipping costs against the work that remains, and against time, both as shares of the dense path's."""
     table = table.dropna(subset=QUALITY)
-    style.need(table, *QUALITY)
+    style.check_table(table, *QUALITY)
     shares = {
         "executed share of the work": table["model_share"],
         "time of a decode step / dense": 1 / table["decode_dense"],
@@ -181,7 +223,7 @@ def work_and_time(table: pd.DataFrame) -> Figure:
             style.costs(ax, leaving["x"], leaving[QUALITY], colour, "x")
         ax.axvline(1, color=GREY, linewidth=1)
         ax.label_outer()
-    style.below(fig, [*style.grain_keys(table, "-"), key("with exits", marker="x")])
+    style.legend_below(fig, [*style.grain_entries(table, "-"), entry("with exits", marker="x")])
     return fig
 
 
@@ -190,7 +232,7 @@ def promise(table: pd.DataFrame) -> Figure:
     """Speedup and increase in perplexity: published (hollow, with the capacity) and measured, a panel for each base
     whose quality was measured. Rows with exits are left out."""
     table = table[table["exit_rate"] == 0].dropna(subset=QUALITY)
-    style.need(table, *QUALITY)
+    style.check_table(table, *QUALITY)
     fig, panels = style.panels_by(table, "base", 3.9, 7.6)
     for rows, ax in panels:
         style.increases(ax, TICKS, "decode speedup (times)", table[QUALITY[0]].max())
@@ -205,14 +247,14 @@ def promise(table: pd.DataFrame) -> Figure:
         ax.axvline(1, color=GREY, linewidth=1)
         style.log_axis(ax, [0.5, 0.7, 1, 1.3, 1.6, 2, 3, 4, 6, 8])
         ax.label_outer()
-    names = [*style.grain_keys(table), *(key(label, line=line) for line, label in KINDS.values())]
-    style.below(fig, [key("claimed", **style.PUBLISHED), *names])
+    names = [*style.grain_entries(table), *(entry(label, line=line) for line, label in KINDS.values())]
+    style.legend_below(fig, [entry("claimed", **style.PUBLISHED), *names])
     return fig
 
 
 def _ratio(pairs: np.ndarray, axis: int) -> np.ndarray:
-    above, below = np.moveaxis(pairs.sum(axis), -1, 0)
-    return above / below
+    numerator, denominator = np.moveaxis(pairs.sum(axis), -1, 0)
+    return numerator / denominator
 
 
 def _resampled(
@@ -224,4 +266,4 @@ def _resampled(
     rows = values.to_numpy()
     drawn = np.random.default_rng(0).integers(len(rows), size=(RESAMPLES, len(rows)))
     low, high = np.quantile(statistic(rows[drawn], axis=1), [0.025, 0.975])
-    style.whiskers(ax, [y], pd.DataFrame([[statistic(rows, axis=0), low, high]]), colour, marker, across=True)
+    style.whiskers(ax, [y], pd.DataFrame([[statistic(rows, axis=0), low, high]]), colour, marker, horizontal=True)

@@ -5,15 +5,13 @@ import pytest
 import torch
 from tiny_runs import adaptive, new_hat
 
-from hat_lib.config import DATA, HatError
+from hat_lib.config import HatError
 from hat_lib.evaluation import equal_work as module
 from hat_lib.evaluation.controls import EQUAL, OutOfReach
 from hat_lib.evaluation.equal_work import Point, Row, grid
 from hat_lib.model.checkpoint import read_checkpoint
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.rows import RowWriter, read_rows
-from studies import quality as study
-from studies import stand_ins
 from studies.common import TEXTS, saved
 from studies.quality import KEY, plan
 
@@ -50,28 +48,21 @@ def measured(grain, tmp_path_factory):
     return out, {(r.variant, r.exit_rate): r for r in rows}
 
 
-@pytest.mark.slow
 def test_every_point_once_at_equal_work(measured):
     rows = measured[1]
     exits = {(v, 0.5) for v in ("trained", "random_exits", "no_exits")}
     assert set(rows) == {(v, 0.0) for v in (*VARIANTS, "fine_tuned")} | exits
-    trained = rows["trained", 0.0]
-    assert trained.realised == pytest.approx(0.7, abs=0.05)
-    for variant in VARIANTS:
-        row = rows[variant, 0.0]
-        assert row.model_share == pytest.approx(trained.model_share, abs=0.003)
-        assert row.increase_low <= row.increase <= row.increase_high
+    trained, gates = rows["trained", 0.0], rows["trained", 0.5]
+    for (variant, rate), row in rows.items():
+        partner = gates if rate else rows["fine_tuned", 0.0] if variant == "fine_tuned" else trained
+        if variant != "random_exits":
+            assert row.model_share == pytest.approx(partner.model_share, abs=EQUAL + 1e-5)
         assert row.increase == pytest.approx(row.ppl / row.base_ppl - 1, abs=1e-4)
-        assert row.margin == pytest.approx(row.ppl / trained.ppl - 1, abs=1e-4)
-        assert row.kl > 0 and 0 < row.top1 <= 1
-        assert row.documents >= 6 and row.margin_low <= row.margin <= row.margin_high
-    assert trained.margin == trained.margin_low == trained.margin_high == 0
-    idle = rows["fine_tuned", 0.0]
-    assert idle.realised == 1 and idle.margin == pytest.approx(idle.increase, abs=1e-4) and idle.kl > 0
-    gates, drawn, dial = (rows[variant, 0.5] for variant in ("trained", "random_exits", "no_exits"))
-    assert dial.realised_exit == 0 and dial.model_share == pytest.approx(gates.model_share, abs=0.003)
-    assert dial.margin == pytest.approx(dial.ppl / gates.ppl - 1, abs=1e-4)
-    assert gates.realised_exit > 0.2
+        assert row.increase_low <= row.increase <= row.increase_high and row.margin_low <= row.margin <= row.margin_high
+        if variant != "fine_tuned":
+            assert row.margin == pytest.approx(row.ppl / partner.ppl - 1, abs=1e-4)
+    assert rows["fine_tuned", 0.0].realised == 1 and rows["no_exits", 0.5].realised_exit == 0
+    drawn = rows["random_exits", 0.5]
     assert drawn.realised_exit == pytest.approx(gates.realised_exit, abs=0.04)  # five standard errors of the draw
 
 
@@ -79,100 +70,61 @@ def test_a_stopped_run_goes_on_and_ends_alike(measured, grain, tmp_path):
     whole, out = measured[0], tmp_path / "quality.csv"
     lines = whole.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:3]))
-    rows = list(quality(out, grain))
-    assert len(rows) == len(lines) - 3
+    assert len(list(quality(out, grain))) == len(lines) - 3
     assert out.read_text() == whole.read_text()
-    assert list(quality(out, grain)) == []
 
 
 def test_rows_of_other_gates_are_refused_and_those_without_exits_stay_valid(measured, grain, tmp_path):
     out = tmp_path / "quality.csv"
     pd.read_csv(measured[0]).query("exit_rate == 0").to_csv(out, index=False)
-    kept, other = out.read_text(), tmp_path / "again"
     hat = HierarchicalTransformer.from_pretrained(grain["channel"], dtype="fp32")
     with torch.no_grad():
         for gate in hat.gates.values():
             gate.shift.add_(1.0)
-    hat.save_pretrained(other)
-    run = quality(out, grain, channel=other)
-    assert {row.exit_rate for row in run} == {0.5}
-    assert out.read_text().startswith(kept)
-    before = out.read_text()
-    with pytest.raises(HatError, match="rows of another channel checkpoint"):
+    hat.save_pretrained(tmp_path / "again")
+    assert {row.exit_rate for row in quality(out, grain, channel=tmp_path / "again")} == {0.5}
+    with pytest.raises(HatError, match="another channel checkpoint"):
         list(quality(out, grain))
-    assert out.read_text() == before
 
 
 def test_refusals(grain, tmp_path):
     swapped = {"grains": ["token"], "token": grain["channel"], "token_untrained": grain["channel_untrained"]}
-    for changes, words in (
-        (
-            swapped | {"points": [p._replace(granularity="token") for p in POINTS]},
-            "has the channel grain, expected token",
-        ),
-        ({"channel": grain["channel_untrained"]}, "has no trained routers: expected a checkpoint as `hat train`"),
-        ({"channel_untrained": grain["channel"]}, "was trained: expected a checkpoint as `hat calibrate` writes it"),
-        ({"channel": tmp_path / "none"}, "no checkpoint"),
+    for changes in (
+        swapped | {"points": [p._replace(granularity="token") for p in POINTS]},
+        {"channel": grain["channel_untrained"]},
+        {"channel_untrained": grain["channel"]},
+        {"channel": tmp_path / "none"},
     ):
-        with pytest.raises(HatError, match=words):
+        with pytest.raises(HatError):
             list(quality(tmp_path / "a.csv", grain, **changes))
 
 
-@pytest.mark.parametrize("failure", [OutOfReach("its nearest is 0.9"), HatError("the text has no tokens")])
-def test_only_a_control_out_of_reach_costs_no_other_row(grain, tmp_path, monkeypatch, failure):
+def test_a_control_out_of_reach_costs_no_other_row(grain, tmp_path, monkeypatch):
     def refuse(*_):
-        raise failure
+        raise OutOfReach("its nearest is 0.9")
 
     monkeypatch.setitem(module.CONTROLS, "static", refuse)
-    run = quality(tmp_path / "quality.csv", grain)
-    if isinstance(failure, OutOfReach):
-        with pytest.warns(UserWarning, match="no row for static at 0.7 on docstrings: its nearest is 0.9"):
-            found = list(run)
-        left = [v for v in VARIANTS if v not in ("trained", "static")]
-        assert [r.variant for r in found[:4]] == ["trained", "trained", "random_exits", "fine_tuned"]
-        assert {r.variant for r in found[4:]} == {*left, "no_exits"}
-    else:
-        with pytest.raises(HatError, match="the text has no tokens"):
-            list(run)
-        done = {r.variant for r in read_rows(tmp_path / "quality.csv", Row)}
-        assert done == {"trained", "random_exits", "fine_tuned"}  # controls come together
+    points = [p for p in POINTS if p.variant in ("trained", "static", "random") and p.exit_rate == 0]
+    with pytest.warns(UserWarning, match="no row for static"):
+        assert {row.variant for row in quality(tmp_path / "a.csv", grain, points=points)} == {"trained", "random"}
 
 
-def test_a_short_text_of_several_documents_is_matched_on_all_of_it(grain, tmp_path):
-    text = tmp_path / "mine.jsonl"  # every other block, of about 1,600 tokens, would be too few
-    long = "The words of a long one, and more words, go on. " * 10
-    both = "A short one, of a few words alone, number ", long
-    text.write_text("".join(f'{{"text": "{words}{i}"}}\n' for i in range(3) for words in both))
-    points = [Point("channel", str(text), 4096, 0.7, 0.0, variant) for variant in ("trained", "random")]
-    trained, drawn = quality(tmp_path / "quality.csv", grain, points=points)
-    assert trained.documents == trained.blocks == 6 and 1536 < trained.tokens < 2048
-    assert drawn.model_share == pytest.approx(trained.model_share, abs=EQUAL)
-
-
-def test_the_plan_has_what_the_result_must_show():
-    for granularity, controls in (("channel", {*module.CONTROLS}), ("token", {*module.CONTROLS} - {"static"})):
+def test_plan():
+    for granularity in ("channel", "token"):
         found = plan(granularity)
         assert len(set(found)) == len(found)
         for text in TEXTS:
-            here = {(p.max_tokens, p.capacity, p.variant) for p in found if p.text == text and not p.exit_rate}
-            tokens = study.MANY[text] if granularity == "channel" else study.FEW
-            beside = ("trained", "untrained") if granularity == "channel" else ("trained",)
-            assert here >= {(tokens, c, v) for c in (0.9, 0.7, 0.55, 0.4) for v in beside}
-            assert here >= {(4096, c, v) for c in (0.7, 0.55) for v in ("trained", *controls)}
-            choice = {c for n, c, v in here if (n, v) == (tokens, "uncorrected")}
-            assert choice == ({0.7, 0.55, 0.4} if granularity == "channel" else set())
-            leaving = {(p.capacity, p.exit_rate, p.variant, p.seed) for p in found if p.text == text and p.exit_rate}
-            assert leaving >= {(1.0, 0.1, "trained", 0), (0.75, 0.1, "trained", 0)}
-            draws = {(1.0, 0.3, "random_exits", seed) for seed in range(5)} | {(1.0, 0.3, "no_exits", 0)}
-            assert draws <= leaving or granularity == "token"
+            here = {(p.capacity, p.variant) for p in found if p.text == text and not p.exit_rate}
+            controls = {*module.CONTROLS} - {"static"} if granularity == "token" else {*module.CONTROLS}
+            assert here >= {(c, "trained") for c in (0.9, 0.7, 0.55, 0.4)}
+            assert here >= {(c, variant) for c in (0.7, 0.55) for variant in controls}
 
 
 def test_a_grid_has_each_point_where_it_means_something():
     found = grid("channel", capacities=[1.0, 0.5], exit_rates=[0.0, 0.2], seeds=[0, 1], texts=["a"])
     assert len(set(found)) == len(found)
-    assert [(p.capacity, p.exit_rate) for p in found if p.variant == "trained"] == [
-        (1.0, 0.0), (1.0, 0.2), (0.5, 0.0), (0.5, 0.2)
-    ]  # fmt: skip
+    trained = [(p.capacity, p.exit_rate) for p in found if p.variant == "trained"]
+    assert trained == [(1.0, 0.0), (1.0, 0.2), (0.5, 0.0), (0.5, 0.2)]
     assert {p.seed for p in found if p.variant == "random"} == {0, 1}
     assert {p.seed for p in found if p.variant in ("trained", "untrained", "cosine")} == {0}
     assert {(p.capacity, p.exit_rate) for p in found if p.variant == "random"} == {(0.5, 0.0)}
@@ -181,14 +133,7 @@ def test_a_grid_has_each_point_where_it_means_something():
 
 @pytest.mark.parametrize(
     ("axis", "values"),
-    [
-        ("capacities", [0.05]),
-        ("capacities", []),
-        ("capacities", [0.5, 0.5]),
-        ("exit_rates", [1.5]),
-        ("seeds", [-1]),
-        ("variants", ["lucky"]),
-    ],
+    [("capacities", [0.05]), ("capacities", []), ("exit_rates", [1.5]), ("seeds", [-1]), ("variants", ["lucky"])],
 )
 def test_bad_axes(axis, values):
     with pytest.raises(HatError):
@@ -210,12 +155,3 @@ def test_price_texts():
     assert module.price_texts(known, 0.7) == {"news": "+10%"} and module.price_texts(known, 1.0) == {"news": "+0%"}
     assert module.price_texts(known, 0.6) == {"news": "+15%"}, "half way in the logarithm"
     assert module.price_texts(known, 0.4) == {"news": "more than +21%"} and module.price_texts([], 0.5) == {}
-
-
-def test_the_committed_stand_ins_are_of_the_committed_checkpoint():
-    read = read_rows(DATA / "results" / "stand_ins.csv", Row)
-    done = {tuple(getattr(row, name) for name in KEY): row for row in read}
-    with pytest.raises(HatError, match="rows of another token checkpoint"):
-        next(stand_ins.rows(done, token=DATA / "checkpoints" / "token"))
-    adapter = module.adapter_digest(module.CHECKPOINTS / "token_stand_ins", exits=False)
-    assert len(done) == 12 and {row.adapter for row in read} == {adapter}

@@ -26,10 +26,6 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             found = gated_product(x, w, cut, scale)
             assert found.dtype == torch.float32
             assert (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max()), (dtype, channels, scale)
-try:
-    gated_product(x, w.t(), cut)
-except ValueError as error:
-    print(error)
 """
 
 
@@ -38,11 +34,3 @@ def test_it_is_the_masked_product():
     env = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
-    assert "must have the rows of a contiguous w [C, O]" in done.stdout
-
-
-def test_the_benchmark_says_what_it_needs():
-    command = [sys.executable, "-c", "import torch, runpy; torch.cuda.is_available = lambda: False; "
-               "runpy.run_module('studies.gpu.triton_product', run_name='__main__')"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 1 and "needs a CUDA device" in done.stderr

@@ -1,0 +1,208 @@
+"""Each study on `random:tiny`, for seconds: its rows are complete, their work is as asked, and finished rows are
+skipped. Nothing is asserted about speed."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny_runs import GRAINS, adaptive, random_blocks
+
+from hat_lib.config import DATA, HatConfig
+from hat_lib.evaluation.decoded import score_decoded
+from hat_lib.evaluation.perplexity import compare
+from hat_lib.inference.speed import SpeedCurve, Variant, take_turns
+from hat_lib.model.cost import Work
+from hat_lib.model.fast_path import WEIGHT_FORMATS
+from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.rows import RowWriter, read_rows
+from studies import benchmark, corrections, decode, quality, registry, self_speculative, speed_targets, token_time
+from studies.benchmark import Setting, forced
+from studies.layer_shares import layer_shares
+
+TINY = {"base": "random:tiny", "dtype": "fp32"}
+ADDRESSES = (("addresses", "validation"),)
+SMALL = {
+    # study: (options, constants in place of its own, number of rows)
+    "benchmark": (
+        TINY | {"channel": [0.75], "token": [0.75], "exits": [0.4], "batches": [1, 2], "rounds": 1, "steps": 4}, {}, 10
+    ),
+    "ablations": (
+        TINY | {"tokens": 1200, "calibration_tokens": 2048},
+        {"CHANGES": {"none": {}, "uniform split": {"split": "uniform"}}, "CAPACITIES": (0.6,), "MEASURED": ADDRESSES},
+        2,
+    ),
+    "corrections": (
+        TINY | {"steps": 1, "tokens": 1024, "changes": ["untrained", "routers and split"]},
+        {"START_TOKENS": 2048, "PROBE_TOKENS": 256, "MIXTURE": "addresses", "MEASURED": ADDRESSES, "CAPACITIES": (0.6,),
+         "CHANGES": (corrections.Change("untrained"),
+                     corrections.Change("routers and split", None, "addresses", split_lr=0.5))},
+        2,
+    ),
+    "step_cost": (TINY | {"rounds": 1}, {}, 2),
+    "decode": (
+        {"capacities": [1.0, 0.5], "together": 2, "rounds": 1, "steps": 2, "dtype": "fp32"},
+        {"BUNDLED": "random:tiny", "SHAPE": "random:tiny", "HELD_OUT": 16, "CONTEXT": 16,
+         "llama_cpp": lambda ids, steps: lambda: 1.0},
+        2 * (6 + 4 * len(WEIGHT_FORMATS)),
+    ),
+    "token_time": ({"capacity": 0.5, "rounds": 1, "steps": 2, "dtype": "fp32"}, {"CONTEXT": 16}, 22),
+    "self_speculative": (
+        {"capacity": 0.5, "weights": "int8", "dtypes": ["fp32"], "count": 2, "max_new_tokens": 8, "rounds": 1}, {}, 2
+    ),
+    "published_claims": (
+        {"rounds": 1, "steps": 8, "dtype": "fp32"},
+        {"SHAPE": "random:tiny", "SETTINGS": [Setting(0.7), Setting(0.75, 0.1)]},
+        8,
+    ),
+    "layer_shares": ({"max_tokens": 256, "dtype": "fp32"}, {}, 3 * 4),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for grain in GRAINS:
+        adaptive(grain).save_pretrained(folder / grain)
+    return {grain: folder / grain for grain in GRAINS}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A folder with a `quality.csv` of three settings."""
+    folder = tmp_path_factory.mktemp("results")
+    template = read_rows(DATA / "results" / "quality.csv", quality.Row)[0]
+    with RowWriter(folder / "quality.csv", quality.Row, quality.KEY) as writer:
+        for grain in GRAINS:
+            for text in ("addresses", "docstrings"):
+                for setting in ((0.7, 0.0), (0.75, 0.1)):
+                    point = quality.Point(grain, text, 4000, *setting, "trained")
+                    writer.write(quality.Row(**vars(template) | point._asdict() | {"increase": setting[0]}))
+    return folder
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_rows(name, checkpoints, results, monkeypatch):
+    study, (options, constants, count) = registry.load(name), SMALL[name]
+    for constant, value in constants.items():
+        monkeypatch.setattr(study, constant, value)
+    known = registry.option_kinds(name)
+    options |= {"results": results} if "results" in known else {}
+    options |= {"checkpoint": checkpoints["channel"]} if "checkpoint" in known else {}
+    options |= checkpoints if "token" in known and "channel" in known and name != "benchmark" else {}
+    rows = list(study.rows(**options))
+    assert len(rows) == count
+    for row in rows:
+        assert row.device == "cpu" and row.dtype == "float32" and row.threads >= 1 and row.cpu
+        if (
+            getattr(row, "realised", None) is not None
+            and not getattr(row, "exit_rate", 0)
+            and name != "published_claims"
+        ):
+            assert row.realised == pytest.approx(row.capacity, abs=0.2)
+    done = {tuple(getattr(row, field) for field in study.KEY): row for row in rows}
+    assert list(study.rows(done, **options)) == []
+    if name == "published_claims":
+        assert rows[0].addresses == 0.7 and rows[2].addresses is None, "a shape without weights has no quality"
+    if name == "corrections":
+        assert rows[0].kl != rows[1].kl and (rows[0].steps, rows[0].parameters) == (0, 0) and rows[1].parameters > 0
+    if name == "self_speculative":
+        assert all(row.identical for row in rows)
+
+
+def test_targets_are_refused_beyond_the_curve_and_priced_as_they_were_timed(checkpoints, monkeypatch):
+    curve = SpeedCurve("dense", 0.0, [0.1, 1.0], [1.16, 1.0], "cpu")
+    monkeypatch.setattr("hat_lib.inference.generate.speed_curve", lambda *_, **__: curve)
+    monkeypatch.setattr(speed_targets, "TEXTS", ("addresses",))
+    monkeypatch.setattr(speed_targets, "BLOCK", 64)
+    done = {("token", "dense", target) for target in (1.1, 1.16, 1.3, 1.6, 1.7, 1.8)}
+    options = {"dtype": "fp32", "count": 1, "max_new_tokens": 6, "tokens": 192}
+    rows = list(speed_targets.rows(done, **checkpoints, **options))
+    assert [(r.requested, r.reachable) for r in rows] == [(t, t <= 1.16) for t in (1.1, 1.16, 1.3, 1.6, 1.7, 1.8)]
+    assert all(r.capacity is r.measured is r.addresses is None for r in rows if not r.reachable)
+    assert rows[0].over_hf > 0 and rows[0].lowest <= rows[0].measured <= rows[0].highest
+    hat = HierarchicalTransformer.from_pretrained(checkpoints["channel"], dtype="fp32")
+    blocks = speed_targets.whole_blocks("addresses", hat.base.tokenizer, 192)
+    with hat.at(curve.capacity_for(1.1), 0.0), hat.steered():
+        base, (scored,) = score_decoded(hat, blocks, progress=False)
+    assert rows[0].addresses == pytest.approx(compare(base, scored).increase, rel=1e-2)
+
+
+# --- their parts ---
+
+
+def test_take_turns():
+    """A round has a random order and the next its reverse; the warm-up is not counted, and ratios are paired."""
+    order, fake = "", {"a": iter([9, 2.0, 4.0, 8.0]), "b": iter([9, 1.0, 1.0, 1.0])}
+    variants = [Variant(name, None, torch.inference_mode) for name in "ab"]
+
+    def once(variant):
+        nonlocal order
+        order += variant.name
+        return next(fake[variant.name])
+
+    take_turns(variants, once, rounds=3)
+    assert order[:2] == order[3:1:-1] and order[4:6] == order[7:5:-1]
+    assert variants[0].times == [2.0, 4.0, 8.0] and benchmark.ratio(*variants) == 4.0
+
+
+def test_forced_tokens_skip_exactly(tiny_base):
+    hat = HierarchicalTransformer(tiny_base, HatConfig.published(tiny_base, exit_layers=(), protected_tokens=0))
+    with torch.no_grad(), forced(hat, [0.5], 2, 40)[0.5]():
+        hat.lm(torch.randint(5, 250, (2, 40)))
+    share = hat.trace.share
+    hat.unload()
+    assert (share[0] == 1).all() and (share.sum(0) == 2).all()
+    assert len({tuple(share[:, b, t].tolist()) for b in range(2) for t in range(40)}) == 3
+
+
+def test_a_format_s_ideal_is_in_the_bytes_that_it_reads():
+    """Half of 1000 weights of the layers, 200 of the head; in four bits, all scales are read."""
+    dense, executed = ({"ffn": torch.tensor(2.0 * n), "head": torch.tensor(400.0)} for n in (1000, 500))
+    ideal = {form: decode._ideal(Work({}, executed, {}, dense), 2, form) for form in ("base", "int8", "q4")}
+    assert ideal == {"base": 2400 / 1400, "int8": 1200 / 700, "q4": 825 / 575}
+
+
+def test_parting():
+    logits = [torch.tensor([[1.0, top, top - gap]]) for top, gap in [(8.0, 1.0), (3.0, 0.03125), (200.0, 1.0)]]
+    base, parting = torch.tensor([1, 1, 1]), self_speculative.parting
+    assert parting(base, base, logits) == (None, None)
+    # A bf16 has steps of 2^-6 between 2 and 4, and of 1 between 128 and 256.
+    assert parting(base, torch.tensor([1, 2, 1]), logits) == (1, 2.0)
+    assert parting(base, torch.tensor([1, 1, 2]), logits) == (2, 1.0)
+    assert parting(base, base[:2], logits) == parting(base[:2], base, logits) == (2, 1.0), "one ended"
+
+
+def test_the_parts_of_a_token_make_the_whole():
+    ms = {"dense": [9.0], "dense without nothing": [10.0], "few words": [7.0], "dense generate": [9.5]}
+    ms |= {f"dense without {part}": [10.0 - k] for k, part in enumerate(token_time.LINEARS)}
+    found = {part: times[0] for part, times in token_time._parts("dense", ms).items()}
+    assert found == {"qkv": 0.0, "o": 1.0, "gate_up": 2.0, "down": 3.0, "head": 2.0, "rest": 1.0, "loop": 0.5}
+
+
+def test_layer_shares_are_those_of_the_trace():
+    hat = adaptive("channel")
+    blocks = [{"input_ids": ids} for ids in (*random_blocks(1, 30), *random_blocks(1, 20, seed=1))]
+    rows = layer_shares(hat, blocks, [(0.6, 0.5), (1.0, 0.0)])
+    n, expected = hat.config.n_layers, torch.zeros(hat.config.n_layers, dtype=torch.float64)
+    with hat.at(0.6, 0.5), torch.no_grad():
+        for block in blocks:
+            hat.lm.model(input_ids=torch.tensor([block["input_ids"]]), use_cache=False)
+            expected += hat.trace.share.double().sum((1, 2))
+    assert [row.executed for row in rows[:n]] == pytest.approx((expected / 50).tolist(), rel=1e-4)
+    assert rows[0].entered == 1 > rows[n - 1].entered and all(row.executed == row.entered == 1 for row in rows[n:])
+
+
+def test_corrections_are_read_at_the_work_of_the_first_run(tmp_path):
+    runs = {"untrained": (0.0, 1.0), "rank 4": (0.03, 0.8)}  # how much more it executes, its KL at equal work
+    table = [
+        {"change": name, "text": text, "capacity": c, "realised": c + more, "increase": 0}
+        | {"kl": better * np.exp(1 - 8 * (c + more))}
+        for name, (more, better) in runs.items()
+        for text, _ in corrections.MEASURED
+        for c in corrections.CAPACITIES
+    ]
+    pd.DataFrame(table).to_csv(tmp_path / "corrections.csv", index=False)
+    found = corrections.shown(tmp_path)
+    for name, (_, better) in runs.items():
+        rows = found[found["change"] == name]
+        np.testing.assert_allclose(rows["kl"], better * np.exp(1 - 8 * rows["capacity"]), rtol=1e-9)
