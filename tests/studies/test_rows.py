@@ -32,7 +32,7 @@ SMALL = {
         2,
     ),
     "corrections": (
-        TINY | {"steps": 1, "tokens": 1024, "changes": ["untrained", "routers and split"]},
+        TINY | {"steps": 2, "tokens": 1024, "changes": ["untrained", "routers and split"]},
         {"START_TOKENS": 2048, "PROBE_TOKENS": 256, "MIXTURE": "addresses", "MEASURED": ADDRESSES, "CAPACITIES": (0.6,),
          "CHANGES": (corrections.Change("untrained"),
                      corrections.Change("routers and split", None, "addresses", split_lr=0.5))},
