@@ -169,14 +169,14 @@ def _measures(table: pd.DataFrame) -> list[str]:
     return [m for m in PANELS if m == "share" or table.loc[table["measure"] == m, "mean"].max() > 0]
 
 
-def _intervals(ax: Axes, rows: pd.DataFrame, at: np.ndarray, colour=BLUE, marker="o", across=False, line="none"):
+def _intervals(ax: Axes, rows: pd.DataFrame, at: np.ndarray, colour=BLUE, marker="o", horizontal=False, line="none"):
     """Means with whiskers at positions ``at`` of the other axis, and a line at the mean of all tokens."""
-    x, y = (rows["mean"], at) if across else (at, rows["mean"])
-    (ax.axvline if across else ax.axhline)((rows["mean"] - rows["difference"]).mean(), color=GREY, linewidth=1)
-    style.whiskers(ax, at, rows[ENDS], colour, "none", line, across, linewidth=1)
+    x, y = (rows["mean"], at) if horizontal else (at, rows["mean"])
+    (ax.axvline if horizontal else ax.axhline)((rows["mean"] - rows["difference"]).mean(), color=GREY, linewidth=1)
+    style.whiskers(ax, at, rows[ENDS], colour, "none", line, horizontal, linewidth=1)
     clear = (rows["difference_low"] > 0) | (rows["difference_high"] < 0)
     ax.scatter(x, y, s=28, marker=marker, c=np.where(clear, colour, "white"), edgecolors=colour, zorder=3)
-    (ax.xaxis if across else ax.yaxis).set_major_formatter(PERCENT)
+    (ax.xaxis if horizontal else ax.yaxis).set_major_formatter(PERCENT)
 
 
 def _legend(fig: Figure, lines: Sequence[Line2D] = ()) -> None:

@@ -45,7 +45,7 @@ SMALL = {
          "llama_cpp": lambda ids, steps: lambda: 1.0},
         2 * (6 + 4 * len(WEIGHT_FORMATS)),
     ),
-    "token_time": ({"capacity": 0.5, "rounds": 1, "steps": 2, "dtype": "fp32"}, {"CONTEXT": 16}, 22),
+    "token_time": ({"capacity": 0.5, "rounds": 1, "steps": 2, "dtype": "fp32"}, {}, 22),
     "self_speculative": (
         {"capacity": 0.5, "weights": "int8", "dtypes": ["fp32"], "count": 2, "max_new_tokens": 8, "rounds": 1}, {}, 2
     ),
