@@ -13,7 +13,6 @@ Text is written through `hat_lib.text.plain.cell`, on one line and harmless for 
 from __future__ import annotations
 
 import csv
-import io
 import os
 import typing
 from collections.abc import Sequence
@@ -31,20 +30,19 @@ from hat_lib.text.plain import cell, from_cell
 class RowWriter:
     """Appends rows of one dataclass to a CSV file, made with its folders and a header if it does not exist.
 
-    ``key`` names the fields that tell rows apart; ``done`` has the rows in the file by key, a tuple. One writer per
-    file (not enforced on Windows). Raises `HatError` for a file of something else, and for one that another run is
-    writing or that cannot be written.
+    ``key`` names the fields that tell rows apart; ``done`` has the rows in the file by key, a tuple. Raises `HatError`
+    for a file of something else, and for one that another run is writing or that cannot be written.
     """
 
     def __init__(self, path: str | Path, row_type: type, key: Sequence[str]):
         self.path, self.key = Path(path), tuple(key)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b", buffering=0)
+            self._file = self.path.open("a", encoding="utf-8", newline="")
         except OSError as error:
             raise HatError(f"cannot write {path}: {error.strerror or error}") from error
         lock(self._file, f"{path} is being written by another run")
-        self._columns, rows, end = _parse(path, self.path.read_bytes(), row_type)
+        self._columns, rows, end = _parse(self.path, row_type)
         self.done = {self._key(row): row for row in rows}
         self._file.truncate(end)
         if not end:
@@ -63,11 +61,9 @@ class RowWriter:
         self._file.close()
 
     def _append(self, cells) -> None:
-        line, end = _line(cells), self.path.stat().st_size
         try:
-            if self._file.write(line) < len(line):
-                self._file.truncate(end)
-                raise OSError("the disk is full")
+            csv.writer(self._file, lineterminator="\n").writerow(cells)
+            self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise HatError(f"cannot write {self.path}: {error.strerror or error}") from error
@@ -79,29 +75,25 @@ class RowWriter:
 def read_rows(path: str | Path, row_type: type) -> list:
     """The rows of a file as ``row_type``, with types restored; also while it is being written. Raises `HatError` if
     there is no such file, or its columns or values are not the row's."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise HatError(f"cannot read {path}: {error.strerror or error}") from error
-    return _parse(path, data, row_type)[1]
+    return _parse(Path(path), row_type)[1]
 
 
-def _parse(path, data: bytes, row_type: type) -> tuple[list[str], list, int]:
-    """Columns in the order of the file, rows, and the length of the complete lines."""
-    hints = typing.get_type_hints(row_type)
-    names, end = [field.name for field in fields(row_type)], data.rfind(b"\n") + 1
-    if not end and _line(names).startswith(data):  # empty, or killed while writing its first line
-        return names, [], 0
-    rows = []
+def _parse(path: Path, row_type: type) -> tuple[list[str], list, int]:
+    """Columns in the order of the file, rows, and the length of the complete lines in bytes."""
+    hints, names, rows = typing.get_type_hints(row_type), [field.name for field in fields(row_type)], []
     try:
-        columns, *lines = csv.reader(data[:end].decode().split("\n")[:-1] or [""], strict=True)
+        data = path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if not end and ",".join(names).encode().startswith(data):  # empty, or killed while writing its first line
+            return names, [], 0
+        columns, *lines = csv.reader(data[:end].decode().splitlines() or [""], strict=True)
         if sorted(columns) != sorted(names):
             raise ValueError(f"expected columns {', '.join(names)}, got {', '.join(columns)}")
         for cells in lines:
-            named = zip(columns, cells, strict=True)
-            rows.append(row_type(**{name: _value(text, hints[name]) for name, text in named}))
-    except (ValueError, KeyError, csv.Error) as error:
-        raise HatError(f"{path}, row {len(rows) + 1}: {error}") from error
+            values = {name: _value(text, hints[name]) for name, text in zip(columns, cells, strict=True)}
+            rows.append(row_type(**values))
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise HatError(f"cannot read {path}, row {len(rows) + 1}: {error}") from error
     return columns, rows, end
 
 
@@ -112,12 +104,6 @@ def _value(text: str, hint):
     if bool in kinds:
         return {"True": True, "False": False}[text]
     return from_cell(text) if str in kinds else kinds[0](text)
-
-
-def _line(cells) -> bytes:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(cells)
-    return line.getvalue().encode()
 
 
 def rounded(row_type: type, **values):

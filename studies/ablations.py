@@ -81,7 +81,7 @@ def rows(
                     low, high = margin.interval
                     yield rounded(
                         Row,
-                        **machine(loaded) | vars(score.agreement) | perplexity(compare(dense, score)),
+                        **machine(loaded) | perplexity(dense, score),
                         change=name,
                         text=text,
                         split=split,

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from hat_lib.backbone.base import Base, load_base, parse_dtype
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import HatConfig, HatError, check_count
-from hat_lib.evaluation.perplexity import compare, score_each
+from hat_lib.evaluation.perplexity import score_each
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting.training import at_equal_work
 from hat_lib.text.blocks import load_text, spread
@@ -171,7 +171,7 @@ def _on_text(
     for capacity, found in zip(capacities, measured, strict=True):
         yield rounded(
             Row,
-            **machine(hat.base) | vars(found.agreement) | perplexity(compare(dense, found)) | vars(change),
+            **machine(hat.base) | perplexity(dense, found) | vars(change),
             change=change.name,
             parameters=parameters,
             steps=steps,

@@ -194,7 +194,7 @@ def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, floa
     with hat.dense():
         without = [partial(hat.using, Layers({layer: 0.0})) for layer in layers]
         _, scores = score_each(hat, rows, without, progress=False)
-    return {layer: score.agreement.kl for layer, score in zip(layers, scores, strict=True)}
+    return {layer: score.kl for layer, score in zip(layers, scores, strict=True)}
 
 
 # -- the cosine rule -----------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ class _OnText:
         low, high = margin.interval
         return rounded(
             Row,
-            **machine(self.hat.base) | vars(found.agreement) | columns(compare(self.base, found)) | point._asdict(),
+            **machine(self.hat.base) | columns(self.base, found) | point._asdict(),
             realised=found.capacity,
             realised_exit=found.exit_rate,
             model_share=found.model_share,

@@ -1,15 +1,14 @@
 """Quality: perplexity with a confidence interval, agreement with the base, bits per byte.
 
-Perplexity is exp of the mean negative log-likelihood per scored token, over the strided windows of
-`hat_lib.text.blocks`: a block's ``n_context`` leading tokens are read but not scored, nor is the first token of a block
-without context.
+Perplexity is exp of the mean negative log-likelihood per scored token, over the windows of `hat_lib.text.blocks`: a
+block's ``n_context`` leading tokens are read but not scored, nor is the first token of a block without context.
 
 `compare` is paired: both models score the same tokens, and their blocks are resampled together, so that what is hard
 for both cancels (`hat_lib.evaluation.intervals`). With fewer than six documents the interval applies to more text of
 these documents, and is too narrow for others.
 
-Bits per byte are nats / (ln 2 * UTF-8 bytes of the scored tokens' text) and, unlike perplexity, are comparable across
-tokenizers (Gao et al. 2020, "The Pile", arXiv:2101.00027).
+Bits per byte, nats / (ln 2 * UTF-8 bytes of the scored text), are comparable across tokenizers (Gao et al. 2020, "The
+Pile", arXiv:2101.00027).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -28,23 +27,12 @@ from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from hat_lib.config import HatError, check_count
-from hat_lib.evaluation.intervals import FEWEST, resample, tails, units
+from hat_lib.evaluation.intervals import FEWEST, Units, resample, tails, units
 from hat_lib.model.cost import WorkTally
 from hat_lib.model.transformer import HierarchicalTransformer
 
 # Rows of logits held at once in fp32: 25 MB for a vocabulary of 49,152.
 SLICE = 128
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How close an adaptive model stays to its own dense pass, over the scored tokens."""
-
-    top1: float
-    """share of tokens for which both have the same most likely next token"""
-    kl: float
-    """KL(base || adaptive), nats per token"""
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +43,8 @@ class Score:
     """negative log-likelihood of each block, nats, fp64 ``[n_blocks]`` in the order of the dataset"""
     tokens: np.ndarray
     """scored tokens of each block, int64 ``[n_blocks]``"""
+    documents: Sequence | None = None
+    """the document that each block belongs to; None if each is a document of its own"""
     capacity: float = 1.0
     exit_rate: float = 0.0
     model_share: float = 1.0
@@ -62,15 +52,10 @@ class Score:
     """`capacity` without the head"""
     exits: np.ndarray | None = None
     """real tokens by the number of layers they ran, int64 ``[L + 1]``; None for a plain model"""
-    agreement: Agreement | None = None
-    """with the base, if the same tokens were run through it"""
-    documents: np.ndarray | None = None
-    """name of the document that each block belongs to, ``[n_blocks]``; None if each is a document of its own"""
-
-    @property
-    def document_of(self) -> Sequence:
-        """The document of each block."""
-        return range(len(self.tokens)) if self.documents is None else self.documents
+    top1: float | None = None
+    """share of tokens with the base's most likely next token; None if the base did not run"""
+    kl: float | None = None
+    """KL(base || adaptive), nats per token"""
 
     @property
     def perplexity(self) -> float:
@@ -113,7 +98,10 @@ def score(
 
     Raises `HatError` for a text without a scored token, a bad batch size, or ``hat.lm`` instead of ``hat``.
     """
-    lm, hat = _unwrap(model)
+    hat = model if isinstance(model, HierarchicalTransformer) else None
+    lm = hat.lm if hat else model
+    if hat is None and any("forward" in vars(layer) for layer in lm.model.layers):
+        raise HatError("this model carries a HierarchicalTransformer: pass that, so that its work is counted")
     tally = _Tally(lm.lm_head, hat, dataset)
     for batch in _batches(dataset, batch_size, lm.device, progress):
         tally.add(batch, batch.run(lm))
@@ -129,9 +117,8 @@ def score_each(
     batch_size: int = 1,
     progress: bool = True,
 ) -> tuple[Score, list[Score]]:
-    """`score` of the base (``hat.dense()``), run once, and of ``hat`` in each of several settings, with its agreement.
-    A setting makes a context to run ``hat`` in, such as ``partial(hat.at, 0.5)``; by default, as it is set.
-    """
+    """`score` of the base (``hat.dense()``), run once, and of ``hat`` in each of several settings, with its agreement
+    with the base. A setting makes a context, such as ``partial(hat.at, 0.5)``; by default ``hat`` runs as it is set."""
     if not isinstance(hat, HierarchicalTransformer):
         raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to be compared with")
     base, *adaptive = (_Tally(hat.lm.lm_head, hat, dataset) for _ in range(1 + len(settings)))
@@ -156,7 +143,7 @@ def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 
     n, added, tokens = len(base.tokens), adaptive.nll - base.nll, int(base.tokens.sum())
     low = high = math.nan
     if n >= FEWEST:
-        found = units(adaptive.document_of)
+        found = _units(adaptive)
         counts = resample(found, n, resamples, seed)
         low, high = np.quantile(np.expm1(counts @ added / (counts @ base.tokens)), tails(found.drawn)).tolist()
     increase = float(np.expm1(added.sum() / tokens))
@@ -168,21 +155,25 @@ def coverage(
 ) -> float:
     """How often an interval of `compare` would hold the truth on text like these blocks; ideally 0.95.
 
-    The share of ``draws`` texts of about ``blocks`` blocks (by default as many as there are) whose interval holds the
-    increase over all of these blocks. Texts are put together from the units that the bootstrap draws, so this sees what
-    few units do to an interval, and neither what other documents would bring nor how alike units are.
+    The share of ``draws`` texts of about ``blocks`` blocks (by default as many as there are), put together from the
+    units of the bootstrap, whose interval holds the increase over all blocks. So this sees what few units do to an
+    interval, and neither what other documents would bring nor how alike units are.
     """
-    found, n = units(adaptive.document_of), len(base.tokens)
+    found, n = _units(adaptive), len(base.tokens)
     count = max(1, round(found.drawn * (blocks or n) / n))
     rng, truth, covered = np.random.default_rng(seed), compare(base, adaptive, resamples=1).increase, 0
     for number in range(draws):
         chosen = [found.blocks[unit] for unit in rng.integers(len(found.blocks), size=count)]
         at = np.concatenate(chosen)
         documents = np.repeat(np.arange(count) * found.documents, [len(unit) for unit in chosen])
-        parts = (replace(s, nll=s.nll[at], tokens=s.tokens[at], documents=documents) for s in (base, adaptive))
-        drawn = compare(*parts, resamples=resamples, seed=number)
+        drawn = compare(*(Score(s.nll[at], s.tokens[at], documents) for s in (base, adaptive)), resamples=resamples,
+                        seed=number)  # fmt: skip
         covered += drawn.low <= truth <= drawn.high
     return covered / draws
+
+
+def _units(found: Score) -> Units:
+    return units(range(len(found.tokens)) if found.documents is None else found.documents)
 
 
 def text_bytes(dataset: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -209,19 +200,16 @@ def bits_per_byte(nats: float, n_bytes: int) -> float | None:
 def by_document(dataset: Sequence[Mapping], n_bytes: np.ndarray, base: Score, adaptive: Score) -> pd.DataFrame:
     """A row for each ``doc`` of ``dataset``, in the order in which they occur; ``n_bytes`` is from `text_bytes`.
 
-    Columns: ``document``, ``blocks``, ``tokens`` (scored), ``bytes``, ``base_perplexity``, ``perplexity``, ``increase``
-    (``perplexity / base_perplexity - 1``), ``base_bits_per_byte``, ``bits_per_byte`` (None where no character ends).
+    Columns: ``document``, ``blocks``, ``tokens`` (scored), ``bytes``, ``increase``, and ``perplexity`` and
+    ``bits_per_byte`` (None where no character ends), both also with ``base_`` before them.
     """
-    blocks = {"blocks": 1, "tokens": base.tokens, "bytes": n_bytes, "base": base.nll, "nll": adaptive.nll}
+    blocks = {"blocks": 1, "tokens": base.tokens, "bytes": n_bytes, "base_": base.nll, "": adaptive.nll}
     table = pd.DataFrame({"document": [row["doc"] for row in dataset], **blocks})
     table = table.groupby("document", sort=False, as_index=False).sum()
-    base_nll, nll = table.pop("base"), table.pop("nll")
-    table["base_perplexity"] = np.exp(base_nll / table["tokens"])
-    table["perplexity"] = np.exp(nll / table["tokens"])
-    table["increase"] = np.expm1((nll - base_nll) / table["tokens"])
-    for name, nats in (("base_bits_per_byte", base_nll), ("bits_per_byte", nll)):
-        table[name] = pd.Series(list(map(bits_per_byte, nats, table["bytes"])), dtype=object)
-    return table
+    for model, nats in [(model, table.pop(model)) for model in ("base_", "")]:
+        table[f"{model}perplexity"] = np.exp(nats / table["tokens"])
+        table[f"{model}bits_per_byte"] = pd.Series(list(map(bits_per_byte, nats, table["bytes"])), dtype=object)
+    return table.assign(increase=table["perplexity"] / table["base_perplexity"] - 1)
 
 
 class _Tally:
@@ -232,7 +220,7 @@ class _Tally:
         self.dense = nullcontext if hat is None else hat.dense
         self.nll, self.tokens = np.zeros(len(dataset)), np.zeros(len(dataset), dtype=np.int64)
         self.documents = np.array([str(row.get("doc", number)) for number, row in enumerate(dataset)])
-        self.agreed, self.same, self.divergence = 0, 0, 0.0
+        self.compared, self.same, self.divergence = False, 0, 0.0
 
     def add(self, batch: _Batch, hidden: Tensor, base: Tensor | None = None) -> None:
         """Call right after the forward that gave ``hidden [B, T, D]``; ``base`` has the states to compare with."""
@@ -243,22 +231,24 @@ class _Tally:
             np.add.at(self.nll, blocks, losses.double().cpu().numpy())
             np.add.at(self.tokens, blocks, 1)
             if base is not None:
+                self.compared = True
                 with self.dense():
                     other = self.head(base[row, column - 1]).float()
                 p, q = F.log_softmax(other, dim=-1), F.log_softmax(logits, dim=-1)
                 self.same += int((other.argmax(-1) == logits.argmax(-1)).sum())
                 self.divergence += float((p.exp() * (p - q)).sum(-1).double().sum())
-                self.agreed += len(other)
         if self.spent is not None:
             self.spent.add(self.spent.hat.trace)
 
     def score(self) -> Score:
-        n = self.agreed
-        found = Agreement(self.same / n, self.divergence / n, n) if n else None
-        if self.spent is None:
-            return Score(self.nll, self.tokens, agreement=found, documents=self.documents)
-        work = *self.spent.shares, self.spent.layer_capacity, self.spent.exits
-        return Score(self.nll, self.tokens, *work, found, self.documents)
+        work, n = {}, self.tokens.sum()
+        if self.spent is not None:
+            capacity, exit_rate, model_share = self.spent.shares
+            work = {"capacity": capacity, "exit_rate": exit_rate, "model_share": model_share}
+            work |= {"layer_capacity": self.spent.layer_capacity, "exits": self.spent.exits}
+        if self.compared:
+            work |= {"top1": float(self.same / n), "kl": float(self.divergence / n)}
+        return Score(self.nll, self.tokens, self.documents, **work)
 
 
 @dataclass(frozen=True)
@@ -290,14 +280,6 @@ def _batches(dataset, batch_size: int, device, progress: bool) -> Iterator[_Batc
         yield _Batch(blocks, *(t.to(device) for t in (ids, real, scored)))
 
 
-def _unwrap(model) -> tuple[LlamaForCausalLM, HierarchicalTransformer | None]:
-    if isinstance(model, HierarchicalTransformer):
-        return model.lm, model
-    if any("forward" in vars(layer) for layer in model.model.layers):
-        raise HatError("this model carries a HierarchicalTransformer: pass that, so that its work is counted")
-    return model, None
-
-
 @dataclass(frozen=True)
 class Perplexity:
     """On a text, relative to the base's; if ``base`` is "bundled", that is a dequantised 4-bit file."""
@@ -312,7 +294,9 @@ class Perplexity:
     kl: float  # KL(base || variant), nats per token
 
 
-def columns(paired: Comparison) -> dict:
-    """Columns of a row of results: `Comparison`, and with ends of None where there is no interval."""
+def columns(base: Score, adaptive: Score) -> dict:
+    """The columns of a row of results: `Perplexity` without ``text``, ``ppl`` and ``blocks``."""
+    paired = compare(base, adaptive)
     low, high = paired.interval
-    return vars(paired) | {"increase_low": low, "increase_high": high, "blocks": paired.n_blocks}
+    agreement = {"top1": adaptive.top1, "kl": adaptive.kl}
+    return vars(paired) | agreement | {"increase_low": low, "increase_high": high, "blocks": paired.n_blocks}

@@ -67,14 +67,13 @@ def by_quantile(found: TokenTable, bins: int = 8) -> pd.DataFrame:
 
 def by_layer(found: TokenTable) -> pd.DataFrame:
     """Executed share by layer and site (``site`` "all": the whole layer), among the tokens that entered the layer:
-    ``layer``, ``site``, ``tokens``, ``mean``, ``sd`` (over tokens), ``low``, ``high`` (of the mean)."""
+    ``layer``, ``site``, ``tokens``, ``mean``, ``low``, ``high``."""
     free = ~found.tokens["protected"].to_numpy()
     values = np.concatenate([found.site_share, found.share[:, None]], axis=1)[:, :, free].astype(float)
     values = values.reshape(-1, values.shape[-1])
     means, _ = _means(values, *found.tokens.loc[free, PLACE].to_numpy().T)
-    means["sd"] = pd.DataFrame(values).std(axis=1, ddof=0)
     names = pd.DataFrame(product(range(len(found.share)), (*found.sites, "all")), columns=["layer", "site"])
-    return names.join(means[["tokens", "mean", "sd", "low", "high"]])
+    return names.join(means[["tokens", "mean", "low", "high"]])
 
 
 def correlations(found: TokenTable) -> pd.DataFrame:
@@ -146,13 +145,15 @@ def compare_docs(found: TokenTable, first: str, second: str) -> pd.DataFrame:
 
 
 def layer_map(found: TokenTable, first: int = 0, count: int = 48) -> pd.DataFrame:
-    """The layer × token map of ``count`` tokens from row ``first`` of `TokenTable.tokens` on: some columns of
-    `TokenTable.frame`, and ``difference`` from the mean share of the layer over all unprotected tokens in it."""
+    """``count`` tokens from row ``first`` of `TokenTable.tokens` on, a row for each layer: ``token`` (its row there),
+    ``text``, ``exit_layer``, ``protected``, ``layer``, ``share`` (nan in layers it did not enter), and ``difference``
+    from the mean share of the layer over all unprotected tokens in it."""
     n_layers, free = len(found.share), ~found.tokens["protected"].to_numpy()
-    usual = pd.DataFrame(found.share[:, free].astype(float)).mean(axis=1)
-    cells = found.frame.iloc[first * n_layers : (first + count) * n_layers].reset_index(drop=True)
-    cells = cells[["token", "text", "exit_layer", "protected", "layer", "share"]]
-    return cells.assign(difference=cells["share"] - cells["layer"].map(usual))
+    usual = pd.DataFrame(found.share[:, free].astype(float)).mean(axis=1).to_numpy()
+    some = found.tokens[["text", "exit_layer", "protected"]].iloc[first : first + count]
+    cells = some.rename_axis("token").reset_index().merge(pd.DataFrame({"layer": range(n_layers)}), how="cross")
+    share = found.share.T[first : first + count].ravel()
+    return cells.assign(share=share, difference=share - np.tile(usual, len(some)))
 
 
 TABLES: dict[str, Callable[[TokenTable], pd.DataFrame]] = {

@@ -100,7 +100,7 @@ def sweep(
         row = {"capacity": capacity, "realised": found.capacity, "exit_rate": found.exit_rate}
         row |= {"model_share": found.model_share, "perplexity": found.perplexity, "increase": paired.increase}
         row |= {"increase_low": paired.low, "increase_high": paired.high}
-        rows.append(row | {"kl": found.agreement.kl, "top1": found.agreement.top1})
+        rows.append(row | {"kl": found.kl, "top1": found.top1})
     return Sweep(pd.DataFrame(rows), name, hat.base.name, base.perplexity, int(base.tokens.sum()), len(blocks))
 
 

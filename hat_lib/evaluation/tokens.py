@@ -23,18 +23,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hat_lib.config import HatError, check_count, work_text
+from hat_lib.config import HatError, work_text
 from hat_lib.evaluation.coloured_text import ansi, html, passages, visible
 from hat_lib.evaluation.perplexity import SLICE
 from hat_lib.model.cost import state_cost
-from hat_lib.model.policies import Threshold
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.plain import check_whole
 from hat_lib.text.token_classes import classes, pieces
 
-LOSSES = ("surprisal", "entropy", "hat_surprisal", "added_loss", "kl")
-"""per prediction, nats: the base's surprisal and entropy, the adaptive model's surprisal, how far that is above the
-base's (negative where the adaptive model does better), and KL(base || adaptive), its mean over possible next tokens"""
+LOSSES = ("surprisal", "entropy", "added_loss", "kl")
+"""per prediction, nats: the base's surprisal and entropy, how much more surprised the adaptive model is, and KL(base ||
+adaptive)"""
 LIKELIEST = 5
 """next tokens that are kept of each prediction"""
 MATRICES = {"qkv": "q | k | v", "o": "o", "gate_up": "gate | up", "down": "down", "ffn": "FFN"}
@@ -50,7 +49,7 @@ class TokenTable:
     ``class`` (see `token_classes.CLASSES`), ``protected``, ``share`` (executed share, mean over the layers it
     entered), ``model_share`` (all its work / the base's), ``exit_layer`` (layers it entered), ``left`` (before
     the last layer), and `LOSSES`, each ``_of_token`` (nan at the beginning of a text) and ``_of_next`` (nan at the end
-    of a block). From `explain` also ``new``: whether it was generated."""
+    of a block)"""
     share: np.ndarray = field(repr=False)
     """executed share of each layer, fp32 ``[L, N]``; nan in layers the token did not enter"""
     site_share: np.ndarray = field(repr=False)
@@ -72,15 +71,10 @@ class TokenTable:
     where nothing was decided. Only from `explain` with ``scores``"""
 
     @property
-    def layer_capacity(self) -> float:
-        """Realised in the layers: mean share over tokens and the layers they entered."""
-        return float(np.nanmean(self.share))
-
-    @property
     def capacity(self) -> float:
         """Realised: executed / routable work, in the layers and, if it skips, in the head."""
         ran, head = np.isfinite(self.share).sum(), self.head_work * len(self.tokens)
-        return float((self.layer_capacity * ran + self.head_share * head) / (ran + head))
+        return float((np.nansum(self.share, dtype=float) + self.head_share * head) / (ran + head))
 
     @property
     def exit_rate(self) -> float:
@@ -93,32 +87,19 @@ class TokenTable:
         share = float(self.tokens["model_share"].mean())
         return work_text(self.requested_capacity, self.capacity, self.requested_exit_rate, self.exit_rate, share)
 
-    @property
-    def frame(self) -> pd.DataFrame:
-        """A row per token and layer: the columns of `tokens`, ``token`` (its row there), ``layer``, and as ``share``
-        that of the layer (nan in layers it did not enter)."""
-        n_layers = len(self.share)
-        rows = self.tokens.rename_axis("token").reset_index()
-        rows = rows.loc[rows.index.repeat(n_layers)].reset_index(drop=True)
-        return rows.assign(layer=np.tile(np.arange(n_layers), len(self.tokens)), share=self.share.T.ravel())
-
-    # -- in words and colours ----------------------------------------------------------------------------
-
-    def html(self, **scale) -> str:
-        """The text, coloured by ``model_share``; ``low`` and ``high`` are the ends of the scale. By default those of
-        the unprotected tokens: with the others, these would all look alike."""
-        return html(*passages(self.tokens, "model_share"), **self._scale() | scale)
-
     def _repr_html_(self) -> str:
-        return self.html()
+        return html(*passages(self.tokens, "model_share"), **self._scale())
 
     def __str__(self) -> str:
         return ansi(*passages(self.tokens, "model_share"), **self._scale())
 
     def _scale(self) -> dict:
+        """Ends of the unprotected tokens: with the others, these would all look alike."""
         free = self.tokens.loc[~self.tokens["protected"], "model_share"]
         free = self.tokens["model_share"] if free.empty else free
         return {"meaning": f"{self.work}. Colour: share of the base's work", "low": free.min(), "high": free.max()}
+
+    # -- about one token -----------------------------------------------------------------------------------
 
     @property
     def score_meaning(self) -> str:
@@ -171,41 +152,36 @@ class TokenTable:
 
 
 @torch.no_grad()
-def explain(hat: HierarchicalTransformer, prompt: str, *, max_new_tokens: int = 0, scores: bool = False) -> TokenTable:
-    """The table of a prompt and, with ``max_new_tokens``, of its greedy continuation, for ``hat`` as it is set.
+def explain(hat: HierarchicalTransformer, prompt: str, *, scores: bool = False) -> TokenTable:
+    """The table of a prompt, for ``hat`` as it is set.
 
     With ``scores`` it also says how far each token's scores lie from the thresholds; a control set by ``hat.using`` is
     then not asked. Raises `HatError` for an empty prompt or one beyond the base's context.
     """
-    check_count("max_new_tokens", max_new_tokens, 0)
     if not isinstance(prompt, str) or not prompt.strip():
         raise HatError(f"a prompt must be text, got {prompt!r}")
     check_whole("the prompt", prompt)
-    tokenizer, context = hat.base.tokenizer, hat.lm.config.max_position_embeddings
-    ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.to(hat.base.device)
-    given = ids.shape[1]
-    if given + max_new_tokens > context:
-        raise HatError(f"{given} prompt tokens + {max_new_tokens} new ones exceed the context of the base: {context}")
-    if max_new_tokens:
-        how = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
-        ids = hat.lm.generate(ids, attention_mask=torch.ones_like(ids), **how)
-    block = {"input_ids": ids[0].tolist(), "doc": "prompt", "n_context": 0}
-    if scores and hat.capacity < 1:
-        recorder = _Scores(hat, len(block["input_ids"]))
-        with hat.using(recorder):
-            table = replace(token_table(hat, [block], progress=False), score=recorder.out.cpu().numpy())
-    else:
-        table = token_table(hat, [block], progress=False)
-    return replace(table, tokens=table.tokens.assign(new=table.tokens["position"] >= given))
+    blocks = prompt_blocks(hat.base.tokenizer, {"prompt": prompt})
+    if not scores or hat.capacity == 1:
+        return token_table(hat, blocks, progress=False)
+    sites, own = hat.grain.sites, hat.threshold_policy(hat.calibration.thresholds_at(hat.capacity))
+    shape = hat.config.n_layers, len(sites), len(blocks[0]["input_ids"])
+    found = torch.full(shape, torch.nan, device=hat.base.device)
+
+    def noting(layer, site, x, rows, state):
+        score, threshold = hat.scores(layer, site, x), own.thresholds[layer, site]
+        score = score - threshold if hat.grain.logits else score.mean(-1) / threshold
+        found[layer, sites.index(site), slice(None) if rows is None else rows] = score.float()
+        return own(layer, site, x, rows, state)
+
+    with hat.using(noting):
+        return replace(token_table(hat, blocks, progress=False), score=found.cpu().numpy())
 
 
 def prompt_blocks(tokenizer, prompts: Mapping[str, str]) -> list[dict]:
-    """Prompts as blocks for `token_table`, one each, with its name as ``doc``. `HatError` below two tokens."""
-    found = [{"input_ids": tokenizer(text).input_ids, "doc": name, "n_context": 0} for name, text in prompts.items()]
-    for row in found:
-        if len(row["input_ids"]) < 2:
-            raise HatError(f"prompt {row['doc']!r} must have at least two tokens, got {prompts[row['doc']]!r}")
-    return found
+    """Prompts as blocks for `token_table`, one each, with its name as ``doc``."""
+    ids = {name: tokenizer(text, verbose=False).input_ids for name, text in prompts.items()}
+    return [{"input_ids": found, "doc": name, "n_context": 0} for name, found in ids.items()]
 
 
 @torch.no_grad()
@@ -220,13 +196,13 @@ def token_table(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, prog
     if not lengths or not 1 <= min(lengths) <= max(lengths) <= context:
         raise HatError(f"expected blocks of 1 to {context} tokens, got lengths {sorted(set(lengths))}")
     special = set(hat.base.tokenizer.all_special_ids)
-    frames, shares, next_ids, next_p, head_shares = [], [], [], [], []
+    frames, shares, next_ids, next_p, head_share = [], [], [], [], 0.0
     for number, row in enumerate(tqdm(blocks, desc="tokens", disable=not progress)):
         ids, new = row["input_ids"], slice(row["n_context"], None)
         with hat.dense():
             base = _final_states(hat, ids)
         ours = _final_states(hat, ids)
-        losses, best_ids, best_p = _predictions(hat, base, ours, ids)  # now the trace also holds what the head read
+        losses, best_p, best_ids = _predictions(hat, base, ours, ids)  # now the trace also holds what the head read
         texts = pieces(hat.base.tokenizer, ids)
         frame = {"doc": row["doc"], "block": number, "position": range(len(ids)), "id": ids, "text": texts}
         frame |= {"class": classes(texts, [i in special for i in ids]), **_work(hat), **losses}
@@ -234,7 +210,7 @@ def token_table(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, prog
         shares.append(torch.cat([hat.trace.site_share[:, :, 0], hat.trace.share], dim=1).cpu().numpy()[:, :, new])
         next_ids.append(best_ids[:, new])
         next_p.append(best_p[:, new])
-        head_shares += [hat.trace.head_share] * len(frames[-1])
+        head_share += hat.trace.head_share * len(frames[-1])
     tokens, share = pd.concat(frames, ignore_index=True), np.concatenate(shares, axis=2)
     entered = np.arange(len(share))[:, None, None] < tokens["exit_layer"].to_numpy()
     share = np.where(entered, share, np.float32(np.nan))
@@ -246,7 +222,7 @@ def token_table(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, prog
         hat.capacity,
         hat.exit_rate,
         hat.trace.head_work,
-        float(np.mean(head_shares)),
+        float(head_share) / len(tokens),
         np.concatenate(next_ids, axis=1),
         np.concatenate(next_p, axis=1),
         hat.base.tokenizer,
@@ -273,41 +249,25 @@ def _work(hat: HierarchicalTransformer) -> dict[str, np.ndarray]:
 
 def _predictions(hat, base: Tensor, ours: Tensor, ids: Sequence[int]) -> tuple[dict, np.ndarray, np.ndarray]:
     """`LOSSES` of each token and of the next one, nats, ``[T]``, from final states ``[T, D]``; and the `LIKELIEST` next
-    tokens of both models, ``[2, T, LIKELIEST]``."""
+    tokens of both models, probabilities and ids, ``[2, T, LIKELIEST]``."""
     following = torch.tensor([*ids[1:], 0], device=base.device)
-    parts, best_ids, best_p = [], [], []
+    losses, best = [], []
     for states, others, after in zip(base.split(SLICE), ours.split(SLICE), following.split(SLICE), strict=True):
         with hat.dense():
             p = F.log_softmax(hat.lm.lm_head(states).float(), dim=-1)
         q = F.log_softmax(hat.lm.lm_head(others).float(), dim=-1)
         surprisal, hat_surprisal = (-r.gather(1, after[:, None])[:, 0] for r in (p, q))
         entropy, kl = torch.special.entr(p.exp()).sum(-1), (p.exp() * (p - q)).sum(-1)
-        parts.append(torch.stack([surprisal, entropy, hat_surprisal, hat_surprisal - surprisal, kl]))
-        best = [r.topk(LIKELIEST) for r in (p, q)]
-        best_ids.append(torch.stack([top.indices for top in best]))
-        best_p.append(torch.stack([top.values.exp() for top in best]))
-    of_next = torch.cat(parts, dim=1).double().cpu().numpy()
-    of_token = np.concatenate([np.full((len(LOSSES), 1), np.nan), of_next[:, :-1]], axis=1)
-    of_next[[LOSSES.index(name) for name in ("surprisal", "hat_surprisal", "added_loss")], -1] = np.nan
-    losses = {f"{name}_of_token": values for name, values in zip(LOSSES, of_token, strict=True)}
-    losses |= {f"{name}_of_next": values for name, values in zip(LOSSES, of_next, strict=True)}
-    return losses, torch.cat(best_ids, 1).cpu().numpy(), torch.cat(best_p, 1).cpu().numpy()
-
-
-class _Scores(Threshold):
-    """The method's own decisions, which also notes how far the scores are from the thresholds in ``out [L, S, T]``."""
-
-    def __init__(self, hat: HierarchicalTransformer, length: int):
-        super().__init__(hat.grain, hat.routers, hat.calibration.thresholds_at(hat.capacity))
-        self.hat = hat
-        self.out = torch.full((hat.config.n_layers, len(hat.grain.sites), length), torch.nan, device=hat.base.device)
-
-    def __call__(self, layer, site, x, rows, state):
-        keep, score = super().__call__(layer, site, x, rows, state), self.hat.scores(layer, site, x)
-        threshold = self.thresholds[layer, site]
-        score = score - threshold if self.grain.logits else score.mean(-1) / threshold
-        self.out[layer, self.hat.grain.sites.index(site), slice(None) if rows is None else rows] = score.float()
-        return keep
+        losses.append(torch.stack([surprisal, entropy, hat_surprisal - surprisal, kl]))
+        best.append(torch.stack([p, q]).topk(LIKELIEST))
+    columns = {}
+    for name, of_next in zip(LOSSES, torch.cat(losses, dim=1).double().cpu().numpy(), strict=True):
+        columns[f"{name}_of_token"] = np.concatenate([[np.nan], of_next[:-1]])
+        if name in ("surprisal", "added_loss"):  # which need the next token itself
+            of_next[-1] = np.nan
+        columns[f"{name}_of_next"] = of_next
+    p, ids = torch.cat([top.values for top in best], dim=1).exp(), torch.cat([top.indices for top in best], dim=1)
+    return columns, p.cpu().numpy(), ids.cpu().numpy()
 
 
 def quoted(text: str) -> str:

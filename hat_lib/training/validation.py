@@ -75,7 +75,7 @@ class Validation:
                 "tokens": step * self.step_tokens,
                 "capacity": capacity,
                 "share": round(at.layer_capacity, 4),
-                "kl": round(at.agreement.kl, 5),
+                "kl": round(at.kl, 5),
                 "increase": round(float(np.expm1((at.nll - base.nll).sum() / base.tokens.sum())), 5),
             }
             for capacity, at in zip(CAPACITIES, found, strict=True)

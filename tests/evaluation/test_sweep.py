@@ -31,7 +31,7 @@ def test_rows_are_those_of_each_capacity_alone(hat):
         assert (row.realised, row.exit_rate, row.model_share) == (alone.capacity, alone.exit_rate, alone.model_share)
         assert (row.perplexity, row.increase) == (alone.perplexity, versus.increase)
         assert (row.increase_low, row.increase_high) == (versus.low, versus.high)
-        assert (row.kl, row.top1) == (alone.agreement.kl, alone.agreement.top1)
+        assert (row.kl, row.top1) == (alone.kl, alone.top1)
     assert found.frame["capacity"].tolist() == [0.5, 1.0]
     assert (found.base_perplexity, found.tokens, found.blocks) == (base.perplexity, 6 * 39, 6)
 

@@ -43,9 +43,7 @@ def test_losses_are_those_of_both_models_at_their_places(hat, blocks, found):
         theirs = hat.lm(ids).logits[0].double().log_softmax(-1)
     frame = found.tokens[found.tokens["block"] == 0]
     follows = torch.arange(ids.shape[1] - 1), ids[0, 1:]
-    added = theirs[follows] - ours[follows]
-    expected = {"surprisal": -theirs[follows], "hat_surprisal": -ours[follows], "added_loss": added}
-    for name, values in expected.items():
+    for name, values in {"surprisal": -theirs[follows], "added_loss": theirs[follows] - ours[follows]}.items():
         np.testing.assert_allclose(frame[f"{name}_of_next"][:-1], values, rtol=1e-4, atol=1e-4)
         assert np.isnan(frame[f"{name}_of_next"].iloc[-1])
     entropy, kl = -(theirs.exp() * theirs).sum(-1), (theirs.exp() * (theirs - ours)).sum(-1)
@@ -69,8 +67,6 @@ def test_work_is_that_of_the_trace(hat, blocks, found):
     np.testing.assert_allclose(frame["share"], np.nanmean(found.share[:, :n], axis=0), rtol=1e-5)
     cost = state_cost(hat, state)
     np.testing.assert_allclose(frame["model_share"], (cost.executed / cost.dense)[0])
-    rows = found.frame.pivot(index="layer", columns="token", values="share")
-    np.testing.assert_array_equal(rows, found.share)
 
 
 def test_agrees_with_score(hat, blocks):
@@ -79,9 +75,9 @@ def test_agrees_with_score(hat, blocks):
     assert found.capacity == pytest.approx(scored.capacity, rel=1e-5)
     assert found.exit_rate == pytest.approx(scored.exit_rate, rel=1e-6) and scored.exit_rate > 0
     assert found.tokens["model_share"].mean() == pytest.approx(scored.model_share, rel=1e-6)
-    nll = found.tokens["hat_surprisal_of_token"].groupby(found.tokens["block"]).sum()
-    np.testing.assert_allclose(nll, scored.nll, rtol=1e-4)
-    assert found.tokens["kl_of_token"].mean() == pytest.approx(scored.agreement.kl, rel=1e-3)
+    surprisal = found.tokens["surprisal_of_token"] + found.tokens["added_loss_of_token"]
+    np.testing.assert_allclose(surprisal.groupby(found.tokens["block"]).sum(), scored.nll, rtol=1e-4)
+    assert found.tokens["kl_of_token"].mean() == pytest.approx(scored.kl, rel=1e-3)
 
 
 def test_a_head_that_skips_counts(blocks):
@@ -89,9 +85,8 @@ def test_a_head_that_skips_counts(blocks):
     whole = [{**row, "n_context": 0} for row in blocks]
     with hat.at(0.5):
         found, scored = token_table(hat, whole, progress=False), score(hat, whole, progress=False)
-    assert found.layer_capacity == pytest.approx(scored.layer_capacity, rel=1e-5)
     assert found.capacity == pytest.approx(scored.capacity, rel=1e-3)
-    assert abs(found.capacity - found.layer_capacity) > 0.01
+    assert abs(found.capacity - np.nanmean(found.share)) > 0.01
     assert found.tokens["model_share"].mean() == pytest.approx(scored.model_share, rel=1e-3)
 
 
@@ -104,61 +99,32 @@ def test_context_is_left_out_and_still_read(blocks, found):
     assert not second["protected"].any()
 
 
-def test_text_and_classes_are_of_the_whole_block(found, tiny_base, blocks):
+def test_text_and_classes_are_of_the_whole_block(hat, found, tiny_base, blocks):
     text = tiny_base.tokenizer.decode(blocks[0]["input_ids"])
     assert "".join(found.tokens.loc[found.tokens["block"] == 0, "text"]) == text
     assert set(found.tokens["class"]) <= set(CLASSES) and "digits" in set(found.tokens["class"])
-    rows = [{"input_ids": [256, 5, 6], "doc": "", "n_context": 0}]
-    special = token_table(tiny_runs.skipping("token"), rows, progress=False)
+    special = token_table(hat, [{"input_ids": [256, 5, 6], "doc": "", "n_context": 0}], progress=False)
     assert special.tokens["class"].tolist()[0] == "special"
 
 
-def test_a_dense_model_adds_no_loss(hat, blocks):
-    with hat.dense():
-        found = token_table(hat, blocks[:1], progress=False)
-    assert found.capacity == 1.0 and found.exit_rate == 0.0
-    assert found.tokens["added_loss_of_next"].abs().max() == 0 and found.tokens["kl_of_next"].abs().max() < 1e-6
-
-
-def test_blocks_that_cannot_be_read(hat, blocks):
-    rows = [], [{**blocks[0], "input_ids": []}], [{**blocks[0], "input_ids": [5] * 2049}]
-    for model, given in ((hat.lm, blocks), *((hat, row) for row in rows)):
+def test_refusals(hat, blocks, monkeypatch):
+    monkeypatch.setattr(hat.lm.model, "forward", None)  # nothing may run
+    for rows in [], [{**blocks[0], "input_ids": []}], [{**blocks[0], "input_ids": [5] * 2049}]:
         with pytest.raises(HatError):
-            token_table(model, given, progress=False)
-    with pytest.raises(HatError, match="'p'"):
-        prompt_blocks(hat.base.tokenizer, {"p": "x"})
+            token_table(hat, rows, progress=False)
+    with pytest.raises(HatError):
+        token_table(hat.lm, blocks, progress=False)
+    for prompt in ("", 7, "\ud800 x", "a " * 3000):
+        with pytest.raises(HatError):
+            explain(hat, prompt)
 
 
 def test_explain_is_the_table_of_its_prompt(hat):
     found = explain(hat, PROMPT)
     expected = token_table(hat, prompt_blocks(hat.base.tokenizer, {"prompt": PROMPT}), progress=False)
-    assert found.tokens.drop(columns="new").equals(expected.tokens) and not found.tokens["new"].any()
-    assert found.html().count('title="') == (found.tokens["text"] != "").sum()
+    assert found.tokens.equals(expected.tokens)
     free = found.tokens.loc[~found.tokens["protected"], "model_share"]
     assert f">{free.min():.2f}<" in found._repr_html_() and f"{free.max():.2f}" in str(found)
-    assert "≤ 0.99" in found.html(low=0.99, high=1.5)
-
-
-def test_explain_continues_greedily(hat):
-    ids = hat.base.tokenizer(PROMPT, return_tensors="pt").input_ids
-    expected = hat.lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
-    found = explain(hat, PROMPT, max_new_tokens=5)
-    assert found.tokens["id"].tolist() == expected[0].tolist()
-    assert found.tokens["new"].tolist() == [False] * ids.shape[1] + [True] * (expected.shape[1] - ids.shape[1])
-
-
-@pytest.mark.parametrize(("prompt", "more"), [("", 0), (7, 0), ("\ud800 x", 0), (PROMPT, -1), ("a " * 3000, 0)])
-def test_explain_refuses_before_anything_runs(hat, monkeypatch, prompt, more):
-    monkeypatch.setattr(hat.lm.model, "forward", None)
-    with pytest.raises(HatError):
-        explain(hat, prompt, max_new_tokens=more)
-
-
-def test_an_unloaded_model_explains_nothing():
-    hat = tiny_runs.untrained()
-    hat.unload()
-    with pytest.raises(HatError, match="unloaded"):
-        explain(hat, PROMPT)
 
 
 @pytest.fixture(scope="module", params=tiny_runs.GRAINS)
@@ -177,33 +143,22 @@ def test_a_score_over_the_threshold_runs(scored):
     assert decided.any()
     if hat.config.granularity == "token":
         assert ((score > 0) == (share == 1))[decided].all()
-        return
-    assert np.corrcoef(score[decided], share[decided])[0, 1] > 0.3
-    scores = {}
-
-    def watch(layer, site, x, rows, state):
-        scores[layer, site] = hat.scores(layer, site, x)
-
-    with hat.using(watch):
-        hat.lm(hat.base.tokenizer(PROMPT, return_tensors="pt").input_ids)
-    expected = scores[0, "qkv"].mean(-1) / hat.calibration.thresholds_at(0.6)[0, "qkv"]
-    np.testing.assert_allclose(found.score[0, 0], expected, rtol=1e-5)
+    else:
+        assert np.corrcoef(score[decided], share[decided])[0, 1] > 0.3
 
 
 def test_next_tokens_are_the_likeliest_of_each_model(scored):
     hat, found = scored
-    tokenizer = hat.base.tokenizer
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    ids = hat.base.tokenizer(PROMPT, return_tensors="pt").input_ids
     with hat.dense():
         base = hat.lm(ids).logits[0].softmax(-1)
     for p, found_p in zip((base, hat.lm(ids).logits[0].softmax(-1)), found.next_p, strict=True):
         np.testing.assert_allclose(found_p, p.topk(LIKELIEST).values, rtol=1e-4)
-    first = found.next_tokens(0)
-    both = tokenizer.decode([ids[0, 0], base[0].argmax()])
-    assert first["base"][0].strip("“”") in both and list(first) == ["base", "base_p", "adaptive", "adaptive_p"]
+    both = hat.base.tokenizer.decode([ids[0, 0], base[0].argmax()])
+    assert found.next_tokens(0)["base"][0].strip("“”") in both
 
 
-def test_about_says_what_a_token_ran(scored):
+def test_about_a_token(scored):
     _, found = scored
     left = int(found.tokens.index[found.tokens["left"]][0])
     last = len(found.share) - 1

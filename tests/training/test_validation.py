@@ -23,7 +23,7 @@ def test_a_row_is_what_evaluation_says(tmp_path):
         with hat.using(hat.threshold_policy(thresholds(row["capacity"]))):
             _, (there,) = score_each(hat, blocks, progress=False)
         assert row["step"] == 7 and row["tokens"] == 448
-        assert row["kl"] == pytest.approx(there.agreement.kl, abs=1e-5) and row["kl"] > 0
+        assert row["kl"] == pytest.approx(there.kl, abs=1e-5) and row["kl"] > 0
         assert row["share"] == pytest.approx(row["capacity"], abs=0.1)
     assert found[0]["kl"] < found[-1]["kl"]
 
