@@ -10,9 +10,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from hat_lib.config import HatError
 from hat_lib.evaluation import equal_work
 from hat_lib.evaluation.controls import CONTROLS
-from hat_lib.evaluation.equal_work import CHECKPOINTS, NONE_OF_IT, TEXTS, Point, Row
+from hat_lib.evaluation.equal_work import CHECKPOINTS, TEXTS, VARIANTS, Point, Row
 from hat_lib.model import checkpoint
 from hat_lib.model.granularity import GRAINS
 from hat_lib.plotting import frontier
@@ -54,7 +55,7 @@ def plan(granularity: str) -> list[Point]:
         for capacity in capacities
         for variant in variants
         for seed in range(SEEDS if variant == "random_exits" else 1)
-        if variant not in NONE_OF_IT[granularity]
+        if granularity in VARIANTS[variant].grains
     ]
 
 
@@ -70,11 +71,11 @@ def rows(
     dtype: str | None = None,
 ) -> Iterator[Row]:
     """See `hat_lib.evaluation.equal_work.rows`; by default, the points of `plan`."""
-    paths = {"channel": channel, "channel_untrained": channel_untrained, "token": token,
-             "token_untrained": token_untrained}  # fmt: skip
-    if points is None:
-        points = [point for grain in grains if grain in GRAINS for point in plan(grain)]
-    yield from equal_work.rows(done, **paths, grains=grains, points=points, dtype=dtype)
+    checkpoints = {"channel": (channel, channel_untrained), "token": (token, token_untrained)}
+    if unknown := set(grains) - set(checkpoints):
+        raise HatError(f"grains must be among {', '.join(checkpoints)}, got {unknown.pop()!r}")
+    points = [point for grain in grains for point in plan(grain)] if points is None else points
+    yield from equal_work.rows(done or {}, {grain: checkpoints[grain] for grain in grains}, points, dtype)
 
 
 def write_prices() -> None:

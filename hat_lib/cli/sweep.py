@@ -80,12 +80,12 @@ def sweep(
             "nothing to measure at these settings: controls of routers need a capacity below 1 and exit rate 0, "
             "random_exits and no_exits one above 0; static, uncorrected and no_exits the channel grain"
         )
-    sources = {"channel": channel, "channel_untrained": channel_untrained, "token": token,
-               "token_untrained": token_untrained}  # fmt: skip
+    checkpoints = {"channel": (channel, channel_untrained), "token": (token, token_untrained)}
+    checkpoints = {name: checkpoints[name] for name in wanted}
     typer.echo(f"{len(points)} points; those that {out} holds are kept")
     typer.echo(f"capacity and exit rate as requested, and (realised); they differ, for {WHY}")
     with RowWriter(out, Row, KEY) as writer:
-        for r in rows(writer.done, **sources, grains=wanted, points=points, dtype=dtype):
+        for r in rows(writer.done, checkpoints, points, dtype):
             writer.write(r)
             interval = NONE if r.increase_low is None else f"{r.increase_low:+.2%} to {r.increase_high:+.2%}"
             typer.echo(
@@ -95,8 +95,8 @@ def sweep(
     measured = pd.read_csv(out)
     if write_prices:
         for grain in wanted:
-            checkpoint.write_prices(sources[grain], prices(measured, grain))
-            typer.echo(f"wrote prices to {sources[grain]}")
+            checkpoint.write_prices(checkpoints[grain][0], prices(measured, grain))
+            typer.echo(f"wrote prices to {checkpoints[grain][0]}")
     figure = write(out.with_suffix(".png"), png(frontier(measured)))
     typer.echo(f"wrote {out} and {figure}")
 

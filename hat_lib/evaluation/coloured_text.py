@@ -2,9 +2,9 @@
 of it, for pages that drop the colours of HTML, such as GitHub's view of a notebook: `hat_lib.plotting.token_heatmap`.
 
 The colours are cividis: perceptually uniform, and the same to eyes with and without colour deficiency (Nuñez, Anderton
-and Renslow 2018, arXiv:1712.01662). Each background comes with its own text colour, black or white, whichever contrasts
-more (WCAG 2: at least 4.5 : 1). Passages share one scale and one legend, so two prompts can be compared by eye. Where
-no colours can be shown the number is a subscript: tenths of the way from the low end of the scale to the high end.
+and Renslow 2018, arXiv:1712.01662). Each background has black or white text, whichever contrasts more (WCAG 2: at least
+4.5 : 1). Passages share one scale and one legend. Where no colours can be shown the number is a subscript: tenths of
+the way from the low end of the scale to the high end.
 """
 
 from __future__ import annotations
@@ -50,12 +50,10 @@ def passages(tokens: pd.DataFrame, column: str) -> list[Passage]:
 def html(*passages: Passage, meaning: str, low: float | None = None, high: float | None = None) -> str:
     """Passages as one HTML fragment; hovering over a token shows its number.
 
-    Args:
-        meaning: what the numbers are, for the legend; if empty, there is none.
-        low, high: ends of the scale, beyond which colours do not change; by default the lowest and the highest number.
-
-    Raises `HatError` if a passage does not have one number per token, if no token has a number and the ends are not
-    given, and for a scale that does not go up from one finite number to another.
+    ``meaning`` is what the numbers are, for the legend (if empty, there is none); ``low`` and ``high`` are the ends of
+    the scale, beyond which colours do not change, by default the lowest and the highest number. Raises `HatError` if a
+    passage does not have one number per token, if no token has a number and the ends are not given, and for a scale
+    that does not go up from one finite number to another.
     """
     scale, parts = Scale(passages, low, high), []
     if meaning:
@@ -134,8 +132,7 @@ class Scale:
 
 
 def characters(passage: Passage) -> Iterator[tuple[str, np.ndarray, bool]]:
-    """Visible text with the numbers of the tokens it came from, and whether one of them is marked; characters are never
-    split."""
+    """Visible text, the numbers of the tokens it came from, and whether one of them is marked; whole characters."""
     texts, values = list(passage.tokens), np.asarray(passage.values, dtype=float)
     ends = [i for i, text in enumerate(texts) if text]
     start = 0

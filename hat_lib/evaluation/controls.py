@@ -1,10 +1,9 @@
 """Controls: simpler choices of what to skip, compared with the method at equal compute.
 
 A router is only worth something if it beats these at equal realised work. Each control is a family of policies with one
-dial, and `matched` turns the dial until the realised capacity on a text is the requested one. A policy is run by
-``with hat.using(policy):``, so it differs from the method only in its decisions; protected tokens and layer 0's FFN
-(token grain) always run as usual. `CONTROLS` holds the families under one signature; `checkpoint_family` is the method
-with another checkpoint, such as an untrained one; `RandomExits` is the control for the gates.
+dial, which `matched` turns until the realised capacity on a text is the requested one. A policy runs by
+``with hat.using(policy):``, so it differs from the method only in its decisions. `CONTROLS` holds the families;
+`checkpoint_family` is the method with another checkpoint; `RandomExits` is the control for the gates.
 """
 
 from __future__ import annotations
@@ -47,18 +46,15 @@ class OutOfReach(HatError):
     """This control cannot realise the capacity on this text: a sweep goes on, with no result in this row."""
 
 
-# -- equal work ----------------------------------------------------------------------------------------
-
-
 def matched(
     hat: HierarchicalTransformer, family: Family, blocks: Blocks, capacity: float, around: Around | None = None
 ) -> Policy:
     """The member of ``family`` that realises ``capacity`` on ``blocks``, within 0.003 and mostly within 0.001.
 
     It runs inside ``around()``, by default ``hat.dense()``, where the head is read in full and is no part of a
-    capacity; inside ``hat.at(c)`` of a model that skips part of its head, the head's own work counts. It looks only at
-    the work, never at predictions, so it may be given the very text that is measured afterwards. Raises `OutOfReach`
-    for a capacity that no member comes near, and a plain `HatError` for one outside [0.1, 1] or fewer than 256 tokens.
+    capacity; inside ``hat.at(c)`` the head's own work counts. It looks only at the work, never at predictions, so it
+    may be given the very text that is measured afterwards. Raises `OutOfReach` for a capacity that no member comes
+    near, and a plain `HatError` for one outside [0.1, 1] or fewer than 256 tokens.
     """
     capacity, texts = check_capacity(capacity), text_tensors(hat, blocks)
     if capacity == 1.0:
@@ -66,12 +62,13 @@ def matched(
     low, high = (0.0, 0.0), (1.0, 1.0)  # (dial, realised) at both ends of the bracket
     best = (np.inf, np.nan, None)
     for _ in range(STEPS):
-        # Where a straight line between the ends would cross, kept away from them so that the bracket always shrinks.
+        # Where a line between the ends would cross, kept away from them so that the bracket always shrinks.
         step = float(np.clip((capacity - low[1]) / max(high[1] - low[1], 1e-9), 0.1, 0.9))
         dial = low[0] + step * (high[0] - low[0])
         policy = family(dial)
         realised = realised_capacity(hat, policy, texts, around)
-        best = min(best, (abs(realised - capacity), realised, policy), key=lambda found: found[0])
+        if abs(realised - capacity) < best[0]:
+            best = abs(realised - capacity), realised, policy
         if best[0] <= CLOSE:
             break
         if realised > capacity:
@@ -87,8 +84,8 @@ def matched(
 def realised_capacity(
     hat: HierarchicalTransformer, policy: Policy, texts: Sequence[Tensor], around: Around | None = None
 ) -> float:
-    """Executed / routable work under ``policy``, inside ``around()`` as in `matched`, over all tokens of ``texts``
-    (``[1, T]`` each)."""
+    """Executed / routable work under ``policy`` over all tokens of ``texts``, ``[1, T]`` each; ``around`` as in
+    `matched`."""
     kept = 0.0
     with (around or hat.dense)(), hat.using(policy):
         logits = 0 if hat.gates_head and hat.capacity < 1 else 1  # all of them, where the head's work differs by token
@@ -111,9 +108,6 @@ def text_tensors(hat: HierarchicalTransformer, blocks: Blocks) -> list[Tensor]:
 def _for_site(keep: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A decision per row, ``[n]``, for all units of a site; ``shape`` is in `TokenState.mask_shapes`."""
     return keep.view(-1, *[1] * len(shape)).expand(-1, *shape)
-
-
-# -- random and static ---------------------------------------------------------------------------------
 
 
 def random_mask(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
@@ -152,9 +146,6 @@ def static_choice(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
     return family
 
 
-# -- whole layers --------------------------------------------------------------------------------------
-
-
 class Layers:
     """Whole layers: ``share[layer]`` of the tokens (default: all), drawn at random, run all sites of that layer."""
 
@@ -169,11 +160,10 @@ class Layers:
 
 
 def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
-    """The routable work of whole layers is skipped for every token: the FFN, or all four sites (channel grain).
+    """Whole layers' routable work is skipped for every token, in the order of their `layer_damage`, cheapest first.
 
-    Greedy: layers are removed in the order of their `layer_damage`, cheapest first. The last one removed is skipped for
-    a random part of the tokens, so that the work is the requested amount. At the channel grain, a token that skips a
-    layer leaves zero K and V there.
+    The last one is skipped for a random part of the tokens, so that the work is the requested amount. At the channel
+    grain, a token that skips a layer leaves zero K and V there.
     """
     order = sorted((cost, layer) for layer, cost in layer_damage(hat, blocks).items())
 
@@ -185,8 +175,8 @@ def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
 
 
 def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, float]:
-    """KL(base || base without that layer's routable work), nats per token, for each layer that can be skipped. One pass
-    per layer and one of the base, over about `DAMAGE_TOKENS` tokens of ``blocks``."""
+    """KL(base || base without that layer's routable work), nats per token, for each layer that can be skipped, over
+    about `DAMAGE_TOKENS` tokens of ``blocks``."""
     rows = [{"input_ids": t[0].tolist(), "n_context": 0} for t in text_tensors(hat, blocks)]
     rows = rows[:: max(1, sum(len(row["input_ids"]) for row in rows) // DAMAGE_TOKENS)]
     every = range(hat.config.n_layers)
@@ -197,15 +187,11 @@ def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, floa
     return {layer: score.kl for layer, score in zip(layers, scores, strict=True)}
 
 
-# -- the cosine rule -----------------------------------------------------------------------------------
-
-
 class StreamCosine:
     """How little each token's residual stream has turned since the previous layer: cosine, fp32 ``[n]``.
 
     A router reads the output of an RMSNorm: the stream times one positive number per token, which a cosine ignores,
-    times the norm's weights, which are divided out here. So this is the cosine of the stream itself, between the points
-    where it enters two successive layers (channel grain) or their FFNs (token grain).
+    times the norm's weights, which are divided out here.
     """
 
     def __init__(self, hat: HierarchicalTransformer):
@@ -265,12 +251,11 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
     ShortGPT (Men et al. 2024, arXiv:2403.03853) removes the layers of least Block Influence, 1 - mean cos(stream
     before, stream after); FFN-SkipLLM (Jaiswal et al. 2024, arXiv:2404.03865) skips a token's next FFNs once its
     cosine is high. This combines the two: a line fitted on held-out text predicts the cosine across layer l from the
-    cosine across layer l - 1 or, if that layer did not run, from the one predicted for it (with the last cosine alone
-    no token would run again, because a skipped layer's cosine is 1). One threshold serves all layers.
+    cosine across layer l - 1 or, if that layer did not run, from the one predicted for it (a skipped layer's own cosine
+    is 1, after which no token would run again). One threshold serves all layers.
 
-    Always run: the first layer with decisions (0; at the token grain 1), and the last, whose cosine no layer sees.
-    Channel grain: the decision holds for all four sites, and a token that skips a layer leaves zero K and V there.
-    Token grain: a cosine spans the FFN and the next layer's attention.
+    The first layer with decisions and the last, whose cosine no layer sees, always run. A decision holds for all sites
+    of a layer; at the token grain, a cosine spans the FFN and the next layer's attention.
     """
     texts, cosine, n_layers = text_tensors(hat, blocks), StreamCosine(hat), hat.config.n_layers
     across: dict[int, list[Tensor]] = {}
@@ -283,14 +268,15 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
     if len(across) < 2:
         raise HatError(f"the cosine rule has nothing to predict in a base of {n_layers} layers")
     mean, std, r = np.full(n_layers, -np.inf), np.zeros(n_layers), np.zeros(n_layers)
-    deviation, predicted = {}, []
+    before, predicted = None, []
     for layer, cosines in sorted(across.items()):
         seen = torch.cat(cosines).double().cpu().numpy()
         mean[layer], std[layer] = seen.mean(), max(seen.std(), 1e-9)
-        deviation[layer] = (seen - mean[layer]) / std[layer]
-        if layer - 1 in deviation:
-            r[layer] = np.mean(deviation[layer] * deviation[layer - 1])
-            predicted.append(mean[layer] + std[layer] * r[layer] * deviation[layer - 1])
+        deviation = (seen - mean[layer]) / std[layer]
+        if before is not None:
+            r[layer] = np.mean(deviation * before)
+            predicted.append(mean[layer] + std[layer] * r[layer] * before)
+        before = deviation
     return lambda dial: Cosine(hat, mean, std, r, float(np.quantile(predicted, dial)))
 
 
@@ -302,14 +288,11 @@ CONTROLS: dict[str, Callable[[HierarchicalTransformer, Blocks, int], Family]] = 
 }
 
 
-# -- another checkpoint, other exits ------------------------------------------------------------------------
-
-
 def checkpoint_family(hat: HierarchicalTransformer, checkpoint: str | Path) -> Family:
-    """The method with the routers and calibration of another checkpoint, above all the untrained one.
+    """The method with the routers and calibration of another checkpoint; the dial is the requested capacity.
 
-    The dial is the requested capacity, from 0.1 up. ``hat`` is not changed: the policies carry their own routers.
-    Raises `HatError` if the checkpoint cannot be read, has no calibration, or was made for another base or grain.
+    ``hat`` is not changed: the policies carry their own routers. Raises `HatError` if the checkpoint cannot be read,
+    has no calibration, or was made for another base or grain.
     """
     other = read_checkpoint(checkpoint)
     other.check_base(hat.base, checkpoint)
@@ -325,11 +308,8 @@ def checkpoint_family(hat: HierarchicalTransformer, checkpoint: str | Path) -> F
 
 
 class RandomExits:
-    """Control for the gates: at depth e, each token that may leave does so with probability ``rates[e]``.
-
-    Compare with ``hat.gates``, using the shares of tokens that left there (`exit_shares`): the same depths, translators
-    and rates, but other tokens.
-    """
+    """Control for the gates: at depth e, each token that may leave does so with probability ``rates[e]``, such as the
+    `exit_shares` of the gates; then only the tokens differ."""
 
     def __init__(self, rates: Mapping[int, float], seed: int = 0):
         self.draws = {depth: Random(rate, seed + 1) for depth, rate in rates.items()}

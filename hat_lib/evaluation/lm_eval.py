@@ -3,11 +3,9 @@
 The harness (package `lm_eval`, the extra ``eval``) runs unchanged: its `HFLM` takes ``hat.lm``, a task is one of its
 YAML files, and the scores are its own. This module adds the work they cost.
 
-Within rounding, no score depends on the batch. The harness pads log-likelihood requests on the right and passes no
-attention mask; attention is causal and a decision reads only its own token, so nothing reaches a real token from the
-pads after it. `HFLM` then cuts each row to its length, and at that point its pads leave the count of work too. Prompts
-to be continued are padded on the left, with a mask that the model itself reads; a sequence that has ended continues
-with pads until the longest in its batch has ended, and those count as tokens.
+Within rounding, no score depends on the batch. The harness pads log-likelihood requests on the right, where nothing
+reaches a real token, and those pads leave the count of work too. Prompts to be continued are padded on the left, with a
+mask; a sequence that has ended continues with pads until the longest in its batch has ended, and those count as tokens.
 """
 
 from __future__ import annotations
@@ -62,9 +60,7 @@ def load_tasks(names: Sequence[str], folder: str | Path = TASKS) -> dict:
         raise HatError(f"no folder of tasks at {folder}")
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     if unknown := [name for name in names if name not in manager.task_index]:
-        known = ", ".join(manager.all_tasks[:10]) or "none"
-        more = f" and {len(manager.all_tasks) - 10} more" if len(manager.all_tasks) > 10 else ""
-        raise HatError(f"unknown task {unknown[0]!r}: {folder} has {known}{more}")
+        raise HatError(f"unknown task {unknown[0]!r}: {folder} has {', '.join(manager.all_tasks[:10]) or 'none'}")
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # otherwise even reading a local file is reported to a server
     try:
         with chdir(folder):
@@ -80,11 +76,8 @@ def load_tasks(names: Sequence[str], folder: str | Path = TASKS) -> dict:
 
 
 def run_tasks(hat: HierarchicalTransformer, tasks: dict, *, batch_size: int = 1) -> tuple[list[TaskRow], WorkTally]:
-    """Run what `load_tasks` returned, on the base (``hat.dense()``) and on ``hat`` as it is set.
-
-    Returns a row for each metric of each task and group, and the work of ``hat``. Raises `HatError` if no task has a
-    metric that the harness knows.
-    """
+    """A row for each metric of each task and group that `load_tasks` returned, of the base (``hat.dense()``) and of
+    ``hat`` as it is set, and the work of ``hat``. Raises `HatError` if no task has a metric that the harness knows."""
     from lm_eval import evaluate
 
     ours = counting_lm(hat, batch_size)
@@ -95,22 +88,20 @@ def run_tasks(hat: HierarchicalTransformer, tasks: dict, *, batch_size: int = 1)
     for task, metrics in adaptive["results"].items():
         theirs, samples = base["results"][task], adaptive["samples"].get(task, ())
         parts = "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)
-        data_hash = hashlib.sha256(parts.encode()).hexdigest()[:16]
+        data_hash = hashlib.sha256(parts.encode()).hexdigest()[:16] if samples else ""
         for key, value in metrics.items():
             name, _, kind = key.partition(",")
             if not kind or name.endswith("_stderr"):
                 continue
-            metric, stderr = name if kind == "none" else f"{name} ({kind})", f"{name}_stderr,{kind}"
-            row = float(theirs[key]), _number(theirs.get(stderr)), float(value), _number(metrics.get(stderr))
-            rows.append(TaskRow(task, metric, *row, int(metrics["sample_len"]), data_hash if samples else ""))
+            metric = name if kind == "none" else f"{name} ({kind})"
+            # The harness writes "N/A" where it has no standard error.
+            errors = [found.get(f"{name}_stderr,{kind}") for found in (theirs, metrics)]
+            base_stderr, stderr = (float(e) if isinstance(e, int | float) else None for e in errors)
+            values = float(theirs[key]), base_stderr, float(value), stderr
+            rows.append(TaskRow(task, metric, *values, int(metrics["sample_len"]), data_hash))
     if not rows:
         raise HatError(f"{', '.join(adaptive['results'])}: lm_eval knows none of the metrics asked for")
     return rows, ours.spent
-
-
-def _number(value) -> float | None:
-    """None for the harness's "N/A"."""
-    return float(value) if isinstance(value, int | float) else None
 
 
 def counting_lm(hat: HierarchicalTransformer, batch_size: int):

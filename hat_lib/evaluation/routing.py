@@ -3,8 +3,7 @@
 Means over a `hat_lib.evaluation.tokens.TokenTable`, each with a 95 % bootstrap interval over documents or runs of
 blocks (`hat_lib.evaluation.intervals`); what occurs in fewer than six blocks, or does not vary, has none (nan).
 Protected tokens run in full whatever a router says, so every table but `by_position` leaves them out. ``difference`` is
-relative to the mean of all unprotected tokens, and its interval resamples both together. Intervals apply to text like
-this text, and in a table with many of them some will miss.
+relative to the mean of all unprotected tokens, and its interval resamples both together.
 """
 
 from __future__ import annotations
@@ -24,8 +23,6 @@ MEASURES = ("share", "model_share", "left", "surprisal_of_token", "entropy_of_ne
 """columns of `TokenTable.tokens` whose means the tables give"""
 RESAMPLES = 1000
 PLACE = ["block", "doc"]
-RUN = 16
-"""tokens of a prompt that are resampled together, because neighbours are alike"""
 
 
 def by_class(found: TokenTable) -> pd.DataFrame:
@@ -79,9 +76,9 @@ def by_layer(found: TokenTable) -> pd.DataFrame:
 def correlations(found: TokenTable) -> pd.DataFrame:
     """Spearman's rank correlation of a token's compute with the difficulty of the predictions and what skipping added.
 
-    If tokens leave, ``exit_layer`` counts as compute too, and ``share`` is taken over the tokens that stayed, because
-    the usual share differs from layer to layer. Columns ``compute``, ``quantity``, ``of`` ("token" or "next"), ``rho``
-    (nan without any variation), ``low``, ``high``, ``tokens``, ``blocks``.
+    Compute is ``share``, over the tokens that stayed, because the usual share differs from layer to layer, and, if
+    tokens leave, ``exit_layer``. Columns ``compute``, ``quantity``, ``of`` ("token" or "next"), ``rho`` (nan without
+    any variation), ``low``, ``high``, ``tokens``, ``blocks``.
     """
     free = _free(found)
     samples = {"share": free[~free["left"]]}
@@ -92,8 +89,7 @@ def correlations(found: TokenTable) -> pd.DataFrame:
         part = samples[compute].dropna(subset=f"{quantity}_of_{which}")
         if part.empty:
             continue
-        columns = part[compute], part[f"{quantity}_of_{which}"], part["block"]
-        x, y, block = (np.unique(column, return_inverse=True)[1] for column in columns)
+        x, y, block = (pd.factorize(part[name], sort=True)[0] for name in (compute, f"{quantity}_of_{which}", "block"))
         n, drawn = block.max() + 1, units(part.groupby("block", sort=False)["doc"].first().to_numpy())
         rho = _spearman(x, y, np.ones(len(x), dtype=int))
         drawn_rho = [[_spearman(x, y, weight[block])] for weight in resample(drawn, n, RESAMPLES)]
@@ -107,9 +103,9 @@ def by_sensitivity(
 ) -> pd.DataFrame:
     """Do tokens cost what was forecast? (token, layer) pairs in bins of equal size by forecast, at each depth.
 
-    ``price`` and ``forecast`` of dropping a token's channels in a layer, ``[L, n]``, may be in any unit: both are taken
-    relative to the layer's mean. ``block [n]`` is the block of each token. Columns ``bin`` (from 0), ``pairs``,
-    ``forecast`` (mean), ``mean`` (of the prices), ``low``, ``high``, and the layers, ``first`` to ``last``.
+    ``price`` and ``forecast`` of dropping a token's channels in a layer, ``[L, n]``, are taken relative to the layer's
+    mean; ``block [n]`` is the block of each token. Columns ``bin`` (from 0), ``pairs``, ``forecast`` (mean), ``mean``
+    (of the prices), ``low``, ``high``, and the layers, ``first`` to ``last``.
     """
     parts = []
     for layers in np.array_split(np.arange(len(price)), depths):
@@ -122,26 +118,6 @@ def by_sensitivity(
         table = pd.DataFrame({"bin": range(bins), "pairs": means["tokens"], "forecast": forecasts})
         parts.append(table.join(means[["mean", "low", "high"]]).assign(first=layers[0], last=layers[-1]))
     return pd.concat(parts, ignore_index=True)
-
-
-def compare_docs(found: TokenTable, first: str, second: str) -> pd.DataFrame:
-    """Means of two prompts or documents, and the difference second - first.
-
-    Runs of `RUN` tokens are resampled, separately in each. One prompt is one sample, so an interval says how steady the
-    mean is along this prompt, and nothing about others of its kind. A row per ``measure``: ``first``, ``second``,
-    ``difference``, ``low``, ``high``. Raises `HatError` for a document without an unprotected token.
-    """
-    parts, free = [], _free(found)
-    for seed, name in enumerate((first, second)):
-        part = free[free["doc"] == name]
-        if part.empty:
-            raise HatError(f"no unprotected token of {name!r}; documents: {list(found.tokens['doc'].unique())}")
-        values, place = part[list(MEASURES)].to_numpy(dtype=float).T, np.arange(len(part))
-        parts.append(_means(values, place // RUN, place // RUN, seed))
-    (one, drawn), (other, drawn_other) = parts
-    low, high = _interval(drawn_other - drawn, np.minimum(one["blocks"], other["blocks"]))
-    columns = {"first": one["mean"], "second": other["mean"], "difference": other["mean"] - one["mean"]}
-    return pd.DataFrame({"measure": MEASURES, **columns, "low": low, "high": high})
 
 
 def layer_map(found: TokenTable, first: int = 0, count: int = 48) -> pd.DataFrame:
@@ -189,20 +165,18 @@ def _table(tokens: pd.DataFrame, codes: np.ndarray, keys: pd.DataFrame) -> pd.Da
     return table[table["tokens"] > 0].reset_index(drop=True)
 
 
-def _means(values: np.ndarray, block, document, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray]:
-    """Means over the non-nan values of each row of ``values [M, N]``, with intervals; and the means of each resample
-    ``[R, M]``.
+def _means(values: np.ndarray, block, document) -> tuple[pd.DataFrame, np.ndarray]:
+    """Means over the non-nan values of each row of ``values [M, N]``, with intervals; and of resamples, ``[R, M]``.
 
     Neighbours with the same ``block [N]`` are drawn together, and so are those of one ``document [N]``. ``blocks``
     counts the blocks behind a mean; ``attrs["units"]`` is the number of independent units a block.
     """
     known = ~np.isnan(values)
-    starts = np.flatnonzero(np.asarray(block)[1:] != np.asarray(block)[:-1]) + 1
-    starts = np.concatenate([[0], starts])
+    starts = np.flatnonzero(np.append(True, np.asarray(block)[1:] != np.asarray(block)[:-1]))
     sums = np.add.reduceat(np.where(known, values, 0.0), starts, axis=1)
     counts = np.add.reduceat(known.astype(int), starts, axis=1)
     found, blocks = units(np.asarray(document)[starts]), (counts > 0).sum(1)
-    draws = resample(found, len(starts), RESAMPLES, seed)
+    draws = resample(found, len(starts), RESAMPLES)
     with np.errstate(invalid="ignore"):  # a resample may lack all of a row's blocks
         mean, drawn = sums.sum(1) / counts.sum(1), (draws @ sums.T) / (draws @ counts.T)
     # Where all tokens have the same value (say, none of 20 left), resampling cannot tell how far off it might be.
@@ -214,7 +188,7 @@ def _means(values: np.ndarray, block, document, seed: int = 0) -> tuple[pd.DataF
     return table, drawn
 
 
-def _interval(drawn: np.ndarray, blocks: Sequence[int], share: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def _interval(drawn: np.ndarray, blocks: Sequence[int], share: float) -> tuple[np.ndarray, np.ndarray]:
     """95 % interval of each column of ``[R, M]`` from so many blocks, each worth ``share`` of an independent unit; nan
     below six blocks."""
     ends = np.full((2, drawn.shape[1]), np.nan)

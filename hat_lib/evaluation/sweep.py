@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from hat_lib.config import WHY, HatError, check_capacity
+from hat_lib.config import WHY, check_capacity
 from hat_lib.evaluation.intervals import FEWEST, NONE
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -35,28 +35,16 @@ class Sweep:
     head and routers included, / the base's), ``perplexity``, ``increase`` (over the base's, less 1),
     ``increase_low``, ``increase_high`` (95 % paired bootstrap interval; nan below six blocks), ``kl`` (base ||
     adaptive, nats per token), ``top1`` (share of tokens for which both have the same most likely next token)"""
-    text: str
-    """name of the text, or its beginning"""
-    base: str
-    base_perplexity: float
-    tokens: int
-    """number of scored tokens"""
-    blocks: int
+    heading: str
+    """base, text, and how much of it was measured"""
 
     def __str__(self) -> str:
         table = self.frame.to_string(index=False, float_format="{:.4f}".format)
-        return f"{self._heading()}\n{table}\nrealised differs from requested: {WHY}"
+        return f"{self.heading}\n{table}\nrealised differs from requested: {WHY}"
 
     def _repr_html_(self) -> str:
         table = self.frame.to_html(index=False, float_format="{:.4f}".format, border=0)
-        return f"<p>{escape(self._heading())}</p>{table}<p>realised differs from requested: {WHY}</p>"
-
-    def _heading(self) -> str:
-        short = "" if self.blocks >= FEWEST else f" ({NONE})"
-        return (
-            f"{self.base} on {self.text}: {self.tokens} scored tokens in {self.blocks} blocks{short}; "
-            f"perplexity of the base {self.base_perplexity:.3f}"
-        )
+        return f"<p>{escape(self.heading)}</p>{table}<p>realised differs from requested: {WHY}</p>"
 
 
 def sweep(
@@ -76,18 +64,14 @@ def sweep(
     Args:
         text: a name as for `load_text` (a corpus, a file, a Hub dataset), a text itself (anything with a space or a
             line break that is not a file name), or a list of texts, of blocks of token ids or of rows of `load_text`.
-        capacities: requested, in [0.1, 1]; one or several.
-        exit_rate: requested at each of them; None means what ``hat`` is set to.
+        exit_rate: requested at each capacity; None means what ``hat`` is set to.
         split: if ``text`` is a name; see `load_text`. None: see `default_split`.
-        max_tokens, block_size: how many tokens of a text to measure, and in blocks of how many; given blocks are
-            measured as they are.
-        batch_size: blocks per forward.
+        max_tokens, block_size: how much of a text to measure, in blocks of how many tokens; given blocks are measured
+            as they are.
 
     Raises `HatError` for a bad argument, before anything is run.
     """
     capacities = [check_capacity(c) for c in (capacities if isinstance(capacities, Iterable) else [capacities])]
-    if not capacities or len(set(capacities)) < len(capacities):
-        raise HatError(f"a sweep needs capacities, each once, got {capacities}")
     settings = [partial(hat.at, c, exit_rate) for c in capacities]
     for setting in settings:  # so that an invalid one is reported before anything is measured
         with setting():
@@ -99,22 +83,25 @@ def sweep(
         paired = compare(base, found)
         row = {"capacity": capacity, "realised": found.capacity, "exit_rate": found.exit_rate}
         row |= {"model_share": found.model_share, "perplexity": found.perplexity, "increase": paired.increase}
-        row |= {"increase_low": paired.low, "increase_high": paired.high}
-        rows.append(row | {"kl": found.kl, "top1": found.top1})
-    return Sweep(pd.DataFrame(rows), name, hat.base.name, base.perplexity, int(base.tokens.sum()), len(blocks))
+        rows.append(
+            row | {"increase_low": paired.low, "increase_high": paired.high, "kl": found.kl, "top1": found.top1}
+        )
+    short = "" if len(blocks) >= FEWEST else f" ({NONE})"
+    heading = f"{hat.base.name} on {name}: {base.tokens.sum()} scored tokens in {len(blocks)} blocks{short}; perplexity"
+    return Sweep(pd.DataFrame(rows), f"{heading} of the base {base.perplexity:.3f}")
 
 
 def _blocks(hat, text, split: str | None, max_tokens: int | None, block_size: int) -> tuple[str, Sequence[Mapping]]:
     """A name for the text, and its blocks."""
     tokenizer = hat.base.tokenizer
-    for item in [text] if isinstance(text, str | Path) else text:
+    texts = [text] if isinstance(text, str | Path) else text
+    for item in texts:
         if isinstance(item, str):
             check_whole("the text", item)
     if isinstance(text, Path) or (isinstance(text, str) and _is_name(text)):
         split = split or default_split(text, hat)
         rows = load_text(text, tokenizer, split=split, max_tokens=max_tokens, block_size=block_size)
         return f"{text}, {split} split", rows
-    texts = [text] if isinstance(text, str) else text
     rows = []
     for item in texts:
         if isinstance(item, str):

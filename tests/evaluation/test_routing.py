@@ -10,7 +10,7 @@ from hat_lib.config import HatError
 from hat_lib.evaluation import routing
 from hat_lib.evaluation.perplexity import Score, compare
 from hat_lib.evaluation.routing import MEASURES
-from hat_lib.evaluation.tokens import LOSSES, TokenTable, prompt_blocks, token_table
+from hat_lib.evaluation.tokens import LOSSES, TokenTable, token_table
 from hat_lib.text.blocks import load_text
 from hat_lib.text.token_classes import CLASSES
 
@@ -19,21 +19,12 @@ TEXT = "In 2025 Ada met 3 of the Kings, and they didn’t say a naïve word 🦙
 
 
 @pytest.fixture(scope="module", params=tiny_runs.GRAINS)
-def hat(request):
-    return tiny_runs.skipping(request.param)
-
-
-@pytest.fixture(scope="module")
-def blocks(tiny_base, tmp_path_factory):
-    """Strided windows of one document, the last one cut short."""
+def found(request, tiny_base, tmp_path_factory):
+    """Of strided windows of one document, the last one shorter."""
     path = tmp_path_factory.mktemp("text") / "long.txt"
     path.write_text(TEXT)
-    return list(load_text(path, tiny_base.tokenizer, split="train", block_size=64, stride=40))
-
-
-@pytest.fixture(scope="module")
-def found(hat, blocks):
-    return token_table(hat, blocks, progress=False)
+    blocks = load_text(path, tiny_base.tokenizer, split="train", block_size=64, stride=40)
+    return token_table(tiny_runs.skipping(request.param), list(blocks), progress=False)
 
 
 def made_up(n_blocks=12, size=50, seed=0, **columns):
@@ -51,89 +42,84 @@ def made_up(n_blocks=12, size=50, seed=0, **columns):
     return TokenTable(tokens, layers, layers[:, None], ("ffn",), 0.6, 0.0)
 
 
-class TestTables:
-    def test_classes_hold_the_means_of_their_tokens(self, found):
-        table = routing.by_class(found)
-        free = found.tokens[~found.tokens["protected"]]
-        for measure in MEASURES:
-            rows = table[table["measure"] == measure].set_index("class")
-            groups = free.groupby("class")[measure]
-            expected = groups.mean().dropna()
-            assert list(rows.index) == [c for c in CLASSES if c in expected.index]
-            np.testing.assert_allclose(rows["mean"], expected[rows.index].astype(float))
-            np.testing.assert_allclose(rows["difference"], expected[rows.index] - free[measure].mean(), atol=1e-12)
-            assert rows["tokens"].tolist() == groups.count()[rows.index].tolist()
+def test_classes_hold_the_means_of_their_tokens(found):
+    table = routing.by_class(found)
+    free = found.tokens[~found.tokens["protected"]]
+    for measure in MEASURES:
+        rows = table[table["measure"] == measure].set_index("class")
+        groups = free.groupby("class")[measure]
+        expected = groups.mean().dropna()
+        assert list(rows.index) == [c for c in CLASSES if c in expected.index]
+        np.testing.assert_allclose(rows["mean"], expected[rows.index].astype(float))
+        np.testing.assert_allclose(rows["difference"], expected[rows.index] - free[measure].mean(), atol=1e-12)
+        assert rows["tokens"].tolist() == groups.count()[rows.index].tolist()
 
-    def test_positions_begin_with_the_protected_and_double(self, found):
-        rows = routing.by_position(found).query("measure == 'share'")
-        assert rows[["first", "last"]].to_numpy().tolist() == [[0, 1], [2, 3], [4, 7], [8, 15], [16, 31], [32, 63]]
-        assert rows["protected"].tolist() == [True] + [False] * 5 and rows["mean"].iloc[0] == 1.0
-        assert rows["tokens"].sum() == len(found.tokens)
-        part = found.tokens[found.tokens["position"].between(8, 15)]
-        assert rows["mean"].iloc[3] == pytest.approx(part["share"].mean())
-        free = found.tokens.loc[~found.tokens["protected"], "share"].mean()
-        np.testing.assert_allclose(rows["difference"], rows["mean"] - free, atol=1e-12)
 
-    def test_honest_forecasts_lie_on_the_diagonal_and_idle_ones_do_not(self):
-        """Prices scattered around the forecast; then with the forecasts of other tokens."""
-        draw, block = np.random.default_rng(0), np.repeat(np.arange(20), 100)
-        forecast = np.exp(draw.normal(size=(6, 2000))) * 10.0 ** np.arange(6)[:, None]
-        price = 1e-3 * forecast * draw.exponential(size=forecast.shape)
-        table = routing.by_sensitivity(price, forecast, block, depths=2, bins=4)
-        assert table[["first", "last"]].drop_duplicates().to_numpy().tolist() == [[0, 2], [3, 5]]
-        assert (table["pairs"] == 3 * 2000 / 4).all() and table["bin"].tolist() == [0, 1, 2, 3] * 2
-        assert table["forecast"].between(table["low"], table["high"]).sum() >= 7
-        weighted = table.groupby("first")[["forecast", "mean"]].mean()
-        np.testing.assert_allclose(weighted, 1, rtol=1e-9)  # both relative to the layer's mean
-        idle = routing.by_sensitivity(price, np.roll(forecast, 1, axis=1), block, depths=2, bins=4)
-        assert idle["low"].max() < 1 < idle["high"].min()
+def test_positions_begin_with_the_protected_and_double(found):
+    rows = routing.by_position(found).query("measure == 'share'")
+    assert rows[["first", "last"]].to_numpy().tolist() == [[0, 1], [2, 3], [4, 7], [8, 15], [16, 31], [32, 63]]
+    assert rows["protected"].tolist() == [True] + [False] * 5 and rows["mean"].iloc[0] == 1.0
+    part = found.tokens[found.tokens["position"].between(8, 15)]
+    assert rows["mean"].iloc[3] == pytest.approx(part["share"].mean())
 
-    def test_quantiles_are_equal_groups_in_order(self, found):
-        table = routing.by_quantile(found, bins=4).query("measure == 'share'")
-        free = found.tokens[~found.tokens["protected"]]
-        assert list(table["quantity"].unique()) == [
-            "surprisal_of_token", "surprisal_of_next", "entropy_of_token", "entropy_of_next",
-        ]  # fmt: skip
-        for quantity, rows in table.groupby("quantity"):
-            assert rows["tokens"].sum() == free[quantity].count() and np.ptp(rows["tokens"]) <= 1
-            assert (rows["most"].to_numpy()[:-1] <= rows["least"].to_numpy()[1:]).all()
-            lowest = free.nsmallest(int(rows["tokens"].iloc[0]), quantity)
-            assert rows["mean"].iloc[0] == pytest.approx(lowest["share"].mean())
-            assert rows["median"].iloc[0] == pytest.approx(lowest[quantity].median())
 
-    def test_layers_hold_means_over_the_tokens_that_entered(self, found):
-        table = routing.by_layer(found).set_index(["layer", "site"])
-        free = ~found.tokens["protected"].to_numpy()
-        assert len(table) == len(found.share) * (len(found.sites) + 1)
-        for layer in range(len(found.share)):
-            entered = free & (found.tokens["exit_layer"].to_numpy() > layer)
-            row, values = table.loc[(layer, "all")], found.share[layer, entered].astype(float)
-            assert row["tokens"] == entered.sum()
-            assert row["mean"] == pytest.approx(values.mean(), rel=1e-5)
-            for i, site in enumerate(found.sites):
-                expected = found.site_share[layer, i, entered].mean()
-                assert table.loc[(layer, site), "mean"] == pytest.approx(expected, rel=1e-5)
+def test_honest_forecasts_lie_on_the_diagonal_and_idle_ones_do_not():
+    """Prices scattered around the forecast; then with the forecasts of other tokens."""
+    draw, block = np.random.default_rng(0), np.repeat(np.arange(20), 100)
+    forecast = np.exp(draw.normal(size=(6, 2000))) * 10.0 ** np.arange(6)[:, None]
+    price = 1e-3 * forecast * draw.exponential(size=forecast.shape)
+    table = routing.by_sensitivity(price, forecast, block, depths=2, bins=4)
+    assert table[["first", "last"]].drop_duplicates().to_numpy().tolist() == [[0, 2], [3, 5]]
+    assert (table["pairs"] == 3 * 2000 / 4).all() and table["bin"].tolist() == [0, 1, 2, 3] * 2
+    assert table["forecast"].between(table["low"], table["high"]).sum() >= 7
+    weighted = table.groupby("first")[["forecast", "mean"]].mean()
+    np.testing.assert_allclose(weighted, 1, rtol=1e-9)  # both relative to the layer's mean
+    idle = routing.by_sensitivity(price, np.roll(forecast, 1, axis=1), block, depths=2, bins=4)
+    assert idle["low"].max() < 1 < idle["high"].min()
 
-    def test_layer_map_is_some_of_the_frame(self, found):
-        table = routing.layer_map(found, first=10, count=7)
-        cells, apart = (table.pivot(index="layer", columns="token", values=v) for v in ("share", "difference"))
-        np.testing.assert_array_equal(cells, found.share[:, 10:17])
-        usual = routing.by_layer(found).query("site == 'all'")["mean"].to_numpy()
-        np.testing.assert_allclose(apart, found.share[:, 10:17] - usual[:, None], atol=1e-9)
 
-    def test_every_table_is_the_same_twice_and_of_short_text_without_an_interval(self, hat, found, monkeypatch):
-        monkeypatch.setattr(routing, "RESAMPLES", 50)
-        before = found.tokens.copy()
-        one = token_table(hat, [{"input_ids": [5, 6, 7, 8], "doc": "d", "n_context": 0}], progress=False)
-        for make in routing.TABLES.values():
-            pd.testing.assert_frame_equal(make(found), make(found))
-            table = make(one)  # one block: numbers, but no interval
-            for name in {"low", "high", "difference_low", "difference_high"} & set(table):
-                assert table[name].isna().all()
-        pd.testing.assert_frame_equal(found.tokens, before)
-        protected = token_table(hat, [{"input_ids": [5, 6], "doc": "d", "n_context": 0}], progress=False)
-        with pytest.raises(HatError):
-            routing.by_class(protected)
+def test_quantiles_are_equal_groups_in_order(found):
+    table = routing.by_quantile(found, bins=4).query("measure == 'share'")
+    free = found.tokens[~found.tokens["protected"]]
+    assert list(table["quantity"].unique()) == [
+        "surprisal_of_token", "surprisal_of_next", "entropy_of_token", "entropy_of_next",
+    ]  # fmt: skip
+    for quantity, rows in table.groupby("quantity"):
+        assert rows["tokens"].sum() == free[quantity].count() and np.ptp(rows["tokens"]) <= 1
+        assert (rows["most"].to_numpy()[:-1] <= rows["least"].to_numpy()[1:]).all()
+        lowest = free.nsmallest(int(rows["tokens"].iloc[0]), quantity)
+        assert rows["mean"].iloc[0] == pytest.approx(lowest["share"].mean())
+
+
+def test_layers_hold_means_over_the_tokens_that_entered(found):
+    table = routing.by_layer(found).set_index(["layer", "site"])["mean"]
+    free = ~found.tokens["protected"].to_numpy()
+    for layer in range(len(found.share)):
+        entered = free & (found.tokens["exit_layer"].to_numpy() > layer)
+        assert table[layer, "all"] == pytest.approx(found.share[layer, entered].mean(), rel=1e-5)
+        for i, site in enumerate(found.sites):
+            assert table[layer, site] == pytest.approx(found.site_share[layer, i, entered].mean(), rel=1e-5)
+
+
+def test_layer_map_is_a_part_of_the_shares(found):
+    table = routing.layer_map(found, first=10, count=7)
+    cells, apart = (table.pivot(index="layer", columns="token", values=v) for v in ("share", "difference"))
+    np.testing.assert_array_equal(cells, found.share[:, 10:17])
+    usual = routing.by_layer(found).query("site == 'all'")["mean"].to_numpy()
+    np.testing.assert_allclose(apart, found.share[:, 10:17] - usual[:, None], atol=1e-6)
+
+
+def test_short_text_has_no_interval(monkeypatch):
+    monkeypatch.setattr(routing, "RESAMPLES", 50)
+    hat = tiny_runs.skipping("channel")
+    one = token_table(hat, [{"input_ids": [5, 6, 7, 8], "doc": "d", "n_context": 0}], progress=False)
+    for make in routing.TABLES.values():
+        table = make(one)
+        for name in {"low", "high", "difference_low", "difference_high"} & set(table):
+            assert table[name].isna().all()
+    protected = token_table(hat, [{"input_ids": [5, 6], "doc": "d", "n_context": 0}], progress=False)
+    with pytest.raises(HatError):
+        routing.by_class(protected)
 
 
 class TestIntervals:
@@ -185,25 +171,3 @@ class TestCorrelations:
             part = part[[row.compute, f"{row.quantity}_of_{row.of}"]].dropna()
             assert row.rho == pytest.approx(spearmanr(part).statistic, abs=1e-9) and row.tokens == len(part)
             assert row.low <= row.high
-
-
-class TestCompareDocs:
-    def test_two_prompts_side_by_side(self, hat):
-        names = {"easy": "one two three four five six " * 4, "hard": "Zebra quilts vex 17 jumpy dwarfs. " * 4}
-        rows = prompt_blocks(hat.base.tokenizer, names)
-        found = token_table(hat, rows, progress=False)
-        table = routing.compare_docs(found, "easy", "hard").set_index("measure")
-        free = found.tokens[~found.tokens["protected"]].groupby("doc")
-        for measure in MEASURES:
-            a, b = free[measure].mean()[["easy", "hard"]].astype(float)
-            assert table.loc[measure, ["first", "second", "difference"]].tolist() == pytest.approx([a, b, b - a])
-        back = routing.compare_docs(found, "hard", "easy").set_index("measure")
-        np.testing.assert_allclose(back["difference"], -table["difference"])
-        kept = table.dropna()
-        assert "share" in kept.index and (kept["low"] < kept["high"]).all()
-
-    def test_bad_prompts_and_names_are_named(self, hat):
-        rows = prompt_blocks(hat.base.tokenizer, {"a": "abc", "b": "ab"})
-        found = token_table(hat, rows, progress=False)
-        with pytest.raises(HatError, match="c"):
-            routing.compare_docs(found, "a", "c")
