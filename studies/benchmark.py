@@ -215,7 +215,7 @@ def forced(
 def forced_exits(hat: HierarchicalTransformer, rate: float, batch: int, tokens: int) -> AbstractContextManager:
     """A context in which a share ``rate`` of the tokens, drawn at random, leaves halfway up."""
     leave = torch.from_numpy(np.random.default_rng(0).random((batch, tokens)) < rate).to(hat.base.device)
-    return hat.exiting(Forced(Masks(exits={hat.config.exit_layers[0]: leave})))
+    return hat.using(exits=Forced(Masks(exits={hat.config.exit_layers[0]: leave})))
 
 
 def random_text(hat: HierarchicalTransformer, batch: int, tokens: int) -> Tensor:

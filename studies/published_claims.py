@@ -121,7 +121,8 @@ def _grain(checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str
         shares = zip(hat.config.exit_layers, left[setting], draws, strict=True)
         exits = Forced(Masks(exits={depth: torch.from_numpy(draw < share) for depth, share, draw in shares}))
         capacity = contexts[realised[setting]]
-        around[setting] = partial(combined, capacity, partial(hat.exiting, exits)) if setting.exit_rate else capacity
+        leaving = partial(combined, capacity, partial(hat.using, exits=exits))
+        around[setting] = leaving if setting.exit_rate else capacity
     yield from _rows(hat, around, ids % hat.lm.config.vocab_size, rounds, steps, {})
     del hat, contexts, around
     gc.collect()

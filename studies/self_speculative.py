@@ -101,7 +101,7 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
               "pad_token_id": hat.base.tokenizer.pad_token_id}  # fmt: skip
 
     def dense():
-        with hat.dense(), hat.weights("base"):
+        with hat.dense(), hat.changed(weights="base"):
             return hat.lm.generate(ids, **greedy)
 
     ways = {

@@ -129,7 +129,7 @@ def _variants(
             forced = partial(hat.using, Forced(Masks({k: m & (k[1] != part) for k, m in masks.keep.items()})))
             yield Variant(f"{way} without {part}", hat.lm, partial(combined, around, forced)), step
     yield Variant("few words", small.lm, small.dense), partial(decode_ms, ids=ids % WORDS, steps=steps)
-    yield Variant("adaptive, whole head", hat.lm, partial(combined, at, partial(hat.shortlisting, None))), step
+    yield Variant("adaptive, whole head", hat.lm, partial(combined, at, partial(hat.changed, shortlist=None))), step
     every = hat.threshold_policy(dict.fromkeys(hat.calibration.thresholds_at(capacity), 0.0))
     yield Variant("deciding", hat.lm, partial(combined, hat.dense, partial(hat.using, every))), step
 

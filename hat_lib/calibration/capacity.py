@@ -134,7 +134,7 @@ def _set_table(
         kept, capacity, head_share, tokens = 0.0, 0.0, 0.0, 0
         shortlist = head and hat.shortlist(*head)
         corrected = hat.correcting(hat.correction_strength(budget))
-        with hat.dense(), hat.using(hat.threshold_policy(chosen)), corrected, hat.shortlisting(shortlist):
+        with hat.dense(), hat.using(hat.threshold_policy(chosen)), corrected, hat.changed(shortlist=shortlist):
             for size in forwards(hat, blocks, logits=0 if head else 1):
                 kept = kept + hat.trace.site_share.flatten(2).sum(-1).double().cpu().numpy()
                 capacity += hat.trace.capacity * size

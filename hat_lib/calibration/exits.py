@@ -80,7 +80,7 @@ def _at_one_capacity(hat, fit: list[Tensor], check: list[Tensor], base: list[Ten
         # The gate scores at which the chance is ``bar``.
         thresholds = [float(np.clip((logit(bar) - b) / a, -CERTAIN, CERTAIN)) for a, b in maps]
         same = []  # of each token that left: whether it agrees
-        with hat.exiting(ExitThresholds(hat.gates, thresholds)):
+        with hat.using(exits=ExitThresholds(hat.gates, thresholds)):
             for block, tokens in zip(check, base, strict=True):
                 hidden = hat.lm.model(block, use_cache=False).last_hidden_state
                 left = hat.trace.exited

@@ -88,7 +88,7 @@ def realised_capacity(
     `matched`."""
     kept = 0.0
     with (around or hat.dense)(), hat.using(policy):
-        logits = 0 if hat.gates_head and hat.capacity < 1 else 1  # all of them, where the head's work differs by token
+        logits = 0 if hat.has_shortlist and hat.capacity < 1 else 1  # all, where the head's work differs by token
         for ids in texts:
             hat.lm(ids, use_cache=False, logits_to_keep=logits)
             kept += hat.trace.capacity * ids.shape[1]

@@ -250,7 +250,7 @@ class _OnText:
                 with self.hat.at(*setting), self.hat.collect() as traces:
                     score(self.hat, self.blocks, progress=False)
                 left[setting] = exit_shares(traces, self.hat.config.exit_layers)
-            exits = partial(self.hat.exiting, RandomExits(left[setting], point.seed))
+            exits = partial(self.hat.using, exits=RandomExits(left[setting], point.seed))
             settings[point] = partial(combined, partial(self.hat.at, point.capacity, 0.0), exits)
         if settings:
             yield from zip(settings, self.scored(list(settings.values()))[1], strict=True)

@@ -247,7 +247,7 @@ class AdaptiveInference:
         lm, around = self._reference
         length = found.ids.shape[1]
         cache, ends = DynamicCache(config=lm.config), range(length - found.new_tokens, length)
-        with torch.inference_mode(), around(), self.hat.weights("base"):
+        with torch.inference_mode(), around(), self.hat.changed(weights="base"):
             began = now(lm)
             for start, end in zip([0, *ends], ends, strict=False):
                 lm(input_ids=found.ids[:, start:end], cache=cache, use_cache=True, logits_to_keep=1)

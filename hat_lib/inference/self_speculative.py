@@ -126,7 +126,7 @@ def _speculate(hat, ids, max_new_tokens, sampler: Sampler, draft_length, streame
     lm, stop, cache = hat.lm, stop_tokens(hat), DynamicCache(config=hat.lm.config)
     cost, accepted, tested, passes, states = None, 0, 0, 1, []
 
-    with hat.dense(), hat.weights("base"):
+    with hat.dense(), hat.changed(weights="base"):
         logits = lm(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[0]
     new = [sampler.draw(sampler.distribution(logits[-1]))]
     if streamer is not None:
@@ -149,7 +149,7 @@ def _speculate(hat, ids, max_new_tokens, sampler: Sampler, draft_length, streame
             if cost is None:
                 cost = READ.get(hat.weight_format, 1.0) * state_cost(hat, steps[0]).model_share
             cache.crop(-n)
-        with hat.dense(), hat.weights("base"):
+        with hat.dense(), hat.changed(weights="base"):
             logits = lm(input_ids=torch.cat([new[-1], *drafts])[None], cache=cache, use_cache=True).logits[0]
         passes += 1
         base = [sampler.distribution(row) for row in logits]

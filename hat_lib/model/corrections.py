@@ -1,18 +1,16 @@
-"""Corrections compensate for skipped computation: in linear layers at no extra inference cost, in FFNs at little.
+"""Corrections compensate for skipped computation.
 
 Channel grain: each linear layer ``y = W x`` becomes ``y = W x + B A x + c``, with a low-rank update (LoRA, Hu et al.
-2021, arXiv:2106.09685) and a constant vector (SPON, arXiv:2512.12744), trained to bring the model back to its base. The
-engine reads ``W + B A`` and has c as a bias; on the reference path, hooks add the terms ahead of anybody else's.
-Matrices that read the same input share A, so one `Correction` serves a site. Both terms serve every token, and x has
-only the channels that are kept. The less is dropped, the less there is to compensate for: a strength
-(`Grain.correction_strength`) scales both, which is 0 at capacity 1.0.
+2021, arXiv:2106.09685) and a constant vector (SPON, arXiv:2512.12744), where x has only the channels that are kept.
+The engine reads ``W + B A`` and has c as a bias; on the reference path, hooks add the terms ahead of anybody else's.
+Matrices that read the same input share A. A strength (`Grain.correction_strength`), 0 at capacity 1.0, scales both.
 
 Token grain: ``B A x + c`` of the FFN's own input stands in for an FFN that a token skips, at 2 r D multiply-adds.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +27,8 @@ FULL = 0.45
 
 
 class Correction(nn.Module):
-    """The terms of one site. Untrained, they are zero.
-
-    Args:
-        inputs: channels of the site, C.
-        outputs: of each linear layer that reads them.
-        rank: of ``B A``; 0 leaves only the constant vector.
-    """
+    """The terms of one site, zero until trained; ``outputs`` are those of each linear layer that reads its ``inputs``.
+    A rank of 0 leaves only the constant vector."""
 
     def __init__(self, inputs: int, outputs: list[int], rank: int):
         super().__init__()
@@ -72,19 +65,11 @@ class Corrections(nn.ModuleDict):
         for key, correction in self.items():
             layer, site = key.split("_", 1)
             for number, name in enumerate(LINEARS.get(site, ())):
-                hook = AddTerm(correction, number, context)
+
+                def add(module, args, out, correction=correction, number=number):
+                    strength = context.mode.corrected if context.passes else 0.0  # called by hand, it is the base's
+                    return out.add(correction.term(args[0], number), alpha=strength) if strength else None
+
                 linear = layers[int(layer)].get_submodule(name)
-                handles.append(linear.register_forward_hook(hook, prepend=True))
+                handles.append(linear.register_forward_hook(add, prepend=True))
         return handles
-
-
-class AddTerm(NamedTuple):
-    """The forward hook on a linear layer."""
-
-    correction: Correction
-    number: int
-    context: Context
-
-    def __call__(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
-        strength = self.context.mode.corrected if self.context.passes else 0.0  # called by hand, it is the base's
-        return out.add(self.correction.term(args[0], self.number), alpha=strength) if strength else None

@@ -1,20 +1,17 @@
 """What a token costs: FLOPs and weight bytes, counted from what a forward actually ran.
 
-A linear layer costs two FLOPs per weight that it reads (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), so its
-cost follows from its weights and the share that this token executed. Parts:
+A linear layer costs two FLOPs per weight that it reads (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Parts:
 
     attention    q, k, v and o projections, at their share
     ffn          gate, up and down projections, at their share
     exited_kv    K and V, dense, in each layer after the one in which a token left
     head         the LM head, once per token, at its share; a prefill that needs only one token's logits spends less
-    routers      channel grain: D multiply-adds and a compare per channel in each layer, and a compare per token of the
-                 vocabulary if the head has a shortlist; token grain: D multiply-adds, from layer 1 on
-    corrections  token grain: 2 r D multiply-adds for each FFN that a token skips, if corrections of rank r stand in
+    routers      `Grain.router_work`, and a compare per channel and per token of the vocabulary for a shortlist
+    corrections  `Grain.correction_work`
     exits        each gate that a token reached, and the translator of the one that it took
     core         attention scores and mixing: 4 FLOPs per query channel and key seen; it reads no weights
 
 Left out, in the dense count too: norms, activations, residual sums, softmax, RoPE, biases, the one embedding row.
-This is the work that the method asks for, whatever the hardware makes of it.
 """
 
 from __future__ import annotations
@@ -28,11 +25,11 @@ from torch import Tensor
 
 from hat_lib.config import HatConfig, check_capacity
 from hat_lib.model.granularity import SITES, grain_named, linear_work
+from hat_lib.model.token_state import TokenState, ratio
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
-    from hat_lib.model.token_state import TokenState
     from hat_lib.model.transformer import HierarchicalTransformer
 
 HAT_BYTES = 4
@@ -61,8 +58,7 @@ class Work:
 
     @property
     def model_share(self) -> float:
-        """Executed / dense FLOPs over all tokens, without the attention core, so that results at different context
-        lengths are comparable."""
+        """Executed / dense FLOPs over all tokens, without the attention core: comparable at any context length."""
         return float(self.executed.sum() / self.dense.sum())
 
 
@@ -93,39 +89,40 @@ def work(
     n_layers, d, ran = config.n_layers, lm_config.hidden_size, exit_layer.double()
     q_width = lm_config.num_attention_heads * lm_config.head_dim
     kv_width = lm_config.num_key_value_heads * lm_config.head_dim
-    zero, size = torch.zeros_like(ran), linear_work(lm_config)
+    zero, size, grain = torch.zeros_like(ran), linear_work(lm_config), grain_named(config.granularity)
 
-    grain = grain_named(config.granularity)
     depth = torch.arange(n_layers, device=ran.device).view(-1, 1, *[1] * exit_layer.dim())
     executed = torch.where(depth < exit_layer, site_share.double(), 0.0).sum(0)  # [S, ...], in whole layers
-    executed = dict(zip(grain.sites, executed, strict=True))
     layers = dict.fromkeys(size, ran)
-    for site, number in executed.items():
+    for site, number in zip(grain.sites, executed, strict=True):
         layers |= dict.fromkeys(SITES[site], number)
     compares, router_weights = grain.router_work(lm_config, ran)
-    skipped = {site: ran - number for site, number in executed.items()}
+    compares = compares + (d + lm_config.vocab_size) * (head_share < 1)
+    skipped = dict(zip(grain.sites, ran - executed, strict=True))
     correction_weights = zero + grain.correction_work(lm_config, config.correction_rank or 0, skipped) * corrected
 
-    def linear(qkv, o, gate_up, down) -> dict[str, Tensor]:
-        attention = zero + size["qkv"] * qkv + size["o"] * o
-        return {"attention": attention, "ffn": zero + size["gate_up"] * gate_up + size["down"] * down}
+    def linear(layers: dict) -> dict[str, Tensor]:
+        attention = zero + size["qkv"] * layers["qkv"] + size["o"] * layers["o"]
+        return {
+            "attention": attention,
+            "ffn": zero + size["gate_up"] * layers["gate_up"] + size["down"] * layers["down"],
+        }
 
     head = zero + lm_config.vocab_size * d
-    weights = linear(**layers) | {"exited_kv": 2 * kv_width * d * (n_layers - ran), "head": head_share * head}
-    dense = linear(**dict.fromkeys(size, n_layers)) | {"head": head}
-    compares = compares + (d + lm_config.vocab_size) * (head_share < 1)
+    weights = linear(layers) | {"exited_kv": 2 * kv_width * d * (n_layers - ran), "head": head_share * head}
+    dense = linear(dict.fromkeys(size, n_layers)) | {"head": head}
     reached = sum(((exit_layer >= e).double() for e in config.exit_layers), zero)
     left = (exit_layer < n_layers).double()
     exit_weights = (reached * 2 * d + left * 2 * (config.translator_rank + 1) * d) * gated
+    own = {"corrections": correction_weights, "exits": exit_weights}
     router_bytes = dtype.itemsize * compares + HAT_BYTES * router_weights
     per_layer = 4 * q_width * (zero + context)
     return Work(
-        flops={part: 2 * w for part, w in weights.items()}
-        | {"routers": (compares + 2 * router_weights) * routed, "corrections": 2 * correction_weights}
-        | {"exits": 2 * exit_weights, "core": per_layer * ran},
+        flops={part: 2 * w for part, w in (weights | own).items()}
+        | {"routers": (compares + 2 * router_weights) * routed, "core": per_layer * ran},
         weight_bytes={part: dtype.itemsize * w for part, w in weights.items()}
-        | {"routers": router_bytes * routed, "corrections": HAT_BYTES * correction_weights}
-        | {"exits": HAT_BYTES * exit_weights},
+        | {part: HAT_BYTES * w for part, w in own.items()}
+        | {"routers": router_bytes * routed},
         dense_flops={part: 2 * w for part, w in dense.items()} | {"core": per_layer * n_layers},
         dense_weight_bytes={part: dtype.itemsize * w for part, w in dense.items()},
     )
@@ -134,17 +131,24 @@ def work(
 def state_cost(hat: HierarchicalTransformer, state: TokenState) -> Work:
     """The cost of one forward, or of several joined by `TokenState.cat`: ``[B, T]`` on the CPU, 0 at pads.
 
-    Routers and gates are charged if they took part in the forward, or if the state shows that something was skipped
-    or a token left. A control is charged for the router that it stands in for.
+    Routers and gates are charged if they took part, or if something was skipped or a token left: a control is charged
+    for the router that it stands in for.
     """
-    real, share = state.real.cpu(), state.site_share.cpu()
-    exit_layer, context = state.exit_layer.cpu().long(), state.position.cpu() + 1
-    depth = torch.arange(state.n_layers).view(-1, 1, 1, 1)
-    skipped = (share < 1) & (depth < exit_layer) & real
-    left = (exit_layer < state.n_layers) & real
-    asked = {"routed": state.routed or bool(skipped.any()), "gated": state.gated or bool(left.any())}
-    asked |= {"head_share": state.head_share, "corrected": state.corrected}
-    cost = work(hat.lm.config, hat.config, share, exit_layer, context, dtype=hat.lm.dtype, **asked)
+    real, share, exit_layer = state.real.cpu(), state.site_share.cpu(), state.exit_layer.cpu().long()
+    skipped = (share < 1) & state.entered.cpu()[:, None]
+    left = state.exited.cpu() & real
+    cost = work(
+        hat.lm.config,
+        hat.config,
+        share,
+        exit_layer,
+        state.position.cpu() + 1,
+        dtype=hat.lm.dtype,
+        routed=state.routed or bool(skipped.any()),
+        gated=state.gated or bool(left.any()),
+        head_share=state.head_share,
+        corrected=state.corrected,
+    )
     return Work(*({part: v * real for part, v in parts.items()} for parts in vars(cost).values()))
 
 
@@ -164,26 +168,24 @@ class WorkTally:
 
     def __init__(self, hat: HierarchicalTransformer):
         self.hat = hat
-        self._executed, self._possible = np.zeros(4), np.zeros(4)
+        self._work = np.zeros((4, 2))  # executed and possible: of layers, head, exits and the whole model
         self.exits = np.zeros(hat.config.n_layers + 1, dtype=np.int64)
         """number of tokens by layers run, ``[L + 1]``"""
 
     def add(self, state: TokenState) -> None:
         """Add a forward."""
-        cost, depths = state_cost(self.hat, state), state.exit_layer[state.real]
-        tokens, layers = len(depths), int(depths.sum())
-        possible = np.array([layers + state.head_work * tokens, tokens, float(cost.dense.sum()), layers])
-        shares = np.array([state.capacity, state.exit_rate, cost.model_share, state.layer_capacity])
-        self._executed += shares * possible
-        self._possible += possible
-        self.exits += np.bincount(depths.cpu().numpy(), minlength=len(self.exits))
+        cost, depths = state_cost(self.hat, state), state.exit_layer[state.real].cpu().numpy()
+        left, whole = int((depths < state.n_layers).sum()), (float(cost.executed.sum()), float(cost.dense.sum()))
+        self._work += np.array([*state.work, (left, len(depths)), whole])
+        self.exits += np.bincount(depths, minlength=len(self.exits))
 
     @property
     def shares(self) -> tuple[float, float, float]:
         """Realised capacity, exit rate and model share."""
-        return tuple((self._executed / self._possible).tolist()[:3])
+        layers, head, exits, whole = self._work
+        return ratio(layers + head), ratio(exits), ratio(whole)
 
     @property
     def layer_capacity(self) -> float:
         """Realised capacity of the layers alone."""
-        return float(self._executed[3] / self._possible[3])
+        return ratio(self._work[0])

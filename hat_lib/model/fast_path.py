@@ -309,7 +309,7 @@ class FastPath:
         """The packed base, as its weights were at the last prompt."""
         mode = self.context.mode
         # Where adaptive forwards are corrected, the uncorrected copy serves the dense model.
-        gates_head = self.hat.gates_head and bool(mode.corrected) == bool(len(self.hat.corrections))
+        gates_head = self.hat.has_shortlist and bool(mode.corrected) == bool(len(self.hat.corrections))
         merged = mode.corrected if self.hat.config.granularity == "channel" else 0.0
         key = mode.weights or self.form, merged, gates_head or mode.shortlist is not None
         if key not in self._decoders:

@@ -32,6 +32,16 @@ class ForwardPass:
         """Indices into B*T of the rows that layers compute; None for all of them."""
         return self.state.alive if self.mode.compact else None
 
+    def gather(self, x: Tensor) -> Tensor:
+        """The running rows of ``x [B, T, C]``: ``[1, n, C]``, or x itself if all of them run."""
+        return x if self.rows is None else x.flatten(0, 1)[self.rows][None]
+
+    def scatter(self, x: Tensor, others: Tensor) -> Tensor:
+        """``[B, T, C]``: ``x``, as `gather` gives it, at the running rows and ``others`` elsewhere."""
+        if self.rows is None:
+            return x
+        return others.flatten(0, 1).index_copy(0, self.rows, x[0]).view(others.shape)
+
     def stand_in(self, layer: int, x: Tensor) -> Tensor | None:
         """What tokens get in place of a skipped FFN of ``x``, if anything; both ``[..., D]``."""
         if not self.mode.corrected or f"{layer}_ffn" not in self.corrections:
@@ -41,7 +51,7 @@ class ForwardPass:
     def skip(self, layer: int, site: str, x: Tensor) -> Tensor:
         """The input ``x [..., C]`` of linear layers, for the running rows, with the units zeroed that they skip; x
         itself if the grain does not decide there."""
-        if site not in self.grain.sites:
+        if site not in self.grain.sites or not x.numel():
             return x
         flat = x.reshape(-1, x.shape[-1])
         keep = self.decide(layer, site, flat)

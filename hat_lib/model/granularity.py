@@ -4,9 +4,8 @@
              same input share one decision: q|k|v, o, gate|up, down.
 ``token``    the whole FFN, per token (the published method). One site.
 
-A `Grain` is all that the rest of the library asks about one: where it decides, what shape its decisions have, which
-routers score them, and what replaces what is skipped. Another grain is a subclass in `GRAINS`, with a recipe in
-`hat_lib.training.recipe`; `tests/model/test_third_grain.py` has one, of whole attention heads.
+All else asks a `Grain`: where it decides, in what shape, which routers score, what replaces what is skipped. Another
+one is a subclass in `GRAINS`, with a recipe in `hat_lib.training.recipe`: see `tests/model/test_third_grain.py`.
 """
 
 from __future__ import annotations
@@ -21,14 +20,13 @@ from hat_lib.model.routers import ChannelRouter, MoERouter
 from hat_lib.model.token_state import TokenState
 
 SITES = {name: (name,) for name in LINEARS} | {"ffn": ("gate_up", "down")}
-"""where `hat_lib.model.decoder_layer` lets a grain decide: units of the input of linear layers, or the whole FFN; with
-the keys of `LINEARS` whose work is then skipped"""
+"""where a layer lets a grain decide -> the keys of `LINEARS` whose work is then skipped"""
 
 
 class Grain:
-    """One granularity. As it stands, it zeroes units of a linear layer's input, whose scores are magnitudes.
+    """One granularity; by default it zeroes units, one or several adjacent channels, of a linear layer's input.
 
-    A unit is one or several adjacent channels. A decision is bool ``[n, units]`` for n rows, or ``[n]`` for the FFN.
+    A decision is bool ``[n, units]`` for n rows, or ``[n]`` for the whole FFN.
     """
 
     name: str
@@ -48,7 +46,7 @@ class Grain:
         return HatConfig.default(base, **{"granularity": self.name, **changes})
 
     def always_runs(self, layer: int, site: str) -> bool:
-        """Whether a site is never asked: layer 0's FFN is never skipped whole, since that alone destroys the output."""
+        """Whether a site is never asked: skipping layer 0's whole FFN alone destroys the output."""
         return site == "ffn" and layer == 0
 
     def mask_shape(self, lm_config, site: str) -> tuple[int, ...]:
@@ -65,9 +63,13 @@ class Grain:
         units = sum(self.mask_shape(lm_config, site)[0] for site in self.sites)
         return units * layers, torch.zeros_like(layers)
 
+    def linears(self, layer: nn.Module, site: str) -> list[nn.Module]:
+        """The linear layers that read a site's input."""
+        return [layer.get_submodule(name) for name in LINEARS[site]]
+
     def router(self, layer: nn.Module, site: str) -> nn.Module:
         """A new router for a site of a decoder layer."""
-        return ChannelRouter(column_norm(layer, site))
+        return ChannelRouter(column_norm(*self.linears(layer, site)))
 
     def routers(self, layer: nn.Module) -> dict[str, nn.Module]:
         """All new routers of a decoder layer, by site."""
@@ -83,17 +85,15 @@ class Grain:
 
     def correction(self, layer: nn.Module, index: int, site: str, rank: int) -> Correction | None:
         """A new correction for a site of layer ``index``: added to the output of its linear layers."""
-        linears = [layer.get_submodule(name) for name in LINEARS[site]]
+        linears = self.linears(layer, site)
         return Correction(linears[0].in_features, [linear.out_features for linear in linears], rank)
 
     def correction_strength(self, capacity: float) -> float:
-        """0 at capacity 1, rising with the square of what is dropped to 1 at `FULL`, as does what corrections can
-        compensate for."""
+        """0 at capacity 1, rising with the square of what is dropped to 1 at `FULL`."""
         return 0.0 if capacity >= 1 else min(1.0, (1 - capacity) / (1 - FULL)) ** 2
 
     def correction_work(self, lm_config, rank: int, skipped: dict[str, Tensor]) -> Tensor | float:
-        """Weights read by corrections, from the number of layers in which each site was skipped: merged, they read
-        none."""
+        """Weights read by corrections, from the number of layers that skipped each site; none if they are merged."""
         return 0.0
 
 
@@ -117,8 +117,8 @@ class ChannelGrain(Grain):
         return routers[f"{layer}_{site}"].keep(x, threshold, scale)
 
     def threshold_scale(self, routers: nn.ModuleDict, layer: int, site: str, x: Tensor, state: TokenState) -> Tensor:
-        """What multiplies the running rows' thresholds in this layer, ``[n, 1]``: each token's own factor
-        (`MoERouter.threshold_scale`, computed at the first site) times that of steering."""
+        """What multiplies the running rows' thresholds in this layer, ``[n, 1]``: sensitivity, read at the first site,
+        times steering."""
         if site == self.sites[0]:
             state.threshold_scale = routers[f"{layer}_token"].threshold_scale(x)
             if (steering := state.steering) is not None:
@@ -131,10 +131,7 @@ class TokenGrain(Grain):
     name = "token"
     sites = ("ffn",)
     logits = True
-    warning = (
-        "skipping whole FFNs of a frozen base multiplies perplexity (see data/results); the channel grain keeps far "
-        "more at equal work"
-    )
+    warning = "skipping whole FFNs of a frozen base multiplies perplexity; the channel grain keeps far more"
 
     def config(self, base, **changes):
         return HatConfig.published(base, **changes)
@@ -172,29 +169,19 @@ def grain_named(name: str) -> Grain:
 
 def input_widths(lm_config) -> dict[str, int]:
     """Channels of each input of a decoder layer's linear layers, C, by the keys of `LINEARS`."""
-    d = lm_config.hidden_size
-    heads = lm_config.num_attention_heads * lm_config.head_dim
+    d, heads = lm_config.hidden_size, lm_config.num_attention_heads * lm_config.head_dim
     return {"qkv": d, "o": heads, "gate_up": d, "down": lm_config.intermediate_size}
 
 
 def linear_work(lm_config) -> dict[str, int]:
     """Weights of one decoder layer of a Llama with this config, by the input that they share."""
-    d, f, head = lm_config.hidden_size, lm_config.intermediate_size, lm_config.head_dim
-    q, kv = lm_config.num_attention_heads * head, lm_config.num_key_value_heads * head
-    return {"qkv": d * (q + 2 * kv), "o": q * d, "gate_up": 2 * d * f, "down": f * d}
+    widths, kv = input_widths(lm_config), lm_config.num_key_value_heads * lm_config.head_dim
+    outputs = {"qkv": widths["o"] + 2 * kv, "o": widths["qkv"], "gate_up": 2 * widths["down"], "down": widths["qkv"]}
+    return {name: width * outputs[name] for name, width in widths.items()}
 
 
-def column_norm(layer: nn.Module, site: str) -> Tensor:
-    """``||W[:, i]||`` of input channel i over all outputs that read it at a site, fp32 ``[C]``."""
-    return _column_norm([layer.get_submodule(name).weight for name in LINEARS[site]])
-
-
-def head_norm(lm: nn.Module) -> Tensor:
-    """The same for the head, clamped so that it can be divided by, fp32 ``[D]``."""
-    return _column_norm([lm.lm_head.weight]).clamp(min=1e-12)
-
-
-def _column_norm(weights: list[Tensor]) -> Tensor:
+def column_norm(*linears: nn.Module) -> Tensor:
+    """``||W[:, i]||`` of input channel i over all outputs of linear layers, fp32 ``[C]``; never 0."""
     # In slices: a whole matrix of a large base in fp32 would waste memory.
-    parts = [rows.float().norm(dim=0) for w in weights for rows in w.detach().split(1024)]
-    return torch.stack(parts).norm(dim=0)
+    parts = [rows.float().norm(dim=0) for linear in linears for rows in linear.weight.detach().split(1024)]
+    return torch.stack(parts).norm(dim=0).clamp(min=1e-12)

@@ -3,10 +3,7 @@
 A preview of the logits is read from the channels of the final state that are above a threshold, scored by magnitude
 times column norm. Tokens whose preview comes within a margin of the best one form the shortlist, and their logits are
 read again, from all channels. The work is the preview's share of the channels plus the shortlist's of the vocabulary.
-
-On a small base the head is a large part of the work (21 % of SmolLM2-135M). It has a shortlist at any capacity below
-1.0 if the model's calibration has tables for it. It knows neither token sensitivity nor protected tokens: their logits
-are previewed like any other's. Exits and recorded masks do not include the head.
+It knows neither token sensitivity nor protected tokens; recorded masks do not include it.
 """
 
 from __future__ import annotations
@@ -40,37 +37,31 @@ class Shortlist:
         return x.abs() > self.threshold.to(x.device)
 
 
-class ShortlistHooks:
-    """Two hooks on the head: one masks its input, the other corrects its output for the shortlist."""
+def attach(head: nn.Module, context: Context) -> list:
+    """Two hooks on the head: one masks its input, the other corrects its output. Returns the handles."""
 
-    def __init__(self, context: Context):
-        self.context = context
-
-    def attach(self, head: nn.Module) -> list:
-        """Returns the handles."""
-        return [head.register_forward_pre_hook(self.preview), head.register_forward_hook(self.read_again, prepend=True)]
-
-    def preview(self, head: nn.Module, args: tuple) -> tuple | None:
-        shortlist = self.context.mode.shortlist
-        if shortlist is None:
+    def preview(head: nn.Module, args: tuple) -> tuple | None:
+        if (shortlist := context.mode.shortlist) is None:
             return None
-        self.context.final_state = x = args[0]
+        context.final_state = x = args[0]
         return (x * shortlist.keep(x), *args[1:])
 
-    def read_again(self, head: nn.Module, args: tuple, logits: Tensor) -> Tensor | None:
-        shortlist = self.context.mode.shortlist
-        if shortlist is None:
+    def read_again(head: nn.Module, args: tuple, logits: Tensor) -> Tensor | None:
+        if (shortlist := context.mode.shortlist) is None:
             return None
-        x, self.context.final_state = self.context.final_state, None
-        states, previews, parts = x.reshape(-1, x.shape[-1]), logits.reshape(-1, logits.shape[-1]), []
+        x, context.final_state = context.final_state, None
+        states, parts = x.reshape(-1, x.shape[-1]), []
         share = shortlist.keep(states).float().mean(-1)
-        for some, preview, count in zip(states.split(ROWS), previews.split(ROWS), share.split(ROWS), strict=True):
+        previews = logits.reshape(-1, logits.shape[-1]).split(ROWS)
+        for some, preview, count in zip(states.split(ROWS), previews, share.split(ROWS), strict=True):
             wanted = likely(preview, shortlist.margin)
             count += wanted.float().mean(-1)
             parts.append(head.forward(some).where(wanted, preview))  # not the module, which would call these hooks
-        if (state := self.context.trace) is not None:
-            state.note_head(share.view(x.shape[:-1]))
+        if context.trace is not None:
+            context.trace.note_head(share.view(x.shape[:-1]))
         return torch.cat(parts).view(logits.shape)
+
+    return [head.register_forward_pre_hook(preview), head.register_forward_hook(read_again, prepend=True)]
 
 
 def likely(preview: Tensor, margin: float) -> Tensor:

@@ -1,8 +1,7 @@
 """Modes: what a forward decides by. The model has one of its own, set by ``hat.capacity`` and ``hat.exit_rate``.
 
 Inside a context, the thread that entered it has another, and every other thread still has the model's. A nested context
-changes only what it names: a control set by `using` decides both around and inside ``at(capacity)``. Contexts of a
-thread end in the reverse of the order in which they began; one that does not raises `HatError`, and leaves nothing set.
+changes only what it names: a control set by `using` decides both around and inside ``at(capacity)``.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 from torch import Tensor
 
 from hat_lib.config import HatError, check_capacity, check_exit_rate, check_fraction
-from hat_lib.model.granularity import head_norm
+from hat_lib.model.granularity import column_norm
 from hat_lib.model.head import Shortlist
 from hat_lib.model.policies import ExitPolicy, ExitThresholds, Forced, KeepAll, Policy, Threshold
 from hat_lib.model.steering import GAIN
@@ -46,11 +45,11 @@ class Mode:
     corrected: float = 0.0
     """strength of the corrections; 0 for none"""
     shortlist: Shortlist | None = None
-    """how the head decides (`hat_lib.model.head`); None reads it in full"""
+    """how the head decides; None reads it in full"""
     steer: float = 0.0
-    """gain of steering (`hat_lib.model.steering`); 0 leaves thresholds where they are"""
+    """gain of steering; 0 leaves thresholds where they are"""
     compact: bool = True
-    """leave out rows that a layer does not run; else compute and discard them"""
+    """leave out rows that a layer does not run; else compute everything and multiply by the masks"""
     reference: bool = False
     """never use the engine"""
     weights: str | None = None
@@ -73,19 +72,14 @@ class Mode:
         return self.exit_control or self.own_exits
 
 
-@dataclass(eq=False)
-class Frame:
-    """Where a mode is set: the model itself, or a context that a thread has entered."""
-
-    mode: Mode
-
-
 class Context(threading.local):
     """What a model shares with its layers: its mode, for all threads, and each thread's own modes and forwards."""
 
-    def __init__(self, shared: Frame):
-        self.frames: list[Frame] = [shared]
-        """the model's, then those of the contexts that this thread has entered, innermost last"""
+    def __init__(self, shared: list[Mode]):
+        self.shared = shared
+        """the model's own mode, alone in a list that all threads share"""
+        self.entered: list[Mode] = []
+        """those of the contexts that this thread has entered, innermost last"""
         self.passes: list[ForwardPass | None] = []
         """forwards under way, innermost last; None for one that is still being set up"""
         self.last: TokenState | None = None
@@ -94,29 +88,23 @@ class Context(threading.local):
 
     @property
     def mode(self) -> Mode:
-        return self.frames[-1].mode
+        return (self.entered or self.shared)[-1]
 
     @mode.setter
     def mode(self, mode: Mode) -> None:
-        self.frames[-1].mode = mode
+        (self.entered or self.shared)[-1] = mode
 
     def __deepcopy__(self, memo) -> Context:
         """Itself: a copy of a part of the model, such as an adapter's of the head, works in the same model."""
         return self
 
     def __reduce_ex__(self, protocol):
-        raise HatError("parts of hat.lm are never pickled: unload() first, or use hat.lm.save_pretrained or state_dict")
+        raise HatError("an adapted model is never pickled: use save_pretrained or state_dict, or unload() it first")
 
     @property
     def trace(self) -> TokenState | None:
         """The state of the innermost forward under way, else of the last one."""
         return self.passes[-1].state if self.passes and self.passes[-1] else self.last
-
-    def done(self, state: TokenState, whole: bool = True) -> None:
-        """Note that a forward has ended; not ``whole`` if it ended in an error."""
-        self.last = state
-        if whole and self.mode.states is not None:
-            self.mode.states.append(state)
 
 
 @contextmanager
@@ -136,18 +124,17 @@ class Modes:
 
     @property
     def calibration(self) -> Calibration | None:
-        """The tables behind capacity and exit rate; a new one takes effect in every open context."""
+        """The tables behind capacity and exit rate; a new one takes effect in every open context of this thread."""
         return self._calibration
 
     @calibration.setter
     def calibration(self, calibration: Calibration | None) -> None:
-        self._check_loaded()
         if calibration is not None:
             calibration.check(self.config)
-        frames = self._context.frames
-        decided = [self._decided(frame.mode, calibration) for frame in frames]  # raises before anything is changed
-        for frame, mode in zip(frames, decided, strict=True):
-            frame.mode = mode
+        stacks = self._context.shared, self._context.entered
+        decided = [[self._decided(mode, calibration) for mode in modes] for modes in stacks]  # raises before any change
+        for modes, new in zip(stacks, decided, strict=True):
+            modes[:] = new
         self._calibration, self.prices = calibration, []
 
     @property
@@ -157,7 +144,6 @@ class Modes:
 
     @capacity.setter
     def capacity(self, value: float) -> None:
-        self._check_loaded()
         mode = replace(self._context.mode, capacity=check_capacity(value))
         if mode.capacity < 1.0 and self.grain.warning:
             warnings.warn(f"{self.grain.name} grain at capacity {value}: {self.grain.warning}", stacklevel=3)
@@ -170,36 +156,27 @@ class Modes:
 
     @exit_rate.setter
     def exit_rate(self, value: float) -> None:
-        self._check_loaded()
         mode = replace(self._context.mode, exit_rate=check_exit_rate(value))
         self._context.mode = self._decided(mode, self.calibration)
 
     def _decided(self, mode: Mode, calibration: Calibration | None) -> Mode:
         """``mode`` with the method's own decisions at its capacity and exit rate; raises if there are none."""
+        self._check_loaded()
         capacity, exit_rate = mode.capacity, mode.exit_rate
-        policy, layer_capacity, exits, shortlist = KeepAll(), capacity, None, None
+        own = {"own_policy": KeepAll(), "own_exits": None, "shortlist": None, "layer_capacity": capacity}
         if capacity < 1.0:
             if calibration is None:
                 hint = "run `hat calibrate`, or load a checkpoint"
                 raise HatError(f"capacity {capacity} needs calibrated thresholds: {hint}")
-            policy = self.threshold_policy(calibration.thresholds_at(capacity))
-            layer_capacity = calibration.layer_capacity_at(capacity, self.site_work)
-            head = calibration.head_at(capacity)
-            shortlist = None if head is None else self.shortlist(*head)
+            own["own_policy"] = self.threshold_policy(calibration.thresholds_at(capacity))
+            own["layer_capacity"] = calibration.layer_capacity_at(capacity, self.site_work)
+            if (head := calibration.head_at(capacity)) is not None:
+                own["shortlist"] = self.shortlist(*head)
         if exit_rate > 0.0:
-            if not self.gates:
-                raise HatError(f"exit rate {exit_rate} asked of a model without exit layers")
-            if calibration is None or calibration.exit_rates is None:
-                raise HatError(f"exit rate {exit_rate} needs trained exit gates; this checkpoint has none (use 0)")
-            exits = ExitThresholds(self.gates, calibration.exit_thresholds(exit_rate, capacity))
-        return replace(
-            mode,
-            own_policy=policy,
-            own_exits=exits,
-            corrected=self.correction_strength(capacity),
-            shortlist=shortlist,
-            layer_capacity=layer_capacity,
-        )
+            if not self.gates or calibration is None or calibration.exit_rates is None:
+                raise HatError(f"exit rate {exit_rate} needs trained exit gates; this model has none (use 0)")
+            own["own_exits"] = ExitThresholds(self.gates, calibration.exit_thresholds(exit_rate, capacity))
+        return replace(mode, corrected=self.correction_strength(capacity), **own)
 
     def threshold_policy(self, thresholds: dict[tuple[int, str], float]) -> Threshold:
         """The method's own decisions at these thresholds, by (layer, site)."""
@@ -210,36 +187,39 @@ class Modes:
         return self.grain.correction_strength(capacity) if self.corrections else 0.0
 
     @property
-    def gates_head(self) -> bool:
+    def has_shortlist(self) -> bool:
         """Whether the head has a shortlist at capacities below 1.0."""
         return self.calibration is not None and self.calibration.head_thresholds is not None
 
     def shortlist(self, threshold: float, margin: float, share: float = 1.0) -> Shortlist:
         """The head's decision at a threshold on its channels' scores and a margin in nats."""
         if self._head_norm is None:
-            self._head_norm = head_norm(self.lm)
+            self._head_norm = column_norm(self.lm.lm_head)
         return Shortlist(threshold / self._head_norm, margin, share)
 
     # -- contexts ----------------------------------------------------------------------------------
 
     @contextmanager
-    def _changed(self, **changes) -> Iterator[Self]:
+    def changed(self, **fields) -> Iterator[Self]:
+        """Any fields of `Mode`, as given: ``compact=False`` computes everything and multiplies by the masks,
+        ``shortlist=None`` reads the head in full. Contexts of a thread end innermost first (else `HatError`)."""
         self._check_loaded()
         # Of the thread that enters: a generator that holds a context may be closed in another one.
-        frames, own = self._context.frames, Frame(replace(self._context.mode, **changes))
-        frames.append(own)
+        entered = self._context.entered
+        depth = len(entered)
+        entered.append(replace(self._context.mode, **fields))
         try:
             yield self
         finally:
-            innermost = frames[-1] is own
-            frames.remove(own)
+            innermost = len(entered) == depth + 1
+            del entered[depth:]
         if not innermost:
             raise HatError("a context of the model ended before one that began inside it, as generators may make it")
 
     @contextmanager
     def at(self, capacity: float | None = None, exit_rate: float | None = None) -> Iterator[Self]:
         """Another capacity and exit rate; None leaves what is set."""
-        with self._changed():
+        with self.changed():
             if capacity is not None:
                 self.capacity = capacity
             if exit_rate is not None:
@@ -249,63 +229,43 @@ class Modes:
     def dense(self) -> AbstractContextManager[Self]:
         """The base, within rounding: nothing is skipped and no token exits."""
         nothing = {"own_policy": KeepAll(), "own_exits": None, "control": None, "exit_control": None, "corrected": 0.0}
-        return self._changed(capacity=1.0, layer_capacity=1.0, exit_rate=0.0, shortlist=None, steer=0.0, **nothing)
+        return self.changed(capacity=1.0, layer_capacity=1.0, exit_rate=0.0, shortlist=None, steer=0.0, **nothing)
 
     def correcting(self, strength: float = 1.0) -> AbstractContextManager[Self]:
         """Corrections at a given strength, from 0 (none) to 1, whatever is skipped."""
         strength = check_fraction("strength", strength, 0.0, 1.0)
         if strength and not self.corrections:
             raise HatError("this model has no corrections: train some, with correction_rank in its config")
-        return self._changed(corrected=strength)
-
-    def shortlisting(self, shortlist: Shortlist | None) -> AbstractContextManager[Self]:
-        """Another decision for the head, or None to read it in full; layers decide as before."""
-        return self._changed(shortlist=shortlist)
+        return self.changed(corrected=strength)
 
     def steered(self, gain: float = GAIN) -> AbstractContextManager[Self]:
         """Thresholds that move while a text is decoded, so that it executes the capacity asked for (channel grain)."""
         if not self.grain.scales_thresholds:
             raise HatError(f"the thresholds of the {self.grain.name} grain cannot be steered")
-        return self._changed(steer=check_fraction("gain", gain, 0.0, 1.0))
+        return self.changed(steer=check_fraction("gain", gain, 0.0, 1.0))
 
     def reference(self) -> AbstractContextManager[Self]:
         """Every forward on the reference path, as if there were no engine."""
-        return self._changed(reference=True)
+        return self.changed(reference=True)
 
-    def weights(self, form: str) -> AbstractContextManager[Self]:
-        """The engine's weights in another format, kept alongside the model's own."""
-        self._check_weight_format(form)
-        return self._changed(weights=form)
-
-    def masked(self) -> AbstractContextManager[Self]:
-        """Compute everything and multiply by the masks; what compaction must equal."""
-        return self._changed(compact=False)
-
-    def using(self, policy: Policy) -> AbstractContextManager[Self]:
-        """Decisions from any source (`Random`, `Static`, ...), at any capacity; exits as before."""
-        return self._changed(control=policy)
-
-    def exiting(self, exits: ExitPolicy) -> AbstractContextManager[Self]:
-        """Exits from any source (`ExitThresholds`, ...), at any exit rate; decisions as before."""
-        return self._changed(exit_control=exits)
+    def using(self, policy: Policy | None = None, exits: ExitPolicy | None = None) -> AbstractContextManager[Self]:
+        """Decisions and exits from any source (`Random`, `ExitThresholds`, ...), whatever is asked for; None leaves
+        what is set."""
+        changes = {"control": policy, "exit_control": exits}
+        return self.changed(**{name: value for name, value in changes.items() if value is not None})
 
     def force(self, masks: Masks) -> AbstractContextManager[Self]:
-        """Decisions, exits included, as recorded by `record`. Raises `HatError` if they do not fit."""
-        self._check_masks(masks)
+        """Decisions, exits included, as recorded by `record`; a forward that they do not fit raises `HatError`."""
         forced = Forced(masks)
-        return self._changed(control=forced, exit_control=forced)
+        return self.changed(control=forced, exit_control=forced)
 
     def record(self) -> AbstractContextManager[Self]:
         """Each forward also keeps its decisions, in ``hat.trace.masks``."""
-        return self._changed(record=True)
-
-    def dropping(self, layers: Tensor | None) -> AbstractContextManager[Self]:
-        """Leave out whole layers, bool ``[L, B]``, for sequences of the batch: layer dropout in training."""
-        return self._changed(dropped=layers)
+        return self.changed(record=True)
 
     @contextmanager
     def collect(self) -> Iterator[list[TokenState]]:
         """A list of the states of all forwards inside (``TokenState.cat`` joins decode steps)."""
         states: list[TokenState] = []
-        with self._changed(states=states):
+        with self.changed(states=states):
             yield states

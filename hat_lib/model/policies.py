@@ -1,8 +1,7 @@
-"""Policies: where the decisions of a forward come from.
+"""Policies: where the decisions of a forward come from; the method's own are `Threshold` and `ExitThresholds`.
 
-The method's own are `Threshold` and `ExitThresholds`: ``score > threshold``, per token, in fp32, deterministic.
-Keep-all, recorded, random and static choices go through the same code, so that a control differs from the method only
-in its decisions. A policy keeps no state between calls: any number of threads may use the same one.
+Controls go through the same code, so that they differ from the method only in their decisions. A policy keeps no state
+between calls: any number of threads may use the same one.
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ from hat_lib.model.token_state import Masks, TokenState
 
 
 class MaskedInput(NamedTuple):
-    """What a policy may return instead of a mask in training: its own product, with its own gradient."""
+    """What a policy may return instead of a mask in training: ``x * keep [n, C]``, with its own gradient, and ``keep``,
+    bool, protected tokens included."""
 
     x: Tensor
-    """``x * keep``, ``[n, C]``"""
     keep: Tensor
-    """bool ``[n, C]``, protected tokens included"""
 
 
 class Policy(Protocol):
@@ -74,16 +72,17 @@ class Forced:
 
     def __init__(self, masks: Masks):
         self.masks = masks
-        self.sizes = {tuple(mask.shape[:2]) for mask in (*masks.keep.values(), *masks.exits.values())}
 
     def check(self, state: TokenState) -> None:
-        """Raise `HatError` unless they have this forward's number of sequences and reach its last token."""
-        sequences, end = state.batch, state.start + state.tokens
-        for rows, tokens in self.sizes:
-            if rows != sequences or tokens < end:
-                raise HatError(
-                    f"forced masks must cover {sequences} sequences and {end} tokens here, got {rows} and {tokens}"
-                )
+        """Raise `HatError` unless each mask is of a site, has the forward's sequences and reaches its last token."""
+        end = state.start + state.tokens
+        units = {place: state.mask_shapes.get(place[1]) for place in self.masks.keep} | dict.fromkeys(
+            self.masks.exits, ()
+        )
+        for place, mask in (self.masks.keep | self.masks.exits).items():
+            if len(mask) != state.batch or mask.shape[1] < end or mask.shape[2:] != units[place]:
+                expected = f"[{state.batch}, >= {end}], units {units[place]}"
+                raise HatError(f"the forced mask of {place!r} must be {expected}, got {list(mask.shape)}")
 
     def __call__(self, layer, site, x, rows, state):
         return self._rows(self.masks.keep.get((layer, site)), rows, state)
@@ -91,8 +90,7 @@ class Forced:
     def exits(self, depth, h, rows, state):
         return self._rows(self.masks.exits.get(depth), rows, state)
 
-    @staticmethod
-    def _rows(mask: Tensor | None, rows: Tensor | None, state: TokenState) -> Tensor | None:
+    def _rows(self, mask: Tensor | None, rows: Tensor | None, state: TokenState) -> Tensor | None:
         if mask is None:
             return None
         window = mask[:, state.start : state.start + state.tokens].flatten(0, 1)
@@ -100,11 +98,8 @@ class Forced:
 
 
 class Random:
-    """Control: keep each unit with probability ``share``, whatever the token needs.
-
-    The draw is a hash of (seed, layer, site, unit, and the text so far: `prefixes`), so it is the same in decode as in
-    a parallel forward, alone as in a batch, and another one in every text.
-    """
+    """Control: keep each unit with probability ``share``, by a hash of (seed, layer, site, unit, `prefixes`): the same
+    in decode as in a parallel forward, alone as in a batch, and another one in every text."""
 
     def __init__(self, share: float, seed: int = 0):
         self.share, self.seed = share, seed
@@ -132,8 +127,8 @@ class Static:
 
 def prefixes(tokens: Tensor, state: TokenState, cache: Cache | None) -> Tensor:
     """A hash of each token and all before it in its document, int64 ``[B, T]``, the same however a text is padded,
-    batched or split. ``tokens`` are ids ``[B, T]``, or zeros where only embeddings are known. Hashes are kept with the
-    cache, by row; beams that change rows do not take theirs along, and tokens that the engine ran are left out."""
+    batched or split. ``tokens`` are ids, or zeros where only embeddings are known. Hashes are kept with the cache, by
+    row; beams that change rows do not take theirs along, and tokens that the engine ran are left out."""
     before = state.position.new_zeros(state.batch, 0)
     if state.start and (known := getattr(cache, "hat_prefixes", None)) is not None:
         before = known[:, : state.start].repeat_interleave(state.batch // len(known), 0)  # beams begin as copies

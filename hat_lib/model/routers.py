@@ -1,14 +1,8 @@
 """What is trained: routers score how much a token needs a computation, exit gates whether it is finished.
 
-All scores are fp32, and in use the decision is always ``score > threshold``, per token: it reads neither the future nor
-the rest of the batch.
-
-Token grain (the published method): one logit per token and layer, ``s = w.x + b`` on the FFN's input. Channel grain:
-for input channel i of a linear layer, ``s_i = |x_i| * ||W[:, i]||``, the norm of what that channel would add to the
-output; thresholded activation sparsity as in TEAL (Liu et al. 2024, arXiv:2408.14690) and CATS (arXiv:2404.08763),
-weighted by the column norm as in Wanda (arXiv:2306.11695). The router learns one log-scale per channel. In each layer
-a token router says how sensitive the token is, ``u = w.x + b`` on the input of q|k|v, and its thresholds there are
-multiplied by ``exp(-u)``. Sensitivity is measured, not trained: see `hat_lib.calibration.token_sensitivity`.
+All scores are fp32, and the decision is always ``score > threshold``, per token: it reads neither the future nor the
+rest of the batch. Channel scores are thresholded activation sparsity as in TEAL (Liu et al. 2024, arXiv:2408.14690) and
+CATS (arXiv:2404.08763), weighted by the column norm as in Wanda (arXiv:2306.11695).
 """
 
 from __future__ import annotations
@@ -18,12 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SENSITIVITY_LIMIT = 3.0
-"""of u, either way: no text called for more"""
+"""of a sensitivity, either way: no text called for more"""
 
 
 class MoERouter(nn.Module):
-    """One score per token, ``[n, D] -> [n]`` fp32: whether the FFN runs (token grain), or how sensitive the token is
-    (channel grain)."""
+    """A linear score per token, ``s = w.x + b``, ``[n, D] -> [n]`` fp32; the name is the published one.
+
+    Token grain: whether the FFN runs. Channel grain: how sensitive the token is in a layer, which is measured rather
+    than trained (`hat_lib.calibration.token_sensitivity`).
+    """
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -40,22 +37,18 @@ class MoERouter(nn.Module):
 
     @torch.no_grad()
     def threshold_scale(self, x: Tensor) -> Tensor:
-        """Channel grain: ``exp(-u)``, by which the thresholds of each row are multiplied, fp32 ``[n, 1]``."""
+        """``exp(-s)``, by which a row's thresholds are multiplied in the channel grain, fp32 ``[n, 1]``."""
         return self.score(x).neg().clamp(-SENSITIVITY_LIMIT, SENSITIVITY_LIMIT).exp()[:, None]
 
 
 class ChannelRouter(nn.Module):
-    """Channel grain: one score per input channel, ``[n, C] -> [n, C]`` fp32.
-
-    Args:
-        column_norm: ``||W[:, i]||`` over all outputs that read channel i, fp32 ``[C]``. It belongs to the base and is
-            not saved.
-    """
+    """Channel grain: ``s_i = |x_i| * ||W[:, i]||``, the norm of what input channel i of a linear layer would add to its
+    output, times a learned scale; ``[n, C] -> [n, C]`` fp32. ``column_norm`` belongs to the base and is not saved."""
 
     def __init__(self, column_norm: Tensor):
         super().__init__()
         self.log_scale = nn.Parameter(torch.zeros_like(column_norm))
-        self.register_buffer("column_norm", column_norm.clamp(min=1e-12), persistent=False)
+        self.register_buffer("column_norm", column_norm, persistent=False)
 
     def score(self, x: Tensor, threshold_scale: Tensor | None = None) -> Tensor:
         """``threshold_scale [n, 1]`` is each token's own, from `MoERouter.threshold_scale`."""
@@ -68,7 +61,7 @@ class ChannelRouter(nn.Module):
 
     @torch.no_grad()
     def keep(self, x: Tensor, threshold: float, threshold_scale: Tensor | None = None) -> Tensor:
-        """bool ``[n, C]``. All in fp32, whatever the dtype of x, so that a row decides the same in any batch."""
+        """bool ``[n, C]``, compared in fp32, so that a row decides the same in any batch."""
         magnitude = self.channel_thresholds(threshold)
         return x.abs() > (magnitude if threshold_scale is None else magnitude * threshold_scale)
 
@@ -76,12 +69,10 @@ class ChannelRouter(nn.Module):
 class ExitGate(nn.Module):
     """One exit: ``score [n, D] -> [n]`` fp32, and ``translate [n, D] -> [n, D]`` in the input's dtype.
 
-    The gate is a linear layer D -> 2 on ``n = h / rms(h)``; its score is the leave logit minus the stay logit. The last
-    layers change a hidden state too much for it to be read early as it is, so a leaving state is translated (the idea
-    of the tuned lens, Belrose et al. 2023, arXiv:2303.08112): ``h + |h| (a * n + U V n + b)``, an affine map whose
-    matrix is diagonal plus low rank. The length ``|h|`` makes one learning rate fit every depth and width.
-
-    Untrained, the score is 0 for every token and the translator is the identity.
+    The score is the leave logit minus the stay logit of a linear layer on ``n = h / rms(h)``. The last layers change a
+    state too much for it to be read early as it is, so a leaving state is translated (as by the tuned lens, Belrose et
+    al. 2023, arXiv:2303.08112): ``h + |h| (a * n + U V n + b)``, diagonal plus low rank; the length ``|h|`` makes one
+    learning rate fit every depth. Untrained, the score is 0 and the translator is the identity.
     """
 
     def __init__(self, hidden_size: int, rank: int):

@@ -1,16 +1,14 @@
 """Steering: thresholds that move while a text is decoded, so that realised capacity matches the request.
 
-Thresholds are set on other text, so a text of another kind realises a little more or less than was asked for. Each
-sequence has an offset, and ``exp(offset)`` multiplies the thresholds of its layers. After each forward of ``n`` tokens
+A text of another kind than calibration's realises a little more or less than was asked for. Each sequence has an
+offset, and ``exp(offset)`` multiplies the thresholds of its layers. After each forward of ``n`` tokens
 
     offset += (executed - asked) * (1 - (1 - gain * slope) ** n) / slope
 
-For one token that is ``gain`` times its excess. A prompt moves the offset as far as its tokens would have, one by one,
-if each unit of the offset lowers what is executed by ``slope``.
-
-Steering is causal and separate for each sequence, but a token's decisions now depend on how the text before it was
-split into forwards. So it is off unless asked for (`with hat.steered():`). Offsets are kept with the KV cache, by row;
-beams that change rows do not take theirs along.
+For one token that is ``gain`` times its excess; a prompt moves the offset as far as its tokens would have, one by one,
+if each unit of the offset lowers what is executed by ``slope``. Decisions then depend on how the text before was split
+into forwards, so it is off unless asked for (`with hat.steered():`). Offsets are kept with the KV cache, by row; beams
+that change rows do not take theirs along.
 """
 
 from __future__ import annotations
@@ -31,9 +29,7 @@ LIMIT = 1.0
 
 def offsets(cache: Cache | None, batch: int) -> np.ndarray:
     """Offset of each sequence so far, float32 ``[B]``."""
-    found = getattr(cache, "hat_offsets", None)
-    if found is None or batch % len(found):
-        return np.zeros(batch, np.float32)
+    found = getattr(cache, "hat_offsets", np.zeros(1, np.float32))
     return found.repeat(batch // len(found))  # beams begin as copies
 
 

@@ -1,8 +1,8 @@
 """From a requested capacity to one threshold per layer and site.
 
-A `Calibration` is a table of capacities realised on held-out text, and of the thresholds that realised them. In
-between, thresholds are interpolated linearly over capacity, and so are the head's threshold and margin. Thresholds
-never rise with capacity, so the kept sets of two capacities are nested. `hat_lib.calibration` makes the table.
+A `Calibration`, made by `hat_lib.calibration`, is a table of capacities realised on held-out text, and of the
+thresholds that realised them, interpolated linearly in between. They never rise with capacity, so the kept sets of two
+capacities are nested.
 """
 
 from __future__ import annotations
@@ -47,16 +47,15 @@ class Calibration:
     method: str = "damage"
     """how the budget was split over sites: see `hat_lib.calibration.capacity.SPLITS`"""
     exit_capacities: list[float] | None = None
-    """capacities at which exits were measured, rising, [K]; None, like the two below, while gates are untrained"""
+    """capacities at which exits were measured, [K]; None, like the two below, while gates are untrained"""
     exit_rates: list[list[float]] | None = None
     """realised exit rates at each, rising, [K, R]"""
     exit_scores: list[list[list[float]]] | None = None
     """gate thresholds there, [K, R, E]"""
     head_thresholds: list[float] | None = None
-    """score threshold of the head's channels at each capacity, never rising, [C]; None, like the two below, if the
-    head is read in full"""
+    """of the head's channels at each capacity, [C]; None, like the two below, if the head is read in full"""
     head_margins: list[float] | None = None
-    """nats below the best preview within which a token is read in full, never falling, [C]"""
+    """nats below the best preview within which a token is read in full, [C]"""
     head_shares: list[float] | None = None
     """mean share of the head's work, shortlist included, [C]"""
     text: str = ""
@@ -72,7 +71,8 @@ class Calibration:
                 raise HatError(f"calibration.{names[0]}, {names[1]} and {names[2]} must be all null or all lists")
         sizes = {"L": config.n_layers, "S": len(sites), "E": len(config.exit_layers)}
         for name, (axes, low, high, order) in TABLES.items():
-            if (values := getattr(self, name)) is None and name in HEAD_TABLES + EXIT_TABLES:
+            values = getattr(self, name)
+            if values is None and name in HEAD_TABLES + EXIT_TABLES:
                 continue
             table = _array(name, values, axes)
             shape = tuple(sizes.setdefault(axis, size) for axis, size in zip(axes, table.shape, strict=True))
@@ -87,12 +87,12 @@ class Calibration:
 
     def shares_at(self, capacity: float) -> np.ndarray:
         """Expected kept share per layer and site at a capacity, ``[L, S]``."""
-        return self._at(self.shares, check_capacity(capacity))
+        return self._at(self.shares, capacity)
 
     def layer_capacity_at(self, capacity: float, site_work: Sequence[float]) -> float:
-        """What a capacity leaves for the layers if the head has a part in it, else the capacity itself.
+        """What a capacity leaves for the layers: another share than the capacity if the head takes a share for itself.
 
-        ``site_work`` is each site's work, as a fraction of a layer's routable work, ``[S]``.
+        ``site_work [S]`` is each site's work, as a fraction of a layer's routable work.
         """
         if self.head_thresholds is None:
             return capacity
@@ -103,22 +103,19 @@ class Calibration:
 
         Below the lowest measured capacity, that one's thresholds are used.
         """
-        capacity = check_capacity(capacity)
         table = self._at(self.thresholds, capacity)
         if capacity == 1:
             table = np.full_like(table, -np.inf)
         return {(i, site): float(t) for i, row in enumerate(table) for site, t in zip(self.sites, row, strict=True)}
 
     def head_at(self, capacity: float) -> tuple[float, float, float] | None:
-        """Threshold, margin and expected share of the head; None at capacity 1, and if it is read in full. Raises like
-        `thresholds_at`."""
-        capacity = check_capacity(capacity)
+        """Threshold, margin and expected share of the head; None at capacity 1, and if it is read in full."""
         if capacity == 1 or self.head_thresholds is None:
             return None
         return tuple(float(self._at(getattr(self, name), capacity)) for name in HEAD_TABLES)
 
     def _at(self, table: list, capacity: float) -> np.ndarray:
-        values = np.asarray(table)
+        values, capacity = np.asarray(table), check_capacity(capacity)
         after = min(int(np.searchsorted(self.capacities, capacity)), len(self.capacities) - 1)
         before = max(after - 1, 0)
         low, high = self.capacities[before], self.capacities[after]
@@ -133,13 +130,14 @@ class Calibration:
         rate = check_exit_rate(exit_rate)
         if self.exit_rates is None:
             raise HatError("this calibration has no exit thresholds: train the exit gates first")
+        scores = np.array(self.exit_scores)  # [K, R, E]
         if rate == 0:
-            return [float("inf")] * len(self.exit_scores[0][0])
+            return [float("inf")] * scores.shape[2]
         there = [
-            [np.interp(rate, rates, column) for column in zip(*scores, strict=True)]
-            for rates, scores in zip(self.exit_rates, self.exit_scores, strict=True)
+            [np.interp(rate, rates, column) for column in at.T]
+            for rates, at in zip(self.exit_rates, scores, strict=True)
         ]
-        return [float(np.interp(capacity, self.exit_capacities, column)) for column in zip(*there, strict=True)]
+        return [float(np.interp(capacity, self.exit_capacities, column)) for column in np.array(there).T]
 
 
 def _array(name: str, values, axes: str) -> np.ndarray:

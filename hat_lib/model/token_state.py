@@ -1,7 +1,4 @@
-"""TokenState: everything one forward pass decided, per layer and per token.
-
-The model fills in one per forward; losses, cost, sweeps, plots and widgets read only this object.
-"""
+"""TokenState: all that one forward decided, per layer and token: what losses, cost, sweeps and figures read."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +51,7 @@ class TokenState:
     routed: bool = False
     gated: bool = False
     corrected: bool = False
-    """whether routers, exit gates and corrections took part in this forward"""
+    """whether routers, exit gates and corrections took part"""
     threshold_scale: Tensor | None = None
     """what multiplies the thresholds of the running rows in the current layer, ``[n, 1]``"""
     steering: Tensor | None = None
@@ -61,7 +59,7 @@ class TokenState:
     masks: Masks | None = None
     """the decisions themselves, under `HierarchicalTransformer.record`"""
     executed: Tensor | None = None
-    """`site_share`, if it is known as a whole rather than site by site"""
+    """`site_share`, if it is known as a whole rather than site by site: from the engine"""
     head_work: float = 0.0
     """work of the head, as a multiple of a layer's routable work, if it has a shortlist; else 0"""
     expected_head_share: float = 1.0
@@ -85,12 +83,9 @@ class TokenState:
         (``[B or 1, T]`` or None) restart at 0, another document of a packed sequence begins.
         """
         b, t = tokens.shape[:2]
-        if mask is not None and mask.dim() == 2:
-            real = mask[:, -t:].bool()
-            position = (mask.long().cumsum(1) - 1)[:, -t:]
-        else:
-            real = torch.ones(b, t, dtype=torch.bool, device=tokens.device)
-            position = torch.arange(start, start + t, device=tokens.device).expand(b, t)
+        if mask is None or mask.dim() != 2:
+            mask = torch.ones(b, start + t, dtype=torch.bool, device=tokens.device)
+        real, position = mask[:, -t:] != 0, (mask.long().cumsum(1) - 1)[:, -t:]
         if position_ids is not None and position_ids.shape[-1] == t:
             position = torch.minimum(position, position_ids.to(position.device))
         return real, position
@@ -108,21 +103,19 @@ class TokenState:
         """Record what one site ran: the mask of the running rows, None for everything."""
         self._share[layer, site] = 1.0 if keep is None else self._everywhere(_share(keep.detach()))
 
+    def note_mask(self, layer: int, site: str, keep: Tensor) -> None:
+        """Keep the decision itself; ``keep`` is bool ``[n, ...]`` for the running rows."""
+        self.masks.keep[layer, site] = self._everywhere(keep).view(self.batch, self.tokens, *keep.shape[1:])
+
     def note_head(self, share: Tensor) -> None:
-        """Record what the head ran: ``[B, n]`` for the last n tokens of each sequence, without padding; in another
-        shape, for all tokens given."""
+        """Record what the head ran: ``[B, n]`` for the last n tokens of each sequence, else for all tokens given."""
         if share.dim() == 2 and len(share) == self.batch and share.shape[1] <= self.tokens:
             share = share[self.real[:, self.tokens - share.shape[1] :]]
         self.count_head(float(share.sum()), share.numel())
 
     def count_head(self, work: float, tokens: int) -> None:
         """Add a sum of shares, and the number of tokens that it is over."""
-        total, before = self._head
-        self._head = total + work, before + tokens
-
-    def note_mask(self, layer: int, site: str, keep: Tensor) -> None:
-        """Keep the decision itself; ``keep`` is bool ``[n, ...]`` for the running rows."""
-        self.masks.keep[layer, site] = self._everywhere(keep).view(self.batch, self.tokens, *keep.shape[1:])
+        self._head = self._head[0] + work, self._head[1] + tokens
 
     def _everywhere(self, values: Tensor) -> Tensor:
         """Values of the running rows, at their positions among all rows; 0 elsewhere."""
@@ -136,7 +129,7 @@ class TokenState:
         return self.exit_layer < self.n_layers
 
     @property
-    def _ran(self) -> Tensor:
+    def entered(self) -> Tensor:
         """bool ``[L, B, T]``: the layers that each real token entered."""
         depth = torch.arange(self.n_layers, device=self.real.device)[:, None, None]
         return self.real & (depth < self.exit_layer)
@@ -144,13 +137,13 @@ class TokenState:
     @property
     def site_share(self) -> Tensor:
         """Executed share of each site, fp32 ``[L, S, B, T]``; 0 where the token had left or is padding."""
-        if self.executed is not None:
-            return self.executed * self._ran[:, None]
-        shape = (self.n_layers, len(self.site_work), self.batch, self.tokens)
-        out = torch.zeros(shape, device=self.real.device)
-        for (layer, site), share in self._share.items():
-            out[layer, site] = share if isinstance(share, float) else share.view(self.batch, self.tokens)
-        return out * self._ran[:, None]
+        out = self.executed
+        if out is None:
+            shape = (self.n_layers, len(self.site_work), self.batch, self.tokens)
+            out = torch.zeros(shape, device=self.real.device)
+            for (layer, site), share in self._share.items():
+                out[layer, site] = share if isinstance(share, float) else share.view(self.batch, self.tokens)
+        return out * self.entered[:, None]
 
     @property
     def share(self) -> Tensor:
@@ -165,27 +158,31 @@ class TokenState:
         return total / tokens if tokens else self.expected_head_share
 
     @property
+    def work(self) -> np.ndarray:
+        """Executed and routable work of real tokens, ``[2, 2]``: in the layers that they entered, and in a head with a
+        shortlist; in units of a layer's."""
+        head = self.head_work * int(self.real.sum())
+        return np.array([[float(self.share.sum()), int(self.entered.sum())], [self.head_share * head, head]])
+
+    @property
     def layer_capacity(self) -> float:
-        """Mean share over real tokens in the layers that they entered."""
-        return float(self.share.sum() / self._ran.sum().clamp(min=1))
+        """Realised in the layers: mean share over real tokens and the layers that they entered."""
+        return ratio(self.work[0])
 
     @property
     def capacity(self) -> float:
-        """Realised capacity: executed / routable work of real tokens, in the layers that they entered and in a head
-        with a shortlist."""
-        ran, head = float(self._ran.sum().clamp(min=1)), self.head_work * float(self.real.sum())
-        return (self.layer_capacity * ran + self.head_share * head) / (ran + head)
+        """Realised: executed / routable work."""
+        return ratio(self.work.sum(0))
 
     @property
     def exit_rate(self) -> float:
-        """Realised exit rate: share of real tokens that left before the last layer."""
+        """Realised: share of real tokens that left before the last layer."""
         return float((self.exited & self.real).sum() / self.real.sum().clamp(min=1))
 
     @classmethod
     def cat(cls, states: Sequence[TokenState]) -> TokenState:
         """Join the states of consecutive forwards of the same rows (prefill, then each decode step) along T."""
         along = ("real", "position", "protected", "exit_layer")
-        head = [sum(numbers) for numbers in zip(*(s._head for s in states), strict=True)]
         return replace(
             states[0],
             **{name: torch.cat([getattr(s, name) for s in states], dim=1) for name in along},
@@ -195,8 +192,13 @@ class TokenState:
             executed=torch.cat([s.site_share for s in states], dim=-1),
             alive=None,
             masks=None,
-            _head=tuple(head),
+            _head=tuple(map(sum, zip(*(s._head for s in states), strict=True))),
         )
+
+
+def ratio(work: np.ndarray) -> float:
+    """Executed / possible work, of a pair."""
+    return float(work[0] / max(work[1], 1))
 
 
 def _share(kept: Tensor) -> Tensor:

@@ -5,9 +5,8 @@
     hat.lm.generate(...)
 
 ``hat.lm`` is the base's own `LlamaForCausalLM`, so generate, pipeline, hooks, LoRA and evaluation harnesses take it as
-it is. Its decoder layers are the same objects with `forward` overridden on the instance
-(`hat_lib.model.decoder_layer`); `unload` restores them. Any number of threads may run one model: each has its own
-``hat.trace``, and a context such as ``with hat.at(0.5)`` applies only to the thread that entered it.
+it is; `unload` restores it. Any number of threads may run one model: each has its own ``hat.trace``, and a context such
+as ``with hat.at(0.5)`` applies only to the thread that entered it.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from hat_lib.backbone.base import Base, fingerprint, load_base
 from hat_lib.config import HatConfig, HatError
+from hat_lib.model import head
 from hat_lib.model.checkpoint import (
     Checkpoint,
     Price,
@@ -41,8 +41,7 @@ from hat_lib.model.decoder_layer import AdaptiveLayer
 from hat_lib.model.fast_path import WEIGHT_FORMATS, FastPath
 from hat_lib.model.forward_pass import ForwardPass
 from hat_lib.model.granularity import grain_named
-from hat_lib.model.head import ShortlistHooks
-from hat_lib.model.modes import Context, Frame, Mode, Modes
+from hat_lib.model.modes import Context, Mode, Modes
 from hat_lib.model.policies import Forced, KeepAll, prefixes
 from hat_lib.model.routers import ExitGate
 from hat_lib.model.steering import move, offsets
@@ -72,17 +71,12 @@ class HierarchicalTransformer(Modes, nn.Module):
         if not isinstance(base, Base):
             raise HatError(f"base must be a Base, as load_base gives it, got {type(base).__name__}")
         lm, grain, width = base.model, grain_named(config.granularity), base.model.config.hidden_size
-        layers = lm.model.layers
+        layers, rank = lm.model.layers, config.correction_rank
         if config.n_layers != len(layers):
             raise HatError(f"the config is for {config.n_layers} layers, {base.name} has {len(layers)}")
-        if calibration is not None:
-            calibration.check(config)
         if any("forward" in vars(layer) for layer in layers):
-            raise HatError(
-                f"{base.name} already carries a HierarchicalTransformer, or another library overrides its layers: call "
-                "its unload() first, or load the base again"
-            )
-        self.base, self.lm, self.config, self.grain, self._calibration = base, lm, config, grain, calibration
+            raise HatError(f"layers of {base.name} are already adapted: call unload() first, or load the base again")
+        self.base, self.lm, self.config, self.grain = base, lm, config, grain
         self.training_summary: dict | None = None
         self.prices: list[Price] = []
         """perplexity over the base's at some capacities, as the checkpoint was measured; none for a new calibration"""
@@ -94,11 +88,8 @@ class HierarchicalTransformer(Modes, nn.Module):
         self.mask_shapes = {site: grain.mask_shape(lm.config, site) for site in grain.sites}
         """shape of one token's decision, by site"""
 
-        self.routers = nn.ModuleDict()
-        for i, layer in enumerate(layers):
-            self.routers.update({f"{i}_{name}": router for name, router in grain.routers(layer).items()})
+        self.routers = nn.ModuleDict(self._new_routers())
         self.gates = nn.ModuleDict({str(e): ExitGate(width, config.translator_rank) for e in config.exit_layers})
-        rank = config.correction_rank
         self.corrections = nn.ModuleDict() if rank is None else Corrections(layers, grain, rank)
         self._own = self.routers, self.gates, self.corrections
         for own in self._own:
@@ -107,12 +98,16 @@ class HierarchicalTransformer(Modes, nn.Module):
 
         self._head_norm: Tensor | None = None
         self._refreshing = threading.Lock()
-        mode = Mode() if calibration is None else Mode(config.capacity, config.exit_rate)
-        self._context = Context(Frame(self._decided(mode, calibration)))
+        self._context = Context([Mode() if calibration is None else Mode(config.capacity, config.exit_rate)])
         self._fast = FastPath(self, self._context)
         self.layers = [AdaptiveLayer(layer, i, self._context) for i, layer in enumerate(layers)]
+        self.calibration = calibration
         self._attach()
         self.capacity = self._context.mode.capacity  # warns about a grain that loses much
+
+    def _new_routers(self) -> dict[str, nn.Module]:
+        layers = enumerate(self.lm.model.layers)
+        return {f"{i}_{name}": router for i, layer in layers for name, router in self.grain.routers(layer).items()}
 
     def _attach(self) -> None:
         for adaptive in self.layers:
@@ -120,7 +115,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         self._hooks = [
             self.lm.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.lm.model.register_forward_hook(self._end, always_call=True),
-            *ShortlistHooks(self._context).attach(self.lm.lm_head),
+            *head.attach(self.lm.lm_head, self._context),
         ]
         if self.corrections:
             self._hooks += self.corrections.attach(self.lm.model.layers, self._context)
@@ -140,7 +135,7 @@ class HierarchicalTransformer(Modes, nn.Module):
             self.refresh()
             self._detach()
             self.layers = []
-            self._context.frames[0].mode = Mode()  # for hooks that an adapter copied along with a module
+            self._context.shared[:] = [Mode()]  # for hooks that an adapter copied along with a module
         return self.base
 
     def forward(self, *args, **kwargs):
@@ -152,7 +147,6 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Move or cast the base; routers and gates move along and stay fp32."""
-        self._check_loaded()
         self._fast.forget()
         # Rotary frequencies stay fp32 in every dtype, as in a base loaded in that dtype.
         exact = {id(t) for module in (*self._own, self.lm.model.rotary_emb) for t in _tensors(module)}
@@ -175,46 +169,28 @@ class HierarchicalTransformer(Modes, nn.Module):
             self._attach()
         twin = memo[id(self)] = HierarchicalTransformer(base, self.config)
         twin.load_state_dict(self.state_dict())
-        twin._calibration, twin.training_summary = self.calibration, copy.deepcopy(self.training_summary)
+        twin.calibration, twin.training_summary = self.calibration, copy.deepcopy(self.training_summary)
         twin.prices = list(self.prices)
         twin._context.mode = twin._decided(Mode(self.capacity, self.exit_rate), self.calibration)
         return twin
-
-    def __reduce_ex__(self, protocol):
-        raise HatError("a HierarchicalTransformer is never pickled: use save_pretrained, or state_dict with torch.save")
-
-    def _check_masks(self, masks: Masks) -> None:
-        """Raise `HatError` unless this model has each mask's site or exit, with as many units."""
-        shapes = {(i, site): shape for i in range(self.config.n_layers) for site, shape in self.mask_shapes.items()}
-        shapes |= dict.fromkeys(self.config.exit_layers, ())
-        for place, mask in (masks.keep | masks.exits).items():
-            if place not in shapes:
-                raise HatError(f"this {self.grain.name} model has no site or exit {place!r}, of which there is a mask")
-            if mask.dtype != torch.bool or mask.dim() < 2 or mask.shape[2:] != shapes[place]:
-                expected = ", ".join(["B", "T", *map(str, shapes[place])])
-                raise HatError(f"the mask of {place!r} must be bool [{expected}], got {mask.dtype} {list(mask.shape)}")
 
     # -- the engine --------------------------------------------------------------------------------
 
     @property
     def weight_format(self) -> str:
         """How the engine keeps its weights: "base", as the base has them; or, approximately, "int8", with a scale per
-        output, or "q4", four bits with a scale and a minimum per 32 channels. Prefill reads the base's own weights."""
+        output, or "q4", with a scale and a minimum per 32 channels. Prefill reads the base's own."""
         return self._fast.form
 
     @weight_format.setter
     def weight_format(self, value: str) -> None:
-        self._check_loaded()
-        self._check_weight_format(value)
-        if value != self._fast.form:
-            self._fast.forget()
-        self._fast.form = value
-
-    def _check_weight_format(self, value: str) -> None:
         if value not in WEIGHT_FORMATS:
             raise HatError(f"weight format must be one of {', '.join(WEIGHT_FORMATS)}, got {value!r}")
         if why := self._fast.unfit(value):
             raise HatError(f"weight format {why}")
+        if value != self._fast.form:
+            self._fast.forget()
+        self._fast.form = value
 
     @property
     def packed_bytes(self) -> int:
@@ -224,7 +200,6 @@ class HierarchicalTransformer(Modes, nn.Module):
     @property
     def decoding(self) -> str:
         """What would run the next decode step of ``lm.generate``, and why."""
-        self._check_loaded()
         return self._fast.describe()
 
     # -- what happens in a forward -----------------------------------------------------------------
@@ -240,11 +215,8 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     @contextmanager
     def watching(self, see: Callable[[int, str, Tensor, Tensor], None]) -> Iterator[None]:
-        """Context: call ``see(layer, site, x, activation)`` after each site that runs, with tensors of the graph.
-
-        ``x [..., C]`` is what the router reads; ``activation``, what is zeroed where the router skips: that same input,
-        or the FFN's output.
-        """
+        """Context: call ``see(layer, site, x, activation)`` after each site that runs, with tensors of the graph: what
+        the router reads, ``[..., C]``, and what is zeroed where it skips, that same input or the FFN's output."""
         hooks = [layer.watch(site, see) for layer in self.layers for site in self.grain.sites]
         try:
             yield
@@ -264,12 +236,9 @@ class HierarchicalTransformer(Modes, nn.Module):
             raise HatError("static KV caches are not supported: leave cache_implementation unset (dynamic)")
         if self.lm.device != next(self.routers.parameters()).device:
             raise HatError("the base was moved under the model: use hat.to(...), not hat.lm.to(...)")
-        for adaptive, layer in zip(self.layers, self.lm.model.layers, strict=False):
-            if adaptive.layer is not layer or not adaptive.intact:
-                raise HatError(
-                    f"layer {adaptive.index}, its attention or its FFN was replaced after attaching: replace modules "
-                    "before; wrapping single linear layers (LoRA) is fine at any time"
-                )
+        for ours, layer in zip(self.layers, self.lm.model.layers, strict=False):
+            if (ours.layer, ours.attn, ours.mlp) != (layer, layer.self_attn, layer.mlp):
+                raise HatError(f"layer {ours.index}, its attention or its FFN was replaced: do so before attaching")
         start = cache.get_seq_length() if cache is not None else 0
         if not start:
             self.refresh()
@@ -279,24 +248,23 @@ class HierarchicalTransformer(Modes, nn.Module):
         passes[-1] = ForwardPass(self._context.mode, state, self.grain, self.gates, self.corrections, cache)
 
     def refresh(self) -> None:
-        """Follow changes to the base's weights and to what is trained; done at each prompt. What was derived from them
-        (norms in scores, packed copies, the base's fingerprint) is made anew. Warns if the base has changed."""
+        """Make anew what was derived from weights (norms, packed copies, the base's fingerprint) if these have
+        changed; done at each prompt. Warns if the base has changed."""
         with self._refreshing:
             base, own = [watch.changed() for watch in self._watches]
             if base or own:
                 self._fast.forget()
             if not base:
                 return
-            for i, layer in enumerate(self.lm.model.layers):
-                for name, router in self.grain.routers(layer).items():
-                    for buffer, fresh in zip(self.routers[f"{i}_{name}"].buffers(), router.buffers(), strict=True):
-                        buffer.copy_(fresh)
+            for name, router in self._new_routers().items():
+                for buffer, fresh in zip(self.routers[name].buffers(), router.buffers(), strict=True):
+                    buffer.copy_(fresh)
             before, self._head_norm = self.base.fingerprint, None
             self.base = replace(self.base, fingerprint=fingerprint(self.lm))
             self.calibration = self.calibration  # the head's decision depends on its norms
         if self.base.fingerprint != before:
-            what = "scores, packed weights and fingerprint follow; thresholds were set on the weights before"
-            warnings.warn(f"weights of the base were changed under the model: {what}", stacklevel=2)
+            what = "weights of the base were changed under the model: scores follow, thresholds do not"
+            warnings.warn(what, stacklevel=2)
 
     def new_state(
         self, real: Tensor, position: Tensor, start: int, cache: Cache | None = None, protected: Tensor | None = None
@@ -306,14 +274,14 @@ class HierarchicalTransformer(Modes, nn.Module):
         if protected is None:
             protected = real & (position < self.config.protected_tokens)
         state = TokenState(real, position, protected, self.site_work, self.config.n_layers, start)
-        state.mask_shapes = self.mask_shapes
+        state.mask_shapes, state.masks = self.mask_shapes, Masks() if mode.record else None
         for decides in (mode.policy, mode.exits):
             if isinstance(decides, Forced):
                 decides.check(state)
         state.routed, state.gated = not isinstance(mode.policy, KeepAll), mode.exits is not None
+        state.corrected = mode.corrected > 0
         if mode.shortlist is not None:
             state.head_work, state.expected_head_share = self.head_work, mode.shortlist.share
-        state.masks, state.corrected = Masks() if mode.record else None, mode.corrected > 0
         if mode.steer:
             scale = np.exp(offsets(cache, state.batch)).repeat(state.tokens)
             state.steering = torch.from_numpy(scale).to(real.device)
@@ -321,18 +289,19 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     def finish(self, state: TokenState, cache: Cache | None) -> None:
         """Called when a forward has run to its end."""
-        mode = self._context.mode
+        mode, self._context.last = self._context.mode, state
         if mode.steer and mode.capacity < 1 and mode.control is None:
             move(cache, state, mode.layer_capacity, mode.steer)
-        self._context.done(state)
+        if mode.states is not None:
+            mode.states.append(state)
 
     @torch.compiler.disable
     def _end(self, module, args, output):
         ended = self._context.passes.pop()
-        if ended is not None and output is not None:
-            self.finish(ended.state, ended.cache)
-        elif ended is not None:
-            self._context.done(ended.state, whole=False)
+        if ended is not None:
+            self._context.last = ended.state
+            if output is not None:  # None after an error
+                self.finish(ended.state, ended.cache)
 
     # -- checkpoints -------------------------------------------------------------------------------
 
@@ -341,8 +310,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         """Load a checkpoint onto its base.
 
         Args:
-            folder: as written by `save_pretrained`; a name in data/checkpoints such as "default"; or ``owner/name`` on
-                the Hub.
+            folder: as for `find_checkpoint`.
             base: a loaded `Base`, or the name of one; by default the name that the checkpoint carries.
             dtype, device: for the base; see `load_base`.
 
@@ -370,7 +338,7 @@ class HierarchicalTransformer(Modes, nn.Module):
                 parameters[name].copy_(tensor)
 
     def save_pretrained(self, folder) -> None:
-        """Write routers, gates, config and calibration; never the base. See `hat_lib.model.checkpoint`."""
+        """Write routers, gates, config and calibration; never the base."""
         write_checkpoint(folder, self.checkpoint())
 
     def push_to_hub(self, repo_id: str, **options) -> str:
@@ -381,8 +349,8 @@ class HierarchicalTransformer(Modes, nn.Module):
         """What `save_pretrained` writes."""
         if self.layers:
             self.refresh()
-        parts = self.config, self.base.name, self.base.fingerprint, self.hat_parameters()
-        return Checkpoint(*parts, self.calibration, self.training_summary, self.prices)
+        parts = self.base.name, self.base.fingerprint, self.hat_parameters(), self.calibration
+        return Checkpoint(self.config, *parts, self.training_summary, self.prices)
 
     def hat_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name: all that a checkpoint saves."""

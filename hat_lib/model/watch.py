@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,9 +30,8 @@ class Watch:
         return self._seen != before
 
 
-def _few(tensor: Tensor) -> np.ndarray:
-    """About `FEW` numbers of a tensor, sharing its memory."""
-    tensor = tensor.detach()
-    each = FEW if tensor.dim() < 2 else int(FEW**0.5)
-    some = tensor[tuple(slice(None, None, max(1, size // each)) for size in tensor.shape)] if tensor.dim() else tensor
+def _few(tensor: Tensor):
+    """About `FEW` numbers of a tensor, a numpy array that shares its memory."""
+    tensor, each = tensor.detach(), FEW if tensor.dim() < 2 else int(FEW**0.5)
+    some = tensor[tuple(slice(None, None, max(1, size // each)) for size in tensor.shape)]
     return (some.view(torch.uint16) if some.dtype == torch.bfloat16 else some).numpy()

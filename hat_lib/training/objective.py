@@ -132,7 +132,7 @@ class Objective(nn.Module):
         hat, recipe, head = self.hat, self.recipe, self.hat.lm.lm_head
         policy = Relaxed(hat, self.nominal(capacity), keys, recipe, self.split and self.split.at(capacity))
         corrected, dropped = hat.correction_strength(capacity), self._dropped(keys, step, steps)
-        with hat.masked(), hat.using(policy), hat.correcting(corrected), hat.dropping(dropped):
+        with hat.changed(compact=False, dropped=dropped), hat.using(policy), hat.correcting(corrected):
             student = self._hidden(batch).last_hidden_state
         # One sequence at a time: the logits of a whole batch would be the largest tensors of the step.
         kl, real = 0.0, batch["attention_mask"].bool()

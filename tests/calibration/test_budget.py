@@ -1,4 +1,4 @@
-"""Prices are KL divergences, and no other split of a budget is better. Points of the head: tests/model/test_head.py."""
+"""Prices are KL divergences, and no other split of a budget is better."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-from tiny_runs import random_blocks, untrained
+from tiny_runs import gating, new_hat, random_blocks, untrained
 
-from hat_lib.calibration.budget import PROBE_SHARES, allocate, fit_damage, site_damage
+from hat_lib.calibration.budget import (
+    PROBE_SHARES,
+    HeadPoint,
+    allocate,
+    at_slope,
+    between,
+    fit_damage,
+    head_points,
+    hull,
+    site_damage,
+)
 from hat_lib.calibration.quantiles import score_quantiles
 
 SITES = 6
@@ -71,3 +81,29 @@ def test_site_damage_predicts_small_kl():
                     kl.append(float((teacher.exp() * (teacher - student)).sum(-1).mean()))
                 ratios.append(predicted[-1, layer, j] / np.mean(kl))
     assert 0.9 < np.median(ratios) < 1.1 and min(ratios) > 0.7 and max(ratios) < 1.5
+
+
+@torch.no_grad()
+def test_head_points():
+    hat = gating()
+    blocks = list(torch.from_numpy(np.random.default_rng(0).integers(5, 250, (8, 1, 64))))
+    points = head_points(hat, blocks, progress=False)
+    shares, damage = [p.share for p in points], [p.kl for p in points]
+    assert shares == sorted(shares) and damage == sorted(damage, reverse=True) and shares[0] > 0 and shares[-1] < 1
+    with hat.dense():
+        states = torch.cat([hat.lm.model(b).last_hidden_state for b in blocks])
+        exact = hat.lm.lm_head(states).log_softmax(-1)
+        for p in points:
+            with hat.changed(shortlist=hat.shortlist(p.threshold, p.margin)):
+                found = hat.lm.lm_head(states).log_softmax(-1)
+            assert float((exact.exp() * (exact - found)).sum(-1).mean()) == pytest.approx(p.kl, rel=0.01, abs=1e-5)
+    assert head_points(new_hat("channel"), [torch.full((1, 64), 7)], progress=False) == []  # of a uniform base
+
+
+def test_hull():
+    tried = [(0.2, 0.5, 3, 7), (0.3, 0.2, 2, 7), (0.4, 0.19, 2.5, 9), (0.5, 0.05, 1, 9), (0.4, 0.18, 2, 8)]
+    points = hull([HeadPoint(*map(float, p)) for p in tried])
+    assert [p.share for p in points] == [0.2, 0.3, 0.5]  # the others lie above the line
+    assert at_slope(points, 10.0) == 0.2 and at_slope(points, 1.0) == 0.3 and at_slope(points, 0.1) == 0.5
+    assert between(points, 0.4) == pytest.approx((0.4, 0.125, 1.5, 8.0))
+    assert between(points, 0.9) == points[-1] and between(points, 0.0) == points[0]

@@ -93,7 +93,7 @@ def test_what_is_realised_is_measured_on_other_blocks_than_were_fitted():
         base = hat.lm(checked).logits.argmax(-1)
     for row in range(1, len(module.RATES) + 1):
         thresholds = ExitThresholds(hat.gates, found.exit_scores[0][row])
-        with hat.dense(), hat.at(0.8), hat.exiting(thresholds):
+        with hat.dense(), hat.at(0.8), hat.using(exits=thresholds):
             same = (hat.lm(checked).logits.argmax(-1) == base)[hat.trace.exited]
         assert found.exit_rates[0][row] == pytest.approx(len(same) / checked.numel(), abs=0.02)
         if len(same) > 100:  # one token more or less then does not matter

@@ -308,7 +308,7 @@ def test_random_exits_leave_at_their_rates(channels):
     rates = {1: 0.25, 2: 0.5, 3: 0.1}
 
     def run(ids):
-        with channels.exiting(RandomExits(rates)):
+        with channels.using(exits=RandomExits(rates)):
             channels.lm(ids, use_cache=False)
         return channels.trace
 

@@ -28,7 +28,7 @@ def test_without_steering_it_is_the_score_of_one_forward(make, batch_size):
     decoded = score_decoded(hat, BLOCKS, settings, batch_size=batch_size, progress=False)
     for a, b in zip([one[0], *one[1]], [decoded[0], *decoded[1]], strict=True):
         np.testing.assert_allclose(b.nll, a.nll, rtol=1e-4)
-        head = 0.01 * (hat.gates_head and b.capacity < 1)  # of all tokens, not of the scored ones
+        head = 0.01 * (hat.has_shortlist and b.capacity < 1)  # of all tokens, not of the scored ones
         for name in ("capacity", "exit_rate", "model_share", "layer_capacity"):
             assert getattr(b, name) == pytest.approx(getattr(a, name), abs=1e-4 + head)
         assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.exits, b.exits)

@@ -51,7 +51,7 @@ def test_generate_at_capacity_one_is_transformers_token_for_token(hat):
 def test_decode_equals_parallel_at_three_quarters(hat):
     hat.capacity = 0.75
     ids = torch.tensor([load_text("addresses", hat.base.tokenizer, max_tokens=48)[0]["input_ids"]])
-    with hat.shortlisting(None):  # what the head reads again cannot be forced, and may flip
+    with hat.changed(shortlist=None):  # what the head reads again cannot be forced, and may flip
         with hat.record():
             parallel = hat.lm(ids).logits
         assert 0.75 < hat.trace.layer_capacity < 0.9

@@ -9,7 +9,7 @@ import copy
 import json
 import os
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,13 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:token grain")
 OLD = Path(__file__).with_name("version_0")
 FILES = (ADAPTER_FILE, CONFIG_FILE)
 KEY = "routers.2_qkv.log_scale"
-NO_EXITS = dict.fromkeys(EXIT_TABLES)
 PRICES = [Price("news", c, c + 0.01, 1 - c, None, None, 20.0, 4000) for c in (0.4, 0.7)]
-
-
-def logits(hat, ids):
-    with torch.inference_mode():
-        return hat.lm(ids).logits
 
 
 @pytest.fixture
@@ -82,10 +76,9 @@ def change(folder, path, value):
     (folder / CONFIG_FILE).write_text(json.dumps(meta))
 
 
-def refused(folder, base, *words):
-    with pytest.raises(HatError) as caught:
-        HierarchicalTransformer.from_pretrained(folder, base)
-    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in (str(folder), *words))
+def same(a, b):
+    tensors = a.tensors.keys() == b.tensors.keys() and all(torch.equal(t, b.tensors[n]) for n, t in a.tensors.items())
+    return tensors and replace(a, tensors={}) == replace(b, tensors={})
 
 
 @pytest.mark.parametrize("grain", GRAINS)
@@ -93,16 +86,14 @@ def test_version_0_decides_as_it_did(grain, base, tmp_path):
     expected = load_file(OLD / grain / "expected.safetensors")
     hat = HierarchicalTransformer.from_pretrained(OLD / grain, base)
     assert (hat.capacity, hat.exit_rate, hat.training_summary, hat.prices) == (0.6, 0.25, {"steps": 3}, [])
-    found = logits(hat, expected["ids"])
+    with torch.inference_mode():
+        found = hat.lm(expected["ids"]).logits
     assert torch.equal(hat.trace.exit_layer.long(), expected["exit_layer"])
     ran = torch.arange(4).view(4, 1, 1, 1) < expected["exit_layer"]
     assert torch.equal((hat.trace.site_share * ran).float(), expected["site_share"] * ran)
     assert (found[0, -3:] - expected["logits"]).abs().max() < 1e-4
     hat.save_pretrained(tmp_path / "new")
     hat.unload()
-    again = HierarchicalTransformer.from_pretrained(tmp_path / "new", base)
-    assert torch.equal(logits(again, expected["ids"]), found)
-    again.unload()
     assert (tmp_path / "new" / ADAPTER_FILE).read_bytes() == (OLD / grain / ADAPTER_FILE).read_bytes()
 
 
@@ -128,14 +119,32 @@ def test_reference_checkpoints_by_name(name, tmp_path, monkeypatch):
     assert read_checkpoint(name).training == {"mine": 1}, "a local checkpoint comes first"
 
 
-@pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where", "a/b/c", ""])
-def test_unknown_name_lists_the_known_ones(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nowhere", "calibrated_token, default"), ("./no/where", "default"), ("owner/no-such", "can't be fetched")],
+)
+def test_unknown_names(name, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(HatError, match="calibrated_token, default|is missing"):
+    with pytest.raises(HatError, match=words):  # `conftest.py` sets HF_HUB_OFFLINE
         read_checkpoint(name)
 
 
-def test_round_trip(folder, base, tmp_path):
+@pytest.mark.parametrize("grain", GRAINS)
+def test_round_trip(grain, base, tmp_path):
+    hat = untrained(grain, base)
+    with torch.no_grad():
+        for number, parameter in enumerate(hat.hat_parameters().values()):
+            parameter += number + 1
+    hat.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / ADAPTER_FILE)
+    assert all(is_hat_parameter(name) for name in tensors) and {t.dtype for t in tensors.values()} == {torch.float32}
+    hat.unload()
+    loaded = HierarchicalTransformer.from_pretrained(tmp_path, base)
+    assert loaded.capacity == 1.0 and same(loaded.checkpoint(), hat.checkpoint())
+    loaded.unload()
+
+
+def test_prices(folder, base, tmp_path):
     hat = HierarchicalTransformer.from_pretrained(folder, base)
     hat.save_pretrained(tmp_path / "again")
     assert all((tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes() for name in FILES)
@@ -143,100 +152,73 @@ def test_round_trip(folder, base, tmp_path):
     hat.calibration = hat.calibration
     assert hat.prices == [], "measured with another calibration"
     hat.unload()
+    write_prices(folder, PRICES[:1])
+    assert same(replace(read_checkpoint(folder), prices=PRICES), read_checkpoint(tmp_path / "again"))
+    assert read_checkpoint(folder).prices == PRICES[:1]
 
 
 def test_base_by_the_name_in_the_checkpoint(folder):
     assert HierarchicalTransformer.from_pretrained(folder, dtype="bf16").base.name == "random:tiny"
 
 
-@pytest.mark.parametrize("grain", GRAINS)
-def test_only_the_adapter_is_saved_and_all_of_it(grain, base, tmp_path):
-    hat = untrained(grain, base)
-    with torch.no_grad():
-        for number, parameter in enumerate(hat.hat_parameters().values()):
-            parameter += number + 1
-    hat.save_pretrained(tmp_path)
-    hat.unload()
-    tensors = load_file(tmp_path / ADAPTER_FILE)
-    assert all(is_hat_parameter(name) for name in tensors) and {t.dtype for t in tensors.values()} == {torch.float32}
-    loaded = HierarchicalTransformer.from_pretrained(tmp_path, base)
-    assert loaded.calibration is None and loaded.capacity == 1.0
-    assert tensors.keys() == loaded.hat_parameters().keys()
-    assert all(torch.equal(p, hat.hat_parameters()[name]) for name, p in loaded.hat_parameters().items())
-    loaded.unload()
+def other_tensors(**changes):
+    def damage(folder):
+        found = read_checkpoint(folder)
+        tensors = {name: tensor for name, tensor in (found.tensors | changes).items() if tensor is not None}
+        write_checkpoint(folder, replace(found, tensors=tensors))
+
+    return damage
 
 
-def test_write_prices(folder):
-    before = read_checkpoint(folder)
-    write_prices(folder, PRICES[:1])
-    after = read_checkpoint(folder)
-    assert after.prices == PRICES[:1] and torch.equal(after.tensors[KEY], before.tensors[KEY])
-    assert replace(after, tensors={}, prices=PRICES) == replace(before, tensors={})
+def other_json(path, value):
+    return lambda folder: change(folder, path, value)
 
 
-def test_another_base_is_refused(folder, base):
-    refused(folder, replace(base, fingerprint="f" * 64, name="another"), "random:tiny", "another has ffffffffffff")
+def other_text(text):
+    return lambda folder: (folder / CONFIG_FILE).write_bytes(text)
 
 
-def test_missing_files(folder, base, tmp_path):
-    (folder / ADAPTER_FILE).unlink()
-    refused(folder, base, ADAPTER_FILE)
+def no_config(folder):
     (folder / CONFIG_FILE).unlink()
-    refused(folder, base, f"{CONFIG_FILE} is missing")
     (folder / "run.json").write_text("{}")
-    refused(folder, base, f"hat train --resume {folder}")
-    (tmp_path / "file").touch()
-    with pytest.raises(HatError, match="cannot write a checkpoint"):
-        write_checkpoint(tmp_path / "file" / "new", read_checkpoint(OLD / "channel"))
 
 
-@pytest.mark.parametrize(
-    "tensors", [{KEY: None}, {"routers.9_qkv.log_scale": torch.zeros(64)}, {KEY: torch.zeros(65)}], ids=str
-)
-def test_weights_of_another_model_are_refused(folder, base, tensors):
-    found = read_checkpoint(folder)
-    tensors = {name: tensor for name, tensor in (found.tensors | tensors).items() if tensor is not None}
-    write_checkpoint(folder, replace(found, tensors=tensors))
-    refused(folder, base, ADAPTER_FILE, "log_scale")
-
-
-def test_changed_weights_are_refused(folder, base):
+def changed_adapter(folder):
     save_file(read_checkpoint(folder).tensors | {KEY: torch.ones(64)}, folder / ADAPTER_FILE)
-    refused(folder, base, ADAPTER_FILE)
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "words"),
+    ("damage", "words"),
     [
-        ("format_version", FORMAT_VERSION + 1, "upgrade hat_lib"),
-        ("surprise", 1, "surprise"),
-        ("base_fingerprint", ..., "base_fingerprint"),
-        ("config", [], ""),
-        ("config.n_layers", ..., "n_layers"),
-        ("config.surprise", 1, "surprise"),
-        ("config.capacity", 7, "capacity must be"),
-        ("config.exit_layers", [3, 1], "exit layers"),
-        ("prices", [{"text": "news"}], "capacity"),
-        ("calibration", 3, ""),
-        ("calibration.shares", ..., "shares"),
-        ("calibration.shares", "0.5", "calibration.shares"),
-        ("calibration.exit_rates", [[0.5, 0.1]], "calibration.exit_rates"),
+        (lambda folder: (folder / ADAPTER_FILE).unlink(), ADAPTER_FILE),
+        (no_config, "hat train --resume"),
+        (changed_adapter, ADAPTER_FILE),
+        (other_tensors(**{KEY: None}), KEY),
+        (other_tensors(**{"routers.9_qkv.log_scale": torch.zeros(64)}), "9_qkv"),
+        (other_tensors(**{KEY: torch.zeros(65)}), KEY),
+        (other_text(b""), CONFIG_FILE),
+        (other_text(b"[]"), CONFIG_FILE),
+        (other_json("format_version", FORMAT_VERSION + 1), "upgrade hat_lib"),
+        (other_json("surprise", 1), "surprise"),
+        (other_json("base_fingerprint", "f" * 64), "ffffffffffff"),
+        (other_json("config", []), CONFIG_FILE),
+        (other_json("config.n_layers", ...), "n_layers"),
+        (other_json("config.capacity", 7), "capacity must be"),
+        (other_json("prices", [{"text": "news"}]), "capacity"),
+        (other_json("calibration.shares", "0.5"), "calibration.shares"),
+        (other_json("calibration.exit_rates", [[0.5, 0.1]]), "calibration.exit_rates"),
     ],
 )
-def test_wrong_json(folder, base, path, value, words):
-    change(folder, path, value)
-    refused(folder, base, CONFIG_FILE, words)
-
-
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe{}"])
-def test_no_json(folder, base, text):
-    (folder / CONFIG_FILE).write_bytes(text)
-    refused(folder, base, CONFIG_FILE)
+def test_refused(folder, base, damage, words):
+    damage(folder)
+    with pytest.raises(HatError) as caught:
+        HierarchicalTransformer.from_pretrained(folder, base)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in (str(folder), words))
 
 
 @pytest.mark.parametrize(
     ("changes", "tables"),
-    [({"n_layers": 5}, {}), ({}, {"sites": ["ffn"]}), ({"exit_rate": 0.2}, NO_EXITS)],
+    [({"n_layers": 5}, {}), ({}, {"sites": ["ffn"]}), ({"exit_rate": 0.2}, dict.fromkeys(EXIT_TABLES))],
 )
 def test_constructor_that_fails_leaves_the_base_clean(base, changes, tables):
     found = read_checkpoint(OLD / "channel")
@@ -260,8 +242,7 @@ def test_killed_while_saving(folder, monkeypatch, renames, saved):
         patch.setattr(os, "replace", dying)
         with pytest.raises(KeyboardInterrupt) if renames < 3 else nullcontext():
             write_checkpoint(folder, new)
-    found, expected = read_checkpoint(folder), new if saved else old
-    assert found.training == expected.training and torch.equal(found.tensors[KEY], expected.tensors[KEY])
+    assert same(read_checkpoint(folder), new if saved else old)
     write_checkpoint(folder, new)
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
 
@@ -274,22 +255,9 @@ def hub(monkeypatch, tmp_path):
     """A stand-in that records what is created and uploaded; ``private`` and ``card`` are its answers."""
     fake = SimpleNamespace(created=[], files={}, private=False, card=False)
 
-    class Api:
-        def __init__(self, token=None):
-            pass
-
-        def create_repo(self, repo_id, *, private, exist_ok):
-            fake.created.append((repo_id, private))
-
-        def repo_info(self, repo_id):
-            return SimpleNamespace(private=fake.private)
-
-        def file_exists(self, repo_id, filename):
-            return fake.card
-
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
-            fake.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
-            return "https://hub/commit/1"
+    def upload_folder(*, folder_path, **kwargs):
+        fake.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        return "https://hub/commit/1"
 
     def snapshot_download(repo_id, *, allow_patterns):
         folder = tmp_path / "cache"
@@ -298,7 +266,13 @@ def hub(monkeypatch, tmp_path):
             (folder / name).write_bytes(fake.files[name])
         return str(folder)
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    api = SimpleNamespace(
+        create_repo=lambda repo_id, *, private, exist_ok: fake.created.append((repo_id, private)),
+        repo_info=lambda repo_id: SimpleNamespace(private=fake.private),
+        file_exists=lambda repo_id, filename: fake.card,
+        upload_folder=upload_folder,
+    )
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda token=None: api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return fake
 
@@ -309,8 +283,7 @@ def test_to_the_hub_and_back(hub, base):
     assert sorted(hub.files) == [CARD_FILE, *FILES]
     card = hub.files[CARD_FILE].decode()
     assert yaml.safe_load(card.split("---\n")[1])["license"] == "mit" and 'from_pretrained("owner/name")' in card
-    found = read_checkpoint("owner/name")
-    assert asdict(replace(found, tensors={})) == asdict(replace(hat.checkpoint(), tensors={}))
+    assert same(read_checkpoint("owner/name"), hat.checkpoint())
     hat.unload()
 
 
@@ -323,7 +296,7 @@ def test_private_is_never_written_to_a_public_repository_and_a_card_is_kept(hub,
     assert hub.created[-1] == ("owner/name", True) and sorted(hub.files) == sorted(FILES)
 
 
-@pytest.mark.parametrize("name", ["models/llama", "~/llama", "llama.gguf"])
+@pytest.mark.parametrize("name", ["models/llama", "llama.gguf"])
 def test_a_local_base_needs_a_public_name(hub, folder, tmp_path, monkeypatch, name):
     (tmp_path / "models" / "llama").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -333,8 +306,3 @@ def test_a_local_base_needs_a_public_name(hub, folder, tmp_path, monkeypatch, na
     assert hub.created == []
     push_to_hub(local, "owner/name", base_model="meta/llama")
     assert json.loads(hub.files[CONFIG_FILE])["base"] == "meta/llama"
-
-
-def test_offline():
-    with pytest.raises(HatError, match="can't be fetched from the Hub"):  # `conftest.py` sets HF_HUB_OFFLINE
-        read_checkpoint("owner/no-such-checkpoint")

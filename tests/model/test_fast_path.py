@@ -149,10 +149,10 @@ def test_changed_models_run_on_the_reference_path(channel_hat, ids, change):
 CONTEXTS = {
     "reference": lambda hat: hat.reference(),
     "record": lambda hat: hat.record(),
-    "masked": lambda hat: hat.masked(),
+    "masked": lambda hat: hat.changed(compact=False),
     "using": lambda hat: hat.using(Random(0.5)),
-    "exiting": lambda hat: hat.exiting(RandomExits(dict.fromkeys((1, 2, 3), 0.5))),
-    "dropping": lambda hat: hat.dropping(torch.zeros(4, 3, dtype=torch.bool)),
+    "exiting": lambda hat: hat.using(exits=RandomExits(dict.fromkeys((1, 2, 3), 0.5))),
+    "dropping": lambda hat: hat.changed(dropped=torch.zeros(4, 3, dtype=torch.bool)),
     "grad": lambda hat: torch.enable_grad(),
     "autocast": lambda hat: torch.autocast("cpu"),
 }
@@ -248,7 +248,7 @@ def test_weights_in_fewer_bits(channel_hat, ids, form, size):
     assert hat.packed_bytes == 0
     before = stepwise(hat.lm, ids)
     full = hat.packed_bytes
-    with hat.weights(form):
+    with hat.changed(weights=form):
         assert hat.decoding.startswith(f"engine ({form}, ") and not torch.equal(stepwise(hat.lm, ids), before)
     assert torch.equal(stepwise(hat.lm, ids), before)
     hat.weight_format = form
@@ -390,7 +390,7 @@ def test_token_grain_never_skips_layer_0(ids):
     base = tiny()
     hat = HierarchicalTransformer(base, HatConfig.published(base, exit_layers=()))
     everything = dict.fromkeys(((i, "ffn") for i in range(hat.config.n_layers)), float("inf"))
-    with hat._changed(own_policy=hat.threshold_policy(everything)):
+    with hat.changed(own_policy=hat.threshold_policy(everything)):
         stepwise(hat.lm, ids)
     share = hat.trace.site_share
     assert hat.trace.executed is not None and share[0].eq(1).all() and not share[1:].any()

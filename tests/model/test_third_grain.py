@@ -39,7 +39,7 @@ class HeadGrain(Grain):
         return (lm_config.num_attention_heads,)
 
     def router(self, layer, site):
-        columns = column_norm(layer, site).view(-1, layer.self_attn.head_dim)
+        columns = column_norm(*self.linears(layer, site)).view(-1, layer.self_attn.head_dim)
         return HeadRouter(columns.norm(dim=-1))
 
 
@@ -60,7 +60,7 @@ def test_third_grain(hat, ids, tmp_path):
 
     logits, masks = recorded(hat, ids)
     assert masks.keep[1, "o"].shape == (3, 14, 4) and float((logits - expected).abs().max()) > 0.01
-    with hat.masked():
+    with hat.changed(compact=False):
         close(hat.lm(ids).logits, logits)
     with hat.force(masks):
         close(stepwise(hat.lm, ids), logits)

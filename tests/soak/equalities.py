@@ -184,7 +184,7 @@ def check(case: SimpleNamespace) -> None:
             with path(), hat.force(some), hat.collect() as states:
                 close(stepwise(hat.lm, ids[rows]), parallel[rows], f"decode = parallel, {path.__name__}", tips)
             assert torch.equal(TokenState.cat(states).exit_layer, state.exit_layer[rows]), "exits, step by step"
-    with hat.force(masks), hat.masked():
+    with hat.force(masks), hat.changed(compact=False):
         close(hat.lm(ids).logits, parallel, "compact = masked", tips)
 
     if case.dtype == torch.float32:  # deciding by themselves: rows in which no decision flipped

@@ -141,7 +141,7 @@ def test_each_loss_is_the_sum_of_its_parts():
 def test_exits_that_a_user_turned_on_stay_out_of_the_training(phase):
     objective = new("token", phase)
     expected = numbers(step(objective, samples()))
-    with objective.hat.exiting(ExitThresholds(objective.hat.gates, [-1e6] * len(objective.hat.gates))):
+    with objective.hat.using(exits=ExitThresholds(objective.hat.gates, [-1e6] * len(objective.hat.gates))):
         same(numbers(step(objective, samples())), expected, tolerance=0)
 
 
