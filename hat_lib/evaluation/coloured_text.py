@@ -64,11 +64,11 @@ def html(*passages: Passage, meaning: str, low: float | None = None, high: float
         for text, numbers, marked in characters(passage):
             at = scale.at(numbers)
             css = f"outline:2px solid {FRAME};outline-offset:-1px;font-weight:bold;" if marked else ""
-            if np.isnan(at):
-                spans += f'<span style="{css}">{escape(text)}</span>' if marked else escape(text)
-            else:
+            if not np.isnan(at):
                 title = ", ".join(f"{v:.3f}" for v in numbers)
                 spans += f'<span style="{css}{_css(at)}" title="{title}">{escape(text)}</span>'
+            else:
+                spans += f'<span style="{css}">{escape(text)}</span>' if marked else escape(text)
         parts.append(f"<p><strong>{escape(visible(passage.title))}</strong><br>{spans}</p>")
     style = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5"
     return f'<div style="{style}">{"".join(parts)}</div>'
@@ -155,15 +155,15 @@ def _sign(c: str) -> str:
 
 def colours_at(at: float) -> tuple[tuple[int, ...], str]:
     """Background as 8-bit RGB, and the text colour that contrasts most with it."""
-    rgb = colormaps[PALETTE](at, bytes=True)[:3]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in map(int, rgb))]
-    luminance = np.dot(linear, (0.2126, 0.7152, 0.0722))
-    return tuple(map(int, rgb)), "black" if luminance > 0.179 else "white"
+    rgb = np.array(colormaps[PALETTE](at, bytes=True)[:3])
+    part = rgb / 255
+    linear = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
+    return tuple(rgb.tolist()), "black" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "white"
 
 
 def _css(at: float) -> str:
-    (r, g, b), ink = colours_at(at)
-    return f"background:#{r:02x}{g:02x}{b:02x};color:{ink}"
+    rgb, ink = colours_at(at)
+    return f"background:#{bytes(rgb).hex()};color:{ink}"
 
 
 def _painted(text: str, at: float) -> str:

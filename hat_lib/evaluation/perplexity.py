@@ -179,9 +179,9 @@ def _units(found: Score) -> Units:
 def text_bytes(dataset: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """UTF-8 bytes of the scored tokens of each block, int64 ``[n_blocks]``; rows as in `load_text`.
 
-    Those of the decoded block less those of the decoded tokens before its first scored one. So special tokens do not
-    count as text, the space that some tokenizers put before a text cancels, and a character cut by the edge of a block
-    counts where it ends. The windows of a document add up to its text, except for its first token, which is not scored.
+    Those of the decoded block less those of the tokens before its first scored one. So special tokens do not count, a
+    space that a tokenizer puts before a text cancels, and a character split by the edge of a block counts where it
+    ends. The windows of a document add up to its text, except for its first token, which is not scored.
     """
 
     def size(ids: list[int]) -> int:

@@ -112,26 +112,27 @@ class TokenTable:
     def lines(self, row: int) -> list[str]:
         """The facts of a token, one sentence each."""
         token, n_layers = self.tokens.iloc[row], len(self.share)
-        depth = f"stayed for all {n_layers} layers"
-        if token["protected"]:
-            depth = "protected: it runs in full in every layer and never leaves"
-        elif token["left"]:
-            depth = f"left after {token['exit_layer']} of {n_layers} layers"
-        work = f"{token['share']:.1%} of the layers that it entered, {token['model_share']:.1%} of the base's work"
+        depth = f"left after {token['exit_layer']} of {n_layers}" if token["left"] else f"stayed for all {n_layers}"
         entropy = token["entropy_of_next"]
-        alike = f"as unsure as among {np.exp(entropy):,.0f} equally likely tokens"
-        return [depth, f"executed {work}", f"the base's entropy of what comes next: {entropy:.2f} nats, {alike}"]
+        return [
+            "protected: it runs in full in every layer and never leaves" if token["protected"] else f"{depth} layers",
+            f"executed {token['share']:.1%} of the layers that it entered, "
+            f"{token['model_share']:.1%} of the base's work",
+            f"the base's entropy of what comes next: {entropy:.2f} nats, as unsure as among {np.exp(entropy):,.0f} "
+            "equally likely tokens",
+        ]
 
     def matrices(self, row: int, layer: int | None = None) -> pd.DataFrame:
         """A row per site: executed share over the layers the token entered and, for a ``layer``, share and score."""
         shares = self.site_share[:, :, row]
-        table = pd.DataFrame({"site": [MATRICES[site] for site in self.sites]})
-        table["mean"] = [_number(v, ".1%") for v in np.nanmean(shares, axis=0)]
+        columns = {"mean": (np.nanmean(shares, axis=0), ".1%")}
         if layer is not None:
-            table[f"layer {layer}"] = [_number(v, ".1%") for v in shares[layer]]
+            columns[f"layer {layer}"] = shares[layer], ".1%"
             if self.score is not None:
-                table[self.score_meaning] = [_number(v, ".2f") for v in self.score[layer, :, row]]
-        return table
+                columns[self.score_meaning] = self.score[layer, :, row], ".2f"
+        texts = {name: [f"{value:{form}}" if np.isfinite(value) else "–" for value in values]
+                 for name, (values, form) in columns.items()}  # fmt: skip
+        return pd.DataFrame({"site": [MATRICES[site] for site in self.sites]} | texts)
 
     def next_tokens(self, row: int) -> pd.DataFrame:
         """The likeliest next tokens of base and adaptive model: ``base``, ``base_p``, ``adaptive``, ``adaptive_p``."""
@@ -195,22 +196,22 @@ def token_table(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, prog
     context, lengths = hat.lm.config.max_position_embeddings, [len(row["input_ids"]) for row in blocks]
     if not lengths or not 1 <= min(lengths) <= max(lengths) <= context:
         raise HatError(f"expected blocks of 1 to {context} tokens, got lengths {sorted(set(lengths))}")
-    special = set(hat.base.tokenizer.all_special_ids)
-    frames, shares, next_ids, next_p, head_share = [], [], [], [], 0.0
+    special, parts, head_share = set(hat.base.tokenizer.all_special_ids), [], 0.0
     for number, row in enumerate(tqdm(blocks, desc="tokens", disable=not progress)):
         ids, new = row["input_ids"], slice(row["n_context"], None)
         with hat.dense():
             base = _final_states(hat, ids)
         ours = _final_states(hat, ids)
         losses, best_p, best_ids = _predictions(hat, base, ours, ids)  # now the trace also holds what the head read
-        texts = pieces(hat.base.tokenizer, ids)
+        texts, share = (
+            pieces(hat.base.tokenizer, ids),
+            torch.cat([hat.trace.site_share[:, :, 0], hat.trace.share], dim=1),
+        )
         frame = {"doc": row["doc"], "block": number, "position": range(len(ids)), "id": ids, "text": texts}
         frame |= {"class": classes(texts, [i in special for i in ids]), **_work(hat), **losses}
-        frames.append(pd.DataFrame(frame).iloc[new])
-        shares.append(torch.cat([hat.trace.site_share[:, :, 0], hat.trace.share], dim=1).cpu().numpy()[:, :, new])
-        next_ids.append(best_ids[:, new])
-        next_p.append(best_p[:, new])
-        head_share += hat.trace.head_share * len(frames[-1])
+        parts.append((pd.DataFrame(frame).iloc[new], share.cpu().numpy()[:, :, new], best_ids[:, new], best_p[:, new]))
+        head_share += hat.trace.head_share * len(parts[-1][0])
+    frames, shares, next_ids, next_p = zip(*parts, strict=True)
     tokens, share = pd.concat(frames, ignore_index=True), np.concatenate(shares, axis=2)
     entered = np.arange(len(share))[:, None, None] < tokens["exit_layer"].to_numpy()
     share = np.where(entered, share, np.float32(np.nan))
@@ -273,7 +274,3 @@ def _predictions(hat, base: Tensor, ours: Tensor, ids: Sequence[int]) -> tuple[d
 def quoted(text: str) -> str:
     """A token in quotation marks, so that its spaces show."""
     return f"“{visible(text).replace(chr(10), '')}”" if text else "(part of a character)"
-
-
-def _number(value: float, form: str) -> str:
-    return f"{value:{form}}" if np.isfinite(value) else "–"
