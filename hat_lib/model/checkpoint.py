@@ -179,8 +179,10 @@ def write_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
 
 
 def write_prices(folder: str | Path, prices: Iterable[Price]) -> None:
-    """Replace the prices in a checkpoint's JSON; all else stays."""
-    write_checkpoint(find_checkpoint(folder), replace(read_checkpoint(folder), prices=list(prices)))
+    """Replace the prices in a checkpoint's JSON; all else stays, as does the file if they are those it holds."""
+    checkpoint, prices = read_checkpoint(folder), list(prices)
+    if prices != checkpoint.prices:
+        write_checkpoint(find_checkpoint(folder), replace(checkpoint, prices=prices))
 
 
 def push_to_hub(checkpoint: Checkpoint, repo_id: str, *, private=False, token=None, base_model=None) -> str:
