@@ -63,21 +63,19 @@ def analyze(
     low, high = tokens.loc[~tokens["protected"], "model_share"].quantile([0.01, 0.99])
     scale = {"meaning": "share of the base's work that a token got", "low": low, "high": high}
     if tables:
-        for name, table in list(made.items())[:-1]:  # but the map of layers
-            typer.echo(f"\n{name}\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='')}")
-        typer.echo()
-        typer.echo(ansi(*passages(tokens.head(100), "model_share"), **scale))
-    if out is None:
-        return
-    from hat_lib.plotting.routing import FIGURES
-    from hat_lib.plotting.style import png, write
+        for name in ("classes", "positions", "quantiles", "layers", "correlations"):
+            typer.echo(f"\n{name}\n{made[name].to_string(index=False, float_format='{:.3f}'.format, na_rep='')}")
+        typer.echo("\n" + ansi(*passages(tokens.head(100), "model_share"), **scale))
+    if out is not None:
+        from hat_lib.plotting.routing import FIGURES
+        from hat_lib.plotting.style import png, write
 
-    files = {f"{name}.csv": _csv(table) for name, table in {"tokens": tokens, **made}.items()}
-    files |= {f"{name}.png": png(draw(made[name])) for name, draw in FIGURES.items()}
-    files["text.html"] = (PAGE + html(*passages(tokens, "model_share"), **scale)).encode()
-    for name, payload in files.items():
-        write(out.expanduser() / name, payload)
-    typer.echo(f"\nwrote {', '.join(files)} to {out}")
+        files = {f"{name}.csv": _csv(table) for name, table in {"tokens": tokens, **made}.items()}
+        files |= {f"{name}.png": png(draw(made[name])) for name, draw in FIGURES.items()}
+        files["text.html"] = (PAGE + html(*passages(tokens, "model_share"), **scale)).encode()
+        for name, payload in files.items():
+            write(out.expanduser() / name, payload)
+        typer.echo(f"\nwrote {', '.join(files)} to {out}")
 
 
 def _findings(found: TokenTable, tables: dict[str, pd.DataFrame]) -> list[str]:
@@ -98,8 +96,10 @@ def _extremes(rows: pd.DataFrame, name: str) -> str:
     if rows["mean"].max() == rows["mean"].min():
         return f"every {name} ran {rows['mean'].max():.1%}"
     ends = {"most": rows.loc[rows["mean"].idxmax()], "least": rows.loc[rows["mean"].idxmin()]}
-    shares = {word: f"{row['mean']:.1%}{_interval(row['low'], row['high'], '.1%')}" for word, row in ends.items()}
-    return ", ".join(f"{word} work: {row[name]}, {shares[word]}" for word, row in ends.items())
+    return ", ".join(
+        f"{word} work: {row[name]}, {row['mean']:.1%}{_interval(row['low'], row['high'], '.1%')}"
+        for word, row in ends.items()
+    )
 
 
 def _interval(low: float, high: float, form: str) -> str:

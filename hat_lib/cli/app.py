@@ -42,18 +42,12 @@ def setup(
 
 # \b keeps the line breaks of a paragraph.
 EXAMPLE = """\b
-A worked example, from nothing to a measured price of less compute:
-
-\b
-  hat setup                                  fetch base and text, once
-  hat generate "The state of our union"      at the default capacity
-  hat generate "The state of our union" --capacity 1.0
-                                             everything runs: the base
-  hat evaluate --text docstrings --capacity 0.6
-                                             what does it cost?
-  hat calibrate --save mine                  your own thresholds
-  hat evaluate --checkpoint mine --capacity 0.6
-  hat train --profile quick --save trained   routers, then exit gates
+From nothing to a measured price of less compute:
+  hat setup                                          fetch base and text, once
+  hat generate "The state of our union"              --capacity 1.0 is the base
+  hat evaluate --text docstrings --capacity 0.6      what does it cost?
+  hat calibrate --save mine                          your own thresholds
+  hat train --profile quick --save trained           routers, then exit gates
 """
 
 
@@ -82,7 +76,7 @@ class Friendly:
 
 
 class Command(Friendly, TyperCommand):
-    """A program of one command."""
+    """A program of one command, such as ``python -m studies``."""
 
 
 class Hat(Friendly, TyperGroup):

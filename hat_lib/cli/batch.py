@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import typer
 
@@ -23,7 +26,7 @@ def batch(
         metavar="NAME=VALUE,...",
     ),
     out: Path = option(..., "New folder, or that of the same notebook's batch to go on with."),
-    engine: str = option("local", "local (processes on this machine) or dask (the workers of --scheduler)."),
+    engine: Literal["local", "dask"] = option("local", "Processes on this machine, or the workers of --scheduler."),
     scheduler: str | None = option(None, "Address of a Dask scheduler.", metavar="tcp://HOST:PORT"),
     jobs: int | None = option(
         None, "Runs at once, each with its own model; 1 suits a GPU. [default: number of cores]", min=1
@@ -39,11 +42,10 @@ def batch(
     In parallel, with one executed notebook and one row of DIR/runs.csv for each run. If stopped and started again, it
     runs what is missing or failed. Exits with 1 if a run failed.
     """
-    if engine not in ("local", "dask"):
-        raise HatError(f"engine must be local or dask, got {engine!r}")
     if (engine == "dask") != (scheduler is not None):
         raise HatError("--engine dask and --scheduler tcp://HOST:PORT go together")
 
+    import pandas as pd
     from joblib import cpu_count
 
     from hat_lib.workbook.batch import batch as carry_out
@@ -52,15 +54,13 @@ def batch(
 
     path, out = select([notebook], NOTEBOOKS)[0], out.expanduser()
     points = parse_grid(path, grid)
+    workers = partial(dask, address=scheduler)
     if engine == "local":
         jobs = jobs or min(len(points), cpu_count())
         threads = threads or max(1, cpu_count() // jobs)
-
-    def workers(tasks):
-        return local(tasks, jobs) if engine == "local" else dask(tasks, scheduler)
-
+        workers = partial(local, jobs=jobs)
+    settings = {"threads": threads, "retries": retries, "cell_timeout": cell_timeout}
     try:
-        settings = {"threads": threads, "retries": retries, "cell_timeout": cell_timeout}
         for row in carry_out(path, points, out, workers, **settings):
             typer.echo(f"{row.run}: {row.status} after {row.seconds:.1f} s" + (f"\n  {row.error}" if row.error else ""))
     except KeyboardInterrupt:
@@ -68,11 +68,8 @@ def batch(
         typer.echo(f"\ninterrupted; finished runs stay, and the same command does the others: {again}", err=True)
         raise typer.Exit(130) from None
     latest = latest_rows(out)
-    rows = [latest[run_name(point)] for point in points]
-    width = max(len("run"), *(len(row.run) for row in rows))
-    typer.echo(f"\n{'run':{width}}  status  attempts  seconds")
-    for row in rows:
-        typer.echo(f"{row.run:{width}}  {row.status:6}  {row.attempts:8d}  {row.seconds:7.1f}")
+    table = pd.DataFrame([asdict(latest[run_name(point)]) for point in points])
+    typer.echo("\n" + table[["run", "status", "attempts", "seconds"]].to_string(index=False))
     typer.echo(f"wrote {out}")
-    if any(row.status != "ok" for row in rows):
+    if (table["status"] != "ok").any():
         raise typer.Exit(1)

@@ -61,6 +61,10 @@ def evaluate(
         loaded = load_tasks(options.names("--tasks", tasks), tasks_path or TASKS)
         hat = options.load(base, checkpoint, capacity, exit_rate, dtype)
         row, lines = _on_tasks(hat, loaded, batch_size)
+    shares = ("requested_capacity", "capacity", "requested_exit_rate", "exit_rate", "model_share")
+    lines.append(f"work         {work_text(*map(row.get, shares))} of the base's work, head and routers included")
+    if row["note"]:
+        lines.append(f"note         {row['note']}")
     typer.echo(json.dumps(row) if as_json else "\n".join(lines))
 
 
@@ -103,39 +107,37 @@ def _on_text(
     interval = f"95 % interval {paired.low:+.2%} to {paired.high:+.2%}"
     if few:
         interval = f"{NONE} of up to 512 tokens, got {paired.n_blocks}; bring more text or raise --max-tokens"
-    dense_bits, bits = _estimate(row["base_bits_per_byte"]), _estimate(row["bits_per_byte"])
     lines = [
         f"{printable(text)}: {paired.tokens} tokens in {paired.n_blocks} blocks, SHA-256 {row['text_hash']}",
         f"measured     {extent}",
-        f"perplexity   {paired.base_ppl:.3f} for the base {row['base']} ({row['dtype']}), "
-        f"{paired.ppl:.3f} for the model",
+        f"perplexity   {paired.base_ppl:.3f} for the base {row['base']} ({row['dtype']}), {paired.ppl:.3f} here",
         f"increase     {paired.increase:+.2%}, {interval}",
-        f"bits/byte    {dense_bits} for the base, {bits} for the model",
+        f"bits/byte    {_estimate(row['base_bits_per_byte'])} for the base, {_estimate(row['bits_per_byte'])} here",
         f"agreement    {row['top1']:.2%} of the base's most likely tokens, KL {row['kl']:.4f} nats a token",
-        *_work(row),
     ]
     if hat.exit_rate:
-        total = sum(row["exits"].values())
         lines.append(f"mean depth   {adaptive.depth:.2f} of {hat.config.n_layers} layers")
+        total = sum(row["exits"].values())
         lines += [f"  {depth:3d} layers {n:7d} tokens, {n / total:.1%}" for depth, n in row["exits"].items()]
     if documents:
         table["document"] = table["document"].map(printable)
-        lines.append("\n" + table.to_string(index=False, float_format="{:.4f}".format))
+        lines.append("\n" + table.to_string(index=False, float_format="{:.4f}".format) + "\n")
     return row, lines
 
 
 def _on_tasks(hat: HierarchicalTransformer, tasks: dict, batch_size: int) -> tuple[dict, list[str]]:
     import lm_eval
+    import pandas as pd
 
     from hat_lib.evaluation.lm_eval import run_tasks
 
     rows, spent = run_tasks(hat, tasks, batch_size=batch_size)
     row = _about(hat, *spent.shares) | {"lm_eval": lm_eval.__version__, "batch_size": batch_size}
-    lines = [f"{'task':20}  {'metric':20}  {'base':>20}  {'model':>20}  samples"]
-    for r in rows:
-        base, value = _estimate(r.base, r.base_stderr), _estimate(r.value, r.stderr)
-        lines.append(f"{r.task:20}  {r.metric:20}  {base:>20}  {value:>20}  {r.samples:7d}")
-    return row | {"tasks": [asdict(r) for r in rows]}, lines + _work(row)
+    row["tasks"] = [asdict(r) for r in rows]
+    base = [_estimate(r.base, r.base_stderr) for r in rows]
+    model = [_estimate(r.value, r.stderr) for r in rows]
+    table = pd.DataFrame(row["tasks"]).assign(base=base, model=model)
+    return row, [table[["task", "metric", "base", "model", "samples"]].to_string(index=False)]
 
 
 def _about(hat: HierarchicalTransformer, capacity: float, exit_rate: float, model_share: float) -> dict:
@@ -153,12 +155,6 @@ def _about(hat: HierarchicalTransformer, capacity: float, exit_rate: float, mode
         "model_share": model_share,
         "note": FOUR_BIT if hat.base.name == "bundled" else "",
     }
-
-
-def _work(row: dict) -> list[str]:
-    shares = ("requested_capacity", "capacity", "requested_exit_rate", "exit_rate", "model_share")
-    work = f"work         {work_text(*map(row.get, shares))} of the base's work, head and routers included"
-    return [work] + ([f"note         {row['note']}"] if row["note"] else [])
 
 
 def _estimate(value: float | None, stderr: float | None = None) -> str:

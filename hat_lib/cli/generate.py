@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 import typer
 
@@ -26,20 +27,16 @@ def generate(
         None, "Decode this many times as fast, at the highest capacity that reaches it."
     ),
     refresh_speed: bool = option(False, "With a target: measure this machine's speed anew.", "--refresh-speed"),
-    versus: str = option("dense", "Speedups are over dense (our own dense path) or hf (plain transformers)."),
+    versus: Literal["dense", "hf"] = option("dense", "Speedups are over our own dense path or plain transformers."),
     lossless: bool = option(False, "The base's own text: the adaptive model drafts, the base decides.", "--lossless"),
-    steer: bool = option(
-        False, "Move thresholds while decoding, so that realised capacity matches the request.", "--steer"
-    ),
-    show_compute: bool = option(
-        False, "Show each new token again, coloured by the compute spent predicting it.", "--show-compute"
-    ),
+    steer: bool = option(False, "Move thresholds while decoding, to realise the requested capacity.", "--steer"),
+    show_compute: bool = option(False, "Show the new tokens again, coloured by their compute.", "--show-compute"),
     max_new_tokens: int = option(64, "Most tokens to add; an end-of-text token stops earlier.", min=1),
     dtype: str | None = options.DTYPE,
-    weights: str = option(
+    weights: Literal["base", "int8", "q4"] = option(
         "base",
-        "What the engine reads for each token: base, the base's own weights, or a copy in fewer bits (int8, q4): "
-        "faster, near to the base and not equal to it. With --lossless they draft, and the base's own decide.",
+        "What the engine reads for each token: the base's own weights, or a copy in fewer bits: faster, near to the "
+        "base and not equal to it. With --lossless they draft, and the base's own decide.",
     ),
     temperature: float = option(0.0, "0 takes the likeliest token (greedy); 0.001 and above samples from all tokens."),
     seed: int = option(0, "Seed of the sampling; greedy decoding ignores it.", min=0),
@@ -47,9 +44,8 @@ def generate(
 ) -> None:
     """Continue a prompt, and say how much was executed.
 
-    At a capacity, at a target speedup (the first time, this machine's speed is measured, which takes about half a
-    minute), or exactly as the base would, with the adaptive model as drafter. The text is printed as it is generated;
-    the lines after it say what was requested and what was realised.
+    At a capacity, at a target speedup (the first time, this machine's speed is measured, about half a minute), or
+    exactly as the base would, with the adaptive model as drafter.
     """
     if target_speedup is not None and (capacity is not None or lossless):
         raise HatError("--target-speedup chooses the capacity: leave out --capacity and --lossless")
@@ -57,17 +53,13 @@ def generate(
         raise HatError("--refresh-speed measures for a target: add --target-speedup")
     if lossless and (steer or show_compute):
         raise HatError("--lossless lets the base decide on every token: leave out --steer and --show-compute")
-    prompt = read_prompt(prompt_option if prompt is None else prompt)
+    prompt = _prompt(prompt_option if prompt is None else prompt)
     options.start(threads)
 
     from hat_lib.inference.generate import AdaptiveInference, check_sampling
-    from hat_lib.inference.speed import VERSUS, check_target, check_versus, speedup_text
-    from hat_lib.model.fast_path import WEIGHT_FORMATS
+    from hat_lib.inference.speed import VERSUS, check_target, speedup_text
 
-    if weights not in WEIGHT_FORMATS:
-        raise HatError(f"--weights must be one of {', '.join(WEIGHT_FORMATS)}, got {weights!r}")
     check_sampling(max_new_tokens, temperature, seed)
-    check_versus(versus)
     target = None if target_speedup is None else check_target(target_speedup)
     hat = options.load(base, checkpoint, capacity, exit_rate, dtype)
     hat.weight_format = weights
@@ -93,17 +85,10 @@ def generate(
             streamer=TextStreamer(hat.base.tokenizer, skip_special_tokens=True),
         )
     if show_compute:
-        from hat_lib.evaluation.coloured_text import Passage, ansi
-        from hat_lib.text.token_classes import pieces
-
-        ids = out.ids[0, out.prompt_length :].tolist()
-        shares = out.token_share[0, out.prompt_length - 1 :].tolist()
-        passage = Passage("new tokens", pieces(hat.base.tokenizer, ids), shares)
-        meaning = "compute spent predicting the token, as a share of the dense model's"
-        typer.echo("\n" + ansi(passage, meaning=meaning) + "\n")
+        _show_compute(hat, out)
     share = out.draft_share if lossless else out.model_share
-    work = work_text(out.requested_capacity, out.capacity, out.requested_exit_rate, out.exit_rate, share)
-    work = f"drafts alone: {work}" if lossless else work
+    work = "drafts alone: " * lossless
+    work += work_text(out.requested_capacity, out.capacity, out.requested_exit_rate, out.exit_rate, share)
     typer.echo(f"[{work}; {out.new_tokens} new tokens, {out.tokens_per_second:.1f} tokens/s; {hat.decoding}]")
     speedup = speedup_text(out.realised_speedup, VERSUS[versus])
     if out.predicted_speedup is not None:
@@ -112,21 +97,31 @@ def generate(
         typer.echo(f"[speedup {out.target_speedup:g} requested, {predicted}; realised: {speedup}]")
     if lossless:
         (speculation,) = out.speculation
+        read = f"{1 / speculation.ideal_speedup:.2f} times the weights it reads"
         typer.echo(
             f"[lossless: {speculation.drafted} drafted, {out.acceptance:.0%} accepted, {speculation.passes} passes of "
-            f"the base; all that ran, verification included: {out.model_share:.2f} times the dense model's work and "
-            f"{1 / speculation.ideal_speedup:.2f} times the weights it reads; {speedup}]"
+            f"the base; with verification {out.model_share:.2f} times the dense model's work and {read}; {speedup}]"
         )
 
 
-def read_prompt(prompt: str | None) -> str:
+def _prompt(text: str | None) -> str:
     """The prompt, from stdin if it is ``-``; raises if there is nothing to continue."""
-    if prompt == "-":
+    if text == "-":
         sys.stdin.reconfigure(encoding="utf-8")  # whatever the terminal's encoding is
-        prompt = sys.stdin.read()
-    if not prompt or not prompt.strip():
-        raise HatError(f"the prompt is empty: expected text to continue, got {prompt!r}")
-    return prompt
+        text = sys.stdin.read()
+    if not text or not text.strip():
+        raise HatError(f"the prompt is empty: expected text to continue, got {text!r}")
+    return text
+
+
+def _show_compute(hat, out) -> None:
+    from hat_lib.evaluation.coloured_text import Passage, ansi
+    from hat_lib.text.token_classes import pieces
+
+    tokens = pieces(hat.base.tokenizer, out.ids[0, out.prompt_length :].tolist())
+    passage = Passage("new tokens", tokens, out.token_share[0, out.prompt_length - 1 :].tolist())
+    meaning = "compute spent predicting the token, as a share of the dense model's"
+    typer.echo("\n" + ansi(passage, meaning=meaning) + "\n")
 
 
 def _price(hat, capacity: float, weights: str) -> str:

@@ -1,7 +1,6 @@
-"""What the commands take: each option with its help text, and the checks before a model is loaded.
+"""What several commands take: options with their help, and the checks before a model is loaded.
 
-A wrong value raises `HatError`, which `hat_lib.cli.app` reports in one line. torch is only imported inside functions,
-so that help answers at once.
+torch is only imported inside functions, so that help answers at once.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ def option(default, words: str, *names: str, **settings):
 
 
 BASE = option(None, f"The frozen Llama: {BASE_HELP}. [default: the one the checkpoint names, or bundled]")
-BUNDLED_BASE = option("bundled", f"The frozen Llama: {BASE_HELP}.")
 CHECKPOINT = option(
     None,
     "Folder of `hat calibrate` or `hat train`, one that comes with the library (default, calibrated, token, ...), or "
@@ -51,11 +49,6 @@ EXIT_RATE = option(
     metavar="SHARE",
 )
 DTYPE = option(None, f"{DTYPES_HELP}. [default: bf16 where the hardware computes in it, else fp32]")
-GRANULARITY = option(
-    HatConfig.granularity,
-    "What a router decides about, per token: channel (an input channel of a linear layer) or token (the whole FFN; the "
-    "published method).",
-)
 TEXT = option("addresses", f"What to measure on: {TEXT_HELP}.")
 SPLIT = option(
     None,
@@ -72,7 +65,7 @@ def say(kind: str, message: object) -> None:
 
 
 def start(threads: int | None) -> None:
-    """Say that something happens, because importing torch and loading take seconds, and set the threads."""
+    """Say that something happens, because importing torch takes seconds, and set the threads."""
     typer.echo("loading ...", err=True)
     if threads is not None:
         import torch
@@ -120,7 +113,7 @@ def check_text(source: str, split: str | None) -> None:
 
 
 def measured(source: str, split: str, tokens: int, n_bytes: int) -> tuple[float | None, str]:
-    """The share of the whole text that ``n_bytes`` are, None if unknown; and the same in words, for every report."""
+    """The share of the whole text that ``n_bytes`` are, None if unknown; and the same in words."""
     from hat_lib.text.blocks import source_bytes
 
     whole = source_bytes(source, "all")
@@ -129,9 +122,7 @@ def measured(source: str, split: str, tokens: int, n_bytes: int) -> tuple[float 
     share = min(1.0, n_bytes / whole)
     if share > 0.995:
         return share, f"{tokens:,} tokens, the whole text"
-    more = "--max-tokens measures" if whole == source_bytes(source, split) else "--split all and --max-tokens measure"
-    about = f"{float(f'{tokens / share:.2g}'):,.0f}"
-    return share, f"{tokens:,} of about {about} tokens ({share:.1%} of the text), split {split}; {more} more"
+    return share, f"{tokens:,} tokens, {share:.1%} of the text, split {split}; see --split and --max-tokens"
 
 
 def load(

@@ -10,6 +10,8 @@ from hat_lib.cli import options
 from hat_lib.cli.options import option
 from hat_lib.config import WHY, HatError
 
+VARIANTS = "trained,uncorrected,untrained,random,static,cosine,removal,random_exits,no_exits,fine_tuned"
+
 
 def sweep(
     out: Path = option(..., "CSV file; rows that it holds are kept. The figure goes beside it."),
@@ -18,32 +20,22 @@ def sweep(
     seed: str = option("0", "Seeds of what is drawn at random, comma-separated."),
     grains: str = option("channel,token", "Which grains to measure, comma-separated: channel, token."),
     texts: str = option("addresses,docstrings", f"Comma-separated; each {options.TEXT_HELP}."),
-    variants: str = option(
-        "trained,uncorrected,untrained,random,static,cosine,removal,random_exits,no_exits,fine_tuned",
-        "The trained model, the same without its corrections, and its controls.",
-    ),
+    variants: str = option(VARIANTS, "The trained model, the same without its corrections, and its controls."),
     max_tokens: int = option(4000, "Tokens of each text, at least 1024; more makes the interval narrower.", min=1024),
-    channel: Path = option(Path("default"), "Trained channel-grain checkpoint."),
-    channel_untrained: Path = option(
-        Path("calibrated"), "Untrained channel-grain checkpoint, calibrated alone: a control."
-    ),
-    token: Path = option(Path("token"), "Trained token-grain checkpoint."),
-    token_untrained: Path = option(
-        Path("calibrated_token"), "Untrained token-grain checkpoint, calibrated alone: a control."
-    ),
+    channel: Path = option(Path("default"), "Trained checkpoint of the channel grain."),
+    channel_untrained: Path = option(Path("calibrated"), "The same, calibrated alone: a control."),
+    token: Path = option(Path("token"), "Trained checkpoint of the token grain."),
+    token_untrained: Path = option(Path("calibrated_token"), "The same, calibrated alone: a control."),
     dtype: str | None = options.DTYPE,
     threads: int | None = options.THREADS,
     write_prices: bool = option(
-        False,
-        "Store the increases in the trained checkpoints, in place of those they hold, for `hat generate` to name.",
-        "--write-prices",
+        False, "Store the increases in the trained checkpoints, for `hat generate` to name.", "--write-prices"
     ),
 ) -> None:
     """Quality over a grid, beside every control at equal work.
 
-    A row is written as soon as it is measured; if stopped and started again, a sweep resumes where it was. At the end,
-    the frontier is drawn beside the file, with 95 % intervals. A text that is a file is measured whole, unless the
-    trained checkpoint was made with it; of any other text, the test split is measured.
+    A row is written as soon as it is measured; if stopped and started again, a sweep resumes where it was. A text that
+    is a file is measured whole, unless the trained checkpoint was made with it; of any other text, the test split is.
     """
     if out.suffix.lower() != ".csv":
         raise HatError(f"--out must be a .csv file, beside which the figure goes as .png, got {out}")
@@ -55,7 +47,6 @@ def sweep(
         "seeds": _numbers("--seed", seed, int),
         "texts": options.names("--texts", texts),
         "variants": options.names("--variants", variants),
-        "max_tokens": max_tokens,
     }
     options.check_writable(out.parent, "a sweep")
     options.start(threads)
@@ -64,7 +55,6 @@ def sweep(
 
     import pandas as pd
 
-    from hat_lib.backbone.base import parse_dtype
     from hat_lib.evaluation.equal_work import KEY, Row, grid, prices, rows
     from hat_lib.evaluation.intervals import NONE
     from hat_lib.model import checkpoint
@@ -72,9 +62,7 @@ def sweep(
     from hat_lib.plotting.style import png, write
     from hat_lib.rows import RowWriter
 
-    if dtype is not None:
-        parse_dtype(dtype)
-    points = [point for name in wanted for point in grid(name, **axes)]
+    points = [point for name in wanted for point in grid(name, **axes, max_tokens=max_tokens)]
     if not points:
         raise HatError(
             "nothing to measure at these settings: controls of routers need a capacity below 1 and exit rate 0, "

@@ -13,23 +13,27 @@ import typer
 
 from hat_lib.cli import options
 from hat_lib.cli.options import option
-from hat_lib.config import HatError, check_capacity
+from hat_lib.config import HatConfig, HatError, check_capacity
+
+BASE = option("bundled", f"The frozen Llama: {options.BASE_HELP}.")
+GRANULARITY = option(
+    HatConfig.granularity,
+    "What a router decides about, per token: channel (an input channel of a linear layer) or token (the whole FFN; the "
+    "published method).",
+)
 
 
 def calibrate(
     save: Path = option(..., "Folder to write the checkpoint to; an older one in it is replaced."),
-    base: str = options.BUNDLED_BASE,
+    base: str = BASE,
     text: str = option("bundled", f"Measure on its train and validation splits: {options.TEXT_HELP}."),
-    granularity: str = options.GRANULARITY,
-    tokens: int = option(
-        12_000, "Tokens of text to take the scores from, at least 256; more is steadier and slower.", min=256
-    ),
-    probe_tokens: int = option(4096, "Tokens to measure each layer's effect on the output with, at least 16.", min=16),
+    granularity: str = GRANULARITY,
+    tokens: int = option(12_000, "Tokens of text to take scores from; more is steadier and slower.", min=256),
+    probe_tokens: int = option(4096, "Tokens to measure each layer's effect on the output with.", min=16),
     dtype: str = option("fp32", f"Of the passes: {options.DTYPES_HELP}. The thresholds serve every dtype."),
     capacity: str | None = option(
         None,
-        f"Capacity of the checkpoint unless told otherwise: {options.CAPACITY_HELP}. [default: 0.75 for channel, 0.55 "
-        "for token]",
+        f"Unless told otherwise: {options.CAPACITY_HELP}. [default: 0.75 for channel, 0.55 for token]",
         metavar="SHARE",
     ),
     threads: int | None = options.THREADS,
@@ -58,36 +62,28 @@ def calibrate(
     calibration = measure(hat, blocks["input_ids"], probe_tokens=probe_tokens, text=source)
     hat.save_pretrained(save)
 
-    count, low = len(calibration.capacities), calibration.capacities[0]
-    typer.echo(f"calibrated on {source}\n{count} capacities from {low:.3f} to 1, thresholds interpolated between them")
-    typer.echo(f"wrote {save}, default capacity {hat.config.capacity}")
+    typer.echo(f"calibrated on {source}")
+    typer.echo(f"wrote {save}, for capacities from {calibration.capacities[0]:.3f} to 1, by default {hat.capacity}")
 
 
 def train(
-    phase: str = option(
-        "full", "routers, exit (gates alone; --checkpoint has trained routers), or full: both in turn."
-    ),
+    phase: str = option("full", "routers, exit (gates alone; --checkpoint has trained routers), or full: both."),
     save: Path | None = option(None, "Folder of a new run: checkpoint, log.csv and run.json."),
     resume: Path | None = option(None, "Folder of a run that was stopped: go on with it, as it was asked for."),
-    base: str = options.BUNDLED_BASE,
+    base: str = BASE,
     text: str = option(
         "",
-        "Sources joined by +: self and openings (text that the base writes itself) and train splits of addresses, a "
-        ".txt, .md, .jsonl or .parquet file or a Hub dataset. [default: addresses+openings for channel, addresses+self "
-        "for token; quick: addresses]",
+        "Sources joined by +: self and openings (text that the base writes itself) and train splits of addresses, "
+        "files or Hub datasets. [default: addresses+openings for channel, addresses+self for token; quick: addresses]",
     ),
-    granularity: str = options.GRANULARITY,
+    granularity: str = GRANULARITY,
     recipe: str = option("default", "default (what worked best for the grain) or published (token grain alone)."),
     profile: str = option("full", "quick (a few minutes on two cores) or full."),
     checkpoint: Path | None = option(None, "Start from its calibration (channel grain), or routers (phase exit)."),
-    correction_rank: int | None = option(
-        None, "Rank of the corrections of gated products, or of skipped FFNs; 0: constant vectors. [default: none]"
-    ),
+    correction_rank: int | None = option(None, "Rank of the corrections; 0: constant vectors. [default: none]"),
     max_minutes: float | None = option(None, "Stop after this many minutes, saved; --resume goes on."),
     dtype: str = option("bf16", f"Of the frozen base: {options.DTYPES_HELP}. What is trained is fp32 in any case."),
-    settings: list[str] | None = option(
-        None, "Change one hyperparameter; may be repeated: --set router_lr=1e-3.", "--set", metavar="NAME=VALUE"
-    ),
+    settings: list[str] | None = option(None, "Change a setting: router_lr=1e-3.", "--set", metavar="NAME=VALUE"),
     threads: int | None = options.THREADS,
 ) -> None:
     """Train routers and exit gates; the base stays frozen.
@@ -119,11 +115,11 @@ def train(
         chosen = Recipe.named(recipe, granularity, profile, **changes)
         start, command = checkpoint and str(checkpoint), shlex.join(["hat", *sys.argv[1:]])
         run = Run(phase, granularity, base, chosen, dtype, start, correction_rank=correction_rank, command=command)
-    for source in set(sources(run.recipe.text)) - {*OWN}:
-        for split in ("train", "validation"):
-            options.check_text(source, split)
+    texts = [(source, split) for source in {*sources(run.recipe.text)} - {*OWN} for split in ("train", "validation")]
     if run.recipe.validation:
-        options.check_text(run.recipe.validation, "validation")
+        texts.append((run.recipe.validation, "validation"))
+    for source, split in texts:
+        options.check_text(source, split)
     go_on = f"go on with: hat train --resume {shlex.quote(str(folder))}"
     main = not int(os.environ.get("RANK", 0))
     if main:
@@ -146,7 +142,7 @@ def train(
 
 
 class Terminated(KeyboardInterrupt):
-    """Raised on SIGTERM, which by default would end the process without a word."""
+    """SIGTERM, which by default would end the process without a word."""
 
 
 def _terminate(*_) -> None:

@@ -15,12 +15,11 @@ FAINT = "#dddddd"
 
 
 def layer() -> Figure:
-    """One decoder layer at the channel grain: four gated inputs, one sensitivity per token, and an exit after it."""
+    """One decoder layer at the channel grain: four routed inputs, one sensitivity per token, and an exit after it."""
     with mpl.rc_context(STYLE):
         fig = Figure(figsize=(9.4, 4.5), layout="constrained")
         ax = fig.subplots()
-        ax.set(xlim=(0, 100), ylim=(0, 48))
-        ax.set_aspect("equal")
+        ax.set(xlim=(0, 100), ylim=(0, 48), aspect="equal")
         ax.axis("off")
         _layer(ax)
         _exit(ax)
@@ -37,16 +36,14 @@ def _layer(ax: Axes) -> None:
         _box(ax, x + 4.2, y, width, 6, name, BLUE)
         _arrow(ax, (x + 1.6, y), (x + 4.2, y))
         _arrow(ax, (x + 0.8, 36.5), (x + 0.8, y + 6.8), ORANGE)
-    _arrow(ax, (24.2, y), (25.2, y))
     _box(ax, 25.4, y, 4.2, 6, "attend", GREY, 6.5)
-    _arrow(ax, (29.6, y), (31, y))
-    for x, to in ((41.2, 49), (64.2, 69)):
-        _arrow(ax, (x, y), (to, y))
-    for x, label in ((44.5, "+"), (82.5, "+")):
-        ax.text(x, y, label, ha="center", va="center", fontsize=12, bbox={"boxstyle": "circle,pad=0.15", "fc": "white"})
+    for start, end in ((24.2, 25.2), (29.6, 31), (41.2, 49), (64.2, 69), (80.2, 81)):
+        _arrow(ax, (start, y), (end, y))
+    for x in (44.5, 82.5):
+        ax.text(x, y, "+", ha="center", va="center", fontsize=12, bbox={"boxstyle": "circle,pad=0.15", "fc": "white"})
     ax.text(66.5, y + 1, "silu ·", ha="center", va="bottom", fontsize=7.5)
-    _arrow(ax, (80.2, y), (81, y))
-    _bent(ax, 3, 44.5, y), _bent(ax, 46.5, 82.5, y)
+    _bent(ax, 3, 44.5, y)
+    _bent(ax, 46.5, 82.5, y)
 
     ax.add_patch(FancyBboxPatch((7.2, 36.5), 66, 5, "round,pad=0.4", fc="white", ec=ORANGE, linewidth=1.4))
     score = r"keep channel $i$ where   $|x_i| \cdot \Vert W_{:,i} \Vert \cdot e^{a_i} \cdot e^{u} > \tau$"
@@ -57,7 +54,8 @@ def _layer(ax: Axes) -> None:
     ax.text(19.2, 31, "one for all four", fontsize=7.5, va="center", color="#555555")
 
     _box(ax, 15, 10.5, 17, 4.2, "cache: keys and values", GREY, 7.5)
-    _arrow(ax, (18.5, y - 3), (20.5, 12.8), GREY), _arrow(ax, (25.5, 12.8), (27.2, y - 3), GREY)
+    _arrow(ax, (18.5, y - 3), (20.5, 12.8), GREY)
+    _arrow(ax, (25.5, 12.8), (27.2, y - 3), GREY)
 
 
 def _exit(ax: Axes) -> None:
@@ -72,13 +70,15 @@ def _exit(ax: Axes) -> None:
     # What remains of a token that has left: keys and values in later layers, from its frozen state.
     _box(ax, 41, 10.5, 36, 4.2, "later layers: keys and values alone, of its frozen state", "#bbbbbb", 7.5, "#444444")
     _arrow(ax, (82, 10.5), (77, 10.5), "#bbbbbb")
-    keys = ((0.5, BLUE, "base, frozen"), (17, ORANGE, "routers"), (30, PURPLE, "exits, after five of the layers"))
-    for x, colour, name in (
-        *keys,
+    keys = (
+        (0.5, BLUE, "base, frozen"),
+        (17, ORANGE, "routers"),
+        (30, PURPLE, "exits, after five of the layers"),
         (55, GREY, "attention"),
         (69, GREEN, "channels that are read"),
         (91, FAINT, "not read"),
-    ):
+    )
+    for x, colour, name in keys:
         ax.add_patch(Rectangle((x, 2.6), 1.6, 1.6, fc=colour, ec="none"))
         ax.text(x + 2.4, 3.3, name, fontsize=8.5, va="center")
 

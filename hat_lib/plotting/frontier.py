@@ -71,15 +71,12 @@ def points(quality: pd.DataFrame, granularity: str = "channel", text: str = "doc
     style.check_table(quality, *names)
     rows = quality.query("granularity == @granularity and text == @text and variant == 'trained'")
     if rows.empty:
-        raise HatError(
-            f"no row of the trained model for {granularity} and {text}: run `python -m studies quality` first"
-        )
+        raise HatError(f"no row of the trained model for {granularity} and {text}: run `python -m studies quality`")
     rows = rows.sort_values("tokens").drop_duplicates(["capacity", "exit_rate"], keep="last")
     if not ((rows["capacity"] == 1) & (rows["exit_rate"] == 0)).any():
-        most = rows.iloc[-1]
         ones, zeros = ["capacity", "realised", "model_share", "top1"], ["exit_rate", "realised_exit", "kl", *COST]
-        same = most.to_dict() | dict.fromkeys(ones, 1.0) | dict.fromkeys(zeros, 0.0) | {"ppl": most["base_ppl"]}
-        rows = pd.concat([rows, pd.DataFrame([same])])
+        base = rows.tail(1).assign(**dict.fromkeys(ones, 1.0), **dict.fromkeys(zeros, 0.0))
+        rows = pd.concat([rows, base.assign(ppl=base["base_ppl"])])
     return rows.sort_values(["exit_rate", "capacity"], ignore_index=True)
 
 
@@ -126,9 +123,8 @@ def sweep(table: pd.DataFrame) -> Figure:
         at = (row.realised, row.increase)
         increase.annotate(f"{row.capacity:g}", at, (5, 5), textcoords="offset points", fontsize=8)
     top1.plot(table["realised"], table["top1"], color=GREEN, marker="s")
-    labels = "realised capacity (beside the points: requested)", "realised capacity"
-    increase.set(xlabel=labels[0], ylabel="perplexity increase, 95 % interval")
-    top1.set(xlabel=labels[1], ylabel="top-1 agreement with the base")
+    increase.set(xlabel="realised capacity (beside the points: requested)", ylabel="perplexity increase, 95 % interval")
+    top1.set(xlabel="realised capacity", ylabel="top-1 agreement with the base")
     for axis in (increase.xaxis, increase.yaxis, top1.xaxis, top1.yaxis):
         axis.set_major_formatter(PercentFormatter(1))
     return fig

@@ -1,9 +1,8 @@
 """Figures: a table in, a matplotlib `Figure` out; one palette, and one place for sizes and for what figures share.
 
-Every function takes a table as stored in ``data/results``, so a figure is redrawn from its file without a model; it
-raises `HatError` for a missing column or an empty table. Nothing here touches pyplot: a `Figure` that is not registered
-cannot leak from one notebook cell, test or thread into the next. Colours are seaborn's "colorblind" set, and each
-series also has its own marker or line style. Pages may be dark, so a figure has its own white background.
+A function takes a table as stored in ``data/results`` and raises `HatError` for a missing column or an empty table. No
+figure is registered with pyplot. Colours are seaborn's "colorblind" set; each series also has its own marker or line.
+Pages may be dark, so a figure has its own white background.
 """
 
 from __future__ import annotations
@@ -33,14 +32,10 @@ from hat_lib.config import HatError
 
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = sns.color_palette("colorblind").as_hex()
 PARTS = {"ffn": (BLUE, "white"), "attention": (ORANGE, "black"), "head": (GREEN, "black")}  # bar, text on it
-GRAINS = {"channel": (BLUE, "o"), "token": (ORANGE, "s")}
 SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (PURPLE, "v")]
-PUBLISHED = {"color": "black", "marker": "D", "markersize": 8, "markerfacecolor": "none", "zorder": 5}
 COST = ["increase", "increase_low", "increase_high"]
 WORK = "executed share of the model's work"
-BASES = {"bundled": "bundled base, 135M", "random:tinyllama": "TinyLlama's shape, random weights"}
 WIDTH, WIDE, HEIGHT, DPI = 7.0, 9.4, 3.8, 130  # inches: one panel, several side by side; inches; dots per inch
-MOST = 1000.0  # per cent; a larger increase is drawn as a triangle at the upper edge
 
 STYLE = {
     "figure.facecolor": "white",
@@ -173,15 +168,6 @@ def panels(columns: int, rows: int = 1, height: float = HEIGHT, width: float = 0
     return fig, list(fig.subplots(rows, columns, squeeze=False, **{"sharey": "row"} | more).flat)
 
 
-def panels_by(table: pd.DataFrame, column: str, height: float, width: float, **more):
-    """A figure with a panel for each value of a column, titled with it; and ``[(rows, axes), ...]``."""
-    groups = list(table.groupby(column))
-    fig, axes = panels(len(groups), height=height, width=width, **{"sharey": True, "sharex": True} | more)
-    for ax, (value, _) in zip(axes, groups, strict=True):
-        ax.set_title(BASES.get(value, value))
-    return fig, [(rows, ax) for (_, rows), ax in zip(groups, axes, strict=True)]
-
-
 def whiskers(
     ax: Axes, x, ends: pd.DataFrame, colour: str, marker: str, line: str = "none", horizontal: bool = False, **more
 ) -> None:
@@ -196,39 +182,18 @@ def whiskers(
         ax.errorbar(x, middle, yerr=reach, **more)
 
 
-def costs(ax: Axes, x, ends: pd.DataFrame, colour: str, marker: str, line: str = "none") -> None:
-    """Increases in perplexity with their intervals, up to `MOST` per cent; larger ones are triangles there."""
-    shown = (100 * ends).clip(upper=MOST)
-    inside = 100 * ends.iloc[:, 0] <= MOST
-    ax.plot(x, shown.iloc[:, 0], linestyle=line, color=colour)
-    whiskers(ax, x[inside], shown[inside], colour, marker)
-    ax.plot(x[~inside], [MOST] * int((~inside).sum()), "^", color=colour, markersize=6)
-
-
-def increases(ax: Axes, ticks, xlabel: str, largest: float | None = None, top: float = 0, bottom: float = -0.6) -> None:
-    """Axes for an increase in perplexity, in per cent, over a share: linear below 1 %, logarithmic above.
-
-    ``largest`` is the largest increase drawn by `costs`; beyond `MOST`, the label explains the triangle. ``top`` and
-    ``bottom`` are the ends of the axis; without a top, it ends a little above the largest.
-    """
+def increases(ax: Axes, ticks, xlabel: str, linscale: float = 1) -> None:
+    """Axes for an increase in perplexity, in per cent, over a share: linear below 1 %, logarithmic above."""
     ax.axhline(0, color=GREY, linewidth=1)
-    ax.set_yscale("symlog", linthresh=1, linscale=1 if largest is None else 0.5)
+    ax.set_yscale("symlog", linthresh=1, linscale=linscale)
     ax.yaxis.set_major_locator(FixedLocator(ticks))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+,.0f} %" if v else "0"))
     ax.xaxis.set_major_formatter(PERCENT)
-    beyond = largest is not None and bool(100 * largest > MOST)
-    ax.set(xlabel=xlabel, ylabel="perplexity increase" + (" (▲: beyond)" if beyond else ""))
-    if largest is not None:
-        ax.set_ylim(bottom, 1.4 * MOST if beyond else top or 140 * max(largest, 0.1))
+    ax.set(xlabel=xlabel, ylabel="perplexity increase")
 
 
 def entry(label: str, colour: str = "black", marker: str | None = None, line: str = "none", **more) -> Line2D:
     return Line2D([], [], **{"color": colour, "marker": marker, "linestyle": line, "label": label} | more)
-
-
-def grain_entries(table: pd.DataFrame, line: str = "none") -> list[Line2D]:
-    """Legend entries for the grains in a table."""
-    return [entry(f"{g} grain", *GRAINS[g], line) for g in GRAINS if g in set(table["granularity"])]
 
 
 def legend_below(fig: Figure, entries: list[Line2D], **more) -> None:
@@ -240,19 +205,6 @@ def legend_above(ax: Axes, columns: int, **more) -> None:
     """The legend of one panel, above it."""
     more = {"handlelength": 1.5, "columnspacing": 1.0} | more
     ax.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), **more)
-
-
-def named_rows(ax: Axes, names: list[str]) -> None:
-    """A row for each name, from the top down."""
-    ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
-    ax.grid(axis="y", visible=False)
-
-
-def log_axis(ax: Axes, ticks: list[float]) -> None:
-    """A horizontal log axis with these ticks only."""
-    ax.set_xscale("log")
-    set_ticks(ax.xaxis, ticks)
 
 
 def set_ticks(axis: Axis, ticks: list[float], label: str = "{x:g}") -> None:

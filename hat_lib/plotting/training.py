@@ -1,8 +1,7 @@
 """Curves: figures of training, drawn from ``log.csv``, even while it grows.
 
-The table is what `hat_lib.training.log` writes; where several runs share a figure, the column ``granularity`` tells
-them apart. A row is the mean over the steps since the previous row. How hard a step is depends on its sampled capacity,
-so the KL of two steps can only be compared at equal capacity.
+The table is what `hat_lib.training.log` writes. A row is the mean over the steps since the previous row. How hard a
+step is depends on its sampled capacity, so the KL of two steps can only be compared at equal capacity.
 """
 
 from __future__ import annotations
@@ -19,15 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, GRAINS, GREEN, GREY, ORANGE, PERCENT, PURPLE, SKY, WIDE, draws
+from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, PURPLE, SKY, WIDE, draws
 
 RECENT = 5  # rows in a running mean
-SITES = {
-    "qkv": ("q | k | v", BLUE, "-"),
-    "o": ("o", ORANGE, "--"),
-    "gate_up": ("gate | up", GREEN, "-."),
-    "down": ("down", PURPLE, ":"),
-}
 
 
 class Live:
@@ -44,12 +37,7 @@ class Live:
         if not ended and time.monotonic() < self.next:
             return
         rows = pd.read_csv(self.log)
-        self._show(rows)
         self.next = time.monotonic() + self.every
-        if ended and not rows.empty:
-            style.save_figure(self.draw(rows), self.name)  # drawn again: a second rendering differs from the first
-
-    def _show(self, rows: pd.DataFrame) -> None:
         if rows.empty:
             return
         bundle, how = style.picture(style.png(self.draw(rows)), self.alt)
@@ -57,6 +45,8 @@ class Live:
             self.handle = display(bundle, display_id=True, **how)
         else:
             self.handle.update(bundle, **how)
+        if ended:
+            style.save_figure(self.draw(rows), self.name)  # drawn again: a second rendering differs from the first
 
 
 @draws("step", "kl", "share", "capacity", "share_0")
@@ -96,57 +86,6 @@ def gates(log: pd.DataFrame) -> Figure:
     return fig
 
 
-@draws("granularity", "step", "steps", "kl", "capacity", "share", "share_0", *(f"share_{s}" for s in SITES))
-def reference_routers(log: pd.DataFrame) -> Figure:
-    """Two runs that trained routers, one per grain: KL over the run and by realised capacity, and what was kept."""
-    log = log.assign(run=log["step"] / log["steps"])
-    channel, token = (log[log["granularity"] == grain] for grain in GRAINS)
-    fig, axes = style.panels(2, 2, 6.4, WIDE, sharey=False)
-    over_run, by_share, sites, layers = axes
-    _dots(fig, over_run, log, "run", "capacity", "sampled capacity")
-    _dots(fig, by_share, log, "share", "run", "part of the run")
-    for site, (name, colour, line) in SITES.items():
-        more = 100 * (channel[f"share_{site}"] - channel["share"])
-        sites.plot(channel["run"], more.rolling(RECENT, min_periods=1).mean(), line, color=colour, label=name)
-    sites.axhline(0, color=GREY, linewidth=1)
-    sites.set(title="channel grain: inputs kept at each site", ylabel="share − mean share, points")
-    sites.margins(y=0.4)
-    sites.legend(ncols=2, loc="lower left")
-    _heat(fig, layers, token)
-    layers.set(title="token grain: tokens kept by each layer")
-    for ax in axes:
-        ax.set(xlabel="realised capacity" if ax is by_share else "part of the run")
-        ax.xaxis.set_major_formatter(PERCENT)
-    return fig
-
-
-@draws("granularity", "step", "steps", "kl", "agreement")
-def reference_gates(log: pd.DataFrame, exits: pd.DataFrame) -> Figure:
-    """Two runs that trained exit gates: KL and agreement over the run, and agreement by realised exit rate.
-
-    ``exits``: ``granularity``, ``exit_rate`` (realised), ``agreement`` (of the tokens that left, with the base).
-    """
-    style.check_table(exits, "granularity", "exit_rate", "agreement")
-    log = log.assign(run=log["step"] / log["steps"])
-    fig, axes = style.panels(3, height=3.0, width=WIDE, sharey=False)
-    drawn = (
-        (log, "run", "kl", "part of the run", "KL to the base, mean of the exits"),
-        (log, "run", "agreement", "part of the run", "agreement, any token"),
-        (exits, "exit_rate", "agreement", "realised exit rate", "agreement, tokens that leave"),
-    )
-    for ax, (table, x, y, xlabel, ylabel) in zip(axes, drawn, strict=True):
-        for grain, rows in table.groupby("granularity", sort=False):
-            colour, marker = GRAINS[grain]
-            ax.plot(rows[x], rows[y], marker=marker, markersize=3.5, color=colour, label=f"{grain} grain")
-        ax.set(xlabel=xlabel, ylabel=ylabel)
-        ax.xaxis.set_major_formatter(PERCENT)
-        if y == "agreement":
-            ax.set_ylim(0, 1)
-            ax.yaxis.set_major_formatter(PERCENT)
-    axes[0].legend()
-    return fig
-
-
 @draws("reader", "depth", "agreement")
 def exit_depths(table: pd.DataFrame) -> Figure:
     """How often the base's next token can be read after each layer, a line per ``reader``."""
@@ -183,9 +122,8 @@ def at_equal_work(curve: pd.DataFrame) -> pd.DataFrame:
     """A learning curve whose ``kl`` and ``increase`` are those at the share that its capacity executed before the
     first step.
 
-    A run changes how much a capacity executes, and KL with it. The logarithms of KL and of perplexity are interpolated
-    linearly in the share between the capacities of a step, and extrapolated from the nearest two; with a single
-    capacity, rows stay as they are.
+    The logarithms of KL and of perplexity are interpolated linearly in the share between the capacities of a step, and
+    extrapolated from the nearest two; with a single capacity, rows stay as they are.
     """
     style.check_table(curve, "tokens", "capacity", "kl", "increase", "share")
     wanted = curve.drop_duplicates("capacity").set_index("capacity")["share"]
@@ -207,29 +145,6 @@ def at_equal_work(curve: pd.DataFrame) -> pd.DataFrame:
 def layer_columns(log: pd.DataFrame) -> list[str]:
     """``share_0``, ``share_1``, ..., one per layer."""
     return [c for c in log if c.startswith("share_") and c[len("share_") :].isdigit()]
-
-
-def _dots(fig: Figure, ax: Axes, log: pd.DataFrame, x: str, hue: str, meaning: str) -> None:
-    """KL against ``x``, coloured by ``hue``, with a marker for each grain."""
-    colours = {"cmap": "viridis", "vmin": log[hue].min(), "vmax": log[hue].max()}
-    for grain, rows in log[log["kl"] > 0].groupby("granularity"):
-        _, marker = GRAINS[grain]
-        dots = ax.scatter(rows[x], rows["kl"], c=rows[hue], marker=marker, s=16, **colours)
-        ax.plot([], [], marker, color="black", markersize=4, label=f"{grain} grain")
-    fig.colorbar(dots, ax=ax, format=PERCENT, label=meaning)
-    ax.set(yscale="log", ylabel="KL to the base, nats per token")
-    style.legend_above(ax, 2)
-
-
-def _heat(fig: Figure, ax: Axes, log: pd.DataFrame) -> None:
-    """How far each layer's share is from the mean, over the run; without layer 0, which always runs."""
-    more = 100 * log[layer_columns(log)[1:]].sub(log["share"], axis=0).to_numpy().T
-    most = np.abs(more).max() or 1.0
-    edges = np.concatenate([[0.0], log["run"]])
-    heat = ax.pcolormesh(edges, np.arange(len(more) + 1) + 0.5, more, cmap="PuOr", vmin=-most, vmax=most)
-    fig.colorbar(heat, ax=ax, label="share − mean share, points")
-    ax.set(ylabel="layer")
-    ax.grid(visible=False)
 
 
 def _curve(ax: Axes, rows: pd.DataFrame, y: str, colour: str, label: str | None = None) -> None:

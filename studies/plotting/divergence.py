@@ -8,6 +8,7 @@ from matplotlib.ticker import PercentFormatter
 
 from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, BROWN, GREEN, GREY, ORANGE, PURPLE, SERIES, WORK, draws
+from studies.plotting import shared
 
 KINDS = {  # of the channel grain, in `divergence`
     "untrained": ("untrained", ORANGE, "s", "--"),
@@ -58,7 +59,7 @@ def changes(table: pd.DataFrame) -> Figure:
             ax.axvline(at[text].iloc[0], color=colour, linewidth=1, linestyle=":")
         ax.grid(axis="y", visible=False)
         ax.set(title=f"capacity {capacity:g}", xlabel="KL from the base, nats a token")
-    style.named_rows(axes[0], names)  # the others share its rows
+    shared.named_rows(axes[0], names)  # the others share its rows
     first = style.entry(names[0], line=":")
     style.legend_below(fig, [*(style.entry(text, *series) for text, series in zip(texts, SERIES, strict=False)), first])
     return fig

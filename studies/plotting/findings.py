@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 
 from hat_lib.evaluation.controls import EQUAL
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, MOST, ORANGE, PUBLISHED, PURPLE, SKY, draws, entry
+from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, ORANGE, PURPLE, SKY, draws, entry
+from studies.plotting import shared
+from studies.plotting.shared import MOST, PUBLISHED
 
 POINT = ["granularity", "text", "capacity"]
 RUN = ("variant", "exit_rate", "tokens", *COST)
@@ -109,7 +111,7 @@ def promised(quality: pd.DataFrame, published: pd.DataFrame, promise: pd.DataFra
     for here, ax in panels:
         for rows, series in zip(lines, TRAINED.values(), strict=True):
             rows = rows[rows["text"] == here["text"].iloc[0]]
-            style.costs(ax, rows["realised"], rows[COST], *series)
+            shared.costs(ax, rows["realised"], rows[COST], *series)
         ax.plot(bounds["capacity"], 100 * bounds["promised_increase"], ":", **PUBLISHED)
     claim = entry("claimed", line=":", **PUBLISHED)
     style.legend_below(fig, [claim, *(entry(name, *series) for name, series in TRAINED.items())], ncols=3)
@@ -130,10 +132,10 @@ def speeds(promise: pd.DataFrame) -> Figure:
     rows = promise[promise["exit_rate"] == 0]
     rows = rows.sort_values(["granularity", "capacity", "base"], ascending=[True, False, True])
     style.check_table(rows, "base")
-    fig, panels = style.panels_by(rows, "base", 3.9, 8.4)
+    fig, panels = shared.panels_by(rows, "base", 3.9, 8.4)
     for here, ax in panels:
         for y, row in enumerate(here.itertuples()):
-            colour, marker = style.GRAINS[row.granularity]
+            colour, marker = shared.GRAINS[row.granularity]
             ax.plot([row.decode_dense, row.decode_hf], [y, y], color=GREY, linewidth=1.5)
             ax.plot([1, row.decode_dense], [y, y], color=colour, linewidth=6, alpha=0.5, solid_capstyle="butt")
             ax.plot(row.decode_dense, y, marker, color=colour, markersize=5)
@@ -142,11 +144,11 @@ def speeds(promise: pd.DataFrame) -> Figure:
             ax.plot(row.promised_speedup, y, linestyle="none", **PUBLISHED)
         ax.axvline(1, color=GREY, linewidth=1)
         ax.set(xlabel="decode speedup (times)")
-        style.log_axis(ax, [1, 1.5, 2, 3, 4, 6])
+        shared.log_axis(ax, [1, 1.5, 2, 3, 4, 6])
         ax.grid(axis="y", visible=False)
     ran = rows.groupby(["granularity", "capacity"], sort=False)["realised"]
     names = [(*at, ", ".join(dict.fromkeys(f"{r:.2f}" for r in shares))) for at, shares in ran]
-    style.named_rows(panels[0][1], [f"{grain} {capacity:.2f} (ran {shares})" for grain, capacity, shares in names])
+    shared.named_rows(panels[0][1], [f"{grain} {capacity:.2f} (ran {shares})" for grain, capacity, shares in names])
     names = [
         entry("claimed", **PUBLISHED),
         entry("if time followed work", marker="|", markersize=11, markeredgewidth=2),
@@ -165,10 +167,10 @@ def exits(quality: pd.DataFrame) -> Figure:
     fig, panels = _by_text(pd.concat([leaving, _dial(here, "trained")]), style.WORK, 3.6)
     for rows, ax in panels:
         dial, left = rows[rows["exit_rate"] == 0], rows[rows["exit_rate"] > 0]
-        style.costs(ax, dial["model_share"], dial[COST], BLUE, "o", "-")
+        shared.costs(ax, dial["model_share"], dial[COST], BLUE, "o", "-")
         for variant, (colour, marker, _) in EXITS.items():
             part = left[left["variant"] == variant]
-            style.costs(ax, part["model_share"], part[COST], colour, marker)
+            shared.costs(ax, part["model_share"], part[COST], colour, marker)
         for row in left[left["variant"] == "trained"].itertuples():
             at = (row.model_share, min(100 * row.increase, MOST))
             ax.annotate(f"{row.exit_rate:g}", at, (-8, -3), textcoords="offset points", ha="right", fontsize=8)
@@ -196,8 +198,8 @@ def _by_text(rows: pd.DataFrame, xlabel: str, height: float):
     style.check_table(rows, "text", "increase")
     top = 1.4 * np.clip(100 * rows["increase_high"].max(), 1, MOST)
     bottom = min(-0.6, 120 * rows["increase_low"].min())
-    fig, panels = style.panels_by(rows, "text", height, 8.0)
+    fig, panels = shared.panels_by(rows, "text", height, 8.0)
     for _, ax in panels:
-        style.increases(ax, [0, 1, 3, 10, 30, 100, 300, MOST], xlabel, rows["increase"].max(), top, bottom)
+        shared.increases(ax, [0, 1, 3, 10, 30, 100, 300, MOST], xlabel, rows["increase"].max(), top, bottom)
         ax.set_ylabel(ax.get_ylabel() if ax is panels[0][1] else "")
     return fig, panels

@@ -18,7 +18,6 @@ from hat_lib.inference.speed import VERSUS
 from hat_lib.plotting import style
 from hat_lib.plotting.style import (
     BLUE,
-    GRAINS,
     GREEN,
     GREY,
     ORANGE,
@@ -30,6 +29,8 @@ from hat_lib.plotting.style import (
     draws,
     entry,
 )
+from studies.plotting import shared
+from studies.plotting.shared import GRAINS
 
 KINDS = {"decode_hf": ("-", "over plain transformers"), "decode_dense": ("--", "over our own dense path")}
 CLAIM = ("base", "granularity", "capacity", "exit_rate", "promised_speedup", "promised_increase", *KINDS)
@@ -37,7 +38,7 @@ GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 LABEL = {"textcoords": "offset points", "fontsize": 8, "bbox": GROUND, "zorder": 4, "ha": "right"}
 TIMES = {"ms_hf": "plain transformers", "ms_early_exit": "its early-exit drafts", "ms_lossless": "our drafts"}
 QUALITY = ["docstrings", "docstrings_low", "docstrings_high"]
-TICKS = [0, 1, 3, 10, 30, 100, 300, style.MOST]
+TICKS = [0, 1, 3, 10, 30, 100, 300, shared.MOST]
 RESAMPLES = 1000
 MACHINE = ("base", "device", "dtype", "threads")
 TOKEN_PARTS = {
@@ -71,7 +72,7 @@ def targets(table: pd.DataFrame) -> Figure:
 
     ``table`` has the fields of `studies.speed_targets.Row`.
     """
-    fig, panels = style.panels_by(table, "versus", 4.0, 7.0, sharex=False)
+    fig, panels = shared.panels_by(table, "versus", 4.0, 7.0, sharex=False)
     for rows, ax in panels:
         ends = rows[["requested", "lowest", "highest", "largest"]].to_numpy(float)
         line = [np.nanmin(ends), np.nanmax(ends)]
@@ -87,7 +88,7 @@ def targets(table: pd.DataFrame) -> Figure:
         ax.set(xlabel=f"target speedup over {over}", title=f"{rows['prompts'].max()} prompts")
     panels[0][1].set_ylabel("speedup (times)")
     beyond = entry("refused: the most that the curve promised", marker="o", markersize=5, markerfacecolor="none")
-    style.legend_below(fig, [*style.grain_entries(table), entry("as asked", line=":"), beyond])
+    style.legend_below(fig, [*shared.grain_entries(table), entry("as asked", line=":"), beyond])
     return fig
 
 
@@ -110,13 +111,13 @@ def lossless(table: pd.DataFrame) -> Figure:
         for y, way in enumerate(TIMES):
             _resampled(speed, y + shift, (rows["ms_dense"] / rows[way]).dropna(), np.median, *series)
         hollow = dict(zip(("color", "marker"), series, strict=True)) | {"markersize": 5}
-        speed.plot(rows["ideal"].median(), len(TIMES) + shift, **style.PUBLISHED | hollow)
+        speed.plot(rows["ideal"].median(), len(TIMES) + shift, **shared.PUBLISHED | hollow)
     stood.set(xlabel="share of the drafted tokens that stood")
     stood.xaxis.set_major_formatter(PERCENT)
     speed.axvline(1, color=GREY, linewidth=1)
     speed.set(xlabel="speed over our own dense path (times)")
     for ax, labels in (stood, kinds), (speed, [*TIMES.values(), "our drafts,\nby work alone"]):
-        style.named_rows(ax, labels)
+        shared.named_rows(ax, labels)
     style.legend_below(fig, names)
     return fig
 
@@ -130,7 +131,7 @@ def decode(table: pd.DataFrame) -> Figure:
     """
     engine, flat = table[table["way"] == "engine"], {"hf": "plain transformers", "reference": "reference path"}
     all_series = dict(zip(engine["weights"].unique(), SERIES, strict=False))
-    fig, panels = style.panels_by(table, "base", 3.6, 7.6, sharey=False)
+    fig, panels = shared.panels_by(table, "base", 3.6, 7.6, sharey=False)
     for rows, ax in panels:
         for weights, part in rows[rows["way"] == "engine"].sort_values("realised").groupby("weights"):
             colour, marker = all_series[weights]
@@ -173,7 +174,7 @@ def token_time(table: pd.DataFrame) -> Figure:
         ax.set_title(f"{title}\n{parts['ms'].sum():.1f} ms, sum of medians", fontsize=9)
         ax.set(xlabel="milliseconds a token")
         ax.grid(axis="y", visible=False)
-    style.named_rows(axes[0], [label for _, label in TOKEN_PARTS.values()])
+    shared.named_rows(axes[0], [label for _, label in TOKEN_PARTS.values()])
     return fig
 
 
@@ -195,7 +196,7 @@ def benchmark(table: pd.DataFrame) -> Figure:
                     ax.plot(part["realised"], part[column], line, marker=marker, color=colour, markersize=4)
             ax.axhline(1, color=GREY, linewidth=1)
             where = f"{dtype}, {device}" + (f", {threads} threads" if device == "cpu" else "")
-            ax.set_title(f"{style.BASES.get(base, base)}\n{where}\n{phase}, batch {batch}", fontsize=9)
+            ax.set_title(f"{shared.BASES.get(base, base)}\n{where}\n{phase}, batch {batch}", fontsize=9)
             ax.set(xlabel="realised capacity", ylabel="speedup (times)" if j == 0 else "")
     names = [entry(f"{g} grain", c, m, "-") for g, (c, m) in GRAINS.items()]
     names += [entry(name, line=line) for line, name in kinds.values()]
@@ -215,15 +216,15 @@ def work_and_time(table: pd.DataFrame) -> Figure:
     }
     fig, axes = style.panels(len(shares), height=3.3, width=7.8, sharex=True, sharey=True)
     for ax, (label, share) in zip(axes, shares.items(), strict=True):
-        style.increases(ax, TICKS, label, table[QUALITY[0]].max())
+        shared.increases(ax, TICKS, label, table[QUALITY[0]].max())
         for grain, rows in table.assign(x=share).groupby("granularity"):
             colour, marker = GRAINS[grain]
             staying, leaving = rows[rows["exit_rate"] == 0].sort_values("model_share"), rows[rows["exit_rate"] > 0]
-            style.costs(ax, staying["x"], staying[QUALITY], colour, marker, "-")
-            style.costs(ax, leaving["x"], leaving[QUALITY], colour, "x")
+            shared.costs(ax, staying["x"], staying[QUALITY], colour, marker, "-")
+            shared.costs(ax, leaving["x"], leaving[QUALITY], colour, "x")
         ax.axvline(1, color=GREY, linewidth=1)
         ax.label_outer()
-    style.legend_below(fig, [*style.grain_entries(table, "-"), entry("with exits", marker="x")])
+    style.legend_below(fig, [*shared.grain_entries(table, "-"), entry("with exits", marker="x")])
     return fig
 
 
@@ -233,22 +234,22 @@ def promise(table: pd.DataFrame) -> Figure:
     whose quality was measured. Rows with exits are left out."""
     table = table[table["exit_rate"] == 0].dropna(subset=QUALITY)
     style.check_table(table, *QUALITY)
-    fig, panels = style.panels_by(table, "base", 3.9, 7.6)
+    fig, panels = shared.panels_by(table, "base", 3.9, 7.6)
     for rows, ax in panels:
-        style.increases(ax, TICKS, "decode speedup (times)", table[QUALITY[0]].max())
+        shared.increases(ax, TICKS, "decode speedup (times)", table[QUALITY[0]].max())
         for grain, part in rows.sort_values("capacity").groupby("granularity"):
             for kind, (line, _) in KINDS.items():
-                style.costs(ax, part[kind], part[QUALITY], *GRAINS[grain], line)
+                shared.costs(ax, part[kind], part[QUALITY], *GRAINS[grain], line)
         claims = rows.dropna(subset="promised_speedup").drop_duplicates("capacity")
-        ax.plot(claims["promised_speedup"], 100 * claims["promised_increase"], linestyle="none", **style.PUBLISHED)
+        ax.plot(claims["promised_speedup"], 100 * claims["promised_increase"], linestyle="none", **shared.PUBLISHED)
         for row in claims.itertuples():
             at = row.promised_speedup, 100 * row.promised_increase
             ax.annotate(f"{row.capacity:.2f}", at, (0, 8), **LABEL | {"ha": "center"})
         ax.axvline(1, color=GREY, linewidth=1)
-        style.log_axis(ax, [0.5, 0.7, 1, 1.3, 1.6, 2, 3, 4, 6, 8])
+        shared.log_axis(ax, [0.5, 0.7, 1, 1.3, 1.6, 2, 3, 4, 6, 8])
         ax.label_outer()
-    names = [*style.grain_entries(table), *(entry(label, line=line) for line, label in KINDS.values())]
-    style.legend_below(fig, [entry("claimed", **style.PUBLISHED), *names])
+    names = [*shared.grain_entries(table), *(entry(label, line=line) for line, label in KINDS.values())]
+    style.legend_below(fig, [entry("claimed", **shared.PUBLISHED), *names])
     return fig
 
 

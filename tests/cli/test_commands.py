@@ -5,7 +5,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from hat_lib.cli.app import app
 from hat_lib.cli.generate import _price
 from hat_lib.config import REPO
 from hat_lib.inference import generate, speed
-from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE, read_checkpoint
+from hat_lib.model.checkpoint import read_checkpoint
 from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.rows import read_rows
 from hat_lib.workbook import environment as report
@@ -28,9 +27,6 @@ from studies.quality import Row
 TINY = ("--base", "random:tiny")
 DENSE = (*TINY, "--capacity", "1.0", "--dtype", "fp32")
 PROMPT = "The state of our union is"
-
-
-# Help
 
 
 def test_help_is_fast():
@@ -44,10 +40,6 @@ def test_every_option_is_explained(run_hat, command):
     code, out, _ = run_hat(command, "--help")
     options = out.split("Options:\n")[1].split("\n  --")
     assert code == 0 and all(len(" ".join(option.split()[1:])) > 20 for option in options)
-    assert "--threads" in out or command == "setup"
-
-
-# Generate
 
 
 def test_generate_at_capacity_one_is_plain_transformers(hat):
@@ -59,10 +51,9 @@ def test_generate_at_capacity_one_is_plain_transformers(hat):
     text, _, last = out.rstrip("\n").rpartition("\n")
     assert code == 0 and err == "loading ...\n" and text == tokenizer.decode(ids[0], skip_special_tokens=True)
     assert last.startswith("[capacity 1.00 requested, 1.000 realised; exit rate 0.00 requested, 0.000 realised; ")
-    assert hat(*command, "--prompt", PROMPT)[1].rstrip("\n").rpartition("\n")[0] == text
 
 
-def test_generate_speaks_before_it_imports_torch():
+def test_something_is_said_before_torch_is_imported():
     probe = "import sys; from hat_lib.cli import options; options.start(None); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], cwd=REPO, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("False\n", "loading ...\n")
@@ -86,7 +77,7 @@ def test_show_compute_and_lossless(hat, calibrated):
     code, out, _ = hat(*command, "--show-compute")
     assert code == 0 and "compute spent predicting the token" in out
     code, out, _ = hat(*command, "--lossless", "--capacity", "0.5")
-    assert code == 0 and "[drafts alone: capacity 0.50 requested" in out and "verification included" in out
+    assert code == 0 and "[drafts alone: capacity 0.50 requested" in out and "with verification" in out
 
 
 def test_a_price_is_what_was_measured():
@@ -112,20 +103,15 @@ def test_reference_checkpoint_is_used_for_the_bundled_base(calibrated, monkeypat
     assert code == 0 and "capacity 0.75 requested" in out
 
 
-# Calibrate, evaluate, sweep
-
-
 @pytest.mark.slow
 def test_calibrate_then_evaluate(hat, calibrated, text):
-    assert sorted(p.name for p in calibrated.iterdir()) == [ADAPTER_FILE, CONFIG_FILE]
     evaluate = ("evaluate", "--checkpoint", calibrated, "--dtype", "fp32", "--text", text, "--capacity", "0.6")
     evaluate += ("--max-tokens", 1000, "--split", "train")
     code, out, err = hat(*evaluate, "--json")
     row = json.loads(out)  # nothing else on stdout
     assert code == 0 and row["requested_capacity"] == 0.6 and abs(row["capacity"] - 0.6) < 0.05
     assert row["increase"] == pytest.approx(row["perplexity"] / row["base_perplexity"] - 1)
-    assert row["increase_low"] is None  # two blocks
-    assert row["capacity"] < row["model_share"] < 1 and (row["blocks"], row["tokens"]) == (2, 998)
+    assert row["increase_low"] is None and (row["blocks"], row["tokens"]) == (2, 998)
     assert row["bits_per_byte"] == pytest.approx(math.log2(row["perplexity"]))  # a token of the tiny base is a byte
     (document,) = row["documents"]
     assert document["document"] == text.name and document["increase"] == pytest.approx(row["increase"])
@@ -141,10 +127,10 @@ def test_evaluate_counts_where_tokens_left(hat, text, tmp_path):
     calibrate_exits(model, random_blocks(8, 64), progress=False)  # untrained gates still give a table
     model.save_pretrained(tmp_path)
     options = ("evaluate", "--checkpoint", tmp_path, "--text", text, "--max-tokens", 1000, "--split", "train")
-    out = hat(*options, "--capacity", "1.0", "--exit-rate", "1.0")[1].splitlines()
-    assert out[-4].split()[:4] == ["1", "layers", "996", "tokens,"]  # the first two tokens of both blocks never leave
-    row = json.loads(hat(*options, "--capacity", "1.0", "--exit-rate", "0.4", "--json")[1])
+    options += ("--capacity", "1.0", "--exit-rate", "0.4")
+    row = json.loads(hat(*options, "--json")[1])
     assert sum(row["exits"].values()) == 1000 and row["exit_rate"] == pytest.approx(1 - row["exits"]["4"] / 1000)
+    assert f"{row['exits']['4']:7d} tokens" in hat(*options)[1]
 
 
 @pytest.mark.slow
@@ -160,7 +146,7 @@ def test_evaluate_runs_tasks(hat, calibrated):
 def test_token_grain_warns_in_one_line(hat, text, tmp_path):
     options = ("--save", tmp_path, "--text", text, "--tokens", 600, "--probe-tokens", 64, "--granularity", "token")
     code, out, _ = hat("calibrate", *TINY, *options, "--capacity", "0.6")
-    assert code == 0 and "default capacity 0.6" in out
+    assert code == 0 and "by default 0.6" in out
     code, out, err = hat("generate", "--checkpoint", tmp_path, PROMPT, "--max-new-tokens", 4)
     assert code == 0 and "capacity 0.60 requested" in out and err.count("\n") == 2 and "warning: token grain" in err
 
@@ -187,9 +173,6 @@ def test_sweep_resumes_and_draws(hat, tmp_path):
     }
 
 
-# Setup
-
-
 def test_setup_reports_without_fetching(hat, monkeypatch, tmp_path):
     monkeypatch.setenv("HAT_CACHE", str(tmp_path / "not" / "there"))
     monkeypatch.setattr(report, "fetch_wheel", None)
@@ -205,18 +188,6 @@ def test_setup_that_cannot_fetch_still_reports(hat, monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     code, out, err = hat("setup")
     assert code == 2 and "versions" in out and err.splitlines()[-1].startswith("error: could not fetch")
-
-
-@pytest.mark.slow
-@pytest.mark.bundled
-def test_setup_is_quick_when_everything_is_there(hat):
-    base.load_base("bundled", device="cpu")
-    hat("setup", "--quiet")
-    start = time.monotonic()
-    assert hat("setup", "--quiet") == (0, "", "") and time.monotonic() - start < 30
-
-
-# How it ends
 
 
 def test_ctrl_c_ends_with_130(hat, monkeypatch):

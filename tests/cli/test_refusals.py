@@ -1,4 +1,4 @@
-"""A wrong input is one line that names it, before a base is loaded unless the base itself is what is wrong."""
+"""A wrong input is one line that names it, before a base is loaded unless the base itself is wrong."""
 
 import pytest
 import torch
@@ -35,24 +35,19 @@ def refuses(hat, tmp_path):
     "args, word",
     [
         (("generate", "x", "--capacity", "0.05"), "'0.05'"),
-        (("evaluate", "--capacity", "nan"), "'nan'"),
         ((*CALIBRATE, "--capacity", "70%"), "'70%'"),
         (("analyze", "--exit-rate", "half"), "'half'"),
         (("generate",), "prompt"),
-        (("generate", " \n\t"), "prompt"),
         ((*GO, "--temperature", "1e-300"), "1e-300"),
         (("generate", "x", "--target-speedup", "fast"), "fast"),
         ((*GO, "--target-speedup", "1.1"), "--capacity"),
         ((*GO, "--refresh-speed"), "--target-speedup"),
         ((*GO, "--lossless", "--steer"), "--steer"),
-        ((*GO, "--versus", "gpu"), "gpu"),
-        ((*GO, "--weights", "int3"), "int3"),
         ((*GO, "--dtype", "int3"), "int3"),
         (("generate", "x", *TINY), "hat calibrate"),
         (("generate", "x", "--checkpoint", "gone"), "gone"),
         (("evaluate", "--capacity", "1.0", "--base", "random:huge"), "random:huge"),
         ((*EVALUATE, "--split", "dev"), "dev"),
-        ((*EVALUATE, "--text", "wikitext"), "wikitext"),
         ((*EVALUATE, "--text", "no/such.md"), "no/such.md"),
         ((*EVALUATE, "--tasks-path", "."), "--tasks"),
         ((*EVALUATE, "--tasks", "a", "--documents"), "--documents"),
@@ -69,10 +64,8 @@ def refuses(hat, tmp_path):
         (("train", "--resume", "gone"), "gone"),
         ((*MINE, "--phase", "gates"), "gates"),
         ((*TRAIN, "--text", "poems"), "poems"),
-        ((*TRAIN, "--text", "self+self"), "self+self"),
         ((*MINE, "--max-minutes", "nan"), "nan"),
         ((*MINE, "--set", "speed=3"), "speed"),
-        ((*MINE, "--set", "router_lr"), "router_lr"),
         ((*MINE, "--phase", "exit"), "--checkpoint"),
         ((*MINE, "--checkpoint", "gone"), "gone"),
     ],
@@ -84,7 +77,7 @@ def test_wrong_options(refuses, args, word, monkeypatch, tmp_path):
     refuses(args, word)
 
 
-@pytest.mark.parametrize("args", [("generat",), (*GO, "--max-new-tokens", "many"), (*EVALUATE, "--max-tokens", "1")])
+@pytest.mark.parametrize("args", [("generat",), (*GO, "--weights", "int3"), (*EVALUATE, "--max-tokens", "1")])
 def test_a_usage_error_starts_nothing(hat, args):
     code, out, err = hat(*args)
     assert code == 2 and out == "" and "Error" in err and "Traceback" not in err

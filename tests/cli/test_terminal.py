@@ -26,7 +26,7 @@ def test_a_closed_pipe_leaves_no_traceback():
     assert done.stdout.startswith("Usage: hat ") and done.stderr == ""
 
 
-def test_what_a_message_repeats_cannot_act(run_hat):
+def test_a_message_is_printable(run_hat):
     code, _, err = run_hat("evaluate", "--base", "random:tiny", "--capacity", 1, "--text", "\x1b]0;title\x07\nerror: x")
     assert code == 2 and err.count("\n") == 2 and "\x1b" not in err and r"\x1b]0;title\x07" in err
 

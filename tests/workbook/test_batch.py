@@ -7,17 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import nbformat
 import pytest
 from notebook_files import notebook
 
-from hat_lib.config import NOTEBOOKS, REPO, HatError
+from hat_lib.config import REPO, HatError
 from hat_lib.rows import read_rows
 from hat_lib.workbook import batch
 from hat_lib.workbook.batch import BatchRow, carry_out, dask, latest_rows, local, parse_grid, run_name
-from hat_lib.workbook.notebooks import select
 
 PARAMETERS = 'capacity: float = 0.75\nseed: int = 0\nname = "x"\nrates = [0.1]'
 
@@ -45,32 +45,23 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
-def test_a_grid_is_every_combination_in_the_notebooks_types(source):
+def test_parse_grid(source):
     grid = parse_grid(source, ["capacity=1,0.4", "seed=0", "seed=1", "rates=[0.1, 0.2],[]", "name=2024"])
-    assert grid == [
-        {"capacity": capacity, "seed": seed, "rates": rates, "name": "2024"}
-        for capacity in (1.0, 0.4)
-        for seed in (0, 1)
-        for rates in ([0.1, 0.2], [])
-    ]
+    assert len(grid) == 8 and grid[-1] == {"capacity": 0.4, "seed": 1, "rates": [], "name": "2024"}
     assert {type(point["capacity"]) for point in grid} == {float}
 
 
 @pytest.mark.parametrize(
-    "grid", [["capcity=0.4"], ["capacity"], ["seed=0,1.5"], ["seed="], ["capacity=0.4,0.40"], ["seed=0", "seed=0"]]
+    "options",
+    ["capcity=0.4", "capacity", "seed=0,1.5", "seed=", "capacity=0.4,0.40", "seed=0 --grid seed=0"]
+    + ["seed=0 --engine ray", "seed=0 --engine dask", "seed=0 --jobs 0"],
 )
-def test_a_wrong_grid_is_refused_before_anything_starts(source, out, grid, run_hat):
-    axes = [word for axis in grid for word in ("--grid", axis)]
-    code, printed, err = run_hat("batch", source, *axes, "--out", out)
-    assert code == 2 and err.startswith("error: ") and not out.exists()
+def test_wrong_options_start_nothing(source, out, options, run_hat):
+    code, _, err = run_hat("batch", source, "--out", out, "--grid", *options.split())
+    assert code == 2 and "rror: " in err and not out.exists()
 
 
-def test_a_notebook_is_a_path_or_a_name(source):
-    assert select([str(source)], NOTEBOOKS) == [source]
-    assert select(["00"], NOTEBOOKS) == select(["00_setup"], NOTEBOOKS) == [NOTEBOOKS / "00_setup.ipynb"]
-
-
-def test_names_of_runs_are_distinct_file_names():
+def test_run_name():
     assert run_name({"seed": 0, "capacity": 0.4}) == "capacity=0.4_seed=0"
     names = [run_name({"a": value}) for value in ("../x", "..-x", "é", "x" * 999, [], 0.5)]
     assert len(set(names)) == len(names)
@@ -99,7 +90,7 @@ def call(source, out, monkeypatch):
     return rows
 
 
-def test_failed_runs_are_tried_again_and_only_what_is_missing_is_resumed(call, out):
+def test_batch_repeats_what_failed_and_resumes_what_is_missing(call, out):
     assert call("a", "fails_once", "fails") == {"a": ("ok", 1), "fails_once": ("ok", 2), "fails": ("failed", 2)}
     assert {path.name for path in out.glob("*.*")} == {"name=a.ipynb", "name=fails_once.ipynb", "runs.csv"}
     assert latest_rows(out)["name=fails"].error == "it failed" and (out / "unfinished/name=fails.ipynb").exists()
@@ -111,28 +102,16 @@ def test_failed_runs_are_tried_again_and_only_what_is_missing_is_resumed(call, o
 
 def test_a_folder_serves_one_notebook_as_it_is(call, out, source):
     call("a")
-    assert not (out / "unfinished").exists()
     nb = nbformat.read(source, as_version=4)
     nb.cells[0].outputs = [nbformat.v4.new_output("stream", text="an output is no code")]
     nbformat.write(nb, source)
     assert call("a") == {}
     notebook(source, "capacity = 1.0", parameters=PARAMETERS)
-    with pytest.raises(HatError, match="a notebook.ipynb"):
+    with pytest.raises(HatError):
         call("b")
-
-
-def test_a_folder_of_something_else_is_refused(call, out):
-    out.mkdir()
-    (out / "something").touch()
+    (out / "runs.csv").unlink()
     with pytest.raises(HatError, match="not empty"):
         call("a")
-    assert [path.name for path in out.iterdir()] == ["something"]
-
-
-@pytest.mark.parametrize("options", [["--engine", "ray"], ["--engine", "dask"], ["--jobs", "0"]])
-def test_wrong_options_are_refused_before_anything_starts(source, out, options, run_hat):
-    code, _, err = run_hat("batch", source, "--grid", "seed=0", "--out", out, *options)
-    assert code == 2 and err and not out.exists()
 
 
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(source, out, monkeypatch, run_hat):
@@ -160,42 +139,37 @@ def test_a_run_that_always_kills_its_worker_takes_no_other_with_it(call, monkeyp
     assert found == {"a": ("ok", 1), "kills": ("failed", 1)}
 
 
-@pytest.fixture
-def scheduler(tmp_path):
-    """Address of a Dask scheduler with two single-threaded worker processes."""
-    from distributed import LocalCluster
-
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0", "local_directory": str(tmp_path)}
-    with LocalCluster(**options) as cluster:
-        yield cluster.scheduler_address
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "dask"])
-def test_a_killed_worker_loses_nothing(tmp_path, out, engine, request):
+def test_a_killed_worker_loses_nothing(tmp_path, out, engine):
     """Each run has its notebook and one row; the one whose worker was killed was repeated."""
-    killed = tmp_path / "killed"
+    from distributed import LocalCluster
+
+    killed, cluster = tmp_path / "killed", nullcontext()
     path = notebook(tmp_path / "a.ipynb", KILLS.format(killed=str(killed)), RECORDS, parameters=PARAMETERS)
     command = [sys.executable, "-m", "hat_lib", "batch", path, "--grid", "seed=0,1", "--out", out, "--threads", "3"]
-    command += ["--jobs", "2"] if engine == "local" else ["--engine", "dask", "--scheduler"]
-    command += [] if engine == "local" else [request.getfixturevalue("scheduler")]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = {row.run: row for row in read_rows(out / "runs.csv", BatchRow)}
-    assert killed.exists() and len(read_rows(out / "runs.csv", BatchRow)) == len(rows) == 2
-    for seed in range(2):
-        row = rows[f"seed={seed}"]
-        assert (row.status, row.error, json.loads(row.parameters)) == ("ok", "", {"seed": seed})
+    if engine == "dask":
+        options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0"}
+        cluster = LocalCluster(**options, local_directory=str(tmp_path))
+        command += ["--engine", "dask", "--scheduler", cluster.scheduler_address]
+    with cluster:
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        before = (out / "runs.csv").read_bytes()
+        assert subprocess.run(command, cwd=REPO, capture_output=True).returncode == 0
+    assert killed.exists() and (out / "runs.csv").read_bytes() == before
+    rows = read_rows(out / "runs.csv", BatchRow)
+    assert sorted(row.run for row in rows) == ["seed=0", "seed=1"]
+    for row in rows:
+        seed = json.loads(row.parameters)["seed"]
+        assert (row.status, row.error) == ("ok", "")
         assert json.loads(row.results) == {"square": seed**2, "threads": "3"}
-        executed = nbformat.read(out / f"seed={seed}.ipynb", as_version=4)
+        executed = nbformat.read(out / f"{row.run}.ipynb", as_version=4)
         assert all(cell.execution_count for cell in executed.cells)
-    before = (out / "runs.csv").read_bytes()
-    assert subprocess.run(command, cwd=REPO, capture_output=True).returncode == 0
-    assert (out / "runs.csv").read_bytes() == before
 
 
 def test_no_dask(monkeypatch):
-    with pytest.raises(HatError, match="no Dask scheduler answers at h"):
+    with pytest.raises(HatError):
         list(dask([], "h"))
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(HatError, match="pip install"):

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -51,27 +52,22 @@ def lab(tmp_path):
     env |= {f"JUPYTER_{kind}_DIR": str(tmp_path / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
     env |= {"IPYTHONDIR": str(tmp_path / "ipython"), "HAT_FIGURES": str(tmp_path / "figures")}
     news = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}  # a request to another host
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "labconfig").mkdir()
+    (tmp_path / "config" / "labconfig").mkdir(parents=True)
     (tmp_path / "config" / "labconfig" / "page_config.json").write_text(json.dumps(news))
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--port-retries=0"]
-    command += [
-        "--IdentityProvider.token=secret",
-        "--expose-app-in-browser",
-        f"--ServerApp.root_dir={tmp_path}/notebooks",
-    ]
+    command += ["--IdentityProvider.token=secret", "--expose-app-in-browser"]
+    command += [f"--ServerApp.root_dir={tmp_path}/notebooks"]
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}/{{}}?token=secret"
     try:
-        address = f"http://127.0.0.1:{port}/{{}}?token=secret"
-        deadline = time.monotonic() + 60
-        while True:
-            try:
+        deadline, answers = time.monotonic() + 60, False
+        while not answers:
+            assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.2)
+            with suppress(URLError):
                 urlopen(address.format("api/status")).close()
-                break
-            except URLError:
-                assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-                time.sleep(0.2)
+                answers = True
         yield address
     finally:
         server.terminate()

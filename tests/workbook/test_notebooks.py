@@ -24,38 +24,27 @@ from hat_lib.workbook.notebooks import (
 from hat_lib.workbook.session import begin, judge, record
 
 
-@pytest.mark.parametrize(
-    ("assignment", "value"),
-    [
-        ("capacity=1", 1.0),
-        ("capacity=5e-1", 0.5),
-        ("steps=4", 4),
-        ("profile=2024", "2024"),
-        ("profile=a=b", "a=b"),
-        ("rates=[0.2, 0.3]", [0.2, 0.3]),
-        ("train=True", True),
-    ],
-)
-def test_values_take_the_type_of_their_default(tmp_path, assignment, value):
-    parsed = parse_parameters([assignment], [notebook(tmp_path / "00_a.ipynb")])
-    assert list(parsed.values()) == [value] and type(parsed[assignment.split("=")[0]]) is type(value)
+def test_values_take_the_type_of_their_default(tmp_path):
+    path = notebook(tmp_path / "00_a.ipynb")
+    wanted = {"capacity=1": 1.0, "capacity=5e-1": 0.5, "steps=4": 4, "profile=2024": "2024", "profile=a=b": "a=b"}
+    for assignment, value in {**wanted, "train=True": True, "rates=[0.2, 0.3]": [0.2, 0.3]}.items():
+        (parsed,) = parse_parameters([assignment], [path]).values()
+        assert parsed == value and type(parsed) is type(value)
+    for wrong in ("capacity=high", "capacity=", "steps=0.5", "rates=0.5", "train=1", "rates=[1"):
+        with pytest.raises(HatError, match=wrong.split("=")[0]):
+            parse_parameters([wrong], [path])
 
 
-@pytest.mark.parametrize("assignment", ["capacity=high", "capacity=", "steps=0.5", "rates=0.5", "train=1", "rates=[1"])
-def test_values_of_another_type_are_refused(tmp_path, assignment):
-    with pytest.raises(HatError, match=assignment.split("=")[0]):
-        parse_parameters([assignment], [notebook(tmp_path / "00_a.ipynb")])
-
-
-def test_a_file_that_is_no_notebook_is_refused(tmp_path):
+def test_a_file_that_is_no_notebook(tmp_path):
     (tmp_path / "a.ipynb").write_text("{}")
     with pytest.raises(HatError, match="a.ipynb"):
         parse_parameters(["steps=1"], [tmp_path / "a.ipynb"])
 
 
-def test_select_names_what_there_is(tmp_path):
+def test_select(tmp_path):
     paths = [notebook(tmp_path / f"0{i}_{name}.ipynb") for i, name in enumerate("ab")]
-    assert select([], tmp_path) == paths and select(["01"], tmp_path) == select(["01_b"], tmp_path) == paths[1:]
+    assert select([], tmp_path) == paths and select([str(paths[0])], tmp_path) == paths[:1]
+    assert select(["01"], tmp_path) == select(["01_b"], tmp_path) == paths[1:]
     with pytest.raises(HatError, match="00_a, 01_b"):
         select(["07"], tmp_path)
 
@@ -85,13 +74,13 @@ def test_results_are_what_cells_recorded_and_threads_are_set(tmp_path):
     assert results(source) == {} and dict(os.environ) == before
 
 
-@pytest.mark.parametrize("value", [float("nan"), {1, 2}])
-def test_only_json_is_recorded(value):
-    with pytest.raises(HatError):
-        record(perplexity=value)
+def test_record_takes_json_alone():
+    for value in (float("nan"), {1, 2}):
+        with pytest.raises(HatError):
+            record(perplexity=value)
 
 
-def test_begin_checks_parameters():
+def test_begin():
     assert begin(profile="quick", seed=0, dtype="fp32", steps=(10, 10)) == 1
     assert begin(profile="full", seed=3, full=4) == 4
     for wrong in ({"profile": "slow"}, {"seed": -1}, {"steps": (9, 10)}, {"dtype": "int4"}):
@@ -125,12 +114,10 @@ def test_run_goes_on_after_failures_and_leaves_the_tree_alone(project):
 
     done = call("run", "--name", "trial", "--cell-timeout", 3, "-p", "capacity=0.5")
 
-    assert done.exit_code == 1
+    assert done.exit_code == 1 and "1 of 4 passed" in done.output
     rows = {line.split()[0]: line for line in done.output.splitlines()}
-    assert rows["00_ok"].split()[1] == "ok" and "1 of 4 passed" in done.output
-    assert "FAILED" in rows["01_fails"] and "KeyError: 'no layer'" in rows["01_fails"]
-    assert "FAILED" in rows["02_dies"] and "DeadKernelError" in rows["02_dies"]
-    assert "FAILED" in rows["03_hangs"] and "CellTimeoutError" in rows["03_hangs"]
+    expected = {"00_ok": "ok", "01_fails": "KeyError", "02_dies": "DeadKernelError", "03_hangs": "CellTimeoutError"}
+    assert all(word in rows[name] for name, word in expected.items())
     assert (project / "runs/trial/figures/00_ok/a.png").read_text() == "drawn"
     assert {path: path.read_bytes() for path in folder.iterdir()} == before and "HAT_FIGURES" not in os.environ
     assert isinstance(call("run", "--name", "trial").exception, HatError)  # no run overwrites another
@@ -167,25 +154,21 @@ def dirty():
     """A notebook as left by papermill and JupyterLab: timings, widget state, progress bars."""
     v4 = nbformat.v4
     bar = "  0%|          | 0/8 [00:00<?, ?it/s]\r100%|██████████| 8/8 [00:01<00:00,  6.1it/s]\n"
-    view = {"text/plain": "FloatSlider(value=0.75)", WIDGET_VIEW: {"model_id": "abc"}}
-    code = v4.new_code_cell(
-        "work()",
-        execution_count=3,
-        metadata={"tags": ["parameters", "hide-input"], "papermill": {"duration": 1.5}, "collapsed": True},
-        outputs=[
-            v4.new_output("stream", name="stdout", text="loss 0.50\n"),
-            v4.new_output("stream", name="stderr", text=bar),
-            v4.new_output("stream", name="stderr", text=bar + "UserWarning: careful\n"),
-            v4.new_output("display_data", data=view),
-        ],
-    )
+    outputs = [
+        v4.new_output("stream", name="stdout", text="loss 0.50\n"),
+        v4.new_output("stream", name="stderr", text=bar),
+        v4.new_output("stream", name="stderr", text=bar + "UserWarning: careful\n"),
+        v4.new_output("display_data", data={"text/plain": "a slider", WIDGET_VIEW: {"model_id": "abc"}}),
+    ]
+    metadata = {"tags": ["parameters", "hide-input"], "papermill": {"duration": 1.5}, "collapsed": True}
+    code = v4.new_code_cell("work()", execution_count=3, metadata=metadata, outputs=outputs)
     title = v4.new_markdown_cell("# Title", metadata={"papermill": {}})
     return v4.new_notebook(
         cells=[title, code], metadata={"widgets": {}, "kernelspec": {"name": "my-env", "display_name": "Mine"}}
     )
 
 
-def test_clean_keeps_what_counts_and_drops_the_rest(dirty):
+def test_clean(dirty):
     title, code = clean(dirty).cells
     nbformat.validate(dirty)
     assert dirty.metadata == {"kernelspec": KERNEL, "language_info": {"name": "python"}}
@@ -193,7 +176,7 @@ def test_clean_keeps_what_counts_and_drops_the_rest(dirty):
     assert title.metadata == {} and code.metadata == folded
     assert code.execution_count == 3 and code.source == "work()"
     assert [o.get("text", "")[-9:] for o in code.outputs] == ["oss 0.50\n", " careful\n", ""]
-    assert code.outputs[-1].data == {"text/plain": "FloatSlider(value=0.75)"}
+    assert code.outputs[-1].data == {"text/plain": "a slider"}
 
 
 def test_clean_file_is_idempotent_and_refuses_the_record_of_a_run(dirty, tmp_path):

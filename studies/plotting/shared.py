@@ -1,0 +1,63 @@
+"""What the figures of results share: panels by text or base, costs with a triangle beyond the edge, legends."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from hat_lib.plotting import style
+from hat_lib.plotting.style import BLUE, ORANGE
+
+GRAINS = {"channel": (BLUE, "o"), "token": (ORANGE, "s")}
+PUBLISHED = {"color": "black", "marker": "D", "markersize": 8, "markerfacecolor": "none", "zorder": 5}
+BASES = {"bundled": "bundled base, 135M", "random:tinyllama": "TinyLlama's shape, random weights"}
+MOST = 1000.0  # per cent; a larger increase is drawn as a triangle at the upper edge
+
+
+def panels_by(table: pd.DataFrame, column: str, height: float, width: float, **more):
+    """A figure with a panel for each value of a column, titled with it; and ``[(rows, axes), ...]``."""
+    groups = list(table.groupby(column))
+    fig, axes = style.panels(len(groups), height=height, width=width, **{"sharey": True, "sharex": True} | more)
+    for ax, (value, _) in zip(axes, groups, strict=True):
+        ax.set_title(BASES.get(value, value))
+    return fig, [(rows, ax) for (_, rows), ax in zip(groups, axes, strict=True)]
+
+
+def costs(ax: Axes, x, ends: pd.DataFrame, colour: str, marker: str, line: str = "none") -> None:
+    """Increases in perplexity with their intervals, up to `MOST` per cent; larger ones are triangles there."""
+    shown = (100 * ends).clip(upper=MOST)
+    inside = 100 * ends.iloc[:, 0] <= MOST
+    ax.plot(x, shown.iloc[:, 0], linestyle=line, color=colour)
+    style.whiskers(ax, x[inside], shown[inside], colour, marker)
+    ax.plot(x[~inside], [MOST] * int((~inside).sum()), "^", color=colour, markersize=6)
+
+
+def increases(ax: Axes, ticks, xlabel: str, largest: float, top: float = 0, bottom: float = -0.6) -> None:
+    """Axes for `costs`, as `hat_lib.plotting.style.increases`.
+
+    ``largest`` is the largest increase; beyond `MOST`, the label explains the triangle. ``top`` and ``bottom`` are the
+    ends of the axis; without a top, it ends a little above the largest.
+    """
+    style.increases(ax, ticks, xlabel, linscale=0.5)
+    beyond = bool(100 * largest > MOST)
+    ax.set(ylabel="perplexity increase" + (" (▲: beyond)" if beyond else ""))
+    ax.set_ylim(bottom, 1.4 * MOST if beyond else top or 140 * max(largest, 0.1))
+
+
+def grain_entries(table: pd.DataFrame, line: str = "none") -> list[Line2D]:
+    """Legend entries for the grains in a table."""
+    return [style.entry(f"{g} grain", *GRAINS[g], line) for g in GRAINS if g in set(table["granularity"])]
+
+
+def named_rows(ax: Axes, names: list[str]) -> None:
+    """A row for each name, from the top down."""
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+
+
+def log_axis(ax: Axes, ticks: list[float]) -> None:
+    """A horizontal log axis with these ticks only."""
+    ax.set_xscale("log")
+    style.set_ticks(ax.xaxis, ticks)
