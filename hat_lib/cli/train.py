@@ -63,7 +63,9 @@ def calibrate(
     hat.save_pretrained(save)
 
     typer.echo(f"calibrated on {source}")
-    typer.echo(f"wrote {save}, for capacities from {calibration.capacities[0]:.3f} to 1, by default {hat.capacity}")
+    typer.echo(
+        f"wrote {save}, for capacities from {calibration.capacities[0]:.3f} to 1, by default {hat.config.capacity}"
+    )
 
 
 def train(
