@@ -170,20 +170,8 @@ def other_tensors(**changes):
     return damage
 
 
-<<<<<<< HEAD
 def other_json(path, value):
     return lambda folder: change(folder, path, value)
-=======
-def test_write_prices(folder):
-    before = read_checkpoint(folder)
-    write_prices(folder, PRICES[:1])
-    after = read_checkpoint(folder)
-    assert after.prices == PRICES[:1] and torch.equal(after.tensors[KEY], before.tensors[KEY])
-    assert replace(after, tensors={}, prices=PRICES) == replace(before, tensors={})
-    written = (folder / CONFIG_FILE).stat().st_mtime_ns
-    write_prices(folder, PRICES[:1])
-    assert (folder / CONFIG_FILE).stat().st_mtime_ns == written, "prices that did not change write nothing"
->>>>>>> 02331e0 (Command line, plotting: mend)
 
 
 def other_text(text):
