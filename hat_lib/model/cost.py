@@ -38,11 +38,10 @@ HAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Work:
-    """Work of each token by part, fp64 tensors of the tokens' shape."""
+    """Work of each token by part, fp64 tensors of the tokens' shape; bytes are those that batch-1 decode reads."""
 
     flops: dict[str, Tensor]
     weight_bytes: dict[str, Tensor]
-    """weights that this token needs, in bytes: what batch-1 decode reads for it"""
     dense_flops: dict[str, Tensor]
     dense_weight_bytes: dict[str, Tensor]
 
@@ -53,7 +52,7 @@ class Work:
 
     @property
     def dense(self) -> Tensor:
-        """FLOPs that the base spends on each token, all parts except ``core``."""
+        """The base's."""
         return sum(v for part, v in self.dense_flops.items() if part != "core")
 
     @property

@@ -113,15 +113,15 @@ class AdaptiveLayer:
         if keep is None:
             return h + layer.mlp(x)
         if not run.mode.compact:
-            keep = keep.view(*x.shape[:-1], 1).to(x.dtype)
-            out, instead = h + layer.mlp(x) * keep, run.stand_in(self.index, x)
-            return out if instead is None else out + instead * (1 - keep)
+            keep, stand_in = keep.view(*x.shape[:-1], 1).to(x.dtype), run.stand_in(self.index, x)
+            out = h + layer.mlp(x) * keep
+            return out if stand_in is None else out + stand_in * (1 - keep)
         flat, out = x.view(-1, x.shape[-1]), h.view(-1, h.shape[-1])
         kept, left = keep.nonzero().view(-1), (~keep).nonzero().view(-1)
         if len(kept):
             out = out.index_add(0, kept, layer.mlp(flat[kept][None])[0].to(h.dtype))  # autocast gives another dtype
-        if len(left) and (instead := run.stand_in(self.index, flat[left])) is not None:
-            out = out.index_add(0, left, instead.to(h.dtype))
+        if len(left) and (stand_in := run.stand_in(self.index, flat[left])) is not None:
+            out = out.index_add(0, left, stand_in.to(h.dtype))
         return out.view(h.shape)
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -21,11 +21,12 @@ class ForwardPass:
     mode: Mode
     state: TokenState
     grain: Grain
-    gates: nn.ModuleDict
-    """exit gates by depth; they translate the states that leave"""
-    corrections: nn.ModuleDict
-    """by ``"{layer}_{site}"``"""
+    gates: nn.ModuleDict  # by depth
+    corrections: nn.ModuleDict  # by "{layer}_{site}"
     cache: Cache | None = None
+
+    def __post_init__(self):
+        self.any_protected = bool(self.state.protected.any())
 
     @property
     def rows(self) -> Tensor | None:
@@ -73,7 +74,7 @@ class ForwardPass:
         if isinstance(keep, MaskedInput):
             state.note(layer, index, keep.keep)
             return keep
-        if keep is not None and state.any_protected:
+        if keep is not None and self.any_protected:
             protected = state.protected.view(-1) if rows is None else state.protected.view(-1)[rows]
             protected = protected if keep.dim() == 1 else protected[:, None]
             keep = keep | protected if keep.dtype == torch.bool else torch.where(protected, 1.0, keep)
@@ -89,9 +90,10 @@ class ForwardPass:
             return h
         state, flat = self.state, h.reshape(-1, h.shape[-1])
         rows = state.alive if state.alive is not None else torch.arange(len(flat), device=h.device)
-        leave = self.mode.exits.exits(depth, flat[rows], rows, state) if len(rows) else None
-        leave = torch.zeros_like(rows, dtype=torch.bool) if leave is None else leave
-        leave = leave & state.real.view(-1)[rows] & ~state.protected.view(-1)[rows]
+        leave = (state.real & ~state.protected).view(-1)[rows]
+        if len(rows):
+            decided = self.mode.exits.exits(depth, flat[rows], rows, state)
+            leave = torch.zeros_like(leave) if decided is None else leave & decided
         if state.masks is not None:
             left = torch.zeros(len(flat), dtype=torch.bool, device=h.device).index_copy(0, rows, leave)
             state.masks.exits[depth] = left.view(state.batch, state.tokens)

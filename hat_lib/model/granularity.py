@@ -1,8 +1,7 @@
-"""Granularity: what a router decides about.
+"""Granularity: what a router decides about, per token.
 
-``channel``  each input channel of every linear layer, per token (the default). Four sites, since matrices that read the
-             same input share one decision: q|k|v, o, gate|up, down.
-``token``    the whole FFN, per token (the published method). One site.
+``channel``  each input channel of every linear layer (the default); matrices that read the same input share a decision
+``token``    the whole FFN (the published method)
 
 All else asks a `Grain`: where it decides, in what shape, which routers score, what replaces what is skipped. Another
 one is a subclass in `GRAINS`, with a recipe in `hat_lib.training.recipe`: see `tests/model/test_third_grain.py`.
@@ -33,7 +32,7 @@ class Grain:
     sites: tuple[str, ...]
     """of `SITES`, in the order in which a layer reaches them"""
     logits = False
-    """whether scores are logits, trained from nothing, and not magnitudes, which need no training"""
+    """whether scores are logits, trained from nothing, rather than magnitudes"""
     scales_thresholds = False
     """whether a token has a factor on its thresholds: token sensitivity and steering"""
     has_shortlist = False
@@ -58,10 +57,9 @@ class Grain:
         work = linear_work(lm_config)
         return {site: sum(work[name] for name in SITES[site]) for site in self.sites}
 
-    def router_work(self, lm_config, layers: Tensor) -> tuple[Tensor, Tensor]:
+    def router_work(self, lm_config, layers: Tensor) -> tuple[Tensor, Tensor | float]:
         """Compares, and weights read, by the routers of tokens that ran so many ``layers``."""
-        units = sum(self.mask_shape(lm_config, site)[0] for site in self.sites)
-        return units * layers, torch.zeros_like(layers)
+        return layers * sum(self.mask_shape(lm_config, site)[0] for site in self.sites), 0.0
 
     def linears(self, layer: nn.Module, site: str) -> list[nn.Module]:
         """The linear layers that read a site's input."""
@@ -103,8 +101,7 @@ class ChannelGrain(Grain):
     scales_thresholds = has_shortlist = True
 
     def router_work(self, lm_config, layers):
-        compares, _ = super().router_work(lm_config, layers)
-        return compares, lm_config.hidden_size * layers
+        return super().router_work(lm_config, layers)[0], lm_config.hidden_size * layers
 
     def routers(self, layer):
         return super().routers(layer) | {"token": MoERouter(layer.hidden_size)}

@@ -1,7 +1,6 @@
-"""Modes: what a forward decides by. The model has one of its own, set by ``hat.capacity`` and ``hat.exit_rate``.
+"""Modes: what a forward decides by. The model has one, and a thread another inside each context that it enters.
 
-Inside a context, the thread that entered it has another, and every other thread still has the model's. A nested context
-changes only what it names: a control set by `using` decides both around and inside ``at(capacity)``.
+A nested context changes only what it names: a control set by `using` decides both around and inside ``at(capacity)``.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ def combined(*makers: Callable[[], AbstractContextManager]) -> Iterator[None]:
 
 
 class Modes:
-    """The part of a `HierarchicalTransformer` that sets modes: its own, and in contexts those of a thread."""
+    """The part of a `HierarchicalTransformer` that sets modes."""
 
     _context: Context
     _calibration: Calibration | None

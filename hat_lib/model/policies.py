@@ -27,10 +27,11 @@ class MaskedInput(NamedTuple):
 
 
 class Policy(Protocol):
-    """Decides what work runs, for the ``n`` rows in ``rows`` (indices into B*T; None means all of them)."""
+    """Decides what work runs."""
 
     def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: TokenState) -> Tensor | None:
-        """bool ``[n, units]``, or ``[n]`` for the whole FFN, to keep; None keeps everything."""
+        """For the ``n`` rows in ``rows`` (indices into B*T; None for all), what to keep: bool ``[n, units]``, or
+        ``[n]`` for the whole FFN; None for everything."""
 
 
 class ExitPolicy(Protocol):

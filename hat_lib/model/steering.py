@@ -24,8 +24,6 @@ SLOPE = 0.25
 LIMIT = 1.0
 """of offsets, either way"""
 
-# In numpy: after an engine step the CPU's caches hold nothing of torch, and its operations cost several times as much.
-
 
 def offsets(cache: Cache | None, batch: int) -> np.ndarray:
     """Offset of each sequence so far, float32 ``[B]``."""
@@ -37,6 +35,7 @@ def move(cache: Cache | None, state: TokenState, asked: float, gain: float) -> N
     """Move the offsets at the end of a forward, by what it executed beyond ``asked``, a share of the layers' work."""
     if cache is None:
         return
+    # In numpy: after an engine step the CPU's caches hold nothing of torch, so its operations cost several times more.
     real, protected, depth = (a.cpu().numpy() for a in (state.real, state.protected, state.exit_layer))
     counted = real & ~protected & (depth == state.n_layers)
     site_share = (state.site_share if state.executed is None else state.executed).cpu().numpy()

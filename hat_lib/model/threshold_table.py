@@ -74,14 +74,18 @@ class Calibration:
             values = getattr(self, name)
             if values is None and name in HEAD_TABLES + EXIT_TABLES:
                 continue
-            table = _array(name, values, axes)
-            shape = tuple(sizes.setdefault(axis, size) for axis, size in zip(axes, table.shape, strict=True))
+            try:
+                table = np.array(values)
+            except ValueError:  # rows of different lengths
+                table = np.array(None)
+            if table.ndim != len(axes) or table.dtype.kind not in "fi":
+                raise HatError(f"calibration.{name} must be numbers in lists nested {len(axes)} deep, alike in length")
+            shape = tuple(sizes.setdefault(axis, max(size, 1)) for axis, size in zip(axes, table.shape, strict=True))
             if table.shape != shape:
                 raise HatError(f"calibration.{name} must have the shape {shape}, got {table.shape}")
-            if not ((table >= low) & (table <= high)).all():
-                raise HatError(f"calibration.{name} must be numbers in [{low}, {high}]")
-            if (order * np.diff(table) < 0).any():
-                raise HatError(f"calibration.{name} must be in {'rising' if order > 0 else 'falling'} order")
+            if not ((table >= low) & (table <= high)).all() or (order * np.diff(table) < 0).any():
+                direction = ("falling ", "", "rising ")[order + 1]
+                raise HatError(f"calibration.{name} must be {direction}numbers in [{low}, {high}]")
         if self.capacities[-1] != 1:
             raise HatError(f"calibration.capacities must end at 1, got {self.capacities[-1]}")
 
@@ -138,13 +142,3 @@ class Calibration:
             for rates, at in zip(self.exit_rates, scores, strict=True)
         ]
         return [float(np.interp(capacity, self.exit_capacities, column)) for column in np.array(there).T]
-
-
-def _array(name: str, values, axes: str) -> np.ndarray:
-    try:
-        table = np.array(values)
-    except ValueError:  # rows of different lengths
-        table = np.array(None)
-    if table.ndim != len(axes) or not table.size or table.dtype.kind not in "fi":
-        raise HatError(f"calibration.{name} must be lists of numbers, nested {len(axes)} deep and alike in length")
-    return table

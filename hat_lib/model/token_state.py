@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -70,10 +69,6 @@ class TokenState:
         self.batch, self.tokens = self.real.shape
         if self.exit_layer is None:
             self.exit_layer = torch.full(self.real.shape, self.n_layers, dtype=torch.int16, device=self.real.device)
-
-    @cached_property
-    def any_protected(self) -> bool:
-        return bool(self.protected.any())
 
     @staticmethod
     def places(tokens, mask, position_ids, start) -> tuple[Tensor, Tensor]:

@@ -59,11 +59,9 @@ class HierarchicalTransformer(Modes, nn.Module):
     Args:
         base: its model is adapted in place until `unload`.
         config: the method's shape; `HatConfig.default(base)` or `HatConfig.published(base)`.
-        calibration: thresholds for any capacity, from `hat_lib.calibration`; without it only capacity 1.0,
-            forced decisions and policies of your own are possible.
+        calibration: thresholds for any capacity; without it only capacity 1.0 and policies of your own are possible.
 
-    Raises `HatError`, and leaves the base as it was, if config or calibration are for another shape, or if the base is
-    already adapted.
+    Raises `HatError`, and leaves the base as it was, if these do not fit each other, or the base is already adapted.
     """
 
     def __init__(self, base: Base, config: HatConfig, calibration: Calibration | None = None):

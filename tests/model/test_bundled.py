@@ -3,7 +3,7 @@
 import pytest
 import torch
 from four_bits_read import packed_and_read
-from test_transformer import stepwise
+from test_transformer import close, stepwise
 
 from hat_lib.backbone.base import exact_hash, load_base
 from hat_lib.config import DATA, HatConfig
@@ -27,15 +27,13 @@ def prompt(base):
 
 
 @pytest.mark.parametrize("grain", ["channel", "token"])
+@torch.no_grad()
 def test_untrained_equals_base_and_unload_restores(bundled, grain):
     inputs, before = prompt(bundled), exact_hash(bundled.model)
-    with torch.no_grad():
-        expected = bundled.model(**inputs).logits
-        model = HierarchicalTransformer(bundled, HatConfig.default(bundled, granularity=grain))
-        found = model.lm(**inputs).logits
-        model.unload()
-    assert float((found - expected).abs().max()) < 1e-5 * max(1.0, float(expected.abs().max()))
-    assert exact_hash(bundled.model) == before
+    expected = bundled.model(**inputs).logits
+    model = HierarchicalTransformer(bundled, HatConfig.default(bundled, granularity=grain))
+    close(model.lm(**inputs).logits, expected)
+    assert exact_hash(model.unload().model) == before
 
 
 @pytest.mark.slow
@@ -45,21 +43,6 @@ def test_generate_at_capacity_one_is_transformers_token_for_token(hat):
     found = hat.lm.generate(**inputs, max_new_tokens=24, do_sample=False)
     plain = load_base("bundled", dtype=torch.float32, device="cpu").model
     assert torch.equal(found, plain.generate(**inputs, max_new_tokens=24, do_sample=False))
-
-
-@pytest.mark.slow
-def test_decode_equals_parallel_at_three_quarters(hat):
-    hat.capacity = 0.75
-    ids = torch.tensor([load_text("addresses", hat.base.tokenizer, max_tokens=48)[0]["input_ids"]])
-    with hat.changed(shortlist=None):  # what the head reads again cannot be forced, and may flip
-        with hat.record():
-            parallel = hat.lm(ids).logits
-        assert 0.75 < hat.trace.layer_capacity < 0.9
-        with hat.force(hat.trace.masks):
-            steps = stepwise(hat.lm, ids)
-    with hat.dense():
-        bound = 4 * float((stepwise(hat.lm, ids) - hat.lm(ids).logits).abs().max())
-    assert float((steps - parallel).abs().max()) <= max(bound, 1e-4)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import GRAINS, tiny, untrained
 
 from hat_lib.backbone.base import exact_hash
-from hat_lib.config import DATA, HatConfig, HatError
+from hat_lib.config import DATA, HatError
 from hat_lib.model.checkpoint import (
     ADAPTER_FILE,
     CARD_FILE,
@@ -35,7 +35,6 @@ from hat_lib.model.checkpoint import (
     write_checkpoint,
     write_prices,
 )
-from hat_lib.model.threshold_table import EXIT_TABLES, HEAD_TABLES
 from hat_lib.model.transformer import HierarchicalTransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
@@ -95,17 +94,6 @@ def test_version_0_decides_as_it_did(grain, base, tmp_path):
     hat.save_pretrained(tmp_path / "new")
     hat.unload()
     assert (tmp_path / "new" / ADAPTER_FILE).read_bytes() == (OLD / grain / ADAPTER_FILE).read_bytes()
-
-
-def test_fields_of_later_versions_take_their_defaults(folder):
-    before, tables = read_checkpoint(folder), dict.fromkeys(HEAD_TABLES + EXIT_TABLES)
-    config = (f"config.{name}" for name in ("exit_rate", "capacity", "granularity", "protected_tokens"))
-    missing = ("format_version", "training", "prices", "calibration.method")
-    for path in (*missing, *(f"calibration.{name}" for name in tables), *config):
-        change(folder, path, ...)
-    found = read_checkpoint(folder)
-    assert (found.config, found.training, found.prices) == (HatConfig(4, exit_layers=(2,)), None, [])
-    assert found.calibration == replace(before.calibration, method="damage", **tables)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (DATA / "checkpoints").iterdir()))
@@ -205,6 +193,7 @@ def changed_adapter(folder):
         (other_json("config.n_layers", ...), "n_layers"),
         (other_json("config.capacity", 7), "capacity must be"),
         (other_json("prices", [{"text": "news"}]), "capacity"),
+        (other_json("config.n_layers", 5), "calibration.thresholds"),
         (other_json("calibration.shares", "0.5"), "calibration.shares"),
         (other_json("calibration.exit_rates", [[0.5, 0.1]]), "calibration.exit_rates"),
     ],
@@ -214,16 +203,6 @@ def test_refused(folder, base, damage, words):
     with pytest.raises(HatError) as caught:
         HierarchicalTransformer.from_pretrained(folder, base)
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in (str(folder), words))
-
-
-@pytest.mark.parametrize(
-    ("changes", "tables"),
-    [({"n_layers": 5}, {}), ({}, {"sites": ["ffn"]}), ({"exit_rate": 0.2}, dict.fromkeys(EXIT_TABLES))],
-)
-def test_constructor_that_fails_leaves_the_base_clean(base, changes, tables):
-    found = read_checkpoint(OLD / "channel")
-    with pytest.raises(HatError):
-        HierarchicalTransformer(base, replace(found.config, **changes), replace(found.calibration, **tables))
 
 
 @pytest.mark.parametrize(("renames", "saved"), [(0, False), (1, False), (2, True), (3, True)])

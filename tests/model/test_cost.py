@@ -117,18 +117,10 @@ def test_tinyllama_by_hand(grain, speedups):
         assert float(cost.weight_bytes["exits"]) == 2 * float(cost.flops["exits"])  # fp32
 
 
-def test_less_work_costs_less(hat, ids):
-    hat.lm(ids)
-    shares = [state_cost(hat, hat.trace).model_share]
-    for share in (0.9, 0.6, 0.3):
-        with hat.using(Random(share)):
-            hat.lm(ids)
-        shares.append(state_cost(hat, hat.trace).model_share)
-    assert shares[0] == 1.0 and shares == sorted(set(shares), reverse=True)
-
-
 def test_model_share_by_hand(hat, ids):
     """Head, routers, gates and the K/V of exited tokens count: the layers' share alone would promise more."""
+    hat.lm(ids)
+    assert state_cost(hat, hat.trace).model_share == 1.0
     with skipping(hat):
         hat.lm(ids)
     state, d, n = hat.trace, 64, B * T

@@ -79,25 +79,14 @@ def test_a_prompt_moves_the_offset_as_its_tokens_do():
     assert offset_after([2000], 0.1) == pytest.approx(0.1 / SLOPE, rel=1e-4)
 
 
-def test_a_first_forward_and_dense_have_no_offset(ids):
-    hat = off_by(1.5)
-    with hat.at(ASKED):
+def test_offsets(ids):
+    """None in a first forward; within their limit; beams begin as copies."""
+    hat, cache = off_by(50.0), DynamicCache(config=new_hat("channel").lm.config)
+    with hat.at(0.9):
         expected = hat.lm(ids).logits
-        with hat.steered():
-            assert torch.equal(hat.lm(ids, use_cache=False).logits, expected)
-            with hat.dense():
-                hat.lm(ids, cache=DynamicCache(config=hat.lm.config))
-                assert hat.trace.steering is None
+        with hat.steered(1.0):
+            assert torch.equal(hat.lm(ids, cache=cache).logits, expected)
+            hat.lm.generate(ids[:1, :4], max_new_tokens=4, do_sample=False, num_beams=2, pad_token_id=0)
+    assert (offsets(cache, 3) == -LIMIT).all() and offsets(cache, 6).shape == (6,) and (offsets(None, 2) == 0).all()
     with pytest.raises(HatError):
         new_hat("token").steered()
-
-
-def test_offsets_stay_within_their_limit(ids):
-    hat, cache = off_by(50.0), DynamicCache(config=new_hat("channel").lm.config)
-    with hat.at(0.9), hat.steered(1.0):
-        hat.lm(ids, cache=cache)
-    assert (offsets(cache, 3) == -LIMIT).all()
-    assert offsets(cache, 6).shape == (6,)  # beams
-    assert (offsets(None, 2) == 0).all()
-    made = hat.lm.generate(ids[:1, :4], max_new_tokens=4, do_sample=False, num_beams=2, pad_token_id=0)
-    assert made.shape[1] <= 8

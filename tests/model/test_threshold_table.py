@@ -39,16 +39,13 @@ def test_nested_in_capacity():
 
 
 def test_exit_thresholds():
-    one = [[9.0, 8.0], [1.0, 0.0], [-5.0, -6.0]]
-    c = calibration(exit_capacities=[0.5], exit_rates=[[0.0, 0.5, 1.0]], exit_scores=[one])
-    assert c.exit_thresholds(0.0, 0.5) == [np.inf, np.inf]
-    for capacity in (0.1, 0.5, 1.0):  # the nearest measured one
-        assert c.exit_thresholds(0.5, capacity) == [1.0, 0.0]
-    assert c.exit_thresholds(0.75, 0.5) == [-2.0, -3.0]
-    # At 1.0 the same rate needs lower bars. Interpolated first along the rates of each capacity, then between the two.
-    other = [[9.0, 8.0], [0.0, -1.0], [-5.0, -6.0]]
+    """Interpolated first along the rates of each capacity, then between capacities."""
+    scores = [[[9.0, 8.0], [1.0, 0.0], [-5.0, -6.0]], [[9.0, 8.0], [0.0, -1.0], [-5.0, -6.0]]]
     rates = [[0.0, 0.5, 1.0], [0.0, 0.25, 1.0]]
-    c = calibration(exit_capacities=[0.5, 1.0], exit_rates=rates, exit_scores=[one, other])
+    c = calibration(exit_capacities=[0.5, 1.0], exit_rates=rates, exit_scores=scores)
+    assert c.exit_thresholds(0.0, 0.5) == [np.inf, np.inf]
+    assert c.exit_thresholds(0.5, 0.1) == c.exit_thresholds(0.5, 0.5) == [1.0, 0.0]  # the nearest measured capacity
+    assert c.exit_thresholds(0.75, 0.5) == [-2.0, -3.0]
     assert c.exit_thresholds(0.25, 0.5) == [5.0, 4.0] and c.exit_thresholds(0.25, 1.0) == [0.0, -1.0]
     assert c.exit_thresholds(0.25, 0.75) == [2.5, 1.5]
     for capacity in (0.1, 0.6, 0.9, 1.0):  # a token that leaves at a rate also leaves at a higher one
@@ -56,6 +53,14 @@ def test_exit_thresholds():
         assert (np.diff(rising, axis=0) <= 0).all()
     with pytest.raises(HatError, match="exit"):
         calibration().exit_thresholds(0.2, 1.0)
+
+
+GOOD = {
+    "sites": ["qkv", "o", "gate_up", "down"],
+    "capacities": [0.2, 0.5, 1.0],
+    "thresholds": [[[4.0, 2.0, 0.0]] * 4] * 2,
+    "shares": [[[0.1, 0.5, 1.0]] * 4] * 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -71,8 +76,6 @@ def test_exit_thresholds():
     ],
 )
 def test_check(changes):
-    good = {"sites": ["qkv", "o", "gate_up", "down"], "capacities": [0.2, 0.5, 1.0]}
-    good |= {"thresholds": [[[4.0, 2.0, 0.0]] * 4] * 2, "shares": [[[0.1, 0.5, 1.0]] * 4] * 2}
-    Calibration(**good).check(HatConfig(2))
+    Calibration(**GOOD).check(HatConfig(2))
     with pytest.raises(HatError):
-        Calibration(**good | changes).check(HatConfig(2))
+        Calibration(**GOOD | changes).check(HatConfig(2))
