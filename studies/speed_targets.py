@@ -23,8 +23,7 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from hat_lib.config import check_count
-from hat_lib.evaluation.decoded import score_decoded
-from hat_lib.evaluation.perplexity import compare
+from hat_lib.evaluation.perplexity import compare, score_decoded
 from hat_lib.inference.generate import AdaptiveInference
 from hat_lib.inference.speed import steer_to_capacity, timed
 from hat_lib.model.modes import combined

@@ -287,11 +287,10 @@ class _OnText:
         if point.variant == "no_exits":
             return partial(self.hat.at, min(max(aim, CAPACITY_MIN), 1.0), 0.0)
         key = point.variant, point.seed
-        if key not in families:
-            if point.variant in ("uncorrected", "untrained"):
-                families[key] = checkpoint_family(self.hat, self.checkpoints[point.variant == "untrained"])
-            else:
-                families[key] = CONTROLS[point.variant](self.hat, self.sample, point.seed)
+        if key not in families and point.variant in CONTROLS:
+            families[key] = CONTROLS[point.variant](self.hat, self.sample, point.seed)
+        elif key not in families:
+            families[key] = checkpoint_family(self.hat, self.checkpoints[point.variant == "untrained"])
         # The head as it is at the capacity, and no corrections.
         around = partial(combined, partial(self.hat.at, point.capacity, 0.0), partial(self.hat.correcting, 0.0))
         policy = matched(self.hat, families[key], self.sample, min(max(aim, CAPACITY_MIN), 0.999), around)

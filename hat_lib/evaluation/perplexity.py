@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from hat_lib.config import HatError, check_count
 from hat_lib.evaluation.intervals import FEWEST, Units, resample, tails, units
 from hat_lib.model.cost import WorkTally
+from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 
 # Rows of logits held at once in fp32: 25 MB for a vocabulary of 49,152.
@@ -132,6 +133,45 @@ def score_each(
     return base.score(), [tally.score() for tally in adaptive]
 
 
+def score_decoded(
+    hat: HierarchicalTransformer,
+    dataset: Sequence[Mapping],
+    settings: Sequence[Callable[[], AbstractContextManager]] = (nullcontext,),
+    *,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> tuple[Score, list[Score]]:
+    """What `score_each` returns, with each block decoded token by token after a KV cache, the text's own tokens forced.
+
+    So the engine runs, and steering moves thresholds at every token. Without steering the result is the same within
+    rounding, but that a head with a shortlist counts for all tokens and not for the scored ones alone. The logits of a
+    batch are kept twice, ``[B, T, V]`` in the base's dtype.
+    """
+    settings = (hat.dense, *settings)
+    tallies = [_Tally(lambda logits: logits, hat, dataset) for _ in settings]
+
+    def decode(lm, input_ids, **_):  # runs inside generate, where torch's threads sleep between steps
+        for batch in _batches(dataset, batch_size, lm.device, progress):
+            base = None
+            for setting, tally in zip(settings, tallies, strict=True):
+                cache = DynamicCache(config=lm.config)
+                with setting(), hat.collect() as steps:
+                    parts = [
+                        lm(input_ids=token, cache=cache, use_cache=True).logits for token in batch.ids.split(1, dim=1)
+                    ]
+                logits, state = torch.cat(parts, dim=1), TokenState.cat(steps)
+                state.real = batch.real.bool()  # steps run only for the sake of longer blocks do not count
+                tally.add(batch, logits, base, state)
+                base = logits if base is None else base
+        return input_ids
+
+    with torch.inference_mode():
+        start = torch.zeros(1, 1, dtype=torch.long, device=hat.lm.device)
+        hat.lm.generate(start, max_new_tokens=1, custom_generate=decode)
+    base, *adaptive = [tally.score() for tally in tallies]
+    return base, adaptive
+
+
 def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 0) -> Comparison:
     """Relative increase in perplexity with a paired bootstrap interval; a seed fixes the result.
 
@@ -222,8 +262,9 @@ class _Tally:
         self.documents = np.array([str(row.get("doc", number)) for number, row in enumerate(dataset)])
         self.compared, self.same, self.divergence = False, 0, 0.0
 
-    def add(self, batch: _Batch, hidden: Tensor, base: Tensor | None = None) -> None:
-        """Call right after the forward that gave ``hidden [B, T, D]``; ``base`` has the states to compare with."""
+    def add(self, batch: _Batch, hidden: Tensor, base: Tensor | None = None, state: TokenState | None = None) -> None:
+        """Count what the head makes of ``hidden [B, T, D]``, compared with ``base``, and the work of ``state``; by
+        default, that of the last forward."""
         rows, columns = batch.scored.nonzero(as_tuple=True)
         for row, column in zip(rows.split(SLICE), columns.split(SLICE), strict=True):
             blocks, logits = batch.blocks[row.cpu().numpy()], self.head(hidden[row, column - 1]).float()
@@ -238,7 +279,7 @@ class _Tally:
                 self.same += int((other.argmax(-1) == logits.argmax(-1)).sum())
                 self.divergence += float((p.exp() * (p - q)).sum(-1).double().sum())
         if self.spent is not None:
-            self.spent.add(self.spent.hat.trace)
+            self.spent.add(self.spent.hat.trace if state is None else state)
 
     def score(self) -> Score:
         work, n = {}, self.tokens.sum()

@@ -8,8 +8,7 @@ import pytest
 from tiny_runs import gating, new_hat, random_blocks, skipping
 
 from hat_lib.config import HatError
-from hat_lib.evaluation.decoded import score_decoded
-from hat_lib.evaluation.perplexity import score_each
+from hat_lib.evaluation.perplexity import score_decoded, score_each
 from hat_lib.model.modes import combined
 
 BLOCKS = [

@@ -9,7 +9,6 @@ from hat_lib import explain
 from hat_lib.config import HatError
 from hat_lib.evaluation.perplexity import score, score_each
 from hat_lib.evaluation.tokens import LIKELIEST, LOSSES, prompt_blocks, token_table
-from hat_lib.model.cost import state_cost
 from hat_lib.text.blocks import load_text
 from hat_lib.text.token_classes import CLASSES
 
@@ -58,15 +57,11 @@ def test_work_is_that_of_the_trace(hat, blocks, found):
     hat.lm(torch.tensor([blocks[0]["input_ids"]]))
     state, n = hat.trace, len(blocks[0]["input_ids"])
     frame, exit_layer = found.tokens.iloc[:n], state.exit_layer[0].numpy()
-    assert 0 < frame["left"].sum() < n and frame["protected"].sum() == 2
-    assert frame["exit_layer"].tolist() == exit_layer.tolist()
-    ran = np.arange(state.n_layers)[:, None] < exit_layer
-    np.testing.assert_array_equal(np.isnan(found.share[:, :n]), ~ran)
+    assert 0 < frame["left"].sum() < n and frame["exit_layer"].tolist() == exit_layer.tolist()
+    np.testing.assert_array_equal(np.isnan(found.share[:, :n]), np.arange(state.n_layers)[:, None] >= exit_layer)
     np.testing.assert_allclose(np.nan_to_num(found.share[:, :n]), state.share[:, 0], rtol=1e-6)
     np.testing.assert_allclose(np.nan_to_num(found.site_share[:, :, :n]), state.site_share[:, :, 0], rtol=1e-6)
     np.testing.assert_allclose(frame["share"], np.nanmean(found.share[:, :n], axis=0), rtol=1e-5)
-    cost = state_cost(hat, state)
-    np.testing.assert_allclose(frame["model_share"], (cost.executed / cost.dense)[0])
 
 
 def test_agrees_with_score(hat, blocks):

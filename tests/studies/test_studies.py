@@ -8,8 +8,7 @@ import torch
 from tiny_runs import GRAINS, adaptive, random_blocks
 
 from hat_lib.config import DATA, HatConfig
-from hat_lib.evaluation.decoded import score_decoded
-from hat_lib.evaluation.perplexity import compare
+from hat_lib.evaluation.perplexity import compare, score_decoded
 from hat_lib.inference.speed import SpeedCurve, Variant, take_turns
 from hat_lib.model.cost import Work
 from hat_lib.model.fast_path import WEIGHT_FORMATS
