@@ -1,5 +1,7 @@
-"""Each figure draws its table, with labelled axes and as many artists as the table asks for; the figures of committed
-results are drawn in tests/studies."""
+"""Each figure draws its table, with labelled axes; the figures of committed results are drawn in tests/studies."""
+
+from itertools import combinations
+from unittest.mock import Mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,8 +37,7 @@ def sweep():
 
 
 def exits():
-    rows = [(0.1, 22, 0.1), (0.1, 30, 0.9), (0.3, 16, 0.1), (0.3, 22, 0.2), (0.3, 30, 0.7)]
-    return pd.DataFrame(rows, columns=["exit_rate", "layers", "share"])
+    return pd.DataFrame({"exit_rate": [0.1, 0.1, 0.3], "layers": [22, 30, 16], "share": [0.1, 0.9, 0.1]})
 
 
 def measures(groups, left):
@@ -148,14 +149,13 @@ def test_exits_have_panels_where_tokens_leave():
         assert len(figure(table(0.1)).axes) == 2 * len(figure(table()).axes)
 
 
-def test_architecture():
+def test_architecture_texts_do_not_overlap():
     fig = architecture.layer()
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
-    boxes = {text.get_text(): text.get_window_extent(canvas.get_renderer()) for text in fig.axes[0].texts}
-    for text, box in boxes.items():
-        assert fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1 and fig.bbox.y0 <= box.y0 and box.y1 <= fig.bbox.y1, text
-        assert not any(box.overlaps(other) for name, other in boxes.items() if name != text), text
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in fig.axes[0].texts]
+    assert all(fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1 for box in boxes)
+    assert not [a for a, b in combinations(boxes, 2) if a.overlaps(b)]
 
 
 def test_show(tmp_path, monkeypatch):
@@ -185,21 +185,13 @@ def test_at_equal_work():
 
 def test_live(tmp_path, monkeypatch):
     """One picture, updated in place; none before there is a row."""
-    shown, updated = [], []
-
-    class Handle:
-        def update(self, bundle, **how):
-            updated.append(bundle)
-
+    shown, handle = [], Mock()
     monkeypatch.setattr(config, "FIGURES", tmp_path / "figures")
-    monkeypatch.setattr(training, "display", lambda bundle, **how: shown.append(bundle) or Handle())
+    monkeypatch.setattr(training, "display", lambda bundle, **how: shown.append(bundle) or handle)
     path, whole = tmp_path / "log.csv", log().query("granularity == 'token'")
     live = training.Live(path, training.gates, "gates", "what it shows", every=0)
-    for rows in (0, 5):
+    for rows in (0, 5, len(whole)):
         whole.head(rows).to_csv(path, index=False)
-        live(False)
-    assert len(shown) == 1 and not updated
-    whole.to_csv(path, index=False)
-    live(True)
-    assert len(shown) == 1 and len(updated) == 1
+        live(rows == len(whole))
+    assert len(shown) == 1 and handle.update.call_count == 1
     assert (tmp_path / "figures" / "gates.png").read_bytes() == style.png(training.gates(whole))
