@@ -30,19 +30,17 @@ def test_fractions():
         assert check_capacity(value) == check_exit_rate(value) == float(value)
     assert check_exit_rate("0") == 0.0
 
-
-@pytest.mark.parametrize("value", [-0.5, 1.0001, math.nan, "abc", "", "70%", None, [0.5]])
-def test_not_a_fraction(value):
-    for check in (check_capacity, check_exit_rate):
-        with pytest.raises(HatError):
-            check(value)
+    for wrong in (-0.5, 1.0001, math.nan, "abc", "", "70%", None, [0.5]):
+        for check in (check_capacity, check_exit_rate):
+            with pytest.raises(HatError):
+                check(wrong)
 
 
-@pytest.mark.parametrize("value", [0, 6, 2.0, "3", None])
-def test_count_is_a_whole_number_within_its_limits(value):
+def test_count():
     assert check_count("steps", 1, 1) == 1 and check_count("steps", 5, 1, 5) == 5
-    with pytest.raises(HatError, match="steps"):
-        check_count("steps", value, 1, 5)
+    for wrong in (0, 6, 2.0, "3", None):
+        with pytest.raises(HatError, match="steps"):
+            check_count("steps", wrong, 1, 5)
 
 
 @given(st.integers(1, 200))
@@ -58,8 +56,7 @@ def test_default_and_published_shapes(tiny_base):
     config = HatConfig.published(random_config("random:tinyllama"))
     assert config == HatConfig(22, "token", (4, 8, 12, 16, 19), 0.55, 0.0)
     config = HatConfig.default(tiny_base)
-    assert config == HatConfig(4, "channel", (1, 2, 3), 0.75, 0.0)
-    assert config == HatConfig.default(tiny_base.model) == HatConfig.default(tiny_base.model.config)
+    assert config == HatConfig(4, "channel", (1, 2, 3), 0.75, 0.0) == HatConfig.default(tiny_base.model.config)
     assert HatConfig.default(tiny_base, capacity=0.6, exit_layers=()) == HatConfig(4, capacity=0.6)
     assert HatConfig(**json.loads(json.dumps(asdict(config)))) == config
 
@@ -77,16 +74,15 @@ def test_wrong_field(name, value):
 
 def test_folders_follow_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HAT_DATA", str(tmp_path))
-    assert data_folder() == tmp_path
     monkeypatch.setenv("HAT_CACHE", str(tmp_path / "mine"))
-    assert cache_dir() == tmp_path / "mine"
+    assert data_folder() == tmp_path and cache_dir() == tmp_path / "mine"
     monkeypatch.setenv("HAT_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_dir() == tmp_path / "hat_lib"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path.home() / ".cache" / "hat_lib"
     monkeypatch.setenv("HAT_CACHE", "cache")
-    with pytest.raises(HatError, match="absolute path, got 'cache'"):
+    with pytest.raises(HatError, match="absolute path"):
         cache_dir()
 
 

@@ -1,8 +1,6 @@
 """What the repository promises as a whole: one list of packages, and notebooks as they were executed."""
 
-import ast
 import re
-import sys
 import tomllib
 from pathlib import Path
 
@@ -24,8 +22,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 def ranges(requirements):
     """Package -> version range, under pip's names."""
-    parsed = [Requirement(r) for r in requirements]
-    return {canonicalize_name(r.name): r.specifier for r in parsed}
+    return {canonicalize_name(r.name): r.specifier for r in map(Requirement, requirements)}
 
 
 def test_conda_pip_and_make_ask_for_the_same_packages():
@@ -37,25 +34,6 @@ def test_conda_pip_and_make_ask_for_the_same_packages():
     assert listed == ranges(PROJECT["dependencies"] + EXTRAS["dev"])
     torch = next(r for r in PROJECT["dependencies"] if Requirement(r).name == "torch")
     assert f"\nTORCH := {torch}\n" in (REPO / "Makefile").read_text()
-
-
-def imported(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
-
-
-def test_every_import_of_the_library_is_declared():
-    declared = ranges(PROJECT["dependencies"] + sum((EXTRAS[e] for e in ("eval", "cluster", "gpu", "peers")), []))
-    # The packages under another name, or that come with another one.
-    distribution = {"yaml": "pyyaml", "IPython": "ipykernel", "pyarrow": "datasets", "PIL": "matplotlib"}
-    distribution |= {"tokenizers": "transformers", "huggingface_hub": "transformers", "llvmlite": "numba"}
-    distribution |= {"psutil": "accelerate", "llama_cpp": "llama-cpp-python"}
-    names = {name for path in (REPO / "hat_lib").rglob("*.py") for name in imported(path)}
-    names -= sys.stdlib_module_names | {"hat_lib"}
-    assert {name for name in names if canonicalize_name(distribution.get(name, name)) not in declared} == set()
 
 
 def test_what_lies_beside_the_modules_is_packaged():
