@@ -86,11 +86,11 @@ def run_name(parameters: dict) -> str:
     """A file name for a run: ``capacity=0.4_seed=0``, sorted by name, with a hash if that is not a valid file name."""
     plain = "_".join(f"{name}={parameters[name]}" for name in sorted(parameters))
     safe = re.sub(r"[^\w.+=-]+", "-", plain, flags=re.ASCII)[:120]
-    return plain if safe == plain else f"{safe}-{_hash(plain)[:8]}"
+    return plain if safe == plain else f"{safe}-{_hash(plain)}"
 
 
 def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def batch(
@@ -110,7 +110,7 @@ def batch(
     """
     notebook, out = Path(notebook).resolve(), Path(out).expanduser().resolve()
     cells = nbformat.read(notebook, as_version=4).cells
-    code = _hash("\0".join(cell.source for cell in cells if cell.cell_type == "code"))[:16]
+    code = _hash("\0".join(cell.source for cell in cells if cell.cell_type == "code"))
     if out.is_dir() and not (out / ROWS).exists() and any(out.iterdir()):
         raise HatError(f"{out} is not empty and holds no {ROWS}: choose a new folder")
     with RowWriter(out / ROWS, BatchRow, key=("run", "attempts")) as rows:

@@ -9,12 +9,11 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from ipywidgets import Image, Layout, SelectionSlider
-from matplotlib.figure import Figure
 
 from hat_lib.backbone.base import BUNDLED
 from hat_lib.config import DATA, work_text
-from hat_lib.plotting import frontier
-from hat_lib.plotting.style import BLUE, ORANGE, PERCENT, RED, STYLE, WIDE
+from hat_lib.plotting import frontier, style
+from hat_lib.plotting.style import BLUE, ORANGE, PERCENT, RED, WIDE
 from hat_lib.rows import results_table
 from hat_lib.workbook.view import CONTROL, View
 
@@ -26,10 +25,8 @@ FILES = ("quality", "layer_shares", "published_claims")
 class FrontierView(View):
     """A slider over the measured settings → a point on the frontier, its numbers, and the work of each layer.
 
-    Args:
-        points: as from `hat_lib.plotting.frontier.points`, including the base.
-        layers: rows of ``layer_shares.csv``; settings without any are left out.
-        claims: rows of ``published_claims.csv``, for time.
+    ``points`` are as from `hat_lib.plotting.frontier.points`, ``layers`` and ``claims`` the rows of
+    ``layer_shares.csv`` and ``published_claims.csv`` (for time); settings without layers are left out.
     """
 
     def __init__(self, points: pd.DataFrame, layers: pd.DataFrame, claims: pd.DataFrame):
@@ -38,7 +35,6 @@ class FrontierView(View):
         points = points.merge(timed, how="left", on=["granularity", "base", *SETTING], suffixes=("", "_timed"))
         points = points.sort_values(["exit_rate", "capacity"]).set_index(SETTING)
         self._points = points[[setting in self._layers for setting in points.index]]
-        self._draw(1 + int(layers["layer"].max()))
         options = [(f"{c:.2f}" + (f", exits {e:.2f}" if e else ""), (c, e)) for c, e in self._points.index]
         self.setting = SelectionSlider(description="Capacity", options=options, **CONTROL)
         self.picture = Image(format="png", layout=Layout(max_width="100%"))
@@ -58,14 +54,8 @@ class FrontierView(View):
 
     def _update(self) -> None:
         row, layers = self._points.loc[self.setting.value], self._layers[self.setting.value]
-        self._marker.set_data([row["model_share"]], [100 * row["increase"]])
-        for bar, executed in zip(self._bars, layers["executed"], strict=True):
-            bar.set_height(executed)
-        self._entered.set_ydata(layers["entered"])
-        file = BytesIO()
-        with mpl.rc_context(STYLE):
-            self._figure.savefig(file, format="png")
-        self.picture.value = file.getvalue()
+        with mpl.rc_context(style.STYLE):
+            self.picture.value = self._picture(row, layers)
         self._say("ready", self._numbers(row, layers))
 
     def _numbers(self, row: pd.Series, layers: pd.DataFrame) -> str:
@@ -82,27 +72,24 @@ class FrontierView(View):
             speed = (speed + " ({device_timed}, {dtype_timed}, {threads_timed:.0f} threads)").format_map(row)
         executed = layers.set_index("layer")["executed"]
         least, most = (f"{executed[i]:.1%} (layer {i})" for i in (executed.idxmin(), executed.idxmax()))
-        lines = [
-            work_text(capacity, row["realised"], exit_rate, row["realised_exit"], row["model_share"]),
-            f"quality: perplexity {increase} {base}",
-            f"time: {speed}",
-            f"executed by layer: least {least}, most {most} (on {layers['tokens'].iloc[0]:,} tokens)",
-        ]
-        return "\n".join(lines)
+        return (
+            f"{work_text(capacity, row['realised'], exit_rate, row['realised_exit'], row['model_share'])}\n"
+            f"quality: perplexity {increase} {base}\ntime: {speed}\n"
+            f"executed by layer: least {least}, most {most} (on {layers['tokens'].iloc[0]:,} tokens)"
+        )
 
-    def _draw(self, n_layers: int) -> None:
-        """The picture, laid out once; an answer only moves its marker, bars and line."""
-        depth = np.arange(n_layers)
-        with mpl.rc_context(STYLE):
-            self._figure = Figure(figsize=(WIDE, frontier.HEIGHT), dpi=96, layout="constrained")
-            cost, work = self._figure.subplots(1, 2)
-            frontier.draw(cost, self._points.reset_index())
-            (self._marker,) = cost.plot([], [], "o", color=RED, markersize=13, fillstyle="none", markeredgewidth=2.5)
-            self._bars = work.bar(depth, 1.0, color=BLUE, label="executed, all tokens").patches
-            label = "tokens that had not left"
-            (self._entered,) = work.plot(depth, np.ones(n_layers), "s-", color=ORANGE, markersize=3, label=label)
-            work.set(xlabel="layer", ylabel="share", ylim=(0, 1.02), xlim=(-0.8, n_layers - 0.2))
-            work.yaxis.set_major_formatter(PERCENT)
-            work.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
-            self._figure.draw_without_rendering()
-            self._figure.set_layout_engine("none")
+    def _picture(self, row: pd.Series, layers: pd.DataFrame) -> bytes:
+        """The frontier with this point marked, and the work of each layer, as a PNG file of always the same size."""
+        file = BytesIO()
+        fig, (cost, work) = style.panels(2, height=frontier.HEIGHT, width=WIDE, sharey=False)
+        frontier.draw(cost, self._points.reset_index())
+        marker = {"markersize": 13, "fillstyle": "none", "markeredgewidth": 2.5}
+        cost.plot(row["model_share"], 100 * row["increase"], "o", color=RED, **marker)
+        work.bar(layers["layer"], layers["executed"], color=BLUE, label="executed, all tokens")
+        label = "tokens that had not left"
+        work.plot(layers["layer"], layers["entered"], "s-", color=ORANGE, markersize=3, label=label)
+        work.set(xlabel="layer", ylabel="share", ylim=(0, 1.02), xlim=(-0.8, len(layers) - 0.2))
+        work.yaxis.set_major_formatter(PERCENT)
+        style.legend_above(work, 2)
+        fig.savefig(file, format="png", dpi=96)
+        return file.getvalue()

@@ -53,8 +53,7 @@ class GenerateView(View):
         self._infer, self._max_new_tokens = infer, max_new_tokens
         self._passages: list[Passage] = []
         self.table = pd.DataFrame()
-        """a row per text: how fast it came, what it executed and where it parts from the dense text. In lossless mode
-        the work is that of the drafts, and the model share that of all that ran, verification included"""
+        """a row per text: its speed, what it executed (in lossless mode its drafts) and where it parts from dense"""
         self.prompt = Textarea(prompt, description="Prompt", rows=2, **ON_RELEASE)
         self.capacities = Text(", ".join(f"{c:g}" for c in capacities), description="Capacities", **ON_RELEASE)
         self.exit_rate = share_slider("Exit rate", infer.hat.exit_rate)
@@ -162,17 +161,19 @@ def _table(passages: list[Passage], texts: list[Generation], speeds: np.ndarray)
     nan where a text is too short."""
     rows, dense = [], passages[0]
     for passage, text, own in zip(passages, texts, speeds, strict=True):
-        ratio, at = np.median(own / speeds[0]), passage.mark
-        slower = ", slower than dense" if round(ratio, 2) < 1 else ""
-        drafts, verified = (" of drafts", " with verification") if text.mode == "lossless" else ("", "")
+        ratio, at, lossless = np.median(own / speeds[0]), passage.mark, text.mode == "lossless"
+        drafts, verified = (" of drafts", " with verification") if lossless else ("", "")
         parting = f"nowhere in {len(passage.tokens)} tokens"
         if at is not None:
             parting = f"at token {at + 1}: {quoted(passage.tokens[at])} for {quoted(dense.tokens[at])}"
-        if text.mode == "lossless":
-            parting += f"; {text.acceptance:.0%} of the drafts stood"
-        row = {"text": passage.title, "tokens/s": f"{np.median(own):.1f} ({min(own):.1f} to {max(own):.1f})"}
-        row |= {"speed": f"{ratio:.2f}x{slower}", "realised": f"{text.capacity:.3f}{drafts}"}
-        row |= {"left early": f"{text.exit_rate:.1%}{drafts}", "model share": f"{text.model_share:.1%}{verified}"}
-        rows.append(row | {"parts from dense": parting})
+        rows.append({
+            "text": passage.title,
+            "tokens/s": f"{np.median(own):.1f} ({min(own):.1f} to {max(own):.1f})",
+            "speed": f"{ratio:.2f}x" + (", slower than dense" if round(ratio, 2) < 1 else ""),
+            "realised": f"{text.capacity:.3f}" + drafts,
+            "left early": f"{text.exit_rate:.1%}" + drafts,
+            "model share": f"{text.model_share:.1%}" + verified,
+            "parts from dense": parting + (f"; {text.acceptance:.0%} of the drafts stood" if lossless else ""),
+        })  # fmt: skip
     rows[0] |= {"speed": "", "parts from dense": ""}
     return pd.DataFrame(rows)

@@ -60,10 +60,9 @@ def parse_parameters(assignments: list[str], notebooks: list[Path]) -> dict:
             raise HatError(f"{notebook.name} cannot be read as a notebook: {error}") from error
         for assignment in assignments:
             name, equals, text = assignment.partition("=")
-            if not equals:
-                raise HatError(f"a parameter is written name=value, got {assignment!r}")
-            if name not in known:
-                raise HatError(f"{notebook.name} has no parameter {name!r}; it has: {', '.join(known) or 'none'}")
+            if not equals or name not in known:
+                names = ", ".join(known) or "none"
+                raise HatError(f"{notebook.name} takes NAME=VALUE of its parameters ({names}), got {assignment!r}")
             parameters[name] = _typed(name, text, _literal(known[name]["default"]))
     return parameters
 

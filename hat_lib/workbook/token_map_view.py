@@ -42,11 +42,8 @@ class TokenMap(anywidget.AnyWidget):
 class TokenMapView(View):
     """A prompt and two sliders → the map of what each token ran in each layer, and everything about the selected token.
 
-    An answer takes two forwards, one of the base and one at the capacity.
-
-    Args:
-        hat: after each answer, left at the capacity and exit rate it had.
-        prompts: to choose from, by name; any other can be typed.
+    An answer takes two forwards, one of the base and one at the capacity. The model is left at the capacity and exit
+    rate it had. ``prompts`` are to choose from, by name; any other can be typed.
     """
 
     def __init__(self, hat: HierarchicalTransformer, prompts: Mapping[str, str]):

@@ -42,10 +42,8 @@ class View(VBox):
         """Update the view, whenever a control changes; an exception, such as that of the stop button, is its status."""
         try:
             self._update()
-        except HatError as error:
-            self._say("error", str(error))
-        except KeyboardInterrupt:
-            self._say("error", "interrupted")
+        except (HatError, KeyboardInterrupt) as error:
+            self._say("error", str(error) or "interrupted")
         except Exception as error:
             self._say("error", f"{type(error).__name__}: {error}")
 
