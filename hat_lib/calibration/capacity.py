@@ -37,15 +37,12 @@ from hat_lib.model.transformer import HierarchicalTransformer
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 # Least share of a site in the damage split: nothing is ever switched off entirely.
 FLOOR = 0.05
-SPLITS = ("damage", "uniform", "learned")
+SPLITS = ("damage", "uniform")
 
 Thresholds = dict[tuple[int, str], float]
 """of each (layer, site) that may skip"""
 Head = tuple[float, float, float] | None
 """threshold, margin and expected share of the head; None reads it in full"""
-Split = Callable[[float], Thresholds]
-HeadSplit = Callable[[float], Head]
-"""both from a budget in (0, 1)"""
 
 
 def calibrate(
@@ -73,8 +70,8 @@ def calibrate(
 
     Raises `HatError` for a text with fewer than 256 tokens, or whose scores are all equal.
     """
-    if split not in SPLITS[:2]:
-        raise HatError(f"split must be {' or '.join(SPLITS[:2])}, got {split!r}")
+    if split not in SPLITS:
+        raise HatError(f"split must be {' or '.join(SPLITS)}, got {split!r}")
     fit, check = held_out_parts(hat, blocks)
     with torch.no_grad():
         if hat.grain.logits:
@@ -110,14 +107,15 @@ def calibrate(
 def calibrate_learned(
     hat: HierarchicalTransformer,
     blocks: Iterable[list[int]],
-    split: Split,
-    head: HeadSplit,
+    split: Callable[[float], Thresholds],
+    head: Callable[[float], Head],
     *,
     text: str = "",
     progress: bool = True,
 ) -> Calibration:
-    """Like `calibrate`, for trained routers: ``split`` gives the thresholds that they were trained with, ``head`` the
-    head's. Nothing is fitted, so the table is measured on all of ``blocks``, which training must not have read."""
+    """Like `calibrate`, for trained routers: from a budget in (0, 1), ``split`` gives the thresholds that they were
+    trained with, ``head`` the head's. Nothing is fitted, so the table is measured on all of ``blocks``, which training
+    must not have read."""
     batches = check_batches(block_tensors(hat, blocks))
     thresholds, heads = [split(budget) for budget in BUDGETS], [head(budget) for budget in BUDGETS]
     return _set_table(hat, thresholds, heads, batches, "learned", text, progress)

@@ -1,11 +1,10 @@
 """Calibrate exits: the table that turns an exit rate, at a capacity, into one threshold per gate.
 
-A gate is trained to say whether the token that would be read here is the base's. On held-out text, what it says is
-mapped to how often that was true (a logistic map per gate: Platt 1999), which makes the gates comparable. All of them
-then share one bar: a token leaves at the first exit whose chance of agreeing with the base is above it. The rate that a
-bar realises, and how often those that left agree, is measured on other blocks, with exits on, because tokens that left
-change the keys and values that later tokens see. Skipped work changes what a gate reads, so all of this is done at
-several capacities.
+A gate scores whether the token read here is the base's. On held-out text, its score is mapped to how often that was
+true (a logistic map per gate: Platt 1999), which makes the gates comparable. All of them then share one bar: a token
+leaves at the first exit whose chance of agreeing with the base is above it. The rate that a bar realises, and how
+often those that left agree, is measured on other blocks, with exits on, because tokens that left change the keys and
+values that later tokens see. Skipped work changes what a gate reads, so all of this is done at several capacities.
 """
 
 from __future__ import annotations
@@ -41,20 +40,16 @@ def calibrate_exits(
     *,
     progress: bool = True,
 ) -> tuple[Calibration, list[list[float]]]:
-    """Measure the exits of ``hat`` at rising ``capacities``; sets its calibration, with exits.
+    """Measure the exits of ``hat`` at ``capacities``; sets its calibration, with exits.
 
     Maps and bars are fitted on about three quarters of ``blocks``, which training must not have read; what they realise
     is measured on the rest. Returns the calibration and, for each of its capacities and exit rates (after 0), how often
-    tokens that left agree with the base (1 if none did). Raises `HatError` without exit layers, without a calibration
-    of capacities, for capacities out of order, or with fewer than 256 tokens.
+    tokens that left agree with the base (1 if none did). Raises `HatError` without exit layers or a calibration of
+    capacities, and for fewer than 256 tokens.
     """
-    if not hat.gates:
-        raise HatError("no exits to calibrate: the config has no exit layers")
-    if hat.calibration is None:
-        raise HatError("calibrate capacities before exits")
-    capacities = [check_capacity(c) for c in capacities]
-    if not capacities or sorted(set(capacities)) != capacities:
-        raise HatError(f"capacities must be at least one, and rise, got {capacities}")
+    if not hat.gates or hat.calibration is None:
+        raise HatError("exits are calibrated on a model with exit layers, and after its capacities")
+    capacities = sorted(check_capacity(c) for c in capacities)
     (fit, check), tables = held_out_parts(hat, blocks), []
     with hat.dense():
         base = [hat.lm(block, use_cache=False).logits.argmax(-1) for block in check]

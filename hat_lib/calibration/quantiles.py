@@ -75,9 +75,8 @@ class ScoreQuantiles(NamedTuple):
     tables: dict[tuple[int, str], np.ndarray]
     """scores at evenly spaced quantiles, by (layer, site)"""
     tokens: int
-    """that the scores were drawn from"""
     scores: int
-    """drawn at the site with most of them"""
+    """drawn at the site with most of them, from so many tokens"""
 
     def threshold(self, key: tuple[int, str], share: float) -> float:
         """The threshold that keeps ``share`` of a site's scores."""
@@ -98,9 +97,8 @@ def score_quantiles(
     Both rows and channels are drawn from the whole text: on a wide base, a stride would take one token per block.
     Protected tokens are left out. Raises `HatError` if all scores are equal (token routers that were never fitted).
     """
-    total, drawn = sum(b.shape[1] for b in blocks), np.random.default_rng(seed)
+    total, drawn, tokens = _size(blocks), np.random.default_rng(seed), 0
     found: dict[tuple[int, str], list[Tensor]] = {}
-    tokens = 0
 
     def collect(layer, site, x, rows, state):
         score = hat.scores(layer, site, x)[~state.protected.view(-1)].flatten()
@@ -112,9 +110,8 @@ def score_quantiles(
     with hat.dense(), hat.using(collect):
         for _ in forwards(hat, blocks, "scores", progress):
             tokens += int((~hat.trace.protected).sum())
-    grid = np.linspace(0, 1, QUANTILES)
     kept = {key: torch.cat(scores).cpu().numpy() for key, scores in found.items()}
-    tables = {key: np.quantile(scores, grid) for key, scores in kept.items()}
+    tables = {key: np.quantile(scores, np.linspace(0, 1, QUANTILES)) for key, scores in kept.items()}
     if all(q[0] == q[-1] for q in tables.values()):
         raise HatError("every router score is equal, so no threshold can tell tokens apart: train or fit the routers")
     return ScoreQuantiles(tables, tokens, max(map(len, kept.values())))

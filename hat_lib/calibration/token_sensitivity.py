@@ -9,8 +9,7 @@ t, thresholds scale as ``exp(-eta / 2)``. So the sensitivity, which divides a to
 ``u = eta / 2``.
 
 Prices are measured where `SHARE` of the channels is kept, and used at every capacity. At 0.62 of the layers' work that
-lowers the KL from the base, by an eighth; at 0.40 it hurts: there, models calibrated without it have lower KL and lower
-perplexity, untrained and after a short training, on both texts (``data/results/ablations.csv``).
+lowers the KL from the base, by an eighth; at 0.40 it hurts (``data/results/ablations.csv``).
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hat_lib.config import HatError
 from hat_lib.model.transformer import HierarchicalTransformer
 
 # At most this many tokens in the backward pass: their inputs are kept, in half precision, for every layer.
@@ -45,7 +43,7 @@ def fit_token_sensitivity(
     hat: HierarchicalTransformer, blocks: list[Tensor], thresholds: dict, seed: int, progress: bool = True
 ) -> None:
     """Set the weights of ``hat``'s token routers from ``blocks``, int64 ``[1, T]`` each; ``thresholds`` are the score
-    thresholds by (layer, site) at which `SHARE` is kept."""
+    thresholds by (layer, site) at which `SHARE` is kept, ``seed`` is for the targets drawn from the base."""
     prices, inputs = token_prices(hat, blocks, thresholds, seed, progress)
     prices = prices / prices.mean(1, keepdim=True).clamp(min=1e-12)
     for layer in tqdm(range(len(prices)), desc="token sensitivity", disable=not progress):
@@ -64,13 +62,9 @@ def token_prices(
 ) -> tuple[Tensor, list[Tensor]]:
     """What it would cost each token to drop its channels at or below ``thresholds``, in one layer at a time.
 
-    ``blocks`` and ``thresholds`` are as in `fit_token_sensitivity`, ``seed`` is for the targets drawn from the base.
-    Token routers are not used. Returns the prices in nats of KL divergence, fp32 ``[L, n]``, and what predicts them,
-    the inputs of q|k|v: L of ``[n, D]`` in half precision. n counts the tokens that are not protected, in order.
-    Raises `HatError` at the token grain, which has no token sensitivity.
+    Arguments as in `fit_token_sensitivity`. Returns the prices in nats of KL divergence, fp32 ``[L, n]``, and what
+    predicts them, the inputs of q|k|v: L of ``[n, D]`` in half precision. n counts the tokens that are not protected.
     """
-    if not hat.grain.scales_thresholds:
-        raise HatError(f"the {hat.grain.name} grain has no token sensitivity")
     price, inputs = ([[] for _ in range(hat.config.n_layers)] for _ in range(2))
 
     def see(layer: int, site: str, x: Tensor, value: Tensor):
@@ -94,9 +88,8 @@ def token_prices(
 def log_linear(x: Tensor, y: Tensor, steps: int = 60) -> tuple[Tensor, Tensor]:
     """``w`` and ``b`` of ``log E[y | x] = w.x + b``, for exponentially distributed y.
 
-    The most probable ones under a normal prior that gives ``w.x`` the standard deviation `PRIOR`, whatever the number
-    of columns (for the model: McCullagh and Nelder 1989, chapter 8). Convex; solved by L-BFGS. ``x`` is fp32
-    ``[n, D]``, ``y`` fp32 ``[n]``, at least 0, not all 0.
+    The most probable ones under a normal prior that gives ``w.x`` the standard deviation `PRIOR` (McCullagh and Nelder
+    1989, chapter 8), by L-BFGS. ``x`` is fp32 ``[n, D]``, ``y`` fp32 ``[n]``, at least 0, not all 0.
     """
     mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
     columns = (x - mean) / spread
@@ -134,8 +127,7 @@ def backward(
         if use is not None:
             activation.register_hook(lambda gradient: use(gradient.flatten(0, -2)))
 
-    generator = torch.Generator(hat.base.device).manual_seed(seed)
-    tokens = 0
+    generator, tokens = torch.Generator(hat.base.device).manual_seed(seed), 0
     with hat.dense(), hat.watching(see):
         for block in tqdm(blocks, desc=label, disable=not progress):
             with torch.enable_grad():

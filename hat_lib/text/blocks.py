@@ -1,18 +1,17 @@
 """Text -> blocks of tokens, the same rows whatever the source.
 
 A block never spans two documents. With a ``stride`` below ``block_size`` the windows of one document overlap, and each
-token is scored once, in the window where it is new: ``n_context`` says how many leading tokens are only context (the
-strided perplexity of transformers' documentation). The tokenizer's own special tokens are kept, such as a leading BOS.
+token is scored once, in the window where it is new: ``n_context`` leading tokens are only context (the strided
+perplexity of transformers' documentation). The tokenizer's own special tokens are kept, such as a leading BOS.
 
 Sources:
     bundled, addresses, docstrings, encyclopedia, news, reserve   see `hat_lib.text.corpora`
     a .txt or .md file (one document), a .jsonl (field "text") or .parquet (column "text")
     a Hub dataset, ``owner/name`` or ``owner/name:config``, streamed; field "text"
 
-A file is split by document, 90 / 5 / 5 % in the order of the SHA-256 of the text, so splits depend neither
-on the order of lines nor on a seed, and equal texts stay together. With fewer than three distinct documents,
-each is cut by position instead: the first 90 % of its characters are train, the next 5 % validation, the
-last 5 % test. Split "all" is the whole of a source, in its own order.
+A file is split by document, 90 / 5 / 5 % in the order of the SHA-256 of the text, so equal texts stay together. With
+fewer than three distinct documents, each is split by position: the first 90 % of its characters are train, the next 5 %
+validation, the last 5 % test. Split "all" is the whole of a source, in its own order.
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ def load_text(
         max_tokens: stop after this many tokens, context not counted; the last block may be cut short.
 
     Returns rows ``input_ids`` (list of 2 to block_size ints), ``doc`` (document id) and ``n_context`` (int). Raises
-    `HatError` for an unknown source or split, an unreadable file, a document of which more is wanted than `first_ids`
-    reads, fewer than two tokens in all, a bad size, or a Hub that cannot be reached.
+    `HatError` for an unknown source or split, an unreadable file, a document too long to tokenise at once, fewer than
+    two tokens in all, a bad size, or a Hub that cannot be reached.
     """
     if tokenizer is None:
         raise HatError("load_text needs a tokenizer: pass that of the base")
@@ -99,10 +98,8 @@ def held_out(
     block_size: int = 512,
     splits: Sequence[str] = ("train", "validation"),
 ) -> Dataset:
-    """About ``tokens`` tokens that no test sees: evenly spaced blocks, in equal parts from ``splits``.
-
-    For a calibration where nothing is trained, both splits are held out, and the older text widens the range; after
-    training, only validation is. Rows and errors as in `load_text`; a split shorter than its part gives what it has.
+    """About ``tokens`` tokens that no test sees: evenly spaced blocks, in equal parts from ``splits``. After training,
+    only validation is held out. Rows and errors as in `load_text`; a shorter split gives what it has.
     """
     parts = []
     for split in splits:
@@ -115,9 +112,8 @@ def held_out(
 def first_ids(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int | None, name: str = "the text") -> list[int]:
     """The first ``tokens`` ids of a text, None for all, without tokenising all of a long one.
 
-    A beginning is tokenised, then one at least twice as long, until the ids stay the same: a tokenizer looks only so
-    far ahead. Raises `HatError` with the ``name`` of the text if this takes more than `WHOLE_BYTES`, and for fewer
-    than two ``tokens``.
+    A beginning is tokenised, then one at least twice as long, until the ids stay the same. Raises `HatError` with the
+    ``name`` of the text if this takes more than `WHOLE_BYTES`, and for fewer than two ``tokens``.
     """
     end = len(text) if tokens is None else 1000 + 6 * check_count("max_tokens", tokens, 2)  # most text has < 6 a token
     before: list[int] = []
@@ -163,7 +159,7 @@ def windows(length: int, block_size: int, stride: int) -> Iterator[tuple[int, in
 
 
 def text_hash(dataset: Dataset) -> str:
-    """SHA-256 (hex) of the document ids and tokens in order: identifies the exact text in a row of results."""
+    """SHA-256 (hex) of the document ids and tokens in order."""
     digest = hashlib.sha256()
     for row in dataset:
         ids = np.asarray(row["input_ids"], dtype="<i8")
@@ -174,10 +170,7 @@ def text_hash(dataset: Dataset) -> str:
 def names_file(source: str | Path) -> bool:
     """Whether a source is read as a file, whether or not it exists."""
     path = Path(os.path.expanduser(source))
-    try:
-        return str(source) not in CORPORA and (path.suffix.lower() in SUFFIXES or path.exists())
-    except OSError:  # such as a text instead of a file name
-        return False
+    return str(source) not in CORPORA and (path.suffix.lower() in SUFFIXES or os.path.exists(path))
 
 
 def default_split(source: str | Path, hat) -> str:
@@ -217,8 +210,6 @@ def _read(path: Path) -> list[Document]:
         text = path.read_bytes().decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise HatError(f"cannot read {path}: {first_line(error)}") from error
-    if "\0" in text:
-        raise HatError(f"{path} is not text: it has a NUL")
     return list(_read_jsonl(path, text)) if suffix == ".jsonl" else [(path.name, text)]
 
 

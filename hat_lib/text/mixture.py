@@ -1,7 +1,7 @@
 """What a run trains on: sources mixed evenly, including text that the frozen base wrote itself.
 
-Thresholds trained on one kind of text got better there and worse elsewhere, so the default mixes addresses with the
-base's own text, as LLM-QAT does (Liu et al. 2023, arXiv:2305.17888); here nothing is greedy. There are two such texts:
+Thresholds trained on one kind of text got better there and worse elsewhere, so recipes mix addresses with the base's
+own text, as LLM-QAT does (Liu et al. 2023, arXiv:2305.17888). There are two such texts:
 
 self      every token is drawn from the base's whole distribution at temperature 1. The first is BOS if the tokenizer
           begins a text with it; otherwise it is drawn uniformly from the vocabulary without its special tokens.
@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +37,7 @@ SELF, OPENINGS = "self", "openings"
 OWN = (SELF, OPENINGS)
 """text that the base writes itself"""
 TOP_P, TOP_K = 0.95, 1000
+OPENINGS_FILE = FOLDER / "openings.json"
 
 
 def sources(text: str) -> list[str]:
@@ -89,9 +89,9 @@ def self_text(
     """Blocks of text sampled from ``base``.
 
     Each batch of blocks has a random stream of its own, seeded by ``(seed, batch)``: more ``tokens`` later continue
-    the same text. Batches are kept under ``cache_dir()/SOURCE_text``, by all that changes them, so that an interrupted
-    call resumes at the batch in which it stopped. Sampled again, the text is the same on the same device with the same
-    number of threads; elsewhere a block takes another course where a draw falls close to a boundary.
+    the same text. Batches are kept under ``cache_dir()/SOURCE_text``, so an interrupted call resumes at its batch.
+    Sampled again, the text is the same on the same device with the same number of threads; elsewhere a block takes
+    another course where a draw falls close to a boundary.
 
     Args:
         base: a plain base, or one that `HierarchicalTransformer.unload` has given back.
@@ -99,7 +99,6 @@ def self_text(
         source: one of `OWN`.
         block_size: tokens in every block, from 2 to the base's context.
         batch_size: blocks sampled at once. Changing it changes the text.
-        seed: at least 0.
 
     Returns rows as in `load_text`, whose ``doc`` is "SOURCE-SEED:ROW". Raises `HatError` for a bad size, a base that
     carries a HierarchicalTransformer, or a cache that cannot be written.
@@ -111,31 +110,30 @@ def self_text(
     dtype = str(base.dtype).removeprefix("torch.")
     name = f"{base.fingerprint[:16]}-{dtype}-{batch_size}x{block_size}-seed{seed}"
     if source == OPENINGS:
-        name += f"-p{TOP_P}-k{TOP_K}-{hashlib.sha256(_openings_file().read_bytes()).hexdigest()[:8]}"
+        name += f"-p{TOP_P}-k{TOP_K}-{hashlib.sha256(OPENINGS_FILE.read_bytes()).hexdigest()[:8]}"
     folder = cache_dir() / f"{source}_text" / name
-    n_rows = -(-tokens // block_size)
-    files = [folder / f"{batch:05d}.npz" for batch in range(-(-n_rows // batch_size))]
-    batches = [_read(file) for file in files]
-    missing = [batch for batch, ids in enumerate(batches) if ids is None]
+    n_rows = math.ceil(tokens / block_size)
+    files = [folder / f"{batch:05d}.npz" for batch in range(math.ceil(n_rows / batch_size))]
+    missing = [batch for batch, file in enumerate(files) if not file.exists()]
     total = len(missing) * batch_size * block_size
-    with tqdm(total=total, desc=f"{source} text", unit="token", disable=not progress or not missing) as bar:
-        for batch in missing:
-            try:
+    try:
+        with tqdm(total=total, desc=f"{source} text", unit="token", disable=not progress or not missing) as bar:
+            for batch in missing:
                 folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=folder) as scratch:  # a full cache is reported before the work
-                    batches[batch] = _sample(base, (batch_size, block_size), [seed, batch], source, bar)
-                    np.savez(Path(scratch, "ids.npz"), input_ids=batches[batch])
+                with tempfile.TemporaryDirectory(dir=folder) as scratch:  # a file appears when it is whole
+                    ids = _sample(base, (batch_size, block_size), [seed, batch], source, bar)
+                    np.savez(Path(scratch, "ids.npz"), input_ids=ids)
                     os.replace(Path(scratch, "ids.npz"), files[batch])
-            except OSError as error:
-                raise HatError(f"cannot write the cache ({error}); set HAT_CACHE to a folder with room") from error
+    except OSError as error:
+        raise HatError(f"cannot write the cache ({error}); set HAT_CACHE to another folder") from error
     docs = [f"{source}-{seed}:{row}" for row in range(n_rows)]
-    ids = np.concatenate(batches)[:n_rows].tolist()
+    ids = np.concatenate([np.load(file)["input_ids"] for file in files])[:n_rows].tolist()
     return Dataset.from_dict({"input_ids": ids, "doc": docs, "n_context": [0] * n_rows})
 
 
 def openings(count: int, rng: np.random.Generator) -> list[str]:
     """Beginnings of texts, drawn evenly over kinds, then over a kind's patterns, whose blanks are filled at random."""
-    known = json.loads(_openings_file().read_text(encoding="utf-8"))
+    known = json.loads(OPENINGS_FILE.read_text(encoding="utf-8"))
     kinds = list(known["patterns"].values())
     return [_opening(kinds[i], known["words"], rng) for i in rng.integers(len(kinds), size=count)]
 
@@ -154,10 +152,6 @@ def _opening(patterns: list[str], words: dict[str, list[str]], rng: np.random.Ge
         name=f"{first} {draw('last')}", n=draw("view"), year=rng.integers(1750, 2024), day=rng.integers(1, 29),
         number=rng.integers(2, 100), digit=rng.integers(1, 10),
     )  # fmt: skip
-
-
-def _openings_file() -> Path:
-    return FOLDER / "openings.json"
 
 
 @torch.inference_mode()
@@ -209,15 +203,3 @@ def _first_tokens(base: Base, rows: int, rng: np.random.Generator) -> np.ndarray
         return np.full(rows, start[0])
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return rng.choice(sorted(set(tokenizer.get_vocab().values()) - special), rows)
-
-
-def _read(path: Path) -> np.ndarray | None:
-    """The ids in a file, or None if it is missing or damaged; a zip file carries a checksum."""
-    if not path.exists():
-        return None
-    try:
-        with np.load(path) as file:
-            return file["input_ids"]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        print(f"{path} is damaged, making it again", file=sys.stderr)
-        return None

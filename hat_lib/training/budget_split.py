@@ -4,11 +4,7 @@ Calibration prices each site on its own, close to the dense model. Where half of
 differently, and another split of the same budget costs a third less KL divergence
 (docs/experiments/learned-split.md). What is learned is one offset of the log-score for each (layer, site), at a few
 knots of capacity; between knots it follows a straight line, below the first it stays, and from `UNTIL` on it is 0,
-because there the prices are right.
-
-An offset moves all channels of a site together, by the same straight-through gradient as their scales. As it sums the
-gradient over them, it can take far larger steps. After training it is part of the table of thresholds, and no part of a
-checkpoint.
+because there the prices are right. After training it is part of the table of thresholds, and no part of a checkpoint.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Columns: phase, step, steps, seconds, then the metrics of `hat_lib.training.objective` averaged since the previous row,
 the share of each site (``share_qkv`` ...) and of each layer (``share_0`` ...), gradient norm, learning rate, tokens per
-second and the estimated seconds left. A cell is empty where a phase has no such metric. A resumed run drops the rows
-past the step it resumes from.
+second and the estimated seconds left. A cell is empty where a phase has no such metric.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import csv
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
@@ -24,7 +24,7 @@ class Log:
     """Appends to ``path``, and to tensorboard files in ``work``; for the main process only.
 
     Args:
-        start: the step that the phase goes on from.
+        start: the step that the phase goes on from; rows past it are dropped.
         n_processes: each adds as many tokens as this one.
     """
 
@@ -33,9 +33,9 @@ class Log:
     ):
         self.path, self.phase, self.hat, self.first, self.steps = path, phase, hat, start, steps
         self.n_processes = n_processes
-        shares = [f"share_{s}" for s in hat.grain.sites] + [f"share_{i}" for i in range(hat.config.n_layers)]
+        self.shares = [f"share_{s}" for s in hat.grain.sites] + [f"share_{i}" for i in range(hat.config.n_layers)]
         tail = ["grad_norm", "learning_rate", "tokens_per_second", "eta_seconds"]
-        self.columns = ["phase", "step", "steps", "seconds", *METRICS, *shares, *tail]
+        self.columns = ["phase", "step", "steps", "seconds", *METRICS, *self.shares, *tail]
         kept = _rows(path) if start or phase != "routers" else []
         kept = [row for row in kept if row["phase"] != phase or int(row["step"]) <= start]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,49 +47,38 @@ class Log:
         temporary.replace(path)
         self.before, self.began = seconds_so_far(path, phase), time.monotonic()
         self.board = SummaryWriter(work / "tensorboard", purge_step=start + 1)
-        self._clear()
-
-    def _clear(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.site_share, self.count, self.tokens, self.since = None, 0, 0, time.monotonic()
+        self.added: list[dict[str, float]] = []
+        self.tokens, self.since = 0, self.began
 
     def add(self, metrics: dict, tokens: int) -> None:
         """Add one micro-batch: what `Objective` returned, and its number of real tokens."""
-        for name in METRICS:
-            if name in metrics:
-                self.sums[name] = self.sums.get(name, 0.0) + float(torch.as_tensor(metrics[name]).detach())
+        values = {name: float(torch.as_tensor(metrics[name]).detach()) for name in METRICS if name in metrics}
         if "site_share" in metrics:
             share = metrics["site_share"].cpu()
-            self.site_share = share if self.site_share is None else self.site_share + share
-        self.count, self.tokens = self.count + 1, self.tokens + tokens
+            by_layer = share @ torch.tensor(self.hat.site_work)
+            values |= dict(zip(self.shares, [*share.mean(0).tolist(), *by_layer.tolist()], strict=True))
+        self.added.append(values)
+        self.tokens += tokens
 
     def write(self, step: int, grad_norm: float, learning_rate: float) -> float:
         """Write the row of a step; returns its loss."""
         now = time.monotonic()
-        values = {name: total / self.count for name, total in self.sums.items()}
-        row = {name: f"{value:.6g}" for name, value in values.items()}
-        if self.site_share is not None:
-            share = self.site_share / self.count
-            by_layer = share @ torch.tensor(self.hat.site_work)
-            row |= {f"share_{s}": f"{v:.4f}" for s, v in zip(self.hat.grain.sites, share.mean(0).tolist(), strict=True)}
-            row |= {f"share_{i}": f"{v:.4f}" for i, v in enumerate(by_layer.tolist())}
+        means = dict(pd.DataFrame(self.added).mean()) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
         pace = (now - self.began) / (step - self.first)
-        row |= {
+        row = {name: f"{value:.6g}" for name, value in means.items()} | {
             "phase": self.phase,
             "step": step,
             "steps": self.steps,
             "seconds": f"{self.before + now - self.began:.1f}",
-            "grad_norm": f"{grad_norm:.4g}",
-            "learning_rate": f"{learning_rate:.4g}",
             "tokens_per_second": f"{self.tokens * self.n_processes / (now - self.since):.0f}",
             "eta_seconds": f"{pace * (self.steps - step):.0f}",
         }
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
-        for name, value in (values | {"grad_norm": grad_norm, "learning_rate": learning_rate}).items():
-            self.board.add_scalar(f"train/{name}", value, step)
-        self._clear()
-        return values["loss"]
+        for name in means.keys() - set(self.shares):
+            self.board.add_scalar(f"train/{name}", means[name], step)
+        self.added, self.tokens, self.since = [], 0, now
+        return means["loss"]
 
     def close(self) -> None:
         self.board.close()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hat_lib.config import HatError
+from hat_lib.training.straight_through import row_slices
 
 
 def distillation(teacher: Tensor, student: Tensor) -> Tensor:
@@ -22,6 +22,8 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """``sum_v p_v (log p_v - log q_v)`` of each token, with p = softmax(teacher), q = softmax(student).
 
     KL(teacher || student) in nats (Hinton et al. 2015, arXiv:1503.02531, at temperature 1), >= 0 up to rounding.
+    Its gradient, ``q - p``, is computed in the same pass, a few rows at a time: autograd by itself would go through
+    several tensors of the logits' size.
 
     Args:
         teacher: finite logits ``[..., V]``; they get no gradient.
@@ -30,19 +32,24 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     Returns:
         ``[...]``, fp32 or fp64.
     """
-    log_p = _at_least_fp32(teacher.detach()).log_softmax(-1)
-    log_q = _at_least_fp32(student).log_softmax(-1)
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    width = student.shape[-1]
+    teacher, logits = teacher.reshape(-1, width), student.reshape(-1, width)
+    with torch.no_grad():
+        slope, kl = torch.empty_like(logits), _at_least_fp32(logits[:, 0]).clone()
+        for rows in row_slices(logits):
+            log_p, log_q = (_at_least_fp32(part[rows]).log_softmax(-1) for part in (teacher, logits))
+            p = log_p.exp()
+            kl[rows] = log_p.sub_(log_q).mul_(p).sum(-1)
+            slope[rows] = log_q.exp_().sub_(p).to(slope.dtype)
+    inner = torch.linalg.vecdot(slope, logits)  # its value cancels, its gradient stays
+    return (kl + (inner - inner.detach())).view(student.shape[:-1])
 
 
 def budget(share: Tensor, target: float | Tensor) -> Tensor:
     """``|share - target|``: how far the executed share of work is from the requested capacity, both in [0, 1].
 
-    ``share`` is the GLOBAL mean share, a scalar with gradient. Only the mean is constrained, so layers and tokens are
-    free to find their own shares.
+    ``share`` is the GLOBAL mean, a scalar with gradient, so layers and tokens are free to find their own shares.
     """
-    if share.dim():
-        raise HatError(f"share must be one number, the global mean, got shape {list(share.shape)}")
     return (share - target).abs()
 
 

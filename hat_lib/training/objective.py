@@ -48,33 +48,30 @@ class Relaxed:
         """token grain: the routers' scores ``[B*T]``, one tensor per layer"""
 
     def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: TokenState):
-        grain, threshold = self.hat.grain, self.thresholds[layer, site]
-        place = layer, list(self.work).index(site)
+        grain, routers, threshold = self.hat.grain, self.hat.routers, self.thresholds[layer, site]
+        site_number = grain.sites.index(site)
         real, protected = state.real.view(-1), state.protected.view(-1)
+        offset = 0.0 if self.offsets is None else self.offsets[layer, site_number]
+        if grain.scales_thresholds and not self.noise:
+            router = routers[f"{layer}_{site}"]
+            log_scale = router.log_scale + offset
+            scale = grain.threshold_scale(routers, layer, site, x.detach(), state)
+            thresholds = (threshold / (router.column_norm * log_scale.exp())).detach() * scale
+            rows = {"protected": protected, "real": real}
+            masked, keep, share = masked_channels(x, log_scale, thresholds, temperature=self.temperature, **rows)
+            self._add(site, share)
+            return MaskedInput(masked, keep)
+        score = grain.score(routers, layer, site, x, state)
         if grain.logits:
-            logit = grain.score(self.hat.routers, layer, site, x, state)
-            self.scores.append(logit)
-            logit = logit - threshold
+            self.scores.append(score)
+            logit = score - threshold
         else:
-            offset = 0.0 if self.offsets is None else self.offsets[place]
-            if not self.noise and grain.scales_thresholds:
-                scale = grain.threshold_scale(self.hat.routers, layer, site, x.detach(), state)
-                router = self.hat.routers[f"{layer}_{site}"]
-                log_scale = router.log_scale + offset
-                cut = (threshold / (router.column_norm * log_scale.exp())).detach() * scale
-                how = {"temperature": self.temperature, "protected": protected}
-                masked, keep, decisions = masked_channels(x, log_scale, cut, **how)
-                self._add(site, decisions[real].mean())
-                return MaskedInput(masked, keep)
-            score = grain.score(self.hat.routers, layer, site, x, state).clamp(min=1e-12)
-            logit = score.log() + offset - np.log(max(threshold, 1e-12))
+            logit = score.clamp(min=1e-12).log() + offset - np.log(max(threshold, 1e-12))
             protected = protected[:, None]
         # Drawn sequence by sequence, so that a sequence's batch neighbours do not change its noise.
-        number = place[0] * len(self.work) + place[1]
+        how, number = {"temperature": self.temperature, "noise": self.noise}, layer * len(grain.sites) + site_number
         drawn = [
-            straight_through(
-                part, temperature=self.temperature, noise=self.noise, generator=seeded(x.device, *key, number)
-            )
+            straight_through(part, generator=seeded(x.device, *key, number), **how)
             for part, key in zip(logit.chunk(len(self.keys)), self.keys, strict=True)
         ]
         keep = torch.where(protected, 1.0, torch.cat(drawn))

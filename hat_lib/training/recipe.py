@@ -1,9 +1,8 @@
 """Recipe: everything a training run is made of, except the model and the text's tokens.
 
-There are three starting points. `Recipe.channel` and `Recipe.token` are ours, one per grain, as measured
-(docs/experiments); `Recipe.published` has the published method's hyperparameters, for the token grain. Each has two
-profiles: ``quick`` (two CPU cores, a few minutes) and ``full`` (as for the reference checkpoints; on a GPU more tokens
-are cheap).
+`Recipe.channel` and `Recipe.token` are ours, one per grain, as measured (docs/experiments); `Recipe.published` has the
+published method's hyperparameters, for the token grain. Each has two profiles: ``quick`` (two CPU cores, a few minutes)
+and ``full`` (as for the reference checkpoints).
 """
 
 from __future__ import annotations
@@ -13,15 +12,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from hat_lib.config import (
-    CAPACITY_MAX,
-    CAPACITY_MIN,
-    HatError,
-    check_capacity,
-    check_count,
-    check_exit_rate,
-    check_fraction,
-)
+from hat_lib import config
+from hat_lib.config import CAPACITY_MAX, CAPACITY_MIN, HatError
 
 PHASES = ("routers", "exit", "full")
 RECIPES = ("default", "published")
@@ -45,6 +37,9 @@ PROFILES = {
     },
     "full": {},
 }  # fmt: skip
+
+LEAST = {"tokens": 2, "block_size": 2, "validation_tokens": 2, "seed": 0}
+SHARES = ("anneal", "warmup", "layer_dropout")
 
 
 @dataclass(frozen=True)
@@ -104,20 +99,17 @@ class Recipe:
     save_steps: int = 50
 
     def __post_init__(self):
-        object.__setattr__(self, "capacity", check_capacity(self.capacity))
-        object.__setattr__(self, "exit_rate", check_exit_rate(self.exit_rate))
+        object.__setattr__(self, "capacity", config.check_capacity(self.capacity))
+        object.__setattr__(self, "exit_rate", config.check_exit_rate(self.exit_rate))
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            if field.type == "str":
-                if not isinstance(value, str):
-                    raise HatError(f"{name} must be the name of a text, got {value!r}")
-            elif field.type == "int":
-                at_least_two = ("tokens", "block_size", "validation_tokens")
-                check_count(name, value, 2 if name in at_least_two else 0 if name == "seed" else 1)
-            elif name.endswith(("_epochs", "temperature", "_norm")):
-                check_fraction(name, value, 1e-9, math.inf)
-            else:
-                check_fraction(name, value, 0.0, 1.0 if name in ("anneal", "warmup", "layer_dropout") else math.inf)
+            if field.type == "str" and not isinstance(value, str):
+                raise HatError(f"{name} must be the name of a text, got {value!r}")
+            if field.type == "int":
+                config.check_count(name, value, LEAST.get(name, 1))
+            if field.type == "float":
+                low = 1e-9 if name.endswith(("_epochs", "temperature", "_norm")) else 0.0
+                config.check_fraction(name, value, low, 1.0 if name in SHARES else math.inf)
 
     @classmethod
     def named(cls, name: str, granularity: str, profile: str = "full", **changes) -> Recipe:
@@ -132,26 +124,22 @@ class Recipe:
     @classmethod
     def published(cls, profile: str = "full", **changes) -> Recipe:
         """The published method's hyperparameters, for the token grain."""
-        return cls._profiled({}, profile, changes)
-
-    @classmethod
-    def token(cls, profile: str = "full", **changes) -> Recipe:
-        """Our recipe for the token grain."""
-        return cls._profiled(TOKEN, profile, changes)
-
-    @classmethod
-    def channel(cls, profile: str = "full", **changes) -> Recipe:
-        """Our recipe for the channel grain."""
-        return cls._profiled(CHANNEL, profile, changes)
-
-    @classmethod
-    def _profiled(cls, start: dict, profile: str, changes: dict) -> Recipe:
         if profile not in PROFILES:
             raise HatError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(changes) - set(known)):
             raise HatError(f"a recipe has no {unknown[0]!r}; it has {', '.join(known)}")
-        return cls(**start | PROFILES[profile] | changes)
+        return cls(**PROFILES[profile] | changes)
+
+    @classmethod
+    def token(cls, profile: str = "full", **changes) -> Recipe:
+        """Our recipe for the token grain."""
+        return cls.published(profile, **TOKEN | PROFILES.get(profile, {}) | changes)
+
+    @classmethod
+    def channel(cls, profile: str = "full", **changes) -> Recipe:
+        """Our recipe for the channel grain."""
+        return cls.published(profile, **CHANNEL | PROFILES.get(profile, {}) | changes)
 
     def sampled_capacity(self, step: int, steps: int) -> float:
         """The capacity of one step; it depends on (seed, step) alone, so all processes and a resumed run agree."""

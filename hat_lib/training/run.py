@@ -18,7 +18,7 @@ import json
 import math
 import shutil
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -30,19 +30,19 @@ from accelerate import PartialState
 
 from hat_lib import __version__
 from hat_lib.backbone.base import Base, load_base, parse_dtype
-from hat_lib.calibration.capacity import HeadSplit, Split, calibrate, calibrate_learned
+from hat_lib.calibration.capacity import calibrate, calibrate_learned
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.calibration.quantiles import LEAST_TOKENS
 from hat_lib.config import CAPACITY_MIN, HatConfig, HatError, lock
 from hat_lib.model.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
 from hat_lib.model.granularity import GRAINS
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.text.blocks import held_out, text_hash
+from hat_lib.text.blocks import held_out, load_text, spread, text_hash
 from hat_lib.text.mixture import OWN, sources, training_text
+from hat_lib.training.budget_split import Thresholds
 from hat_lib.training.log import seconds_so_far
 from hat_lib.training.recipe import PHASES, Recipe
-from hat_lib.training.trainer import Outcome, last_checkpoint, train_phase
-from hat_lib.training.validation import validation_blocks
+from hat_lib.training.trainer import Outcome, train_phase
 
 RUN_FILE, LOG_FILE, WORK, LOCK = "run.json", "log.csv", "work", ".lock"
 CALIBRATION_TOKENS = 24_000
@@ -72,10 +72,7 @@ class Run:
             if getattr(self, name) not in known:
                 raise HatError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.phase == "exit" and self.start is None:
-            raise HatError(
-                "phase exit needs trained routers: pass --checkpoint DIR of a run with --phase routers, or train both "
-                "with --phase full"
-            )
+            raise HatError("phase exit needs trained routers: pass their --checkpoint, or train both with --phase full")
         # What is wrong raises now, not once text is ready.
         sources(self.recipe.text)
         parse_dtype(self.dtype)
@@ -116,7 +113,7 @@ def train(
     Raises `HatError` for a folder that holds another run, unavailable text or base, phase "exit" on a checkpoint
     without trained routers, a loss that is not finite, and a full disk; what was saved before stays.
     """
-    folder, began = Path(folder), time.monotonic()
+    folder, until = Path(folder), math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
     checkpoint = _read_start(run)
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     main = processes.is_main_process
@@ -124,7 +121,6 @@ def train(
         processes.wait_for_everyone()
         outcomes = []
         if not _is_done(folder, run.phases[-1]):
-            until = math.inf if max_minutes is None else began + 60 * max_minutes
             try:
                 outcomes = _train(run, folder, checkpoint, processes, resume, until, progress and main)
             except OSError as error:
@@ -138,33 +134,33 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
     main, recipe = processes.is_main_process, run.recipe
     base = load_base(run.base, dtype=run.dtype, device=processes.device if processes.num_processes > 1 else None)
     with processes.main_process_first():  # the others read what it stored
+        # A short run does not take longer to calibrate than to train.
+        wanted = CALIBRATION_TOKENS if recipe.tokens >= CALIBRATION_TOKENS else max(2048, recipe.tokens // 4)
         source = next((name for name in sources(recipe.text) if name not in OWN), "addresses")
-        part = partial(held_out, source, base.tokenizer, _held_tokens(recipe), recipe.block_size)
+        part = partial(held_out, source, base.tokenizer, wanted, recipe.block_size)
         held = part(splits=["validation"])
         if (found := sum(map(len, held["input_ids"]))) < LEAST_TOKENS:
             raise HatError(
                 f"{source}: trained models are calibrated on the validation split, which has {found} tokens, expected "
                 f"at least {LEAST_TOKENS}: bring at least {math.ceil(LEAST_TOKENS / found)} times as much text"
             )
-        blocks = training_text(
-            base, recipe.text, recipe.tokens, block_size=recipe.block_size, seed=recipe.seed, progress=progress
-        )
+        how = {"block_size": recipe.block_size, "seed": recipe.seed, "progress": progress}
+        blocks = training_text(base, recipe.text, recipe.tokens, **how)
         validation = None
         if recipe.validation:
-            validation = validation_blocks(recipe.validation, base.tokenizer, recipe.validation_tokens)
+            rows = load_text(recipe.validation, base.tokenizer, split="validation", block_size=512)
+            validation = spread(rows, recipe.validation_tokens)
         torch.manual_seed(recipe.seed)  # translators are initialised at random
         hat = _start(run, checkpoint, base, part, folder / WORK / "start", main and not resume, progress)
         if main and not resume:
             run.write(folder)
 
-    outcomes, summary = [], dict(hat.training_summary or {})
+    outcomes, start = [], hat.calibration
     for phase in run.phases:
         if _is_done(folder, phase):
             _load_finished(hat, folder)
-            summary = dict(hat.training_summary)
             continue
         nominal = nominal_thresholds(hat) if phase == "routers" else hat.calibration.thresholds_at
-        nominal_head = nominal_heads(hat)
         outcome = train_phase(
             hat, blocks, recipe, phase, nominal, folder, resume=resume, max_minutes=(until - time.monotonic()) / 60,
             max_steps=run.max_steps, progress=progress, validation=validation,
@@ -173,17 +169,20 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
         if not outcome.done:
             break
         if main:
-            text = f"{source}, validation split, {found} tokens, SHA-256 {text_hash(held)[:16]}"
+            summary = dict(hat.training_summary or {})
             if phase == "routers":
-                how = {"text": text, "progress": progress}
-                calibrate_learned(hat, held["input_ids"], outcome.thresholds, nominal_head, **how)
+
+                def heads(capacity: float):  # of the untrained calibration: the head is not trained
+                    return start and start.head_at(max(capacity, CAPACITY_MIN))
+
+                text = f"{source}, validation split, {found} tokens, SHA-256 {text_hash(held)[:16]}"
+                calibrate_learned(hat, held["input_ids"], outcome.thresholds, heads, text=text, progress=progress)
             else:
                 _, agreement = calibrate_exits(hat, held["input_ids"], progress=progress)
                 summary["exit_agreement"] = [[round(a, 4) for a in row] for row in agreement]
             minutes, tokens = seconds_so_far(folder / LOG_FILE, phase) / 60, sum(map(len, blocks["input_ids"]))
             summary[phase] = {"steps": outcome.steps, "minutes": round(minutes, 1), "tokens": tokens}
-            summary["recipe"], summary["command"] = asdict(recipe), run.command
-            hat.training_summary = summary
+            hat.training_summary = summary | {"recipe": asdict(recipe), "command": run.command}
             hat.save_pretrained(folder)
         processes.wait_for_everyone()
         if not main:
@@ -193,27 +192,15 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
 
 @contextmanager
 def _lock(folder: Path, resume: bool):
-    """Hold ``folder`` exclusively; the lock file is removed with ``work`` when the run is done.
-
-    A new run is refused where there is one, and what it has written is removed if it fails before its first state.
-    """
+    """Hold ``folder`` exclusively; the lock file is removed with ``work`` when the run is done. A new run is refused
+    where there is one."""
     path = folder / WORK / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         lock(file, f"another process is training in {folder}: wait for it, or choose another folder")
         if not resume and ((folder / RUN_FILE).exists() or (folder / CONFIG_FILE).exists()):
             raise HatError(f"{folder} already holds a run or a checkpoint: resume it, or choose another folder")
-        try:
-            yield
-        except Exception:
-            states = [last_checkpoint(folder / WORK / phase) for phase in PHASES]
-            if not resume and not any(states) and not (folder / CONFIG_FILE).exists():
-                shutil.rmtree(folder / WORK)
-                (folder / RUN_FILE).unlink(missing_ok=True)
-                (folder / LOG_FILE).unlink(missing_ok=True)
-                with suppress(OSError):  # something else is in it
-                    folder.rmdir()
-            raise
+        yield
 
 
 def _read_start(run: Run) -> Checkpoint | None:
@@ -226,22 +213,19 @@ def _read_start(run: Run) -> Checkpoint | None:
     if checkpoint.calibration is None:
         raise HatError(f"{run.start} has no calibration: start from what `hat calibrate` or `hat train` wrote")
     if run.phase == "exit" and not (checkpoint.training or {}).get("routers"):
-        raise HatError(
-            f"{run.start} has no trained routers: train them first with `hat train --phase routers --save DIR`, then "
-            "`hat train --phase exit --checkpoint DIR --save DIR2`"
-        )
+        raise HatError(f"{run.start} has no trained routers: train them first, with --phase routers")
     return checkpoint
 
 
 def _start(run, checkpoint: Checkpoint | None, base: Base, part, kept: Path, first: bool, progress: bool):
     """The model before its first step: routers that run everything, gates that let no token leave.
 
-    Its tables, made from what ``part`` gives of the train split, are stored in ``kept``, because a resumed run, and
-    every process, must train at the very same thresholds; with ``first`` they are made afresh.
+    Its tables, made from the train split of ``part``, are stored in ``kept``, because a resumed run, and every process,
+    must train at the very same thresholds; with ``first`` they are made afresh.
     """
     if checkpoint is not None:
         return start_from(checkpoint, base, run.start, run.correction_rank, run.translator_rank)
-    if not GRAINS[run.granularity].logits and kept.exists() and not first:
+    if kept.exists() and not first:
         hat = HierarchicalTransformer.from_pretrained(kept, base)
         hat.capacity = 1.0
         return hat
@@ -273,7 +257,7 @@ def start_from(
     return hat
 
 
-def nominal_thresholds(hat: HierarchicalTransformer) -> Split:
+def nominal_thresholds(hat: HierarchicalTransformer) -> Thresholds:
     """Capacity -> the thresholds that training of the routers starts from, before any calibration of what they learn.
 
     Magnitudes: those of the untrained calibration, which the learned scales and split then shift. Logits:
@@ -286,12 +270,6 @@ def nominal_thresholds(hat: HierarchicalTransformer) -> Split:
     return lambda capacity: dict.fromkeys(keys, math.log(max(1 - capacity, 1e-4) / capacity))
 
 
-def nominal_heads(hat: HierarchicalTransformer) -> HeadSplit:
-    """Capacity -> the head's part in it, from the untrained calibration: the head is not trained."""
-    start = hat.calibration
-    return lambda capacity: start and start.head_at(max(capacity, CAPACITY_MIN))
-
-
 def _is_done(folder: Path, phase: str) -> bool:
     return (folder / CONFIG_FILE).exists() and bool((read_checkpoint(folder).training or {}).get(phase))
 
@@ -301,8 +279,3 @@ def _load_finished(hat: HierarchicalTransformer, folder: Path) -> None:
     checkpoint = read_checkpoint(folder)
     hat.load_adapter(checkpoint, folder)
     hat.calibration, hat.training_summary = checkpoint.calibration, checkpoint.training
-
-
-def _held_tokens(recipe: Recipe) -> int:
-    """Held-out tokens to calibrate on, so that a short run does not take longer to calibrate than to train."""
-    return CALIBRATION_TOKENS if recipe.tokens >= CALIBRATION_TOKENS else max(2048, recipe.tokens // 4)

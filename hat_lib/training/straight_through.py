@@ -14,6 +14,9 @@ import hashlib
 import torch
 from torch import Tensor
 
+CPU_SLICE, GPU_SLICE = 1 << 17, 1 << 25
+"""elements computed at a time where gradients are worked out by hand"""
+
 
 def straight_through(
     logit: Tensor, *, temperature: float = 1.0, noise: float = 0.0, generator: torch.Generator | None = None
@@ -41,10 +44,9 @@ def decoupled_gumbel_softmax(
 ) -> Tensor:
     """One-hot sample of ``softmax(logits / tau_f)``: ``argmax(logits / tau_f + g)``, with g standard Gumbel.
 
-    Gradient: that of ``softmax(logits / tau_b + g)``, with the same g. Straight-through Gumbel-softmax with separate
-    temperatures for the forward and the backward pass (Shah et al. 2024, arXiv:2410.13331): tau_f sets how random the
-    sample is, tau_b how the gradient spreads over the classes. Each divides the logits before the noise is added: in
-    ``argmax((logits + g) / tau_f)`` tau_f would have no effect. Ties go to the first class.
+    Gradient: that of ``softmax(logits / tau_b + g)``, with the same g (Shah et al. 2024, arXiv:2410.13331): tau_f sets
+    how random the sample is, tau_b how the gradient spreads over the classes. Each divides the logits before the noise
+    is added: in ``argmax((logits + g) / tau_f)`` tau_f would have no effect.
 
     Args:
         logits: ``[..., classes]`` floating point; the result has its shape and dtype.
@@ -60,7 +62,7 @@ def decoupled_gumbel_softmax(
 
 
 def masked_channels(
-    x: Tensor, log_scale: Tensor, threshold: Tensor, *, temperature: float, protected: Tensor
+    x: Tensor, log_scale: Tensor, threshold: Tensor, *, temperature: float, protected: Tensor, real: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Zero the input channels whose score is at or below the threshold: ``keep = |x| > threshold``.
 
@@ -77,25 +79,38 @@ def masked_channels(
         threshold: ``[n, C]`` fp32, without gradient; where it is not positive, everything is kept.
         temperature: > 0, in units of the log-score.
         protected: bool ``[n]``, rows that keep everything and give no gradient to ``log_scale``.
+        real: bool ``[n]``, rows that count for the share.
 
     Returns:
-        ``x * keep`` in x's dtype; ``keep``, bool ``[n, C]`` (no gradient); and the same decisions in fp32 ``[n, C]``,
-        with the soft gradient.
+        ``x * keep`` in x's dtype; ``keep``, bool ``[n, C]`` (no gradient); and the share of the real rows' channels
+        that is kept, a fp32 scalar.
     """
-    keep = (x.abs() > threshold) | protected[:, None]
-    ratio = x.detach().abs() / threshold.clamp(min=torch.finfo(threshold.dtype).tiny)
-    soft = torch.sigmoid((ratio.log() + (log_scale - log_scale.detach())) / temperature)
-    nothing = torch.where(protected[:, None], 0.0, soft - soft.detach())  # 0 everywhere, but for its gradient
-    masked = x * keep + (x.detach().to(nothing.dtype) * nothing).to(x.dtype)
-    return masked, keep, keep + nothing
+    with torch.no_grad():
+        keep = (x.abs() > threshold) | protected[:, None]
+        slopes = torch.zeros_like(log_scale)  # their sum over the real rows
+        steps = torch.empty_like(x)  # by how much the output grows with the log-scale: slope * x
+        for rows in row_slices(x):
+            value = x[rows].to(threshold.dtype)
+            ratio = value.abs() / threshold[rows].clamp(min=torch.finfo(threshold.dtype).tiny)
+            soft = ratio.log_().div_(temperature).sigmoid_()
+            slope = soft.addcmul_(soft, soft, value=-1).div_(temperature).masked_fill_(protected[rows, None], 0)
+            slopes.addmv_(slope.T, real[rows].to(slope.dtype))  # in place, which autocast leaves alone
+            steps[rows] = slope.mul_(value).to(x.dtype)
+        count = max(real.sum() * x.shape[1], 1)
+        share = keep[real].sum() / count
+    nothing = log_scale - log_scale.detach()  # 0, but for its gradient
+    return torch.addcmul(x * keep, steps, nothing.to(x.dtype)), keep, share + (slopes / count * nothing).sum()
+
+
+def row_slices(x: Tensor) -> list[slice]:
+    """Slices of the rows of ``[n, C]``: on CPU, three fp32 tensors of a slice stay in a core's L2 cache."""
+    size = max(1, (CPU_SLICE if x.device.type == "cpu" else GPU_SLICE) // x.shape[-1])
+    return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 def seeded(device: torch.device | str, *key: int) -> torch.Generator:
-    """A generator on ``device`` seeded by the integers in ``key``, such as (seed, step, sample index).
-
-    The same key gives the same numbers in every process and Python version; keys that differ anywhere, or in length,
-    give unrelated ones.
-    """
+    """A generator on ``device`` seeded by the integers in ``key``, such as (seed, step, sample index): the same numbers
+    in every process, unrelated ones for another key."""
     digest = hashlib.sha256(",".join(str(int(k)) for k in key).encode()).digest()
     # CPU generators use 32 bits of a seed, CUDA ones all 64.
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))

@@ -1,5 +1,5 @@
-"""One phase of training: AdamW, a cosine, checkpoints to resume from, and four ways to stop without losing work: a time
-limit, Ctrl-C, SIGTERM (what a cluster sends before it kills), and a number that is not finite.
+"""One phase of training: data, loss, backward, AdamW along a cosine, and checkpoints to resume from. A time limit,
+Ctrl-C, SIGTERM (what a cluster sends before it kills) and a number that is not finite stop it without losing work.
 
 The order of the blocks, and all that is random, is a function of (seed, step). So a checkpoint is the routers and
 gates, the optimizer's state and the number of the step, and processes under `torchrun` share the micro-batches that one
@@ -41,7 +41,7 @@ from hat_lib.training.budget_split import Thresholds
 from hat_lib.training.log import Log
 from hat_lib.training.objective import Objective
 from hat_lib.training.recipe import Recipe
-from hat_lib.training.validation import Validation
+from hat_lib.training.validation import extend_curve
 
 STATE_FILE = "state.pt"
 """step and optimizer, in the folder of a training state; read with ``weights_only=True``"""
@@ -80,14 +80,15 @@ def train_phase(
     validation: Dataset | None = None,
     watch: Callable[[bool], None] | None = None,
 ) -> Outcome:
-    """Run one phase in the subfolder ``work/<phase>`` of ``folder``; ``hat`` holds the trained parameters afterwards.
+    """Train ``hat`` in one phase; its capacity, exit rate and calibration stay, all its parameters require a gradient
+    afterwards.
 
     Args:
         blocks: rows of `training_text`.
         phase, thresholds: as for `Objective`.
         resume: continue from the last checkpoint of this phase, if there is one.
         max_minutes: save and stop at the first step past this many minutes.
-        max_steps: overrides the epochs, to run fewer steps; -1 for all.
+        max_steps: in place of the recipe's epochs, unless it is -1.
         validation: rows of `load_text` for a learning curve, in phase "routers" only.
         watch: called in the main process with False before each step, with True at the end.
 
@@ -95,7 +96,7 @@ def train_phase(
     and saved; SIGTERM is then raised again, for whoever handled it before.
     """
     processes, began = PartialState(cpu=not torch.cuda.is_available()), time.monotonic()
-    main, device = processes.is_main_process, hat.base.device
+    main, work = processes.is_main_process, folder / "work" / phase
     objective = Objective(hat, recipe, phase, thresholds).train()
     per_step = recipe.accumulate * processes.num_processes
     epochs = recipe.router_epochs if phase == "routers" else recipe.exit_epochs
@@ -103,10 +104,8 @@ def train_phase(
     optimizer = _optimizer(objective)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(steps * recipe.warmup), steps)
 
-    work, start = folder / "work" / phase, 0
     last = last_checkpoint(work) if resume else None
-    if last:
-        start = _load(last, objective, optimizer, schedule)
+    start = _load(last, objective, optimizer, schedule) if last else 0
     processes.wait_for_everyone()
     if main and not last:
         shutil.rmtree(work, ignore_errors=True)
@@ -116,13 +115,17 @@ def train_phase(
         unused = phase == "routers" and any(hat.grain.always_runs(0, site) for site in hat.grain.sites)
         model = DistributedDataParallel(objective, find_unused_parameters=unused)
     log = Log(folder / "log.csv", work, phase, hat, start, steps, processes.num_processes) if main else None
-    curve = None
-    if main and validation is not None and phase == "routers":
-        tokens = recipe.batch_size * per_step * recipe.block_size
-        curve = Validation(folder / "validation.csv", hat, validation, objective.thresholds, tokens, start)
+
+    def measure(step: int) -> None:
+        if main and validation is not None and phase == "routers":
+            tokens = step * recipe.batch_size * per_step * recipe.block_size
+            extend_curve(folder / "validation.csv", hat, validation, objective.thresholds, step, tokens)
+
     stops, step = Stops(max_minutes), start
     bar = tqdm(total=steps, initial=start, desc=phase, unit="step", disable=not progress)
     try:
+        if not start:
+            measure(0)
         with stops.caught():
             while step < steps and not stops.reason:
                 if watch and main:
@@ -131,14 +134,10 @@ def train_phase(
                 micro_batches = step_rows(len(blocks), recipe, per_step, step)
                 micro_batches = micro_batches[processes.process_index :: processes.num_processes]
                 for number, rows in enumerate(micro_batches, start=1):
-                    batch = {name: t.to(device) for name, t in collate([blocks[i] for i in rows]).items()}
-                    accumulating = model is not objective and number < len(micro_batches)
-                    with model.no_sync() if accumulating else nullcontext():
-                        with torch.autocast(device.type, torch.bfloat16, enabled=hat.base.dtype == torch.bfloat16):
-                            out = model(**batch, step=step, steps=steps)
-                        if not torch.isfinite(out["loss"]):
-                            raise HatError(f"training stopped in step {step + 1}: the loss is {out['loss'].item()}")
-                        (out["loss"] / len(micro_batches)).backward()
+                    batch = collate([blocks[i] for i in rows], hat.base.device)
+                    waits = model is not objective and number < len(micro_batches)
+                    with model.no_sync() if waits else nullcontext():
+                        out = _backward(model, batch, step, steps, len(micro_batches), hat.base.dtype)
                     if log:
                         log.add(out, int(batch["attention_mask"].sum()))
                 norm, used_rate = _clip(objective, step), schedule.get_last_lr()[0]
@@ -151,8 +150,7 @@ def train_phase(
                 stops.check(processes, step == steps)
                 if main and (stops.reason or step % recipe.save_steps == 0 or step == steps):
                     _save(work, step, objective, optimizer, schedule)
-                    if curve:
-                        curve.measure_at(step)
+                    measure(step)
                 bar.update()
                 if progress and step == start + 2 and step < steps:  # the first step allocates
                     each = time.monotonic() - step_began
@@ -181,11 +179,10 @@ class Stops:
 
     def receive(self, number: int, frame=None) -> None:
         """The first signal ends training after the current step; a later Ctrl-C ends it now."""
-        now = time.monotonic()
         if not self.asked:
-            self.asked, self.since = self.SIGNALS[number], now
+            self.asked, self.since = self.SIGNALS[number], time.monotonic()
         # Within a second, it is torchrun passing on what the terminal has already sent.
-        elif number == signal.SIGINT and now - self.since > 1:
+        elif number == signal.SIGINT and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
 
     @contextmanager
@@ -214,6 +211,16 @@ class Stops:
         self.reason = self.REASONS[reason]
 
 
+def _backward(model, batch: dict, step: int, steps: int, parts: int, dtype: torch.dtype) -> dict:
+    """Add the gradient of one of a step's ``parts``; returns its loss and metrics."""
+    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = model(**batch, step=step, steps=steps)
+    if not torch.isfinite(out["loss"]):
+        raise HatError(f"training stopped in step {step + 1}: the loss is {out['loss'].item()}")
+    (out["loss"] / parts).backward()
+    return out
+
+
 def steps_per_epoch(n_rows: int, recipe: Recipe, per_step: int) -> int:
     """Steps of ``per_step`` micro-batches that an epoch takes."""
     return math.ceil(math.ceil(n_rows / recipe.batch_size) / per_step)
@@ -228,12 +235,13 @@ def step_rows(n_rows: int, recipe: Recipe, per_step: int, step: int) -> list[lis
     return [batches[(position * per_step + i) % len(batches)].tolist() for i in range(per_step)]
 
 
-def collate(rows: list[dict]) -> dict[str, Tensor]:
+def collate(rows: list[dict], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Blocks to ``input_ids, attention_mask [B, T]``, right-padded, and ``index [B]`` of the samples; all int64."""
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
     index = torch.tensor([row["index"] for row in rows])
-    return {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask, "index": index}
+    batch = {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask, "index": index}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _optimizer(objective: Objective) -> torch.optim.Optimizer:

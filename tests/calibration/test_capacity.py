@@ -8,7 +8,7 @@ import torch
 from tiny_runs import GRAINS, decides, random_blocks, skipping, untrained
 
 from hat_lib.calibration import capacity, quantiles
-from hat_lib.calibration.capacity import calibrate, calibrate_learned, fit_token_routers
+from hat_lib.calibration.capacity import calibrate, calibrate_learned
 from hat_lib.config import HatError
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
@@ -42,15 +42,6 @@ def test_memory_does_not_grow_with_the_tokens():
         assert sum(type(o) is torch.Tensor for o in gc.get_objects()) == before
     finally:
         gc.enable()
-
-
-def test_token_routers_are_fitted_once():
-    hat, text = untrained("token"), [torch.tensor([b]) for b in blocks(4)]
-    with torch.no_grad():
-        fit_token_routers(hat, text, progress=False)
-        first = hat.routers["2_ffn"].weight.clone()
-        fit_token_routers(hat, text[:1], progress=False)
-    assert first.any() and torch.equal(first, hat.routers["2_ffn"].weight)
 
 
 @pytest.mark.parametrize("grain", GRAINS)

@@ -1,5 +1,7 @@
 """From an exit rate to one threshold per gate: what is requested is what happens."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -19,13 +21,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:token grain")
 
 @pytest.fixture(scope="module", params=GRAINS)
 def trained(request, tmp_path_factory):
-    """Calibrated gates after 40 training steps, and the agreement at each capacity and rate."""
+    """Calibrated gates after 40 training steps."""
     hat = new_hat(request.param)
     run_phase(hat, tmp_path_factory.mktemp("exits"), "exit", steps=40, blocks=TEXT, exit_lr=0.02)
     calibrate(hat, TEXT, probe_tokens=64, progress=False)
     hat.capacity = 0.8
     _, agreement = calibrate_exits(hat, TEXT, AT, progress=False)
-    return hat, agreement
+    # Those who leave first are those that agree most.
+    assert np.shape(agreement) == (len(AT), len(module.RATES))
+    assert all(np.mean(by_rate[:4]) > by_rate[-1] + 0.05 for by_rate in agreement)
+    return hat
 
 
 @torch.no_grad()
@@ -39,7 +44,7 @@ def realised(hat, blocks=TEXT):
 
 @pytest.mark.slow
 def test_rates_rise_and_settings_stay(trained):
-    hat, _ = trained
+    hat = trained
     made, hat.exit_rate = hat.calibration, 0.4
     calibrate_exits(hat, TEXT, AT, progress=False)
     assert hat.exit_rate == 0.4 and hat.capacity == 0.8 and hat.calibration == made
@@ -51,21 +56,20 @@ def test_rates_rise_and_settings_stay(trained):
 
 
 @pytest.mark.parametrize("capacity", AT)
-@pytest.mark.parametrize("rate", [0.05, 0.25, 0.4, 0.8, 0.93])
+@pytest.mark.parametrize("rate", [0.05, 0.4, 0.93])
 def test_realises_the_requested_rate(trained, rate, capacity):
-    hat, _ = trained
+    hat = trained
     hat.capacity, hat.exit_rate = 0.8, rate
     hat.capacity = capacity  # moves the gates' thresholds, too
     # On the blocks that the table was measured on, between its rates on either side of the requested one.
     table = hat.calibration.exit_rates[AT.index(capacity)]
     low, high = max(r for r in table if r <= rate), min([r for r in table if r >= rate], default=table[-1])
     assert low - 0.02 <= realised(hat, TEXT[3::4]) <= high + 0.02
-    assert realised(hat) == pytest.approx(rate, abs=0.15)  # 640 tokens are a small sample
     hat.capacity = 0.8
 
 
 def test_rates_0_and_1(trained):
-    hat, _ = trained
+    hat = trained
     hat.exit_rate = 0.0
     assert realised(hat) == 0.0
     assert hat.calibration.exit_thresholds(0.0, 0.8) == [float("inf")] * len(hat.gates)
@@ -73,13 +77,6 @@ def test_rates_0_and_1(trained):
     assert realised(hat) == pytest.approx(62 / 64)
     first = hat.config.exit_layers[0]
     assert (hat.trace.exit_layer[0, 2:] == first).all()
-
-
-def test_those_who_leave_first_are_those_that_agree_most(trained):
-    _, agreement = trained
-    assert np.shape(agreement) == (len(AT), len(module.RATES))
-    for by_rate in agreement:
-        assert all(0 <= a <= 1 for a in by_rate) and np.mean(by_rate[:4]) > by_rate[-1]
 
 
 @torch.no_grad()
@@ -109,13 +106,6 @@ def test_logistic_finds_the_chance():
     assert (a, b) == (pytest.approx(0.7, abs=0.1), pytest.approx(-1.2, abs=0.2))  # shrunk a little
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_logistic_is_finite(right):
-    for score in (np.zeros(100), np.linspace(-1, 1, 100)):
-        a, b = module._logistic(score, np.full(100, right))
-        assert a > 0 and np.isfinite(b) and (expit(b) > 0.9) == right
-
-
 def test_untrained_gates_give_a_table():
     hat = new_hat("channel")
     calibrate_exits(hat, TEXT[:8], progress=False)
@@ -124,16 +114,9 @@ def test_untrained_gates_give_a_table():
         assert realised(hat, TEXT[:2]) == pytest.approx(left)
 
 
-def test_refusals():
-    hat = new_hat("channel")
-    bare = untrained()
-    for model, text, capacities in (
-        (hat, TEXT[:2], AT),
-        (hat, TEXT, []),
-        (hat, TEXT, [0.8, 0.5]),
-        (hat, TEXT, [0.01]),
-        (bare, TEXT, AT),
-        (untrained(exit_layers=()), TEXT, AT),
-    ):
-        with pytest.raises(HatError):
-            calibrate_exits(model, text, capacities, progress=False)
+@pytest.mark.parametrize(
+    "make, text", [(new_hat, TEXT[:2]), (untrained, TEXT), (partial(untrained, exit_layers=()), TEXT)]
+)
+def test_refusals(make, text):
+    with pytest.raises(HatError):
+        calibrate_exits(make("channel"), text, AT, progress=False)

@@ -9,7 +9,6 @@ from hat_lib.calibration.budget import PROBE_SHARES, site_damage
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.calibration.quantiles import score_quantiles
 from hat_lib.calibration.token_sensitivity import PRIOR, log_linear
-from hat_lib.config import HatError
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 BLOCKS = random_blocks(16, 64)
@@ -39,12 +38,8 @@ def test_log_linear_is_at_its_optimum():
     pull = columns.T @ misfit / len(x) + own * x.shape[1] / (len(x) * PRIOR**2)
     assert float(pull.abs().max()) < 1e-3 and abs(float(misfit.mean())) < 1e-3
 
-    x, _, y = drawn(n=16, width=64)  # a few tokens say little
-    weight, bias = log_linear(x, y)
-    assert float((x @ weight + bias).std()) < PRIOR
 
-
-def test_the_need_is_half_the_log_of_the_price(monkeypatch):
+def test_sensitivity_is_half_the_log_of_the_price(monkeypatch):
     hat = untrained()
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(4000, 64, generator=generator) for _ in range(4)]
@@ -70,9 +65,7 @@ def test_prices_of_tokens_add_up_to_those_of_the_text():
     assert not prices[[0, 1, 3]].any() and float(prices[2].sum()) / (16 * 64) == pytest.approx(whole, rel=1e-4)
 
 
-def test_calibration_measures_them_or_leaves_all_tokens_alike_and_a_sensitive_one_keeps_more():
-    with pytest.raises(HatError, match="token grain"):
-        token_sensitivity.token_prices(untrained("token"), [torch.tensor([[1, 2, 3]])], {})
+def test_a_sensitive_token_keeps_more():
     hat, ids = untrained(), torch.tensor(BLOCKS[:2])
     calibrate(hat, BLOCKS, probe_tokens=128, progress=False)
     assert all(hat.routers[f"{i}_token"].weight.any() for i in range(4))

@@ -1,11 +1,9 @@
 """The bundled corpora are the ones that results were measured on."""
 
 import re
-import socket
 
 import pytest
 
-from hat_lib.backbone.shapes import byte_tokenizer
 from hat_lib.config import DATA, HatError
 from hat_lib.text.blocks import load_text, text_hash
 from hat_lib.text.corpora import ONE_SPLIT, documents
@@ -33,17 +31,3 @@ def test_other_corpora_have_no_split_to_train_on(name):
 def test_corpora_are_those_of_the_data_readme(bundled, name, split, tokens, beginning):
     dataset = load_text(name, bundled.tokenizer, split=split)
     assert f"{sum(map(len, dataset['input_ids'])):,}" == tokens and text_hash(dataset).startswith(beginning)
-
-
-def test_no_socket_is_opened_once_the_wheels_are_there(monkeypatch):
-    list(documents("addresses", "test"))
-
-    def refuse(*args, **_):
-        raise AssertionError(f"opened a socket: {args}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    for name in ("bundled", "docstrings"):
-        assert len(load_text(name, byte_tokenizer(), max_tokens=1000)) >= 2

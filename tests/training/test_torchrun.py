@@ -41,10 +41,8 @@ def one_thread():
 @pytest.mark.parametrize("grain", GRAINS)
 @pytest.mark.parametrize("phase", PHASES)
 def test_two_processes_have_the_gradients_of_one_that_accumulates_two_batches(two, grain, phase, tmp_path):
-    """Gradients at the same parameters, because the result of ten Adam steps says less: it hides a wrong factor, and
-    one decision flipped by rounding at a threshold moves every parameter. Here such a decision costs up to a third of
-    one step's gradient; a wrong division costs all of it in every step.
-    """
+    """At the same parameters, because Adam hides a wrong factor. One decision flipped by rounding at a threshold costs
+    up to a third of one step's gradient; a wrong division costs all of it in every step."""
     folder, ended = two
     assert [e["ended"][grain] for e in ended] == [[["routers", 10, ""], ["exit", 10, ""]]] * 2
     both = torch.load(folder / f"two-{grain}-{phase}.pt")
