@@ -2,10 +2,9 @@
 
 Prices are KL divergences from the base, in nats per token. A site's is ``k (1 - s)^p`` at the kept share s, fitted to a
 backward pass (`hat_lib.calibration.token_sensitivity.backward`): zeroing the channels with scores below a threshold
-changes the input x of a linear layer by -x there. The head's is measured, not modelled: two things say how much of it
-is run, how many channels the preview reads, and the margin below the best preview within which a token is read in full
-(`hat_lib.model.head`). Several of both are tried on final states of the dense model, and those on the lower convex
-hull, along which both grow, are kept.
+changes the input x of a linear layer by -x there. The head's is measured: several numbers of channels in the preview
+and several margins (`hat_lib.model.head`) are tried on final states of the dense model, and those on the lower convex
+hull are kept.
 """
 
 from __future__ import annotations
@@ -64,8 +63,7 @@ def allocate(
     and s_h are the head's, on the line through ``points``, if there are any).
 
     Lagrange's method gives ``1 - s_i = (lambda w_i / (p_i k_i))^(1/(p_i-1))``, clipped, and the point at which the
-    head's line has slope ``lambda w_h``; lambda is found by bisection. Every site's share grows with the budget; a site
-    with zero sensitivity gets the floor.
+    head's line has slope ``lambda w_h``; lambda is found by bisection.
     """
     k = np.maximum(sensitivity, 1e-12)
 
@@ -123,10 +121,9 @@ def fit_damage(damage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.no_grad()
 def head_points(hat: HierarchicalTransformer, blocks: Sequence[Tensor], progress: bool = True) -> list[HeadPoint]:
-    """The hull of what `SHARES` and `MARGINS` make of the head, by rising work. Empty if all of them are more work
-    than the head itself, as for a base that finds all tokens equally likely: the head is then to be read in full.
-
-    ``blocks`` are int64 ``[1, T]``; about `HEAD_TOKENS` of their tokens are used, evenly spaced.
+    """The hull of what `SHARES` and `MARGINS` make of the head, by rising work, on about `HEAD_TOKENS` evenly spaced
+    tokens of ``blocks``, int64 ``[1, T]``. Empty if all are more work than the head in full, as for a base that finds
+    all tokens equally likely.
     """
     lm, chosen = hat.lm, []
     each = max(1, HEAD_TOKENS // len(blocks))

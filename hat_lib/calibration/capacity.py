@@ -126,21 +126,20 @@ def _set_table(
     hat, splits: Sequence[Thresholds], heads: Sequence[Head], blocks: list[Tensor], method: str, text: str, progress
 ) -> Calibration:
     """Run ``blocks`` at each of `BUDGETS`, with its thresholds, and set the table; exit tables are kept."""
-    capacities, shares, head_shares = [], [], []
+    realised, shares, tokens = [], [], sum(block.numel() for block in blocks)
     settings = zip(BUDGETS, splits, heads, strict=True)
     for budget, chosen, head in tqdm(settings, desc="capacities", total=len(BUDGETS), disable=not progress):
-        kept, capacity, head_share, tokens = 0.0, 0.0, 0.0, 0
+        kept, total = 0.0, np.zeros(2)
         shortlist = head and hat.shortlist(*head)
         corrected = hat.correcting(hat.correction_strength(budget))
         with hat.dense(), hat.using(hat.threshold_policy(chosen)), corrected, hat.changed(shortlist=shortlist):
             for size in forwards(hat, blocks, logits=0 if head else 1):
                 kept = kept + hat.trace.site_share.flatten(2).sum(-1).double().cpu().numpy()
-                capacity += hat.trace.capacity * size
-                head_share += hat.trace.head_share * size
-                tokens += size
-        capacities.append(min(1.0, capacity / tokens))  # a shortlist may be long on text that the base does not know
+                total += np.array([hat.trace.capacity, hat.trace.head_share]) * size
+        realised.append(total / tokens)
         shares.append(kept / tokens)
-        head_shares.append(head_share / tokens)
+    capacities, head_shares = np.transpose(realised)
+    capacities = np.minimum(capacities, 1.0)  # a shortlist may be long on text that the base does not know
     sites, layers = hat.grain.sites, range(hat.config.n_layers)
     # A site that always runs is never asked; any finite number will do.
     thresholds = [[[chosen.get((i, s), 0.0) for s in sites] for i in layers] for chosen in splits]

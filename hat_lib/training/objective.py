@@ -1,11 +1,11 @@
 """Objective: what one training step minimises, in each phase. A module, so that DDP can wrap it.
 
-routers   the routed model against the frozen base on the same tokens, KL(base || routed), at a capacity sampled for
-          this step; plus the budget and, for the token grain, the regularisers. Gates are off.
-exit      routers are frozen and decide as in use. At each exit depth some tokens are translated, read by the base's
-          norm and head, and compared with the base: translators learn from the KL, gates from whether the exit's next
-          token is the base's. The published method also samples whole decisions and penalises those that let a token
-          leave where it is wrong, and the distance from a budget of exits.
+routers   KL(base || routed) on the same tokens, at a capacity sampled for this step; plus the budget and, for the token
+          grain, the regularisers. Gates are off.
+exit      routers are frozen and decide as in use. At each exit depth some tokens are translated and read by the base's
+          norm and head: translators learn from the KL, gates from whether the exit's next token is the base's. The
+          published method also samples whole decisions and penalises those that let a token leave where it is wrong,
+          and the distance from a budget of exits.
 
 No labels are used: a language-modelling loss would lower perplexity by learning the corpus, hiding what skipping costs.
 All randomness is a function of (seed, step, sample): two processes, or a resumed run, do what one process does.
@@ -134,8 +134,8 @@ class Objective(nn.Module):
         # One sequence at a time: the logits of a whole batch would be the largest tensors of the step.
         kl, real = 0.0, batch["attention_mask"].bool()
         for b in range(len(real)):
-            teacher_logits, logits = self._read(teacher[b][real[b]]), head(student[b][real[b]])
-            kl = kl + losses.distillation(teacher_logits, logits) * real[b].sum()
+            logits = head(teacher[b][real[b]]), head(student[b][real[b]])
+            kl = kl + losses.distillation(*logits) * real[b].sum()
         kl = kl / real.sum()
         table = hat.calibration
         share = capacity if table is None else table.layer_capacity_at(capacity, hat.site_work)
@@ -157,10 +157,6 @@ class Objective(nn.Module):
         drawn = np.stack([np.random.default_rng([*key, 2]).random(len(chance)) for key in keys], 1)
         return torch.from_numpy(drawn < chance[:, None]).to(self.hat.base.device)
 
-    @torch.no_grad()
-    def _read(self, hidden: Tensor) -> Tensor:
-        return self.hat.lm.lm_head(hidden)
-
     def _exits(self, batch, teacher, capacity, keys, step, steps) -> dict:
         hat, recipe, head, norm = self.hat, self.recipe, self.hat.lm.lm_head, self.hat.lm.model.norm
         policy = hat.threshold_policy(self.nominal(capacity)) if capacity < 1 else KeepAll()
@@ -169,8 +165,8 @@ class Objective(nn.Module):
         candidates = batch["attention_mask"].bool() & ~hat.trace.protected
         rows, columns = _sample(candidates, recipe.exit_tokens, keys)
         counts = torch.bincount(rows, minlength=len(keys)).tolist()
-        base = self._read(teacher[rows, columns])
-        wrong_stay = ~losses.exit_targets(base, self._read(hidden.last_hidden_state[rows, columns]))
+        base = head(teacher[rows, columns])
+        wrong_stay = ~losses.exit_targets(base, head(hidden.last_hidden_state[rows, columns]))
 
         stay = torch.ones(len(rows), device=rows.device)
         cost, left, agreed = torch.zeros_like(stay), torch.zeros_like(stay), []

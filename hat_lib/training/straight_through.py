@@ -21,16 +21,11 @@ CPU_SLICE, GPU_SLICE = 1 << 17, 1 << 25
 def straight_through(
     logit: Tensor, *, temperature: float = 1.0, noise: float = 0.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Hard keep decision: 1 where ``logit + noise * g > 0``, else 0, with g standard logistic.
+    """Hard keep decision: 1 where ``logit + noise * g > 0``, else 0, with g standard logistic, in the logit's dtype.
 
     Gradient: that of ``sigmoid((logit + noise * g) / temperature)``. Binary Concrete (Maddison et al. 2017,
-    appendix B), straight-through.
-
-    Args:
-        logit: ``[...]`` floating point; the result has its shape and dtype.
-        temperature: > 0, in units of the logit; the smaller it is, the narrower the band that gets a gradient.
-        noise: scale of g, >= 0. At 0 nothing is drawn and the decision is deterministic.
-        generator: source of g, on the logit's device.
+    appendix B), straight-through. ``temperature`` is in units of the logit: the smaller it is, the narrower the band
+    that gets a gradient. ``generator`` is the source of g, on the logit's device; without noise nothing is drawn.
     """
     if noise != 0:
         # rand lies in [0, 1); at 0 the noise is -inf: a certain 0, with gradient 0.
@@ -48,10 +43,8 @@ def decoupled_gumbel_softmax(
     how random the sample is, tau_b how the gradient spreads over the classes. Each divides the logits before the noise
     is added: in ``argmax((logits + g) / tau_f)`` tau_f would have no effect.
 
-    Args:
-        logits: ``[..., classes]`` floating point; the result has its shape and dtype.
-        forward_temperature, backward_temperature: tau_f and tau_b, > 0, in units of the logits.
-        generator: source of g, on the logits' device.
+    ``logits`` are ``[..., classes]``; the result has their shape and dtype. ``generator`` is the source of g, on the
+    logits' device.
     """
     # -log(exponential) is Gumbel; an exponential of 0 would give +inf, which softmax turns into NaN.
     exponential = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
@@ -66,18 +59,16 @@ def masked_channels(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Zero the input channels whose score is at or below the threshold: ``keep = |x| > threshold``.
 
-    The score of channel i is ``|x_i| * norm_i * exp(log_scale_i)``; a threshold on it is divided by the last two
-    factors. The soft stand-in for the decision is ``sigmoid(log(|x| / threshold) / temperature)``: a log-score against
-    a log-threshold, so that a channel's magnitude does not set how far its gradient reaches.
-
-    ``x`` gets ``grad * keep``: the decision's own dependence on x would send the relaxation's error through the frozen
-    base into every router below. Only ``log_scale`` gets the soft gradient, from the output and from the share.
+    The soft stand-in for the decision is ``sigmoid(log(|x| / threshold) / temperature)``: a log-score against a
+    log-threshold, so that a channel's magnitude does not set how far its gradient reaches. Only ``log_scale`` gets its
+    gradient, from the output and from the share. ``x`` gets ``grad * keep``: the decision's own dependence on x would
+    send the relaxation's error through the frozen base into every router below.
 
     Args:
         x: ``[n, C]``, any floating dtype.
         log_scale: the learned parameter ``[C]``; its value is in the threshold already.
-        threshold: ``[n, C]`` fp32, without gradient; where it is not positive, everything is kept.
-        temperature: > 0, in units of the log-score.
+        threshold: of ``|x|``, ``[n, C]`` fp32, without gradient.
+        temperature: in units of the log-score.
         protected: bool ``[n]``, rows that keep everything and give no gradient to ``log_scale``.
         real: bool ``[n]``, rows that count for the share.
 
