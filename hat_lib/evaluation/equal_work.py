@@ -128,15 +128,10 @@ def grid(
     """The points of a sweep, for one grain: by text, then capacity, then exit rate, the trained model first.
 
     Controls of routers are measured without exits and below capacity 1.0, those of exits with exits, ``fine_tuned`` at
-    1.0; what draws nothing, with the first seed only. Raises `HatError` for an empty axis, or a value that is out of
-    range or given twice.
+    1.0; what draws nothing, with the first seed only. Raises `HatError` for a value out of range.
     """
     capacities = [check_capacity(capacity) for capacity in capacities]
     exit_rates = [check_exit_rate(rate) for rate in exit_rates]
-    axes = {"text": texts, "capacity": capacities, "exit rate": exit_rates, "variant": variants, "seed": seeds}
-    for name, values in axes.items():
-        if not values or len(set(values)) < len(values):
-            raise HatError(f"a sweep needs at least one {name}, and each once, got {list(values)}")
     if unknown := [variant for variant in variants if variant not in VARIANTS]:
         raise HatError(f"variants must be among {', '.join(VARIANTS)}, got {unknown[0]!r}")
 
@@ -150,7 +145,7 @@ def grid(
             return rate == 0 and capacity == 1
         return variant == "trained" or (rate == 0 and capacity < 1)
 
-    points = product(*axes.values())
+    points = dict.fromkeys(product(texts, capacities, exit_rates, variants, seeds))
     return [Point(granularity, text, max_tokens, *at) for text, *at in points if is_measured(*at)]
 
 

@@ -22,8 +22,6 @@ from hat_lib.text.blocks import default_split, first_ids, load_text, names_file
 from hat_lib.text.plain import check_whole
 
 CAPACITIES = (0.4, 0.55, 0.7, 0.9)
-OTHER_FILES = (".md", ".rst", ".tex", ".html", ".csv", ".tsv", ".json", ".log", ".pdf", ".docx")
-"""text file extensions that `load_text` does not read; a file name with one is not to be measured as if it were text"""
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ def sweep(
     """Perplexity, divergence and work at each capacity, beside the base; ``hat`` is left as it was.
 
     Args:
-        text: a name as for `load_text` (a corpus, a file, a Hub dataset), a text itself (anything with a space or a
-            line break that is not a file name), or a list of texts, of blocks of token ids or of rows of `load_text`.
+        text: a name as for `load_text` (a corpus, a file, a Hub dataset), a text itself (two words or more that are not
+            a file's name), or a list of texts, of blocks of token ids or of rows of `load_text`.
         exit_rate: requested at each capacity; None means what ``hat`` is set to.
         split: if ``text`` is a name; see `load_text`. None: see `default_split`.
         max_tokens, block_size: how much of a text to measure, in blocks of how many tokens; given blocks are measured
@@ -83,39 +81,30 @@ def sweep(
         paired = compare(base, found)
         row = {"capacity": capacity, "realised": found.capacity, "exit_rate": found.exit_rate}
         row |= {"model_share": found.model_share, "perplexity": found.perplexity, "increase": paired.increase}
-        rows.append(
-            row | {"increase_low": paired.low, "increase_high": paired.high, "kl": found.kl, "top1": found.top1}
-        )
+        row |= {"increase_low": paired.low, "increase_high": paired.high, "kl": found.kl, "top1": found.top1}
+        rows.append(row)
     short = "" if len(blocks) >= FEWEST else f" ({NONE})"
     heading = f"{hat.base.name} on {name}: {base.tokens.sum()} scored tokens in {len(blocks)} blocks{short}; perplexity"
     return Sweep(pd.DataFrame(rows), f"{heading} of the base {base.perplexity:.3f}")
 
 
 def _blocks(hat, text, split: str | None, max_tokens: int | None, block_size: int) -> tuple[str, Sequence[Mapping]]:
-    """A name for the text, and its blocks."""
-    tokenizer = hat.base.tokenizer
+    """A name for the text, and its blocks. A string of one word names a text."""
     texts = [text] if isinstance(text, str | Path) else text
     for item in texts:
         if isinstance(item, str):
             check_whole("the text", item)
-    if isinstance(text, Path) or (isinstance(text, str) and _is_name(text)):
+    if isinstance(text, Path) or (isinstance(text, str) and (names_file(text) or len(text.split()) == 1)):
         split = split or default_split(text, hat)
-        rows = load_text(text, tokenizer, split=split, max_tokens=max_tokens, block_size=block_size)
+        rows = load_text(text, hat.base.tokenizer, split=split, max_tokens=max_tokens, block_size=block_size)
         return f"{text}, {split} split", rows
     rows = []
     for item in texts:
         if isinstance(item, str):
-            ids = first_ids(tokenizer, item, max_tokens)
+            ids = first_ids(hat.base.tokenizer, item, max_tokens)
             parts = [ids[i : i + block_size] for i in range(0, len(ids), block_size)]
             rows += [{"input_ids": part, "n_context": 0} for part in parts]
         else:
             rows.append(item if isinstance(item, Mapping) else {"input_ids": list(item), "n_context": 0})
     name = f'"{" ".join(text.split(None, 6)[:6])} …"' if isinstance(text, str) else f"{len(texts)} texts or blocks"
     return name, [row for row in rows if len(row["input_ids"]) > 1]
-
-
-def _is_name(text: str) -> bool:
-    """Whether a string names a text: one line, without white space or with a file's extension at its end."""
-    words = text.strip()
-    spaced = any(c.isspace() for c in words)
-    return "\n" not in words and (not spaced or names_file(text) or Path(text).suffix.lower() in OTHER_FILES)
