@@ -143,6 +143,9 @@ def test_prices(folder, base, tmp_path):
     write_prices(folder, PRICES[:1])
     assert same(replace(read_checkpoint(folder), prices=PRICES), read_checkpoint(tmp_path / "again"))
     assert read_checkpoint(folder).prices == PRICES[:1]
+    written = (folder / CONFIG_FILE).stat().st_mtime_ns
+    write_prices(folder, PRICES[:1])  # they did not change, so nothing is written
+    assert (folder / CONFIG_FILE).stat().st_mtime_ns == written
 
 
 def test_base_by_the_name_in_the_checkpoint(folder):

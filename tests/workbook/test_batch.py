@@ -172,7 +172,7 @@ def test_no_dask(monkeypatch):
     with pytest.raises(HatError):
         list(dask([], "h"))
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(HatError, match="pip install"):
+    with pytest.raises(HatError):
         list(dask([], "tcp://127.0.0.1:9"))
 
 

@@ -105,17 +105,14 @@ def test_generate_follows_its_controls(generate):
     assert list(generate.table["parts from dense"]) == ["", "nowhere in 6 tokens"]
     generate.exit_rate.value = 0.5
     assert list(texts(generate)) == ["dense", "capacity 1.00, exits 0.50"]
-    generate.exit_rate.value, generate.mode.value, generate.capacities.value = 0.0, "lossless", "0.3"
-    assert list(texts(generate)) == ["dense", "lossless, drafts at 0.30"]
-    assert "of the drafts stood" in generate.table["parts from dense"][1]
-
-
-def test_generate_frames_the_first_token_unlike_dense(generate):
-    generate.capacities.value = "0.45"
+    generate.exit_rate.value, generate.capacities.value = 0.0, "0.45"
     dense, ours = (passage.tokens for passage in generate._passages)
     at = int(re.match(r"at token (\d+): ", generate.table["parts from dense"][1])[1])
     assert ours[: at - 1] == dense[: at - 1] and ours[at - 1] != dense[at - 1]
-    assert [text.value.count("outline:") for text in generate.texts.children] == [0, 1]
+    assert [text.value.count("outline:") for text in generate.texts.children] == [0, 1]  # the first unlike dense
+    generate.mode.value, generate.capacities.value = "lossless", "0.3"
+    assert list(texts(generate)) == ["dense", "lossless, drafts at 0.30"]
+    assert "of the drafts stood" in generate.table["parts from dense"][1]
 
 
 def test_generate_streams_and_times_in_turns(generate, monkeypatch):
