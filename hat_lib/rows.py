@@ -31,7 +31,7 @@ class RowWriter:
     """Appends rows of one dataclass to a CSV file, made with its folders and a header if it does not exist.
 
     ``key`` names the fields that tell rows apart; ``done`` has the rows in the file by key, a tuple. Raises `HatError`
-    for a file of something else, and for one that another run is writing or that cannot be written.
+    for a file of something else, one that another run is writing, and one that cannot be written.
     """
 
     def __init__(self, path: str | Path, row_type: type, key: Sequence[str]):

@@ -35,11 +35,11 @@ Around = Callable[[], AbstractContextManager]
 
 EQUAL = 0.003
 """equal work: two shares of the whole model's work, on the same text, that differ by no more than this"""
-# `matched` stops at CLOSE; a control further off than EQUAL is rejected.
 CLOSE, STEPS = 0.001, 24
+"""where `matched` stops"""
 MIN_TOKENS = 256
-# Tokens for pricing the removal of each layer, in evenly spaced blocks.
 DAMAGE_TOKENS = 1024
+"""of evenly spaced blocks, for pricing the removal of each layer"""
 
 
 class OutOfReach(HatError):
@@ -215,8 +215,8 @@ class StreamCosine:
 class Cosine:
     """Skip layer l for a token whose predicted cosine across it exceeds ``threshold``; see `cosine_rule`.
 
-    ``mean``, ``std`` and ``r [L]`` are of the cosine across each layer, on held-out text; ``r`` is its correlation with
-    the cosine across the previous layer. ``mean`` is -inf for a layer that always runs.
+    ``mean``, ``std`` and ``r [L]`` are of the cosine across each layer, and its correlation with the cosine across the
+    previous one. ``mean`` is -inf for a layer that always runs.
     """
 
     def __init__(self, hat: HierarchicalTransformer, mean, std, r, threshold: float):

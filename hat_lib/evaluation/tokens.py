@@ -71,10 +71,15 @@ class TokenTable:
     where nothing was decided. Only from `explain` with ``scores``"""
 
     @property
+    def layer_capacity(self) -> float:
+        """Realised in the layers: mean share over tokens and the layers they entered."""
+        return float(np.nanmean(self.share, dtype=float))
+
+    @property
     def capacity(self) -> float:
         """Realised: executed / routable work, in the layers and, if it skips, in the head."""
         ran, head = np.isfinite(self.share).sum(), self.head_work * len(self.tokens)
-        return float((np.nansum(self.share, dtype=float) + self.head_share * head) / (ran + head))
+        return float((self.layer_capacity * ran + self.head_share * head) / (ran + head))
 
     @property
     def exit_rate(self) -> float:

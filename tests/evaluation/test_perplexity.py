@@ -150,12 +150,9 @@ def test_compare_is_paired():
     assert (found.increase, found.low, found.high) == pytest.approx((0.08, 0.08, 0.08))
 
 
-def test_compare_weighs_by_tokens():
+def test_compare_weighs_by_tokens_and_takes_a_seed():
     base, adaptive = (Score(np.array([first, 1000.0]), np.array([10, 1000])) for first in (10.0, 20.0))
     assert compare(base, adaptive).increase == pytest.approx(np.expm1(10 / 1010))
-
-
-def test_compare_is_the_same_for_one_seed_and_refuses_other_blocks():
     pair = made_up(30, 0.05)
     assert compare(*pair, seed=1) == compare(*pair, seed=1) != compare(*pair, seed=2)
     with pytest.raises(HatError):
