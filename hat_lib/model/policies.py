@@ -76,11 +76,9 @@ class Forced:
 
     def check(self, state: TokenState) -> None:
         """Raise `HatError` unless each mask is of a site, has the forward's sequences and reaches its last token."""
-        end = state.start + state.tokens
-        units = {place: state.mask_shapes.get(place[1]) for place in self.masks.keep} | dict.fromkeys(
-            self.masks.exits, ()
-        )
-        for place, mask in (self.masks.keep | self.masks.exits).items():
+        masks, end = self.masks, state.start + state.tokens
+        units = {place: state.mask_shapes.get(place[1]) for place in masks.keep} | dict.fromkeys(masks.exits, ())
+        for place, mask in (masks.keep | masks.exits).items():
             if len(mask) != state.batch or mask.shape[1] < end or mask.shape[2:] != units[place]:
                 expected = f"[{state.batch}, >= {end}], units {units[place]}"
                 raise HatError(f"the forced mask of {place!r} must be {expected}, got {list(mask.shape)}")
