@@ -1,8 +1,8 @@
 """Which tokens are sensitive to skipping: the token routers of the channel grain, measured and not trained.
 
 Dropping the same share of channels costs some tokens several times as much as others. A backward pass measures how
-much (`backward`), and the state that enters a layer predicts it, by a log-linear model of the price, ``eta = w.x + b``,
-fitted to thousands of tokens. Notebook 07 shows how well it predicts on text of another kind.
+much (`backward`), and the state that enters a layer predicts it, by a log-linear model of the price, ``eta = w.x + b``.
+Notebook 07 shows how well it predicts on text of another kind.
 
 If all channels of all tokens are to be dropped at the same marginal price, ``1/2 t^2 e^eta`` for one at the threshold
 t, thresholds scale as ``exp(-eta / 2)``. So the sensitivity, which divides a token's thresholds by ``exp(u)``, is

@@ -122,10 +122,7 @@ def first_ids(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int | None,
             end = REST_OF_WORD.match(text, end).end()  # how a run of spaces or digits is cut up depends on its end
         beginning = text[:end]
         if len(beginning.encode()) > WHOLE_BYTES:
-            raise HatError(
-                f"{name}: over {WHOLE_BYTES / 1e6:.0f} MB of one text would be tokenised at once: cut it into "
-                'documents (a .jsonl, field "text"), or give a lower max_tokens where there is one'
-            )
+            raise HatError(f'{name} is too long to tokenise at once: split it into documents (a .jsonl, field "text")')
         ids = tokenizer(beginning, verbose=False).input_ids[:tokens]
         if end >= len(text) or (len(ids) == tokens and ids == before):
             return ids
@@ -133,7 +130,7 @@ def first_ids(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int | None,
 
 
 def at_even_distances(rows: Dataset, count: int) -> Dataset:
-    """``count`` rows, at least one and at most all, spread over the whole."""
+    """``count`` rows, at least one and at most all, evenly spaced."""
     count = min(len(rows), max(1, count))
     return rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int))
 
@@ -144,7 +141,7 @@ def spread(blocks: Dataset, tokens: int) -> Dataset:
 
 
 def source_bytes(source: str | Path, split: str) -> int | None:
-    """Bytes of a split in UTF-8, errors as in `load_text`; None for a Hub dataset, which is never read to its end."""
+    """Bytes of a split in UTF-8; None for a Hub dataset, which is never read to its end."""
     stream, on_hub = _open(os.fspath(source), split)
     return None if on_hub else sum(len(text.encode()) for _, text in stream)
 
@@ -221,8 +218,7 @@ def _read_jsonl(path: Path, text: str) -> Iterator[Document]:
             document = json.loads(line)["text"]
             document.encode()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            problem = f'expected an object with a string field "text" ({first_line(error)})'
-            raise HatError(f"{path}, line {number}: {problem}") from error
+            raise HatError(f'{path}, line {number}: expected an object with a string field "text"') from error
         yield f"{path.name}:{number}", document
 
 

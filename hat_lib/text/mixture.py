@@ -89,9 +89,8 @@ def self_text(
     """Blocks of text sampled from ``base``.
 
     Each batch of blocks has a random stream of its own, seeded by ``(seed, batch)``: more ``tokens`` later continue
-    the same text. Batches are kept under ``cache_dir()/SOURCE_text``, so an interrupted call resumes at its batch.
-    Sampled again, the text is the same on the same device with the same number of threads; elsewhere a block takes
-    another course where a draw falls close to a boundary.
+    the same text. Batches are kept under ``cache_dir()/SOURCE_text``, so an interrupted call resumes at its batch. The
+    text is the same on the same device with the same number of threads.
 
     Args:
         base: a plain base, or one that `HierarchicalTransformer.unload` has given back.

@@ -124,22 +124,26 @@ class Recipe:
     @classmethod
     def published(cls, profile: str = "full", **changes) -> Recipe:
         """The published method's hyperparameters, for the token grain."""
+        return cls._profiled({}, profile, changes)
+
+    @classmethod
+    def token(cls, profile: str = "full", **changes) -> Recipe:
+        """Our recipe for the token grain."""
+        return cls._profiled(TOKEN, profile, changes)
+
+    @classmethod
+    def channel(cls, profile: str = "full", **changes) -> Recipe:
+        """Our recipe for the channel grain."""
+        return cls._profiled(CHANNEL, profile, changes)
+
+    @classmethod
+    def _profiled(cls, start: dict, profile: str, changes: dict) -> Recipe:
         if profile not in PROFILES:
             raise HatError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(changes) - set(known)):
             raise HatError(f"a recipe has no {unknown[0]!r}; it has {', '.join(known)}")
-        return cls(**PROFILES[profile] | changes)
-
-    @classmethod
-    def token(cls, profile: str = "full", **changes) -> Recipe:
-        """Our recipe for the token grain."""
-        return cls.published(profile, **TOKEN | PROFILES.get(profile, {}) | changes)
-
-    @classmethod
-    def channel(cls, profile: str = "full", **changes) -> Recipe:
-        """Our recipe for the channel grain."""
-        return cls.published(profile, **CHANNEL | PROFILES.get(profile, {}) | changes)
+        return cls(**start | PROFILES[profile] | changes)
 
     def sampled_capacity(self, step: int, steps: int) -> float:
         """The capacity of one step; it depends on (seed, step) alone, so all processes and a resumed run agree."""

@@ -65,19 +65,3 @@ def test_it_trains_and_resumes_unless_its_rate_is_zero(changes, tmp_path):
 def test_the_token_grain_and_gates_have_none(grain, phase):
     hat = new_hat(grain)
     assert Objective(hat, recipe(grain, split_lr=0.1), phase, nominal_thresholds(hat)).split is None
-
-
-def test_it_lowers_the_kl_at_equal_work():
-    hat = new_hat("channel")
-    how = recipe("channel", split_lr=0.2, router_lr=0.0, capacity=0.5, spread=0.0)
-    objective = Objective(hat, how, "routers", nominal_thresholds(hat))
-    batch = collate([{"input_ids": ids, "index": i} for i, ids in enumerate(random_blocks(4, 32))])
-    optimizer, made = torch.optim.Adam([objective.split.offsets], lr=0.05), []
-    for step in range(20):
-        out = objective(**batch, step=step, steps=20)
-        optimizer.zero_grad()
-        out["loss"].backward()
-        optimizer.step()
-        made.append((float(out["kl"]), float(out["share"])))
-    first, last = made[0], made[-1]
-    assert last[0] / first[0] < 1 - 0.5 * abs(last[1] - first[1]), made

@@ -13,9 +13,7 @@ from hat_lib.model.checkpoint import ADAPTER_FILE, read_checkpoint, write_checkp
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
 from hat_lib.training import run as module
-from hat_lib.training import trainer
 from hat_lib.training.run import train
-from hat_lib.training.trainer import last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
 STEPS = 3
@@ -115,21 +113,6 @@ def test_a_second_training_in_the_folder_is_refused(text, tmp_path, monkeypatch,
     assert refused == [True] and not (folder / "work").exists()
     with pytest.raises(HatError, match="already holds a run"):
         train(run, folder, progress=False)
-
-
-def test_a_full_disk_leaves_a_run_that_goes_on(text, tmp_path, monkeypatch):
-    folder, run, save = tmp_path / "run", replace(asked("token", text, save_steps=2), phase="routers"), torch.save
-
-    def full(state, path):
-        if state["step"] > 2:
-            raise RuntimeError("iostream error")  # torch's wording
-        save(state, path)
-
-    with monkeypatch.context() as patch, pytest.raises(HatError, match="cannot write"):
-        patch.setattr(trainer.torch, "save", full)
-        train(run, folder, progress=False)
-    assert last_checkpoint(folder / "work" / "routers").name == "checkpoint-2"
-    assert [outcome.done for outcome in train(run, folder, resume=True, progress=False)] == [True]
 
 
 def test_gates_alone_on_trained_routers(finished, text, tmp_path):
