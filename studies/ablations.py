@@ -4,8 +4,6 @@ The untrained channel grain is calibrated on addresses with one thing changed, a
 of the layers, with the head in full: on text of that kind and on another kind.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +24,7 @@ from studies.plotting.findings import increase_text
 ABOUT = "a calibration with one thing changed, at equal work of the layers"
 MINUTES = 30
 KEY = ("change", "capacity", "text")
-CHANGES = {
-    "none": {},
-    "uniform split": {"split": "uniform"},
-    "no token sensitivity": {"token_sensitivity": False},
-}
+CHANGES = {"none": {}, "uniform split": {"split": "uniform"}, "no token sensitivity": {"token_sensitivity": False}}
 """name -> keyword arguments of `calibrate`"""
 CAPACITIES = (0.62, 0.4)
 # (text, split) that is scored; calibration reads the training split of the first.
@@ -46,7 +40,7 @@ class Row(Machine, Perplexity):
     margin: float
     margin_low: float | None
     margin_high: float | None
-    """perplexity over that without a change, on the same tokens, less 1, with its 95 % paired interval"""
+    """perplexity over that without a change, less 1, with its 95 % paired interval"""
 
 
 def rows(
@@ -57,7 +51,6 @@ def rows(
     calibration_tokens: int = 8192,
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """A row per change, capacity and text, on ``tokens`` tokens of each text."""
     check_count("tokens", tokens, 1024), check_count("calibration_tokens", calibration_tokens, 1024)
     points = {name: [(name, c, text) for text, _ in MEASURED for c in CAPACITIES] for name in CHANGES}
     if all(point in done for of in points.values() for point in of):
@@ -79,18 +72,9 @@ def rows(
                 if (name, capacity, text) not in done:
                     margin = compare(first[(text, split), capacity], score)
                     low, high = margin.interval
-                    yield rounded(
-                        Row,
-                        **machine(loaded) | perplexity(dense, score),
-                        change=name,
-                        text=text,
-                        split=split,
-                        capacity=capacity,
-                        realised=score.layer_capacity,
-                        margin=margin.increase,
-                        margin_low=low,
-                        margin_high=high,
-                    )
+                    columns = {"margin": margin.increase, "margin_low": low, "margin_high": high, "change": name}
+                    columns |= {"text": text, "split": split, "capacity": capacity, "realised": score.layer_capacity}
+                    yield rounded(Row, **machine(loaded) | perplexity(dense, score) | columns)
 
 
 def _scored(hat: HierarchicalTransformer, blocks) -> tuple[Score, dict[float, Score]]:

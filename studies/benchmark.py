@@ -1,15 +1,11 @@
-"""Wall-clock time of what `decode` leaves out, at forced shares, interleaved: ``data/results/benchmark.csv``.
+"""Wall-clock time of what `decode` leaves out, at forced shares: ``data/results/benchmark.csv``.
 
 The token grain and exits in decode, for one sequence and for several, and both grains in prefill; the channel grain
-decodes one sequence for comparison; on TinyLlama's shape with random weights unless told otherwise. A ratio only means
-something within one run, so the variants take turns: in each round every variant processes the same tokens once, and
-the median over rounds of each round's ratio is reported.
-``speedup_hf`` is what a user gains over plain transformers; ``speedup_dense`` is the method's own part, over this
-library's dense path; ``ideal`` is what the realised shares would give if time followed weights (decode) or FLOPs
-(prefill). Tokens are forced, not sampled, so every variant sees the same text.
+decodes one sequence for comparison. A ratio only means something within one run, so the variants take turns on the same
+forced tokens, and a speedup is the median of the rounds' ratios. ``speedup_hf`` is what a user gains over plain
+transformers; ``speedup_dense`` is the method's own part, over our dense path; ``ideal`` is what the realised shares
+would give if time followed weights (decode) or FLOPs (prefill).
 """
-
-from __future__ import annotations
 
 import gc
 import statistics
@@ -23,48 +19,42 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.backbone.base import load_base
 from hat_lib.calibration.quantiles import score_quantiles
-from hat_lib.config import HatConfig, check_capacity, check_count, check_exit_rate
+from hat_lib.config import HatConfig, check_capacity, check_exit_rate
 from hat_lib.inference.speed import Variant, now, take_turns
-from hat_lib.model.cost import state_cost
+from hat_lib.model.cost import Work, state_cost
 from hat_lib.model.policies import Forced, Policy
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
-from studies.common import SPEEDS, Machine, machine, markdown, rounded, saved, speeds
+from studies.common import SPEEDS, Machine, machine, markdown, ratios, rounded, saved, speeds
 from studies.plotting import speed
 
 ABOUT = "speed of the token grain, of exits and of prefill at forced shares, on TinyLlama's shape with random weights"
 MINUTES = 10
 KEY = ("granularity", "phase", "batch", "capacity", "exit_rate")
-CONTEXT = 64
-"""tokens in the cache before the first timed decode step, over all sequences"""
-PREFILL = 512
-"""tokens of a timed prefill, split between the prompts of a batch"""
+CONTEXT = 64  # tokens in the cache before the first timed decode step, over all sequences
+PREFILL = 512  # tokens of a timed prefill, split between the prompts of a batch
 
 
 class Setting(NamedTuple):
-    """What is requested."""
-
-    capacity: float
+    capacity: float  # requested, like the next
     exit_rate: float = 0.0
 
 
 @dataclass(frozen=True)
 class Row(Machine):
-    """One variant of one measurement. Times are milliseconds per forward, medians over rounds."""
+    """Times are milliseconds per forward, medians over rounds."""
 
     granularity: str
     phase: str  # decode (one token per sequence) or prefill
     batch: int
-    tokens: int
-    """per sequence: keys in the cache at the first timed step (decode), or prompt tokens (prefill)"""
-    capacity: float
-    exit_rate: float  # both as requested
+    tokens: int  # per sequence: cached at the first timed step (decode), or of the prompt (prefill)
+    capacity: float  # requested, like the next
+    exit_rate: float
     realised: float
     realised_exit: float
     model_share: float
@@ -81,10 +71,9 @@ class Row(Machine):
 
 @torch.inference_mode()
 def decode_ms(lm: LlamaForCausalLM, ids: Tensor, steps: int, context: int = CONTEXT) -> float:
-    """Mean milliseconds of one decode step over ``steps`` forced tokens after ``context`` cached ones.
+    """Mean milliseconds of a decode step over ``steps`` tokens of ``ids`` [B, T], after ``context`` cached ones.
 
-    The mean, because tokens differ in work: one in ten may leave early. Two forwards before the steps are not timed:
-    the prompt, and the first step, in which the engine may have to pack weights.
+    Neither the prompt is timed nor a first step, in which the engine may pack weights.
     """
     cache = DynamicCache(config=lm.config)
     lm(input_ids=ids[:, :context], cache=cache, use_cache=True, logits_to_keep=1)
@@ -96,29 +85,9 @@ def decode_ms(lm: LlamaForCausalLM, ids: Tensor, steps: int, context: int = CONT
     return 1e3 * (now(lm) - start) / steps
 
 
-@torch.inference_mode()
-def prefill_ms(lm: LlamaForCausalLM, ids: Tensor) -> float:
-    """Milliseconds of one forward over ``ids``, with logits of the last token only, as in generate."""
-    start = now(lm)
-    lm(input_ids=ids, cache=DynamicCache(config=lm.config), use_cache=True, logits_to_keep=1)
-    return 1e3 * (now(lm) - start)
-
-
-def ratio(slow: Variant, fast: Variant) -> float:
-    """Median over rounds of slow / fast, paired by round."""
-    return statistics.median(a / b for a, b in zip(slow.times, fast.times, strict=True))
-
-
 def measure(
-    hat: HierarchicalTransformer,
-    plain: LlamaForCausalLM,
-    settings: Mapping[Setting, Callable],
-    ids: Tensor,
-    *,
-    phase: str,
-    rounds: int,
-    steps: int,
-) -> list[Row]:
+    hat, plain, settings: Mapping[Setting, Callable], ids: Tensor, *, phase: str, rounds: int, steps: int
+) -> Iterator[Row]:
     """A row for each of ``settings``, whose values make the context to run ``hat`` in; ``plain`` is `plain_copy`.
 
     ``ids`` are the tokens to force, int64 ``[B, >= CONTEXT + steps]``; ``phase`` is "decode" or "prefill".
@@ -127,55 +96,48 @@ def measure(
     decode = phase == "decode"
 
     def once(lm: LlamaForCausalLM) -> float:
-        return decode_ms(lm, ids, steps, context) if decode else prefill_ms(lm, prompts)
+        if decode:
+            return decode_ms(lm, ids, steps, context)
+        start = now(lm)
+        lm(input_ids=prompts, cache=DynamicCache(config=lm.config), use_cache=True, logits_to_keep=1)
+        return 1e3 * (now(lm) - start)
 
     hf, dense = Variant("hf", plain, torch.inference_mode), Variant("dense", hat.lm, hat.dense)
     adaptive = [Variant(f"{s}", hat.lm, around) for s, around in settings.items()]
     take_turns([hf, dense, *adaptive], lambda v: once(v.lm), rounds)
-    found = []
     for setting, v in zip(settings, adaptive, strict=True):
         with v.around(), hat.collect() as states, torch.inference_mode():
             once(hat.lm)
             trace = TokenState.cat(states[2:] if decode else states)
             cost = state_cost(hat, trace)
-        speedup = {"hf": ratio(hf, v), "dense": ratio(dense, v)}
-        ideal = _ideal(cost, phase, len(ids))
-        found.append(
-            rounded(
-                Row,
-                **machine(hat.base) | setting._asdict(),
-                **{f"ms_{way.name}": statistics.median(way.times) for way in (hf, dense)},
-                **{f"speedup_{way}": x for way, x in speedup.items()},
-                **{f"efficiency_{way}": x / ideal for way, x in speedup.items()},
-                granularity=hat.config.granularity,
-                phase=phase,
-                batch=len(ids),
-                tokens=context if decode else prompts.shape[1],
-                realised=trace.capacity,
-                realised_exit=trace.exit_rate,
-                model_share=cost.model_share,
-                ideal=ideal,
-                ms_adaptive=statistics.median(v.times),
-                rounds=rounds,
-            )
+        ideal, columns = _ideal(cost, phase, len(ids)), {"ms_adaptive": statistics.median(v.times)}
+        for way in (hf, dense):
+            speedup = statistics.median(ratios(way.times, v.times))
+            columns |= {f"ms_{way.name}": statistics.median(way.times)}
+            columns |= {f"speedup_{way.name}": speedup, f"efficiency_{way.name}": speedup / ideal}
+        yield rounded(
+            Row,
+            **machine(hat.base) | setting._asdict() | columns,
+            granularity=hat.config.granularity,
+            phase=phase,
+            batch=len(ids),
+            tokens=context if decode else prompts.shape[1],
+            realised=trace.capacity,
+            realised_exit=trace.exit_rate,
+            model_share=cost.model_share,
+            ideal=ideal,
+            rounds=rounds,
         )
-    return found
 
 
-def _ideal(cost, phase: str, batch: int) -> float:
-    """Dense / executed: weights read for decode, FLOPs for prefill, where the head only serves the last token.
-
-    In a batch a weight is read once for all rows, so the ideal of a batched decode is that of the rows' mean
-    only if rows are compacted; it is reported as an upper bound.
-    """
-    decode = phase == "decode"
-    dense, executed = (
-        {part: float(work.sum()) for part, work in parts.items()}
-        for parts in ((cost.dense_weight_bytes, cost.weight_bytes) if decode else (cost.dense_flops, cost.flops))
-    )
-    if not decode:
-        dense["head"] = executed["head"] = batch * float(cost.dense_flops["head"].flatten()[0])
-    return sum(dense.values()) / sum(executed.values())
+def _ideal(cost: Work, phase: str, batch: int) -> float:
+    """Dense / executed: weights read for decode, an upper bound in a batch, whose rows share them; FLOPs for prefill,
+    where the head only serves the last token."""
+    dense, executed = cost.dense_weight_bytes, cost.weight_bytes
+    if phase == "prefill":
+        head = {"head": batch * cost.dense_flops["head"].flatten()[0]}
+        dense, executed = cost.dense_flops | head, cost.flops | head
+    return float(sum(work.sum() for work in dense.values()) / sum(work.sum() for work in executed.values()))
 
 
 def plain_copy(hat: HierarchicalTransformer) -> LlamaForCausalLM:
@@ -184,10 +146,8 @@ def plain_copy(hat: HierarchicalTransformer) -> LlamaForCausalLM:
 
 
 def forced_tokens(hat: HierarchicalTransformer, capacity: float, batch: int, tokens: int, seed: int = 0) -> Policy:
-    """The same number of FFNs, drawn at random, is skipped for every token; layer 0 always runs, so the others skip
-    ``L (1 - capacity)`` between them."""
-    n = hat.config.n_layers
-    generator = np.random.default_rng(seed)
+    """Each token skips ``L (1 - capacity)`` FFNs, drawn at random; layer 0 always runs."""
+    n, generator = hat.config.n_layers, np.random.default_rng(seed)
     skipped = n * (1 - capacity)
     keep = np.ones((n, batch, tokens), dtype=bool)
     for b, t in np.ndindex(batch, tokens):
@@ -199,10 +159,8 @@ def forced_tokens(hat: HierarchicalTransformer, capacity: float, batch: int, tok
 def forced(
     hat: HierarchicalTransformer, capacities: Iterable[float], batch: int, tokens: int
 ) -> dict[float, Callable[[], AbstractContextManager]]:
-    """Capacity -> a function that makes a context in which ``hat`` executes that share of a text ``[batch, tokens]``.
-
-    Channel grain: one quantile of the scores per site, the same share everywhere. Token grain: `forced_tokens`.
-    """
+    """Capacity -> a function that makes a context in which ``hat`` executes that share of a text ``[batch, tokens]``:
+    the same at each site (channel grain), or `forced_tokens`."""
     gated = {c for c in capacities if c < 1}
     if hat.config.granularity == "token":
         policies = {c: forced_tokens(hat, c, batch, tokens) for c in gated}
@@ -210,12 +168,6 @@ def forced(
         quantiles = score_quantiles(hat, [random_text(hat, 1, tokens)], progress=False)
         policies = {c: hat.threshold_policy(quantiles.thresholds(c)) for c in gated}
     return {c: partial(hat.using, policies[c]) for c in gated} | {1.0: hat.dense}
-
-
-def forced_exits(hat: HierarchicalTransformer, rate: float, batch: int, tokens: int) -> AbstractContextManager:
-    """A context in which a share ``rate`` of the tokens, drawn at random, leaves halfway up."""
-    leave = torch.from_numpy(np.random.default_rng(0).random((batch, tokens)) < rate).to(hat.base.device)
-    return hat.using(exits=Forced(Masks(exits={hat.config.exit_layers[0]: leave})))
 
 
 def random_text(hat: HierarchicalTransformer, batch: int, tokens: int) -> Tensor:
@@ -234,13 +186,8 @@ def rows(
     steps: int = 16,
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """Both grains at every capacity, decode and prefill; the token grain also at every batch size and exit rate.
-
-    A batch has as many tokens in total as a single sequence, in prefill and before the first timed step, so that the
-    two can be compared. In each of ``rounds`` every variant takes one turn, of ``steps`` tokens in decode.
-    """
-    for name, count in (("rounds", rounds), ("steps", steps), *(("batches", size) for size in batches)):
-        check_count(name, count, 1)
+    """Both grains at every capacity, decode and prefill; the token grain also at every batch size and exit rate. A
+    batch has as many tokens in total as a single sequence; a turn of decode has ``steps`` tokens."""
     leaving = [Setting(1.0, check_exit_rate(rate)) for rate in exits]
     for granularity, capacities, more, sizes in (("channel", channel, [], [1]), ("token", token, leaving, batches)):
         asked = [*(Setting(check_capacity(c)) for c in capacities), *more]
@@ -262,12 +209,15 @@ def _grain(granularity: str, plan: Mapping, base: str, rounds: int, steps: int, 
         around = {size: forced(hat, capacities, size, ids.shape[1]) for size in sizes}
     for (phase, size), asked in plan.items():
         if asked:
-            leave = partial(forced_exits, hat, batch=size, tokens=ids.shape[1])
-            settings = {s: partial(leave, s.exit_rate) if s.exit_rate else around[size][s.capacity] for s in asked}
+            draws = torch.from_numpy(np.random.default_rng(0).random((size, ids.shape[1]))).to(ids.device)
+            settings = {s: around[size][s.capacity] for s in asked}
+            for s in asked:
+                if s.exit_rate:
+                    settings[s] = partial(hat.using, exits=Forced(Masks(exits={half: draws < s.exit_rate})))
             yield from measure(hat, plain, settings, ids[:size], phase=phase, rounds=rounds, steps=steps)
 
 
-def figures(results: Path | None = None) -> dict[str, Figure]:
+def figures(results: Path | None = None) -> dict:
     return {"benchmark": speed.benchmark(saved("benchmark", results).query("exit_rate == 0"))}
 
 

@@ -1,7 +1,6 @@
-"""What the studies share: Markdown tables, and names from the library."""
+"""What the studies share: times of turns, Markdown tables, and names from the library."""
 
-from __future__ import annotations
-
+import statistics
 from collections.abc import Iterable, Sequence
 
 from hat_lib.backbone.machine import Machine, machine
@@ -12,6 +11,16 @@ from hat_lib.rows import results_table as saved
 from hat_lib.rows import rounded
 
 __all__ = ["CHECKPOINTS", "TEXTS", "Machine", "Perplexity", "machine", "perplexity", "rounded", "saved"]
+
+
+def spread(turns: Sequence[float]) -> dict[str, float]:
+    """Times of several turns as columns: median, lowest and highest."""
+    return {"ms": statistics.median(turns), "low": min(turns), "high": max(turns)}
+
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    """slow / fast, paired by round."""
+    return [a / b for a, b in zip(slow, fast, strict=True)]
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence]) -> str:
@@ -31,8 +40,8 @@ def times(speedup: float, ideal: float | None = None) -> str:
 
 
 SPEEDS = ("ideal", "over our own dense path", "over plain transformers")
-"""columns of `speeds`"""
 
 
 def speeds(ideal: float, dense: float, hf: float) -> list[str]:
+    """Cells below `SPEEDS`."""
     return [times(ideal), times(dense, ideal), times(hf)]

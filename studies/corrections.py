@@ -1,14 +1,10 @@
 """What corrections learn in a few steps, by rank and by text: ``data/results/corrections.csv``.
 
-Every run starts from the same thresholds, trains for a few steps from the same seed, and is measured at several
-capacities of the layers, with the head in full, on text it was not trained on: other addresses, news, and docstrings.
-Training, and thresholds from another text, change how much a capacity executes, so runs are compared at the work of the
-first (`at_equal_work`). Except where said, the split of the budget over layers and sites stays as calibrated. Untrained
-runs differ in the text their thresholds come from. Short runs rank what acts quickly; the learning curve of a long one
-is beside its checkpoint, in ``validation.csv``.
+Every run starts from calibrated thresholds, trains for a few steps from the same seed, and is measured at several
+capacities of the layers, with the head in full, on text it was not trained on. Training, and thresholds from another
+text, change how much a capacity executes, so runs are compared at the work of the first (`at_equal_work`). Short runs
+rank what acts quickly; the learning curve of a long one is beside its checkpoint, in ``validation.csv``.
 """
-
-from __future__ import annotations
 
 import gc
 from collections.abc import Collection, Iterator, Sequence
@@ -17,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from hat_lib.backbone.base import Base, load_base, parse_dtype
 from hat_lib.calibration.capacity import calibrate
@@ -34,7 +29,7 @@ from hat_lib.training.trainer import train_phase
 from hat_lib.training.validation import as_trained
 from studies import common
 from studies.common import machine, markdown, perplexity, rounded, saved
-from studies.plotting import divergence
+from studies.plotting import findings
 
 ABOUT = "a short run with corrections of some rank, on some text, at equal work"
 MINUTES = 60
@@ -42,11 +37,9 @@ KEY = ("change", "text", "capacity")
 MEASURED = (("addresses", "validation"), ("news", "validation"), ("docstrings", "test"))
 """text and split that runs are measured on; docstrings are reported, but nothing is chosen by them"""
 CAPACITIES = (0.7, 0.62, 0.5, 0.42)
-SHOWN = (0.62, 0.5)
-"""those with a neighbour on either side, so that they can be interpolated to another run's work"""
+SHOWN = (0.62, 0.5)  # with a neighbour on either side, so that they can be interpolated to another run's work
 MIXTURE = "addresses+openings"
-START_TOKENS, PROBE_TOKENS = 8192, 2048
-"""for the thresholds a run starts from"""
+START_TOKENS, PROBE_TOKENS = 8192, 2048  # for the thresholds a run starts from
 
 
 @dataclass(frozen=True)
@@ -54,16 +47,11 @@ class Change:
     """One run."""
 
     name: str
-    rank: int | None = None
-    """of corrections; None: there are none, and routers train alone"""
-    trained_on: str = ""
-    """if empty, nothing is trained"""
-    start: str = "addresses"
-    """text the thresholds come from"""
-    alone: float | None = None
-    """the only capacity to train at; None: the recipe's range"""
-    split_lr: float = 0.0
-    """of the split of the budget; 0 leaves it as calibrated"""
+    rank: int | None = None  # of corrections; None: there are none, and routers train alone
+    trained_on: str = ""  # if empty, nothing is trained
+    start: str = "addresses"  # text the thresholds come from
+    alone: float | None = None  # the only capacity to train at; None: the recipe's range
+    split_lr: float = 0.0  # of the split of the budget over layers and sites; 0 leaves it as calibrated
 
 
 CHANGES = (
@@ -107,12 +95,9 @@ def rows(
     dtype: str = "bf16",
     changes: Sequence[str] = tuple(change.name for change in CHANGES),
 ) -> Iterator[Row]:
-    """Rows for each of ``changes``, after ``steps`` steps of 1,024 tokens, on ``tokens`` tokens per text.
-
-    Raises `HatError` for a change that is not in `CHANGES`.
-    """
+    """Rows for each of ``changes``, after ``steps`` steps of 1,024 tokens, on ``tokens`` tokens per text."""
     parse_dtype(dtype)
-    check_count("steps", steps, 1), check_count("tokens", tokens, 1024)
+    check_count("tokens", tokens, 1024)
     known = {change.name: change for change in CHANGES}
     if odd := [name for name in changes if name not in known]:
         raise HatError(f"changes must be among {', '.join(known)}, got {odd[0]!r}")
@@ -129,8 +114,7 @@ def rows(
 
 
 def _started(base: Base, change: Change, starts: dict) -> HierarchicalTransformer:
-    """The model before its first step; ``starts`` caches the tables of each text, and the sensitivities that go with
-    them."""
+    """The model before its first step; ``starts`` caches calibration and routers of each text."""
     blocks = training_text(base, change.start, START_TOKENS, progress=False)  # before anything is attached to the base
     hat = HierarchicalTransformer(base, HatConfig.default(base, correction_rank=change.rank))
     if change.start not in starts:
@@ -143,19 +127,17 @@ def _started(base: Base, change: Change, starts: dict) -> HierarchicalTransforme
 
 def _train(hat: HierarchicalTransformer, change: Change, steps: int) -> Thresholds:
     """Trains ``hat``; returns the thresholds it was trained at in the end."""
-    drawn = {} if change.alone is None else {"capacity": change.alone, "spread": 0.0}
-    recipe = Recipe.channel(
-        "full", split_lr=change.split_lr, router_epochs=1, log_steps=steps, save_steps=steps, **drawn
-    )
+    more = {} if change.alone is None else {"capacity": change.alone, "spread": 0.0}
+    more |= {"split_lr": change.split_lr, "router_epochs": 1, "log_steps": steps, "save_steps": steps}
+    recipe = Recipe.channel("full", **more)
     tokens = steps * recipe.batch_size * recipe.block_size
     plain = load_base(hat.base.name, dtype=hat.base.dtype)
     blocks = training_text(plain, change.trained_on, tokens, block_size=recipe.block_size, progress=False)
+    start = nominal_thresholds(hat)
     with TemporaryDirectory() as folder:
-        ended = train_phase(
-            hat, blocks, recipe, "routers", nominal_thresholds(hat), Path(folder), max_steps=steps, progress=False
-        )
+        end = train_phase(hat, blocks, recipe, "routers", start, Path(folder), max_steps=steps, progress=False)
     hat.eval()
-    return ended.thresholds
+    return end.thresholds
 
 
 def _on_text(
@@ -168,31 +150,24 @@ def _on_text(
     parameters = sum(p.numel() for p in trained.values())
     if change.split_lr:
         parameters += BudgetSplit(hat.config.n_layers, hat.grain.sites).offsets.numel()
+    columns = machine(hat.base) | vars(change) | {"change": change.name, "parameters": parameters, "steps": steps}
+    columns |= {"text": text, "split": split}
     for capacity, found in zip(capacities, measured, strict=True):
-        yield rounded(
-            Row,
-            **machine(hat.base) | perplexity(dense, found) | vars(change),
-            change=change.name,
-            parameters=parameters,
-            steps=steps,
-            text=text,
-            split=split,
-            capacity=capacity,
-            realised=found.layer_capacity,
-        )
+        columns |= {"capacity": capacity, "realised": found.layer_capacity}
+        yield rounded(Row, **columns | perplexity(dense, found))
 
 
 def shown(results: Path | None = None) -> pd.DataFrame:
     """The rows of `SHOWN`, for each text at the work of the first run."""
     table = saved("corrections", results)
-    order = table["change"].map({name: number for number, name in enumerate(table["change"].unique())})
+    order = pd.factorize(table["change"])[0]
     every = table.assign(tokens=order, share=table["realised"]).groupby("text", sort=False)
     table = pd.concat(at_equal_work(rows) for _, rows in every)
     return table[table["capacity"].isin(SHOWN)]
 
 
-def figures(results: Path | None = None) -> dict[str, Figure]:
-    return {"corrections": divergence.changes(shown(results))}
+def figures(results: Path | None = None) -> dict:
+    return {"corrections": findings.changes(shown(results))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

@@ -1,18 +1,11 @@
 """Decoding on a CPU, in milliseconds per token: ``data/results/decode.csv``.
 
 On the bundled base at the capacities of a trained checkpoint, and on TinyLlama's exact shape, with random weights,
-forced to the same shares: plain transformers, the reference path, and the engine with its weights in each format, all
-after the same text, in turns; also eight sequences at a time. The engine's speedup is over our own fastest dense path
-in the same weight format; ``low`` and ``high`` are of the fastest and the slowest round. "read" is the same threads
-summing as much memory in order. llama.cpp decodes the bundled base's file in its own four bits, in the same turns, if
-llama-cpp-python is installed (``pip install "hat-workbook[peers]"``, which takes minutes to compile).
-
-Before the engine's first step, plain transformers are timed alone ("hf_before"); in the turns they come right after the
-engine. Beside its time, each format and capacity has its cost in quality: the KL of the engine's predictions from those
-of the dense base.
+forced to the same shares, `WAYS` take turns after the same text: the engine with its weights in each format, some also
+with eight sequences at a time; plain transformers right after the engine, and before its first step alone. llama.cpp
+decodes the bundled base's file in its own four bits, if llama-cpp-python is installed
+(``pip install "hat-workbook[peers]"``, which takes minutes to compile).
 """
-
-from __future__ import annotations
 
 import gc
 import statistics
@@ -21,12 +14,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import DynamicCache
@@ -41,7 +34,7 @@ from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
 from studies.benchmark import CONTEXT, decode_ms, forced, plain_copy
-from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, times
+from studies.common import CHECKPOINTS, Machine, machine, markdown, ratios, rounded, saved, spread, times
 from studies.plotting import speed
 
 ABOUT = "milliseconds a token: transformers, the engine by format and capacity, eight sequences, llama.cpp"
@@ -51,45 +44,33 @@ SHAPE = "random:tinyllama"
 WAYS = {"hf": "plain transformers", "hf_before": "plain transformers, before the engine's first step",
         "reference": "the reference path", "read": "a plain read of as much memory", "engine": "the engine",
         "llama.cpp": "llama.cpp"}  # fmt: skip
-TOGETHER = 8
-"""most tokens the engine takes at a time"""
-HELD_OUT = 512
-"""tokens on which a format is compared with the base"""
+TOGETHER = 8  # most tokens the engine takes at a time
+HELD_OUT = 512  # tokens on which a format is compared with the base
 READ = {"int8": (1.0, 0.0, 1.0), "q4": (0.5, 4 / 32, 1.0)}
 """bytes that a format reads for each weight of a kept channel, for each weight kept or not (scales of groups of 32
-channels), and for each weight of the head; "base" reads its own"""
+channels), and for each weight of the head"""
 
 
 @dataclass(frozen=True)
 class Row(Machine):
-    """Medians over rounds."""
-
-    way: str
-    """one of `WAYS`"""
-    weights: str
-    """bfloat16, float32; int8, a scale for each output; q4 and q4_1, four bits in groups of 32"""
-    sequences: int
-    """number that decode together"""
-    capacity: float
-    """requested, or forced"""
+    way: str  # one of `WAYS`
+    weights: str  # bfloat16, float32; int8, a scale for each output; q4 and q4_1, four bits in groups of 32
+    sequences: int  # number that decode together
+    capacity: float  # requested, or forced
     realised: float
-    ms: float
-    """per token, over all sequences"""
+    ms: float  # per token, over all sequences: the median, the fastest and the slowest round
     low: float
     high: float
-    """of the fastest and of the slowest round"""
     tokens_per_second: float
     ideal: float | None
     """speedup over dense if time followed the weights read; only for one sequence, as several share them"""
-    over_dense: float | None
-    """over our own fastest dense path in this format, paired by round"""
+    over_dense: float | None  # over our own fastest dense path in this format, paired by round
     over_dense_low: float | None
     over_dense_high: float | None
     over_hf: float | None
     kl: float | None
     """KL(dense base || engine), nats per token; only for meaningful weights, those of the bundled base"""
-    copy_mib: float | None
-    """the engine's own copy of weights"""
+    copy_mib: float | None  # the engine's own copy of weights
     steps: int
     rounds: int
 
@@ -103,8 +84,7 @@ class Way:
     sequences: int
     capacity: float
     once: Callable[[], float]
-    found: dict = field(default_factory=dict)
-    """more columns"""
+    columns: dict = field(default_factory=dict)
     around: Callable = nullcontext
     times: list[float] = field(default_factory=list)
 
@@ -119,15 +99,11 @@ def rows(
     steps: int = 32,
     dtype: str = "bf16",
 ) -> Iterator[Row]:
-    """Rows for both bases.
+    """Rows for both bases; the ``checkpoint`` has the channel grain and the bundled base.
 
-    Args:
-        checkpoint: of the channel grain, for the bundled base.
-        together: sequences to decode together, dense and at the middle capacity; the engine takes up to eight.
-        rounds: each way takes one turn per round.
-        steps: tokens per turn.
+    ``together`` sequences decode together, dense and at the middle capacity. A turn has ``steps`` tokens.
     """
-    check_count("rounds", rounds, 1), check_count("steps", steps, 1), check_count("together", together, 2, TOGETHER)
+    check_count("together", together, 2, TOGETHER)
     asked = [1.0, *(check_capacity(c) for c in capacities if c != 1)]
     hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
     if hat.base.name != BUNDLED or hat.config.granularity != "channel":
@@ -157,7 +133,7 @@ def _base(hat, ids: Tensor, around: dict, together: int, rounds: int, steps: int
     take_turns(before, lambda way: way.once(), rounds)
     with hat.dense(), hat.reference():
         expected = _predicted(hat, ids) if bundled else None
-    reference = Way("reference", own, 1, 1.0, lambda: _within(hat, texts[1], steps, hat.dense, "base", True))
+    reference = Way("reference", own, 1, 1.0, lambda: _within(hat, texts[1], steps, hat.dense, "base", hat.reference))
     read = Way("read", own, 1, 1.0, _plain_read(hat.lm))
     ways = {form: list(_engine(hat, texts, around, steps, form, expected, ids)) for form in WEIGHT_FORMATS}
     peer = llama_cpp(texts[1], steps) if bundled else None
@@ -166,15 +142,16 @@ def _base(hat, ids: Tensor, around: dict, together: int, rounds: int, steps: int
     # Plain transformers between two turns of the engine.
     turns = [reference, read, *first, hf, *sum(others, []), batch, *more]
     take_turns(turns, lambda way: way.once(), rounds)
-    for way in sorted([*before, *turns], key=lambda way: (way.sequences, [*WAYS].index(way.name))):
+    turns = sorted([*before, *turns], key=lambda way: (way.sequences, [*WAYS].index(way.name)))
+    for way in turns:
         if (hat.base.name, way.name, way.weights, way.sequences, way.capacity) not in done:
-            yield _row(hat, way, [*before, *turns], steps, rounds)
+            yield _row(hat, way, turns, steps, rounds)
 
 
 def _engine(
     hat, texts: dict, around: dict, steps: int, form: str, expected: Tensor | None, ids: Tensor
 ) -> Iterator[Way]:
-    """The engine's ways in one format, with all of their columns that are not times."""
+    """The engine's ways in one format, with the columns that are not times."""
     name = str(hat.base.dtype).removeprefix("torch.") if form == "base" else form
     middle = sorted(around)[(len(around) - 1) // 2]
     _within(hat, texts[1], 1, hat.dense, form)  # packs the weights before anything is collected
@@ -187,15 +164,14 @@ def _engine(
             with enter(), hat.collect() as states:
                 _ms(hat.lm, text, steps)
             trace = TokenState.cat(states[2:])
-            found = {"realised": trace.capacity, "copy_mib": copied}
+            columns = {"realised": trace.capacity, "copy_mib": copied}
             if sequences == 1:
-                found["ideal"] = _ideal(state_cost(hat, trace), hat.base.dtype.itemsize, form)
+                columns["ideal"] = _ideal(state_cost(hat, trace), hat.base.dtype.itemsize, form)
             if sequences == 1 and expected is not None:
                 with enter():
                     total = kl_div(_predicted(hat, ids), expected, reduction="sum", log_target=True)
-                found["kl"] = float(total) / len(expected)
-            once = lambda text=text, enter=enter: _within(hat, text, steps, enter, form)  # noqa: E731
-            yield Way("engine", name, sequences, capacity, once, found)
+                columns["kl"] = float(total) / len(expected)
+            yield Way("engine", name, sequences, capacity, partial(_within, hat, text, steps, enter, form), columns)
 
 
 def _ms(lm, ids: Tensor, steps: int) -> float:
@@ -203,17 +179,16 @@ def _ms(lm, ids: Tensor, steps: int) -> float:
     return decode_ms(lm, ids, steps, ids.shape[1] - steps) / len(ids)
 
 
-def _within(hat, ids: Tensor, steps: int, enter: Callable, form: str, reference: bool = False) -> float:
+def _within(hat, ids: Tensor, steps: int, enter: Callable, form: str, path: Callable = nullcontext) -> float:
     changed, hat.weight_format = hat.weight_format != form, form
-    with enter(), hat.reference() if reference else hat.at():
+    with enter(), path():
         if changed:  # weights are packed at the first step
             decode_ms(hat.lm, ids, 1, 1)
         return _ms(hat.lm, ids, steps)
 
 
 def _plain_read(lm) -> Callable[[], float]:
-    """Measures the milliseconds in which the engine's threads read, in order, as much memory as a dense step reads in
-    the base's own format."""
+    """Measures milliseconds in which the engine's threads read, in order, as much memory as a dense step."""
     from hat_lib.engine import team
     from hat_lib.engine.compiling import compiled
     from hat_lib.engine.weights import linears
@@ -240,7 +215,7 @@ def _plain_read(lm) -> Callable[[], float]:
 
 @torch.inference_mode()
 def _predicted(hat, ids: Tensor) -> Tensor:
-    """Log-probabilities of what follows each of `HELD_OUT` tokens, fp32 ``[T, V]``, in steps the engine can take."""
+    """Log-probabilities of what follows each of `HELD_OUT` tokens, fp32 ``[T, V]``, in steps of the engine."""
     cache, parts = DynamicCache(config=hat.lm.config), ids[:, :HELD_OUT].split(TOGETHER, 1)
     logits = [hat.lm(input_ids=part, cache=cache, use_cache=True).logits[0] for part in parts]
     return torch.cat(logits).float().log_softmax(-1)
@@ -253,46 +228,32 @@ def _row(hat, way: Way, ways: Sequence[Way], steps: int, rounds: int) -> Row:
     if way.name == "engine":
         dense = [w for w in alike if w.weights == way.weights and w.capacity == 1 and w.name in ("reference", "engine")]
         fastest = min(dense, key=lambda w: statistics.median(w.times))
-        ratios = [a / b for a, b in zip(fastest.times, way.times, strict=True)]
-        over = {"over_dense": statistics.median(ratios), "over_dense_low": min(ratios), "over_dense_high": max(ratios)}
+        found = spread(ratios(fastest.times, way.times))
+        over = {"over_dense": found["ms"], "over_dense_low": found["low"], "over_dense_high": found["high"]}
     empty = dict.fromkeys(("ideal", "over_dense", "over_dense_low", "over_dense_high", "kl", "copy_mib"))
-    ms = statistics.median(way.times)
-    return rounded(
-        Row,
-        **machine(hat.base) | empty | {"realised": 1.0} | way.found | over,
-        way=way.name,
-        weights=way.weights,
-        sequences=way.sequences,
-        capacity=way.capacity,
-        ms=ms,
-        low=min(way.times),
-        high=max(way.times),
-        tokens_per_second=1e3 / ms,
-        over_hf=None if way is hf else statistics.median(a / b for a, b in zip(hf.times, way.times, strict=True)),
-        steps=steps,
-        rounds=rounds,
-    )
+    over["over_hf"] = None if way is hf else statistics.median(ratios(hf.times, way.times))
+    columns = {"way": way.name, "weights": way.weights, "sequences": way.sequences, "capacity": way.capacity}
+    columns |= {"realised": 1.0, "steps": steps, "rounds": rounds} | way.columns | over | spread(way.times)
+    columns["tokens_per_second"] = 1e3 / columns["ms"]
+    return rounded(Row, **machine(hat.base) | empty | columns)
 
 
 def _ideal(cost: Work, size: int, form: str) -> float:
     """Dense over executed weights, in the bytes a format reads; ``size`` is the size in bytes of a base weight."""
     kept, whole, head = READ.get(form, (size, 0.0, size))
-    dense, executed = (
-        {part: float(work.sum()) for part, work in parts.items()}
-        for parts in (cost.dense_weight_bytes, cost.weight_bytes)
-    )
-    layers = [sum(parts.pop(p, 0.0) for p in ("attention", "ffn", "exited_kv")) / size for parts in (dense, executed)]
-    heads = [parts.pop("head") / size for parts in (dense, executed)]
-    everything, read = (
-        kept * layer + whole * layers[0] + head * h + sum(rest.values())
-        for layer, h, rest in zip(layers, heads, (dense, executed), strict=True)
-    )
-    return everything / read
+
+    def read(work: dict[str, Tensor]) -> float:
+        parts = {part: float(value.sum()) for part, value in work.items()}
+        layers = sum(parts.pop(part, 0.0) for part in ("attention", "ffn", "exited_kv"))
+        return (kept * layers + head * parts.pop("head")) / size + sum(parts.values())
+
+    dense = cost.dense_weight_bytes
+    always = whole * sum(float(dense[part].sum()) for part in ("attention", "ffn") if part in dense) / size
+    return (read(dense) + always) / (read(cost.weight_bytes) + always)
 
 
 def llama_cpp(ids: Tensor, steps: int) -> Callable[[], float] | None:
-    """Measures milliseconds per token of llama.cpp on the bundled base's file, after the same tokens; None if it is not
-    installed."""
+    """Measures milliseconds per token of llama.cpp on the bundled base's file; None if it is not installed."""
     try:
         from llama_cpp import Llama
     except ImportError:
@@ -314,7 +275,7 @@ def llama_cpp(ids: Tensor, steps: int) -> Callable[[], float] | None:
     return once
 
 
-def figures(results: Path | None = None) -> dict[str, Figure]:
+def figures(results: Path | None = None) -> dict:
     drawn = saved("decode", results).query("sequences == 1 and way not in ('hf_before', 'read')")
     return {"decode": speed.decode(drawn)}
 

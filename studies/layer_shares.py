@@ -3,16 +3,12 @@
 That file has one number for the whole model; the view of the frontier shows where in the model the work is done.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
-from hat_lib.config import HatError
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import frontier
 from hat_lib.text.blocks import load_text
@@ -42,7 +38,7 @@ def rows(
     results: Path | None = None,
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """Every layer at every setting that ``quality.csv`` in ``results`` has for the channel grain on docstrings."""
+    """Every layer at each setting that ``quality.csv`` in ``results`` has for the channel grain on docstrings."""
     points = frontier.points(saved("quality", results))[["capacity", "exit_rate"]]
     if settings := [at for at in points.itertuples(index=False, name=None) if (*at, 0) not in done]:
         hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
@@ -54,12 +50,7 @@ def rows(
 def layer_shares(
     hat: HierarchicalTransformer, blocks: Sequence[Mapping], settings: Iterable[tuple[float, float]]
 ) -> list[Row]:
-    """Run ``hat`` over each row of `load_text` at each (capacity, exit rate); it is left as it was.
-
-    One block per forward, so there are no pads. Raises `HatError` without blocks, and for a setting out of range.
-    """
-    if not len(blocks):
-        raise HatError("layer shares need at least one block of text")
+    """Run ``hat`` over each row of `load_text`, one per forward, at each (capacity, exit rate)."""
     depth, rows = torch.arange(hat.config.n_layers, device=hat.lm.device)[:, None], []
     for capacity, exit_rate in settings:
         with hat.at(capacity, exit_rate), hat.collect() as traces:
@@ -73,5 +64,5 @@ def layer_shares(
     return rows
 
 
-def figures(results: Path | None = None) -> dict[str, Figure]:
+def figures(results: Path | None = None) -> dict:
     return {"07_frontier": frontier.twin(saved("quality", results), saved("layer_shares", results))}

@@ -2,11 +2,8 @@
 
     python -m studies.make_text
 
-Each becomes lines of JSON, ``{"doc": id, "text": ...}``, compressed with xz. `hat_lib.text.corpora` reads them. The
-licences, which travel along, are those of the wheels (data/text/README.md).
+Each becomes lines of JSON, ``{"doc": id, "text": ...}``, compressed with xz, for `hat_lib.text.corpora`.
 """
-
-from __future__ import annotations
 
 import ast
 import bz2
@@ -16,24 +13,20 @@ import json
 import lzma
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import IO
 from xml.etree import ElementTree
 
 from hat_lib.backbone.wheels import GENSIM, WheelSpec, open_wheel
 from hat_lib.text.corpora import FOLDER, Document
 
-NETWORKX = WheelSpec(
-    "networkx", "3.6.1", "networkx-3.6.1-py3-none-any.whl",
-    "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762", 2_068_504,
-)  # fmt: skip
+NETWORKX = WheelSpec("networkx", "3.6.1", "networkx-3.6.1-py3-none-any.whl",
+                     "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762", 2_068_504)  # fmt: skip
 WIKIPEDIA = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-LICENSES = {
-    NETWORKX: "networkx-3.6.1.dist-info/licenses/LICENSE.txt",
-    GENSIM: "gensim-4.4.0.dist-info/licenses/COPYING",
-}
+LICENSES = {NETWORKX: "networkx-3.6.1.dist-info/licenses/LICENSE.txt",
+            GENSIM: "gensim-4.4.0.dist-info/licenses/COPYING"}  # fmt: skip
 
-# numpydoc sections that hold lists, tables, code or references
+# numpydoc sections without prose
 NOT_PROSE = re.compile(
     r"((other )?parameters|keyword arguments|returns|yields|receives|raises|warns|attributes|methods"
     r"|examples?|see also|references|implementation):?",
@@ -58,7 +51,9 @@ END = re.compile(r"^==\s*(See also|Notes|References|Further reading|External lin
 
 
 def main() -> None:
-    texts = {"docstrings": docstrings(NETWORKX), "reserve": docstrings(GENSIM), "encyclopedia": encyclopedia()}
+    with open_wheel(GENSIM) as wheel, bz2.open(wheel.open(WIKIPEDIA)) as file:
+        encyclopedia = list(articles(file))
+    texts = {"docstrings": docstrings(NETWORKX), "reserve": docstrings(GENSIM), "encyclopedia": encyclopedia}
     FOLDER.mkdir(exist_ok=True)
     for name, found in texts.items():
         # By hash, so that any leading part of a corpus is a mixture of subjects.
@@ -94,11 +89,7 @@ def module_prose(source: str) -> Iterator[str]:
 
 
 def docstring_prose(docstring: str) -> Iterator[str]:
-    """Paragraphs of prose in one dedented docstring, markup removed, one line each.
-
-    Dropped: sections of `NOT_PROSE`; indented and doctest blocks, lists, tables and directives; paragraphs with LaTeX,
-    formulas, identifiers or addresses; anything but whole sentences of at least eight mostly plain words.
-    """
+    """Paragraphs of whole sentences in one dedented docstring, of at least eight mostly plain words, one line each."""
     for block in re.split(r"\n\s*\n", _without_sections(docstring)):
         lines = block.strip("\n").split("\n")
         if any(line[:1].isspace() or MARKED.match(line) for line in lines) or block.endswith(":"):
@@ -124,7 +115,7 @@ def _without_sections(docstring: str) -> str:
 
 
 def _plain(block: str) -> str:
-    """reStructuredText inline markup to plain text on one line."""
+    """Inline markup of reStructuredText to plain text on one line."""
     text = re.sub(r":[\w:]+:`~?!?(?:[\w.]+\.)?([^`<]*?)\s*(?:<[^`>]*>)?`", r"\1", block)  # roles
     text = re.sub(r"`([^`<]+?)\s*<[^`>]*>`_+", r"\1", text)  # links
     text = re.sub(r"(\[\w+\])_", r"\1", text)  # citations
@@ -133,13 +124,8 @@ def _plain(block: str) -> str:
     return " ".join(text.split())
 
 
-def encyclopedia() -> Iterable[Document]:
-    with open_wheel(GENSIM) as wheel, bz2.open(wheel.open(WIKIPEDIA)) as file:
-        yield from articles(file)
-
-
 def articles(file: IO[bytes]) -> Iterator[Document]:
-    """``(title, prose)`` of each article in a page dump, without redirects and pages that have no prose."""
+    """``(title, prose)`` of each article with prose in a page dump."""
     title = ""
     for _, element in ElementTree.iterparse(file):
         tag = element.tag.rpartition("}")[2]

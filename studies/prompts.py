@@ -1,10 +1,4 @@
-"""Prompts of several kinds, always the same, to measure generation on.
-
-Lines of addresses and docstrings come from test splits, which nothing was trained or calibrated on; sentences about
-topics, programs and lists are assembled from the words below.
-"""
-
-from __future__ import annotations
+"""Prompts of several kinds, always the same, to measure generation on: lines of test splits, and assembled words."""
 
 from itertools import product
 from typing import NamedTuple
@@ -15,8 +9,7 @@ from hat_lib.config import check_count
 from hat_lib.text.blocks import load_text
 
 KINDS = 5
-LENGTH = 24
-"""tokens of a prompt that is cut from a text"""
+LENGTH = 24  # tokens of a prompt that is cut from a text
 
 BEGUN = ("{} is", "The history of {} begins", "Five facts about {}:\n1.", "My teacher told me that {}",
          "A poem about {}:\n")  # fmt: skip

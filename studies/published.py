@@ -1,15 +1,10 @@
 """The published recipe, measured like our own: ``data/results/published.csv``.
 
-The rows are as in `studies.quality`, for the checkpoint trained with the published hyperparameters, at the
-grain they are meant for.
+The rows are as in `studies.quality`, for the checkpoint trained with the published hyperparameters.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from hat_lib.evaluation.controls import CONTROLS
 from studies import quality
@@ -22,22 +17,18 @@ KEY, Row = quality.KEY, quality.Row
 
 
 def rows(
-    done: Mapping[tuple, quality.Row] | None = None,
-    *,
-    token: Path = CHECKPOINTS / "published",
-    dtype: str | None = None,
-) -> Iterator[quality.Row]:
+    done: Mapping[tuple, Row] | None = None, *, token: Path = CHECKPOINTS / "published", dtype: str | None = None
+) -> Iterator[Row]:
     """The points of the token grain that are trained and without exits."""
     points = [p for p in quality.plan("token") if p.variant == "trained" and p.exit_rate == 0]
     yield from quality.rows(done, token=token, grains=["token"], points=points, dtype=dtype)
 
 
-def figures(results: Path | None = None) -> dict[str, Figure]:
+def figures(results: Path | None = None) -> dict:
     return {"08_promised": promised(*(saved(name, results) for name in ("quality", "published", "published_claims")))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    """The token grain under two recipes, each increase with its realised capacity; controls at the work of ours."""
     asked = "granularity == 'token' and exit_rate == 0"
     ours, theirs = (saved(name, results).query(asked).sort_values("tokens") for name in ("quality", "published"))
     ways = ("our recipe", "published recipe", "best control")

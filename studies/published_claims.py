@@ -1,27 +1,23 @@
 """What is claimed for the published method, and what is measured: ``data/results/published_claims.csv``.
 
 The claims are for a frozen base: at a given capacity, a speedup and its price in perplexity. Next to them, for both
-grains at the claimed capacities: quality on the bundled base, from ``quality.csv``, and speed, both on the bundled base
-with the reference checkpoints and on TinyLlama's exact shape with random weights, forced to the shares and exits that
-the bundled base realised.
+grains: quality on the bundled base, from ``quality.csv``, and speed, on the bundled base and on TinyLlama's exact shape
+with random weights, forced to the shares and exits that the bundled base realised.
 """
-
-from __future__ import annotations
 
 import gc
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from hat_lib import config
 from hat_lib.backbone.base import BUNDLED, load_base
-from hat_lib.config import HatConfig, HatError, check_count
+from hat_lib.config import HatConfig, HatError
 from hat_lib.evaluation.controls import exit_shares
 from hat_lib.model.modes import combined
 from hat_lib.model.policies import Forced
@@ -31,7 +27,7 @@ from hat_lib.rows import read_rows
 from hat_lib.text.blocks import load_text
 from studies import common, quality
 from studies.benchmark import PREFILL, Setting, forced, measure, plain_copy
-from studies.common import CHECKPOINTS, SPEEDS, TEXTS, markdown, rounded, saved, speeds
+from studies.common import CHECKPOINTS, SPEEDS, TEXTS, markdown, saved, speeds
 from studies.plotting import findings, speed
 from studies.plotting.findings import increase_text
 
@@ -40,8 +36,8 @@ MINUTES = 15
 READS = ("quality",)
 KEY = ("base", "granularity", "capacity", "exit_rate")
 SHAPE = "random:tinyllama"
+# capacity -> speedup and increase in perplexity
 PROMISED = {0.9: (1.1, 0.01), 0.7: (1.3, 0.03), 0.55: (1.6, 0.08), 0.4: (1.8, 0.12)}
-"""capacity -> speedup and increase in perplexity"""
 SETTINGS = [*(Setting(c) for c in PROMISED), Setting(1.0, 0.1), Setting(0.75, 0.1)]
 
 
@@ -80,11 +76,7 @@ def rows(
     steps: int = 64,
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """Rows for both bases, grain by grain; ``quality.csv`` in ``results`` must have been made with these checkpoints.
-
-    A turn of decode has many ``steps``, because what the token grain realises over a few tokens says little.
-    """
-    check_count("rounds", rounds, 1), check_count("steps", steps, 1)
+    """Rows for both bases, grain by grain; ``quality.csv`` in ``results`` must be of these checkpoints."""
     path = (results or config.DATA / "results") / "quality.csv"
     measured = sorted(read_rows(path, quality.Row), key=lambda r: r.tokens)  # a later row replaces an earlier
     known = {(r.granularity, r.text, r.capacity, r.exit_rate): r for r in measured if r.variant == "trained"}
@@ -120,45 +112,31 @@ def _grain(checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str
         draws = np.random.default_rng(0).random((len(left[setting]), *ids.shape))
         shares = zip(hat.config.exit_layers, left[setting], draws, strict=True)
         exits = Forced(Masks(exits={depth: torch.from_numpy(draw < share) for depth, share, draw in shares}))
-        capacity = contexts[realised[setting]]
-        leaving = partial(combined, capacity, partial(hat.using, exits=exits))
-        around[setting] = leaving if setting.exit_rate else capacity
+        around[setting] = contexts[realised[setting]]
+        if setting.exit_rate:
+            around[setting] = partial(combined, around[setting], partial(hat.using, exits=exits))
     yield from _rows(hat, around, ids % hat.lm.config.vocab_size, rounds, steps, {})
     del hat, contexts, around
     gc.collect()
 
 
 def _rows(hat, around: Mapping, ids: Tensor, rounds: int, steps: int, known: Mapping) -> Iterator[Row]:
-    plain = plain_copy(hat)
-    both = (
-        measure(hat, plain, around, ids, phase=phase, rounds=rounds, steps=steps) for phase in ("decode", "prefill")
-    )
-    for setting, decode, prefill in zip(around, *both, strict=True):
+    timed = partial(measure, hat, plain_copy(hat), around, ids, rounds=rounds, steps=steps)
+    for setting, decode, prefill in zip(around, timed(phase="decode"), timed(phase="prefill"), strict=True):
         speedup, increase = (None, None) if setting.exit_rate else PROMISED.get(setting.capacity, (None, None))
         quoted = {}
         for text in TEXTS:
             row = known.get((decode.granularity, text, *setting))
-            for column in ("", "_low", "_high"):
-                quoted[text + column] = row and getattr(row, f"increase{column}")
-        row = rounded(
-            Row,
-            **vars(decode),
-            **dict.fromkeys(quoted),
-            promised_speedup=speedup,
-            promised_increase=increase,
-            ideal_decode=decode.ideal,
-            decode_dense=decode.speedup_dense,
-            decode_hf=decode.speedup_hf,
-            ideal_prefill=prefill.ideal,
-            prefill_dense=prefill.speedup_dense,
-            prefill_hf=prefill.speedup_hf,
-        )
-        yield replace(row, **quoted)  # quoted, so not rounded again
+            quoted |= {text + end: row and getattr(row, f"increase{end}") for end in ("", "_low", "_high")}
+        columns = vars(decode) | quoted | {"promised_speedup": speedup, "promised_increase": increase}
+        for phase, row in ("decode", decode), ("prefill", prefill):
+            columns |= {f"ideal_{phase}": row.ideal, f"{phase}_dense": row.speedup_dense, f"{phase}_hf": row.speedup_hf}
+        yield Row(**{field.name: columns[field.name] for field in fields(Row)})  # all rounded already
 
 
-def figures(results: Path | None = None) -> dict[str, Figure]:
+def figures(results: Path | None = None) -> dict:
     rows = saved("published_claims", results)
-    # A speed above its ideal is a measuring error; `speeds` shows it beside the ideal, elsewhere it would mislead.
+    # A speed above its ideal is a measuring error.
     above = rows["decode_dense"].round(2) > rows["ideal_decode"].round(2)
     drawn = {"06_work_and_time": speed.work_and_time(rows[~above]), "06_promise": speed.promise(rows)}
     return drawn | {"08_speeds": findings.speeds(rows)}
@@ -168,16 +146,12 @@ def tables(results: Path | None = None) -> dict[str, str]:
     rows = saved("published_claims", results).query("exit_rate == 0")
     shape = {(r.granularity, r.capacity): r for r in rows[rows["base"] == SHAPE].itertuples()}
     header = ["grain", "capacity requested / realised", "claimed", *(f"perplexity, {text}" for text in TEXTS)]
-    header += [
-        f"decode, {base}: {kind}" for base in ("bundled base", "TinyLlama's shape, random weights") for kind in SPEEDS
-    ]
+    for base in ("bundled base", "TinyLlama's shape, random weights"):
+        header += [f"decode, {base}: {kind}" for kind in SPEEDS]
     lines = []
     for r in rows[rows["base"] == BUNDLED].itertuples():
-        claimed, increases = (
-            f"{r.promised_speedup}x, {r.promised_increase:+.0%}",
-            [increase_text(r._asdict(), t) for t in TEXTS],
-        )
-        line = [r.granularity, f"{r.capacity:.2f} / {r.realised:.2f}", claimed, *increases]
+        line = [r.granularity, f"{r.capacity:.2f} / {r.realised:.2f}"]
+        line += [f"{r.promised_speedup}x, {r.promised_increase:+.0%}", *(increase_text(r._asdict(), t) for t in TEXTS)]
         for at in (r, shape[r.granularity, r.capacity]):
             line += speeds(at.ideal_decode, at.decode_dense, at.decode_hf)
         lines.append(line)

@@ -3,12 +3,8 @@
 The rows are those of `hat_lib.evaluation.equal_work`, at the points of `plan`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from hat_lib.config import HatError
 from hat_lib.evaluation import equal_work
@@ -18,7 +14,7 @@ from hat_lib.model import checkpoint
 from hat_lib.model.granularity import GRAINS
 from hat_lib.plotting import frontier
 from studies.common import markdown, saved
-from studies.plotting import divergence, findings
+from studies.plotting import findings
 from studies.plotting.findings import increase_text
 
 ABOUT = "a variant (trained, untrained, a control) at a point, at equal work"
@@ -33,7 +29,7 @@ FEW = 4_096
 
 
 def plan(granularity: str) -> list[Point]:
-    """The points of one grain, most informative first; those on the same tokens of a text are adjacent."""
+    """The points of one grain; those on the same tokens of a text are adjacent."""
     if granularity == "channel":
         gates = "trained", "random_exits"
         # Just below 1.0 the dial is too steep to be matched to a rate of 0.1.
@@ -88,16 +84,15 @@ def write_prices() -> None:
         checkpoint.write_prices(CHECKPOINTS / folder, equal_work.prices(own[file], granularity, variant))
 
 
-def figures(results: Path | None = None) -> dict[str, Figure]:
+def figures(results: Path | None = None) -> dict:
     table = saved("quality", results)
     both = table[table["text"].isin(TEXTS)]  # with controls and both grains
     docstrings = frontier.quality(table[table["text"] == "docstrings"])
-    return {"quality": frontier.quality(both), "divergence": divergence.divergence(table), "06_quality": docstrings,
+    return {"quality": frontier.quality(both), "divergence": findings.divergence(table), "06_quality": docstrings,
             "08_exits": findings.exits(table)}  # fmt: skip
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    """The channel grain, trained, without its corrections, and untrained, at equal work; and the corrections alone."""
     rows = saved("quality", results).query("granularity == 'channel' and exit_rate == 0")
     rows = rows.sort_values("tokens").drop_duplicates(["text", "variant", "capacity"], keep="last")
     lines = []

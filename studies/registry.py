@@ -1,5 +1,5 @@
-"""The studies: one module per file of ``data/results``, with the same name and interface. To add one, write the module
-and put its name into `NAMES`.
+"""The studies: one module per file of ``data/results``, with the same name and interface, and the command that runs
+them. To add one, write the module and put its name into `NAMES`.
 
     ABOUT, MINUTES  what a row is, in one line; about how long all rows take on two idle cores
     READS           other files it reads, if any
@@ -8,13 +8,9 @@ and put its name into `NAMES`.
     figures()       the figures of the saved rows, by file name, if any
     tables()        the tables of README and docs of the saved rows, in Markdown, by name, if any
 
-A document marks the place of a table, and `fill` writes what is between the two lines:
-
-    <!-- table: quality -->
-    <!-- end -->
+A document marks the place of a table; `fill` writes what is between the lines ``<!-- table: NAME -->`` and
+``<!-- end -->``.
 """
-
-from __future__ import annotations
 
 import inspect
 import re
@@ -25,15 +21,85 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import typer
+
 from hat_lib import config
-from hat_lib.config import HatError
+from hat_lib.cli.app import Command
+from hat_lib.cli.options import check_writable, option, say
+from hat_lib.config import DATA, REPO, RUNS, HatError, check_count
+from hat_lib.plotting.style import save_figure
 from hat_lib.rows import RowWriter
 from studies.common import markdown
 
 NAMES = ("decode", "benchmark", "quality", "corrections", "published", "stand_ins", "layer_shares",
          "published_claims", "speed_targets", "token_time", "self_speculative", "ablations", "step_cost")  # fmt: skip
 """ordered so that each comes after those whose files it reads"""
+RESULTS = DATA / "results"
 MARKED = re.compile(r"^<!-- table: (\S+) -->$((?:(?!^<!-- table).)*?^<!-- end -->$)?", re.M | re.S)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(cls=Command)
+def run(
+    names: list[str] | None = typer.Argument(
+        None, metavar="[NAME]...", help="Studies; none lists them.", show_default=False
+    ),
+    everything: bool = option(False, "Every study, each after those whose files it reads.", "--all"),
+    out: Path | None = option(
+        None, "Folder of the CSV files; only rows that they lack are measured. [default: runs/results]"
+    ),
+    again: bool = option(False, "Measure every row again, and replace the old file once all are done.", "--again"),
+    settings: list[str] | None = option(
+        None, "An option of the study; may be repeated: --set channel=0.9,0.7.", "--set", metavar="NAME=VALUE"
+    ),
+    figures: bool = option(False, "Measure nothing: redraw figures/, or those of --out.", "--figures"),
+    tables: bool = option(False, "Measure nothing: rewrite the tables of README and docs.", "--tables"),
+) -> None:
+    """Measure results again, row by row, and draw what uses them.
+
+    Without a name, lists what there is. What was stopped resumes where it was. The committed files and figures change
+    only with --out data/results, and the rows they already hold only with --again as well.
+    """
+    folder = out or RUNS / "results"
+    check_writable(folder, "results")
+    wanted = list(NAMES) if everything else names or []
+    studies = {name: load(name) for name in wanted or NAMES}
+    if settings and len(wanted) != 1:
+        raise HatError("--set goes with the name of one study")
+    if figures:
+        for name in studies:
+            draw(name, out or RESULTS)
+    if tables:
+        for path, text in outdated(all_tables()).items():
+            path.write_text(text, encoding="utf-8")
+            typer.echo(f"wrote {path}")
+        load("quality").write_prices()
+    if figures or tables:
+        return
+    if not wanted:
+        for name, study in studies.items():
+            typer.echo(f"{name:18} {study.MINUTES:4} min  {study.ABOUT}")
+        return
+    changed = parse(wanted[0], settings) if settings else {}
+    for name, study in studies.items():
+        count = 0
+        for row in measure(name, folder, again=again, **changed):
+            count += 1
+            typer.echo(f"{name}: " + ", ".join(f"{field} {getattr(row, field)}" for field in study.KEY))
+        note = "" if count else ", as it had them all (--again measures them once more)"
+        typer.echo(f"{name}: {count} new rows in {folder / name}.csv{note}")
+        draw(name, folder)
+
+
+def draw(name: str, results: Path) -> None:
+    """Redraw the figures of a study; a warning if a file they need does not exist."""
+    folder = REPO / "figures" if results.resolve() == RESULTS.resolve() else results / "figures"
+    study = load(name)
+    try:
+        for figure, drawn in getattr(study, "figures", lambda _: {})(results).items():
+            typer.echo(f"wrote {save_figure(drawn, figure, folder)}")
+    except HatError as error:
+        say("warning", f"the figures of {name} stay as they are: {error}")
 
 
 def load(name: str) -> ModuleType:
@@ -43,12 +109,7 @@ def load(name: str) -> ModuleType:
 
 
 def measure(name: str, results: Path, *, again: bool = False, **options) -> Iterator:
-    """Measure what ``results/NAME.csv`` lacks, yielding each row once it is written.
-
-    Args:
-        again: measure everything, and replace the file once it is complete.
-        options: keyword arguments of the study's ``rows``.
-    """
+    """Measure what ``results/NAME.csv`` lacks, or everything ``again``, yielding each row once it is written."""
     study = load(name)
     if reads := getattr(study, "READS", ()):  # what was measured here takes precedence over what is committed
         here = all((results / f"{other}.csv").is_file() for other in reads)
@@ -64,39 +125,45 @@ def measure(name: str, results: Path, *, again: bool = False, **options) -> Iter
 
 
 def parse(name: str, settings: Sequence[str]) -> dict:
-    """``["rounds=3", "channel=0.9,0.7"]`` as keyword arguments of the study's ``rows``, checked by type."""
+    """``["rounds=3", "channel=0.9,0.7"]`` as keyword arguments of the study's ``rows``, by type."""
     kinds, found = option_kinds(name), {}
     for setting in settings:
-        option, equals, text = setting.partition("=")
-        if not equals or option not in kinds:
+        key, equals, text = setting.partition("=")
+        if not equals or key not in kinds:
             raise HatError(f"{name} takes {', '.join(f'{k}=' for k in kinds)}, got {setting!r}")
-        kind, many = kinds[option]
+        kind, many = kinds[key]
         try:
-            found[option] = [kind(part.strip()) for part in text.split(",") if part.strip()] if many else kind(text)
+            found[key] = [kind(part.strip()) for part in text.split(",") if part.strip()] if many else kind(text)
         except ValueError:
-            raise HatError(f"{name}: {option} takes {'numbers' if many else 'a number'}, got {text!r}") from None
+            raise HatError(f"{name}: {key} takes {'numbers' if many else 'a number'}, got {text!r}") from None
+        if kind is int:
+            for count in found[key] if many else [found[key]]:
+                check_count(key, count, 1)
     return found
 
 
 def option_kinds(name: str) -> dict[str, tuple[type, bool]]:
     """Option -> (type of a value, whether it takes several), in the order of the signature."""
     kinds = {}
-    for option, parameter in inspect.signature(load(name).rows, eval_str=True).parameters.items():
+    for key, parameter in inspect.signature(load(name).rows, eval_str=True).parameters.items():
         hint = parameter.annotation
         if isinstance(hint, types.UnionType):  # ``str | None``
             hint = typing.get_args(hint)[0]
         kind = (*typing.get_args(hint), hint)[0]
         if parameter.kind is parameter.KEYWORD_ONLY and kind in (str, int, float, Path):
-            kinds[option] = kind, kind is not hint
+            kinds[key] = kind, kind is not hint
     return kinds
 
 
 def all_tables(results: Path | None = None) -> dict[str, str]:
     """Every Markdown table, by the name that marks its place in a document; the table `results` lists the files."""
-    lines = [[f"`{name}`", load(name).ABOUT, f"{load(name).MINUTES} min"] for name in NAMES]
-    overview = {"results": markdown(["file, `python -m studies`", "what a row is", "takes, on two idle cores"], lines)}
-    made = [load(name).tables(results) for name in NAMES if hasattr(load(name), "tables")]
-    return overview | {table: text for tables in made for table, text in tables.items()}
+    studies = {name: load(name) for name in NAMES}
+    lines = [[f"`{name}`", study.ABOUT, f"{study.MINUTES} min"] for name, study in studies.items()]
+    tables = {"results": markdown(["file, `python -m studies`", "what a row is", "takes, on two idle cores"], lines)}
+    for study in studies.values():
+        if hasattr(study, "tables"):
+            tables |= study.tables(results)
+    return tables
 
 
 def documents() -> list[Path]:
@@ -121,6 +188,10 @@ def fill(text: str, tables: Mapping[str, str], where: str) -> str:
 
 def outdated(tables: Mapping[str, str]) -> dict[Path, str]:
     """Documents whose tables do not match the data, with the text they should have."""
-    texts = {path: path.read_text(encoding="utf-8") for path in documents()}
-    filled = {path: fill(text, tables, str(path.relative_to(config.REPO))) for path, text in texts.items()}
-    return {path: text for path, text in filled.items() if text != texts[path]}
+    found = {}
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        filled = fill(text, tables, str(path.relative_to(config.REPO)))
+        if filled != text:
+            found[path] = filled
+    return found

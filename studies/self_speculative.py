@@ -1,15 +1,10 @@
 """Is self-speculative text the base's own, and is it fast? One row per prompt: ``data/results/self_speculative.csv``.
 
-Prompt by prompt, four ways to the base's greedy text are timed in several turns, after one that does not count: plain
-transformers, our own dense path, `hat_lib.inference.self_speculative`, and transformers' own self-speculation
-(`assistant_early_exit`, which reads drafts from a layer through the final norm and the LM head).
-
-In fp32 the text must be the base's. In bf16 a forward over several tokens rounds differently from a forward over one,
-so two texts may part where the base itself is undecided; a row says where, and by how much the base preferred its
-token.
+Prompt by prompt, four ways to the base's greedy text take turns: plain transformers, our own dense path,
+`hat_lib.inference.self_speculative`, and transformers' own self-speculation (`assistant_early_exit`, which reads drafts
+from a layer through the final norm and the LM head). In fp32 the text must be the base's; in bf16 a forward over more
+tokens rounds differently, so two texts may part where the base itself is undecided.
 """
-
-from __future__ import annotations
 
 import math
 import statistics
@@ -18,16 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from hat_lib.backbone.base import parse_dtype
-from hat_lib.config import check_capacity, check_count
+from hat_lib.config import check_capacity
 from hat_lib.inference.self_speculative import speculate
 from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.transformer import HierarchicalTransformer
 from studies.benchmark import plain_copy
-from studies.common import CHECKPOINTS, SPEEDS, Machine, machine, markdown, rounded, saved, times
+from studies.common import CHECKPOINTS, SPEEDS, Machine, machine, markdown, ratios, rounded, saved, times
 from studies.plotting import speed
 from studies.prompts import KINDS, Prompt, prompts
 
@@ -35,7 +29,6 @@ ABOUT = "a prompt, four ways to its text"
 MINUTES = 15
 KEY = ("granularity", "capacity", "weights", "dtype", "prompt")
 EARLY_EXITS = 10
-"""one in this many rounds of kinds is also run with transformers' early-exit drafts"""
 
 
 @dataclass(frozen=True)
@@ -50,8 +43,7 @@ class Row(Machine):
     new_tokens: int
     identical: bool  # to plain transformers' greedy text
     parted_at: int | None  # new tokens before the first that differs
-    gap_ulp: float | None
-    """between the base's two best logits at that place, in units in the last place of a bf16 of that size"""
+    gap_ulp: float | None  # between the base's two best logits at that place, in ulps of a bf16
     drafted: int
     accepted: int
     passes: int
@@ -60,11 +52,9 @@ class Row(Machine):
     ms_hf: float
     ms_dense: float
     ms_lossless: float
-    ms_early_exit: float | None
-    """None if not run: it takes longer than everything else, so only every tenth round of kinds has it"""
-    over_dense_low: float | None
+    ms_early_exit: float | None  # slow, so only for one in `EARLY_EXITS` rounds of kinds
+    over_dense_low: float | None  # ms_dense / ms_lossless in the slowest round; None where there was only one
     over_dense_high: float | None
-    """``ms_dense / ms_lossless`` in the slowest and in the fastest round; None where there was only one"""
     rounds: int
 
 
@@ -79,12 +69,8 @@ def rows(
     max_new_tokens: int = 48,
     rounds: int = 3,
 ) -> Iterator[Row]:
-    """A row for each dtype and each of ``count`` prompts; the checkpoint drafts at ``capacity`` with ``weights``.
-
-    ``rounds`` are turns of each way, all ways in each round, in an order that the next one reverses.
-    """
+    """A row for each dtype and each of ``count`` prompts; the checkpoint drafts at ``capacity`` with ``weights``."""
     capacity, parsed = check_capacity(capacity), [parse_dtype(dtype) for dtype in dtypes]
-    check_count("max_new_tokens", max_new_tokens, 2), check_count("rounds", rounds, 1)
     for dtype in parsed:
         hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
         hat.weight_format, plain = weights, plain_copy(hat)
@@ -120,36 +106,22 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
 
     take_turns(variants, once, rounds)
     turns = {v.name: v.times for v in variants}
-    ms = {"early_exit": None} | {way: statistics.median(took) for way, took in turns.items()}
-    over_dense = [dense / ours for dense, ours in zip(turns["dense"], turns["lossless"], strict=True)]
+    over_dense = ratios(turns["dense"], turns["lossless"])
     text, spoken = found["hf"].sequences, found["lossless"]
     parted, gap = parting(text[0, ids.shape[1] :], spoken.ids[0, ids.shape[1] :], found["hf"].logits)
     new = text.shape[1] - ids.shape[1]
-    return rounded(
-        Row,
-        **machine(hat.base) | vars(spoken) | {f"ms_{way}": took and took / new for way, took in ms.items()},
-        granularity=hat.config.granularity,
-        capacity=hat.capacity,
-        weights=hat.weight_format,
-        prompt=number,
-        kind=prompt.kind,
-        identical=parted is None,
-        parted_at=parted,
-        gap_ulp=gap,
-        drafted=spoken.drafted,
-        ideal=spoken.ideal_speedup,
-        over_dense_low=min(over_dense) if rounds > 1 else None,
-        over_dense_high=max(over_dense) if rounds > 1 else None,
-        rounds=rounds,
-    )
+    columns = {f"ms_{way}": statistics.median(times) / new for way, times in turns.items()}
+    columns |= {"granularity": hat.config.granularity, "capacity": hat.capacity, "weights": hat.weight_format}
+    columns |= {"prompt": number, "kind": prompt.kind, "drafted": spoken.drafted, "ideal": spoken.ideal_speedup}
+    columns |= {"identical": parted is None, "parted_at": parted, "gap_ulp": gap, "rounds": rounds}
+    columns["over_dense_low"] = min(over_dense) if rounds > 1 else None
+    columns["over_dense_high"] = max(over_dense) if rounds > 1 else None
+    return rounded(Row, **machine(hat.base) | vars(spoken) | {"ms_early_exit": None} | columns)
 
 
 def parting(base: Tensor, other: Tensor, logits: Sequence[Tensor]) -> tuple[int | None, float | None]:
-    """Where two texts of new tokens part, and how far apart the base's two best logits are there, in bf16 ulps.
-
-    ``(None, None)`` for equal texts; if one is a prefix of the other, they part at its end. ``logits`` are the base's
-    at each of its tokens, ``[1, V]``.
-    """
+    """Where two texts of new tokens part, and how far apart the base's two best ``logits`` [1, V] are there, in bf16
+    ulps; ``(None, None)`` for equal texts. A prefix parts at its end."""
     if torch.equal(base, other):
         return None, None
     short = min(len(base), len(other))
@@ -160,7 +132,7 @@ def parting(base: Tensor, other: Tensor, logits: Sequence[Tensor]) -> tuple[int 
     return at, round((best - second) / ulp, 3)
 
 
-def figures(results: Path | None = None) -> dict[str, Figure]:
+def figures(results: Path | None = None) -> dict:
     return {"05_lossless": speed.lossless(saved("self_speculative", results))}
 
 

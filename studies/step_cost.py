@@ -1,11 +1,9 @@
 """What a training step costs next to a plain forward and backward of the frozen base: ``data/results/step_cost.csv``.
 
-One step is the teacher's pass plus the forward and backward of `hat_lib.training.objective`. It is compared with
-transformers' own model, cross-entropy, and the backward to the input embeddings, which reaching the first router takes.
-The optimizer is left out: what it updates is 0.01 % of the base.
+One step is the teacher's pass plus the forward and backward of `hat_lib.training.objective`; beside it, transformers'
+own model, cross-entropy, and the backward to the input embeddings, as far as the first router. The optimizer is left
+out: what it updates is 0.01 % of the base.
 """
-
-from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Iterator
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from hat_lib.backbone.base import load_base
 from hat_lib.calibration.capacity import calibrate
-from hat_lib.config import HatConfig, check_count
+from hat_lib.config import HatConfig
 from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.granularity import GRAINS
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -26,9 +24,9 @@ from hat_lib.text.mixture import training_text
 from hat_lib.training.objective import Objective
 from hat_lib.training.recipe import Recipe
 from hat_lib.training.run import nominal_thresholds
-from hat_lib.training.trainer import collate, end_training
-from studies.benchmark import plain_copy, ratio
-from studies.common import Machine, machine, markdown, rounded, saved, times
+from hat_lib.training.trainer import collate
+from studies.benchmark import plain_copy
+from studies.common import Machine, machine, markdown, ratios, rounded, saved, times
 
 ABOUT = "a training step beside a plain forward and backward"
 MINUTES = 2
@@ -37,7 +35,7 @@ KEY = ("granularity",)
 
 @dataclass(frozen=True)
 class Row(Machine):
-    """Seconds are medians over rounds; the ratio is the median of the rounds' ratios."""
+    """Medians over rounds."""
 
     granularity: str
     ratio: float
@@ -49,7 +47,6 @@ class Row(Machine):
 
 def rows(done: Collection = (), *, base: str = "bundled", rounds: int = 5, dtype: str = "bf16") -> Iterator[Row]:
     """Both grains, on two blocks of 512 tokens."""
-    check_count("rounds", rounds, 1)
     for granularity in GRAINS:
         if (granularity,) not in done:
             loaded = load_base(base, dtype=dtype)
@@ -61,11 +58,7 @@ def rows(done: Collection = (), *, base: str = "bundled", rounds: int = 5, dtype
 
 
 def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: int) -> Row:
-    """Time a step of phase "routers", at the end of its schedule, against the plain base.
-
-    ``batch`` is what `hat_lib.training.trainer.collate` returns. A second copy of the base is loaded; ``hat`` is left
-    as it was.
-    """
+    """Time a step of phase "routers" on ``batch``, at the end of its schedule, against a plain copy of the base."""
     device, plain = hat.base.device, plain_copy(hat)
     batch = {name: value.to(device) for name, value in batch.items()}
     recipe = Recipe.named("default", hat.config.granularity)
@@ -89,27 +82,16 @@ def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: i
         return now(hat.lm) - start
 
     ours, base = Variant("step", hat.lm, nullcontext), Variant("base", plain, nullcontext)
-    try:
-        take_turns([ours, base], seconds, rounds)
-    finally:
-        hat.zero_grad()
-        end_training(hat)
-    return rounded(
-        Row,
-        **machine(hat.base),
-        granularity=hat.config.granularity,
-        ratio=ratio(ours, base),
-        step_seconds=statistics.median(ours.times),
-        base_seconds=statistics.median(base.times),
-        tokens=int(batch["attention_mask"].sum()),
-        rounds=rounds,
-    )
+    take_turns([ours, base], seconds, rounds)
+    columns = machine(hat.base) | {"granularity": hat.config.granularity, "rounds": rounds}
+    columns |= {"step_seconds": statistics.median(ours.times), "base_seconds": statistics.median(base.times)}
+    columns["ratio"] = statistics.median(ratios(ours.times, base.times))
+    return rounded(Row, **columns, tokens=int(batch["attention_mask"].sum()))
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
     header = ["grain", "a training step", "plain forward and backward", "ratio", "tokens"]
-    lines = [
-        [r.granularity, f"{r.step_seconds:.1f} s", f"{r.base_seconds:.1f} s", times(r.ratio), r.tokens]
-        for r in saved("step_cost", results).itertuples()
-    ]
+    lines = []
+    for r in saved("step_cost", results).itertuples():
+        lines.append([r.granularity, f"{r.step_seconds:.1f} s", f"{r.base_seconds:.1f} s", times(r.ratio), r.tokens])
     return {"step_cost": markdown(header, lines)}

@@ -1,20 +1,15 @@
 """Where the time of a token goes: ``data/results/token_time.csv``.
 
-One sequence of the bundled base is decoded by plain transformers, by our dense path, and by the engine at a capacity.
-A part's time is how much shorter a step is without it, in the same round:
+A token is decoded by plain transformers, by our dense path, and by the engine at a capacity, in turns. A part's time is
+how much shorter a step is without it, in the same round:
 
     qkv, o, gate_up, down   products of the layers; one is replaced by zeros, or none of its channels is kept
     head                    the logits; replaced by zeros, or compared with a copy of the base with a tiny vocabulary
     decisions               deciding about every channel, and keeping it
     rest                    the rest of a step: embedding, norms, attention, and what no difference shows
     loop                    what transformers' generate adds to a step
-
-Ways and parts take turns; times are medians over rounds.
 """
 
-from __future__ import annotations
-
-import statistics
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,13 +17,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hat_lib.backbone.base import load_base
 from hat_lib.backbone.shapes import LINEARS
-from hat_lib.config import HatConfig, HatError, check_capacity, check_count
+from hat_lib.config import HatConfig, HatError, check_capacity
 from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.modes import combined
 from hat_lib.model.policies import Forced
@@ -36,7 +30,7 @@ from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
 from studies.benchmark import CONTEXT, decode_ms, plain_copy
-from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved
+from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, spread
 from studies.plotting import speed
 
 ABOUT = "what a part of a decode step takes, in plain transformers, our dense path and at a capacity"
@@ -44,23 +38,19 @@ MINUTES = 6
 KEY = ("way", "part")
 WAYS = {"hf": "plain transformers", "dense": "our own dense path", "adaptive": "adaptive"}
 PARTS = (*LINEARS, "head", "decisions", "rest", "loop")
-WORDS = 64
-"""size of the vocabulary of the copy that has next to no head"""
+WORDS = 64  # of the copy with next to no head
 
 
 @dataclass(frozen=True)
 class Row(Machine):
-    way: str
-    """one of `WAYS`"""
-    part: str
-    """one of `PARTS`"""
+    way: str  # one of `WAYS`
+    part: str  # one of `PARTS`
     capacity: float
     realised: float
     ms: float
-    """per token; a difference within the noise may be below 0, and its spread includes 0"""
+    """per token, median over rounds; a difference within the noise may be below 0, and its spread includes 0"""
     low: float
     high: float
-    """lowest and highest round"""
     steps: int
     rounds: int
 
@@ -74,8 +64,7 @@ def rows(
     steps: int = 24,
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """Rows for every way and part; ``checkpoint`` must have the channel grain, and runs at ``capacity``."""
-    check_count("rounds", rounds, 1), check_count("steps", steps, 2)
+    """Rows for every way and part; ``checkpoint`` must have the channel grain."""
     capacity = check_capacity(capacity)
     if all((way, part) in done for way in WAYS for part in PARTS if part != "decisions" or way == "adaptive"):
         return
@@ -84,37 +73,30 @@ def rows(
         raise HatError(f"{checkpoint} has the {hat.config.granularity} grain, expected channel")
     blocks = load_text("docstrings", hat.base.tokenizer, max_tokens=2 * (CONTEXT + steps))
     ids = torch.tensor([sum(blocks["input_ids"], [])])[:, : CONTEXT + steps].to(hat.base.device)
-    variants, measures = zip(*_variants(hat, ids, capacity), strict=True)
-    once = {v.name: measure for v, measure in zip(variants, measures, strict=True)}
-    take_turns(variants, lambda v: once[v.name](v.lm), rounds)
-    ms = {v.name: v.times for v in variants}
+    timed = list(_variants(hat, ids, capacity))
+    once = {v.name: measure for v, measure in timed}
+    take_turns([v for v, _ in timed], lambda v: once[v.name](v.lm), rounds)
+    ms = {v.name: v.times for v, _ in timed}
     with hat.at(capacity, 0.0), hat.collect() as states:
         decode_ms(hat.lm, ids, steps)
     realised = {"hf": 1.0, "dense": 1.0, "adaptive": TokenState.cat(states[2:]).capacity}
     for way in WAYS:
+        columns = machine(hat.base) | {"way": way, "realised": realised[way], "steps": steps, "rounds": rounds}
+        columns["capacity"] = capacity if way == "adaptive" else 1.0
         for part, times in _parts(way, ms).items():
             if (way, part) not in done:
-                yield rounded(
-                    Row,
-                    **machine(hat.base),
-                    way=way,
-                    part=part,
-                    capacity=capacity if way == "adaptive" else 1.0,
-                    realised=realised[way],
-                    ms=statistics.median(times),
-                    low=min(times),
-                    high=max(times),
-                    steps=steps,
-                    rounds=rounds,
-                )
+                yield rounded(Row, **columns | spread(times), part=part)
 
 
 def _variants(
     hat: HierarchicalTransformer, ids: Tensor, capacity: float
 ) -> Iterator[tuple[Variant, Callable[[LlamaForCausalLM], float]]]:
     """What is timed, each with a function that gives milliseconds per token of its ``lm``."""
-    plain, small = plain_copy(hat), _few_words(hat)
-    steps = ids.shape[1] - CONTEXT
+    plain, steps = plain_copy(hat), ids.shape[1] - CONTEXT
+    base = load_base(hat.base.name, dtype=hat.base.dtype, device=hat.base.device)
+    base.model.resize_token_embeddings(WORDS, mean_resizing=False)
+    base.model.requires_grad_(False)
+    small = HierarchicalTransformer(base, HatConfig.default(base, exit_layers=()))
     at = partial(hat.at, capacity, 0.0)
     step, generated = partial(decode_ms, ids=ids, steps=steps), partial(_generated_ms, ids=ids)
     yield Variant("hf", plain, torch.inference_mode), step
@@ -142,44 +124,29 @@ def _parts(way: str, ms: dict[str, list[float]]) -> dict[str, list[float]]:
 
     whole = way if way == "hf" else f"{way} without nothing"
     found = {part: less(whole, f"{way} without {part}") for part in LINEARS}
-    if way == "hf":
-        found["head"] = less("hf", "hf without head")
-    else:
-        found["head"] = less("dense", "few words")
+    found["head"] = less("hf", "hf without head") if way == "hf" else less("dense", "few words")
     if way == "adaptive":
         saved_there = less("adaptive, whole head", "adaptive")
         found["head"] = [a - b for a, b in zip(found["head"], saved_there, strict=True)]
         found["decisions"] = less("deciding", "dense")
-    known = [sum(times) for times in zip(*found.values(), strict=True)]
-    found["rest"] = [a - b for a, b in zip(ms[way], known, strict=True)]
+    found["rest"] = [whole - sum(parts) for whole, *parts in zip(ms[way], *found.values(), strict=True)]
     found["loop"] = less(f"{way} generate", way)
     return {part: found[part] for part in PARTS if part in found}
 
 
-def _few_words(hat: HierarchicalTransformer) -> HierarchicalTransformer:
-    """The base with a vocabulary of `WORDS`, so with next to no head."""
-    base = load_base(hat.base.name, dtype=hat.base.dtype, device=hat.base.device)
-    base.model.resize_token_embeddings(WORDS, mean_resizing=False)
-    base.model.requires_grad_(False)
-    return HierarchicalTransformer(base, HatConfig.default(base, exit_layers=()))
-
-
 @torch.inference_mode()
 def _recorded(hat: HierarchicalTransformer, ids: Tensor, around: Callable) -> Masks:
-    """Decisions on a text, to be forced in decode; where nothing is decided, everything is kept."""
-    with around(), hat.record():
+    """Decisions on a text, to be forced in decode; on the dense path, everything is kept."""
+    dense = around == hat.dense
+    with hat.at(0.5, 0.0) if dense else around(), hat.record():
         hat.lm.model(input_ids=ids, use_cache=False)
-    if hat.trace.masks.keep:
-        return hat.trace.masks
-    with hat.at(0.5, 0.0), hat.record():
-        hat.lm.model(input_ids=ids, use_cache=False)
-    return hat.trace.masks.map(torch.ones_like)
+    return hat.trace.masks.map(torch.ones_like) if dense else hat.trace.masks
 
 
 @torch.inference_mode()
 def _generated_ms(lm: LlamaForCausalLM, ids: Tensor) -> float:
-    """Milliseconds that generate takes per token, without the prompt's pass. No token ends the text: forbidding one
-    would instead cost an operation on the whole vocabulary at each step."""
+    """Milliseconds that generate takes per token, without the prompt's pass. No token ends the text, which is cheaper
+    than to forbid one at each step."""
     steps, seconds = ids.shape[1] - CONTEXT, []
     for count in (1, 1 + steps):
         began = now(lm)
@@ -199,7 +166,7 @@ def _zeros(lm: LlamaForCausalLM, names: tuple[str, ...]):
         yield
 
 
-def figures(results: Path | None = None) -> dict[str, Figure]:
+def figures(results: Path | None = None) -> dict:
     return {"05_token_time": speed.token_time(saved("token_time", results))}
 
 

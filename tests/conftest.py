@@ -83,7 +83,7 @@ def run_hat(capsys):
 @pytest.fixture
 def run_studies(capsys):
     """``python -m studies`` in this process, as `run_hat`."""
-    from studies.__main__ import app
+    from studies.registry import app
 
     return partial(_run, capsys, app)
 

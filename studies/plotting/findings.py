@@ -1,21 +1,19 @@
 """Findings: what the saved results say about each claim, as verdicts, words and figures.
 
-The input is tables of ``data/results``; no model is loaded and nothing is measured. A bound is judged by an interval:
-"kept" if all of it lies on the right side, "missed" if all of it lies on the wrong side, "open" if the bound lies
-inside. In the figures a hollow marker is a claim.
+A bound is judged by an interval: "kept" if all of it lies on the right side, "missed" if all of it lies on the wrong
+side, "open" if the bound lies inside. In the figures a hollow marker is a claim.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from hat_lib.evaluation.controls import EQUAL
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, ORANGE, PURPLE, SKY, draws, entry
+from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, ORANGE, PURPLE, SERIES, SKY, WORK, draws, entry
 from studies.plotting import shared
 from studies.plotting.shared import MOST, PUBLISHED
 
@@ -29,6 +27,17 @@ TRAINED = {
     "token grain, our recipe": (PURPLE, "P", "-"),
 }
 EXITS = {"trained": (GREEN, "D", "exits chosen by the gates"), "random_exits": (BROWN, "v", "as many at random")}
+KINDS = {  # in `divergence`
+    "untrained": ("untrained", ORANGE, "s", "--"),
+    "uncorrected": ("trained, without corrections", GREY, "X", ":"),
+    "trained": ("trained", BLUE, "o", "-"),
+    "fine_tuned": ("corrections with nothing skipped", GREEN, "v", "none"),
+    "exits": ("trained, some tokens leaving early", BROWN, "X", "none"),
+    "static": ("static", PURPLE, "D", ":"),
+    "cosine": ("cosine", PURPLE, "s", ":"),
+    "removal": ("removal", PURPLE, "P", ":"),
+    "random": ("random", PURPLE, "^", ":"),
+}
 
 
 def verdict(low: float, high: float, bound: float) -> str:
@@ -48,10 +57,8 @@ def joint(verdicts: Iterable[str]) -> str:
 
 
 def rivals(quality: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `studies.quality` to compare the trained model with: no exits, the same point, and the same
-    share of the model's work within `EQUAL`."""
+    """Rows of `studies.quality` at the same point and, within `EQUAL`, the same work as the trained model; no exits."""
     point = [*POINT, "max_tokens"]
-    style.check_table(quality, *point, "variant", "exit_rate", "model_share")
     rows = quality[quality["exit_rate"] == 0]
     trained = rows.loc[rows["variant"] == "trained", [*point, "model_share"]]
     others = rows[rows["variant"] != "trained"].merge(trained, on=point, suffixes=("", "_of_trained"))
@@ -59,21 +66,17 @@ def rivals(quality: pd.DataFrame) -> pd.DataFrame:
 
 
 def beaten(rows: pd.DataFrame) -> tuple[str, str]:
-    """Is the trained model better than each of these? The `joint` verdict from the paired margins, and the counts."""
-    style.check_table(rows, "margin_low", "margin_high")
+    """Is the trained model better than each of these? The `joint` verdict, and the counts."""
     better, worse = (rows["margin_low"] > 0).sum(), (rows["margin_high"] < 0).sum()
     each = (reached(*ends, 0) for ends in rows[["margin_low", "margin_high"]].to_numpy())
     return joint(each), f"better {better}, worse {worse} of {len(rows)}"
 
 
 def kept(quality: pd.DataFrame, promise: pd.DataFrame) -> pd.DataFrame:
-    """The trained rows of `studies.quality` without exits, beside the claim.
+    """The trained rows of `studies.quality` without exits, beside the claims of `studies.published_claims`.
 
-    Adds the columns ``promised`` (increase; interpolated between published capacities, rows outside them are left out)
-    and ``kept`` (a `verdict`). If a point has two rows, the one on more tokens counts. ``promise`` has ``capacity`` and
-    ``promised_increase``.
+    Adds the columns ``promised``, the increase interpolated between claimed capacities, and ``kept``, a `verdict`.
     """
-    style.check_table(quality, *POINT, *RUN, "realised")
     bounds, rows = _bounds(promise), _dial(quality, "trained")
     rows = rows[rows["capacity"].between(bounds["capacity"].min(), bounds["capacity"].max())]
     rows = rows.assign(promised=np.interp(rows["capacity"], bounds["capacity"], bounds["promised_increase"]))
@@ -98,11 +101,8 @@ def machine(rows: pd.DataFrame) -> str:
 
 @draws()
 def promised(quality: pd.DataFrame, published: pd.DataFrame, promise: pd.DataFrame) -> Figure:
-    """Increase in perplexity at the realised capacity, beside the published claim; a panel for each text.
-
-    ``published`` has rows like ``quality``, of the token grain trained by the published recipe; the rest as for `kept`.
-    """
-    style.check_table(published, *POINT, *RUN, "realised")
+    """Increase in perplexity at the realised capacity, beside the published claim; a panel for each text. ``published``
+    is the table of that study; the rest as for `kept`."""
     found, bounds = kept(quality, promise), _bounds(promise)
     channel, token = (found[found["granularity"] == grain] for grain in ("channel", "token"))
     start = _dial(quality, "untrained").query("granularity == 'channel'")
@@ -113,22 +113,15 @@ def promised(quality: pd.DataFrame, published: pd.DataFrame, promise: pd.DataFra
             rows = rows[rows["text"] == here["text"].iloc[0]]
             shared.costs(ax, rows["realised"], rows[COST], *series)
         ax.plot(bounds["capacity"], 100 * bounds["promised_increase"], ":", **PUBLISHED)
-    claim = entry("claimed", line=":", **PUBLISHED)
-    style.legend_below(fig, [claim, *(entry(name, *series) for name, series in TRAINED.items())], ncols=3)
+    names = [entry("claimed", line=":", **PUBLISHED), *(entry(name, *series) for name, series in TRAINED.items())]
+    style.legend_below(fig, names, ncols=3)
     return fig
 
 
-NUMBERS = ("realised", "promised_speedup", "ideal_decode", "decode_dense", "decode_hf")
-
-
-@draws("base", "granularity", "capacity", "exit_rate", *NUMBERS)
+@draws("base", "granularity", "exit_rate", "promised_speedup", "ideal_decode", "decode_dense", "decode_hf")
 def speeds(promise: pd.DataFrame) -> Figure:
-    """Decode speedups in two factors, a panel for each base: what skipping gives (thick), what the dense path adds
-    (thin).
-
-    The realised capacity is beside a row's name, for each base where they differ. ``promise`` has the fields of
-    `studies.published_claims.Row`; rows with exits are left out.
-    """
+    """Decode speedups of `studies.published_claims` without exits, a panel for each base, in two factors: what skipping
+    gives (thick), what the dense path adds (thin)."""
     rows = promise[promise["exit_rate"] == 0]
     rows = rows.sort_values(["granularity", "capacity", "base"], ascending=[True, False, True])
     style.check_table(rows, "base")
@@ -149,10 +142,8 @@ def speeds(promise: pd.DataFrame) -> Figure:
     ran = rows.groupby(["granularity", "capacity"], sort=False)["realised"]
     names = [(*at, ", ".join(dict.fromkeys(f"{r:.2f}" for r in shares))) for at, shares in ran]
     shared.named_rows(panels[0][1], [f"{grain} {capacity:.2f} (ran {shares})" for grain, capacity, shares in names])
-    names = [
-        entry("claimed", **PUBLISHED),
-        entry("if time followed work", marker="|", markersize=11, markeredgewidth=2),
-    ]
+    names = [entry("claimed", **PUBLISHED)]
+    names += [entry("if time followed work", marker="|", markersize=11, markeredgewidth=2)]
     names += [entry("skipping: over our own dense path", BLUE, line="-", linewidth=6, alpha=0.5)]
     names += [entry("all of it: over plain transformers", GREY, "o", "-", markersize=5)]
     style.legend_below(fig, names, fontsize=8)
@@ -161,10 +152,10 @@ def speeds(promise: pd.DataFrame) -> Figure:
 
 @draws(*POINT, *RUN, "model_share")
 def exits(quality: pd.DataFrame) -> Figure:
-    """Channel grain: what leaving early costs and saves, beside the capacity curve; ``quality`` as for `kept`."""
+    """Channel grain: what leaving early costs and saves, beside the capacity curve."""
     here = quality[quality["granularity"] == "channel"]
     leaving = here[(here["exit_rate"] > 0) & here["variant"].isin(EXITS)]
-    fig, panels = _by_text(pd.concat([leaving, _dial(here, "trained")]), style.WORK, 3.6)
+    fig, panels = _by_text(pd.concat([leaving, _dial(here, "trained")]), WORK, 3.6)
     for rows, ax in panels:
         dial, left = rows[rows["exit_rate"] == 0], rows[rows["exit_rate"] > 0]
         shared.costs(ax, dial["model_share"], dial[COST], BLUE, "o", "-")
@@ -179,8 +170,48 @@ def exits(quality: pd.DataFrame) -> Figure:
     return fig
 
 
+@draws("granularity", "text", "variant", "exit_rate", "tokens", "model_share", "kl")
+def divergence(table: pd.DataFrame) -> Figure:
+    """KL divergence from the base at the channel grain against the work of the whole model; a panel for each text.
+    ``table`` is that of `studies.quality`."""
+    table = table[table["granularity"] == "channel"].sort_values("tokens")
+    leaving = (table["variant"] == "trained") & (table["exit_rate"] > 0)
+    table = table.assign(variant=table["variant"].mask(leaving, "exits"))
+    table = table.drop_duplicates(["text", "variant", "capacity", "exit_rate"], keep="last")
+    texts, kinds = sorted(set(table["text"])), {k: series for k, series in KINDS.items() if k in set(table["variant"])}
+    fig, axes = style.panels(len(texts), height=3.4, width=2.9 * len(texts) + 0.4)
+    for ax, text in zip(axes, texts, strict=True):
+        for kind, (_, colour, marker, line) in kinds.items():
+            rows = table[(table["text"] == text) & (table["variant"] == kind)].sort_values("model_share")
+            ax.plot(rows["model_share"], rows["kl"], color=colour, marker=marker, linestyle=line, markersize=4)
+        ax.set_yscale("log")
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.set(title=text, xlabel=WORK, ylabel="KL from the base, nats a token" * (text == texts[0]))
+    style.legend_below(fig, [entry(label, *series) for label, *series in kinds.values()], ncols=4)
+    return fig
+
+
+@draws("change", "text", "capacity", "kl")
+def changes(table: pd.DataFrame) -> Figure:
+    """KL divergence from the base after each run of `studies.corrections`; a marker for each text, a panel for each
+    capacity."""
+    names, capacities = list(dict.fromkeys(table["change"])), sorted(set(table["capacity"]), reverse=True)
+    texts = list(dict.fromkeys(table["text"]))
+    fig, axes = style.panels(len(capacities), height=0.8 + 0.27 * len(names), width=7.6)
+    for ax, capacity in zip(axes, capacities, strict=True):
+        at = table[table["capacity"] == capacity].pivot(index="change", columns="text", values="kl").reindex(names)
+        for text, (colour, marker) in zip(texts, SERIES, strict=False):
+            ax.plot(at[text], range(len(names)), marker, color=colour, markersize=5)
+            ax.axvline(at[text].iloc[0], color=colour, linewidth=1, linestyle=":")
+        ax.grid(axis="y", visible=False)
+        ax.set(title=f"capacity {capacity:g}", xlabel="KL from the base, nats a token")
+    shared.named_rows(axes[0], names)  # the others share its rows
+    first = entry(names[0], line=":")
+    style.legend_below(fig, [*(entry(text, *series) for text, series in zip(texts, SERIES, strict=False)), first])
+    return fig
+
+
 def _bounds(promise: pd.DataFrame) -> pd.DataFrame:
-    style.check_table(promise, "capacity", "promised_increase")
     bounds = promise.dropna(subset="promised_increase").drop_duplicates("capacity").sort_values("capacity")
     style.check_table(bounds, "promised_increase")
     return bounds

@@ -3,8 +3,6 @@
 The column ``granularity`` tells runs apart; the rest is as in `hat_lib.plotting.training`.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,17 +12,13 @@ from hat_lib.plotting import style, training
 from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, PURPLE, WIDE, check_table, draws
 from studies.plotting.shared import GRAINS
 
-SITES = {
-    "qkv": ("q | k | v", BLUE, "-"),
-    "o": ("o", ORANGE, "--"),
-    "gate_up": ("gate | up", GREEN, "-."),
-    "down": ("down", PURPLE, ":"),
-}
+SITES = {"qkv": ("q | k | v", BLUE, "-"), "o": ("o", ORANGE, "--"), "gate_up": ("gate | up", GREEN, "-."),
+         "down": ("down", PURPLE, ":")}  # fmt: skip
 
 
 @draws("granularity", "step", "steps", "kl", "capacity", "share", "share_0", *(f"share_{s}" for s in SITES))
 def routers(log: pd.DataFrame) -> Figure:
-    """Two runs that trained routers, one per grain: KL over the run and by realised capacity, and what was kept."""
+    """Runs that trained routers, one per grain: KL over the run and by realised capacity, and what was kept."""
     log = log.assign(run=log["step"] / log["steps"])
     channel, token = (log[log["granularity"] == grain] for grain in GRAINS)
     fig, axes = style.panels(2, 2, 6.4, WIDE, sharey=False)
@@ -48,7 +42,7 @@ def routers(log: pd.DataFrame) -> Figure:
 
 @draws("granularity", "step", "steps", "kl", "agreement")
 def gates(log: pd.DataFrame, exits: pd.DataFrame) -> Figure:
-    """Two runs that trained exit gates: KL and agreement over the run, and agreement by realised exit rate.
+    """Runs that trained exit gates: KL and agreement over the run, and agreement by realised exit rate.
 
     ``exits``: ``granularity``, ``exit_rate`` (realised), ``agreement`` (of the tokens that left, with the base).
     """

@@ -1,7 +1,5 @@
 """What the figures of results share: panels by text or base, costs with a triangle beyond the edge, legends."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -34,11 +32,7 @@ def costs(ax: Axes, x, ends: pd.DataFrame, colour: str, marker: str, line: str =
 
 
 def increases(ax: Axes, ticks, xlabel: str, largest: float, top: float = 0, bottom: float = -0.6) -> None:
-    """Axes for `costs`, as `hat_lib.plotting.style.increases`.
-
-    ``largest`` is the largest increase; beyond `MOST`, the label explains the triangle. ``top`` and ``bottom`` are the
-    ends of the axis; without a top, it ends a little above the largest.
-    """
+    """Axes for `costs` from ``bottom`` to ``top``, by default a little above the ``largest`` increase."""
     style.increases(ax, ticks, xlabel, linscale=0.5)
     beyond = bool(100 * largest > MOST)
     ax.set(ylabel="perplexity increase" + (" (▲: beyond)" if beyond else ""))
@@ -46,7 +40,6 @@ def increases(ax: Axes, ticks, xlabel: str, largest: float, top: float = 0, bott
 
 
 def grain_entries(table: pd.DataFrame, line: str = "none") -> list[Line2D]:
-    """Legend entries for the grains in a table."""
     return [style.entry(f"{g} grain", *GRAINS[g], line) for g in GRAINS if g in set(table["granularity"])]
 
 
@@ -58,6 +51,5 @@ def named_rows(ax: Axes, names: list[str]) -> None:
 
 
 def log_axis(ax: Axes, ticks: list[float]) -> None:
-    """A horizontal log axis with these ticks only."""
     ax.set_xscale("log")
     style.set_ticks(ax.xaxis, ticks)

@@ -1,11 +1,9 @@
 """Figures of speed and what it costs: targets, self-speculative decoding, claims beside what was measured.
 
 Solid lines are speed over plain transformers, dashed lines over our own dense path; dotted lines are what the work
-alone would give. A hollow marker is a number not measured here: a claim, or an ideal. Tables have perplexity in three
-columns named after the text, `QUALITY`: the increase over the base's and its interval.
+alone would give. A hollow marker is a number not measured here: a claim, or an ideal. A table has the fields of the
+study that the figure is named after; `QUALITY` is the increase in perplexity and its interval.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 
@@ -16,30 +14,17 @@ from matplotlib.figure import Figure
 
 from hat_lib.inference.speed import VERSUS
 from hat_lib.plotting import style
-from hat_lib.plotting.style import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PERCENT,
-    PURPLE,
-    SERIES,
-    SKY,
-    YELLOW,
-    draws,
-    entry,
-)
+from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, PURPLE, SERIES, SKY, YELLOW, draws, entry
 from studies.plotting import shared
 from studies.plotting.shared import GRAINS
 
 KINDS = {"decode_hf": ("-", "over plain transformers"), "decode_dense": ("--", "over our own dense path")}
 CLAIM = ("base", "granularity", "capacity", "exit_rate", "promised_speedup", "promised_increase", *KINDS)
-GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-LABEL = {"textcoords": "offset points", "fontsize": 8, "bbox": GROUND, "zorder": 4, "ha": "right"}
+LABEL = {"textcoords": "offset points", "fontsize": 8, "zorder": 4, "ha": "right",
+         "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}  # fmt: skip
 TIMES = {"ms_hf": "plain transformers", "ms_early_exit": "its early-exit drafts", "ms_lossless": "our drafts"}
 QUALITY = ["docstrings", "docstrings_low", "docstrings_high"]
 TICKS = [0, 1, 3, 10, 30, 100, 300, shared.MOST]
-RESAMPLES = 1000
 MACHINE = ("base", "device", "dtype", "threads")
 TOKEN_PARTS = {
     "qkv": (BLUE, "q | k | v"), "o": (SKY, "o"), "gate_up": (ORANGE, "gate | up"), "down": (YELLOW, "down"),
@@ -68,10 +53,7 @@ def exits(table: pd.DataFrame) -> Figure:
 
 @draws("granularity", "versus", "requested", "reachable", "largest", "measured", "lowest", "highest", "prompts")
 def targets(table: pd.DataFrame) -> Figure:
-    """Target speedups beside those of the texts generated for them: medians, and lowest to highest prompt.
-
-    ``table`` has the fields of `studies.speed_targets.Row`.
-    """
+    """Target speedups beside those of the texts generated for them: medians, and lowest to highest prompt."""
     fig, panels = shared.panels_by(table, "versus", 4.0, 7.0, sharex=False)
     for rows, ax in panels:
         ends = rows[["requested", "lowest", "highest", "largest"]].to_numpy(float)
@@ -94,11 +76,8 @@ def targets(table: pd.DataFrame) -> Figure:
 
 @draws("granularity", "capacity", "dtype", "kind", "drafted", "accepted", "ideal", "ms_dense", *TIMES)
 def lossless(table: pd.DataFrame) -> Figure:
-    """Drafts that the base accepted, by kind of prompt, and speed beside three other ways to the same text.
-
-    Whiskers are 95 % bootstrap intervals over prompts: of a ratio of sums on the left, of a median on the right.
-    ``table`` has the fields of `studies.self_speculative.Row`.
-    """
+    """Drafts that the base accepted, by kind of prompt, and speed beside three other ways to the same text: a ratio of
+    sums and a median, with 95 % bootstrap intervals over prompts."""
     kinds, groups = list(dict.fromkeys(table["kind"])), list(table.groupby(["granularity", "capacity", "dtype"]))
     fig, (stood, speed) = style.panels(2, height=3.6, width=8.4, sharey=False)
     names = []
@@ -116,19 +95,16 @@ def lossless(table: pd.DataFrame) -> Figure:
     stood.xaxis.set_major_formatter(PERCENT)
     speed.axvline(1, color=GREY, linewidth=1)
     speed.set(xlabel="speed over our own dense path (times)")
-    for ax, labels in (stood, kinds), (speed, [*TIMES.values(), "our drafts,\nby work alone"]):
-        shared.named_rows(ax, labels)
+    shared.named_rows(stood, kinds)
+    shared.named_rows(speed, [*TIMES.values(), "our drafts,\nby work alone"])
     style.legend_below(fig, names)
     return fig
 
 
 @draws("base", "way", "weights", "realised", "ms", "low", "high", "ideal")
 def decode(table: pd.DataFrame) -> Figure:
-    """Milliseconds per token of one sequence against the share of the work, a panel for each base.
-
-    Lines with markers are the engine, whiskers its slowest and fastest rounds; dotted lines are what its dense step
-    would take if time followed the weights read. Horizontal lines decode densely.
-    """
+    """Milliseconds per token of one sequence against the share of the work, a panel for each base: the engine, with its
+    slowest and fastest rounds, and horizontal lines that decode densely."""
     engine, flat = table[table["way"] == "engine"], {"hf": "plain transformers", "reference": "reference path"}
     all_series = dict(zip(engine["weights"].unique(), SERIES, strict=False))
     fig, panels = shared.panels_by(table, "base", 3.6, 7.6, sharey=False)
@@ -155,10 +131,7 @@ def decode(table: pd.DataFrame) -> Figure:
 @draws("way", "part", "realised", "ms", "low", "high")
 def token_time(table: pd.DataFrame) -> Figure:
     """Milliseconds of a token by part, a panel for each way on a scale of its own: medians, with whiskers from the
-    lowest to the highest round. Hollow bars are parts whose whiskers include 0: the rounds do not tell them from none.
-
-    ``table`` has the fields of `studies.token_time.Row`.
-    """
+    lowest to the highest round. Bars whose whiskers include 0 are hollow."""
     share = table.loc[table["way"] == "adaptive", "realised"].iloc[0]
     names = {"hf": "plain transformers", "dense": "our own dense path", "adaptive": f"adaptive, {share:.2f} realised"}
     fig, axes = style.panels(3, height=3.4, width=8.6)
@@ -167,9 +140,8 @@ def token_time(table: pd.DataFrame) -> Figure:
         known = parts["low"] * parts["high"] > 0
         for y, (part, (colour, _)) in enumerate(TOKEN_PARTS.items()):
             ax.barh(y, parts.loc[part, "ms"], 0.62, color=colour if known[part] else "white", edgecolor=colour)
-        style.whiskers(
-            ax, range(len(parts)), parts[["ms", "low", "high"]], "black", "", horizontal=True, elinewidth=0.8
-        )
+        ends = parts[["ms", "low", "high"]]
+        style.whiskers(ax, range(len(parts)), ends, "black", "", horizontal=True, elinewidth=0.8)
         ax.axvline(0, color=GREY, linewidth=1)
         ax.set_title(f"{title}\n{parts['ms'].sum():.1f} ms, sum of medians", fontsize=9)
         ax.set(xlabel="milliseconds a token")
@@ -180,7 +152,7 @@ def token_time(table: pd.DataFrame) -> Figure:
 
 @draws(*MACHINE, "granularity", "phase", "batch", "realised", "ideal", "speedup_hf", "speedup_dense")
 def benchmark(table: pd.DataFrame) -> Figure:
-    """Measured speedups beside the ideal: a row of panels per base and machine, a panel per phase and batch size."""
+    """Measured speedups beside the ideal: a row of panels per base and machine, a panel per phase and batch."""
     settings = list(table.groupby(list(MACHINE), sort=False))
     phases = sorted(set(zip(table["batch"], table["phase"], strict=True)))
     kinds = {"speedup_hf": ("-", "over plain transformers"), "speedup_dense": ("--", "over our own dense path")}
@@ -209,11 +181,9 @@ def work_and_time(table: pd.DataFrame) -> Figure:
     """What skipping costs against the work that remains, and against time, both as shares of the dense path's."""
     table = table.dropna(subset=QUALITY)
     style.check_table(table, *QUALITY)
-    shares = {
-        "executed share of the work": table["model_share"],
-        "time of a decode step / dense": 1 / table["decode_dense"],
-        "time of a prefill / dense": 1 / table["prefill_dense"],
-    }
+    shares = {"executed share of the work": table["model_share"],
+              "time of a decode step / dense": 1 / table["decode_dense"],
+              "time of a prefill / dense": 1 / table["prefill_dense"]}  # fmt: skip
     fig, axes = style.panels(len(shares), height=3.3, width=7.8, sharex=True, sharey=True)
     for ax, (label, share) in zip(axes, shares.items(), strict=True):
         shared.increases(ax, TICKS, label, table[QUALITY[0]].max())
@@ -230,8 +200,7 @@ def work_and_time(table: pd.DataFrame) -> Figure:
 
 @draws(*CLAIM, *QUALITY)
 def promise(table: pd.DataFrame) -> Figure:
-    """Speedup and increase in perplexity: published (hollow, with the capacity) and measured, a panel for each base
-    whose quality was measured. Rows with exits are left out."""
+    """Speedup and increase in perplexity: claimed (hollow, with the capacity) and measured, without exits."""
     table = table[table["exit_rate"] == 0].dropna(subset=QUALITY)
     style.check_table(table, *QUALITY)
     fig, panels = shared.panels_by(table, "base", 3.9, 7.6)
@@ -254,17 +223,15 @@ def promise(table: pd.DataFrame) -> Figure:
 
 
 def _ratio(pairs: np.ndarray, axis: int) -> np.ndarray:
-    numerator, denominator = np.moveaxis(pairs.sum(axis), -1, 0)
-    return numerator / denominator
+    sums = pairs.sum(axis)
+    return sums[..., 0] / sums[..., 1]
 
 
-def _resampled(
-    ax: Axes, y: float, values: pd.DataFrame | pd.Series, statistic: Callable, colour: str, marker: str
-) -> None:
-    """A statistic over the rows (its ``axis``) at height ``y``, with its 95 % interval over resampled rows."""
+def _resampled(ax: Axes, y: float, values: pd.DataFrame, statistic: Callable, colour: str, marker: str) -> None:
+    """A statistic over the rows at height ``y``, with its 95 % interval over resampled rows."""
     if values.empty:
         return
     rows = values.to_numpy()
-    drawn = np.random.default_rng(0).integers(len(rows), size=(RESAMPLES, len(rows)))
+    drawn = np.random.default_rng(0).integers(len(rows), size=(1000, len(rows)))
     low, high = np.quantile(statistic(rows[drawn], axis=1), [0.025, 0.975])
     style.whiskers(ax, [y], pd.DataFrame([[statistic(rows, axis=0), low, high]]), colour, marker, horizontal=True)
