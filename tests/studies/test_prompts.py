@@ -17,5 +17,5 @@ def test_two_hundred_of_five_kinds(tiny_base):
 
 @pytest.mark.parametrize("count", [0, 201])
 def test_there_are_no_others(tiny_base, count):
-    with pytest.raises(HatError, match="prompts must be a whole number of at least 1, at most 200"):
+    with pytest.raises(HatError, match="prompts"):
         prompts(tiny_base.tokenizer, count)

@@ -82,7 +82,7 @@ def test_rows_of_other_gates_are_refused_and_those_without_exits_stay_valid(meas
             gate.shift.add_(1.0)
     hat.save_pretrained(tmp_path / "again")
     assert {row.exit_rate for row in quality(out, (tmp_path / "again", pair[1]))} == {0.5}
-    with pytest.raises(HatError, match="another channel checkpoint"):
+    with pytest.raises(HatError):
         list(quality(out, pair))
 
 
@@ -104,7 +104,7 @@ def test_a_control_out_of_reach_costs_no_other_row(pair, tmp_path, monkeypatch):
 
     monkeypatch.setitem(module.CONTROLS, "static", refuse)
     points = [p for p in POINTS if p.variant in ("trained", "static", "random") and p.exit_rate == 0]
-    with pytest.warns(UserWarning, match="no row for static"):
+    with pytest.warns(UserWarning, match="static"):
         assert {row.variant for row in quality(tmp_path / "a.csv", pair, points)} == {"trained", "random"}
 
 

@@ -51,7 +51,7 @@ class Row:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """An study that counts what it measures, and stops where told to."""
+    """A study that counts what it measures, and stops where told to."""
     seen = []
 
     def rows(done=(), *, count: int = 3, stop: int | None = None, shares: list[float] = (), name: str = "a"):
