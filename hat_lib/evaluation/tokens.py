@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hat_lib.config import HatError, work_text
+from hat_lib.config import HatError, check_count, work_text
 from hat_lib.evaluation.coloured_text import ansi, html, passages, visible
 from hat_lib.evaluation.perplexity import SLICE
 from hat_lib.model.cost import state_cost
@@ -158,16 +158,24 @@ class TokenTable:
 
 
 @torch.no_grad()
-def explain(hat: HierarchicalTransformer, prompt: str, *, scores: bool = False) -> TokenTable:
-    """The table of a prompt, for ``hat`` as it is set.
+def explain(hat: HierarchicalTransformer, prompt: str, *, max_new_tokens: int = 0, scores: bool = False) -> TokenTable:
+    """The table of a prompt and of its greedy continuation, for ``hat`` as it is set.
 
     With ``scores`` it also says how far each token's scores lie from the thresholds; a control set by ``hat.using`` is
-    then not asked. Raises `HatError` for an empty prompt or one beyond the base's context.
+    then not asked. Raises `HatError` for an empty prompt, or if prompt and continuation exceed the base's context.
     """
+    check_count("max_new_tokens", max_new_tokens, 0)
     if not isinstance(prompt, str) or not prompt.strip():
         raise HatError(f"a prompt must be text, got {prompt!r}")
     check_whole("the prompt", prompt)
     blocks = prompt_blocks(hat.base.tokenizer, {"prompt": prompt})
+    ids, context = torch.tensor([blocks[0]["input_ids"]], device=hat.base.device), hat.lm.config.max_position_embeddings
+    if ids.shape[1] + max_new_tokens > context:
+        raise HatError(f"{ids.shape[1]} prompt tokens + {max_new_tokens} new ones exceed the base's context: {context}")
+    if max_new_tokens:
+        how = {"do_sample": False, "pad_token_id": hat.base.tokenizer.pad_token_id}
+        text = hat.lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **how)
+        blocks[0]["input_ids"] = text[0].tolist()
     if not scores or hat.capacity == 1:
         return token_table(hat, blocks, progress=False)
     sites, own = hat.grain.sites, hat.threshold_policy(hat.calibration.thresholds_at(hat.capacity))
@@ -208,10 +216,8 @@ def token_table(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, prog
             base = _final_states(hat, ids)
         ours = _final_states(hat, ids)
         losses, best_p, best_ids = _predictions(hat, base, ours, ids)  # now the trace also holds what the head read
-        texts, share = (
-            pieces(hat.base.tokenizer, ids),
-            torch.cat([hat.trace.site_share[:, :, 0], hat.trace.share], dim=1),
-        )
+        texts = pieces(hat.base.tokenizer, ids)
+        share = torch.cat([hat.trace.site_share[:, :, 0], hat.trace.share], dim=1)
         frame = {"doc": row["doc"], "block": number, "position": range(len(ids)), "id": ids, "text": texts}
         frame |= {"class": classes(texts, [i in special for i in ids]), **_work(hat), **losses}
         parts.append((pd.DataFrame(frame).iloc[new], share.cpu().numpy()[:, :, new], best_ids[:, new], best_p[:, new]))

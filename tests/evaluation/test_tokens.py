@@ -123,6 +123,14 @@ def test_explain_is_the_table_of_its_prompt(hat):
     assert f">{free.min():.2f}<" in found._repr_html_() and f"{free.max():.2f}" in str(found)
 
 
+def test_explain_goes_on_greedily(hat):
+    ids = hat.base.tokenizer(PROMPT, return_tensors="pt").input_ids
+    text = hat.lm.generate(ids, max_new_tokens=3, do_sample=False)
+    assert explain(hat, PROMPT, max_new_tokens=3).tokens["id"].tolist() == text[0].tolist()
+    with pytest.raises(HatError):
+        explain(hat, PROMPT, max_new_tokens=5000)
+
+
 @pytest.fixture(scope="module", params=tiny_runs.GRAINS)
 def scored(request):
     hat = tiny_runs.adaptive(request.param)
