@@ -20,8 +20,6 @@ Thresholds = Callable[[float], dict[tuple[int, str], float]]
 
 KNOTS = (0.4, 0.55, 0.7)
 UNTIL = 0.85
-FILE = "split.safetensors"
-"""in the folder of a training state, beside the adapter"""
 
 
 class BudgetSplit(nn.Module):

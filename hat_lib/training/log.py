@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate import PartialState
 from torch.utils.tensorboard import SummaryWriter
 
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.training.objective import Objective
 
 METRICS = ("loss", "capacity", "kl", "share", "z_loss", "entropy", "gate_loss", "wrong", "exit_rate", "agreement")
 
@@ -25,14 +26,11 @@ class Log:
 
     Args:
         start: the step that the phase goes on from; rows past it are dropped.
-        n_processes: each adds as many tokens as this one.
     """
 
-    def __init__(
-        self, path: Path, work: Path, phase: str, hat: HierarchicalTransformer, start: int, steps: int, n_processes: int
-    ):
+    def __init__(self, path: Path, work: Path, objective: Objective, start: int, steps: int):
+        hat, phase = objective.hat, objective.phase
         self.path, self.phase, self.hat, self.first, self.steps = path, phase, hat, start, steps
-        self.n_processes = n_processes
         self.shares = [f"share_{s}" for s in hat.grain.sites] + [f"share_{i}" for i in range(hat.config.n_layers)]
         tail = ["grad_norm", "learning_rate", "tokens_per_second", "eta_seconds"]
         self.columns = ["phase", "step", "steps", "seconds", *METRICS, *self.shares, *tail]
@@ -65,12 +63,13 @@ class Log:
         now = time.monotonic()
         means = dict(pd.DataFrame(self.added).mean()) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
         pace = (now - self.began) / (step - self.first)
+        tokens = self.tokens * PartialState().num_processes  # each process adds as many
         row = {name: f"{value:.6g}" for name, value in means.items()} | {
             "phase": self.phase,
             "step": step,
             "steps": self.steps,
             "seconds": f"{self.before + now - self.began:.1f}",
-            "tokens_per_second": f"{self.tokens * self.n_processes / (now - self.since):.0f}",
+            "tokens_per_second": f"{tokens / (now - self.since):.0f}",
             "eta_seconds": f"{pace * (self.steps - step):.0f}",
         }
         with self.path.open("a", newline="") as file:

@@ -15,7 +15,7 @@ from hat_lib.training.straight_through import row_slices
 
 def distillation(teacher: Tensor, student: Tensor) -> Tensor:
     """Mean of `divergence` over the tokens: KL(teacher || student) in nats per token, a scalar."""
-    return _mean(divergence(teacher, student))
+    return mean(divergence(teacher, student))
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def z_loss(scores: Tensor) -> Tensor:
     probability of keeping.
     """
     a = _at_least_fp32(scores).abs()  # so that the loss is the same for s and -s, rounding included
-    return _mean((F.softplus(-a) + a / 2).square())
+    return mean((F.softplus(-a) + a / 2).square())
 
 
 def entropy(scores: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def entropy(scores: Tensor) -> Tensor:
     ``scores`` as for `z_loss`.
     """
     a = _at_least_fp32(scores).abs()
-    return _mean(F.softplus(-a) + a * torch.sigmoid(-a))
+    return mean(F.softplus(-a) + a * torch.sigmoid(-a))
 
 
 def exit_targets(teacher: Tensor, exited: Tensor) -> Tensor:
@@ -93,5 +93,6 @@ def _at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _mean(values: Tensor) -> Tensor:
+def mean(values: Tensor) -> Tensor:
+    """The mean over all; 0, still on the graph, over none: each process has a gradient for the others."""
     return values.sum() / max(values.numel(), 1)

@@ -1,4 +1,4 @@
-"""Objective: what one training step minimises, in each phase. A module, so that DDP can wrap it.
+"""Objective: what one training step minimises, in each phase.
 
 routers   KL(base || routed) on the same tokens, at a capacity sampled for this step; plus the budget and, for the token
           grain, the regularisers. Gates are off.
@@ -174,9 +174,9 @@ class Objective(nn.Module):
         for number, (depth, gate) in enumerate(hat.gates.items()):
             h = hidden.hidden_states[int(depth)][rows, columns]
             logits = head(norm(gate.translate(h)))
-            translate = translate + _mean(losses.divergence(base, logits)) / len(hat.gates)
+            translate = translate + losses.mean(losses.divergence(base, logits)) / len(hat.gates)
             right = losses.exit_targets(base, logits)
-            agreed.append(_mean(right.float()))
+            agreed.append(losses.mean(right.float()))
             decisions = gate.logits(h)
             gate_loss = gate_loss + losses.exit_loss(decisions, right) / len(hat.gates)
             drawn = [
@@ -191,18 +191,13 @@ class Objective(nn.Module):
             leave = torch.cat(drawn)[:, 1]
             # A token that leaves here, not having left before, pays if this exit is wrong.
             cost, left, stay = cost + stay * leave * ~right, left + stay * leave, stay * (1 - leave)
-        wrong, rate = _mean(cost + stay * wrong_stay), _mean(left)
+        wrong, rate = losses.mean(cost + stay * wrong_stay), losses.mean(left)
         pull = losses.budget(rate, recipe.sampled_exit_rate(step) if len(rows) else 0.0)
         loss = translate + gate_loss + recipe.decision_weight * (wrong + recipe.budget_weight * pull)
         return {
             "loss": loss, "kl": translate.detach(), "gate_loss": gate_loss.detach(), "wrong": wrong.detach(),
             "exit_rate": rate.detach(), "agreement": torch.stack(agreed).mean(),
         }  # fmt: skip
-
-
-def _mean(values: Tensor) -> Tensor:
-    """The mean; 0, still on the graph, where no token of the batch may leave: DDP waits for a gradient regardless."""
-    return values.sum() / max(len(values), 1)
 
 
 def _sample(candidates: Tensor, count: int, keys) -> tuple[Tensor, Tensor]:

@@ -156,37 +156,36 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
             run.write(folder)
 
     outcomes, start = [], hat.calibration
+
+    def heads(capacity: float):  # of the untrained calibration: the head is not trained
+        return start and start.head_at(max(capacity, CAPACITY_MIN))
+
     for phase in run.phases:
-        if _is_done(folder, phase):
-            _load_finished(hat, folder)
-            continue
-        nominal = nominal_thresholds(hat) if phase == "routers" else hat.calibration.thresholds_at
-        outcome = train_phase(
-            hat, blocks, recipe, phase, nominal, folder, resume=resume, max_minutes=(until - time.monotonic()) / 60,
-            max_steps=run.max_steps, progress=progress, validation=validation,
-        )  # fmt: skip
-        outcomes.append(outcome)
-        if not outcome.done:
-            break
-        if main:
-            summary = dict(hat.training_summary or {})
-            if phase == "routers":
-
-                def heads(capacity: float):  # of the untrained calibration: the head is not trained
-                    return start and start.head_at(max(capacity, CAPACITY_MIN))
-
-                text = f"{source}, validation split, {found} tokens, SHA-256 {text_hash(held)[:16]}"
-                calibrate_learned(hat, held["input_ids"], outcome.thresholds, heads, text=text, progress=progress)
-            else:
-                _, agreement = calibrate_exits(hat, held["input_ids"], progress=progress)
-                summary["exit_agreement"] = [[round(a, 4) for a in row] for row in agreement]
-            minutes, tokens = seconds_so_far(folder / LOG_FILE, phase) / 60, sum(map(len, blocks["input_ids"]))
-            summary[phase] = {"steps": outcome.steps, "minutes": round(minutes, 1), "tokens": tokens}
-            hat.training_summary = summary | {"recipe": asdict(recipe), "command": run.command}
-            hat.save_pretrained(folder)
-        processes.wait_for_everyone()
-        if not main:
-            _load_finished(hat, folder)
+        if not _is_done(folder, phase):
+            nominal = nominal_thresholds(hat) if phase == "routers" else hat.calibration.thresholds_at
+            outcome = train_phase(
+                hat, blocks, recipe, phase, nominal, folder, resume=resume, max_minutes=(until - time.monotonic()) / 60,
+                max_steps=run.max_steps, progress=progress, validation=validation,
+            )  # fmt: skip
+            outcomes.append(outcome)
+            if not outcome.done:
+                break
+            if main:
+                summary = dict(hat.training_summary or {})
+                if phase == "routers":
+                    text = f"{source}, validation split, {found} tokens, SHA-256 {text_hash(held)[:16]}"
+                    calibrate_learned(hat, held["input_ids"], outcome.thresholds, heads, text=text, progress=progress)
+                else:
+                    _, agreement = calibrate_exits(hat, held["input_ids"], progress=progress)
+                    summary["exit_agreement"] = [[round(a, 4) for a in row] for row in agreement]
+                minutes, tokens = seconds_so_far(folder / LOG_FILE, phase) / 60, sum(map(len, blocks["input_ids"]))
+                summary[phase] = {"steps": outcome.steps, "minutes": round(minutes, 1), "tokens": tokens}
+                hat.training_summary = summary | {"recipe": asdict(recipe), "command": run.command}
+                hat.save_pretrained(folder)
+            processes.wait_for_everyone()
+        checkpoint = read_checkpoint(folder)
+        hat.load_adapter(checkpoint, folder)
+        hat.calibration, hat.training_summary = checkpoint.calibration, checkpoint.training
     return outcomes
 
 
@@ -272,10 +271,3 @@ def nominal_thresholds(hat: HierarchicalTransformer) -> Thresholds:
 
 def _is_done(folder: Path, phase: str) -> bool:
     return (folder / CONFIG_FILE).exists() and bool((read_checkpoint(folder).training or {}).get(phase))
-
-
-def _load_finished(hat: HierarchicalTransformer, folder: Path) -> None:
-    """Load a finished phase's parameters, tables and summary into ``hat``."""
-    checkpoint = read_checkpoint(folder)
-    hat.load_adapter(checkpoint, folder)
-    hat.calibration, hat.training_summary = checkpoint.calibration, checkpoint.training

@@ -1,9 +1,9 @@
 """One phase of training: data, loss, backward, AdamW along a cosine, and checkpoints to resume from. A time limit,
 Ctrl-C, SIGTERM (what a cluster sends before it kills) and a number that is not finite stop it without losing work.
 
-The order of the blocks, and all that is random, is a function of (seed, step). So a checkpoint is the routers and
-gates, the optimizer's state and the number of the step, and processes under `torchrun` share the micro-batches that one
-process would take with gradient accumulation.
+The order of the blocks, and all that is random, is a function of (seed, step). So what a run needs to go on is the
+trained parameters, the optimizer's state and the number of the step, and processes under `torchrun` share the
+micro-batches that one process would take with gradient accumulation.
 """
 
 from __future__ import annotations
@@ -12,21 +12,18 @@ import math
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
 from datasets import Dataset
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -34,9 +31,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from hat_lib.backbone.base import first_line
 from hat_lib.config import HatError
-from hat_lib.model.checkpoint import read_checkpoint
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.training.budget_split import FILE as SPLIT_FILE
 from hat_lib.training.budget_split import Thresholds
 from hat_lib.training.log import Log
 from hat_lib.training.objective import Objective
@@ -44,7 +39,7 @@ from hat_lib.training.recipe import Recipe
 from hat_lib.training.validation import extend_curve
 
 STATE_FILE = "state.pt"
-"""step and optimizer, in the folder of a training state; read with ``weights_only=True``"""
+"""step, trained parameters and optimizer, in the work folder of a phase; read with ``weights_only=True``"""
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ def train_phase(
     Args:
         blocks: rows of `training_text`.
         phase, thresholds: as for `Objective`.
-        resume: continue from the last checkpoint of this phase, if there is one.
+        resume: continue from the last state of this phase, if there is one.
         max_minutes: save and stop at the first step past this many minutes.
         max_steps: in place of the recipe's epochs, unless it is -1.
         validation: rows of `load_text` for a learning curve, in phase "routers" only.
@@ -97,24 +92,20 @@ def train_phase(
     """
     processes, began = PartialState(cpu=not torch.cuda.is_available()), time.monotonic()
     main, work = processes.is_main_process, folder / "work" / phase
+    state_file = work / STATE_FILE
     objective = Objective(hat, recipe, phase, thresholds).train()
     per_step = recipe.accumulate * processes.num_processes
     epochs = recipe.router_epochs if phase == "routers" else recipe.exit_epochs
     steps = max_steps if max_steps > 0 else math.ceil(epochs * steps_per_epoch(len(blocks), recipe, per_step))
     optimizer = _optimizer(objective)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(steps * recipe.warmup), steps)
+    start = _load(state_file, objective, optimizer) if resume and state_file.exists() else 0
+    warmup = math.ceil(steps * recipe.warmup)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps, last_epoch=start - 1)
 
-    last = last_checkpoint(work) if resume else None
-    start = _load(last, objective, optimizer, schedule) if last else 0
     processes.wait_for_everyone()
-    if main and not last:
+    if main and not start:
         shutil.rmtree(work, ignore_errors=True)
-    model = objective
-    if processes.num_processes > 1:
-        # A router that is never asked, as where layer 0 always runs, gets no gradient to wait for.
-        unused = phase == "routers" and any(hat.grain.always_runs(0, site) for site in hat.grain.sites)
-        model = DistributedDataParallel(objective, find_unused_parameters=unused)
-    log = Log(folder / "log.csv", work, phase, hat, start, steps, processes.num_processes) if main else None
+    log = Log(folder / "log.csv", work, objective, start, steps) if main else None
 
     def measure(step: int) -> None:
         if main and validation is not None and phase == "routers":
@@ -132,14 +123,12 @@ def train_phase(
                     watch(False)
                 step_began = time.monotonic()
                 micro_batches = step_rows(len(blocks), recipe, per_step, step)
-                micro_batches = micro_batches[processes.process_index :: processes.num_processes]
-                for number, rows in enumerate(micro_batches, start=1):
+                for rows in micro_batches[processes.process_index :: processes.num_processes]:
                     batch = collate([blocks[i] for i in rows], hat.base.device)
-                    waits = model is not objective and number < len(micro_batches)
-                    with model.no_sync() if waits else nullcontext():
-                        out = _backward(model, batch, step, steps, len(micro_batches), hat.base.dtype)
+                    out = _backward(objective, batch, step, steps)
                     if log:
                         log.add(out, int(batch["attention_mask"].sum()))
+                _average(objective)
                 norm, used_rate = _clip(objective, step), schedule.get_last_lr()[0]
                 optimizer.step()
                 schedule.step()
@@ -147,21 +136,23 @@ def train_phase(
                 step += 1
                 if log and (step == 1 or step % recipe.log_steps == 0):
                     bar.set_description(f"{phase}, loss {log.write(step, norm, used_rate):.4g}")
-                stops.check(processes, step == steps)
+                stops.check(step == steps)
                 if main and (stops.reason or step % recipe.save_steps == 0 or step == steps):
-                    _save(work, step, objective, optimizer, schedule)
+                    _save(state_file, step, objective, optimizer)
                     measure(step)
                 bar.update()
                 if progress and step == start + 2 and step < steps:  # the first step allocates
                     each = time.monotonic() - step_began
                     minutes = (steps - step) * each / 60
                     tqdm.write(f"{phase}: {steps} steps of about {each:.2g} s, about {minutes:.0f} minutes", sys.stderr)
-            stops.check(processes, True)  # a Ctrl-C while the last step was being saved
+            stops.check(True)  # a Ctrl-C while the last step was being saved
     finally:
         bar.close()
         if log:
             log.close()
-        end_training(hat)
+        hat.eval()
+        for parameter in hat.hat_parameters().values():
+            parameter.requires_grad_(True)
     if watch and main:
         watch(True)
     return Outcome(phase, step, steps, time.monotonic() - began, stops.reason, objective.thresholds)
@@ -200,25 +191,29 @@ class Stops:
             if "terminate" in (self.asked, self.reason):
                 signal.raise_signal(signal.SIGTERM)
 
-    def check(self, processes: PartialState, finished: bool) -> None:
+    def check(self, finished: bool) -> None:
         """Set ``reason``, the same in all processes; a time limit does not matter to a phase that is finished."""
         late = time.monotonic() > self.limit and not finished
-        reason = self.REASONS.index(self.asked or ("time" if late else self.reason))
-        if processes.num_processes > 1:
-            highest = torch.tensor(reason, device=processes.device)
-            distributed.all_reduce(highest, distributed.ReduceOp.MAX)
-            reason = int(highest)
-        self.reason = self.REASONS[reason]
+        reason = self.asked or ("time" if late else self.reason)
+        self.reason = max(gather_object([reason]), key=self.REASONS.index)
 
 
-def _backward(model, batch: dict, step: int, steps: int, parts: int, dtype: torch.dtype) -> dict:
-    """Add the gradient of one of a step's ``parts``; returns its loss and metrics."""
-    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        out = model(**batch, step=step, steps=steps)
+def _backward(objective: Objective, batch: dict, step: int, steps: int) -> dict:
+    """Add the gradient of one of a step's micro-batches; returns its loss and metrics."""
+    bf16 = objective.hat.base.dtype == torch.bfloat16
+    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=bf16):
+        out = objective(**batch, step=step, steps=steps)
     if not torch.isfinite(out["loss"]):
         raise HatError(f"training stopped in step {step + 1}: the loss is {out['loss'].item()}")
-    (out["loss"] / parts).backward()
+    (out["loss"] / objective.recipe.accumulate).backward()
     return out
+
+
+def _average(objective: Objective) -> None:
+    """The gradients, averaged over all processes; the same parameters have one in each of them."""
+    for parameter in objective.parameters():
+        if parameter.grad is not None:
+            parameter.grad = reduce(parameter.grad)
 
 
 def steps_per_epoch(n_rows: int, recipe: Recipe, per_step: int) -> int:
@@ -264,43 +259,27 @@ def _clip(objective: Objective, step: int) -> float:
     return norm
 
 
-def last_checkpoint(work: Path) -> Path | None:
-    """The newest of the folders ``checkpoint-N``; each was moved there when it was complete."""
-    return max(work.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
+def _trained(objective: Objective) -> dict[str, Tensor]:
+    """The parameters that this phase trains, a learned split among them."""
+    return {name: parameter.detach() for name, parameter in objective.named_parameters() if parameter.requires_grad}
 
 
-def _save(work: Path, step: int, objective: Objective, optimizer, schedule) -> None:
-    """Write ``checkpoint-N``, then remove the older ones."""
-    work.mkdir(parents=True, exist_ok=True)
-    older = list(work.glob("checkpoint-*"))
+def _save(path: Path, step: int, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
+    """Write what `_load` needs, in place of an older state once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    state = {"step": step, "trained": _trained(objective), "optimizer": optimizer.state_dict()}
     try:
-        with tempfile.TemporaryDirectory(dir=work) as scratch:
-            new = Path(scratch) / "new"
-            objective.hat.save_pretrained(new)
-            if objective.split:
-                save_file(objective.split.state_dict(), new / SPLIT_FILE)
-            state = {"step": step, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            torch.save(state, new / STATE_FILE)
-            new.rename(work / f"checkpoint-{step}")
-    except (OSError, RuntimeError, SafetensorError) as error:  # which is how a full disk is reported
-        raise HatError(f"cannot write a checkpoint to {work}: {first_line(error)}") from error
-    for folder in older:
-        shutil.rmtree(folder)
+        torch.save(state, temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError is how torch reports a full disk
+        raise HatError(f"cannot write {path}: {first_line(error)}") from error
 
 
-def _load(folder: Path, objective: Objective, optimizer, schedule) -> int:
-    """Continue from a checkpoint; returns its step."""
-    objective.hat.load_adapter(read_checkpoint(folder), folder)
-    if objective.split:
-        objective.split.load_state_dict(load_file(folder / SPLIT_FILE))
-    state = torch.load(folder / STATE_FILE, weights_only=True, map_location="cpu")
+def _load(path: Path, objective: Objective, optimizer: torch.optim.Optimizer) -> int:
+    """Continue from a state; returns its step."""
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    for name, parameter in _trained(objective).items():
+        parameter.copy_(state["trained"][name])
     optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
     return state["step"]
-
-
-def end_training(hat: HierarchicalTransformer) -> None:
-    """Make ``hat`` ready for use again after an `Objective` has trained it."""
-    hat.eval()
-    for p in hat.hat_parameters().values():
-        p.requires_grad_(True)

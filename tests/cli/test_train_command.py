@@ -8,9 +8,11 @@ import time
 
 import pytest
 import tiny_runs
+import torch
 from tiny_runs import page
 
 from hat_lib.cli.app import main
+from hat_lib.training.trainer import STATE_FILE
 
 TINY = ("--base", "random:tiny", "--profile", "quick", "--dtype", "fp32", "--granularity", "token",
         "--set", "tokens=1024", "--set", "block_size=64", "--set", "batch_size=2", "--set", "save_steps=3")  # fmt: skip
@@ -62,4 +64,4 @@ def test_a_signal_to_a_process(hat, text, tmp_path, number, code):
     process.join(60)
     assert process.exitcode == code and out.read_text().splitlines()[-1].endswith(f"hat train --resume {folder}")
     last = (folder / "log.csv").read_text().splitlines()[-1].split(",")[1]
-    assert (folder / "work" / "routers" / f"checkpoint-{last}").exists()
+    assert torch.load(folder / "work" / "routers" / STATE_FILE)["step"] == int(last)
