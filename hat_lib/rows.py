@@ -13,6 +13,7 @@ Text is written through `hat_lib.text.plain.cell`, on one line and harmless for 
 from __future__ import annotations
 
 import csv
+import math
 import os
 import typing
 from collections.abc import Sequence
@@ -107,9 +108,15 @@ def _value(text: str, hint):
 
 
 def rounded(row_type: type, **values):
-    """A row with its floats rounded to five significant digits; values without a column in ``row_type`` are dropped."""
-    names = [f.name for f in fields(row_type) if f.name in values]
-    return row_type(**{n: float(f"{values[n]:.5g}") if isinstance(values[n], float) else values[n] for n in names})
+    """A row with its floats rounded to five significant digits, nan as None; values without a column are dropped."""
+
+    def rounded_value(value):
+        if not isinstance(value, float):
+            return value
+        return None if math.isnan(value) else float(f"{value:.5g}")
+
+    names = {field.name for field in fields(row_type)}
+    return row_type(**{name: rounded_value(value) for name, value in values.items() if name in names})
 
 
 def results_table(name: str, results: Path | None = None) -> pd.DataFrame:

@@ -71,9 +71,9 @@ def rows(
             for capacity, score in scores.items():
                 if (name, capacity, text) not in done:
                     margin = compare(first[(text, split), capacity], score)
-                    low, high = margin.interval
-                    columns = {"margin": margin.increase, "margin_low": low, "margin_high": high, "change": name}
-                    columns |= {"text": text, "split": split, "capacity": capacity, "realised": score.layer_capacity}
+                    columns = {"margin": margin.increase, "margin_low": margin.low, "margin_high": margin.high}
+                    columns |= {"change": name, "text": text, "split": split}
+                    columns |= {"capacity": capacity, "realised": score.layer_capacity}
                     yield rounded(Row, **machine(loaded) | perplexity(dense, score) | columns)
 
 

@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hat_lib.config import check_count
-from hat_lib.evaluation.perplexity import compare, score_decoded
+from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.inference.generate import AdaptiveInference
 from hat_lib.inference.speed import steer_to_capacity, timed
 from hat_lib.model.modes import combined
@@ -114,11 +114,10 @@ def _prices(hat: HierarchicalTransformer, capacities: Sequence[float], tokens: i
     settings = [partial(combined, partial(hat.at, c, 0.0), partial(steer_to_capacity, hat)) for c in found]
     for text in TEXTS if found else ():
         blocks = whole_blocks(text, hat.base.tokenizer, tokens)
-        base, scored = score_decoded(hat, blocks, settings, batch_size=TOGETHER, progress=False)
+        base, scored = score_each(hat, blocks, settings, batch_size=TOGETHER, progress=False, decoded=True)
         for columns, at in zip(found.values(), scored, strict=True):
             paired = compare(base, at)
-            low, high = paired.interval
-            columns |= {text: paired.increase, f"{text}_low": low, f"{text}_high": high}
+            columns |= {text: paired.increase, f"{text}_low": paired.low, f"{text}_high": paired.high}
             columns |= {f"{text}_realised": at.capacity, "tokens": min(columns["tokens"], paired.tokens)}
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from hat_lib.config import HatError
 from hat_lib.model.transformer import HierarchicalTransformer
 
-# Fewest tokens to calibrate on.
+# Fewest tokens to calibrate or match a control on.
 LEAST_TOKENS = 256
 # Tokens on which a setting is run to see what it realises: a mean over all sites and tokens needs few.
 CHECK_TOKENS = 4096
@@ -36,11 +36,13 @@ def held_out_parts(hat, blocks: Iterable[list[int]]) -> tuple[list[Tensor], list
     return list(fit), check_batches(check)
 
 
-def block_tensors(hat, blocks: Iterable[list[int]]) -> list[Tensor]:
-    """Blocks as int64 ``[1, T]`` on the model's device; `HatError` below `LEAST_TOKENS` tokens."""
-    tensors = [torch.tensor([b], device=hat.base.device) for b in blocks if len(b) > 1]
+def block_tensors(hat, blocks: Iterable[Sequence[int] | Mapping]) -> list[Tensor]:
+    """Blocks, as token ids or rows of `load_text`, as int64 ``[1, T]`` on the model's device; those of a single token
+    are left out. `HatError` below `LEAST_TOKENS` tokens."""
+    ids = [block["input_ids"] if isinstance(block, Mapping) else block for block in blocks]
+    tensors = [torch.tensor([block], device=hat.base.device) for block in ids if len(block) > 1]
     if _size(tensors) < LEAST_TOKENS:
-        raise HatError(f"calibration needs at least {LEAST_TOKENS} tokens of text, got {_size(tensors)}")
+        raise HatError(f"at least {LEAST_TOKENS} tokens of text are needed, got {_size(tensors)}")
     return tensors
 
 

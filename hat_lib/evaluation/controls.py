@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hat_lib.calibration.quantiles import block_tensors, forwards
 from hat_lib.config import CAPACITY_MIN, HatError, check_capacity
 from hat_lib.evaluation.perplexity import score_each
 from hat_lib.model.checkpoint import check_tensors, read_checkpoint
@@ -37,7 +38,6 @@ EQUAL = 0.003
 """equal work: two shares of the whole model's work, on the same text, that differ by no more than this"""
 CLOSE, STEPS = 0.001, 24
 """where `matched` stops"""
-MIN_TOKENS = 256
 DAMAGE_TOKENS = 1024
 """of evenly spaced blocks, for pricing the removal of each layer"""
 
@@ -56,7 +56,7 @@ def matched(
     may be given the very text that is measured afterwards. Raises `OutOfReach` for a capacity that no member comes
     near, and a plain `HatError` for one outside [0.1, 1] or fewer than 256 tokens.
     """
-    capacity, texts = check_capacity(capacity), text_tensors(hat, blocks)
+    capacity, texts = check_capacity(capacity), block_tensors(hat, blocks)
     if capacity == 1.0:
         return KeepAll()
     low, high = (0.0, 0.0), (1.0, 1.0)  # (dial, realised) at both ends of the bracket
@@ -89,20 +89,9 @@ def realised_capacity(
     kept = 0.0
     with (around or hat.dense)(), hat.using(policy):
         logits = 0 if hat.has_shortlist and hat.capacity < 1 else 1  # all, where the head's work differs by token
-        for ids in texts:
-            hat.lm(ids, use_cache=False, logits_to_keep=logits)
-            kept += hat.trace.capacity * ids.shape[1]
+        for size in forwards(hat, texts, logits=logits):
+            kept += hat.trace.capacity * size
     return kept / sum(ids.shape[1] for ids in texts)
-
-
-def text_tensors(hat: HierarchicalTransformer, blocks: Blocks) -> list[Tensor]:
-    """The blocks as int64 ``[1, T]`` on the model's device."""
-    rows = [b["input_ids"] if isinstance(b, Mapping) else b for b in blocks]
-    texts = [torch.as_tensor(b, device=hat.base.device).view(1, -1) for b in rows if len(b)]
-    found = sum(t.shape[1] for t in texts)
-    if found < MIN_TOKENS:
-        raise HatError(f"a control is matched on at least {MIN_TOKENS} tokens of text, got {found}")
-    return texts
 
 
 def _for_site(keep: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -126,7 +115,7 @@ def static_choice(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
         return layer_removal(hat, blocks, seed)
     if hat.calibration is None:
         raise HatError("the static choice takes its shares from a calibration: run `hat calibrate` first")
-    texts, energy = text_tensors(hat, blocks), {}
+    texts, energy = block_tensors(hat, blocks), {}
 
     def watch(layer, site, x, rows, state):
         squares = hat.routers[f"{layer}_{site}"].score(x[~state.protected.view(-1)]).double().square().sum(0)
@@ -177,7 +166,7 @@ def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
 def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, float]:
     """KL(base || base without that layer's routable work), nats per token, for each layer that can be skipped, over
     about `DAMAGE_TOKENS` tokens of ``blocks``."""
-    rows = [{"input_ids": t[0].tolist(), "n_context": 0} for t in text_tensors(hat, blocks)]
+    rows = [{"input_ids": t[0].tolist(), "n_context": 0} for t in block_tensors(hat, blocks)]
     rows = rows[:: max(1, sum(len(row["input_ids"]) for row in rows) // DAMAGE_TOKENS)]
     every = range(hat.config.n_layers)
     layers = [i for i in every if not all(hat.grain.always_runs(i, site) for site in hat.grain.sites)]
@@ -257,7 +246,7 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
     The first layer with decisions and the last, whose cosine no layer sees, always run. A decision holds for all sites
     of a layer; at the token grain, a cosine spans the FFN and the next layer's attention.
     """
-    texts, cosine, n_layers = text_tensors(hat, blocks), StreamCosine(hat), hat.config.n_layers
+    texts, cosine, n_layers = block_tensors(hat, blocks), StreamCosine(hat), hat.config.n_layers
     across: dict[int, list[Tensor]] = {}
 
     def watch(layer, site, x, rows, state):

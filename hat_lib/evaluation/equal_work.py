@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from itertools import chain, groupby, product
+from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,19 +25,18 @@ import pandas as pd
 from datasets import Dataset
 
 from hat_lib.backbone.machine import Machine, machine
+from hat_lib.calibration.quantiles import LEAST_TOKENS
 from hat_lib.config import CAPACITY_MIN, DATA, HatError, check_capacity, check_exit_rate
 from hat_lib.evaluation.controls import (
     CONTROLS,
     EQUAL,
-    MIN_TOKENS,
     Family,
     OutOfReach,
     RandomExits,
     checkpoint_family,
-    exit_shares,
     matched,
 )
-from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, score, score_each
+from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, score_each
 from hat_lib.model.checkpoint import Price, digest, read_checkpoint
 from hat_lib.model.granularity import GRAINS
 from hat_lib.model.modes import combined
@@ -194,22 +193,44 @@ class _OnText:
         self.hat, self.checkpoints, self.adapters, self.points = hat, checkpoints, adapters, points
         self.blocks = text_to_score(text, hat, points[0].max_tokens)
         total = sum(map(len, self.blocks["input_ids"]))
-        if total < MIN_TOKENS:
-            raise HatError(f"{text}: controls are matched on at least {MIN_TOKENS} tokens, got {total}")
         self.sample = self.blocks.select(range(0, len(self.blocks), max(1, round(total / MATCH_TOKENS))))
-        if sum(map(len, self.sample["input_ids"])) < MIN_TOKENS:
+        if sum(map(len, self.sample["input_ids"])) < LEAST_TOKENS:
             self.sample = self.blocks
+        self.families: dict[tuple[str, int], Family] = {}
         settings = list(dict.fromkeys((p.capacity, p.exit_rate) for p in points))
-        self.base, scores = self.scored([partial(hat.at, *setting) for setting in settings])
-        self.trained = dict(zip(settings, scores, strict=True))
-
-    def scored(self, settings: Sequence[Callable]) -> tuple[Score, list[Score]]:
-        return score_each(self.hat, self.blocks, settings, progress=False)
+        scored = score_each(hat, self.blocks, [partial(hat.at, *setting) for setting in settings], progress=False)
+        self.base, self.trained = scored[0], dict(zip(settings, scored[1], strict=True))
 
     def rows(self) -> Iterator[Row]:
-        trained = [(p, self.partner(p)) for p in self.points if p.variant == "trained"]
-        for point, found in chain(trained, self.unmatched(), self.controls()):
-            yield self.row(point, found)
+        """Those of the trained model, then those of the others. A control whose work on the text is not the trained
+        model's is tried again, aimed as far to the other side of it."""
+        aims = {}
+        for point in self.points:
+            if point.variant == "trained":
+                yield self.row(point, self.partner(point))
+            else:
+                aims[point] = _work(point, self.partner(point))
+        for attempt in range(ROUNDS):
+            settings = {}
+            for point, aim in list(aims.items()):
+                try:
+                    settings[point] = self.setting(point, aim)
+                except OutOfReach as error:
+                    del aims[point]
+                    _warn(point, error)
+            if not settings:
+                return
+            # All at once, because the base runs again.
+            _, scores = score_each(self.hat, self.blocks, list(settings.values()), progress=False)
+            for point, found in zip(settings, scores, strict=True):
+                partner = self.partner(point)
+                if not VARIANTS[point.variant].matched or abs(found.model_share - partner.model_share) <= EQUAL:
+                    del aims[point]
+                    yield self.row(point, found)
+                elif attempt == ROUNDS - 1:
+                    _warn(point, f"its share of the work is {found.model_share:.3f}, not {partner.model_share:.3f}")
+                else:
+                    aims[point] += _work(point, partner) - _work(point, found)
 
     def partner(self, point: Point) -> Score:
         """Of the trained model, at the same capacity and exit rate."""
@@ -217,7 +238,6 @@ class _OnText:
 
     def row(self, point: Point, found: Score) -> Row:
         margin = compare(self.partner(point), found)
-        low, high = margin.interval
         return rounded(
             Row,
             **machine(self.hat.base) | columns(self.base, found) | point._asdict(),
@@ -225,74 +245,44 @@ class _OnText:
             realised_exit=found.exit_rate,
             model_share=found.model_share,
             margin=margin.increase,
-            margin_low=low,
-            margin_high=high,
+            margin_low=margin.low,
+            margin_high=margin.high,
             documents=len(set(self.blocks["doc"])),
             text_hash=text_hash(self.blocks)[:16],
             adapter=self.adapters[point.granularity, point.exit_rate > 0],
         )
 
-    def unmatched(self) -> Iterator[tuple[Point, Score]]:
-        """Scores of variants whose work is what it is. With `RandomExits`, as many leave at each depth as by the gates,
-        but other tokens."""
-        settings, left = {}, {}
-        for point in (p for p in self.points if not VARIANTS[p.variant].matched):
-            if point.variant == "fine_tuned":
-                settings[point] = partial(combined, self.hat.dense, self.hat.correcting)
-                continue
-            setting = point.capacity, point.exit_rate
-            if setting not in left:
-                with self.hat.at(*setting), self.hat.collect() as traces:
-                    score(self.hat, self.blocks, progress=False)
-                left[setting] = exit_shares(traces, self.hat.config.exit_layers)
-            exits = partial(self.hat.using, exits=RandomExits(left[setting], point.seed))
-            settings[point] = partial(combined, partial(self.hat.at, point.capacity, 0.0), exits)
-        if settings:
-            yield from zip(settings, self.scored(list(settings.values()))[1], strict=True)
-
-    def controls(self) -> Iterator[tuple[Point, Score]]:
-        """Scores of controls whose work on the text is the trained model's. Those that miss it are tried again, aimed
-        as far to the other side of it."""
-        points = [p for p in self.points if VARIANTS[p.variant].matched and p.variant != "trained"]
-        aims = {p: _work(p, self.partner(p)) for p in points}
-        families: dict[tuple, Family] = {}
-        for attempt in range(ROUNDS):
-            settings = {}
-            for point, aim in list(aims.items()):
-                try:
-                    settings[point] = self.control(point, aim, families)
-                except OutOfReach as error:
-                    del aims[point]
-                    self.warn(point, error)
-            if not settings:
-                return
-            _, scores = self.scored(list(settings.values()))  # all at once: the base runs again
-            for point, found in zip(settings, scores, strict=True):
-                partner = self.partner(point)
-                if abs(found.model_share - partner.model_share) <= EQUAL:
-                    del aims[point]
-                    yield point, found
-                elif attempt == ROUNDS - 1:
-                    self.warn(point, f"its share of the work is {found.model_share:.3f}, not {partner.model_share:.3f}")
-                else:
-                    aims[point] += _work(point, partner) - _work(point, found)
-
-    def control(self, point: Point, aim: float, families: dict[tuple, Family]) -> Callable:
-        """The context of a control that comes to the work ``aim`` on the sample."""
-        if point.variant == "no_exits":
-            return partial(self.hat.at, min(max(aim, CAPACITY_MIN), 1.0), 0.0)
-        key = point.variant, point.seed
-        if key not in families and point.variant in CONTROLS:
-            families[key] = CONTROLS[point.variant](self.hat, self.sample, point.seed)
-        elif key not in families:
-            families[key] = checkpoint_family(self.hat, self.checkpoints[point.variant == "untrained"])
+    def setting(self, point: Point, aim: float) -> Callable:
+        """The context of a variant; that of a control comes to the work ``aim`` on the sample."""
+        hat, variant = self.hat, point.variant
+        if variant == "fine_tuned":
+            return partial(combined, hat.dense, hat.correcting)
+        if variant == "no_exits":
+            return partial(hat.at, min(max(aim, CAPACITY_MIN), 1.0), 0.0)
+        at_capacity = partial(hat.at, point.capacity, 0.0)
+        if variant == "random_exits":
+            exits = RandomExits(self.exit_rates(point), point.seed)
+            return partial(combined, at_capacity, partial(hat.using, exits=exits))
+        key = variant, point.seed
+        if key not in self.families and variant in CONTROLS:
+            self.families[key] = CONTROLS[variant](hat, self.sample, point.seed)
+        elif key not in self.families:
+            self.families[key] = checkpoint_family(hat, self.checkpoints[variant == "untrained"])
         # The head as it is at the capacity, and no corrections.
-        around = partial(combined, partial(self.hat.at, point.capacity, 0.0), partial(self.hat.correcting, 0.0))
-        policy = matched(self.hat, families[key], self.sample, min(max(aim, CAPACITY_MIN), 0.999), around)
-        return partial(combined, around, partial(self.hat.using, policy))
+        around = partial(combined, at_capacity, partial(hat.correcting, 0.0))
+        policy = matched(hat, self.families[key], self.sample, min(max(aim, CAPACITY_MIN), 0.999), around)
+        return partial(combined, around, partial(hat.using, policy))
 
-    def warn(self, point: Point, why) -> None:
-        warnings.warn(f"no row for {point.variant} at {point.capacity} on {point.text}: {why}", stacklevel=3)
+    def exit_rates(self, point: Point) -> dict[int, float]:
+        """The share of tokens that the gates let go at each depth, of those that could leave."""
+        protected = self.hat.config.protected_tokens
+        left = self.partner(point).exits.copy()
+        left[-1] -= sum(min(len(ids), protected) for ids in self.blocks["input_ids"])
+        return {depth: left[depth] / max(1, left[depth:].sum()) for depth in self.hat.config.exit_layers}
+
+
+def _warn(point: Point, why) -> None:
+    warnings.warn(f"no row for {point.variant} at {point.capacity} on {point.text}: {why}", stacklevel=3)
 
 
 def text_to_score(text: str, hat, max_tokens: int) -> Dataset:

@@ -80,11 +80,6 @@ class Comparison:
     tokens: int
     n_blocks: int
 
-    @property
-    def interval(self) -> tuple[float | None, float | None]:
-        """The ends; None for none."""
-        return (None, None) if math.isnan(self.low) else (self.low, self.high)
-
 
 @torch.no_grad()
 def score(
@@ -105,7 +100,7 @@ def score(
         raise HatError("this model carries a HierarchicalTransformer: pass that, so that its work is counted")
     tally = _Tally(lm.lm_head, hat, dataset)
     for batch in _batches(dataset, batch_size, lm.device, progress):
-        tally.add(batch, batch.run(lm))
+        tally.add(batch, batch.final_states(lm))
     return tally.score()
 
 
@@ -117,57 +112,36 @@ def score_each(
     *,
     batch_size: int = 1,
     progress: bool = True,
+    decoded: bool = False,
 ) -> tuple[Score, list[Score]]:
     """`score` of the base (``hat.dense()``), run once, and of ``hat`` in each of several settings, with its agreement
-    with the base. A setting makes a context, such as ``partial(hat.at, 0.5)``; by default ``hat`` runs as it is set."""
+    with the base. A setting makes a context, such as ``partial(hat.at, 0.5)``; by default ``hat`` runs as it is set.
+
+    With ``decoded``, each block is read token by token after a KV cache: so the engine runs, and steering moves
+    thresholds at every token. Without steering the scores are the same within rounding, but that a head with a
+    shortlist counts for all tokens and not for the scored ones alone. The logits of a batch are then kept twice,
+    ``[B, T, V]`` in the base's dtype.
+    """
     if not isinstance(hat, HierarchicalTransformer):
         raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to be compared with")
-    base, *adaptive = (_Tally(hat.lm.lm_head, hat, dataset) for _ in range(1 + len(settings)))
-    for batch in _batches(dataset, batch_size, hat.lm.device, progress):
-        with hat.dense():
-            dense = batch.run(hat.lm)
-            base.add(batch, dense)
-        for tally, setting in zip(adaptive, settings, strict=True):
-            with setting():
-                tally.add(batch, batch.run(hat.lm), dense)
-    return base.score(), [tally.score() for tally in adaptive]
+    settings = [hat.dense, *settings]
+    tallies = [_Tally((lambda logits: logits) if decoded else hat.lm.lm_head, hat, dataset) for _ in settings]
 
-
-def score_decoded(
-    hat: HierarchicalTransformer,
-    dataset: Sequence[Mapping],
-    settings: Sequence[Callable[[], AbstractContextManager]] = (nullcontext,),
-    *,
-    batch_size: int = 1,
-    progress: bool = True,
-) -> tuple[Score, list[Score]]:
-    """What `score_each` returns, with each block decoded token by token after a KV cache, the text's own tokens forced.
-
-    So the engine runs, and steering moves thresholds at every token. Without steering the result is the same within
-    rounding, but that a head with a shortlist counts for all tokens and not for the scored ones alone. The logits of a
-    batch are kept twice, ``[B, T, V]`` in the base's dtype.
-    """
-    settings = (hat.dense, *settings)
-    tallies = [_Tally(lambda logits: logits, hat, dataset) for _ in settings]
-
-    def decode(lm, input_ids, **_):  # runs inside generate, where torch's threads sleep between steps
+    def run(lm, input_ids=None, **_) -> Tensor:
         for batch in _batches(dataset, batch_size, lm.device, progress):
             base = None
             for setting, tally in zip(settings, tallies, strict=True):
-                cache = DynamicCache(config=lm.config)
-                with setting(), hat.collect() as steps:
-                    parts = [
-                        lm(input_ids=token, cache=cache, use_cache=True).logits for token in batch.ids.split(1, dim=1)
-                    ]
-                logits, state = torch.cat(parts, dim=1), TokenState.cat(steps)
-                state.real = batch.real.bool()  # steps run only for the sake of longer blocks do not count
-                tally.add(batch, logits, base, state)
-                base = logits if base is None else base
+                with setting():
+                    states, trace = batch.decode(hat) if decoded else (batch.final_states(lm), None)
+                    tally.add(batch, states, base, trace)
+                base = states if base is None else base
         return input_ids
 
-    with torch.inference_mode():
+    if decoded:  # inside generate, where torch's threads sleep between steps
         start = torch.zeros(1, 1, dtype=torch.long, device=hat.lm.device)
-        hat.lm.generate(start, max_new_tokens=1, custom_generate=decode)
+        hat.lm.generate(start, max_new_tokens=1, custom_generate=run)
+    else:
+        run(hat.lm)
     base, *adaptive = [tally.score() for tally in tallies]
     return base, adaptive
 
@@ -243,10 +217,11 @@ def by_document(dataset: Sequence[Mapping], n_bytes: np.ndarray, base: Score, ad
     Columns: ``document``, ``blocks``, ``tokens`` (scored), ``bytes``, ``increase``, and ``perplexity`` and
     ``bits_per_byte`` (None where no character ends), both also with ``base_`` before them.
     """
-    blocks = {"blocks": 1, "tokens": base.tokens, "bytes": n_bytes, "base_": base.nll, "": adaptive.nll}
-    table = pd.DataFrame({"document": [row["doc"] for row in dataset], **blocks})
+    sums = {"blocks": 1, "tokens": base.tokens, "bytes": n_bytes, "base_nats": base.nll, "nats": adaptive.nll}
+    table = pd.DataFrame({"document": [row["doc"] for row in dataset], **sums})
     table = table.groupby("document", sort=False, as_index=False).sum()
-    for model, nats in [(model, table.pop(model)) for model in ("base_", "")]:
+    for model in ("base_", ""):
+        nats = table.pop(f"{model}nats")
         table[f"{model}perplexity"] = np.exp(nats / table["tokens"])
         table[f"{model}bits_per_byte"] = pd.Series(list(map(bits_per_byte, nats, table["bytes"])), dtype=object)
     return table.assign(increase=table["perplexity"] / table["base_perplexity"] - 1)
@@ -256,30 +231,29 @@ class _Tally:
     """Running totals over the batches of one pass."""
 
     def __init__(self, head: Callable, hat: HierarchicalTransformer | None, dataset: Sequence[Mapping]):
-        self.head, self.spent = head, None if hat is None else WorkTally(hat)
-        self.dense = nullcontext if hat is None else hat.dense
+        self.head, self.hat, self.spent = head, hat, None if hat is None else WorkTally(hat)
         self.nll, self.tokens = np.zeros(len(dataset)), np.zeros(len(dataset), dtype=np.int64)
         self.documents = np.array([str(row.get("doc", number)) for number, row in enumerate(dataset)])
         self.compared, self.same, self.divergence = False, 0, 0.0
 
-    def add(self, batch: _Batch, hidden: Tensor, base: Tensor | None = None, state: TokenState | None = None) -> None:
-        """Count what the head makes of ``hidden [B, T, D]``, compared with ``base``, and the work of ``state``; by
+    def add(self, batch: _Batch, states: Tensor, base: Tensor | None = None, trace: TokenState | None = None) -> None:
+        """Count what the head makes of ``states [B, T, D]``, compared with the base's, and the work of ``trace``; by
         default, that of the last forward."""
         rows, columns = batch.scored.nonzero(as_tuple=True)
         for row, column in zip(rows.split(SLICE), columns.split(SLICE), strict=True):
-            blocks, logits = batch.blocks[row.cpu().numpy()], self.head(hidden[row, column - 1]).float()
+            blocks, logits = batch.blocks[row.cpu().numpy()], self.head(states[row, column - 1]).float()
             losses = F.cross_entropy(logits, batch.ids[row, column], reduction="none")
             np.add.at(self.nll, blocks, losses.double().cpu().numpy())
             np.add.at(self.tokens, blocks, 1)
             if base is not None:
                 self.compared = True
-                with self.dense():
+                with self.hat.dense():
                     other = self.head(base[row, column - 1]).float()
                 p, q = F.log_softmax(other, dim=-1), F.log_softmax(logits, dim=-1)
                 self.same += int((other.argmax(-1) == logits.argmax(-1)).sum())
                 self.divergence += float((p.exp() * (p - q)).sum(-1).double().sum())
         if self.spent is not None:
-            self.spent.add(self.spent.hat.trace if state is None else state)
+            self.spent.add(trace or self.hat.trace)
 
     def score(self) -> Score:
         work, n = {}, self.tokens.sum()
@@ -299,9 +273,18 @@ class _Batch:
     real: Tensor  # int64 [B, T], 0 at padding
     scored: Tensor  # bool [B, T]
 
-    def run(self, lm: LlamaForCausalLM) -> Tensor:
-        """Final hidden states ``[B, T, D]``; the head is applied later, to scored tokens only."""
+    def final_states(self, lm: LlamaForCausalLM) -> Tensor:
+        """``[B, T, D]``; the head is applied later, to scored tokens only."""
         return lm.model(input_ids=self.ids, attention_mask=self.real, use_cache=False).last_hidden_state
+
+    def decode(self, hat: HierarchicalTransformer) -> tuple[Tensor, TokenState]:
+        """Logits ``[B, T, V]``, token by token after a KV cache, and the state of all steps."""
+        cache, tokens = DynamicCache(config=hat.lm.config), self.ids.split(1, dim=1)
+        with hat.collect() as steps:
+            logits = [hat.lm(input_ids=token, cache=cache, use_cache=True).logits for token in tokens]
+        state = TokenState.cat(steps)
+        state.real = self.real.bool()  # steps run only for the sake of longer blocks do not count
+        return torch.cat(logits, dim=1), state
 
 
 def _batches(dataset, batch_size: int, device, progress: bool) -> Iterator[_Batch]:
@@ -336,8 +319,7 @@ class Perplexity:
 
 
 def columns(base: Score, adaptive: Score) -> dict:
-    """The columns of a row of results: `Perplexity` without ``text``, ``ppl`` and ``blocks``."""
+    """The columns of a row of results: `Perplexity` without ``text``, ``ppl`` and ``blocks``; nan without interval."""
     paired = compare(base, adaptive)
-    low, high = paired.interval
-    agreement = {"top1": adaptive.top1, "kl": adaptive.kl}
-    return vars(paired) | agreement | {"increase_low": low, "increase_high": high, "blocks": paired.n_blocks}
+    ends = {"increase_low": paired.low, "increase_high": paired.high}
+    return vars(paired) | ends | {"blocks": paired.n_blocks, "top1": adaptive.top1, "kl": adaptive.kl}

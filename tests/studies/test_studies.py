@@ -8,7 +8,7 @@ import torch
 from tiny_runs import GRAINS, adaptive, random_blocks
 
 from hat_lib.config import DATA, HatConfig
-from hat_lib.evaluation.perplexity import compare, score_decoded
+from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.inference.speed import SpeedCurve, Variant, take_turns
 from hat_lib.model.cost import Work
 from hat_lib.model.fast_path import WEIGHT_FORMATS
@@ -119,7 +119,7 @@ def test_targets_are_refused_beyond_the_curve_and_priced_as_they_were_timed(chec
     hat = HierarchicalTransformer.from_pretrained(checkpoints["channel"], dtype="fp32")
     blocks = speed_targets.whole_blocks("addresses", hat.base.tokenizer, 192)
     with hat.at(curve.capacity_for(1.1), 0.0), hat.steered():
-        base, (scored,) = score_decoded(hat, blocks, progress=False)
+        base, (scored,) = score_each(hat, blocks, progress=False, decoded=True)
     assert rows[0].addresses == pytest.approx(compare(base, scored).increase, rel=1e-2)
 
 
