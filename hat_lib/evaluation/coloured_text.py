@@ -63,12 +63,10 @@ def html(*passages: Passage, meaning: str, low: float | None = None, high: float
         spans = ""
         for text, numbers, marked in characters(passage):
             at = scale.at(numbers)
-            css = f"outline:2px solid {FRAME};outline-offset:-1px;font-weight:bold;" if marked else ""
+            css, title = f"outline:2px solid {FRAME};outline-offset:-1px;font-weight:bold;" * marked, ""
             if not np.isnan(at):
-                title = ", ".join(f"{v:.3f}" for v in numbers)
-                spans += f'<span style="{css}{_css(at)}" title="{title}">{escape(text)}</span>'
-            else:
-                spans += f'<span style="{css}">{escape(text)}</span>' if marked else escape(text)
+                css, title = css + _css(at), f' title="{", ".join(f"{v:.3f}" for v in numbers)}"'
+            spans += f'<span style="{css}"{title}>{escape(text)}</span>' if css else escape(text)
         parts.append(f"<p><strong>{escape(visible(passage.title))}</strong><br>{spans}</p>")
     style = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5"
     return f'<div style="{style}">{"".join(parts)}</div>'

@@ -22,7 +22,6 @@ from hat_lib.text.token_classes import CLASSES
 MEASURES = ("share", "model_share", "left", "surprisal_of_token", "entropy_of_next", "added_loss_of_next", "kl_of_next")
 """columns of `TokenTable.tokens` whose means the tables give"""
 RESAMPLES = 1000
-PLACE = ["block", "doc"]
 
 
 def by_class(found: TokenTable) -> pd.DataFrame:
@@ -68,7 +67,7 @@ def by_layer(found: TokenTable) -> pd.DataFrame:
     free = ~found.tokens["protected"].to_numpy()
     values = np.concatenate([found.site_share, found.share[:, None]], axis=1)[:, :, free].astype(float)
     values = values.reshape(-1, values.shape[-1])
-    means, _ = _means(values, *found.tokens.loc[free, PLACE].to_numpy().T)
+    means = _means(values, found.tokens.loc[free, "block"], found.tokens.loc[free, "doc"])
     names = pd.DataFrame(product(range(len(found.share)), (*found.sites, "all")), columns=["layer", "site"])
     return names.join(means[["tokens", "mean", "low", "high"]])
 
@@ -109,11 +108,11 @@ def by_sensitivity(
     """
     parts = []
     for layers in np.array_split(np.arange(len(price)), depths):
-        # Token by token, so that the pairs of a block are contiguous.
-        cost, guess = ((x[layers] / x[layers].mean(1, keepdims=True)).T.ravel() for x in (price, forecast))
+        cost, guess = ((x[layers] / x[layers].mean(1, keepdims=True)).ravel() for x in (price, forecast))
         codes = pd.qcut(pd.Series(guess).rank(method="first"), bins, labels=False).to_numpy()
         values = np.where(codes == np.arange(bins)[:, None], cost, np.nan)
-        means, _ = _means(values, np.repeat(block, len(layers)), np.repeat(block, len(layers)))
+        places = np.tile(block, len(layers))
+        means = _means(values, places, places)
         forecasts = pd.Series(guess).groupby(codes).mean()
         table = pd.DataFrame({"bin": range(bins), "pairs": means["tokens"], "forecast": forecasts})
         parts.append(table.join(means[["mean", "low", "high"]]).assign(first=layers[0], last=layers[-1]))
@@ -155,37 +154,35 @@ def _table(tokens: pd.DataFrame, codes: np.ndarray, keys: pd.DataFrame) -> pd.Da
     parts = []
     for measure in MEASURES:
         values = np.where(member, tokens[measure].to_numpy(dtype=float), np.nan)
-        means, drawn = _means(values, *tokens[PLACE].to_numpy().T)
+        means = _means(values, tokens["block"], tokens["doc"])
         means.insert(0, "measure", measure)
-        means["difference"] = means["mean"] - means["mean"][0]
-        ends = _interval(drawn - drawn[:, :1], means["blocks"], means.attrs["units"])
-        means["difference_low"], means["difference_high"] = ends
         parts.append(keys.join(means.iloc[1:].reset_index(drop=True)))
     table = pd.concat(parts, ignore_index=True)
     return table[table["tokens"] > 0].reset_index(drop=True)
 
 
-def _means(values: np.ndarray, block, document) -> tuple[pd.DataFrame, np.ndarray]:
-    """Means over the non-nan values of each row of ``values [M, N]``, with intervals; and of resamples, ``[R, M]``.
+def _means(values: np.ndarray, block: Sequence, document: Sequence) -> pd.DataFrame:
+    """Means over the non-nan values of each row of ``values [M, N]``, and their differences from that of the first row,
+    with intervals.
 
-    Neighbours with the same ``block [N]`` are drawn together, and so are those of one ``document [N]``. ``blocks``
-    counts the blocks behind a mean; ``attrs["units"]`` is the number of independent units a block.
+    Tokens of one ``block [N]`` are drawn together, and so are those of one ``document [N]``. ``blocks`` counts the
+    blocks behind a mean.
     """
-    known = ~np.isnan(values)
-    starts = np.flatnonzero(np.append(True, np.asarray(block)[1:] != np.asarray(block)[:-1]))
-    sums = np.add.reduceat(np.where(known, values, 0.0), starts, axis=1)
-    counts = np.add.reduceat(known.astype(int), starts, axis=1)
-    found, blocks = units(np.asarray(document)[starts]), (counts > 0).sum(1)
-    draws = resample(found, len(starts), RESAMPLES)
+    block = np.asarray(block)
+    by_block = pd.DataFrame(values.T).groupby(block, sort=False)
+    sums, counts = by_block.sum().to_numpy(), by_block.count().to_numpy()  # [blocks, M]
+    found = units(pd.Series(np.asarray(document)).groupby(block, sort=False).first())
+    draws = resample(found, len(sums), RESAMPLES)
     with np.errstate(invalid="ignore"):  # a resample may lack all of a row's blocks
-        mean, drawn = sums.sum(1) / counts.sum(1), (draws @ sums.T) / (draws @ counts.T)
+        mean, drawn = sums.sum(0) / counts.sum(0), (draws @ sums) / (draws @ counts)
     # Where all tokens have the same value (say, none of 20 left), resampling cannot tell how far off it might be.
     drawn[:, np.fmin.reduce(values, axis=1) == np.fmax.reduce(values, axis=1)] = np.nan
-    share = found.drawn / len(starts)
-    low, high = _interval(drawn, blocks, share)
-    table = pd.DataFrame({"tokens": counts.sum(1), "blocks": blocks, "mean": mean, "low": low, "high": high})
-    table.attrs["units"] = share
-    return table, drawn
+    blocks, share = (counts > 0).sum(0), found.drawn / len(sums)
+    table = pd.DataFrame({"tokens": counts.sum(0), "blocks": blocks, "mean": mean})
+    table["low"], table["high"] = _interval(drawn, blocks, share)
+    table["difference"] = mean - mean[0]
+    table["difference_low"], table["difference_high"] = _interval(drawn - drawn[:, :1], blocks, share)
+    return table
 
 
 def _interval(drawn: np.ndarray, blocks: Sequence[int], share: float) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from hat_lib.config import HatError, check_count, work_text
 from hat_lib.evaluation.coloured_text import ansi, html, passages, visible
 from hat_lib.evaluation.perplexity import SLICE
-from hat_lib.model.cost import state_cost
+from hat_lib.model.cost import WorkTally, state_cost
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.plain import check_whole
 from hat_lib.text.token_classes import classes, pieces
@@ -57,10 +57,11 @@ class TokenTable:
     sites: tuple[str, ...]
     requested_capacity: float
     requested_exit_rate: float
-    head_work: float = 0.0
-    """the head's work, in units of a layer's routable work, if the head skips; else 0"""
-    head_share: float = 1.0
-    """executed share of the head, mean over tokens"""
+    capacity: float
+    exit_rate: float
+    model_share: float
+    layer_capacity: float
+    """realised, over these tokens; see `hat_lib.model.cost.WorkTally`"""
     next_ids: np.ndarray = field(repr=False, default=None)
     """the likeliest next tokens of the base and of the adaptive model, int ``[2, N, LIKELIEST]``"""
     next_p: np.ndarray = field(repr=False, default=None)
@@ -71,26 +72,11 @@ class TokenTable:
     where nothing was decided. Only from `explain` with ``scores``"""
 
     @property
-    def layer_capacity(self) -> float:
-        """Realised in the layers: mean share over tokens and the layers they entered."""
-        return float(np.nanmean(self.share, dtype=float))
-
-    @property
-    def capacity(self) -> float:
-        """Realised: executed / routable work, in the layers and, if it skips, in the head."""
-        ran, head = np.isfinite(self.share).sum(), self.head_work * len(self.tokens)
-        return float((self.layer_capacity * ran + self.head_share * head) / (ran + head))
-
-    @property
-    def exit_rate(self) -> float:
-        """Realised share of tokens that left before the last layer."""
-        return float(self.tokens["left"].mean())
-
-    @property
     def work(self) -> str:
         """Capacity and exit rate, requested and realised, in words."""
-        share = float(self.tokens["model_share"].mean())
-        return work_text(self.requested_capacity, self.capacity, self.requested_exit_rate, self.exit_rate, share)
+        return work_text(
+            self.requested_capacity, self.capacity, self.requested_exit_rate, self.exit_rate, self.model_share
+        )
 
     def _repr_html_(self) -> str:
         return html(*passages(self.tokens, "model_share"), **self._scale())
@@ -209,19 +195,20 @@ def token_table(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, prog
     context, lengths = hat.lm.config.max_position_embeddings, [len(row["input_ids"]) for row in blocks]
     if not lengths or not 1 <= min(lengths) <= max(lengths) <= context:
         raise HatError(f"expected blocks of 1 to {context} tokens, got lengths {sorted(set(lengths))}")
-    special, parts, head_share = set(hat.base.tokenizer.all_special_ids), [], 0.0
+    special, parts, spent = set(hat.base.tokenizer.all_special_ids), [], WorkTally(hat)
     for number, row in enumerate(tqdm(blocks, desc="tokens", disable=not progress)):
         ids, new = row["input_ids"], slice(row["n_context"], None)
         with hat.dense():
             base = _final_states(hat, ids)
         ours = _final_states(hat, ids)
         losses, best_p, best_ids = _predictions(hat, base, ours, ids)  # now the trace also holds what the head read
+        hat.trace.real[:, : row["n_context"]] = False  # counted in the block before
+        spent.add(hat.trace)
         texts = pieces(hat.base.tokenizer, ids)
         share = torch.cat([hat.trace.site_share[:, :, 0], hat.trace.share], dim=1)
         frame = {"doc": row["doc"], "block": number, "position": range(len(ids)), "id": ids, "text": texts}
         frame |= {"class": classes(texts, [i in special for i in ids]), **_work(hat), **losses}
         parts.append((pd.DataFrame(frame).iloc[new], share.cpu().numpy()[:, :, new], best_ids[:, new], best_p[:, new]))
-        head_share += hat.trace.head_share * len(parts[-1][0])
     frames, shares, next_ids, next_p = zip(*parts, strict=True)
     tokens, share = pd.concat(frames, ignore_index=True), np.concatenate(shares, axis=2)
     entered = np.arange(len(share))[:, None, None] < tokens["exit_layer"].to_numpy()
@@ -233,8 +220,8 @@ def token_table(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, prog
         tuple(hat.grain.sites),
         hat.capacity,
         hat.exit_rate,
-        hat.trace.head_work,
-        float(head_share) / len(tokens),
+        *spent.shares,
+        spent.layer_capacity,
         np.concatenate(next_ids, axis=1),
         np.concatenate(next_p, axis=1),
         hat.base.tokenizer,

@@ -39,7 +39,7 @@ def made_up(n_blocks=12, size=50, seed=0, **columns):
         tokens[f"{name}_of_token"], tokens[f"{name}_of_next"] = draw.normal(size=(2, n))
     tokens = tokens.assign(**columns)
     layers = np.tile(tokens["share"].to_numpy(dtype=np.float32), (3, 1))
-    return TokenTable(tokens, layers, layers[:, None], ("ffn",), 0.6, 0.0)
+    return TokenTable(tokens, layers, layers[:, None], ("ffn",), 0.6, 0.0, 0.6, 0.0, 0.6, 0.6)
 
 
 def test_classes_hold_the_means_of_their_tokens(found):
@@ -127,7 +127,7 @@ class TestIntervals:
         monkeypatch.setattr(routing, "RESAMPLES", 2000)
         draw = np.random.default_rng(1)
         tokens, added = draw.integers(20, 60, 9), draw.normal(0.1, 1, 9)
-        means, _ = routing._means(np.repeat(added / tokens, tokens)[None], *[np.repeat(np.arange(9), tokens)] * 2)
+        means = routing._means(np.repeat(added / tokens, tokens)[None], *[np.repeat(np.arange(9), tokens)] * 2)
         theirs = compare(Score(np.zeros(9), tokens), Score(added, tokens))
         expected = np.log1p([theirs.increase, theirs.low, theirs.high])  # it takes the exponential first
         np.testing.assert_allclose(means.loc[0, ["mean", "low", "high"]].astype(float), expected, rtol=1e-5)
