@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from functools import partial
 
 # Read once, when transformers and datasets are imported, so these are set before anything else.
@@ -73,23 +74,25 @@ def no_grad():
 
 
 @pytest.fixture
-def run_hat(capsys):
+def run_hat(capsys, monkeypatch):
     """Run a command in this process: ``(exit code, stdout, stderr)``."""
     from hat_lib.cli.app import app
 
-    return partial(_run, capsys, app)
+    return partial(_run, capsys, monkeypatch, app)
 
 
 @pytest.fixture
-def run_studies(capsys):
+def run_studies(capsys, monkeypatch):
     """``python -m studies`` in this process, as `run_hat`."""
     from studies.registry import app
 
-    return partial(_run, capsys, app)
+    return partial(_run, capsys, monkeypatch, app)
 
 
-def _run(capsys, app, *args):
+def _run(capsys, monkeypatch, app, *args):
+    args = [str(a) for a in args]
+    monkeypatch.setattr(sys, "argv", ["hat", *args])
     with pytest.raises(SystemExit) as stopped:
-        app([str(a) for a in args], prog_name="hat")
+        app(args, prog_name="hat")
     out, err = capsys.readouterr()
     return stopped.value.code or 0, out, err

@@ -10,6 +10,7 @@ import warnings
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -150,7 +151,8 @@ _context.set_forkserver_preload(["hat_lib.training.run", "hat_lib.cli.app", "soa
 
 def start(target, *args):
     process = _context.Process(target=_quietly, args=(target, *args))
-    process.start()
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # a fork server does not get sys.path
+        process.start()
     return process
 
 

@@ -72,7 +72,7 @@ def _on_text(
     hat: HierarchicalTransformer, text: str, split: str | None, max_tokens: int, batch_size: int, documents: bool
 ) -> tuple[dict, list[str]]:
     """What was measured, for a program and for a reader."""
-    from hat_lib.evaluation.intervals import FEWEST, NONE
+    from hat_lib.evaluation.intervals import NONE
     from hat_lib.evaluation.perplexity import bits_per_byte, by_document, compare, score_each, text_bytes
     from hat_lib.text.blocks import default_split, load_text, text_hash
 
@@ -82,7 +82,7 @@ def _on_text(
     paired, sizes = compare(dense, adaptive), text_bytes(blocks, hat.base.tokenizer)
     table, n_bytes = by_document(blocks, sizes, dense, adaptive), int(sizes.sum())
     share, extent = options.measured(text, split, paired.tokens, n_bytes)
-    few = paired.n_blocks < FEWEST
+    low, high = paired.interval
     row = _about(hat, adaptive.capacity, adaptive.exit_rate, adaptive.model_share) | {
         "text": text,
         "split": split,
@@ -94,8 +94,8 @@ def _on_text(
         "base_perplexity": paired.base_ppl,
         "perplexity": paired.ppl,
         "increase": paired.increase,
-        "increase_low": None if few else paired.low,
-        "increase_high": None if few else paired.high,
+        "increase_low": low,
+        "increase_high": high,
         "base_bits_per_byte": bits_per_byte(dense.nll.sum(), n_bytes),
         "bits_per_byte": bits_per_byte(adaptive.nll.sum(), n_bytes),
         "top1": adaptive.top1,
@@ -104,9 +104,9 @@ def _on_text(
         "exits": {depth: int(adaptive.exits[depth]) for depth in (*hat.config.exit_layers, hat.config.n_layers)},
         "documents": table.to_dict("records"),
     }
-    interval = f"95 % interval {paired.low:+.2%} to {paired.high:+.2%}"
-    if few:
-        interval = f"{NONE} of up to 512 tokens, got {paired.n_blocks}; bring more text or raise --max-tokens"
+    interval = f"{NONE} of up to 512 tokens, got {paired.n_blocks}; bring more text or raise --max-tokens"
+    if low is not None:
+        interval = f"95 % interval {low:+.2%} to {high:+.2%}"
     lines = [
         f"{printable(text)}: {paired.tokens} tokens in {paired.n_blocks} blocks, SHA-256 {row['text_hash']}",
         f"measured     {extent}",
@@ -137,7 +137,7 @@ def _on_tasks(hat: HierarchicalTransformer, tasks: dict, batch_size: int) -> tup
     base = [_estimate(r.base, r.base_stderr) for r in rows]
     model = [_estimate(r.value, r.stderr) for r in rows]
     table = pd.DataFrame(row["tasks"]).assign(base=base, model=model)
-    return row, [table[["task", "metric", "base", "model", "samples"]].to_string(index=False)]
+    return row, [table.to_string(columns=["task", "metric", "base", "model", "samples"], index=False)]
 
 
 def _about(hat: HierarchicalTransformer, capacity: float, exit_rate: float, model_share: float) -> dict:

@@ -129,21 +129,19 @@ def load(
     base: str | None, checkpoint: Path | None, capacity: str | None, exit_rate: str | None, dtype: str | None
 ) -> HierarchicalTransformer:
     """The model requested by the options of `generate`, `evaluate` and `analyze`, with everything checked first."""
+    from hat_lib.backbone.base import load_base
+    from hat_lib.model.transformer import HierarchicalTransformer
+
     share = None if capacity is None else check_capacity(capacity)
     rate = None if exit_rate is None else check_exit_rate(exit_rate)
-    dense = share == 1.0 and not rate
-    if checkpoint is None and not dense and base not in (None, "bundled"):
+    if checkpoint is None and share == 1.0 and not rate:
+        loaded = load_base(base or "bundled", dtype=dtype)
+        return HierarchicalTransformer(loaded, HatConfig.default(loaded))
+    if checkpoint is None and base not in (None, "bundled"):
         raise HatError(
             f"no checkpoint for {base}: make one with `hat calibrate --base {base} --save DIR` and pass --checkpoint "
             "DIR, or run everything with --capacity 1.0"
         )
-
-    from hat_lib.backbone.base import load_base
-    from hat_lib.model.transformer import HierarchicalTransformer
-
-    if checkpoint is None and dense:
-        loaded = load_base(base or "bundled", dtype=dtype)
-        return HierarchicalTransformer(loaded, HatConfig.default(loaded))
     hat = HierarchicalTransformer.from_pretrained(checkpoint or DEFAULT, base, dtype=dtype)
     if share is not None:
         hat.capacity = share

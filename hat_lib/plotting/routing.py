@@ -23,7 +23,6 @@ from hat_lib.plotting.token_heatmap import in_font
 
 ENDS = ["mean", "low", "high"]
 BOUNDS = (*ENDS, "difference", "difference_low", "difference_high")
-PANELS = {"share": "executed share", "left": "tokens that leave early"}
 LABEL = 12  # most characters of a token to show under the map
 AFTER = "#dddddd"  # layers a token did not enter
 
@@ -91,16 +90,16 @@ def score_histogram(table: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
 @draws("class", "measure", "tokens", *BOUNDS)
 def by_class(table: pd.DataFrame) -> Figure:
     """Executed share by token class, lowest first, with the number of tokens."""
-    order = table[table["measure"] == "share"].sort_values("mean")[["class", "tokens"]]
-    measures = _measures(table)
+    measures = _by_measure(table)
+    order = measures[0][1].sort_values("mean")
     width = WIDE if len(measures) > 1 else WIDTH
     fig, axes = style.panels(len(measures), height=1.5 + 0.32 * len(order), width=width)
-    for ax, measure in zip(axes, measures, strict=True):
-        rows = table[table["measure"] == measure].set_index("class").loc[order["class"]]
-        _intervals(ax, rows, np.arange(len(rows)), horizontal=True)
-        ax.set_yticks(range(len(rows)), [f"{name} ({n:,})" for name, n in order.itertuples(index=False)])
-        ax.set(xlabel=PANELS[measure], ylabel="" if ax is not axes[0] else "class (tokens)")
+    for ax, (label, rows) in zip(axes, measures, strict=True):
+        _intervals(ax, rows.set_index("class").loc[order["class"]], np.arange(len(order)), horizontal=True)
+        ax.set_xlabel(label)
         ax.grid(axis="y", visible=False)
+    axes[0].set_yticks(range(len(order)), order["class"] + order["tokens"].map(" ({:,})".format))
+    axes[0].set_ylabel("class (tokens)")
     _legend(fig)
     return fig
 
@@ -108,15 +107,13 @@ def by_class(table: pd.DataFrame) -> Figure:
 @draws("first", "last", "protected", "measure", *BOUNDS)
 def by_position(table: pd.DataFrame) -> Figure:
     """Executed share by position in the block. Protected tokens, which run in full, are not shown."""
-    shown = table[~table["protected"].astype(bool)]
-    measures = _measures(shown)
+    measures = _by_measure(table[~table["protected"].astype(bool)])
     fig, axes = style.panels(1, len(measures), 3.3 * len(measures) + 0.4)
-    for ax, measure in zip(axes, measures, strict=True):
-        rows = shown[shown["measure"] == measure]
+    for ax, (label, rows) in zip(axes, measures, strict=True):
         _intervals(ax, rows, np.arange(len(rows)), line="-")
         names = [f"{a}–{b}" if a < b else f"{a}" for a, b in zip(rows["first"], rows["last"], strict=True)]
         ax.set_xticks(range(len(rows)), names)
-        ax.set(xlabel="position in the block, counted from 0", ylabel=PANELS[measure])
+        ax.set(xlabel="position in the block, counted from 0", ylabel=label)
     _legend(fig)
     return fig
 
@@ -125,15 +122,15 @@ def by_position(table: pd.DataFrame) -> Figure:
 def by_quantile(table: pd.DataFrame) -> Figure:
     """Executed share against the base's surprisal and entropy (nats) of the token and of the next, in equal bins."""
     all_series = {"token": (BLUE, "o", "of the token itself"), "next": (ORANGE, "s", "of the next token")}
-    measures = _measures(table)
+    measures = _by_measure(table)
     fig, axes = style.panels(2, len(measures), 3.3 * len(measures) + 0.4, WIDE)
-    cells = [(measure, quantity) for measure in measures for quantity in ("surprisal", "entropy")]
-    for ax, (measure, quantity) in zip(axes, cells, strict=True):
-        for which, (colour, marker, _) in all_series.items():
-            rows = table[(table["measure"] == measure) & (table["quantity"] == f"{quantity}_of_{which}")]
-            _intervals(ax, rows, rows["median"].to_numpy(), colour, marker, line="-")
-        ylabel = PANELS[measure] if quantity == "surprisal" else ""
-        ax.set(xlabel=f"the base's {quantity}, nats (median of the bin)", ylabel=ylabel)
+    for (label, rows), pair in zip(measures, np.reshape(axes, (-1, 2)), strict=True):
+        pair[0].set_ylabel(label)
+        for ax, quantity in zip(pair, ("surprisal", "entropy"), strict=True):
+            ax.set_xlabel(f"the base's {quantity}, nats (median of the bin)")
+            for which, (colour, marker, _) in all_series.items():
+                part = rows[rows["quantity"] == f"{quantity}_of_{which}"]
+                _intervals(ax, part, part["median"].to_numpy(), colour, marker, line="-")
     _legend(fig, [entry(label, colour, marker, "-") for colour, marker, label in all_series.values()])
     return fig
 
@@ -164,9 +161,11 @@ def label(text: str) -> str:
     return shown if len(shown) <= LABEL else shown[: LABEL - 1] + "…"
 
 
-def _measures(table: pd.DataFrame) -> list[str]:
-    """The share and, if any tokens leave early, how many do."""
-    return [m for m in PANELS if m == "share" or table.loc[table["measure"] == m, "mean"].max() > 0]
+def _by_measure(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Label and rows of the executed share and, if any tokens leave early, of how many do."""
+    share, left = (table[table["measure"] == measure] for measure in ("share", "left"))
+    found = [("executed share", share), ("tokens that leave early", left)]
+    return found if left["mean"].max() > 0 else found[:1]
 
 
 def _intervals(ax: Axes, rows: pd.DataFrame, at: np.ndarray, colour=BLUE, marker="o", horizontal=False, line="none"):

@@ -7,7 +7,6 @@ Pages may be dark, so a figure has its own white background.
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Callable
 from functools import wraps
 from io import BytesIO
@@ -17,7 +16,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from IPython.display import display
+from IPython.display import DisplayHandle, display
+from IPython.display import Image as Picture
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.collections import QuadMesh
@@ -89,14 +89,16 @@ def png(fig: Figure) -> bytes:
 
 def show(fig: Figure, name: str, alt: str) -> None:
     """`save_figure`, then show only the picture in a notebook, with ``alt`` for those who cannot see it."""
-    bundle, how = picture(save_figure(fig, name).read_bytes(), alt)
-    display(bundle, **how)
+    show_png(save_figure(fig, name).read_bytes(), alt)
 
 
-def picture(data: bytes, alt: str) -> tuple[dict, dict]:
-    """A PNG file as the argument and keywords with which IPython's `display` shows it and nothing else."""
-    bundle = {"image/png": b64encode(data).decode()}
-    return bundle, {"metadata": {"image/png": {"alt": alt}}, "raw": True}
+def show_png(data: bytes, alt: str, handle: DisplayHandle | None = None) -> DisplayHandle:
+    """Show a PNG file and nothing else, in the place of what ``handle`` shows if there is one."""
+    picture = Picture(data, alt=alt)
+    if handle is None:
+        return display(picture, include=["image/png"], display_id=True)
+    handle.update(picture, include=["image/png"])
+    return handle
 
 
 def draws(*columns: str) -> Callable:
@@ -118,10 +120,10 @@ def draws(*columns: str) -> Callable:
 def weight_shares(table: pd.DataFrame) -> Figure:
     """Stacked bars: the shares of FFN, attention and LM head in the weights a token reads; a bar per base."""
     fig, (ax,) = panels(1, height=1.1 + 0.6 * len(table))
-    left = pd.Series(0.0, index=table.index)
+    left = 0.0
     for part, (colour, ink) in PARTS.items():
         bars = ax.barh(table["base"], table[part], left=left, color=colour, label=part.replace("ffn", "FFN"))
-        ax.bar_label(bars, [f"{v:.0%}" for v in table[part]], label_type="center", color=ink, weight="bold")
+        ax.bar_label(bars, fmt="{:.0%}", label_type="center", color=ink, weight="bold")
         left = left + table[part]
     ax.set(xlim=(0, 1), xlabel="share of the weights read per token")
     ax.xaxis.set_major_formatter(PERCENT)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.interpolate import make_interp_spline
 
 from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, PURPLE, SKY, WIDE, draws
@@ -40,11 +40,7 @@ class Live:
         self.next = time.monotonic() + self.every
         if rows.empty:
             return
-        bundle, how = style.picture(style.png(self.draw(rows)), self.alt)
-        if self.handle is None:
-            self.handle = display(bundle, display_id=True, **how)
-        else:
-            self.handle.update(bundle, **how)
+        self.handle = style.show_png(style.png(self.draw(rows)), self.alt, self.handle)
         if ended:
             style.save_figure(self.draw(rows), self.name)  # drawn again: a second rendering differs from the first
 
@@ -129,14 +125,10 @@ def at_equal_work(curve: pd.DataFrame) -> pd.DataFrame:
     wanted = curve.drop_duplicates("capacity").set_index("capacity")["share"]
     steps = []
     for _, rows in curve.groupby("tokens", sort=False):
-        at = rows.sort_values("share")
-        share = at["share"].to_numpy()
-        if len(at) > 1:
-            asked = rows["capacity"].map(wanted).to_numpy()
-            right = np.clip(np.searchsorted(share, asked), 1, len(at) - 1)
-            part = (asked - share[right]) / (share[right] - share[right - 1])
-            kl, ppl = np.log(at["kl"].to_numpy()), np.log1p(at["increase"].to_numpy())
-            kl, ppl = (log[right] + part * (log[right] - log[right - 1]) for log in (kl, ppl))
+        if len(rows) > 1:
+            at, asked = rows.sort_values("share"), rows["capacity"].map(wanted)
+            logs = np.stack([np.log(at["kl"]), np.log1p(at["increase"])], 1)
+            kl, ppl = make_interp_spline(at["share"], logs, k=1)(asked).T
             rows = rows.assign(share=asked, kl=np.exp(kl), increase=np.expm1(ppl))
         steps.append(rows)
     return pd.concat(steps)

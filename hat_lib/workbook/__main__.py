@@ -39,8 +39,7 @@ def run(
     folder = RUNS / (name or time.strftime("%Y%m%d-%H%M%S"))
     if folder.exists():
         raise HatError(f"{folder} exists; choose another --name, so that no run overwrites another")
-    failed = [n for n in notebooks if not _run(n, folder / n.name, folder / "figures" / n.stem, values, cell_timeout)]
-    _report(notebooks, failed)
+    _run_all(notebooks, folder, values, cell_timeout)
 
 
 @app.command()
@@ -48,16 +47,13 @@ def execute(names: Names = None, cell_timeout: CellTimeout = 600) -> None:
     """Run notebooks with their defaults and put outputs and figures in place; a failed run changes neither."""
     # The findings count what the other notebooks' outputs say, so they run last.
     notebooks = sorted(select(names or [], NOTEBOOKS), key=lambda path: path.stem.startswith("08"))
-    failed = []
-    for notebook in notebooks:
-        with tempfile.TemporaryDirectory() as scratch:
-            output, figures = Path(scratch, notebook.name), Path(scratch, "figures")
-            if _run(notebook, output, figures, {}, cell_timeout):
-                clean_file(notebook, output)
-                shutil.copytree(figures, REPO / "figures", dirs_exist_ok=True)
-            else:
-                failed.append(notebook)
-    _report(notebooks, failed)
+
+    def put_in_place(notebook: Path, output: Path, figures: Path) -> None:
+        clean_file(notebook, output)
+        shutil.copytree(figures, REPO / "figures", dirs_exist_ok=True)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        _run_all(notebooks, Path(scratch), {}, cell_timeout, put_in_place)
 
 
 @app.command()
@@ -68,19 +64,21 @@ def clean(files: Files = None) -> None:
             typer.echo(f"cleaned {path}")
 
 
-def _run(notebook: Path, output: Path, figures: Path, parameters: dict, cell_timeout: int) -> bool:
-    """Whether it passed. The line about it begins before it starts."""
-    typer.echo(f"{notebook.stem:30}  ", nl=False)
-    start = time.monotonic()
-    error = run_notebook(notebook, output, figures, parameters, cell_timeout)
-    typer.echo(f"{'FAILED' if error else 'ok':6}  {time.monotonic() - start:6.1f} s  {error}".rstrip())
-    return not error
-
-
-def _report(notebooks: list[Path], failed: list[Path]) -> None:
+def _run_all(notebooks: list[Path], folder: Path, parameters: dict, cell_timeout: int, passed=lambda *_: None) -> None:
+    """A line about each notebook; calls ``passed`` with one that did, its output and its figures."""
+    failed = []
+    for notebook in notebooks:
+        typer.echo(f"{notebook.stem:30}  ", nl=False)
+        start, output, figures = time.monotonic(), folder / notebook.name, folder / "figures" / notebook.stem
+        error = run_notebook(notebook, output, figures, parameters, cell_timeout)
+        typer.echo(f"{'FAILED' if error else 'ok':6}  {time.monotonic() - start:6.1f} s  {error}".rstrip())
+        if error:
+            failed.append(notebook.stem)
+        else:
+            passed(notebook, output, figures)
     typer.echo(f"{len(notebooks) - len(failed)} of {len(notebooks)} passed")
     if failed:
-        typer.echo(f"failed: {', '.join(path.stem for path in failed)}")
+        typer.echo(f"failed: {', '.join(failed)}")
         raise typer.Exit(1)
 
 

@@ -42,9 +42,9 @@ def test_help(run_hat):
         assert code == 0 and "Options:" in out
 
 
-def test_generate_at_capacity_one_is_plain_transformers(hat):
+def test_generate_at_capacity_one_is_plain_transformers(run_hat):
     command = ("generate", *DENSE, "--max-new-tokens", 24, "--threads", 1)
-    code, out, err = hat(*command, PROMPT)
+    code, out, err = run_hat(*command, PROMPT)
     plain, tokenizer = random_model("random:tiny", torch.float32).eval(), byte_tokenizer()
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     ids = plain.generate(**inputs, max_new_tokens=24, do_sample=False)
@@ -54,23 +54,23 @@ def test_generate_at_capacity_one_is_plain_transformers(hat):
 
 
 @pytest.mark.slow
-def test_a_target_is_predicted_and_measured_anew(hat, calibrated, monkeypatch):
+def test_a_target_is_predicted_and_measured_anew(run_hat, calibrated, monkeypatch):
     turns = []
     monkeypatch.setenv("HAT_CACHE", str(calibrated.parent / "cache"))
     monkeypatch.setattr(speed, "timed", lambda hat, *_: turns.append(0) or 2 - hat.capacity)
     monkeypatch.setattr(generate, "timed", lambda *_: 1.25)
     command = ["generate", "--checkpoint", calibrated, PROMPT, "--max-new-tokens", 4, "--target-speedup", "1.3"]
     for options, rounds in (([], 1), ([], 1), (["--refresh-speed"], 2)):
-        code, out, err = hat(*command, *options)
+        code, out, err = run_hat(*command, *options)
         assert code == 0 and len(turns) == rounds * len(speed.CAPACITIES) * speed.ROUNDS
         assert "1.3x here means capacity 0." in err and "realised: 1.250x" in out
 
 
-def test_show_compute_and_lossless(hat, calibrated):
+def test_show_compute_and_lossless(run_hat, calibrated):
     command = ["generate", "--checkpoint", calibrated, "--dtype", "fp32", PROMPT, "--max-new-tokens", 8]
-    code, out, _ = hat(*command, "--show-compute")
+    code, out, _ = run_hat(*command, "--show-compute")
     assert code == 0 and "compute spent predicting the token" in out
-    code, out, _ = hat(*command, "--lossless", "--capacity", "0.5")
+    code, out, _ = run_hat(*command, "--lossless", "--capacity", "0.5")
     assert code == 0 and "[drafts alone: capacity 0.50 requested" in out and "with verification" in out
 
 
@@ -80,28 +80,28 @@ def test_a_price_is_what_was_measured():
     assert "int8" in _price(default, 0.7, "int8") and _price(default, 1.0, "base") == "the base's perplexity"
 
 
-def test_weights_in_fewer_bits(hat, calibrated, monkeypatch):
+def test_weights_in_fewer_bits(run_hat, calibrated, monkeypatch):
     command = ["generate", "--checkpoint", calibrated, "--dtype", "fp32", PROMPT, "--max-new-tokens", 4]
     for form in WEIGHT_FORMATS:
-        code, out, err = hat(*command, "--weights", form)
+        code, out, err = run_hat(*command, "--weights", form)
         assert code == 0 and f"; engine ({'float32' if form == 'base' else form}, " in out and "warning" not in err
     monkeypatch.setattr("hat_lib.model.fast_path.UNAVAILABLE", "no numba")
-    code, out, err = hat(*command, "--weights", "int8")
+    code, out, err = run_hat(*command, "--weights", "int8")
     assert code == 0 and "warning: --weights int8 changes nothing here" in err
 
 
-def test_reference_checkpoint_is_used_for_the_bundled_base(calibrated, monkeypatch, hat):
+def test_reference_checkpoint_is_used_for_the_bundled_base(calibrated, monkeypatch, run_hat):
     assert read_checkpoint(shared.DEFAULT).training["routers"]
     monkeypatch.setattr(shared, "DEFAULT", calibrated)  # one that names random:tiny as its base
-    code, out, _ = hat("generate", PROMPT, "--max-new-tokens", 2)
+    code, out, _ = run_hat("generate", PROMPT, "--max-new-tokens", 2)
     assert code == 0 and "capacity 0.75 requested" in out
 
 
 @pytest.mark.slow
-def test_calibrate_then_evaluate(hat, calibrated, text):
+def test_calibrate_then_evaluate(run_hat, calibrated, text):
     evaluate = ("evaluate", "--checkpoint", calibrated, "--dtype", "fp32", "--text", text, "--capacity", "0.6")
     evaluate += ("--max-tokens", 1000, "--split", "train")
-    code, out, err = hat(*evaluate, "--json")
+    code, out, err = run_hat(*evaluate, "--json")
     row = json.loads(out)  # nothing else on stdout
     assert code == 0 and row["requested_capacity"] == 0.6 and abs(row["capacity"] - 0.6) < 0.05
     assert row["increase"] == pytest.approx(row["perplexity"] / row["base_perplexity"] - 1)
@@ -109,44 +109,44 @@ def test_calibrate_then_evaluate(hat, calibrated, text):
     assert row["bits_per_byte"] == pytest.approx(math.log2(row["perplexity"]))  # a token of the tiny base is a byte
     (document,) = row["documents"]
     assert document["document"] == text.name and document["increase"] == pytest.approx(row["increase"])
-    code, out, _ = hat(*evaluate, "--batch-size", 2, "--documents")
+    code, out, _ = run_hat(*evaluate, "--batch-size", 2, "--documents")
     assert code == 0 and f"{row['increase']:+.2%}" in out and row["text_hash"] in out and text.name in out
-    assert "split test" in hat(*evaluate[:-2])[1]  # the checkpoint was made with it
-    assert "the whole text" in hat(*evaluate[:-4], "--split", "all", "--max-tokens", 10**6)[1]
+    assert "split test" in run_hat(*evaluate[:-2])[1]  # the checkpoint was made with it
+    assert "the whole text" in run_hat(*evaluate[:-4], "--split", "all", "--max-tokens", 10**6)[1]
 
 
 @pytest.mark.slow
-def test_evaluate_counts_where_tokens_left(hat, text, tmp_path):
+def test_evaluate_counts_where_tokens_left(run_hat, text, tmp_path):
     model = new_hat("channel")
     calibrate_exits(model, random_blocks(8, 64), progress=False)  # untrained gates still give a table
     model.save_pretrained(tmp_path)
     options = ("evaluate", "--checkpoint", tmp_path, "--text", text, "--max-tokens", 1000, "--split", "train")
     options += ("--capacity", "1.0", "--exit-rate", "0.4")
-    row = json.loads(hat(*options, "--json")[1])
+    row = json.loads(run_hat(*options, "--json")[1])
     assert sum(row["exits"].values()) == 1000 and row["exit_rate"] == pytest.approx(1 - row["exits"]["4"] / 1000)
-    assert f"{row['exits']['4']:7d} tokens" in hat(*options)[1]
+    assert f"{row['exits']['4']:7d} tokens" in run_hat(*options)[1]
 
 
 @pytest.mark.slow
-def test_evaluate_runs_tasks(hat, calibrated):
+def test_evaluate_runs_tasks(run_hat, calibrated):
     pytest.importorskip("lm_eval")
     options = ("evaluate", "--checkpoint", calibrated, "--dtype", "fp32", "--capacity", "0.6", "--batch-size", 8)
-    row = json.loads(hat(*options, "--tasks", "address_perplexity", "--json")[1])
+    row = json.loads(run_hat(*options, "--tasks", "address_perplexity", "--json")[1])
     words, bits = row["tasks"]
     assert (words["metric"], bits["metric"]) == ("word_perplexity", "bits_per_byte")
     assert bits["value"] != bits["base"] and bits["samples"] == 28 and abs(row["capacity"] - 0.6) < 0.05
 
 
-def test_token_grain_warns_in_one_line(hat, text, tmp_path):
+def test_token_grain_warns_in_one_line(run_hat, text, tmp_path):
     options = ("--save", tmp_path, "--text", text, "--tokens", 600, "--probe-tokens", 64, "--granularity", "token")
-    code, out, _ = hat("calibrate", *TINY, *options, "--capacity", "0.6")
+    code, out, _ = run_hat("calibrate", *TINY, *options, "--capacity", "0.6")
     assert code == 0 and "by default 0.6" in out
-    code, out, err = hat("generate", "--checkpoint", tmp_path, PROMPT, "--max-new-tokens", 4)
+    code, out, err = run_hat("generate", "--checkpoint", tmp_path, PROMPT, "--max-new-tokens", 4)
     assert code == 0 and "capacity 0.60 requested" in out and err.count("\n") == 2 and "warning: token grain" in err
 
 
 @pytest.mark.slow
-def test_sweep_resumes_and_draws(hat, tmp_path):
+def test_sweep_resumes_and_draws(run_hat, tmp_path):
     model = adaptive("channel")
     model.save_pretrained(tmp_path / "untrained")
     model.training_summary = {"routers": {"steps": 1}}
@@ -155,11 +155,11 @@ def test_sweep_resumes_and_draws(hat, tmp_path):
     options = ("--max-tokens", 1024, "--dtype", "fp32", "--grains", "channel", "--texts", "docstrings", "--seed", "0,1")
     options += ("--channel", tmp_path / "trained", "--channel-untrained", tmp_path / "untrained", "--write-prices")
     options += ("--variants", "trained,random", "--out", out)
-    assert hat("sweep", *options, "--capacity", "0.6")[0] == 0
+    assert run_hat("sweep", *options, "--capacity", "0.6")[0] == 0
     rows = read_rows(out, Row)
     assert [(r.variant, r.seed) for r in rows] == [("trained", 0), ("random", 0), ("random", 1)]
     assert out.with_suffix(".png").stat().st_size > 5000
-    code, printed, _ = hat("sweep", *options, "--capacity", "0.6,0.8")
+    code, printed, _ = run_hat("sweep", *options, "--capacity", "0.6,0.8")
     assert code == 0 and printed.count("channel  docstrings") == 3, "only what was missing"
     assert {(p.text, p.capacity) for p in read_checkpoint(tmp_path / "trained").prices} == {
         ("docstrings", 0.6),
@@ -167,27 +167,27 @@ def test_sweep_resumes_and_draws(hat, tmp_path):
     }
 
 
-def test_setup_reports_without_fetching(hat, monkeypatch, tmp_path):
+def test_setup_reports_without_fetching(run_hat, monkeypatch, tmp_path):
     monkeypatch.setenv("HAT_CACHE", str(tmp_path / "not" / "there"))
     monkeypatch.setattr(report, "fetch_wheel", None)
     monkeypatch.setattr(report, "load_base", None)
-    code, out, err = hat("setup", "--no-fetch")
+    code, out, err = run_hat("setup", "--no-fetch")
     assert code == 0 and err == "" and out.count("not fetched") == 2 and not (tmp_path / "not").exists()
-    assert hat("setup", "--no-fetch", "--quiet") == (0, "", "")
+    assert run_hat("setup", "--no-fetch", "--quiet") == (0, "", "")
 
 
-def test_setup_that_cannot_fetch_still_reports(hat, monkeypatch, tmp_path):
+def test_setup_that_cannot_fetch_still_reports(run_hat, monkeypatch, tmp_path):
     monkeypatch.setenv("HAT_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    code, out, err = hat("setup")
+    code, out, err = run_hat("setup")
     assert code == 2 and "versions" in out and err.splitlines()[-1].startswith("error: could not fetch")
 
 
-def test_ctrl_c_ends_with_130(hat, monkeypatch):
+def test_ctrl_c_ends_with_130(run_hat, monkeypatch):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(base, "load_base", interrupt)
-    code, out, err = hat("generate", *DENSE, "x")
+    code, out, err = run_hat("generate", *DENSE, "x")
     assert (code, out) == (130, "") and err.endswith("\ninterrupted\n")

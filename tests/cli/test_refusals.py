@@ -18,12 +18,12 @@ MINE = (*TRAIN, "--text", "mine.txt")
 
 
 @pytest.fixture
-def refuses(hat, tmp_path):
+def refuses(run_hat, tmp_path):
     """A command fails with one ``error:`` line that has the word in it, prints nothing else and writes nothing."""
 
     def run(args, word):
         before = sorted(tmp_path.rglob("*"))
-        code, out, err = hat(*args)
+        code, out, err = run_hat(*args)
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
         assert code == 2 and out == "" and len(errors) == 1 and word in errors[0], (code, out, err)
         assert sorted(tmp_path.rglob("*")) == before
@@ -78,8 +78,8 @@ def test_wrong_options(refuses, args, word, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("args", [("generat",), (*GO, "--weights", "int3"), (*EVALUATE, "--max-tokens", "1")])
-def test_a_usage_error_starts_nothing(hat, args):
-    code, out, err = hat(*args)
+def test_a_usage_error_starts_nothing(run_hat, args):
+    code, out, err = run_hat(*args)
     assert code == 2 and out == "" and "Error" in err and "Traceback" not in err
 
 

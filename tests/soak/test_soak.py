@@ -26,8 +26,8 @@ def test_kills(job, tmp_path):
 
 @pytest.mark.slow
 def test_leaks():
-    leaks.run(20, "engine")
-    leaks.run(20, "reference")
+    leaks.run(4, "engine")
+    leaks.run(4, "reference")
 
 
 def test_decisions_are_forced_on_a_model_without_exits():

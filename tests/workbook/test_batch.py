@@ -4,35 +4,20 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 
 import nbformat
 import pytest
 from notebook_files import notebook
 
-from hat_lib.config import REPO, HatError
+from hat_lib.config import HatError
 from hat_lib.rows import read_rows
 from hat_lib.workbook import batch
 from hat_lib.workbook.batch import BatchRow, carry_out, dask, latest_rows, local, parse_grid, run_name
 
 PARAMETERS = 'capacity: float = 0.75\nseed: int = 0\nname = "x"\nrates = [0.1]'
-
-# Kills its worker, the kernel's parent process, the first time it runs with seed 1.
-KILLS = """
-import os, signal, time
-from pathlib import Path
-killed = Path({killed!r})
-if seed == 1 and not killed.exists():
-    killed.touch()
-    os.kill(os.getppid(), signal.SIGKILL)
-    time.sleep(60)
-"""
-RECORDS = "from hat_lib.workbook.session import record\n"
-RECORDS += "record(square=seed**2, threads=os.environ['OMP_NUM_THREADS'])"
 
 
 @pytest.fixture
@@ -125,47 +110,49 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(source, out, monkey
     assert code == 130 and "the same command does the others" in err and list(latest_rows(out)) == ["name=a"]
 
 
-def kills(task):
-    if task.parameters["name"] == "kills":
+def deadly(task):
+    """Instead of `carry_out`: a parameter ``name`` that begins with "kills" kills its worker, once or always."""
+    name, tried = task.parameters["name"], task.out / "tried"
+    if name == "kills" or (name == "kills_once" and not tried.exists()):
+        tried.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.5)
+    time.sleep(0.3)
     return replace(task.row, status="ok")
 
 
 @pytest.mark.slow
-def test_a_run_that_always_kills_its_worker_takes_no_other_with_it(call, monkeypatch):
-    monkeypatch.setattr(batch, "carry_out", kills)
-    found = call("a", "kills", engine=lambda tasks: local(tasks, 2))
-    assert found == {"a": ("ok", 1), "kills": ("failed", 1)}
+def test_local_workers_may_die(call, monkeypatch):
+    """A run whose worker was killed is repeated; one that always kills its worker takes no other with it."""
+    monkeypatch.setattr(batch, "carry_out", deadly)
+    found = call("a", "kills_once", "kills", engine=lambda tasks: local(tasks, 2))
+    assert found == {"a": ("ok", 1), "kills_once": ("ok", 1), "kills": ("failed", 1)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["local", "dask"])
-def test_a_killed_worker_loses_nothing(tmp_path, out, engine):
-    """Each run has its notebook and one row; the one whose worker was killed was repeated."""
+def test_dask_workers_may_die(call, tmp_path, monkeypatch):
     from distributed import LocalCluster
 
-    killed, cluster = tmp_path / "killed", nullcontext()
-    path = notebook(tmp_path / "a.ipynb", KILLS.format(killed=str(killed)), RECORDS, parameters=PARAMETERS)
-    command = [sys.executable, "-m", "hat_lib", "batch", path, "--grid", "seed=0,1", "--out", out, "--threads", "3"]
-    if engine == "dask":
-        options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0"}
-        cluster = LocalCluster(**options, local_directory=str(tmp_path))
-        command += ["--engine", "dask", "--scheduler", cluster.scheduler_address]
-    with cluster:
-        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        before = (out / "runs.csv").read_bytes()
-        assert subprocess.run(command, cwd=REPO, capture_output=True).returncode == 0
-    assert killed.exists() and (out / "runs.csv").read_bytes() == before
+    monkeypatch.setattr(batch, "carry_out", deadly)
+    settings = {"threads_per_worker": 1, "dashboard_address": ":0", "local_directory": str(tmp_path)}
+    with LocalCluster(n_workers=2, **settings) as cluster:
+        found = call("a", "kills_once", engine=lambda tasks: dask(tasks, cluster.scheduler_address))
+    assert found == {"a": ("ok", 1), "kills_once": ("ok", 1)}
+
+
+@pytest.mark.slow
+def test_command(tmp_path, out, run_hat):
+    """A run has its executed notebook and one row; the same command again runs nothing."""
+    records = "import os\nfrom hat_lib.workbook.session import record\n"
+    records += "record(square=seed**2, threads=os.environ['OMP_NUM_THREADS'])"
+    path = notebook(tmp_path / "a.ipynb", records, parameters=PARAMETERS)
+    command = ("batch", path, "--grid", "seed=0,3", "--out", out, "--threads", 5, "--jobs", 1)
+    assert run_hat(*command)[0] == 0
     rows = read_rows(out / "runs.csv", BatchRow)
-    assert sorted(row.run for row in rows) == ["seed=0", "seed=1"]
-    for row in rows:
-        seed = json.loads(row.parameters)["seed"]
-        assert (row.status, row.error) == ("ok", "")
-        assert json.loads(row.results) == {"square": seed**2, "threads": "3"}
-        executed = nbformat.read(out / f"{row.run}.ipynb", as_version=4)
-        assert all(cell.execution_count for cell in executed.cells)
+    assert run_hat(*command)[0] == 0 and read_rows(out / "runs.csv", BatchRow) == rows
+    assert [(row.run, row.status, row.error) for row in rows] == [("seed=0", "ok", ""), ("seed=3", "ok", "")]
+    assert json.loads(rows[1].results) == {"square": 9, "threads": "5"}
+    executed = nbformat.read(out / "seed=3.ipynb", as_version=4)
+    assert all(cell.execution_count for cell in executed.cells)
 
 
 def test_no_dask(monkeypatch):
