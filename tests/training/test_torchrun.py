@@ -1,36 +1,85 @@
-"""Two processes under torchrun (gloo, CPU): the same training, one writer, and one decision to stop."""
+"""Two processes as torchrun starts them (gloo, CPU): the same training, one writer, and one decision to stop."""
 
 import json
 import os
-import subprocess
+import signal
+import socket
 import sys
-from pathlib import Path
 
 import pytest
+import tiny_runs
 import torch
-from tiny_runs import GRAINS, PHASES, gradients, page
+from tiny_runs import GRAINS, PHASES, gradients, logged_steps, page, table, tiny_run
 
-from hat_lib.model.checkpoint import ADAPTER_FILE
+from hat_lib.cli.app import app
+from hat_lib.training import trainer
+from hat_lib.training.run import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:token grain")]
+STEPS = 4
+
+
+def work(folder, rank, port):
+    """Train in ``folder`` as one of two processes; writes how each run ended, and which files were written."""
+    number = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in number.items()}, MASTER_ADDR="127.0.0.1")
+    written, ended, text = [], {}, folder / "page.txt"
+    sys.addaudithook(lambda name, args: written.append(str(args[0])) if _writes(name, args, folder) else None)
+
+    def run(name, grain="token", phase="routers", **options):
+        outcomes = train(tiny_run(grain, text, phase, STEPS), folder / name, progress=False, **options)
+        ended[name] = [(outcome.phase, outcome.step, outcome.stopped) for outcome in outcomes]
+
+    run("token", phase="full")
+    run("channel", "channel")
+    run("time", max_minutes=1e-6 if rank == 0 else None)
+    objective, trainer.Objective = trainer.Objective, interrupted(rank)
+    run("interrupt")
+    trainer.Objective = objective
+    app(["train", "--resume", str(folder / "interrupt")], standalone_mode=False)
+    for grain in GRAINS:
+        for phase in PHASES:
+            found = gradients(folder / grain, phase, folder / f"two-{grain}-{phase}")
+            if rank == 0:
+                torch.save(found, folder / f"two-{grain}-{phase}.pt")
+    (folder / f"rank{rank}.json").write_text(json.dumps({"ended": ended, "written": written}))
+
+
+def interrupted(rank):
+    """An objective that presses Ctrl-C in step 3, in the second process only."""
+
+    class Interrupted(trainer.Objective):
+        def forward(self, *args, step, **kwargs):
+            if rank == 1 and step == 2:
+                signal.raise_signal(signal.SIGINT)
+            return super().forward(*args, step=step, **kwargs)
+
+    return Interrupted
+
+
+def _writes(name, args, folder) -> bool:
+    changes = name in ("os.rename", "os.remove", "os.rmdir") or (name == "open" and set(args[1] or "r") & set("wax+"))
+    return changes and str(args[0]).startswith(str(folder)) and not os.path.isdir(args[0])  # a nameless probe
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The folder in which `two_processes.py` ran, and what its two processes printed."""
+    """The folder in which two processes ran `work`, and what each of them wrote about it."""
     folder = tmp_path_factory.mktemp("two")
     page(folder)
-    tests = Path(__file__).parents[1]
-    script, here = tests / "two_processes.py", os.environ | {"PYTHONPATH": str(tests.parent)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=here)
-    assert done.returncode == 0, done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [tiny_runs.start(work, folder, rank, port) for rank in range(2)]
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0, 0]
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture
 def one_thread():
-    """One thread, as under torchrun, so that sums are split and rounded the same way."""
+    """One thread, as in the two processes, so that sums are split and rounded the same way."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,8 +92,7 @@ def one_thread():
 def test_two_processes_have_the_gradients_of_one_that_accumulates_two_batches(two, grain, phase, tmp_path):
     """At the same parameters, because Adam hides a wrong factor. One decision flipped by rounding at a threshold costs
     up to a third of one step's gradient; a wrong division costs all of it in every step."""
-    folder, ended = two
-    assert [e["ended"][grain] for e in ended] == [[["routers", 10, ""], ["exit", 10, ""]]] * 2
+    folder, _ = two
     both = torch.load(folder / f"two-{grain}-{phase}.pt")
     one = gradients(folder / grain, phase, tmp_path / "one", accumulate=2)
     errors = relative_errors(both, one)
@@ -64,12 +112,21 @@ def test_only_the_first_process_writes(two):
     assert second["written"] == []
 
 
-def test_what_makes_one_process_stop_stops_both(two):
+def test_both_processes_end_after_the_same_step_for_the_same_reason(two):
     _, (first, second) = two
-    for name, step in ("time", 1), ("interrupt", 3):
-        assert first["ended"][name] == second["ended"][name] == [["routers", step, name]]
+    assert first["ended"] == second["ended"] == {
+        "token": [["routers", STEPS, ""], ["exit", STEPS, ""]],
+        "channel": [["routers", STEPS, ""]],
+        "time": [["routers", 1, "time"]],
+        "interrupt": [["routers", 3, "interrupt"]],
+    }  # fmt: skip
 
 
 def test_the_command_resumes_with_two_processes(two):
     folder, _ = two
-    assert (folder / "interrupt" / ADAPTER_FILE).read_bytes() == (folder / "token" / ADAPTER_FILE).read_bytes()
+    measured = ("step", "loss", "kl", "capacity", "share", "grad_norm", "learning_rate")
+    resumed, whole = (
+        [[row[name] for name in measured] for row in table(folder / run / "log.csv") if row["phase"] == "routers"]
+        for run in ("interrupt", "token")
+    )
+    assert resumed == whole and logged_steps(folder / "interrupt")[-1] == ("routers", STEPS)
