@@ -101,10 +101,6 @@ class Objective(nn.Module):
             router.requires_grad_(phase == "routers" and not name.endswith("_token"))
         hat.corrections.requires_grad_(phase == "routers")
         hat.gates.requires_grad_(phase == "exit")
-        for gate in hat.gates.values():
-            if gate.rank == 0:
-                gate.reduce.requires_grad_(False)
-                gate.expand.requires_grad_(False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, index: Tensor, step: int, steps: int) -> dict:
         """Losses and metrics of one micro-batch, as made by `collate`, in one of ``steps`` optimizer steps."""

@@ -163,10 +163,3 @@ def test_blocks_go_on_with_openings_from_the_nucleus(tiny_base, monkeypatch):
         before = (chances.cumsum(-1) - chances).gather(-1, order.argsort(-1))  # mass of the more probable tokens
         drawn = before[:-1].gather(-1, ids[0, 1:, None])[len(given) - 1 :, 0]
         assert (drawn < 0.3 + 1e-5).all() and len(given) < 60
-
-
-def test_the_nucleus_is_drawn_by_its_own_probabilities(monkeypatch):
-    monkeypatch.setattr(mixture, "TOP_P", 0.7)
-    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()[None]  # 0.5 and 0.25 are included, as 0.5 alone is not enough
-    found = [int(mixture._nucleus(logits, torch.tensor([[u]], dtype=torch.float64))) for u in (1e-9, 0.66, 0.67, 1.0)]
-    assert found == [1, 1, 3, 3]

@@ -4,9 +4,6 @@ import pytest
 import torch
 from tiny_runs import GRAINS, PHASES, new_hat, random_blocks, recipe
 
-from hat_lib.backbone.base import load_base
-from hat_lib.config import HatConfig
-from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.training.objective import Objective
 from hat_lib.training.run import nominal_thresholds
 from hat_lib.training.trainer import collate
@@ -124,14 +121,3 @@ def test_each_loss_is_the_sum_of_its_parts():
         assert out["loss"] == pytest.approx(out["kl"] + out["gate_loss"] + weight * decisions, rel=1e-5)
         found.append(out["wrong"])
     assert 0 < found[0] == found[1] <= 1  # the weight does not change any draw
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_rank_0_gates_train_all_but_the_low_rank_part():
-    base = load_base("random:tiny", dtype="fp32", device="cpu")
-    hat = HierarchicalTransformer(base, HatConfig.published(base, translator_rank=0))
-    objective = Objective(hat, recipe("token"), "exit", nominal_thresholds(hat))
-    step(objective, samples())["loss"].backward()
-    assert {n for n, p in hat.named_parameters() if p.grad is not None} == {
-        f"gates.{e}.{part}" for e in hat.config.exit_layers for part in ("gate.weight", "gate.bias", "scale", "shift")
-    }

@@ -5,12 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_runs import GRAINS, interrupt_at, logged_steps, new_hat, page, table, tiny_run
+from tiny_runs import GRAINS, interrupt_at, logged_steps, new_hat, page, table, tiny_run, untrained
 
-from hat_lib.backbone.base import exact_hash, load_base
-from hat_lib.config import HatConfig, HatError
+from hat_lib.backbone.base import exact_hash
+from hat_lib.config import HatError
 from hat_lib.model.checkpoint import ADAPTER_FILE, read_checkpoint, write_checkpoint
-from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
 from hat_lib.training import run as module
 from hat_lib.training.run import train
@@ -19,12 +18,24 @@ pytestmark = pytest.mark.filterwarnings("ignore:token grain")
 STEPS = 3
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def calibrated_once():
+    """One untrained calibration for all runs: it takes longer than all else in them. `test_torchrun` has its own."""
+
+    def calibrate(hat, blocks, **options):
+        hat.calibration = new_hat("channel").calibration
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "calibrate", calibrate)
+        yield
+
+
+@pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return page(tmp_path_factory.mktemp("text"))
 
 
-@pytest.fixture(scope="session", params=GRAINS)
+@pytest.fixture(scope="module", params=GRAINS)
 def finished(request, tmp_path_factory, text):
     """The grain and folder of an undisturbed run of both phases, with corrections at the channel grain."""
     folder = tmp_path_factory.mktemp("finished")
@@ -97,20 +108,20 @@ def test_an_interrupted_run_is_the_undisturbed_one(finished, text, tmp_path, mon
     assert all(exact_hash(base.model) == exact_hash(tiny_base.model) for base in bases)
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_second_training_in_the_folder_is_refused(text, tmp_path, monkeypatch, resume):
+def test_a_second_training_in_the_folder_is_refused(text, tmp_path, monkeypatch):
     folder, run = tmp_path / "run", replace(asked("token", text), max_steps=1, phase="routers")
     load, refused = module.load_base, []
 
     def load_base(*args, **options):
-        with pytest.raises(HatError, match="another process"):
-            train(run, folder, resume=resume, progress=False)
-        refused.append(True)
+        for resume in (False, True):
+            with pytest.raises(HatError, match="another process"):
+                train(run, folder, resume=resume, progress=False)
+            refused.append(resume)
         return load(*args, **options)
 
     monkeypatch.setattr(module, "load_base", load_base)
-    train(run, folder, resume=resume, progress=False)
-    assert refused == [True] and not (folder / "work").exists()
+    train(run, folder, progress=False)
+    assert refused == [False, True] and not (folder / "work").exists()
     with pytest.raises(HatError, match="already holds a run"):
         train(run, folder, progress=False)
 
@@ -126,9 +137,12 @@ def test_gates_alone_on_trained_routers(finished, text, tmp_path):
     assert same == list(found.tensors)  # as if it had continued by itself
 
 
-def test_a_start_that_cannot_be(text, tmp_path, monkeypatch):
-    base = load_base("random:tiny", dtype="fp32")
-    HierarchicalTransformer(base, HatConfig.published(base)).save_pretrained(tmp_path / "plain")
+def test_what_cannot_be_trained_is_refused_before_the_training(text, tmp_path, monkeypatch):
+    (tmp_path / "short.txt").write_text("A line of some words. " * 100)  # too short to calibrate on
+    monkeypatch.setattr(module, "training_text", lambda *args, **options: pytest.fail("too late"))
+    with pytest.raises(HatError, match="short.txt"):
+        train(asked("token", tmp_path / "short.txt"), tmp_path / "short", progress=False)
+    untrained("token").save_pretrained(tmp_path / "plain")
     new_hat("channel").save_pretrained(tmp_path / "made")
     write_checkpoint(tmp_path / "untrained", replace(read_checkpoint(tmp_path / "made"), training=None))
     monkeypatch.setattr(module, "load_base", lambda *args, **options: pytest.fail("a base was loaded"))
@@ -140,13 +154,6 @@ def test_a_start_that_cannot_be(text, tmp_path, monkeypatch):
         with pytest.raises(HatError, match="plain|untrained"):
             train(run, tmp_path / "run", progress=False)
         assert not (tmp_path / "run").exists()
-
-
-def test_a_text_too_short_to_calibrate_on_is_refused_before_the_training(tmp_path, monkeypatch):
-    (tmp_path / "short.txt").write_text("A line of some words. " * 100)
-    monkeypatch.setattr(module, "training_text", lambda *args, **options: pytest.fail("too late"))
-    with pytest.raises(HatError, match="short.txt"):
-        train(asked("token", tmp_path / "short.txt"), tmp_path / "run", progress=False)
 
 
 def test_calibration_after_training_reads_what_training_did_not(text, tmp_path, monkeypatch, tiny_base):
@@ -168,7 +175,8 @@ def test_calibration_after_training_reads_what_training_did_not(text, tmp_path, 
     train(tiny_run("channel", text, steps=1), tmp_path / "run", progress=False)
     part = {}
     for split in ("train", "validation"):
-        part[split] = set(map(tuple, load_text(text, tiny_base.tokenizer, split=split, block_size=64)["input_ids"]))
+        blocks = load_text(text, tiny_base.tokenizer, split=split, block_size=64)
+        part[split] = set(map(tuple, blocks["input_ids"]))
     assert read.keys() == {*before, *after}
     for name, rows in read.items():
         assert set(rows) <= part["validation" if name in after else "train"], name
