@@ -54,7 +54,7 @@ optional = st.none() | st.text(min_size=1)
 any_rows = st.builds(Row, st.text(), st.integers(), st.floats(), st.booleans(), optional, st.none() | st.floats())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(any_rows, max_size=4, unique_by=lambda r: (r.text, r.seed)))
 def test_rows_come_back_as_they_were(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("rows") / "rows.csv"

@@ -16,21 +16,16 @@ from hat_lib.config import NOTEBOOKS, HatError
 
 
 def batch(
-    notebook: str = typer.Argument(
-        ..., metavar="NOTEBOOK", help="A path, or a number or name in notebooks/.", show_default=False
-    ),
+    notebook: str = typer.Argument(..., help="A path, or a number or name in notebooks/."),
     grid: list[str] = option(
         ...,
-        "Values of one of the notebook's parameters; repeated, every combination runs: --grid capacity=0.4,0.7 --grid "
-        "seed=0,1,2.",
+        "Values of a parameter; repeated, every combination runs: --grid capacity=0.4,0.7 --grid seed=0,1,2.",
         metavar="NAME=VALUE,...",
     ),
     out: Path = option(..., "New folder, or that of the same notebook's batch to go on with."),
     engine: Literal["local", "dask"] = option("local", "Processes on this machine, or the workers of --scheduler."),
     scheduler: str | None = option(None, "Address of a Dask scheduler.", metavar="tcp://HOST:PORT"),
-    jobs: int | None = option(
-        None, "Runs at once, each with its own model; 1 suits a GPU. [default: number of cores]", min=1
-    ),
+    jobs: int | None = option(None, "Runs at once, each with a model; 1 suits a GPU. [default: one a core]", min=1),
     threads: int | None = option(
         None, "Threads that each run computes with. [default: cores / runs at once; with Dask, the worker's]", min=1
     ),

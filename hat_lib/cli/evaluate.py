@@ -31,11 +31,9 @@ def evaluate(
     max_tokens: int = options.MAX_TOKENS,
     documents: bool = option(False, "Also a line for each document.", "--documents"),
     tasks: str | None = option(
-        None, "Instead of a text: tasks of lm-evaluation-harness, comma-separated, such as address_cloze."
+        None, "Instead of a text: lm-evaluation-harness tasks (address_cloze), comma-separated."
     ),
-    tasks_path: Path | None = option(
-        None, "Folder of YAML files of tasks; Python that a task names is run. [default: data/tasks]"
-    ),
+    tasks_path: Path | None = option(None, "Folder of tasks (YAML); Python they name is run. [default: data/tasks]"),
     batch_size: int = option(1, "Blocks or requests a forward; changes no result beyond rounding.", min=1),
     dtype: str | None = options.DTYPE,
     threads: int | None = options.THREADS,

@@ -23,9 +23,7 @@ def generate(
     checkpoint: Path | None = options.CHECKPOINT,
     capacity: str | None = options.CAPACITY,
     exit_rate: str | None = options.EXIT_RATE,
-    target_speedup: str | None = option(
-        None, "Decode this many times as fast, at the highest capacity that reaches it."
-    ),
+    target_speedup: str | None = option(None, "Decode this many times as fast, at the highest capacity that does."),
     refresh_speed: bool = option(False, "With a target: measure this machine's speed anew.", "--refresh-speed"),
     versus: Literal["dense", "hf"] = option("dense", "Speedups are over our own dense path or plain transformers."),
     lossless: bool = option(False, "The base's own text: the adaptive model drafts, the base decides.", "--lossless"),

@@ -28,9 +28,7 @@ def sweep(
     token_untrained: Path = option(Path("calibrated_token"), "The same, calibrated alone: a control."),
     dtype: str | None = options.DTYPE,
     threads: int | None = options.THREADS,
-    write_prices: bool = option(
-        False, "Store the increases in the trained checkpoints, for `hat generate` to name.", "--write-prices"
-    ),
+    write_prices: bool = option(False, "Store increases in trained checkpoints, for `hat generate`.", "--write-prices"),
 ) -> None:
     """Quality over a grid, beside every control at equal work.
 

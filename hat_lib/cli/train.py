@@ -32,9 +32,7 @@ def calibrate(
     probe_tokens: int = option(4096, "Tokens to measure each layer's effect on the output with.", min=16),
     dtype: str = option("fp32", f"Of the passes: {options.DTYPES_HELP}. The thresholds serve every dtype."),
     capacity: str | None = option(
-        None,
-        f"Unless told otherwise: {options.CAPACITY_HELP}. [default: 0.75 for channel, 0.55 for token]",
-        metavar="SHARE",
+        None, f"By default: {options.CAPACITY_HELP}. [default: 0.75 for channel, 0.55 for token]", metavar="SHARE"
     ),
     threads: int | None = options.THREADS,
 ) -> None:
@@ -62,10 +60,8 @@ def calibrate(
     calibration = measure(hat, blocks["input_ids"], probe_tokens=probe_tokens, text=source)
     hat.save_pretrained(save)
 
-    typer.echo(f"calibrated on {source}")
-    typer.echo(
-        f"wrote {save}, for capacities from {calibration.capacities[0]:.3f} to 1, by default {hat.config.capacity}"
-    )
+    least, default = calibration.capacities[0], hat.config.capacity
+    typer.echo(f"calibrated on {source}\nwrote {save}, for capacities from {least:.3f} to 1, by default {default}")
 
 
 def train(

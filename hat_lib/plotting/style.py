@@ -66,12 +66,9 @@ def save_figure(fig: Figure, name: str, folder: Path | None = None) -> Path:
 
 
 def write(path: Path, payload: bytes) -> Path:
-    """Write a file and its folders; `HatError` if that is not possible."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(payload)
-    except OSError as error:
-        raise HatError(f"cannot write {path}: {error.strerror or error}") from error
+    """Write a file and its folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(payload)
     return path
 
 

@@ -84,7 +84,7 @@ def parse_grid(notebook: Path, axes: Sequence[str]) -> list[dict]:
 
 def run_name(parameters: dict) -> str:
     """A file name for a run: ``capacity=0.4_seed=0``, sorted by name, with a hash if that is not a valid file name."""
-    plain = "_".join(f"{name}={parameters[name]}" for name in sorted(parameters))
+    plain = "_".join(f"{name}={value}" for name, value in sorted(parameters.items()))
     safe = re.sub(r"[^\w.+=-]+", "-", plain, flags=re.ASCII)[:120]
     return plain if safe == plain else f"{safe}-{_hash(plain)}"
 

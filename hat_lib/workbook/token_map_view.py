@@ -101,7 +101,7 @@ def map_facts(found: TokenTable) -> dict:
             "headline": found.headline(row.position),
             "lines": found.lines(row.position),
             "means": found.matrices(row.position)["mean"].tolist(),
-            "next": _next_tokens(found, row.position),
+            "next": found.next_tokens(row.position).map(_percent).to_numpy().tolist(),
             "odds": found.next_p[:, row.position].tolist(),
         }
         for row in found.tokens.itertuples()
@@ -109,9 +109,8 @@ def map_facts(found: TokenTable) -> dict:
     return facts
 
 
-def _next_tokens(found: TokenTable, position: int) -> list:
-    table = found.next_tokens(position)
-    return [[row.base, f"{row.base_p:.1%}", row.adaptive, f"{row.adaptive_p:.1%}"] for row in table.itertuples()]
+def _percent(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:.1%}"
 
 
 def _lists(values: np.ndarray) -> list:

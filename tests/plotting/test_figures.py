@@ -15,53 +15,36 @@ from hat_lib.config import HatError
 from hat_lib.plotting import architecture, frontier, routing, style, training
 from studies.plotting import reference_runs, speed
 
-ENDS = ("low", "high")
+WEIGHT_SHARES = pd.DataFrame({"base": ["a", "b"], "ffn": [0.6, 0.7], "attention": [0.2, 0.2], "head": [0.2, 0.1]})
+SKIPPED_FFN = pd.DataFrame({"layer": [1, 2, 3], "ratio": [1.1, 2.5, 0.99], "low": [1, 2, 0.9], "high": [1.2, 3, 1.1]})
+GRAIN_FRONTIER = pd.DataFrame({"method": ["x", "x", "y"], "work": [0.9, 0.6, 0.7], "increase": [-0.004, 0.06, 40.0]})
+GRAIN_FRONTIER = GRAIN_FRONTIER.assign(low=[-0.01, 0.03, 30.0], high=[0.002, 0.1, 60.0])
+SWEEP = pd.DataFrame(
+    [(0.4, 0.42, 0.3, 0.2, 0.4, 0.8), (0.9, 0.88, 0.01, np.nan, np.nan, 0.9)],
+    columns=["capacity", "realised", *style.COST, "top1"],
+)
+EXITS = pd.DataFrame({"exit_rate": [0.1, 0.1, 0.3], "layers": [22, 30, 16], "share": [0.1, 0.9, 0.1]})
+SENSITIVITY = pd.DataFrame({"first": [0, 0, 2, 2], "last": [1, 1, 3, 3], "forecast": [0.5, 2.0, 0.4, 3.0]})
+SENSITIVITY = SENSITIVITY.assign(mean=[0.6, 1.8, 0.5, 2.0], low=[0.5, 1.6, 0.4, 1.5], high=[0.7, 2.1, 0.6, 2.5])
+SCORES = pd.DataFrame({"score": np.r_[0.0, np.geomspace(0.01, 5, 200)]})
+THRESHOLDS = pd.DataFrame({"capacity": [0.9, 0.7, 0.4], "threshold": [0.1, 0.5, 2.0], "share": [0.6, 0.4, 0.2]})
+CURVE = pd.DataFrame({"tokens": [0, 0, 1024, 1024], "capacity": [0.75, 0.4, 0.75, 0.4]})
+CURVE = CURVE.assign(kl=[0.01, 0.8, 0.012, 0.5], increase=[0.01, 1.1, 0.0, 0.6], share=[0.8, 0.45, 0.8, 0.45])
+RATES = pd.DataFrame({"granularity": ["channel", "token"] * 2, "exit_rate": [0.1, 0.1, 1, 1], "agreement": 0.5})
+DEPTHS = pd.DataFrame({"reader": ["lens"] * 3 + ["ours"] * 2, "depth": [1, 2, 3, 1, 3], "agreement": 0.3})
+
+CLASSES = pd.DataFrame({"class": ["space", "digits", "name"], "tokens": [10, 2000, 3]})
+POSITIONS = pd.DataFrame({"first": [0, 2, 4], "last": [1, 3, 7], "protected": [True, False, False]})
+QUANTITIES = [f"{name}_of_{which}" for name in ("surprisal", "entropy") for which in ("token", "next")]
+QUANTILES = pd.concat([pd.DataFrame({"quantity": name, "median": [0.1, 2.0, 6.0]}) for name in QUANTITIES])
 
 
-def weight_shares():
-    return pd.DataFrame({"base": ["a", "b"], "ffn": [0.6, 0.7], "attention": [0.2, 0.2], "head": [0.2, 0.1]})
-
-
-def skipped_ffn():
-    return pd.DataFrame({"layer": [1, 2, 3], "ratio": [1.1, 2.5, 0.99], "low": [1, 2, 0.9], "high": [1.2, 3, 1.1]})
-
-
-def grain_frontier():
-    points = {"method": ["x", "x", "y"], "work": [0.9, 0.6, 0.7], "increase": [-0.004, 0.06, 40.0]}
-    return pd.DataFrame(points | {"low": [-0.01, 0.03, 30.0], "high": [0.002, 0.1, 60.0]})
-
-
-def sweep():
-    points = [(0.4, 0.42, 0.3, 0.2, 0.4, 0.8), (0.9, 0.88, 0.01, np.nan, np.nan, 0.9)]
-    return pd.DataFrame(points, columns=["capacity", "realised", *style.COST, "top1"])
-
-
-def exits():
-    return pd.DataFrame({"exit_rate": [0.1, 0.1, 0.3], "layers": [22, 30, 16], "share": [0.1, 0.9, 0.1]})
-
-
-def measures(groups, left):
-    """Executed share and exits of three groups, with intervals."""
-    table = pd.DataFrame({"mean": [0.5, 0.59, 0.7], "difference": [-0.1, -0.01, 0.1]})
-    table = table.assign(low=table["mean"] - 0.02, high=table["mean"] + 0.02)
+def measures(groups, left=0.0):
+    """Executed share and exits of groups, three of each kind, with intervals."""
+    table = groups.assign(mean=np.resize([0.5, 0.59, 0.7], len(groups)))
+    table = table.assign(low=table["mean"] - 0.02, high=table["mean"] + 0.02, difference=table["mean"] - 0.6)
     table = table.assign(difference_low=table["difference"] - 0.02, difference_high=table["difference"] + 0.02)
-    share = groups.assign(measure="share").join(table)
-    return pd.concat([share, share.assign(measure="left", mean=left)])
-
-
-def classes(left=0.0):
-    return measures(pd.DataFrame({"class": ["space", "digits", "name"], "tokens": [10, 2000, 3]}), left)
-
-
-def positions(left=0.0):
-    groups = {"first": [0, 2, 4], "last": [1, 3, 7], "protected": [True, False, False]}
-    return measures(pd.DataFrame(groups), left)
-
-
-def quantiles(left=0.0):
-    names = [f"{name}_of_{which}" for name in ("surprisal", "entropy") for which in ("token", "next")]
-    parts = [measures(pd.DataFrame({"quantity": name, "median": [0.1, 2.0, 6.0]}), left) for name in names]
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat([table.assign(measure="share"), table.assign(measure="left", mean=left)])
 
 
 def layer_map():
@@ -72,24 +55,6 @@ def layer_map():
     return table.assign(share=share, difference=share - 0.4)
 
 
-def sensitivity():
-    table = pd.DataFrame({"first": [0, 0, 2, 2], "last": [1, 1, 3, 3], "forecast": [0.5, 2.0, 0.4, 3.0]})
-    return table.assign(mean=[0.6, 1.8, 0.5, 2.0], low=[0.5, 1.6, 0.4, 1.5], high=[0.7, 2.1, 0.6, 2.5])
-
-
-def scores():
-    return pd.DataFrame({"score": np.r_[0.0, np.geomspace(0.01, 5, 200)]})
-
-
-def thresholds():
-    return pd.DataFrame({"capacity": [0.9, 0.7, 0.4], "threshold": [0.1, 0.5, 2.0], "share": [0.6, 0.4, 0.2]})
-
-
-def curve():
-    table = pd.DataFrame({"tokens": [0, 0, 1024, 1024], "capacity": [0.75, 0.4, 0.75, 0.4]})
-    return table.assign(kl=[0.01, 0.8, 0.012, 0.5], increase=[0.01, 1.1, 0.0, 0.6], share=[0.8, 0.45, 0.8, 0.45])
-
-
 def log():
     """Of both phases and grains."""
     step = np.tile(np.arange(1, 13), 2)
@@ -98,45 +63,37 @@ def log():
     return table.assign(**{f"share_{name}": 0.6 for name in (*reference_runs.SITES, *range(4))})
 
 
-def rates():
-    return pd.DataFrame({"granularity": ["channel", "token"] * 2, "exit_rate": [0.1, 0.1, 1, 1], "agreement": 0.5})
-
-
-def depths():
-    return pd.DataFrame({"reader": ["lens"] * 3 + ["ours"] * 2, "depth": [1, 2, 3, 1, 3], "agreement": 0.3})
-
-
 FIGURES = {
     # figure: (its tables, panels, lines or bars or points with whiskers in the first panel)
-    style.weight_shares: ((weight_shares,), 1, 3),
-    style.skipped_ffn: ((skipped_ffn,), 1, 1),
-    style.grain_frontier: ((grain_frontier,), 1, 2),
-    frontier.sweep: ((sweep,), 2, 1),
-    speed.exits: ((exits,), 1, 2),
-    routing.layer_map: ((layer_map,), 4, 0),
-    routing.by_class: ((classes,), 1, 1),
-    routing.by_position: ((positions,), 1, 1),
-    routing.by_quantile: ((quantiles,), 2, 2),
-    routing.by_sensitivity: ((sensitivity,), 1, 2),
-    routing.score_histogram: ((scores, thresholds), 1, 1),
-    training.routers: ((log,), 3, 0),
-    training.gates: ((log,), 3, 0),
-    reference_runs.routers: ((log,), 7, 0),
-    reference_runs.gates: ((log, rates), 3, 0),
-    training.exit_depths: ((depths,), 1, 0),
-    training.learning_curve: ((curve,), 1, 0),
+    style.weight_shares: ((WEIGHT_SHARES,), 1, 3),
+    style.skipped_ffn: ((SKIPPED_FFN,), 1, 1),
+    style.grain_frontier: ((GRAIN_FRONTIER,), 1, 2),
+    frontier.sweep: ((SWEEP,), 2, 1),
+    speed.exits: ((EXITS,), 1, 2),
+    routing.layer_map: ((layer_map(),), 4, 0),
+    routing.by_class: ((measures(CLASSES),), 1, 1),
+    routing.by_position: ((measures(POSITIONS),), 1, 1),
+    routing.by_quantile: ((measures(QUANTILES),), 2, 2),
+    routing.by_sensitivity: ((SENSITIVITY,), 1, 2),
+    routing.score_histogram: ((SCORES, THRESHOLDS), 1, 1),
+    training.routers: ((log(),), 3, 0),
+    training.gates: ((log(),), 3, 0),
+    reference_runs.routers: ((log(),), 7, 0),
+    reference_runs.gates: ((log(), RATES), 3, 0),
+    training.exit_depths: ((DEPTHS,), 1, 0),
+    training.learning_curve: ((CURVE,), 1, 0),
 }
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: f"{figure.__module__.split('.')[-1]}-{figure.__name__}")
 def test_figure(figure):
     tables, panels, containers = FIGURES[figure]
-    drawn = figure(*(table() for table in tables))
+    drawn = figure(*tables)
     assert isinstance(drawn, Figure) and len(drawn.axes) == panels and len(drawn.axes[0].containers) == containers
     labelled = [ax for ax in drawn.axes if ax.get_label() != "<colorbar>"]
     assert labelled[-1].get_xlabel() and (labelled[0].get_ylabel() or labelled[0].get_yticklabels())
     assert style.png(drawn) and plt.get_fignums() == []
-    first, *others = (table() for table in tables)
+    first, *others = tables
     column = "capacity" if figure is training.routers else "kl" if "kl" in first else first.columns[0]
     for bad in (first.drop(columns=column), first.iloc[:0]):
         with pytest.raises(HatError):
@@ -144,9 +101,9 @@ def test_figure(figure):
 
 
 def test_exits_have_panels_where_tokens_leave():
-    tables = {routing.by_class: classes, routing.by_position: positions, routing.by_quantile: quantiles}
+    tables = {routing.by_class: CLASSES, routing.by_position: POSITIONS, routing.by_quantile: QUANTILES}
     for figure, table in tables.items():
-        assert len(figure(table(0.1)).axes) == 2 * len(figure(table()).axes)
+        assert len(figure(measures(table, 0.1)).axes) == 2 * len(figure(measures(table)).axes)
 
 
 def test_architecture_texts_do_not_overlap():
@@ -162,9 +119,9 @@ def test_show(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "FIGURES", tmp_path / "figures")
     shown = []
     monkeypatch.setattr(style, "display", lambda picture, **how: shown.append((picture, how)))
-    style.show(style.skipped_ffn(skipped_ffn()), "one", "what to see")
+    style.show(style.skipped_ffn(SKIPPED_FFN), "one", "what to see")
     assert plt.imread(tmp_path / "figures" / "one.png")[0, 0, :3].tolist() == [1, 1, 1]  # on dark pages too
-    assert (tmp_path / "figures" / "one.png").read_bytes() == style.png(style.skipped_ffn(skipped_ffn()))
+    assert (tmp_path / "figures" / "one.png").read_bytes() == style.png(style.skipped_ffn(SKIPPED_FFN))
     ((picture, how),) = shown
     assert picture._repr_mimebundle_()[1] == {"image/png": {"alt": "what to see"}} and how["include"] == ["image/png"]
 
