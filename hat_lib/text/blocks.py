@@ -45,8 +45,8 @@ REST_OF_WORD = re.compile(r"\S{0,10000}\s*")
 
 
 def load_text(
-    source: str | Path = "bundled",
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     split: str = "test",
     block_size: int = 512,
@@ -57,7 +57,7 @@ def load_text(
 
     Args:
         source: see the module's docstring. Only a Hub id touches the network.
-        tokenizer: the base's; required.
+        tokenizer: the base's.
         split: "train", "validation", "test" or "all".
         block_size: maximum number of tokens in a block, at least 2.
         stride: tokens that each further window of a document adds; None is ``block_size``, no overlap.
@@ -67,8 +67,6 @@ def load_text(
     `HatError` for an unknown source or split, an unreadable file, a document too long to tokenise at once, fewer than
     two tokens in all, a bad size, or a Hub that cannot be reached.
     """
-    if tokenizer is None:
-        raise HatError("load_text needs a tokenizer: pass that of the base")
     stride = block_size if stride is None else stride
     check_count("block_size", block_size, 2)
     check_count("stride", stride, 1, block_size)  # beyond that, tokens would be lost

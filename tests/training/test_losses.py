@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hat_lib.training.losses import budget, distillation, divergence, entropy, exit_loss, exit_targets, z_loss
+from hat_lib.training.losses import distillation, divergence, entropy, exit_loss, exit_targets, z_loss
 
 LOG3 = math.log(3)
 
@@ -54,14 +54,6 @@ def test_distillation_is_kl_div(dtype, tolerance):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     error = (student.grad.float() - reference.grad).abs()
     assert (error <= tolerance * reference.grad.abs() + 1e-6).all()
-
-
-def test_budget():
-    share = leaf([0.75, 0.25, 0.5])
-    loss = torch.stack([budget(one, 0.5) for one in share])
-    loss.sum().backward()
-    close(loss.detach(), [0.25, 0.25, 0.0])
-    assert share.grad.tolist() == [1.0, -1.0, 0.0]
 
 
 def test_z_loss_and_entropy_by_hand():

@@ -10,7 +10,7 @@ from hat_lib.backbone.base import exact_hash
 from hat_lib.config import HatError
 from hat_lib.training import losses, trainer
 from hat_lib.training.objective import Objective
-from hat_lib.training.trainer import STATE_FILE, Stops, collate, step_rows
+from hat_lib.training.trainer import STATE_FILE, Stops, step_rows
 
 
 def values(hat):
@@ -161,11 +161,3 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     with pytest.raises(HatError, match="cannot write"):
         run_phase(new_hat("token"), tmp_path, steps=4, save_steps=2)
     assert saved_step(tmp_path) == 2
-
-
-def test_collate_pads_on_the_right():
-    batch = collate([{"input_ids": [7, 8, 9], "index": 4}, {"input_ids": [5], "index": 2}])
-    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
-        "input_ids": [[7, 8, 9], [5, 0, 0]], "attention_mask": [[1, 1, 1], [1, 0, 0]], "index": [4, 2],
-    }  # fmt: skip
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
