@@ -18,7 +18,7 @@ import torch
 from notebook_files import notebook
 from tiny_runs import kill_at, page, skipping, start, tiny_run, train_and_die
 
-from hat_lib.model.checkpoint import CONFIG_FILE, read_checkpoint, write_checkpoint
+from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE, read_checkpoint, write_checkpoint
 from hat_lib.rows import RowWriter, read_rows
 from hat_lib.workbook import batch
 
@@ -86,8 +86,9 @@ def contents(folder: Path) -> dict:
             kept = ("phase", "step", "loss", "run", "status", "capacity")
             found[name] = sorted([row[k] for k in kept if k in row] for row in rows)
         elif path.name == CONFIG_FILE:
-            found[name] = read_checkpoint(folder).calibration
-        elif path.is_file() and path.suffix != ".json":
+            checkpoint = read_checkpoint(folder)  # a kill at the end leaves its weights under another name
+            found[name] = checkpoint.calibration, {n: t.tolist() for n, t in checkpoint.tensors.items()}
+        elif path.is_file() and path.suffix != ".json" and not name.startswith(ADAPTER_FILE):
             found[name] = path.read_bytes()
     return found
 
