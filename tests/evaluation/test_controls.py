@@ -29,7 +29,6 @@ from hat_lib.evaluation.controls import (
     realised_capacity,
     static_choice,
 )
-from hat_lib.model.checkpoint import Checkpoint, write_checkpoint
 from hat_lib.model.policies import Random
 from hat_lib.model.token_state import Masks, TokenState
 
@@ -260,34 +259,22 @@ class TestCosine:
 
 
 class TestCheckpointFamily:
-    def save(self, hat, folder, training=None):
-        parameters = {k: v.clone() for k, v in hat.hat_parameters().items()}
-        parts = hat.config, hat.base.name, hat.base.fingerprint, parameters, hat.calibration, training
-        return write_checkpoint(folder, Checkpoint(*parts))
-
-    @pytest.mark.filterwarnings("ignore:token grain")
     def test_is_the_calibrated_start(self, hat, tmp_path):
-        folder = self.save(hat, tmp_path / "start")
-        hat.capacity = 0.7
+        hat.save_pretrained(tmp_path)
         start = masks(hat, hat.threshold_policy(hat.calibration.thresholds_at(0.7)), IDS)
-        hat.capacity = hat.config.capacity
         trained = untrained(hat.config.granularity)
         for parameter in trained.hat_parameters().values():
             parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
         before = {k: v.clone() for k, v in trained.hat_parameters().items()}
-        equal(masks(trained, checkpoint_family(trained, folder)(0.7), IDS), start)
+        equal(masks(trained, checkpoint_family(trained, tmp_path)(0.7), IDS), start)
         assert all(torch.equal(v, before[k]) for k, v in trained.hat_parameters().items())
 
     def test_refusals(self, channels, tokens, tmp_path):
         other = SimpleNamespace(base=dataclasses.replace(channels.base, fingerprint="0" * 64))
-        saved = self.save(channels, tmp_path / "channel")
-        for hat, folder in (
-            (channels, self.save(tokens, tmp_path / "token")),
-            (channels, self.save(untrained("channel"), tmp_path / "bare")),
-            (other, saved),
-        ):
+        for hat, saved in ((channels, tokens), (channels, untrained("channel")), (other, channels)):
+            saved.save_pretrained(tmp_path)
             with pytest.raises(HatError):
-                checkpoint_family(hat, folder)
+                checkpoint_family(hat, tmp_path)
 
 
 def test_random_exits_leave_at_their_rates(channels):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from tiny_runs import gating, new_hat, random_blocks, skipping
 
-from hat_lib.config import HatError
 from hat_lib.evaluation.perplexity import score_each
 from hat_lib.model.modes import combined
 
@@ -18,13 +17,12 @@ BLOCKS = [
 
 
 @pytest.mark.filterwarnings("ignore:token grain")
-@pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("make", [partial(skipping, "channel"), partial(skipping, "token"), gating])
-def test_without_steering_it_is_the_score_of_one_forward(make, batch_size):
+def test_without_steering_it_is_the_score_of_one_forward(make):
     hat = make()
     settings = [partial(hat.at, 0.7), hat.dense]
     one = score_each(hat, BLOCKS, settings, progress=False)
-    decoded = score_each(hat, BLOCKS, settings, batch_size=batch_size, progress=False, decoded=True)
+    decoded = score_each(hat, BLOCKS, settings, batch_size=3, progress=False, decoded=True)
     for a, b in zip([one[0], *one[1]], [decoded[0], *decoded[1]], strict=True):
         np.testing.assert_allclose(b.nll, a.nll, rtol=1e-4)
         head = 0.01 * (hat.has_shortlist and b.capacity < 1)  # of all tokens, not of the scored ones
@@ -43,12 +41,6 @@ def test_the_engine_decodes_and_steering_brings_it_to_what_was_asked():
     hat.calibration = replace(table, thresholds=(1.5 * np.array(table.thresholds)).tolist())
     at = partial(hat.at, 0.6)
     assert hat.decoding.startswith("engine")
-    _, (plain, steered) = score_each(
-        hat, blocks, [at, partial(combined, at, hat.steered)], progress=False, decoded=True
-    )
+    settings = [at, partial(combined, at, hat.steered)]
+    _, (plain, steered) = score_each(hat, blocks, settings, progress=False, decoded=True)
     assert abs(plain.capacity - 0.6) > 0.05 and abs(steered.capacity - 0.6) < 0.03
-
-
-def test_nothing_to_score():
-    with pytest.raises(HatError, match="nothing to score"):
-        score_each(new_hat("channel"), [{"input_ids": [5], "n_context": 0}], progress=False, decoded=True)

@@ -5,6 +5,7 @@ from math import erfc, isnan, sqrt
 import numpy as np
 import pytest
 
+from hat_lib.config import HatError
 from hat_lib.evaluation.intervals import FEWEST, resample, tails, units
 from hat_lib.evaluation.perplexity import Score, compare
 
@@ -38,6 +39,22 @@ def scores(added, documents=None):
     tokens = np.full(len(added), 500)
     base = np.linspace(1400.0, 1600.0, len(added))
     return Score(base, tokens), Score(base + added, tokens, documents=documents)
+
+
+def test_compare_is_paired_and_takes_a_seed():
+    """Blocks differ by far more than the models do, but none of that reaches the interval."""
+    found = compare(*scores(np.full(40, 500 * np.log1p(0.08))))
+    assert found.ppl / found.base_ppl == pytest.approx(1.08) and found.n_blocks == 40
+    assert (found.increase, found.low, found.high) == pytest.approx((0.08, 0.08, 0.08))
+    pair = scores(np.random.default_rng(0).normal(25, 50, 30))
+    assert compare(*pair, seed=1) == compare(*pair, seed=1) != compare(*pair, seed=2)
+
+
+def test_compare_weighs_by_tokens_of_the_same_blocks():
+    base, adaptive = (Score(np.array([first, 1000.0]), np.array([10, 1000])) for first in (10.0, 20.0))
+    assert compare(base, adaptive).increase == pytest.approx(np.expm1(10 / 1010))
+    with pytest.raises(HatError):
+        compare(base, Score(adaptive.nll[1:], adaptive.tokens[1:]))
 
 
 def test_blocks_that_repeat_one_another_narrow_nothing():

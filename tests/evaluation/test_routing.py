@@ -11,20 +11,14 @@ from hat_lib.evaluation import routing
 from hat_lib.evaluation.perplexity import Score, compare
 from hat_lib.evaluation.routing import MEASURES
 from hat_lib.evaluation.tokens import LOSSES, TokenTable, token_table
-from hat_lib.text.blocks import load_text
 from hat_lib.text.token_classes import CLASSES
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-TEXT = "In 2025 Ada met 3 of the Kings, and they didn’t say a naïve word 🦙.\nThe quick brown fox jumps. " * 5
 
 
 @pytest.fixture(scope="module", params=tiny_runs.GRAINS)
-def found(request, tiny_base, tmp_path_factory):
-    """Of strided windows of one document, the last one shorter."""
-    path = tmp_path_factory.mktemp("text") / "long.txt"
-    path.write_text(TEXT)
-    blocks = load_text(path, tiny_base.tokenizer, split="train", block_size=64, stride=40)
-    return token_table(tiny_runs.skipping(request.param), list(blocks), progress=False)
+def found(request, strided):
+    return token_table(tiny_runs.skipping(request.param), strided, progress=False)
 
 
 def made_up(n_blocks=12, size=50, seed=0, **columns):

@@ -9,11 +9,9 @@ from hat_lib import explain
 from hat_lib.config import HatError
 from hat_lib.evaluation.perplexity import score, score_each
 from hat_lib.evaluation.tokens import LIKELIEST, LOSSES, prompt_blocks, token_table
-from hat_lib.text.blocks import load_text
 from hat_lib.text.token_classes import CLASSES
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:token grain at capacity")]
-TEXT = "In 2025 Ada met 3 of the Kings, and they didn’t say a naïve word 🦙.\nThe quick brown fox jumps. " * 5
 PROMPT = "In 2025 a naïve fox 🦙 met the Kings."
 
 
@@ -23,20 +21,12 @@ def hat(request):
 
 
 @pytest.fixture(scope="module")
-def blocks(tiny_base, tmp_path_factory):
-    """Strided windows of one document, the last one shorter."""
-    path = tmp_path_factory.mktemp("text") / "long.txt"
-    path.write_text(TEXT)
-    return list(load_text(path, tiny_base.tokenizer, split="train", block_size=64, stride=40))
+def found(hat, strided):
+    return token_table(hat, strided, progress=False)
 
 
-@pytest.fixture(scope="module")
-def found(hat, blocks):
-    return token_table(hat, blocks, progress=False)
-
-
-def test_losses_are_those_of_both_models_at_their_places(hat, blocks, found):
-    ids = torch.tensor([blocks[0]["input_ids"]])
+def test_losses_are_those_of_both_models_at_their_places(hat, strided, found):
+    ids = torch.tensor([strided[0]["input_ids"]])
     ours = hat.lm(ids).logits[0].double().log_softmax(-1)
     with hat.dense():
         theirs = hat.lm(ids).logits[0].double().log_softmax(-1)
@@ -53,9 +43,9 @@ def test_losses_are_those_of_both_models_at_their_places(hat, blocks, found):
         np.testing.assert_array_equal(frame[f"{name}_of_token"][1:], frame[f"{name}_of_next"][:-1])
 
 
-def test_work_is_that_of_the_trace(hat, blocks, found):
-    hat.lm(torch.tensor([blocks[0]["input_ids"]]))
-    state, n = hat.trace, len(blocks[0]["input_ids"])
+def test_work_is_that_of_the_trace(hat, strided, found):
+    hat.lm(torch.tensor([strided[0]["input_ids"]]))
+    state, n = hat.trace, len(strided[0]["input_ids"])
     frame, exit_layer = found.tokens.iloc[:n], state.exit_layer[0].numpy()
     assert 0 < frame["left"].sum() < n and frame["exit_layer"].tolist() == exit_layer.tolist()
     np.testing.assert_array_equal(np.isnan(found.share[:, :n]), np.arange(state.n_layers)[:, None] >= exit_layer)
@@ -64,8 +54,8 @@ def test_work_is_that_of_the_trace(hat, blocks, found):
     np.testing.assert_allclose(frame["share"], np.nanmean(found.share[:, :n], axis=0), rtol=1e-5)
 
 
-def test_agrees_with_score(hat, blocks):
-    whole = [{**row, "n_context": 0} for row in blocks]  # `score` counts the context's work, too
+def test_agrees_with_score(hat, strided):
+    whole = [{**row, "n_context": 0} for row in strided]  # `score` counts the context's work, too
     found, (_, (scored,)) = token_table(hat, whole, progress=False), score_each(hat, whole, progress=False)
     assert found.capacity == pytest.approx(scored.capacity, rel=1e-5)
     assert found.exit_rate == pytest.approx(scored.exit_rate, rel=1e-6) and scored.exit_rate > 0
@@ -75,9 +65,9 @@ def test_agrees_with_score(hat, blocks):
     assert found.tokens["kl_of_token"].mean() == pytest.approx(scored.kl, rel=1e-3)
 
 
-def test_a_head_that_skips_counts(blocks):
+def test_a_head_that_skips_counts(strided):
     hat = tiny_runs.gating()
-    whole = [{**row, "n_context": 0} for row in blocks]
+    whole = [{**row, "n_context": 0} for row in strided]
     with hat.at(0.5):
         found, scored = token_table(hat, whole, progress=False), score(hat, whole, progress=False)
     assert found.capacity == pytest.approx(scored.capacity, rel=1e-3)
@@ -86,30 +76,30 @@ def test_a_head_that_skips_counts(blocks):
     assert found.tokens["model_share"].mean() == pytest.approx(scored.model_share, rel=1e-3)
 
 
-def test_context_is_left_out_and_still_read(blocks, found):
-    assert {row["n_context"] for row in blocks} == {0, 24}
-    ids = [i for row in blocks for i in row["input_ids"][row["n_context"] :]]
+def test_context_is_left_out_and_still_read(strided, found):
+    assert {row["n_context"] for row in strided} == {0, 24}
+    ids = [i for row in strided for i in row["input_ids"][row["n_context"] :]]
     assert found.tokens["id"].tolist() == ids and found.share.shape[1] == len(ids) == found.next_ids.shape[1]
     second = found.tokens[found.tokens["block"] == 1]
     assert second["position"].iloc[0] == 24 and second["surprisal_of_token"].notna().all()
     assert not second["protected"].any()
 
 
-def test_text_and_classes_are_of_the_whole_block(hat, found, tiny_base, blocks):
-    text = tiny_base.tokenizer.decode(blocks[0]["input_ids"])
+def test_text_and_classes_are_of_the_whole_block(hat, found, tiny_base, strided):
+    text = tiny_base.tokenizer.decode(strided[0]["input_ids"])
     assert "".join(found.tokens.loc[found.tokens["block"] == 0, "text"]) == text
     assert set(found.tokens["class"]) <= set(CLASSES) and "digits" in set(found.tokens["class"])
     special = token_table(hat, [{"input_ids": [256, 5, 6], "doc": "", "n_context": 0}], progress=False)
     assert special.tokens["class"].tolist()[0] == "special"
 
 
-def test_refusals(hat, blocks, monkeypatch):
+def test_refusals(hat, strided, monkeypatch):
     monkeypatch.setattr(hat.lm.model, "forward", None)  # nothing may run
-    for rows in [], [{**blocks[0], "input_ids": []}], [{**blocks[0], "input_ids": [5] * 2049}]:
+    for rows in [], [{**strided[0], "input_ids": []}], [{**strided[0], "input_ids": [5] * 2049}]:
         with pytest.raises(HatError):
             token_table(hat, rows, progress=False)
     with pytest.raises(HatError):
-        token_table(hat.lm, blocks, progress=False)
+        token_table(hat.lm, strided, progress=False)
     for prompt in ("", 7, "\ud800 x", "a " * 3000):
         with pytest.raises(HatError):
             explain(hat, prompt)
