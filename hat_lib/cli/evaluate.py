@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,7 +81,7 @@ def _on_text(
     paired, sizes = compare(dense, adaptive), text_bytes(blocks, hat.base.tokenizer)
     table, n_bytes = by_document(blocks, sizes, dense, adaptive), int(sizes.sum())
     share, extent = options.measured(text, split, paired.tokens, n_bytes)
-    low, high = paired.interval
+    low, high = (None, None) if math.isnan(paired.low) else (paired.low, paired.high)
     row = _about(hat, adaptive.capacity, adaptive.exit_rate, adaptive.model_share) | {
         "text": text,
         "split": split,

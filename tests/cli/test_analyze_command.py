@@ -25,16 +25,16 @@ def run(run_hat, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_findings_tables_and_files(run, tmp_path):
     out = tmp_path / "new" / "analysis"
-    code, printed, err = run("--capacity", 0.6, "--max-tokens", 1500, "--tables", "--out", out)
+    code, printed, err = run("--capacity", 0.6, "--max-tokens", 600, "--tables", "--out", out)
     assert code == 0, err
     title, *findings = printed.splitlines()[:6]
-    assert "1500 tokens in 5 blocks" in title
+    assert "600 tokens in 3 blocks" in title
     assert [line.split()[0] for line in findings] == ["measured", "work", "classes", "layers", "difficulty"]
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     figures = {name for name in files if name.endswith(".png")}
     assert set(files) - figures == {f"{n}.csv" for n in ("tokens", *routing.TABLES)} | {"text.html"} and figures
     tokens = pd.read_csv(out / "tokens.csv", keep_default_na=False)
-    assert len(tokens) == 1500 and not tokens["text"].str.match("[=+@-]").any()
+    assert len(tokens) == 600 and not tokens["text"].str.match("[=+@-]").any()
     for written in (printed, err, *(files[name].decode() for name in set(files) - figures)):
         assert not {"\x1b", "\x07", "\u202e"} & set(written)
 

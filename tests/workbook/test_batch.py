@@ -142,15 +142,15 @@ def test_dask_workers_may_die(call, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_command(tmp_path, out, run_hat):
     """A run has its executed notebook and one row; the same command again runs nothing."""
-    records = "import os\nfrom hat_lib.workbook.session import record\n"
-    records += "record(square=seed**2, threads=os.environ['OMP_NUM_THREADS'])"
-    path = notebook(tmp_path / "a.ipynb", records, parameters=PARAMETERS)
+    records = "import os\nfrom hat_lib.workbook.session import record\nrecord(square=0, deep={'a': [1]})"
+    again = "record(square=seed**2, threads=os.environ['OMP_NUM_THREADS'])"
+    path = notebook(tmp_path / "a.ipynb", records, again, parameters=PARAMETERS)
     command = ("batch", path, "--grid", "seed=0,3", "--out", out, "--threads", 5, "--jobs", 1)
     assert run_hat(*command)[0] == 0
     rows = read_rows(out / "runs.csv", BatchRow)
     assert run_hat(*command)[0] == 0 and read_rows(out / "runs.csv", BatchRow) == rows
     assert [(row.run, row.status, row.error) for row in rows] == [("seed=0", "ok", ""), ("seed=3", "ok", "")]
-    assert json.loads(rows[1].results) == {"square": 9, "threads": "5"}
+    assert json.loads(rows[1].results) == {"square": 9, "deep": {"a": [1]}, "threads": "5"}
     executed = nbformat.read(out / "seed=3.ipynb", as_version=4)
     assert all(cell.execution_count for cell in executed.cells)
 

@@ -9,18 +9,7 @@ from typer.testing import CliRunner
 
 from hat_lib.config import HatError
 from hat_lib.workbook import __main__ as workbook
-from hat_lib.workbook.notebooks import (
-    KERNEL,
-    THREADS,
-    WIDGET_VIEW,
-    clean,
-    clean_file,
-    parse_parameters,
-    predictions,
-    results,
-    run_notebook,
-    select,
-)
+from hat_lib.workbook.notebooks import KERNEL, WIDGET_VIEW, clean, clean_file, parse_parameters, predictions, select
 from hat_lib.workbook.session import begin, judge, record
 
 
@@ -58,20 +47,6 @@ def test_predictions_are_those_that_were_judged(tmp_path, capsys):
     nb.cells[-1].outputs = [nbformat.v4.new_output("stream", text=printed)]
     nbformat.write(nb, path)
     assert predictions(path) == {"held": ["one lies below two"], "FAILED": ["two lies below one"]}
-
-
-@pytest.mark.slow
-def test_results_are_what_cells_recorded_and_threads_are_set(tmp_path):
-    source = notebook(
-        tmp_path / "00_a.ipynb",
-        "import os\nfrom hat_lib.workbook.notebooks import THREADS\nfrom hat_lib.workbook.session import record",
-        "record(capacity=capacity, deep={'a': [1]})",
-        "record(threads=[os.environ[name] for name in THREADS], capacity=2 * capacity)",
-    )
-    before, output = dict(os.environ), tmp_path / "done.ipynb"
-    assert run_notebook(source, output, tmp_path / "figures", {"capacity": 0.25}, 60, threads=3) == ""
-    assert results(output) == {"capacity": 0.5, "deep": {"a": [1]}, "threads": ["3"] * len(THREADS)}
-    assert results(source) == {} and dict(os.environ) == before
 
 
 def test_record_takes_json_alone():
