@@ -2,17 +2,15 @@
 
 import json
 import os
-import signal
 import socket
 import sys
 
 import pytest
 import tiny_runs
 import torch
-from tiny_runs import GRAINS, PHASES, gradients, logged_steps, page, table, tiny_run
+from tiny_runs import GRAINS, PHASES, gradients, interrupt_at, logged_steps, page, table, tiny_run
 
 from hat_lib.cli.app import app
-from hat_lib.training import trainer
 from hat_lib.training.run import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:token grain")]
@@ -21,8 +19,8 @@ STEPS = 4
 
 def work(folder, rank, port):
     """Train in ``folder`` as one of two processes; writes how each run ended, and which files were written."""
-    number = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in number.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
     written, ended, text = [], {}, folder / "page.txt"
     sys.addaudithook(lambda name, args: written.append(str(args[0])) if _writes(name, args, folder) else None)
 
@@ -33,9 +31,10 @@ def work(folder, rank, port):
     run("token", phase="full")
     run("channel", "channel")
     run("time", max_minutes=1e-6 if rank == 0 else None)
-    objective, trainer.Objective = trainer.Objective, interrupted(rank)
-    run("interrupt")
-    trainer.Objective = objective
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            interrupt_at(patch, ("routers", 3))
+        run("interrupt")
     app(["train", "--resume", str(folder / "interrupt")], standalone_mode=False)
     for grain in GRAINS:
         for phase in PHASES:
@@ -43,18 +42,6 @@ def work(folder, rank, port):
             if rank == 0:
                 torch.save(found, folder / f"two-{grain}-{phase}.pt")
     (folder / f"rank{rank}.json").write_text(json.dumps({"ended": ended, "written": written}))
-
-
-def interrupted(rank):
-    """An objective that presses Ctrl-C in step 3, in the second process only."""
-
-    class Interrupted(trainer.Objective):
-        def forward(self, *args, step, **kwargs):
-            if rank == 1 and step == 2:
-                signal.raise_signal(signal.SIGINT)
-            return super().forward(*args, step=step, **kwargs)
-
-    return Interrupted
 
 
 def _writes(name, args, folder) -> bool:
