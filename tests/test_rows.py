@@ -89,6 +89,10 @@ def test_a_file_of_something_else_stays_as_it_is(tmp_path, data):
     with pytest.raises(HatError, match="notes.txt"):
         read_rows(path, Row)
     assert path.read_bytes() == data
+    with pytest.raises(HatError):
+        RowWriter(tmp_path, Row, KEY)
+    with pytest.raises(HatError):
+        read_rows(tmp_path / "none.csv", Row)
 
 
 def test_a_second_writer_is_refused_and_a_row_is_on_disk_before_write_returns(path):
@@ -99,9 +103,3 @@ def test_a_second_writer_is_refused_and_a_row_is_on_disk_before_write_returns(pa
         assert read_rows(path, Row) == [row(1)]  # reading needs no lock
         writer.write(row(2))
     assert len(written(path, [row(3)]).splitlines()) == 4
-
-
-def test_what_cannot_be_opened(tmp_path):
-    for refused in (lambda: RowWriter(tmp_path, Row, KEY), lambda: read_rows(tmp_path / "none.csv", Row)):
-        with pytest.raises(HatError):
-            refused()

@@ -134,24 +134,20 @@ def head_points(hat: HierarchicalTransformer, blocks: Sequence[Tensor], progress
         states = torch.cat(chosen)
         # A score is a magnitude times a norm: a shortlist at threshold 1 has thresholds of one over the norms.
         scores = states.float().abs() / hat.shortlist(1.0, 0.0).threshold.to(states.device)
-        thresholds = np.quantile(scores.cpu().numpy(), 1 - np.array(SHARES))
-        work, kl = np.zeros((2, len(SHARES), len(MARGINS)))
+        thresholds = np.unique(np.quantile(scores.cpu().numpy(), 1 - np.array(SHARES))).tolist()
+        sums = {(threshold, margin): np.zeros(2) for threshold in thresholds for margin in MARGINS}
         for rows in tqdm(states.split(SLICE), desc="the head", disable=not progress):
             full = lm.lm_head(rows)
             exact = F.log_softmax(full.float(), dim=-1)
-            for s, threshold in enumerate(thresholds):
+            for threshold in thresholds:
                 keep = hat.shortlist(threshold, 0.0).keep(rows)
                 preview = lm.lm_head(rows * keep)
-                for m, margin in enumerate(MARGINS):
+                for margin in MARGINS:
                     wanted = likely(preview, margin)
                     found = F.log_softmax(full.where(wanted, preview).float(), dim=-1)
-                    kl[s, m] += float((exact.exp() * (exact - found)).sum())
-                    work[s, m] += float(keep.float().mean(1).sum() + wanted.float().mean(1).sum())
-    tried = [
-        HeadPoint(work[s, m] / len(states), kl[s, m] / len(states), float(threshold), margin)
-        for s, threshold in enumerate(thresholds)
-        for m, margin in enumerate(MARGINS)
-    ]
+                    work = float(keep.float().mean(1).sum() + wanted.float().mean(1).sum())
+                    sums[threshold, margin] += work, float((exact.exp() * (exact - found)).sum())
+    tried = [HeadPoint(*(total / len(states)).tolist(), *setting) for setting, total in sums.items()]
     return hull([point for point in tried if point.share < 1])
 
 

@@ -107,14 +107,6 @@ def test_logistic_finds_the_chance():
     assert (a, b) == (pytest.approx(0.7, abs=0.1), pytest.approx(-1.2, abs=0.2))  # shrunk a little
 
 
-def test_untrained_gates_give_a_table():
-    hat = new_hat("channel")
-    calibrate_exits(hat, TEXT[:8], progress=False)
-    for rate, left in ((0.0, 0.0), (1.0, 62 / 64)):
-        hat.exit_rate = rate
-        assert realised(hat, TEXT[:2]) == pytest.approx(left)
-
-
 @pytest.mark.parametrize(
     "make, text", [(new_hat, TEXT[:2]), (untrained, TEXT), (partial(untrained, exit_layers=()), TEXT)]
 )

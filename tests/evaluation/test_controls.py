@@ -2,7 +2,7 @@
 
 import dataclasses
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,42 +37,36 @@ blocks = partial(random_blocks, n=5, length=64)
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-@pytest.fixture(scope="module")
-def calibrated():
-    hats = {grain: untrained(grain) for grain in GRAINS}
-    for hat in hats.values():
-        calibrate(hat, blocks(), probe_tokens=128, progress=False)
-    return hats
+@cache
+def calibrated(grain):
+    hat = untrained(grain)
+    calibrate(hat, blocks(), probe_tokens=128, progress=False)
+    return hat
+
+
+@cache
+def at_four_fifths(grain, name):
+    return control(calibrated(grain), name, 0.8, seed=4)
 
 
 @pytest.fixture(params=GRAINS)
-def hat(calibrated, request):
-    return calibrated[request.param]
+def hat(request):
+    return calibrated(request.param)
 
 
 @pytest.fixture
-def channels(calibrated):
-    return calibrated["channel"]
+def channels():
+    return calibrated("channel")
 
 
 @pytest.fixture
-def tokens(calibrated):
-    return calibrated["token"]
-
-
-@pytest.fixture(scope="module")
-def built(calibrated):
-    """Each control at capacity 0.8, built once."""
-    found = {}
-    with torch.no_grad():
-        for grain, hat in calibrated.items():
-            found[grain] = {name: control(hat, name, 0.8, 4) for name in CONTROLS}
-    return found
+def tokens():
+    return calibrated("token")
 
 
 @pytest.fixture(params=CONTROLS)
-def policy(built, hat, request):
-    return built[hat.config.granularity][request.param]
+def policy(hat, request):
+    return at_four_fifths(hat.config.granularity, request.param)
 
 
 def control(hat, name, capacity, seed=0, text=None):
