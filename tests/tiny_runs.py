@@ -24,7 +24,7 @@ from hat_lib.model.threshold_table import Calibration
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.training import trainer
 from hat_lib.training.recipe import Recipe
-from hat_lib.training.run import Run, nominal_thresholds, train
+from hat_lib.training.run import Run, nominal_thresholds
 from hat_lib.training.trainer import train_phase
 
 GRAINS = ("channel", "token")
@@ -175,12 +175,6 @@ def kill_at(folder: Path, event: int | None) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-
-
-def train_and_die(run: Run, folder: Path, event: int | None) -> None:
-    """Continue a run until it is killed or done."""
-    kill_at(folder, event)
-    train(run, folder, resume=(folder / "run.json").exists(), progress=False)
 
 
 def adaptive(grain: str, **changes) -> HierarchicalTransformer:

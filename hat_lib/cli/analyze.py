@@ -93,13 +93,11 @@ def _findings(found: TokenTable, tables: dict[str, pd.DataFrame]) -> list[str]:
 
 
 def _extremes(rows: pd.DataFrame, name: str) -> str:
-    if rows["mean"].max() == rows["mean"].min():
-        return f"every {name} ran {rows['mean'].max():.1%}"
-    ends = {"most": rows.loc[rows["mean"].idxmax()], "least": rows.loc[rows["mean"].idxmin()]}
-    return ", ".join(
-        f"{word} work: {row[name]}, {row['mean']:.1%}{_interval(row['low'], row['high'], '.1%')}"
-        for word, row in ends.items()
-    )
+    ends = rows.loc[rows["mean"].idxmax()], rows.loc[rows["mean"].idxmin()]
+    if ends[0]["mean"] == ends[1]["mean"]:
+        return f"every {name} ran {ends[0]['mean']:.1%}"
+    most, least = (f"{end[name]}, {end['mean']:.1%}{_interval(end['low'], end['high'], '.1%')}" for end in ends)
+    return f"most work: {most}, least work: {least}"
 
 
 def _interval(low: float, high: float, form: str) -> str:

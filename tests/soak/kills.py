@@ -16,15 +16,17 @@ from pathlib import Path
 
 import torch
 from notebook_files import notebook
-from tiny_runs import kill_at, page, skipping, start, tiny_run, train_and_die
+from tiny_runs import kill_at, page, skipping, start, tiny_run
 
 from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE, read_checkpoint, write_checkpoint
 from hat_lib.rows import RowWriter, read_rows
+from hat_lib.training.run import train
 from hat_lib.workbook import batch
 
 
 def training(folder: Path, given: Path) -> None:
-    train_and_die(tiny_run("token", given / "page.txt", steps=3, save_steps=1), folder, None)
+    run = tiny_run("token", given / "page.txt", steps=3, save_steps=1)
+    train(run, folder, resume=(folder / "run.json").exists(), progress=False)
 
 
 def saving(folder: Path, given: Path) -> None:
