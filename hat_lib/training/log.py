@@ -38,10 +38,7 @@ class Log:
         kept = [row for row in kept if row["phase"] != phase or int(row["step"]) <= start]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".part")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(kept)
+        pd.DataFrame(kept, columns=self.columns).to_csv(temporary, index=False)
         temporary.replace(path)
         self.before, self.began = seconds_so_far(path, phase), time.monotonic()
         self.board = SummaryWriter(work / "tensorboard", purge_step=start + 1)
@@ -72,8 +69,7 @@ class Log:
             "tokens_per_second": f"{tokens / (now - self.since):.0f}",
             "eta_seconds": f"{pace * (self.steps - step):.0f}",
         }
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+        pd.DataFrame([row], columns=self.columns).to_csv(self.path, mode="a", header=False, index=False)
         for name in means.keys() - set(self.shares):
             self.board.add_scalar(f"train/{name}", means[name], step)
         self.added, self.tokens, self.since = [], 0, now
