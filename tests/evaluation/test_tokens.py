@@ -1,13 +1,15 @@
 """The token table against forwards evaluated by hand and against other numbers of the library."""
 
+from functools import partial
+
 import numpy as np
 import pytest
-import tiny_runs
 import torch
+from tiny_runs import GRAINS, adaptive, gating, skipping
 
 from hat_lib import explain
 from hat_lib.config import HatError
-from hat_lib.evaluation.perplexity import score, score_each
+from hat_lib.evaluation.perplexity import score_each
 from hat_lib.evaluation.tokens import LIKELIEST, LOSSES, prompt_blocks, token_table
 from hat_lib.text.token_classes import CLASSES
 
@@ -15,9 +17,9 @@ pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ig
 PROMPT = "In 2025 a naïve fox 🦙 met the Kings."
 
 
-@pytest.fixture(scope="module", params=tiny_runs.GRAINS)
+@pytest.fixture(scope="module", params=GRAINS)
 def hat(request):
-    return tiny_runs.skipping(request.param)
+    return skipping(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +56,20 @@ def test_work_is_that_of_the_trace(hat, strided, found):
     np.testing.assert_allclose(frame["share"], np.nanmean(found.share[:, :n], axis=0), rtol=1e-5)
 
 
-def test_agrees_with_score(hat, strided):
-    whole = [{**row, "n_context": 0} for row in strided]  # `score` counts the context's work, too
-    found, (_, (scored,)) = token_table(hat, whole, progress=False), score_each(hat, whole, progress=False)
-    assert found.capacity == pytest.approx(scored.capacity, rel=1e-5)
-    assert found.exit_rate == pytest.approx(scored.exit_rate, rel=1e-6) and scored.exit_rate > 0
-    assert found.tokens["model_share"].mean() == pytest.approx(scored.model_share, rel=1e-6)
+@pytest.mark.parametrize("make", [partial(skipping, "channel"), partial(skipping, "token"), gating])
+def test_agrees_with_score(make, strided):
+    """Also where the head has a shortlist."""
+    hat, whole = make(), [{**row, "n_context": 0} for row in strided]  # `score` counts the context's work, too
+    with hat.at(0.5):
+        found, (_, (scored,)) = token_table(hat, whole, progress=False), score_each(hat, whole, progress=False)
+    for name in ("capacity", "layer_capacity", "exit_rate", "model_share"):
+        assert getattr(found, name) == pytest.approx(getattr(scored, name), rel=1e-3)
+    assert (abs(found.capacity - found.layer_capacity) > 0.01) == hat.has_shortlist
+    assert found.tokens["model_share"].mean() == pytest.approx(scored.model_share, rel=1e-3)
+    assert found.tokens["left"].mean() == pytest.approx(scored.exit_rate, rel=1e-6)
     surprisal = found.tokens["surprisal_of_token"] + found.tokens["added_loss_of_token"]
     np.testing.assert_allclose(surprisal.groupby(found.tokens["block"]).sum(), scored.nll, rtol=1e-4)
     assert found.tokens["kl_of_token"].mean() == pytest.approx(scored.kl, rel=1e-3)
-
-
-def test_a_head_that_skips_counts(strided):
-    hat = tiny_runs.gating()
-    whole = [{**row, "n_context": 0} for row in strided]
-    with hat.at(0.5):
-        found, scored = token_table(hat, whole, progress=False), score(hat, whole, progress=False)
-    assert found.capacity == pytest.approx(scored.capacity, rel=1e-3)
-    assert found.layer_capacity == pytest.approx(scored.layer_capacity, rel=1e-5)
-    assert abs(found.capacity - found.layer_capacity) > 0.01
-    assert found.tokens["model_share"].mean() == pytest.approx(scored.model_share, rel=1e-3)
 
 
 def test_context_is_left_out_and_still_read(strided, found):
@@ -121,9 +117,9 @@ def test_explain_goes_on_greedily(hat):
         explain(hat, PROMPT, max_new_tokens=5000)
 
 
-@pytest.fixture(scope="module", params=tiny_runs.GRAINS)
+@pytest.fixture(scope="module", params=GRAINS)
 def scored(request):
-    hat = tiny_runs.adaptive(request.param)
+    hat = adaptive(request.param)
     hat.capacity, hat.exit_rate = 0.6, 0.5
     return hat, explain(hat, PROMPT, scores=True)
 
