@@ -21,6 +21,7 @@ GRANULARITY = option(
     "What a router decides about, per token: channel (an input channel of a linear layer) or token (the whole FFN; the "
     "published method).",
 )
+TERMINATED = "terminated"
 
 
 def calibrate(
@@ -125,7 +126,7 @@ def train(
     try:
         outcomes = carry_out(run, folder, resume=resume is not None, max_minutes=max_minutes)
     except KeyboardInterrupt as stop:
-        how, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        how, code = (TERMINATED, 143) if str(stop) == TERMINATED else ("interrupted", 130)
         if main and (folder / RUN_FILE).exists():
             typer.echo(f"\n{how}; what was trained is saved; {go_on}", err=True)
         raise typer.Exit(code) from None
@@ -139,12 +140,9 @@ def train(
     typer.echo(f"wrote {folder}" if outcomes else f"nothing to do: the run in {folder} is finished")
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which by default would end the process without a word."""
-
-
 def _terminate(*_) -> None:
-    raise Terminated
+    """SIGTERM by default would end the process without a word."""
+    raise KeyboardInterrupt(TERMINATED)
 
 
 def _setting(text: str) -> tuple[str, int | float | str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from hat_lib.config import HatError
 from hat_lib.evaluation.coloured_text import PALETTE
@@ -46,19 +46,10 @@ def quality(table: pd.DataFrame) -> Figure:
             rows = here[here["variant"] == variant]
             if len(rows):
                 style.whiskers(ax, rows["model_share"], 100 * rows[COST], *series, markersize=4)
-        ax.yaxis.set_major_formatter(FuncFormatter(_increase))
         ax.set(title=f"{grain} grain, {text}", ylabel="perplexity increase" * (text == texts[0]))
-    style.legend_below(
-        fig, [style.entry(name, *series) for name, series in VARIANTS.items() if name in set(table["variant"])]
-    )
+    shown = set(table["variant"])
+    style.legend_below(fig, [style.entry(name, *series) for name, series in VARIANTS.items() if name in shown])
     return fig
-
-
-def _increase(percent: float, _=None) -> str:
-    """+10 %, +1,000 %, +10^6 %"""
-    if percent < 1e4:
-        return f"{percent:+,.0f} %" if percent else "0"
-    return f"+$10^{{{np.log10(percent):.0f}}}$ %"
 
 
 def points(quality: pd.DataFrame, granularity: str = "channel", text: str = "docstrings") -> pd.DataFrame:

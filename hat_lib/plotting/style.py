@@ -24,7 +24,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 from PIL import Image
 
 from hat_lib import config
@@ -186,9 +186,16 @@ def increases(ax: Axes, ticks, xlabel: str, linscale: float = 1) -> None:
     ax.axhline(0, color=GREY, linewidth=1)
     ax.set_yscale("symlog", linthresh=1, linscale=linscale)
     ax.yaxis.set_major_locator(FixedLocator(ticks))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+,.0f} %" if v else "0"))
+    ax.yaxis.set_major_formatter(_increase)
     ax.xaxis.set_major_formatter(PERCENT)
     ax.set(xlabel=xlabel, ylabel="perplexity increase")
+
+
+def _increase(percent: float, _=None) -> str:
+    """+10 %, +1,000 %, +10^6 %"""
+    if percent < 1e4:
+        return f"{percent:+,.0f} %" if percent else "0"
+    return f"+$10^{{{np.log10(percent):.0f}}}$ %"
 
 
 def entry(label: str, colour: str = "black", marker: str | None = None, line: str = "none", **more) -> Line2D:
