@@ -37,7 +37,7 @@ from hat_lib.evaluation.controls import (
     matched,
 )
 from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, score_each
-from hat_lib.model.checkpoint import Price, digest, read_checkpoint
+from hat_lib.model.checkpoint import Checkpoint, Price, digest, read_checkpoint
 from hat_lib.model.granularity import GRAINS
 from hat_lib.model.modes import combined
 from hat_lib.model.threshold_table import HEAD_TABLES
@@ -170,7 +170,7 @@ def rows(
             raise HatError(f"{trained} has no trained routers: expected a checkpoint as `hat train` writes it")
         if read_checkpoint(untrained).training is not None:
             raise HatError(f"{untrained} was trained: expected a checkpoint as `hat calibrate` writes it")
-        adapters |= {(grain, exits): adapter_digest(trained, exits) for exits in (False, True)}
+        adapters |= {(grain, exits): adapter_digest(found, exits) for exits in (False, True)}
     for row in done.values():
         if row.adapter != adapters.get((row.granularity, row.exit_rate > 0), row.adapter):
             raise HatError(
@@ -298,9 +298,8 @@ def _work(point: Point, found: Score) -> float:
     return found.model_share if point.variant == "no_exits" else found.capacity
 
 
-def adapter_digest(checkpoint: Path, exits: bool) -> str:
+def adapter_digest(found: Checkpoint, exits: bool) -> str:
     """Digest of the parameters and tables; omits the gates without ``exits``, and the tables of a head read in full."""
-    found = read_checkpoint(checkpoint)
     parts = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
              for name, tensor in found.tensors.items() if exits or not name.startswith("gates.")}  # fmt: skip
     tables = asdict(found.calibration) if found.calibration else {}

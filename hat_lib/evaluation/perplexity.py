@@ -125,7 +125,8 @@ def score_each(
     if not isinstance(hat, HierarchicalTransformer):
         raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to be compared with")
     settings = [hat.dense, *settings]
-    tallies = [_Tally((lambda logits: logits) if decoded else hat.lm.lm_head, hat, dataset) for _ in settings]
+    head = torch.nn.Identity() if decoded else hat.lm.lm_head
+    tallies = [_Tally(head, hat, dataset) for _ in settings]
 
     def run(lm, input_ids=None, **_) -> Tensor:
         for batch in _batches(dataset, batch_size, lm.device, progress):
@@ -180,8 +181,8 @@ def coverage(
         chosen = [found.blocks[unit] for unit in rng.integers(len(found.blocks), size=count)]
         at = np.concatenate(chosen)
         documents = np.repeat(np.arange(count) * found.documents, [len(unit) for unit in chosen])
-        drawn = compare(*(Score(s.nll[at], s.tokens[at], documents) for s in (base, adaptive)), resamples=resamples,
-                        seed=number)  # fmt: skip
+        pair = [Score(s.nll[at], s.tokens[at], documents) for s in (base, adaptive)]
+        drawn = compare(*pair, resamples=resamples, seed=number)
         covered += drawn.low <= truth <= drawn.high
     return covered / draws
 
