@@ -19,19 +19,20 @@ from hat_lib.workbook.view import CONTROL, View
 
 SETTING = ["capacity", "exit_rate"]
 TIME = ["decode_dense", "decode_hf", "device", "dtype", "threads"]
-FILES = ("quality", "layer_shares", "published_claims")
 
 
 class FrontierView(View):
     """A slider over the measured settings → a point on the frontier, its numbers, and the work of each layer.
 
-    ``points`` are as from `hat_lib.plotting.frontier.points`, ``layers`` and ``claims`` the rows of
-    ``layer_shares.csv`` and ``published_claims.csv`` (for time); settings without layers are left out.
+    From a folder's ``quality.csv``, ``layer_shares.csv`` and ``published_claims.csv`` (for time); settings without
+    layers are left out. Raises `HatError` for a missing file, and if ``quality.csv`` has no row for the grain and text.
     """
 
-    def __init__(self, points: pd.DataFrame, layers: pd.DataFrame, claims: pd.DataFrame):
+    def __init__(self, results: Path = DATA / "results", granularity: str = "channel", text: str = "docstrings"):
+        files = ("quality", "layer_shares", "published_claims")
+        quality, layers, claims = (results_table(name, results) for name in files)
         self._layers = dict(list(layers.sort_values("layer").groupby(SETTING)))
-        timed = claims[["granularity", "base", *SETTING, *TIME]]
+        points, timed = frontier.points(quality, granularity, text), claims[["granularity", "base", *SETTING, *TIME]]
         points = points.merge(timed, how="left", on=["granularity", "base", *SETTING], suffixes=("", "_timed"))
         points = points.sort_values(["exit_rate", "capacity"]).set_index(SETTING)
         self._points = points[[setting in self._layers for setting in points.index]]
@@ -40,17 +41,6 @@ class FrontierView(View):
         self.picture = Image(format="png", layout=Layout(max_width="100%"))
         super().__init__([self.setting], self.picture)
         self.answer()
-
-    @classmethod
-    def saved(
-        cls, results: Path = DATA / "results", granularity: str = "channel", text: str = "docstrings"
-    ) -> FrontierView:
-        """From ``quality.csv``, ``layer_shares.csv`` and ``published_claims.csv`` in a folder.
-
-        Raises `HatError` for a missing file, and if ``quality.csv`` has no row for the grain and text.
-        """
-        quality, layers, claims = (results_table(name, results) for name in FILES)
-        return cls(frontier.points(quality, granularity, text), layers, claims)
 
     def _update(self) -> None:
         row, layers = self._points.loc[self.setting.value], self._layers[self.setting.value]

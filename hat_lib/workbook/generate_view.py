@@ -127,17 +127,15 @@ class GenerateView(View):
             work.append(float((cost.executed / cost.dense)[0, -1]) if coloured else np.nan)
             output.value = html(passage(), **SCALE | {"meaning": ""})
 
-        return self._generate(prompt, self._max_new_tokens, way, on_token), passage()
+        how = {"max_new_tokens": self._max_new_tokens, "measure": False, **way}
+        return self._infer.generate(prompt, streamer=_EachToken(on_token), **how), passage()
 
     def _tokens_per_second(self, prompt: str, way: dict) -> float:
         """Of the tokens after the first; nan if the text ends at once."""
         times: list[float] = []
-        self._generate(prompt, STRETCH, way, lambda _: times.append(time.perf_counter()))
+        streamer = _EachToken(lambda _: times.append(time.perf_counter()))
+        self._infer.generate(prompt, max_new_tokens=STRETCH, measure=False, streamer=streamer, **way)
         return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else np.nan
-
-    def _generate(self, prompt: str, tokens: int, way: dict, on_token: Callable[[int], None]) -> Generation:
-        streamer = _EachToken(on_token)
-        return self._infer.generate(prompt, max_new_tokens=tokens, measure=False, streamer=streamer, **way)
 
 
 class _EachToken(BaseStreamer):

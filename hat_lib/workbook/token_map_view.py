@@ -63,12 +63,18 @@ class TokenMapView(View):
     def _update(self) -> None:
         self._say("busy", "reading the prompt, as the base and as set")
         with self._hat.at(self.capacity.value, self.exit_rate.value):
-            check_length(self._hat, self.prompt.value)
+            self._check_length(self.prompt.value)
             self.found = explain(self._hat, self.prompt.value, scores=True)
         with self.map.hold_sync():
             self.map.token = min(self.map.token, len(self.found.tokens) - 1)
             self.map.facts = map_facts(self.found)
         self._say("ready", self.found.work)
+
+    def _check_length(self, prompt: str) -> None:
+        check_whole("the prompt", prompt)
+        length = len(self._hat.base.tokenizer(prompt, verbose=False).input_ids)
+        if length > MOST:
+            raise HatError(f"a map shows up to {MOST} tokens, the prompt has {length}: make it shorter")
 
     def about(self) -> str:
         """What the view says about the selected token and layer."""
@@ -77,13 +83,6 @@ class TokenMapView(View):
     def twin(self) -> Figure:
         """The map as a picture."""
         return layer_map(layer_table(self.found, count=MOST))
-
-
-def check_length(hat: HierarchicalTransformer, prompt: str) -> None:
-    check_whole("the prompt", prompt)
-    length = len(hat.base.tokenizer(prompt, verbose=False).input_ids)
-    if length > MOST:
-        raise HatError(f"a map shows up to {MOST} tokens, the prompt has {length}: make it shorter")
 
 
 def map_facts(found: TokenTable) -> dict:

@@ -1,6 +1,6 @@
 """Interactive views for notebooks: the frontier, live generation, and where compute goes. Each has a still twin.
 
-    widgets.show(widgets.FrontierView.saved())                  still: plotting.frontier.twin
+    widgets.show(widgets.FrontierView())                        still: plotting.frontier.twin
     widgets.show(widgets.GenerateView(AdaptiveInference(hat)))  still: its twin(), table and words
     widgets.show(widgets.TokenMapView(hat, {"fox": "The quick brown fox"}))  still: its twin() and about()
 

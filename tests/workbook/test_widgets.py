@@ -41,7 +41,7 @@ def hat():
 
 @pytest.fixture(scope="module")
 def frontier():
-    return FrontierView.saved()
+    return FrontierView()
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_frontier_picture_depends_on_the_setting_alone(frontier):
 def test_frontier_without_results(tmp_path):
     for wrong in ({"results": tmp_path}, {"text": "poems"}):
         with pytest.raises(HatError):
-            FrontierView.saved(**wrong)
+            FrontierView(**wrong)
 
 
 def test_generate_shows_what_generate_gives(generate, hat):
