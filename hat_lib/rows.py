@@ -109,14 +109,11 @@ def _value(text: str, hint):
 
 def rounded(row_type: type, **values):
     """A row with its floats rounded to five significant digits, nan as None; values without a column are dropped."""
-
-    def rounded_value(value):
-        if not isinstance(value, float):
-            return value
-        return None if math.isnan(value) else float(f"{value:.5g}")
-
-    names = {field.name for field in fields(row_type)}
-    return row_type(**{name: rounded_value(value) for name, value in values.items() if name in names})
+    row = {field.name: values[field.name] for field in fields(row_type) if field.name in values}
+    for name, value in row.items():
+        if isinstance(value, float):
+            row[name] = None if math.isnan(value) else float(f"{value:.5g}")
+    return row_type(**row)
 
 
 def results_table(name: str, results: Path | None = None) -> pd.DataFrame:

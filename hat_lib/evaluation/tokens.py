@@ -115,15 +115,18 @@ class TokenTable:
 
     def matrices(self, row: int, layer: int | None = None) -> pd.DataFrame:
         """A row per site: executed share over the layers the token entered and, for a ``layer``, share and score."""
+
+        def texts(values: np.ndarray, form: str) -> list[str]:
+            return [f"{value:{form}}" if np.isfinite(value) else "–" for value in values]
+
         shares = self.site_share[:, :, row]
-        columns = {"mean": (np.nanmean(shares, axis=0), ".1%")}
+        table = pd.DataFrame({"site": [MATRICES[site] for site in self.sites]})
+        table["mean"] = texts(np.nanmean(shares, axis=0), ".1%")
         if layer is not None:
-            columns[f"layer {layer}"] = shares[layer], ".1%"
+            table[f"layer {layer}"] = texts(shares[layer], ".1%")
             if self.score is not None:
-                columns[self.score_meaning] = self.score[layer, :, row], ".2f"
-        texts = {name: [f"{value:{form}}" if np.isfinite(value) else "–" for value in values]
-                 for name, (values, form) in columns.items()}  # fmt: skip
-        return pd.DataFrame({"site": [MATRICES[site] for site in self.sites]} | texts)
+                table[self.score_meaning] = texts(self.score[layer, :, row], ".2f")
+        return table
 
     def next_tokens(self, row: int) -> pd.DataFrame:
         """The likeliest next tokens of base and adaptive model: ``base``, ``base_p``, ``adaptive``, ``adaptive_p``."""

@@ -199,10 +199,9 @@ class TestRemoval:
         assert all(torch.equal(found[1, s], whole.expand_as(found[1, s])) for s in channels.grain.sites)
 
 
-def state(batch, n):
-    real = torch.ones(batch, n, dtype=torch.bool)
-    places = real, torch.arange(n).expand(batch, n), torch.zeros_like(real)
-    return TokenState(*places, [1.0], 4, mask_shapes={"qkv": (64,)})
+def three_tokens():
+    real = torch.ones(1, 3, dtype=torch.bool)
+    return TokenState(real, torch.arange(3)[None], ~real, [1.0], 4, mask_shapes={"qkv": (64,)})
 
 
 class TestCosine:
@@ -230,7 +229,7 @@ class TestCosine:
     def test_by_hand(self, channels):
         """Three tokens whose streams turn by known angles; layers 1 and 2 decide, 0 and 3 always run."""
         mean, std, r = (np.array(v) for v in ([0.9, 0.8, 0.7, -np.inf], [0.1, 0.2, 0.05, 0.0], [0.0, 0.5, -1.0, 0.0]))
-        policy, st = Cosine(channels, mean, std, r, threshold=0.75), state(1, 3)
+        policy, st = Cosine(channels, mean, std, r, threshold=0.75), three_tokens()
         weights = [layer.input_layernorm.weight for layer in channels.lm.model.layers]
         # Cosines across layer 0 and across layer 1, by token.
         across = torch.tensor([[1.0, 0.6, 0.9], [0.5, 0.9, 0.5]], dtype=torch.float64)
@@ -248,7 +247,7 @@ class TestCosine:
         assert keep == [[True] * 3, [False, True, False], [True] * 3, [True] * 3]
         # The cosine of .5 across layer 1 says nothing about tokens 0 and 2, which skipped it.
         policy.threshold = 0.69
-        st = state(1, 3)
+        st = three_tokens()
         assert [policy(i, "qkv", at(i), None, st)[:, 0].tolist() for i in range(3)][2] == [True, True, False]
 
 
