@@ -21,6 +21,7 @@ from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, PURPLE, SKY, WIDE, draws
 
 RECENT = 5  # rows in a running mean
+LAYERS = r"^share_\d+$"  # the columns of a log that are a layer's share
 
 
 class Live:
@@ -55,7 +56,7 @@ def routers(log: pd.DataFrame) -> Figure:
     share.plot(log["step"], log["capacity"], "--", color=ORANGE, label="requested")
     share.set(ylabel="capacity", ylim=(0, 1))
     share.legend()
-    newest = log[layer_columns(log)].tail(RECENT).mean()
+    newest = log.filter(regex=LAYERS).tail(RECENT).mean()
     layers.bar(range(len(newest)), newest, color=SKY)
     layers.axhline(newest.mean(), color=GREY, linewidth=1)
     layers.set(xlabel="layer", ylabel=f"share kept, last {RECENT} rows", ylim=(0, 1))
@@ -132,11 +133,6 @@ def at_equal_work(curve: pd.DataFrame) -> pd.DataFrame:
             rows = rows.assign(share=asked, kl=np.exp(kl), increase=np.expm1(ppl))
         steps.append(rows)
     return pd.concat(steps)
-
-
-def layer_columns(log: pd.DataFrame) -> list[str]:
-    """``share_0``, ``share_1``, ..., one per layer."""
-    return [c for c in log if c.startswith("share_") and c[len("share_") :].isdigit()]
 
 
 def _curve(ax: Axes, rows: pd.DataFrame, y: str, colour: str, label: str | None = None) -> None:

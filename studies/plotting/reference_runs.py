@@ -81,7 +81,7 @@ def _dots(fig: Figure, ax: Axes, log: pd.DataFrame, x: str, hue: str, meaning: s
 
 def _heat(fig: Figure, ax: Axes, log: pd.DataFrame) -> None:
     """How far each layer's share is from the mean, over the run; without layer 0, which always runs."""
-    more = 100 * log[training.layer_columns(log)[1:]].sub(log["share"], axis=0).to_numpy().T
+    more = 100 * log.filter(regex=training.LAYERS).iloc[:, 1:].sub(log["share"], axis=0).to_numpy().T
     most = np.abs(more).max() or 1.0
     edges = np.concatenate([[0.0], log["run"]])
     heat = ax.pcolormesh(edges, np.arange(len(more) + 1) + 0.5, more, cmap="PuOr", vmin=-most, vmax=most)
