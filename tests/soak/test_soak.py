@@ -3,8 +3,8 @@
 import os
 import signal
 import socket
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -67,20 +67,15 @@ def test_ctrl_c_inside_a_compiled_step_leaves_the_next_text_alone():
 def test_threads_write_what_one_writes():
     """Four threads, two models, two capacities."""
     hats, ids = [skipping("channel"), skipping("channel", exit_layers=(2,))], torch.tensor(random_blocks(4, 8))
-    found = {}
 
-    def write(n, times):
+    def write(n):
         with hats[n % 2].at((0.7, 1.0)[n // 2]):
-            found[n] = [text(hats[n % 2], ids[n : n + 1], 12) for _ in range(times)]
+            return [text(hats[n % 2], ids[n : n + 1], 12) for _ in range(3)]
 
-    for n in range(4):
-        write(n, 1)
-    expected, threads = dict(found), [threading.Thread(target=write, args=(n, 3)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(text, expected[n][0]) for n in range(4) for text in found[n])
+    expected = [write(n)[0] for n in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(write, range(4)))
+    assert all(torch.equal(text, expected[n]) for n in range(4) for text in found[n])
 
 
 def test_sockets_reach_this_machine_alone(outside):

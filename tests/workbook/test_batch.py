@@ -111,11 +111,13 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(source, out, monkey
 
 
 def deadly(task):
-    """Instead of `carry_out`: a parameter ``name`` that begins with "kills" kills its worker, once or always."""
+    """Instead of `carry_out`: the parameter ``name`` says what happens to the worker."""
     name, tried = task.parameters["name"], task.out / "tried"
     if name == "kills" or (name == "kills_once" and not tried.exists()):
         tried.touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if name == "raises":
+        raise OSError("no host")
     time.sleep(0.3)
     return replace(task.row, status="ok")
 
@@ -135,8 +137,8 @@ def test_dask_workers_may_die(call, tmp_path, monkeypatch):
     monkeypatch.setattr(batch, "carry_out", deadly)
     settings = {"threads_per_worker": 1, "dashboard_address": ":0", "local_directory": str(tmp_path)}
     with LocalCluster(n_workers=2, **settings) as cluster:
-        found = call("a", "kills_once", engine=lambda tasks: dask(tasks, cluster.scheduler_address))
-    assert found == {"a": ("ok", 1), "kills_once": ("ok", 1)}
+        found = call("a", "kills_once", "raises", engine=lambda tasks: dask(tasks, cluster.scheduler_address))
+    assert found == {"a": ("ok", 1), "kills_once": ("ok", 1), "raises": ("failed", 1)}
 
 
 @pytest.mark.slow
@@ -161,15 +163,3 @@ def test_no_dask(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(HatError):
         list(dask([], "tcp://127.0.0.1:9"))
-
-
-def test_what_a_dask_worker_raises_is_a_failed_run(call, monkeypatch):
-    from distributed import LocalCluster
-
-    def fails(task):
-        raise OSError("no host")
-
-    monkeypatch.setattr(batch, "carry_out", fails)
-    quiet = {"dashboard_address": ":0", "processes": False, "threads_per_worker": 1}
-    with LocalCluster(n_workers=1, **quiet) as cluster:
-        assert call("a", engine=lambda tasks: dask(tasks, cluster.scheduler_address)) == {"a": ("failed", 1)}
