@@ -25,7 +25,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from hat_lib.backbone.base import load_base
 from hat_lib.calibration.quantiles import score_quantiles
 from hat_lib.config import HatConfig, check_capacity, check_exit_rate
-from hat_lib.inference.speed import Variant, now, take_turns
+from hat_lib.inference.speed import Variant, now, replay, take_turns
 from hat_lib.model.cost import Work, state_cost
 from hat_lib.model.policies import Forced, Policy
 from hat_lib.model.token_state import Masks, TokenState
@@ -69,20 +69,26 @@ class Row(Machine):
     rounds: int
 
 
+def plain_part(model) -> LlamaForCausalLM:
+    """What is called: ``lm`` of a `HierarchicalTransformer`, a plain model itself."""
+    return getattr(model, "lm", model)
+
+
 @torch.inference_mode()
-def decode_ms(lm: LlamaForCausalLM, ids: Tensor, steps: int, context: int = CONTEXT) -> float:
+def decode_ms(model, ids: Tensor, steps: int, context: int = CONTEXT) -> float:
     """Mean milliseconds of a decode step over ``steps`` tokens of ``ids`` [B, T], after ``context`` cached ones.
 
-    Neither the prompt is timed nor a first step, in which the engine may pack weights.
+    ``model`` is a `HierarchicalTransformer` or a plain one. Neither the prompt is timed nor a first step, in which the
+    engine may pack weights.
     """
+    lm = plain_part(model)
     cache = DynamicCache(config=lm.config)
     lm(input_ids=ids[:, :context], cache=cache, use_cache=True, logits_to_keep=1)
-    lm(input_ids=ids[:, context : context + 1], cache=cache, use_cache=True, logits_to_keep=1)
+    replay(model, ids[:, context : context + 1], cache)
     cache.crop(-1)
-    start = now(lm)
-    for t in range(context, context + steps):
-        lm(input_ids=ids[:, t : t + 1], cache=cache, use_cache=True, logits_to_keep=1)
-    return 1e3 * (now(lm) - start) / steps
+    start = now(model)
+    replay(model, ids[:, context : context + steps], cache)
+    return 1e3 * (now(model) - start) / steps
 
 
 def measure(
@@ -95,19 +101,19 @@ def measure(
     prompts, context = ids[:, : max(1, PREFILL // len(ids))], max(1, CONTEXT // len(ids))
     decode = phase == "decode"
 
-    def once(lm: LlamaForCausalLM) -> float:
+    def once(model) -> float:
         if decode:
-            return decode_ms(lm, ids, steps, context)
-        start = now(lm)
+            return decode_ms(model, ids, steps, context)
+        lm, start = plain_part(model), now(model)
         lm(input_ids=prompts, cache=DynamicCache(config=lm.config), use_cache=True, logits_to_keep=1)
-        return 1e3 * (now(lm) - start)
+        return 1e3 * (now(model) - start)
 
-    hf, dense = Variant("hf", plain, torch.inference_mode), Variant("dense", hat.lm, hat.dense)
-    adaptive = [Variant(f"{s}", hat.lm, around) for s, around in settings.items()]
-    take_turns([hf, dense, *adaptive], lambda v: once(v.lm), rounds)
+    hf, dense = Variant("hf", plain, torch.inference_mode), Variant("dense", hat, hat.dense)
+    adaptive = [Variant(f"{s}", hat, around) for s, around in settings.items()]
+    take_turns([hf, dense, *adaptive], lambda v: once(v.model), rounds)
     for setting, v in zip(settings, adaptive, strict=True):
         with v.around(), hat.collect() as states, torch.inference_mode():
-            once(hat.lm)
+            once(hat)
             trace = TokenState.cat(states[2:] if decode else states)
             cost = state_cost(hat, trace)
         ideal, columns = _ideal(cost, phase, len(ids)), {"ms_adaptive": statistics.median(v.times)}

@@ -162,7 +162,7 @@ def _engine(
                 continue
             enter = hat.dense if capacity == 1 else enter
             with enter(), hat.collect() as states:
-                _ms(hat.lm, text, steps)
+                _ms(hat, text, steps)
             trace = TokenState.cat(states[2:])
             columns = {"realised": trace.capacity, "copy_mib": copied}
             if sequences == 1:
@@ -174,17 +174,17 @@ def _engine(
             yield Way("engine", name, sequences, capacity, partial(_within, hat, text, steps, enter, form), columns)
 
 
-def _ms(lm, ids: Tensor, steps: int) -> float:
+def _ms(model, ids: Tensor, steps: int) -> float:
     """Milliseconds per token, over all sequences."""
-    return decode_ms(lm, ids, steps, ids.shape[1] - steps) / len(ids)
+    return decode_ms(model, ids, steps, ids.shape[1] - steps) / len(ids)
 
 
 def _within(hat, ids: Tensor, steps: int, enter: Callable, form: str, path: Callable = nullcontext) -> float:
     changed, hat.weight_format = hat.weight_format != form, form
     with enter(), path():
         if changed:  # weights are packed at the first step
-            decode_ms(hat.lm, ids, 1, 1)
-        return _ms(hat.lm, ids, steps)
+            decode_ms(hat, ids, 1, 1)
+        return _ms(hat, ids, steps)
 
 
 def _plain_read(lm) -> Callable[[], float]:
@@ -217,7 +217,8 @@ def _plain_read(lm) -> Callable[[], float]:
 def _predicted(hat, ids: Tensor) -> Tensor:
     """Log-probabilities of what follows each of `HELD_OUT` tokens, fp32 ``[T, V]``, in steps of the engine."""
     cache, parts = DynamicCache(config=hat.lm.config), ids[:, :HELD_OUT].split(TOGETHER, 1)
-    logits = [hat.lm(input_ids=part, cache=cache, use_cache=True).logits[0] for part in parts]
+    with hat.engine():
+        logits = [hat.lm(input_ids=part, cache=cache, use_cache=True).logits[0] for part in parts]
     return torch.cat(logits).float().log_softmax(-1)
 
 

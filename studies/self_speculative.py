@@ -97,12 +97,12 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
         "early_exit": lambda: plain.generate(ids, **greedy, assistant_early_exit=hat.config.exit_layers[-1]),
     }
     order = list(ways) if number // KINDS % EARLY_EXITS == 0 else list(ways)[:3]
-    found, variants = {}, [Variant(way, hat.lm, torch.inference_mode) for way in order]
+    found, variants = {}, [Variant(way, hat, torch.inference_mode) for way in order]
 
     def once(v: Variant) -> float:
-        began = now(v.lm)
+        began = now(v.model)
         found[v.name] = ways[v.name]()
-        return 1e3 * (now(v.lm) - began)
+        return 1e3 * (now(v.model) - began)
 
     take_turns(variants, once, rounds)
     turns = {v.name: v.times for v in variants}

@@ -81,7 +81,7 @@ def step_ratio(hat: HierarchicalTransformer, batch: dict[str, Tensor], rounds: i
         (step if variant is ours else forward_backward)()
         return now(hat.lm) - start
 
-    ours, base = Variant("step", hat.lm, nullcontext), Variant("base", plain, nullcontext)
+    ours, base = Variant("step", hat, nullcontext), Variant("base", plain, nullcontext)
     take_turns([ours, base], seconds, rounds)
     columns = machine(hat.base) | {"granularity": hat.config.granularity, "rounds": rounds}
     columns |= {"step_seconds": statistics.median(ours.times), "base_seconds": statistics.median(base.times)}

@@ -29,7 +29,7 @@ from hat_lib.model.policies import Forced
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
-from studies.benchmark import CONTEXT, decode_ms, plain_copy
+from studies.benchmark import CONTEXT, decode_ms, plain_copy, plain_part
 from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, spread
 from studies.plotting import speed
 
@@ -75,10 +75,10 @@ def rows(
     ids = torch.tensor([sum(blocks["input_ids"], [])])[:, : CONTEXT + steps].to(hat.base.device)
     timed = list(_variants(hat, ids, capacity))
     once = {v.name: measure for v, measure in timed}
-    take_turns([v for v, _ in timed], lambda v: once[v.name](v.lm), rounds)
+    take_turns([v for v, _ in timed], lambda v: once[v.name](v.model), rounds)
     ms = {v.name: v.times for v, _ in timed}
     with hat.at(capacity, 0.0), hat.collect() as states:
-        decode_ms(hat.lm, ids, steps)
+        decode_ms(hat, ids, steps)
     realised = {"hf": 1.0, "dense": 1.0, "adaptive": TokenState.cat(states[2:]).capacity}
     for way in WAYS:
         columns = machine(hat.base) | {"way": way, "realised": realised[way], "steps": steps, "rounds": rounds}
@@ -104,16 +104,16 @@ def _variants(
     for part, names in {**LINEARS, "head": ("lm_head",)}.items():
         yield Variant(f"hf without {part}", plain, partial(_zeros, plain, names)), step
     for way, around in ("dense", hat.dense), ("adaptive", at):
-        yield Variant(way, hat.lm, around), step
-        yield Variant(f"{way} generate", hat.lm, around), generated
+        yield Variant(way, hat, around), step
+        yield Variant(f"{way} generate", hat, around), generated
         masks = _recorded(hat, ids, around)
         for part in ("nothing", *LINEARS):
             forced = partial(hat.using, Forced(Masks({k: m & (k[1] != part) for k, m in masks.keep.items()})))
-            yield Variant(f"{way} without {part}", hat.lm, partial(combined, around, forced)), step
-    yield Variant("few words", small.lm, small.dense), partial(decode_ms, ids=ids % WORDS, steps=steps)
-    yield Variant("adaptive, whole head", hat.lm, partial(combined, at, partial(hat.changed, shortlist=None))), step
+            yield Variant(f"{way} without {part}", hat, partial(combined, around, forced)), step
+    yield Variant("few words", small, small.dense), partial(decode_ms, ids=ids % WORDS, steps=steps)
+    yield Variant("adaptive, whole head", hat, partial(combined, at, partial(hat.changed, shortlist=None))), step
     every = hat.threshold_policy(dict.fromkeys(hat.calibration.thresholds_at(capacity), 0.0))
-    yield Variant("deciding", hat.lm, partial(combined, hat.dense, partial(hat.using, every))), step
+    yield Variant("deciding", hat, partial(combined, hat.dense, partial(hat.using, every))), step
 
 
 def _parts(way: str, ms: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -144,14 +144,14 @@ def _recorded(hat: HierarchicalTransformer, ids: Tensor, around: Callable) -> Ma
 
 
 @torch.inference_mode()
-def _generated_ms(lm: LlamaForCausalLM, ids: Tensor) -> float:
+def _generated_ms(model, ids: Tensor) -> float:
     """Milliseconds that generate takes per token, without the prompt's pass. No token ends the text, which is cheaper
     than to forbid one at each step."""
-    steps, seconds = ids.shape[1] - CONTEXT, []
+    lm, steps, seconds = plain_part(model), ids.shape[1] - CONTEXT, []
     for count in (1, 1 + steps):
-        began = now(lm)
+        began = now(model)
         lm.generate(ids[:, :CONTEXT], max_new_tokens=count, eos_token_id=-1, do_sample=False, pad_token_id=0)
-        seconds.append(now(lm) - began)
+        seconds.append(now(model) - began)
     return 1e3 * (seconds[1] - seconds[0]) / steps
 
 

@@ -1,7 +1,8 @@
-"""What the decode step reads and writes.
+"""What the engine reads and writes.
 
-Axes: L layers, R rows (tokens run together), N rows whose logits are wanted, P threads, D hidden size, C inputs of a
-product, H heads and G key/value heads of size h, F FFN width, E exits, V vocabulary. Arrays are float32 unless noted.
+Axes: L layers, R rows (tokens run together), N rows whose logits are wanted, S steps, P threads, D hidden size, C
+inputs of a product, r rank of corrections, H heads and G key/value heads of size h, F FFN width, E exits, V vocabulary.
+Arrays are float32 unless noted; "stored" ones are in the base's dtype, bfloat16 as its bits, uint16.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from numpy import ndarray
 
 PARTIALS = 8
 """parts of a product's channels, whose sums are added in pairs whichever thread computes them"""
-PIECE = 256
+SECTION = 256
 """tokens of the vocabulary that a thread compares together"""
+MAX_TOKENS = 8
+"""in one step"""
 QKV, OUT, GATE_UP, DOWN, FFN = range(5)
 """indices into ``Rows.kept``"""
 
@@ -25,6 +28,9 @@ class Linear(NamedTuple):
     weight: ndarray  # [L, C, out], transposed, in a format of `hat_lib.engine.weights`
     scale: ndarray  # [L, out], or no columns
     bias: ndarray  # [L, out], or no columns
+    # A correction adds strength * (expand^T (reduce x) + shift), for the channels x that are kept.
+    reduce: ndarray  # [L, r, C], stored; no rows without corrections
+    expand: ndarray  # [L, r + 1, out], stored, shift last; no rows without corrections
 
 
 class Weights(NamedTuple):
@@ -50,6 +56,7 @@ class Weights(NamedTuple):
 class Decisions(NamedTuple):
     """What runs."""
 
+    strength: np.float32  # of the corrections of linear layers
     # [L, C]: a channel is kept if its magnitude is above its threshold; always, if that is negative
     qkv_threshold: ndarray
     o_threshold: ndarray
@@ -78,24 +85,71 @@ class Decisions(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The tokens, and where results go."""
+    """The tokens of a step, and where results go."""
 
     ids: ndarray  # int64 [R]
     sequence: ndarray  # int64 [R], whose cache
     slot: ndarray  # int64 [R], position in the cache
     first: ndarray  # int64 [R], the first position that the token sees
+    position: ndarray  # int64 [R], of the rotary embedding
     protected: ndarray  # bool [R]
     scale: ndarray  # [R], factor on a row's thresholds
-    cos: ndarray  # [R, h/2]
-    sin: ndarray
     logit_rows: ndarray  # int64 [N], the rows for which the head runs
+    cos: ndarray  # [positions, h/2]
+    sin: ndarray
     # written to:
-    keys: ndarray  # [L, B, G, size, h], in the base's dtype
+    keys: ndarray  # [L, B, G, size, h], stored
     values: ndarray
     kept: ndarray  # int32 [P, L, 5, R], summed over threads: channels kept at each product, and 1 where the FFN ran
     exits: ndarray  # int64 [R], layers that each token ran
     head: ndarray  # int32 [P, 2, N], summed over threads: channels of the preview, and logits read in full
-    logits: ndarray  # [N, V], in the base's dtype: torch would convert them with threads that spin on beside ours
+    logits: ndarray  # [N, V], stored: torch would convert them with threads that spin on beside ours
+
+
+class Choice(NamedTuple):
+    """How the next token follows from the logits, as transformers' logits processors and samplers do it."""
+
+    given: ndarray  # int64 [S, R], the tokens of a text that is known; no rows to choose them
+    sample: bool  # else the likeliest
+    penalty: np.float32  # of tokens that are in the text already; 1 for none
+    temperature: np.float32
+    top_k: int  # 0 for all
+    top_p: np.float32  # 1 for all
+    min_p: np.float32  # 0 for all
+    uniform: ndarray  # float64 [S, R] in [0, 1), one a draw; no rows if greedy
+    seen: ndarray  # bool [R, V], which tokens are in the text; no columns without a penalty
+    stops: ndarray  # int64, the tokens that end a text
+    earliest: int  # step before which a text may not end
+    pad: int  # what follows the end
+
+
+GREEDY = Choice(
+    given=np.zeros((0, 0), np.int64), sample=False, penalty=np.float32(1), temperature=np.float32(1), top_k=0,
+    top_p=np.float32(1), min_p=np.float32(0), uniform=np.zeros((0, 0)), seen=np.zeros((0, 0), bool),
+    stops=np.zeros(0, np.int64), earliest=0, pad=0,
+)  # fmt: skip
+
+
+class Course(NamedTuple):
+    """The steps of a call: one of several tokens, or several of one token a sequence."""
+
+    steps: int
+    choice: Choice
+    unprotected: ndarray  # int64 [R], the step from which a row is no longer protected
+    # steering (`hat_lib.model.steering`): thresholds are multiplied by exp(offset)
+    gain: np.float32  # 0 for none
+    asked: np.float32  # share of the layers' work
+    limit: np.float32
+    shares: ndarray  # [4], work that one channel of each product stands for, of all in a layer
+    offset: ndarray  # [R]
+    # written to:
+    ended: ndarray  # bool [R], whether a text has ended
+    ids: ndarray  # int64 [S, R], tokens chosen
+    kept: ndarray  # int32 [S, L, 5, R], as in Rows, of all threads
+    exits: ndarray  # int64 [S, R]
+    head: ndarray  # int32 [S, 2, R]
+    logits: ndarray  # [S or 0, R, V], stored, if they are wanted
+    ran: ndarray  # int64 [1], steps until all texts had ended
 
 
 class Scratch(NamedTuple):
@@ -104,20 +158,27 @@ class Scratch(NamedTuple):
     h: ndarray  # [P, R, D]
     x: ndarray  # [P, R, D]
     qkv: ndarray  # [R, (H + 2G) h]
-    mixed: ndarray  # [R, H h]
+    mixed: ndarray  # [P, R, H h]
     partials: ndarray  # [2, PARTIALS, R, D], of narrow products, used alternately
     gate_up: ndarray  # [R, 2F], in blocks like the weights
     ffn: ndarray  # [R, F]
     index: ndarray  # uint64 [P, C + 8 PARTIALS]
     gathered: ndarray  # [P, R, C + 8 PARTIALS]
     ends: ndarray  # int64 [P, PARTIALS], where each part ends in the two above
-    candidates: ndarray  # int64 [P, PIECE], tokens of the vocabulary
+    candidates: ndarray  # int64 [P, SECTION], tokens of the vocabulary
     queries: ndarray  # [P, H / G, h]
-    scores: ndarray  # [P, H / G, size + 8]
-    positions: ndarray  # uint64 [P, size + 8]: 0, 1, 2 ...
+    scores: ndarray  # [P, H / G, PIECE], of a piece of the context, whose places in the cache are
+    places: ndarray  # uint64 [P, PIECE]
+    tops: ndarray  # [R, pieces, H], of each piece of a row's context the largest score,
+    totals: ndarray  # [R, pieces, H], the sum of exp(score - largest),
+    pieces: ndarray  # [R, pieces, H, h], and the sum of so weighted values
     scale: ndarray  # [P, R], factor on the thresholds of each row in a layer
     flags: ndarray  # bool [P, 5, R], see decode_step
     uncounted: ndarray  # int32 [P, R], for counts that another thread keeps
     small: ndarray  # [P, rank]
+    lowered: ndarray  # [P, R, r], what reduces the input of a wide product
+    parts: ndarray  # [2, PARTIALS, R, r], the same of a narrow one, by parts of its channels
     preview: ndarray  # [R, V], or empty
     best: ndarray  # [P, R], best of the previews that each thread made
+    likeliest: ndarray  # int64 [P, R], in its share of the vocabulary
+    scores_of: ndarray  # [V], a row's logits while one is drawn

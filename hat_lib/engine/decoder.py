@@ -1,6 +1,8 @@
-"""Decoder: the engine of one base. Takes a few tokens and a cache, returns their logits."""
+"""Decoder: the engine of one base. Takes a few tokens and a cache, returns their logits or the tokens that follow."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,20 +10,59 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hat_lib.engine import team
-from hat_lib.engine.arrays import FFN, PARTIALS, PIECE, Decisions, Rows, Scratch
+from hat_lib.engine.arrays import FFN, GREEDY, MAX_TOKENS, PARTIALS, SECTION, Choice, Course, Decisions, Rows, Scratch
+from hat_lib.engine.attention import PIECE
 from hat_lib.engine.cache import buffer_for
-from hat_lib.engine.step import decode_step
+from hat_lib.engine.loop import decode
 from hat_lib.engine.weights import pack, widths
 
-MAX_TOKENS = 8
-"""in one step"""
+
+class Place(NamedTuple):
+    """Where the tokens of a step are; ``B`` sequences of ``T`` tokens."""
+
+    position: np.ndarray
+    """of the rotary embedding, int64 ``[B, T]``"""
+    first: np.ndarray
+    """the first position in the cache that a sequence sees, int64 ``[B]``"""
+    protected: np.ndarray
+    """bool ``[B, T]``"""
+
+
+class Steering(NamedTuple):
+    """Thresholds that move during a course of tokens (`hat_lib.model.steering`)."""
+
+    offset: np.ndarray
+    """of each sequence, float32 ``[B]``; moved"""
+    gain: float
+    asked: float
+    limit: float
+    shares: np.ndarray
+    """work that one channel of each product stands for, of all in a layer, float32 ``[4]``"""
+
+
+class Result(NamedTuple):
+    """What some tokens ran, ``T`` of each of ``B`` sequences."""
+
+    logits: Tensor | None
+    """``[B, N, V]`` in the base's dtype"""
+    kept: np.ndarray
+    """channels kept at each product, and 1 where the FFN ran, int32 ``[L, 5, B, T]``"""
+    exits: np.ndarray
+    """layers run, int64 ``[B, T]``"""
+    head: np.ndarray
+    """with a shortlist, the channels and logits that the head read, int32 ``[2, B, N]``"""
+    ids: np.ndarray | None = None
+    """the token chosen after each, int64 ``[B, T]``"""
+
+
+STILL = Steering(np.zeros(MAX_TOKENS, np.float32), 0.0, 0.0, 0.0, np.zeros(FFN, np.float32))
 
 
 class Decoder:
-    """Runs `decode_step` on a base; the arguments are those of `hat_lib.engine.weights.pack`."""
+    """Runs `decode` on a base; the arguments are those of `hat_lib.engine.weights.pack`."""
 
-    def __init__(self, lm, form: str = "base", corrections=None, *, strength: float = 1.0, preview: bool = False):
-        self.lm, self.weights = lm, pack(lm, form, corrections, strength=strength, preview=preview)
+    def __init__(self, lm, form: str = "base", corrections=None, *, preview: bool = False):
+        self.lm, self.weights = lm, pack(lm, form, corrections, preview=preview)
         self.head_dim, self.dtype = lm.config.head_dim, lm.dtype
         self.inputs, self.outputs = widths(lm)
         self.channels = np.array(self.inputs)[:, None, None]
@@ -34,6 +75,7 @@ class Decoder:
         layers, d = self.weights.norms.shape[1:]
         qkv, o, gate_up, down = (np.full((layers, c), -1, np.float32) for c in self.inputs)
         return Decisions(
+            strength=np.float32(0),
             qkv_threshold=qkv,
             o_threshold=o,
             gate_up_threshold=gate_up,
@@ -61,99 +103,167 @@ class Decoder:
         ids: np.ndarray,
         cache: Cache,
         decide: Decisions,
+        place: Place,
         *,
-        position: np.ndarray,
-        first: np.ndarray,
-        protected: np.ndarray,
         scale: np.ndarray | None = None,
         logit_rows: np.ndarray | None = None,
         threads: int | None = None,
-    ) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
+    ) -> Result:
         """Run ``B * T <= 8`` tokens; their keys and values are appended to the cache.
 
         Args:
             ids: int64 ``[B, T]``.
-            position, protected: int64 and bool ``[B, T]``; positions are those of the rotary embedding.
-            first: int64 ``[B]``: the first position in the cache that a sequence sees.
             scale: float32 ``[B * T]``, factor on all thresholds of each token; None for 1.
             logit_rows: int64 ``[B, N]``, or of another shape: which of the ``B * T`` tokens are asked for their
                 logits; no more than there are, and None for all.
             threads: at most this many, and no more than there are cores; None for as many as torch uses.
-
-        Returns logits ``[B, N, V]`` in the base's dtype; channels kept at each product, int64 ``[L, 5, B, T]``; layers
-        run, int64 ``[B, T]``; and, with a shortlist, the channels and logits that the head read, int64 ``[2, B, N]``.
         """
-        w, (b, t), start = self.weights, ids.shape, cache.get_seq_length()
-        layers, vocabulary = w.norms.shape[1], len(w.head)
-        buffer = buffer_for(cache, b, w.kv_heads, self.head_dim, self.dtype, t)
-        threads = max(1, min(threads or torch.get_num_threads(), team.cores()))
-        cos, sin = self._rotary(position.flatten())
+        (b, t), vocabulary = ids.shape, len(self.weights.head)
         if logit_rows is None:
             logit_rows = np.arange(b * t).reshape(b, t)
+        rows, course = self._run(ids, cache, decide, place, scale, logit_rows, threads, 1, GREEDY, STILL, choose=False)
+        kept, head = course.kept[0].reshape(-1, FFN + 1, b, t), course.head[0].reshape(2, *logit_rows.shape)
+        return Result(
+            self._logits(rows.logits, (*logit_rows.shape, vocabulary)), kept, course.exits.reshape(b, t), head
+        )
+
+    def course(
+        self,
+        ids: np.ndarray,
+        cache: Cache,
+        decide: Decisions,
+        place: Place,
+        steps: int,
+        choice: Choice,
+        *,
+        unprotected: np.ndarray,
+        steering: Steering = STILL,
+        ended: np.ndarray | None = None,
+        logits: bool = False,
+        threads: int | None = None,
+    ) -> Result:
+        """Run a token of each sequence, and those that follow it, up to ``steps`` or until all texts have ended.
+
+        Args:
+            ids: int64 ``[B, 1]``, with its ``place``.
+            choice: how tokens are chosen; ``uniform`` has a row for each step, and ``seen`` is brought up to date.
+            unprotected: int64 ``[B]``, the step from which a sequence's tokens are no longer protected.
+            ended: bool ``[B]``, texts that have ended before; brought up to date.
+            logits: whether to return all logits.
+        """
+        b, every = len(ids), np.arange(len(ids))[:, None]
+        _, course = self._run(
+            ids, cache, decide, place, np.exp(steering.offset[:b]), every, threads, steps, choice, steering,
+            unprotected=unprotected, ended=ended, logits=logits,
+        )  # fmt: skip
+        ran = int(course.ran[0])
+        wanted = self._logits(course.logits[:ran].swapaxes(0, 1), (b, ran, -1)) if logits else None
+        by_sequence = (
+            course.kept[:ran].transpose(1, 2, 3, 0),
+            course.exits[:ran].T,
+            course.head[:ran].transpose(1, 2, 0),
+        )
+        return Result(wanted, *by_sequence, course.ids[:ran].T)
+
+    def _run(
+        self, ids, cache, decide, place, scale, logit_rows, threads, steps, choice, steering, *,
+        choose=True, unprotected=None, ended=None, logits=False,
+    ) -> tuple[Rows, Course]:  # fmt: skip
+        w, (b, t), start = self.weights, ids.shape, cache.get_seq_length()
+        layers, vocabulary, n = w.norms.shape[1], len(w.head), logit_rows.size
+        buffer = buffer_for(cache, b, w.kv_heads, self.head_dim, self.dtype, max(t, steps))
+        threads = team.size(threads or torch.get_num_threads())
+        cos, sin = self._rotary(int(place.position.max()) + steps)
         # Flattened copies: to numba, an array of one number with the strides of a slice has another type.
         rows = Rows(
             ids=ids.flatten(),
             sequence=np.arange(b).repeat(t),
             slot=np.tile(np.arange(start, start + t), b),
-            first=first.repeat(t),
-            protected=protected.flatten(),
+            first=place.first.repeat(t),
+            position=place.position.flatten(),
+            protected=place.protected.flatten(),
             scale=np.ones(b * t, np.float32) if scale is None else scale.flatten(),
+            logit_rows=logit_rows.flatten(),
             cos=cos,
             sin=sin,
-            logit_rows=logit_rows.flatten(),
             keys=buffer.keys,
             values=buffer.values,
             kept=np.zeros((threads, layers, FFN + 1, b * t), np.int32),
             exits=np.empty(b * t, np.int64),
-            head=np.zeros((threads, 2, logit_rows.size), np.int32),
-            logits=np.empty((logit_rows.size, vocabulary), buffer.keys.dtype),
+            head=np.zeros((threads, 2, n), np.int32),
+            logits=np.empty((n, vocabulary), buffer.keys.dtype),
         )
-        team.run(decode_step, (w, decide, rows, self._scratch_for(threads, b * t, buffer.size)), threads)
+        course = Course(
+            steps=steps,
+            choice=choice,
+            unprotected=np.zeros(b, np.int64) if unprotected is None else unprotected,
+            gain=np.float32(steering.gain),
+            asked=np.float32(steering.asked),
+            limit=np.float32(steering.limit),
+            shares=steering.shares,
+            offset=steering.offset,
+            ended=np.zeros(b, bool) if ended is None else ended,
+            ids=np.zeros((steps if choose else 0, b), np.int64),
+            kept=np.empty((steps, layers, FFN + 1, b * t), np.int32),
+            exits=np.empty((steps, b * t), np.int64),
+            head=np.empty((steps, 2, n), np.int32),
+            logits=np.empty((steps if logits else 0, n, vocabulary), buffer.keys.dtype),
+            ran=np.zeros(1, np.int64),
+        )
+        pieces = -(-(start + max(t, steps)) // PIECE)
+        team.run(decode, (w, decide, rows, self._scratch_for(threads, b * t, pieces), course), threads)
         for layer in cache.layers:
-            layer.length = start + t
-        logits = torch.from_numpy(rows.logits.reshape(*logit_rows.shape, vocabulary)).view(self.dtype)
-        kept, head = rows.kept.sum(0).reshape(layers, FFN + 1, b, t), rows.head.sum(0).reshape(2, *logit_rows.shape)
-        return logits, kept, rows.exits.reshape(b, t), head
+            layer.length = start + (t if steps == 1 else int(course.ran[0]))
+        return rows, course
 
-    def _rotary(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin ``[R, h/2]`` of the base's own rotary embedding, rounded as it rounds them."""
-        if position.max() >= self._angles.shape[1]:
-            length = 2 * int(position.max()) + 256
+    def _logits(self, stored: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+        return torch.from_numpy(stored.reshape(shape)).view(self.dtype)
+
+    def _rotary(self, positions: int) -> np.ndarray:
+        """cos and sin ``[2, positions or more, h/2]`` of the base's own rotary embedding, rounded as it rounds them."""
+        if positions > self._angles.shape[1]:
             with torch.no_grad():
                 like = torch.zeros(1, 1, 1, dtype=self.dtype)
-                tables = self.lm.model.rotary_emb(like, torch.arange(length)[None])
+                tables = self.lm.model.rotary_emb(like, torch.arange(2 * positions + 256)[None])
             self._angles = torch.stack([a[0, :, : self.head_dim // 2].float() for a in tables]).numpy()
-        return self._angles[0, position], self._angles[1, position]
+        return self._angles
 
-    def _scratch_for(self, threads: int, rows: int, length: int) -> Scratch:
+    def _scratch_for(self, threads: int, rows: int, pieces: int) -> Scratch:
         known = self._scratch.get((threads, rows))
-        if known is not None and known.positions.shape[1] >= length + 8:
+        if known is not None and known.tops.shape[1] >= pieces:
             return known
-        w, widest = self.weights, max(self.inputs) + 8 * PARTIALS
+        w, widest, pieces = self.weights, max(self.inputs) + 8 * PARTIALS, 2 * pieces
         d, mixed, _, ffn = self.inputs
         qkv, _, gate_up, _ = self.outputs
-        queries = w.heads // w.kv_heads
+        queries, rank = w.heads // w.kv_heads, w.qkv.reduce.shape[1]
         self._scratch[threads, rows] = Scratch(
             h=_zeros(threads, rows, d),
             x=_zeros(threads, rows, d),
             qkv=_zeros(rows, qkv),
-            mixed=_zeros(rows, mixed),
+            mixed=_zeros(threads, rows, mixed),
             partials=_zeros(2, PARTIALS, rows, d),
             gate_up=_zeros(rows, gate_up),
             ffn=_zeros(rows, ffn),
             index=np.zeros((threads, widest), np.uint64),
             gathered=_zeros(threads, rows, widest),
             ends=np.zeros((threads, PARTIALS), np.int64),
-            candidates=np.zeros((threads, PIECE), np.int64),
+            candidates=np.zeros((threads, SECTION), np.int64),
             queries=_zeros(threads, queries, self.head_dim),
-            scores=_zeros(threads, queries, length + 8),
-            positions=np.arange(length + 8, dtype=np.uint64)[None].repeat(threads, 0),
+            scores=_zeros(threads, queries, PIECE),
+            places=np.zeros((threads, PIECE), np.uint64),
+            tops=_zeros(rows, pieces, w.heads),
+            totals=_zeros(rows, pieces, w.heads),
+            pieces=_zeros(rows, pieces, w.heads, self.head_dim),
             scale=_zeros(threads, rows),
             flags=np.zeros((threads, 5, rows), bool),
             uncounted=np.zeros((threads, rows), np.int32),
             small=_zeros(threads, 4096),
+            lowered=_zeros(threads, rows, rank),
+            parts=_zeros(2, PARTIALS, rows, rank),
             preview=_zeros(rows, w.preview.shape[1]),
             best=_zeros(threads, rows),
+            likeliest=np.zeros((threads, rows), np.int64),
+            scores_of=_zeros(len(w.head)),
         )
         return self._scratch[threads, rows]
 

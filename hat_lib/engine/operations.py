@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from hat_lib.engine.arrays import PARTIALS, PIECE
+from hat_lib.engine.arrays import PARTIALS, SECTION
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add
-from hat_lib.engine.kernels import F0, F1, LANES, add_eight, as_float, as_stored, dot, exp, keep, prefetch_at, span
+from hat_lib.engine.kernels import F0, F1, as_float, as_stored, dot, exp, keep, prefetch_at, span
 
 
 @compiled(reorder=True)
@@ -44,10 +44,35 @@ def rms_norm(h, weight, eps, out):
             to[i] = row[i] * factor * weight[i]
 
 
+@compiled(reorder=True)
+def lower(x, first, last, threshold, scale, keep_all, runs, reduce, strength, out):
+    """``out[r] = reduce x[r]``, ``[R, rank]``, from the channels that row r keeps (as in `keep`), of first to last."""
+    for r in range(x.shape[0] if strength > F0 else 0):
+        if runs[r]:
+            row, factor, everything = x[r], scale[r], keep_all[r]
+            for k in range(reduce.shape[0]):
+                weights, s = reduce[k], F0
+                for i in range(first, last):
+                    kept = everything | (abs(row[i]) > threshold[i] * factor)
+                    s += as_float(weights[i]) * (row[i] if kept else F0)
+                out[r, k] = s
+
+
 @compiled()
-def product(w, scale, bias, index, gathered, n, y, c0, c1):
-    """Outputs c0 to c1 of a product, from all the kept channels; scale and bias may be empty."""
-    add(w, index, gathered, 0, n, n, y, c0, c1)
+def expand(linear, layer, z, strength, y, c0, c1):
+    """Add a correction to outputs c0 to c1 of one row, ``z`` being what `lower` left."""
+    rank = z.shape[0]
+    for k in range(rank + 1):
+        weights, factor = linear.expand[layer, k], strength * (z[k] if k < rank else F1)
+        for j in range(c0, c1):
+            y[j] += factor * as_float(weights[j])
+
+
+@compiled()
+def product(linear, layer, index, gathered, n, z, strength, y, c0, c1):
+    """Outputs c0 to c1 of a product, from all the kept channels."""
+    scale, bias = linear.scale[layer], linear.bias[layer]
+    add(linear.weight[layer], index, gathered, 0, n, n, y, c0, c1)
     for r in range(y.shape[0]):
         if scale.shape[0]:
             for j in range(c0, c1):
@@ -55,37 +80,43 @@ def product(w, scale, bias, index, gathered, n, y, c0, c1):
         if bias.shape[0]:
             for j in range(c0, c1):
                 y[r, j] += bias[j]
+        if strength > F0:
+            expand(linear, layer, z[r], strength, y[r], c0, c1)
 
 
 @compiled()
-def partial_product(w, unit, x, threshold, scale, keep_all, runs, index, gathered, ends, kept, partials, t, team):
+def partial_product(
+    linear, layer, unit, x, threshold, scale, keep_all, runs, index, gathered, ends, kept, strength, partials, lowered,
+    part, end_part,
+):  # fmt: skip
     """A thread's share of a narrow product, whose channels are split: whole rows of the weight, in long pieces.
 
     The channels form `PARTIALS` parts, whose sums are added in pairs: the same sum for any number of threads. A thread
     has neighbouring parts, a power of two in number, and leaves its own sum in the first.
     """
-    channels, share, n = x.shape[1], PARTIALS // team, 0
-    for part in range(t * share, (t + 1) * share):
-        first, last = span(channels, part, PARTIALS, unit), span(channels, part + 1, PARTIALS, unit)
-        n = ends[part] = keep(x, first, last, threshold, scale, keep_all, runs, index, gathered, kept, n)
+    channels, n = x.shape[1], 0
+    for p in range(part, end_part):
+        first, last = span(channels, p, PARTIALS, unit), span(channels, p + 1, PARTIALS, unit)
+        n = ends[p] = keep(x, first, last, threshold, scale, keep_all, runs, index, gathered, kept, n)
+        lower(x, first, last, threshold, scale, keep_all, runs, linear.reduce[layer], strength, lowered[p])
     start = 0
-    for part in range(t * share, (t + 1) * share):
-        add(w, index, gathered, start, ends[part], n, partials[part], 0, partials.shape[2])
-        start = ends[part]
+    for p in range(part, end_part):
+        add(linear.weight[layer], index, gathered, start, ends[p], n, partials[p], 0, partials.shape[2])
+        start = ends[p]
     width = 1
-    while width < share:
-        for part in range(t * share, (t + 1) * share, 2 * width):
+    while width < end_part - part:
+        for p in range(part, end_part, 2 * width):
             for r in range(partials.shape[1]):
-                into, other = partials[part, r], partials[part + width, r]
+                into, other = partials[p, r], partials[p + width, r]
                 for i in range(into.shape[0]):
                     into[i] += other[i]
         width *= 2
 
 
 @compiled()
-def add_partials(partials, team, scale, bias, runs, h):
+def add_partials(linear, layer, partials, lowered, team, strength, runs, z, h):
     """Add the sum of what the threads left in ``partials`` to the hidden state of the rows that run."""
-    p = partials
+    p, scale, bias = partials, linear.scale[layer], linear.bias[layer]
     for r in range(h.shape[0]):
         if runs[r]:
             for i in range(h.shape[1]):
@@ -103,47 +134,12 @@ def add_partials(partials, team, scale, bias, runs, h):
                 if bias.shape[0]:
                     s += bias[i]
                 h[r, i] += s
-
-
-@compiled()
-def rotate(head, cos, sin, out):
-    """Rotary position embedding of one head, rounded to the dtype of ``out``."""
-    half = cos.shape[0]
-    for e in range(half):
-        a, b = head[e], head[half + e]
-        out[e] = as_stored(a * cos[e] - b * sin[e], out[e])
-        out[half + e] = as_stored(b * cos[e] + a * sin[e], out[e])
-
-
-@compiled(reorder=True)
-def attend(q, keys, values, first, last, factor, positions, scores, out):
-    """Attention of queries ``q [n, h]`` over the positions from ``first`` to ``last`` of the cache ``[size, h]`` that
-    they share. Values are added eight at a time, the last eight filled up with some times 0."""
-    count, size = q.shape
-    for s in range(first, last + 1):
-        for i in range(count):
-            scores[i, s] = dot(keys[s], q[i]) * factor
-    for i in range(count):
-        row, total = scores[i, first : last + 1], F0
-        top = largest(row)
-        for s in range(row.shape[0]):
-            row[s] = exp(row[s] - top)
-            total += row[s]
-        for s in range(row.shape[0]):
-            row[s] /= total
-    full = first + (last - first + 8) // 8 * 8
-    for s in range(last + 1, full):
-        positions[s], scores[:count, s] = last, F0
-    out[:] = F0
-    for s in range(first, full, 8):
-        for e in range(0, size - size % LANES, LANES):
-            add_eight(values, positions, s, scores, out, e)
-    for s in range(last + 1, full):
-        positions[s] = s
-    for i in range(count):
-        for e in range(size - size % LANES, size):
-            for s in range(first, last + 1):
-                out[i, e] += scores[i, s] * as_float(values[s, e])
+            if strength > F0:
+                for k in range(z.shape[1]):
+                    z[r, k] = F0
+                    for q in range(PARTIALS):
+                        z[r, k] += lowered[q, r, k]
+                expand(linear, layer, z[r], strength, h[r], 0, h.shape[1])
 
 
 @compiled()
@@ -195,15 +191,15 @@ def shortlist(head, scale, x, preview, floor, candidates, logits, t, team):
     Threads take pieces in turn: likely tokens have low ids, and one thread would have most of them.
     """
     found, n, vocabulary = 0, 0, logits.shape[0]
-    for v0 in range(t * PIECE, vocabulary, team * PIECE):
-        v1 = min(v0 + PIECE, vocabulary)
+    for v0 in range(t * SECTION, vocabulary, team * SECTION):
+        v1 = min(v0 + SECTION, vocabulary)
         for v in range(v0, v1):
             logits[v] = as_stored(preview[v], logits[v])
         if not largest(preview[v0:v1]) < floor:
             for v in range(v0, v1):
                 candidates[n] = v
                 n += preview[v] >= floor
-                if n == PIECE:
+                if n == SECTION:
                     full_logits(head, scale, x, candidates, logits)
                     found, n = found + n, 0
     full_logits(head, scale, x, candidates[:n], logits)

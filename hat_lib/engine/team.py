@@ -23,6 +23,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from hat_lib.engine.arrays import PARTIALS
 from hat_lib.engine.compiling import compiled
 
 # Indices into a barrier, each on its own cache line: how many have arrived, which meeting it is, whether it is off.
@@ -123,18 +124,18 @@ class Pace:
             lost: the share of its time that the most hindered of its threads was not on a core.
         """
         now = self.threads
-        # Without a loss, n - 1 threads take n / (n - 1) of the time of n, or less, since all wait for the same memory:
-        # so n threads may lose 1 / n of theirs, or less. No step counts for more than twice that: one is not enough.
-        harm = min(lost * (now + 1), 2.0) if now > 1 else 0.0
+        # Without a loss, half the threads take twice the time, or less, since all wait for the same memory: so threads
+        # may lose half of theirs, or less. No step counts for more than twice that: one is not enough.
+        harm = min(lost * 3, 2.0) if now > 1 else 0.0
         self._harm += (harm - self._harm) / 3
         self._since += 1
         if self._harm > 1:
             self._pauses[now] = min(2 * self._pauses[now], LONGEST)
-            self.threads, self._since, self._harm = now - 1, 0, 0.0
+            self.threads, self._since, self._harm = now // 2, 0, 0.0
         elif harm <= 1:
             self._pauses[now] = max(SHORTEST, self._pauses[now] // 2)
-            if now < self.most and self._since >= self._pauses[now + 1]:
-                self.threads, self._since, self._harm = now + 1, 0, 1.0
+            if now < self.most and self._since >= self._pauses[2 * now]:
+                self.threads, self._since, self._harm = 2 * now, 0, 1.0
 
 
 class Team:
@@ -190,12 +191,16 @@ _one_step = threading.Lock()
 _teams: dict[int, Team] = {}
 
 
-def run(step, args, threads: int) -> None:
-    """Run ``step(t, team, barrier, *args)`` in a team of at most ``threads``, and no more than there are cores.
+def size(threads: int) -> int:
+    """Threads of the team that is allowed so many: a power of two, up to `PARTIALS` and the number of cores."""
+    return 1 << (max(1, min(threads, cores(), PARTIALS)).bit_length() - 1)
+
+
+def run(step, args, size: int) -> None:
+    """Run ``step(t, team, barrier, *args)`` in a team of at most ``size``, a power of two.
 
     One step at a time per process: two would spin against each other.
     """
-    size = max(1, min(threads, cores()))
     with _one_step:
         if size not in _teams:
             _teams[size] = Team(size)

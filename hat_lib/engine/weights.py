@@ -59,19 +59,19 @@ def packed_bytes(weights: Weights) -> int:
 
 
 @torch.no_grad()
-def pack(lm, form: str = "base", corrections=None, *, strength: float = 1.0, preview: bool = False) -> Weights:
+def pack(lm, form: str = "base", corrections=None, *, preview: bool = False) -> Weights:
     """The weights of a `LlamaForCausalLM` on the CPU, in float32 or bfloat16.
 
     Args:
         form: "base", "int8" or "q4"; ValueError if the base is `unfit`.
-        corrections: a model's, which become part of the products at ``strength``; None for the base itself.
+        corrections: a model's, of linear layers; None for none.
         preview: whether the head's weights are packed once more, transposed, for a shortlist.
     """
     if why := unfit(lm, form):
         raise ValueError(why)
     config = lm.config
     block = gcd(config.intermediate_size, 32)
-    products = {name: _product(lm, name, form, corrections, strength, block) for name in LINEARS}
+    products = {name: _product(lm, name, form, corrections, block) for name in LINEARS}
     head, head_scale = (lm.lm_head.weight, torch.zeros(0)) if form == "base" else _eight_bits(lm.lm_head.weight)
     columns = _memory((head.shape[1], len(head) if preview else 0), head.dtype)
     columns.copy_(head[: columns.shape[1]].t())
@@ -95,11 +95,11 @@ def pack(lm, form: str = "base", corrections=None, *, strength: float = 1.0, pre
     )
 
 
-def _product(lm, name: str, form: str, corrections, strength: float, block: int) -> Linear:
+def _product(lm, name: str, form: str, corrections, block: int) -> Linear:
     """One of `LINEARS`, of all layers."""
     layers = [[layer.get_submodule(linear) for linear in LINEARS[name]] for layer in lm.model.layers]
     channels, outputs = layers[0][0].in_features, sum(linear.out_features for linear in layers[0])
-    biased = corrections is not None or any(linear.bias is not None for linear in layers[0])
+    biased = any(linear.bias is not None for linear in layers[0])
     dtype, shape = {
         "base": (lm.dtype, (channels, outputs)),
         "int8": (torch.int8, (channels, outputs)),
@@ -108,20 +108,24 @@ def _product(lm, name: str, form: str, corrections, strength: float, block: int)
     weights = _memory((len(layers), *shape), dtype)
     scales = torch.empty(len(layers), outputs if form == "int8" else 0)
     biases = torch.zeros(len(layers), outputs if biased else 0)
+    rank = 0 if corrections is None else corrections[f"0_{name}"].down.shape[0]
+    reduce = torch.empty(len(layers), rank, channels, dtype=lm.dtype)
+    expand = torch.empty(len(layers), 0 if corrections is None else rank + 1, outputs, dtype=lm.dtype)
     for i, linears in enumerate(layers):
-        weight = torch.cat([linear.weight for linear in linears])
+        rows = torch.cat([linear.weight for linear in linears])
         if biased:
             biases[i] = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias for m in linears])
-        correction = None if corrections is None else corrections[f"{i}_{name}"]
-        if correction is not None:
-            weight = (weight.float() + strength * correction.update()).to(weight.dtype)
-            biases[i] += strength * correction.shift
+        if corrections is not None:
+            correction = corrections[f"{i}_{name}"]
+            reduce[i], expand[i] = correction.down, torch.cat([correction.up.t(), correction.shift[None]])
         if name == "gate_up":
-            weight, biases[i] = _alternating(weight, block), _alternating(biases[i], block) if biased else biases[i]
+            rows, expand[i] = _alternating(rows, block), _alternating(expand[i].t(), block).t()
+            if biased:
+                biases[i] = _alternating(biases[i], block)
         if form == "int8":
-            weight, scales[i] = _eight_bits(weight)
-        weights[i] = _four_bits(weight) if form == "q4" else weight.t()
-    return Linear(as_numpy(weights), scales.numpy(), biases.numpy())
+            rows, scales[i] = _eight_bits(rows)
+        weights[i] = _four_bits(rows) if form == "q4" else rows.t()
+    return Linear(as_numpy(weights), scales.numpy(), biases.numpy(), as_numpy(reduce), as_numpy(expand))
 
 
 def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -25,7 +25,17 @@ from transformers import DynamicCache, LlamaForCausalLM
 from hat_lib.backbone.base import load_base
 from hat_lib.config import HatError, check_count
 from hat_lib.inference.self_speculative import Speculation, speculate, stop_tokens
-from hat_lib.inference.speed import SpeedCurve, check_target, check_versus, now, speed_curve, steer_to_capacity, timed
+from hat_lib.inference.speed import (
+    BURST,
+    SpeedCurve,
+    check_target,
+    check_versus,
+    now,
+    replay,
+    speed_curve,
+    steer_to_capacity,
+    timed,
+)
 from hat_lib.model.cost import state_cost
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -171,7 +181,7 @@ class AdaptiveInference:
 
     @property
     def _reference(self):
-        return (self.hat.lm, self.hat.dense) if self.versus == "dense" else (self.plain, torch.inference_mode)
+        return (self.hat, self.hat.dense) if self.versus == "dense" else (self.plain, torch.inference_mode)
 
     def _check(self, prompts, capacity, target, mode, settings) -> None:
         if mode not in MODES:
@@ -213,7 +223,7 @@ class AdaptiveInference:
             trace = TokenState.cat(states)
             trace.real = trace.real & real[:, 1:]  # steps run only for the sake of other rows do not count
         length, realised = inputs.input_ids.shape[1], None
-        if measure and ids.shape[1] - length > 3:
+        if measure and ids.shape[1] - length > 3 and ids.shape[1] >= 4 * BURST:
             realised = timed(hat, self._reference, ids, real.long() if not bool(real.all()) else None)
         cost = state_cost(hat, trace)
         shares = {"token_share": (cost.executed / cost.dense).float(), "model_share": cost.model_share}
@@ -244,14 +254,15 @@ class AdaptiveInference:
 
     def _seconds(self, found: Speculation) -> float:
         """Seconds the reference takes for the same tokens: a prefill, and a step for each new token but the last."""
-        lm, around = self._reference
-        length = found.ids.shape[1]
-        cache, ends = DynamicCache(config=lm.config), range(length - found.new_tokens, length)
+        model, around = self._reference
+        lm, length = (self.hat.lm if model is self.hat else model), found.ids.shape[1] - found.new_tokens
+        cache = DynamicCache(config=lm.config)
         with torch.inference_mode(), around(), self.hat.changed(weights="base"):
-            began = now(lm)
-            for start, end in zip([0, *ends], ends, strict=False):
-                lm(input_ids=found.ids[:, start:end], cache=cache, use_cache=True, logits_to_keep=1)
-            return now(lm) - began
+            began = now(model)
+            lm(input_ids=found.ids[:, :length], cache=cache, use_cache=True, logits_to_keep=1)
+            if found.new_tokens > 1:
+                replay(model, found.ids[:, length:-1], cache)
+            return now(model) - began
 
     def _real(self, ids: Tensor, prompt_mask: Tensor) -> Tensor:
         """bool ``[B, T]``: False at left padding and after the first newly generated end-of-text token."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hat_lib.config import HatError, check_count
+from hat_lib.engine.arrays import GREEDY, Choice
 from hat_lib.model.cost import state_cost
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -137,13 +138,8 @@ def _speculate(hat, ids, max_new_tokens, sampler: Sampler, draft_length, streame
         if cost is not None and draft_length is None:  # the first round measures the cost
             n = best_draft_length((accepted + 3) / (tested + 4), cost)  # a high prior until a few rounds are in
         n = min(n, max_new_tokens - len(new) - 1)
-        drafts, guesses = [], []
         with hat.collect() as steps:
-            for _ in range(n):
-                token = drafts[-1] if drafts else new[-1]
-                logits = lm(input_ids=token[None], cache=cache, use_cache=True).logits[0, -1]
-                guesses.append(sampler.distribution(logits))
-                drafts.append(sampler.draw(guesses[-1]))
+            drafts, guesses = _draft(hat, new[-1], cache, n, sampler)
         states += steps
         if n:
             if cost is None:
@@ -175,6 +171,19 @@ def _speculate(hat, ids, max_new_tokens, sampler: Sampler, draft_length, streame
     return Speculation(torch.cat([ids, torch.cat(new)[None]], dim=1), len(new), passes, accepted, drafted, share)
 
 
+def _draft(hat, token: Tensor, cache: DynamicCache, n: int, sampler: Sampler) -> tuple[list[Tensor], list[Tensor]]:
+    """n tokens that follow ``token [1]``, each int64 ``[1]``, and the distributions from which they were drawn."""
+    drafts, guesses = [], []
+    if n and (found := hat.course(token[None].numpy(), cache, n, sampler.choice(n), logits=True)) is not None:
+        return list(torch.from_numpy(found.ids[0].copy())[:, None]), [sampler.distribution(x) for x in found.logits[0]]
+    for _ in range(n):
+        logits = hat.lm(input_ids=token[None], cache=cache, use_cache=True).logits[0, -1]
+        guesses.append(sampler.distribution(logits))
+        token = sampler.draw(guesses[-1])
+        drafts.append(token)
+    return drafts, guesses
+
+
 class Sampler:
     """Draws tokens. Greedy (temperature 0), a "distribution" is the likeliest token itself: int64 ``[1]``."""
 
@@ -186,6 +195,13 @@ class Sampler:
         if self.temperature == 0:
             return logits.argmax()[None]
         return torch.softmax(logits.float() / self.temperature, dim=-1)
+
+    def choice(self, n: int) -> Choice:
+        """The same for the engine's loop, of n tokens."""
+        if self.temperature == 0:
+            return GREEDY
+        uniform = torch.rand(n, 1, dtype=torch.float64, generator=self.generator).numpy()
+        return GREEDY._replace(sample=True, temperature=np.float32(self.temperature), uniform=uniform)
 
     def draw(self, distribution: Tensor) -> Tensor:
         """A token, int64 ``[1]``."""

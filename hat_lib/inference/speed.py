@@ -37,25 +37,38 @@ TARGET_MAX = 10.0
 CAPACITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ROUNDS = 3
 """passes over all capacities: a machine drifts, and the first turn of a process is slow"""
-CONTEXT, STEPS, WARM = 64, 24, 3
-"""tokens in the cache, timed steps, and warm-up steps before them"""
+CONTEXT, STEPS, BURST = 64, 28, 4
+"""tokens in the cache; tokens decoded, so many a turn, the first turn to warm up"""
 
 
 @dataclass
 class Variant:
-    """A way to run: ``lm`` inside the context ``around()``, such as ``hat.dense``."""
+    """A way to run: ``model`` inside the context ``around()``, such as ``hat.dense``."""
 
     name: str
-    lm: LlamaForCausalLM
+    model: HierarchicalTransformer | LlamaForCausalLM
     around: Callable
     times: list[float] = field(default_factory=list)
 
 
-def now(lm: LlamaForCausalLM) -> float:
+def now(model: HierarchicalTransformer | LlamaForCausalLM) -> float:
     """Seconds on a clock, once the model's device has finished its pending work."""
-    if lm.device.type == "cuda":
-        torch.cuda.synchronize(lm.device)
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def replay(
+    model: HierarchicalTransformer | LlamaForCausalLM, ids: Tensor, cache: DynamicCache, mask: Tensor | None = None
+) -> None:
+    """Decode a known text after a cache, token by token (`HierarchicalTransformer.replay`), on either model."""
+    if isinstance(model, HierarchicalTransformer):
+        model.replay(ids, cache, mask)
+        return
+    for t, token in enumerate(ids.split(1, dim=1), start=cache.get_seq_length() + 1):
+        seen = None if mask is None else mask[:, :t]
+        model(input_ids=token, attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1)
 
 
 def take_turns(variants: Sequence[Variant], once: Callable[[Variant], float], rounds: int, warm: int = 1) -> None:
@@ -163,8 +176,8 @@ def speed_curve(
     if path.is_file() and not refresh:
         with suppress(ValueError, TypeError):  # half written: measured again
             return SpeedCurve(**json.loads(path.read_text()))
-    reference = (hat.lm, hat.dense) if versus == "dense" else (plain(), torch.inference_mode)
-    ids = sample(hat, CONTEXT + WARM + STEPS, batch)
+    reference = (hat, hat.dense) if versus == "dense" else (plain(), torch.inference_mode)
+    ids = sample(hat, CONTEXT + STEPS, batch)
     turns = {capacity: [] for capacity in CAPACITIES}
     for capacity in tqdm(CAPACITIES * ROUNDS, desc="speed curve", disable=not progress):
         with hat.at(capacity, exit_rate), steer_to_capacity(hat):
@@ -194,34 +207,31 @@ def steer_to_capacity(hat: HierarchicalTransformer) -> AbstractContextManager:
 def timed(hat: HierarchicalTransformer, reference: tuple, ids: Tensor, mask: Tensor | None = None) -> float:
     """Speedup of ``hat`` as it is set over a reference, at the same decode steps over the last tokens of ``ids``.
 
-    All but the last `STEPS` + `WARM` tokens, or half of them if they are few, are first put into the cache by ``hat``
-    as it is set. At each position both then run the same token after the same cache. Returns the median of the ratios
-    or, where tokens exit, the ratio of the means: one token in ten leaving early would not show in a median.
+    All but the last `STEPS` tokens, or half of them if they are few, are first put into the cache by ``hat`` as it is
+    set. Both then take turns at the same `BURST` tokens after the same cache. Returns the median of the ratios or,
+    where tokens exit, the ratio of the means: one token in ten leaving early would not show in a median.
 
     Args:
-        reference: ``(lm, around)``: a model, and a function that makes the context to run it in.
-        ids: int64 ``[B, T]``; tokens are forced.
+        reference: ``(model, around)``: a model, and a function that makes the context to run it in.
+        ids: int64 ``[B, T]``, T at least four times `BURST`; tokens are forced.
         mask: ``[B, T]``, 0 at padding.
     """
-    steps = min(STEPS + WARM, ids.shape[1] // 2)
-    context, warm = ids.shape[1] - steps, min(WARM, steps - 1)
+    bursts = min(STEPS, ids.shape[1] // 2) // BURST - 1
+    context = ids.shape[1] - BURST * (bursts + 1)
     cache = DynamicCache(config=hat.lm.config)
 
-    def run(lm: LlamaForCausalLM, start: int, end: int) -> None:
-        seen = None if mask is None else mask[:, :end]
-        lm(input_ids=ids[:, start:end], attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1)
+    def burst(v: Variant) -> float:
+        start = context + BURST * len(v.times)
+        cache.crop(start - cache.get_seq_length())
+        began, end = now(v.model), start + BURST
+        replay(v.model, ids[:, start:end], cache, None if mask is None else mask[:, :end])
+        return now(v.model) - began
 
-    def step(v: Variant) -> float:
-        position = context + len(v.times)
-        cache.crop(position - cache.get_seq_length())
-        began = now(v.lm)
-        run(v.lm, position, position + 1)
-        return now(v.lm) - began
-
-    base, ours = Variant("reference", *reference), Variant("adaptive", hat.lm, torch.inference_mode)
+    base, ours = Variant("reference", *reference), Variant("adaptive", hat, torch.inference_mode)
     with torch.inference_mode():
-        run(hat.lm, 0, context)
-        take_turns([base, ours], step, steps - warm, warm)
+        seen = None if mask is None else mask[:, :context]
+        hat.lm(input_ids=ids[:, :context], attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1)
+        take_turns([base, ours], burst, bursts, warm=1)
     theirs, mine = np.array(base.times), np.array(ours.times)
     return float(theirs.mean() / mine.mean() if hat.exit_rate > 0 else np.median(theirs / mine))
 

@@ -29,7 +29,7 @@ def decisions(hat, dense: Decisions, mode: Mode, window: slice) -> Decisions:
     if hat.config.granularity == "token":
         made = _ffns(hat, mode.policy, window) | (_corrections(hat, mode.corrected) if mode.corrected else {})
     else:
-        made = _channels(hat, dense, mode.policy, window)
+        made = _channels(hat, dense, mode.policy, window) | {"strength": np.float32(mode.corrected)}
     if mode.shortlist is not None:
         made["head_threshold"] = as_numpy(mode.shortlist.threshold.cpu())
         made["margin"] = np.float32(mode.shortlist.margin)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.models.llama.modeling_llama import (
     ALL_ATTENTION_FUNCTIONS,
-    apply_rotary_pos_emb,
     eager_attention_forward,
+    rotate_half,
 )
 
 from hat_lib.backbone.shapes import LINEARS
@@ -30,8 +30,8 @@ from hat_lib.model.modes import Context
 class AdaptiveLayer:
     """Replaces the forwards of a `LlamaDecoderLayer` of transformers 5.24, from `attach` to `detach`."""
 
-    def __init__(self, layer: nn.Module, index: int, context: Context):
-        self.layer, self.index, self.context = layer, index, context
+    def __init__(self, layer: nn.Module, index: int, context: Context, last: bool = False):
+        self.layer, self.index, self.context, self.last = layer, index, context, last
         self.attn, self.mlp = layer.self_attn, layer.mlp
 
     def attach(self) -> None:
@@ -60,6 +60,8 @@ class AdaptiveLayer:
         run, layer = self.run, self.layer
         if run is None:
             return type(layer).forward(layer, hidden_states, **given)
+        if run.mode.last_only and self.last and hidden_states.shape[1] > 1:
+            return self._last_token(hidden_states, **given)
         h = run.exit(self.index, hidden_states)
         mixed, _ = layer.self_attn(hidden_states=layer.input_layernorm(h), **given)
         if not mixed.numel():
@@ -88,13 +90,12 @@ class AdaptiveLayer:
         # Exited rows of a batch get a query of zeros, whose result nobody reads.
         q = run.scatter(q, q.new_zeros(*hidden_states.shape[:2], q.shape[-1]))
         q, k, v = map(self._heads, (q, attn.k_proj(everyone), attn.v_proj(everyone)))
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        q, k = (_rotated(states, *position_embeddings) for states in (q, k))
         if cache is not None:
             k, v = cache.update(k, v, attn.layer_idx, kwargs=kwargs)
         if not x.numel():
             return x, None
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager_attention_forward)
-        mixed, weights = attend(attn, q, k, v, attention_mask, dropout=0.0, scaling=attn.scaling, **kwargs)
+        mixed, weights = self._attend(q, k, v, attention_mask, **kwargs)
         return attn.o_proj(run.skip(self.index, "o", run.gather(mixed.flatten(2)))), weights
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -104,6 +105,22 @@ class AdaptiveLayer:
             return type(mlp).forward(mlp, x)
         x = run.skip(self.index, "gate_up", x)
         return mlp.down_proj(run.skip(self.index, "down", mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)))
+
+    def _last_token(self, h: Tensor, position_embeddings, attention_mask=None, cache=None, **kwargs) -> Tensor:
+        """The base's layer for the last token of each sequence; the others, whose outputs nobody reads, get K and V."""
+        run, attn, (cos, sin) = self.run, self.attn, position_embeddings
+        x = run.skip(self.index, "qkv", self.layer.input_layernorm(h))
+        k, v = map(self._heads, (attn.k_proj(x), attn.v_proj(x)))
+        k, v = cache.update(_rotated(k, cos, sin), v, attn.layer_idx, kwargs=kwargs)
+        q = _rotated(self._heads(attn.q_proj(x[:, -1:])), cos[:, -1:], sin[:, -1:])
+        mixed, _ = self._attend(q, k, v, None if attention_mask is None else attention_mask[..., -1:, :], **kwargs)
+        last = h[:, -1:] + attn.o_proj(run.skip(self.index, "o", mixed.flatten(2)))
+        return torch.cat([h[:, :-1], self._ffn(last)], dim=1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs):
+        attn = self.attn
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager_attention_forward)
+        return attend(attn, q, k, v, mask, dropout=0.0, scaling=attn.scaling, **kwargs)
 
     def _ffn(self, h: Tensor) -> Tensor:
         """``h`` plus the FFN of its norm, for the rows that keep it; ``[..., D] -> [..., D]``."""
@@ -127,3 +144,8 @@ class AdaptiveLayer:
     def _heads(self, x: Tensor) -> Tensor:
         """``[B, T, heads*h] -> [B, heads, T, h]``."""
         return x.view(*x.shape[:-1], -1, self.attn.head_dim).transpose(1, 2)
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, ``[B, heads, T, h]``."""
+    return heads * cos[:, None] + rotate_half(heads) * sin[:, None]

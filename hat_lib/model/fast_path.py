@@ -1,33 +1,39 @@
-"""Which forwards of ``hat.lm`` the engine runs, and with which decisions.
+"""What the engine runs: the tokens of ``hat.lm.generate``, and forwards inside ``with hat.engine():``.
 
-The engine (`hat_lib.engine`) decodes up to eight tokens at a time on a CPU. Everything else, and everything that
-somebody observes or modifies (hooks, adapters, gradients, hidden states), runs on the reference path. `FastPath`
-replaces ``hat.lm.forward``: a forward is run by the engine, or there is a reason why not.
+The engine (`hat_lib.engine`) decodes up to eight tokens at a time on a CPU. Whether it may is decided once, when
+``generate`` or the context begins: hooks, adapters or other forwards put on the base later are not noticed before the
+next one. Greedy decoding and sampling run in a loop of their own (`hat_lib.model.token_loop`), all else (beams,
+assistants, other logits processors, stopping criteria) in transformers', a token at a time. Everything that the engine
+does not run is the reference path's.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import output_capturing
 
+from hat_lib.engine.arrays import DOWN, FFN, GREEDY, MAX_TOKENS, Choice, Decisions
+from hat_lib.model import steering
 from hat_lib.model.modes import Mode
 from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold
+from hat_lib.model.token_loop import TokenLoop, first_seen, one_by_one
+from hat_lib.model.token_state import TokenState
 
 try:
-    from hat_lib.engine.arrays import DOWN, FFN, Decisions
     from hat_lib.engine.cache import GrowingLayer
-    from hat_lib.engine.decoder import MAX_TOKENS, Decoder
-    from hat_lib.engine.team import cores, torch_on_one_thread
+    from hat_lib.engine.decoder import Decoder, Place, Result, Steering
+    from hat_lib.engine.team import size, torch_on_one_thread
     from hat_lib.engine.weights import linears, packed_bytes, unfit
     from hat_lib.model.decisions import decisions, with_exits
 
@@ -40,9 +46,6 @@ WEIGHT_FORMATS = ("base", "int8", "q4")
 ROPES = ("default", "linear", "llama3", "yarn")
 """rotary embeddings whose angles depend on the position alone"""
 ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", "return_dict"}
-LISTENERS = ("streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "assistant_model",
-             "custom_generate", "negative_prompt_ids")  # fmt: skip
-"""arguments of generate that make other code, or other forwards, run between two steps"""
 KEPT_DECISIONS = 32
 """of as many capacities and exit rates: entering a context at each token is then quick"""
 
@@ -51,43 +54,34 @@ KEPT_DECISIONS = 32
 class GenerateCall:
     """A call of ``generate`` under way in a thread."""
 
+    engine: bool
+    """whether the engine may run its tokens"""
+    gate_prompt: bool
+    """whether the prompt's tokens spend by capacity, too; else they run in full"""
     threads: int
     """torch's number of threads when it began"""
-    unobserved: bool
-    """no other code runs between two steps: what was checked before one holds for the next"""
-    last: tuple[Mode, Decoder, Decisions] | None = None
-    """what its last step on the engine ran with"""
+    prefilled: bool = False
 
 
 class FastPath:
-    """Replaces ``lm.forward`` while a model is attached.
-
-    Args:
-        hat: a `HierarchicalTransformer`. Its base is packed when the engine is first used, and again if it changes.
-        context: shared by the model and its layers.
-    """
+    """Replaces ``lm.forward`` and ``lm.generate`` of an adapted model, from `attach` to `detach`."""
 
     def __init__(self, hat, context):
-        self.hat, self.lm, self.context = hat, hat.lm, context
+        self.hat, self.context, self.lm = hat, context, hat.lm
         self.form = "base"
         """of the packed weights, one of `WEIGHT_FORMATS`"""
-        self._decoders: dict[tuple[str, float, bool], Decoder] = {}
-        """by form, the strength of corrections in its products, and whether it can make a shortlist"""
+        self._decoders: dict[tuple[str, bool], Decoder] = {}
+        """by form, and whether it can make a shortlist"""
         self._decisions: dict[tuple, Decisions] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
         self.never = self._why_never()
 
     def attach(self) -> None:
-        """Replace ``lm.forward``, once the model's own hooks and forwards are in place."""
-        if self.never:
-            return
+        """Once the model's own hooks and forwards are in place."""
         modules = list(self.lm.modules())
-        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._hooks_before = [*map(dict, self._hooks)]
-        self._contents = [contents for m in modules for contents in (m._modules, m._parameters) if contents]
-        self._contents_before = [*map(dict, self._contents)]
-        self._without_forward = [vars(m) for m in modules if m is not self.lm and "forward" not in vars(m)]
+        self._modules, self._own_forwards = modules, {m for m in modules if "forward" in vars(m)} | {self.lm}
+        self._own_hooks = {id(hook) for m in modules for hook in _hooks(m)}
         self._reference, original = self.lm.forward, self.lm.generate
 
         @functools.wraps(self._reference)  # generate reads its signature
@@ -95,10 +89,12 @@ class FastPath:
             return self.forward(*args, **kwargs)
 
         @functools.wraps(original)
-        def generate(*args, **kwargs):
+        def generate(*args, gate_prompt=False, **kwargs):
+            self.hat.refresh()
             before, threads = self._call, torch.get_num_threads()
-            observed = len(args) > 1 or any(kwargs.get(name) is not None for name in LISTENERS)
-            self._local.call = GenerateCall(threads, not observed)
+            call = self._local.call = GenerateCall(self.why_not() is None, gate_prompt, threads)
+            if call.engine and one_by_one(self.lm, args, kwargs):
+                kwargs["custom_generate"] = TokenLoop(self, call, kwargs.get("streamer")).generate
             try:
                 return original(*args, **kwargs)
             finally:
@@ -108,9 +104,8 @@ class FastPath:
         self.lm.forward, self.lm.generate = forward, generate
 
     def detach(self) -> None:
-        if not self.never:
-            for name in ("forward", "generate"):
-                vars(self.lm).pop(name, None)
+        for name in ("forward", "generate"):
+            vars(self.lm).pop(name, None)
         self.forget()
 
     def forget(self) -> None:
@@ -132,7 +127,7 @@ class FastPath:
         """Which path decodes, in words."""
         if (why := self.why_not()) is not None:
             return f"reference path ({why})"
-        threads = max(1, min(torch.get_num_threads(), cores()))
+        threads = size(torch.get_num_threads())
         form = self.context.mode.weights or self.form
         form = str(self.lm.dtype).removeprefix("torch.") if form == "base" else form
         return f"engine ({form}, {threads} thread{'s' if threads > 1 else ''})"
@@ -159,63 +154,48 @@ class FastPath:
         return None
 
     def why_not(self) -> str | None:
-        """Why the next decode step would run on the reference path, as things stand; None if it would not."""
-        lm, mode = self.lm, self.context.mode
-        if self.never:
-            return self.never
-        if mode.reference:
-            return "asked for"
+        """Why the engine would decode nothing, as things stand; None if it would."""
+        return self.never or self._why_not_here() or self._why_not_now(self.context.mode)
+
+    def _why_not_here(self) -> str | None:
+        """What speaks against the engine in the base."""
+        lm, modules = self.lm, list(self.lm.modules())
         if lm.device.type != "cpu":
             return f"the model is on {lm.device.type}"
         if lm.dtype not in (torch.float32, torch.bfloat16):
             return f"weights are {lm.dtype}"
+        if modules != self._modules:
+            return "a module of the base was replaced, as by an adapter"
+        if any("forward" in vars(m) for m in modules if m not in self._own_forwards):
+            return "another library overrides a forward of the base"
+        if any(id(hook) not in self._own_hooks for m in modules for hook in _hooks(m)):
+            return "there are hooks on the base"
+        if lm.config.num_hidden_layers != self.hat.config.n_layers:
+            return "drafts by some of the layers were asked for"
+        return "the model is in training mode" if lm.training else None
+
+    def _why_not_now(self, mode: Mode) -> str | None:
+        """What speaks against the engine in a mode."""
+        if mode.reference:
+            return "asked for"
         if mode.record or mode.dropped is not None or not mode.compact:
             return "decisions are recorded, or layers dropped, or masks multiplied"
         if type(mode.policy) not in (KeepAll, Threshold, Forced):
             return "decisions are not the method's own"
         if mode.exits is not None and type(mode.exits) not in (ExitThresholds, Forced):
             return "exits are not the method's own"
-        if torch_module._has_any_global_hook() or self._has_new_hooks():
-            return "there are hooks on the base"
-        if not self._same_contents():
-            return "a module or a parameter of the base was replaced, as by an adapter"
-        if lm.config.num_hidden_layers != self.hat.config.n_layers:
-            return "drafts by some of the layers were asked for"
-        if any("forward" in attributes for attributes in self._without_forward):
-            return "another library overrides a forward of the base"
-        if lm.training or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-            return "training, autocast or torch.compile"
+        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return "autocast or torch.compile"
         return None
 
-    def _has_new_hooks(self) -> bool:
-        """Whether there are hooks that were not there when the model was attached, apart from those that transformers
-        leaves once hidden states have been asked for."""
-        if self._hooks == self._hooks_before:
-            return False
-        for hooks, before in zip(self._hooks, self._hooks_before, strict=True):
-            for key, hook in hooks.items():
-                if key not in before and getattr(hook, "__module__", None) != output_capturing.__name__:
-                    return True
-        return False
-
-    def _same_contents(self) -> bool:
-        try:
-            return self._contents == self._contents_before
-        except RuntimeError:  # a tensor was replaced: comparing the numbers of two gives no single truth value
-            return False
-
     def _takes(self, given: dict) -> bool:
-        """Whether this call is one for the engine: a few tokens, a cache, and only logits asked for."""
+        """Whether a call of forward is one for the engine: a few tokens, a cache, and only logits asked for."""
         ids, cache, mask = given.get("input_ids"), given.get("cache"), given.get("attention_mask")
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.device.type != "cpu":
-            return False
-        if not 0 < ids.numel() <= MAX_TOKENS:
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or not 0 < ids.numel() <= MAX_TOKENS:
             return False
         if any(value is not None and value is not False for name, value in given.items() if name not in ARGUMENTS):
             return False
-        if type(cache) is not DynamicCache or given.get("use_cache") is False or given.get("return_dict") is False:
-            return False
-        if len(cache.layers) != self.hat.config.n_layers or any(type(layer) not in LAYERS for layer in cache.layers):
+        if not self.fits(cache) or given.get("use_cache") is False or given.get("return_dict") is False:
             return False
         if type(self.context.mode.policy) is Forced and self.hat.config.granularity == "channel" and ids.numel() > 1:
             return False
@@ -223,101 +203,175 @@ class FastPath:
             return False
         return mask is None or mask.dim() == 2 and mask.shape == (len(ids), cache.get_seq_length() + ids.shape[1])
 
-    # -- how ----------------------------------------------------------------------------------------
+    def fits(self, cache: Cache | None) -> bool:
+        """Whether the engine can write to a cache."""
+        return type(cache) is DynamicCache and all(type(layer) in LAYERS for layer in cache.layers) and (
+            len(cache.layers) == self.hat.config.n_layers
+        )  # fmt: skip
+
+    @property
+    def forced(self) -> bool:
+        """Whether decisions differ from position to position."""
+        return Forced in (type(self.context.mode.policy), type(self.context.mode.exits))
+
+    # -- forwards -----------------------------------------------------------------------------------
 
     @property
     def _call(self) -> GenerateCall | None:
         return getattr(self._local, "call", None)
 
+    @contextmanager
+    def prompt(self, call: GenerateCall) -> Iterator[None]:
+        """A context in which forwards are a prompt's, which runs in full unless it is to spend by capacity."""
+        call.prefilled = True
+        with nullcontext() if call.gate_prompt else self.hat.dense():
+            yield
+
     def forward(self, *args, **kwargs):
         """Like `LlamaForCausalLM.forward`."""
-        call, given = self._call, dict(kwargs)
+        call, mode, given = self._call, self.context.mode, dict(kwargs)
+        if call is not None and not call.prefilled:
+            with self.prompt(call):
+                return self._reference(*args, **kwargs)
         if args:
             given["input_ids"] = args[0]
         if "past_key_values" in given:  # transformers' earlier name for it
             given["cache"] = given.pop("past_key_values")
-        out = self._step(call, given) if len(args) < 2 and self._takes(given) else None
-        if out is None:
-            if call is not None:
-                torch.set_num_threads(call.threads)
-            return self._reference(*args, **kwargs)
+        wanted = mode.engine if call is None else call.engine
+        out = None
+        if wanted and len(args) < 2 and self._takes(given) and self._why_not_now(mode) is None:
+            out = self._step(call, **{name: given.get(name) for name in ARGUMENTS})
         if call is not None:
-            torch_on_one_thread(call.threads)
-        return out
+            torch.set_num_threads(call.threads) if out is None else torch_on_one_thread(call.threads)
+        return self._reference(*args, **kwargs) if out is None else out
 
-    def _step(self, call: GenerateCall | None, given: dict) -> CausalLMOutputWithPast | None:
-        """Run what the engine `_takes`; None if it may not."""
-        known = call is not None and call.unobserved and call.last is not None and call.last[0] is self.context.mode
-        if not known:
-            if not given["cache"].get_seq_length() or call is not None and call.last is None:
-                self.hat.refresh()  # as the reference path does for the prompts that it runs
-            if self.why_not() is not None:
-                return None
-        return self._decode(call, known, **{name: given.get(name) for name in ARGUMENTS})
-
-    def _decode(self, call, known, input_ids, attention_mask, position_ids, cache, logits_to_keep, **_):
+    def _step(self, call, input_ids, attention_mask, position_ids, cache, logits_to_keep, **_):
+        """Run what the engine `_takes`; None if it cannot after all."""
         # In numpy: after a step the CPU's caches hold nothing of torch, and its operations cost several times as much.
-        mode, (b, t), start = self.context.mode, input_ids.shape, cache.get_seq_length()
-        first = np.zeros(b, np.int64)
-        position = rank = np.arange(start, start + t)[None].repeat(b, 0)
-        if attention_mask is not None and not (mask := attention_mask.numpy() != 0).all():
-            first = mask.argmax(1)
-            if not np.array_equal(mask.sum(1), start + t - first) or not mask[:, -t:].all():
-                return None  # holes, or padding on the right
-            rank = rank - first[:, None]
+        (b, t), start = input_ids.shape, cache.get_seq_length()
+        if not start and call is None:
+            self.hat.refresh()  # as the reference path does at a prompt
+        first = first_seen(attention_mask, b, t)
+        if first is None:
+            return None
+        position = rank = np.arange(start, start + t)[None] - first[:, None]
         if position_ids is not None:
             position = position_ids.numpy().repeat(b // len(position_ids), 0)
             rank = np.minimum(rank, position)
+        else:
+            position = position + first[:, None]
         kept = logits_to_keep.numpy() if isinstance(logits_to_keep, Tensor) else slice(-(logits_to_keep or 0), None)
         if (logit_rows := np.arange(b * t).reshape(b, t)[:, kept]).size > b * t:
             return None  # logits asked for twice
         protected = rank < self.hat.config.protected_tokens
-        real, rank, guarded = map(torch.from_numpy, (np.ones((b, t), bool), rank, protected))
-        state = self.hat.new_state(real, rank, start, cache, guarded)
-        if known:
-            _, decoder, decide = call.last
-        else:
-            with self._lock:
-                decoder = self.decoder
-                decide = self._decide(mode, decoder, slice(start, start + t))
-            if call is not None and Forced not in (type(mode.policy), type(mode.exits)):
-                call.last = mode, decoder, decide
-        logits, executed, depth, head = decoder.step(
+        state = self._state(rank, start, cache, protected)
+        decoder, decide = self._ready(slice(start, start + t))
+        result = decoder.step(
             input_ids.numpy(),
             cache,
             decide,
-            position=position,
-            first=first,
-            protected=protected,
+            Place(position, first, protected),
             scale=None if state.steering is None else state.steering.numpy(),
             logit_rows=logit_rows,
             threads=None if call is None else call.threads,
         )
-        token = self.hat.config.granularity == "token"
-        executed = executed[:, FFN:] if token else executed[:, : DOWN + 1] / decoder.channels
-        state.executed = torch.from_numpy(executed.astype(np.float32))
-        state.exit_layer = torch.from_numpy(depth.astype(np.int16))
-        if mode.shortlist is not None:
-            vocabulary, width = decoder.weights.head.shape
-            channels, candidates = head.reshape(2, -1).sum(1)
-            state.count_head(float(channels / width + candidates / vocabulary), logit_rows.size)
+        self._fill(state, decoder, result)
         self.hat.finish(state, cache)
-        return CausalLMOutputWithPast(logits=logits, cache=cache)
+        return CausalLMOutputWithPast(logits=result.logits, cache=cache)
 
-    @property
-    def decoder(self) -> Decoder:
-        """The packed base, as its weights were at the last prompt."""
+    def course(
+        self,
+        ids: np.ndarray,
+        cache: Cache,
+        steps: int,
+        choice: Choice | None = None,
+        *,
+        first: np.ndarray | None = None,
+        position: np.ndarray | None = None,
+        ended: np.ndarray | None = None,
+        logits: bool = False,
+        threads: int | None = None,
+    ) -> Result:
+        """Decode a token of each sequence, ``ids [B, 1]``, and those that follow it, with the decisions of the mode.
+
+        Args:
+            choice: how tokens are chosen, greedily by default.
+            first, position: of each sequence, int64 ``[B]``: the first position in the cache that it sees, 0 by
+                default, and the next one of the rotary embedding, by default that in the cache.
+            ended, logits: as for `hat_lib.engine.decoder.Decoder.course`.
+        """
+        b, start, mode = len(ids), cache.get_seq_length(), self.context.mode
+        first = np.zeros(b, np.int64) if first is None else first
+        position = np.full(b, start) if position is None else position
+        rank = np.minimum(start - first, position)
+        protected = self.hat.config.protected_tokens
+        decoder, decide = self._ready(slice(start, start + 1))
+        moving = mode.steer if mode.steer and mode.capacity < 1 and mode.control is None else 0.0
+        shares = np.zeros(FFN, np.float32)
+        if moving:
+            shares[:] = np.array(self.hat.site_work) / decoder.channels[:, 0, 0]
+        offset = steering.offsets(cache, b) if mode.steer else np.zeros(b, np.float32)
+        result = decoder.course(
+            ids,
+            cache,
+            decide,
+            Place(position[:, None], first, (rank < protected)[:, None]),
+            steps,
+            choice or GREEDY,
+            unprotected=np.maximum(protected - rank, 0),
+            steering=Steering(offset, moving, mode.layer_capacity, steering.LIMIT, shares),
+            ended=ended,
+            logits=logits,
+            threads=threads,
+        )
+        ranks = rank[:, None] + np.arange(result.exits.shape[1])
+        state = self._state(ranks, start, cache, ranks < protected)
+        self._fill(state, decoder, result)
+        if moving:
+            cache.hat_offsets = offset
+        self.hat.note(state)
+        return result
+
+    def replay(self, ids: Tensor, cache: Cache, mask: Tensor | None) -> None:
+        """See `HierarchicalTransformer.replay`."""
+        (b, tokens), start = ids.shape, cache.get_seq_length()
+        fits = b <= MAX_TOKENS and self.fits(cache) and not self.forced and self.why_not() is None
+        first = first_seen(mask, b, tokens) if fits else None
+        if first is not None:
+            known = ids.numpy()
+            following = np.concatenate([known[:, 1:], known[:, :1]], axis=1).T.copy()  # of the last, any
+            choice = GREEDY._replace(given=following)
+            self.course(known[:, :1], cache, tokens, choice, first=first, position=start - first)
+            return
+        with self.hat.engine():
+            for t, token in enumerate(ids.split(1, dim=1), start=start + 1):
+                seen = None if mask is None else mask[:, :t]
+                self.lm(input_ids=token, attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1)
+
+    def _state(self, rank: np.ndarray, start: int, cache: Cache, protected: np.ndarray) -> TokenState:
+        real = torch.ones(rank.shape, dtype=torch.bool)
+        return self.hat.new_state(real, torch.from_numpy(rank), start, cache, torch.from_numpy(protected))
+
+    def _fill(self, state: TokenState, decoder: Decoder, result: Result) -> None:
+        """What a result says, in a state."""
+        token = self.hat.config.granularity == "token"
+        executed = result.kept[:, FFN:] if token else result.kept[:, : DOWN + 1] / decoder.channels
+        state.executed = torch.from_numpy(executed.astype(np.float32))
+        state.exit_layer = torch.from_numpy(result.exits.astype(np.int16))
+        if self.context.mode.shortlist is not None:
+            vocabulary, width = decoder.weights.head.shape
+            channels, candidates = result.head.reshape(2, -1).sum(1)
+            state.count_head(float(channels / width + candidates / vocabulary), result.head[0].size)
+
+    def _ready(self, window: slice) -> tuple[Decoder, Decisions]:
+        """The packed base, as its weights were at the last prompt, and the mode's decisions for these positions."""
         mode = self.context.mode
-        # Where adaptive forwards are corrected, the uncorrected copy serves the dense model.
-        gates_head = self.hat.has_shortlist and bool(mode.corrected) == bool(len(self.hat.corrections))
-        merged = mode.corrected if self.hat.config.granularity == "channel" else 0.0
-        key = mode.weights or self.form, merged, gates_head or mode.shortlist is not None
-        if key not in self._decoders:
-            for other in [k for k in self._decoders if merged and k[0] == key[0] and k[1]]:
-                del self._decoders[other]  # of another strength: there is only one corrected copy per form
-            corrections = self.hat.corrections if merged else None
-            self._decoders[key] = Decoder(self.lm, key[0], corrections, strength=merged, preview=key[2])
-        return self._decoders[key]
+        key = mode.weights or self.form, self.hat.has_shortlist
+        with self._lock:
+            if key not in self._decoders:
+                corrections = self.hat.corrections if self.hat.config.granularity == "channel" else None
+                self._decoders[key] = Decoder(self.lm, key[0], corrections or None, preview=key[1])
+            return self._decoders[key], self._decide(mode, self._decoders[key], window)
 
     def _decide(self, mode: Mode, decoder: Decoder, window: slice) -> Decisions:
         """The mode's decisions as arrays, for tokens at these positions in the cache."""
@@ -336,13 +390,19 @@ class FastPath:
         return self._decisions[key]
 
 
+def _hooks(module: nn.Module) -> list:
+    """A module's hooks, without those that transformers leaves once hidden states have been asked for."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return [hook for hook in hooks if getattr(hook, "__module__", None) != output_capturing.__name__]
+
+
 def warm() -> None:
-    """Compile the decode step for bases in float32 and bfloat16, unless already cached; takes some twenty seconds."""
+    """Compile the engine for bases in float32 and bfloat16, unless already cached; takes some twenty seconds."""
     if UNAVAILABLE is None:
         config = LlamaConfig(
             vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8
         )
+        one = np.zeros((1, 1), np.int64)
         for dtype in (torch.float32, torch.bfloat16):
-            decoder, one = Decoder(LlamaForCausalLM(config).to(dtype)), np.zeros((1, 1), np.int64)
-            cache, everything = DynamicCache(config=config), decoder.keep_everything()
-            decoder.step(one, cache, everything, position=one, first=one[0], protected=one.astype(bool))
+            decoder, cache = Decoder(LlamaForCausalLM(config).to(dtype)), DynamicCache(config=config)
+            decoder.step(one, cache, decoder.keep_everything(), Place(one, one[0], one.astype(bool)))

@@ -49,8 +49,12 @@ class Mode:
     """gain of steering; 0 leaves thresholds where they are"""
     compact: bool = True
     """leave out rows that a layer does not run; else compute everything and multiply by the masks"""
+    engine: bool = False
+    """use the engine for forwards of a few tokens, outside generate as well"""
     reference: bool = False
     """never use the engine"""
+    last_only: bool = False
+    """a prompt's tokens but the last get only K and V in the last layer"""
     weights: str | None = None
     """format of the engine's weights; None for the model's own"""
     record: bool = False
@@ -242,6 +246,11 @@ class Modes:
         if not self.grain.scales_thresholds:
             raise HatError(f"the thresholds of the {self.grain.name} grain cannot be steered")
         return self.changed(steer=check_fraction("gain", gain, 0.0, 1.0))
+
+    def engine(self) -> AbstractContextManager[Self]:
+        """Forwards of up to eight tokens, with a cache, on the engine if it may: for decoding loops of one's own. What
+        is done to the base (hooks, adapters) inside is not noticed."""
+        return self.changed(engine=self._fast.why_not() is None)
 
     def reference(self) -> AbstractContextManager[Self]:
         """Every forward on the reference path, as if there were no engine."""

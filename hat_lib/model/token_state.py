@@ -184,6 +184,7 @@ class TokenState:
             routed=any(s.routed for s in states),
             gated=any(s.gated for s in states),
             corrected=any(s.corrected for s in states),
+            head_work=max(s.head_work for s in states),
             executed=torch.cat([s.site_share for s in states], dim=-1),
             alive=None,
             masks=None,

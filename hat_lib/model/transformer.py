@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from hat_lib.backbone.base import Base, fingerprint, load_base
 from hat_lib.config import HatConfig, HatError
+from hat_lib.engine.arrays import Choice
 from hat_lib.model import head
 from hat_lib.model.checkpoint import (
     Checkpoint,
@@ -98,7 +99,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         self._refreshing = threading.Lock()
         self._context = Context([Mode() if calibration is None else Mode(config.capacity, config.exit_rate)])
         self._fast = FastPath(self, self._context)
-        self.layers = [AdaptiveLayer(layer, i, self._context) for i, layer in enumerate(layers)]
+        self.layers = [AdaptiveLayer(layer, i, self._context, layer is layers[-1]) for i, layer in enumerate(layers)]
         self.calibration = calibration
         self._attach()
         self.capacity = self._context.mode.capacity  # warns about a grain that loses much
@@ -200,6 +201,17 @@ class HierarchicalTransformer(Modes, nn.Module):
         """What would run the next decode step of ``lm.generate``, and why."""
         return self._fast.describe()
 
+    def course(self, ids: np.ndarray, cache: Cache, steps: int, choice: Choice, **given):
+        """Decode several tokens in one call of the engine, as `FastPath.course`; None if it may not run."""
+        ready = self._fast.why_not() is None and self._fast.fits(cache) and not self._fast.forced
+        return self._fast.course(ids, cache, steps, choice, **given) if ready else None
+
+    @torch.inference_mode()
+    def replay(self, ids: Tensor, cache: Cache, mask: Tensor | None = None) -> None:
+        """Decode a known text, int64 ``[B, T]``, a token at a time, as ``lm.generate`` decodes its own: to time it, or
+        to see its trace. ``mask [B, T in the cache and here]`` is 0 at left padding."""
+        self._fast.replay(ids, cache, mask)
+
     # -- what happens in a forward -----------------------------------------------------------------
 
     @property
@@ -287,11 +299,16 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     def finish(self, state: TokenState, cache: Cache | None) -> None:
         """Called when a forward has run to its end."""
-        mode, self._context.last = self._context.mode, state
+        mode = self._context.mode
         if mode.steer and mode.capacity < 1 and mode.control is None:
             move(cache, state, mode.layer_capacity, mode.steer)
-        if mode.states is not None:
-            mode.states.append(state)
+        self.note(state)
+
+    def note(self, state: TokenState) -> None:
+        """Keep the state of a forward that has ended."""
+        self._context.last = state
+        if self._context.mode.states is not None:
+            self._context.mode.states.append(state)
 
     @torch.compiler.disable
     def _end(self, module, args, output):

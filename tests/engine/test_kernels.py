@@ -6,7 +6,7 @@ import torch
 from four_bits_read import unpacked
 
 from hat_lib.engine import four_bits, kernels
-from hat_lib.engine.arrays import PIECE
+from hat_lib.engine.arrays import SECTION
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add, encode
 from hat_lib.engine.kernels import dots, keep
@@ -100,14 +100,14 @@ def test_skipped_and_zero_channels_give_the_same_bits(weights, x, threshold):
 def test_shortlist(weights, x):
     head, preview = np.ascontiguousarray(weights.T), np.random.default_rng(2).normal(size=OUTPUTS).astype(np.float32)
     scale = np.linspace(1, 2, OUTPUTS if weights.dtype == np.int8 else 0, dtype=np.float32)
-    full, candidates = np.empty((1, OUTPUTS), np.float32), np.zeros(PIECE, np.int64)
+    full, candidates = np.empty((1, OUTPUTS), np.float32), np.zeros(SECTION, np.int64)
     dots(head, scale, x[:1], full, 0, OUTPUTS)
     for floor in (-0.5, 1.0, 9.0):
         likely = preview >= floor
         for team in (1, 3):
             logits = np.full(OUTPUTS, np.nan, np.float32)
             found = [shortlist(head, scale, x[0], preview, floor, candidates, logits, t, team) for t in range(team)]
-            assert sum(found) == likely.sum() and (floor > 0 or likely.sum() > 3 * PIECE)
+            assert sum(found) == likely.sum() and (floor > 0 or likely.sum() > 3 * SECTION)
             np.testing.assert_allclose(logits, np.where(likely, full[0], preview), rtol=1e-5, atol=1e-4)
 
 

@@ -34,7 +34,7 @@ def counted(size=2, run=None):
     return bool((seen[0] == np.arange(1, 201) * (total[0] // 200)).all())
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 4])
 def test_threads_meet(size):
     assert counted(size, Team(size).run)
 
@@ -79,12 +79,10 @@ def test_python_threads_take_turns():
     assert found == [True] * 4
 
 
-@pytest.mark.parametrize(("threads", "cores"), [(64, 1), (1, 64), (0, 64)])
-def test_no_more_threads_than_asked_for_or_cores(monkeypatch, threads, cores):
-    asked = []
+@pytest.mark.parametrize(("threads", "cores", "size"), [(64, 1, 1), (1, 64, 1), (0, 64, 1), (3, 64, 2), (64, 12, 8)])
+def test_size(monkeypatch, threads, cores, size):
     monkeypatch.setattr(team, "cores", lambda: cores)
-    team.run(lambda t, size, barrier: asked.append((t, size)), (), threads)
-    assert asked == [(0, 1)]
+    assert team.size(threads) == size
 
 
 def sizes(most, lost, steps):

@@ -23,6 +23,7 @@ from hat_lib.config import HatConfig, HatError
 from hat_lib.evaluation.controls import RandomExits
 from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.model.policies import Random
+from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 
 pytestmark = [
@@ -47,9 +48,11 @@ def channel_hat():
     return active("channel")
 
 
-def stepwise(lm, ids):
-    cache = DynamicCache(config=lm.config)
-    return torch.cat([lm(input_ids=step, cache=cache, use_cache=True).logits for step in ids.split(1, dim=1)], 1)
+def stepwise(hat, ids):
+    cache = DynamicCache(config=hat.lm.config)
+    with hat.engine():
+        parts = [hat.lm(input_ids=step, cache=cache, use_cache=True).logits for step in ids.split(1, dim=1)]
+    return torch.cat(parts, 1)
 
 
 def close(a, b, tol=1e-5):
@@ -58,7 +61,7 @@ def close(a, b, tol=1e-5):
 
 def states(hat, ids):
     with hat.collect() as found:
-        logits = stepwise(hat.lm, ids)
+        logits = stepwise(hat, ids)
     return logits, found
 
 
@@ -98,10 +101,11 @@ def test_left_padding_is_not_seen(hat, ids):
     mask[0, :4] = mask[1, :1] = 0
     padded, cache, out = torch.nn.functional.pad(ids, (4, 0)), DynamicCache(config=hat.lm.config), []
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    for t in range(18):
-        given = {"attention_mask": mask[:, : t + 1], "position_ids": position[:, t : t + 1]}
-        out.append(hat.lm(padded[:, t : t + 1], cache=cache, use_cache=True, **given).logits)
-        assert (hat.trace.executed is not None) == (t >= 4)  # the engine does not run padded tokens
+    with hat.engine():
+        for t in range(18):
+            given = {"attention_mask": mask[:, : t + 1], "position_ids": position[:, t : t + 1]}
+            out.append(hat.lm(padded[:, t : t + 1], cache=cache, use_cache=True, **given).logits)
+            assert (hat.trace.executed is not None) == (t >= 4)  # the engine does not run padded tokens
     with hat.reference():
         expected = hat.lm(padded, attention_mask=mask, position_ids=position).logits
     close(torch.cat(out, 1)[mask.bool()], expected[mask.bool()])
@@ -114,11 +118,6 @@ def hook(hat):
 def adapter(hat):
     mlp = hat.lm.model.layers[1].mlp
     mlp.up_proj = torch.nn.Sequential(mlp.up_proj)
-
-
-def parameter(hat):
-    linear = hat.lm.model.layers[1].mlp.up_proj
-    linear.weight = torch.nn.Parameter(linear.weight * 2)
 
 
 def foreign_forward(hat):
@@ -138,7 +137,7 @@ def fewer_layers(hat):
     hat.lm.config.num_hidden_layers = 3
 
 
-@pytest.mark.parametrize("change", [hook, adapter, parameter, foreign_forward, float16, training, fewer_layers])
+@pytest.mark.parametrize("change", [hook, adapter, foreign_forward, float16, training, fewer_layers])
 def test_changed_models_run_on_the_reference_path(channel_hat, ids, change):
     assert channel_hat.decoding.startswith("engine (float32, ")
     change(channel_hat)
@@ -182,9 +181,12 @@ def test_calls_that_run_on_the_reference_path(channel_hat, ids, given):
     hat = channel_hat
     if "labels" in given:
         given = {"labels": ids[:, :1]}
-    hat.lm(ids[:, :1], **{"cache": DynamicCache(config=hat.lm.config), "use_cache": True} | given)
-    assert hat.trace.executed is None
-    hat.lm(ids[:1, :9], cache=DynamicCache(config=hat.lm.config), use_cache=True)  # one row more than the engine takes
+    with hat.engine():
+        hat.lm(ids[:, :1], **{"cache": DynamicCache(config=hat.lm.config), "use_cache": True} | given)
+        assert hat.trace.executed is None
+        hat.lm(ids[:1, :9], cache=DynamicCache(config=hat.lm.config), use_cache=True)  # one row too many
+        assert hat.trace.executed is None
+    hat.lm(ids[:, :1], cache=DynamicCache(config=hat.lm.config), use_cache=True)  # neither asked for nor in generate
     assert hat.trace.executed is None
     assert all(on_engine(hat, ids)), "hooks that transformers leaves for hidden states do not count"
 
@@ -194,7 +196,7 @@ def test_calls_that_run_on_the_reference_path(channel_hat, ids, given):
 def test_logits_to_keep(ids, capacity, keep):
     hat, some = gating(), torch.tensor([[7, 11, 13], [17, 19, 23]])
     kept = keep if isinstance(keep, torch.Tensor) else slice(-keep, None)
-    with hat.at(capacity):
+    with hat.at(capacity), hat.engine():
         every = hat.lm(some, cache=DynamicCache(config=hat.lm.config)).logits
         shares = torch.tensor([state.head_share for state in states(hat, some)[1]])
         cache = DynamicCache(config=hat.lm.config)
@@ -222,6 +224,9 @@ def test_without_numba_everything_works():
 CHANGES = {
     "weight": lambda hat: hat.lm.model.layers[1].mlp.up_proj.weight.data.mul_(1.5),
     "rotary": lambda hat: hat.lm.model.rotary_emb.inv_freq.mul_(2),
+    "parameter": lambda hat: setattr(
+        hat.lm.model.layers[1].mlp.up_proj, "weight", torch.nn.Parameter(2 * hat.lm.model.layers[1].mlp.up_proj.weight)
+    ),
     "head": lambda hat: setattr(hat.lm.lm_head, "weight", torch.nn.Parameter(2 * hat.lm.lm_head.weight)),
     "routers": lambda hat: [p.data.add_(0.3) for p in hat.hat_parameters().values()],
 }
@@ -229,14 +234,14 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_are_followed(hat, ids, change):
-    before = stepwise(hat.lm, ids)
+    before = stepwise(hat, ids)
     CHANGES[change](hat)
     warned = pytest.warns(UserWarning, match="changed under the model")
-    with warned if change in ("weight", "head") else nullcontext():
-        after = stepwise(hat.lm, ids)
+    with warned if change in ("weight", "parameter", "head") else nullcontext():
+        after = stepwise(hat, ids)
     assert float((after - before).abs().max()) > 1e-2
     with hat.reference():
-        close(after, stepwise(hat.lm, ids))
+        close(after, stepwise(hat, ids))
     assert hat.base.fingerprint == fingerprint(hat.lm)
 
 
@@ -246,17 +251,17 @@ def test_weights_in_fewer_bits(channel_hat, ids, form, size):
     if form == "q4":  # against a base with the same weights, only inputs in eight bits differ
         round_weights(hat.lm)
     assert hat.packed_bytes == 0
-    before = stepwise(hat.lm, ids)
+    before = stepwise(hat, ids)
     full = hat.packed_bytes
     with hat.changed(weights=form):
-        assert hat.decoding.startswith(f"engine ({form}, ") and not torch.equal(stepwise(hat.lm, ids), before)
-    assert torch.equal(stepwise(hat.lm, ids), before)
+        assert hat.decoding.startswith(f"engine ({form}, ") and not torch.equal(stepwise(hat, ids), before)
+    assert torch.equal(stepwise(hat, ids), before)
     hat.weight_format = form
     with hat.dense():  # decisions would depend on the last bit
-        found = stepwise(hat.lm, ids)
+        found = stepwise(hat, ids)
         assert 0 < hat.packed_bytes < size * full
         with hat.reference():
-            near = stepwise(hat.lm, ids)
+            near = stepwise(hat, ids)
     assert 0 < float((found - near).abs().mean()) < 0.05 * float(near.abs().mean())
 
 
@@ -281,17 +286,17 @@ def test_rows_alone_and_tokens_in_pieces_give_the_same_bits(hat, ids, form):
         assert torch.equal(alone[0], together[r])
         assert torch.equal(type(own[0]).cat(own).site_share[..., 0, :], type(ours[0]).cat(ours).site_share[..., r, :])
     cache = DynamicCache(config=hat.lm.config)
-    with hat.collect() as found:
+    with hat.collect() as found, hat.engine():
         pieces = [hat.lm(piece, cache=cache, use_cache=True).logits for piece in ids[:1].split(7, dim=1)]
     assert torch.equal(torch.cat(pieces, 1), together[:1]) and all(s.executed is not None for s in found)
 
 
 def test_copy_goes_on_and_unloading_leaves_nothing(hat, ids):
-    twin, expected = copy.deepcopy(hat), stepwise(hat.lm, ids)
+    twin, expected = copy.deepcopy(hat), stepwise(hat, ids)
     base = hat.unload()
     assert hat.packed_bytes == 0 and not {"forward", "generate"} & set(vars(base.model))
     assert all(on_engine(twin, ids))
-    close(stepwise(twin.lm, ids), expected)
+    close(stepwise(twin, ids), expected)
 
 
 class Listener(StoppingCriteria):
@@ -321,8 +326,8 @@ class TestGenerate:
 
     @pytest.mark.parametrize(
         "settings",
-        [{}, {"do_sample": True, "top_k": 20}, {"repetition_penalty": 1.3}, {"num_beams": 2}],
-        ids=["greedy", "sampled", "penalty", "beams"],
+        [{}, {"repetition_penalty": 1.3}, {"min_new_tokens": 9, "eos_token_id": 7}, {"num_beams": 2}],
+        ids=["greedy", "penalty", "shortest", "beams"],
     )
     def test_same_text(self, hat, ids, settings):
         assert torch.equal(*self.both(hat, ids, **settings))
@@ -339,11 +344,42 @@ class TestGenerate:
         assert found[0, 14:].tolist() == [7, 7, 7] and torch.equal(found, expected)
         assert capsys.readouterr().out.strip()
 
-    def test_hook_added_between_tokens_counts_from_the_next(self, channel_hat, ids):
+    def test_hook_added_between_tokens_counts_from_the_next_call(self, channel_hat, ids):
         listener = Listener(lambda: hook(channel_hat))
-        with channel_hat.collect() as found:
-            channel_hat.lm.generate(ids[:1], stopping_criteria=[listener], **GREEDY)
-        assert [state.executed is not None for state in found] == [False, True, *[False] * 6]
+        for on_engine in (True, False):
+            with channel_hat.collect() as found:
+                channel_hat.lm.generate(ids[:1], stopping_criteria=[listener], **GREEDY)
+            assert [state.executed is not None for state in found] == [False, *[on_engine] * 7]
+
+    @pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_p": 0.9}], ids=["greedy", "sampled"])
+    def test_prompt_in_full(self, hat, ids, settings):
+        plain, given = tiny().model, {"cache": DynamicCache(config=hat.lm.config)} | GREEDY | settings
+        torch.manual_seed(3)
+        with hat.collect() as found:
+            text = hat.lm.generate(ids, **given)
+        torch.manual_seed(3)
+        assert torch.equal(hat.lm.generate(ids, **GREEDY | settings), text)
+        expected = plain(ids, use_cache=True).cache.layers
+        for layer, other in zip(given["cache"].layers, expected, strict=True):
+            close(layer.keys[:, :, :14], other.keys)
+        whole = TokenState.cat(found)
+        assert found[0].tokens == 14 and whole.tokens == 21 and found[0].site_share[:-1].eq(1).all()
+        assert TokenState.cat(found[1:]).capacity < 1
+        gated = hat.lm.generate(ids, gate_prompt=True, **GREEDY)
+        with hat.reference():
+            assert torch.equal(hat.lm.generate(ids, gate_prompt=True, **GREEDY), gated)
+
+    def test_replay_is_what_generate_ran(self, hat, ids):
+        with hat.collect() as found:
+            text = hat.lm.generate(ids[:1], **GREEDY)
+        cache = DynamicCache(config=hat.lm.config)
+        with hat.dense():
+            hat.lm(ids[:1], cache=cache, use_cache=True)
+        with hat.collect() as again:
+            hat.replay(text[:, 14:-1], cache)
+        expected = TokenState.cat(found[1:])
+        assert torch.equal(again[0].site_share, expected.site_share)
+        assert torch.equal(again[0].exit_layer, expected.exit_layer) and cache.get_seq_length() == 21
 
     def test_torch_has_its_threads_back(self, channel_hat, ids):
         def fail():
@@ -391,6 +427,6 @@ def test_token_grain_never_skips_layer_0(ids):
     hat = HierarchicalTransformer(base, HatConfig.published(base, exit_layers=()))
     everything = dict.fromkeys(((i, "ffn") for i in range(hat.config.n_layers)), float("inf"))
     with hat.changed(own_policy=hat.threshold_policy(everything)):
-        stepwise(hat.lm, ids)
+        stepwise(hat, ids)
     share = hat.trace.site_share
     assert hat.trace.executed is not None and share[0].eq(1).all() and not share[1:].any()

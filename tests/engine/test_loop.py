@@ -1,0 +1,133 @@
+"""The loop over tokens: the same tokens as step by step, chosen as transformers chooses them."""
+
+import numpy as np
+import pytest
+import torch
+from test_decoder import llama, steps
+from transformers import DynamicCache
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from hat_lib.engine.arrays import GREEDY
+from hat_lib.engine.compiling import compiled
+from hat_lib.engine.decoder import Decoder, Place
+from hat_lib.engine.loop import draw
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.fixture
+def decoder():
+    return Decoder(llama())
+
+
+def course(decoder, ids, count, cache=None, padding=None, **choice):
+    """``count`` tokens after ``ids [B, T]``, and the cache; ``padding [B]`` tokens on the left of each are not seen."""
+    cache = DynamicCache(config=decoder.lm.config) if cache is None else cache
+    first = np.zeros(len(ids), np.int64) if padding is None else padding
+    start, decide = cache.get_seq_length(), decoder.keep_everything()
+    if ids.shape[1] > 1:
+        real = torch.arange(ids.shape[1])[None] >= torch.from_numpy(first)[:, None]
+        decoder.lm(ids[:, :-1], attention_mask=real[:, :-1].long(), cache=cache, use_cache=True,
+                   position_ids=(real.cumsum(1) - 1).clamp(min=0)[:, :-1])  # fmt: skip
+        start = cache.get_seq_length()
+    place = Place((start - first)[:, None], first, np.zeros((len(ids), 1), bool))
+    last, none = ids[:, -1:].numpy(), np.zeros(len(ids), np.int64)
+    return decoder.course(last, cache, decide, place, count, GREEDY._replace(**choice), unprotected=none), cache
+
+
+@pytest.fixture
+def ids():
+    return torch.from_numpy(np.random.default_rng(0).integers(1, 101, (3, 12)))
+
+
+def test_greedy_is_step_by_step(decoder, ids):
+    found, _ = course(decoder, ids, 40)  # more than a piece of the context
+    cache, token = DynamicCache(config=decoder.lm.config), ids[:, -1:]
+    decoder.lm(ids[:, :-1], cache=cache, use_cache=True)
+    for t in range(40):
+        token = steps(decoder, token, cache).argmax(-1)
+        assert token[:, 0].tolist() == found.ids[:, t].tolist()
+    plain = decoder.lm.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert plain[:, 12:].tolist() == found.ids.tolist()
+
+
+def test_in_several_calls_alone_and_padded(decoder, ids):
+    together, _ = course(decoder, ids, 20)
+    begun, cache = course(decoder, ids, 7)
+    rest, _ = course(decoder, torch.from_numpy(begun.ids[:, -1:].copy()), 13, cache)
+    assert np.array_equal(np.concatenate([begun.ids, rest.ids], 1), together.ids)
+    for row in range(3):
+        assert np.array_equal(course(decoder, ids[row : row + 1], 20)[0].ids[0], together.ids[row])
+    padding = np.array([0, 3, 11])
+    padded, _ = course(decoder, ids, 20, padding=padding)
+    for row in range(3):
+        assert np.array_equal(course(decoder, ids[row : row + 1, padding[row] :], 20)[0].ids[0], padded.ids[row])
+
+
+def test_known_tokens(decoder, ids):
+    known = np.arange(8 * 3).reshape(8, 3)
+    found, cache = course(decoder, ids, 8, given=known)
+    text = torch.cat([ids, torch.from_numpy(known.T)], 1)[:, :-1]
+    plain = DynamicCache(config=decoder.lm.config)
+    decoder.lm(text, cache=plain, use_cache=True)
+    assert cache.get_seq_length() == text.shape[1] and found.exits.shape == (3, 8)
+    assert torch.allclose(cache.layers[-1].keys, plain.layers[-1].keys, atol=1e-5)
+
+
+def test_ends(decoder, ids):
+    free = course(decoder, ids, 30)[0].ids
+    stop = int(free[0, 9])
+    ended = course(decoder, ids, 30, stops=np.array([stop]), pad=100)[0].ids
+    for row, expected in zip(ended, free, strict=True):
+        end = [*expected, stop].index(stop) + 1
+        assert row[:end].tolist() == expected[:end].tolist()[: len(row)] and set(row[end:].tolist()) <= {100}
+    late = course(decoder, ids, 30, stops=np.array([stop]), earliest=20)[0].ids
+    assert stop not in late[:, :20]
+
+
+@compiled()
+def drawn(logits, choice, out):
+    for k in range(out.shape[0]):
+        out[k] = draw(logits, logits.max(), 0, choice, k, np.empty(logits.shape[0], np.float32))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.6},
+        {"top_k": 7},
+        {"top_p": 0.7},
+        {"min_p": 0.2},
+        {"top_k": 9, "top_p": 0.8, "min_p": 0.1, "temperature": 1.5},
+    ],
+    ids=str,
+)
+def test_distribution(settings):
+    """Draws at evenly spaced uniform numbers are as frequent as transformers' processors make them likely."""
+    count, logits = 20_000, torch.from_numpy(np.random.default_rng(3).normal(0, 2, (1, 40)).astype("f4"))
+    makers = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper,
+              "min_p": MinPLogitsWarper}  # fmt: skip
+    processors = LogitsProcessorList([maker(settings[name]) for name, maker in makers.items() if name in settings])
+    expected = processors(torch.zeros(1, 1, dtype=torch.long), logits.clone()).softmax(-1)[0]
+    given = {name: value if name == "top_k" else np.float32(value) for name, value in settings.items()}
+    uniform = ((np.arange(count) + 0.5) / count)[:, None]
+    out = np.zeros(count, np.int64)
+    drawn(logits[0].numpy(), GREEDY._replace(sample=True, uniform=uniform, **given), out)
+    found = np.bincount(out, minlength=40) / count
+    assert np.abs(found - expected.numpy()).max() < 2 / count + 1e-5
+
+
+def test_repetition_penalty(decoder, ids):
+    seen = np.zeros((3, 101), bool)
+    seen[np.arange(3)[:, None], ids.numpy()] = True
+    found, _ = course(decoder, ids, 20, penalty=np.float32(1.5), seen=seen)
+    plain = decoder.lm.generate(ids, max_new_tokens=20, do_sample=False, repetition_penalty=1.5, pad_token_id=0,
+                                eos_token_id=None)  # fmt: skip
+    assert plain[:, 12:].tolist() == found.ids.tolist()
