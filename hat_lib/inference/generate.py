@@ -26,7 +26,6 @@ from hat_lib.backbone.base import load_base
 from hat_lib.config import HatError, check_count
 from hat_lib.inference.self_speculative import Speculation, speculate, stop_tokens
 from hat_lib.inference.speed import (
-    BURST,
     SpeedCurve,
     check_target,
     check_versus,
@@ -74,7 +73,8 @@ class Generation:
     requested_capacity: float
     requested_exit_rate: float
     capacity: float
-    """realised over prompts and new tokens, like the next two; in lossless mode over drafts (nan without any)"""
+    """realised over the new tokens that were read, like the next two, and over the prompt's with ``gate_prompt``; in
+    lossless mode over drafts (nan without any)"""
     exit_rate: float
     exit_histogram: dict[int, int]
     """layers run -> tokens that ran that many"""
@@ -141,7 +141,8 @@ class AdaptiveInference:
             temperature: 0 takes the likeliest token; above 0 samples from the whole distribution.
             measure: take a few seconds to measure the realised speedup afterwards; None does so with a target and in
                 lossless mode.
-            streamer, settings: as for transformers' `generate`; no settings in lossless mode.
+            streamer, settings: as for ``hat.lm.generate``, which takes ``gate_prompt=True`` besides what transformers'
+                takes; no settings in lossless mode.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self._check(prompts, capacity, target_speedup, mode, settings)
@@ -203,6 +204,7 @@ class AdaptiveInference:
         if temperature:
             how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         how |= settings
+        length, gate_prompt = inputs.input_ids.shape[1], settings.get("gate_prompt", False)
         with ExitStack() as stack:
             states = stack.enter_context(hat.collect())
             stack.enter_context(torch.inference_mode())
@@ -215,19 +217,30 @@ class AdaptiveInference:
             seconds = time.perf_counter() - began
         real = self._real(ids, inputs.attention_mask)
         if settings.get("num_beams", 1) > 1 or len(states[0].real) != len(ids):
-            # Beam search also leaves the forwards of discarded beams: run what is in ``ids`` once more.
-            with torch.inference_mode():
-                hat.lm.model(input_ids=ids[:, :-1], attention_mask=real[:, :-1].long(), use_cache=False)
-            trace = hat.trace
-        else:
-            trace = TokenState.cat(states)
-            trace.real = trace.real & real[:, 1:]  # steps run only for the sake of other rows do not count
-        length, realised = inputs.input_ids.shape[1], None
-        if measure and ids.shape[1] - length > 3 and ids.shape[1] >= 4 * BURST:
+            states = self._rerun(ids, real, length, gate_prompt)  # without the forwards of discarded beams
+        trace = TokenState.cat(states)
+        trace.real = trace.real & real[:, 1:]  # steps run only for the sake of other rows do not count
+        spent = trace
+        if len(states) > 1 and not gate_prompt:
+            spent = TokenState.cat(states[1:])
+            spent.real = trace.real[:, -spent.tokens :]
+        realised = None
+        if measure and ids.shape[1] - length > 3:
             realised = timed(hat, self._reference, ids, real.long() if not bool(real.all()) else None)
         cost = state_cost(hat, trace)
         shares = {"token_share": (cost.executed / cost.dense).float(), "model_share": cost.model_share}
-        return self._generation("adaptive", ids, real, length, seconds, trace, realised_speedup=realised, **shares)
+        return self._generation("adaptive", ids, real, length, seconds, spent, realised_speedup=realised, **shares)
+
+    @torch.inference_mode()
+    def _rerun(self, ids: Tensor, real: Tensor, length: int, gate_prompt: bool) -> list[TokenState]:
+        """States of prompt and new tokens, if they are run once more."""
+        hat, cache, mask = self.hat, DynamicCache(config=self.hat.lm.config), real.long()
+        with hat.collect() as states:
+            with nullcontext() if gate_prompt else hat.dense():
+                hat.lm.model(input_ids=ids[:, :length], attention_mask=mask[:, :length], cache=cache, use_cache=True)
+            if ids.shape[1] > length + 1:
+                hat.lm.model(input_ids=ids[:, length:-1], attention_mask=mask[:, :-1], cache=cache, use_cache=True)
+        return states
 
     def _lossless(self, inputs, max_new_tokens, temperature, seed, measure, streamer, _) -> Generation:
         """One prompt after another; results are combined with the same padding as in `_adaptive`."""

@@ -37,8 +37,8 @@ TARGET_MAX = 10.0
 CAPACITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ROUNDS = 3
 """passes over all capacities: a machine drifts, and the first turn of a process is slow"""
-CONTEXT, STEPS, BURST = 64, 28, 4
-"""tokens in the cache; tokens decoded, so many a turn, the first turn to warm up"""
+CONTEXT, STEPS, TURNS = 64, 28, 7
+"""tokens in the cache; tokens decoded, in so many turns, the first to warm up"""
 
 
 @dataclass
@@ -208,22 +208,24 @@ def timed(hat: HierarchicalTransformer, reference: tuple, ids: Tensor, mask: Ten
     """Speedup of ``hat`` as it is set over a reference, at the same decode steps over the last tokens of ``ids``.
 
     All but the last `STEPS` tokens, or half of them if they are few, are first put into the cache by ``hat`` as it is
-    set. Both then take turns at the same `BURST` tokens after the same cache. Returns the median of the ratios or,
+    set. Both then take turns at the same few tokens after the same cache. Returns the median of the ratios or,
     where tokens exit, the ratio of the means: one token in ten leaving early would not show in a median.
 
     Args:
         reference: ``(model, around)``: a model, and a function that makes the context to run it in.
-        ids: int64 ``[B, T]``, T at least four times `BURST`; tokens are forced.
+        ids: int64 ``[B, T]``, at least four tokens; they are forced.
         mask: ``[B, T]``, 0 at padding.
     """
-    bursts = min(STEPS, ids.shape[1] // 2) // BURST - 1
-    context = ids.shape[1] - BURST * (bursts + 1)
+    steps = min(STEPS, ids.shape[1] // 2)
+    tokens = max(1, steps // TURNS)
+    bursts = steps // tokens - 1
+    context = ids.shape[1] - tokens * (bursts + 1)
     cache = DynamicCache(config=hat.lm.config)
 
     def burst(v: Variant) -> float:
-        start = context + BURST * len(v.times)
+        start = context + tokens * len(v.times)
         cache.crop(start - cache.get_seq_length())
-        began, end = now(v.model), start + BURST
+        began, end = now(v.model), start + tokens
         replay(v.model, ids[:, start:end], cache, None if mask is None else mask[:, :end])
         return now(v.model) - began
 

@@ -60,26 +60,31 @@ def test_bad_targets(value):
 
 
 def test_both_take_turns_on_the_same_tokens(hat, monkeypatch):
-    """A clock that the reference advances by 3 and the model by 1 or, at its last step, where a token exits, by 1/2."""
-    clock, seen, run = [0.0], [], hat.lm.forward
-    monkeypatch.setattr(module, "now", lambda lm: clock[0])
-    monkeypatch.setattr(module, "WARM", 2)
-    ids = torch.arange(10, 22)[None]
+    """A clock that the reference advances by 3 a token and the model by 1 or, at its last, where one exits, by 1/2."""
+    clock, seen = [0.0], []
+    monkeypatch.setattr(module, "now", lambda model: clock[0])
+    ids = torch.arange(10, 10 + 2 * module.STEPS)[None]
+    each, last = module.STEPS // module.TURNS, len(ids[0]) - 1
 
-    def forward(input_ids, cache, **rest):
-        if len(input_ids[0]) == 1:
-            who, at = hat.capacity, cache.get_seq_length()
-            seen.append((who, int(input_ids), at))
-            clock[0] += 3 if who == 1 else 1 - 0.5 * (at == 11)
-        return run(input_ids=input_ids, cache=cache, **rest)
+    def replay(model, ids, cache, mask):
+        start = cache.get_seq_length()
+        seen.append((hat.capacity, ids[0].tolist(), start))
+        exits = hat.capacity < 1 and int(ids[0, -1]) == 10 + last
+        clock[0] += ids.shape[1] * (3 if hat.capacity == 1 else 1) - 0.5 * exits
+        model.replay(ids, cache, mask)
 
-    monkeypatch.setattr(hat.lm, "forward", forward)
+    monkeypatch.setattr(module, "replay", replay)
     with hat.at(0.5):
-        assert timed(hat, (hat.lm, hat.dense), ids) == 3.0, "the median of the ratios"
-    assert sorted(seen) == sorted((who, at + 10, at) for who in (0.5, 1.0) for at in range(6, 12))
-    assert [who for who, _, _ in seen[2:4]] == [who for who, _, _ in seen[1::-1]]
+        assert timed(hat, (hat, hat.dense), ids) == 3.0, "the median of the ratios"
+    starts = range(module.STEPS, 2 * module.STEPS, each)
+    expected = [(c, [*range(10 + at, 10 + at + each)], at) for c in (0.5, 1.0) for at in starts]
+    assert sorted(seen) == sorted(expected)
+    assert [c for c, *_ in seen[2:4]] == [c for c, *_ in seen[1::-1]]
     with hat.at(0.5, 0.2):
-        assert timed(hat, (hat.lm, hat.dense), ids) == pytest.approx(12 / 3.5), "what exits shows in no median"
+        tokens = each * (module.TURNS - 1)
+        assert timed(hat, (hat, hat.dense), ids) == pytest.approx(3 * tokens / (tokens - 0.5)), (
+            "exits show in no median"
+        )
 
 
 @pytest.fixture
@@ -130,4 +135,4 @@ def test_timed_for_real(hat):
     assert ids.shape == (1, 30) and torch.equal(ids, sample(hat, 30))
     with hat.at(0.5):
         for text in (ids, ids[:, :4]):
-            assert timed(hat, (hat.lm, hat.dense), text) > 0  # on a busy machine it may be anything
+            assert timed(hat, (hat, hat.dense), text) > 0  # on a busy machine it may be anything

@@ -67,5 +67,5 @@ def test_fewer_bits_change_little(hat, form, nats):
     ids = torch.tensor([load_text("addresses", hat.base.tokenizer, max_tokens=96)[0]["input_ids"]])
     hat.weight_format = form
     with hat.dense():
-        found, expected = stepwise(hat.lm, ids).log_softmax(-1), hat.lm(ids).logits.log_softmax(-1)
+        found, expected = stepwise(hat, ids).log_softmax(-1), hat.lm(ids).logits.log_softmax(-1)
     assert 0 <= float((expected.exp() * (expected - found)).sum(-1).mean()) < nats

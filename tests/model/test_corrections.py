@@ -50,7 +50,7 @@ def test_equal_an_update_of_the_weights_and_a_bias(rank, ids):
     expected = merged(hat)(ids).logits
     with hat.correcting():
         close(hat.lm(ids).logits, expected)
-        close(stepwise(hat.lm, ids), expected)
+        close(stepwise(hat, ids), expected)
         assert hat.lm(ids[:1]).logits.shape == hat.lm(ids[:1], use_cache=False).logits.shape
     assert apart(expected, tiny().model(ids).logits)
 
@@ -68,7 +68,7 @@ def test_strength(ids):
     assert [hat.correction_strength(c) for c in (1.0, 0.89, 0.725, 0.45, 0.4)] == pytest.approx([0, 0.04, 0.25, 1, 1])
     with hat.correcting(0.3):
         close(hat.lm(ids).logits, merged(hat, 0.3)(ids).logits)
-        close(stepwise(hat.lm, ids), hat.lm(ids).logits)
+        close(stepwise(hat, ids), hat.lm(ids).logits)
     with pytest.raises(HatError, match="no corrections"):
         new_hat("channel").correcting()
 
@@ -93,8 +93,8 @@ def test_stand_in_for_an_ffn(ids):
     with hat.changed(compact=False):
         close(hat.lm(ids).logits, expected)
     with hat.collect() as states:
-        close(stepwise(hat.lm, ids), expected)
-        close(stepwise(hat.lm, ids[1:2]), expected[1:2])
+        close(stepwise(hat, ids), expected)
+        close(stepwise(hat, ids[1:2]), expected[1:2])
     assert all(state.executed is not None and state.corrected for state in states)
     with hat.dense():
         assert torch.equal(hat.lm(ids).logits, tiny().model(ids).logits)
@@ -106,4 +106,4 @@ def test_stand_in_for_an_ffn(ids):
         close(hat.lm(ids).logits, plain.lm(ids).logits)
         assert not state_cost(hat, hat.trace).flops["corrections"].any()
     hat.corrections["1_ffn"].shift += 1  # the engine follows
-    close(stepwise(hat.lm, ids), hat.lm(ids).logits)
+    close(stepwise(hat, ids), hat.lm(ids).logits)

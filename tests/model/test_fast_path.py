@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from four_bits_read import round_weights
+from test_transformer import close, stepwise
 from tiny_runs import GRAINS, gating, greedy, skipping, tiny
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria
@@ -46,17 +47,6 @@ def hat(request):
 @pytest.fixture
 def channel_hat():
     return active("channel")
-
-
-def stepwise(hat, ids):
-    cache = DynamicCache(config=hat.lm.config)
-    with hat.engine():
-        parts = [hat.lm(input_ids=step, cache=cache, use_cache=True).logits for step in ids.split(1, dim=1)]
-    return torch.cat(parts, 1)
-
-
-def close(a, b, tol=1e-5):
-    assert float((a - b).abs().max()) <= tol * max(1.0, float(b.abs().max()))
 
 
 def states(hat, ids):

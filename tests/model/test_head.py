@@ -54,12 +54,12 @@ def test_engine_equals_reference(form):
     hat.weight_format = form
     with hat.at(0.5):
         with hat.collect() as states:
-            found = stepwise(hat.lm, ids)
+            found = stepwise(hat, ids)
         assert all(state.executed is not None for state in states)
         with hat.reference(), hat.collect() as slow:
-            expected = stepwise(hat.lm, ids)
+            expected = stepwise(hat, ids)
         shares, exact = ([s.head_share for s in of] for of in (states, slow))
-        close(stepwise(hat.lm, ids[1:2]), found[1:2])  # a row alone
+        close(stepwise(hat, ids[1:2]), found[1:2])  # a row alone
         if form != "base":  # other weights give another shortlist, of about the same length
             assert shares != exact and np.mean(shares) == pytest.approx(np.mean(exact), abs=0.08)
             return

@@ -34,7 +34,7 @@ def off_by(factor):
 def decoded(hat, ids):
     """Logits, and the share each token executed in the layers, ``[B, T]``."""
     with hat.collect() as states:
-        logits = stepwise(hat.lm, ids)
+        logits = stepwise(hat, ids)
     return logits, torch.cat([s.share.mean(0) for s in states], 1)
 
 

@@ -63,7 +63,7 @@ def test_third_grain(hat, ids, tmp_path):
     with hat.changed(compact=False):
         close(hat.lm(ids).logits, logits)
     with hat.force(masks):
-        close(stepwise(hat.lm, ids), logits)
+        close(stepwise(hat, ids), logits)
     assert "does not know the heads grain" in hat.decoding
     with hat.using(Random(0.5)):
         hat.lm(ids)

@@ -131,9 +131,10 @@ def tune(lm: LlamaForCausalLM, seed: int) -> None:
             p.data = torch.from_numpy(draws.normal(size=tuple(p.shape)) * 0.1).to(p.dtype)
 
 
-def stepwise(lm, ids):
-    cache = DynamicCache(config=lm.config)
-    return torch.cat([lm(step, cache=cache, use_cache=True).logits for step in ids.split(1, dim=1)], 1)
+def stepwise(hat, ids):
+    cache = DynamicCache(config=hat.lm.config)
+    with hat.engine():
+        return torch.cat([hat.lm(step, cache=cache, use_cache=True).logits for step in ids.split(1, dim=1)], 1)
 
 
 def check(case: SimpleNamespace) -> None:
@@ -182,23 +183,23 @@ def check(case: SimpleNamespace) -> None:
         for rows in (slice(None), slice(0, 1)):
             some = masks.map(lambda m, rows=rows: m[rows])
             with path(), hat.force(some), hat.collect() as states:
-                close(stepwise(hat.lm, ids[rows]), parallel[rows], f"decode = parallel, {path.__name__}", tips)
+                close(stepwise(hat, ids[rows]), parallel[rows], f"decode = parallel, {path.__name__}", tips)
             assert torch.equal(TokenState.cat(states).exit_layer, state.exit_layer[rows]), "exits, step by step"
     with hat.force(masks), hat.changed(compact=False):
         close(hat.lm(ids).logits, parallel, "compact = masked", tips)
 
     if case.dtype == torch.float32:  # deciding by themselves: rows in which no decision flipped
         with hat.reference(), hat.collect() as theirs:
-            slow = stepwise(hat.lm, ids)
+            slow = stepwise(hat, ids)
         with hat.collect() as ours:
-            fast = stepwise(hat.lm, ids)
+            fast = stepwise(hat, ids)
         a, b = (TokenState.cat(states).site_share for states in (ours, theirs))
         alike = (a - b).abs().amax((0, 1, 3)) < 1e-6
         close(fast[alike], slow[alike], "engine = reference path", tips)
-    one = stepwise(hat.lm, ids)
+    one = stepwise(hat, ids)
     if hat.trace.executed is not None:  # the engine ran it
         torch.set_num_threads(case.threads)
-        assert torch.equal(one, stepwise(hat.lm, ids)), "1 thread = several"
+        assert torch.equal(one, stepwise(hat, ids)), "1 thread = several"
         torch.set_num_threads(1)
 
     at = case.tokens // 2

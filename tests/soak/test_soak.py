@@ -37,7 +37,7 @@ def test_decisions_are_forced_on_a_model_without_exits():
         with hat.record(), hat.reference():
             expected = hat.lm(ids).logits
         with hat.force(hat.trace.masks):
-            found = equalities.stepwise(hat.lm, ids)
+            found = equalities.stepwise(hat, ids)
     assert hat.trace.executed is not None and torch.allclose(found, expected, atol=1e-4)
 
 
