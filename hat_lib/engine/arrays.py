@@ -25,7 +25,7 @@ QKV, OUT, GATE_UP, DOWN, FFN = range(5)
 class Linear(NamedTuple):
     """One product of each layer."""
 
-    weight: ndarray  # [L, C, out], transposed, in a format of `hat_lib.engine.weights`
+    weight: ndarray  # [L, C, out or more], transposed, in a format of `hat_lib.engine.weights`
     scale: ndarray  # [L, out], or no columns
     bias: ndarray  # [L, out], or no columns
     # A correction adds strength * (expand^T (reduce x) + shift), for the channels x that are kept.
@@ -39,7 +39,7 @@ class Weights(NamedTuple):
     embed: ndarray  # [V, D], as the base has it
     head: ndarray  # [V, D], as the base has it or in eight bits
     head_scale: ndarray  # [V], or empty
-    preview: ndarray  # [D, V], the head's weights transposed; no columns without a shortlist
+    preview: ndarray  # [D, V or more], the head's weights transposed; no columns without a shortlist
     qkv: Linear
     o: Linear
     gate_up: Linear  # outputs alternate: `block` gates, then the ups of the same neurons

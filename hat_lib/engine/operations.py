@@ -45,17 +45,29 @@ def rms_norm(h, weight, eps, out):
 
 
 @compiled(reorder=True)
+def kept_dot(weights, x, threshold, factor, everything):
+    """``weights . x`` of the channels that `keep` keeps. Slices, or LLVM would not vectorise it; as in `add_scaled`."""
+    s = F0
+    for i in range(x.shape[0]):
+        kept = everything | (abs(x[i]) > threshold[i] * factor)
+        s += as_float(weights[i]) * (x[i] if kept else F0)
+    return s
+
+
+@compiled()
+def add_scaled(y, weights, factor):
+    for j in range(y.shape[0]):
+        y[j] += factor * as_float(weights[j])
+
+
+@compiled()
 def lower(x, first, last, threshold, scale, keep_all, runs, reduce, strength, out):
     """``out[r] = reduce x[r]``, ``[R, rank]``, from the channels that row r keeps (as in `keep`), of first to last."""
     for r in range(x.shape[0] if strength > F0 else 0):
         if runs[r]:
-            row, factor, everything = x[r], scale[r], keep_all[r]
             for k in range(reduce.shape[0]):
-                weights, s = reduce[k], F0
-                for i in range(first, last):
-                    kept = everything | (abs(row[i]) > threshold[i] * factor)
-                    s += as_float(weights[i]) * (row[i] if kept else F0)
-                out[r, k] = s
+                weights, row, bars = reduce[k, first:last], x[r, first:last], threshold[first:last]
+                out[r, k] = kept_dot(weights, row, bars, scale[r], keep_all[r])
 
 
 @compiled()
@@ -63,9 +75,7 @@ def expand(linear, layer, z, strength, y, c0, c1):
     """Add a correction to outputs c0 to c1 of one row, ``z`` being what `lower` left."""
     rank = z.shape[0]
     for k in range(rank + 1):
-        weights, factor = linear.expand[layer, k], strength * (z[k] if k < rank else F1)
-        for j in range(c0, c1):
-            y[j] += factor * as_float(weights[j])
+        add_scaled(y[c0:c1], linear.expand[layer, k, c0:c1], strength * (z[k] if k < rank else F1))
 
 
 @compiled()

@@ -73,8 +73,8 @@ def pack(lm, form: str = "base", corrections=None, *, preview: bool = False) -> 
     block = gcd(config.intermediate_size, 32)
     products = {name: _product(lm, name, form, corrections, block) for name in LINEARS}
     head, head_scale = (lm.lm_head.weight, torch.zeros(0)) if form == "base" else _eight_bits(lm.lm_head.weight)
-    columns = _memory((head.shape[1], len(head) if preview else 0), head.dtype)
-    columns.copy_(head[: columns.shape[1]].t())
+    columns = _memory((head.shape[1], _spread(len(head), head.dtype) if preview else 0), head.dtype)
+    columns[:, : len(head)] = head[: columns.shape[1]].t()
     norms = [
         torch.stack([layer.get_submodule(norm).weight.float() for layer in lm.model.layers])
         for norm in ("input_layernorm", "post_attention_layernorm")
@@ -101,8 +101,8 @@ def _product(lm, name: str, form: str, corrections, block: int) -> Linear:
     channels, outputs = layers[0][0].in_features, sum(linear.out_features for linear in layers[0])
     biased = any(linear.bias is not None for linear in layers[0])
     dtype, shape = {
-        "base": (lm.dtype, (channels, outputs)),
-        "int8": (torch.int8, (channels, outputs)),
+        "base": (lm.dtype, (channels, _spread(outputs, lm.dtype))),
+        "int8": (torch.int8, (channels, _spread(outputs, torch.int8))),
         "q4": (torch.uint8, (channels // GROUP * GROUP_ROWS, outputs // 2)),
     }[form]
     weights = _memory((len(layers), *shape), dtype)
@@ -124,7 +124,8 @@ def _product(lm, name: str, form: str, corrections, block: int) -> Linear:
                 biases[i] = _alternating(biases[i], block)
         if form == "int8":
             rows, scales[i] = _eight_bits(rows)
-        weights[i] = _four_bits(rows) if form == "q4" else rows.t()
+        packed = _four_bits(rows) if form == "q4" else rows.t()
+        weights[i, :, : packed.shape[1]] = packed
     return Linear(as_numpy(weights), scales.numpy(), biases.numpy(), as_numpy(reduce), as_numpy(expand))
 
 
@@ -132,6 +133,13 @@ def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory from numpy, which asks the system for huge pages: sparse reads touch many pages."""
     memory = np.empty(shape, {1: np.uint8, 2: np.uint16, 4: np.float32}[dtype.itemsize])
     return torch.from_numpy(memory).view(dtype)
+
+
+def _spread(outputs: int, dtype: torch.dtype) -> int:
+    """Columns of memory for a row. A cache keeps few lines whose addresses are a multiple of 4 KiB apart, so eight rows
+    that are added together must not begin at such a distance."""
+    line = 64 // dtype.itemsize
+    return outputs + line if outputs % (8 * line) == 0 else outputs
 
 
 def _alternating(outputs: Tensor, block: int) -> Tensor:
