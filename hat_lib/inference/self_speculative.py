@@ -174,7 +174,7 @@ def _speculate(hat, ids, max_new_tokens, sampler: Sampler, draft_length, streame
 def _draft(hat, token: Tensor, cache: DynamicCache, n: int, sampler: Sampler) -> tuple[list[Tensor], list[Tensor]]:
     """n tokens that follow ``token [1]``, each int64 ``[1]``, and the distributions from which they were drawn."""
     drafts, guesses = [], []
-    if n and (found := hat.course(token[None].numpy(), cache, n, sampler.choice(n), logits=True)) is not None:
+    if n and (found := hat.draft(token[None].numpy(), cache, n, sampler.choice(n))) is not None:
         return list(torch.from_numpy(found.ids[0].copy())[:, None]), [sampler.distribution(x) for x in found.logits[0]]
     for _ in range(n):
         logits = hat.lm(input_ids=token[None], cache=cache, use_cache=True).logits[0, -1]

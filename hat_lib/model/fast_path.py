@@ -32,7 +32,7 @@ from hat_lib.model.token_state import TokenState
 
 try:
     from hat_lib.engine.cache import GrowingLayer
-    from hat_lib.engine.decoder import Decoder, Place, Result, Steering
+    from hat_lib.engine.decoder import Decoder, Place, Result, Steering, joined
     from hat_lib.engine.team import size, torch_on_one_thread
     from hat_lib.engine.weights import linears, packed_bytes, unfit
     from hat_lib.model.decisions import decisions, with_exits
@@ -284,25 +284,25 @@ class FastPath:
         ids: np.ndarray,
         cache: Cache,
         steps: int,
-        choice: Choice | None = None,
+        choice: Choice = GREEDY,
         *,
-        first: np.ndarray | None = None,
-        position: np.ndarray | None = None,
+        first: np.ndarray,
+        position: np.ndarray,
         ended: np.ndarray | None = None,
         logits: bool = False,
         threads: int | None = None,
     ) -> Result:
         """Decode a token of each sequence, ``ids [B, 1]``, and those that follow it, with the decisions of the mode.
 
+        The model's trace does not know of it before `note`.
+
         Args:
             choice: how tokens are chosen, greedily by default.
-            first, position: of each sequence, int64 ``[B]``: the first position in the cache that it sees, 0 by
-                default, and the next one of the rotary embedding, by default that in the cache.
+            first, position: of each sequence, int64 ``[B]``: the first position in the cache that it sees, and the next
+                one of the rotary embedding.
             ended, logits: as for `hat_lib.engine.decoder.Decoder.course`.
         """
         b, start, mode = len(ids), cache.get_seq_length(), self.context.mode
-        first = np.zeros(b, np.int64) if first is None else first
-        position = np.full(b, start) if position is None else position
         rank = np.minimum(start - first, position)
         protected = self.hat.config.protected_tokens
         decoder, decide = self._ready(slice(start, start + 1))
@@ -317,20 +317,29 @@ class FastPath:
             decide,
             Place(position[:, None], first, (rank < protected)[:, None]),
             steps,
-            choice or GREEDY,
+            choice,
             unprotected=np.maximum(protected - rank, 0),
             steering=Steering(offset, moving, mode.layer_capacity, steering.LIMIT, shares),
             ended=ended,
             logits=logits,
             threads=threads,
         )
-        ranks = rank[:, None] + np.arange(result.exits.shape[1])
-        state = self._state(ranks, start, cache, ranks < protected)
-        self._fill(state, decoder, result)
         if moving:
             cache.hat_offsets = offset
-        self.hat.note(state)
         return result
+
+    def note(self, results: list[Result], cache: Cache, first: np.ndarray, position: np.ndarray) -> None:
+        """Leave the state of what a course ran, in one or several calls; ``first`` and ``position`` are those of the
+        first token of each sequence."""
+        if not results:
+            return
+        whole = results[0] if len(results) == 1 else joined(results)
+        b, tokens = whole.exits.shape
+        start = cache.get_seq_length() - tokens
+        rank = np.minimum(start - first, position)[:, None] + np.arange(tokens)
+        state = self._state(rank, start, cache, rank < self.hat.config.protected_tokens)
+        self._fill(state, self._ready(slice(start, start + 1))[0], whole)
+        self.hat.note(state)
 
     def replay(self, ids: Tensor, cache: Cache, mask: Tensor | None) -> None:
         """See `HierarchicalTransformer.replay`."""
@@ -341,7 +350,8 @@ class FastPath:
             known = ids.numpy()
             following = np.concatenate([known[:, 1:], known[:, :1]], axis=1).T.copy()  # of the last, any
             choice = GREEDY._replace(given=following)
-            self.course(known[:, :1], cache, tokens, choice, first=first, position=start - first)
+            result = self.course(known[:, :1], cache, tokens, choice, first=first, position=start - first)
+            self.note([result], cache, first, start - first)
             return
         with self.hat.engine():
             for t, token in enumerate(ids.split(1, dim=1), start=start + 1):

@@ -31,7 +31,7 @@ OTHER_LOOPS = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens",
 ORDER = (RepetitionPenaltyLogitsProcessor, MinNewTokensLengthLogitsProcessor, TemperatureLogitsWarper,
          TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # fmt: skip
 """logits processors that the engine knows, in the order in which it applies them"""
-PATIENCE = 0.02
+PATIENCE = 0.03
 """seconds that a call takes, about: Ctrl-C waits for its end"""
 
 
@@ -76,30 +76,35 @@ class TokenLoop:
         position = np.full(b, cache.get_seq_length())
         if (given := model_kwargs.get("position_ids")) is not None:
             position = np.broadcast_to(given[:, -1].numpy() + 1, b)
-        ended, found, done, steps = np.isin(following[:, 0], choice.stops), [following], 0, 1
+        ended, last, done, steps = np.isin(following[:, 0], choice.stops), following, 0, 1
+        results = []
         if choice.seen.size:
             choice.seen[np.arange(b), following[:, 0]] = True
         self._tell(following)
-        while done < more and not ended.all():
-            steps = min(steps, more - done)
-            began = time.perf_counter()
-            now = choice._replace(uniform=uniform[done : done + steps], earliest=max(choice.earliest - done - 1, 0))
-            result = self.path.course(
-                found[-1][:, -1:], cache, steps, now, first=first, position=position + done, ended=ended,
-                threads=self.call.threads,
-            )  # fmt: skip
-            done += result.ids.shape[1]
-            found.append(result.ids)
-            self._tell(result.ids)
-            each = (time.perf_counter() - began) / result.ids.shape[1]
-            steps = 1 if self.streamer is not None else max(1, min(2 * steps, int(PATIENCE / each)))
+        try:
+            while done < more and not ended.all():
+                steps = min(steps, more - done)
+                began = time.perf_counter()
+                now = choice._replace(uniform=uniform[done : done + steps], earliest=max(choice.earliest - done - 1, 0))
+                result = self.path.course(
+                    last, cache, steps, now, first=first, position=position + done, ended=ended,
+                    threads=self.call.threads,
+                )  # fmt: skip
+                results.append(result)
+                last = result.ids[:, -1:]
+                self._tell(last)
+                done += result.ids.shape[1]
+                each = (time.perf_counter() - began) / result.ids.shape[1]
+                steps = 1 if self.streamer is not None else max(1, min(2 * steps, int(PATIENCE / each)))
+        finally:
+            self.path.note(results, cache, first, position)
         if self.streamer is not None:
             self.streamer.end()
-        return torch.from_numpy(np.concatenate(found, axis=1))
+        return torch.from_numpy(np.concatenate([following, *(result.ids for result in results)], axis=1))
 
     def _tell(self, ids: np.ndarray) -> None:
         if self.streamer is not None:
-            self.streamer.put(torch.from_numpy(ids[:, -1].copy()))
+            self.streamer.put(torch.from_numpy(ids[:, 0].copy()))
 
     def _first(self, input_ids, generation_config, model_kwargs) -> np.ndarray | None:
         """The first position that each sequence sees; None if this is not for the engine."""

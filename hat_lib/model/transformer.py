@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -49,6 +50,9 @@ from hat_lib.model.steering import move, offsets
 from hat_lib.model.threshold_table import Calibration
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.watch import Watch
+
+if TYPE_CHECKING:
+    from hat_lib.engine.decoder import Result
 
 # In the order in which `LlamaModel.forward` takes them.
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
@@ -201,10 +205,14 @@ class HierarchicalTransformer(Modes, nn.Module):
         """What would run the next decode step of ``lm.generate``, and why."""
         return self._fast.describe()
 
-    def course(self, ids: np.ndarray, cache: Cache, steps: int, choice: Choice, **given):
-        """Decode several tokens in one call of the engine, as `FastPath.course`; None if it may not run."""
-        ready = self._fast.why_not() is None and self._fast.fits(cache) and not self._fast.forced
-        return self._fast.course(ids, cache, steps, choice, **given) if ready else None
+    def draft(self, ids: np.ndarray, cache: Cache, steps: int, choice: Choice) -> Result | None:
+        """Decode ``ids [B, 1]`` and what follows in one call of the engine, logits included; None if it may not run."""
+        if self._fast.why_not() is not None or not self._fast.fits(cache) or self._fast.forced:
+            return None
+        first, position = np.zeros(len(ids), np.int64), np.full(len(ids), cache.get_seq_length())
+        result = self._fast.course(ids, cache, steps, choice, first=first, position=position, logits=True)
+        self._fast.note([result], cache, first, position)
+        return result
 
     @torch.inference_mode()
     def replay(self, ids: Tensor, cache: Cache, mask: Tensor | None = None) -> None:
