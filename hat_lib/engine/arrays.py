@@ -100,9 +100,6 @@ class Rows(NamedTuple):
     # written to:
     keys: ndarray  # [L, B, G, size, h], stored
     values: ndarray
-    kept: ndarray  # int32 [P, L, 5, R], summed over threads: channels kept at each product, and 1 where the FFN ran
-    exits: ndarray  # int64 [R], layers that each token ran
-    head: ndarray  # int32 [P, 2, N], summed over threads: channels of the preview, and logits read in full
     logits: ndarray  # [N, V], stored: torch would convert them with threads that spin on beside ours
 
 
@@ -145,9 +142,9 @@ class Course(NamedTuple):
     # written to:
     ended: ndarray  # bool [R], whether a text has ended
     ids: ndarray  # int64 [S, R], tokens chosen
-    kept: ndarray  # int32 [S, L, 5, R], as in Rows, of all threads
-    exits: ndarray  # int64 [S, R]
-    head: ndarray  # int32 [S, 2, R]
+    kept: ndarray  # int32 [S, P, L, 5, R], summed over threads: channels kept at each product, 1 where the FFN ran
+    exits: ndarray  # int64 [S, R], layers that each token ran
+    head: ndarray  # int32 [S, P, 2, N], summed over threads: channels of the preview, and logits read in full
     logits: ndarray  # [S or 0, R, V], stored, if they are wanted
     ran: ndarray  # int64 [1], steps until all texts had ended
 
@@ -181,4 +178,4 @@ class Scratch(NamedTuple):
     preview: ndarray  # [R, V], or empty
     best: ndarray  # [P, R], best of the previews that each thread made
     likeliest: ndarray  # int64 [P, R], in its share of the vocabulary
-    scores_of: ndarray  # [V], a row's logits while one is drawn
+    weights: ndarray  # [V], of tokens, while one is drawn

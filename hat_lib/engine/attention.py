@@ -18,9 +18,9 @@ PIECE = 32
 
 
 @compiled()
-def pieces(rows, r):
-    """Number of pieces that row r sees."""
-    return (rows.slot[r] - rows.first[r]) // PIECE + 1
+def pieces(first, last):
+    """Number of pieces of a context from ``first`` to ``last``."""
+    return (last - first) // PIECE + 1
 
 
 @compiled()
@@ -34,72 +34,78 @@ def rotate(head, cos, sin, out):
 
 
 @compiled()
-def put(rows, qkv, layer, r, g, heads, groups):
-    """Put a row's key and value of a group into the cache."""
-    keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
-    states, slot, position = qkv[r].reshape(-1, keys.shape[1]), rows.slot[r], rows.position[r]
-    rotate(states[heads + g], rows.cos[position], rows.sin[position], keys[slot])
-    for e in range(keys.shape[1]):
-        values[slot, e] = as_stored(states[heads + groups + g, e], values[slot, e])
+def rotate_all(qkv, g, cos, sin, queries):
+    """The queries ``[H / G, h]`` of group g."""
+    count, size = queries.shape
+    for i in range(count):
+        begin = (g * count + i) * size
+        rotate(qkv[begin : begin + size], cos, sin, queries[i])
+
+
+@compiled()
+def put(qkv, heads, groups, g, cos, sin, keys, values, slot):
+    """Put a row's key and value of group g into the cache, ``[size, h]``."""
+    size = keys.shape[1]
+    k, v = (heads + g) * size, (heads + groups + g) * size
+    rotate(qkv[k : k + size], cos, sin, keys[slot])
+    for e in range(size):
+        values[slot, e] = as_stored(qkv[v + e], values[slot, e])
 
 
 @compiled(reorder=True)
-def attend(rows, scratch, t, layer, r, g, groups, piece):
-    """A piece of row r's context, for the queries of group g. Values are added eight at a time, the last eight filled
-    up with some times 0."""
-    keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
-    size, position = keys.shape[1], rows.position[r]
-    first = rows.first[r] + piece * PIECE
-    last = min(first + PIECE - 1, rows.slot[r])
-    heads, q, scores, places = (
-        scratch.qkv[r].reshape(-1, size),
-        scratch.queries[t],
-        scratch.scores[t],
-        scratch.places[t],
-    )
-    count, factor = q.shape[0], F1 / np.sqrt(np.float32(size))
-    out = scratch.pieces[r, piece]
-    for i in range(count):
-        rotate(heads[g * count + i], rows.cos[position], rows.sin[position], q[i])
-    n = last - first + 1
+def attend(q, keys, values, first, last, scores, places, tops, totals, out):
+    """The piece of a context that begins at ``first``, for queries that share a key head.
+
+    Values are added eight at a time, the last eight filled up with some times 0.
+
+    Args:
+        q: ``[n, h]``.
+        keys, values: ``[size, h]``, stored.
+        last: the last token that the queries see; it may lie in a later piece.
+        scores, places: ``[n, PIECE]`` and uint64 ``[PIECE]``, to work in.
+        tops, totals, out: ``[n]``, ``[n]`` and ``[n, h]``: what `combine` reads.
+    """
+    (count, size), n = q.shape, min(PIECE, last - first + 1)
+    factor = F1 / np.sqrt(np.float32(size))
     for s in range(n):
         key = keys[first + s]
         for i in range(count):
             scores[i, s] = dot(key, q[i]) * factor
         places[s] = first + s
     for s in range(n, (n + 7) // 8 * 8):
-        places[s], scores[:, s] = last, F0
-    mixed = out[g * count : (g + 1) * count]
+        places[s] = first
+        for i in range(count):
+            scores[i, s] = F0
     for i in range(count):
         row, total = scores[i, :n], F0
         top = largest(row)
         for s in range(n):
             row[s] = exp(row[s] - top)
             total += row[s]
-        scratch.tops[r, piece, g * count + i], scratch.totals[r, piece, g * count + i] = top, total
-    mixed[:] = F0
+        tops[i], totals[i] = top, total
+        for e in range(size):
+            out[i, e] = F0
     for s in range(0, n, 8):
         for e in range(0, size - size % LANES, LANES):
-            add_eight(values, places, s, scores, mixed, e)
+            add_eight(values, places, s, scores, out, e)
     for i in range(count):
         for e in range(size - size % LANES, size):
             for s in range(n):
-                mixed[i, e] += scores[i, s] * as_float(values[first + s, e])
+                out[i, e] += scores[i, s] * as_float(values[first + s, e])
 
 
 @compiled()
-def combine(scratch, t, r, n, c0, c1):
-    """The output of row r's heads to which channels c0 to c1 belong, from its n pieces."""
-    heads, size = scratch.pieces.shape[2], scratch.pieces.shape[3]
-    mixed = scratch.mixed[t, r].reshape(-1, size)
+def combine(tops, totals, parts, c0, c1, mixed):
+    """The output of the heads to which channels c0 to c1 belong, from their pieces ``[pieces, H, h]``."""
+    n, heads, size = parts.shape
     for head in range(c0 // size, min((c1 + size - 1) // size, heads)):
-        top, total = scratch.tops[r, 0, head], F0
+        top, total = tops[0, head], F0
         for piece in range(1, n):
-            top = max(top, scratch.tops[r, piece, head])
+            top = max(top, tops[piece, head])
         for piece in range(n):
-            total += scratch.totals[r, piece, head] * exp(scratch.tops[r, piece, head] - top)
-        out = mixed[head]
+            total += totals[piece, head] * exp(tops[piece, head] - top)
+        out = mixed[head * size : (head + 1) * size]
         for piece in range(n):
-            factor, part = exp(scratch.tops[r, piece, head] - top) / total, scratch.pieces[r, piece, head]
+            factor, part = exp(tops[piece, head] - top) / total, parts[piece, head]
             for e in range(size):
                 out[e] = part[e] * factor if piece == 0 else out[e] + part[e] * factor

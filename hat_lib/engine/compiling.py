@@ -16,17 +16,19 @@ from numba.core import caching
 from hat_lib.config import cache_dir
 
 
-def compiled(*, reorder: bool = False, keep: bool = False):
+def compiled(*, reorder: bool = False, keep: bool = False, inline: bool = False):
     """Compile a function with numba when it is first called; it runs without the GIL.
 
     Args:
         reorder: whether sums may be reordered; else products and sums are fused (FMA), and nothing more.
+        inline: whether to compile it only as a part of what calls it, which spares a large function a second time.
         keep: whether to keep the compiled code for other processes. A folder that cannot be written is not an error.
     """
 
     def wrap(function):
         fastmath = True if reorder else {"contract"}
-        dispatcher = njit(boundscheck=False, error_model="numpy", nogil=True, fastmath=fastmath)(function)
+        how = {"boundscheck": False, "error_model": "numpy", "nogil": True, "inline": "always" if inline else "never"}
+        dispatcher = njit(fastmath=fastmath, **how)(function)
         if keep:
             with contextlib.suppress(Exception):  # no folder, or another numba: compiled in each process
                 dispatcher._cache = _Cache(function)

@@ -130,7 +130,8 @@ class Decoder:
         if logit_rows is None:
             logit_rows = np.arange(b * t).reshape(b, t)
         rows, course = self._run(ids, cache, decide, place, scale, logit_rows, threads, 1, GREEDY, STILL, choose=False)
-        kept, head = course.kept[0].reshape(-1, FFN + 1, b, t), course.head[0].reshape(2, *logit_rows.shape)
+        kept, head = course.kept[0].sum(0), course.head[0].sum(0)
+        kept, head = kept.reshape(-1, FFN + 1, b, t), head.reshape(2, *logit_rows.shape)
         return Result(
             self._logits(rows.logits, (*logit_rows.shape, vocabulary)), kept, course.exits.reshape(b, t), head
         )
@@ -167,9 +168,9 @@ class Decoder:
         ran = int(course.ran[0])
         wanted = self._logits(course.logits[:ran].swapaxes(0, 1), (b, ran, -1)) if logits else None
         by_sequence = (
-            course.kept[:ran].transpose(1, 2, 3, 0),
+            course.kept[:ran].sum(1).transpose(1, 2, 3, 0),
             course.exits[:ran].T,
-            course.head[:ran].transpose(1, 2, 0),
+            course.head[:ran].sum(1).transpose(1, 2, 0),
         )
         return Result(wanted, *by_sequence, course.ids[:ran].T)
 
@@ -196,9 +197,6 @@ class Decoder:
             sin=sin,
             keys=buffer.keys,
             values=buffer.values,
-            kept=np.zeros((threads, layers, FFN + 1, b * t), np.int32),
-            exits=np.empty(b * t, np.int64),
-            head=np.zeros((threads, 2, n), np.int32),
             logits=np.empty((n, vocabulary), buffer.keys.dtype),
         )
         course = Course(
@@ -212,9 +210,9 @@ class Decoder:
             offset=steering.offset,
             ended=np.zeros(b, bool) if ended is None else ended,
             ids=np.zeros((steps if choose else 0, b), np.int64),
-            kept=np.empty((steps, layers, FFN + 1, b * t), np.int32),
+            kept=np.zeros((steps, threads, layers, FFN + 1, b * t), np.int32),
             exits=np.empty((steps, b * t), np.int64),
-            head=np.empty((steps, 2, n), np.int32),
+            head=np.zeros((steps, threads, 2, n), np.int32),
             logits=np.empty((steps if logits else 0, n, vocabulary), buffer.keys.dtype),
             ran=np.zeros(1, np.int64),
         )
@@ -271,7 +269,7 @@ class Decoder:
             preview=_zeros(rows, w.preview.shape[1]),
             best=_zeros(threads, rows),
             likeliest=np.zeros((threads, rows), np.int64),
-            scores_of=_zeros(len(w.head)),
+            weights=_zeros(len(w.head)),
         )
         return self._scratch[threads, rows]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from hat_lib.engine.arrays import DOWN, FFN, GATE_UP, OUT, PARTIALS, QKV
-from hat_lib.engine.attention import attend, combine, pieces, put
+from hat_lib.engine.attention import PIECE, attend, combine, pieces, put, rotate_all
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add
 from hat_lib.engine.kernels import F1, as_float, dots, exp, keep, span
@@ -37,8 +37,8 @@ LOWEST = np.finfo(np.float32).min
 """best preview of a thread that has made none"""
 
 
-@compiled()
-def decode_step(t, team, barrier, base, decide, rows, scratch):
+@compiled(inline=True)
+def decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head):
     """Thread t's part of one step for all rows. Every thread of the team calls it; they meet inside. Returns True if
     the step was called off."""
     layers, width = base.norms.shape[1], base.embed.shape[1]
@@ -46,7 +46,7 @@ def decode_step(t, team, barrier, base, decide, rows, scratch):
     size, ffn_width = rows.keys.shape[4], decide.down_threshold.shape[1]
     q_end, qkv_end = heads * size, scratch.qkv.shape[1]
     h, x, index, gathered, ends = scratch.h[t], scratch.x[t], scratch.index[t], scratch.gathered[t], scratch.ends[t]
-    scale, uncounted, kept, z = scratch.scale[t], scratch.uncounted[t], rows.kept[t], scratch.lowered[t]
+    scale, uncounted, kept, z = scratch.scale[t], scratch.uncounted[t], kept[t], scratch.lowered[t]
     # Whether a row has not left, runs its FFN, keeps all channels, keeps all of them for K and V; and True for each.
     flags = scratch.flags[t]
     alive, runs, keep_all, kv_keep_all, every_row = flags[0], flags[1], flags[2], flags[3], flags[4]
@@ -63,7 +63,7 @@ def decode_step(t, team, barrier, base, decide, rows, scratch):
         for i in range(width):
             h[r, i] = as_float(row[i])
         if t == 0:
-            rows.exits[r] = layers
+            exits[r] = layers
 
     n_alive = count
     for layer in range(layers):
@@ -74,7 +74,7 @@ def decode_step(t, team, barrier, base, decide, rows, scratch):
                     alive[r], kv_keep_all[r] = False, True
                     n_alive -= 1
                     if t == 0:
-                        rows.exits[r] = layer
+                        exits[r] = layer
 
         # Queries, keys and values. A row that has left gets only keys and values, from all of its channels.
         rms_norm(h, base.norms[0, layer], base.eps, x)
@@ -104,21 +104,32 @@ def decode_step(t, team, barrier, base, decide, rows, scratch):
         # Attention. One row writes its own key and value with the last piece of its context; several wait for all.
         if count > 1:
             for item in range(count * groups * t // team, count * groups * (t + 1) // team):
-                put(rows, scratch.qkv, layer, item // groups, item % groups, heads, groups)
+                r, g = item // groups, item % groups
+                keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
+                put(scratch.qkv[r], heads, groups, g, rows.cos[rows.position[r]], rows.sin[rows.position[r]], keys,
+                    values, rows.slot[r])  # fmt: skip
             if meet(barrier, team):
                 return True
         total = 0
         for r in range(count):
-            total += groups * pieces(rows, r)
+            total += groups * pieces(rows.first[r], rows.slot[r])
         item, begin, end = 0, total * t // team, total * (t + 1) // team
         for r in range(count):
-            n = pieces(rows, r)
+            n, cos, sin = pieces(rows.first[r], rows.slot[r]), rows.cos[rows.position[r]], rows.sin[rows.position[r]]
             for g in range(groups):
+                keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
                 for piece in range(max(begin - item, 0), min(end - item, n)):
                     if count == 1 and piece == n - 1:
-                        put(rows, scratch.qkv, layer, r, g, heads, groups)
+                        put(scratch.qkv[r], heads, groups, g, cos, sin, keys, values, rows.slot[r])
                     if alive[r]:
-                        attend(rows, scratch, t, layer, r, g, groups, piece)
+                        queries = scratch.queries[t]
+                        rotate_all(scratch.qkv[r], g, cos, sin, queries)
+                        those = slice(g * queries.shape[0], (g + 1) * queries.shape[0])
+                        attend(
+                            queries, keys, values, rows.first[r] + piece * PIECE, rows.slot[r], scratch.scores[t],
+                            scratch.places[t], scratch.tops[r, piece, those], scratch.totals[r, piece, those],
+                            scratch.pieces[r, piece, those],
+                        )  # fmt: skip
                 item += n
         if meet(barrier, team):
             return True
@@ -127,7 +138,8 @@ def decode_step(t, team, barrier, base, decide, rows, scratch):
 
         for r in range(count):
             if alive[r]:
-                combine(scratch, t, r, pieces(rows, r), o0, o1)
+                n = pieces(rows.first[r], rows.slot[r])
+                combine(scratch.tops[r, :n], scratch.totals[r, :n], scratch.pieces[r, :n], o0, o1, scratch.mixed[t, r])
         partial_product(
             base.o, layer, base.unit, scratch.mixed[t], decide.o_threshold[layer], scale, keep_all, alive, index,
             gathered, ends, kept[layer, OUT], decide.strength, scratch.partials[0], scratch.parts[0], part, end_part,
@@ -177,7 +189,7 @@ def decode_step(t, team, barrier, base, decide, rows, scratch):
         return meet(barrier, team)
     for r in range(count):
         scale[r], keep_all[r] = F1, False
-    counts = rows.head[t, 0] if t == 0 else uncounted
+    counts = head[t, 0] if t == 0 else uncounted
     n = keep(x, 0, width, decide.head_threshold, scale, keep_all, every_row, index, gathered, counts)
     add(base.preview, index, gathered, 0, n, n, scratch.preview[:count], v0, v1)
     for r in range(count):
@@ -190,7 +202,7 @@ def decode_step(t, team, barrier, base, decide, rows, scratch):
         return True
     for r in range(count):
         floor = largest(scratch.best[:team, r]) - decide.margin
-        rows.head[t, 1, r] = shortlist(
+        head[t, 1, r] = shortlist(
             base.head, base.head_scale, x[r], scratch.preview[r], floor, scratch.candidates[t], rows.logits[r], t, team
         )
     return meet(barrier, team)

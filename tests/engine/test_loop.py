@@ -16,7 +16,7 @@ from transformers.generation import (
 from hat_lib.engine.arrays import GREEDY
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.decoder import Decoder, Place
-from hat_lib.engine.loop import draw
+from hat_lib.engine.loop import draw, restrict, weigh
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -93,8 +93,12 @@ def test_ends(decoder, ids):
 
 @compiled()
 def drawn(logits, choice, out):
+    weights = np.empty(logits.shape[0], np.float32)
+    weights[:] = logits
+    weigh(weights, logits.max(), choice.temperature)
+    restrict(weights, choice.top_k, choice.top_p, choice.min_p)
     for k in range(out.shape[0]):
-        out[k] = draw(logits, logits.max(), 0, choice, k, np.empty(logits.shape[0], np.float32))
+        out[k] = draw(weights, choice.uniform[k, 0])
 
 
 @pytest.mark.parametrize(
