@@ -28,6 +28,7 @@ def generate(
     versus: Literal["dense", "hf"] = option("dense", "Speedups are over our own dense path or plain transformers."),
     lossless: bool = option(False, "The base's own text: the adaptive model drafts, the base decides.", "--lossless"),
     steer: bool = option(False, "Move thresholds while decoding, to realise the requested capacity.", "--steer"),
+    gate_prompt: bool = option(False, "Let the prompt spend by capacity, too; else it runs in full.", "--gate-prompt"),
     show_compute: bool = option(False, "Show the new tokens again, coloured by their compute.", "--show-compute"),
     max_new_tokens: int = option(64, "Most tokens to add; an end-of-text token stops earlier.", min=1),
     dtype: str | None = options.DTYPE,
@@ -49,8 +50,9 @@ def generate(
         raise HatError("--target-speedup chooses the capacity: leave out --capacity and --lossless")
     if refresh_speed and target_speedup is None:
         raise HatError("--refresh-speed measures for a target: add --target-speedup")
-    if lossless and (steer or show_compute):
-        raise HatError("--lossless lets the base decide on every token: leave out --steer and --show-compute")
+    if lossless and (steer or show_compute or gate_prompt):
+        what = "--steer, --show-compute and --gate-prompt"
+        raise HatError(f"--lossless lets the base decide on every token: leave out {what}")
     prompt = _prompt(prompt_option if prompt is None else prompt)
     options.start(threads)
 
@@ -81,6 +83,7 @@ def generate(
             temperature=temperature,
             seed=seed,
             streamer=TextStreamer(hat.base.tokenizer, skip_special_tokens=True),
+            **({"gate_prompt": True} if gate_prompt else {}),
         )
     if show_compute:
         _show_compute(hat, out)

@@ -128,21 +128,14 @@ def score_each(
     head = torch.nn.Identity() if decoded else hat.lm.lm_head
     tallies = [_Tally(head, hat, dataset) for _ in settings]
 
-    def run(lm, input_ids=None, **_) -> Tensor:
-        for batch in _batches(dataset, batch_size, lm.device, progress):
+    with hat.engine() if decoded else nullcontext():
+        for batch in _batches(dataset, batch_size, hat.lm.device, progress):
             base = None
             for setting, tally in zip(settings, tallies, strict=True):
                 with setting():
-                    states, trace = batch.decode(hat) if decoded else (batch.final_states(lm), None)
+                    states, trace = batch.decode(hat) if decoded else (batch.final_states(hat.lm), None)
                     tally.add(batch, states, base, trace)
                 base = states if base is None else base
-        return input_ids
-
-    if decoded:  # inside generate, where torch's threads sleep between steps
-        start = torch.zeros(1, 1, dtype=torch.long, device=hat.lm.device)
-        hat.lm.generate(start, max_new_tokens=1, custom_generate=run)
-    else:
-        run(hat.lm)
     base, *adaptive = [tally.score() for tally in tallies]
     return base, adaptive
 

@@ -76,8 +76,8 @@ class TokenLoop:
         position = np.full(b, cache.get_seq_length())
         if (given := model_kwargs.get("position_ids")) is not None:
             position = np.broadcast_to(given[:, -1].numpy() + 1, b)
-        ended, last, done, steps = np.isin(following[:, 0], choice.stops), following, 0, 1
-        results = []
+        ended, done, steps, found = np.isin(following[:, 0], choice.stops), 0, 1, [following]
+        results = []  # that the trace does not have yet
         if choice.seen.size:
             choice.seen[np.arange(b), following[:, 0]] = True
         self._tell(following)
@@ -87,12 +87,15 @@ class TokenLoop:
                 began = time.perf_counter()
                 now = choice._replace(uniform=uniform[done : done + steps], earliest=max(choice.earliest - done - 1, 0))
                 result = self.path.course(
-                    last, cache, steps, now, first=first, position=position + done, ended=ended,
+                    found[-1][:, -1:], cache, steps, now, first=first, position=position + done, ended=ended,
                     threads=self.call.threads,
                 )  # fmt: skip
                 results.append(result)
-                last = result.ids[:, -1:]
-                self._tell(last)
+                found.append(result.ids)
+                if self.streamer is not None:  # it may look at the trace
+                    self.path.note(results, cache, first, position + done)
+                    results.clear()
+                    self._tell(result.ids)
                 done += result.ids.shape[1]
                 each = (time.perf_counter() - began) / result.ids.shape[1]
                 steps = 1 if self.streamer is not None else max(1, min(2 * steps, int(PATIENCE / each)))
@@ -100,7 +103,7 @@ class TokenLoop:
             self.path.note(results, cache, first, position)
         if self.streamer is not None:
             self.streamer.end()
-        return torch.from_numpy(np.concatenate([following, *(result.ids for result in results)], axis=1))
+        return torch.from_numpy(np.concatenate(found, axis=1))
 
     def _tell(self, ids: np.ndarray) -> None:
         if self.streamer is not None:

@@ -60,6 +60,8 @@ def environment() -> list[str]:
         "dtype": f"{str(dtype).removeprefix('torch.')} unless told otherwise",
         "decoding": f"reference path ({no_engine})" if no_engine else "engine, one sequence or up to eight rows",
         "memory": f"{memory.available / GB:.1f} GB free of {memory.total / GB:.1f} GB",
+        "  per base": ", ".join(f"{2 * n * dtype.itemsize} GB for {n}B parameters" for n in (1, 8))
+        + ": its weights, and once more for the engine",
         "cache": f"{where}, {size / GB:.1f} GB; {shutil.disk_usage(existing).free / GB:.1f} GB free on that disk",
         **{f"  {name}": "ready" if path.is_file() else "not fetched" for name, path in bundled.items()},
         "data": data if DATA.is_dir() else f"none at {DATA}",
