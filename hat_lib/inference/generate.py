@@ -218,17 +218,15 @@ class AdaptiveInference:
         real = self._real(ids, inputs.attention_mask)
         if settings.get("num_beams", 1) > 1 or len(states[0].real) != len(ids):
             states = self._rerun(ids, real, length, gate_prompt)  # without the forwards of discarded beams
-        trace = TokenState.cat(states)
-        trace.real = trace.real & real[:, 1:]  # steps run only for the sake of other rows do not count
-        spent = trace
-        if len(states) > 1 and not gate_prompt:
-            spent = TokenState.cat(states[1:])
-            spent.real = trace.real[:, -spent.tokens :]
-        realised = None
+        parts = [TokenState.cat(part) for part in (states[:1], states[1:]) if part]
+        for part, counts in zip(parts, real[:, 1:].split([part.tokens for part in parts], dim=1), strict=True):
+            part.real = part.real & counts  # steps run only for the sake of other rows do not count
+        spent, realised = TokenState.cat(parts) if gate_prompt else parts[-1], None
         if measure and ids.shape[1] - length > 3:
             realised = timed(hat, self._reference, ids, real.long() if not bool(real.all()) else None)
-        cost = state_cost(hat, trace)
-        shares = {"token_share": (cost.executed / cost.dense).float(), "model_share": cost.model_share}
+        costs = [state_cost(hat, part) for part in parts]
+        executed, dense = (torch.cat([getattr(c, name) for c in costs], dim=1) for name in ("executed", "dense"))
+        shares = {"token_share": (executed / dense).float(), "model_share": float(executed.sum() / dense.sum())}
         return self._generation("adaptive", ids, real, length, seconds, spent, realised_speedup=realised, **shares)
 
     @torch.inference_mode()
