@@ -83,8 +83,8 @@ def work(
         dtype: of the base's weights.
         routed, gated: whether routers and exit gates ran at all.
         head_share: of the head, shortlist included.
-        corrected: whether corrections took part; those of the channel grain, 1 % of the base at rank 4, are not counted:
-            they could be merged into its weights.
+        corrected: whether corrections took part; those of the channel grain are not counted: at rank 4 they are 1 % of
+            the base, and they could be merged into its weights.
     """
     n_layers, d, ran = config.n_layers, lm_config.hidden_size, exit_layer.double()
     q_width = lm_config.num_attention_heads * lm_config.head_dim
