@@ -295,4 +295,18 @@ def tables(results: Path | None = None) -> dict[str, str]:
             line += [None if pd.isna(x) else times(x) + more for x, more in speeds]
             lines.append([*line, *(None if pd.isna(x) else f"{x:.{n}f}" for x, n in ((r.kl, 4), (r.copy_mib, 0)))])
         found[f"decode_{'bundled' if base == BUNDLED else 'tinyllama'}"] = markdown(header, lines)
+    found["decode_fixed"] = _fixed(saved("decode", results))
     return found
+
+
+def _fixed(table: pd.DataFrame) -> str:
+    """Milliseconds of a token that do not follow the work (the intercept of a line through time over work), and the
+    speed over the dense path as a share of the ideal one."""
+    lines, capacities = [], []
+    engine = table[(table["way"] == "engine") & (table["sequences"] == 1)]
+    for (base, weights), part in engine.groupby(["base", "weights"], sort=False):
+        _, fixed = np.polyfit(1 / part["ideal"], part["ms"], 1)
+        below = part[part["capacity"] < 1]
+        capacities = [f"{c:g}" for c in below["capacity"]]
+        lines.append([base, weights, f"{fixed:.2f}", *(f"{x:.2f}" for x in below["over_dense"] / below["ideal"])])
+    return markdown(["base", "weights", "fixed, ms", *(f"of the ideal at {c}" for c in capacities)], lines)

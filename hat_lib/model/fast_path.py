@@ -17,35 +17,29 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import output_capturing
 
 from hat_lib.engine.arrays import DOWN, FFN, GREEDY, MAX_TOKENS, Choice, Decisions
-from hat_lib.model import steering
+from hat_lib.model import obstacles, steering
 from hat_lib.model.modes import Mode
-from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold
+from hat_lib.model.policies import Forced
 from hat_lib.model.token_loop import TokenLoop, first_seen, one_by_one
 from hat_lib.model.token_state import TokenState
 
 try:
-    from hat_lib.engine.cache import GrowingLayer
     from hat_lib.engine.decoder import Decoder, Place, Result, Steering, joined
     from hat_lib.engine.team import size, torch_on_one_thread
-    from hat_lib.engine.weights import linears, packed_bytes, unfit
+    from hat_lib.engine.weights import packed_bytes, unfit
     from hat_lib.model.decisions import decisions, with_exits
 
-    LAYERS = DynamicLayer, GrowingLayer
     UNAVAILABLE = None
 except Exception as error:  # numba is missing, or does not support this Python or this CPU
     UNAVAILABLE = f"numba cannot be used here ({type(error).__name__}: {error})"
 
 WEIGHT_FORMATS = ("base", "int8", "q4")
-ROPES = ("default", "linear", "llama3", "yarn")
-"""rotary embeddings whose angles depend on the position alone"""
-ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", "return_dict"}
 KEPT_DECISIONS = 32
 """of as many capacities and exit rates: entering a context at each token is then quick"""
 
@@ -75,13 +69,11 @@ class FastPath:
         self._decisions: dict[tuple, Decisions] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
-        self.never = self._why_never()
+        self.never = UNAVAILABLE or obstacles.of_base(self.lm, hat.config.granularity)
 
     def attach(self) -> None:
         """Once the model's own hooks and forwards are in place."""
-        modules = list(self.lm.modules())
-        self._modules, self._own_forwards = modules, {m for m in modules if "forward" in vars(m)} | {self.lm}
-        self._own_hooks = {id(hook) for m in modules for hook in _hooks(m)}
+        self._snapshot = obstacles.Snapshot(self.lm, self.hat.config.n_layers)
         self._reference, original = self.lm.forward, self.lm.generate
 
         @functools.wraps(self._reference)  # generate reads its signature
@@ -132,87 +124,25 @@ class FastPath:
         form = str(self.lm.dtype).removeprefix("torch.") if form == "base" else form
         return f"engine ({form}, {threads} thread{'s' if threads > 1 else ''})"
 
-    # -- whether ------------------------------------------------------------------------------------
-
-    def _why_never(self) -> str | None:
-        """Why the engine can run no forward of this base; None if it can."""
-        config = self.lm.config
-        if UNAVAILABLE:
-            return UNAVAILABLE
-        if any("forward" in vars(m) for m in self.lm.modules()):
-            return "another library overrides a forward of the base"
-        if self.hat.config.granularity not in ("channel", "token"):
-            return f"the engine does not know the {self.hat.config.granularity} grain"
-        if config.hidden_act not in ("silu", "swish"):
-            return f"the FFN's activation is {config.hidden_act}"
-        if config.rope_parameters.get("rope_type", "default") not in ROPES:
-            return f"rotary embeddings of type {config.rope_parameters['rope_type']}"
-        if any(type(linear) is not nn.Linear for linear in (*linears(self.lm), self.lm.lm_head)):
-            return "a linear layer of the base is not a plain one"
-        if self.lm.lm_head.bias is not None:
-            return "the head has a bias"
-        return None
-
     def why_not(self) -> str | None:
         """Why the engine would decode nothing, as things stand; None if it would."""
-        return self.never or self._why_not_here() or self._why_not_now(self.context.mode)
-
-    def _why_not_here(self) -> str | None:
-        """What speaks against the engine in the base."""
-        lm, modules = self.lm, list(self.lm.modules())
-        if lm.device.type != "cpu":
-            return f"the model is on {lm.device.type}"
-        if lm.dtype not in (torch.float32, torch.bfloat16):
-            return f"weights are {lm.dtype}"
-        if modules != self._modules:
-            return "a module of the base was replaced, as by an adapter"
-        if any("forward" in vars(m) for m in modules if m not in self._own_forwards):
-            return "another library overrides a forward of the base"
-        if any(id(hook) not in self._own_hooks for m in modules for hook in _hooks(m)):
-            return "there are hooks on the base"
-        if lm.config.num_hidden_layers != self.hat.config.n_layers:
-            return "drafts by some of the layers were asked for"
-        return "the model is in training mode" if lm.training else None
-
-    def _why_not_now(self, mode: Mode) -> str | None:
-        """What speaks against the engine in a mode."""
-        if mode.reference:
-            return "asked for"
-        if mode.record or mode.dropped is not None or not mode.compact:
-            return "decisions are recorded, or layers dropped, or masks multiplied"
-        if type(mode.policy) not in (KeepAll, Threshold, Forced):
-            return "decisions are not the method's own"
-        if mode.exits is not None and type(mode.exits) not in (ExitThresholds, Forced):
-            return "exits are not the method's own"
-        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-            return "autocast or torch.compile"
-        return None
-
-    def _takes(self, given: dict) -> bool:
-        """Whether a call of forward is one for the engine: a few tokens, a cache, and only logits asked for."""
-        ids, cache, mask = given.get("input_ids"), given.get("cache"), given.get("attention_mask")
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or not 0 < ids.numel() <= MAX_TOKENS:
-            return False
-        if any(value is not None and value is not False for name, value in given.items() if name not in ARGUMENTS):
-            return False
-        if not self.fits(cache) or given.get("use_cache") is False or given.get("return_dict") is False:
-            return False
-        if type(self.context.mode.policy) is Forced and self.hat.config.granularity == "channel" and ids.numel() > 1:
-            return False
-        if torch.is_grad_enabled() or self.lm.config.output_hidden_states or self.lm.config.output_attentions:
-            return False
-        return mask is None or mask.dim() == 2 and mask.shape == (len(ids), cache.get_seq_length() + ids.shape[1])
+        return self.never or self._snapshot.obstacle() or obstacles.of_mode(self.context.mode)
 
     def fits(self, cache: Cache | None) -> bool:
         """Whether the engine can write to a cache."""
-        return type(cache) is DynamicCache and all(type(layer) in LAYERS for layer in cache.layers) and (
-            len(cache.layers) == self.hat.config.n_layers
-        )  # fmt: skip
+        return obstacles.fits(cache, self.hat.config.n_layers)
 
     @property
     def forced(self) -> bool:
         """Whether decisions differ from position to position."""
         return Forced in (type(self.context.mode.policy), type(self.context.mode.exits))
+
+    def _takes(self, given: dict) -> bool:
+        """Whether a call of forward is one for the engine, in the mode as it is."""
+        mode, several = self.context.mode, given.get("input_ids") is not None and given["input_ids"].numel() > 1
+        if type(mode.policy) is Forced and self.hat.config.granularity == "channel" and several:
+            return False
+        return obstacles.takes(given, self.lm, self.hat.config.n_layers) and obstacles.of_mode(mode) is None
 
     # -- forwards -----------------------------------------------------------------------------------
 
@@ -239,8 +169,8 @@ class FastPath:
             given["cache"] = given.pop("past_key_values")
         wanted = mode.engine if call is None else call.engine
         out = None
-        if wanted and len(args) < 2 and self._takes(given) and self._why_not_now(mode) is None:
-            out = self._step(call, **{name: given.get(name) for name in ARGUMENTS})
+        if wanted and len(args) < 2 and self._takes(given):
+            out = self._step(call, **{name: given.get(name) for name in obstacles.ARGUMENTS})
         if call is not None:
             torch.set_num_threads(call.threads) if out is None else torch_on_one_thread(call.threads)
         return self._reference(*args, **kwargs) if out is None else out
@@ -398,12 +328,6 @@ class FastPath:
                 del self._decisions[next(iter(self._decisions))]  # the oldest
             self._decisions[key] = decisions(self.hat, decoder.keep_everything(), mode, window)
         return self._decisions[key]
-
-
-def _hooks(module: nn.Module) -> list:
-    """A module's hooks, without those that transformers leaves once hidden states have been asked for."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return [hook for hook in hooks if getattr(hook, "__module__", None) != output_capturing.__name__]
 
 
 def warm() -> None:

@@ -1,0 +1,104 @@
+"""What keeps the engine from running: a kind of base, what was done to a base, a mode, a call of forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.utils import output_capturing
+
+from hat_lib.backbone.shapes import LINEARS
+from hat_lib.engine.arrays import MAX_TOKENS
+from hat_lib.engine.cache import GrowingLayer
+from hat_lib.model.modes import Mode
+from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold
+
+ROPES = ("default", "linear", "llama3", "yarn")
+"""rotary embeddings whose angles depend on the position alone"""
+ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", "return_dict"}
+"""of forward, that the engine knows"""
+
+
+def of_base(lm, granularity: str) -> str | None:
+    """Why the engine can run no forward of a base; None if it can."""
+    config, names = lm.config, [name for names in LINEARS.values() for name in names]
+    linears = [lm.lm_head, *(layer.get_submodule(name) for layer in lm.model.layers for name in names)]
+    if any("forward" in vars(m) for m in lm.modules()):
+        return "another library overrides a forward of the base"
+    if granularity not in ("channel", "token"):
+        return f"the engine does not know the {granularity} grain"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"the FFN's activation is {config.hidden_act}"
+    if config.rope_parameters.get("rope_type", "default") not in ROPES:
+        return f"rotary embeddings of type {config.rope_parameters['rope_type']}"
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return "a linear layer of the base is not a plain one"
+    return None if lm.lm_head.bias is None else "the head has a bias"
+
+
+class Snapshot:
+    """A base as it was when a model was attached, with the model's own forwards and hooks."""
+
+    def __init__(self, lm, n_layers: int):
+        self.lm, self.n_layers, self._modules = lm, n_layers, list(lm.modules())
+        self._forwards = {m for m in self._modules if "forward" in vars(m)} | {lm}
+        self._hooks = {id(hook) for m in self._modules for hook in _hooks(m)}
+
+    def obstacle(self) -> str | None:
+        """What was done to the base since then, if it keeps the engine from running."""
+        lm, modules = self.lm, list(self.lm.modules())
+        if lm.device.type != "cpu":
+            return f"the model is on {lm.device.type}"
+        if lm.dtype not in (torch.float32, torch.bfloat16):
+            return f"weights are {lm.dtype}"
+        if modules != self._modules:
+            return "a module of the base was replaced, as by an adapter"
+        if any("forward" in vars(m) for m in modules if m not in self._forwards):
+            return "another library overrides a forward of the base"
+        if any(id(hook) not in self._hooks for m in modules for hook in _hooks(m)):
+            return "there are hooks on the base"
+        if lm.config.num_hidden_layers != self.n_layers:
+            return "drafts by some of the layers were asked for"
+        return "the model is in training mode" if lm.training else None
+
+
+def of_mode(mode: Mode) -> str | None:
+    """What in a mode keeps the engine from running."""
+    if mode.reference:
+        return "asked for"
+    if mode.record or mode.dropped is not None or not mode.compact:
+        return "decisions are recorded, or layers dropped, or masks multiplied"
+    if type(mode.policy) not in (KeepAll, Threshold, Forced):
+        return "decisions are not the method's own"
+    if mode.exits is not None and type(mode.exits) not in (ExitThresholds, Forced):
+        return "exits are not the method's own"
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return "autocast or torch.compile"
+    return None
+
+
+def fits(cache: Cache | None, n_layers: int) -> bool:
+    """Whether the engine can write to a cache."""
+    if type(cache) is not DynamicCache or len(cache.layers) != n_layers:
+        return False
+    return all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers)
+
+
+def takes(given: dict, lm, n_layers: int) -> bool:
+    """Whether a call of forward is one for the engine: a few tokens, a cache, and only logits asked for."""
+    ids, cache, mask = given.get("input_ids"), given.get("cache"), given.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not 0 < ids.numel() <= MAX_TOKENS:
+        return False
+    if any(value is not None and value is not False for name, value in given.items() if name not in ARGUMENTS):
+        return False
+    if not fits(cache, n_layers) or given.get("use_cache") is False or given.get("return_dict") is False:
+        return False
+    if torch.is_grad_enabled() or lm.config.output_hidden_states or lm.config.output_attentions:
+        return False
+    return mask is None or mask.dim() == 2 and mask.shape == (len(ids), cache.get_seq_length() + ids.shape[1])
+
+
+def _hooks(module: nn.Module) -> list:
+    """A module's hooks, without those that transformers leaves once hidden states have been asked for."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return [hook for hook in hooks if getattr(hook, "__module__", None) != output_capturing.__name__]
