@@ -31,8 +31,9 @@ from hat_lib.plotting.style import save_figure
 from hat_lib.rows import RowWriter
 from studies.common import markdown
 
-NAMES = ("decode", "benchmark", "quality", "corrections", "published", "stand_ins", "layer_shares",
-         "published_claims", "speed_targets", "token_time", "self_speculative", "ablations", "step_cost")  # fmt: skip
+NAMES = ("decode", "answers", "benchmark", "quality", "corrections", "published", "stand_ins", "layer_shares",
+         "published_claims", "prompts_in_full", "speed_targets", "token_time", "self_speculative", "ablations",
+         "step_cost")  # fmt: skip
 """ordered so that each comes after those whose files it reads"""
 RESULTS = DATA / "results"
 MARKED = re.compile(r"^<!-- table: (\S+) -->$((?:(?!^<!-- table).)*?^<!-- end -->$)?", re.M | re.S)

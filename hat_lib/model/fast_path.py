@@ -139,10 +139,11 @@ class FastPath:
 
     def _takes(self, given: dict) -> bool:
         """Whether a call of forward is one for the engine, in the mode as it is."""
-        mode, several = self.context.mode, given.get("input_ids") is not None and given["input_ids"].numel() > 1
-        if type(mode.policy) is Forced and self.hat.config.granularity == "channel" and several:
+        mode = self.context.mode
+        if not obstacles.takes(given, self.lm, self.hat.config.n_layers) or obstacles.of_mode(mode) is not None:
             return False
-        return obstacles.takes(given, self.lm, self.hat.config.n_layers) and obstacles.of_mode(mode) is None
+        forced_channels = type(mode.policy) is Forced and self.hat.config.granularity == "channel"
+        return not forced_channels or given["input_ids"].numel() == 1
 
     # -- forwards -----------------------------------------------------------------------------------
 

@@ -54,6 +54,10 @@ SMALL = {
         {"SHAPE": "random:tiny", "SETTINGS": [Setting(0.7), Setting(0.75, 0.1)]},
         8,
     ),
+    "answers": ({"busy": 1, "rounds": 1, "dtype": "fp32"}, {"PROMPT": 16, "ANSWER": 6}, 8),
+    "prompts_in_full": (
+        {"texts": ["addresses"], "capacities": [0.7], "tokens": 1024, "dtype": "fp32"}, {"PROMPT": 16}, 2
+    ),
     "layer_shares": ({"max_tokens": 256, "dtype": "fp32"}, {}, 3 * 4),
 }  # fmt: skip
 
