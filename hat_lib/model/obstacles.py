@@ -15,8 +15,9 @@ from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold
 
 ROPES = ("default", "linear", "llama3", "yarn")
 """rotary embeddings whose angles depend on the position alone"""
-ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", "return_dict"}
-"""of forward, that the engine knows"""
+ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", "return_dict",
+             "tokenizer"}  # fmt: skip
+"""of forward, that the engine knows or may ignore"""
 
 
 def of_base(lm, granularity: str) -> str | None:
