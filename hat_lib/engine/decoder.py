@@ -219,7 +219,7 @@ class Decoder:
         pieces = -(-(start + max(t, steps)) // PIECE)
         team.run(decode, (w, decide, rows, self._scratch_for(threads, b * t, pieces), course), threads)
         for layer in cache.layers:
-            layer.length = start + (t if steps == 1 else int(course.ran[0]))
+            layer.length = start + (int(course.ran[0]) if choose else t)
         return rows, course
 
     def _logits(self, stored: np.ndarray, shape: tuple[int, ...]) -> Tensor:

@@ -24,16 +24,17 @@ def decode(t, team, barrier, base, decide, rows, scratch, course):
         kept, exits, head = course.kept[step], course.exits[step], course.head[step]
         if decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head):
             return
-        if t == 0:
-            course.ran[0] = step + 1
-        if course.ids.shape[0] and not choice.given.shape[0]:
-            early = step < choice.earliest
+        if not course.ids.shape[0]:
+            return  # logits were wanted, and nothing else
+        early = step < choice.earliest
+        if not choice.given.shape[0]:
             for r in range(rows.ids.shape[0]):
                 best = scratch.best[t, r : r + 1], scratch.likeliest[t, r : r + 1]
                 likeliest(rows.logits[r], v0, v1, choice.penalty, choice.seen[r], choice.stops, early, *best)
             if meet(barrier, team):
                 return
-        if t == 0 and course.ids.shape[0]:
+        if t == 0:
+            course.ran[0] = step + 1
             for r in range(rows.ids.shape[0]):
                 if choice.given.shape[0]:
                     rows.ids[r] = choice.given[step, r]
@@ -58,19 +59,17 @@ def decode(t, team, barrier, base, decide, rows, scratch, course):
                     for v in range(vocabulary):
                         course.logits[step, r, v] = rows.logits[r, v]
                 course.ids[step, r] = rows.ids[r] = token
-        if course.steps > 1:
-            if t == 0:
-                for r in range(rows.ids.shape[0]):
-                    if course.gain > F0:
-                        if not rows.protected[r] and exits[r] == kept.shape[1]:
-                            moved = course.offset[r] + (work(kept, r, course.shares) - course.asked) * course.gain
-                            course.offset[r] = min(max(moved, -course.limit), course.limit)
-                        rows.scale[r] = exp(course.offset[r])
-                    rows.slot[r] += 1
-                    rows.position[r] += 1
-                    rows.protected[r] = step + 1 < course.unprotected[r]
-            if meet(barrier, team) or course.ended.all():
-                return
+            for r in range(rows.ids.shape[0]):
+                if course.gain > F0:
+                    if not rows.protected[r] and exits[r] == kept.shape[1]:
+                        moved = course.offset[r] + (work(kept, r, course.shares) - course.asked) * course.gain
+                        course.offset[r] = min(max(moved, -course.limit), course.limit)
+                    rows.scale[r] = exp(course.offset[r])
+                rows.slot[r] += 1
+                rows.position[r] += 1
+                rows.protected[r] = step + 1 < course.unprotected[r]
+        if meet(barrier, team) or course.ended.all():
+            return
 
 
 @compiled()

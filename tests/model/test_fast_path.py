@@ -359,6 +359,19 @@ class TestGenerate:
         with hat.reference():
             assert torch.equal(hat.lm.generate(ids, gate_prompt=True, **GREEDY), gated)
 
+    def test_steered_token_by_token_or_several_at_a_time(self, channel_hat, ids):
+        found = []
+        for streamer in (None, TextStreamer(channel_hat.base.tokenizer)):
+            with channel_hat.at(0.5, 0.0), channel_hat.steered(), channel_hat.collect() as states:
+                text = channel_hat.lm.generate(ids[:1], streamer=streamer, **GREEDY | {"max_new_tokens": 40})
+            found.append((text, TokenState.cat(states[1:])))
+        (text, whole), (again, streamed) = found
+        assert torch.equal(text, again) and torch.equal(whole.site_share, streamed.site_share)
+        with channel_hat.at(0.5, 0.0), channel_hat.collect() as states:
+            channel_hat.lm.generate(ids[:1], **GREEDY | {"max_new_tokens": 40})
+        free = TokenState.cat(states[1:]).layer_capacity
+        assert abs(whole.layer_capacity - 0.5) < abs(free - 0.5)
+
     def test_replay_is_what_generate_ran(self, hat, ids):
         with hat.collect() as found:
             text = hat.lm.generate(ids[:1], **GREEDY)
