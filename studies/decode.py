@@ -25,6 +25,7 @@ from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
 from hat_lib.backbone.base import BUNDLED, BUNDLED_GGUF, load_base
+from hat_lib.backbone.shapes import linears
 from hat_lib.backbone.wheels import SMOLLM2, open_wheel
 from hat_lib.config import HatConfig, HatError, check_capacity, check_count
 from hat_lib.inference.speed import take_turns
@@ -191,7 +192,6 @@ def _plain_read(lm) -> Callable[[], float]:
     """Measures milliseconds in which the engine's threads read, in order, as much memory as a dense step."""
     from hat_lib.engine import team
     from hat_lib.engine.compiling import compiled
-    from hat_lib.engine.weights import linears
 
     @compiled(reorder=True)
     def read(t, threads, barrier, memory, sums):

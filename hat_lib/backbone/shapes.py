@@ -45,6 +45,11 @@ LINEARS = {
 POOL = 16_777_213
 
 
+def linears(lm: LlamaForCausalLM) -> list[torch.nn.Module]:
+    """The linear layers of all decoder layers."""
+    return [layer.get_submodule(name) for layer in lm.model.layers for names in LINEARS.values() for name in names]
+
+
 def random_config(name: str) -> LlamaConfig:
     """The config behind ``random:tiny`` or ``random:tinyllama``."""
     return LlamaConfig(

@@ -1,6 +1,6 @@
 """How the engine's functions are compiled, and where compiled code is kept.
 
-Compiling the decode step takes some ten seconds. It is kept in the user's cache, for the sources of the whole engine:
+Compiling the loop takes half a minute. It is kept in the user's cache, for the sources of the whole engine:
 numba itself looks only at the function's own file, and would run old code after its helpers have changed.
 """
 

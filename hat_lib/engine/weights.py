@@ -14,7 +14,7 @@ from math import gcd
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hat_lib.backbone.shapes import LINEARS
 from hat_lib.engine.arrays import Linear, Weights
@@ -31,11 +31,6 @@ def widths(lm) -> tuple[list[int], list[int]]:
     """Inputs and outputs of each of `LINEARS`."""
     modules = [[lm.model.layers[0].get_submodule(linear) for linear in linears] for linears in LINEARS.values()]
     return [m[0].in_features for m in modules], [sum(linear.out_features for linear in m) for m in modules]
-
-
-def linears(lm) -> list[nn.Module]:
-    """The modules that are packed."""
-    return [layer.get_submodule(name) for layer in lm.model.layers for names in LINEARS.values() for name in names]
 
 
 def unfit(lm, form: str) -> str | None:

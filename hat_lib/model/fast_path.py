@@ -185,12 +185,11 @@ class FastPath:
         first = first_seen(attention_mask, b, t)
         if first is None:
             return None
-        position = rank = np.arange(start, start + t)[None] - first[:, None]
+        position = np.arange(start, start + t)[None].repeat(b, 0)
+        rank = position - first[:, None]
         if position_ids is not None:
             position = position_ids.numpy().repeat(b // len(position_ids), 0)
             rank = np.minimum(rank, position)
-        else:
-            position = position + first[:, None]
         kept = logits_to_keep.numpy() if isinstance(logits_to_keep, Tensor) else slice(-(logits_to_keep or 0), None)
         if (logit_rows := np.arange(b * t).reshape(b, t)[:, kept]).size > b * t:
             return None  # logits asked for twice
@@ -332,7 +331,7 @@ class FastPath:
 
 
 def warm() -> None:
-    """Compile the engine for bases in float32 and bfloat16, unless already cached; takes some twenty seconds."""
+    """Compile the engine for bases in float32 and bfloat16, unless already cached; takes about a minute."""
     if UNAVAILABLE is None:
         config = LlamaConfig(
             vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8

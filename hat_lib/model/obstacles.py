@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils import output_capturing
 
-from hat_lib.backbone.shapes import LINEARS
+from hat_lib.backbone.shapes import linears
 from hat_lib.engine.arrays import MAX_TOKENS
 from hat_lib.engine.cache import GrowingLayer
 from hat_lib.model.modes import Mode
@@ -22,8 +22,7 @@ ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache"
 
 def of_base(lm, granularity: str) -> str | None:
     """Why the engine can run no forward of a base; None if it can."""
-    config, names = lm.config, [name for names in LINEARS.values() for name in names]
-    linears = [lm.lm_head, *(layer.get_submodule(name) for layer in lm.model.layers for name in names)]
+    config = lm.config
     if any("forward" in vars(m) for m in lm.modules()):
         return "another library overrides a forward of the base"
     if granularity not in ("channel", "token"):
@@ -32,7 +31,7 @@ def of_base(lm, granularity: str) -> str | None:
         return f"the FFN's activation is {config.hidden_act}"
     if config.rope_parameters.get("rope_type", "default") not in ROPES:
         return f"rotary embeddings of type {config.rope_parameters['rope_type']}"
-    if any(type(linear) is not nn.Linear for linear in linears):
+    if any(type(linear) is not nn.Linear for linear in (*linears(lm), lm.lm_head)):
         return "a linear layer of the base is not a plain one"
     return None if lm.lm_head.bias is None else "the head has a bias"
 
