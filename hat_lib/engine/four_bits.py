@@ -1,108 +1,150 @@
 """Sparse products of weights in four bits, in groups of 32 channels, as in GGUF's Q4_1.
 
-A weight is ``d * q + m``, q in 0..15, with d and m in float16 for each output and group. Inputs are rounded to eight
-bits, ``x ~ s * c`` with c in -127..127, one scale s for what a row keeps of a group. The sum of c q is then an integer,
-exact in any order, and a group adds ``s d sum(c q) + m s sum(c)`` to an output, in float32, groups in order. Both terms
-use the same c, so that the rounding error of c is weighted by the weight, which is less than its distance from m.
+A weight is ``D (d (q - 8) + 4 m)``: q in 0..15; d in 0..127 and m in -127..127 for each output and group; D in float32
+for each output, applied by the caller. Inputs are rounded to eight bits, ``x ~ s c`` with c in -127..127, one scale s
+for what a row keeps of a group. So a group adds ``s (d sum(c (q - 8)) + 4 m sum(c))`` to an output: an integer, exact in
+any order, times s in float32, groups in order.
 
-Weights are bytes ``[C / 32 * 40, out / 2]``: for each group, the rows of its 32 channels and, in the space of eight
-more, its scales, float16 ``[2, out]``. In a row, eight words of 16 bits hold 32 outputs: word j has outputs j, 8 + j,
-16 + j and 24 + j, from its lowest bits to its highest.
+Weights are bytes ``[C / 32 * 36, out / 2]``: for each group, the rows of its 32 channels and, in the space of four
+more, its pairs of d and m. In a row, eight bytes hold 16 outputs: byte j has output j in its lower bits and output
+8 + j in its upper ones.
 """
 
 from __future__ import annotations
 
+import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic, overload
 
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.kernels import F0, add_channels, prefetch
 
-GROUP, GROUP_ROWS = 32, 40
+GROUP, GROUP_ROWS = 32, 36
 """channels that share a scale, and rows of memory that they and their scales take"""
+MIDDLE, OFFSET = 8, 4
+"""what is taken from q, so that sums fit 16 bits, and the unit of m, so that 4 sum(c) does"""
 AHEAD = 32
 """how many kept channels ahead to prefetch: no hardware prefetcher can guess what is skipped"""
 I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 
 
-def _adds(outputs: int):
-    """A function that adds a group to this many outputs, with sums in registers; LLVM splits vectors to fit the CPU."""
-    words = outputs // 4
+def has_avx2() -> bool:
+    """Whether numba compiles for a CPU with AVX2."""
+    features = config.CPU_FEATURES
+    if features is None:
+        features = "" if config.CPU_NAME == "generic" else llvmlite.binding.get_host_cpu_features().flatten()
+    return "+avx2" in features
 
-    def splat(builder, value, lanes=8):
-        some = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
-        one = builder.insert_element(some, value, I32(0))
-        return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
-    def vector(builder, pointer, kind, lanes=8):
-        return builder.bitcast(pointer, ir.VectorType(kind, lanes).as_pointer())
+def _vector(kind, n: int):
+    return ir.VectorType(kind, n)
 
-    def from_half(builder, pointer):
-        """Eight float16 as float32, by integer operations: exact, and no call if the CPU has no instruction for it."""
-        bits = builder.sext(builder.load(vector(builder, pointer, I16), align=1), ir.VectorType(I32, 8))
-        bits = builder.and_(builder.shl(bits, splat(builder, I32(13))), splat(builder, I32(0x8FFFFFFF)))
-        return builder.fmul(builder.bitcast(bits, ir.VectorType(F32, 8)), splat(builder, F32(2.0**112)))
+
+def _load(builder, pointer, kind, n):
+    return builder.load(builder.bitcast(pointer, _vector(kind, n).as_pointer()), align=1)
+
+
+def _shuffle(builder, a, b, order):
+    return builder.shuffle_vector(a, b, ir.Constant(_vector(I32, len(order)), order))
+
+
+def _splat(builder, value, n):
+    one = builder.insert_element(ir.Constant(_vector(value.type, n), ir.Undefined), value, I32(0))
+    return _shuffle(builder, one, one, [0] * n)
+
+
+def _dot_pairs(builder, a, b):
+    """Sums of two neighbouring products each."""
+    products = builder.mul(a, b)
+    even, odd = (_shuffle(builder, products, products, [*range(i, a.type.count, 2)]) for i in (0, 1))
+    return builder.add(even, odd)
+
+
+def _dot_bytes(builder, q, codes, avx2: bool):
+    """The same of bytes, q unsigned and codes signed, as int16; LLVM does not find the instruction by itself."""
+    n = q.type.count
+    if not avx2:
+        return _dot_pairs(builder, builder.zext(q, _vector(I16, n)), builder.sext(codes, _vector(I16, n)))
+    name = {32: "llvm.x86.avx2.pmadd.ub.sw", 16: "llvm.x86.ssse3.pmadd.ub.sw.128"}[n]
+    kind = ir.FunctionType(_vector(I16, n // 2), [q.type, codes.type])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [q, codes])
+
+
+def _adds(outputs: int, avx2: bool):
+    """A function that adds a group to this many outputs, with sums in registers."""
+    lanes = min(32, outputs // 2)  # bytes of a row at a time
+    words = lanes // 2
+    # Bytes of two rows in turn, in each half of a vector: the first eight of the half, or the last.
+    mixes = [[k for i in range(0, lanes, 16) for j in range(i, i + 8) for k in (j + e, lanes + j + e)] for e in (0, 8)]
 
     def build(context, builder, signature, args):
         w, codes, rows, soon, y = (
             cgutils.create_struct_proxy(kind)(context, builder, value).data
             for kind, value in zip(signature.args[:5], args[:5], strict=True)
         )
-        width, column, scales, count, factor, total = args[5:]
+        column, scales, next_group, pairs, factor, total = args[5:]
         size = column.type
         words_at = builder.gep(w, [builder.udiv(column, size(2))])
+        codes = builder.bitcast(codes, I16.as_pointer())
 
-        # Minus eight times all codes: sums of c (q - 8) fit 16 bits, whatever overflows on the way.
-        eight = builder.mul(total, I32(8))
-        start = splat(builder, builder.trunc(builder.neg(eight), I16), words)
-        sums = [cgutils.alloca_once_value(builder, start) for _ in range(4)]
-        with cgutils.for_range(builder, count) as loop:
-            row, later, code = (builder.load(builder.gep(a, [loop.index])) for a in (rows, soon, codes))
-            four = builder.load(vector(builder, builder.gep(words_at, [row]), I16, words), align=1)
-            code = splat(builder, code, words)
-            for nibble, s in enumerate(sums):
-                q = builder.lshr(four, splat(builder, I16(4 * nibble), words))
-                q = builder.and_(q, splat(builder, I16(15), words))
-                builder.store(builder.add(builder.load(s), builder.mul(code, q)), s)
-            prefetch(builder, builder.gep(words_at, [later]))
+        # Sums of c (q - 8) fit 16 bits, whatever overflows on the way.
+        start = _splat(builder, builder.trunc(builder.mul(total, I32(-MIDDLE)), I16), words)
+        sums = [cgutils.alloca_once_value(builder, start) for _ in range(outputs // words)]
+        with cgutils.for_range(builder, pairs) as loop:
+            code = _splat(builder, builder.load(builder.gep(codes, [loop.index]), align=1), words)
+            code = builder.bitcast(code, _vector(I8, lanes))
+            first = builder.add(loop.index, loop.index)
+            two = first, builder.add(first, size(1))
+            here = [builder.gep(words_at, [builder.load(builder.gep(rows, [i]))]) for i in two]
+            to = iter(sums)
+            for part in range(0, outputs // 2, lanes):
+                a, b = (_load(builder, builder.gep(row, [size(part)]), I8, lanes) for row in here)
+                for mix in mixes:
+                    lower = _shuffle(builder, a, b, mix)
+                    upper = builder.lshr(builder.bitcast(lower, start.type), _splat(builder, I16(4), words))
+                    for q in lower, builder.bitcast(upper, lower.type):
+                        more = _dot_bytes(builder, builder.and_(q, _splat(builder, I8(15), lanes)), code, avx2)
+                        s = next(to)
+                        builder.store(builder.add(builder.load(s), more), s)
+            for i in two:
+                prefetch(builder, builder.gep(words_at, [builder.load(builder.gep(soon, [i]))]))
 
         scales = builder.gep(w, [builder.add(scales, builder.mul(column, size(2)))])
-        offset = splat(builder, builder.fmul(factor, builder.sitofp(total, F32)))
-        factor, eight = splat(builder, factor), splat(builder, eight)
+        offset = _splat(builder, builder.shl(builder.mul(total, I32(OFFSET)), I32(16)), 8)
+        factor = _splat(builder, factor, 8)
         for i in range(0, outputs, 8):
-            of, lanes = builder.load(sums[i // 8 % 4]), [*range(i // 32 * 8, i // 32 * 8 + 8)]
-            s = builder.shuffle_vector(of, of, ir.Constant(ir.VectorType(I32, 8), lanes))
-            s = builder.add(builder.sext(s, ir.VectorType(I32, 8)), eight)
-            d = builder.gep(scales, [size(2 * i)])
-            m = builder.gep(d, [builder.mul(width, size(4))])
-            to = vector(builder, builder.gep(y, [builder.add(column, size(i))]), F32)
-            more = builder.fmul(builder.sitofp(s, ir.VectorType(F32, 8)), builder.fmul(from_half(builder, d), factor))
-            more = builder.fadd(builder.load(to, align=4), more)
-            more = builder.fadd(more, builder.fmul(from_half(builder, m), offset))
-            builder.store(more, to, align=4)
+            part, at = divmod(i, 2 * lanes)
+            s = builder.load(sums[4 * part + at // 8 % 4])
+            s = _shuffle(builder, s, s, [*range(at // 32 * 8, at // 32 * 8 + 8)])
+            both = builder.or_(builder.zext(s, _vector(I32, 8)), offset)  # the sum of c (q - 8), and 4 sum(c)
+            both = builder.sext(builder.bitcast(both, _vector(I16, 16)), _vector(I32, 16))
+            place = builder.gep(scales, [size(2 * i)])
             if i % 32 == 0:
-                for pointer in (d, m):
-                    prefetch(builder, builder.gep(pointer, [builder.mul(width, size(GROUP_ROWS))]))  # of the next group
+                prefetch(builder, builder.gep(place, [next_group]))
+            more = _dot_pairs(builder, both, builder.sext(_load(builder, place, I8, 16), both.type))
+            more = builder.fmul(builder.sitofp(more, _vector(F32, 8)), factor, flags=("contract",))
+            to = builder.bitcast(builder.gep(y, [builder.add(column, size(i))]), more.type.as_pointer())
+            builder.store(builder.fadd(builder.load(to, align=4), more, flags=("contract",)), to, align=4)
         return context.get_dummy_value()
 
     @intrinsic
-    def add_group(context, w, codes, rows, soon, y, width, column, scales, count, factor, total):
+    def add_group(context, w, codes, rows, soon, y, column, scales, next_group, pairs, factor, total):
         """Add what is kept of a group to ``y[column : column + outputs]``.
 
         Args:
-            codes: int16 ``[count]``, with sum ``total``, of inputs ``factor * codes``.
+            codes: int8 ``[2 * pairs]``, with sum ``total``, of inputs ``factor * codes``.
             rows, soon: where each one's row begins in w, and a row to fetch meanwhile; in bytes, like ``scales``.
-            width: bytes per row.
+            next_group: bytes from a group to the next.
         """
         return types.void(w, codes, rows, soon, y, *[types.intp] * 4, types.float32, types.int32), build
 
     return add_group
 
 
-_add_128, _add_32 = _adds(128), _adds(32)
+_add_128, _add_64, _add_32 = (_adds(outputs, has_avx2()) for outputs in (128, 64, 32))
 
 
 @compiled(reorder=True)
@@ -113,41 +155,53 @@ def encode(values, codes):
         top = max(top, abs(values[i]))
     factor = np.float32(127) / top if top > np.float32(1e-30) else F0
     for i in range(values.shape[0]):
-        codes[i] = np.rint(values[i] * factor)
-        total += codes[i]
+        code = np.int32(np.rint(values[i] * factor))
+        codes[i] = np.int8(code)
+        total += code
     return top / np.float32(127), np.int32(total)
 
 
 @compiled()
 def row_of(channel):
     """The row of a channel."""
-    return np.intp(channel) + np.intp(channel) // GROUP * (GROUP_ROWS - GROUP)
+    return channel + (channel >> np.uint64(5)) * np.uint64(GROUP_ROWS - GROUP)
 
 
 @compiled()
 def add_groups(w, index, values, start, n, filled, y, c0, c1):
     """Like `hat_lib.engine.kernels.add_channels`, for weights in four bits; c0 and c1 are multiples of 32."""
-    width, last = w.shape[1], start
-    codes, rows, soon = np.empty(GROUP, np.int16), np.empty(GROUP, np.intp), np.empty(GROUP, np.intp)
+    width, group_bytes, last = np.uint64(w.shape[1]), w.shape[1] * GROUP_ROWS, start
+    x, codes = np.empty(GROUP, np.float32), np.empty(GROUP, np.int8)
+    rows, soon = np.empty(GROUP, np.uint64), np.empty(GROUP, np.uint64)
     for r in range(y.shape[0]):
         y[r, c0:c1] = F0
     while n > start + 1 and index[n - 1] == index[n - 2]:
         n -= 1  # what only pads to a multiple of eight
     while last < n:
-        first, group = last, row_of(index[last]) // GROUP_ROWS
-        while last < n and row_of(index[last]) // GROUP_ROWS == group:
-            rows[last - first] = width * row_of(index[last])
-            soon[last - first] = width * row_of(index[min(last + AHEAD, filled - 1)])
+        first, group = last, index[last] >> np.uint64(5)
+        while last < n and index[last] >> np.uint64(5) == group:
             last += 1
+        count = last - first
+        for k in range(count):
+            rows[k] = width * row_of(index[first + k])
+            soon[k] = width * row_of(index[min(first + k + AHEAD, filled - 1)])
+        if count % 2:  # the last one's pair, with a code of zero
+            rows[count], soon[count] = rows[count - 1], soon[count - 1]
+        scales = group_bytes * np.intp(group) + w.shape[1] * GROUP
         for r in range(y.shape[0]):
-            factor, total = encode(values[r, first:last], codes)
-            row, column, scales = y[r], c0, width * (GROUP_ROWS * group + GROUP)
+            x[:] = F0
+            for k in range(count):
+                x[k] = values[r, first + k]
+            factor, total = encode(x, codes)
+            row, column, pairs = y[r], c0, (count + 1) // 2
             while column + 128 <= c1:
-                _add_128(w, codes, rows, soon, row, width, column, scales, last - first, factor, total)
+                _add_128(w, codes, rows, soon, row, column, scales, group_bytes, pairs, factor, total)
                 column += 128
-            while column < c1:
-                _add_32(w, codes, rows, soon, row, width, column, scales, last - first, factor, total)
-                column += 32
+            if column + 64 <= c1:
+                _add_64(w, codes, rows, soon, row, column, scales, group_bytes, pairs, factor, total)
+                column += 64
+            if column < c1:
+                _add_32(w, codes, rows, soon, row, column, scales, group_bytes, pairs, factor, total)
 
 
 def add(w, index, values, start, n, filled, y, c0, c1):

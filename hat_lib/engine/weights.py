@@ -2,8 +2,8 @@
 
 ``base``  the base's own numbers, float32 or bfloat16.
 ``int8``  eight bits, with one scale per output, the largest magnitude of its row over 127.
-``q4``    four bits, with a scale and a minimum per output and 32 channels, and the head in eight: for a base that was
-          in Q4_1 before, its own numbers. Every width must be a multiple of 32.
+``q4``    four bits, with a scale and an offset per output and 32 channels, and the head in eight: for a base that was
+          in Q4_1 before, its own blocks, their scales rounded to eight bits. Widths must be multiples of 32.
 
 The embedding is the base's own memory, and so is the head in the form ``base``.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hat_lib.backbone.shapes import LINEARS
 from hat_lib.engine.arrays import Linear, Weights
-from hat_lib.engine.four_bits import GROUP, GROUP_ROWS
+from hat_lib.engine.four_bits import GROUP, GROUP_ROWS, MIDDLE, OFFSET
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:
@@ -98,10 +98,10 @@ def _product(lm, name: str, form: str, corrections, block: int) -> Linear:
     dtype, shape = {
         "base": (lm.dtype, (channels, _spread(outputs, lm.dtype))),
         "int8": (torch.int8, (channels, _spread(outputs, torch.int8))),
-        "q4": (torch.uint8, (channels // GROUP * GROUP_ROWS, outputs // 2)),
+        "q4": (torch.uint8, (channels // GROUP * GROUP_ROWS, _spread(outputs // 2, torch.uint8))),
     }[form]
     weights = _memory((len(layers), *shape), dtype)
-    scales = torch.empty(len(layers), outputs if form == "int8" else 0)
+    scales = torch.empty(len(layers), 0 if form == "base" else outputs)
     biases = torch.zeros(len(layers), outputs if biased else 0)
     rank = 0 if corrections is None else corrections[f"0_{name}"].down.shape[0]
     reduce = torch.empty(len(layers), rank, channels, dtype=lm.dtype)
@@ -117,10 +117,12 @@ def _product(lm, name: str, form: str, corrections, block: int) -> Linear:
             rows, expand[i] = _alternating(rows, block), _alternating(expand[i].t(), block).t()
             if biased:
                 biases[i] = _alternating(biases[i], block)
+        if form == "q4":
+            scales[i] = _four_bits(rows, weights[i])
+            continue
         if form == "int8":
             rows, scales[i] = _eight_bits(rows)
-        packed = _four_bits(rows) if form == "q4" else rows.t()
-        weights[i, :, : packed.shape[1]] = packed
+        weights[i, :, :outputs] = rows.t()
     return Linear(as_numpy(weights), scales.numpy(), biases.numpy(), as_numpy(reduce), as_numpy(expand))
 
 
@@ -151,14 +153,18 @@ def _eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
     return eight, scales
 
 
-def _four_bits(weight: Tensor) -> Tensor:
-    """Rows and scales of ``weight [out, C]``, uint8 ``[C / 32 * 40, out / 2]`` (`hat_lib.engine.four_bits`)."""
+def _four_bits(weight: Tensor, packed: Tensor) -> Tensor:
+    """Write ``weight [out, C]`` to ``packed``, in the form of `hat_lib.engine.four_bits`; returns float32 ``[out]``."""
     outputs, n = len(weight), weight.shape[1] // GROUP
-    groups = weight.float().t().contiguous().view(n, GROUP, outputs)
-    low, high = groups.amin(1), groups.amax(1)
-    scales = torch.stack([(high - low) / 15, low], 1).half()
-    d, m = scales.float()[:, :, None].unbind(1)
-    q = (groups - m).div_(d.clamp(min=1e-30)).round_().clamp_(0, 15).to(torch.uint8)
-    first, second, third, fourth = q.view(n, GROUP, outputs // 32, 4, 8).unbind(3)
-    rows = torch.stack([first | second << 4, third | fourth << 4], -1)
-    return torch.cat([part.view(torch.uint8).view(n, -1, outputs // 2) for part in (rows, scales)], 1).flatten(0, 1)
+    groups = weight.float().view(outputs, n, GROUP)
+    low, high = groups.amin(2), groups.amax(2)
+    d = (high - low) / 15
+    q = ((groups - low[..., None]) / d.clamp(min=1e-30)[..., None]).round_().clamp_(0, 15).to(torch.uint8)
+    m = low + MIDDLE * d
+    scale = torch.maximum(d.amax(1), m.abs().amax(1) / OFFSET).clamp_(min=1e-30) / 127
+    pairs = torch.stack([d, m / OFFSET], 2).div_(scale[:, None, None]).round_().to(torch.int8)
+    packed = packed.view(n, GROUP_ROWS, -1)
+    lower, upper = q.permute(1, 2, 0).reshape(n, GROUP, outputs // 16, 2, 8).unbind(3)
+    packed[:, :GROUP, : outputs // 2] = (lower | upper << 4).flatten(2)
+    packed[:, GROUP:].flatten(1)[:, : 2 * outputs] = pairs.transpose(0, 1).flatten(1).view(torch.uint8)
+    return scale

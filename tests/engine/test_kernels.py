@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from four_bits_read import unpacked
+from four_bits_read import four_bits, unpacked
 
-from hat_lib.engine import four_bits, kernels
+from hat_lib.engine import kernels
 from hat_lib.engine.arrays import SECTION
 from hat_lib.engine.compiling import compiled
-from hat_lib.engine.four_bits import add, encode
+from hat_lib.engine.four_bits import GROUP, _adds, add, encode, has_avx2
 from hat_lib.engine.kernels import dots, keep
 from hat_lib.engine.operations import shortlist
-from hat_lib.engine.weights import _four_bits, as_numpy
+from hat_lib.engine.weights import as_numpy
 
 CHANNELS, OUTPUTS = 96, 2144
 """more than `COLUMNS`, and not a multiple of 128"""
@@ -77,7 +77,7 @@ def product(w, x, threshold, *, scale=1.0, keep_all=False, runs=True):
 def weights(request):
     drawn = torch.from_numpy(np.random.default_rng(0).normal(size=(CHANNELS, OUTPUTS)).astype("f4"))
     if request.param == "q4":
-        return as_numpy(_four_bits(drawn.T))
+        return four_bits(drawn.T)[0]
     return as_numpy((50 * drawn).to(torch.int8) if request.param == "int8" else drawn.to(getattr(torch, request.param)))
 
 
@@ -112,9 +112,9 @@ def test_shortlist(weights, x):
 
 
 def plain(w):
-    """float32 ``[C, O]``."""
+    """float32 ``[C, O]``, in four bits before the scale of outputs."""
     if w.dtype == np.uint8:
-        return unpacked(w)
+        return unpacked(w, np.ones(OUTPUTS, np.float32))
     wide = np.empty(w.size, np.float32)
     widened(w.ravel(), wide)
     return wide.reshape(w.shape)
@@ -137,30 +137,44 @@ def test_head(weights, x):
 
 def rounded(x):
     """Codes times scale, by group."""
-    groups, codes, made = x.reshape(-1, four_bits.GROUP), np.empty(four_bits.GROUP, np.int16), []
+    groups, codes, made = x.reshape(-1, GROUP), np.empty(GROUP, np.int8), []
     for group in groups:
         scale, total = encode(group, codes)
-        assert total == codes.sum() and abs(codes).max() == (127 if group.any() else 0)
+        assert total == codes.sum() and abs(codes.astype(int)).max() == (127 if group.any() else 0)
         assert np.abs(scale * codes - group).max() <= 0.501 * scale
         made.append(scale * codes.astype(np.float32))
     return np.reshape(made, x.shape)
 
 
 def test_four_bits_at_extremes():
-    """The largest codes, all weights at either extreme, scales that are zero or subnormal in float16, nothing kept."""
+    """The largest codes, all weights at either extreme, far from zero, tiny, zero; inputs that are tiny or zero."""
     ends = torch.tensor([0.0, 15.0]).repeat(16)[:, None].expand(32, 32).clone()
-    for weight in (ends, -1e-6 * ends, ends - 7, torch.full((32, 32), 3.0), torch.zeros(32, 32)):
-        w = as_numpy(_four_bits(weight.T))
-        assert np.array_equal(unpacked(w), weight.half().float().numpy()) or weight.abs().max() < 1e-4
+    for weight in (ends, -1e-6 * ends, ends - 7, ends + 100, torch.full((32, 32), 3.0), torch.zeros(32, 32)):
+        w, scale = four_bits(weight.T)
+        read = unpacked(w, scale)
+        assert np.abs(read - weight.numpy()).max() <= 0.05 * float(weight.abs().max())
         for x in (np.ones((1, 32)), np.sign(np.arange(32) % 2 - 0.5)[None], np.zeros((1, 32)), np.full((1, 32), 1e-35)):
-            found = add_all(w, x.astype(np.float32))
-            assert np.allclose(found, x @ unpacked(w).astype("f8"), rtol=1e-6, atol=1e-30)
+            y = np.full((1, 32), np.nan, np.float32)
+            add_kept(w, np.arange(32, dtype=np.uint64), x.astype(np.float32), 32, y)
+            assert np.allclose(y * scale, x @ read.astype("f8"), rtol=1e-6, atol=1e-30)
 
 
-def add_all(w, x):
-    y = np.full((len(x), 2 * w.shape[1]), np.nan, np.float32)
-    add_kept(w, np.arange(x.shape[1], dtype=np.uint64), x, x.shape[1], y)
-    return y
+@pytest.mark.parametrize("outputs", [32, 128])
+def test_plain_code_and_the_instruction_give_the_same_bits(outputs):
+    if not has_avx2():
+        pytest.skip("no AVX2")
+    random, found = np.random.default_rng(0), []
+    w = random.integers(0, 256, (36, outputs // 2), dtype=np.uint8)
+    codes, rows = random.integers(-127, 128, 32, dtype=np.int8), np.arange(32) * w.shape[1]
+    for add_group in (_adds(outputs, True), _adds(outputs, False)):
+
+        @compiled()
+        def run(w, codes, rows, y, total):
+            add_group(w, codes, rows, rows, y, 0, 32 * w.shape[1], 0, 16, np.float32(0.1), np.int32(total))  # noqa: B023
+
+        found.append(np.zeros(outputs, np.float32))
+        run(w, codes, rows, found[-1], codes.sum(dtype=int))
+    assert np.array_equal(*found) and found[0].all()
 
 
 def test_row_among_others_is_as_alone(weights, x):
