@@ -47,7 +47,7 @@ WAYS = {"hf": "plain transformers", "hf_before": "plain transformers, before the
         "llama.cpp": "llama.cpp"}  # fmt: skip
 TOGETHER = 8  # most tokens the engine takes at a time
 HELD_OUT = 512  # tokens on which a format is compared with the base
-READ = {"int8": (1.0, 0.0, 1.0), "q4": (0.5, 4 / 32, 1.0)}
+READ = {"int8": (1.0, 0.0, 1.0), "q4": (0.5, 2 / 32, 1.0)}
 """bytes that a format reads for each weight of a kept channel, for each weight kept or not (scales of groups of 32
 channels), and for each weight of the head"""
 

@@ -182,7 +182,7 @@ class HierarchicalTransformer(Modes, nn.Module):
     @property
     def weight_format(self) -> str:
         """How the engine keeps its weights: "base", as the base has them; or, approximately, "int8", with a scale per
-        output, or "q4", with a scale and a minimum per 32 channels. Prefill reads the base's own."""
+        output, or "q4", with a scale and an offset per 32 channels. Prefill reads the base's own."""
         return self._fast.form
 
     @weight_format.setter
