@@ -155,21 +155,22 @@ def _engine(
     """The engine's ways in one format, with the columns that are not times."""
     name = str(hat.base.dtype).removeprefix("torch.") if form == "base" else form
     middle = sorted(around)[(len(around) - 1) // 2]
+    before = hat.packed_bytes
     _within(hat, texts[1], 1, hat.dense, form)  # packs the weights before anything is collected
-    copied = hat.packed_bytes / 2**20
+    copied = (hat.packed_bytes - before) / 2**20
     for sequences, text in texts.items():
         for capacity, enter in sorted(around.items(), reverse=True):
             if sequences > 1 and capacity not in (1, middle):
                 continue
             enter = hat.dense if capacity == 1 else enter
-            with enter(), hat.collect() as states:
+            with hat.changed(weights=form), enter(), hat.collect() as states:
                 _ms(hat, text, steps)
             trace = TokenState.cat(states[2:])
             columns = {"realised": trace.capacity, "copy_mib": copied}
             if sequences == 1:
                 columns["ideal"] = _ideal(state_cost(hat, trace), hat.base.dtype.itemsize, form)
             if sequences == 1 and expected is not None:
-                with enter():
+                with hat.changed(weights=form), enter():
                     total = kl_div(_predicted(hat, ids), expected, reduction="sum", log_target=True)
                 columns["kl"] = float(total) / len(expected)
             yield Way("engine", name, sequences, capacity, partial(_within, hat, text, steps, enter, form), columns)
@@ -181,10 +182,7 @@ def _ms(model, ids: Tensor, steps: int) -> float:
 
 
 def _within(hat, ids: Tensor, steps: int, enter: Callable, form: str, path: Callable = nullcontext) -> float:
-    changed, hat.weight_format = hat.weight_format != form, form
-    with enter(), path():
-        if changed:  # weights are packed at the first step
-            decode_ms(hat, ids, 1, 1)
+    with hat.changed(weights=form), enter(), path():  # which keeps the weights of other formats
         return _ms(hat, ids, steps)
 
 
