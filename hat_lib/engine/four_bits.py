@@ -2,8 +2,8 @@
 
 A weight is ``D (d (q - 8) + 4 m)``: q in 0..15; d in 0..127 and m in -127..127 for each output and group; D in float32
 for each output, applied by the caller. Inputs are rounded to eight bits, ``x ~ s c`` with c in -127..127, one scale s
-for what a row keeps of a group. So a group adds ``s (d sum(c (q - 8)) + 4 m sum(c))`` to an output: an integer, exact in
-any order, times s in float32, groups in order.
+for what a row keeps of a group. So a group adds ``s (d sum(c (q - 8)) + 4 m sum(c))`` to an output: an integer, exact
+in any order, times s in float32, groups in order.
 
 Weights are bytes ``[C / 32 * 36, out / 2]``: for each group, the rows of its 32 channels and, in the space of four
 more, its pairs of d and m. In a row, eight bytes hold 16 outputs: byte j has output j in its lower bits and output
@@ -164,7 +164,7 @@ def encode(values, codes):
 @compiled()
 def row_of(channel):
     """The row of a channel."""
-    return channel + (channel >> np.uint64(5)) * np.uint64(GROUP_ROWS - GROUP)
+    return channel + channel // np.uint64(GROUP) * np.uint64(GROUP_ROWS - GROUP)
 
 
 @compiled()
@@ -178,8 +178,8 @@ def add_groups(w, index, values, start, n, filled, y, c0, c1):
     while n > start + 1 and index[n - 1] == index[n - 2]:
         n -= 1  # what only pads to a multiple of eight
     while last < n:
-        first, group = last, index[last] >> np.uint64(5)
-        while last < n and index[last] >> np.uint64(5) == group:
+        first, group = last, index[last] // np.uint64(GROUP)
+        while last < n and index[last] // np.uint64(GROUP) == group:
             last += 1
         count = last - first
         for k in range(count):
