@@ -11,6 +11,7 @@ from hat_lib.evaluation import equal_work
 from hat_lib.evaluation.controls import CONTROLS
 from hat_lib.evaluation.equal_work import CHECKPOINTS, TEXTS, VARIANTS, Point, Row
 from hat_lib.model import checkpoint
+from hat_lib.model.granularity import GRAINS
 from hat_lib.plotting import frontier
 from studies.common import markdown, saved
 from studies.plotting import findings
@@ -61,7 +62,7 @@ def rows(
     channel_untrained: Path = CHECKPOINTS / "calibrated",
     token: Path = CHECKPOINTS / "token",
     token_untrained: Path = CHECKPOINTS / "calibrated_token",
-    grains: Sequence[str] = ("channel", "token"),
+    grains: Sequence[str] = tuple(GRAINS),
     points: Sequence[Point] | None = None,
     dtype: str | None = None,
 ) -> Iterator[Row]:

@@ -18,6 +18,7 @@ from hat_lib.backbone.base import load_base
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import HatConfig
 from hat_lib.inference.speed import Variant, now, take_turns
+from hat_lib.model.granularity import GRAINS
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.mixture import training_text
 from hat_lib.training.objective import Objective
@@ -45,8 +46,8 @@ class Row(Machine):
 
 
 def rows(done: Collection = (), *, base: str = "bundled", rounds: int = 5, dtype: str = "bf16") -> Iterator[Row]:
-    """Two grains, on two blocks of 512 tokens."""
-    for granularity in ("channel", "token"):
+    """Both grains, on two blocks of 512 tokens."""
+    for granularity in GRAINS:
         if (granularity,) not in done:
             loaded = load_base(base, dtype=dtype)
             text = training_text(loaded, "addresses", 1024)

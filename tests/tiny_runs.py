@@ -72,8 +72,8 @@ def new_hat(grain: str) -> HierarchicalTransformer:
     """Untrained, on its own base, calibrated if the grain's training needs it."""
     torch.manual_seed(0)
     hat = untrained(grain)
-    if grain != "token":
-        hat.calibration = _calibration(grain)
+    if grain == "channel":
+        hat.calibration = _calibration()
     return hat
 
 
@@ -95,8 +95,8 @@ def gating(base=None, threshold=6.0, margin=10.0):
 
 
 @cache
-def _calibration(grain: str):
-    return calibrate(untrained(grain), random_blocks(), probe_tokens=64, progress=False)
+def _calibration():
+    return calibrate(untrained(), random_blocks(), probe_tokens=64, progress=False)
 
 
 def run_phase(

@@ -24,10 +24,8 @@ from hat_lib.calibration.token_sensitivity import backward
 from hat_lib.model.head import likely
 from hat_lib.model.transformer import HierarchicalTransformer
 
-# Shares at which the damage is priced, near those in use; k and p of the damage model come from a line through them in
-# log-log.
+# Shares at which the damage is priced; k and p of the damage model come from a line through them in log-log.
 PROBE_SHARES = (0.45, 0.6, 0.75)
-NEURON_SHARES = (0.1, 0.3, 0.5)
 # A steeper or flatter line than this is noise: the exponent is at least 2, as the form itself is quadratic.
 EXPONENT_RANGE = (2.0, 6.0)
 # Tried for the head: shares of channels in the preview, and margins in nats, on so many tokens.
@@ -92,11 +90,9 @@ def shares_at(price: float, sensitivity, work, exponent, floor: float) -> np.nda
 def site_damage(
     hat, blocks: Sequence[Tensor], quantiles: ScoreQuantiles, seed: int = 0, progress: bool = True
 ) -> np.ndarray:
-    """Predicted KL in nats per token of gating each site alone, at its `probe_shares`, ``[3, L, S]``."""
-    sites, probes = hat.grain.sites, probe_shares(hat.grain.sites)
-    thresholds = {
-        key: [quantiles.threshold(key, share) for share in probes[:, sites.index(key[1])]] for key in quantiles.tables
-    }
+    """Predicted KL in nats per token of gating each site alone, ``[len(PROBE_SHARES), L, S]``."""
+    sites = hat.grain.sites
+    thresholds = {key: [quantiles.threshold(key, share) for share in PROBE_SHARES] for key in quantiles.tables}
     total = torch.zeros(len(PROBE_SHARES), hat.config.n_layers, len(sites), dtype=torch.float64)
 
     def price(layer: int, site: str, x: Tensor, value: Tensor):
@@ -118,18 +114,15 @@ def site_damage(
     return total.numpy() / tokens
 
 
-def probe_shares(sites: Sequence[str]) -> np.ndarray:
-    """``[3, S]``."""
-    return np.array([NEURON_SHARES if site == "neurons" else PROBE_SHARES for site in sites]).T
-
-
-def fit_damage(damage: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fit_damage(damage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """k and p of ``k (1 - s)^p`` per site, ``[L, S]`` each, by least squares in log-log; the smallest k for a site that
-    was not priced because it always runs. ``damage`` is ``[P, L, S]``, at ``shares [P, S]``."""
-    x, y = np.log(1 - shares)[:, None], np.log(np.maximum(damage, 1e-12))
-    slope = ((x - x.mean(0)) * y).sum(0) / ((x - x.mean(0)) ** 2).sum(0)
-    p = np.clip(slope, *EXPONENT_RANGE)
-    return np.exp((y - p * x).mean(0)).round(9), p.round(4)
+    was not priced because it always runs."""
+    x = np.log(1 - np.asarray(PROBE_SHARES))
+    y = np.log(np.maximum(damage, 1e-12)).reshape(len(x), -1)
+    p = np.clip(np.polyfit(x, y, 1)[0], *EXPONENT_RANGE)
+    log_k = (y - p * x[:, None]).mean(0)
+    shape = damage.shape[1:]
+    return np.exp(log_k).round(9).reshape(shape), p.round(4).reshape(shape)
 
 
 @torch.no_grad()

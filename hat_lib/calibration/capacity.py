@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hat_lib.calibration.budget import fit_damage, head_points, probe_shares, site_damage
+from hat_lib.calibration.budget import fit_damage, head_points, site_damage
 from hat_lib.calibration.quantiles import (
     block_tensors,
     check_batches,
@@ -84,8 +84,7 @@ def calibrate(
             quantiles = score_quantiles(hat, fit, progress)
         points = head_points(hat, fit, progress) if head and hat.grain.has_shortlist else []
         if split == "damage":
-            damage = site_damage(hat, spread(fit, probe_tokens), quantiles, seed, progress)
-            prices = fit_damage(damage, probe_shares(hat.grain.sites))
+            prices = fit_damage(site_damage(hat, spread(fit, probe_tokens), quantiles, seed, progress))
             splits = damage_splits(hat, *prices, points)
         else:
             splits = uniform_splits(hat, points)

@@ -41,7 +41,7 @@ def uniform_splits(hat, points: Sequence[HeadPoint]) -> list[Split]:
 def damage_splits(hat, k: np.ndarray, p: np.ndarray, points: Sequence[HeadPoint]) -> list[Split]:
     """The least damage by the prices ``k (1 - s)^p``, ``[L, S]``, and the head's ``points``."""
     sites, layers = hat.grain.sites, range(hat.config.n_layers)
-    work = np.tile(np.maximum(hat.site_work, NO_WORK), (len(layers), 1))
+    work = np.tile(hat.site_work, (len(layers), 1))
     work[np.array([[hat.grain.always_runs(i, s) for s in sites] for i in layers])] = NO_WORK
     head_work = hat.head_work if points else 0.0
     whole = work.sum() + head_work

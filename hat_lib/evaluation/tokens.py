@@ -36,7 +36,7 @@ LOSSES = ("surprisal", "entropy", "added_loss", "kl")
 adaptive)"""
 LIKELIEST = 5
 """next tokens that are kept of each prediction"""
-MATRICES = {"qkv": "q | k | v", "o": "o", "neurons": "neurons", "gate_up": "gate | up", "down": "down", "ffn": "FFN"}
+MATRICES = {"qkv": "q | k | v", "o": "o", "gate_up": "gate | up", "down": "down", "ffn": "FFN"}
 """site -> the matrices behind it"""
 
 

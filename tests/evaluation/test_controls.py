@@ -104,7 +104,7 @@ class TestEveryControl:
         with hat.using(policy):
             hat.lm(IDS)
         assert (hat.trace.share[:, :, :2] == 1).all() and hat.trace.capacity < 0.95
-        assert hat.config.granularity != "token" or (hat.trace.share[0] == 1).all()
+        assert hat.config.granularity == "channel" or (hat.trace.share[0] == 1).all()
 
     @pytest.mark.parametrize("name", CONTROLS)
     def test_same_seed_same_choice(self, hat, name):

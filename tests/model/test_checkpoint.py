@@ -80,7 +80,7 @@ def same(a, b):
     return tensors and replace(a, tensors={}) == replace(b, tensors={})
 
 
-@pytest.mark.parametrize("grain", ["channel", "token"])
+@pytest.mark.parametrize("grain", GRAINS)
 def test_version_0_decides_as_it_did(grain, base, tmp_path):
     expected = load_file(OLD / grain / "expected.safetensors")
     hat = HierarchicalTransformer.from_pretrained(OLD / grain, base)

@@ -19,7 +19,7 @@ EXITS = (1, 2, 3)
 B, T = 3, 14
 LINEAR = ("attention", "ffn", "exited_kv", "head")
 # What is really skipped, not multiplied by zero: whole FFNs, and everything of a token that has left.
-SHARES = {"channel": 1.0, "neuron": 1.0, "token": 0.6}
+SHARES = {"channel": 1.0, "token": 0.6}
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -125,13 +125,13 @@ def test_model_share_by_hand(hat, ids):
         hat.lm(ids)
     state, d, n = hat.trace, 64, B * T
     body = (64 * (64 + 2 * 32) + 64 * 64) + 3 * 64 * 160
-    routable = 3 * 64 * 160 if hat.grain.name == "token" else body
+    routable = body if hat.grain.name == "channel" else 3 * 64 * 160
     depths = state.exit_layer.double()
     ran = float(depths.sum())
     weights = float(state.share.double().sum()) * routable + ran * (body - routable)
     weights += n * 260 * d + (4 * n - ran) * 2 * 32 * d
     exits = sum(int((depths >= e).sum()) for e in EXITS) * 2 * d + int((depths < 4).sum()) * 2 * 2 * d
-    routers = {"channel": ran * (5 * 64 + 160), "neuron": ran * (5 * 64 + 2 * 160), "token": 2 * 64 * (ran - n)}
+    routers = {"channel": ran * (5 * 64 + 160), "token": 2 * 64 * (ran - n)}
     expected = (2 * weights + routers[hat.grain.name] + 2 * exits) / (2 * n * (4 * body + 260 * d))
     assert state_cost(hat, state).model_share == pytest.approx(expected, rel=1e-6)
 
