@@ -27,7 +27,7 @@ from hat_lib.training.recipe import Recipe
 from hat_lib.training.run import Run, nominal_thresholds
 from hat_lib.training.trainer import train_phase
 
-GRAINS = ("channel", "neuron", "token")
+GRAINS = ("channel", "token")
 PHASES = ("routers", "exit")
 
 

@@ -55,36 +55,30 @@ def allocate(
     floor: float,
     points: Sequence[HeadPoint] = (),
     head_work: float = 0.0,
-) -> tuple[np.ndarray, HeadPoint | None, float]:
-    """The share that each site keeps under one budget, the point at which the head runs, and lambda, the price of work.
+) -> tuple[np.ndarray, HeadPoint | None]:
+    """The share that each site keeps under one budget, and the point at which the head runs.
 
     Shares in [floor, 1], of the same shape as the arrays, that minimise ``sum k (1-s)^p + KL_h`` subject to
     ``sum w s + w_h s_h = budget`` (k ``sensitivity``, p ``exponent``, w ``work`` and w_h ``head_work``, 1 in all; KL_h
     and s_h are the head's, on the line through ``points``, if there are any).
 
-    Lagrange's method gives `shares_at`, and the point at which the head's line has slope ``lambda w_h``; lambda is
-    found by bisection.
+    Lagrange's method gives ``1 - s_i = (lambda w_i / (p_i k_i))^(1/(p_i-1))``, clipped, and the point at which the
+    head's line has slope ``lambda w_h``; lambda is found by bisection.
     """
+    k = np.maximum(sensitivity, 1e-12)
 
-    def shares(price: float) -> tuple[np.ndarray, float]:
-        of_sites = shares_at(price, sensitivity, work, exponent, floor)
-        return of_sites, at_slope(points, price * head_work) if points else 1.0
+    def shares(log_lambda: float) -> tuple[np.ndarray, float]:
+        of_sites = np.clip(1 - np.exp((log_lambda + np.log(work / (exponent * k))) / (exponent - 1)), floor, 1.0)
+        return of_sites, at_slope(points, np.exp(log_lambda) * head_work) if points else 1.0
 
     low, high = -80.0, 80.0  # of log lambda; the kept work falls as lambda grows
     for _ in range(100):
         middle = (low + high) / 2
-        of_sites, of_head = shares(np.exp(middle))
+        of_sites, of_head = shares(middle)
         low, high = (middle, high) if (work * of_sites).sum() + head_work * of_head > budget else (low, middle)
-    of_sites, _ = shares(np.exp(high))
+    of_sites, _ = shares(high)
     left = (budget - (work * of_sites).sum()) / head_work if points else 1.0
-    return of_sites, between(points, left) if points else None, float(np.exp(high))
-
-
-def shares_at(price: float, sensitivity, work, exponent, floor: float) -> np.ndarray:
-    """``1 - s_i = (lambda w_i / (p_i k_i))^(1/(p_i-1))``, clipped: the shares at which one more unit of work lowers the
-    damage by lambda, ``price``, at every site."""
-    k = np.maximum(sensitivity, 1e-12)
-    return np.clip(1 - np.exp(np.log(price * work / (exponent * k)) / (exponent - 1)), floor, 1.0)
+    return of_sites, between(points, left) if points else None
 
 
 def site_damage(

@@ -14,14 +14,13 @@ and the head is one more site.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hat_lib.calibration.budget import fit_damage, head_points, site_damage
+from hat_lib.calibration.budget import allocate, between, fit_damage, head_points, site_damage
 from hat_lib.calibration.quantiles import (
     block_tensors,
     check_batches,
@@ -30,12 +29,14 @@ from hat_lib.calibration.quantiles import (
     score_quantiles,
     spread,
 )
-from hat_lib.calibration.splits import BUDGETS, damage_splits, uniform_splits
 from hat_lib.calibration.token_sensitivity import SHARE, TOKENS, fit_token_sensitivity
 from hat_lib.config import HatError
 from hat_lib.model.threshold_table import EXIT_TABLES, HEAD_TABLES, Calibration
 from hat_lib.model.transformer import HierarchicalTransformer
 
+BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+# Least share of a site in the damage split: nothing is ever switched off entirely.
+FLOOR = 0.05
 SPLITS = ("damage", "uniform")
 
 Thresholds = dict[tuple[int, str], float]
@@ -83,20 +84,24 @@ def calibrate(
             fit_token_sensitivity(hat, spread(fit, TOKENS), quantiles.thresholds(SHARE), seed, progress)
             quantiles = score_quantiles(hat, fit, progress)
         points = head_points(hat, fit, progress) if head and hat.grain.has_shortlist else []
+        work = np.tile(hat.site_work, (hat.config.n_layers, 1))
         if split == "damage":
-            prices = fit_damage(site_damage(hat, spread(fit, probe_tokens), quantiles, seed, progress))
-            splits = damage_splits(hat, *prices, points)
+            damage = fit_damage(site_damage(hat, spread(fit, probe_tokens), quantiles, seed, progress))
+            always = [[hat.grain.always_runs(i, s) for s in hat.grain.sites] for i in range(hat.config.n_layers)]
+            work[np.array(always)] = 1e-12
+    head_work = hat.head_work if points else 0.0
+    whole = work.sum() + head_work
+    thresholds, heads = [], []
+    for budget in BUDGETS:
+        if split == "damage":
+            shares, point = allocate(damage[0], work / whole, budget, damage[1], FLOOR, points, head_work / whole)
         else:
-            splits = uniform_splits(hat, points)
-    settings = []
-    for budget, shares, point in splits:
+            shares, point = np.full_like(work, budget), between(points, budget) if points else None
         sites = {(i, s): shares[i, hat.grain.sites.index(s)] for i, s in quantiles.tables}
-        chosen = {site: quantiles.threshold(site, share) for site, share in sites.items()}
-        # A threshold of 0 leaves the neurons to the rule of inputs.
-        chosen |= {site: 0.0 for site, share in sites.items() if site[1] == "neurons" and share == 1}
-        settings.append((budget, chosen, point and (point.threshold, point.margin, point.share)))
+        thresholds.append({site: quantiles.threshold(site, share) for site, share in sites.items()})
+        heads.append(point and (point.threshold, point.margin, point.share))
     text = f"{text}; quantiles of {quantiles.scores} scores a site from {quantiles.tokens} tokens".removeprefix("; ")
-    return _set_table(hat, settings, check, split, text, progress)
+    return _set_table(hat, thresholds, heads, check, split, text, progress)
 
 
 def calibrate_learned(
@@ -112,22 +117,18 @@ def calibrate_learned(
     trained with, ``head`` the head's. Nothing is fitted, so the table is measured on all of ``blocks``, which training
     must not have read."""
     batches = check_batches(block_tensors(hat, blocks))
-    budgets = list(BUDGETS)
-    for before, after in pairwise(hat.calibration.capacities if hat.calibration else []):
-        if before == after:  # rules change
-            budgets += [before, float(np.nextafter(before, 1))]
-    settings = [(budget, split(budget), head(budget)) for budget in sorted(budgets)]
-    return _set_table(hat, settings, batches, "learned", text, progress)
+    thresholds, heads = [split(budget) for budget in BUDGETS], [head(budget) for budget in BUDGETS]
+    return _set_table(hat, thresholds, heads, batches, "learned", text, progress)
 
 
 @torch.no_grad()
 def _set_table(
-    hat, settings: Sequence[tuple[float, Thresholds, Head]], blocks: list[Tensor], method: str, text: str, progress
+    hat, splits: Sequence[Thresholds], heads: Sequence[Head], blocks: list[Tensor], method: str, text: str, progress
 ) -> Calibration:
-    """Run ``blocks`` at each budget, with its thresholds, and set the table; exit tables are kept."""
+    """Run ``blocks`` at each of `BUDGETS`, with its thresholds, and set the table; exit tables are kept."""
     realised, shares, tokens = [], [], sum(block.numel() for block in blocks)
-    budgets, splits, heads = zip(*settings, strict=True)
-    for budget, chosen, head in tqdm(settings, desc="capacities", disable=not progress):
+    settings = zip(BUDGETS, splits, heads, strict=True)
+    for budget, chosen, head in tqdm(settings, desc="capacities", total=len(BUDGETS), disable=not progress):
         kept, total = 0.0, np.zeros(2)
         shortlist = head and hat.shortlist(*head)
         corrected = hat.correcting(hat.correction_strength(budget))
@@ -139,9 +140,6 @@ def _set_table(
         shares.append(kept / tokens)
     capacities, head_shares = np.transpose(realised)
     capacities = np.minimum(capacities, 1.0)  # a shortlist may be long on text that the base does not know
-    for i, (before, after) in enumerate(pairwise(budgets)):
-        if np.isclose(before, after):  # one capacity, with the rules on either side
-            capacities[i : i + 2] = capacities[i : i + 2].mean()
     sites, layers = hat.grain.sites, range(hat.config.n_layers)
     # A site that always runs is never asked; any finite number will do.
     thresholds = [[[chosen.get((i, s), 0.0) for s in sites] for i in layers] for chosen in splits]

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hat_lib.backbone.shapes import LINEARS
 from hat_lib.model.transformer import HierarchicalTransformer
 
 # At most this many tokens in the backward pass: their inputs are kept, in half precision, for every layer.
@@ -69,8 +68,6 @@ def token_prices(
     price, inputs = ([[] for _ in range(hat.config.n_layers)] for _ in range(2))
 
     def see(layer: int, site: str, x: Tensor, value: Tensor):
-        if site not in LINEARS:
-            return None
         free = ~hat.trace.protected.view(-1)
         dropped = hat.routers[f"{layer}_{site}"].score(x) <= thresholds[layer, site]
         if site == "qkv":

@@ -44,11 +44,6 @@ class Weights(NamedTuple):
     o: Linear
     gate_up: Linear  # outputs alternate: `block` gates, then the ups of the same neurons
     down: Linear
-    # Neuron grain; no columns, and no rows in memory, for others.
-    neuron_codes: ndarray  # uint8 [L, 2F + 4, D / 2 or more], see `hat_lib.engine.neurons`: gates, ups, and nothing
-    neuron_scale: ndarray  # [L, 2F]
-    neuron_rows: ndarray  # uint64 [L, 2], addresses of gate and up, [F, D]: the base's own memory, or int8
-    neuron_type: ndarray  # [L or 0, 2, F, D], int8, or of their type and empty
     norms: ndarray  # [2, L, D], before attention and before the FFN
     last_norm: ndarray  # [D]
     heads: int
@@ -67,9 +62,6 @@ class Decisions(NamedTuple):
     o_threshold: ndarray
     gate_up_threshold: ndarray
     down_threshold: ndarray
-    # neuron grain: where the FFN chooses neurons, by their previews, instead of channels
-    chooses: ndarray  # bool [L]
-    neuron_threshold: ndarray  # [L, F], or no columns
     # exp(-(w.x + b)) multiplies a token's thresholds in a layer
     sensitivity: ndarray  # [L, D], or no columns
     sensitivity_bias: ndarray  # [L]
@@ -150,7 +142,7 @@ class Course(NamedTuple):
     # written to:
     ended: ndarray  # bool [R], whether a text has ended
     ids: ndarray  # int64 [S, R], tokens chosen
-    kept: ndarray  # int32 [S, P, L, 5, R], summed over threads: channels kept, and 1 for an FFN, 2 for chosen neurons
+    kept: ndarray  # int32 [S, P, L, 5, R], summed over threads: channels kept at each product, 1 where the FFN ran
     exits: ndarray  # int64 [S, R], layers that each token ran
     head: ndarray  # int32 [S, P, 2, N], summed over threads: channels of the preview, and logits read in full
     logits: ndarray  # [S or 0, R, V], stored, if they are wanted
@@ -167,8 +159,6 @@ class Scratch(NamedTuple):
     partials: ndarray  # [2, PARTIALS, R, D], of narrow products, used alternately
     gate_up: ndarray  # [R, 2F], in blocks like the weights
     ffn: ndarray  # [R, F]
-    neurons: ndarray  # [P, R, 2F + 8], of a thread's own previews and products
-    codes: ndarray  # int8 [P, D or more], zeros beyond D
     index: ndarray  # uint64 [P, C + 8 PARTIALS]
     gathered: ndarray  # [P, R, C + 8 PARTIALS]
     ends: ndarray  # int64 [P, PARTIALS], where each part ends in the two above

@@ -69,8 +69,8 @@ STILL = Steering(np.zeros(MAX_TOKENS, np.float32), 0.0, 0.0, 0.0, np.zeros(FFN, 
 class Decoder:
     """Runs `decode` on a base; the arguments are those of `hat_lib.engine.weights.pack`."""
 
-    def __init__(self, lm, form: str = "base", corrections=None, *, preview: bool = False, neurons=()):
-        self.lm, self.weights = lm, pack(lm, form, corrections, preview=preview, neurons=neurons)
+    def __init__(self, lm, form: str = "base", corrections=None, *, preview: bool = False):
+        self.lm, self.weights = lm, pack(lm, form, corrections, preview=preview)
         self.head_dim, self.dtype = lm.config.head_dim, lm.dtype
         self.inputs, self.outputs = widths(lm)
         self.channels = np.array(self.inputs)[:, None, None]
@@ -88,8 +88,6 @@ class Decoder:
             o_threshold=o,
             gate_up_threshold=gate_up,
             down_threshold=down,
-            chooses=np.zeros(layers, bool),
-            neuron_threshold=_zeros(layers, 0),
             sensitivity=_zeros(layers, 0),
             sensitivity_bias=_zeros(layers),
             ffn=_zeros(layers, 0),
@@ -252,8 +250,6 @@ class Decoder:
             partials=_zeros(2, PARTIALS, rows, d),
             gate_up=_zeros(rows, gate_up),
             ffn=_zeros(rows, ffn),
-            neurons=_zeros(threads, rows, 2 * ffn + 8),
-            codes=np.zeros((threads, 2 * w.neuron_codes.shape[2]), np.int8),
             index=np.zeros((threads, widest), np.uint64),
             gathered=_zeros(threads, rows, widest),
             ends=np.zeros((threads, PARTIALS), np.int64),

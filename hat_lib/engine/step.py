@@ -16,7 +16,6 @@ from hat_lib.engine.attention import PIECE, attend, combine, pieces, put, rotate
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add
 from hat_lib.engine.kernels import F1, as_float, dots, exp, keep, span
-from hat_lib.engine.neurons import chosen_neurons
 from hat_lib.engine.operations import (
     add_partials,
     correct,
@@ -159,26 +158,17 @@ def decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head
                 runs[r] &= inner(x[r], decide.ffn[layer]) > bar
             if alive[r] and not runs[r] and decide.correction_shift.shape[0]:
                 correct(decide, layer, x[r], h[r], scratch.small[t])
-            chooses = decide.chooses[layer] and runs[r] and not keep_all[r]
             if t == 0:
-                kept[layer, FFN, r] = runs[r] + chooses
-                if chooses:
-                    kept[layer, GATE_UP, r] = width // 4  # four bits of sixteen
+                kept[layer, FFN, r] = runs[r]
             n_running += runs[r]
         if n_running == 0:
             continue
         threshold, counts = decide.gate_up_threshold[layer], kept[layer, GATE_UP] if t == 0 else uncounted
+        n = keep(x, 0, width, threshold, scale, keep_all, runs, index, gathered, counts)
         lower(x, 0, width, threshold, scale, keep_all, runs, base.gate_up.reduce[layer], decide.strength, z)
-        if decide.chooses[layer]:
-            chosen_neurons(
-                base, layer, x, decide.neuron_threshold[layer], scale, keep_all, runs, z, decide.strength, f0, f1,
-                index, scratch.codes[t], scratch.neurons[t], kept[layer, GATE_UP], scratch.ffn,
-            )  # fmt: skip
-        else:
-            n = keep(x, 0, width, threshold, scale, keep_all, runs, index, gathered, counts)
-            product(base.gate_up, layer, index, gathered, n, z, decide.strength, scratch.gate_up, 2 * f0, 2 * f1)
-            for r in range(count):
-                swiglu(scratch.gate_up[r], base.block, f0, f1, scratch.ffn[r])
+        product(base.gate_up, layer, index, gathered, n, z, decide.strength, scratch.gate_up, 2 * f0, 2 * f1)
+        for r in range(count):
+            swiglu(scratch.gate_up[r], base.block, f0, f1, scratch.ffn[r])
         partial_product(
             base.down, layer, base.block, scratch.ffn, decide.down_threshold[layer], scale, keep_all, runs, index,
             gathered, ends, kept[layer, DOWN], decide.strength, scratch.partials[1], scratch.parts[1], part, end_part,

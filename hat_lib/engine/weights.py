@@ -10,7 +10,6 @@ The embedding is the base's own memory, and so is the head in the form ``base``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import gcd
 
 import numpy as np
@@ -20,7 +19,6 @@ from torch import Tensor
 from hat_lib.backbone.shapes import LINEARS
 from hat_lib.engine.arrays import Linear, Weights
 from hat_lib.engine.four_bits import GROUP, GROUP_ROWS, MIDDLE, OFFSET
-from hat_lib.engine.neurons import CHUNK, TOGETHER
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:
@@ -49,32 +47,20 @@ def unfit(lm, form: str) -> str | None:
 def packed_bytes(weights: Weights) -> int:
     """Bytes of memory beyond the base's own."""
     products = [array for linear in (weights.qkv, weights.o, weights.gate_up, weights.down) for array in linear]
-    own = [
-        *products,
-        weights.preview,
-        weights.neuron_codes,
-        weights.neuron_scale,
-        weights.norms,
-        weights.last_norm,
-        weights.head_scale,
-    ]
+    own = [*products, weights.preview, weights.norms, weights.last_norm, weights.head_scale]
     if len(weights.head_scale):
         own.append(weights.head)
     return sum(array.nbytes for array in own)
 
 
 @torch.no_grad()
-def pack(
-    lm, form: str = "base", corrections=None, *, preview: bool = False, neurons: Sequence[tuple[Tensor, Tensor]] = ()
-) -> Weights:
+def pack(lm, form: str = "base", corrections=None, *, preview: bool = False) -> Weights:
     """The weights of a `LlamaForCausalLM` on the CPU, in float32 or bfloat16.
 
     Args:
         form: "base", "int8" or "q4"; ValueError if the base is `unfit`.
         corrections: a model's, of linear layers; None for none.
         preview: whether the head's weights are packed once more, transposed, for a shortlist.
-        neurons: of each layer, gate's and up's weights as integers from -8 to 7, ``[2F, D]``, and their scales,
-            ``[2F]``, for FFNs of chosen neurons, whose rows are then read from the base's own memory.
     """
     if why := unfit(lm, form):
         raise ValueError(why)
@@ -94,7 +80,6 @@ def pack(
         head_scale=head_scale.numpy(),
         preview=as_numpy(columns),
         **products,
-        **_neurons(lm, form, neurons),
         norms=torch.stack(norms).numpy(),
         last_norm=lm.model.norm.weight.float().numpy(),
         heads=config.num_attention_heads,
@@ -139,29 +124,6 @@ def _product(lm, name: str, form: str, corrections, block: int) -> Linear:
             rows, scales[i] = _eight_bits(rows)
         weights[i, :, :outputs] = rows.t()
     return Linear(as_numpy(weights), scales.numpy(), biases.numpy(), as_numpy(reduce), as_numpy(expand))
-
-
-def _neurons(lm, form: str, neurons: Sequence[tuple[Tensor, Tensor]]) -> dict[str, np.ndarray]:
-    layers, config, chooses = lm.model.layers, lm.config, len(neurons) > 0
-    count, chunks, eight = 2 * config.intermediate_size, -(-config.hidden_size // CHUNK), form == "int8"
-    codes = _memory((len(layers), count + TOGETHER if chooses else 0, chunks * CHUNK // 2), torch.uint8)
-    scales, rows = torch.empty(len(layers), count if chooses else 0), np.zeros((len(layers), 2), np.uint64)
-    own = _memory((len(layers), 2 if eight and chooses else 0, count // 2, config.hidden_size), torch.int8)
-    for i, (integers, scale) in enumerate(neurons):
-        wide = torch.zeros(count + TOGETHER, chunks * CHUNK, dtype=torch.int8)
-        wide[:count, : config.hidden_size] = integers
-        lower, upper = (wide + MIDDLE).to(torch.uint8).view(len(wide), chunks, 2, CHUNK // 2).unbind(2)
-        codes[i], scales[i] = (lower | upper << 4).flatten(1), scale
-        for k, linear in enumerate((layers[i].mlp.gate_proj, layers[i].mlp.up_proj)):
-            if eight:
-                own[i, k] = _eight_bits(linear.weight)[0]
-            rows[i, k] = (own[i, k] if eight else linear.weight).data_ptr()
-    return {
-        "neuron_codes": as_numpy(codes),
-        "neuron_scale": scales.numpy(),
-        "neuron_rows": rows,
-        "neuron_type": as_numpy(own if eight else lm.model.embed_tokens.weight[:0, None, None]),
-    }
 
 
 def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

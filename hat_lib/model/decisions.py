@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hat_lib.backbone.shapes import LINEARS
 from hat_lib.engine.arrays import Decisions
 from hat_lib.engine.weights import as_numpy
 from hat_lib.model.modes import Mode
@@ -65,7 +64,7 @@ def with_exits(hat, made: Decisions, exits: ExitThresholds | Forced | None, wind
 
 def _channels(hat, dense: Decisions, policy, window: slice) -> dict[str, np.ndarray]:
     layers, made = range(hat.config.n_layers), {}
-    for site in LINEARS:
+    for site in hat.grain.sites:
         name = f"{site}_threshold"
         if isinstance(policy, Threshold):
             made[name] = _stack(
@@ -76,28 +75,11 @@ def _channels(hat, dense: Decisions, policy, window: slice) -> dict[str, np.ndar
             for i in layers:
                 if (mask := policy.masks.keep.get((i, site))) is not None:
                     made[name][i] = np.where(mask[0, window][0].numpy(), -1, np.inf)
-    if "neurons" in hat.grain.sites:
-        made |= _neurons(hat, made, policy, window)
     tokens = [hat.routers[f"{i}_token"] for i in layers]
     if isinstance(policy, Threshold) and any(router.weight.any() or router.bias.any() for router in tokens):
         made["sensitivity"] = _stack(router.weight for router in tokens)
         made["sensitivity_bias"] = _stack(router.bias for router in tokens)
     return made
-
-
-def _neurons(hat, made: dict[str, np.ndarray], policy, window: slice) -> dict[str, np.ndarray]:
-    """Where neurons are chosen, gate and up read all channels, and down the neurons that are not zero."""
-    layers, width = range(hat.config.n_layers), hat.lm.config.intermediate_size
-    bars, chooses = np.zeros((len(layers), width), np.float32), np.zeros(len(layers), bool)
-    for i in layers:
-        if isinstance(policy, Threshold) and policy.thresholds[i, "neurons"] > 0:
-            bars[i] = hat.routers[f"{i}_neurons"].channel_thresholds(policy.thresholds[i, "neurons"]).detach().numpy()
-            chooses[i] = True
-        elif isinstance(policy, Forced) and (mask := policy.masks.keep.get((i, "neurons"))) is not None:
-            bars[i], chooses[i] = np.where(mask[0, window][0].numpy(), -1, np.inf), True
-        if chooses[i]:
-            made["gate_up_threshold"][i], made["down_threshold"][i] = -1, 0
-    return {"chooses": chooses, "neuron_threshold": bars}
 
 
 def _ffns(hat, policy, window: slice) -> dict[str, np.ndarray]:

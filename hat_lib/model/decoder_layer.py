@@ -1,10 +1,9 @@
 """The adaptive decoder layer: one rule for prefill, decode and any batch. This is the method's definition.
 
 It overrides `forward` on a `LlamaDecoderLayer`, its attention and its FFN; the loop over layers, linear layers and
-norms stay the base's own, so hooks, LoRA and interpretability tools see a Llama. The grain decides at some of six
-sites: the inputs "qkv", "o", "gate_up" and "down" of linear layers, of which `ForwardPass.skip` zeroes what is skipped;
-"neurons", the neurons of an FFN, in place of the inputs of its linear layers; and "ffn", the whole FFN. Rows that do
-not run are gathered out: linear layers then see ``[1, n, ...]``.
+norms stay the base's own, so hooks, LoRA and interpretability tools see a Llama. The grain decides at some of five
+sites: the inputs "qkv", "o", "gate_up" and "down" of linear layers, of which `ForwardPass.skip` zeroes what is skipped,
+and "ffn", the whole FFN. Rows that do not run are gathered out: linear layers then see ``[1, n, ...]``.
 
 A token that has exited keeps a frozen hidden state and still gets K and V in each later layer, computed from that
 state, but no query, attention output or FFN. So the cache stays dense, and later tokens see a key for every token.
@@ -42,19 +41,13 @@ class AdaptiveLayer:
         for module in (self.layer, self.attn, self.mlp):
             vars(module).pop("forward", None)
 
-    def watch(self, site: str, see: Callable[[int, str, Tensor, Tensor], None]) -> list[RemovableHandle]:
+    def watch(self, site: str, see: Callable[[int, str, Tensor, Tensor], None]) -> RemovableHandle:
         """Hook a site; ``see`` is as in `HierarchicalTransformer.watching`."""
-        if site == "neurons":  # chosen from what gate and up read, and zeroed where down reads them
-            read: list[Tensor] = []
-            gate, down = self.mlp.gate_proj, self.mlp.down_proj
-            found = down.register_forward_hook(lambda _, args, out: see(self.index, site, read.pop(), args[0]))
-            return [gate.register_forward_hook(lambda _, args, out: read.append(args[0])), found]
         ffn = site == "ffn"
         module = self.mlp if ffn else self.layer.get_submodule(LINEARS[site][0])
-        found = module.register_forward_hook(
+        return module.register_forward_hook(
             lambda _, args, out: see(self.index, site, args[0], out if ffn else args[0])
         )
-        return [found]
 
     @property
     def run(self) -> ForwardPass | None:
@@ -110,12 +103,8 @@ class AdaptiveLayer:
         run, mlp = self.run, self.mlp
         if run is None:
             return type(mlp).forward(mlp, x)
-        neurons = run.decide(self.index, "neurons", x.reshape(-1, x.shape[-1]))
-        if neurons is None:
-            x = run.skip(self.index, "gate_up", x)
-            return mlp.down_proj(run.skip(self.index, "down", mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)))
-        a = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
-        return mlp.down_proj(a * neurons.view(a.shape).to(a.dtype))
+        x = run.skip(self.index, "gate_up", x)
+        return mlp.down_proj(run.skip(self.index, "down", mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)))
 
     def _last_token(self, h: Tensor, position_embeddings, attention_mask=None, cache=None, **kwargs) -> Tensor:
         """The base's layer for the last token of each sequence; the others, whose outputs nobody reads, get K and V."""

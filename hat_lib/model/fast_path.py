@@ -22,8 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hat_lib.backbone.shapes import LINEARS
-from hat_lib.engine.arrays import DOWN, FFN, GATE_UP, GREEDY, MAX_TOKENS, OUT, QKV, Choice, Decisions
+from hat_lib.engine.arrays import DOWN, FFN, GREEDY, MAX_TOKENS, Choice, Decisions
 from hat_lib.model import obstacles, steering
 from hat_lib.model.modes import Mode
 from hat_lib.model.policies import Forced
@@ -143,7 +142,7 @@ class FastPath:
         mode = self.context.mode
         if not obstacles.takes(given, self.lm, self.hat.config.n_layers) or obstacles.of_mode(mode) is not None:
             return False
-        forced_channels = type(mode.policy) is Forced and self.hat.grain.scales_thresholds
+        forced_channels = type(mode.policy) is Forced and self.hat.config.granularity == "channel"
         return not forced_channels or given["input_ids"].numel() == 1
 
     # -- forwards -----------------------------------------------------------------------------------
@@ -240,8 +239,7 @@ class FastPath:
         moving = mode.steer if mode.steer and mode.capacity < 1 and mode.control is None else 0.0
         shares = np.zeros(FFN, np.float32)
         if moving:
-            work = dict(zip(self.hat.grain.sites, self.hat.site_work, strict=True))
-            shares[:] = np.array([work[site] for site in LINEARS]) / decoder.channels[:, 0, 0]
+            shares[:] = np.array(self.hat.site_work) / decoder.channels[:, 0, 0]
         offset = steering.offsets(cache, b) if mode.steer else np.zeros(b, np.float32)
         result = decoder.course(
             ids,
@@ -296,12 +294,8 @@ class FastPath:
 
     def _fill(self, state: TokenState, decoder: Decoder, result: Result) -> None:
         """What a result says, in a state."""
-        executed = result.kept[:, FFN:] if self.hat.grain.sites == ("ffn",) else result.kept[:, :FFN] / decoder.channels
-        if "neurons" in self.hat.grain.sites:
-            chosen = result.kept[:, FFN] == 2
-            neurons = np.where(chosen, executed[:, DOWN], 1.0)
-            gate_up = np.where(chosen, self.hat.grain.charge("neurons", neurons)["gate_up"], executed[:, GATE_UP])
-            executed = np.stack([executed[:, QKV], executed[:, OUT], neurons, gate_up, executed[:, DOWN]], axis=1)
+        token = self.hat.config.granularity == "token"
+        executed = result.kept[:, FFN:] if token else result.kept[:, : DOWN + 1] / decoder.channels
         state.executed = torch.from_numpy(executed.astype(np.float32))
         state.exit_layer = torch.from_numpy(result.exits.astype(np.int16))
         if self.context.mode.shortlist is not None:
@@ -312,13 +306,11 @@ class FastPath:
     def _ready(self, window: slice) -> tuple[Decoder, Decisions]:
         """The packed base, as its weights were at the last prompt, and the mode's decisions for these positions."""
         mode = self.context.mode
-        key, neurons = (mode.weights or self.form, self.hat.has_shortlist), "neurons" in self.hat.grain.sites
+        key = mode.weights or self.form, self.hat.has_shortlist
         with self._lock:
             if key not in self._decoders:
-                corrections = self.hat.corrections if self.hat.grain.scales_thresholds else None
-                routers = [self.hat.routers[f"{i}_neurons"] for i in range(self.hat.config.n_layers) if neurons]
-                codes = [(router.codes, router.code_scale) for router in routers]
-                self._decoders[key] = Decoder(self.lm, key[0], corrections or None, preview=key[1], neurons=codes)
+                corrections = self.hat.corrections if self.hat.config.granularity == "channel" else None
+                self._decoders[key] = Decoder(self.lm, key[0], corrections or None, preview=key[1])
             return self._decoders[key], self._decide(mode, self._decoders[key], window)
 
     def _decide(self, mode: Mode, decoder: Decoder, window: slice) -> Decisions:

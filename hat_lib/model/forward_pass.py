@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from hat_lib.model.granularity import Grain
 from hat_lib.model.modes import Mode
 from hat_lib.model.policies import MaskedInput
-from hat_lib.model.token_state import TokenState, kept_share
+from hat_lib.model.token_state import TokenState
 
 
 @dataclass
@@ -69,25 +69,20 @@ class ForwardPass:
         for the FFN; in training, a float mask or a `MaskedInput`; None for everything."""
         if site not in self.grain.sites:
             return None
-        state, rows = self.state, self.rows
+        state, rows, index = self.state, self.rows, self.grain.sites.index(site)
         keep = None if self.grain.always_runs(layer, site) else self.mode.policy(layer, site, x, rows, state)
         if isinstance(keep, MaskedInput):
-            self._note(layer, site, keep.keep)
+            state.note(layer, index, keep.keep)
             return keep
         if keep is not None and self.any_protected:
             protected = state.protected.view(-1) if rows is None else state.protected.view(-1)[rows]
             protected = protected if keep.dim() == 1 else protected[:, None]
             keep = keep | protected if keep.dtype == torch.bool else torch.where(protected, 1.0, keep)
-        self._note(layer, site, keep)
-        if state.masks is not None and not (keep is None and site == "neurons"):  # without a mask, channels decide
+        state.note(layer, index, keep)
+        if state.masks is not None:
             whole = x.new_ones(len(x), *state.mask_shapes[site], dtype=torch.bool)
             state.note_mask(layer, site, whole if keep is None else keep)
         return keep
-
-    def _note(self, layer: int, site: str, keep: Tensor | None) -> None:
-        charged = {site: None} if keep is None else self.grain.charge(site, kept_share(keep.detach()))
-        for place, share in charged.items():
-            self.state.note(layer, self.grain.sites.index(place), share)
 
     def exit(self, depth: int, h: Tensor) -> Tensor:
         """Let finished tokens leave after ``depth`` layers; returns ``h [B, T, D]`` with their states translated."""

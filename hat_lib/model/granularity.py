@@ -1,8 +1,6 @@
 """Granularity: what a router decides about, per token.
 
 ``channel``  each input channel of every linear layer (the default); matrices that read the same input share a decision
-``neuron``   as ``channel``, but where less is cheaper, a layer's FFN computes only the neurons that a preview in four
-             bits finds large
 ``token``    the whole FFN (the published method)
 
 All else asks a `Grain`: where it decides, in what shape, which routers score, what replaces what is skipped. Another
@@ -17,11 +15,11 @@ from torch import Tensor, nn
 from hat_lib.backbone.shapes import LINEARS
 from hat_lib.config import HatConfig, HatError
 from hat_lib.model.corrections import FULL, Correction
-from hat_lib.model.routers import ChannelRouter, MoERouter, NeuronRouter, column_norm
+from hat_lib.model.routers import ChannelRouter, MoERouter
 from hat_lib.model.token_state import TokenState
 
-SITES = {name: (name,) for name in LINEARS} | {"ffn": ("gate_up", "down"), "neurons": ()}
-"""where a layer lets a grain decide -> the keys of `LINEARS` whose work it is; "neurons" are charged to others"""
+SITES = {name: (name,) for name in LINEARS} | {"ffn": ("gate_up", "down")}
+"""where a layer lets a grain decide -> the keys of `LINEARS` whose work is then skipped"""
 
 
 class Grain:
@@ -59,10 +57,6 @@ class Grain:
         work = linear_work(lm_config)
         return {site: sum(work[name] for name in SITES[site]) for site in self.sites}
 
-    def charge(self, site: str, share):
-        """What a decision that keeps a share of a site's units, a number or a tensor, means for each site's work."""
-        return {site: share}
-
     def router_work(self, lm_config, layers: Tensor) -> tuple[Tensor, Tensor | float]:
         """Compares, and weights read, by the routers of tokens that ran so many ``layers``."""
         return layers * sum(self.mask_shape(lm_config, site)[0] for site in self.sites), 0.0
@@ -83,8 +77,8 @@ class Grain:
         """Scores of the running rows, fp32, shaped like the decision; ``x`` is ``[n, C]``."""
         return routers[f"{layer}_{site}"].score(x)
 
-    def keep(self, routers: nn.ModuleDict, layer: int, site: str, x: Tensor, threshold: float, state) -> Tensor | None:
-        """``score > threshold``; None for everything."""
+    def keep(self, routers: nn.ModuleDict, layer: int, site: str, x: Tensor, threshold: float, state) -> Tensor:
+        """``score > threshold``."""
         return routers[f"{layer}_{site}"].keep(x, threshold)
 
     def correction(self, layer: nn.Module, index: int, site: str, rank: int) -> Correction | None:
@@ -130,35 +124,6 @@ class ChannelGrain(Grain):
         return state.threshold_scale
 
 
-class NeuronGrain(ChannelGrain):
-    """The channel grain with a second rule for FFNs. Where the threshold of "neurons" is positive, the FFN computes the
-    neurons that a preview scores above it, from all inputs, and "gate_up" and "down" decide nothing."""
-
-    name = "neuron"
-    sites = ("qkv", "o", "neurons", "gate_up", "down")
-    preview = 0.25
-    """work of a preview as a share of gate_up's: four bits are read where the base has sixteen"""
-
-    def mask_shape(self, lm_config, site):
-        return super().mask_shape(lm_config, "down" if site == "neurons" else site)
-
-    def charge(self, site, share):
-        if site != "neurons":
-            return {site: share}
-        return {"neurons": share, "gate_up": share + self.preview * (share < 1), "down": share}
-
-    def router(self, layer, site):
-        return NeuronRouter(layer.mlp) if site == "neurons" else super().router(layer, site)
-
-    def keep(self, routers, layer, site, x, threshold, state):
-        if site == "neurons" and threshold <= 0:
-            return None
-        return super().keep(routers, layer, site, x, threshold, state)
-
-    def correction(self, layer, index, site, rank):
-        return None if site == "neurons" else super().correction(layer, index, site, rank)
-
-
 class TokenGrain(Grain):
     name = "token"
     sites = ("ffn",)
@@ -190,7 +155,7 @@ class TokenGrain(Grain):
         return 2 * lm_config.hidden_size * rank * skipped["ffn"]
 
 
-GRAINS: dict[str, Grain] = {grain.name: grain for grain in (ChannelGrain(), NeuronGrain(), TokenGrain())}
+GRAINS: dict[str, Grain] = {grain.name: grain for grain in (ChannelGrain(), TokenGrain())}
 
 
 def grain_named(name: str) -> Grain:
@@ -210,3 +175,10 @@ def linear_work(lm_config) -> dict[str, int]:
     widths, kv = input_widths(lm_config), lm_config.num_key_value_heads * lm_config.head_dim
     outputs = {"qkv": widths["o"] + 2 * kv, "o": widths["qkv"], "gate_up": 2 * widths["down"], "down": widths["qkv"]}
     return {name: width * outputs[name] for name, width in widths.items()}
+
+
+def column_norm(*linears: nn.Module) -> Tensor:
+    """``||W[:, i]||`` of input channel i over all outputs of linear layers, fp32 ``[C]``; never 0."""
+    # In slices: a whole matrix of a large base in fp32 would waste memory.
+    parts = [rows.float().norm(dim=0) for linear in linears for rows in linear.weight.detach().split(1024)]
+    return torch.stack(parts).norm(dim=0).clamp(min=1e-12)

@@ -25,7 +25,7 @@ def of_base(lm, granularity: str) -> str | None:
     config = lm.config
     if any("forward" in vars(m) for m in lm.modules()):
         return "another library overrides a forward of the base"
-    if granularity not in ("channel", "neuron", "token"):
+    if granularity not in ("channel", "token"):
         return f"the engine does not know the {granularity} grain"
     if config.hidden_act not in ("silu", "swish"):
         return f"the FFN's activation is {config.hidden_act}"

@@ -66,43 +66,6 @@ class ChannelRouter(nn.Module):
         return x.abs() > (magnitude if threshold_scale is None else magnitude * threshold_scale)
 
 
-class NeuronRouter(ChannelRouter):
-    """Neuron grain: `ChannelRouter` of the input of down, ``a = silu(gate) * up``, as a preview in four bits gives it.
-
-    Who computed chosen neurons only: trained predictors choose in Deja Vu (Liu et al. 2023, arXiv:2310.17157) and
-    PowerInfer (arXiv:2312.12456), the gate itself in CATS. Here rows of gate and up are rounded to sixteen levels, with
-    one scale a row; inputs are rounded to eight bits, with one scale a token. Products of integers are exact, so the
-    preview is the same in any batch, and in the engine.
-    """
-
-    def __init__(self, mlp: nn.Module):
-        super().__init__(column_norm(mlp.down_proj))
-        codes, scale = zip(*(four_bits(linear.weight.detach()) for linear in (mlp.gate_proj, mlp.up_proj)), strict=True)
-        self.register_buffer("codes", torch.cat(codes), persistent=False)
-        self.register_buffer("code_scale", torch.cat(scale), persistent=False)
-
-    def preview(self, x: Tensor) -> Tensor:
-        """The FFN's input ``[n, D]`` -> about the input of down, fp32 ``[n, F]``."""
-        x = x.detach().float()
-        top = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-        sums = F.linear((x * (127 / top)).round(), self.codes.float())  # of integers, below 2**24
-        gate, up = (sums * (self.code_scale * (top / 127))).chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    def score(self, x, threshold_scale=None):
-        return super().score(self.preview(x), threshold_scale)
-
-    def keep(self, x, threshold, threshold_scale=None):
-        return super().keep(self.preview(x), threshold, threshold_scale)
-
-
-def four_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row of ``[out, C]`` as integers from -8 to 7, int8, times a scale, fp32 ``[out]``."""
-    rows = weight.float()
-    scale = rows.abs().amax(-1).clamp(min=1e-12) / 7.5
-    return (rows / scale[:, None]).round().clamp(-8, 7).to(torch.int8), scale
-
-
 class ExitGate(nn.Module):
     """One exit: ``score [n, D] -> [n]`` fp32, and ``translate [n, D] -> [n, D]`` in the input's dtype.
 
@@ -140,10 +103,3 @@ class ExitGate(nn.Module):
 
 def _norm(h: Tensor) -> Tensor:
     return F.rms_norm(h.float(), h.shape[-1:])
-
-
-def column_norm(*linears: nn.Module) -> Tensor:
-    """``||W[:, i]||`` of input channel i over all outputs of linear layers, fp32 ``[C]``; never 0."""
-    # In slices: a whole matrix of a large base in fp32 would waste memory.
-    parts = [rows.float().norm(dim=0) for linear in linears for rows in linear.weight.detach().split(1024)]
-    return torch.stack(parts).norm(dim=0).clamp(min=1e-12)

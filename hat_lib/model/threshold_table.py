@@ -2,8 +2,7 @@
 
 A `Calibration`, made by `hat_lib.calibration`, is a table of capacities realised on held-out text, and of the
 thresholds that realised them, interpolated linearly in between. They never rise with capacity, so the kept sets of two
-capacities are nested, unless layers of the neuron grain change from one rule to the other in between. Where some do,
-the table has one capacity twice, with the rules below and above it.
+capacities are nested.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ EXIT_TABLES = ("exit_capacities", "exit_rates", "exit_scores")
 TABLES = {
     "capacities": ("C", 0, 1, 1),
     "thresholds": ("LSC", -np.inf, np.inf, -1),
-    "shares": ("LSC", 0, 2, 0),
+    "shares": ("LSC", 0, 1, 0),
     "head_thresholds": ("C", 0, np.inf, -1),
     "head_margins": ("C", 0, np.inf, 1),
     "head_shares": ("C", 0, 2, 0),

@@ -94,9 +94,9 @@ class TokenState:
             for layer in range(depth, self.n_layers):
                 self.masks.keep |= {(layer, site): torch.zeros_like(keep) for site, keep in first.items()}
 
-    def note(self, layer: int, site: int, share: Tensor | None) -> None:
-        """Record what one site ran: the share of each running row, ``[n]``, None for everything."""
-        self._share[layer, site] = 1.0 if share is None else self._everywhere(share)
+    def note(self, layer: int, site: int, keep: Tensor | None) -> None:
+        """Record what one site ran: the mask of the running rows, None for everything."""
+        self._share[layer, site] = 1.0 if keep is None else self._everywhere(_share(keep.detach()))
 
     def note_mask(self, layer: int, site: str, keep: Tensor) -> None:
         """Keep the decision itself; ``keep`` is bool ``[n, ...]`` for the running rows."""
@@ -197,7 +197,7 @@ def ratio(work: np.ndarray) -> float:
     return float(work[0] / max(work[1], 1))
 
 
-def kept_share(kept: Tensor) -> Tensor:
+def _share(kept: Tensor) -> Tensor:
     """Share per row, fp32 ``[n]``, of a keep mask (already a share if it has one number per row)."""
     if kept.is_floating_point():
         return kept if kept.dim() == 1 else kept.float().mean(1)

@@ -235,7 +235,7 @@ class HierarchicalTransformer(Modes, nn.Module):
     def watching(self, see: Callable[[int, str, Tensor, Tensor], None]) -> Iterator[None]:
         """Context: call ``see(layer, site, x, activation)`` after each site that runs, with tensors of the graph: what
         the router reads, ``[..., C]``, and what is zeroed where it skips, that same input or the FFN's output."""
-        hooks = [hook for layer in self.layers for site in self.grain.sites for hook in layer.watch(site, see)]
+        hooks = [layer.watch(site, see) for layer in self.layers for site in self.grain.sites]
         try:
             yield
         finally:

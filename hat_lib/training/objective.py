@@ -49,12 +49,10 @@ class Relaxed:
 
     def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: TokenState):
         grain, routers, threshold = self.hat.grain, self.hat.routers, self.thresholds[layer, site]
-        if site == "neurons" and threshold <= 0:
-            return None
         site_number = grain.sites.index(site)
         real, protected = state.real.view(-1), state.protected.view(-1)
         offset = 0.0 if self.offsets is None else self.offsets[layer, site_number]
-        if grain.scales_thresholds and not self.noise and site != "neurons":
+        if grain.scales_thresholds and not self.noise:
             router = routers[f"{layer}_{site}"]
             log_scale = router.log_scale + offset
             scale = grain.threshold_scale(routers, layer, site, x.detach(), state)
@@ -81,8 +79,7 @@ class Relaxed:
         return keep
 
     def _add(self, site: str, share: Tensor) -> None:
-        for charged, part in self.hat.grain.charge(site, share).items():
-            self.share = self.share + part * (self.work[charged] / self.hat.config.n_layers)
+        self.share = self.share + share * (self.work[site] / self.hat.config.n_layers)
 
 
 class Objective(nn.Module):

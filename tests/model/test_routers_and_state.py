@@ -5,7 +5,7 @@ import torch
 
 from hat_lib.model.policies import Random, prefixes
 from hat_lib.model.routers import ChannelRouter, ExitGate, MoERouter
-from hat_lib.model.token_state import TokenState, kept_share
+from hat_lib.model.token_state import TokenState
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -58,10 +58,10 @@ def test_token_state_share():
     real = torch.tensor([[False, True, True], [True, True, True]])
     state = TokenState(real, real.long().cumsum(1) - 1, torch.zeros_like(real), [0.25, 0.75], n_layers=2)
     state.note(0, 0, None)
-    state.note(0, 1, kept_share(torch.tensor([[True, False]]).repeat(6, 1)))
+    state.note(0, 1, torch.tensor([[True, False]]).repeat(6, 1))
     state.leave(torch.tensor([5]), 1)  # the last token of row 1, after one layer
-    state.note(1, 0, kept_share(torch.tensor([[True, True]] * 5)))
-    state.note(1, 1, kept_share(torch.tensor([[True, True]] * 4 + [[False, False]])))
+    state.note(1, 0, torch.tensor([[True, True]] * 5))
+    state.note(1, 1, torch.tensor([[True, True]] * 4 + [[False, False]]))
     share = state.share
     torch.testing.assert_close(share[0], torch.where(real, 0.625, 0.0))
     torch.testing.assert_close(share[1], torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.25, 0.0]]))
