@@ -238,9 +238,11 @@ def decides(hat, thresholds, gates=()):
     sites, layers = hat.grain.sites, range(hat.config.n_layers)
     table = [[[thresholds.get((i, s), 0.0)] * 2 for s in sites] for i in layers]
     shares = [[[0.5, 1.0] for _ in sites] for _ in layers]
-    exits = {"exit_capacities": [1.0], "exit_rates": [[0.0, 1.0]], "exit_scores": [[list(gates)] * 2]} if gates else {}
+    more = {"exit_capacities": [1.0], "exit_rates": [[0.0, 1.0]], "exit_scores": [[list(gates)] * 2]} if gates else {}
+    if hat.grain.scales_thresholds:
+        more["sensitivity"] = [0.5, 1.0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the token grain's
-        hat.calibration = Calibration(list(sites), [0.5, 1.0], table, shares, **exits)
+        hat.calibration = Calibration(list(sites), [0.5, 1.0], table, shares, **more)
         hat.capacity, hat.exit_rate = 0.7, 0.2 if gates else 0.0
     return hat

@@ -1,10 +1,10 @@
 """How a budget is split over sites and the head, by what skipping each of them costs.
 
-Prices are KL divergences from the base, in nats per token. A site's is ``k (1 - s)^p`` at the kept share s, fitted to a
-backward pass (`hat_lib.calibration.token_sensitivity.backward`): zeroing the channels with scores below a threshold
-changes the input x of a linear layer by -x there. The head's is measured: several numbers of channels in the preview
-and several margins (`hat_lib.model.head`) are tried on final states of the dense model, and those on the lower convex
-hull are kept.
+Prices are KL divergences from the base, in nats per token. A site's is a curve over the share that it keeps, through a
+few shares that a backward pass prices (`hat_lib.calibration.token_sensitivity.backward`): zeroing the channels with
+scores below a threshold changes the input x of a linear layer by -x there. The head's is measured: several numbers of
+channels in the preview and several margins (`hat_lib.model.head`) are tried on final states of the dense model, and
+those on the lower convex hull are kept.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from hat_lib.calibration.token_sensitivity import backward
 from hat_lib.model.head import likely
 from hat_lib.model.transformer import HierarchicalTransformer
 
-# Shares at which the damage is priced; k and p of the damage model come from a line through them in log-log.
-PROBE_SHARES = (0.45, 0.6, 0.75)
-# A steeper or flatter line than this is noise: the exponent is at least 2, as the form itself is quadratic.
-EXPONENT_RANGE = (2.0, 6.0)
+# Shares at which the damage is priced.
+PROBE_SHARES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)
+# Least share of a site: nothing is ever switched off entirely. From there on, shares are split in steps.
+FLOOR, STEP = 0.05, 0.01
 # Tried for the head: shares of channels in the preview, and margins in nats, on so many tokens.
 SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.55)
 MARGINS = (7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 15.0)
@@ -48,35 +48,35 @@ class HeadPoint(NamedTuple):
 
 
 def allocate(
-    sensitivity: np.ndarray,
+    curves: np.ndarray,
     work: np.ndarray,
     budget: float,
-    exponent: np.ndarray,
-    floor: float,
     points: Sequence[HeadPoint] = (),
     head_work: float = 0.0,
 ) -> tuple[np.ndarray, HeadPoint | None]:
     """The share that each site keeps under one budget, and the point at which the head runs.
 
-    Shares in [floor, 1], of the same shape as the arrays, that minimise ``sum k (1-s)^p + KL_h`` subject to
-    ``sum w s + w_h s_h = budget`` (k ``sensitivity``, p ``exponent``, w ``work`` and w_h ``head_work``, 1 in all; KL_h
-    and s_h are the head's, on the line through ``points``, if there are any).
+    Shares that minimise ``sum damage(s) + KL_h`` subject to ``sum w s + w_h s_h = budget``. The damage of sites is that
+    of ``curves``, as from `damage_curves`; w is ``work [L, S]`` and w_h ``head_work``, 1 in all; KL_h and s_h are the
+    head's, on the line through ``points``, if there are any.
 
-    Lagrange's method gives ``1 - s_i = (lambda w_i / (p_i k_i))^(1/(p_i-1))``, clipped, and the point at which the
-    head's line has slope ``lambda w_h``; lambda is found by bisection.
+    By Lagrange's method each site keeps all steps that lower its damage by more than ``lambda w`` a unit, and the head
+    runs where its line has slope ``lambda w_h``; lambda is found by bisection.
     """
-    k = np.maximum(sensitivity, 1e-12)
+    slopes = -np.diff(curves) / STEP
 
     def shares(log_lambda: float) -> tuple[np.ndarray, float]:
-        of_sites = np.clip(1 - np.exp((log_lambda + np.log(work / (exponent * k))) / (exponent - 1)), floor, 1.0)
-        return of_sites, at_slope(points, np.exp(log_lambda) * head_work) if points else 1.0
+        """Of sites, and the work in all."""
+        price = np.exp(log_lambda)
+        of_sites = FLOOR + STEP * (slopes > price * work[..., None]).sum(-1)
+        return of_sites, (work * of_sites).sum() + head_work * (at_slope(points, price * head_work) if points else 1.0)
 
     low, high = -80.0, 80.0  # of log lambda; the kept work falls as lambda grows
     for _ in range(100):
         middle = (low + high) / 2
-        of_sites, of_head = shares(middle)
-        low, high = (middle, high) if (work * of_sites).sum() + head_work * of_head > budget else (low, middle)
-    of_sites, _ = shares(high)
+        low, high = (middle, high) if shares(middle)[1] > budget else (low, middle)
+    (more, most), (less, least) = shares(low), shares(high)  # a few steps apart, all at one price
+    of_sites = less + (more - less) * np.clip((budget - least) / max(most - least, 1e-12), 0, 1)
     left = (budget - (work * of_sites).sum()) / head_work if points else 1.0
     return of_sites, between(points, left) if points else None
 
@@ -108,15 +108,17 @@ def site_damage(
     return total.numpy() / tokens
 
 
-def fit_damage(damage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """k and p of ``k (1 - s)^p`` per site, ``[L, S]`` each, by least squares in log-log; the smallest k for a site that
-    was not priced because it always runs."""
-    x = np.log(1 - np.asarray(PROBE_SHARES))
-    y = np.log(np.maximum(damage, 1e-12)).reshape(len(x), -1)
-    p = np.clip(np.polyfit(x, y, 1)[0], *EXPONENT_RANGE)
-    log_k = (y - p * x[:, None]).mean(0)
-    shape = damage.shape[1:]
-    return np.exp(log_k).round(9).reshape(shape), p.round(4).reshape(shape)
+def damage_curves(damage: np.ndarray) -> np.ndarray:
+    """Damage at shares from `FLOOR` to 1 in steps of `STEP`, convex and 0 at 1, ``[L, S, G]``, from that at
+    `PROBE_SHARES`, ``[P, L, S]``: exponential from one to the next, which is nearly how it falls, and cubic at the end.
+    """
+    shares = np.linspace(FLOOR, 1, round((1 - FLOOR) / STEP) + 1)
+    logs = np.log(np.maximum(damage, 1e-12))
+    curves = np.exp(np.apply_along_axis(lambda y: np.interp(shares, PROBE_SHARES, y), 0, logs))
+    tail = np.minimum((1 - shares) / (1 - PROBE_SHARES[-1]), 1) ** 3
+    falls = -np.diff(curves * tail[:, None, None], axis=0)
+    falls = np.maximum.accumulate(np.maximum(falls, 0)[::-1], axis=0)  # from the end; noise may have made them uneven
+    return np.moveaxis(np.concatenate([np.zeros_like(falls[:1]), np.cumsum(falls, axis=0)])[::-1], 0, -1)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 For a ladder of budgets, `calibrate` sets thresholds, runs text, and notes the capacity and shares that come out. How a
 budget is split over layers and sites is the ``split``:
 
-    damage    (default, no training) the closed form of `allocate`, from prices in KL (`hat_lib.calibration.budget`)
+    damage    (default, no training) the least damage, by prices in KL (`hat_lib.calibration.budget`)
     uniform   every site keeps the same share
     learned   the thresholds that the routers were trained with (`calibrate_learned`)
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hat_lib.calibration.budget import allocate, between, fit_damage, head_points, site_damage
+from hat_lib.calibration.budget import allocate, between, damage_curves, head_points, site_damage
 from hat_lib.calibration.quantiles import (
     block_tensors,
     check_batches,
@@ -29,14 +29,12 @@ from hat_lib.calibration.quantiles import (
     score_quantiles,
     spread,
 )
-from hat_lib.calibration.token_sensitivity import SHARE, TOKENS, fit_token_sensitivity
+from hat_lib.calibration.token_sensitivity import SHARE, TOKENS, fit_token_sensitivity, sensitivity_strength
 from hat_lib.config import HatError
 from hat_lib.model.threshold_table import EXIT_TABLES, HEAD_TABLES, Calibration
 from hat_lib.model.transformer import HierarchicalTransformer
 
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-# Least share of a site in the damage split: nothing is ever switched off entirely.
-FLOOR = 0.05
 SPLITS = ("damage", "uniform")
 
 Thresholds = dict[tuple[int, str], float]
@@ -79,14 +77,14 @@ def calibrate(
         for name, parameter in hat.routers.named_parameters():
             if "_token." in name:  # all tokens alike
                 parameter.zero_()
-        quantiles = score_quantiles(hat, fit, progress)
+        quantiles = alike = score_quantiles(hat, fit, progress)  # alike: as if no token were more sensitive
         if token_sensitivity and hat.grain.scales_thresholds:
             fit_token_sensitivity(hat, spread(fit, TOKENS), quantiles.thresholds(SHARE), seed, progress)
-            quantiles = score_quantiles(hat, fit, progress)
+            quantiles, alike = score_quantiles(hat, fit, progress), quantiles
         points = head_points(hat, fit, progress) if head and hat.grain.has_shortlist else []
         work = np.tile(hat.site_work, (hat.config.n_layers, 1))
         if split == "damage":
-            damage = fit_damage(site_damage(hat, spread(fit, probe_tokens), quantiles, seed, progress))
+            curves = damage_curves(site_damage(hat, spread(fit, probe_tokens), quantiles, seed, progress))
             always = [[hat.grain.always_runs(i, s) for s in hat.grain.sites] for i in range(hat.config.n_layers)]
             work[np.array(always)] = 1e-12
     head_work = hat.head_work if points else 0.0
@@ -94,11 +92,16 @@ def calibrate(
     thresholds, heads = [], []
     for budget in BUDGETS:
         if split == "damage":
-            shares, point = allocate(damage[0], work / whole, budget, damage[1], FLOOR, points, head_work / whole)
+            shares, point = allocate(curves, work / whole, budget, points, head_work / whole)
         else:
             shares, point = np.full_like(work, budget), between(points, budget) if points else None
         sites = {(i, s): shares[i, hat.grain.sites.index(s)] for i, s in quantiles.tables}
-        thresholds.append({site: quantiles.threshold(site, share) for site, share in sites.items()})
+        sensitive, same = ({s: q.threshold(s, share) for s, share in sites.items()} for q in (quantiles, alike))
+        strength = sensitivity_strength(budget)
+        chosen = {site: strength * sensitive[site] + (1 - strength) * same[site] for site in sites}
+        if quantiles is not alike:
+            chosen |= {(i, "token"): strength for i in range(hat.config.n_layers)}
+        thresholds.append(chosen)
         heads.append(point and (point.threshold, point.margin, point.share))
     text = f"{text}; quantiles of {quantiles.scores} scores a site from {quantiles.tokens} tokens".removeprefix("; ")
     return _set_table(hat, thresholds, heads, check, split, text, progress)
@@ -151,6 +154,8 @@ def _set_table(
         head_thresholds, margins, _ = zip(*heads, strict=True)
         columns = [*np.minimum.accumulate(head_thresholds), 0.0], [*np.maximum.accumulate(margins), max(margins)]
         tables = dict(zip(HEAD_TABLES, map(_rounded, [*columns, [*head_shares, 1]]), strict=True))
+    if (0, "token") in splits[0]:
+        tables["sensitivity"] = _rounded([*(chosen[0, "token"] for chosen in splits), 1.0])
     if hat.calibration:
         tables |= {name: getattr(hat.calibration, name) for name in EXIT_TABLES}
     hat.calibration = Calibration(

@@ -8,8 +8,8 @@ If all channels of all tokens are to be dropped at the same marginal price, ``1/
 t, thresholds scale as ``exp(-eta / 2)``. So the sensitivity, which divides a token's thresholds by ``exp(u)``, is
 ``u = eta / 2``.
 
-Prices are measured where `SHARE` of the channels is kept, and used at every capacity. At 0.62 of the layers' work that
-lowers the KL from the base, by an eighth; at 0.40 it hurts (``data/results/ablations.csv``).
+Prices are measured where `SHARE` of the channels is kept. At 0.62 of the layers' work they lower the KL from the base,
+by an eighth; at 0.40 they would raise it (``data/results/ablations.csv``). So `sensitivity_strength` falls in between.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from hat_lib.model.transformer import HierarchicalTransformer
 TOKENS = 24_576
 # Kept share at which tokens are priced.
 SHARE = 0.75
+# Budgets at and below which token sensitivity does not act, and from which on it acts in full.
+NONE, ALL = 0.4, 0.62
 # Prices are averaged over neighbouring layers: one token's price in one layer is mostly noise.
 NEIGHBOURS = 2
 # Prices are clipped to this many times the mean.
@@ -37,6 +39,11 @@ PRIOR = 0.4
 Price = Callable[[int, str, Tensor, Tensor], Callable[[Tensor], None] | None]
 """(layer, site, router's input x, activation) -> what to do with the activation's gradient, if anything. Both are
 detached: holding on to the activation itself would keep the graph of every block alive."""
+
+
+def sensitivity_strength(budget: float) -> float:
+    """From 0 to 1, what multiplies token sensitivity at a budget."""
+    return min(max((budget - NONE) / (ALL - NONE), 0.0), 1.0)
 
 
 def fit_token_sensitivity(

@@ -77,8 +77,9 @@ def _channels(hat, dense: Decisions, policy, window: slice) -> dict[str, np.ndar
                     made[name][i] = np.where(mask[0, window][0].numpy(), -1, np.inf)
     tokens = [hat.routers[f"{i}_token"] for i in layers]
     if isinstance(policy, Threshold) and any(router.weight.any() or router.bias.any() for router in tokens):
-        made["sensitivity"] = _stack(router.weight for router in tokens)
-        made["sensitivity_bias"] = _stack(router.bias for router in tokens)
+        strengths = [policy.thresholds.get((i, "token"), 1.0) for i in layers]
+        made["sensitivity"] = _stack(s * router.weight for s, router in zip(strengths, tokens, strict=True))
+        made["sensitivity_bias"] = _stack(s * router.bias for s, router in zip(strengths, tokens, strict=True))
     return made
 
 

@@ -117,7 +117,7 @@ class ChannelGrain(Grain):
         """What multiplies the running rows' thresholds in this layer, ``[n, 1]``: sensitivity, read at the first site,
         times steering."""
         if site == self.sites[0]:
-            state.threshold_scale = routers[f"{layer}_token"].threshold_scale(x)
+            state.threshold_scale = routers[f"{layer}_token"].threshold_scale(x, state.sensitivity)
             if (steering := state.steering) is not None:
                 steering = steering if len(x) == len(steering) else steering[state.alive]
                 state.threshold_scale = state.threshold_scale * steering[:, None]

@@ -42,12 +42,14 @@ class ExitPolicy(Protocol):
 
 
 class Threshold:
-    """The method: score > threshold, on the routers' scores, with thresholds by (layer, site)."""
+    """The method: score > threshold, on the routers' scores, with thresholds by (layer, site); at "token", the strength
+    of token sensitivity, 1 if there is none."""
 
     def __init__(self, grain: Grain, routers: nn.ModuleDict, thresholds: dict[tuple[int, str], float]):
         self.grain, self.routers, self.thresholds = grain, routers, thresholds
 
     def __call__(self, layer, site, x, rows, state):
+        state.sensitivity = self.thresholds.get((layer, "token"), 1.0)
         return self.grain.keep(self.routers, layer, site, x, self.thresholds[layer, site], state)
 
 

@@ -36,9 +36,9 @@ class MoERouter(nn.Module):
         return self.score(x) > threshold
 
     @torch.no_grad()
-    def threshold_scale(self, x: Tensor) -> Tensor:
-        """``exp(-s)``, by which a row's thresholds are multiplied in the channel grain, fp32 ``[n, 1]``."""
-        return self.score(x).neg().clamp(-SENSITIVITY_LIMIT, SENSITIVITY_LIMIT).exp()[:, None]
+    def threshold_scale(self, x: Tensor, strength: float = 1.0) -> Tensor:
+        """``exp(-strength * s)``, by which a row's thresholds are multiplied in the channel grain, fp32 ``[n, 1]``."""
+        return (self.score(x) * -strength).clamp(-SENSITIVITY_LIMIT, SENSITIVITY_LIMIT).exp()[:, None]
 
 
 class ChannelRouter(nn.Module):

@@ -2,7 +2,7 @@
 
 A `Calibration`, made by `hat_lib.calibration`, is a table of capacities realised on held-out text, and of the
 thresholds that realised them, interpolated linearly in between. They never rise with capacity, so the kept sets of two
-capacities are nested.
+capacities are nested, where token sensitivity acts alike at both.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from hat_lib.model.granularity import grain_named
 
 HEAD_TABLES = ("head_thresholds", "head_margins", "head_shares")
 EXIT_TABLES = ("exit_capacities", "exit_rates", "exit_scores")
+OPTIONAL = ("sensitivity", *HEAD_TABLES, *EXIT_TABLES)
 # Axes, range and order along the last axis (1 rising, -1 falling, 0 any) of each table. L layers, S sites and E exits
 # are the config's; C, K and R are set by the first table that has them.
 TABLES = {
     "capacities": ("C", 0, 1, 1),
     "thresholds": ("LSC", -np.inf, np.inf, -1),
     "shares": ("LSC", 0, 1, 0),
+    "sensitivity": ("C", 0, 1, 1),
     "head_thresholds": ("C", 0, np.inf, -1),
     "head_margins": ("C", 0, np.inf, 1),
     "head_shares": ("C", 0, 2, 0),
@@ -58,6 +60,8 @@ class Calibration:
     """nats below the best preview within which a token is read in full, [C]"""
     head_shares: list[float] | None = None
     """mean share of the head's work, shortlist included, [C]"""
+    sensitivity: list[float] | None = None
+    """how strongly token sensitivity acts at each capacity, [C]; None for 1 at all of them"""
     text: str = ""
     """what it was measured on: corpus, split, tokens and hash"""
 
@@ -72,7 +76,7 @@ class Calibration:
         sizes = {"L": config.n_layers, "S": len(sites), "E": len(config.exit_layers)}
         for name, (axes, low, high, order) in TABLES.items():
             values = getattr(self, name)
-            if values is None and name in HEAD_TABLES + EXIT_TABLES:
+            if values is None and name in OPTIONAL:
                 continue
             try:
                 table = np.array(values)
@@ -105,12 +109,16 @@ class Calibration:
     def thresholds_at(self, capacity: float) -> dict[tuple[int, str], float]:
         """Score thresholds by (layer, site); -inf keeps everything. Raises `HatError` outside [0.1, 1].
 
-        Below the lowest measured capacity, that one's thresholds are used.
+        Below the lowest measured capacity, that one's thresholds are used. With a table of its strengths, each layer
+        also has that of token sensitivity, at "token".
         """
         table = self._at(self.thresholds, capacity)
         if capacity == 1:
             table = np.full_like(table, -np.inf)
-        return {(i, site): float(t) for i, row in enumerate(table) for site, t in zip(self.sites, row, strict=True)}
+        found = {(i, site): float(t) for i, row in enumerate(table) for site, t in zip(self.sites, row, strict=True)}
+        if self.sensitivity is not None:
+            found |= {(i, "token"): float(self._at(self.sensitivity, capacity)) for i in range(len(table))}
+        return found
 
     def head_at(self, capacity: float) -> tuple[float, float, float] | None:
         """Threshold, margin and expected share of the head; None at capacity 1, and if it is read in full."""

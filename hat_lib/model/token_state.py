@@ -51,6 +51,8 @@ class TokenState:
     gated: bool = False
     corrected: bool = False
     """whether routers, exit gates and corrections took part"""
+    sensitivity: float = 1.0
+    """strength of token sensitivity"""
     threshold_scale: Tensor | None = None
     """what multiplies the thresholds of the running rows in the current layer, ``[n, 1]``"""
     steering: Tensor | None = None

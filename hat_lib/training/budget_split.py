@@ -44,7 +44,8 @@ class BudgetSplit(nn.Module):
 
         @torch.no_grad()
         def moved(capacity: float) -> dict[tuple[int, str], float]:
-            factors = self.at(capacity).neg().exp().tolist()
-            return {(i, s): t * factors[i][self.sites.index(s)] for (i, s), t in nominal(capacity).items()}
+            thresholds, factors = nominal(capacity), self.at(capacity).neg().exp().tolist()
+            by = {(i, s): f for i, row in enumerate(factors) for s, f in zip(self.sites, row, strict=True)}
+            return {key: t * by.get(key, 1.0) for key, t in thresholds.items()}
 
         return moved

@@ -49,6 +49,7 @@ class Relaxed:
 
     def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: TokenState):
         grain, routers, threshold = self.hat.grain, self.hat.routers, self.thresholds[layer, site]
+        state.sensitivity = self.thresholds.get((layer, "token"), 1.0)
         site_number = grain.sites.index(site)
         real, protected = state.real.view(-1), state.protected.view(-1)
         offset = 0.0 if self.offsets is None else self.offsets[layer, site_number]

@@ -78,3 +78,14 @@ def test_a_sensitive_token_keeps_more():
     hat.lm(ids)
     more = hat.trace.site_share - before
     assert (more[1, :, :, 2:].mean((1, 2)) > 0.05).all() and not more[0].any()
+
+
+def test_it_fades_where_little_runs():
+    hat, ids = untrained(), torch.tensor(BLOCKS[:2])
+    calibrate(hat, BLOCKS, probe_tokens=128, progress=False)
+    scales = []
+    for capacity in (0.35, 0.5, 0.7):
+        hat.capacity = capacity
+        hat.lm(ids)
+        scales.append(float(hat.trace.threshold_scale.log().abs().mean()))
+    assert scales[0] == 0 < scales[1] < scales[2]
