@@ -1,7 +1,7 @@
 """How a budget is split over sites and the head, by what skipping each of them costs.
 
-Prices are KL divergences from the base, in nats per token. A site's is a curve over the share that it keeps, through a
-few shares that a backward pass prices (`hat_lib.calibration.token_sensitivity.backward`): zeroing the channels with
+Prices are KL divergences from the base, in nats per token. A site's is a curve over the share that it keeps, from a few
+shares that a backward pass prices (`hat_lib.calibration.token_sensitivity.backward`): zeroing the channels with
 scores below a threshold changes the input x of a linear layer by -x there. The head's is measured: several numbers of
 channels in the preview and several margins (`hat_lib.model.head`) are tried on final states of the dense model, and
 those on the lower convex hull are kept.
@@ -24,8 +24,11 @@ from hat_lib.calibration.token_sensitivity import backward
 from hat_lib.model.head import likely
 from hat_lib.model.transformer import HierarchicalTransformer
 
-# Shares at which the damage is priced.
-PROBE_SHARES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)
+# Shares at which the damage is priced. k (1 - s)^p is fitted to the last three.
+PROBE_SHARES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75)
+FITTED = slice(-3, None)
+# A steeper or flatter law than this is noise: the exponent is at least 2, as the form itself is quadratic.
+EXPONENT_RANGE = (2.0, 6.0)
 # Least share of a site: nothing is ever switched off entirely. From there on, shares are split in steps.
 FLOOR, STEP = 0.05, 0.01
 # Tried for the head: shares of channels in the preview, and margins in nats, on so many tokens.
@@ -110,15 +113,24 @@ def site_damage(
 
 def damage_curves(damage: np.ndarray) -> np.ndarray:
     """Damage at shares from `FLOOR` to 1 in steps of `STEP`, convex and 0 at 1, ``[L, S, G]``, from that at
-    `PROBE_SHARES`, ``[P, L, S]``: exponential from one to the next, which is nearly how it falls, and cubic at the end.
+    `PROBE_SHARES`, ``[P, L, S]``.
+
+    Over the last three, and beyond, it is ``k (1 - s)^p``, by least squares in log-log, as single values are noisy
+    there; below them it runs through what was measured, exponentially from one share to the next.
     """
-    shares = np.linspace(FLOOR, 1, round((1 - FLOOR) / STEP) + 1)
-    logs = np.log(np.maximum(damage, 1e-12))
-    curves = np.exp(np.apply_along_axis(lambda y: np.interp(shares, PROBE_SHARES, y), 0, logs))
-    tail = np.minimum((1 - shares) / (1 - PROBE_SHARES[-1]), 1) ** 3
-    falls = -np.diff(curves * tail[:, None, None], axis=0)
-    falls = np.maximum.accumulate(np.maximum(falls, 0)[::-1], axis=0)  # from the end; noise may have made them uneven
-    return np.moveaxis(np.concatenate([np.zeros_like(falls[:1]), np.cumsum(falls, axis=0)])[::-1], 0, -1)
+    shares, probes = np.linspace(FLOOR, 1, round((1 - FLOOR) / STEP) + 1), np.array(PROBE_SHARES)
+    logs = np.log(np.maximum(damage, 1e-12)).reshape(len(probes), -1)
+    x, y = np.log(1 - probes[FITTED]), logs[FITTED]
+    p = np.clip(np.polyfit(x, y, 1)[0], *EXPONENT_RANGE)
+    fitted = (y - p * x[:, None]).mean(0) + p * np.log(np.maximum(1 - shares, 1e-12))[:, None]
+    at = np.searchsorted(shares, probes[FITTED][0] - STEP / 2)
+    low = np.concatenate([logs[: FITTED.start], fitted[at][None]])
+    below = np.array([np.interp(shares[:at], probes[: len(low)], row) for row in low.T]).T
+    curves = np.exp(np.concatenate([below, fitted[at:]]))
+    falls = np.maximum(-np.diff(curves, axis=0), 0)[::-1]  # from the end, and never slower than nearer to it
+    rising = np.cumsum(np.maximum.accumulate(falls, axis=0), axis=0)
+    curves = np.concatenate([np.zeros_like(rising[:1]), rising])[::-1]
+    return curves.T.reshape(*damage.shape[1:], -1)
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def test_allocate_does_the_least_damage(budget):
 
 def test_damage_curves_are_convex_and_pass_through_what_was_measured():
     shares = np.array(PROBE_SHARES)
-    measured = 0.3 * np.exp(-6 * shares) * (1 - shares)
+    measured = 0.3 * (1 - shares) ** 3 * np.exp(4 * np.maximum(0.45 - shares, 0))  # a law, and more below 0.45
     curve = damage_curves(measured[:, None, None])[0, 0]
     at = np.round((shares - FLOOR) / STEP).astype(int)
     np.testing.assert_allclose(curve[at], measured, rtol=0.1)
