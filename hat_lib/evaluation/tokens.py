@@ -172,10 +172,11 @@ def explain(hat: HierarchicalTransformer, prompt: str, *, max_new_tokens: int = 
     found = torch.full(shape, torch.nan, device=hat.base.device)
 
     def noting(layer, site, x, rows, state):
+        keep = own(layer, site, x, rows, state)
         score, threshold = hat.scores(layer, site, x), own.thresholds[layer, site]
         score = score - threshold if hat.grain.logits else score.mean(-1) / threshold
         found[layer, sites.index(site), slice(None) if rows is None else rows] = score.float()
-        return own(layer, site, x, rows, state)
+        return keep
 
     with hat.using(noting):
         return replace(token_table(hat, blocks, progress=False), score=found.cpu().numpy())

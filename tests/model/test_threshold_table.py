@@ -73,9 +73,16 @@ GOOD = {
         {"capacities": [0.2, 0.5, 0.9]},
         {"capacities": ["0.2", 0.5, 1.0]},
         {"head_thresholds": [3.0, 2.0, 1.0]},
+        {"sensitivity": [0.5, 0.2, 1.0]},
     ],
 )
 def test_check(changes):
     Calibration(**GOOD).check(HatConfig(2))
     with pytest.raises(HatError):
         Calibration(**GOOD | changes).check(HatConfig(2))
+
+
+def test_strength_of_token_sensitivity():
+    table = Calibration(**GOOD, sensitivity=[0.0, 0.6, 1.0])
+    assert table.thresholds_at(0.35)[1, "token"] == pytest.approx(0.3) and table.thresholds_at(1.0)[0, "token"] == 1
+    assert (0, "token") not in Calibration(**GOOD).thresholds_at(0.35)
