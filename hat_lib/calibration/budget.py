@@ -115,8 +115,8 @@ def damage_curves(damage: np.ndarray) -> np.ndarray:
     """Damage at shares from `FLOOR` to 1 in steps of `STEP`, convex and 0 at 1, ``[L, S, G]``, from that at
     `PROBE_SHARES`, ``[P, L, S]``.
 
-    Over the last three, and beyond, it is ``k (1 - s)^p``, by least squares in log-log, as single values are noisy
-    there; below them it runs through what was measured, exponentially from one share to the next.
+    Over the last three, and beyond, it is ``k (1 - s)^p``, by least squares in log-log, which misses most of the damage
+    at low shares; so below them it runs through what was measured, exponentially from one share to the next.
     """
     shares, probes = np.linspace(FLOOR, 1, round((1 - FLOOR) / STEP) + 1), np.array(PROBE_SHARES)
     logs = np.log(np.maximum(damage, 1e-12)).reshape(len(probes), -1)
