@@ -18,7 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hat_lib.training.objective import Objective
 
-METRICS = ("loss", "capacity", "kl", "share", "z_loss", "entropy", "gate_loss", "wrong", "exit_rate", "agreement")
+METRICS = ("loss", "capacity", "kl", "share", "dense_kl", "z_loss", "entropy", "gate_loss", "wrong", "exit_rate",
+           "agreement")  # fmt: skip
 
 
 class Log:

@@ -28,7 +28,7 @@ CHANNEL = {
     "text": "addresses+openings", "tokens": 196_608, "batch_size": 2, "router_epochs": 2.6, "router_lr": 3e-3,
     "correction_lr": 1.5e-3, "split_lr": 1e-2, "exit_epochs": 0.65, "exit_lr": 2e-3, "capacity": 0.55, "spread": 0.2,
     "anneal": 0.0, "temperature": 0.5, "noise": 0.0, "z_weight": 0.0, "entropy_weight": 0.0, "decision_weight": 0.0,
-    "layer_dropout": 0.0,
+    "layer_dropout": 0.0, "dense_share": 0.125, "dense_weight": 4.0,
 }  # fmt: skip
 PROFILES = {
     "quick": {
@@ -39,7 +39,7 @@ PROFILES = {
 }  # fmt: skip
 
 LEAST = {"tokens": 2, "block_size": 2, "validation_tokens": 2, "seed": 0}
-SHARES = ("anneal", "warmup", "layer_dropout")
+SHARES = ("anneal", "warmup", "layer_dropout", "dense_share")
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class Recipe:
     noise: float = 1.0
     """scale of the logistic noise on a router's score; 0 decides as in use"""
     budget_weight: float = 1.0
+    dense_share: float = 0.0
+    """share of the steps in which nothing is skipped and corrections act in full: what they learn there is to leave the
+    base's predictions alone, or they would be fine-tuning"""
+    dense_weight: float = 1.0
+    """of the loss in these steps"""
     z_weight: float = 1e-3
     entropy_weight: float = 1e-2
     gate_forward_temperature: float = 1.0
@@ -151,6 +156,9 @@ class Recipe:
         middle = CAPACITY_MAX + (self.capacity - CAPACITY_MAX) * at
         drawn = np.random.default_rng([self.seed, step]).uniform(-self.spread, self.spread)
         return float(np.clip(middle + drawn, CAPACITY_MIN, CAPACITY_MAX))
+
+    def is_dense(self, step: int) -> bool:
+        return np.random.default_rng([self.seed, step, 5]).random() < self.dense_share
 
     def sampled_exit_rate(self, step: int) -> float:
         return float(np.random.default_rng([self.seed, step, 1]).uniform(0, self.exit_rate))

@@ -27,6 +27,9 @@ TRAINED = {
     "token grain, our recipe": (PURPLE, "P", "-"),
 }
 EXITS = {"trained": (GREEN, "D", "exits chosen by the gates"), "random_exits": (BROWN, "v", "as many at random")}
+FORMATS = ((BLUE, "o", "-"), (GREEN, "D", "--"), (BROWN, "P", ":"))
+MEASURABLE = 1e-6
+"""nats: a smaller divergence is rounding"""
 KINDS = {  # in `divergence`
     "untrained": ("untrained", ORANGE, "s", "--"),
     "uncorrected": ("trained, without corrections", GREY, "X", ":"),
@@ -188,6 +191,35 @@ def divergence(table: pd.DataFrame) -> Figure:
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.set(title=text, xlabel=WORK, ylabel="KL from the base, nats a token" * (text == texts[0]))
     style.legend_below(fig, [entry(label, *series) for label, *series in kinds.values()], ncols=4)
+    return fig
+
+
+@draws("granularity", "text", "variant", "exit_rate", "tokens", "model_share", "kl")
+def over_time(table: pd.DataFrame, decode: pd.DataFrame) -> Figure:
+    """KL divergence from the base against the time of a token in the engine: each way of skipping on docstrings, at the
+    time that its work takes in the base's format, and the trained model as it was timed in each format. ``table`` is
+    that of `studies.quality`, ``decode`` that of `studies.decode`."""
+    timed = decode[(decode["base"] == "bundled") & (decode["way"] == "engine") & (decode["sequences"] == 1)]
+    own = timed[timed["weights"] == timed["weights"].iloc[0]]
+    line = np.poly1d(np.polyfit(1 / own["ideal"], own["ms"], 1))
+    table = table[(table["granularity"] == "channel") & (table["text"] == "docstrings") & (table["exit_rate"] == 0)]
+    table = table.sort_values("tokens").drop_duplicates(["variant", "capacity"], keep="last")
+    kinds = {k: series for k, series in KINDS.items() if k != "fine_tuned" and k in set(table["variant"])}
+    fig, (left, right) = style.panels(2, height=3.4, width=7.6)
+    for kind, (_, colour, marker, dashes) in kinds.items():
+        rows = table[table["variant"] == kind].sort_values("model_share")
+        left.plot(line(rows["model_share"]), rows["kl"], color=colour, marker=marker, linestyle=dashes, markersize=4)
+    left.set(title=f"docstrings, {own['weights'].iloc[0]}", ylabel="KL from the base, nats a token")
+    formats = dict(zip(timed["weights"].unique(), FORMATS, strict=False))  # the first is that of the left panel
+    for weights, (colour, marker, dashes) in formats.items():
+        rows = timed[(timed["weights"] == weights) & (timed["kl"] > MEASURABLE)].sort_values("capacity")
+        right.plot(rows["ms"], rows["kl"], color=colour, marker=marker, linestyle=dashes, markersize=4)
+    right.set(title=f"trained, {', '.join(formats)}")
+    for ax in (left, right):
+        ax.set(yscale="log", xlabel="ms a token")
+    others = {f"trained, {name}": series for name, series in list(formats.items())[1:]}
+    named = {label: series for label, *series in kinds.values()} | others
+    style.legend_below(fig, [entry(label, *series) for label, series in named.items()], ncols=4)
     return fig
 
 
