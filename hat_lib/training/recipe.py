@@ -28,7 +28,7 @@ CHANNEL = {
     "text": "addresses+openings", "tokens": 196_608, "batch_size": 2, "router_epochs": 2.6, "router_lr": 3e-3,
     "correction_lr": 1.5e-3, "split_lr": 1e-2, "exit_epochs": 0.65, "exit_lr": 2e-3, "capacity": 0.55, "spread": 0.2,
     "anneal": 0.0, "temperature": 0.5, "noise": 0.0, "z_weight": 0.0, "entropy_weight": 0.0, "decision_weight": 0.0,
-    "layer_dropout": 0.0, "dense_share": 0.125, "dense_weight": 4.0,
+    "layer_dropout": 0.0, "dense_share": 0.125, "dense_weight": 0.25,
 }  # fmt: skip
 PROFILES = {
     "quick": {
@@ -82,7 +82,8 @@ class Recipe:
     """share of the steps in which nothing is skipped and corrections act in full: what they learn there is to leave the
     base's predictions alone, or they would be fine-tuning"""
     dense_weight: float = 1.0
-    """of the loss in these steps"""
+    """of the loss in these steps; their gradients are some twenty times as large as those of the others, and Adam scales
+    all of them by the largest"""
     z_weight: float = 1e-3
     entropy_weight: float = 1e-2
     gate_forward_temperature: float = 1.0
