@@ -25,7 +25,7 @@ from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
 from hat_lib.backbone.base import BUNDLED, BUNDLED_GGUF, load_base
-from hat_lib.backbone.shapes import linears
+from hat_lib.backbone.families import linears
 from hat_lib.backbone.wheels import SMOLLM2, open_wheel
 from hat_lib.config import HatConfig, HatError, check_capacity, check_count
 from hat_lib.inference.speed import take_turns

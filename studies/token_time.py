@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hat_lib.backbone.base import load_base
-from hat_lib.backbone.shapes import LINEARS
+from hat_lib.backbone.families import LINEARS
 from hat_lib.config import HatConfig, HatError, check_capacity
 from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.modes import combined

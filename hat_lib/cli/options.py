@@ -34,7 +34,7 @@ def option(default, words: str, *names: str, **settings):
     return typer.Option(default, *names, help=words, **settings)
 
 
-BASE = option(None, f"The frozen Llama: {BASE_HELP}. [default: the one the checkpoint names, or bundled]")
+BASE = option(None, f"The frozen base: {BASE_HELP}. [default: the one the checkpoint names, or bundled]")
 CHECKPOINT = option(
     None,
     "Folder of `hat calibrate` or `hat train`, one that comes with the library (default, calibrated, token, ...), or "

@@ -15,7 +15,7 @@ from hat_lib.cli import options
 from hat_lib.cli.options import option
 from hat_lib.config import HatConfig, HatError, check_capacity
 
-BASE = option("bundled", f"The frozen Llama: {options.BASE_HELP}.")
+BASE = option("bundled", f"The frozen base: {options.BASE_HELP}.")
 GRANULARITY = option(
     HatConfig.granularity,
     "What a router decides about, per token: channel (an input channel of a linear layer) or token (the whole FFN; the "

@@ -46,6 +46,9 @@ class Weights(NamedTuple):
     down: Linear
     norms: ndarray  # [2, L, D], before attention and before the FFN
     last_norm: ndarray  # [D]
+    head_norms: ndarray  # [2, L, h], of queries and of keys; or no columns
+    rotates: ndarray  # bool [L], whether a layer has a rotary embedding
+    unrotated: ndarray  # [2, h/2], the cos and sin of those that have none
     heads: int
     kv_heads: int
     unit: int  # channels that share a scale and are not split between threads

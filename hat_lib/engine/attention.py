@@ -24,30 +24,37 @@ def pieces(first, last):
 
 
 @compiled()
-def rotate(head, cos, sin, out):
-    """Rotary position embedding of one head, rounded to the dtype of ``out``."""
-    half = cos.shape[0]
+def place(head, norm, eps, cos, sin, out):
+    """The norm of one head, if there is one, and its rotary position embedding, rounded to the dtype of ``out``."""
+    half, factor = cos.shape[0], F1
+    if norm.shape[0]:
+        total = F0
+        for e in range(2 * half):
+            total += head[e] * head[e]
+        factor /= np.sqrt(total / np.float32(2 * half) + eps)
     for e in range(half):
         a, b = head[e], head[half + e]
+        if norm.shape[0]:
+            a, b = a * factor * norm[e], b * factor * norm[half + e]
         out[e] = as_stored(a * cos[e] - b * sin[e], out[e])
         out[half + e] = as_stored(b * cos[e] + a * sin[e], out[e])
 
 
 @compiled()
-def rotate_all(qkv, g, cos, sin, queries):
+def place_all(qkv, g, norm, eps, cos, sin, queries):
     """The queries ``[H / G, h]`` of group g."""
     count, size = queries.shape
     for i in range(count):
         begin = (g * count + i) * size
-        rotate(qkv[begin : begin + size], cos, sin, queries[i])
+        place(qkv[begin : begin + size], norm, eps, cos, sin, queries[i])
 
 
 @compiled()
-def put(qkv, heads, groups, g, cos, sin, keys, values, slot):
+def put(qkv, heads, groups, g, norm, eps, cos, sin, keys, values, slot):
     """Put a row's key and value of group g into the cache, ``[size, h]``."""
     size = keys.shape[1]
     k, v = (heads + g) * size, (heads + groups + g) * size
-    rotate(qkv[k : k + size], cos, sin, keys[slot])
+    place(qkv[k : k + size], norm, eps, cos, sin, keys[slot])
     for e in range(size):
         values[slot, e] = as_stored(qkv[v + e], values[slot, e])
 

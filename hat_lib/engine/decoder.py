@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from hat_lib.backbone.families import head_size
 from hat_lib.engine import team
 from hat_lib.engine.arrays import FFN, GREEDY, MAX_TOKENS, PARTIALS, SECTION, Choice, Course, Decisions, Rows, Scratch
 from hat_lib.engine.attention import PIECE
@@ -71,7 +72,7 @@ class Decoder:
 
     def __init__(self, lm, form: str = "base", corrections=None, *, preview: bool = False):
         self.lm, self.weights = lm, pack(lm, form, corrections, preview=preview)
-        self.head_dim, self.dtype = lm.config.head_dim, lm.dtype
+        self.head_dim, self.dtype = head_size(lm.config), lm.dtype
         self.inputs, self.outputs = widths(lm)
         self.channels = np.array(self.inputs)[:, None, None]
         """inputs of each product, ``[4, 1, 1]``"""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from hat_lib.engine.arrays import DOWN, FFN, GATE_UP, OUT, PARTIALS, QKV
-from hat_lib.engine.attention import PIECE, attend, combine, pieces, put, rotate_all
+from hat_lib.engine.attention import PIECE, attend, combine, pieces, place_all, put
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add
 from hat_lib.engine.kernels import F1, as_float, dots, exp, keep, span
@@ -35,6 +35,14 @@ SENSITIVITY_LIMIT = np.float32(3)
 """same as `hat_lib.model.routers.SENSITIVITY_LIMIT`"""
 LOWEST = np.finfo(np.float32).min
 """best preview of a thread that has made none"""
+
+
+@compiled()
+def angles(base, rows, layer, r):
+    """cos and sin of a row's rotary embedding in a layer."""
+    if base.rotates[layer]:
+        return rows.cos[rows.position[r]], rows.sin[rows.position[r]]
+    return base.unrotated[0], base.unrotated[1]
 
 
 @compiled(inline=True)
@@ -102,12 +110,13 @@ def decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head
             return True
 
         # Attention. One row writes its own key and value with the last piece of its context; several wait for all.
+        q_norm, k_norm = base.head_norms[0, layer], base.head_norms[1, layer]
         if count > 1:
             for item in range(count * groups * t // team, count * groups * (t + 1) // team):
                 r, g = item // groups, item % groups
                 keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
-                put(scratch.qkv[r], heads, groups, g, rows.cos[rows.position[r]], rows.sin[rows.position[r]], keys,
-                    values, rows.slot[r])  # fmt: skip
+                cos, sin = angles(base, rows, layer, r)
+                put(scratch.qkv[r], heads, groups, g, k_norm, base.eps, cos, sin, keys, values, rows.slot[r])
             if meet(barrier, team):
                 return True
         total = 0
@@ -115,15 +124,15 @@ def decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head
             total += groups * pieces(rows.first[r], rows.slot[r])
         item, begin, end = 0, total * t // team, total * (t + 1) // team
         for r in range(count):
-            n, cos, sin = pieces(rows.first[r], rows.slot[r]), rows.cos[rows.position[r]], rows.sin[rows.position[r]]
+            n, (cos, sin) = pieces(rows.first[r], rows.slot[r]), angles(base, rows, layer, r)
             for g in range(groups):
                 keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
                 for piece in range(max(begin - item, 0), min(end - item, n)):
                     if count == 1 and piece == n - 1:
-                        put(scratch.qkv[r], heads, groups, g, cos, sin, keys, values, rows.slot[r])
+                        put(scratch.qkv[r], heads, groups, g, k_norm, base.eps, cos, sin, keys, values, rows.slot[r])
                     if alive[r]:
                         queries = scratch.queries[t]
-                        rotate_all(scratch.qkv[r], g, cos, sin, queries)
+                        place_all(scratch.qkv[r], g, q_norm, base.eps, cos, sin, queries)
                         those = slice(g * queries.shape[0], (g + 1) * queries.shape[0])
                         attend(
                             queries, keys, values, rows.first[r] + piece * PIECE, rows.slot[r], scratch.scores[t],

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hat_lib.backbone.shapes import LINEARS
+from hat_lib.backbone.families import LINEARS, NORMS, head_norms, head_size, rotates
 from hat_lib.engine.arrays import Linear, Weights
 from hat_lib.engine.four_bits import GROUP, GROUP_ROWS, MIDDLE, OFFSET
 
@@ -47,7 +47,7 @@ def unfit(lm, form: str) -> str | None:
 def packed_bytes(weights: Weights) -> int:
     """Bytes of memory beyond the base's own."""
     products = [array for linear in (weights.qkv, weights.o, weights.gate_up, weights.down) for array in linear]
-    own = [*products, weights.preview, weights.norms, weights.last_norm, weights.head_scale]
+    own = [*products, weights.preview, weights.norms, weights.last_norm, weights.head_norms, weights.head_scale]
     if len(weights.head_scale):
         own.append(weights.head)
     return sum(array.nbytes for array in own)
@@ -70,10 +70,10 @@ def pack(lm, form: str = "base", corrections=None, *, preview: bool = False) -> 
     head, head_scale = (lm.lm_head.weight, torch.zeros(0)) if form == "base" else _eight_bits(lm.lm_head.weight)
     columns = _memory((head.shape[1], _spread(len(head), head.dtype) if preview else 0), head.dtype)
     columns[:, : len(head)] = head[: columns.shape[1]].t()
-    norms = [
-        torch.stack([layer.get_submodule(norm).weight.float() for layer in lm.model.layers])
-        for norm in ("input_layernorm", "post_attention_layernorm")
-    ]
+    layers, half = lm.model.layers, head_size(config) // 2
+    norms = [torch.stack([layer.get_submodule(norm).weight.float() for layer in layers]) for norm in NORMS]
+    of_heads = [[norm.weight.float() for norm in head_norms(layer) or ()] for layer in layers]
+    of_heads = [torch.stack(pair) if pair else torch.zeros(2, 0) for pair in of_heads]
     return Weights(
         embed=as_numpy(lm.model.embed_tokens.weight),
         head=as_numpy(head),
@@ -82,6 +82,9 @@ def pack(lm, form: str = "base", corrections=None, *, preview: bool = False) -> 
         **products,
         norms=torch.stack(norms).numpy(),
         last_norm=lm.model.norm.weight.float().numpy(),
+        head_norms=torch.stack(of_heads, 1).numpy(),
+        rotates=np.array([rotates(layer.self_attn) for layer in layers]),
+        unrotated=np.stack([np.ones(half, np.float32), np.zeros(half, np.float32)]),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         unit=GROUP if form == "q4" else 1,

@@ -47,7 +47,7 @@ base is loaded from where it lives.
     from hat_lib import HierarchicalTransformer
 
     hat = HierarchicalTransformer.from_pretrained("{repo_id}")
-    hat.lm.generate(...)  # transformers' own LlamaForCausalLM
+    hat.lm.generate(...)  # transformers' own class
 """
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hat_lib.backbone.shapes import LINEARS
+from hat_lib.backbone.families import LINEARS
 
 if TYPE_CHECKING:
     from hat_lib.model.granularity import Grain

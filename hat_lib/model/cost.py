@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hat_lib.backbone.families import head_size
 from hat_lib.config import HatConfig, check_capacity
 from hat_lib.model.granularity import SITES, grain_named, linear_work
 from hat_lib.model.token_state import TokenState, ratio
@@ -87,8 +88,8 @@ def work(
             the base, and they could be merged into its weights.
     """
     n_layers, d, ran = config.n_layers, lm_config.hidden_size, exit_layer.double()
-    q_width = lm_config.num_attention_heads * lm_config.head_dim
-    kv_width = lm_config.num_key_value_heads * lm_config.head_dim
+    q_width = lm_config.num_attention_heads * head_size(lm_config)
+    kv_width = lm_config.num_key_value_heads * head_size(lm_config)
     zero, size, grain = torch.zeros_like(ran), linear_work(lm_config), grain_named(config.granularity)
 
     depth = torch.arange(n_layers, device=ran.device).view(-1, 1, *[1] * exit_layer.dim())

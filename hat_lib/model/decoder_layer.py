@@ -1,9 +1,10 @@
 """The adaptive decoder layer: one rule for prefill, decode and any batch. This is the method's definition.
 
-It overrides `forward` on a `LlamaDecoderLayer`, its attention and its FFN; the loop over layers, linear layers and
-norms stay the base's own, so hooks, LoRA and interpretability tools see a Llama. The grain decides at some of five
-sites: the inputs "qkv", "o", "gate_up" and "down" of linear layers, of which `ForwardPass.skip` zeroes what is skipped,
-and "ffn", the whole FFN. Rows that do not run are gathered out: linear layers then see ``[1, n, ...]``.
+It overrides `forward` on the decoder layer of one of the `families`, its attention and its FFN; the loop over layers,
+linear layers and norms stay the base's own, so hooks, LoRA and interpretability tools see the base's class. The grain
+decides at some of five sites: the inputs "qkv", "o", "gate_up" and "down" of linear layers, of which `ForwardPass.skip`
+zeroes what is skipped, and "ffn", the whole FFN. Rows that do not run are gathered out: linear layers then see
+``[1, n, ...]``.
 
 A token that has exited keeps a frozen hidden state and still gets K and V in each later layer, computed from that
 state, but no query, attention output or FFN. So the cache stays dense, and later tokens see a key for every token.
@@ -22,17 +23,19 @@ from transformers.models.llama.modeling_llama import (
     rotate_half,
 )
 
-from hat_lib.backbone.shapes import LINEARS
+from hat_lib.backbone.families import LINEARS, head_norms, rotates, window
 from hat_lib.model.forward_pass import ForwardPass
 from hat_lib.model.modes import Context
 
 
 class AdaptiveLayer:
-    """Replaces the forwards of a `LlamaDecoderLayer` of transformers 5.24, from `attach` to `detach`."""
+    """Replaces the forwards of a decoder layer of transformers 5.24, from `attach` to `detach`."""
 
     def __init__(self, layer: nn.Module, index: int, context: Context, last: bool = False):
         self.layer, self.index, self.context, self.last = layer, index, context, last
         self.attn, self.mlp = layer.self_attn, layer.mlp
+        self.q_norm, self.k_norm = head_norms(layer) or (nn.Identity(), nn.Identity())
+        self.rotates, self.window = rotates(layer.self_attn), window(layer.self_attn)
 
     def attach(self) -> None:
         self.layer.forward, self.attn.forward, self.mlp.forward = self.forward, self.attention, self.feed_forward
@@ -90,7 +93,8 @@ class AdaptiveLayer:
         # Exited rows of a batch get a query of zeros, whose result nobody reads.
         q = run.scatter(q, q.new_zeros(*hidden_states.shape[:2], q.shape[-1]))
         q, k, v = map(self._heads, (q, attn.k_proj(everyone), attn.v_proj(everyone)))
-        q, k = (_rotated(states, *position_embeddings) for states in (q, k))
+        q = self._placed(q, self.q_norm, *position_embeddings)
+        k = self._placed(k, self.k_norm, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, attn.layer_idx, kwargs=kwargs)
         if not x.numel():
@@ -111,8 +115,8 @@ class AdaptiveLayer:
         run, attn, (cos, sin) = self.run, self.attn, position_embeddings
         x = run.skip(self.index, "qkv", self.layer.input_layernorm(h))
         k, v = map(self._heads, (attn.k_proj(x), attn.v_proj(x)))
-        k, v = cache.update(_rotated(k, cos, sin), v, attn.layer_idx, kwargs=kwargs)
-        q = _rotated(self._heads(attn.q_proj(x[:, -1:])), cos[:, -1:], sin[:, -1:])
+        k, v = cache.update(self._placed(k, self.k_norm, cos, sin), v, attn.layer_idx, kwargs=kwargs)
+        q = self._placed(self._heads(attn.q_proj(x[:, -1:])), self.q_norm, cos[:, -1:], sin[:, -1:])
         mixed, _ = self._attend(q, k, v, None if attention_mask is None else attention_mask[..., -1:, :], **kwargs)
         last = h[:, -1:] + attn.o_proj(run.skip(self.index, "o", mixed.flatten(2)))
         return torch.cat([h[:, :-1], self._ffn(last)], dim=1)
@@ -120,7 +124,7 @@ class AdaptiveLayer:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs):
         attn = self.attn
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager_attention_forward)
-        return attend(attn, q, k, v, mask, dropout=0.0, scaling=attn.scaling, **kwargs)
+        return attend(attn, q, k, v, mask, dropout=0.0, scaling=attn.scaling, sliding_window=self.window, **kwargs)
 
     def _ffn(self, h: Tensor) -> Tensor:
         """``h`` plus the FFN of its norm, for the rows that keep it; ``[..., D] -> [..., D]``."""
@@ -141,11 +145,11 @@ class AdaptiveLayer:
             out = out.index_add(0, left, stand_in.to(h.dtype))
         return out.view(h.shape)
 
+    def _placed(self, heads: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries or keys, ``[B, heads, T, h]``, with their norm and rotary embedding, if the layer has them."""
+        heads = norm(heads)
+        return heads * cos[:, None] + rotate_half(heads) * sin[:, None] if self.rotates else heads
+
     def _heads(self, x: Tensor) -> Tensor:
         """``[B, T, heads*h] -> [B, heads, T, h]``."""
         return x.view(*x.shape[:-1], -1, self.attn.head_dim).transpose(1, 2)
-
-
-def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, ``[B, heads, T, h]``."""
-    return heads * cos[:, None] + rotate_half(heads) * sin[:, None]

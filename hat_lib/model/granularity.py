@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hat_lib.backbone.shapes import LINEARS
+from hat_lib.backbone.families import LINEARS, head_size
 from hat_lib.config import HatConfig, HatError
 from hat_lib.model.corrections import FULL, Correction
 from hat_lib.model.routers import ChannelRouter, MoERouter
@@ -166,13 +166,13 @@ def grain_named(name: str) -> Grain:
 
 def input_widths(lm_config) -> dict[str, int]:
     """Channels of each input of a decoder layer's linear layers, C, by the keys of `LINEARS`."""
-    d, heads = lm_config.hidden_size, lm_config.num_attention_heads * lm_config.head_dim
+    d, heads = lm_config.hidden_size, lm_config.num_attention_heads * head_size(lm_config)
     return {"qkv": d, "o": heads, "gate_up": d, "down": lm_config.intermediate_size}
 
 
 def linear_work(lm_config) -> dict[str, int]:
     """Weights of one decoder layer of a Llama with this config, by the input that they share."""
-    widths, kv = input_widths(lm_config), lm_config.num_key_value_heads * lm_config.head_dim
+    widths, kv = input_widths(lm_config), lm_config.num_key_value_heads * head_size(lm_config)
     outputs = {"qkv": widths["o"] + 2 * kv, "o": widths["qkv"], "gate_up": 2 * widths["down"], "down": widths["qkv"]}
     return {name: width * outputs[name] for name, width in widths.items()}
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils import output_capturing
 
-from hat_lib.backbone.shapes import linears
+from hat_lib.backbone.families import linears, window
 from hat_lib.engine.arrays import MAX_TOKENS
 from hat_lib.engine.cache import GrowingLayer
 from hat_lib.model.modes import Mode
@@ -31,6 +31,8 @@ def of_base(lm, granularity: str) -> str | None:
         return f"the FFN's activation is {config.hidden_act}"
     if config.rope_parameters.get("rope_type", "default") not in ROPES:
         return f"rotary embeddings of type {config.rope_parameters['rope_type']}"
+    if any(window(layer.self_attn) for layer in lm.model.layers):
+        return "attention is limited to a window"
     if any(type(linear) is not nn.Linear for linear in (*linears(lm), lm.lm_head)):
         return "a linear layer of the base is not a plain one"
     return None if lm.lm_head.bias is None else "the head has a bias"

@@ -5,7 +5,7 @@ import torch
 from test_transformer import apart, base_within, close, stepwise
 from tiny_runs import new_hat, same_after_saving, skipping, tiny, untrained
 
-from hat_lib.backbone.shapes import LINEARS
+from hat_lib.backbone.families import LINEARS
 from hat_lib.config import HatError
 from hat_lib.model.checkpoint import read_checkpoint
 from hat_lib.model.cost import state_cost

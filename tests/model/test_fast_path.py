@@ -15,7 +15,7 @@ import pytest
 import torch
 from four_bits_read import round_weights
 from test_transformer import close, stepwise
-from tiny_runs import GRAINS, gating, greedy, skipping, tiny
+from tiny_runs import GRAINS, OTHERS, gating, greedy, skipping, tiny
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria
 
@@ -39,9 +39,14 @@ def active(grain, base=None):
     return skipping(grain, base, exit_layers=(1, 2, 3), bar=0.6, vectors=vectors, translator_rank=2)
 
 
-@pytest.fixture(params=GRAINS)
+KINDS = [(grain, "random:tiny") for grain in GRAINS]
+KINDS += [pytest.param(("channel", name), marks=pytest.mark.slow) for name in OTHERS if "mistral" not in name]
+
+
+@pytest.fixture(params=KINDS, ids=" ".join)
 def hat(request):
-    return active(request.param)
+    grain, name = request.param
+    return active(grain, tiny(name=name))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""One equality per feature, on a tiny random Llama, for both grains.
+"""One equality per feature, on a tiny random Llama, for both grains, and on one of each other family.
 
 Decisions recorded in one pass are forced on the other, so logits must agree within rounding: sense (a) of
 "equal". `test_free_running_*` lets both passes decide for themselves: sense (b).
@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_runs import GRAINS, skipping, tiny, untrained
+from tiny_runs import GRAINS, OTHERS, skipping, tiny, untrained
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from hat_lib.backbone.base import Base, fingerprint
@@ -26,10 +26,15 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:token grain")]
 
 
-@pytest.fixture(params=GRAINS)
+KINDS = [(grain, "random:tiny") for grain in GRAINS]
+KINDS += [pytest.param(("channel", name), marks=pytest.mark.slow) for name in OTHERS]
+
+
+@pytest.fixture(params=KINDS, ids=" ".join)
 def hat(request):
     """Random routers and gates, thresholds that skip about a third, exits taken by about a fifth."""
-    return active(request.param)
+    grain, name = request.param
+    return active(grain, tiny(name=name))
 
 
 def active(grain, base=None, exits=EXITS):
@@ -133,6 +138,8 @@ class TestSamePassTwoWays:
             assert torch.equal(before[:, :t], hat.trace.exit_layer[:, :t]) and apart(a[:, t:], b[:, t:])
 
     def test_chunked_prefill_and_cropped_cache(self, hat, ids):
+        if getattr(hat.lm.config, "sliding_window", None):
+            pytest.skip("transformers cannot crop the cache of a sliding window")
         parallel, masks = recorded(hat, ids)
         cache = DynamicCache(config=hat.lm.config)
         with hat.force(masks):
@@ -174,7 +181,7 @@ class TestSamePassTwoWays:
         """Routers, column norms and rotary frequencies stay fp32, as in a model loaded in bf16."""
         masks = recorded(hat, ids)[1]
         hat.to(torch.bfloat16)
-        loaded = active(hat.grain.name, tiny(torch.bfloat16))
+        loaded = active(hat.grain.name, tiny(torch.bfloat16, hat.base.name))
         with hat.force(masks), loaded.force(masks):
             assert torch.equal(hat.lm(ids).logits, loaded.lm(ids).logits)
         hat.to(torch.float32)
@@ -278,7 +285,7 @@ class TestThreads:
         hook = hat.lm.model.layers[1].mlp.register_forward_hook(ask)
         assert torch.equal(hat.lm(ids).logits, expected) and hat.trace.batch == 3
         hook.remove()
-        close(inner[1], tiny().model(ids[:1]).logits)
+        close(inner[1], tiny(name=hat.base.name).model(ids[:1]).logits)
         hook = hat.lm.model.layers[2].register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             hat.lm(ids)
@@ -337,7 +344,7 @@ class TestALlama:
             close(hat.lm(ids).logits, merged.lm(ids).logits)
 
     def test_saved_files_are_those_of_plain_transformers(self, hat, ids, tmp_path):
-        expected, plain = hat.lm(ids).logits, tiny()
+        expected, plain = hat.lm(ids).logits, tiny(name=hat.base.name)
         stepwise(hat, ids[:1])
         assert (
             fingerprint(hat.lm) == plain.fingerprint and hat.lm.state_dict().keys() == plain.model.state_dict().keys()

@@ -1,0 +1,52 @@
+"""Families other than Llama: loaded like one, or refused with the part that does not fit."""
+
+import pytest
+import torch
+from tiny_runs import OTHERS, tiny
+from transformers import AutoConfig
+
+from hat_lib.backbone.base import load_base
+from hat_lib.backbone.families import refusal, window
+from hat_lib.backbone.shapes import byte_tokenizer
+from hat_lib.config import HatError
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9}
+SMALL |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_saved_and_loaded(name, tmp_path):
+    base, ids = tiny(name=name), torch.arange(24).view(2, 12)
+    base.model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = load_base(tmp_path, dtype="fp32", device="cpu")
+    assert loaded.fingerprint == base.fingerprint
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids).logits, base.model(ids).logits)
+
+
+def test_what_a_familys_attention_adds_is_part_of_the_fingerprint(tmp_path):
+    base = tiny(name="random:tiny-mistral")
+    assert {window(layer.self_attn) for layer in base.model.model.layers} == {9}
+    base.model.config.sliding_window = None
+    base.model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert load_base(tmp_path, dtype="fp32", device="cpu").fingerprint != base.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("model_type", "part"),
+    [
+        ("gemma2", "Gemma2DecoderLayer has post_feedforward_layernorm, pre_feedforward_layernorm"),
+        ("phi3", "Phi3DecoderLayer has mlp.activation_fn, mlp.gate_up_proj"),
+        ("mixtral", "lacks mlp.act_fn, mlp.down_proj, mlp.gate_proj"),
+        ("gpt2", "it has no model.layers"),
+        ("granite", "it was never tried"),
+    ],
+)
+def test_others_are_refused_by_the_part_that_does_not_fit(model_type, part, tmp_path):
+    config = AutoConfig.for_model(model_type, **SMALL)
+    assert part in refusal(config)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(HatError, match=f"cannot load .*{type(config).__name__.removesuffix('Config')}"):
+        load_base(tmp_path)
