@@ -4,9 +4,9 @@
     hat.capacity = 0.75
     hat.lm.generate(...)
 
-``hat.lm`` is the base's own causal LM of transformers, so generate, pipeline, hooks, LoRA and evaluation harnesses take it as
-it is; `unload` restores it. Any number of threads may run one model: each has its own ``hat.trace``, and a context such
-as ``with hat.at(0.5)`` applies only to the thread that entered it.
+``hat.lm`` is the base's own causal LM of transformers, so generate, pipeline, hooks, LoRA and evaluation harnesses take
+it as it is; `unload` restores it. Any number of threads may run one model: each has its own ``hat.trace``, and a
+context such as ``with hat.at(0.5)`` applies only to the thread that entered it.
 """
 
 from __future__ import annotations
