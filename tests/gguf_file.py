@@ -4,9 +4,10 @@ import gguf
 
 
 def write_gguf(base, path):
-    """Write the model as an fp32 GGUF file in llama.cpp's layout (its RoPE pairs neighbouring rows)."""
+    """Write the model as an fp32 GGUF file in llama.cpp's layout (a Llama's RoPE pairs neighbouring rows there)."""
     config, tokenizer = base.model.config, base.tokenizer
-    writer = gguf.GGUFWriter(path, "llama")
+    kind = config.model_type
+    writer = gguf.GGUFWriter(path, kind)
     fields = {
         "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size,
@@ -16,14 +17,16 @@ def write_gguf(base, path):
         "token_list": [*tokenizer.convert_ids_to_tokens(range(len(tokenizer))), "ab"],
         "token_types": [1] * 256 + [3] * 3 + [1], "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
     }  # fmt: skip
+    if hasattr(config, "head_dim"):
+        fields |= {"key_length": config.head_dim, "value_length": config.head_dim}
     for name, value in fields.items():
         getattr(writer, f"add_{name}")(value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config.num_hidden_layers)
     for name, weight in base.model.state_dict().items():
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads:
+        if heads and kind == "llama":
             weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy())
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), weight.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

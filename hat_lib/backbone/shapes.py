@@ -28,7 +28,7 @@ SHAPES = {
     "random:tiny": TINY,
     "random:tiny-mistral": TINY | {"model_type": "mistral", "sliding_window": 9},
     "random:tiny-qwen2": TINY | {"model_type": "qwen2"},
-    "random:tiny-qwen3": TINY | {"model_type": "qwen3", "head_dim": 32},
+    "random:tiny-qwen3": TINY | {"model_type": "qwen3", "head_dim": 128},  # as large as in every Qwen3
     "random:tiny-smollm3": TINY | {"model_type": "smollm3", "no_rope_layer_interval": 2},
     "random:tinyllama": {
         "num_hidden_layers": 22, "hidden_size": 2048, "intermediate_size": 5632, "vocab_size": 32000,

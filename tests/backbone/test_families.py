@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gguf_file import write_gguf
 from tiny_runs import OTHERS, tiny
 from transformers import AutoConfig
 
@@ -32,6 +33,15 @@ def test_what_a_familys_attention_adds_is_part_of_the_fingerprint(tmp_path):
     base.model.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     assert load_base(tmp_path, dtype="fp32", device="cpu").fingerprint != base.fingerprint
+
+
+@pytest.mark.parametrize("name", ["random:tiny-qwen2", "random:tiny-qwen3"])
+def test_gguf_file(name, tmp_path):
+    base, ids, path = tiny(name=name), torch.arange(24).view(2, 12), tmp_path / "tiny.gguf"
+    write_gguf(base, path)
+    loaded = load_base(path, dtype="fp32", device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(ids).logits, base.model(ids).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
