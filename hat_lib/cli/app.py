@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from hat_lib.cli.analyze import analyze
 from hat_lib.cli.batch import batch
+from hat_lib.cli.cost import cost
 from hat_lib.cli.evaluate import evaluate
 from hat_lib.cli.generate import generate
 from hat_lib.cli.options import option, say
@@ -92,7 +93,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text reads the same in a terminal, a notebook and a log
 )
-for command in (setup, generate, evaluate, analyze, calibrate, sweep, train, batch):
+for command in (setup, generate, evaluate, analyze, calibrate, sweep, train, batch, cost):
     app.command()(command)
 
 

@@ -1,0 +1,65 @@
+"""``hat cost``: what a base needs in memory, from its config alone."""
+
+from __future__ import annotations
+
+import torch
+import typer
+
+from hat_lib.cli import options
+from hat_lib.cli.options import option
+from hat_lib.config import HatConfig
+
+CONTEXT = 1024
+RANK = 4
+
+
+def cost(
+    base: str = option("bundled", f"The base: {options.BASE_HELP}."),
+    dtype: str | None = options.DTYPE,
+    threads: int | None = options.THREADS,
+) -> None:
+    """Memory that a base and its adapter need.
+
+    Reads the base's config and no weights. The engine's copy of the weights comes beside the base's own, and serves all
+    capacities.
+    """
+    options.start(threads)
+    from hat_lib.backbone.base import default_dtype, parse_dtype
+
+    parts = needs(base, default_dtype("cpu") if dtype in (None, "auto") else parse_dtype(dtype))
+    for part, size in parts.items():
+        typer.echo(f"{part:56} {f'{size / 2**30:.2f} GiB' if size >= 2**30 else f'{size / 2**20:.1f} MiB':>12}")
+
+
+def needs(name: str, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes, by what they are for."""
+    from transformers import AutoModelForCausalLM
+
+    from hat_lib.backbone.base import Base, config_of
+    from hat_lib.backbone.families import head_size, linears
+    from hat_lib.calibration.token_sensitivity import TOKENS
+    from hat_lib.engine.four_bits import GROUP, GROUP_ROWS
+    from hat_lib.model.transformer import HierarchicalTransformer
+
+    config = config_of(name)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config).to(dtype)
+    base = Base(lm, None, "", name)
+    hat = HierarchicalTransformer(base, HatConfig.default(base, correction_rank=RANK))
+    parameters, adapter = (sum(p.numel() for p in some) for some in (lm.parameters(), hat.hat_parameters().values()))
+    products, head = sum(linear.weight.numel() for linear in linears(lm)), lm.lm_head.weight.numel()
+    layers, width = config.num_hidden_layers, config.hidden_size
+    keys = 2 * layers * config.num_key_value_heads * head_size(config)
+    size, shown = dtype.itemsize, str(dtype).removeprefix("torch.")
+    return {
+        f"the base, {parameters:,} parameters in {shown}": parameters * size,
+        f"the adapter, {adapter:,}, with corrections of rank {RANK}": adapter * 4,
+        f"keys and values of {CONTEXT} tokens": CONTEXT * keys * size,
+        f"the engine's copy, {shown}": (products + head) * size,
+        "the engine's copy, int8": products + 2 * head,
+        "the engine's copy, q4": products * GROUP_ROWS / GROUP / 2 + 2 * head,
+        f"`hat calibrate`: states of up to {TOKENS:,} tokens": TOKENS
+        * config.num_hidden_layers
+        * config.hidden_size
+        * 2,
+    }
