@@ -58,8 +58,5 @@ def needs(name: str, dtype: torch.dtype) -> dict[str, float]:
         f"the engine's copy, {shown}": (products + head) * size,
         "the engine's copy, int8": products + 2 * head,
         "the engine's copy, q4": products * GROUP_ROWS / GROUP / 2 + 2 * head,
-        f"`hat calibrate`: states of up to {TOKENS:,} tokens": TOKENS
-        * config.num_hidden_layers
-        * config.hidden_size
-        * 2,
+        f"`hat calibrate`: states of up to {TOKENS:,} tokens": TOKENS * layers * width * 2,
     }
