@@ -214,7 +214,7 @@ def pickled(folder):
         (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "cannot load"),
         (lambda folder: os.truncate(folder / "model.safetensors", 100_000), "cannot load"),
         (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised checkpoint"),
-        (config(model_type="gpt2"), "'gpt2'"),
+        (config(model_type="gpt2"), "GPT2LMHeadModel is none of Llama"),
         (config(num_hidden_layers=5), "missing weights, such as model.layers.4."),
         (config(num_hidden_layers=3), "unexpected weights, such as model.layers.3."),
     ],

@@ -348,7 +348,7 @@ class TestGenerate:
 
     @pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_p": 0.9}], ids=["greedy", "sampled"])
     def test_prompt_in_full(self, hat, ids, settings):
-        plain, given = tiny().model, {"cache": DynamicCache(config=hat.lm.config)} | GREEDY | settings
+        plain, given = tiny(name=hat.base.name).model, {"cache": DynamicCache(config=hat.lm.config)} | GREEDY | settings
         torch.manual_seed(3)
         with hat.collect() as found:
             text = hat.lm.generate(ids, **given)
