@@ -82,8 +82,8 @@ class Recipe:
     """share of the steps in which nothing is skipped and corrections act in full: what they learn there is to leave the
     base's predictions alone, or they would be fine-tuning"""
     dense_weight: float = 1.0
-    """of the loss in these steps. Their gradients are some twenty times as large as those of the others, and Adam scales
-    both alike"""
+    """of the loss in these steps. Their gradients are some twenty times as large as those of the others, and Adam
+    scales both alike"""
     z_weight: float = 1e-3
     entropy_weight: float = 1e-2
     gate_forward_temperature: float = 1.0
