@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 import typer
 
 from hat_lib.cli import options
 from hat_lib.cli.options import option
-from hat_lib.config import HatConfig
+
+if TYPE_CHECKING:
+    import torch
 
 CONTEXT = 1024
 RANK = 4
@@ -33,11 +36,13 @@ def cost(
 
 def needs(name: str, dtype: torch.dtype) -> dict[str, float]:
     """Bytes, by what they are for."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     from hat_lib.backbone.base import Base, config_of
     from hat_lib.backbone.families import head_size, linears
     from hat_lib.calibration.token_sensitivity import TOKENS
+    from hat_lib.config import HatConfig
     from hat_lib.engine.four_bits import GROUP, GROUP_ROWS
     from hat_lib.model.transformer import HierarchicalTransformer
 

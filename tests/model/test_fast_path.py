@@ -43,7 +43,10 @@ KINDS = [(grain, "random:tiny") for grain in GRAINS]
 KINDS += [pytest.param(("channel", name), marks=pytest.mark.slow) for name in OTHERS if "mistral" not in name]
 
 
-@pytest.fixture(params=KINDS, ids=" ".join)
+every_family = pytest.mark.parametrize("hat", KINDS, ids=" ".join, indirect=True)
+
+
+@pytest.fixture(params=KINDS[: len(GRAINS)], ids=" ".join)
 def hat(request):
     grain, name = request.param
     return active(grain, tiny(name=name))
@@ -65,6 +68,7 @@ def on_engine(hat, ids):
     return [state.executed is not None for state in states(hat, ids)[1]]
 
 
+@every_family
 def test_decides_as_the_reference_path(hat, ids):
     found, ours = states(hat, ids)
     with hat.reference():
@@ -77,6 +81,7 @@ def test_decides_as_the_reference_path(hat, ids):
     assert 0.3 < type(ours[0]).cat(ours).capacity < 0.95 and type(ours[0]).cat(ours).exit_rate > 0.05
 
 
+@every_family
 def test_forced_decisions(hat, ids):
     ids = ids if hat.config.granularity == "token" else ids[:1]  # channels, of a single row
     with hat.record(), hat.reference():
@@ -91,6 +96,7 @@ def test_forced_decisions(hat, ids):
     assert torch.allclose(joined.site_share, recorded.site_share)
 
 
+@every_family
 def test_left_padding_is_not_seen(hat, ids):
     mask = torch.ones(3, 18, dtype=torch.long)
     mask[0, :4] = mask[1, :1] = 0
@@ -269,6 +275,7 @@ def test_weight_format_that_is_unknown_or_does_not_fit(channel_hat, monkeypatch)
     assert channel_hat.weight_format == "base"
 
 
+@every_family
 @pytest.mark.parametrize("form", [*WEIGHT_FORMATS, "bfloat16"])
 def test_rows_alone_and_tokens_in_pieces_give_the_same_bits(hat, ids, form):
     if form == "bfloat16":
@@ -346,6 +353,7 @@ class TestGenerate:
                 channel_hat.lm.generate(ids[:1], stopping_criteria=[listener], **GREEDY)
             assert [state.executed is not None for state in found] == [False, *[on_engine] * 7]
 
+    @every_family
     @pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_p": 0.9}], ids=["greedy", "sampled"])
     def test_prompt_in_full(self, hat, ids, settings):
         plain, given = tiny(name=hat.base.name).model, {"cache": DynamicCache(config=hat.lm.config)} | GREEDY | settings

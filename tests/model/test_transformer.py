@@ -30,7 +30,10 @@ KINDS = [(grain, "random:tiny") for grain in GRAINS]
 KINDS += [pytest.param(("channel", name), marks=pytest.mark.slow) for name in OTHERS]
 
 
-@pytest.fixture(params=KINDS, ids=" ".join)
+every_family = pytest.mark.parametrize("hat", KINDS, ids=" ".join, indirect=True)
+
+
+@pytest.fixture(params=KINDS[: len(GRAINS)], ids=" ".join)
 def hat(request):
     """Random routers and gates, thresholds that skip about a third, exits taken by about a fifth."""
     grain, name = request.param
@@ -92,6 +95,7 @@ class TestBase:
 class TestSamePassTwoWays:
     """Decode == parallel, compact == masked, alone == in a batch, the past ignores the future."""
 
+    @every_family
     def test_decode_equals_parallel(self, hat, ids):
         for rows in (ids, ids[1:2]):
             parallel, masks = recorded(hat, rows)
@@ -103,12 +107,14 @@ class TestSamePassTwoWays:
             assert torch.equal(joined.exit_layer, trace.exit_layer)
             close(joined.share, trace.share)
 
+    @every_family
     def test_compact_equals_masked(self, hat, ids):
         compact, masks = recorded(hat, ids)
         with hat.force(masks), hat.changed(compact=False):
             close(hat.lm(ids).logits, compact)
             close(stepwise(hat, ids), compact)
 
+    @every_family
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_row_alone_equals_row_in_batch(self, hat, ids, side):
         lengths = [14, 9, 6]
@@ -128,6 +134,7 @@ class TestSamePassTwoWays:
         pads = ~mask.bool()
         assert not trace.share[:, pads].any() and (trace.exit_layer[pads] == hat.config.n_layers).all()
 
+    @every_family
     def test_future_never_changes_the_past(self, hat, ids):
         for t in (3, 8, 13):
             changed = ids.clone()
@@ -137,6 +144,7 @@ class TestSamePassTwoWays:
             close(a[:, :t], b[:, :t])
             assert torch.equal(before[:, :t], hat.trace.exit_layer[:, :t]) and apart(a[:, t:], b[:, t:])
 
+    @every_family
     def test_chunked_prefill_and_cropped_cache(self, hat, ids):
         if getattr(hat.lm.config, "sliding_window", None):
             pytest.skip("transformers cannot crop the cache of a sliding window")
@@ -157,6 +165,7 @@ class TestSamePassTwoWays:
         assert hat.trace.protected.nonzero()[:, 1].tolist() == [0, 1, 8, 9]
         close(packed[:, 8:], hat.lm(second, use_cache=False).logits)
 
+    @every_family
     def test_forced_depths_in_one_batch(self, hat, ids):
         """Tokens that leave at different depths freeze there, and hidden_states repeat the frozen state."""
         exits = {e: torch.zeros(3, 14, dtype=torch.bool) for e in EXITS}
@@ -177,6 +186,7 @@ class TestSamePassTwoWays:
             with pytest.raises(HatError, match=site), hat.force(Masks({(1, site): torch.ones(size, dtype=torch.bool)})):
                 hat.lm(ids)
 
+    @every_family
     def test_bf16_and_back(self, hat, ids):
         """Routers, column norms and rotary frequencies stay fp32, as in a model loaded in bf16."""
         masks = recorded(hat, ids)[1]
@@ -248,6 +258,7 @@ class TestGeneration:
         torch.manual_seed(0)
         assert torch.equal(hat.lm.generate(prompt, **GREEDY | kwargs), expected)
 
+    @every_family
     @pytest.mark.parametrize("beams", [1, 3])
     def test_cached_equals_uncached(self, hat, ids, beams):
         options = GREEDY | {"num_beams": beams, "gate_prompt": True}
@@ -343,6 +354,7 @@ class TestALlama:
         with hat.using(skip), merged.using(skip):
             close(hat.lm(ids).logits, merged.lm(ids).logits)
 
+    @every_family
     def test_saved_files_are_those_of_plain_transformers(self, hat, ids, tmp_path):
         expected, plain = hat.lm(ids).logits, tiny(name=hat.base.name)
         stepwise(hat, ids[:1])
