@@ -28,7 +28,7 @@ CHANNEL = {
     "text": "addresses+openings", "tokens": 196_608, "batch_size": 2, "router_epochs": 2.6, "router_lr": 3e-3,
     "correction_lr": 1.5e-3, "split_lr": 1e-2, "exit_epochs": 0.65, "exit_lr": 2e-3, "capacity": 0.55, "spread": 0.2,
     "anneal": 0.0, "temperature": 0.5, "noise": 0.0, "z_weight": 0.0, "entropy_weight": 0.0, "decision_weight": 0.0,
-    "layer_dropout": 0.0, "dense_share": 0.125, "dense_weight": 0.25,
+    "layer_dropout": 0.0,
 }  # fmt: skip
 PROFILES = {
     "quick": {
