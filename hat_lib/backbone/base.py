@@ -153,10 +153,10 @@ def config_of(name: str) -> PreTrainedConfig:
     where = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
-    except Exception as error:  # whatever a damaged file or a dead network raises, inside two libraries
-        raise HatError(f"cannot read the config of {name}: {first_line(error)}") from error
-    if not is_known(config.model_type):
-        raise HatError(f"cannot load {name}: {refusal(config)}")
+        if not is_known(config.model_type):
+            raise HatError(refusal(config))
+    except Exception as error:  # ours, or whatever a damaged file or a dead network raises, inside two libraries
+        raise HatError(f"cannot use {name}: {first_line(error)}") from error
     return config
 
 

@@ -1,4 +1,4 @@
-"""Families: which models the method fits, beside Llama.
+"""Families: which models the method fits.
 
 A family is a class of transformers whose decoder layer has the `PARTS` of a Llama's and nothing else, but for what its
 attention may add: biases (Qwen2), norms of queries and keys, by head (Qwen3), layers without rotary embedding

@@ -18,8 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hat_lib.training.objective import Objective
 
-METRICS = ("loss", "capacity", "kl", "share", "dense_kl", "z_loss", "entropy", "gate_loss", "wrong", "exit_rate",
-           "agreement")  # fmt: skip
+METRICS = ("loss", "capacity", "kl", "share", "z_loss", "entropy", "gate_loss", "wrong", "exit_rate", "agreement")
 
 
 class Log:

@@ -1,7 +1,7 @@
 """Objective: what one training step minimises, in each phase.
 
 routers   KL(base || routed) on the same tokens, at a capacity sampled for this step; plus the budget and, for the token
-          grain, the regularisers. Gates are off. In some steps nothing is skipped, and corrections alone are compared.
+          grain, the regularisers. Gates are off.
 exit      routers are frozen and decide as in use. At each exit depth some tokens are translated and read by the base's
           norm and head: translators learn from the KL, gates from whether the exit's next token is the base's. The
           published method also samples whole decisions and penalises those that let a token leave where it is wrong,
@@ -111,9 +111,6 @@ class Objective(nn.Module):
         with self.hat.dense():
             with torch.no_grad():
                 teacher = self._hidden(batch).last_hidden_state
-            adds = self.hat.corrections and not self.hat.grain.logits  # where nothing is skipped, too
-            if self.phase == "routers" and adds and self.recipe.is_dense(step):
-                return self._corrections(batch, teacher)
             run = self._routers if self.phase == "routers" else self._exits
             return {"capacity": capacity} | run(batch, teacher, capacity, keys, step, steps)
 
@@ -126,37 +123,29 @@ class Objective(nn.Module):
         return self.hat.lm.model(**batch, use_cache=False, **kwargs)
 
     def _routers(self, batch, teacher, capacity, keys, step, steps) -> dict:
-        hat, recipe = self.hat, self.recipe
+        hat, recipe, head = self.hat, self.recipe, self.hat.lm.lm_head
         policy = Relaxed(hat, self.nominal(capacity), keys, recipe, self.split and self.split.at(capacity))
         corrected, dropped = hat.correction_strength(capacity), self._dropped(keys, step, steps)
         with hat.changed(compact=False, dropped=dropped), hat.using(policy), hat.correcting(corrected):
             student = self._hidden(batch).last_hidden_state
-        kl, table = self._divergence(batch, teacher, student), hat.calibration
+        # One sequence at a time: the logits of a whole batch would be the largest tensors of the step.
+        kl, real = 0.0, batch["attention_mask"].bool()
+        for b in range(len(real)):
+            logits = head(teacher[b][real[b]]), head(student[b][real[b]])
+            kl = kl + losses.distillation(*logits) * real[b].sum()
+        kl = kl / real.sum()
+        table = hat.calibration
         share = capacity if table is None else table.layer_capacity_at(capacity, hat.site_work)
         loss = kl + recipe.budget_weight * losses.budget(policy.share, share)
         out = {"kl": kl.detach(), "share": policy.share.detach()}
         if policy.scores:
-            scores = torch.stack(policy.scores)[:, batch["attention_mask"].bool().view(-1)]
+            scores = torch.stack(policy.scores)[:, real.view(-1)]
             z, entropy = losses.z_loss(scores), losses.entropy(scores)
             loss = loss + recipe.z_weight * z + recipe.entropy_weight * entropy
             out |= {"z_loss": z.detach(), "entropy": entropy.detach()}
         # Mean share of each layer and site over real tokens, fp32 [L, S].
         site_share = hat.trace.site_share.flatten(2).sum(-1) / hat.trace.real.sum()
         return {"loss": loss, **out, "site_share": site_share}
-
-    def _corrections(self, batch, teacher) -> dict:
-        with self.hat.correcting(1.0):
-            kl = self._divergence(batch, teacher, self._hidden(batch).last_hidden_state)
-        return {"loss": self.recipe.dense_weight * kl, "dense_kl": kl.detach()}
-
-    def _divergence(self, batch, teacher: Tensor, student: Tensor) -> Tensor:
-        """Mean KL over real tokens, from final states ``[B, T, D]``."""
-        kl, head, real = 0.0, self.hat.lm.lm_head, batch["attention_mask"].bool()
-        # One sequence at a time: the logits of a whole batch would be the largest tensors of the step.
-        for b in range(len(real)):
-            logits = head(teacher[b][real[b]]), head(student[b][real[b]])
-            kl = kl + losses.distillation(*logits) * real[b].sum()
-        return kl / real.sum()
 
     def _dropped(self, keys, step: int, steps: int) -> Tensor | None:
         chance = self.recipe.layer_dropout_at(step, steps, self.hat.config.n_layers)

@@ -39,7 +39,7 @@ PROFILES = {
 }  # fmt: skip
 
 LEAST = {"tokens": 2, "block_size": 2, "validation_tokens": 2, "seed": 0}
-SHARES = ("anneal", "warmup", "layer_dropout", "dense_share")
+SHARES = ("anneal", "warmup", "layer_dropout")
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,6 @@ class Recipe:
     noise: float = 1.0
     """scale of the logistic noise on a router's score; 0 decides as in use"""
     budget_weight: float = 1.0
-    dense_share: float = 0.0
-    """share of the steps in which nothing is skipped and corrections act in full: what they learn there is to leave the
-    base's predictions alone, or they would be fine-tuning"""
-    dense_weight: float = 1.0
-    """of the loss in these steps. Their gradients are some twenty times as large as those of the others, and Adam
-    scales both alike"""
     z_weight: float = 1e-3
     entropy_weight: float = 1e-2
     gate_forward_temperature: float = 1.0
@@ -157,9 +151,6 @@ class Recipe:
         middle = CAPACITY_MAX + (self.capacity - CAPACITY_MAX) * at
         drawn = np.random.default_rng([self.seed, step]).uniform(-self.spread, self.spread)
         return float(np.clip(middle + drawn, CAPACITY_MIN, CAPACITY_MAX))
-
-    def is_dense(self, step: int) -> bool:
-        return np.random.default_rng([self.seed, step, 5]).random() < self.dense_share
 
     def sampled_exit_rate(self, step: int) -> float:
         return float(np.random.default_rng([self.seed, step, 1]).uniform(0, self.exit_rate))

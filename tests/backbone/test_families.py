@@ -1,12 +1,14 @@
 """Families other than Llama: loaded like one, or refused with the part that does not fit."""
 
+import re
+
 import pytest
 import torch
 from gguf_file import write_gguf
 from tiny_runs import OTHERS, tiny
 from transformers import AutoConfig
 
-from hat_lib.backbone.base import load_base
+from hat_lib.backbone.base import config_of, load_base
 from hat_lib.backbone.families import refusal, window
 from hat_lib.backbone.shapes import byte_tokenizer
 from hat_lib.config import HatError
@@ -58,5 +60,14 @@ def test_others_are_refused_by_the_part_that_does_not_fit(model_type, part, tmp_
     config = AutoConfig.for_model(model_type, **SMALL)
     assert part in refusal(config)
     config.save_pretrained(tmp_path)
+    with pytest.raises(HatError, match=re.escape(part)):
+        config_of(str(tmp_path))
     with pytest.raises(HatError, match=f"cannot load .*{type(config).__name__.removesuffix('Config')}"):
         load_base(tmp_path)
+
+
+def test_a_model_that_is_no_causal_lm(tmp_path):
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    for read in (config_of, load_base):
+        with pytest.raises(HatError, match="cannot"):
+            read(str(tmp_path))

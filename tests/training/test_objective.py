@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from tiny_runs import GRAINS, PHASES, new_hat, random_blocks, recipe, untrained
+from tiny_runs import GRAINS, PHASES, new_hat, random_blocks, recipe
 
-from hat_lib.training import losses
 from hat_lib.training.objective import Objective
 from hat_lib.training.run import nominal_thresholds
 from hat_lib.training.trainer import collate
@@ -122,23 +121,3 @@ def test_each_loss_is_the_sum_of_its_parts():
         assert out["loss"] == pytest.approx(out["kl"] + out["gate_loss"] + weight * decisions, rel=1e-5)
         found.append(out["wrong"])
     assert 0 < found[0] == found[1] <= 1  # the weight does not change any draw
-
-
-def test_a_dense_step_compares_the_corrections_alone_with_the_base():
-    hat = untrained(correction_rank=2)
-    with torch.no_grad():
-        for correction in hat.corrections.values():
-            correction.up.normal_(0, 0.3)
-    rows = samples(lengths=(24, 24))
-    changes = {"dense_share": 1.0, "dense_weight": 3.0}
-    out = step(Objective(hat, recipe("channel", **changes), "routers", lambda _: {}).train(), rows)
-    ids = collate(rows)["input_ids"]
-    with torch.no_grad(), hat.dense():
-        base = hat.lm(ids).logits
-        with hat.correcting():
-            expected = losses.distillation(base, hat.lm(ids).logits)
-    assert expected > 1e-3
-    torch.testing.assert_close(out["loss"].detach(), 3 * expected)
-    out["loss"].backward()
-    trained = {name.split(".")[0] for name, p in hat.named_parameters() if p.grad is not None}
-    assert trained == {"corrections"}
