@@ -28,7 +28,7 @@ from hat_lib.text.blocks import load_text
 from studies import common, quality
 from studies.benchmark import PREFILL, Setting, forced, measure, plain_copy
 from studies.common import CHECKPOINTS, SPEEDS, TEXTS, markdown, saved, speeds
-from studies.plotting import findings, speed
+from studies.plotting import speed
 from studies.plotting.findings import increase_text
 
 ABOUT = "a claimed point: quality from quality.csv, speed measured"
@@ -138,8 +138,7 @@ def figures(results: Path | None = None) -> dict:
     rows = saved("published_claims", results)
     # A speed above its ideal is a measuring error.
     above = rows["decode_dense"].round(2) > rows["ideal_decode"].round(2)
-    drawn = {"06_work_and_time": speed.work_and_time(rows[~above]), "06_promise": speed.promise(rows)}
-    return drawn | {"08_speeds": findings.speeds(rows)}
+    return {"06_work_and_time": speed.work_and_time(rows[~above]), "06_promise": speed.promise(rows)}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

@@ -26,7 +26,6 @@ from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text, spread
 from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, times
-from studies.plotting import speed
 from studies.plotting.findings import increase_text
 from studies.prompts import prompts
 from studies.published_claims import PROMISED
@@ -144,10 +143,6 @@ def _continued(infer: AdaptiveInference, texts: Sequence[str], target: float, ma
         found |= {"measured": statistics.median(measured), "lowest": min(measured), "highest": max(measured)}
         found |= {"over_hf": statistics.median(over_hf), "realised_capacity": statistics.median(realised)}
     return found
-
-
-def figures(results: Path | None = None) -> dict:
-    return {"05_targets": speed.targets(saved("speed_targets", results))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

@@ -32,6 +32,7 @@ from transformers.utils import logging as hf_logging
 
 from hat_lib.backbone.families import head_size, is_known, misfit, refusal, rotates, window
 from hat_lib.backbone.shapes import SHAPES, byte_tokenizer, random_config, random_model
+from hat_lib.backbone.spread import device_of, is_spread, named_weights
 from hat_lib.backbone.wheels import SMOLLM2, open_wheel
 from hat_lib.config import HatError, cache_dir
 
@@ -64,10 +65,11 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """where the embedding is computed"""
+        return device_of(self.model.get_input_embeddings())
 
 
-def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None) -> Base:
+def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None, device_map=None, offload_folder=None) -> Base:
     """Load and freeze a base.
 
     Args:
@@ -75,26 +77,33 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None) -> Base:
             (dequantised on load); ``random:tiny`` or ``random:tinyllama``.
         dtype: see `parse_dtype`; None or "auto" is `default_dtype`.
         device: None is CUDA where there is one, else the CPU.
+        device_map, offload_folder: as for ``from_pretrained`` of transformers: accelerate then spreads the base over
+            devices, memory and disk. Not in fp16, and not for a random base.
 
-    Raises `HatError` if the name is none of these, or the checkpoint is no Llama, incomplete, quantised or unreachable.
+    Raises `HatError` if the name is none of these, or the checkpoint is of no known family, incomplete, quantised or
+    unreachable.
     """
     name = str(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = default_dtype(device) if dtype in (None, "auto") else parse_dtype(dtype)
+    spread = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
+    if spread and (dtype == torch.float16 or name in SHAPES):
+        raise HatError("a device map is for bases in fp32 or bf16 that are loaded from files")
     # Via fp16, the weights would be rounded twice before they are hashed.
-    model, tokenizer = _load(name, torch.float32 if dtype == torch.float16 else dtype)
+    model, tokenizer = _load(name, torch.float32 if dtype == torch.float16 else dtype, **spread)
     model.requires_grad_(False).eval()
     model.name_or_path = model.config.name_or_path = name  # not a path in somebody's cache
     identity = fingerprint(model)
     if name == BUNDLED and identity != BUNDLED_FINGERPRINT:
         raise HatError(f"{cache_dir() / BUNDLED_FOLDER} is damaged: delete that folder, and it is made again")
-    for parameter in model.parameters():  # not model.to(dtype): RoPE's buffers stay fp32
-        parameter.data = parameter.data.to(dtype)
+    if dtype == torch.float16:
+        for parameter in model.parameters():  # not model.to(dtype): RoPE's buffers stay fp32
+            parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return Base(model.to(device), tokenizer, identity, name)
+    return Base(model if is_spread(model) else model.to(device), tokenizer, identity, name)
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
@@ -131,8 +140,8 @@ def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = torch.bfloat
     if set(own) != {(None, True)}:  # not as in a Llama
         parts += own
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    for name, weight in sorted(model.named_parameters(), key=lambda item: item[0]):
-        value, cast = torch.atleast_1d(weight.detach().cpu()), dtype or weight.dtype
+    for name, weight in named_weights(model):
+        value, cast = torch.atleast_1d(weight.cpu()), dtype or weight.dtype
         digest.update(f"{name} {tuple(weight.shape)} {cast}".encode())
         # Pieces too small for torch to wake its threads, which would cost more than the conversion.
         for rows in value.split(max(1, 2**14 // max(1, value.shape[1:].numel()))):
@@ -160,11 +169,11 @@ def config_of(name: str) -> PreTrainedConfig:
     return config
 
 
-def _load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(name: str, dtype: torch.dtype, **spread) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if name in SHAPES:
         return random_model(name, dtype), byte_tokenizer()
     source, gguf_file = _source(name)
-    return _pretrained(source, dtype, gguf_file)
+    return _pretrained(source, dtype, gguf_file, **spread)
 
 
 def _source(name: str) -> tuple[Path | str, str | None]:
@@ -198,13 +207,13 @@ def _dequantise_bundled(folder: Path) -> None:
             made.rename(folder)
 
 
-def _pretrained(source: Path | str, dtype: torch.dtype, gguf_file: str | None = None):
-    """Model and tokenizer from a folder (a Path), a GGUF file in it, or a Hub id (a str); on the CPU."""
+def _pretrained(source: Path | str, dtype: torch.dtype, gguf_file: str | None = None, **spread):
+    """Model and tokenizer from a folder (a Path), a GGUF file in it, or a Hub id (a str); on the CPU, or as told."""
     where = {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
-    how, shown = {"use_safetensors": True}, f"{source}"
+    how, shown = {"use_safetensors": True, **spread}, f"{source}"
     if gguf_file:  # without `dequantize`, transformers may fetch kernels and keep the blocks packed
         where["gguf_file"], shown = gguf_file, f"{source / gguf_file}"
-        how = {"quantization_config": GgufConfig(dequantize=True)}
+        how = {"quantization_config": GgufConfig(dequantize=True), **spread}
     try:
         # What is downloaded keeps its bars.
         with _quiet() if isinstance(source, Path) else contextlib.nullcontext():

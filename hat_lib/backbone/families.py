@@ -9,9 +9,11 @@ equalities then run on it.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, __version__
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
@@ -25,6 +27,12 @@ LINEARS = {
 """the linear layers of a decoder layer, by the input that they share"""
 NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+FORWARDS = {
+    "": "hidden_states attention_mask position_ids cache use_cache position_embeddings kwargs",
+    "self_attn": "hidden_states position_embeddings attention_mask cache kwargs",
+    "mlp": "x",
+}
+"""what the forwards that are overridden take, of a decoder layer and of its parts"""
 PARTS = {*(name for names in LINEARS.values() for name in names), *NORMS, "mlp.act_fn"}
 
 
@@ -51,6 +59,11 @@ def misfit(model) -> str | None:
         if more or less:
             parts = [f"{what} {', '.join(names[:3])}" for what, names in (("has", more), ("lacks", less)) if names]
             return f"{type(layer).__name__} {' and '.join(parts)}"
+        for part, takes in FORWARDS.items():
+            kind = type(layer.get_submodule(part))
+            found = " ".join([*inspect.signature(kind.forward).parameters][1:])
+            if found != takes:
+                return f"{kind.__name__}.forward takes ({found}) in transformers {__version__}, expected ({takes})"
     return None
 
 

@@ -16,7 +16,7 @@ from hat_lib.config import HatError, work_text
 
 def generate(
     prompt: str | None = typer.Argument(
-        None, help="Text to continue, as it is, without a chat template; - reads stdin.", show_default=False
+        None, help="Text to continue, as it is unless --chat is given; - reads stdin.", show_default=False
     ),
     prompt_option: str | None = option(None, "The prompt as an option.", "--prompt", metavar="PROMPT"),
     base: str | None = options.BASE,
@@ -28,6 +28,7 @@ def generate(
     versus: Literal["dense", "hf"] = option("dense", "Speedups are over our own dense path or plain transformers."),
     lossless: bool = option(False, "The base's own text: the adaptive model drafts, the base decides.", "--lossless"),
     steer: bool = option(False, "Move thresholds while decoding, to realise the requested capacity.", "--steer"),
+    chat: bool = option(False, "The prompt is a user's turn: put it into the model's chat template.", "--chat"),
     gate_prompt: bool = option(False, "Let the prompt spend by capacity, too; else it runs in full.", "--gate-prompt"),
     show_compute: bool = option(False, "Show the new tokens again, coloured by their compute.", "--show-compute"),
     max_new_tokens: int = option(64, "Most tokens to add; an end-of-text token stops earlier.", min=1),
@@ -82,7 +83,8 @@ def generate(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
-            streamer=TextStreamer(hat.base.tokenizer, skip_special_tokens=True),
+            chat=chat,
+            streamer=TextStreamer(hat.base.tokenizer, skip_prompt=chat, skip_special_tokens=True),
             **({"gate_prompt": True} if gate_prompt else {}),
         )
     if show_compute:

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from hat_lib.backbone.spread import device_of, overridden
 from hat_lib.config import HatError, check_count
 from hat_lib.evaluation.intervals import FEWEST, Units, resample, tails, units
 from hat_lib.model.cost import WorkTally
@@ -96,10 +97,10 @@ def score(
     """
     hat = model if isinstance(model, HierarchicalTransformer) else None
     lm = hat.lm if hat else model
-    if hat is None and any("forward" in vars(layer) for layer in lm.model.layers):
+    if hat is None and any(map(overridden, lm.model.layers)):
         raise HatError("this model carries a HierarchicalTransformer: pass that, so that its work is counted")
     tally = _Tally(lm.lm_head, hat, dataset)
-    for batch in _batches(dataset, batch_size, lm.device, progress):
+    for batch in _batches(dataset, batch_size, device_of(lm.get_input_embeddings()), progress):
         tally.add(batch, batch.final_states(lm))
     return tally.score()
 
@@ -129,7 +130,7 @@ def score_each(
     tallies = [_Tally(head, hat, dataset) for _ in settings]
 
     with hat.engine() if decoded else nullcontext():
-        for batch in _batches(dataset, batch_size, hat.lm.device, progress):
+        for batch in _batches(dataset, batch_size, hat.base.device, progress):
             base = None
             for setting, tally in zip(settings, tallies, strict=True):
                 with setting():

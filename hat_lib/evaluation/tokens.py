@@ -234,7 +234,7 @@ def token_table(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, prog
 
 def _final_states(hat: HierarchicalTransformer, ids: Sequence[int]) -> Tensor:
     """``[T, D]``; ``hat.trace`` is of this forward."""
-    return hat.lm.model(input_ids=torch.tensor([ids], device=hat.lm.device), use_cache=False).last_hidden_state[0]
+    return hat.lm.model(input_ids=torch.tensor([ids], device=hat.base.device), use_cache=False).last_hidden_state[0]
 
 
 def _work(hat: HierarchicalTransformer) -> dict[str, np.ndarray]:

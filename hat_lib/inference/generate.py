@@ -128,6 +128,7 @@ class AdaptiveInference:
         temperature: float = 0.0,
         seed: int = 0,
         measure: bool | None = None,
+        chat: bool = False,
         streamer=None,
         **settings,
     ) -> Generation:
@@ -141,6 +142,7 @@ class AdaptiveInference:
             temperature: 0 takes the likeliest token; above 0 samples from the whole distribution.
             measure: take a few seconds to measure the realised speedup afterwards; None does so with a target and in
                 lossless mode.
+            chat: each prompt is a user's turn, put into the tokenizer's chat template.
             streamer, settings: as for ``hat.lm.generate``, which takes ``gate_prompt=True`` besides what transformers'
                 takes; no settings in lossless mode.
         """
@@ -148,8 +150,11 @@ class AdaptiveInference:
         self._check(prompts, capacity, target_speedup, mode, settings)
         check_sampling(max_new_tokens, temperature, seed)
         hat, tokenizer = self.hat, self.hat.base.tokenizer
+        if chat:
+            prompts = [_turn(tokenizer, prompt) for prompt in prompts]
+        how = {"return_token_type_ids": False, "add_special_tokens": not chat, "verbose": False}
         with _TOKENIZING:
-            inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False, verbose=False)
+            inputs = tokenizer(prompts, return_tensors="pt", padding=True, **how)
         inputs = inputs.to(hat.base.device)
         length, context = inputs.input_ids.shape[1], hat.lm.config.max_position_embeddings
         if length + max_new_tokens > context:
@@ -301,3 +306,11 @@ class AdaptiveInference:
             versus=self.versus,
             **more,
         )
+
+
+def _turn(tokenizer, text: str) -> str:
+    """A user's turn as the model knows it, up to where its answer begins."""
+    if not tokenizer.chat_template:
+        raise HatError("the tokenizer has no chat template: leave out chat, or use an instruct model")
+    turns = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

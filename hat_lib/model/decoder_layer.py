@@ -24,25 +24,27 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from hat_lib.backbone.families import LINEARS, head_norms, rotates, window
+from hat_lib.backbone.spread import override, restore
 from hat_lib.model.forward_pass import ForwardPass
 from hat_lib.model.modes import Context
 
 
 class AdaptiveLayer:
-    """Replaces the forwards of a decoder layer of transformers 5.24, from `attach` to `detach`."""
+    """Replaces the forwards of a decoder layer of transformers, from `attach` to `detach`."""
 
     def __init__(self, layer: nn.Module, index: int, context: Context, last: bool = False):
         self.layer, self.index, self.context, self.last = layer, index, context, last
-        self.attn, self.mlp = layer.self_attn, layer.mlp
+        self.modules = layer, self.attn, self.mlp = layer, layer.self_attn, layer.mlp
         self.q_norm, self.k_norm = head_norms(layer) or (nn.Identity(), nn.Identity())
         self.rotates, self.window = rotates(layer.self_attn), window(layer.self_attn)
 
     def attach(self) -> None:
-        self.layer.forward, self.attn.forward, self.mlp.forward = self.forward, self.attention, self.feed_forward
+        for module, forward in zip(self.modules, (self.forward, self.attention, self.feed_forward), strict=True):
+            override(module, forward)
 
     def detach(self) -> None:
-        for module in (self.layer, self.attn, self.mlp):
-            vars(module).pop("forward", None)
+        for module in self.modules:
+            restore(module)
 
     def watch(self, site: str, see: Callable[[int, str, Tensor, Tensor], None]) -> RemovableHandle:
         """Hook a site; ``see`` is as in `HierarchicalTransformer.watching`."""
@@ -71,9 +73,9 @@ class AdaptiveLayer:
             return h
         out = run.scatter(self._ffn(run.gather(h) + mixed), h)
         if run.state.alive is not None and not run.mode.compact:  # exited rows were computed too: discard them
-            out = torch.where(run.state.exited[..., None], h, out)
+            out = torch.where(run.state.exited[..., None].to(h.device), h, out)
         if run.mode.dropped is not None:
-            out = torch.where(run.mode.dropped[self.index, :, None, None], h, out)
+            out = torch.where(run.mode.dropped[self.index, :, None, None].to(h.device), h, out)
         return out
 
     def attention(

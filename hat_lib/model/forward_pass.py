@@ -35,13 +35,13 @@ class ForwardPass:
 
     def gather(self, x: Tensor) -> Tensor:
         """The running rows of ``x [B, T, C]``: ``[1, n, C]``, or x itself if all of them run."""
-        return x if self.rows is None else x.flatten(0, 1)[self.rows][None]
+        return x if self.rows is None else x.flatten(0, 1)[self.rows.to(x.device)][None]
 
     def scatter(self, x: Tensor, others: Tensor) -> Tensor:
         """``[B, T, C]``: ``x``, as `gather` gives it, at the running rows and ``others`` elsewhere."""
         if self.rows is None:
             return x
-        return others.flatten(0, 1).index_copy(0, self.rows, x[0]).view(others.shape)
+        return others.flatten(0, 1).index_copy(0, self.rows.to(x.device), x[0]).view(others.shape)
 
     def stand_in(self, layer: int, x: Tensor) -> Tensor | None:
         """What tokens get in place of a skipped FFN of ``x``, if anything; both ``[..., D]``."""
@@ -61,7 +61,7 @@ class ForwardPass:
         if isinstance(keep, MaskedInput):
             return keep.x.view(x.shape)
         if not self.mode.compact and self.state.alive is not None:
-            keep = keep | self.state.exited.view(-1, 1)  # their K and V come from all channels
+            keep = keep | self.state.exited.view(-1, 1).to(x.device)  # their K and V come from all channels
         return (flat.view(*keep.shape, -1) * keep[..., None]).view(x.shape)
 
     def decide(self, layer: int, site: str, x: Tensor) -> Tensor | MaskedInput | None:
@@ -76,7 +76,7 @@ class ForwardPass:
             return keep
         if keep is not None and self.any_protected:
             protected = state.protected.view(-1) if rows is None else state.protected.view(-1)[rows]
-            protected = protected if keep.dim() == 1 else protected[:, None]
+            protected = (protected if keep.dim() == 1 else protected[:, None]).to(x.device)
             keep = keep | protected if keep.dtype == torch.bool else torch.where(protected, 1.0, keep)
         state.note(layer, index, keep)
         if state.masks is not None:
@@ -89,16 +89,17 @@ class ForwardPass:
         if self.mode.exits is None or str(depth) not in self.gates:
             return h
         state, flat = self.state, h.reshape(-1, h.shape[-1])
-        rows = state.alive if state.alive is not None else torch.arange(len(flat), device=h.device)
+        rows = state.alive if state.alive is not None else torch.arange(len(flat), device=state.real.device)
         leave = (state.real & ~state.protected).view(-1)[rows]
         if len(rows):
-            decided = self.mode.exits.exits(depth, flat[rows], rows, state)
-            leave = torch.zeros_like(leave) if decided is None else leave & decided
+            decided = self.mode.exits.exits(depth, flat[rows.to(h.device)], rows, state)
+            leave = torch.zeros_like(leave) if decided is None else leave & decided.to(leave.device)
         if state.masks is not None:
-            left = torch.zeros(len(flat), dtype=torch.bool, device=h.device).index_copy(0, rows, leave)
+            left = torch.zeros(len(flat), dtype=torch.bool, device=rows.device).index_copy(0, rows, leave)
             state.masks.exits[depth] = left.view(state.batch, state.tokens)
         leaving = rows[leave]
         if not len(leaving):
             return h
         state.leave(leaving, depth)
+        leaving = leaving.to(h.device)
         return flat.index_copy(0, leaving, self.gates[str(depth)].translate(flat[leaving])).view(h.shape)

@@ -10,6 +10,7 @@ one is a subclass in `GRAINS`, with a recipe in `hat_lib.training.recipe`: see `
 from __future__ import annotations
 
 import torch
+from accelerate.utils.modeling import align_module_device
 from torch import Tensor, nn
 
 from hat_lib.backbone.families import LINEARS, head_size
@@ -120,7 +121,7 @@ class ChannelGrain(Grain):
             state.threshold_scale = routers[f"{layer}_token"].threshold_scale(x, state.sensitivity)
             if (steering := state.steering) is not None:
                 steering = steering if len(x) == len(steering) else steering[state.alive]
-                state.threshold_scale = state.threshold_scale * steering[:, None]
+                state.threshold_scale = state.threshold_scale * steering[:, None].to(x.device)
         return state.threshold_scale
 
 
@@ -179,6 +180,8 @@ def linear_work(lm_config) -> dict[str, int]:
 
 def column_norm(*linears: nn.Module) -> Tensor:
     """``||W[:, i]||`` of input channel i over all outputs of linear layers, fp32 ``[C]``; never 0."""
-    # In slices: a whole matrix of a large base in fp32 would waste memory.
-    parts = [rows.float().norm(dim=0) for linear in linears for rows in linear.weight.detach().split(1024)]
+    parts = []
+    for linear in linears:
+        with align_module_device(linear):  # in slices: a whole matrix of a large base in fp32 would waste memory
+            parts += [rows.float().norm(dim=0) for rows in linear.weight.detach().split(1024)]
     return torch.stack(parts).norm(dim=0).clamp(min=1e-12)

@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils import output_capturing
 
 from hat_lib.backbone.families import linears, window
+from hat_lib.backbone.spread import is_spread, overridden
 from hat_lib.engine.arrays import MAX_TOKENS
 from hat_lib.engine.cache import GrowingLayer
 from hat_lib.model.modes import Mode
@@ -23,7 +24,9 @@ ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache"
 def of_base(lm, granularity: str) -> str | None:
     """Why the engine can run no forward of a base; None if it can."""
     config = lm.config
-    if any("forward" in vars(m) for m in lm.modules()):
+    if is_spread(lm):
+        return "the base is spread over devices"
+    if any(map(overridden, lm.modules())):
         return "another library overrides a forward of the base"
     if granularity not in ("channel", "token"):
         return f"the engine does not know the {granularity} grain"
@@ -43,7 +46,7 @@ class Snapshot:
 
     def __init__(self, lm, n_layers: int):
         self.lm, self.n_layers, self._modules = lm, n_layers, list(lm.modules())
-        self._forwards = {m for m in self._modules if "forward" in vars(m)} | {lm}
+        self._forwards = {m for m in self._modules if overridden(m)} | {lm}
         self._hooks = {id(hook) for m in self._modules for hook in _hooks(m)}
 
     def obstacle(self) -> str | None:
@@ -55,7 +58,7 @@ class Snapshot:
             return f"weights are {lm.dtype}"
         if modules != self._modules:
             return "a module of the base was replaced, as by an adapter"
-        if any("forward" in vars(m) for m in modules if m not in self._forwards):
+        if any(overridden(m) for m in modules if m not in self._forwards):
             return "another library overrides a forward of the base"
         if any(id(hook) not in self._hooks for m in modules for hook in _hooks(m)):
             return "there are hooks on the base"

@@ -116,6 +116,7 @@ class TokenState:
 
     def _everywhere(self, values: Tensor) -> Tensor:
         """Values of the running rows, at their positions among all rows; 0 elsewhere."""
+        values = values.to(self.real.device)
         if self.alive is None or len(values) != self.alive.numel():
             return values
         return values.new_zeros(self.batch * self.tokens, *values.shape[1:]).index_copy(0, self.alive, values)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 from hat_lib.backbone.base import Base, fingerprint, load_base
+from hat_lib.backbone.spread import device_of, is_spread, overridden
 from hat_lib.config import HatConfig, HatError
 from hat_lib.engine.arrays import Choice
 from hat_lib.model import head
@@ -77,7 +78,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         layers, rank = lm.model.layers, config.correction_rank
         if config.n_layers != len(layers):
             raise HatError(f"the config is for {config.n_layers} layers, {base.name} has {len(layers)}")
-        if any("forward" in vars(layer) for layer in layers):
+        if any(map(overridden, layers)):
             raise HatError(f"layers of {base.name} are already adapted: call unload() first, or load the base again")
         self.base, self.lm, self.config, self.grain = base, lm, config, grain
         self.training_summary: dict | None = None
@@ -95,8 +96,9 @@ class HierarchicalTransformer(Modes, nn.Module):
         self.gates = nn.ModuleDict({str(e): ExitGate(width, config.translator_rank) for e in config.exit_layers})
         self.corrections = nn.ModuleDict() if rank is None else Corrections(layers, grain, rank)
         self._own = self.routers, self.gates, self.corrections
-        for own in self._own:
-            own.to(base.device)
+        for own in self._own:  # by layer, and where that layer is: a base may be spread over devices
+            for name, module in own.items():
+                module.to(device_of(layers[int(name.split("_")[0])].input_layernorm))
         self.eval()
 
         self._head_norm: Tensor | None = None
@@ -150,6 +152,8 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Move or cast the base; routers and gates move along and stay fp32."""
+        if is_spread(self.lm):
+            raise HatError("the base is spread over devices and cannot be moved or cast: load it again as it should be")
         self._fast.forget()
         # Rotary frequencies stay fp32 in every dtype, as in a base loaded in that dtype.
         exact = {id(t) for module in (*self._own, self.lm.model.rotary_emb) for t in _tensors(module)}
@@ -252,7 +256,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         cache = given.get("cache", given.get("past_key_values"))
         if cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers):
             raise HatError("static KV caches are not supported: leave cache_implementation unset (dynamic)")
-        if self.lm.device != next(self.routers.parameters()).device:
+        if device_of(self.lm.model.layers[0].input_layernorm) != next(self.routers.parameters()).device:
             raise HatError("the base was moved under the model: use hat.to(...), not hat.lm.to(...)")
         for ours, layer in zip(self.layers, self.lm.model.layers, strict=False):
             if (ours.layer, ours.attn, ours.mlp) != (layer, layer.self_attn, layer.mlp):

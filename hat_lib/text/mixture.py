@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from hat_lib.backbone.base import Base
+from hat_lib.backbone.spread import overridden
 from hat_lib.config import HatError, cache_dir, check_count
 from hat_lib.text.blocks import at_even_distances, load_text
 from hat_lib.text.corpora import FOLDER
@@ -104,7 +105,7 @@ def self_text(
     """
     check_count("tokens", tokens, 2)
     check_count("block_size", block_size, 2, base.model.config.max_position_embeddings)
-    if any("forward" in vars(layer) for layer in base.model.model.layers):
+    if any(map(overridden, base.model.model.layers)):
         raise HatError(f"{base.name} carries a HierarchicalTransformer: call its unload() first")
     dtype = str(base.dtype).removeprefix("torch.")
     name = f"{base.fingerprint[:16]}-{dtype}-{batch_size}x{block_size}-seed{seed}"

@@ -51,8 +51,8 @@ class Relaxed:
         grain, routers, threshold = self.hat.grain, self.hat.routers, self.thresholds[layer, site]
         state.sensitivity = self.thresholds.get((layer, "token"), 1.0)
         site_number = grain.sites.index(site)
-        real, protected = state.real.view(-1), state.protected.view(-1)
-        offset = 0.0 if self.offsets is None else self.offsets[layer, site_number]
+        real, protected = (tokens.view(-1).to(x.device) for tokens in (state.real, state.protected))
+        offset = 0.0 if self.offsets is None else self.offsets[layer, site_number].to(x.device)
         if grain.scales_thresholds and not self.noise:
             router = routers[f"{layer}_{site}"]
             log_scale = router.log_scale + offset
@@ -80,7 +80,7 @@ class Relaxed:
         return keep
 
     def _add(self, site: str, share: Tensor) -> None:
-        self.share = self.share + share * (self.work[site] / self.hat.config.n_layers)
+        self.share = self.share + share.to(self.share.device) * (self.work[site] / self.hat.config.n_layers)
 
 
 class Objective(nn.Module):

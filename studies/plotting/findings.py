@@ -4,7 +4,7 @@ A bound is judged by an interval: "kept" if all of it lies on the right side, "m
 side, "open" if the bound lies inside. In the figures a hollow marker is a claim.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ TRAINED = {
     "token grain, our recipe": (PURPLE, "P", "-"),
 }
 EXITS = {"trained": (GREEN, "D", "exits chosen by the gates"), "random_exits": (BROWN, "v", "as many at random")}
+VERDICTS = {"kept": (BLUE, "o"), "open": (GREY, "D"), "missed": (ORANGE, "s")}
 FORMATS = ((BLUE, "o", "-"), (GREEN, "D", "--"), (BROWN, "P", ":"))
 MEASURABLE = 1e-6
 """nats: a smaller divergence is rounding"""
@@ -53,12 +54,6 @@ def reached(low: float, high: float, bound: float) -> str:
     return verdict(-high, -low, -bound)
 
 
-def joint(verdicts: Iterable[str]) -> str:
-    """The verdict on a claim about all: "missed" if it fails anywhere, "kept" if it holds everywhere, else "open"."""
-    found = set(verdicts)
-    return "missed" if "missed" in found else "kept" if found == {"kept"} else "open"
-
-
 def rivals(quality: pd.DataFrame) -> pd.DataFrame:
     """Rows of `studies.quality` at the same point and, within `EQUAL`, the same work as the trained model; no exits."""
     point = [*POINT, "max_tokens"]
@@ -66,13 +61,6 @@ def rivals(quality: pd.DataFrame) -> pd.DataFrame:
     trained = rows.loc[rows["variant"] == "trained", [*point, "model_share"]]
     others = rows[rows["variant"] != "trained"].merge(trained, on=point, suffixes=("", "_of_trained"))
     return others[(others["model_share"] - others["model_share_of_trained"]).abs() <= EQUAL + 5e-6]  # rounded
-
-
-def beaten(rows: pd.DataFrame) -> tuple[str, str]:
-    """Is the trained model better than each of these? The `joint` verdict, and the counts."""
-    better, worse = (rows["margin_low"] > 0).sum(), (rows["margin_high"] < 0).sum()
-    each = (reached(*ends, 0) for ends in rows[["margin_low", "margin_high"]].to_numpy())
-    return joint(each), f"better {better}, worse {worse} of {len(rows)}"
 
 
 def kept(quality: pd.DataFrame, promise: pd.DataFrame) -> pd.DataFrame:
@@ -121,35 +109,23 @@ def promised(quality: pd.DataFrame, published: pd.DataFrame, promise: pd.DataFra
     return fig
 
 
-@draws("base", "granularity", "exit_rate", "promised_speedup", "ideal_decode", "decode_dense", "decode_hf")
-def speeds(promise: pd.DataFrame) -> Figure:
-    """Decode speedups of `studies.published_claims` without exits, a panel for each base, in two factors: what skipping
-    gives (thick), what the dense path adds (thin)."""
-    rows = promise[promise["exit_rate"] == 0]
-    rows = rows.sort_values(["granularity", "capacity", "base"], ascending=[True, False, True])
-    style.check_table(rows, "base")
-    fig, panels = shared.panels_by(rows, "base", 3.9, 8.4)
-    for here, ax in panels:
-        for y, row in enumerate(here.itertuples()):
-            colour, marker = shared.GRAINS[row.granularity]
-            ax.plot([row.decode_dense, row.decode_hf], [y, y], color=GREY, linewidth=1.5)
-            ax.plot([1, row.decode_dense], [y, y], color=colour, linewidth=6, alpha=0.5, solid_capstyle="butt")
-            ax.plot(row.decode_dense, y, marker, color=colour, markersize=5)
-            ax.plot(row.decode_hf, y, marker, color=GREY, markersize=5)
-            ax.plot(row.ideal_decode, y, "|", color=colour, markersize=13, markeredgewidth=2)
-            ax.plot(row.promised_speedup, y, linestyle="none", **PUBLISHED)
-        ax.axvline(1, color=GREY, linewidth=1)
-        ax.set(xlabel="decode speedup (times)")
-        shared.log_axis(ax, [1, 1.5, 2, 3, 4, 6])
-        ax.grid(axis="y", visible=False)
-    ran = rows.groupby(["granularity", "capacity"], sort=False)["realised"]
-    names = [(*at, ", ".join(dict.fromkeys(f"{r:.2f}" for r in shares))) for at, shares in ran]
-    shared.named_rows(panels[0][1], [f"{grain} {capacity:.2f} (ran {shares})" for grain, capacity, shares in names])
-    names = [entry("claimed", **PUBLISHED)]
-    names += [entry("if time followed work", marker="|", markersize=11, markeredgewidth=2)]
-    names += [entry("skipping: over our own dense path", BLUE, line="-", linewidth=6, alpha=0.5)]
-    names += [entry("all of it: over plain transformers", GREY, "o", "-", markersize=5)]
-    style.legend_below(fig, names, fontsize=8)
+@draws("label", "value", "low", "high", "bound", "verdict")
+def bounds(table: pd.DataFrame, xlabel: str) -> Figure:
+    """What a claim says, a row for each number: its value, its interval and the bound, coloured by the verdict. Values
+    are in per cent or times, and from 100 on the axis is logarithmic."""
+    fig, (ax,) = style.panels(1, height=1.1 + 0.28 * len(table))
+    table = table.assign(y=range(len(table)))
+    for word, (colour, marker) in VERDICTS.items():
+        if len(rows := table[table["verdict"] == word]):
+            ends = rows[["value", "low", "high"]]
+            style.whiskers(ax, rows["y"], ends, colour, marker, horizontal=True, label=word)
+    ax.plot(table["bound"], table["y"], "|", color="black", markersize=13, markeredgewidth=2, label="bound")
+    if table["high"].max() > 100:
+        ax.set_xscale("symlog", linthresh=10)
+        style.set_ticks(ax.xaxis, [0, 10, 100, 1e3, 1e4, 1e6], "{x:,.0f}")
+    ax.set_xlabel(xlabel)
+    shared.named_rows(ax, list(table["label"]))
+    style.legend_above(ax, 4)
     return fig
 
 

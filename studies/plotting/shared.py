@@ -1,5 +1,7 @@
 """What the figures of results share: panels by text or base, costs with a triangle beyond the edge, legends."""
 
+from collections.abc import Sequence
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -41,6 +43,17 @@ def increases(ax: Axes, ticks, xlabel: str, largest: float, top: float = 0, bott
 
 def grain_entries(table: pd.DataFrame, line: str = "none") -> list[Line2D]:
     return [style.entry(f"{g} grain", *GRAINS[g], line) for g in GRAINS if g in set(table["granularity"])]
+
+
+def worst_text(table: pd.DataFrame, texts: Sequence[str]) -> pd.DataFrame:
+    """Of each row, the increase on the text where it is largest, and the ends of its interval."""
+    worst = table[list(texts)].idxmax(axis=1)
+    return pd.DataFrame(
+        [
+            [row[text + end] for end in ("", "_low", "_high")]
+            for (_, row), text in zip(table.iterrows(), worst, strict=True)
+        ]
+    )
 
 
 def named_rows(ax: Axes, names: list[str]) -> None:

@@ -12,7 +12,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hat_lib.inference.speed import VERSUS
 from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, PURPLE, SERIES, SKY, YELLOW, draws, entry
 from studies.plotting import shared
@@ -48,29 +47,6 @@ def exits(table: pd.DataFrame) -> Figure:
     ax.yaxis.set_major_formatter(PERCENT)
     ax.grid(axis="x", visible=False)
     style.legend_above(ax, len(cells.columns))
-    return fig
-
-
-@draws("granularity", "versus", "requested", "reachable", "largest", "measured", "lowest", "highest", "prompts")
-def targets(table: pd.DataFrame) -> Figure:
-    """Target speedups beside those of the texts generated for them: medians, and lowest to highest prompt."""
-    fig, panels = shared.panels_by(table, "versus", 4.0, 7.0, sharex=False)
-    for rows, ax in panels:
-        ends = rows[["requested", "lowest", "highest", "largest"]].to_numpy(float)
-        line = [np.nanmin(ends), np.nanmax(ends)]
-        ax.plot(line, line, ":", color="black", linewidth=1.5)
-        for number, (grain, part) in enumerate(rows.groupby("granularity")):
-            colour, marker = GRAINS[grain]
-            found, lacking = part[part["measured"].notna()], part[~part["reachable"].astype(bool)]
-            shift = 0.02 * number  # so that two whiskers at one target do not hide each other
-            ends = found[["measured", "lowest", "highest"]]
-            style.whiskers(ax, found["requested"] + shift, ends, colour, marker)
-            ax.plot(lacking["requested"] + shift, lacking["largest"], marker, color=colour, markerfacecolor="white")
-        over = VERSUS[rows["versus"].iloc[0]]
-        ax.set(xlabel=f"target speedup over {over}", title=f"{rows['prompts'].max()} prompts")
-    panels[0][1].set_ylabel("speedup (times)")
-    beyond = entry("refused: the most that the curve promised", marker="o", markersize=5, markerfacecolor="none")
-    style.legend_below(fig, [*shared.grain_entries(table), entry("as asked", line=":"), beyond])
     return fig
 
 

@@ -9,7 +9,7 @@ from tiny_runs import OTHERS, tiny
 from transformers import AutoConfig
 
 from hat_lib.backbone.base import config_of, load_base
-from hat_lib.backbone.families import refusal, window
+from hat_lib.backbone.families import misfit, refusal, window
 from hat_lib.backbone.shapes import byte_tokenizer
 from hat_lib.config import HatError
 
@@ -35,6 +35,13 @@ def test_what_a_familys_attention_adds_is_part_of_the_fingerprint(tmp_path):
     base.model.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     assert load_base(tmp_path, dtype="fp32", device="cpu").fingerprint != base.fingerprint
+
+
+def test_a_forward_that_takes_something_else_is_refused(monkeypatch):
+    lm = tiny().model
+    assert misfit(lm) is None
+    monkeypatch.setattr(type(lm.model.layers[0].mlp), "forward", lambda self, x, scale: x)
+    assert misfit(lm).endswith("expected (x)") and "LlamaMLP.forward takes (x scale)" in misfit(lm)
 
 
 @pytest.mark.parametrize("name", ["random:tiny-qwen2", "random:tiny-qwen3"])

@@ -182,3 +182,15 @@ def test_bad_input_before_anything_runs(channel_hat, monkeypatch, prompts, how):
     monkeypatch.setattr(channel_hat.lm, "forward", None)
     with pytest.raises(HatError):
         AdaptiveInference(channel_hat).generate(prompts, **how)
+
+
+def test_chat_puts_each_prompt_into_the_template(channel_hat, monkeypatch):
+    infer, tokenizer = AdaptiveInference(channel_hat), channel_hat.base.tokenizer
+    with pytest.raises(HatError, match="no chat template"):
+        infer.generate(PROMPTS[0], chat=True)
+    template = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}<assistant>"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    out = infer.generate(PROMPTS, chat=True, capacity=0.6, max_new_tokens=4)
+    for ids, prompt in zip(out.ids, PROMPTS, strict=True):
+        turn = tokenizer(f"<user>{prompt}<assistant>", add_special_tokens=False).input_ids
+        assert ids[: out.prompt_length].tolist()[-len(turn) :] == turn

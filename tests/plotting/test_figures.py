@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from hat_lib import config
 from hat_lib.config import HatError
 from hat_lib.plotting import architecture, frontier, routing, style, training
-from studies.plotting import reference_runs, speed
+from studies.plotting import findings, reference_runs, speed
 
 WEIGHT_SHARES = pd.DataFrame({"base": ["a", "b"], "ffn": [0.6, 0.7], "attention": [0.2, 0.2], "head": [0.2, 0.1]})
 SKIPPED_FFN = pd.DataFrame({"layer": [1, 2, 3], "ratio": [1.1, 2.5, 0.99], "low": [1, 2, 0.9], "high": [1.2, 3, 1.1]})
@@ -60,8 +60,11 @@ def log():
     step = np.tile(np.arange(1, 13), 2)
     table = pd.DataFrame({"granularity": ["channel"] * 12 + ["token"] * 12, "step": step, "steps": 12, "kl": 2 / step})
     table = table.assign(capacity=0.6, share=0.62, gate_loss=0.6, agreement=0.2, exit_rate=0.3)
-    return table.assign(**{f"share_{name}": 0.6 for name in (*reference_runs.SITES, *range(4))})
+    return table.assign(**{f"share_{layer}": 0.6 for layer in range(4)})
 
+
+BOUNDS = pd.DataFrame({"label": ["a", "b", "c"], "value": [1.0, 4.0, 400.0], "verdict": ["kept", "missed", "missed"]})
+BOUNDS = BOUNDS.assign(low=BOUNDS["value"] - 0.5, high=BOUNDS["value"] + 0.5, bound=3.0)
 
 FIGURES = {
     # figure: (its tables, panels, lines or bars or points with whiskers in the first panel)
@@ -78,7 +81,7 @@ FIGURES = {
     routing.score_histogram: ((SCORES, THRESHOLDS), 1, 1),
     training.routers: ((log(),), 3, 0),
     training.gates: ((log(),), 3, 0),
-    reference_runs.routers: ((log(),), 7, 0),
+    findings.bounds: ((BOUNDS, "per cent"), 1, 2),
     reference_runs.gates: ((log(), RATES), 3, 0),
     training.exit_depths: ((DEPTHS,), 1, 0),
     training.learning_curve: ((CURVE,), 1, 0),
