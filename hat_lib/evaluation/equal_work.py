@@ -40,7 +40,6 @@ from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, s
 from hat_lib.model.checkpoint import Checkpoint, Price, digest, read_checkpoint
 from hat_lib.model.granularity import GRAINS
 from hat_lib.model.modes import combined
-from hat_lib.model.threshold_table import HEAD_TABLES
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.rows import rounded
 from hat_lib.text.blocks import default_split, load_text, spread, text_hash
@@ -299,12 +298,11 @@ def _work(point: Point, found: Score) -> float:
 
 
 def adapter_digest(found: Checkpoint, exits: bool) -> str:
-    """Digest of the parameters and tables; omits the gates without ``exits``, and the tables of a head read in full."""
+    """Digest of the parameters and tables; omits the gates without ``exits``, and tables that it lacks."""
     parts = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
              for name, tensor in found.tensors.items() if exits or not name.startswith("gates.")}  # fmt: skip
     tables = asdict(found.calibration) if found.calibration else {}
-    used = {name: table for name, table in tables.items()
-            if (exits or not name.startswith("exit_")) and (name not in HEAD_TABLES or table is not None)}  # fmt: skip
+    used = {n: table for n, table in tables.items() if table is not None and (exits or not n.startswith("exit_"))}
     return digest({"tables": used, **parts})[:16]
 
 

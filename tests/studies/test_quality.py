@@ -154,3 +154,10 @@ def test_price_texts():
     assert module.price_texts(known, 0.7) == {"news": "+10%"} and module.price_texts(known, 1.0) == {"news": "+0%"}
     assert module.price_texts(known, 0.6) == {"news": "+15%"}, "half way in the logarithm"
     assert module.price_texts(known, 0.4) == {"news": "more than +21%"} and module.price_texts([], 0.5) == {}
+
+
+@pytest.mark.parametrize(("grain", "name"), [("channel", "default"), ("token", "token")])
+def test_the_committed_rows_are_of_the_committed_checkpoints(grain, name):
+    found = read_checkpoint(name)
+    rows = saved("quality").query("granularity == @grain")
+    assert len(rows) and set(rows["adapter"]) == {module.adapter_digest(found, exits) for exits in (False, True)}
