@@ -32,7 +32,7 @@ from transformers.utils import logging as hf_logging
 
 from hat_lib.backbone.families import head_size, is_known, misfit, refusal, rotates, window
 from hat_lib.backbone.shapes import SHAPES, byte_tokenizer, random_config, random_model
-from hat_lib.backbone.spread import device_of, is_spread, named_weights
+from hat_lib.backbone.spread import device_of, named_weights
 from hat_lib.backbone.wheels import SMOLLM2, open_wheel
 from hat_lib.config import HatError, cache_dir
 
@@ -78,7 +78,7 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None, device_map
         dtype: see `parse_dtype`; None or "auto" is `default_dtype`.
         device: None is CUDA where there is one, else the CPU.
         device_map, offload_folder: as for ``from_pretrained`` of transformers: accelerate then spreads the base over
-            devices, memory and disk. Not in fp16, and not for a random base.
+            devices, memory and disk; ``device`` is not looked at. Not in fp16, and not for a random base.
 
     Raises `HatError` if the name is none of these, or the checkpoint is of no known family, incomplete, quantised or
     unreachable.
@@ -103,7 +103,7 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None, device_map
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return Base(model if is_spread(model) else model.to(device), tokenizer, identity, name)
+    return Base(model if spread else model.to(device), tokenizer, identity, name)
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:

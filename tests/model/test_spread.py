@@ -90,6 +90,11 @@ def test_is_calibrated_and_trained_as_the_whole_base(spread, whole, ids, tmp_pat
         assert torch.equal(hats[0].lm(ids).logits, again.lm(ids).logits)
 
 
+def test_a_map_of_one_device_leaves_the_base_there(folder):
+    base = load_base(folder, dtype="fp32", device="meta", device_map={"": "cpu"})
+    assert base.device.type == "cpu" and not is_spread(base.model)
+
+
 def test_refusals(spread, folder):
     hat = HierarchicalTransformer(spread, HatConfig.default(spread))
     with pytest.raises(HatError, match="already adapted"):
