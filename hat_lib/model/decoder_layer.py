@@ -34,7 +34,8 @@ class AdaptiveLayer:
 
     def __init__(self, layer: nn.Module, index: int, context: Context, last: bool = False):
         self.layer, self.index, self.context, self.last = layer, index, context, last
-        self.modules = layer, self.attn, self.mlp = layer, layer.self_attn, layer.mlp
+        self.attn, self.mlp = layer.self_attn, layer.mlp
+        self.modules = layer, self.attn, self.mlp
         self.q_norm, self.k_norm = head_norms(layer) or (nn.Identity(), nn.Identity())
         self.rotates, self.window = rotates(layer.self_attn), window(layer.self_attn)
 
