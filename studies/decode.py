@@ -1,10 +1,10 @@
 """Decoding on a CPU, in milliseconds per token: ``data/results/decode.csv``.
 
-On the bundled base at the capacities of a trained checkpoint, and on TinyLlama's exact shape, with random weights,
-forced to the same shares, `WAYS` take turns after the same text: the engine with its weights in each format, some also
-with eight sequences at a time; plain transformers right after the engine, and before its first step alone. llama.cpp
-decodes the bundled base's file in its own four bits, if llama-cpp-python is installed
-(``pip install "hat-workbook[peers]"``, which takes minutes to compile).
+On the bundled base at the capacities of a trained checkpoint, and on the exact shapes of other models, with random
+weights, forced to the same shares, `WAYS` take turns after the same text: the engine with its weights in each format,
+some also with eight sequences at a time; plain transformers right after the engine, and before its first step alone.
+Two of the shapes have one sequence alone, in the base's format. llama.cpp decodes the bundled base's file in its own
+four bits, if llama-cpp-python is installed (``pip install "hat-workbook[peers]"``, which takes minutes to compile).
 """
 
 import gc
@@ -42,6 +42,7 @@ ABOUT = "milliseconds a token: transformers, the engine by format and capacity, 
 MINUTES = 20
 KEY = ("base", "way", "weights", "sequences", "capacity")
 SHAPE = "random:tinyllama"
+MORE_SHAPES = ("random:llama-3.2-1b", "random:qwen3-0.6b")
 WAYS = {"hf": "plain transformers", "hf_before": "plain transformers, before the engine's first step",
         "reference": "the reference path", "read": "a plain read of as much memory", "engine": "the engine",
         "llama.cpp": "llama.cpp"}  # fmt: skip
@@ -95,14 +96,16 @@ def rows(
     *,
     checkpoint: Path = CHECKPOINTS / "default",
     capacities: Sequence[float] = (1.0, 0.9, 0.75, 0.6, 0.5, 0.4),
+    shape_capacities: Sequence[float] = (1.0, 0.75, 0.55, 0.4),
     together: int = TOGETHER,
     rounds: int = 5,
     steps: int = 32,
     dtype: str = "bf16",
 ) -> Iterator[Row]:
-    """Rows for both bases; the ``checkpoint`` has the channel grain and the bundled base.
+    """Rows for all bases; the ``checkpoint`` has the channel grain and the bundled base.
 
-    ``together`` sequences decode together, dense and at the middle capacity. A turn has ``steps`` tokens.
+    ``together`` sequences decode together, dense and at the middle capacity. A turn has ``steps`` tokens. More shapes
+    run at ``shape_capacities``.
     """
     check_count("together", together, 2, TOGETHER)
     asked = [1.0, *(check_capacity(c) for c in capacities if c != 1)]
@@ -113,35 +116,45 @@ def rows(
         raise HatError(f"there is no engine to measure: {hat.decoding}")
     blocks = load_text("docstrings", hat.base.tokenizer, max_tokens=max(HELD_OUT, together * (CONTEXT + steps)))
     ids = torch.tensor([sum(blocks["input_ids"], [])])
-    yield from _base(hat, ids, {c: lambda c=c: hat.at(c, 0.0) for c in asked}, together, rounds, steps, done)
-    del hat
+    around, sizes = {c: partial(hat.at, c, 0.0) for c in asked}, (1, together)
+    yield from _base(hat, ids, around, WEIGHT_FORMATS, sizes, rounds, steps, done)
+    del hat, around
+    yield from _random(SHAPE, ids, asked, WEIGHT_FORMATS, sizes, rounds, steps, dtype, done)
+    for shape in MORE_SHAPES:
+        yield from _random(shape, ids, shape_capacities, ("base",), (1,), rounds, steps, dtype, done)
+
+
+def _random(shape: str, ids: Tensor, asked: Sequence[float], forms, sizes, rounds, steps, dtype: str, done):
     gc.collect()  # gigabytes in cycles of models and hooks, whose size the collector cannot see
-    base = load_base(SHAPE, dtype=dtype)
+    base = load_base(shape, dtype=dtype)
     hat = HierarchicalTransformer(base, HatConfig.default(base, exit_layers=()))
     with torch.inference_mode():
         around = forced(hat, asked, 1, CONTEXT + steps)
-    yield from _base(hat, ids % base.model.config.vocab_size, around, together, rounds, steps, done)
+    yield from _base(hat, ids % base.model.config.vocab_size, around, forms, sizes, rounds, steps, done)
 
 
-def _base(hat, ids: Tensor, around: dict, together: int, rounds: int, steps: int, done: Collection) -> Iterator[Row]:
-    if (hat.base.name, "engine", WEIGHT_FORMATS[-1], together, 1.0) in done:
-        return
+def _base(
+    hat, ids: Tensor, around: dict, forms: Sequence[str], sizes: Sequence[int], rounds: int, steps: int,
+    done: Collection,
+) -> Iterator[Row]:  # fmt: skip
     plain, own, bundled = plain_copy(hat), str(hat.base.dtype).removeprefix("torch."), hat.base.name == BUNDLED
+    if (hat.base.name, "engine", own if forms[-1] == "base" else forms[-1], sizes[-1], 1.0) in done:
+        return
     # Before timing, a batch holds as many tokens in total as a single sequence does.
-    texts = {n: ids[:, : n * (CONTEXT // n + steps)].view(n, -1) for n in (1, together)}
-    hf, batch = (Way("hf", own, n, 1.0, lambda n=n: _ms(plain, texts[n], steps)) for n in (1, together))
+    texts = {n: ids[:, : n * (CONTEXT // n + steps)].view(n, -1) for n in sizes}
+    hf, *batch = (Way("hf", own, n, 1.0, lambda n=n: _ms(plain, texts[n], steps)) for n in sizes)
     before = [Way("hf_before", own, 1, 1.0, hf.once)] if bundled else []
     take_turns(before, lambda way: way.once(), rounds)
     with hat.dense(), hat.reference():
         expected = _predicted(hat, ids) if bundled else None
     reference = Way("reference", own, 1, 1.0, lambda: _within(hat, texts[1], steps, hat.dense, "base", hat.reference))
     read = Way("read", own, 1, 1.0, _plain_read(hat.lm))
-    ways = {form: list(_engine(hat, texts, around, steps, form, expected, ids)) for form in WEIGHT_FORMATS}
+    ways = {form: list(_engine(hat, texts, around, steps, form, expected, ids)) for form in forms}
     peer = llama_cpp(texts[1], steps) if bundled else None
     more = [Way("llama.cpp", "q4_1", 1, 1.0, peer)] if peer else []
     first, *others = ways.values()
     # Plain transformers between two turns of the engine.
-    turns = [reference, read, *first, hf, *sum(others, []), batch, *more]
+    turns = [reference, read, *first, hf, *sum(others, []), *batch, *more]
     take_turns(turns, lambda way: way.once(), rounds)
     turns = sorted([*before, *turns], key=lambda way: (way.sequences, [*WAYS].index(way.name)))
     for way in turns:
@@ -276,14 +289,15 @@ def llama_cpp(ids: Tensor, steps: int) -> Callable[[], float] | None:
 
 def figures(results: Path | None = None) -> dict:
     drawn = saved("decode", results).query("sequences == 1 and way not in ('hf_before', 'read')")
+    drawn = drawn[~drawn["base"].isin(MORE_SHAPES)]
     return {"decode": speed.decode(drawn)}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
     header = ["weights", "way", "sequences", "capacity realised", "ms a token", "tokens/s", "ideal"]
     header += ["over our own fastest dense path", "over plain transformers", "KL, nats a token", "copy, MiB"]
-    found = {}
-    for base, part in saved("decode", results).groupby("base", sort=False):
+    found, table = {}, saved("decode", results)
+    for base, part in table[~table["base"].isin(MORE_SHAPES)].groupby("base", sort=False):
         lines = []
         for r in part.itertuples():
             line = [r.weights, WAYS[r.way], r.sequences, f"{r.realised:.2f}"]
@@ -293,8 +307,19 @@ def tables(results: Path | None = None) -> dict[str, str]:
             line += [None if pd.isna(x) else times(x) + more for x, more in speeds]
             lines.append([*line, *(None if pd.isna(x) else f"{x:.{n}f}" for x, n in ((r.kl, 4), (r.copy_mib, 0)))])
         found[f"decode_{'bundled' if base == BUNDLED else 'tinyllama'}"] = markdown(header, lines)
-    found["decode_fixed"] = _fixed(saved("decode", results))
+    found["decode_fixed"] = _fixed(table[~table["base"].isin(MORE_SHAPES)])
+    found["decode_shapes"] = _shapes(table[table["base"].isin((SHAPE, *MORE_SHAPES))])
     return found
+
+
+def _shapes(table: pd.DataFrame) -> str:
+    """The engine on other shapes, one sequence, in the base's own format."""
+    rows = table[(table["way"] == "engine") & (table["sequences"] == 1) & (table["weights"] == table["dtype"])]
+    lines = [[r.base.removeprefix("random:"), f"{r.realised:.2f}", f"{r.ms:.0f}", times(r.ideal),
+              f"{times(r.over_dense)} ({r.over_dense_low:.2f} to {r.over_dense_high:.2f})", times(r.over_hf)]
+             for r in rows.itertuples()]  # fmt: skip
+    header = ["shape", "capacity realised", "ms a token", "ideal"]
+    return markdown([*header, "over our own dense path", "over plain transformers"], lines)
 
 
 def _fixed(table: pd.DataFrame) -> str:

@@ -19,6 +19,7 @@ from hat_lib.cli.cost import cost
 from hat_lib.cli.evaluate import evaluate
 from hat_lib.cli.generate import generate
 from hat_lib.cli.options import option, say
+from hat_lib.cli.play import explain, play
 from hat_lib.cli.sweep import sweep
 from hat_lib.cli.train import calibrate, train
 from hat_lib.config import HatError
@@ -45,6 +46,7 @@ def setup(
 EXAMPLE = """\b
 From nothing to a measured price of less compute:
   hat setup                                          fetch base and text, once
+  hat play                                           a sentence, a dial, and what moves: in the browser
   hat generate "The state of our union"              --capacity 1.0 is the base
   hat evaluate --text docstrings --capacity 0.6      what does it cost?
   hat calibrate --save mine                          your own thresholds
@@ -93,7 +95,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text reads the same in a terminal, a notebook and a log
 )
-for command in (setup, generate, evaluate, analyze, calibrate, sweep, train, batch, cost):
+for command in (setup, play, generate, explain, evaluate, analyze, calibrate, sweep, train, batch, cost):
     app.command()(command)
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 CONTEXT = 1024
 RANK = 4
+SAVED = {"hidden_size": 12.2, "intermediate_size": 5.4}
+"""fp32 numbers that a layer keeps of a token for the backward pass of a routers' step, by the widths of its config"""
 
 
 def cost(
@@ -45,8 +47,9 @@ def needs(name: str, dtype: torch.dtype) -> dict[str, float]:
     from hat_lib.config import HatConfig
     from hat_lib.engine.four_bits import GROUP, GROUP_ROWS
     from hat_lib.model.transformer import HierarchicalTransformer
+    from hat_lib.training.recipe import Recipe
 
-    config = config_of(name)
+    config, recipe = config_of(name), Recipe.named("default", "channel")
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config).to(dtype)
     base = Base(lm, None, "", name)
@@ -56,6 +59,7 @@ def needs(name: str, dtype: torch.dtype) -> dict[str, float]:
     layers, width = config.num_hidden_layers, config.hidden_size
     keys = 2 * layers * config.num_key_value_heads * head_size(config)
     size, shown = dtype.itemsize, str(dtype).removeprefix("torch.")
+    saved = layers * sum(number * getattr(config, field) for field, number in SAVED.items()) + config.vocab_size
     return {
         f"the base, {parameters:,} parameters in {shown}": parameters * size,
         f"the adapter, {adapter:,}, with corrections of rank {RANK}": adapter * 4,
@@ -64,4 +68,9 @@ def needs(name: str, dtype: torch.dtype) -> dict[str, float]:
         "the engine's copy, int8": products + 2 * head,
         "the engine's copy, q4": products * GROUP_ROWS / GROUP / 2 + 2 * head,
         f"`hat calibrate`: states of up to {TOKENS:,} tokens": TOKENS * layers * width * 2,
+        "`hat train`: gradients and Adam's moments": adapter * 12,
+        f"`hat train`: a batch of {recipe.batch_size} x {recipe.block_size} tokens": recipe.batch_size
+        * recipe.block_size
+        * saved
+        * 4,
     }

@@ -13,7 +13,7 @@ Either reads each block twice, as the base and as the adaptive model is set. Mea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from hat_lib.config import HatError, check_count, work_text
 from hat_lib.evaluation.coloured_text import ansi, html, passages, visible
@@ -66,10 +65,6 @@ class TokenTable:
     """the likeliest next tokens of the base and of the adaptive model, int ``[2, N, LIKELIEST]``"""
     next_p: np.ndarray = field(repr=False, default=None)
     """their probabilities"""
-    tokenizer: PreTrainedTokenizerBase = field(repr=False, default=None)
-    score: np.ndarray | None = field(repr=False, default=None)
-    """a token's mean score over the threshold (channel grain) or less the threshold (token grain), ``[L, S, N]``; nan
-    where nothing was decided. Only from `explain` with ``scores``"""
 
     @property
     def work(self) -> str:
@@ -90,68 +85,12 @@ class TokenTable:
         free = self.tokens["model_share"] if free.empty else free
         return {"meaning": f"{self.work}. Colour: share of the base's work", "low": free.min(), "high": free.max()}
 
-    # -- about one token -----------------------------------------------------------------------------------
-
-    @property
-    def score_meaning(self) -> str:
-        """What `score` is."""
-        return "score − threshold" if self.sites == ("ffn",) else "score / threshold"
-
-    def headline(self, row: int) -> str:
-        return f"token {row}: {quoted(self.tokens['text'].iloc[row])}"
-
-    def lines(self, row: int) -> list[str]:
-        """The facts of a token, one sentence each."""
-        token, n_layers = self.tokens.iloc[row], len(self.share)
-        depth = f"left after {token['exit_layer']} of {n_layers}" if token["left"] else f"stayed for all {n_layers}"
-        entropy = token["entropy_of_next"]
-        return [
-            "protected: it runs in full in every layer and never leaves" if token["protected"] else f"{depth} layers",
-            f"executed {token['share']:.1%} of the layers that it entered, "
-            f"{token['model_share']:.1%} of the base's work",
-            f"the base's entropy of what comes next: {entropy:.2f} nats, as unsure as among {np.exp(entropy):,.0f} "
-            "equally likely tokens",
-        ]
-
-    def matrices(self, row: int, layer: int | None = None) -> pd.DataFrame:
-        """A row per site: executed share over the layers the token entered and, for a ``layer``, share and score."""
-
-        def texts(values: np.ndarray, form: str) -> list[str]:
-            return [f"{value:{form}}" if np.isfinite(value) else "–" for value in values]
-
-        shares = self.site_share[:, :, row]
-        table = pd.DataFrame({"site": [MATRICES[site] for site in self.sites]})
-        table["mean"] = texts(np.nanmean(shares, axis=0), ".1%")
-        if layer is not None:
-            table[f"layer {layer}"] = texts(shares[layer], ".1%")
-            if self.score is not None:
-                table[self.score_meaning] = texts(self.score[layer, :, row], ".2f")
-        return table
-
-    def next_tokens(self, row: int) -> pd.DataFrame:
-        """The likeliest next tokens of base and adaptive model: ``base``, ``base_p``, ``adaptive``, ``adaptive_p``."""
-        # A tokenizer may drop a space at what it takes for the beginning of a text, so each is decoded after another.
-        decode, first = self.tokenizer.decode, int(self.tokens["id"].iloc[row])
-        start = len(decode([first], clean_up_tokenization_spaces=False))
-        columns = {}
-        for name, ids, p in zip(("base", "adaptive"), self.next_ids[:, row], self.next_p[:, row], strict=True):
-            texts = [decode([first, i], clean_up_tokenization_spaces=False)[start:] for i in ids.tolist()]
-            columns |= {name: [quoted(text) for text in texts], f"{name}_p": p}
-        return pd.DataFrame(columns)
-
-    def about(self, row: int, layer: int | None = None) -> str:
-        """Everything about a token, as text."""
-        tables = self.matrices(row, layer), self.next_tokens(row).rename(columns={"base_p": "p", "adaptive_p": "p "})
-        texts = [table.to_string(index=False, float_format="{:.1%}".format) for table in tables]
-        return "\n".join([self.headline(row), *self.lines(row), *texts])
-
 
 @torch.no_grad()
-def explain(hat: HierarchicalTransformer, prompt: str, *, max_new_tokens: int = 0, scores: bool = False) -> TokenTable:
+def explain(hat: HierarchicalTransformer, prompt: str, *, max_new_tokens: int = 0) -> TokenTable:
     """The table of a prompt and of its greedy continuation, for ``hat`` as it is set.
 
-    With ``scores`` it also says how far each token's scores lie from the thresholds; a control set by ``hat.using`` is
-    then not asked. Raises `HatError` for an empty prompt, or if prompt and continuation exceed the base's context.
+    Raises `HatError` for an empty prompt, or if prompt and continuation exceed the base's context.
     """
     check_count("max_new_tokens", max_new_tokens, 0)
     if not isinstance(prompt, str) or not prompt.strip():
@@ -165,21 +104,7 @@ def explain(hat: HierarchicalTransformer, prompt: str, *, max_new_tokens: int = 
         how = {"do_sample": False, "pad_token_id": hat.base.tokenizer.pad_token_id}
         text = hat.lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **how)
         blocks[0]["input_ids"] = text[0].tolist()
-    if not scores or hat.capacity == 1:
-        return token_table(hat, blocks, progress=False)
-    sites, own = hat.grain.sites, hat.threshold_policy(hat.calibration.thresholds_at(hat.capacity))
-    shape = hat.config.n_layers, len(sites), len(blocks[0]["input_ids"])
-    found = torch.full(shape, torch.nan, device=hat.base.device)
-
-    def noting(layer, site, x, rows, state):
-        keep = own(layer, site, x, rows, state)
-        score, threshold = hat.scores(layer, site, x), own.thresholds[layer, site]
-        score = score - threshold if hat.grain.logits else score.mean(-1) / threshold
-        found[layer, sites.index(site), slice(None) if rows is None else rows] = score.float()
-        return keep
-
-    with hat.using(noting):
-        return replace(token_table(hat, blocks, progress=False), score=found.cpu().numpy())
+    return token_table(hat, blocks, progress=False)
 
 
 def prompt_blocks(tokenizer, prompts: Mapping[str, str]) -> list[dict]:
@@ -228,7 +153,6 @@ def token_table(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, prog
         spent.layer_capacity,
         np.concatenate(next_ids, axis=1),
         np.concatenate(next_p, axis=1),
-        hat.base.tokenizer,
     )
 
 

@@ -1,6 +1,6 @@
 """Frontiers: what is lost at each amount of work. `quality`: the trained model and every control, a panel for each
 grain and text, over the work of the whole model, so that grains can be compared. `twin`: the trained model alone,
-setting by setting, the still twin of `hat_lib.workbook.widgets.FrontierView`. `sweep`: one freshly measured text.
+setting by setting, with the work of each layer. `sweep`: one freshly measured text.
 """
 
 from __future__ import annotations

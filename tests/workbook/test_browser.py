@@ -1,11 +1,10 @@
-"""The views of notebook 07 in a real browser: JupyterLab runs their cells, sliders move, and nothing fails.
+"""The screen in a real browser: on the committed page, and in JupyterLab, which runs the cells of notebook 07.
 
 Needs a Chromium on the path (on Debian and Ubuntu: apt install chromium).
 """
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -18,12 +17,13 @@ from urllib.request import urlopen
 import nbformat
 import pytest
 
-from hat_lib.config import NOTEBOOKS
+from hat_lib.config import NOTEBOOKS, REPO
 
 sync_api = pytest.importorskip("playwright.sync_api", reason='no playwright: pip install -e ".[dev]"')
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-CELLS = ("profile: str", "begin(", "from_pretrained", "prompts = ", "TokenMapView", "FrontierView")
+CELLS = ("profile: str", "begin(", "from_pretrained", "PlayView")
 """in the cells that are run; whole notebooks are run elsewhere"""
+ROWS = ".hat-map [role=option]"
 RUN_ALL = """async name => {
   const app = window.jupyterapp;
   await app.restored;
@@ -38,13 +38,13 @@ RUN_ALL = """async name => {
 
 @pytest.fixture
 def lab(tmp_path):
-    """Address of a JupyterLab, apart from the user's settings and kernels, that serves the cells of the views."""
+    """Address of a JupyterLab, apart from the user's settings and kernels, that serves the cells of the screen."""
     nb = nbformat.read(NOTEBOOKS / "07_routing_patterns.ipynb", as_version=4)
     nb.cells = [c for c in nb.cells if c.cell_type == "code" and any(part in c.source for part in CELLS)]
     for cell in nb.cells:
         cell.outputs, cell.execution_count = [], None
     (tmp_path / "notebooks").mkdir()
-    nbformat.write(nb, tmp_path / "notebooks" / "views.ipynb")
+    nbformat.write(nb, tmp_path / "notebooks" / "screen.ipynb")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -85,38 +85,91 @@ def page():
         browser.close()
 
 
-def press(view, slider, key):
-    """Move a slider with a key; returns its value afterwards."""
-    moved = view.locator(".widget-slider", has_text=slider)
-    moved.locator("[role=slider]").press(key)
-    return moved.locator(".widget-readout").text_content()
+def pixels(page):
+    """What the map's canvas shows."""
+    return page.locator(".hat-map canvas").evaluate("canvas => canvas.toDataURL()")
+
+
+@pytest.fixture
+def requests(page):
+    """Addresses that the page asks for, outside this machine."""
+    away = []
+    page.on(
+        "request",
+        lambda r: None if r.url.startswith(("file:", "data:")) or "127.0.0.1" in r.url else away.append(r.url),
+    )
+    return away
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on the path: apt install chromium")
+def test_every_control_of_the_page(page, requests):
+    failed = []
+    page.on("pageerror", lambda error: failed.append(str(error)))
+    page.goto((REPO / "docs" / "explore.html").as_uri())
+    slider, rows, show = page.get_by_role("slider"), page.locator(ROWS), sync_api.expect
+    show(rows).to_have_count(17)
+    seen = {pixels(page)}
+    for key, capacity in (("Home", "0.40"), ("ArrowRight", "0.45"), ("End", "1.00")):
+        slider.press(key)
+        show(page.locator(".hat-number")).to_have_text(capacity)
+        seen.add(pixels(page))
+        show(page.locator(".hat-differs")).to_have_count(0 if capacity == "1.00" else 1)
+    assert len(seen) == 4
+    moves = "s => { const began = performance.now(); for (let i = 0; i < 9; i++) {s.value = i; "
+    moves += "s.dispatchEvent(new Event('input'))} return (performance.now() - began) / 9 }"
+    assert slider.evaluate(moves) < 50
+    slider.press("Home")
+    page.get_by_role("checkbox").check()
+    assert pixels(page) not in seen
+
+    rows.nth(3).click()
+    show(page.locator(".hat-panel h4")).to_contain_text(["keeper"])
+    rows.nth(9).hover()
+    show(page.locator(".hat-panel")).to_have_count(2)  # one beside the other
+    page.get_by_role("listbox").press("ArrowDown")
+    show(page.locator(".hat-panel h4")).to_contain_text(["walked"])
+    show(rows.nth(4)).to_have_attribute("aria-selected", "true")
+
+    page.locator(".hat-frontier").scroll_into_view_if_needed()
+    box = page.locator(".hat-frontier").bounding_box()
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.5 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.8 * box["width"], box["y"] + 0.7 * box["height"], steps=5)
+    page.mouse.up()
+    assert len(page.locator(".hat-guess").get_attribute("points").split()) > 1
+    page.get_by_text("Show what was measured").click()
+    show(page.locator(".hat-price")).to_contain_text("You were off by")
+    for preset in (1, 2, 0):
+        page.get_by_role("combobox").select_option(str(preset))
+        show(page.locator(".hat-token").first).to_be_visible()
+    for width in (600, 900, 1600):
+        page.set_viewport_size({"width": width, "height": 1000})
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), width
+    assert failed == requests == []
 
 
 @pytest.mark.slow
 @pytest.mark.bundled
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on the path: apt install chromium")
-def test_views_answer_to_their_sliders(lab, page):
-    away = []
-    page.on("request", lambda request: None if "127.0.0.1" in request.url else away.append(request.url))
-    page.goto(lab.format("lab/tree/views.ipynb"))
+def test_a_kernel_answers_the_screen(lab, page, requests):
+    page.goto(lab.format("lab/tree/screen.ipynb"))
     page.wait_for_function("window.jupyterapp")
-    ran = page.evaluate(RUN_ALL, "views.ipynb")
+    ran = page.evaluate(RUN_ALL, "screen.ipynb")
     outputs = [output for cell in ran["cells"] for output in cell["outputs"]]
     assert outputs and not [output for output in outputs if output["output_type"] == "error"]
-
-    frontier = page.locator(".widget-vbox").filter(has=page.locator("img"))
-    picture = frontier.locator("img").get_attribute("src")
-    press(frontier, "Capacity", "ArrowRight")
-    sync_api.expect(frontier.locator("img")).not_to_have_attribute("src", picture)
-
-    tokens = page.locator(".widget-vbox").filter(has=page.locator(".hat-map"))
-    status = tokens.locator("[role=status]")
-    sync_api.expect(status).to_contain_text("capacity 0.62 requested")
-    tokens.locator("[role=option]").nth(3).locator("i").nth(12).click()
-    sync_api.expect(tokens.locator(".hat-map-panel h4")).to_contain_text("token 3: ")
-    tokens.locator("[role=listbox]").press("ArrowDown")
-    sync_api.expect(tokens.locator("[aria-selected=true]")).to_have_attribute("aria-label", re.compile("^token 4:"))
-    assert press(tokens, "Exit rate", "End") == "1.00"
-    sync_api.expect(status).to_contain_text("exit rate 1.00 requested")
-    sync_api.expect(status).to_have_attribute("data-state", "ready")
-    assert away == []
+    view, show = page.locator(".hat-play"), sync_api.expect
+    before = pixels(page)
+    view.get_by_role("slider").press("Home")
+    assert pixels(page) != before
+    prompt = view.get_by_role("textbox")
+    prompt.fill("The sea is blue, and")
+    prompt.press("Enter")
+    show(view.locator(ROWS)).to_have_count(6)
+    show(view.locator(".hat-token").first).to_be_visible()
+    view.locator(".hat-word").first.click()
+    show(view.locator(ROWS)).to_have_count(7)  # all up to the pinned token, the last, and the word that was chosen
+    prompt.fill(" ")
+    prompt.press("Enter")
+    show(view.get_by_role("status")).to_have_attribute("data-state", "error")
+    assert requests == []

@@ -1,0 +1,62 @@
+"""``hat play``: a prompt and a dial in a browser. ``hat explain``: each token of a prompt, coloured by its work."""
+
+from __future__ import annotations
+
+import threading
+import webbrowser
+from pathlib import Path
+
+import typer
+
+from hat_lib.cli import options
+from hat_lib.cli.options import option
+
+
+def play(
+    base: str | None = options.BASE,
+    checkpoint: Path | None = options.CHECKPOINT,
+    exit_rate: str | None = options.EXIT_RATE,
+    dtype: str | None = options.DTYPE,
+    threads: int | None = options.THREADS,
+    port: int = option(8765, "Port of the page, on this machine alone.", min=0, max=65535),
+    show: bool = option(True, "Open the page in a browser.", "--open/--no-open"),
+) -> None:
+    """Type a sentence, move the capacity, watch: a page in the browser.
+
+    The map of the work, the next tokens, how the text goes on, its price and its speed move together. Ctrl-C ends it.
+    """
+    options.start(threads)
+    from hat_lib.workbook.play_page import Server
+
+    server = Server(port)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    typer.echo(f"http://{server.host}/ (Ctrl-C ends it)", err=True)
+    if show:
+        webbrowser.open(f"http://{server.host}/")
+    server.hat.set_result(options.load(base, checkpoint, None, exit_rate, dtype))
+    threading.Event().wait()
+
+
+def explain(
+    prompt: str = typer.Argument(..., help="Text to read."),
+    base: str | None = options.BASE,
+    checkpoint: Path | None = options.CHECKPOINT,
+    capacity: str | None = options.CAPACITY,
+    exit_rate: str | None = options.EXIT_RATE,
+    dtype: str | None = options.DTYPE,
+    threads: int | None = options.THREADS,
+    html: Path | None = option(None, "Also write a page to explore it at nine capacities, which needs no network."),
+) -> None:
+    """Which tokens of a prompt got the work."""
+    if html is not None:
+        options.check_writable(html.parent, "a page")
+    options.start(threads)
+    hat = options.load(base, checkpoint, capacity, exit_rate, dtype)
+    from hat_lib.evaluation import tokens
+
+    typer.echo(str(tokens.explain(hat, prompt)))
+    if html is not None:
+        from hat_lib.workbook.play_page import still_page
+
+        html.expanduser().write_text(still_page(hat, {"Prompt": (prompt, "")}), encoding="utf-8")
+        typer.echo(f"wrote {html}", err=True)

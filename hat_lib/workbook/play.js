@@ -1,0 +1,567 @@
+// One screen for a prompt and a dial: the map of the work, what both models say next, their texts, price and speed.
+// The same code draws it in a notebook and on a page. Words from a model go into the page as text, never as HTML.
+//
+// A host has `presets` ([name, prompt, hint]), `blocks` (one for each preset, null where there is none: see play.py)
+// and, if a model stands behind it, `ask(question)`, a promise of a block.
+
+const WHOLE = 250, LEFT = 255, ROW = 18, STRIP = 15;
+const KEYS = { ArrowUp: ["token", -1], ArrowDown: ["token", 1], Home: ["token", -Infinity], End: ["token", Infinity],
+  ArrowLeft: ["layer", -1], ArrowRight: ["layer", 1] };
+const SVG = "http://www.w3.org/2000/svg";
+
+function element(tag, classes = "", text = "", parent = null) {
+  const made = document.createElement(tag);
+  if (classes) made.className = classes;
+  if (text) made.textContent = text;
+  parent?.append(made);
+  return made;
+}
+
+function drawn(tag, parent, attributes, text = "") {
+  const made = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.textContent = text;
+  parent.append(made);
+  return made;
+}
+
+const percent = (share, digits = 0) => share === null ? "–" : `${(100 * share).toFixed(digits)} %`;
+const signed = share => `${share <= -0.0005 ? "−" : "+"}${Math.abs(100 * share).toFixed(1)} %`;
+const visible = text => text.replaceAll("\n", "↵").replaceAll("\t", "⇥");
+const quoted = text => text ? `“${visible(text)}”` : "(part of a character)";
+
+function unpack(block) {
+  const bytes = block instanceof DataView ? new Uint8Array(block.buffer, block.byteOffset, block.byteLength) : block;
+  const size = new DataView(bytes.buffer, bytes.byteOffset).getUint32(0, true);
+  const header = JSON.parse(new TextDecoder().decode(bytes.subarray(4, 4 + size)));
+  return { ...header, shares: bytes.subarray(4 + size) };
+}
+
+function ink(colour) {
+  const [r, g, b] = [1, 3, 5].map(i => parseInt(colour.slice(i, i + 2), 16) / 255)
+    .map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "black" : "white";
+}
+
+export function mount(root, host) {
+  root.classList.add("hat-play");
+  let facts = null, texts = null, forced = null, cells = [], asked = 0;
+  const view = { at: 4, token: 0, layer: 0, other: null, relative: false, guess: new Map(), shown: false };
+
+  // -- the screen ------------------------------------------------------------------------------------------
+
+  const form = element("form", "hat-form", "", root);
+  const choice = element("select", "", "", element("label", "", "Example ", form));
+  host.presets.forEach(([name], i) => { element("option", "", name, choice).value = i; });
+  const prompt = element("textarea", "", "", form);
+  Object.assign(prompt, { rows: 2, readOnly: !host.ask });
+  prompt.setAttribute("aria-label", "prompt");
+  const go = element("button", "", "Read it", form);
+  go.hidden = !host.ask;
+  const hint = element("p", "hat-hint", "", root);
+
+  const dial = element("div", "hat-dial", "", root);
+  const label = element("label", "", "Capacity ", dial);
+  const slider = Object.assign(element("input", "", "", label), { type: "range", step: 1, min: 0 });
+  const number = element("output", "hat-number", "", label);
+  const relative = Object.assign(element("input"), { type: "checkbox" });
+  element("label", "hat-switch", "", dial).append(relative, " colours relative to this prompt");
+  const numbers = element("dl", "hat-numbers", "", root);
+  const status = element("p", "hat-status", "", root);
+  status.setAttribute("role", "status");
+  const bar = element("progress", "hat-bar", "", root);
+  bar.hidden = true;
+  bar.setAttribute("aria-label", "the model is running");
+
+  const result = element("div", "hat-result", "", root);
+  const written = element("div", "hat-texts", "", result);
+  const legend = element("div", "hat-legend", "", result);
+  const body = element("div", "hat-body", "", result);
+  const left = element("div", "hat-left", "", body); // what grows at the right pushes nothing away
+  const map = element("div", "hat-map", "", left);
+  const price = element("div", "hat-price", "", left);
+  map.tabIndex = 0;
+  map.setAttribute("role", "listbox");
+  map.setAttribute("aria-label", "tokens; the arrow keys up and down pick a token, left and right a layer");
+  map.setAttribute("data-lm-suppress-shortcuts", "true"); // else Notebook 7 takes the arrow keys for itself
+  const panels = element("div", "hat-panels", "", body);
+  const tip = element("div", "hat-tip", "", root);
+  tip.hidden = true;
+
+  // -- numbers ---------------------------------------------------------------------------------------------
+
+  const step = () => forced?.step ?? facts.steps[view.at];
+  const curves = () => [...new Set(facts.curves.map(([text]) => text))];
+  const word = (table, pair) => (table === forced?.step ? forced : facts).words[pair[0]];
+
+  function share(token, layer, site) {
+    const [, T, L, S] = facts.shape, at = forced ? 0 : view.at;
+    const value = (forced ?? facts).shares[((at * T + token) * L + layer) * S + site];
+    return value === LEFT ? null : value / WHOLE;
+  }
+
+  function layerShare(token, layer) {
+    let sum = 0;
+    for (let site = 0; site < facts.sites.length; site++) {
+      const value = share(token, layer, site);
+      if (value === null) return null;
+      sum += facts.site_work[site] * value;
+    }
+    return sum;
+  }
+
+  function ends() {
+    if (!view.relative) return [0, 1];
+    const found = [];
+    facts.tokens.forEach((token, t) => {
+      for (let layer = 0; layer < facts.shape[2]; layer++)
+        if (!token.protected && layerShare(t, layer) !== null) found.push(layerShare(t, layer));
+    });
+    found.sort((a, b) => a - b);
+    return found.length ? [found[Math.floor(0.02 * found.length)], found[Math.ceil(0.98 * found.length) - 1]] : [0, 1];
+  }
+
+  function colour(value, [low, high]) {
+    const at = high > low ? (value - low) / (high - low) : 1;
+    return facts.colours[Math.round(Math.min(1, Math.max(0, at)) * (facts.colours.length - 1))];
+  }
+
+  /** The highest capacity at which the likeliest next token is not the base's; null if there is none. */
+  function tips(token) {
+    const best = facts.steps.map(s => s.next[token][0][0]);
+    const at = best.findIndex(first => first !== best[0]);
+    return at < 0 ? null : facts.steps[at].capacity;
+  }
+
+  // -- drawing ---------------------------------------------------------------------------------------------
+
+  function cellsOn(canvas, columns, rows, height, paint) {
+    const width = canvas.clientWidth, scale = window.devicePixelRatio || 1;
+    canvas.width = Math.round(width * scale);
+    canvas.height = Math.round(rows * height * scale);
+    const context = canvas.getContext("2d");
+    context.scale(scale, scale);
+    const each = width / columns, gap = each > 6 ? 1 : 0;
+    for (let row = 0; row < rows; row++)
+      for (let column = 0; column < columns; column++) {
+        const { fill, hatched, ring } = paint(row, column);
+        const box = [column * each, row * height, each - gap, height - 1];
+        if (fill) {
+          context.fillStyle = fill;
+          context.fillRect(...box);
+        }
+        if (hatched) {
+          context.strokeStyle = "#0009";
+          context.beginPath();
+          context.moveTo(box[0], box[1] + height - 1);
+          context.lineTo(box[0] + Math.min(each - gap, height), box[1] + 1);
+          context.stroke();
+        }
+        if (ring) {
+          context.strokeStyle = ring;
+          context.lineWidth = 2;
+          context.strokeRect(box[0] + 1, box[1] + 1, box[2] - 2, box[3] - 2);
+          context.lineWidth = 1;
+        }
+      }
+  }
+
+  function drawNumbers() {
+    const now = step(), dense = now.capacity === 1;
+    number.textContent = now.capacity.toFixed(2);
+    slider.setAttribute("aria-valuetext", `capacity ${now.capacity.toFixed(2)}`);
+    numbers.replaceChildren();
+    const costs = curves().map(name => `${signed(measured(name, now.capacity))} (${name})`);
+    const rows = [["work on this prompt", `${percent(now.work)} of the base's, protected tokens included`],
+      ["perplexity over the base's", dense ? "none" : costs.join(", ") || "not measured"],
+      ["speed", facts.steps[view.at].speed || `${(1 / now.work).toFixed(2)}x, if time followed the work`]];
+    for (const [name, words] of rows) {
+      const pair = element("div", "", "", numbers);
+      element("dt", "", name, pair);
+      element("dd", "", words, pair);
+    }
+  }
+
+  function drawLegend(scale) {
+    legend.replaceChildren();
+    const bar = element("span", "", `work in a layer: ${percent(scale[0])} `, legend);
+    element("i", "hat-scale", "", bar).style.background = `linear-gradient(to right, ${facts.colours.join(",")})`;
+    bar.append(` ${percent(scale[1])}`);
+    element("span", "", "struck through: protected, runs in full", legend);
+    if (facts.shares.includes(LEFT)) element("span", "", "blank: the token had left", legend);
+    element("span", "", "tips: the capacity at which the next token changes", legend);
+  }
+
+  function buildMap() {
+    map.replaceChildren();
+    const head = element("div", "hat-row hat-head", "", map);
+    head.setAttribute("aria-hidden", "true");
+    element("b", "", "layer", head);
+    const axis = element("span", "hat-axis", "", head);
+    for (let layer = 0; layer < facts.shape[2]; layer += 5)
+      element("i", "", `${layer}`, axis).style.left = `${100 * (layer + 0.5) / facts.shape[2]}%`;
+    element("em", "", "tips", head);
+    facts.tokens.forEach((token, t) => {
+      const row = element("div", "hat-row", "", map), at = tips(t);
+      row.setAttribute("role", "option");
+      row.id = `hat-${root.dataset.id ??= Math.random().toString(36).slice(2)}-${t}`;
+      element("b", "", visible(token.text) || "·", row);
+      element("span", "", "", row);
+      element("em", "", at === null ? "–" : at.toFixed(2), row);
+    });
+    const canvas = element("canvas", "", "", map);
+    canvas.setAttribute("aria-hidden", "true");
+  }
+
+  function drawMap() {
+    const scale = ends(), canvas = map.querySelector("canvas"), [, T, L] = facts.shape;
+    canvas.style.height = `${T * ROW}px`;
+    drawLegend(scale);
+    cellsOn(canvas, L, T, ROW, (t, layer) => {
+      const value = layerShare(t, layer);
+      return { fill: value !== null && colour(value, scale), hatched: facts.tokens[t].protected,
+        ring: t === view.token && layer === view.layer && "#d55e00" };
+    });
+    map.querySelectorAll("[role=option]").forEach((row, t) => {
+      row.setAttribute("aria-selected", t === view.token);
+      let sum = 0, ran = 0;
+      for (let layer = 0; layer < L; layer++) if (layerShare(t, layer) !== null) [sum, ran] = [sum + layerShare(t, layer), ran + 1];
+      row.setAttribute("aria-label", `token ${t}, ${quoted(facts.tokens[t].text)}, ran ${percent(sum / ran)}, tips at ${row.lastChild.textContent}`);
+      if (t === view.token) map.setAttribute("aria-activedescendant", row.id);
+    });
+  }
+
+  function panel(token, title) {
+    const made = element("section", "hat-panel", "", panels), now = step(), [base] = facts.steps, at = tips(token);
+    element("h4", "", `${title}${quoted(facts.tokens[token].text)}`, made);
+    const unsure = Math.round(Math.exp(facts.tokens[token].entropy)).toLocaleString("en");
+    const lines = [facts.tokens[token].protected ? "Protected: it runs in full at every capacity." :
+      at === null ? "Its likeliest next token never changes." : `Its likeliest next token changes at ${at.toFixed(2)}.`,
+      `The base is as unsure of what comes next as among ${unsure} equally likely tokens; skipping changes that by ${now.kl[token].toFixed(3)} nats (KL).`];
+    lines.forEach(line => element("p", "", line, made));
+    const table = element("table", "", "", made), head = element("tr", "", "", element("thead", "", "", table));
+    for (const name of ["next, dense", "", `next, at ${now.capacity.toFixed(2)}`, ""]) element("th", "", name, head);
+    const rows = element("tbody", "", "", table);
+    base.next[token].forEach((pair, rank) => {
+      const row = element("tr", "", "", rows);
+      for (const [table, cell] of [[base, pair], [now, now.next[token][rank]]]) {
+        const said = element("td", "hat-odds", "", row), text = word(table, cell);
+        said.style.setProperty("--odds", `${100 * cell[1]}%`);
+        if (host.ask) element("button", "hat-word", quoted(text), said).dataset.goes = before(token + 1) + text;
+        else said.textContent = quoted(text);
+        element("td", "hat-right", percent(cell[1]), row);
+      }
+    });
+    const strip = element("div", "hat-strip", "", made), names = element("div", "hat-sites", "", strip);
+    facts.sites.forEach(site => element("span", "", site, names));
+    const canvas = element("canvas", "", "", strip), scale = ends();
+    canvas.dataset.token = token;
+    canvas.style.height = `${facts.sites.length * STRIP}px`;
+    cellsOn(canvas, facts.shape[2], facts.sites.length, STRIP, (site, layer) => {
+      const value = share(token, layer, site), own = cells.find(c => c[0] === token && c[1] === layer && c[2] === site);
+      return { fill: value !== null && colour(value, scale), hatched: facts.tokens[token].protected, ring: own && "#d55e00" };
+    });
+    if (title && host.ask && !facts.tokens[token].protected) budget(made);
+  }
+
+  /** The game: the reader's own choice of what this token runs, against the router's. */
+  function budget(parent) {
+    const box = element("p", "hat-budget", "", parent);
+    if (!cells.length || !forced) {
+      box.textContent = "Your budget: click a cell above to run it in full, again to skip it, again to give it back.";
+      return;
+    }
+    const router = facts.steps[view.at], first = Math.min(...cells.map(cell => cell[0]));
+    const mean = table => table.kl.slice(first).reduce((sum, kl) => sum + kl, 0) / (table.kl.length - first);
+    const [own, theirs] = [mean(forced.step), mean(router)], more = forced.step.work - router.work;
+    box.textContent = `Your budget: ${cells.length} ${cells.length === 1 ? "cell" : "cells"}, work ${percent(forced.step.work, 2)} (router ${percent(router.work, 2)}), `
+      + `KL from here on ${own.toFixed(4)} (router ${theirs.toFixed(4)}). `
+      + (more > 5e-5 ? "You spend more than the router: skip something, too. " :
+        own < theirs ? `You win by ${percent(1 - own / theirs)}. ` : `The router wins by ${percent(1 - theirs / own)}. `);
+    element("button", "hat-reset", "Reset", box).type = "button";
+  }
+
+  function drawPanels() {
+    panels.replaceChildren();
+    panel(view.token, "pinned: ");
+    if (view.other !== null && view.other !== view.token) panel(view.other, "");
+  }
+
+  const before = end => facts.tokens.slice(0, end).map(token => token.text).join("");
+
+  function drawTexts() {
+    written.replaceChildren();
+    if (!texts) return;
+    const list = view.at ? [texts[0], texts[view.at]] : [texts[0]];
+    for (const text of list) {
+      const box = element("section", "", "", written), dense = text === texts[0];
+      const read = facts.megabytes * text.work.reduce((sum, share) => sum + share, 0) / 1000;
+      element("h4", "", dense ? "goes on, dense" : `goes on at ${text.capacity.toFixed(2)}`, box);
+      const apart = text.differs === null ? "the same text" : `first differs at token ${text.differs + 1}`;
+      element("p", "hat-faint", `${read.toFixed(1)} GB of weights read${dense ? "" : `; ${apart}`}`, box);
+      const line = element("p", "hat-line", "", box);
+      text.tokens.forEach((token, i) => {
+        const span = element(host.ask ? "button" : "span", i === text.differs ? "hat-token hat-differs" : "hat-token", visible(token), line);
+        const fill = colour(text.work[i], [0, 1]);
+        Object.assign(span.style, dense ? {} : { backgroundColor: fill, color: ink(fill) });
+        span.title = `${percent(text.work[i])} of the base's work${host.ask ? "; click: what else could stand here?" : ""}`;
+        if (host.ask) span.dataset.goes = facts.prompt + text.tokens.slice(0, i).join("");
+      });
+    }
+  }
+
+  const LEFTMOST = 44, BOTTOM = 176, WIDE = 400, HIGH = 160;
+
+  function drawPrice() {
+    price.replaceChildren();
+    if (!facts.curves.length) return;
+    const names = curves(), least = Math.min(...facts.steps.map(s => s.capacity));
+    const x = capacity => LEFTMOST + WIDE * (capacity - least) / (1 - least), y = more => BOTTOM - HIGH * Math.min(Math.max(more, 0), 0.6) / 0.6;
+    element("h4", "", "What does a capacity cost?", price);
+    const words = element("p", "hat-faint", "", price);
+    const svg = drawn("svg", price, { viewBox: "0 0 460 214", role: "img", "aria-label": "perplexity against capacity", class: "hat-frontier" });
+    for (const more of [0, 0.2, 0.4, 0.6]) {
+      drawn("line", svg, { x1: LEFTMOST, x2: LEFTMOST + WIDE, y1: y(more), y2: y(more), class: "hat-grid" });
+      drawn("text", svg, { x: LEFTMOST - 5, y: y(more) + 4, "text-anchor": "end" }, more ? `+${100 * more} %` : "0");
+    }
+    for (const { capacity } of facts.steps.filter((_, i) => i % 2 === 0))
+      drawn("text", svg, { x: x(capacity), y: BOTTOM + 16, "text-anchor": "middle" }, capacity.toFixed(2));
+    drawn("text", svg, { x: LEFTMOST + WIDE / 2, y: BOTTOM + 33, "text-anchor": "middle" }, "capacity");
+    const line = (points, classes) => drawn("polyline", svg, { points: points.map(p => p.join(",")).join(" "), class: classes });
+    const worst = capacity => Math.max(...names.map(name => measured(name, capacity)));
+    const guess = facts.steps.filter(s => view.guess.has(s.capacity)).map(s => s.capacity);
+    line(guess.map(c => [x(c), y(view.guess.get(c))]), "hat-guess");
+    if (view.shown) names.forEach((name, i) => {
+      const rows = facts.curves.filter(([text, c]) => text === name && c >= least).sort((a, b) => a[1] - b[1]);
+      line([...rows.map(([, c, more]) => [x(c), y(more)]), [x(1), y(0)]], `hat-curve hat-curve-${i}`);
+      for (const [, c, , low, high] of rows)
+        if (low !== null) drawn("line", svg, { x1: x(c), x2: x(c), y1: y(low), y2: y(high), class: `hat-curve hat-curve-${i}` });
+      drawn("text", svg, { x: LEFTMOST + 130, y: 22 + 16 * i, class: `hat-name hat-curve-${i}` }, name);
+    });
+    drawn("line", svg, { x1: x(step().capacity), x2: x(step().capacity), y1: 10, y2: BOTTOM, class: "hat-now" });
+    const off = guess.map(c => Math.abs(view.guess.get(c) - worst(c)));
+    words.textContent = !view.shown ? "Draw it first: drag over the picture to say how much worse than the base's the perplexity gets. Then look. " :
+      `Perplexity over the base's, measured on ${names.length} ${names.length === 1 ? "text" : "texts"}, with 95 % intervals. `
+      + (off.length ? `You were off by ${(100 * off.reduce((a, b) => a + b) / off.length).toFixed(0)} points on average, from the worst text.` : "");
+    if (!view.shown) element("button", "hat-show", "Show what was measured", words).type = "button";
+    svg.onpointermove = svg.onpointerdown = event => {
+      if (!event.buttons && event.type === "pointermove" || view.shown) return;
+      event.preventDefault();
+      const box = svg.getBoundingClientRect(), [px, py] = [460 * (event.clientX - box.left) / box.width, 214 * (event.clientY - box.top) / box.height];
+      const nearest = facts.steps.map(s => s.capacity).sort((a, b) => Math.abs(x(a) - px) - Math.abs(x(b) - px))[0];
+      view.guess.set(nearest, Math.min(0.6, Math.max(0, 0.6 * (BOTTOM - py) / HIGH)));
+      drawPrice();
+    };
+  }
+
+  /** Perplexity over the base's, between measured capacities by a straight line in its logarithm. */
+  function measured(name, capacity) {
+    const rows = [...facts.curves.filter(([text]) => text === name).map(([, c, more]) => [c, Math.log1p(more)]), [1, 0]].sort((a, b) => a[0] - b[0]);
+    const over = rows.findIndex(([c]) => c >= capacity);
+    if (over < 1) return Math.expm1(rows[0][1]);
+    const [[c0, a], [c1, b]] = [rows[over - 1], rows[over]];
+    return Math.expm1(a + (b - a) * (capacity - c0) / (c1 - c0));
+  }
+
+  function draw() {
+    if (!facts) return;
+    drawNumbers();
+    drawMap();
+    drawPanels();
+    drawTexts();
+    drawPrice();
+  }
+
+  // -- what moves it ---------------------------------------------------------------------------------------
+
+  function take(block) {
+    const found = unpack(block);
+    facts = found;
+    texts = found.texts ?? null;
+    [cells, forced, view.other] = [[], null, null];
+    view.token = Math.min(view.token || Math.floor(facts.tokens.length / 2), facts.tokens.length - 1);
+    view.at = Math.min(view.at, facts.steps.length - 1);
+    slider.max = facts.steps.length - 1;
+    slider.value = slider.max - view.at;
+    if (root.ownerDocument.activeElement !== prompt) prompt.value = facts.prompt;
+    root.classList.remove("hat-stale");
+    buildMap();
+    draw();
+  }
+
+  function say(words, state = "") {
+    status.textContent = words;
+    status.dataset.state = state;
+  }
+
+  /** A block, or null if it was refused, or if another question was asked in the meantime. */
+  async function ask(question, words) {
+    const own = ++asked;
+    say(words, "busy");
+    bar.hidden = false;
+    try {
+      const block = await host.ask(question);
+      if (own === asked) say("");
+      return own === asked ? block : null;
+    } catch (error) {
+      if (own === asked) {
+        say(error.message, "error");
+        if (question.ask === "map") root.classList.add("hat-stale");
+      }
+      return null;
+    } finally {
+      if (own === asked) bar.hidden = true;
+    }
+  }
+
+  async function read(text) {
+    prompt.value = text;
+    const block = await ask({ ask: "map", prompt: text }, "Reading the prompt at nine capacities …");
+    if (!block) return;
+    take(block);
+    const more = await ask({ ask: "texts", prompt: text }, "Going on from it at nine capacities …");
+    if (!more) return;
+    texts = unpack(more).texts;
+    drawTexts();
+  }
+
+  async function force() {
+    if (!cells.length) {
+      forced = null;
+      return draw();
+    }
+    const block = await ask({ ask: "forced", prompt: facts.prompt, capacity: facts.steps[view.at].capacity, cells }, "Running your budget …");
+    if (!block) return;
+    forced = unpack(block);
+    draw();
+  }
+
+  function choose(which) {
+    const [, text, words] = host.presets[which];
+    [hint.textContent, view.token] = [words, 0];
+    if (host.blocks[which]) {
+      asked++;
+      bar.hidden = true;
+      say("");
+      prompt.value = text;
+      take(host.blocks[which]);
+    } else read(text);
+  }
+
+  function pick(token, layer = view.layer) {
+    view.token = Math.min(facts.tokens.length - 1, Math.max(0, token));
+    view.layer = Math.min(facts.shape[2] - 1, Math.max(0, layer));
+    view.other = null;
+    drawMap();
+    drawPanels();
+  }
+
+  function spot(event) {
+    const canvas = map.querySelector("canvas").getBoundingClientRect();
+    const [token, layer] = [Math.floor((event.clientY - canvas.top) / ROW), Math.floor((event.clientX - canvas.left) / canvas.width * facts.shape[2])];
+    if (token < 0 || token >= facts.tokens.length) return null;
+    return { token, layer: layer >= 0 && layer < facts.shape[2] ? layer : null };
+  }
+
+  choice.addEventListener("change", () => choose(Number(choice.value)));
+  form.addEventListener("submit", event => {
+    event.preventDefault();
+    hint.textContent = "";
+    read(prompt.value);
+  });
+  prompt.addEventListener("keydown", event => {
+    event.stopPropagation(); // a notebook's shortcuts
+    if (event.key === "Enter" && !event.shiftKey && host.ask) {
+      event.preventDefault();
+      form.requestSubmit();
+    }
+  });
+  slider.addEventListener("input", () => {
+    view.at = slider.max - slider.value;
+    [cells, forced] = [[], null];
+    draw();
+  });
+  relative.addEventListener("change", () => {
+    view.relative = relative.checked;
+    draw();
+  });
+  map.addEventListener("pointermove", event => {
+    const at = facts && spot(event);
+    tip.hidden = !at || at.layer === null;
+    if (!at) return;
+    if (view.other !== at.token) {
+      view.other = at.token;
+      drawPanels();
+    }
+    if (tip.hidden) return;
+    tip.textContent = `${quoted(facts.tokens[at.token].text)}, layer ${at.layer}: ${percent(layerShare(at.token, at.layer))}`;
+    const frame = root.getBoundingClientRect(), x = event.clientX - frame.left;
+    tip.style.transform = x > frame.width / 2 ? "translateX(-100%)" : "";
+    tip.style.left = `${x + (x > frame.width / 2 ? -12 : 14)}px`;
+    tip.style.top = `${event.clientY - frame.top + 16}px`;
+  });
+  map.addEventListener("pointerleave", () => { tip.hidden = true; });
+  map.addEventListener("click", event => {
+    const at = spot(event);
+    if (at) pick(at.token, at.layer ?? view.layer);
+  });
+  map.addEventListener("keydown", event => {
+    const [axis, by] = KEYS[event.key] ?? [];
+    if (!axis || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    event.stopPropagation();
+    pick(view.token + (axis === "token" ? by : 0), view.layer + (axis === "layer" ? by : 0));
+  });
+  result.addEventListener("click", event => {
+    const { target } = event;
+    if (target.dataset.goes && target.dataset.goes !== facts.prompt) {
+      hint.textContent = "";
+      view.token = Infinity; // the end, from where it goes on
+      read(target.dataset.goes);
+    } else if (target.matches(".hat-show")) {
+      view.shown = true;
+      drawPrice();
+    } else if (target.matches(".hat-reset")) {
+      [cells, forced] = [[], null];
+      draw();
+    } else if (target.matches(".hat-strip canvas") && Number(target.dataset.token) === view.token && host.ask && !facts.tokens[view.token].protected) {
+      const box = target.getBoundingClientRect();
+      const [layer, site] = [Math.floor((event.clientX - box.left) / box.width * facts.shape[2]), Math.floor((event.clientY - box.top) / STRIP)];
+      const own = cells.find(c => c[0] === view.token && c[1] === layer && c[2] === site);
+      if (!own) cells.push([view.token, layer, site, 1]);
+      else if (own[3]) own[3] = 0;
+      else cells.splice(cells.indexOf(own), 1);
+      view.layer = layer;
+      force();
+    }
+  });
+  const watch = new ResizeObserver(() => facts && draw());
+  watch.observe(map);
+  choose(0);
+  return () => watch.disconnect();
+}
+
+/** The widget of a notebook: a kernel answers. */
+export function render({ model, el }) {
+  const waiting = new Map();
+  let count = 0;
+  const heard = (message, buffers) => {
+    const { done, refuse } = waiting.get(message.id) ?? {};
+    waiting.delete(message.id);
+    if (buffers.length) done?.(buffers[0]);
+    else refuse?.(new Error(message.error));
+  };
+  model.on("msg:custom", heard);
+  const ask = question => new Promise((done, refuse) => {
+    waiting.set(++count, { done, refuse });
+    model.send({ id: count, question });
+  });
+  const presets = model.get("presets"), first = model.get("block");
+  const close = mount(el, { presets, blocks: presets.map((_, i) => i ? null : first), ask });
+  return () => {
+    model.off("msg:custom", heard);
+    close();
+  };
+}
+
+export default { render };
