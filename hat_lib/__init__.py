@@ -6,7 +6,7 @@ order of the data flow: backbone, engine, model, text, calibration, inference, e
 workbook, cli. Imports run one way (`[tool.importlinter]` in pyproject.toml).
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _PUBLIC = {
     "HatConfig": "config",

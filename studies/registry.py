@@ -31,7 +31,7 @@ from hat_lib.plotting.style import save_figure
 from hat_lib.rows import RowWriter
 from studies.common import markdown
 
-NAMES = ("decode", "answers", "benchmark", "quality", "corrections", "published", "stand_ins", "layer_shares",
+NAMES = ("decode", "answers", "benchmark", "quality", "corrections", "published", "stand_ins", "layer_shares", "tasks",
          "published_claims", "prompts_in_full", "speed_targets", "token_time", "self_speculative", "ablations",
          "step_cost")  # fmt: skip
 """ordered so that each comes after those whose files it reads"""

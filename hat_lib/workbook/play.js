@@ -419,9 +419,13 @@ export function mount(root, host) {
     const block = await ask({ ask: "map", prompt: text }, "Reading the prompt at nine capacities …");
     if (!block) return;
     take(block);
-    const more = await ask({ ask: "texts", prompt: text }, "Going on from it at nine capacities …");
-    if (!more) return;
-    texts = unpack(more).texts;
+    goOn();
+  }
+
+  async function goOn() {
+    const block = await ask({ ask: "texts", prompt: facts.prompt }, "Going on from it at nine capacities …");
+    if (!block) return;
+    texts = unpack(block).texts;
     drawTexts();
   }
 
@@ -445,6 +449,7 @@ export function mount(root, host) {
       say("");
       prompt.value = text;
       take(host.blocks[which]);
+      if (!texts) goOn();
     } else read(text);
   }
 

@@ -16,7 +16,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from hat_lib.config import HatError
-from hat_lib.evaluation.coloured_text import PALETTE, Passage
+from hat_lib.evaluation.coloured_text import PALETTE
 from hat_lib.evaluation.tokens import MATRICES, TokenTable, explain
 from hat_lib.inference.generate import AdaptiveInference
 from hat_lib.model.cost import linear_work
@@ -68,7 +68,7 @@ def answer(hat: HierarchicalTransformer, question: Mapping) -> bytes:
     if ask == "map":
         return _packed(*_map(hat, prompt))
     if ask == "texts":
-        return _packed({"texts": _texts(hat, prompt)})
+        return _packed({"texts": texts(hat, prompt)})
     if ask == "forced":
         cells = _cells(hat, question.get("cells"), length)
         with hat.at(question.get("capacity")), hat.using(_forced(hat, cells)):
@@ -81,7 +81,7 @@ def answer(hat: HierarchicalTransformer, question: Mapping) -> bytes:
 def whole(hat: HierarchicalTransformer, prompt: str) -> bytes:
     """Map and texts in one block: all that a page needs that has no model behind it."""
     header, shares = _map(hat, prompt)
-    return _packed(header | {"texts": _texts(hat, prompt)}, shares)
+    return _packed(header | {"texts": texts(hat, prompt)}, shares)
 
 
 def unpacked(block: bytes) -> tuple[dict, np.ndarray]:
@@ -89,15 +89,6 @@ def unpacked(block: bytes) -> tuple[dict, np.ndarray]:
     end = 4 + int.from_bytes(block[:4], "little")
     header = json.loads(block[4:end])
     return header, np.frombuffer(block[end:], np.uint8).reshape(header.get("shape", (0,)))
-
-
-def text_passages(block: bytes, capacities: Sequence[float]) -> list[Passage]:
-    """The texts of a block as coloured text, framed where they first differ from the dense one."""
-    known = {text["capacity"]: text for text in unpacked(block)[0]["texts"]}
-    return [
-        Passage("dense" if c == 1 else f"capacity {c:.2f}", known[c]["tokens"], known[c]["work"], known[c]["differs"])
-        for c in capacities
-    ]
 
 
 def _packed(header: dict, shares: np.ndarray | None = None) -> bytes:
@@ -172,7 +163,9 @@ def _shares(found: Sequence[TokenTable]) -> np.ndarray:
     return np.where(np.isnan(shares), LEFT, np.round(WHOLE * shares)).astype(np.uint8)
 
 
-def _texts(hat: HierarchicalTransformer, prompt: str) -> list[dict]:
+def texts(hat: HierarchicalTransformer, prompt: str) -> list[dict]:
+    """Greedy continuations at each of `CAPACITIES`: ``tokens``, the ``work`` that chose each, a share of the dense
+    model's, and where the text first ``differs`` from the dense one."""
     infer, found, dense = AdaptiveInference(hat), [], []
     for capacity in CAPACITIES:
         text = infer.generate(prompt, capacity=capacity, max_new_tokens=NEW_TOKENS, measure=False)

@@ -18,6 +18,7 @@ from IPython.display import display
 from matplotlib.figure import Figure
 
 from hat_lib.config import HatError
+from hat_lib.evaluation.coloured_text import Passage
 from hat_lib.evaluation.routing import layer_map
 from hat_lib.evaluation.tokens import explain
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -35,12 +36,12 @@ class PlayView(anywidget.AnyWidget):
     _esm, _css = HERE / "play.js", HERE / "play.css"
     presets = traitlets.List().tag(sync=True)
     block = traitlets.Bytes().tag(sync=True)
-    """what is known of the first prompt"""
+    """the map of the first prompt"""
 
     def __init__(self, hat: HierarchicalTransformer, prompts: Mapping[str, tuple[str, str]] = play.PRESETS):
         self._hat = hat
         presets = [[name, prompt, hint] for name, (prompt, hint) in prompts.items()]
-        super().__init__(presets=presets, block=play.whole(hat, presets[0][1]))
+        super().__init__(presets=presets, block=play.answer(hat, {"ask": "map", "prompt": presets[0][1]}))
         self.on_msg(self._asked)
 
     def _asked(self, _, message: dict, __) -> None:
@@ -65,6 +66,13 @@ def map_figure(hat: HierarchicalTransformer, prompt: str) -> Figure:
     return routing.layer_map(layer_map(explain(hat, prompt), count=play.MOST))
 
 
-def text_figure(view: PlayView, capacities: Sequence[float] = (1.0, 0.7, 0.55, 0.4)) -> Figure:
-    """The texts of a view's first prompt as a picture."""
-    return token_heatmap.figure(*play.text_passages(view.block, capacities), **SCALE)
+def text_figure(
+    hat: HierarchicalTransformer, prompt: str, capacities: Sequence[float] = (1.0, 0.7, 0.55, 0.4)
+) -> Figure:
+    """Texts that go on from a prompt as a picture, at some of `play.CAPACITIES`."""
+    known = {text["capacity"]: text for text in play.texts(hat, prompt)}
+    passages = []
+    for capacity in capacities:
+        name, text = "dense" if capacity == 1 else f"capacity {capacity:.2f}", known[capacity]
+        passages.append(Passage(name, text["tokens"], text["work"], text["differs"]))
+    return token_heatmap.figure(*passages, **SCALE)

@@ -59,6 +59,10 @@ SMALL = {
         {"texts": ["addresses"], "capacities": [0.7], "tokens": 1024, "dtype": "fp32"}, {"PROMPT": 16}, 2
     ),
     "layer_shares": ({"max_tokens": 256, "dtype": "fp32"}, {}, 3 * 4),
+    "tasks": (
+        {"tasks": ["copying", "arithmetic", "agreement"], "capacities": [0.6], "count": 8, "dtype": "fp32"},
+        {"SHARED": 8}, 3,
+    ),
 }  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def test_a_view_answers_and_shows_errors_in_place(hat, monkeypatch):
     (first, (block,)), (second, none) = sent
     assert first == {"id": 0} and play.unpacked(block)[0]["prompt"] == PROMPT
     assert second["id"] == 1 and second["error"] and none is None
-    assert png(map_figure(hat, PROMPT)).startswith(b"\x89PNG") and png(text_figure(view)).startswith(b"\x89PNG")
+    assert png(map_figure(hat, PROMPT)).startswith(b"\x89PNG") and png(text_figure(hat, PROMPT)).startswith(b"\x89PNG")
 
 
 def test_a_page_holds_all_it_shows_and_no_prompt_ends_its_script(hat):
