@@ -459,6 +459,7 @@ export function mount(root, host) {
     view.other = null;
     drawMap();
     drawPanels();
+    map.querySelector("[aria-selected=true]").scrollIntoView({ block: "nearest" });
   }
 
   function spot(event) {

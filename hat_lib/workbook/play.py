@@ -188,7 +188,7 @@ def _megabytes(hat: HierarchicalTransformer) -> float:
 
 
 def _speeds(hat: HierarchicalTransformer) -> list[str]:
-    """What is known of the speed at each capacity; measured for the bundled base and the channel grain alone."""
+    """What is known of the speed at each capacity: of the channel grain, on the bases of `studies.decode`."""
     try:
         table = results_table("decode")
     except HatError:

@@ -10,13 +10,13 @@ from tiny_runs import skipping
 from typer.testing import CliRunner
 
 from hat_lib.cli.app import app
-from hat_lib.config import HatError
+from hat_lib.config import REPO, HatError
 from hat_lib.evaluation.tokens import explain
 from hat_lib.inference.generate import AdaptiveInference
 from hat_lib.plotting.style import png
 from hat_lib.text.token_classes import pieces
-from hat_lib.workbook import play
-from hat_lib.workbook.play_page import Server, page, still_page
+from hat_lib.workbook import play, play_page
+from hat_lib.workbook.play_page import Server, still_page
 from hat_lib.workbook.play_view import PlayView, map_figure, text_figure
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
@@ -116,7 +116,10 @@ def test_a_view_answers_and_shows_errors_in_place(hat, monkeypatch):
 def test_a_page_holds_all_it_shows_and_no_prompt_ends_its_script(hat):
     text = still_page(hat, {"a": ("</script><script>alert(1)</script>", "")})
     assert text.count("</script>") == 1 and "https://" not in text
-    assert page([["a", "b", "c"]], [None], served=True) != page([["a", "b", "c"]], [None])
+    committed = (REPO / "docs" / "explore.html").read_text(encoding="utf-8")
+    assert all((play_page.HERE / name).read_text(encoding="utf-8") in committed for name in ("play.js", "play.css")), (
+        "the committed page is older than what draws it: python -m studies.make_page"
+    )
 
 
 @pytest.fixture
