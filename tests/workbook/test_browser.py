@@ -171,5 +171,5 @@ def test_a_kernel_answers_the_screen(lab, page, requests):
     show(view.locator(ROWS)).to_have_count(7)  # all up to the pinned token, the last, and the word that was chosen
     prompt.fill(" ")
     prompt.press("Enter")
-    show(view.get_by_role("status")).to_have_attribute("data-state", "error")
+    show(view.locator(".hat-status")).to_have_attribute("data-state", "error")
     assert requests == []
