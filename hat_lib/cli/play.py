@@ -49,14 +49,18 @@ def explain(
 ) -> None:
     """Which tokens of a prompt got the work."""
     if html is not None:
+        html = html.expanduser()
         options.check_writable(html.parent, "a page")
     options.start(threads)
     hat = options.load(base, checkpoint, capacity, exit_rate, dtype)
     from hat_lib.evaluation import tokens
+    from hat_lib.plotting.style import write
+    from hat_lib.workbook.play import check_prompt
+    from hat_lib.workbook.play_page import still_page
 
+    if html is not None:
+        check_prompt(hat, prompt)
     typer.echo(str(tokens.explain(hat, prompt)))
     if html is not None:
-        from hat_lib.workbook.play_page import still_page
-
-        html.expanduser().write_text(still_page(hat, {"Prompt": (prompt, "")}), encoding="utf-8")
+        write(html, still_page(hat, {"Prompt": (prompt, "")}).encode())
         typer.echo(f"wrote {html}", err=True)

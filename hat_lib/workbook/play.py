@@ -58,13 +58,10 @@ def answer(hat: HierarchicalTransformer, question: Mapping) -> bytes:
 
     Raises `HatError` for another question, and for a prompt that is empty or too long.
     """
+    if not isinstance(question, Mapping):
+        raise HatError(f"a question must be an object, got {question!r}")
     ask, prompt = question.get("ask"), question.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise HatError(f"a prompt must be text, got {prompt!r}")
-    check_whole("the prompt", prompt)
-    length = len(hat.base.tokenizer(prompt, verbose=False).input_ids)
-    if length > MOST:
-        raise HatError(f"a map shows up to {MOST} tokens, the prompt has {length}: make it shorter")
+    length = check_prompt(hat, prompt)
     if ask == "map":
         return _packed(*_map(hat, prompt))
     if ask == "texts":
@@ -78,8 +75,20 @@ def answer(hat: HierarchicalTransformer, question: Mapping) -> bytes:
     raise HatError(f"ask must be map, texts or forced, got {ask!r}")
 
 
+def check_prompt(hat: HierarchicalTransformer, prompt: object) -> int:
+    """The tokens of a prompt; `HatError` unless it is text of at most `MOST`."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise HatError(f"a prompt must be text, got {prompt!r}")
+    check_whole("the prompt", prompt)
+    length = len(hat.base.tokenizer(prompt, verbose=False).input_ids)
+    if length > MOST:
+        raise HatError(f"a map shows up to {MOST} tokens, the prompt has {length}: make it shorter")
+    return length
+
+
 def whole(hat: HierarchicalTransformer, prompt: str) -> bytes:
-    """Map and texts in one block: all that a page needs that has no model behind it."""
+    """Map and texts in one block: all that a page needs that has no model behind it. Raises as `check_prompt`."""
+    check_prompt(hat, prompt)
     header, shares = _map(hat, prompt)
     return _packed(header | {"texts": texts(hat, prompt)}, shares)
 

@@ -44,6 +44,8 @@ ABOUT = """Each row is a token of the prompt, each column a layer of a frozen la
 <b>capacity</b> each token skips a part of every layer's work, chosen anew for each token. The map shows who still gets
 it, the tables what the model would say next, dense and at this capacity, and the texts how it goes on."""
 PORT = 8765
+MOST = 1 << 20
+"""bytes of a question that are read"""
 
 
 def page(presets: Sequence[Sequence[str]], blocks: Sequence[bytes | None], served: bool = False) -> str:
@@ -97,9 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != "/ask" or not own:
             return self._reply(403, b"only this server's own page may ask", "text/plain")
         try:
-            question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            question = json.loads(self.rfile.read(min(MOST, int(self.headers["Content-Length"] or 0))))
             block = self.server.answer(question)
-        except HatError as error:
+        except ValueError as error:  # ours, and what is no JSON
             return self._reply(400, str(error).encode(), "text/plain")
         except Exception as error:
             return self._reply(500, f"{type(error).__name__}: {error}".encode(), "text/plain")

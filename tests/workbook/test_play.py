@@ -145,7 +145,8 @@ def test_a_server_answers_its_own_page_alone(served):
     question = json.dumps({"ask": "map", "prompt": PROMPT})
     status, block = reply(served, "POST", "/ask", question, Origin=f"http://{served.host}")
     assert status == 200 and play.unpacked(block)[0]["prompt"] == PROMPT
-    assert reply(served, "POST", "/ask", json.dumps({"ask": "map", "prompt": ""}))[0] == 400
+    for body in (json.dumps({"ask": "map", "prompt": ""}), "[1]", "no JSON", None):
+        assert reply(served, "POST", "/ask", body)[0] == 400
     assert reply(served, "POST", "/ask", question, Origin="http://example.org")[0] == 403
     assert reply(served, "POST", "/ask", question, Host="example.org")[0] == 403
     with pytest.raises(HatError):
@@ -155,7 +156,8 @@ def test_a_server_answers_its_own_page_alone(served):
 @pytest.mark.slow
 @pytest.mark.bundled
 def test_explain_writes_a_page(tmp_path):
-    file = tmp_path / "page.html"
+    file = tmp_path / "new" / "page.html"
     ran = CliRunner().invoke(app, ["explain", "The sea is", "--capacity", "0.6", "--html", str(file)])
     assert ran.exit_code == 0 and "sea" in ran.output and file.stat().st_size < 1e6
     assert CliRunner().invoke(app, ["explain", " "]).exit_code == 2
+    assert CliRunner().invoke(app, ["explain", "word " * 300, "--html", str(file)]).exit_code == 2
