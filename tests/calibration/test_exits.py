@@ -81,6 +81,7 @@ def test_rates_0_and_1(trained):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_what_is_realised_is_measured_on_other_blocks_than_were_fitted():
     hat, other = adaptive("channel"), list(TEXT)
     other[3::4] = random_blocks(10, 64, seed=5)

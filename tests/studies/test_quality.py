@@ -15,6 +15,8 @@ from hat_lib.rows import RowWriter, read_rows
 from studies.common import TEXTS, saved
 from studies.quality import KEY, plan
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 3600
 VARIANTS = ("trained", "uncorrected", "untrained", "random", "static", "removal")
 POINTS = [Point("channel", "docstrings", TOKENS, 0.7, 0.0, variant) for variant in VARIANTS]

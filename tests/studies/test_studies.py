@@ -88,7 +88,10 @@ def results(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", SMALL)
+LONG = ("corrections", "published_claims", "step_cost", "ablations", "benchmark", "answers", "decode")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in SMALL])
 def test_rows(name, checkpoints, results, monkeypatch):
     study, (options, constants, count) = registry.load(name), SMALL[name]
     for constant, value in constants.items():

@@ -126,6 +126,7 @@ def test_a_second_training_in_the_folder_is_refused(text, tmp_path, monkeypatch)
         train(run, folder, progress=False)
 
 
+@pytest.mark.slow
 def test_gates_alone_on_trained_routers(finished, text, tmp_path):
     grain, trained = finished
     run = replace(asked(grain, text, phase="exit", start=trained), correction_rank=None)
@@ -156,6 +157,7 @@ def test_what_cannot_be_trained_is_refused_before_the_training(text, tmp_path, m
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_calibration_after_training_reads_what_training_did_not(text, tmp_path, monkeypatch, tiny_base):
     read = {}
 
