@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hat_lib.config import HatError, check_count, work_text
-from hat_lib.evaluation.coloured_text import ansi, html, passages, visible
+from hat_lib.evaluation.coloured_text import ansi, html, passages
 from hat_lib.evaluation.perplexity import SLICE
 from hat_lib.model.cost import WorkTally, state_cost
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -77,7 +77,8 @@ class TokenTable:
         return html(*passages(self.tokens, "model_share"), **self._scale())
 
     def __str__(self) -> str:
-        return ansi(*passages(self.tokens, "model_share"), **self._scale())
+        # From nothing to all of the work, so that a subscript where there is no colour means tenths of it.
+        return ansi(*passages(self.tokens, "model_share"), **self._scale() | {"low": 0.0, "high": 1.0})
 
     def _scale(self) -> dict:
         """Ends of the unprotected tokens: with the others, these would all look alike."""
@@ -195,8 +196,3 @@ def _predictions(hat, base: Tensor, ours: Tensor, ids: Sequence[int]) -> tuple[d
         columns[f"{name}_of_next"] = of_next
     p, ids = torch.cat([top.values for top in best], dim=1).exp(), torch.cat([top.indices for top in best], dim=1)
     return columns, p.cpu().numpy(), ids.cpu().numpy()
-
-
-def quoted(text: str) -> str:
-    """A token in quotation marks, so that its spaces show."""
-    return f"“{visible(text).replace(chr(10), '')}”" if text else "(part of a character)"
