@@ -59,6 +59,7 @@ def needs(name: str, dtype: torch.dtype) -> dict[str, float]:
     layers, width = config.num_hidden_layers, config.hidden_size
     keys = 2 * layers * config.num_key_value_heads * head_size(config)
     size, shown = dtype.itemsize, str(dtype).removeprefix("torch.")
+    batch, block = recipe.batch_size, recipe.block_size
     saved = layers * sum(number * getattr(config, field) for field, number in SAVED.items()) + config.vocab_size
     return {
         f"the base, {parameters:,} parameters in {shown}": parameters * size,
@@ -69,8 +70,5 @@ def needs(name: str, dtype: torch.dtype) -> dict[str, float]:
         "the engine's copy, q4": products * GROUP_ROWS / GROUP / 2 + 2 * head,
         f"`hat calibrate`: states of up to {TOKENS:,} tokens": TOKENS * layers * width * 2,
         "`hat train`: gradients and Adam's moments": adapter * 12,
-        f"`hat train`: a batch of {recipe.batch_size} x {recipe.block_size} tokens": recipe.batch_size
-        * recipe.block_size
-        * saved
-        * 4,
+        f"`hat train`: a batch of {batch} x {block} tokens": batch * block * saved * 4,
     }

@@ -171,7 +171,8 @@ export function mount(root, host) {
     number.textContent = now.capacity.toFixed(2);
     slider.setAttribute("aria-valuetext", `capacity ${now.capacity.toFixed(2)}`);
     numbers.replaceChildren();
-    const costs = curves().map(name => `${signed(measured(name, now.capacity))} (${name})`);
+    const between = facts.curves.some(([, capacity]) => capacity === now.capacity) ? "" : "about ";
+    const costs = curves().map(name => `${between}${signed(measured(name, now.capacity))} (${name})`);
     const rows = [["work on this prompt", `${percent(now.work)} of the base's, protected tokens included`],
       ["perplexity over the base's", dense ? "none" : costs.join(", ") || "not measured"],
       ["speed", facts.steps[view.at].speed || `${(1 / now.work).toFixed(2)}x, if time followed the work`]];

@@ -33,8 +33,8 @@ WHOLE, LEFT = 250, 255  # a share of 100 %, and a layer that a token did not ent
 PRESETS = {
     "A story": (
         "The old lighthouse keeper walked down to the harbour, because the storm was coming in.",
-        "Watch “the”: in layers 3 to 9 it goes dark before any other token. One huge channel of its state makes all "
-        "others small, so little is left to multiply.",
+        "In the bundled base, watch “the”: in layers 3 to 9 it goes dark before any other token. One huge channel of "
+        "its state makes all others small, so little is left to multiply.",
     ),
     "A program": (
         "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return",
@@ -91,13 +91,6 @@ def whole(hat: HierarchicalTransformer, prompt: str) -> bytes:
     check_prompt(hat, prompt)
     header, shares = _map(hat, prompt)
     return _packed(header | {"texts": texts(hat, prompt)}, shares)
-
-
-def unpacked(block: bytes) -> tuple[dict, np.ndarray]:
-    """Header and shares ``[C, T, L, S]`` (empty without a map) of a block."""
-    end = 4 + int.from_bytes(block[:4], "little")
-    header = json.loads(block[4:end])
-    return header, np.frombuffer(block[end:], np.uint8).reshape(header.get("shape", (0,)))
 
 
 def _packed(header: dict, shares: np.ndarray | None = None) -> bytes:
@@ -208,7 +201,7 @@ def _speeds(hat: HierarchicalTransformer) -> list[str]:
     rows = rows[rows["weights"] == rows["dtype"]].sort_values("capacity")
     over = [np.interp(CAPACITIES, rows["capacity"], rows[name]) for name in ("over_dense", "over_hf")]
     where = "{threads:.0f} threads of a CPU, {dtype}".format(**rows.iloc[0])
-    return [f"{dense:.2f}x dense, {hf:.2f}x transformers ({where})" for dense, hf in zip(*over, strict=True)]
+    return [f"about {dense:.2f}x dense, {hf:.2f}x transformers ({where})" for dense, hf in zip(*over, strict=True)]
 
 
 def _cells(hat: HierarchicalTransformer, cells: object, tokens: int) -> list[list[int]]:

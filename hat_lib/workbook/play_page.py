@@ -43,7 +43,6 @@ mount(document.getElementById("play"),
 ABOUT = """Each row is a token of the prompt, each column a layer of a frozen language model. Move the dial: at a lower
 <b>capacity</b> each token skips a part of every layer's work, chosen anew for each token. The map shows who still gets
 it, the tables what the model would say next, dense and at this capacity, and the texts how it goes on."""
-PORT = 8765
 MOST = 1 << 20
 """bytes of a question that are read"""
 
@@ -68,7 +67,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, port: int = PORT):
+    def __init__(self, port: int):
         self.hat: Future[HierarchicalTransformer] = Future()
         self._one = threading.Lock()
         try:
@@ -93,9 +92,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(200 if found else 404, text.encode(), "text/html" if found else "text/plain")
 
     def do_POST(self) -> None:
-        # A page of another site may not ask: its address is neither the host nor the origin.
-        host = self.server.host
-        own = self.headers["Host"] == host and self.headers["Origin"] in (None, f"http://{host}")
+        # A page of another site may not ask: this machine is neither its host nor its origin.
+        host = self.headers["Host"] or ""
+        own = host.rpartition(":")[0] in ("127.0.0.1", "localhost")
+        own = own and self.headers["Origin"] in (None, f"http://{host}")
         if self.path != "/ask" or not own:
             return self._reply(403, b"only this server's own page may ask", "text/plain")
         try:

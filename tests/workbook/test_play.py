@@ -32,8 +32,15 @@ def hat():
     return hat
 
 
+def unpacked(block):
+    """Header and shares of a block, the latter ``[C, T, L, S]``."""
+    end = 4 + int.from_bytes(block[:4], "little")
+    header = json.loads(block[4:end])
+    return header, np.frombuffer(block[end:], np.uint8).reshape(header.get("shape", (0,)))
+
+
 def asked(hat, ask, **more):
-    return play.unpacked(play.answer(hat, {"ask": ask, "prompt": PROMPT, **more}))
+    return unpacked(play.answer(hat, {"ask": ask, "prompt": PROMPT, **more}))
 
 
 def test_the_map_is_what_explain_finds(hat):
@@ -103,12 +110,12 @@ def test_questions_that_are_refused(hat, question):
 
 def test_a_view_answers_and_shows_errors_in_place(hat, monkeypatch):
     view, sent = PlayView(hat, {"first": (PROMPT, "look")}), []
-    assert play.unpacked(view.block)[0]["prompt"] == PROMPT and view.presets == [["first", PROMPT, "look"]]
+    assert unpacked(view.block)[0]["prompt"] == PROMPT and view.presets == [["first", PROMPT, "look"]]
     monkeypatch.setattr(view, "send", lambda message, buffers=None: sent.append((message, buffers)))
     for number, prompt in enumerate((PROMPT, "")):
         view._asked(view, {"id": number, "question": {"ask": "map", "prompt": prompt}}, [])
     (first, (block,)), (second, none) = sent
-    assert first == {"id": 0} and play.unpacked(block)[0]["prompt"] == PROMPT
+    assert first == {"id": 0} and unpacked(block)[0]["prompt"] == PROMPT
     assert second["id"] == 1 and second["error"] and none is None
     assert png(map_figure(hat, PROMPT)).startswith(b"\x89PNG") and png(text_figure(hat, PROMPT)).startswith(b"\x89PNG")
 
@@ -144,9 +151,11 @@ def test_a_server_answers_its_own_page_alone(served):
     assert status == 200 and text.startswith(b"<!doctype html>") and reply(served, "GET", "/etc/passwd")[0] == 404
     question = json.dumps({"ask": "map", "prompt": PROMPT})
     status, block = reply(served, "POST", "/ask", question, Origin=f"http://{served.host}")
-    assert status == 200 and play.unpacked(block)[0]["prompt"] == PROMPT
+    assert status == 200 and unpacked(block)[0]["prompt"] == PROMPT
     for body in (json.dumps({"ask": "map", "prompt": ""}), "[1]", "no JSON", None):
         assert reply(served, "POST", "/ask", body)[0] == 400
+    local = f"localhost:{served.server_port}"
+    assert reply(served, "POST", "/ask", question, Host=local, Origin=f"http://{local}")[0] == 200
     assert reply(served, "POST", "/ask", question, Origin="http://example.org")[0] == 403
     assert reply(served, "POST", "/ask", question, Host="example.org")[0] == 403
     with pytest.raises(HatError):
