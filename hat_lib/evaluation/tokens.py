@@ -115,10 +115,17 @@ def prompt_blocks(tokenizer, prompts: Mapping[str, str]) -> list[dict]:
 
 
 @torch.no_grad()
-def token_table(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, progress: bool = True) -> TokenTable:
+def token_table(
+    hat: HierarchicalTransformer,
+    blocks: Sequence[Mapping],
+    *,
+    base_states: dict[int, Tensor] | None = None,
+    progress: bool = True,
+) -> TokenTable:
     """Read each block, a row of `load_text` or `prompt_blocks`, with the base and with ``hat`` as it is set.
 
-    Raises `HatError` if given ``hat.lm`` instead of ``hat``, no blocks, or a block beyond the base's context.
+    ``base_states`` keeps the base's final states, ``[T, D]`` a block, for the next table of the same blocks. Raises
+    `HatError` if given ``hat.lm`` instead of ``hat``, no blocks, or a block beyond the base's context.
     """
     if not isinstance(hat, HierarchicalTransformer):
         raise HatError(f"expected a HierarchicalTransformer, got {type(hat).__name__}")
@@ -126,12 +133,15 @@ def token_table(hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, prog
     if not lengths or not 1 <= min(lengths) <= max(lengths) <= context:
         raise HatError(f"expected blocks of 1 to {context} tokens, got lengths {sorted(set(lengths))}")
     special, parts, spent = set(hat.base.tokenizer.all_special_ids), [], WorkTally(hat)
+    base_states = {} if base_states is None else base_states
     for number, row in enumerate(tqdm(blocks, desc="tokens", disable=not progress)):
         ids, new = row["input_ids"], slice(row["n_context"], None)
-        with hat.dense():
-            base = _final_states(hat, ids)
+        if number not in base_states:
+            with hat.dense():
+                base_states[number] = _final_states(hat, ids)
         ours = _final_states(hat, ids)
-        losses, best_p, best_ids = _predictions(hat, base, ours, ids)  # now the trace also holds what the head read
+        losses, best_p, best_ids = _predictions(hat, base_states[number], ours, ids)
+        # Now the trace also holds what the head read.
         hat.trace.real[:, : row["n_context"]] = False  # counted in the block before
         spent.add(hat.trace)
         texts = pieces(hat.base.tokenizer, ids)

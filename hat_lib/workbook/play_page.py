@@ -11,8 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from hat_lib.config import HatError
-from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.workbook import play
+from hat_lib.evaluation.screen import PRESETS, Screen
 
 HERE = Path(__file__).parent
 PAGE = """<!doctype html>
@@ -55,20 +54,21 @@ def page(presets: Sequence[Sequence[str]], blocks: Sequence[bytes | None], serve
     return PAGE.format(js=js, css=css, about=ABOUT, given=text)
 
 
-def still_page(hat: HierarchicalTransformer, prompts: Mapping[str, tuple[str, str]]) -> str:
+def still_page(screen: Screen, prompts: Mapping[str, tuple[str, str]]) -> str:
     """The page of these prompts, name -> prompt and hint, with all that it shows inside it."""
-    return page([[name, *words] for name, words in prompts.items()], [play.whole(hat, p) for p, _ in prompts.values()])
+    blocks = [screen.answer({"ask": "whole", "prompt": prompt}) for prompt, _ in prompts.values()]
+    return page([[name, *words] for name, words in prompts.items()], blocks)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the page, and answers it, on this machine alone. Questions wait for ``hat``, a future: so the page opens
-    while the model is loaded. Raises `HatError` if the port is taken.
+    """Serves the page, and answers it, on this machine alone. Questions wait for ``screen``, a future: so the page
+    opens while the model is loaded. Raises `HatError` if the port is taken.
     """
 
     daemon_threads = True
 
     def __init__(self, port: int):
-        self.hat: Future[HierarchicalTransformer] = Future()
+        self.screen: Future[Screen] = Future()
         self._one = threading.Lock()
         try:
             super().__init__(("127.0.0.1", port), _Handler)
@@ -77,16 +77,16 @@ class Server(ThreadingHTTPServer):
         self.host = f"127.0.0.1:{self.server_port}"
 
     def answer(self, question: Mapping) -> bytes:
-        hat = self.hat.result()
+        screen = self.screen.result()
         with self._one:
-            return play.answer(hat, question)
+            return screen.answer(question)
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        presets = [[name, *words] for name, words in play.PRESETS.items()]
+        presets = [[name, *words] for name, words in PRESETS.items()]
         found = self.path == "/"
         text = page(presets, [None] * len(presets), served=True) if found else f"nothing at {self.path}"
         self._reply(200 if found else 404, text.encode(), "text/html" if found else "text/plain")

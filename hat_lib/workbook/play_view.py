@@ -1,14 +1,15 @@
 """The screen as a widget: a kernel answers what it asks.
 
-    PlayView(hat)                              with the prompts of `play.PRESETS`
+    PlayView(hat)                              with the prompts of `screen.PRESETS`
     PlayView(hat, {"fox": ("The quick", "")})  with others: name -> a prompt, and what to look for
 
-A page that runs nothing, such as GitHub's, shows `map_figure` and `text_figure` in its place.
+A notebook keeps the first prompt's answers, so its dial moves without a kernel, too. A page that runs nothing, such as
+GitHub's, shows `map_figure` and `text_figure` in its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -18,35 +19,36 @@ from IPython.display import display
 from matplotlib.figure import Figure
 
 from hat_lib.config import HatError
-from hat_lib.evaluation.coloured_text import Passage
+from hat_lib.evaluation import screen
 from hat_lib.evaluation.routing import layer_map
 from hat_lib.evaluation.tokens import explain
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import routing, token_heatmap
-from hat_lib.workbook import play
 from hat_lib.workbook.environment import in_colab
 
 HERE = Path(__file__).parent
-SCALE = {"meaning": "framed: first token unlike dense; share of the dense work:", "low": 0.0, "high": 1.0}
+MEANING = "framed: first token unlike dense; share of the dense work:"
 
 
 class PlayView(anywidget.AnyWidget):
-    """A prompt and a dial; drawn by ``play.js``, which asks `hat_lib.workbook.play.answer`."""
+    """A prompt and a dial; drawn by ``play.js``, which asks a `Screen`."""
 
     _esm, _css = HERE / "play.js", HERE / "play.css"
     presets = traitlets.List().tag(sync=True)
     block = traitlets.Bytes().tag(sync=True)
     """the map of the first prompt"""
+    texts = traitlets.Bytes().tag(sync=True)
+    """its texts, from `show` on"""
 
-    def __init__(self, hat: HierarchicalTransformer, prompts: Mapping[str, tuple[str, str]] = play.PRESETS):
-        self._hat = hat
+    def __init__(self, hat: HierarchicalTransformer, prompts: Mapping[str, tuple[str, str]] = screen.PRESETS):
+        self._screen = screen.Screen(hat)
         presets = [[name, prompt, hint] for name, (prompt, hint) in prompts.items()]
-        super().__init__(presets=presets, block=play.answer(hat, {"ask": "map", "prompt": presets[0][1]}))
+        super().__init__(presets=presets, block=self._screen.answer({"ask": "map", "prompt": presets[0][1]}))
         self.on_msg(self._asked)
 
     def _asked(self, _, message: dict, __) -> None:
         try:
-            self.send({"id": message["id"]}, [play.answer(self._hat, message["question"])])
+            self.send({"id": message["id"]}, [self._screen.answer(message["question"])])
         except (Exception, KeyboardInterrupt) as error:  # Jupyter hides them in a log that nobody reads
             words = str(error) if isinstance(error, HatError) else f"{type(error).__name__}: {error}"
             self.send({"id": message["id"], "error": words})
@@ -56,23 +58,18 @@ class PlayView(anywidget.AnyWidget):
         if in_colab():
             import_module("google.colab.output").enable_custom_widget_manager()
         display(self)
+        self.texts = self._screen.answer({"ask": "texts", "prompt": self.presets[0][1]})
 
-    def __repr__(self) -> str:  # what pages that run nothing show in its place
-        return f"{type(self).__name__}: run this cell to use it"
+    def __repr__(self) -> str:  # what pages that run nothing show in its place, and notebooks that are not trusted
+        return f"{type(self).__name__}: run this cell, or trust this notebook, to use it"
 
 
 def map_figure(hat: HierarchicalTransformer, prompt: str) -> Figure:
     """The map of a prompt as a picture, as ``hat`` is set."""
-    return routing.layer_map(layer_map(explain(hat, prompt), count=play.MOST))
+    return routing.layer_map(layer_map(explain(hat, prompt), count=screen.MOST))
 
 
-def text_figure(
-    hat: HierarchicalTransformer, prompt: str, capacities: Sequence[float] = (1.0, 0.7, 0.55, 0.4)
-) -> Figure:
-    """Texts that go on from a prompt as a picture, at some of `play.CAPACITIES`."""
-    known = {text["capacity"]: text for text in play.texts(hat, prompt)}
-    passages = []
-    for capacity in capacities:
-        name, text = "dense" if capacity == 1 else f"capacity {capacity:.2f}", known[capacity]
-        passages.append(Passage(name, text["tokens"], text["work"], text["differs"]))
-    return token_heatmap.figure(*passages, **SCALE)
+def text_figure(hat: HierarchicalTransformer, prompt: str) -> Figure:
+    """Texts that go on from a prompt as a picture, at capacities 1.0, 0.7, 0.55 and 0.4."""
+    found = screen.texts(hat, prompt)
+    return token_heatmap.figure(*(found[i] for i in (0, 3, 5, 8)), meaning=MEANING, low=0.0, high=1.0)

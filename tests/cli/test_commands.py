@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_runs import adaptive, new_hat, random_blocks
 
-from hat_lib.backbone import base
+from hat_lib.backbone import base, wheels
 from hat_lib.backbone.shapes import byte_tokenizer, random_model
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.cli import options as shared
@@ -19,7 +19,6 @@ from hat_lib.inference import generate, speed
 from hat_lib.model.checkpoint import read_checkpoint
 from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.rows import read_rows
-from hat_lib.workbook import environment as report
 from studies.quality import Row
 
 TINY = ("--base", "random:tiny")
@@ -161,8 +160,8 @@ def test_sweep_resumes_and_draws(run_hat, tmp_path):
 
 def test_setup_reports_without_fetching(run_hat, monkeypatch, tmp_path):
     monkeypatch.setenv("HAT_CACHE", str(tmp_path / "not" / "there"))
-    monkeypatch.setattr(report, "fetch_wheel", None)
-    monkeypatch.setattr(report, "load_base", None)
+    monkeypatch.setattr(wheels, "fetch_wheel", None)
+    monkeypatch.setattr(base, "load_base", None)
     code, out, err = run_hat("setup", "--no-fetch")
     assert code == 0 and err == "" and out.count("not fetched") == 2 and not (tmp_path / "not").exists()
     assert run_hat("setup", "--no-fetch", "--quiet") == (0, "", "")

@@ -16,6 +16,7 @@ from urllib.request import urlopen
 
 import nbformat
 import pytest
+from nbformat.sign import NotebookNotary
 
 from hat_lib.config import NOTEBOOKS, REPO
 
@@ -38,13 +39,13 @@ RUN_ALL = """async name => {
 
 @pytest.fixture
 def lab(tmp_path):
-    """Address of a JupyterLab, apart from the user's settings and kernels, that serves the cells of the screen."""
+    """Address of a JupyterLab, apart from the user's settings and kernels, that serves the screen's cells, trusted."""
     nb = nbformat.read(NOTEBOOKS / "07_routing_patterns.ipynb", as_version=4)
     nb.cells = [c for c in nb.cells if c.cell_type == "code" and any(part in c.source for part in CELLS)]
-    for cell in nb.cells:
-        cell.outputs, cell.execution_count = [], None
-    (tmp_path / "notebooks").mkdir()
+    for folder in ("notebooks", "data"):
+        (tmp_path / folder).mkdir()
     nbformat.write(nb, tmp_path / "notebooks" / "screen.ipynb")
+    NotebookNotary(data_dir=str(tmp_path / "data")).sign(nb)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -152,16 +153,24 @@ def test_every_control_of_the_page(page, requests):
 @pytest.mark.slow
 @pytest.mark.bundled
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on the path: apt install chromium")
-def test_a_kernel_answers_the_screen(lab, page, requests):
+def test_a_notebook_keeps_the_screen_and_a_kernel_answers_it(lab, page, requests):
     page.goto(lab.format("lab/tree/screen.ipynb"))
     page.wait_for_function("window.jupyterapp")
+    view, show = page.locator(".hat-play"), sync_api.expect
+    show(view.locator(ROWS)).to_have_count(17)  # nothing has run
+    stored = pixels(page)
+    view.get_by_role("slider").press("Home")
+    assert pixels(page) != stored
+    show(view.locator(".hat-differs")).to_have_count(1)
+    view.locator(".hat-word").first.click()
+    show(view.locator(".hat-status")).to_contain_text("kernel")
+
     ran = page.evaluate(RUN_ALL, "screen.ipynb")
     outputs = [output for cell in ran["cells"] for output in cell["outputs"]]
     assert outputs and not [output for output in outputs if output["output_type"] == "error"]
-    view, show = page.locator(".hat-play"), sync_api.expect
-    before = pixels(page)
+    show(view.locator(".hat-number")).to_have_text("0.62")  # drawn anew
     view.get_by_role("slider").press("Home")
-    assert pixels(page) != before
+    show(view.locator(".hat-number")).to_have_text("0.40")
     prompt = view.get_by_role("textbox")
     prompt.fill("The sea is blue, and")
     prompt.press("Enter")

@@ -9,7 +9,16 @@ from typer.testing import CliRunner
 
 from hat_lib.config import HatError
 from hat_lib.workbook import __main__ as workbook
-from hat_lib.workbook.notebooks import KERNEL, WIDGET_VIEW, clean, clean_file, parse_parameters, predictions, select
+from hat_lib.workbook.notebooks import (
+    KERNEL,
+    WIDGET_STATE,
+    WIDGET_VIEW,
+    clean,
+    clean_file,
+    parse_parameters,
+    predictions,
+    select,
+)
 from hat_lib.workbook.session import begin, judge, record
 
 
@@ -133,25 +142,34 @@ def dirty():
         v4.new_output("stream", name="stdout", text="loss 0.50\n"),
         v4.new_output("stream", name="stderr", text=bar),
         v4.new_output("stream", name="stderr", text=bar + "UserWarning: careful\n"),
-        v4.new_output("display_data", data={"text/plain": "a slider", WIDGET_VIEW: {"model_id": "abc"}}),
+        v4.new_output("display_data", data={"text/plain": "a slider", WIDGET_VIEW: {"model_id": "bar"}}),
+        v4.new_output("display_data", data={"text/plain": "a screen", WIDGET_VIEW: {"model_id": "screen"}}),
     ]
+    controls, layout = "@jupyter-widgets/controls", {"model_module": "@jupyter-widgets/base", "state": {}}
+    state = {
+        "bar": {"model_module": controls, "state": {"layout": "IPY_MODEL_of_bar"}},
+        "screen": {"model_module": "anywidget", "state": {"layout": "IPY_MODEL_of_screen"}},
+    }
+    widgets = {WIDGET_STATE: {"state": state | {"of_bar": layout, "of_screen": layout}, "version_major": 2}}
     metadata = {"tags": ["parameters", "hide-input"], "papermill": {"duration": 1.5}, "collapsed": True}
     code = v4.new_code_cell("work()", execution_count=3, metadata=metadata, outputs=outputs)
     title = v4.new_markdown_cell("# Title", metadata={"papermill": {}})
     return v4.new_notebook(
-        cells=[title, code], metadata={"widgets": {}, "kernelspec": {"name": "my-env", "display_name": "Mine"}}
+        cells=[title, code], metadata={"widgets": widgets, "kernelspec": {"name": "my-env", "display_name": "Mine"}}
     )
 
 
 def test_clean(dirty):
     title, code = clean(dirty).cells
     nbformat.validate(dirty)
+    assert dirty.metadata.pop("widgets")[WIDGET_STATE]["state"].keys() == {"screen", "of_screen"}
     assert dirty.metadata == {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     folded = {"tags": ["parameters", "hide-input"], "jupyter": {"source_hidden": True}}
     assert title.metadata == {} and code.metadata == folded
     assert code.execution_count == 3 and code.source == "work()"
-    assert [o.get("text", "")[-9:] for o in code.outputs] == ["oss 0.50\n", " careful\n", ""]
-    assert code.outputs[-1].data == {"text/plain": "a slider"}
+    assert [o.get("text", "")[-9:] for o in code.outputs] == ["oss 0.50\n", " careful\n", "", ""]
+    assert code.outputs[-2].data == {"text/plain": "a slider"}
+    assert code.outputs[-1].data == {"text/plain": "a screen", WIDGET_VIEW: {"model_id": "screen"}}
 
 
 def test_clean_file_is_idempotent_and_refuses_the_record_of_a_run(dirty, tmp_path):
