@@ -47,8 +47,8 @@ test: lint  ## lint, every test, and stored outputs of the notebooks (but 03 and
 soak: .venv/tested  ## a thousand random models, kills, and memory over many texts: half an hour
 	PYTHONPATH=tests $(OFFLINE) $(PY) -m soak $(PART)
 
-refresh: .venv/tested  ## make all that is committed anew: results, tables, figures, notebooks; hours, on an idle machine
-	$(OFFLINE) $(PY) -m studies --all --again --out data/results
+refresh: .venv/tested  ## make what is stale anew: results, tables, figures, notebooks; hours, resumable, on an idle machine
+	$(OFFLINE) $(PY) -m studies --all --again --stale --out data/results
 	$(PY) -m studies --tables
 	$(PY) -m studies --figures
 	$(OFFLINE) $(PY) -m hat_lib.workbook execute

@@ -26,6 +26,7 @@ from transformers import DynamicCache
 
 from hat_lib.backbone.base import BUNDLED, BUNDLED_GGUF, Base, load_base
 from hat_lib.backbone.families import linears
+from hat_lib.backbone.shapes import SHAPES
 from hat_lib.backbone.wheels import SMOLLM2, open_wheel
 from hat_lib.config import HatConfig, HatError, check_capacity, check_count
 from hat_lib.inference.speed import take_turns
@@ -42,7 +43,18 @@ ABOUT = "milliseconds a token: transformers, the engine by format and capacity, 
 MINUTES = 20
 KEY = ("base", "way", "weights", "sequences", "capacity")
 SHAPE = "random:tinyllama"
-MORE_SHAPES = ("random:llama-3.2-1b", "random:qwen3-0.6b")
+MORE_SHAPES = {
+    "random:llama-3.2-1b": {
+        "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 128256,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "initializer_range": 0.02, "tie_word_embeddings": True,
+    },
+    "random:qwen3-0.6b": {
+        "model_type": "qwen3", "num_hidden_layers": 28, "hidden_size": 1024, "intermediate_size": 3072,
+        "vocab_size": 151936, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+        "initializer_range": 0.02, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+SHAPES |= MORE_SHAPES
 WAYS = {"hf": "plain transformers", "hf_before": "plain transformers, before the engine's first step",
         "reference": "the reference path", "read": "a plain read of as much memory", "engine": "the engine",
         "llama.cpp": "llama.cpp"}  # fmt: skip

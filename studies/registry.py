@@ -29,6 +29,7 @@ from hat_lib.cli.options import check_writable, option, say
 from hat_lib.config import DATA, REPO, RUNS, HatError, check_count
 from hat_lib.plotting.style import save_figure
 from hat_lib.rows import RowWriter
+from studies import state
 from studies.common import markdown
 
 NAMES = ("decode", "answers", "benchmark", "quality", "corrections", "published", "stand_ins", "layer_shares", "tasks",
@@ -50,6 +51,7 @@ def run(
         None, "Folder of the CSV files; only rows that they lack are measured. [default: runs/results]"
     ),
     again: bool = option(False, "Measure every row again, and replace the old file once all are done.", "--again"),
+    stale: bool = option(False, "Of these, only the studies whose code or data have changed since.", "--stale"),
     settings: list[str] | None = option(
         None, "An option of the study; may be repeated: --set channel=0.9,0.7.", "--set", metavar="NAME=VALUE"
     ),
@@ -58,8 +60,8 @@ def run(
 ) -> None:
     """Measure results again, row by row, and draw what uses them.
 
-    Without a name, lists what there is. What was stopped resumes where it was. The committed files and figures change
-    only with --out data/results, and the rows they already hold only with --again as well.
+    Without a name, lists what there is, and what is stale. What was stopped resumes where it was. The committed files
+    and figures change only with --out data/results, and the rows they already hold only with --again as well.
     """
     folder = out or RUNS / "results"
     check_writable(folder, "results")
@@ -79,10 +81,14 @@ def run(
         return
     if not wanted:
         for name, study in studies.items():
-            typer.echo(f"{name:18} {study.MINUTES:4} min  {study.ABOUT}")
+            note = "stale" if state.is_stale(name, reads(study), out or RESULTS) else ""
+            typer.echo(f"{name:18} {study.MINUTES:4} min  {note:5}  {study.ABOUT}")
         return
     changed = parse(wanted[0], settings) if settings else {}
     for name, study in studies.items():
+        if stale and not state.is_stale(name, reads(study), folder):
+            typer.echo(f"{name}: nothing has changed since it was measured")
+            continue
         count = 0
         for row in measure(name, folder, again=again, **changed):
             count += 1
@@ -109,13 +115,18 @@ def load(name: str) -> ModuleType:
     return import_module(f"studies.{name}")
 
 
+def reads(study: ModuleType) -> tuple[str, ...]:
+    """The other files that a study reads."""
+    return tuple(getattr(study, "READS", ()))
+
+
 def measure(name: str, results: Path, *, again: bool = False, **options) -> Iterator:
     """Measure what ``results/NAME.csv`` lacks, or everything ``again``, yielding each row once it is written."""
-    study = load(name)
-    if reads := getattr(study, "READS", ()):  # what was measured here takes precedence over what is committed
-        here = all((results / f"{other}.csv").is_file() for other in reads)
+    study, path = load(name), results / f"{name}.csv"
+    own = (again or not path.is_file()) and not options  # all rows from one state, and as they are committed
+    if others := reads(study):  # what was measured here takes precedence over what is committed
+        here = all((results / f"{other}.csv").is_file() for other in others)
         options = {"results": results if here else None} | options
-    path = results / f"{name}.csv"
     unfinished = results / f"{name}.csv.new"  # where a stopped run resumes
     with RowWriter(unfinished if again else path, study.Row, study.KEY) as writer:
         for row in study.rows(writer.done, **options):
@@ -123,6 +134,8 @@ def measure(name: str, results: Path, *, again: bool = False, **options) -> Iter
             yield row
     if again:
         unfinished.replace(path)
+    if own:
+        state.remember(name, reads(study), results)
 
 
 def parse(name: str, settings: Sequence[str]) -> dict:

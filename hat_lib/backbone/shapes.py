@@ -3,8 +3,7 @@
 ``random:tiny``       a Llama of under 1 M parameters, weights large enough that logits and routing are far from
                       uniform; ``random:tiny-qwen3`` and so on are of the other families.
 ``random:tinyllama``  the exact shape of TinyLlama-1.1B, for timing; with channels skipped, it is only near that
-                      model's speed, which depends on which ones the next token keeps again. So are
-                      ``random:llama-3.2-1b`` and ``random:qwen3-0.6b`` of those models.
+                      model's speed, which depends on which ones the next token keeps again.
 
 All are identical to the bit everywhere, and none touches the caller's random state.
 """
@@ -33,15 +32,6 @@ SHAPES = {
     "random:tinyllama": {
         "num_hidden_layers": 22, "hidden_size": 2048, "intermediate_size": 5632, "vocab_size": 32000,
         "num_attention_heads": 32, "num_key_value_heads": 4, "initializer_range": 0.02,
-    },
-    "random:llama-3.2-1b": {
-        "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 128256,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "initializer_range": 0.02, "tie_word_embeddings": True,
-    },
-    "random:qwen3-0.6b": {
-        "model_type": "qwen3", "num_hidden_layers": 28, "hidden_size": 1024, "intermediate_size": 3072,
-        "vocab_size": 151936, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-        "initializer_range": 0.02, "tie_word_embeddings": True,
     },
 }  # fmt: skip
 

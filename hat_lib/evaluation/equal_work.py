@@ -3,10 +3,11 @@
 One row for each grain, text, capacity and variant: perplexity over the base's, agreement with it, and the margin to
 the trained model on the same tokens. A control is tuned until its share of the whole model's work, on the very text
 that is scored, is within `EQUAL` of the trained model's; only its work is looked at, never its predictions. No control
-has corrections; ``uncorrected`` is the trained model without its own, at equal work, so that what is left of a margin
-is the choice alone; ``fine_tuned`` has them at full strength with nothing skipped: what training does to the base. All
-of them keep the head's shortlist, which costs more the less sure a model is. Exits have two controls: as many at
-random, and ``no_exits``, the trained model at a capacity that does the same work without any.
+has corrections, so it may skip less by what they cost; ``uncorrected`` is the trained model without its own, at equal
+work, so that what is left of a margin is the choice alone; ``fine_tuned`` has them at full strength with nothing
+skipped: what training does to the base. All of them keep the head's shortlist, which costs more the less sure a model
+is. Exits have two controls: as many at random, and ``no_exits``, the trained model at a capacity that does the same
+work without any.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from datasets import Dataset
 
 from hat_lib.backbone.machine import Machine, machine
@@ -38,6 +40,7 @@ from hat_lib.evaluation.controls import (
 )
 from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, score_each
 from hat_lib.model.checkpoint import Checkpoint, Price, digest, read_checkpoint
+from hat_lib.model.cost import work
 from hat_lib.model.granularity import GRAINS
 from hat_lib.model.modes import combined
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -199,16 +202,21 @@ class _OnText:
         settings = list(dict.fromkeys((p.capacity, p.exit_rate) for p in points))
         scored = score_each(hat, self.blocks, [partial(hat.at, *setting) for setting in settings], progress=False)
         self.base, self.trained = scored[0], dict(zip(settings, scored[1], strict=True))
+        n, sites = hat.config.n_layers, len(hat.grain.sites)
+        whole = partial(
+            work, hat.lm.config, hat.config, torch.ones(n, sites), torch.tensor(n), routed=False, gated=False
+        )
+        self.corrections = whole(corrected=bool(hat.corrections)).model_share - 1
 
     def rows(self) -> Iterator[Row]:
         """Those of the trained model, then those of the others. A control whose work on the text is not the trained
-        model's is tried again, aimed as far to the other side of it."""
+        model's is tried again, aimed as far to the other side of it, by the slope of work in capacity."""
         aims = {}
         for point in self.points:
             if point.variant == "trained":
                 yield self.row(point, self.partner(point))
             else:
-                aims[point] = _work(point, self.partner(point))
+                aims[point] = self.aim(point)
         for attempt in range(ROUNDS):
             settings = {}
             for point, aim in list(aims.items()):
@@ -229,7 +237,15 @@ class _OnText:
                 elif attempt == ROUNDS - 1:
                     _warn(point, f"its share of the work is {found.model_share:.3f}, not {partner.model_share:.3f}")
                 else:
-                    aims[point] += _work(point, partner) - _work(point, found)
+                    slope = (1 - found.model_share) / (1 - found.capacity)
+                    aims[point] += (partner.model_share - found.model_share) / slope
+
+    def aim(self, point: Point) -> float:
+        """A capacity at which a variant should do the work of the trained model."""
+        partner = self.partner(point)
+        if point.variant == "no_exits":  # it has corrections, too
+            return partner.model_share - self.corrections
+        return partner.capacity + self.corrections * (point.capacity < 1)
 
     def partner(self, point: Point) -> Score:
         """Of the trained model, at the same capacity and exit rate."""
@@ -290,11 +306,6 @@ def text_to_score(text: str, hat, max_tokens: int) -> Dataset:
     if text not in CORPORA:
         return load_text(text, max_tokens=max_tokens, **how)
     return spread(load_text(text, **how), max_tokens)
-
-
-def _work(point: Point, found: Score) -> float:
-    """What a control is aimed by: the capacity, which leaves out what exits save."""
-    return found.model_share if point.variant == "no_exits" else found.capacity
 
 
 def adapter_digest(found: Checkpoint, exits: bool) -> str:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hat_lib.model.transformer import HierarchicalTransformer
 
 HAT_BYTES = 4
-"""bytes per trained parameter: routers, gates and translators stay fp32"""
+"""bytes per weight of routers, gates and translators, which stay fp32; corrections are read in the base's dtype"""
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ def work(
         dtype: of the base's weights.
         routed, gated: whether routers and exit gates ran at all.
         head_share: of the head, shortlist included.
-        corrected: whether corrections took part; those of the channel grain are not counted: at rank 4 they are 1 % of
-            the base, and they could be merged into its weights.
+        corrected: whether corrections took part.
     """
     n_layers, d, ran = config.n_layers, lm_config.hidden_size, exit_layer.double()
     q_width = lm_config.num_attention_heads * head_size(lm_config)
@@ -100,7 +99,7 @@ def work(
     compares, router_weights = grain.router_work(lm_config, ran)
     compares = compares + (d + lm_config.vocab_size) * (head_share < 1)
     skipped = dict(zip(grain.sites, ran - executed, strict=True))
-    correction_weights = zero + grain.correction_work(lm_config, config.correction_rank or 0, skipped) * corrected
+    corrections = zero + grain.correction_work(lm_config, config.correction_rank or 0, ran, skipped) * corrected
 
     def linear(layers: dict) -> dict[str, Tensor]:
         attention = zero + size["qkv"] * layers["qkv"] + size["o"] * layers["o"]
@@ -111,19 +110,18 @@ def work(
 
     head = zero + lm_config.vocab_size * d
     weights = linear(layers) | {"exited_kv": 2 * kv_width * d * (n_layers - ran), "head": head_share * head}
+    weights["corrections"] = corrections
     dense = linear(dict.fromkeys(size, n_layers)) | {"head": head}
     reached = sum(((exit_layer >= e).double() for e in config.exit_layers), zero)
     left = (exit_layer < n_layers).double()
     exit_weights = (reached * 2 * d + left * 2 * (config.translator_rank + 1) * d) * gated
-    own = {"corrections": correction_weights, "exits": exit_weights}
     router_bytes = dtype.itemsize * compares + HAT_BYTES * router_weights
     per_layer = 4 * q_width * (zero + context)
     return Work(
-        flops={part: 2 * w for part, w in (weights | own).items()}
+        flops={part: 2 * w for part, w in (weights | {"exits": exit_weights}).items()}
         | {"routers": (compares + 2 * router_weights) * routed, "core": per_layer * ran},
         weight_bytes={part: dtype.itemsize * w for part, w in weights.items()}
-        | {part: HAT_BYTES * w for part, w in own.items()}
-        | {"routers": router_bytes * routed},
+        | {"exits": HAT_BYTES * exit_weights, "routers": router_bytes * routed},
         dense_flops={part: 2 * w for part, w in dense.items()} | {"core": per_layer * n_layers},
         dense_weight_bytes={part: dtype.itemsize * w for part, w in dense.items()},
     )

@@ -91,9 +91,10 @@ class Grain:
         """0 at capacity 1, rising with the square of what is dropped to 1 at `FULL`."""
         return 0.0 if capacity >= 1 else min(1.0, (1 - capacity) / (1 - FULL)) ** 2
 
-    def correction_work(self, lm_config, rank: int, skipped: dict[str, Tensor]) -> Tensor | float:
-        """Weights read by corrections, from the number of layers that skipped each site; none if they are merged."""
-        return 0.0
+    def correction_work(self, lm_config, rank: int, layers: Tensor, skipped: dict[str, Tensor]) -> Tensor:
+        """Weights read by the corrections of tokens that ran so many ``layers``, and ``skipped`` each site in some."""
+        widths, work = input_widths(lm_config), linear_work(lm_config)
+        return layers * rank * sum(widths[site] + work[site] // widths[site] for site in self.sites)
 
 
 class ChannelGrain(Grain):
@@ -152,7 +153,7 @@ class TokenGrain(Grain):
     def correction_strength(self, capacity):
         return float(capacity < 1)
 
-    def correction_work(self, lm_config, rank, skipped):
+    def correction_work(self, lm_config, rank, layers, skipped):
         return 2 * lm_config.hidden_size * rank * skipped["ffn"]
 
 

@@ -136,6 +136,17 @@ def test_model_share_by_hand(hat, ids):
     assert state_cost(hat, state).model_share == pytest.approx(expected, rel=1e-6)
 
 
+def test_corrections_of_linear_layers_count(ids):
+    """Rank times inputs and outputs, in each layer that a token entered; q, k and v share one low-rank input."""
+    hat, each = untrained("channel", correction_rank=3), 3 * ((64 + 128) + (64 + 64) + (64 + 320) + (160 + 64))
+    for strength in (0.0, 1.0):
+        with skipping(hat), hat.correcting(strength):
+            hat.lm(ids)
+        cost = state_cost(hat, hat.trace)
+        assert torch.equal(cost.flops["corrections"], 2 * strength * each * hat.trace.exit_layer.double())
+        assert "corrections" not in cost.dense_flops
+
+
 def test_decode_costs_what_the_parallel_forward_does(hat, ids):
     tally, cache = WorkTally(hat), DynamicCache(config=hat.lm.config)
     with skipping(hat, rows=1):

@@ -1,5 +1,6 @@
 """Every file of data/results has a study with one interface; `python -m studies` runs, draws and tabulates them."""
 
+import ast
 import shutil
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -10,13 +11,13 @@ from matplotlib.figure import Figure
 from hat_lib import config
 from hat_lib.config import DATA, REPO, HatError
 from hat_lib.rows import read_rows
-from studies import registry
+from studies import registry, state
 
 RESULTS = DATA / "results"
 
 
 def test_one_module_for_each_file_and_each_file_for_one_module():
-    others = {"reliability.csv"}  # from `make soak`
+    others = {"reliability.csv", state.FILE}  # from `make soak`, and what the others were made from
     assert {path.name for path in RESULTS.iterdir()} - others == {f"{name}.csv" for name in registry.NAMES}
 
 
@@ -78,7 +79,29 @@ def test_a_stopped_run_goes_on_and_again_replaces_all_at_once(stand_in, run_stud
     assert "0 new rows" in run_studies(*run)[1] and out.read_text() == first
     assert run_studies(*run, "--again", "--set", "stop=1")[0] == 130 and out.read_text() == first
     assert run_studies(*run, "--again")[0] == 0 and stand_in.seen == [0, 1, 2, 0, 1, 2]
-    assert [row.cost for row in read_rows(out, Row)] == [4.5, 5.5, 6.5] and len(list(out.parent.iterdir())) == 1
+    assert [row.cost for row in read_rows(out, Row)] == [4.5, 5.5, 6.5]
+    assert {path.name for path in out.parent.iterdir()} == {out.name, state.FILE}
+
+
+def test_what_has_not_changed_is_not_measured_again(stand_in, run_studies, tmp_path, monkeypatch):
+    run = ("counted", "--out", tmp_path, "--again", "--stale")
+    assert run_studies(*run)[0] == 0 and stand_in.seen == [0, 1, 2]
+    assert "nothing has changed" in run_studies(*run)[1] and len(stand_in.seen) == 3
+    monkeypatch.setattr(state, "_bare", lambda path: ast.parse("other = 1"))
+    assert run_studies(*run)[0] == 0 and len(stand_in.seen) == 6
+
+
+def test_a_digest_sees_code_and_not_comments(tmp_path, monkeypatch):
+    (tmp_path / "studies").mkdir()
+    file = tmp_path / "studies" / "a.py"
+    monkeypatch.setattr(state, "REPO", tmp_path)
+    found = []
+    for text in ("x = 1", "# why\nx = 1\n'a docstring'", "x = 2", "from studies import b\nx = 2"):
+        file.write_text(text)
+        found.append(state.digest("a", (), tmp_path))
+    assert found[0] == found[1] and len(set(found)) == 3
+    (tmp_path / "studies" / "b.py").write_text("y = 3")
+    assert state.digest("a", (), tmp_path) != found[-1]
 
 
 def test_settings_are_read_by_type(stand_in):

@@ -1,0 +1,75 @@
+"""Which results are stale: a digest of the code and the data that a file of results was made from, beside the file.
+
+Only what can change a row counts: the library but for what draws, talks or runs notebooks, the study with the others
+that it imports, checkpoints, texts, and the files that it reads. Comments, docstrings and layout do not.
+"""
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from hat_lib.config import DATA, REPO
+from hat_lib.evaluation.equal_work import CHECKPOINTS, adapter_digest
+from hat_lib.model.checkpoint import read_checkpoint
+
+FILE = "made_from.json"
+LEFT_OUT = ("plotting", "workbook", "cli", "__init__.py", "__main__.py")
+"""parts of `hat_lib` that no row depends on"""
+
+
+def is_stale(name: str, reads: tuple[str, ...], results: Path) -> bool:
+    """Whether ``results/NAME.csv`` was made from other code or data than these, or nobody knows from which."""
+    return _known(results).get(name) != digest(name, reads, results)
+
+
+def remember(name: str, reads: tuple[str, ...], results: Path) -> None:
+    """Note that all rows of a file were made from the code and the data as they are."""
+    known = _known(results) | {name: digest(name, reads, results)}
+    (results / FILE).write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def digest(name: str, reads: tuple[str, ...], results: Path) -> str:
+    """SHA-256 (hex, its beginning) of what a file of results is made from."""
+    found = hashlib.sha256()
+    library = REPO / "hat_lib"
+    parts = [path for path in sorted(library.rglob("*.py")) if not set(path.relative_to(library).parts) & {*LEFT_OUT}]
+    for path in parts + sorted(_with_imports(name)):
+        found.update(ast.dump(_bare(path)).encode())
+    for folder in sorted(path.parent for path in CHECKPOINTS.glob("*/hat_config.json")):
+        found.update(adapter_digest(read_checkpoint(folder), exits=True).encode())
+    for path in [*sorted((DATA / "text").iterdir()), *(results / f"{other}.csv" for other in reads)]:
+        found.update(path.read_bytes() if path.is_file() else b"")
+    return found.hexdigest()[:16]
+
+
+def _known(results: Path) -> dict[str, str]:
+    path = results / FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _bare(path: Path) -> ast.Module:
+    """The code of a file without docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+    return tree
+
+
+def _with_imports(name: str) -> set[Path]:
+    """The modules of `studies` that one of them needs, itself included."""
+    found, wanted = set(), [name]
+    while wanted:
+        path = REPO / "studies" / f"{wanted.pop()}.py"
+        if path.is_file() and path not in found:
+            found.add(path)
+            wanted += _imported(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "studies":
+            yield from (alias.name for alias in node.names) if node.module == "studies" else [node.module.split(".")[1]]
