@@ -8,6 +8,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from hat_lib.config import DATA, REPO
@@ -32,16 +33,26 @@ def remember(name: str, reads: tuple[str, ...], results: Path) -> None:
 
 def digest(name: str, reads: tuple[str, ...], results: Path) -> str:
     """SHA-256 (hex, its beginning) of what a file of results is made from."""
-    found = hashlib.sha256()
-    library = REPO / "hat_lib"
-    parts = [path for path in sorted(library.rglob("*.py")) if not set(path.relative_to(library).parts) & {*LEFT_OUT}]
-    for path in parts + sorted(_with_imports(name)):
-        found.update(ast.dump(_bare(path)).encode())
-    for folder in sorted(path.parent for path in CHECKPOINTS.glob("*/hat_config.json")):
-        found.update(adapter_digest(read_checkpoint(folder), exits=True).encode())
-    for path in [*sorted((DATA / "text").iterdir()), *(results / f"{other}.csv" for other in reads)]:
+    found = hashlib.sha256(_shared())
+    for path in sorted(_with_imports(name)):
+        found.update(_code(path))
+    for path in (results / f"{other}.csv" for other in reads):
         found.update(path.read_bytes() if path.is_file() else b"")
     return found.hexdigest()[:16]
+
+
+@cache
+def _shared() -> bytes:
+    """What all studies are made from: the library, checkpoints, texts and tasks."""
+    found, library = hashlib.sha256(), REPO / "hat_lib"
+    for path in sorted(library.rglob("*.py")):
+        if not set(path.relative_to(library).parts) & {*LEFT_OUT}:
+            found.update(_code(path))
+    for folder in sorted(path.parent for path in CHECKPOINTS.glob("*/hat_config.json")):
+        found.update(adapter_digest(read_checkpoint(folder), exits=True).encode())
+    for path in sorted(path for folder in ("text", "tasks") for path in (DATA / folder).rglob("*") if path.is_file()):
+        found.update(path.read_bytes())
+    return found.digest()
 
 
 def _known(results: Path) -> dict[str, str]:
@@ -49,13 +60,13 @@ def _known(results: Path) -> dict[str, str]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _bare(path: Path) -> ast.Module:
-    """The code of a file without docstrings."""
+def _code(path: Path) -> bytes:
+    """What a file does, whatever its docstrings, comments and layout."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):
             node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
-    return tree
+    return ast.dump(tree).encode()
 
 
 def _with_imports(name: str) -> set[Path]:

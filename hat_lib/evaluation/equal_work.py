@@ -237,7 +237,9 @@ class _OnText:
                 elif attempt == ROUNDS - 1:
                     _warn(point, f"its share of the work is {found.model_share:.3f}, not {partner.model_share:.3f}")
                 else:
-                    slope = (1 - found.model_share) / (1 - found.capacity)
+                    # With corrections, work is not below 1 all the way up to capacity 1.
+                    no_exits = point.variant == "no_exits"
+                    slope = 1.0 if no_exits else (1 - found.model_share) / (1 - found.capacity)
                     aims[point] += (partner.model_share - found.model_share) / slope
 
     def aim(self, point: Point) -> float:

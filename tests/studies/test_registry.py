@@ -1,6 +1,5 @@
 """Every file of data/results has a study with one interface; `python -m studies` runs, draws and tabulates them."""
 
-import ast
 import shutil
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -87,7 +86,7 @@ def test_what_has_not_changed_is_not_measured_again(stand_in, run_studies, tmp_p
     run = ("counted", "--out", tmp_path, "--again", "--stale")
     assert run_studies(*run)[0] == 0 and stand_in.seen == [0, 1, 2]
     assert "nothing has changed" in run_studies(*run)[1] and len(stand_in.seen) == 3
-    monkeypatch.setattr(state, "_bare", lambda path: ast.parse("other = 1"))
+    monkeypatch.setattr(state, "_shared", lambda: b"other code")
     assert run_studies(*run)[0] == 0 and len(stand_in.seen) == 6
 
 

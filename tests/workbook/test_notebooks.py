@@ -4,10 +4,11 @@ import os
 
 import nbformat
 import pytest
+from nbconvert import HTMLExporter
 from notebook_files import notebook
 from typer.testing import CliRunner
 
-from hat_lib.config import HatError
+from hat_lib.config import NOTEBOOKS, HatError
 from hat_lib.workbook import __main__ as workbook
 from hat_lib.workbook.notebooks import (
     KERNEL,
@@ -170,6 +171,12 @@ def test_clean(dirty):
     assert [o.get("text", "")[-9:] for o in code.outputs] == ["oss 0.50\n", " careful\n", "", ""]
     assert code.outputs[-2].data == {"text/plain": "a slider"}
     assert code.outputs[-1].data == {"text/plain": "a screen", WIDGET_VIEW: {"model_id": "screen"}}
+
+
+def test_a_static_viewer_shows_the_notebook_that_keeps_a_screen():
+    """GitHub's is nbconvert, which refuses widgets without a state."""
+    html, _ = HTMLExporter().from_filename(NOTEBOOKS / "07_routing_patterns.ipynb")
+    assert html.count("data:image/png") >= 6
 
 
 def test_clean_file_is_idempotent_and_refuses_the_record_of_a_run(dirty, tmp_path):
