@@ -157,9 +157,10 @@ class Scratch(NamedTuple):
 
     h: ndarray  # [P, R, D]
     x: ndarray  # [P, R, D]
-    qkv: ndarray  # [R, (H + 2G) h]
+    qkv: ndarray  # [P, R, (H + 2G) h]
+    qkv_partials: ndarray  # [PARTIALS, R, (H + 2G) h]
     mixed: ndarray  # [P, R, H h]
-    partials: ndarray  # [2, PARTIALS, R, D], of narrow products, used alternately
+    partials: ndarray  # [2, PARTIALS, R, D], of o and down
     gate_up: ndarray  # [R, 2F], in blocks like the weights
     ffn: ndarray  # [R, F]
     index: ndarray  # uint64 [P, C + 8 PARTIALS]
@@ -176,8 +177,8 @@ class Scratch(NamedTuple):
     flags: ndarray  # bool [P, 5, R], see decode_step
     uncounted: ndarray  # int32 [P, R], for counts that another thread keeps
     small: ndarray  # [P, rank]
-    lowered: ndarray  # [P, R, r], what reduces the input of a wide product
-    parts: ndarray  # [2, PARTIALS, R, r], the same of a narrow one, by parts of its channels
+    lowered: ndarray  # [P, R, r], the lowered input of a correction
+    parts: ndarray  # [4, PARTIALS, R, r], the same by parts of the channels: of qkv, of k and v alone, of o and down
     preview: ndarray  # [R, V], or empty
     best: ndarray  # [P, R], best of the previews that each thread made
     likeliest: ndarray  # int64 [P, R], in its share of the vocabulary

@@ -246,7 +246,8 @@ class Decoder:
         self._scratch[threads, rows] = Scratch(
             h=_zeros(threads, rows, d),
             x=_zeros(threads, rows, d),
-            qkv=_zeros(rows, qkv),
+            qkv=_zeros(threads, rows, qkv),
+            qkv_partials=_zeros(PARTIALS, rows, qkv),
             mixed=_zeros(threads, rows, mixed),
             partials=_zeros(2, PARTIALS, rows, d),
             gate_up=_zeros(rows, gate_up),
@@ -266,7 +267,7 @@ class Decoder:
             uncounted=np.zeros((threads, rows), np.int32),
             small=_zeros(threads, 4096),
             lowered=_zeros(threads, rows, rank),
-            parts=_zeros(2, PARTIALS, rows, rank),
+            parts=_zeros(4, PARTIALS, rows, rank),
             preview=_zeros(rows, w.preview.shape[1]),
             best=_zeros(threads, rows),
             likeliest=np.zeros((threads, rows), np.int64),

@@ -146,6 +146,13 @@ def prefetch_at(context, w, row, column):
 
 
 @compiled()
+def fetch(w, row, c0, c1):
+    """Prefetch columns c0 to c1 of a row."""
+    for column in range(c0, c1, 64 // w.itemsize):
+        prefetch_at(w, row, column)
+
+
+@compiled()
 def add_channels(w, index, values, start, n, filled, y, c0, c1):
     """``y[r, c0:c1] = sum_k values[r, k] * w[index[k], c0:c1]`` for k from ``start`` to n, a multiple of eight apart.
 
@@ -157,12 +164,18 @@ def add_channels(w, index, values, start, n, filled, y, c0, c1):
         for r in range(y.shape[0]):
             y[r, left:right] = F0
         begin = right - (right - left) % LANES
+        lines = (begin - left + line - 1) // line
+        # Hardware fetches ahead of lines that are read in order, and beyond a row that would be in vain if rows are
+        # skipped. So its second half is then read backwards: ahead of it lies what has been read.
+        skipping = np.intp(index[n - 1] - index[start]) >= n - start
+        upwards = (lines + 1) // 2 if skipping else lines
         for k in range(start, n, 8):
             # No hardware prefetcher foresees which rows are next, even if all are kept, since rows are short.
             ahead, shift = min(k + 8, filled - 8), 0
             if k + 8 >= n and right < c1:
                 ahead, shift = start, right - left
-            for first in range(left, begin, line):
+            for step in range(lines):
+                first = left + (step if step < upwards else lines - 1 - step + upwards) * line
                 for i in range(8):
                     prefetch_at(w, np.intp(index[ahead + i]), first + shift)
                 for j in range(first, min(first + line, begin), LANES):

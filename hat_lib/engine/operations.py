@@ -7,7 +7,7 @@ import numpy as np
 from hat_lib.engine.arrays import PARTIALS, SECTION
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add
-from hat_lib.engine.kernels import F0, F1, as_float, as_stored, dot, exp, keep, prefetch_at, span
+from hat_lib.engine.kernels import F0, F1, as_float, as_stored, dot, exp, fetch, keep, span
 
 
 @compiled(reorder=True)
@@ -79,6 +79,17 @@ def expand(linear, layer, z, strength, y, c0, c1):
 
 
 @compiled()
+def fetch_small(linear, threshold, layer, strength, i0, i1, c0, c1):
+    """Prefetch what a product of inputs i0 to i1 and outputs c0 to c1 reads besides its weights."""
+    fetch(threshold, layer, i0, i1)
+    if strength > F0:
+        for k in range(linear.reduce.shape[1]):
+            fetch(linear.reduce[layer], k, i0, i1)
+        for k in range(linear.expand.shape[1]):
+            fetch(linear.expand[layer], k, c0, c1)
+
+
+@compiled()
 def product(linear, layer, index, gathered, n, z, strength, y, c0, c1):
     """Outputs c0 to c1 of a product, from all the kept channels."""
     scale, bias = linear.scale[layer], linear.bias[layer]
@@ -97,9 +108,9 @@ def product(linear, layer, index, gathered, n, z, strength, y, c0, c1):
 @compiled()
 def partial_product(
     linear, layer, unit, x, threshold, scale, keep_all, runs, index, gathered, ends, kept, strength, partials, lowered,
-    part, end_part,
+    part, end_part, c0, c1,
 ):  # fmt: skip
-    """A thread's share of a narrow product, whose channels are split: whole rows of the weight, in long pieces.
+    """A thread's share of outputs c0 to c1 of a product whose channels are split: long pieces of the weight's rows.
 
     The channels form `PARTIALS` parts, whose sums are added in pairs: the same sum for any number of threads. A thread
     has neighbouring parts, a power of two in number, and leaves its own sum in the first.
@@ -111,25 +122,25 @@ def partial_product(
         lower(x, first, last, threshold, scale, keep_all, runs, linear.reduce[layer], strength, lowered[p])
     start = 0
     for p in range(part, end_part):
-        add(linear.weight[layer], index, gathered, start, ends[p], n, partials[p], 0, partials.shape[2])
+        add(linear.weight[layer], index, gathered, start, ends[p], n, partials[p], c0, c1)
         start = ends[p]
     width = 1
     while width < end_part - part:
         for p in range(part, end_part, 2 * width):
             for r in range(partials.shape[1]):
-                into, other = partials[p, r], partials[p + width, r]
+                into, other = partials[p, r, c0:c1], partials[p + width, r, c0:c1]
                 for i in range(into.shape[0]):
                     into[i] += other[i]
         width *= 2
 
 
 @compiled()
-def add_partials(linear, layer, partials, lowered, team, strength, runs, z, h):
-    """Add the sum of what the threads left in ``partials`` to the hidden state of the rows that run."""
+def add_partials(linear, layer, partials, team, runs, y):
+    """Add the sum of what the threads left in ``partials`` to the rows of ``y`` that run."""
     p, scale, bias = partials, linear.scale[layer], linear.bias[layer]
-    for r in range(h.shape[0]):
+    for r in range(y.shape[0]):
         if runs[r]:
-            for i in range(h.shape[1]):
+            for i in range(y.shape[1]):
                 if team == 1:
                     s = p[0, r, i]
                 elif team == 2:
@@ -143,13 +154,19 @@ def add_partials(linear, layer, partials, lowered, team, strength, runs, z, h):
                     s *= scale[i]
                 if bias.shape[0]:
                     s += bias[i]
-                h[r, i] += s
-            if strength > F0:
-                for k in range(z.shape[1]):
-                    z[r, k] = F0
-                    for q in range(PARTIALS):
-                        z[r, k] += lowered[q, r, k]
-                expand(linear, layer, z[r], strength, h[r], 0, h.shape[1])
+                y[r, i] += s
+
+
+@compiled()
+def add_correction(linear, layer, lowered, strength, runs, z, y, c0, c1):
+    """Add a correction to outputs c0 to c1, from the parts that `partial_product` has lowered."""
+    for r in range(y.shape[0] if strength > F0 else 0):
+        if runs[r]:
+            for k in range(z.shape[1]):
+                z[r, k] = F0
+                for q in range(PARTIALS):
+                    z[r, k] += lowered[q, r, k]
+            expand(linear, layer, z[r], strength, y[r], c0, c1)
 
 
 @compiled()
@@ -219,11 +236,9 @@ def shortlist(head, scale, x, preview, floor, candidates, logits, t, team):
 @compiled()
 def full_logits(head, scale, x, candidates, logits):
     """The logits of some tokens, from all channels."""
-    line = 64 // head.itemsize
     for k in range(candidates.shape[0]):
         if k + 4 < candidates.shape[0]:
-            for i in range(0, x.shape[0], line):
-                prefetch_at(head, candidates[k + 4], i)
+            fetch(head, candidates[k + 4], 0, x.shape[0])
         value = dot(head[candidates[k]], x)
         if scale.shape[0]:
             value *= scale[candidates[k]]

@@ -2,9 +2,9 @@
 
 It is the layer of `hat_lib.model.decoder_layer`, with the same decisions, for up to eight tokens (rows) of one or more
 sequences. All threads run it together. Each keeps a hidden state of its own and computes norms and decisions itself,
-which is quicker than telling the others. Wide products are split by outputs, narrow ones by channels, attention by
-pieces of the context. A thread's outputs of gate and up are its own channels of down, so the threads meet four times
-a layer: after q, k and v, after attention, and after each narrow product.
+which is quicker than telling the others. The product of gate and up is split by outputs, those of q, k and v, of o and
+of down by channels, attention by pieces of the context. A thread's outputs of gate and up are its own channels of down,
+so the threads meet four times a layer: after q, k and v, after attention, after o and after down.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from hat_lib.engine.arrays import DOWN, FFN, GATE_UP, OUT, PARTIALS, QKV
 from hat_lib.engine.attention import PIECE, attend, combine, pieces, place_all, put
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add
-from hat_lib.engine.kernels import F1, as_float, dots, exp, keep, span
+from hat_lib.engine.kernels import F0, F1, as_float, dots, exp, fetch, keep, span
 from hat_lib.engine.operations import (
+    add_correction,
     add_partials,
     correct,
     exit_gate,
+    fetch_small,
     inner,
     largest,
     lower,
@@ -52,14 +54,16 @@ def decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head
     layers, width = base.norms.shape[1], base.embed.shape[1]
     count, heads, groups = rows.ids.shape[0], base.heads, base.kv_heads
     size, ffn_width = rows.keys.shape[4], decide.down_threshold.shape[1]
-    q_end, qkv_end = heads * size, scratch.qkv.shape[1]
-    h, x, index, gathered, ends = scratch.h[t], scratch.x[t], scratch.index[t], scratch.gathered[t], scratch.ends[t]
+    q_end, qkv_end = heads * size, scratch.qkv.shape[2]
+    h, x, qkv = scratch.h[t], scratch.x[t], scratch.qkv[t]
+    index, gathered, ends = scratch.index[t], scratch.gathered[t], scratch.ends[t]
     scale, uncounted, kept, z = scratch.scale[t], scratch.uncounted[t], kept[t], scratch.lowered[t]
     # Whether a row has not left, runs its FFN, keeps all channels, keeps all of them for K and V; and True for each.
     flags = scratch.flags[t]
     alive, runs, keep_all, kv_keep_all, every_row = flags[0], flags[1], flags[2], flags[3], flags[4]
-    # The thread's channels of narrow products, and its neurons.
+    # The thread's channels of q, k and v and of o, and its neurons.
     part, end_part = PARTIALS * t // team, PARTIALS * (t + 1) // team
+    i0, i1 = span(width, part, PARTIALS, base.unit), span(width, end_part, PARTIALS, base.unit)
     o0, o1 = span(q_end, part, PARTIALS, base.unit), span(q_end, end_part, PARTIALS, base.unit)
     f0, f1 = span(ffn_width, part, PARTIALS, base.block), span(ffn_width, end_part, PARTIALS, base.block)
 
@@ -84,30 +88,39 @@ def decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head
                     if t == 0:
                         exits[r] = layer
 
-        # Queries, keys and values. A row that has left gets only keys and values, from all of its channels.
         rms_norm(h, base.norms[0, layer], base.eps, x)
         if decide.sensitivity.shape[1]:
             for r in range(count):
                 u = inner(x[r], decide.sensitivity[layer]) + decide.sensitivity_bias[layer]
                 scale[r] = exp(min(max(-u, -SENSITIVITY_LIMIT), SENSITIVITY_LIMIT)) * rows.scale[r]
-        threshold, counts = decide.qkv_threshold[layer], kept[layer, QKV] if t == 0 else uncounted
-        start = 0
+
+        # While weights are read, memory brings the small arrays of what follows.
+        fetch_small(base.o, decide.o_threshold, layer, decide.strength, o0, o1, 0, width)
+        fetch_small(base.gate_up, decide.gate_up_threshold, layer, decide.strength, 0, width, 2 * f0, 2 * f1)
+        fetch(base.norms[1], layer, 0, width)
+
+        # Queries, keys and values. A row that has left gets only keys and values, from all of its channels.
+        together = qkv_end if n_alive == count else q_end
+        if n_alive > 0:
+            partial_product(
+                base.qkv, layer, base.unit, x, decide.qkv_threshold[layer], scale, keep_all, alive, index, gathered,
+                ends, kept[layer, QKV], decide.strength, scratch.qkv_partials, scratch.parts[0], part, end_part,
+                0, together,
+            )  # fmt: skip
         if n_alive < count:
-            if n_alive > 0:
-                n = keep(x, 0, width, threshold, scale, keep_all, alive, index, gathered, counts)
-                lower(x, 0, width, threshold, scale, keep_all, alive, base.qkv.reduce[layer], decide.strength, z)
-                c0, c1 = span(q_end, t, team, 32), span(q_end, t + 1, team, 32)
-                product(base.qkv, layer, index, gathered, n, z, decide.strength, scratch.qkv, c0, c1)
-            start = q_end
-            n = keep(x, 0, width, threshold, scale, kv_keep_all, every_row, index, gathered, uncounted)
-            lower(x, 0, width, threshold, scale, kv_keep_all, every_row, base.qkv.reduce[layer], decide.strength, z)
-        else:
-            n = keep(x, 0, width, threshold, scale, keep_all, alive, index, gathered, counts)
-            lower(x, 0, width, threshold, scale, keep_all, alive, base.qkv.reduce[layer], decide.strength, z)
-        c0, c1 = start + span(qkv_end - start, t, team, 32), start + span(qkv_end - start, t + 1, team, 32)
-        product(base.qkv, layer, index, gathered, n, z, decide.strength, scratch.qkv, c0, c1)
+            partial_product(
+                base.qkv, layer, base.unit, x, decide.qkv_threshold[layer], scale, kv_keep_all, every_row, index,
+                gathered, ends, uncounted, decide.strength, scratch.qkv_partials, scratch.parts[1], part, end_part,
+                q_end, qkv_end,
+            )  # fmt: skip
         if meet(barrier, team):
             return True
+        for r in range(count):
+            qkv[r, :] = F0
+        add_partials(base.qkv, layer, scratch.qkv_partials, team, every_row, qkv)
+        add_correction(base.qkv, layer, scratch.parts[0], decide.strength, alive, z, qkv, 0, together)
+        if n_alive < count:
+            add_correction(base.qkv, layer, scratch.parts[1], decide.strength, every_row, z, qkv, q_end, qkv_end)
 
         # Attention. One row writes its own key and value with the last piece of its context; several wait for all.
         q_norm, k_norm = base.head_norms[0, layer], base.head_norms[1, layer]
@@ -116,7 +129,7 @@ def decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head
                 r, g = item // groups, item % groups
                 keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
                 cos, sin = angles(base, rows, layer, r)
-                put(scratch.qkv[r], heads, groups, g, k_norm, base.eps, cos, sin, keys, values, rows.slot[r])
+                put(qkv[r], heads, groups, g, k_norm, base.eps, cos, sin, keys, values, rows.slot[r])
             if meet(barrier, team):
                 return True
         total = 0
@@ -129,10 +142,10 @@ def decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head
                 keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
                 for piece in range(max(begin - item, 0), min(end - item, n)):
                     if count == 1 and piece == n - 1:
-                        put(scratch.qkv[r], heads, groups, g, k_norm, base.eps, cos, sin, keys, values, rows.slot[r])
+                        put(qkv[r], heads, groups, g, k_norm, base.eps, cos, sin, keys, values, rows.slot[r])
                     if alive[r]:
                         queries = scratch.queries[t]
-                        place_all(scratch.qkv[r], g, q_norm, base.eps, cos, sin, queries)
+                        place_all(qkv[r], g, q_norm, base.eps, cos, sin, queries)
                         those = slice(g * queries.shape[0], (g + 1) * queries.shape[0])
                         attend(
                             queries, keys, values, rows.first[r] + piece * PIECE, rows.slot[r], scratch.scores[t],
@@ -151,11 +164,13 @@ def decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head
                 combine(scratch.tops[r, :n], scratch.totals[r, :n], scratch.pieces[r, :n], o0, o1, scratch.mixed[t, r])
         partial_product(
             base.o, layer, base.unit, scratch.mixed[t], decide.o_threshold[layer], scale, keep_all, alive, index,
-            gathered, ends, kept[layer, OUT], decide.strength, scratch.partials[0], scratch.parts[0], part, end_part,
+            gathered, ends, kept[layer, OUT], decide.strength, scratch.partials[0], scratch.parts[2], part, end_part,
+            0, width,
         )  # fmt: skip
         if meet(barrier, team):
             return True
-        add_partials(base.o, layer, scratch.partials[0], scratch.parts[0], team, decide.strength, alive, z, h)
+        add_partials(base.o, layer, scratch.partials[0], team, alive, h)
+        add_correction(base.o, layer, scratch.parts[2], decide.strength, alive, z, h, 0, width)
 
         # The feed-forward network.
         rms_norm(h, base.norms[1, layer], base.eps, x)
@@ -175,16 +190,23 @@ def decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head
         threshold, counts = decide.gate_up_threshold[layer], kept[layer, GATE_UP] if t == 0 else uncounted
         n = keep(x, 0, width, threshold, scale, keep_all, runs, index, gathered, counts)
         lower(x, 0, width, threshold, scale, keep_all, runs, base.gate_up.reduce[layer], decide.strength, z)
+        fetch_small(base.down, decide.down_threshold, layer, decide.strength, f0, f1, 0, width)
+        if layer + 1 < layers:
+            fetch_small(base.qkv, decide.qkv_threshold, layer + 1, decide.strength, i0, i1, 0, qkv_end)
+            fetch(base.norms[0], layer + 1, 0, width)
+            fetch(decide.sensitivity, layer + 1, 0, decide.sensitivity.shape[1])
         product(base.gate_up, layer, index, gathered, n, z, decide.strength, scratch.gate_up, 2 * f0, 2 * f1)
         for r in range(count):
             swiglu(scratch.gate_up[r], base.block, f0, f1, scratch.ffn[r])
         partial_product(
             base.down, layer, base.block, scratch.ffn, decide.down_threshold[layer], scale, keep_all, runs, index,
-            gathered, ends, kept[layer, DOWN], decide.strength, scratch.partials[1], scratch.parts[1], part, end_part,
+            gathered, ends, kept[layer, DOWN], decide.strength, scratch.partials[1], scratch.parts[3], part, end_part,
+            0, width,
         )  # fmt: skip
         if meet(barrier, team):
             return True
-        add_partials(base.down, layer, scratch.partials[1], scratch.parts[1], team, decide.strength, runs, z, h)
+        add_partials(base.down, layer, scratch.partials[1], team, runs, h)
+        add_correction(base.down, layer, scratch.parts[3], decide.strength, runs, z, h, 0, width)
 
     # The head, for the rows whose logits are wanted.
     count = rows.logit_rows.shape[0]
