@@ -12,7 +12,7 @@ from hat_lib.engine import team
 from hat_lib.engine.cache import GrowingLayer, buffer_for
 from hat_lib.engine.decoder import Decoder, Place
 from hat_lib.engine.loop import decode
-from hat_lib.engine.weights import packed_bytes
+from hat_lib.engine.weights import pack, packed_bytes
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -101,6 +101,13 @@ def divergence(expected, found):
     """KL divergence, nats per token."""
     expected, found = expected.log_softmax(-1), found.log_softmax(-1)
     return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("form", ["base", "int8", "q4"])
+def test_weights_begin_with_a_cache_line(form):
+    weights = pack(llama(**WIDE), form, preview=True)
+    products = [linear.weight for linear in (weights.qkv, weights.o, weights.gate_up, weights.down)]
+    assert all(array.ctypes.data % 64 == 0 for array in (*products, weights.preview))
 
 
 @pytest.mark.parametrize("form, size, nats", [("int8", 0.3, 1e-3), ("q4", 0.2, 0.2)])
