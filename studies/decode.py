@@ -275,6 +275,8 @@ def _ideal(cost: Work, size: int, form: str) -> float:
 
     def read(work: dict[str, Tensor]) -> float:
         parts = {part: float(value.sum()) for part, value in work.items()}
+        if form in READ and "corrections" in parts:
+            parts["corrections"] *= 2 / size  # in bf16
         layers = sum(parts.pop(part, 0.0) for part in ("attention", "ffn", "exited_kv"))
         return (kept * layers + head * parts.pop("head")) / size + sum(parts.values())
 

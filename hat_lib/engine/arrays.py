@@ -29,8 +29,9 @@ class Linear(NamedTuple):
     scale: ndarray  # [L, out], or no columns
     bias: ndarray  # [L, out], or no columns
     # A correction adds strength * (expand^T (reduce x) + shift), for the channels x that are kept.
-    reduce: ndarray  # [L, r, C], stored; no rows without corrections
-    expand: ndarray  # [L, r + 1, out], stored, shift last; no rows without corrections
+    # Stored, or in bfloat16 beside weights of fewer bits; no rows without corrections.
+    reduce: ndarray  # [L, r, C]
+    expand: ndarray  # [L, r + 1, out], shift last
 
 
 class Weights(NamedTuple):

@@ -61,6 +61,7 @@ def decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head
     # Whether a row has not left, runs its FFN, keeps all channels, keeps all of them for K and V; and True for each.
     flags = scratch.flags[t]
     alive, runs, keep_all, kv_keep_all, every_row = flags[0], flags[1], flags[2], flags[3], flags[4]
+    of_qkv, of_kv, of_o, of_down = scratch.parts[0], scratch.parts[1], scratch.parts[2], scratch.parts[3]
     # The thread's channels of q, k and v and of o, and its neurons.
     part, end_part = PARTIALS * t // team, PARTIALS * (t + 1) // team
     i0, i1 = span(width, part, PARTIALS, base.unit), span(width, end_part, PARTIALS, base.unit)
@@ -104,13 +105,13 @@ def decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head
         if n_alive > 0:
             partial_product(
                 base.qkv, layer, base.unit, x, decide.qkv_threshold[layer], scale, keep_all, alive, index, gathered,
-                ends, kept[layer, QKV], decide.strength, scratch.qkv_partials, scratch.parts[0], part, end_part,
+                ends, kept[layer, QKV], decide.strength, scratch.qkv_partials, of_qkv, part, end_part,
                 0, together,
             )  # fmt: skip
         if n_alive < count:
             partial_product(
                 base.qkv, layer, base.unit, x, decide.qkv_threshold[layer], scale, kv_keep_all, every_row, index,
-                gathered, ends, uncounted, decide.strength, scratch.qkv_partials, scratch.parts[1], part, end_part,
+                gathered, ends, uncounted, decide.strength, scratch.qkv_partials, of_kv, part, end_part,
                 q_end, qkv_end,
             )  # fmt: skip
         if meet(barrier, team):
@@ -118,9 +119,9 @@ def decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head
         for r in range(count):
             qkv[r, :] = F0
         add_partials(base.qkv, layer, scratch.qkv_partials, team, every_row, qkv)
-        add_correction(base.qkv, layer, scratch.parts[0], decide.strength, alive, z, qkv, 0, together)
+        add_correction(base.qkv, layer, of_qkv, decide.strength, alive, z, qkv, 0, together)
         if n_alive < count:
-            add_correction(base.qkv, layer, scratch.parts[1], decide.strength, every_row, z, qkv, q_end, qkv_end)
+            add_correction(base.qkv, layer, of_kv, decide.strength, every_row, z, qkv, q_end, qkv_end)
 
         # Attention. One row writes its own key and value with the last piece of its context; several wait for all.
         q_norm, k_norm = base.head_norms[0, layer], base.head_norms[1, layer]
@@ -164,13 +165,13 @@ def decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head
                 combine(scratch.tops[r, :n], scratch.totals[r, :n], scratch.pieces[r, :n], o0, o1, scratch.mixed[t, r])
         partial_product(
             base.o, layer, base.unit, scratch.mixed[t], decide.o_threshold[layer], scale, keep_all, alive, index,
-            gathered, ends, kept[layer, OUT], decide.strength, scratch.partials[0], scratch.parts[2], part, end_part,
+            gathered, ends, kept[layer, OUT], decide.strength, scratch.partials[0], of_o, part, end_part,
             0, width,
         )  # fmt: skip
         if meet(barrier, team):
             return True
         add_partials(base.o, layer, scratch.partials[0], team, alive, h)
-        add_correction(base.o, layer, scratch.parts[2], decide.strength, alive, z, h, 0, width)
+        add_correction(base.o, layer, of_o, decide.strength, alive, z, h, 0, width)
 
         # The feed-forward network.
         rms_norm(h, base.norms[1, layer], base.eps, x)
@@ -200,13 +201,13 @@ def decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head
             swiglu(scratch.gate_up[r], base.block, f0, f1, scratch.ffn[r])
         partial_product(
             base.down, layer, base.block, scratch.ffn, decide.down_threshold[layer], scale, keep_all, runs, index,
-            gathered, ends, kept[layer, DOWN], decide.strength, scratch.partials[1], scratch.parts[3], part, end_part,
+            gathered, ends, kept[layer, DOWN], decide.strength, scratch.partials[1], of_down, part, end_part,
             0, width,
         )  # fmt: skip
         if meet(barrier, team):
             return True
         add_partials(base.down, layer, scratch.partials[1], team, runs, h)
-        add_correction(base.down, layer, scratch.parts[3], decide.strength, runs, z, h, 0, width)
+        add_correction(base.down, layer, of_down, decide.strength, runs, z, h, 0, width)
 
     # The head, for the rows whose logits are wanted.
     count = rows.logit_rows.shape[0]

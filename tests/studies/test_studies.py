@@ -167,6 +167,9 @@ def test_a_format_s_ideal_is_in_the_bytes_that_it_reads():
     dense, executed = ({"ffn": torch.tensor(2.0 * n), "head": torch.tensor(400.0)} for n in (1000, 500))
     ideal = {form: decode._ideal(Work({}, executed, {}, dense), 2, form) for form in ("base", "int8", "q4")}
     assert ideal == {"base": 2400 / 1400, "int8": 1200 / 700, "q4": 762.5 / 512.5}
+    dense, executed = ({"ffn": torch.tensor(4.0 * n), "head": torch.tensor(800.0)} for n in (1000, 500))
+    executed["corrections"] = torch.tensor(40.0)  # ten numbers of an fp32 base, two bytes each beside fewer bits
+    assert decode._ideal(Work({}, executed, {}, dense), 4, "int8") == 1200 / 720
 
 
 def test_parting():
