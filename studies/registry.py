@@ -123,19 +123,27 @@ def reads(study: ModuleType) -> tuple[str, ...]:
 def measure(name: str, results: Path, *, again: bool = False, **options) -> Iterator:
     """Measure what ``results/NAME.csv`` lacks, or everything ``again``, yielding each row once it is written."""
     study, path = load(name), results / f"{name}.csv"
-    own = (again or not path.is_file()) and not options  # all rows from one state, and as they are committed
+    made_from = state.digest(name, reads(study), results)
+    # All rows from one state, and as they are committed; a row says its dtype.
+    own = (again or not path.is_file()) and not options.keys() - {"dtype"}
     if others := reads(study):  # what was measured here takes precedence over what is committed
         here = all((results / f"{other}.csv").is_file() for other in others)
         options = {"results": results if here else None} | options
     unfinished = results / f"{name}.csv.new"  # where a stopped run resumes
+    if again:
+        if unfinished.is_file() and state.known(results).get(unfinished.name, made_from) != made_from:
+            raise HatError(f"{unfinished} was begun with other code or data: delete it to begin again")
+        results.mkdir(parents=True, exist_ok=True)
+        state.remember(unfinished.name, made_from, results)
     with RowWriter(unfinished if again else path, study.Row, study.KEY) as writer:
         for row in study.rows(writer.done, **options):
             writer.write(row)
             yield row
     if again:
         unfinished.replace(path)
+        state.remember(unfinished.name, None, results)
     if own:
-        state.remember(name, reads(study), results)
+        state.remember(name, made_from, results)
 
 
 def parse(name: str, settings: Sequence[str]) -> dict:

@@ -22,13 +22,14 @@ LEFT_OUT = ("plotting", "workbook", "cli", "__init__.py", "__main__.py")
 
 def is_stale(name: str, reads: tuple[str, ...], results: Path) -> bool:
     """Whether ``results/NAME.csv`` was made from other code or data than these, or nobody knows from which."""
-    return _known(results).get(name) != digest(name, reads, results)
+    return known(results).get(name) != digest(name, reads, results)
 
 
-def remember(name: str, reads: tuple[str, ...], results: Path) -> None:
-    """Note that all rows of a file were made from the code and the data as they are."""
-    known = _known(results) | {name: digest(name, reads, results)}
-    (results / FILE).write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+def remember(file: str, found: str | None, results: Path) -> None:
+    """Note the digest of a file's rows; None to forget it."""
+    entries = known(results) | {file: found}
+    text = json.dumps({key: value for key, value in entries.items() if value}, indent=1, sort_keys=True)
+    (results / FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def digest(name: str, reads: tuple[str, ...], results: Path) -> str:
@@ -55,7 +56,8 @@ def _shared() -> bytes:
     return found.digest()
 
 
-def _known(results: Path) -> dict[str, str]:
+def known(results: Path) -> dict[str, str]:
+    """The digests by file."""
     path = results / FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 

@@ -165,10 +165,9 @@ def add_channels(w, index, values, start, n, filled, y, c0, c1):
             y[r, left:right] = F0
         begin = right - (right - left) % LANES
         lines = (begin - left + line - 1) // line
-        # Hardware fetches ahead of lines that are read in order, and beyond a row that would be in vain if rows are
-        # skipped. So its second half is then read backwards: ahead of it lies what has been read.
-        skipping = np.intp(index[n - 1] - index[start]) >= n - start
-        upwards = (lines + 1) // 2 if skipping else lines
+        # Hardware fetches ahead of lines that are read in order, and beyond a short row that is mostly in vain. So its
+        # second half is read backwards: ahead of it lies what has been read.
+        upwards = (lines + 1) // 2
         for k in range(start, n, 8):
             # No hardware prefetcher foresees which rows are next, even if all are kept, since rows are short.
             ahead, shift = min(k + 8, filled - 8), 0

@@ -88,6 +88,9 @@ def test_what_has_not_changed_is_not_measured_again(stand_in, run_studies, tmp_p
     assert "nothing has changed" in run_studies(*run)[1] and len(stand_in.seen) == 3
     monkeypatch.setattr(state, "_shared", lambda: b"other code")
     assert run_studies(*run)[0] == 0 and len(stand_in.seen) == 6
+    assert run_studies(*run[:-1], "--set", "stop=1")[0] == 130
+    monkeypatch.setattr(state, "_shared", lambda: b"other code again")
+    assert run_studies(*run)[0] == 2 and len(stand_in.seen) == 7, "rows of two states would be mixed"
 
 
 def test_a_digest_sees_code_and_not_comments(tmp_path, monkeypatch):
