@@ -142,8 +142,8 @@ def measure(name: str, results: Path, *, again: bool = False, **options) -> Iter
     if again:
         unfinished.replace(path)
         state.remember(unfinished.name, None, results)
-    if own:
-        state.remember(name, made_from, results)
+    if own or again:
+        state.remember(name, made_from if own else None, results)
 
 
 def parse(name: str, settings: Sequence[str]) -> dict:
