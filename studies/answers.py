@@ -20,8 +20,8 @@ from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
-from studies.benchmark import plain_copy, plain_part
 from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, spread
+from studies.timing import plain_copy, plain_part
 
 ABOUT = "time to the first and to the last token of an answer, alone and beside busy processes"
 MINUTES = 6

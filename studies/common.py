@@ -40,8 +40,3 @@ def times(speedup: float, ideal: float | None = None) -> str:
 
 
 SPEEDS = ("ideal", "over our own dense path", "over plain transformers")
-
-
-def speeds(ideal: float, dense: float, hf: float) -> list[str]:
-    """Cells below `SPEEDS`."""
-    return [times(ideal), times(dense, ideal), times(hf)]

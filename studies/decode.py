@@ -35,9 +35,9 @@ from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
-from studies.benchmark import CONTEXT, decode_ms, forced, plain_copy
 from studies.common import CHECKPOINTS, Machine, machine, markdown, ratios, rounded, saved, spread, times
 from studies.plotting import speed
+from studies.timing import CONTEXT, decode_ms, forced, plain_copy
 
 ABOUT = "milliseconds a token: transformers, the engine by format and capacity, eight sequences, llama.cpp"
 MINUTES = 20

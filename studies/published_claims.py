@@ -6,38 +6,51 @@ with random weights, forced to the shares and exits that the bundled base realis
 """
 
 import gc
+import statistics
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from hat_lib import config
 from hat_lib.backbone.base import BUNDLED, load_base
 from hat_lib.config import HatConfig, HatError
 from hat_lib.evaluation.controls import exit_shares
+from hat_lib.inference.speed import Variant, now, take_turns
+from hat_lib.model.cost import Work, state_cost
 from hat_lib.model.modes import combined
 from hat_lib.model.policies import Forced
-from hat_lib.model.token_state import Masks
+from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.rows import read_rows
 from hat_lib.text.blocks import load_text
 from studies import common, quality
-from studies.benchmark import PREFILL, Setting, forced, measure, plain_copy
-from studies.common import CHECKPOINTS, SPEEDS, TEXTS, markdown, saved, speeds
+from studies.common import CHECKPOINTS, SPEEDS, TEXTS, markdown, ratios, rounded, saved, times
 from studies.plotting import speed
 from studies.plotting.findings import increase_text
+from studies.timing import decode_ms, forced, plain_copy, plain_part
 
 ABOUT = "a claimed point: quality from quality.csv, speed measured"
 MINUTES = 15
 READS = ("quality",)
 KEY = ("base", "granularity", "capacity", "exit_rate")
 SHAPE = "random:tinyllama"
+PREFILL = 512  # tokens of a timed prefill
 # capacity -> speedup and increase in perplexity
 PROMISED = {0.9: (1.1, 0.01), 0.7: (1.3, 0.03), 0.55: (1.6, 0.08), 0.4: (1.8, 0.12)}
+
+
+class Setting(NamedTuple):
+    capacity: float  # requested, like the next
+    exit_rate: float = 0.0
+
+
 SETTINGS = [*(Setting(c) for c in PROMISED), Setting(1.0, 0.1), Setting(0.75, 0.1)]
 
 
@@ -121,17 +134,48 @@ def _grain(checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str
 
 
 def _rows(hat, around: Mapping, ids: Tensor, rounds: int, steps: int, known: Mapping) -> Iterator[Row]:
-    timed = partial(measure, hat, plain_copy(hat), around, ids, rounds=rounds, steps=steps)
-    for setting, decode, prefill in zip(around, timed(phase="decode"), timed(phase="prefill"), strict=True):
+    plain, grain = plain_copy(hat), hat.config.granularity
+    timed = (_timed(hat, plain, around, ids, phase, rounds, steps) for phase in ("prefill", "decode"))
+    for setting, prefill, decode in zip(around, *timed, strict=True):
         speedup, increase = (None, None) if setting.exit_rate else PROMISED.get(setting.capacity, (None, None))
-        quoted = {}
+        columns = prefill | decode | {"promised_speedup": speedup, "promised_increase": increase, "rounds": rounds}
         for text in TEXTS:
-            row = known.get((decode.granularity, text, *setting))
-            quoted |= {text + end: row and getattr(row, f"increase{end}") for end in ("", "_low", "_high")}
-        columns = vars(decode) | quoted | {"promised_speedup": speedup, "promised_increase": increase}
-        for phase, row in ("decode", decode), ("prefill", prefill):
-            columns |= {f"ideal_{phase}": row.ideal, f"{phase}_dense": row.speedup_dense, f"{phase}_hf": row.speedup_hf}
-        yield Row(**{field.name: columns[field.name] for field in fields(Row)})  # all rounded already
+            row = known.get((grain, text, *setting))
+            columns |= {text + end: row and getattr(row, f"increase{end}") for end in ("", "_low", "_high")}
+        yield rounded(Row, **common.machine(hat.base) | setting._asdict() | columns, granularity=grain)
+
+
+def _timed(hat, plain, around: Mapping, ids: Tensor, phase: str, rounds: int, steps: int) -> Iterator[dict]:
+    """Columns of one phase for each of ``around``, whose values make the context to run ``hat`` in: what ran, and the
+    speedups, each the median of the rounds' ratios."""
+
+    def once(model) -> float:
+        if phase == "decode":
+            return decode_ms(model, ids, steps)
+        lm, start = plain_part(model), now(model)
+        lm(input_ids=ids[:, :PREFILL], cache=DynamicCache(config=lm.config), use_cache=True, logits_to_keep=1)
+        return 1e3 * (now(model) - start)
+
+    hf, dense = Variant("hf", plain, torch.inference_mode), Variant("dense", hat, hat.dense)
+    adaptive = [Variant(f"{setting}", hat, enter) for setting, enter in around.items()]
+    take_turns([hf, dense, *adaptive], lambda v: once(v.model), rounds)
+    for v in adaptive:
+        with v.around(), hat.collect() as states, torch.inference_mode():
+            once(hat)
+            trace = TokenState.cat(states[2:] if phase == "decode" else states)
+            cost = state_cost(hat, trace)
+        columns = {"realised": trace.capacity, "realised_exit": trace.exit_rate, "model_share": cost.model_share}
+        columns |= {f"{phase}_{w.name}": statistics.median(ratios(w.times, v.times)) for w in (hf, dense)}
+        yield columns | {f"ideal_{phase}": _ideal(cost, phase)}
+
+
+def _ideal(cost: Work, phase: str) -> float:
+    """Dense / executed: weights read for decode; FLOPs for prefill, where the head serves the last token alone."""
+    dense, executed = cost.dense_weight_bytes, cost.weight_bytes
+    if phase == "prefill":
+        head = {"head": cost.dense_flops["head"].flatten()[0]}
+        dense, executed = cost.dense_flops | head, cost.flops | head
+    return float(sum(work.sum() for work in dense.values()) / sum(work.sum() for work in executed.values()))
 
 
 def figures(results: Path | None = None) -> dict:
@@ -152,6 +196,6 @@ def tables(results: Path | None = None) -> dict[str, str]:
         line = [r.granularity, f"{r.capacity:.2f} / {r.realised:.2f}"]
         line += [f"{r.promised_speedup}x, {r.promised_increase:+.0%}", *(increase_text(r._asdict(), t) for t in TEXTS)]
         for at in (r, shape[r.granularity, r.capacity]):
-            line += speeds(at.ideal_decode, at.decode_dense, at.decode_hf)
+            line += [times(at.ideal_decode), times(at.decode_dense, at.ideal_decode), times(at.decode_hf)]
         lines.append(line)
     return {"published_claims": markdown(header, lines)}

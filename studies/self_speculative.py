@@ -20,10 +20,10 @@ from hat_lib.config import check_capacity
 from hat_lib.inference.self_speculative import speculate
 from hat_lib.inference.speed import Variant, now, take_turns
 from hat_lib.model.transformer import HierarchicalTransformer
-from studies.benchmark import plain_copy
 from studies.common import CHECKPOINTS, SPEEDS, Machine, machine, markdown, ratios, rounded, saved, times
 from studies.plotting import speed
 from studies.prompts import KINDS, Prompt, prompts
+from studies.timing import plain_copy
 
 ABOUT = "a prompt, four ways to its text"
 MINUTES = 15

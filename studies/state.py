@@ -1,13 +1,12 @@
 """Which results are stale: a digest of the code and the data that a file of results was made from, beside the file.
 
-Only what can change a row counts: the library but for what draws, talks or runs notebooks, the study with the others
-that it imports, checkpoints, texts, and the files that it reads. Comments, docstrings and layout do not.
+Only what can change a row counts: the modules that a study imports, but for what draws; checkpoints, texts, and the
+files that it reads. Comments, docstrings and layout do not.
 """
 
 import ast
 import hashlib
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from hat_lib.evaluation.equal_work import CHECKPOINTS, adapter_digest
 from hat_lib.model.checkpoint import read_checkpoint
 
 FILE = "made_from.json"
-LEFT_OUT = ("plotting", "workbook", "cli", "__init__.py", "__main__.py")
-"""parts of `hat_lib` that no row depends on"""
 
 
 def is_stale(name: str, reads: tuple[str, ...], results: Path) -> bool:
@@ -44,11 +41,8 @@ def digest(name: str, reads: tuple[str, ...], results: Path) -> str:
 
 @cache
 def _shared() -> bytes:
-    """What all studies are made from: the library, checkpoints, texts and tasks."""
-    found, library = hashlib.sha256(), REPO / "hat_lib"
-    for path in sorted(library.rglob("*.py")):
-        if not set(path.relative_to(library).parts) & {*LEFT_OUT}:
-            found.update(_code(path))
+    """What all studies are made from: checkpoints, texts and tasks."""
+    found = hashlib.sha256()
     for folder in sorted(path.parent for path in CHECKPOINTS.glob("*/hat_config.json")):
         found.update(adapter_digest(read_checkpoint(folder), exits=True).encode())
     for path in sorted(path for folder in ("text", "tasks") for path in (DATA / folder).rglob("*") if path.is_file()):
@@ -72,17 +66,13 @@ def _code(path: Path) -> bytes:
 
 
 def _with_imports(name: str) -> set[Path]:
-    """The modules of `studies` that one of them needs, itself included."""
-    found, wanted = set(), [name]
+    """The modules that a study needs, itself included, but for those that draw."""
+    found, wanted = set(), [f"studies.{name}"]
     while wanted:
-        path = REPO / "studies" / f"{wanted.pop()}.py"
-        if path.is_file() and path not in found:
+        path = REPO / f"{wanted.pop().replace('.', '/')}.py"
+        if path.is_file() and path not in found and path.parent.name != "plotting":
             found.add(path)
-            wanted += _imported(ast.parse(path.read_text(encoding="utf-8")))
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom):
+                    wanted += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     return found
-
-
-def _imported(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "studies":
-            yield from (alias.name for alias in node.names) if node.module == "studies" else [node.module.split(".")[1]]

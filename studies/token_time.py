@@ -29,9 +29,9 @@ from hat_lib.model.policies import Forced
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
-from studies.benchmark import CONTEXT, decode_ms, plain_copy, plain_part
 from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, spread
 from studies.plotting import speed
+from studies.timing import CONTEXT, decode_ms, plain_copy, plain_part
 
 ABOUT = "what a part of a decode step takes, in plain transformers, our dense path and at a capacity"
 MINUTES = 6

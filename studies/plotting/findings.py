@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 
 from hat_lib.evaluation.controls import EQUAL
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, ORANGE, PURPLE, SERIES, SKY, WORK, draws, entry
+from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, ORANGE, PURPLE, SKY, WORK, draws, entry
 from studies.plotting import shared
 from studies.plotting.shared import MOST, PUBLISHED
 
@@ -196,26 +196,6 @@ def over_time(table: pd.DataFrame, decode: pd.DataFrame) -> Figure:
     others = {f"trained, {name}": series for name, series in list(formats.items())[1:]}
     named = {label: series for label, *series in kinds.values()} | others
     style.legend_below(fig, [entry(label, *series) for label, series in named.items()], ncols=4)
-    return fig
-
-
-@draws("change", "text", "capacity", "kl")
-def changes(table: pd.DataFrame) -> Figure:
-    """KL divergence from the base after each run of `studies.corrections`; a marker for each text, a panel for each
-    capacity."""
-    names, capacities = list(dict.fromkeys(table["change"])), sorted(set(table["capacity"]), reverse=True)
-    texts = list(dict.fromkeys(table["text"]))
-    fig, axes = style.panels(len(capacities), height=0.8 + 0.27 * len(names), width=7.6)
-    for ax, capacity in zip(axes, capacities, strict=True):
-        at = table[table["capacity"] == capacity].pivot(index="change", columns="text", values="kl").reindex(names)
-        for text, (colour, marker) in zip(texts, SERIES, strict=False):
-            ax.plot(at[text], range(len(names)), marker, color=colour, markersize=5)
-            ax.axvline(at[text].iloc[0], color=colour, linewidth=1, linestyle=":")
-        ax.grid(axis="y", visible=False)
-        ax.set(title=f"capacity {capacity:g}", xlabel="KL from the base, nats a token")
-    shared.named_rows(axes[0], names)  # the others share its rows
-    first = entry(names[0], line=":")
-    style.legend_below(fig, [*(entry(text, *series) for text, series in zip(texts, SERIES, strict=False)), first])
     return fig
 
 

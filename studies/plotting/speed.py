@@ -24,7 +24,6 @@ LABEL = {"textcoords": "offset points", "fontsize": 8, "zorder": 4, "ha": "right
 TIMES = {"ms_hf": "plain transformers", "ms_early_exit": "its early-exit drafts", "ms_lossless": "our drafts"}
 QUALITY = ["docstrings", "docstrings_low", "docstrings_high"]
 TICKS = [0, 1, 3, 10, 30, 100, 300, shared.MOST]
-MACHINE = ("base", "device", "dtype", "threads")
 TOKEN_PARTS = {
     "qkv": (BLUE, "q | k | v"), "o": (SKY, "o"), "gate_up": (ORANGE, "gate | up"), "down": (YELLOW, "down"),
     "head": (GREEN, "head"), "decisions": (PURPLE, "decisions"), "rest": (GREY, "rest of the step"),
@@ -123,32 +122,6 @@ def token_time(table: pd.DataFrame) -> Figure:
         ax.set(xlabel="milliseconds a token")
         ax.grid(axis="y", visible=False)
     shared.named_rows(axes[0], [label for _, label in TOKEN_PARTS.values()])
-    return fig
-
-
-@draws(*MACHINE, "granularity", "phase", "batch", "realised", "ideal", "speedup_hf", "speedup_dense")
-def benchmark(table: pd.DataFrame) -> Figure:
-    """Measured speedups beside the ideal: a row of panels per base and machine, a panel per phase and batch."""
-    settings = list(table.groupby(list(MACHINE), sort=False))
-    phases = sorted(set(zip(table["batch"], table["phase"], strict=True)))
-    kinds = {"speedup_hf": ("-", "over plain transformers"), "speedup_dense": ("--", "over our own dense path")}
-    fig, axes = style.panels(len(phases), len(settings), height=2.9 * len(settings) + 0.7)
-    for i, ((base, device, dtype, threads), rows) in enumerate(settings):
-        for j, (batch, phase) in enumerate(phases):
-            ax = axes[i * len(phases) + j]
-            here = rows[(rows["phase"] == phase) & (rows["batch"] == batch)]
-            for grain, part in here.sort_values("realised").groupby("granularity", sort=False):
-                colour, marker = GRAINS[grain]
-                ax.plot(part["realised"], part["ideal"], ":", color=colour, linewidth=1.5)
-                for column, (line, _) in kinds.items():
-                    ax.plot(part["realised"], part[column], line, marker=marker, color=colour, markersize=4)
-            ax.axhline(1, color=GREY, linewidth=1)
-            where = f"{dtype}, {device}" + (f", {threads} threads" if device == "cpu" else "")
-            ax.set_title(f"{shared.BASES.get(base, base)}\n{where}\n{phase}, batch {batch}", fontsize=9)
-            ax.set(xlabel="realised capacity", ylabel="speedup (times)" if j == 0 else "")
-    names = [entry(f"{g} grain", c, m, "-") for g, (c, m) in GRAINS.items()]
-    names += [entry(name, line=line) for line, name in kinds.values()]
-    style.legend_below(fig, [*names, entry("ideal", line=":")], fontsize=8)
     return fig
 
 

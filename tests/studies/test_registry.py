@@ -120,11 +120,10 @@ def test_settings_are_read_by_type(stand_in):
     [
         ("nothing",),
         ("quality", "published", "--set", "dtype=fp32"),
-        ("layer_shares", "--set", "tokens=5"),
-        ("benchmark", "--set", "rounds=few"),
+        ("tasks", "--set", "tokens=5"),
+        ("answers", "--set", "rounds=few"),
         ("published_claims", "--set", "rounds=0"),
         ("self_speculative", "--set", "capacity=2"),
-        ("corrections", "--set", "changes=rank 3"),
         ("quality", "--set", "grains=word"),
     ],
 )
@@ -140,10 +139,10 @@ def test_without_a_name_each_study_has_a_line(run_studies):
 
 
 def test_figures_of_the_files_that_are_there(run_studies, tmp_path):
-    shutil.copy(RESULTS / "corrections.csv", tmp_path)
-    code, _, err = run_studies("corrections", "layer_shares", "--figures", "--out", tmp_path)
+    shutil.copy(RESULTS / "token_time.csv", tmp_path)
+    code, _, err = run_studies("token_time", "self_speculative", "--figures", "--out", tmp_path)
     assert code == 0 and err.count("warning: ") == 1
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["corrections.png"]
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["05_token_time.png"]
 
 
 def test_tables_of_the_documents(run_studies, tmp_path, monkeypatch):

@@ -1,11 +1,9 @@
 """Each study on `random:tiny`, for seconds: its rows are complete, their work is as asked, and finished rows are
 skipped. Nothing is asserted about speed."""
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
-from tiny_runs import GRAINS, adaptive, random_blocks
+from tiny_runs import GRAINS, adaptive
 
 from hat_lib.config import DATA, HatConfig
 from hat_lib.evaluation.perplexity import compare, score_each
@@ -14,31 +12,20 @@ from hat_lib.model.cost import Work
 from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.rows import RowWriter, read_rows
-from studies import corrections, decode, quality, registry, self_speculative, speed_targets, token_time
-from studies.benchmark import Setting, forced
+from studies import decode, quality, registry, self_speculative, speed_targets, token_time
 from studies.common import ratios
-from studies.layer_shares import layer_shares
+from studies.published_claims import Setting
+from studies.timing import forced
 
 TINY = {"base": "random:tiny", "dtype": "fp32"}
 ADDRESSES = (("addresses", "validation"),)
 SMALL = {
     # study: (options, constants in place of its own, number of rows)
-    "benchmark": (
-        TINY | {"channel": [0.75], "token": [0.75], "exits": [0.4], "batches": [1, 2], "rounds": 1, "steps": 4}, {}, 10
-    ),
     "ablations": (
         TINY | {"tokens": 1200, "calibration_tokens": 2048},
         {"CHANGES": {"none": {}, "uniform split": {"split": "uniform"}}, "CAPACITIES": (0.6,), "MEASURED": ADDRESSES},
         2,
     ),
-    "corrections": (
-        TINY | {"steps": 2, "tokens": 1024, "changes": ["untrained", "routers and split"]},
-        {"START_TOKENS": 2048, "PROBE_TOKENS": 256, "MIXTURE": "addresses", "MEASURED": ADDRESSES, "CAPACITIES": (0.6,),
-         "CHANGES": (corrections.Change("untrained"),
-                     corrections.Change("routers and split", None, "addresses", split_lr=0.5))},
-        2,
-    ),
-    "step_cost": (TINY | {"rounds": 1}, {}, 2),
     "decode": (
         {"capacities": [1.0, 0.5], "together": 2, "rounds": 1, "steps": 2, "dtype": "fp32"},
         {"BUNDLED": "random:tiny", "SHAPE": "random:tiny", "MORE_SHAPES": (), "HELD_OUT": 16, "CONTEXT": 16,
@@ -58,7 +45,6 @@ SMALL = {
     "prompts_in_full": (
         {"texts": ["addresses"], "capacities": [0.7], "tokens": 1024, "dtype": "fp32"}, {"PROMPT": 16}, 2
     ),
-    "layer_shares": ({"max_tokens": 256, "dtype": "fp32"}, {}, 3 * 4),
     "tasks": (
         {"tasks": ["copying", "arithmetic", "agreement"], "capacities": [0.6], "count": 8, "dtype": "fp32"},
         {"SHARED": 8}, 3,
@@ -88,7 +74,7 @@ def results(tmp_path_factory):
     return folder
 
 
-LONG = ("corrections", "published_claims", "step_cost", "ablations", "benchmark", "answers", "decode")
+LONG = ("published_claims", "ablations", "answers", "decode")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in SMALL])
@@ -99,7 +85,7 @@ def test_rows(name, checkpoints, results, monkeypatch):
     known = registry.option_kinds(name)
     options |= {"results": results} if "results" in known else {}
     options |= {"checkpoint": checkpoints["channel"]} if "checkpoint" in known else {}
-    options |= checkpoints if "token" in known and "channel" in known and name != "benchmark" else {}
+    options |= checkpoints if "token" in known else {}
     rows = list(study.rows(**options))
     assert len(rows) == count
     for row in rows:
@@ -110,8 +96,6 @@ def test_rows(name, checkpoints, results, monkeypatch):
     assert list(study.rows(done, **options)) == []
     if name == "published_claims":
         assert rows[0].addresses == 0.7 and rows[2].addresses is None, "a shape without weights has no quality"
-    if name == "corrections":
-        assert rows[0].kl != rows[1].kl and (rows[0].steps, rows[0].parameters) == (0, 0) and rows[1].parameters > 0
     if name == "self_speculative":
         assert all(row.identical for row in rows)
 
@@ -187,32 +171,3 @@ def test_the_parts_of_a_token_make_the_whole():
     ms |= {f"dense without {part}": [10.0 - k] for k, part in enumerate(token_time.LINEARS)}
     found = {part: times[0] for part, times in token_time._parts("dense", ms).items()}
     assert found == {"qkv": 0.0, "o": 1.0, "gate_up": 2.0, "down": 3.0, "head": 2.0, "rest": 1.0, "loop": 0.5}
-
-
-def test_layer_shares_are_those_of_the_trace():
-    hat = adaptive("channel")
-    blocks = [{"input_ids": ids} for ids in (*random_blocks(1, 30), *random_blocks(1, 20, seed=1))]
-    rows = layer_shares(hat, blocks, [(0.6, 0.5), (1.0, 0.0)])
-    n, expected = hat.config.n_layers, torch.zeros(hat.config.n_layers, dtype=torch.float64)
-    with hat.at(0.6, 0.5), torch.no_grad():
-        for block in blocks:
-            hat.lm.model(input_ids=torch.tensor([block["input_ids"]]), use_cache=False)
-            expected += hat.trace.share.double().sum((1, 2))
-    assert [row.executed for row in rows[:n]] == pytest.approx((expected / 50).tolist(), rel=1e-4)
-    assert rows[0].entered == 1 > rows[n - 1].entered and all(row.executed == row.entered == 1 for row in rows[n:])
-
-
-def test_corrections_are_read_at_the_work_of_the_first_run(tmp_path):
-    runs = {"untrained": (0.0, 1.0), "rank 4": (0.03, 0.8)}  # how much more it executes, its KL at equal work
-    table = [
-        {"change": name, "text": text, "capacity": c, "realised": c + more, "increase": 0}
-        | {"kl": better * np.exp(1 - 8 * (c + more))}
-        for name, (more, better) in runs.items()
-        for text, _ in corrections.MEASURED
-        for c in corrections.CAPACITIES
-    ]
-    pd.DataFrame(table).to_csv(tmp_path / "corrections.csv", index=False)
-    found = corrections.shown(tmp_path)
-    for name, (_, better) in runs.items():
-        rows = found[found["change"] == name]
-        np.testing.assert_allclose(rows["kl"], better * np.exp(1 - 8 * rows["capacity"]), rtol=1e-9)
