@@ -20,7 +20,6 @@ from hat_lib.config import (
     check_count,
     check_exit_rate,
     data_folder,
-    lock,
     scaled_exits,
 )
 
@@ -84,10 +83,3 @@ def test_folders_follow_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HAT_CACHE", "cache")
     with pytest.raises(HatError, match="absolute path"):
         cache_dir()
-
-
-def test_lock_is_exclusive(tmp_path):
-    with (tmp_path / "lock").open("a") as first, (tmp_path / "lock").open("a") as second:
-        lock(first, "taken")
-        with pytest.raises(HatError, match="^taken$"):
-            lock(second, "taken")

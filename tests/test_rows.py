@@ -62,20 +62,6 @@ def test_rows_come_back_as_they_were(tmp_path_factory, rows):
         assert repr(writer.done) == repr({(r.text, r.seed): r for r in rows})
 
 
-def test_killed_at_every_byte(path):
-    header, first, whole = (written(path, rows) for rows in ([], [row(1)], [TRICKY]))
-    assert whole.startswith(first) and first.startswith(header) and whole.count(b"\n") == 3
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        kept = [row(1)] * (length >= len(first))
-        assert read_rows(path, Row) == kept
-        with RowWriter(path, Row, KEY) as writer:
-            assert list(writer.done.values()) == kept
-            for missing in [row(1), TRICKY][len(kept) :]:
-                writer.write(missing)
-        assert path.read_bytes() == whole
-
-
 HEADER = b"text,seed,capacity,learned,note,low\n"
 
 

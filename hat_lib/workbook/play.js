@@ -4,46 +4,6 @@
 // A host has `presets` ([name, prompt, hint]), `blocks` (one for each preset, null where there is none: see screen.py)
 // and, if a model may stand behind it, `ask(question, tell)`, a promise of a block; `tell` says why it takes long.
 
-const WHOLE = 250, LEFT = 255, ROW = 18, STRIP = 15;
-const KEYS = { ArrowUp: ["token", -1], ArrowDown: ["token", 1], Home: ["token", -Infinity], End: ["token", Infinity],
-  ArrowLeft: ["layer", -1], ArrowRight: ["layer", 1] };
-const SVG = "http://www.w3.org/2000/svg";
-const MARK = "#d55e00", CURVES = ["#0072b2", "#009e73", "#cc79a7", "#e69f00"];
-
-function element(tag, classes = "", text = "", parent = null) {
-  const made = document.createElement(tag);
-  if (classes) made.className = classes;
-  if (text) made.textContent = text;
-  parent?.append(made);
-  return made;
-}
-
-function drawn(tag, parent, attributes, text = "") {
-  const made = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.textContent = text;
-  parent.append(made);
-  return made;
-}
-
-const percent = (share, digits = 0) => share === null ? "–" : `${(100 * share).toFixed(digits)} %`;
-const signed = share => `${share <= -0.0005 ? "−" : "+"}${Math.abs(100 * share).toFixed(1)} %`;
-const visible = text => text.replaceAll("\n", "↵").replaceAll("\t", "⇥");
-const quoted = text => text ? `“${visible(text)}”` : "(part of a character)";
-
-function unpack(block) {
-  const bytes = block instanceof DataView ? new Uint8Array(block.buffer, block.byteOffset, block.byteLength) : block;
-  const size = new DataView(bytes.buffer, bytes.byteOffset).getUint32(0, true);
-  const header = JSON.parse(new TextDecoder().decode(bytes.subarray(4, 4 + size)));
-  return { ...header, shares: bytes.subarray(4 + size) };
-}
-
-function ink(colour) {
-  const [r, g, b] = [1, 3, 5].map(i => parseInt(colour.slice(i, i + 2), 16) / 255)
-    .map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "black" : "white";
-}
-
 export function mount(root, host) {
   root.classList.add("hat-play");
   let facts = null, texts = null, forced = null, cells = [], asked = 0;
@@ -91,7 +51,6 @@ export function mount(root, host) {
   // -- numbers ---------------------------------------------------------------------------------------------
 
   const step = () => forced?.step ?? facts.steps[view.at];
-  const curves = () => [...new Set(facts.curves.map(([text]) => text))];
   const word = id => facts.words[id] ?? forced.words[id];
 
   function share(token, layer, site) {
@@ -128,44 +87,13 @@ export function mount(root, host) {
 
   // -- drawing ---------------------------------------------------------------------------------------------
 
-  function cellsOn(canvas, columns, rows, height, paint) {
-    const width = canvas.clientWidth, scale = window.devicePixelRatio || 1;
-    canvas.width = Math.round(width * scale);
-    canvas.height = Math.round(rows * height * scale);
-    const context = canvas.getContext("2d");
-    context.scale(scale, scale);
-    const each = width / columns, gap = each > 6 ? 1 : 0;
-    for (let row = 0; row < rows; row++)
-      for (let column = 0; column < columns; column++) {
-        const { fill, hatched, ring } = paint(row, column);
-        const box = [column * each, row * height, each - gap, height - 1];
-        if (fill) {
-          context.fillStyle = fill;
-          context.fillRect(...box);
-        }
-        if (hatched) {
-          context.strokeStyle = "#0009";
-          context.beginPath();
-          context.moveTo(box[0], box[1] + height - 1);
-          context.lineTo(box[0] + Math.min(each - gap, height), box[1] + 1);
-          context.stroke();
-        }
-        if (ring) {
-          context.strokeStyle = ring;
-          context.lineWidth = 2;
-          context.strokeRect(box[0] + 1, box[1] + 1, box[2] - 2, box[3] - 2);
-          context.lineWidth = 1;
-        }
-      }
-  }
-
   function drawNumbers() {
     const now = step(), dense = now.capacity === 1;
     number.textContent = now.capacity.toFixed(2);
     slider.setAttribute("aria-valuetext", `capacity ${now.capacity.toFixed(2)}`);
     numbers.replaceChildren();
     const between = facts.curves.some(([, capacity]) => capacity === now.capacity) ? "" : "about ";
-    const costs = curves().map(name => `${between}${signed(measured(name, now.capacity))} (${name})`);
+    const costs = namesOf(facts).map(name => `${between}${signed(measured(facts.curves, name, now.capacity))} (${name})`);
     const rows = [["work on this prompt", `${percent(now.work)} of the base's, protected tokens included`],
       ["perplexity over the base's", dense ? "none" : costs.join(", ") || "not measured"],
       ["speed", facts.steps[view.at].speed || `${(1 / now.work).toFixed(2)}x, if time followed the work`]];
@@ -303,61 +231,10 @@ export function mount(root, host) {
     }
   }
 
-  function drawPrice() {
-    price.replaceChildren();
-    if (!facts.curves.length) return;
-    const LEFTMOST = 44, BOTTOM = 176, WIDE = 400, HIGH = 160;
-    const names = curves(), least = Math.min(...facts.steps.map(s => s.capacity));
-    const x = capacity => LEFTMOST + WIDE * (capacity - least) / (1 - least), y = more => BOTTOM - HIGH * Math.min(Math.max(more, 0), 0.6) / 0.6;
-    element("h4", "", "What does a capacity cost?", price);
-    const words = element("p", "hat-faint", "", price);
-    const svg = drawn("svg", price, { viewBox: "0 0 460 214", role: "img", "aria-label": "perplexity against capacity", class: "hat-frontier" });
-    for (const more of [0, 0.2, 0.4, 0.6]) {
-      drawn("line", svg, { x1: LEFTMOST, x2: LEFTMOST + WIDE, y1: y(more), y2: y(more), class: "hat-grid" });
-      drawn("text", svg, { x: LEFTMOST - 5, y: y(more) + 4, "text-anchor": "end" }, more ? `+${100 * more} %` : "0");
-    }
-    for (const { capacity } of facts.steps.filter((_, i) => i % 2 === 0))
-      drawn("text", svg, { x: x(capacity), y: BOTTOM + 16, "text-anchor": "middle" }, capacity.toFixed(2));
-    drawn("text", svg, { x: LEFTMOST + WIDE / 2, y: BOTTOM + 33, "text-anchor": "middle" }, "capacity");
-    const line = (points, more) => drawn("polyline", svg, { points: points.map(p => p.join(",")).join(" "), ...more });
-    const worst = capacity => Math.max(...names.map(name => measured(name, capacity)));
-    const guess = facts.steps.filter(s => view.guess.has(s.capacity)).map(s => s.capacity);
-    line(guess.map(c => [x(c), y(view.guess.get(c))]), { class: "hat-guess", style: `stroke: ${MARK}` });
-    if (view.shown) names.forEach((name, i) => {
-      const rows = facts.curves.filter(([text, c]) => text === name && c >= least).sort((a, b) => a[1] - b[1]);
-      const look = { class: "hat-curve", style: `stroke: ${CURVES[i % CURVES.length]}` };
-      line([...rows.map(([, c, more]) => [x(c), y(more)]), [x(1), y(0)]], look);
-      for (const [, c, , low, high] of rows) if (low !== null) line([[x(c), y(low)], [x(c), y(high)]], look);
-      drawn("text", svg, { x: LEFTMOST + 130, y: 22 + 16 * i, style: `fill: ${CURVES[i % CURVES.length]}` }, name);
-    });
-    drawn("line", svg, { x1: x(step().capacity), x2: x(step().capacity), y1: 10, y2: BOTTOM, class: "hat-now" });
-    const off = guess.map(c => Math.abs(view.guess.get(c) - worst(c)));
-    words.textContent = !view.shown ? "Draw it first: drag over the picture to say how much worse than the base's the perplexity gets. Then look. " :
-      `Perplexity over the base's, measured on ${names.length} ${names.length === 1 ? "text" : "texts"}, with 95 % intervals. `
-      + (off.length ? `You were off by ${(100 * off.reduce((a, b) => a + b) / off.length).toFixed(0)} points on average, from the worst text.` : "");
-    if (!view.shown) element("button", "hat-show", "Show what was measured", words).type = "button";
-    svg.onpointermove = svg.onpointerdown = event => {
-      if (!event.buttons && event.type === "pointermove" || view.shown) return;
-      event.preventDefault();
-      const box = svg.getBoundingClientRect(), [px, py] = [460 * (event.clientX - box.left) / box.width, 214 * (event.clientY - box.top) / box.height];
-      const nearest = facts.steps.map(s => s.capacity).sort((a, b) => Math.abs(x(a) - px) - Math.abs(x(b) - px))[0];
-      view.guess.set(nearest, Math.min(0.6, Math.max(0, 0.6 * (BOTTOM - py) / HIGH)));
-      drawPrice();
-    };
-  }
-
-  /** Perplexity over the base's, between measured capacities by a straight line in its logarithm. */
-  function measured(name, capacity) {
-    const rows = [...facts.curves.filter(([text]) => text === name).map(([, c, more]) => [c, Math.log1p(more)]), [1, 0]].sort((a, b) => a[0] - b[0]);
-    const over = rows.findIndex(([c]) => c >= capacity);
-    if (over < 1) return Math.expm1(rows[0][1]);
-    const [[c0, a], [c1, b]] = [rows[over - 1], rows[over]];
-    return Math.expm1(a + (b - a) * (capacity - c0) / (c1 - c0));
-  }
-
   function draw() {
     if (!facts) return;
-    for (const part of [drawNumbers, drawMap, drawPanels, drawTexts, drawPrice]) part();
+    for (const part of [drawNumbers, drawMap, drawPanels, drawTexts]) part();
+    drawPrice(price, facts, step(), view);
   }
 
   // -- what moves it ---------------------------------------------------------------------------------------
@@ -379,13 +256,13 @@ export function mount(root, host) {
   function say(words, state = "") {
     status.textContent = words;
     status.dataset.state = state;
+    bar.hidden = state !== "busy";
   }
 
   /** A block, or null if it was refused, or if another question was asked in the meantime. */
   async function ask(question, words) {
     const own = ++asked;
     say(words, "busy");
-    bar.hidden = false;
     try {
       const block = await host.ask(question, words => own === asked && say(words, "busy"));
       if (own === asked) say("");
@@ -393,8 +270,6 @@ export function mount(root, host) {
     } catch (error) {
       if (own === asked) say(error.message, "error");
       return null;
-    } finally {
-      if (own === asked) bar.hidden = true;
     }
   }
 
@@ -432,7 +307,6 @@ export function mount(root, host) {
     view.token = 0;
     if (!host.blocks[which]) return read(text, words);
     asked++;
-    bar.hidden = true;
     say("");
     [prompt.value, hint.textContent] = [text, words];
     take(host.blocks[which]);
@@ -504,7 +378,7 @@ export function mount(root, host) {
       read(target.dataset.goes);
     } else if (target.matches(".hat-show")) {
       view.shown = true;
-      drawPrice();
+      drawPrice(price, facts, step(), view);
     } else if (target.matches(".hat-reset")) {
       giveBack();
     } else if (target.matches(".hat-strip canvas") && Number(target.dataset.token) === view.token && host.ask && !facts.tokens[view.token].protected) {
@@ -523,34 +397,3 @@ export function mount(root, host) {
   choose(0);
   return () => watch.disconnect();
 }
-
-/** The widget of a notebook: a kernel answers, but for the first prompt's map and texts, which the notebook keeps. */
-function render({ model, el }) {
-  const presets = model.get("presets"), waiting = new Map();
-  let count = 0;
-  const heard = (message, buffers) => {
-    const { done, refuse } = waiting.get(message.id) ?? {};
-    waiting.delete(message.id);
-    if (buffers.length) done?.(buffers[0]);
-    else refuse?.(new Error(message.error));
-  };
-  model.on("msg:custom", heard);
-  const ask = (question, tell) => {
-    const timer = setTimeout(() => tell("Waiting for the kernel: run this cell if none runs. The first example works without one."), 5000);
-    return new Promise((done, refuse) => {
-      if (question.ask === "texts" && question.prompt === presets[0][1]) {
-        if (model.get("texts").byteLength) return done(model.get("texts"));
-        model.on("change:texts", () => done(model.get("texts")));
-      }
-      waiting.set(++count, { done, refuse });
-      model.send({ id: count, question });
-    }).finally(() => clearTimeout(timer));
-  };
-  const close = mount(el, { presets, blocks: presets.map((_, i) => i ? null : model.get("block")), ask });
-  return () => {
-    model.off("msg:custom", heard);
-    close();
-  };
-}
-
-export default { render };

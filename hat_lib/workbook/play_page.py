@@ -14,6 +14,9 @@ from hat_lib.config import HatError
 from hat_lib.evaluation.screen import PRESETS, Screen
 
 HERE = Path(__file__).parent
+PARTS = "play_parts.js", "play.js", "play_widget.js"
+SCRIPT = "\n".join((HERE / name).read_text(encoding="utf-8") for name in PARTS)
+STYLE = (HERE / "play.css").read_text(encoding="utf-8")
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta name="color-scheme" content="light dark">
@@ -49,9 +52,8 @@ MOST = 1 << 20
 def page(presets: Sequence[Sequence[str]], blocks: Sequence[bytes | None], served: bool = False) -> str:
     """The page of prompts, ``[name, prompt, hint]`` each, and their blocks; a ``served`` one asks for what it lacks."""
     given = {"presets": presets, "served": served, "blocks": [b and b64encode(b).decode() for b in blocks]}
-    js, css = ((HERE / f"play.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
     text = json.dumps(given).replace("<", "\\u003c")  # a prompt must not end the script
-    return PAGE.format(js=js, css=css, about=ABOUT, given=text)
+    return PAGE.format(js=SCRIPT, css=STYLE, about=ABOUT, given=text)
 
 
 def still_page(screen: Screen, prompts: Mapping[str, tuple[str, str]]) -> str:

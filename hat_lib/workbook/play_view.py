@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from pathlib import Path
 
 import anywidget
 import traitlets
@@ -25,15 +24,15 @@ from hat_lib.evaluation.tokens import explain
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.plotting import routing, token_heatmap
 from hat_lib.workbook.environment import in_colab
+from hat_lib.workbook.play_page import SCRIPT, STYLE
 
-HERE = Path(__file__).parent
 MEANING = "framed: first token unlike dense; share of the dense work:"
 
 
 class PlayView(anywidget.AnyWidget):
     """A prompt and a dial; drawn by ``play.js``, which asks a `Screen`."""
 
-    _esm, _css = HERE / "play.js", HERE / "play.css"
+    _esm, _css = SCRIPT, STYLE
     presets = traitlets.List().tag(sync=True)
     block = traitlets.Bytes().tag(sync=True)
     """the map of the first prompt"""

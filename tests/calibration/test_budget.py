@@ -13,13 +13,9 @@ from hat_lib.calibration.budget import (
     FLOOR,
     PROBE_SHARES,
     STEP,
-    HeadPoint,
     allocate,
-    at_slope,
-    between,
     damage_curves,
     head_points,
-    hull,
     site_damage,
 )
 from hat_lib.calibration.quantiles import score_quantiles
@@ -108,12 +104,3 @@ def test_head_points():
                 found = hat.lm.lm_head(states).log_softmax(-1)
             assert float((exact.exp() * (exact - found)).sum(-1).mean()) == pytest.approx(p.kl, rel=0.01, abs=1e-5)
     assert head_points(new_hat("channel"), [torch.full((1, 64), 7)], progress=False) == []  # of a uniform base
-
-
-def test_hull():
-    tried = [(0.2, 0.5, 3, 7), (0.3, 0.2, 2, 7), (0.4, 0.19, 2.5, 9), (0.5, 0.05, 1, 9), (0.4, 0.18, 2, 8)]
-    points = hull([HeadPoint(*map(float, p)) for p in tried])
-    assert [p.share for p in points] == [0.2, 0.3, 0.5]  # the others lie above the line
-    assert at_slope(points, 10.0) == 0.2 and at_slope(points, 1.0) == 0.3 and at_slope(points, 0.1) == 0.5
-    assert between(points, 0.4) == pytest.approx((0.4, 0.125, 1.5, 8.0))
-    assert between(points, 0.9) == points[-1] and between(points, 0.0) == points[0]

@@ -74,12 +74,6 @@ def test_batches_measure_what_blocks_do_alone(grain, monkeypatch):
     np.testing.assert_allclose(found.shares, alone.shares, atol=5e-3)
 
 
-def test_the_same_text_gives_the_same_table():
-    hat = untrained()
-    first, again = (calibrate(hat, blocks(8), probe_tokens=128, text="a text", progress=False) for _ in range(2))
-    assert first == again and first.text.startswith("a text; quantiles of ")
-
-
 def test_learned_thresholds_are_measured_on_all_blocks():
     hat, text = untrained(), [*blocks(6), *([token % 8 + 5 for token in block] for block in blocks(2))]
     calibrate(hat, blocks(), probe_tokens=64, head=False, progress=False)

@@ -83,12 +83,6 @@ def test_a_usage_error_starts_nothing(run_hat, args):
     assert code == 2 and out == "" and "Error" in err and "Traceback" not in err
 
 
-def test_a_folder_that_is_a_file(refuses, tmp_path):
-    (tmp_path / "file").touch()
-    refuses(("calibrate", *TINY, "--save", tmp_path / "file"), "file")
-    refuses((*MINE[:-1], page(tmp_path), "--save", tmp_path / "file"), "file")
-
-
 def test_what_base_and_text_do_not_allow(refuses, calibrated, tmp_path):
     random_model("random:tiny", torch.float32, seed=1).save_pretrained(tmp_path / "other")
     byte_tokenizer().save_pretrained(tmp_path / "other")

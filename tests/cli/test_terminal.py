@@ -17,11 +17,6 @@ def test_a_closed_pipe_leaves_no_traceback():
     assert done.stdout.startswith("Usage: hat ") and done.stderr == ""
 
 
-def test_a_message_is_printable(run_hat):
-    code, _, err = run_hat("evaluate", "--base", "random:tiny", "--capacity", 1, "--text", "\x1b]0;title\x07\nerror: x")
-    assert code == 2 and err.count("\n") == 2 and "\x1b" not in err and r"\x1b]0;title\x07" in err
-
-
 @pytest.mark.slow
 def test_an_installed_copy(tmp_path):
     """As installed by `pip install .`, without the rest of the repository."""

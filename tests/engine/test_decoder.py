@@ -1,7 +1,5 @@
 """The engine against transformers: every form of Llama, any number of threads, rows and sequences."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -9,10 +7,10 @@ from four_bits_read import round_weights
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hat_lib.engine import team
-from hat_lib.engine.cache import GrowingLayer, buffer_for
+from hat_lib.engine.cache import buffer_for
 from hat_lib.engine.decoder import Decoder, Place
 from hat_lib.engine.loop import decode
-from hat_lib.engine.weights import pack, packed_bytes
+from hat_lib.engine.weights import packed_bytes
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -103,13 +101,6 @@ def divergence(expected, found):
     return float((expected.exp() * (expected - found)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("form", ["base", "int8", "q4"])
-def test_weights_begin_with_a_cache_line(form):
-    weights = pack(llama(**WIDE), form, preview=True)
-    products = [linear.weight for linear in (weights.qkv, weights.o, weights.gate_up, weights.down)]
-    assert all(array.ctypes.data % 64 == 0 for array in (*products, weights.preview))
-
-
 @pytest.mark.parametrize("form, size, nats", [("int8", 0.3, 1e-3), ("q4", 0.2, 0.2)])
 def test_fewer_bits_are_near(form, size, nats, ids):
     lm = llama(**WIDE, attention_bias=True)
@@ -159,24 +150,3 @@ class TestCache:
         found = steps(Decoder(lm), tokens, cache=growing)
         expected = lm(tokens, cache=plain, use_cache=True).logits
         assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
-
-    def test_a_reset_begins_anew(self, ids):
-        lm, _, growing = self.both(ids)
-        growing.reset()
-        assert growing.get_seq_length() == 0
-        assert torch.equal(lm(ids, cache=growing, use_cache=True).logits, lm(ids).logits)
-
-    def test_copy_has_a_buffer_of_its_own(self, ids):
-        lm, plain, growing = self.both(ids)
-        twin = copy.deepcopy(growing)
-        lm(ids[:, :3], cache=twin, use_cache=True)
-        expected, found = (lm(ids[:, 3:5], cache=cache, use_cache=True).logits for cache in (plain, growing))
-        assert torch.equal(expected, found)
-
-    def test_grows_by_doubling(self, ids):
-        lm = llama()
-        decoder, cache, sizes = Decoder(lm), DynamicCache(config=lm.config), set()
-        for _ in range(300):
-            steps(decoder, ids[:1, :1], cache=cache)
-            sizes.add(cache.layers[0].buffer.size)
-        assert len(sizes) <= 3 and all(isinstance(layer, GrowingLayer) for layer in cache.layers)

@@ -1,7 +1,6 @@
 """A team of threads: together inside a step, asleep between steps, and usable whatever happened during one."""
 
 import multiprocessing
-import threading
 import time
 
 import numpy as np
@@ -69,16 +68,6 @@ def test_forked_child_has_a_team_of_its_own():
     assert counted()
 
 
-def test_python_threads_take_turns():
-    found = []
-    callers = [threading.Thread(target=lambda: found.append(counted())) for _ in range(4)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert found == [True] * 4
-
-
 @pytest.mark.parametrize(("threads", "cores", "size"), [(64, 1, 1), (1, 64, 1), (0, 64, 1), (3, 64, 2), (64, 12, 8)])
 def test_size(monkeypatch, threads, cores, size):
     monkeypatch.setattr(team, "cores", lambda: cores)
@@ -95,10 +84,6 @@ def sizes(most, lost, steps):
 
 
 class TestPace:
-    @pytest.mark.parametrize("most", [2, 16])
-    def test_stays_when_single_steps_lose(self, most):
-        assert sizes(most, lambda threads, step: 0.99 * (step % 8 == 0), 500) == [most] * 500
-
     def test_leaves_a_thread_out_and_tries_it_again(self):
         found = sizes(2, lambda threads, step: 0.55 * (threads > 1 and step < 1000), 1200)
         assert found[:12] == [2, 2, 2, *[1] * 8, 2] and found[200:1000].count(2) <= 800 / LONGEST + 1

@@ -294,10 +294,3 @@ def test_draws_differ_between_blocks_after_a_shared_beginning(hat):
                 assert torch.equal(one[:10], other[:10])
                 agree = float((one[10:] == other[10:]).float().mean())
                 assert abs(agree - 0.5) < 0.4, "as two draws would"
-
-
-def test_draws_of_a_packed_document_are_those_it_has_alone(channels):
-    packed = torch.cat([IDS[:1], IDS[1:2]], dim=1)
-    places = torch.arange(14).repeat(2)[None]
-    behind = masks(channels, Random(0.5, 1), packed, position_ids=places)
-    equal({k: m[:, 14:] for k, m in behind.items()}, masks(channels, Random(0.5, 1), IDS[1:2]))

@@ -57,15 +57,6 @@ def test_compare_weighs_by_tokens_of_the_same_blocks():
         compare(base, Score(adaptive.nll[1:], adaptive.tokens[1:]))
 
 
-def test_blocks_that_repeat_one_another_narrow_nothing():
-    """Six documents of five alike blocks say what six blocks say."""
-    each = np.array([10.0, 30.0, 20.0, 50.0, 0.0, 40.0])
-    one, many = compare(*scores(each)), compare(*scores(each.repeat(5), np.arange(6).repeat(5)))
-    assert (many.low, many.high) == pytest.approx((one.low, one.high)) and many.n_blocks == 30
-    alone = compare(*scores(each.repeat(5)))
-    assert alone.high - alone.low < 0.6 * (one.high - one.low)
-
-
 def test_neighbours_that_are_alike_widen_the_interval():
     """Blocks of one document that rise and fall slowly, against the same blocks in another order."""
     slow = 20 + 10 * np.sin(np.arange(40) / 3)

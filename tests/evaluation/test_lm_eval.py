@@ -105,18 +105,6 @@ def test_rolling_likelihood_is_our_perplexity(runs):
     assert lm.loglikelihood_rolling(requests[-1:], disable_tqdm=True) == pytest.approx([-windowed.nll.sum()], abs=1e-3)
 
 
-def test_work_is_that_of_all_forwards_and_all_of_it_in_a_dense_model(folder):
-    pytest.importorskip("lm_eval")
-    hat = skipping("channel")
-    _, spent = run_tasks(hat, load_tasks(["write"], folder), batch_size=1)
-    prompts = [len(hat.base.tokenizer(text).input_ids) for text in texts()]
-    assert spent.exits.sum() == sum(prompts) + N * 4  # the last of five new tokens is not read again
-    with hat.dense():
-        rows, spent = run_tasks(hat, load_tasks(["cloze"], folder), batch_size=4)
-    assert spent.shares == (1.0, 0.0, 1.0) and spent.exits[:-1].sum() == 0
-    assert [r.value for r in rows] == [r.base for r in rows]
-
-
 def test_tasks_that_come_with_the_repository():
     """Not their scores, which say nothing on a random model."""
     pytest.importorskip("lm_eval")

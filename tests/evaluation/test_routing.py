@@ -49,14 +49,6 @@ def test_classes_hold_the_means_of_their_tokens(found):
         assert rows["tokens"].tolist() == groups.count()[rows.index].tolist()
 
 
-def test_positions_begin_with_the_protected_and_double(found):
-    rows = routing.by_position(found).query("measure == 'share'")
-    assert rows[["first", "last"]].to_numpy().tolist() == [[0, 1], [2, 3], [4, 7], [8, 15], [16, 31], [32, 63]]
-    assert rows["protected"].tolist() == [True] + [False] * 5 and rows["mean"].iloc[0] == 1.0
-    part = found.tokens[found.tokens["position"].between(8, 15)]
-    assert rows["mean"].iloc[3] == pytest.approx(part["share"].mean())
-
-
 def test_honest_forecasts_lie_on_the_diagonal_and_idle_ones_do_not():
     """Prices scattered around the forecast; then with the forecasts of other tokens."""
     draw, block = np.random.default_rng(0), np.repeat(np.arange(20), 100)
@@ -94,14 +86,6 @@ def test_layers_hold_means_over_the_tokens_that_entered(found):
             assert table[layer, site] == pytest.approx(np.nanmean(found.site_share[layer, i, free]), rel=1e-5)
 
 
-def test_layer_map_is_a_part_of_the_shares(found):
-    table = routing.layer_map(found, first=10, count=7)
-    cells, apart = (table.pivot(index="layer", columns="token", values=v) for v in ("share", "difference"))
-    np.testing.assert_array_equal(cells, found.share[:, 10:17])
-    usual = routing.by_layer(found).query("site == 'all'")["mean"].to_numpy()
-    np.testing.assert_allclose(apart, found.share[:, 10:17] - usual[:, None], atol=1e-6)
-
-
 def test_short_text_has_no_interval(monkeypatch):
     monkeypatch.setattr(routing, "RESAMPLES", 50)
     hat = tiny_runs.skipping("channel")
@@ -134,26 +118,8 @@ class TestIntervals:
         assert 0 < rows.loc["name", "difference_low"] < 0.1 * 2 / 3 < rows.loc["name", "difference_high"]
         assert rows.loc["digits", "difference_high"] < 0
 
-    def test_what_does_not_vary_or_stands_in_one_block_has_none(self):
-        found = made_up()
-        classes = np.where(found.tokens["block"] == 0, "punctuation", found.tokens["class"])
-        rows = routing.by_class(made_up(**{"class": classes})).set_index(["measure", "class"])
-        assert rows.loc[("left", "name"), ["low", "high", "difference_low"]].isna().all()  # nobody left
-        one = rows.loc[("share", "punctuation")]
-        assert one["blocks"] == 1 and np.isnan([one["low"], one["difference_high"]]).all() and one["mean"] > 0
-
 
 class TestCorrelations:
-    def test_ranks_are_scipys_with_ties_and_repeats(self):
-        draw = np.random.default_rng(2)
-        for _ in range(20):
-            x, y, weight = draw.integers(0, 6, 40), draw.integers(0, 9, 40), draw.integers(0, 4, 40)
-            codes = (np.unique(v, return_inverse=True)[1] for v in (x, y))
-            expected = spearmanr(np.repeat(x, weight), np.repeat(y, weight)).statistic
-            assert routing._spearman(*codes, weight) == pytest.approx(expected, abs=1e-12)
-        rows = routing.correlations(made_up(share=1.0))
-        assert rows[["rho", "low", "high"]].isna().all(axis=None) and len(rows) == 8, "nothing varies"
-
     def test_rho_is_scipys_over_free_tokens(self, found, monkeypatch):
         monkeypatch.setattr(routing, "RESAMPLES", 50)
         table = routing.correlations(found)

@@ -57,11 +57,6 @@ def test_all_of_a_file_is_measured_unless_it_was_trained_on(hat, tmp_path, monke
     assert f"in {test} blocks" in sweep(hat, path, [1.0], **how).heading
 
 
-def test_one_block_has_no_interval(hat):
-    found = sweep(hat, "The quick brown fox jumps over the lazy dog", 0.7, progress=False)
-    assert found.frame[["increase_low", "increase_high"]].isna().all(axis=None) and "no interval" in str(found)
-
-
 @pytest.mark.parametrize(
     ("text", "how"),
     [

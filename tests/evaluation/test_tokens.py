@@ -11,7 +11,6 @@ from hat_lib import explain
 from hat_lib.config import HatError
 from hat_lib.evaluation.perplexity import score_each
 from hat_lib.evaluation.tokens import LIKELIEST, LOSSES, prompt_blocks, token_table
-from hat_lib.text.token_classes import CLASSES
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:token grain at capacity")]
 PROMPT = "In 2025 a naïve fox 🦙 met the Kings."
@@ -79,14 +78,6 @@ def test_context_is_left_out_and_still_read(strided, found):
     second = found.tokens[found.tokens["block"] == 1]
     assert second["position"].iloc[0] == 24 and second["surprisal_of_token"].notna().all()
     assert not second["protected"].any()
-
-
-def test_text_and_classes_are_of_the_whole_block(hat, found, tiny_base, strided):
-    text = tiny_base.tokenizer.decode(strided[0]["input_ids"])
-    assert "".join(found.tokens.loc[found.tokens["block"] == 0, "text"]) == text
-    assert set(found.tokens["class"]) <= set(CLASSES) and "digits" in set(found.tokens["class"])
-    special = token_table(hat, [{"input_ids": [256, 5, 6], "doc": "", "n_context": 0}], progress=False)
-    assert special.tokens["class"].tolist()[0] == "special"
 
 
 def test_refusals(hat, strided, monkeypatch):

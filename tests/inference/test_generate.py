@@ -1,7 +1,6 @@
 """AdaptiveInference: what is requested, what is realised, and nothing left behind."""
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -47,21 +46,6 @@ def test_capacity(hat, infer):
     assert out.requested_capacity == 0.6 and abs(out.capacity - 0.6) < 0.25 and 0 < out.model_share < 1
     assert out.realised_speedup is None and out.speculation is None and math.isnan(out.acceptance)
     assert out.exit_histogram == {hat.config.n_layers: 11}
-
-
-def test_threads_write_what_one_does(channel_hat):
-    """One model; each thread has its own capacity, exit rate, prompts, mode and temperature."""
-    jobs = [
-        {"prompts": PROMPTS[i % 3] if i % 4 else PROMPTS, "capacity": 0.4 + 0.04 * i, "exit_rate": 0.3 * (i % 2),
-         "mode": "lossless" if i % 5 == 2 else "adaptive", "temperature": float(i % 3 == 0), "seed": i}
-        for i in range(8)
-    ]  # fmt: skip
-    run = lambda job: AdaptiveInference(channel_hat).generate(**job, max_new_tokens=8, measure=False)  # noqa: E731
-    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(4) as four:
-        expected, found = list(one.map(run, jobs)), list(four.map(run, jobs))
-    for a, b in zip(expected, found, strict=True):
-        assert torch.equal(a.ids, b.ids) and a.exit_histogram == b.exit_histogram
-        assert a.requested_capacity == b.requested_capacity
 
 
 def test_batch_is_its_rows(infer):

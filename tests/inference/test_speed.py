@@ -10,7 +10,7 @@ from tiny_runs import adaptive
 from hat_lib.config import HatError
 from hat_lib.inference import speed as module
 from hat_lib.inference.generate import AdaptiveInference
-from hat_lib.inference.speed import SpeedCurve, check_target, sample, speed_curve, speedup_text, timed
+from hat_lib.inference.speed import SpeedCurve, sample, speed_curve, timed
 
 CURVE = SpeedCurve("dense", 0.0, [0.1, 0.4, 0.7, 1.0], [2.0, 1.6, 1.3, 1.0], "cpu, float32, 1 threads")
 
@@ -45,18 +45,6 @@ def test_curve_and_its_spread_fall():
         assert low <= curve.at(capacity) <= high
     assert curve.spread(0.1) == pytest.approx((1.525, 2.5)) and curve.spread(1.0) == pytest.approx((0.8, 1.325))
     assert CURVE.spread(0.4) == (1.6, 1.6), "unknown"
-
-
-def test_speedup_text():
-    texts = [speedup_text(speedup, "dense") for speedup in (1.25, 0.9996, 0.9994)]
-    assert ["slower" in text for text in texts] == [False, False, True] and speedup_text(None, "dense")
-
-
-@pytest.mark.parametrize("value", [0, -1, "abc", float("nan"), 50, None])
-def test_bad_targets(value):
-    with pytest.raises(HatError):
-        check_target(value)
-    assert check_target("1.2") == 1.2
 
 
 def test_both_take_turns_on_the_same_tokens(hat, monkeypatch):
@@ -121,13 +109,6 @@ def test_curve_is_kept_under_what_it_depends_on(hat, turns, cache, monkeypatch):
         speed_curve(hat, progress=False)
         parameter.sub_(1.0)
     assert turns() == len(list(cache.iterdir())) == 5
-
-
-def test_cache_that_cannot_be_written_loses_no_curve(hat, turns, monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("HAT_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="HAT_CACHE"):
-        assert speed_curve(hat, progress=False).at(0.3) == pytest.approx(1.7)
 
 
 def test_timed_for_real(hat):

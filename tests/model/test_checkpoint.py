@@ -7,8 +7,6 @@ exit layers ``[1, T]``. No score of that text is within 0.5 % of its threshold.
 
 import copy
 import json
-import os
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,27 +204,6 @@ def test_refused(folder, base, damage, words):
     with pytest.raises(HatError) as caught:
         HierarchicalTransformer.from_pretrained(folder, base)
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in (str(folder), words))
-
-
-@pytest.mark.parametrize(("renames", "saved"), [(0, False), (1, False), (2, True), (3, True)])
-def test_killed_while_saving(folder, monkeypatch, renames, saved):
-    """It leaves the old checkpoint or the new one, whichever rename is the last."""
-    old = read_checkpoint(folder)
-    new = replace(old, tensors=old.tensors | {KEY: torch.ones(64)}, training={"state": 1})
-    rename, left = os.replace, iter(range(renames))
-
-    def dying(source, target):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", dying)
-        with pytest.raises(KeyboardInterrupt) if renames < 3 else nullcontext():
-            write_checkpoint(folder, new)
-    assert same(read_checkpoint(folder), new if saved else old)
-    write_checkpoint(folder, new)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
 
 
 # The Hugging Face Hub

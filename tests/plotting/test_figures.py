@@ -1,6 +1,5 @@
 """Each figure draws its table, with labelled axes; the figures of committed results are drawn in tests/studies."""
 
-from itertools import combinations
 from unittest.mock import Mock
 
 import matplotlib.pyplot as plt
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 
 from hat_lib import config
 from hat_lib.config import HatError
-from hat_lib.plotting import architecture, frontier, routing, style, training
+from hat_lib.plotting import frontier, routing, style, training
 from studies.plotting import findings, reference_runs, speed
 
 WEIGHT_SHARES = pd.DataFrame({"base": ["a", "b"], "ffn": [0.6, 0.7], "attention": [0.2, 0.2], "head": [0.2, 0.1]})
@@ -102,21 +101,6 @@ def test_figure(figure):
     for bad in (first.drop(columns=column), first.iloc[:0]):
         with pytest.raises(HatError):
             figure(bad, *others)
-
-
-def test_exits_have_panels_where_tokens_leave():
-    tables = {routing.by_class: CLASSES, routing.by_position: POSITIONS, routing.by_quantile: QUANTILES}
-    for figure, table in tables.items():
-        assert len(figure(measures(table, 0.1)).axes) == 2 * len(figure(measures(table)).axes)
-
-
-def test_architecture_texts_do_not_overlap():
-    fig = architecture.layer()
-    canvas = FigureCanvasAgg(fig)
-    canvas.draw()
-    boxes = [text.get_window_extent(canvas.get_renderer()) for text in fig.axes[0].texts]
-    assert all(fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1 for box in boxes)
-    assert not [a for a, b in combinations(boxes, 2) if a.overlaps(b)]
 
 
 def test_show(tmp_path, monkeypatch):

@@ -48,8 +48,3 @@ def test_kept_reads_the_claim_between_its_capacities_and_the_row_on_more_tokens(
 )
 def test_increase_text(ends, expected):
     assert findings.increase_text(dict(zip(COST, ends, strict=True))) == expected
-
-
-def test_machine():
-    rows = pd.DataFrame({"threads": [2, 2], "dtype": ["bfloat16", "float32"], "device": ["cpu", "cpu"]})
-    assert findings.machine(rows) == "cpu, bfloat16/float32, threads 2"

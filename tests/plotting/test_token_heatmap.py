@@ -4,9 +4,7 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
-import pytest
 
-from hat_lib.config import HatError
 from hat_lib.evaluation.coloured_text import Passage, ansi, html
 from hat_lib.plotting.token_heatmap import COLUMNS, figure
 
@@ -29,10 +27,6 @@ class Page(HTMLParser):
         self.data += data
 
 
-def spans(fragment):
-    return [(a.get("title"), a["style"]) for tag, a in Page(fragment).tags if tag == "span" and "title" in a]
-
-
 def grounds(text):
     """8-bit background and text colour of each coloured run."""
     found = re.findall(r"\x1b\[48;2;(\d+);(\d+);(\d+);38;2;(\d+);\d+;\d+m", text)
@@ -51,20 +45,6 @@ def test_nothing_in_the_text_acts():
         shown.encode()  # the lone surrogate is spelled out, not kept
 
 
-def test_line_ends_and_tabs_show_and_the_ground_ends_with_the_line():
-    shown = ansi(Passage("t", ["a\n\n", "\tb"], [0.0, 1.0]), meaning="m", colours=True)
-    text = shown.split("\nt\n")[1]
-    assert ESCAPE.sub("", text) == "a↵\n↵\n⇥b"
-    assert all(line.count("\x1b[48") == line.count("\x1b[0m") for line in shown.split("\n"))
-
-
-def test_pieces_of_a_character_share_it():
-    for tokens, values in ((["a", "", "", "🦙"], [0.0, 0.2, 0.4, 0.9]), (["a", "🦙", "", ""], [0.0, 0.2, 0.4, 0.9])):
-        titles = [title for title, _ in spans(html(Passage("t", tokens, values), meaning="m"))]
-        assert titles == ["0.000", "0.200, 0.400, 0.900"]
-    assert spans(html(Passage("t", ["", ""], [0.1, 0.2]), meaning="m")) == []
-
-
 def test_ink_is_readable_on_every_ground():
     def luminance(rgb):
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(rgb) / 255]
@@ -74,13 +54,6 @@ def test_ink_is_readable_on_every_ground():
     for ground, grey in found:
         low, high = sorted((luminance(ground), luminance([grey] * 3)))
         assert (high + 0.05) / (low + 0.05) >= 4.5
-
-
-def test_legend_says_where_colours_stop():
-    both = html(Passage("a", ["x"], [0.2]), Passage("b", ["y"], [0.6]), meaning="m")
-    assert [float(v) for v in re.findall(r">([\d.]+)</span>", both)[:5]] == [0.2, 0.3, 0.4, 0.5, 0.6]
-    beyond = html(Passage("t", ["a", "b", "c"], [0.0, 0.5, 9.0]), meaning="m", low=0.2, high=0.6)
-    assert "≤ 0.20" in beyond and "≥ 0.60" in beyond and "≤" not in both
 
 
 def test_without_colours_subscripts_say_tenths():
@@ -100,15 +73,6 @@ def test_colours_only_where_they_are_wanted(monkeypatch):
         assert ("\x1b" in ansi(Passage("t", ["a"], [0.5]), meaning="m")) is expected
 
 
-def test_refusals():
-    one = Passage("t", ["a"], [0.5])
-    cases = [(Passage("t", ["a", "b"], [0.5]), {}), (Passage("t", ["a"], [np.nan]), {}), (one, {"low": 0.6})]
-    for passage, scale in [*cases, (one, {"high": np.inf})]:
-        for render in (html, ansi, figure):
-            with pytest.raises(HatError):
-                render(passage, meaning="m", **scale)
-
-
 def test_figure():
     def texts(*passages):
         return [text.get_text() for text in figure(*passages, meaning="share", low=0, high=1).axes[0].texts]
@@ -116,11 +80,3 @@ def test_figure():
     assert texts(Passage("one", ["ab", " c\n", "d"], [0.0, 1.0, np.nan]))[-4:] == ["one", "ab", " c↵", "d"]
     assert texts(Passage("$b_1$", ["\t", "\x1b", "🦙", ""], [0.5] * 4))[-4:] == ["$b_1$", "⇥", "□", "□"]
     assert [len(text) for text in texts(Passage("t", ["x" * (COLUMNS + 5)], [0.1]))[-2:]] == [COLUMNS, 5]
-
-
-def test_a_marked_token_is_framed_with_what_it_shares_a_character_with():
-    passage = Passage("p", ["one", "", " two", "three"], [0.1, 0.2, 0.3, 0.4], mark=1)
-    framed = [attrs for _, attrs in Page(html(passage, meaning="")).tags if "outline" in attrs.get("style", "")]
-    assert [attrs["title"] for attrs in framed] == ["0.200, 0.300"]
-    assert sum(not patch.get_fill() for patch in figure(passage, meaning="m").axes[0].patches) == 1
-    assert "outline" in html(Passage("p", ["one"], [np.nan], mark=0), meaning="", low=0, high=1)

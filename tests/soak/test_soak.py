@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -30,17 +29,6 @@ def test_leaks():
     leaks.run(4, "reference")
 
 
-def test_decisions_are_forced_on_a_model_without_exits():
-    hat = skipping("channel", exit_layers=())
-    ids = torch.arange(5, 11)[None]
-    with torch.no_grad():
-        with hat.record(), hat.reference():
-            expected = hat.lm(ids).logits
-        with hat.force(hat.trace.masks):
-            found = equalities.stepwise(hat, ids)
-    assert hat.trace.executed is not None and torch.allclose(found, expected, atol=1e-4)
-
-
 @torch.no_grad()
 def text(hat, ids, tokens=24):
     return hat.lm.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
@@ -62,20 +50,6 @@ def test_ctrl_c_inside_a_compiled_step_leaves_the_next_text_alone():
             assert torch.equal(text(hat, ids), expected)
     finally:
         signal.signal(signal.SIGALRM, before)
-
-
-def test_threads_write_what_one_writes():
-    """Four threads, two models, two capacities."""
-    hats, ids = [skipping("channel"), skipping("channel", exit_layers=(2,))], torch.tensor(random_blocks(4, 8))
-
-    def write(n):
-        with hats[n % 2].at((0.7, 1.0)[n // 2]):
-            return [text(hats[n % 2], ids[n : n + 1], 12) for _ in range(3)]
-
-    expected = [write(n)[0] for n in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(write, range(4)))
-    assert all(torch.equal(text, expected[n]) for n in range(4) for text in found[n])
 
 
 def test_sockets_reach_this_machine_alone(outside):

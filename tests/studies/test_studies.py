@@ -7,13 +7,12 @@ from tiny_runs import GRAINS, adaptive
 
 from hat_lib.config import DATA, HatConfig
 from hat_lib.evaluation.perplexity import compare, score_each
-from hat_lib.inference.speed import SpeedCurve, Variant, take_turns
+from hat_lib.inference.speed import SpeedCurve
 from hat_lib.model.cost import Work
 from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.rows import RowWriter, read_rows
 from studies import decode, quality, registry, self_speculative, speed_targets, token_time
-from studies.common import ratios
 from studies.published_claims import Setting
 from studies.timing import forced
 
@@ -119,21 +118,6 @@ def test_targets_are_refused_beyond_the_curve_and_priced_as_they_were_timed(chec
 
 
 # --- their parts ---
-
-
-def test_take_turns():
-    """A round has a random order and the next its reverse; the warm-up is not counted, and ratios are paired."""
-    order, fake = "", {"a": iter([9, 2.0, 4.0, 8.0]), "b": iter([9, 1.0, 1.0, 1.0])}
-    variants = [Variant(name, None, torch.inference_mode) for name in "ab"]
-
-    def once(variant):
-        nonlocal order
-        order += variant.name
-        return next(fake[variant.name])
-
-    take_turns(variants, once, rounds=3)
-    assert order[:2] == order[3:1:-1] and order[4:6] == order[7:5:-1]
-    assert variants[0].times == [2.0, 4.0, 8.0] and ratios(*(v.times for v in variants)) == [2.0, 4.0, 8.0]
 
 
 def test_forced_tokens_skip_exactly(tiny_base):

@@ -13,7 +13,7 @@ from hat_lib.config import HatConfig, HatError
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text import mixture
 from hat_lib.text.blocks import load_text
-from hat_lib.text.mixture import openings, self_text, sources, training_text
+from hat_lib.text.mixture import self_text, sources, training_text
 
 ROWS, LENGTH = 3, 8
 BATCH = ROWS * LENGTH
@@ -143,23 +143,3 @@ def test_refusals(tiny_base, cache):
 
 
 # Openings
-
-
-def test_openings_are_of_many_kinds():
-    first, again, other = (openings(2000, np.random.default_rng(seed)) for seed in (1, 1, 2))
-    assert first == again != other and len(set(first)) > 500
-    assert not any("{" in text and "}" in text for text in first)
-
-
-def test_blocks_go_on_with_openings_from_the_nucleus(tiny_base, monkeypatch):
-    monkeypatch.setattr(mixture, "TOP_P", 0.3)
-    found = text(tiny_base, 3 * 64, source="openings", block_size=64)
-    for row, beginning in zip(found, openings(ROWS, np.random.default_rng([0, 0])), strict=True):
-        given = tiny_base.tokenizer(beginning).input_ids
-        assert row["input_ids"][: len(given)] == given and row["doc"].startswith("openings-0:")
-        ids = torch.tensor([row["input_ids"]])
-        with torch.inference_mode():
-            chances, order = tiny_base.model(ids).logits[0].float().softmax(-1).sort(descending=True)
-        before = (chances.cumsum(-1) - chances).gather(-1, order.argsort(-1))  # mass of the more probable tokens
-        drawn = before[:-1].gather(-1, ids[0, 1:, None])[len(given) - 1 :, 0]
-        assert (drawn < 0.3 + 1e-5).all() and len(given) < 60

@@ -59,9 +59,3 @@ def test_it_trains_and_resumes_unless_its_rate_is_zero(changes, tmp_path):
     run_phase(new_hat("channel"), tmp_path / "parts", steps=3, max_minutes=1e-9, **changes)
     again = run_phase(new_hat("channel"), tmp_path / "parts", steps=3, resume=True, **changes)
     assert again.thresholds(0.5) == whole.thresholds(0.5)
-
-
-@pytest.mark.parametrize("grain, phase", [("token", "routers"), ("token", "exit"), ("channel", "exit")])
-def test_the_token_grain_and_gates_have_none(grain, phase):
-    hat = new_hat(grain)
-    assert Objective(hat, recipe(grain, split_lr=0.1), phase, nominal_thresholds(hat)).split is None

@@ -1,8 +1,5 @@
 """Hyperparameters: samples depend on (seed, step) alone, and schedules begin and end where they should."""
 
-import math
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -35,24 +32,6 @@ def test_samples_depend_on_seed_and_step_alone():
     capacities, rates = np.transpose(first)
     assert 0 <= min(rates) < 0.01 and 0.29 < max(rates) <= 0.3 and len(set(rates)) == 500
     assert abs(np.corrcoef(capacities, rates)[0, 1]) < 0.1
-
-
-def test_layer_dropout_grows_with_depth_and_over_the_run():
-    recipe = Recipe(layer_dropout=0.1)
-    end = recipe.layer_dropout_at(STEPS, STEPS, 22)
-    assert end[0] == 0 and end[-1] == pytest.approx(0.1) and np.all(np.diff(end) > 0)
-    assert end[7] == pytest.approx(0.1 * (math.exp(7 * math.log(2) / 21) - 1))
-    assert not recipe.layer_dropout_at(0, STEPS, 22).any()
-    assert recipe.layer_dropout_at(50, STEPS, 22) == pytest.approx(end / 2)
-    assert recipe.layer_dropout_at(1, 1, 1).tolist() == [0]
-
-
-@pytest.mark.parametrize("start", [Recipe.channel, Recipe.token, Recipe.published])
-def test_quick_is_smaller_and_changes_come_last(start):
-    quick, full = start("quick"), start("full")
-    assert quick.tokens * quick.router_epochs < full.tokens * full.router_epochs / 8
-    assert quick.router_lr == full.router_lr and quick.capacity == full.capacity
-    assert start("quick", tokens=500, text="self") == replace(quick, tokens=500, text="self")
 
 
 def test_named():

@@ -93,12 +93,6 @@ def relative_errors(found, expected):
     return [float((a - b).norm() / b.norm()) for a, b in zip(*flat, strict=True)]
 
 
-def test_only_the_first_process_writes(two):
-    _, (first, second) = two
-    assert any("hat_config.json" in path for path in first["written"])
-    assert second["written"] == []
-
-
 def test_both_processes_end_after_the_same_step_for_the_same_reason(two):
     _, (first, second) = two
     assert first["ended"] == second["ended"] == {

@@ -4,13 +4,13 @@ import signal
 
 import pytest
 import torch
-from tiny_runs import GRAINS, PHASES, interrupt_at, new_hat, random_blocks, recipe, run_phase, skipping, untrained
+from tiny_runs import GRAINS, PHASES, interrupt_at, new_hat, random_blocks, run_phase, skipping
 
 from hat_lib.backbone.base import exact_hash
 from hat_lib.config import HatError
 from hat_lib.training import losses, trainer
 from hat_lib.training.objective import Objective
-from hat_lib.training.trainer import STATE_FILE, Stops, step_rows
+from hat_lib.training.trainer import STATE_FILE, Stops
 
 
 def values(hat):
@@ -66,24 +66,6 @@ def test_capacity_exits_and_decisions_stay(grain_and_phase, tmp_path, monkeypatc
         run_phase(hat, tmp_path, phase)
     assert (hat.capacity, hat.exit_rate) == requested and not hat.training
     assert all(torch.equal(a, b) for a, b in zip(before, decided(), strict=True))
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_gates_without_a_low_rank_part_train(tmp_path):
-    hat = untrained("token", translator_rank=0)
-    assert run_phase(hat, tmp_path, "exit", steps=2).done and hat.gates["1"].scale.any()
-
-
-@pytest.mark.parametrize(("n_rows", "per_step"), [(16, 1), (15, 2), (5, 8)])
-def test_an_epoch_takes_every_row(n_rows, per_step):
-    how = recipe("token", batch_size=2)
-    steps = trainer.steps_per_epoch(n_rows, how, per_step)
-    epochs = [[step_rows(n_rows, how, per_step, step) for step in range(e * steps, (e + 1) * steps)] for e in (0, 1)]
-    for epoch in epochs:
-        assert all(len(micro_batches) == per_step for micro_batches in epoch)
-        rows = [row for micro_batches in epoch for batch in micro_batches for row in batch]
-        assert set(rows) == set(range(n_rows)) and len(set(rows[:n_rows])) == n_rows
-    assert epochs[0] != epochs[1]
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from notebook_files import notebook
 from hat_lib.config import HatError
 from hat_lib.rows import read_rows
 from hat_lib.workbook import batch
-from hat_lib.workbook.batch import BatchRow, carry_out, dask, latest_rows, local, parse_grid, run_name
+from hat_lib.workbook.batch import BatchRow, carry_out, dask, latest_rows, local, parse_grid
 
 PARAMETERS = 'capacity: float = 0.75\nseed: int = 0\nname = "x"\nrates = [0.1]'
 
@@ -44,13 +43,6 @@ def test_parse_grid(source):
 def test_wrong_options_start_nothing(source, out, options, run_hat):
     code, _, err = run_hat("batch", source, "--out", out, "--grid", *options.split())
     assert code == 2 and "rror: " in err and not out.exists()
-
-
-def test_run_name():
-    assert run_name({"seed": 0, "capacity": 0.4}) == "capacity=0.4_seed=0"
-    names = [run_name({"a": value}) for value in ("../x", "..-x", "é", "x" * 999, [], 0.5)]
-    assert len(set(names)) == len(names)
-    assert all("/" not in name and name.isascii() and len(name) < 140 for name in names)
 
 
 def stand_in(source, output, figures, parameters, cell_timeout, threads):
@@ -155,11 +147,3 @@ def test_command(tmp_path, out, run_hat):
     assert json.loads(rows[1].results) == {"square": 9, "deep": {"a": [1]}, "threads": "5"}
     executed = nbformat.read(out / "seed=3.ipynb", as_version=4)
     assert all(cell.execution_count for cell in executed.cells)
-
-
-def test_no_dask(monkeypatch):
-    with pytest.raises(HatError):
-        list(dask([], "h"))
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(HatError):
-        list(dask([], "tcp://127.0.0.1:9"))

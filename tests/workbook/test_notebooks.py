@@ -20,7 +20,7 @@ from hat_lib.workbook.notebooks import (
     predictions,
     select,
 )
-from hat_lib.workbook.session import begin, judge, record
+from hat_lib.workbook.session import begin, judge
 
 
 def test_values_take_the_type_of_their_default(tmp_path):
@@ -32,12 +32,6 @@ def test_values_take_the_type_of_their_default(tmp_path):
     for wrong in ("capacity=high", "capacity=", "steps=0.5", "rates=0.5", "train=1", "rates=[1"):
         with pytest.raises(HatError, match=wrong.split("=")[0]):
             parse_parameters([wrong], [path])
-
-
-def test_a_file_that_is_no_notebook(tmp_path):
-    (tmp_path / "a.ipynb").write_text("{}")
-    with pytest.raises(HatError, match="a.ipynb"):
-        parse_parameters(["steps=1"], [tmp_path / "a.ipynb"])
 
 
 def test_select(tmp_path):
@@ -57,12 +51,6 @@ def test_predictions_are_those_that_were_judged(tmp_path, capsys):
     nb.cells[-1].outputs = [nbformat.v4.new_output("stream", text=printed)]
     nbformat.write(nb, path)
     assert predictions(path) == {"held": ["one lies below two"], "FAILED": ["two lies below one"]}
-
-
-def test_record_takes_json_alone():
-    for value in (float("nan"), {1, 2}):
-        with pytest.raises(HatError):
-            record(perplexity=value)
 
 
 def test_begin():

@@ -45,7 +45,7 @@ def test_a_page_holds_all_it_shows_and_no_prompt_ends_its_script(hat):
     text = still_page(Screen(hat), {"a": ("</script><script>alert(1)</script>", "")})
     assert text.count("</script>") == 1 and "https://" not in text
     committed = (REPO / "docs" / "explore.html").read_text(encoding="utf-8")
-    assert all((play_page.HERE / name).read_text(encoding="utf-8") in committed for name in ("play.js", "play.css")), (
+    assert play_page.SCRIPT in committed and play_page.STYLE in committed, (
         "the committed page is older than what draws it: python -m studies.make_page"
     )
 
