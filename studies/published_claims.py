@@ -31,6 +31,7 @@ from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.rows import read_rows
 from hat_lib.text.blocks import load_text
 from studies import common, quality
+from studies.claims import PROMISED
 from studies.common import CHECKPOINTS, SPEEDS, TEXTS, markdown, ratios, rounded, saved, times
 from studies.plotting import speed
 from studies.plotting.findings import increase_text
@@ -42,8 +43,6 @@ READS = ("quality",)
 KEY = ("base", "granularity", "capacity", "exit_rate")
 SHAPE = "random:tinyllama"
 PREFILL = 512  # tokens of a timed prefill
-# capacity -> speedup and increase in perplexity
-PROMISED = {0.9: (1.1, 0.01), 0.7: (1.3, 0.03), 0.55: (1.6, 0.08), 0.4: (1.8, 0.12)}
 
 
 class Setting(NamedTuple):
@@ -88,8 +87,10 @@ def rows(
     rounds: int = 5,
     steps: int = 64,
     dtype: str | None = None,
+    shape_dtype: str | None = "bf16",
 ) -> Iterator[Row]:
-    """Rows for both bases, grain by grain; ``quality.csv`` in ``results`` must be of these checkpoints."""
+    """Rows for both bases, each in its dtype, grain by grain; ``quality.csv`` in ``results`` must be of these
+    checkpoints."""
     path = (results or config.DATA / "results") / "quality.csv"
     measured = sorted(read_rows(path, quality.Row), key=lambda r: r.tokens)  # a later row replaces an earlier
     known = {(r.granularity, r.text, r.capacity, r.exit_rate): r for r in measured if r.variant == "trained"}
@@ -97,11 +98,13 @@ def rows(
         if lacking := [(t, s) for t in TEXTS for s in SETTINGS if (granularity, t, *s) not in known]:
             raise HatError(f"{path} lacks {granularity} {lacking[0]}: run `python -m studies quality` first")
         if sum(key[1] == granularity for key in done) < 2 * len(SETTINGS):
-            found = _grain(checkpoint, known, rounds, steps, dtype)
+            found = _grain(checkpoint, known, rounds, steps, dtype, shape_dtype)
             yield from (row for row in found if tuple(getattr(row, name) for name in KEY) not in done)
 
 
-def _grain(checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str | None) -> Iterator[Row]:
+def _grain(
+    checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str | None, shape_dtype: str | None
+) -> Iterator[Row]:
     hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
     blocks = load_text("docstrings", hat.base.tokenizer, split="test", max_tokens=4 * PREFILL)
     ids = torch.tensor(sum(blocks["input_ids"], []))[None, :PREFILL].to(hat.base.device)
@@ -117,7 +120,7 @@ def _grain(checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str
     # On TinyLlama's shape, forced to what the bundled base realised.
     del hat
     gc.collect()  # gigabytes in cycles of models and hooks, whose size the collector cannot see
-    base = load_base(SHAPE, dtype=dtype)
+    base = load_base(SHAPE, dtype=shape_dtype)
     hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=granularity))
     with torch.inference_mode():
         contexts, around = forced(hat, realised.values(), 1, ids.shape[1]), {}

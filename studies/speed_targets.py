@@ -25,10 +25,10 @@ from hat_lib.model.modes import combined
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text, spread
+from studies.claims import PROMISED
 from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, times
 from studies.plotting.findings import increase_text
 from studies.prompts import prompts
-from studies.published_claims import PROMISED
 from studies.quality import MANY
 
 ABOUT = "a target speedup, what came of it and what it costs on three kinds of text"

@@ -87,6 +87,12 @@ def peaked(dtype=torch.float32):
     return replace(base, fingerprint=fingerprint(base.model))
 
 
+def active(grain, base=None, exits=(1, 2, 3)):
+    """Random routers and gates, thresholds that skip about a third, exits taken by about a fifth."""
+    vectors = 0.3 if grain == "channel" else 1.0
+    return skipping(grain, base, exit_layers=exits, bar=0.6, vectors=vectors, translator_rank=2)
+
+
 def gating(base=None, threshold=6.0, margin=10.0):
     """Calibrated, with the same threshold and margin for the head at every capacity."""
     hat = untrained("channel", base or peaked())

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_fast_path import GREEDY, active, every_family, hook  # noqa: F401
+from test_fast_path import GREEDY, every_family, hook
 from test_transformer import close
-from tiny_runs import tiny
+from tiny_runs import active, tiny
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria
 

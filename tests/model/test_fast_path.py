@@ -13,7 +13,7 @@ import pytest
 import torch
 from four_bits_read import round_weights
 from test_transformer import close, stepwise
-from tiny_runs import GRAINS, OTHERS, gating, greedy, skipping, tiny
+from tiny_runs import GRAINS, OTHERS, active, gating, greedy, skipping, tiny
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.backbone.base import fingerprint
@@ -30,27 +30,11 @@ pytestmark = [
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
-def active(grain, base=None):
-    vectors = 0.3 if grain == "channel" else 1.0
-    return skipping(grain, base, exit_layers=(1, 2, 3), bar=0.6, vectors=vectors, translator_rank=2)
-
-
 KINDS = [(grain, "random:tiny") for grain in GRAINS]
 KINDS += [pytest.param(("channel", name), marks=pytest.mark.slow) for name in OTHERS if "mistral" not in name]
 
 
 every_family = pytest.mark.parametrize("hat", KINDS, ids=" ".join, indirect=True)
-
-
-@pytest.fixture(params=KINDS[: len(GRAINS)], ids=" ".join)
-def hat(request):
-    grain, name = request.param
-    return active(grain, tiny(name=name))
-
-
-@pytest.fixture
-def channel_hat():
-    return active("channel")
 
 
 def states(hat, ids):

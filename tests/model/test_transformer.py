@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_runs import GRAINS, OTHERS, skipping, tiny, untrained
+from tiny_runs import GRAINS, OTHERS, active, tiny, untrained
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from hat_lib.backbone.base import Base, fingerprint
@@ -31,18 +31,6 @@ KINDS += [pytest.param(("channel", name), marks=pytest.mark.slow) for name in OT
 
 
 every_family = pytest.mark.parametrize("hat", KINDS, ids=" ".join, indirect=True)
-
-
-@pytest.fixture(params=KINDS[: len(GRAINS)], ids=" ".join)
-def hat(request):
-    """Random routers and gates, thresholds that skip about a third, exits taken by about a fifth."""
-    grain, name = request.param
-    return active(grain, tiny(name=name))
-
-
-def active(grain, base=None, exits=EXITS):
-    vectors = 0.3 if grain == "channel" else 1.0
-    return skipping(grain, base, exit_layers=exits, bar=0.6, vectors=vectors, translator_rank=2)
 
 
 def stepwise(hat, ids):

@@ -36,7 +36,7 @@ SMALL = {
         {"capacity": 0.5, "weights": "int8", "dtypes": ["fp32"], "count": 2, "max_new_tokens": 8, "rounds": 1}, {}, 2
     ),
     "published_claims": (
-        {"rounds": 1, "steps": 8, "dtype": "fp32"},
+        {"rounds": 1, "steps": 8, "dtype": "fp32", "shape_dtype": "fp32"},
         {"SHAPE": "random:tiny", "SETTINGS": [Setting(0.7), Setting(0.75, 0.1)]},
         8,
     ),
