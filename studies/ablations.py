@@ -22,7 +22,7 @@ from studies.common import Machine, Perplexity, machine, markdown, perplexity, r
 from studies.plotting.findings import increase_text
 
 ABOUT = "a calibration with one thing changed, at equal work of the layers"
-MINUTES = 30
+MINUTES = 16
 KEY = ("change", "capacity", "text")
 CHANGES = {"none": {}, "uniform split": {"split": "uniform"}, "no token sensitivity": {"token_sensitivity": False}}
 """name -> keyword arguments of `calibrate`"""
@@ -49,7 +49,7 @@ def rows(
     base: str = "bundled",
     tokens: int = 3072,
     calibration_tokens: int = 8192,
-    dtype: str | None = None,
+    dtype: str = "fp32",
 ) -> Iterator[Row]:
     check_count("tokens", tokens, 1024), check_count("calibration_tokens", calibration_tokens, 1024)
     points = {name: [(name, c, text) for text, _ in MEASURED for c in CAPACITIES] for name in CHANGES}

@@ -24,7 +24,7 @@ from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, sav
 from studies.timing import plain_copy, plain_part
 
 ABOUT = "time to the first and to the last token of an answer, alone and beside busy processes"
-MINUTES = 6
+MINUTES = 12
 KEY = ("base", "busy", "way")
 PROMPT, ANSWER = 512, 64
 
@@ -50,7 +50,7 @@ def rows(
     capacity: float = 0.6,
     busy: int = 2,
     rounds: int = 5,
-    dtype: str | None = None,
+    dtype: str = "fp32",
 ) -> Iterator[Row]:
     """Rows for each way, alone and beside up to ``busy`` processes."""
     hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)

@@ -40,7 +40,7 @@ from studies.plotting import speed
 from studies.timing import CONTEXT, decode_ms, forced, plain_copy
 
 ABOUT = "milliseconds a token: transformers, the engine by format and capacity, eight sequences, llama.cpp"
-MINUTES = 20
+MINUTES = 25
 KEY = ("base", "way", "weights", "sequences", "capacity")
 SHAPE = "random:tinyllama"
 MORE_SHAPES = {
@@ -112,12 +112,13 @@ def rows(
     together: int = TOGETHER,
     rounds: int = 5,
     steps: int = 32,
-    dtype: str = "bf16",
+    dtype: str = "fp32",
+    shape_dtype: str = "bf16",
 ) -> Iterator[Row]:
     """Rows for all bases; the ``checkpoint`` has the channel grain and the bundled base.
 
-    ``together`` sequences decode together, dense and at the middle capacity. A turn has ``steps`` tokens. More shapes
-    run at ``shape_capacities``.
+    ``together`` sequences decode together, dense and at the middle capacity. A turn has ``steps`` tokens. Shapes run in
+    ``shape_dtype``, those after the first at ``shape_capacities``.
     """
     check_count("together", together, 2, TOGETHER)
     asked = [1.0, *(check_capacity(c) for c in capacities if c != 1)]
@@ -132,9 +133,9 @@ def rows(
     if not _measured(hat.base, WEIGHT_FORMATS, sizes, done):
         yield from _base(hat, ids, around, WEIGHT_FORMATS, sizes, rounds, steps, done)
     del hat, around
-    yield from _random(SHAPE, ids, asked, WEIGHT_FORMATS, sizes, rounds, steps, dtype, done)
+    yield from _random(SHAPE, ids, asked, WEIGHT_FORMATS, sizes, rounds, steps, shape_dtype, done)
     for shape in MORE_SHAPES:
-        yield from _random(shape, ids, shape_capacities, ("base",), (1,), rounds, steps, dtype, done)
+        yield from _random(shape, ids, shape_capacities, ("base",), (1,), rounds, steps, shape_dtype, done)
 
 
 def _random(shape: str, ids: Tensor, asked: Sequence[float], forms, sizes, rounds, steps, dtype: str, done):

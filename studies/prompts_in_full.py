@@ -22,7 +22,7 @@ from studies.common import CHECKPOINTS, TEXTS, Machine, machine, markdown, round
 from studies.speed_targets import whole_blocks
 
 ABOUT = "perplexity of what follows a prompt that runs in full, or spends by capacity"
-MINUTES = 12
+MINUTES = 5
 KEY = ("text", "capacity", "prompt")
 PROMPT = 128
 
@@ -46,7 +46,7 @@ def rows(
     texts: Sequence[str] = TEXTS,
     capacities: Sequence[float] = (0.7, 0.55, 0.4),
     tokens: int = 6144,
-    dtype: str | None = None,
+    dtype: str = "fp32",
 ) -> Iterator[Row]:
     """Rows for each text, capacity and kind of prompt; about ``tokens`` tokens of each text, prompts included."""
     hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)

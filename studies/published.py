@@ -12,12 +12,12 @@ from studies.common import CHECKPOINTS, TEXTS, markdown, saved
 from studies.plotting.findings import increase_text, promised
 
 ABOUT = "as in quality, for the token grain trained by the published recipe"
-MINUTES = 7
+MINUTES = 3
 KEY, Row = quality.KEY, quality.Row
 
 
 def rows(
-    done: Mapping[tuple, Row] | None = None, *, token: Path = CHECKPOINTS / "published", dtype: str | None = None
+    done: Mapping[tuple, Row] | None = None, *, token: Path = CHECKPOINTS / "published", dtype: str = "fp32"
 ) -> Iterator[Row]:
     """The points of the token grain that are trained and without exits."""
     points = [p for p in quality.plan("token") if p.variant == "trained" and p.exit_rate == 0]

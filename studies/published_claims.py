@@ -38,7 +38,7 @@ from studies.plotting.findings import increase_text
 from studies.timing import decode_ms, forced, plain_copy, plain_part
 
 ABOUT = "a claimed point: quality from quality.csv, speed measured"
-MINUTES = 15
+MINUTES = 20
 READS = ("quality",)
 KEY = ("base", "granularity", "capacity", "exit_rate")
 SHAPE = "random:tinyllama"
@@ -86,8 +86,8 @@ def rows(
     results: Path | None = None,
     rounds: int = 5,
     steps: int = 64,
-    dtype: str | None = None,
-    shape_dtype: str | None = "bf16",
+    dtype: str = "fp32",
+    shape_dtype: str = "bf16",
 ) -> Iterator[Row]:
     """Rows for both bases, each in its dtype, grain by grain; ``quality.csv`` in ``results`` must be of these
     checkpoints."""
@@ -102,9 +102,7 @@ def rows(
             yield from (row for row in found if tuple(getattr(row, name) for name in KEY) not in done)
 
 
-def _grain(
-    checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str | None, shape_dtype: str | None
-) -> Iterator[Row]:
+def _grain(checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str, shape_dtype: str) -> Iterator[Row]:
     hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
     blocks = load_text("docstrings", hat.base.tokenizer, split="test", max_tokens=4 * PREFILL)
     ids = torch.tensor(sum(blocks["input_ids"], []))[None, :PREFILL].to(hat.base.device)

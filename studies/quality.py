@@ -18,7 +18,7 @@ from studies.plotting import findings
 from studies.plotting.findings import increase_text
 
 ABOUT = "a variant (trained, untrained, a control) at a point, at equal work"
-MINUTES = 120
+MINUTES = 95
 KEY = equal_work.KEY
 SEEDS = 5
 """draws of random exits, whose rates are small"""
@@ -64,7 +64,7 @@ def rows(
     token_untrained: Path = CHECKPOINTS / "calibrated_token",
     grains: Sequence[str] = tuple(GRAINS),
     points: Sequence[Point] | None = None,
-    dtype: str | None = None,
+    dtype: str = "fp32",
 ) -> Iterator[Row]:
     """See `hat_lib.evaluation.equal_work.rows`; by default, the points of `plan`."""
     checkpoints = {"channel": (channel, channel_untrained), "token": (token, token_untrained)}

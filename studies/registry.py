@@ -123,8 +123,7 @@ def measure(name: str, results: Path, *, again: bool = False, **options) -> Iter
     """Measure what ``results/NAME.csv`` lacks, or everything ``again``, yielding each row once it is written."""
     study, path = load(name), results / f"{name}.csv"
     made_from = state.digest(name, reads(study), results)
-    # All rows from one state, and as they are committed; a row says its dtype.
-    own = (again or not path.is_file()) and not options.keys() - {"dtype"}
+    own = (again or not path.is_file()) and not options  # all rows from one state, and as they are committed
     if others := reads(study):  # what was measured here takes precedence over what is committed
         here = all((results / f"{other}.csv").is_file() for other in others)
         options = {"results": results if here else None} | options

@@ -26,7 +26,7 @@ from studies.prompts import KINDS, Prompt, prompts
 from studies.timing import plain_copy
 
 ABOUT = "a prompt, four ways to its text"
-MINUTES = 15
+MINUTES = 18
 KEY = ("granularity", "capacity", "weights", "dtype", "prompt")
 EARLY_EXITS = 10
 

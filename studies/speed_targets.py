@@ -32,7 +32,7 @@ from studies.prompts import prompts
 from studies.quality import MANY
 
 ABOUT = "a target speedup, what came of it and what it costs on three kinds of text"
-MINUTES = 20
+MINUTES = 14
 KEY = ("granularity", "versus", "requested")
 CLAIMED = dict(PROMISED.values())  # speedup -> increase in perplexity
 TEXTS, BLOCK = tuple(MANY), 512
@@ -80,7 +80,7 @@ def rows(
     count: int = 10,
     max_new_tokens: int = 60,
     tokens: int = 4_096,
-    dtype: str | None = None,
+    dtype: str = "fp32",
 ) -> Iterator[Row]:
     """Rows for each checkpoint and target; the speed curve comes from the user's cache or is measured first.
 

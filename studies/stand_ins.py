@@ -12,12 +12,12 @@ from studies.common import CHECKPOINTS, TEXTS, markdown, saved
 from studies.plotting.findings import increase_text
 
 ABOUT = "as in quality, for the token grain with low-rank stand-ins for skipped FFNs"
-MINUTES = 7
+MINUTES = 3
 KEY, Row = quality.KEY, quality.Row
 
 
 def rows(
-    done: Mapping[tuple, Row] | None = None, *, token: Path = CHECKPOINTS / "token_stand_ins", dtype: str | None = None
+    done: Mapping[tuple, Row] | None = None, *, token: Path = CHECKPOINTS / "token_stand_ins", dtype: str = "fp32"
 ) -> Iterator[Row]:
     yield from published.rows(done, token=token, dtype=dtype)
 

@@ -1,12 +1,14 @@
 """Which results are stale: a digest of the code and the data that a file of results was made from, beside the file.
 
 Only what can change a row counts: the modules that a study imports, but for what draws; checkpoints, texts, and the
-files that it reads. Comments, docstrings and layout do not.
+files that it reads. Comments, docstrings and blank lines do not.
 """
 
 import ast
 import hashlib
+import io
 import json
+import tokenize
 from functools import cache
 from pathlib import Path
 
@@ -57,12 +59,18 @@ def known(results: Path) -> dict[str, str]:
 
 
 def _code(path: Path) -> bytes:
-    """What a file does, whatever its docstrings, comments and layout."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list):
-            node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
-    return ast.dump(tree).encode()
+    """The lines of a file without comments, docstrings and blank lines: the same in every version of Python, in which
+    syntax trees differ."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip()).encode()
 
 
 def _with_imports(name: str) -> set[Path]:

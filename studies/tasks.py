@@ -25,7 +25,7 @@ from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, sav
 from studies.prompts import prompts
 
 ABOUT = "copying, sums, a cloze test and greedy agreement, of `default` and its base"
-MINUTES = 12
+MINUTES = 9
 KEY = ("task", "capacity")
 WORDS = ("apple", "river", "stone", "cloud", "garden", "paper", "silver", "winter", "bridge", "candle", "forest",
          "market", "mirror", "orange", "pencil", "shadow", "spring", "table", "window", "yellow")  # fmt: skip
@@ -90,7 +90,7 @@ def rows(
     tasks: Sequence[str] = ("copying", "arithmetic", "agreement", "cloze"),
     capacities: Sequence[float] = (0.7, 0.55, 0.4),
     count: int = 200,
-    dtype: str | None = None,
+    dtype: str = "bf16",
 ) -> Iterator[Row]:
     """Rows of ``tasks`` at ``capacities``; copying and arithmetic have ``count`` items, agreement a quarter of it."""
     hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)

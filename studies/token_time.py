@@ -34,7 +34,7 @@ from studies.plotting import speed
 from studies.timing import CONTEXT, decode_ms, plain_copy, plain_part
 
 ABOUT = "what a part of a decode step takes, in plain transformers, our dense path and at a capacity"
-MINUTES = 6
+MINUTES = 4
 KEY = ("way", "part")
 WAYS = {"hf": "plain transformers", "dense": "our own dense path", "adaptive": "adaptive"}
 PARTS = (*LINEARS, "head", "decisions", "rest", "loop")
@@ -62,7 +62,7 @@ def rows(
     capacity: float = 0.55,
     rounds: int = 15,
     steps: int = 24,
-    dtype: str | None = None,
+    dtype: str = "bf16",
 ) -> Iterator[Row]:
     """Rows for every way and part; ``checkpoint`` must have the channel grain."""
     capacity = check_capacity(capacity)

@@ -26,7 +26,7 @@ SMALL = {
         2,
     ),
     "decode": (
-        {"capacities": [1.0, 0.5], "together": 2, "rounds": 1, "steps": 2, "dtype": "fp32"},
+        {"capacities": [1.0, 0.5], "together": 2, "rounds": 1, "steps": 2, "shape_dtype": "fp32"},
         {"BUNDLED": "random:tiny", "SHAPE": "random:tiny", "MORE_SHAPES": (), "HELD_OUT": 16, "CONTEXT": 16,
          "llama_cpp": lambda ids, steps: lambda: 1.0},
         2 * (6 + 4 * len(WEIGHT_FORMATS)),
