@@ -1,19 +1,63 @@
-"""`make soak`, or one part of it: make soak PART=kills."""
+"""`make soak`, or one part of it: make soak PART=kills. Its rows replace those in data/results/reliability.csv.
+
+A failure stops it, so a row says that all of its cases went well.
+"""
 
 import sys
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from hat_lib.backbone.machine import cpu_name
+from hat_lib.config import DATA
+from hat_lib.rows import RowWriter, read_rows, rounded
 from soak import equalities, kills, leaks
 
-PARTS = {
-    "equalities": lambda folder: equalities.run(1000),
-    "kills": lambda folder: [kills.run(job, 20, folder) for job in kills.JOBS],
-    "leaks": lambda folder: print([leaks.run(10_000, path) for path in ("engine", "reference")]),
-}
 
-for part in sys.argv[1:] or PARTS:
-    print(f"{part} ...", flush=True)
+@dataclass(frozen=True)
+class Row:
+    part: str
+    what: str
+    cases: int
+    seconds: float
+    kib_a_text: float | None  # by which memory grows
+    slowdown: float | None  # CPU time of a text, of the last tenth over the first
+    threads: int
+    cpu: str
+
+
+def cases(folder: Path):
+    """Part, name, number of cases and what runs them."""
+    yield "equalities", "drawn models", 1000, lambda: equalities.run(1000)
+    for job in kills.JOBS:
+        yield "kills", job, 20, lambda job=job: kills.run(job, 20, folder)
+    for path in ("engine", "reference"):
+        yield "leaks", path, 10_000, lambda path=path: leaks.run(10_000, path)
+
+
+def main(chosen: list[str], file: Path = DATA / "results" / "reliability.csv") -> None:
     with tempfile.TemporaryDirectory() as folder:
-        PARTS[part](Path(folder))
-print("no failure")
+        every = list(cases(Path(folder)))
+        if unknown := set(chosen) - {case[0] for case in every}:
+            sys.exit(f"no part {', '.join(unknown)}: PART is equalities, kills or leaks")
+        todo = [case for case in every if case[0] in chosen or not chosen]
+        kept = [row for row in read_rows(file, Row) if row.part not in {case[0] for case in todo}]
+        file.unlink()
+        with RowWriter(file, Row, key=("part", "what")) as rows:
+            for row in kept:
+                rows.write(row)
+            for part, what, count, run in todo:
+                print(f"{part}, {what} ...", flush=True)
+                begun = time.monotonic()
+                grew, slowdown = run() or (None, None)
+                found = {"seconds": time.monotonic() - begun, "kib_a_text": grew, "slowdown": slowdown}
+                here = {"threads": torch.get_num_threads(), "cpu": cpu_name()}
+                rows.write(rounded(Row, part=part, what=what, cases=count, **found, **here))
+    print("no failure")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
