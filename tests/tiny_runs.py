@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 from datasets import Dataset
 
@@ -31,7 +32,14 @@ from hat_lib.training.trainer import train_phase
 GRAINS = ("channel", "token")
 OTHERS = ("random:tiny-mistral", "random:tiny-qwen2", "random:tiny-qwen3", "random:tiny-smollm3")
 """bases of the families other than Llama"""
+KINDS = [(grain, "random:tiny") for grain in GRAINS]
 PHASES = ("routers", "exit")
+
+
+def every_family(but=()):
+    """Runs a test for each of `KINDS` and, slowly, for the channel grain of each other family, with its ``hat``."""
+    others = [pytest.param(("channel", name), marks=pytest.mark.slow) for name in OTHERS if name not in but]
+    return pytest.mark.parametrize("hat", [*KINDS, *others], ids=" ".join, indirect=True)
 
 
 def page(folder: Path) -> Path:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_runs import GRAINS, active, tiny
+from tiny_runs import KINDS, active, tiny
 
 
 @pytest.fixture
@@ -12,7 +12,7 @@ def ids():
     return torch.from_numpy(np.random.default_rng(1).integers(5, 250, (3, 14)))
 
 
-@pytest.fixture(params=[(grain, "random:tiny") for grain in GRAINS], ids=" ".join)
+@pytest.fixture(params=KINDS, ids=" ".join)
 def hat(request):
     grain, name = request.param
     return active(grain, tiny(name=name))

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_fast_path import GREEDY, every_family, hook
-from test_transformer import close
+from test_fast_path import every_family, hook
+from test_transformer import GREEDY, close
 from tiny_runs import active, tiny
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria

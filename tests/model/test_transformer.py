@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
-from tiny_runs import GRAINS, OTHERS, active, tiny, untrained
+from tiny_runs import GRAINS, active, tiny, untrained
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from hat_lib.backbone.base import Base, fingerprint
@@ -20,17 +21,10 @@ from hat_lib.model.policies import KeepAll, Random, Static
 from hat_lib.model.token_state import Masks, TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
 
-EXITS = (1, 2, 3)
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:token grain")]
-
-
-KINDS = [(grain, "random:tiny") for grain in GRAINS]
-KINDS += [pytest.param(("channel", name), marks=pytest.mark.slow) for name in OTHERS]
-
-
-every_family = pytest.mark.parametrize("hat", KINDS, ids=" ".join, indirect=True)
+every_family = tiny_runs.every_family()
 
 
 def stepwise(hat, ids):
@@ -156,7 +150,7 @@ class TestSamePassTwoWays:
     @every_family
     def test_forced_depths_in_one_batch(self, hat, ids):
         """Tokens that leave at different depths freeze there, and hidden_states repeat the frozen state."""
-        exits = {e: torch.zeros(3, 14, dtype=torch.bool) for e in EXITS}
+        exits = {e: torch.zeros(3, 14, dtype=torch.bool) for e in hat.config.exit_layers}
         exits[1][0, 5] = exits[2][1, 7] = exits[3][2, 13] = True
         with hat.force(Masks({}, exits)):
             states = hat.lm(ids, output_hidden_states=True).hidden_states

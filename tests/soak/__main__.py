@@ -1,6 +1,6 @@
 """`make soak`, or one part of it: make soak PART=kills. Its rows replace those in data/results/reliability.csv.
 
-A failure stops it, so a row says that all of its cases went well.
+A failure stops it and leaves the file as it was, so a row says that all of its cases went well.
 """
 
 import sys
@@ -9,11 +9,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from hat_lib.backbone.machine import cpu_name
 from hat_lib.config import DATA
-from hat_lib.rows import RowWriter, read_rows, rounded
+from hat_lib.rows import read_rows, rounded
 from soak import equalities, kills, leaks
 
 
@@ -39,23 +40,21 @@ def cases(folder: Path):
 
 
 def main(chosen: list[str], file: Path = DATA / "results" / "reliability.csv") -> None:
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        every = list(cases(Path(folder)))
-        if unknown := set(chosen) - {case[0] for case in every}:
+        todo = list(cases(Path(folder)))
+        if unknown := set(chosen) - {case[0] for case in todo}:
             sys.exit(f"no part {', '.join(unknown)}: PART is equalities, kills or leaks")
-        todo = [case for case in every if case[0] in chosen or not chosen]
-        kept = [row for row in read_rows(file, Row) if row.part not in {case[0] for case in todo}]
-        file.unlink()
-        with RowWriter(file, Row, key=("part", "what")) as rows:
-            for row in kept:
-                rows.write(row)
-            for part, what, count, run in todo:
-                print(f"{part}, {what} ...", flush=True)
-                begun = time.monotonic()
-                grew, slowdown = run() or (None, None)
-                found = {"seconds": time.monotonic() - begun, "kib_a_text": grew, "slowdown": slowdown}
-                here = {"threads": torch.get_num_threads(), "cpu": cpu_name()}
-                rows.write(rounded(Row, part=part, what=what, cases=count, **found, **here))
+        for part, what, count, run in todo:
+            if chosen and part not in chosen:
+                rows += [row for row in read_rows(file, Row) if (row.part, row.what) == (part, what)]
+                continue
+            print(f"{part}, {what} ...", flush=True)
+            begun = time.monotonic()
+            grew, slowdown = run() or (None, None)
+            found = {"seconds": time.monotonic() - begun, "kib_a_text": grew, "slowdown": slowdown, "cpu": cpu_name()}
+            rows.append(rounded(Row, part=part, what=what, cases=count, threads=torch.get_num_threads(), **found))
+    pd.DataFrame(rows).to_csv(file, index=False)
     print("no failure")
 
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 from tiny_runs import random_blocks, skipping
 
+from hat_lib.config import DATA
+from hat_lib.rows import read_rows
 from soak import equalities, kills, leaks
+from soak.__main__ import Row, cases
+
+
+def test_the_committed_rows_are_of_these_cases(tmp_path):
+    rows = read_rows(DATA / "results" / "reliability.csv", Row)
+    assert [(row.part, row.what, row.cases) for row in rows] == [case[:3] for case in cases(tmp_path)]
 
 
 @pytest.mark.slow
