@@ -59,6 +59,16 @@ class Base:
     name: str
     """as given to `load_base`"""
 
+    def __repr__(self) -> str:
+        model, count = type(self.model).__name__, self.model.num_parameters()
+        dtype, device = str(self.dtype).removeprefix("torch."), self.device
+        return f"Base({self.name}: {model}, {count:,} parameters, {dtype}, {device}, {self.fingerprint[:12]})"
+
+    def __getattr__(self, name: str):
+        if "model" in vars(self) and hasattr(self.model, name):
+            raise AttributeError(f"a Base has no {name!r}, its model has: .model.{name}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype

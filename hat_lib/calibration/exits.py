@@ -79,7 +79,7 @@ def _at_one_capacity(hat, fit: list[Tensor], check: list[Tensor], base: list[Ten
             for block, tokens in zip(check, base, strict=True):
                 hidden = hat.lm.model(block, use_cache=False).last_hidden_state
                 left = hat.trace.exited
-                same.append(hat.lm.lm_head(hidden[left]).argmax(-1) == tokens[left])
+                same.append(hat.logits(hidden[left]).argmax(-1) == tokens[left])
         same = torch.cat(same).float()
         rates.append(len(same) / sum(block.numel() for block in check))
         agreement.append(float(same.mean()) if len(same) else 1.0)

@@ -56,14 +56,6 @@ class Result(NamedTuple):
     """the token chosen after each, int64 ``[B, T]``"""
 
 
-def joined(results: list[Result]) -> Result:
-    """Consecutive results of the same sequences, without logits."""
-    kept, exits, head, ids = zip(*(result[1:] for result in results), strict=True)
-    return Result(
-        None, np.concatenate(kept, 3), np.concatenate(exits, 1), np.concatenate(head, 2), np.concatenate(ids, 1)
-    )
-
-
 STILL = Steering(np.zeros(MAX_TOKENS, np.float32), 0.0, 0.0, 0.0, np.zeros(FFN, np.float32))
 
 

@@ -99,7 +99,7 @@ def score(
     lm = hat.lm if hat else model
     if hat is None and any(map(overridden, lm.model.layers)):
         raise HatError("this model carries a HierarchicalTransformer: pass that, so that its work is counted")
-    tally = _Tally(lm.lm_head, hat, dataset)
+    tally = _Tally(hat.logits if hat else lm.lm_head, hat, dataset)
     for batch in _batches(dataset, batch_size, device_of(lm.get_input_embeddings()), progress):
         tally.add(batch, batch.final_states(lm))
     return tally.score()
@@ -126,7 +126,7 @@ def score_each(
     if not isinstance(hat, HierarchicalTransformer):
         raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to be compared with")
     settings = [hat.dense, *settings]
-    head = torch.nn.Identity() if decoded else hat.lm.lm_head
+    head = torch.nn.Identity() if decoded else hat.logits
     tallies = [_Tally(head, hat, dataset) for _ in settings]
 
     with hat.engine() if decoded else nullcontext():

@@ -192,8 +192,8 @@ def _predictions(hat, base: Tensor, ours: Tensor, ids: Sequence[int]) -> tuple[d
     losses, best = [], []
     for states, others, after in zip(base.split(SLICE), ours.split(SLICE), following.split(SLICE), strict=True):
         with hat.dense():
-            p = F.log_softmax(hat.lm.lm_head(states).float(), dim=-1)
-        q = F.log_softmax(hat.lm.lm_head(others).float(), dim=-1)
+            p = F.log_softmax(hat.logits(states).float(), dim=-1)
+        q = F.log_softmax(hat.logits(others).float(), dim=-1)
         surprisal, hat_surprisal = (-r.gather(1, after[:, None])[:, 0] for r in (p, q))
         entropy, kl = torch.special.entr(p.exp()).sum(-1), (p.exp() * (p - q)).sum(-1)
         losses.append(torch.stack([surprisal, entropy, hat_surprisal - surprisal, kl]))

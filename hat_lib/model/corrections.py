@@ -68,7 +68,7 @@ class Corrections(nn.ModuleDict):
             for number, name in enumerate(LINEARS.get(site, ())):
 
                 def add(module, args, out, correction=correction, number=number):
-                    strength = context.mode.corrected if context.passes else 0.0  # called by hand, it is the base's
+                    strength = context.run.mode.strength if context.run else 0.0
                     return out.add(correction.term(args[0], number), alpha=strength) if strength else None
 
                 linear = layers[int(layer)].get_submodule(name)

@@ -27,12 +27,12 @@ def decisions(hat, dense: Decisions, mode: Mode, window: slice) -> Decisions:
         window: the tokens' positions in the cache, for forced decisions; channels are forced for one token only.
     """
     if hat.config.granularity == "token":
-        made = _ffns(hat, mode.policy, window) | (_corrections(hat, mode.corrected) if mode.corrected else {})
+        made = _ffns(hat, mode.policy, window) | (_corrections(hat, mode.strength) if mode.strength else {})
     else:
-        made = _channels(hat, dense, mode.policy, window) | {"strength": np.float32(mode.corrected)}
-    if mode.shortlist is not None:
-        made["head_threshold"] = as_numpy(mode.shortlist.threshold.cpu())
-        made["margin"] = np.float32(mode.shortlist.margin)
+        made = _channels(hat, dense, mode.policy, window) | {"strength": np.float32(mode.strength)}
+    if mode.head is not None:
+        made["head_threshold"] = as_numpy(mode.head.threshold.cpu())
+        made["margin"] = np.float32(mode.head.margin)
     return with_exits(hat, dense._replace(**made), mode.exits, window)
 
 

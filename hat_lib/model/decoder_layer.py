@@ -58,7 +58,7 @@ class AdaptiveLayer:
     @property
     def run(self) -> ForwardPass | None:
         """The model's forward that is under way; None if a part is called by hand: it then acts as the base's."""
-        return self.context.passes[-1] if self.context.passes else None
+        return self.context.run
 
     @torch.compiler.disable  # it branches on what each token needs
     def forward(self, hidden_states: Tensor, **given) -> Tensor:

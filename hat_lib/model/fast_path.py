@@ -13,11 +13,12 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -30,7 +31,7 @@ from hat_lib.model.token_loop import TokenLoop, first_seen, one_by_one
 from hat_lib.model.token_state import TokenState
 
 try:
-    from hat_lib.engine.decoder import Decoder, Place, Result, Steering, joined
+    from hat_lib.engine.decoder import Decoder, Place, Result, Steering
     from hat_lib.engine.team import size, torch_on_one_thread
     from hat_lib.engine.weights import packed_bytes, unfit
     from hat_lib.model.decisions import decisions, with_exits
@@ -54,7 +55,27 @@ class GenerateCall:
     """whether the prompt's tokens spend by capacity, too; else they run in full"""
     threads: int
     """torch's number of threads when it began"""
+    beams: bool = False
+    """whether forwards are of other rows than the texts that come out: beams, or drafts that may be rejected"""
     prefilled: bool = False
+    prompt: bool = False
+    """whether the prompt runs now"""
+    ran: list[TokenState] = field(default_factory=list)
+    """states of the forwards so far, but for the prompt's"""
+
+    def note(self, state: TokenState) -> None:
+        if self.prompt:
+            state.covers = "prompt"
+        else:
+            self.ran.append(state)
+
+    def joined(self) -> TokenState | None:
+        """What the new tokens ran; None if none was read."""
+        if not self.ran:
+            return None
+        state = self.ran[-1] if self.beams else TokenState.cat(self.ran)
+        state.covers = "last step of generate" if self.beams else "new tokens"
+        return state
 
 
 class FastPath:
@@ -68,13 +89,12 @@ class FastPath:
         """by form, and whether it can make a shortlist"""
         self._decisions: dict[tuple, Decisions] = {}
         self._lock = threading.Lock()
-        self._local = threading.local()
         self.never = UNAVAILABLE or obstacles.of_base(self.lm, hat.config.granularity)
 
-    def attach(self) -> None:
-        """Once the model's own hooks and forwards are in place."""
-        self._snapshot = obstacles.Snapshot(self.lm, self.hat.config.n_layers)
-        self._reference, original = self.lm.forward, self.lm.generate
+    def attach(self, hooks: list[RemovableHandle]) -> None:
+        """Once the model's own ``hooks`` and forwards are in place."""
+        self._snapshot = obstacles.Snapshot(self.lm, self.hat.config.n_layers, hooks)
+        self._reference, original, prefill = self.lm.forward, self.lm.generate, self.lm._prefill
 
         @functools.wraps(self._reference)  # generate reads its signature
         def forward(*args, **kwargs):
@@ -83,20 +103,27 @@ class FastPath:
         @functools.wraps(original)
         def generate(*args, gate_prompt=False, **kwargs):
             self.hat.refresh()
-            before, threads = self._call, torch.get_num_threads()
-            call = self._local.call = GenerateCall(self.why_not() is None, gate_prompt, threads)
-            if call.engine and one_by_one(self.lm, args, kwargs):
+            before, threads, plain = self.context.call, torch.get_num_threads(), one_by_one(self.lm, args, kwargs)
+            call = GenerateCall(self.why_not() is None, gate_prompt, threads, beams=not plain)
+            if call.engine and plain:
                 kwargs["custom_generate"] = TokenLoop(self, call, kwargs.get("streamer")).generate
             try:
+                self.context.call = call
                 return original(*args, **kwargs)
             finally:
                 torch.set_num_threads(threads)
-                self._local.call = before
+                self.context.call = before
+                self.context.last = call.joined() or self.context.last
 
-        self.lm.forward, self.lm.generate = forward, generate
+        @functools.wraps(prefill)
+        def whole_prompt(*args, **kwargs):  # in chunks, if prefill_chunk_size is set
+            with self.prompt():
+                return prefill(*args, **kwargs)
+
+        self.lm.forward, self.lm.generate, self.lm._prefill = forward, generate, whole_prompt
 
     def detach(self) -> None:
-        for name in ("forward", "generate"):
+        for name in ("forward", "generate", "_prefill"):
             vars(self.lm).pop(name, None)
         self.forget()
 
@@ -126,7 +153,7 @@ class FastPath:
 
     def why_not(self) -> str | None:
         """Why the engine would decode nothing, as things stand; None if it would."""
-        return self.never or self._snapshot.obstacle() or obstacles.of_mode(self.context.mode)
+        return self.never or self._snapshot.obstacle() or obstacles.of_mode(self.context.mode, self.hat)
 
     def fits(self, cache: Cache | None) -> bool:
         """Whether the engine can write to a cache."""
@@ -137,46 +164,58 @@ class FastPath:
         """Whether decisions differ from position to position."""
         return Forced in (type(self.context.mode.policy), type(self.context.mode.exits))
 
-    def _takes(self, given: dict) -> bool:
-        """Whether a call of forward is one for the engine, in the mode as it is."""
-        mode = self.context.mode
-        if not obstacles.takes(given, self.lm, self.hat.config.n_layers) or obstacles.of_mode(mode) is not None:
+    def _takes(self, given: dict, mode: Mode) -> bool:
+        """Whether a call of forward is one for the engine."""
+        if (
+            not obstacles.takes(given, self.lm, self.hat.config.n_layers)
+            or obstacles.of_mode(mode, self.hat) is not None
+        ):
             return False
         forced_channels = type(mode.policy) is Forced and self.hat.config.granularity == "channel"
         return not forced_channels or given["input_ids"].numel() == 1
 
     # -- forwards -----------------------------------------------------------------------------------
 
-    @property
-    def _call(self) -> GenerateCall | None:
-        return getattr(self._local, "call", None)
-
     @contextmanager
-    def prompt(self, call: GenerateCall) -> Iterator[None]:
-        """A context in which forwards are a prompt's, which runs in full unless it is to spend by capacity."""
-        call.prefilled = True
-        with nullcontext() if call.gate_prompt else self.hat.dense():
+    def prompt(self) -> Iterator[None]:
+        """A context in which forwards are the prompt's of a call of generate, which runs in full unless it is to spend
+        by capacity, on the reference path."""
+        call = self.context.call
+        if call is None or call.prompt:
             yield
+            return
+        call.prefilled = call.prompt = True
+        try:
+            with nullcontext() if call.gate_prompt else self.hat.dense():
+                yield
+        finally:
+            call.prompt = False
 
     def forward(self, *args, **kwargs):
         """Like `LlamaForCausalLM.forward`."""
-        call, mode, given = self._call, self.context.mode, dict(kwargs)
+        call, mode, given = self.context.call, self.context.mode, dict(kwargs)
         if call is not None and not call.prefilled:
-            with self.prompt(call):
-                return self._reference(*args, **kwargs)
+            with self.prompt():
+                return self._on_reference(*args, **kwargs)
         if args:
             given["input_ids"] = args[0]
         if "past_key_values" in given:  # transformers' earlier name for it
             given["cache"] = given.pop("past_key_values")
-        wanted = mode.engine if call is None else call.engine
+        wanted = mode.engine if call is None else call.engine and not call.prompt
         out = None
-        if wanted and len(args) < 2 and self._takes(given):
-            out = self._step(call, **{name: given.get(name) for name in obstacles.ARGUMENTS})
+        if wanted and len(args) < 2 and self._takes(given, mode):
+            out = self._step(call, mode, **{name: given.get(name) for name in obstacles.ARGUMENTS})
         if call is not None:
             torch.set_num_threads(call.threads) if out is None else torch_on_one_thread(call.threads)
-        return self._reference(*args, **kwargs) if out is None else out
+        return self._on_reference(*args, **kwargs) if out is None else out
 
-    def _step(self, call, input_ids, attention_mask, position_ids, cache, logits_to_keep, **_):
+    def _on_reference(self, *args, **kwargs):
+        with self.context.frame() as frame:
+            out = self._reference(*args, **kwargs)
+        self.hat.note(frame.state, frame.mode)
+        return out
+
+    def _step(self, call, mode, input_ids, attention_mask, position_ids, cache, logits_to_keep, **_):
         """Run what the engine `_takes`; None if it cannot after all."""
         # In numpy: after a step the CPU's caches hold nothing of torch, and its operations cost several times as much.
         (b, t), start = input_ids.shape, cache.get_seq_length()
@@ -194,8 +233,8 @@ class FastPath:
         if (logit_rows := np.arange(b * t).reshape(b, t)[:, kept]).size > b * t:
             return None  # logits asked for twice
         protected = rank < self.hat.config.protected_tokens
-        state = self._state(rank, start, cache, protected)
-        decoder, decide = self._ready(slice(start, start + t))
+        state = self._state(mode, rank, start, cache, protected)
+        decoder, decide = self._ready(mode, slice(start, start + t))
         result = decoder.step(
             input_ids.numpy(),
             cache,
@@ -205,8 +244,9 @@ class FastPath:
             logit_rows=logit_rows,
             threads=None if call is None else call.threads,
         )
-        self._fill(state, decoder, result)
-        self.hat.finish(state, cache)
+        self._fill(state, mode, decoder, result)
+        self.hat.steer(state, cache, mode)
+        self.hat.note(state, mode)
         return CausalLMOutputWithPast(logits=result.logits, cache=cache)
 
     def course(
@@ -224,8 +264,6 @@ class FastPath:
     ) -> Result:
         """Decode a token of each sequence, ``ids [B, 1]``, and those that follow it, with the decisions of the mode.
 
-        The model's trace does not know of it before `note`.
-
         Args:
             choice: how tokens are chosen, greedily by default.
             first, position: of each sequence, int64 ``[B]``: the first position in the cache that it sees, and the next
@@ -235,10 +273,9 @@ class FastPath:
         b, start, mode = len(ids), cache.get_seq_length(), self.context.mode
         rank = np.minimum(start - first, position)
         protected = self.hat.config.protected_tokens
-        decoder, decide = self._ready(slice(start, start + 1))
-        moving = mode.steer if mode.steer and mode.capacity < 1 and mode.control is None else 0.0
+        decoder, decide = self._ready(mode, slice(start, start + 1))
         shares = np.zeros(FFN, np.float32)
-        if moving:
+        if mode.moving:
             shares[:] = np.array(self.hat.site_work) / decoder.channels[:, 0, 0]
         offset = steering.offsets(cache, b) if mode.steer else np.zeros(b, np.float32)
         result = decoder.course(
@@ -249,27 +286,18 @@ class FastPath:
             steps,
             choice,
             unprotected=np.maximum(protected - rank, 0),
-            steering=Steering(offset, moving, mode.layer_capacity, steering.LIMIT, shares),
+            steering=Steering(offset, mode.moving, mode.own.layer_capacity, steering.LIMIT, shares),
             ended=ended,
             logits=logits,
             threads=threads,
         )
-        if moving:
+        if mode.moving:
             cache.hat_offsets = offset
+        ranks = rank[:, None] + np.arange(result.exits.shape[1])
+        state = self._state(mode, ranks, start, cache, ranks < protected)
+        self._fill(state, mode, decoder, result)
+        self.hat.note(state, mode)
         return result
-
-    def note(self, results: list[Result], cache: Cache, first: np.ndarray, position: np.ndarray) -> None:
-        """Leave the state of what a course ran, in one or several calls; ``first`` and ``position`` are those of the
-        first token of each sequence."""
-        if not results:
-            return
-        whole = results[0] if len(results) == 1 else joined(results)
-        b, tokens = whole.exits.shape
-        start = cache.get_seq_length() - tokens
-        rank = np.minimum(start - first, position)[:, None] + np.arange(tokens)
-        state = self._state(rank, start, cache, rank < self.hat.config.protected_tokens)
-        self._fill(state, self._ready(slice(start, start + 1))[0], whole)
-        self.hat.note(state)
 
     def replay(self, ids: Tensor, cache: Cache, mask: Tensor | None) -> None:
         """See `HierarchicalTransformer.replay`."""
@@ -280,32 +308,30 @@ class FastPath:
             known = ids.numpy()
             following = np.concatenate([known[:, 1:], known[:, :1]], axis=1).T.copy()  # of the last, any
             choice = GREEDY._replace(given=following)
-            result = self.course(known[:, :1], cache, tokens, choice, first=first, position=start - first)
-            self.note([result], cache, first, start - first)
+            self.course(known[:, :1], cache, tokens, choice, first=first, position=start - first)
             return
         with self.hat.engine():
             for t, token in enumerate(ids.split(1, dim=1), start=start + 1):
                 seen = None if mask is None else mask[:, :t]
                 self.lm(input_ids=token, attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1)
 
-    def _state(self, rank: np.ndarray, start: int, cache: Cache, protected: np.ndarray) -> TokenState:
+    def _state(self, mode: Mode, rank: np.ndarray, start: int, cache: Cache, protected: np.ndarray) -> TokenState:
         real = torch.ones(rank.shape, dtype=torch.bool)
-        return self.hat.new_state(real, torch.from_numpy(rank), start, cache, torch.from_numpy(protected))
+        return self.hat.new_state(mode, real, torch.from_numpy(rank), start, cache, torch.from_numpy(protected))
 
-    def _fill(self, state: TokenState, decoder: Decoder, result: Result) -> None:
+    def _fill(self, state: TokenState, mode: Mode, decoder: Decoder, result: Result) -> None:
         """What a result says, in a state."""
         token = self.hat.config.granularity == "token"
         executed = result.kept[:, FFN:] if token else result.kept[:, : DOWN + 1] / decoder.channels
         state.executed = torch.from_numpy(executed.astype(np.float32))
         state.exit_layer = torch.from_numpy(result.exits.astype(np.int16))
-        if self.context.mode.shortlist is not None:
+        if mode.head is not None:
             vocabulary, width = decoder.weights.head.shape
             channels, candidates = result.head.reshape(2, -1).sum(1)
             state.count_head(float(channels / width + candidates / vocabulary), result.head[0].size)
 
-    def _ready(self, window: slice) -> tuple[Decoder, Decisions]:
+    def _ready(self, mode: Mode, window: slice) -> tuple[Decoder, Decisions]:
         """The packed base, as its weights were at the last prompt, and the mode's decisions for these positions."""
-        mode = self.context.mode
         key = mode.weights or self.form, self.hat.has_shortlist
         with self._lock:
             if key not in self._decoders:
@@ -318,11 +344,11 @@ class FastPath:
         if type(mode.policy) is Forced:  # they differ between positions
             return decisions(self.hat, decoder.keep_everything(), mode, window)
         if type(mode.exits) is Forced:
-            rest = self._decide(replace(mode, own_exits=None, exit_control=None), decoder, window)
+            rest = self._decide(replace(mode, own=replace(mode.own, exits=None), exit_control=None), decoder, window)
             return with_exits(self.hat, rest, mode.exits, window)
-        thresholds = [tuple(p.thresholds.values()) if hasattr(p, "thresholds") else None
+        thresholds = [tuple(p.thresholds.items()) if hasattr(p, "thresholds") else None
                       for p in (mode.policy, mode.exits)]  # fmt: skip
-        key = mode.shortlist, mode.corrected, *thresholds
+        key = mode.head, mode.strength, *thresholds
         if key not in self._decisions:
             while len(self._decisions) >= KEPT_DECISIONS:
                 del self._decisions[next(iter(self._decisions))]  # the oldest

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from hat_lib.model.granularity import Grain
 from hat_lib.model.modes import Mode
-from hat_lib.model.policies import MaskedInput
+from hat_lib.model.policies import MaskedInput, check_decision
 from hat_lib.model.token_state import TokenState
 
 
@@ -45,9 +45,9 @@ class ForwardPass:
 
     def stand_in(self, layer: int, x: Tensor) -> Tensor | None:
         """What tokens get in place of a skipped FFN of ``x``, if anything; both ``[..., D]``."""
-        if not self.mode.corrected or f"{layer}_ffn" not in self.corrections:
+        if not self.mode.strength or f"{layer}_ffn" not in self.corrections:
             return None
-        return self.mode.corrected * self.corrections[f"{layer}_ffn"].term(x, 0)
+        return self.mode.strength * self.corrections[f"{layer}_ffn"].term(x, 0)
 
     def skip(self, layer: int, site: str, x: Tensor) -> Tensor:
         """The input ``x [..., C]`` of linear layers, for the running rows, with the units zeroed that they skip; x
@@ -74,6 +74,8 @@ class ForwardPass:
         if isinstance(keep, MaskedInput):
             state.note(layer, index, keep.keep)
             return keep
+        if keep is not None:
+            check_decision(keep, (len(x), *state.mask_shapes[site]), f"layer {layer}, site {site}")
         if keep is not None and self.any_protected:
             protected = state.protected.view(-1) if rows is None else state.protected.view(-1)[rows]
             protected = (protected if keep.dim() == 1 else protected[:, None]).to(x.device)
@@ -93,6 +95,8 @@ class ForwardPass:
         leave = (state.real & ~state.protected).view(-1)[rows]
         if len(rows):
             decided = self.mode.exits.exits(depth, flat[rows.to(h.device)], rows, state)
+            if decided is not None:
+                check_decision(decided, (len(rows),), f"the exit after {depth} layers")
             leave = torch.zeros_like(leave) if decided is None else leave & decided.to(leave.device)
         if state.masks is not None:
             left = torch.zeros(len(flat), dtype=torch.bool, device=rows.device).index_copy(0, rows, leave)

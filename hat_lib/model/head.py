@@ -41,15 +41,15 @@ def attach(head: nn.Module, context: Context) -> list:
     """Two hooks on the head: one masks its input, the other corrects its output. Returns the handles."""
 
     def preview(head: nn.Module, args: tuple) -> tuple | None:
-        if (shortlist := context.mode.shortlist) is None:
+        if (frame := context.reading) is None:
             return None
-        context.final_state = x = args[0]
-        return (x * shortlist.keep(x), *args[1:])
+        frame.final_state = x = args[0]
+        return (x * frame.mode.head.keep(x), *args[1:])
 
     def read_again(head: nn.Module, args: tuple, logits: Tensor) -> Tensor | None:
-        if (shortlist := context.mode.shortlist) is None:
+        if (frame := context.reading) is None:
             return None
-        x, context.final_state = context.final_state, None
+        shortlist, x, frame.final_state = frame.mode.head, frame.final_state, None
         states, parts = x.reshape(-1, x.shape[-1]), []
         share = shortlist.keep(states).float().mean(-1)
         previews = logits.reshape(-1, logits.shape[-1]).split(ROWS)
@@ -57,8 +57,8 @@ def attach(head: nn.Module, context: Context) -> list:
             wanted = likely(preview, shortlist.margin)
             count += wanted.float().mean(-1)
             parts.append(head.forward(some).where(wanted, preview))  # not the module, which would call these hooks
-        if context.trace is not None:
-            context.trace.note_head(share.view(x.shape[:-1]))
+        if frame.state is not None:
+            frame.state.note_head(share.view(x.shape[:-1]))
         return torch.cat(parts).view(logits.shape)
 
     return [head.register_forward_pre_hook(preview), head.register_forward_hook(read_again, prepend=True)]

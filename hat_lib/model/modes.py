@@ -23,7 +23,26 @@ from hat_lib.model.threshold_table import Calibration
 from hat_lib.model.token_state import Masks, TokenState
 
 if TYPE_CHECKING:
+    from hat_lib.model.fast_path import GenerateCall
     from hat_lib.model.forward_pass import ForwardPass
+
+
+OWN = "own"
+"""in a `Mode`: as the method itself has it at this capacity"""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The method's own decisions at a capacity and an exit rate; by default, at 1.0 and 0."""
+
+    layer_capacity: float = 1.0
+    """what the capacity leaves for the layers, if the head has a part in it"""
+    policy: Policy = KeepAll()
+    exits: ExitPolicy | None = None
+    corrected: float = 0.0
+    """strength of the corrections; 0 for none"""
+    shortlist: Shortlist | None = None
+    """how the head decides; None reads it in full"""
 
 
 @dataclass(frozen=True)
@@ -33,18 +52,12 @@ class Mode:
     capacity: float = 1.0
     exit_rate: float = 0.0
     """both as requested"""
-    layer_capacity: float = 1.0
-    """what ``capacity`` leaves for the layers, if the head has a part in it"""
-    own_policy: Policy = KeepAll()
-    own_exits: ExitPolicy | None = None
-    """the method's own decisions at this capacity and exit rate"""
+    own: Decided = Decided()
+    """what follows from them; the next four decide in its place"""
     control: Policy | None = None
     exit_control: ExitPolicy | None = None
-    """decide in place of the method's own"""
-    corrected: float = 0.0
-    """strength of the corrections; 0 for none"""
-    shortlist: Shortlist | None = None
-    """how the head decides; None reads it in full"""
+    corrected: float | str = OWN
+    shortlist: Shortlist | None | str = OWN
     steer: float = 0.0
     """gain of steering; 0 leaves thresholds where they are"""
     compact: bool = True
@@ -59,20 +72,49 @@ class Mode:
     """format of the engine's weights; None for the model's own"""
     record: bool = False
     """keep the decisions of each forward"""
-    states: list[TokenState] | None = None
-    """collects the state of each forward"""
+    states: tuple[list[TokenState], ...] = ()
+    """they collect the state of each forward"""
     dropped: Tensor | None = None
     """bool ``[L, B]``: layers left out for a sequence, in training"""
 
     @property
     def policy(self) -> Policy:
         """What decides which work runs."""
-        return self.control or self.own_policy
+        return self.control or self.own.policy
 
     @property
     def exits(self) -> ExitPolicy | None:
         """What decides which tokens leave."""
-        return self.exit_control or self.own_exits
+        return self.exit_control or self.own.exits
+
+    @property
+    def strength(self) -> float:
+        """Of the corrections."""
+        return self.own.corrected if self.corrected is OWN else self.corrected
+
+    @property
+    def head(self) -> Shortlist | None:
+        """How the head decides."""
+        return self.own.shortlist if self.shortlist is OWN else self.shortlist
+
+    @property
+    def moving(self) -> float:
+        """Gain of steering where it moves thresholds: those of the method, below capacity 1."""
+        return self.steer if self.capacity < 1 and self.control is None else 0.0
+
+
+@dataclass
+class Frame:
+    """A call of the causal LM, or of a part of it, under way in a thread."""
+
+    mode: Mode
+    """what it decides by, from its beginning to its end"""
+    run: ForwardPass | None = None
+    """while its layers run"""
+    state: TokenState | None = None
+    """what they decided"""
+    final_state: Tensor | None = None
+    """what the head is reading"""
 
 
 class Context(threading.local):
@@ -81,21 +123,21 @@ class Context(threading.local):
     def __init__(self, shared: list[Mode]):
         self.shared = shared
         """the model's own mode, alone in a list that all threads share"""
-        self.entered: list[Mode] = []
-        """those of the contexts that this thread has entered, innermost last"""
-        self.passes: list[ForwardPass | None] = []
-        """forwards under way, innermost last; None for one that is still being set up"""
+        self.entered: list[list[Mode]] = []
+        """those of the contexts that this thread has entered, innermost last, each alone in a list"""
+        self.frames: list[Frame] = []
+        """forwards under way, innermost last"""
+        self.call: GenerateCall | None = None
+        """the call of generate under way"""
         self.last: TokenState | None = None
-        self.final_state: Tensor | None = None
-        """what the head is reading"""
 
     @property
     def mode(self) -> Mode:
-        return (self.entered or self.shared)[-1]
+        return (self.entered[-1] if self.entered else self.shared)[0]
 
     @mode.setter
     def mode(self, mode: Mode) -> None:
-        (self.entered or self.shared)[-1] = mode
+        (self.entered[-1] if self.entered else self.shared)[0] = mode
 
     def __deepcopy__(self, memo) -> Context:
         """Itself: a copy of a part of the model, such as an adapter's of the head, works in the same model."""
@@ -104,10 +146,32 @@ class Context(threading.local):
     def __reduce_ex__(self, protocol):
         raise HatError("an adapted model is never pickled: use save_pretrained or state_dict, or unload() it first")
 
+    @contextmanager
+    def frame(self, state: TokenState | None = None) -> Iterator[Frame]:
+        """Context of a forward, whose end leaves the thread as it was, whatever ends it."""
+        depth = len(self.frames)
+        try:
+            self.frames.append(Frame(self.mode, state=state))
+            yield self.frames[-1]
+        finally:
+            del self.frames[depth:]
+
+    @property
+    def run(self) -> ForwardPass | None:
+        """The layers under way; None where a part of the model is called by hand: it then acts as the base's."""
+        return self.frames[-1].run if self.frames else None
+
+    @property
+    def reading(self) -> Frame | None:
+        """The forward whose head is under way, if that has a shortlist."""
+        frame = self.frames[-1] if self.frames else None
+        return frame if frame and frame.run is None and frame.mode.head is not None else None
+
     @property
     def trace(self) -> TokenState | None:
         """The state of the innermost forward under way, else of the last one."""
-        return self.passes[-1].state if self.passes and self.passes[-1] else self.last
+        under_way = [frame.run.state if frame.run else frame.state for frame in self.frames[-1:]]
+        return next(filter(None, under_way), self.last)
 
 
 @contextmanager
@@ -134,10 +198,10 @@ class Modes:
     def calibration(self, calibration: Calibration | None) -> None:
         if calibration is not None:
             calibration.check(self.config)
-        stacks = self._context.shared, self._context.entered
-        decided = [[self._decided(mode, calibration) for mode in modes] for modes in stacks]  # raises before any change
-        for modes, new in zip(stacks, decided, strict=True):
-            modes[:] = new
+        stack = [self._context.shared, *self._context.entered]
+        decided = [self._decided(mode, calibration) for (mode,) in stack]  # raises before any change
+        for entered, mode in zip(stack, decided, strict=True):
+            entered[0] = mode
         self._calibration, self.prices = calibration, []
 
     @property
@@ -166,20 +230,20 @@ class Modes:
         """``mode`` with the method's own decisions at its capacity and exit rate; raises if there are none."""
         self._check_loaded()
         capacity, exit_rate = mode.capacity, mode.exit_rate
-        own = {"own_policy": KeepAll(), "own_exits": None, "shortlist": None, "layer_capacity": capacity}
+        own = {"corrected": self.correction_strength(capacity)}
         if capacity < 1.0:
             if calibration is None:
                 hint = "run `hat calibrate`, or load a checkpoint"
                 raise HatError(f"capacity {capacity} needs calibrated thresholds: {hint}")
-            own["own_policy"] = self.threshold_policy(calibration.thresholds_at(capacity))
+            own["policy"] = self.threshold_policy(calibration.thresholds_at(capacity))
             own["layer_capacity"] = calibration.layer_capacity_at(capacity, self.site_work)
             if (head := calibration.head_at(capacity)) is not None:
                 own["shortlist"] = self.shortlist(*head)
         if exit_rate > 0.0:
             if not self.gates or calibration is None or calibration.exit_rates is None:
                 raise HatError(f"exit rate {exit_rate} needs trained exit gates; this model has none (use 0)")
-            own["own_exits"] = ExitThresholds(self.gates, calibration.exit_thresholds(exit_rate, capacity))
-        return replace(mode, corrected=self.correction_strength(capacity), **own)
+            own["exits"] = ExitThresholds(self.gates, calibration.exit_thresholds(exit_rate, capacity))
+        return replace(mode, own=Decided(**own))
 
     def threshold_policy(self, thresholds: dict[tuple[int, str], float]) -> Threshold:
         """The method's own decisions at these thresholds, by (layer, site)."""
@@ -205,19 +269,15 @@ class Modes:
     @contextmanager
     def changed(self, **fields) -> Iterator[Self]:
         """Any fields of `Mode`, as given: ``compact=False`` computes everything and multiplies by the masks,
-        ``shortlist=None`` reads the head in full. Contexts of a thread end innermost first (else `HatError`)."""
+        ``shortlist=None`` reads the head in full. Its end takes back this change and no other."""
         self._check_loaded()
         # Of the thread that enters: a generator that holds a context may be closed in another one.
-        entered = self._context.entered
-        depth = len(entered)
-        entered.append(replace(self._context.mode, **fields))
+        entered, own = self._context.entered, [replace(self._context.mode, **fields)]
         try:
+            entered.append(own)
             yield self
         finally:
-            innermost = len(entered) == depth + 1
-            del entered[depth:]
-        if not innermost:
-            raise HatError("a context of the model ended before one that began inside it, as generators may make it")
+            entered[:] = [other for other in entered if other is not own]
 
     @contextmanager
     def at(self, capacity: float | None = None, exit_rate: float | None = None) -> Iterator[Self]:
@@ -231,8 +291,8 @@ class Modes:
 
     def dense(self) -> AbstractContextManager[Self]:
         """The base, within rounding: nothing is skipped and no token exits."""
-        nothing = {"own_policy": KeepAll(), "own_exits": None, "control": None, "exit_control": None, "corrected": 0.0}
-        return self.changed(capacity=1.0, layer_capacity=1.0, exit_rate=0.0, shortlist=None, steer=0.0, **nothing)
+        nobody = {"control": None, "exit_control": None, "corrected": OWN, "shortlist": OWN, "steer": 0.0}
+        return self.changed(capacity=1.0, exit_rate=0.0, own=Decided(), **nobody)
 
     def correcting(self, strength: float = 1.0) -> AbstractContextManager[Self]:
         """Corrections at a given strength, from 0 (none) to 1, whatever is skipped."""
@@ -275,5 +335,5 @@ class Modes:
     def collect(self) -> Iterator[list[TokenState]]:
         """A list of the states of all forwards inside (``TokenState.cat`` joins decode steps)."""
         states: list[TokenState] = []
-        with self.changed(states=states):
+        with self.changed(states=(*self._context.mode.states, states)):
             yield states

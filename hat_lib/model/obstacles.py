@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils import output_capturing
 
@@ -42,12 +44,12 @@ def of_base(lm, granularity: str) -> str | None:
 
 
 class Snapshot:
-    """A base as it was when a model was attached, with the model's own forwards and hooks."""
+    """A base as it was when a model was attached, with the model's own forwards and ``hooks``."""
 
-    def __init__(self, lm, n_layers: int):
+    def __init__(self, lm, n_layers: int, hooks: list[RemovableHandle]):
         self.lm, self.n_layers, self._modules = lm, n_layers, list(lm.modules())
         self._forwards = {m for m in self._modules if overridden(m)} | {lm}
-        self._hooks = {id(hook) for m in self._modules for hook in _hooks(m)}
+        self._hooks = {id(handle.hooks_dict_ref()[handle.id]) for handle in hooks}
 
     def obstacle(self) -> str | None:
         """What was done to the base since then, if it keeps the engine from running."""
@@ -62,20 +64,23 @@ class Snapshot:
             return "another library overrides a forward of the base"
         if any(id(hook) not in self._hooks for m in modules for hook in _hooks(m)):
             return "there are hooks on the base"
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return "there are hooks on all modules"
         if lm.config.num_hidden_layers != self.n_layers:
             return "drafts by some of the layers were asked for"
         return "the model is in training mode" if lm.training else None
 
 
-def of_mode(mode: Mode) -> str | None:
-    """What in a mode keeps the engine from running."""
+def of_mode(mode: Mode, hat) -> str | None:
+    """What in a mode of ``hat`` keeps the engine from running."""
     if mode.reference:
         return "asked for"
     if mode.record or mode.dropped is not None or not mode.compact:
         return "decisions are recorded, or layers dropped, or masks multiplied"
-    if type(mode.policy) not in (KeepAll, Threshold, Forced):
+    policy, exits = mode.policy, mode.exits
+    if not (type(policy) in (KeepAll, Forced) or type(policy) is Threshold and policy.routers is hat.routers):
         return "decisions are not the method's own"
-    if mode.exits is not None and type(mode.exits) not in (ExitThresholds, Forced):
+    if not (exits is None or type(exits) is Forced or type(exits) is ExitThresholds and exits.gates is hat.gates):
         return "exits are not the method's own"
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return "autocast or torch.compile"

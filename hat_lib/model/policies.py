@@ -63,6 +63,16 @@ class ExitThresholds:
         return self.gates[str(depth)].score(h) > self.thresholds[str(depth)]
 
 
+def check_decision(keep: object, shape: tuple[int, ...], where: str) -> None:
+    """Raise `HatError` unless a policy's answer for ``where`` is bool of this shape; or, in training, zeros and ones
+    that carry a gradient."""
+    tensor = isinstance(keep, Tensor)
+    hard = tensor and (keep.dtype == torch.bool or keep.requires_grad and bool(((keep == 0) | (keep == 1)).all()))
+    if not hard or keep.shape != shape:
+        given = f"{keep.dtype} {list(keep.shape)}" if tensor else type(keep).__name__
+        raise HatError(f"{where}: a policy must decide by a bool tensor {list(shape)} or None, got {given}")
+
+
 class KeepAll:
     """The dense model through the adaptive code."""
 

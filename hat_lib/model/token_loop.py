@@ -26,7 +26,8 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from hat_lib.engine.arrays import GREEDY, MAX_TOKENS, Choice
 
 OTHER_LOOPS = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens", "penalty_alpha", "use_mtp",
-               "assistant_early_exit", "constraints", "force_words_ids", "tokenizer", "stop_strings")  # fmt: skip
+               "assistant_early_exit", "constraints", "force_words_ids", "tokenizer", "stop_strings", "dola_layers",
+               "synced_gpus")  # fmt: skip
 """settings of generate for which transformers does not sample token by token, or that ``custom_generate`` loses"""
 ORDER = (RepetitionPenaltyLogitsProcessor, MinNewTokensLengthLogitsProcessor, TemperatureLogitsWarper,
          TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # fmt: skip
@@ -58,7 +59,7 @@ class TokenLoop:
         if choice is None or first is None:
             rest = input_ids, logits_processor, stopping_criteria, generation_config
             return type(lm)._sample(lm, *rest, streamer=self.streamer, **model_kwargs)
-        with self.path.prompt(self.call), self.path.hat.changed(last_only=not self.call.gate_prompt):
+        with self.path.hat.changed(last_only=not self.call.gate_prompt):
             outputs = lm._prefill(input_ids, generation_config, model_kwargs)
         scores = logits_processor(input_ids, outputs.logits[:, -1].float())
         following = scores.softmax(-1).multinomial(1) if choice.sample else scores.argmax(-1, keepdim=True)
@@ -77,30 +78,22 @@ class TokenLoop:
         if (given := model_kwargs.get("position_ids")) is not None:
             position = np.broadcast_to(given[:, -1].numpy() + 1, b)
         ended, done, steps, found = np.isin(following[:, 0], choice.stops), 0, 1, [following]
-        results = []  # that the trace does not have yet
         if choice.seen.size:
             choice.seen[np.arange(b), following[:, 0]] = True
         self._tell(following)
-        try:
-            while done < more and not ended.all():
-                steps = min(steps, more - done)
-                began = time.perf_counter()
-                now = choice._replace(uniform=uniform[done : done + steps], earliest=max(choice.earliest - done - 1, 0))
-                result = self.path.course(
-                    found[-1][:, -1:], cache, steps, now, first=first, position=position + done, ended=ended,
-                    threads=self.call.threads,
-                )  # fmt: skip
-                results.append(result)
-                found.append(result.ids)
-                if self.streamer is not None:  # it may look at the trace
-                    self.path.note(results, cache, first, position + done)
-                    results.clear()
-                    self._tell(result.ids)
-                done += result.ids.shape[1]
-                each = (time.perf_counter() - began) / result.ids.shape[1]
-                steps = 1 if self.streamer is not None else max(1, min(2 * steps, int(PATIENCE / each)))
-        finally:
-            self.path.note(results, cache, first, position)
+        while done < more and not ended.all():
+            steps = min(steps, more - done)
+            began = time.perf_counter()
+            now = choice._replace(uniform=uniform[done : done + steps], earliest=max(choice.earliest - done - 1, 0))
+            result = self.path.course(
+                found[-1][:, -1:], cache, steps, now, first=first, position=position + done, ended=ended,
+                threads=self.call.threads,
+            )  # fmt: skip
+            found.append(result.ids)
+            self._tell(result.ids)
+            done += result.ids.shape[1]
+            each = (time.perf_counter() - began) / result.ids.shape[1]
+            steps = 1 if self.streamer is not None else max(1, min(2 * steps, int(PATIENCE / each)))
         if self.streamer is not None:
             self.streamer.end()
         return torch.from_numpy(np.concatenate(found, axis=1))

@@ -39,6 +39,9 @@ class TokenState:
     n_layers: int
     start: int = 0
     """number of tokens already in the KV cache"""
+    covers: str = "one forward"
+    """whose tokens these are: of one forward or, after generate, of its prompt (if a single token is new), of all new
+    tokens that were read, or of the last step alone (beams and drafts, whose rows are not those of the text)"""
     prefix: Tensor | None = None
     """int64 ``[B, T]``, hashes of the text so far (`hat_lib.model.policies.prefixes`); None in the engine"""
     mask_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -66,6 +69,14 @@ class TokenState:
     expected_head_share: float = 1.0
     _head: tuple[float, int] = (0.0, 0)  # share, summed over the tokens whose logits were read, and their number
     _share: dict[tuple[int, int], Tensor | float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        rows, exits = f" in {self.batch} rows" if self.batch > 1 else "", f", exit rate {self.exit_rate:.3f}"
+        head = f", head {self.head_share:.3f}" if self.head_work else ""
+        return (
+            f"Trace of {self.tokens} tokens{rows} ({self.covers}):\n"
+            f"  capacity {self.capacity:.3f} (layers {self.layer_capacity:.3f}{head}){exits}"
+        )
 
     def __post_init__(self):
         self.batch, self.tokens = self.real.shape

@@ -15,7 +15,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 from hat_lib.backbone.base import Base, fingerprint, load_base
-from hat_lib.backbone.spread import device_of, is_spread, overridden
+from hat_lib.backbone.spread import device_of, is_spread, overridden, override, restore
 from hat_lib.config import HatConfig, HatError
 from hat_lib.engine.arrays import Choice
 from hat_lib.model import head
@@ -117,20 +117,21 @@ class HierarchicalTransformer(Modes, nn.Module):
     def _attach(self) -> None:
         for adaptive in self.layers:
             adaptive.attach()
-        self._hooks = [
-            self.lm.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.lm.model.register_forward_hook(self._end, always_call=True),
-            *head.attach(self.lm.lm_head, self._context),
-        ]
+        self._hooks = head.attach(self.lm.lm_head, self._context)
         if self.corrections:
             self._hooks += self.corrections.attach(self.lm.model.layers, self._context)
-        self._fast.attach()
+        self._foreign = overridden(self.lm.model)
+        override(self.lm.model, self._run_layers)
+        self._fast.attach(self._hooks)
         self._watches = Watch(self.lm), Watch(*self._own)
 
     def _detach(self) -> None:
         self._fast.detach()
         for hook in self._hooks:
             hook.remove()
+        restore(self.lm.model)
+        if self._foreign:
+            override(self.lm.model, self._foreign)
         for adaptive in self.layers:
             adaptive.detach()
 
@@ -142,6 +143,18 @@ class HierarchicalTransformer(Modes, nn.Module):
             self.layers = []
             self._context.shared[:] = [Mode()]  # for hooks that an adapter copied along with a module
         return self.base
+
+    def __repr__(self) -> str:
+        config, count = self.config, sum(p.numel() for p in self.hat_parameters().values())
+        exits = f"exits after {', '.join(map(str, config.exit_layers))}" if config.exit_layers else "no exits"
+        rank = "none" if config.correction_rank is None else f"rank {config.correction_rank}"
+        if not self.layers:
+            return f"HierarchicalTransformer ({self.grain.name} grain), unloaded from {self.base.name}"
+        return (
+            f"HierarchicalTransformer ({self.grain.name} grain) on {self.base}\n"
+            f"  {config.n_layers} layers, {exits}; {count:,} trained parameters, corrections: {rank}\n"
+            f"  capacity {self.capacity}, exit rate {self.exit_rate}; decoding: {self.decoding}"
+        )
 
     def forward(self, *args, **kwargs):
         raise HatError("a HierarchicalTransformer is not called itself: call hat.lm, a LlamaForCausalLM")
@@ -179,6 +192,11 @@ class HierarchicalTransformer(Modes, nn.Module):
         twin.calibration, twin.training_summary = self.calibration, copy.deepcopy(self.training_summary)
         twin.prices = list(self.prices)
         twin._context.mode = twin._decided(Mode(self.capacity, self.exit_rate), self.calibration)
+        twin.weight_format = self.weight_format
+        for module, copied in zip(self.modules(), twin.modules(), strict=True):
+            copied.training = module.training
+        for parameter, copied in zip(self.parameters(), twin.parameters(), strict=True):
+            copied.requires_grad_(parameter.requires_grad)
         return twin
 
     # -- the engine --------------------------------------------------------------------------------
@@ -214,9 +232,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         if self._fast.why_not() is not None or not self._fast.fits(cache) or self._fast.forced:
             return None
         first, position = np.zeros(len(ids), np.int64), np.full(len(ids), cache.get_seq_length())
-        result = self._fast.course(ids, cache, steps, choice, first=first, position=position, logits=True)
-        self._fast.note([result], cache, first, position)
-        return result
+        return self._fast.course(ids, cache, steps, choice, first=first, position=position, logits=True)
 
     @torch.inference_mode()
     def replay(self, ids: Tensor, cache: Cache, mask: Tensor | None = None) -> None:
@@ -246,11 +262,24 @@ class HierarchicalTransformer(Modes, nn.Module):
             for hook in hooks:
                 hook.remove()
 
-    @torch.compiler.disable
-    def _begin(self, module, args, kwargs):
-        """Pre-hook on the model: a fresh `TokenState` from the 2-D mask, the positions and the cache's length."""
-        passes = self._context.passes
-        passes.append(None)  # `_end` is called whatever happens, and pops it
+    @torch.compiler.disable(recursive=False)
+    def _run_layers(self, *args, **kwargs):
+        """The forward of ``lm.model``: the base's own loop over layers, which decide by the mode of this moment or, if
+        the whole causal LM runs, of the moment at which that began."""
+        context, model = self._context, self.lm.model
+        own = self._foreign or type(model).forward.__get__(model)
+        whole = context.frames and context.frames[-1].run is None and context.frames[-1].state is None
+        with nullcontext(context.frames[-1]) if whole else context.frame() as frame:
+            frame.run = self._begin(frame.mode, args, kwargs)
+            out = own(*args, **kwargs)
+            frame.state, cache, frame.run = frame.run.state, frame.run.cache, None
+        self.steer(frame.state, cache, frame.mode)
+        if not whole:
+            self.note(frame.state, frame.mode)
+        return out
+
+    def _begin(self, mode: Mode, args: tuple, kwargs: dict) -> ForwardPass:
+        """A fresh `TokenState` from the 2-D mask, the positions and the cache's length."""
         given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         cache = given.get("cache", given.get("past_key_values"))
@@ -265,9 +294,15 @@ class HierarchicalTransformer(Modes, nn.Module):
         if not start:
             self.refresh()
         places = TokenState.places(tokens, given.get("attention_mask"), given.get("position_ids"), start)
-        state = self.new_state(*places, start, cache)
+        state = self.new_state(mode, *places, start, cache)
         state.prefix = prefixes(torch.zeros_like(state.position) if tokens.dim() > 2 else tokens, state, cache)
-        passes[-1] = ForwardPass(self._context.mode, state, self.grain, self.gates, self.corrections, cache)
+        return ForwardPass(mode, state, self.grain, self.gates, self.corrections, cache)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """``[..., V]``: what the head now makes of final states ``[..., D]`` of the last forward, whose trace counts its
+        work. Called by hand, ``hat.lm.lm_head`` is the base's head."""
+        with self._context.frame(self._context.last):
+            return self.lm.lm_head(states)
 
     def refresh(self) -> None:
         """Make anew what was derived from weights (norms, packed copies, the base's fingerprint) if these have
@@ -282,17 +317,24 @@ class HierarchicalTransformer(Modes, nn.Module):
                 for buffer, fresh in zip(self.routers[name].buffers(), router.buffers(), strict=True):
                     buffer.copy_(fresh)
             before, self._head_norm = self.base.fingerprint, None
-            self.base = replace(self.base, fingerprint=fingerprint(self.lm))
+            self.base, prices = replace(self.base, fingerprint=fingerprint(self.lm)), self.prices
             self.calibration = self.calibration  # the head's decision depends on its norms
+            if self.base.fingerprint == before:
+                self.prices = prices
         if self.base.fingerprint != before:
             what = "weights of the base were changed under the model: scores follow, thresholds do not"
             warnings.warn(what, stacklevel=2)
 
     def new_state(
-        self, real: Tensor, position: Tensor, start: int, cache: Cache | None = None, protected: Tensor | None = None
+        self,
+        mode: Mode,
+        real: Tensor,
+        position: Tensor,
+        start: int,
+        cache: Cache | None = None,
+        protected: Tensor | None = None,
     ) -> TokenState:
         """A state for a forward to fill in, of tokens at these `TokenState.places`, which say who is protected."""
-        mode = self._context.mode
         if protected is None:
             protected = real & (position < self.config.protected_tokens)
         state = TokenState(real, position, protected, self.site_work, self.config.n_layers, start)
@@ -301,34 +343,26 @@ class HierarchicalTransformer(Modes, nn.Module):
             if isinstance(decides, Forced):
                 decides.check(state)
         state.routed, state.gated = not isinstance(mode.policy, KeepAll), mode.exits is not None
-        state.corrected = mode.corrected > 0
-        if mode.shortlist is not None:
-            state.head_work, state.expected_head_share = self.head_work, mode.shortlist.share
+        state.corrected = mode.strength > 0
+        if mode.head is not None:
+            state.head_work, state.expected_head_share = self.head_work, mode.head.share
         if mode.steer:
             scale = np.exp(offsets(cache, state.batch)).repeat(state.tokens)
             state.steering = torch.from_numpy(scale).to(real.device)
         return state
 
-    def finish(self, state: TokenState, cache: Cache | None) -> None:
-        """Called when a forward has run to its end."""
-        mode = self._context.mode
-        if mode.steer and mode.capacity < 1 and mode.control is None:
-            move(cache, state, mode.layer_capacity, mode.steer)
-        self.note(state)
+    def steer(self, state: TokenState, cache: Cache | None, mode: Mode) -> None:
+        """Move the thresholds of a cache at the end of a forward, if they are to be steered."""
+        if mode.moving:
+            move(cache, state, mode.own.layer_capacity, mode.moving)
 
-    def note(self, state: TokenState) -> None:
+    def note(self, state: TokenState, mode: Mode) -> None:
         """Keep the state of a forward that has ended."""
         self._context.last = state
-        if self._context.mode.states is not None:
-            self._context.mode.states.append(state)
-
-    @torch.compiler.disable
-    def _end(self, module, args, output):
-        ended = self._context.passes.pop()
-        if ended is not None:
-            self._context.last = ended.state
-            if output is not None:  # None after an error
-                self.finish(ended.state, ended.cache)
+        for states in mode.states:
+            states.append(state)
+        if self._context.call is not None:
+            self._context.call.note(state)
 
     # -- checkpoints -------------------------------------------------------------------------------
 

@@ -101,6 +101,6 @@ def test_head_points():
         exact = hat.lm.lm_head(states).log_softmax(-1)
         for p in points:
             with hat.changed(shortlist=hat.shortlist(p.threshold, p.margin)):
-                found = hat.lm.lm_head(states).log_softmax(-1)
+                found = hat.logits(states).log_softmax(-1)
             assert float((exact.exp() * (exact - found)).sum(-1).mean()) == pytest.approx(p.kl, rel=0.01, abs=1e-5)
     assert head_points(new_hat("channel"), [torch.full((1, 64), 7)], progress=False) == []  # of a uniform base

@@ -280,7 +280,7 @@ def test_token_grain_never_skips_layer_0(ids):
     base = tiny()
     hat = HierarchicalTransformer(base, HatConfig.published(base, exit_layers=()))
     everything = dict.fromkeys(((i, "ffn") for i in range(hat.config.n_layers)), float("inf"))
-    with hat.changed(own_policy=hat.threshold_policy(everything)):
+    with hat.using(hat.threshold_policy(everything)):
         stepwise(hat, ids)
     share = hat.trace.site_share
     assert hat.trace.executed is not None and share[0].eq(1).all() and not share[1:].any()
