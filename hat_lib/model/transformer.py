@@ -299,8 +299,8 @@ class HierarchicalTransformer(Modes, nn.Module):
         return ForwardPass(mode, state, self.grain, self.gates, self.corrections, cache)
 
     def logits(self, states: Tensor) -> Tensor:
-        """``[..., V]``: what the head now makes of final states ``[..., D]`` of the last forward, whose trace counts its
-        work. Called by hand, ``hat.lm.lm_head`` is the base's head."""
+        """``[..., V]``: what the head now makes of the last forward's final states ``[..., D]``; its trace counts that.
+        Called by hand, ``hat.lm.lm_head`` is the base's head."""
         with self._context.frame(self._context.last):
             return self.lm.lm_head(states)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_transformer import GREEDY, apart, close, stepwise
-from tiny_runs import GRAINS, active, adaptive, skipping, tiny, untrained
+from tiny_runs import GRAINS, active, skipping, tiny, untrained
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
@@ -29,9 +29,9 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def whole():
     """Everything that a model may have: exits, corrections, a shortlist that leaves much out."""
-    hat = adaptive("channel", correction_rank=2)
-    points = len(hat.calibration.capacities)
-    hat.calibration = replace(hat.calibration, head_thresholds=[1.0] * points, head_margins=[0.1] * points)
+    hat = skipping("channel", correction_rank=2)
+    head = {"head_thresholds": [1.0, 0.0], "head_margins": [0.1, 9.0], "head_shares": [0.5, 1.0]}
+    hat.calibration = replace(hat.calibration, **head)
     hat.capacity, hat.exit_rate = 0.5, 0.2
     return hat
 
