@@ -3,11 +3,11 @@
 import copy
 import threading
 from dataclasses import replace
-from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
+from soak.paths import PAIRS, check_pair
 from test_transformer import GREEDY, apart, close, stepwise
 from tiny_runs import GRAINS, active, skipping, tiny, untrained
 from torch.nn.modules.module import register_module_forward_hook
@@ -15,9 +15,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from hat_lib.config import HatError
-from hat_lib.evaluation.controls import RandomExits
 from hat_lib.model.checkpoint import Price
-from hat_lib.model.policies import Random, Threshold
+from hat_lib.model.policies import Threshold
 from hat_lib.model.token_state import TokenState
 
 pytestmark = [
@@ -119,44 +118,9 @@ def test_hooks_put_on_before_attaching_fire_in_decode(ids, put):
 
 
 class TestContexts:
-    EVERYTHING = {"capacity", "exit rate", "decisions", "exits", "corrections", "head", "steering"}
-    ALL = {
-        "at": (lambda hat: hat.at(0.7), {"capacity"}),
-        "at exits": (lambda hat: hat.at(exit_rate=0.4), {"exit rate"}),
-        "dense": (lambda hat: hat.dense(), EVERYTHING),
-        "correcting": (lambda hat: hat.correcting(0.9), {"corrections"}),
-        "full head": (lambda hat: hat.changed(shortlist=None), {"head"}),
-        "steered": (lambda hat: hat.steered(), {"steering"}),
-        "using": (lambda hat: hat.using(Random(0.6)), {"decisions"}),
-        "exiting": (lambda hat: hat.using(exits=RandomExits(dict.fromkeys((1, 2, 3), 0.3))), {"exits"}),
-        "masked": (lambda hat: hat.changed(compact=False), {"compact"}),
-        "record": (lambda hat: hat.record(), {"record"}),
-        "reference": (lambda hat: hat.reference(), {"reference"}),
-        "collect": (lambda hat: hat.collect(), {"states"}),
-    }
-
-    @pytest.mark.parametrize("pair", list(combinations(ALL, 2)), ids=" and ".join)
+    @pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
     def test_change_what_they_name_and_nothing_else(self, whole, ids, pair):
-        """Two that name different things do the same in either order; of two that name the same, the inner wins."""
-
-        def seen(*names):
-            first, second = ([self.ALL[name][0](whole) for name in names] * 2)[:2]
-            with first, second if len(names) > 1 else whole.changed():
-                logits = stepwise(whole, ids[:1, :6])
-                recorded = whole.trace.masks is not None
-                return logits, (whole.capacity, whole.exit_rate, whole.decoding, whole.trace.capacity, recorded)
-
-        def same(a, b):
-            close(a[0], b[0])
-            assert a[1] == b[1]
-
-        (a, one), (b, other) = ((name, self.ALL[name][1]) for name in pair)
-        if not one & other:
-            same(seen(a, b), seen(b, a))
-        if one <= other:
-            same(seen(a, b), seen(b))
-        if other <= one:
-            same(seen(b, a), seen(a))
+        check_pair(whole, ids[:1, :6], pair)
 
     def test_closed_early(self, channel_hat):
         def holding():

@@ -16,6 +16,7 @@ from hat_lib.backbone.machine import cpu_name
 from hat_lib.config import DATA
 from hat_lib.rows import read_rows, rounded
 from soak import equalities, kills, leaks
+from soak.paths import CLASSES
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Row:
 def cases(folder: Path):
     """Part, name, number of cases and what runs them."""
     yield "equalities", "drawn models", 1000, lambda: equalities.run(1000)
+    for name, check in CLASSES.items():
+        yield "paths", name, 200, lambda check=check: equalities.run(200, check)
     for job in kills.JOBS:
         yield "kills", job, 20, lambda job=job: kills.run(job, 20, folder)
     for path in ("engine", "reference"):
@@ -44,7 +47,7 @@ def main(chosen: list[str], file: Path = DATA / "results" / "reliability.csv") -
     with tempfile.TemporaryDirectory() as folder:
         todo = list(cases(Path(folder)))
         if unknown := set(chosen) - {case[0] for case in todo}:
-            sys.exit(f"no part {', '.join(unknown)}: PART is equalities, kills or leaks")
+            sys.exit(f"no part {', '.join(unknown)}: PART is equalities, paths, kills or leaks")
         for part, what, count, run in todo:
             if chosen and part not in chosen:
                 rows += [row for row in read_rows(file, Row) if (row.part, row.what) == (part, what)]

@@ -62,8 +62,8 @@ def drawn(draw) -> SimpleNamespace:
     )
 
 
-def run(count: int) -> None:
-    """``count`` cases, the same on every run; the first that fails is shrunk and raised."""
+def run(count: int, check=None) -> None:
+    """``count`` cases of ``check``, by default `equal`, the same on every run; one that fails is shrunk and raised."""
 
     @hypothesis.seed(0)
     @settings(
@@ -75,7 +75,7 @@ def run(count: int) -> None:
     )
     @given(drawn())
     def cases(case):
-        check(case)
+        (check or equal)(case)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -137,7 +137,7 @@ def stepwise(hat, ids):
         return torch.cat([hat.lm(step, cache=cache, use_cache=True).logits for step in ids.split(1, dim=1)], 1)
 
 
-def check(case: SimpleNamespace) -> None:
+def equal(case: SimpleNamespace) -> None:
     """Raise AssertionError unless every equality holds."""
     base, draws = llama(case), np.random.default_rng(case.seed + 1)
     ids = torch.from_numpy(draws.integers(0, 256, (case.batch, case.tokens)))

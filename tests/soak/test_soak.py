@@ -13,6 +13,7 @@ from hat_lib.config import DATA
 from hat_lib.rows import read_rows
 from soak import equalities, kills, leaks
 from soak.__main__ import Row, cases
+from soak.paths import CLASSES
 
 
 def test_the_committed_rows_are_of_these_cases(tmp_path):
@@ -23,6 +24,12 @@ def test_the_committed_rows_are_of_these_cases(tmp_path):
 @pytest.mark.slow
 def test_equalities():
     equalities.run(12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSES)
+def test_paths(name):
+    equalities.run(6, CLASSES[name])
 
 
 @pytest.mark.slow
