@@ -88,7 +88,7 @@ def hooks(case) -> None:
     modules = [m for m in base.model.model.layers.modules() if not list(m.children())]
     module = modules[case.seed % len(modules)]
     module.register_forward_hook(lambda *args: seen.append(1))
-    hat, ids, _ = adaptive(case, base), torch.zeros(1, case.tokens, dtype=torch.long), None
+    hat, ids = adaptive(case, base), torch.zeros(1, case.tokens, dtype=torch.long)
     with hat.at(1.0, 0.0):
         seen.clear()
         stepwise(hat, ids)
@@ -100,7 +100,7 @@ def interrupts(case) -> None:
     hat, ids, draws = prepared(case)
     with hat.reference():
         expected, before = hat.lm(ids).logits, hat.trace
-        modules = [m for m in hat.lm.modules() if m is not hat.lm.model.rotary_emb]
+        modules = [m for m in hat.lm.modules() if m is not hat.lm]  # whose own hooks come after its forward
         left = int(draws.integers(3))
 
         def interrupt(*args):
