@@ -9,12 +9,11 @@ import pytest
 import torch
 from gguf_file import write_gguf
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
 from transformers.utils import logging as hf_logging
 
 from hat_lib.backbone import base as module
 from hat_lib.backbone.base import exact_hash, fingerprint, load_base, parse_dtype
-from hat_lib.backbone.shapes import byte_tokenizer, random_config, random_model
+from hat_lib.backbone.shapes import byte_tokenizer, random_model
 from hat_lib.config import HatError
 
 IDS = torch.arange(24).view(2, 12)
@@ -45,32 +44,6 @@ def copy(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "copy")
 
 
-# Random shapes
-
-
-def test_tiny_is_tiny_frozen_and_not_degenerate(tiny_base):
-    model = tiny_base.model
-    assert sum(p.numel() for p in model.parameters()) < 1e6
-    assert not model.training and not any(p.requires_grad for p in model.parameters())
-    assert model.config._attn_implementation == "sdpa"
-    assert model.lm_head.weight is not model.model.embed_tokens.weight
-    out = model(IDS).logits
-    # The weights are the same everywhere: next tokens are neither equally likely (5.56 nats) nor certain (0).
-    entropy = float(torch.distributions.Categorical(logits=out).entropy().mean())
-    assert entropy == pytest.approx(4.42, abs=0.02)
-    shifted = model(IDS, position_ids=torch.arange(12).flip(0)[None]).logits
-    assert (shifted - out).abs().max() > 0.1  # RoPE is alive
-
-
-def test_tinyllama_has_the_exact_shape():
-    config = random_config("random:tinyllama")
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    assert sum(p.numel() for p in model.parameters()) == 1_100_048_384
-    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (32, 4, 64)
-    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
-
-
 # Fingerprint
 
 
@@ -82,6 +55,7 @@ def test_one_fingerprint_for_every_dtype(tiny_base, saved, dtype):
         assert base.fingerprint == tiny_base.fingerprint
         assert {p.dtype for p in base.model.parameters()} == {base.dtype}
         assert base.model.model.rotary_emb.inv_freq.dtype == torch.float32
+        assert not base.model.training and not any(p.requires_grad for p in base.model.parameters())
         assert torch.isfinite(base.model(IDS).logits).all()
 
 
@@ -103,19 +77,6 @@ def test_hashes_see_weights_order_and_config(tiny):
     assert len(set(seen)) == 5
 
 
-def test_tied_weights_are_hashed_once_and_survive_saving(tiny, tmp_path):
-    untied = fingerprint(tiny)
-    tiny.config.tie_word_embeddings = True
-    tiny.lm_head.weight = tiny.model.embed_tokens.weight
-    tied = fingerprint(tiny)
-    assert tied != untied
-    tiny.save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    base = cpu(tmp_path)
-    assert base.model.lm_head.weight is base.model.model.embed_tokens.weight
-    assert base.fingerprint == tied
-
-
 # Checkpoints on disk
 
 
@@ -124,9 +85,8 @@ def test_folder_is_loaded_as_it_was_saved_and_silently(tiny_base, saved, capfd):
     base = cpu(saved)
     assert capfd.readouterr() == ("", "")
     assert hf_logging.get_verbosity() == before and hf_logging.is_progress_bar_enabled()
-    assert base.fingerprint == tiny_base.fingerprint and exact_hash(base.model) == exact_hash(tiny_base.model)
+    assert exact_hash(base.model) == exact_hash(tiny_base.model)
     assert base.name == base.model.name_or_path == str(saved) and base.tokenizer.padding_side == "left"
-    assert (base.dtype, base.device.type) == (torch.float32, "cpu")
 
 
 def test_gguf_file_is_loaded_dense(tiny_base, tmp_path, capfd):
@@ -209,8 +169,6 @@ def test_bundled_base_is_made_once_and_checked(tiny_base, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_bundled_is_the_known_model_and_needs_no_network(bundled, monkeypatch):
-    config = bundled.model.config
-    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (30, 576, 1536)
     ids = bundled.tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert bundled.tokenizer.decode(bundled.model(ids).logits[0, -1].argmax()) == " Paris"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # `conftest.outside` sees each connection

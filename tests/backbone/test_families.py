@@ -8,7 +8,7 @@ from gguf_file import write_gguf
 from tiny_runs import OTHERS, tiny
 from transformers import AutoConfig
 
-from hat_lib.backbone.base import config_of, load_base
+from hat_lib.backbone.base import config_of, fingerprint, load_base
 from hat_lib.backbone.families import misfit, refusal, window
 from hat_lib.backbone.shapes import byte_tokenizer
 from hat_lib.config import HatError
@@ -17,23 +17,32 @@ SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "nu
 SMALL |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_saved_and_loaded(name, tmp_path):
-    base, ids = tiny(name=name), torch.arange(24).view(2, 12)
-    base.model.save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    loaded = load_base(tmp_path, dtype="fp32", device="cpu")
-    assert loaded.fingerprint == base.fingerprint
+def save(model, folder):
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+SAVED = [*((name, "folder") for name in OTHERS), ("random:tiny", "tied"), *((name, "gguf") for name in OTHERS[1:3])]
+
+
+@pytest.mark.parametrize(("name", "form"), SAVED)
+def test_saved_and_loaded(name, form, tmp_path):
+    base, ids, path = tiny(name=name), torch.arange(24).view(2, 12), tmp_path / f"saved.{form}"
+    if form == "tied":
+        base.model.config.tie_word_embeddings = True
+        base.model.tie_weights()
+    write_gguf(base, path) if form == "gguf" else save(base.model, path)
+    loaded = load_base(path, dtype="fp32", device="cpu")
+    assert form == "gguf" or loaded.fingerprint == fingerprint(base.model)
     with torch.no_grad():
-        assert torch.equal(loaded.model(ids).logits, base.model(ids).logits)
+        torch.testing.assert_close(loaded.model(ids).logits, base.model(ids).logits, rtol=0, atol=1e-5)
 
 
 def test_what_a_familys_attention_adds_is_part_of_the_fingerprint(tmp_path):
     base = tiny(name="random:tiny-mistral")
     assert {window(layer.self_attn) for layer in base.model.model.layers} == {9}
     base.model.config.sliding_window = None
-    base.model.save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    save(base.model, tmp_path)
     assert load_base(tmp_path, dtype="fp32", device="cpu").fingerprint != base.fingerprint
 
 
@@ -42,15 +51,6 @@ def test_a_forward_that_takes_something_else_is_refused(monkeypatch):
     assert misfit(lm) is None
     monkeypatch.setattr(type(lm.model.layers[0].mlp), "forward", lambda self, x, scale: x)
     assert misfit(lm).endswith("expected (x)") and "LlamaMLP.forward takes (x scale)" in misfit(lm)
-
-
-@pytest.mark.parametrize("name", ["random:tiny-qwen2", "random:tiny-qwen3"])
-def test_gguf_file(name, tmp_path):
-    base, ids, path = tiny(name=name), torch.arange(24).view(2, 12), tmp_path / "tiny.gguf"
-    write_gguf(base, path)
-    loaded = load_base(path, dtype="fp32", device="cpu")
-    with torch.no_grad():
-        torch.testing.assert_close(loaded.model(ids).logits, base.model(ids).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

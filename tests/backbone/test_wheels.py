@@ -37,17 +37,12 @@ def index(cache, tmp_path, monkeypatch):
     return spec, calls
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
 def test_fetched_once_and_again_if_damaged(cache, index, capsys):
     spec, calls = index
     with open_wheel(spec) as wheel:
         assert wheel.read("toy/data.txt") == b"forty-two"
     assert "fetching 0 MB (toy 1.0)" in capsys.readouterr().err
-    assert fetch_wheel(spec) == cache / spec.filename
-    assert capsys.readouterr().err == "" and names(cache) == [spec.filename]
+    assert fetch_wheel(spec) == cache / spec.filename and capsys.readouterr().err == ""
     (command,) = calls
     assert command[1:4] == ["-m", "pip", "download"]
     assert {"--no-deps", "--only-binary=:all:", "toy==1.0"} <= set(command)
@@ -59,7 +54,7 @@ def test_fetched_once_and_again_if_damaged(cache, index, capsys):
 def test_wrong_hash_is_refused_and_leaves_nothing(cache, index):
     with pytest.raises(HatError, match="SHA-256"):
         fetch_wheel(index[0]._replace(sha256="0" * 64))
-    assert names(cache) == []
+    assert not [*cache.iterdir()]
 
 
 def test_no_pip_or_no_network_names_the_way_out(cache, index, monkeypatch):

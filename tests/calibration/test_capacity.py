@@ -86,3 +86,14 @@ def test_learned_thresholds_are_measured_on_all_blocks():
                 hat.lm(torch.tensor([block]))
                 realised.append(hat.trace.capacity)
         assert found.capacities[row] == pytest.approx(np.mean(realised), abs=1e-4)
+
+
+def test_some_scores_of_all_tokens_say_what_all_scores_say(monkeypatch):
+    hat, text = untrained(), [torch.tensor([b]) for b in blocks(8)]
+    whole = quantiles.score_quantiles(hat, text, progress=False)
+    monkeypatch.setattr(quantiles, "SAMPLES", 4_000)
+    some = quantiles.score_quantiles(hat, text, progress=False)
+    assert some.tokens == whole.tokens == 8 * 62 and 4_000 <= some.scores <= 4_100
+    for share in (0.3, 0.5, 0.7):
+        a, b = (np.array(list(q.thresholds(share).values())) for q in (whole, some))
+        assert np.abs(a / b - 1).max() < 0.12

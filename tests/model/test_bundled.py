@@ -1,13 +1,12 @@
-"""A handful of equalities on the real model, and the reference checkpoint as the README uses it."""
+"""A handful of equalities on the real model."""
 
 import pytest
 import torch
 from four_bits_read import packed_and_read
 from test_transformer import close, stepwise
 
-from hat_lib.backbone.base import exact_hash, load_base
+from hat_lib.backbone.base import exact_hash
 from hat_lib.config import DATA, HatConfig
-from hat_lib.evaluation.perplexity import compare, score
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
 
@@ -36,36 +35,16 @@ def test_untrained_equals_base_and_unload_restores(bundled, grain):
     assert exact_hash(model.unload().model) == before
 
 
-@pytest.mark.slow
-def test_generate_at_capacity_one_is_transformers_token_for_token(hat):
-    inputs = prompt(hat.base)
-    hat.capacity = 1.0
-    found = hat.lm.generate(**inputs, max_new_tokens=24, do_sample=False)
-    plain = load_base("bundled", dtype=torch.float32, device="cpu").model
-    assert torch.equal(found, plain.generate(**inputs, max_new_tokens=24, do_sample=False))
-
-
-@pytest.mark.slow
-def test_the_reference_checkpoint_costs_little(hat):
-    blocks = load_text("addresses", hat.base.tokenizer, block_size=256, max_tokens=1024)
-    with hat.dense():
-        base = score(hat, blocks, progress=False)
-    hat.capacity = 0.75
-    adaptive = score(hat, blocks, progress=False)
-    assert abs(adaptive.capacity - 0.75) < 0.02
-    assert -0.02 < compare(base, adaptive).increase < 0.06
-
-
 def test_q4_is_near_the_file_s_own_numbers(bundled):
     for name, layer, own, read in packed_and_read(bundled.model):
         assert float((own - read).norm() / own.norm()) < 0.01, (name, layer)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "nats"), [("int8", 0.01), ("q4", 0.01)])
-def test_fewer_bits_change_little(hat, form, nats):
+@pytest.mark.parametrize(("form", "nats"), [("base", 1e-6), ("int8", 0.01), ("q4", 0.01)])
+def test_the_engine_changes_nothing_and_fewer_bits_little(hat, form, nats):
     ids = torch.tensor([load_text("addresses", hat.base.tokenizer, max_tokens=96)[0]["input_ids"]])
     hat.weight_format = form
     with hat.dense():
         found, expected = stepwise(hat, ids).log_softmax(-1), hat.lm(ids).logits.log_softmax(-1)
-    assert 0 <= float((expected.exp() * (expected - found)).sum(-1).mean()) < nats
+    assert abs(float((expected.exp() * (expected - found)).sum(-1).mean())) < nats

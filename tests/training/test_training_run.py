@@ -12,7 +12,7 @@ from hat_lib.config import HatError
 from hat_lib.model.checkpoint import ADAPTER_FILE, read_checkpoint, write_checkpoint
 from hat_lib.text.blocks import load_text
 from hat_lib.training import run as module
-from hat_lib.training.run import train
+from hat_lib.training.run import nominal_thresholds, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
 STEPS = 3
@@ -61,20 +61,11 @@ def same_run(found, expected):
 
 
 @pytest.mark.parametrize("grain", GRAINS)
-def test_before_the_first_step_the_model_is_the_base(grain, text, tmp_path, monkeypatch, tiny_base):
-    def inspect(hat, blocks, recipe, phase, thresholds, folder, **options):
-        ids = torch.tensor(blocks["input_ids"][:2])
-        with torch.no_grad():
-            base = tiny_base.model(ids).logits
-            torch.testing.assert_close(hat.lm(ids).logits, base, atol=1e-5, rtol=1e-5)
-            with hat.using(hat.threshold_policy(thresholds(1.0))):  # nominal thresholds keep everything, too
-                torch.testing.assert_close(hat.lm(ids).logits, base, atol=1e-5, rtol=1e-5)
-                assert hat.trace.capacity == 1.0
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "train_phase", inspect)
-    with pytest.raises(KeyboardInterrupt):
-        train(asked(grain, text), tmp_path / "run", progress=False)
+def test_nominal_thresholds_at_capacity_one_keep_everything(grain):
+    hat = new_hat(grain)
+    with torch.no_grad(), hat.using(hat.threshold_policy(nominal_thresholds(hat)(1.0))):
+        hat.lm(torch.arange(5, 25)[None])
+    assert hat.trace.capacity == 1.0
 
 
 def test_a_finished_run(finished, tiny_base):
