@@ -1,7 +1,8 @@
-"""The base is frozen and identified by its fingerprint; bad names or files are reported in one line."""
+"""The base is frozen and identified by its fingerprint; bad names, files or families are reported in one line."""
 
 import json
 import os
+import re
 import shutil
 import zipfile
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 from gguf_file import write_gguf
 from safetensors.torch import load_file, save_file
+from tiny_runs import OTHERS, tiny
+from transformers import AutoConfig
 from transformers.utils import logging as hf_logging
 
 from hat_lib.backbone import base as module
-from hat_lib.backbone.base import exact_hash, fingerprint, load_base, parse_dtype
-from hat_lib.backbone.shapes import byte_tokenizer, random_model
+from hat_lib.backbone.base import config_of, exact_hash, fingerprint, load_base, parse_dtype
+from hat_lib.backbone.families import misfit, refusal, window
+from hat_lib.backbone.shapes import byte_tokenizer
 from hat_lib.config import HatError
 
 IDS = torch.arange(24).view(2, 12)
@@ -24,17 +28,15 @@ def cpu(name, **options):
     return load_base(name, **{"dtype": "fp32", "device": "cpu", **options})
 
 
-@pytest.fixture
-def tiny():
-    """A separate tiny model, free to be changed."""
-    return random_model("random:tiny", torch.float32)
+def save(model, folder):
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)  # a fresh one: padding settings would be saved too
 
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory, tiny_base):
     folder = tmp_path_factory.mktemp("saved") / "a folder"
-    tiny_base.model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)  # a fresh one: padding settings would be saved too
+    save(tiny_base.model, folder)
     return folder
 
 
@@ -59,12 +61,13 @@ def test_one_fingerprint_for_every_dtype(tiny_base, saved, dtype):
         assert torch.isfinite(base.model(IDS).logits).all()
 
 
-def test_hashes_see_weights_order_and_config(tiny):
-    seen, exact, layers, config = [fingerprint(tiny)], exact_hash(tiny), tiny.model.layers, tiny.config
+def test_hashes_see_weights_order_and_config():
+    model = tiny().model
+    seen, exact, layers, config = [fingerprint(model)], exact_hash(model), model.model.layers, model.config
     weight = layers[2].mlp.gate_proj.weight.data
     weight[5, 7] = torch.nextafter(weight[5, 7], torch.tensor(9.0))
     config.rope_parameters["rope_theta"] = 10_000  # was 10000.0: JSON may contain either
-    assert fingerprint(tiny) == seen[0] and exact_hash(tiny) != exact
+    assert fingerprint(model) == seen[0] and exact_hash(model) != exact
 
     def swap():
         layers[0].mlp.up_proj, layers[1].mlp.up_proj = layers[1].mlp.up_proj, layers[0].mlp.up_proj
@@ -73,7 +76,7 @@ def test_hashes_see_weights_order_and_config(tiny):
     for change in (lambda: weight[5, 7].mul_(1.02), swap, lambda: config.rope_parameters.update(theta),
                    lambda: vars(config).update(epsilon)):  # fmt: skip
         change()
-        seen.append(fingerprint(tiny))
+        seen.append(fingerprint(model))
     assert len(set(seen)) == 5
 
 
@@ -143,6 +146,69 @@ def test_folder_that_cannot_be_used(copy, damage, words):
     with pytest.raises(HatError, match=words) as caught:
         cpu(copy)
     assert str(copy) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Families other than Llama: loaded like one, or refused with the part that does not fit
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9}
+SMALL |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+
+
+SAVED = [*((name, "folder") for name in OTHERS), ("random:tiny", "tied"), *((name, "gguf") for name in OTHERS[1:3])]
+
+
+@pytest.mark.parametrize(("name", "form"), SAVED)
+def test_saved_and_loaded(name, form, tmp_path):
+    base, path = tiny(name=name), tmp_path / f"saved.{form}"
+    if form == "tied":
+        base.model.config.tie_word_embeddings = True
+        base.model.tie_weights()
+    write_gguf(base, path) if form == "gguf" else save(base.model, path)
+    loaded = cpu(path)
+    assert form == "gguf" or loaded.fingerprint == fingerprint(base.model)
+    torch.testing.assert_close(loaded.model(IDS).logits, base.model(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_what_a_familys_attention_adds_is_part_of_the_fingerprint(tmp_path):
+    base = tiny(name="random:tiny-mistral")
+    assert {window(layer.self_attn) for layer in base.model.model.layers} == {9}
+    base.model.config.sliding_window = None
+    save(base.model, tmp_path)
+    assert cpu(tmp_path).fingerprint != base.fingerprint
+
+
+def test_a_forward_that_takes_something_else_is_refused(monkeypatch):
+    lm = tiny().model
+    assert misfit(lm) is None
+    monkeypatch.setattr(type(lm.model.layers[0].mlp), "forward", lambda self, x, scale: x)
+    assert misfit(lm).endswith("expected (x)") and "LlamaMLP.forward takes (x scale)" in misfit(lm)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "part"),
+    [
+        ("gemma2", "Gemma2DecoderLayer has post_feedforward_layernorm, pre_feedforward_layernorm"),
+        ("phi3", "Phi3DecoderLayer has mlp.activation_fn, mlp.gate_up_proj"),
+        ("mixtral", "lacks mlp.act_fn, mlp.down_proj, mlp.gate_proj"),
+        ("gpt2", "it has no model.layers"),
+        ("granite", "it was never tried"),
+    ],
+)
+def test_others_are_refused_by_the_part_that_does_not_fit(model_type, part, tmp_path):
+    config = AutoConfig.for_model(model_type, **SMALL)
+    assert part in refusal(config)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(HatError, match=re.escape(part)):
+        config_of(str(tmp_path))
+    with pytest.raises(HatError, match=f"cannot load .*{type(config).__name__.removesuffix('Config')}"):
+        load_base(tmp_path)
+
+
+def test_a_model_that_is_no_causal_lm(tmp_path):
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    for read in (config_of, load_base):
+        with pytest.raises(HatError, match="cannot"):
+            read(str(tmp_path))
 
 
 # The bundled base

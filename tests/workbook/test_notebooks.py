@@ -134,11 +134,8 @@ def test_clean(tmp_path):
     metadata = {"tags": ["parameters", "hide-input"], "papermill": {"duration": 1.5}, "collapsed": True}
     cells = [v4.new_code_cell("work()", execution_count=3, metadata=metadata, outputs=outputs)]
     cells.append(v4.new_markdown_cell("# Title", metadata={"papermill": {}}))
-    of_all = {
-        "widgets": {notebooks.WIDGET_STATE: {"state": state}},
-        "kernelspec": {"name": "my-env", "display_name": "Mine"},
-    }
-    nbformat.write(v4.new_notebook(cells=cells, metadata=of_all), path)
+    kernel, widgets = {"name": "my-env", "display_name": "Mine"}, {notebooks.WIDGET_STATE: {"state": state}}
+    nbformat.write(v4.new_notebook(cells=cells, metadata={"widgets": widgets, "kernelspec": kernel}), path)
 
     assert notebooks.clean_file(path) and path.read_bytes().endswith(b"}\n") and not notebooks.clean_file(path)
     nb = nbformat.read(path, as_version=4)
