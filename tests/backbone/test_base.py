@@ -40,12 +40,6 @@ def saved(tmp_path_factory, tiny_base):
     return folder
 
 
-@pytest.fixture
-def copy(saved, tmp_path):
-    """A copy of the saved tiny checkpoint, free to be damaged."""
-    return shutil.copytree(saved, tmp_path / "copy")
-
-
 # Fingerprint
 
 
@@ -141,8 +135,8 @@ def pickled(folder):
         (config(num_hidden_layers=3), "unexpected weights, such as model.layers.3."),
     ],
 )
-def test_folder_that_cannot_be_used(copy, damage, words):
-    damage(copy)
+def test_folder_that_cannot_be_used(saved, tmp_path, damage, words):
+    damage(copy := shutil.copytree(saved, tmp_path / "copy"))
     with pytest.raises(HatError, match=words) as caught:
         cpu(copy)
     assert str(copy) in str(caught.value) and "\n" not in str(caught.value)
@@ -152,8 +146,6 @@ def test_folder_that_cannot_be_used(copy, damage, words):
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9}
 SMALL |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
-
-
 SAVED = [*((name, "folder") for name in OTHERS), ("random:tiny", "tied"), *((name, "gguf") for name in OTHERS[1:3])]
 
 

@@ -33,34 +33,23 @@ def trained(request, tmp_path_factory):
     return hat
 
 
-@torch.no_grad()
-def realised(hat, blocks=TEXT):
-    left = 0.0
-    for block in blocks:
-        hat.lm(torch.tensor([block]), use_cache=False)
-        left += hat.trace.exit_rate / len(blocks)
-    return left
-
-
 @pytest.mark.slow
 def test_rates_rise_and_settings_stay(trained):
     hat = trained
     made, hat.exit_rate = hat.calibration, 0.4
     calibrate_exits(hat, TEXT, AT, progress=False)
     assert hat.exit_rate == 0.4 and hat.capacity == 0.8 and hat.calibration == made
-    assert made.exit_capacities == list(AT) and len(made.exit_rates) == len(AT)
-    for rates in made.exit_rates:
-        assert len(rates) == 1 + len(module.RATES) and rates[0] == 0.0
-        assert all(np.diff(rates) >= 0) and len(set(rates)) > 8
-        assert rates[-1] == pytest.approx(62 / 64)  # the first two tokens of a row never leave
+    assert made.exit_capacities == list(AT) and np.shape(made.exit_rates) == (len(AT), 1 + len(module.RATES))
+    assert all(len(set(rates)) > 8 and rates[-1] == pytest.approx(62 / 64) for rates in made.exit_rates)
 
 
 @pytest.mark.parametrize(
     ("rate", "capacity"), [(0.0, 0.8), (0.05, 0.5), (0.4, 0.5), (0.4, 0.8), (0.4, 1.0), (0.93, 1.0), (1.0, 0.5)]
 )
 def test_realises_the_requested_rate(trained, rate, capacity):
-    with trained.at(exit_rate=rate), trained.at(capacity):  # which moves the gates' thresholds, too
-        found = realised(trained, TEXT[3::4])
+    with torch.no_grad(), trained.at(exit_rate=rate), trained.at(capacity):  # which moves the gates' thresholds, too
+        trained.lm(torch.tensor(TEXT[3::4]), use_cache=False)
+    found = trained.trace.exit_rate
     # On the blocks that the table was measured on, between its rates on either side of the requested one.
     table = trained.calibration.exit_rates[AT.index(capacity)]
     low, high = max(r for r in table if r <= rate), min([r for r in table if r >= rate], default=table[-1])

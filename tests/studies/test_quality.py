@@ -67,14 +67,6 @@ def test_every_point_once_at_equal_work(measured):
     assert drawn.realised_exit == pytest.approx(gates.realised_exit, abs=0.04)  # five standard errors of the draw
 
 
-def test_a_stopped_run_goes_on_and_ends_alike(measured, pair, tmp_path):
-    whole, out = measured[0], tmp_path / "quality.csv"
-    lines = whole.read_text().splitlines(keepends=True)
-    out.write_text("".join(lines[:3]))
-    assert len(list(quality(out, pair))) == len(lines) - 3
-    assert out.read_text() == whole.read_text()
-
-
 def test_rows_of_other_gates_are_refused_and_those_without_exits_stay_valid(measured, pair, tmp_path):
     out = tmp_path / "quality.csv"
     pd.read_csv(measured[0]).query("exit_rate == 0").to_csv(out, index=False)
