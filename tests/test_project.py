@@ -1,4 +1,5 @@
-"""What the repository promises as a whole: one list of packages, and notebooks as they were executed."""
+"""What the repository promises as a whole: one list of packages, notebooks as they were executed, and documents that
+say what the data says and name commands that exist."""
 
 import re
 import tomllib
@@ -10,14 +11,20 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from typer.main import get_command
 
 import hat_lib
+from hat_lib.cli.app import app
+from hat_lib.config import HatError
 from hat_lib.workbook.notebooks import clean
+from studies.registry import all_tables, documents, fill, outdated
 
 REPO = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
+COMMANDS = get_command(app).commands
 
 
 def ranges(requirements):
@@ -51,7 +58,7 @@ def test_versions_agree():
     assert {PROJECT["version"], citation["version"], newest[1]} == {hat_lib.__version__}
 
 
-@pytest.mark.parametrize("path", sorted((REPO / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_is_clean_and_was_executed_once_in_order(path):
     text = path.read_text(encoding="utf-8")
     notebook = nbformat.reads(text, as_version=4)
@@ -62,3 +69,30 @@ def test_notebook_is_clean_and_was_executed_once_in_order(path):
     assert not [o for cell in code for o in cell.outputs if o.output_type == "error"]
     compared = [cell for cell in code if cell.outputs and "nbval-ignore-output" not in cell.metadata.get("tags", [])]
     assert len(compared) > len(code) / 2
+
+
+def test_every_table_is_that_of_the_data():
+    assert not outdated(all_tables()), "run `python -m studies --tables`"
+
+
+def test_every_command_exists():
+    used = set()
+    for path in [*documents(), *NOTEBOOKS]:
+        text = path.read_text(encoding="utf-8").replace("\\n", "\n")
+        for command, rest in re.findall(r"(?:^|`|-m )hat(?:_lib)? ([a-z]+)((?: [^`\n#]*)?)", text, re.M):
+            assert command in COMMANDS, f"{path.name}: hat {command}"
+            known = {name for option in COMMANDS[command].params for name in (*option.opts, *option.secondary_opts)}
+            unknown = set(re.findall(r"(?<=\s)--[a-z][a-z-]*", rest)) - known - {"--help"}
+            assert not unknown, f"{path.name}: hat {command} {unknown}"
+            used.add(command)
+    assert len(used) > 5
+
+
+def test_a_table_takes_the_place_of_what_stood_there():
+    text = "before\n<!-- table: one -->\n| old |\n<!-- end -->\nafter\n"
+    filled = text.replace("| old |", "| a |")
+    assert fill(text, {"one": "| a |\n", "unused": ""}, "x.md") == filled
+    with pytest.raises(HatError, match="x.md"):
+        fill(text, {"two": ""}, "x.md")
+    with pytest.raises(HatError, match="x.md"):
+        fill(text.replace("<!-- end -->", ""), {"one": ""}, "x.md")

@@ -22,16 +22,10 @@ class Row:
 
 
 KEY = ("text", "seed")
-TRICKY = Row('a "quoted", Grüße\n第二行\r\nthird', -3, 0.55, True, "x,\r", 1e-300)
 
 
 def row(number, **changes):
     return Row(**{"text": "addresses", "seed": number, "capacity": 0.75, "learned": False, **changes})
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "made" / "rows.csv"
 
 
 def written(path, rows):
@@ -41,11 +35,12 @@ def written(path, rows):
     return path.read_bytes()
 
 
-def test_the_file_is_plain_csv(path):
-    data = written(path, [row(1, low=0.1), row(-1, text="=1+1", capacity=-0.5), TRICKY])
-    assert data.startswith(b"text,seed,capacity,learned,note,low\naddresses,1,0.75,False,,0.1\n'=1+1,-1,-0.5,False,,\n")
-    frame = pd.read_csv(path)
-    assert frame["capacity"].tolist() == [0.75, -0.5, 0.55] and frame["learned"].tolist() == [False, False, True]
+HEADER = b"text,seed,capacity,learned,note,low\n"
+
+
+def test_the_file_is_plain_csv(tmp_path):
+    data = written(tmp_path / "made" / "rows.csv", [row(1, low=0.1), row(-1, text="=1+1", capacity=-0.5)])
+    assert data == HEADER + b"addresses,1,0.75,False,,0.1\n'=1+1,-1,-0.5,False,,\n"
 
 
 optional = st.none() | st.text(min_size=1)
@@ -57,12 +52,10 @@ any_rows = st.builds(Row, st.text(), st.integers(), st.floats(), st.booleans(), 
 def test_rows_come_back_as_they_were(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("rows") / "rows.csv"
     written(path, rows)
+    assert len(pd.read_csv(path)) == len(rows)
     assert repr(read_rows(path, Row)) == repr(rows)  # repr tells 1 from 1.0 and True, and lets nan equal itself
     with RowWriter(path, Row, KEY) as writer:
         assert repr(writer.done) == repr({(r.text, r.seed): r for r in rows})
-
-
-HEADER = b"text,seed,capacity,learned,note,low\n"
 
 
 @pytest.mark.parametrize("data", [b"some notes", b"\n", b"text\n", b"\xff\xfe\n", HEADER + b"a,x,0.5,True,,\n",
@@ -81,7 +74,8 @@ def test_a_file_of_something_else_stays_as_it_is(tmp_path, data):
         read_rows(tmp_path / "none.csv", Row)
 
 
-def test_a_second_writer_is_refused_and_a_row_is_on_disk_before_write_returns(path):
+def test_a_second_writer_is_refused_and_a_row_is_on_disk_before_write_returns(tmp_path):
+    path = tmp_path / "rows.csv"
     with RowWriter(path, Row, KEY) as writer:
         writer.write(row(1))
         with pytest.raises(HatError):

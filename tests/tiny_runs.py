@@ -137,12 +137,9 @@ def gradients(checkpoint: Path, phase: str, folder: Path, **changes) -> list[dic
         steps.append({n: p.grad.clone() for n, p in objective.named_parameters() if p.grad is not None})
         return clip(objective, step)
 
-    trainer._clip = note
-    try:
-        fixed = {"router_lr": 0, "exit_lr": 0, "split_lr": 1e-12, "anneal": 0, "capacity": 0.55, "spread": 0.1}
+    fixed = {"router_lr": 0, "exit_lr": 0, "split_lr": 1e-12, "anneal": 0, "capacity": 0.55, "spread": 0.1}
+    with patch.object(trainer, "_clip", note):
         run_phase(hat, folder, phase, steps=4, **fixed | changes)
-    finally:
-        trainer._clip = clip
     return steps
 
 

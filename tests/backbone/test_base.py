@@ -1,7 +1,8 @@
-"""The base is frozen and identified by its fingerprint; bad names or files are reported in one line."""
+"""The base is frozen and identified by its fingerprint; bad names, files or families are reported in one line."""
 
 import json
 import os
+import re
 import shutil
 import zipfile
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 from gguf_file import write_gguf
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from tiny_runs import OTHERS, tiny
+from transformers import AutoConfig
 from transformers.utils import logging as hf_logging
 
 from hat_lib.backbone import base as module
-from hat_lib.backbone.base import exact_hash, fingerprint, load_base, parse_dtype
-from hat_lib.backbone.shapes import byte_tokenizer, random_config, random_model
+from hat_lib.backbone.base import config_of, exact_hash, fingerprint, load_base, parse_dtype
+from hat_lib.backbone.families import misfit, refusal, window
+from hat_lib.backbone.shapes import byte_tokenizer
 from hat_lib.config import HatError
 
 IDS = torch.arange(24).view(2, 12)
@@ -25,50 +28,16 @@ def cpu(name, **options):
     return load_base(name, **{"dtype": "fp32", "device": "cpu", **options})
 
 
-@pytest.fixture
-def tiny():
-    """A separate tiny model, free to be changed."""
-    return random_model("random:tiny", torch.float32)
+def save(model, folder):
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)  # a fresh one: padding settings would be saved too
 
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory, tiny_base):
     folder = tmp_path_factory.mktemp("saved") / "a folder"
-    tiny_base.model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)  # a fresh one: padding settings would be saved too
+    save(tiny_base.model, folder)
     return folder
-
-
-@pytest.fixture
-def copy(saved, tmp_path):
-    """A copy of the saved tiny checkpoint, free to be damaged."""
-    return shutil.copytree(saved, tmp_path / "copy")
-
-
-# Random shapes
-
-
-def test_tiny_is_tiny_frozen_and_not_degenerate(tiny_base):
-    model = tiny_base.model
-    assert sum(p.numel() for p in model.parameters()) < 1e6
-    assert not model.training and not any(p.requires_grad for p in model.parameters())
-    assert model.config._attn_implementation == "sdpa"
-    assert model.lm_head.weight is not model.model.embed_tokens.weight
-    out = model(IDS).logits
-    # The weights are the same everywhere: next tokens are neither equally likely (5.56 nats) nor certain (0).
-    entropy = float(torch.distributions.Categorical(logits=out).entropy().mean())
-    assert entropy == pytest.approx(4.42, abs=0.02)
-    shifted = model(IDS, position_ids=torch.arange(12).flip(0)[None]).logits
-    assert (shifted - out).abs().max() > 0.1  # RoPE is alive
-
-
-def test_tinyllama_has_the_exact_shape():
-    config = random_config("random:tinyllama")
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    assert sum(p.numel() for p in model.parameters()) == 1_100_048_384
-    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (32, 4, 64)
-    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
 
 
 # Fingerprint
@@ -82,15 +51,17 @@ def test_one_fingerprint_for_every_dtype(tiny_base, saved, dtype):
         assert base.fingerprint == tiny_base.fingerprint
         assert {p.dtype for p in base.model.parameters()} == {base.dtype}
         assert base.model.model.rotary_emb.inv_freq.dtype == torch.float32
+        assert not base.model.training and not any(p.requires_grad for p in base.model.parameters())
         assert torch.isfinite(base.model(IDS).logits).all()
 
 
-def test_hashes_see_weights_order_and_config(tiny):
-    seen, exact, layers, config = [fingerprint(tiny)], exact_hash(tiny), tiny.model.layers, tiny.config
+def test_hashes_see_weights_order_and_config():
+    model = tiny().model
+    seen, exact, layers, config = [fingerprint(model)], exact_hash(model), model.model.layers, model.config
     weight = layers[2].mlp.gate_proj.weight.data
     weight[5, 7] = torch.nextafter(weight[5, 7], torch.tensor(9.0))
     config.rope_parameters["rope_theta"] = 10_000  # was 10000.0: JSON may contain either
-    assert fingerprint(tiny) == seen[0] and exact_hash(tiny) != exact
+    assert fingerprint(model) == seen[0] and exact_hash(model) != exact
 
     def swap():
         layers[0].mlp.up_proj, layers[1].mlp.up_proj = layers[1].mlp.up_proj, layers[0].mlp.up_proj
@@ -99,21 +70,8 @@ def test_hashes_see_weights_order_and_config(tiny):
     for change in (lambda: weight[5, 7].mul_(1.02), swap, lambda: config.rope_parameters.update(theta),
                    lambda: vars(config).update(epsilon)):  # fmt: skip
         change()
-        seen.append(fingerprint(tiny))
+        seen.append(fingerprint(model))
     assert len(set(seen)) == 5
-
-
-def test_tied_weights_are_hashed_once_and_survive_saving(tiny, tmp_path):
-    untied = fingerprint(tiny)
-    tiny.config.tie_word_embeddings = True
-    tiny.lm_head.weight = tiny.model.embed_tokens.weight
-    tied = fingerprint(tiny)
-    assert tied != untied
-    tiny.save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    base = cpu(tmp_path)
-    assert base.model.lm_head.weight is base.model.model.embed_tokens.weight
-    assert base.fingerprint == tied
 
 
 # Checkpoints on disk
@@ -124,9 +82,8 @@ def test_folder_is_loaded_as_it_was_saved_and_silently(tiny_base, saved, capfd):
     base = cpu(saved)
     assert capfd.readouterr() == ("", "")
     assert hf_logging.get_verbosity() == before and hf_logging.is_progress_bar_enabled()
-    assert base.fingerprint == tiny_base.fingerprint and exact_hash(base.model) == exact_hash(tiny_base.model)
+    assert exact_hash(base.model) == exact_hash(tiny_base.model)
     assert base.name == base.model.name_or_path == str(saved) and base.tokenizer.padding_side == "left"
-    assert (base.dtype, base.device.type) == (torch.float32, "cpu")
 
 
 def test_gguf_file_is_loaded_dense(tiny_base, tmp_path, capfd):
@@ -178,11 +135,72 @@ def pickled(folder):
         (config(num_hidden_layers=3), "unexpected weights, such as model.layers.3."),
     ],
 )
-def test_folder_that_cannot_be_used(copy, damage, words):
-    damage(copy)
+def test_folder_that_cannot_be_used(saved, tmp_path, damage, words):
+    damage(copy := shutil.copytree(saved, tmp_path / "copy"))
     with pytest.raises(HatError, match=words) as caught:
         cpu(copy)
     assert str(copy) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Families other than Llama: loaded like one, or refused with the part that does not fit
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9}
+SMALL |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+SAVED = [*((name, "folder") for name in OTHERS), ("random:tiny", "tied"), *((name, "gguf") for name in OTHERS[1:3])]
+
+
+@pytest.mark.parametrize(("name", "form"), SAVED)
+def test_saved_and_loaded(name, form, tmp_path):
+    base, path = tiny(name=name), tmp_path / f"saved.{form}"
+    if form == "tied":
+        base.model.config.tie_word_embeddings = True
+        base.model.tie_weights()
+    write_gguf(base, path) if form == "gguf" else save(base.model, path)
+    loaded = cpu(path)
+    assert form == "gguf" or loaded.fingerprint == fingerprint(base.model)
+    torch.testing.assert_close(loaded.model(IDS).logits, base.model(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_what_a_familys_attention_adds_is_part_of_the_fingerprint(tmp_path):
+    base = tiny(name="random:tiny-mistral")
+    assert {window(layer.self_attn) for layer in base.model.model.layers} == {9}
+    base.model.config.sliding_window = None
+    save(base.model, tmp_path)
+    assert cpu(tmp_path).fingerprint != base.fingerprint
+
+
+def test_a_forward_that_takes_something_else_is_refused(monkeypatch):
+    lm = tiny().model
+    assert misfit(lm) is None
+    monkeypatch.setattr(type(lm.model.layers[0].mlp), "forward", lambda self, x, scale: x)
+    assert misfit(lm).endswith("expected (x)") and "LlamaMLP.forward takes (x scale)" in misfit(lm)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "part"),
+    [
+        ("gemma2", "Gemma2DecoderLayer has post_feedforward_layernorm, pre_feedforward_layernorm"),
+        ("phi3", "Phi3DecoderLayer has mlp.activation_fn, mlp.gate_up_proj"),
+        ("mixtral", "lacks mlp.act_fn, mlp.down_proj, mlp.gate_proj"),
+        ("gpt2", "it has no model.layers"),
+        ("granite", "it was never tried"),
+    ],
+)
+def test_others_are_refused_by_the_part_that_does_not_fit(model_type, part, tmp_path):
+    config = AutoConfig.for_model(model_type, **SMALL)
+    assert part in refusal(config)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(HatError, match=re.escape(part)):
+        config_of(str(tmp_path))
+    with pytest.raises(HatError, match=f"cannot load .*{type(config).__name__.removesuffix('Config')}"):
+        load_base(tmp_path)
+
+
+def test_a_model_that_is_no_causal_lm(tmp_path):
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    for read in (config_of, load_base):
+        with pytest.raises(HatError, match="cannot"):
+            read(str(tmp_path))
 
 
 # The bundled base
@@ -209,8 +227,6 @@ def test_bundled_base_is_made_once_and_checked(tiny_base, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_bundled_is_the_known_model_and_needs_no_network(bundled, monkeypatch):
-    config = bundled.model.config
-    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (30, 576, 1536)
     ids = bundled.tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert bundled.tokenizer.decode(bundled.model(ids).logits[0, -1].argmax()) == " Paris"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # `conftest.outside` sees each connection

@@ -1,25 +1,23 @@
-"""Prices are KL divergences, and no other split of a budget is better."""
+"""Prices are KL divergences, and no other split of a budget is better; tokens that cost more keep more."""
+
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from tiny_runs import gating, new_hat, random_blocks, untrained
 
-from hat_lib.calibration.budget import (
-    FLOOR,
-    PROBE_SHARES,
-    STEP,
-    allocate,
-    damage_curves,
-    head_points,
-    site_damage,
-)
+from hat_lib.calibration import token_sensitivity
+from hat_lib.calibration.budget import FLOOR, PROBE_SHARES, STEP, allocate, damage_curves, head_points, site_damage
+from hat_lib.calibration.capacity import calibrate
 from hat_lib.calibration.quantiles import score_quantiles
+from hat_lib.calibration.token_sensitivity import PRIOR, log_linear
+from hat_lib.evaluation.perplexity import score_each
 
+BLOCKS = random_blocks(16, 64)
 SITES = 6
 prices = st.lists(st.floats(1e-4, 1.0), min_size=SITES, max_size=SITES).map(np.array)
 exponents = st.lists(st.floats(2.0, 6.0), min_size=SITES, max_size=SITES).map(np.array)
@@ -65,27 +63,14 @@ def test_damage_curves_are_convex_and_pass_through_what_was_measured():
 @pytest.mark.slow
 def test_site_damage_predicts_small_kl():
     """The Fisher form against the actual KL from skipping in one site, where it is small."""
-    hat, share = untrained(), PROBE_SHARES[-1]
-    text = [torch.tensor([b]) for b in random_blocks(24, 64)]
-    ratios = []
-    with torch.no_grad():
-        quantiles = score_quantiles(hat, text, progress=False)
-        predicted = site_damage(hat, text, quantiles, progress=False)
-        for layer in range(4):
-            for j, site in enumerate(hat.grain.sites):
-                router, threshold = hat.routers[f"{layer}_{site}"], quantiles.threshold((layer, site), share)
-
-                def only(i, s, x, rows, state, at=(layer, site), router=router, threshold=threshold):
-                    return router.keep(x, threshold) if (i, s) == at else None
-
-                kl = []
-                for block in text:
-                    with hat.dense():
-                        teacher = F.log_softmax(hat.lm(block).logits, -1)
-                    with hat.using(only):
-                        student = F.log_softmax(hat.lm(block).logits, -1)
-                    kl.append(float((teacher.exp() * (teacher - student)).sum(-1).mean()))
-                ratios.append(predicted[-1, layer, j] / np.mean(kl))
+    hat, share, blocks = untrained(), PROBE_SHARES[-1], random_blocks(24, 64)
+    quantiles = score_quantiles(hat, text := [torch.tensor([b]) for b in blocks], progress=False)
+    predicted = site_damage(hat, text, quantiles, progress=False)[-1].flatten()
+    everything = dict.fromkeys(quantiles.tables, -1.0)  # in the order of the predictions
+    alone = [hat.threshold_policy(everything | {key: quantiles.threshold(key, share)}) for key in everything]
+    rows = [{"input_ids": ids, "n_context": 0, "doc": ""} for ids in blocks]
+    _, found = score_each(hat, rows, [partial(hat.using, policy) for policy in alone], batch_size=24, progress=False)
+    ratios = predicted / [at.kl for at in found]
     assert 0.9 < np.median(ratios) < 1.1 and min(ratios) > 0.7 and max(ratios) < 1.5
 
 
@@ -104,3 +89,68 @@ def test_head_points():
                 found = hat.logits(states).log_softmax(-1)
             assert float((exact.exp() * (exact - found)).sum(-1).mean()) == pytest.approx(p.kl, rel=0.01, abs=1e-5)
     assert head_points(new_hat("channel"), [torch.full((1, 64), 7)], progress=False) == []  # of a uniform base
+
+
+# Token sensitivity
+
+
+@torch.no_grad()
+def test_log_linear_is_at_its_optimum():
+    """The gradient by hand: the pull of the prior against that of the data, on standardised columns."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.linspace(0.5, 20, 8)
+    x = torch.randn(500, 8, generator=generator) * scale
+    price = (x @ (0.2 * torch.randn(8, generator=generator) / scale) - 1).exp()
+    x, y = x + 3, price * torch.empty(500).exponential_(generator=generator)
+    weight, bias = log_linear(x, y)
+    columns, own = (x - x.mean(0)) / x.std(0), weight * x.std(0)
+    misfit = 1 - y * (-(x @ weight + bias)).exp()
+    pull = columns.T @ misfit / len(x) + own * x.shape[1] / (len(x) * PRIOR**2)
+    assert float(pull.abs().max()) < 1e-3 and abs(float(misfit.mean())) < 1e-3
+
+
+@torch.no_grad()
+def test_sensitivity_is_half_the_log_of_the_price(monkeypatch):
+    hat = untrained()
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(4000, 64, generator=generator) for _ in range(4)]
+    direction = torch.randn(64, generator=generator) / 64**0.5
+    prices = torch.stack([(x @ direction).exp() for x in inputs])
+    monkeypatch.setattr(token_sensitivity, "NEIGHBOURS", 0)  # each layer here has its own tokens
+    monkeypatch.setattr(token_sensitivity, "token_prices", lambda *_: (prices, inputs))
+    token_sensitivity.fit_token_sensitivity(hat, [], {}, seed=0, progress=False)
+    for layer, x in enumerate(inputs):
+        found, wanted = hat.routers[f"{layer}_token"].score(x), (x @ direction) / 2
+        slope = float((found * wanted).sum() / wanted.square().sum())
+        assert 0.85 < slope <= 1.02 and float(torch.corrcoef(torch.stack([found, wanted]))[0, 1]) > 0.98
+
+
+@torch.no_grad()
+def test_prices_of_tokens_add_up_to_those_of_the_text():
+    """For a single site, the mean over tokens is what `calibrate` takes as the site's price."""
+    hat, text = untrained(), [torch.tensor([b]) for b in BLOCKS]
+    quantiles = score_quantiles(hat, text, progress=False)
+    thresholds = {key: -1.0 for key in quantiles.tables} | {(2, "down"): quantiles.threshold((2, "down"), 0.75)}
+    prices, inputs = token_sensitivity.token_prices(hat, text, thresholds, seed=0, progress=False)
+    whole = site_damage(hat, text, quantiles, progress=False)[PROBE_SHARES.index(0.75), 2, 3]
+    assert prices.shape == (4, 16 * 62) and inputs[0].shape == (16 * 62, 64)
+    assert not prices[[0, 1, 3]].any() and float(prices[2].sum()) / (16 * 64) == pytest.approx(whole, rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_sensitive_token_keeps_more_unless_little_runs():
+    hat, ids = untrained(), torch.tensor(BLOCKS[:2])
+    calibrate(hat, BLOCKS, token_sensitivity=False, probe_tokens=128, progress=False)
+    assert not any(hat.routers[f"{i}_token"].weight.any() for i in range(4))
+    calibrate(hat, BLOCKS, probe_tokens=128, progress=False)
+    scales = []
+    for capacity in (0.35, 0.5, 0.7):
+        hat.capacity = capacity
+        hat.lm(ids)
+        scales.append(float(hat.trace.threshold_scale.log().abs().mean()))
+    assert scales[0] == 0 < scales[1] < scales[2]
+    before = hat.trace.site_share
+    hat.routers["1_token"].bias.add_(0.5)  # takes effect at once
+    hat.lm(ids)
+    more = hat.trace.site_share - before
+    assert (more[1, :, :, 2:].mean((1, 2)) > 0.05).all() and not more[0].any()

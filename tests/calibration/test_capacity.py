@@ -1,6 +1,7 @@
 """Calibration on a tiny random Llama: the request is realised, and the model is otherwise as it was."""
 
 import gc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,18 +12,15 @@ from hat_lib.calibration import capacity, quantiles
 from hat_lib.calibration.capacity import calibrate, calibrate_learned
 from hat_lib.config import HatError
 
+blocks = partial(random_blocks, length=64)
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
-
-
-def blocks(n=16, length=64, seed=0):
-    return random_blocks(n, length, seed)
 
 
 @pytest.mark.parametrize(("grain", "capacities"), [("channel", (0.3, 0.5, 0.75, 0.9)), ("token", (0.5, 0.7, 0.9))])
 def test_realises_the_requested_capacity(grain, capacities):
     hat = untrained(grain)
     calibrate(hat, blocks(), probe_tokens=256, progress=False)
-    fresh = torch.tensor(blocks(8, 64, seed=9))
+    fresh = torch.tensor(blocks(8, seed=9))
     with torch.no_grad():
         for requested in capacities:
             hat.capacity = requested
@@ -48,7 +46,7 @@ def test_memory_does_not_grow_with_the_tokens():
 def test_settings_and_exit_tables_stay(grain):
     hat = decides(skipping(grain), {}, [0.0] * 3)
     ids, before = torch.tensor(blocks(2)), hat.calibration
-    for text, how in ((blocks(2, 16), {}), (blocks(), {"split": "even"})):
+    for text, how in ((blocks(2, length=16), {}), (blocks(), {"split": "even"})):
         with pytest.raises(HatError):
             calibrate(hat, text, progress=False, **how)
     assert hat.calibration is before
@@ -66,7 +64,7 @@ def test_settings_and_exit_tables_stay(grain):
 @pytest.mark.parametrize("grain", GRAINS)
 def test_batches_measure_what_blocks_do_alone(grain, monkeypatch):
     hat = untrained(grain)
-    mixed = [ids for pair in zip(blocks(12), blocks(12, 40, seed=1), strict=True) for ids in pair]
+    mixed = [ids for pair in zip(blocks(12), blocks(12, length=40, seed=1), strict=True) for ids in pair]
     found = calibrate(hat, mixed, probe_tokens=128, progress=False)
     monkeypatch.setattr(quantiles, "BATCH_TOKENS", 1)
     alone = calibrate(hat, mixed, probe_tokens=128, progress=False)
@@ -86,3 +84,14 @@ def test_learned_thresholds_are_measured_on_all_blocks():
                 hat.lm(torch.tensor([block]))
                 realised.append(hat.trace.capacity)
         assert found.capacities[row] == pytest.approx(np.mean(realised), abs=1e-4)
+
+
+def test_some_scores_of_all_tokens_say_what_all_scores_say(monkeypatch):
+    hat, text = untrained(), [torch.tensor([b]) for b in blocks(8)]
+    whole = quantiles.score_quantiles(hat, text, progress=False)
+    monkeypatch.setattr(quantiles, "SAMPLES", 4_000)
+    some = quantiles.score_quantiles(hat, text, progress=False)
+    assert some.tokens == whole.tokens == 8 * 62 and 4_000 <= some.scores <= 4_100
+    for share in (0.3, 0.5, 0.7):
+        a, b = (np.array(list(q.thresholds(share).values())) for q in (whole, some))
+        assert np.abs(a / b - 1).max() < 0.12

@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from scipy.special import expit
 from tiny_runs import GRAINS, adaptive, new_hat, random_blocks, run_phase, untrained
 
 from hat_lib.calibration import exits as module
@@ -34,50 +33,28 @@ def trained(request, tmp_path_factory):
     return hat
 
 
-@torch.no_grad()
-def realised(hat, blocks=TEXT):
-    left = 0.0
-    for block in blocks:
-        hat.lm(torch.tensor([block]), use_cache=False)
-        left += hat.trace.exit_rate / len(blocks)
-    return left
-
-
 @pytest.mark.slow
 def test_rates_rise_and_settings_stay(trained):
     hat = trained
     made, hat.exit_rate = hat.calibration, 0.4
     calibrate_exits(hat, TEXT, AT, progress=False)
     assert hat.exit_rate == 0.4 and hat.capacity == 0.8 and hat.calibration == made
-    assert made.exit_capacities == list(AT) and len(made.exit_rates) == len(AT)
-    for rates in made.exit_rates:
-        assert len(rates) == 1 + len(module.RATES) and rates[0] == 0.0
-        assert all(np.diff(rates) >= 0) and len(set(rates)) > 8
-        assert rates[-1] == pytest.approx(62 / 64)  # the first two tokens of a row never leave
+    assert made.exit_capacities == list(AT) and np.shape(made.exit_rates) == (len(AT), 1 + len(module.RATES))
+    assert all(len(set(rates)) > 8 and rates[-1] == pytest.approx(62 / 64) for rates in made.exit_rates)
 
 
-@pytest.mark.parametrize("capacity", AT)
-@pytest.mark.parametrize("rate", [0.05, 0.4, 0.93])
+@pytest.mark.parametrize(
+    ("rate", "capacity"), [(0.0, 0.8), (0.05, 0.5), (0.4, 0.5), (0.4, 0.8), (0.4, 1.0), (0.93, 1.0), (1.0, 0.5)]
+)
 def test_realises_the_requested_rate(trained, rate, capacity):
-    hat = trained
-    hat.capacity, hat.exit_rate = 0.8, rate
-    hat.capacity = capacity  # moves the gates' thresholds, too
+    with torch.no_grad(), trained.at(exit_rate=rate), trained.at(capacity):  # which moves the gates' thresholds, too
+        trained.lm(torch.tensor(TEXT[3::4]), use_cache=False)
+    found = trained.trace.exit_rate
     # On the blocks that the table was measured on, between its rates on either side of the requested one.
-    table = hat.calibration.exit_rates[AT.index(capacity)]
+    table = trained.calibration.exit_rates[AT.index(capacity)]
     low, high = max(r for r in table if r <= rate), min([r for r in table if r >= rate], default=table[-1])
-    assert low - 0.02 <= realised(hat, TEXT[3::4]) <= high + 0.02
-    hat.capacity = 0.8
-
-
-def test_rates_0_and_1(trained):
-    hat = trained
-    hat.exit_rate = 0.0
-    assert realised(hat) == 0.0
-    assert hat.calibration.exit_thresholds(0.0, 0.8) == [float("inf")] * len(hat.gates)
-    hat.exit_rate = 1.0
-    assert realised(hat) == pytest.approx(62 / 64)
-    first = hat.config.exit_layers[0]
-    assert (hat.trace.exit_layer[0, 2:] == first).all()
+    slack = 0.02 if 0 < rate < 1 else 1e-6  # none leaves, or all but the first two of each row
+    assert low - slack <= found <= high + slack
 
 
 @torch.no_grad()
@@ -97,15 +74,6 @@ def test_what_is_realised_is_measured_on_other_blocks_than_were_fitted():
         assert found.exit_rates[0][row] == pytest.approx(len(same) / checked.numel(), abs=0.02)
         if len(same) > 100:  # one token more or less then does not matter
             assert agreement[0][row - 1] == pytest.approx(float(same.float().mean()), abs=0.02)
-
-
-@torch.no_grad()
-def test_logistic_finds_the_chance():
-    rng = np.random.default_rng(0)
-    score = rng.normal(3, 5, 20_000)
-    right = rng.random(20_000) < expit(0.7 * score - 1.2)
-    a, b = module._logistic(score, right)
-    assert (a, b) == (pytest.approx(0.7, abs=0.1), pytest.approx(-1.2, abs=0.2))  # shrunk a little
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,12 @@ import time
 import pytest
 import tiny_runs
 import torch
-from tiny_runs import page
 
 from hat_lib.cli.app import main
 from hat_lib.training.trainer import STATE_FILE
 
 TINY = ("--base", "random:tiny", "--profile", "quick", "--dtype", "fp32", "--granularity", "token",
         "--set", "tokens=1024", "--set", "block_size=64", "--set", "batch_size=2", "--set", "save_steps=3")  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    return page(tmp_path_factory.mktemp("text"))
 
 
 @pytest.mark.slow

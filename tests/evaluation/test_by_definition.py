@@ -151,5 +151,5 @@ def test_the_library_computes_what_the_definition_says(bundled):
             ours, theirs, tokens = ours + float(losses.sum()), theirs + float(found.nll[0]), tokens + len(losses)
     finally:
         hat.unload()
-    assert len(rows) > 1 and tokens > 350
+    assert len(rows) > 1 and tokens > 350 and found.capacity == pytest.approx(CAPACITY, abs=0.03)
     assert exp(theirs / tokens) == pytest.approx(exp(ours / tokens), rel=2e-5)

@@ -1,16 +1,21 @@
-"""The token table against forwards evaluated by hand and against other numbers of the library."""
+"""The token table and its routing patterns, against forwards evaluated by hand and other numbers of the library."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from tiny_runs import GRAINS, adaptive, gating, skipping
+from scipy.stats import spearmanr
+from tiny_runs import GRAINS, gating, skipping
 
 from hat_lib import explain
 from hat_lib.config import HatError
-from hat_lib.evaluation.perplexity import score_each
+from hat_lib.evaluation import routing
+from hat_lib.evaluation.perplexity import Score, compare, score_each
+from hat_lib.evaluation.routing import MEASURES
 from hat_lib.evaluation.tokens import LIKELIEST, LOSSES, prompt_blocks, token_table
+from hat_lib.text.token_classes import CLASSES
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:token grain at capacity")]
 PROMPT = "In 2025 a naïve fox 🦙 met the Kings."
@@ -39,6 +44,9 @@ def test_losses_are_those_of_both_models_at_their_places(hat, strided, found):
     entropy, kl = -(theirs.exp() * theirs).sum(-1), (theirs.exp() * (theirs - ours)).sum(-1)
     np.testing.assert_allclose(frame["entropy_of_next"], entropy, rtol=1e-4)
     np.testing.assert_allclose(frame["kl_of_next"], kl, rtol=1e-3, atol=1e-5)
+    for p, found_p in zip((theirs.exp(), ours.exp()), found.next_p, strict=True):
+        np.testing.assert_allclose(found_p[: len(p)], p.topk(LIKELIEST).values, rtol=1e-4)
+    assert (found.next_ids[0, : len(theirs), 0] == theirs.argmax(-1).numpy()).all()
     for name in LOSSES:
         assert np.isnan(frame[f"{name}_of_token"].iloc[0])
         np.testing.assert_array_equal(frame[f"{name}_of_token"][1:], frame[f"{name}_of_next"][:-1])
@@ -108,14 +116,100 @@ def test_explain_goes_on_greedily(hat):
         explain(hat, PROMPT, max_new_tokens=5000)
 
 
-@pytest.mark.parametrize("grain", GRAINS)
-def test_next_tokens_are_the_likeliest_of_each_model(grain):
-    hat = adaptive(grain)
-    hat.capacity, hat.exit_rate = 0.6, 0.5
-    found = explain(hat, PROMPT)
-    ids = hat.base.tokenizer(PROMPT, return_tensors="pt").input_ids
-    with hat.dense():
-        base = hat.lm(ids).logits[0].softmax(-1)
-    for p, found_p in zip((base, hat.lm(ids).logits[0].softmax(-1)), found.next_p, strict=True):
-        np.testing.assert_allclose(found_p, p.topk(LIKELIEST).values, rtol=1e-4)
-    assert (found.next_ids[0, :, 0] == base.argmax(-1).numpy()).all()
+# Routing patterns
+
+
+def test_classes_hold_the_means_of_their_tokens(found):
+    table = routing.by_class(found)
+    free = found.tokens[~found.tokens["protected"]]
+    for measure in MEASURES:
+        rows = table[table["measure"] == measure].set_index("class")
+        groups = free.groupby("class")[measure]
+        expected = groups.mean().dropna()
+        assert list(rows.index) == [c for c in CLASSES if c in expected.index]
+        np.testing.assert_allclose(rows["mean"], expected[rows.index].astype(float))
+        np.testing.assert_allclose(rows["difference"], expected[rows.index] - free[measure].mean(), atol=1e-12)
+        assert rows["tokens"].tolist() == groups.count()[rows.index].tolist()
+
+
+def test_honest_forecasts_lie_on_the_diagonal_and_idle_ones_do_not():
+    """Prices scattered around the forecast; then with the forecasts of other tokens."""
+    draw, block = np.random.default_rng(0), np.repeat(np.arange(20), 100)
+    forecast = np.exp(draw.normal(size=(6, 2000))) * 10.0 ** np.arange(6)[:, None]
+    price = 1e-3 * forecast * draw.exponential(size=forecast.shape)
+    table = routing.by_sensitivity(price, forecast, block, depths=2, bins=4)
+    assert table[["first", "last"]].drop_duplicates().to_numpy().tolist() == [[0, 2], [3, 5]]
+    assert (table["pairs"] == 3 * 2000 / 4).all() and table["bin"].tolist() == [0, 1, 2, 3] * 2
+    assert table["forecast"].between(table["low"], table["high"]).sum() >= 7
+    weighted = table.groupby("first")[["forecast", "mean"]].mean()
+    np.testing.assert_allclose(weighted, 1, rtol=1e-9)  # both relative to the layer's mean
+    idle = routing.by_sensitivity(price, np.roll(forecast, 1, axis=1), block, depths=2, bins=4)
+    assert idle["low"].max() < 1 < idle["high"].min()
+
+
+def test_quantiles_are_equal_groups_in_order(found):
+    table = routing.by_quantile(found, bins=4).query("measure == 'share'")
+    free = found.tokens[~found.tokens["protected"]]
+    assert list(table["quantity"].unique()) == [
+        "surprisal_of_token", "surprisal_of_next", "entropy_of_token", "entropy_of_next",
+    ]  # fmt: skip
+    for quantity, rows in table.groupby("quantity"):
+        assert rows["tokens"].sum() == free[quantity].count() and np.ptp(rows["tokens"]) <= 1
+        assert (rows["most"].to_numpy()[:-1] <= rows["least"].to_numpy()[1:]).all()
+        lowest = free.nsmallest(int(rows["tokens"].iloc[0]), quantity)
+        assert rows["mean"].iloc[0] == pytest.approx(lowest["share"].mean())
+
+
+def test_layers_hold_means_over_the_tokens_that_entered(found):
+    table = routing.by_layer(found).set_index(["layer", "site"])["mean"]
+    free = ~found.tokens["protected"].to_numpy()
+    for layer in range(len(found.share)):
+        assert table[layer, "all"] == pytest.approx(np.nanmean(found.share[layer, free]), rel=1e-5)
+        for i, site in enumerate(found.sites):
+            assert table[layer, site] == pytest.approx(np.nanmean(found.site_share[layer, i, free]), rel=1e-5)
+
+
+def test_short_text_has_no_interval(monkeypatch):
+    monkeypatch.setattr(routing, "RESAMPLES", 50)
+    hat = skipping("channel")
+    one = token_table(hat, [{"input_ids": [5, 6, 7, 8], "doc": "d", "n_context": 0}], progress=False)
+    for make in routing.TABLES.values():
+        table = make(one)
+        for name in {"low", "high", "difference_low", "difference_high"} & set(table):
+            assert table[name].isna().all()
+    protected = token_table(hat, [{"input_ids": [5, 6], "doc": "d", "n_context": 0}], progress=False)
+    with pytest.raises(HatError):
+        routing.by_class(protected)
+
+
+def test_intervals_are_those_of_evaluate(monkeypatch):
+    """The mean of a measure over blocks, as in `compare` for the loss."""
+    monkeypatch.setattr(routing, "RESAMPLES", 2000)
+    draw = np.random.default_rng(1)
+    tokens, added = draw.integers(20, 60, 9), draw.normal(0.1, 1, 9)
+    means = routing._means(np.repeat(added / tokens, tokens)[None], *[np.repeat(np.arange(9), tokens)] * 2)
+    theirs = compare(Score(np.zeros(9), tokens), Score(added, tokens))
+    expected = np.log1p([theirs.increase, theirs.low, theirs.high])  # it takes the exponential first
+    np.testing.assert_allclose(means.loc[0, ["mean", "low", "high"]].astype(float), expected, rtol=1e-5)
+    assert means.loc[0, ["tokens", "blocks"]].tolist() == [tokens.sum(), 9]
+
+
+def test_a_class_that_is_different_is_found(found):
+    odd = found.tokens["position"] % 2 == 1
+    tokens = found.tokens.assign(share=found.tokens["share"] + 0.1 * odd)
+    tokens["class"] = np.where(odd, "name", "digits")
+    rows = routing.by_class(replace(found, tokens=tokens)).query("measure == 'share'").set_index("class")
+    assert 0 < rows.loc["name", "difference_low"] < 0.05 < rows.loc["name", "difference_high"]
+    assert rows.loc["digits", "difference_high"] < 0
+
+
+def test_correlations_are_scipys_over_free_tokens(found, monkeypatch):
+    monkeypatch.setattr(routing, "RESAMPLES", 50)
+    table = routing.correlations(found)
+    free = found.tokens[~found.tokens["protected"]]
+    assert set(table["compute"]) == {"share", "exit_layer"} and len(table) == 16
+    for row in table.itertuples():
+        part = free[~free["left"]] if row.compute == "share" else free
+        part = part[[row.compute, f"{row.quantity}_of_{row.of}"]].dropna()
+        assert row.rho == pytest.approx(spearmanr(part).statistic, abs=1e-9) and row.tokens == len(part)
+        assert row.low <= row.high

@@ -1,59 +1,13 @@
-"""A handful of equalities on the real model, and the reference checkpoint as the README uses it."""
+"""On the real model: dense, the method is the base, on both paths; fewer bits change little."""
 
 import pytest
 import torch
 from four_bits_read import packed_and_read
-from test_transformer import close, stepwise
+from test_transformer import stepwise
 
-from hat_lib.backbone.base import exact_hash, load_base
-from hat_lib.config import DATA, HatConfig
-from hat_lib.evaluation.perplexity import compare, score
+from hat_lib.config import DATA
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
-
-CHECKPOINT = DATA / "checkpoints" / "calibrated"
-
-
-@pytest.fixture
-def hat(bundled):
-    model = HierarchicalTransformer.from_pretrained(CHECKPOINT, bundled)
-    with torch.no_grad():
-        yield model
-    model.unload()
-
-
-def prompt(base):
-    return base.tokenizer("The future of AI is", return_tensors="pt")
-
-
-@pytest.mark.parametrize("grain", ["channel", "token"])
-@torch.no_grad()
-def test_untrained_equals_base_and_unload_restores(bundled, grain):
-    inputs, before = prompt(bundled), exact_hash(bundled.model)
-    expected = bundled.model(**inputs).logits
-    model = HierarchicalTransformer(bundled, HatConfig.default(bundled, granularity=grain))
-    close(model.lm(**inputs).logits, expected)
-    assert exact_hash(model.unload().model) == before
-
-
-@pytest.mark.slow
-def test_generate_at_capacity_one_is_transformers_token_for_token(hat):
-    inputs = prompt(hat.base)
-    hat.capacity = 1.0
-    found = hat.lm.generate(**inputs, max_new_tokens=24, do_sample=False)
-    plain = load_base("bundled", dtype=torch.float32, device="cpu").model
-    assert torch.equal(found, plain.generate(**inputs, max_new_tokens=24, do_sample=False))
-
-
-@pytest.mark.slow
-def test_the_reference_checkpoint_costs_little(hat):
-    blocks = load_text("addresses", hat.base.tokenizer, block_size=256, max_tokens=1024)
-    with hat.dense():
-        base = score(hat, blocks, progress=False)
-    hat.capacity = 0.75
-    adaptive = score(hat, blocks, progress=False)
-    assert abs(adaptive.capacity - 0.75) < 0.02
-    assert -0.02 < compare(base, adaptive).increase < 0.06
 
 
 def test_q4_is_near_the_file_s_own_numbers(bundled):
@@ -62,10 +16,18 @@ def test_q4_is_near_the_file_s_own_numbers(bundled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "nats"), [("int8", 0.01), ("q4", 0.01)])
-def test_fewer_bits_change_little(hat, form, nats):
-    ids = torch.tensor([load_text("addresses", hat.base.tokenizer, max_tokens=96)[0]["input_ids"]])
-    hat.weight_format = form
-    with hat.dense():
-        found, expected = stepwise(hat, ids).log_softmax(-1), hat.lm(ids).logits.log_softmax(-1)
-    assert 0 <= float((expected.exp() * (expected - found)).sum(-1).mean()) < nats
+@pytest.mark.parametrize(("form", "nats"), [("base", 1e-6), ("int8", 0.01), ("q4", 0.01)])
+@torch.no_grad()
+def test_dense_equals_base_and_fewer_bits_change_little(bundled, form, nats):
+    ids = torch.tensor([load_text("addresses", bundled.tokenizer, max_tokens=96)[0]["input_ids"]])
+    expected = bundled.model(ids).logits
+    hat = HierarchicalTransformer.from_pretrained(DATA / "checkpoints" / "calibrated", bundled)
+    try:
+        hat.weight_format = form
+        with hat.dense():
+            assert torch.equal(hat.lm(ids).logits, expected)
+            found = stepwise(hat, ids).log_softmax(-1)
+    finally:
+        hat.unload()
+    expected = expected.log_softmax(-1)
+    assert abs(float((expected.exp() * (expected - found)).sum(-1).mean())) < nats

@@ -11,19 +11,19 @@ from hat_lib.model.checkpoint import read_checkpoint
 from hat_lib.model.cost import state_cost
 
 
-def randomised(hat, size=0.2):
+def randomised(hat):
     with torch.no_grad():
         for correction in hat.corrections.values():
-            correction.up.normal_(0, size), correction.shift.normal_(0, size)
+            correction.up.normal_(0, 0.2), correction.shift.normal_(0, 0.2)
     return hat
 
 
-def corrected(rank=2, size=0.2, base=None):
+def corrected(rank=2):
     """Calibrated, with random corrections."""
     torch.manual_seed(0)
-    hat = untrained("channel", base, correction_rank=rank)
+    hat = untrained("channel", correction_rank=rank)
     hat.calibration = new_hat("channel").calibration
-    return randomised(hat, size)
+    return randomised(hat)
 
 
 def merged(hat, strength=1.0):
@@ -56,19 +56,13 @@ def test_equal_an_update_of_the_weights_and_a_bias(rank, ids):
 
 
 @torch.no_grad()
-def test_dense_equals_base(ids):
-    base = tiny()
-    expected = base.model(ids).logits
-    base_within(corrected(base=base), ids, expected)
-
-
-@torch.no_grad()
 def test_strength(ids):
     hat = corrected()
     assert [hat.correction_strength(c) for c in (1.0, 0.89, 0.725, 0.45, 0.4)] == pytest.approx([0, 0.04, 0.25, 1, 1])
     with hat.correcting(0.3):
         close(hat.lm(ids).logits, merged(hat, 0.3)(ids).logits)
         close(stepwise(hat, ids), hat.lm(ids).logits)
+    base_within(hat, ids, tiny().model(ids).logits)
     with pytest.raises(HatError, match="no corrections"):
         new_hat("channel").correcting()
 

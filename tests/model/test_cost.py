@@ -11,9 +11,9 @@ from transformers import DynamicCache
 
 from hat_lib.backbone.shapes import random_config
 from hat_lib.config import HatConfig, HatError
-from hat_lib.model.cost import WorkTally, ideal_speedup, state_cost, work
+from hat_lib.model.cost import ideal_speedup, state_cost, work
 from hat_lib.model.policies import KeepAll, Random
-from hat_lib.model.token_state import Masks, TokenState
+from hat_lib.model.token_state import Masks
 
 EXITS = (1, 2, 3)
 B, T = 3, 14
@@ -38,18 +38,16 @@ def skipping(hat, share=0.6, rows=B):
         yield
 
 
-def count_flops():
-    """torch's counter, extended to the CPU's own attention; formulas get shapes instead of tensors."""
+def counted(forward, *args, **kwargs):
+    """What torch's counter, extended to the CPU's own attention, sees of a forward: FLOPs of linear layers and of the
+    attention core. Exit gates are sums of products, which it does not count."""
 
-    def attention(q, k, v, *rest, **kwargs):  # [B, H, n, h], scores and mixing
+    def attention(q, k, v, *rest, **kwargs):  # shapes [B, H, n, h]; scores and mixing
         return 2 * 2 * q[0] * q[1] * q[2] * k[2] * q[3]
 
     formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
-    return FlopCounterMode(display=False, custom_mapping=formulas)
-
-
-def split_flops(counter):
-    """(linear layers, attention core); exit gates are sums of products, which the counter does not count."""
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        forward(*args, **kwargs)
     counts = counter.get_flop_counts().get("Global", {})
     core = sum(n for op, n in counts.items() if "attention" in str(op) or "bmm" in str(op))
     return sum(counts.values()) - core, core
@@ -70,10 +68,8 @@ def test_decode_equals_the_flop_counter(grain, ids):
     with skipping(hat, SHARES[grain], rows=1):
         hat.lm(ids[:1, :5], cache=cache, use_cache=True)
         for step in ids[:1, 5:].split(1, dim=1):
-            with count_flops() as counter:
-                hat.lm(step, cache=cache, use_cache=True)
+            linear, core = counted(hat.lm, step, cache=cache, use_cache=True)
             state, depth = hat.trace, int(hat.trace.exit_layer)
-            linear, core = split_flops(counter)
             assert linear == linear_flops(hat, state)
             assert core == float(state_cost(hat, state).flops["core"]) == 4 * 64 * depth * (state.start + 1)
             depths.add(depth)
@@ -82,9 +78,9 @@ def test_decode_equals_the_flop_counter(grain, ids):
 
 def test_a_batch_equals_the_flop_counter(hat, ids):
     """Rows are compacted, so a batch costs what its tokens cost."""
-    with skipping(hat, SHARES[hat.grain.name]), count_flops() as counter:
-        hat.lm(ids)
-    assert hat.trace.exit_rate > 0.2 and split_flops(counter)[0] == linear_flops(hat, hat.trace)
+    with skipping(hat, SHARES[hat.grain.name]):
+        linear, _ = counted(hat.lm, ids)
+    assert hat.trace.exit_rate > 0.2 and linear == linear_flops(hat, hat.trace)
 
 
 TINYLLAMA = random_config("random:tinyllama")  # 22 layers, D 2048, F 5632, 32 heads of 64, 4 K/V heads
@@ -145,20 +141,3 @@ def test_corrections_of_linear_layers_count(ids):
         cost = state_cost(hat, hat.trace)
         assert torch.equal(cost.flops["corrections"], 2 * strength * each * hat.trace.exit_layer.double())
         assert "corrections" not in cost.dense_flops
-
-
-def test_decode_costs_what_the_parallel_forward_does(hat, ids):
-    tally, cache = WorkTally(hat), DynamicCache(config=hat.lm.config)
-    with skipping(hat, rows=1):
-        hat.lm(ids[:1])
-        parallel, state = state_cost(hat, hat.trace), hat.trace
-        with hat.collect() as states:
-            for step in ids[:1].split(1, dim=1):
-                hat.lm(step, cache=cache, use_cache=True)
-                tally.add(hat.trace)
-    joined = state_cost(hat, TokenState.cat(states))
-    for part, flops in parallel.flops.items():
-        assert torch.allclose(joined.flops[part], flops, rtol=1e-6), part
-    # A tally's shares are ratios of sums, however the work was split into steps.
-    assert tally.shares == pytest.approx((state.capacity, state.exit_rate, parallel.model_share), rel=1e-6)
-    assert tally.exits.tolist() == torch.bincount(state.exit_layer.flatten().long(), minlength=5).tolist()

@@ -1,4 +1,5 @@
-"""Each figure draws its table, with labelled axes; the figures of committed results are drawn in tests/studies."""
+"""Each figure draws its table, with labelled axes (those of committed results: tests/studies); findings are verdicts
+from intervals, at equal work."""
 
 from unittest.mock import Mock
 
@@ -6,110 +7,87 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import tiny_runs
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hat_lib import config
 from hat_lib.config import HatError
+from hat_lib.evaluation.routing import TABLES
+from hat_lib.evaluation.tokens import token_table
 from hat_lib.plotting import frontier, routing, style, training
 from studies.plotting import findings, reference_runs, speed
 
-WEIGHT_SHARES = pd.DataFrame({"base": ["a", "b"], "ffn": [0.6, 0.7], "attention": [0.2, 0.2], "head": [0.2, 0.1]})
-SKIPPED_FFN = pd.DataFrame({"layer": [1, 2, 3], "ratio": [1.1, 2.5, 0.99], "low": [1, 2, 0.9], "high": [1.2, 3, 1.1]})
-GRAIN_FRONTIER = pd.DataFrame({"method": ["x", "x", "y"], "work": [0.9, 0.6, 0.7], "increase": [-0.004, 0.06, 40.0]})
-GRAIN_FRONTIER = GRAIN_FRONTIER.assign(low=[-0.01, 0.03, 30.0], high=[0.002, 0.1, 60.0])
-SWEEP = pd.DataFrame(
-    [(0.4, 0.42, 0.3, 0.2, 0.4, 0.8), (0.9, 0.88, 0.01, np.nan, np.nan, 0.9)],
-    columns=["capacity", "realised", *style.COST, "top1"],
-)
-EXITS = pd.DataFrame({"exit_rate": [0.1, 0.1, 0.3], "layers": [22, 30, 16], "share": [0.1, 0.9, 0.1]})
-SENSITIVITY = pd.DataFrame({"first": [0, 0, 2, 2], "last": [1, 1, 3, 3], "forecast": [0.5, 2.0, 0.4, 3.0]})
-SENSITIVITY = SENSITIVITY.assign(mean=[0.6, 1.8, 0.5, 2.0], low=[0.5, 1.6, 0.4, 1.5], high=[0.7, 2.1, 0.6, 2.5])
-SCORES = pd.DataFrame({"score": np.r_[0.0, np.geomspace(0.01, 5, 200)]})
-THRESHOLDS = pd.DataFrame({"capacity": [0.9, 0.7, 0.4], "threshold": [0.1, 0.5, 2.0], "share": [0.6, 0.4, 0.2]})
-CURVE = pd.DataFrame({"tokens": [0, 0, 1024, 1024], "capacity": [0.75, 0.4, 0.75, 0.4]})
-CURVE = CURVE.assign(kl=[0.01, 0.8, 0.012, 0.5], increase=[0.01, 1.1, 0.0, 0.6], share=[0.8, 0.45, 0.8, 0.45])
-RATES = pd.DataFrame({"granularity": ["channel", "token"] * 2, "exit_rate": [0.1, 0.1, 1, 1], "agreement": 0.5})
-DEPTHS = pd.DataFrame({"reader": ["lens"] * 3 + ["ours"] * 2, "depth": [1, 2, 3, 1, 3], "agreement": 0.3})
-
-CLASSES = pd.DataFrame({"class": ["space", "digits", "name"], "tokens": [10, 2000, 3]})
-POSITIONS = pd.DataFrame({"first": [0, 2, 4], "last": [1, 3, 7], "protected": [True, False, False]})
-QUANTITIES = [f"{name}_of_{which}" for name in ("surprisal", "entropy") for which in ("token", "next")]
-QUANTILES = pd.concat([pd.DataFrame({"quantity": name, "median": [0.1, 2.0, 6.0]}) for name in QUANTITIES])
-
-
-def measures(groups, left=0.0):
-    """Executed share and exits of groups, three of each kind, with intervals."""
-    table = groups.assign(mean=np.resize([0.5, 0.59, 0.7], len(groups)))
-    table = table.assign(low=table["mean"] - 0.02, high=table["mean"] + 0.02, difference=table["mean"] - 0.6)
-    table = table.assign(difference_low=table["difference"] - 0.02, difference_high=table["difference"] + 0.02)
-    return pd.concat([table.assign(measure="share"), table.assign(measure="left", mean=left)])
-
-
-def layer_map():
-    layer, token = (grid.ravel() for grid in np.meshgrid(range(4), range(3), indexing="xy"))
-    texts, depths = np.array([" $x$" + "=" * 60, "🦙", "\n"]), np.array([4, 2, 4])
-    table = pd.DataFrame({"token": token, "text": texts[token], "exit_layer": depths[token], "layer": layer})
-    share = np.where(layer < table["exit_layer"], 0.2 * layer + 0.1 * token, np.nan)
-    return table.assign(share=share, difference=share - 0.4)
-
-
-def log():
-    """Of both phases and grains."""
-    step = np.tile(np.arange(1, 13), 2)
-    table = pd.DataFrame({"granularity": ["channel"] * 12 + ["token"] * 12, "step": step, "steps": 12, "kl": 2 / step})
-    table = table.assign(capacity=0.6, share=0.62, gate_loss=0.6, agreement=0.2, exit_rate=0.3)
-    return table.assign(**{f"share_{layer}": 0.6 for layer in range(4)})
-
-
-BOUNDS = pd.DataFrame({"label": ["a", "b", "c"], "value": [1.0, 4.0, 400.0], "verdict": ["kept", "missed", "missed"]})
-BOUNDS = BOUNDS.assign(low=BOUNDS["value"] - 0.5, high=BOUNDS["value"] + 0.5, bound=3.0)
-
+NUMBERS = "ffn attention head work value ratio increase realised top1 agreement share forecast mean score threshold kl"
+TABLE = pd.DataFrame({name: [0.2, 0.4, 0.7] for name in NUMBERS.split()})
+TABLE = TABLE.assign(bound=0.5, low=0.1, high=300.0, increase_low=0.1, increase_high=[0.8, np.nan, 0.9])
+for name in ("base", "method", "reader", "label"):
+    TABLE[name] = ["a", "a", "b"]
+for name, column in {"layer": [1, 2, 3], "depth": [1, 2, 1], "layers": [22, 30, 16], "exit_rate": [0.1, 0.1, 0.3],
+                     "first": [0, 0, 2], "last": [1, 1, 3], "capacity": [0.9, 0.7, 0.4], "tokens": [0, 0, 1024],
+                     "verdict": ["kept", "missed", "missed"]}.items():  # fmt: skip
+    TABLE[name] = column
+# A run's log, of both phases and grains.
+STEP = np.tile(np.arange(1, 13), 2)
+LOG = pd.DataFrame({"granularity": ["channel"] * 12 + ["token"] * 12, "step": STEP, "steps": 12, "kl": 2 / STEP})
+LOG = LOG.assign(capacity=0.6, share=0.62, gate_loss=0.6, agreement=0.2, exit_rate=0.3)
+LOG = LOG.assign(**{f"share_{layer}": 0.6 for layer in range(4)})
 FIGURES = {
     # figure: (its tables, panels, lines or bars or points with whiskers in the first panel)
-    style.weight_shares: ((WEIGHT_SHARES,), 1, 3),
-    style.skipped_ffn: ((SKIPPED_FFN,), 1, 1),
-    style.grain_frontier: ((GRAIN_FRONTIER,), 1, 2),
-    frontier.sweep: ((SWEEP,), 2, 1),
-    speed.exits: ((EXITS,), 1, 2),
-    routing.layer_map: ((layer_map(),), 4, 0),
-    routing.by_class: ((measures(CLASSES),), 1, 1),
-    routing.by_position: ((measures(POSITIONS),), 1, 1),
-    routing.by_quantile: ((measures(QUANTILES),), 2, 2),
-    routing.by_sensitivity: ((SENSITIVITY,), 1, 2),
-    routing.score_histogram: ((SCORES, THRESHOLDS), 1, 1),
-    training.routers: ((log(),), 3, 0),
-    training.gates: ((log(),), 3, 0),
-    findings.bounds: ((BOUNDS, "per cent"), 1, 2),
-    reference_runs.gates: ((log(), RATES), 3, 0),
-    training.exit_depths: ((DEPTHS,), 1, 0),
-    training.learning_curve: ((CURVE,), 1, 0),
+    style.weight_shares: ((TABLE,), 1, 3),
+    style.skipped_ffn: ((TABLE,), 1, 1),
+    style.grain_frontier: ((TABLE,), 1, 2),
+    frontier.sweep: ((TABLE,), 2, 1),
+    speed.exits: ((TABLE,), 1, 2),
+    routing.by_sensitivity: ((TABLE,), 1, 2),
+    routing.score_histogram: ((TABLE, TABLE), 1, 1),
+    training.routers: ((LOG,), 3, 0),
+    training.gates: ((LOG,), 3, 0),
+    findings.bounds: ((TABLE, "per cent"), 1, 2),
+    reference_runs.gates: ((LOG, LOG), 3, 0),
+    training.exit_depths: ((TABLE,), 1, 0),
+    training.learning_curve: ((TABLE.iloc[[0, 0]].assign(tokens=[0, 1024]),), 1, 0),
 }
+
+
+def drawn_well(figure):
+    labelled = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
+    assert labelled[-1].get_xlabel() and (labelled[0].get_ylabel() or labelled[0].get_yticklabels())
+    FigureCanvasAgg(figure).draw()
+    assert isinstance(figure, Figure) and plt.get_fignums() == []
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: f"{figure.__module__.split('.')[-1]}-{figure.__name__}")
 def test_figure(figure):
-    tables, panels, containers = FIGURES[figure]
-    drawn = figure(*tables)
-    assert isinstance(drawn, Figure) and len(drawn.axes) == panels and len(drawn.axes[0].containers) == containers
-    labelled = [ax for ax in drawn.axes if ax.get_label() != "<colorbar>"]
-    assert labelled[-1].get_xlabel() and (labelled[0].get_ylabel() or labelled[0].get_yticklabels())
-    FigureCanvasAgg(drawn).draw()
-    assert plt.get_fignums() == []
-    first, *others = tables
-    column = "capacity" if figure is training.routers else "kl" if "kl" in first else first.columns[0]
-    for bad in (first.drop(columns=column), first.iloc[:0]):
+    (first, *others), panels, containers = FIGURES[figure]
+    drawn = figure(first, *others)
+    drawn_well(drawn)
+    assert len(drawn.axes) == panels and len(drawn.axes[0].containers) == containers
+    for bad in (first.iloc[:, :1], first.iloc[:0]):
         with pytest.raises(HatError):
             figure(bad, *others)
+
+
+@pytest.mark.parametrize(("rate", "panels"), [(0.0, 1), (0.2, 2)])
+def test_figures_of_routing(rate, panels):
+    """Of each table of a text that is drawn; where tokens leave, with their share."""
+    hat, rows = tiny_runs.skipping("channel"), tiny_runs.random_blocks(8, 24)
+    with hat.at(exit_rate=rate):
+        found = token_table(hat, [{"input_ids": ids, "n_context": 0, "doc": "d"} for ids in rows], progress=False)
+    for name, draw in routing.FIGURES.items():
+        table = TABLES[name](found)
+        drawn = draw(table.assign(text=" $x$" + "=" * 60) if name == "layer_map" else table)
+        drawn_well(drawn)
+        assert len(drawn.axes) == {"layer_map": 4, "quantiles": 2 * panels}.get(name, panels)
 
 
 def test_show(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "FIGURES", tmp_path / "figures")
     shown = []
     monkeypatch.setattr(style, "display", lambda picture, **how: shown.append((picture, how)))
-    style.show(style.skipped_ffn(SKIPPED_FFN), "one", "what to see")
+    style.show(style.skipped_ffn(TABLE), "one", "what to see")
     assert plt.imread(tmp_path / "figures" / "one.png")[0, 0, :3].tolist() == [1, 1, 1]  # on dark pages too
-    assert (tmp_path / "figures" / "one.png").read_bytes() == style.png(style.skipped_ffn(SKIPPED_FFN))
+    assert (tmp_path / "figures" / "one.png").read_bytes() == style.png(style.skipped_ffn(TABLE))
     ((picture, how),) = shown
     assert picture._repr_mimebundle_()[1] == {"image/png": {"alt": "what to see"}} and how["include"] == ["image/png"]
 
@@ -134,10 +112,43 @@ def test_live(tmp_path, monkeypatch):
     shown, handle = [], Mock()
     monkeypatch.setattr(config, "FIGURES", tmp_path / "figures")
     monkeypatch.setattr(style, "display", lambda picture, **how: shown.append(picture) or handle)
-    path, whole = tmp_path / "log.csv", log().query("granularity == 'token'")
+    path, whole = tmp_path / "log.csv", LOG.query("granularity == 'token'")
     live = training.Live(path, training.gates, "gates", "what it shows", every=0)
     for rows in (0, 5, len(whole)):
         whole.head(rows).to_csv(path, index=False)
         live(rows == len(whole))
     assert len(shown) == 1 and handle.update.call_count == 1
     assert (tmp_path / "figures" / "gates.png").read_bytes() == style.png(training.gates(whole))
+
+
+# Findings
+
+
+def quality(**columns):
+    row = {"granularity": "channel", "text": "addresses", "capacity": 0.9, "exit_rate": 0.0, "tokens": 4000}
+    row |= {"variant": "trained", "realised": 0.89, "model_share": 0.9, "max_tokens": 4000}
+    row |= dict(zip(style.COST, (0.05, 0.04, 0.06), strict=True))
+    return pd.DataFrame(row | columns)
+
+
+def test_verdict():
+    cases = [(-0.01, 0.03, "kept"), (0.031, 0.05, "missed"), (0.02, 0.04, "open"), (0.03, 0.04, "open")]
+    assert [findings.verdict(low, high, 0.03) for low, high, _ in cases] == [expected for *_, expected in cases]
+    assert [findings.reached(-high, -low, -0.03) for low, high, _ in cases] == [expected for *_, expected in cases]
+
+
+def test_rivals_do_the_same_work():
+    variants = ["trained", "static", "random", "cosine"]
+    table = quality(variant=variants, model_share=[0.9, 0.897, 0.903, 0.904], margin_low=0.01, margin_high=0.02)
+    found = findings.rivals(table)
+    assert found["variant"].tolist() == ["static", "random"], "cosine ran too much"
+
+
+def test_kept_reads_the_claim_between_its_capacities_and_the_row_on_more_tokens():
+    claims = pd.DataFrame({"capacity": [0.4, 0.9], "promised_increase": [0.12, 0.02]})
+    table = quality(capacity=[0.2, 0.4, 0.65, 0.65], tokens=[4000, 4000, 4000, 20_000])
+    table["increase_high"] = [0.1, 0.1, 0.1, 0.06]
+    found = findings.kept(table, claims)
+    assert found["capacity"].tolist() == [0.4, 0.65], "0.2 has no claim"
+    assert found["promised"].tolist() == pytest.approx([0.12, 0.07])
+    assert found["kept"].tolist() == ["kept", "kept"]

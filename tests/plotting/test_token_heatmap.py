@@ -27,12 +27,6 @@ class Page(HTMLParser):
         self.data += data
 
 
-def grounds(text):
-    """8-bit background and text colour of each coloured run."""
-    found = re.findall(r"\x1b\[48;2;(\d+);(\d+);(\d+);38;2;(\d+);\d+;\d+m", text)
-    return [(tuple(map(int, f[:3])), int(f[3])) for f in found]
-
-
 def test_nothing_in_the_text_acts():
     passage = Passage("<b>\x1b]0;t\x07", HOSTILE, np.linspace(0, 1, len(HOSTILE)))
     fragment = html(passage, meaning="<i>")
@@ -47,11 +41,11 @@ def test_nothing_in_the_text_acts():
 
 def test_ink_is_readable_on_every_ground():
     def luminance(rgb):
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(rgb) / 255]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(rgb, float) / 255]
         return np.dot(linear, (0.2126, 0.7152, 0.0722))
 
-    found = grounds(ansi(Passage("t", ["x"] * 64, np.linspace(0, 1, 64)), meaning="m", colours=True))
-    for ground, grey in found:
+    text = ansi(Passage("t", ["x"] * 64, np.linspace(0, 1, 64)), meaning="m", colours=True)
+    for *ground, grey in re.findall(r"\x1b\[48;2;(\d+);(\d+);(\d+);38;2;(\d+);\d+;\d+m", text):
         low, high = sorted((luminance(ground), luminance([grey] * 3)))
         assert (high + 0.05) / (low + 0.05) >= 4.5
 

@@ -1,9 +1,11 @@
 """Each study on `random:tiny`, for seconds: its rows are complete, their work is as asked, and finished rows are
 skipped. Nothing is asserted about speed."""
 
+import string
+
 import pytest
 import torch
-from tiny_runs import GRAINS, adaptive
+from tiny_runs import GRAINS, adaptive, skipping
 
 from hat_lib.config import DATA, HatConfig
 from hat_lib.evaluation.perplexity import compare, score_each
@@ -12,7 +14,7 @@ from hat_lib.model.cost import Work
 from hat_lib.model.fast_path import WEIGHT_FORMATS
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.rows import RowWriter, read_rows
-from studies import decode, quality, registry, self_speculative, speed_targets, token_time
+from studies import decode, quality, registry, self_speculative, speed_targets, tasks, token_time
 from studies.published_claims import Setting
 from studies.timing import forced
 
@@ -155,3 +157,31 @@ def test_the_parts_of_a_token_make_the_whole():
     ms |= {f"dense without {part}": [10.0 - k] for k, part in enumerate(token_time.LINEARS)}
     found = {part: times[0] for part, times in token_time._parts("dense", ms).items()}
     assert found == {"qkv": 0.0, "o": 1.0, "gate_up": 2.0, "down": 3.0, "head": 2.0, "rest": 1.0, "loop": 0.5}
+
+
+def test_items_of_tasks_are_what_they_say():
+    for prompt, answer in tasks.items("copying", 20):
+        _, shown, begun = prompt.split("\n")
+        assert begun + answer == shown and len(set(shown.split())) == 8
+    for prompt, answer in tasks.items("arithmetic", 20):
+        assert all(eval(line.replace("=", "==")) for line in f"{prompt}{answer}".split("\n"))
+    assert tasks.items("copying", 3) == tasks.items("copying", 3) != tasks.items("copying", 3, seed=1)
+
+
+def test_without_skipping_a_text_goes_on_as_the_base_does(monkeypatch):
+    monkeypatch.setattr(tasks, "SHARED", 8)
+    hat, texts = skipping("channel"), ["one two", "three"]
+    assert (tasks.shared(hat, texts, 1.0) == 1).all() and (tasks.shared(hat, texts, 0.3) < 1).any()
+
+
+def test_right_is_the_share_of_likeliest_tokens():
+    hat = skipping("channel")
+
+    def likeliest(prompt):
+        ids = hat.base.tokenizer(prompt, return_tensors="pt").input_ids
+        return hat.base.tokenizer.decode(hat.lm(ids).logits[0, -1].argmax())
+
+    prompt, answer = next((p, a) for p in string.ascii_letters if (a := likeliest(p)) in [*string.printable])
+    other = "a" if answer != "a" else "b"
+    assert tasks.right(hat, [(prompt, answer), (prompt, other)]).tolist() == [1, 0]
+    assert tasks.right(hat, [(prompt, answer + "\x00")]).tolist()[0] in (0.5, 1)

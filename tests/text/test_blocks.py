@@ -1,6 +1,7 @@
 """Sources give the same rows of tokens each time, blocks do not cross documents, and bad input gives one line."""
 
 import json
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -11,10 +12,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hat_lib.backbone.shapes import byte_tokenizer
-from hat_lib.config import HatError
+from hat_lib.config import DATA, HatError
 from hat_lib.text import blocks
-from hat_lib.text.blocks import WHOLE_BYTES, first_ids, held_out, load_text, source_bytes, text_hash, windows
-from hat_lib.text.corpora import SPLITS
+from hat_lib.text.blocks import WHOLE_BYTES, first_ids, held_out, load_text, source_bytes, text_hash
+from hat_lib.text.corpora import ONE_SPLIT, SPLITS, documents
 
 TOKENIZER = byte_tokenizer()
 
@@ -43,18 +44,6 @@ def write_docs(path, docs):
     return path
 
 
-@given(st.integers(0, 60), st.integers(2, 12), st.data())
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_windows_cover_each_token_once(length, block_size, data):
-    stride = data.draw(st.integers(1, block_size))
-    scored = []
-    for start, n_context in windows(length, block_size, stride):
-        end = min(start + block_size, length)
-        assert 0 <= n_context < end - start
-        scored += range(start + n_context, end)
-    assert scored == list(range(length))
-
-
 def test_blocks_stay_inside_a_document(tmp_path):
     docs = ["first document, of some length", "x", "the second one"]
     path = write_docs(tmp_path / "docs.jsonl", docs)
@@ -68,7 +57,7 @@ def test_blocks_stay_inside_a_document(tmp_path):
         assert text.startswith(kept := TOKENIZER.decode(ids)) and len(text) - len(kept) <= 1  # a last token is dropped
 
 
-@pytest.mark.parametrize("stride", [16, 5])
+@pytest.mark.parametrize("stride", [16, 15, 5, 1])
 @pytest.mark.parametrize("limit", [2, 17, 33, 10_000])
 def test_a_stride_gives_context_and_max_tokens_counts_new_tokens(letters, stride, limit):
     rows = load(letters, split="train", block_size=16, stride=stride, max_tokens=limit)
@@ -238,3 +227,29 @@ def test_hub_stream_is_read_lazily(monkeypatch):
     monkeypatch.setattr(blocks, "load_dataset", lambda *_, **__: [{"body": "x"}])
     with pytest.raises(HatError, match='no field "text"'):
         load("owner/name")
+
+
+# The bundled corpora
+
+TABLE = re.findall(r"^\| `(\w+)` \| (\w+) \| \d+ .*?\| ([\d,]+) \| `(\w+)` \|", (DATA / "README.md").read_text(), re.M)
+
+
+def test_addresses_are_split_by_year():
+    years = {s: [int(doc[:4]) for doc, _ in documents("bundled", s)] for s in ("train", "validation", "test")}
+    assert years["validation"] == [2022, 2023] and years["test"] == [2026, 2024]
+    assert (years["train"][0], years["train"][-1], len(years["train"])) == (1934, 2020, 89)
+    assert len(list(documents("addresses", "all"))) == 93
+
+
+@pytest.mark.parametrize("name", ONE_SPLIT)
+def test_other_corpora_have_no_split_to_train_on(name):
+    assert list(documents(name, "all")) == list(documents(name, ONE_SPLIT[name]))
+    with pytest.raises(HatError, match=name):
+        documents(name, "train")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "split", "tokens", "beginning"), TABLE, ids=[f"{n}-{s}" for n, s, *_ in TABLE])
+def test_corpora_are_those_of_the_data_readme(bundled, name, split, tokens, beginning):
+    dataset = load_text(name, bundled.tokenizer, split=split)
+    assert f"{sum(map(len, dataset['input_ids'])):,}" == tokens and text_hash(dataset).startswith(beginning)

@@ -140,6 +140,3 @@ def test_refusals(tiny_base, cache):
     cache.touch()
     with pytest.raises(HatError, match="HAT_CACHE"):
         text(tiny_base, BATCH)
-
-
-# Openings

@@ -1,9 +1,14 @@
-"""What one step minimises: the same for a sample, whatever else is in the batch."""
+"""What one step minimises: the same for a sample, whatever else is in the batch; and the learned split of a budget, an
+offset per site at knots of capacity, folded into thresholds."""
+
+import math
+from functools import partial
 
 import pytest
 import torch
-from tiny_runs import GRAINS, PHASES, new_hat, random_blocks, recipe
+from tiny_runs import GRAINS, PHASES, new_hat, random_blocks, recipe, run_phase
 
+from hat_lib.training.budget_split import KNOTS, UNTIL, BudgetSplit
 from hat_lib.training.objective import Objective
 from hat_lib.training.run import nominal_thresholds
 from hat_lib.training.trainer import collate
@@ -30,24 +35,17 @@ def step(objective, rows, at=8, steps=10):
     return objective(**collate(rows), step=at, steps=steps)
 
 
+same = partial(torch.testing.assert_close, atol=2e-5, rtol=2e-5)
+
+
 def numbers(out):
     """The metrics that are means over tokens; the loss is not one, because the budget is for the whole batch."""
     return {n: torch.as_tensor(v, dtype=torch.float64) for n, v in out.items() if n not in ("loss", "capacity")}
 
 
-def same(a, b, tolerance=2e-5):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.fixture(params=[(grain, phase) for grain in GRAINS for phase in PHASES], ids="-".join)
-def grain_and_phase(request):
-    return request.param
-
-
-def test_a_row_counts_the_same_alone_in_a_batch_and_padded(grain_and_phase):
-    grain, phase = grain_and_phase
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_row_counts_the_same_alone_in_a_batch_and_padded(grain, phase):
     objective, rows = new(grain, phase), samples()
     whole = numbers(step(objective, rows))
     alone = [numbers(step(objective, [row])) for row in rows]
@@ -62,13 +60,15 @@ def test_a_row_counts_the_same_alone_in_a_batch_and_padded(grain_and_phase):
     same(whole, numbers(objective(**batch | padded, step=8, steps=10)))
 
 
-def test_a_batch_of_protected_tokens_alone_trains_nothing(grain_and_phase):
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_batch_of_protected_tokens_alone_trains_nothing(grain, phase):
     """No token may be skipped and none may leave: the loss is on the graph, finite, with gradient 0."""
-    objective = new(*grain_and_phase, z_weight=0.0, entropy_weight=0.0, layer_dropout=0.0)
+    objective = new(grain, phase, z_weight=0.0, entropy_weight=0.0, layer_dropout=0.0)
     out = step(objective, samples((2, 1)))
     out["loss"].backward()
     assert all(torch.isfinite(torch.as_tensor(v)).all() for v in out.values())
-    assert grain_and_phase[1] == "routers" or float(out["loss"].detach()) == 0
+    assert phase == "routers" or float(out["loss"].detach()) == 0
     own = [p for n, p in objective.hat.hat_parameters().items() if p.requires_grad]
     assert own and all(p.grad is None or not p.grad.any() for p in own)
     assert sum(p.grad is not None for p in own) >= len(own) - 2  # token grain: layer 0's router is never used
@@ -121,3 +121,55 @@ def test_each_loss_is_the_sum_of_its_parts():
         assert out["loss"] == pytest.approx(out["kl"] + out["gate_loss"] + weight * decisions, rel=1e-5)
         found.append(out["wrong"])
     assert 0 < found[0] == found[1] <= 1  # the weight does not change any draw
+
+
+# The split
+
+
+def split():
+    found = BudgetSplit(2, ("a", "b"))
+    with torch.no_grad():
+        found.offsets.copy_(torch.arange(12.0).view(3, 2, 2) / 10)
+    return found
+
+
+def test_offsets_are_interpolated_between_knots_and_end():
+    found = split()
+    for knot, offsets in zip(KNOTS, found.offsets, strict=True):
+        assert torch.allclose(found.at(knot), offsets)
+    assert torch.allclose(found.at((KNOTS[0] + KNOTS[1]) / 2), found.offsets[:2].mean(0))
+    assert torch.allclose(found.at((KNOTS[-1] + UNTIL) / 2), found.offsets[-1] / 2)
+    assert torch.equal(found.at(0.1), found.at(KNOTS[0])) and not found.at(UNTIL).any() and not found.at(1.0).any()
+
+
+def test_thresholds_move_by_the_offsets():
+    nominal = {(i, s): 1.0 + i for i in range(2) for s in "ab"}
+    assert BudgetSplit(2, ("a", "b")).on(lambda c: nominal)(0.4) == nominal
+    assert split().on(lambda c: nominal)(KNOTS[1])[1, "a"] == pytest.approx(2 * math.exp(-0.6))
+    assert split().on(lambda c: nominal)(1.0) == nominal
+
+
+def test_a_step_decides_at_the_moved_thresholds():
+    """The training pass with offsets keeps what the method keeps at the thresholds they give."""
+    hat = new_hat("channel")
+    objective = Objective(hat, recipe("channel", capacity=0.5, spread=0.0), "routers", nominal_thresholds(hat))
+    with torch.no_grad():
+        objective.split.offsets.normal_(0, 0.3, generator=torch.Generator().manual_seed(3))
+    batch = collate([{"input_ids": ids, "index": i} for i, ids in enumerate(random_blocks(2, 24))])
+    out = objective.eval()(**batch, step=0, steps=1)
+    with torch.no_grad(), hat.dense(), hat.using(hat.threshold_policy(objective.thresholds(0.5))):
+        hat.lm(batch["input_ids"], use_cache=False)
+    assert float(out["share"]) == pytest.approx(float(hat.trace.capacity), abs=1e-4)
+    assert objective.thresholds(0.5) != objective.nominal(0.5)
+
+
+@pytest.mark.parametrize("changes", [{"split_lr": 0.0}, {}])
+def test_it_trains_and_resumes_unless_its_rate_is_zero(changes, tmp_path):
+    hat = new_hat("channel")
+    nominal = nominal_thresholds(hat)
+    whole = run_phase(hat, tmp_path / "whole", steps=3, **changes)
+    assert (whole.thresholds(0.5) != nominal(0.5)) == (not changes)
+    assert whole.thresholds(1.0) == nominal(1.0)
+    run_phase(new_hat("channel"), tmp_path / "parts", steps=3, max_minutes=1e-9, **changes)
+    again = run_phase(new_hat("channel"), tmp_path / "parts", steps=3, resume=True, **changes)
+    assert again.thresholds(0.5) == whole.thresholds(0.5)

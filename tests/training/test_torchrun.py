@@ -95,6 +95,7 @@ def relative_errors(found, expected):
 
 def test_both_processes_end_after_the_same_step_for_the_same_reason(two):
     _, (first, second) = two
+    assert first["written"] and not second["written"]
     assert first["ended"] == second["ended"] == {
         "token": [["routers", STEPS, ""], ["exit", STEPS, ""]],
         "channel": [["routers", STEPS, ""]],

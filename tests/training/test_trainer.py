@@ -1,6 +1,7 @@
 """One phase: what trains, what a stop leaves behind, and what a NaN does."""
 
 import signal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,27 +14,15 @@ from hat_lib.training.objective import Objective
 from hat_lib.training.trainer import STATE_FILE, Stops
 
 
-def values(hat):
-    return {n: p.detach().clone() for n, p in hat.hat_parameters().items()}
-
-
 def saved_step(folder):
     return torch.load(folder / "work" / "routers" / STATE_FILE)["step"]
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-
-
-@pytest.fixture(params=[(grain, phase) for grain in GRAINS for phase in PHASES], ids="-".join)
-def grain_and_phase(request):
-    return request.param
-
-
-def test_a_phase_trains_and_saves_its_own_parameters(grain_and_phase, tmp_path):
-    grain, phase = grain_and_phase
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_phase_trains_and_saves_its_own_parameters(grain, phase, tmp_path):
     hat = new_hat(grain)
-    before, frozen = values(hat), exact_hash(hat.lm)
+    before, frozen = {n: p.detach().clone() for n, p in hat.hat_parameters().items()}, exact_hash(hat.lm)
     outcome = run_phase(hat, tmp_path, phase, steps=3)
     assert outcome.done and (outcome.step, outcome.steps) == (3, 3)
 
@@ -44,9 +33,10 @@ def test_a_phase_trains_and_saves_its_own_parameters(grain_and_phase, tmp_path):
     assert exact_hash(hat.lm) == frozen and exact_hash(hat.unload().model) == frozen
 
 
-def test_capacity_exits_and_decisions_stay(grain_and_phase, tmp_path, monkeypatch):
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("phase", PHASES)
+def test_capacity_exits_and_decisions_stay(grain, phase, tmp_path, monkeypatch):
     """Even where training ends inside its forward; the learning rate is 0, so that the parameters stay."""
-    grain, phase = grain_and_phase
     hat = skipping(grain)
     requested = hat.capacity, hat.exit_rate
 
@@ -56,38 +46,29 @@ def test_capacity_exits_and_decisions_stay(grain_and_phase, tmp_path, monkeypatc
         assert hat.trace.capacity < 0.9 and hat.trace.exit_rate > 0
         return [mask for kind in (hat.trace.masks.keep, hat.trace.masks.exits) for mask in kind.values()]
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
     before = decided()
     run_phase(hat, tmp_path, phase, steps=2, router_lr=0, exit_lr=0)
-    monkeypatch.setattr(losses, "divergence", interrupted)
+    monkeypatch.setattr(losses, "divergence", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run_phase(hat, tmp_path, phase)
     assert (hat.capacity, hat.exit_rate) == requested and not hat.training
     assert all(torch.equal(a, b) for a, b in zip(before, decided(), strict=True))
 
 
-@pytest.fixture
-def terminated():
-    """Where SIGTERM ends up, instead of ending this process."""
-    received = []
-    before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
-    yield received
-    signal.signal(signal.SIGTERM, before)
-
-
 @pytest.mark.parametrize("number, reason", [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "terminate"), (0, "time")])
-def test_a_stop_finishes_the_step_and_saves_it(tmp_path, monkeypatch, terminated, number, reason):
+def test_a_stop_finishes_the_step_and_saves_it(tmp_path, monkeypatch, number, reason):
     """Ctrl-C, SIGTERM (which is then passed on), and a time limit."""
     if number:
         interrupt_at(monkeypatch, ("routers", 2), by=number)
     steps = 2 if number == signal.SIGINT else 3  # a Ctrl-C in the last step is not lost
-    outcome = run_phase(new_hat("token"), tmp_path, steps=steps, max_minutes=None if number else 1e-9)
+    before = signal.signal(signal.SIGTERM, terminated := Mock())  # instead of ending this process
+    try:
+        outcome = run_phase(new_hat("token"), tmp_path, steps=steps, max_minutes=None if number else 1e-9)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     step = 2 if number else 1
     assert (outcome.step, outcome.steps, outcome.stopped, outcome.done) == (step, steps, reason, False)
-    assert saved_step(tmp_path) == step
-    assert terminated == [True] * (reason == "terminate")
+    assert saved_step(tmp_path) == step and terminated.call_count == (reason == "terminate")
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -98,19 +79,6 @@ def test_a_second_ctrl_c_stops_at_once():
     stops.receive(signal.SIGTERM)  # what follows it, if anything, is SIGKILL
     with pytest.raises(KeyboardInterrupt):
         stops.receive(signal.SIGINT)
-
-
-def test_a_resumed_phase_is_the_undisturbed_one(grain_and_phase, tmp_path, monkeypatch, capsys):
-    grain, phase = grain_and_phase
-    whole, parts, again = (new_hat(grain) for _ in range(3))
-    run_phase(whole, tmp_path / "whole", phase, steps=5, progress=True)
-    assert f"{phase}: 5 steps of about" in capsys.readouterr().err
-    interrupt_at(monkeypatch, (phase, 3))
-    run_phase(new_hat(grain), tmp_path / "parts", phase, steps=5)
-    outcome = run_phase(parts, tmp_path / "parts", phase, steps=5, resume=True)
-    assert (outcome.step, outcome.done) == (5, True) and same(values(parts), values(whole))
-    assert run_phase(again, tmp_path / "parts", phase, steps=5, resume=True).step == 5  # nothing is left to do
-    assert same(values(again), values(whole))
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -2,20 +2,22 @@
 test_train_command.py."""
 
 from dataclasses import replace
+from functools import partial
 
+import pandas as pd
 import pytest
 import torch
-from tiny_runs import GRAINS, interrupt_at, logged_steps, new_hat, page, table, tiny_run, untrained
+from tiny_runs import GRAINS, interrupt_at, logged_steps, new_hat, page, tiny_run, untrained
 
 from hat_lib.backbone.base import exact_hash
 from hat_lib.config import HatError
 from hat_lib.model.checkpoint import ADAPTER_FILE, read_checkpoint, write_checkpoint
 from hat_lib.text.blocks import load_text
 from hat_lib.training import run as module
-from hat_lib.training.run import train
+from hat_lib.training.run import nominal_thresholds, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
-STEPS = 3
+STEPS, TIMES = 3, ["seconds", "tokens_per_second", "eta_seconds"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,33 +50,12 @@ def asked(grain, text, **changes):
     return replace(run, correction_rank=2 if grain == "channel" else None)
 
 
-def same_run(found, expected):
-    """The adapter's bytes, the tables, and every number in the log except the times."""
-
-    def log(folder):
-        times = ("seconds", "tokens_per_second", "eta_seconds")
-        return [{k: v for k, v in row.items() if k not in times} for row in table(folder / "log.csv")]
-
-    assert (found / ADAPTER_FILE).read_bytes() == (expected / ADAPTER_FILE).read_bytes()
-    assert read_checkpoint(found).calibration == read_checkpoint(expected).calibration
-    assert log(found) == log(expected)
-
-
 @pytest.mark.parametrize("grain", GRAINS)
-def test_before_the_first_step_the_model_is_the_base(grain, text, tmp_path, monkeypatch, tiny_base):
-    def inspect(hat, blocks, recipe, phase, thresholds, folder, **options):
-        ids = torch.tensor(blocks["input_ids"][:2])
-        with torch.no_grad():
-            base = tiny_base.model(ids).logits
-            torch.testing.assert_close(hat.lm(ids).logits, base, atol=1e-5, rtol=1e-5)
-            with hat.using(hat.threshold_policy(thresholds(1.0))):  # nominal thresholds keep everything, too
-                torch.testing.assert_close(hat.lm(ids).logits, base, atol=1e-5, rtol=1e-5)
-                assert hat.trace.capacity == 1.0
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "train_phase", inspect)
-    with pytest.raises(KeyboardInterrupt):
-        train(asked(grain, text), tmp_path / "run", progress=False)
+def test_nominal_thresholds_at_capacity_one_keep_everything(grain):
+    hat = new_hat(grain)
+    with torch.no_grad(), hat.using(hat.threshold_policy(nominal_thresholds(hat)(1.0))):
+        hat.lm(torch.arange(5, 25)[None])
+    assert hat.trace.capacity == 1.0
 
 
 def test_a_finished_run(finished, tiny_base):
@@ -93,18 +74,16 @@ def test_a_finished_run(finished, tiny_base):
 def test_an_interrupted_run_is_the_undisturbed_one(finished, text, tmp_path, monkeypatch, tiny_base):
     """Ctrl-C in step 2 of each phase; the base is unchanged, and the global random state does not matter."""
     (grain, expected), folder, bases, load = finished, tmp_path / "run", [], module.load_base
-
-    def load_base(*args, **options):
-        bases.append(load(*args, **options))
-        return bases[-1]
-
-    monkeypatch.setattr(module, "load_base", load_base)
+    monkeypatch.setattr(module, "load_base", lambda *args, **how: bases.append(load(*args, **how)) or bases[-1])
     torch.manual_seed(9)
     interrupt_at(monkeypatch, ("routers", 2), ("exit", 2))
     ended = [[(o.phase, o.step, o.stopped) for o in train(asked(grain, text), folder, resume=resume, progress=False)]
              for resume in (False, True, True)]  # fmt: skip
     assert ended == [[("routers", 2, "interrupt")], [("routers", 3, ""), ("exit", 2, "interrupt")], [("exit", 3, "")]]
-    same_run(folder, expected)
+    assert (folder / ADAPTER_FILE).read_bytes() == (expected / ADAPTER_FILE).read_bytes()
+    assert read_checkpoint(folder).calibration == read_checkpoint(expected).calibration
+    found, whole = (pd.read_csv(at / "log.csv").drop(columns=TIMES) for at in (folder, expected))
+    pd.testing.assert_frame_equal(found, whole, check_exact=True)
     assert all(exact_hash(base.model) == exact_hash(tiny_base.model) for base in bases)
 
 
@@ -157,28 +136,21 @@ def test_what_cannot_be_trained_is_refused_before_the_training(text, tmp_path, m
         assert not (tmp_path / "run").exists()
 
 
+PARTS = {"train_phase": "train", "calibrate": "train"}
+PARTS |= {"calibrate_learned": "validation", "calibrate_exits": "validation"}
+
+
 @pytest.mark.slow
 def test_calibration_after_training_reads_what_training_did_not(text, tmp_path, monkeypatch, tiny_base):
-    read = {}
+    read = {name: [] for name in PARTS}
 
-    def see(name):
-        function = getattr(module, name)
+    def note(name, function, hat, blocks, *args, **options):
+        read[name] += map(tuple, blocks["input_ids"] if name == "train_phase" else blocks)
+        return function(hat, blocks, *args, **options)
 
-        def seen(hat, blocks, *args, **options):
-            rows = blocks["input_ids"] if name == "train_phase" else blocks
-            read.setdefault(name, []).extend(map(tuple, rows))
-            return function(hat, blocks, *args, **options)
-
-        monkeypatch.setattr(module, name, seen)
-
-    before, after = ("train_phase", "calibrate"), ("calibrate_learned", "calibrate_exits")
-    for name in before + after:
-        see(name)
+    for name in PARTS:
+        monkeypatch.setattr(module, name, partial(note, name, getattr(module, name)))
     train(tiny_run("channel", text, steps=1), tmp_path / "run", progress=False)
-    part = {}
-    for split in ("train", "validation"):
+    for name, split in PARTS.items():
         blocks = load_text(text, tiny_base.tokenizer, split=split, block_size=64)
-        part[split] = set(map(tuple, blocks["input_ids"]))
-    assert read.keys() == {*before, *after}
-    for name, rows in read.items():
-        assert set(rows) <= part["validation" if name in after else "train"], name
+        assert read[name] and set(read[name]) <= set(map(tuple, blocks["input_ids"])), name

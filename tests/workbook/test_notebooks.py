@@ -1,6 +1,12 @@
-"""A notebook is checked before it starts, judged by what really went wrong, read for what it recorded, and cleaned."""
+"""A notebook is checked before it starts, judged by what really went wrong, read for what it recorded, and cleaned.
+On Colab its second code cell fetches the project, once, and leaves Colab's own torch alone."""
 
 import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
 
 import nbformat
 import pytest
@@ -10,16 +16,7 @@ from typer.testing import CliRunner
 
 from hat_lib.config import NOTEBOOKS, HatError
 from hat_lib.workbook import __main__ as workbook
-from hat_lib.workbook.notebooks import (
-    KERNEL,
-    WIDGET_STATE,
-    WIDGET_VIEW,
-    clean,
-    clean_file,
-    parse_parameters,
-    predictions,
-    select,
-)
+from hat_lib.workbook import notebooks
 from hat_lib.workbook.session import begin, judge
 
 
@@ -27,19 +24,19 @@ def test_values_take_the_type_of_their_default(tmp_path):
     path = notebook(tmp_path / "00_a.ipynb")
     wanted = {"capacity=1": 1.0, "capacity=5e-1": 0.5, "steps=4": 4, "profile=2024": "2024", "profile=a=b": "a=b"}
     for assignment, value in {**wanted, "train=True": True, "rates=[0.2, 0.3]": [0.2, 0.3]}.items():
-        (parsed,) = parse_parameters([assignment], [path]).values()
+        (parsed,) = notebooks.parse_parameters([assignment], [path]).values()
         assert parsed == value and type(parsed) is type(value)
     for wrong in ("capacity=high", "capacity=", "steps=0.5", "rates=0.5", "train=1", "rates=[1"):
         with pytest.raises(HatError, match=wrong.split("=")[0]):
-            parse_parameters([wrong], [path])
+            notebooks.parse_parameters([wrong], [path])
 
 
 def test_select(tmp_path):
     paths = [notebook(tmp_path / f"0{i}_{name}.ipynb") for i, name in enumerate("ab")]
-    assert select([], tmp_path) == paths and select([str(paths[0])], tmp_path) == paths[:1]
-    assert select(["01"], tmp_path) == select(["01_b"], tmp_path) == paths[1:]
+    assert notebooks.select([], tmp_path) == paths and notebooks.select([str(paths[0])], tmp_path) == paths[:1]
+    assert notebooks.select(["01"], tmp_path) == notebooks.select(["01_b"], tmp_path) == paths[1:]
     with pytest.raises(HatError, match="00_a, 01_b"):
-        select(["07"], tmp_path)
+        notebooks.select(["07"], tmp_path)
 
 
 def test_predictions_are_those_that_were_judged(tmp_path, capsys):
@@ -50,7 +47,7 @@ def test_predictions_are_those_that_were_judged(tmp_path, capsys):
     nb = nbformat.read(path, as_version=4)
     nb.cells[-1].outputs = [nbformat.v4.new_output("stream", text=printed)]
     nbformat.write(nb, path)
-    assert predictions(path) == {"held": ["one lies below two"], "FAILED": ["two lies below one"]}
+    assert notebooks.predictions(path) == {"held": ["one lies below two"], "FAILED": ["two lies below one"]}
 
 
 def test_begin():
@@ -122,43 +119,38 @@ def test_execute_replaces_outputs_and_figures_only_on_success(project):
     assert [path.name for path in (project / "figures").iterdir()] == ["good.png"]
 
 
-@pytest.fixture
-def dirty():
-    """A notebook as left by papermill and JupyterLab: timings, widget state, progress bars."""
-    v4 = nbformat.v4
+def test_clean(tmp_path):
+    """What papermill and JupyterLab leave: timings, widget state, progress bars. The record of a run is refused."""
+    v4, path = nbformat.v4, tmp_path / "00_a.ipynb"
     bar = "  0%|          | 0/8 [00:00<?, ?it/s]\r100%|██████████| 8/8 [00:01<00:00,  6.1it/s]\n"
-    outputs = [
-        v4.new_output("stream", name="stdout", text="loss 0.50\n"),
-        v4.new_output("stream", name="stderr", text=bar),
-        v4.new_output("stream", name="stderr", text=bar + "UserWarning: careful\n"),
-        v4.new_output("display_data", data={"text/plain": "a slider", WIDGET_VIEW: {"model_id": "bar"}}),
-        v4.new_output("display_data", data={"text/plain": "a screen", WIDGET_VIEW: {"model_id": "screen"}}),
-    ]
-    controls, layout = "@jupyter-widgets/controls", {"model_module": "@jupyter-widgets/base", "state": {}}
-    state = {
-        "bar": {"model_module": controls, "state": {"layout": "IPY_MODEL_of_bar"}},
-        "screen": {"model_module": "anywidget", "state": {"layout": "IPY_MODEL_of_screen"}},
-    }
-    widgets = {WIDGET_STATE: {"state": state | {"of_bar": layout, "of_screen": layout}, "version_major": 2}}
+    texts = ("stdout", "loss 0.50\n"), ("stderr", bar), ("stderr", bar + "UserWarning: careful\n")
+    outputs = [v4.new_output("stream", name=name, text=text) for name, text in texts]
+    views = [{"text/plain": f"a {name}", notebooks.WIDGET_VIEW: {"model_id": name}} for name in ("slider", "screen")]
+    outputs += [v4.new_output("display_data", data=view) for view in views]
+    layout = {"model_module": "@jupyter-widgets/base", "state": {}}
+    state = {"of_slider": layout, "of_screen": layout}
+    for name, module in {"slider": "@jupyter-widgets/controls", "screen": "anywidget"}.items():
+        state[name] = {"model_module": module, "state": {"layout": f"IPY_MODEL_of_{name}"}}
     metadata = {"tags": ["parameters", "hide-input"], "papermill": {"duration": 1.5}, "collapsed": True}
-    code = v4.new_code_cell("work()", execution_count=3, metadata=metadata, outputs=outputs)
-    title = v4.new_markdown_cell("# Title", metadata={"papermill": {}})
-    return v4.new_notebook(
-        cells=[title, code], metadata={"widgets": widgets, "kernelspec": {"name": "my-env", "display_name": "Mine"}}
-    )
+    cells = [v4.new_code_cell("work()", execution_count=3, metadata=metadata, outputs=outputs)]
+    cells.append(v4.new_markdown_cell("# Title", metadata={"papermill": {}}))
+    kernel, widgets = {"name": "my-env", "display_name": "Mine"}, {notebooks.WIDGET_STATE: {"state": state}}
+    nbformat.write(v4.new_notebook(cells=cells, metadata={"widgets": widgets, "kernelspec": kernel}), path)
 
-
-def test_clean(dirty):
-    title, code = clean(dirty).cells
-    nbformat.validate(dirty)
-    assert dirty.metadata.pop("widgets")[WIDGET_STATE]["state"].keys() == {"screen", "of_screen"}
-    assert dirty.metadata == {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    assert notebooks.clean_file(path) and path.read_bytes().endswith(b"}\n") and not notebooks.clean_file(path)
+    nb = nbformat.read(path, as_version=4)
+    nbformat.validate(nb)
+    assert nb.metadata.pop("widgets")[notebooks.WIDGET_STATE]["state"].keys() == {"screen", "of_screen"}
+    assert nb.metadata == {"kernelspec": notebooks.KERNEL, "language_info": {"name": "python"}}
+    code, title = nb.cells
     folded = {"tags": ["parameters", "hide-input"], "jupyter": {"source_hidden": True}}
-    assert title.metadata == {} and code.metadata == folded
-    assert code.execution_count == 3 and code.source == "work()"
+    assert title.metadata == {} and code.metadata == folded and (code.execution_count, code.source) == (3, "work()")
     assert [o.get("text", "")[-9:] for o in code.outputs] == ["oss 0.50\n", " careful\n", "", ""]
-    assert code.outputs[-2].data == {"text/plain": "a slider"}
-    assert code.outputs[-1].data == {"text/plain": "a screen", WIDGET_VIEW: {"model_id": "screen"}}
+    assert [o.data for o in code.outputs[2:]] == [{"text/plain": "a slider"}, views[1]]
+    code.metadata.tags = ["injected-parameters"]
+    nbformat.write(nb, path)
+    with pytest.raises(HatError, match="00_a.ipynb"):
+        notebooks.clean_file(path)
 
 
 def test_a_static_viewer_shows_the_notebook_that_keeps_a_screen():
@@ -167,13 +159,36 @@ def test_a_static_viewer_shows_the_notebook_that_keeps_a_screen():
     assert html.count("data:image/png") >= 6
 
 
-def test_clean_file_is_idempotent_and_refuses_the_record_of_a_run(dirty, tmp_path):
-    path = tmp_path / "00_a.ipynb"
-    nbformat.write(dirty, path)
-    assert clean_file(path)
-    first = path.read_bytes()
-    assert not clean_file(path) and path.read_bytes() == first and first.endswith(b"}\n")
-    dirty.cells[1].metadata.tags = ["injected-parameters"]
-    nbformat.write(dirty, path)
-    with pytest.raises(HatError, match="00_a.ipynb"):
-        clean_file(path)
+def cells(path, kind):
+    return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def test_the_project_is_fetched_once_and_torch_stays(monkeypatch, tmp_path):
+    ran = []
+
+    def run(command, check):
+        ran.append(command)
+        if command[0] == "git":
+            Path(command[-1]).mkdir()
+
+    source = cells(NOTEBOOKS / "00_setup.ipynb", "code")[1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(subprocess, "run", run)
+    exec(source, {})
+    assert ran == []  # elsewhere nothing is fetched
+    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    exec(source, {})
+    exec(source, {})
+    clone, install = ran
+    assert clone[:2] == ["git", "clone"] and clone[-1] == "hat-workbook"
+    # The installed torch is requested by its exact version, so that pip cannot choose another.
+    assert install[1:4] == ["-m", "pip", "install"] and install[-1] == f"torch=={version('torch')}"
+    assert sys.path[0] == str(tmp_path / "hat-workbook")  # an editable install shows only in the next process
+
+
+def test_every_notebook_has_that_cell_and_a_badge_that_opens_it():
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        assert cells(path, "code")[1] == cells(NOTEBOOKS / "00_setup.ipynb", "code")[1], path.name
+        link = f"https://colab.research.google.com/github/hat-workbook/hat-workbook/blob/main/notebooks/{path.name}"
+        assert f"]({link})" in cells(path, "markdown")[0]
