@@ -31,9 +31,14 @@ def calibrate(
     granularity: str = GRANULARITY,
     tokens: int = option(12_000, "Tokens of text to take scores from; more is steadier and slower.", min=256),
     probe_tokens: int = option(4096, "Tokens to measure each layer's effect on the output with.", min=16),
-    dtype: str = option("fp32", f"Of the passes: {options.DTYPES_HELP}. The thresholds serve every dtype."),
+    dtype: str = option(
+        "fp32", f"Of the passes: {options.DTYPES_HELP}. The thresholds serve every dtype.", check=options.check_dtype
+    ),
     capacity: str | None = option(
-        None, f"By default: {options.CAPACITY_HELP}. [default: 0.75 for channel, 0.55 for token]", metavar="SHARE"
+        None,
+        f"By default: {options.CAPACITY_HELP}. [default: 0.75 for channel, 0.55 for token]",
+        check=check_capacity,
+        metavar="SHARE",
     ),
     threads: int | None = options.THREADS,
 ) -> None:
@@ -41,7 +46,7 @@ def calibrate(
 
     One checkpoint serves every capacity. Nothing is trained. With the bundled base this takes minutes on a CPU.
     """
-    changes = {} if capacity is None else {"capacity": check_capacity(capacity)}
+    changes = {} if capacity is None else {"capacity": capacity}
     options.check_writable(save)
     options.start(threads)
     options.check_grains("granularity", [granularity])
@@ -81,7 +86,11 @@ def train(
     checkpoint: Path | None = option(None, "Start from its calibration (channel grain), or routers (phase exit)."),
     correction_rank: int | None = option(None, "Rank of the corrections; 0: constant vectors. [default: none]"),
     max_minutes: float | None = option(None, "Stop after this many minutes, saved; --resume goes on."),
-    dtype: str = option("bf16", f"Of the frozen base: {options.DTYPES_HELP}. What is trained is fp32 in any case."),
+    dtype: str = option(
+        "bf16",
+        f"Of the frozen base: {options.DTYPES_HELP}. What is trained is fp32 in any case.",
+        check=options.check_dtype,
+    ),
     settings: list[str] | None = option(None, "Change a setting: router_lr=1e-3.", "--set", metavar="NAME=VALUE"),
     threads: int | None = options.THREADS,
 ) -> None:
@@ -96,22 +105,21 @@ def train(
         raise HatError("--resume goes on as the run was asked for: leave out --set, --text and --checkpoint")
     if max_minutes is not None and not max_minutes > 0:
         raise HatError(f"max minutes must be above 0, got {max_minutes}")
+    from hat_lib.training.recipe import Recipe  # without torch
+
+    changes = dict(_setting(assignment) for assignment in settings or []) | ({"text": text} if text else {})
+    chosen = Recipe.named(recipe, granularity, profile, **changes)
     folder = (save or resume).expanduser()
     options.check_writable(folder)
     options.start(threads)
 
     from hat_lib.text.mixture import OWN, sources
-    from hat_lib.training.recipe import Recipe
     from hat_lib.training.run import RUN_FILE, Run
     from hat_lib.training.run import train as carry_out
 
     if resume is not None:
         run = Run.read(folder)
     else:
-        changes = dict(_setting(assignment) for assignment in settings or [])
-        if text:
-            changes["text"] = text
-        chosen = Recipe.named(recipe, granularity, profile, **changes)
         start, command = checkpoint and str(checkpoint), shlex.join(["hat", *sys.argv[1:]])
         run = Run(phase, granularity, base, chosen, dtype, start, correction_rank=correction_rank, command=command)
     texts = [(source, split) for source in {*sources(run.recipe.text)} - {*OWN} for split in ("train", "validation")]
