@@ -44,7 +44,8 @@ def calibrate(
 ) -> None:
     """Measure thresholds on held-out text, write a checkpoint.
 
-    One checkpoint serves every capacity. Nothing is trained. With the bundled base this takes minutes on a CPU.
+    One checkpoint serves every capacity. Nothing is trained. With the bundled base this takes minutes on a CPU, and it
+    says how many when it begins.
     """
     changes = {} if capacity is None else {"capacity": capacity}
     options.check_writable(save)
@@ -54,11 +55,19 @@ def calibrate(
 
     from hat_lib.backbone.base import load_base
     from hat_lib.calibration.capacity import calibrate as measure
+    from hat_lib.calibration.quantiles import LEAST_TOKENS
     from hat_lib.model.granularity import GRAINS
     from hat_lib.model.transformer import HierarchicalTransformer
-    from hat_lib.text.blocks import held_out, text_hash
+    from hat_lib.text.blocks import held_out, load_text, text_hash
 
     loaded = load_base(base, dtype=dtype)
+    rows = load_text(text, loaded.tokenizer, split="validation", max_tokens=2 * LEAST_TOKENS)
+    if (held := sum(map(len, rows["input_ids"]))) < LEAST_TOKENS:
+        options.say(
+            "warning",
+            f"{text} is too short for `hat train`, which needs {LEAST_TOKENS} tokens in the validation split (5 % of a "
+            f"file), got {held}",
+        )
     blocks = held_out(text, loaded.tokenizer, tokens)
     hat = HierarchicalTransformer(loaded, GRAINS[granularity].config(loaded, **changes))
     found = sum(map(len, blocks["input_ids"]))
@@ -85,7 +94,11 @@ def train(
     profile: str = option("full", "quick (a few minutes on two cores) or full."),
     checkpoint: Path | None = option(None, "Start from its calibration (channel grain), or routers (phase exit)."),
     correction_rank: int | None = option(None, "Rank of the corrections; 0: constant vectors. [default: none]"),
-    max_minutes: float | None = option(None, "Stop after this many minutes, saved; --resume goes on."),
+    max_minutes: float | None = option(
+        None,
+        "Take no more steps once the command has run for so many minutes, saved; --resume goes on. Before the first "
+        "step come the base's own text and a calibration, after the last another; these are not cut short.",
+    ),
     dtype: str = option(
         "bf16",
         f"Of the frozen base: {options.DTYPES_HELP}. What is trained is fp32 in any case.",

@@ -132,9 +132,12 @@ def test_evaluate_runs_tasks(run_hat, calibrated):
 
 
 def test_token_grain_warns_in_one_line(run_hat, text, tmp_path):
-    options = ("--save", tmp_path, "--text", text, "--tokens", 600, "--probe-tokens", 64, "--granularity", "token")
-    code, out, _ = run_hat("calibrate", *TINY, *options, "--capacity", "0.6")
+    short = tmp_path / "short.md"
+    short.write_text(text.read_text()[:4000])  # a token of the tiny base is a byte
+    options = ("--save", tmp_path, "--text", short, "--tokens", 600, "--probe-tokens", 64, "--granularity", "token")
+    code, out, err = run_hat("calibrate", *TINY, *options, "--capacity", "0.6")
     assert code == 0 and "by default 0.6" in out
+    assert "calibration: about 1 min" in err and "short.md is too short for `hat train`" in err
     code, out, err = run_hat("generate", "--checkpoint", tmp_path, PROMPT, "--max-new-tokens", 4)
     assert code == 0 and "capacity 0.60 requested" in out and err.count("\n") == 2 and "warning: token grain" in err
 
