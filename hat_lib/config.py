@@ -65,7 +65,7 @@ def check_fraction(name: str, value: object, low: float, high: float) -> float:
     """``value``, a number or numeric string in [low, high], as a float; else `HatError`."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or not low <= number <= high:  # nan fails the comparison too
         raise HatError(f"{name} must be a number in [{low}, {high}], got {value!r}")

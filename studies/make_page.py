@@ -36,7 +36,7 @@ def moving_picture() -> None:
 
 
 if __name__ == "__main__":
-    screen = Screen(HierarchicalTransformer.from_pretrained("default"))
+    screen = Screen(HierarchicalTransformer.from_pretrained("default", dtype="fp32"))  # as `hat play`
     PAGE.write_text(still_page(screen, PRESETS), encoding="utf-8")
     moving_picture()
     print(*(f"{path.relative_to(REPO)}: {path.stat().st_size / 1e6:.2f} MB" for path in (PAGE, PICTURE)), sep="\n")

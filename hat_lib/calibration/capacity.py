@@ -13,6 +13,8 @@ and the head is one more site.
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -72,6 +74,8 @@ def calibrate(
         raise HatError(f"split must be {' or '.join(SPLITS)}, got {split!r}")
     fit, check = held_out_parts(hat, blocks)
     with torch.no_grad():
+        if progress:
+            _say_how_long(hat, fit, check, probe_tokens)
         if hat.grain.logits:
             fit_token_routers(hat, fit, progress)
         for name, parameter in hat.routers.named_parameters():
@@ -105,6 +109,19 @@ def calibrate(
         heads.append(point and (point.threshold, point.margin, point.share))
     text = f"{text}; quantiles of {quantiles.scores} scores a site from {quantiles.tokens} tokens".removeprefix("; ")
     return _set_table(hat, thresholds, heads, check, split, text, progress)
+
+
+def _say_how_long(hat, fit: list[Tensor], check: list[Tensor], probe_tokens: int) -> None:
+    """From one block: `calibrate` reads ``fit`` three times, goes back through parts of it, which takes as long as two
+    more forwards, and reads ``check`` at each budget."""
+    size, of_check = (sum(block.numel() for block in part) for part in (fit, check))
+    tokens = 3 * size + 3 * min(size, TOKENS) + 3 * min(size, probe_tokens) + len(BUDGETS) * of_check
+    with hat.dense():
+        list(forwards(hat, fit[:1]))  # the first one allocates
+        began = time.monotonic()
+        (timed,) = forwards(hat, fit[:1])
+    minutes = tokens / timed * (time.monotonic() - began) / 60
+    tqdm.write(f"calibration: about {max(minutes, 1):.0f} min", sys.stderr)
 
 
 def calibrate_learned(

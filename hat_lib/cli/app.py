@@ -6,6 +6,7 @@ imported inside the commands, so that ``hat --help`` answers at once.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -48,12 +49,12 @@ def setup(
 # \b keeps the line breaks of a paragraph.
 EXAMPLE = """\b
 From nothing to a measured price of less compute:
-  hat setup                                          fetch base and text, once
-  hat play                                           a sentence, a dial, and what moves: in the browser
-  hat generate "The state of our union"              --capacity 1.0 is the base
-  hat evaluate --text docstrings --capacity 0.6      what does it cost?
-  hat calibrate --save mine                          your own thresholds
-  hat train --profile quick --save trained           routers, then exit gates
+  hat setup                                     fetch base and text, once
+  hat play                                      a sentence and a dial
+  hat generate "The future of AI is"            --capacity 1.0 is the base
+  hat evaluate --text docstrings --capacity 0.6 what does it cost?
+  hat calibrate --save mine                     your own thresholds
+  hat train --profile quick --save trained      routers, then exit gates
 """
 
 
@@ -72,9 +73,9 @@ class Friendly:
             say("error", error)
             raise typer.Exit(2) from None
         except OSError as error:
-            if error.filename is None:  # a closed pipe, which typer ends quietly
+            if error.errno == errno.EPIPE:  # which typer ends quietly
                 raise
-            say("error", f"{error.filename}: {error.strerror}")
+            say("error", f"{error.filename or 'cannot write'}: {error.strerror or error}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("\ninterrupted", err=True)

@@ -54,7 +54,11 @@ def generate(
     if lossless and (steer or show_compute or gate_prompt):
         what = "--steer, --show-compute and --gate-prompt"
         raise HatError(f"--lossless lets the base decide on every token: leave out {what}")
-    prompt = _prompt(prompt_option if prompt is None else prompt)
+    prompt = prompt_option if prompt is None else prompt
+    if prompt == "-":
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the terminal's encoding is
+        prompt = sys.stdin.read()
+    options.check_prompt("generate", prompt)
     options.start(threads)
 
     from hat_lib.inference.generate import AdaptiveInference, check_sampling
@@ -105,16 +109,6 @@ def generate(
             f"[lossless: {speculation.drafted} drafted, {out.acceptance:.0%} accepted, {speculation.passes} passes of "
             f"the base; with verification {out.model_share:.2f} times the dense model's work and {read}; {speedup}]"
         )
-
-
-def _prompt(text: str | None) -> str:
-    """The prompt, from stdin if it is ``-``; raises if there is nothing to continue."""
-    if text == "-":
-        sys.stdin.reconfigure(encoding="utf-8")  # whatever the terminal's encoding is
-        text = sys.stdin.read()
-    if not text or not text.strip():
-        raise HatError(f"the prompt is empty: expected text to continue, got {text!r}")
-    return text
 
 
 def _show_compute(hat, out) -> None:

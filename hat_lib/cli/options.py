@@ -6,6 +6,7 @@ torch is only imported inside functions, so that help answers at once.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate
-from hat_lib.text.plain import printable
+from hat_lib.text.plain import check_whole, printable
 
 if TYPE_CHECKING:
     from hat_lib.model.transformer import HierarchicalTransformer
@@ -30,8 +31,17 @@ CAPACITY_HELP = "share of the routable work to execute, 0.1-1.0, where 1.0 runs 
 DTYPES_HELP = "fp32, bf16 or fp16"
 
 
-def option(default, words: str, *names: str, **settings):
+def option(default, words: str, *names: str, check: Callable | None = None, **settings):
+    """``check`` is called with a value that is given, before the command, and returns what the command gets."""
+    if check is not None:
+        settings["callback"] = lambda value: value if value is None else check(value)
     return typer.Option(default, *names, help=words, **settings)
+
+
+def check_dtype(name: str) -> str:
+    if name.lower() not in ("auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"):
+        raise HatError(f"dtype must be {DTYPES_HELP}, got {name!r}")
+    return name
 
 
 BASE = option(None, f"The frozen base: {BASE_HELP}. [default: the one the checkpoint names, or bundled]")
@@ -41,14 +51,17 @@ CHECKPOINT = option(
     "owner/name on the Hub. [default: default, trained, for the bundled base; none at capacity 1.0 without exits]",
 )
 # Strings, so that an invalid number gets the library's own message.
-CAPACITY = option(None, f"Compute per token: {CAPACITY_HELP}. [default: the checkpoint's]", metavar="SHARE")
+CAPACITY = option(
+    None, f"Compute per token: {CAPACITY_HELP}. [default: the checkpoint's]", check=check_capacity, metavar="SHARE"
+)
 EXIT_RATE = option(
     None,
     "Share of tokens to leave before the last layer, 0-1, where 0 is off; above 0 needs a checkpoint with trained exit "
     "gates. [default: the checkpoint's]",
+    check=check_exit_rate,
     metavar="SHARE",
 )
-DTYPE = option(None, f"{DTYPES_HELP}. [default: bf16 where the hardware computes in it, else fp32]")
+DTYPE = option(None, f"{DTYPES_HELP}. [default: bf16 where the hardware computes in it, else fp32]", check=check_dtype)
 TEXT = option("addresses", f"What to measure on: {TEXT_HELP}.")
 SPLIT = option(
     None,
@@ -79,6 +92,13 @@ def names(option: str, text: str) -> list[str]:
     if not found:
         raise HatError(f"{option} takes NAME[,NAME], got {text!r}")
     return found
+
+
+def check_prompt(command: str, text: str | None) -> None:
+    """Raise for a prompt in which there is nothing to read, or half a character."""
+    if not text or not text.strip():
+        raise HatError(f'expected a prompt, as in: hat {command} "The future of AI is" (see --help), got {text!r}')
+    check_whole("the prompt", text)
 
 
 def check_grains(what: str, wanted: list[str]) -> None:
@@ -126,15 +146,13 @@ def measured(source: str, split: str, tokens: int, n_bytes: int) -> tuple[float 
 
 
 def load(
-    base: str | None, checkpoint: Path | None, capacity: str | None, exit_rate: str | None, dtype: str | None
+    base: str | None, checkpoint: Path | None, capacity: float | None, exit_rate: float | None, dtype: str | None
 ) -> HierarchicalTransformer:
-    """The model requested by the options of `generate`, `evaluate` and `analyze`, with everything checked first."""
+    """The model requested by the options of `generate`, `evaluate` and `analyze`."""
     from hat_lib.backbone.base import load_base
     from hat_lib.model.transformer import HierarchicalTransformer
 
-    share = None if capacity is None else check_capacity(capacity)
-    rate = None if exit_rate is None else check_exit_rate(exit_rate)
-    if checkpoint is None and share == 1.0 and not rate:
+    if checkpoint is None and capacity == 1.0 and not exit_rate:
         loaded = load_base(base or "bundled", dtype=dtype)
         return HierarchicalTransformer(loaded, HatConfig.default(loaded))
     if checkpoint is None and base not in (None, "bundled"):
@@ -143,8 +161,8 @@ def load(
             "DIR, or run everything with --capacity 1.0"
         )
     hat = HierarchicalTransformer.from_pretrained(checkpoint or DEFAULT, base, dtype=dtype)
-    if share is not None:
-        hat.capacity = share
-    if rate is not None:
-        hat.exit_rate = rate
+    if capacity is not None:
+        hat.capacity = capacity
+    if exit_rate is not None:
+        hat.exit_rate = exit_rate
     return hat

@@ -16,12 +16,12 @@ def play(
     base: str | None = options.BASE,
     checkpoint: Path | None = options.CHECKPOINT,
     exit_rate: str | None = options.EXIT_RATE,
-    dtype: str | None = options.DTYPE,
+    dtype: str = option("fp32", f"{options.DTYPES_HELP}.", check=options.check_dtype),
     threads: int | None = options.THREADS,
     port: int = option(8765, "Port of the page, on this machine alone.", min=0, max=65535),
     show: bool = option(True, "Open the page in a browser.", "--open/--no-open"),
 ) -> None:
-    """Type a sentence, move the capacity, watch: a page in the browser.
+    """Type a sentence, move the capacity, watch: in the browser.
 
     The map of the work, the next tokens, how the text goes on, its price and its speed move together. Ctrl-C ends it.
     """
@@ -49,6 +49,7 @@ def explain(
     html: Path | None = option(None, "Also write a page to explore it at nine capacities, which needs no network."),
 ) -> None:
     """Which tokens of a prompt got the work."""
+    options.check_prompt("explain", prompt)
     if html is not None:
         html = html.expanduser()
         options.check_writable(html.parent, "a page")

@@ -8,18 +8,18 @@ import typer
 
 from hat_lib.cli import options
 from hat_lib.cli.options import option
-from hat_lib.config import WHY, HatError
+from hat_lib.config import WHY, HatError, check_capacity, check_exit_rate
 
-VARIANTS = "trained,uncorrected,untrained,random,static,cosine,removal,random_exits,no_exits,fine_tuned"
+VARIANTS = "trained, uncorrected, untrained, random, static, cosine, removal, random_exits, no_exits, fine_tuned"
 
 
 def sweep(
     out: Path = option(..., "CSV file; rows that it holds are kept. The figure goes beside it."),
-    capacity: str = option("0.4,0.55,0.7,0.9", "Capacities, 0.1-1.0, comma-separated."),
+    capacity: str = option("0.4, 0.55, 0.7, 0.9", "Capacities, 0.1-1.0, comma-separated."),
     exit_rate: str = option("0", "Exit rates, 0-1, comma-separated."),
     seed: str = option("0", "Seeds of what is drawn at random, comma-separated."),
-    grains: str = option("channel,token", "Which grains to measure, comma-separated: channel, token."),
-    texts: str = option("addresses,docstrings", f"Comma-separated; each {options.TEXT_HELP}."),
+    grains: str = option("channel, token", "Which grains to measure, comma-separated: channel, token."),
+    texts: str = option("addresses, docstrings", f"Comma-separated; each {options.TEXT_HELP}."),
     variants: str = option(VARIANTS, "The trained model, the same without its corrections, and its controls."),
     max_tokens: int = option(4000, "Tokens of each text, at least 1024; more makes the interval narrower.", min=1024),
     channel: Path = option(Path("default"), "Trained checkpoint of the channel grain."),
@@ -38,16 +38,16 @@ def sweep(
     if out.suffix.lower() != ".csv":
         raise HatError(f"--out must be a .csv file, beside which the figure goes as .png, got {out}")
     wanted = options.names("--grains", grains)
-    options.check_grains("grains", wanted)
     axes = {
-        "capacities": _numbers("--capacity", capacity),
-        "exit_rates": _numbers("--exit-rate", exit_rate),
-        "seeds": _numbers("--seed", seed, int),
+        "capacities": [check_capacity(part) for part in options.names("--capacity", capacity)],
+        "exit_rates": [check_exit_rate(part) for part in options.names("--exit-rate", exit_rate)],
+        "seeds": _seeds(seed),
         "texts": options.names("--texts", texts),
         "variants": options.names("--variants", variants),
     }
     options.check_writable(out.parent, "a sweep")
     options.start(threads)
+    options.check_grains("grains", wanted)
     for source in axes["texts"]:
         options.check_text(source, None)
 
@@ -87,9 +87,8 @@ def sweep(
     typer.echo(f"wrote {out} and {figure}")
 
 
-def _numbers(option: str, text: str, kind: type = float) -> list:
-    """``"0.4,0.7"`` as numbers, at least one."""
+def _seeds(text: str) -> list[int]:
     try:
-        return [kind(part) for part in options.names(option, text)]
+        return [int(part) for part in options.names("--seed", text)]
     except ValueError:
-        raise HatError(f"{option} takes numbers, comma-separated, got {text!r}") from None
+        raise HatError(f"--seed takes whole numbers, comma-separated, got {text!r}") from None

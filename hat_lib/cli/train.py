@@ -31,17 +31,23 @@ def calibrate(
     granularity: str = GRANULARITY,
     tokens: int = option(12_000, "Tokens of text to take scores from; more is steadier and slower.", min=256),
     probe_tokens: int = option(4096, "Tokens to measure each layer's effect on the output with.", min=16),
-    dtype: str = option("fp32", f"Of the passes: {options.DTYPES_HELP}. The thresholds serve every dtype."),
+    dtype: str = option(
+        "fp32", f"Of the passes: {options.DTYPES_HELP}. The thresholds serve every dtype.", check=options.check_dtype
+    ),
     capacity: str | None = option(
-        None, f"By default: {options.CAPACITY_HELP}. [default: 0.75 for channel, 0.55 for token]", metavar="SHARE"
+        None,
+        f"By default: {options.CAPACITY_HELP}. [default: 0.75 for channel, 0.55 for token]",
+        check=check_capacity,
+        metavar="SHARE",
     ),
     threads: int | None = options.THREADS,
 ) -> None:
     """Measure thresholds on held-out text, write a checkpoint.
 
-    One checkpoint serves every capacity. Nothing is trained. With the bundled base this takes minutes on a CPU.
+    One checkpoint serves every capacity. Nothing is trained. With the bundled base this takes minutes on a CPU, and it
+    says how many when it begins.
     """
-    changes = {} if capacity is None else {"capacity": check_capacity(capacity)}
+    changes = {} if capacity is None else {"capacity": capacity}
     options.check_writable(save)
     options.start(threads)
     options.check_grains("granularity", [granularity])
@@ -49,11 +55,19 @@ def calibrate(
 
     from hat_lib.backbone.base import load_base
     from hat_lib.calibration.capacity import calibrate as measure
+    from hat_lib.calibration.quantiles import LEAST_TOKENS
     from hat_lib.model.granularity import GRAINS
     from hat_lib.model.transformer import HierarchicalTransformer
-    from hat_lib.text.blocks import held_out, text_hash
+    from hat_lib.text.blocks import held_out, load_text, text_hash
 
     loaded = load_base(base, dtype=dtype)
+    rows = load_text(text, loaded.tokenizer, split="validation", max_tokens=2 * LEAST_TOKENS)
+    if (held := sum(map(len, rows["input_ids"]))) < LEAST_TOKENS:
+        options.say(
+            "warning",
+            f"{text} is too short for `hat train`, which needs {LEAST_TOKENS} tokens in the validation split (5 % of a "
+            f"file), got {held}",
+        )
     blocks = held_out(text, loaded.tokenizer, tokens)
     hat = HierarchicalTransformer(loaded, GRAINS[granularity].config(loaded, **changes))
     found = sum(map(len, blocks["input_ids"]))
@@ -80,8 +94,16 @@ def train(
     profile: str = option("full", "quick (a few minutes on two cores) or full."),
     checkpoint: Path | None = option(None, "Start from its calibration (channel grain), or routers (phase exit)."),
     correction_rank: int | None = option(None, "Rank of the corrections; 0: constant vectors. [default: none]"),
-    max_minutes: float | None = option(None, "Stop after this many minutes, saved; --resume goes on."),
-    dtype: str = option("bf16", f"Of the frozen base: {options.DTYPES_HELP}. What is trained is fp32 in any case."),
+    max_minutes: float | None = option(
+        None,
+        "Take no more steps once the command has run for so many minutes, saved; --resume goes on. Before the first "
+        "step come the base's own text and a calibration, after the last another; these are not cut short.",
+    ),
+    dtype: str = option(
+        "bf16",
+        f"Of the frozen base: {options.DTYPES_HELP}. What is trained is fp32 in any case.",
+        check=options.check_dtype,
+    ),
     settings: list[str] | None = option(None, "Change a setting: router_lr=1e-3.", "--set", metavar="NAME=VALUE"),
     threads: int | None = options.THREADS,
 ) -> None:
@@ -96,22 +118,21 @@ def train(
         raise HatError("--resume goes on as the run was asked for: leave out --set, --text and --checkpoint")
     if max_minutes is not None and not max_minutes > 0:
         raise HatError(f"max minutes must be above 0, got {max_minutes}")
+    from hat_lib.training.recipe import Recipe  # without torch
+
+    changes = dict(_setting(assignment) for assignment in settings or []) | ({"text": text} if text else {})
+    chosen = Recipe.named(recipe, granularity, profile, **changes)
     folder = (save or resume).expanduser()
     options.check_writable(folder)
     options.start(threads)
 
     from hat_lib.text.mixture import OWN, sources
-    from hat_lib.training.recipe import Recipe
     from hat_lib.training.run import RUN_FILE, Run
     from hat_lib.training.run import train as carry_out
 
     if resume is not None:
         run = Run.read(folder)
     else:
-        changes = dict(_setting(assignment) for assignment in settings or [])
-        if text:
-            changes["text"] = text
-        chosen = Recipe.named(recipe, granularity, profile, **changes)
         start, command = checkpoint and str(checkpoint), shlex.join(["hat", *sys.argv[1:]])
         run = Run(phase, granularity, base, chosen, dtype, start, correction_rank=correction_rank, command=command)
     texts = [(source, split) for source in {*sources(run.recipe.text)} - {*OWN} for split in ("train", "validation")]

@@ -114,15 +114,16 @@ class Screen:
             "steps": [_step(table) | {"speed": speed} for table, speed in zip(found, _speeds(hat), strict=True)],
             "curves": [[p.text, p.capacity, p.increase, p.low, p.high] for p in hat.prices],
             "megabytes": _megabytes(hat),
+            "dtype": str(hat.lm.dtype).removeprefix("torch."),
             "colours": [to_hex(colour) for colour in colormaps[PALETTE](np.linspace(0, 1, 64))],
         }, found
 
     def _cells(self, cells: object, tokens: int) -> list[list[int]]:
         limits = (tokens, self.hat.config.n_layers, len(self.hat.grain.sites), 2)
         for cell in cells if isinstance(cells, list) else [cells]:
-            fits = isinstance(cell, list) and len(cell) == 4
+            fits = isinstance(cell, list) and [type(number) for number in cell] == [int] * 4
             if not fits or not all(number in range(limit) for number, limit in zip(cell, limits, strict=True)):
-                raise HatError(f"a cell is [token, layer, site, 0 or 1], each less than {limits}, got {cell!r}")
+                raise HatError(f"a cell is [token, layer, site, 0 or 1], whole and less than {limits}, got {cell!r}")
         return cells
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,6 +38,7 @@ from hat_lib.inference.speed import (
 from hat_lib.model.cost import state_cost
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.text.plain import check_whole
 
 MODES = ("adaptive", "lossless")
 TEMPERATURE_MIN = 1e-3
@@ -146,7 +147,8 @@ class AdaptiveInference:
             streamer, settings: as for ``hat.lm.generate``, which takes ``gate_prompt=True`` besides what transformers'
                 takes; no settings in lossless mode.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        several = isinstance(prompts, Iterable) and not isinstance(prompts, str)
+        prompts = list(prompts) if several else [prompts]
         self._check(prompts, capacity, target_speedup, mode, settings)
         check_sampling(max_new_tokens, temperature, seed)
         hat, tokenizer = self.hat, self.hat.base.tokenizer
@@ -201,6 +203,8 @@ class AdaptiveInference:
             raise HatError(f"lossless mode takes the capacity of its drafts, not {what}")
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
             raise HatError(f"prompts must be a text to continue, or several, got {prompts!r}")
+        for prompt in prompts:
+            check_whole("a prompt", prompt)
 
     def _adaptive(self, inputs, max_new_tokens, temperature, seed, measure, streamer, settings) -> Generation:
         hat, device = self.hat, self.hat.base.device

@@ -66,9 +66,12 @@ def save_figure(fig: Figure, name: str, folder: Path | None = None) -> Path:
 
 
 def write(path: Path, payload: bytes) -> Path:
-    """Write a file and its folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(payload)
+    """Write a file and its folders; `HatError` where that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(payload)
+    except OSError as error:  # that of a full disk names no file
+        raise HatError(f"cannot write {path}: {error.strerror}") from error
     return path
 
 

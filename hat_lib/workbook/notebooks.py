@@ -124,8 +124,13 @@ def results(path: Path) -> dict:
     return found
 
 
-def predictions(path: Path) -> dict[str, list[str]]:
-    """The predictions `hat_lib.workbook.session.judge` printed in an executed notebook, by "held" and "FAILED"."""
+def predictions(path: Path) -> dict[str, list[str]] | None:
+    """The predictions `hat_lib.workbook.session.judge` printed in an executed notebook, by "held" and "FAILED"; None if
+    its cells did not all run, one after another."""
+    cells = nbformat.read(path, as_version=4).cells
+    counts = [cell.execution_count for cell in cells if cell.cell_type == "code" and cell.source.strip()]
+    if None in counts or counts != [*range(counts[0], counts[0] + len(counts))]:
+        return None
     found: dict[str, list[str]] = {"held": [], "FAILED": []}
     for output in _outputs(path):
         for line in output.get("text", "").splitlines():

@@ -6,6 +6,7 @@
 
 export function mount(root, host) {
   root.classList.add("hat-play");
+  root.setAttribute("data-lm-suppress-shortcuts", "true"); // else JupyterLab takes the arrow keys of every control
   let facts = null, texts = null, forced = null, cells = [], asked = 0;
   const view = { at: 4, token: 0, layer: 0, other: null, guess: new Map(), shown: false };
 
@@ -14,12 +15,13 @@ export function mount(root, host) {
   const form = element("form", "hat-form", "", root);
   const choice = element("select", "", "", element("label", "", "Example ", form));
   host.presets.forEach(([name], i) => { element("option", "", name, choice).value = i; });
-  const prompt = element("textarea", "", "", form);
-  Object.assign(prompt, { rows: 2, readOnly: !host.ask });
+  const prompt = element(host.ask ? "textarea" : "p", "hat-prompt", "", form), content = host.ask ? "value" : "textContent";
+  prompt.rows = 2;
   prompt.setAttribute("aria-label", "prompt");
   const go = element("button", "", "Read it", form);
   go.hidden = !host.ask;
   const hint = element("p", "hat-hint", "", root);
+  if (!host.ask) element("p", "hat-hint", "No model runs behind this page. To read a sentence of your own, run: hat play", root);
 
   const dial = element("div", "hat-dial", "", root);
   const label = element("label", "", "Capacity ", dial);
@@ -42,7 +44,6 @@ export function mount(root, host) {
   map.tabIndex = 0;
   map.setAttribute("role", "listbox");
   map.setAttribute("aria-label", "tokens; the arrow keys up and down pick a token, left and right a layer");
-  map.setAttribute("data-lm-suppress-shortcuts", "true"); // else Notebook 7 takes the arrow keys for itself
   const panels = element("div", "hat-panels", "", body);
   const price = element("div", "hat-price", "", body);
   const tip = element("div", "hat-tip", "", root);
@@ -219,7 +220,7 @@ export function mount(root, host) {
       const read = facts.megabytes * text.values.reduce((sum, share) => sum + share, 0) / 1000;
       element("h4", "", dense ? "goes on, dense" : `goes on at ${facts.steps[view.at].capacity.toFixed(2)}`, box);
       const apart = text.mark === null ? "the same text" : `first differs at token ${text.mark + 1}`;
-      element("p", "hat-faint", `${read.toFixed(1)} GB of weights read${dense ? "" : `; ${apart}`}`, box);
+      element("p", "hat-faint", `${read.toFixed(1)} GB of ${facts.dtype} weights read${dense ? "" : `; ${apart}`}`, box);
       const line = element("p", "hat-line", "", box);
       text.tokens.forEach((token, i) => {
         const span = element(host.ask ? "button" : "span", i === text.mark ? "hat-token hat-differs" : "hat-token", visible(token), line);
@@ -247,7 +248,7 @@ export function mount(root, host) {
     view.at = Math.min(view.at, facts.steps.length - 1);
     slider.max = facts.steps.length - 1;
     slider.value = slider.max - view.at;
-    if (root.ownerDocument.activeElement !== prompt) prompt.value = facts.prompt;
+    if (root.ownerDocument.activeElement !== prompt) prompt[content] = facts.prompt;
     root.classList.remove("hat-stale");
     buildMap();
     draw();
@@ -273,8 +274,8 @@ export function mount(root, host) {
     }
   }
 
-  async function read(text, words = "") {
-    [prompt.value, hint.textContent] = [text, words];
+  async function read(text, help = "") {
+    [prompt[content], hint.textContent] = [text, help];
     root.classList.add("hat-stale"); // what is shown is of another prompt
     const block = await ask({ ask: "map", prompt: text }, "Reading the prompt at nine capacities …");
     if (!block) return;
@@ -303,12 +304,12 @@ export function mount(root, host) {
   }
 
   function choose(which) {
-    const [, text, words] = host.presets[which];
+    const [, text, help] = host.presets[which];
     view.token = 0;
-    if (!host.blocks[which]) return read(text, words);
+    if (!host.blocks[which]) return read(text, help);
     asked++;
     say("");
-    [prompt.value, hint.textContent] = [text, words];
+    [prompt[content], hint.textContent] = [text, help];
     take(host.blocks[which]);
     if (!texts) goOn();
   }

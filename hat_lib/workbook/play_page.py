@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 import threading
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -45,8 +47,8 @@ mount(document.getElementById("play"),
 ABOUT = """Each row is a token of the prompt, each column a layer of a frozen language model. Move the dial: at a lower
 <b>capacity</b> each token skips a part of every layer's work, chosen anew for each token. The map shows who still gets
 it, the tables what the model would say next, dense and at this capacity, and the texts how it goes on."""
-MOST = 1 << 20
-"""bytes of a question that are read"""
+LENGTH = re.compile("[0-9]{1,6}")
+"""of a question, in bytes"""
 
 
 def page(presets: Sequence[Sequence[str]], blocks: Sequence[bytes | None], served: bool = False) -> str:
@@ -83,9 +85,14 @@ class Server(ThreadingHTTPServer):
         with self._one:
             return screen.answer(question)
 
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a tab was closed
+            super().handle_error(request, client_address)
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: Server
+    timeout = 20  # seconds in which a question must arrive
 
     def do_GET(self) -> None:
         presets = [[name, *words] for name, words in PRESETS.items()]
@@ -100,10 +107,14 @@ class _Handler(BaseHTTPRequestHandler):
         own = own and self.headers["Origin"] in (None, f"http://{host}")
         if self.path != "/ask" or not own:
             return self._reply(403, b"only this server's own page may ask", "text/plain")
+        size = self.headers["Content-Length"] or ""
+        if not LENGTH.fullmatch(size):
+            return self._reply(413, f"expected less than a million bytes, got {size[:20]!r}".encode(), "text/plain")
         try:
-            question = json.loads(self.rfile.read(min(MOST, int(self.headers["Content-Length"] or 0))))
-            block = self.server.answer(question)
-        except ValueError as error:  # ours, and what is no JSON
+            block = self.server.answer(json.loads(self.rfile.read(int(size))))
+        except TimeoutError:
+            return self._reply(408, f"expected {size} bytes within {self.timeout} seconds".encode(), "text/plain")
+        except (ValueError, RecursionError) as error:  # ours, and what is no JSON
             return self._reply(400, str(error).encode(), "text/plain")
         except Exception as error:
             return self._reply(500, f"{type(error).__name__}: {error}".encode(), "text/plain")

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from tiny_runs import adaptive, new_hat, random_blocks
+from typer.testing import CliRunner
 
 from hat_lib.backbone import base, wheels
 from hat_lib.backbone.shapes import byte_tokenizer, random_model
@@ -33,10 +34,12 @@ def test_something_is_said_before_anything_slow_is_imported():
     assert (done.stdout, done.stderr) == ("set()\n", "loading ...\n")
 
 
-def test_help(run_hat):
+def test_help_breaks_no_word():
+    sizes = {"terminal_width": 80}, {"terminal_width": 9999, "max_content_width": 9999}
     for command in app.registered_commands:
-        code, out, _ = run_hat(command.callback.__name__, "--help")
-        assert code == 0 and "Options:" in out
+        args = [command.callback.__name__, "--help"]
+        shown, whole = (CliRunner().invoke(app, args, **size).output.replace("-", "- ").split() for size in sizes)
+        assert "Options:" in shown and set(shown) <= set(whole)
 
 
 def test_generate_at_capacity_one_is_plain_transformers(run_hat):
@@ -129,9 +132,12 @@ def test_evaluate_runs_tasks(run_hat, calibrated):
 
 
 def test_token_grain_warns_in_one_line(run_hat, text, tmp_path):
-    options = ("--save", tmp_path, "--text", text, "--tokens", 600, "--probe-tokens", 64, "--granularity", "token")
-    code, out, _ = run_hat("calibrate", *TINY, *options, "--capacity", "0.6")
+    short = tmp_path / "short.md"
+    short.write_text(text.read_text()[:4000])  # a token of the tiny base is a byte
+    options = ("--save", tmp_path, "--text", short, "--tokens", 600, "--probe-tokens", 64, "--granularity", "token")
+    code, out, err = run_hat("calibrate", *TINY, *options, "--capacity", "0.6")
     assert code == 0 and "by default 0.6" in out
+    assert "calibration: about 1 min" in err and "short.md is too short for `hat train`" in err
     code, out, err = run_hat("generate", "--checkpoint", tmp_path, PROMPT, "--max-new-tokens", 4)
     assert code == 0 and "capacity 0.60 requested" in out and err.count("\n") == 2 and "warning: token grain" in err
 

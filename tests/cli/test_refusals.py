@@ -1,11 +1,14 @@
 """A wrong input is one line that names it, before a base is loaded unless the base itself is wrong."""
 
+import inspect
+
 import pytest
 import torch
 from tiny_runs import page
 
 from hat_lib.backbone import base
 from hat_lib.backbone.shapes import byte_tokenizer, random_model
+from hat_lib.cli.app import app
 
 TINY = ("--base", "random:tiny")
 DENSE = (*TINY, "--capacity", "1.0", "--dtype", "fp32")
@@ -34,16 +37,14 @@ def refuses(run_hat, tmp_path):
 @pytest.mark.parametrize(
     "args, word",
     [
-        (("generate", "x", "--capacity", "0.05"), "'0.05'"),
-        ((*CALIBRATE, "--capacity", "70%"), "'70%'"),
-        (("analyze", "--exit-rate", "half"), "'half'"),
-        (("generate",), "prompt"),
+        (("generate",), 'hat generate "'),
+        (("explain", " "), 'hat explain "'),
+        (("generate", "a \udcff"), "udcff"),
         ((*GO, "--temperature", "1e-300"), "1e-300"),
         (("generate", "x", "--target-speedup", "fast"), "fast"),
         ((*GO, "--target-speedup", "1.1"), "--capacity"),
         ((*GO, "--refresh-speed"), "--target-speedup"),
         ((*GO, "--lossless", "--steer"), "--steer"),
-        ((*GO, "--dtype", "int3"), "int3"),
         (("generate", "x", *TINY), "hat calibrate"),
         (("generate", "x", "--checkpoint", "gone"), "gone"),
         (("evaluate", "--capacity", "1.0", "--base", "random:huge"), "random:huge"),
@@ -53,7 +54,7 @@ def refuses(run_hat, tmp_path):
         ((*EVALUATE, "--tasks", "a", "--documents"), "--documents"),
         ((*CALIBRATE, "--granularity", "block"), "block"),
         ((*CALIBRATE, "--text", "docstrings"), "docstrings"),
-        ((*SWEEP, "--capacity", "0.5,abc"), "0.5,abc"),
+        ((*SWEEP, "--seed", "0,abc"), "0,abc"),
         (("sweep", "--out", "x.png"), "x.png"),
         ((*SWEEP, "--grains", "word"), "word"),
         ((*SWEEP, "--variants", "trained,lucky"), "lucky"),
@@ -75,6 +76,16 @@ def test_wrong_options(refuses, args, word, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     page(tmp_path).rename("mine.txt")
     refuses(args, word)
+
+
+@pytest.mark.parametrize("option, value", [("capacity", "1.5"), ("exit_rate", "half"), ("dtype", "int3")])
+def test_a_wrong_value_is_refused_at_once(run_hat, option, value):
+    for command in app.registered_commands:
+        if option in inspect.signature(command.callback).parameters:
+            name = command.callback.__name__
+            args = (f"--{option.replace('_', '-')}", value, *(SWEEP[1:] if name == "sweep" else ()))
+            code, out, err = run_hat(name, *args)
+            assert (code, out) == (2, "") and err.startswith("error: ") and repr(value) in err
 
 
 @pytest.mark.parametrize("args", [("generat",), (*GO, "--weights", "int3"), (*EVALUATE, "--max-tokens", "1")])

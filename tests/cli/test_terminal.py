@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from hat_lib.config import REPO
+from hat_lib.config import REPO, HatError
+from hat_lib.plotting.style import write
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell")
@@ -15,6 +17,16 @@ def test_a_closed_pipe_leaves_no_traceback():
     command = f'"{sys.executable}" -m hat_lib --help | head -1'
     done = subprocess.run(command, shell=True, cwd=REPO, capture_output=True, text=True)
     assert done.stdout.startswith("Usage: hat ") and done.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    command = [sys.executable, "-m", "hat_lib", "cost", "--help"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=REPO, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: cannot write: ") and done.stderr.count("\n") == 1
+    with pytest.raises(HatError, match="/dev/full"):
+        write(Path("/dev/full"), b"a page")
 
 
 @pytest.mark.slow

@@ -145,6 +145,8 @@ def test_against_plain_transformers(channel_hat):
     ("prompts", "how"),
     [
         ([], {}),
+        (None, {}),
+        (["whole", "half \ud800"], {}),
         (" ", {}),
         ([PROMPTS[0], 3], {}),
         (PROMPTS[0], {"mode": "fast"}),

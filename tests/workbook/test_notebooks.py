@@ -2,6 +2,7 @@
 On Colab its second code cell fetches the project, once, and leaves Colab's own torch alone."""
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -43,11 +44,23 @@ def test_predictions_are_those_that_were_judged(tmp_path, capsys):
     judge("one lies below two", 1 < 2, "1")
     judge("two lies below one", 2 < 1)
     printed = capsys.readouterr().out
+    found = {"held": ["one lies below two"], "FAILED": ["two lies below one"]}
     path = notebook(tmp_path / "00_a.ipynb", "1")
     nb = nbformat.read(path, as_version=4)
     nb.cells[-1].outputs = [nbformat.v4.new_output("stream", text=printed)]
-    nbformat.write(nb, path)
-    assert notebooks.predictions(path) == {"held": ["one lies below two"], "FAILED": ["two lies below one"]}
+    for counts, expected in (((3, 4), found), ((1, None), None), ((None, 1), None), ((1, 7), None)):
+        nb.cells[0].execution_count, nb.cells[1].execution_count = counts
+        nbformat.write(nb, path)
+        assert notebooks.predictions(path) == expected
+
+
+def test_findings_name_a_neighbour_that_was_partly_run(tmp_path, monkeypatch, capsys):
+    (cell,) = (c for c in nbformat.read(NOTEBOOKS / "08_findings.ipynb", 4).cells if "predictions(" in c.source)
+    notebook(tmp_path / "00_setup.ipynb", "1")
+    shutil.copy(NOTEBOOKS / "01_frozen_base.ipynb", tmp_path)
+    monkeypatch.setattr("hat_lib.config.NOTEBOOKS", tmp_path)
+    exec(cell.source, {})
+    assert capsys.readouterr().out.startswith("00_setup: partly run\n01_frozen_base: ")
 
 
 def test_begin():
