@@ -8,9 +8,12 @@ or ``token`` (the whole FFN; the published method).
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 
 CAPACITY_MIN, CAPACITY_MAX = 0.1, 1.0
@@ -61,14 +64,25 @@ def lock(file, taken: str) -> None:
         raise HatError(taken) from error
 
 
-def check_fraction(name: str, value: object, low: float, high: float) -> float:
-    """``value``, a number or numeric string in [low, high], as a float; else `HatError`."""
+def shown(value: object) -> str:
+    """``repr`` for an error message: one line of at most 80 characters."""
     try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None or not low <= number <= high:  # nan fails the comparison too
-        raise HatError(f"{name} must be a number in [{low}, {high}], got {value!r}")
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes out no whole number of more than 4,300 digits
+        text = f"a number too long to print ({type(value).__name__})"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_fraction(name: str, value: object, low: float, high: float) -> float:
+    """``value``, a finite number (no bool) or numeric string in [low, high], as a float; else `HatError`."""
+    plain = value.item() if getattr(value, "ndim", None) == 0 else value  # of numpy and torch
+    try:
+        number = float(plain) if isinstance(plain, Real | Decimal | str) and not isinstance(plain, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not (math.isfinite(number) and low <= number <= high):
+        expected = f"finite number of at least {low}" if high == math.inf else f"number in [{low}, {high}]"
+        raise HatError(f"{name} must be a {expected}, got {shown(value)}")
     return number
 
 
@@ -76,12 +90,12 @@ check_capacity = partial(check_fraction, "capacity", low=CAPACITY_MIN, high=CAPA
 check_exit_rate = partial(check_fraction, "exit rate", low=0.0, high=1.0)
 
 
-def check_count(name: str, value: object, low: int, high: int | None = None) -> int:
-    """``value``, a whole number of at least ``low`` and at most ``high``; else `HatError`."""
-    if not isinstance(value, int) or value < low or (high is not None and value > high):
-        most = "" if high is None else f", at most {high}"
-        raise HatError(f"{name} must be a whole number of at least {low}{most}, got {value!r}")
-    return value
+def check_count(name: str, value: object, low: int, high: int = 2**63 - 1) -> int:
+    """``value``, a whole number (no bool) of at least ``low`` and at most ``high``, as an int; else `HatError`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+        most = " and less than 2**63" if high == 2**63 - 1 else f", at most {high}"  # what an int64 holds
+        raise HatError(f"{name} must be a whole number of at least {low}{most}, got {shown(value)}")
+    return int(value)
 
 
 # Why a realised capacity differs from the requested one.
@@ -123,16 +137,20 @@ class HatConfig:
     """rank of the corrections for what is skipped; 0: constant vectors only; None: no corrections"""
 
     def __post_init__(self):
-        check_count("n_layers", self.n_layers, 1)
-        exits = tuple(self.exit_layers)
-        object.__setattr__(self, "exit_layers", exits)
-        if exits != tuple(sorted({e for e in exits if 1 <= e < self.n_layers})):
-            expected = f"distinct, rising and in 1..{self.n_layers - 1} for {self.n_layers} layers"
-            raise HatError(f"exit layers must be {expected}, got {list(exits)}")
-        object.__setattr__(self, "capacity", check_capacity(self.capacity))
-        object.__setattr__(self, "exit_rate", check_exit_rate(self.exit_rate))
+        layers = check_count("n_layers", self.n_layers, 1)
+        try:
+            exits = tuple(check_count("each of the exit layers", e, 1, layers - 1) for e in self.exit_layers)
+        except TypeError as error:
+            raise HatError(f"exit layers must be a list of depths, got {shown(self.exit_layers)}") from error
+        if exits != tuple(sorted(set(exits))):
+            raise HatError(f"exit layers must be distinct and rising, got {shown(list(exits))}")
+        found = {"n_layers": layers, "exit_layers": exits}
+        found |= {"capacity": check_capacity(self.capacity), "exit_rate": check_exit_rate(self.exit_rate)}
         for name in ("translator_rank", "protected_tokens", "correction_rank"):
-            check_count(name, getattr(self, name) or 0, 0)
+            if (value := getattr(self, name)) is not None or name != "correction_rank":
+                found[name] = check_count(name, value, 0)
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def default(cls, base, **changes) -> HatConfig:

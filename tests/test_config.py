@@ -3,9 +3,13 @@
 import json
 import math
 from dataclasses import asdict
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,27 +23,31 @@ from hat_lib.config import (
     check_capacity,
     check_count,
     check_exit_rate,
+    check_fraction,
     data_folder,
     scaled_exits,
 )
 
+NO_NUMBERS = [math.nan, math.inf, True, None, 1j, [0.5], np.array([0.5]), np.True_, 10**400, 10**5000, Decimal("1e999")]
+
 
 def test_fractions():
-    for value in (0.1, 1, 0.55, "0.75", " 1e-1 "):
+    for value in (0.1, 1, 0.55, "0.75", " 1e-1 ", np.float32(0.5), np.int64(1), Decimal("0.5"), torch.tensor(0.5)):
         assert check_capacity(value) == check_exit_rate(value) == float(value)
     assert check_exit_rate("0") == 0.0
-
-    for wrong in (-0.5, 1.0001, math.nan, "abc", "", "70%", None, [0.5]):
-        for check in (check_capacity, check_exit_rate):
-            with pytest.raises(HatError):
+    for wrong in (-0.5, 1.0001, "abc", "", "70%", "1" * 5000, *NO_NUMBERS):
+        for check in (check_capacity, check_exit_rate, partial(check_fraction, "lr", low=2, high=math.inf)):
+            with pytest.raises(HatError, match="^.{,150}$"):
                 check(wrong)
 
 
 def test_count():
-    assert check_count("steps", 1, 1) == 1 and check_count("steps", 5, 1, 5) == 5
-    for wrong in (0, 6, 2.0, "3", None):
-        with pytest.raises(HatError, match="steps"):
+    assert check_count("steps", 1, 1) == 1 and type(check_count("steps", np.int64(5), 1, 5)) is int
+    for wrong in (0, 6, 2.0, "3", *NO_NUMBERS):
+        with pytest.raises(HatError, match="^steps.{,150}$"):
             check_count("steps", wrong, 1, 5)
+    with pytest.raises(HatError, match="steps"):
+        check_count("steps", 2**63, 1)
 
 
 @given(st.integers(1, 200))
@@ -62,9 +70,9 @@ def test_default_and_published_shapes(tiny_base):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("exit_layers", e) for e in ((0,), (4, 22), (4, 4, 8), (8, 4))]
-    + [("capacity", 0.05), ("exit_rate", 2), ("n_layers", 0), ("translator_rank", -1)]
-    + [("protected_tokens", 1.5), ("correction_rank", -1)],
+    [("exit_layers", e) for e in ((0,), (4, 22), (4, 4, 8), (8, 4), (4.0,), (True,), "4", 4, None)]
+    + [("capacity", 0.05), ("exit_rate", 2), ("n_layers", 0), ("translator_rank", -1), ("translator_rank", None)]
+    + [("protected_tokens", 1.5), ("protected_tokens", 10**30), ("correction_rank", -1), ("correction_rank", False)],
 )
 def test_wrong_field(name, value):
     with pytest.raises(HatError, match=name.replace("_", ".")):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import tempfile
 import warnings
@@ -191,10 +192,10 @@ def _source(name: str) -> tuple[Path | str, dict]:
         if not folder.exists():
             _dequantise_bundled(folder)
         return folder, {}
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    path = Path(os.path.expanduser(name))
+    if path.suffix == ".gguf" and os.path.isfile(path):  # False for a name that cannot be a path, as below
         return path.parent, {"gguf_file": path.name}
-    if name and path.is_dir():
+    if name and os.path.isdir(path):
         return path, {}
     if HUB_ID.fullmatch(name):
         return name, {}

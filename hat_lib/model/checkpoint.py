@@ -1,9 +1,9 @@
 """A checkpoint: small weights beside a readable JSON file, as peft stores an adapter, and the base's fingerprint.
 
 A folder with `hat_config.json` (method config, base name and fingerprint, calibration tables, training summary, prices)
-and `hat_adapter.safetensors` (routers, gates and corrections, nothing else). Reading is strict: an unknown field, a
-table of the wrong shape or another adapter than the one that the JSON names raises one `HatError` that begins with the
-file. Fields that older versions did not write take their defaults.
+and `hat_adapter.safetensors` (routers, gates and corrections, nothing else; fp32, as every release wrote them). Reading
+is strict: an unknown field, a value of another type or beyond `largest`, or another adapter than the one that the JSON
+names raises one `HatError` that begins with the file. Fields that older versions did not write take their defaults.
 
 Writing takes three renames: the new adapter goes next to the old one, under its hash; then the JSON, which names that
 hash, is replaced; then the adapter moves to its proper name. Reading takes the file with the hash, so a process killed
@@ -18,7 +18,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -28,12 +28,17 @@ from torch import Tensor
 from hat_lib import __version__
 from hat_lib.backbone.base import BUNDLED, HUB_ID, Base, first_line
 from hat_lib.backbone.shapes import SHAPES
-from hat_lib.config import DATA, HatConfig, HatError
-from hat_lib.model.threshold_table import Calibration
+from hat_lib.config import DATA, HatConfig, HatError, check_count, shown
+from hat_lib.model.granularity import grain_named
+from hat_lib.model.threshold_table import ANY, Calibration
 
 CONFIG_FILE, ADAPTER_FILE, CARD_FILE = "hat_config.json", "hat_adapter.safetensors", "README.md"
 FORMAT_VERSION = 3
 """What this library writes, and the newest that it reads; one more for each new field."""
+
+# What JSON makes of a value -> the first words of the annotations of fields that may hold it; none for bool.
+JSON_TYPES = {str: ["str"], int: ["int", "float"], float: ["float"], type(None): ["None"], list: ["list", "tuple"]}
+JSON_TYPES[dict] = ["dict", "HatConfig", "Calibration"]
 
 BUNDLED_SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CARD = """\
@@ -83,8 +88,10 @@ class Checkpoint:
     def check_base(self, base: Base, folder: str | Path) -> None:
         """Raise `HatError` unless ``base`` is the one that this checkpoint, read from ``folder``, was made for."""
         if base.fingerprint != self.base_fingerprint:
-            made_for = f"{self.base} with fingerprint {self.base_fingerprint[:12]}"
+            made_for = f"{shown(self.base)} with fingerprint {self.base_fingerprint[:12]}"
             raise HatError(f"{folder} was made for {made_for}, {base.name} has {base.fingerprint[:12]}")
+        if self.config.n_layers != (layers := base.model.config.num_hidden_layers):
+            raise HatError(f"{folder}: config.n_layers is {self.config.n_layers}, {base.name} has {layers} layers")
 
 
 def is_hat_parameter(name: str) -> bool:
@@ -99,15 +106,15 @@ def find_checkpoint(name: str | Path) -> Path:
     Raises `HatError` if there is no such checkpoint, or it can't be fetched.
     """
     name = str(name)
-    folder, reference = Path(name).expanduser(), DATA / "checkpoints"
+    folder, reference = Path(os.path.expanduser(name)), DATA / "checkpoints"
     names = sorted(path.parent.name for path in reference.glob(f"*/{CONFIG_FILE}"))
     if name in names and not any((folder / file).exists() for file in (CONFIG_FILE, "run.json")):
         return reference / name
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False for a name that cannot be a path, too
         return folder
     if not HUB_ID.fullmatch(name):
         known = ", ".join(names)
-        raise HatError(f"no checkpoint {name!r}: expected a folder, owner/name on the Hub, or one of {known}")
+        raise HatError(f"no checkpoint {shown(name)}: expected a folder, owner/name on the Hub, or one of {known}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -119,32 +126,81 @@ def find_checkpoint(name: str | Path) -> Path:
 def read_checkpoint(name: str | Path) -> Checkpoint:
     """Read and check both files of a checkpoint, which is named as for `find_checkpoint`."""
     folder = find_checkpoint(name)
-    file = folder / CONFIG_FILE
-    if not file.is_file():
+    file, adapter = folder / CONFIG_FILE, folder / ADAPTER_FILE
+    if (text := _read(file)) is None:
         resume = f"; it holds an unfinished run: hat train --resume {folder}" if (folder / "run.json").exists() else ""
         raise HatError(f"{folder} is not a HAT checkpoint: {CONFIG_FILE} is missing{resume}")
     try:
-        meta = json.loads(file.read_bytes())
-        if meta.pop("format_version", 0) > FORMAT_VERSION:
-            raise HatError(f"written by hat_lib {meta['library_version']}, newer than {__version__}: upgrade hat_lib")
-        meta.pop("library_version", None)
-        meta.pop("sha256", None)  # of the other fields; written up to version 2
-        sha256 = meta.pop("adapter_sha256", None)
-        meta["config"] = HatConfig(**meta.get("config", {}))
-        meta["prices"] = [Price(**row) for row in meta.get("prices", [])]
-        if meta.get("calibration") is not None:
-            meta["calibration"] = Calibration(**meta["calibration"])
-            meta["calibration"].check(meta["config"])
-        found = Checkpoint(**meta)
+        found, sha256 = _parsed(json.loads(text))
     # What json, the dataclasses and their checks raise for a file that is not as expected.
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise HatError(f"{file}: {first_line(error)}") from error
-    pending = folder / f"{ADAPTER_FILE}.{sha256}"
-    adapter = pending if pending.is_file() else folder / ADAPTER_FILE
-    data = adapter.read_bytes() if adapter.is_file() else b""
-    if hashlib.sha256(data).hexdigest() != sha256:
+    if (data := _read(folder / f"{ADAPTER_FILE}.{sha256}")) is None:
+        data = _read(adapter)
+    if data is None or hashlib.sha256(data).hexdigest() != sha256:
         raise HatError(f"{adapter} is missing, or not the file that {CONFIG_FILE} was written with")
-    return replace(found, tensors=load(data))
+    try:
+        tensors = load(data)
+    except Exception as error:  # of its own, or a KeyError for a dtype that torch does not have
+        raise HatError(f"{adapter} cannot be read by safetensors: {first_line(error)}") from error
+    check_values(tensors, adapter)
+    # A model of this config is made before its shapes are compared: its size must not depend on a wrong number.
+    for key, end in (("translator_rank", ".reduce.weight"), ("correction_rank", ".down")):
+        rank, there = getattr(found.config, key), {t.shape[:1].numel() for n, t in tensors.items() if n.endswith(end)}
+        if there - {rank} or (rank or 0) > max(map(Tensor.numel, tensors.values()), default=0):
+            raise HatError(f"{file}: config.{key} is {rank}, not that of the tensors *{end} in {ADAPTER_FILE}")
+    return replace(found, tensors=tensors)
+
+
+def _parsed(meta: object) -> tuple[Checkpoint, str]:
+    """The checkpoint that a JSON file describes, still without tensors, and the hash of its adapter."""
+    if not isinstance(meta, dict):
+        raise HatError(f"expected a JSON object, got {shown(meta)}")
+    version, writer = meta.pop("format_version", 0), f"hat_lib {shown(meta.pop('library_version', None))}"
+    if check_count("format_version", version, 0) > FORMAT_VERSION:
+        raise HatError(f"format_version {version}, by {writer}, is newer than {__version__} reads: upgrade hat_lib")
+    meta.pop("sha256", None)  # of the other fields; written up to version 2
+    if not re.fullmatch("[0-9a-f]{64}", str(sha256 := meta.pop("adapter_sha256", None))):
+        raise HatError(f"adapter_sha256 must be 64 hexadecimal digits, got {shown(sha256)}")
+    _check_types(Checkpoint, "", meta)
+    try:
+        json.dumps(meta.get("training"), allow_nan=False)
+    except ValueError as error:
+        raise HatError(f"training: {error}") from error
+    meta["config"] = config = HatConfig(**_check_types(HatConfig, "config.", meta["config"]))
+    grain_named(config.granularity)
+    rows = enumerate(meta.get("prices", []))
+    meta["prices"] = [Price(**_check_types(Price, f"prices.{i}.", row)) for i, row in rows]
+    if (tables := meta.get("calibration")) is not None:
+        meta["calibration"] = tables = Calibration(**_check_types(Calibration, "calibration.", tables))
+        tables.check(config)
+        if config.exit_rate and not (config.exit_layers and tables.exit_rates):
+            raise HatError(f"config.exit_rate is {config.exit_rate}, without exit layers or their tables")
+    return Checkpoint(tensors={}, **meta), sha256
+
+
+def _check_types(kind: type, where: str, found: object) -> dict:
+    """``found``, if it is a JSON object whose values are of the types that the fields of ``kind`` declare."""
+    if not isinstance(found, dict):
+        raise HatError(f"{where[:-1]} must be a JSON object, got {shown(found)}")
+    for declared in fields(kind):
+        key, value = declared.name, found.get(declared.name)
+        allowed = re.sub(r"\[.*\]", "", declared.type).split(" | ")
+        if key not in found and declared.default is MISSING is declared.default_factory:
+            raise HatError(f"{where}{key} is missing")
+        if key in found and set(JSON_TYPES.get(type(value), ())).isdisjoint(allowed):
+            raise HatError(f"{where}{key} must be {declared.type}, got {shown(value)}")
+        if isinstance(value, int | float) and not abs(value) <= ANY:  # nan, too
+            raise HatError(f"{where}{key} must be a number in [-{ANY}, {ANY}], got {shown(value)}")
+    return found
+
+
+def _read(file: Path) -> bytes | None:
+    """What a file holds; None if there is none."""
+    try:
+        return file.read_bytes() if file.is_file() else None
+    except OSError as error:
+        raise HatError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], folder: str | Path) -> None:
@@ -155,21 +211,45 @@ def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], folder:
             raise HatError(f"{Path(folder, ADAPTER_FILE)}: {name!r} has shape {got}, expected {wanted}")
 
 
+def largest(name: str) -> float:
+    """Largest magnitude of a trained value that is read or written, far beyond any that training reaches (0.8 and 90 in
+    data/checkpoints): with it, what fp32 computes stays finite. Log scales are exponentiated; routers only score, and a
+    large score is clipped or compared; gates and corrections change the hidden state, by products of two of them."""
+    return 30.0 if name.endswith("log_scale") else 1e20 if name.startswith("routers.") else 100.0
+
+
+def check_values(tensors: dict[str, Tensor], file: Path) -> None:
+    """Raise `HatError` unless the tensors of ``file`` are fp32 and no value is beyond `largest` (nor nan)."""
+    for name, tensor in tensors.items():
+        limit = largest(name)
+        if tensor.dtype != torch.float32:
+            raise HatError(f"{file}: {shown(name)} is {tensor.dtype}, expected torch.float32")
+        if len(beyond := tensor[~(tensor.abs() <= limit)]):
+            raise HatError(f"{file}: {shown(name)} must be numbers in [-{limit:g}, {limit:g}], got {beyond[0]:g}")
+
+
 def write_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
-    """Write both files; returns the folder. Raises `HatError` if it can't be written."""
+    """Write both files; returns the folder. Raises `HatError`, and leaves what is there, if it can't be written or read
+    again."""
     folder = Path(folder).expanduser()
     # Copied: safetensors refuses tensors that share memory.
     tensors = {k: v.detach().to("cpu", torch.float32, copy=True).contiguous() for k, v in checkpoint.tensors.items()}
+    check_values(tensors, folder / ADAPTER_FILE)
     adapter = save(tensors)
     sha256 = hashlib.sha256(adapter).hexdigest()
-    meta = asdict(replace(checkpoint, tensors={})) | {"adapter_sha256": sha256, "library_version": __version__}
-    meta["format_version"] = FORMAT_VERSION
-    del meta["tensors"]
     pending = folder / f"{ADAPTER_FILE}.{sha256}"  # it waits for the JSON that names it
+    try:
+        meta = asdict(replace(checkpoint, tensors={})) | {"adapter_sha256": sha256, "library_version": __version__}
+        meta["format_version"] = FORMAT_VERSION
+        del meta["tensors"]
+        text = _readable(meta)
+        _parsed(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise HatError(f"cannot write a checkpoint to {folder}: {first_line(error)}") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _replace(pending, adapter)
-        _replace(folder / CONFIG_FILE, _readable(meta).encode())
+        _replace(folder / CONFIG_FILE, text.encode())
         os.replace(pending, folder / ADAPTER_FILE)
         for left in folder.glob(f"{ADAPTER_FILE}.{'?' * 64}*"):  # by a process that was killed
             left.unlink()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
@@ -215,6 +216,8 @@ class Modes:
         if mode.capacity < 1.0 and self.grain.warning:
             warnings.warn(f"{self.grain.name} grain at capacity {value}: {self.grain.warning}", stacklevel=3)
         self._context.mode = self._decided(mode, self.calibration)
+        if self.calibration is not None:
+            _warn_below("capacity", mode.capacity, self.calibration.capacities)
 
     @property
     def exit_rate(self) -> float:
@@ -225,6 +228,8 @@ class Modes:
     def exit_rate(self, value: float) -> None:
         mode = replace(self._context.mode, exit_rate=check_exit_rate(value))
         self._context.mode = self._decided(mode, self.calibration)
+        if mode.exit_rate > 0:
+            _warn_below("exit rate", mode.exit_rate, chain.from_iterable(self.calibration.exit_rates))
 
     def _decided(self, mode: Mode, calibration: Calibration | None) -> Mode:
         """``mode`` with the method's own decisions at its capacity and exit rate; raises if there are none."""
@@ -337,3 +342,9 @@ class Modes:
         states: list[TokenState] = []
         with self.changed(states=(*self._context.mode.states, states)):
             yield states
+
+
+def _warn_below(what: str, value: float, measured: Iterable[float]) -> None:
+    if value < (lowest := min((m for m in measured if m > 0), default=0.0)):
+        text = f"{what} {value:g} is below the lowest measured one, {lowest:g}, whose thresholds are used"
+        warnings.warn(text, stacklevel=4)

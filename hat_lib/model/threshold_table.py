@@ -12,25 +12,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate
+from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate, shown
 from hat_lib.model.granularity import grain_named
 
 HEAD_TABLES = ("head_thresholds", "head_margins", "head_shares")
 EXIT_TABLES = ("exit_capacities", "exit_rates", "exit_scores")
 OPTIONAL = ("sensitivity", *HEAD_TABLES, *EXIT_TABLES)
+ANY = 1e30
+"""Bound of a threshold, either way: beyond every score, and a finite number in fp32."""
 # Axes, range and order along the last axis (1 rising, -1 falling, 0 any) of each table. L layers, S sites and E exits
 # are the config's; C, K and R are set by the first table that has them.
 TABLES = {
     "capacities": ("C", 0, 1, 1),
-    "thresholds": ("LSC", -np.inf, np.inf, -1),
+    "thresholds": ("LSC", -ANY, ANY, -1),
     "shares": ("LSC", 0, 1, 0),
     "sensitivity": ("C", 0, 1, 1),
-    "head_thresholds": ("C", 0, np.inf, -1),
-    "head_margins": ("C", 0, np.inf, 1),
+    "head_thresholds": ("C", 0, ANY, -1),
+    "head_margins": ("C", 0, ANY, 1),
     "head_shares": ("C", 0, 2, 0),
     "exit_capacities": ("K", 0, 1, 1),
     "exit_rates": ("KR", 0, 1, 1),
-    "exit_scores": ("KRE", -np.inf, np.inf, 0),
+    "exit_scores": ("KRE", -ANY, ANY, 0),
 }
 
 
@@ -69,7 +71,7 @@ class Calibration:
         """Raise `HatError`, naming the table, unless these are valid for a model of this shape."""
         sites = list(grain_named(config.granularity).sites)
         if self.sites != sites:
-            raise HatError(f"calibration.sites must be {sites}, got {self.sites}")
+            raise HatError(f"calibration.sites must be {sites}, got {shown(self.sites)}")
         for names in (HEAD_TABLES, EXIT_TABLES):
             if len({getattr(self, name) is None for name in names}) > 1:
                 raise HatError(f"calibration.{names[0]}, {names[1]} and {names[2]} must be all null or all lists")
@@ -79,17 +81,19 @@ class Calibration:
             if values is None and name in OPTIONAL:
                 continue
             try:
-                table = np.array(values)
+                table = np.array(values, dtype=object)
             except ValueError:  # rows of different lengths
                 table = np.array(None)
-            if table.ndim != len(axes) or table.dtype.kind not in "fi":
+            kinds = set(map(type, table.flat))
+            if table.ndim != len(axes) or bool in kinds or not all(issubclass(kind, float | int) for kind in kinds):
                 raise HatError(f"calibration.{name} must be numbers in lists nested {len(axes)} deep, alike in length")
             shape = tuple(sizes.setdefault(axis, max(size, 1)) for axis, size in zip(axes, table.shape, strict=True))
             if table.shape != shape:
                 raise HatError(f"calibration.{name} must have the shape {shape}, got {table.shape}")
-            if not ((table >= low) & (table <= high)).all() or (order * np.diff(table) < 0).any():
-                direction = ("falling ", "", "rising ")[order + 1]
-                raise HatError(f"calibration.{name} must be {direction}numbers in [{low}, {high}]")
+            outside = [value for value in table.flat if not low <= value <= high]  # nan is, too
+            if outside or (order * np.diff(table) < 0).any():
+                direction, got = ("falling ", "", "rising ")[order + 1], shown(outside[0] if outside else values)
+                raise HatError(f"calibration.{name} must be {direction}numbers in [{low}, {high}], got {got}")
         if self.capacities[-1] != 1:
             raise HatError(f"calibration.capacities must end at 1, got {self.capacities[-1]}")
 
@@ -112,6 +116,7 @@ class Calibration:
         Below the lowest measured capacity, that one's thresholds are used. With a table of its strengths, each layer
         also has that of token sensitivity, at "token".
         """
+        capacity = check_capacity(capacity)
         table = self._at(self.thresholds, capacity)
         if capacity == 1:
             table = np.full_like(table, -np.inf)
@@ -122,12 +127,12 @@ class Calibration:
 
     def head_at(self, capacity: float) -> tuple[float, float, float] | None:
         """Threshold, margin and expected share of the head; None at capacity 1, and if it is read in full."""
-        if capacity == 1 or self.head_thresholds is None:
+        if check_capacity(capacity) == 1 or self.head_thresholds is None:
             return None
         return tuple(float(self._at(getattr(self, name), capacity)) for name in HEAD_TABLES)
 
     def _at(self, table: list, capacity: float) -> np.ndarray:
-        values, capacity = np.asarray(table), check_capacity(capacity)
+        values, capacity = np.asarray(table, float), check_capacity(capacity)
         after = min(int(np.searchsorted(self.capacities, capacity)), len(self.capacities) - 1)
         before = max(after - 1, 0)
         low, high = self.capacities[before], self.capacities[after]
@@ -137,16 +142,18 @@ class Calibration:
     def exit_thresholds(self, exit_rate: float, capacity: float) -> list[float]:
         """One gate threshold per exit, interpolated between rates, then between capacities; +inf at rate 0.
 
-        Beyond the measured rates and capacities, the nearest one is used.
+        Beyond the measured rates and capacities, the nearest one is used; rate 0 is no measured one, so the lowest rate
+        is that of any below it.
         """
-        rate = check_exit_rate(exit_rate)
+        rate, capacity = check_exit_rate(exit_rate), check_capacity(capacity)
         if self.exit_rates is None:
             raise HatError("this calibration has no exit thresholds: train the exit gates first")
-        scores = np.array(self.exit_scores)  # [K, R, E]
+        scores = np.array(self.exit_scores, float)  # [K, R, E]
         if rate == 0:
             return [float("inf")] * scores.shape[2]
-        there = [
-            [np.interp(rate, rates, column) for column in at.T]
-            for rates, at in zip(self.exit_rates, scores, strict=True)
-        ]
+        there = []
+        for rates, at in zip(self.exit_rates, scores, strict=True):
+            # What tables begin with, rate 0, is off: halfway to it, still nobody would leave.
+            first = int(rates[0] == 0 and len(rates) > 1)
+            there.append([np.interp(rate, rates[first:], column[first:]) for column in at.T])
         return [float(np.interp(capacity, self.exit_capacities, column)) for column in np.array(there).T]

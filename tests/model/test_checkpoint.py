@@ -6,7 +6,12 @@ exit layers ``[1, T]``. No score of that text is within 0.5 % of its threshold.
 """
 
 import copy
+import hashlib
 import json
+import math
+import pickle
+import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +20,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tiny_runs import GRAINS, tiny, untrained
 
 from hat_lib.backbone.base import exact_hash
@@ -28,6 +33,7 @@ from hat_lib.model.checkpoint import (
     Price,
     find_checkpoint,
     is_hat_parameter,
+    largest,
     push_to_hub,
     read_checkpoint,
     write_checkpoint,
@@ -35,7 +41,7 @@ from hat_lib.model.checkpoint import (
 )
 from hat_lib.model.transformer import HierarchicalTransformer
 
-pytestmark = pytest.mark.filterwarnings("ignore:token grain")
+pytestmark = pytest.mark.filterwarnings("ignore:token grain|.*below the lowest measured")
 
 OLD = Path(__file__).with_name("version_0")
 FILES = (ADAPTER_FILE, CONFIG_FILE)
@@ -63,7 +69,7 @@ def folder(tmp_path):
 def change(folder, path, value):
     """Set ``meta[a][b]...`` in the JSON for the path "a.b...", or delete it for ``...``."""
     meta = json.loads((folder / CONFIG_FILE).read_text())
-    *parents, last = path.split(".")
+    *parents, last = (int(key) if key.isdigit() else key for key in path.split("."))
     place = meta
     for key in parents:
         place = place[key]
@@ -90,6 +96,9 @@ def test_version_0_decides_as_it_did(grain, base, tmp_path):
     assert torch.equal((hat.trace.site_share * ran).float(), expected["site_share"] * ran)
     assert (found[0, -3:] - expected["logits"]).abs().max() < 1e-4
     hat.save_pretrained(tmp_path / "new")
+    for name in ("capacity", "exit_rate"):
+        with pytest.warns(match="below the lowest measured"):
+            setattr(hat, name, 0.2)
     hat.unload()
     assert (tmp_path / "new" / ADAPTER_FILE).read_bytes() == (OLD / grain / ADAPTER_FILE).read_bytes()
 
@@ -107,7 +116,8 @@ def test_reference_checkpoints_by_name(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("nowhere", "calibrated_token, default"), ("./no/where", "default"), ("owner/no-such", "can't be fetched")],
+    [(name, "calibrated_token, default") for name in ("nowhere", "./no/where", "~no/where", "x" * 5000, "a\0b")]
+    + [("owner/no-such", "can't be fetched")],
 )
 def test_unknown_names(name, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -144,66 +154,119 @@ def test_prices(folder, base, tmp_path):
     written = (folder / CONFIG_FILE).stat().st_mtime_ns
     write_prices(folder, PRICES[:1])  # they did not change, so nothing is written
     assert (folder / CONFIG_FILE).stat().st_mtime_ns == written
-
-
-def test_base_by_the_name_in_the_checkpoint(folder):
     assert HierarchicalTransformer.from_pretrained(folder, dtype="bf16").base.name == "random:tiny"
 
 
-def other_tensors(**changes):
-    def damage(folder):
-        found = read_checkpoint(folder)
-        tensors = {name: tensor for name, tensor in (found.tensors | changes).items() if tensor is not None}
-        write_checkpoint(folder, replace(found, tensors=tensors))
-
-    return damage
-
-
-def other_json(path, value):
-    return lambda folder: change(folder, path, value)
-
-
-def other_text(text):
-    return lambda folder: (folder / CONFIG_FILE).write_bytes(text)
+def refusal(folder, base):
+    """Why a checkpoint is refused, in one short line that begins with the file; "" if its logits are finite."""
+    try:
+        hat = HierarchicalTransformer.from_pretrained(folder, base)
+    except HatError as error:
+        line = str(error).removeprefix(str(folder))
+        assert len(line) < min(len(str(error)), 400) and "\n" not in line
+        return line
+    with torch.inference_mode():
+        assert hat.lm(torch.arange(40)[None]).logits.isfinite().all()
+    hat.unload()
+    return ""
 
 
-def no_config(folder):
-    (folder / CONFIG_FILE).unlink()
-    (folder / "run.json").write_text("{}")
+def damage(folder, place, value):
+    """Another value in the JSON, or another file: bytes or tensors, with the right hash, or a link."""
+    file, found = folder / place, value
+    if place not in FILES:
+        return change(folder, place, value)
+    if isinstance(value, dict):
+        found = save({name: tensor for name, tensor in (load_file(file) | value).items() if tensor is not None})
+    file.rename(folder / "run.json")
+    if isinstance(found, bytes):
+        file.write_bytes(found)
+        if place == ADAPTER_FILE:
+            change(folder, "adapter_sha256", hashlib.sha256(found).hexdigest())
+    elif found:
+        file.symlink_to(found)
 
 
-def changed_adapter(folder):
-    save_file(read_checkpoint(folder).tensors | {KEY: torch.ones(64)}, folder / ADAPTER_FILE)
+WHOLE = (OLD / "channel" / ADAPTER_FILE).read_bytes()
+TYPES = torch.float64, torch.float16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.complex64
+WRONG = [None, torch.zeros(65), *(torch.zeros(64, dtype=dtype) for dtype in TYPES)]
+WRONG += [torch.full([64], value) for value in (math.nan, math.inf, -1e38, 31.0)]
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("changes", "words"),
     [
-        (lambda folder: (folder / ADAPTER_FILE).unlink(), ADAPTER_FILE),
-        (no_config, "hat train --resume"),
-        (changed_adapter, ADAPTER_FILE),
-        (other_tensors(**{KEY: None}), KEY),
-        (other_tensors(**{"routers.9_qkv.log_scale": torch.zeros(64)}), "9_qkv"),
-        (other_tensors(**{KEY: torch.zeros(65)}), KEY),
-        (other_text(b""), CONFIG_FILE),
-        (other_text(b"[]"), CONFIG_FILE),
-        (other_json("format_version", FORMAT_VERSION + 1), "upgrade hat_lib"),
-        (other_json("surprise", 1), "surprise"),
-        (other_json("base_fingerprint", "f" * 64), "ffffffffffff"),
-        (other_json("config", []), CONFIG_FILE),
-        (other_json("config.n_layers", ...), "n_layers"),
-        (other_json("config.capacity", 7), "capacity must be"),
-        (other_json("prices", [{"text": "news"}]), "capacity"),
-        (other_json("config.n_layers", 5), "calibration.thresholds"),
-        (other_json("calibration.shares", "0.5"), "calibration.shares"),
-        (other_json("calibration.exit_rates", [[0.5, 0.1]]), "calibration.exit_rates"),
+        # These links are to a folder, and to a file that cannot be read.
+        *(({name: found}, name) for name in FILES for found in (None, b"", "/", "/proc/self/mem")),
+        *(({ADAPTER_FILE: found}, ADAPTER_FILE) for found in (WHOLE[:-1], pickle.dumps({KEY: 1}))),
+        *(({ADAPTER_FILE: {KEY: tensor}}, KEY) for tensor in WRONG),
+        ({ADAPTER_FILE: {"routers.9_qkv.log_scale": torch.zeros(64)}}, "9_qkv"),
+        ({CONFIG_FILE: None}, "hat train --resume"),
+        ({CONFIG_FILE: b"[]"}, CONFIG_FILE),
+        ({CONFIG_FILE: b"[" * 100_000}, CONFIG_FILE),
+        ({"adapter_sha256": "0" * 64}, ADAPTER_FILE),
+        ({"format_version": FORMAT_VERSION + 1, "library_version": ...}, "upgrade hat_lib"),
+        ({"surprise": 1}, "surprise"),
+        ({"tensors": {}}, "tensors"),
+        ({"base_fingerprint": "f" * 64}, "ffffffffffff"),
+        ({"config.n_layers": ...}, "n_layers"),
+        ({"config.n_layers": 5, "calibration": None}, "n_layers"),
+        ({"config.translator_rank": 10**9}, "translator_rank"),
+        ({"config.correction_rank": 10**9}, "correction_rank"),
+        ({"prices.0": {"text": "news"}}, "capacity"),
     ],
 )
-def test_refused(folder, base, damage, words):
-    damage(folder)
-    with pytest.raises(HatError) as caught:
-        HierarchicalTransformer.from_pretrained(folder, base)
-    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in (str(folder), words))
+def test_refused(folder, base, changes, words):
+    for place, value in changes.items():
+        damage(folder, place, value)
+    assert words in refusal(folder, base)
+
+
+def places(meta, path=""):
+    """The path of every field, and of the first element of every list."""
+    for key, value in meta.items() if isinstance(meta, dict) else enumerate(meta[:1]):
+        yield f"{path}{key}"
+        if isinstance(value, dict | list):
+            yield from places(value, f"{path}{key}.")
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, -0.5, 10**30, math.nan, math.inf, "x" * 5000, [], {}], ids=lambda v: f"{v}"[:9]
+)
+def test_another_value_is_refused_by_name_or_harmless(folder, base, value):
+    text = (folder / CONFIG_FILE).read_text()
+    for path in places(json.loads(text)):
+        change(folder, path, value)
+        line, words = refusal(folder, base), [word for word in re.split(r"[._]", path) if not word.isdigit()]
+        free = value is not True or words[0] in ("training", "library")  # these hold what they like
+        assert any(word in line for word in words) if line else free, path
+        (folder / CONFIG_FILE).write_text(text)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_bytes_are_refused_or_harmless(folder, base, name):
+    draw, whole = random.Random(0), (folder / name).read_bytes()
+    for _ in range(40):
+        data = bytearray(whole)
+        for _ in range(draw.choice([1, 8])):
+            data[int(len(data) * draw.random() ** 4)] = draw.randrange(256)  # mostly in the header
+        damage(folder, name, bytes(data))
+        refusal(folder, base)
+
+
+@pytest.mark.parametrize("sign", [torch.ones_like, torch.sign])
+def test_the_largest_values_give_finite_logits(folder, base, sign):
+    found = read_checkpoint(folder)
+    write_checkpoint(folder, replace(found, tensors={n: largest(n) * sign(t) for n, t in found.tensors.items()}))
+    assert refusal(folder, base) == ""
+
+
+def test_what_could_not_be_read_is_not_written(folder):
+    found, before = read_checkpoint(folder), [(folder / name).read_bytes() for name in FILES]
+    for wrong in ({"tensors": {KEY: torch.full([64], math.nan)}}, {"training": {"loss": math.nan}}):
+        with pytest.raises(HatError, match=str(folder)):
+            write_checkpoint(folder, replace(found, **wrong))
+    assert [(folder / name).read_bytes() for name in FILES] == before and len(list(folder.iterdir())) == 2
 
 
 # The Hugging Face Hub

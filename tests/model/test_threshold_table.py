@@ -46,8 +46,9 @@ def test_exit_thresholds():
     assert c.exit_thresholds(0.0, 0.5) == [np.inf, np.inf]
     assert c.exit_thresholds(0.5, 0.1) == c.exit_thresholds(0.5, 0.5) == [1.0, 0.0]  # the nearest measured capacity
     assert c.exit_thresholds(0.75, 0.5) == [-2.0, -3.0]
-    assert c.exit_thresholds(0.25, 0.5) == [5.0, 4.0] and c.exit_thresholds(0.25, 1.0) == [0.0, -1.0]
-    assert c.exit_thresholds(0.25, 0.75) == [2.5, 1.5]
+    assert c.exit_thresholds(0.625, 0.75) == [-1.5, -2.5]
+    # Nor is rate 0 a measured one: between it and the lowest, nobody would leave.
+    assert c.exit_thresholds(1e-9, 0.5) == c.exit_thresholds(0.4, 0.5) == [1.0, 0.0]
     for capacity in (0.1, 0.6, 0.9, 1.0):  # a token that leaves at a rate also leaves at a higher one
         rising = [c.exit_thresholds(rate, capacity) for rate in np.linspace(0, 1, 33)]
         assert (np.diff(rising, axis=0) <= 0).all()
@@ -68,6 +69,9 @@ GOOD = {
     [
         {"sites": ["qkv"]},
         {"shares": [[[0.1, 1.5, 1.0]] * 4] * 2},
+        {"shares": [[[0.1, True, 1.0]] * 4] * 2},
+        {"thresholds": [[[np.inf, 2.0, -np.inf]] * 4] * 2},
+        {"capacities": [np.nan, 0.5, 1.0]},
         {"thresholds": [[[1.0, 2.0, 0.0]] * 4] * 2},
         {"thresholds": [[[1.0, 0.0]] * 4] * 2},
         {"capacities": [0.2, 0.5, 0.9]},
