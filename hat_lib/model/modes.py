@@ -162,6 +162,11 @@ class Modes:
         mode = replace(self._context.mode, exit_rate=check_exit_rate(value))
         self._context.mode = self._decided(mode, self.calibration)
 
+    @property
+    def controlled(self) -> bool:
+        """Whether `using` or `force` decides in place of the method."""
+        return self._context.mode.control is not None or self._context.mode.exit_control is not None
+
     def _decided(self, mode: Mode, calibration: Calibration | None) -> Mode:
         """``mode`` with the method's own decisions at its capacity and exit rate; raises if there are none."""
         self._check_loaded()

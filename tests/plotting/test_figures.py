@@ -19,8 +19,8 @@ SKIPPED_FFN = pd.DataFrame({"layer": [1, 2, 3], "ratio": [1.1, 2.5, 0.99], "low"
 GRAIN_FRONTIER = pd.DataFrame({"method": ["x", "x", "y"], "work": [0.9, 0.6, 0.7], "increase": [-0.004, 0.06, 40.0]})
 GRAIN_FRONTIER = GRAIN_FRONTIER.assign(low=[-0.01, 0.03, 30.0], high=[0.002, 0.1, 60.0])
 SWEEP = pd.DataFrame(
-    [(0.4, 0.42, 0.3, 0.2, 0.4, 0.8), (0.9, 0.88, 0.01, np.nan, np.nan, 0.9)],
-    columns=["capacity", "realised", *style.COST, "top1"],
+    [("method", 0.4, 0.42, 0.3, 0.2, 0.4, 0.8), ("mine", np.nan, 0.88, 0.01, np.nan, np.nan, 0.9)],
+    columns=["decides", "capacity", "realised", *style.COST, "top1"],
 )
 EXITS = pd.DataFrame({"exit_rate": [0.1, 0.1, 0.3], "layers": [22, 30, 16], "share": [0.1, 0.9, 0.1]})
 SENSITIVITY = pd.DataFrame({"first": [0, 0, 2, 2], "last": [1, 1, 3, 3], "forecast": [0.5, 2.0, 0.4, 3.0]})
