@@ -2,7 +2,8 @@
 
 A router is only worth something if it beats these at equal realised work. Each control is a family of policies with one
 dial, which `matched` turns until the realised capacity on a text is the requested one. A policy runs by
-``with hat.using(policy):``, so it differs from the method only in its decisions. `CONTROLS` holds the families;
+``with hat.using(policy):``, so it differs from the method only in its decisions. `CONTROLS` makes the families, from a
+text; if that text is scored, they have seen it before (all but random ones), and `layer_removal` even its predictions.
 `checkpoint_family` is the method with another checkpoint; `RandomExits` is the control for the gates.
 """
 
@@ -235,7 +236,7 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
 
     ShortGPT (Men et al. 2024, arXiv:2403.03853) removes the layers of least Block Influence, 1 - mean cos(stream
     before, stream after); FFN-SkipLLM (Jaiswal et al. 2024, arXiv:2404.03865) skips a token's next FFNs once its
-    cosine is high. This combines the two: a line fitted on held-out text predicts the cosine across layer l from the
+    cosine is high. This combines the two: a line fitted on ``blocks`` predicts the cosine across layer l from the
     cosine across layer l - 1 or, if that layer did not run, from the one predicted for it (a skipped layer's own cosine
     is 1, after which no token would run again). One threshold serves all layers.
 

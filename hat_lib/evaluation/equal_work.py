@@ -2,12 +2,13 @@
 
 One row for each grain, text, capacity and variant: perplexity over the base's, agreement with it, and the margin to
 the trained model on the same tokens. A control is tuned until its share of the whole model's work, on the very text
-that is scored, is within `EQUAL` of the trained model's; only its work is looked at, never its predictions. No control
-has corrections, so it may skip less by what they cost; ``uncorrected`` is the trained model without its own, at equal
-work, so that what is left of a margin is the choice alone; ``fine_tuned`` has them at full strength with nothing
-skipped: what training does to the base. All of them keep the head's shortlist, which costs more the less sure a model
-is. Exits have two controls: as many at random, and ``no_exits``, the trained model at a capacity that does the same
-work without any.
+that is scored, is within `EQUAL` of the trained model's; only its work is looked at for that, never its predictions.
+What ``static``, ``cosine`` and ``removal`` are made of comes from a sample of that same text (the order of removal from
+predictions on it), which favours them. No control has corrections, so it may skip less by what they cost;
+``uncorrected`` is the trained model without its own, at equal work, so that what is left of a margin is the choice
+alone; ``fine_tuned`` has them at full strength with nothing skipped: what training does to the base. All of them keep
+the head's shortlist, which costs more the less sure a model is. Exits have two controls: as many at random, and
+``no_exits``, the trained model at a capacity that does the same work without any.
 """
 
 from __future__ import annotations

@@ -5,13 +5,14 @@ YAML files, and the scores are its own. This module adds the work they cost.
 
 Within rounding, no score depends on the batch. The harness pads log-likelihood requests on the right, where nothing
 reaches a real token, and those pads leave the count of work too. Prompts to be continued are padded on the left, with a
-mask; a sequence that has ended continues with pads until the longest in its batch has ended, and those count as tokens.
+mask; a sequence that has ended goes on until the longest in its batch has ended, and what it runs there does not count.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import datasets
 
 from hat_lib.backbone.base import first_line
 from hat_lib.config import DATA, HatError
+from hat_lib.inference.self_speculative import stop_tokens
 from hat_lib.model.cost import WorkTally
 from hat_lib.model.token_state import TokenState
 from hat_lib.model.transformer import HierarchicalTransformer
@@ -108,6 +110,8 @@ def counting_lm(hat: HierarchicalTransformer, batch_size: int):
     """The harness's `HFLM` on ``hat.lm``, which adds up the work of its forwards in ``spent``."""
     from lm_eval.models.huggingface import HFLM
 
+    ends = set(stop_tokens(hat))
+
     class CountingLM(HFLM):
         def _model_call(self, inps, *args, **options):
             self._rows_seen = 0
@@ -122,11 +126,25 @@ def counting_lm(hat: HierarchicalTransformer, batch_size: int):
                 self.spent.add(state)
             return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
 
-        def _model_generate(self, *args, **options):
+        def _model_generate(self, context, max_length, stop, **options):
             with hat.collect() as states:
-                out = super()._model_generate(*args, **options)
-            self.spent.add(TokenState.cat(states))
+                out = super()._model_generate(context, max_length, stop, **options)
+            if {state.batch for state in states} == {len(out)}:  # else there are beams, and all of them count
+                states, length = [TokenState.cat(states)], context.shape[1]
+                for real, ids in zip(states[0].real, out[:, length:].tolist(), strict=True):
+                    real[length + self._end(ids, stop) :] = False
+            for state in states:
+                self.spent.add(state)
             return out
+
+        def _end(self, ids, stop):
+            """The place of the token that ends a text, which needs no step of its own; else the number of tokens."""
+
+            def ended(last):
+                text = self.tokenizer.decode(ids[: last + 1])
+                return not ends.isdisjoint(ids[: last + 1]) or any(sequence in text for sequence in stop)
+
+            return bisect_left(range(len(ids)), True, key=ended)
 
     logging.disable(logging.WARNING)  # it warns each time that it was given a model and not a name
     try:

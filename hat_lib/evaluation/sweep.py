@@ -1,12 +1,15 @@
 """What each capacity costs on a text: ``sweep(hat, "addresses", capacities=(0.5, 0.75))``.
 
-The base is run once for all capacities, and every difference from it is paired: same tokens, same blocks. For controls
-at equal work, several grains and stored results, see ``hat sweep``.
+The base is run once for all capacities, and every difference from it is paired: same tokens, same blocks. A policy of
+your own is measured beside random decisions at its work: ``sweep(hat, "addresses", policies={"mine": policy})``. For
+the other controls, several grains and stored results, see ``hat sweep``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
@@ -14,14 +17,21 @@ from pathlib import Path
 
 import pandas as pd
 
-from hat_lib.config import WHY, check_capacity
+from hat_lib.calibration.quantiles import block_tensors
+from hat_lib.config import CAPACITY_MIN, WHY, HatError, check_capacity
+from hat_lib.evaluation.controls import CONTROLS, matched, realised_capacity
 from hat_lib.evaluation.intervals import FEWEST, NONE
 from hat_lib.evaluation.perplexity import compare, score_each
+from hat_lib.model.modes import combined
+from hat_lib.model.policies import Policy
 from hat_lib.model.transformer import HierarchicalTransformer
 from hat_lib.text.blocks import default_split, first_ids, load_text, names_file
 from hat_lib.text.plain import check_whole
 
 CAPACITIES = (0.4, 0.55, 0.7, 0.9)
+METHOD = "method"
+Setting = tuple[str, float, Callable]
+"""what decides, the capacity that is asked for, and the context"""
 
 
 @dataclass(frozen=True)
@@ -29,10 +39,11 @@ class Sweep:
     """Capacities on one text. A notebook shows the table; `hat_lib.plotting.frontier.sweep` draws it."""
 
     frame: pd.DataFrame = field(repr=False)
-    """a row per capacity: ``capacity`` (requested), ``realised``, ``exit_rate`` (realised), ``model_share`` (all work,
-    head and routers included, / the base's), ``perplexity``, ``increase`` (over the base's, less 1),
-    ``increase_low``, ``increase_high`` (95 % paired bootstrap interval; nan below six blocks), ``kl`` (base ||
-    adaptive, nats per token), ``top1`` (share of tokens for which both have the same most likely next token)"""
+    """a row per capacity and policy: ``decides`` (what decides), ``capacity`` (requested; nan for a policy of your
+    own), ``realised``, ``exit_rate`` (realised), ``model_share`` (all work, head and routers included, / the base's),
+    ``perplexity``, ``increase`` (over the base's, less 1), ``increase_low``, ``increase_high`` (95 % paired bootstrap
+    interval; nan below six blocks), ``kl`` (base || adaptive, nats per token), ``top1`` (share of tokens for which both
+    have the same most likely next token)"""
     heading: str
     """base, text, and how much of it was measured"""
 
@@ -50,6 +61,7 @@ def sweep(
     text: str | Path | Sequence = "addresses",
     capacities: float | Sequence[float] = CAPACITIES,
     *,
+    policies: Mapping[str, Policy] | None = None,
     exit_rate: float | None = None,
     split: str | None = None,
     max_tokens: int | None = 4000,
@@ -62,30 +74,70 @@ def sweep(
     Args:
         text: a name as for `load_text` (a corpus, a file, a Hub dataset), a text itself (two words or more that are not
             a file's name), or a list of texts, of blocks of token ids or of rows of `load_text`.
+        policies: decisions of your own, by name. Each decides alone: no exits, no corrections, the head in full. After
+            it come ``random at NAME`` and, if ``hat`` is calibrated, ``method at NAME``: random decisions and the
+            method's own, just as alone, at the work of this policy on this text.
         exit_rate: requested at each capacity; None means what ``hat`` is set to.
         split: if ``text`` is a name; see `load_text`. None: see `default_split`.
         max_tokens, block_size: how much of a text to measure, in blocks of how many tokens; given blocks are measured
             as they are.
 
-    Raises `HatError` for a bad argument, before anything is run.
+    Raises `HatError` for a bad argument, before anything is run, and inside ``hat.using(...)``, where the policy
+    decides whatever the capacity. Warns where nothing else can do the work of a policy.
     """
+    if hat.controlled:
+        raise HatError("inside hat.using(...) no capacity is realised: leave it, and pass policies={name: policy}")
+    policies = _checked({} if policies is None else policies)
     capacities = [check_capacity(c) for c in (capacities if isinstance(capacities, Iterable) else [capacities])]
-    settings = [partial(hat.at, c, exit_rate) for c in capacities]
-    for setting in settings:  # so that an invalid one is reported before anything is measured
+    settings: list[Setting] = [(METHOD, c, partial(hat.at, c, exit_rate)) for c in capacities]
+    for *_, setting in settings:  # so that an invalid one is reported before anything is measured
         with setting():
             pass
     name, blocks = _blocks(hat, text, split, max_tokens, block_size)
-    base, scores = score_each(hat, blocks, settings, batch_size=batch_size, progress=progress)
+    settings += _beside(hat, blocks, policies) if policies else []
+    around = [setting for *_, setting in settings]
+    base, scores = score_each(hat, blocks, around, batch_size=batch_size, progress=progress)
     rows = []
-    for capacity, found in zip(capacities, scores, strict=True):
+    for (decides, capacity, _), found in zip(settings, scores, strict=True):
         paired = compare(base, found)
-        row = {"capacity": capacity, "realised": found.capacity, "exit_rate": found.exit_rate}
+        row = {"decides": decides, "capacity": capacity, "realised": found.capacity, "exit_rate": found.exit_rate}
         row |= {"model_share": found.model_share, "perplexity": found.perplexity, "increase": paired.increase}
         row |= {"increase_low": paired.low, "increase_high": paired.high, "kl": found.kl, "top1": found.top1}
         rows.append(row)
     short = "" if len(blocks) >= FEWEST else f" ({NONE})"
     heading = f"{hat.base.name} on {name}: {base.tokens.sum()} scored tokens in {len(blocks)} blocks{short}; perplexity"
     return Sweep(pd.DataFrame(rows), f"{heading} of the base {base.perplexity:.3f}")
+
+
+def _checked(policies: object) -> Mapping[str, Policy]:
+    if not isinstance(policies, Mapping):
+        raise HatError(f"policies must be a dict from names to policies, got {type(policies).__name__}")
+    for name, policy in policies.items():
+        if not isinstance(name, str) or name == METHOD or " at " in name:
+            raise HatError(f"a policy needs a name of its own, such as 'mine', got {name!r}")
+        if isinstance(policy, type) or not callable(policy):
+            raise HatError(f"policy {name!r} must be called as policy(layer, site, x, rows, state), got {policy!r}")
+    return policies
+
+
+def _beside(hat: HierarchicalTransformer, blocks: Sequence[Mapping], policies) -> Iterator[Setting]:
+    """Each policy alone, and others at its work."""
+    texts, families = block_tensors(hat, blocks), {"random": CONTROLS["random"](hat, blocks, 0)}
+    if hat.calibration is not None:
+        thresholds = hat.calibration.thresholds_at
+        families[METHOD] = lambda dial: hat.threshold_policy(thresholds(max(dial, CAPACITY_MIN)))
+
+    def alone(policy: Policy) -> Callable:
+        return partial(combined, hat.dense, partial(hat.using, policy))
+
+    for name, policy in policies.items():
+        capacity = realised_capacity(hat, policy, texts)
+        yield name, math.nan, alone(policy)
+        for other, family in families.items():
+            try:
+                yield f"{other} at {name}", capacity, alone(matched(hat, family, blocks, capacity))
+            except HatError as error:
+                warnings.warn(f"no row for {other} at the work of {name}, {capacity:.3f}: {error}", stacklevel=3)
 
 
 def _blocks(hat, text, split: str | None, max_tokens: int | None, block_size: int) -> tuple[str, Sequence[Mapping]]:
@@ -99,11 +151,11 @@ def _blocks(hat, text, split: str | None, max_tokens: int | None, block_size: in
         rows = load_text(text, hat.base.tokenizer, split=split, max_tokens=max_tokens, block_size=block_size)
         return f"{text}, {split} split", rows
     rows = []
-    for item in texts:
+    for number, item in enumerate(texts):
         if isinstance(item, str):
             ids = first_ids(hat.base.tokenizer, item, max_tokens)
             parts = [ids[i : i + block_size] for i in range(0, len(ids), block_size)]
-            rows += [{"input_ids": part, "n_context": 0} for part in parts]
+            rows += [{"input_ids": part, "doc": f"text {number}", "n_context": 0} for part in parts]
         else:
             rows.append(item if isinstance(item, Mapping) else {"input_ids": list(item), "n_context": 0})
     name = f'"{" ".join(text.split(None, 6)[:6])} …"' if isinstance(text, str) else f"{len(texts)} texts or blocks"

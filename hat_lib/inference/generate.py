@@ -18,19 +18,22 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.backbone.base import load_base
 from hat_lib.config import HatError, check_count
-from hat_lib.inference.self_speculative import Speculation, speculate, stop_tokens
+from hat_lib.inference.self_speculative import Speculation, speculate
 from hat_lib.inference.speed import (
     SpeedCurve,
     check_target,
     check_versus,
     now,
     replay,
+    seeded,
     speed_curve,
     steer_to_capacity,
     timed,
@@ -44,9 +47,13 @@ MODES = ("adaptive", "lossless")
 TEMPERATURE_MIN = 1e-3
 """below it, logits divided by the temperature may overflow, and the likeliest token would be drawn anyway"""
 
-# Threads may share a model, but not a tokenizer whose padding is being set, nor transformers' source of random
-# numbers, which is torch's global one: sampled texts are made one at a time, greedy ones concurrently.
-_TOKENIZING, _SAMPLING = threading.Lock(), threading.Lock()
+UNACCOUNTED = ("return_dict_in_generate", "assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens",
+               "use_mtp", "custom_generate", "penalty_alpha", "inputs", "input_ids", "inputs_embeds", "attention_mask",
+               "position_ids", "past_key_values", "cache")  # fmt: skip
+"""settings of transformers' generate that do not continue the prompts token by token, or return something else"""
+
+# Threads may share a model, but not a tokenizer whose padding is being set.
+_TOKENIZING = threading.Lock()
 
 
 def check_sampling(max_new_tokens: int, temperature: float, seed: int) -> None:
@@ -75,7 +82,7 @@ class Generation:
     requested_exit_rate: float
     capacity: float
     """realised over the new tokens that were read, like the next two, and over the prompt's with ``gate_prompt``; in
-    lossless mode over drafts (nan without any)"""
+    lossless mode over drafts; nan without any: the last new token is not read"""
     exit_rate: float
     exit_histogram: dict[int, int]
     """layers run -> tokens that ran that many"""
@@ -145,7 +152,7 @@ class AdaptiveInference:
                 lossless mode.
             chat: each prompt is a user's turn, put into the tokenizer's chat template.
             streamer, settings: as for ``hat.lm.generate``, which takes ``gate_prompt=True`` besides what transformers'
-                takes; no settings in lossless mode.
+                takes, but for `UNACCOUNTED`; no settings in lossless mode.
         """
         several = isinstance(prompts, Iterable) and not isinstance(prompts, str)
         prompts = list(prompts) if several else [prompts]
@@ -201,10 +208,26 @@ class AdaptiveInference:
         if mode == "lossless" and (target is not None or settings):
             what = ", ".join(settings) or "a target speedup"
             raise HatError(f"lossless mode takes the capacity of its drafts, not {what}")
+        for name in UNACCOUNTED:
+            if (value := self._setting(settings, name)) is not None and value is not False:
+                raise HatError(f"{name} cannot be set here: call hat.lm.generate, and read hat.trace")
+        if self._setting(settings, "use_cache") is False:
+            raise HatError("use_cache=False reads the whole text again for each token: leave it out")
+        several = len(prompts) * (self._setting(settings, "num_return_sequences") or 1) > 1
+        for name in ("stop_strings", "stopping_criteria"):
+            if several and self._setting(settings, name):
+                raise HatError(f"{name} may end each of several texts elsewhere: continue one prompt at a time")
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
             raise HatError(f"prompts must be a text to continue, or several, got {prompts!r}")
         for prompt in prompts:
             check_whole("a prompt", prompt)
+
+    def _setting(self, settings: dict, name: str):
+        """What transformers' generate takes: as given, or as in a config that is given, or else the model's own."""
+        found = settings.get(name)
+        for config in (settings.get("generation_config"), self.hat.lm.generation_config):
+            found = getattr(config, name, None) if found is None else found
+        return found
 
     def _adaptive(self, inputs, max_new_tokens, temperature, seed, measure, streamer, settings) -> Generation:
         hat, device = self.hat, self.hat.base.device
@@ -218,24 +241,25 @@ class AdaptiveInference:
             states = stack.enter_context(hat.collect())
             stack.enter_context(torch.inference_mode())
             if how["do_sample"]:
-                stack.enter_context(_SAMPLING)
-                stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-                torch.manual_seed(seed)
+                stack.enter_context(seeded(seed, device))
             began = time.perf_counter()
             ids = hat.lm.generate(**inputs, **how)
             seconds = time.perf_counter() - began
-        real = self._real(ids, inputs.attention_mask)
-        if settings.get("num_beams", 1) > 1 or len(states[0].real) != len(ids):
+        real = self._real(ids, inputs.attention_mask, settings)
+        if (self._setting(settings, "num_beams") or 1) > 1 or len(states[0].real) != len(ids):
             states = self._rerun(ids, real, length, gate_prompt)  # without the forwards of discarded beams
-        parts = [TokenState.cat(part) for part in (states[:1], states[1:]) if part]
-        for part, counts in zip(parts, real[:, 1:].split([part.tokens for part in parts], dim=1), strict=True):
-            part.real = part.real & counts  # steps run only for the sake of other rows do not count
-        spent, realised = TokenState.cat(parts) if gate_prompt else parts[-1], None
+        whole, chunks = TokenState.cat(states), int(np.searchsorted(np.cumsum([s.tokens for s in states]), length)) + 1
+        whole.real = whole.real & real[:, 1:]  # steps run only for the sake of other rows do not count
+        spent, realised = whole if gate_prompt else None, None
+        if not gate_prompt and states[chunks:]:
+            spent = TokenState.cat(states[chunks:])
+            spent.real = whole.real[:, length:]
         if measure and ids.shape[1] - length > 3:
-            realised = timed(hat, self._reference, ids, real.long() if not bool(real.all()) else None)
-        costs = [state_cost(hat, part) for part in parts]
-        executed, dense = (torch.cat([getattr(c, name) for c in costs], dim=1) for name in ("executed", "dense"))
-        shares = {"token_share": (executed / dense).float(), "model_share": float(executed.sum() / dense.sum())}
+            pads = F.pad(inputs.attention_mask, (0, ids.shape[1] - length), value=1)  # of a row that has ended, read
+            pads = pads.repeat_interleave(len(ids) // len(pads), dim=0)
+            realised = timed(hat, self._reference, ids, None if bool(pads.all()) else pads)
+        cost = state_cost(hat, whole)
+        shares = {"token_share": (cost.executed / cost.dense).float(), "model_share": cost.model_share}
         return self._generation("adaptive", ids, real, length, seconds, spent, realised_speedup=realised, **shares)
 
     @torch.inference_mode()
@@ -261,7 +285,7 @@ class AdaptiveInference:
         tail = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=pad)
         ids = torch.cat([inputs.input_ids, tail], dim=1)
         drafts = [s.drafts for s in found if s.drafts]
-        trace, real = TokenState.cat(drafts) if drafts else None, self._real(ids, inputs.attention_mask)
+        trace, real = TokenState.cat(drafts) if drafts else None, self._real(ids, inputs.attention_mask, {})
         drafted = sum(s.drafted for s in found) or math.nan
         return self._generation(
             "lossless", ids, real, inputs.input_ids.shape[1], seconds, trace,
@@ -284,10 +308,11 @@ class AdaptiveInference:
                 replay(model, found.ids[:, length:-1], cache)
             return now(model) - began
 
-    def _real(self, ids: Tensor, prompt_mask: Tensor) -> Tensor:
+    def _real(self, ids: Tensor, prompt_mask: Tensor, settings: dict) -> Tensor:
         """bool ``[B, T]``: False at left padding and after the first newly generated end-of-text token."""
         mask = prompt_mask.bool().repeat_interleave(len(ids) // len(prompt_mask), dim=0)
-        stop = torch.tensor(stop_tokens(self.hat), dtype=torch.long, device=ids.device)
+        stop = self._setting(settings, "eos_token_id")
+        stop = torch.as_tensor([] if stop is None else stop, dtype=torch.long, device=ids.device)
         ends = torch.isin(ids[:, mask.shape[1] :], stop).long()
         return torch.cat([mask, ends.cumsum(1) - ends == 0], dim=1)
 

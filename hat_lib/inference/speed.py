@@ -12,10 +12,11 @@ import json
 import os
 import platform
 import random
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -39,6 +40,8 @@ ROUNDS = 3
 """passes over all capacities: a machine drifts, and the first turn of a process is slow"""
 CONTEXT, STEPS, TURNS = 64, 28, 7
 """tokens in the cache; tokens decoded, in so many turns, the first to warm up"""
+
+_SAMPLING = threading.Lock()
 
 
 @dataclass
@@ -238,13 +241,21 @@ def timed(hat: HierarchicalTransformer, reference: tuple, ids: Tensor, mask: Ten
     return float(theirs.mean() / mine.mean() if hat.exit_rate > 0 else np.median(theirs / mine))
 
 
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Context for sampling: transformers draws from torch's generator, which all threads share, so one at a time does.
+    It is then as it was before."""
+    with _SAMPLING, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 @torch.inference_mode()
 def sample(hat: HierarchicalTransformer, tokens: int, batch: int = 1) -> Tensor:
     """Text sampled from the base, int64 ``[batch, tokens]``, the same every time."""
     tokenizer = hat.base.tokenizer
     start = torch.tensor([tokenizer("The").input_ids] * batch, device=hat.base.device)
-    with torch.random.fork_rng(), hat.dense():
-        torch.manual_seed(0)
+    with seeded(0, hat.base.device), hat.dense():
         more = {"min_new_tokens": tokens, "max_new_tokens": tokens, "pad_token_id": tokenizer.pad_token_id}
         return hat.lm.generate(start, attention_mask=torch.ones_like(start), do_sample=True, **more)[:, :tokens]
 

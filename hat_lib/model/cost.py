@@ -70,10 +70,10 @@ def work(
     context: int | Tensor = 0,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    routed: bool = True,
-    gated: bool = True,
-    head_share: float = 1.0,
-    corrected: bool = False,
+    routed: bool | Tensor = True,
+    gated: bool | Tensor = True,
+    head_share: float | Tensor = 1.0,
+    corrected: bool | Tensor = False,
 ) -> Work:
     """The cost of tokens, given what they executed.
 
@@ -97,7 +97,7 @@ def work(
     for site, number in zip(grain.sites, executed, strict=True):
         layers |= dict.fromkeys(SITES[site], number)
     compares, router_weights = grain.router_work(lm_config, ran)
-    compares = compares + (d + lm_config.vocab_size) * (head_share < 1)
+    compares = compares + (d + lm_config.vocab_size) * (head_share != 1)
     skipped = dict(zip(grain.sites, ran - executed, strict=True))
     corrections = zero + grain.correction_work(lm_config, config.correction_rank or 0, ran, skipped) * corrected
 
@@ -130,24 +130,20 @@ def work(
 def state_cost(hat: HierarchicalTransformer, state: TokenState) -> Work:
     """The cost of one forward, or of several joined by `TokenState.cat`: ``[B, T]`` on the CPU, 0 at pads.
 
-    Routers and gates are charged if they took part, or if something was skipped or a token left: a control is charged
-    for the router that it stands in for.
+    A control is charged for the routers and gates that it stands in for.
     """
-    real, share, exit_layer = state.real.cpu(), state.site_share.cpu(), state.exit_layer.cpu().long()
-    skipped = (share < 1) & state.entered.cpu()[:, None]
-    left = state.exited.cpu() & real
+    parts = {name: torch.as_tensor(getattr(state, name)).cpu() for name in ("routed", "gated", "corrected")}
     cost = work(
         hat.lm.config,
         hat.config,
-        share,
-        exit_layer,
+        state.site_share.cpu(),
+        state.exit_layer.cpu().long(),
         state.position.cpu() + 1,
         dtype=hat.lm.dtype,
-        routed=state.routed or bool(skipped.any()),
-        gated=state.gated or bool(left.any()),
-        head_share=state.head_share,
-        corrected=state.corrected,
+        head_share=state.head_shares.cpu(),
+        **parts,
     )
+    real = state.real.cpu()
     return Work(*({part: v * real for part, v in parts.items()} for parts in vars(cost).values()))
 
 

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hat_lib.config import HatError
 from hat_lib.engine.arrays import DOWN, FFN, GREEDY, MAX_TOKENS, Choice, Decisions
 from hat_lib.model import obstacles, steering
 from hat_lib.model.modes import Mode
@@ -302,6 +303,10 @@ class FastPath:
     def replay(self, ids: Tensor, cache: Cache, mask: Tensor | None) -> None:
         """See `HierarchicalTransformer.replay`."""
         (b, tokens), start = ids.shape, cache.get_seq_length()
+        if not tokens:
+            raise HatError(f"there must be tokens to replay, got {list(ids.shape)}")
+        if mask is not None and mask.shape != (b, start + tokens):
+            raise HatError(f"the mask must cover the cache, too: {[b, start + tokens]}, got {list(mask.shape)}")
         fits = b <= MAX_TOKENS and self.fits(cache) and not self.forced and self.why_not() is None
         first = first_seen(mask, b, tokens) if fits else None
         if first is not None:
@@ -310,10 +315,12 @@ class FastPath:
             choice = GREEDY._replace(given=following)
             self.course(known[:, :1], cache, tokens, choice, first=first, position=start - first)
             return
-        with self.hat.engine():
+        mode, steps = self.context.mode, []
+        with self.hat.engine(), self.hat.changed(states=(steps,)):
             for t, token in enumerate(ids.split(1, dim=1), start=start + 1):
                 seen = None if mask is None else mask[:, :t]
                 self.lm(input_ids=token, attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1)
+        self.hat.note(TokenState.cat(steps), mode)
 
     def _state(self, mode: Mode, rank: np.ndarray, start: int, cache: Cache, protected: np.ndarray) -> TokenState:
         real = torch.ones(rank.shape, dtype=torch.bool)
@@ -327,8 +334,8 @@ class FastPath:
         state.exit_layer = torch.from_numpy(result.exits.astype(np.int16))
         if mode.head is not None:
             vocabulary, width = decoder.weights.head.shape
-            channels, candidates = result.head.reshape(2, -1).sum(1)
-            state.count_head(float(channels / width + candidates / vocabulary), result.head[0].size)
+            channels, candidates = result.head
+            state.note_head(torch.from_numpy((channels / width + candidates / vocabulary).astype(np.float32)))
 
     def _ready(self, mode: Mode, window: slice) -> tuple[Decoder, Decisions]:
         """The packed base, as its weights were at the last prompt, and the mode's decisions for these positions."""

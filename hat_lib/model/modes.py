@@ -231,6 +231,11 @@ class Modes:
         if mode.exit_rate > 0:
             _warn_below("exit rate", mode.exit_rate, chain.from_iterable(self.calibration.exit_rates))
 
+    @property
+    def controlled(self) -> bool:
+        """Whether `using` or `force` decides in place of the method."""
+        return self._context.mode.control is not None or self._context.mode.exit_control is not None
+
     def _decided(self, mode: Mode, calibration: Calibration | None) -> Mode:
         """``mode`` with the method's own decisions at its capacity and exit rate; raises if there are none."""
         self._check_loaded()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -50,10 +50,10 @@ class TokenState:
     """rows (indices into B*T) that still run; None while all do"""
     exit_layer: Tensor = None
     """layers that each token ran, int16 ``[B, T]``; L where it stayed to the end"""
-    routed: bool = False
-    gated: bool = False
-    corrected: bool = False
-    """whether routers, exit gates and corrections took part"""
+    routed: bool | Tensor = False
+    gated: bool | Tensor = False
+    corrected: bool | Tensor = False
+    """whether routers, exit gates and corrections took part; by column, ``[T]``, where forwards are joined"""
     sensitivity: float = 1.0
     """strength of token sensitivity"""
     threshold_scale: Tensor | None = None
@@ -64,10 +64,11 @@ class TokenState:
     """the decisions themselves, under `HierarchicalTransformer.record`"""
     executed: Tensor | None = None
     """`site_share`, if it is known as a whole rather than site by site: from the engine"""
-    head_work: float = 0.0
-    """work of the head, as a multiple of a layer's routable work, if it has a shortlist; else 0"""
+    head_work: float | Tensor = 0.0
+    """work of the head, as a multiple of a layer's routable work, if it has a shortlist; else 0; by column if joined"""
     expected_head_share: float = 1.0
-    _head: tuple[float, int] = (0.0, 0)  # share, summed over the tokens whose logits were read, and their number
+    _head: Tensor | None = None  # share of each token, fp32 [B, T]; nan where its logits were not read
+    _read: tuple[float, int] = (0.0, 0)  # share, summed over the tokens whose logits were read, and their number
     _share: dict[tuple[int, int], Tensor | float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -116,14 +117,13 @@ class TokenState:
         self.masks.keep[layer, site] = self._everywhere(keep).view(self.batch, self.tokens, *keep.shape[1:])
 
     def note_head(self, share: Tensor) -> None:
-        """Record what the head ran: ``[B, n]`` for the last n tokens of each sequence, else for all tokens given."""
-        if share.dim() == 2 and len(share) == self.batch and share.shape[1] <= self.tokens:
-            share = share[self.real[:, self.tokens - share.shape[1] :]]
-        self.count_head(float(share.sum()), share.numel())
-
-    def count_head(self, work: float, tokens: int) -> None:
-        """Add a sum of shares, and the number of tokens that it is over."""
-        self._head = self._head[0] + work, self._head[1] + tokens
+        """Record what the head ran: ``[B, n]`` for the last n tokens of each sequence, else for any of them."""
+        if share.dim() == 2 and len(share) == self.batch and (n := share.shape[1]) <= self.tokens:
+            if self._head is None:
+                self._head = torch.full(self.real.shape, torch.nan, device=self.real.device)
+            self._head[:, self.tokens - n :] = share
+            share = share[self.real[:, self.tokens - n :]]
+        self._read = self._read[0] + float(share.sum()), self._read[1] + share.numel()
 
     def _everywhere(self, values: Tensor) -> Tensor:
         """Values of the running rows, at their positions among all rows; 0 elsewhere."""
@@ -161,17 +161,26 @@ class TokenState:
         return torch.einsum("lsbt,s->lbt", self.site_share, work)
 
     @property
+    def head_shares(self) -> Tensor:
+        """Executed share of the head, fp32 ``[B, T]``: of a token whose logits were not read, or nobody knows whose
+        they were, the mean of those that were read, or else the expected share."""
+        usual = self._read[0] / self._read[1] if self._read[1] else self.expected_head_share
+        if self._head is None:
+            return self.real.new_full(self.real.shape, usual, dtype=torch.float)
+        return self._head.nan_to_num(usual)
+
+    @property
     def head_share(self) -> float:
-        """Executed share of the head: mean over the tokens whose logits were read, else the expected share."""
-        total, tokens = self._head
-        return total / tokens if tokens else self.expected_head_share
+        """Executed share of the head: mean over real tokens."""
+        return float(self.head_shares[self.real].mean())
 
     @property
     def work(self) -> np.ndarray:
         """Executed and routable work of real tokens, ``[2, 2]``: in the layers that they entered, and in a head with a
         shortlist; in units of a layer's."""
-        head = self.head_work * int(self.real.sum())
-        return np.array([[float(self.share.sum()), int(self.entered.sum())], [self.head_share * head, head]])
+        head = self.head_work * self.real
+        parts = (self.share, self.entered), (self.head_shares * head, head)
+        return np.array([[float(part.sum(dtype=torch.float64)) for part in pair] for pair in parts])
 
     @property
     def layer_capacity(self) -> float:
@@ -190,19 +199,30 @@ class TokenState:
 
     @classmethod
     def cat(cls, states: Sequence[TokenState]) -> TokenState:
-        """Join the states of consecutive forwards of the same rows (prefill, then each decode step) along T."""
-        along = ("real", "position", "protected", "exit_layer")
-        return replace(
-            states[0],
-            **{name: torch.cat([getattr(s, name) for s in states], dim=1) for name in along},
-            routed=any(s.routed for s in states),
-            gated=any(s.gated for s in states),
-            corrected=any(s.corrected for s in states),
-            head_work=max(s.head_work for s in states),
+        """Join the states of consecutive forwards of the same rows (prefill, then each decode step) along T: its work
+        is the sum of theirs."""
+        first, masks = states[0], None
+
+        def tokens(name: str) -> Tensor:
+            return torch.cat([getattr(s, name) for s in states], dim=1)
+
+        def columns(name: str) -> Tensor:
+            return torch.cat([torch.as_tensor(getattr(s, name), device=s.real.device).expand(s.tokens) for s in states])
+
+        if all(s.masks is not None for s in states):
+            masks = Masks({key: torch.cat([s.masks.keep[key] for s in states], dim=1) for key in first.masks.keep})
+            for depth in sorted(set().union(*(s.masks.exits for s in states))):  # in some forwards none may leave
+                left = [s.masks.exits.get(depth, torch.zeros_like(s.real)) for s in states]
+                masks.exits[depth] = torch.cat(left, dim=1)
+        return cls(
+            *map(tokens, ("real", "position", "protected")),
+            *(first.site_work, first.n_layers, first.start),
+            mask_shapes=first.mask_shapes,
+            exit_layer=tokens("exit_layer"),
             executed=torch.cat([s.site_share for s in states], dim=-1),
-            alive=None,
-            masks=None,
-            _head=tuple(map(sum, zip(*(s._head for s in states), strict=True))),
+            masks=masks,
+            _head=tokens("head_shares"),
+            **{name: columns(name) for name in ("routed", "gated", "corrected", "head_work")},
         )
 
 

@@ -46,17 +46,19 @@ def quality(table: pd.DataFrame) -> Figure:
     return fig
 
 
-@draws("capacity", "realised", *COST, "top1")
+@draws("decides", "capacity", "realised", *COST, "top1")
 def sweep(table: pd.DataFrame) -> Figure:
     """Perplexity increase and top-1 agreement of `hat_lib.evaluation.sweep.Sweep.frame` against realised capacity."""
-    table = table.sort_values("realised")
     fig, (increase, top1) = style.panels(2, width=1.2 * style.WIDTH, sharey=False)
     increase.axhline(0, color=GREY, linewidth=1)
-    style.whiskers(increase, table["realised"], table[COST], BLUE, "o", "-")
-    for row in table.itertuples():
-        at = (row.realised, row.increase)
-        increase.annotate(f"{row.capacity:g}", at, (5, 5), textcoords="offset points", fontsize=8)
-    top1.plot(table["realised"], table["top1"], color=GREEN, marker="s")
+    for decides, rows in table.sort_values("realised").groupby("decides", sort=False):
+        method = decides == "method"  # others are points of their own
+        series = (BLUE, "o", "-") if method else (ORANGE, "D", "none")
+        style.whiskers(increase, rows["realised"], rows[COST], *series)
+        for row in rows.itertuples():
+            at, name = (row.realised, row.increase), f"{row.capacity:g}" if method else decides
+            increase.annotate(name, at, (5, 5), textcoords="offset points", fontsize=8)
+        top1.plot(rows["realised"], rows["top1"], color=GREEN if method else ORANGE, marker="s", linestyle=series[2])
     increase.set(xlabel="realised capacity (beside the points: requested)", ylabel="perplexity increase, 95 % interval")
     top1.set(xlabel="realised capacity", ylabel="top-1 agreement with the base")
     for axis in (increase.xaxis, increase.yaxis, top1.xaxis, top1.yaxis):

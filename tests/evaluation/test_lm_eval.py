@@ -30,7 +30,7 @@ CLOZE = TASK.format("cloze", "multiple_choice", "{{text}}", "{{label}}", "acc", 
 CLOZE += 'doc_to_choice: "{{choices}}"\n'
 ROLLING = TASK.format("rolling", "loglikelihood_rolling", "", "{{text}}", "bits_per_byte", "bits_per_byte")
 WRITE = TASK.format("write", "generate_until", "{{text}}", "the", "exact_match", "mean")
-WRITE += 'generation_kwargs: {until: ["\\n\\n\\n"], max_gen_toks: 5}\n'
+WRITE += 'generation_kwargs: {until: ["i", "e"], max_gen_toks: 6}\n'
 
 
 def texts():

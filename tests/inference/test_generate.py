@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from tiny_runs import adaptive
-from transformers import TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
 from hat_lib.config import HatError
 from hat_lib.inference import generate as module
@@ -63,22 +63,37 @@ def test_batch_is_its_rows(infer):
     assert together.model_share == pytest.approx(share, abs=1e-5)
 
 
-def test_tokens_after_the_end_of_text_do_not_count(channel_hat, monkeypatch):
-    """The tokens are forced: one sequence ends with its third token, the other goes on to the tenth."""
+@pytest.mark.parametrize("named", [True, False])
+def test_tokens_after_the_end_of_text_do_not_count(channel_hat, monkeypatch, named):
+    """The tokens are forced: one sequence ends with its third token, the other goes on to the tenth. Both are timed on
+    the engine all the way, as they ran."""
     stop, words = 77, torch.arange(100, 120).view(2, 10)
     words[0, 2] = stop
-    monkeypatch.setattr(channel_hat.lm.generation_config, "eos_token_id", stop)
+    monkeypatch.setattr(channel_hat.lm.generation_config, "eos_token_id", None if named else stop)
     lengths = [len(channel_hat.base.tokenizer(p).input_ids) for p in PROMPTS[:2]]
 
     def force(ids, scores):
         word = words[:, ids.shape[1] - max(lengths), None]
         return torch.full_like(scores, -torch.inf).scatter(1, word, 0.0)
 
-    infer = AdaptiveInference(channel_hat)
-    out = infer.generate(PROMPTS[:2], capacity=0.6, max_new_tokens=10, logits_processor=[force])
+    how = {"logits_processor": [force], "measure": True} | ({"eos_token_id": [stop]} if named else {})
+    with channel_hat.collect() as timed:
+        out = AdaptiveInference(channel_hat).generate(PROMPTS[:2], capacity=0.6, max_new_tokens=10, **how)
+    assert len(timed) > 5 and all(state.executed is not None for state in timed[1:]), "all but the prefill"
     new = out.ids[:, out.prompt_length :]
     assert torch.equal(new[1], words[1]) and torch.equal(new[0, :3], words[0, :3]) and out.new_tokens == 3 + 10
     assert (~out.token_share.isnan()).sum(1).tolist() == [lengths[0] + 2, lengths[1] + 9]
+    assert out.exit_histogram == {4: 2 + 9}
+
+
+@pytest.mark.parametrize("gate_prompt", [False, True])
+def test_a_prompt_in_chunks_is_no_new_text(channel_hat, gate_prompt):
+    infer, how = AdaptiveInference(channel_hat), {"capacity": 0.6, "max_new_tokens": 6, "gate_prompt": gate_prompt}
+    for n in (1, 6):
+        out = infer.generate(PROMPTS[0], prefill_chunk_size=5, **how | {"max_new_tokens": n})
+        assert sum(out.exit_histogram.values()) == n - 1 + gate_prompt * out.prompt_length
+    assert out.token_share.shape == (1, out.prompt_length + 5)
+    assert gate_prompt == (infer.generate(PROMPTS[0], **how | {"max_new_tokens": 1}).capacity < 1)
 
 
 def test_beams_are_traced_along_the_chosen_one(channel_hat):
@@ -162,6 +177,12 @@ def test_against_plain_transformers(channel_hat):
         (PROMPTS[0], {"temperature": float("nan")}),
         (PROMPTS[0], {"seed": 2**64}),
         (PROMPTS[0], {"max_new_tokens": 10_000}),
+        (PROMPTS[0], {"return_dict_in_generate": True}),
+        (PROMPTS[0], {"generation_config": GenerationConfig(return_dict_in_generate=True)}),
+        (PROMPTS[0], {"use_cache": False}),
+        (PROMPTS[0], {"attention_mask": torch.ones(1, 3)}),
+        (PROMPTS[0], {"prompt_lookup_num_tokens": 2}),
+        (PROMPTS, {"stop_strings": ["a"]}),
     ],
 )
 def test_bad_input_before_anything_runs(channel_hat, monkeypatch, prompts, how):

@@ -4,16 +4,17 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
-from tiny_runs import GRAINS, tiny, untrained
+from tiny_runs import GRAINS, peaked, tiny, untrained
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from hat_lib.backbone.shapes import random_config
 from hat_lib.config import HatConfig, HatError
-from hat_lib.model.cost import ideal_speedup, state_cost, work
+from hat_lib.model.cost import WorkTally, ideal_speedup, state_cost, work
 from hat_lib.model.policies import KeepAll, Random
-from hat_lib.model.token_state import Masks
+from hat_lib.model.token_state import Masks, TokenState
 
 EXITS = (1, 2, 3)
 B, T = 3, 14
@@ -141,3 +142,29 @@ def test_corrections_of_linear_layers_count(ids):
         cost = state_cost(hat, hat.trace)
         assert torch.equal(cost.flops["corrections"], 2 * strength * each * hat.trace.exit_layer.double())
         assert "corrections" not in cost.dense_flops
+
+
+@pytest.mark.filterwarnings("ignore:token grain")
+@pytest.mark.parametrize("grain", GRAINS)
+def test_forwards_joined_cost_what_they_cost_apart(grain, ids):
+    """A dense prompt and what is decoded after it, with exits, corrections and a shortlist; a text that has ended."""
+    hat = tiny_runs.skipping(grain, peaked(), correction_rank=2)
+    with hat.changed(shortlist=hat.shortlist(6.0, 10.0)), hat.reference(), hat.record(), hat.collect() as states:
+        hat.lm.generate(ids, max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(ids))
+    apart, joined, twice = WorkTally(hat), WorkTally(hat), WorkTally(hat)
+    for state in states[-2:]:
+        state.real[1] = False
+    for state in states:
+        apart.add(state)
+    whole = TokenState.cat(states)
+    joined.add(whole)
+    twice.add(TokenState.cat([TokenState.cat(states[:3]), TokenState.cat(states[3:])]))
+    assert 0.1 < joined.shares[1] < 0.5
+    for tally in (joined, twice):
+        assert (*tally.shares, tally.layer_capacity) == pytest.approx((*apart.shares, apart.layer_capacity), rel=1e-9)
+        assert np.array_equal(tally.exits, apart.exits)
+    assert whole.capacity == pytest.approx(apart.shares[0], rel=1e-9)
+    prompt, steps = state_cost(hat, states[0]).flops, state_cost(hat, whole).flops
+    for part, flops in prompt.items():
+        assert torch.equal(steps[part][:, :T], flops), part
+    assert whole.masks.exits[1].shape == whole.masks.keep[0, hat.grain.sites[0]].shape[:2] == (B, T + 7)

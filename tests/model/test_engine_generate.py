@@ -13,6 +13,7 @@ from tiny_runs import active, tiny
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria
 
+from hat_lib.config import HatError
 from hat_lib.model.token_state import TokenState
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:token grain")]
@@ -103,16 +104,20 @@ class TestGenerate:
         assert abs(whole.layer_capacity - 0.5) < abs(free - 0.5)
 
     def test_replay_is_what_generate_ran(self, hat, ids):
-        with hat.collect() as found:
-            text = hat.lm.generate(ids[:1], **GREEDY)
-        cache = DynamicCache(config=hat.lm.config)
-        with hat.dense():
-            hat.lm(ids[:1], cache=cache, use_cache=True)
-        with hat.collect() as again:
-            hat.replay(text[:, 14:-1], cache)
-        expected = TokenState.cat(found[1:])
-        assert torch.equal(again[0].site_share, expected.site_share)
-        assert torch.equal(again[0].exit_layer, expected.exit_layer) and cache.get_seq_length() == 21
+        for around in (hat.at, hat.reference):
+            with around(), hat.collect() as found:
+                text = hat.lm.generate(ids[:1], **GREEDY)
+            cache = DynamicCache(config=hat.lm.config)
+            with hat.dense():
+                hat.lm(ids[:1], cache=cache, use_cache=True)
+            for tokens, mask in ((text[:, :0], None), (text[:, 14:-1], torch.ones(1, 7))):
+                with pytest.raises(HatError):
+                    hat.replay(tokens, cache, mask)
+            with around(), hat.collect() as again:
+                hat.replay(text[:, 14:-1], cache)
+            expected = TokenState.cat(found[1:])
+            assert again == [hat.trace] and torch.equal(again[0].site_share, expected.site_share)
+            assert torch.equal(again[0].exit_layer, expected.exit_layer) and cache.get_seq_length() == 21
 
     def test_torch_has_its_threads_back(self, channel_hat, ids):
         def fail():

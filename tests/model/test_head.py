@@ -76,7 +76,7 @@ def test_work(ids):
         hat.lm(ids)
     state, cost = hat.trace, state_cost(hat, hat.trace)
     head = hat.lm.config.vocab_size * hat.lm.config.hidden_size
-    assert cost.flops["head"] == pytest.approx(2 * head * state.head_share)
+    assert cost.flops["head"].mean() == pytest.approx(2 * head * state.head_share)
     assert cost.dense_flops["head"] == pytest.approx(2 * head)
     layers = hat.config.n_layers * head / hat.head_work
     expected = (state.layer_capacity * layers + state.head_share * head) / (layers + head)
