@@ -212,9 +212,9 @@ def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], folder:
 
 
 def largest(name: str) -> float:
-    """Largest magnitude of a trained value that is read or written, far beyond any that training reaches (0.8 and 90 in
-    data/checkpoints): with it, what fp32 computes stays finite. Log scales are exponentiated; routers only score, and a
-    large score is clipped or compared; gates and corrections change the hidden state, by products of two of them."""
+    """Largest magnitude of a trained value that is read or written; in data/checkpoints, 90 for routers and 0.8 for the
+    rest. With it, logits stay finite in fp32 and bf16: log scales are exponentiated; routers only score, and scores are
+    clipped or compared; gates and corrections add products of two to the hidden state."""
     return 30.0 if name.endswith("log_scale") else 1e20 if name.startswith("routers.") else 100.0
 
 

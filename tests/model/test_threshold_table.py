@@ -23,6 +23,8 @@ def test_interpolates():
     assert halfway == pytest.approx({(0, "a"): 3.0, (0, "b"): 5.5, (1, "a"): 0.75, (1, "b"): 2.0})
     assert calibration().thresholds_at(0.5)[0, "b"] == 3.0
     assert calibration().thresholds_at(0.9)[1, "b"] == pytest.approx(-0.4)
+    c = calibration(sensitivity=[0.0, 0.6, 1.0])
+    assert c.thresholds_at(0.35)[1, "token"] == pytest.approx(0.3) and c.thresholds_at(1.0)[0, "token"] == 1
     assert calibration().shares_at(0.35) == pytest.approx(np.array([[0.25, 0.35], [0.45, 0.35]]))
 
 
@@ -84,9 +86,3 @@ def test_check(changes):
     Calibration(**GOOD).check(HatConfig(2))
     with pytest.raises(HatError):
         Calibration(**GOOD | changes).check(HatConfig(2))
-
-
-def test_strength_of_token_sensitivity():
-    table = Calibration(**GOOD, sensitivity=[0.0, 0.6, 1.0])
-    assert table.thresholds_at(0.35)[1, "token"] == pytest.approx(0.3) and table.thresholds_at(1.0)[0, "token"] == 1
-    assert (0, "token") not in Calibration(**GOOD).thresholds_at(0.35)
