@@ -70,7 +70,7 @@ FIGURES = {
     style.weight_shares: ((WEIGHT_SHARES,), 1, 3),
     style.skipped_ffn: ((SKIPPED_FFN,), 1, 1),
     style.grain_frontier: ((GRAIN_FRONTIER,), 1, 2),
-    frontier.sweep: ((SWEEP,), 2, 1),
+    frontier.sweep: ((SWEEP,), 2, 2),
     speed.exits: ((EXITS,), 1, 2),
     routing.layer_map: ((layer_map(),), 4, 0),
     routing.by_class: ((measures(CLASSES),), 1, 1),
