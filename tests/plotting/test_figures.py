@@ -37,7 +37,7 @@ FIGURES = {
     style.weight_shares: ((TABLE,), 1, 3),
     style.skipped_ffn: ((TABLE,), 1, 1),
     style.grain_frontier: ((TABLE,), 1, 2),
-    frontier.sweep: ((TABLE,), 2, 1),
+    frontier.sweep: ((TABLE,), 2, 2),
     speed.exits: ((TABLE,), 1, 2),
     routing.by_sensitivity: ((TABLE,), 1, 2),
     routing.score_histogram: ((TABLE, TABLE), 1, 1),
