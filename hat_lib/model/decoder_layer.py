@@ -66,6 +66,8 @@ class AdaptiveLayer:
         run, layer = self.run, self.layer
         if run is None:
             return type(layer).forward(layer, hidden_states, **given)
+        if run.mode.before_layer is not None:
+            run.mode.before_layer()
         if run.mode.last_only and self.last and hidden_states.shape[1] > 1:
             return self._last_token(hidden_states, **given)
         h = run.exit(self.index, hidden_states)

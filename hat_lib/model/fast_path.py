@@ -31,7 +31,7 @@ from hat_lib.model.token_state import TokenState
 
 try:
     from hat_lib.engine.decoder import Decoder, Place, Result, Steering, joined
-    from hat_lib.engine.team import size, torch_on_one_thread
+    from hat_lib.engine.team import size, torch_pace, use_torch_threads
     from hat_lib.engine.weights import packed_bytes, unfit
     from hat_lib.model.decisions import decisions, with_exits
 
@@ -155,7 +155,8 @@ class FastPath:
     def prompt(self, call: GenerateCall) -> Iterator[None]:
         """A context in which forwards are a prompt's, which runs in full unless it is to spend by capacity."""
         call.prefilled = True
-        with nullcontext() if call.gate_prompt else self.hat.dense():
+        pace = torch_pace(call.threads) if call.engine else None
+        with nullcontext() if call.gate_prompt else self.hat.dense(), self.hat.changed(before_layer=pace):
             yield
 
     def forward(self, *args, **kwargs):
@@ -172,8 +173,8 @@ class FastPath:
         out = None
         if wanted and len(args) < 2 and self._takes(given):
             out = self._step(call, **{name: given.get(name) for name in obstacles.ARGUMENTS})
-        if call is not None:
-            torch.set_num_threads(call.threads) if out is None else torch_on_one_thread(call.threads)
+        if call is not None and mode.before_layer is None:
+            torch.set_num_threads(call.threads) if out is None else use_torch_threads(1, call.threads)
         return self._reference(*args, **kwargs) if out is None else out
 
     def _step(self, call, input_ids, attention_mask, position_ids, cache, logits_to_keep, **_):

@@ -61,6 +61,8 @@ class Mode:
     """keep the decisions of each forward"""
     states: list[TokenState] | None = None
     """collects the state of each forward"""
+    before_layer: Callable[[], None] | None = None
+    """called before each layer of a forward"""
     dropped: Tensor | None = None
     """bool ``[L, B]``: layers left out for a sequence, in training"""
 
