@@ -210,7 +210,9 @@ class Decoder:
             ran=np.zeros(1, np.int64),
         )
         pieces = -(-(start + max(t, steps)) // PIECE)
-        team.run(decode, (w, decide, rows, self._scratch_for(threads, b * t, pieces), course), threads)
+        args = w, decide, rows, self._scratch_for(threads, b * t, pieces), course
+        while not team.run(decode, args, threads):
+            course.kept[course.ran[0] :] = course.head[course.ran[0] :] = 0  # of the step that was called off
         for layer in cache.layers:
             layer.length = start + (int(course.ran[0]) if choose else t)
         return rows, course

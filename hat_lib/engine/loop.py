@@ -20,7 +20,9 @@ def decode(t, team, barrier, base, decide, rows, scratch, course):
     """Thread t's part of all steps. With several, each row is the newest token of its own sequence."""
     choice, vocabulary = course.choice, rows.logits.shape[1]
     v0, v1 = span(vocabulary, t, team, 32), span(vocabulary, t + 1, team, 32)
-    for step in range(course.steps):
+    for step in range(course.ran[0], course.steps):  # a part of them ran before, if the call was called off
+        if course.ended.all():
+            return
         kept, exits, head = course.kept[step], course.exits[step], course.head[step]
         if decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head):
             return
@@ -68,7 +70,7 @@ def decode(t, team, barrier, base, decide, rows, scratch, course):
                 rows.slot[r] += 1
                 rows.position[r] += 1
                 rows.protected[r] = step + 1 < course.unprotected[r]
-        if meet(barrier, team) or course.ended.all():
+        if meet(barrier, team, True):
             return
 
 

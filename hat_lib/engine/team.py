@@ -5,7 +5,8 @@ slower. These are Python threads that run compiled code without the GIL: one que
 barrier on atomics keeps them together inside it, and between steps nothing spins.
 
 All wait for the slowest. While another process occupies one of the cores, a step of two threads takes longer than a
-step of one, so a team then runs its steps with fewer threads.
+step of one, at times ten times as long. So a call of several steps in which meetings are late again and again is called
+off, and the rest of it runs with fewer threads; so do the next ones, and torch at their prompts.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from __future__ import annotations
 import os
 import platform
 import threading
+import time
 from queue import SimpleQueue
-from time import perf_counter, thread_time
 
 import numpy as np
 import torch
@@ -26,14 +27,18 @@ from numba.extending import intrinsic
 from hat_lib.engine.arrays import PARTIALS
 from hat_lib.engine.compiling import compiled
 
-# Indices into a barrier, each on its own cache line: how many have arrived, which meeting it is, whether it is off.
-ARRIVED, MEETING, OFF, BARRIER = 0, 8, 16, 24
-PATIENCE = 5_000
-"""turns of the spin loop, some 100 us, before a thread starts to give way at each turn"""
+# Indices into a barrier, each on its own cache line: how many have arrived, which meeting it is, whether it is off;
+# when the call began, what waits have lost since, and from when on it may be called off, in nanoseconds.
+ARRIVED, MEETING, OFF, BEGUN, LOST, ALLOWED, BARRIER = 0, 8, 16, 24, 32, 40, 48
+SPIN = 2_000
+"""turns of the spin loop, some tens of microseconds, before a thread starts to give way at each turn"""
+LATE = 8_000_000
+"""nanoseconds that a call may lose before it is called off, two turns of another process on the core; or a third of its
+time, if that is more"""
 SHORTEST, LONGEST = 4, 64
-"""fewest and most steps before a number of threads that was too many is tried again"""
-TIMED = len({thread_time() for _ in range(100)}) > 50
-"""whether the system reports exactly how long a thread has run; some count in ticks of 10 ms or more"""
+"""fewest and most calls before a number of threads that was too many is tried again"""
+CLOCK = getattr(time, "CLOCK_MONOTONIC", None)
+"""the system's clock for late meetings; None on Windows, where nothing is late"""
 
 
 def _element(context, builder, array, args):
@@ -81,9 +86,34 @@ give_way = _call("sched_yield", ir.IntType(32), platform.system() != "Windows")
 """lets another thread have this core"""
 
 
+def nanoseconds() -> int:
+    """Nanoseconds on `CLOCK`, or 0."""
+    return 0 if CLOCK is None else time.clock_gettime_ns(CLOCK)
+
+
+@intrinsic
+def clock(context):
+    """The same in compiled code."""
+
+    def build(inner, builder, signature, args):
+        i32, i64 = ir.IntType(32), ir.IntType(64)
+        if CLOCK is None:
+            return i64(0)
+        at = cgutils.alloca_once(builder, ir.ArrayType(i64, 2))
+        kind = ir.FunctionType(i32, [i32, at.type])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "clock_gettime"), [i32(CLOCK), at])
+        seconds, nanoseconds = (builder.load(builder.gep(at, [i32(0), i32(i)])) for i in (0, 1))
+        return builder.add(builder.mul(seconds, i64(10**9)), nanoseconds)
+
+    return types.int64(), build
+
+
 @compiled()
-def meet(barrier, team):
-    """Return False once all threads of the team have come here; True if the step is called off."""
+def meet(barrier, team, alone=False):
+    """Return False once all threads of the team have come here; True if the call is called off.
+
+    ``alone``: while thread 0 worked alone, the others' wait is no loss.
+    """
     if team == 1:
         return False
     meeting = atomic_load(barrier, MEETING)
@@ -91,41 +121,42 @@ def meet(barrier, team):
         fetch_add(barrier, ARRIVED, -team)
         fetch_add(barrier, MEETING, 1)
         return False
-    turns = 0
-    while atomic_load(barrier, MEETING) == meeting:
-        turns += 1
-        if turns < PATIENCE:
-            pause()
-        else:  # another thread has lost its core and may need this one, or it will never come
-            if atomic_load(barrier, OFF):
-                return True
-            give_way()
-    return False
+    for _ in range(SPIN):
+        if atomic_load(barrier, MEETING) != meeting:
+            return False
+        pause()
+    # Another thread has lost its core and may need this one, or it will never come.
+    since, lost, off = clock(), 0, False
+    while not off and atomic_load(barrier, MEETING) == meeting:
+        give_way()
+        lost = 0 if alone else clock() - since
+        allowed = max(barrier[ALLOWED], (clock() - barrier[BEGUN]) // 3)
+        off = atomic_load(barrier, OFF) != 0 or atomic_load(barrier, LOST) // (team - 1) + lost > allowed
+    fetch_add(barrier, LOST, lost)
+    if off:
+        barrier[OFF] = 1
+    return off
 
 
 class Pace:
-    """How many threads the next step uses: fewer while other processes occupy some of the cores.
+    """How many threads the next call uses: fewer while other processes occupy some of the cores.
 
-    One is left out when the last few steps would have been as quick without it. After a pause it is tried for a step.
-    The pause doubles each time it proves one too many, and halves with each step that goes well.
+    Half are left out when the last few calls would have been as quick without them. After a pause they are tried for a
+    call. The pause doubles each time they prove too many, and halves with each call that goes well.
     """
 
     def __init__(self, most: int):
         self.threads = self.most = most
         self._pauses = [SHORTEST] * (most + 1)
-        """steps to wait before trying each number of threads"""
+        """calls to wait before trying each number of threads"""
         self._since, self._harm = 0, 0.0
-        """steps with this number of threads; and what the last few lost, where 1 is what one thread fewer would lose"""
+        """calls with this number of threads; and what the last few lost, where 1 is what half the threads would lose"""
 
     def after(self, lost: float) -> None:
-        """Take note of a step.
-
-        Args:
-            lost: the share of its time that the most hindered of its threads was not on a core.
-        """
+        """Take note of a call, and of the share of its time that it lost to late threads."""
         now = self.threads
         # Without a loss, half the threads take twice the time, or less, since all wait for the same memory: so threads
-        # may lose half of theirs, or less. No step counts for more than twice that: one is not enough.
+        # may lose half of theirs, or less. No call counts for more than twice that: one is not enough.
         harm = min(lost * 3, 2.0) if now > 1 else 0.0
         self._harm += (harm - self._harm) / 3
         self._since += 1
@@ -151,25 +182,24 @@ class Team:
         for t, queue in enumerate(self._queues, 1):
             threading.Thread(target=_serve, args=(t, queue), name=f"hat-engine-{t}", daemon=True).start()
 
-    def run(self, step, args) -> None:
+    def run(self, step, args) -> bool:
+        """Whether it ran to its end; else it was called off, since threads were late."""
         # Barrier and outcomes are the step's own: whatever an interrupted one leaves behind, the next does not see.
         size, barrier, outcomes = self.pace.threads, np.zeros(BARRIER, np.int64), SimpleQueue()
-        start, before = perf_counter(), thread_time()
+        barrier[BEGUN], barrier[ALLOWED] = nanoseconds(), LATE
         try:
             for queue in self._queues[: size - 1]:
                 queue.put((step, args, size, barrier, outcomes))
             step(0, size, barrier, *args)
-            ran = [thread_time() - before]
             for _ in range(size - 1):
-                outcome = outcomes.get()
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                ran.append(outcome)
+                if (error := outcomes.get()) is not None:
+                    raise error
         except BaseException:
             barrier[OFF] = 1
             raise
-        if TIMED:
-            self.pace.after(1 - min(ran) / (perf_counter() - start))
+        lost = barrier[LOST] / max(size - 1, 1) / max(nanoseconds() - barrier[BEGUN], 1)
+        self.pace.after(1.0 if barrier[OFF] else lost)
+        return not barrier[OFF]
 
 
 def _serve(t: int, queue: SimpleQueue) -> None:
@@ -178,10 +208,9 @@ def _serve(t: int, queue: SimpleQueue) -> None:
 
 
 def _take_part(t: int, step, args, size: int, barrier: np.ndarray, outcomes: SimpleQueue) -> None:
-    before = thread_time()
     try:
         step(t, size, barrier, *args)
-        outcomes.put(thread_time() - before)
+        outcomes.put(None)
     except BaseException as error:
         barrier[OFF] = 1
         outcomes.put(error)
@@ -196,25 +225,37 @@ def size(threads: int) -> int:
     return 1 << (max(1, min(threads, cores(), PARTIALS)).bit_length() - 1)
 
 
-def run(step, args, size: int) -> None:
-    """Run ``step(t, team, barrier, *args)`` in a team of at most ``size``, a power of two.
+def run(step, args, size: int) -> bool:
+    """Run ``step(t, team, barrier, *args)`` in a team of at most ``size``, a power of two; False if it was called off.
 
     One step at a time per process: two would spin against each other.
     """
     with _one_step:
-        if size not in _teams:
-            _teams[size] = Team(size)
-        _teams[size].run(step, args)
+        return _team(size).run(step, args)
 
 
-def torch_on_one_thread(threads: int) -> None:
-    """Make torch use one thread for what the calling thread asks of it; other threads keep theirs, ``threads``.
+def _team(size: int) -> Team:
+    if size not in _teams:
+        _teams[size] = Team(size)
+    return _teams[size]
+
+
+def paced(threads: int) -> int:
+    """As many of torch's ``threads`` as the engine's pace allows: they meet, too, and beside a busy process two may take
+    ten times as long as one."""
+    with _one_step:
+        pace = _team(size(threads)).pace
+    return threads if pace.threads == pace.most else pace.threads
+
+
+def use_torch_threads(count: int, threads: int) -> None:
+    """Make torch use ``count`` threads for what the calling thread asks of it; other threads keep theirs, ``threads``.
 
     After work on a whole vocabulary, torch's threads go on spinning for some milliseconds, on the cores that the next
     step needs. torch's setting is per thread, but also becomes that of future threads, which another thread restores.
     """
-    if torch.get_num_threads() > 1:
-        torch.set_num_threads(1)
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
         back = threading.Thread(target=torch.set_num_threads, args=(threads,))
         back.start()
         back.join()

@@ -33,7 +33,7 @@ from hat_lib.model.token_state import TokenState
 
 try:
     from hat_lib.engine.decoder import Decoder, Place, Result, Steering
-    from hat_lib.engine.team import size, torch_on_one_thread
+    from hat_lib.engine.team import paced, size, use_torch_threads
     from hat_lib.engine.weights import packed_bytes, unfit
     from hat_lib.model.decisions import decisions, with_exits
 
@@ -186,6 +186,8 @@ class FastPath:
             yield
             return
         call.prefilled = call.prompt = True
+        if call.engine:
+            use_torch_threads(paced(call.threads), call.threads)
         try:
             with nullcontext() if call.gate_prompt else self.hat.dense():
                 yield
@@ -206,8 +208,8 @@ class FastPath:
         out = None
         if wanted and len(args) < 2 and self._takes(given, mode):
             out = self._step(call, mode, **{name: given.get(name) for name in obstacles.ARGUMENTS})
-        if call is not None:
-            torch.set_num_threads(call.threads) if out is None else torch_on_one_thread(call.threads)
+        if call is not None and not call.prompt:
+            use_torch_threads(call.threads if out is None else 1, call.threads)
         return self._on_reference(*args, **kwargs) if out is None else out
 
     def _on_reference(self, *args, **kwargs):

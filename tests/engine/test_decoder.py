@@ -82,6 +82,7 @@ def test_threads_rows_and_pieces_change_no_bit(dtype, form, ids, monkeypatch):
     decoder = Decoder(llama(dtype, num_hidden_layers=2, **WIDE if form == "q4" else {}), form)
     monkeypatch.setattr(team, "cores", lambda: 16)
     monkeypatch.setattr(team.Pace, "after", lambda pace, lost: None)
+    monkeypatch.setattr(team, "LATE", 1 << 62)
     expected, before = steps(decoder, ids), torch.get_num_threads()
     try:
         for threads in (1, 2, 4, 8):

@@ -13,6 +13,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from hat_lib.engine import team
 from hat_lib.engine.arrays import GREEDY
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.decoder import Decoder, Place
@@ -55,6 +56,23 @@ def test_greedy_is_step_by_step(decoder, ids):
         assert token[:, 0].tolist() == found.ids[:, t].tolist()
     plain = decoder.lm.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert plain[:, 12:].tolist() == found.ids.tolist()
+
+
+def test_the_rest_of_a_course_that_was_called_off(decoder, ids, monkeypatch):
+    run, begun, (expected, _) = team.run, [], course(decoder, ids, 40)
+
+    def broken(step, args, size):
+        whole = args[-1]
+        begun.append(whole.ran[0])
+        if len(begun) > 1:
+            return run(step, args, size)
+        run(step, (*args[:-1], whole._replace(steps=20)), size)
+        whole.kept[20] += 1  # by a part of a step
+
+    monkeypatch.setattr(team, "run", broken)
+    found, cache = course(decoder, ids, 40)
+    assert begun == [0, 20] and cache.get_seq_length() == 51
+    assert all(np.array_equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True))
 
 
 def test_in_several_calls_alone_and_padded(decoder, ids):

@@ -14,6 +14,7 @@ from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, Logits
 from transformers.generation.stopping_criteria import StoppingCriteria
 
 from hat_lib.config import HatError
+from hat_lib.engine import team
 from hat_lib.model.token_state import TokenState
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:token grain")]
@@ -119,16 +120,20 @@ class TestGenerate:
             assert again == [hat.trace] and torch.equal(again[0].site_share, expected.site_share)
             assert torch.equal(again[0].exit_layer, expected.exit_layer) and cache.get_seq_length() == 21
 
-    def test_torch_has_its_threads_back(self, channel_hat, ids):
+    @pytest.mark.parametrize("pace", [2, 1])
+    def test_torch_has_its_threads_back(self, pace, channel_hat, ids, monkeypatch):
         def fail():
             raise ValueError
 
+        monkeypatch.setattr(team, "cores", lambda: 2)
+        monkeypatch.setattr(team, "LATE", 1 << 62)
+        monkeypatch.setattr(team.Pace, "threads", property(lambda _: pace, lambda _, threads: None), raising=False)
         before, listener = torch.get_num_threads(), Listener(fail)
         try:
             torch.set_num_threads(2)
             with pytest.raises(ValueError):
                 channel_hat.lm.generate(ids[:1], stopping_criteria=[listener], **GREEDY)
-            assert torch.get_num_threads() == 2 and listener.threads == [2, 1]  # after the prefill, and after a step
+            assert torch.get_num_threads() == 2 and listener.threads == [pace, 1]  # after the prefill, and after a step
             with ThreadPoolExecutor(1) as pool:  # a thread started afterwards
                 assert pool.submit(torch.get_num_threads).result() == 2
         finally:

@@ -15,18 +15,20 @@ import torch
 from hat_lib.backbone.machine import cpu_name
 from hat_lib.config import DATA
 from hat_lib.rows import read_rows, rounded
-from soak import equalities, kills, leaks
+from soak import busy, equalities, kills, leaks
 from soak.paths import CLASSES
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     part: str
     what: str
     cases: int
     seconds: float
-    kib_a_text: float | None  # by which memory grows
-    slowdown: float | None  # CPU time of a text, of the last tenth over the first
+    kib_a_text: float | None = None  # by which memory grows
+    slowdown: float | None = None  # CPU time of a text, of the last tenth over the first
+    two_threads: float | None = None  # time of two threads over one's, at capacity 1.0 or 0.5, where it is more
+    cpu_at_half: float | None = None  # CPU time of two threads at capacity 0.5 over that at 1.0
     threads: int
     cpu: str
 
@@ -40,6 +42,8 @@ def cases(folder: Path):
         yield "kills", job, 20, lambda job=job: kills.run(job, 20, folder)
     for path in ("engine", "reference"):
         yield "leaks", path, 10_000, lambda path=path: leaks.run(10_000, path)
+    for others in busy.OTHERS:
+        yield "busy", f"beside {others}", 5, lambda others=others: busy.run(5, others)
 
 
 def main(chosen: list[str], file: Path = DATA / "results" / "reliability.csv") -> None:
@@ -47,16 +51,15 @@ def main(chosen: list[str], file: Path = DATA / "results" / "reliability.csv") -
     with tempfile.TemporaryDirectory() as folder:
         todo = list(cases(Path(folder)))
         if unknown := set(chosen) - {case[0] for case in todo}:
-            sys.exit(f"no part {', '.join(unknown)}: PART is equalities, paths, kills or leaks")
+            sys.exit(f"no part {', '.join(unknown)}: PART is equalities, paths, kills, leaks or busy")
         for part, what, count, run in todo:
             if chosen and part not in chosen:
                 rows += [row for row in read_rows(file, Row) if (row.part, row.what) == (part, what)]
                 continue
             print(f"{part}, {what} ...", flush=True)
             begun = time.monotonic()
-            grew, slowdown = run() or (None, None)
-            found = {"seconds": time.monotonic() - begun, "kib_a_text": grew, "slowdown": slowdown, "cpu": cpu_name()}
-            rows.append(rounded(Row, part=part, what=what, cases=count, threads=torch.get_num_threads(), **found))
+            found = {"threads": torch.get_num_threads(), "cpu": cpu_name()} | (run() or {})
+            rows.append(rounded(Row, part=part, what=what, cases=count, seconds=time.monotonic() - begun, **found))
     pd.DataFrame(rows).to_csv(file, index=False)
     print("no failure")
 

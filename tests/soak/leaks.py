@@ -22,7 +22,7 @@ def resident_kib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1024
 
 
-def run(count: int, path: str) -> tuple[float, float]:
+def run(count: int, path: str) -> dict:
     """``count`` texts of 16 tokens after prompts of 4 to 16, on a path, ``engine`` or ``reference``.
 
     Returns the slope of the memory after the first tenth, KiB a text, and the median CPU time of the last tenth over
@@ -45,4 +45,4 @@ def run(count: int, path: str) -> tuple[float, float]:
     slowdown = statistics.median(seconds[-tenth:]) / statistics.median(seconds[:tenth])
     kib = float(np.polyfit(*np.array(memory).T, 1)[0])
     assert count < 1000 or (slowdown < MOST_SLOWDOWN and kib < MOST_KIB), (slowdown, kib)
-    return round(kib, 3), round(slowdown, 3)
+    return {"kib_a_text": round(kib, 3), "slowdown": round(slowdown, 3)}
