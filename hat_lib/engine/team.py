@@ -241,8 +241,8 @@ def _team(size: int) -> Team:
 
 
 def paced(threads: int) -> int:
-    """As many of torch's ``threads`` as the engine's pace allows: they meet, too, and beside a busy process two may take
-    ten times as long as one."""
+    """As many of torch's ``threads`` as the engine's pace allows: they meet, too, and beside a busy process two of them
+    may take ten times as long as one."""
     with _one_step:
         pace = _team(size(threads)).pace
     return threads if pace.threads == pace.most else pace.threads
