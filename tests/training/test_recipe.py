@@ -47,9 +47,8 @@ def test_named():
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("tokens", 1), ("block_size", 8.0), ("batch_size", 0), ("exit_tokens", "8"), ("seed", -1),
-        ("router_epochs", 0), ("router_lr", float("nan")), ("exit_lr", "fast"), ("noise", -1),
-        ("anneal", 1.1), ("warmup", -0.1), ("capacity", 0.05), ("text", 3),
+        ("tokens", 1), ("block_size", 8.0), ("batch_size", 0), ("seed", -1), ("router_epochs", 0),
+        ("exit_lr", float("nan")), ("noise", -1), ("anneal", 1.1), ("capacity", 0.05), ("text", 3),
     ],
 )  # fmt: skip
 def test_bad_values(name, value):

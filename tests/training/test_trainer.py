@@ -5,12 +5,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from tiny_runs import GRAINS, PHASES, interrupt_at, new_hat, random_blocks, run_phase, skipping
+from tiny_runs import GRAINS, PHASES, new_hat, random_blocks, run_phase, skipping
 
 from hat_lib.backbone.base import exact_hash
 from hat_lib.config import HatError
 from hat_lib.training import losses, trainer
 from hat_lib.training.objective import Objective
+from hat_lib.training.run import nominal_thresholds
 from hat_lib.training.trainer import STATE_FILE, Stops
 
 
@@ -23,8 +24,10 @@ def saved_step(folder):
 def test_a_phase_trains_and_saves_its_own_parameters(grain, phase, tmp_path):
     hat = new_hat(grain)
     before, frozen = {n: p.detach().clone() for n, p in hat.hat_parameters().items()}, exact_hash(hat.lm)
-    outcome = run_phase(hat, tmp_path, phase, steps=3)
+    outcome, nominal = run_phase(hat, tmp_path, phase, steps=3), nominal_thresholds(hat)
     assert outcome.done and (outcome.step, outcome.steps) == (3, 3)
+    assert outcome.thresholds(1.0) == nominal(1.0)
+    assert (outcome.thresholds(0.5) != nominal(0.5)) == (grain == "channel" and phase == "routers")  # the split
 
     own = {n for n in before if n.startswith("routers." if phase == "routers" else "gates.")}
     own -= {"routers.0_ffn.weight", "routers.0_ffn.bias"}  # token grain: layer 0's FFN always runs, its router is idle
@@ -53,22 +56,6 @@ def test_capacity_exits_and_decisions_stay(grain, phase, tmp_path, monkeypatch):
         run_phase(hat, tmp_path, phase)
     assert (hat.capacity, hat.exit_rate) == requested and not hat.training
     assert all(torch.equal(a, b) for a, b in zip(before, decided(), strict=True))
-
-
-@pytest.mark.parametrize("number, reason", [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "terminate"), (0, "time")])
-def test_a_stop_finishes_the_step_and_saves_it(tmp_path, monkeypatch, number, reason):
-    """Ctrl-C, SIGTERM (which is then passed on), and a time limit."""
-    if number:
-        interrupt_at(monkeypatch, ("routers", 2), by=number)
-    steps = 2 if number == signal.SIGINT else 3  # a Ctrl-C in the last step is not lost
-    before = signal.signal(signal.SIGTERM, terminated := Mock())  # instead of ending this process
-    try:
-        outcome = run_phase(new_hat("token"), tmp_path, steps=steps, max_minutes=None if number else 1e-9)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    step = 2 if number else 1
-    assert (outcome.step, outcome.steps, outcome.stopped, outcome.done) == (step, steps, reason, False)
-    assert saved_step(tmp_path) == step and terminated.call_count == (reason == "terminate")
 
 
 def test_a_second_ctrl_c_stops_at_once():
