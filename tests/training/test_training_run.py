@@ -72,7 +72,7 @@ def test_a_finished_run(finished, tiny_base):
 
 
 def test_an_interrupted_run_is_the_undisturbed_one(finished, text, tmp_path, monkeypatch, tiny_base):
-    """Ctrl-C in step 2 of the first phase and in the last step of the other; the base is unchanged, and the global random state does not matter."""
+    """Ctrl-C in step 2 of the routers and in the last of the gates. The base stays; no global random state counts."""
     (grain, expected), folder, bases, load = finished, tmp_path / "run", [], module.load_base
     monkeypatch.setattr(module, "load_base", lambda *args, **how: bases.append(load(*args, **how)) or bases[-1])
     torch.manual_seed(9)
