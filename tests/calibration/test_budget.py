@@ -17,6 +17,7 @@ from hat_lib.calibration.quantiles import score_quantiles
 from hat_lib.calibration.token_sensitivity import PRIOR, log_linear
 from hat_lib.evaluation.perplexity import score_each
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 BLOCKS = random_blocks(16, 64)
 SITES = 6
 prices = st.lists(st.floats(1e-4, 1.0), min_size=SITES, max_size=SITES).map(np.array)
@@ -74,7 +75,6 @@ def test_site_damage_predicts_small_kl():
     assert 0.9 < np.median(ratios) < 1.1 and min(ratios) > 0.7 and max(ratios) < 1.5
 
 
-@torch.no_grad()
 def test_head_points():
     hat = gating()
     blocks = list(torch.from_numpy(np.random.default_rng(0).integers(5, 250, (8, 1, 64))))
@@ -94,7 +94,6 @@ def test_head_points():
 # Token sensitivity
 
 
-@torch.no_grad()
 def test_log_linear_is_at_its_optimum():
     """The gradient by hand: the pull of the prior against that of the data, on standardised columns."""
     generator = torch.Generator().manual_seed(0)
@@ -109,7 +108,6 @@ def test_log_linear_is_at_its_optimum():
     assert float(pull.abs().max()) < 1e-3 and abs(float(misfit.mean())) < 1e-3
 
 
-@torch.no_grad()
 def test_sensitivity_is_half_the_log_of_the_price(monkeypatch):
     hat = untrained()
     generator = torch.Generator().manual_seed(1)
@@ -125,7 +123,6 @@ def test_sensitivity_is_half_the_log_of_the_price(monkeypatch):
         assert 0.85 < slope <= 1.02 and float(torch.corrcoef(torch.stack([found, wanted]))[0, 1]) > 0.98
 
 
-@torch.no_grad()
 def test_prices_of_tokens_add_up_to_those_of_the_text():
     """For a single site, the mean over tokens is what `calibrate` takes as the site's price."""
     hat, text = untrained(), [torch.tensor([b]) for b in BLOCKS]
@@ -137,7 +134,6 @@ def test_prices_of_tokens_add_up_to_those_of_the_text():
     assert not prices[[0, 1, 3]].any() and float(prices[2].sum()) / (16 * 64) == pytest.approx(whole, rel=1e-4)
 
 
-@torch.no_grad()
 def test_a_sensitive_token_keeps_more_unless_little_runs():
     hat, ids = untrained(), torch.tensor(BLOCKS[:2])
     calibrate(hat, BLOCKS, token_sensitivity=False, probe_tokens=128, progress=False)

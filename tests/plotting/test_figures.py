@@ -81,17 +81,6 @@ def test_figures_of_routing(rate, panels):
         assert len(drawn.axes) == {"layer_map": 4, "quantiles": 2 * panels}.get(name, panels)
 
 
-def test_show(tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "FIGURES", tmp_path / "figures")
-    shown = []
-    monkeypatch.setattr(style, "display", lambda picture, **how: shown.append((picture, how)))
-    style.show(style.skipped_ffn(TABLE), "one", "what to see")
-    assert plt.imread(tmp_path / "figures" / "one.png")[0, 0, :3].tolist() == [1, 1, 1]  # on dark pages too
-    assert (tmp_path / "figures" / "one.png").read_bytes() == style.png(style.skipped_ffn(TABLE))
-    ((picture, how),) = shown
-    assert picture._repr_mimebundle_()[1] == {"image/png": {"alt": "what to see"}} and how["include"] == ["image/png"]
-
-
 def test_at_equal_work():
     """Half the loss at less work, read at the work before the first step."""
     share, less = np.array([0.8, 0.6, 0.4]), np.array([0.77, 0.57, 0.37])
@@ -107,17 +96,21 @@ def test_at_equal_work():
     pd.testing.assert_frame_equal(training.at_equal_work(one), one)
 
 
-def test_live(tmp_path, monkeypatch):
-    """One picture, updated in place; none before there is a row."""
-    shown, handle = [], Mock()
+def test_shown_and_saved(tmp_path, monkeypatch):
+    """One picture, updated in place while a run goes on; none before there is a row."""
+    shown, handle, path = [], Mock(), tmp_path / "log.csv"
     monkeypatch.setattr(config, "FIGURES", tmp_path / "figures")
-    monkeypatch.setattr(style, "display", lambda picture, **how: shown.append(picture) or handle)
-    path, whole = tmp_path / "log.csv", LOG.query("granularity == 'token'")
+    monkeypatch.setattr(style, "display", lambda picture, **how: shown.append((picture, how)) or handle)
+    style.show(style.skipped_ffn(TABLE), "one", "what to see")
+    ((picture, how),) = shown
+    assert picture._repr_mimebundle_()[1] == {"image/png": {"alt": "what to see"}} and how["include"] == ["image/png"]
+    assert plt.imread(tmp_path / "figures" / "one.png")[0, 0, :3].tolist() == [1, 1, 1]  # on dark pages too
+    whole = LOG.query("granularity == 'token'")
     live = training.Live(path, training.gates, "gates", "what it shows", every=0)
     for rows in (0, 5, len(whole)):
         whole.head(rows).to_csv(path, index=False)
         live(rows == len(whole))
-    assert len(shown) == 1 and handle.update.call_count == 1
+    assert len(shown) == 2 and handle.update.call_count == 1
     assert (tmp_path / "figures" / "gates.png").read_bytes() == style.png(training.gates(whole))
 
 

@@ -1,7 +1,10 @@
 """Each study on `random:tiny`, for seconds: its rows are complete, their work is as asked, and finished rows are
 skipped. Nothing is asserted about speed."""
 
+import os
 import string
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -185,3 +188,31 @@ def test_right_is_the_share_of_likeliest_tokens():
     other = "a" if answer != "a" else "b"
     assert tasks.right(hat, [(prompt, answer), (prompt, other)]).tolist() == [1, 0]
     assert tasks.right(hat, [(prompt, answer + "\x00")]).tolist()[0] in (0.5, 1)
+
+
+SCRIPT = """
+import torch
+from studies.gpu.triton_product import gated_product
+
+draw = torch.Generator().manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for channels, outputs in ((64, 128), (45, 301), (200, 7)):
+        x = torch.randn(channels, generator=draw).to(dtype)
+        w = torch.randn(channels, outputs, generator=draw).to(dtype)
+        cut = torch.rand(channels, generator=draw) - 0.1
+        for scale in (1.0, 0.5, 3.0, 1e9):
+            kept = torch.where(x.float().abs() > cut * scale, x.float(), 0.0)
+            expected = kept.double() @ w.double()
+            found = gated_product(x, w, cut, scale)
+            assert found.dtype == torch.float32
+            assert (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max()), (dtype, channels, scale)
+"""
+
+
+@pytest.mark.slow
+def test_the_gpu_kernel_interpreted_is_the_masked_product():
+    pytest.importorskip("triton")
+    # Read when triton is imported, hence a separate process.
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr

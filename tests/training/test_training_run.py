@@ -72,14 +72,14 @@ def test_a_finished_run(finished, tiny_base):
 
 
 def test_an_interrupted_run_is_the_undisturbed_one(finished, text, tmp_path, monkeypatch, tiny_base):
-    """Ctrl-C in step 2 of each phase; the base is unchanged, and the global random state does not matter."""
+    """Ctrl-C in step 2 of the routers and in the last of the gates. The base stays; no global random state counts."""
     (grain, expected), folder, bases, load = finished, tmp_path / "run", [], module.load_base
     monkeypatch.setattr(module, "load_base", lambda *args, **how: bases.append(load(*args, **how)) or bases[-1])
     torch.manual_seed(9)
-    interrupt_at(monkeypatch, ("routers", 2), ("exit", 2))
+    interrupt_at(monkeypatch, ("routers", 2), ("exit", 3))
     ended = [[(o.phase, o.step, o.stopped) for o in train(asked(grain, text), folder, resume=resume, progress=False)]
              for resume in (False, True, True)]  # fmt: skip
-    assert ended == [[("routers", 2, "interrupt")], [("routers", 3, ""), ("exit", 2, "interrupt")], [("exit", 3, "")]]
+    assert ended == [[("routers", 2, "interrupt")], [("routers", 3, ""), ("exit", 3, "interrupt")], [("exit", 3, "")]]
     assert (folder / ADAPTER_FILE).read_bytes() == (expected / ADAPTER_FILE).read_bytes()
     assert read_checkpoint(folder).calibration == read_checkpoint(expected).calibration
     found, whole = (pd.read_csv(at / "log.csv").drop(columns=TIMES) for at in (folder, expected))

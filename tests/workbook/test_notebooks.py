@@ -11,7 +11,6 @@ from types import ModuleType
 
 import nbformat
 import pytest
-from nbconvert import HTMLExporter
 from notebook_files import notebook
 from typer.testing import CliRunner
 
@@ -164,12 +163,6 @@ def test_clean(tmp_path):
     nbformat.write(nb, path)
     with pytest.raises(HatError, match="00_a.ipynb"):
         notebooks.clean_file(path)
-
-
-def test_a_static_viewer_shows_the_notebook_that_keeps_a_screen():
-    """GitHub's is nbconvert, which refuses widgets without a state."""
-    html, _ = HTMLExporter().from_filename(NOTEBOOKS / "07_routing_patterns.ipynb")
-    assert html.count("data:image/png") >= 6
 
 
 def cells(path, kind):
