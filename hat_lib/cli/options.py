@@ -5,15 +5,17 @@ torch is only imported inside functions, so that help answers at once.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import typer
 
-from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate
+from hat_lib.config import HatConfig, HatError, check_capacity, check_count, check_exit_rate
 from hat_lib.text.plain import check_whole, printable
 
 if TYPE_CHECKING:
@@ -69,7 +71,11 @@ SPLIT = option(
     "checkpoint was not made with]",
 )
 MAX_TOKENS = option(4000, "Tokens of text, at least 2; more makes the interval narrower.", min=2)
-THREADS = option(None, "Threads to compute with. [default: one a core]", min=1)
+THREADS = option(
+    None,
+    "Threads to compute with. [default: one a core]",
+    check=partial(check_count, "threads", low=1, high=os.cpu_count()),
+)
 
 
 def say(kind: str, message: object) -> None:

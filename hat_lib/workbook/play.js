@@ -6,7 +6,6 @@
 
 export function mount(root, host) {
   root.classList.add("hat-play");
-  root.setAttribute("data-lm-suppress-shortcuts", "true"); // else JupyterLab takes the arrow keys of every control
   let facts = null, texts = null, forced = null, cells = [], asked = 0;
   const view = { at: 4, token: 0, layer: 0, other: null, guess: new Map(), shown: false };
 
@@ -44,6 +43,7 @@ export function mount(root, host) {
   map.tabIndex = 0;
   map.setAttribute("role", "listbox");
   map.setAttribute("aria-label", "tokens; the arrow keys up and down pick a token, left and right a layer");
+  map.setAttribute(OWN_KEYS, "true");
   const panels = element("div", "hat-panels", "", body);
   const price = element("div", "hat-price", "", body);
   const tip = element("div", "hat-tip", "", root);

@@ -6,10 +6,14 @@ const KEYS = { ArrowUp: ["token", -1], ArrowDown: ["token", 1], Home: ["token", 
 const SVG = "http://www.w3.org/2000/svg";
 const MARK = "#d55e00", CURVES = ["#0072b2", "#009e73", "#cc79a7", "#e69f00"];
 
+// On what has the focus, or JupyterLab takes its arrow keys and collapses a section.
+const OWN_KEYS = "data-lm-suppress-shortcuts", CONTROLS = ["button", "input", "select", "textarea"];
+
 function element(tag, classes = "", text = "", parent = null) {
   const made = document.createElement(tag);
   if (classes) made.className = classes;
   if (text) made.textContent = text;
+  if (CONTROLS.includes(tag)) made.setAttribute(OWN_KEYS, "true");
   parent?.append(made);
   return made;
 }

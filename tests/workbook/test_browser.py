@@ -42,6 +42,7 @@ def lab(tmp_path):
     """Address of a JupyterLab, apart from the user's settings and kernels, that serves the screen's cells, trusted."""
     nb = nbformat.read(NOTEBOOKS / "07_routing_patterns.ipynb", as_version=4)
     nb.cells = [c for c in nb.cells if c.cell_type == "code" and any(part in c.source for part in CELLS)]
+    nb.cells.insert(0, nbformat.v4.new_markdown_cell("# A section that the arrow keys of a notebook would collapse"))
     for folder in ("notebooks", "data"):
         (tmp_path / folder).mkdir()
     nbformat.write(nb, tmp_path / "notebooks" / "screen.ipynb")
@@ -159,14 +160,16 @@ def test_a_notebook_keeps_the_screen_and_a_kernel_answers_it(lab, page, requests
     view, show = page.locator(".hat-play"), sync_api.expect
     show(view.locator(ROWS)).to_have_count(17)  # nothing has run
     stored = pixels(page)
-    view.get_by_role("slider").press("Home")
+    for key, capacity in (("ArrowLeft", "0.55"), ("ArrowDown", "0.50"), ("ArrowRight", "0.55"), ("Home", "0.40")):
+        view.get_by_role("slider").press(key)
+        show(view.locator(".hat-number")).to_have_text(capacity)
     assert pixels(page) != stored
     show(view.locator(".hat-differs")).to_have_count(1)
     view.locator(".hat-word").first.click()
     show(view.locator(".hat-status")).to_contain_text("kernel")
 
     ran = page.evaluate(RUN_ALL, "screen.ipynb")
-    outputs = [output for cell in ran["cells"] for output in cell["outputs"]]
+    outputs = [output for cell in ran["cells"][1:] for output in cell["outputs"]]
     assert outputs and not [output for output in outputs if output["output_type"] == "error"]
     show(view.locator(".hat-number")).to_have_text("0.62")  # drawn anew
     view.get_by_role("slider").press("Home")

@@ -48,6 +48,8 @@ def test_a_page_holds_all_it_shows_and_no_prompt_ends_its_script(hat):
     assert play_page.SCRIPT in committed and play_page.STYLE in committed, (
         "the committed page is older than what draws it: python -m studies.make_page"
     )
+    kept = (REPO / "notebooks" / "07_routing_patterns.ipynb").read_text(encoding="utf-8")
+    assert json.dumps(play_page.SCRIPT, ensure_ascii=False) in kept, "as is the screen that 07 keeps: execute 07"
 
 
 @pytest.fixture
