@@ -93,6 +93,8 @@ def sweep(
     for *_, setting in settings:  # so that an invalid one is reported before anything is measured
         with setting():
             pass
+    if not settings and not policies:
+        raise HatError("nothing to measure: expected at least one capacity or policy")
     name, blocks = _blocks(hat, text, split, max_tokens, block_size)
     settings += _beside(hat, blocks, policies) if policies else []
     around = [setting for *_, setting in settings]

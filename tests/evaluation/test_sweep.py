@@ -88,6 +88,7 @@ def test_a_policy_of_ones_own_beside_others_at_its_work(hat):
     ("text", "how"),
     [
         (BLOCKS, {"capacities": 2}),
+        (BLOCKS, {"capacities": ()}),
         (BLOCKS, {"exit_rate": -1}),
         ("nowhere.txt", {}),
         ("my notes.md", {}),
