@@ -28,7 +28,7 @@ from torch import Tensor
 from hat_lib import __version__
 from hat_lib.backbone.base import BUNDLED, HUB_ID, Base, first_line
 from hat_lib.backbone.shapes import SHAPES
-from hat_lib.config import DATA, HatConfig, HatError, check_count, shown
+from hat_lib.config import DATA, HatConfig, HatError, check_capacity, check_count, shown
 from hat_lib.model.granularity import grain_named
 from hat_lib.model.threshold_table import ANY, Calibration
 
@@ -68,6 +68,11 @@ class Price:
     high: float | None
     base_perplexity: float
     tokens: int  # number of scored tokens
+
+    def __post_init__(self):
+        check_capacity(self.capacity)
+        if not self.increase > -1:
+            raise HatError(f"the increase of a price must be above -1, got {shown(self.increase)}")
 
 
 @dataclass(frozen=True)

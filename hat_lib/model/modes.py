@@ -207,7 +207,8 @@ class Modes:
 
     @property
     def capacity(self) -> float:
-        """Requested executed / routable work, 0.1-1.0. Setting it needs no retraining."""
+        """Requested executed / routable work, 0.1-1.0. Setting it needs no retraining. Below the lowest measured one,
+        that one's thresholds are used, with a warning; so it is for exit rates."""
         return self._context.mode.capacity
 
     @capacity.setter

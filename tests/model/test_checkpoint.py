@@ -214,6 +214,7 @@ WRONG += [torch.full([64], value) for value in (math.nan, math.inf, -1e38, 31.0)
         ({"config.translator_rank": 10**9}, "translator_rank"),
         ({"config.correction_rank": 10**9}, "correction_rank"),
         ({"prices.0": {"text": "news"}}, "capacity"),
+        ({"prices.0.increase": -1}, "increase"),
     ],
 )
 def test_refused(folder, base, changes, words):
