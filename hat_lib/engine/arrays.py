@@ -146,11 +146,12 @@ class Course(NamedTuple):
     # written to:
     ended: ndarray  # bool [R], whether a text has ended
     ids: ndarray  # int64 [S, R], tokens chosen
+    offsets: ndarray  # [S, R], after each
     kept: ndarray  # int32 [S, P, L, 5, R], summed over threads: channels kept at each product, 1 where the FFN ran
     exits: ndarray  # int64 [S, R], layers that each token ran
     head: ndarray  # int32 [S, P, 2, N], summed over threads: channels of the preview, and logits read in full
     logits: ndarray  # [S or 0, R, V], stored, if they are wanted
-    ran: ndarray  # int64 [1], steps until all texts had ended
+    ran: ndarray  # int64 [1], steps until all texts had ended; or, negative, why the call was broken off
 
 
 class Scratch(NamedTuple):

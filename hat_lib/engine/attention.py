@@ -15,6 +15,7 @@ from hat_lib.engine.operations import largest
 
 PIECE = 32
 """tokens of the context"""
+LOWEST = np.finfo(np.float32).min
 
 
 @compiled()
@@ -85,7 +86,7 @@ def attend(q, keys, values, first, last, scores, places, tops, totals, out):
             scores[i, s] = F0
     for i in range(count):
         row, total = scores[i, :n], F0
-        top = largest(row)
+        top = max(largest(row), LOWEST)  # all may be -inf, which less itself is NaN
         for s in range(n):
             row[s] = exp(row[s] - top)
             total += row[s]

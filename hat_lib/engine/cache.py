@@ -2,7 +2,8 @@
 
 A `DynamicLayer` is copied whole for each token that is appended. Here all layers of a cache share two arrays that
 double in length when they are full; what transformers sees of a layer are views of the part in use. So a cache may be
-cropped, continued, copied and reordered, on this path or on any other.
+cropped, continued, copied and reordered, on this path or on any other. A view that somebody has taken never changes:
+after a crop its part is not written to again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ class KeyValueBuffer:
     def __init__(self, layers: int, batch: int, heads: int, size: int, head_dim: int, dtype: torch.dtype):
         shape, stored = (layers, batch, heads, size, head_dim), np.uint16 if dtype == torch.bfloat16 else np.float32
         self.keys, self.values = np.empty(shape, stored), np.empty(shape, stored)
-        self.dtype, self.batch, self.size = dtype, batch, size
+        self.dtype, self.size, self.form = dtype, size, (batch, heads, head_dim, dtype)
+        self.shown = False
+        """whether somebody may hold a view"""
 
     def view(self, name: str, layer: int, length: int) -> Tensor:
         """The first tokens of a layer, ``[B, G, length, h]``."""
@@ -42,7 +45,10 @@ class GrowingLayer(DynamicLayer):
         self.length, self.dtype, self.device, self.is_initialized = length, buffer.dtype, torch.device("cpu"), True
 
     def _get(self, name: str) -> Tensor | None:
-        return self._outside[name] if self.length is None else self.buffer.view(name, self.index, self.length)
+        if self.length is None:
+            return self._outside[name]
+        self.buffer.shown = True
+        return self.buffer.view(name, self.index, self.length)
 
     def _set(self, name: str, value: Tensor | None) -> None:
         if self.length is not None:  # the other of the two stays as it is
@@ -53,11 +59,15 @@ class GrowingLayer(DynamicLayer):
     keys = property(lambda self: self._get("keys"), lambda self, value: self._set("keys", value))
     values = property(lambda self: self._get("values"), lambda self, value: self._set("values", value))
 
+    @property
+    def place(self) -> tuple[KeyValueBuffer, int, int | None]:
+        return self.buffer, self.index, self.length
+
     def get_seq_length(self) -> int:
         return super().get_seq_length() if self.length is None else self.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.length is None or tokens_to_remove >= 0:
+        if self.length is None or tokens_to_remove >= 0 or self.buffer.shown:
             super().crop(tokens_to_remove)
         else:
             self.length = max(0, self.length + tokens_to_remove)
@@ -66,20 +76,40 @@ class GrowingLayer(DynamicLayer):
         """Append tokens from the reference path, in place while they fit."""
         start, count = self.get_seq_length(), key_states.shape[-2]
         recorded = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        fits = self.length is not None and start + count <= self.buffer.size and len(key_states) == self.buffer.batch
-        if recorded or not fits:
+        fits = self.length is not None and start + count <= self.buffer.size
+        if recorded or not fits or _form(key_states) != self.buffer.form:
             return super().update(key_states, value_states, *args, **kwargs)
         self.length = start + count
-        self.keys[:, :, start:], self.values[:, :, start:] = key_states, value_states
-        return self.keys, self.values
+        keys, values = (self.buffer.view(name, self.index, self.length) for name in ("keys", "values"))
+        keys[:, :, start:], values[:, :, start:] = key_states, value_states
+        return keys, values
+
+
+def _form(keys: Tensor) -> tuple:
+    return (*keys.shape[:2], keys.shape[-1], keys.dtype)
+
+
+def holds(cache: Cache, form: tuple) -> bool:
+    """Whether all layers of a cache hold equally many keys and values, of this batch, heads, their size and dtype."""
+    length = cache.get_seq_length()
+    for layer in cache.layers:
+        if type(layer) is GrowingLayer and layer.length is not None:
+            fits = layer.length == length and layer.buffer.form == form
+        elif layer.is_initialized:
+            fits = all(_form(t) == form and t.shape[2] == length for t in (layer.keys, layer.values))
+        else:
+            fits = not length
+        if not fits:
+            return False
+    return True
 
 
 def buffer_for(cache: Cache, batch: int, heads: int, head_dim: int, dtype: torch.dtype, more: int) -> KeyValueBuffer:
     """The buffer of a cache, with space for ``more`` tokens; its layers become `GrowingLayer` if they are not yet."""
     layers, length = cache.layers, cache.get_seq_length()
     buffer = getattr(layers[0], "buffer", None)
-    fits = buffer is not None and buffer.batch == batch and length + more <= buffer.size
-    if fits and all(layer.length == length for layer in layers):
+    fits = buffer is not None and buffer.form == (batch, heads, head_dim, dtype) and length + more <= buffer.size
+    if fits and all(getattr(layer, "place", None) == (buffer, i, length) for i, layer in enumerate(layers)):
         return buffer
     buffer = KeyValueBuffer(len(layers), batch, heads, max(MIN_SIZE, 2 * (length + more)), head_dim, dtype)
     for i in range(len(layers) if length else 0):

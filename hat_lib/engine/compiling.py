@@ -15,18 +15,22 @@ from numba.core import caching
 
 from hat_lib.config import cache_dir
 
+REORDER = {"reassoc", "nsz", "arcp", "afn", "contract"}
+"""LLVM's freedoms with sums and products; not that NaN and infinity do not exist"""
 
-def compiled(*, reorder: bool = False, keep: bool = False, inline: bool = False):
+
+def compiled(*, reorder: bool = False, numbers: bool = False, keep: bool = False, inline: bool = False):
     """Compile a function with numba when it is first called; it runs without the GIL.
 
     Args:
         reorder: whether sums may be reordered; else products and sums are fused (FMA), and nothing more.
+        numbers: whether what it returns for NaN does not matter: a maximum is then found many numbers at a time.
         inline: whether to compile it only as a part of what calls it, which spares a large function a second time.
         keep: whether to keep the compiled code for other processes. A folder that cannot be written is not an error.
     """
 
     def wrap(function):
-        fastmath = True if reorder else {"contract"}
+        fastmath = (REORDER if reorder else {"contract"}) | ({"nnan", "nsz"} if numbers else set())
         how = {"boundscheck": False, "error_model": "numpy", "nogil": True, "inline": "always" if inline else "never"}
         dispatcher = njit(fastmath=fastmath, **how)(function)
         if keep:

@@ -14,7 +14,7 @@ from hat_lib.engine import team
 from hat_lib.engine.arrays import FFN, GREEDY, MAX_TOKENS, PARTIALS, SECTION, Choice, Course, Decisions, Rows, Scratch
 from hat_lib.engine.attention import PIECE
 from hat_lib.engine.cache import buffer_for
-from hat_lib.engine.loop import decode
+from hat_lib.engine.loop import OUTSIDE, UNDRAWN, decode
 from hat_lib.engine.weights import pack, widths
 
 
@@ -54,6 +54,8 @@ class Result(NamedTuple):
     """with a shortlist, the channels and logits that the head read, int32 ``[2, B, N]``"""
     ids: np.ndarray | None = None
     """the token chosen after each, int64 ``[B, T]``"""
+    offsets: np.ndarray | None = None
+    """of steering, after each, float32 ``[B, T]``"""
 
 
 STILL = Steering(np.zeros(MAX_TOKENS, np.float32), 0.0, 0.0, 0.0, np.zeros(FFN, np.float32))
@@ -165,7 +167,7 @@ class Decoder:
             course.exits[:ran].T,
             course.head[:ran].sum(1).transpose(1, 2, 0),
         )
-        return Result(wanted, *by_sequence, course.ids[:ran].T)
+        return Result(wanted, *by_sequence, course.ids[:ran].T, course.offsets[:ran].T)
 
     def _run(
         self, ids, cache, decide, place, scale, logit_rows, threads, steps, choice, steering, *,
@@ -203,6 +205,7 @@ class Decoder:
             offset=steering.offset,
             ended=np.zeros(b, bool) if ended is None else ended,
             ids=np.zeros((steps if choose else 0, b), np.int64),
+            offsets=_zeros(steps if choose else 0, b),
             kept=np.zeros((steps, threads, layers, FFN + 1, b * t), np.int32),
             exits=np.empty((steps, b * t), np.int64),
             head=np.zeros((steps, threads, 2, n), np.int32),
@@ -210,9 +213,15 @@ class Decoder:
             ran=np.zeros(1, np.int64),
         )
         pieces = -(-(start + max(t, steps)) // PIECE)
-        args = w, decide, rows, self._scratch_for(threads, b * t, pieces), course
-        while not team.run(decode, args, threads):
+        rank = max(decide.reduce.shape[1], decide.correction_down.shape[1])
+        args = w, decide, rows, self._scratch_for(threads, b * t, pieces, rank), course
+        while not team.run(decode, args, threads) and course.ran[0] >= 0:
             course.kept[course.ran[0] :] = course.head[course.ran[0] :] = 0  # of the step that was called off
+        if course.ran[0] == OUTSIDE:
+            token = next(token for token in rows.ids if not 0 <= token < len(w.embed))
+            raise IndexError(f"token id {token} is not in the vocabulary of {len(w.embed)} tokens")
+        if course.ran[0] == UNDRAWN:
+            raise RuntimeError("no token can be drawn: there is NaN or infinity among the logits")
         for layer in cache.layers:
             layer.length = start + (int(course.ran[0]) if choose else t)
         return rows, course
@@ -229,9 +238,9 @@ class Decoder:
             self._angles = torch.stack([a[0, :, : self.head_dim // 2].float() for a in tables]).numpy()
         return self._angles
 
-    def _scratch_for(self, threads: int, rows: int, pieces: int) -> Scratch:
+    def _scratch_for(self, threads: int, rows: int, pieces: int, small: int) -> Scratch:
         known = self._scratch.get((threads, rows))
-        if known is not None and known.tops.shape[1] >= pieces:
+        if known is not None and known.tops.shape[1] >= pieces and known.small.shape[1] >= small:
             return known
         w, widest, pieces = self.weights, max(self.inputs) + 8 * PARTIALS, 2 * pieces
         d, mixed, _, ffn = self.inputs
@@ -259,7 +268,7 @@ class Decoder:
             scale=_zeros(threads, rows),
             flags=np.zeros((threads, 5, rows), bool),
             uncounted=np.zeros((threads, rows), np.int32),
-            small=_zeros(threads, 4096),
+            small=_zeros(threads, small),
             lowered=_zeros(threads, rows, rank),
             parts=_zeros(4, PARTIALS, rows, rank),
             preview=_zeros(rows, w.preview.shape[1]),

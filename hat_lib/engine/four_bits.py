@@ -147,18 +147,28 @@ def _adds(outputs: int, avx2: bool):
 _add_128, _add_64, _add_32 = (_adds(outputs, has_avx2()) for outputs in (128, 64, 32))
 
 
-@compiled(reorder=True)
-def encode(values, codes):
-    """Round ``values`` of a group to ``scale * codes``; returns the scale and the sum of codes."""
-    top, total = F0, np.int32(0)
+@compiled(numbers=True)
+def magnitude(values):
+    """The largest."""
+    top = F0
     for i in range(values.shape[0]):
         top = max(top, abs(values[i]))
+    return top
+
+
+@compiled(reorder=True)
+def encode(values, codes):
+    """Round ``values`` of a group to ``scale * codes``; returns the scale, NaN if one of them is NaN or infinite, and
+    the sum of codes."""
+    top, total, check = magnitude(values), np.int32(0), F0
+    for i in range(values.shape[0]):
+        check += values[i] * F0
     factor = np.float32(127) / top if top > np.float32(1e-30) else F0
     for i in range(values.shape[0]):
         code = np.int32(np.rint(values[i] * factor))
         codes[i] = np.int8(code)
         total += code
-    return top / np.float32(127), np.int32(total)
+    return top / np.float32(127) + check, np.int32(total)
 
 
 @compiled()

@@ -21,6 +21,8 @@ from numba.extending import intrinsic
 from hat_lib.engine.compiling import compiled
 
 F0, F1 = np.float32(0), np.float32(1)
+LEAST = np.float32(-np.inf)
+"""below every number"""
 LANES = 16
 """outputs at a time with several rows"""
 COLUMNS = 2048
@@ -42,7 +44,8 @@ def as_float(context, stored):
 
 @intrinsic
 def as_stored(context, value, like):
-    """A float32 in the form of ``like``: itself, or the bits of the nearest bfloat16 (ties to even), as uint16."""
+    """A float32 in the form of ``like``: itself, or the bits of the nearest bfloat16 (ties to even; NaN stays NaN), as
+    uint16."""
 
     def shorten(_, builder, __, args):
         if like == types.float32:
@@ -51,6 +54,7 @@ def as_stored(context, value, like):
         bits = builder.bitcast(args[0], i32)
         odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
         rounded = builder.add(bits, builder.add(odd, i32(0x7FFF)))
+        rounded = builder.select(builder.fcmp_unordered("uno", args[0], args[0]), i32(0x7FC00000), rounded)
         return builder.trunc(builder.lshr(rounded, i32(16)), ir.IntType(16))
 
     return like(types.float32, like), shorten
@@ -69,13 +73,14 @@ def power_of_two(context, exponent):
 
 @compiled()
 def exp(x):
-    """``e ** x`` in float32 to a relative error of about 2e-7, in a form that vectorises; x is assumed to be <= 88."""
-    x = max(x, np.float32(-87))
+    """``e ** x`` in float32 to a relative error of about 2e-7, in a form that vectorises; 0 below -87, and infinity or
+    NaN where that is so."""
+    x = min(max(x, np.float32(-87)), np.float32(89))
     whole = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     f = (x - whole * np.float32(0.693145752)) - whole * np.float32(1.42860677e-6)  # minus whole * ln 2, in two parts
     tail = np.float32(1 / 120) + f * (np.float32(1 / 720) + f * np.float32(1 / 5040))
     series = F1 + f * (F1 + f * (np.float32(1 / 2) + f * (np.float32(1 / 6) + f * (np.float32(1 / 24) + f * tail))))
-    return series * power_of_two(np.int32(whole))
+    return (series + series) * power_of_two(np.int32(whole) - np.int32(1))  # in two steps: 2 ** 128 is infinity
 
 
 @intrinsic
@@ -191,8 +196,9 @@ def keep(x, first, last, threshold, scale, keep_all, runs, index, values, kept, 
 
     Args:
         x: float32 ``[R, C]``.
-        threshold, scale, keep_all, runs: row r keeps channel i if ``|x[r, i]| > threshold[i] * scale[r]``; all of them
-            if ``keep_all[r]``; none unless ``runs[r]``, which is not read for a single row.
+        threshold, scale, keep_all, runs: row r keeps channel i if ``|x[r, i]| > threshold[i] * scale[r]``, or if it is
+            NaN, which multiplied by zero is NaN, too; all of them if ``keep_all[r]``; none unless ``runs[r]``, which is
+            not read for a single row.
         index, values: uint64 ``[C + 8]`` and float32 ``[R, C + 8]``, or longer; filled from ``start``, and with zeros
             up to a multiple of eight.
         kept: int32 ``[R]``, to which the number of channels that each row kept is added.
@@ -204,13 +210,13 @@ def keep(x, first, last, threshold, scale, keep_all, runs, index, values, kept, 
         row, gathered, factor, everything = x[0], values[0], scale[0], keep_all[0]
         for i in range(first, last):
             index[n], gathered[n] = i, row[i]
-            n += everything | (abs(row[i]) > threshold[i] * factor)
+            n += everything | (not abs(row[i]) <= threshold[i] * factor)
         kept[0] += n - start
     else:
         for i in range(first, last):
             index[n], wanted = i, 0
             for r in range(rows):
-                by_row = runs[r] & (keep_all[r] | (abs(x[r, i]) > threshold[i] * scale[r]))
+                by_row = runs[r] & (keep_all[r] | (not abs(x[r, i]) <= threshold[i] * scale[r]))
                 values[r, n] = x[r, i] if by_row else F0
                 kept[r] += by_row
                 wanted |= by_row

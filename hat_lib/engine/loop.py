@@ -10,9 +10,12 @@ from __future__ import annotations
 import numpy as np
 
 from hat_lib.engine.compiling import compiled
-from hat_lib.engine.kernels import F0, F1, as_float, exp, span
-from hat_lib.engine.step import LOWEST, decode_step
+from hat_lib.engine.kernels import F0, F1, LEAST, as_float, exp, span
+from hat_lib.engine.step import decode_step
 from hat_lib.engine.team import meet
+
+OUTSIDE, UNDRAWN = -1, -2
+"""in ``Course.ran``, why a call was broken off: an id that is not in the vocabulary, a draw from NaN or infinity"""
 
 
 @compiled(keep=True)
@@ -23,6 +26,10 @@ def decode(t, team, barrier, base, decide, rows, scratch, course):
     for step in range(course.ran[0], course.steps):  # a part of them ran before, if the call was called off
         if course.ended.all():
             return
+        for token in rows.ids:
+            if not 0 <= token < base.embed.shape[0]:
+                course.ran[0] = OUTSIDE
+                return
         kept, exits, head = course.kept[step], course.exits[step], course.head[step]
         if decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head):
             return
@@ -43,7 +50,7 @@ def decode(t, team, barrier, base, decide, rows, scratch, course):
                     continue
                 best = 0
                 for other in range(1, team):
-                    if scratch.best[other, r] > scratch.best[best, r]:
+                    if better(scratch.best[other, r], scratch.best[best, r]):
                         best = other
                 token = scratch.likeliest[best, r]
                 if course.ended[r]:
@@ -53,9 +60,11 @@ def decode(t, team, barrier, base, decide, rows, scratch, course):
                     weigh(scratch.weights, scratch.best[best, r], choice.temperature)
                     restrict(scratch.weights, choice.top_k, choice.top_p, choice.min_p)
                     token = draw(scratch.weights, choice.uniform[step, r])
+                    if token < 0:
+                        course.ran[0] = UNDRAWN
                 for stop in choice.stops:
                     course.ended[r] |= token == stop
-                if choice.penalty != F1:
+                if choice.penalty != F1 and 0 <= token < vocabulary:
                     choice.seen[r, token] = True
                 if course.logits.shape[0]:
                     for v in range(vocabulary):
@@ -66,11 +75,12 @@ def decode(t, team, barrier, base, decide, rows, scratch, course):
                     if not rows.protected[r] and exits[r] == kept.shape[1]:
                         moved = course.offset[r] + (work(kept, r, course.shares) - course.asked) * course.gain
                         course.offset[r] = min(max(moved, -course.limit), course.limit)
+                    course.offsets[step, r] = course.offset[r]
                     rows.scale[r] = exp(course.offset[r])
                 rows.slot[r] += 1
                 rows.position[r] += 1
                 rows.protected[r] = step + 1 < course.unprotected[r]
-        if meet(barrier, team, True):
+        if meet(barrier, team, True) or course.ran[0] < 0:
             return
 
 
@@ -93,19 +103,25 @@ def judged(score, v, penalty, seen, stops, early):
     if early:
         for stop in stops:
             if v == stop:
-                score = LOWEST
+                score = LEAST
     return score
+
+
+@compiled()
+def better(score, top):
+    """Whether a logit takes the place of the largest so far; the first NaN does, and keeps it."""
+    return not score <= top and top == top
 
 
 @compiled()
 def likeliest(logits, v0, v1, penalty, seen, stops, early, top, best):
     """Set ``top [1]`` and ``best [1]`` to the largest of some logits, and its place."""
-    top[0], best[0] = LOWEST, v0
+    top[0], best[0] = LEAST, v0
     for v in range(v0, v1):
         score = as_float(logits[v])
-        if score > top[0] or penalty != F1:
+        if better(score, top[0]) or penalty != F1:
             score = judged(score, v, penalty, seen, stops, early)
-            if score > top[0]:
+            if better(score, top[0]):
                 top[0], best[0] = score, v
 
 
@@ -167,10 +183,12 @@ def bar_of(weights, enough, count):
 
 @compiled()
 def draw(weights, uniform):
-    """A token, with a probability in proportion to its weight."""
+    """A token, with a probability in proportion to its weight; -1 if they are NaN, or all zero."""
     total = 0.0
     for weight in weights:
         total += weight
+    if not total > 0:
+        return -1
     left, last = uniform * total, 0
     for v in range(weights.shape[0]):
         if weights[v] > F0:

@@ -26,9 +26,10 @@ def inner(a, b):
     return s
 
 
-@compiled(reorder=True)
+@compiled(numbers=True)
 def largest(x):
-    top = x[0]  # not from -inf, which this arithmetic takes not to exist
+    """If one of them is NaN, that or another."""
+    top = x[0]
     for i in range(1, x.shape[0]):
         top = max(top, x[i])
     return top
@@ -49,7 +50,7 @@ def kept_dot(weights, x, threshold, factor, everything):
     """``weights . x`` of the channels that `keep` keeps. Slices, or LLVM would not vectorise it; as in `add_scaled`."""
     s = F0
     for i in range(x.shape[0]):
-        kept = everything | (abs(x[i]) > threshold[i] * factor)
+        kept = everything | (not abs(x[i]) <= threshold[i] * factor)
         s += as_float(weights[i]) * (x[i] if kept else F0)
     return s
 

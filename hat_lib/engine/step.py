@@ -15,7 +15,7 @@ from hat_lib.engine.arrays import DOWN, FFN, GATE_UP, OUT, PARTIALS, QKV
 from hat_lib.engine.attention import PIECE, attend, combine, pieces, place_all, put
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add
-from hat_lib.engine.kernels import F0, F1, as_float, dots, exp, fetch, keep, span
+from hat_lib.engine.kernels import F0, F1, LEAST, as_float, dots, exp, fetch, keep, span
 from hat_lib.engine.operations import (
     add_correction,
     add_partials,
@@ -35,8 +35,6 @@ from hat_lib.engine.team import meet
 
 SENSITIVITY_LIMIT = np.float32(3)
 """same as `hat_lib.model.routers.SENSITIVITY_LIMIT`"""
-LOWEST = np.finfo(np.float32).min
-"""best preview of a thread that has made none"""
 
 
 @compiled()
@@ -229,7 +227,7 @@ def decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head
         if base.head_scale.shape[0]:
             for v in range(v0, v1):
                 preview[v] *= base.head_scale[v]
-        scratch.best[t, r] = largest(preview[v0:v1]) if v0 < v1 else LOWEST
+        scratch.best[t, r] = largest(preview[v0:v1]) if v0 < v1 else LEAST
     if meet(barrier, team):
         return True
     for r in range(count):

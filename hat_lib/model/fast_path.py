@@ -156,9 +156,9 @@ class FastPath:
         """Why the engine would decode nothing, as things stand; None if it would."""
         return self.never or self._snapshot.obstacle() or obstacles.of_mode(self.context.mode, self.hat)
 
-    def fits(self, cache: Cache | None) -> bool:
-        """Whether the engine can write to a cache."""
-        return obstacles.fits(cache, self.hat.config.n_layers)
+    def fits(self, cache: Cache | None, batch: int) -> bool:
+        """Whether the engine can write so many rows to a cache."""
+        return obstacles.fits(cache, self.lm, batch)
 
     @property
     def forced(self) -> bool:
@@ -167,10 +167,7 @@ class FastPath:
 
     def _takes(self, given: dict, mode: Mode) -> bool:
         """Whether a call of forward is one for the engine."""
-        if (
-            not obstacles.takes(given, self.lm, self.hat.config.n_layers)
-            or obstacles.of_mode(mode, self.hat) is not None
-        ):
+        if not obstacles.takes(given, self.lm) or obstacles.of_mode(mode, self.hat) is not None:
             return False
         forced_channels = type(mode.policy) is Forced and self.hat.config.granularity == "channel"
         return not forced_channels or given["input_ids"].numel() == 1
@@ -224,7 +221,7 @@ class FastPath:
         (b, t), start = input_ids.shape, cache.get_seq_length()
         if not start and call is None:
             self.hat.refresh()  # as the reference path does at a prompt
-        first = first_seen(attention_mask, b, t)
+        first = first_seen(attention_mask, b, t, start + t)
         if first is None:
             return None
         position = np.arange(start, start + t)[None].repeat(b, 0)
@@ -232,7 +229,8 @@ class FastPath:
         if position_ids is not None:
             position = position_ids.numpy().repeat(b // len(position_ids), 0)
             rank = np.minimum(rank, position)
-        kept = logits_to_keep.numpy() if isinstance(logits_to_keep, Tensor) else slice(-(logits_to_keep or 0), None)
+        kept = 0 if logits_to_keep is None else logits_to_keep
+        kept = slice(-kept, None) if isinstance(kept, int) else np.asarray(kept)
         if (logit_rows := np.arange(b * t).reshape(b, t)[:, kept]).size > b * t:
             return None  # logits asked for twice
         protected = rank < self.hat.config.protected_tokens
@@ -280,7 +278,7 @@ class FastPath:
         shares = np.zeros(FFN, np.float32)
         if mode.moving:
             shares[:] = np.array(self.hat.site_work) / decoder.channels[:, 0, 0]
-        offset = steering.offsets(cache, b) if mode.steer else np.zeros(b, np.float32)
+        offset = steering.offsets(cache, b, start) if mode.steer else np.zeros(b, np.float32)
         result = decoder.course(
             ids,
             cache,
@@ -295,7 +293,7 @@ class FastPath:
             threads=threads,
         )
         if mode.moving:
-            cache.hat_offsets = offset
+            steering.keep(cache, start, result.offsets)
         ranks = rank[:, None] + np.arange(result.exits.shape[1])
         state = self._state(mode, ranks, start, cache, ranks < protected)
         self._fill(state, mode, decoder, result)
@@ -309,8 +307,9 @@ class FastPath:
             raise HatError(f"there must be tokens to replay, got {list(ids.shape)}")
         if mask is not None and mask.shape != (b, start + tokens):
             raise HatError(f"the mask must cover the cache, too: {[b, start + tokens]}, got {list(mask.shape)}")
-        fits = b <= MAX_TOKENS and self.fits(cache) and not self.forced and self.why_not() is None
-        first = first_seen(mask, b, tokens) if fits else None
+        fits = ids.dtype == torch.int64 and 0 < b <= MAX_TOKENS and self.fits(cache, b)
+        fits = fits and not self.forced and self.why_not() is None
+        first = first_seen(mask, b, tokens, start + tokens) if fits else None
         if first is not None:
             known = ids.numpy()
             following = np.concatenate([known[:, 1:], known[:, :1]], axis=1).T.copy()  # of the last, any

@@ -9,18 +9,21 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils import output_capturing
 
-from hat_lib.backbone.families import linears, window
+from hat_lib.backbone.families import head_size, linears, window
 from hat_lib.backbone.spread import is_spread, overridden
 from hat_lib.engine.arrays import MAX_TOKENS
-from hat_lib.engine.cache import GrowingLayer
+from hat_lib.engine.cache import GrowingLayer, holds
 from hat_lib.model.modes import Mode
 from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold
+from hat_lib.model.row_memory import plain_class
 
 ROPES = ("default", "linear", "llama3", "yarn")
 """rotary embeddings whose angles depend on the position alone"""
 ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep", "return_dict",
              "tokenizer"}  # fmt: skip
 """of forward, that the engine knows or may ignore"""
+FARTHEST = 1 << 18
+"""position up to which the engine keeps a table of angles"""
 
 
 def of_base(lm, granularity: str) -> str | None:
@@ -36,6 +39,8 @@ def of_base(lm, granularity: str) -> str | None:
         return f"the FFN's activation is {config.hidden_act}"
     if config.rope_parameters.get("rope_type", "default") not in ROPES:
         return f"rotary embeddings of type {config.rope_parameters['rope_type']}"
+    if head_size(config) % 2:
+        return "heads of an odd size"
     if any(window(layer.self_attn) for layer in lm.model.layers):
         return "attention is limited to a window"
     if any(type(linear) is not nn.Linear for linear in (*linears(lm), lm.lm_head)):
@@ -87,25 +92,35 @@ def of_mode(mode: Mode, hat) -> str | None:
     return None
 
 
-def fits(cache: Cache | None, n_layers: int) -> bool:
-    """Whether the engine can write to a cache."""
-    if type(cache) is not DynamicCache or len(cache.layers) != n_layers:
+def fits(cache: Cache | None, lm, batch: int) -> bool:
+    """Whether the engine can write so many rows to a cache."""
+    if plain_class(cache) is not DynamicCache or len(cache.layers) != len(lm.model.layers):
         return False
-    return all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers)
+    form = batch, lm.config.num_key_value_heads, head_size(lm.config), lm.lm_head.weight.dtype
+    return all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers) and holds(cache, form)
 
 
-def takes(given: dict, lm, n_layers: int) -> bool:
+def places(position: Tensor | None, batch: int, tokens: int) -> bool:
+    """Whether the engine has the angles of these ``position_ids``."""
+    if position is None:
+        return True
+    if position.dtype != torch.int64 or position.shape not in ((1, tokens), (batch, tokens)):
+        return False
+    return int(position.min()) >= 0 and int(position.max()) < FARTHEST
+
+
+def takes(given: dict, lm) -> bool:
     """Whether a call of forward is one for the engine: a few tokens, a cache, and only logits asked for."""
-    ids, cache, mask = given.get("input_ids"), given.get("cache"), given.get("attention_mask")
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or not 0 < ids.numel() <= MAX_TOKENS:
+    ids, cache = given.get("input_ids"), given.get("cache")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not 0 < ids.numel() <= MAX_TOKENS or ids.dtype != torch.int64:
+        return False
+    if not places(given.get("position_ids"), *ids.shape):
         return False
     if any(value is not None and value is not False for name, value in given.items() if name not in ARGUMENTS):
         return False
-    if not fits(cache, n_layers) or given.get("use_cache") is False or given.get("return_dict") is False:
+    if not fits(cache, lm, len(ids)) or given.get("use_cache") is False or given.get("return_dict") is False:
         return False
-    if torch.is_grad_enabled() or lm.config.output_hidden_states or lm.config.output_attentions:
-        return False
-    return mask is None or mask.dim() == 2 and mask.shape == (len(ids), cache.get_seq_length() + ids.shape[1])
+    return not (torch.is_grad_enabled() or lm.config.output_hidden_states or lm.config.output_attentions)
 
 
 def _hooks(module: nn.Module) -> list:

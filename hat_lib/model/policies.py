@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from hat_lib.config import HatError
 from hat_lib.model.granularity import Grain
+from hat_lib.model.row_memory import remember, remembered
 from hat_lib.model.token_state import Masks, TokenState
 
 
@@ -139,17 +140,15 @@ class Static:
 def prefixes(tokens: Tensor, state: TokenState, cache: Cache | None) -> Tensor:
     """A hash of each token and all before it in its document, int64 ``[B, T]``, the same however a text is padded,
     batched or split. ``tokens`` are ids, or zeros where only embeddings are known. Hashes are kept with the cache, by
-    row; beams that change rows do not take theirs along, and tokens that the engine ran are left out."""
-    before = state.position.new_zeros(state.batch, 0)
-    if state.start and (known := getattr(cache, "hat_prefixes", None)) is not None:
-        before = known[:, : state.start].repeat_interleave(state.batch // len(known), 0)  # beams begin as copies
+    row, and go along with its rows; tokens that the engine ran are left out."""
+    before = remembered(cache, "prefixes", state.position.new_zeros(state.batch, state.start))
     each = torch.where(state.real, _mix(_mix(tokens) + state.position), 0)
     sums = before[:, -1:].sum(1, keepdim=True) + each.cumsum(1)
     first = torch.where(state.real & (state.position == 0), torch.arange(state.tokens, device=sums.device), -1)
     first = first.cummax(1).values  # where the document of each token begins; -1 for before this forward
     found = sums - torch.where(first < 0, 0, (sums - each).gather(1, first.clamp(min=0)))
     if cache is not None:
-        cache.hat_prefixes = torch.cat([before, found], dim=1)
+        remember(cache, "prefixes", torch.cat([before, found], dim=1))
     return found
 
 

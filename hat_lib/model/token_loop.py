@@ -24,6 +24,7 @@ from transformers.generation.logits_process import MinNewTokensLengthLogitsProce
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from hat_lib.engine.arrays import GREEDY, MAX_TOKENS, Choice
+from hat_lib.model.obstacles import places
 
 OTHER_LOOPS = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens", "penalty_alpha", "use_mtp",
                "assistant_early_exit", "constraints", "force_words_ids", "tokenizer", "stop_strings", "dola_layers",
@@ -108,10 +109,14 @@ class TokenLoop:
         asked = config.return_dict_in_generate and any(
             (config.output_scores, config.output_logits, config.output_attentions, config.output_hidden_states)
         )
-        b, cache = len(input_ids), model_kwargs.get("cache")
-        if asked or b > MAX_TOKENS or not self.path.fits(cache) or self.path.forced:
+        b, cache, position = len(input_ids), model_kwargs.get("cache"), model_kwargs.get("position_ids")
+        if asked or b > MAX_TOKENS or not self.path.fits(cache, b) or self.path.forced:
             return None
-        return first_seen(model_kwargs.get("attention_mask"), b, 1)
+        if position is not None and not places(position, b, position.shape[-1]):
+            return None
+        mask, past, n = model_kwargs.get("attention_mask"), cache.get_seq_length(), input_ids.shape[1]
+        whole = mask is not None and mask.shape[1] == n > past  # else only what follows the cache was given
+        return first_seen(mask, b, 1, n if whole else past + n)
 
     def _choice(self, input_ids, processors, criteria, generation_config) -> Choice | None:
         """How tokens are chosen; None if the engine cannot."""
@@ -127,7 +132,7 @@ class TokenLoop:
         if made["stops"].size:
             made["pad"] = int(generation_config._pad_token_tensor)
         if (penalty := found.get(RepetitionPenaltyLogitsProcessor)) is not None:
-            seen = torch.zeros(len(input_ids), self.path.lm.config.vocab_size, dtype=torch.bool)
+            seen = torch.zeros(len(input_ids), len(self.path.lm.lm_head.weight), dtype=torch.bool)
             ignored = penalty.prompt_ignore_length
             ignored = [0] * len(seen) if ignored is None else ignored.tolist()
             for row, ids, padding in zip(seen, input_ids, ignored, strict=True):
@@ -145,12 +150,14 @@ class TokenLoop:
         return GREEDY._replace(**made)
 
 
-def first_seen(mask: Tensor | None, b: int, t: int) -> np.ndarray | None:
-    """The first position that each sequence sees, int64 ``[B]``; None for a mask with holes or padding on the right
-    among the last t tokens."""
+def first_seen(mask: Tensor | None, b: int, t: int, length: int) -> np.ndarray | None:
+    """The first position that each sequence sees, int64 ``[B]``; None for a mask of another shape than ``[B, length]``,
+    with holes, or with padding on the right among the last t tokens."""
     if mask is None:
         return np.zeros(b, np.int64)
-    mask = mask.numpy() != 0
+    if mask.shape != (b, length):
+        return None
+    mask = (mask != 0).numpy()
     first = mask.argmax(1)
     whole = np.array_equal(mask.sum(1), mask.shape[1] - first) and mask[:, -t:].all()
     return first if whole else None

@@ -229,7 +229,7 @@ class HierarchicalTransformer(Modes, nn.Module):
 
     def draft(self, ids: np.ndarray, cache: Cache, steps: int, choice: Choice) -> Result | None:
         """Decode ``ids [B, 1]`` and what follows in one call of the engine, logits included; None if it may not run."""
-        if self._fast.why_not() is not None or not self._fast.fits(cache) or self._fast.forced:
+        if self._fast.why_not() is not None or not self._fast.fits(cache, len(ids)) or self._fast.forced:
             return None
         first, position = np.zeros(len(ids), np.int64), np.full(len(ids), cache.get_seq_length())
         return self._fast.course(ids, cache, steps, choice, first=first, position=position, logits=True)
@@ -347,7 +347,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         if mode.head is not None:
             state.head_work, state.expected_head_share = self.head_work, mode.head.share
         if mode.steer:
-            scale = np.exp(offsets(cache, state.batch)).repeat(state.tokens)
+            scale = np.exp(offsets(cache, state.batch, start)).repeat(state.tokens)
             state.steering = torch.from_numpy(scale).to(real.device)
         return state
 

@@ -151,3 +151,12 @@ class TestCache:
         found = steps(Decoder(lm), tokens, cache=growing)
         expected = lm(tokens, cache=plain, use_cache=True).logits
         assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+    @pytest.mark.parametrize("on_engine", [True, False])
+    def test_a_view_never_changes(self, on_engine, ids):
+        lm, _, cache = self.both(ids)
+        taken = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        before = [t.clone() for t in taken]
+        cache.crop(-5)
+        steps(Decoder(lm), ids[:, :3], cache) if on_engine else lm(ids[:, :3], cache=cache, use_cache=True)
+        assert cache.get_seq_length() == 22 and all(map(torch.equal, taken, before))

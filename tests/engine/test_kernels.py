@@ -30,6 +30,12 @@ def shortened(values, out):
 
 
 @compiled()
+def exponentials(x, out):
+    for i in range(len(x)):
+        out[i] = kernels.exp(x[i])
+
+
+@compiled()
 def add_kept(w, index, values, n, y):
     add(w, index, values, 0, n, n, y, 0, y.shape[1])
 
@@ -44,6 +50,18 @@ def test_bfloat16_to_float_and_back():
     short = np.empty(len(between), np.uint16)
     shortened(between, short)
     assert np.array_equal(short, as_numpy(torch.from_numpy(between).to(torch.bfloat16)))
+    odd = np.array([0x7F800001, 0x7FFFFFFF, 0xFFC00000, 0xFFFFFFFF], np.uint32).view(np.float32)
+    shortened(odd, short[:4])
+    assert torch.from_numpy(short[:4]).view(torch.bfloat16).isnan().all()
+
+
+def test_exp():
+    edges = [-np.inf, -1e4, -87.5, -87, -86, 0, 88, 88.5, 88.7, 88.8, 100, 1e38, np.inf, np.nan]
+    x = np.concatenate([edges, np.linspace(-86, 88.7, 20_000)]).astype(np.float32)
+    out = np.empty_like(x)
+    exponentials(x, out)
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(out, np.exp(x), rtol=3e-7, atol=2e-38)
 
 
 def product(w, x, threshold, *, scale=1.0, keep_all=False, runs=True):
@@ -111,6 +129,18 @@ def test_product(weights, x):
     expected = x.astype("f8") @ plain(weights)
     found = product(weights, x, np.full(CHANNELS, -1, np.float32))[0]
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_infinity_are_kept(weights, x, value):
+    """As in the definition, where a skipped NaN is multiplied by zero; other rows are not touched."""
+    broken = x.copy()
+    broken[1, 5] = value
+    thresholds = np.full(CHANNELS, 1.0, np.float32)
+    for rows in (broken, broken[1:2]):
+        assert not np.isfinite(product(weights, rows, thresholds)[0][1 if len(rows) > 1 else 0]).any()
+    others = [0, 2, 3, 4]
+    assert np.array_equal(product(weights, broken, thresholds)[0][others], product(weights, x, thresholds)[0][others])
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"], indirect=True)

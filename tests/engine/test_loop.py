@@ -146,6 +146,17 @@ def test_distribution(settings):
     assert np.abs(found - expected.numpy()).max() < 2 / count + 1e-5
 
 
+def test_nan_among_the_logits(ids):
+    """The likeliest is the first NaN, as for torch; nothing can be drawn."""
+    lm = llama()
+    lm.lm_head.weight[[60, 77]] = torch.nan
+    plain = lm.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+    found, _ = course(Decoder(lm), ids, 5)
+    assert plain[:, 12:].tolist() == found.ids.tolist() == [[60] * 5] * 3
+    with pytest.raises(RuntimeError, match="NaN"):
+        course(Decoder(lm), ids, 5, sample=True, uniform=np.full((5, 3), 0.5))
+
+
 def test_repetition_penalty(decoder, ids):
     seen = np.zeros((3, 101), bool)
     seen[np.arange(3)[:, None], ids.numpy()] = True

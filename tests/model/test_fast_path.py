@@ -184,6 +184,103 @@ def test_logits_to_keep(ids, capacity, keep):
         assert (capacity < 1) == (hat.trace.head_share < 1)
 
 
+EXTREMES = {
+    "gates": lambda lm: [layer.mlp.gate_proj.weight.mul_(3e3) for layer in lm.model.layers],
+    "norms": lambda lm: [layer.post_attention_layernorm.weight.mul_(1e4) for layer in lm.model.layers],
+    "overflowing norms": lambda lm: lm.model.layers[1].post_attention_layernorm.weight.fill_(1e38),
+    "largest": lambda lm: lm.model.embed_tokens.weight[:40].fill_(torch.finfo(lm.dtype).max),
+    "infinite": lambda lm: lm.model.embed_tokens.weight[:40, 5].fill_(torch.inf),
+    "NaN": lambda lm: lm.model.embed_tokens.weight[:40, 5].fill_(torch.nan),
+    "NaN in the head": lambda lm: lm.lm_head.weight[77].fill_(torch.nan),
+}
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-5), (torch.bfloat16, 0.2)])
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_extremes(extreme, dtype, tol, ids):
+    """NaN where the reference path has it; in bfloat16 the engine rounds less, so decisions are left out."""
+    hat = active("channel", tiny(dtype))
+    EXTREMES[extreme](hat.lm)
+    for context in [hat.dense()] + [hat.at(0.5, 0.0)] * (dtype == torch.float32):
+        with context:
+            found = stepwise(hat, ids)
+            with hat.reference():
+                expected = stepwise(hat, ids)
+        assert torch.equal(found.isfinite(), expected.isfinite())
+        close(found.nan_to_num(), expected.nan_to_num(), tol)
+
+
+def test_ids_outside_the_vocabulary(channel_hat, ids):
+    """Refused where they are read: in a prompt, in a known text, and after the end of a shorter text."""
+    hat, new = channel_hat, lambda: DynamicCache(config=channel_hat.lm.config)
+    given = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    stop = int(hat.lm.generate(ids, **given)[0, 16])
+    for bad in (hat.lm.config.vocab_size, -1, 10**9):
+        text = torch.tensor([[5, bad, 6]])
+        with hat.engine(), pytest.raises(IndexError, match=str(bad)):
+            hat.lm(text, cache=new(), use_cache=True)
+        with pytest.raises(IndexError, match=str(bad)):
+            hat.replay(text, new())
+        with pytest.raises(IndexError):
+            hat.lm.generate(text, **given)
+        given |= {"pad_token_id": bad, "eos_token_id": stop}
+        assert hat.lm.generate(ids[:1], **given)[0, -1] == stop  # it is alone, so nothing follows
+        with pytest.raises(IndexError, match=str(bad)):
+            hat.lm.generate(ids, **given)
+
+
+def filled(*shapes, dtype=torch.float32):
+    """A cache with keys and values ``[B, G, T, h]`` of some layers."""
+    torch.manual_seed(0)
+    return DynamicCache([(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for shape in shapes])
+
+
+FITS = (1, 2, 5, 16)
+CALLS = {
+    "as usual": dict,
+    "negative": lambda: {"position_ids": torch.tensor([[-3]])},
+    "far": lambda: {"position_ids": torch.tensor([[1 << 40]])},
+    "positions of two rows": lambda: {"position_ids": torch.tensor([[3], [4]])},
+    "all positions": lambda: {"position_ids": torch.arange(4)[None]},
+    "no axis of positions": lambda: {"position_ids": torch.tensor([3])},
+    "floats": lambda: {"input_ids": torch.tensor([[7.0]])},
+    "list of logits": lambda: {"logits_to_keep": [0]},
+    "mask in bfloat16": lambda: {"attention_mask": torch.ones(1, 6).bfloat16()},
+    "size of heads": lambda: {"cache": filled(*[(1, 2, 5, 1)] * 4)},
+    "heads": lambda: {"cache": filled(*[(1, 1, 5, 16)] * 4)},
+    "one row for two": lambda: {"input_ids": torch.tensor([[7], [8]])},
+    "two rows for one": lambda: {"cache": filled(*[(2, 2, 5, 16)] * 4)},
+    "bfloat16": lambda: {"cache": filled(*[FITS] * 4, dtype=torch.bfloat16)},
+    "lengths": lambda: {"cache": filled(FITS, FITS, (1, 2, 1, 16), FITS)},
+    "fewer layers": lambda: {"cache": filled(*[FITS] * 3)},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_odd_calls_are_as_on_the_reference_path(channel_hat, call):
+    """The same logits, or the same error."""
+    hat, found = channel_hat, []
+    for context in (hat.engine, hat.reference):
+        given = {"input_ids": torch.tensor([[7]]), "cache": filled(*[FITS] * 4), "use_cache": True}
+        with hat.at(0.5, 0.0), context():
+            try:
+                found.append(hat.lm(**given | CALLS[call]()).logits)
+            except Exception as error:
+                found.append(f"{type(error).__name__}: {error}")
+    if isinstance(found[1], str):
+        assert found[0] == found[1]
+    else:
+        assert found[0].shape == found[1].shape
+        close(*found)
+
+
+def test_negative_positions_in_generate(channel_hat, ids):
+    given = {"position_ids": torch.arange(14)[None] - 18, "max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    found = channel_hat.lm.generate(ids[:1], **given)
+    with channel_hat.reference():
+        assert torch.equal(found, channel_hat.lm.generate(ids[:1], **given))
+
+
 @pytest.mark.slow
 def test_without_numba_everything_works():
     script = Path(__file__).parents[1] / "without_numba.py"
