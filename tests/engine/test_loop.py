@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 import torch
 from test_decoder import llama, steps
-from transformers import DynamicCache
-from transformers.generation import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, generation
 
 from hat_lib.engine import team
 from hat_lib.engine.arrays import GREEDY
@@ -62,12 +55,11 @@ def test_the_rest_of_a_course_that_was_called_off(decoder, ids, monkeypatch):
     run, begun, (expected, _) = team.run, [], course(decoder, ids, 40)
 
     def broken(step, args, size):
-        whole = args[-1]
+        *rest, whole = args
         begun.append(whole.ran[0])
-        if len(begun) > 1:
-            return run(step, args, size)
-        run(step, (*args[:-1], whole._replace(steps=20)), size)
-        whole.kept[20] += 1  # by a part of a step
+        run(step, (*rest, whole._replace(steps=20 * len(begun))), size)
+        whole.kept[20:] += len(begun) == 1  # by a part of a step
+        return len(begun) == 2
 
     monkeypatch.setattr(team, "run", broken)
     found, cache = course(decoder, ids, 40)
@@ -119,24 +111,17 @@ def drawn(logits, choice, out):
         out[k] = draw(weights, choice.uniform[k, 0])
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"temperature": 0.6},
-        {"top_k": 7},
-        {"top_p": 0.7},
-        {"min_p": 0.2},
-        {"top_k": 9, "top_p": 0.8, "min_p": 0.1, "temperature": 1.5},
-    ],
-    ids=str,
-)
+ALONE = {"temperature": 0.6, "top_k": 7, "top_p": 0.7, "min_p": 0.2}
+TOGETHER = {"temperature": 1.5, "top_k": 9, "top_p": 0.8, "min_p": 0.1}
+
+
+@pytest.mark.parametrize("settings", [{}, *({name: value} for name, value in ALONE.items()), TOGETHER], ids=str)
 def test_distribution(settings):
     """Draws at evenly spaced uniform numbers are as frequent as transformers' processors make them likely."""
     count, logits = 20_000, torch.from_numpy(np.random.default_rng(3).normal(0, 2, (1, 40)).astype("f4"))
-    makers = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper,
-              "min_p": MinPLogitsWarper}  # fmt: skip
-    processors = LogitsProcessorList([maker(settings[name]) for name, maker in makers.items() if name in settings])
+    warpers = {"temperature": "Temperature", "top_k": "TopK", "top_p": "TopP", "min_p": "MinP"}
+    warpers = [getattr(generation, f"{warpers[name]}LogitsWarper")(value) for name, value in settings.items()]
+    processors = generation.LogitsProcessorList(warpers)
     expected = processors(torch.zeros(1, 1, dtype=torch.long), logits.clone()).softmax(-1)[0]
     given = {name: value if name == "top_k" else np.float32(value) for name, value in settings.items()}
     uniform = ((np.arange(count) + 0.5) / count)[:, None]

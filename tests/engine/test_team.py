@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,8 +14,11 @@ from hat_lib.engine.team import BARRIER, LATE, LONGEST, Pace, Team, fetch_add, m
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
-    """No call is called off, however busy the machine is."""
+    """No call is called off, however busy the machine is; torch has its threads back."""
     monkeypatch.setattr(team, "LATE", 1 << 62)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @compiled()
@@ -32,10 +36,7 @@ def count(t, size, barrier, seen, total):
 def counted(size=2, run=None):
     """Whether a team counted together, of whatever size it was."""
     seen, total = np.zeros((size, 200), np.int64), np.zeros(1, np.int64)
-    if run is None:
-        team.run(count, (seen, total), size)
-    else:
-        run(count, (seen, total))
+    (run or partial(team.run, size=size))(count, (seen, total))
     return bool((seen[0] == np.arange(1, 201) * (total[0] // 200)).all())
 
 
@@ -80,20 +81,12 @@ def test_size(monkeypatch, threads, cores, size):
     assert team.size(threads) == size
 
 
-def sizes(most, lost, steps):
-    """Team size of each step, where each step loses what ``lost(threads, step)`` says."""
-    pace, found = Pace(most), []
-    for step in range(steps):
+def test_pace_leaves_a_thread_out_and_tries_it_again():
+    pace, found = Pace(2), []
+    for call in range(1200):
         found.append(pace.threads)
-        pace.after(lost(pace.threads, step))
-    return found
-
-
-class TestPace:
-    def test_leaves_a_thread_out_and_tries_it_again(self):
-        found = sizes(2, lambda threads, step: 0.55 * (threads > 1 and step < 1000), 1200)
-        assert found[:12] == [2, 2, 2, *[1] * 8, 2] and found[200:1000].count(2) <= 800 / LONGEST + 1
-        assert set(found[1000 + LONGEST :]) == {2}
+        pace.after(0.55 * (pace.threads > 1 and call < 1000))
+    assert found[200:1000].count(2) <= 800 / LONGEST + 1 and set(found[1000 + LONGEST :]) == {2}
 
 
 @pytest.mark.skipif(team.CLOCK is None, reason="nothing is late on Windows")
