@@ -14,11 +14,8 @@ from hat_lib.engine.team import BARRIER, LATE, LONGEST, Pace, Team, fetch_add, m
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
-    """No call is called off, however busy the machine is; torch has its threads back."""
+    """No call is called off, however busy the machine is."""
     monkeypatch.setattr(team, "LATE", 1 << 62)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @compiled()
