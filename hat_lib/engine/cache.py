@@ -94,12 +94,11 @@ def holds(cache: Cache, form: tuple) -> bool:
     length = cache.get_seq_length()
     for layer in cache.layers:
         if type(layer) is GrowingLayer and layer.length is not None:
-            fits = layer.length == length and layer.buffer.form == form
-        elif layer.is_initialized:
-            fits = all(_form(t) == form and t.shape[2] == length for t in (layer.keys, layer.values))
+            held = [(layer.buffer.form, layer.length)]
         else:
-            fits = not length
-        if not fits:
+            both = (layer.keys, layer.values) if layer.is_initialized else ()
+            held = [(_form(t), t.shape[-2]) for t in both] or [(form, 0)]
+        if any(one != (form, length) for one in held):
             return False
     return True
 

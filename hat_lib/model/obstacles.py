@@ -15,7 +15,6 @@ from hat_lib.engine.arrays import MAX_TOKENS
 from hat_lib.engine.cache import GrowingLayer, holds
 from hat_lib.model.modes import Mode
 from hat_lib.model.policies import ExitThresholds, Forced, KeepAll, Threshold
-from hat_lib.model.row_memory import plain_class
 
 ROPES = ("default", "linear", "llama3", "yarn")
 """rotary embeddings whose angles depend on the position alone"""
@@ -94,7 +93,7 @@ def of_mode(mode: Mode, hat) -> str | None:
 
 def fits(cache: Cache | None, lm, batch: int) -> bool:
     """Whether the engine can write so many rows to a cache."""
-    if plain_class(cache) is not DynamicCache or len(cache.layers) != len(lm.model.layers):
+    if getattr(cache, "plain", type(cache)) is not DynamicCache or len(cache.layers) != len(lm.model.layers):
         return False
     form = batch, lm.config.num_key_value_heads, head_size(lm.config), lm.lm_head.weight.dtype
     return all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers) and holds(cache, form)

@@ -9,10 +9,8 @@ from transformers.cache_utils import Cache
 
 
 def remember(cache: Cache, name: str, values: Tensor) -> None:
-    """Keep ``values [B, T]`` of all tokens in a cache, by row.
-
-    The cache becomes one of a subclass of its class, in which what changes rows and length changes these, too.
-    """
+    """Keep ``values [B, T]`` of all tokens in a cache, by row: it becomes one of a subclass of its class, ``plain``, in
+    which what changes rows and length changes these, too."""
     if not isinstance(cache, _Remembering):
         cache.__class__ = _remembering(type(cache))
         cache.hat_memory = {}
@@ -26,11 +24,6 @@ def remembered(cache: Cache | None, name: str, empty: Tensor) -> Tensor:
     if known is not None and len(known) == len(empty) and (n := min(known.shape[1], empty.shape[1])):
         empty[:, :n], empty[:, n:] = known[:, :n], known[:, n - 1 : n]
     return empty
-
-
-def plain_class(cache: Cache | None) -> type:
-    """Its class before it remembered anything."""
-    return cache.plain if isinstance(cache, _Remembering) else type(cache)
 
 
 @functools.cache

@@ -17,22 +17,22 @@ CHANNELS, OUTPUTS = 96, 2144
 """more than `COLUMNS`, and not a multiple of 128"""
 
 
-@compiled()
-def widened(bits, out):
-    for i in range(len(bits)):
-        out[i] = kernels.as_float(bits[i])
+def of_each(kernel):
+    @compiled()
+    def run(values, out):
+        for i in range(len(values)):
+            out[i] = kernel(values[i])
+
+    return run
+
+
+widened, exponentials = of_each(kernels.as_float), of_each(kernels.exp)
 
 
 @compiled()
 def shortened(values, out):
     for i in range(len(values)):
         out[i] = kernels.as_stored(values[i], out[i])
-
-
-@compiled()
-def exponentials(x, out):
-    for i in range(len(x)):
-        out[i] = kernels.exp(x[i])
 
 
 @compiled()
@@ -131,16 +131,13 @@ def test_product(weights, x):
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_nan_and_infinity_are_kept(weights, x, value):
-    """As in the definition, where a skipped NaN is multiplied by zero; other rows are not touched."""
-    broken = x.copy()
-    broken[1, 5] = value
-    thresholds = np.full(CHANNELS, 1.0, np.float32)
-    for rows in (broken, broken[1:2]):
-        assert not np.isfinite(product(weights, rows, thresholds)[0][1 if len(rows) > 1 else 0]).any()
-    others = [0, 2, 3, 4]
-    assert np.array_equal(product(weights, broken, thresholds)[0][others], product(weights, x, thresholds)[0][others])
+def test_nan_is_kept(weights, x):
+    """As in the definition, where a skipped one is multiplied by zero; other rows are not touched."""
+    broken, thresholds = x.copy(), np.full(CHANNELS, 1.0, np.float32)
+    broken[1, 5] = np.nan
+    found, expected = product(weights, broken, thresholds)[0], product(weights, x, thresholds)[0]
+    assert np.isnan(found[1]).all() and np.isnan(product(weights, broken[1:2], thresholds)[0]).all()
+    assert np.array_equal(np.delete(found, 1, 0), np.delete(expected, 1, 0))
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"], indirect=True)

@@ -80,16 +80,6 @@ def test_in_several_calls_alone_and_padded(decoder, ids):
         assert np.array_equal(course(decoder, ids[row : row + 1, padding[row] :], 20)[0].ids[0], padded.ids[row])
 
 
-def test_known_tokens(decoder, ids):
-    known = np.arange(8 * 3).reshape(8, 3)
-    found, cache = course(decoder, ids, 8, given=known)
-    text = torch.cat([ids, torch.from_numpy(known.T)], 1)[:, :-1]
-    plain = DynamicCache(config=decoder.lm.config)
-    decoder.lm(text, cache=plain, use_cache=True)
-    assert cache.get_seq_length() == text.shape[1] and found.exits.shape == (3, 8)
-    assert torch.allclose(cache.layers[-1].keys, plain.layers[-1].keys, atol=1e-5)
-
-
 def test_ends(decoder, ids):
     free = course(decoder, ids, 30)[0].ids
     stop = int(free[0, 9])
@@ -140,12 +130,3 @@ def test_nan_among_the_logits(ids):
     assert plain[:, 12:].tolist() == found.ids.tolist() == [[60] * 5] * 3
     with pytest.raises(RuntimeError, match="NaN"):
         course(Decoder(lm), ids, 5, sample=True, uniform=np.full((5, 3), 0.5))
-
-
-def test_repetition_penalty(decoder, ids):
-    seen = np.zeros((3, 101), bool)
-    seen[np.arange(3)[:, None], ids.numpy()] = True
-    found, _ = course(decoder, ids, 20, penalty=np.float32(1.5), seen=seen)
-    plain = decoder.lm.generate(ids, max_new_tokens=20, do_sample=False, repetition_penalty=1.5, pad_token_id=0,
-                                eos_token_id=None)  # fmt: skip
-    assert plain[:, 12:].tolist() == found.ids.tolist()

@@ -45,11 +45,11 @@ class TestGenerate:
         with hat.reference():
             return found, hat.lm.generate(ids, **given)
 
-    @pytest.mark.parametrize(
-        "settings",
-        [{}, {"repetition_penalty": 1.3}, {"min_new_tokens": 9, "eos_token_id": 7}, {"num_beams": 2}],
-        ids=["greedy", "penalty", "shortest", "beams"],
-    )
+    SETTINGS = {"greedy": {}, "penalty": {"repetition_penalty": 1.3}, "beams": {"num_beams": 2},
+                "shortest": {"min_new_tokens": 9, "eos_token_id": 7},
+                "negative positions": {"position_ids": torch.arange(14)[None] - 18}}  # fmt: skip
+
+    @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
     def test_same_text(self, hat, ids, settings):
         assert torch.equal(*self.both(hat, ids, **settings))
 

@@ -122,7 +122,6 @@ def test_offsets(ids):
         expected = hat.lm(ids).logits
         with hat.steered(1.0):
             assert torch.equal(hat.lm(ids, cache=cache).logits, expected)
-            hat.lm.generate(ids[:1, :4], max_new_tokens=4, do_sample=False, num_beams=2, pad_token_id=0)
     assert (offsets(cache, 3, 60) == -LIMIT).all() and not offsets(None, 2, 60).any()
     with pytest.raises(HatError):
         new_hat("token").steered()
