@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 FETCH ?= $(PY) -m hat_lib setup --quiet
 # Files or folders whose tests `make check` runs: make check ONLY=tests/model; all by default.
 ONLY ?=
-# What `make soak` runs: equalities, kills, leaks or busy; all by default.
+# What `make soak` runs: equalities, paths, kills, leaks or busy; all by default.
 PART ?=
 # Processes that tests run in, of one thread each. A file's tests stay together.
 JOBS ?= 2
@@ -44,7 +44,7 @@ test: lint  ## lint, every test, and stored outputs of the notebooks (but 03 and
 	$(PYTEST) $(TESTS)
 	$(if $(COMPARED),$(PYTEST) $(NBVAL) $(COMPARED),@echo "no notebooks to compare")
 
-soak: .venv/tested  ## a thousand random models, kills, and memory over many texts, busy machines: 18 minutes
+soak: .venv/tested  ## random models, also off the beaten path, kills, memory over many texts, busy machines: half an hour
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(OFFLINE) $(PY) -m soak $(PART)
 
 refresh: .venv/tested  ## make what is stale anew: results, tables, figures, notebooks; hours, resumable, on an idle machine

@@ -91,13 +91,13 @@ def test_a_server_answers_its_own_page_alone(served, monkeypatch):
         Server(served.server_port)
 
 
-@pytest.mark.parametrize("error, printed", [(BrokenPipeError, False), (ConnectionResetError, False), (KeyError, True)])
-def test_a_closed_tab_prints_nothing(served, capsys, error, printed):
-    try:
-        raise error
-    except error:
-        served.handle_error(None, "127.0.0.1")
-    assert bool(capsys.readouterr().err) == printed
+def test_a_closed_tab_prints_nothing(served, capsys):
+    for error, printed in ((BrokenPipeError, False), (KeyError, True)):
+        try:
+            raise error
+        except error:
+            served.handle_error(None, "127.0.0.1")
+        assert bool(capsys.readouterr().err) == printed
 
 
 @pytest.mark.slow
