@@ -127,8 +127,9 @@ def chunks(case) -> None:
     with hat.collect() as states:
         found = generated(hat, ids, prefill_chunk_size=int(draws.integers(1, case.tokens + 1)))
     prompt = [state for state in states if state.start + state.tokens <= case.tokens]
-    assert sum(state.tokens for state in prompt) == case.tokens and {state.capacity for state in prompt} == {1.0}
-    assert hat.trace.tokens == 5 and hat.trace.capacity == TokenState.cat(states[len(prompt) :]).capacity
+    assert sum(state.tokens for state in prompt) == case.tokens
+    assert min(state.capacity for state in prompt) > 0.9999, "a prompt runs in full"
+    assert hat.trace.tokens == 5 and hat.trace.capacity == TokenState.cat(states[len(prompt) :]).capacity, "trace"
     assert case.dtype == torch.bfloat16 or torch.equal(found, expected), "text of a prompt in chunks"
 
 
