@@ -206,7 +206,7 @@ class FastPath:
         if wanted and len(args) < 2 and self._takes(given, mode):
             out = self._step(call, mode, **{name: given.get(name) for name in obstacles.ARGUMENTS})
         if call is not None and not call.prompt:
-            use_torch_threads(call.threads if out is None else 1, call.threads)
+            torch.set_num_threads(call.threads) if out is None else use_torch_threads(1, call.threads)
         return self._on_reference(*args, **kwargs) if out is None else out
 
     def _on_reference(self, *args, **kwargs):
