@@ -73,7 +73,7 @@ class TokenState:
 
     def __repr__(self) -> str:
         rows, exits = f" in {self.batch} rows" if self.batch > 1 else "", f", exit rate {self.exit_rate:.3f}"
-        head = f", head {self.head_share:.3f}" if self.head_work else ""
+        head = f", head {self.head_share:.3f}" if self.work[1, 1] else ""
         return (
             f"Trace of {self.tokens} tokens{rows} ({self.covers}):\n"
             f"  capacity {self.capacity:.3f} (layers {self.layer_capacity:.3f}{head}){exits}"

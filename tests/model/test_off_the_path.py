@@ -220,8 +220,10 @@ def test_prices_stay_while_the_base_is_the_same(channel_hat, ids):
 
 
 def test_printed_in_a_few_lines(whole, ids):
+    whole.lm.generate(ids, **GREEDY)
+    joined = whole.trace
     whole.lm(ids)
-    for thing in (whole, whole.trace, whole.base):
+    for thing in (whole, whole.trace, whole.base, joined):
         assert 1 <= len(repr(thing).splitlines()) <= 5
     assert "42 tokens" not in repr(whole.trace) and "3 rows" in repr(whole.trace)
     with pytest.raises(AttributeError, match=r"\.model\.generate"):
