@@ -42,6 +42,12 @@ def restore(module: nn.Module) -> None:
         vars(module).pop("forward", None)
 
 
+def tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters, their gradients, and buffers."""
+    parameters = list(module.parameters())
+    return [*parameters, *(p.grad for p in parameters if p.grad is not None), *module.buffers()]
+
+
 def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters by name, sorted, each once; what is kept elsewhere is fetched while it is looked at."""
     tied = module._tied_weights_keys if module.config.tie_word_embeddings else ()

@@ -234,7 +234,7 @@ class FastPath:
         if (logit_rows := np.arange(b * t).reshape(b, t)[:, kept]).size > b * t:
             return None  # logits asked for twice
         protected = rank < self.hat.config.protected_tokens
-        state = self._state(mode, rank, start, cache, protected)
+        state = self._state(mode, rank, start, cache)
         decoder, decide = self._ready(mode, slice(start, start + t))
         result = decoder.step(
             input_ids.numpy(),
@@ -246,7 +246,7 @@ class FastPath:
             threads=None if call is None else call.threads,
         )
         self._fill(state, mode, decoder, result)
-        self.hat.steer(state, cache, mode)
+        steering.move(cache, state, mode.own.layer_capacity, mode.moving)
         self.hat.note(state, mode)
         return CausalLMOutputWithPast(logits=result.logits, cache=cache)
 
@@ -295,7 +295,7 @@ class FastPath:
         if mode.moving:
             steering.keep(cache, start, result.offsets)
         ranks = rank[:, None] + np.arange(result.exits.shape[1])
-        state = self._state(mode, ranks, start, cache, ranks < protected)
+        state = self._state(mode, ranks, start, cache)
         self._fill(state, mode, decoder, result)
         self.hat.note(state, mode)
         return result
@@ -323,9 +323,9 @@ class FastPath:
                 self.lm(input_ids=token, attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1)
         self.hat.note(TokenState.cat(steps), mode)
 
-    def _state(self, mode: Mode, rank: np.ndarray, start: int, cache: Cache, protected: np.ndarray) -> TokenState:
+    def _state(self, mode: Mode, rank: np.ndarray, start: int, cache: Cache) -> TokenState:
         real = torch.ones(rank.shape, dtype=torch.bool)
-        return self.hat.new_state(mode, real, torch.from_numpy(rank), start, cache, torch.from_numpy(protected))
+        return self.hat.new_state(mode, real, torch.from_numpy(rank), start, cache)
 
     def _fill(self, state: TokenState, mode: Mode, decoder: Decoder, result: Result) -> None:
         """What a result says, in a state."""

@@ -40,7 +40,7 @@ def keep(cache: Cache, start: int, moved: np.ndarray) -> None:
 
 def move(cache: Cache | None, state: TokenState, asked: float, gain: float) -> None:
     """Move the offsets at the end of a forward, by what it executed beyond ``asked``, a share of the layers' work."""
-    if cache is None:
+    if cache is None or not gain:
         return
     # In numpy: after an engine step the CPU's caches hold nothing of torch, and its operations cost several times more.
     real, protected, depth = (a.cpu().numpy() for a in (state.real, state.protected, state.exit_layer))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 from hat_lib.backbone.base import Base, fingerprint, load_base
-from hat_lib.backbone.spread import device_of, is_spread, overridden, override, restore
+from hat_lib.backbone.spread import device_of, is_spread, overridden, override, restore, tensors
 from hat_lib.config import HatConfig, HatError
 from hat_lib.engine.arrays import Choice
 from hat_lib.model import head
@@ -129,9 +129,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         self._fast.detach()
         for hook in self._hooks:
             hook.remove()
-        restore(self.lm.model)
-        if self._foreign:
-            override(self.lm.model, self._foreign)
+        override(self.lm.model, self._foreign) if self._foreign else restore(self.lm.model)
         for adaptive in self.layers:
             adaptive.detach()
 
@@ -145,14 +143,12 @@ class HierarchicalTransformer(Modes, nn.Module):
         return self.base
 
     def __repr__(self) -> str:
-        config, count = self.config, sum(p.numel() for p in self.hat_parameters().values())
-        exits = f"exits after {', '.join(map(str, config.exit_layers))}" if config.exit_layers else "no exits"
-        rank = "none" if config.correction_rank is None else f"rank {config.correction_rank}"
         if not self.layers:
             return f"HierarchicalTransformer ({self.grain.name} grain), unloaded from {self.base.name}"
+        count = sum(parameter.numel() for parameter in self.hat_parameters().values())
         return (
             f"HierarchicalTransformer ({self.grain.name} grain) on {self.base}\n"
-            f"  {config.n_layers} layers, {exits}; {count:,} trained parameters, corrections: {rank}\n"
+            f"  {count:,} parameters, exits {list(self.gates)}, corrections of rank {self.config.correction_rank}\n"
             f"  capacity {self.capacity}, exit rate {self.exit_rate}; decoding: {self.decoding}"
         )
 
@@ -169,8 +165,8 @@ class HierarchicalTransformer(Modes, nn.Module):
             raise HatError("the base is spread over devices and cannot be moved or cast: load it again as it should be")
         self._fast.forget()
         # Rotary frequencies stay fp32 in every dtype, as in a base loaded in that dtype.
-        exact = {id(t) for module in (*self._own, self.lm.model.rotary_emb) for t in _tensors(module)}
-        for t in _tensors(self):
+        exact = {id(t) for module in (*self._own, self.lm.model.rotary_emb) for t in tensors(module)}
+        for t in tensors(self):
             moved = fn(t.data)
             t.data = t.data.to(moved.device) if id(t) in exact else moved
         self.lm.config.dtype = self.lm.dtype
@@ -190,9 +186,8 @@ class HierarchicalTransformer(Modes, nn.Module):
         twin = memo[id(self)] = HierarchicalTransformer(base, self.config)
         twin.load_state_dict(self.state_dict())
         twin.calibration, twin.training_summary = self.calibration, copy.deepcopy(self.training_summary)
-        twin.prices = list(self.prices)
+        twin.prices, twin.weight_format = list(self.prices), self.weight_format
         twin._context.mode = twin._decided(Mode(self.capacity, self.exit_rate), self.calibration)
-        twin.weight_format = self.weight_format
         for module, copied in zip(self.modules(), twin.modules(), strict=True):
             copied.training = module.training
         for parameter, copied in zip(self.parameters(), twin.parameters(), strict=True):
@@ -273,7 +268,7 @@ class HierarchicalTransformer(Modes, nn.Module):
             frame.run = self._begin(frame.mode, args, kwargs)
             out = own(*args, **kwargs)
             frame.state, cache, frame.run = frame.run.state, frame.run.cache, None
-        self.steer(frame.state, cache, frame.mode)
+        move(cache, frame.state, frame.mode.own.layer_capacity, frame.mode.moving)
         if not whole:
             self.note(frame.state, frame.mode)
         return out
@@ -325,18 +320,9 @@ class HierarchicalTransformer(Modes, nn.Module):
             what = "weights of the base were changed under the model: scores follow, thresholds do not"
             warnings.warn(what, stacklevel=2)
 
-    def new_state(
-        self,
-        mode: Mode,
-        real: Tensor,
-        position: Tensor,
-        start: int,
-        cache: Cache | None = None,
-        protected: Tensor | None = None,
-    ) -> TokenState:
+    def new_state(self, mode: Mode, real: Tensor, position: Tensor, start: int, cache: Cache | None) -> TokenState:
         """A state for a forward to fill in, of tokens at these `TokenState.places`, which say who is protected."""
-        if protected is None:
-            protected = real & (position < self.config.protected_tokens)
+        protected = real & (position < self.config.protected_tokens)
         state = TokenState(real, position, protected, self.site_work, self.config.n_layers, start)
         state.mask_shapes, state.masks = self.mask_shapes, Masks() if mode.record else None
         for decides in (mode.policy, mode.exits):
@@ -350,11 +336,6 @@ class HierarchicalTransformer(Modes, nn.Module):
             scale = np.exp(offsets(cache, state.batch, start)).repeat(state.tokens)
             state.steering = torch.from_numpy(scale).to(real.device)
         return state
-
-    def steer(self, state: TokenState, cache: Cache | None, mode: Mode) -> None:
-        """Move the thresholds of a cache at the end of a forward, if they are to be steered."""
-        if mode.moving:
-            move(cache, state, mode.own.layer_capacity, mode.moving)
 
     def note(self, state: TokenState, mode: Mode) -> None:
         """Keep the state of a forward that has ended."""
@@ -416,9 +397,3 @@ class HierarchicalTransformer(Modes, nn.Module):
     def hat_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name: all that a checkpoint saves."""
         return {n: p for n, p in self.named_parameters() if is_hat_parameter(n)}
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters, their gradients, and buffers."""
-    parameters = list(module.parameters())
-    return [*parameters, *(p.grad for p in parameters if p.grad is not None), *module.buffers()]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,9 @@ def hook(hat):
 OBSTACLES = {
     "hook": hook,
     "adapter": lambda hat: setattr(mlp := hat.lm.model.layers[1].mlp, "up_proj", torch.nn.Sequential(mlp.up_proj)),
-    "forward": lambda hat: setattr(linear := hat.lm.model.layers[0].self_attn.q_proj, "forward", linear.forward),
+    "forward": lambda hat: setattr(
+        linear := hat.lm.model.layers[0].self_attn.q_proj, "forward", partial(linear.forward)
+    ),
     "float16": lambda hat: hat.to(torch.float16),
     "training": lambda hat: hat.lm.train(),
     "fewer layers": lambda hat: setattr(hat.lm.config, "num_hidden_layers", 3),
