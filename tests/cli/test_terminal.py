@@ -55,6 +55,6 @@ def test_an_installed_copy(tmp_path):
     done = installed("generate", "--base", "random:tiny", "--capacity", "1", "-", input=prompt.encode())
     assert done.returncode == 0 and done.stdout.startswith(b"caf? ?"), done
     done = installed("generate", "x", "--base", "random:tiny", "--checkpoint", "default")
-    assert done.returncode == 2 and b"was made for bundled" in done.stderr, "found, by name"
+    assert done.returncode == 2 and b"was made for 'bundled'" in done.stderr, "found, by name"
     done = installed("batch", "05", "--grid", "seed=0", "--out", "new")
     assert done.returncode == 2 and b"clone of the repository" in done.stderr
