@@ -41,7 +41,7 @@ class TestGenerate:
         torch.manual_seed(0)
         with hat.collect() as states:
             found = hat.lm.generate(ids, **given)
-        assert {s.executed is not None for s in states if s.start} == {"position_ids" not in settings}
+        assert {s.executed is not None for s in states if s.start} == {True, "position_ids" not in settings}
         torch.manual_seed(0)
         with hat.reference():
             return found, hat.lm.generate(ids, **given)
