@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import DynamicCache
 
 from hat_lib.backbone.base import fingerprint, load_base
 from hat_lib.calibration.capacity import calibrate
@@ -219,6 +220,27 @@ def skipping(grain, base=None, exit_layers=(1, 2, 3), bar=3.0, vectors=0.3, **ch
         hat.lm(torch.from_numpy(draws.integers(5, 250, (4, 32))))
     thresholds = {k: float(v.flatten().quantile(0.33)) for k, v in scores.items()}
     return decides(hat, thresholds, [bar] * len(exit_layers))
+
+
+def stepwise(hat, ids):
+    """Logits of a decode, on the engine unless the context says otherwise."""
+    cache = DynamicCache(config=hat.lm.config)
+    with hat.engine():
+        return torch.cat([hat.lm(step, cache=cache, use_cache=True).logits for step in ids.split(1, dim=1)], 1)
+
+
+def tune(lm, seed: int = 5):
+    """``lm`` with low-rank adapters on some linear layers, the same on every call."""
+    import peft  # slow to import
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft asks for a name that transformers is about to drop
+        tuned = peft.get_peft_model(lm, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    draws = np.random.default_rng(seed)
+    for name, p in sorted(tuned.named_parameters()):
+        if "lora_" in name:
+            p.data = torch.from_numpy(draws.normal(size=tuple(p.shape)) * 0.1).to(p.dtype)
+    return tuned
 
 
 def greedy(hat, tokens: int = 16) -> list[int]:

@@ -5,7 +5,6 @@ torch is only imported inside functions, so that help answers at once.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -74,7 +73,7 @@ MAX_TOKENS = option(4000, "Tokens of text, at least 2; more makes the interval n
 THREADS = option(
     None,
     "Threads to compute with. [default: one a core]",
-    check=partial(check_count, "threads", low=1, high=os.cpu_count()),
+    check=partial(check_count, "threads", low=1, high=1024),
 )
 
 

@@ -159,28 +159,6 @@ def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 
     return Comparison(increase, low, high, base.perplexity, adaptive.perplexity, tokens, n)
 
 
-def coverage(
-    base: Score, adaptive: Score, blocks: int | None = None, *, draws: int = 200, resamples: int = 500, seed: int = 0
-) -> float:
-    """How often an interval of `compare` would hold the truth on text like these blocks; ideally 0.95.
-
-    The share of ``draws`` texts of about ``blocks`` blocks (by default as many as there are), put together from the
-    units of the bootstrap, whose interval holds the increase over all blocks. So this sees what few units do to an
-    interval, and neither what other documents would bring nor how alike units are.
-    """
-    found, n = _units(adaptive), len(base.tokens)
-    count = max(1, round(found.drawn * (blocks or n) / n))
-    rng, truth, covered = np.random.default_rng(seed), compare(base, adaptive, resamples=1).increase, 0
-    for number in range(draws):
-        chosen = [found.blocks[unit] for unit in rng.integers(len(found.blocks), size=count)]
-        at = np.concatenate(chosen)
-        documents = np.repeat(np.arange(count) * found.documents, [len(unit) for unit in chosen])
-        pair = [Score(s.nll[at], s.tokens[at], documents) for s in (base, adaptive)]
-        drawn = compare(*pair, resamples=resamples, seed=number)
-        covered += drawn.low <= truth <= drawn.high
-    return covered / draws
-
-
 def _units(found: Score) -> Units:
     return units(range(len(found.tokens)) if found.documents is None else found.documents)
 

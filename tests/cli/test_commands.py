@@ -126,9 +126,9 @@ def test_evaluate_counts_where_tokens_left(run_hat, text, tmp_path):
 def test_evaluate_runs_tasks(run_hat, calibrated):
     pytest.importorskip("lm_eval")
     options = ("evaluate", "--checkpoint", calibrated, "--dtype", "fp32", "--capacity", "0.6", "--batch-size", 8)
-    row = json.loads(run_hat(*options, "--tasks", "address_perplexity", "--json")[1])
-    words, bits = row["tasks"]
-    assert (words["metric"], bits["metric"]) == ("word_perplexity", "bits_per_byte")
+    row = json.loads(run_hat(*options, "--tasks", "address_perplexity,address_cloze", "--json")[1])
+    *cloze, words, bits = sorted(row["tasks"], key=lambda task: task["task"])
+    assert [t["metric"] for t in (*cloze, words, bits)] == ["acc", "acc_norm", "word_perplexity", "bits_per_byte"]
     assert bits["value"] != bits["base"] and bits["samples"] == 28 and abs(row["capacity"] - 0.6) < 0.05
 
 
@@ -159,10 +159,8 @@ def test_sweep_resumes_and_draws(run_hat, tmp_path):
     assert out.with_suffix(".png").stat().st_size > 5000
     code, printed, _ = run_hat("sweep", *options, "--capacity", "0.6,0.8")
     assert code == 0 and printed.count("channel  docstrings") == 3, "only what was missing"
-    assert {(p.text, p.capacity) for p in read_checkpoint(tmp_path / "trained").prices} == {
-        ("docstrings", 0.6),
-        ("docstrings", 0.8),
-    }
+    prices = read_checkpoint(tmp_path / "trained").prices
+    assert {(p.text, p.capacity) for p in prices} == {("docstrings", 0.6), ("docstrings", 0.8)}
 
 
 def test_setup_reports_even_if_it_cannot_fetch(run_hat, monkeypatch, tmp_path):

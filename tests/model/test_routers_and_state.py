@@ -1,9 +1,8 @@
-"""Scores of routers and gates, a control's draws, and the shares of a state."""
+"""Scores of routers and gates, and the shares of a state."""
 
 import pytest
 import torch
 
-from hat_lib.model.policies import Random, prefixes
 from hat_lib.model.routers import ChannelRouter, ExitGate, MoERouter
 from hat_lib.model.token_state import TokenState
 
@@ -41,17 +40,6 @@ def test_untrained_router_and_gate():
     router.weight.copy_(torch.arange(16.0))
     router.bias.fill_(0.5)
     torch.testing.assert_close(router.score(x), x @ torch.arange(16.0) + 0.5)
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_random(share):
-    real = torch.ones(1, 400, dtype=torch.bool)
-    state = TokenState(real, torch.arange(400)[None], torch.zeros_like(real), [1.0], 4, mask_shapes={"down": (256,)})
-    state.prefix = prefixes(torch.zeros(1, 400, dtype=torch.int64), state, None)
-    keep, other = (Random(share, seed=3)(i, "down", torch.zeros(400, 256), None, state) for i in (2, 3))
-    assert abs(float(keep.float().mean()) - share) < 0.01 and float((keep != other).float().mean()) > 0.02
-    for axis in (0, 1):  # no token and no channel is favoured
-        assert float(keep.float().mean(axis).sub(share).abs().max()) < 0.15
 
 
 def test_token_state_share():

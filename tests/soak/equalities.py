@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_runs import GRAINS, skipping
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from tiny_runs import GRAINS, skipping, stepwise, tune
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hat_lib.backbone.base import Base, exact_hash, fingerprint
 from hat_lib.backbone.shapes import byte_tokenizer
@@ -66,13 +66,8 @@ def run(count: int, check=None) -> None:
     """``count`` cases of ``check``, by default `equal`, the same on every run; one that fails is shrunk and raised."""
 
     @hypothesis.seed(0)
-    @settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        report_multiple_bugs=False,
-        suppress_health_check=[*HealthCheck],
-    )
+    @settings(max_examples=count, database=None, deadline=None, report_multiple_bugs=False,
+              suppress_health_check=[*HealthCheck])  # fmt: skip
     @given(drawn())
     def cases(case):
         (check or equal)(case)
@@ -81,9 +76,8 @@ def run(count: int, check=None) -> None:
     torch.set_num_threads(1)
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "token grain|Initializing zero-element tensors|weights of the base were changed"
-            )
+            for expected in ("token grain", "Initializing zero-element", "weights of the base", ".*below the lowest"):
+                warnings.filterwarnings("ignore", expected)
             cases()
     finally:
         torch.set_num_threads(threads)
@@ -118,25 +112,6 @@ def adaptive(case: SimpleNamespace, base: Base) -> HierarchicalTransformer:
         hat.calibration = replace(hat.calibration, **tables)
     hat.capacity = case.capacity
     return hat
-
-
-def tune(lm: LlamaForCausalLM, seed: int) -> None:
-    """Low-rank adapters on some linear layers."""
-    import peft  # slow to import
-
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft asks for a name that transformers is about to drop
-        tuned, draws = peft.get_peft_model(lm, lora), np.random.default_rng(seed)
-    for name, p in tuned.named_parameters():
-        if "lora_" in name:
-            p.data = torch.from_numpy(draws.normal(size=tuple(p.shape)) * 0.1).to(p.dtype)
-
-
-def stepwise(hat, ids):
-    cache = DynamicCache(config=hat.lm.config)
-    with hat.engine():
-        return torch.cat([hat.lm(step, cache=cache, use_cache=True).logits for step in ids.split(1, dim=1)], 1)
 
 
 def equal(case: SimpleNamespace) -> None:

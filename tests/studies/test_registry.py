@@ -1,6 +1,5 @@
 """Every file of data/results has a study with one interface; `python -m studies` runs, draws and tabulates them."""
 
-import shutil
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -135,13 +134,6 @@ def test_a_typo_is_one_error_before_anything_is_loaded(run_studies, tmp_path, mo
 def test_without_a_name_each_study_has_a_line(run_studies):
     code, out, _ = run_studies()
     assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(registry.NAMES)
-
-
-def test_figures_of_the_files_that_are_there(run_studies, tmp_path):
-    shutil.copy(RESULTS / "token_time.csv", tmp_path)
-    code, _, err = run_studies("token_time", "self_speculative", "--figures", "--out", tmp_path)
-    assert code == 0 and err.count("warning: ") == 1
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["05_token_time.png"]
 
 
 def test_tables_of_the_documents(run_studies, tmp_path, monkeypatch):

@@ -96,10 +96,8 @@ def pixels(page):
 def requests(page):
     """Addresses that the page asks for, outside this machine."""
     away = []
-    page.on(
-        "request",
-        lambda r: None if r.url.startswith(("file:", "data:")) or "127.0.0.1" in r.url else away.append(r.url),
-    )
+    here = ("file:", "data:", "http://127.0.0.1", "blob:http://127.0.0.1")
+    page.on("request", lambda r: None if r.url.startswith(here) else away.append(r.url))
     return away
 
 
