@@ -123,7 +123,7 @@ class HatConfig:
 
     n_layers: int
     granularity: str = "channel"
-    """one of `hat_lib.model.granularity.GRAINS`"""
+    """one of `hat_lib.method.grain.GRAINS`"""
     exit_layers: tuple[int, ...] = ()
     """depths at which a token may leave: at exit ``e``, ``e`` layers have run; 1 .. n_layers - 1"""
     capacity: float = 0.75

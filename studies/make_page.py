@@ -10,7 +10,7 @@ from PIL import Image
 
 from hat_lib.config import REPO
 from hat_lib.evaluation.screen import CAPACITIES, PRESETS, Screen
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
 from hat_lib.workbook.play_page import still_page
 
 PAGE, PICTURE = REPO / "docs" / "explore.html", REPO / "figures" / "play.gif"

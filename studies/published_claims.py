@@ -19,15 +19,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hat_lib import config
-from hat_lib.backbone.base import BUNDLED, load_base
+from hat_lib.base.load import BUNDLED, load_base
 from hat_lib.config import HatConfig, HatError
+from hat_lib.decoding.speed import Variant, now, take_turns
 from hat_lib.evaluation.controls import exit_shares
-from hat_lib.inference.speed import Variant, now, take_turns
-from hat_lib.model.cost import Work, state_cost
-from hat_lib.model.modes import combined
-from hat_lib.model.policies import Forced
-from hat_lib.model.token_state import Masks, TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.cost import Work, state_cost
+from hat_lib.method.policies import Forced
+from hat_lib.method.setting import combined
+from hat_lib.method.trace import Masks, Trace
 from hat_lib.rows import read_rows
 from hat_lib.text.blocks import load_text
 from studies import common, quality
@@ -163,7 +163,7 @@ def _timed(hat, plain, around: Mapping, ids: Tensor, phase: str, rounds: int, st
     for v in adaptive:
         with v.around(), hat.collect() as states, torch.inference_mode():
             once(hat)
-            trace = TokenState.cat(states[2:] if phase == "decode" else states)
+            trace = Trace.cat(states[2:] if phase == "decode" else states)
             cost = state_cost(hat, trace)
         columns = {"realised": trace.capacity, "realised_exit": trace.exit_rate, "model_share": cost.model_share}
         columns |= {f"{phase}_{w.name}": statistics.median(ratios(w.times, v.times)) for w in (hf, dense)}

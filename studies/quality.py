@@ -10,8 +10,8 @@ from hat_lib.config import HatError
 from hat_lib.evaluation import equal_work
 from hat_lib.evaluation.controls import CONTROLS
 from hat_lib.evaluation.equal_work import CHECKPOINTS, TEXTS, VARIANTS, Point, Row
-from hat_lib.model import checkpoint
-from hat_lib.model.granularity import GRAINS
+from hat_lib.method import checkpoint
+from hat_lib.method.grain import GRAINS
 from hat_lib.plotting import frontier
 from studies.common import markdown, saved
 from studies.plotting import findings

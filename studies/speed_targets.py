@@ -18,12 +18,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hat_lib.config import check_count
+from hat_lib.decoding.inference import AdaptiveInference
+from hat_lib.decoding.speed import steer_to_capacity, timed
 from hat_lib.evaluation.perplexity import compare, score_each
-from hat_lib.inference.generate import AdaptiveInference
-from hat_lib.inference.speed import steer_to_capacity, timed
-from hat_lib.model.modes import combined
-from hat_lib.model.token_state import TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.setting import combined
+from hat_lib.method.trace import Trace
 from hat_lib.text.blocks import load_text, spread
 from studies.claims import PROMISED
 from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, times
@@ -137,7 +137,7 @@ def _continued(infer: AdaptiveInference, texts: Sequence[str], target: float, ma
             measured.append(made.realised_speedup)
             with hat.at(made.requested_capacity, 0.0), steer_to_capacity(hat), hat.collect() as states:
                 over_hf.append(timed(hat, (infer.plain, torch.inference_mode), made.ids))
-            realised.append(TokenState.cat(states[1:]).capacity)  # the first fills the cache
+            realised.append(Trace.cat(states[1:]).capacity)  # the first fills the cache
     found = {"capacity": made.requested_capacity, "predicted": made.predicted_speedup, "prompts": len(measured)}
     if measured:
         found |= {"measured": statistics.median(measured), "lowest": min(measured), "highest": max(measured)}

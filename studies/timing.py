@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-from hat_lib.backbone.base import load_base
+from hat_lib.base.load import load_base
 from hat_lib.calibration.quantiles import score_quantiles
-from hat_lib.inference.speed import now, replay
-from hat_lib.model.policies import Forced, Policy
-from hat_lib.model.token_state import Masks
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.decoding.speed import now, replay
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.policies import Forced, Policy
+from hat_lib.method.trace import Masks
 
 CONTEXT = 64  # tokens in the cache before the first timed decode step, over all sequences
 

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from hat_lib.backbone.base import load_base
-from hat_lib.backbone.families import LINEARS
+from hat_lib.base.families import LINEARS
+from hat_lib.base.load import load_base
 from hat_lib.config import HatConfig, HatError, check_capacity
-from hat_lib.inference.speed import Variant, now, take_turns
-from hat_lib.model.modes import combined
-from hat_lib.model.policies import Forced
-from hat_lib.model.token_state import Masks, TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.decoding.speed import Variant, now, take_turns
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.policies import Forced
+from hat_lib.method.setting import combined
+from hat_lib.method.trace import Masks, Trace
 from hat_lib.text.blocks import load_text
 from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, spread
 from studies.plotting import speed
@@ -79,7 +79,7 @@ def rows(
     ms = {v.name: v.times for v, _ in timed}
     with hat.at(capacity, 0.0), hat.collect() as states:
         decode_ms(hat, ids, steps)
-    realised = {"hf": 1.0, "dense": 1.0, "adaptive": TokenState.cat(states[2:]).capacity}
+    realised = {"hf": 1.0, "dense": 1.0, "adaptive": Trace.cat(states[2:]).capacity}
     for way in WAYS:
         columns = machine(hat.base) | {"way": way, "realised": realised[way], "steps": steps, "rounds": rounds}
         columns["capacity"] = capacity if way == "adaptive" else 1.0

@@ -53,7 +53,7 @@ def outside():
 @pytest.fixture(scope="session")
 def tiny_base():
     """`random:tiny` in fp32 on the CPU. Shared by all tests: do not change it."""
-    from hat_lib.backbone.base import load_base
+    from hat_lib.base.load import load_base
 
     return load_base("random:tiny", dtype=torch.float32, device="cpu")
 
@@ -61,7 +61,7 @@ def tiny_base():
 @pytest.fixture(scope="session")
 def bundled():
     """The bundled base in fp32 on the CPU. Shared by all tests: do not change it."""
-    from hat_lib.backbone.base import load_base
+    from hat_lib.base.load import load_base
 
     return load_base("bundled", dtype=torch.float32, device="cpu")
 

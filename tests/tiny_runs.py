@@ -19,12 +19,12 @@ import torch
 from datasets import Dataset
 from transformers import DynamicCache
 
-from hat_lib.backbone.base import fingerprint, load_base
+from hat_lib.base.load import fingerprint, load_base
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.config import HatConfig
-from hat_lib.model.threshold_table import Calibration
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.thresholds import Calibration
 from hat_lib.training import trainer
 from hat_lib.training.recipe import Recipe
 from hat_lib.training.run import Run, nominal_thresholds

@@ -3,7 +3,7 @@
 Prices are KL divergences from the base, in nats per token. A site's is a curve over the share that it keeps, from a few
 shares that a backward pass prices (`hat_lib.calibration.token_sensitivity.backward`): zeroing the channels with
 scores below a threshold changes the input x of a linear layer by -x there. The head's is measured: several numbers of
-channels in the preview and several margins (`hat_lib.model.head`) are tried on final states of the dense model, and
+channels in the preview and several margins (`hat_lib.method.head`) are tried on final states of the dense model, and
 those on the lower convex hull are kept.
 """
 
@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 from hat_lib.calibration.quantiles import ScoreQuantiles
 from hat_lib.calibration.token_sensitivity import backward
-from hat_lib.model.head import likely
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.head import likely
 
 # Shares at which the damage is priced. k (1 - s)^p is fitted to the last three.
 PROBE_SHARES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75)

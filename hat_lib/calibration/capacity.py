@@ -33,8 +33,8 @@ from hat_lib.calibration.quantiles import (
 )
 from hat_lib.calibration.token_sensitivity import SHARE, TOKENS, fit_token_sensitivity, sensitivity_strength
 from hat_lib.config import HatError
-from hat_lib.model.threshold_table import EXIT_TABLES, HEAD_TABLES, Calibration
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.thresholds import EXIT_TABLES, HEAD_TABLES, Calibration
 
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 SPLITS = ("damage", "uniform")

@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 
 from hat_lib.calibration.quantiles import held_out_parts
 from hat_lib.config import HatError, check_capacity
-from hat_lib.model.policies import ExitThresholds
-from hat_lib.model.threshold_table import Calibration
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.policies import ExitThresholds
+from hat_lib.method.thresholds import Calibration
 
 CAPACITIES = (0.4, 0.55, 0.75, 1.0)
 RATES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hat_lib.config import HatError
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
 
 # Fewest tokens to calibrate or match a control on.
 LEAST_TOKENS = 256

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
 
 # At most this many tokens in the backward pass: their inputs are kept, in half precision, for every layer.
 TOKENS = 24_576

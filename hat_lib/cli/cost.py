@@ -23,7 +23,7 @@ def cost(
     capacities.
     """
     options.start(threads)
-    from hat_lib.backbone.base import default_dtype, parse_dtype
+    from hat_lib.base.load import default_dtype, parse_dtype
 
     parts = needs(base, default_dtype("cpu") if dtype in (None, "auto") else parse_dtype(dtype))
     for part, size in parts.items():
@@ -35,12 +35,12 @@ def needs(name: str, dtype) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hat_lib.backbone.base import Base, config_of
-    from hat_lib.backbone.families import head_size, linears
+    from hat_lib.base.families import head_size, linears
+    from hat_lib.base.load import Base, config_of
     from hat_lib.calibration.token_sensitivity import TOKENS
     from hat_lib.config import HatConfig
     from hat_lib.engine.four_bits import GROUP, GROUP_ROWS
-    from hat_lib.model.transformer import HierarchicalTransformer
+    from hat_lib.hat import HierarchicalTransformer
     from hat_lib.training.recipe import Recipe
 
     config, recipe = config_of(name), Recipe.named("default", "channel")

@@ -17,7 +17,7 @@ from hat_lib.config import HatError, work_text
 from hat_lib.text.plain import printable
 
 if TYPE_CHECKING:
-    from hat_lib.model.transformer import HierarchicalTransformer
+    from hat_lib.hat import HierarchicalTransformer
 
 FOUR_BIT = "the bundled base is a 4-bit file, dequantised; its perplexity is not that of the published weights"
 
@@ -140,7 +140,7 @@ def _on_tasks(hat: HierarchicalTransformer, tasks: dict, batch_size: int) -> tup
 
 
 def _about(hat: HierarchicalTransformer, capacity: float, exit_rate: float, model_share: float) -> dict:
-    from hat_lib.backbone.machine import machine
+    from hat_lib.base.machine import machine
 
     return machine(hat.base) | {
         "hat_lib": __version__,

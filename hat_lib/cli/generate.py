@@ -61,8 +61,8 @@ def generate(
     options.check_prompt("generate", prompt)
     options.start(threads)
 
-    from hat_lib.inference.generate import AdaptiveInference, check_sampling
-    from hat_lib.inference.speed import VERSUS, check_target, speedup_text
+    from hat_lib.decoding.inference import AdaptiveInference, check_sampling
+    from hat_lib.decoding.speed import VERSUS, check_target, speedup_text
 
     check_sampling(max_new_tokens, temperature, seed)
     target = None if target_speedup is None else check_target(target_speedup)

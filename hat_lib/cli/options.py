@@ -18,7 +18,7 @@ from hat_lib.config import HatConfig, HatError, check_capacity, check_count, che
 from hat_lib.text.plain import check_whole, printable
 
 if TYPE_CHECKING:
-    from hat_lib.model.transformer import HierarchicalTransformer
+    from hat_lib.hat import HierarchicalTransformer
 
 DEFAULT = Path("default")
 """the trained channel-grain checkpoint of the bundled base, which comes with the library"""
@@ -107,7 +107,7 @@ def check_prompt(command: str, text: str | None) -> None:
 
 
 def check_grains(what: str, wanted: list[str]) -> None:
-    from hat_lib.model.granularity import GRAINS
+    from hat_lib.method.grain import GRAINS
 
     for name in wanted:
         if name not in GRAINS:
@@ -154,8 +154,8 @@ def load(
     base: str | None, checkpoint: Path | None, capacity: float | None, exit_rate: float | None, dtype: str | None
 ) -> HierarchicalTransformer:
     """The model requested by the options of `generate`, `evaluate` and `analyze`."""
-    from hat_lib.backbone.base import load_base
-    from hat_lib.model.transformer import HierarchicalTransformer
+    from hat_lib.base.load import load_base
+    from hat_lib.hat import HierarchicalTransformer
 
     if checkpoint is None and capacity == 1.0 and not exit_rate:
         loaded = load_base(base or "bundled", dtype=dtype)

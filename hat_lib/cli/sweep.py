@@ -55,7 +55,7 @@ def sweep(
 
     from hat_lib.evaluation.equal_work import KEY, Row, grid, prices, rows
     from hat_lib.evaluation.intervals import NONE
-    from hat_lib.model import checkpoint
+    from hat_lib.method import checkpoint
     from hat_lib.plotting.frontier import quality as frontier
     from hat_lib.plotting.style import png, write
     from hat_lib.rows import RowWriter

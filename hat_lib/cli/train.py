@@ -53,11 +53,11 @@ def calibrate(
     options.check_grains("granularity", [granularity])
     options.check_text(text, "validation")
 
-    from hat_lib.backbone.base import load_base
+    from hat_lib.base.load import load_base
     from hat_lib.calibration.capacity import calibrate as measure
     from hat_lib.calibration.quantiles import LEAST_TOKENS
-    from hat_lib.model.granularity import GRAINS
-    from hat_lib.model.transformer import HierarchicalTransformer
+    from hat_lib.hat import HierarchicalTransformer
+    from hat_lib.method.grain import GRAINS
     from hat_lib.text.blocks import held_out, load_text, text_hash
 
     loaded = load_base(base, dtype=dtype)

@@ -137,7 +137,7 @@ class Course(NamedTuple):
     steps: int
     choice: Choice
     unprotected: ndarray  # int64 [R], the step from which a row is no longer protected
-    # steering (`hat_lib.model.steering`): thresholds are multiplied by exp(offset)
+    # steering (`hat_lib.decoding.steering`): thresholds are multiplied by exp(offset)
     gain: np.float32  # 0 for none
     asked: np.float32  # share of the layers' work
     limit: np.float32

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from hat_lib.backbone.families import head_size
+from hat_lib.base.families import head_size
 from hat_lib.engine import team
 from hat_lib.engine.arrays import FFN, GREEDY, MAX_TOKENS, PARTIALS, SECTION, Choice, Course, Decisions, Rows, Scratch
 from hat_lib.engine.attention import PIECE
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
 
 class Steering(NamedTuple):
-    """Thresholds that move during a course of tokens (`hat_lib.model.steering`)."""
+    """Thresholds that move during a course of tokens (`hat_lib.decoding.steering`)."""
 
     offset: np.ndarray
     """of each sequence, float32 ``[B]``; moved"""

@@ -181,7 +181,7 @@ def swiglu(gate_up, block, f0, f1, out):
 
 @compiled()
 def exit_gate(decide, e, r, h, n, small):
-    """Whether a row leaves at exit e; if so, its state is translated (`hat_lib.model.routers.ExitGate`)."""
+    """Whether a row leaves at exit e; if so, its state is translated (`hat_lib.method.routers.ExitGate`)."""
     d = h.shape[0]
     factor = F1 / np.sqrt(mean_square(h) + np.float32(1.1920929e-07))
     for i in range(d):

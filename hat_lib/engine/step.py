@@ -1,6 +1,6 @@
 """The decode step: from the ids of a few tokens to their logits, in one compiled function run by a team of threads.
 
-It is the layer of `hat_lib.model.decoder_layer`, with the same decisions, for up to eight tokens (rows) of one or more
+It is the layer of `hat_lib.method.layer`, with the same decisions, for up to eight tokens (rows) of one or more
 sequences. All threads run it together. Each keeps a hidden state of its own and computes norms and decisions itself,
 which is quicker than telling the others. The product of gate and up is split by outputs, those of q, k and v, of o and
 of down by channels, attention by pieces of the context. A thread's outputs of gate and up are its own channels of down,
@@ -34,7 +34,7 @@ from hat_lib.engine.operations import (
 from hat_lib.engine.team import meet
 
 SENSITIVITY_LIMIT = np.float32(3)
-"""same as `hat_lib.model.routers.SENSITIVITY_LIMIT`"""
+"""same as `hat_lib.method.routers.SENSITIVITY_LIMIT`"""
 
 
 @compiled()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hat_lib.backbone.families import LINEARS, NORMS, head_norms, head_size, rotates
+from hat_lib.base.families import LINEARS, NORMS, head_norms, head_size, rotates
 from hat_lib.engine.arrays import Linear, Weights
 from hat_lib.engine.four_bits import GROUP, GROUP_ROWS, MIDDLE, OFFSET
 

@@ -24,10 +24,10 @@ from torch import Tensor
 from hat_lib.calibration.quantiles import block_tensors, forwards
 from hat_lib.config import CAPACITY_MIN, HatError, check_capacity
 from hat_lib.evaluation.perplexity import score_each
-from hat_lib.model.checkpoint import check_tensors, read_checkpoint
-from hat_lib.model.policies import KeepAll, Policy, Random, Static, Threshold
-from hat_lib.model.token_state import TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.checkpoint import check_tensors, read_checkpoint
+from hat_lib.method.policies import KeepAll, Policy, Random, Static, Threshold
+from hat_lib.method.trace import Trace
 
 Blocks = Iterable[Sequence[int] | Mapping]
 """Text: token-id lists, or rows of `load_text`. All of it is run several times: 2,000 tokens are enough."""
@@ -96,7 +96,7 @@ def realised_capacity(
 
 
 def _for_site(keep: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A decision per row, ``[n]``, for all units of a site; ``shape`` is in `TokenState.mask_shapes`."""
+    """A decision per row, ``[n]``, for all units of a site; ``shape`` is in `Trace.mask_shapes`."""
     return keep.view(-1, *[1] * len(shape)).expand(-1, *shape)
 
 
@@ -188,9 +188,9 @@ class StreamCosine:
         name = "post_attention_layernorm" if hat.grain.sites[0] == "ffn" else "input_layernorm"
         weights = [getattr(layer, name).weight.detach().float() for layer in hat.lm.model.layers]
         self.inverse = [torch.where(w == 0, 0.0, 1 / w) for w in weights]
-        self._before: WeakKeyDictionary[TokenState, Tensor] = WeakKeyDictionary()
+        self._before: WeakKeyDictionary[Trace, Tensor] = WeakKeyDictionary()
 
-    def __call__(self, layer: int, x: Tensor, rows: Tensor | None, state: TokenState) -> Tensor | None:
+    def __call__(self, layer: int, x: Tensor, rows: Tensor | None, state: Trace) -> Tensor | None:
         """None at the first layer queried in a forward; 0 for tokens that have left."""
         point = x.detach().float() * self.inverse[layer]
         if rows is not None:
@@ -210,7 +210,7 @@ class Cosine:
         self.cosine, self.site = StreamCosine(hat), hat.grain.sites[0]
         self.mean, self.std, self.r, self.threshold = mean.tolist(), std.tolist(), r.tolist(), threshold
         # By forward: which tokens keep the current layer, and each one's expected deviation; bool and fp32 ``[B * T]``.
-        self._decided: WeakKeyDictionary[TokenState, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+        self._decided: WeakKeyDictionary[Trace, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def __call__(self, layer, site, x, rows, state):
         if site == self.site:  # the layer's other sites follow
@@ -218,7 +218,7 @@ class Cosine:
         keep = self._decided[state][0]
         return _for_site(keep if rows is None else keep[rows], state.mask_shapes[site])
 
-    def _decide(self, layer: int, cosine: Tensor | None, state: TokenState) -> None:
+    def _decide(self, layer: int, cosine: Tensor | None, state: Trace) -> None:
         """From the cosine across the previous layer, None for the first one."""
         if cosine is None:
             all_tokens = state.real.flatten()
@@ -297,12 +297,12 @@ class RandomExits:
     def __init__(self, rates: Mapping[int, float], seed: int = 0):
         self.draws = {depth: Random(rate, seed + 1) for depth, rate in rates.items()}
 
-    def exits(self, depth: int, h: Tensor, rows: Tensor, state: TokenState) -> Tensor:
+    def exits(self, depth: int, h: Tensor, rows: Tensor, state: Trace) -> Tensor:
         """bool ``[n]``: which of ``rows`` leave after ``depth`` layers."""
         return self.draws[depth](depth, "ffn", h, rows, state)
 
 
-def exit_shares(states: Iterable[TokenState], depths: Iterable[int]) -> dict[int, float]:
+def exit_shares(states: Iterable[Trace], depths: Iterable[int]) -> dict[int, float]:
     """The share of tokens that left at each depth, of those that could: the ``rates`` of `RandomExits`."""
     left = torch.cat([s.exit_layer[s.real & ~s.protected] for s in states])
     return {depth: float((left == depth).sum() / (left >= depth).sum().clamp(min=1)) for depth in depths}

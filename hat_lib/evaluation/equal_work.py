@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 
-from hat_lib.backbone.machine import Machine, machine
+from hat_lib.base.machine import Machine, machine
 from hat_lib.calibration.quantiles import LEAST_TOKENS
 from hat_lib.config import CAPACITY_MIN, DATA, HatError, check_capacity, check_exit_rate
 from hat_lib.evaluation.controls import (
@@ -40,11 +40,11 @@ from hat_lib.evaluation.controls import (
     matched,
 )
 from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, score_each
-from hat_lib.model.checkpoint import Checkpoint, Price, digest, read_checkpoint
-from hat_lib.model.cost import work
-from hat_lib.model.granularity import GRAINS
-from hat_lib.model.modes import combined
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.checkpoint import Checkpoint, Price, digest, read_checkpoint
+from hat_lib.method.cost import work
+from hat_lib.method.grain import GRAINS
+from hat_lib.method.setting import combined
 from hat_lib.rows import rounded
 from hat_lib.text.blocks import default_split, load_text, spread, text_hash
 from hat_lib.text.corpora import CORPORA

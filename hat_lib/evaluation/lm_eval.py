@@ -20,12 +20,12 @@ from pathlib import Path
 
 import datasets
 
-from hat_lib.backbone.base import first_line
+from hat_lib.base.load import first_line
 from hat_lib.config import DATA, HatError
-from hat_lib.inference.self_speculative import stop_tokens
-from hat_lib.model.cost import WorkTally
-from hat_lib.model.token_state import TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.decoding.speculation import stop_tokens
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.cost import WorkTally
+from hat_lib.method.trace import Trace
 
 TASKS = DATA / "tasks"
 """tasks that come with the repository; see data/README.md"""
@@ -130,7 +130,7 @@ def counting_lm(hat: HierarchicalTransformer, batch_size: int):
             with hat.collect() as states:
                 out = super()._model_generate(context, max_length, stop, **options)
             if {state.batch for state in states} == {len(out)}:  # else there are beams, and all of them count
-                states, length = [TokenState.cat(states)], context.shape[1]
+                states, length = [Trace.cat(states)], context.shape[1]
                 for real, ids in zip(states[0].real, out[:, length:].tolist(), strict=True):
                     real[length + self._end(ids, stop) :] = False
             for state in states:

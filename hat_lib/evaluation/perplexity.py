@@ -26,12 +26,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from hat_lib.backbone.spread import device_of, overridden
+from hat_lib.base.spread import device_of, overridden
 from hat_lib.config import HatError, check_count
 from hat_lib.evaluation.intervals import FEWEST, Units, resample, tails, units
-from hat_lib.model.cost import WorkTally
-from hat_lib.model.token_state import TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.cost import WorkTally
+from hat_lib.method.trace import Trace
 
 # Rows of logits held at once in fp32: 25 MB for a vocabulary of 49,152.
 SLICE = 128
@@ -209,7 +209,7 @@ class _Tally:
         self.documents = np.array([str(row.get("doc", number)) for number, row in enumerate(dataset)])
         self.compared, self.same, self.divergence = False, 0, 0.0
 
-    def add(self, batch: _Batch, states: Tensor, base: Tensor | None = None, trace: TokenState | None = None) -> None:
+    def add(self, batch: _Batch, states: Tensor, base: Tensor | None = None, trace: Trace | None = None) -> None:
         """Count what the head makes of ``states [B, T, D]``, compared with the base's, and the work of ``trace``; by
         default, that of the last forward."""
         rows, columns = batch.scored.nonzero(as_tuple=True)
@@ -250,12 +250,12 @@ class _Batch:
         """``[B, T, D]``; the head is applied later, to scored tokens only."""
         return lm.model(input_ids=self.ids, attention_mask=self.real, use_cache=False).last_hidden_state
 
-    def decode(self, hat: HierarchicalTransformer) -> tuple[Tensor, TokenState]:
+    def decode(self, hat: HierarchicalTransformer) -> tuple[Tensor, Trace]:
         """Logits ``[B, T, V]``, token by token after a KV cache, and the state of all steps."""
         cache, tokens = DynamicCache(config=hat.lm.config), self.ids.split(1, dim=1)
         with hat.collect() as steps:
             logits = [hat.lm(input_ids=token, cache=cache, use_cache=True).logits for token in tokens]
-        state = TokenState.cat(steps)
+        state = Trace.cat(steps)
         state.real = self.real.bool()  # steps run only for the sake of longer blocks do not count
         return torch.cat(logits, dim=1), state
 

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from hat_lib.config import HatError, check_count, work_text
 from hat_lib.evaluation.coloured_text import ansi, html, passages
 from hat_lib.evaluation.perplexity import SLICE
-from hat_lib.model.cost import WorkTally, state_cost
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.cost import WorkTally, state_cost
 from hat_lib.text.plain import check_whole
 from hat_lib.text.token_classes import classes, pieces
 
@@ -60,7 +60,7 @@ class TokenTable:
     exit_rate: float
     model_share: float
     layer_capacity: float
-    """realised, over these tokens; see `hat_lib.model.cost.WorkTally`"""
+    """realised, over these tokens; see `hat_lib.method.cost.WorkTally`"""
     next_ids: np.ndarray = field(repr=False, default=None)
     """the likeliest next tokens of the base and of the adaptive model, int ``[2, N, LIKELIEST]``"""
     next_p: np.ndarray = field(repr=False, default=None)

@@ -30,7 +30,7 @@ import pyarrow.parquet
 from datasets import Dataset, concatenate_datasets, get_dataset_split_names, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from hat_lib.backbone.base import HUB_ID, first_line
+from hat_lib.base.load import HUB_ID, first_line
 from hat_lib.config import HatError, check_count
 from hat_lib.text.corpora import ALL, CORPORA, SPLITS, Document, documents
 

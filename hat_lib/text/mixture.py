@@ -28,8 +28,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from hat_lib.backbone.base import Base
-from hat_lib.backbone.spread import overridden
+from hat_lib.base.load import Base
+from hat_lib.base.spread import overridden
 from hat_lib.config import HatError, cache_dir, check_count
 from hat_lib.text.blocks import at_even_distances, load_text
 from hat_lib.text.corpora import FOLDER

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hat_lib.model.policies import KeepAll, MaskedInput
-from hat_lib.model.token_state import TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.policies import KeepAll, MaskedInput
+from hat_lib.method.trace import Trace
 from hat_lib.training import losses
 from hat_lib.training.budget_split import BudgetSplit, Thresholds
 from hat_lib.training.recipe import Recipe
@@ -47,7 +47,7 @@ class Relaxed:
         self.scores: list[Tensor] = []
         """token grain: the routers' scores ``[B*T]``, one tensor per layer"""
 
-    def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: TokenState):
+    def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: Trace):
         grain, routers, threshold = self.hat.grain, self.hat.routers, self.thresholds[layer, site]
         state.sensitivity = self.thresholds.get((layer, "token"), 1.0)
         site_number = grain.sites.index(site)

@@ -29,9 +29,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from hat_lib.backbone.base import first_line
+from hat_lib.base.load import first_line
 from hat_lib.config import HatError
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
 from hat_lib.training.budget_split import Thresholds
 from hat_lib.training.log import Log
 from hat_lib.training.objective import Objective

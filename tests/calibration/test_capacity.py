@@ -13,7 +13,7 @@ from hat_lib.calibration import capacity, exits, quantiles
 from hat_lib.calibration.capacity import calibrate, calibrate_learned
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.config import HatError
-from hat_lib.model.policies import ExitThresholds
+from hat_lib.method.policies import ExitThresholds
 
 blocks = partial(random_blocks, length=64)
 TEXT, AT = blocks(40, seed=4), (0.5, 0.8, 1.0)

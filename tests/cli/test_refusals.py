@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_runs import page
 
-from hat_lib.backbone import base
-from hat_lib.backbone.shapes import byte_tokenizer, random_model
+from hat_lib.base import load as base
+from hat_lib.base.shapes import byte_tokenizer, random_model
 from hat_lib.cli.app import app
 
 TINY = ("--base", "random:tiny")

@@ -29,8 +29,8 @@ from hat_lib.evaluation.controls import (
     realised_capacity,
     static_choice,
 )
-from hat_lib.model.policies import Random
-from hat_lib.model.token_state import Masks, TokenState
+from hat_lib.method.policies import Random
+from hat_lib.method.trace import Masks, Trace
 
 EXITS = (1, 2, 3)
 blocks = partial(random_blocks, n=5, length=64)
@@ -201,7 +201,7 @@ class TestRemoval:
 
 def three_tokens():
     real = torch.ones(1, 3, dtype=torch.bool)
-    return TokenState(real, torch.arange(3)[None], ~real, [1.0], 4, mask_shapes={"qkv": (64,)})
+    return Trace(real, torch.arange(3)[None], ~real, [1.0], 4, mask_shapes={"qkv": (64,)})
 
 
 class TestCosine:

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from hat_lib.config import DATA, HatError
 from hat_lib.evaluation.perplexity import Score, bits_per_byte, by_document, compare, score, score_each, text_bytes
-from hat_lib.model.cost import state_cost
-from hat_lib.model.modes import combined
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.cost import state_cost
+from hat_lib.method.setting import combined
 from hat_lib.text.blocks import load_text
 
 SHARES = ("capacity", "exit_rate", "model_share")

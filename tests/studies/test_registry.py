@@ -126,7 +126,7 @@ def test_settings_are_read_by_type(stand_in):
     ],
 )
 def test_a_typo_is_one_error_before_anything_is_loaded(run_studies, tmp_path, monkeypatch, args):
-    monkeypatch.setattr("hat_lib.model.transformer.HierarchicalTransformer.from_pretrained", None)
+    monkeypatch.setattr("hat_lib.hat.HierarchicalTransformer.from_pretrained", None)
     code, _, err = run_studies(*args, "--out", tmp_path)
     assert code == 2 and err.count("error: ") == 1
 

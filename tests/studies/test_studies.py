@@ -11,11 +11,11 @@ import torch
 from tiny_runs import GRAINS, adaptive, skipping
 
 from hat_lib.config import DATA, HatConfig
+from hat_lib.decoding.generate import WEIGHT_FORMATS
+from hat_lib.decoding.speed import SpeedCurve
 from hat_lib.evaluation.perplexity import compare, score_each
-from hat_lib.inference.speed import SpeedCurve
-from hat_lib.model.cost import Work
-from hat_lib.model.fast_path import WEIGHT_FORMATS
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.cost import Work
 from hat_lib.rows import RowWriter, read_rows
 from studies import decode, quality, registry, self_speculative, speed_targets, tasks, token_time
 from studies.published_claims import Setting
@@ -106,7 +106,7 @@ def test_rows(name, checkpoints, results, monkeypatch):
 
 def test_targets_are_refused_beyond_the_curve_and_priced_as_they_were_timed(checkpoints, monkeypatch):
     curve = SpeedCurve("dense", 0.0, [0.1, 1.0], [1.16, 1.0], "cpu")
-    monkeypatch.setattr("hat_lib.inference.generate.speed_curve", lambda *_, **__: curve)
+    monkeypatch.setattr("hat_lib.decoding.inference.speed_curve", lambda *_, **__: curve)
     monkeypatch.setattr(speed_targets, "TEXTS", ("addresses",))
     monkeypatch.setattr(speed_targets, "BLOCK", 64)
     done = {("token", "dense", target) for target in (1.1, 1.16, 1.3, 1.6, 1.7, 1.8)}

@@ -9,7 +9,7 @@ import tiny_runs
 import torch
 from tiny_runs import GRAINS, PHASES, logged_steps, new_hat, random_blocks, run_phase, skipping, table
 
-from hat_lib.backbone.base import exact_hash
+from hat_lib.base.load import exact_hash
 from hat_lib.config import HatError
 from hat_lib.evaluation.perplexity import score_each
 from hat_lib.training import losses, trainer

@@ -1,0 +1,159 @@
+"""From a requested capacity to one threshold per layer and site.
+
+A `Calibration`, made by `hat_lib.calibration`, is a table of capacities realised on held-out text, and of the
+thresholds that realised them, interpolated linearly in between. They never rise with capacity, so the kept sets of two
+capacities are nested, where token sensitivity acts alike at both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate, shown
+from hat_lib.method.grain import grain_named
+
+HEAD_TABLES = ("head_thresholds", "head_margins", "head_shares")
+EXIT_TABLES = ("exit_capacities", "exit_rates", "exit_scores")
+OPTIONAL = ("sensitivity", *HEAD_TABLES, *EXIT_TABLES)
+ANY = 1e30
+"""Bound of a threshold, either way: beyond every score, and a finite number in fp32."""
+# Axes, range and order along the last axis (1 rising, -1 falling, 0 any) of each table. L layers, S sites and E exits
+# are the config's; C, K and R are set by the first table that has them.
+TABLES = {
+    "capacities": ("C", 0, 1, 1),
+    "thresholds": ("LSC", -ANY, ANY, -1),
+    "shares": ("LSC", 0, 1, 0),
+    "sensitivity": ("C", 0, 1, 1),
+    "head_thresholds": ("C", 0, ANY, -1),
+    "head_margins": ("C", 0, ANY, 1),
+    "head_shares": ("C", 0, 2, 0),
+    "exit_capacities": ("K", 0, 1, 1),
+    "exit_rates": ("KR", 0, 1, 1),
+    "exit_scores": ("KRE", -ANY, ANY, 0),
+}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `hat_lib.calibration.capacity` measured; saved in the checkpoint as JSON."""
+
+    sites: list[str]
+    """of the grain, S"""
+    capacities: list[float]
+    """realised capacities, rising to 1.0, [C]"""
+    thresholds: list[list[list[float]]]
+    """score threshold of each site there, never rising with capacity, [L, S, C]"""
+    shares: list[list[list[float]]]
+    """mean share that each site kept there, [L, S, C]"""
+    method: str = "damage"
+    """how the budget was split over sites: see `hat_lib.calibration.capacity.SPLITS`"""
+    exit_capacities: list[float] | None = None
+    """capacities at which exits were measured, [K]; None, like the two below, while gates are untrained"""
+    exit_rates: list[list[float]] | None = None
+    """realised exit rates at each, rising, [K, R]"""
+    exit_scores: list[list[list[float]]] | None = None
+    """gate thresholds there, [K, R, E]"""
+    head_thresholds: list[float] | None = None
+    """of the head's channels at each capacity, [C]; None, like the two below, if the head is read in full"""
+    head_margins: list[float] | None = None
+    """nats below the best preview within which a token is read in full, [C]"""
+    head_shares: list[float] | None = None
+    """mean share of the head's work, shortlist included, [C]"""
+    sensitivity: list[float] | None = None
+    """how strongly token sensitivity acts at each capacity, [C]; None for 1 at all of them"""
+    text: str = ""
+    """what it was measured on: corpus, split, tokens and hash"""
+
+    def check(self, config: HatConfig) -> None:
+        """Raise `HatError`, naming the table, unless these are valid for a model of this shape."""
+        sites = list(grain_named(config.granularity).sites)
+        if self.sites != sites:
+            raise HatError(f"calibration.sites must be {sites}, got {shown(self.sites)}")
+        for names in (HEAD_TABLES, EXIT_TABLES):
+            if len({getattr(self, name) is None for name in names}) > 1:
+                raise HatError(f"calibration.{names[0]}, {names[1]} and {names[2]} must be all null or all lists")
+        sizes = {"L": config.n_layers, "S": len(sites), "E": len(config.exit_layers)}
+        for name, (axes, low, high, order) in TABLES.items():
+            values = getattr(self, name)
+            if values is None and name in OPTIONAL:
+                continue
+            try:
+                table = np.array(values, dtype=object)
+            except ValueError:  # rows of different lengths
+                table = np.array(None)
+            kinds = set(map(type, table.flat))
+            if table.ndim != len(axes) or bool in kinds or not all(issubclass(kind, float | int) for kind in kinds):
+                raise HatError(f"calibration.{name} must be numbers in lists nested {len(axes)} deep, alike in length")
+            shape = tuple(sizes.setdefault(axis, max(size, 1)) for axis, size in zip(axes, table.shape, strict=True))
+            if table.shape != shape:
+                raise HatError(f"calibration.{name} must have the shape {shape}, got {table.shape}")
+            outside = [value for value in table.flat if not low <= value <= high]  # nan is, too
+            if outside or (order * np.diff(table) < 0).any():
+                direction, got = ("falling ", "", "rising ")[order + 1], shown(outside[0] if outside else values)
+                raise HatError(f"calibration.{name} must be {direction}numbers in [{low}, {high}], got {got}")
+        if self.capacities[-1] != 1:
+            raise HatError(f"calibration.capacities must end at 1, got {self.capacities[-1]}")
+
+    def shares_at(self, capacity: float) -> np.ndarray:
+        """Expected kept share per layer and site at a capacity, ``[L, S]``."""
+        return self._at(self.shares, capacity)
+
+    def layer_capacity_at(self, capacity: float, site_work: Sequence[float]) -> float:
+        """What a capacity leaves for the layers: another share than the capacity if the head takes a share for itself.
+
+        ``site_work [S]`` is each site's work, as a fraction of a layer's routable work.
+        """
+        if self.head_thresholds is None:
+            return capacity
+        return float((self.shares_at(capacity) @ np.asarray(site_work)).mean())
+
+    def thresholds_at(self, capacity: float) -> dict[tuple[int, str], float]:
+        """Score thresholds by (layer, site); -inf keeps everything. Raises `HatError` outside [0.1, 1].
+
+        Below the lowest measured capacity, that one's thresholds are used. With a table of its strengths, each layer
+        also has that of token sensitivity, at "token".
+        """
+        capacity = check_capacity(capacity)
+        table = self._at(self.thresholds, capacity)
+        if capacity == 1:
+            table = np.full_like(table, -np.inf)
+        found = {(i, site): float(t) for i, row in enumerate(table) for site, t in zip(self.sites, row, strict=True)}
+        if self.sensitivity is not None:
+            found |= {(i, "token"): float(self._at(self.sensitivity, capacity)) for i in range(len(table))}
+        return found
+
+    def head_at(self, capacity: float) -> tuple[float, float, float] | None:
+        """Threshold, margin and expected share of the head; None at capacity 1, and if it is read in full."""
+        if check_capacity(capacity) == 1 or self.head_thresholds is None:
+            return None
+        return tuple(float(self._at(getattr(self, name), capacity)) for name in HEAD_TABLES)
+
+    def _at(self, table: list, capacity: float) -> np.ndarray:
+        values, capacity = np.asarray(table, float), check_capacity(capacity)
+        after = min(int(np.searchsorted(self.capacities, capacity)), len(self.capacities) - 1)
+        before = max(after - 1, 0)
+        low, high = self.capacities[before], self.capacities[after]
+        weight = 1.0 if high == low else float(np.clip((capacity - low) / (high - low), 0, 1))
+        return values[..., before] * (1 - weight) + values[..., after] * weight
+
+    def exit_thresholds(self, exit_rate: float, capacity: float) -> list[float]:
+        """One gate threshold per exit, interpolated between rates, then between capacities; +inf at rate 0.
+
+        Beyond the measured rates and capacities, the nearest one is used; rate 0 is no measured one, so the lowest rate
+        is that of any below it.
+        """
+        rate, capacity = check_exit_rate(exit_rate), check_capacity(capacity)
+        if self.exit_rates is None:
+            raise HatError("this calibration has no exit thresholds: train the exit gates first")
+        scores = np.array(self.exit_scores, float)  # [K, R, E]
+        if rate == 0:
+            return [float("inf")] * scores.shape[2]
+        there = []
+        for rates, at in zip(self.exit_rates, scores, strict=True):
+            # What tables begin with, rate 0, is off: halfway to it, still nobody would leave.
+            first = int(rates[0] == 0 and len(rates) > 1)
+            there.append([np.interp(rate, rates[first:], column[first:]) for column in at.T])
+        return [float(np.interp(capacity, self.exit_capacities, column)) for column in np.array(there).T]
