@@ -7,6 +7,9 @@
 ``hat.lm`` is the base's own causal LM of transformers, so generate, pipeline, hooks, LoRA and evaluation harnesses take
 it as it is; `unload` restores it. Any number of threads may run one model: each has its own ``hat.trace``, and a
 context such as ``with hat.at(0.5)`` applies only to the thread that entered it.
+
+It joins the method (`hat_lib.method`), which says what a forward computes, and `hat_lib.decoding`, which makes the
+tokens of a text fast.
 """
 
 from __future__ import annotations
@@ -15,51 +18,46 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
+from hat_lib.base.families import LINEARS
 from hat_lib.base.load import Base, fingerprint, load_base
 from hat_lib.base.spread import device_of, is_spread, overridden, override, restore, tensors
 from hat_lib.base.watch import Watch
 from hat_lib.config import HatConfig, HatError
-from hat_lib.decoding.generate import WEIGHT_FORMATS, FastPath
-from hat_lib.decoding.steering import move, offsets
-from hat_lib.engine.arrays import Choice
+from hat_lib.decoding import steering
+from hat_lib.decoding.generate import Decoding
+from hat_lib.hub import push_to_hub
 from hat_lib.method import head
 from hat_lib.method.checkpoint import (
     Checkpoint,
     Price,
     check_tensors,
     is_hat_parameter,
-    push_to_hub,
     read_checkpoint,
     write_checkpoint,
 )
-from hat_lib.method.corrections import Corrections
 from hat_lib.method.forward import Forward
-from hat_lib.method.grain import grain_named
+from hat_lib.method.grain import column_norm, grain_named
 from hat_lib.method.layer import AdaptiveLayer
-from hat_lib.method.policies import Forced, KeepAll, prefixes
 from hat_lib.method.routers import ExitGate
-from hat_lib.method.setting import Context, Mode, Modes
-from hat_lib.method.thresholds import Calibration
+from hat_lib.method.setting import Context, Setting, Settings
+from hat_lib.method.thresholds import Calibration, Thresholds
 from hat_lib.method.trace import Masks, Trace
-
-if TYPE_CHECKING:
-    from hat_lib.engine.decoder import Result
 
 # In the order in which `LlamaModel.forward` takes them.
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
 
 
-class HierarchicalTransformer(Modes, nn.Module):
+class HierarchicalTransformer(Settings, nn.Module):
     """A frozen base with routers and exit gates.
 
     Args:
@@ -75,7 +73,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         if not isinstance(base, Base):
             raise HatError(f"base must be a Base, as load_base gives it, got {type(base).__name__}")
         lm, grain, width = base.model, grain_named(config.granularity), base.model.config.hidden_size
-        layers, rank = lm.model.layers, config.correction_rank
+        layers = lm.model.layers
         if config.n_layers != len(layers):
             raise HatError(f"the config is for {config.n_layers} layers, {base.name} has {len(layers)}")
         if any(map(overridden, layers)):
@@ -94,7 +92,7 @@ class HierarchicalTransformer(Modes, nn.Module):
 
         self.routers = nn.ModuleDict(self._new_routers())
         self.gates = nn.ModuleDict({str(e): ExitGate(width, config.translator_rank) for e in config.exit_layers})
-        self.corrections = nn.ModuleDict() if rank is None else Corrections(layers, grain, rank)
+        self.corrections = nn.ModuleDict(self._new_corrections())
         self._own = self.routers, self.gates, self.corrections
         for own in self._own:  # by layer, and where that layer is: a base may be spread over devices
             for name, module in own.items():
@@ -103,30 +101,42 @@ class HierarchicalTransformer(Modes, nn.Module):
 
         self._head_norm: Tensor | None = None
         self._refreshing = threading.Lock()
-        self._context = Context([Mode() if calibration is None else Mode(config.capacity, config.exit_rate)])
-        self._fast = FastPath(self, self._context)
+        capacity, exit_rate = (config.capacity, config.exit_rate) if calibration else (1.0, 0.0)
+        asked = self._dense._replace(capacity=capacity, exit_rate=exit_rate)
+        self._context = Context([Setting(asked)])
+        self._decoding = Decoding(self, self._context)
         self.layers = [AdaptiveLayer(layer, i, self._context, layer is layers[-1]) for i, layer in enumerate(layers)]
         self.calibration = calibration
         self._attach()
-        self.capacity = self._context.mode.capacity  # warns about a grain that loses much
+        self.capacity = capacity  # warns about a grain that loses much
 
     def _new_routers(self) -> dict[str, nn.Module]:
         layers = enumerate(self.lm.model.layers)
         return {f"{i}_{name}": router for i, layer in layers for name, router in self.grain.routers(layer).items()}
 
+    def _new_corrections(self) -> dict[str, nn.Module]:
+        layers, rank = enumerate(self.lm.model.layers), self.config.correction_rank
+        if rank is None:
+            return {}
+        new = {f"{i}_{s}": self.grain.correction(layer, i, s, rank) for i, layer in layers for s in self.grain.sites}
+        return {name: correction for name, correction in new.items() if correction is not None}
+
     def _attach(self) -> None:
+        context, layers = self._context, self.lm.model.layers
         for adaptive in self.layers:
             adaptive.attach()
-        self._hooks = head.attach(self.lm.lm_head, self._context)
-        if self.corrections:
-            self._hooks += self.corrections.attach(self.lm.model.layers, self._context)
+        self._hooks = head.attach(self.lm.lm_head, lambda: context.reading)
+        for name, correction in self.corrections.items():
+            layer, site = name.split("_", 1)
+            linears = [layers[int(layer)].get_submodule(linear) for linear in LINEARS.get(site, ())]
+            self._hooks += correction.attach(linears, lambda: context.layers.strength if context.layers else 0.0)
         self._foreign = overridden(self.lm.model)
         override(self.lm.model, self._run_layers)
-        self._fast.attach(self._hooks)
+        self._decoding.attach(self._hooks)
         self._watches = Watch(self.lm), Watch(*self._own)
 
     def _detach(self) -> None:
-        self._fast.detach()
+        self._decoding.detach()
         for hook in self._hooks:
             hook.remove()
         override(self.lm.model, self._foreign) if self._foreign else restore(self.lm.model)
@@ -139,7 +149,7 @@ class HierarchicalTransformer(Modes, nn.Module):
             self.refresh()
             self._detach()
             self.layers = []
-            self._context.shared[:] = [Mode()]  # for hooks that an adapter copied along with a module
+            self._context.shared[:] = [Setting(self._dense)]  # for hooks that an adapter copied along with a module
         return self.base
 
     def __repr__(self) -> str:
@@ -163,7 +173,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         """Move or cast the base; routers and gates move along and stay fp32."""
         if is_spread(self.lm):
             raise HatError("the base is spread over devices and cannot be moved or cast: load it again as it should be")
-        self._fast.forget()
+        self._decoding.forget()
         # Rotary frequencies stay fp32 in every dtype, as in a base loaded in that dtype.
         exact = {id(t) for module in (*self._own, self.lm.model.rotary_emb) for t in tensors(module)}
         for t in tensors(self):
@@ -187,53 +197,46 @@ class HierarchicalTransformer(Modes, nn.Module):
         twin.load_state_dict(self.state_dict())
         twin.calibration, twin.training_summary = self.calibration, copy.deepcopy(self.training_summary)
         twin.prices, twin.weight_format = list(self.prices), self.weight_format
-        twin._context.mode = twin._decided(Mode(self.capacity, self.exit_rate), self.calibration)
+        own = Setting(twin._dense)
+        twin._context.setting = twin._at(own, self.calibration, capacity=self.capacity, exit_rate=self.exit_rate)
         for module, copied in zip(self.modules(), twin.modules(), strict=True):
             copied.training = module.training
         for parameter, copied in zip(self.parameters(), twin.parameters(), strict=True):
             copied.requires_grad_(parameter.requires_grad)
         return twin
 
-    # -- the engine --------------------------------------------------------------------------------
+    # -- decoding ----------------------------------------------------------------------------------
 
     @property
     def weight_format(self) -> str:
         """How the engine keeps its weights: "base", as the base has them; or, approximately, "int8", with a scale per
         output, or "q4", with a scale and an offset per 32 channels. Prefill reads the base's own."""
-        return self._fast.form
+        return self._decoding.form
 
     @weight_format.setter
     def weight_format(self, value: str) -> None:
-        if value not in WEIGHT_FORMATS:
-            raise HatError(f"weight format must be one of {', '.join(WEIGHT_FORMATS)}, got {value!r}")
-        if why := self._fast.unfit(value):
-            raise HatError(f"weight format {why}")
-        if value != self._fast.form:
-            self._fast.forget()
-        self._fast.form = value
+        self._decoding.set_form(value)
 
     @property
     def packed_bytes(self) -> int:
         """Bytes that the engine's weights take besides the base's; 0 before its first use."""
-        return self._fast.packed_bytes
+        return self._decoding.packed_bytes
 
     @property
     def decoding(self) -> str:
         """What would run the next decode step of ``lm.generate``, and why."""
-        return self._fast.describe()
+        return self._decoding.describe()
 
-    def draft(self, ids: np.ndarray, cache: Cache, steps: int, choice: Choice) -> Result | None:
-        """Decode ``ids [B, 1]`` and what follows in one call of the engine, logits included; None if it may not run."""
-        if self._fast.why_not() is not None or not self._fast.fits(cache, len(ids)) or self._fast.forced:
-            return None
-        first, position = np.zeros(len(ids), np.int64), np.full(len(ids), cache.get_seq_length())
-        return self._fast.course(ids, cache, steps, choice, first=first, position=position, logits=True)
+    def engine(self) -> AbstractContextManager[Self]:
+        """Forwards of up to eight tokens, with a cache, on the engine if it may: for decoding loops of one's own. What
+        is done to the base (hooks, adapters) inside is not noticed."""
+        return self.changed(engine=True) if self._decoding.why_not() is None else self.changed()
 
     @torch.inference_mode()
     def replay(self, ids: Tensor, cache: Cache, mask: Tensor | None = None) -> None:
         """Decode a known text, int64 ``[B, T]``, a token at a time, as ``lm.generate`` decodes its own: to time it, or
         to see its trace. ``mask [B, T in the cache and here]`` is 0 at left padding."""
-        self._fast.replay(ids, cache, mask)
+        self._decoding.replay(ids, cache, mask)
 
     # -- what happens in a forward -----------------------------------------------------------------
 
@@ -246,6 +249,10 @@ class HierarchicalTransformer(Modes, nn.Module):
         """The router's scores inside a forward, token sensitivity applied: ``x [n, C] -> [n, units]`` or ``[n]``."""
         return self.grain.score(self.routers, layer, site, x, self.trace)
 
+    def keeps(self, layer: int, site: str, x: Tensor) -> Tensor | None:
+        """What the method itself keeps, for a policy that changes some of it: bool, like `scores`; None for all."""
+        return self._context.layers.keep(layer, site, x)
+
     @contextmanager
     def watching(self, see: Callable[[int, str, Tensor, Tensor], None]) -> Iterator[None]:
         """Context: call ``see(layer, site, x, activation)`` after each site that runs, with tensors of the graph: what
@@ -257,24 +264,30 @@ class HierarchicalTransformer(Modes, nn.Module):
             for hook in hooks:
                 hook.remove()
 
+    def begin(self) -> Forward:
+        """A forward that decides by the setting of this moment."""
+        return Forward(self._context.setting, self.grain, self.routers, self.gates, self.corrections)
+
     @torch.compiler.disable(recursive=False)
     def _run_layers(self, *args, **kwargs):
-        """The forward of ``lm.model``: the base's own loop over layers, which decide by the mode of this moment or, if
-        the whole causal LM runs, of the moment at which that began."""
+        """The forward of ``lm.model``: the base's own loop over layers, which decide by the setting of this moment or,
+        if the whole causal LM runs, of the moment at which that began."""
         context, model = self._context, self.lm.model
         own = self._foreign or type(model).forward.__get__(model)
-        whole = context.frames and context.frames[-1].run is None and context.frames[-1].state is None
-        with nullcontext(context.frames[-1]) if whole else context.frame() as frame:
-            frame.run = self._begin(frame.mode, args, kwargs)
+        whole = context.forwards and context.forwards[-1].trace is None
+        with nullcontext(context.forwards[-1]) if whole else context.during(self.begin()) as forward:
+            self._begin_layers(forward, args, kwargs)
             out = own(*args, **kwargs)
-            frame.state, cache, frame.run = frame.run.state, frame.run.cache, None
-        move(cache, frame.state, frame.mode.own.layer_capacity, frame.mode.moving)
+            forward.in_layers, forward.trace.text, thresholds = False, None, forward.setting.thresholds
+            if thresholds.shortlist:
+                forward.reading = self._reading(thresholds, forward.trace)
+        steering.move(forward.cache, forward.trace, thresholds.layer_capacity, forward.setting.moving)
         if not whole:
-            self.note(frame.state, frame.mode)
+            self.note(forward.trace)
         return out
 
-    def _begin(self, mode: Mode, args: tuple, kwargs: dict) -> Forward:
-        """A fresh `Trace` from the 2-D mask, the positions and the cache's length."""
+    def _begin_layers(self, forward: Forward, args: tuple, kwargs: dict) -> None:
+        """Give it a fresh trace, from the 2-D mask, the positions and the cache's length."""
         given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         cache = given.get("cache", given.get("past_key_values"))
@@ -289,15 +302,29 @@ class HierarchicalTransformer(Modes, nn.Module):
         if not start:
             self.refresh()
         places = Trace.places(tokens, given.get("attention_mask"), given.get("position_ids"), start)
-        state = self.new_state(mode, *places, start, cache)
-        state.prefix = prefixes(torch.zeros_like(state.position) if tokens.dim() > 2 else tokens, state, cache)
-        return Forward(mode, state, self.grain, self.gates, self.corrections, cache)
+        forward.trace, forward.cache = self.new_trace(forward.setting, *places, start, cache), cache
+        forward.trace.text = (tokens if tokens.dim() == 2 else torch.zeros_like(places[1])), cache
+        forward.any_protected = bool(forward.trace.protected.any())
+        forward.last_only, forward.in_layers = self._decoding.last_only, True
 
     def logits(self, states: Tensor) -> Tensor:
         """``[..., V]``: what the head now makes of the last forward's final states ``[..., D]``; its trace counts that.
         Called by hand, ``hat.lm.lm_head`` is the base's head."""
-        with self._context.frame(self._context.last):
+        with self._context.during(self.begin()) as forward:
+            if (thresholds := forward.setting.thresholds).shortlist:
+                forward.reading = self._reading(thresholds, self._context.last)
             return self.lm.lm_head(states)
+
+    def _reading(self, thresholds: Thresholds, trace: Trace | None) -> head.Reading:
+        shortlist = self.shortlist(float(thresholds.head), float(thresholds.margin))
+        return head.Reading(shortlist, self.head_norm, trace.note_head if trace else lambda share: None)
+
+    @property
+    def head_norm(self) -> Tensor:
+        """Of the head's columns, fp32 ``[D]``: what the scores of its channels are weighted by."""
+        if self._head_norm is None:
+            self._head_norm = column_norm(self.lm.lm_head)
+        return self._head_norm
 
     def refresh(self) -> None:
         """Make anew what was derived from weights (norms, packed copies, the base's fingerprint) if these have
@@ -305,45 +332,41 @@ class HierarchicalTransformer(Modes, nn.Module):
         with self._refreshing:
             base, own = [watch.changed() for watch in self._watches]
             if base or own:
-                self._fast.forget()
+                self._decoding.forget()
             if not base:
                 return
             for name, router in self._new_routers().items():
                 for buffer, fresh in zip(self.routers[name].buffers(), router.buffers(), strict=True):
                     buffer.copy_(fresh)
             before, self._head_norm = self.base.fingerprint, None
-            self.base, prices = replace(self.base, fingerprint=fingerprint(self.lm)), self.prices
-            self.calibration = self.calibration  # the head's decision depends on its norms
-            if self.base.fingerprint == before:
-                self.prices = prices
+            self.base = replace(self.base, fingerprint=fingerprint(self.lm))
+            if self.base.fingerprint != before:
+                self.prices = []
         if self.base.fingerprint != before:
             what = "weights of the base were changed under the model: scores follow, thresholds do not"
             warnings.warn(what, stacklevel=2)
 
-    def new_state(self, mode: Mode, real: Tensor, position: Tensor, start: int, cache: Cache | None) -> Trace:
-        """A state for a forward to fill in, of tokens at these `Trace.places`, which say who is protected."""
-        protected = real & (position < self.config.protected_tokens)
-        state = Trace(real, position, protected, self.site_work, self.config.n_layers, start)
-        state.mask_shapes, state.masks = self.mask_shapes, Masks() if mode.record else None
-        for decides in (mode.policy, mode.exits):
-            if isinstance(decides, Forced):
-                decides.check(state)
-        state.routed, state.gated = not isinstance(mode.policy, KeepAll), mode.exits is not None
-        state.corrected = mode.strength > 0
-        if mode.head is not None:
-            state.head_work, state.expected_head_share = self.head_work, mode.head.share
-        if mode.steer:
-            scale = np.exp(offsets(cache, state.batch, start)).repeat(state.tokens)
-            state.steering = torch.from_numpy(scale).to(real.device)
-        return state
+    def new_trace(self, setting: Setting, real: Tensor, position: Tensor, start: int, cache: Cache | None) -> Trace:
+        """A trace for a forward to fill in, of tokens at these `Trace.places`, which say who is protected."""
+        protected, thresholds = real & (position < self.config.protected_tokens), setting.thresholds
+        trace = Trace(real, position, protected, self.site_work, self.config.n_layers, start)
+        trace.mask_shapes, trace.masks = self.mask_shapes, Masks() if setting.record else None
+        trace.routed = setting.decide is not None or thresholds.skips
+        trace.gated = setting.leave is not None or thresholds.leaves
+        trace.corrected = thresholds.correction > 0
+        if thresholds.shortlist:
+            trace.head_work, trace.expected_head_share = self.head_work, thresholds.head_share
+        if setting.gain:
+            scale = np.exp(steering.offsets(cache, trace.batch, start)).repeat(trace.tokens)
+            trace.steering = torch.from_numpy(scale).to(real.device)
+        return trace
 
-    def note(self, state: Trace, mode: Mode) -> None:
-        """Keep the state of a forward that has ended."""
-        self._context.last = state
-        for states in mode.states:
-            states.append(state)
-        if self._context.call is not None:
-            self._context.call.note(state)
+    def note(self, trace: Trace) -> None:
+        """Keep the trace of a forward that has ended."""
+        self._context.last = trace
+        for traces in self._context.collectors:
+            traces.append(trace)
+        self._decoding.note(trace)
 
     # -- checkpoints -------------------------------------------------------------------------------
 
@@ -384,7 +407,7 @@ class HierarchicalTransformer(Modes, nn.Module):
         write_checkpoint(folder, self.checkpoint())
 
     def push_to_hub(self, repo_id: str, **options) -> str:
-        """Upload what `save_pretrained` writes; see `hat_lib.method.checkpoint.push_to_hub`."""
+        """Upload what `save_pretrained` writes; see `hat_lib.hub.push_to_hub`."""
         return push_to_hub(self.checkpoint(), repo_id, **options)
 
     def checkpoint(self) -> Checkpoint:

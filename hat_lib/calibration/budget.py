@@ -147,14 +147,14 @@ def head_points(hat: HierarchicalTransformer, blocks: Sequence[Tensor], progress
             chosen.append(states[np.linspace(0, len(states) - 1, min(each, len(states))).round().astype(int)])
         states = torch.cat(chosen)
         # A score is a magnitude times a norm: a shortlist at threshold 1 has thresholds of one over the norms.
-        scores = states.float().abs() / hat.shortlist(1.0, 0.0).threshold.to(states.device)
+        scores = states.float().abs() / (1.0 / hat.head_norm).to(states.device)
         thresholds = np.unique(np.quantile(scores.cpu().numpy(), 1 - np.array(SHARES))).tolist()
         sums = {(threshold, margin): np.zeros(2) for threshold in thresholds for margin in MARGINS}
         for rows in tqdm(states.split(SLICE), desc="the head", disable=not progress):
             full = lm.lm_head(rows)
             exact = F.log_softmax(full.float(), dim=-1)
             for threshold in thresholds:
-                keep = hat.shortlist(threshold, 0.0).keep(rows)
+                keep = rows.abs() > (threshold / hat.head_norm).to(rows.device)
                 preview = lm.lm_head(rows * keep)
                 for margin in MARGINS:
                     wanted = likely(preview, margin)

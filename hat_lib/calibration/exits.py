@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 from hat_lib.calibration.quantiles import held_out_parts
 from hat_lib.config import HatError, check_capacity
 from hat_lib.hat import HierarchicalTransformer
-from hat_lib.method.policies import ExitThresholds
 from hat_lib.method.thresholds import Calibration
 
 CAPACITIES = (0.4, 0.55, 0.75, 1.0)
@@ -75,7 +74,7 @@ def _at_one_capacity(hat, fit: list[Tensor], check: list[Tensor], base: list[Ten
         # The gate scores at which the chance is ``bar``.
         thresholds = [float(np.clip((logit(bar) - b) / a, -CERTAIN, CERTAIN)) for a, b in maps]
         same = []  # of each token that left: whether it agrees
-        with hat.using(exits=ExitThresholds(hat.gates, thresholds)):
+        with hat.using(exits=thresholds):
             for block, tokens in zip(check, base, strict=True):
                 hidden = hat.lm.model(block, use_cache=False).last_hidden_state
                 left = hat.trace.exited

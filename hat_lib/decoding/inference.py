@@ -38,7 +38,6 @@ from hat_lib.decoding.speed import (
     steer_to_capacity,
     timed,
 )
-from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import state_cost
 from hat_lib.method.trace import Trace
 from hat_lib.text.plain import check_whole
@@ -121,7 +120,7 @@ class AdaptiveInference:
             second copy of the base is loaded when first needed.
     """
 
-    def __init__(self, hat: HierarchicalTransformer, versus: str = "dense"):
+    def __init__(self, hat, versus: str = "dense"):
         self.hat, self.versus = hat, check_versus(versus)
 
     def generate(

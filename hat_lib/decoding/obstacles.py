@@ -1,4 +1,4 @@
-"""What keeps the engine from running: a kind of base, what was done to a base, a mode, a call of forward."""
+"""What keeps the engine from running: a kind of base, what was done to a base, a setting, a call of forward."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from hat_lib.base.families import head_size, linears, window
 from hat_lib.base.spread import is_spread, overridden
 from hat_lib.engine.arrays import MAX_TOKENS
 from hat_lib.engine.cache import GrowingLayer, holds
-from hat_lib.method.policies import ExitThresholds, Forced, KeepAll, Threshold
-from hat_lib.method.setting import Mode
+from hat_lib.method.setting import Setting
 
 ROPES = ("default", "linear", "llama3", "yarn")
 """rotary embeddings whose angles depend on the position alone"""
@@ -75,16 +74,15 @@ class Snapshot:
         return "the model is in training mode" if lm.training else None
 
 
-def of_mode(mode: Mode, hat) -> str | None:
-    """What in a mode of ``hat`` keeps the engine from running."""
-    if mode.reference:
+def of_setting(setting: Setting) -> str | None:
+    """What in a setting keeps the engine from running."""
+    if setting.engine is False:
         return "asked for"
-    if mode.record or mode.dropped is not None or not mode.compact:
-        return "decisions are recorded, or layers dropped, or masks multiplied"
-    policy, exits = mode.policy, mode.exits
-    if not (type(policy) in (KeepAll, Forced) or type(policy) is Threshold and policy.routers is hat.routers):
+    if setting.record or not setting.compact:
+        return "decisions are recorded, or masks multiplied"
+    if setting.decide is not None:
         return "decisions are not the method's own"
-    if not (exits is None or type(exits) is Forced or type(exits) is ExitThresholds and exits.gates is hat.gates):
+    if setting.leave is not None:
         return "exits are not the method's own"
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return "autocast or torch.compile"

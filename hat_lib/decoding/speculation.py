@@ -20,7 +20,6 @@ from transformers import DynamicCache
 
 from hat_lib.config import HatError, check_count
 from hat_lib.engine.arrays import GREEDY, Choice
-from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import state_cost
 from hat_lib.method.trace import Trace
 
@@ -88,7 +87,7 @@ def best_draft_length(acceptance: float, cost: float) -> int:
 
 
 def speculate(
-    hat: HierarchicalTransformer,
+    hat,
     ids: Tensor,
     max_new_tokens: int,
     *,
@@ -174,7 +173,7 @@ def _speculate(hat, ids, max_new_tokens, sampler: Sampler, draft_length, streame
 def _draft(hat, token: Tensor, cache: DynamicCache, n: int, sampler: Sampler) -> tuple[list[Tensor], list[Tensor]]:
     """n tokens that follow ``token [1]``, each int64 ``[1]``, and the distributions from which they were drawn."""
     drafts, guesses = [], []
-    if n and (found := hat.draft(token[None].numpy(), cache, n, sampler.choice(n))) is not None:
+    if n and (found := hat._decoding.draft(token[None].numpy(), cache, n, sampler.choice(n))) is not None:
         return list(torch.from_numpy(found.ids[0].copy())[:, None]), [sampler.distribution(x) for x in found.logits[0]]
     for _ in range(n):
         logits = hat.lm(input_ids=token[None], cache=cache, use_cache=True).logits[0, -1]
@@ -224,7 +223,7 @@ class Sampler:
         return rest if rest.any() else base  # nothing is left if the two differ only by rounding
 
 
-def stop_tokens(hat: HierarchicalTransformer) -> list[int]:
+def stop_tokens(hat) -> list[int]:
     """Tokens that end a text: none, one or several, as in the base's generation config."""
     stop = hat.lm.generation_config.eos_token_id
     return [] if stop is None else [stop] if isinstance(stop, int) else list(stop)

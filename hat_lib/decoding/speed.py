@@ -29,7 +29,6 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.base.machine import cpu_name
 from hat_lib.config import CAPACITY_MIN, HatError, cache_dir
-from hat_lib.hat import HierarchicalTransformer
 
 VERSUS = {"dense": "our own dense path", "hf": "plain transformers"}
 """what a speedup is relative to"""
@@ -49,12 +48,12 @@ class Variant:
     """A way to run: ``model`` inside the context ``around()``, such as ``hat.dense``."""
 
     name: str
-    model: HierarchicalTransformer | LlamaForCausalLM
+    model: object
     around: Callable
     times: list[float] = field(default_factory=list)
 
 
-def now(model: HierarchicalTransformer | LlamaForCausalLM) -> float:
+def now(model) -> float:
     """Seconds on a clock, once the model's device has finished its pending work."""
     device = next(model.parameters()).device
     if device.type == "cuda":
@@ -62,11 +61,9 @@ def now(model: HierarchicalTransformer | LlamaForCausalLM) -> float:
     return time.perf_counter()
 
 
-def replay(
-    model: HierarchicalTransformer | LlamaForCausalLM, ids: Tensor, cache: DynamicCache, mask: Tensor | None = None
-) -> None:
+def replay(model, ids: Tensor, cache: DynamicCache, mask: Tensor | None = None) -> None:
     """Decode a known text after a cache, token by token (`HierarchicalTransformer.replay`), on either model."""
-    if isinstance(model, HierarchicalTransformer):
+    if hasattr(model, "replay"):
         model.replay(ids, cache, mask)
         return
     for t, token in enumerate(ids.split(1, dim=1), start=cache.get_seq_length() + 1):
@@ -155,7 +152,7 @@ def check_versus(value: str) -> str:
 
 
 def speed_curve(
-    hat: HierarchicalTransformer,
+    hat,
     versus: str = "dense",
     *,
     exit_rate: float = 0.0,
@@ -202,12 +199,12 @@ def speedup_text(speedup: float | None, versus: str) -> str:
     return f"{speedup:.3f}x, slower than {versus}" if round(speedup, 3) < 1 else f"{speedup:.3f}x over {versus}"
 
 
-def steer_to_capacity(hat: HierarchicalTransformer) -> AbstractContextManager:
+def steer_to_capacity(hat) -> AbstractContextManager:
     """Steering for a target speedup: texts that would execute less or more at a capacity are held to it."""
     return hat.steered() if hat.grain.scales_thresholds else nullcontext()
 
 
-def timed(hat: HierarchicalTransformer, reference: tuple, ids: Tensor, mask: Tensor | None = None) -> float:
+def timed(hat, reference: tuple, ids: Tensor, mask: Tensor | None = None) -> float:
     """Speedup of ``hat`` as it is set over a reference, at the same decode steps over the last tokens of ``ids``.
 
     All but the last `STEPS` tokens, or half of them if they are few, are first put into the cache by ``hat`` as it is
@@ -251,7 +248,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def sample(hat: HierarchicalTransformer, tokens: int, batch: int = 1) -> Tensor:
+def sample(hat, tokens: int, batch: int = 1) -> Tensor:
     """Text sampled from the base, int64 ``[batch, tokens]``, the same every time."""
     tokenizer = hat.base.tokenizer
     start = torch.tensor([tokenizer("The").input_ids] * batch, device=hat.base.device)
@@ -260,18 +257,18 @@ def sample(hat: HierarchicalTransformer, tokens: int, batch: int = 1) -> Tensor:
         return hat.lm.generate(start, attention_mask=torch.ones_like(start), do_sample=True, **more)[:, :tokens]
 
 
-def _machine(hat: HierarchicalTransformer) -> str:
+def _machine(hat) -> str:
     device, dtype = hat.base.device, str(hat.base.dtype).removeprefix("torch.")
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {dtype}"
     return f"{device.type}, {dtype}, {torch.get_num_threads()} threads"
 
 
-def _file(hat: HierarchicalTransformer, *settings) -> Path:
+def _file(hat, *settings) -> Path:
     """Where a curve is kept, by everything it depends on: also the source that decodes and times, since a version
     number would not change with every edit."""
     code, adapter, root = hashlib.sha256(), hashlib.sha256(), Path(__file__).parents[1]
-    for package in ("model", "engine", "inference"):
+    for package in ("method", "engine", "decoding"):
         for path in sorted((root / package).glob("*.py")):
             code.update(path.read_bytes())
     for name, p in sorted(hat.hat_parameters().items()):

@@ -19,7 +19,7 @@ OUTSIDE, UNDRAWN = -1, -2
 
 
 @compiled(keep=True)
-def decode(t, team, barrier, base, decide, rows, scratch, course):
+def decode(t, team, barrier, base, thresholds, rows, scratch, course):
     """Thread t's part of all steps. With several, each row is the newest token of its own sequence."""
     choice, vocabulary = course.choice, rows.logits.shape[1]
     v0, v1 = span(vocabulary, t, team, 32), span(vocabulary, t + 1, team, 32)
@@ -31,7 +31,7 @@ def decode(t, team, barrier, base, decide, rows, scratch, course):
                 course.ran[0] = OUTSIDE
                 return
         kept, exits, head = course.kept[step], course.exits[step], course.head[step]
-        if decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head):
+        if decode_step(t, team, barrier, base, thresholds, rows, scratch, kept, exits, head):
             return
         if not course.ids.shape[0]:
             return  # logits were wanted, and nothing else

@@ -23,10 +23,12 @@ from torch import Tensor
 
 from hat_lib.calibration.quantiles import block_tensors, forwards
 from hat_lib.config import CAPACITY_MIN, HatError, check_capacity
+from hat_lib.evaluation.choices import Random, Static
 from hat_lib.evaluation.perplexity import score_each
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.checkpoint import check_tensors, read_checkpoint
-from hat_lib.method.policies import KeepAll, Policy, Random, Static, Threshold
+from hat_lib.method.forward import keeps
+from hat_lib.method.setting import Policy
 from hat_lib.method.trace import Trace
 
 Blocks = Iterable[Sequence[int] | Mapping]
@@ -59,7 +61,7 @@ def matched(
     """
     capacity, texts = check_capacity(capacity), block_tensors(hat, blocks)
     if capacity == 1.0:
-        return KeepAll()
+        return hat.threshold_policy({})  # keeps everything
     low, high = (0.0, 0.0), (1.0, 1.0)  # (dial, realised) at both ends of the bracket
     best = (np.inf, np.nan, None)
     for _ in range(STEPS):
@@ -287,7 +289,12 @@ def checkpoint_family(hat: HierarchicalTransformer, checkpoint: str | Path) -> F
     routers = copy.deepcopy(hat.routers)
     check_tensors(tensors, dict(routers.named_parameters()), checkpoint)
     routers.load_state_dict(tensors)
-    return lambda dial: Threshold(hat.grain, routers, other.calibration.thresholds_at(max(dial, CAPACITY_MIN)))
+
+    def family(dial: float) -> Policy:
+        thresholds = hat.threshold_policy(other.calibration.thresholds_at(max(dial, CAPACITY_MIN)))
+        return lambda layer, site, x, rows, state: keeps(hat.grain, routers, thresholds, layer, site, x, state)
+
+    return family
 
 
 class RandomExits:
@@ -297,7 +304,7 @@ class RandomExits:
     def __init__(self, rates: Mapping[int, float], seed: int = 0):
         self.draws = {depth: Random(rate, seed + 1) for depth, rate in rates.items()}
 
-    def exits(self, depth: int, h: Tensor, rows: Tensor, state: Trace) -> Tensor:
+    def __call__(self, depth: int, h: Tensor, rows: Tensor, state: Trace) -> Tensor:
         """bool ``[n]``: which of ``rows`` leave after ``depth`` layers."""
         return self.draws[depth](depth, "ffn", h, rows, state)
 

@@ -207,13 +207,11 @@ def _speeds(hat: HierarchicalTransformer) -> list[str]:
 
 def _forced(hat: HierarchicalTransformer, cells: Sequence[Sequence[int]]):
     """The policy that ``hat`` has at its capacity, but for the cells."""
-    sites, own = hat.grain.sites, None
-    if hat.capacity < 1:
-        own = hat.threshold_policy(hat.calibration.thresholds_at(hat.capacity))
+    sites = hat.grain.sites
 
     def policy(layer, site, x, rows, state):
-        everything = x.new_ones(len(x), *state.mask_shapes.get(site, ()), dtype=torch.bool)
-        keep = own(layer, site, x, rows, state) if own else everything
+        if (keep := hat.keeps(layer, site, x)) is None:
+            keep = x.new_ones(len(x), *state.mask_shapes[site], dtype=torch.bool)
         for token, at, number, runs in cells:
             if (at, sites[number]) == (layer, site):
                 keep = keep.clone()

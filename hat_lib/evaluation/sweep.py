@@ -23,8 +23,7 @@ from hat_lib.evaluation.controls import CONTROLS, matched, realised_capacity
 from hat_lib.evaluation.intervals import FEWEST, NONE
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.hat import HierarchicalTransformer
-from hat_lib.method.policies import Policy
-from hat_lib.method.setting import combined
+from hat_lib.method.setting import Policy, combined
 from hat_lib.text.blocks import default_split, first_ids, load_text, names_file
 from hat_lib.text.plain import check_whole
 

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -26,34 +25,18 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hat_lib import __version__
-from hat_lib.base.load import BUNDLED, HUB_ID, Base, first_line
-from hat_lib.base.shapes import SHAPES
+from hat_lib.base.load import HUB_ID, Base, first_line
 from hat_lib.config import DATA, HatConfig, HatError, check_capacity, check_count, shown
 from hat_lib.method.grain import grain_named
 from hat_lib.method.thresholds import ANY, Calibration
 
-CONFIG_FILE, ADAPTER_FILE, CARD_FILE = "hat_config.json", "hat_adapter.safetensors", "README.md"
+CONFIG_FILE, ADAPTER_FILE = "hat_config.json", "hat_adapter.safetensors"
 FORMAT_VERSION = 3
 """What this library writes, and the newest that it reads; one more for each new field."""
 
 # What JSON makes of a value -> the first words of the annotations of fields that may hold it; none for bool.
 JSON_TYPES = {str: ["str"], int: ["int", "float"], float: ["float"], type(None): ["None"], list: ["list", "tuple"]}
 JSON_TYPES[dict] = ["dict", "HatConfig", "Calibration"]
-
-BUNDLED_SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-CARD = """\
----
-{front}
----
-
-Routers and exit gates ({parameters:,} parameters) for a frozen Llama ({base}), which then spends compute per token. The
-base is loaded from where it lives.
-
-    from hat_lib import HierarchicalTransformer
-
-    hat = HierarchicalTransformer.from_pretrained("{repo_id}")
-    hat.lm.generate(...)  # transformers' own class
-"""
 
 
 @dataclass(frozen=True)
@@ -173,12 +156,12 @@ def _parsed(meta: object) -> tuple[Checkpoint, str]:
     except ValueError as error:
         raise HatError(f"training: {error}") from error
     meta["config"] = config = HatConfig(**_check_types(HatConfig, "config.", meta["config"]))
-    grain_named(config.granularity)
+    sites = grain_named(config.granularity).sites
     rows = enumerate(meta.get("prices", []))
     meta["prices"] = [Price(**_check_types(Price, f"prices.{i}.", row)) for i, row in rows]
     if (tables := meta.get("calibration")) is not None:
         meta["calibration"] = tables = Calibration(**_check_types(Calibration, "calibration.", tables))
-        tables.check(config)
+        tables.check(config, sites)
         if config.exit_rate and not (config.exit_layers and tables.exit_rates):
             raise HatError(f"config.exit_rate is {config.exit_rate}, without exit layers or their tables")
     return Checkpoint(tensors={}, **meta), sha256
@@ -268,37 +251,6 @@ def write_prices(folder: str | Path, prices: Iterable[Price]) -> None:
     checkpoint, prices = read_checkpoint(folder), list(prices)
     if prices != checkpoint.prices:
         write_checkpoint(find_checkpoint(folder), replace(checkpoint, prices=prices))
-
-
-def push_to_hub(checkpoint: Checkpoint, repo_id: str, *, private=False, token=None, base_model=None) -> str:
-    """Upload a checkpoint, with a model card, to the Hugging Face Hub; returns the commit's address.
-
-    Args:
-        repo_id: ``owner/name``; created if it does not exist. An existing card is kept.
-        private: for a new repository. One that is already public is refused, rather than written to (`HatError`).
-        token: None takes the one that ``hf auth login`` stored.
-        base_model: Hub id to load the base by, needed if the checkpoint names a local path (else `HatError`).
-    """
-    # Not its `ModelHubMixin`, which asks for a config.json of its own and writes a card into every local folder.
-    from huggingface_hub import HfApi, ModelCardData
-
-    base = base_model or checkpoint.base
-    if Path(base).exists() or not (base == BUNDLED or base in SHAPES or HUB_ID.fullmatch(base)):
-        raise HatError(f"the checkpoint's base is the local path {base}: pass base_model=, the Hub id of the same base")
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not api.repo_info(repo_id).private:
-        raise HatError(f"{repo_id} is public on the Hub, but private=True was asked for: nothing was uploaded")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = write_checkpoint(scratch, replace(checkpoint, base=base))
-        if not api.file_exists(repo_id, CARD_FILE):
-            front = ModelCardData(license="mit", library_name="hat_lib", tags=["hat", "adaptive-computation", "llama"])
-            if base not in SHAPES:
-                front.base_model, front.base_model_relation = BUNDLED_SOURCE if base == BUNDLED else base, "adapter"
-            count = sum(tensor.numel() for tensor in checkpoint.tensors.values())
-            card = CARD.format(front=front.to_yaml(), repo_id=repo_id, base=base, parameters=count)
-            (folder / CARD_FILE).write_text(card, encoding="utf-8")
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a HAT checkpoint"))
 
 
 def digest(values: dict) -> str:

@@ -11,17 +11,12 @@ Token grain: ``B A x + c`` of the FFN's own input stands in for an FFN that a to
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from hat_lib.base.families import LINEARS
-
-if TYPE_CHECKING:
-    from hat_lib.method.grain import Grain
-    from hat_lib.method.setting import Context
+from torch.utils.hooks import RemovableHandle
 
 FULL = 0.45
 """capacity at and below which corrections of linear layers have their full strength"""
@@ -38,7 +33,7 @@ class Correction(nn.Module):
         self.up = nn.Parameter(torch.zeros(sum(outputs), rank))
         self.shift = nn.Parameter(torch.zeros(sum(outputs)))
 
-    def term(self, x: Tensor, number: int) -> Tensor:
+    def term(self, x: Tensor, number: int = 0) -> Tensor:
         """What is added to the output of linear layer ``number`` of the site: ``[..., C] -> [..., out]``."""
         up, shift = (t.split(self.outputs)[number].to(x.dtype) for t in (self.up, self.shift))
         return F.linear(F.linear(x, self.down.to(x.dtype)), up, shift)
@@ -48,29 +43,13 @@ class Correction(nn.Module):
         """``B A``, fp32 ``[out, C]``, the site's linear layers stacked."""
         return self.up @ self.down
 
+    def attach(self, linears: list[nn.Module], strength: Callable[[], float]) -> list[RemovableHandle]:
+        """Hook the linear layers that read the site's input, to add the terms at the ``strength`` of that moment."""
 
-class Corrections(nn.ModuleDict):
-    """A grain's corrections of rank ``rank`` for decoder layers, by ``"{layer}_{site}"``."""
+        def hook(number: int):
+            def add(module, args, out):
+                return out.add(self.term(args[0], number), alpha=now) if (now := strength()) else None
 
-    def __init__(self, layers: nn.ModuleList, grain: Grain, rank: int):
-        super().__init__()
-        for i, layer in enumerate(layers):
-            for site in grain.sites:
-                correction = grain.correction(layer, i, site, rank)
-                if correction is not None:
-                    self[f"{i}_{site}"] = correction
+            return add
 
-    def attach(self, layers: nn.ModuleList, context: Context) -> list:
-        """Hook the linear layers that are corrected; returns the handles."""
-        handles = []
-        for key, correction in self.items():
-            layer, site = key.split("_", 1)
-            for number, name in enumerate(LINEARS.get(site, ())):
-
-                def add(module, args, out, correction=correction, number=number):
-                    strength = context.run.mode.strength if context.run else 0.0
-                    return out.add(correction.term(args[0], number), alpha=strength) if strength else None
-
-                linear = layers[int(layer)].get_submodule(name)
-                handles.append(linear.register_forward_hook(add, prepend=True))
-        return handles
+        return [linear.register_forward_hook(hook(n), prepend=True) for n, linear in enumerate(linears)]

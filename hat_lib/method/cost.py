@@ -17,21 +17,16 @@ Left out, in the dense count too: norms, activations, residual sums, softmax, Ro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from hat_lib.base.families import head_size
 from hat_lib.config import HatConfig, check_capacity
 from hat_lib.method.grain import SITES, grain_named, linear_work
 from hat_lib.method.trace import Trace, ratio
-
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
-
-    from hat_lib.hat import HierarchicalTransformer
 
 HAT_BYTES = 4
 """bytes per weight of routers, gates and translators, which stay fp32; corrections are read in the base's dtype"""
@@ -127,8 +122,8 @@ def work(
     )
 
 
-def state_cost(hat: HierarchicalTransformer, state: Trace) -> Work:
-    """The cost of one forward, or of several joined by `Trace.cat`: ``[B, T]`` on the CPU, 0 at pads.
+def state_cost(hat, state: Trace) -> Work:
+    """The cost of a forward of a model, or of several joined by `Trace.cat`: ``[B, T]`` on the CPU, 0 at pads.
 
     A control is charged for the routers and gates that it stands in for.
     """
@@ -161,7 +156,7 @@ def ideal_speedup(
 class WorkTally:
     """Work summed over forwards of ``hat``. Shares are ratios of sums over all real tokens, not means over forwards."""
 
-    def __init__(self, hat: HierarchicalTransformer):
+    def __init__(self, hat):
         self.hat = hat
         self._work = np.zeros((4, 2))  # executed and possible: of layers, head, exits and the whole model
         self.exits = np.zeros(hat.config.n_layers + 1, dtype=np.int64)

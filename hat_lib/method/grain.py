@@ -1,4 +1,4 @@
-"""Granularity: what a router decides about, per token.
+"""Grains: what a router decides about, per token.
 
 ``channel``  each input channel of every linear layer (the default); matrices that read the same input share a decision
 ``token``    the whole FFN (the published method)
@@ -74,11 +74,11 @@ class Grain:
         """All new routers of a decoder layer, by site."""
         return {site: self.router(layer, site) for site in self.sites}
 
-    def score(self, routers: nn.ModuleDict, layer: int, site: str, x: Tensor, state: Trace) -> Tensor:
+    def score(self, routers: nn.ModuleDict, layer: int, site: str, x: Tensor, trace: Trace) -> Tensor:
         """Scores of the running rows, fp32, shaped like the decision; ``x`` is ``[n, C]``."""
         return routers[f"{layer}_{site}"].score(x)
 
-    def keep(self, routers: nn.ModuleDict, layer: int, site: str, x: Tensor, threshold: float, state) -> Tensor:
+    def keep(self, routers: nn.ModuleDict, layer: int, site: str, x: Tensor, threshold: float, trace: Trace) -> Tensor:
         """``score > threshold``."""
         return routers[f"{layer}_{site}"].keep(x, threshold)
 
@@ -108,22 +108,25 @@ class ChannelGrain(Grain):
     def routers(self, layer):
         return super().routers(layer) | {"token": MoERouter(layer.hidden_size)}
 
-    def score(self, routers, layer, site, x, state):
-        return routers[f"{layer}_{site}"].score(x, self.threshold_scale(routers, layer, site, x, state))
+    def score(self, routers, layer, site, x, trace):
+        return routers[f"{layer}_{site}"].score(x, self.threshold_scale(routers, layer, site, x, trace))
 
-    def keep(self, routers, layer, site, x, threshold, state):
-        scale = self.threshold_scale(routers, layer, site, x, state)
+    def keep(self, routers, layer, site, x, threshold, trace):
+        scale = self.threshold_scale(routers, layer, site, x, trace)
         return routers[f"{layer}_{site}"].keep(x, threshold, scale)
 
-    def threshold_scale(self, routers: nn.ModuleDict, layer: int, site: str, x: Tensor, state: Trace) -> Tensor:
-        """What multiplies the running rows' thresholds in this layer, ``[n, 1]``: sensitivity, read at the first site,
-        times steering."""
+    def threshold_scale(self, routers: nn.ModuleDict, layer: int, site: str, x: Tensor, trace: Trace) -> Tensor:
+        """What multiplies the running rows' thresholds in this layer, ``[n, 1]``: sensitivity times steering.
+
+        A layer reaches its first site first, and only there is ``x`` what sensitivity reads: the other sites of the
+        layer take what was kept in ``trace.threshold_scale``.
+        """
         if site == self.sites[0]:
-            state.threshold_scale = routers[f"{layer}_token"].threshold_scale(x, state.sensitivity)
-            if (steering := state.steering) is not None:
-                steering = steering if len(x) == len(steering) else steering[state.alive]
-                state.threshold_scale = state.threshold_scale * steering[:, None].to(x.device)
-        return state.threshold_scale
+            trace.threshold_scale = routers[f"{layer}_token"].threshold_scale(x, trace.sensitivity)
+            if (steering := trace.steering) is not None:
+                steering = steering if len(x) == len(steering) else steering[trace.alive]
+                trace.threshold_scale = trace.threshold_scale * steering[:, None].to(x.device)
+        return trace.threshold_scale
 
 
 class TokenGrain(Grain):

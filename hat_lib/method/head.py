@@ -8,57 +8,66 @@ It knows neither token sensitivity nor protected tokens; recorded masks do not i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from hat_lib.method.setting import Context
+from torch.utils.hooks import RemovableHandle
 
 ROWS = 128
 """rows of logits corrected at a time: those of a long prompt are large"""
 
 
-@dataclass(frozen=True, eq=False)
-class Shortlist:
+class Shortlist(NamedTuple):
     """How the head decides."""
 
-    threshold: Tensor
-    """magnitude above which a channel of the final state is read for the preview, fp32 ``[D]``"""
+    threshold: float
+    """of the scores of channels, for the preview"""
     margin: float
     """nats below the best preview within which a token is on the shortlist"""
-    share: float
-    """expected share of the head's work, for a forward whose logits nobody asked for"""
+    share: float = 1.0
+    """expected share of the head's work"""
+
+
+@dataclass
+class Reading:
+    """The head under way in one forward."""
+
+    shortlist: Shortlist
+    norm: Tensor
+    """of the head's columns, fp32 ``[D]``"""
+    note: Callable[[Tensor], None]
+    """takes the work of each row, as a share of the head's"""
+    states: Tensor | None = None
+    """final states, ``[..., D]``, between the two hooks"""
 
     def keep(self, x: Tensor) -> Tensor:
         """The channels that the preview reads: bool, shaped like ``x [..., D]``."""
-        return x.abs() > self.threshold.to(x.device)
+        return x.abs() > (self.shortlist.threshold / self.norm).to(x.device)
 
 
-def attach(head: nn.Module, context: Context) -> list:
-    """Two hooks on the head: one masks its input, the other corrects its output. Returns the handles."""
+def attach(head: nn.Module, reading: Callable[[], Reading | None]) -> list[RemovableHandle]:
+    """Two hooks on the head: one masks its input, the other corrects its output; none while ``reading()`` is None."""
 
     def preview(head: nn.Module, args: tuple) -> tuple | None:
-        if (frame := context.reading) is None:
+        if (under_way := reading()) is None:
             return None
-        frame.final_state = x = args[0]
-        return (x * frame.mode.head.keep(x), *args[1:])
+        under_way.states = x = args[0]
+        return (x * under_way.keep(x), *args[1:])
 
     def read_again(head: nn.Module, args: tuple, logits: Tensor) -> Tensor | None:
-        if (frame := context.reading) is None:
+        if (under_way := reading()) is None:
             return None
-        shortlist, x, frame.final_state = frame.mode.head, frame.final_state, None
-        states, parts = x.reshape(-1, x.shape[-1]), []
-        share = shortlist.keep(states).float().mean(-1)
-        previews = logits.reshape(-1, logits.shape[-1]).split(ROWS)
-        for some, preview, count in zip(states.split(ROWS), previews, share.split(ROWS), strict=True):
-            wanted = likely(preview, shortlist.margin)
+        x, under_way.states, parts = under_way.states, None, []
+        states, previews = x.reshape(-1, x.shape[-1]), logits.reshape(-1, logits.shape[-1])
+        share = under_way.keep(states).float().mean(-1)
+        for some, rows, count in zip(states.split(ROWS), previews.split(ROWS), share.split(ROWS), strict=True):
+            wanted = likely(rows, under_way.shortlist.margin)
             count += wanted.float().mean(-1)
-            parts.append(head.forward(some).where(wanted, preview))  # not the module, which would call these hooks
-        if frame.state is not None:
-            frame.state.note_head(share.view(x.shape[:-1]))
+            parts.append(head.forward(some).where(wanted, rows))  # not the module, which would call these hooks
+        under_way.note(share.view(x.shape[:-1]))
         return torch.cat(parts).view(logits.shape)
 
     return [head.register_forward_pre_hook(preview), head.register_forward_hook(read_again, prepend=True)]

@@ -58,7 +58,7 @@ class AdaptiveLayer:
     @property
     def run(self) -> Forward | None:
         """The model's forward that is under way; None if a part is called by hand: it then acts as the base's."""
-        return self.context.run
+        return self.context.layers
 
     @torch.compiler.disable  # it branches on what each token needs
     def forward(self, hidden_states: Tensor, **given) -> Tensor:
@@ -66,17 +66,15 @@ class AdaptiveLayer:
         run, layer = self.run, self.layer
         if run is None:
             return type(layer).forward(layer, hidden_states, **given)
-        if run.mode.last_only and self.last and hidden_states.shape[1] > 1:
+        if run.last_only and self.last and hidden_states.shape[1] > 1:
             return self._last_token(hidden_states, **given)
         h = run.exit(self.index, hidden_states)
         mixed, _ = layer.self_attn(hidden_states=layer.input_layernorm(h), **given)
         if not mixed.numel():
             return h
         out = run.scatter(self._ffn(run.gather(h) + mixed), h)
-        if run.state.alive is not None and not run.mode.compact:  # exited rows were computed too: discard them
-            out = torch.where(run.state.exited[..., None].to(h.device), h, out)
-        if run.mode.dropped is not None:
-            out = torch.where(run.mode.dropped[self.index, :, None, None].to(h.device), h, out)
+        if run.trace.alive is not None and not run.setting.compact:  # exited rows were computed too: discard them
+            out = torch.where(run.trace.exited[..., None].to(h.device), h, out)
         return out
 
     def attention(
@@ -136,7 +134,7 @@ class AdaptiveLayer:
         keep = run.decide(self.index, "ffn", x.view(-1, x.shape[-1]))
         if keep is None:
             return h + layer.mlp(x)
-        if not run.mode.compact:
+        if not run.setting.compact:
             keep, stand_in = keep.view(*x.shape[:-1], 1).to(x.dtype), run.stand_in(self.index, x)
             out = h + layer.mlp(x) * keep
             return out if stand_in is None else out + stand_in * (1 - keep)

@@ -1,4 +1,4 @@
-"""From a requested capacity to one threshold per layer and site.
+"""Thresholds: the method's decisions at one capacity and exit rate, as numbers; and the table that they come from.
 
 A `Calibration`, made by `hat_lib.calibration`, is a table of capacities realised on held-out text, and of the
 thresholds that realised them, interpolated linearly in between. They never rise with capacity, so the kept sets of two
@@ -7,13 +7,13 @@ capacities are nested, where token sensitivity acts alike at both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate, shown
-from hat_lib.method.grain import grain_named
 
 HEAD_TABLES = ("head_thresholds", "head_margins", "head_shares")
 EXIT_TABLES = ("exit_capacities", "exit_rates", "exit_scores")
@@ -34,6 +34,62 @@ TABLES = {
     "exit_rates": ("KR", 0, 1, 1),
     "exit_scores": ("KRE", -ANY, ANY, 0),
 }
+
+
+class Thresholds(NamedTuple):
+    """What scores are compared with, on the reference path and in the engine: a unit runs, a token leaves, if its score
+    is above. -inf keeps everything, as the dense model does, and +inf lets nobody leave."""
+
+    capacity: float
+    exit_rate: float
+    """both as requested"""
+    layer_capacity: float
+    """what the capacity leaves for the layers, if the head takes a part of it"""
+    site: np.ndarray
+    """of each layer and site, fp32 ``[L, S]``"""
+    sensitivity: np.float32
+    """strength of token sensitivity"""
+    exit: np.ndarray
+    """of each gate, fp32 ``[E]``"""
+    correction: np.float32
+    """strength of the corrections; 0 for none"""
+    head: np.float32
+    """of the channels that the head's preview reads; -inf reads the head in full"""
+    margin: np.float32
+    """nats below the best preview within which a token's logit is read in full"""
+    head_share: float
+    """expected share of the head's work, for a forward whose logits nobody asked for"""
+
+    @classmethod
+    def dense(cls, layers: int, sites: int, exits: int) -> Thresholds:
+        site, exit = np.full((layers, sites), -np.inf, np.float32), np.full(exits, np.inf, np.float32)
+        zero = np.float32(0)
+        return cls(1.0, 0.0, 1.0, site, np.float32(1), exit, zero, np.float32(-np.inf), zero, 1.0)
+
+    def holding(self, values: Mapping[str, object]) -> Thresholds:
+        """With other values, each in its type: compiled code takes no other."""
+        kinds = {"site": _array, "exit": _array, "sensitivity": np.float32, "correction": np.float32}
+        kinds |= {"head": np.float32, "margin": np.float32}
+        return self._replace(**{name: kinds.get(name, float)(value) for name, value in values.items()})
+
+    @property
+    def skips(self) -> bool:
+        """Whether a router decides anywhere."""
+        return bool((self.site > -np.inf).any())
+
+    @property
+    def leaves(self) -> bool:
+        """Whether a gate lets a token leave."""
+        return bool((self.exit < np.inf).any())
+
+    @property
+    def shortlist(self) -> bool:
+        """Whether the head decides."""
+        return self.head > -np.inf
+
+
+def _array(values: object) -> np.ndarray:
+    return np.ascontiguousarray(values, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -66,36 +122,6 @@ class Calibration:
     """how strongly token sensitivity acts at each capacity, [C]; None for 1 at all of them"""
     text: str = ""
     """what it was measured on: corpus, split, tokens and hash"""
-
-    def check(self, config: HatConfig) -> None:
-        """Raise `HatError`, naming the table, unless these are valid for a model of this shape."""
-        sites = list(grain_named(config.granularity).sites)
-        if self.sites != sites:
-            raise HatError(f"calibration.sites must be {sites}, got {shown(self.sites)}")
-        for names in (HEAD_TABLES, EXIT_TABLES):
-            if len({getattr(self, name) is None for name in names}) > 1:
-                raise HatError(f"calibration.{names[0]}, {names[1]} and {names[2]} must be all null or all lists")
-        sizes = {"L": config.n_layers, "S": len(sites), "E": len(config.exit_layers)}
-        for name, (axes, low, high, order) in TABLES.items():
-            values = getattr(self, name)
-            if values is None and name in OPTIONAL:
-                continue
-            try:
-                table = np.array(values, dtype=object)
-            except ValueError:  # rows of different lengths
-                table = np.array(None)
-            kinds = set(map(type, table.flat))
-            if table.ndim != len(axes) or bool in kinds or not all(issubclass(kind, float | int) for kind in kinds):
-                raise HatError(f"calibration.{name} must be numbers in lists nested {len(axes)} deep, alike in length")
-            shape = tuple(sizes.setdefault(axis, max(size, 1)) for axis, size in zip(axes, table.shape, strict=True))
-            if table.shape != shape:
-                raise HatError(f"calibration.{name} must have the shape {shape}, got {table.shape}")
-            outside = [value for value in table.flat if not low <= value <= high]  # nan is, too
-            if outside or (order * np.diff(table) < 0).any():
-                direction, got = ("falling ", "", "rising ")[order + 1], shown(outside[0] if outside else values)
-                raise HatError(f"calibration.{name} must be {direction}numbers in [{low}, {high}], got {got}")
-        if self.capacities[-1] != 1:
-            raise HatError(f"calibration.capacities must end at 1, got {self.capacities[-1]}")
 
     def shares_at(self, capacity: float) -> np.ndarray:
         """Expected kept share per layer and site at a capacity, ``[L, S]``."""
@@ -157,3 +183,33 @@ class Calibration:
             first = int(rates[0] == 0 and len(rates) > 1)
             there.append([np.interp(rate, rates[first:], column[first:]) for column in at.T])
         return [float(np.interp(capacity, self.exit_capacities, column)) for column in np.array(there).T]
+
+    def check(self, config: HatConfig, sites: Sequence[str]) -> None:
+        """Raise `HatError`, naming the table, unless these are valid for a model of this shape, whose grain has these
+        ``sites``."""
+        if self.sites != list(sites):
+            raise HatError(f"calibration.sites must be {list(sites)}, got {shown(self.sites)}")
+        for names in (HEAD_TABLES, EXIT_TABLES):
+            if len({getattr(self, name) is None for name in names}) > 1:
+                raise HatError(f"calibration.{names[0]}, {names[1]} and {names[2]} must be all null or all lists")
+        sizes = {"L": config.n_layers, "S": len(sites), "E": len(config.exit_layers)}
+        for name, (axes, low, high, order) in TABLES.items():
+            values = getattr(self, name)
+            if values is None and name in OPTIONAL:
+                continue
+            try:
+                table = np.array(values, dtype=object)
+            except ValueError:  # rows of different lengths
+                table = np.array(None)
+            kinds = set(map(type, table.flat))
+            if table.ndim != len(axes) or bool in kinds or not all(issubclass(kind, float | int) for kind in kinds):
+                raise HatError(f"calibration.{name} must be numbers in lists nested {len(axes)} deep, alike in length")
+            shape = tuple(sizes.setdefault(axis, max(size, 1)) for axis, size in zip(axes, table.shape, strict=True))
+            if table.shape != shape:
+                raise HatError(f"calibration.{name} must have the shape {shape}, got {table.shape}")
+            outside = [value for value in table.flat if not low <= value <= high]  # nan is, too
+            if outside or (order * np.diff(table) < 0).any():
+                direction, got = ("falling ", "", "rising ")[order + 1], shown(outside[0] if outside else values)
+                raise HatError(f"calibration.{name} must be {direction}numbers in [{low}, {high}], got {got}")
+        if self.capacities[-1] != 1:
+            raise HatError(f"calibration.capacities must end at 1, got {self.capacities[-1]}")

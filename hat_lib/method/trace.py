@@ -1,4 +1,4 @@
-"""Trace: all that one forward decided, per layer and token: what losses, cost, sweeps and figures read."""
+"""Trace: all that one forward decided, per layer and token: what losses, cost, sweeps, figures and the screen read."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
+
+from hat_lib.config import HatError
 
 
 @dataclass
 class Masks:
-    """Decisions taken in one forward, to be forced on another (`HierarchicalTransformer.force`)."""
+    """Decisions taken in one forward, to be forced on another (`HierarchicalTransformer.force`): `decide` and `leave`
+    answer in place of routers and gates. Positions count from the start of the cache."""
 
     keep: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """by layer and site, bool ``[B, T, units]``, or ``[B, T]`` for the whole FFN; False for rows that had exited"""
@@ -22,6 +26,22 @@ class Masks:
     def map(self, change) -> Masks:
         """The same decisions with ``change`` applied to each ``[B, T, ...]`` tensor (slice, index, pad)."""
         return Masks({k: change(m) for k, m in self.keep.items()}, {e: change(m) for e, m in self.exits.items()})
+
+    def decide(self, layer: int, site: str, x: Tensor, rows: Tensor | None, trace: Trace) -> Tensor | None:
+        return self._now((layer, site), self.keep.get((layer, site)), trace.mask_shapes[site], rows, trace)
+
+    def leave(self, depth: int, h: Tensor, rows: Tensor, trace: Trace) -> Tensor | None:
+        return self._now(depth, self.exits.get(depth), (), rows, trace)
+
+    def _now(self, place, mask: Tensor | None, units: tuple[int, ...], rows: Tensor | None, trace: Trace):
+        if mask is None:
+            return None
+        end = trace.start + trace.tokens
+        if len(mask) != trace.batch or mask.shape[1] < end or mask.shape[2:] != units:
+            expected = f"[{trace.batch}, >= {end}], units {units}"
+            raise HatError(f"the forced mask of {place!r} must be {expected}, got {list(mask.shape)}")
+        window = mask[:, trace.start : end].flatten(0, 1)
+        return window if rows is None else window[rows]
 
 
 @dataclass(eq=False)
@@ -42,8 +62,8 @@ class Trace:
     covers: str = "one forward"
     """whose tokens these are: of one forward or, after generate, of its prompt (if a single token is new), of all new
     tokens that were read, or of the last step alone (beams and drafts, whose rows are not those of the text)"""
-    prefix: Tensor | None = None
-    """int64 ``[B, T]``, hashes of the text so far (`hat_lib.method.policies.prefixes`); None in the engine"""
+    text: tuple[Tensor, Cache | None] | None = None
+    """while the forward runs: token ids, int64 ``[B, T]`` (zeros where only embeddings are known), and the cache"""
     mask_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """shape of one row's decision, by site: ``(units,)``, or ``()`` for the whole FFN"""
     alive: Tensor | None = None
@@ -56,10 +76,10 @@ class Trace:
     """whether routers, exit gates and corrections took part; by column, ``[T]``, where forwards are joined"""
     sensitivity: float = 1.0
     """strength of token sensitivity"""
-    threshold_scale: Tensor | None = None
-    """what multiplies the thresholds of the running rows in the current layer, ``[n, 1]``"""
     steering: Tensor | None = None
-    """steering's part in it, fp32 ``[B*T]``; None for 1"""
+    """what steering multiplies thresholds by, fp32 ``[B*T]``; None for 1"""
+    threshold_scale: Tensor | None = None
+    """both, for the running rows in the current layer, ``[n, 1]``: see `hat_lib.method.grain`"""
     masks: Masks | None = None
     """the decisions themselves, under `HierarchicalTransformer.record`"""
     executed: Tensor | None = None

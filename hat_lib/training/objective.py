@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hat_lib.hat import HierarchicalTransformer
-from hat_lib.method.policies import KeepAll, MaskedInput
+from hat_lib.method.forward import MaskedInput
 from hat_lib.method.trace import Trace
 from hat_lib.training import losses
 from hat_lib.training.budget_split import BudgetSplit, Thresholds
@@ -156,7 +156,7 @@ class Objective(nn.Module):
 
     def _exits(self, batch, teacher, capacity, keys, step, steps) -> dict:
         hat, recipe, head, norm = self.hat, self.recipe, self.hat.lm.lm_head, self.hat.lm.model.norm
-        policy = hat.threshold_policy(self.nominal(capacity)) if capacity < 1 else KeepAll()
+        policy = hat.threshold_policy(self.nominal(capacity) if capacity < 1 else {})
         with torch.no_grad(), hat.using(policy), hat.correcting(hat.correction_strength(capacity)):
             hidden = self._hidden(batch, output_hidden_states=True)
         candidates = batch["attention_mask"].bool() & ~hat.trace.protected

@@ -10,9 +10,9 @@ from hat_lib.config import DATA, HatError
 from hat_lib.decoding.generate import WEIGHT_FORMATS
 from hat_lib.decoding.speculation import Sampler, best_draft_length, speculate
 from hat_lib.engine.decoder import Decoder
+from hat_lib.evaluation.choices import Random
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import state_cost
-from hat_lib.method.policies import Random
 
 N = 24
 

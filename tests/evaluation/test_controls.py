@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import HatError
 from hat_lib.evaluation import controls
+from hat_lib.evaluation.choices import Random
 from hat_lib.evaluation.controls import (
     CONTROLS,
     Cosine,
@@ -29,7 +30,6 @@ from hat_lib.evaluation.controls import (
     realised_capacity,
     static_choice,
 )
-from hat_lib.method.policies import Random
 from hat_lib.method.trace import Masks, Trace
 
 EXITS = (1, 2, 3)

@@ -26,16 +26,15 @@ from tiny_runs import GRAINS, tiny, untrained
 from hat_lib.base.load import exact_hash
 from hat_lib.config import DATA, HatError
 from hat_lib.hat import HierarchicalTransformer
+from hat_lib.hub import CARD_FILE, push_to_hub
 from hat_lib.method.checkpoint import (
     ADAPTER_FILE,
-    CARD_FILE,
     CONFIG_FILE,
     FORMAT_VERSION,
     Price,
     find_checkpoint,
     is_hat_parameter,
     largest,
-    push_to_hub,
     read_checkpoint,
     write_checkpoint,
     write_prices,

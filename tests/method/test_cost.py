@@ -12,8 +12,8 @@ from transformers import DynamicCache
 
 from hat_lib.base.shapes import random_config
 from hat_lib.config import HatConfig, HatError
+from hat_lib.evaluation.choices import Random
 from hat_lib.method.cost import WorkTally, ideal_speedup, state_cost, work
-from hat_lib.method.policies import KeepAll, Random
 from hat_lib.method.trace import Masks, Trace
 
 EXITS = (1, 2, 3)
@@ -35,7 +35,7 @@ def skipping(hat, share=0.6, rows=B):
     """Tokens leave at random depths and, with a share below 1, units are skipped at random."""
     draws = np.random.default_rng(2)
     exits = Masks({}, {e: torch.from_numpy(draws.random((B, T)) < 0.15)[:rows] for e in EXITS})
-    with hat.force(exits), hat.using(Random(share) if share < 1 else KeepAll()):
+    with hat.force(exits), hat.using(Random(share) if share < 1 else hat.threshold_policy({})):
         yield
 
 

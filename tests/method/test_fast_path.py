@@ -21,9 +21,10 @@ from transformers import DynamicCache, LlamaForCausalLM
 from hat_lib.base.load import fingerprint
 from hat_lib.config import HatConfig, HatError
 from hat_lib.decoding.generate import WEIGHT_FORMATS
+from hat_lib.evaluation.choices import Random
 from hat_lib.evaluation.controls import RandomExits
 from hat_lib.hat import HierarchicalTransformer
-from hat_lib.method.policies import Random
+from hat_lib.method.trace import Masks
 
 pytestmark = [
     pytest.mark.usefixtures("no_grad"),
@@ -54,21 +55,6 @@ def test_decides_as_the_reference_path(hat, ids):
         assert torch.equal(a.exit_layer, b.exit_layer) and torch.allclose(a.site_share, b.site_share)
         assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("real", "position", "protected"))
     assert 0.3 < type(ours[0]).cat(ours).capacity < 0.95 and type(ours[0]).cat(ours).exit_rate > 0.05
-
-
-@every_family
-def test_forced_decisions(hat, ids):
-    ids = ids if hat.config.granularity == "token" else ids[:1]  # channels, of a single row
-    with hat.record(), hat.reference():
-        expected = hat.lm(ids).logits
-    recorded = hat.trace
-    with hat.force(recorded.masks):
-        found, ours = states(hat, ids)
-    assert all(s.executed is not None for s in ours)
-    close(found, expected)
-    joined = type(recorded).cat(ours)
-    assert torch.equal(joined.exit_layer, recorded.exit_layer)
-    assert torch.allclose(joined.site_share, recorded.site_share)
 
 
 @every_family
@@ -117,7 +103,7 @@ CONTEXTS = {
     "masked": lambda hat: hat.changed(compact=False),
     "using": lambda hat: hat.using(Random(0.5)),
     "exiting": lambda hat: hat.using(exits=RandomExits(dict.fromkeys((1, 2, 3), 0.5))),
-    "dropping": lambda hat: hat.changed(dropped=torch.zeros(4, 3, dtype=torch.bool)),
+    "force": lambda hat: hat.force(Masks()),
     "grad": lambda hat: torch.enable_grad(),
     "autocast": lambda hat: torch.autocast("cpu"),
 }

@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hat_lib.config import HatError
 from hat_lib.method.checkpoint import Price
-from hat_lib.method.policies import Threshold
+from hat_lib.method.forward import keeps
 from hat_lib.method.trace import Trace
 
 pytestmark = [
@@ -183,19 +183,24 @@ def test_decisions_of_a_policy_are_checked(grain, wrong, ids):
         def __call__(self, layer, site, x, rows, state):
             return WRONG[wrong](torch.ones(len(x), *state.mask_shapes[site], dtype=torch.bool))
 
-        def exits(self, depth, h, rows, state):
-            return WRONG[wrong](torch.zeros(len(h), dtype=torch.bool))
+    def leave(depth, h, rows, state):
+        return WRONG[wrong](torch.zeros(len(h), dtype=torch.bool))
 
     with pytest.raises(HatError, match=r"layer \d, site .* bool tensor"), hat.using(Policy()):
         hat.lm(ids)
-    with pytest.raises(HatError, match="exit after 1 layers"), hat.using(exits=Policy()):
+    with pytest.raises(HatError, match="exit after 1 layers"), hat.using(exits=leave):
         hat.lm(ids)
 
 
 def test_thresholds_of_other_routers(channel_hat, ids):
     other = skipping("channel", vectors=0.6)
     own = channel_hat.calibration.thresholds_at(0.7)
-    with channel_hat.using(Threshold(channel_hat.grain, other.routers, own)):
+    thresholds = channel_hat.threshold_policy(own)
+
+    def policy(layer, site, x, rows, trace):
+        return keeps(channel_hat.grain, other.routers, thresholds, layer, site, x, trace)
+
+    with channel_hat.using(policy):
         close(stepwise(channel_hat, ids), channel_hat.lm(ids).logits)
 
 

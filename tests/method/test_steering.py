@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from hat_lib.config import HatError
 from hat_lib.decoding.steering import LIMIT, SLOPE, move, offsets
-from hat_lib.method.policies import Random
+from hat_lib.evaluation.choices import Random
 from hat_lib.method.trace import Trace
 
 pytestmark = pytest.mark.usefixtures("no_grad")

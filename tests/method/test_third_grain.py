@@ -6,11 +6,11 @@ from test_transformer import close, recorded, stepwise
 from tiny_runs import random_blocks, tiny, untrained
 
 from hat_lib.calibration.capacity import calibrate
+from hat_lib.evaluation.choices import Random
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method import grain as granularity
 from hat_lib.method.cost import state_cost
 from hat_lib.method.grain import Grain, column_norm
-from hat_lib.method.policies import Random
 from hat_lib.method.routers import ChannelRouter
 
 pytestmark = pytest.mark.usefixtures("no_grad")

@@ -83,6 +83,6 @@ GOOD = {
     ],
 )
 def test_check(changes):
-    Calibration(**GOOD).check(HatConfig(2))
+    Calibration(**GOOD).check(HatConfig(2), GOOD["sites"])
     with pytest.raises(HatError):
-        Calibration(**GOOD | changes).check(HatConfig(2))
+        Calibration(**GOOD | changes).check(HatConfig(2), GOOD["sites"])

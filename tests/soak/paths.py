@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from hat_lib.evaluation.choices import Random
 from hat_lib.evaluation.controls import RandomExits
-from hat_lib.method.policies import Random
 from hat_lib.method.trace import Trace
 from soak.equalities import TOLERANCE, adaptive, llama, stepwise
 
