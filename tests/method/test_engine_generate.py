@@ -128,6 +128,7 @@ class TestGenerate:
 
         monkeypatch.setattr(team, "cores", lambda: 2)
         monkeypatch.setattr(team, "LATE", 1 << 62)
+        monkeypatch.setattr(team, "_teams", {})  # a team that is made here keeps this pace
         monkeypatch.setattr(team.Pace, "threads", property(lambda _: pace, lambda _, threads: None), raising=False)
         before, listener = torch.get_num_threads(), Listener(fail)
         try:

@@ -59,7 +59,7 @@ class TestTraceOfGenerate:
         hat = active("channel")
         if path == "hook":
             hat.lm.model.layers[1].register_forward_hook(lambda *args: None)
-        with hat.changed(reference=path == "reference"), hat.collect() as states:
+        with hat.changed(engine=False if path == "reference" else None), hat.collect() as states:
             hat.lm.generate(ids, **GREEDY | PATHS[path])
         new = Trace.cat([state for state in states if state.start + state.tokens > ids.shape[1]])
         assert new.tokens == hat.trace.tokens == 7 and hat.trace.covers == "new tokens"
