@@ -33,6 +33,7 @@ from hat_lib.base.load import Base, fingerprint, load_base
 from hat_lib.base.spread import device_of, is_spread, overridden, override, restore, tensors
 from hat_lib.base.watch import Watch
 from hat_lib.config import HatConfig, HatError
+from hat_lib.contexts import Contexts
 from hat_lib.decoding import steering
 from hat_lib.decoding.generate import Decoding
 from hat_lib.hub import push_to_hub
@@ -46,10 +47,10 @@ from hat_lib.method.checkpoint import (
     write_checkpoint,
 )
 from hat_lib.method.forward import Forward
-from hat_lib.method.grain import column_norm, grain_named
+from hat_lib.method.grain import grain_named
 from hat_lib.method.layer import AdaptiveLayer
-from hat_lib.method.routers import ExitGate
-from hat_lib.method.setting import Context, Setting, Settings
+from hat_lib.method.routers import ExitGate, column_norm
+from hat_lib.method.setting import Context, Setting
 from hat_lib.method.thresholds import Calibration, Thresholds
 from hat_lib.method.trace import Masks, Trace
 
@@ -57,7 +58,7 @@ from hat_lib.method.trace import Masks, Trace
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
 
 
-class HierarchicalTransformer(Settings, nn.Module):
+class HierarchicalTransformer(Contexts, nn.Module):
     """A frozen base with routers and exit gates.
 
     Args:

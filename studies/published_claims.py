@@ -15,18 +15,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from hat_lib.method.policies import Forced
 from torch import Tensor
 from transformers import DynamicCache
 
 from hat_lib import config
 from hat_lib.base.load import BUNDLED, load_base
 from hat_lib.config import HatConfig, HatError
+from hat_lib.contexts import combined
 from hat_lib.decoding.speed import Variant, now, take_turns
 from hat_lib.evaluation.controls import exit_shares
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import Work, state_cost
-from hat_lib.method.policies import Forced
-from hat_lib.method.setting import combined
 from hat_lib.method.trace import Masks, Trace
 from hat_lib.rows import read_rows
 from hat_lib.text.blocks import load_text

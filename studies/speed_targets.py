@@ -18,11 +18,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hat_lib.config import check_count
+from hat_lib.contexts import combined
 from hat_lib.decoding.inference import AdaptiveInference
 from hat_lib.decoding.speed import steer_to_capacity, timed
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.hat import HierarchicalTransformer
-from hat_lib.method.setting import combined
 from hat_lib.method.trace import Trace
 from hat_lib.text.blocks import load_text, spread
 from studies.claims import PROMISED

@@ -17,16 +17,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from hat_lib.method.policies import Forced
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hat_lib.base.families import LINEARS
 from hat_lib.base.load import load_base
 from hat_lib.config import HatConfig, HatError, check_capacity
+from hat_lib.contexts import combined
 from hat_lib.decoding.speed import Variant, now, take_turns
 from hat_lib.hat import HierarchicalTransformer
-from hat_lib.method.policies import Forced
-from hat_lib.method.setting import combined
 from hat_lib.method.trace import Masks, Trace
 from hat_lib.text.blocks import load_text
 from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, spread

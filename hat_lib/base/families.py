@@ -91,3 +91,16 @@ def window(attention: nn.Module) -> int | None:
 def linears(lm) -> list[nn.Module]:
     """The linear layers of all decoder layers."""
     return [layer.get_submodule(name) for layer in lm.model.layers for names in LINEARS.values() for name in names]
+
+
+def input_widths(lm_config) -> dict[str, int]:
+    """Channels of each input of a decoder layer's linear layers, C, by the keys of `LINEARS`."""
+    d, heads = lm_config.hidden_size, lm_config.num_attention_heads * head_size(lm_config)
+    return {"qkv": d, "o": heads, "gate_up": d, "down": lm_config.intermediate_size}
+
+
+def linear_work(lm_config) -> dict[str, int]:
+    """Weights of one decoder layer of a Llama with this config, by the input that they share."""
+    widths, kv = input_widths(lm_config), lm_config.num_key_value_heads * head_size(lm_config)
+    outputs = {"qkv": widths["o"] + 2 * kv, "o": widths["qkv"], "gate_up": 2 * widths["down"], "down": widths["qkv"]}
+    return {name: width * outputs[name] for name, width in widths.items()}

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from hat_lib.decoding.row_memory import remember, remembered
 from hat_lib.method.trace import Trace
 
+GAIN = 0.2
 SLOPE = 0.25
 """on the bundled base: 0.31, 0.24 and 0.09 at capacities of 0.44, 0.61 and 0.82"""
 LIMIT = 1.0

@@ -30,6 +30,7 @@ from datasets import Dataset
 from hat_lib.base.machine import Machine, machine
 from hat_lib.calibration.quantiles import LEAST_TOKENS
 from hat_lib.config import CAPACITY_MIN, DATA, HatError, check_capacity, check_exit_rate
+from hat_lib.contexts import combined
 from hat_lib.evaluation.controls import (
     CONTROLS,
     EQUAL,
@@ -44,7 +45,6 @@ from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.checkpoint import Checkpoint, Price, digest, read_checkpoint
 from hat_lib.method.cost import work
 from hat_lib.method.grain import GRAINS
-from hat_lib.method.setting import combined
 from hat_lib.rows import rounded
 from hat_lib.text.blocks import default_split, load_text, spread, text_hash
 from hat_lib.text.corpora import CORPORA

@@ -17,12 +17,12 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from torch import Tensor
 
+from hat_lib.base.families import linear_work
 from hat_lib.config import HatError
 from hat_lib.decoding.inference import AdaptiveInference
 from hat_lib.evaluation.coloured_text import PALETTE, Passage
 from hat_lib.evaluation.tokens import MATRICES, TokenTable, prompt_blocks, token_table
 from hat_lib.hat import HierarchicalTransformer
-from hat_lib.method.cost import linear_work
 from hat_lib.rows import results_table
 from hat_lib.text.plain import check_whole
 from hat_lib.text.token_classes import pieces

@@ -19,11 +19,12 @@ import pandas as pd
 
 from hat_lib.calibration.quantiles import block_tensors
 from hat_lib.config import CAPACITY_MIN, WHY, HatError, check_capacity
+from hat_lib.contexts import combined
 from hat_lib.evaluation.controls import CONTROLS, matched, realised_capacity
 from hat_lib.evaluation.intervals import FEWEST, NONE
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.hat import HierarchicalTransformer
-from hat_lib.method.setting import Policy, combined
+from hat_lib.method.setting import Policy
 from hat_lib.text.blocks import default_split, first_ids, load_text, names_file
 from hat_lib.text.plain import check_whole
 

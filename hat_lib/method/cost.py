@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from hat_lib.base.families import head_size
+from hat_lib.base.families import head_size, linear_work
 from hat_lib.config import HatConfig, check_capacity
-from hat_lib.method.grain import SITES, grain_named, linear_work
+from hat_lib.method.grain import SITES, grain_named
 from hat_lib.method.trace import Trace, ratio
 
 HAT_BYTES = 4

@@ -98,16 +98,13 @@ class Forward:
         if not self.grain.always_runs(layer, site):
             keep = self.keep(layer, site, x) if self.setting.decide is None else self._controlled(layer, site, x)
         if isinstance(keep, MaskedInput):
-            trace.note(layer, self.grain.sites.index(site), keep.keep)
+            trace.note(layer, site, keep.keep, len(x))
             return keep
         if keep is not None and self.any_protected:
             protected = trace.protected.view(-1) if rows is None else trace.protected.view(-1)[rows]
             protected = (protected if keep.dim() == 1 else protected[:, None]).to(x.device)
             keep = keep | protected if keep.dtype == torch.bool else torch.where(protected, 1.0, keep)
-        trace.note(layer, self.grain.sites.index(site), keep)
-        if trace.masks is not None:
-            whole = x.new_ones(len(x), *trace.mask_shapes[site], dtype=torch.bool)
-            trace.note_mask(layer, site, whole if keep is None else keep)
+        trace.note(layer, site, keep, len(x))
         return keep
 
     def keep(self, layer: int, site: str, x: Tensor) -> Tensor | None:

@@ -10,13 +10,12 @@ one is a subclass in `GRAINS`, with a recipe in `hat_lib.training.recipe`: see `
 from __future__ import annotations
 
 import torch
-from accelerate.utils.modeling import align_module_device
 from torch import Tensor, nn
 
-from hat_lib.base.families import LINEARS, head_size
+from hat_lib.base.families import LINEARS, input_widths, linear_work
 from hat_lib.config import HatConfig, HatError
 from hat_lib.method.corrections import FULL, Correction
-from hat_lib.method.routers import ChannelRouter, MoERouter
+from hat_lib.method.routers import ChannelRouter, MoERouter, column_norm
 from hat_lib.method.trace import Trace
 
 SITES = {name: (name,) for name in LINEARS} | {"ffn": ("gate_up", "down")}
@@ -167,25 +166,3 @@ def grain_named(name: str) -> Grain:
     if name not in GRAINS:
         raise HatError(f"granularity must be one of {', '.join(GRAINS)}, got {name!r}")
     return GRAINS[name]
-
-
-def input_widths(lm_config) -> dict[str, int]:
-    """Channels of each input of a decoder layer's linear layers, C, by the keys of `LINEARS`."""
-    d, heads = lm_config.hidden_size, lm_config.num_attention_heads * head_size(lm_config)
-    return {"qkv": d, "o": heads, "gate_up": d, "down": lm_config.intermediate_size}
-
-
-def linear_work(lm_config) -> dict[str, int]:
-    """Weights of one decoder layer of a Llama with this config, by the input that they share."""
-    widths, kv = input_widths(lm_config), lm_config.num_key_value_heads * head_size(lm_config)
-    outputs = {"qkv": widths["o"] + 2 * kv, "o": widths["qkv"], "gate_up": 2 * widths["down"], "down": widths["qkv"]}
-    return {name: width * outputs[name] for name, width in widths.items()}
-
-
-def column_norm(*linears: nn.Module) -> Tensor:
-    """``||W[:, i]||`` of input channel i over all outputs of linear layers, fp32 ``[C]``; never 0."""
-    parts = []
-    for linear in linears:
-        with align_module_device(linear):  # in slices: a whole matrix of a large base in fp32 would waste memory
-            parts += [rows.float().norm(dim=0) for rows in linear.weight.detach().split(1024)]
-    return torch.stack(parts).norm(dim=0).clamp(min=1e-12)

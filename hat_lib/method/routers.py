@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils.modeling import align_module_device
 from torch import Tensor, nn
 
 SENSITIVITY_LIMIT = 3.0
@@ -103,3 +104,12 @@ class ExitGate(nn.Module):
 
 def _norm(h: Tensor) -> Tensor:
     return F.rms_norm(h.float(), h.shape[-1:])
+
+
+def column_norm(*linears: nn.Module) -> Tensor:
+    """``||W[:, i]||`` of input channel i over all outputs of linear layers, fp32 ``[C]``; never 0."""
+    parts = []
+    for linear in linears:
+        with align_module_device(linear):  # in slices: a whole matrix of a large base in fp32 would waste memory
+            parts += [rows.float().norm(dim=0) for rows in linear.weight.detach().split(1024)]
+    return torch.stack(parts).norm(dim=0).clamp(min=1e-12)

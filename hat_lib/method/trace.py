@@ -89,7 +89,7 @@ class Trace:
     expected_head_share: float = 1.0
     _head: Tensor | None = None  # share of each token, fp32 [B, T]; nan where its logits were not read
     _read: tuple[float, int] = (0.0, 0)  # share, summed over the tokens whose logits were read, and their number
-    _share: dict[tuple[int, int], Tensor | float] = field(default_factory=dict)
+    _share: dict[tuple[int, str], Tensor | float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         rows, exits = f" in {self.batch} rows" if self.batch > 1 else "", f", exit rate {self.exit_rate:.3f}"
@@ -123,18 +123,14 @@ class Trace:
         """Mark ``rows`` (indices into B*T) as exited after ``depth`` layers."""
         self.exit_layer.view(-1)[rows] = depth
         self.alive = (~self.exited).view(-1).nonzero().squeeze(1)
-        if self.masks is not None and not len(self.alive):  # no further layer decides anything
-            first = {site: keep for (layer, site), keep in self.masks.keep.items() if layer == 0}
-            for layer in range(depth, self.n_layers):
-                self.masks.keep |= {(layer, site): torch.zeros_like(keep) for site, keep in first.items()}
 
-    def note(self, layer: int, site: int, keep: Tensor | None) -> None:
-        """Record what one site ran: the mask of the running rows, None for everything."""
+    def note(self, layer: int, site: str, keep: Tensor | None, n: int) -> None:
+        """Record what the ``n`` running rows keep at a site: bool ``[n, ...]``, in training their share; None for
+        everything."""
         self._share[layer, site] = 1.0 if keep is None else self._everywhere(_share(keep.detach()))
-
-    def note_mask(self, layer: int, site: str, keep: Tensor) -> None:
-        """Keep the decision itself; ``keep`` is bool ``[n, ...]`` for the running rows."""
-        self.masks.keep[layer, site] = self._everywhere(keep).view(self.batch, self.tokens, *keep.shape[1:])
+        if self.masks is not None:
+            mask = torch.ones(n, *self.mask_shapes[site], dtype=torch.bool) if keep is None else keep
+            self.masks.keep[layer, site] = self._everywhere(mask).view(self.batch, self.tokens, *mask.shape[1:])
 
     def note_head(self, share: Tensor) -> None:
         """Record what the head ran: ``[B, n]`` for the last n tokens of each sequence, else for any of them."""
@@ -171,7 +167,8 @@ class Trace:
             shape = (self.n_layers, len(self.site_work), self.batch, self.tokens)
             out = torch.zeros(shape, device=self.real.device)
             for (layer, site), share in self._share.items():
-                out[layer, site] = share if isinstance(share, float) else share.view(self.batch, self.tokens)
+                at = [*self.mask_shapes].index(site)
+                out[layer, at] = share if isinstance(share, float) else share.view(self.batch, self.tokens)
         return out * self.entered[:, None]
 
     @property
@@ -230,10 +227,8 @@ class Trace:
             return torch.cat([torch.as_tensor(getattr(s, name), device=s.real.device).expand(s.tokens) for s in states])
 
         if all(s.masks is not None for s in states):
-            masks = Masks({key: torch.cat([s.masks.keep[key] for s in states], dim=1) for key in first.masks.keep})
-            for depth in sorted(set().union(*(s.masks.exits for s in states))):  # in some forwards none may leave
-                left = [s.masks.exits.get(depth, torch.zeros_like(s.real)) for s in states]
-                masks.exits[depth] = torch.cat(left, dim=1)
+            lengths = [s.tokens for s in states]
+            masks = Masks(*(_joined([getattr(s.masks, kind) for s in states], lengths) for kind in ("keep", "exits")))
         return cls(
             *map(tokens, ("real", "position", "protected")),
             *(first.site_work, first.n_layers, first.start),
@@ -244,6 +239,13 @@ class Trace:
             _head=tokens("head_shares"),
             **{name: columns(name) for name in ("routed", "gated", "corrected", "head_work")},
         )
+
+
+def _joined(parts: list[dict], lengths: list[int]) -> dict:
+    """Masks of consecutive forwards, along T; False where one decided nothing: all had left, or none may leave."""
+    no = {place: mask[:, :1] & False for part in parts for place, mask in part.items()}
+    each = list(zip(parts, lengths, strict=True))
+    return {p: torch.cat([part.get(p, m.expand(-1, n, *m.shape[2:])) for part, n in each], 1) for p, m in no.items()}
 
 
 def ratio(work: np.ndarray) -> float:

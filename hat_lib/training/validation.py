@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
+from hat_lib.contexts import combined
 from hat_lib.evaluation.perplexity import score_each
 from hat_lib.hat import HierarchicalTransformer
-from hat_lib.method.setting import Policy, combined
+from hat_lib.method.setting import Policy
 from hat_lib.training.budget_split import Thresholds
 
 CAPACITIES = (0.75, 0.55, 0.4)

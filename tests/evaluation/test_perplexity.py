@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hat_lib.config import DATA, HatError
+from hat_lib.contexts import combined
 from hat_lib.evaluation.perplexity import Score, bits_per_byte, by_document, compare, score, score_each, text_bytes
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import state_cost
-from hat_lib.method.setting import combined
 from hat_lib.text.blocks import load_text
 
 SHARES = ("capacity", "exit_rate", "model_share")

@@ -44,12 +44,19 @@ def test_untrained_router_and_gate():
 
 def test_token_state_share():
     real = torch.tensor([[False, True, True], [True, True, True]])
-    state = Trace(real, real.long().cumsum(1) - 1, torch.zeros_like(real), [0.25, 0.75], n_layers=2)
-    state.note(0, 0, None)
-    state.note(0, 1, torch.tensor([[True, False]]).repeat(6, 1))
+    state = Trace(
+        real,
+        real.long().cumsum(1) - 1,
+        torch.zeros_like(real),
+        [0.25, 0.75],
+        n_layers=2,
+        mask_shapes={"a": (2,), "b": (2,)},
+    )
+    state.note(0, "a", None, 6)
+    state.note(0, "b", torch.tensor([[True, False]]).repeat(6, 1), 6)
     state.leave(torch.tensor([5]), 1)  # the last token of row 1, after one layer
-    state.note(1, 0, torch.tensor([[True, True]] * 5))
-    state.note(1, 1, torch.tensor([[True, True]] * 4 + [[False, False]]))
+    state.note(1, "a", torch.tensor([[True, True]] * 5), 5)
+    state.note(1, "b", torch.tensor([[True, True]] * 4 + [[False, False]]), 5)
     share = state.share
     torch.testing.assert_close(share[0], torch.where(real, 0.625, 0.0))
     torch.testing.assert_close(share[1], torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.25, 0.0]]))

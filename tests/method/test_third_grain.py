@@ -10,8 +10,8 @@ from hat_lib.evaluation.choices import Random
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method import grain as granularity
 from hat_lib.method.cost import state_cost
-from hat_lib.method.grain import Grain, column_norm
-from hat_lib.method.routers import ChannelRouter
+from hat_lib.method.grain import Grain
+from hat_lib.method.routers import ChannelRouter, column_norm
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
