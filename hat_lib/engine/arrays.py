@@ -176,35 +176,17 @@ class Course(NamedTuple):
     ran: ndarray  # int64 [1], steps until all texts had ended; or, negative, why the call was broken off
 
 
-class Scratch(NamedTuple):
-    """Working memory."""
+class Shared(NamedTuple):
+    """Working memory that threads share."""
 
-    h: ndarray  # [P, R, D]
-    x: ndarray  # [P, R, D]
-    qkv: ndarray  # [P, R, (H + 2G) h]
-    qkv_partials: ndarray  # [PARTIALS, R, (H + 2G) h]
-    mixed: ndarray  # [P, R, H h]
-    partials: ndarray  # [2, PARTIALS, R, D], of o and down
+    qkv: ndarray  # [PARTIALS, R, (H + 2G) h], sums of q, k and v by parts of the channels
+    states: ndarray  # [2, PARTIALS, R, D], of o and down
+    lowered: ndarray  # [4, PARTIALS, R, r], inputs of corrections: of qkv, of k and v alone, of o and down
     gate_up: ndarray  # [R, 2F], in blocks like the weights
     ffn: ndarray  # [R, F]
-    index: ndarray  # uint64 [P, C + 8 PARTIALS], see `Gathered`
-    gathered: ndarray  # [P, R, C + 8 PARTIALS]
-    ends: ndarray  # int64 [P, PARTIALS]
-    candidates: ndarray  # int64 [P, SECTION], tokens of the vocabulary
-    queries: ndarray  # [P, H / G, h]
-    scores: ndarray  # [P, H / G, PIECE], of a piece of the context, whose places in the cache are
-    places: ndarray  # uint64 [P, PIECE]
     tops: ndarray  # [R, pieces, H], of each piece of a row's context the largest score,
     totals: ndarray  # [R, pieces, H], the sum of exp(score - largest),
     pieces: ndarray  # [R, pieces, H, h], and the sum of so weighted values
-    scale: ndarray  # [P, R], factor on the thresholds of each row in a layer
-    bars: ndarray  # [P, 2, R], of the rows at a site, and of those that get only keys and values
-    flags: ndarray  # bool [P, 3, R], see decode_step
-    uncounted: ndarray  # int32 [P, R], for counts that another thread keeps
-    small: ndarray  # [P, rank]
-    lowered: ndarray  # [P, R, r], the lowered input of a correction
-    parts: ndarray  # [4, PARTIALS, R, r], the same by parts of the channels: of qkv, of k and v alone, of o and down
     preview: ndarray  # [R, V], or empty
-    best: ndarray  # [P, R], best of the previews that each thread made
+    best: ndarray  # [P, R], best of the previews, or of the logits, that each thread made
     likeliest: ndarray  # int64 [P, R], in its share of the vocabulary
-    weights: ndarray  # [V], of tokens, while one is drawn

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from hat_lib.base.families import head_size
 from hat_lib.engine import team
-from hat_lib.engine.arrays import FFN, GREEDY, MAX_TOKENS, PARTIALS, SECTION, Choice, Course, Rows, Scratch
+from hat_lib.engine.arrays import FFN, GREEDY, MAX_TOKENS, PARTIALS, Choice, Course, Rows, Shared
 from hat_lib.engine.attention import PIECE
 from hat_lib.engine.cache import buffer_for
 from hat_lib.engine.loop import OUTSIDE, UNDRAWN, decode
@@ -72,8 +72,6 @@ class Decoder:
         self.channels = np.array(self.inputs)[:, None, None]
         """inputs of each product, ``[4, 1, 1]``"""
         self.dense = Thresholds.dense(len(self.weights.rotates), FFN, len(self.weights.gates.bias))
-        self._scratch: dict[tuple[int, int], Scratch] = {}
-        """by threads and rows, because each thread has working memory of its own"""
         self._angles = np.zeros((2, 0, self.head_dim // 2), np.float32)
 
     def step(
@@ -190,7 +188,7 @@ class Decoder:
             ran=np.zeros(1, np.int64),
         )
         pieces = -(-(start + max(t, steps)) // PIECE)
-        args = w, thresholds, rows, self._scratch_for(threads, b * t, pieces), course
+        args = w, thresholds, rows, self._shared(threads, b * t, pieces), course
         while not team.run(decode, args, threads) and course.ran[0] >= 0:
             course.kept[course.ran[0] :] = course.head[course.ran[0] :] = 0  # of the step that was called off
         if course.ran[0] == OUTSIDE:
@@ -214,47 +212,26 @@ class Decoder:
             self._angles = torch.stack([a[0, :, : self.head_dim // 2].float() for a in tables]).numpy()
         return self._angles
 
-    def _scratch_for(self, threads: int, rows: int, pieces: int) -> Scratch:
-        known = self._scratch.get((threads, rows))
-        if known is not None and known.tops.shape[1] >= pieces:
-            return known
-        w, widest, pieces = self.weights, max(self.inputs) + 8 * PARTIALS, 2 * pieces
-        d, mixed, _, ffn = self.inputs
-        qkv, _, gate_up, _ = self.outputs
-        queries, rank = w.heads // w.kv_heads, w.qkv.reduce.shape[1]
-        small = max(w.gates.reduce.shape[1], w.stand_in.down.shape[1])
-        self._scratch[threads, rows] = Scratch(
-            h=_zeros(threads, rows, d),
-            x=_zeros(threads, rows, d),
-            qkv=_zeros(threads, rows, qkv),
-            qkv_partials=_zeros(PARTIALS, rows, qkv),
-            mixed=_zeros(threads, rows, mixed),
-            partials=_zeros(2, PARTIALS, rows, d),
-            gate_up=_zeros(rows, gate_up),
-            ffn=_zeros(rows, ffn),
-            index=np.zeros((threads, widest), np.uint64),
-            gathered=_zeros(threads, rows, widest),
-            ends=np.zeros((threads, PARTIALS), np.int64),
-            candidates=np.zeros((threads, SECTION), np.int64),
-            queries=_zeros(threads, queries, self.head_dim),
-            scores=_zeros(threads, queries, PIECE),
-            places=np.zeros((threads, PIECE), np.uint64),
-            tops=_zeros(rows, pieces, w.heads),
-            totals=_zeros(rows, pieces, w.heads),
-            pieces=_zeros(rows, pieces, w.heads, self.head_dim),
-            scale=_zeros(threads, rows),
-            bars=_zeros(threads, 2, rows),
-            flags=np.zeros((threads, 3, rows), bool),
-            uncounted=np.zeros((threads, rows), np.int32),
-            small=_zeros(threads, small),
-            lowered=_zeros(threads, rows, rank),
-            parts=_zeros(4, PARTIALS, rows, rank),
-            preview=_zeros(rows, w.preview.shape[1]),
-            best=_zeros(threads, rows),
-            likeliest=np.zeros((threads, rows), np.int64),
-            weights=_zeros(len(w.head)),
+    def _shared(self, threads: int, rows: int, pieces: int) -> Shared:
+        w, (d, _, _, ffn), (qkv, _, gate_up, _) = self.weights, self.inputs, self.outputs
+        shape = rows, pieces, w.heads
+        return Shared(
+            qkv=_empty(PARTIALS, rows, qkv),
+            states=_empty(2, PARTIALS, rows, d),
+            lowered=_empty(4, PARTIALS, rows, w.qkv.reduce.shape[1]),
+            gate_up=_empty(rows, gate_up),
+            ffn=_empty(rows, ffn),
+            tops=_empty(*shape),
+            totals=_empty(*shape),
+            pieces=_empty(*shape, self.head_dim),
+            preview=_empty(rows, w.preview.shape[1]),
+            best=_empty(threads, rows),
+            likeliest=np.empty((threads, rows), np.int64),
         )
-        return self._scratch[threads, rows]
+
+
+def _empty(*shape: int) -> np.ndarray:
+    return np.empty(shape, np.float32)
 
 
 def _zeros(*shape: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hat_lib.engine.arrays import DOWN, FFN, GATE_UP, OUT, PARTIALS, QKV, Gathered, Inputs, Share
+from hat_lib.engine.arrays import DOWN, FFN, GATE_UP, OUT, PARTIALS, QKV, SECTION, Gathered, Inputs, Share
 from hat_lib.engine.attention import PIECE, attend, combine, pieces, place_all, put
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add
@@ -55,26 +55,27 @@ def set_bars(base, thresholds, rows, layer, site, scale, bars):
 
 
 @compiled(inline=True)
-def decode_step(t, team, barrier, base, thresholds, rows, scratch, kept, exits, head):
+def decode_step(t, team, barrier, base, thresholds, rows, shared, kept, exits, head):
     """Thread t's part of one step for all rows. Every thread of the team calls it; they meet inside. Returns True if
     the step was called off."""
-    layers, width = base.norms.shape[1], base.embed.shape[1]
+    layers, width, count = base.norms.shape[1], base.embed.shape[1], rows.ids.shape[0]
     strength = thresholds.correction if base.qkv.expand.shape[1] else F0  # of the corrections of linear layers
-    count, heads, groups = rows.ids.shape[0], base.heads, base.kv_heads
-    size, ffn_width = rows.keys.shape[4], base.down.unit.shape[1]
-    q_end, qkv_end = heads * size, scratch.qkv.shape[2]
-    h, x, qkv = scratch.h[t], scratch.x[t], scratch.qkv[t]
-    gathered = Gathered(scratch.index[t], scratch.gathered[t], scratch.ends[t])
-    scale, bars, uncounted, kept, z = (
-        scratch.scale[t],
-        scratch.bars[t],
-        scratch.uncounted[t],
-        kept[t],
-        scratch.lowered[t],
-    )
+    heads, groups, size, ffn_width = base.heads, base.kv_heads, rows.keys.shape[4], base.down.unit.shape[1]
+    q_end, qkv_end, kept = heads * size, (heads + 2 * groups) * size, kept[t]
+    of_qkv, of_kv, of_o, of_down = shared.lowered[0], shared.lowered[1], shared.lowered[2], shared.lowered[3]
+    # What a thread has for itself: states, what it gathers of them, its rows' factors on thresholds, and flags.
+    h, x = np.empty((count, width), np.float32), np.empty((count, width), np.float32)
+    qkv, mixed = np.empty((count, qkv_end), np.float32), np.empty((count, q_end), np.float32)
+    widest = max(ffn_width, width, q_end) + 8 * PARTIALS
+    values = np.empty((count, widest), np.float32)
+    gathered = Gathered(np.empty(widest, np.uint64), values, np.empty(PARTIALS, np.int64))
+    queries, scores = np.empty((heads // groups, size), np.float32), np.empty((heads // groups, PIECE), np.float32)
+    places, candidates = np.empty(PIECE, np.uint64), np.empty(SECTION, np.int64)
+    scale, bars, uncounted = np.empty(count, np.float32), np.empty((2, count), np.float32), np.zeros(count, np.int32)
+    z = np.empty((count, base.qkv.reduce.shape[1]), np.float32)
+    small = np.empty(max(base.gates.reduce.shape[1], base.stand_in.down.shape[1]), np.float32)
     # Whether a row has not left, and whether it runs its FFN; and True for each.
-    alive, runs, every_row = scratch.flags[t, 0], scratch.flags[t, 1], scratch.flags[t, 2]
-    of_qkv, of_kv, of_o, of_down = scratch.parts[0], scratch.parts[1], scratch.parts[2], scratch.parts[3]
+    alive, runs, every_row = np.ones(count, np.bool_), np.ones(count, np.bool_), np.ones(count, np.bool_)
     # The thread's channels of q, k and v and of o, and its neurons.
     part, end_part = PARTIALS * t // team, PARTIALS * (t + 1) // team
     i0, i1 = span(width, part, PARTIALS, base.qkv.split), span(width, end_part, PARTIALS, base.qkv.split)
@@ -83,7 +84,6 @@ def decode_step(t, team, barrier, base, thresholds, rows, scratch, kept, exits, 
     to_states = Share(part, end_part, 0, width)
 
     for r in range(count):
-        alive[r] = every_row[r] = True
         scale[r] = rows.scale[r]
         row = base.embed[rows.ids[r]]
         for i in range(width):
@@ -97,7 +97,7 @@ def decode_step(t, team, barrier, base, thresholds, rows, scratch, kept, exits, 
         if gate >= 0 and thresholds.exit[gate] < np.inf:
             for r in range(count):
                 leaves = alive[r] and not rows.protected[r]
-                if leaves and exit_gate(base.gates, gate, thresholds.exit[gate], h[r], x[r], scratch.small[t]):
+                if leaves and exit_gate(base.gates, gate, thresholds.exit[gate], h[r], x[r], small):
                     alive[r] = False
                     n_alive -= 1
                     if t == 0:
@@ -119,7 +119,7 @@ def decode_step(t, team, barrier, base, thresholds, rows, scratch, kept, exits, 
         set_bars(base, thresholds, rows, layer, QKV, scale, bars)
         if n_alive > 0:
             share, counts = Share(part, end_part, 0, together), kept[layer, QKV]
-            inputs, sums = Inputs(x, bars[0], alive), scratch.qkv_partials
+            inputs, sums = Inputs(x, bars[0], alive), shared.qkv
             partial_product(base.qkv, layer, inputs, strength, share, gathered, counts, sums, of_qkv)
         if n_alive < count:
             for r in range(count):
@@ -127,14 +127,14 @@ def decode_step(t, team, barrier, base, thresholds, rows, scratch, kept, exits, 
             share, inputs, sums = (
                 Share(part, end_part, q_end, qkv_end),
                 Inputs(x, bars[1], every_row),
-                scratch.qkv_partials,
+                shared.qkv,
             )
             partial_product(base.qkv, layer, inputs, strength, share, gathered, uncounted, sums, of_kv)
         if meet(barrier, team):
             return True
         for r in range(count):
             qkv[r, :] = F0
-        add_partials(base.qkv, layer, scratch.qkv_partials, team, every_row, qkv)
+        add_partials(base.qkv, layer, shared.qkv, team, every_row, qkv)
         add_correction(base.qkv, layer, of_qkv, strength, alive, z, qkv, 0, together)
         if n_alive < count:
             add_correction(base.qkv, layer, of_kv, strength, every_row, z, qkv, q_end, qkv_end)
@@ -161,13 +161,12 @@ def decode_step(t, team, barrier, base, thresholds, rows, scratch, kept, exits, 
                     if count == 1 and piece == n - 1:
                         put(qkv[r], heads, groups, g, k_norm, base.eps, cos, sin, keys, values, rows.slot[r])
                     if alive[r]:
-                        queries = scratch.queries[t]
                         place_all(qkv[r], g, q_norm, base.eps, cos, sin, queries)
                         those = slice(g * queries.shape[0], (g + 1) * queries.shape[0])
                         attend(
-                            queries, keys, values, rows.first[r] + piece * PIECE, rows.slot[r], scratch.scores[t],
-                            scratch.places[t], scratch.tops[r, piece, those], scratch.totals[r, piece, those],
-                            scratch.pieces[r, piece, those],
+                            queries, keys, values, rows.first[r] + piece * PIECE, rows.slot[r], scores,
+                            places, shared.tops[r, piece, those], shared.totals[r, piece, those],
+                            shared.pieces[r, piece, those],
                         )  # fmt: skip
                 item += n
         if meet(barrier, team):
@@ -178,15 +177,13 @@ def decode_step(t, team, barrier, base, thresholds, rows, scratch, kept, exits, 
         for r in range(count):
             if alive[r]:
                 n = pieces(rows.first[r], rows.slot[r])
-                combine(scratch.tops[r, :n], scratch.totals[r, :n], scratch.pieces[r, :n], o0, o1, scratch.mixed[t, r])
+                combine(shared.tops[r, :n], shared.totals[r, :n], shared.pieces[r, :n], o0, o1, mixed[r])
         set_bars(base, thresholds, rows, layer, OUT, scale, bars)
-        inputs = Inputs(scratch.mixed[t], bars[0], alive)
-        partial_product(
-            base.o, layer, inputs, strength, to_states, gathered, kept[layer, OUT], scratch.partials[0], of_o
-        )
+        inputs = Inputs(mixed, bars[0], alive)
+        partial_product(base.o, layer, inputs, strength, to_states, gathered, kept[layer, OUT], shared.states[0], of_o)
         if meet(barrier, team):
             return True
-        add_partials(base.o, layer, scratch.partials[0], team, alive, h)
+        add_partials(base.o, layer, shared.states[0], team, alive, h)
         add_correction(base.o, layer, of_o, strength, alive, z, h, 0, width)
 
         # The feed-forward network.
@@ -197,7 +194,7 @@ def decode_step(t, team, barrier, base, thresholds, rows, scratch, kept, exits, 
             if base.ffn.shape[1] and not rows.protected[r] and thresholds.site[layer, 0] > LEAST:
                 runs[r] &= inner(x[r], base.ffn[layer]) + base.ffn_bias[layer] > thresholds.site[layer, 0]
             if alive[r] and not runs[r] and base.stand_in.shift.shape[0] and thresholds.correction > F0:
-                stand_in(base.stand_in, layer, thresholds.correction, x[r], h[r], scratch.small[t])
+                stand_in(base.stand_in, layer, thresholds.correction, x[r], h[r], small)
             if t == 0:
                 kept[layer, FFN, r] = runs[r]
             n_running += runs[r]
@@ -212,15 +209,15 @@ def decode_step(t, team, barrier, base, thresholds, rows, scratch, kept, exits, 
             fetch_small(base.qkv, layer + 1, strength, i0, i1, 0, qkv_end)
             fetch(base.norms[0], layer + 1, 0, width)
             fetch(base.sensitivity, layer + 1, 0, base.sensitivity.shape[1])
-        product(base.gate_up, layer, gathered, n, z, strength, scratch.gate_up, 2 * f0, 2 * f1)
+        product(base.gate_up, layer, gathered, n, z, strength, shared.gate_up, 2 * f0, 2 * f1)
         for r in range(count):
-            swiglu(scratch.gate_up[r], base.block, f0, f1, scratch.ffn[r])
+            swiglu(shared.gate_up[r], base.block, f0, f1, shared.ffn[r])
         set_bars(base, thresholds, rows, layer, DOWN, scale, bars)
-        inputs, counts = Inputs(scratch.ffn, bars[0], runs), kept[layer, DOWN]
-        partial_product(base.down, layer, inputs, strength, to_states, gathered, counts, scratch.partials[1], of_down)
+        inputs, counts = Inputs(shared.ffn, bars[0], runs), kept[layer, DOWN]
+        partial_product(base.down, layer, inputs, strength, to_states, gathered, counts, shared.states[1], of_down)
         if meet(barrier, team):
             return True
-        add_partials(base.down, layer, scratch.partials[1], team, runs, h)
+        add_partials(base.down, layer, shared.states[1], team, runs, h)
         add_correction(base.down, layer, of_down, strength, runs, z, h, 0, width)
 
     # The head, for the rows whose logits are wanted.
@@ -237,18 +234,18 @@ def decode_step(t, team, barrier, base, thresholds, rows, scratch, kept, exits, 
         bars[0, r] = thresholds.head
     counts = head[t, 0] if t == 0 else uncounted
     n = keep(Inputs(x, bars[0], every_row), base.head_unit, 0, width, gathered.index, gathered.values, counts)
-    add(base.preview, gathered.index, gathered.values, 0, n, n, scratch.preview[:count], v0, v1)
+    add(base.preview, gathered.index, gathered.values, 0, n, n, shared.preview[:count], v0, v1)
     for r in range(count):
-        preview = scratch.preview[r]
+        preview = shared.preview[r]
         if base.head_scale.shape[0]:
             for v in range(v0, v1):
                 preview[v] *= base.head_scale[v]
-        scratch.best[t, r] = largest(preview[v0:v1]) if v0 < v1 else LEAST
+        shared.best[t, r] = largest(preview[v0:v1]) if v0 < v1 else LEAST
     if meet(barrier, team):
         return True
     for r in range(count):
-        floor = largest(scratch.best[:team, r]) - thresholds.margin
+        floor = largest(shared.best[:team, r]) - thresholds.margin
         head[t, 1, r] = shortlist(
-            base.head, base.head_scale, x[r], scratch.preview[r], floor, scratch.candidates[t], rows.logits[r], t, team
+            base.head, base.head_scale, x[r], shared.preview[r], floor, candidates, rows.logits[r], t, team
         )
     return meet(barrier, team)
