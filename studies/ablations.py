@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hat_lib.method.policies import Policy
-
 from hat_lib.base.load import load_base
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import CAPACITY_MIN, HatConfig, check_count
@@ -18,6 +16,7 @@ from hat_lib.contexts import combined
 from hat_lib.evaluation.controls import matched
 from hat_lib.evaluation.perplexity import Score, compare, score_each
 from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.setting import Policy
 from hat_lib.text.blocks import held_out, load_text, spread
 from studies.common import Machine, Perplexity, machine, markdown, perplexity, rounded, saved
 from studies.plotting.findings import increase_text

@@ -145,7 +145,7 @@ def _random(shape: str, ids: Tensor, asked: Sequence[float], forms, sizes, round
         return
     hat = HierarchicalTransformer(base, HatConfig.default(base, exit_layers=()))
     with torch.inference_mode():
-        around = forced(hat, asked, 1, CONTEXT + steps)
+        around = forced(hat, asked, CONTEXT + steps)
     yield from _base(hat, ids % base.model.config.vocab_size, around, forms, sizes, rounds, steps, done)
 
 

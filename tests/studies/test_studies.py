@@ -8,18 +8,19 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import GRAINS, adaptive, skipping
+from tiny_runs import GRAINS, adaptive, random_blocks, skipping, untrained
 
-from hat_lib.config import DATA, HatConfig
+from hat_lib.config import DATA
 from hat_lib.decoding.generate import WEIGHT_FORMATS
 from hat_lib.decoding.speed import SpeedCurve
+from hat_lib.evaluation.controls import exit_shares
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import Work
 from hat_lib.rows import RowWriter, read_rows
 from studies import decode, quality, registry, self_speculative, speed_targets, tasks, token_time
 from studies.published_claims import Setting
-from studies.timing import forced
+from studies.timing import forced, forced_exits
 
 TINY = {"base": "random:tiny", "dtype": "fp32"}
 ADDRESSES = (("addresses", "validation"),)
@@ -125,14 +126,14 @@ def test_targets_are_refused_beyond_the_curve_and_priced_as_they_were_timed(chec
 # --- their parts ---
 
 
-def test_forced_tokens_skip_exactly(tiny_base):
-    hat = HierarchicalTransformer(tiny_base, HatConfig.published(tiny_base, exit_layers=(), protected_tokens=0))
-    with torch.no_grad(), forced(hat, [0.5], 2, 40)[0.5]():
-        hat.lm(torch.randint(5, 250, (2, 40)))
-    share = hat.trace.share
-    hat.unload()
-    assert (share[0] == 1).all() and (share.sum(0) == 2).all()
-    assert len({tuple(share[:, b, t].tolist()) for b in range(2) for t in range(40)}) == 3
+@pytest.mark.parametrize("grain", GRAINS)
+def test_about_the_shares_that_were_asked_for_run(grain):
+    hat, ids = untrained(grain, protected_tokens=0), torch.tensor(random_blocks(2, 256))
+    around, exits = forced(hat, [0.6], 256)[0.6], forced_exits(hat, ids[:1], [0.1, 0.2, 0.3])
+    with torch.no_grad(), around(), hat.using(exits=exits):
+        hat.lm(ids)
+    assert hat.trace.capacity == pytest.approx(0.6, abs=0.1)
+    assert [*exit_shares([hat.trace], [1, 2, 3]).values()] == pytest.approx([0.1, 0.2, 0.3], abs=0.1)
 
 
 def test_a_format_s_ideal_is_in_the_bytes_that_it_reads():
