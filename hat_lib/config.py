@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
+
+from filelock import lock_descriptor
+from platformdirs import user_cache_path
 
 CAPACITY_MIN, CAPACITY_MAX = 0.1, 1.0
 
@@ -51,17 +57,23 @@ def cache_dir() -> Path:
         if not folder.is_absolute():
             raise HatError(f"HAT_CACHE must be an absolute path, got {own!r}")
         return folder
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hat_lib"
+    return user_cache_path("hat_lib", appauthor=False)
 
 
 def lock(file, taken: str) -> None:
-    """Lock an open file until it is closed (`flock`, so not on Windows); `HatError` ``taken`` if it already is."""
-    import fcntl
+    """Lock an open file until it is closed or its process ends; `HatError` ``taken`` if it already is. On Windows, only
+    this file object can then read it."""
+    if not lock_descriptor(file.fileno(), blocking=False):
+        raise HatError(taken)
 
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise HatError(taken) from error
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Where to write a file or a folder that then takes the place of ``path``: whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as scratch:
+        yield Path(scratch, path.name)
+        os.replace(Path(scratch, path.name), path)
 
 
 def shown(value: object) -> str:

@@ -1,8 +1,11 @@
 """What the repository promises as a whole: one list of packages, notebooks as they were executed, and documents that
 say what the data says and name commands that exist."""
 
+import ast
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import nbformat
@@ -38,9 +41,31 @@ def test_conda_pip_and_make_ask_for_the_same_packages():
     assert listed.pop("python") == SpecifierSet(PROJECT["requires-python"])
     listed.pop("pip")
     listed["torch"], listed["playwright"] = listed.pop("pytorch"), listed.pop("playwright-python")
-    assert listed == ranges(PROJECT["dependencies"] + EXTRAS["dev"])
+    assert listed == ranges(PROJECT["dependencies"] + EXTRAS["workbook"] + EXTRAS["dev"])
     torch = next(r for r in PROJECT["dependencies"] if Requirement(r).name == "torch")
     assert f"\nTORCH := {torch}\n" in (REPO / "Makefile").read_text()
+
+
+def imported(folder):
+    """What the modules of a folder import: (package under pip's name, module) pairs."""
+    known, found = packages_distributions(), set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = {module.partition(".")[0] for module in modules} - {*sys.stdlib_module_names, "hat_lib"}
+            found |= {(canonicalize_name(known.get(name, [name])[0]), path) for name in names}
+    return found
+
+
+def test_what_is_imported_is_declared():
+    """Only modules of the workbook import what its extra brings."""
+    library, optional = ranges(PROJECT["dependencies"]), ranges(EXTRAS["eval"] + EXTRAS["cluster"])
+    found = imported(REPO / "hat_lib")
+    for package, path in found:
+        extra = ranges(EXTRAS["workbook"]) if path.parent.name == "workbook" else {}
+        assert package in library | optional | extra, f"{path} imports {package}"
+    assert library.keys() - {package for package, _ in found} == {"gguf"}  # transformers reads .gguf files by it
 
 
 def test_what_lies_beside_the_modules_is_packaged():

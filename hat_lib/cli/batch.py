@@ -13,6 +13,7 @@ import typer
 
 from hat_lib.cli.options import option
 from hat_lib.config import NOTEBOOKS, HatError
+from hat_lib.workbook import missing
 
 
 def batch(
@@ -41,11 +42,15 @@ def batch(
         raise HatError("--engine dask and --scheduler tcp://HOST:PORT go together")
 
     import pandas as pd
-    from joblib import cpu_count
 
-    from hat_lib.workbook.batch import batch as carry_out
-    from hat_lib.workbook.batch import dask, latest_rows, local, parse_grid, run_name
-    from hat_lib.workbook.notebooks import select
+    try:
+        from joblib import cpu_count
+
+        from hat_lib.workbook.batch import batch as carry_out
+        from hat_lib.workbook.batch import dask, latest_rows, local, parse_grid, run_name
+        from hat_lib.workbook.notebooks import select
+    except ImportError as error:
+        raise missing(error) from error
 
     path, out = select([notebook], NOTEBOOKS)[0], out.expanduser()
     points = parse_grid(path, grid)

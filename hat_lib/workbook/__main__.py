@@ -18,7 +18,12 @@ from typing import Annotated
 import typer
 
 from hat_lib.config import NOTEBOOKS, REPO, RUNS, HatError
-from hat_lib.workbook.notebooks import clean_file, parse_parameters, run_notebook, select
+from hat_lib.workbook import missing
+
+try:
+    from hat_lib.workbook.notebooks import clean_file, parse_parameters, run_notebook, select
+except ImportError as e:
+    raise SystemExit(f"error: {missing(e)}") from None
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 

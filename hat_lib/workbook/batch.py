@@ -114,7 +114,7 @@ def batch(
     if out.is_dir() and not (out / ROWS).exists() and any(out.iterdir()):
         raise HatError(f"{out} is not empty and holds no {ROWS}: choose a new folder")
     with RowWriter(out / ROWS, BatchRow, key=("run", "attempts")) as rows:
-        before = latest_rows(out)
+        before = {row.run: row for row in rows.done.values()}
         if any((row.notebook, row.code) != (notebook.name, code) for row in before.values()):
             raise HatError(f"{out} holds runs of another notebook, or of {notebook.name} before it changed")
         tasks = []

@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import nbformat
+import papermill
 from nbformat import NotebookNode
 
 from hat_lib.config import HatError
@@ -50,12 +51,10 @@ def parse_parameters(assignments: list[str], notebooks: list[Path]) -> dict:
 
     Values are Python's; the default in the notebook's ``parameters`` cell decides about the type.
     """
-    from papermill import inspect_notebook
-
     parameters = {}
     for notebook in notebooks if assignments else []:
         try:
-            known = inspect_notebook(notebook)
+            known = papermill.inspect_notebook(notebook)
         except Exception as error:  # not a notebook, no kernel, whatever papermill raises
             raise HatError(f"{notebook.name} cannot be read as a notebook: {error}") from error
         for assignment in assignments:
@@ -92,8 +91,6 @@ def run_notebook(
     The notebook finds the folder ``figures`` as ``HAT_FIGURES``, and computes with ``threads`` threads unless None. A
     cell may take ``cell_timeout`` seconds.
     """
-    import papermill
-
     figures.mkdir(parents=True, exist_ok=True)
     environment = {"HAT_FIGURES": str(figures.resolve())} | (dict.fromkeys(THREADS, str(threads)) if threads else {})
     try:

@@ -189,7 +189,8 @@ def test_the_project_is_fetched_once_and_torch_stays(monkeypatch, tmp_path):
     clone, install = ran
     assert clone[:2] == ["git", "clone"] and clone[-1] == "hat-workbook"
     # The installed torch is requested by its exact version, so that pip cannot choose another.
-    assert install[1:4] == ["-m", "pip", "install"] and install[-1] == f"torch=={version('torch')}"
+    assert install[1:4] == ["-m", "pip", "install"]
+    assert install[-2:] == ["hat-workbook[workbook]", f"torch=={version('torch')}"]
     assert sys.path[0] == str(tmp_path / "hat-workbook")  # an editable install shows only in the next process
 
 
