@@ -8,6 +8,7 @@ or ``token`` (the whole FFN; the published method).
 
 from __future__ import annotations
 
+import ast
 import math
 import os
 import tempfile
@@ -76,6 +77,16 @@ def replaced(path: Path) -> Iterator[Path]:
         os.replace(Path(scratch, path.name), path)
 
 
+def check_writable(folder: Path, what: str = "a checkpoint") -> None:
+    """Raise unless ``what`` can be written to ``folder``; leaves nothing behind."""
+    folder = folder.expanduser().absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise HatError(f"cannot write {what} to {folder}: {error.strerror or error}") from error
+
+
 def shown(value: object) -> str:
     """``repr`` for an error message: one line of at most 80 characters."""
     try:
@@ -83,6 +94,14 @@ def shown(value: object) -> str:
     except ValueError:  # Python writes out no whole number of more than 4,300 digits
         text = f"a number too long to print ({type(value).__name__})"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def literal(text: str) -> object:
+    """The number, list or other value that ``text`` is in Python, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def check_fraction(name: str, value: object, low: float, high: float) -> float:

@@ -6,24 +6,17 @@ imported inside the commands, so that ``hat --help`` answers at once.
 
 from __future__ import annotations
 
-import errno
 import os
-import sys
-import warnings
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
-from hat_lib.cli.analyze import analyze
+from hat_lib.cli import options
 from hat_lib.cli.batch import batch
-from hat_lib.cli.cost import cost
-from hat_lib.cli.evaluate import evaluate
-from hat_lib.cli.generate import generate
-from hat_lib.cli.options import option, say
-from hat_lib.cli.play import explain, play
-from hat_lib.cli.sweep import sweep
+from hat_lib.cli.generate import explain, generate, play
+from hat_lib.cli.measure import analyze, evaluate, sweep
+from hat_lib.cli.options import option
 from hat_lib.cli.train import calibrate, train
-from hat_lib.config import HatError
+from hat_lib.terminal import Commands
 
 
 def setup(
@@ -46,6 +39,21 @@ def setup(
             typer.echo("\n".join(environment()))
 
 
+def cost(base: str = options.BUNDLED, dtype: str | None = options.DTYPE, threads: int | None = options.THREADS) -> None:
+    """Memory that a base and its adapter need.
+
+    Reads the base's config and no weights. The engine's copy of the weights comes beside the base's own, and serves all
+    capacities.
+    """
+    options.start(threads)
+    from hat_lib.base.load import default_dtype, parse_dtype
+    from hat_lib.training.memory import needs
+
+    parts = needs(base, default_dtype("cpu") if dtype in (None, "auto") else parse_dtype(dtype))
+    for part, size in parts.items():
+        typer.echo(f"{part:56} {f'{size / 2**30:.2f} GiB' if size >= 2**30 else f'{size / 2**20:.1f} MiB':>12}")
+
+
 # \b keeps the line breaks of a paragraph.
 EXAMPLE = """\b
 From nothing to a measured price of less compute:
@@ -58,40 +66,8 @@ From nothing to a measured price of less compute:
 """
 
 
-class Friendly:
-    """The one place where bad input becomes a line on stderr, and Ctrl-C exit code 130."""
-
-    def invoke(self, ctx):
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # an ASCII-only terminal shows question marks for other characters
-                stream.reconfigure(errors="replace")
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_, **__: say("warning", message)
-                return super().invoke(ctx)
-        except HatError as error:
-            say("error", error)
-            raise typer.Exit(2) from None
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # which typer ends quietly
-                raise
-            say("error", f"{error.filename or 'cannot write'}: {error.strerror or error}")
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            typer.echo("\ninterrupted", err=True)
-            raise typer.Exit(130) from None
-
-
-class Command(Friendly, TyperCommand):
-    """A program of one command, such as ``python -m studies``."""
-
-
-class Hat(Friendly, TyperGroup):
-    """``hat`` itself."""
-
-
 app = typer.Typer(
-    cls=Hat,
+    cls=Commands,
     help="Hierarchical Adaptive Transformer: per-token compute for a frozen Llama.",
     epilog=EXAMPLE,
     no_args_is_help=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -41,24 +40,16 @@ def batch(
     if (engine == "dask") != (scheduler is not None):
         raise HatError("--engine dask and --scheduler tcp://HOST:PORT go together")
 
-    import pandas as pd
-
     try:
-        from joblib import cpu_count
-
         from hat_lib.workbook.batch import batch as carry_out
-        from hat_lib.workbook.batch import dask, latest_rows, local, parse_grid, run_name
+        from hat_lib.workbook.batch import dask, local, parse_grid, table
         from hat_lib.workbook.notebooks import select
     except ImportError as error:
         raise missing(error) from error
 
     path, out = select([notebook], NOTEBOOKS)[0], out.expanduser()
     points = parse_grid(path, grid)
-    workers = partial(dask, address=scheduler)
-    if engine == "local":
-        jobs = jobs or min(len(points), cpu_count())
-        threads = threads or max(1, cpu_count() // jobs)
-        workers = partial(local, jobs=jobs)
+    workers = partial(dask, address=scheduler) if scheduler else partial(local, jobs=jobs)
     settings = {"threads": threads, "retries": retries, "cell_timeout": cell_timeout}
     try:
         for row in carry_out(path, points, out, workers, **settings):
@@ -67,9 +58,8 @@ def batch(
         again = shlex.join(["hat", *sys.argv[1:]])
         typer.echo(f"\ninterrupted; finished runs stay, and the same command does the others: {again}", err=True)
         raise typer.Exit(130) from None
-    latest = latest_rows(out)
-    table = pd.DataFrame([asdict(latest[run_name(point)]) for point in points])
-    typer.echo("\n" + table[["run", "status", "attempts", "seconds"]].to_string(index=False))
+    done = table(out, points)
+    typer.echo("\n" + done.to_string(index=False))
     typer.echo(f"wrote {out}")
-    if (table["status"] != "ok").any():
+    if (done["status"] != "ok").any():
         raise typer.Exit(1)

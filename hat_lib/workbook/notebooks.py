@@ -6,7 +6,6 @@ are checked here first.
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import threading
@@ -17,7 +16,7 @@ import nbformat
 import papermill
 from nbformat import NotebookNode
 
-from hat_lib.config import HatError
+from hat_lib.config import HatError, literal
 from hat_lib.workbook.session import RESULT
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -62,25 +61,18 @@ def parse_parameters(assignments: list[str], notebooks: list[Path]) -> dict:
             if not equals or name not in known:
                 names = ", ".join(known) or "none"
                 raise HatError(f"{notebook.name} takes NAME=VALUE of its parameters ({names}), got {assignment!r}")
-            parameters[name] = _typed(name, text, _literal(known[name]["default"]))
+            parameters[name] = _typed(name, text, literal(known[name]["default"]))
     return parameters
 
 
 def _typed(name: str, text: str, default):
     kind = type(default)
-    value = text if kind is str else _literal(text)
+    value = text if kind is str else literal(text)
     if kind is float and type(value) is int:
         value = float(value)
     if default is not None and type(value) is not kind:
         raise HatError(f"parameter {name!r} must be of type {kind.__name__}, like {default!r}; got {text!r}")
     return value
-
-
-def _literal(source: str):
-    try:
-        return ast.literal_eval(source)
-    except (ValueError, SyntaxError):
-        return source
 
 
 def run_notebook(
