@@ -51,16 +51,13 @@ def generate(
     if refresh_speed and target_speedup is None:
         raise HatError("--refresh-speed measures for a target: add --target-speedup")
     if lossless and (steer or show_compute or gate_prompt):
-        raise HatError(
-            "--lossless lets the base decide on every token: leave out --steer, --show-compute and --gate-prompt"
-        )
+        raise HatError("--lossless lets the base decide: leave out --steer, --show-compute and --gate-prompt")
     prompt = prompt_option if prompt is None else prompt
     if prompt == "-":
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the terminal's encoding is
         prompt = sys.stdin.read()
     options.check_prompt("generate", prompt)
     options.start(threads)
-
     from transformers import TextStreamer
 
     from hat_lib.decoding.inference import AdaptiveInference, check_sampling
@@ -73,7 +70,6 @@ def generate(
     hat.weight_format = weights
     if weights != "base" and not hat.decoding.startswith("engine"):
         warnings.warn(f"--weights {weights} changes nothing here: {hat.decoding}", stacklevel=1)
-
     infer = AdaptiveInference(hat, versus)
     if refresh_speed:
         infer.curve(refresh=True)
@@ -111,16 +107,15 @@ def explain(
         check_writable(html.parent, "a page")
     options.start(threads)
     from hat_lib.evaluation import tokens
-    from hat_lib.evaluation.screen import Screen, check_prompt
+    from hat_lib.evaluation.screen import Screen
     from hat_lib.plotting.style import write
     from hat_lib.workbook.play_page import still_page
 
     hat = options.load(**model)
-    if html is not None:
-        check_prompt(hat, prompt)
+    page = "" if html is None else still_page(Screen(hat), {"Prompt": (prompt, "")})
     typer.echo(str(tokens.explain(hat, prompt)))
     if html is not None:
-        write(html, still_page(Screen(hat), {"Prompt": (prompt, "")}).encode())
+        write(html, page.encode())
         typer.echo(f"wrote {html}", err=True)
 
 

@@ -1,7 +1,4 @@
-"""What several commands take: options with their help, and the checks before a model is loaded.
-
-torch is only imported inside functions, so that help answers at once.
-"""
+"""What several commands take, and how a model is loaded. torch is imported inside functions: help answers at once."""
 
 from __future__ import annotations
 
@@ -58,14 +55,10 @@ EXIT_RATE = share(
     check=check_exit_rate,
 )
 DTYPE = dtype(None, f"{DTYPES}. [default: bf16 where the hardware computes in it, else fp32]")
-THREADS = option(
-    None, "Threads to compute with. [default: one a core]", check=partial(check_count, "threads", low=1, high=1024)
-)
+THREADS = option(None, "Threads to use. [default: one a core]", check=partial(check_count, "threads", low=1, high=1024))
 TEXT = option("addresses", f"What to measure on: {TEXTS}.")
 SPLIT = option(
-    None,
-    "Part of the text: train, validation, test (5 % of a file), or all. [default: test; all of a file that the "
-    "checkpoint was not made with]",
+    None, "train, validation, test (5 % of a file) or all of it. [default: test; all of a file new to the checkpoint]"
 )
 MAX_TOKENS = option(4000, "Tokens of text, at least 2; more makes the interval narrower.", min=2)
 

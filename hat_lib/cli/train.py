@@ -14,20 +14,14 @@ from hat_lib.cli import options
 from hat_lib.cli.options import option
 from hat_lib.config import HatConfig, HatError, check_capacity, check_writable, literal
 
-GRANULARITY = option(
-    HatConfig.granularity,
-    "What a router decides about, per token: channel (an input channel of a linear layer) or token (the whole FFN; the "
-    "published method).",
-    check=options.check_grain,
-)
-TERMINATED = "terminated"
+GRAIN = option(HatConfig.granularity, "channel (linear layers' inputs) or token (the FFN).", check=options.check_grain)
 
 
 def calibrate(
     save: Path = option(..., "Folder to write the checkpoint to; an older one in it is replaced."),
     base: str = options.BUNDLED,
     text: str = option("bundled", f"Measure on its train and validation splits: {options.TEXTS}."),
-    granularity: str = GRANULARITY,
+    granularity: str = GRAIN,
     tokens: int = option(12_000, "Tokens of text to take scores from; more is steadier and slower.", min=256),
     probe_tokens: int = option(4096, "Tokens to measure each layer's effect on the output with.", min=16),
     dtype: str = options.dtype("fp32", f"Of the passes: {options.DTYPES}. The thresholds serve every dtype."),
@@ -67,7 +61,7 @@ def train(
         "Sources joined by +: self and openings (text that the base writes itself) and train splits of addresses, "
         "files or Hub datasets. [default: addresses+openings for channel, addresses+self for token; quick: addresses]",
     ),
-    granularity: str = GRANULARITY,
+    granularity: str = GRAIN,
     recipe: str = option("default", "default (what worked best for the grain) or published (token grain alone)."),
     profile: str = option("full", "quick (a few minutes on two cores) or full."),
     checkpoint: Path | None = option(None, "Start from its calibration (channel grain), or routers (phase exit)."),
@@ -99,7 +93,6 @@ def train(
     folder = (save or resume).expanduser()
     check_writable(folder)
     options.start(threads)
-
     from hat_lib.text.check import check_training_texts
     from hat_lib.training.run import RUN_FILE, Run
     from hat_lib.training.run import train as carry_out
@@ -117,10 +110,9 @@ def train(
     try:
         outcomes = carry_out(run, folder, resume=resume is not None, max_minutes=max_minutes)
     except KeyboardInterrupt as stop:
-        how, code = (TERMINATED, 143) if str(stop) == TERMINATED else ("interrupted", 130)
         if main and (folder / RUN_FILE).exists():
-            typer.echo(f"\n{how}; what was trained is saved; {go_on}", err=True)
-        raise typer.Exit(code) from None
+            typer.echo(f"\n{str(stop) or 'interrupted'}; what was trained is saved; {go_on}", err=True)
+        raise typer.Exit(143 if str(stop) else 130) from None
     if not main:
         return
     for outcome in outcomes:
@@ -133,7 +125,7 @@ def train(
 
 def _terminate(*_) -> None:
     """SIGTERM by default would end the process without a word."""
-    raise KeyboardInterrupt(TERMINATED)
+    raise KeyboardInterrupt("terminated")
 
 
 def _setting(text: str) -> tuple[str, object]:
