@@ -3,6 +3,7 @@ say what the data says and name commands that exist."""
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -66,6 +67,19 @@ def test_what_is_imported_is_declared():
         extra = ranges(EXTRAS["workbook"]) if path.parent.name == "workbook" else {}
         assert package in library | optional | extra, f"{path} imports {package}"
     assert library.keys() - {package for package, _ in found} == {"gguf"}  # transformers reads .gguf files by it
+
+
+def test_only_what_runs_notebooks_needs_their_packages():
+    names = {name.replace("-", "_") for name in ranges(EXTRAS["workbook"])} - {"traitlets"}  # which IPython needs
+    code = f"import runpy, sys; sys.modules |= dict.fromkeys({names}); "
+    code += "runpy.run_module(sys.argv.pop(1), None, '__main__')"
+    commands = {"hat_lib generate x --base random:tiny --capacity 1": 0, "hat_lib setup --no-fetch": 0}
+    commands |= {"hat_lib batch 05 --grid seed=0 --out new": 2, "hat_lib.workbook run": 1}
+    for command, expected in commands.items():
+        args = [sys.executable, "-c", code, *command.split()]
+        done = subprocess.run(args, cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == expected, done.stderr
+        assert ("pip install 'hat-workbook[workbook]'" in done.stderr) == (expected > 0)
 
 
 def test_what_lies_beside_the_modules_is_packaged():

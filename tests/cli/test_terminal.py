@@ -29,33 +29,6 @@ def test_a_full_disk_is_one_line():
         write(Path("/dev/full"), b"a page")
 
 
-WITHOUT = """
-import re, sys, tomllib
-extra = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["workbook"]
-names = {re.match(r"[\\w-]+", package)[0].replace("-", "_") for package in extra}
-sys.modules |= dict.fromkeys(names - {"traitlets"})  # which IPython brings
-from hat_lib.cli.app import app
-for args in sys.argv[1:]:
-    try:
-        app(args.split())
-    except SystemExit as ended:
-        print("ended with", ended.code)
-"""
-
-
-def test_without_the_packages_for_notebooks():
-    """Only a command that runs notebooks needs them, and says what to install."""
-    commands = "generate x --base random:tiny --capacity 1", "setup --no-fetch", "batch 05 --grid seed=0 --out new"
-    environment = {**os.environ, "PYTHONPATH": str(REPO)}
-    command = [sys.executable, "-c", WITHOUT, *commands]
-    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
-    ended = [line[-1] for line in done.stdout.splitlines() if line.startswith("ended")]
-    assert ended == ["0", "0", "2"] and done.stderr.endswith("pip install 'hat-workbook[workbook]'\n"), done.stderr
-    command = [sys.executable, "-c", WITHOUT.replace("hat_lib.cli.app", "hat_lib.workbook.__main__"), "run"]
-    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
-    assert done.stderr == "error: no package nbformat: pip install 'hat-workbook[workbook]'\n"
-
-
 @pytest.mark.slow
 def test_an_installed_copy(tmp_path):
     """As installed by `pip install .`, without the rest of the repository."""
