@@ -47,28 +47,23 @@ def test_conda_pip_and_make_ask_for_the_same_packages():
     assert f"\nTORCH := {torch}\n" in (REPO / "Makefile").read_text()
 
 
-def imported(folder):
-    """What the modules of a folder import: (package under pip's name, module) pairs."""
-    known, found = packages_distributions(), set()
-    for path in folder.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
-            names = {module.partition(".")[0] for module in modules} - {*sys.stdlib_module_names, "hat_lib"}
-            found |= {(canonicalize_name(known.get(name, [name])[0]), path) for name in names}
-    return found
-
-
 def test_what_is_imported_is_declared():
     """Only modules of the workbook import what its extra brings."""
     library, optional = ranges(PROJECT["dependencies"]), ranges(EXTRAS["eval"] + EXTRAS["cluster"])
-    found = imported(REPO / "hat_lib")
-    for package, path in found:
+    known, found = packages_distributions(), set()
+    for path in (REPO / "hat_lib").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        names = {module.partition(".")[0] for module in modules} - {*sys.stdlib_module_names, "hat_lib"}
+        packages = {canonicalize_name(known.get(name, [name])[0]) for name in names}
         extra = ranges(EXTRAS["workbook"]) if path.parent.name == "workbook" else {}
-        assert package in library | optional | extra, f"{path} imports {package}"
-    assert library.keys() - {package for package, _ in found} == {"gguf"}  # transformers reads .gguf files by it
+        assert packages <= {*library, *optional, *extra}, path
+        found |= packages
+    assert library.keys() - found == {"gguf"}  # transformers reads .gguf files by it
 
 
+@pytest.mark.slow
 def test_only_what_runs_notebooks_needs_their_packages():
     names = {name.replace("-", "_") for name in ranges(EXTRAS["workbook"])} - {"traitlets"}  # which IPython needs
     code = f"import runpy, sys; sys.modules |= dict.fromkeys({names}); "
