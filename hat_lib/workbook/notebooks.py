@@ -16,7 +16,7 @@ import nbformat
 import papermill
 from nbformat import NotebookNode
 
-from hat_lib.config import HatError, literal
+from hat_lib.config import HatError, literal, replaced
 from hat_lib.workbook.session import RESULT
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -176,5 +176,6 @@ def clean_file(path: Path, source: Path | None = None) -> bool:
     text = nbformat.writes(clean(nb)) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return False
-    path.write_text(text, encoding="utf-8")
+    with replaced(path) as new:
+        new.write_text(text, encoding="utf-8")
     return True
