@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_runs import skipping, tiny
 
-from hat_lib.cli.cost import SAVED, needs
 from hat_lib.engine.weights import pack, packed_bytes
+from hat_lib.training.memory import SAVED, needs
 from hat_lib.training.objective import Objective
 from hat_lib.training.recipe import Recipe
 

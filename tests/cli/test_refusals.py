@@ -52,7 +52,7 @@ def refuses(run_hat, tmp_path):
         ((*EVALUATE, "--tasks", "a", "--documents"), "--documents"),
         ((*CALIBRATE, "--granularity", "block"), "block"),
         ((*CALIBRATE, "--text", "docstrings"), "docstrings"),
-        ((*SWEEP, "--seed", "0,abc"), "0,abc"),
+        ((*SWEEP, "--seed", "0,abc"), "seed"),
         (("sweep", "--out", "x.png"), "x.png"),
         ((*SWEEP, "--grains", "word"), "word"),
         ((*SWEEP, "--variants", "trained,lucky"), "lucky"),
