@@ -31,7 +31,7 @@ from transformers import DynamicCache
 from hat_lib.base.load import Base
 from hat_lib.base.spread import overridden
 from hat_lib.config import HatError, cache_dir, check_count
-from hat_lib.text.blocks import at_even_distances, load_text
+from hat_lib.text.blocks import evenly, load_text
 from hat_lib.text.corpora import FOLDER
 
 SELF, OPENINGS = "self", "openings"
@@ -72,7 +72,7 @@ def training_text(
         whole = np.flatnonzero([len(ids) == block_size for ids in found["input_ids"]])
         if len(whole) * block_size >= each:
             found = found.select(whole)
-        rows += at_even_distances(found, round(each / block_size))
+        rows += evenly(found, round(each / block_size))
     order = np.random.default_rng(seed).permutation(len(rows))
     return Dataset.from_list([{**rows[at], "index": number} for number, at in enumerate(order)])
 
