@@ -23,6 +23,7 @@ from hat_lib.calibration.quantiles import ScoreQuantiles
 from hat_lib.calibration.token_sensitivity import backward
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.head import likely
+from hat_lib.text.blocks import evenly
 
 # Shares at which the damage is priced. k (1 - s)^p is fitted to the last three.
 PROBE_SHARES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75)
@@ -144,8 +145,8 @@ def head_points(hat: HierarchicalTransformer, blocks: Sequence[Tensor], progress
     with hat.dense():
         for block in tqdm(blocks, desc="final states", disable=not progress):
             states = lm.model(block, use_cache=False).last_hidden_state[0]
-            chosen.append(states[np.linspace(0, len(states) - 1, min(each, len(states))).round().astype(int)])
-        states = torch.cat(chosen)
+            chosen += evenly(states, each)
+        states = torch.stack(chosen)
         # A score is a magnitude times a norm: a shortlist at threshold 1 has thresholds of one over the norms.
         scores = states.float().abs() / hat.shortlist(1.0, 0.0).threshold.to(states.device)
         thresholds = np.unique(np.quantile(scores.cpu().numpy(), 1 - np.array(SHARES))).tolist()

@@ -136,7 +136,7 @@ def evenly(rows: Dataset | Sequence, count: int) -> Dataset | list:
 
 
 def spread(blocks: Dataset | Sequence, tokens: int) -> Dataset | list:
-    """About ``tokens`` tokens in whole blocks, evenly spaced. A block is a row of `load_text` or its ids, ``[..., T]``."""
+    """About ``tokens`` tokens in whole blocks, evenly spaced, of a dataset of `load_text` or of tensors of ids."""
     return evenly(blocks, round(tokens * len(blocks) / count_tokens(blocks)))
 
 

@@ -13,11 +13,6 @@ from torch import Tensor
 from hat_lib.training.straight_through import row_slices
 
 
-def distillation(teacher: Tensor, student: Tensor) -> Tensor:
-    """Mean of `divergence` over the tokens: KL(teacher || student) in nats per token, a scalar."""
-    return mean(divergence(teacher, student))
-
-
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """``sum_v p_v (log p_v - log q_v)`` of each token, with p = softmax(teacher), q = softmax(student).
 
@@ -45,14 +40,6 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     return (kl + (inner - inner.detach())).view(student.shape[:-1])
 
 
-def budget(share: Tensor, target: float | Tensor) -> Tensor:
-    """``|share - target|``: how far the executed share of work is from the requested capacity, both in [0, 1].
-
-    ``share`` is the GLOBAL mean, a scalar with gradient, so layers and tokens are free to find their own shares.
-    """
-    return (share - target).abs()
-
-
 def z_loss(scores: Tensor) -> Tensor:
     """``mean (log(exp(s/2) + exp(-s/2)))^2``: router z-loss (Zoph et al. 2022, arXiv:2202.08906, eq. 5).
 
@@ -76,15 +63,9 @@ def entropy(scores: Tensor) -> Tensor:
     return mean(F.softplus(-a) + a * torch.sigmoid(-a))
 
 
-def exit_targets(teacher: Tensor, exited: Tensor) -> Tensor:
-    """Which tokens may leave, bool ``[...]``: those whose most likely next token is the same at the exit as for the
-    teacher. Both arguments are logits ``[..., V]``, after the final norm and head."""
-    return teacher.argmax(-1) == exited.argmax(-1)
-
-
 def exit_loss(gate_logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the gate's (stay, leave) logits ``[..., 2]`` with bool ``targets`` ``[...]``, True for leave
-    (`exit_targets`), in nats per token."""
+    """Cross-entropy of the gate's (stay, leave) logits ``[..., 2]`` with bool ``targets`` ``[...]``, True where the
+    token may leave, in nats per token."""
     logits, classes = _at_least_fp32(gate_logits).reshape(-1, 2), targets.reshape(-1).long()
     return F.cross_entropy(logits, classes, reduction="sum") / max(len(classes), 1)
 

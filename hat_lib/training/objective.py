@@ -13,6 +13,10 @@ All randomness is a function of (seed, step, sample): two processes, or a resume
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -21,9 +25,45 @@ from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.policies import KeepAll, MaskedInput
 from hat_lib.method.trace import Trace
 from hat_lib.training import losses
-from hat_lib.training.budget_split import BudgetSplit, Thresholds
 from hat_lib.training.recipe import Recipe
 from hat_lib.training.straight_through import decoupled_gumbel_softmax, masked_channels, seeded, straight_through
+
+Thresholds = Callable[[float], dict[tuple[int, str], float]]
+"""capacity -> score thresholds by (layer, site)"""
+
+# Capacities at which the split of the budget has offsets of its own, and from which on it has none.
+KNOTS, UNTIL = (0.4, 0.55, 0.7), 0.85
+
+
+class BudgetSplit(nn.Module):
+    """The split of a budget over layers and sites, learned: offsets of the log-scores, fp32 ``[K, L, S]``, 0 untrained.
+
+    Calibration prices each site on its own, close to the dense model. Where half of the work is skipped the damage adds
+    up differently, and another split of the same budget costs a third less KL (docs/experiments/learned-split.md). The
+    K knots are capacities; between them offsets follow a straight line, below the first they stay, and from `UNTIL` on
+    they are 0, because there the prices are right. After training they are part of the table of thresholds.
+    """
+
+    def __init__(self, n_layers: int, sites: tuple[str, ...]):
+        super().__init__()
+        self.sites = tuple(sites)
+        self.offsets = nn.Parameter(torch.zeros(len(KNOTS), n_layers, len(sites)))
+
+    def at(self, capacity: float) -> Tensor:
+        """Offsets at a capacity, ``[L, S]``, differentiable."""
+        weights = [np.interp(capacity, (*KNOTS, UNTIL), row) for row in np.eye(len(KNOTS) + 1)[:-1]]
+        return (self.offsets * self.offsets.new_tensor(weights)[:, None, None]).sum(0)
+
+    def on(self, nominal: Thresholds) -> Thresholds:
+        """The thresholds ``nominal``, moved by the offsets as they are when asked."""
+
+        @torch.no_grad()
+        def moved(capacity: float) -> dict[tuple[int, str], float]:
+            factors = self.at(capacity).neg().exp().tolist()
+            by = {(i, s): f for i, row in enumerate(factors) for s, f in zip(self.sites, row, strict=True)}
+            return {key: threshold * by.get(key, 1.0) for key, threshold in nominal(capacity).items()}
+
+        return moved
 
 
 class Relaxed:
@@ -125,18 +165,19 @@ class Objective(nn.Module):
     def _routers(self, batch, teacher, capacity, keys, step, steps) -> dict:
         hat, recipe, head = self.hat, self.recipe, self.hat.lm.lm_head
         policy = Relaxed(hat, self.nominal(capacity), keys, recipe, self.split and self.split.at(capacity))
-        corrected, dropped = hat.correction_strength(capacity), self._dropped(keys, step, steps)
-        with hat.changed(compact=False, dropped=dropped), hat.using(policy), hat.correcting(corrected):
+        strength, dropped = hat.correction_strength(capacity), self._dropped(keys, step, steps)
+        with hat.changed(compact=False), hat.using(policy), hat.correcting(strength), self._without(dropped):
             student = self._hidden(batch).last_hidden_state
         # One sequence at a time: the logits of a whole batch would be the largest tensors of the step.
         kl, real = 0.0, batch["attention_mask"].bool()
         for b in range(len(real)):
             logits = head(teacher[b][real[b]]), head(student[b][real[b]])
-            kl = kl + losses.distillation(*logits) * real[b].sum()
+            kl = kl + losses.mean(losses.divergence(*logits)) * real[b].sum()
         kl = kl / real.sum()
         table = hat.calibration
         share = capacity if table is None else table.layer_capacity_at(capacity, hat.site_work)
-        loss = kl + recipe.budget_weight * losses.budget(policy.share, share)
+        # Of the mean share over all layers and tokens, so that each is free to find its own.
+        loss = kl + recipe.budget_weight * (policy.share - share).abs()
         out = {"kl": kl.detach(), "share": policy.share.detach()}
         if policy.scores:
             scores = torch.stack(policy.scores)[:, real.view(-1)]
@@ -147,12 +188,26 @@ class Objective(nn.Module):
         site_share = hat.trace.site_share.flatten(2).sum(-1) / hat.trace.real.sum()
         return {"loss": loss, **out, "site_share": site_share}
 
-    def _dropped(self, keys, step: int, steps: int) -> Tensor | None:
+    def _dropped(self, keys, step: int, steps: int) -> Tensor:
+        """Which layers a sequence goes without, bool ``[L, B]``."""
         chance = self.recipe.layer_dropout_at(step, steps, self.hat.config.n_layers)
-        if not chance.any():
-            return None
         drawn = np.stack([np.random.default_rng([*key, 2]).random(len(chance)) for key in keys], 1)
-        return torch.from_numpy(drawn < chance[:, None]).to(self.hat.base.device)
+        return torch.from_numpy(drawn < chance[:, None])
+
+    @contextmanager
+    def _without(self, dropped: Tensor) -> Iterator[None]:
+        """Context: a layer gives back its input for each sequence that goes without it."""
+
+        def undo(sequences: Tensor, layer: nn.Module, args: tuple, out: Tensor) -> Tensor:
+            return torch.where(sequences[:, None, None].to(out.device), args[0].to(out.device), out)
+
+        layers = zip(self.hat.lm.model.layers, dropped, strict=True)
+        hooks = [layer.register_forward_hook(partial(undo, of_layer)) for layer, of_layer in layers if of_layer.any()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _exits(self, batch, teacher, capacity, keys, step, steps) -> dict:
         hat, recipe, head, norm = self.hat, self.recipe, self.hat.lm.lm_head, self.hat.lm.model.norm
@@ -163,7 +218,7 @@ class Objective(nn.Module):
         rows, columns = _sample(candidates, recipe.exit_tokens, keys)
         counts = torch.bincount(rows, minlength=len(keys)).tolist()
         base = head(teacher[rows, columns])
-        wrong_stay = ~losses.exit_targets(base, head(hidden.last_hidden_state[rows, columns]))
+        wrong_stay = base.argmax(-1) != head(hidden.last_hidden_state[rows, columns]).argmax(-1)
 
         stay = torch.ones(len(rows), device=rows.device)
         cost, left, agreed = torch.zeros_like(stay), torch.zeros_like(stay), []
@@ -172,7 +227,7 @@ class Objective(nn.Module):
             h = hidden.hidden_states[int(depth)][rows, columns]
             logits = head(norm(gate.translate(h)))
             translate = translate + losses.mean(losses.divergence(base, logits)) / len(hat.gates)
-            right = losses.exit_targets(base, logits)
+            right = base.argmax(-1) == logits.argmax(-1)
             agreed.append(losses.mean(right.float()))
             decisions = gate.logits(h)
             gate_loss = gate_loss + losses.exit_loss(decisions, right) / len(hat.gates)
@@ -189,7 +244,7 @@ class Objective(nn.Module):
             # A token that leaves here, not having left before, pays if this exit is wrong.
             cost, left, stay = cost + stay * leave * ~right, left + stay * leave, stay * (1 - leave)
         wrong, rate = losses.mean(cost + stay * wrong_stay), losses.mean(left)
-        pull = losses.budget(rate, recipe.sampled_exit_rate(step) if len(rows) else 0.0)
+        pull = (rate - (recipe.sampled_exit_rate(step) if len(rows) else 0.0)).abs()
         loss = translate + gate_loss + recipe.decision_weight * (wrong + recipe.budget_weight * pull)
         return {
             "loss": loss, "kl": translate.detach(), "gate_loss": gate_loss.detach(), "wrong": wrong.detach(),

@@ -6,7 +6,7 @@ A run owns a folder:
     log.csv                                    one row per logged step of either phase
     validation.csv                             the learning curve, where the recipe names a validation text
     run.json                                   what was asked for: recipe, base, command, versions
-    work/                                      training states and tensorboard files; gone when the run is done
+    work/                                      training states; gone when the run is done
 
 A run stopped by Ctrl-C, a time limit or a kill resumes from the last state in ``work``. One process at a time, or one
 torchrun group, may train in a folder: it holds a lock, which the system releases if the process dies.
@@ -37,10 +37,10 @@ from hat_lib.config import CAPACITY_MIN, HatConfig, HatError, lock
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
 from hat_lib.method.grain import GRAINS
-from hat_lib.text.blocks import held_out, load_text, spread, text_hash
+from hat_lib.text.blocks import count_tokens, held_out, load_text, spread, text_hash
 from hat_lib.text.mixture import OWN, sources, training_text
-from hat_lib.training.budget_split import Thresholds
-from hat_lib.training.log import seconds_so_far
+from hat_lib.training.log import replacing, seconds_so_far
+from hat_lib.training.objective import Thresholds
 from hat_lib.training.recipe import PHASES, Recipe
 from hat_lib.training.trainer import Outcome, train_phase
 
@@ -84,9 +84,8 @@ class Run:
 
     def write(self, folder: Path) -> None:
         versions = {"hat_lib": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        temporary = folder / f".{RUN_FILE}"
-        temporary.write_text(json.dumps({**asdict(self), "versions": versions}, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(folder / RUN_FILE)
+        with replacing(folder / RUN_FILE) as written:
+            written.write_text(json.dumps({**asdict(self), "versions": versions}, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -139,14 +138,13 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
         source = next((name for name in sources(recipe.text) if name not in OWN), "addresses")
         part = partial(held_out, source, base.tokenizer, wanted, recipe.block_size)
         held = part(splits=["validation"])
-        if (found := sum(map(len, held["input_ids"]))) < LEAST_TOKENS:
+        if (found := count_tokens(held)) < LEAST_TOKENS:
             raise HatError(
                 f"{source}: trained models are calibrated on the validation split, which has {found} tokens, expected "
                 f"at least {LEAST_TOKENS}: bring at least {math.ceil(LEAST_TOKENS / found)} times as much text"
             )
         how = {"block_size": recipe.block_size, "seed": recipe.seed, "progress": progress}
-        blocks = training_text(base, recipe.text, recipe.tokens, **how)
-        validation = None
+        blocks, validation = training_text(base, recipe.text, recipe.tokens, **how), None
         if recipe.validation:
             rows = load_text(recipe.validation, base.tokenizer, split="validation", block_size=512)
             validation = spread(rows, recipe.validation_tokens)
@@ -178,8 +176,8 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
                 else:
                     _, agreement = calibrate_exits(hat, held["input_ids"], progress=progress)
                     summary["exit_agreement"] = [[round(a, 4) for a in row] for row in agreement]
-                minutes, tokens = seconds_so_far(folder / LOG_FILE, phase) / 60, sum(map(len, blocks["input_ids"]))
-                summary[phase] = {"steps": outcome.steps, "minutes": round(minutes, 1), "tokens": tokens}
+                minutes = round(seconds_so_far(folder / LOG_FILE, phase) / 60, 1)
+                summary[phase] = {"steps": outcome.steps, "minutes": minutes, "tokens": count_tokens(blocks)}
                 hat.training_summary = summary | {"recipe": asdict(recipe), "command": run.command}
                 hat.save_pretrained(folder)
             processes.wait_for_everyone()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -32,11 +31,9 @@ from transformers import get_cosine_schedule_with_warmup
 from hat_lib.base.load import first_line
 from hat_lib.config import HatError
 from hat_lib.hat import HierarchicalTransformer
-from hat_lib.training.budget_split import Thresholds
-from hat_lib.training.log import Log
-from hat_lib.training.objective import Objective
+from hat_lib.training.log import Log, extend_curve, replacing
+from hat_lib.training.objective import Objective, Thresholds
 from hat_lib.training.recipe import Recipe
-from hat_lib.training.validation import extend_curve
 
 STATE_FILE = "state.pt"
 """step, trained parameters and optimizer, in the work folder of a phase; read with ``weights_only=True``"""
@@ -92,20 +89,19 @@ def train_phase(
     """
     processes, began = PartialState(cpu=not torch.cuda.is_available()), time.monotonic()
     main, work = processes.is_main_process, folder / "work" / phase
-    state_file = work / STATE_FILE
     objective = Objective(hat, recipe, phase, thresholds).train()
     per_step = recipe.accumulate * processes.num_processes
     epochs = recipe.router_epochs if phase == "routers" else recipe.exit_epochs
     steps = max_steps if max_steps > 0 else math.ceil(epochs * steps_per_epoch(len(blocks), recipe, per_step))
     optimizer = _optimizer(objective)
-    start = _load(state_file, objective, optimizer) if resume and state_file.exists() else 0
+    start = _load(work / STATE_FILE, objective, optimizer) if resume and (work / STATE_FILE).exists() else 0
     warmup = math.ceil(steps * recipe.warmup)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps, last_epoch=start - 1)
 
     processes.wait_for_everyone()
     if main and not start:
         shutil.rmtree(work, ignore_errors=True)
-    log = Log(folder / "log.csv", work, objective, start, steps) if main else None
+    log = Log(folder / "log.csv", objective, start, steps) if main else None
 
     def measure(step: int) -> None:
         if main and validation is not None and phase == "routers":
@@ -121,14 +117,15 @@ def train_phase(
             while step < steps and not stops.reason:
                 if watch and main:
                     watch(False)
-                step_began = time.monotonic()
                 micro_batches = step_rows(len(blocks), recipe, per_step, step)
                 for rows in micro_batches[processes.process_index :: processes.num_processes]:
                     batch = collate([blocks[i] for i in rows], hat.base.device)
                     out = _backward(objective, batch, step, steps)
                     if log:
                         log.add(out, int(batch["attention_mask"].sum()))
-                _average(objective)
+                for parameter in objective.parameters():  # the same ones have a gradient in every process
+                    if parameter.grad is not None:
+                        parameter.grad = reduce(parameter.grad)
                 norm, used_rate = _clip(objective, step), schedule.get_last_lr()[0]
                 optimizer.step()
                 schedule.step()
@@ -138,18 +135,12 @@ def train_phase(
                     bar.set_description(f"{phase}, loss {log.write(step, norm, used_rate):.4g}")
                 stops.check(step == steps)
                 if main and (stops.reason or step % recipe.save_steps == 0 or step == steps):
-                    _save(state_file, step, objective, optimizer)
+                    _save(work / STATE_FILE, step, objective, optimizer)
                     measure(step)
                 bar.update()
-                if progress and step == start + 2 and step < steps:  # the first step allocates
-                    each = time.monotonic() - step_began
-                    minutes = (steps - step) * each / 60
-                    tqdm.write(f"{phase}: {steps} steps of about {each:.2g} s, about {minutes:.0f} minutes", sys.stderr)
             stops.check(True)  # a Ctrl-C while the last step was being saved
     finally:
         bar.close()
-        if log:
-            log.close()
         hat.eval()
         for parameter in hat.hat_parameters().values():
             parameter.requires_grad_(True)
@@ -209,13 +200,6 @@ def _backward(objective: Objective, batch: dict, step: int, steps: int) -> dict:
     return out
 
 
-def _average(objective: Objective) -> None:
-    """The gradients, averaged over all processes; the same parameters have one in each of them."""
-    for parameter in objective.parameters():
-        if parameter.grad is not None:
-            parameter.grad = reduce(parameter.grad)
-
-
 def steps_per_epoch(n_rows: int, recipe: Recipe, per_step: int) -> int:
     """Steps of ``per_step`` micro-batches that an epoch takes."""
     return math.ceil(math.ceil(n_rows / recipe.batch_size) / per_step)
@@ -266,12 +250,10 @@ def _trained(objective: Objective) -> dict[str, Tensor]:
 
 def _save(path: Path, step: int, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
     """Write what `_load` needs, in place of an older state once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
     state = {"step": step, "trained": _trained(objective), "optimizer": optimizer.state_dict()}
     try:
-        torch.save(state, temporary)
-        temporary.replace(path)
+        with replacing(path) as written:
+            torch.save(state, written)
     except (OSError, RuntimeError) as error:  # RuntimeError is how torch reports a full disk
         raise HatError(f"cannot write {path}: {first_line(error)}") from error
 

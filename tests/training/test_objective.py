@@ -8,8 +8,7 @@ import pytest
 import torch
 from tiny_runs import GRAINS, PHASES, new_hat, random_blocks, recipe
 
-from hat_lib.training.budget_split import KNOTS, UNTIL, BudgetSplit
-from hat_lib.training.objective import Objective
+from hat_lib.training.objective import KNOTS, UNTIL, BudgetSplit, Objective
 from hat_lib.training.run import nominal_thresholds
 from hat_lib.training.trainer import collate
 
@@ -103,6 +102,20 @@ def test_draws_depend_on_seed_step_and_sample(grain, drawn):
     torch.rand(5)  # nothing comes from the global random state
     assert value() == found[0] and len(set(found)) > 3
     assert found[1] != found[0] != found[2] and found[4] != found[0]
+
+
+def test_a_dropped_layer_gives_back_its_input():
+    objective, seen = new("channel", "routers"), []
+    lm, dropped = objective.hat.lm, torch.tensor([[False, True], [True, True], [False, False], [False, True]])
+    for layer in lm.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with objective._without(dropped):
+        lm(collate(samples((24, 24)))["input_ids"])
+    for sequences, before, after in zip(dropped, seen, seen[1:], strict=False):
+        assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == sequences.tolist()
+    with pytest.raises(KeyboardInterrupt), objective._without(dropped):
+        raise KeyboardInterrupt
+    assert not any(layer._forward_hooks for layer in lm.model.layers)
 
 
 def test_each_loss_is_the_sum_of_its_parts():
