@@ -44,7 +44,6 @@ BUNDLED_FINGERPRINT = "c402d0de16184249e05bbf7d24aa75f2f5214a141ae4535c229fa6ca9
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -64,11 +63,6 @@ class Base:
         model, count = type(self.model).__name__, self.model.num_parameters()
         dtype, device = str(self.dtype).removeprefix("torch."), self.device
         return f"Base({self.name}: {model}, {count:,} parameters, {dtype}, {device}, {self.fingerprint[:12]})"
-
-    def __getattr__(self, name: str):
-        if "model" in vars(self) and hasattr(self.model, name):
-            raise AttributeError(f"a Base has no {name!r}, its model has: .model.{name}")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,9 +142,8 @@ def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = torch.bfloat
     """
     config = model.config
     rope = {k: float(v) if isinstance(v, int) else v for k, v in config.rope_parameters.items()}
-    keys = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "hidden_act")
-    heads, groups, eps, act = (getattr(config, k) for k in keys)
-    parts = [rope, heads, groups, head_size(config), eps, act]
+    heads = [config.num_attention_heads, config.num_key_value_heads, head_size(config)]
+    parts = [rope, *heads, config.rms_norm_eps, config.hidden_act]
     own = [(window(layer.self_attn), rotates(layer.self_attn)) for layer in model.model.layers]
     if set(own) != {(None, True)}:  # not as in a Llama
         parts += own
@@ -234,8 +227,7 @@ def _pretrained(name: str, source: Path | str, where: dict, dtype: torch.dtype, 
             if keys := sorted(k for k in found[f"{problem}_keys"] if k.endswith((".weight", ".bias"))):
                 raise HatError(f"the config does not fit: {len(keys)} {problem} weights, such as {keys[0]}")
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    if "gguf_file" in where:
-        # Dense from here on: either of these would prevent saving it.
+    if where:  # dense from here on: either of these would prevent saving it
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model, tokenizer

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hat_lib.config import CAPACITY_MIN
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.policies import KeepAll, MaskedInput
 from hat_lib.method.trace import Trace
 from hat_lib.training import losses
 from hat_lib.training.recipe import Recipe
-from hat_lib.training.straight_through import decoupled_gumbel_softmax, masked_channels, seeded, straight_through
 
 Thresholds = Callable[[float], dict[tuple[int, str], float]]
 """capacity -> score thresholds by (layer, site)"""
@@ -66,6 +66,19 @@ class BudgetSplit(nn.Module):
         return moved
 
 
+def nominal_thresholds(hat: HierarchicalTransformer) -> Thresholds:
+    """Capacity -> the thresholds that training of the routers starts from, before any calibration of what they learn.
+
+    Magnitudes: those of the untrained calibration, which the learned scales and split then shift. Logits:
+    ``log((1-c)/c)`` everywhere; with logistic noise a score of 0 is kept with probability c.
+    """
+    if not hat.grain.logits:
+        start = hat.calibration
+        return lambda capacity: start.thresholds_at(max(capacity, CAPACITY_MIN))
+    keys = [(i, site) for i in range(hat.config.n_layers) for site in hat.grain.sites]
+    return lambda capacity: dict.fromkeys(keys, float(np.log(max(1 - capacity, 1e-4) / capacity)))
+
+
 class Relaxed:
     """The training policy: hard decisions with a soft gradient, at score thresholds by (layer, site).
 
@@ -73,15 +86,12 @@ class Relaxed:
     log-scores of a site. Adds up the share of the work that was kept.
     """
 
-    def __init__(
-        self, hat: HierarchicalTransformer, thresholds: dict, keys: list[tuple[int, ...]], recipe: Recipe,
-        offsets: Tensor | None = None,
-    ):  # fmt: skip
+    def __init__(self, hat: HierarchicalTransformer, thresholds: dict, keys: list[tuple], recipe: Recipe, offsets):
         self.hat, self.thresholds, self.keys, self.offsets = hat, thresholds, keys, offsets
         self.temperature, self.noise = recipe.temperature, recipe.noise
-        self.work = dict(zip(hat.grain.sites, hat.site_work, strict=True))
         grain, layers = hat.grain, range(hat.config.n_layers)
-        always = sum(self.work[s] for i in layers for s in grain.sites if grain.always_runs(i, s)) / len(layers)
+        self.work = {site: work / len(layers) for site, work in zip(grain.sites, hat.site_work, strict=True)}
+        always = sum(self.work[s] for i in layers for s in grain.sites if grain.always_runs(i, s))
         self.share: Tensor = torch.tensor(always, device=hat.base.device)
         """mean share of the routable work kept over real tokens, differentiable once the forward is done"""
         self.scores: list[Tensor] = []
@@ -90,16 +100,16 @@ class Relaxed:
     def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: Trace):
         grain, routers, threshold = self.hat.grain, self.hat.routers, self.thresholds[layer, site]
         state.sensitivity = self.thresholds.get((layer, "token"), 1.0)
-        site_number = grain.sites.index(site)
+        number = grain.sites.index(site)
         real, protected = (tokens.view(-1).to(x.device) for tokens in (state.real, state.protected))
-        offset = 0.0 if self.offsets is None else self.offsets[layer, site_number].to(x.device)
+        offset = 0.0 if self.offsets is None else self.offsets[layer, number].to(x.device)
         if grain.scales_thresholds and not self.noise:
             router = routers[f"{layer}_{site}"]
             log_scale = router.log_scale + offset
             scale = grain.threshold_scale(routers, layer, site, x.detach(), state)
             thresholds = (threshold / (router.column_norm * log_scale.exp())).detach() * scale
-            rows = {"protected": protected, "real": real}
-            masked, keep, share = masked_channels(x, log_scale, thresholds, temperature=self.temperature, **rows)
+            how = {"temperature": self.temperature, "protected": protected, "real": real}
+            masked, keep, share = losses.masked_channels(x, log_scale, thresholds, **how)
             self._add(site, share)
             return MaskedInput(masked, keep)
         score = grain.score(routers, layer, site, x, state)
@@ -110,9 +120,9 @@ class Relaxed:
             logit = score.clamp(min=1e-12).log() + offset - np.log(max(threshold, 1e-12))
             protected = protected[:, None]
         # Drawn sequence by sequence, so that a sequence's batch neighbours do not change its noise.
-        how, number = {"temperature": self.temperature, "noise": self.noise}, layer * len(grain.sites) + site_number
+        how, number = {"temperature": self.temperature, "noise": self.noise}, layer * len(grain.sites) + number
         drawn = [
-            straight_through(part, generator=seeded(x.device, *key, number), **how)
+            losses.straight_through(part, generator=losses.seeded(x.device, *key, number), **how)
             for part, key in zip(logit.chunk(len(self.keys)), self.keys, strict=True)
         ]
         keep = torch.where(protected, 1.0, torch.cat(drawn))
@@ -120,7 +130,7 @@ class Relaxed:
         return keep
 
     def _add(self, site: str, share: Tensor) -> None:
-        self.share = self.share + share.to(self.share.device) * (self.work[site] / self.hat.config.n_layers)
+        self.share = self.share + share.to(self.share.device) * self.work[site]
 
 
 class Objective(nn.Module):
@@ -232,11 +242,11 @@ class Objective(nn.Module):
             decisions = gate.logits(h)
             gate_loss = gate_loss + losses.exit_loss(decisions, right) / len(hat.gates)
             drawn = [
-                decoupled_gumbel_softmax(
+                losses.decoupled_gumbel_softmax(
                     part,
                     forward_temperature=recipe.gate_forward_temperature,
                     backward_temperature=recipe.gate_backward_temperature,
-                    generator=seeded(rows.device, *key, 3, number),
+                    generator=losses.seeded(rows.device, *key, 3, number),
                 )
                 for part, key in zip(decisions.split(counts), keys, strict=True)
             ]
@@ -257,7 +267,7 @@ def _sample(candidates: Tensor, count: int, keys) -> tuple[Tensor, Tensor]:
     rows, columns = [], []
     for b, key in enumerate(keys):
         free = candidates[b].nonzero().view(-1)
-        order = torch.randperm(len(free), generator=seeded("cpu", *key, 4))[:count].to(free.device)
+        order = torch.randperm(len(free), generator=losses.seeded("cpu", *key, 4))[:count].to(free.device)
         columns.append(free[order])
         rows.append(torch.full_like(order, b))
     return torch.cat(rows), torch.cat(columns)

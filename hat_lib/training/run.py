@@ -40,7 +40,7 @@ from hat_lib.method.grain import GRAINS
 from hat_lib.text.blocks import count_tokens, held_out, load_text, spread, text_hash
 from hat_lib.text.mixture import OWN, sources, training_text
 from hat_lib.training.log import replacing, seconds_so_far
-from hat_lib.training.objective import Thresholds
+from hat_lib.training.objective import nominal_thresholds
 from hat_lib.training.recipe import PHASES, Recipe
 from hat_lib.training.trainer import Outcome, train_phase
 
@@ -252,19 +252,6 @@ def start_from(
     hat.calibration = checkpoint.calibration
     hat.training_summary = {k: v for k, v in (checkpoint.training or {}).items() if not k.startswith("exit")}
     return hat
-
-
-def nominal_thresholds(hat: HierarchicalTransformer) -> Thresholds:
-    """Capacity -> the thresholds that training of the routers starts from, before any calibration of what they learn.
-
-    Magnitudes: those of the untrained calibration, which the learned scales and split then shift. Logits:
-    ``log((1-c)/c)`` everywhere; with logistic noise a score of 0 is kept with probability c.
-    """
-    if not hat.grain.logits:
-        start = hat.calibration
-        return lambda capacity: start.thresholds_at(max(capacity, CAPACITY_MIN))
-    keys = [(i, site) for i in range(hat.config.n_layers) for site in hat.grain.sites]
-    return lambda capacity: dict.fromkeys(keys, math.log(max(1 - capacity, 1e-4) / capacity))
 
 
 def _is_done(folder: Path, phase: str) -> bool:

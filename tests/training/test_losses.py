@@ -5,8 +5,17 @@ import math
 import pytest
 import torch
 
-from hat_lib.training.losses import divergence, entropy, exit_loss, mean, z_loss
-from hat_lib.training.straight_through import decoupled_gumbel_softmax, masked_channels, seeded, straight_through
+from hat_lib.training.losses import (
+    decoupled_gumbel_softmax,
+    divergence,
+    entropy,
+    exit_loss,
+    masked_channels,
+    mean,
+    seeded,
+    straight_through,
+    z_loss,
+)
 
 LOG3 = math.log(3)
 
