@@ -5,8 +5,6 @@ first use dequantised into fp32 safetensors in the cache. Its perplexity is that
 checkpoints come from the Hub or a folder, as safetensors or GGUF only: no pickle is opened, no remote code is run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """What ran, and where: the columns that every measured row begins with."""
 
-from __future__ import annotations
-
 import platform
 from dataclasses import dataclass
 from pathlib import Path

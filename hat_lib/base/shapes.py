@@ -8,8 +8,6 @@
 All are identical to the bit everywhere, and none touches the caller's random state.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

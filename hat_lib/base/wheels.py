@@ -4,8 +4,6 @@
 installed. A file that differs from its pinned SHA-256 is never opened.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

@@ -7,8 +7,6 @@ channels in the preview and several margins (`hat_lib.method.head`) are tried on
 those on the lower convex hull are kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple

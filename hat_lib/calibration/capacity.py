@@ -11,8 +11,6 @@ At the channel grain, an earlier pass measures how sensitive each token is (`hat
 and the head is one more site.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence

@@ -7,8 +7,6 @@ often those that left agree, is measured on other blocks, with exits on, because
 values that later tokens see. Skipped work changes what a gate reads, so all of this is done at several capacities.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 

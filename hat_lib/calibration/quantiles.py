@@ -1,7 +1,5 @@
 """Held-out text for calibration, and the dense model's scores on it, as a threshold for each share to keep."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby

@@ -12,8 +12,6 @@ Prices are measured where `SHARE` of the channels is kept. At 0.62 of the layers
 by an eighth; at 0.40 they would raise it (``data/results/ablations.csv``). So `sensitivity_strength` falls in between.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch

@@ -14,8 +14,6 @@ fewer than three distinct documents, each is split by position: the first 90 % o
 validation, the last 5 % test. Split "all" is the whole of a source, in its own order.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

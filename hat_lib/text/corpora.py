@@ -20,8 +20,6 @@ Addresses and news are read from pinned wheels (`hat_lib.base.wheels`), which ar
 `data/text`, made by `studies.make_text`; sources and licences are in its README.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

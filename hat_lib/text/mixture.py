@@ -12,8 +12,6 @@ openings  each block continues the first words of one of nineteen kinds of text 
 EOS is a token like any other: a block goes on after it, so that every block is full.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -10,8 +10,6 @@ of the layers' work, KL(base || routed) in nats per token and the relative incre
 run trains at, with the head in full.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

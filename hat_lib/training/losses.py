@@ -10,8 +10,6 @@ Gumbel-softmax (Jang et al. 2017, arXiv:1611.01144), or Concrete (Maddison et al
 classes, the difference of two Gumbel variables is a logistic variable.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

@@ -11,8 +11,6 @@ No labels are used: a language-modelling loss would lower perplexity by learning
 All randomness is a function of (seed, step, sample): two processes, or a resumed run, do what one process does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial

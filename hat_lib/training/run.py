@@ -12,8 +12,6 @@ A run stopped by Ctrl-C, a time limit or a kill resumes from the last state in `
 torchrun group, may train in a folder: it holds a lock, which the system releases if the process dies.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -23,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import torch
 import transformers
@@ -88,7 +87,7 @@ class Run:
             written.write_text(json.dumps({**asdict(self), "versions": versions}, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> Run:
+    def read(cls, folder: Path) -> Self:
         """Raises `HatError` if ``folder`` holds no run, or one that this version cannot read."""
         path = folder / RUN_FILE
         if not path.is_file():
@@ -114,16 +113,15 @@ def train(
     """
     folder, until = Path(folder), math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
     checkpoint = _read_start(run)
-    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    processes, outcomes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE), []
     main = processes.is_main_process
     with _lock(folder, resume) if main else nullcontext():
         processes.wait_for_everyone()
-        outcomes = []
-        if not _is_done(folder, run.phases[-1]):
-            try:
+        try:
+            if not _is_done(folder, run.phases[-1]):
                 outcomes = _train(run, folder, checkpoint, processes, resume, until, progress and main)
-            except OSError as error:
-                raise HatError(f"cannot write {error.filename or folder}: {error.strerror}") from error
+        except OSError as error:
+            raise HatError(f"cannot write {error.filename or folder}: {error.strerror}") from error
     if main and (not outcomes or outcomes[-1].done):
         shutil.rmtree(folder / WORK, ignore_errors=True)
     return outcomes
@@ -244,8 +242,8 @@ def start_from(
     checkpoint.check_base(base, where)
     kept = checkpoint.config.correction_rank
     rank = kept if correction_rank is None else correction_rank
-    config = replace(checkpoint.config, translator_rank=translator_rank, correction_rank=rank, exit_rate=0.0)
-    hat = HierarchicalTransformer(base, config)
+    ranks = {"translator_rank": translator_rank, "correction_rank": rank}
+    hat = HierarchicalTransformer(base, replace(checkpoint.config, exit_rate=0.0, **ranks))
     parts = ("routers.", "corrections.") if rank == kept else ("routers.",)
     tensors = {n: t for n, t in checkpoint.tensors.items() if n.startswith(parts)}
     hat.load_adapter(replace(checkpoint, tensors=hat.hat_parameters() | tensors), where)

@@ -6,10 +6,7 @@ trained parameters, the optimizer's state and the number of the step, and proces
 micro-batches that one process would take with gradient accumulation.
 """
 
-from __future__ import annotations
-
 import math
-import shutil
 import signal
 import threading
 import time
@@ -47,9 +44,9 @@ class Outcome:
     step: int
     steps: int
     seconds: float
-    stopped: str = ""
+    stopped: str
     """"time", "interrupt", "terminate", or empty if it ran to the end"""
-    thresholds: Thresholds | None = field(default=None, repr=False)
+    thresholds: Thresholds = field(repr=False)
     """those that the routers were trained at in the end, their learned split included"""
 
     @property
@@ -88,19 +85,19 @@ def train_phase(
     and saved; SIGTERM is then raised again, for whoever handled it before.
     """
     processes, began = PartialState(cpu=not torch.cuda.is_available()), time.monotonic()
-    main, work = processes.is_main_process, folder / "work" / phase
+    main, state = processes.is_main_process, folder / "work" / phase / STATE_FILE
     objective = Objective(hat, recipe, phase, thresholds).train()
     per_step = recipe.accumulate * processes.num_processes
     epochs = recipe.router_epochs if phase == "routers" else recipe.exit_epochs
     steps = max_steps if max_steps > 0 else math.ceil(epochs * steps_per_epoch(len(blocks), recipe, per_step))
     optimizer = _optimizer(objective)
-    start = _load(work / STATE_FILE, objective, optimizer) if resume and (work / STATE_FILE).exists() else 0
+    start = _load(state, objective, optimizer) if resume and state.exists() else 0
     warmup = math.ceil(steps * recipe.warmup)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps, last_epoch=start - 1)
 
     processes.wait_for_everyone()
     if main and not start:
-        shutil.rmtree(work, ignore_errors=True)
+        state.unlink(missing_ok=True)
     log = Log(folder / "log.csv", objective, start, steps) if main else None
 
     def measure(step: int) -> None:
@@ -135,7 +132,7 @@ def train_phase(
                     bar.set_description(f"{phase}, loss {log.write(step, norm, used_rate):.4g}")
                 stops.check(step == steps)
                 if main and (stops.reason or step % recipe.save_steps == 0 or step == steps):
-                    _save(work / STATE_FILE, step, objective, optimizer)
+                    _save(state, step, objective, optimizer)
                     measure(step)
                 bar.update()
             stops.check(True)  # a Ctrl-C while the last step was being saved
@@ -216,11 +213,12 @@ def step_rows(n_rows: int, recipe: Recipe, per_step: int, step: int) -> list[lis
 
 def collate(rows: list[dict], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Blocks to ``input_ids, attention_mask [B, T]``, right-padded, and ``index [B]`` of the samples; all int64."""
-    ids = [torch.tensor(row["input_ids"]) for row in rows]
-    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-    index = torch.tensor([row["index"] for row in rows])
-    batch = {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask, "index": index}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    ids = [torch.tensor(row["input_ids"], device=device) for row in rows]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "index": torch.tensor([row["index"] for row in rows], device=device),
+    }
 
 
 def _optimizer(objective: Objective) -> torch.optim.Optimizer:
