@@ -1,10 +1,9 @@
 """How a budget is split over sites and the head, by what skipping each of them costs.
 
 Prices are KL divergences from the base, in nats per token. A site's is a curve over the share that it keeps, from a few
-shares that a backward pass prices (`hat_lib.calibration.token_sensitivity.backward`): zeroing the channels with
-scores below a threshold changes the input x of a linear layer by -x there. The head's is measured: several numbers of
-channels in the preview and several margins (`hat_lib.method.head`) are tried on final states of the dense model, and
-those on the lower convex hull are kept.
+shares that a backward pass prices (`token_sensitivity.backward`): zeroing the channels with scores below a threshold
+changes the input x of a linear layer by -x there. The head's is measured: several numbers of channels in the preview
+and several margins (`hat_lib.method.head`) are tried on final states of the dense model; the lower convex hull is kept.
 """
 
 from collections.abc import Sequence
@@ -50,11 +49,7 @@ class HeadPoint(NamedTuple):
 
 
 def allocate(
-    curves: np.ndarray,
-    work: np.ndarray,
-    budget: float,
-    points: Sequence[HeadPoint] = (),
-    head_work: float = 0.0,
+    curves: np.ndarray, work: np.ndarray, budget: float, points: Sequence[HeadPoint] = (), head_work: float = 0.0
 ) -> tuple[np.ndarray, HeadPoint | None]:
     """The share that each site keeps under one budget, and the point at which the head runs.
 
@@ -100,8 +95,7 @@ def site_damage(
             first_order = (value * gradient).float()
             first_order = first_order.view(*score.shape, -1).sum(-1)  # of each unit
             for row, threshold in zip(total, thresholds[layer, site], strict=True):
-                change = first_order * (score <= threshold)
-                change = change if change.dim() == 1 else change.sum(-1)
+                change = (first_order * (score <= threshold)).view(len(free), -1).sum(-1)
                 row[layer, sites.index(site)] += change[free].double().pow(2).sum().item() / 2
 
         return use

@@ -53,7 +53,7 @@ def calibrate(
 
     Args:
         blocks: token-id lists from held-out text; about a fourth of it serves only the table of capacities.
-        split: "damage" or "uniform", see the module's docstring.
+        split: "damage" or "uniform", as above.
         token_sensitivity: channel grain: measure which tokens lose more by skipping; otherwise all are treated alike.
         head: channel grain: the head skips, too; otherwise it is read in full, and is not part of a capacity.
         probe_tokens: how many of the other tokens the backward pass sees, in whole blocks.

@@ -32,12 +32,8 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     Its gradient, ``q - p``, is computed in the same pass, a few rows at a time: autograd by itself would go through
     several tensors of the logits' size.
 
-    Args:
-        teacher: finite logits ``[..., V]``; they get no gradient.
-        student: finite logits of the same shape; the two dtypes may differ.
-
-    Returns:
-        ``[...]``, fp32 or fp64.
+    Both are finite logits ``[..., V]``, whose dtypes may differ; ``teacher`` gets no gradient. Returns ``[...]``, fp32
+    or fp64.
     """
     width = student.shape[-1]
     teacher, logits = teacher.reshape(-1, width), student.reshape(-1, width)
@@ -53,23 +49,21 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def z_loss(scores: Tensor) -> Tensor:
-    """``mean (log(exp(s/2) + exp(-s/2)))^2``: router z-loss (Zoph et al. 2022, arXiv:2202.08906, eq. 5).
+    """``mean (log(exp(s/2) + exp(-s/2)))^2``: router z-loss (Zoph et al. 2022, arXiv:2202.08906, eq. 5), at least
+    (log 2)^2, for scores of any shape of which ``sigmoid(score)`` is the probability of keeping.
 
     A router with one logit s decides like a softmax over (s, 0), or over any shift of that pair. We use the
     centred (s/2, -s/2), because with (s, 0) the loss falls as s goes to minus infinity, which would reward skipping.
-    The minimum is (log 2)^2, at s = 0. ``scores`` have any shape, in units such that ``sigmoid(score)`` is the
-    probability of keeping.
     """
     a = _at_least_fp32(scores).abs()  # so that the loss is the same for s and -s, rounding included
     return mean((F.softplus(-a) + a / 2).square())
 
 
 def entropy(scores: Tensor) -> Tensor:
-    """``mean H(sigmoid(s))``, the entropy of the keep decision in nats, in [0, log 2]. Minimised, so that
-    decisions move away from 50/50 and a hard threshold changes little (Grandvalet & Bengio 2004).
+    """``mean H(sigmoid(s))``, the entropy of the keep decision in nats, in [0, log 2]; ``scores`` as for `z_loss`.
+    Minimised, so that decisions move away from 50/50 and a hard threshold changes little (Grandvalet & Bengio 2004).
 
     ``H = softplus(-a) + a * sigmoid(-a)`` with a = |s|: the same for s and -s, without subtracting large numbers.
-    ``scores`` as for `z_loss`.
     """
     a = _at_least_fp32(scores).abs()
     return mean(F.softplus(-a) + a * torch.sigmoid(-a))
@@ -89,7 +83,7 @@ def straight_through(
 
     Gradient: that of ``sigmoid((logit + noise * g) / temperature)``. Binary Concrete (Maddison et al. 2017,
     appendix B), straight-through. ``temperature`` is in units of the logit: the smaller it is, the narrower the band
-    that gets a gradient. ``generator`` is the source of g, on the logit's device; without noise nothing is drawn.
+    that gets a gradient. ``generator``, on the logit's device, draws g; without noise nothing is drawn.
     """
     if noise != 0:
         # rand lies in [0, 1); at 0 the noise is -inf: a certain 0, with gradient 0.
@@ -135,9 +129,8 @@ def masked_channels(
         protected: bool ``[n]``, rows that keep everything and give no gradient to ``log_scale``.
         real: bool ``[n]``, rows that count for the share.
 
-    Returns:
-        ``x * keep`` in x's dtype; ``keep``, bool ``[n, C]`` (no gradient); and the share of the real rows' channels
-        that is kept, a fp32 scalar.
+    Returns ``x * keep`` in x's dtype; ``keep``, bool ``[n, C]``; and the kept share of the real rows' channels, a fp32
+    scalar with gradient.
     """
     with torch.no_grad():
         keep = (x.abs() > threshold) | protected[:, None]

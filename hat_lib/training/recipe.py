@@ -51,7 +51,7 @@ class Recipe:
     """tokens per epoch, split evenly between the sources"""
     block_size: int = 512
     validation: str = ""
-    """text whose validation split gives a learning curve (`hat_lib.training.validation`); none by default"""
+    """text whose validation split gives a learning curve (`hat_lib.training.log`); none by default"""
     validation_tokens: int = 2048
     batch_size: int = 4
     """sequences per micro-batch and process"""
@@ -62,8 +62,7 @@ class Recipe:
     correction_lr: float = 1e-3
     """of the corrections, which train together with the routers"""
     split_lr: float = 0.0
-    """of the split of the budget over layers and sites (channel grain), which trains together with the routers; 0
-    leaves it as calibrated"""
+    """of the split of the budget (channel grain), which trains together with the routers; 0 leaves it as calibrated"""
     exit_epochs: float = 2
     exit_lr: float = 5e-4
     capacity: float = 0.55
@@ -82,8 +81,7 @@ class Recipe:
     gate_forward_temperature: float = 1.0
     gate_backward_temperature: float = 2.0
     decision_weight: float = 1.0
-    """weight of how many sampled exits are wrong and how far they are from a sampled rate; 0 trains gates on their
-    targets alone"""
+    """of how many sampled exits are wrong and how far they are from a sampled rate; 0: gates see their targets alone"""
     exit_rate: float = 0.3
     """highest exit rate that the gates are trained for; sampled per step from 0 up to it"""
     exit_tokens: int = 64

@@ -8,8 +8,7 @@ import pytest
 import torch
 from tiny_runs import GRAINS, PHASES, new_hat, random_blocks, recipe
 
-from hat_lib.training.objective import KNOTS, UNTIL, BudgetSplit, Objective
-from hat_lib.training.run import nominal_thresholds
+from hat_lib.training.objective import KNOTS, UNTIL, BudgetSplit, Objective, nominal_thresholds
 from hat_lib.training.trainer import collate
 
 LENGTHS, INDEX = (24, 9, 17), (7, 3, 11)

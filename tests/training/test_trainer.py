@@ -14,9 +14,8 @@ from hat_lib.config import HatError
 from hat_lib.evaluation.perplexity import score_each
 from hat_lib.training import losses, trainer
 from hat_lib.training.log import CAPACITIES, extend_curve, seconds_so_far
-from hat_lib.training.objective import Objective
+from hat_lib.training.objective import Objective, nominal_thresholds
 from hat_lib.training.recipe import Recipe
-from hat_lib.training.run import nominal_thresholds
 from hat_lib.training.trainer import STATE_FILE, Stops
 
 BLOCKS = tiny_runs.rows(random_blocks(2, 32, seed=5)).add_column("n_context", [0] * 2)
