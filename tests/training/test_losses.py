@@ -5,17 +5,8 @@ import math
 import pytest
 import torch
 
-from hat_lib.training.losses import (
-    decoupled_gumbel_softmax,
-    divergence,
-    entropy,
-    exit_loss,
-    masked_channels,
-    mean,
-    seeded,
-    straight_through,
-    z_loss,
-)
+from hat_lib.training import losses
+from hat_lib.training.losses import divergence, entropy, exit_loss, mean, seeded, straight_through, z_loss
 
 LOG3 = math.log(3)
 
@@ -80,7 +71,8 @@ def test_gradcheck_half_precision_and_no_tokens(tail, loss):
 
 
 def sample(logits, forward=1.0, backward=1.0, **kwargs):
-    return decoupled_gumbel_softmax(logits, forward_temperature=forward, backward_temperature=backward, **kwargs)
+    temperatures = {"forward_temperature": forward, "backward_temperature": backward}
+    return losses.decoupled_gumbel_softmax(logits, **temperatures, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -124,7 +116,7 @@ def masked(x, log_scale, threshold, temperature=1.0, protected=None):
     """`masked_channels`; by default no row is protected, and all are real."""
     protected = torch.zeros(len(x), dtype=torch.bool) if protected is None else protected
     how = {"temperature": temperature, "protected": protected, "real": torch.arange(len(x)) % 5 != 1}
-    return masked_channels(x, log_scale, threshold.expand(x.shape), **how)
+    return losses.masked_channels(x, log_scale, threshold.expand(x.shape), **how)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -138,27 +138,18 @@ def test_each_loss_is_the_sum_of_its_parts():
 # The split
 
 
-def split():
-    found = BudgetSplit(2, ("a", "b"))
+def test_offsets_are_interpolated_between_knots_and_end_and_move_thresholds():
+    found, nominal = BudgetSplit(2, ("a", "b")), {(i, s): 1.0 + i for i in range(2) for s in "ab"}
+    assert found.on(lambda c: nominal)(0.4) == nominal
     with torch.no_grad():
         found.offsets.copy_(torch.arange(12.0).view(3, 2, 2) / 10)
-    return found
-
-
-def test_offsets_are_interpolated_between_knots_and_end():
-    found = split()
     for knot, offsets in zip(KNOTS, found.offsets, strict=True):
         assert torch.allclose(found.at(knot), offsets)
     assert torch.allclose(found.at((KNOTS[0] + KNOTS[1]) / 2), found.offsets[:2].mean(0))
     assert torch.allclose(found.at((KNOTS[-1] + UNTIL) / 2), found.offsets[-1] / 2)
     assert torch.equal(found.at(0.1), found.at(KNOTS[0])) and not found.at(UNTIL).any() and not found.at(1.0).any()
-
-
-def test_thresholds_move_by_the_offsets():
-    nominal = {(i, s): 1.0 + i for i in range(2) for s in "ab"}
-    assert BudgetSplit(2, ("a", "b")).on(lambda c: nominal)(0.4) == nominal
-    assert split().on(lambda c: nominal)(KNOTS[1])[1, "a"] == pytest.approx(2 * math.exp(-0.6))
-    assert split().on(lambda c: nominal)(1.0) == nominal
+    assert found.on(lambda c: nominal)(KNOTS[1])[1, "a"] == pytest.approx(2 * math.exp(-0.6))
+    assert found.on(lambda c: nominal)(1.0) == nominal
 
 
 def test_a_step_decides_at_the_moved_thresholds():
