@@ -125,23 +125,24 @@ def openings(count: int, rng: np.random.Generator) -> list[str]:
     """Beginnings of texts, drawn evenly over kinds, then over a kind's patterns, whose blanks are filled at random."""
     known = json.loads(OPENINGS_FILE.read_text(encoding="utf-8"))
     kinds = list(known["patterns"].values())
-    return [_opening(kinds[i], known["words"], rng) for i in rng.integers(len(kinds), size=count)]
 
-
-def _opening(patterns: list[str], words: dict[str, list[str]], rng: np.random.Generator) -> str:
     def draw(kind: str) -> str:
-        return words[kind][rng.integers(len(words[kind]))]
+        words = known["words"][kind]
+        return words[rng.integers(len(words))]
 
-    # The order of the draws is part of the text.
-    pattern = patterns[rng.integers(len(patterns))]
-    subject, other_subject, place = draw("subject"), draw("subject"), draw("place")
-    first, other, month, weekday, word = draw("first"), draw("first"), draw("month"), draw("weekday"), draw("word")
-    return pattern.format(
-        s=subject, t=other_subject, S=subject[0].upper() + subject[1:], place=place, PLACE=place.upper(),
-        first=first, other=other, month=month, weekday=weekday, word=word, Word=word.capitalize(),
-        name=f"{first} {draw('last')}", n=draw("view"), year=rng.integers(1750, 2024), day=rng.integers(1, 29),
-        number=rng.integers(2, 100), digit=rng.integers(1, 10),
-    )  # fmt: skip
+    def opening(patterns: list[str]) -> str:
+        # The order of the draws is part of the text.
+        pattern = patterns[rng.integers(len(patterns))]
+        subject, other_subject, place = draw("subject"), draw("subject"), draw("place")
+        first, other, month, weekday, word = draw("first"), draw("first"), draw("month"), draw("weekday"), draw("word")
+        return pattern.format(
+            s=subject, t=other_subject, S=subject[0].upper() + subject[1:], place=place, PLACE=place.upper(),
+            first=first, other=other, month=month, weekday=weekday, word=word, Word=word.capitalize(),
+            name=f"{first} {draw('last')}", n=draw("view"), year=rng.integers(1750, 2024), day=rng.integers(1, 29),
+            number=rng.integers(2, 100), digit=rng.integers(1, 10),
+        )  # fmt: skip
+
+    return [opening(kinds[i]) for i in rng.integers(len(kinds), size=count)]
 
 
 @torch.inference_mode()
