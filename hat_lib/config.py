@@ -70,11 +70,10 @@ def lock(file, taken: str) -> None:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Where to write a file or a folder that then takes the place of ``path``: whole, or not at all."""
+    """Context: a file to write, which takes the place of ``path`` at the end; a kill leaves the old one or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as scratch:
-        yield Path(scratch, path.name)
-        os.replace(Path(scratch, path.name), path)
+    yield (written := path.with_name(f"{path.name}.part"))
+    os.replace(written, path)
 
 
 def check_writable(folder: Path, what: str = "a checkpoint") -> None:

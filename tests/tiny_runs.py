@@ -26,8 +26,9 @@ from hat_lib.config import HatConfig
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.thresholds import Calibration
 from hat_lib.training import trainer
+from hat_lib.training.objective import nominal_thresholds
 from hat_lib.training.recipe import Recipe
-from hat_lib.training.run import Run, nominal_thresholds
+from hat_lib.training.run import Run
 from hat_lib.training.trainer import train_phase
 
 GRAINS = ("channel", "token")

@@ -7,8 +7,6 @@ its class into `FAMILIES`, a tiny shape of it into `hat_lib.base.shapes`, and th
 equalities then run on it.
 """
 
-from __future__ import annotations
-
 import inspect
 
 import torch

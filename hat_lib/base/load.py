@@ -5,8 +5,6 @@ first use dequantised into fp32 safetensors in the cache. Its perplexity is that
 checkpoints come from the Hub or a folder, as safetensors or GGUF only: no pickle is opened, no remote code is run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -44,7 +42,6 @@ BUNDLED_FINGERPRINT = "c402d0de16184249e05bbf7d24aa75f2f5214a141ae4535c229fa6ca9
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -148,9 +145,8 @@ def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = torch.bfloat
     """
     config = model.config
     rope = {k: float(v) if isinstance(v, int) else v for k, v in config.rope_parameters.items()}
-    keys = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "hidden_act")
-    heads, groups, eps, act = (getattr(config, k) for k in keys)
-    parts = [rope, heads, groups, head_size(config), eps, act]
+    heads = [config.num_attention_heads, config.num_key_value_heads, head_size(config)]
+    parts = [rope, *heads, config.rms_norm_eps, config.hidden_act]
     own = [(window(layer.self_attn), rotates(layer.self_attn)) for layer in model.model.layers]
     if set(own) != {(None, True)}:  # not as in a Llama
         parts += own
@@ -234,8 +230,7 @@ def _pretrained(name: str, source: Path | str, where: dict, dtype: torch.dtype, 
             if keys := sorted(k for k in found[f"{problem}_keys"] if k.endswith((".weight", ".bias"))):
                 raise HatError(f"the config does not fit: {len(keys)} {problem} weights, such as {keys[0]}")
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    if "gguf_file" in where:
-        # Dense from here on: either of these would prevent saving it.
+    if where:  # dense from here on: either of these would prevent saving it
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model, tokenizer

@@ -1,9 +1,7 @@
 """What ran, and where: the columns that every measured row begins with."""
 
-from __future__ import annotations
-
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +22,7 @@ def machine(base: Base) -> dict:
     """The fields of `Machine` for ``base`` in this process."""
     device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else base.device.type
     dtype = str(base.dtype).removeprefix("torch.")
-    return asdict(Machine(base.name, device, dtype, torch.get_num_threads(), cpu_name()))
+    return vars(Machine(base.name, device, dtype, torch.get_num_threads(), cpu_name()))
 
 
 def cpu_name() -> str:

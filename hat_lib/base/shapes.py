@@ -8,8 +8,6 @@
 All are identical to the bit everywhere, and none touches the caller's random state.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -43,16 +41,10 @@ POOL = 16_777_213
 def random_config(name: str) -> PreTrainedConfig:
     """The config behind one of `SHAPES`."""
     common = {
-        "model_type": "llama",
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "tie_word_embeddings": False,
-        "bos_token_id": N_BYTES,
-        "eos_token_id": N_BYTES + 1,
-        "pad_token_id": N_BYTES + 2,
-        "attn_implementation": "sdpa",
-    }
+        "model_type": "llama", "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "attn_implementation": "sdpa",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": False,
+        "bos_token_id": N_BYTES, "eos_token_id": N_BYTES + 1, "pad_token_id": N_BYTES + 2,
+    }  # fmt: skip
     return AutoConfig.for_model(**common | SHAPES[name])
 
 

