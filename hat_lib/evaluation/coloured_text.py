@@ -10,22 +10,24 @@ the way from the low end of the scale to the high end.
 from __future__ import annotations
 
 import math
-import os
-import sys
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
 
 from hat_lib.config import HatError
+from hat_lib.text.plain import printable
 
 PALETTE = "cividis"
 STEPS = 5  # of the legend
-FRAME = "#d55e00"  # of a marked token
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,17 @@ class Passage:
     values: Sequence[float]
     """each token's number; nan leaves it uncoloured"""
     mark: int | None = None
-    """a token to frame, on a page and in a picture"""
+    """a token to mark: in bold and underlined, in a picture framed"""
+
+
+class Piece(NamedTuple):
+    """Whole characters, made visible."""
+
+    text: str
+    style: Style = Style.null()
+    at: float = math.nan
+    """position on the scale, 0-1; nan: not coloured"""
+    numbers: str = ""
 
 
 def passages(tokens: pd.DataFrame, column: str) -> list[Passage]:
@@ -50,130 +62,104 @@ def passages(tokens: pd.DataFrame, column: str) -> list[Passage]:
 def html(*passages: Passage, meaning: str, low: float | None = None, high: float | None = None) -> str:
     """Passages as one HTML fragment; hovering over a token shows its number.
 
-    ``meaning`` is what the numbers are, for the legend (if empty, there is none); ``low`` and ``high`` are the ends of
-    the scale, beyond which colours do not change, by default the lowest and the highest number. Raises `HatError` if a
-    passage does not have one number per token, if no token has a number and the ends are not given, and for a scale
-    that does not go up from one finite number to another.
+    ``meaning`` is what the numbers are, for the legend; ``low`` and ``high`` are the ends of the scale, beyond which
+    colours do not change, by default the lowest and the highest number. Raises `HatError` if a passage does not have
+    one number per token, if no token has a number and the ends are not given, and for a scale that does not go up from
+    one finite number to another.
     """
-    scale, parts = Scale(passages, low, high), []
-    if meaning:
-        swatches = "".join(f'<span style="{_css(at)};padding:0 .6em">{text}</span>' for at, text in scale.legend())
-        parts.append(f"<p>{escape(visible(meaning))} {swatches}</p>")
-    for passage in passages:
-        spans = ""
-        for text, numbers, marked in characters(passage):
-            at = scale.at(numbers)
-            css, title = f"outline:2px solid {FRAME};outline-offset:-1px;font-weight:bold;" * marked, ""
-            if not np.isnan(at):
-                css, title = css + _css(at), f' title="{", ".join(f"{v:.3f}" for v in numbers)}"'
-            spans += f'<span style="{css}"{title}>{escape(text)}</span>' if css else escape(text)
-        parts.append(f"<p><strong>{escape(visible(passage.title))}</strong><br>{spans}</p>")
+    found = ""
+    for paragraph in paragraphs(passages, meaning, low, high):
+        found += "<p>"
+        for text, look, _, numbers in paragraph:
+            text, css = escape(text), look.get_html_style()
+            found += f'<span style="{css}" title="{numbers}">{text}</span>' if css else text
+        found += "</p>"
     style = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5"
-    return f'<div style="{style}">{"".join(parts)}</div>'
+    return f'<div style="{style}">{found}</div>'
 
 
-def ansi(*passages: Passage, meaning: str, low=None, high=None, colours: bool | None = None) -> str:
-    """Passages as lines for a terminal with 24-bit colour; arguments and errors as for `html`.
+def ansi(*passages: Passage, meaning: str, low: float | None = None, high: float | None = None) -> str:
+    """Passages as lines for the terminal that stdout is; arguments and errors as for `html`.
 
-    ``colours``: whether to write escape codes; by default, on a terminal that is not dumb, unless NO_COLOR is set.
+    In 24-bit colour, unless stdout is no terminal or a dumb one, or NO_COLOR is set (no-color.org).
     """
-    scale = Scale(passages, low, high)
-    if colours is None:  # no-color.org
-        colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    paint = _painted if colours else _subscript
-    legend = " ".join(paint(text, at) for at, text in scale.legend())
-    lines = [f"{visible(meaning)}: {legend}"]
-    for passage in passages:
-        spans = [paint(text, scale.at(numbers)) for text, numbers, _ in characters(passage)]
-        lines += ["", visible(passage.title), "".join(spans)]
-    return "\n".join(lines)
+    found = paragraphs(passages, meaning, low, high)
+    console = Console(color_system="truecolor", force_jupyter=False)
+    if not console.is_terminal or console.is_dumb_terminal or console.no_color:
+        return "\n\n".join("".join(map(_subscript, paragraph)) for paragraph in found)
+    texts = [Text.assemble(*(piece[:2] for piece in paragraph)) for paragraph in found]
+    with console.capture() as captured:
+        console.print(*texts, sep="\n\n", end="", soft_wrap=True)
+    return captured.get()
 
 
-def visible(text: str) -> str:
-    """The text with control and format characters replaced by visible signs; a newline still breaks the line."""
-    return "".join(map(_sign, text))
+def paragraphs(
+    passages: Sequence[Passage], meaning: str, low: float | None = None, high: float | None = None
+) -> list[list[Piece]]:
+    """The legend, and each passage after its title; arguments and errors as for `html`."""
+    values = [np.asarray(passage.values, dtype=float) for passage in passages]
+    for passage, numbers in zip(passages, values, strict=True):
+        if len(passage.tokens) != len(numbers):
+            raise HatError(f"{passage.title!r}: got {len(numbers)} numbers for {len(passage.tokens)} tokens")
+    values = np.concatenate([np.zeros(0), *values])
+    known = values[np.isfinite(values)]
+    if not len(known) and None in (low, high):
+        raise HatError("nothing to colour: no token has a number")
+    low, high = float(known.min() if low is None else low), float(known.max() if high is None else high)
+    if not -np.inf < low <= high < np.inf:
+        raise HatError(f"the scale must go from a finite number up to another, got {low} to {high}")
+
+    def at(number: float) -> float:
+        return float(np.clip((number - low) / (high - low), 0, 1)) if high > low else 0.5 + 0 * number
+
+    # A sign if an end also stands for what lies beyond it.
+    step = (high - low) / (STEPS - 1)
+    decimals = max(2, 1 + math.ceil(-math.log10(step) - 1e-9)) if step > 0 else 2  # so that equal steps look equal
+    marks = np.linspace(low, high, STEPS if step > 0 else 1)
+    texts = [f"{mark:.{decimals}f}" for mark in marks]
+    texts[0] = "≤ " * bool((values < low).any()) + texts[0]
+    texts[-1] = "≥ " * bool((values > high).any()) + texts[-1]
+    legend = [Piece(f"{visible(meaning)}:")]
+    for mark, text in zip(marks, texts, strict=True):
+        legend += [Piece(" "), Piece(text, _style(at(mark)), at(mark))]
+    bold = Style(bold=True)
+    return [legend, *([Piece(visible(p.title), bold), Piece("\n"), *_pieces(p, at)] for p in passages)]
 
 
-class Scale:
-    """From ``low`` to ``high``; the numbers themselves, ``least`` to ``most``, may lie outside."""
-
-    def __init__(self, passages: Sequence[Passage], low: float | None, high: float | None):
-        for p in passages:
-            if len(p.tokens) != len(p.values):
-                raise HatError(f"{p.title!r}: got {len(p.values)} numbers for {len(p.tokens)} tokens")
-        values = np.concatenate([np.zeros(0), *(np.asarray(p.values, dtype=float) for p in passages)])
-        known = values[np.isfinite(values)]
-        if not len(known) and None in (low, high):
-            raise HatError("nothing to colour: no token has a number")
-        self.low, self.high = float(known.min() if low is None else low), float(known.max() if high is None else high)
-        if not -np.inf < self.low <= self.high < np.inf:
-            raise HatError(f"the scale must go from a finite number up to another, got {self.low} to {self.high}")
-        values = values[~np.isnan(values)]
-        self.least, self.most = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
-
-    def at(self, numbers: np.ndarray) -> float:
-        """The position of the numbers' mean on the scale, 0-1; nan if there are none."""
-        known = numbers[~np.isnan(numbers)]
-        if not len(known):
-            return np.nan
-        return float(np.clip((known.mean() - self.low) / (self.high - self.low), 0, 1)) if self.high > self.low else 0.5
-
-    def legend(self) -> list[tuple[float, str]]:
-        """Positions on the scale and their numbers, with a sign if an end also stands for what lies beyond it."""
-        values = np.linspace(self.low, self.high, STEPS if self.high > self.low else 1)
-        step = (self.high - self.low) / (STEPS - 1)
-        decimals = max(2, 1 + math.ceil(-math.log10(step) - 1e-9)) if step > 0 else 2  # so that equal steps look equal
-        texts = [f"{value:.{decimals}f}" for value in values]
-        texts[0] = "≤ " * (self.least < self.low) + texts[0]
-        texts[-1] = "≥ " * (self.most > self.high) + texts[-1]
-        return [(self.at(value[None]), text) for value, text in zip(values, texts, strict=True)]
-
-
-def characters(passage: Passage) -> Iterator[tuple[str, np.ndarray, bool]]:
-    """Visible text, the numbers of the tokens it came from, and whether one of them is marked; whole characters."""
+def _pieces(passage: Passage, at) -> Iterator[Piece]:
+    """Each with the mean of the numbers of the tokens that it came from."""
     texts, values = list(passage.tokens), np.asarray(passage.values, dtype=float)
     ends = [i for i, text in enumerate(texts) if text]
     start = 0
     for end in ends:
         stop = len(values) if end == ends[-1] else end + 1  # tokens after the last text join it
-        yield visible(texts[end]), values[start:stop], passage.mark is not None and start <= passage.mark < stop
+        known = values[start:stop][~np.isnan(values[start:stop])]
+        place = at(known.mean()) if len(known) else math.nan
+        marked = passage.mark is not None and start <= passage.mark < stop
+        numbers = ", ".join(f"{value:.3f}" for value in known)
+        yield Piece(visible(texts[end]), _style(place, bold=marked, underline=marked), place, numbers)
         start = stop
 
 
-def _sign(c: str) -> str:
-    if c == "\n":
-        return "↵\n"
-    if c == "\t":
-        return "⇥"
-    if c < " ":
-        return chr(0x2400 + ord(c))
-    # Controls, formats (including those that change text direction), lone surrogates, Unicode line separators.
-    return f"\\u{ord(c):04x}" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
+def visible(text: str) -> str:
+    """The text with control and format characters replaced by visible signs; a newline still breaks the line."""
+    lines = text.replace("\n", "↵\n").replace("\t", "⇥").split("\n")
+    return "\n".join(map(printable, lines))
 
 
-def colours_at(at: float) -> tuple[tuple[int, ...], str]:
-    """Background as 8-bit RGB, and the text colour that contrasts most with it."""
-    rgb = np.array(colormaps[PALETTE](at, bytes=True)[:3])
-    part = rgb / 255
-    linear = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
-    return tuple(rgb.tolist()), "black" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "white"
+def colours(at: float) -> tuple[str, str]:
+    """The background at a position on the scale, and the text colour that contrasts most with it: ``#rrggbb``."""
+    rgb = np.array(colormaps[PALETTE](at)[:3])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return to_hex(rgb), "#000000" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "#ffffff"
 
 
-def _css(at: float) -> str:
-    rgb, ink = colours_at(at)
-    return f"background:#{bytes(rgb).hex()};color:{ink}"
+def _style(at: float, **look: bool) -> Style:
+    ground, ink = (None, None) if math.isnan(at) else colours(at)
+    return Style(color=ink, bgcolor=ground, **look)
 
 
-def _painted(text: str, at: float) -> str:
-    if np.isnan(at):
-        return text
-    (r, g, b), ink = colours_at(at)
-    on = f"\x1b[48;2;{r};{g};{b};38;2" + (";0" if ink == "black" else ";255") * 3 + "m"
-    # Off before a newline, or the terminal colours the rest of the line.
-    return "\n".join(f"{on}{line}\x1b[0m" if line else "" for line in text.split("\n"))
-
-
-def _subscript(text: str, at: float) -> str:
-    digit = "" if np.isnan(at) else chr(ord("₀") + min(9, int(10 * at)))
-    body = text.rstrip("\n")
-    return body + digit + text[len(body) :]
+def _subscript(piece: Piece) -> str:
+    digit = "" if math.isnan(piece.at) else chr(ord("₀") + min(9, int(10 * piece.at)))
+    body = piece.text.rstrip("\n")
+    return body + digit + piece.text[len(body) :]

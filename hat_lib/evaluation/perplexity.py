@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from hat_lib.base.spread import device_of, overridden
 from hat_lib.config import HatError, check_count
-from hat_lib.evaluation.intervals import FEWEST, Units, resample, tails, units
+from hat_lib.evaluation.intervals import FEWEST, resample, tails, units
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import WorkTally
 from hat_lib.method.trace import Trace
@@ -81,6 +81,10 @@ class Comparison:
     tokens: int
     n_blocks: int
 
+    def ends(self, name: str = "increase") -> dict[str, float]:
+        """The increase and its interval as columns of a table: ``name``, ``name``_low and ``name``_high."""
+        return {name: self.increase, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 @torch.no_grad()
 def score(
@@ -125,10 +129,8 @@ def score_each(
     """
     if not isinstance(hat, HierarchicalTransformer):
         raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to be compared with")
-    settings = [hat.dense, *settings]
-    head = torch.nn.Identity() if decoded else hat.logits
+    settings, head = [hat.dense, *settings], torch.nn.Identity() if decoded else hat.logits
     tallies = [_Tally(head, hat, dataset) for _ in settings]
-
     with hat.engine() if decoded else nullcontext():
         for batch in _batches(dataset, batch_size, hat.base.device, progress):
             base = None
@@ -137,7 +139,7 @@ def score_each(
                     states, trace = batch.decode(hat) if decoded else (batch.final_states(hat.lm), None)
                     tally.add(batch, states, base, trace)
                 base = states if base is None else base
-    base, *adaptive = [tally.score() for tally in tallies]
+    base, *adaptive = (tally.score() for tally in tallies)
     return base, adaptive
 
 
@@ -152,15 +154,11 @@ def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 
     n, added, tokens = len(base.tokens), adaptive.nll - base.nll, int(base.tokens.sum())
     low = high = math.nan
     if n >= FEWEST:
-        found = _units(adaptive)
+        found = units(range(n) if adaptive.documents is None else adaptive.documents)
         counts = resample(found, n, resamples, seed)
         low, high = np.quantile(np.expm1(counts @ added / (counts @ base.tokens)), tails(found.drawn)).tolist()
     increase = float(np.expm1(added.sum() / tokens))
     return Comparison(increase, low, high, base.perplexity, adaptive.perplexity, tokens, n)
-
-
-def _units(found: Score) -> Units:
-    return units(range(len(found.tokens)) if found.documents is None else found.documents)
 
 
 def text_bytes(dataset: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -204,10 +202,10 @@ class _Tally:
     """Running totals over the batches of one pass."""
 
     def __init__(self, head: Callable, hat: HierarchicalTransformer | None, dataset: Sequence[Mapping]):
-        self.head, self.hat, self.spent = head, hat, None if hat is None else WorkTally(hat)
+        self.head, self.hat, self.spent = head, hat, hat and WorkTally(hat)
         self.nll, self.tokens = np.zeros(len(dataset)), np.zeros(len(dataset), dtype=np.int64)
         self.documents = np.array([str(row.get("doc", number)) for number, row in enumerate(dataset)])
-        self.compared, self.same, self.divergence = False, 0, 0.0
+        self.agreement = []  # of each slice, how many have the base's most likely next token, and the sum of KL
 
     def add(self, batch: _Batch, states: Tensor, base: Tensor | None = None, trace: Trace | None = None) -> None:
         """Count what the head makes of ``states [B, T, D]``, compared with the base's, and the work of ``trace``; by
@@ -219,24 +217,26 @@ class _Tally:
             np.add.at(self.nll, blocks, losses.double().cpu().numpy())
             np.add.at(self.tokens, blocks, 1)
             if base is not None:
-                self.compared = True
                 with self.hat.dense():
                     other = self.head(base[row, column - 1]).float()
-                p, q = F.log_softmax(other, dim=-1), F.log_softmax(logits, dim=-1)
-                self.same += int((other.argmax(-1) == logits.argmax(-1)).sum())
-                self.divergence += float((p.exp() * (p - q)).sum(-1).double().sum())
-        if self.spent is not None:
+                same = (other.argmax(-1) == logits.argmax(-1)).sum()
+                divergence = kl(F.log_softmax(other, dim=-1), F.log_softmax(logits, dim=-1)).double().sum()
+                self.agreement.append((int(same), float(divergence)))
+        if self.spent:
             self.spent.add(trace or self.hat.trace)
 
     def score(self) -> Score:
-        work, n = {}, self.tokens.sum()
-        if self.spent is not None:
-            capacity, exit_rate, model_share = self.spent.shares
-            work = {"capacity": capacity, "exit_rate": exit_rate, "model_share": model_share}
-            work |= {"layer_capacity": self.spent.layer_capacity, "exits": self.spent.exits}
-        if self.compared:
-            work |= {"top1": float(self.same / n), "kl": float(self.divergence / n)}
-        return Score(self.nll, self.tokens, self.documents, **work)
+        work = (*self.spent.shares, self.spent.layer_capacity, self.spent.exits) if self.spent else ()
+        found = Score(self.nll, self.tokens, self.documents, *work)
+        if not self.agreement:
+            return found
+        top1, kl = np.sum(self.agreement, 0) / self.tokens.sum()
+        return replace(found, top1=float(top1), kl=float(kl))
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q), nats, of log-probabilities ``[..., V]`` -> ``[...]``."""
+    return (p.exp() * (p - q)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -291,8 +291,18 @@ class Perplexity:
     kl: float  # KL(base || variant), nats per token
 
 
-def columns(base: Score, adaptive: Score) -> dict:
-    """The columns of a row of results: `Perplexity` without ``text``, ``ppl`` and ``blocks``; nan without interval."""
-    paired = compare(base, adaptive)
-    ends = {"increase_low": paired.low, "increase_high": paired.high}
-    return vars(paired) | ends | {"blocks": paired.n_blocks, "top1": adaptive.top1, "kl": adaptive.kl}
+def columns(base: Score, found: Score) -> dict:
+    """The columns of a row of results: `Perplexity` without ``text``, and ``ppl``, ``blocks``, ``realised``,
+    ``realised_exit`` and ``model_share``; nan where there is no interval."""
+    paired = compare(base, found)
+    return paired.ends() | {
+        "ppl": paired.ppl,
+        "base_ppl": paired.base_ppl,
+        "tokens": paired.tokens,
+        "blocks": paired.n_blocks,
+        "top1": found.top1,
+        "kl": found.kl,
+        "realised": found.capacity,
+        "realised_exit": found.exit_rate,
+        "model_share": found.model_share,
+    }

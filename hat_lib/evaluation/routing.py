@@ -67,9 +67,9 @@ def by_layer(found: TokenTable) -> pd.DataFrame:
     free = ~found.tokens["protected"].to_numpy()
     values = np.concatenate([found.site_share, found.share[:, None]], axis=1)[:, :, free].astype(float)
     values = values.reshape(-1, values.shape[-1])
-    means = _means(values, found.tokens.loc[free, "block"], found.tokens.loc[free, "doc"])
+    found_means = means(values, found.tokens.loc[free, "block"], found.tokens.loc[free, "doc"])
     names = pd.DataFrame(product(range(len(found.share)), (*found.sites, "all")), columns=["layer", "site"])
-    return names.join(means[["tokens", "mean", "low", "high"]])
+    return names.join(found_means[["tokens", "mean", "low", "high"]])
 
 
 def correlations(found: TokenTable) -> pd.DataFrame:
@@ -95,28 +95,6 @@ def correlations(found: TokenTable) -> pd.DataFrame:
         low, high = _interval(np.array(drawn_rho), [n], drawn.drawn / n)
         rows.append((compute, quantity, which, rho, low[0], high[0], len(part), n))
     return pd.DataFrame(rows, columns=["compute", "quantity", "of", "rho", "low", "high", "tokens", "blocks"])
-
-
-def by_sensitivity(
-    price: np.ndarray, forecast: np.ndarray, block: np.ndarray, depths: int = 3, bins: int = 5
-) -> pd.DataFrame:
-    """Do tokens cost what was forecast? (token, layer) pairs in bins of equal size by forecast, at each depth.
-
-    ``price`` and ``forecast`` of dropping a token's channels in a layer, ``[L, n]``, are taken relative to the layer's
-    mean; ``block [n]`` is the block of each token. Columns ``bin`` (from 0), ``pairs``, ``forecast`` (mean), ``mean``
-    (of the prices), ``low``, ``high``, and the layers, ``first`` to ``last``.
-    """
-    parts = []
-    for layers in np.array_split(np.arange(len(price)), depths):
-        cost, guess = ((x[layers] / x[layers].mean(1, keepdims=True)).ravel() for x in (price, forecast))
-        codes = pd.qcut(pd.Series(guess).rank(method="first"), bins, labels=False).to_numpy()
-        values = np.where(codes == np.arange(bins)[:, None], cost, np.nan)
-        places = np.tile(block, len(layers))
-        means = _means(values, places, places)
-        forecasts = pd.Series(guess).groupby(codes).mean()
-        table = pd.DataFrame({"bin": range(bins), "pairs": means["tokens"], "forecast": forecasts})
-        parts.append(table.join(means[["mean", "low", "high"]]).assign(first=layers[0], last=layers[-1]))
-    return pd.concat(parts, ignore_index=True)
 
 
 def layer_map(found: TokenTable, first: int = 0, count: int = 48) -> pd.DataFrame:
@@ -154,14 +132,14 @@ def _table(tokens: pd.DataFrame, codes: np.ndarray, keys: pd.DataFrame) -> pd.Da
     parts = []
     for measure in MEASURES:
         values = np.where(member, tokens[measure].to_numpy(dtype=float), np.nan)
-        means = _means(values, tokens["block"], tokens["doc"])
-        means.insert(0, "measure", measure)
-        parts.append(keys.join(means.iloc[1:].reset_index(drop=True)))
+        part = means(values, tokens["block"], tokens["doc"])
+        part.insert(0, "measure", measure)
+        parts.append(keys.join(part.iloc[1:].reset_index(drop=True)))
     table = pd.concat(parts, ignore_index=True)
     return table[table["tokens"] > 0].reset_index(drop=True)
 
 
-def _means(values: np.ndarray, block: Sequence, document: Sequence) -> pd.DataFrame:
+def means(values: np.ndarray, block: Sequence, document: Sequence) -> pd.DataFrame:
     """Means over the non-nan values of each row of ``values [M, N]``, and their differences from that of the first row,
     with intervals.
 

@@ -13,13 +13,11 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 from torch import Tensor
 
 from hat_lib.config import HatError
 from hat_lib.decoding.inference import AdaptiveInference
-from hat_lib.evaluation.coloured_text import PALETTE, Passage
+from hat_lib.evaluation.coloured_text import Passage, colours
 from hat_lib.evaluation.tokens import MATRICES, TokenTable, prompt_blocks, token_table
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import linear_work
@@ -115,7 +113,7 @@ class Screen:
             "curves": [[p.text, p.capacity, p.increase, p.low, p.high] for p in hat.prices],
             "megabytes": _megabytes(hat),
             "dtype": str(hat.lm.dtype).removeprefix("torch."),
-            "colours": [to_hex(colour) for colour in colormaps[PALETTE](np.linspace(0, 1, 64))],
+            "colours": [colours(at)[0] for at in np.linspace(0, 1, 64)],
         }, found
 
     def _cells(self, cells: object, tokens: int) -> list[list[int]]:

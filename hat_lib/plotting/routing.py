@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 
 from hat_lib.evaluation.coloured_text import PALETTE, visible
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, RED, WIDE, WIDTH, draws, entry
+from hat_lib.plotting.style import BLUE, GREY, ORANGE, PERCENT, WIDE, WIDTH, draws, entry
 from hat_lib.plotting.token_heatmap import in_font
 
 ENDS = ["mean", "low", "high"]
@@ -69,24 +69,6 @@ def _points(share: float, _=None) -> str:
     return f"{round(100 * share, 6):+g}" if abs(share) > 1e-9 else "0"
 
 
-@draws("score")
-def score_histogram(table: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
-    """Scores of one site's channels, one per row, on a logarithmic axis, and ``thresholds`` with their capacity,
-    threshold, and share of the scores above it."""
-    fig, (ax,) = style.panels(1)
-    scores = table["score"][table["score"] > 0]
-    ends = np.log10(np.quantile(scores, (0.001, 0.9999)))
-    ax.hist(scores, np.logspace(*ends, 80), weights=np.full(len(scores), 1 / len(table)), color=GREY, alpha=0.6)
-    ax.set_xscale("log")
-    for row, colour in zip(thresholds.itertuples(), (GREEN, BLUE, RED), strict=True):
-        label = f"threshold at capacity {row.capacity:g}: {row.share:.0%} kept"
-        ax.axvline(row.threshold, color=colour, linewidth=2, label=label)
-    ax.yaxis.set_major_formatter(PERCENT)
-    ax.set(xlabel="score of a channel", ylabel="share of channels")
-    style.legend_above(ax, 1)
-    return fig
-
-
 @draws("class", "measure", "tokens", *BOUNDS)
 def by_class(table: pd.DataFrame) -> Figure:
     """Executed share by token class, lowest first, with the number of tokens."""
@@ -132,22 +114,6 @@ def by_quantile(table: pd.DataFrame) -> Figure:
                 part = rows[rows["quantity"] == f"{quantity}_of_{which}"]
                 _intervals(ax, part, part["median"].to_numpy(), colour, marker, line="-")
     _legend(fig, [entry(label, colour, marker, "-") for colour, marker, label in all_series.values()])
-    return fig
-
-
-@draws("first", "last", "forecast", *ENDS)
-def by_sensitivity(table: pd.DataFrame) -> Figure:
-    """What tokens cost against what was forecast, both relative to the mean of their layer, by depth."""
-    fig, (ax,) = style.panels(1, height=4.6)
-    all_series = (BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-.")
-    for series, ((first, last), rows) in zip(all_series, table.groupby(["first", "last"]), strict=False):
-        style.whiskers(ax, rows["forecast"], rows[ENDS], *series, label=f"layers {first}–{last}")
-    ends = table[["forecast", "low"]].min().min(), table[["forecast", "high"]].max().max()
-    ax.plot(ends, ends, color=GREY, linewidth=1, label="as forecast")
-    ax.set(xscale="log", yscale="log", xlabel="forecast, × the layer's mean", ylabel="measured, × the layer's mean")
-    for axis in (ax.xaxis, ax.yaxis):
-        style.set_ticks(axis, [0.25, 0.5, 1, 2, 4])
-    ax.legend()
     return fig
 
 
