@@ -25,12 +25,9 @@ NONE = f"no interval: it takes at least {FEWEST} blocks"
 class Units(NamedTuple):
     """What is drawn together, with replacement."""
 
-    blocks: list[np.ndarray]
-    """numbers of the blocks of each unit"""
-    drawn: int
-    """number of units that make a text as long as this one"""
-    documents: bool
-    """whether a unit is a document; else it is a run of neighbouring blocks"""
+    blocks: list[np.ndarray]  # numbers of the blocks of each unit
+    drawn: int  # number of units that make a text as long as this one
+    documents: bool  # whether a unit is a document; else it is a run of neighbouring blocks
 
 
 def units(documents: Sequence) -> Units:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,14 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from hat_lib.base.spread import device_of, overridden
 from hat_lib.config import HatError, check_count
 from hat_lib.evaluation.intervals import FEWEST, resample, tails, units
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import WorkTally
-from hat_lib.method.trace import Trace
 
 # Rows of logits held at once in fp32: 25 MB for a vocabulary of 49,152.
 SLICE = 128
@@ -39,25 +39,18 @@ SLICE = 128
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicts a text, and what it spent: realised, over all real tokens it ran."""
+    """How well a model predicts a text of ``n`` blocks, and what it spent: realised, over all real tokens it ran."""
 
-    nll: np.ndarray
-    """negative log-likelihood of each block, nats, fp64 ``[n_blocks]`` in the order of the dataset"""
-    tokens: np.ndarray
-    """scored tokens of each block, int64 ``[n_blocks]``"""
-    documents: Sequence | None = None
-    """the document that each block belongs to; None if each is a document of its own"""
+    nll: np.ndarray  # negative log-likelihood of each block, nats, fp64 ``[n]`` in the order of the dataset
+    tokens: np.ndarray  # scored tokens of each block, int64 ``[n]``
+    documents: Sequence | None = None  # that each block belongs to; None if each is a document of its own
     capacity: float = 1.0
     exit_rate: float = 0.0
     model_share: float = 1.0
-    layer_capacity: float = 1.0
-    """`capacity` without the head"""
-    exits: np.ndarray | None = None
-    """real tokens by the number of layers they ran, int64 ``[L + 1]``; None for a plain model"""
-    top1: float | None = None
-    """share of tokens with the base's most likely next token; None if the base did not run"""
-    kl: float | None = None
-    """KL(base || adaptive), nats per token"""
+    layer_capacity: float = 1.0  # `capacity` without the head
+    exits: np.ndarray | None = None  # real tokens by layers run, int64 ``[L + 1]``; None for a plain model
+    top1: float | None = None  # share of tokens with the base's most likely next token; None if the base did not run
+    kl: float | None = None  # KL(base || adaptive), nats per token
 
     @property
     def perplexity(self) -> float:
@@ -94,8 +87,8 @@ def score(
     batch_size: int = 1,
     progress: bool = True,
 ) -> Score:
-    """Negative log-likelihood of each block of ``dataset``, rows of `load_text` with ``input_ids`` and ``n_context``;
-    the same for any ``batch_size``, blocks per forward, within rounding. A `HierarchicalTransformer` runs as it is set.
+    """Negative log-likelihood of each block of ``dataset``, rows of `load_text`; the same for any ``batch_size``,
+    blocks per forward, within rounding. A `HierarchicalTransformer` runs as it is set.
 
     Raises `HatError` for a text without a scored token, a bad batch size, or ``hat.lm`` instead of ``hat``.
     """
@@ -117,28 +110,21 @@ def score_each(
     *,
     batch_size: int = 1,
     progress: bool = True,
-    decoded: bool = False,
 ) -> tuple[Score, list[Score]]:
     """`score` of the base (``hat.dense()``), run once, and of ``hat`` in each of several settings, with its agreement
     with the base. A setting makes a context, such as ``partial(hat.at, 0.5)``; by default ``hat`` runs as it is set.
-
-    With ``decoded``, each block is read token by token after a KV cache: so the engine runs, and steering moves
-    thresholds at every token. Without steering the scores are the same within rounding, but that a head with a
-    shortlist counts for all tokens and not for the scored ones alone. The logits of a batch are then kept twice,
-    ``[B, T, V]`` in the base's dtype.
     """
     if not isinstance(hat, HierarchicalTransformer):
         raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to be compared with")
-    settings, head = [hat.dense, *settings], torch.nn.Identity() if decoded else hat.logits
-    tallies = [_Tally(head, hat, dataset) for _ in settings]
-    with hat.engine() if decoded else nullcontext():
-        for batch in _batches(dataset, batch_size, hat.base.device, progress):
-            base = None
-            for setting, tally in zip(settings, tallies, strict=True):
-                with setting():
-                    states, trace = batch.decode(hat) if decoded else (batch.final_states(hat.lm), None)
-                    tally.add(batch, states, base, trace)
-                base = states if base is None else base
+    settings = [hat.dense, *settings]
+    tallies = [_Tally(hat.logits, hat, dataset) for _ in settings]
+    for batch in _batches(dataset, batch_size, hat.base.device, progress):
+        base = None
+        for setting, tally in zip(settings, tallies, strict=True):
+            with setting():
+                states = batch.final_states(hat.lm)
+                tally.add(batch, states, base)
+            base = states if base is None else base
     base, *adaptive = (tally.score() for tally in tallies)
     return base, adaptive
 
@@ -173,8 +159,8 @@ def text_bytes(dataset: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase) -
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return len(text.strip("\ufffd").encode())  # U+FFFD is what a cut character decodes to
 
-    blocks = [(row["input_ids"], max(1, row["n_context"])) for row in dataset]
-    return np.array([size(ids) - size(ids[:first]) for ids, first in blocks], dtype=np.int64)
+    sizes = [size(row["input_ids"]) - size(row["input_ids"][: max(1, row["n_context"])]) for row in dataset]
+    return np.array(sizes, dtype=np.int64)
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float | None:
@@ -207,9 +193,8 @@ class _Tally:
         self.documents = np.array([str(row.get("doc", number)) for number, row in enumerate(dataset)])
         self.agreement = []  # of each slice, how many have the base's most likely next token, and the sum of KL
 
-    def add(self, batch: _Batch, states: Tensor, base: Tensor | None = None, trace: Trace | None = None) -> None:
-        """Count what the head makes of ``states [B, T, D]``, compared with the base's, and the work of ``trace``; by
-        default, that of the last forward."""
+    def add(self, batch: _Batch, states: Tensor, base: Tensor | None = None) -> None:
+        """Count what the head makes of ``states [B, T, D]``, compared with the base's, and the work of the forward."""
         rows, columns = batch.scored.nonzero(as_tuple=True)
         for row, column in zip(rows.split(SLICE), columns.split(SLICE), strict=True):
             blocks, logits = batch.blocks[row.cpu().numpy()], self.head(states[row, column - 1]).float()
@@ -223,7 +208,7 @@ class _Tally:
                 divergence = kl(F.log_softmax(other, dim=-1), F.log_softmax(logits, dim=-1)).double().sum()
                 self.agreement.append((int(same), float(divergence)))
         if self.spent:
-            self.spent.add(trace or self.hat.trace)
+            self.spent.add(self.hat.trace)
 
     def score(self) -> Score:
         work = (*self.spent.shares, self.spent.layer_capacity, self.spent.exits) if self.spent else ()
@@ -239,8 +224,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-@dataclass(frozen=True)
-class _Batch:
+class _Batch(NamedTuple):
     blocks: np.ndarray  # numbers of the blocks in the dataset, [B]
     ids: Tensor  # [B, T]
     real: Tensor  # int64 [B, T], 0 at padding
@@ -250,31 +234,20 @@ class _Batch:
         """``[B, T, D]``; the head is applied later, to scored tokens only."""
         return lm.model(input_ids=self.ids, attention_mask=self.real, use_cache=False).last_hidden_state
 
-    def decode(self, hat: HierarchicalTransformer) -> tuple[Tensor, Trace]:
-        """Logits ``[B, T, V]``, token by token after a KV cache, and the state of all steps."""
-        cache, tokens = DynamicCache(config=hat.lm.config), self.ids.split(1, dim=1)
-        with hat.collect() as steps:
-            logits = [hat.lm(input_ids=token, cache=cache, use_cache=True).logits for token in tokens]
-        state = Trace.cat(steps)
-        state.real = self.real.bool()  # steps run only for the sake of longer blocks do not count
-        return torch.cat(logits, dim=1), state
-
 
 def _batches(dataset, batch_size: int, device, progress: bool) -> Iterator[_Batch]:
     check_count("batch_size", batch_size, 1)
-    lengths = [len(row["input_ids"]) for row in dataset]
-    first = [max(1, row["n_context"]) for row in dataset]  # nothing precedes the very first token
-    if not any(n > start for n, start in zip(lengths, first, strict=True)):
-        raise HatError(f"nothing to score: {len(lengths)} blocks without a token that follows another")
-    order = np.argsort(lengths, kind="stable")[::-1]  # blocks of similar length need the least padding
-    for start in tqdm(range(0, len(order), batch_size), desc="perplexity", disable=not progress):
-        blocks = order[start : start + batch_size]
+    ends = torch.tensor([len(row["input_ids"]) for row in dataset])
+    starts = torch.tensor([max(1, row["n_context"]) for row in dataset])  # nothing precedes the very first token
+    if not (starts < ends).any():
+        raise HatError(f"nothing to score: {len(ends)} blocks without a token that follows another")
+    order = ends.argsort(descending=True, stable=True)  # blocks of similar length need the least padding
+    for blocks in tqdm(order.split(batch_size), desc="perplexity", disable=not progress):
         rows = [torch.as_tensor(dataset[block]["input_ids"]) for block in blocks.tolist()]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        column = torch.arange(ids.shape[1])
-        starts, ends = (torch.tensor([n[block] for block in blocks])[:, None] for n in (first, lengths))
-        real, scored = (column < ends).long(), (starts <= column) & (column < ends)
-        yield _Batch(blocks, *(t.to(device) for t in (ids, real, scored)))
+        real = torch.arange(ids.shape[1]) < ends[blocks, None]
+        scored = real & (torch.arange(ids.shape[1]) >= starts[blocks, None])
+        yield _Batch(blocks.numpy(), *(t.to(device) for t in (ids, real.long(), scored)))
 
 
 @dataclass(frozen=True)
@@ -295,14 +268,6 @@ def columns(base: Score, found: Score) -> dict:
     """The columns of a row of results: `Perplexity` without ``text``, and ``ppl``, ``blocks``, ``realised``,
     ``realised_exit`` and ``model_share``; nan where there is no interval."""
     paired = compare(base, found)
-    return paired.ends() | {
-        "ppl": paired.ppl,
-        "base_ppl": paired.base_ppl,
-        "tokens": paired.tokens,
-        "blocks": paired.n_blocks,
-        "top1": found.top1,
-        "kl": found.kl,
-        "realised": found.capacity,
-        "realised_exit": found.exit_rate,
-        "model_share": found.model_share,
-    }
+    work = {"realised": found.capacity, "realised_exit": found.exit_rate, "model_share": found.model_share}
+    agreement = {"blocks": paired.n_blocks, "top1": found.top1, "kl": found.kl}
+    return vars(paired) | paired.ends() | agreement | work

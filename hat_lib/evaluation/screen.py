@@ -18,11 +18,10 @@ from torch import Tensor
 from hat_lib.config import HatError
 from hat_lib.decoding.inference import AdaptiveInference
 from hat_lib.evaluation.coloured_text import Passage, colours
-from hat_lib.evaluation.tokens import MATRICES, TokenTable, prompt_blocks, token_table
+from hat_lib.evaluation.tokens import TokenTable, prompt_blocks, prompt_ids, token_table
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import linear_work
 from hat_lib.rows import results_table
-from hat_lib.text.plain import check_whole
 from hat_lib.text.token_classes import pieces
 
 CAPACITIES = (1.0, 0.9, 0.8, 0.7, 0.62, 0.55, 0.5, 0.45, 0.4)
@@ -30,6 +29,8 @@ NEW_TOKENS = 24
 MOST = 128
 """tokens of a prompt; a map of more would be unreadable"""
 WHOLE, LEFT = 250, 255  # a share of 100 %, and a layer that a token did not enter
+MATRICES = {"qkv": "q | k | v", "o": "o", "gate_up": "gate | up", "down": "down", "ffn": "FFN"}
+"""site -> the matrices behind it"""
 PRESETS = {
     "A story": (
         "The old lighthouse keeper walked down to the harbour, because the storm was coming in.",
@@ -120,17 +121,14 @@ class Screen:
         limits = (tokens, self.hat.config.n_layers, len(self.hat.grain.sites), 2)
         for cell in cells if isinstance(cells, list) else [cells]:
             fits = isinstance(cell, list) and [type(number) for number in cell] == [int] * 4
-            if not fits or not all(number in range(limit) for number, limit in zip(cell, limits, strict=True)):
+            if not fits or not all(map(range.__contains__, map(range, limits), cell)):
                 raise HatError(f"a cell is [token, layer, site, 0 or 1], whole and less than {limits}, got {cell!r}")
         return cells
 
 
 def check_prompt(hat: HierarchicalTransformer, prompt: object) -> int:
     """The tokens of a prompt; `HatError` unless it is text of at most `MOST`."""
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise HatError(f"a prompt must be text, got {prompt!r}")
-    check_whole("the prompt", prompt)
-    length = len(hat.base.tokenizer(prompt, verbose=False).input_ids)
+    length = len(prompt_ids(hat, prompt))
     if length > MOST:
         raise HatError(f"a map shows up to {MOST} tokens, the prompt has {length}: make it shorter")
     return length
@@ -191,13 +189,12 @@ def _megabytes(hat: HierarchicalTransformer) -> float:
 def _speeds(hat: HierarchicalTransformer) -> list[str]:
     """What is known of the speed at each capacity: of the channel grain, on the bases of `studies.decode`."""
     try:
-        table = results_table("decode")
-    except HatError:
-        table = None
-    if table is None or hat.config.granularity != "channel" or hat.base.name not in set(table["base"]):
+        rows = results_table("decode").query("way == 'engine' and sequences == 1 and weights == dtype")
+    except HatError:  # a data folder of one's own
         return [""] * len(CAPACITIES)
-    rows = table[(table["base"] == hat.base.name) & (table["way"] == "engine") & (table["sequences"] == 1)]
-    rows = rows[rows["weights"] == rows["dtype"]].sort_values("capacity")
+    rows = rows[rows["base"] == hat.base.name].sort_values("capacity")
+    if rows.empty or hat.config.granularity != "channel":
+        return [""] * len(CAPACITIES)
     over = [np.interp(CAPACITIES, rows["capacity"], rows[name]) for name in ("over_dense", "over_hf")]
     where = "{threads:.0f} threads of a CPU, {dtype}".format(**rows.iloc[0])
     return [f"about {dense:.2f}x dense, {hf:.2f}x transformers ({where})" for dense, hf in zip(*over, strict=True)]

@@ -5,10 +5,14 @@ import os
 import string
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from tiny_runs import GRAINS, adaptive, skipping
+from datasets import Dataset
+from tiny_runs import GRAINS, adaptive, gating, new_hat, random_blocks, skipping
 
 from hat_lib.config import DATA, HatConfig
 from hat_lib.decoding.generate import WEIGHT_FORMATS
@@ -16,6 +20,7 @@ from hat_lib.decoding.speed import SpeedCurve
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import Work
+from hat_lib.method.setting import combined
 from hat_lib.rows import RowWriter, read_rows
 from studies import decode, quality, registry, self_speculative, speed_targets, tasks, token_time
 from studies.published_claims import Setting
@@ -117,8 +122,8 @@ def test_targets_are_refused_beyond_the_curve_and_priced_as_they_were_timed(chec
     assert rows[0].over_hf > 0 and rows[0].lowest <= rows[0].measured <= rows[0].highest
     hat = HierarchicalTransformer.from_pretrained(checkpoints["channel"], dtype="fp32")
     blocks = speed_targets.whole_blocks("addresses", hat.base.tokenizer, 192)
-    with hat.at(curve.capacity_for(1.1), 0.0), hat.steered():
-        base, (scored,) = score_each(hat, blocks, progress=False, decoded=True)
+    steered = partial(combined, partial(hat.at, curve.capacity_for(1.1), 0.0), hat.steered)
+    base, scored = (speed_targets.decoded(hat, blocks, around) for around in (hat.dense, steered))
     assert rows[0].addresses == pytest.approx(compare(base, scored).increase, rel=1e-2)
 
 
@@ -133,6 +138,31 @@ def test_forced_tokens_skip_exactly(tiny_base):
     hat.unload()
     assert (share[0] == 1).all() and (share.sum(0) == 2).all()
     assert len({tuple(share[:, b, t].tolist()) for b in range(2) for t in range(40)}) == 3
+
+
+@pytest.mark.filterwarnings("ignore:token grain")
+@pytest.mark.parametrize("make", [partial(skipping, "channel"), partial(skipping, "token"), gating])
+def test_decoding_a_text_scores_it_as_one_forward_does(make):
+    hat = make()
+    rows = Dataset.from_list([{"input_ids": ids, "doc": "d", "n_context": 0} for ids in random_blocks(3, 40)])
+    around = [partial(hat.at, 0.7), hat.dense]
+    for at, one in zip(around, score_each(hat, rows, around, progress=False)[1], strict=True):
+        found = speed_targets.decoded(hat, rows, at)
+        np.testing.assert_allclose(found.nll, one.nll, rtol=1e-4)
+        assert np.array_equal(found.tokens, one.tokens)
+        head = 0.01 * (hat.has_shortlist and found.capacity < 1)  # of all tokens, not of the scored ones
+        for name in ("capacity", "exit_rate", "model_share"):
+            assert getattr(found, name) == pytest.approx(getattr(one, name), abs=1e-4 + head)
+
+
+def test_the_engine_decodes_and_steering_brings_it_to_what_was_asked():
+    hat = new_hat("channel")
+    rows = Dataset.from_list([{"input_ids": ids, "doc": "d"} for ids in random_blocks(1, 120)])
+    table, at = hat.calibration, partial(hat.at, 0.6)
+    hat.calibration = replace(table, thresholds=(1.5 * np.array(table.thresholds)).tolist())
+    assert hat.decoding.startswith("engine")
+    plain, steered = (speed_targets.decoded(hat, rows, w).capacity for w in (at, partial(combined, at, hat.steered)))
+    assert abs(plain - 0.6) > 0.05 and abs(steered - 0.6) < 0.03
 
 
 def test_a_format_s_ideal_is_in_the_bytes_that_it_reads():
