@@ -27,6 +27,7 @@ from hat_lib.config import HatError
 from hat_lib.text.plain import printable
 
 PALETTE = "cividis"
+LIGHT = 0.47  # colours grow lighter along the scale; from here on black contrasts more than white
 STEPS = 5  # of the legend
 
 
@@ -35,12 +36,9 @@ class Passage:
     """A text to colour."""
 
     title: str
-    tokens: Sequence[str]
-    """as from `hat_lib.text.token_classes.pieces`: a token without text is part of the next one's character"""
-    values: Sequence[float]
-    """each token's number; nan leaves it uncoloured"""
-    mark: int | None = None
-    """a token to mark: in bold and underlined, in a picture framed"""
+    tokens: Sequence[str]  # as from `token_classes.pieces`: one without text is part of the next one's character
+    values: Sequence[float]  # each token's number; nan leaves it uncoloured
+    mark: int | None = None  # a token to mark: in bold and underlined, in a picture framed
 
 
 class Piece(NamedTuple):
@@ -48,8 +46,7 @@ class Piece(NamedTuple):
 
     text: str
     style: Style = Style.null()
-    at: float = math.nan
-    """position on the scale, 0-1; nan: not coloured"""
+    at: float = math.nan  # position on the scale, 0-1; nan: not coloured
     numbers: str = ""
 
 
@@ -149,9 +146,7 @@ def visible(text: str) -> str:
 
 def colours(at: float) -> tuple[str, str]:
     """The background at a position on the scale, and the text colour that contrasts most with it: ``#rrggbb``."""
-    rgb = np.array(colormaps[PALETTE](at)[:3])
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return to_hex(rgb), "#000000" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "#ffffff"
+    return to_hex(colormaps[PALETTE](at)), "#000000" if at > LIGHT else "#ffffff"
 
 
 def _style(at: float, **look: bool) -> Style:

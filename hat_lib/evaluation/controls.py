@@ -38,12 +38,9 @@ Family = Callable[[float], Policy]
 """A control for each setting of its dial in [0, 1]; it keeps more as the dial rises, and everything at 1."""
 Around = Callable[[], AbstractContextManager]
 
-EQUAL = 0.003
-"""equal work: two shares of the whole model's work, on the same text, that differ by no more than this"""
-CLOSE, STEPS = 0.001, 24
-"""where `turned` stops"""
-DAMAGE_TOKENS = 1024
-"""of evenly spaced blocks, for pricing the removal of each layer"""
+EQUAL = 0.003  # equal work: two shares of the work on the same text that differ by no more than this
+CLOSE, STEPS = 0.001, 24  # where `turned` stops
+DAMAGE_TOKENS = 1024  # of evenly spaced blocks, for pricing the removal of each layer
 
 
 class OutOfReach(HatError):
@@ -139,15 +136,12 @@ def static_choice(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
         energy[layer, site] += scores.double().square().sum(0)
 
     realised_capacity(hat, watch, block_tensors(hat, blocks))
-    ranked = {key: squares.argsort(descending=True, stable=True) for key, squares in energy.items()}
+    ranks = {key: squares.argsort(descending=True, stable=True).argsort() for key, squares in energy.items()}
 
     def family(dial: float) -> Policy:
-        shares, keep = hat.calibration.shares_at(max(dial, CAPACITY_MIN)), {}
-        for (layer, site), order in ranked.items():
-            count = round(float(shares[layer, hat.grain.sites.index(site)]) * len(order))
-            keep[layer, site] = torch.zeros(len(order), dtype=torch.bool, device=order.device)
-            keep[layer, site][order[:count]] = True
-        return Static(keep)
+        shares, sites = hat.calibration.shares_at(max(dial, CAPACITY_MIN)), hat.grain.sites
+        counts = {key: round(float(shares[key[0], sites.index(key[1])]) * len(rank)) for key, rank in ranks.items()}
+        return Static({key: rank < counts[key] for key, rank in ranks.items()})
 
     return family
 

@@ -55,12 +55,9 @@ TEXTS = ("addresses", "docstrings")
 
 
 class Variant(NamedTuple):
-    drawn: bool = False
-    """differs from seed to seed"""
-    grains: Sequence[str] = tuple(GRAINS)
-    """that have it: with whole FFNs, static is removal, and there are no corrections"""
-    matched: bool = True
-    """or its work is what it is: equal as far as chance allows, or that of the dense model"""
+    drawn: bool = False  # differs from seed to seed
+    grains: Sequence[str] = tuple(GRAINS)  # with whole FFNs, static is removal, and there are no corrections
+    matched: bool = True  # or its work is what it is: equal as far as chance allows, or that of the dense model
 
 
 VARIANTS = {
@@ -75,8 +72,7 @@ VARIANTS = {
     "no_exits": Variant(grains=("channel",)),
     "fine_tuned": Variant(grains=("channel",), matched=False),
 }
-SAMPLE_TOKENS = 1024
-"""of the text, in evenly spaced blocks: what some controls are made of"""
+SAMPLE_TOKENS = 1024  # of the text, in evenly spaced blocks: what some controls are made of
 
 
 class Point(NamedTuple):
@@ -212,8 +208,6 @@ class _OnText:
                 settings[point] = self.setting(point)
             except OutOfReach as error:
                 _warn(point, error)
-        if not settings:
-            return
         _, scores = score_each(self.hat, self.blocks, list(settings.values()), progress=False)
         for point, found in zip(settings, scores, strict=True):
             share = self.partner(point).model_share
@@ -274,10 +268,8 @@ def _warn(point: Point, why) -> None:
 
 def text_to_score(text: str, hat, max_tokens: int) -> Dataset:
     """About ``max_tokens`` tokens: blocks spread over all documents of a bundled text, the beginning of any other."""
-    how = {"tokenizer": hat.base.tokenizer, "split": default_split(text, hat)}
-    if text not in CORPORA:
-        return load_text(text, max_tokens=max_tokens, **how)
-    return spread(load_text(text, **how), max_tokens)
+    limit, split = None if text in CORPORA else max_tokens, default_split(text, hat)
+    return spread(load_text(text, hat.base.tokenizer, split=split, max_tokens=limit), max_tokens)
 
 
 def adapter_digest(found: Checkpoint, exits: bool) -> str:

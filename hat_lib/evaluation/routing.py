@@ -8,7 +8,7 @@ relative to the mean of all unprotected tokens, and its interval resamples both 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
@@ -66,10 +66,9 @@ def by_layer(found: TokenTable) -> pd.DataFrame:
     ``layer``, ``site``, ``tokens``, ``mean``, ``low``, ``high``."""
     free = ~found.tokens["protected"].to_numpy()
     values = np.concatenate([found.site_share, found.share[:, None]], axis=1)[:, :, free].astype(float)
-    values = values.reshape(-1, values.shape[-1])
-    found_means = means(values, found.tokens.loc[free, "block"], found.tokens.loc[free, "doc"])
+    table = means(values.reshape(-1, values.shape[-1]), *(found.tokens.loc[free, name] for name in ("block", "doc")))
     names = pd.DataFrame(product(range(len(found.share)), (*found.sites, "all")), columns=["layer", "site"])
-    return names.join(found_means[["tokens", "mean", "low", "high"]])
+    return names.join(table[["tokens", "mean", "low", "high"]])
 
 
 def correlations(found: TokenTable) -> pd.DataFrame:
@@ -109,15 +108,8 @@ def layer_map(found: TokenTable, first: int = 0, count: int = 48) -> pd.DataFram
     return cells.assign(share=share, difference=share - np.tile(usual, len(some)))
 
 
-TABLES: dict[str, Callable[[TokenTable], pd.DataFrame]] = {
-    "classes": by_class,
-    "positions": by_position,
-    "quantiles": by_quantile,
-    "layers": by_layer,
-    "correlations": correlations,
-    "layer_map": layer_map,
-}
-"""all tables of a text, by name"""
+TABLES = {"classes": by_class, "positions": by_position, "quantiles": by_quantile, "layers": by_layer,
+          "correlations": correlations, "layer_map": layer_map}  # fmt: skip
 
 
 def _free(found: TokenTable) -> pd.DataFrame:

@@ -33,8 +33,7 @@ from hat_lib.text.token_classes import classes, pieces
 LOSSES = ("surprisal", "entropy", "added_loss", "kl")
 """per prediction, nats: the base's surprisal and entropy, how much more surprised the adaptive model is, and KL(base ||
 adaptive)"""
-LIKELIEST = 5
-"""next tokens that are kept of each prediction"""
+LIKELIEST = 5  # next tokens that are kept of each prediction
 
 
 @dataclass(frozen=True)
@@ -47,22 +46,19 @@ class TokenTable:
     entered), ``model_share`` (all its work / the base's), ``exit_layer`` (layers it entered), ``left`` (before
     the last layer), and `LOSSES`, each ``_of_token`` (nan at the beginning of a text) and ``_of_next`` (nan at the end
     of a block)"""
-    share: np.ndarray = field(repr=False)
-    """executed share of each layer, fp32 ``[L, N]``; nan in layers the token did not enter"""
-    site_share: np.ndarray = field(repr=False)
-    """the same for each site, ``[L, S, N]``"""
+    share: np.ndarray = field(repr=False)  # of each layer, fp32 ``[L, N]``; nan in layers the token did not enter
+    site_share: np.ndarray = field(repr=False)  # the same for each site, ``[L, S, N]``
     sites: tuple[str, ...]
     requested_capacity: float
     requested_exit_rate: float
+    # Realised, over these tokens; see `hat_lib.method.cost.WorkTally`.
     capacity: float
     exit_rate: float
     model_share: float
     layer_capacity: float
-    """realised, over these tokens; see `hat_lib.method.cost.WorkTally`"""
-    next_ids: np.ndarray = field(repr=False, default=None)
-    """the likeliest next tokens of the base and of the adaptive model, int ``[2, N, LIKELIEST]``"""
-    next_p: np.ndarray = field(repr=False, default=None)
-    """their probabilities"""
+    # The likeliest next tokens of the base and of the adaptive model, ``[2, N, LIKELIEST]``, and their probabilities.
+    next_ids: np.ndarray = field(repr=False)
+    next_p: np.ndarray = field(repr=False)
 
     @property
     def work(self) -> str:
