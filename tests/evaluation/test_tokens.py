@@ -172,7 +172,7 @@ def test_intervals_are_those_of_evaluate(monkeypatch):
     monkeypatch.setattr(routing, "RESAMPLES", 2000)
     draw = np.random.default_rng(1)
     tokens, added = draw.integers(20, 60, 9), draw.normal(0.1, 1, 9)
-    means = routing._means(np.repeat(added / tokens, tokens)[None], *[np.repeat(np.arange(9), tokens)] * 2)
+    means = routing.means(np.repeat(added / tokens, tokens)[None], *[np.repeat(np.arange(9), tokens)] * 2)
     theirs = compare(Score(np.zeros(9), tokens), Score(added, tokens))
     expected = np.log1p([theirs.increase, theirs.low, theirs.high])  # it takes the exponential first
     np.testing.assert_allclose(means.loc[0, ["mean", "low", "high"]].astype(float), expected, rtol=1e-5)
