@@ -26,7 +26,7 @@ from hat_lib.plotting import routing, token_heatmap
 from hat_lib.workbook.environment import in_colab
 from hat_lib.workbook.play_page import SCRIPT, STYLE
 
-MEANING = "framed: first token unlike dense; share of the dense work:"
+MEANING = "framed: first token unlike dense; share of the dense work"
 
 
 class PlayView(anywidget.AnyWidget):
