@@ -26,8 +26,8 @@ def play(
     The map of the work, the next tokens, how the text goes on, its price and its speed move together. Ctrl-C ends it.
     """
     options.start(threads)
-    from hat_lib.evaluation.screen import Screen
     from hat_lib.workbook.play_page import Server
+    from hat_lib.workbook.screen import Screen
 
     server = Server(port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -56,9 +56,9 @@ def explain(
     options.start(threads)
     hat = options.load(base, checkpoint, capacity, exit_rate, dtype)
     from hat_lib.evaluation import tokens
-    from hat_lib.evaluation.screen import Screen, check_prompt
     from hat_lib.plotting.style import write
     from hat_lib.workbook.play_page import still_page
+    from hat_lib.workbook.screen import Screen, check_prompt
 
     if html is not None:
         check_prompt(hat, prompt)
