@@ -37,11 +37,10 @@ def by_position(found: TokenTable) -> pd.DataFrame:
     """Columns as in `by_class`, by position in the block (``first`` to ``last``), ``protected`` or not."""
     tokens = found.tokens
     protected = int(tokens["protected"].groupby(tokens["block"]).sum().max())
-    edges = [0, max(1, protected)]
-    while edges[-1] <= tokens["position"].max():
-        edges.append(2 * edges[-1])
+    doublings = int(tokens["position"].max()).bit_length() + 1
+    edges = np.array([0, *(max(1, protected) * 2 ** np.arange(doublings))])
     codes = np.searchsorted(edges, tokens["position"], side="right") - 1
-    keys = pd.DataFrame({"first": edges[:-1], "last": np.array(edges[1:]) - 1})
+    keys = pd.DataFrame({"first": edges[:-1], "last": edges[1:] - 1})
     return _table(tokens, codes, keys.assign(protected=keys["last"] < protected))
 
 
