@@ -27,13 +27,9 @@ LABEL = 12  # most characters of a token to show under the map
 AFTER = "#dddddd"  # layers a token did not enter
 
 
-@draws("token", "text", "exit_layer", "layer", "share", "difference")
+@draws("token", "text", "exit_layer", "protected", "layer", "share", "difference")
 def layer_map(table: pd.DataFrame) -> Figure:
-    """Layer × token: the executed share, and its difference from the layer's mean; a cross where a token leaves.
-
-    ``table`` has a row per cell; ``share`` is nan after an exit. With a column ``protected``, the legend also explains
-    these tokens.
-    """
+    """Layer × token: the executed share, and its difference from the layer's mean; a cross where a token leaves."""
     tokens = table.drop_duplicates("token")
     share, difference = (table.pivot(index="layer", columns="token", values=v) for v in ("share", "difference"))
     n_layers = len(share)
@@ -53,12 +49,13 @@ def layer_map(table: pd.DataFrame) -> Figure:
             depth = tokens["exit_layer"].to_numpy()[left]
             ax.plot(left + 0.5, depth + 0.5, "x", color="black", markersize=4.5, label="left before this layer")
     names = [Patch(color=AFTER, label="had left")] * bool(len(left))
-    if table.get("protected", pd.Series(False)).any():
+    if table["protected"].any():
         names.append(Patch(color=colormaps[PALETTE](1.0), label="at the start: protected, runs in full"))
     names += axes[0].get_legend_handles_labels()[0]
     if names:
         style.legend_below(fig, names)
-    labels = [in_font(label(text)) for text in tokens["text"]]
+    labels = [visible(text).replace("\n", "").strip(" ") or "␣" for text in tokens["text"]]
+    labels = [in_font(text if len(text) <= LABEL else text[: LABEL - 1] + "…") for text in labels]
     axes[1].set_xticks(np.arange(len(tokens)) + 0.5, labels, rotation=90, fontsize=7.5, parse_math=False)
     axes[1].set_xlabel("token (␣: a space, or part of a character)")
     return fig
@@ -119,12 +116,6 @@ def by_quantile(table: pd.DataFrame) -> Figure:
 
 FIGURES = {"layer_map": layer_map, "classes": by_class, "positions": by_position, "quantiles": by_quantile}
 """name of a table in `hat_lib.evaluation.routing.TABLES` -> its figure"""
-
-
-def label(text: str) -> str:
-    """A token's label on a map: short, and visible even if it is a space or empty."""
-    shown = visible(text).replace("\n", "").strip(" ") or "␣"
-    return shown if len(shown) <= LABEL else shown[: LABEL - 1] + "…"
 
 
 def _by_measure(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

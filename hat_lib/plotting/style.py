@@ -162,10 +162,9 @@ def legend_below(fig: Figure, entries: list[Line2D], **more) -> None:
     fig.legend(handles=entries, **{"ncols": len(entries), "loc": "outside lower center"} | more)
 
 
-def legend_above(ax: Axes, columns: int, **more) -> None:
+def legend_above(ax: Axes, columns: int) -> None:
     """The legend of one panel, above it."""
-    more = {"handlelength": 1.5, "columnspacing": 1.0} | more
-    ax.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), **more)
+    ax.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), handlelength=1.5, columnspacing=1.0)
 
 
 def set_ticks(axis: Axis, ticks: list[float], label: str = "{x:g}") -> None:
