@@ -45,11 +45,11 @@ def analyze(
     options.check_text(text, split)
     hat = options.load(base, checkpoint, capacity, exit_rate, dtype)
 
-    from hat_lib.evaluation.coloured_text import ansi, html, passages
     from hat_lib.evaluation.intervals import FEWEST, NONE
     from hat_lib.evaluation.routing import TABLES
     from hat_lib.evaluation.tokens import token_table
     from hat_lib.text.blocks import default_split, load_text
+    from hat_lib.text.coloured import ansi, html, passages
 
     split = split or default_split(text, hat)
     found = token_table(hat, load_text(text, hat.base.tokenizer, split=split, max_tokens=max_tokens))

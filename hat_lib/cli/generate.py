@@ -112,7 +112,7 @@ def generate(
 
 
 def _show_compute(hat, out) -> None:
-    from hat_lib.evaluation.coloured_text import Passage, ansi
+    from hat_lib.text.coloured import Passage, ansi
     from hat_lib.text.token_classes import pieces
 
     tokens = pieces(hat.base.tokenizer, out.ids[0, out.prompt_length :].tolist())

@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hat_lib.config import HatError, check_count, work_text
-from hat_lib.evaluation.coloured_text import ansi, html, passages
 from hat_lib.evaluation.perplexity import SLICE, kl
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import WorkTally, state_cost
+from hat_lib.text.coloured import ansi, html, passages
 from hat_lib.text.plain import check_whole
 from hat_lib.text.token_classes import classes, pieces
 

@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from hat_lib.evaluation.coloured_text import PALETTE, visible
 from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, GREY, ORANGE, PERCENT, WIDE, WIDTH, draws, entry
 from hat_lib.plotting.token_heatmap import in_font
+from hat_lib.text.coloured import PALETTE, visible
 
 ENDS = ["mean", "low", "high"]
 BOUNDS = (*ENDS, "difference", "difference_low", "difference_high")

@@ -10,8 +10,8 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
 from rich.style import Style
 
-from hat_lib.evaluation.coloured_text import Passage, Piece, paragraphs
 from hat_lib.plotting.style import STYLE, WIDTH
+from hat_lib.text.coloured import Passage, Piece, paragraphs
 
 # Characters per line; font size in points; width of a character and height of a line, in font sizes.
 COLUMNS, SIZE, ADVANCE, LEADING = 100, 8.0, 0.602, 1.7
@@ -20,7 +20,7 @@ FRAME = {"fill": False, "edgecolor": "#d55e00", "linewidth": 2, "zorder": 2}  # 
 
 
 def figure(*passages: Passage, meaning: str, low: float | None = None, high: float | None = None) -> Figure:
-    """Passages as a picture, with the colours, arguments and errors of `hat_lib.evaluation.coloured_text.html`."""
+    """Passages as a picture, with the colours, arguments and errors of `hat_lib.text.coloured.html`."""
     lines = [line for paragraph in paragraphs(passages, meaning, low, high) for line in [[], *_wrapped(paragraph)]][1:]
     advance, step = SIZE * ADVANCE / 72, SIZE * LEADING / 72
     size = max(WIDTH, (COLUMNS + 2) * advance), step * (len(lines) + 1)

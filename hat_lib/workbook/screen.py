@@ -17,11 +17,11 @@ from torch import Tensor
 
 from hat_lib.config import HatError
 from hat_lib.decoding.inference import AdaptiveInference
-from hat_lib.evaluation.coloured_text import Passage, colours
 from hat_lib.evaluation.tokens import TokenTable, prompt_blocks, prompt_ids, token_table
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import linear_work
 from hat_lib.rows import results_table
+from hat_lib.text.coloured import Passage, colours
 from hat_lib.text.token_classes import pieces
 
 CAPACITIES = (1.0, 0.9, 0.8, 0.7, 0.62, 0.55, 0.5, 0.45, 0.4)

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from hat_lib.evaluation.coloured_text import Passage, ansi, html
 from hat_lib.plotting.token_heatmap import COLUMNS, figure
+from hat_lib.text.coloured import Passage, ansi, html
 
 ESCAPE = re.compile(r"\x1b\[[\d;]*m")
 HOSTILE = ["<script>alert(1)</script>", '" onload="x', "&amp;", "\x1b[2J", "\x9b31m", "\u202egnp.exe", "\r", "\ud800"]
