@@ -31,8 +31,7 @@ CAPACITIES = (0.4, 0.55, 0.7, 0.9)
 METHOD = "method"
 COLUMNS = ["decides", "capacity", "realised", "exit_rate", "model_share", "perplexity", "increase", "increase_low",
            "increase_high", "kl", "top1"]  # fmt: skip
-Setting = tuple[str, float, Callable]
-"""what decides, the capacity that is asked for, and the context"""
+Setting = tuple[str, float, Callable]  # what decides, the capacity that is asked for, and the context
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,7 @@ class Sweep:
     ``perplexity``, ``increase`` (over the base's, less 1), ``increase_low``, ``increase_high`` (95 % paired bootstrap
     interval; nan below six blocks), ``kl`` (base || adaptive, nats per token), ``top1`` (share of tokens for which both
     have the same most likely next token)"""
-    heading: str
-    """base, text, and how much of it was measured"""
+    heading: str  # base, text, and how much of it was measured
 
     def __str__(self) -> str:
         table = self.frame.to_string(index=False, float_format="{:.4f}".format)

@@ -13,7 +13,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hat_lib.config import HatError
 from hat_lib.decoding.inference import AdaptiveInference
@@ -55,8 +54,7 @@ class Screen:
     def __init__(self, hat: HierarchicalTransformer):
         self.hat, self._exit_rate = hat, hat.exit_rate
         self._about = lru_cache(32)(self._about)  # the same examples are chosen again and again
-        self._prompt: str | None = None
-        self._base_states: dict[int, Tensor] = {}  # of that prompt
+        self._base_states = lru_cache(1)(lambda prompt: {})  # of the last prompt
 
     def answer(self, question: Mapping) -> bytes:
         """A block about ``question["prompt"]``, as ``question["ask"]`` says:
@@ -90,10 +88,8 @@ class Screen:
         return _packed(header, found)
 
     def _table(self, prompt: str) -> TokenTable:
-        if prompt != self._prompt:
-            self._prompt, self._base_states = prompt, {}
         blocks = prompt_blocks(self.hat.base.tokenizer, {"prompt": prompt})
-        return token_table(self.hat, blocks, base_states=self._base_states, progress=False)
+        return token_table(self.hat, blocks, base_states=self._base_states(prompt), progress=False)
 
     def _map(self, prompt: str) -> tuple[dict, list[TokenTable]]:
         hat, found = self.hat, []
@@ -105,23 +101,21 @@ class Screen:
             "prompt": prompt,
             "sites": [MATRICES[site] for site in sites],
             "site_work": list(hat.site_work),
-            "tokens": [
-                {"text": t.text, "protected": bool(t.protected), "entropy": round(t.entropy_of_next, 3)}
-                for t in tokens.itertuples()
-            ],
+            "tokens": [{"text": t.text, "protected": bool(t.protected), "entropy": round(t.entropy_of_next, 3)}
+                       for t in tokens.itertuples()],
             "words": _words(hat, found),
             "steps": [_step(table) | {"speed": speed} for table, speed in zip(found, _speeds(hat), strict=True)],
             "curves": [[p.text, p.capacity, p.increase, p.low, p.high] for p in hat.prices],
-            "megabytes": _megabytes(hat),
+            "megabytes": _read_by_a_dense_token(hat.lm) / 1e6,
             "dtype": str(hat.lm.dtype).removeprefix("torch."),
             "colours": [colours(at)[0] for at in np.linspace(0, 1, 64)],
-        }, found
+        }, found  # fmt: skip
 
     def _cells(self, cells: object, tokens: int) -> list[list[int]]:
         limits = (tokens, self.hat.config.n_layers, len(self.hat.grain.sites), 2)
         for cell in cells if isinstance(cells, list) else [cells]:
             fits = isinstance(cell, list) and [type(number) for number in cell] == [int] * 4
-            if not fits or not all(map(range.__contains__, map(range, limits), cell)):
+            if not fits or not all(number in range(limit) for number, limit in zip(cell, limits, strict=True)):
                 raise HatError(f"a cell is [token, layer, site, 0 or 1], whole and less than {limits}, got {cell!r}")
         return cells
 
@@ -179,11 +173,10 @@ def _step(found: TokenTable) -> dict:
     }
 
 
-def _megabytes(hat: HierarchicalTransformer) -> float:
-    """Weights that a dense token reads, in MB: of all linear layers and the head."""
-    config = hat.lm.config
-    weights = sum(linear_work(config).values()) * config.num_hidden_layers + config.vocab_size * config.hidden_size
-    return weights * hat.lm.dtype.itemsize / 1e6
+def _read_by_a_dense_token(lm) -> int:
+    """Bytes of the weights of all linear layers and the head."""
+    layers = sum(linear_work(lm.config).values()) * lm.config.num_hidden_layers
+    return (layers + lm.config.vocab_size * lm.config.hidden_size) * lm.dtype.itemsize
 
 
 def _speeds(hat: HierarchicalTransformer) -> list[str]:

@@ -5,14 +5,13 @@ import os
 import string
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny_runs import GRAINS, adaptive, gating, new_hat, random_blocks, skipping
+from tiny_runs import GRAINS, adaptive, gating, random_blocks, skipping
 
 from hat_lib.config import DATA, HatConfig
 from hat_lib.decoding.generate import WEIGHT_FORMATS
@@ -153,16 +152,6 @@ def test_decoding_a_text_scores_it_as_one_forward_does(make):
         head = 0.01 * (hat.has_shortlist and found.capacity < 1)  # of all tokens, not of the scored ones
         for name in ("capacity", "exit_rate", "model_share"):
             assert getattr(found, name) == pytest.approx(getattr(one, name), abs=1e-4 + head)
-
-
-def test_the_engine_decodes_and_steering_brings_it_to_what_was_asked():
-    hat = new_hat("channel")
-    rows = Dataset.from_list([{"input_ids": ids, "doc": "d"} for ids in random_blocks(1, 120)])
-    table, at = hat.calibration, partial(hat.at, 0.6)
-    hat.calibration = replace(table, thresholds=(1.5 * np.array(table.thresholds)).tolist())
-    assert hat.decoding.startswith("engine")
-    plain, steered = (speed_targets.decoded(hat, rows, w).capacity for w in (at, partial(combined, at, hat.steered)))
-    assert abs(plain - 0.6) > 0.05 and abs(steered - 0.6) < 0.03
 
 
 def test_a_format_s_ideal_is_in_the_bytes_that_it_reads():
