@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -96,10 +96,7 @@ def score(
     lm = hat.lm if hat else model
     if hat is None and any(map(overridden, lm.model.layers)):
         raise HatError("this model carries a HierarchicalTransformer: pass that, so that its work is counted")
-    tally = _Tally(hat.logits if hat else lm.lm_head, hat, dataset)
-    for batch in _batches(dataset, batch_size, device_of(lm.get_input_embeddings()), progress):
-        tally.add(batch, batch.final_states(lm))
-    return tally.score()
+    return _scores(lm, hat, dataset, [nullcontext], batch_size, progress)[0]
 
 
 @torch.no_grad()
@@ -116,17 +113,36 @@ def score_each(
     """
     if not isinstance(hat, HierarchicalTransformer):
         raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to be compared with")
-    settings = [hat.dense, *settings]
-    tallies = [_Tally(hat.logits, hat, dataset) for _ in settings]
-    for batch in _batches(dataset, batch_size, hat.base.device, progress):
-        base = None
-        for setting, tally in zip(settings, tallies, strict=True):
-            with setting():
-                states = batch.final_states(hat.lm)
-                tally.add(batch, states, base)
-            base = states if base is None else base
-    base, *adaptive = (tally.score() for tally in tallies)
+    base, *adaptive = _scores(hat.lm, hat, dataset, [hat.dense, *settings], batch_size, progress)
     return base, adaptive
+
+
+def _scores(lm, hat, dataset, settings: Sequence[Callable], batch_size: int, progress: bool) -> list[Score]:
+    """Of ``lm``, or of ``hat`` if it is not None, in each setting; all but the first are compared with the first."""
+    head, totals = hat.logits if hat else lm.lm_head, [WorkTally(hat) for _ in settings if hat]
+    nll, tokens = np.zeros((len(settings), len(dataset))), np.zeros(len(dataset), dtype=np.int64)
+    agreement = np.zeros((len(settings), 2))
+    for batch in _batches(dataset, batch_size, device_of(lm.get_input_embeddings()), progress):
+        rows, columns = batch.scored.nonzero(as_tuple=True)
+        tokens[batch.blocks] = batch.scored.sum(1).cpu()
+        base = None
+        for number, setting in enumerate(settings):
+            with setting():
+                states = lm.model(input_ids=batch.ids, attention_mask=batch.real, use_cache=False).last_hidden_state
+                states = states[rows, columns - 1]  # the head is applied to scored tokens only
+                for part in torch.arange(len(rows), device=rows.device).split(SLICE):
+                    logits = head(states[part]).float()
+                    losses = F.cross_entropy(logits, batch.ids[rows[part], columns[part]], reduction="none")
+                    np.add.at(nll[number], batch.blocks[rows[part].cpu().numpy()], losses.double().cpu().numpy())
+                    if base is not None:
+                        agreement[number] += _agreement(hat, base[part], logits)
+                if hat:
+                    totals[number].add(hat.trace)
+            base = states if base is None else base
+    work = [(*total.shares, total.layer_capacity, total.exits) for total in totals] or [()]
+    agreed = [(), *(agreement[1:] / tokens.sum()).tolist()]
+    documents = np.array([str(row.get("doc", number)) for number, row in enumerate(dataset)])
+    return [Score(nll[i], tokens, documents, *work[i], *agreed[i]) for i in range(len(settings))]
 
 
 def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 0) -> Comparison:
@@ -184,39 +200,12 @@ def by_document(dataset: Sequence[Mapping], n_bytes: np.ndarray, base: Score, ad
     return table.assign(increase=table["perplexity"] / table["base_perplexity"] - 1)
 
 
-class _Tally:
-    """Running totals over the batches of one pass."""
-
-    def __init__(self, head: Callable, hat: HierarchicalTransformer | None, dataset: Sequence[Mapping]):
-        self.head, self.hat, self.spent = head, hat, hat and WorkTally(hat)
-        self.nll, self.tokens = np.zeros(len(dataset)), np.zeros(len(dataset), dtype=np.int64)
-        self.documents = np.array([str(row.get("doc", number)) for number, row in enumerate(dataset)])
-        self.agreement = []  # of each slice, how many have the base's most likely next token, and the sum of KL
-
-    def add(self, batch: _Batch, states: Tensor, base: Tensor | None = None) -> None:
-        """Count what the head makes of ``states [B, T, D]``, compared with the base's, and the work of the forward."""
-        rows, columns = batch.scored.nonzero(as_tuple=True)
-        for row, column in zip(rows.split(SLICE), columns.split(SLICE), strict=True):
-            blocks, logits = batch.blocks[row.cpu().numpy()], self.head(states[row, column - 1]).float()
-            losses = F.cross_entropy(logits, batch.ids[row, column], reduction="none")
-            np.add.at(self.nll, blocks, losses.double().cpu().numpy())
-            np.add.at(self.tokens, blocks, 1)
-            if base is not None:
-                with self.hat.dense():
-                    other = self.head(base[row, column - 1]).float()
-                same = (other.argmax(-1) == logits.argmax(-1)).sum()
-                divergence = kl(F.log_softmax(other, dim=-1), F.log_softmax(logits, dim=-1)).double().sum()
-                self.agreement.append((int(same), float(divergence)))
-        if self.spent:
-            self.spent.add(self.hat.trace)
-
-    def score(self) -> Score:
-        work = (*self.spent.shares, self.spent.layer_capacity, self.spent.exits) if self.spent else ()
-        found = Score(self.nll, self.tokens, self.documents, *work)
-        if not self.agreement:
-            return found
-        top1, kl = np.sum(self.agreement, 0) / self.tokens.sum()
-        return replace(found, top1=float(top1), kl=float(kl))
+def _agreement(hat: HierarchicalTransformer, base: Tensor, logits: Tensor) -> tuple[int, float]:
+    """How many tokens have the likeliest next one of the base's final states ``[n, D]``, and the sum of KL, nats."""
+    with hat.dense():
+        expected = hat.logits(base).float()
+    same = (expected.argmax(-1) == logits.argmax(-1)).sum()
+    return int(same), float(kl(F.log_softmax(expected, dim=-1), F.log_softmax(logits, dim=-1)).double().sum())
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -229,10 +218,6 @@ class _Batch(NamedTuple):
     ids: Tensor  # [B, T]
     real: Tensor  # int64 [B, T], 0 at padding
     scored: Tensor  # bool [B, T]
-
-    def final_states(self, lm: LlamaForCausalLM) -> Tensor:
-        """``[B, T, D]``; the head is applied later, to scored tokens only."""
-        return lm.model(input_ids=self.ids, attention_mask=self.real, use_cache=False).last_hidden_state
 
 
 def _batches(dataset, batch_size: int, device, progress: bool) -> Iterator[_Batch]:
