@@ -143,7 +143,8 @@ def test_forced_tokens_skip_exactly(tiny_base):
 @pytest.mark.parametrize("make", [partial(skipping, "channel"), partial(skipping, "token"), gating])
 def test_decoding_a_text_scores_it_as_one_forward_does(make):
     hat = make()
-    rows = Dataset.from_list([{"input_ids": ids, "doc": "d", "n_context": 0} for ids in random_blocks(3, 40)])
+    blocks = random_blocks(3, 40, seed=1)  # in which no score is within rounding of its threshold
+    rows = Dataset.from_list([{"input_ids": ids, "doc": "d", "n_context": 0} for ids in blocks])
     around = [partial(hat.at, 0.7), hat.dense]
     for at, one in zip(around, score_each(hat, rows, around, progress=False)[1], strict=True):
         found = speed_targets.decoded(hat, rows, at)
