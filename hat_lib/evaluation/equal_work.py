@@ -177,7 +177,6 @@ class _OnText:
     def __init__(self, hat, checkpoints: Sequence[Path], adapters: Mapping, text: str, points: Sequence[Point]):
         self.hat, self.checkpoints, self.adapters, self.points = hat, checkpoints, adapters, points
         self.blocks = text_to_score(text, hat, points[0].max_tokens)
-        self.texts, self.sample = block_tensors(hat, self.blocks), spread(self.blocks, SAMPLE_TOKENS)
         self.family = cache(self.family)
         settings = list(dict.fromkeys((p.capacity, p.exit_rate) for p in points))
         scored = score_each(hat, self.blocks, [partial(hat.at, *setting) for setting in settings], progress=False)
@@ -238,12 +237,12 @@ class _OnText:
             policy = self.family(variant, point.seed)(dial)
             return partial(combined, at_capacity, partial(hat.correcting, 0.0), partial(hat.using, policy))
 
-        wanted = self.partner(point).model_share
-        return around(turned(lambda dial: work_on(hat, self.texts, around(dial)).shares[2], wanted))
+        texts, wanted = block_tensors(hat, self.blocks), self.partner(point).model_share
+        return around(turned(lambda dial: work_on(hat, texts, around(dial)).shares[2], wanted))
 
     def family(self, variant: str, seed: int) -> Family:
         if variant in CONTROLS:
-            return CONTROLS[variant](self.hat, self.sample, seed)
+            return CONTROLS[variant](self.hat, spread(self.blocks, SAMPLE_TOKENS), seed)
         return checkpoint_family(self.hat, self.checkpoints[variant == "untrained"])
 
 
