@@ -139,7 +139,6 @@ def test_forced_tokens_skip_exactly(tiny_base):
     assert len({tuple(share[:, b, t].tolist()) for b in range(2) for t in range(40)}) == 3
 
 
-@pytest.mark.filterwarnings("ignore:token grain")
 @pytest.mark.parametrize("make", [partial(skipping, "channel"), partial(skipping, "token"), gating])
 def test_decoding_a_text_scores_it_as_one_forward_does(make):
     hat = make()
@@ -149,9 +148,8 @@ def test_decoding_a_text_scores_it_as_one_forward_does(make):
     for at, one in zip(around, score_each(hat, rows, around, progress=False)[1], strict=True):
         found = speed_targets.decoded(hat, rows, at)
         np.testing.assert_allclose(found.nll, one.nll, rtol=1e-4)
-        assert np.array_equal(found.tokens, one.tokens)
         head = 0.01 * (hat.has_shortlist and found.capacity < 1)  # of all tokens, not of the scored ones
-        for name in ("capacity", "exit_rate", "model_share"):
+        for name in ("tokens", "capacity", "exit_rate", "model_share"):
             assert getattr(found, name) == pytest.approx(getattr(one, name), abs=1e-4 + head)
 
 
