@@ -9,7 +9,7 @@ from pathlib import Path
 from hat_lib.config import HatError
 from hat_lib.evaluation import equal_work
 from hat_lib.evaluation.controls import CONTROLS
-from hat_lib.evaluation.equal_work import CHECKPOINTS, TEXTS, VARIANTS, Point, Row
+from hat_lib.evaluation.equal_work import CHECKPOINTS, TEXTS, Point, Row, has_variant
 from hat_lib.method import checkpoint
 from hat_lib.method.grain import GRAINS
 from hat_lib.plotting import frontier
@@ -51,7 +51,7 @@ def plan(granularity: str) -> list[Point]:
         for capacity in capacities
         for variant in variants
         for seed in range(SEEDS if variant == "random_exits" else 1)
-        if granularity in VARIANTS[variant].grains
+        if has_variant(granularity, variant)
     ]
 
 

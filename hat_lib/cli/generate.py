@@ -107,9 +107,9 @@ def explain(
         check_writable(html.parent, "a page")
     options.start(threads)
     from hat_lib.evaluation import tokens
-    from hat_lib.evaluation.screen import Screen
     from hat_lib.plotting.style import write
     from hat_lib.workbook.play_page import still_page
+    from hat_lib.workbook.screen import Screen
 
     hat = options.load(**model)
     page = "" if html is None else still_page(Screen(hat), {"Prompt": (prompt, "")})
@@ -133,8 +133,8 @@ def play(
     The map of the work, the next tokens, how the text goes on, its price and its speed move together. Ctrl-C ends it.
     """
     options.start(threads)
-    from hat_lib.evaluation.screen import Screen
     from hat_lib.workbook.play_page import Server
+    from hat_lib.workbook.screen import Screen
 
     server = Server(port)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -16,7 +16,6 @@ from hat_lib.base.machine import machine
 from hat_lib.config import HatError, work_text
 from hat_lib.decoding.inference import Generation
 from hat_lib.decoding.speed import VERSUS, speedup_text
-from hat_lib.evaluation.coloured_text import Passage, ansi, passages
 from hat_lib.evaluation.equal_work import KEY, Point, Row, grid, price_texts, rows
 from hat_lib.evaluation.intervals import FEWEST, NONE
 from hat_lib.evaluation.perplexity import bits_per_byte, by_document, compare, score_each, text_bytes
@@ -24,6 +23,7 @@ from hat_lib.evaluation.tokens import TokenTable
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.rows import RowWriter
 from hat_lib.text.blocks import default_split, load_text, source_bytes, text_hash
+from hat_lib.text.coloured import Passage, ansi, passages
 from hat_lib.text.plain import printable
 from hat_lib.text.token_classes import pieces
 

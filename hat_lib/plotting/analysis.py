@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from hat_lib.evaluation.coloured_text import html, passages
 from hat_lib.evaluation.report import colours
 from hat_lib.evaluation.tokens import TokenTable
 from hat_lib.plotting.routing import FIGURES
 from hat_lib.plotting.style import png
+from hat_lib.text.coloured import html, passages
 from hat_lib.text.plain import cell
 
 PAGE = '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'

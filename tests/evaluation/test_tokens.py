@@ -132,21 +132,6 @@ def test_classes_hold_the_means_of_their_tokens(found):
         assert rows["tokens"].tolist() == groups.count()[rows.index].tolist()
 
 
-def test_honest_forecasts_lie_on_the_diagonal_and_idle_ones_do_not():
-    """Prices scattered around the forecast; then with the forecasts of other tokens."""
-    draw, block = np.random.default_rng(0), np.repeat(np.arange(20), 100)
-    forecast = np.exp(draw.normal(size=(6, 2000))) * 10.0 ** np.arange(6)[:, None]
-    price = 1e-3 * forecast * draw.exponential(size=forecast.shape)
-    table = routing.by_sensitivity(price, forecast, block, depths=2, bins=4)
-    assert table[["first", "last"]].drop_duplicates().to_numpy().tolist() == [[0, 2], [3, 5]]
-    assert (table["pairs"] == 3 * 2000 / 4).all() and table["bin"].tolist() == [0, 1, 2, 3] * 2
-    assert table["forecast"].between(table["low"], table["high"]).sum() >= 7
-    weighted = table.groupby("first")[["forecast", "mean"]].mean()
-    np.testing.assert_allclose(weighted, 1, rtol=1e-9)  # both relative to the layer's mean
-    idle = routing.by_sensitivity(price, np.roll(forecast, 1, axis=1), block, depths=2, bins=4)
-    assert idle["low"].max() < 1 < idle["high"].min()
-
-
 def test_quantiles_are_equal_groups_in_order(found):
     table = routing.by_quantile(found, bins=4).query("measure == 'share'")
     free = found.tokens[~found.tokens["protected"]]
@@ -187,7 +172,7 @@ def test_intervals_are_those_of_evaluate(monkeypatch):
     monkeypatch.setattr(routing, "RESAMPLES", 2000)
     draw = np.random.default_rng(1)
     tokens, added = draw.integers(20, 60, 9), draw.normal(0.1, 1, 9)
-    means = routing._means(np.repeat(added / tokens, tokens)[None], *[np.repeat(np.arange(9), tokens)] * 2)
+    means = routing.means(np.repeat(added / tokens, tokens)[None], *[np.repeat(np.arange(9), tokens)] * 2)
     theirs = compare(Score(np.zeros(9), tokens), Score(added, tokens))
     expected = np.log1p([theirs.increase, theirs.low, theirs.high])  # it takes the exponential first
     np.testing.assert_allclose(means.loc[0, ["mean", "low", "high"]].astype(float), expected, rtol=1e-5)

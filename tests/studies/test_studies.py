@@ -5,12 +5,16 @@ import os
 import string
 import subprocess
 import sys
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from tiny_runs import GRAINS, adaptive, random_blocks, skipping, untrained
+from datasets import Dataset
+from tiny_runs import GRAINS, adaptive, gating, random_blocks, skipping, untrained
 
 from hat_lib.config import DATA
+from hat_lib.contexts import combined
 from hat_lib.decoding.generate import WEIGHT_FORMATS
 from hat_lib.decoding.speed import SpeedCurve
 from hat_lib.evaluation.controls import exit_shares
@@ -118,8 +122,8 @@ def test_targets_are_refused_beyond_the_curve_and_priced_as_they_were_timed(chec
     assert rows[0].over_hf > 0 and rows[0].lowest <= rows[0].measured <= rows[0].highest
     hat = HierarchicalTransformer.from_pretrained(checkpoints["channel"], dtype="fp32")
     blocks = speed_targets.whole_blocks("addresses", hat.base.tokenizer, 192)
-    with hat.at(curve.capacity_for(1.1), 0.0), hat.steered():
-        base, (scored,) = score_each(hat, blocks, progress=False, decoded=True)
+    steered = partial(combined, partial(hat.at, curve.capacity_for(1.1), 0.0), hat.steered)
+    base, scored = (speed_targets.decoded(hat, blocks, around) for around in (hat.dense, steered))
     assert rows[0].addresses == pytest.approx(compare(base, scored).increase, rel=1e-2)
 
 
@@ -134,6 +138,20 @@ def test_about_the_shares_that_were_asked_for_run(grain):
         hat.lm(ids)
     assert hat.trace.capacity == pytest.approx(0.6, abs=0.1)
     assert [*exit_shares([hat.trace], [1, 2, 3]).values()] == pytest.approx([0.1, 0.2, 0.3], abs=0.1)
+
+
+@pytest.mark.parametrize("make", [partial(skipping, "channel"), partial(skipping, "token"), gating])
+def test_decoding_a_text_scores_it_as_one_forward_does(make):
+    hat = make()
+    blocks = random_blocks(3, 40, seed=1)  # in which no score is within rounding of its threshold
+    rows = Dataset.from_list([{"input_ids": ids, "doc": "d", "n_context": 0} for ids in blocks])
+    around = [partial(hat.at, 0.7), hat.dense]
+    for at, one in zip(around, score_each(hat, rows, around, progress=False)[1], strict=True):
+        found = speed_targets.decoded(hat, rows, at)
+        np.testing.assert_allclose(found.nll, one.nll, rtol=1e-4)
+        head = 0.01 * (hat.has_shortlist and found.capacity < 1)  # of all tokens, not of the scored ones
+        for name in ("tokens", "capacity", "exit_rate", "model_share"):
+            assert getattr(found, name) == pytest.approx(getattr(one, name), abs=1e-4 + head)
 
 
 def test_a_format_s_ideal_is_in_the_bytes_that_it_reads():

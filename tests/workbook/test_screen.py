@@ -6,10 +6,10 @@ from tiny_runs import skipping, unpacked
 
 from hat_lib.config import HatError
 from hat_lib.decoding.inference import AdaptiveInference
-from hat_lib.evaluation import screen
-from hat_lib.evaluation.screen import Screen
 from hat_lib.evaluation.tokens import explain
 from hat_lib.text.token_classes import pieces
+from hat_lib.workbook import screen
+from hat_lib.workbook.screen import Screen
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
 

@@ -13,18 +13,14 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
-from torch import Tensor
 
 from hat_lib.base.families import linear_work
 from hat_lib.config import HatError
 from hat_lib.decoding.inference import AdaptiveInference
-from hat_lib.evaluation.coloured_text import PALETTE, Passage
-from hat_lib.evaluation.tokens import MATRICES, TokenTable, prompt_blocks, token_table
+from hat_lib.evaluation.tokens import TokenTable, prompt_blocks, prompt_ids, token_table
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.rows import results_table
-from hat_lib.text.plain import check_whole
+from hat_lib.text.coloured import Passage, colours
 from hat_lib.text.token_classes import pieces
 
 CAPACITIES = (1.0, 0.9, 0.8, 0.7, 0.62, 0.55, 0.5, 0.45, 0.4)
@@ -32,6 +28,8 @@ NEW_TOKENS = 24
 MOST = 128
 """tokens of a prompt; a map of more would be unreadable"""
 WHOLE, LEFT = 250, 255  # a share of 100 %, and a layer that a token did not enter
+MATRICES = {"qkv": "q | k | v", "o": "o", "gate_up": "gate | up", "down": "down", "ffn": "FFN"}
+"""site -> the matrices behind it"""
 PRESETS = {
     "A story": (
         "The old lighthouse keeper walked down to the harbour, because the storm was coming in.",
@@ -56,8 +54,7 @@ class Screen:
     def __init__(self, hat: HierarchicalTransformer):
         self.hat, self._exit_rate = hat, hat.exit_rate
         self._about = lru_cache(32)(self._about)  # the same examples are chosen again and again
-        self._prompt: str | None = None
-        self._base_states: dict[int, Tensor] = {}  # of that prompt
+        self._base_states = lru_cache(1)(lambda prompt: {})  # of the last prompt
 
     def answer(self, question: Mapping) -> bytes:
         """A block about ``question["prompt"]``, as ``question["ask"]`` says:
@@ -91,10 +88,8 @@ class Screen:
         return _packed(header, found)
 
     def _table(self, prompt: str) -> TokenTable:
-        if prompt != self._prompt:
-            self._prompt, self._base_states = prompt, {}
         blocks = prompt_blocks(self.hat.base.tokenizer, {"prompt": prompt})
-        return token_table(self.hat, blocks, base_states=self._base_states, progress=False)
+        return token_table(self.hat, blocks, base_states=self._base_states(prompt), progress=False)
 
     def _map(self, prompt: str) -> tuple[dict, list[TokenTable]]:
         hat, found = self.hat, []
@@ -106,17 +101,15 @@ class Screen:
             "prompt": prompt,
             "sites": [MATRICES[site] for site in sites],
             "site_work": list(hat.site_work),
-            "tokens": [
-                {"text": t.text, "protected": bool(t.protected), "entropy": round(t.entropy_of_next, 3)}
-                for t in tokens.itertuples()
-            ],
+            "tokens": [{"text": t.text, "protected": bool(t.protected), "entropy": round(t.entropy_of_next, 3)}
+                       for t in tokens.itertuples()],
             "words": _words(hat, found),
             "steps": [_step(table) | {"speed": speed} for table, speed in zip(found, _speeds(hat), strict=True)],
             "curves": [[p.text, p.capacity, p.increase, p.low, p.high] for p in hat.prices],
-            "megabytes": _megabytes(hat),
+            "megabytes": _read_by_a_dense_token(hat.lm) / 1e6,
             "dtype": str(hat.lm.dtype).removeprefix("torch."),
-            "colours": [to_hex(colour) for colour in colormaps[PALETTE](np.linspace(0, 1, 64))],
-        }, found
+            "colours": [colours(at)[0] for at in np.linspace(0, 1, 64)],
+        }, found  # fmt: skip
 
     def _cells(self, cells: object, tokens: int) -> list[list[int]]:
         limits = (tokens, self.hat.config.n_layers, len(self.hat.grain.sites), 2)
@@ -129,10 +122,7 @@ class Screen:
 
 def check_prompt(hat: HierarchicalTransformer, prompt: object) -> int:
     """The tokens of a prompt; `HatError` unless it is text of at most `MOST`."""
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise HatError(f"a prompt must be text, got {prompt!r}")
-    check_whole("the prompt", prompt)
-    length = len(hat.base.tokenizer(prompt, verbose=False).input_ids)
+    length = len(prompt_ids(hat, prompt))
     if length > MOST:
         raise HatError(f"a map shows up to {MOST} tokens, the prompt has {length}: make it shorter")
     return length
@@ -183,23 +173,21 @@ def _step(found: TokenTable) -> dict:
     }
 
 
-def _megabytes(hat: HierarchicalTransformer) -> float:
-    """Weights that a dense token reads, in MB: of all linear layers and the head."""
-    config = hat.lm.config
-    weights = sum(linear_work(config).values()) * config.num_hidden_layers + config.vocab_size * config.hidden_size
-    return weights * hat.lm.dtype.itemsize / 1e6
+def _read_by_a_dense_token(lm) -> int:
+    """Bytes of the weights of all linear layers and the head."""
+    layers = sum(linear_work(lm.config).values()) * lm.config.num_hidden_layers
+    return (layers + lm.config.vocab_size * lm.config.hidden_size) * lm.dtype.itemsize
 
 
 def _speeds(hat: HierarchicalTransformer) -> list[str]:
     """What is known of the speed at each capacity: of the channel grain, on the bases of `studies.decode`."""
     try:
-        table = results_table("decode")
-    except HatError:
-        table = None
-    if table is None or hat.config.granularity != "channel" or hat.base.name not in set(table["base"]):
+        rows = results_table("decode").query("way == 'engine' and sequences == 1 and weights == dtype")
+    except HatError:  # a data folder of one's own
         return [""] * len(CAPACITIES)
-    rows = table[(table["base"] == hat.base.name) & (table["way"] == "engine") & (table["sequences"] == 1)]
-    rows = rows[rows["weights"] == rows["dtype"]].sort_values("capacity")
+    rows = rows[rows["base"] == hat.base.name].sort_values("capacity")
+    if rows.empty or hat.config.granularity != "channel":
+        return [""] * len(CAPACITIES)
     over = [np.interp(CAPACITIES, rows["capacity"], rows[name]) for name in ("over_dense", "over_hf")]
     where = "{threads:.0f} threads of a CPU, {dtype}".format(**rows.iloc[0])
     return [f"about {dense:.2f}x dense, {hf:.2f}x transformers ({where})" for dense, hf in zip(*over, strict=True)]
