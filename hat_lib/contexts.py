@@ -12,6 +12,10 @@ from dataclasses import replace
 from itertools import chain
 from typing import Self
 
+from torch import Tensor
+
+from hat_lib.base.families import LINEARS
+from hat_lib.checkpoint import check_calibration
 from hat_lib.config import HatError, check_capacity, check_exit_rate, check_fraction
 from hat_lib.decoding.steering import GAIN
 from hat_lib.method.head import Shortlist
@@ -43,7 +47,7 @@ class Contexts:
     @calibration.setter
     def calibration(self, calibration: Calibration | None) -> None:
         if calibration is not None:
-            calibration.check(self.config, self.grain.sites)
+            check_calibration(calibration, self.config, self.grain.sites)
         stack = [self._context.shared, *self._context.entered]
         changed = [self._at(setting, calibration) for (setting,) in stack]  # raises before any change
         for entered, setting in zip(stack, changed, strict=True):
@@ -175,6 +179,11 @@ class Contexts:
             raise HatError(f"the thresholds of the {self.grain.name} grain cannot be steered")
         return self.changed(gain=check_fraction("gain", gain, 0.0, 1.0))
 
+    def engine(self) -> AbstractContextManager[Self]:
+        """Forwards of up to eight tokens, with a cache, on the engine if it may: for decoding loops of one's own. What
+        is done to the base (hooks, adapters) inside is not noticed."""
+        return self.changed(engine=True) if self._decoding.why_not() is None else self.changed()
+
     def reference(self) -> AbstractContextManager[Self]:
         """Every forward on the reference path, as if there were no engine."""
         return self.changed(engine=False)
@@ -202,6 +211,24 @@ class Contexts:
     def record(self) -> AbstractContextManager[Self]:
         """Each forward also keeps its decisions, in ``hat.trace.masks``."""
         return self.changed(record=True)
+
+    @contextmanager
+    def watching(self, see: Callable[[int, str, Tensor, Tensor], None]) -> Iterator[None]:
+        """Context: call ``see(layer, site, x, activation)`` after each site that runs, with tensors of the graph: what
+        the router reads, ``[..., C]``, and what is zeroed where it skips, that same input or the FFN's output."""
+
+        def hook(layer, site: str):
+            ffn = site == "ffn"
+            module = layer.mlp if ffn else layer.layer.get_submodule(LINEARS[site][0])
+            what = lambda _, args, out: see(layer.index, site, args[0], out if ffn else args[0])  # noqa: E731
+            return module.register_forward_hook(what)
+
+        hooks = [hook(layer, site) for layer in self.layers for site in self.grain.sites]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @contextmanager
     def collect(self) -> Iterator[list[Trace]]:

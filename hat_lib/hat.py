@@ -17,11 +17,9 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -32,20 +30,13 @@ from hat_lib.base.families import LINEARS
 from hat_lib.base.load import Base, fingerprint, load_base
 from hat_lib.base.spread import device_of, is_spread, overridden, override, restore, tensors
 from hat_lib.base.watch import Watch
+from hat_lib.checkpoint import Checkpoint, Price, check_tensors, is_hat_parameter, read_checkpoint, write_checkpoint
 from hat_lib.config import HatConfig, HatError
 from hat_lib.contexts import Contexts
 from hat_lib.decoding import steering
 from hat_lib.decoding.generate import Decoding
 from hat_lib.hub import push_to_hub
 from hat_lib.method import head
-from hat_lib.method.checkpoint import (
-    Checkpoint,
-    Price,
-    check_tensors,
-    is_hat_parameter,
-    read_checkpoint,
-    write_checkpoint,
-)
 from hat_lib.method.forward import Forward
 from hat_lib.method.grain import grain_named
 from hat_lib.method.layer import AdaptiveLayer
@@ -228,11 +219,6 @@ class HierarchicalTransformer(Contexts, nn.Module):
         """What would run the next decode step of ``lm.generate``, and why."""
         return self._decoding.describe()
 
-    def engine(self) -> AbstractContextManager[Self]:
-        """Forwards of up to eight tokens, with a cache, on the engine if it may: for decoding loops of one's own. What
-        is done to the base (hooks, adapters) inside is not noticed."""
-        return self.changed(engine=True) if self._decoding.why_not() is None else self.changed()
-
     @torch.inference_mode()
     def replay(self, ids: Tensor, cache: Cache, mask: Tensor | None = None) -> None:
         """Decode a known text, int64 ``[B, T]``, a token at a time, as ``lm.generate`` decodes its own: to time it, or
@@ -253,17 +239,6 @@ class HierarchicalTransformer(Contexts, nn.Module):
     def keeps(self, layer: int, site: str, x: Tensor) -> Tensor | None:
         """What the method itself keeps, for a policy that changes some of it: bool, like `scores`; None for all."""
         return self._context.layers.keep(layer, site, x)
-
-    @contextmanager
-    def watching(self, see: Callable[[int, str, Tensor, Tensor], None]) -> Iterator[None]:
-        """Context: call ``see(layer, site, x, activation)`` after each site that runs, with tensors of the graph: what
-        the router reads, ``[..., C]``, and what is zeroed where it skips, that same input or the FFN's output."""
-        hooks = [layer.watch(site, see) for layer in self.layers for site in self.grain.sites]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def begin(self) -> Forward:
         """A forward that decides by the setting of this moment."""
@@ -306,7 +281,8 @@ class HierarchicalTransformer(Contexts, nn.Module):
         forward.trace, forward.cache = self.new_trace(forward.setting, *places, start, cache), cache
         forward.trace.text = (tokens if tokens.dim() == 2 else torch.zeros_like(places[1])), cache
         forward.any_protected = bool(forward.trace.protected.any())
-        forward.last_only, forward.in_layers = self._decoding.last_only, True
+        forward.in_layers, call = True, self._decoding.call
+        forward.last_only = call is not None and call.last_only
 
     def logits(self, states: Tensor) -> Tensor:
         """``[..., V]``: what the head now makes of the last forward's final states ``[..., D]``; its trace counts that.

@@ -10,8 +10,8 @@ import huggingface_hub
 
 from hat_lib.base.load import BUNDLED, HUB_ID
 from hat_lib.base.shapes import SHAPES
+from hat_lib.checkpoint import Checkpoint, write_checkpoint
 from hat_lib.config import HatError
-from hat_lib.method.checkpoint import Checkpoint, write_checkpoint
 
 CARD_FILE = "README.md"
 BUNDLED_SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"

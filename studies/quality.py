@@ -6,11 +6,11 @@ The rows are those of `hat_lib.evaluation.equal_work`, at the points of `plan`.
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from hat_lib import checkpoint
 from hat_lib.config import HatError
 from hat_lib.evaluation import equal_work
 from hat_lib.evaluation.controls import CONTROLS
 from hat_lib.evaluation.equal_work import CHECKPOINTS, TEXTS, Point, Row, has_variant
-from hat_lib.method import checkpoint
 from hat_lib.method.grain import GRAINS
 from hat_lib.plotting import frontier
 from studies.common import markdown, saved

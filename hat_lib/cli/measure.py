@@ -131,8 +131,8 @@ def sweep(
     options.start(threads)
     import pandas as pd
 
+    from hat_lib import checkpoint
     from hat_lib.evaluation import equal_work, report
-    from hat_lib.method import checkpoint
     from hat_lib.plotting.frontier import quality as frontier
     from hat_lib.plotting.style import png, write
     from hat_lib.text.check import check_text

@@ -72,6 +72,10 @@ class Call:
     traces: list[Trace] = field(default_factory=list)
     """of the forwards so far, but for the prompt's"""
 
+    def tell(self, ids: np.ndarray) -> None:
+        if self.streamer is not None:
+            self.streamer.put(torch.from_numpy(ids[:, 0].copy()))
+
     def joined(self) -> Trace | None:
         """What the new tokens ran; None if none was read."""
         if not self.traces:
@@ -107,16 +111,10 @@ class Decoding:
             vars(self.lm).pop(name, None)
         self.forget()
 
-    # -- may the engine run? -------------------------------------------------------------------------
-
     @property
     def call(self) -> Call | None:
         """The call of generate under way in this thread."""
         return getattr(self._thread, "call", None)
-
-    @property
-    def last_only(self) -> bool:
-        return self.call is not None and self.call.last_only
 
     def why_not(self) -> str | None:
         """Why the engine would decode nothing, as things stand; None if it would."""
@@ -211,7 +209,7 @@ class Decoding:
         ended = np.isin(ids[:, 0], choice.stops)
         if choice.seen.size:
             choice.seen[np.arange(b), ids[:, 0]] = True
-        self._tell(call, ids)
+        call.tell(ids)
         while done < more and not ended.all():
             steps = min(steps, more - done)
             began = time.perf_counter()
@@ -219,17 +217,13 @@ class Decoding:
             place = {"first": first, "position": position + done, "ended": ended}
             result = self.course(found[-1][:, -1:], cache, steps, now, **place, threads=call.threads)
             found.append(result.ids)
-            self._tell(call, result.ids)
+            call.tell(result.ids)
             done += result.ids.shape[1]
             each = (time.perf_counter() - began) / result.ids.shape[1]
             steps = 1 if call.streamer is not None else max(1, min(2 * steps, int(PATIENCE / each)))
         if call.streamer is not None:
             call.streamer.end()
         return torch.from_numpy(np.concatenate(found, axis=1))
-
-    def _tell(self, call: Call, ids: np.ndarray) -> None:
-        if call.streamer is not None:
-            call.streamer.put(torch.from_numpy(ids[:, 0].copy()))
 
     def course(
         self, ids: np.ndarray, cache: Cache, steps: int, choice: Choice = GREEDY, *, first: np.ndarray,
@@ -363,8 +357,6 @@ class Decoding:
         elif call is not None:
             call.traces.append(trace)
 
-    # -- packed weights ----------------------------------------------------------------------------------
-
     def _decoder(self, setting: Setting) -> Decoder:
         """The packed model, as its weights were at the last prompt."""
         hat, form = self.hat, setting.weights or self.form
@@ -399,9 +391,8 @@ class Decoding:
 def warm() -> None:
     """Compile the engine for bases in float32 and bfloat16, unless already cached; takes about a minute."""
     if UNAVAILABLE is None:
-        config = LlamaConfig(
-            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8
-        )
+        sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim"), 8)
+        config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=1)
         one = np.zeros((1, 1), np.int64)
         for dtype in (torch.float32, torch.bfloat16):
             decoder, cache = Decoder(LlamaForCausalLM(config).to(dtype)), DynamicCache(config=config)

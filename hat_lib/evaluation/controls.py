@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hat_lib.calibration.quantiles import block_tensors, forwards, spread
+from hat_lib.checkpoint import check_tensors, read_checkpoint
 from hat_lib.config import CAPACITY_MIN, HatError, check_capacity
 from hat_lib.contexts import combined
 from hat_lib.evaluation.choices import Random, Static
 from hat_lib.evaluation.perplexity import score_each
 from hat_lib.hat import HierarchicalTransformer
-from hat_lib.method.checkpoint import check_tensors, read_checkpoint
 from hat_lib.method.cost import WorkTally
 from hat_lib.method.forward import keeps
 from hat_lib.method.setting import Policy

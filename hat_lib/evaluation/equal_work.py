@@ -28,6 +28,7 @@ from datasets import Dataset
 
 from hat_lib.base.machine import Machine, machine
 from hat_lib.calibration.quantiles import block_tensors
+from hat_lib.checkpoint import Checkpoint, Price, digest, read_checkpoint
 from hat_lib.config import CAPACITY_MIN, DATA, HatError, check_capacity, check_exit_rate
 from hat_lib.contexts import combined
 from hat_lib.evaluation.controls import (
@@ -44,7 +45,6 @@ from hat_lib.evaluation.controls import (
 )
 from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, score_each
 from hat_lib.hat import HierarchicalTransformer
-from hat_lib.method.checkpoint import Checkpoint, Price, digest, read_checkpoint
 from hat_lib.rows import rounded
 from hat_lib.text.blocks import default_split, load_text, spread, text_hash
 from hat_lib.text.corpora import CORPORA

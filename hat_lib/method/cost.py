@@ -98,10 +98,8 @@ def work(
 
     def linear(layers: dict) -> dict[str, Tensor]:
         attention = zero + size["qkv"] * layers["qkv"] + size["o"] * layers["o"]
-        return {
-            "attention": attention,
-            "ffn": zero + size["gate_up"] * layers["gate_up"] + size["down"] * layers["down"],
-        }
+        ffn = zero + size["gate_up"] * layers["gate_up"] + size["down"] * layers["down"]
+        return {"attention": attention, "ffn": ffn}
 
     head = zero + lm_config.vocab_size * d
     weights = linear(layers) | {"exited_kv": 2 * kv_width * d * (n_layers - ran), "head": head_share * head}

@@ -19,8 +19,7 @@ from hat_lib.method.trace import Trace
 
 
 class MaskedInput(NamedTuple):
-    """What a policy may return instead of a mask in training: ``x * keep [n, C]``, with its own gradient, and ``keep``,
-    bool, protected tokens included."""
+    """What a policy may answer in training: ``x * keep [n, C]``, with a gradient; ``keep``, protected ones included."""
 
     x: Tensor
     keep: Tensor

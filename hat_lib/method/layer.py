@@ -12,18 +12,11 @@ state, but no query, attention output or FFN. So the cache stays dense, and late
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers.models.llama.modeling_llama import (
-    ALL_ATTENTION_FUNCTIONS,
-    eager_attention_forward,
-    rotate_half,
-)
+from transformers.models.llama.modeling_llama import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, rotate_half
 
-from hat_lib.base.families import LINEARS, head_norms, rotates, window
+from hat_lib.base.families import head_norms, rotates, window
 from hat_lib.base.spread import override, restore
 from hat_lib.method.forward import Forward
 from hat_lib.method.setting import Context
@@ -46,14 +39,6 @@ class AdaptiveLayer:
     def detach(self) -> None:
         for module in self.modules:
             restore(module)
-
-    def watch(self, site: str, see: Callable[[int, str, Tensor, Tensor], None]) -> RemovableHandle:
-        """Hook a site; ``see`` is as in `HierarchicalTransformer.watching`."""
-        ffn = site == "ffn"
-        module = self.mlp if ffn else self.layer.get_submodule(LINEARS[site][0])
-        return module.register_forward_hook(
-            lambda _, args, out: see(self.index, site, args[0], out if ffn else args[0])
-        )
 
     @property
     def run(self) -> Forward | None:

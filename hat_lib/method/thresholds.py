@@ -9,31 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from hat_lib.config import HatConfig, HatError, check_capacity, check_exit_rate, shown
+from hat_lib.config import HatError, check_capacity, check_exit_rate
 
 HEAD_TABLES = ("head_thresholds", "head_margins", "head_shares")
 EXIT_TABLES = ("exit_capacities", "exit_rates", "exit_scores")
-OPTIONAL = ("sensitivity", *HEAD_TABLES, *EXIT_TABLES)
-ANY = 1e30
-"""Bound of a threshold, either way: beyond every score, and a finite number in fp32."""
-# Axes, range and order along the last axis (1 rising, -1 falling, 0 any) of each table. L layers, S sites and E exits
-# are the config's; C, K and R are set by the first table that has them.
-TABLES = {
-    "capacities": ("C", 0, 1, 1),
-    "thresholds": ("LSC", -ANY, ANY, -1),
-    "shares": ("LSC", 0, 1, 0),
-    "sensitivity": ("C", 0, 1, 1),
-    "head_thresholds": ("C", 0, ANY, -1),
-    "head_margins": ("C", 0, ANY, 1),
-    "head_shares": ("C", 0, 2, 0),
-    "exit_capacities": ("K", 0, 1, 1),
-    "exit_rates": ("KR", 0, 1, 1),
-    "exit_scores": ("KRE", -ANY, ANY, 0),
-}
 
 
 class Thresholds(NamedTuple):
@@ -68,8 +52,8 @@ class Thresholds(NamedTuple):
 
     def holding(self, values: Mapping[str, object]) -> Thresholds:
         """With other values, each in its type: compiled code takes no other."""
-        kinds = {"site": _array, "exit": _array, "sensitivity": np.float32, "correction": np.float32}
-        kinds |= {"head": np.float32, "margin": np.float32}
+        array, one = partial(np.ascontiguousarray, dtype=np.float32), np.float32
+        kinds = {"site": array, "exit": array, "sensitivity": one, "correction": one, "head": one, "margin": one}
         return self._replace(**{name: kinds.get(name, float)(value) for name, value in values.items()})
 
     @property
@@ -86,10 +70,6 @@ class Thresholds(NamedTuple):
     def shortlist(self) -> bool:
         """Whether the head decides."""
         return self.head > -np.inf
-
-
-def _array(values: object) -> np.ndarray:
-    return np.ascontiguousarray(values, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -124,7 +104,7 @@ class Calibration:
     """what it was measured on: corpus, split, tokens and hash"""
 
     def shares_at(self, capacity: float) -> np.ndarray:
-        """Expected kept share per layer and site at a capacity, ``[L, S]``."""
+        """Expected kept share per layer and site, ``[L, S]``."""
         return self._at(self.shares, capacity)
 
     def layer_capacity_at(self, capacity: float, site_work: Sequence[float]) -> float:
@@ -183,33 +163,3 @@ class Calibration:
             first = int(rates[0] == 0 and len(rates) > 1)
             there.append([np.interp(rate, rates[first:], column[first:]) for column in at.T])
         return [float(np.interp(capacity, self.exit_capacities, column)) for column in np.array(there).T]
-
-    def check(self, config: HatConfig, sites: Sequence[str]) -> None:
-        """Raise `HatError`, naming the table, unless these are valid for a model of this shape, whose grain has these
-        ``sites``."""
-        if self.sites != list(sites):
-            raise HatError(f"calibration.sites must be {list(sites)}, got {shown(self.sites)}")
-        for names in (HEAD_TABLES, EXIT_TABLES):
-            if len({getattr(self, name) is None for name in names}) > 1:
-                raise HatError(f"calibration.{names[0]}, {names[1]} and {names[2]} must be all null or all lists")
-        sizes = {"L": config.n_layers, "S": len(sites), "E": len(config.exit_layers)}
-        for name, (axes, low, high, order) in TABLES.items():
-            values = getattr(self, name)
-            if values is None and name in OPTIONAL:
-                continue
-            try:
-                table = np.array(values, dtype=object)
-            except ValueError:  # rows of different lengths
-                table = np.array(None)
-            kinds = set(map(type, table.flat))
-            if table.ndim != len(axes) or bool in kinds or not all(issubclass(kind, float | int) for kind in kinds):
-                raise HatError(f"calibration.{name} must be numbers in lists nested {len(axes)} deep, alike in length")
-            shape = tuple(sizes.setdefault(axis, max(size, 1)) for axis, size in zip(axes, table.shape, strict=True))
-            if table.shape != shape:
-                raise HatError(f"calibration.{name} must have the shape {shape}, got {table.shape}")
-            outside = [value for value in table.flat if not low <= value <= high]  # nan is, too
-            if outside or (order * np.diff(table) < 0).any():
-                direction, got = ("falling ", "", "rising ")[order + 1], shown(outside[0] if outside else values)
-                raise HatError(f"calibration.{name} must be {direction}numbers in [{low}, {high}], got {got}")
-        if self.capacities[-1] != 1:
-            raise HatError(f"calibration.capacities must end at 1, got {self.capacities[-1]}")

@@ -32,9 +32,9 @@ from hat_lib.base.load import Base, load_base, parse_dtype
 from hat_lib.calibration.capacity import calibrate, calibrate_learned
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.calibration.quantiles import LEAST_TOKENS
+from hat_lib.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
 from hat_lib.config import CAPACITY_MIN, HatConfig, HatError, lock, replaced
 from hat_lib.hat import HierarchicalTransformer
-from hat_lib.method.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
 from hat_lib.method.grain import GRAINS
 from hat_lib.text.blocks import count_tokens, held_out, load_text, spread, text_hash
 from hat_lib.text.mixture import OWN, sources, training_text

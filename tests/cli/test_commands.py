@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 from hat_lib.base import load as base
 from hat_lib.base.shapes import byte_tokenizer, random_model
 from hat_lib.calibration.exits import calibrate_exits
+from hat_lib.checkpoint import read_checkpoint
 from hat_lib.cli import options as shared
 from hat_lib.cli.app import app
 from hat_lib.config import REPO
 from hat_lib.decoding import inference as generate
 from hat_lib.decoding import speed
 from hat_lib.decoding.generate import WEIGHT_FORMATS
-from hat_lib.method.checkpoint import read_checkpoint
 from hat_lib.rows import read_rows
 from studies.quality import Row
 

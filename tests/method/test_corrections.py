@@ -9,8 +9,8 @@ from test_transformer import apart, base_within, close, stepwise
 from tiny_runs import gating, new_hat, peaked, same_after_saving, skipping, tiny, untrained
 
 from hat_lib.base.families import LINEARS
+from hat_lib.checkpoint import read_checkpoint
 from hat_lib.config import HatError
-from hat_lib.method.checkpoint import read_checkpoint
 from hat_lib.method.cost import state_cost
 
 pytestmark = pytest.mark.usefixtures("no_grad")

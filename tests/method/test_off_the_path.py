@@ -14,8 +14,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
+from hat_lib.checkpoint import Price
 from hat_lib.config import HatError
-from hat_lib.method.checkpoint import Price
 from hat_lib.method.forward import keeps
 from hat_lib.method.trace import Trace
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from hat_lib.checkpoint import check_calibration
 from hat_lib.config import HatConfig, HatError
 from hat_lib.method.thresholds import Calibration
 
@@ -83,6 +84,6 @@ GOOD = {
     ],
 )
 def test_check(changes):
-    Calibration(**GOOD).check(HatConfig(2), GOOD["sites"])
+    check_calibration(Calibration(**GOOD), HatConfig(2), GOOD["sites"])
     with pytest.raises(HatError):
-        Calibration(**GOOD | changes).check(HatConfig(2), GOOD["sites"])
+        check_calibration(Calibration(**GOOD | changes), HatConfig(2), GOOD["sites"])

@@ -10,8 +10,8 @@ import torch
 from tiny_runs import GRAINS, interrupt_at, logged_steps, new_hat, page, tiny_run, untrained
 
 from hat_lib.base.load import exact_hash
+from hat_lib.checkpoint import ADAPTER_FILE, read_checkpoint, write_checkpoint
 from hat_lib.config import HatError
-from hat_lib.method.checkpoint import ADAPTER_FILE, read_checkpoint, write_checkpoint
 from hat_lib.text.blocks import load_text
 from hat_lib.training import run as module
 from hat_lib.training.objective import nominal_thresholds

@@ -16,10 +16,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
@@ -28,11 +29,29 @@ from hat_lib import __version__
 from hat_lib.base.load import HUB_ID, Base, first_line
 from hat_lib.config import DATA, HatConfig, HatError, check_capacity, check_count, replaced, shown
 from hat_lib.method.grain import grain_named
-from hat_lib.method.thresholds import ANY, Calibration
+from hat_lib.method.thresholds import EXIT_TABLES, HEAD_TABLES, Calibration
 
 CONFIG_FILE, ADAPTER_FILE = "hat_config.json", "hat_adapter.safetensors"
 FORMAT_VERSION = 3
 """What this library writes, and the newest that it reads; one more for each new field."""
+
+OPTIONAL = ("sensitivity", *HEAD_TABLES, *EXIT_TABLES)
+ANY = 1e30
+"""Bound of a threshold, either way: beyond every score, and a finite number in fp32."""
+# Axes, range and order along the last axis (1 rising, -1 falling, 0 any) of each table. L layers, S sites and E exits
+# are the config's; C, K and R are set by the first table that has them.
+TABLES = {
+    "capacities": ("C", 0, 1, 1),
+    "thresholds": ("LSC", -ANY, ANY, -1),
+    "shares": ("LSC", 0, 1, 0),
+    "sensitivity": ("C", 0, 1, 1),
+    "head_thresholds": ("C", 0, ANY, -1),
+    "head_margins": ("C", 0, ANY, 1),
+    "head_shares": ("C", 0, 2, 0),
+    "exit_capacities": ("K", 0, 1, 1),
+    "exit_rates": ("KR", 0, 1, 1),
+    "exit_scores": ("KRE", -ANY, ANY, 0),
+}
 
 # What JSON makes of a value -> the first words of the annotations of fields that may hold it; none for bool.
 JSON_TYPES = {str: ["str"], int: ["int", "float"], float: ["float"], type(None): ["None"], list: ["list", "tuple"]}
@@ -161,10 +180,41 @@ def _parsed(meta: object) -> tuple[Checkpoint, str]:
     meta["prices"] = [Price(**_check_types(Price, f"prices.{i}.", row)) for i, row in rows]
     if (tables := meta.get("calibration")) is not None:
         meta["calibration"] = tables = Calibration(**_check_types(Calibration, "calibration.", tables))
-        tables.check(config, sites)
+        check_calibration(tables, config, sites)
         if config.exit_rate and not (config.exit_layers and tables.exit_rates):
             raise HatError(f"config.exit_rate is {config.exit_rate}, without exit layers or their tables")
     return Checkpoint(tensors={}, **meta), sha256
+
+
+def check_calibration(tables: Calibration, config: HatConfig, sites: Sequence[str]) -> None:
+    """Raise `HatError`, naming the table, unless these are valid for a model of this shape, whose grain has these
+    ``sites``."""
+    if tables.sites != list(sites):
+        raise HatError(f"calibration.sites must be {list(sites)}, got {shown(tables.sites)}")
+    for names in (HEAD_TABLES, EXIT_TABLES):
+        if len({getattr(tables, name) is None for name in names}) > 1:
+            raise HatError(f"calibration.{names[0]}, {names[1]} and {names[2]} must be all null or all lists")
+    sizes = {"L": config.n_layers, "S": len(sites), "E": len(config.exit_layers)}
+    for name, (axes, low, high, order) in TABLES.items():
+        values = getattr(tables, name)
+        if values is None and name in OPTIONAL:
+            continue
+        try:
+            table = np.array(values, dtype=object)
+        except ValueError:  # rows of different lengths
+            table = np.array(None)
+        kinds = set(map(type, table.flat))
+        if table.ndim != len(axes) or bool in kinds or not all(issubclass(kind, float | int) for kind in kinds):
+            raise HatError(f"calibration.{name} must be numbers in lists nested {len(axes)} deep, alike in length")
+        shape = tuple(sizes.setdefault(axis, max(size, 1)) for axis, size in zip(axes, table.shape, strict=True))
+        if table.shape != shape:
+            raise HatError(f"calibration.{name} must have the shape {shape}, got {table.shape}")
+        outside = [value for value in table.flat if not low <= value <= high]  # nan is, too
+        if outside or (order * np.diff(table) < 0).any():
+            direction, got = ("falling ", "", "rising ")[order + 1], shown(outside[0] if outside else values)
+            raise HatError(f"calibration.{name} must be {direction}numbers in [{low}, {high}], got {got}")
+    if tables.capacities[-1] != 1:
+        raise HatError(f"calibration.capacities must end at 1, got {tables.capacities[-1]}")
 
 
 def _check_types(kind: type, where: str, found: object) -> dict:

@@ -24,10 +24,7 @@ from safetensors.torch import load_file, save
 from tiny_runs import GRAINS, tiny, untrained
 
 from hat_lib.base.load import exact_hash
-from hat_lib.config import DATA, HatError
-from hat_lib.hat import HierarchicalTransformer
-from hat_lib.hub import CARD_FILE, push_to_hub
-from hat_lib.method.checkpoint import (
+from hat_lib.checkpoint import (
     ADAPTER_FILE,
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -39,6 +36,9 @@ from hat_lib.method.checkpoint import (
     write_checkpoint,
     write_prices,
 )
+from hat_lib.config import DATA, HatError
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.hub import CARD_FILE, push_to_hub
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain|.*below the lowest measured")
 
