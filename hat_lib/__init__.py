@@ -3,7 +3,7 @@
 Axis letters, used everywhere: ``B`` batch, ``T`` tokens, ``D`` hidden, ``F`` FFN width, ``L`` layers,
 ``S`` gated sites in a layer, ``E`` exits, ``K`` cached keys, ``V`` vocabulary. The packages, in the
 order of the data flow: base, text, method, engine, decoding, calibration, evaluation, training, plotting, workbook,
-cli. Imports run one way (`[tool.importlinter]` in pyproject.toml).
+cli. Imports run one way (`[tool.importlinter]` in pyproject.toml). The method itself is `hat_lib.method`.
 """
 
 __version__ = "0.3.0"

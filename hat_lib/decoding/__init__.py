@@ -1,1 +1,1 @@
-"""Generation at a capacity or a target speedup, self-speculative decoding, speed on this machine."""
+"""The way of a token through generate (`generate`, top to bottom); drafts, target speedups, speed on this machine."""

@@ -1,1 +1,1 @@
-"""The method: adaptive decoder layer, routers, policies, exit gates, token state, thresholds, cost, checkpoint."""
+"""The method. Read it in this order: routers, thresholds, setting, trace, forward, layer."""
