@@ -5,7 +5,7 @@ import pkgutil
 import sys
 from importlib import import_module
 
-ENGINE = "hat_lib.engine", "hat_lib.decoding.decisions"
+ENGINE = "hat_lib.engine"
 """what `hat_lib.decoding.generate` imports if it can"""
 
 

@@ -18,6 +18,8 @@ SECTION = 256
 """tokens of the vocabulary that a thread compares together"""
 MAX_TOKENS = 8
 """in one step"""
+GROUP, GROUP_ROWS = 32, 36
+"""in four bits: channels that share a scale, and rows of memory that they and their scales take"""
 QKV, OUT, GATE_UP, DOWN, FFN = range(5)
 """indices into ``Rows.kept``"""
 

@@ -9,7 +9,7 @@ from hat_lib.base.families import head_size, linears
 from hat_lib.base.load import Base, config_of
 from hat_lib.calibration.token_sensitivity import TOKENS
 from hat_lib.config import HatConfig
-from hat_lib.engine.four_bits import GROUP, GROUP_ROWS
+from hat_lib.engine.arrays import GROUP, GROUP_ROWS
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.training.recipe import Recipe
 
