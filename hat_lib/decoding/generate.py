@@ -2,8 +2,8 @@
 
     generate   is the engine allowed? Decided once a call: hooks, adapters or other forwards put on the base later are
                not noticed before the next one
-    _prefill   the prompt, in full, on the reference path
-    _loop      greedy decoding and sampling: `_course` after `_course` of many tokens each, in compiled code
+    _prefill   the prompt, on the reference path, in full unless asked otherwise (`_prompt`)
+    _loop      greedy decoding and sampling: `course` after `course` of many tokens each, in compiled code
     _forward   all else (beams, drafts, other processors and criteria) goes through transformers' own loop, a token at
                a time; the engine runs those of few tokens (`_step`), the reference path the rest
     note       every forward's trace; at the end, that of all new tokens is ``hat.trace``

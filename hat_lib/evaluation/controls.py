@@ -292,7 +292,13 @@ def checkpoint_family(hat: HierarchicalTransformer, checkpoint: str | Path) -> F
 
     def family(dial: float) -> Policy:
         thresholds = hat.threshold_policy(other.calibration.thresholds_at(max(dial, CAPACITY_MIN)))
-        return lambda layer, site, x, rows, state: keeps(hat.grain, routers, thresholds, layer, site, x, state)
+
+        def policy(layer, site, x, rows, trace):
+            if site == hat.grain.sites[0]:
+                hat.grain.prepare(routers, layer, x, trace, float(thresholds.sensitivity))
+            return keeps(hat.grain, routers, thresholds, layer, site, x, trace)
+
+        return policy
 
     return family
 

@@ -94,6 +94,8 @@ class Forward:
         if site not in self.grain.sites:
             return None
         trace, rows, keep = self.trace, self.rows, None
+        if trace.routed and site == self.grain.sites[0]:  # also for a policy that asks for scores further on
+            self.grain.prepare(self.routers, layer, x, trace, float(self.setting.thresholds.sensitivity))
         if not self.grain.always_runs(layer, site):
             keep = self.keep(layer, site, x) if self.setting.decide is None else self._controlled(layer, site, x)
         if isinstance(keep, MaskedInput):
@@ -144,8 +146,9 @@ class Forward:
 def keeps(
     grain: Grain, routers: nn.ModuleDict, thresholds: Thresholds, layer: int, site: str, x: Tensor, trace: Trace
 ) -> Tensor | None:
-    """The method: which units of the rows ``x [n, C]`` score above the threshold of a site; None for all of them."""
-    threshold, trace.sensitivity = thresholds.site[layer, grain.sites.index(site)], float(thresholds.sensitivity)
+    """The method, also with other routers than the model's (which `Grain.prepare` is then called for): which units of
+    the rows ``x [n, C]`` score above the threshold of a site; None for all of them."""
+    threshold = thresholds.site[layer, grain.sites.index(site)]
     if threshold == -np.inf:
         return None
     return grain.keep(routers, layer, site, x, float(threshold), trace)

@@ -73,8 +73,12 @@ class Grain:
         """All new routers of a decoder layer, by site."""
         return {site: self.router(layer, site) for site in self.sites}
 
+    def prepare(self, routers: nn.ModuleDict, layer: int, x: Tensor, trace: Trace, strength: float) -> None:
+        """At a layer's first site, with its input ``x [n, C]``, before any decision in that layer."""
+
     def score(self, routers: nn.ModuleDict, layer: int, site: str, x: Tensor, trace: Trace) -> Tensor:
-        """Scores of the running rows, fp32, shaped like the decision; ``x`` is ``[n, C]``."""
+        """Scores of the running rows, fp32, shaped like the decision; ``x`` is ``[n, C]``. Whoever overrides this
+        overrides `keep`, too."""
         return routers[f"{layer}_{site}"].score(x)
 
     def keep(self, routers: nn.ModuleDict, layer: int, site: str, x: Tensor, threshold: float, trace: Trace) -> Tensor:
@@ -107,25 +111,19 @@ class ChannelGrain(Grain):
     def routers(self, layer):
         return super().routers(layer) | {"token": MoERouter(layer.hidden_size)}
 
+    def prepare(self, routers, layer, x, trace, strength):
+        """Set what multiplies the running rows' thresholds in this layer, ``[n, 1]``: sensitivity, at this strength,
+        times steering. Sensitivity reads the input of the first site, and serves all of them."""
+        trace.threshold_scale = routers[f"{layer}_token"].threshold_scale(x, strength)
+        if (steering := trace.steering) is not None:
+            steering = steering if len(x) == len(steering) else steering[trace.alive]
+            trace.threshold_scale = trace.threshold_scale * steering[:, None].to(x.device)
+
     def score(self, routers, layer, site, x, trace):
-        return routers[f"{layer}_{site}"].score(x, self.threshold_scale(routers, layer, site, x, trace))
+        return routers[f"{layer}_{site}"].score(x, trace.threshold_scale)
 
     def keep(self, routers, layer, site, x, threshold, trace):
-        scale = self.threshold_scale(routers, layer, site, x, trace)
-        return routers[f"{layer}_{site}"].keep(x, threshold, scale)
-
-    def threshold_scale(self, routers: nn.ModuleDict, layer: int, site: str, x: Tensor, trace: Trace) -> Tensor:
-        """What multiplies the running rows' thresholds in this layer, ``[n, 1]``: sensitivity times steering.
-
-        A layer reaches its first site first, and only there is ``x`` what sensitivity reads: the other sites of the
-        layer take what was kept in ``trace.threshold_scale``.
-        """
-        if site == self.sites[0]:
-            trace.threshold_scale = routers[f"{layer}_token"].threshold_scale(x, trace.sensitivity)
-            if (steering := trace.steering) is not None:
-                steering = steering if len(x) == len(steering) else steering[trace.alive]
-                trace.threshold_scale = trace.threshold_scale * steering[:, None].to(x.device)
-        return trace.threshold_scale
+        return routers[f"{layer}_{site}"].keep(x, threshold, trace.threshold_scale)
 
 
 class TokenGrain(Grain):

@@ -74,12 +74,10 @@ class Trace:
     gated: bool | Tensor = False
     corrected: bool | Tensor = False
     """whether routers, exit gates and corrections took part; by column, ``[T]``, where forwards are joined"""
-    sensitivity: float = 1.0
-    """strength of token sensitivity"""
     steering: Tensor | None = None
     """what steering multiplies thresholds by, fp32 ``[B*T]``; None for 1"""
     threshold_scale: Tensor | None = None
-    """both, for the running rows in the current layer, ``[n, 1]``: see `hat_lib.method.grain`"""
+    """that times token sensitivity, for the running rows in the current layer, ``[n, 1]``: see `Grain.prepare`"""
     masks: Masks | None = None
     """the decisions themselves, under `HierarchicalTransformer.record`"""
     executed: Tensor | None = None

@@ -97,15 +97,15 @@ class Relaxed:
 
     def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: Trace):
         grain, routers, threshold = self.hat.grain, self.hat.routers, self.thresholds[layer, site]
-        state.sensitivity = self.thresholds.get((layer, "token"), 1.0)
+        if site == grain.sites[0]:
+            grain.prepare(routers, layer, x.detach(), state, self.thresholds.get((layer, "token"), 1.0))
         number = grain.sites.index(site)
         real, protected = (tokens.view(-1).to(x.device) for tokens in (state.real, state.protected))
         offset = 0.0 if self.offsets is None else self.offsets[layer, number].to(x.device)
         if grain.scales_thresholds and not self.noise:
             router = routers[f"{layer}_{site}"]
             log_scale = router.log_scale + offset
-            scale = grain.threshold_scale(routers, layer, site, x.detach(), state)
-            thresholds = (threshold / (router.column_norm * log_scale.exp())).detach() * scale
+            thresholds = (threshold / (router.column_norm * log_scale.exp())).detach() * state.threshold_scale
             how = {"temperature": self.temperature, "protected": protected, "real": real}
             masked, keep, share = losses.masked_channels(x, log_scale, thresholds, **how)
             self._add(site, share)

@@ -48,10 +48,8 @@ def test_what_ran_is_the_prompt_the_drafts_and_their_verification(hat):
     with hat.at(0.5), hat.collect() as states:
         found = speculate(hat, prompt(0), N, draft_length=3)
     drafts = state_cost(hat, found.drafts)
-    one = float(drafts.dense.sum()) / found.drafted
-    assert found.ran == pytest.approx(
-        sum(s.tokens for s in states if not s.routed) + float(drafts.executed.sum()) / one
-    )
+    one, verified = float(drafts.dense.sum()) / found.drafted, sum(s.tokens for s in states if not s.routed)
+    assert found.ran == pytest.approx(verified + float(drafts.executed.sum()) / one)
 
 
 def test_drafts_of_any_quality_change_nothing_and_length_is_exact(hat):

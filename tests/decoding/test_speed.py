@@ -48,33 +48,10 @@ def test_curve_and_its_spread_fall():
     assert CURVE.spread(0.4) == (1.6, 1.6), "unknown"
 
 
-def test_both_take_turns_on_the_same_tokens(hat, monkeypatch):
-    """A clock that the reference advances by 3 a token and the model by 1."""
-    clock, seen = [0.0], []
-    monkeypatch.setattr(module, "now", lambda model: clock[0])
-    ids = torch.arange(10, 10 + 2 * module.STEPS)[None]
-    each = module.STEPS // module.TURNS
-
-    def replay(model, ids, cache, mask):
-        start = cache.get_seq_length()
-        seen.append((hat.capacity, ids[0].tolist(), start))
-        clock[0] += ids.shape[1] * (3 if hat.capacity == 1 else 1)
-        model.replay(ids, cache, mask)
-
-    monkeypatch.setattr(module, "replay", replay)
-    with hat.at(0.5):
-        assert timed(hat, (hat, hat.dense), ids) == 3.0, "the median of the ratios"
-    starts = range(module.STEPS, 2 * module.STEPS, each)
-    expected = [(c, [*range(10 + at, 10 + at + each)], at) for c in (0.5, 1.0) for at in starts]
-    assert sorted(seen) == sorted(expected)
-    assert [c for c, *_ in seen[2:4]] == [c for c, *_ in seen[1::-1]]
-
-
 @pytest.fixture
 def turns(cache, monkeypatch):
     """Instant measurements: 2 - capacity, with the first turn of each curve off by one."""
-    calls = []
-    first = len(module.CAPACITIES) * module.ROUNDS
+    calls, first = [], len(module.CAPACITIES) * module.ROUNDS
     slow = lambda: calls.append(0) or len(calls) % first == 1  # noqa: E731
     monkeypatch.setattr(module, "timed", lambda hat, *_: 2 - hat.capacity + slow())
     return lambda: len(calls) / first

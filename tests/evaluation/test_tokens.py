@@ -15,10 +15,20 @@ from hat_lib.evaluation import routing
 from hat_lib.evaluation.perplexity import Score, compare, score_each
 from hat_lib.evaluation.routing import MEASURES
 from hat_lib.evaluation.tokens import LIKELIEST, LOSSES, prompt_blocks, token_table
+from hat_lib.text.blocks import load_text
 from hat_lib.text.token_classes import CLASSES
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:token grain at capacity")]
 PROMPT = "In 2025 a naïve fox 🦙 met the Kings."
+TEXT = "In 2025 Ada met 3 of the Kings, and they didn’t say a naïve word 🦙.\nThe quick brown fox jumps. " * 5
+
+
+@pytest.fixture(scope="module")
+def strided(tiny_base, tmp_path_factory):
+    """Windows of one document, with context; the last one is shorter."""
+    path = tmp_path_factory.mktemp("text") / "long.txt"
+    path.write_text(TEXT)
+    return list(load_text(path, tiny_base.tokenizer, split="train", block_size=64, stride=40))
 
 
 @pytest.fixture(scope="module", params=GRAINS)

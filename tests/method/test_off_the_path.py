@@ -198,10 +198,26 @@ def test_thresholds_of_other_routers(channel_hat, ids):
     thresholds = channel_hat.threshold_policy(own)
 
     def policy(layer, site, x, rows, trace):
+        if site == "qkv":
+            channel_hat.grain.prepare(other.routers, layer, x, trace, 1.0)
         return keeps(channel_hat.grain, other.routers, thresholds, layer, site, x, trace)
 
     with channel_hat.using(policy):
         close(stepwise(channel_hat, ids), channel_hat.lm(ids).logits)
+
+
+def test_a_site_that_keeps_everything_leaves_the_others_their_sensitivity(channel_hat, ids):
+    """On both paths, and where a policy asks for the method's decision at one site alone."""
+    own = {place: t for place, t in channel_hat.calibration.thresholds_at(0.7).items() if place[1] in ("down", "token")}
+    with channel_hat.using(channel_hat.threshold_policy(own)):
+        expected = channel_hat.lm(ids).logits
+        close(stepwise(channel_hat, ids), expected)
+
+    def policy(layer, site, x, rows, trace):
+        return keeps(channel_hat.grain, channel_hat.routers, channel_hat.threshold_policy(own), layer, site, x, trace)
+
+    with channel_hat.using(policy):
+        close(channel_hat.lm(ids).logits, expected)
 
 
 def test_copy_keeps_format_training_and_gradients(channel_hat):

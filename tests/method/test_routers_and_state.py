@@ -44,14 +44,8 @@ def test_untrained_router_and_gate():
 
 def test_token_state_share():
     real = torch.tensor([[False, True, True], [True, True, True]])
-    state = Trace(
-        real,
-        real.long().cumsum(1) - 1,
-        torch.zeros_like(real),
-        [0.25, 0.75],
-        n_layers=2,
-        mask_shapes={"a": (2,), "b": (2,)},
-    )
+    places, shapes = (real, real.long().cumsum(1) - 1, torch.zeros_like(real)), {"a": (2,), "b": (2,)}
+    state = Trace(*places, [0.25, 0.75], n_layers=2, mask_shapes=shapes)
     state.note(0, "a", None, 6)
     state.note(0, "b", torch.tensor([[True, False]]).repeat(6, 1), 6)
     state.leave(torch.tensor([5]), 1)  # the last token of row 1, after one layer

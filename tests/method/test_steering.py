@@ -13,9 +13,8 @@ from tiny_runs import new_hat
 from transformers import DynamicCache
 
 from hat_lib.config import HatError
-from hat_lib.decoding.steering import LIMIT, SLOPE, move, offsets
+from hat_lib.decoding.steering import LIMIT, offsets
 from hat_lib.evaluation.choices import Random
-from hat_lib.method.trace import Trace
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 ASKED = 0.6
@@ -64,23 +63,6 @@ def test_engine_equals_reference_and_alone_equals_in_a_batch(ids):
     close(logits, others[0], 1e-4), close(shares, others[1], 1e-4)
     close(alone[0], logits[1:2], 1e-4), close(alone[1], shares[1:2], 1e-4)
     close(changed[0][:, :12], logits[:, :12])  # the future never changes the past
-
-
-def test_a_prompt_moves_the_offset_as_its_tokens_do():
-    def offset_after(pieces, beyond):
-        """The offset after a text that executes ``beyond`` more than requested, less what the offset so far saves."""
-        cache, offset, start = DynamicCache(), 0.0, 0
-        for tokens in pieces:
-            executed = torch.full((3, 4, 1, tokens), 0.5 + beyond - SLOPE * offset)
-            real = torch.ones(1, tokens, dtype=torch.bool)
-            move(cache, Trace(real, real, ~real, [0.25] * 4, 3, start, executed=executed), 0.5, gain=0.2)
-            start += tokens
-            offset = float(offsets(cache, 1, start)[0])
-        return offset
-
-    assert offset_after([8], 0.1) == pytest.approx(offset_after([1] * 8, 0.1), rel=1e-4)
-    assert offset_after([1], 0.1) == pytest.approx(0.2 * 0.1)
-    assert offset_after([2000], 0.1) == pytest.approx(0.1 / SLOPE, rel=1e-4)
 
 
 WAYS = {

@@ -131,11 +131,6 @@ def test_a_typo_is_one_error_before_anything_is_loaded(run_studies, tmp_path, mo
     assert code == 2 and err.count("error: ") == 1
 
 
-def test_without_a_name_each_study_has_a_line(run_studies):
-    code, out, _ = run_studies()
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(registry.NAMES)
-
-
 def test_tables_of_the_documents(run_studies, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     for path in ("README.md", "data/README.md"):
