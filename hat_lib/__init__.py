@@ -2,8 +2,8 @@
 
 Axis letters, used everywhere: ``B`` batch, ``T`` tokens, ``D`` hidden, ``F`` FFN width, ``L`` layers,
 ``S`` gated sites in a layer, ``E`` exits, ``K`` cached keys, ``V`` vocabulary. The packages, in the
-order of the data flow: backbone, engine, model, text, calibration, inference, evaluation, training, plotting,
-workbook, cli. Imports run one way (`[tool.importlinter]` in pyproject.toml).
+order of the data flow: base, text, method, engine, decoding, calibration, evaluation, training, plotting, workbook,
+cli. Imports run one way (`[tool.importlinter]` in pyproject.toml). The method itself is `hat_lib.method`.
 """
 
 __version__ = "0.3.0"
@@ -11,10 +11,10 @@ __version__ = "0.3.0"
 _PUBLIC = {
     "HatConfig": "config",
     "HatError": "config",
-    "load_base": "backbone.base",
+    "load_base": "base.load",
     "load_text": "text.blocks",
-    "HierarchicalTransformer": "model.transformer",
-    "AdaptiveInference": "inference.generate",
+    "HierarchicalTransformer": "hat",
+    "AdaptiveInference": "decoding.inference",
     "explain": "evaluation.tokens",
     "sweep": "evaluation.sweep",
 }

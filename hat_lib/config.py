@@ -8,13 +8,20 @@ or ``token`` (the whole FFN; the published method).
 
 from __future__ import annotations
 
+import ast
 import math
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
+
+from filelock import lock_descriptor
+from platformdirs import user_cache_path
 
 CAPACITY_MIN, CAPACITY_MAX = 0.1, 1.0
 
@@ -51,17 +58,32 @@ def cache_dir() -> Path:
         if not folder.is_absolute():
             raise HatError(f"HAT_CACHE must be an absolute path, got {own!r}")
         return folder
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hat_lib"
+    return user_cache_path("hat_lib", appauthor=False)
 
 
 def lock(file, taken: str) -> None:
-    """Lock an open file until it is closed (`flock`, so not on Windows); `HatError` ``taken`` if it already is."""
-    import fcntl
+    """Lock an open file until it is closed or its process ends; `HatError` ``taken`` if it already is. On Windows, only
+    this file object can then read it."""
+    if not lock_descriptor(file.fileno(), blocking=False):
+        raise HatError(taken)
 
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Context: a file to write, which takes the place of ``path`` at the end; a kill leaves the old one or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield (written := path.with_name(f"{path.name}.part"))
+    os.replace(written, path)
+
+
+def check_writable(folder: Path, what: str = "a checkpoint") -> None:
+    """Raise unless ``what`` can be written to ``folder``; leaves nothing behind."""
+    folder = folder.expanduser().absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise HatError(taken) from error
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise HatError(f"cannot write {what} to {folder}: {error.strerror or error}") from error
 
 
 def shown(value: object) -> str:
@@ -71,6 +93,14 @@ def shown(value: object) -> str:
     except ValueError:  # Python writes out no whole number of more than 4,300 digits
         text = f"a number too long to print ({type(value).__name__})"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def literal(text: str) -> object:
+    """The number, list or other value that ``text`` is in Python, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def check_fraction(name: str, value: object, low: float, high: float) -> float:
@@ -123,7 +153,7 @@ class HatConfig:
 
     n_layers: int
     granularity: str = "channel"
-    """one of `hat_lib.model.granularity.GRAINS`"""
+    """one of `hat_lib.method.grain.GRAINS`"""
     exit_layers: tuple[int, ...] = ()
     """depths at which a token may leave: at exit ``e``, ``e`` layers have run; 1 .. n_layers - 1"""
     capacity: float = 0.75

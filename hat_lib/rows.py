@@ -39,11 +39,12 @@ class RowWriter:
         self.path, self.key = Path(path), tuple(key)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8", newline="")
+            self._file = self.path.open("a+", encoding="utf-8", newline="")
         except OSError as error:
             raise HatError(f"cannot write {path}: {error.strerror or error}") from error
         lock(self._file, f"{path} is being written by another run")
-        self._columns, rows, end = _parse(self.path, row_type)
+        self._file.seek(0)
+        self._columns, rows, end = _parse(self.path, row_type, self._file.buffer.read())
         self.done = {self._key(row): row for row in rows}
         self._file.truncate(end)
         if not end:
@@ -74,16 +75,16 @@ class RowWriter:
 
 
 def read_rows(path: str | Path, row_type: type) -> list:
-    """The rows of a file as ``row_type``, with types restored; also while it is being written. Raises `HatError` if
-    there is no such file, or its columns or values are not the row's."""
+    """The rows of a file as ``row_type``, with types restored; also while it is being written, but on Windows. Raises
+    `HatError` if there is no such file, or its columns or values are not the row's."""
     return _parse(Path(path), row_type)[1]
 
 
-def _parse(path: Path, row_type: type) -> tuple[list[str], list, int]:
+def _parse(path: Path, row_type: type, data: bytes | None = None) -> tuple[list[str], list, int]:
     """Columns in the order of the file, rows, and the length of the complete lines in bytes."""
     hints, names, rows = typing.get_type_hints(row_type), [field.name for field in fields(row_type)], []
     try:
-        data = path.read_bytes()
+        data = path.read_bytes() if data is None else data
         end = data.rfind(b"\n") + 1
         if not end and ",".join(names).encode().startswith(data):  # empty, or killed while writing its first line
             return names, [], 0

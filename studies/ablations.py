@@ -6,17 +6,14 @@ of the layers, with the head in full: on text of that kind and on another kind.
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from hat_lib.backbone.base import load_base
+from hat_lib.base.load import load_base
 from hat_lib.calibration.capacity import calibrate
-from hat_lib.config import CAPACITY_MIN, HatConfig, check_count
-from hat_lib.evaluation.controls import matched
+from hat_lib.config import HatConfig, check_count
+from hat_lib.evaluation.controls import alone, matched, own_choice
 from hat_lib.evaluation.perplexity import Score, compare, score_each
-from hat_lib.model.modes import combined
-from hat_lib.model.policies import Policy
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
 from hat_lib.text.blocks import held_out, load_text, spread
 from studies.common import Machine, Perplexity, machine, markdown, perplexity, rounded, saved
 from studies.plotting.findings import increase_text
@@ -70,21 +67,15 @@ def rows(
         for (text, split), (dense, scores) in found.items():
             for capacity, score in scores.items():
                 if (name, capacity, text) not in done:
-                    margin = compare(first[(text, split), capacity], score)
-                    columns = {"margin": margin.increase, "margin_low": margin.low, "margin_high": margin.high}
+                    columns = machine(loaded) | perplexity(dense, score)
+                    columns |= compare(first[(text, split), capacity], score).ends("margin")
                     columns |= {"change": name, "text": text, "split": split}
-                    columns |= {"capacity": capacity, "realised": score.layer_capacity}
-                    yield rounded(Row, **machine(loaded) | perplexity(dense, score) | columns)
+                    yield rounded(Row, **columns | {"capacity": capacity, "realised": score.layer_capacity})
 
 
 def _scored(hat: HierarchicalTransformer, blocks) -> tuple[Score, dict[float, Score]]:
     """The dense model, and the calibrated one at each of `CAPACITIES`."""
-
-    def family(dial: float) -> Policy:
-        return hat.threshold_policy(hat.calibration.thresholds_at(max(dial, CAPACITY_MIN)))
-
-    policies = [matched(hat, family, blocks, capacity) for capacity in CAPACITIES]
-    settings = [partial(combined, hat.dense, partial(hat.using, policy)) for policy in policies]
+    settings = [alone(hat, matched(hat, own_choice(hat), blocks, capacity)) for capacity in CAPACITIES]
     dense, scores = score_each(hat, blocks, settings, progress=False)
     return dense, dict(zip(CAPACITIES, scores, strict=True))
 

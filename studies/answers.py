@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from hat_lib.inference.speed import Variant, now, take_turns
-from hat_lib.model.token_state import TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.decoding.speed import Variant, now, take_turns
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.trace import Trace
 from hat_lib.text.blocks import load_text
 from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, spread
 from studies.timing import plain_copy, plain_part
@@ -85,7 +85,7 @@ def rows(
                 with around(), hat.collect() as states:
                     asked = hat.capacity
                     generate(one.name, ANSWER)
-                realised = TokenState.cat(states[1:]).capacity
+                realised = Trace.cat(states[1:]).capacity
             start = statistics.median(one.times)
             columns = machine(hat.base) | spread(all_of_it.times) | {"way": one.name, "busy": others, "first_ms": start}
             columns |= {"capacity": asked, "realised": realised, "rounds": rounds}

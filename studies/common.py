@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable, Sequence
 
-from hat_lib.backbone.machine import Machine, machine
+from hat_lib.base.machine import Machine, machine
 from hat_lib.evaluation.equal_work import CHECKPOINTS, TEXTS
 from hat_lib.evaluation.perplexity import Perplexity
 from hat_lib.evaluation.perplexity import columns as perplexity

@@ -24,16 +24,16 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
-from hat_lib.backbone.base import BUNDLED, BUNDLED_GGUF, Base, load_base
-from hat_lib.backbone.families import linears
-from hat_lib.backbone.shapes import SHAPES
-from hat_lib.backbone.wheels import SMOLLM2, open_wheel
+from hat_lib.base.families import linears
+from hat_lib.base.load import BUNDLED, BUNDLED_GGUF, Base, load_base
+from hat_lib.base.shapes import SHAPES
+from hat_lib.base.wheels import SMOLLM2, open_wheel
 from hat_lib.config import HatConfig, HatError, check_capacity, check_count
-from hat_lib.inference.speed import take_turns
-from hat_lib.model.cost import Work, state_cost
-from hat_lib.model.fast_path import WEIGHT_FORMATS
-from hat_lib.model.token_state import TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.decoding.generate import WEIGHT_FORMATS
+from hat_lib.decoding.speed import take_turns
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.cost import Work, state_cost
+from hat_lib.method.trace import Trace
 from hat_lib.text.blocks import load_text
 from studies.common import CHECKPOINTS, Machine, machine, markdown, ratios, rounded, saved, spread, times
 from studies.plotting import speed
@@ -145,7 +145,7 @@ def _random(shape: str, ids: Tensor, asked: Sequence[float], forms, sizes, round
         return
     hat = HierarchicalTransformer(base, HatConfig.default(base, exit_layers=()))
     with torch.inference_mode():
-        around = forced(hat, asked, 1, CONTEXT + steps)
+        around = forced(hat, asked, CONTEXT + steps)
     yield from _base(hat, ids % base.model.config.vocab_size, around, forms, sizes, rounds, steps, done)
 
 
@@ -198,7 +198,7 @@ def _engine(
             enter = hat.dense if capacity == 1 else enter
             with hat.changed(weights=form), enter(), hat.collect() as states:
                 _ms(hat, text, steps)
-            trace = TokenState.cat(states[2:])
+            trace = Trace.cat(states[2:])
             columns = {"realised": trace.capacity, "copy_mib": copied}
             if sequences == 1:
                 columns["ideal"] = _ideal(state_cost(hat, trace), hat.base.dtype.itemsize, form)

@@ -9,9 +9,9 @@ import shutil
 from PIL import Image
 
 from hat_lib.config import REPO
-from hat_lib.evaluation.screen import CAPACITIES, PRESETS, Screen
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
 from hat_lib.workbook.play_page import still_page
+from hat_lib.workbook.screen import CAPACITIES, PRESETS, Screen
 
 PAGE, PICTURE = REPO / "docs" / "explore.html", REPO / "figures" / "play.gif"
 SIZE, HOLD, STEP = {"width": 1000, "height": 860}, 1800, 700  # pixels; milliseconds at either end, and at each step

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import IO
 from xml.etree import ElementTree
 
-from hat_lib.backbone.wheels import GENSIM, WheelSpec, open_wheel
+from hat_lib.base.wheels import GENSIM, WheelSpec, open_wheel
 from hat_lib.text.corpora import FOLDER, Document
 
 NETWORKX = WheelSpec("networkx", "3.6.1", "networkx-3.6.1-py3-none-any.whl",

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hat_lib.evaluation.perplexity import Score, compare
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
 from studies.common import CHECKPOINTS, TEXTS, Machine, machine, markdown, rounded, saved
 from studies.speed_targets import whole_blocks
 

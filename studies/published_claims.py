@@ -13,21 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from hat_lib import config
-from hat_lib.backbone.base import BUNDLED, load_base
+from hat_lib.base.load import BUNDLED, load_base
 from hat_lib.config import HatConfig, HatError
+from hat_lib.contexts import combined
+from hat_lib.decoding.speed import Variant, now, take_turns
 from hat_lib.evaluation.controls import exit_shares
-from hat_lib.inference.speed import Variant, now, take_turns
-from hat_lib.model.cost import Work, state_cost
-from hat_lib.model.modes import combined
-from hat_lib.model.policies import Forced
-from hat_lib.model.token_state import Masks, TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.cost import Work, state_cost
+from hat_lib.method.trace import Trace
 from hat_lib.rows import read_rows
 from hat_lib.text.blocks import load_text
 from studies import common, quality
@@ -35,7 +33,7 @@ from studies.claims import PROMISED
 from studies.common import CHECKPOINTS, SPEEDS, TEXTS, markdown, ratios, rounded, saved, times
 from studies.plotting import speed
 from studies.plotting.findings import increase_text
-from studies.timing import decode_ms, forced, plain_copy, plain_part
+from studies.timing import decode_ms, forced, forced_exits, plain_copy, plain_part
 
 ABOUT = "a claimed point: quality from quality.csv, speed measured"
 MINUTES = 20
@@ -121,15 +119,14 @@ def _grain(checkpoint: Path, known: Mapping, rounds: int, steps: int, dtype: str
     base = load_base(SHAPE, dtype=shape_dtype)
     hat = HierarchicalTransformer(base, HatConfig.default(base, granularity=granularity))
     with torch.inference_mode():
-        contexts, around = forced(hat, realised.values(), 1, ids.shape[1]), {}
+        contexts, around = forced(hat, realised.values(), ids.shape[1]), {}
+    ids = ids % hat.lm.config.vocab_size
     for setting in SETTINGS:
-        draws = np.random.default_rng(0).random((len(left[setting]), *ids.shape))
-        shares = zip(hat.config.exit_layers, left[setting], draws, strict=True)
-        exits = Forced(Masks(exits={depth: torch.from_numpy(draw < share) for depth, share, draw in shares}))
         around[setting] = contexts[realised[setting]]
         if setting.exit_rate:
-            around[setting] = partial(combined, around[setting], partial(hat.using, exits=exits))
-    yield from _rows(hat, around, ids % hat.lm.config.vocab_size, rounds, steps, {})
+            exits = partial(hat.using, exits=forced_exits(hat, ids, left[setting]))
+            around[setting] = partial(combined, around[setting], exits)
+    yield from _rows(hat, around, ids, rounds, steps, {})
     del hat, contexts, around
     gc.collect()
 
@@ -163,7 +160,7 @@ def _timed(hat, plain, around: Mapping, ids: Tensor, phase: str, rounds: int, st
     for v in adaptive:
         with v.around(), hat.collect() as states, torch.inference_mode():
             once(hat)
-            trace = TokenState.cat(states[2:] if phase == "decode" else states)
+            trace = Trace.cat(states[2:] if phase == "decode" else states)
             cost = state_cost(hat, trace)
         columns = {"realised": trace.capacity, "realised_exit": trace.exit_rate, "model_share": cost.model_share}
         columns |= {f"{phase}_{w.name}": statistics.median(ratios(w.times, v.times)) for w in (hf, dense)}

@@ -6,12 +6,12 @@ The rows are those of `hat_lib.evaluation.equal_work`, at the points of `plan`.
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from hat_lib import checkpoint
 from hat_lib.config import HatError
 from hat_lib.evaluation import equal_work
 from hat_lib.evaluation.controls import CONTROLS
-from hat_lib.evaluation.equal_work import CHECKPOINTS, TEXTS, VARIANTS, Point, Row
-from hat_lib.model import checkpoint
-from hat_lib.model.granularity import GRAINS
+from hat_lib.evaluation.equal_work import CHECKPOINTS, TEXTS, Point, Row, has_variant
+from hat_lib.method.grain import GRAINS
 from hat_lib.plotting import frontier
 from studies.common import markdown, saved
 from studies.plotting import findings
@@ -51,7 +51,7 @@ def plan(granularity: str) -> list[Point]:
         for capacity in capacities
         for variant in variants
         for seed in range(SEEDS if variant == "random_exits" else 1)
-        if granularity in VARIANTS[variant].grains
+        if has_variant(granularity, variant)
     ]
 
 

@@ -24,11 +24,11 @@ from types import ModuleType
 import typer
 
 from hat_lib import config
-from hat_lib.cli.app import Command
-from hat_lib.cli.options import check_writable, option, say
-from hat_lib.config import DATA, REPO, RUNS, HatError, check_count
+from hat_lib.cli.options import option
+from hat_lib.config import DATA, REPO, RUNS, HatError, check_count, check_writable
 from hat_lib.plotting.style import save_figure
 from hat_lib.rows import RowWriter
+from hat_lib.terminal import Command, say
 from studies import state
 from studies.common import markdown
 

@@ -1,7 +1,7 @@
 """Is self-speculative text the base's own, and is it fast? One row per prompt: ``data/results/self_speculative.csv``.
 
 Prompt by prompt, four ways to the base's greedy text take turns: plain transformers, our own dense path,
-`hat_lib.inference.self_speculative`, and transformers' own self-speculation (`assistant_early_exit`, which reads drafts
+`hat_lib.decoding.speculation`, and transformers' own self-speculation (`assistant_early_exit`, which reads drafts
 from a layer through the final norm and the LM head). In fp32 the text must be the base's; in bf16 a forward over more
 tokens rounds differently, so two texts may part where the base itself is undecided.
 """
@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hat_lib.backbone.base import parse_dtype
+from hat_lib.base.load import parse_dtype
 from hat_lib.config import check_capacity
-from hat_lib.inference.self_speculative import speculate
-from hat_lib.inference.speed import Variant, now, take_turns
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.decoding.speculation import speculate
+from hat_lib.decoding.speed import Variant, now, take_turns
+from hat_lib.hat import HierarchicalTransformer
 from studies.common import CHECKPOINTS, SPEEDS, Machine, machine, markdown, ratios, rounded, saved, times
 from studies.plotting import speed
 from studies.prompts import KINDS, Prompt, prompts

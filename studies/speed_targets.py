@@ -8,22 +8,25 @@ capacity, steered, and decoded token by token. The token grain's is too high to 
 
 import math
 import statistics
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from hat_lib.config import check_count
-from hat_lib.evaluation.perplexity import compare, score_each
-from hat_lib.inference.generate import AdaptiveInference
-from hat_lib.inference.speed import steer_to_capacity, timed
-from hat_lib.model.modes import combined
-from hat_lib.model.token_state import TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.contexts import combined
+from hat_lib.decoding.inference import AdaptiveInference
+from hat_lib.decoding.speed import steer_to_capacity, timed
+from hat_lib.evaluation.perplexity import Score, compare
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.cost import WorkTally
+from hat_lib.method.trace import Trace
 from hat_lib.text.blocks import load_text, spread
 from studies.claims import PROMISED
 from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, times
@@ -113,12 +116,31 @@ def _prices(hat: HierarchicalTransformer, capacities: Sequence[float], tokens: i
     settings = [partial(combined, partial(hat.at, c, 0.0), partial(steer_to_capacity, hat)) for c in found]
     for text in TEXTS if found else ():
         blocks = whole_blocks(text, hat.base.tokenizer, tokens)
-        base, scored = score_each(hat, blocks, settings, batch_size=TOGETHER, progress=False, decoded=True)
-        for columns, at in zip(found.values(), scored, strict=True):
+        base = decoded(hat, blocks, hat.dense)
+        for columns, setting in zip(found.values(), settings, strict=True):
+            at = decoded(hat, blocks, setting)
             paired = compare(base, at)
-            columns |= {text: paired.increase, f"{text}_low": paired.low, f"{text}_high": paired.high}
+            columns |= paired.ends(text)
             columns |= {f"{text}_realised": at.capacity, "tokens": min(columns["tokens"], paired.tokens)}
     return found
+
+
+@torch.inference_mode()
+def decoded(hat: HierarchicalTransformer, blocks: Dataset, around: Callable) -> Score:
+    """The score of ``hat`` inside ``around()`` on blocks of one length, read token by token after a KV cache: so the
+    engine runs, and steering moves thresholds at every token."""
+    nll, spent = [], WorkTally(hat)
+    with hat.engine(), around():
+        for ids in torch.tensor(blocks["input_ids"], device=hat.base.device).split(TOGETHER):
+            cache, losses = DynamicCache(config=hat.lm.config), []
+            with hat.collect() as steps:
+                for token, following in zip(ids.T, ids.roll(-1, 1).T, strict=True):
+                    logits = hat.lm(input_ids=token[:, None], cache=cache, use_cache=True).logits[:, 0].float()
+                    losses.append(F.cross_entropy(logits, following, reduction="none"))
+            nll.append(torch.stack(losses[:-1]).double().sum(0).cpu().numpy())
+            spent.add(Trace.cat(steps))
+    tokens = np.array([len(ids) - 1 for ids in blocks["input_ids"]])
+    return Score(np.concatenate(nll), tokens, blocks["doc"], *spent.shares)
 
 
 def whole_blocks(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
@@ -137,7 +159,7 @@ def _continued(infer: AdaptiveInference, texts: Sequence[str], target: float, ma
             measured.append(made.realised_speedup)
             with hat.at(made.requested_capacity, 0.0), steer_to_capacity(hat), hat.collect() as states:
                 over_hf.append(timed(hat, (infer.plain, torch.inference_mode), made.ids))
-            realised.append(TokenState.cat(states[1:]).capacity)  # the first fills the cache
+            realised.append(Trace.cat(states[1:]).capacity)  # the first fills the cache
     found = {"capacity": made.requested_capacity, "predicted": made.predicted_speedup, "prompts": len(measured)}
     if measured:
         found |= {"measured": statistics.median(measured), "lowest": min(measured), "highest": max(measured)}

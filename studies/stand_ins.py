@@ -1,7 +1,7 @@
 """The token grain with something in place of each skipped FFN: ``data/results/stand_ins.csv``.
 
 The rows are as in `studies.quality`, for a checkpoint trained as ``token`` was, with a low-rank product in place of a
-skipped FFN (`hat_lib.model.corrections`). Its work counts in the model share, not in the capacity.
+skipped FFN (`hat_lib.method.corrections`). Its work counts in the model share, not in the capacity.
 """
 
 from collections.abc import Iterator, Mapping

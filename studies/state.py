@@ -12,9 +12,9 @@ import tokenize
 from functools import cache
 from pathlib import Path
 
+from hat_lib.checkpoint import read_checkpoint
 from hat_lib.config import DATA, REPO
 from hat_lib.evaluation.equal_work import CHECKPOINTS, adapter_digest
-from hat_lib.model.checkpoint import read_checkpoint
 
 FILE = "made_from.json"
 

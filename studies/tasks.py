@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from scipy.stats import bootstrap
 
+from hat_lib.decoding.inference import AdaptiveInference
 from hat_lib.evaluation.lm_eval import TASKS, load_tasks, run_tasks
-from hat_lib.inference.generate import AdaptiveInference
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
 from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved
 from studies.prompts import prompts
 

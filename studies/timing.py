@@ -4,17 +4,14 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-from hat_lib.backbone.base import load_base
+from hat_lib.base.load import load_base
 from hat_lib.calibration.quantiles import score_quantiles
-from hat_lib.inference.speed import now, replay
-from hat_lib.model.policies import Forced, Policy
-from hat_lib.model.token_state import Masks
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.decoding.speed import now, replay
+from hat_lib.hat import HierarchicalTransformer
 
 CONTEXT = 64  # tokens in the cache before the first timed decode step, over all sequences
 
@@ -46,27 +43,29 @@ def plain_copy(hat: HierarchicalTransformer) -> LlamaForCausalLM:
     return load_base(hat.base.name, dtype=hat.base.dtype, device=hat.base.device).model
 
 
-def forced_tokens(hat: HierarchicalTransformer, capacity: float, batch: int, tokens: int, seed: int = 0) -> Policy:
-    """Each token skips ``L (1 - capacity)`` FFNs, drawn at random; layer 0 always runs."""
-    n, generator = hat.config.n_layers, np.random.default_rng(seed)
-    skipped = n * (1 - capacity)
-    keep = np.ones((n, batch, tokens), dtype=bool)
-    for b, t in np.ndindex(batch, tokens):
-        count = int(skipped) + (generator.random() < skipped % 1)
-        keep[generator.choice(np.arange(1, n), size=min(count, n - 1), replace=False), b, t] = False
-    return Forced(Masks({(i, "ffn"): torch.from_numpy(keep[i]).to(hat.base.device) for i in range(1, n)}))
-
-
 def forced(
-    hat: HierarchicalTransformer, capacities: Iterable[float], batch: int, tokens: int
+    hat: HierarchicalTransformer, capacities: Iterable[float], tokens: int
 ) -> dict[float, Callable[[], AbstractContextManager]]:
-    """Capacity -> a function that makes a context in which ``hat`` executes that share of a text ``[batch, tokens]``:
-    the same at each site (channel grain), or `forced_tokens`."""
-    gated = {c for c in capacities if c < 1}
-    if hat.config.granularity == "token":
-        policies = {c: forced_tokens(hat, c, batch, tokens) for c in gated}
-    else:
-        text = torch.randint(0, 256, (1, tokens), generator=torch.Generator().manual_seed(0)).to(hat.base.device)
-        quantiles = score_quantiles(hat, [text], progress=False)
-        policies = {c: hat.threshold_policy(quantiles.thresholds(c)) for c in gated}
-    return {c: partial(hat.using, policies[c]) for c in gated} | {1.0: hat.dense}
+    """Capacity -> a function that makes a context in which ``hat`` executes about that share of a text of so many
+    ``tokens``, the same at each site. Routers of whole tokens get random weights: untrained, they tell no tokens apart.
+    """
+    generator, layers, whole = torch.Generator().manual_seed(0), hat.config.n_layers, hat.grain.logits
+    for router in hat.routers.values() if whole else ():
+        torch.nn.init.normal_(router.weight, generator=generator)
+    text = torch.randint(0, 256, (1, tokens), generator=generator).to(hat.base.device)
+    quantiles = score_quantiles(hat, [text], progress=False)
+    shares = {c: (c * layers - 1) / (layers - 1) if whole else c for c in capacities if c < 1}  # layer 0 always runs
+    policies = {c: hat.threshold_policy(quantiles.thresholds(share)) for c, share in shares.items()}
+    return {c: partial(hat.using, policy) for c, policy in policies.items()} | {1.0: hat.dense}
+
+
+@torch.inference_mode()
+def forced_exits(hat: HierarchicalTransformer, ids: Tensor, shares: Iterable[float]) -> list[float]:
+    """Thresholds at which about so many of the tokens ``ids [1, T]`` that reach each exit leave there; its gates get
+    random weights, the same ones each time."""
+    generator, found = torch.Generator().manual_seed(1), []
+    hidden = hat.lm.model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    for (depth, gate), share in zip(hat.gates.items(), shares, strict=True):
+        torch.nn.init.normal_(gate.gate.weight, generator=generator)
+        found.append(float(gate.score(hidden[int(depth)][0]).quantile(1 - share)))
+    return found

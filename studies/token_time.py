@@ -10,6 +10,7 @@ how much shorter a step is without it, in the same round:
     loop                    what transformers' generate adds to a step
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,14 +21,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from hat_lib.backbone.base import load_base
-from hat_lib.backbone.families import LINEARS
+from hat_lib.base.families import LINEARS
+from hat_lib.base.load import load_base
 from hat_lib.config import HatConfig, HatError, check_capacity
-from hat_lib.inference.speed import Variant, now, take_turns
-from hat_lib.model.modes import combined
-from hat_lib.model.policies import Forced
-from hat_lib.model.token_state import Masks, TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.contexts import combined
+from hat_lib.decoding.speed import Variant, now, take_turns
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.trace import Trace
 from hat_lib.text.blocks import load_text
 from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, spread
 from studies.plotting import speed
@@ -79,7 +79,7 @@ def rows(
     ms = {v.name: v.times for v, _ in timed}
     with hat.at(capacity, 0.0), hat.collect() as states:
         decode_ms(hat, ids, steps)
-    realised = {"hf": 1.0, "dense": 1.0, "adaptive": TokenState.cat(states[2:]).capacity}
+    realised = {"hf": 1.0, "dense": 1.0, "adaptive": Trace.cat(states[2:]).capacity}
     for way in WAYS:
         columns = machine(hat.base) | {"way": way, "realised": realised[way], "steps": steps, "rounds": rounds}
         columns["capacity"] = capacity if way == "adaptive" else 1.0
@@ -106,10 +106,10 @@ def _variants(
     for way, around in ("dense", hat.dense), ("adaptive", at):
         yield Variant(way, hat, around), step
         yield Variant(f"{way} generate", hat, around), generated
-        masks = _recorded(hat, ids, around)
-        for part in ("nothing", *LINEARS):
-            forced = partial(hat.using, Forced(Masks({k: m & (k[1] != part) for k, m in masks.keep.items()})))
-            yield Variant(f"{way} without {part}", hat, partial(combined, around, forced)), step
+        cuts = hat.calibration.thresholds_at(capacity if way == "adaptive" else 1.0)
+        for part in ("nothing", *LINEARS):  # the states after it are others, and with them a little what is kept there
+            without = hat.threshold_policy({k: math.inf if k[1] == part else cut for k, cut in cuts.items()})
+            yield Variant(f"{way} without {part}", hat, partial(combined, around, partial(hat.using, without))), step
     yield Variant("few words", small, small.dense), partial(decode_ms, ids=ids % WORDS, steps=steps)
     yield Variant("adaptive, whole head", hat, partial(combined, at, partial(hat.changed, shortlist=None))), step
     every = hat.threshold_policy(dict.fromkeys(hat.calibration.thresholds_at(capacity), 0.0))
@@ -135,14 +135,6 @@ def _parts(way: str, ms: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 @torch.inference_mode()
-def _recorded(hat: HierarchicalTransformer, ids: Tensor, around: Callable) -> Masks:
-    """Decisions on a text, to be forced in decode; on the dense path, everything is kept."""
-    dense = around == hat.dense
-    with hat.at(0.5, 0.0) if dense else around(), hat.record():
-        hat.lm.model(input_ids=ids, use_cache=False)
-    return hat.trace.masks.map(torch.ones_like) if dense else hat.trace.masks
-
-
 @torch.inference_mode()
 def _generated_ms(model, ids: Tensor) -> float:
     """Milliseconds that generate takes per token, without the prompt's pass. No token ends the text, which is cheaper

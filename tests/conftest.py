@@ -9,8 +9,10 @@ from functools import partial
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import pytest
 import torch
+from tiny_runs import KINDS, active, tiny
 
 HERE = ("localhost", "0.0.0.0", "::", "::1", socket.gethostname())
 
@@ -53,7 +55,7 @@ def outside():
 @pytest.fixture(scope="session")
 def tiny_base():
     """`random:tiny` in fp32 on the CPU. Shared by all tests: do not change it."""
-    from hat_lib.backbone.base import load_base
+    from hat_lib.base.load import load_base
 
     return load_base("random:tiny", dtype=torch.float32, device="cpu")
 
@@ -61,9 +63,26 @@ def tiny_base():
 @pytest.fixture(scope="session")
 def bundled():
     """The bundled base in fp32 on the CPU. Shared by all tests: do not change it."""
-    from hat_lib.backbone.base import load_base
+    from hat_lib.base.load import load_base
 
     return load_base("bundled", dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture
+def ids():
+    """Three rows of random tokens."""
+    return torch.from_numpy(np.random.default_rng(1).integers(5, 250, (3, 14)))
+
+
+@pytest.fixture(params=KINDS, ids=" ".join)
+def hat(request):
+    grain, name = request.param
+    return active(grain, tiny(name=name))
+
+
+@pytest.fixture
+def channel_hat():
+    return active("channel")
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from hat_lib.backbone.families import LINEARS
+from hat_lib.base.families import LINEARS
 from hat_lib.engine.weights import _four_bits, pack
 
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hat_lib.backbone.shapes import random_config
+from hat_lib.base.shapes import random_config
 from hat_lib.config import (
     PUBLISHED_DEPTH,
     PUBLISHED_EXITS,

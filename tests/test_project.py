@@ -1,8 +1,13 @@
 """What the repository promises as a whole: one list of packages, notebooks as they were executed, and documents that
 say what the data says and name commands that exist."""
 
+import ast
 import re
+import subprocess
+import sys
 import tomllib
+from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import nbformat
@@ -38,9 +43,39 @@ def test_conda_pip_and_make_ask_for_the_same_packages():
     assert listed.pop("python") == SpecifierSet(PROJECT["requires-python"])
     listed.pop("pip")
     listed["torch"], listed["playwright"] = listed.pop("pytorch"), listed.pop("playwright-python")
-    assert listed == ranges(PROJECT["dependencies"] + EXTRAS["dev"])
+    assert listed == ranges(PROJECT["dependencies"] + EXTRAS["workbook"] + EXTRAS["dev"])
     torch = next(r for r in PROJECT["dependencies"] if Requirement(r).name == "torch")
     assert f"\nTORCH := {torch}\n" in (REPO / "Makefile").read_text()
+
+
+def test_what_is_imported_is_declared():
+    """Only modules of the workbook import what its extra brings."""
+    library, optional = ranges(PROJECT["dependencies"]), ranges(EXTRAS["eval"] + EXTRAS["cluster"])
+    known, found = packages_distributions(), set()
+    for path in (REPO / "hat_lib").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        names = {module.partition(".")[0] for module in modules} - {*sys.stdlib_module_names, "hat_lib"}
+        packages = {canonicalize_name(known.get(name, [name])[0]) for name in names}
+        extra = ranges(EXTRAS["workbook"]) if path.parent.name == "workbook" else {}
+        assert packages <= {*library, *optional, *extra}, path
+        found |= packages
+    assert library.keys() - found == {"gguf"}  # transformers reads .gguf files by it
+
+
+@pytest.mark.slow
+def test_only_what_runs_notebooks_needs_their_packages():
+    names = {name.replace("-", "_") for name in ranges(EXTRAS["workbook"])} - {"traitlets"}  # which IPython needs
+    code = f"import runpy, sys; sys.modules |= dict.fromkeys({names}); "
+    code += "runpy.run_module(sys.argv.pop(1), None, '__main__')"
+    commands = {"hat_lib generate x --base random:tiny --capacity 1": 0, "hat_lib setup --no-fetch": 0}
+    commands |= {"hat_lib batch 05 --grid seed=0 --out new": 2, "hat_lib.workbook run": 1}
+    for command, expected in commands.items():
+        args = [sys.executable, "-c", code, *command.split()]
+        done = subprocess.run(args, cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == expected, done.stderr
+        assert ("pip install 'hat-workbook[workbook]'" in done.stderr) == (expected > 0)
 
 
 def test_what_lies_beside_the_modules_is_packaged():
@@ -94,3 +129,38 @@ def test_a_table_without_a_place_or_an_end_is_refused():
         fill(text, {"two": ""}, "x.md")
     with pytest.raises(HatError, match="x.md"):
         fill(text.replace("<!-- end -->", ""), {"one": ""}, "x.md")
+
+
+# The house: imports run in no circle, and the method needs neither the engine nor numba
+
+FILES = {
+    ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("hat_lib", "studies")
+    for path in (REPO / package).rglob("*.py")
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The files that a file imports, in type hints and inside functions, too; a package's own ``__init__`` aside."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= parts & FILES.keys() or {node.module}
+    return {name for name in found & FILES.keys() if FILES[name] != path}
+
+
+def test_no_circle():
+    graph = {name: imported(path) for name, path in FILES.items() if path.name != "__init__.py"}
+    assert len(graph) > 50
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_the_method_alone_loads_no_engine():
+    modules = [name for name in FILES if name.startswith("hat_lib.method.")]
+    probe = f"import sys, {', '.join(modules)}; print(*(m for m in sys.modules if m.startswith(('hat_lib', 'numba'))))"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=REPO, capture_output=True, text=True, check=True)
+    packages = {".".join(name.split(".")[:2]) for name in done.stdout.split()}
+    assert packages == {"hat_lib", "hat_lib.base", "hat_lib.config", "hat_lib.method"}

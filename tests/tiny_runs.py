@@ -19,15 +19,16 @@ import torch
 from datasets import Dataset
 from transformers import DynamicCache
 
-from hat_lib.backbone.base import fingerprint, load_base
+from hat_lib.base.load import fingerprint, load_base
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.config import HatConfig
-from hat_lib.model.threshold_table import Calibration
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.thresholds import Calibration
 from hat_lib.training import trainer
+from hat_lib.training.objective import nominal_thresholds
 from hat_lib.training.recipe import Recipe
-from hat_lib.training.run import Run, nominal_thresholds
+from hat_lib.training.run import Run
 from hat_lib.training.trainer import train_phase
 
 GRAINS = ("channel", "token")
@@ -98,17 +99,15 @@ def peaked(dtype=torch.float32):
 
 def active(grain, base=None, exits=(1, 2, 3)):
     """Random routers and gates, thresholds that skip about a third, exits taken by about a fifth."""
-    vectors = 0.3 if grain == "channel" else 1.0
-    return skipping(grain, base, exit_layers=exits, bar=0.6, vectors=vectors, translator_rank=2)
+    how = {"exit_layers": exits, "bar": 0.6, "translator_rank": 2}
+    return skipping(grain, base, vectors=0.3 if grain == "channel" else 1.0, **how)
 
 
 def gating(base=None, threshold=6.0, margin=10.0):
     """Calibrated, with the same threshold and margin for the head at every capacity."""
-    hat = untrained("channel", base or peaked())
-    made = new_hat("channel").calibration
-    n = len(made.capacities)
-    tables = {"head_thresholds": [threshold] * n, "head_margins": [margin] * n, "head_shares": [0.5] * n}
-    hat.calibration = replace(made, **tables)
+    hat, made = untrained("channel", base or peaked()), new_hat("channel").calibration
+    tables = {"head_thresholds": threshold, "head_margins": margin, "head_shares": 0.5}
+    hat.calibration = replace(made, **{name: [x] * len(made.capacities) for name, x in tables.items()})
     return hat
 
 

@@ -5,8 +5,8 @@ import pkgutil
 import sys
 from importlib import import_module
 
-ENGINE = "hat_lib.engine", "hat_lib.model.decisions"
-"""what `hat_lib.model.fast_path` imports if it can"""
+ENGINE = "hat_lib.engine"
+"""what `hat_lib.decoding.generate` imports if it can"""
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
 
     import hat_lib
     from hat_lib.cli.app import app
-    from hat_lib.model.fast_path import warm
+    from hat_lib.decoding.generate import warm
 
     for module in pkgutil.walk_packages(hat_lib.__path__, "hat_lib."):
         if not module.name.startswith(ENGINE) and not module.name.endswith("__main__"):

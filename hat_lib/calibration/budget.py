@@ -1,13 +1,10 @@
 """How a budget is split over sites and the head, by what skipping each of them costs.
 
 Prices are KL divergences from the base, in nats per token. A site's is a curve over the share that it keeps, from a few
-shares that a backward pass prices (`hat_lib.calibration.token_sensitivity.backward`): zeroing the channels with
-scores below a threshold changes the input x of a linear layer by -x there. The head's is measured: several numbers of
-channels in the preview and several margins (`hat_lib.model.head`) are tried on final states of the dense model, and
-those on the lower convex hull are kept.
+shares that a backward pass prices (`token_sensitivity.backward`): zeroing the channels with scores below a threshold
+changes the input x of a linear layer by -x there. The head's is measured: several numbers of channels in the preview
+and several margins (`hat_lib.method.head`) are tried on final states of the dense model; the lower convex hull is kept.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -21,8 +18,9 @@ from tqdm.auto import tqdm
 
 from hat_lib.calibration.quantiles import ScoreQuantiles
 from hat_lib.calibration.token_sensitivity import backward
-from hat_lib.model.head import likely
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.head import likely
+from hat_lib.text.blocks import evenly
 
 # Shares at which the damage is priced. k (1 - s)^p is fitted to the last three.
 PROBE_SHARES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75)
@@ -51,11 +49,7 @@ class HeadPoint(NamedTuple):
 
 
 def allocate(
-    curves: np.ndarray,
-    work: np.ndarray,
-    budget: float,
-    points: Sequence[HeadPoint] = (),
-    head_work: float = 0.0,
+    curves: np.ndarray, work: np.ndarray, budget: float, points: Sequence[HeadPoint] = (), head_work: float = 0.0
 ) -> tuple[np.ndarray, HeadPoint | None]:
     """The share that each site keeps under one budget, and the point at which the head runs.
 
@@ -101,8 +95,7 @@ def site_damage(
             first_order = (value * gradient).float()
             first_order = first_order.view(*score.shape, -1).sum(-1)  # of each unit
             for row, threshold in zip(total, thresholds[layer, site], strict=True):
-                change = first_order * (score <= threshold)
-                change = change if change.dim() == 1 else change.sum(-1)
+                change = (first_order * (score <= threshold)).view(len(free), -1).sum(-1)
                 row[layer, sites.index(site)] += change[free].double().pow(2).sum().item() / 2
 
         return use
@@ -144,17 +137,17 @@ def head_points(hat: HierarchicalTransformer, blocks: Sequence[Tensor], progress
     with hat.dense():
         for block in tqdm(blocks, desc="final states", disable=not progress):
             states = lm.model(block, use_cache=False).last_hidden_state[0]
-            chosen.append(states[np.linspace(0, len(states) - 1, min(each, len(states))).round().astype(int)])
-        states = torch.cat(chosen)
+            chosen += evenly(states, each)
+        states = torch.stack(chosen)
         # A score is a magnitude times a norm: a shortlist at threshold 1 has thresholds of one over the norms.
-        scores = states.float().abs() / hat.shortlist(1.0, 0.0).threshold.to(states.device)
+        scores = states.float().abs() / (1.0 / hat.head_norm).to(states.device)
         thresholds = np.unique(np.quantile(scores.cpu().numpy(), 1 - np.array(SHARES))).tolist()
         sums = {(threshold, margin): np.zeros(2) for threshold in thresholds for margin in MARGINS}
         for rows in tqdm(states.split(SLICE), desc="the head", disable=not progress):
             full = lm.lm_head(rows)
             exact = F.log_softmax(full.float(), dim=-1)
             for threshold in thresholds:
-                keep = hat.shortlist(threshold, 0.0).keep(rows)
+                keep = rows.abs() > (threshold / hat.head_norm).to(rows.device)
                 preview = lm.lm_head(rows * keep)
                 for margin in MARGINS:
                     wanted = likely(preview, margin)

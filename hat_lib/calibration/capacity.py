@@ -11,8 +11,6 @@ At the channel grain, an earlier pass measures how sensitive each token is (`hat
 and the head is one more site.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -23,18 +21,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hat_lib.calibration.budget import allocate, between, damage_curves, head_points, site_damage
-from hat_lib.calibration.quantiles import (
-    block_tensors,
-    check_batches,
-    forwards,
-    held_out_parts,
-    score_quantiles,
-    spread,
-)
+from hat_lib.calibration.quantiles import block_tensors, check_batches, forwards, held_out_parts, score_quantiles
 from hat_lib.calibration.token_sensitivity import SHARE, TOKENS, fit_token_sensitivity, sensitivity_strength
 from hat_lib.config import HatError
-from hat_lib.model.threshold_table import EXIT_TABLES, HEAD_TABLES, Calibration
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.thresholds import EXIT_TABLES, HEAD_TABLES, Calibration
+from hat_lib.text.blocks import count_tokens, spread
 
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 SPLITS = ("damage", "uniform")
@@ -61,7 +53,7 @@ def calibrate(
 
     Args:
         blocks: token-id lists from held-out text; about a fourth of it serves only the table of capacities.
-        split: "damage" or "uniform", see the module's docstring.
+        split: "damage" or "uniform", as above.
         token_sensitivity: channel grain: measure which tokens lose more by skipping; otherwise all are treated alike.
         head: channel grain: the head skips, too; otherwise it is read in full, and is not part of a capacity.
         probe_tokens: how many of the other tokens the backward pass sees, in whole blocks.
@@ -114,8 +106,8 @@ def calibrate(
 def _say_how_long(hat, fit: list[Tensor], check: list[Tensor], probe_tokens: int) -> None:
     """From one block: `calibrate` reads ``fit`` three times, goes back through parts of it, which takes as long as two
     more forwards, and reads ``check`` at each budget."""
-    size, of_check = (sum(block.numel() for block in part) for part in (fit, check))
-    tokens = 3 * size + 3 * min(size, TOKENS) + 3 * min(size, probe_tokens) + len(BUDGETS) * of_check
+    size = count_tokens(fit)
+    tokens = 3 * (size + min(size, TOKENS) + min(size, probe_tokens)) + len(BUDGETS) * count_tokens(check)
     with hat.dense():
         list(forwards(hat, fit[:1]))  # the first one allocates
         began = time.monotonic()
@@ -146,7 +138,7 @@ def _set_table(
     hat, splits: Sequence[Thresholds], heads: Sequence[Head], blocks: list[Tensor], method: str, text: str, progress
 ) -> Calibration:
     """Run ``blocks`` at each of `BUDGETS`, with its thresholds, and set the table; exit tables are kept."""
-    realised, shares, tokens = [], [], sum(block.numel() for block in blocks)
+    realised, shares, tokens = [], [], count_tokens(blocks)
     settings = zip(BUDGETS, splits, heads, strict=True)
     for budget, chosen, head in tqdm(settings, desc="capacities", total=len(BUDGETS), disable=not progress):
         kept, total = 0.0, np.zeros(2)

@@ -7,8 +7,6 @@ often those that left agree, is measured on other blocks, with exits on, because
 values that later tokens see. Skipped work changes what a gate reads, so all of this is done at several capacities.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -21,9 +19,9 @@ from tqdm.auto import tqdm
 
 from hat_lib.calibration.quantiles import held_out_parts
 from hat_lib.config import HatError, check_capacity
-from hat_lib.model.policies import ExitThresholds
-from hat_lib.model.threshold_table import Calibration
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.thresholds import Calibration
+from hat_lib.text.blocks import count_tokens
 
 CAPACITIES = (0.4, 0.55, 0.75, 1.0)
 RATES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -75,13 +73,13 @@ def _at_one_capacity(hat, fit: list[Tensor], check: list[Tensor], base: list[Ten
         # The gate scores at which the chance is ``bar``.
         thresholds = [float(np.clip((logit(bar) - b) / a, -CERTAIN, CERTAIN)) for a, b in maps]
         same = []  # of each token that left: whether it agrees
-        with hat.using(exits=ExitThresholds(hat.gates, thresholds)):
+        with hat.using(exits=thresholds):
             for block, tokens in zip(check, base, strict=True):
                 hidden = hat.lm.model(block, use_cache=False).last_hidden_state
                 left = hat.trace.exited
                 same.append(hat.logits(hidden[left]).argmax(-1) == tokens[left])
         same = torch.cat(same).float()
-        rates.append(len(same) / sum(block.numel() for block in check))
+        rates.append(len(same) / count_tokens(check))
         agreement.append(float(same.mean()) if len(same) else 1.0)
         table.append(thresholds)
     return np.maximum.accumulate(np.round(rates, 5)).tolist(), np.round(table, 6).tolist(), agreement

@@ -1,7 +1,5 @@
 """Held-out text for calibration, and the dense model's scores on it, as a threshold for each share to keep."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -13,7 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hat_lib.config import HatError
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.text.blocks import count_tokens, spread
 
 # Fewest tokens to calibrate or match a control on.
 LEAST_TOKENS = 256
@@ -31,7 +30,7 @@ def held_out_parts(hat, blocks: Iterable[list[int]]) -> tuple[list[Tensor], list
     ``[B, T]``: every fourth block or, where that is less than an eighth of the tokens, the last quarter of each."""
     blocks = block_tensors(hat, blocks)
     fit, check = [b for i, b in enumerate(blocks) if i % 4 != 3], blocks[3::4]
-    if 8 * _size(check) < _size(blocks):
+    if 8 * count_tokens(check) < count_tokens(blocks):
         fit, check = zip(*(b.tensor_split([3 * b.shape[1] // 4], 1) for b in blocks), strict=True)
     return list(fit), check_batches(check)
 
@@ -41,8 +40,8 @@ def block_tensors(hat, blocks: Iterable[Sequence[int] | Mapping]) -> list[Tensor
     are left out. `HatError` below `LEAST_TOKENS` tokens."""
     ids = [block["input_ids"] if isinstance(block, Mapping) else block for block in blocks]
     tensors = [torch.tensor([block], device=hat.base.device) for block in ids if len(block) > 1]
-    if _size(tensors) < LEAST_TOKENS:
-        raise HatError(f"at least {LEAST_TOKENS} tokens of text are needed, got {_size(tensors)}")
+    if (found := count_tokens(tensors)) < LEAST_TOKENS:
+        raise HatError(f"at least {LEAST_TOKENS} tokens of text are needed, got {found}")
     return tensors
 
 
@@ -52,16 +51,6 @@ def check_batches(blocks: Sequence[Tensor]) -> list[Tensor]:
     for size, alike in groupby(sorted(spread(blocks, CHECK_TOKENS), key=length), length):
         batches += torch.cat(list(alike)).split(max(1, BATCH_TOKENS // size))
     return batches
-
-
-def spread(blocks: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """About ``tokens`` tokens in whole blocks, evenly spaced."""
-    count = min(max(1, round(len(blocks) * tokens / _size(blocks))), len(blocks))
-    return [blocks[i] for i in np.linspace(0, len(blocks) - 1, count).round().astype(int)]
-
-
-def _size(blocks: Iterable[Tensor]) -> int:
-    return sum(b.numel() for b in blocks)
 
 
 def forwards(hat, blocks: Iterable[Tensor], label: str = "", progress: bool = False, logits: int = 1) -> Iterator[int]:
@@ -99,7 +88,7 @@ def score_quantiles(
     Both rows and channels are drawn from the whole text: on a wide base, a stride would take one token per block.
     Protected tokens are left out. Raises `HatError` if all scores are equal (token routers that were never fitted).
     """
-    total, drawn, tokens = _size(blocks), np.random.default_rng(seed), 0
+    total, drawn, tokens = count_tokens(blocks), np.random.default_rng(seed), 0
     found: dict[tuple[int, str], list[Tensor]] = {}
 
     def collect(layer, site, x, rows, state):

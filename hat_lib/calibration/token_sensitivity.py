@@ -12,8 +12,6 @@ Prices are measured where `SHARE` of the channels is kept. At 0.62 of the layers
 by an eighth; at 0.40 they would raise it (``data/results/ablations.csv``). So `sensitivity_strength` falls in between.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch
@@ -21,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
 
 # At most this many tokens in the backward pass: their inputs are kept, in half precision, for every layer.
 TOKENS = 24_576
@@ -58,10 +56,9 @@ def fit_token_sensitivity(
         if not near.any():  # nothing that is dropped here matters
             continue
         weight, bias = log_linear(inputs[layer].float(), near)
-        router = hat.routers[f"{layer}_token"]
         with torch.no_grad():
-            router.weight.copy_(weight / 2)
-            router.bias.copy_(bias / 2)
+            hat.routers[f"{layer}_token"].weight.copy_(weight / 2)
+            hat.routers[f"{layer}_token"].bias.copy_(bias / 2)
 
 
 def token_prices(
@@ -80,10 +77,10 @@ def token_prices(
         if site == "qkv":
             inputs[layer].append(x[free].half())
             price[layer].append(torch.zeros(int(free.sum()), device=x.device))
-        row = len(price[layer]) - 1
+        of_block = price[layer][-1]
 
         def use(gradient: Tensor) -> None:
-            price[layer][row] += ((value * gradient).float() * dropped).sum(-1)[free].square() / 2
+            of_block.add_(((value * gradient).float() * dropped).sum(-1)[free].square() / 2)
 
         return use
 

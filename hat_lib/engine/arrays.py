@@ -18,6 +18,8 @@ SECTION = 256
 """tokens of the vocabulary that a thread compares together"""
 MAX_TOKENS = 8
 """in one step"""
+GROUP, GROUP_ROWS = 32, 36
+"""in four bits: channels that share a scale, and rows of memory that they and their scales take"""
 QKV, OUT, GATE_UP, DOWN, FFN = range(5)
 """indices into ``Rows.kept``"""
 
@@ -28,23 +30,52 @@ class Linear(NamedTuple):
     weight: ndarray  # [L, C, out or more], transposed, in a format of `hat_lib.engine.weights`
     scale: ndarray  # [L, out], or no columns
     bias: ndarray  # [L, out], or no columns
+    unit: ndarray  # [L, C], magnitude of an input whose score is 1
+    split: int  # channels that share a scale and are not split between threads
     # A correction adds strength * (expand^T (reduce x) + shift), for the channels x that are kept.
     # Stored, or in bfloat16 beside weights of fewer bits; no rows without corrections.
     reduce: ndarray  # [L, r, C]
     expand: ndarray  # [L, r + 1, out], shift last
 
 
+class Gates(NamedTuple):
+    """Where and when a token leaves, and how its state is then translated."""
+
+    before: ndarray  # int64 [L], which gate comes before a layer, or -1
+    weight: ndarray  # [E, D], of leaving minus those of staying
+    bias: ndarray  # [E]
+    scale: ndarray  # [E, D]
+    shift: ndarray  # [E, D]
+    reduce: ndarray  # [E, rank, D]
+    expand: ndarray  # [E, D, rank]
+
+
+class StandIn(NamedTuple):
+    """What a token gets in place of an FFN that it skips; no layers if nothing."""
+
+    down: ndarray  # [L, rank, D]
+    up: ndarray  # [L, D, rank]
+    shift: ndarray  # [L, D]
+
+
 class Weights(NamedTuple):
-    """The base."""
+    """The base, with routers and gates."""
 
     embed: ndarray  # [V, D], as the base has it
     head: ndarray  # [V, D], as the base has it or in eight bits
     head_scale: ndarray  # [V], or empty
+    head_unit: ndarray  # [D], like `Linear.unit`, of the preview
     preview: ndarray  # [D, V or more], the head's weights transposed; no columns without a shortlist
     qkv: Linear
     o: Linear
     gate_up: Linear  # outputs alternate: `block` gates, then the ups of the same neurons
     down: Linear
+    sensitivity: ndarray  # [L, D], of tokens; or no columns
+    sensitivity_bias: ndarray  # [L]
+    ffn: ndarray  # [L, D], token grain: of the router of the whole FFN; or no columns
+    ffn_bias: ndarray  # [L]
+    stand_in: StandIn
+    gates: Gates
     norms: ndarray  # [2, L, D], before attention and before the FFN
     last_norm: ndarray  # [D]
     head_norms: ndarray  # [2, L, h], of queries and of keys; or no columns
@@ -52,40 +83,33 @@ class Weights(NamedTuple):
     unrotated: ndarray  # [2, h/2], the cos and sin of those that have none
     heads: int
     kv_heads: int
-    unit: int  # channels that share a scale and are not split between threads
     block: int
     eps: np.float32
 
 
-class Decisions(NamedTuple):
-    """What runs."""
+class Inputs(NamedTuple):
+    """What a product reads: a row keeps a channel if its magnitude is above ``unit * bar``, or if it is NaN."""
 
-    strength: np.float32  # of the corrections of linear layers
-    # [L, C]: a channel is kept if its magnitude is above its threshold; always, if that is negative
-    qkv_threshold: ndarray
-    o_threshold: ndarray
-    gate_up_threshold: ndarray
-    down_threshold: ndarray
-    # exp(-(w.x + b)) multiplies a token's thresholds in a layer
-    sensitivity: ndarray  # [L, D], or no columns
-    sensitivity_bias: ndarray  # [L]
-    # token grain: the FFN runs if w.x is above the threshold
-    ffn: ndarray  # [L, D], or no columns
-    ffn_threshold: ndarray  # [L, 1], or one for each row, [L, R]
-    # what a row gets in place of an FFN that it skips; no layers if nothing
-    correction_down: ndarray  # [L, rank, D]
-    correction_up: ndarray  # [L, D, rank]
-    correction_shift: ndarray  # [L, D]
-    exit: ndarray  # int64 [L], which exit comes before a layer, or -1
-    gate: ndarray  # [E, D], weights of leaving minus those of staying
-    gate_threshold: ndarray  # [E, 1], or one for each row, [E, R]
-    # a leaving token's state is translated
-    scale: ndarray  # [E, D]
-    shift: ndarray  # [E, D]
-    reduce: ndarray  # [E, rank, D]
-    expand: ndarray  # [E, D, rank]
-    head_threshold: ndarray  # [D], for channels of the preview; empty to read the head in full
-    margin: np.float32  # a logit is read in full if its preview is within this margin of the best
+    x: ndarray  # [R, C]
+    bar: ndarray  # [R], -inf to keep all
+    runs: ndarray  # bool [R], whether a row runs at all; not read for a single row
+
+
+class Share(NamedTuple):
+    """A thread's part of a product: some of the `PARTIALS` parts of its channels, for some of its outputs."""
+
+    first: int
+    last: int
+    c0: int
+    c1: int
+
+
+class Gathered(NamedTuple):
+    """The channels that any row keeps, of one thread."""
+
+    index: ndarray  # uint64 [C + 8 PARTIALS]
+    values: ndarray  # [R, C + 8 PARTIALS]
+    ends: ndarray  # int64 [PARTIALS], where each part ends in both
 
 
 class Rows(NamedTuple):
@@ -137,7 +161,7 @@ class Course(NamedTuple):
     steps: int
     choice: Choice
     unprotected: ndarray  # int64 [R], the step from which a row is no longer protected
-    # steering (`hat_lib.model.steering`): thresholds are multiplied by exp(offset)
+    # steering (`hat_lib.decoding.steering`): thresholds are multiplied by exp(offset)
     gain: np.float32  # 0 for none
     asked: np.float32  # share of the layers' work
     limit: np.float32
@@ -154,34 +178,17 @@ class Course(NamedTuple):
     ran: ndarray  # int64 [1], steps until all texts had ended; or, negative, why the call was broken off
 
 
-class Scratch(NamedTuple):
-    """Working memory."""
+class Shared(NamedTuple):
+    """Working memory that threads share."""
 
-    h: ndarray  # [P, R, D]
-    x: ndarray  # [P, R, D]
-    qkv: ndarray  # [P, R, (H + 2G) h]
-    qkv_partials: ndarray  # [PARTIALS, R, (H + 2G) h]
-    mixed: ndarray  # [P, R, H h]
-    partials: ndarray  # [2, PARTIALS, R, D], of o and down
+    qkv: ndarray  # [PARTIALS, R, (H + 2G) h], sums of q, k and v by parts of the channels
+    states: ndarray  # [2, PARTIALS, R, D], of o and down
+    lowered: ndarray  # [4, PARTIALS, R, r], inputs of corrections: of qkv, of k and v alone, of o and down
     gate_up: ndarray  # [R, 2F], in blocks like the weights
     ffn: ndarray  # [R, F]
-    index: ndarray  # uint64 [P, C + 8 PARTIALS]
-    gathered: ndarray  # [P, R, C + 8 PARTIALS]
-    ends: ndarray  # int64 [P, PARTIALS], where each part ends in the two above
-    candidates: ndarray  # int64 [P, SECTION], tokens of the vocabulary
-    queries: ndarray  # [P, H / G, h]
-    scores: ndarray  # [P, H / G, PIECE], of a piece of the context, whose places in the cache are
-    places: ndarray  # uint64 [P, PIECE]
     tops: ndarray  # [R, pieces, H], of each piece of a row's context the largest score,
     totals: ndarray  # [R, pieces, H], the sum of exp(score - largest),
     pieces: ndarray  # [R, pieces, H, h], and the sum of so weighted values
-    scale: ndarray  # [P, R], factor on the thresholds of each row in a layer
-    flags: ndarray  # bool [P, 5, R], see decode_step
-    uncounted: ndarray  # int32 [P, R], for counts that another thread keeps
-    small: ndarray  # [P, rank]
-    lowered: ndarray  # [P, R, r], the lowered input of a correction
-    parts: ndarray  # [4, PARTIALS, R, r], the same by parts of the channels: of qkv, of k and v alone, of o and down
     preview: ndarray  # [R, V], or empty
-    best: ndarray  # [P, R], best of the previews that each thread made
+    best: ndarray  # [P, R], best of the previews, or of the logits, that each thread made
     likeliest: ndarray  # int64 [P, R], in its share of the vocabulary
-    weights: ndarray  # [V], of tokens, while one is drawn

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from hat_lib.backbone.families import head_size
+from hat_lib.base.families import head_size
 from hat_lib.engine import team
-from hat_lib.engine.arrays import FFN, GREEDY, MAX_TOKENS, PARTIALS, SECTION, Choice, Course, Decisions, Rows, Scratch
+from hat_lib.engine.arrays import FFN, GREEDY, MAX_TOKENS, PARTIALS, Choice, Course, Rows, Shared
 from hat_lib.engine.attention import PIECE
 from hat_lib.engine.cache import buffer_for
 from hat_lib.engine.loop import OUTSIDE, UNDRAWN, decode
 from hat_lib.engine.weights import pack, widths
+from hat_lib.method.thresholds import Thresholds
 
 
 class Place(NamedTuple):
@@ -30,7 +31,7 @@ class Place(NamedTuple):
 
 
 class Steering(NamedTuple):
-    """Thresholds that move during a course of tokens (`hat_lib.model.steering`)."""
+    """Thresholds that move during a course of tokens (`hat_lib.decoding.steering`)."""
 
     offset: np.ndarray
     """of each sequence, float32 ``[B]``; moved"""
@@ -64,48 +65,20 @@ STILL = Steering(np.zeros(MAX_TOKENS, np.float32), 0.0, 0.0, 0.0, np.zeros(FFN, 
 class Decoder:
     """Runs `decode` on a base; the arguments are those of `hat_lib.engine.weights.pack`."""
 
-    def __init__(self, lm, form: str = "base", corrections=None, *, preview: bool = False):
-        self.lm, self.weights = lm, pack(lm, form, corrections, preview=preview)
+    def __init__(self, lm, form: str = "base", **parts):
+        self.lm, self.weights = lm, pack(lm, form, **parts)
         self.head_dim, self.dtype = head_size(lm.config), lm.dtype
         self.inputs, self.outputs = widths(lm)
         self.channels = np.array(self.inputs)[:, None, None]
         """inputs of each product, ``[4, 1, 1]``"""
-        self._scratch: dict[tuple[int, int], Scratch] = {}
+        self.dense = Thresholds.dense(len(self.weights.rotates), FFN, len(self.weights.gates.bias))
         self._angles = np.zeros((2, 0, self.head_dim // 2), np.float32)
-
-    def keep_everything(self) -> Decisions:
-        """Decisions of the dense model."""
-        layers, d = self.weights.norms.shape[1:]
-        qkv, o, gate_up, down = (np.full((layers, c), -1, np.float32) for c in self.inputs)
-        return Decisions(
-            strength=np.float32(0),
-            qkv_threshold=qkv,
-            o_threshold=o,
-            gate_up_threshold=gate_up,
-            down_threshold=down,
-            sensitivity=_zeros(layers, 0),
-            sensitivity_bias=_zeros(layers),
-            ffn=_zeros(layers, 0),
-            ffn_threshold=_zeros(layers, 1),
-            correction_down=_zeros(0, 0, d),
-            correction_up=_zeros(0, d, 0),
-            correction_shift=_zeros(0, d),
-            exit=np.full(layers, -1),
-            gate=_zeros(0, d),
-            gate_threshold=_zeros(0, 1),
-            scale=_zeros(0, d),
-            shift=_zeros(0, d),
-            reduce=_zeros(0, 0, d),
-            expand=_zeros(0, d, 0),
-            head_threshold=_zeros(0),
-            margin=np.float32(0),
-        )
 
     def step(
         self,
         ids: np.ndarray,
         cache: Cache,
-        decide: Decisions,
+        thresholds: Thresholds,
         place: Place,
         *,
         scale: np.ndarray | None = None,
@@ -124,7 +97,9 @@ class Decoder:
         (b, t), vocabulary = ids.shape, len(self.weights.head)
         if logit_rows is None:
             logit_rows = np.arange(b * t).reshape(b, t)
-        rows, course = self._run(ids, cache, decide, place, scale, logit_rows, threads, 1, GREEDY, STILL, choose=False)
+        rows, course = self._run(
+            ids, cache, thresholds, place, scale, logit_rows, threads, 1, GREEDY, STILL, choose=False
+        )
         kept, head = course.kept[0].sum(0), course.head[0].sum(0)
         kept, head = kept.reshape(-1, FFN + 1, b, t), head.reshape(2, *logit_rows.shape)
         return Result(
@@ -135,7 +110,7 @@ class Decoder:
         self,
         ids: np.ndarray,
         cache: Cache,
-        decide: Decisions,
+        thresholds: Thresholds,
         place: Place,
         steps: int,
         choice: Choice,
@@ -157,7 +132,7 @@ class Decoder:
         """
         b, every = len(ids), np.arange(len(ids))[:, None]
         _, course = self._run(
-            ids, cache, decide, place, np.exp(steering.offset[:b]), every, threads, steps, choice, steering,
+            ids, cache, thresholds, place, np.exp(steering.offset[:b]), every, threads, steps, choice, steering,
             unprotected=unprotected, ended=ended, logits=logits,
         )  # fmt: skip
         ran = int(course.ran[0])
@@ -170,7 +145,7 @@ class Decoder:
         return Result(wanted, *by_sequence, course.ids[:ran].T, course.offsets[:ran].T)
 
     def _run(
-        self, ids, cache, decide, place, scale, logit_rows, threads, steps, choice, steering, *,
+        self, ids, cache, thresholds, place, scale, logit_rows, threads, steps, choice, steering, *,
         choose=True, unprotected=None, ended=None, logits=False,
     ) -> tuple[Rows, Course]:  # fmt: skip
         w, (b, t), start = self.weights, ids.shape, cache.get_seq_length()
@@ -213,8 +188,7 @@ class Decoder:
             ran=np.zeros(1, np.int64),
         )
         pieces = -(-(start + max(t, steps)) // PIECE)
-        rank = max(decide.reduce.shape[1], decide.correction_down.shape[1])
-        args = w, decide, rows, self._scratch_for(threads, b * t, pieces, rank), course
+        args = w, thresholds, rows, self._shared(threads, b * t, pieces), course
         while not team.run(decode, args, threads) and course.ran[0] >= 0:
             course.kept[course.ran[0] :] = course.head[course.ran[0] :] = 0  # of the step that was called off
         if course.ran[0] == OUTSIDE:
@@ -238,45 +212,26 @@ class Decoder:
             self._angles = torch.stack([a[0, :, : self.head_dim // 2].float() for a in tables]).numpy()
         return self._angles
 
-    def _scratch_for(self, threads: int, rows: int, pieces: int, small: int) -> Scratch:
-        known = self._scratch.get((threads, rows))
-        if known is not None and known.tops.shape[1] >= pieces and known.small.shape[1] >= small:
-            return known
-        w, widest, pieces = self.weights, max(self.inputs) + 8 * PARTIALS, 2 * pieces
-        d, mixed, _, ffn = self.inputs
-        qkv, _, gate_up, _ = self.outputs
-        queries, rank = w.heads // w.kv_heads, w.qkv.reduce.shape[1]
-        self._scratch[threads, rows] = Scratch(
-            h=_zeros(threads, rows, d),
-            x=_zeros(threads, rows, d),
-            qkv=_zeros(threads, rows, qkv),
-            qkv_partials=_zeros(PARTIALS, rows, qkv),
-            mixed=_zeros(threads, rows, mixed),
-            partials=_zeros(2, PARTIALS, rows, d),
-            gate_up=_zeros(rows, gate_up),
-            ffn=_zeros(rows, ffn),
-            index=np.zeros((threads, widest), np.uint64),
-            gathered=_zeros(threads, rows, widest),
-            ends=np.zeros((threads, PARTIALS), np.int64),
-            candidates=np.zeros((threads, SECTION), np.int64),
-            queries=_zeros(threads, queries, self.head_dim),
-            scores=_zeros(threads, queries, PIECE),
-            places=np.zeros((threads, PIECE), np.uint64),
-            tops=_zeros(rows, pieces, w.heads),
-            totals=_zeros(rows, pieces, w.heads),
-            pieces=_zeros(rows, pieces, w.heads, self.head_dim),
-            scale=_zeros(threads, rows),
-            flags=np.zeros((threads, 5, rows), bool),
-            uncounted=np.zeros((threads, rows), np.int32),
-            small=_zeros(threads, small),
-            lowered=_zeros(threads, rows, rank),
-            parts=_zeros(4, PARTIALS, rows, rank),
-            preview=_zeros(rows, w.preview.shape[1]),
-            best=_zeros(threads, rows),
-            likeliest=np.zeros((threads, rows), np.int64),
-            weights=_zeros(len(w.head)),
+    def _shared(self, threads: int, rows: int, pieces: int) -> Shared:
+        w, (d, _, _, ffn), (qkv, _, gate_up, _) = self.weights, self.inputs, self.outputs
+        shape = rows, pieces, w.heads
+        return Shared(
+            qkv=_empty(PARTIALS, rows, qkv),
+            states=_empty(2, PARTIALS, rows, d),
+            lowered=_empty(4, PARTIALS, rows, w.qkv.reduce.shape[1]),
+            gate_up=_empty(rows, gate_up),
+            ffn=_empty(rows, ffn),
+            tops=_empty(*shape),
+            totals=_empty(*shape),
+            pieces=_empty(*shape, self.head_dim),
+            preview=_empty(rows, w.preview.shape[1]),
+            best=_empty(threads, rows),
+            likeliest=np.empty((threads, rows), np.int64),
         )
-        return self._scratch[threads, rows]
+
+
+def _empty(*shape: int) -> np.ndarray:
+    return np.empty(shape, np.float32)
 
 
 def _zeros(*shape: int) -> np.ndarray:

@@ -19,11 +19,10 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic, overload
 
+from hat_lib.engine.arrays import GROUP, GROUP_ROWS
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.kernels import F0, add_channels, prefetch
 
-GROUP, GROUP_ROWS = 32, 36
-"""channels that share a scale, and rows of memory that they and their scales take"""
 MIDDLE, OFFSET = 8, 4
 """what is taken from q, so that sums fit 16 bits, and the unit of m, so that 4 sum(c) does"""
 AHEAD = 32

@@ -191,33 +191,31 @@ def add_channels(w, index, values, start, n, filled, y, c0, c1):
 
 
 @compiled()
-def keep(x, first, last, threshold, scale, keep_all, runs, index, values, kept, start=0):
+def keep(inputs, unit, first, last, index, values, kept, start=0):
     """Gather the channels from ``first`` to ``last`` that any row keeps; a row that does not gets a zero there.
 
     Args:
-        x: float32 ``[R, C]``.
-        threshold, scale, keep_all, runs: row r keeps channel i if ``|x[r, i]| > threshold[i] * scale[r]``, or if it is
-            NaN, which multiplied by zero is NaN, too; all of them if ``keep_all[r]``; none unless ``runs[r]``, which is
-            not read for a single row.
-        index, values: uint64 ``[C + 8]`` and float32 ``[R, C + 8]``, or longer; filled from ``start``, and with zeros
-            up to a multiple of eight.
+        inputs: `hat_lib.engine.arrays.Inputs`. What is NaN is kept: multiplied by zero it is NaN, too.
+        unit: float32 ``[C]``.
+        index, values: as in `hat_lib.engine.arrays.Gathered`; filled from ``start``, and with zeros up to a multiple of
+            eight.
         kept: int32 ``[R]``, to which the number of channels that each row kept is added.
 
     Returns the number of entries in ``index``.
     """
-    n, rows = start, x.shape[0]
+    n, (rows, _) = start, inputs.x.shape
     if rows == 1:
-        row, gathered, factor, everything = x[0], values[0], scale[0], keep_all[0]
+        row, gathered, bar = inputs.x[0], values[0], inputs.bar[0]
         for i in range(first, last):
             index[n], gathered[n] = i, row[i]
-            n += everything | (not abs(row[i]) <= threshold[i] * factor)
+            n += not abs(row[i]) <= unit[i] * bar
         kept[0] += n - start
     else:
         for i in range(first, last):
             index[n], wanted = i, 0
             for r in range(rows):
-                by_row = runs[r] & (keep_all[r] | (not abs(x[r, i]) <= threshold[i] * scale[r]))
-                values[r, n] = x[r, i] if by_row else F0
+                by_row = inputs.runs[r] & (not abs(inputs.x[r, i]) <= unit[i] * inputs.bar[r])
+                values[r, n] = inputs.x[r, i] if by_row else F0
                 kept[r] += by_row
                 wanted |= by_row
             n += wanted

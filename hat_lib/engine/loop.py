@@ -19,10 +19,11 @@ OUTSIDE, UNDRAWN = -1, -2
 
 
 @compiled(keep=True)
-def decode(t, team, barrier, base, decide, rows, scratch, course):
+def decode(t, team, barrier, base, thresholds, rows, shared, course):
     """Thread t's part of all steps. With several, each row is the newest token of its own sequence."""
     choice, vocabulary = course.choice, rows.logits.shape[1]
     v0, v1 = span(vocabulary, t, team, 32), span(vocabulary, t + 1, team, 32)
+    weights = np.empty(vocabulary if choice.sample and t == 0 else 0, np.float32)  # of tokens, while one is drawn
     for step in range(course.ran[0], course.steps):  # a part of them ran before, if the call was called off
         if course.ended.all():
             return
@@ -31,14 +32,14 @@ def decode(t, team, barrier, base, decide, rows, scratch, course):
                 course.ran[0] = OUTSIDE
                 return
         kept, exits, head = course.kept[step], course.exits[step], course.head[step]
-        if decode_step(t, team, barrier, base, decide, rows, scratch, kept, exits, head):
+        if decode_step(t, team, barrier, base, thresholds, rows, shared, kept, exits, head):
             return
         if not course.ids.shape[0]:
             return  # logits were wanted, and nothing else
         early = step < choice.earliest
         if not choice.given.shape[0]:
             for r in range(rows.ids.shape[0]):
-                best = scratch.best[t, r : r + 1], scratch.likeliest[t, r : r + 1]
+                best = shared.best[t, r : r + 1], shared.likeliest[t, r : r + 1]
                 likeliest(rows.logits[r], v0, v1, choice.penalty, choice.seen[r], choice.stops, early, *best)
             if meet(barrier, team):
                 return
@@ -50,16 +51,16 @@ def decode(t, team, barrier, base, decide, rows, scratch, course):
                     continue
                 best = 0
                 for other in range(1, team):
-                    if better(scratch.best[other, r], scratch.best[best, r]):
+                    if better(shared.best[other, r], shared.best[best, r]):
                         best = other
-                token = scratch.likeliest[best, r]
+                token = shared.likeliest[best, r]
                 if course.ended[r]:
                     token = choice.pad
                 elif choice.sample:
-                    judge(rows.logits[r], choice.penalty, choice.seen[r], choice.stops, early, scratch.weights)
-                    weigh(scratch.weights, scratch.best[best, r], choice.temperature)
-                    restrict(scratch.weights, choice.top_k, choice.top_p, choice.min_p)
-                    token = draw(scratch.weights, choice.uniform[step, r])
+                    judge(rows.logits[r], choice.penalty, choice.seen[r], choice.stops, early, weights)
+                    weigh(weights, shared.best[best, r], choice.temperature)
+                    restrict(weights, choice.top_k, choice.top_p, choice.min_p)
+                    token = draw(weights, choice.uniform[step, r])
                     if token < 0:
                         course.ran[0] = UNDRAWN
                 for stop in choice.stops:

@@ -46,12 +46,11 @@ def rms_norm(h, weight, eps, out):
 
 
 @compiled(reorder=True)
-def kept_dot(weights, x, threshold, factor, everything):
+def kept_dot(weights, x, unit, bar):
     """``weights . x`` of the channels that `keep` keeps. Slices, or LLVM would not vectorise it; as in `add_scaled`."""
     s = F0
     for i in range(x.shape[0]):
-        kept = everything | (not abs(x[i]) <= threshold[i] * factor)
-        s += as_float(weights[i]) * (x[i] if kept else F0)
+        s += as_float(weights[i]) * (x[i] if not abs(x[i]) <= unit[i] * bar else F0)
     return s
 
 
@@ -62,13 +61,13 @@ def add_scaled(y, weights, factor):
 
 
 @compiled()
-def lower(x, first, last, threshold, scale, keep_all, runs, reduce, strength, out):
-    """``out[r] = reduce x[r]``, ``[R, rank]``, from the channels that row r keeps (as in `keep`), of first to last."""
-    for r in range(x.shape[0] if strength > F0 else 0):
-        if runs[r]:
-            for k in range(reduce.shape[0]):
-                weights, row, bars = reduce[k, first:last], x[r, first:last], threshold[first:last]
-                out[r, k] = kept_dot(weights, row, bars, scale[r], keep_all[r])
+def lower(linear, layer, inputs, strength, first, last, out):
+    """``out[r] = reduce x[r]``, ``[R, rank]``, of a correction, from the channels that row r keeps of first to last."""
+    for r in range(inputs.x.shape[0] if strength > F0 else 0):
+        if inputs.runs[r]:
+            row, unit = inputs.x[r, first:last], linear.unit[layer, first:last]
+            for k in range(linear.reduce.shape[1]):
+                out[r, k] = kept_dot(linear.reduce[layer, k, first:last], row, unit, inputs.bar[r])
 
 
 @compiled()
@@ -80,9 +79,9 @@ def expand(linear, layer, z, strength, y, c0, c1):
 
 
 @compiled()
-def fetch_small(linear, threshold, layer, strength, i0, i1, c0, c1):
+def fetch_small(linear, layer, strength, i0, i1, c0, c1):
     """Prefetch what a product of inputs i0 to i1 and outputs c0 to c1 reads besides its weights."""
-    fetch(threshold, layer, i0, i1)
+    fetch(linear.unit, layer, i0, i1)
     if strength > F0:
         for k in range(linear.reduce.shape[1]):
             fetch(linear.reduce[layer], k, i0, i1)
@@ -91,10 +90,10 @@ def fetch_small(linear, threshold, layer, strength, i0, i1, c0, c1):
 
 
 @compiled()
-def product(linear, layer, index, gathered, n, z, strength, y, c0, c1):
-    """Outputs c0 to c1 of a product, from all the kept channels."""
+def product(linear, layer, gathered, n, z, strength, y, c0, c1):
+    """Outputs c0 to c1 of a product, from the n gathered channels; ``z`` is what `lower` left."""
     scale, bias = linear.scale[layer], linear.bias[layer]
-    add(linear.weight[layer], index, gathered, 0, n, n, y, c0, c1)
+    add(linear.weight[layer], gathered.index, gathered.values, 0, n, n, y, c0, c1)
     for r in range(y.shape[0]):
         if scale.shape[0]:
             for j in range(c0, c1):
@@ -107,27 +106,26 @@ def product(linear, layer, index, gathered, n, z, strength, y, c0, c1):
 
 
 @compiled()
-def partial_product(
-    linear, layer, unit, x, threshold, scale, keep_all, runs, index, gathered, ends, kept, strength, partials, lowered,
-    part, end_part, c0, c1,
-):  # fmt: skip
-    """A thread's share of outputs c0 to c1 of a product whose channels are split: long pieces of the weight's rows.
+def partial_product(linear, layer, inputs, strength, share, gathered, kept, partials, lowered):
+    """A thread's share of a product whose channels are split: long pieces of the weight's rows.
 
     The channels form `PARTIALS` parts, whose sums are added in pairs: the same sum for any number of threads. A thread
     has neighbouring parts, a power of two in number, and leaves its own sum in the first.
     """
-    channels, n = x.shape[1], 0
-    for p in range(part, end_part):
-        first, last = span(channels, p, PARTIALS, unit), span(channels, p + 1, PARTIALS, unit)
-        n = ends[p] = keep(x, first, last, threshold, scale, keep_all, runs, index, gathered, kept, n)
-        lower(x, first, last, threshold, scale, keep_all, runs, linear.reduce[layer], strength, lowered[p])
+    channels, n, c0, c1 = inputs.x.shape[1], 0, share.c0, share.c1
+    for p in range(share.first, share.last):
+        first, last = span(channels, p, PARTIALS, linear.split), span(channels, p + 1, PARTIALS, linear.split)
+        n = keep(inputs, linear.unit[layer], first, last, gathered.index, gathered.values, kept, n)
+        gathered.ends[p] = n
+        lower(linear, layer, inputs, strength, first, last, lowered[p])
     start = 0
-    for p in range(part, end_part):
-        add(linear.weight[layer], index, gathered, start, ends[p], n, partials[p], c0, c1)
-        start = ends[p]
+    for p in range(share.first, share.last):
+        end = gathered.ends[p]
+        add(linear.weight[layer], gathered.index, gathered.values, start, end, n, partials[p], c0, c1)
+        start = end
     width = 1
-    while width < end_part - part:
-        for p in range(part, end_part, 2 * width):
+    while width < share.last - share.first:
+        for p in range(share.first, share.last, 2 * width):
             for r in range(partials.shape[1]):
                 into, other = partials[p, r, c0:c1], partials[p + width, r, c0:c1]
                 for i in range(into.shape[0]):
@@ -180,36 +178,36 @@ def swiglu(gate_up, block, f0, f1, out):
 
 
 @compiled()
-def exit_gate(decide, e, r, h, n, small):
-    """Whether a row leaves at exit e; if so, its state is translated (`hat_lib.model.routers.ExitGate`)."""
+def exit_gate(gates, e, threshold, h, n, small):
+    """Whether a row leaves at exit e; if so, its state is translated (`hat_lib.method.routers.ExitGate`)."""
     d = h.shape[0]
     factor = F1 / np.sqrt(mean_square(h) + np.float32(1.1920929e-07))
     for i in range(d):
         n[i] = h[i] * factor
-    if not inner(n, decide.gate[e]) > decide.gate_threshold[e, r % decide.gate_threshold.shape[1]]:
+    if not inner(n, gates.weight[e]) + gates.bias[e] > threshold:
         return False
     length = np.sqrt(mean_square(h) * np.float32(d))
-    for k in range(decide.reduce.shape[1]):
-        small[k] = inner(n, decide.reduce[e, k])
+    for k in range(gates.reduce.shape[1]):
+        small[k] = inner(n, gates.reduce[e, k])
     for i in range(d):
-        change = decide.scale[e, i] * n[i] + decide.shift[e, i]
-        for k in range(decide.reduce.shape[1]):
-            change += small[k] * decide.expand[e, i, k]
+        change = gates.scale[e, i] * n[i] + gates.shift[e, i]
+        for k in range(gates.reduce.shape[1]):
+            change += small[k] * gates.expand[e, i, k]
         h[i] += length * change
     return True
 
 
 @compiled()
-def correct(decide, layer, x, h, small):
+def stand_in(terms, layer, strength, x, h, small):
     """Add to ``h`` what a skipped FFN of ``x`` is replaced by."""
-    rank = decide.correction_down.shape[1]
+    rank = terms.down.shape[1]
     for k in range(rank):
-        small[k] = inner(x, decide.correction_down[layer, k])
+        small[k] = inner(x, terms.down[layer, k])
     for i in range(h.shape[0]):
-        s = decide.correction_shift[layer, i]
+        s = terms.shift[layer, i]
         for k in range(rank):
-            s += small[k] * decide.correction_up[layer, i, k]
-        h[i] += s
+            s += small[k] * terms.up[layer, i, k]
+        h[i] += strength * s
 
 
 @compiled()

@@ -35,7 +35,7 @@ SPIN = 2_000
 LATE = 8_000_000
 """nanoseconds that a call may lose before it is called off, two turns of another process on the core; or a third of its
 time, if that is more"""
-SHORTEST, LONGEST = 4, 64
+SHORTEST, LONGEST = 4, 128
 """fewest and most calls before a number of threads that was too many is tried again"""
 CLOCK = getattr(time, "CLOCK_MONOTONIC", None)
 """the system's clock for late meetings; None on Windows, where nothing is late"""

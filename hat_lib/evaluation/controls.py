@@ -10,6 +10,7 @@ text; if that text is scored, they have seen it before (all but random ones), an
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -21,13 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hat_lib.calibration.quantiles import block_tensors, forwards
+from hat_lib.calibration.quantiles import block_tensors, forwards, spread
+from hat_lib.checkpoint import check_tensors, read_checkpoint
 from hat_lib.config import CAPACITY_MIN, HatError, check_capacity
+from hat_lib.contexts import combined
+from hat_lib.evaluation.choices import Random, Static
 from hat_lib.evaluation.perplexity import score_each
-from hat_lib.model.checkpoint import check_tensors, read_checkpoint
-from hat_lib.model.policies import KeepAll, Policy, Random, Static, Threshold
-from hat_lib.model.token_state import TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.cost import WorkTally
+from hat_lib.method.forward import keeps
+from hat_lib.method.setting import Policy
+from hat_lib.method.trace import Trace
 
 Blocks = Iterable[Sequence[int] | Mapping]
 """Text: token-id lists, or rows of `load_text`. All of it is run several times: 2,000 tokens are enough."""
@@ -35,12 +40,9 @@ Family = Callable[[float], Policy]
 """A control for each setting of its dial in [0, 1]; it keeps more as the dial rises, and everything at 1."""
 Around = Callable[[], AbstractContextManager]
 
-EQUAL = 0.003
-"""equal work: two shares of the whole model's work, on the same text, that differ by no more than this"""
-CLOSE, STEPS = 0.001, 24
-"""where `matched` stops"""
-DAMAGE_TOKENS = 1024
-"""of evenly spaced blocks, for pricing the removal of each layer"""
+EQUAL = 0.003  # equal work: two shares of the work on the same text that differ by no more than this
+CLOSE, STEPS = 0.001, 24  # where `turned` stops
+DAMAGE_TOKENS = 1024  # of evenly spaced blocks, for pricing the removal of each layer
 
 
 class OutOfReach(HatError):
@@ -59,44 +61,57 @@ def matched(
     """
     capacity, texts = check_capacity(capacity), block_tensors(hat, blocks)
     if capacity == 1.0:
-        return KeepAll()
-    low, high = (0.0, 0.0), (1.0, 1.0)  # (dial, realised) at both ends of the bracket
-    best = (np.inf, np.nan, None)
+        return hat.threshold_policy({})  # keeps everything
+    return family(turned(lambda dial: realised_capacity(hat, family(dial), texts, around), capacity))
+
+
+def turned(work: Callable[[float], float], wanted: float) -> float:
+    """Where a dial in [0, 1] does the ``wanted`` work, which rises with it; `OutOfReach` if nowhere within `EQUAL`."""
+    low, high, found = (0.0, 0.0), (1.0, 1.0), []  # (dial, work) at both ends of the bracket, and of what was tried
     for _ in range(STEPS):
         # Where a line between the ends would cross, kept away from them so that the bracket always shrinks.
-        step = float(np.clip((capacity - low[1]) / max(high[1] - low[1], 1e-9), 0.1, 0.9))
+        step = float(np.clip((wanted - low[1]) / max(high[1] - low[1], 1e-9), 0.1, 0.9))
         dial = low[0] + step * (high[0] - low[0])
-        policy = family(dial)
-        realised = realised_capacity(hat, policy, texts, around)
-        if abs(realised - capacity) < best[0]:
-            best = abs(realised - capacity), realised, policy
-        if best[0] <= CLOSE:
+        found.append((dial, work(dial)))
+        low, high = (low, found[-1]) if found[-1][1] > wanted else (found[-1], high)
+        if abs(found[-1][1] - wanted) <= CLOSE:
             break
-        if realised > capacity:
-            high = dial, realised
-        else:
-            low = dial, realised
-    if best[0] > EQUAL:
-        raise OutOfReach(f"this control cannot realise capacity {capacity} on this text: its nearest is {best[1]:.3f}")
-    return best[2]
+    dial, nearest = min(found, key=lambda tried: abs(tried[1] - wanted))
+    if abs(nearest - wanted) > EQUAL:
+        raise OutOfReach(f"this control cannot do {wanted:.3f} of the work on this text: its nearest is {nearest:.3f}")
+    return dial
 
 
-@torch.no_grad()
 def realised_capacity(
     hat: HierarchicalTransformer, policy: Policy, texts: Sequence[Tensor], around: Around | None = None
 ) -> float:
-    """Executed / routable work under ``policy`` over all tokens of ``texts``, ``[1, T]`` each; ``around`` as in
-    `matched`."""
-    kept = 0.0
-    with (around or hat.dense)(), hat.using(policy):
+    """Executed / routable work under ``policy`` over ``texts``, ``[1, T]`` each; ``around`` as in `matched`."""
+    return work_on(hat, texts, partial(combined, around or hat.dense, partial(hat.using, policy))).shares[0]
+
+
+@torch.no_grad()
+def work_on(hat: HierarchicalTransformer, texts: Sequence[Tensor], around: Around) -> WorkTally:
+    """The work of all tokens of ``texts``, ``[1, T]`` each, inside ``around()``."""
+    spent = WorkTally(hat)
+    with around():
         logits = 0 if hat.has_shortlist and hat.capacity < 1 else 1  # all, where the head's work differs by token
-        for size in forwards(hat, texts, logits=logits):
-            kept += hat.trace.capacity * size
-    return kept / sum(ids.shape[1] for ids in texts)
+        for _ in forwards(hat, texts, logits=logits):
+            spent.add(hat.trace)
+    return spent
+
+
+def alone(hat: HierarchicalTransformer, policy: Policy) -> Around:
+    """Makes the context in which a policy decides alone: no exits, no corrections, the head in full."""
+    return partial(combined, hat.dense, partial(hat.using, policy))
+
+
+def own_choice(hat: HierarchicalTransformer) -> Family:
+    """The method's own decisions; the dial is the requested capacity."""
+    return lambda dial: hat.threshold_policy(hat.calibration.thresholds_at(max(dial, CAPACITY_MIN)))
 
 
 def _for_site(keep: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A decision per row, ``[n]``, for all units of a site; ``shape`` is in `TokenState.mask_shapes`."""
+    """A decision per row, ``[n]``, for all units of a site; ``shape`` is in `Trace.mask_shapes`."""
     return keep.view(-1, *[1] * len(shape)).expand(-1, *shape)
 
 
@@ -116,22 +131,19 @@ def static_choice(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
         return layer_removal(hat, blocks, seed)
     if hat.calibration is None:
         raise HatError("the static choice takes its shares from a calibration: run `hat calibrate` first")
-    texts, energy = block_tensors(hat, blocks), {}
+    energy = defaultdict(int)
 
     def watch(layer, site, x, rows, state):
-        squares = hat.routers[f"{layer}_{site}"].score(x[~state.protected.view(-1)]).double().square().sum(0)
-        energy[layer, site] = energy.get((layer, site), 0) + squares
+        scores = hat.routers[f"{layer}_{site}"].score(x[~state.protected.view(-1)])
+        energy[layer, site] += scores.double().square().sum(0)
 
-    realised_capacity(hat, watch, texts)
-    ranked = {key: squares.argsort(descending=True, stable=True) for key, squares in energy.items()}
+    realised_capacity(hat, watch, block_tensors(hat, blocks))
+    ranks = {key: squares.argsort(descending=True, stable=True).argsort() for key, squares in energy.items()}
 
     def family(dial: float) -> Policy:
-        shares, keep = hat.calibration.shares_at(max(dial, CAPACITY_MIN)), {}
-        for (layer, site), order in ranked.items():
-            count = round(float(shares[layer, hat.grain.sites.index(site)]) * len(order))
-            keep[layer, site] = torch.zeros(len(order), dtype=torch.bool, device=order.device)
-            keep[layer, site][order[:count]] = True
-        return Static(keep)
+        shares, sites = hat.calibration.shares_at(max(dial, CAPACITY_MIN)), hat.grain.sites
+        counts = {key: round(float(shares[key[0], sites.index(key[1])]) * len(rank)) for key, rank in ranks.items()}
+        return Static({key: rank < counts[key] for key, rank in ranks.items()})
 
     return family
 
@@ -167,68 +179,60 @@ def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
 def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, float]:
     """KL(base || base without that layer's routable work), nats per token, for each layer that can be skipped, over
     about `DAMAGE_TOKENS` tokens of ``blocks``."""
-    rows = [{"input_ids": t[0].tolist(), "n_context": 0} for t in block_tensors(hat, blocks)]
-    rows = rows[:: max(1, sum(len(row["input_ids"]) for row in rows) // DAMAGE_TOKENS)]
+    sample = spread(block_tensors(hat, blocks), DAMAGE_TOKENS)
+    rows = [{"input_ids": block[0].tolist(), "n_context": 0} for block in sample]
     every = range(hat.config.n_layers)
     layers = [i for i in every if not all(hat.grain.always_runs(i, site) for site in hat.grain.sites)]
-    with hat.dense():
-        without = [partial(hat.using, Layers({layer: 0.0})) for layer in layers]
-        _, scores = score_each(hat, rows, without, progress=False)
+    _, scores = score_each(hat, rows, [alone(hat, Layers({layer: 0.0})) for layer in layers], progress=False)
     return {layer: score.kl for layer, score in zip(layers, scores, strict=True)}
-
-
-class StreamCosine:
-    """How little each token's residual stream has turned since the previous layer: cosine, fp32 ``[B * T]``.
-
-    A router reads the output of an RMSNorm: the stream times one positive number per token, which a cosine ignores,
-    times the norm's weights, which are divided out here.
-    """
-
-    def __init__(self, hat: HierarchicalTransformer):
-        name = "post_attention_layernorm" if hat.grain.sites[0] == "ffn" else "input_layernorm"
-        weights = [getattr(layer, name).weight.detach().float() for layer in hat.lm.model.layers]
-        self.inverse = [torch.where(w == 0, 0.0, 1 / w) for w in weights]
-        self._before: WeakKeyDictionary[TokenState, Tensor] = WeakKeyDictionary()
-
-    def __call__(self, layer: int, x: Tensor, rows: Tensor | None, state: TokenState) -> Tensor | None:
-        """None at the first layer queried in a forward; 0 for tokens that have left."""
-        point = x.detach().float() * self.inverse[layer]
-        if rows is not None:
-            point = point.new_zeros(state.batch * state.tokens, point.shape[1]).index_copy(0, rows, point)
-        before, self._before[state] = self._before.get(state), point
-        return None if before is None else F.cosine_similarity(point, before, dim=-1)
 
 
 class Cosine:
     """Skip layer l for a token whose predicted cosine across it exceeds ``threshold``; see `cosine_rule`.
 
-    ``mean``, ``std`` and ``r [L]`` are of the cosine across each layer, and its correlation with the cosine across the
-    previous one. ``mean`` is -inf for a layer that always runs.
+    ``slope`` and ``intercept [L]`` predict the cosine across a layer from that across the previous one. An intercept of
+    -inf always runs its layer.
     """
 
-    def __init__(self, hat: HierarchicalTransformer, mean, std, r, threshold: float):
-        self.cosine, self.site = StreamCosine(hat), hat.grain.sites[0]
-        self.mean, self.std, self.r, self.threshold = mean.tolist(), std.tolist(), r.tolist(), threshold
-        # By forward: which tokens keep the current layer, and each one's expected deviation; bool and fp32 ``[B * T]``.
-        self._decided: WeakKeyDictionary[TokenState, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+    def __init__(self, hat: HierarchicalTransformer, slope: np.ndarray, intercept: np.ndarray, threshold: float):
+        self.site, self.threshold = hat.grain.sites[0], threshold
+        self.slope, self.intercept = slope.tolist(), intercept.tolist()
+        name = "post_attention_layernorm" if self.site == "ffn" else "input_layernorm"
+        weights = [getattr(layer, name).weight.detach().float() for layer in hat.lm.model.layers]
+        self.inverse = [torch.where(w == 0, 0.0, 1 / w) for w in weights]
+        # By forward: the residual stream at the last layer queried, fp32 ``[B * T, D]``; which tokens keep the current
+        # layer, and the cosine predicted across it, bool and fp32 ``[B * T]``.
+        self._before: WeakKeyDictionary[Trace, Tensor] = WeakKeyDictionary()
+        self._decided: WeakKeyDictionary[Trace, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def __call__(self, layer, site, x, rows, state):
         if site == self.site:  # the layer's other sites follow
-            self._decide(layer, self.cosine(layer, x, rows, state), state)
+            cosine = self.turned(layer, x, rows, state)
+            if cosine is None:
+                keep = torch.ones_like(state.real.flatten())
+                predicted = keep.float()
+            else:
+                kept, predicted = self._decided[state]
+                # A layer that did not run turns nothing, which tells us nothing: what was predicted stands.
+                predicted = torch.where(kept, cosine, predicted)
+                predicted = self.slope[layer] * predicted + self.intercept[layer]
+                keep = predicted <= self.threshold
+            self._decided[state] = keep, predicted
         keep = self._decided[state][0]
         return _for_site(keep if rows is None else keep[rows], state.mask_shapes[site])
 
-    def _decide(self, layer: int, cosine: Tensor | None, state: TokenState) -> None:
-        """From the cosine across the previous layer, None for the first one."""
-        if cosine is None:
-            all_tokens = state.real.flatten()
-            self._decided[state] = torch.ones_like(all_tokens), torch.zeros_like(all_tokens, dtype=torch.float)
-            return
-        kept, expected = self._decided[state]
-        seen = (cosine - self.mean[layer - 1]) / self.std[layer - 1]
-        # A layer that did not run turns nothing, which tells us nothing: its expected deviation stands.
-        expected = self.r[layer] * torch.where(kept, seen, expected)
-        self._decided[state] = self.mean[layer] + self.std[layer] * expected <= self.threshold, expected
+    def turned(self, layer: int, x: Tensor, rows: Tensor | None, state: Trace) -> Tensor | None:
+        """The cosine of each token's residual stream with that before the previous layer, fp32 ``[B * T]``; None at the
+        first layer queried in a forward; 0 for tokens that have left.
+
+        A router reads the output of an RMSNorm: the stream times one positive number per token, which a cosine ignores,
+        times the norm's weights, which are divided out here.
+        """
+        point = x.detach().float() * self.inverse[layer]
+        if rows is not None:
+            point = point.new_zeros(state.batch * state.tokens, point.shape[1]).index_copy(0, rows, point)
+        before, self._before[state] = self._before.get(state), point
+        return None if before is None else F.cosine_similarity(point, before, dim=-1)
 
 
 def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
@@ -243,24 +247,22 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
     The first layer with decisions and the last, whose cosine no layer sees, always run. A decision holds for all sites
     of a layer; at the token grain, a cosine spans the FFN and the next layer's attention.
     """
-    texts, cosine, n_layers = block_tensors(hat, blocks), StreamCosine(hat), hat.config.n_layers
-    across: dict[int, list[Tensor]] = {}
+    n_layers, across, predicted = hat.config.n_layers, defaultdict(list), []
+    slope, intercept = np.zeros(n_layers), np.full(n_layers, -np.inf)
+    rule = Cosine(hat, slope, intercept, 1.0)
 
     def watch(layer, site, x, rows, state):
-        if site == hat.grain.sites[0] and (seen := cosine(layer, x, rows, state)) is not None:
-            across.setdefault(layer - 1, []).append(seen[~state.protected.view(-1)])
+        if site == rule.site and (seen := rule.turned(layer, x, rows, state)) is not None:
+            across[layer - 1].append(seen[~state.protected.view(-1)].double().cpu().numpy())
 
-    realised_capacity(hat, watch, texts)
+    realised_capacity(hat, watch, block_tensors(hat, blocks))
     if len(across) < 2:
         raise HatError(f"the cosine rule has nothing to predict in a base of {n_layers} layers")
-    layers = sorted(across)
-    seen = np.stack([torch.cat(across[layer]).double().cpu().numpy() for layer in layers])  # [layers, tokens]
-    mean, std, r = np.full(n_layers, -np.inf), np.zeros(n_layers), np.zeros(n_layers)
-    mean[layers], std[layers] = seen.mean(1), seen.std(1).clip(1e-9)
-    deviation = (seen - mean[layers, None]) / std[layers, None]
-    r[layers[1:]] = (deviation[1:] * deviation[:-1]).mean(1)
-    predicted = mean[layers[1:], None] + (std * r)[layers[1:], None] * deviation[:-1]
-    return lambda dial: Cosine(hat, mean, std, r, float(np.quantile(predicted, dial)))
+    seen = {layer: np.concatenate(parts) for layer, parts in across.items()}
+    for layer in sorted(seen)[1:]:
+        slope[layer], intercept[layer] = np.polyfit(seen[layer - 1], seen[layer], 1)
+        predicted.append(slope[layer] * seen[layer - 1] + intercept[layer])
+    return lambda dial: Cosine(hat, slope, intercept, float(np.quantile(predicted, dial)))
 
 
 CONTROLS: dict[str, Callable[[HierarchicalTransformer, Blocks, int], Family]] = {
@@ -287,7 +289,18 @@ def checkpoint_family(hat: HierarchicalTransformer, checkpoint: str | Path) -> F
     routers = copy.deepcopy(hat.routers)
     check_tensors(tensors, dict(routers.named_parameters()), checkpoint)
     routers.load_state_dict(tensors)
-    return lambda dial: Threshold(hat.grain, routers, other.calibration.thresholds_at(max(dial, CAPACITY_MIN)))
+
+    def family(dial: float) -> Policy:
+        thresholds = hat.threshold_policy(other.calibration.thresholds_at(max(dial, CAPACITY_MIN)))
+
+        def policy(layer, site, x, rows, trace):
+            if site == hat.grain.sites[0]:
+                hat.grain.prepare(routers, layer, x, trace, float(thresholds.sensitivity))
+            return keeps(hat.grain, routers, thresholds, layer, site, x, trace)
+
+        return policy
+
+    return family
 
 
 class RandomExits:
@@ -297,12 +310,17 @@ class RandomExits:
     def __init__(self, rates: Mapping[int, float], seed: int = 0):
         self.draws = {depth: Random(rate, seed + 1) for depth, rate in rates.items()}
 
-    def exits(self, depth: int, h: Tensor, rows: Tensor, state: TokenState) -> Tensor:
+    def __call__(self, depth: int, h: Tensor, rows: Tensor, state: Trace) -> Tensor:
         """bool ``[n]``: which of ``rows`` leave after ``depth`` layers."""
         return self.draws[depth](depth, "ffn", h, rows, state)
 
 
-def exit_shares(states: Iterable[TokenState], depths: Iterable[int]) -> dict[int, float]:
+def exit_shares(states: Iterable[Trace], depths: Iterable[int]) -> dict[int, float]:
     """The share of tokens that left at each depth, of those that could: the ``rates`` of `RandomExits`."""
-    left = torch.cat([s.exit_layer[s.real & ~s.protected] for s in states])
-    return {depth: float((left == depth).sum() / (left >= depth).sum().clamp(min=1)) for depth in depths}
+    depth_of = torch.cat([state.exit_layer[state.real & ~state.protected] for state in states])
+    return leaving_shares(np.bincount(depth_of.cpu()), depths)
+
+
+def leaving_shares(left: np.ndarray, depths: Iterable[int]) -> dict[int, float]:
+    """`exit_shares`, from the number of tokens that ran so many layers, ``[L + 1]``."""
+    return {depth: float(left[depth] / max(1, left[depth:].sum())) for depth in depths}

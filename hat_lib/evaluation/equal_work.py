@@ -15,68 +15,47 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cache, partial
 from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from datasets import Dataset
 
-from hat_lib.backbone.machine import Machine, machine
-from hat_lib.calibration.quantiles import LEAST_TOKENS
+from hat_lib.base.machine import Machine, machine
+from hat_lib.calibration.quantiles import block_tensors
+from hat_lib.checkpoint import Checkpoint, Price, digest, read_checkpoint
 from hat_lib.config import CAPACITY_MIN, DATA, HatError, check_capacity, check_exit_rate
+from hat_lib.contexts import combined
 from hat_lib.evaluation.controls import (
     CONTROLS,
     EQUAL,
+    Around,
     Family,
     OutOfReach,
     RandomExits,
     checkpoint_family,
-    matched,
+    leaving_shares,
+    turned,
+    work_on,
 )
 from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, score_each
-from hat_lib.model.checkpoint import Checkpoint, Price, digest, read_checkpoint
-from hat_lib.model.cost import work
-from hat_lib.model.granularity import GRAINS
-from hat_lib.model.modes import combined
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
 from hat_lib.rows import rounded
 from hat_lib.text.blocks import default_split, load_text, spread, text_hash
 from hat_lib.text.corpora import CORPORA
 
 CHECKPOINTS = DATA / "checkpoints"
 TEXTS = ("addresses", "docstrings")
-
-
-class Variant(NamedTuple):
-    drawn: bool = False
-    """differs from seed to seed"""
-    grains: Sequence[str] = tuple(GRAINS)
-    """that have it: with whole FFNs, static is removal, and there are no corrections"""
-    matched: bool = True
-    """or its work is what it is: equal as far as chance allows, or that of the dense model"""
-
-
-VARIANTS = {
-    "trained": Variant(),
-    "uncorrected": Variant(grains=("channel",)),
-    "untrained": Variant(),
-    "random": Variant(drawn=True),
-    "static": Variant(drawn=True, grains=("channel",)),
-    "cosine": Variant(),
-    "removal": Variant(drawn=True),
-    "random_exits": Variant(drawn=True, matched=False),
-    "no_exits": Variant(grains=("channel",)),
-    "fine_tuned": Variant(grains=("channel",), matched=False),
-}
-# A control is first tuned on this many tokens of the text, in evenly spaced blocks, and then on all of it.
-MATCH_TOKENS = 1024
-ROUNDS = 4
+VARIANTS = ("trained", "uncorrected", "untrained", "random", "static", "cosine", "removal", "random_exits", "no_exits",
+            "fine_tuned")  # fmt: skip
+DRAWN = {"random", "static", "removal", "random_exits"}  # which differ from seed to seed
+CHANNEL = {"uncorrected", "static", "no_exits", "fine_tuned"}  # with whole FFNs, no corrections, and static is removal
+SAMPLE_TOKENS = 1024  # of the text, in evenly spaced blocks: what some controls are made of
 
 
 class Point(NamedTuple):
@@ -117,6 +96,10 @@ class Row(Machine, Perplexity):
     """beginning of the SHA-256 of the parameters and tables behind the row; those of exits only if some tokens leave"""
 
 
+def has_variant(granularity: str, variant: str) -> bool:
+    return granularity == "channel" or variant not in CHANNEL
+
+
 def grid(
     granularity: str,
     *,
@@ -138,8 +121,7 @@ def grid(
         raise HatError(f"variants must be among {', '.join(VARIANTS)}, got {unknown[0]!r}")
 
     def is_measured(capacity: float, rate: float, variant: str, seed: int) -> bool:
-        about = VARIANTS[variant]
-        if granularity not in about.grains or (seed != seeds[0] and not about.drawn):
+        if not has_variant(granularity, variant) or (seed != seeds[0] and variant not in DRAWN):
             return False
         if variant in ("random_exits", "no_exits"):
             return rate > 0
@@ -195,108 +177,73 @@ class _OnText:
     def __init__(self, hat, checkpoints: Sequence[Path], adapters: Mapping, text: str, points: Sequence[Point]):
         self.hat, self.checkpoints, self.adapters, self.points = hat, checkpoints, adapters, points
         self.blocks = text_to_score(text, hat, points[0].max_tokens)
-        total = sum(map(len, self.blocks["input_ids"]))
-        self.sample = self.blocks.select(range(0, len(self.blocks), max(1, round(total / MATCH_TOKENS))))
-        if sum(map(len, self.sample["input_ids"])) < LEAST_TOKENS:
-            self.sample = self.blocks
-        self.families: dict[tuple[str, int], Family] = {}
+        self.family = cache(self.family)
         settings = list(dict.fromkeys((p.capacity, p.exit_rate) for p in points))
         scored = score_each(hat, self.blocks, [partial(hat.at, *setting) for setting in settings], progress=False)
         self.base, self.trained = scored[0], dict(zip(settings, scored[1], strict=True))
-        n, sites = hat.config.n_layers, len(hat.grain.sites)
-        whole = partial(
-            work, hat.lm.config, hat.config, torch.ones(n, sites), torch.tensor(n), routed=False, gated=False
-        )
-        self.corrections = whole(corrected=bool(hat.corrections)).model_share - 1
 
     def rows(self) -> Iterator[Row]:
-        """Those of the trained model, then those of the others. A control whose work on the text is not the trained
-        model's is tried again, aimed as far to the other side of it, by the slope of work in capacity."""
-        aims = {}
+        """Those of the trained model, then those of the others."""
+        settings = {}
         for point in self.points:
             if point.variant == "trained":
                 yield self.row(point, self.partner(point))
+                continue
+            try:
+                settings[point] = self.setting(point)
+            except OutOfReach as error:
+                _warn(point, error)
+        if not settings:
+            return
+        _, scores = score_each(self.hat, self.blocks, list(settings.values()), progress=False)
+        for point, found in zip(settings, scores, strict=True):
+            share = self.partner(point).model_share
+            fixed = point.variant in ("random_exits", "fine_tuned")  # by chance, or the dense model's
+            if abs(found.model_share - share) > EQUAL and not fixed:
+                _warn(point, f"its share of the work is {found.model_share:.3f}, not {share:.3f}")
             else:
-                aims[point] = self.aim(point)
-        for attempt in range(ROUNDS):
-            settings = {}
-            for point, aim in list(aims.items()):
-                try:
-                    settings[point] = self.setting(point, aim)
-                except OutOfReach as error:
-                    del aims[point]
-                    _warn(point, error)
-            if not settings:
-                return
-            # All at once, because the base runs again.
-            _, scores = score_each(self.hat, self.blocks, list(settings.values()), progress=False)
-            for point, found in zip(settings, scores, strict=True):
-                partner = self.partner(point)
-                if not VARIANTS[point.variant].matched or abs(found.model_share - partner.model_share) <= EQUAL:
-                    del aims[point]
-                    yield self.row(point, found)
-                elif attempt == ROUNDS - 1:
-                    _warn(point, f"its share of the work is {found.model_share:.3f}, not {partner.model_share:.3f}")
-                else:
-                    # With corrections, work is not below 1 all the way up to capacity 1.
-                    no_exits = point.variant == "no_exits"
-                    slope = 1.0 if no_exits else (1 - found.model_share) / (1 - found.capacity)
-                    aims[point] += (partner.model_share - found.model_share) / slope
-
-    def aim(self, point: Point) -> float:
-        """A capacity at which a variant should do the work of the trained model."""
-        partner = self.partner(point)
-        if point.variant == "no_exits":  # it has corrections, too
-            return partner.model_share - self.corrections
-        return partner.capacity + self.corrections * (point.capacity < 1)
+                yield self.row(point, found)
 
     def partner(self, point: Point) -> Score:
         """Of the trained model, at the same capacity and exit rate."""
         return self.trained[point.capacity, point.exit_rate]
 
     def row(self, point: Point, found: Score) -> Row:
-        margin = compare(self.partner(point), found)
         return rounded(
             Row,
             **machine(self.hat.base) | columns(self.base, found) | point._asdict(),
-            realised=found.capacity,
-            realised_exit=found.exit_rate,
-            model_share=found.model_share,
-            margin=margin.increase,
-            margin_low=margin.low,
-            margin_high=margin.high,
+            **compare(self.partner(point), found).ends("margin"),
             documents=len(set(self.blocks["doc"])),
             text_hash=text_hash(self.blocks)[:16],
             adapter=self.adapters[point.granularity, point.exit_rate > 0],
         )
 
-    def setting(self, point: Point, aim: float) -> Callable:
-        """The context of a variant; that of a control comes to the work ``aim`` on the sample."""
+    def setting(self, point: Point) -> Around:
+        """The context of a variant; that of a control does the work of the trained model on this text."""
         hat, variant = self.hat, point.variant
+        at_capacity = partial(hat.at, point.capacity, 0.0)
         if variant == "fine_tuned":
             return partial(combined, hat.dense, hat.correcting)
-        if variant == "no_exits":
-            return partial(hat.at, min(max(aim, CAPACITY_MIN), 1.0), 0.0)
-        at_capacity = partial(hat.at, point.capacity, 0.0)
         if variant == "random_exits":
-            exits = RandomExits(self.exit_rates(point), point.seed)
+            left = self.partner(point).exits.copy()
+            left[-1] -= sum(min(len(ids), hat.config.protected_tokens) for ids in self.blocks["input_ids"])
+            exits = RandomExits(leaving_shares(left, hat.config.exit_layers), point.seed)
             return partial(combined, at_capacity, partial(hat.using, exits=exits))
-        key = variant, point.seed
-        if key not in self.families and variant in CONTROLS:
-            self.families[key] = CONTROLS[variant](hat, self.sample, point.seed)
-        elif key not in self.families:
-            self.families[key] = checkpoint_family(hat, self.checkpoints[variant == "untrained"])
-        # The head as it is at the capacity, and no corrections.
-        around = partial(combined, at_capacity, partial(hat.correcting, 0.0))
-        policy = matched(hat, self.families[key], self.sample, min(max(aim, CAPACITY_MIN), 0.999), around)
-        return partial(combined, around, partial(hat.using, policy))
 
-    def exit_rates(self, point: Point) -> dict[int, float]:
-        """The share of tokens that the gates let go at each depth, of those that could leave."""
-        protected = self.hat.config.protected_tokens
-        left = self.partner(point).exits.copy()
-        left[-1] -= sum(min(len(ids), protected) for ids in self.blocks["input_ids"])
-        return {depth: left[depth] / max(1, left[depth:].sum()) for depth in self.hat.config.exit_layers}
+        def around(dial: float) -> Around:
+            if variant == "no_exits":
+                return partial(hat.at, max(dial, CAPACITY_MIN), 0.0)
+            # The head as it is at the capacity, and no corrections.
+            policy = self.family(variant, point.seed)(dial)
+            return partial(combined, at_capacity, partial(hat.correcting, 0.0), partial(hat.using, policy))
+
+        texts, wanted = block_tensors(hat, self.blocks), self.partner(point).model_share
+        return around(turned(lambda dial: work_on(hat, texts, around(dial)).shares[2], wanted))
+
+    def family(self, variant: str, seed: int) -> Family:
+        if variant in CONTROLS:
+            return CONTROLS[variant](self.hat, spread(self.blocks, SAMPLE_TOKENS), seed)
+        return checkpoint_family(self.hat, self.checkpoints[variant == "untrained"])
 
 
 def _warn(point: Point, why) -> None:
@@ -305,10 +252,8 @@ def _warn(point: Point, why) -> None:
 
 def text_to_score(text: str, hat, max_tokens: int) -> Dataset:
     """About ``max_tokens`` tokens: blocks spread over all documents of a bundled text, the beginning of any other."""
-    how = {"tokenizer": hat.base.tokenizer, "split": default_split(text, hat)}
-    if text not in CORPORA:
-        return load_text(text, max_tokens=max_tokens, **how)
-    return spread(load_text(text, **how), max_tokens)
+    limit, split = None if text in CORPORA else max_tokens, default_split(text, hat)
+    return spread(load_text(text, hat.base.tokenizer, split=split, max_tokens=limit), max_tokens)
 
 
 def adapter_digest(found: Checkpoint, exits: bool) -> str:

@@ -25,12 +25,8 @@ NONE = f"no interval: it takes at least {FEWEST} blocks"
 class Units(NamedTuple):
     """What is drawn together, with replacement."""
 
-    blocks: list[np.ndarray]
-    """numbers of the blocks of each unit"""
-    drawn: int
-    """number of units that make a text as long as this one"""
-    documents: bool
-    """whether a unit is a document; else it is a run of neighbouring blocks"""
+    blocks: list[np.ndarray]  # numbers of the blocks of each unit
+    drawn: int  # number of units that make a text as long as this one
 
 
 def units(documents: Sequence) -> Units:
@@ -38,10 +34,10 @@ def units(documents: Sequence) -> Units:
     code, n = np.unique(np.asarray(documents), return_inverse=True)[1], len(documents)
     whole = [np.flatnonzero(code == document) for document in range(code.max() + 1)]
     if len(whole) >= FEWEST:
-        return Units(whole, len(whole), True)
+        return Units(whole, len(whole))
     length = int(np.cbrt(n))
     runs = [np.take(at, range(start, start + length), mode="wrap") for at in whole for start in range(len(at))]
-    return Units(runs, round(n / length), False)
+    return Units(runs, round(n / length))
 
 
 def resample(found: Units, n: int, resamples: int, seed: int = 0) -> np.ndarray:

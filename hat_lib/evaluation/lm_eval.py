@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass
@@ -20,15 +19,14 @@ from pathlib import Path
 
 import datasets
 
-from hat_lib.backbone.base import first_line
+from hat_lib.base.load import first_line
 from hat_lib.config import DATA, HatError
-from hat_lib.inference.self_speculative import stop_tokens
-from hat_lib.model.cost import WorkTally
-from hat_lib.model.token_state import TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.decoding.speculation import stop_tokens
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.cost import WorkTally
+from hat_lib.method.trace import Trace
 
-TASKS = DATA / "tasks"
-"""tasks that come with the repository; see data/README.md"""
+TASKS = DATA / "tasks"  # those that come with the repository; see data/README.md
 
 
 @dataclass(frozen=True)
@@ -36,15 +34,13 @@ class TaskRow:
     """One metric of one task; standard errors are the harness's, or None if it has none."""
 
     task: str
-    metric: str
-    """the harness's name, with its filter if there is one, such as acc or exact_match (strict-match)"""
+    metric: str  # the harness's name, with its filter if there is one, such as acc or exact_match (strict-match)
     base: float
     base_stderr: float | None
     value: float
     stderr: float | None
     samples: int
-    data_hash: str
-    """beginning of the SHA-256 of all samples, prompts and targets"""
+    data_hash: str  # beginning of the SHA-256 of all samples, prompts and targets
 
 
 def load_tasks(names: Sequence[str], folder: str | Path = TASKS) -> dict:
@@ -82,25 +78,22 @@ def run_tasks(hat: HierarchicalTransformer, tasks: dict, *, batch_size: int = 1)
     ``hat`` as it is set, and the work of ``hat``. Raises `HatError` if no task has a metric that the harness knows."""
     from lm_eval import evaluate
 
-    ours = counting_lm(hat, batch_size)
+    ours, rows = counting_lm(hat, batch_size), []
     with hat.dense():
         base = evaluate(counting_lm(hat, batch_size), tasks)
     adaptive = evaluate(ours, tasks)
-    rows = []
     for task, metrics in adaptive["results"].items():
         theirs, samples = base["results"][task], adaptive["samples"].get(task, ())
         parts = "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)
         data_hash = hashlib.sha256(parts.encode()).hexdigest()[:16] if samples else ""
-        for key, value in metrics.items():
+        for key in metrics:
             name, _, kind = key.partition(",")
-            if not kind or name.endswith("_stderr"):
-                continue
-            metric = name if kind == "none" else f"{name} ({kind})"
-            # The harness writes "N/A" where it has no standard error.
-            errors = [found.get(f"{name}_stderr,{kind}") for found in (theirs, metrics)]
-            base_stderr, stderr = (float(e) if isinstance(e, int | float) else None for e in errors)
-            values = float(theirs[key]), base_stderr, float(value), stderr
-            rows.append(TaskRow(task, metric, *values, int(metrics["sample_len"]), data_hash))
+            if kind and not name.endswith("_stderr"):
+                pairs = ((found[key], found.get(f"{name}_stderr,{kind}")) for found in (theirs, metrics))
+                # The harness writes "N/A" where it has no standard error.
+                values = [float(v) if isinstance(v, int | float) else None for pair in pairs for v in pair]
+                metric = name if kind == "none" else f"{name} ({kind})"
+                rows.append(TaskRow(task, metric, *values, int(metrics["sample_len"]), data_hash))
     if not rows:
         raise HatError(f"{', '.join(adaptive['results'])}: lm_eval knows none of the metrics asked for")
     return rows, ours.spent
@@ -119,18 +112,17 @@ def counting_lm(hat: HierarchicalTransformer, batch_size: int):
 
         def _select_cont_toks(self, logits, contlen=None, inplen=None):
             """Called once for each row of a log-likelihood batch, in order; ``inplen`` is its length without pads."""
-            state = hat.trace
-            state.real[self._rows_seen, inplen:] = False
+            hat.trace.real[self._rows_seen, inplen:] = False
             self._rows_seen += 1
-            if self._rows_seen == state.batch:
-                self.spent.add(state)
+            if self._rows_seen == hat.trace.batch:
+                self.spent.add(hat.trace)
             return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
 
         def _model_generate(self, context, max_length, stop, **options):
             with hat.collect() as states:
                 out = super()._model_generate(context, max_length, stop, **options)
             if {state.batch for state in states} == {len(out)}:  # else there are beams, and all of them count
-                states, length = [TokenState.cat(states)], context.shape[1]
+                states, length = [Trace.cat(states)], context.shape[1]
                 for real, ids in zip(states[0].real, out[:, length:].tolist(), strict=True):
                     real[length + self._end(ids, stop) :] = False
             for state in states:
@@ -139,12 +131,11 @@ def counting_lm(hat: HierarchicalTransformer, batch_size: int):
 
         def _end(self, ids, stop):
             """The place of the token that ends a text, which needs no step of its own; else the number of tokens."""
-
-            def ended(last):
+            for last, token in enumerate(ids):
                 text = self.tokenizer.decode(ids[: last + 1])
-                return not ends.isdisjoint(ids[: last + 1]) or any(sequence in text for sequence in stop)
-
-            return bisect_left(range(len(ids)), True, key=ended)
+                if token in ends or any(sequence in text for sequence in stop):
+                    return last
+            return len(ids)
 
     logging.disable(logging.WARNING)  # it warns each time that it was given a model and not a name
     try:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,14 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from hat_lib.backbone.spread import device_of, overridden
+from hat_lib.base.spread import device_of, overridden
 from hat_lib.config import HatError, check_count
-from hat_lib.evaluation.intervals import FEWEST, Units, resample, tails, units
-from hat_lib.model.cost import WorkTally
-from hat_lib.model.token_state import TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.evaluation.intervals import FEWEST, resample, tails, units
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.cost import WorkTally
 
 # Rows of logits held at once in fp32: 25 MB for a vocabulary of 49,152.
 SLICE = 128
@@ -39,25 +39,18 @@ SLICE = 128
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicts a text, and what it spent: realised, over all real tokens it ran."""
+    """How well a model predicts a text of ``n`` blocks, and what it spent: realised, over all real tokens it ran."""
 
-    nll: np.ndarray
-    """negative log-likelihood of each block, nats, fp64 ``[n_blocks]`` in the order of the dataset"""
-    tokens: np.ndarray
-    """scored tokens of each block, int64 ``[n_blocks]``"""
-    documents: Sequence | None = None
-    """the document that each block belongs to; None if each is a document of its own"""
+    nll: np.ndarray  # negative log-likelihood of each block, nats, fp64 ``[n]`` in the order of the dataset
+    tokens: np.ndarray  # scored tokens of each block, int64 ``[n]``
+    documents: Sequence | None = None  # that each block belongs to; None if each is a document of its own
     capacity: float = 1.0
     exit_rate: float = 0.0
     model_share: float = 1.0
-    layer_capacity: float = 1.0
-    """`capacity` without the head"""
-    exits: np.ndarray | None = None
-    """real tokens by the number of layers they ran, int64 ``[L + 1]``; None for a plain model"""
-    top1: float | None = None
-    """share of tokens with the base's most likely next token; None if the base did not run"""
-    kl: float | None = None
-    """KL(base || adaptive), nats per token"""
+    layer_capacity: float = 1.0  # `capacity` without the head
+    exits: np.ndarray | None = None  # real tokens by layers run, int64 ``[L + 1]``; None for a plain model
+    top1: float | None = None  # share of tokens with the base's most likely next token; None if the base did not run
+    kl: float | None = None  # KL(base || adaptive), nats per token
 
     @property
     def perplexity(self) -> float:
@@ -81,6 +74,10 @@ class Comparison:
     tokens: int
     n_blocks: int
 
+    def ends(self, name: str = "increase") -> dict[str, float]:
+        """The increase and its interval as columns of a table: ``name``, ``name``_low and ``name``_high."""
+        return {name: self.increase, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 @torch.no_grad()
 def score(
@@ -90,8 +87,8 @@ def score(
     batch_size: int = 1,
     progress: bool = True,
 ) -> Score:
-    """Negative log-likelihood of each block of ``dataset``, rows of `load_text` with ``input_ids`` and ``n_context``;
-    the same for any ``batch_size``, blocks per forward, within rounding. A `HierarchicalTransformer` runs as it is set.
+    """Negative log-likelihood of each block of ``dataset``, rows of `load_text`; the same for any ``batch_size``,
+    blocks per forward, within rounding. A `HierarchicalTransformer` runs as it is set.
 
     Raises `HatError` for a text without a scored token, a bad batch size, or ``hat.lm`` instead of ``hat``.
     """
@@ -99,10 +96,7 @@ def score(
     lm = hat.lm if hat else model
     if hat is None and any(map(overridden, lm.model.layers)):
         raise HatError("this model carries a HierarchicalTransformer: pass that, so that its work is counted")
-    tally = _Tally(hat.logits if hat else lm.lm_head, hat, dataset)
-    for batch in _batches(dataset, batch_size, device_of(lm.get_input_embeddings()), progress):
-        tally.add(batch, batch.final_states(lm))
-    return tally.score()
+    return _scores(lm, hat, dataset, [nullcontext], batch_size, progress)[0]
 
 
 @torch.no_grad()
@@ -113,32 +107,42 @@ def score_each(
     *,
     batch_size: int = 1,
     progress: bool = True,
-    decoded: bool = False,
 ) -> tuple[Score, list[Score]]:
     """`score` of the base (``hat.dense()``), run once, and of ``hat`` in each of several settings, with its agreement
     with the base. A setting makes a context, such as ``partial(hat.at, 0.5)``; by default ``hat`` runs as it is set.
-
-    With ``decoded``, each block is read token by token after a KV cache: so the engine runs, and steering moves
-    thresholds at every token. Without steering the scores are the same within rounding, but that a head with a
-    shortlist counts for all tokens and not for the scored ones alone. The logits of a batch are then kept twice,
-    ``[B, T, V]`` in the base's dtype.
     """
     if not isinstance(hat, HierarchicalTransformer):
         raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to be compared with")
-    settings = [hat.dense, *settings]
-    head = torch.nn.Identity() if decoded else hat.logits
-    tallies = [_Tally(head, hat, dataset) for _ in settings]
-
-    with hat.engine() if decoded else nullcontext():
-        for batch in _batches(dataset, batch_size, hat.base.device, progress):
-            base = None
-            for setting, tally in zip(settings, tallies, strict=True):
-                with setting():
-                    states, trace = batch.decode(hat) if decoded else (batch.final_states(hat.lm), None)
-                    tally.add(batch, states, base, trace)
-                base = states if base is None else base
-    base, *adaptive = [tally.score() for tally in tallies]
+    base, *adaptive = _scores(hat.lm, hat, dataset, [hat.dense, *settings], batch_size, progress)
     return base, adaptive
+
+
+def _scores(lm, hat, dataset, settings: Sequence[Callable], batch_size: int, progress: bool) -> list[Score]:
+    """Of ``lm``, or of ``hat`` if it is not None, in each setting; all but the first are compared with the first."""
+    head, totals = hat.logits if hat else lm.lm_head, [WorkTally(hat) for _ in settings if hat]
+    nll, tokens = np.zeros((len(settings), len(dataset))), np.zeros(len(dataset), dtype=np.int64)
+    agreement = np.zeros((len(settings), 2))
+    for batch in _batches(dataset, batch_size, device_of(lm.get_input_embeddings()), progress):
+        rows, columns = batch.scored.nonzero(as_tuple=True)
+        tokens[batch.blocks] = batch.scored.sum(1).cpu()
+        base = None
+        for number, setting in enumerate(settings):
+            with setting():
+                states = lm.model(input_ids=batch.ids, attention_mask=batch.real, use_cache=False).last_hidden_state
+                states = states[rows, columns - 1]  # the head is applied to scored tokens only
+                for part in torch.arange(len(rows), device=rows.device).split(SLICE):
+                    logits = head(states[part]).float()
+                    losses = F.cross_entropy(logits, batch.ids[rows[part], columns[part]], reduction="none")
+                    np.add.at(nll[number], batch.blocks[rows[part].cpu().numpy()], losses.double().cpu().numpy())
+                    if base is not None:
+                        agreement[number] += _agreement(hat, base[part], logits)
+                if hat:
+                    totals[number].add(hat.trace)
+            base = states if base is None else base
+    work = [(*total.shares, total.layer_capacity, total.exits) for total in totals] or [()]
+    agreed = [(), *(agreement[1:] / tokens.sum()).tolist()]
+    documents = np.array([str(row.get("doc", number)) for number, row in enumerate(dataset)])
+    return [Score(nll[i], tokens, documents, *work[i], *agreed[i]) for i in range(len(settings))]
 
 
 def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 0) -> Comparison:
@@ -152,15 +156,11 @@ def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 
     n, added, tokens = len(base.tokens), adaptive.nll - base.nll, int(base.tokens.sum())
     low = high = math.nan
     if n >= FEWEST:
-        found = _units(adaptive)
+        found = units(range(n) if adaptive.documents is None else adaptive.documents)
         counts = resample(found, n, resamples, seed)
         low, high = np.quantile(np.expm1(counts @ added / (counts @ base.tokens)), tails(found.drawn)).tolist()
     increase = float(np.expm1(added.sum() / tokens))
     return Comparison(increase, low, high, base.perplexity, adaptive.perplexity, tokens, n)
-
-
-def _units(found: Score) -> Units:
-    return units(range(len(found.tokens)) if found.documents is None else found.documents)
 
 
 def text_bytes(dataset: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -175,8 +175,8 @@ def text_bytes(dataset: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase) -
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return len(text.strip("\ufffd").encode())  # U+FFFD is what a cut character decodes to
 
-    blocks = [(row["input_ids"], max(1, row["n_context"])) for row in dataset]
-    return np.array([size(ids) - size(ids[:first]) for ids, first in blocks], dtype=np.int64)
+    sizes = [size(row["input_ids"]) - size(row["input_ids"][: max(1, row["n_context"])]) for row in dataset]
+    return np.array(sizes, dtype=np.int64)
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float | None:
@@ -200,81 +200,39 @@ def by_document(dataset: Sequence[Mapping], n_bytes: np.ndarray, base: Score, ad
     return table.assign(increase=table["perplexity"] / table["base_perplexity"] - 1)
 
 
-class _Tally:
-    """Running totals over the batches of one pass."""
-
-    def __init__(self, head: Callable, hat: HierarchicalTransformer | None, dataset: Sequence[Mapping]):
-        self.head, self.hat, self.spent = head, hat, None if hat is None else WorkTally(hat)
-        self.nll, self.tokens = np.zeros(len(dataset)), np.zeros(len(dataset), dtype=np.int64)
-        self.documents = np.array([str(row.get("doc", number)) for number, row in enumerate(dataset)])
-        self.compared, self.same, self.divergence = False, 0, 0.0
-
-    def add(self, batch: _Batch, states: Tensor, base: Tensor | None = None, trace: TokenState | None = None) -> None:
-        """Count what the head makes of ``states [B, T, D]``, compared with the base's, and the work of ``trace``; by
-        default, that of the last forward."""
-        rows, columns = batch.scored.nonzero(as_tuple=True)
-        for row, column in zip(rows.split(SLICE), columns.split(SLICE), strict=True):
-            blocks, logits = batch.blocks[row.cpu().numpy()], self.head(states[row, column - 1]).float()
-            losses = F.cross_entropy(logits, batch.ids[row, column], reduction="none")
-            np.add.at(self.nll, blocks, losses.double().cpu().numpy())
-            np.add.at(self.tokens, blocks, 1)
-            if base is not None:
-                self.compared = True
-                with self.hat.dense():
-                    other = self.head(base[row, column - 1]).float()
-                p, q = F.log_softmax(other, dim=-1), F.log_softmax(logits, dim=-1)
-                self.same += int((other.argmax(-1) == logits.argmax(-1)).sum())
-                self.divergence += float((p.exp() * (p - q)).sum(-1).double().sum())
-        if self.spent is not None:
-            self.spent.add(trace or self.hat.trace)
-
-    def score(self) -> Score:
-        work, n = {}, self.tokens.sum()
-        if self.spent is not None:
-            capacity, exit_rate, model_share = self.spent.shares
-            work = {"capacity": capacity, "exit_rate": exit_rate, "model_share": model_share}
-            work |= {"layer_capacity": self.spent.layer_capacity, "exits": self.spent.exits}
-        if self.compared:
-            work |= {"top1": float(self.same / n), "kl": float(self.divergence / n)}
-        return Score(self.nll, self.tokens, self.documents, **work)
+def _agreement(hat: HierarchicalTransformer, base: Tensor, logits: Tensor) -> tuple[int, float]:
+    """How many tokens have the likeliest next one of the base's final states ``[n, D]``, and the sum of KL, nats."""
+    with hat.dense():
+        expected = hat.logits(base).float()
+    same = (expected.argmax(-1) == logits.argmax(-1)).sum()
+    return int(same), float(kl(F.log_softmax(expected, dim=-1), F.log_softmax(logits, dim=-1)).double().sum())
 
 
-@dataclass(frozen=True)
-class _Batch:
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q), nats, of log-probabilities ``[..., V]`` -> ``[...]``."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+class _Batch(NamedTuple):
     blocks: np.ndarray  # numbers of the blocks in the dataset, [B]
     ids: Tensor  # [B, T]
     real: Tensor  # int64 [B, T], 0 at padding
     scored: Tensor  # bool [B, T]
 
-    def final_states(self, lm: LlamaForCausalLM) -> Tensor:
-        """``[B, T, D]``; the head is applied later, to scored tokens only."""
-        return lm.model(input_ids=self.ids, attention_mask=self.real, use_cache=False).last_hidden_state
-
-    def decode(self, hat: HierarchicalTransformer) -> tuple[Tensor, TokenState]:
-        """Logits ``[B, T, V]``, token by token after a KV cache, and the state of all steps."""
-        cache, tokens = DynamicCache(config=hat.lm.config), self.ids.split(1, dim=1)
-        with hat.collect() as steps:
-            logits = [hat.lm(input_ids=token, cache=cache, use_cache=True).logits for token in tokens]
-        state = TokenState.cat(steps)
-        state.real = self.real.bool()  # steps run only for the sake of longer blocks do not count
-        return torch.cat(logits, dim=1), state
-
 
 def _batches(dataset, batch_size: int, device, progress: bool) -> Iterator[_Batch]:
     check_count("batch_size", batch_size, 1)
-    lengths = [len(row["input_ids"]) for row in dataset]
-    first = [max(1, row["n_context"]) for row in dataset]  # nothing precedes the very first token
-    if not any(n > start for n, start in zip(lengths, first, strict=True)):
-        raise HatError(f"nothing to score: {len(lengths)} blocks without a token that follows another")
-    order = np.argsort(lengths, kind="stable")[::-1]  # blocks of similar length need the least padding
-    for start in tqdm(range(0, len(order), batch_size), desc="perplexity", disable=not progress):
-        blocks = order[start : start + batch_size]
+    ends = torch.tensor([len(row["input_ids"]) for row in dataset])
+    starts = torch.tensor([max(1, row["n_context"]) for row in dataset])  # nothing precedes the very first token
+    if not (starts < ends).any():
+        raise HatError(f"nothing to score: {len(ends)} blocks without a token that follows another")
+    order = ends.argsort(descending=True, stable=True)  # blocks of similar length need the least padding
+    for blocks in tqdm(order.split(batch_size), desc="perplexity", disable=not progress):
         rows = [torch.as_tensor(dataset[block]["input_ids"]) for block in blocks.tolist()]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        column = torch.arange(ids.shape[1])
-        starts, ends = (torch.tensor([n[block] for block in blocks])[:, None] for n in (first, lengths))
-        real, scored = (column < ends).long(), (starts <= column) & (column < ends)
-        yield _Batch(blocks, *(t.to(device) for t in (ids, real, scored)))
+        real = torch.arange(ids.shape[1]) < ends[blocks, None]
+        scored = real & (torch.arange(ids.shape[1]) >= starts[blocks, None])
+        yield _Batch(blocks.numpy(), *(t.to(device) for t in (ids, real.long(), scored)))
 
 
 @dataclass(frozen=True)
@@ -291,8 +249,10 @@ class Perplexity:
     kl: float  # KL(base || variant), nats per token
 
 
-def columns(base: Score, adaptive: Score) -> dict:
-    """The columns of a row of results: `Perplexity` without ``text``, ``ppl`` and ``blocks``; nan without interval."""
-    paired = compare(base, adaptive)
-    ends = {"increase_low": paired.low, "increase_high": paired.high}
-    return vars(paired) | ends | {"blocks": paired.n_blocks, "top1": adaptive.top1, "kl": adaptive.kl}
+def columns(base: Score, found: Score) -> dict:
+    """The columns of a row of results: `Perplexity` without ``text``, and ``ppl``, ``blocks``, ``realised``,
+    ``realised_exit`` and ``model_share``; nan where there is no interval."""
+    paired = compare(base, found)
+    work = {"realised": found.capacity, "realised_exit": found.exit_rate, "model_share": found.model_share}
+    agreement = {"blocks": paired.n_blocks, "top1": found.top1, "kl": found.kl}
+    return vars(paired) | paired.ends() | agreement | work

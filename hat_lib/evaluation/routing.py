@@ -8,7 +8,7 @@ relative to the mean of all unprotected tokens, and its interval resamples both 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
@@ -37,11 +37,10 @@ def by_position(found: TokenTable) -> pd.DataFrame:
     """Columns as in `by_class`, by position in the block (``first`` to ``last``), ``protected`` or not."""
     tokens = found.tokens
     protected = int(tokens["protected"].groupby(tokens["block"]).sum().max())
-    edges = [0, max(1, protected)]
-    while edges[-1] <= tokens["position"].max():
-        edges.append(2 * edges[-1])
+    doublings = int(tokens["position"].max()).bit_length() + 1
+    edges = np.array([0, *(max(1, protected) * 2 ** np.arange(doublings))])
     codes = np.searchsorted(edges, tokens["position"], side="right") - 1
-    keys = pd.DataFrame({"first": edges[:-1], "last": np.array(edges[1:]) - 1})
+    keys = pd.DataFrame({"first": edges[:-1], "last": edges[1:] - 1})
     return _table(tokens, codes, keys.assign(protected=keys["last"] < protected))
 
 
@@ -66,10 +65,9 @@ def by_layer(found: TokenTable) -> pd.DataFrame:
     ``layer``, ``site``, ``tokens``, ``mean``, ``low``, ``high``."""
     free = ~found.tokens["protected"].to_numpy()
     values = np.concatenate([found.site_share, found.share[:, None]], axis=1)[:, :, free].astype(float)
-    values = values.reshape(-1, values.shape[-1])
-    means = _means(values, found.tokens.loc[free, "block"], found.tokens.loc[free, "doc"])
+    table = means(values.reshape(-1, values.shape[-1]), *(found.tokens.loc[free, name] for name in ("block", "doc")))
     names = pd.DataFrame(product(range(len(found.share)), (*found.sites, "all")), columns=["layer", "site"])
-    return names.join(means[["tokens", "mean", "low", "high"]])
+    return names.join(table[["tokens", "mean", "low", "high"]])
 
 
 def correlations(found: TokenTable) -> pd.DataFrame:
@@ -97,28 +95,6 @@ def correlations(found: TokenTable) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["compute", "quantity", "of", "rho", "low", "high", "tokens", "blocks"])
 
 
-def by_sensitivity(
-    price: np.ndarray, forecast: np.ndarray, block: np.ndarray, depths: int = 3, bins: int = 5
-) -> pd.DataFrame:
-    """Do tokens cost what was forecast? (token, layer) pairs in bins of equal size by forecast, at each depth.
-
-    ``price`` and ``forecast`` of dropping a token's channels in a layer, ``[L, n]``, are taken relative to the layer's
-    mean; ``block [n]`` is the block of each token. Columns ``bin`` (from 0), ``pairs``, ``forecast`` (mean), ``mean``
-    (of the prices), ``low``, ``high``, and the layers, ``first`` to ``last``.
-    """
-    parts = []
-    for layers in np.array_split(np.arange(len(price)), depths):
-        cost, guess = ((x[layers] / x[layers].mean(1, keepdims=True)).ravel() for x in (price, forecast))
-        codes = pd.qcut(pd.Series(guess).rank(method="first"), bins, labels=False).to_numpy()
-        values = np.where(codes == np.arange(bins)[:, None], cost, np.nan)
-        places = np.tile(block, len(layers))
-        means = _means(values, places, places)
-        forecasts = pd.Series(guess).groupby(codes).mean()
-        table = pd.DataFrame({"bin": range(bins), "pairs": means["tokens"], "forecast": forecasts})
-        parts.append(table.join(means[["mean", "low", "high"]]).assign(first=layers[0], last=layers[-1]))
-    return pd.concat(parts, ignore_index=True)
-
-
 def layer_map(found: TokenTable, first: int = 0, count: int = 48) -> pd.DataFrame:
     """``count`` tokens from row ``first`` of `TokenTable.tokens` on, a row for each layer: ``token`` (its row there),
     ``text``, ``exit_layer``, ``protected``, ``layer``, ``share`` (nan in layers it did not enter), and ``difference``
@@ -131,15 +107,8 @@ def layer_map(found: TokenTable, first: int = 0, count: int = 48) -> pd.DataFram
     return cells.assign(share=share, difference=share - np.tile(usual, len(some)))
 
 
-TABLES: dict[str, Callable[[TokenTable], pd.DataFrame]] = {
-    "classes": by_class,
-    "positions": by_position,
-    "quantiles": by_quantile,
-    "layers": by_layer,
-    "correlations": correlations,
-    "layer_map": layer_map,
-}
-"""all tables of a text, by name"""
+TABLES = {"classes": by_class, "positions": by_position, "quantiles": by_quantile, "layers": by_layer,
+          "correlations": correlations, "layer_map": layer_map}  # fmt: skip
 
 
 def _free(found: TokenTable) -> pd.DataFrame:
@@ -154,14 +123,14 @@ def _table(tokens: pd.DataFrame, codes: np.ndarray, keys: pd.DataFrame) -> pd.Da
     parts = []
     for measure in MEASURES:
         values = np.where(member, tokens[measure].to_numpy(dtype=float), np.nan)
-        means = _means(values, tokens["block"], tokens["doc"])
-        means.insert(0, "measure", measure)
-        parts.append(keys.join(means.iloc[1:].reset_index(drop=True)))
+        part = means(values, tokens["block"], tokens["doc"])
+        part.insert(0, "measure", measure)
+        parts.append(keys.join(part.iloc[1:].reset_index(drop=True)))
     table = pd.concat(parts, ignore_index=True)
     return table[table["tokens"] > 0].reset_index(drop=True)
 
 
-def _means(values: np.ndarray, block: Sequence, document: Sequence) -> pd.DataFrame:
+def means(values: np.ndarray, block: Sequence, document: Sequence) -> pd.DataFrame:
     """Means over the non-nan values of each row of ``values [M, N]``, and their differences from that of the first row,
     with intervals.
 

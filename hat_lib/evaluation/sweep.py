@@ -18,20 +18,21 @@ from pathlib import Path
 import pandas as pd
 
 from hat_lib.calibration.quantiles import block_tensors
-from hat_lib.config import CAPACITY_MIN, WHY, HatError, check_capacity
-from hat_lib.evaluation.controls import CONTROLS, matched, realised_capacity
+from hat_lib.config import WHY, HatError, check_capacity
+from hat_lib.evaluation.choices import Random
+from hat_lib.evaluation.controls import alone, matched, own_choice, realised_capacity
 from hat_lib.evaluation.intervals import FEWEST, NONE
-from hat_lib.evaluation.perplexity import compare, score_each
-from hat_lib.model.modes import combined
-from hat_lib.model.policies import Policy
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.evaluation.perplexity import columns, score_each
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.setting import Policy
 from hat_lib.text.blocks import default_split, first_ids, load_text, names_file
 from hat_lib.text.plain import check_whole
 
 CAPACITIES = (0.4, 0.55, 0.7, 0.9)
 METHOD = "method"
-Setting = tuple[str, float, Callable]
-"""what decides, the capacity that is asked for, and the context"""
+COLUMNS = ["decides", "capacity", "realised", "exit_rate", "model_share", "perplexity", "increase", "increase_low",
+           "increase_high", "kl", "top1"]  # fmt: skip
+Setting = tuple[str, float, Callable]  # what decides, the capacity that is asked for, and the context
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ class Sweep:
     ``perplexity``, ``increase`` (over the base's, less 1), ``increase_low``, ``increase_high`` (95 % paired bootstrap
     interval; nan below six blocks), ``kl`` (base || adaptive, nats per token), ``top1`` (share of tokens for which both
     have the same most likely next token)"""
-    heading: str
-    """base, text, and how much of it was measured"""
+    heading: str  # base, text, and how much of it was measured
 
     def __str__(self) -> str:
         table = self.frame.to_string(index=False, float_format="{:.4f}".format)
@@ -87,7 +87,8 @@ def sweep(
     """
     if hat.controlled:
         raise HatError("inside hat.using(...) no capacity is realised: leave it, and pass policies={name: policy}")
-    policies = _checked({} if policies is None else policies)
+    policies = {} if policies is None else policies
+    _check(policies)
     capacities = [check_capacity(c) for c in (capacities if isinstance(capacities, Iterable) else [capacities])]
     settings: list[Setting] = [(METHOD, c, partial(hat.at, c, exit_rate)) for c in capacities]
     for *_, setting in settings:  # so that an invalid one is reported before anything is measured
@@ -99,19 +100,15 @@ def sweep(
     settings += _beside(hat, blocks, policies) if policies else []
     around = [setting for *_, setting in settings]
     base, scores = score_each(hat, blocks, around, batch_size=batch_size, progress=progress)
-    rows = []
-    for (decides, capacity, _), found in zip(settings, scores, strict=True):
-        paired = compare(base, found)
-        row = {"decides": decides, "capacity": capacity, "realised": found.capacity, "exit_rate": found.exit_rate}
-        row |= {"model_share": found.model_share, "perplexity": found.perplexity, "increase": paired.increase}
-        row |= {"increase_low": paired.low, "increase_high": paired.high, "kl": found.kl, "top1": found.top1}
-        rows.append(row)
+    rows = [{"decides": decides, "capacity": capacity} | columns(base, found)
+            for (decides, capacity, _), found in zip(settings, scores, strict=True)]  # fmt: skip
+    frame = pd.DataFrame(rows).rename(columns={"realised_exit": "exit_rate", "ppl": "perplexity"})[COLUMNS]
     short = "" if len(blocks) >= FEWEST else f" ({NONE})"
     heading = f"{hat.base.name} on {name}: {base.tokens.sum()} scored tokens in {len(blocks)} blocks{short}; perplexity"
-    return Sweep(pd.DataFrame(rows), f"{heading} of the base {base.perplexity:.3f}")
+    return Sweep(frame, f"{heading} of the base {base.perplexity:.3f}")
 
 
-def _checked(policies: object) -> Mapping[str, Policy]:
+def _check(policies: object) -> None:
     if not isinstance(policies, Mapping):
         raise HatError(f"policies must be a dict from names to policies, got {type(policies).__name__}")
     for name, policy in policies.items():
@@ -119,42 +116,33 @@ def _checked(policies: object) -> Mapping[str, Policy]:
             raise HatError(f"a policy needs a name of its own, such as 'mine', got {name!r}")
         if isinstance(policy, type) or not callable(policy):
             raise HatError(f"policy {name!r} must be called as policy(layer, site, x, rows, state), got {policy!r}")
-    return policies
 
 
 def _beside(hat: HierarchicalTransformer, blocks: Sequence[Mapping], policies) -> Iterator[Setting]:
     """Each policy alone, and others at its work."""
-    texts, families = block_tensors(hat, blocks), {"random": CONTROLS["random"](hat, blocks, 0)}
+    texts, families = block_tensors(hat, blocks), {"random": Random}
     if hat.calibration is not None:
-        thresholds = hat.calibration.thresholds_at
-        families[METHOD] = lambda dial: hat.threshold_policy(thresholds(max(dial, CAPACITY_MIN)))
-
-    def alone(policy: Policy) -> Callable:
-        return partial(combined, hat.dense, partial(hat.using, policy))
-
+        families[METHOD] = own_choice(hat)
     for name, policy in policies.items():
         capacity = realised_capacity(hat, policy, texts)
-        yield name, math.nan, alone(policy)
+        yield name, math.nan, alone(hat, policy)
         for other, family in families.items():
             try:
-                yield f"{other} at {name}", capacity, alone(matched(hat, family, blocks, capacity))
+                yield f"{other} at {name}", capacity, alone(hat, matched(hat, family, blocks, capacity))
             except HatError as error:
                 warnings.warn(f"no row for {other} at the work of {name}, {capacity:.3f}: {error}", stacklevel=3)
 
 
 def _blocks(hat, text, split: str | None, max_tokens: int | None, block_size: int) -> tuple[str, Sequence[Mapping]]:
     """A name for the text, and its blocks. A string of one word names a text."""
-    texts = [text] if isinstance(text, str | Path) else text
-    for item in texts:
-        if isinstance(item, str):
-            check_whole("the text", item)
     if isinstance(text, Path) or (isinstance(text, str) and (names_file(text) or len(text.split()) == 1)):
         split = split or default_split(text, hat)
         rows = load_text(text, hat.base.tokenizer, split=split, max_tokens=max_tokens, block_size=block_size)
         return f"{text}, {split} split", rows
-    rows = []
+    rows, texts = [], [text] if isinstance(text, str) else text
     for number, item in enumerate(texts):
         if isinstance(item, str):
+            check_whole("the text", item)
             ids = first_ids(hat.base.tokenizer, item, max_tokens)
             parts = [ids[i : i + block_size] for i in range(0, len(ids), block_size)]
             rows += [{"input_ids": part, "doc": f"text {number}", "n_context": 0} for part in parts]

@@ -23,20 +23,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hat_lib.config import HatError, check_count, work_text
-from hat_lib.evaluation.coloured_text import ansi, html, passages
-from hat_lib.evaluation.perplexity import SLICE
-from hat_lib.model.cost import WorkTally, state_cost
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.evaluation.perplexity import SLICE, kl
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.cost import WorkTally, state_cost
+from hat_lib.text.coloured import ansi, html, passages
 from hat_lib.text.plain import check_whole
 from hat_lib.text.token_classes import classes, pieces
 
 LOSSES = ("surprisal", "entropy", "added_loss", "kl")
 """per prediction, nats: the base's surprisal and entropy, how much more surprised the adaptive model is, and KL(base ||
 adaptive)"""
-LIKELIEST = 5
-"""next tokens that are kept of each prediction"""
-MATRICES = {"qkv": "q | k | v", "o": "o", "gate_up": "gate | up", "down": "down", "ffn": "FFN"}
-"""site -> the matrices behind it"""
+LIKELIEST = 5  # next tokens that are kept of each prediction
 
 
 @dataclass(frozen=True)
@@ -49,22 +46,19 @@ class TokenTable:
     entered), ``model_share`` (all its work / the base's), ``exit_layer`` (layers it entered), ``left`` (before
     the last layer), and `LOSSES`, each ``_of_token`` (nan at the beginning of a text) and ``_of_next`` (nan at the end
     of a block)"""
-    share: np.ndarray = field(repr=False)
-    """executed share of each layer, fp32 ``[L, N]``; nan in layers the token did not enter"""
-    site_share: np.ndarray = field(repr=False)
-    """the same for each site, ``[L, S, N]``"""
+    share: np.ndarray = field(repr=False)  # of each layer, fp32 ``[L, N]``; nan in layers the token did not enter
+    site_share: np.ndarray = field(repr=False)  # the same for each site, ``[L, S, N]``
     sites: tuple[str, ...]
     requested_capacity: float
     requested_exit_rate: float
+    # Realised, over these tokens; see `hat_lib.method.cost.WorkTally`.
     capacity: float
     exit_rate: float
     model_share: float
     layer_capacity: float
-    """realised, over these tokens; see `hat_lib.model.cost.WorkTally`"""
-    next_ids: np.ndarray = field(repr=False, default=None)
-    """the likeliest next tokens of the base and of the adaptive model, int ``[2, N, LIKELIEST]``"""
-    next_p: np.ndarray = field(repr=False, default=None)
-    """their probabilities"""
+    # The likeliest next tokens of the base and of the adaptive model, ``[2, N, LIKELIEST]``, and their probabilities.
+    next_ids: np.ndarray = field(repr=False)
+    next_p: np.ndarray = field(repr=False)
 
     @property
     def work(self) -> str:
@@ -94,18 +88,22 @@ def explain(hat: HierarchicalTransformer, prompt: str, *, max_new_tokens: int = 
     Raises `HatError` for an empty prompt, or if prompt and continuation exceed the base's context.
     """
     check_count("max_new_tokens", max_new_tokens, 0)
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise HatError(f"a prompt must be text, got {prompt!r}")
-    check_whole("the prompt", prompt)
-    blocks = prompt_blocks(hat.base.tokenizer, {"prompt": prompt})
-    ids, context = torch.tensor([blocks[0]["input_ids"]], device=hat.base.device), hat.lm.config.max_position_embeddings
+    ids = torch.tensor([prompt_ids(hat, prompt)], device=hat.base.device)
+    context = hat.lm.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > context:
         raise HatError(f"{ids.shape[1]} prompt tokens + {max_new_tokens} new ones exceed the base's context: {context}")
     if max_new_tokens:
         how = {"do_sample": False, "pad_token_id": hat.base.tokenizer.pad_token_id}
-        text = hat.lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **how)
-        blocks[0]["input_ids"] = text[0].tolist()
-    return token_table(hat, blocks, progress=False)
+        ids = hat.lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **how)
+    return token_table(hat, [{"input_ids": ids[0].tolist(), "doc": "prompt", "n_context": 0}], progress=False)
+
+
+def prompt_ids(hat: HierarchicalTransformer, prompt: object) -> list[int]:
+    """The tokens of a prompt; `HatError` unless it is text."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise HatError(f"a prompt must be text, got {prompt!r}")
+    check_whole("the prompt", prompt)
+    return hat.base.tokenizer(prompt, verbose=False).input_ids
 
 
 def prompt_blocks(tokenizer, prompts: Mapping[str, str]) -> list[dict]:
@@ -132,38 +130,48 @@ def token_table(
     context, lengths = hat.lm.config.max_position_embeddings, [len(row["input_ids"]) for row in blocks]
     if not lengths or not 1 <= min(lengths) <= max(lengths) <= context:
         raise HatError(f"expected blocks of 1 to {context} tokens, got lengths {sorted(set(lengths))}")
-    special, parts, spent = set(hat.base.tokenizer.all_special_ids), [], WorkTally(hat)
-    base_states = {} if base_states is None else base_states
+    special, spent = set(hat.base.tokenizer.all_special_ids), WorkTally(hat)
+    frames, arrays, base_states = [], [], {} if base_states is None else base_states
     for number, row in enumerate(tqdm(blocks, desc="tokens", disable=not progress)):
-        ids, new = row["input_ids"], slice(row["n_context"], None)
+        ids, n_context, texts = row["input_ids"], row["n_context"], pieces(hat.base.tokenizer, row["input_ids"])
         if number not in base_states:
             with hat.dense():
                 base_states[number] = _final_states(hat, ids)
-        ours = _final_states(hat, ids)
-        losses, best_p, best_ids = _predictions(hat, base_states[number], ours, ids)
-        # Now the trace also holds what the head read.
-        hat.trace.real[:, : row["n_context"]] = False  # counted in the block before
-        spent.add(hat.trace)
-        texts = pieces(hat.base.tokenizer, ids)
-        share = torch.cat([hat.trace.site_share[:, :, 0], hat.trace.share], dim=1)
-        frame = {"doc": row["doc"], "block": number, "position": range(len(ids)), "id": ids, "text": texts}
-        frame |= {"class": classes(texts, [i in special for i in ids]), **_work(hat), **losses}
-        parts.append((pd.DataFrame(frame).iloc[new], share.cpu().numpy()[:, :, new], best_ids[:, new], best_p[:, new]))
-    frames, shares, next_ids, next_p = zip(*parts, strict=True)
-    tokens, share = pd.concat(frames, ignore_index=True), np.concatenate(shares, axis=2)
-    entered = np.arange(len(share))[:, None, None] < tokens["exit_layer"].to_numpy()
-    share = np.where(entered, share, np.float32(np.nan))
+        losses, best = _predictions(hat, base_states[number], _final_states(hat, ids), ids)
+        # Now the trace, of the second of these forwards, also holds what the head read.
+        trace, cost = hat.trace, state_cost(hat, hat.trace)
+        exit_layer, share = trace.exit_layer[0].long().cpu().numpy(), trace.share[:, 0]
+        columns = {
+            "doc": row["doc"],
+            "block": number,
+            "position": range(len(ids)),
+            "id": ids,
+            "text": texts,
+            "class": classes(texts, [i in special for i in ids]),
+            "protected": trace.protected[0].cpu().numpy(),
+            "share": share.double().sum(0).cpu().numpy() / exit_layer,
+            "model_share": (cost.executed / cost.dense)[0].numpy(),
+            "exit_layer": exit_layer,
+            "left": exit_layer < trace.n_layers,
+        }
+        frames.append(pd.DataFrame(columns | losses).iloc[n_context:])
+        shares = torch.cat([trace.site_share[:, :, 0].mT, share[..., None]], dim=2).cpu().numpy()
+        shares[np.arange(len(shares))[:, None] >= exit_layer] = np.nan  # layers that a token did not enter
+        arrays.append([values[:, n_context:] for values in (shares, *best)])
+        trace.real[:, :n_context] = False  # counted in the block before
+        spent.add(trace)
+    share, next_ids, next_p = (np.concatenate(part, axis=1) for part in zip(*arrays, strict=True))
     return TokenTable(
-        tokens,
-        share[:, -1],
-        share[:, :-1],
+        pd.concat(frames, ignore_index=True),
+        share[:, :, -1],
+        np.moveaxis(share[:, :, :-1], 2, 1),
         tuple(hat.grain.sites),
         hat.capacity,
         hat.exit_rate,
         *spent.shares,
         spent.layer_capacity,
-        np.concatenate(next_ids, axis=1),
-        np.concatenate(next_p, axis=1),
+        next_ids,
+        next_p,
     )
 
 
@@ -172,22 +180,9 @@ def _final_states(hat: HierarchicalTransformer, ids: Sequence[int]) -> Tensor:
     return hat.lm.model(input_ids=torch.tensor([ids], device=hat.base.device), use_cache=False).last_hidden_state[0]
 
 
-def _work(hat: HierarchicalTransformer) -> dict[str, np.ndarray]:
-    """What each token executed in the last forward of a single row, ``[T]`` each."""
-    state, cost = hat.trace, state_cost(hat, hat.trace)
-    exit_layer = state.exit_layer[0].long().cpu()
-    return {
-        "protected": state.protected[0].cpu().numpy(),
-        "share": (state.share[:, 0].double().sum(0).cpu() / exit_layer).numpy(),
-        "model_share": (cost.executed / cost.dense)[0].numpy(),
-        "exit_layer": exit_layer.numpy(),
-        "left": (exit_layer < state.n_layers).numpy(),
-    }
-
-
-def _predictions(hat, base: Tensor, ours: Tensor, ids: Sequence[int]) -> tuple[dict, np.ndarray, np.ndarray]:
+def _predictions(hat, base: Tensor, ours: Tensor, ids: Sequence[int]) -> tuple[dict, tuple[np.ndarray, np.ndarray]]:
     """`LOSSES` of each token and of the next one, nats, ``[T]``, from final states ``[T, D]``; and the `LIKELIEST` next
-    tokens of both models, probabilities and ids, ``[2, T, LIKELIEST]``."""
+    tokens of both models, ids and probabilities, ``[2, T, LIKELIEST]``."""
     following = torch.tensor([*ids[1:], 0], device=base.device)
     losses, best = [], []
     for states, others, after in zip(base.split(SLICE), ours.split(SLICE), following.split(SLICE), strict=True):
@@ -195,8 +190,8 @@ def _predictions(hat, base: Tensor, ours: Tensor, ids: Sequence[int]) -> tuple[d
             p = F.log_softmax(hat.logits(states).float(), dim=-1)
         q = F.log_softmax(hat.logits(others).float(), dim=-1)
         surprisal, hat_surprisal = (-r.gather(1, after[:, None])[:, 0] for r in (p, q))
-        entropy, kl = torch.special.entr(p.exp()).sum(-1), (p.exp() * (p - q)).sum(-1)
-        losses.append(torch.stack([surprisal, entropy, hat_surprisal - surprisal, kl]))
+        entropy = torch.special.entr(p.exp()).sum(-1)
+        losses.append(torch.stack([surprisal, entropy, hat_surprisal - surprisal, kl(p, q)]))
         best.append(torch.stack([p, q]).topk(LIKELIEST))
     columns = {}
     for name, of_next in zip(LOSSES, torch.cat(losses, dim=1).double().cpu().numpy(), strict=True):
@@ -204,5 +199,5 @@ def _predictions(hat, base: Tensor, ours: Tensor, ids: Sequence[int]) -> tuple[d
         if name in ("surprisal", "added_loss"):  # which need the next token itself
             of_next[-1] = np.nan
         columns[f"{name}_of_next"] = of_next
-    p, ids = torch.cat([top.values for top in best], dim=1).exp(), torch.cat([top.indices for top in best], dim=1)
-    return columns, p.cpu().numpy(), ids.cpu().numpy()
+    p, likeliest = (torch.cat(part, dim=1).cpu() for part in zip(*best, strict=True))
+    return columns, (likeliest.numpy(), p.exp().numpy())

@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from hat_lib.evaluation.coloured_text import PALETTE, visible
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, RED, WIDE, WIDTH, draws, entry
+from hat_lib.plotting.style import BLUE, GREY, ORANGE, PERCENT, WIDE, WIDTH, draws, entry
 from hat_lib.plotting.token_heatmap import in_font
+from hat_lib.text.coloured import PALETTE, visible
 
 ENDS = ["mean", "low", "high"]
 BOUNDS = (*ENDS, "difference", "difference_low", "difference_high")
@@ -27,13 +27,9 @@ LABEL = 12  # most characters of a token to show under the map
 AFTER = "#dddddd"  # layers a token did not enter
 
 
-@draws("token", "text", "exit_layer", "layer", "share", "difference")
+@draws("token", "text", "exit_layer", "protected", "layer", "share", "difference")
 def layer_map(table: pd.DataFrame) -> Figure:
-    """Layer × token: the executed share, and its difference from the layer's mean; a cross where a token leaves.
-
-    ``table`` has a row per cell; ``share`` is nan after an exit. With a column ``protected``, the legend also explains
-    these tokens.
-    """
+    """Layer × token: the executed share, and its difference from the layer's mean; a cross where a token leaves."""
     tokens = table.drop_duplicates("token")
     share, difference = (table.pivot(index="layer", columns="token", values=v) for v in ("share", "difference"))
     n_layers = len(share)
@@ -53,12 +49,13 @@ def layer_map(table: pd.DataFrame) -> Figure:
             depth = tokens["exit_layer"].to_numpy()[left]
             ax.plot(left + 0.5, depth + 0.5, "x", color="black", markersize=4.5, label="left before this layer")
     names = [Patch(color=AFTER, label="had left")] * bool(len(left))
-    if table.get("protected", pd.Series(False)).any():
+    if table["protected"].any():
         names.append(Patch(color=colormaps[PALETTE](1.0), label="at the start: protected, runs in full"))
     names += axes[0].get_legend_handles_labels()[0]
     if names:
         style.legend_below(fig, names)
-    labels = [in_font(label(text)) for text in tokens["text"]]
+    labels = [visible(text).replace("\n", "").strip(" ") or "␣" for text in tokens["text"]]
+    labels = [in_font(text if len(text) <= LABEL else text[: LABEL - 1] + "…") for text in labels]
     axes[1].set_xticks(np.arange(len(tokens)) + 0.5, labels, rotation=90, fontsize=7.5, parse_math=False)
     axes[1].set_xlabel("token (␣: a space, or part of a character)")
     return fig
@@ -67,24 +64,6 @@ def layer_map(table: pd.DataFrame) -> Figure:
 def _points(share: float, _=None) -> str:
     """A difference of shares in percentage points, shortened without losing accuracy: +2.5, 0."""
     return f"{round(100 * share, 6):+g}" if abs(share) > 1e-9 else "0"
-
-
-@draws("score")
-def score_histogram(table: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
-    """Scores of one site's channels, one per row, on a logarithmic axis, and ``thresholds`` with their capacity,
-    threshold, and share of the scores above it."""
-    fig, (ax,) = style.panels(1)
-    scores = table["score"][table["score"] > 0]
-    ends = np.log10(np.quantile(scores, (0.001, 0.9999)))
-    ax.hist(scores, np.logspace(*ends, 80), weights=np.full(len(scores), 1 / len(table)), color=GREY, alpha=0.6)
-    ax.set_xscale("log")
-    for row, colour in zip(thresholds.itertuples(), (GREEN, BLUE, RED), strict=True):
-        label = f"threshold at capacity {row.capacity:g}: {row.share:.0%} kept"
-        ax.axvline(row.threshold, color=colour, linewidth=2, label=label)
-    ax.yaxis.set_major_formatter(PERCENT)
-    ax.set(xlabel="score of a channel", ylabel="share of channels")
-    style.legend_above(ax, 1)
-    return fig
 
 
 @draws("class", "measure", "tokens", *BOUNDS)
@@ -135,30 +114,8 @@ def by_quantile(table: pd.DataFrame) -> Figure:
     return fig
 
 
-@draws("first", "last", "forecast", *ENDS)
-def by_sensitivity(table: pd.DataFrame) -> Figure:
-    """What tokens cost against what was forecast, both relative to the mean of their layer, by depth."""
-    fig, (ax,) = style.panels(1, height=4.6)
-    all_series = (BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-.")
-    for series, ((first, last), rows) in zip(all_series, table.groupby(["first", "last"]), strict=False):
-        style.whiskers(ax, rows["forecast"], rows[ENDS], *series, label=f"layers {first}–{last}")
-    ends = table[["forecast", "low"]].min().min(), table[["forecast", "high"]].max().max()
-    ax.plot(ends, ends, color=GREY, linewidth=1, label="as forecast")
-    ax.set(xscale="log", yscale="log", xlabel="forecast, × the layer's mean", ylabel="measured, × the layer's mean")
-    for axis in (ax.xaxis, ax.yaxis):
-        style.set_ticks(axis, [0.25, 0.5, 1, 2, 4])
-    ax.legend()
-    return fig
-
-
 FIGURES = {"layer_map": layer_map, "classes": by_class, "positions": by_position, "quantiles": by_quantile}
 """name of a table in `hat_lib.evaluation.routing.TABLES` -> its figure"""
-
-
-def label(text: str) -> str:
-    """A token's label on a map: short, and visible even if it is a space or empty."""
-    shown = visible(text).replace("\n", "").strip(" ") or "␣"
-    return shown if len(shown) <= LABEL else shown[: LABEL - 1] + "…"
 
 
 def _by_measure(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

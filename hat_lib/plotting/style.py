@@ -31,7 +31,6 @@ from hat_lib import config
 from hat_lib.config import HatError
 
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = sns.color_palette("colorblind").as_hex()
-PARTS = {"ffn": (BLUE, "white"), "attention": (ORANGE, "black"), "head": (GREEN, "black")}  # bar, text on it
 SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (PURPLE, "v")]
 COST = ["increase", "increase_low", "increase_high"]
 WORK = "executed share of the model's work"
@@ -116,53 +115,6 @@ def draws(*columns: str) -> Callable:
     return decorate
 
 
-@draws("base", *PARTS)
-def weight_shares(table: pd.DataFrame) -> Figure:
-    """Stacked bars: the shares of FFN, attention and LM head in the weights a token reads; a bar per base."""
-    fig, (ax,) = panels(1, height=1.1 + 0.6 * len(table))
-    left = 0.0
-    for part, (colour, ink) in PARTS.items():
-        bars = ax.barh(table["base"], table[part], left=left, color=colour, label=part.replace("ffn", "FFN"))
-        ax.bar_label(bars, fmt="{:.0%}", label_type="center", color=ink, weight="bold")
-        left = left + table[part]
-    ax.set(xlim=(0, 1), xlabel="share of the weights read per token")
-    ax.xaxis.set_major_formatter(PERCENT)
-    ax.grid(axis="y", visible=False)
-    ax.invert_yaxis()
-    legend_above(ax, 3)
-    return fig
-
-
-@draws("layer", "ratio", "low", "high")
-def skipped_ffn(table: pd.DataFrame) -> Figure:
-    """What skipping one layer's FFN for every token costs: perplexity / base perplexity, with its 95 % interval."""
-    fig, (ax,) = panels(1)
-    ax.axhline(1, color=GREY, linewidth=1)
-    ax.vlines(table["layer"], 1, table["ratio"], color=BLUE, alpha=0.35, linewidth=3)
-    label = "one FFN skipped, 95 % interval"
-    whiskers(ax, table["layer"], table[["ratio", "low", "high"]], BLUE, "o", label=label)
-    ticks, largest = [1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000], table[["ratio", "high"]].max().max()
-    last = next((v for v in ticks if v >= largest), ticks[-1])  # decades alone might leave a single label
-    ax.set_yscale("log")
-    set_ticks(ax.yaxis, [v for v in ticks if v <= last], "{x:g}×")
-    ax.set(xlabel="layer whose FFN is skipped", ylabel="perplexity / base perplexity")
-    ax.legend(loc="upper center")
-    return fig
-
-
-@draws("method", "work", "increase", "low", "high")
-def grain_frontier(table: pd.DataFrame) -> Figure:
-    """Perplexity / base perplexity - 1 against the share of the linear layers' work, a line per ``method``."""
-    fig, (ax,) = panels(1, height=4.2)
-    increases(ax, [-1, 0, 1, 10, 100, 1e3, 1e4, 1e5, 1e6], "executed share of the linear layers' work")
-    all_series = zip((BLUE, ORANGE, GREEN, PINK, PURPLE, BROWN), "osD^vP", strict=True)
-    for (method, rows), series in zip(table.groupby("method", sort=False), all_series, strict=False):
-        rows = rows.sort_values("work")
-        whiskers(ax, rows["work"], 100 * rows[["increase", "low", "high"]], *series, "-", label=method)
-    legend_above(ax, 3)
-    return fig
-
-
 def panels(columns: int, rows: int = 1, height: float = HEIGHT, width: float = 0, **more) -> tuple[Figure, list[Axes]]:
     """An empty figure and its axes, row by row; sizes of the whole figure in inches. ``more`` is for `subplots`."""
     width = width or (WIDTH if columns == 1 else max(WIDTH, 3.0 * columns))
@@ -210,10 +162,9 @@ def legend_below(fig: Figure, entries: list[Line2D], **more) -> None:
     fig.legend(handles=entries, **{"ncols": len(entries), "loc": "outside lower center"} | more)
 
 
-def legend_above(ax: Axes, columns: int, **more) -> None:
+def legend_above(ax: Axes, columns: int) -> None:
     """The legend of one panel, above it."""
-    more = {"handlelength": 1.5, "columnspacing": 1.0} | more
-    ax.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), **more)
+    ax.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), handlelength=1.5, columnspacing=1.0)
 
 
 def set_ticks(axis: Axis, ticks: list[float], label: str = "{x:g}") -> None:

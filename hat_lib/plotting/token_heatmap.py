@@ -5,29 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
+from rich.style import Style
 
-from hat_lib.evaluation.coloured_text import FRAME, Passage, Scale, characters, colours_at, visible
 from hat_lib.plotting.style import STYLE, WIDTH
+from hat_lib.text.coloured import Passage, Piece, paragraphs
 
 # Characters per line; font size in points; width of a character and height of a line, in font sizes.
 COLUMNS, SIZE, ADVANCE, LEADING = 100, 8.0, 0.602, 1.7
 FONT = {"family": "DejaVu Sans Mono", "size": SIZE, "va": "center", "parse_math": False}
+FRAME = {"fill": False, "edgecolor": "#d55e00", "linewidth": 2, "zorder": 2}  # of a marked token
 
 
-def figure(*passages: Passage, meaning: str, low=None, high=None) -> Figure:
-    """Passages as a picture, with the colours, arguments and errors of `hat_lib.evaluation.coloured_text.html`."""
-    scale = Scale(passages, low, high)
-    legend = ((f" {text} ", at, False) for at, text in scale.legend())
-    lines = _wrapped([(visible(meaning) + " ", np.nan, False), *legend])
-    if scale.most < scale.least:  # no numbers, so no legend
-        lines = [[]]
-    for p in passages:
-        lines += [[], *_wrapped([(visible(p.title), None, False)])]
-        lines += _wrapped((text, scale.at(numbers), marked) for text, numbers, marked in characters(p))
+def figure(*passages: Passage, meaning: str, low: float | None = None, high: float | None = None) -> Figure:
+    """Passages as a picture, with the colours, arguments and errors of `hat_lib.text.coloured.html`."""
+    lines = [line for paragraph in paragraphs(passages, meaning, low, high) for line in [[], *_wrapped(paragraph)]][1:]
     advance, step = SIZE * ADVANCE / 72, SIZE * LEADING / 72
     size = max(WIDTH, (COLUMNS + 2) * advance), step * (len(lines) + 1)
     with mpl.rc_context(STYLE):
@@ -36,16 +30,14 @@ def figure(*passages: Passage, meaning: str, low=None, high=None) -> Figure:
         ax = fig.add_axes((0, 0, 1, 1), xlim=(-1, size[0] / advance - 1), ylim=(len(lines) + 0.5, -0.5))
         ax.set_axis_off()
         for row, line in enumerate(lines):
-            for column, part, at, marked in line:
-                ink, weight = "black", "bold" if at is None else "normal"
-                if at is not None and not np.isnan(at):
-                    rgb, ink = colours_at(at)
-                    ground = [v / 255 for v in rgb]
-                    ax.add_patch(Rectangle((column, row), len(part), 1, facecolor=ground, linewidth=0))
-                if marked:
-                    frame = {"fill": False, "edgecolor": FRAME, "linewidth": 2, "zorder": 2}
-                    ax.add_patch(Rectangle((column, row), len(part), 1, **frame))
-                ax.text(column, row + 0.5, in_font(part, FONT["family"]), **FONT, color=ink, weight=weight)
+            for column, part, style in line:
+                if style.bgcolor:
+                    ax.add_patch(Rectangle((column, row), len(part), 1, facecolor=style.bgcolor.name, linewidth=0))
+                if style.underline:
+                    ax.add_patch(Rectangle((column, row), len(part), 1, **FRAME))
+                look = {"color": style.color.name if style.color else "black"}
+                look["weight"] = "bold" if style.bold and not style.underline else "normal"
+                ax.text(column, row + 0.5, in_font(part, FONT["family"]), **FONT, **look)
     return fig
 
 
@@ -55,18 +47,18 @@ def in_font(text: str, family: str | None = None) -> str:
     return "".join(c if font.get_char_index(ord(c)) else "□" for c in text)
 
 
-def _wrapped(parts: Iterable[tuple[str, float | None, bool]]) -> list[list[tuple[int, str, float | None, bool]]]:
-    """Lines of (column, characters, position on the scale, whether it is marked); a part is only broken if it is longer
-    than a line."""
+def _wrapped(pieces: Iterable[Piece]) -> list[list[tuple[int, str, Style]]]:
+    """Lines of (column, characters, style); a piece is only broken if it is longer than a line."""
     lines, column = [[]], 0
-    for text, *look in parts:
+    for text, style, *_ in pieces:
         for i, part in enumerate(text.split("\n")):
-            over = column + len(part) > COLUMNS
-            for j in range(0, max(1, len(part)), COLUMNS):
-                if i or j or over:
+            if i or column + len(part) > COLUMNS:
+                lines.append([])
+                column = 0
+            for start in range(0, len(part), COLUMNS):
+                if start:
                     lines.append([])
                     column = 0
-                if head := part[j : j + COLUMNS]:
-                    lines[-1].append((column, head, *look))
-                column += len(head)
+                lines[-1].append((column, part[start : start + COLUMNS], style))
+                column += len(lines[-1][-1][1])
     return lines

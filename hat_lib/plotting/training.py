@@ -15,7 +15,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy.interpolate import make_interp_spline
 
 from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, PURPLE, SKY, WIDE, draws
@@ -81,58 +80,6 @@ def gates(log: pd.DataFrame) -> Figure:
     for ax in (agreement, loss):
         style.legend_above(ax, 1)
     return fig
-
-
-@draws("reader", "depth", "agreement")
-def exit_depths(table: pd.DataFrame) -> Figure:
-    """How often the base's next token can be read after each layer, a line per ``reader``."""
-    fig, (ax,) = style.panels(1)
-    all_series = zip((GREY, BLUE, ORANGE, GREEN), "oDs^", ("-", "--", "-.", ":"), strict=True)
-    for (reader, rows), (colour, marker, line) in zip(table.groupby("reader", sort=False), all_series, strict=False):
-        ax.plot(rows["depth"], rows["agreement"], line, marker=marker, color=colour, markersize=5, label=reader)
-    ax.set(xlabel="layers that have run", ylabel="share that read the base's token", ylim=(0, 1.02))
-    ax.yaxis.set_major_formatter(PERCENT)
-    ax.legend()
-    return fig
-
-
-@draws("tokens", "capacity", "kl", "increase", "share")
-def learning_curve(table: pd.DataFrame) -> Figure:
-    """KL on text that a run does not see, `at_equal_work`, by tokens trained on; a line for each capacity.
-
-    ``table`` is what `hat_lib.training.validation` writes.
-    """
-    fig, (ax,) = style.panels(1)
-    ax.axhline(1, color=GREY, linewidth=1)
-    lines = at_equal_work(table).groupby("capacity", sort=False)
-    for (capacity, rows), (colour, marker) in zip(lines, style.SERIES, strict=False):
-        before = rows["kl"].iloc[0]
-        label = f"capacity {capacity:g}, from {before:.2g} nats"
-        ax.plot(rows["tokens"] / 1000, rows["kl"] / before, marker=marker, color=colour, markersize=4, label=label)
-    ax.yaxis.set_major_formatter(PERCENT)
-    ax.set(xlabel="thousand tokens trained on", ylabel="KL at equal work, share of that before", ylim=(0, None))
-    ax.legend()
-    return fig
-
-
-def at_equal_work(curve: pd.DataFrame) -> pd.DataFrame:
-    """A learning curve whose ``kl`` and ``increase`` are those at the share that its capacity executed before the
-    first step.
-
-    The logarithms of KL and of perplexity are interpolated linearly in the share between the capacities of a step, and
-    extrapolated from the nearest two; with a single capacity, rows stay as they are.
-    """
-    style.check_table(curve, "tokens", "capacity", "kl", "increase", "share")
-    wanted = curve.drop_duplicates("capacity").set_index("capacity")["share"]
-    steps = []
-    for _, rows in curve.groupby("tokens", sort=False):
-        if len(rows) > 1:
-            at, asked = rows.sort_values("share"), rows["capacity"].map(wanted)
-            logs = np.stack([np.log(at["kl"]), np.log1p(at["increase"])], 1)
-            kl, ppl = make_interp_spline(at["share"], logs, k=1)(asked).T
-            rows = rows.assign(share=asked, kl=np.exp(kl), increase=np.expm1(ppl))
-        steps.append(rows)
-    return pd.concat(steps)
 
 
 def _curve(ax: Axes, rows: pd.DataFrame, y: str, colour: str, label: str | None = None) -> None:

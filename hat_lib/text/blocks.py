@@ -1,7 +1,7 @@
 """Text -> blocks of tokens, the same rows whatever the source.
 
-A block never spans two documents. With a ``stride`` below ``block_size`` the windows of one document overlap, and each
-token is scored once, in the window where it is new: ``n_context`` leading tokens are only context (the strided
+A block never spans two documents. With a ``stride`` below ``block_size`` the blocks of one document overlap, and each
+token is scored once, in the block where it is new: ``n_context`` leading tokens are only context (the strided
 perplexity of transformers' documentation). The tokenizer's own special tokens are kept, such as a leading BOS.
 
 Sources:
@@ -13,8 +13,6 @@ A file is split by document, 90 / 5 / 5 % in the order of the SHA-256 of the tex
 fewer than three distinct documents, each is split by position: the first 90 % of its characters are train, the next 5 %
 validation, the last 5 % test. Split "all" is the whole of a source, in its own order.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -28,9 +26,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 from datasets import Dataset, concatenate_datasets, get_dataset_split_names, load_dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hat_lib.backbone.base import HUB_ID, first_line
+from hat_lib.base.load import HUB_ID, first_line
 from hat_lib.config import HatError, check_count
 from hat_lib.text.corpora import ALL, CORPORA, SPLITS, Document, documents
 
@@ -60,7 +59,7 @@ def load_text(
         tokenizer: the base's.
         split: "train", "validation", "test" or "all".
         block_size: maximum number of tokens in a block, at least 2.
-        stride: tokens that each further window of a document adds; None is ``block_size``, no overlap.
+        stride: tokens that each further block of a document adds; None is ``block_size``, no overlap.
         max_tokens: stop after this many tokens, context not counted; the last block may be cut short.
 
     Returns rows ``input_ids`` (list of 2 to block_size ints), ``doc`` (document id) and ``n_context`` (int). Raises
@@ -77,7 +76,8 @@ def load_text(
     rows, left = [], max_tokens or (HUB_MAX_TOKENS if on_hub else sys.maxsize)
     for doc, text in stream:
         ids = first_ids(tokenizer, text, left, f"{doc}, split {split}")
-        for start, n_context in windows(len(ids), block_size, stride):
+        for start in range(0, max(0, len(ids) - block_size) + stride, stride):
+            n_context = block_size - stride if start else 0
             block = ids[start : start + block_size][: n_context + left]
             if len(block) >= 2 and left >= 2:
                 rows.append({"input_ids": block, "doc": doc, "n_context": n_context})
@@ -103,7 +103,7 @@ def held_out(
     for split in splits:
         rows = load_text(source, tokenizer, split=split, block_size=block_size)
         usual = np.median([len(ids) for ids in rows["input_ids"]])  # documents may all be shorter than a block
-        parts.append(at_even_distances(rows, round(tokens / len(splits) / usual)))
+        parts.append(evenly(rows, round(tokens / len(splits) / usual)))
     return concatenate_datasets(parts)
 
 
@@ -127,30 +127,27 @@ def first_ids(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int | None,
         end, before = 2 * end, ids
 
 
-def at_even_distances(rows: Dataset, count: int) -> Dataset:
-    """``count`` rows, at least one and at most all, evenly spaced."""
-    count = min(len(rows), max(1, count))
-    return rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int))
+def evenly(rows: Dataset | Sequence, count: int) -> Dataset | list:
+    """``count`` of ``rows``, at least one and at most all, evenly spaced; of a dataset, a dataset."""
+    chosen = np.linspace(0, len(rows) - 1, min(len(rows), max(1, count))).round().astype(int)
+    return rows.select(chosen) if isinstance(rows, Dataset) else [rows[i] for i in chosen]
 
 
-def spread(blocks: Dataset, tokens: int) -> Dataset:
-    """About ``tokens`` tokens, in blocks spread over the whole."""
-    return at_even_distances(blocks, round(tokens * len(blocks) / sum(map(len, blocks["input_ids"]))))
+def spread(blocks: Dataset | Sequence, tokens: int) -> Dataset | list:
+    """About ``tokens`` tokens in whole blocks, evenly spaced, of a dataset of `load_text` or of tensors of ids."""
+    return evenly(blocks, round(tokens * len(blocks) / count_tokens(blocks)))
+
+
+def count_tokens(blocks: Dataset | Sequence) -> int:
+    """How many there are in all ``blocks``, which are as for `spread`."""
+    ids = blocks["input_ids"] if isinstance(blocks, Dataset) else blocks
+    return sum(block.numel() if isinstance(block, Tensor) else len(block) for block in ids)
 
 
 def source_bytes(source: str | Path, split: str) -> int | None:
     """Bytes of a split in UTF-8; None for a Hub dataset, which is never read to its end."""
     stream, on_hub = _open(os.fspath(source), split)
     return None if on_hub else sum(len(text.encode()) for _, text in stream)
-
-
-def windows(length: int, block_size: int, stride: int) -> Iterator[tuple[int, int]]:
-    """``(start, n_context)`` of each window over ``length`` tokens; every token is new in exactly one."""
-    start = covered = 0
-    while covered < length:
-        yield start, covered - start
-        covered = start + block_size
-        start += stride
 
 
 def text_hash(dataset: Dataset) -> str:
@@ -237,8 +234,7 @@ def _part(text: str, split: str) -> str:
     """One split of a text by position, cut at the ends of words."""
     near = [round(share * len(text)) for share in (0.9, 0.95)]
     ends = [next((i for i in range(n, len(text)) if text[i].isspace()), n) for n in near]
-    bounds = [0, *ends, len(text)]
-    which = SPLITS.index(split)
+    bounds, which = [0, *ends, len(text)], SPLITS.index(split)
     return text[bounds[which] : bounds[which + 1]].strip()
 
 

@@ -12,8 +12,6 @@ openings  each block continues the first words of one of nineteen kinds of text 
 EOS is a token like any other: a block goes on after it, so that every block is full.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -28,10 +26,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from hat_lib.backbone.base import Base
-from hat_lib.backbone.spread import overridden
+from hat_lib.base.load import Base
+from hat_lib.base.spread import overridden
 from hat_lib.config import HatError, cache_dir, check_count
-from hat_lib.text.blocks import at_even_distances, load_text
+from hat_lib.text.blocks import evenly, load_text
 from hat_lib.text.corpora import FOLDER
 
 SELF, OPENINGS = "self", "openings"
@@ -70,9 +68,7 @@ def training_text(
             continue
         found = load_text(name, base.tokenizer, split="train", block_size=block_size)
         whole = np.flatnonzero([len(ids) == block_size for ids in found["input_ids"]])
-        if len(whole) * block_size >= each:
-            found = found.select(whole)
-        rows += at_even_distances(found, round(each / block_size))
+        rows += evenly(found.select(whole) if len(whole) * block_size >= each else found, round(each / block_size))
     order = np.random.default_rng(seed).permutation(len(rows))
     return Dataset.from_list([{**rows[at], "index": number} for number, at in enumerate(order)])
 
@@ -87,21 +83,15 @@ def self_text(
     seed: int = 0,
     progress: bool = True,
 ) -> Dataset:
-    """Blocks of text sampled from ``base``.
+    """At least ``tokens`` tokens of text sampled from ``base``, in whole blocks of one ``source`` of `OWN`.
 
-    Each batch of blocks has a random stream of its own, seeded by ``(seed, batch)``: more ``tokens`` later continue
-    the same text. Batches are kept under ``cache_dir()/SOURCE_text``, so an interrupted call resumes at its batch. The
-    text is the same on the same device with the same number of threads.
-
-    Args:
-        base: a plain base, or one that `HierarchicalTransformer.unload` has given back.
-        tokens: at least this many, in whole blocks.
-        source: one of `OWN`.
-        block_size: tokens in every block, from 2 to the base's context.
-        batch_size: blocks sampled at once. Changing it changes the text.
+    Each batch of ``batch_size`` blocks has a random stream of its own, seeded by ``(seed, batch)``: more ``tokens``
+    later continue the same text, and another ``batch_size`` gives another. Batches are kept under
+    ``cache_dir()/SOURCE_text``, so an interrupted call resumes at its batch. The text is the same on the same device
+    with the same number of threads.
 
     Returns rows as in `load_text`, whose ``doc`` is "SOURCE-SEED:ROW". Raises `HatError` for a bad size, a base that
-    carries a HierarchicalTransformer, or a cache that cannot be written.
+    carries a HierarchicalTransformer (`unload` it first), or a cache that cannot be written.
     """
     check_count("tokens", tokens, 2)
     check_count("block_size", block_size, 2, base.model.config.max_position_embeddings)
@@ -117,9 +107,9 @@ def self_text(
     missing = [batch for batch, file in enumerate(files) if not file.exists()]
     total = len(missing) * batch_size * block_size
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with tqdm(total=total, desc=f"{source} text", unit="token", disable=not progress or not missing) as bar:
             for batch in missing:
-                folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=folder) as scratch:  # a file appears when it is whole
                     ids = _sample(base, (batch_size, block_size), [seed, batch], source, bar)
                     np.savez(Path(scratch, "ids.npz"), input_ids=ids)
@@ -135,30 +125,30 @@ def openings(count: int, rng: np.random.Generator) -> list[str]:
     """Beginnings of texts, drawn evenly over kinds, then over a kind's patterns, whose blanks are filled at random."""
     known = json.loads(OPENINGS_FILE.read_text(encoding="utf-8"))
     kinds = list(known["patterns"].values())
-    return [_opening(kinds[i], known["words"], rng) for i in rng.integers(len(kinds), size=count)]
 
-
-def _opening(patterns: list[str], words: dict[str, list[str]], rng: np.random.Generator) -> str:
     def draw(kind: str) -> str:
-        return words[kind][rng.integers(len(words[kind]))]
+        words = known["words"][kind]
+        return words[rng.integers(len(words))]
 
-    # The order of the draws is part of the text.
-    pattern = patterns[rng.integers(len(patterns))]
-    subject, other_subject, place = draw("subject"), draw("subject"), draw("place")
-    first, other, month, weekday, word = draw("first"), draw("first"), draw("month"), draw("weekday"), draw("word")
-    return pattern.format(
-        s=subject, t=other_subject, S=subject[0].upper() + subject[1:], place=place, PLACE=place.upper(),
-        first=first, other=other, month=month, weekday=weekday, word=word, Word=word.capitalize(),
-        name=f"{first} {draw('last')}", n=draw("view"), year=rng.integers(1750, 2024), day=rng.integers(1, 29),
-        number=rng.integers(2, 100), digit=rng.integers(1, 10),
-    )  # fmt: skip
+    def opening(patterns: list[str]) -> str:
+        # The order of the draws is part of the text.
+        pattern = patterns[rng.integers(len(patterns))]
+        subject, other_subject, place = draw("subject"), draw("subject"), draw("place")
+        first, other, month, weekday, word = draw("first"), draw("first"), draw("month"), draw("weekday"), draw("word")
+        return pattern.format(
+            s=subject, t=other_subject, S=subject[0].upper() + subject[1:], place=place, PLACE=place.upper(),
+            first=first, other=other, month=month, weekday=weekday, word=word, Word=word.capitalize(),
+            name=f"{first} {draw('last')}", n=draw("view"), year=rng.integers(1750, 2024), day=rng.integers(1, 29),
+            number=rng.integers(2, 100), digit=rng.integers(1, 10),
+        )  # fmt: skip
+
+    return [opening(kinds[i]) for i in rng.integers(len(kinds), size=count)]
 
 
 @torch.inference_mode()
 def _sample(base: Base, shape: tuple[int, int], seed: list[int], source: str, bar: tqdm) -> np.ndarray:
     """Token ids, int32 ``[rows, tokens]``."""
-    rows, length = shape
-    rng = np.random.default_rng(seed)
+    (rows, length), rng = shape, np.random.default_rng(seed)
     given = torch.full(shape, -1)  # a token, or -1 where one is drawn
     if source == OPENINGS:
         for row, text in enumerate(openings(rows, rng)):
@@ -167,8 +157,7 @@ def _sample(base: Base, shape: tuple[int, int], seed: list[int], source: str, ba
     else:
         given[:, 0] = torch.from_numpy(_first_tokens(base, rows, rng))
     given = given.to(base.device)
-    ids = torch.empty_like(given)
-    ids[:, 0] = given[:, 0]
+    ids = given.clone()
     bar.update(rows)
     # In (0, 1], so that the search below ends at a token, and at one with nonzero probability.
     draws = torch.from_numpy(1 - rng.random((length, rows, 1))).to(base.device)

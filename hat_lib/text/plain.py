@@ -2,8 +2,6 @@
 sequences, marks that reverse the order of letters, or a beginning that a spreadsheet evaluates as a formula
 (https://owasp.org/www-community/attacks/CSV_Injection)."""
 
-from __future__ import annotations
-
 import re
 
 from hat_lib.config import HatError

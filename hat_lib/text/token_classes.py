@@ -5,8 +5,6 @@ is a capitalised word inside a sentence, so acronyms and the words of a title ar
 sentence is not; a sentence begins after . ! ? : or a line's end, and at the beginning of a block.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from os.path import commonprefix

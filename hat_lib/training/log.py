@@ -1,47 +1,55 @@
-"""What a run logs while it trains: a CSV row per logged step, which notebooks plot live, and the same for tensorboard.
+"""What a run writes while it trains: ``log.csv``, which notebooks plot live, and ``validation.csv``.
 
-Columns: phase, step, steps, seconds, then the metrics of `hat_lib.training.objective` averaged since the previous row,
-the share of each site (``share_qkv`` ...) and of each layer (``share_0`` ...), gradient norm, learning rate, tokens per
-second and the estimated seconds left. A cell is empty where a phase has no such metric.
+``log.csv`` has a row for each logged step: phase, step, steps, seconds, then the metrics of `Objective` averaged since
+the previous row, the share of each site (``share_qkv`` ...) and layer (``share_0`` ...), gradient norm, learning rate,
+tokens per second and the estimated seconds left. A cell is empty where a phase has no such metric.
+
+``validation.csv`` is a learning curve: what skipping costs on text that the run does not train on. Before the first
+step and at each save it gets a row for each of `CAPACITIES`: step, tokens trained on so far, capacity, executed share
+of the layers' work, KL(base || routed) in nats per token and the relative increase in perplexity, at the thresholds the
+run trains at, with the head in full.
 """
 
-from __future__ import annotations
-
-import csv
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from torch.utils.tensorboard import SummaryWriter
+from datasets import Dataset
 
-from hat_lib.training.objective import Objective
+from hat_lib.config import replaced
+from hat_lib.contexts import combined
+from hat_lib.evaluation.perplexity import score_each
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.training.objective import Objective, Thresholds
 
 METRICS = ("loss", "capacity", "kl", "share", "z_loss", "entropy", "gate_loss", "wrong", "exit_rate", "agreement")
+CAPACITIES = (0.75, 0.55, 0.4)
 
 
 class Log:
-    """Appends to ``path``, and to tensorboard files in ``work``; for the main process only.
+    """Appends to ``path``; for the main process only.
 
     Args:
         start: the step that the phase goes on from; rows past it are dropped.
     """
 
-    def __init__(self, path: Path, work: Path, objective: Objective, start: int, steps: int):
+    def __init__(self, path: Path, objective: Objective, start: int, steps: int):
         hat, phase = objective.hat, objective.phase
         self.path, self.phase, self.hat, self.first, self.steps = path, phase, hat, start, steps
         self.shares = [f"share_{s}" for s in hat.grain.sites] + [f"share_{i}" for i in range(hat.config.n_layers)]
         tail = ["grad_norm", "learning_rate", "tokens_per_second", "eta_seconds"]
         self.columns = ["phase", "step", "steps", "seconds", *METRICS, *self.shares, *tail]
-        kept = _rows(path) if start or phase != "routers" else []
-        kept = [row for row in kept if row["phase"] != phase or int(row["step"]) <= start]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part")
-        pd.DataFrame(kept, columns=self.columns).to_csv(temporary, index=False)
-        temporary.replace(path)
+        rows = _rows(path)
+        # Gates go on below the rows of their routers; routers begin the file.
+        kept = (rows["step"].astype(int) <= start) | ((rows["phase"] != phase) & (phase != "routers"))
+        with replaced(path) as written:
+            rows[kept].reindex(columns=self.columns).to_csv(written, index=False)
         self.before, self.began = seconds_so_far(path, phase), time.monotonic()
-        self.board = SummaryWriter(work / "tensorboard", purge_step=start + 1)
         self.added: list[dict[str, float]] = []
         self.tokens, self.since = 0, self.began
 
@@ -70,23 +78,51 @@ class Log:
             "eta_seconds": f"{pace * (self.steps - step):.0f}",
         }
         pd.DataFrame([row], columns=self.columns).to_csv(self.path, mode="a", header=False, index=False)
-        for name in means.keys() - set(self.shares):
-            self.board.add_scalar(f"train/{name}", means[name], step)
         self.added, self.tokens, self.since = [], 0, now
         return means["loss"]
-
-    def close(self) -> None:
-        self.board.close()
 
 
 def seconds_so_far(path: Path, phase: str) -> float:
     """Seconds a phase had taken by its last row, summed over all resumptions; 0 without a row."""
-    return max((float(row["seconds"]) for row in _rows(path) if row["phase"] == phase), default=0.0)
+    rows = _rows(path)
+    return max(rows.loc[rows["phase"] == phase, "seconds"].astype(float), default=0.0)
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a log; a kill may have truncated the last."""
+def _rows(path: Path) -> pd.DataFrame:
+    """The whole rows of a log, as text; a kill may have truncated the last."""
     if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["eta_seconds"]]
+        return pd.DataFrame(columns=["phase", "step", "seconds"])
+    return pd.read_csv(path, dtype=str).dropna(subset="eta_seconds")
+
+
+def extend_curve(
+    path: Path, hat: HierarchicalTransformer, blocks: Dataset, thresholds: Thresholds, step: int, tokens: int
+) -> None:
+    """Measure ``hat`` on rows of `load_text` after ``step`` steps and ``tokens`` tokens; its gates do not matter."""
+    training = hat.training
+    hat.eval()
+    base, found = score_each(hat, blocks, [_as_trained(hat, thresholds, c) for c in CAPACITIES], progress=False)
+    hat.train(training)
+    rows = pd.DataFrame(
+        {
+            "step": step,
+            "tokens": tokens,
+            "capacity": capacity,
+            "share": round(at.layer_capacity, 4),
+            "kl": round(at.kl, 5),
+            "increase": round(float(np.expm1((at.nll - base.nll).sum() / base.tokens.sum())), 5),
+        }
+        for capacity, at in zip(CAPACITIES, found, strict=True)
+    )
+    if step:
+        before = pd.read_csv(path)
+        rows = pd.concat([before[before["step"] < step], rows])
+    with replaced(path) as written:
+        rows.to_csv(written, index=False)
+
+
+def _as_trained(hat: HierarchicalTransformer, thresholds: Thresholds, capacity: float) -> Callable:
+    """Makes the context routers are trained in at a capacity: a policy in the layers, the head in full."""
+    policy = hat.threshold_policy(thresholds(capacity))
+    correcting = partial(hat.correcting, hat.correction_strength(capacity))
+    return partial(combined, hat.dense, partial(hat.using, policy), correcting)

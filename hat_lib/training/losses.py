@@ -1,21 +1,28 @@
-"""Losses: from tensors of the tokens that count to one number.
+"""Losses, and hard decisions with a soft gradient: functions of tensors, some with a gradient worked out by hand.
 
-The mean over no tokens is 0, with gradient 0. Half-precision input is computed in fp32, fp64 in fp64, and the loss has
-that dtype.
+Losses go from tensors of the tokens that count to one number. The mean over no tokens is 0, with gradient 0.
+Half-precision input is computed in fp32, fp64 in fp64, and the loss has that dtype.
+
+Routers and exit gates decide by a comparison, which has no gradient. During training the forward keeps the hard
+decision, so that training sees what inference runs, and the backward differentiates a sigmoid or softmax in its place:
+straight-through (Bengio et al. 2013, arXiv:1308.3432). Noise on the logits turns the decision into a sample:
+Gumbel-softmax (Jang et al. 2017, arXiv:1611.01144), or Concrete (Maddison et al. 2017, arXiv:1611.00712). With two
+classes, the difference of two Gumbel variables is a logistic variable.
 """
 
-from __future__ import annotations
+import hashlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hat_lib.training.straight_through import row_slices
+CPU_SLICE, GPU_SLICE = 1 << 17, 1 << 25
+"""elements computed at a time where gradients are worked out by hand"""
 
 
-def distillation(teacher: Tensor, student: Tensor) -> Tensor:
-    """Mean of `divergence` over the tokens: KL(teacher || student) in nats per token, a scalar."""
-    return mean(divergence(teacher, student))
+def mean(values: Tensor) -> Tensor:
+    """The mean over all; 0, still on the graph, over none: each process has a gradient for the others."""
+    return values.sum() / max(values.numel(), 1)
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
@@ -25,18 +32,14 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     Its gradient, ``q - p``, is computed in the same pass, a few rows at a time: autograd by itself would go through
     several tensors of the logits' size.
 
-    Args:
-        teacher: finite logits ``[..., V]``; they get no gradient.
-        student: finite logits of the same shape; the two dtypes may differ.
-
-    Returns:
-        ``[...]``, fp32 or fp64.
+    Both are finite logits ``[..., V]``, whose dtypes may differ; ``teacher`` gets no gradient. Returns ``[...]``, fp32
+    or fp64.
     """
     width = student.shape[-1]
     teacher, logits = teacher.reshape(-1, width), student.reshape(-1, width)
     with torch.no_grad():
         slope, kl = torch.empty_like(logits), _at_least_fp32(logits[:, 0]).clone()
-        for rows in row_slices(logits):
+        for rows in _row_slices(logits):
             log_p, log_q = (_at_least_fp32(part[rows]).log_softmax(-1) for part in (teacher, logits))
             p = log_p.exp()
             kl[rows] = log_p.sub_(log_q).mul_(p).sum(-1)
@@ -45,54 +48,125 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     return (kl + (inner - inner.detach())).view(student.shape[:-1])
 
 
-def budget(share: Tensor, target: float | Tensor) -> Tensor:
-    """``|share - target|``: how far the executed share of work is from the requested capacity, both in [0, 1].
-
-    ``share`` is the GLOBAL mean, a scalar with gradient, so layers and tokens are free to find their own shares.
-    """
-    return (share - target).abs()
-
-
 def z_loss(scores: Tensor) -> Tensor:
-    """``mean (log(exp(s/2) + exp(-s/2)))^2``: router z-loss (Zoph et al. 2022, arXiv:2202.08906, eq. 5).
+    """``mean (log(exp(s/2) + exp(-s/2)))^2``: router z-loss (Zoph et al. 2022, arXiv:2202.08906, eq. 5), at least
+    (log 2)^2, for scores of any shape of which ``sigmoid(score)`` is the probability of keeping.
 
     A router with one logit s decides like a softmax over (s, 0), or over any shift of that pair. We use the
     centred (s/2, -s/2), because with (s, 0) the loss falls as s goes to minus infinity, which would reward skipping.
-    The minimum is (log 2)^2, at s = 0. ``scores`` have any shape, in units such that ``sigmoid(score)`` is the
-    probability of keeping.
     """
     a = _at_least_fp32(scores).abs()  # so that the loss is the same for s and -s, rounding included
     return mean((F.softplus(-a) + a / 2).square())
 
 
 def entropy(scores: Tensor) -> Tensor:
-    """``mean H(sigmoid(s))``, the entropy of the keep decision in nats, in [0, log 2]. Minimised, so that
-    decisions move away from 50/50 and a hard threshold changes little (Grandvalet & Bengio 2004).
+    """``mean H(sigmoid(s))``, the entropy of the keep decision in nats, in [0, log 2]; ``scores`` as for `z_loss`.
+    Minimised, so that decisions move away from 50/50 and a hard threshold changes little (Grandvalet & Bengio 2004).
 
     ``H = softplus(-a) + a * sigmoid(-a)`` with a = |s|: the same for s and -s, without subtracting large numbers.
-    ``scores`` as for `z_loss`.
     """
     a = _at_least_fp32(scores).abs()
     return mean(F.softplus(-a) + a * torch.sigmoid(-a))
 
 
-def exit_targets(teacher: Tensor, exited: Tensor) -> Tensor:
-    """Which tokens may leave, bool ``[...]``: those whose most likely next token is the same at the exit as for the
-    teacher. Both arguments are logits ``[..., V]``, after the final norm and head."""
-    return teacher.argmax(-1) == exited.argmax(-1)
-
-
-def exit_loss(gate_logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the gate's (stay, leave) logits ``[..., 2]`` with bool ``targets`` ``[...]``, True for leave
-    (`exit_targets`), in nats per token."""
-    logits, classes = _at_least_fp32(gate_logits).reshape(-1, 2), targets.reshape(-1).long()
+def exit_loss(gate_logits: Tensor, right: Tensor) -> Tensor:
+    """Cross-entropy of the gate's (stay, leave) logits ``[..., 2]``, in nats per token. Leaving is ``right``, bool
+    ``[...]``, where the exit's most likely next token is the base's."""
+    logits, classes = _at_least_fp32(gate_logits).reshape(-1, 2), right.reshape(-1).long()
     return F.cross_entropy(logits, classes, reduction="sum") / max(len(classes), 1)
+
+
+def straight_through(
+    logit: Tensor, *, temperature: float = 1.0, noise: float = 0.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Hard keep decision: 1 where ``logit + noise * g > 0``, else 0, with g standard logistic, in the logit's dtype.
+
+    Gradient: that of ``sigmoid((logit + noise * g) / temperature)``. Binary Concrete (Maddison et al. 2017,
+    appendix B), straight-through. ``temperature`` is in units of the logit: the smaller it is, the narrower the band
+    that gets a gradient. ``generator``, on the logit's device, draws g; without noise nothing is drawn.
+    """
+    if noise != 0:
+        # rand lies in [0, 1); at 0 the noise is -inf: a certain 0, with gradient 0.
+        uniform = torch.rand(logit.shape, generator=generator, device=logit.device)
+        logit = logit + noise * uniform.logit_().to(logit.dtype)
+    return _hard_forward(logit > 0, torch.sigmoid(logit / temperature))
+
+
+def decoupled_gumbel_softmax(
+    logits: Tensor, *, forward_temperature: float, backward_temperature: float, generator: torch.Generator
+) -> Tensor:
+    """One-hot sample of ``softmax(logits / tau_f)``: ``argmax(logits / tau_f + g)``, with g standard Gumbel.
+
+    Gradient: that of ``softmax(logits / tau_b + g)``, with the same g (Shah et al. 2024, arXiv:2410.13331): tau_f sets
+    how random the sample is, tau_b how the gradient spreads over the classes. Each divides the logits before the noise
+    is added: in ``argmax((logits + g) / tau_f)`` tau_f would have no effect.
+
+    ``logits`` are ``[..., classes]``; the result has their shape and dtype. ``generator``, on their device, draws g.
+    """
+    # -log(exponential) is Gumbel; an exponential of 0 would give +inf, which softmax turns into NaN.
+    exponential = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
+    g = exponential.clamp_(min=torch.finfo(exponential.dtype).tiny).log_().neg_().to(logits.dtype)
+    winner = (logits.detach() / forward_temperature + g).argmax(-1, keepdim=True)
+    hard = torch.zeros_like(logits, requires_grad=False).scatter_(-1, winner, 1)
+    return _hard_forward(hard, torch.softmax(logits / backward_temperature + g, dim=-1))
+
+
+def masked_channels(
+    x: Tensor, log_scale: Tensor, threshold: Tensor, *, temperature: float, protected: Tensor, real: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Zero the input channels whose score is at or below the threshold: ``keep = |x| > threshold``.
+
+    The soft stand-in for the decision is ``sigmoid(log(|x| / threshold) / temperature)``: a log-score against a
+    log-threshold, so that a channel's magnitude does not set how far its gradient reaches. Only ``log_scale`` gets its
+    gradient, from the output and from the share. ``x`` gets ``grad * keep``: the decision's own dependence on x would
+    send the relaxation's error through the frozen base into every router below.
+
+    Args:
+        x: ``[n, C]``, any floating dtype.
+        log_scale: the learned parameter ``[C]``; its value is in the threshold already.
+        threshold: of ``|x|``, ``[n, C]`` fp32, without gradient.
+        temperature: in units of the log-score.
+        protected: bool ``[n]``, rows that keep everything and give no gradient to ``log_scale``.
+        real: bool ``[n]``, rows that count for the share.
+
+    Returns ``x * keep`` in x's dtype; ``keep``, bool ``[n, C]``; and the kept share of the real rows' channels, a fp32
+    scalar with gradient.
+    """
+    with torch.no_grad():
+        keep = (x.abs() > threshold) | protected[:, None]
+        slopes = torch.zeros_like(log_scale)  # their sum over the real rows
+        steps = torch.empty_like(x)  # by how much the output grows with the log-scale: slope * x
+        for rows in _row_slices(x):
+            value = x[rows].to(threshold.dtype)
+            ratio = value.abs() / threshold[rows].clamp(min=torch.finfo(threshold.dtype).tiny)
+            soft = ratio.log_().div_(temperature).sigmoid_()
+            slope = soft.addcmul_(soft, soft, value=-1).div_(temperature).masked_fill_(protected[rows, None], 0)
+            slopes.addmv_(slope.T, real[rows].to(slope.dtype))  # in place, which autocast leaves alone
+            steps[rows] = slope.mul_(value).to(x.dtype)
+        count = max(real.sum() * x.shape[1], 1)
+        share = keep[real].sum() / count
+    nothing = log_scale - log_scale.detach()  # 0, but for its gradient
+    return torch.addcmul(x * keep, steps, nothing.to(x.dtype)), keep, share + (slopes / count * nothing).sum()
+
+
+def seeded(device: torch.device | str, *key: int) -> torch.Generator:
+    """A generator on ``device`` seeded by the integers in ``key``, such as (seed, step, sample index): the same numbers
+    in every process, unrelated ones for another key."""
+    digest = hashlib.sha256(",".join(str(int(k)) for k in key).encode()).digest()
+    # CPU generators use 32 bits of a seed, CUDA ones all 64.
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def _row_slices(x: Tensor) -> list[slice]:
+    """Slices of the rows of ``[n, C]``: on CPU, three fp32 tensors of a slice stay in a core's L2 cache."""
+    size = max(1, (CPU_SLICE if x.device.type == "cpu" else GPU_SLICE) // x.shape[-1])
+    return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def mean(values: Tensor) -> Tensor:
-    """The mean over all; 0, still on the graph, over none: each process has a gradient for the others."""
-    return values.sum() / max(values.numel(), 1)
+def _hard_forward(hard: Tensor, soft: Tensor) -> Tensor:
+    """The value of ``hard``, exactly, and the gradient of ``soft``."""
+    return hard + (soft - soft.detach())

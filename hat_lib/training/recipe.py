@@ -5,10 +5,9 @@ published method's hyperparameters, for the token grain. Each has two profiles: 
 and ``full`` (as for the reference checkpoints).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
+from typing import Self
 
 import numpy as np
 
@@ -52,7 +51,7 @@ class Recipe:
     """tokens per epoch, split evenly between the sources"""
     block_size: int = 512
     validation: str = ""
-    """text whose validation split gives a learning curve (`hat_lib.training.validation`); none by default"""
+    """text whose validation split gives a learning curve (`hat_lib.training.log`); none by default"""
     validation_tokens: int = 2048
     batch_size: int = 4
     """sequences per micro-batch and process"""
@@ -63,8 +62,7 @@ class Recipe:
     correction_lr: float = 1e-3
     """of the corrections, which train together with the routers"""
     split_lr: float = 0.0
-    """of the split of the budget over layers and sites (channel grain), which trains together with the routers; 0
-    leaves it as calibrated"""
+    """of the split of the budget (channel grain), which trains together with the routers; 0 leaves it as calibrated"""
     exit_epochs: float = 2
     exit_lr: float = 5e-4
     capacity: float = 0.55
@@ -83,8 +81,7 @@ class Recipe:
     gate_forward_temperature: float = 1.0
     gate_backward_temperature: float = 2.0
     decision_weight: float = 1.0
-    """weight of how many sampled exits are wrong and how far they are from a sampled rate; 0 trains gates on their
-    targets alone"""
+    """of how many sampled exits are wrong and how far they are from a sampled rate; 0: gates see their targets alone"""
     exit_rate: float = 0.3
     """highest exit rate that the gates are trained for; sampled per step from 0 up to it"""
     exit_tokens: int = 64
@@ -103,47 +100,43 @@ class Recipe:
         object.__setattr__(self, "exit_rate", config.check_exit_rate(self.exit_rate))
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            if field.type == "str" and not isinstance(value, str):
+            if field.type is str and not isinstance(value, str):
                 raise HatError(f"{name} must be the name of a text, got {value!r}")
-            if field.type == "int":
+            if field.type is int:
                 config.check_count(name, value, LEAST.get(name, 1))
-            if field.type == "float":
+            if field.type is float:
                 low = 1e-9 if name.endswith(("_epochs", "temperature", "_norm")) else 0.0
                 config.check_fraction(name, value, low, 1.0 if name in SHARES else math.inf)
 
     @classmethod
-    def named(cls, name: str, granularity: str, profile: str = "full", **changes) -> Recipe:
+    def named(cls, name: str, granularity: str, profile: str = "full", **changes) -> Self:
         """``default`` is ours for the grain; ``published`` is for the token grain only."""
         if name not in RECIPES:
             raise HatError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
         if name == "published" and granularity != "token":
             raise HatError("the published recipe trains the token grain: add --granularity token")
-        make = cls.published if name == "published" else cls.token if granularity == "token" else cls.channel
-        return make(profile, **changes)
-
-    @classmethod
-    def published(cls, profile: str = "full", **changes) -> Recipe:
-        """The published method's hyperparameters, for the token grain."""
-        return cls._profiled({}, profile, changes)
-
-    @classmethod
-    def token(cls, profile: str = "full", **changes) -> Recipe:
-        """Our recipe for the token grain."""
-        return cls._profiled(TOKEN, profile, changes)
-
-    @classmethod
-    def channel(cls, profile: str = "full", **changes) -> Recipe:
-        """Our recipe for the channel grain."""
-        return cls._profiled(CHANNEL, profile, changes)
-
-    @classmethod
-    def _profiled(cls, start: dict, profile: str, changes: dict) -> Recipe:
+        start = {} if name == "published" else TOKEN if granularity == "token" else CHANNEL
         if profile not in PROFILES:
             raise HatError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(changes) - set(known)):
             raise HatError(f"a recipe has no {unknown[0]!r}; it has {', '.join(known)}")
         return cls(**start | PROFILES[profile] | changes)
+
+    @classmethod
+    def published(cls, profile: str = "full", **changes) -> Self:
+        """The published method's hyperparameters, for the token grain."""
+        return cls.named("published", "token", profile, **changes)
+
+    @classmethod
+    def token(cls, profile: str = "full", **changes) -> Self:
+        """Our recipe for the token grain."""
+        return cls.named("default", "token", profile, **changes)
+
+    @classmethod
+    def channel(cls, profile: str = "full", **changes) -> Self:
+        """Our recipe for the channel grain."""
+        return cls.named("default", "channel", profile, **changes)
 
     def sampled_capacity(self, step: int, steps: int) -> float:
         """The capacity of one step; it depends on (seed, step) alone, so all processes and a resumed run agree."""
@@ -156,10 +149,7 @@ class Recipe:
         return float(np.random.default_rng([self.seed, step, 1]).uniform(0, self.exit_rate))
 
     def layer_dropout_at(self, step: int, steps: int, n_layers: int) -> np.ndarray:
-        """Probability that each layer is dropped, ``[L]``; it grows with depth and over the run.
-
-        ``p (exp(l ln2 / (L-1)) - 1) step/steps``: the progressive dropout of LayerSkip (Elhoushi et al. 2024,
-        arXiv:2404.16710, section 4.1), linear in time.
-        """
+        """Probability that each layer is dropped, ``[L]``: ``p (exp(l ln2 / (L-1)) - 1) step/steps``, the progressive
+        dropout of LayerSkip (Elhoushi et al. 2024, arXiv:2404.16710, section 4.1), linear in time."""
         depth = np.arange(n_layers) / max(1, n_layers - 1)
         return self.layer_dropout * np.expm1(depth * np.log(2)) * (step / max(1, steps))

@@ -6,13 +6,11 @@ A run owns a folder:
     log.csv                                    one row per logged step of either phase
     validation.csv                             the learning curve, where the recipe names a validation text
     run.json                                   what was asked for: recipe, base, command, versions
-    work/                                      training states and tensorboard files; gone when the run is done
+    work/                                      training states; gone when the run is done
 
 A run stopped by Ctrl-C, a time limit or a kill resumes from the last state in ``work``. One process at a time, or one
 torchrun group, may train in a folder: it holds a lock, which the system releases if the process dies.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -23,24 +21,25 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import torch
 import transformers
 from accelerate import PartialState
 
 from hat_lib import __version__
-from hat_lib.backbone.base import Base, load_base, parse_dtype
+from hat_lib.base.load import Base, load_base, parse_dtype
 from hat_lib.calibration.capacity import calibrate, calibrate_learned
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.calibration.quantiles import LEAST_TOKENS
-from hat_lib.config import CAPACITY_MIN, HatConfig, HatError, lock
-from hat_lib.model.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
-from hat_lib.model.granularity import GRAINS
-from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.text.blocks import held_out, load_text, spread, text_hash
+from hat_lib.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
+from hat_lib.config import CAPACITY_MIN, HatConfig, HatError, lock, replaced
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.grain import GRAINS
+from hat_lib.text.blocks import count_tokens, held_out, load_text, spread, text_hash
 from hat_lib.text.mixture import OWN, sources, training_text
-from hat_lib.training.budget_split import Thresholds
 from hat_lib.training.log import seconds_so_far
+from hat_lib.training.objective import nominal_thresholds
 from hat_lib.training.recipe import PHASES, Recipe
 from hat_lib.training.trainer import Outcome, train_phase
 
@@ -84,12 +83,11 @@ class Run:
 
     def write(self, folder: Path) -> None:
         versions = {"hat_lib": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        temporary = folder / f".{RUN_FILE}"
-        temporary.write_text(json.dumps({**asdict(self), "versions": versions}, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(folder / RUN_FILE)
+        with replaced(folder / RUN_FILE) as written:
+            written.write_text(json.dumps({**asdict(self), "versions": versions}, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> Run:
+    def read(cls, folder: Path) -> Self:
         """Raises `HatError` if ``folder`` holds no run, or one that this version cannot read."""
         path = folder / RUN_FILE
         if not path.is_file():
@@ -115,16 +113,15 @@ def train(
     """
     folder, until = Path(folder), math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
     checkpoint = _read_start(run)
-    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    processes, outcomes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE), []
     main = processes.is_main_process
     with _lock(folder, resume) if main else nullcontext():
         processes.wait_for_everyone()
-        outcomes = []
-        if not _is_done(folder, run.phases[-1]):
-            try:
+        try:
+            if not _is_done(folder, run.phases[-1]):
                 outcomes = _train(run, folder, checkpoint, processes, resume, until, progress and main)
-            except OSError as error:
-                raise HatError(f"cannot write {error.filename or folder}: {error.strerror}") from error
+        except OSError as error:
+            raise HatError(f"cannot write {error.filename or folder}: {error.strerror}") from error
     if main and (not outcomes or outcomes[-1].done):
         shutil.rmtree(folder / WORK, ignore_errors=True)
     return outcomes
@@ -139,14 +136,13 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
         source = next((name for name in sources(recipe.text) if name not in OWN), "addresses")
         part = partial(held_out, source, base.tokenizer, wanted, recipe.block_size)
         held = part(splits=["validation"])
-        if (found := sum(map(len, held["input_ids"]))) < LEAST_TOKENS:
+        if (found := count_tokens(held)) < LEAST_TOKENS:
             raise HatError(
                 f"{source}: trained models are calibrated on the validation split, which has {found} tokens, expected "
                 f"at least {LEAST_TOKENS}: bring at least {math.ceil(LEAST_TOKENS / found)} times as much text"
             )
         how = {"block_size": recipe.block_size, "seed": recipe.seed, "progress": progress}
-        blocks = training_text(base, recipe.text, recipe.tokens, **how)
-        validation = None
+        blocks, validation = training_text(base, recipe.text, recipe.tokens, **how), None
         if recipe.validation:
             rows = load_text(recipe.validation, base.tokenizer, split="validation", block_size=512)
             validation = spread(rows, recipe.validation_tokens)
@@ -178,8 +174,8 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
                 else:
                     _, agreement = calibrate_exits(hat, held["input_ids"], progress=progress)
                     summary["exit_agreement"] = [[round(a, 4) for a in row] for row in agreement]
-                minutes, tokens = seconds_so_far(folder / LOG_FILE, phase) / 60, sum(map(len, blocks["input_ids"]))
-                summary[phase] = {"steps": outcome.steps, "minutes": round(minutes, 1), "tokens": tokens}
+                minutes = round(seconds_so_far(folder / LOG_FILE, phase) / 60, 1)
+                summary[phase] = {"steps": outcome.steps, "minutes": minutes, "tokens": count_tokens(blocks)}
                 hat.training_summary = summary | {"recipe": asdict(recipe), "command": run.command}
                 hat.save_pretrained(folder)
             processes.wait_for_everyone()
@@ -246,27 +242,14 @@ def start_from(
     checkpoint.check_base(base, where)
     kept = checkpoint.config.correction_rank
     rank = kept if correction_rank is None else correction_rank
-    config = replace(checkpoint.config, translator_rank=translator_rank, correction_rank=rank, exit_rate=0.0)
-    hat = HierarchicalTransformer(base, config)
+    ranks = {"translator_rank": translator_rank, "correction_rank": rank}
+    hat = HierarchicalTransformer(base, replace(checkpoint.config, exit_rate=0.0, **ranks))
     parts = ("routers.", "corrections.") if rank == kept else ("routers.",)
     tensors = {n: t for n, t in checkpoint.tensors.items() if n.startswith(parts)}
     hat.load_adapter(replace(checkpoint, tensors=hat.hat_parameters() | tensors), where)
     hat.calibration = checkpoint.calibration
     hat.training_summary = {k: v for k, v in (checkpoint.training or {}).items() if not k.startswith("exit")}
     return hat
-
-
-def nominal_thresholds(hat: HierarchicalTransformer) -> Thresholds:
-    """Capacity -> the thresholds that training of the routers starts from, before any calibration of what they learn.
-
-    Magnitudes: those of the untrained calibration, which the learned scales and split then shift. Logits:
-    ``log((1-c)/c)`` everywhere; with logistic noise a score of 0 is kept with probability c.
-    """
-    if not hat.grain.logits:
-        start = hat.calibration
-        return lambda capacity: start.thresholds_at(max(capacity, CAPACITY_MIN))
-    keys = [(i, site) for i in range(hat.config.n_layers) for site in hat.grain.sites]
-    return lambda capacity: dict.fromkeys(keys, math.log(max(1 - capacity, 1e-4) / capacity))
 
 
 def _is_done(folder: Path, phase: str) -> bool:

@@ -6,12 +6,8 @@ trained parameters, the optimizer's state and the number of the step, and proces
 micro-batches that one process would take with gradient accumulation.
 """
 
-from __future__ import annotations
-
 import math
-import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -29,14 +25,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from hat_lib.backbone.base import first_line
-from hat_lib.config import HatError
-from hat_lib.model.transformer import HierarchicalTransformer
-from hat_lib.training.budget_split import Thresholds
-from hat_lib.training.log import Log
-from hat_lib.training.objective import Objective
+from hat_lib.base.load import first_line
+from hat_lib.config import HatError, replaced
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.training.log import Log, extend_curve
+from hat_lib.training.objective import Objective, Thresholds
 from hat_lib.training.recipe import Recipe
-from hat_lib.training.validation import extend_curve
 
 STATE_FILE = "state.pt"
 """step, trained parameters and optimizer, in the work folder of a phase; read with ``weights_only=True``"""
@@ -50,9 +44,9 @@ class Outcome:
     step: int
     steps: int
     seconds: float
-    stopped: str = ""
+    stopped: str
     """"time", "interrupt", "terminate", or empty if it ran to the end"""
-    thresholds: Thresholds | None = field(default=None, repr=False)
+    thresholds: Thresholds = field(repr=False)
     """those that the routers were trained at in the end, their learned split included"""
 
     @property
@@ -91,21 +85,20 @@ def train_phase(
     and saved; SIGTERM is then raised again, for whoever handled it before.
     """
     processes, began = PartialState(cpu=not torch.cuda.is_available()), time.monotonic()
-    main, work = processes.is_main_process, folder / "work" / phase
-    state_file = work / STATE_FILE
+    main, state = processes.is_main_process, folder / "work" / phase / STATE_FILE
     objective = Objective(hat, recipe, phase, thresholds).train()
     per_step = recipe.accumulate * processes.num_processes
     epochs = recipe.router_epochs if phase == "routers" else recipe.exit_epochs
     steps = max_steps if max_steps > 0 else math.ceil(epochs * steps_per_epoch(len(blocks), recipe, per_step))
     optimizer = _optimizer(objective)
-    start = _load(state_file, objective, optimizer) if resume and state_file.exists() else 0
+    start = _load(state, objective, optimizer) if resume and state.exists() else 0
     warmup = math.ceil(steps * recipe.warmup)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps, last_epoch=start - 1)
 
     processes.wait_for_everyone()
     if main and not start:
-        shutil.rmtree(work, ignore_errors=True)
-    log = Log(folder / "log.csv", work, objective, start, steps) if main else None
+        state.unlink(missing_ok=True)
+    log = Log(folder / "log.csv", objective, start, steps) if main else None
 
     def measure(step: int) -> None:
         if main and validation is not None and phase == "routers":
@@ -121,14 +114,15 @@ def train_phase(
             while step < steps and not stops.reason:
                 if watch and main:
                     watch(False)
-                step_began = time.monotonic()
                 micro_batches = step_rows(len(blocks), recipe, per_step, step)
                 for rows in micro_batches[processes.process_index :: processes.num_processes]:
                     batch = collate([blocks[i] for i in rows], hat.base.device)
                     out = _backward(objective, batch, step, steps)
                     if log:
                         log.add(out, int(batch["attention_mask"].sum()))
-                _average(objective)
+                for parameter in objective.parameters():  # the same ones have a gradient in every process
+                    if parameter.grad is not None:
+                        parameter.grad = reduce(parameter.grad)
                 norm, used_rate = _clip(objective, step), schedule.get_last_lr()[0]
                 optimizer.step()
                 schedule.step()
@@ -138,18 +132,12 @@ def train_phase(
                     bar.set_description(f"{phase}, loss {log.write(step, norm, used_rate):.4g}")
                 stops.check(step == steps)
                 if main and (stops.reason or step % recipe.save_steps == 0 or step == steps):
-                    _save(state_file, step, objective, optimizer)
+                    _save(state, step, objective, optimizer)
                     measure(step)
                 bar.update()
-                if progress and step == start + 2 and step < steps:  # the first step allocates
-                    each = time.monotonic() - step_began
-                    minutes = (steps - step) * each / 60
-                    tqdm.write(f"{phase}: {steps} steps of about {each:.2g} s, about {minutes:.0f} minutes", sys.stderr)
             stops.check(True)  # a Ctrl-C while the last step was being saved
     finally:
         bar.close()
-        if log:
-            log.close()
         hat.eval()
         for parameter in hat.hat_parameters().values():
             parameter.requires_grad_(True)
@@ -209,13 +197,6 @@ def _backward(objective: Objective, batch: dict, step: int, steps: int) -> dict:
     return out
 
 
-def _average(objective: Objective) -> None:
-    """The gradients, averaged over all processes; the same parameters have one in each of them."""
-    for parameter in objective.parameters():
-        if parameter.grad is not None:
-            parameter.grad = reduce(parameter.grad)
-
-
 def steps_per_epoch(n_rows: int, recipe: Recipe, per_step: int) -> int:
     """Steps of ``per_step`` micro-batches that an epoch takes."""
     return math.ceil(math.ceil(n_rows / recipe.batch_size) / per_step)
@@ -232,11 +213,12 @@ def step_rows(n_rows: int, recipe: Recipe, per_step: int, step: int) -> list[lis
 
 def collate(rows: list[dict], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Blocks to ``input_ids, attention_mask [B, T]``, right-padded, and ``index [B]`` of the samples; all int64."""
-    ids = [torch.tensor(row["input_ids"]) for row in rows]
-    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-    index = torch.tensor([row["index"] for row in rows])
-    batch = {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask, "index": index}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    ids = [torch.tensor(row["input_ids"], device=device) for row in rows]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "index": torch.tensor([row["index"] for row in rows], device=device),
+    }
 
 
 def _optimizer(objective: Objective) -> torch.optim.Optimizer:
@@ -266,12 +248,10 @@ def _trained(objective: Objective) -> dict[str, Tensor]:
 
 def _save(path: Path, step: int, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
     """Write what `_load` needs, in place of an older state once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
     state = {"step": step, "trained": _trained(objective), "optimizer": optimizer.state_dict()}
     try:
-        torch.save(state, temporary)
-        temporary.replace(path)
+        with replaced(path) as written:
+            torch.save(state, written)
     except (OSError, RuntimeError) as error:  # RuntimeError is how torch reports a full disk
         raise HatError(f"cannot write {path}: {first_line(error)}") from error
 

@@ -18,9 +18,15 @@ from typing import Annotated
 import typer
 
 from hat_lib.config import NOTEBOOKS, REPO, RUNS, HatError
-from hat_lib.workbook.notebooks import clean_file, parse_parameters, run_notebook, select
+from hat_lib.terminal import Commands
+from hat_lib.workbook import missing
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+try:
+    from hat_lib.workbook.notebooks import clean_file, parse_parameters, run_notebook, select
+except ImportError as error:
+    raise SystemExit(f"error: {missing(error)}") from None
+
+app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="[NN]...", help="Numbers, names or files; default: all.")]
 Parameters = Annotated[list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="May be repeated.")]
@@ -83,7 +89,4 @@ def _run_all(notebooks: list[Path], folder: Path, parameters: dict, cell_timeout
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except HatError as e:
-        raise SystemExit(f"error: {e}") from None
+    app()

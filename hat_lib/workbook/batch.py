@@ -28,7 +28,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nbformat
-from joblib import Parallel, delayed
+import pandas as pd
+from joblib import Parallel, cpu_count, delayed
 
 from hat_lib.config import HatError
 from hat_lib.rows import RowWriter, read_rows
@@ -114,7 +115,7 @@ def batch(
     if out.is_dir() and not (out / ROWS).exists() and any(out.iterdir()):
         raise HatError(f"{out} is not empty and holds no {ROWS}: choose a new folder")
     with RowWriter(out / ROWS, BatchRow, key=("run", "attempts")) as rows:
-        before = latest_rows(out)
+        before = {row.run: row for row in rows.done.values()}
         if any((row.notebook, row.code) != (notebook.name, code) for row in before.values()):
             raise HatError(f"{out} holds runs of another notebook, or of {notebook.name} before it changed")
         tasks = []
@@ -137,6 +138,12 @@ def latest_rows(out: Path) -> dict[str, BatchRow]:
     return {row.run: row for row in read_rows(out / ROWS, BatchRow)}
 
 
+def table(out: Path, grid: Sequence[dict]) -> pd.DataFrame:
+    """How the runs of a grid went: a row each, ``run``, ``status``, ``attempts`` and ``seconds``."""
+    latest = latest_rows(out)
+    return pd.DataFrame([latest[run_name(point)] for point in grid])[["run", "status", "attempts", "seconds"]]
+
+
 def carry_out(task: Task) -> BatchRow:
     """A run, in a worker: attempt after attempt until one passes or ``retries`` are used up."""
     run, first = task.row.run, task.row.attempts
@@ -153,11 +160,14 @@ def carry_out(task: Task) -> BatchRow:
     return row
 
 
-def local(tasks: list[Task], jobs: int) -> Iterator[BatchRow]:
-    """``jobs`` loky processes, through joblib; a single job runs in this process.
+def local(tasks: list[Task], jobs: int | None = None) -> Iterator[BatchRow]:
+    """``jobs`` loky processes, through joblib, by default one a core; a single job runs in this process. By default,
+    all runs at once share the cores.
 
     When a worker dies, loky ends them all: the runs that are left get one more attempt, each in a pool of its own.
     """
+    jobs = jobs or max(1, min(len(tasks), cpu_count()))
+    tasks = [replace(task, threads=task.threads or max(1, cpu_count() // jobs)) for task in tasks]
     left = {task.row.run: task for task in tasks}
     pool = Parallel(jobs, backend="loky", return_as="generator_unordered", batch_size=1)
     with suppress(BrokenExecutor):

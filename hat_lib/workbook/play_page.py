@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from hat_lib.config import HatError
-from hat_lib.evaluation.screen import PRESETS, Screen
+from hat_lib.workbook.screen import PRESETS, Screen
 
 HERE = Path(__file__).parent
 PARTS = "play_parts.js", "play.js", "play_widget.js"

@@ -18,15 +18,15 @@ from IPython.display import display
 from matplotlib.figure import Figure
 
 from hat_lib.config import HatError
-from hat_lib.evaluation import screen
 from hat_lib.evaluation.routing import layer_map
 from hat_lib.evaluation.tokens import explain
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
 from hat_lib.plotting import routing, token_heatmap
+from hat_lib.workbook import screen
 from hat_lib.workbook.environment import in_colab
 from hat_lib.workbook.play_page import SCRIPT, STYLE
 
-MEANING = "framed: first token unlike dense; share of the dense work:"
+MEANING = "framed: first token unlike dense; share of the dense work"
 
 
 class PlayView(anywidget.AnyWidget):

@@ -33,7 +33,7 @@ def begin(*, profile: str, seed: int, full: int = 8, dtype: str | None = None, *
         import torch
         from transformers.utils.logging import disable_progress_bar
 
-        from hat_lib.backbone.base import parse_dtype
+        from hat_lib.base.load import parse_dtype
 
         disable_progress_bar()  # half-drawn bars would stay in stored outputs
         if dtype != "auto":

@@ -35,7 +35,7 @@ def gated_product(x: Tensor, w: Tensor, threshold: Tensor, scale: float = 1.0) -
         x: ``[C]``, float32, bfloat16 or float16.
         w: ``[C, O]``, transposed and contiguous, of any of these dtypes.
         threshold: float32 ``[C]``; a negative one always keeps its channel.
-        scale: the token's own (`hat_lib.model.routers.MoERouter.threshold_scale`).
+        scale: the token's own (`hat_lib.method.routers.MoERouter.threshold_scale`).
 
     Programs add their sums in any order, so the last bits differ from run to run.
     """

@@ -32,23 +32,6 @@ TOKEN_PARTS = {
 """part of a token's time -> colour and name"""
 
 
-@draws("exit_rate", "layers", "share")
-def exits(table: pd.DataFrame) -> Figure:
-    """Where tokens leave: the share of all tokens by the layers they ran; those that stay are at the right end."""
-    cells = table.pivot(index="layers", columns="exit_rate", values="share").fillna(0.0)
-    fig, (ax,) = style.panels(1, height=3.0)
-    width, places = 0.8 / len(cells.columns), np.arange(len(cells))
-    for i, ((rate, share), (colour, _)) in enumerate(zip(cells.items(), SERIES * len(cells), strict=False)):
-        bars = ax.bar(places + (i + 0.5) * width - 0.4, share, width, color=colour, label=f"exit rate {rate:g}")
-        ax.bar_label(bars, [f"{v:.0%}" for v in share], fontsize=8)
-    ax.set_xticks(places, cells.index)
-    ax.set(xlabel="layers that the token ran", ylabel="share of the tokens")
-    ax.yaxis.set_major_formatter(PERCENT)
-    ax.grid(axis="x", visible=False)
-    style.legend_above(ax, len(cells.columns))
-    return fig
-
-
 @draws("granularity", "capacity", "dtype", "kind", "drafted", "accepted", "ideal", "ms_dense", *TIMES)
 def lossless(table: pd.DataFrame) -> Figure:
     """Drafts that the base accepted, by kind of prompt, and speed beside three other ways to the same text: a ratio of

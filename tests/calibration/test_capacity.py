@@ -13,7 +13,6 @@ from hat_lib.calibration import capacity, exits, quantiles
 from hat_lib.calibration.capacity import calibrate, calibrate_learned
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.config import HatError
-from hat_lib.model.policies import ExitThresholds
 
 blocks = partial(random_blocks, length=64)
 TEXT, AT = blocks(40, seed=4), (0.5, 0.8, 1.0)
@@ -152,7 +151,7 @@ def test_what_is_realised_is_measured_on_other_blocks_than_were_fitted():
     with hat.dense():
         base = hat.lm(checked).logits.argmax(-1)
     for row in range(1, len(exits.RATES) + 1):
-        thresholds = ExitThresholds(hat.gates, found.exit_scores[0][row])
+        thresholds = found.exit_scores[0][row]
         with hat.dense(), hat.at(0.8), hat.using(exits=thresholds):
             same = (hat.lm(checked).logits.argmax(-1) == base)[hat.trace.exited]
         assert found.exit_rates[0][row] == pytest.approx(len(same) / checked.numel(), abs=0.02)

@@ -11,15 +11,16 @@ import torch
 from tiny_runs import adaptive, new_hat, random_blocks
 from typer.testing import CliRunner
 
-from hat_lib.backbone import base
-from hat_lib.backbone.shapes import byte_tokenizer, random_model
+from hat_lib.base import load as base
+from hat_lib.base.shapes import byte_tokenizer, random_model
 from hat_lib.calibration.exits import calibrate_exits
+from hat_lib.checkpoint import read_checkpoint
 from hat_lib.cli import options as shared
 from hat_lib.cli.app import app
 from hat_lib.config import REPO
-from hat_lib.inference import generate, speed
-from hat_lib.model.checkpoint import read_checkpoint
-from hat_lib.model.fast_path import WEIGHT_FORMATS
+from hat_lib.decoding import inference as generate
+from hat_lib.decoding import speed
+from hat_lib.decoding.generate import WEIGHT_FORMATS
 from hat_lib.rows import read_rows
 from studies.quality import Row
 
@@ -80,7 +81,7 @@ def test_weights_in_fewer_bits(run_hat, calibrated, monkeypatch):
     for form in WEIGHT_FORMATS:
         code, out, err = run_hat(*command, "--weights", form)
         assert code == 0 and f"; engine ({'float32' if form == 'base' else form}, " in out and "warning" not in err
-    monkeypatch.setattr("hat_lib.model.fast_path.UNAVAILABLE", "no numba")
+    monkeypatch.setattr("hat_lib.decoding.generate.UNAVAILABLE", "no numba")
     code, out, err = run_hat(*command, "--weights", "int8")
     assert code == 0 and "warning: --weights int8 changes nothing here" in err
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_runs import page
 
-from hat_lib.backbone import base
-from hat_lib.backbone.shapes import byte_tokenizer, random_model
+from hat_lib.base import load as base
+from hat_lib.base.shapes import byte_tokenizer, random_model
 from hat_lib.cli.app import app
 
 TINY = ("--base", "random:tiny")
@@ -52,7 +52,7 @@ def refuses(run_hat, tmp_path):
         ((*EVALUATE, "--tasks", "a", "--documents"), "--documents"),
         ((*CALIBRATE, "--granularity", "block"), "block"),
         ((*CALIBRATE, "--text", "docstrings"), "docstrings"),
-        ((*SWEEP, "--seed", "0,abc"), "0,abc"),
+        ((*SWEEP, "--seed", "0,abc"), "seed"),
         (("sweep", "--out", "x.png"), "x.png"),
         ((*SWEEP, "--grains", "word"), "word"),
         ((*SWEEP, "--variants", "trained,lucky"), "lucky"),

@@ -53,7 +53,7 @@ def steps(decoder, ids, cache=None, at_a_time=1, first=None):
         part, start = ids[:, t : t + at_a_time], cache.get_seq_length()
         position = np.broadcast_to(np.arange(start, start + part.shape[1]), part.shape)
         place = Place(position, np.zeros(b, np.int64), np.zeros(part.shape, bool))
-        out.append(decoder.step(part.numpy(), cache, decoder.keep_everything(), place).logits)
+        out.append(decoder.step(part.numpy(), cache, decoder.dense, place).logits)
     return torch.cat(out, 1)
 
 

@@ -6,7 +6,7 @@ import torch
 from four_bits_read import four_bits, unpacked
 
 from hat_lib.engine import kernels
-from hat_lib.engine.arrays import SECTION
+from hat_lib.engine.arrays import SECTION, Inputs
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import GROUP, _adds, add, encode, has_avx2
 from hat_lib.engine.kernels import dots, keep
@@ -15,6 +15,7 @@ from hat_lib.engine.weights import as_numpy
 
 CHANNELS, OUTPUTS = 96, 2144
 """more than `COLUMNS`, and not a multiple of 128"""
+UNIT = np.ones(CHANNELS, np.float32)
 
 
 def of_each(kernel):
@@ -64,13 +65,13 @@ def test_exp():
         np.testing.assert_allclose(out, np.exp(x), rtol=3e-7, atol=2e-38)
 
 
-def product(w, x, threshold, *, scale=1.0, keep_all=False, runs=True):
+def product(w, x, unit, *, bar=1.0, runs=True):
     """Kept channels of ``x [R, C]`` times ``w [C, O]``: outputs ``[R, O]`` and how many channels each row kept."""
     rows, channels = x.shape
     index, values = np.zeros(channels + 8, np.uint64), np.zeros((rows, channels + 8), np.float32)
     kept, y = np.zeros(rows, np.int32), np.full((rows, OUTPUTS), np.nan, np.float32)
-    of_row = [np.broadcast_to(np.asarray(v, d), rows).copy() for v, d in ((scale, "f4"), (keep_all, "?"), (runs, "?"))]
-    n = keep(x, 0, channels, threshold, *of_row, index, values, kept)
+    bars, running = (np.broadcast_to(np.asarray(v, d), rows).copy() for v, d in ((bar, "f4"), (runs, "?")))
+    n = keep(Inputs(x, bars, running), unit, 0, channels, index, values, kept)
     assert n % 8 == 0
     add_kept(w, index, values, n, y)
     return y, kept
@@ -91,12 +92,11 @@ def x():
 
 @pytest.mark.parametrize("threshold", [-1, 0.1, 0.7, 2.0, 1e9], ids=str)
 def test_skipped_and_zero_channels_give_the_same_bits(weights, x, threshold):
-    thresholds = np.full(CHANNELS, threshold, np.float32)
     for row in x:
-        found, kept = product(weights, row[None], thresholds)
+        found, kept = product(weights, row[None], UNIT, bar=threshold)
         masked = np.where(np.abs(row) > threshold, row, 0).astype(np.float32)
         assert kept[0] == np.count_nonzero(masked)
-        assert np.array_equal(found, product(weights, masked[None], np.full(CHANNELS, -1, np.float32))[0])
+        assert np.array_equal(found, product(weights, masked[None], UNIT, bar=-np.inf)[0])
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"], indirect=True)
@@ -127,16 +127,16 @@ def test_product(weights, x):
     if weights.dtype == np.uint8:  # relative to inputs in eight bits
         x = rounded(x)
     expected = x.astype("f8") @ plain(weights)
-    found = product(weights, x, np.full(CHANNELS, -1, np.float32))[0]
+    found = product(weights, x, UNIT, bar=-np.inf)[0]
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 def test_nan_is_kept(weights, x):
     """As in the definition, where a skipped one is multiplied by zero; other rows are not touched."""
-    broken, thresholds = x.copy(), np.full(CHANNELS, 1.0, np.float32)
+    broken = x.copy()
     broken[1, 5] = np.nan
-    found, expected = product(weights, broken, thresholds)[0], product(weights, x, thresholds)[0]
-    assert np.isnan(found[1]).all() and np.isnan(product(weights, broken[1:2], thresholds)[0]).all()
+    found, expected = product(weights, broken, UNIT)[0], product(weights, x, UNIT)[0]
+    assert np.isnan(found[1]).all() and np.isnan(product(weights, broken[1:2], UNIT)[0]).all()
     assert np.array_equal(np.delete(found, 1, 0), np.delete(expected, 1, 0))
 
 
@@ -190,11 +190,9 @@ def test_plain_code_and_the_instruction_give_the_same_bits(outputs):
 
 
 def test_row_among_others_is_as_alone(weights, x):
-    thresholds = np.linspace(0.1, 1.2, CHANNELS, dtype=np.float32)
-    scale, keep_all = np.array([1, 0.5, 2, 1, 1], "f4"), np.array([0, 0, 0, 1, 0], bool)
-    runs = np.array([1, 1, 1, 1, 0], bool)
-    together, kept = product(weights, x, thresholds, scale=scale, keep_all=keep_all, runs=runs)
+    unit, bar = np.linspace(0.1, 1.2, CHANNELS, dtype=np.float32), np.array([1, 0.5, 2, -np.inf, 1], "f4")
+    together, kept = product(weights, x, unit, bar=bar, runs=np.array([1, 1, 1, 1, 0], bool))
     assert kept[3] == CHANNELS and kept[4] == 0 and not together[4].any()
     for r in range(4):
-        alone, own = product(weights, x[r : r + 1], thresholds, scale=scale[r], keep_all=keep_all[r])
+        alone, own = product(weights, x[r : r + 1], unit, bar=bar[r])
         assert np.array_equal(together[r], alone[0]) and kept[r] == own[0]

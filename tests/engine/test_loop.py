@@ -24,7 +24,7 @@ def course(decoder, ids, count, cache=None, padding=None, **choice):
     """``count`` tokens after ``ids [B, T]``, and the cache; ``padding [B]`` tokens on the left of each are not seen."""
     cache = DynamicCache(config=decoder.lm.config) if cache is None else cache
     first = np.zeros(len(ids), np.int64) if padding is None else padding
-    start, decide = cache.get_seq_length(), decoder.keep_everything()
+    start, decide = cache.get_seq_length(), decoder.dense
     if ids.shape[1] > 1:
         real = torch.arange(ids.shape[1])[None] >= torch.from_numpy(first)[:, None]
         decoder.lm(ids[:, :-1], attention_mask=real[:, :-1].long(), cache=cache, use_cache=True,

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from hat_lib.config import DATA
 from hat_lib.evaluation.perplexity import score
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
 
 CHECKPOINT, CAPACITY = DATA / "checkpoints" / "default", 0.6

@@ -15,13 +15,13 @@ from transformers import DynamicCache
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import HatError
 from hat_lib.evaluation import controls
+from hat_lib.evaluation.choices import Random
 from hat_lib.evaluation.controls import (
     CONTROLS,
     Cosine,
     Layers,
     OutOfReach,
     RandomExits,
-    StreamCosine,
     checkpoint_family,
     exit_shares,
     layer_damage,
@@ -29,8 +29,7 @@ from hat_lib.evaluation.controls import (
     realised_capacity,
     static_choice,
 )
-from hat_lib.model.policies import Random
-from hat_lib.model.token_state import Masks, TokenState
+from hat_lib.method.trace import Masks, Trace
 
 EXITS = (1, 2, 3)
 blocks = partial(random_blocks, n=5, length=64)
@@ -201,7 +200,7 @@ class TestRemoval:
 
 def three_tokens():
     real = torch.ones(1, 3, dtype=torch.bool)
-    return TokenState(real, torch.arange(3)[None], ~real, [1.0], 4, mask_shapes={"qkv": (64,)})
+    return Trace(real, torch.arange(3)[None], ~real, [1.0], 4, mask_shapes={"qkv": (64,)})
 
 
 class TestCosine:
@@ -209,14 +208,15 @@ class TestCosine:
         """Against the streams of plain transformers, where each enters a layer or its FFN."""
         reference = tiny().model
         name = "post_attention_layernorm" if hat.config.granularity == "token" else "input_layernorm"
-        streams, found, stream = [], {}, StreamCosine(hat)
+        streams, found, nothing = [], {}, np.zeros(4)
+        rule = Cosine(hat, nothing, nothing, threshold=1.0)
         for layer in reference.model.layers:
             getattr(layer, name).register_forward_pre_hook(lambda _, args: streams.append(args[0]))
         reference(IDS)
 
         def watch(layer, site, x, rows, state):
             if site == hat.grain.sites[0]:
-                found[layer] = stream(layer, x, rows, state)
+                found[layer] = rule.turned(layer, x, rows, state)
 
         with hat.dense(), hat.using(watch):
             hat.lm(IDS)
@@ -228,8 +228,8 @@ class TestCosine:
 
     def test_by_hand(self, channels):
         """Three tokens whose streams turn by known angles; layers 1 and 2 decide, 0 and 3 always run."""
-        mean, std, r = (np.array(v) for v in ([0.9, 0.8, 0.7, -np.inf], [0.1, 0.2, 0.05, 0.0], [0.0, 0.5, -1.0, 0.0]))
-        policy, st = Cosine(channels, mean, std, r, threshold=0.75), three_tokens()
+        slope, intercept = np.array([0.0, 1.0, -0.25, 0.0]), np.array([-np.inf, -0.1, 0.9, -np.inf])
+        policy, st = Cosine(channels, slope, intercept, threshold=0.75), three_tokens()
         weights = [layer.input_layernorm.weight for layer in channels.lm.model.layers]
         # Cosines across layer 0 and across layer 1, by token.
         across = torch.tensor([[1.0, 0.6, 0.9], [0.5, 0.9, 0.5]], dtype=torch.float64)
@@ -241,9 +241,8 @@ class TestCosine:
             return 7.0 * stream * weights[layer]
 
         keep = [policy(layer, "qkv", at(min(layer, 2)), None, st)[:, 0].tolist() for layer in range(4)]
-        # Layer 1: deviations (1 - .9)/.1 = 1, -3, 0 times r = .5, so .8 + .2 * (.5, -1.5, 0) = .9, .5, .8.
-        # Layer 2: only token 1 ran layer 1, where it deviates by (.9 - .8)/.2 = .5, times r = -1. For the others
-        # .5 and 0 were expected there. So .7 + .05 * (-.5, -.5, 0) = .675, .675, .7: all run.
+        # Layer 1: 1, .6 and .9 less .1. Layer 2: only token 1 ran layer 1, where its cosine is .9. For the others .9
+        # and .8 were predicted there. So .9 - .25 * (.9, .9, .8) = .675, .675, .7: all run.
         assert keep == [[True] * 3, [False, True, False], [True] * 3, [True] * 3]
         # The cosine of .5 across layer 1 says nothing about tokens 0 and 2, which skipped it.
         policy.threshold = 0.69

@@ -19,7 +19,7 @@ def test_the_tails_of_few_units_are_widened_twice(n, t):
 
 def test_documents_are_drawn_whole():
     found = units(list("aabcccdef"))
-    assert found.documents and found.drawn == 6
+    assert found.drawn == 6
     assert [blocks.tolist() for blocks in found.blocks] == [[0, 1], [2], [3, 4, 5], [6], [7], [8]]
     drawn = resample(found, 9, 200)
     assert (drawn[:, 0] == drawn[:, 1]).all() and (drawn[:, 3] == drawn[:, 5]).all()
@@ -29,7 +29,7 @@ def test_documents_are_drawn_whole():
 def test_runs_of_neighbours_are_drawn_where_documents_are_few():
     """27 blocks of two documents: runs of three, which stay in their document and have every block equally often."""
     found = units([0] * 12 + [1] * 15)
-    assert not found.documents and found.drawn == 9 and len(found.blocks) == 27
+    assert found.drawn == 9 and len(found.blocks) == 27
     assert [found.blocks[at].tolist() for at in (0, 11, 26)] == [[0, 1, 2], [11, 0, 1], [26, 12, 13]]
     assert (np.bincount(np.concatenate(found.blocks)) == 3).all()
     assert resample(found, 27, 100).sum(1).tolist() == [27] * 100

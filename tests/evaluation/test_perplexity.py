@@ -1,6 +1,5 @@
 """Perplexity against sums worked out by hand; intervals on made-up and measured scores; more compute is no worse."""
 
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -8,15 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_runs import GRAINS, gating, new_hat, random_blocks, skipping
+from tiny_runs import GRAINS, skipping
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hat_lib.config import DATA, HatError
 from hat_lib.evaluation.perplexity import Score, bits_per_byte, by_document, compare, score, score_each, text_bytes
-from hat_lib.model.cost import state_cost
-from hat_lib.model.modes import combined
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.cost import state_cost
 from hat_lib.text.blocks import load_text
 
 SHARES = ("capacity", "exit_rate", "model_share")
@@ -110,36 +108,6 @@ def test_agreement_by_hand(hat, blocks):
     _, (found,) = score_each(hat, rows, batch_size=2, progress=False)
     assert found.top1 == pytest.approx(float(torch.cat(same).double().mean())) and 0.02 < found.top1 < 0.98
     assert found.kl == pytest.approx(float(torch.cat(divergence).mean()), rel=1e-3) and found.kl > 0.01
-
-
-@pytest.mark.filterwarnings("ignore:token grain")
-@pytest.mark.parametrize("make", [partial(skipping, "channel"), partial(skipping, "token"), gating])
-def test_decoding_a_text_scores_it_as_one_forward_does(make, blocks):
-    hat, rows = make(), [blocks[0], blocks[1], blocks[-1]]
-    settings = [partial(hat.at, 0.7), hat.dense]
-    one = score_each(hat, rows, settings, progress=False)
-    decoded = score_each(hat, rows, settings, batch_size=3, progress=False, decoded=True)
-    for a, b in zip([one[0], *one[1]], [decoded[0], *decoded[1]], strict=True):
-        np.testing.assert_allclose(b.nll, a.nll, rtol=1e-4)
-        head = 0.01 * (hat.has_shortlist and b.capacity < 1)  # of all tokens, not of the scored ones
-        for name in (*SHARES, "layer_capacity"):
-            assert getattr(b, name) == pytest.approx(getattr(a, name), abs=1e-4 + head)
-        for name in ("tokens", "exits", "documents"):
-            assert np.array_equal(getattr(a, name), getattr(b, name))
-        if a.kl is not None:
-            assert (b.top1, b.kl) == pytest.approx((a.top1, a.kl), abs=1e-4)
-    assert decoded[1][0].capacity < 0.9 and decoded[1][1].capacity == 1 == decoded[0].capacity
-
-
-def test_the_engine_decodes_and_steering_brings_it_to_what_was_asked():
-    hat, rows = new_hat("channel"), [{"input_ids": ids, "n_context": 0} for ids in random_blocks(1, 120)]
-    table = hat.calibration
-    hat.calibration = replace(table, thresholds=(1.5 * np.array(table.thresholds)).tolist())
-    at = partial(hat.at, 0.6)
-    assert hat.decoding.startswith("engine")
-    settings = [at, partial(combined, at, hat.steered)]
-    _, (plain, steered) = score_each(hat, rows, settings, progress=False, decoded=True)
-    assert abs(plain.capacity - 0.6) > 0.05 and abs(steered.capacity - 0.6) < 0.03
 
 
 def test_refusals(hat, tiny_base, blocks):

@@ -6,9 +6,9 @@ import tiny_runs
 import torch
 
 from hat_lib.config import HatError
+from hat_lib.evaluation.choices import Random
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.evaluation.sweep import sweep
-from hat_lib.model.policies import Random
 from hat_lib.text.blocks import load_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")

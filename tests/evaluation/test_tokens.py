@@ -15,10 +15,20 @@ from hat_lib.evaluation import routing
 from hat_lib.evaluation.perplexity import Score, compare, score_each
 from hat_lib.evaluation.routing import MEASURES
 from hat_lib.evaluation.tokens import LIKELIEST, LOSSES, prompt_blocks, token_table
+from hat_lib.text.blocks import load_text
 from hat_lib.text.token_classes import CLASSES
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:token grain at capacity")]
 PROMPT = "In 2025 a naïve fox 🦙 met the Kings."
+TEXT = "In 2025 Ada met 3 of the Kings, and they didn’t say a naïve word 🦙.\nThe quick brown fox jumps. " * 5
+
+
+@pytest.fixture(scope="module")
+def strided(tiny_base, tmp_path_factory):
+    """Windows of one document, with context; the last one is shorter."""
+    path = tmp_path_factory.mktemp("text") / "long.txt"
+    path.write_text(TEXT)
+    return list(load_text(path, tiny_base.tokenizer, split="train", block_size=64, stride=40))
 
 
 @pytest.fixture(scope="module", params=GRAINS)
@@ -132,21 +142,6 @@ def test_classes_hold_the_means_of_their_tokens(found):
         assert rows["tokens"].tolist() == groups.count()[rows.index].tolist()
 
 
-def test_honest_forecasts_lie_on_the_diagonal_and_idle_ones_do_not():
-    """Prices scattered around the forecast; then with the forecasts of other tokens."""
-    draw, block = np.random.default_rng(0), np.repeat(np.arange(20), 100)
-    forecast = np.exp(draw.normal(size=(6, 2000))) * 10.0 ** np.arange(6)[:, None]
-    price = 1e-3 * forecast * draw.exponential(size=forecast.shape)
-    table = routing.by_sensitivity(price, forecast, block, depths=2, bins=4)
-    assert table[["first", "last"]].drop_duplicates().to_numpy().tolist() == [[0, 2], [3, 5]]
-    assert (table["pairs"] == 3 * 2000 / 4).all() and table["bin"].tolist() == [0, 1, 2, 3] * 2
-    assert table["forecast"].between(table["low"], table["high"]).sum() >= 7
-    weighted = table.groupby("first")[["forecast", "mean"]].mean()
-    np.testing.assert_allclose(weighted, 1, rtol=1e-9)  # both relative to the layer's mean
-    idle = routing.by_sensitivity(price, np.roll(forecast, 1, axis=1), block, depths=2, bins=4)
-    assert idle["low"].max() < 1 < idle["high"].min()
-
-
 def test_quantiles_are_equal_groups_in_order(found):
     table = routing.by_quantile(found, bins=4).query("measure == 'share'")
     free = found.tokens[~found.tokens["protected"]]
@@ -187,7 +182,7 @@ def test_intervals_are_those_of_evaluate(monkeypatch):
     monkeypatch.setattr(routing, "RESAMPLES", 2000)
     draw = np.random.default_rng(1)
     tokens, added = draw.integers(20, 60, 9), draw.normal(0.1, 1, 9)
-    means = routing._means(np.repeat(added / tokens, tokens)[None], *[np.repeat(np.arange(9), tokens)] * 2)
+    means = routing.means(np.repeat(added / tokens, tokens)[None], *[np.repeat(np.arange(9), tokens)] * 2)
     theirs = compare(Score(np.zeros(9), tokens), Score(added, tokens))
     expected = np.log1p([theirs.increase, theirs.low, theirs.high])  # it takes the exponential first
     np.testing.assert_allclose(means.loc[0, ["mean", "low", "high"]].astype(float), expected, rtol=1e-5)

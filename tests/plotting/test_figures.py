@@ -16,7 +16,7 @@ from hat_lib.config import HatError
 from hat_lib.evaluation.routing import TABLES
 from hat_lib.evaluation.tokens import token_table
 from hat_lib.plotting import frontier, routing, style, training
-from studies.plotting import findings, reference_runs, speed
+from studies.plotting import findings, notebooks, reference_runs
 
 NUMBERS = "ffn attention head work value ratio increase realised top1 agreement share forecast mean score threshold kl"
 TABLE = pd.DataFrame({name: [0.2, 0.4, 0.7] for name in NUMBERS.split()})
@@ -34,19 +34,19 @@ LOG = LOG.assign(capacity=0.6, share=0.62, gate_loss=0.6, agreement=0.2, exit_ra
 LOG = LOG.assign(**{f"share_{layer}": 0.6 for layer in range(4)})
 FIGURES = {
     # figure: (its tables, panels, lines or bars or points with whiskers in the first panel)
-    style.weight_shares: ((TABLE,), 1, 3),
-    style.skipped_ffn: ((TABLE,), 1, 1),
-    style.grain_frontier: ((TABLE,), 1, 2),
+    notebooks.weight_shares: ((TABLE,), 1, 3),
+    notebooks.skipped_ffn: ((TABLE,), 1, 1),
+    notebooks.grain_frontier: ((TABLE,), 1, 2),
     frontier.sweep: ((TABLE,), 2, 2),
-    speed.exits: ((TABLE,), 1, 2),
-    routing.by_sensitivity: ((TABLE,), 1, 2),
-    routing.score_histogram: ((TABLE, TABLE), 1, 1),
+    notebooks.exits: ((TABLE,), 1, 2),
+    notebooks.sensitivity: ((TABLE,), 1, 2),
+    notebooks.score_histogram: ((TABLE, TABLE), 1, 1),
     training.routers: ((LOG,), 3, 0),
     training.gates: ((LOG,), 3, 0),
     findings.bounds: ((TABLE, "per cent"), 1, 2),
     reference_runs.gates: ((LOG, LOG), 3, 0),
-    training.exit_depths: ((TABLE,), 1, 0),
-    training.learning_curve: ((TABLE.iloc[[0, 0]].assign(tokens=[0, 1024]),), 1, 0),
+    notebooks.exit_depths: ((TABLE,), 1, 0),
+    notebooks.learning_curve: ((TABLE.iloc[[0, 0]].assign(tokens=[0, 1024]),), 1, 0),
 }
 
 
@@ -81,6 +81,21 @@ def test_figures_of_routing(rate, panels):
         assert len(drawn.axes) == {"layer_map": 4, "quantiles": 2 * panels}.get(name, panels)
 
 
+def test_honest_forecasts_lie_on_the_diagonal_and_idle_ones_do_not():
+    """Prices scattered around the forecast; then with the forecasts of other tokens."""
+    draw, block = np.random.default_rng(0), np.repeat(np.arange(20), 100)
+    forecast = np.exp(draw.normal(size=(6, 2000))) * 10.0 ** np.arange(6)[:, None]
+    price = 1e-3 * forecast * draw.exponential(size=forecast.shape)
+    table = notebooks.by_sensitivity(price, forecast, block, depths=2, bins=4)
+    assert table[["first", "last"]].drop_duplicates().to_numpy().tolist() == [[0, 2], [3, 5]]
+    assert (table["pairs"] == 3 * 2000 / 4).all() and table["bin"].tolist() == [0, 1, 2, 3] * 2
+    assert table["forecast"].between(table["low"], table["high"]).sum() >= 7
+    weighted = table.groupby("first")[["forecast", "mean"]].mean()
+    np.testing.assert_allclose(weighted, 1, rtol=1e-9)  # both relative to the layer's mean
+    idle = notebooks.by_sensitivity(price, np.roll(forecast, 1, axis=1), block, depths=2, bins=4)
+    assert idle["low"].max() < 1 < idle["high"].min()
+
+
 def test_at_equal_work():
     """Half the loss at less work, read at the work before the first step."""
     share, less = np.array([0.8, 0.6, 0.4]), np.array([0.77, 0.57, 0.37])
@@ -88,12 +103,12 @@ def test_at_equal_work():
     before = {"tokens": 0, "capacity": [0.75, 0.55, 0.35], "share": share, "kl": 2 * kl(share)}
     before = pd.DataFrame(before | {"increase": 2 * increase(share)})
     after = before.assign(tokens=1000, share=less, kl=kl(less), increase=increase(less))
-    found = training.at_equal_work(pd.concat([before, after])).query("tokens == 1000")
+    found = notebooks.at_equal_work(pd.concat([before, after])).query("tokens == 1000")
     np.testing.assert_allclose(found["share"], share)
     np.testing.assert_allclose(found["kl"], kl(share))
     np.testing.assert_allclose(found["increase"], increase(share))
     one = pd.concat([before, after]).query("capacity == 0.55")
-    pd.testing.assert_frame_equal(training.at_equal_work(one), one)
+    pd.testing.assert_frame_equal(notebooks.at_equal_work(one), one)
 
 
 def test_shown_and_saved(tmp_path, monkeypatch):
@@ -101,7 +116,7 @@ def test_shown_and_saved(tmp_path, monkeypatch):
     shown, handle, path = [], Mock(), tmp_path / "log.csv"
     monkeypatch.setattr(config, "FIGURES", tmp_path / "figures")
     monkeypatch.setattr(style, "display", lambda picture, **how: shown.append((picture, how)) or handle)
-    style.show(style.skipped_ffn(TABLE), "one", "what to see")
+    style.show(notebooks.skipped_ffn(TABLE), "one", "what to see")
     ((picture, how),) = shown
     assert picture._repr_mimebundle_()[1] == {"image/png": {"alt": "what to see"}} and how["include"] == ["image/png"]
     assert plt.imread(tmp_path / "figures" / "one.png")[0, 0, :3].tolist() == [1, 1, 1]  # on dark pages too

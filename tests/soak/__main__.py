@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from hat_lib.backbone.machine import cpu_name
+from hat_lib.base.machine import cpu_name
 from hat_lib.config import DATA
 from hat_lib.rows import read_rows, rounded
 from soak import busy, equalities, kills, leaks

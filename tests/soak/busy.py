@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hat_lib.config import DATA
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
 from studies.answers import processes
 
 MOST = 1.25

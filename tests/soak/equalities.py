@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from tiny_runs import GRAINS, skipping, stepwise, tune
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hat_lib.backbone.base import Base, exact_hash, fingerprint
-from hat_lib.backbone.shapes import byte_tokenizer
-from hat_lib.model.token_state import TokenState
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.base.load import Base, exact_hash, fingerprint
+from hat_lib.base.shapes import byte_tokenizer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.trace import Trace
 
 TOKENIZER = byte_tokenizer()
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
@@ -161,7 +161,7 @@ def equal(case: SimpleNamespace) -> None:
             some = masks.map(lambda m, rows=rows: m[rows])
             with path(), hat.force(some), hat.collect() as states:
                 close(stepwise(hat, ids[rows]), parallel[rows], f"decode = parallel, {path.__name__}", tips)
-            assert torch.equal(TokenState.cat(states).exit_layer, state.exit_layer[rows]), "exits, step by step"
+            assert torch.equal(Trace.cat(states).exit_layer, state.exit_layer[rows]), "exits, step by step"
     with hat.force(masks), hat.changed(compact=False):
         close(hat.lm(ids).logits, parallel, "compact = masked", tips)
 
@@ -170,7 +170,7 @@ def equal(case: SimpleNamespace) -> None:
             slow = stepwise(hat, ids)
         with hat.collect() as ours:
             fast = stepwise(hat, ids)
-        a, b = (TokenState.cat(states).site_share for states in (ours, theirs))
+        a, b = (Trace.cat(states).site_share for states in (ours, theirs))
         alike = (a - b).abs().amax((0, 1, 3)) < 1e-6
         close(fast[alike], slow[alike], "engine = reference path", tips)
     one = stepwise(hat, ids)

@@ -18,7 +18,7 @@ import torch
 from notebook_files import notebook
 from tiny_runs import kill_at, page, skipping, start, tiny_run
 
-from hat_lib.model.checkpoint import ADAPTER_FILE, CONFIG_FILE, read_checkpoint, write_checkpoint
+from hat_lib.checkpoint import ADAPTER_FILE, CONFIG_FILE, read_checkpoint, write_checkpoint
 from hat_lib.rows import RowWriter, read_rows
 from hat_lib.training.run import train
 from hat_lib.workbook import batch

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from hat_lib.evaluation.choices import Random
 from hat_lib.evaluation.controls import RandomExits
-from hat_lib.model.policies import Random
-from hat_lib.model.token_state import TokenState
+from hat_lib.method.trace import Trace
 from soak.equalities import TOLERANCE, adaptive, llama, stepwise
 
 EVERYTHING = {"capacity", "exit rate", "decisions", "exits", "corrections", "head", "steering"}
@@ -129,7 +129,7 @@ def chunks(case) -> None:
     prompt = [state for state in states if state.start + state.tokens <= case.tokens]
     assert sum(state.tokens for state in prompt) == case.tokens
     assert min(state.capacity for state in prompt) > 0.9999, "a prompt runs in full"
-    assert hat.trace.tokens == 5 and hat.trace.capacity == TokenState.cat(states[len(prompt) :]).capacity, "trace"
+    assert hat.trace.tokens == 5 and hat.trace.capacity == Trace.cat(states[len(prompt) :]).capacity, "trace"
     assert case.dtype == torch.bfloat16 or torch.equal(found, expected), "text of a prompt in chunks"
 
 

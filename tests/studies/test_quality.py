@@ -5,12 +5,12 @@ import pytest
 import torch
 from tiny_runs import adaptive, new_hat
 
+from hat_lib.checkpoint import read_checkpoint
 from hat_lib.config import HatError
 from hat_lib.evaluation import equal_work as module
 from hat_lib.evaluation.controls import EQUAL, OutOfReach
 from hat_lib.evaluation.equal_work import Point, Row, grid
-from hat_lib.model.checkpoint import read_checkpoint
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
 from hat_lib.rows import RowWriter, read_rows
 from studies.common import saved
 from studies.quality import KEY, plan

@@ -126,14 +126,9 @@ def test_settings_are_read_by_type(stand_in):
     ],
 )
 def test_a_typo_is_one_error_before_anything_is_loaded(run_studies, tmp_path, monkeypatch, args):
-    monkeypatch.setattr("hat_lib.model.transformer.HierarchicalTransformer.from_pretrained", None)
+    monkeypatch.setattr("hat_lib.hat.HierarchicalTransformer.from_pretrained", None)
     code, _, err = run_studies(*args, "--out", tmp_path)
     assert code == 2 and err.count("error: ") == 1
-
-
-def test_without_a_name_each_study_has_a_line(run_studies):
-    code, out, _ = run_studies()
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(registry.NAMES)
 
 
 def test_tables_of_the_documents(run_studies, tmp_path, monkeypatch):

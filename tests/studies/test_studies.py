@@ -5,21 +5,26 @@ import os
 import string
 import subprocess
 import sys
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from tiny_runs import GRAINS, adaptive, skipping
+from datasets import Dataset
+from tiny_runs import GRAINS, adaptive, gating, random_blocks, skipping, untrained
 
-from hat_lib.config import DATA, HatConfig
+from hat_lib.config import DATA
+from hat_lib.contexts import combined
+from hat_lib.decoding.generate import WEIGHT_FORMATS
+from hat_lib.decoding.speed import SpeedCurve
+from hat_lib.evaluation.controls import exit_shares
 from hat_lib.evaluation.perplexity import compare, score_each
-from hat_lib.inference.speed import SpeedCurve
-from hat_lib.model.cost import Work
-from hat_lib.model.fast_path import WEIGHT_FORMATS
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.method.cost import Work
 from hat_lib.rows import RowWriter, read_rows
 from studies import decode, quality, registry, self_speculative, speed_targets, tasks, token_time
 from studies.published_claims import Setting
-from studies.timing import forced
+from studies.timing import forced, forced_exits
 
 TINY = {"base": "random:tiny", "dtype": "fp32"}
 ADDRESSES = (("addresses", "validation"),)
@@ -106,7 +111,7 @@ def test_rows(name, checkpoints, results, monkeypatch):
 
 def test_targets_are_refused_beyond_the_curve_and_priced_as_they_were_timed(checkpoints, monkeypatch):
     curve = SpeedCurve("dense", 0.0, [0.1, 1.0], [1.16, 1.0], "cpu")
-    monkeypatch.setattr("hat_lib.inference.generate.speed_curve", lambda *_, **__: curve)
+    monkeypatch.setattr("hat_lib.decoding.inference.speed_curve", lambda *_, **__: curve)
     monkeypatch.setattr(speed_targets, "TEXTS", ("addresses",))
     monkeypatch.setattr(speed_targets, "BLOCK", 64)
     done = {("token", "dense", target) for target in (1.1, 1.16, 1.3, 1.6, 1.7, 1.8)}
@@ -117,22 +122,36 @@ def test_targets_are_refused_beyond_the_curve_and_priced_as_they_were_timed(chec
     assert rows[0].over_hf > 0 and rows[0].lowest <= rows[0].measured <= rows[0].highest
     hat = HierarchicalTransformer.from_pretrained(checkpoints["channel"], dtype="fp32")
     blocks = speed_targets.whole_blocks("addresses", hat.base.tokenizer, 192)
-    with hat.at(curve.capacity_for(1.1), 0.0), hat.steered():
-        base, (scored,) = score_each(hat, blocks, progress=False, decoded=True)
+    steered = partial(combined, partial(hat.at, curve.capacity_for(1.1), 0.0), hat.steered)
+    base, scored = (speed_targets.decoded(hat, blocks, around) for around in (hat.dense, steered))
     assert rows[0].addresses == pytest.approx(compare(base, scored).increase, rel=1e-2)
 
 
 # --- their parts ---
 
 
-def test_forced_tokens_skip_exactly(tiny_base):
-    hat = HierarchicalTransformer(tiny_base, HatConfig.published(tiny_base, exit_layers=(), protected_tokens=0))
-    with torch.no_grad(), forced(hat, [0.5], 2, 40)[0.5]():
-        hat.lm(torch.randint(5, 250, (2, 40)))
-    share = hat.trace.share
-    hat.unload()
-    assert (share[0] == 1).all() and (share.sum(0) == 2).all()
-    assert len({tuple(share[:, b, t].tolist()) for b in range(2) for t in range(40)}) == 3
+@pytest.mark.parametrize("grain", GRAINS)
+def test_about_the_shares_that_were_asked_for_run(grain):
+    hat, ids = untrained(grain, protected_tokens=0), torch.tensor(random_blocks(2, 256))
+    around, exits = forced(hat, [0.6], 256)[0.6], forced_exits(hat, ids[:1], [0.1, 0.2, 0.3])
+    with torch.no_grad(), around(), hat.using(exits=exits):
+        hat.lm(ids)
+    assert hat.trace.capacity == pytest.approx(0.6, abs=0.1)
+    assert [*exit_shares([hat.trace], [1, 2, 3]).values()] == pytest.approx([0.1, 0.2, 0.3], abs=0.1)
+
+
+@pytest.mark.parametrize("make", [partial(skipping, "channel"), partial(skipping, "token"), gating])
+def test_decoding_a_text_scores_it_as_one_forward_does(make):
+    hat = make()
+    blocks = random_blocks(3, 40, seed=1)  # in which no score is within rounding of its threshold
+    rows = Dataset.from_list([{"input_ids": ids, "doc": "d", "n_context": 0} for ids in blocks])
+    around = [partial(hat.at, 0.7), hat.dense]
+    for at, one in zip(around, score_each(hat, rows, around, progress=False)[1], strict=True):
+        found = speed_targets.decoded(hat, rows, at)
+        np.testing.assert_allclose(found.nll, one.nll, rtol=1e-4)
+        head = 0.01 * (hat.has_shortlist and found.capacity < 1)  # of all tokens, not of the scored ones
+        for name in ("tokens", "capacity", "exit_rate", "model_share"):
+            assert getattr(found, name) == pytest.approx(getattr(one, name), abs=1e-4 + head)
 
 
 def test_a_format_s_ideal_is_in_the_bytes_that_it_reads():

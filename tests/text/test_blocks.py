@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hat_lib.backbone.shapes import byte_tokenizer
+from hat_lib.base.shapes import byte_tokenizer
 from hat_lib.config import DATA, HatError
 from hat_lib.text import blocks
 from hat_lib.text.blocks import WHOLE_BYTES, first_ids, held_out, load_text, source_bytes, text_hash

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from hat_lib.backbone.base import load_base
+from hat_lib.base.load import load_base
 from hat_lib.config import HatConfig, HatError
-from hat_lib.model.transformer import HierarchicalTransformer
+from hat_lib.hat import HierarchicalTransformer
 from hat_lib.text import mixture
 from hat_lib.text.blocks import load_text
 from hat_lib.text.mixture import self_text, sources, training_text

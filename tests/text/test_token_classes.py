@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from hat_lib.backbone.shapes import byte_tokenizer
+from hat_lib.base.shapes import byte_tokenizer
 from hat_lib.text.token_classes import classes, pieces
 
 

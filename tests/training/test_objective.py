@@ -8,9 +8,7 @@ import pytest
 import torch
 from tiny_runs import GRAINS, PHASES, new_hat, random_blocks, recipe
 
-from hat_lib.training.budget_split import KNOTS, UNTIL, BudgetSplit
-from hat_lib.training.objective import Objective
-from hat_lib.training.run import nominal_thresholds
+from hat_lib.training.objective import KNOTS, UNTIL, BudgetSplit, Objective, nominal_thresholds
 from hat_lib.training.trainer import collate
 
 LENGTHS, INDEX = (24, 9, 17), (7, 3, 11)
@@ -105,6 +103,20 @@ def test_draws_depend_on_seed_step_and_sample(grain, drawn):
     assert found[1] != found[0] != found[2] and found[4] != found[0]
 
 
+def test_a_dropped_layer_gives_back_its_input():
+    objective, seen = new("channel", "routers"), []
+    lm, dropped = objective.hat.lm, torch.tensor([[False, True], [True, True], [False, False], [False, True]])
+    for layer in lm.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with objective._without(dropped):
+        lm(collate(samples((24, 24)))["input_ids"])
+    for sequences, before, after in zip(dropped, seen, seen[1:], strict=False):
+        assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == sequences.tolist()
+    with pytest.raises(KeyboardInterrupt), objective._without(dropped):
+        raise KeyboardInterrupt
+    assert not any(layer._forward_hooks for layer in lm.model.layers)
+
+
 def test_each_loss_is_the_sum_of_its_parts():
     def parts(phase, **weights):
         objective = new("token", phase, budget_weight=3.0, **weights)
@@ -126,27 +138,18 @@ def test_each_loss_is_the_sum_of_its_parts():
 # The split
 
 
-def split():
-    found = BudgetSplit(2, ("a", "b"))
+def test_offsets_are_interpolated_between_knots_and_end_and_move_thresholds():
+    found, nominal = BudgetSplit(2, ("a", "b")), {(i, s): 1.0 + i for i in range(2) for s in "ab"}
+    assert found.on(lambda c: nominal)(0.4) == nominal
     with torch.no_grad():
         found.offsets.copy_(torch.arange(12.0).view(3, 2, 2) / 10)
-    return found
-
-
-def test_offsets_are_interpolated_between_knots_and_end():
-    found = split()
     for knot, offsets in zip(KNOTS, found.offsets, strict=True):
         assert torch.allclose(found.at(knot), offsets)
     assert torch.allclose(found.at((KNOTS[0] + KNOTS[1]) / 2), found.offsets[:2].mean(0))
     assert torch.allclose(found.at((KNOTS[-1] + UNTIL) / 2), found.offsets[-1] / 2)
     assert torch.equal(found.at(0.1), found.at(KNOTS[0])) and not found.at(UNTIL).any() and not found.at(1.0).any()
-
-
-def test_thresholds_move_by_the_offsets():
-    nominal = {(i, s): 1.0 + i for i in range(2) for s in "ab"}
-    assert BudgetSplit(2, ("a", "b")).on(lambda c: nominal)(0.4) == nominal
-    assert split().on(lambda c: nominal)(KNOTS[1])[1, "a"] == pytest.approx(2 * math.exp(-0.6))
-    assert split().on(lambda c: nominal)(1.0) == nominal
+    assert found.on(lambda c: nominal)(KNOTS[1])[1, "a"] == pytest.approx(2 * math.exp(-0.6))
+    assert found.on(lambda c: nominal)(1.0) == nominal
 
 
 def test_a_step_decides_at_the_moved_thresholds():

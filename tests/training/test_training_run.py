@@ -9,12 +9,13 @@ import pytest
 import torch
 from tiny_runs import GRAINS, interrupt_at, logged_steps, new_hat, page, tiny_run, untrained
 
-from hat_lib.backbone.base import exact_hash
+from hat_lib.base.load import exact_hash
+from hat_lib.checkpoint import ADAPTER_FILE, read_checkpoint, write_checkpoint
 from hat_lib.config import HatError
-from hat_lib.model.checkpoint import ADAPTER_FILE, read_checkpoint, write_checkpoint
 from hat_lib.text.blocks import load_text
 from hat_lib.training import run as module
-from hat_lib.training.run import nominal_thresholds, train
+from hat_lib.training.objective import nominal_thresholds
+from hat_lib.training.run import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:token grain")
 STEPS, TIMES = 3, ["seconds", "tokens_per_second", "eta_seconds"]

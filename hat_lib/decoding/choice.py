@@ -1,0 +1,81 @@
+"""What transformers' generate was asked for, in the words of the engine's loop; None where that loop does not do it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.generation import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from hat_lib.engine.arrays import GREEDY, Choice
+
+OTHER_LOOPS = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens", "penalty_alpha", "use_mtp",
+               "assistant_early_exit", "constraints", "force_words_ids", "tokenizer", "stop_strings", "dola_layers",
+               "synced_gpus")  # fmt: skip
+"""settings of generate for which transformers does not sample token by token, or that ``custom_generate`` loses"""
+ORDER = (RepetitionPenaltyLogitsProcessor, MinNewTokensLengthLogitsProcessor, TemperatureLogitsWarper,
+         TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # fmt: skip
+"""logits processors that the engine knows, in the order in which it applies them"""
+OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+
+
+def one_by_one(lm, args: tuple, kwargs: dict) -> bool:
+    """Whether a call of generate decodes greedily or samples, token by token."""
+    config = kwargs.get("generation_config") or lm.generation_config
+
+    def value(name: str):
+        return kwargs.get(name, getattr(config, name, None))
+
+    return len(args) < 2 and value("num_beams") in (None, 1) and not any(value(name) for name in OTHER_LOOPS)
+
+
+def choice_of(ids: Tensor, vocabulary: int, processors, criteria, config) -> Choice | None:
+    """How the tokens that follow ``ids [B, T]`` are chosen, from what transformers gives a ``custom_generate``."""
+    kinds = [type(processor) for processor in processors]
+    known = kinds == [kind for kind in ORDER if kind in kinds] and criteria.max_length is not None
+    asked = config.return_dict_in_generate and any(getattr(config, name) for name in OUTPUTS)
+    if not known or asked or any(type(one) not in (MaxLengthCriteria, EosTokenCriteria) for one in criteria):
+        return None
+    found = dict(zip(kinds, processors, strict=True))
+    stops = [one.eos_token_id.numpy() for one in criteria if type(one) is EosTokenCriteria]
+    fields = {"sample": bool(config.do_sample)}
+    if stops:
+        fields |= {"stops": np.concatenate(stops).astype(np.int64), "pad": int(config._pad_token_tensor)}
+    if (penalty := found.get(RepetitionPenaltyLogitsProcessor)) is not None:
+        seen = torch.zeros(len(ids), vocabulary, dtype=torch.bool)
+        ignored = penalty.prompt_ignore_length
+        for row, text, padding in zip(seen, ids, [0] * len(ids) if ignored is None else ignored.tolist(), strict=True):
+            row[text[padding:]] = True
+        fields |= {"penalty": np.float32(penalty.penalty), "seen": seen.numpy()}
+    if (shortest := found.get(MinNewTokensLengthLogitsProcessor)) is not None:
+        fields["earliest"] = shortest.min_new_tokens
+    for kind, name, number in (
+        (TemperatureLogitsWarper, "temperature", np.float32),
+        (TopKLogitsWarper, "top_k", int),
+        (TopPLogitsWarper, "top_p", np.float32),
+        (MinPLogitsWarper, "min_p", np.float32),
+    ):
+        if kind in found:
+            fields[name] = number(getattr(found[kind], name))
+    return GREEDY._replace(**fields)
+
+
+def first_seen(mask: Tensor | None, b: int, t: int, length: int) -> np.ndarray | None:
+    """The first position that each sequence sees, int64 ``[B]``; None for a mask of another shape than ``[B, length]``,
+    with holes, or with padding on the right among the last t tokens."""
+    if mask is None:
+        return np.zeros(b, np.int64)
+    if mask.shape != (b, length):
+        return None
+    mask = (mask != 0).numpy()
+    first = mask.argmax(1)
+    whole = np.array_equal(mask.sum(1), mask.shape[1] - first) and mask[:, -t:].all()
+    return first if whole else None

@@ -1,0 +1,399 @@
+"""The way of a token through ``hat.lm.generate``, from top to bottom.
+
+    generate   is the engine allowed? Decided once a call: hooks, adapters or other forwards put on the base later are
+               not noticed before the next one
+    _prefill   the prompt, on the reference path, in full unless asked otherwise (`_prompt`)
+    _loop      greedy decoding and sampling: `course` after `course` of many tokens each, in compiled code
+    _forward   all else (beams, drafts, other processors and criteria) goes through transformers' own loop, a token at
+               a time; the engine runs those of few tokens (`_step`), the reference path the rest
+    note       every forward's trace; at the end, that of all new tokens is ``hat.trace``
+
+The engine (`hat_lib.engine`) decodes up to eight tokens at a time on a CPU, here and in forwards inside ``with
+hat.engine():``. Everything that it does not run is the reference path's (`hat_lib.method`).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from hat_lib.config import HatError
+from hat_lib.decoding import obstacles, steering
+from hat_lib.decoding.choice import choice_of, first_seen, one_by_one
+from hat_lib.engine.arrays import DOWN, FFN, GREEDY, MAX_TOKENS, Choice
+from hat_lib.method.setting import Setting
+from hat_lib.method.trace import Trace
+
+try:
+    from hat_lib.engine.decoder import Decoder, Place, Result, Steering
+    from hat_lib.engine.team import paced, size, use_torch_threads
+    from hat_lib.engine.weights import packed_bytes, unfit
+
+    UNAVAILABLE = None
+except Exception as error:  # numba is missing, or does not support this Python or this CPU
+    UNAVAILABLE = f"numba cannot be used here ({type(error).__name__}: {error})"
+
+WEIGHT_FORMATS = ("base", "int8", "q4")
+PATIENCE = 0.03
+"""seconds that a course takes, about: Ctrl-C waits for its end"""
+
+
+@dataclass
+class Call:
+    """A call of ``generate`` under way in a thread."""
+
+    engine: bool
+    """whether the engine may run its tokens"""
+    gate_prompt: bool
+    """whether the prompt's tokens spend by capacity, too; else they run in full"""
+    threads: int
+    """torch's number of threads when it began"""
+    beams: bool
+    """whether forwards are of other rows than the texts that come out: beams, or drafts that may be rejected"""
+    streamer: object = None
+    prefilled: bool = False
+    prompt: bool = False
+    """whether the prompt runs now"""
+    last_only: bool = False
+    """whether nobody reads the final states of the prompt's tokens but the last"""
+    traces: list[Trace] = field(default_factory=list)
+    """of the forwards so far, but for the prompt's"""
+
+    def tell(self, ids: np.ndarray) -> None:
+        if self.streamer is not None:
+            self.streamer.put(torch.from_numpy(ids[:, 0].copy()))
+
+    def joined(self) -> Trace | None:
+        """What the new tokens ran; None if none was read."""
+        if not self.traces:
+            return None
+        trace = self.traces[-1] if self.beams else Trace.cat(self.traces)
+        trace.covers = "last step of generate" if self.beams else "new tokens"
+        return trace
+
+
+class Decoding:
+    """Replaces ``forward``, ``generate`` and ``_prefill`` of a model's ``lm``, from `attach` to `detach`."""
+
+    def __init__(self, hat, context):
+        self.hat, self.context, self.lm = hat, context, hat.lm
+        self.form = "base"
+        """of the packed weights, one of `WEIGHT_FORMATS`"""
+        self._decoders: dict[tuple[str, bool], Decoder] = {}
+        """by form, and whether it can make a shortlist"""
+        self._lock = threading.Lock()
+        self._thread = threading.local()
+        self.never = UNAVAILABLE or obstacles.of_base(self.lm, hat.config.granularity)
+
+    def attach(self, hooks: list[RemovableHandle]) -> None:
+        """Once the model's own ``hooks`` and forwards are in place."""
+        self._snapshot = obstacles.Snapshot(self.lm, self.hat.config.n_layers, hooks)
+        self._original = {name: getattr(self.lm, name) for name in ("forward", "generate", "_prefill")}
+        for name, ours in (("forward", self._forward), ("generate", self._generate), ("_prefill", self._prefill)):
+            wrapped = functools.partial(ours)  # whose signature is transformers', which generate reads
+            setattr(self.lm, name, functools.update_wrapper(wrapped, self._original[name]))
+
+    def detach(self) -> None:
+        for name in self._original:
+            vars(self.lm).pop(name, None)
+        self.forget()
+
+    @property
+    def call(self) -> Call | None:
+        """The call of generate under way in this thread."""
+        return getattr(self._thread, "call", None)
+
+    def why_not(self) -> str | None:
+        """Why the engine would decode nothing, as things stand; None if it would."""
+        return self.never or self._snapshot.obstacle() or obstacles.of_setting(self.context.setting)
+
+    def describe(self) -> str:
+        """Which path decodes, in words."""
+        if (why := self.why_not()) is not None:
+            return f"reference path ({why})"
+        threads, form = size(torch.get_num_threads()), self.context.setting.weights or self.form
+        form = str(self.lm.dtype).removeprefix("torch.") if form == "base" else form
+        return f"engine ({form}, {threads} thread{'s' if threads > 1 else ''})"
+
+    # -- generate ------------------------------------------------------------------------------------
+
+    def _generate(self, *args, gate_prompt: bool = False, **kwargs):
+        self.hat.refresh()
+        before, threads, plain = self.call, torch.get_num_threads(), one_by_one(self.lm, args, kwargs)
+        engine, streamer = self.why_not() is None, kwargs.get("streamer")
+        call = self._thread.call = Call(engine, gate_prompt, threads, not plain, streamer)
+        if engine and plain:
+            kwargs["custom_generate"] = self._loop
+        try:
+            return self._original["generate"](*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+            self._thread.call = before
+            self.context.last = call.joined() or self.context.last
+
+    def _prefill(self, *args, **kwargs):
+        """In chunks, if prefill_chunk_size is set."""
+        with self._prompt():
+            return self._original["_prefill"](*args, **kwargs)
+
+    @contextmanager
+    def _prompt(self) -> Iterator[None]:
+        """A context in which forwards are the prompt's of a call of generate, which runs in full unless it is to spend
+        by capacity, on the reference path."""
+        call = self.call
+        if call is None or call.prompt:
+            yield
+            return
+        call.prefilled = call.prompt = True
+        if call.engine:
+            use_torch_threads(paced(call.threads), call.threads)
+        try:
+            with nullcontext() if call.gate_prompt else self.hat.dense():
+                yield
+        finally:
+            call.prompt = False
+
+    # -- greedy decoding and sampling ----------------------------------------------------------------
+
+    def _loop(self, lm, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        """Like `GenerationMixin._sample`, which takes what the engine does not."""
+        call = self.call
+        choice = choice_of(input_ids, len(lm.lm_head.weight), logits_processor, stopping_criteria, generation_config)
+        first = self._first(input_ids, model_kwargs)
+        if choice is None or first is None:
+            rest = input_ids, logits_processor, stopping_criteria, generation_config
+            return type(lm)._sample(lm, *rest, streamer=call.streamer, **model_kwargs)
+        call.last_only = not call.gate_prompt
+        outputs = lm._prefill(input_ids, generation_config, model_kwargs)
+        call.last_only = False
+        scores = logits_processor(input_ids, outputs.logits[:, -1].float())
+        following = scores.softmax(-1).multinomial(1) if choice.sample else scores.argmax(-1, keepdim=True)
+        count = stopping_criteria.max_length - input_ids.shape[1]
+        position = np.full(len(following), outputs.cache.get_seq_length())
+        if (given := model_kwargs.get("position_ids")) is not None:
+            position = np.broadcast_to(given[:, -1].numpy() + 1, position.shape)
+        new = self._go_on(call, following.numpy(), outputs.cache, choice, first, position, count)
+        ids = torch.cat([input_ids, new], dim=1)
+        if generation_config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=ids, cache=outputs.cache)
+        return ids
+
+    def _first(self, input_ids: Tensor, model_kwargs: dict) -> np.ndarray | None:
+        """The first position that each sequence sees; None if this is not for the engine."""
+        b, cache, position = len(input_ids), model_kwargs.get("cache"), model_kwargs.get("position_ids")
+        if b > MAX_TOKENS or not obstacles.fits(cache, self.lm, b):
+            return None
+        if position is not None and not obstacles.places(position, b, position.shape[-1]):
+            return None
+        mask, past, n = model_kwargs.get("attention_mask"), cache.get_seq_length(), input_ids.shape[1]
+        whole = mask is not None and mask.shape[1] == n > past  # else only what follows the cache was given
+        return first_seen(mask, b, 1, n if whole else past + n)
+
+    def _go_on(self, call: Call, ids, cache, choice: Choice, first, position, count: int) -> Tensor:
+        """``count`` new tokens, int64 ``[B, T]``, of which the first, ``ids [B, 1]``, are known."""
+        b, more, done, steps, found = len(ids), count - 1, 0, 1, [ids]
+        uniform = torch.rand(more if choice.sample else 0, b, dtype=torch.float64).numpy()
+        ended = np.isin(ids[:, 0], choice.stops)
+        if choice.seen.size:
+            choice.seen[np.arange(b), ids[:, 0]] = True
+        call.tell(ids)
+        while done < more and not ended.all():
+            steps = min(steps, more - done)
+            began = time.perf_counter()
+            now = choice._replace(uniform=uniform[done : done + steps], earliest=max(choice.earliest - done - 1, 0))
+            place = {"first": first, "position": position + done, "ended": ended}
+            result = self.course(found[-1][:, -1:], cache, steps, now, **place, threads=call.threads)
+            found.append(result.ids)
+            call.tell(result.ids)
+            done += result.ids.shape[1]
+            each = (time.perf_counter() - began) / result.ids.shape[1]
+            steps = 1 if call.streamer is not None else max(1, min(2 * steps, int(PATIENCE / each)))
+        if call.streamer is not None:
+            call.streamer.end()
+        return torch.from_numpy(np.concatenate(found, axis=1))
+
+    def course(
+        self, ids: np.ndarray, cache: Cache, steps: int, choice: Choice = GREEDY, *, first: np.ndarray,
+        position: np.ndarray, ended: np.ndarray | None = None, logits: bool = False, threads: int | None = None,
+    ) -> Result:  # fmt: skip
+        """Decode a token of each sequence, ``ids [B, 1]``, and those that follow it, by the setting.
+
+        Args:
+            choice: how tokens are chosen, greedily by default.
+            first, position: of each sequence, int64 ``[B]``: the first position in the cache that it sees, and the next
+                one of the rotary embedding.
+            ended, logits: as for `hat_lib.engine.decoder.Decoder.course`.
+        """
+        b, start, setting = len(ids), cache.get_seq_length(), self.context.setting
+        rank, protected = np.minimum(start - first, position), self.hat.config.protected_tokens
+        decoder, gain = self._decoder(setting), setting.moving
+        shares = np.zeros(FFN, np.float32)
+        if gain:
+            shares[:] = np.array(self.hat.site_work) / decoder.channels[:, 0, 0]
+        offset = steering.offsets(cache, b, start) if setting.gain else np.zeros(b, np.float32)
+        result = decoder.course(
+            ids, cache, setting.thresholds, Place(position[:, None], first, (rank < protected)[:, None]), steps, choice,
+            unprotected=np.maximum(protected - rank, 0), ended=ended, logits=logits, threads=threads,
+            steering=Steering(offset, gain, setting.thresholds.layer_capacity, steering.LIMIT, shares),
+        )  # fmt: skip
+        if gain:
+            steering.keep(cache, start, result.offsets)
+        ranks = rank[:, None] + np.arange(result.exits.shape[1])
+        self.hat.note(self._trace(setting, ranks, start, cache, decoder, result))
+        return result
+
+    # -- a token at a time, by whatever loop -----------------------------------------------------------
+
+    def _forward(self, *args, **kwargs):
+        """Like `LlamaForCausalLM.forward`."""
+        call, setting, given = self.call, self.context.setting, dict(kwargs)
+        if call is not None and not call.prefilled:
+            with self._prompt():
+                return self._reference(*args, **kwargs)
+        if args:
+            given["input_ids"] = args[0]
+        if "past_key_values" in given:  # transformers' earlier name for it
+            given["cache"] = given.pop("past_key_values")
+        wanted = setting.engine if call is None else call.engine and not call.prompt
+        out = None
+        if wanted and len(args) < 2 and obstacles.takes(given, self.lm) and obstacles.of_setting(setting) is None:
+            out = self._step(call, setting, **{name: given.get(name) for name in obstacles.ARGUMENTS})
+        if call is not None and not call.prompt:
+            torch.set_num_threads(call.threads) if out is None else use_torch_threads(1, call.threads)
+        return self._reference(*args, **kwargs) if out is None else out
+
+    def _reference(self, *args, **kwargs):
+        with self.context.during(self.hat.begin()) as forward:
+            out = self._original["forward"](*args, **kwargs)
+        self.hat.note(forward.trace)
+        return out
+
+    def _step(self, call, setting, input_ids, attention_mask, position_ids, cache, logits_to_keep, **_):
+        """A forward of the engine; None if it cannot run it after all."""
+        # In numpy: after a step the CPU's caches hold nothing of torch, and its operations cost several times as much.
+        (b, t), start = input_ids.shape, cache.get_seq_length()
+        if not start and call is None:
+            self.hat.refresh()  # as the reference path does at a prompt
+        if (first := first_seen(attention_mask, b, t, start + t)) is None:
+            return None
+        position = np.arange(start, start + t)[None].repeat(b, 0)
+        rank = position - first[:, None]
+        if position_ids is not None:
+            position = position_ids.numpy().repeat(b // len(position_ids), 0)
+            rank = np.minimum(rank, position)
+        kept = 0 if logits_to_keep is None else logits_to_keep
+        kept = slice(-kept, None) if isinstance(kept, int) else np.asarray(kept)
+        if (logit_rows := np.arange(b * t).reshape(b, t)[:, kept]).size > b * t:
+            return None  # logits asked for twice
+        decoder, place = self._decoder(setting), Place(position, first, rank < self.hat.config.protected_tokens)
+        scale = np.exp(steering.offsets(cache, b, start)).repeat(t) if setting.gain else None
+        threads = None if call is None else call.threads
+        result = decoder.step(
+            input_ids.numpy(), cache, setting.thresholds, place, scale=scale, logit_rows=logit_rows, threads=threads
+        )
+        trace = self._trace(setting, rank, start, cache, decoder, result)
+        steering.move(cache, trace, setting.thresholds.layer_capacity, setting.moving)
+        self.hat.note(trace)
+        return CausalLMOutputWithPast(logits=result.logits, cache=cache)
+
+    def replay(self, ids: Tensor, cache: Cache, mask: Tensor | None) -> None:
+        """See `HierarchicalTransformer.replay`."""
+        (b, tokens), start = ids.shape, cache.get_seq_length()
+        if not tokens:
+            raise HatError(f"there must be tokens to replay, got {list(ids.shape)}")
+        if mask is not None and mask.shape != (b, start + tokens):
+            raise HatError(f"the mask must cover the cache, too: {[b, start + tokens]}, got {list(mask.shape)}")
+        fits = ids.dtype == torch.int64 and 0 < b <= MAX_TOKENS and obstacles.fits(cache, self.lm, b)
+        first = first_seen(mask, b, tokens, start + tokens) if fits and self.why_not() is None else None
+        if first is not None:
+            known = ids.numpy()
+            following = np.concatenate([known[:, 1:], known[:, :1]], axis=1).T.copy()  # of the last, any
+            choice = GREEDY._replace(given=following)
+            self.course(known[:, :1], cache, tokens, choice, first=first, position=start - first)
+            return
+        with self.hat.engine(), self.context.collecting_alone() as traces:
+            for t, token in enumerate(ids.split(1, dim=1), start=start + 1):
+                seen = None if mask is None else mask[:, :t]
+                self.lm(input_ids=token, attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1)
+        self.hat.note(Trace.cat(traces))
+
+    def draft(self, ids: np.ndarray, cache: Cache, steps: int, choice: Choice) -> Result | None:
+        """Decode ``ids [B, 1]`` and what follows in one course, logits included; None if the engine may not."""
+        if self.why_not() is not None or not obstacles.fits(cache, self.lm, len(ids)):
+            return None
+        first, position = np.zeros(len(ids), np.int64), np.full(len(ids), cache.get_seq_length())
+        return self.course(ids, cache, steps, choice, first=first, position=position, logits=True)
+
+    # -- what ran --------------------------------------------------------------------------------------
+
+    def _trace(self, setting: Setting, rank: np.ndarray, start: int, cache, decoder: Decoder, result: Result) -> Trace:
+        real, token = torch.ones(rank.shape, dtype=torch.bool), self.hat.config.granularity == "token"
+        trace = self.hat.new_trace(setting, real, torch.from_numpy(rank), start, cache)
+        executed = result.kept[:, FFN:] if token else result.kept[:, : DOWN + 1] / decoder.channels
+        trace.executed = torch.from_numpy(executed.astype(np.float32))
+        trace.exit_layer = torch.from_numpy(result.exits.astype(np.int16))
+        if setting.thresholds.shortlist:
+            (vocabulary, width), (channels, candidates) = decoder.weights.head.shape, result.head
+            trace.note_head(torch.from_numpy((channels / width + candidates / vocabulary).astype(np.float32)))
+        return trace
+
+    def note(self, trace: Trace) -> None:
+        """Tell the call of generate under way of a forward that has ended."""
+        if (call := self.call) is not None and call.prompt:
+            trace.covers = "prompt"
+        elif call is not None:
+            call.traces.append(trace)
+
+    def _decoder(self, setting: Setting) -> Decoder:
+        """The packed model, as its weights were at the last prompt."""
+        hat, form = self.hat, setting.weights or self.form
+        key = form, hat.has_shortlist or setting.thresholds.shortlist
+        with self._lock:
+            if key not in self._decoders:
+                parts = {"routers": hat.routers, "gates": hat.gates, "corrections": hat.corrections}
+                self._decoders[key] = Decoder(self.lm, form, **parts, head_norm=hat.head_norm if key[1] else None)
+            return self._decoders[key]
+
+    def set_form(self, form: str) -> None:
+        if form not in WEIGHT_FORMATS:
+            raise HatError(f"weight format must be one of {', '.join(WEIGHT_FORMATS)}, got {form!r}")
+        if why := None if self.never else unfit(self.lm, form):
+            raise HatError(f"weight format {why}")
+        if form != self.form:
+            self.forget()
+        self.form = form
+
+    def forget(self) -> None:
+        """Drop packed weights; they are made again when next needed. Waits for a thread that is making some: it would
+        keep what it made of weights as they were."""
+        with self._lock:
+            self._decoders = {}
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed weights, not counting the base's own memory."""
+        return sum(packed_bytes(decoder.weights) for decoder in self._decoders.values())
+
+
+def warm() -> None:
+    """Compile the engine for bases in float32 and bfloat16, unless already cached; takes about a minute."""
+    if UNAVAILABLE is None:
+        sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim"), 8)
+        config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=1)
+        one = np.zeros((1, 1), np.int64)
+        for dtype in (torch.float32, torch.bfloat16):
+            decoder, cache = Decoder(LlamaForCausalLM(config).to(dtype)), DynamicCache(config=config)
+            decoder.step(one, cache, decoder.dense, Place(one, one[0], one.astype(bool)))

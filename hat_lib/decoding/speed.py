@@ -1,0 +1,279 @@
+"""Speed on this machine: variants timed in turns, and a curve of speedup by capacity that is searched for a target.
+
+Wall-clock time does not follow work: what a skipped weight saves depends on the machine, the dtype and the threads. So
+speed is modelled by a measurement, `SpeedCurve`: decoding at several capacities, each beside the path it is compared
+with, at the same positions of the same text. It is cached for the user, keyed by everything it depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import random
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import isotonic_regression
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import DynamicCache, LlamaForCausalLM
+
+from hat_lib.base.machine import cpu_name
+from hat_lib.config import CAPACITY_MIN, HatError, cache_dir
+
+VERSUS = {"dense": "our own dense path", "hf": "plain transformers"}
+"""what a speedup is relative to"""
+TARGET_MAX = 10.0
+"""no capacity or exit rate of a useful model comes near it"""
+CAPACITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+ROUNDS = 3
+"""passes over all capacities: a machine drifts, and the first turn of a process is slow"""
+CONTEXT, STEPS, TURNS = 64, 28, 7
+"""tokens in the cache; tokens decoded, in so many turns, the first to warm up"""
+
+_SAMPLING = threading.Lock()
+
+
+@dataclass
+class Variant:
+    """A way to run: ``model`` inside the context ``around()``, such as ``hat.dense``."""
+
+    name: str
+    model: object
+    around: Callable
+    times: list[float] = field(default_factory=list)
+
+
+def now(model) -> float:
+    """Seconds on a clock, once the model's device has finished its pending work."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def replay(model, ids: Tensor, cache: DynamicCache, mask: Tensor | None = None) -> None:
+    """Decode a known text after a cache, token by token (`HierarchicalTransformer.replay`), on either model."""
+    if hasattr(model, "replay"):
+        model.replay(ids, cache, mask)
+        return
+    for t, token in enumerate(ids.split(1, dim=1), start=cache.get_seq_length() + 1):
+        seen = None if mask is None else mask[:, :t]
+        model(input_ids=token, attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1)
+
+
+def take_turns(variants: Sequence[Variant], once: Callable[[Variant], float], rounds: int, warm: int = 1) -> None:
+    """Call ``once`` on each variant in each round; the first ``warm`` rounds are dropped from ``times``.
+
+    One round has a random order and the next its reverse, the same in every run: what runs just before a turn affects
+    its time, so no variant should always follow the same one.
+    """
+    for r in range(warm + rounds):
+        order = random.Random(r // 2).sample(variants, len(variants))
+        for v in order if r % 2 else reversed(order):
+            with v.around():
+                v.times.append(once(v))
+    for v in variants:
+        del v.times[:warm]
+
+
+@dataclass(frozen=True)
+class SpeedCurve:
+    """Decode speedup by capacity."""
+
+    versus: str
+    exit_rate: float
+    capacities: list[float]
+    """requested, rising to 1.0"""
+    measured: list[float]
+    """speedup at each, the median of `ROUNDS` turns"""
+    machine: str
+    """device, dtype and threads, for display"""
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    """slowest and fastest turn at each capacity; empty if not known"""
+
+    @property
+    def speedups(self) -> np.ndarray:
+        """``measured``, made non-increasing in capacity by least squares (isotonic regression)."""
+        return isotonic_regression(self.measured, increasing=False).x
+
+    def at(self, capacity: float) -> float:
+        """Predicted speedup, linear between measured capacities."""
+        return float(np.interp(capacity, self.capacities, self.speedups))
+
+    def spread(self, capacity: float) -> tuple[float, float]:
+        """What the slowest and the fastest turns predict; both are made non-increasing, so `at` lies between them."""
+        slowest, fastest = (replace(self, measured=list(turns or self.measured)) for turns in (self.low, self.high))
+        return slowest.at(capacity), fastest.at(capacity)
+
+    @property
+    def largest(self) -> float:
+        """The largest speedup that can be requested."""
+        return float(self.speedups[0])
+
+    def capacity_for(self, target: float) -> float:
+        """The largest capacity, to 1e-4, that reaches ``target``; if none does, `HatError` names the maximum."""
+        capacities = np.linspace(1.0, CAPACITY_MIN, 9001)
+        reached = np.interp(capacities, self.capacities, self.speedups) >= target
+        if not reached.any():
+            raise HatError(
+                f"target speedup {target:g} is out of reach here: at most {self.largest:.3f} over "
+                f"{VERSUS[self.versus]} ({self.machine}, exit rate {self.exit_rate:g})"
+            )
+        return float(capacities[reached.argmax()])
+
+
+def check_target(value: object) -> float:
+    """``value`` as a target speedup in (0, 10], or `HatError`."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if not 0 < number <= TARGET_MAX:
+        raise HatError(f"target speedup must be a number above 0, at most {TARGET_MAX:g}, got {value!r}")
+    return number
+
+
+def check_versus(value: str) -> str:
+    """``value`` if it is one of `VERSUS`, or `HatError`."""
+    if value not in VERSUS:
+        raise HatError(f"versus must be one of {', '.join(VERSUS)}, got {value!r}")
+    return value
+
+
+def speed_curve(
+    hat,
+    versus: str = "dense",
+    *,
+    exit_rate: float = 0.0,
+    batch: int = 1,
+    plain: Callable[[], LlamaForCausalLM] | None = None,
+    refresh: bool = False,
+    progress: bool = True,
+) -> SpeedCurve:
+    """The curve of this model on this machine: from the cache, or else measured in about half a minute.
+
+    Args:
+        versus: one of `VERSUS`.
+        exit_rate: requested, at every capacity.
+        batch: sequences that decode together.
+        plain: returns the same base in plain transformers; called only for versus "hf".
+        refresh: measure again, whatever the cache has.
+
+    Warns if the cache cannot be written: the curve is valid, but will be measured again next time.
+    """
+    path = _file(hat, versus, exit_rate, batch)
+    if path.is_file() and not refresh:
+        with suppress(ValueError, TypeError):  # half written: measured again
+            return SpeedCurve(**json.loads(path.read_text()))
+    reference = (hat, hat.dense) if versus == "dense" else (plain(), torch.inference_mode)
+    ids = sample(hat, CONTEXT + STEPS, batch)
+    turns = {capacity: [] for capacity in CAPACITIES}
+    for capacity in tqdm(CAPACITIES * ROUNDS, desc="speed curve", disable=not progress):
+        with hat.at(capacity, exit_rate), steer_to_capacity(hat):
+            turns[capacity].append(timed(hat, reference, ids))
+    measured, low, high = ([round(float(of(t)), 4) for t in turns.values()] for of in (np.median, min, max))
+    curve = SpeedCurve(versus, exit_rate, list(CAPACITIES), measured, _machine(hat), low, high)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(curve)))
+    except OSError as error:
+        warnings.warn(f"speed curve not kept ({error}); set HAT_CACHE to a folder with space", stacklevel=2)
+    return curve
+
+
+def speedup_text(speedup: float | None, versus: str) -> str:
+    """A measured speedup over ``versus`` in words: one below 1 is called slower, None too short a text."""
+    if speedup is None:
+        return "too short a text to measure"
+    return f"{speedup:.3f}x, slower than {versus}" if round(speedup, 3) < 1 else f"{speedup:.3f}x over {versus}"
+
+
+def steer_to_capacity(hat) -> AbstractContextManager:
+    """Steering for a target speedup: texts that would execute less or more at a capacity are held to it."""
+    return hat.steered() if hat.grain.scales_thresholds else nullcontext()
+
+
+def timed(hat, reference: tuple, ids: Tensor, mask: Tensor | None = None) -> float:
+    """Speedup of ``hat`` as it is set over a reference, at the same decode steps over the last tokens of ``ids``.
+
+    All but the last `STEPS` tokens, or half of them if they are few, are first put into the cache by ``hat`` as it is
+    set. Both then take turns at the same few tokens after the same cache. Returns the median of the ratios or,
+    where tokens exit, the ratio of the means: one token in ten leaving early would not show in a median.
+
+    Args:
+        reference: ``(model, around)``: a model, and a function that makes the context to run it in.
+        ids: int64 ``[B, T]``, at least four tokens; they are forced.
+        mask: ``[B, T]``, 0 at padding.
+    """
+    steps = min(STEPS, ids.shape[1] // 2)
+    tokens = max(1, steps // TURNS)
+    bursts = steps // tokens - 1
+    context = ids.shape[1] - tokens * (bursts + 1)
+    cache = DynamicCache(config=hat.lm.config)
+
+    def burst(v: Variant) -> float:
+        start = context + tokens * len(v.times)
+        cache.crop(start - cache.get_seq_length())
+        began, end = now(v.model), start + tokens
+        replay(v.model, ids[:, start:end], cache, None if mask is None else mask[:, :end])
+        return now(v.model) - began
+
+    base, ours = Variant("reference", *reference), Variant("adaptive", hat, torch.inference_mode)
+    with torch.inference_mode():
+        seen = None if mask is None else mask[:, :context]
+        hat.lm(input_ids=ids[:, :context], attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1)
+        take_turns([base, ours], burst, bursts, warm=1)
+    theirs, mine = np.array(base.times), np.array(ours.times)
+    return float(theirs.mean() / mine.mean() if hat.exit_rate > 0 else np.median(theirs / mine))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Context for sampling: transformers draws from torch's generator, which all threads share, so one at a time does.
+    It is then as it was before."""
+    with _SAMPLING, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.inference_mode()
+def sample(hat, tokens: int, batch: int = 1) -> Tensor:
+    """Text sampled from the base, int64 ``[batch, tokens]``, the same every time."""
+    tokenizer = hat.base.tokenizer
+    start = torch.tensor([tokenizer("The").input_ids] * batch, device=hat.base.device)
+    with seeded(0, hat.base.device), hat.dense():
+        more = {"min_new_tokens": tokens, "max_new_tokens": tokens, "pad_token_id": tokenizer.pad_token_id}
+        return hat.lm.generate(start, attention_mask=torch.ones_like(start), do_sample=True, **more)[:, :tokens]
+
+
+def _machine(hat) -> str:
+    device, dtype = hat.base.device, str(hat.base.dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {dtype}"
+    return f"{device.type}, {dtype}, {torch.get_num_threads()} threads"
+
+
+def _file(hat, *settings) -> Path:
+    """Where a curve is kept, by everything it depends on: also the source that decodes and times, since a version
+    number would not change with every edit."""
+    code, adapter, root = hashlib.sha256(), hashlib.sha256(), Path(__file__).parents[1]
+    for package in ("method", "engine", "decoding"):
+        for path in sorted((root / package).glob("*.py")):
+            code.update(path.read_bytes())
+    for name, p in sorted(hat.hat_parameters().items()):
+        adapter.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+    model = hat.base.fingerprint, hat.config, hat.calibration, adapter.hexdigest()
+    machine = torch.__version__, platform.machine(), cpu_name(), os.cpu_count(), _machine(hat), hat.decoding
+    key = hashlib.sha256(repr((code.hexdigest(), *model, *machine, *settings)).encode())
+    return cache_dir() / "speed" / f"{key.hexdigest()[:24]}.json"

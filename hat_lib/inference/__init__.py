@@ -1,1 +1,0 @@
-"""Generation at a capacity or a target speedup, self-speculative decoding, speed on this machine."""

@@ -1,0 +1,186 @@
+"""Figures that one notebook shows, each from a table that the notebook makes."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy.interpolate import make_interp_spline
+
+from hat_lib.evaluation.routing import means
+from hat_lib.plotting import style
+from hat_lib.plotting.style import BLUE, BROWN, GREEN, GREY, ORANGE, PERCENT, PINK, PURPLE, RED, SERIES, draws
+from studies.plotting.shared import log_axis
+
+WEIGHTS = {"ffn": (BLUE, "white"), "attention": (ORANGE, "black"), "head": (GREEN, "black")}  # bar, text on it
+ENDS = ["mean", "low", "high"]
+
+
+@draws("base", *WEIGHTS)
+def weight_shares(table: pd.DataFrame) -> Figure:
+    """01. Stacked bars: the shares of FFN, attention and LM head in the weights a token reads; a bar per base."""
+    fig, (ax,) = style.panels(1, height=1.1 + 0.6 * len(table))
+    left = 0.0
+    for part, (colour, ink) in WEIGHTS.items():
+        bars = ax.barh(table["base"], table[part], left=left, color=colour, label=part.replace("ffn", "FFN"))
+        ax.bar_label(bars, fmt="{:.0%}", label_type="center", color=ink, weight="bold")
+        left = left + table[part]
+    ax.set(xlim=(0, 1), xlabel="share of the weights read per token")
+    ax.xaxis.set_major_formatter(PERCENT)
+    ax.grid(axis="y", visible=False)
+    ax.invert_yaxis()
+    style.legend_above(ax, 3)
+    return fig
+
+
+@draws("score")
+def score_histogram(table: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
+    """02. Scores of one site's channels, one per row, on a logarithmic axis, and ``thresholds`` with their capacity,
+    threshold, and share of the scores above it."""
+    fig, (ax,) = style.panels(1)
+    scores = table["score"][table["score"] > 0]
+    ends = np.log10(np.quantile(scores, (0.001, 0.9999)))
+    ax.hist(scores, np.logspace(*ends, 80), weights=np.full(len(scores), 1 / len(table)), color=GREY, alpha=0.6)
+    ax.set_xscale("log")
+    for row, colour in zip(thresholds.itertuples(), (GREEN, BLUE, RED), strict=True):
+        label = f"threshold at capacity {row.capacity:g}: {row.share:.0%} kept"
+        ax.axvline(row.threshold, color=colour, linewidth=2, label=label)
+    ax.yaxis.set_major_formatter(PERCENT)
+    ax.set(xlabel="score of a channel", ylabel="share of channels")
+    style.legend_above(ax, 1)
+    return fig
+
+
+@draws("layer", "ratio", "low", "high")
+def skipped_ffn(table: pd.DataFrame) -> Figure:
+    """02. What skipping one layer's FFN for every token costs: perplexity / base perplexity, with its interval."""
+    fig, (ax,) = style.panels(1)
+    ax.axhline(1, color=GREY, linewidth=1)
+    ax.vlines(table["layer"], 1, table["ratio"], color=BLUE, alpha=0.35, linewidth=3)
+    label = "one FFN skipped, 95 % interval"
+    style.whiskers(ax, table["layer"], table[["ratio", "low", "high"]], BLUE, "o", label=label)
+    ticks, largest = [1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000], table[["ratio", "high"]].max().max()
+    last = next((v for v in ticks if v >= largest), ticks[-1])  # decades alone might leave a single label
+    ax.set_yscale("log")
+    style.set_ticks(ax.yaxis, [v for v in ticks if v <= last], "{x:g}×")
+    ax.set(xlabel="layer whose FFN is skipped", ylabel="perplexity / base perplexity")
+    ax.legend(loc="upper center")
+    return fig
+
+
+@draws("method", "work", "increase", "low", "high")
+def grain_frontier(table: pd.DataFrame) -> Figure:
+    """02. Perplexity / base perplexity - 1 against the share of the linear layers' work, a line per ``method``."""
+    fig, (ax,) = style.panels(1, height=4.2)
+    style.increases(ax, [-1, 0, 1, 10, 100, 1e3, 1e4, 1e5, 1e6], "executed share of the linear layers' work")
+    all_series = zip((BLUE, ORANGE, GREEN, PINK, PURPLE, BROWN), "osD^vP", strict=True)
+    for (method, rows), series in zip(table.groupby("method", sort=False), all_series, strict=False):
+        rows = rows.sort_values("work")
+        style.whiskers(ax, rows["work"], 100 * rows[["increase", "low", "high"]], *series, "-", label=method)
+    style.legend_above(ax, 3)
+    return fig
+
+
+@draws("tokens", "capacity", "kl", "increase", "share")
+def learning_curve(table: pd.DataFrame) -> Figure:
+    """03. KL on text that a run does not see, `at_equal_work`, by tokens trained on; a line for each capacity.
+
+    ``table`` is what `hat_lib.training.validation` writes.
+    """
+    fig, (ax,) = style.panels(1)
+    ax.axhline(1, color=GREY, linewidth=1)
+    lines = at_equal_work(table).groupby("capacity", sort=False)
+    for (capacity, rows), (colour, marker) in zip(lines, SERIES, strict=False):
+        before = rows["kl"].iloc[0]
+        label = f"capacity {capacity:g}, from {before:.2g} nats"
+        ax.plot(rows["tokens"] / 1000, rows["kl"] / before, marker=marker, color=colour, markersize=4, label=label)
+    ax.yaxis.set_major_formatter(PERCENT)
+    ax.set(xlabel="thousand tokens trained on", ylabel="KL at equal work, share of that before", ylim=(0, None))
+    ax.legend()
+    return fig
+
+
+def at_equal_work(curve: pd.DataFrame) -> pd.DataFrame:
+    """A learning curve whose ``kl`` and ``increase`` are those at the share that its capacity executed before the
+    first step.
+
+    The logarithms of KL and of perplexity are interpolated linearly in the share between the capacities of a step, and
+    extrapolated from the nearest two; with a single capacity, rows stay as they are.
+    """
+    style.check_table(curve, "tokens", "capacity", "kl", "increase", "share")
+    wanted = curve.drop_duplicates("capacity").set_index("capacity")["share"]
+    steps = []
+    for _, rows in curve.groupby("tokens", sort=False):
+        if len(rows) > 1:
+            at, asked = rows.sort_values("share"), rows["capacity"].map(wanted)
+            logs = np.stack([np.log(at["kl"]), np.log1p(at["increase"])], 1)
+            kl, ppl = make_interp_spline(at["share"], logs, k=1)(asked).T
+            rows = rows.assign(share=asked, kl=np.exp(kl), increase=np.expm1(ppl))
+        steps.append(rows)
+    return pd.concat(steps)
+
+
+@draws("reader", "depth", "agreement")
+def exit_depths(table: pd.DataFrame) -> Figure:
+    """04. How often the base's next token can be read after each layer, a line per ``reader``."""
+    fig, (ax,) = style.panels(1)
+    all_series = zip((GREY, BLUE, ORANGE, GREEN), "oDs^", ("-", "--", "-.", ":"), strict=True)
+    for (reader, rows), (colour, marker, line) in zip(table.groupby("reader", sort=False), all_series, strict=False):
+        ax.plot(rows["depth"], rows["agreement"], line, marker=marker, color=colour, markersize=5, label=reader)
+    ax.set(xlabel="layers that have run", ylabel="share that read the base's token", ylim=(0, 1.02))
+    ax.yaxis.set_major_formatter(PERCENT)
+    ax.legend()
+    return fig
+
+
+@draws("exit_rate", "layers", "share")
+def exits(table: pd.DataFrame) -> Figure:
+    """05. Where tokens leave: the share of all tokens by the layers they ran; those that stay are at the right end."""
+    cells = table.pivot(index="layers", columns="exit_rate", values="share").fillna(0.0)
+    fig, (ax,) = style.panels(1, height=3.0)
+    width, places = 0.8 / len(cells.columns), np.arange(len(cells))
+    for i, ((rate, share), (colour, _)) in enumerate(zip(cells.items(), SERIES * len(cells), strict=False)):
+        bars = ax.bar(places + (i + 0.5) * width - 0.4, share, width, color=colour, label=f"exit rate {rate:g}")
+        ax.bar_label(bars, [f"{v:.0%}" for v in share], fontsize=8)
+    ax.set_xticks(places, cells.index)
+    ax.set(xlabel="layers that the token ran", ylabel="share of the tokens")
+    ax.yaxis.set_major_formatter(PERCENT)
+    ax.grid(axis="x", visible=False)
+    style.legend_above(ax, len(cells.columns))
+    return fig
+
+
+def by_sensitivity(
+    price: np.ndarray, forecast: np.ndarray, block: np.ndarray, depths: int = 3, bins: int = 5
+) -> pd.DataFrame:
+    """Do tokens cost what was forecast? (token, layer) pairs in bins of equal size by forecast, at each depth.
+
+    ``price`` and ``forecast`` of dropping a token's channels in a layer, ``[L, n]``, are taken relative to the layer's
+    mean; ``block [n]`` is the block of each token. Columns ``bin`` (from 0), ``pairs``, ``forecast`` (mean), ``mean``
+    (of the prices), ``low``, ``high``, and the layers, ``first`` to ``last``.
+    """
+    parts = []
+    for layers in np.array_split(np.arange(len(price)), depths):
+        cost, guess = ((x[layers] / x[layers].mean(1, keepdims=True)).ravel() for x in (price, forecast))
+        codes = pd.qcut(pd.Series(guess).rank(method="first"), bins, labels=False).to_numpy()
+        places = np.tile(block, len(layers))
+        found = means(np.where(codes == np.arange(bins)[:, None], cost, np.nan), places, places)
+        table = pd.DataFrame({"bin": range(bins), "pairs": found["tokens"]})
+        table["forecast"] = pd.Series(guess).groupby(codes).mean()
+        parts.append(table.join(found[ENDS]).assign(first=layers[0], last=layers[-1]))
+    return pd.concat(parts, ignore_index=True)
+
+
+@draws("first", "last", "forecast", *ENDS)
+def sensitivity(table: pd.DataFrame) -> Figure:
+    """07. What tokens cost against what was forecast, both relative to the mean of their layer, by depth; ``table`` is
+    that of `by_sensitivity`."""
+    fig, (ax,) = style.panels(1, height=4.6)
+    all_series = (BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-.")
+    for series, ((first, last), rows) in zip(all_series, table.groupby(["first", "last"]), strict=False):
+        style.whiskers(ax, rows["forecast"], rows[ENDS], *series, label=f"layers {first}–{last}")
+    ends = table[["forecast", "low"]].min().min(), table[["forecast", "high"]].max().max()
+    ax.plot(ends, ends, color=GREY, linewidth=1, label="as forecast")
+    ax.set(yscale="log", xlabel="forecast, × the layer's mean", ylabel="measured, × the layer's mean")
+    log_axis(ax, [0.25, 0.5, 1, 2, 4])
+    style.set_ticks(ax.yaxis, [0.25, 0.5, 1, 2, 4])
+    ax.legend()
+    return fig

@@ -1,0 +1,252 @@
+"""No silent wrong number off the beaten path: traces, contexts, interrupts, hooks, policies of one's own."""
+
+import copy
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from soak.paths import PAIRS, check_pair
+from test_transformer import GREEDY, apart, close, stepwise
+from tiny_runs import GRAINS, active, skipping, tiny, untrained
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+from hat_lib.checkpoint import Price
+from hat_lib.config import HatError
+from hat_lib.method.forward import keeps
+from hat_lib.method.trace import Trace
+
+pytestmark = [
+    pytest.mark.usefixtures("no_grad"),
+    pytest.mark.filterwarnings("ignore:token grain", "ignore:weights of the base were changed"),
+]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Everything that a model may have: exits, corrections, a shortlist that leaves much out."""
+    hat = skipping("channel", correction_rank=2)
+    head = {"head_thresholds": [1.0, 0.0], "head_margins": [0.1, 9.0], "head_shares": [0.5, 1.0]}
+    hat.calibration = replace(hat.calibration, **head)
+    hat.capacity, hat.exit_rate = 0.5, 0.2
+    return hat
+
+
+class Same(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+class Quiet(BaseStreamer):
+    put, end = (lambda self, ids: None), (lambda self: None)
+
+
+PATHS = {
+    "engine": {},
+    "streamer": {"streamer": Quiet()},
+    "transformers' loop": {"logits_processor": LogitsProcessorList([Same()])},
+    "reference": {"use_cache": True},
+    "hook": {},
+}
+
+
+class TestTraceOfGenerate:
+    @pytest.mark.parametrize("path", PATHS)
+    def test_covers_all_new_tokens_on_every_path(self, ids, path):
+        hat = active("channel")
+        if path == "hook":
+            hat.lm.model.layers[1].register_forward_hook(lambda *args: None)
+        with hat.changed(engine=False if path == "reference" else None), hat.collect() as states:
+            hat.lm.generate(ids, **GREEDY | PATHS[path])
+        new = Trace.cat([state for state in states if state.start + state.tokens > ids.shape[1]])
+        assert new.tokens == hat.trace.tokens == 7 and hat.trace.covers == "new tokens"
+        assert torch.equal(hat.trace.site_share, new.site_share) and 0.3 < hat.trace.capacity < 0.95
+
+    def test_says_what_it_covers(self, ids, channel_hat):
+        channel_hat.lm.generate(ids, **GREEDY | {"max_new_tokens": 1})
+        assert channel_hat.trace.covers == "prompt" and channel_hat.trace.capacity == 1.0
+        channel_hat.lm.generate(ids, **GREEDY | {"num_beams": 2})
+        assert channel_hat.trace.covers == "last step of generate" and channel_hat.trace.tokens == 1
+        assert "last step of generate" in repr(channel_hat.trace)
+
+    @pytest.mark.parametrize("path", ["engine", "transformers' loop"])
+    def test_prompt_in_chunks_runs_in_full(self, channel_hat, ids, path):
+        expected = channel_hat.lm.generate(ids, **GREEDY | PATHS[path])
+        with channel_hat.collect() as states:
+            found = channel_hat.lm.generate(ids, prefill_chunk_size=4, **GREEDY | PATHS[path])
+        assert torch.equal(found, expected)
+        assert {s.capacity for s in states if s.start + s.tokens <= ids.shape[1]} == {1.0}
+
+    @pytest.mark.parametrize("asked", [{"dola_layers": "low"}, {"synced_gpus": True}], ids=str)
+    def test_what_transformers_refuses(self, channel_hat, ids, asked):
+        for lm in (tiny().model, channel_hat.lm):
+            with pytest.raises(ValueError, match="dola|process group"):
+                lm.generate(ids, **GREEDY | asked)
+
+
+@pytest.mark.parametrize("place", ["model.layers.1", "lm_head"])
+def test_interrupted_forward_leaves_the_thread_as_it_was(channel_hat, ids, place):
+    expected, before = channel_hat.lm(ids[:1]).logits, channel_hat.trace
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    hook = channel_hat.lm.get_submodule(place).register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        channel_hat.lm(ids)
+    hook.remove()
+    assert channel_hat.trace is before
+    assert torch.equal(channel_hat.lm(ids[:1]).logits, expected) and channel_hat.trace is not before
+
+
+@pytest.mark.parametrize("put", ["on a module", "on all modules"])
+def test_hooks_put_on_before_attaching_fire_in_decode(ids, put):
+    base, seen = tiny(), []
+    module = base.model.model.layers[1].mlp
+    register = module.register_forward_hook if put == "on a module" else register_module_forward_hook
+    hook = register(lambda m, *args: seen.append(m) if m is module else None)
+    try:
+        hat = untrained("channel", base)
+        stepwise(hat, ids)
+        assert hat.decoding.startswith("reference path (there are hooks") and len(seen) == ids.shape[1]
+    finally:
+        hook.remove()
+    assert hat.decoding.startswith("engine")
+
+
+class TestContexts:
+    @pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
+    def test_change_what_they_name_and_nothing_else(self, whole, ids, pair):
+        check_pair(whole, ids[:1, :6], pair)
+
+    def test_closed_early(self, channel_hat):
+        def holding():
+            with channel_hat.at(0.9):
+                yield
+
+        generator = holding()
+        next(generator)
+        with channel_hat.at(0.6):
+            generator.close()
+            assert channel_hat.capacity == 0.6
+        assert channel_hat.capacity == 0.7
+
+    def test_collect_inside_collect(self, channel_hat, ids):
+        with channel_hat.collect() as outer, channel_hat.collect() as inner:
+            channel_hat.lm(ids)
+        assert outer == inner == [channel_hat.trace]
+
+    def test_forward_decides_by_the_setting_that_it_began_with(self, whole, ids):
+        def from_another_thread(*args):
+            thread = threading.Thread(target=lambda: setattr(whole, "capacity", 1.5 - whole.capacity))
+            thread.start()
+            thread.join()
+
+        for capacity in (0.5, 1.0):
+            whole.capacity = capacity
+            expected = whole.lm(ids).logits
+            hook = whole.lm.model.layers[2].register_forward_hook(from_another_thread)
+            found = whole.lm(ids).logits
+            hook.remove()
+            assert torch.equal(found, expected) and whole.capacity == 1.5 - capacity
+        whole.capacity = 0.5
+
+
+def test_a_part_called_by_hand_is_the_bases(whole, ids):
+    states = whole.lm.model(ids).last_hidden_state
+    before = whole.trace.capacity
+    assert torch.equal(whole.lm.lm_head(states), states @ whole.lm.lm_head.weight.T)
+    assert whole.trace.capacity == before
+    assert torch.equal(whole.logits(states), whole.lm(ids).logits)
+    assert apart(whole.logits(states), whole.lm.lm_head(states))
+
+
+WRONG = {
+    "shape": lambda keep: keep[:, :1] if keep.dim() > 1 else keep[:, None],
+    "rows": lambda keep: keep[:1],
+    "numpy": lambda keep: keep.numpy(),
+    "floats": lambda keep: keep * 0.5,
+    "integers": lambda keep: keep.int(),
+    "number": lambda keep: True,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("grain", GRAINS)
+def test_decisions_of_a_policy_are_checked(grain, wrong, ids):
+    hat = untrained(grain)
+
+    class Policy:
+        def __call__(self, layer, site, x, rows, state):
+            return WRONG[wrong](torch.ones(len(x), *state.mask_shapes[site], dtype=torch.bool))
+
+    def leave(depth, h, rows, state):
+        return WRONG[wrong](torch.zeros(len(h), dtype=torch.bool))
+
+    with pytest.raises(HatError, match=r"layer \d, site .* bool tensor"), hat.using(Policy()):
+        hat.lm(ids)
+    with pytest.raises(HatError, match="exit after 1 layers"), hat.using(exits=leave):
+        hat.lm(ids)
+
+
+def test_thresholds_of_other_routers(channel_hat, ids):
+    other = skipping("channel", vectors=0.6)
+    own = channel_hat.calibration.thresholds_at(0.7)
+    thresholds = channel_hat.threshold_policy(own)
+
+    def policy(layer, site, x, rows, trace):
+        if site == "qkv":
+            channel_hat.grain.prepare(other.routers, layer, x, trace, 1.0)
+        return keeps(channel_hat.grain, other.routers, thresholds, layer, site, x, trace)
+
+    with channel_hat.using(policy):
+        close(stepwise(channel_hat, ids), channel_hat.lm(ids).logits)
+
+
+def test_a_site_that_keeps_everything_leaves_the_others_their_sensitivity(channel_hat, ids):
+    """On both paths, and where a policy asks for the method's decision at one site alone."""
+    own = {place: t for place, t in channel_hat.calibration.thresholds_at(0.7).items() if place[1] in ("down", "token")}
+    with channel_hat.using(channel_hat.threshold_policy(own)):
+        expected = channel_hat.lm(ids).logits
+        close(stepwise(channel_hat, ids), expected)
+
+    def policy(layer, site, x, rows, trace):
+        return keeps(channel_hat.grain, channel_hat.routers, channel_hat.threshold_policy(own), layer, site, x, trace)
+
+    with channel_hat.using(policy):
+        close(channel_hat.lm(ids).logits, expected)
+
+
+def test_copy_keeps_format_training_and_gradients(channel_hat):
+    channel_hat.weight_format = "int8"
+    channel_hat.lm.model.layers[1].train()
+    channel_hat.gates.requires_grad_(False)
+    twin = copy.deepcopy(channel_hat)
+    assert twin.weight_format == "int8" and not twin.gates["1"].scale.requires_grad
+    assert [m.training for m in twin.modules()] == [m.training for m in channel_hat.modules()]
+
+
+def test_prices_stay_while_the_base_is_the_same(channel_hat, ids):
+    channel_hat.prices = prices = [Price("page", 0.7, 0.7, 0.1, None, None, 9.0, 100)]
+    weight = channel_hat.lm.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.clone()
+    channel_hat.lm(ids)
+    assert channel_hat.prices == prices
+    weight.data = weight.data * 1.1
+    channel_hat.lm(ids)
+    assert not channel_hat.prices
+
+
+def test_printed_in_a_few_lines(whole, ids):
+    whole.lm.generate(ids, **GREEDY)
+    joined = whole.trace
+    whole.lm(ids)
+    for thing in (whole, whole.trace, whole.base, joined):
+        assert 1 <= len(repr(thing).splitlines()) <= 5
+    assert "42 tokens" not in repr(whole.trace) and "3 rows" in repr(whole.trace)
+    with pytest.raises(AttributeError, match=r"\.model\.generate"):
+        whole.base.generate(ids)
+    assert np.isclose(whole.trace.capacity, float(repr(whole.trace).split("capacity ")[1].split()[0]), atol=6e-4)
