@@ -83,7 +83,7 @@ def grain_frontier(table: pd.DataFrame) -> Figure:
 def learning_curve(table: pd.DataFrame) -> Figure:
     """03. KL on text that a run does not see, `at_equal_work`, by tokens trained on; a line for each capacity.
 
-    ``table`` is what `hat_lib.training.validation` writes.
+    ``table`` is what `hat_lib.training.log` writes.
     """
     fig, (ax,) = style.panels(1)
     ax.axhline(1, color=GREY, linewidth=1)
