@@ -94,8 +94,7 @@ class HierarchicalTransformer(Contexts, nn.Module):
         self._head_norm: Tensor | None = None
         self._refreshing = threading.Lock()
         capacity, exit_rate = (config.capacity, config.exit_rate) if calibration else (1.0, 0.0)
-        asked = self._dense._replace(capacity=capacity, exit_rate=exit_rate)
-        self._context = Context([Setting(asked)])
+        self._context = Context([Setting(self._dense._replace(capacity=capacity, exit_rate=exit_rate))])
         self._decoding = Decoding(self, self._context)
         self.layers = [AdaptiveLayer(layer, i, self._context, layer is layers[-1]) for i, layer in enumerate(layers)]
         self.calibration = calibration
@@ -238,7 +237,9 @@ class HierarchicalTransformer(Contexts, nn.Module):
 
     def keeps(self, layer: int, site: str, x: Tensor) -> Tensor | None:
         """What the method itself keeps, for a policy that changes some of it: bool, like `scores`; None for all."""
-        return self._context.layers.keep(layer, site, x)
+        if (forward := self._context.layers) is None:
+            raise HatError("keeps answers a policy, inside a forward: with hat.using(policy)")
+        return forward.keep(layer, site, x)
 
     def begin(self) -> Forward:
         """A forward that decides by the setting of this moment."""

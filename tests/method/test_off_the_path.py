@@ -210,14 +210,15 @@ def test_a_site_that_keeps_everything_leaves_the_others_their_sensitivity(channe
     """On both paths, and where a policy asks for the method's decision at one site alone."""
     own = {place: t for place, t in channel_hat.calibration.thresholds_at(0.7).items() if place[1] in ("down", "token")}
     with channel_hat.using(channel_hat.threshold_policy(own)):
-        expected = channel_hat.lm(ids).logits
-        close(stepwise(channel_hat, ids), expected)
+        close(stepwise(channel_hat, ids), expected := channel_hat.lm(ids).logits)
 
     def policy(layer, site, x, rows, trace):
         return keeps(channel_hat.grain, channel_hat.routers, channel_hat.threshold_policy(own), layer, site, x, trace)
 
     with channel_hat.using(policy):
         close(channel_hat.lm(ids).logits, expected)
+    with pytest.raises(HatError, match="inside a forward"):
+        channel_hat.keeps(0, "down", torch.ones(1, 4))
 
 
 def test_copy_keeps_format_training_and_gradients(channel_hat):
