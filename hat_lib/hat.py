@@ -120,7 +120,7 @@ class HierarchicalTransformer(Contexts, nn.Module):
         for name, correction in self.corrections.items():
             layer, site = name.split("_", 1)
             linears = [layers[int(layer)].get_submodule(linear) for linear in LINEARS.get(site, ())]
-            self._hooks += correction.attach(linears, lambda: context.layers.strength if context.layers else 0.0)
+            self._hooks += correction.attach(linears, lambda: context.forward.strength if context.forward else 0.0)
         self._foreign = overridden(self.lm.model)
         override(self.lm.model, self._run_layers)
         self._decoding.attach(self._hooks)
@@ -187,8 +187,7 @@ class HierarchicalTransformer(Contexts, nn.Module):
         twin = memo[id(self)] = HierarchicalTransformer(base, self.config)
         twin.load_state_dict(self.state_dict())
         twin.calibration, twin.training_summary = self.calibration, copy.deepcopy(self.training_summary)
-        twin.prices, twin.weight_format = list(self.prices), self.weight_format
-        own = Setting(twin._dense)
+        twin.prices, own = list(self.prices), Setting(twin._dense, weight_format=self.weight_format)
         twin._context.setting = twin._at(own, self.calibration, capacity=self.capacity, exit_rate=self.exit_rate)
         for module, copied in zip(self.modules(), twin.modules(), strict=True):
             copied.training = module.training
@@ -202,11 +201,14 @@ class HierarchicalTransformer(Contexts, nn.Module):
     def weight_format(self) -> str:
         """How the engine keeps its weights: "base", as the base has them; or, approximately, "int8", with a scale per
         output, or "q4", with a scale and an offset per 32 channels. Prefill reads the base's own."""
-        return self._decoding.form
+        return self._context.setting.weight_format
 
     @weight_format.setter
     def weight_format(self, value: str) -> None:
-        self._decoding.set_form(value)
+        self._decoding.check_format(value)
+        if value != self.weight_format:
+            self._decoding.forget()
+        self._context.setting = self._context.setting.holding(weight_format=value)
 
     @property
     def packed_bytes(self) -> int:
@@ -237,7 +239,7 @@ class HierarchicalTransformer(Contexts, nn.Module):
 
     def keeps(self, layer: int, site: str, x: Tensor) -> Tensor | None:
         """What the method itself keeps, for a policy that changes some of it: bool, like `scores`; None for all."""
-        if (forward := self._context.layers) is None:
+        if (forward := self._context.forward) is None:
             raise HatError("keeps answers a policy, inside a forward: with hat.using(policy)")
         return forward.keep(layer, site, x)
 

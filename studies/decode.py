@@ -196,14 +196,14 @@ def _engine(
             if sequences > 1 and capacity not in (1, middle):
                 continue
             enter = hat.dense if capacity == 1 else enter
-            with hat.changed(weights=form), enter(), hat.collect() as states:
+            with hat.changed(weight_format=form), enter(), hat.collect() as states:
                 _ms(hat, text, steps)
             trace = Trace.cat(states[2:])
             columns = {"realised": trace.capacity, "copy_mib": copied}
             if sequences == 1:
                 columns["ideal"] = _ideal(state_cost(hat, trace), hat.base.dtype.itemsize, form)
             if sequences == 1 and expected is not None:
-                with hat.changed(weights=form), enter():
+                with hat.changed(weight_format=form), enter():
                     total = kl_div(_predicted(hat, ids), expected, reduction="sum", log_target=True)
                 columns["kl"] = float(total) / len(expected)
             yield Way("engine", name, sequences, capacity, partial(_within, hat, text, steps, enter, form), columns)
@@ -215,7 +215,7 @@ def _ms(model, ids: Tensor, steps: int) -> float:
 
 
 def _within(hat, ids: Tensor, steps: int, enter: Callable, form: str, path: Callable = nullcontext) -> float:
-    with hat.changed(weights=form), enter(), path():  # which keeps the weights of other formats
+    with hat.changed(weight_format=form), enter(), path():  # which keeps the weights of other formats
         return _ms(hat, ids, steps)
 
 

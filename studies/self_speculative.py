@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hat_lib.base.load import parse_dtype
 from hat_lib.config import check_capacity
-from hat_lib.decoding.speculation import speculate
+from hat_lib.decoding.speculation import Speculation
 from hat_lib.decoding.speed import Variant, now, take_turns
 from hat_lib.hat import HierarchicalTransformer
 from studies.common import CHECKPOINTS, SPEEDS, Machine, machine, markdown, ratios, rounded, saved, times
@@ -87,13 +87,17 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
               "pad_token_id": hat.base.tokenizer.pad_token_id}  # fmt: skip
 
     def dense():
-        with hat.dense(), hat.changed(weights="base"):
+        with hat.dense(), hat.changed(weight_format="base"):
             return hat.lm.generate(ids, **greedy)
+
+    def lossless():
+        speculation = Speculation(hat)
+        return hat.lm.generate(ids, **greedy, custom_generate=speculation), speculation
 
     ways = {
         "hf": lambda: plain.generate(ids, **greedy, output_logits=True, return_dict_in_generate=True),
         "dense": dense,
-        "lossless": lambda: speculate(hat, ids, max_new_tokens),
+        "lossless": lossless,
         "early_exit": lambda: plain.generate(ids, **greedy, assistant_early_exit=hat.config.exit_layers[-1]),
     }
     order = list(ways) if number // KINDS % EARLY_EXITS == 0 else list(ways)[:3]
@@ -107,16 +111,18 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
     take_turns(variants, once, rounds)
     turns = {v.name: v.times for v in variants}
     over_dense = ratios(turns["dense"], turns["lossless"])
-    text, spoken = found["hf"].sequences, found["lossless"]
-    parted, gap = parting(text[0, ids.shape[1] :], spoken.ids[0, ids.shape[1] :], found["hf"].logits)
+    text, (spoken, speculation) = found["hf"].sequences, found["lossless"]
+    parted, gap = parting(text[0, ids.shape[1] :], spoken[0, ids.shape[1] :], found["hf"].logits)
     new = text.shape[1] - ids.shape[1]
     columns = {f"ms_{way}": statistics.median(times) / new for way, times in turns.items()}
     columns |= {"granularity": hat.config.granularity, "capacity": hat.capacity, "weights": hat.weight_format}
-    columns |= {"prompt": number, "kind": prompt.kind, "drafted": spoken.drafted, "ideal": spoken.ideal_speedup}
+    columns |= {"prompt": number, "kind": prompt.kind, "ideal": speculation.ideal_speedup}
+    columns |= {name: getattr(speculation, name) for name in ("new_tokens", "drafted", "accepted", "passes")}
+    columns["draft_share"] = speculation.drafting / speculation.drafted if speculation.drafted else math.nan
     columns |= {"identical": parted is None, "parted_at": parted, "gap_ulp": gap, "rounds": rounds}
     columns["over_dense_low"] = min(over_dense) if rounds > 1 else None
     columns["over_dense_high"] = max(over_dense) if rounds > 1 else None
-    return rounded(Row, **machine(hat.base) | vars(spoken) | {"ms_early_exit": None} | columns)
+    return rounded(Row, **machine(hat.base) | {"ms_early_exit": None} | columns)
 
 
 def parting(base: Tensor, other: Tensor, logits: Sequence[Tensor]) -> tuple[int | None, float | None]:

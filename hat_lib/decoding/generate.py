@@ -72,9 +72,14 @@ class Call:
     traces: list[Trace] = field(default_factory=list)
     """of the forwards so far, but for the prompt's"""
 
-    def tell(self, ids: np.ndarray) -> None:
+    def put(self, ids: Tensor) -> None:
+        """Hand the next token of each text, ``[B]``, to the streamer."""
         if self.streamer is not None:
-            self.streamer.put(torch.from_numpy(ids[:, 0].copy()))
+            self.streamer.put(ids.cpu())
+
+    def end(self) -> None:
+        if self.streamer is not None:
+            self.streamer.end()
 
     def joined(self) -> Trace | None:
         """What the new tokens ran; None if none was read."""
@@ -90,10 +95,8 @@ class Decoding:
 
     def __init__(self, hat, context):
         self.hat, self.context, self.lm = hat, context, hat.lm
-        self.form = "base"
-        """of the packed weights, one of `WEIGHT_FORMATS`"""
         self._decoders: dict[tuple[str, bool], Decoder] = {}
-        """by form, and whether it can make a shortlist"""
+        """by weight format, and whether it can make a shortlist"""
         self._lock = threading.Lock()
         self._thread = threading.local()
         self.never = UNAVAILABLE or obstacles.of_base(self.lm, hat.config.granularity)
@@ -124,9 +127,9 @@ class Decoding:
         """Which path decodes, in words."""
         if (why := self.why_not()) is not None:
             return f"reference path ({why})"
-        threads, form = size(torch.get_num_threads()), self.context.setting.weights or self.form
-        form = str(self.lm.dtype).removeprefix("torch.") if form == "base" else form
-        return f"engine ({form}, {threads} thread{'s' if threads > 1 else ''})"
+        threads, read = size(torch.get_num_threads()), self.context.setting.weight_format
+        read = str(self.lm.dtype).removeprefix("torch.") if read == "base" else read
+        return f"engine ({read}, {threads} thread{'s' if threads > 1 else ''})"
 
     # -- generate ------------------------------------------------------------------------------------
 
@@ -209,7 +212,7 @@ class Decoding:
         ended = np.isin(ids[:, 0], choice.stops)
         if choice.seen.size:
             choice.seen[np.arange(b), ids[:, 0]] = True
-        call.tell(ids)
+        call.put(torch.from_numpy(ids[:, 0].copy()))
         while done < more and not ended.all():
             steps = min(steps, more - done)
             began = time.perf_counter()
@@ -217,12 +220,11 @@ class Decoding:
             place = {"first": first, "position": position + done, "ended": ended}
             result = self.course(found[-1][:, -1:], cache, steps, now, **place, threads=call.threads)
             found.append(result.ids)
-            call.tell(result.ids)
+            call.put(torch.from_numpy(result.ids[:, 0].copy()))
             done += result.ids.shape[1]
             each = (time.perf_counter() - began) / result.ids.shape[1]
             steps = 1 if call.streamer is not None else max(1, min(2 * steps, int(PATIENCE / each)))
-        if call.streamer is not None:
-            call.streamer.end()
+        call.end()
         return torch.from_numpy(np.concatenate(found, axis=1))
 
     def course(
@@ -250,7 +252,7 @@ class Decoding:
             steering=Steering(offset, gain, setting.thresholds.layer_capacity, steering.LIMIT, shares),
         )  # fmt: skip
         if gain:
-            steering.keep(cache, start, result.offsets)
+            steering.set_offsets(cache, start, result.offsets)
         ranks = rank[:, None] + np.arange(result.exits.shape[1])
         self.hat.note(self._trace(setting, ranks, start, cache, decoder, result))
         return result
@@ -330,12 +332,12 @@ class Decoding:
                 self.lm(input_ids=token, attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1)
         self.hat.note(Trace.cat(traces))
 
-    def draft(self, ids: np.ndarray, cache: Cache, steps: int, choice: Choice) -> Result | None:
-        """Decode ``ids [B, 1]`` and what follows in one course, logits included; None if the engine may not."""
-        if self.why_not() is not None or not obstacles.fits(cache, self.lm, len(ids)):
+    def draft(self, token: Tensor, cache: Cache, steps: int, choice: Choice) -> Result | None:
+        """Decode ``token [1]`` and what follows in one course, logits included; None if the engine may not."""
+        if self.why_not() is not None or not obstacles.fits(cache, self.lm, 1):
             return None
-        first, position = np.zeros(len(ids), np.int64), np.full(len(ids), cache.get_seq_length())
-        return self.course(ids, cache, steps, choice, first=first, position=position, logits=True)
+        first, position = np.zeros(1, np.int64), np.array([cache.get_seq_length()])
+        return self.course(token[None].numpy(), cache, steps, choice, first=first, position=position, logits=True)
 
     # -- what ran --------------------------------------------------------------------------------------
 
@@ -359,22 +361,21 @@ class Decoding:
 
     def _decoder(self, setting: Setting) -> Decoder:
         """The packed model, as its weights were at the last prompt."""
-        hat, form = self.hat, setting.weights or self.form
-        key = form, hat.has_shortlist or setting.thresholds.shortlist
+        hat = self.hat
+        key = weight_format, shortlist = setting.weight_format, hat.has_shortlist or setting.thresholds.shortlist
         with self._lock:
             if key not in self._decoders:
                 parts = {"routers": hat.routers, "gates": hat.gates, "corrections": hat.corrections}
-                self._decoders[key] = Decoder(self.lm, form, **parts, head_norm=hat.head_norm if key[1] else None)
+                norm = hat.head_norm if shortlist else None
+                self._decoders[key] = Decoder(self.lm, weight_format, **parts, head_norm=norm)
             return self._decoders[key]
 
-    def set_form(self, form: str) -> None:
-        if form not in WEIGHT_FORMATS:
-            raise HatError(f"weight format must be one of {', '.join(WEIGHT_FORMATS)}, got {form!r}")
-        if why := None if self.never else unfit(self.lm, form):
+    def check_format(self, weight_format: str) -> None:
+        """Raise `HatError` for a format that is unknown, or that does not fit the base."""
+        if weight_format not in WEIGHT_FORMATS:
+            raise HatError(f"weight format must be one of {', '.join(WEIGHT_FORMATS)}, got {weight_format!r}")
+        if why := None if self.never else unfit(self.lm, weight_format):
             raise HatError(f"weight format {why}")
-        if form != self.form:
-            self.forget()
-        self.form = form
 
     def forget(self) -> None:
         """Drop packed weights; they are made again when next needed. Waits for a thread that is making some: it would

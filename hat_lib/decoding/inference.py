@@ -14,23 +14,23 @@ import math
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchEncoding, DynamicCache, LlamaForCausalLM
 
 from hat_lib.base.load import load_base
 from hat_lib.config import HatError, check_count
-from hat_lib.decoding.speculation import Speculation, speculate
+from hat_lib.decoding.speculation import Speculation
 from hat_lib.decoding.speed import (
+    VERSUS,
     SpeedCurve,
     check_target,
-    check_versus,
     now,
     replay,
     seeded,
@@ -63,7 +63,7 @@ def check_sampling(max_new_tokens: int, temperature: float, seed: int) -> None:
         raise HatError(f"temperature must be 0 (greedy) or a number of at least {TEMPERATURE_MIN}, got {temperature}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Generation:
     """New text, and what it took: ``B`` prompts; ``T`` columns of left-padded prompt and new tokens."""
 
@@ -76,39 +76,50 @@ class Generation:
     new_tokens: int
     """in all sequences, end-of-text tokens included"""
     seconds: float
-    mode: str
     requested_capacity: float
     requested_exit_rate: float
-    capacity: float
-    """realised over the new tokens that were read, like the next two, and over the prompt's with ``gate_prompt``; in
-    lossless mode over drafts; nan without any: the last new token is not read"""
-    exit_rate: float
-    exit_histogram: dict[int, int]
-    """layers run -> tokens that ran that many"""
+    trace: Trace | None
+    """what the new tokens ran, without the last, which is not read, and with ``gate_prompt`` the prompt's; in lossless
+    mode what drafts ran; None for no tokens"""
     model_share: float
     """executed work / the dense model's on this text; in lossless mode that of all that ran, prompt, drafts and
     verification, which is usually above 1"""
-    versus: str
-    token_share: Tensor | None = None
+    token_share: Tensor | None
     """work as a share of dense, fp32 ``[B, T - 1]``: column t chose the token in column t + 1; nan at padding. None in
     lossless mode"""
-    target_speedup: float | None = None
-    predicted_speedup: float | None = None
-    predicted_range: tuple[float, float] | None = None
-    """from the slowest and the fastest turns of the measurement behind the prediction"""
-    realised_speedup: float | None = None
+    speculation: list[Speculation]
+    """lossless mode: of each prompt"""
+    versus: str
+    realised_speedup: float | None
     """over ``versus``, measured on this text: of decode or, in lossless mode, prompts included; None if not asked for
     or if the text is too short"""
-    speculation: list[Speculation] | None = None
-    """lossless mode: one for each prompt"""
-    acceptance: float = math.nan
-    """lossless mode: share of the drafted tokens that were accepted"""
-    draft_share: float = math.nan
-    """lossless mode: work of the drafting steps / that of as many dense ones"""
+    target_speedup: float | None
+    predicted_speedup: float | None
+    predicted_range: tuple[float, float] | None
+    """from the slowest and the fastest turns of the measurement behind the prediction"""
+
+    @property
+    def capacity(self) -> float:
+        """Realised by the tokens of `trace`, like the exit rate; nan for none."""
+        return self.trace.capacity if self.trace else math.nan
+
+    @property
+    def exit_rate(self) -> float:
+        return self.trace.exit_rate if self.trace else math.nan
 
     @property
     def tokens_per_second(self) -> float:
         return self.new_tokens / self.seconds
+
+    @property
+    def acceptance(self) -> float:
+        """Lossless mode: share of the drafted tokens that were accepted; nan for none."""
+        return sum(s.accepted for s in self.speculation) / (sum(s.drafted for s in self.speculation) or math.nan)
+
+    @property
+    def draft_share(self) -> float:
+        """Lossless mode: work of the drafting steps / that of as many dense ones; nan for none."""
+        return sum(s.drafting for s in self.speculation) / (sum(s.drafted for s in self.speculation) or math.nan)
 
 
 class AdaptiveInference:
@@ -121,7 +132,9 @@ class AdaptiveInference:
     """
 
     def __init__(self, hat, versus: str = "dense"):
-        self.hat, self.versus = hat, check_versus(versus)
+        if versus not in VERSUS:
+            raise HatError(f"versus must be one of {', '.join(VERSUS)}, got {versus!r}")
+        self.hat, self.versus = hat, versus
 
     def generate(
         self,
@@ -145,7 +158,7 @@ class AdaptiveInference:
             capacity, exit_rate: None means what ``hat`` is set to.
             target_speedup: replaces ``capacity`` by the largest one that reaches it (`SpeedCurve.capacity_for`); at
                 the channel grain, the text is steered to it.
-            mode: "adaptive", or "lossless": ``hat`` drafts, the base decides (`speculate`), one prompt after another.
+            mode: "adaptive", or "lossless": ``hat`` drafts, the base decides (`Speculation`), one prompt after another.
             temperature: 0 takes the likeliest token; above 0 samples from the whole distribution.
             measure: take a few seconds to measure the realised speedup afterwards; None does so with a target and in
                 lossless mode.
@@ -157,29 +170,21 @@ class AdaptiveInference:
         prompts = list(prompts) if several else [prompts]
         self._check(prompts, capacity, target_speedup, mode, settings)
         check_sampling(max_new_tokens, temperature, seed)
-        hat, tokenizer = self.hat, self.hat.base.tokenizer
-        if chat:
-            prompts = [_turn(tokenizer, prompt) for prompt in prompts]
-        how = {"return_token_type_ids": False, "add_special_tokens": not chat, "verbose": False}
-        with _TOKENIZING:
-            inputs = tokenizer(prompts, return_tensors="pt", padding=True, **how)
-        inputs = inputs.to(hat.base.device)
-        length, context = inputs.input_ids.shape[1], hat.lm.config.max_position_embeddings
-        if length + max_new_tokens > context:
-            what = f"{length} prompt tokens + {max_new_tokens} new ones"
-            raise HatError(f"{what} exceed the context of {hat.base.name}: {context}")
-
-        predicted = {}
-        with hat.at(capacity, exit_rate):
-            if target_speedup is not None:
-                curve = self.curve(exit_rate, len(prompts))
-                capacity = curve.capacity_for(target_speedup)
-                predicted = {"predicted_speedup": curve.at(capacity), "predicted_range": curve.spread(capacity)}
-            measure = (target_speedup is not None or mode == "lossless") if measure is None else measure
-            run = self._lossless if mode == "lossless" else self._adaptive
-            with hat.at(capacity), nullcontext() if target_speedup is None else steer_to_capacity(hat):
-                found = run(inputs, max_new_tokens, temperature, seed, measure, streamer, settings)
-        return replace(found, target_speedup=target_speedup, **predicted)
+        inputs = self._inputs(prompts, chat, max_new_tokens)
+        how = {"max_new_tokens": max_new_tokens, "streamer": streamer, "do_sample": temperature > 0}
+        how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        how |= {"pad_token_id": self.hat.base.tokenizer.pad_token_id} | settings
+        found = {"target_speedup": target_speedup, "predicted_speedup": None, "predicted_range": None}
+        if measure is None:
+            measure = target_speedup is not None or mode == "lossless"
+        with self.hat.at(capacity, exit_rate):
+            if target_speedup is None:
+                return self._generation(inputs, how, mode, seed, measure, found)
+            curve = self.curve(exit_rate, len(prompts))
+            capacity = curve.capacity_for(target_speedup)
+            found |= {"predicted_speedup": curve.at(capacity), "predicted_range": curve.spread(capacity)}
+            with self.hat.at(capacity), steer_to_capacity(self.hat):
+                return self._generation(inputs, how, mode, seed, measure, found)
 
     def curve(self, exit_rate: float | None = None, batch: int = 1, *, refresh: bool = False) -> SpeedCurve:
         """Speedup by capacity on this machine; measured on the first call, or again with ``refresh``."""
@@ -196,6 +201,8 @@ class AdaptiveInference:
     @property
     def _reference(self):
         return (self.hat, self.hat.dense) if self.versus == "dense" else (self.plain, torch.inference_mode)
+
+    # -- before -------------------------------------------------------------------------------------
 
     def _check(self, prompts, capacity, target, mode, settings) -> None:
         if mode not in MODES:
@@ -228,117 +235,113 @@ class AdaptiveInference:
             found = getattr(config, name, None) if found is None else found
         return found
 
-    def _adaptive(self, inputs, max_new_tokens, temperature, seed, measure, streamer, settings) -> Generation:
-        hat, device = self.hat, self.hat.base.device
-        how = {"max_new_tokens": max_new_tokens, "pad_token_id": hat.base.tokenizer.pad_token_id}
-        how |= {"streamer": streamer, "do_sample": temperature > 0}
-        if temperature:
-            how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-        how |= settings
-        length, gate_prompt = inputs.input_ids.shape[1], settings.get("gate_prompt", False)
-        with ExitStack() as stack:
-            states = stack.enter_context(hat.collect())
-            stack.enter_context(torch.inference_mode())
-            if how["do_sample"]:
-                stack.enter_context(seeded(seed, device))
+    def _inputs(self, prompts: list[str], chat: bool, max_new_tokens: int) -> BatchEncoding:
+        """Left-padded prompts."""
+        base, tokenizer = self.hat.base, self.hat.base.tokenizer
+        if chat and not tokenizer.chat_template:
+            raise HatError("the tokenizer has no chat template: leave out chat, or use an instruct model")
+        if chat:
+            turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            prompts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        how = {"return_token_type_ids": False, "add_special_tokens": not chat, "verbose": False}
+        with _TOKENIZING:
+            inputs = tokenizer(prompts, return_tensors="pt", padding=True, **how)
+        length, context = inputs.input_ids.shape[1], base.model.config.max_position_embeddings
+        if length + max_new_tokens > context:
+            what = f"{length} prompt tokens + {max_new_tokens} new ones"
+            raise HatError(f"{what} exceed the context of {base.name}: {context}")
+        return inputs.to(base.device)
+
+    # -- the text, and what it took -----------------------------------------------------------------
+
+    def _generation(self, inputs, how: dict, mode: str, seed: int, measure: bool, found: dict) -> Generation:
+        hat, decode, length = self.hat, self.hat.base.tokenizer.decode, inputs.input_ids.shape[1]
+        speculation = [Speculation(hat, seed) for _ in inputs.input_ids] if mode == "lossless" else []
+        sampling = seeded(seed, hat.base.device) if how["do_sample"] else nullcontext()
+        with hat.collect() as traces, torch.inference_mode(), sampling:
             began = time.perf_counter()
-            ids = hat.lm.generate(**inputs, **how)
+            ids = self._drafted(inputs, speculation, how) if speculation else hat.lm.generate(**inputs, **how)
             seconds = time.perf_counter() - began
-        real = self._real(ids, inputs.attention_mask, settings)
-        if (self._setting(settings, "num_beams") or 1) > 1 or len(states[0].real) != len(ids):
-            states = self._rerun(ids, real, length, gate_prompt)  # without the forwards of discarded beams
-        whole, chunks = Trace.cat(states), int(np.searchsorted(np.cumsum([s.tokens for s in states]), length)) + 1
-        whole.real = whole.real & real[:, 1:]  # steps run only for the sake of other rows do not count
-        spent, realised = whole if gate_prompt else None, None
-        if not gate_prompt and states[chunks:]:
-            spent = Trace.cat(states[chunks:])
-            spent.real = whole.real[:, length:]
-        if measure and ids.shape[1] - length > 3:
-            pads = F.pad(inputs.attention_mask, (0, ids.shape[1] - length), value=1)  # of a row that has ended, read
-            pads = pads.repeat_interleave(len(ids) // len(pads), dim=0)
-            realised = timed(hat, self._reference, ids, None if bool(pads.all()) else pads)
-        cost = state_cost(hat, whole)
-        shares = {"token_share": (cost.executed / cost.dense).float(), "model_share": cost.model_share}
-        return self._generation("adaptive", ids, real, length, seconds, spent, realised_speedup=realised, **shares)
-
-    @torch.inference_mode()
-    def _rerun(self, ids: Tensor, real: Tensor, length: int, gate_prompt: bool) -> list[Trace]:
-        """States of prompt and new tokens, if they are run once more."""
-        hat, cache, mask = self.hat, DynamicCache(config=self.hat.lm.config), real.long()
-        with hat.collect() as states:
-            with nullcontext() if gate_prompt else hat.dense():
-                hat.lm.model(input_ids=ids[:, :length], attention_mask=mask[:, :length], cache=cache, use_cache=True)
-            if ids.shape[1] > length + 1:
-                hat.lm.model(input_ids=ids[:, length:-1], attention_mask=mask[:, :-1], cache=cache, use_cache=True)
-        return states
-
-    def _lossless(self, inputs, max_new_tokens, temperature, seed, measure, streamer, _) -> Generation:
-        """One prompt after another; results are combined with the same padding as in `_adaptive`."""
-        prompts = [ids[None, mask] for ids, mask in zip(inputs.input_ids, inputs.attention_mask.bool(), strict=True)]
-        how = {"temperature": temperature, "seed": seed, "streamer": streamer}
-        began = time.perf_counter()
-        found = [speculate(self.hat, ids, max_new_tokens, **how) for ids in prompts]
-        seconds = time.perf_counter() - began
-        new = [s.ids[0, -s.new_tokens :] for s in found]
-        pad = self.hat.base.tokenizer.pad_token_id
-        tail = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=pad)
-        ids = torch.cat([inputs.input_ids, tail], dim=1)
-        drafts = [s.drafts for s in found if s.drafts]
-        trace, real = Trace.cat(drafts) if drafts else None, self._real(ids, inputs.attention_mask, {})
-        drafted = sum(s.drafted for s in found) or math.nan
-        return self._generation(
-            "lossless", ids, real, inputs.input_ids.shape[1], seconds, trace,
-            speculation=found,
-            acceptance=sum(s.accepted for s in found) / drafted,
-            draft_share=sum(s.drafting for s in found) / drafted,
-            realised_speedup=sum(map(self._seconds, found)) / seconds if measure else None,
-            model_share=sum(s.ran for s in found) / sum(s.ids.shape[1] - 1 for s in found),
-        )  # fmt: skip
-
-    def _seconds(self, found: Speculation) -> float:
-        """Seconds the reference takes for the same tokens: a prefill, and a step for each new token but the last."""
-        model, around = self._reference
-        lm, length = (self.hat.lm if model is self.hat else model), found.ids.shape[1] - found.new_tokens
-        cache = DynamicCache(config=lm.config)
-        with torch.inference_mode(), around(), self.hat.changed(weights="base"):
-            began = now(model)
-            lm(input_ids=found.ids[:, :length], cache=cache, use_cache=True, logits_to_keep=1)
-            if found.new_tokens > 1:
-                replay(model, found.ids[:, length:-1], cache)
-            return now(model) - began
-
-    def _real(self, ids: Tensor, prompt_mask: Tensor, settings: dict) -> Tensor:
-        """bool ``[B, T]``: False at left padding and after the first newly generated end-of-text token."""
-        mask = prompt_mask.bool().repeat_interleave(len(ids) // len(prompt_mask), dim=0)
-        stop = self._setting(settings, "eos_token_id")
-        stop = torch.as_tensor([] if stop is None else stop, dtype=torch.long, device=ids.device)
-        ends = torch.isin(ids[:, mask.shape[1] :], stop).long()
-        return torch.cat([mask, ends.cumsum(1) - ends == 0], dim=1)
-
-    def _generation(self, mode, ids, real, length, seconds, trace: Trace | None, **more) -> Generation:
-        hat, decode = self.hat, self.hat.base.tokenizer.decode
-        depths = () if trace is None else zip(*trace.exit_layer[trace.real].unique(return_counts=True), strict=True)
-        new = zip(ids[:, length:], real[:, length:], strict=True)
+        mask = inputs.attention_mask.bool().repeat_interleave(len(ids) // len(inputs.input_ids), dim=0)
+        real = self._real(ids, mask, how)
+        if speculation:
+            counted = [trace for s in speculation for trace in s.drafts]
+        else:
+            if (self._setting(how, "num_beams") or 1) > 1 or len(traces[0].real) != len(ids):
+                traces = self._rerun(ids, real, length, how)  # without the forwards of discarded beams
+            counted = traces if how.get("gate_prompt") else [t for t in traces if t.covers != "prompt"]
+        whole, trace = Trace.cat(traces), Trace.cat(counted) if counted else None
+        if not speculation:
+            whole.real = whole.real & real[:, 1:]  # steps run only for the sake of other rows do not count
+            if trace is not None:
+                trace.real = whole.real[:, -trace.tokens :]
+        cost, new = state_cost(hat, whole), zip(ids[:, length:], real[:, length:], strict=True)
         return Generation(
-            texts=[decode(row[keep], skip_special_tokens=True) for row, keep in new],
+            texts=[decode(row[kept], skip_special_tokens=True) for row, kept in new],
             ids=ids,
             prompt_length=length,
             new_tokens=int(real[:, length:].sum()),
             seconds=seconds,
-            mode=mode,
             requested_capacity=hat.capacity,
             requested_exit_rate=hat.exit_rate,
-            capacity=trace.capacity if trace else math.nan,
-            exit_rate=trace.exit_rate if trace else math.nan,
-            exit_histogram={int(depth): int(count) for depth, count in depths},
+            trace=trace,
+            # Of the text, all tokens but the last are read: once, unless drafts are.
+            model_share=cost.model_share * int(whole.real.sum()) / (int(real.sum()) - len(ids)),
+            token_share=None if speculation else (cost.executed / cost.dense).float(),
+            speculation=speculation,
             versus=self.versus,
-            **more,
+            realised_speedup=self._speedup(ids, real, mask, seconds, speculation) if measure else None,
+            **found,
         )
 
+    def _drafted(self, inputs, speculation: list[Speculation], how: dict) -> Tensor:
+        """One prompt after another, padded like a batch."""
+        new = []
+        for ids, mask, one in zip(inputs.input_ids, inputs.attention_mask.bool(), speculation, strict=True):
+            prompt = ids[None, mask]
+            text = self.hat.lm.generate(prompt, attention_mask=torch.ones_like(prompt), custom_generate=one, **how)
+            new.append(text[0, prompt.shape[1] :])
+        tail = pad_sequence(new, batch_first=True, padding_value=how["pad_token_id"])
+        return torch.cat([inputs.input_ids, tail], dim=1)
 
-def _turn(tokenizer, text: str) -> str:
-    """A user's turn as the model knows it, up to where its answer begins."""
-    if not tokenizer.chat_template:
-        raise HatError("the tokenizer has no chat template: leave out chat, or use an instruct model")
-    turns = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    @torch.inference_mode()
+    def _rerun(self, ids: Tensor, real: Tensor, length: int, how: dict) -> list[Trace]:
+        """Traces of prompt and new tokens, if they are run once more."""
+        hat, cache, mask = self.hat, DynamicCache(config=self.hat.lm.config), real.long()
+        with hat.collect() as traces:
+            with nullcontext() if how.get("gate_prompt") else hat.dense():
+                hat.lm.model(input_ids=ids[:, :length], attention_mask=mask[:, :length], cache=cache, use_cache=True)
+            traces[0].covers = "prompt"
+            if ids.shape[1] > length + 1:
+                hat.lm.model(input_ids=ids[:, length:-1], attention_mask=mask[:, :-1], cache=cache, use_cache=True)
+        return traces
+
+    def _real(self, ids: Tensor, mask: Tensor, how: dict) -> Tensor:
+        """bool ``[B, T]``: False at left padding and after the first newly generated end-of-text token."""
+        stop = self._setting(how, "eos_token_id")
+        stop = torch.as_tensor([] if stop is None else stop, dtype=torch.long, device=ids.device)
+        ends = torch.isin(ids[:, mask.shape[1] :], stop).long()
+        return torch.cat([mask, ends.cumsum(1) - ends == 0], dim=1)
+
+    def _speedup(self, ids: Tensor, real: Tensor, mask: Tensor, seconds: float, speculation: list) -> float | None:
+        """Measured, of a text that took so many ``seconds``; None if it is too short."""
+        length = mask.shape[1]
+        if speculation:
+            rows = zip(ids, real, mask, strict=True)
+            return sum(self._seconds(row[None, kept], int(prompt.sum())) for row, kept, prompt in rows) / seconds
+        if ids.shape[1] - length <= 3:
+            return None
+        seen = F.pad(mask, (0, ids.shape[1] - length), value=True)  # the pads of a row that has ended were read
+        return timed(self.hat, self._reference, ids, None if seen.all() else seen.long())
+
+    def _seconds(self, ids: Tensor, length: int) -> float:
+        """What the reference takes for a text ``[1, T]``: its prompt, and a step for each new token but the last."""
+        model, around = self._reference
+        lm = self.hat.lm if model is self.hat else model
+        cache = DynamicCache(config=lm.config)
+        with torch.inference_mode(), around(), self.hat.changed(weight_format="base"):
+            began = now(model)
+            lm(input_ids=ids[:, :length], cache=cache, use_cache=True, logits_to_keep=1)
+            if ids.shape[1] > length + 1:
+                replay(model, ids[:, length:-1], cache)
+            return now(model) - began

@@ -144,13 +144,6 @@ def check_target(value: object) -> float:
     return number
 
 
-def check_versus(value: str) -> str:
-    """``value`` if it is one of `VERSUS`, or `HatError`."""
-    if value not in VERSUS:
-        raise HatError(f"versus must be one of {', '.join(VERSUS)}, got {value!r}")
-    return value
-
-
 def speed_curve(
     hat,
     versus: str = "dense",

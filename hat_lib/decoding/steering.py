@@ -32,7 +32,7 @@ def offsets(cache: Cache | None, batch: int, start: int) -> np.ndarray:
     return remembered(cache, "offsets", torch.zeros(batch, start))[:, -1:].sum(1).numpy()
 
 
-def keep(cache: Cache, start: int, moved: np.ndarray) -> None:
+def set_offsets(cache: Cache, start: int, moved: np.ndarray) -> None:
     """Remember the offsets after each of the tokens from ``start``, float32 ``[B, T]``."""
     before = remembered(cache, "offsets", torch.zeros(len(moved), start))
     remember(cache, "offsets", torch.cat([before, torch.from_numpy(moved)], dim=1))
@@ -57,4 +57,4 @@ def move(cache: Cache | None, state: Trace, asked: float, gain: float) -> None:
                 reach = (1 - (1 - gain * SLOPE) ** n) / SLOPE
                 now = min(max(before + (total / n - asked) * reach, -LIMIT), LIMIT)
             moved[row, token] = now
-    keep(cache, state.start, moved)
+    set_offsets(cache, state.start, moved)

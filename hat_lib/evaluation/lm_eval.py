@@ -103,7 +103,7 @@ def counting_lm(hat: HierarchicalTransformer, batch_size: int):
     """The harness's `HFLM` on ``hat.lm``, which adds up the work of its forwards in ``spent``."""
     from lm_eval.models.huggingface import HFLM
 
-    ends = set(stop_tokens(hat))
+    ends = set(stop_tokens(hat.lm.generation_config))
 
     class CountingLM(HFLM):
         def _model_call(self, inps, *args, **options):

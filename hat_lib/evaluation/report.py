@@ -139,7 +139,7 @@ def colours(found: TokenTable) -> dict:
 
 def on_generation(out: Generation, decoding: str) -> list[str]:
     """What one text took; ``decoding`` is the path that it was decoded on."""
-    lossless = out.speculation is not None
+    lossless = bool(out.speculation)
     share = out.draft_share if lossless else out.model_share
     work = work_text(out.requested_capacity, out.capacity, out.requested_exit_rate, out.exit_rate, share)
     spent = f"{out.new_tokens} new tokens, {out.tokens_per_second:.1f} tokens/s; {decoding}"

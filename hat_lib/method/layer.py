@@ -43,7 +43,7 @@ class AdaptiveLayer:
     @property
     def run(self) -> Forward | None:
         """The model's forward that is under way; None if a part is called by hand: it then acts as the base's."""
-        return self.context.layers
+        return self.context.forward
 
     @torch.compiler.disable  # it branches on what each token needs
     def forward(self, hidden_states: Tensor, **given) -> Tensor:

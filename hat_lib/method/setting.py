@@ -54,8 +54,8 @@ class Setting:
     """keep the decisions of each forward"""
     engine: bool | None = None
     """whether the engine may run forwards of a few tokens: None in generate alone, False never"""
-    weights: str | None = None
-    """format of the engine's weights; None for the model's own"""
+    weight_format: str = "base"
+    """of the engine's copy of the weights"""
 
     @property
     def controlled(self) -> bool:
@@ -125,14 +125,14 @@ class Context(threading.local):
             self.collectors[:] = others
 
     @property
-    def layers(self):
+    def forward(self):
         """The forward whose layers run; None where a part is called by hand, which then acts as the base's."""
         return self.forwards[-1] if self.forwards and self.forwards[-1].in_layers else None
 
     @property
     def reading(self):
         """The head's `Reading` of the forward under way; None where the head is read in full."""
-        return None if not self.forwards or self.layers else self.forwards[-1].reading
+        return None if not self.forwards or self.forward else self.forwards[-1].reading
 
     @property
     def trace(self) -> Trace | None:

@@ -287,7 +287,7 @@ def test_weights_in_fewer_bits(channel_hat, ids, form, size):
     assert hat.packed_bytes == 0
     before = stepwise(hat, ids)
     full = hat.packed_bytes
-    with hat.changed(weights=form):
+    with hat.changed(weight_format=form):
         assert hat.decoding.startswith(f"engine ({form}, ") and not torch.equal(stepwise(hat, ids), before)
     assert torch.equal(stepwise(hat, ids), before)
     hat.weight_format = form
