@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import huggingface_hub
@@ -15,19 +16,6 @@ from hat_lib.config import HatError
 
 CARD_FILE = "README.md"
 BUNDLED_SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-CARD = """\
----
-{front}
----
-
-Routers and exit gates ({parameters:,} parameters) for a frozen Llama ({base}), which then spends compute per token. The
-base is loaded from where it lives.
-
-    from hat_lib import HierarchicalTransformer
-
-    hat = HierarchicalTransformer.from_pretrained("{repo_id}")
-    hat.lm.generate(...)  # transformers' own class
-"""
 
 
 def push_to_hub(checkpoint: Checkpoint, repo_id: str, *, private=False, token=None, base_model=None) -> str:
@@ -50,12 +38,12 @@ def push_to_hub(checkpoint: Checkpoint, repo_id: str, *, private=False, token=No
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_checkpoint(scratch, replace(checkpoint, base=base))
         if not api.file_exists(repo_id, CARD_FILE):
-            front = huggingface_hub.ModelCardData(
-                license="mit", library_name="hat_lib", tags=["hat", "adaptive-computation", "llama"]
-            )
+            tags = ["hat", "adaptive-computation", "llama"]
+            front = huggingface_hub.ModelCardData(license="mit", library_name="hat_lib", tags=tags)
             if base not in SHAPES:
                 front.base_model, front.base_model_relation = BUNDLED_SOURCE if base == BUNDLED else base, "adapter"
             count = sum(tensor.numel() for tensor in checkpoint.tensors.values())
-            card = CARD.format(front=front.to_yaml(), repo_id=repo_id, base=base, parameters=count)
+            text = files("hat_lib").joinpath("hub.md").read_text(encoding="utf-8")
+            card = text.format(front=front.to_yaml(), repo_id=repo_id, base=base, parameters=count)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a HAT checkpoint"))

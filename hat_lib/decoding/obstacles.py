@@ -26,24 +26,19 @@ FARTHEST = 1 << 18
 
 def of_base(lm, granularity: str) -> str | None:
     """Why the engine can run no forward of a base; None if it can."""
-    config = lm.config
-    if is_spread(lm):
-        return "the base is spread over devices"
-    if any(map(overridden, lm.modules())):
-        return "another library overrides a forward of the base"
-    if granularity not in ("channel", "token"):
-        return f"the engine does not know the {granularity} grain"
-    if config.hidden_act not in ("silu", "swish"):
-        return f"the FFN's activation is {config.hidden_act}"
-    if config.rope_parameters.get("rope_type", "default") not in ROPES:
-        return f"rotary embeddings of type {config.rope_parameters['rope_type']}"
-    if head_size(config) % 2:
-        return "heads of an odd size"
-    if any(window(layer.self_attn) for layer in lm.model.layers):
-        return "attention is limited to a window"
-    if any(type(linear) is not nn.Linear for linear in (*linears(lm), lm.lm_head)):
-        return "a linear layer of the base is not a plain one"
-    return None if lm.lm_head.bias is None else "the head has a bias"
+    config, layers = lm.config, lm.model.layers
+    rope = config.rope_parameters.get("rope_type", "default")
+    return _first(
+        (is_spread(lm), "the base is spread over devices"),
+        (any(map(overridden, lm.modules())), "another library overrides a forward of the base"),
+        (granularity not in ("channel", "token"), f"the engine does not know the {granularity} grain"),
+        (config.hidden_act not in ("silu", "swish"), f"the FFN's activation is {config.hidden_act}"),
+        (rope not in ROPES, f"rotary embeddings of type {rope}"),
+        (head_size(config) % 2, "heads of an odd size"),
+        (any(window(layer.self_attn) for layer in layers), "attention is limited to a window"),
+        ({*map(type, linears(lm)), type(lm.lm_head)} != {nn.Linear}, "a linear layer of the base is not a plain one"),
+        (getattr(lm.lm_head, "bias", None) is not None, "the head has a bias"),
+    )
 
 
 class Snapshot:
@@ -57,44 +52,42 @@ class Snapshot:
     def obstacle(self) -> str | None:
         """What was done to the base since then, if it keeps the engine from running."""
         lm, modules = self.lm, list(self.lm.modules())
-        if lm.device.type != "cpu":
-            return f"the model is on {lm.device.type}"
-        if lm.dtype not in (torch.float32, torch.bfloat16):
-            return f"weights are {lm.dtype}"
-        if modules != self._modules:
-            return "a module of the base was replaced, as by an adapter"
-        if any(overridden(m) for m in modules if m not in self._forwards):
-            return "another library overrides a forward of the base"
-        if any(id(hook) not in self._hooks for m in modules for hook in _hooks(m)):
-            return "there are hooks on the base"
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            return "there are hooks on all modules"
-        if lm.config.num_hidden_layers != self.n_layers:
-            return "drafts by some of the layers were asked for"
-        return "the model is in training mode" if lm.training else None
+        others = [module for module in modules if module not in self._forwards]
+        everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+        return _first(
+            (lm.device.type != "cpu", f"the model is on {lm.device.type}"),
+            (lm.dtype not in (torch.float32, torch.bfloat16), f"weights are {lm.dtype}"),
+            (modules != self._modules, "a module of the base was replaced, as by an adapter"),
+            (any(map(overridden, others)), "another library overrides a forward of the base"),
+            (any(id(hook) not in self._hooks for m in modules for hook in _hooks(m)), "there are hooks on the base"),
+            (everywhere, "there are hooks on all modules"),
+            (lm.config.num_hidden_layers != self.n_layers, "drafts by some of the layers were asked for"),
+            (lm.training, "the model is in training mode"),
+        )
 
 
 def of_setting(setting: Setting) -> str | None:
     """What in a setting keeps the engine from running."""
-    if setting.engine is False:
-        return "asked for"
-    if setting.record or not setting.compact:
-        return "decisions are recorded, or masks multiplied"
-    if setting.decide is not None:
-        return "decisions are not the method's own"
-    if setting.leave is not None:
-        return "exits are not the method's own"
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return "autocast or torch.compile"
-    return None
+    return _first(
+        (setting.engine is False, "asked for"),
+        (setting.record or not setting.compact, "decisions are recorded, or masks multiplied"),
+        (setting.decide is not None, "decisions are not the method's own"),
+        (setting.leave is not None, "exits are not the method's own"),
+        (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling(), "autocast or torch.compile"),
+    )
+
+
+def _first(*obstacles: tuple[object, str]) -> str | None:
+    """The first that there is."""
+    return next((why for there, why in obstacles if there), None)
 
 
 def fits(cache: Cache | None, lm, batch: int) -> bool:
     """Whether the engine can write so many rows to a cache."""
     if getattr(cache, "plain", type(cache)) is not DynamicCache or len(cache.layers) != len(lm.model.layers):
         return False
-    form = batch, lm.config.num_key_value_heads, head_size(lm.config), lm.lm_head.weight.dtype
-    return all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers) and holds(cache, form)
+    shape = batch, lm.config.num_key_value_heads, head_size(lm.config), lm.lm_head.weight.dtype
+    return all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers) and holds(cache, shape)
 
 
 def places(position: Tensor | None, batch: int, tokens: int) -> bool:

@@ -1,8 +1,8 @@
 """Speed on this machine: variants timed in turns, and a curve of speedup by capacity that is searched for a target.
 
-Wall-clock time does not follow work: what a skipped weight saves depends on the machine, the dtype and the threads. So
-speed is modelled by a measurement, `SpeedCurve`: decoding at several capacities, each beside the path it is compared
-with, at the same positions of the same text. It is cached for the user, keyed by everything it depends on.
+What a skipped weight saves depends on the machine, the dtype and the threads. So speed is modelled by a measurement,
+`SpeedCurve`: decoding at several capacities, each beside the path it is compared with, at the same positions of the
+same text. It is cached for the user, keyed by everything it depends on.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.base.machine import cpu_name
-from hat_lib.config import CAPACITY_MIN, HatError, cache_dir
+from hat_lib.config import CAPACITY_MIN, HatError, cache_dir, check_fraction
 
 VERSUS = {"dense": "our own dense path", "hf": "plain transformers"}
 """what a speedup is relative to"""
-TARGET_MAX = 10.0
-"""no capacity or exit rate of a useful model comes near it"""
+check_target = partial(check_fraction, "target speedup", low=0.1, high=10.0)
+"""a target as a number, or `HatError`; no useful model comes near these ends"""
 CAPACITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ROUNDS = 3
 """passes over all capacities: a machine drifts, and the first turn of a process is slow"""
@@ -74,8 +76,8 @@ def replay(model, ids: Tensor, cache: DynamicCache, mask: Tensor | None = None) 
 def take_turns(variants: Sequence[Variant], once: Callable[[Variant], float], rounds: int, warm: int = 1) -> None:
     """Call ``once`` on each variant in each round; the first ``warm`` rounds are dropped from ``times``.
 
-    One round has a random order and the next its reverse, the same in every run: what runs just before a turn affects
-    its time, so no variant should always follow the same one.
+    What runs just before a turn affects its time: so one round has a random order, the same in every run, and the next
+    its reverse.
     """
     for r in range(warm + rounds):
         order = random.Random(r // 2).sample(variants, len(variants))
@@ -133,17 +135,6 @@ class SpeedCurve:
         return float(capacities[reached.argmax()])
 
 
-def check_target(value: object) -> float:
-    """``value`` as a target speedup in (0, 10], or `HatError`."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = 0.0
-    if not 0 < number <= TARGET_MAX:
-        raise HatError(f"target speedup must be a number above 0, at most {TARGET_MAX:g}, got {value!r}")
-    return number
-
-
 def speed_curve(
     hat,
     versus: str = "dense",
@@ -152,18 +143,15 @@ def speed_curve(
     batch: int = 1,
     plain: Callable[[], LlamaForCausalLM] | None = None,
     refresh: bool = False,
-    progress: bool = True,
 ) -> SpeedCurve:
-    """The curve of this model on this machine: from the cache, or else measured in about half a minute.
+    """The curve of this model on this machine: from the cache, or else (or to ``refresh`` it) measured in about half a
+    minute.
 
     Args:
         versus: one of `VERSUS`.
         exit_rate: requested, at every capacity.
         batch: sequences that decode together.
         plain: returns the same base in plain transformers; called only for versus "hf".
-        refresh: measure again, whatever the cache has.
-
-    Warns if the cache cannot be written: the curve is valid, but will be measured again next time.
     """
     path = _file(hat, versus, exit_rate, batch)
     if path.is_file() and not refresh:
@@ -172,7 +160,7 @@ def speed_curve(
     reference = (hat, hat.dense) if versus == "dense" else (plain(), torch.inference_mode)
     ids = sample(hat, CONTEXT + STEPS, batch)
     turns = {capacity: [] for capacity in CAPACITIES}
-    for capacity in tqdm(CAPACITIES * ROUNDS, desc="speed curve", disable=not progress):
+    for capacity in tqdm(CAPACITIES * ROUNDS, desc="speed curve"):
         with hat.at(capacity, exit_rate), steer_to_capacity(hat):
             turns[capacity].append(timed(hat, reference, ids))
     measured, low, high = ([round(float(of(t)), 4) for t in turns.values()] for of in (np.median, min, max))
@@ -180,7 +168,7 @@ def speed_curve(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(curve)))
-    except OSError as error:
+    except OSError as error:  # it is valid, but will be measured again
         warnings.warn(f"speed curve not kept ({error}); set HAT_CACHE to a folder with space", stacklevel=2)
     return curve
 
@@ -198,22 +186,21 @@ def steer_to_capacity(hat) -> AbstractContextManager:
 
 
 def timed(hat, reference: tuple, ids: Tensor, mask: Tensor | None = None) -> float:
-    """Speedup of ``hat`` as it is set over a reference, at the same decode steps over the last tokens of ``ids``.
+    """Speedup of ``hat`` as it is set over a reference, at the same decode steps over the last tokens of a text.
 
-    All but the last `STEPS` tokens, or half of them if they are few, are first put into the cache by ``hat`` as it is
-    set. Both then take turns at the same few tokens after the same cache. Returns the median of the ratios or,
-    where tokens exit, the ratio of the means: one token in ten leaving early would not show in a median.
+    ``hat`` reads all but the last `STEPS` tokens, or half of them if they are few. Both then take turns at the same few
+    tokens after the same cache. Returns the median of the ratios or, where tokens exit, the ratio of the means: one
+    token in ten leaving early would not show in a median.
 
     Args:
         reference: ``(model, around)``: a model, and a function that makes the context to run it in.
-        ids: int64 ``[B, T]``, at least four tokens; they are forced.
+        ids: int64 ``[B, T]``, at least four tokens.
         mask: ``[B, T]``, 0 at padding.
     """
     steps = min(STEPS, ids.shape[1] // 2)
     tokens = max(1, steps // TURNS)
-    bursts = steps // tokens - 1
-    context = ids.shape[1] - tokens * (bursts + 1)
-    cache = DynamicCache(config=hat.lm.config)
+    turns = steps // tokens
+    context, cache = ids.shape[1] - tokens * turns, DynamicCache(config=hat.lm.config)
 
     def burst(v: Variant) -> float:
         start = context + tokens * len(v.times)
@@ -226,7 +213,7 @@ def timed(hat, reference: tuple, ids: Tensor, mask: Tensor | None = None) -> flo
     with torch.inference_mode():
         seen = None if mask is None else mask[:, :context]
         hat.lm(input_ids=ids[:, :context], attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1)
-        take_turns([base, ours], burst, bursts, warm=1)
+        take_turns([base, ours], burst, turns - 1)
     theirs, mine = np.array(base.times), np.array(ours.times)
     return float(theirs.mean() / mine.mean() if hat.exit_rate > 0 else np.median(theirs / mine))
 
@@ -260,13 +247,11 @@ def _machine(hat) -> str:
 def _file(hat, *settings) -> Path:
     """Where a curve is kept, by everything it depends on: also the source that decodes and times, since a version
     number would not change with every edit."""
-    code, adapter, root = hashlib.sha256(), hashlib.sha256(), Path(__file__).parents[1]
+    code, adapter = hashlib.sha256(), {n: p.detach().cpu().contiguous() for n, p in hat.hat_parameters().items()}
     for package in ("method", "engine", "decoding"):
-        for path in sorted((root / package).glob("*.py")):
+        for path in sorted((Path(__file__).parents[1] / package).glob("*.py")):
             code.update(path.read_bytes())
-    for name, p in sorted(hat.hat_parameters().items()):
-        adapter.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
-    model = hat.base.fingerprint, hat.config, hat.calibration, adapter.hexdigest()
+    model = hat.base.fingerprint, hat.config, hat.calibration, hashlib.sha256(save(adapter)).hexdigest()
     machine = torch.__version__, platform.machine(), cpu_name(), os.cpu_count(), _machine(hat), hat.decoding
     key = hashlib.sha256(repr((code.hexdigest(), *model, *machine, *settings)).encode())
     return cache_dir() / "speed" / f"{key.hexdigest()[:24]}.json"

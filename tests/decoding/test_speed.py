@@ -58,26 +58,26 @@ def turns(cache, monkeypatch):
 
 
 def test_curve_is_measured_once_and_on_request(hat, turns, cache):
-    before, first = hat.capacity, speed_curve(hat, progress=False)
+    before, first = hat.capacity, speed_curve(hat)
     assert first.at(0.3) == pytest.approx(1.7) and first.at(0.1) == pytest.approx(1.9), "one slow turn does not count"
     assert first.spread(0.1) == pytest.approx((1.9, 2.9))
     assert AdaptiveInference(hat).curve() == first and turns() == 1
     assert AdaptiveInference(hat).curve(refresh=True) == first and turns() == 2
     (path,) = cache.iterdir()
     path.write_bytes(path.read_bytes()[:50])
-    assert speed_curve(hat, progress=False) == first and turns() == 3 and hat.capacity == before
+    assert speed_curve(hat) == first and turns() == 3 and hat.capacity == before
 
 
 def test_curve_is_kept_under_what_it_depends_on(hat, turns, cache, monkeypatch):
-    speed_curve(hat, progress=False)
+    speed_curve(hat)
     threads, parameter = torch.get_num_threads(), next(iter(hat.hat_parameters().values()))
     for how in ({"exit_rate": 0.3}, {"batch": 2}):
-        speed_curve(hat, progress=False, **how)
+        speed_curve(hat, **how)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 7)
-    speed_curve(hat, progress=False)
+    speed_curve(hat)
     with torch.no_grad():
         parameter.add_(1.0)
-        speed_curve(hat, progress=False)
+        speed_curve(hat)
         parameter.sub_(1.0)
     assert turns() == len(list(cache.iterdir())) == 5
 
