@@ -72,10 +72,10 @@ class Call:
     traces: list[Trace] = field(default_factory=list)
     """of the forwards so far, but for the prompt's"""
 
-    def put(self, ids: Tensor) -> None:
-        """Hand the next token of each text, ``[B]``, to the streamer."""
+    def put(self, ids: np.ndarray) -> None:
+        """Show the streamer the next token of each text, ``[B, 1]``."""
         if self.streamer is not None:
-            self.streamer.put(ids.cpu())
+            self.streamer.put(torch.from_numpy(ids[:, 0].copy()))
 
     def end(self) -> None:
         if self.streamer is not None:
@@ -173,7 +173,7 @@ class Decoding:
 
     def _loop(self, lm, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         """Like `GenerationMixin._sample`, which takes what the engine does not."""
-        call = self.call
+        call, (b, length) = self.call, input_ids.shape
         choice = choice_of(input_ids, len(lm.lm_head.weight), logits_processor, stopping_criteria, generation_config)
         first = self._first(input_ids, model_kwargs)
         if choice is None or first is None:
@@ -181,51 +181,41 @@ class Decoding:
             return type(lm)._sample(lm, *rest, streamer=call.streamer, **model_kwargs)
         call.last_only = not call.gate_prompt
         outputs = lm._prefill(input_ids, generation_config, model_kwargs)
-        call.last_only = False
+        call.last_only, cache = False, outputs.cache
         scores = logits_processor(input_ids, outputs.logits[:, -1].float())
-        following = scores.softmax(-1).multinomial(1) if choice.sample else scores.argmax(-1, keepdim=True)
-        count = stopping_criteria.max_length - input_ids.shape[1]
-        position = np.full(len(following), outputs.cache.get_seq_length())
+        ids = (scores.softmax(-1).multinomial(1) if choice.sample else scores.argmax(-1, keepdim=True)).numpy()
+        position, more = np.full(b, cache.get_seq_length()), stopping_criteria.max_length - length - 1
         if (given := model_kwargs.get("position_ids")) is not None:
             position = np.broadcast_to(given[:, -1].numpy() + 1, position.shape)
-        new = self._go_on(call, following.numpy(), outputs.cache, choice, first, position, count)
-        ids = torch.cat([input_ids, new], dim=1)
+        uniform = torch.rand(more if choice.sample else 0, b, dtype=torch.float64).numpy()
+        if choice.seen.size:
+            choice.seen[np.arange(b), ids[:, 0]] = True
+        call.put(ids)
+        ended, found, done, steps = np.isin(ids[:, 0], choice.stops), [ids], 0, 1
+        while done < more and not ended.all():
+            began, steps = time.perf_counter(), min(steps, more - done)
+            now = choice._replace(uniform=uniform[done : done + steps], earliest=max(choice.earliest - done - 1, 0))
+            place = {"first": first, "position": position + done, "ended": ended}
+            ids = self.course(found[-1][:, -1:], cache, steps, now, **place, threads=call.threads).ids
+            found.append(ids)
+            call.put(ids)
+            done += ids.shape[1]
+            each = (time.perf_counter() - began) / ids.shape[1]
+            steps = 1 if call.streamer is not None else max(1, min(2 * steps, int(PATIENCE / each)))
+        call.end()
+        text = torch.cat([input_ids, torch.from_numpy(np.concatenate(found, axis=1))], dim=1)
         if generation_config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=ids, cache=outputs.cache)
-        return ids
+            return GenerateDecoderOnlyOutput(sequences=text, cache=cache)
+        return text
 
     def _first(self, input_ids: Tensor, model_kwargs: dict) -> np.ndarray | None:
         """The first position that each sequence sees; None if this is not for the engine."""
-        b, cache, position = len(input_ids), model_kwargs.get("cache"), model_kwargs.get("position_ids")
-        if b > MAX_TOKENS or not obstacles.fits(cache, self.lm, b):
+        (b, n), cache, position = input_ids.shape, model_kwargs.get("cache"), model_kwargs.get("position_ids")
+        if b > MAX_TOKENS or not obstacles.fits(cache, self.lm, b) or not obstacles.places(position, b):
             return None
-        if position is not None and not obstacles.places(position, b, position.shape[-1]):
-            return None
-        mask, past, n = model_kwargs.get("attention_mask"), cache.get_seq_length(), input_ids.shape[1]
+        mask, past = model_kwargs.get("attention_mask"), cache.get_seq_length()
         whole = mask is not None and mask.shape[1] == n > past  # else only what follows the cache was given
         return first_seen(mask, b, 1, n if whole else past + n)
-
-    def _go_on(self, call: Call, ids, cache, choice: Choice, first, position, count: int) -> Tensor:
-        """``count`` new tokens, int64 ``[B, T]``, of which the first, ``ids [B, 1]``, are known."""
-        b, more, done, steps, found = len(ids), count - 1, 0, 1, [ids]
-        uniform = torch.rand(more if choice.sample else 0, b, dtype=torch.float64).numpy()
-        ended = np.isin(ids[:, 0], choice.stops)
-        if choice.seen.size:
-            choice.seen[np.arange(b), ids[:, 0]] = True
-        call.put(torch.from_numpy(ids[:, 0].copy()))
-        while done < more and not ended.all():
-            steps = min(steps, more - done)
-            began = time.perf_counter()
-            now = choice._replace(uniform=uniform[done : done + steps], earliest=max(choice.earliest - done - 1, 0))
-            place = {"first": first, "position": position + done, "ended": ended}
-            result = self.course(found[-1][:, -1:], cache, steps, now, **place, threads=call.threads)
-            found.append(result.ids)
-            call.put(torch.from_numpy(result.ids[:, 0].copy()))
-            done += result.ids.shape[1]
-            each = (time.perf_counter() - began) / result.ids.shape[1]
-            steps = 1 if call.streamer is not None else max(1, min(2 * steps, int(PATIENCE / each)))
-        call.end()
-        return torch.from_numpy(np.concatenate(found, axis=1))
 
     def course(
         self, ids: np.ndarray, cache: Cache, steps: int, choice: Choice = GREEDY, *, first: np.ndarray,
@@ -321,15 +311,11 @@ class Decoding:
         fits = ids.dtype == torch.int64 and 0 < b <= MAX_TOKENS and obstacles.fits(cache, self.lm, b)
         first = first_seen(mask, b, tokens, start + tokens) if fits and self.why_not() is None else None
         if first is not None:
-            known = ids.numpy()
-            following = np.concatenate([known[:, 1:], known[:, :1]], axis=1).T.copy()  # of the last, any
-            choice = GREEDY._replace(given=following)
-            self.course(known[:, :1], cache, tokens, choice, first=first, position=start - first)
+            choice = GREEDY._replace(given=ids.roll(-1, 1).numpy().T.copy())  # after the last, any
+            self.course(ids[:, :1].numpy(), cache, tokens, choice, first=first, position=start - first)
             return
         with self.hat.engine(), self.context.collecting_alone() as traces:
-            for t, token in enumerate(ids.split(1, dim=1), start=start + 1):
-                seen = None if mask is None else mask[:, :t]
-                self.lm(input_ids=token, attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1)
+            token_by_token(self.lm, ids, cache, mask)
         self.hat.note(Trace.cat(traces))
 
     def draft(self, token: Tensor, cache: Cache, steps: int, choice: Choice) -> Result | None:
@@ -387,6 +373,13 @@ class Decoding:
     def packed_bytes(self) -> int:
         """Bytes of the packed weights, not counting the base's own memory."""
         return sum(packed_bytes(decoder.weights) for decoder in self._decoders.values())
+
+
+def token_by_token(lm, ids: Tensor, cache: Cache, mask: Tensor | None = None) -> None:
+    """Read ``ids [B, T]`` after a cache; ``mask [B, T in the cache and here]`` is 0 at left padding."""
+    for t, token in enumerate(ids.split(1, dim=1), start=cache.get_seq_length() + 1):
+        seen = None if mask is None else mask[:, :t]
+        lm(input_ids=token, attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1)
 
 
 def warm() -> None:

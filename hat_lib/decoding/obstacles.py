@@ -90,10 +90,11 @@ def fits(cache: Cache | None, lm, batch: int) -> bool:
     return all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers) and holds(cache, shape)
 
 
-def places(position: Tensor | None, batch: int, tokens: int) -> bool:
-    """Whether the engine has the angles of these ``position_ids``."""
+def places(position: Tensor | None, batch: int, tokens: int | None = None) -> bool:
+    """Whether the engine has the angles of these ``position_ids``, of so many tokens, if given."""
     if position is None:
         return True
+    tokens = position.shape[-1] if tokens is None else tokens
     if position.dtype != torch.int64 or position.shape not in ((1, tokens), (batch, tokens)):
         return False
     return int(position.min()) >= 0 and int(position.max()) < FARTHEST

@@ -94,7 +94,7 @@ class Speculation:
             self.accepted += kept
             for token in verified:
                 new.append(token)
-                call.put(token)
+                call.put(token[None].cpu().numpy())
                 if len(new) == most or int(token) in stops:
                     call.end()
                     self.new_tokens += len(new)

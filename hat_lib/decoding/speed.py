@@ -31,6 +31,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.base.machine import cpu_name
 from hat_lib.config import CAPACITY_MIN, HatError, cache_dir, check_fraction
+from hat_lib.decoding.generate import token_by_token
 
 VERSUS = {"dense": "our own dense path", "hf": "plain transformers"}
 """what a speedup is relative to"""
@@ -65,12 +66,7 @@ def now(model) -> float:
 
 def replay(model, ids: Tensor, cache: DynamicCache, mask: Tensor | None = None) -> None:
     """Decode a known text after a cache, token by token (`HierarchicalTransformer.replay`), on either model."""
-    if hasattr(model, "replay"):
-        model.replay(ids, cache, mask)
-        return
-    for t, token in enumerate(ids.split(1, dim=1), start=cache.get_seq_length() + 1):
-        seen = None if mask is None else mask[:, :t]
-        model(input_ids=token, attention_mask=seen, cache=cache, use_cache=True, logits_to_keep=1)
+    getattr(model, "replay", partial(token_by_token, model))(ids, cache, mask)
 
 
 def take_turns(variants: Sequence[Variant], once: Callable[[Variant], float], rounds: int, warm: int = 1) -> None:
