@@ -86,19 +86,18 @@ class Contexts:
         """Whether `using` or `force` decides in place of the method."""
         return self._context.setting.controlled
 
-    def _at(
-        self, setting: Setting, calibration: Calibration | None, *, capacity: float | None = None, exit_rate=None
-    ) -> Setting:
+    def _at(self, setting: Setting, calibration: Calibration | None, *, capacity=None, exit_rate=None) -> Setting:
         """``setting`` at another capacity or exit rate, or by another calibration; raises if that has no thresholds."""
         self._check_loaded()
         capacity = setting.thresholds.capacity if capacity is None else capacity
         exit_rate = setting.thresholds.exit_rate if exit_rate is None else exit_rate
         values = {"capacity": capacity, "exit_rate": exit_rate, "correction": self.correction_strength(capacity)}
+        thresholds = self._dense
         if capacity < 1.0:
             if calibration is None:
                 hint = "run `hat calibrate`, or load a checkpoint"
                 raise HatError(f"capacity {capacity} needs calibrated thresholds: {hint}")
-            values |= self._sites(calibration.thresholds_at(capacity))
+            thresholds = self.threshold_policy(calibration.thresholds_at(capacity))
             values["layer_capacity"] = calibration.layer_capacity_at(capacity, self.site_work)
             if (head := calibration.head_at(capacity)) is not None:
                 values |= zip(("head", "margin", "head_share"), head, strict=True)
@@ -106,23 +105,19 @@ class Contexts:
             if not self.gates or calibration is None or calibration.exit_rates is None:
                 raise HatError(f"exit rate {exit_rate} needs trained exit gates; this model has none (use 0)")
             values["exit"] = calibration.exit_thresholds(exit_rate, capacity)
-        return replace(setting, thresholds=self._dense.holding({**values, **setting.named}))
+        return replace(setting, thresholds=thresholds.holding({**values, **setting.named}))
 
     @property
     def _dense(self) -> Thresholds:
         return Thresholds.dense(self.config.n_layers, len(self.grain.sites), len(self.gates))
 
-    def _sites(self, thresholds: Mapping[tuple[int, str], float]) -> dict[str, object]:
-        """Fields of `Thresholds` from those by (layer, site); at "token", the strength of sensitivity, by default 1."""
-        always, layers, sites = self.grain.always_runs, range(self.config.n_layers), self.grain.sites
-        nothing = float("-inf")
-        site = [[nothing if always(i, s) else thresholds.get((i, s), nothing) for s in sites] for i in layers]
-        return {"site": site, "sensitivity": thresholds.get((0, "token"), 1.0)}
-
     def threshold_policy(self, thresholds: Mapping[tuple[int, str], float]) -> Thresholds:
         """The method's own decisions at these thresholds, by (layer, site), for `using`; without one, a site keeps
-        everything."""
-        return self._dense.holding(self._sites(thresholds))
+        everything. At "token" is the strength of sensitivity, by default 1."""
+        always, layers, sites = self.grain.always_runs, range(self.config.n_layers), self.grain.sites
+        known = {place: value for place, value in thresholds.items() if not always(*place)}
+        site = [[known.get((i, s), float("-inf")) for s in sites] for i in layers]
+        return self._dense.holding({"site": site, "sensitivity": known.get((0, "token"), 1.0)})
 
     def correction_strength(self, capacity: float) -> float:
         """Strength of the corrections at a capacity; 0 if there are none."""
@@ -133,9 +128,8 @@ class Contexts:
         """Whether the head has a shortlist at capacities below 1.0."""
         return self.calibration is not None and self.calibration.head_thresholds is not None
 
-    def shortlist(self, threshold: float, margin: float, share: float = 1.0) -> Shortlist:
-        """The head's decision at a threshold on its channels' scores and a margin in nats, for `changed`."""
-        return Shortlist(threshold, margin, share)
+    shortlist = Shortlist
+    """the head's decision at a threshold on its channels' scores and a margin in nats, for `changed`"""
 
     # -- contexts ----------------------------------------------------------------------------------
 
@@ -217,18 +211,18 @@ class Contexts:
         """Context: call ``see(layer, site, x, activation)`` after each site that runs, with tensors of the graph: what
         the router reads, ``[..., C]``, and what is zeroed where it skips, that same input or the FFN's output."""
 
-        def hook(layer, site: str):
+        def watch(layer, site: str):
             ffn = site == "ffn"
             module = layer.mlp if ffn else layer.layer.get_submodule(LINEARS[site][0])
-            what = lambda _, args, out: see(layer.index, site, args[0], out if ffn else args[0])  # noqa: E731
-            return module.register_forward_hook(what)
+            return module.register_forward_hook(
+                lambda _, args, out: see(layer.index, site, args[0], out if ffn else args[0])
+            )
 
-        hooks = [hook(layer, site) for layer in self.layers for site in self.grain.sites]
-        try:
+        with ExitStack() as hooks:
+            for layer in self.layers:
+                for site in self.grain.sites:
+                    hooks.enter_context(watch(layer, site))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @contextmanager
     def collect(self) -> Iterator[list[Trace]]:

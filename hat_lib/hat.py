@@ -6,10 +6,8 @@
 
 ``hat.lm`` is the base's own causal LM of transformers, so generate, pipeline, hooks, LoRA and evaluation harnesses take
 it as it is; `unload` restores it. Any number of threads may run one model: each has its own ``hat.trace``, and a
-context such as ``with hat.at(0.5)`` applies only to the thread that entered it.
-
-It joins the method (`hat_lib.method`), which says what a forward computes, and `hat_lib.decoding`, which makes the
-tokens of a text fast.
+context such as ``with hat.at(0.5)`` applies only to the thread that entered it. The method (`hat_lib.method`) says what
+a forward computes, and `hat_lib.decoding` makes the tokens of a text fast.
 """
 
 from __future__ import annotations
@@ -17,8 +15,9 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -84,14 +83,15 @@ class HierarchicalTransformer(Contexts, nn.Module):
 
         self.routers = nn.ModuleDict(self._new_routers())
         self.gates = nn.ModuleDict({str(e): ExitGate(width, config.translator_rank) for e in config.exit_layers})
-        self.corrections = nn.ModuleDict(self._new_corrections())
+        places, rank = [(i, site) for i in range(len(layers)) for site in grain.sites], config.correction_rank
+        found = {(i, s): grain.correction(layers[i], i, s, rank) for i, s in places if rank is not None}
+        self.corrections = nn.ModuleDict({f"{i}_{s}": new for (i, s), new in found.items() if new is not None})
         self._own = self.routers, self.gates, self.corrections
         for own in self._own:  # by layer, and where that layer is: a base may be spread over devices
             for name, module in own.items():
                 module.to(device_of(layers[int(name.split("_")[0])].input_layernorm))
         self.eval()
 
-        self._head_norm: Tensor | None = None
         self._refreshing = threading.Lock()
         capacity, exit_rate = (config.capacity, config.exit_rate) if calibration else (1.0, 0.0)
         self._context = Context([Setting(self._dense._replace(capacity=capacity, exit_rate=exit_rate))])
@@ -104,13 +104,6 @@ class HierarchicalTransformer(Contexts, nn.Module):
     def _new_routers(self) -> dict[str, nn.Module]:
         layers = enumerate(self.lm.model.layers)
         return {f"{i}_{name}": router for i, layer in layers for name, router in self.grain.routers(layer).items()}
-
-    def _new_corrections(self) -> dict[str, nn.Module]:
-        layers, rank = enumerate(self.lm.model.layers), self.config.correction_rank
-        if rank is None:
-            return {}
-        new = {f"{i}_{s}": self.grain.correction(layer, i, s, rank) for i, layer in layers for s in self.grain.sites}
-        return {name: correction for name, correction in new.items() if correction is not None}
 
     def _attach(self) -> None:
         context, layers = self._context, self.lm.model.layers
@@ -243,9 +236,10 @@ class HierarchicalTransformer(Contexts, nn.Module):
             raise HatError("keeps answers a policy, inside a forward: with hat.using(policy)")
         return forward.keep(layer, site, x)
 
-    def begin(self) -> Forward:
-        """A forward that decides by the setting of this moment."""
-        return Forward(self._context.setting, self.grain, self.routers, self.gates, self.corrections)
+    def begin(self) -> AbstractContextManager[Forward]:
+        """The context of a forward that decides by the setting of this moment."""
+        forward = Forward(self._context.setting, self.grain, self.routers, self.gates, self.corrections)
+        return self._context.during(forward)
 
     @torch.compiler.disable(recursive=False)
     def _run_layers(self, *args, **kwargs):
@@ -254,12 +248,11 @@ class HierarchicalTransformer(Contexts, nn.Module):
         context, model = self._context, self.lm.model
         own = self._foreign or type(model).forward.__get__(model)
         whole = context.forwards and context.forwards[-1].trace is None
-        with nullcontext(context.forwards[-1]) if whole else context.during(self.begin()) as forward:
+        with nullcontext(context.forwards[-1]) if whole else self.begin() as forward:
             self._begin_layers(forward, args, kwargs)
             out = own(*args, **kwargs)
             forward.in_layers, forward.trace.text, thresholds = False, None, forward.setting.thresholds
-            if thresholds.shortlist:
-                forward.reading = self._reading(thresholds, forward.trace)
+            forward.reading = self._reading(thresholds, forward.trace)
         steering.move(forward.cache, forward.trace, thresholds.layer_capacity, forward.setting.moving)
         if not whole:
             self.note(forward.trace)
@@ -290,21 +283,20 @@ class HierarchicalTransformer(Contexts, nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """``[..., V]``: what the head now makes of the last forward's final states ``[..., D]``; its trace counts that.
         Called by hand, ``hat.lm.lm_head`` is the base's head."""
-        with self._context.during(self.begin()) as forward:
-            if (thresholds := forward.setting.thresholds).shortlist:
-                forward.reading = self._reading(thresholds, self._context.last)
+        with self.begin() as forward:
+            forward.reading = self._reading(forward.setting.thresholds, self._context.last)
             return self.lm.lm_head(states)
 
-    def _reading(self, thresholds: Thresholds, trace: Trace | None) -> head.Reading:
-        shortlist = self.shortlist(float(thresholds.head), float(thresholds.margin))
+    def _reading(self, thresholds: Thresholds, trace: Trace | None) -> head.Reading | None:
+        if not thresholds.shortlist:
+            return None
+        shortlist = head.Shortlist(float(thresholds.head), float(thresholds.margin))
         return head.Reading(shortlist, self.head_norm, trace.note_head if trace else lambda share: None)
 
-    @property
+    @cached_property
     def head_norm(self) -> Tensor:
         """Of the head's columns, fp32 ``[D]``: what the scores of its channels are weighted by."""
-        if self._head_norm is None:
-            self._head_norm = column_norm(self.lm.lm_head)
-        return self._head_norm
+        return column_norm(self.lm.lm_head)
 
     def refresh(self) -> None:
         """Make anew what was derived from weights (norms, packed copies, the base's fingerprint) if these have
@@ -318,8 +310,8 @@ class HierarchicalTransformer(Contexts, nn.Module):
             for name, router in self._new_routers().items():
                 for buffer, fresh in zip(self.routers[name].buffers(), router.buffers(), strict=True):
                     buffer.copy_(fresh)
-            before, self._head_norm = self.base.fingerprint, None
-            self.base = replace(self.base, fingerprint=fingerprint(self.lm))
+            vars(self).pop("head_norm", None)
+            before, self.base = self.base.fingerprint, replace(self.base, fingerprint=fingerprint(self.lm))
             if self.base.fingerprint != before:
                 self.prices = []
         if self.base.fingerprint != before:

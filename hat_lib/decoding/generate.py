@@ -268,7 +268,7 @@ class Decoding:
         return self._reference(*args, **kwargs) if out is None else out
 
     def _reference(self, *args, **kwargs):
-        with self.context.during(self.hat.begin()) as forward:
+        with self.hat.begin() as forward:
             out = self._original["forward"](*args, **kwargs)
         self.hat.note(forward.trace)
         return out
