@@ -338,7 +338,6 @@ class HierarchicalTransformer(Contexts, nn.Module):
         self._context.last = trace
         for traces in self._context.collectors:
             traces.append(trace)
-        self._decoding.note(trace)
 
     # -- checkpoints -------------------------------------------------------------------------------
 

@@ -6,10 +6,9 @@
     _loop      greedy decoding and sampling: `course` after `course` of many tokens each, in compiled code
     _forward   all else (beams, drafts, other processors and criteria) goes through transformers' own loop, a token at
                a time; the engine runs those of few tokens (`_step`), the reference path the rest
-    note       every forward's trace; at the end, that of all new tokens is ``hat.trace``
 
-The engine (`hat_lib.engine`) decodes up to eight tokens at a time on a CPU, here and in forwards inside ``with
-hat.engine():``. Everything that it does not run is the reference path's (`hat_lib.method`).
+At the end, ``hat.trace`` is that of all new tokens. The engine (`hat_lib.engine`) decodes up to eight tokens at a time
+on a CPU, here and in forwards inside ``with hat.engine():``. Everything else is the reference path's (`hat_lib.method`).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -61,16 +60,12 @@ class Call:
     """whether the prompt's tokens spend by capacity, too; else they run in full"""
     threads: int
     """torch's number of threads when it began"""
-    beams: bool
-    """whether forwards are of other rows than the texts that come out: beams, or drafts that may be rejected"""
     streamer: object = None
     prefilled: bool = False
     prompt: bool = False
     """whether the prompt runs now"""
     last_only: bool = False
     """whether nobody reads the final states of the prompt's tokens but the last"""
-    traces: list[Trace] = field(default_factory=list)
-    """of the forwards so far, but for the prompt's"""
 
     def put(self, ids: np.ndarray) -> None:
         """Show the streamer the next token of each text, ``[B, 1]``."""
@@ -80,14 +75,6 @@ class Call:
     def end(self) -> None:
         if self.streamer is not None:
             self.streamer.end()
-
-    def joined(self) -> Trace | None:
-        """What the new tokens ran; None if none was read."""
-        if not self.traces:
-            return None
-        trace = self.traces[-1] if self.beams else Trace.cat(self.traces)
-        trace.covers = "last step of generate" if self.beams else "new tokens"
-        return trace
 
 
 class Decoding:
@@ -137,15 +124,19 @@ class Decoding:
         self.hat.refresh()
         before, threads, plain = self.call, torch.get_num_threads(), one_by_one(self.lm, args, kwargs)
         engine, streamer = self.why_not() is None, kwargs.get("streamer")
-        call = self._thread.call = Call(engine, gate_prompt, threads, not plain, streamer)
+        self._thread.call = Call(engine, gate_prompt, threads, streamer)
         if engine and plain:
             kwargs["custom_generate"] = self._loop
         try:
-            return self._original["generate"](*args, **kwargs)
+            with self.hat.collect() as traces:
+                return self._original["generate"](*args, **kwargs)
         finally:
             torch.set_num_threads(threads)
             self._thread.call = before
-            self.context.last = call.joined() or self.context.last
+            if new := [trace for trace in traces if trace.covers != "prompt"]:
+                # Beams, and drafts that may be rejected, are other rows than the texts that come out.
+                self.context.last = trace = Trace.cat(new) if plain else new[-1]
+                trace.covers = "new tokens" if plain else "last step of generate"
 
     def _prefill(self, *args, **kwargs):
         """In chunks, if prefill_chunk_size is set."""
@@ -164,10 +155,12 @@ class Decoding:
         if call.engine:
             use_torch_threads(paced(call.threads), call.threads)
         try:
-            with nullcontext() if call.gate_prompt else self.hat.dense():
+            with self.hat.collect() as traces, nullcontext() if call.gate_prompt else self.hat.dense():
                 yield
         finally:
             call.prompt = False
+            for trace in traces:
+                trace.covers = "prompt"
 
     # -- greedy decoding and sampling ----------------------------------------------------------------
 
@@ -337,13 +330,6 @@ class Decoding:
             (vocabulary, width), (channels, candidates) = decoder.weights.head.shape, result.head
             trace.note_head(torch.from_numpy((channels / width + candidates / vocabulary).astype(np.float32)))
         return trace
-
-    def note(self, trace: Trace) -> None:
-        """Tell the call of generate under way of a forward that has ended."""
-        if (call := self.call) is not None and call.prompt:
-            trace.covers = "prompt"
-        elif call is not None:
-            call.traces.append(trace)
 
     def _decoder(self, setting: Setting) -> Decoder:
         """The packed model, as its weights were at the last prompt."""
