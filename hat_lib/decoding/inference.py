@@ -182,7 +182,7 @@ class AdaptiveInference:
                 return self._generation(inputs, how, mode, seed, measure, found)
             curve = self.curve(exit_rate, len(prompts))
             capacity = curve.capacity_for(target_speedup)
-            found |= {"predicted_speedup": curve.at(capacity), "predicted_range": curve.spread(capacity)}
+            found |= {"predicted_speedup": float(curve.at(capacity)), "predicted_range": curve.spread(capacity)}
             with self.hat.at(capacity), steer_to_capacity(self.hat):
                 return self._generation(inputs, how, mode, seed, measure, found)
 

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -92,37 +92,30 @@ class SpeedCurve:
     exit_rate: float
     capacities: list[float]
     """requested, rising to 1.0"""
-    measured: list[float]
-    """speedup at each, the median of `ROUNDS` turns"""
+    turns: list[list[float]]
+    """speedups measured at each"""
     machine: str
     """device, dtype and threads, for display"""
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
-    """slowest and fastest turn at each capacity; empty if not known"""
 
-    @property
-    def speedups(self) -> np.ndarray:
-        """``measured``, made non-increasing in capacity by least squares (isotonic regression)."""
-        return isotonic_regression(self.measured, increasing=False).x
-
-    def at(self, capacity: float) -> float:
-        """Predicted speedup, linear between measured capacities."""
-        return float(np.interp(capacity, self.capacities, self.speedups))
+    def at(self, capacity: float | np.ndarray, of: Callable = np.median) -> np.ndarray:
+        """Predicted speedup: what ``of`` makes of the turns, made non-increasing in capacity by least squares (isotonic
+        regression), linear between measured capacities."""
+        speedups = isotonic_regression([of(turns) for turns in self.turns], increasing=False).x
+        return np.interp(capacity, self.capacities, speedups)
 
     def spread(self, capacity: float) -> tuple[float, float]:
-        """What the slowest and the fastest turns predict; both are made non-increasing, so `at` lies between them."""
-        slowest, fastest = (replace(self, measured=list(turns or self.measured)) for turns in (self.low, self.high))
-        return slowest.at(capacity), fastest.at(capacity)
+        """What the slowest and the fastest turns predict; `at` lies between them."""
+        return self.at(capacity, min), self.at(capacity, max)
 
     @property
     def largest(self) -> float:
         """The largest speedup that can be requested."""
-        return float(self.speedups[0])
+        return float(self.at(CAPACITY_MIN))
 
     def capacity_for(self, target: float) -> float:
         """The largest capacity, to 1e-4, that reaches ``target``; if none does, `HatError` names the maximum."""
         capacities = np.linspace(1.0, CAPACITY_MIN, 9001)
-        reached = np.interp(capacities, self.capacities, self.speedups) >= target
+        reached = self.at(capacities) >= target
         if not reached.any():
             raise HatError(
                 f"target speedup {target:g} is out of reach here: at most {self.largest:.3f} over "
@@ -158,9 +151,8 @@ def speed_curve(
     turns = {capacity: [] for capacity in CAPACITIES}
     for capacity in tqdm(CAPACITIES * ROUNDS, desc="speed curve"):
         with hat.at(capacity, exit_rate), steer_to_capacity(hat):
-            turns[capacity].append(timed(hat, reference, ids))
-    measured, low, high = ([round(float(of(t)), 4) for t in turns.values()] for of in (np.median, min, max))
-    curve = SpeedCurve(versus, exit_rate, list(CAPACITIES), measured, _machine(hat), low, high)
+            turns[capacity].append(round(timed(hat, reference, ids), 4))
+    curve = SpeedCurve(versus, exit_rate, [*turns], [*turns.values()], _machine(hat))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(curve)))

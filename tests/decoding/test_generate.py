@@ -125,7 +125,7 @@ def test_target_speedup(hat, infer, monkeypatch):
 
     def curve(hat, versus, **how):
         asked.append((versus, how["exit_rate"], how["batch"]))
-        return SpeedCurve(versus, how["exit_rate"], [0.1, 1.0], [1.9, 1.0], "cpu", [1.8, 0.9], [2.0, 1.2])
+        return SpeedCurve(versus, how["exit_rate"], [0.1, 1.0], [[1.8, 1.9, 2.0], [0.9, 1.0, 1.2]], "cpu")
 
     monkeypatch.setattr(module, "speed_curve", curve)
     out = infer.generate(PROMPTS[:2], target_speedup=1.4, exit_rate=0.2, max_new_tokens=8)

@@ -110,7 +110,7 @@ def test_rows(name, checkpoints, results, monkeypatch):
 
 
 def test_targets_are_refused_beyond_the_curve_and_priced_as_they_were_timed(checkpoints, monkeypatch):
-    curve = SpeedCurve("dense", 0.0, [0.1, 1.0], [1.16, 1.0], "cpu")
+    curve = SpeedCurve("dense", 0.0, [0.1, 1.0], [[1.16], [1.0]], "cpu")
     monkeypatch.setattr("hat_lib.decoding.inference.speed_curve", lambda *_, **__: curve)
     monkeypatch.setattr(speed_targets, "TEXTS", ("addresses",))
     monkeypatch.setattr(speed_targets, "BLOCK", 64)
