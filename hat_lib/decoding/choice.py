@@ -21,8 +21,10 @@ OTHER_LOOPS = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens",
                "assistant_early_exit", "constraints", "force_words_ids", "tokenizer", "stop_strings", "dola_layers",
                "synced_gpus")  # fmt: skip
 """settings of generate for which transformers does not sample token by token, or that ``custom_generate`` loses"""
-ORDER = (RepetitionPenaltyLogitsProcessor, MinNewTokensLengthLogitsProcessor, TemperatureLogitsWarper,
-         TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # fmt: skip
+NUMBERS = {TemperatureLogitsWarper: ("temperature", np.float32), TopKLogitsWarper: ("top_k", int),
+           TopPLogitsWarper: ("top_p", np.float32), MinPLogitsWarper: ("min_p", np.float32)}  # fmt: skip
+"""logits processors of one number -> its name and type"""
+ORDER = (RepetitionPenaltyLogitsProcessor, MinNewTokensLengthLogitsProcessor, *NUMBERS)
 """logits processors that the engine knows, in the order in which it applies them"""
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
@@ -57,15 +59,8 @@ def choice_of(ids: Tensor, vocabulary: int, processors, criteria, config) -> Cho
         fields |= {"penalty": np.float32(penalty.penalty), "seen": seen.numpy()}
     if (shortest := found.get(MinNewTokensLengthLogitsProcessor)) is not None:
         fields["earliest"] = shortest.min_new_tokens
-    for kind, name, number in (
-        (TemperatureLogitsWarper, "temperature", np.float32),
-        (TopKLogitsWarper, "top_k", int),
-        (TopPLogitsWarper, "top_p", np.float32),
-        (MinPLogitsWarper, "min_p", np.float32),
-    ):
-        if kind in found:
-            fields[name] = number(getattr(found[kind], name))
-    return GREEDY._replace(**fields)
+    numbers = {name: number(getattr(found[kind], name)) for kind, (name, number) in NUMBERS.items() if kind in found}
+    return GREEDY._replace(**fields, **numbers)
 
 
 def first_seen(mask: Tensor | None, b: int, t: int, length: int) -> np.ndarray | None:

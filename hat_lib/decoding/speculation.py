@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
@@ -112,7 +111,7 @@ class Speculation:
                 cost = cost or READ.get(hat.weight_format, 1.0) * state_cost(hat, steps[0]).model_share
 
     def _draft(self, token: Tensor, cache: DynamicCache, count: int, sampler: Sampler) -> tuple[list, list]:
-        """The tokens that follow ``token [1]``, each int64 ``[1]``, and the distributions from which they were drawn."""
+        """Tokens that follow ``token [1]``, each int64 ``[1]``, and the distributions from which they were drawn."""
         hat, drafts, guesses = self.hat, [], []
         if count and (found := hat._decoding.draft(token, cache, count, sampler.choice(count))) is not None:
             return [*torch.from_numpy(found.ids[0].copy())[:, None]], [*map(sampler.distribution, found.logits[0])]
@@ -133,7 +132,7 @@ class Sampler:
     def distribution(self, logits: Tensor) -> Tensor:
         """``logits [V]`` as probabilities, fp32 ``[V]``."""
         if self.temperature == 0:
-            return F.one_hot(logits.argmax(), len(logits)).float()
+            return torch.zeros(len(logits), device=logits.device).index_fill(0, logits.argmax(), 1.0)
         return torch.softmax(logits.float() / self.temperature, dim=-1)
 
     def choice(self, count: int) -> Choice:
@@ -144,6 +143,8 @@ class Sampler:
         return GREEDY._replace(sample=True, temperature=np.float32(self.temperature), uniform=uniform)
 
     def draw(self, distribution: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return distribution.argmax()[None]
         return torch.multinomial(distribution, 1, generator=self.generator)
 
     def verified(self, drafts: Sequence[Tensor], guesses: Sequence[Tensor], base: Sequence[Tensor]) -> list[Tensor]:

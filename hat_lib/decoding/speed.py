@@ -69,19 +69,16 @@ def replay(model, ids: Tensor, cache: DynamicCache, mask: Tensor | None = None) 
     getattr(model, "replay", partial(token_by_token, model))(ids, cache, mask)
 
 
-def take_turns(variants: Sequence[Variant], once: Callable[[Variant], float], rounds: int, warm: int = 1) -> None:
-    """Call ``once`` on each variant in each round; the first ``warm`` rounds are dropped from ``times``.
-
-    What runs just before a turn affects its time: so one round has a random order, the same in every run, and the next
-    its reverse.
-    """
-    for r in range(warm + rounds):
+def take_turns(variants: Sequence[Variant], once: Callable[[Variant], float], rounds: int) -> None:
+    """Call ``once`` on each variant in each round, after one to warm up, which is dropped from ``times``. What runs just
+    before a turn affects its time: so one round has a random order, the same in every run, and the next its reverse."""
+    for r in range(1 + rounds):
         order = random.Random(r // 2).sample(variants, len(variants))
         for v in order if r % 2 else reversed(order):
             with v.around():
                 v.times.append(once(v))
     for v in variants:
-        del v.times[:warm]
+        del v.times[0]
 
 
 @dataclass(frozen=True)
@@ -133,14 +130,14 @@ def speed_curve(
     plain: Callable[[], LlamaForCausalLM] | None = None,
     refresh: bool = False,
 ) -> SpeedCurve:
-    """The curve of this model on this machine: from the cache, or else (or to ``refresh`` it) measured in about half a
-    minute.
+    """The curve of this model on this machine: from the cache, or else measured in about half a minute.
 
     Args:
         versus: one of `VERSUS`.
         exit_rate: requested, at every capacity.
         batch: sequences that decode together.
         plain: returns the same base in plain transformers; called only for versus "hf".
+        refresh: measure again, whatever the cache has.
     """
     path = _file(hat, versus, exit_rate, batch)
     if path.is_file() and not refresh:
