@@ -138,13 +138,8 @@ class Contexts:
         """Any fields of `Setting`, as given, or of its thresholds: ``compact=False`` computes everything and multiplies
         by the masks, ``shortlist=None`` reads the head in full. Its end takes back this change and no other."""
         self._check_loaded()
-        # Of the thread that enters: a generator that holds a context may be closed in another one.
-        entered, own = self._context.entered, [self._context.setting.holding(**fields)]
-        try:
-            entered.append(own)
+        with _added(self._context.entered, [self._context.setting.holding(**fields)]):
             yield self
-        finally:
-            entered[:] = [other for other in entered if other is not own]
 
     @contextmanager
     def at(self, capacity: float | None = None, exit_rate: float | None = None) -> Iterator[Self]:
@@ -224,15 +219,20 @@ class Contexts:
                     hooks.enter_context(watch(layer, site))
             yield
 
-    @contextmanager
-    def collect(self) -> Iterator[list[Trace]]:
+    def collect(self) -> AbstractContextManager[list[Trace]]:
         """A list of the traces of all forwards inside (``Trace.cat`` joins decode steps)."""
-        traces, collectors = [], self._context.collectors
-        try:
-            collectors.append(traces)
-            yield traces
-        finally:
-            collectors[:] = [other for other in collectors if other is not traces]
+        return _added(self._context.collectors, [])
+
+
+@contextmanager
+def _added(stack: list[list], own: list) -> Iterator[list]:
+    """Context: ``own`` is on a stack of this thread. Its end removes that and nothing else, whatever thread it is in: a
+    generator that holds a context may be closed late, and elsewhere."""
+    try:
+        stack.append(own)
+        yield own
+    finally:
+        stack[:] = [other for other in stack if other is not own]
 
 
 def _warn_below(what: str, value: float, measured: Iterable[float]) -> None:
