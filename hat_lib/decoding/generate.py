@@ -8,7 +8,7 @@
                a time; the engine runs those of few tokens (`_step`), the reference path the rest
 
 At the end, ``hat.trace`` is that of all new tokens. The engine (`hat_lib.engine`) decodes up to eight tokens at a time
-on a CPU, here and in forwards inside ``with hat.engine():``. Everything else is the reference path's (`hat_lib.method`).
+on a CPU, here and in forwards inside ``with hat.engine():``. All else is the reference path's (`hat_lib.method`).
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def replay(model, ids: Tensor, cache: DynamicCache, mask: Tensor | None = None) 
 
 
 def take_turns(variants: Sequence[Variant], once: Callable[[Variant], float], rounds: int) -> None:
-    """Call ``once`` on each variant in each round, after one to warm up, which is dropped from ``times``. What runs just
+    """Call ``once`` on each variant in each round, after one to warm up that is dropped from ``times``. What runs just
     before a turn affects its time: so one round has a random order, the same in every run, and the next its reverse."""
     for r in range(1 + rounds):
         order = random.Random(r // 2).sample(variants, len(variants))
