@@ -35,8 +35,8 @@ READ = {"int8": 0.7, "q4": 0.4}
 
 
 class Speculation:
-    """A ``custom_generate`` for ``hat.lm.generate``: continues one prompt, without padding, as the base would, and counts
-    what that took.
+    """A ``custom_generate`` for ``hat.lm.generate``: continues one prompt, without padding, as the base would, and
+    counts what that took.
 
     Of generate's settings it follows the length, the end of a text, streamer, ``do_sample`` and ``temperature``: it
     samples from the base's whole distribution.
