@@ -21,7 +21,6 @@ from hat_lib.cli.options import option
 from hat_lib.cli.train import calibrate, train
 from hat_lib.config import NOTEBOOKS, HatError
 from hat_lib.terminal import Commands
-from hat_lib.workbook import missing
 
 
 def setup(
@@ -79,13 +78,9 @@ def batch(
     """
     if (engine == "dask") != (scheduler is not None):
         raise HatError("--engine dask and --scheduler tcp://HOST:PORT go together")
-
-    try:
-        from hat_lib.workbook.batch import batch as carry_out
-        from hat_lib.workbook.batch import dask, local, parse_grid, table
-        from hat_lib.workbook.notebooks import select
-    except ImportError as error:
-        raise missing(error) from error
+    from hat_lib.workbook.batch import batch as carry_out
+    from hat_lib.workbook.batch import dask, local, parse_grid, table
+    from hat_lib.workbook.notebooks import select
 
     path, out = select([notebook], NOTEBOOKS)[0], out.expanduser()
     points = parse_grid(path, grid)

@@ -86,7 +86,7 @@ def analyze(
     lines = report.on_tokens(found, made, text, split) + (report.tables_of_tokens(found, made) if tables else [])
     typer.echo("\n".join(lines))
     if out is not None:
-        from hat_lib.plotting.analysis import files
+        from hat_lib.plotting.routing import files
         from hat_lib.plotting.style import write
 
         written = [write(out.expanduser() / name, payload) for name, payload in files(found, made).items()]

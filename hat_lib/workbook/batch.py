@@ -27,13 +27,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import nbformat
 import pandas as pd
-from joblib import Parallel, cpu_count, delayed
 
 from hat_lib.config import HatError
 from hat_lib.rows import RowWriter, read_rows
-from hat_lib.workbook.notebooks import parse_parameters, results, run_notebook
+from hat_lib.workbook.notebooks import code, parse_parameters, results, run_notebook
 
 ROWS, UNFINISHED = "runs.csv", "unfinished"
 
@@ -110,22 +108,23 @@ def batch(
     number to the worker's environment. Raises `HatError` for a folder that holds something else.
     """
     notebook, out = Path(notebook).resolve(), Path(out).expanduser().resolve()
-    cells = nbformat.read(notebook, as_version=4).cells
-    code = _hash("\0".join(cell.source for cell in cells if cell.cell_type == "code"))
+    source = notebook.name, _hash(code(notebook))
     if out.is_dir() and not (out / ROWS).exists() and any(out.iterdir()):
         raise HatError(f"{out} is not empty and holds no {ROWS}: choose a new folder")
     with RowWriter(out / ROWS, BatchRow, key=("run", "attempts")) as rows:
         before = {row.run: row for row in rows.done.values()}
-        if any((row.notebook, row.code) != (notebook.name, code) for row in before.values()):
+        if any((row.notebook, row.code) != source for row in before.values()):
             raise HatError(f"{out} holds runs of another notebook, or of {notebook.name} before it changed")
         tasks = []
         for parameters in grid:
-            run, as_json = run_name(parameters), json.dumps(parameters, sort_keys=True)
-            row = before.get(run)
-            if row is None or row.status != "ok" or not (out / f"{run}.ipynb").is_file():
-                attempt = row.attempts + 1 if row else 1
-                row = BatchRow(run, "failed", 0.0, attempt, as_json, "{}", "its worker died", notebook.name, code)
-                tasks.append(Task(row, notebook, out, parameters, threads, retries, cell_timeout))
+            run, attempts = run_name(parameters), 0
+            if run in before:
+                if before[run].status == "ok" and (out / f"{run}.ipynb").is_file():
+                    continue
+                attempts = before[run].attempts
+            as_json = json.dumps(parameters, sort_keys=True)
+            row = BatchRow(run, "failed", 0.0, attempts + 1, as_json, "{}", "its worker died", *source)
+            tasks.append(Task(row, notebook, out, parameters, threads, retries, cell_timeout))
         for row in engine(tasks):
             rows.write(row)
             yield row
@@ -166,19 +165,19 @@ def local(tasks: list[Task], jobs: int | None = None) -> Iterator[BatchRow]:
 
     When a worker dies, loky ends them all: the runs that are left get one more attempt, each in a pool of its own.
     """
+    from joblib import Parallel, cpu_count, delayed
+
     jobs = jobs or max(1, min(len(tasks), cpu_count()))
     tasks = [replace(task, threads=task.threads or max(1, cpu_count() // jobs)) for task in tasks]
     left = {task.row.run: task for task in tasks}
-    pool = Parallel(jobs, backend="loky", return_as="generator_unordered", batch_size=1)
     with suppress(BrokenExecutor):
-        for row in pool(delayed(carry_out)(task) for task in tasks):
+        for row in Parallel(jobs, return_as="generator_unordered", batch_size=1)(map(delayed(carry_out), tasks)):
             del left[row.run]
             yield row
     for task in left.values():
-        try:
-            (row,) = Parallel(2, backend="loky")([delayed(carry_out)(task)])
-        except BrokenExecutor:
-            row = task.row
+        row = task.row
+        with suppress(BrokenExecutor):
+            (row,) = Parallel(2)([delayed(carry_out)(task)])
         yield row
 
 

@@ -13,8 +13,9 @@ from hat_lib.config import REPO, HatError
 from hat_lib.plotting.style import png
 from hat_lib.workbook import play_page, play_view
 from hat_lib.workbook.play_page import Server, still_page
-from hat_lib.workbook.play_view import PlayView, map_figure, text_figure
+from hat_lib.workbook.play_view import PlayView
 from hat_lib.workbook.screen import CAPACITIES, Screen
+from studies.plotting.notebooks import prompt_map, prompt_texts
 
 PROMPT = "One, <b>two</b>, three, four!"
 
@@ -38,7 +39,7 @@ def test_a_view_answers_and_shows_errors_in_place(hat, monkeypatch):
     assert sent[-1] is view and len(unpacked(view.texts)[0]["texts"]) == len(CAPACITIES)
     assert first == {"id": 0} and unpacked(block)[0]["prompt"] == PROMPT
     assert second["id"] == 1 and second["error"] and none is None
-    assert png(map_figure(hat, PROMPT)).startswith(b"\x89PNG") and png(text_figure(hat, PROMPT)).startswith(b"\x89PNG")
+    assert png(prompt_map(hat, PROMPT)).startswith(b"\x89PNG") and png(prompt_texts(hat, PROMPT)).startswith(b"\x89PNG")
 
 
 def test_a_page_holds_all_it_shows_and_no_prompt_ends_its_script(hat):
