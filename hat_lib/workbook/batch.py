@@ -4,12 +4,11 @@
     for row in batch(notebook, grid, out, lambda tasks: local(tasks, jobs=2), threads=1):
         print(row.run, row.status)
 
-Each run leaves ``out/<run>.ipynb``, its figures in ``out/figures/<run>/`` and a row in ``out/runs.csv`` with what the
-notebook recorded; the notebook of a failed run stays in ``out/unfinished/``. Repeating the same call skips every run
-that has both its notebook and a row saying "ok".
+Each run leaves ``out/<run>.ipynb``, its figures in ``out/figures/<run>/`` and a row in ``out/runs.csv``; the notebook
+of a failed run stays in ``out/unfinished/``. Repeating the call skips every run that has its notebook and the status ok.
 
-An engine is any function from tasks to the rows of `carry_out`. `local` is joblib with its loky processes. `dask` is
-Dask's own client, because joblib's Dask backend waits forever for a task that Dask gives up (joblib 1.6).
+An engine is any function from tasks to the rows of `carry_out`. `local` is joblib's; `dask` is Dask's own client,
+because joblib's Dask backend waits forever for a task that Dask gives up (joblib 1.6).
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import pandas as pd
 
 from hat_lib.config import HatError
 from hat_lib.rows import RowWriter, read_rows
@@ -76,7 +73,7 @@ def parse_grid(notebook: Path, axes: Sequence[str]) -> list[dict]:
             values = parse_parameters([f"{name}={part.strip()}"], [notebook])
             grid.setdefault(name, []).append(values[name])
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    if len({run_name(point) for point in points}) < len(points):
+    if len(set(map(run_name, points))) < len(points):
         raise HatError(f"--grid has a value twice: {', '.join(axes)}")
     return points
 
@@ -117,14 +114,12 @@ def batch(
             raise HatError(f"{out} holds runs of another notebook, or of {notebook.name} before it changed")
         tasks = []
         for parameters in grid:
-            run, attempts = run_name(parameters), 0
-            if run in before:
-                if before[run].status == "ok" and (out / f"{run}.ipynb").is_file():
-                    continue
-                attempts = before[run].attempts
-            as_json = json.dumps(parameters, sort_keys=True)
-            row = BatchRow(run, "failed", 0.0, attempts + 1, as_json, "{}", "its worker died", *source)
-            tasks.append(Task(row, notebook, out, parameters, threads, retries, cell_timeout))
+            run, as_json = run_name(parameters), json.dumps(parameters, sort_keys=True)
+            row = BatchRow(run, "failed", 0.0, 0, as_json, "{}", "its worker died", *source)
+            last = before.get(run, row)
+            if last.status == "failed" or not (out / f"{run}.ipynb").is_file():
+                row = replace(row, attempts=last.attempts + 1)
+                tasks.append(Task(row, notebook, out, parameters, threads, retries, cell_timeout))
         for row in engine(tasks):
             rows.write(row)
             yield row
@@ -135,12 +130,6 @@ def batch(
 def latest_rows(out: Path) -> dict[str, BatchRow]:
     """The last row of each run, by its name."""
     return {row.run: row for row in read_rows(out / ROWS, BatchRow)}
-
-
-def table(out: Path, grid: Sequence[dict]) -> pd.DataFrame:
-    """How the runs of a grid went: a row each, ``run``, ``status``, ``attempts`` and ``seconds``."""
-    latest = latest_rows(out)
-    return pd.DataFrame([latest[run_name(point)] for point in grid])[["run", "status", "attempts", "seconds"]]
 
 
 def carry_out(task: Task) -> BatchRow:

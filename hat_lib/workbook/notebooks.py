@@ -1,7 +1,6 @@
 """Notebook files: find one, check its parameters, execute it, read what it found, and clean it for a commit.
 
-papermill executes. It only logs a misspelt parameter, after which every run of a sweep uses the defaults, so parameters
-are checked here first. Importing this without the packages for notebooks is a `HatError`.
+Importing this without the packages for notebooks is a `HatError`.
 """
 
 from __future__ import annotations
@@ -47,7 +46,8 @@ def select(names: list[str], folder: Path) -> list[Path]:
 def parse_parameters(assignments: list[str], notebooks: list[Path]) -> dict:
     """``["capacity=0.7"]`` -> ``{"capacity": 0.7}``; `HatError` unless every notebook takes the name and type.
 
-    Values are Python's; the default in the notebook's ``parameters`` cell decides about the type.
+    Values are Python's; the default in the notebook's ``parameters`` cell decides about the type. papermill would only
+    log a misspelt name, and run with the defaults.
     """
     parameters = {}
     for notebook in notebooks if assignments else []:
@@ -101,6 +101,11 @@ def run_notebook(
     return ""
 
 
+def code(path: Path) -> str:
+    """The source of a notebook's code cells."""
+    return "\0".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+
+
 def results(path: Path) -> dict:
     """Everything the cells of an executed notebook passed to `hat_lib.workbook.session.record`."""
     found = {}
@@ -127,11 +132,9 @@ def predictions(path: Path) -> dict[str, list[str]] | None:
 
 
 def clean(nb: NotebookNode) -> NotebookNode:
-    """In place: keep source, outputs, execution counts, cell ids, tags and the kernel's name, which nbval, papermill
-    and readers need; drop what else a machine, a run or an editor leaves in a file.
-
-    A cell tagged ``hide-input`` is folded. Of widgets, only the state of a `PlayView` stays, which works without a
-    kernel.
+    """In place: keep source, outputs, execution counts, cell ids, tags, the kernel's name, and of widgets the state of a
+    `PlayView`, which works without a kernel; drop what else a machine, a run or an editor leaves in a file. A cell
+    tagged ``hide-input`` is folded.
     """
     widgets = nb.metadata.get("widgets", {}).get(WIDGET_STATE, {"state": {}})
     kept = {model: found for model, found in widgets["state"].items() if found["model_module"] == "anywidget"}
@@ -172,8 +175,3 @@ def clean_file(path: Path, source: Path | None = None) -> bool:
     with replaced(path) as new:
         new.write_text(text, encoding="utf-8")
     return True
-
-
-def code(path: Path) -> str:
-    """The source of a notebook's code cells."""
-    return "\0".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import threading
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -21,21 +20,15 @@ HTML, STYLE, *PARTS = (
     for name in ("play.html", "play.css", "play_parts.js", "play.js", "play_widget.js")
 )
 SCRIPT = "\n".join(PARTS)
-LENGTH = re.compile("[0-9]{1,6}")
-"""of a question, in bytes"""
 
 
-def page(presets: Mapping[str, tuple[str, str]], blocks: Sequence[bytes] | None = None) -> str:
-    """The page of prompts, name -> prompt and hint, with their blocks; without blocks, it asks a server for them."""
-    shown = [None] * len(presets) if blocks is None else [b64encode(block).decode() for block in blocks]
-    given = {"presets": [[name, *words] for name, words in presets.items()], "served": blocks is None, "blocks": shown}
+def html(presets: Mapping[str, tuple[str, str]], screen: Screen | None = None) -> str:
+    """The page of prompts, name -> prompt and hint: with all that a screen shows of them, else asking its server."""
+    questions = [{"ask": "whole", "prompt": prompt} for prompt, _ in presets.values()]
+    blocks = [screen and b64encode(screen.answer(question)).decode() for question in questions]
+    given = {"presets": [[name, *words] for name, words in presets.items()], "served": screen is None, "blocks": blocks}
     text = json.dumps(given).replace("<", "\\u003c")  # a prompt must not end the script
     return Template(HTML).substitute(js=SCRIPT, css=STYLE, given=text)
-
-
-def still_page(screen: Screen, presets: Mapping[str, tuple[str, str]]) -> str:
-    """The page of these prompts with all that it shows inside it."""
-    return page(presets, [screen.answer({"ask": "whole", "prompt": prompt}) for prompt, _ in presets.values()])
 
 
 class Server(ThreadingHTTPServer):
@@ -65,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/":
-            self._reply(200, page(PRESETS), "text/html")
+            self._reply(200, html(PRESETS), "text/html")
         else:
             self._reply(404, f"nothing at {self.path}")
 
@@ -75,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
         own = host.rpartition(":")[0] in ("127.0.0.1", "localhost")
         if self.path != "/ask" or not own or self.headers["Origin"] not in (None, f"http://{host}"):
             return self._reply(403, "only this server's own page may ask")
-        if not LENGTH.fullmatch(size):
+        if not size.isdecimal() or len(size) > 6:
             return self._reply(413, f"expected less than a million bytes, got {size[:20]!r}")
         try:
             question, screen = json.loads(self.rfile.read(int(size))), self.server.screen.result()

@@ -12,7 +12,7 @@ from hat_lib.cli.app import app
 from hat_lib.config import REPO, HatError
 from hat_lib.plotting.style import png
 from hat_lib.workbook import play_page, play_view
-from hat_lib.workbook.play_page import Server, still_page
+from hat_lib.workbook.play_page import Server, html
 from hat_lib.workbook.play_view import PlayView
 from hat_lib.workbook.screen import CAPACITIES, Screen
 from studies.plotting.notebooks import prompt_map, prompt_texts
@@ -43,7 +43,7 @@ def test_a_view_answers_and_shows_errors_in_place(hat, monkeypatch):
 
 
 def test_a_page_holds_all_it_shows_and_no_prompt_ends_its_script(hat):
-    text = still_page(Screen(hat), {"a": ("</script><script>alert(1)</script>", "")})
+    text = html({"a": ("</script><script>alert(1)</script>", "")}, Screen(hat))
     assert text.count("</script>") == 1 and "https://" not in text
     committed = (REPO / "docs" / "explore.html").read_text(encoding="utf-8")
     assert play_page.SCRIPT in committed and play_page.STYLE in committed, (
