@@ -1,4 +1,4 @@
-"""The command line, put together: ``hat setup | generate | evaluate ...``, also ``python -m hat_lib``.
+"""The command line, put together, with ``hat setup``, ``hat cost`` and ``hat batch``.
 
 Each command checks its input before it loads a model, and imports torch itself, so that ``hat --help`` answers at once.
 """

@@ -32,13 +32,11 @@ Names = Annotated[list[str] | None, typer.Argument(metavar="[NN]...", help="Numb
 Parameters = Annotated[list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="May be repeated.")]
 Files = Annotated[list[Path] | None, typer.Argument(help="Default: all notebooks.")]
 Folder = Annotated[str | None, typer.Option(help="Folder under runs/; default: the time.")]
-CellTimeout = Annotated[int, typer.Option(min=1, help="Seconds that one cell may take.")]
+Timeout = Annotated[int, typer.Option(min=1, help="Seconds that one cell may take.")]
 
 
 @app.command()
-def run(
-    names: Names = None, parameters: Parameters = None, name: Folder = None, cell_timeout: CellTimeout = 600
-) -> None:
+def run(names: Names = None, parameters: Parameters = None, name: Folder = None, cell_timeout: Timeout = 600) -> None:
     """Run notebooks headless into runs/<name>/ and report how each went; exits with 1 if any failed."""
     notebooks = select(names or [], NOTEBOOKS)
     values = parse_parameters(parameters or [], notebooks)
@@ -49,7 +47,7 @@ def run(
 
 
 @app.command()
-def execute(names: Names = None, cell_timeout: CellTimeout = 600) -> None:
+def execute(names: Names = None, cell_timeout: Timeout = 600) -> None:
     """Run notebooks with their defaults and put outputs and figures in place; a failed run changes neither."""
     # The findings count what the other notebooks' outputs say, so they run last.
     notebooks = sorted(select(names or [], NOTEBOOKS), key=lambda path: path.stem.startswith("08"))
@@ -67,9 +65,7 @@ def clean(files: Files = None) -> None:
             typer.echo(f"cleaned {path}")
 
 
-def _passed(
-    notebooks: list[Path], folder: Path, parameters: dict, cell_timeout: int
-) -> Iterator[tuple[Path, Path, Path]]:
+def _passed(notebooks: list[Path], folder: Path, parameters: dict, cell_timeout: int) -> Iterator[tuple]:
     """Runs the notebooks, with a line about each; yields each that passed, its output and the folder of its figures."""
     failed = []
     for notebook in notebooks:

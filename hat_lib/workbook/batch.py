@@ -149,10 +149,8 @@ def carry_out(task: Task) -> BatchRow:
 
 
 def local(tasks: list[Task], jobs: int | None = None) -> Iterator[BatchRow]:
-    """``jobs`` loky processes, through joblib, by default one a core; a single job runs in this process. By default,
-    all runs at once share the cores.
-
-    When a worker dies, loky ends them all: the runs that are left get one more attempt, each in a pool of its own.
+    """``jobs`` processes of joblib, by default one a core; a single job runs in this process. By default, all runs at
+    once share the cores. When a worker dies, joblib ends them all: what is left is tried again, each in its own pool.
     """
     from joblib import Parallel, cpu_count, delayed
 

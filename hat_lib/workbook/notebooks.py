@@ -81,19 +81,12 @@ def run_notebook(
     """
     figures.mkdir(parents=True, exist_ok=True)
     environment = {"HAT_FIGURES": str(figures.resolve())} | (dict.fromkeys(THREADS, str(threads)) if threads else {})
+    how = {"kernel_name": KERNEL["name"], "cwd": source.parent, "progress_bar": False}
+    how |= {"start_timeout": 120, "execution_timeout": cell_timeout}  # seconds; a busy machine starts kernels slowly
+    how |= {"extra_arguments": ["--IPKernelApp.log_level=ERROR"]}  # else each kernel warns of loopback TCP
     try:
         with _one_at_a_time, patch.dict(os.environ, environment):  # the kernel inherits the environment
-            papermill.execute_notebook(
-                source,
-                output,
-                parameters,
-                kernel_name=KERNEL["name"],
-                cwd=source.parent,
-                progress_bar=False,
-                start_timeout=120,  # seconds for a kernel to come up on a busy machine
-                execution_timeout=cell_timeout,
-                extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else each kernel warns of loopback TCP
-            )
+            papermill.execute_notebook(source, output, parameters, **how)
     except papermill.PapermillExecutionError as e:
         return f"cell [{e.exec_count}] {e.ename}: {' '.join(e.evalue.split())[:200]}"
     except Exception as e:  # a dead kernel, a timeout, an unreadable file: the other notebooks still run

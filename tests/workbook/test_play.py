@@ -13,7 +13,6 @@ from hat_lib.config import REPO, HatError
 from hat_lib.plotting.style import png
 from hat_lib.workbook import play_page, play_view
 from hat_lib.workbook.play_page import Server, html
-from hat_lib.workbook.play_view import PlayView
 from hat_lib.workbook.screen import CAPACITIES, Screen
 from studies.plotting.notebooks import prompt_map, prompt_texts
 
@@ -28,7 +27,7 @@ def hat():
 
 
 def test_a_view_answers_and_shows_errors_in_place(hat, monkeypatch):
-    view, sent = PlayView(hat, {"first": (PROMPT, "look")}), []
+    view, sent = play_view.PlayView(hat, {"first": (PROMPT, "look")}), []
     assert unpacked(view.block)[0]["prompt"] == PROMPT and view.presets == [["first", PROMPT, "look"]]
     monkeypatch.setattr(view, "send", lambda message, buffers=None: sent.append((message, buffers)))
     for number, prompt in enumerate((PROMPT, "")):
