@@ -1,8 +1,8 @@
-"""Figures: a table in, a matplotlib `Figure` out; one palette, and one place for sizes and for what figures share.
+"""What figures share. A figure is a function from a table to a matplotlib `Figure`, which raises `HatError` for a missing
+column or an empty table; none is registered with pyplot.
 
-A function takes a table as stored in ``data/results`` and raises `HatError` for a missing column or an empty table. No
-figure is registered with pyplot. Colours are seaborn's "colorblind" set; each series also has its own marker or line.
-Pages may be dark, so a figure has its own white background.
+Colours are seaborn's "colorblind" set; each series also has its own marker or line. Pages may be dark, so a figure has
+its own white background.
 """
 
 from __future__ import annotations

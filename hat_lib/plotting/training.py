@@ -35,8 +35,7 @@ class Live:
     def __call__(self, ended: bool) -> None:
         if not ended and time.monotonic() < self.next:
             return
-        rows = pd.read_csv(self.log)
-        self.next = time.monotonic() + self.every
+        rows, self.next = pd.read_csv(self.log), time.monotonic() + self.every
         if rows.empty:
             return
         self.handle = style.show_png(style.png(self.draw(rows)), self.alt, self.handle)
