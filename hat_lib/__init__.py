@@ -1,10 +1,11 @@
 """Hierarchical Adaptive Transformer: per-token compute for a frozen Llama.
 
 Axis letters, used everywhere: ``B`` batch, ``T`` tokens, ``D`` hidden, ``F`` FFN width, ``L`` layers,
-``S`` gated sites in a layer, ``E`` exits, ``K`` cached keys, ``V`` vocabulary. The packages, in the
-order of the data flow: base, text, method, engine, decoding, calibration, evaluation, training, plotting, workbook,
-cli. Imports run one way (`[tool.importlinter]` in pyproject.toml). The method itself is `hat_lib.method`.
+``S`` gated sites in a layer, ``E`` exits, ``K`` cached keys, ``V`` vocabulary. The packages and the order in which they
+import each other: docs/architecture.md. The method itself is `hat_lib.method`.
 """
+
+from importlib import import_module
 
 __version__ = "0.3.0"
 
@@ -23,8 +24,6 @@ __all__ = [*_PUBLIC, "__version__"]
 
 def __getattr__(name: str):
     # Imported on first use: `hat --help` and the version must not wait for torch.
-    if name in _PUBLIC:
-        from importlib import import_module
-
-        return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from hat_lib.config import REPO
 from hat_lib.hat import HierarchicalTransformer
-from hat_lib.workbook.play_page import still_page
+from hat_lib.workbook.play_page import html
 from hat_lib.workbook.screen import CAPACITIES, PRESETS, Screen
 
 PAGE, PICTURE = REPO / "docs" / "explore.html", REPO / "figures" / "play.gif"
@@ -37,6 +37,6 @@ def moving_picture() -> None:
 
 if __name__ == "__main__":
     screen = Screen(HierarchicalTransformer.from_pretrained("default", dtype="fp32"))  # as `hat play`
-    PAGE.write_text(still_page(screen, PRESETS), encoding="utf-8")
+    PAGE.write_text(html(PRESETS, screen), encoding="utf-8")
     moving_picture()
     print(*(f"{path.relative_to(REPO)}: {path.stat().st_size / 1e6:.2f} MB" for path in (PAGE, PICTURE)), sep="\n")

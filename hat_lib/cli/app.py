@@ -1,4 +1,4 @@
-"""The command line, put together: ``hat setup | generate | evaluate ...``, also ``python -m hat_lib``.
+"""The command line, put together, with ``hat setup``, ``hat cost`` and ``hat batch``.
 
 Each command checks its input before it loads a model, and imports torch itself, so that ``hat --help`` answers at once.
 """
@@ -21,7 +21,6 @@ from hat_lib.cli.options import option
 from hat_lib.cli.train import calibrate, train
 from hat_lib.config import NOTEBOOKS, HatError
 from hat_lib.terminal import Commands
-from hat_lib.workbook import missing
 
 
 def setup(
@@ -79,13 +78,11 @@ def batch(
     """
     if (engine == "dask") != (scheduler is not None):
         raise HatError("--engine dask and --scheduler tcp://HOST:PORT go together")
+    import pandas as pd
 
-    try:
-        from hat_lib.workbook.batch import batch as carry_out
-        from hat_lib.workbook.batch import dask, local, parse_grid, table
-        from hat_lib.workbook.notebooks import select
-    except ImportError as error:
-        raise missing(error) from error
+    from hat_lib.workbook.batch import batch as carry_out
+    from hat_lib.workbook.batch import dask, latest_rows, local, parse_grid, run_name
+    from hat_lib.workbook.notebooks import select
 
     path, out = select([notebook], NOTEBOOKS)[0], out.expanduser()
     points = parse_grid(path, grid)
@@ -97,9 +94,9 @@ def batch(
         again = shlex.join(["hat", *sys.argv[1:]])
         typer.echo(f"\ninterrupted; finished runs stay, and the same command does the others: {again}", err=True)
         raise typer.Exit(130) from None
-    done = table(out, points)
-    typer.echo("\n" + done.to_string(index=False))
-    typer.echo(f"wrote {out}")
+    latest = latest_rows(out)
+    done = pd.DataFrame([latest[run_name(point)] for point in points])[["run", "status", "attempts", "seconds"]]
+    typer.echo(f"\n{done.to_string(index=False)}\nwrote {out}")
     if (done["status"] != "ok").any():
         raise typer.Exit(1)
 

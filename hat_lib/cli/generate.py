@@ -1,5 +1,4 @@
-"""``hat generate``: text at a capacity, at a target speedup, or exactly the base's. ``hat explain``: each token of a
-prompt, coloured by its work. ``hat play``: a prompt and a dial in a browser."""
+"""``hat generate``, ``hat explain`` and ``hat play``, which show what the model does with a prompt."""
 
 from __future__ import annotations
 
@@ -76,18 +75,12 @@ def generate(
     if target is not None:
         chosen = infer.curve().capacity_for(target)
         typer.echo(f"[{target:g}x here means capacity {chosen:.2f}: {report.price(hat, chosen, weights)}]", err=True)
+    streamer = TextStreamer(hat.base.tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "chat": chat}
+    how |= {"mode": "lossless" if lossless else "adaptive", "target_speedup": target}
+    how |= {"gate_prompt": True} if gate_prompt else {}
     with hat.steered() if steer else nullcontext():
-        out = infer.generate(
-            prompt,
-            target_speedup=target,
-            mode="lossless" if lossless else "adaptive",
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            chat=chat,
-            streamer=TextStreamer(hat.base.tokenizer, skip_prompt=chat, skip_special_tokens=True),
-            **({"gate_prompt": True} if gate_prompt else {}),
-        )
+        out = infer.generate(prompt, streamer=streamer, **how)
     if show_compute:
         typer.echo("\n" + report.new_tokens(hat, out) + "\n")
     typer.echo("\n".join(report.on_generation(out, hat.decoding)))
@@ -108,11 +101,11 @@ def explain(
     options.start(threads)
     from hat_lib.evaluation import tokens
     from hat_lib.plotting.style import write
-    from hat_lib.workbook.play_page import still_page
+    from hat_lib.workbook import play_page
     from hat_lib.workbook.screen import Screen
 
     hat = options.load(**model)
-    page = "" if html is None else still_page(Screen(hat), {"Prompt": (prompt, "")})
+    page = "" if html is None else play_page.html({"Prompt": (prompt, "")}, Screen(hat))
     typer.echo(str(tokens.explain(hat, prompt)))
     if html is not None:
         write(html, page.encode())

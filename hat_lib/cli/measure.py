@@ -1,5 +1,4 @@
-"""``hat evaluate``: quality compared with the base's, on a text or on tasks of lm-evaluation-harness. ``hat analyze``:
-how compute is distributed over tokens and layers. ``hat sweep``: quality over a grid, beside every control."""
+"""``hat evaluate``, ``hat analyze`` and ``hat sweep``, which measure the model on text."""
 
 from __future__ import annotations
 
@@ -39,9 +38,9 @@ def evaluate(
     from hat_lib.evaluation import report
     from hat_lib.text.check import check_text
 
-    if tasks is None and tasks_path is not None:
-        raise HatError("--tasks-path needs --tasks NAME[,NAME]")
     if tasks is None:
+        if tasks_path is not None:
+            raise HatError("--tasks-path needs --tasks NAME[,NAME]")
         check_text(text, split)
         row, lines = report.on_text(options.load(**model), text, split, max_tokens, batch_size, documents)
     else:
@@ -86,7 +85,7 @@ def analyze(
     lines = report.on_tokens(found, made, text, split) + (report.tables_of_tokens(found, made) if tables else [])
     typer.echo("\n".join(lines))
     if out is not None:
-        from hat_lib.plotting.analysis import files
+        from hat_lib.plotting.routing import files
         from hat_lib.plotting.style import write
 
         written = [write(out.expanduser() / name, payload) for name, payload in files(found, made).items()]
@@ -117,7 +116,6 @@ def sweep(
     """
     if out.suffix.lower() != ".csv":
         raise HatError(f"--out must be a .csv file, beside which the figure goes as .png, got {out}")
-    wanted = options.names("--grains", grains)
     axes = {
         "capacities": [check_capacity(part) for part in options.names("--capacity", capacity)],
         "exit_rates": [check_exit_rate(part) for part in options.names("--exit-rate", exit_rate)],
@@ -125,8 +123,8 @@ def sweep(
         "texts": options.names("--texts", texts),
         "variants": options.names("--variants", variants),
     }
-    checkpoints = {"channel": (channel, channel_untrained), "token": (token, token_untrained)}
-    checkpoints = {options.check_grain(name): checkpoints[name] for name in wanted}
+    given = {"channel": (channel, channel_untrained), "token": (token, token_untrained)}
+    checkpoints = {options.check_grain(name): given[name] for name in options.names("--grains", grains)}
     check_writable(out.parent, "a sweep")
     options.start(threads)
     import pandas as pd
@@ -139,7 +137,7 @@ def sweep(
 
     for source in axes["texts"]:
         check_text(source, None)
-    points = report.grid_of(wanted, max_tokens, axes)
+    points = report.grid_of(list(checkpoints), max_tokens, axes)
     typer.echo(f"{len(points)} points; those that {out} holds are kept")
     typer.echo(f"capacity and exit rate as requested, and (realised); they differ, for {WHY}")
     for line in report.on_grid(out, checkpoints, points, dtype):

@@ -1,4 +1,4 @@
-"""``hat calibrate`` and ``hat train``, which make checkpoints; training that was stopped resumes where it was."""
+"""``hat calibrate`` and ``hat train``, which make checkpoints."""
 
 from __future__ import annotations
 
@@ -88,7 +88,12 @@ def train(
         raise HatError(f"max minutes must be above 0, got {max_minutes}")
     from hat_lib.training.recipe import Recipe  # without torch
 
-    changes = dict(_setting(assignment) for assignment in settings or []) | ({"text": text} if text else {})
+    changes = {"text": text} if text else {}
+    for setting in settings or []:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise HatError(f"--set takes NAME=VALUE, got {setting!r}")
+        changes[name] = literal(value)
     chosen = Recipe.named(recipe, granularity, profile, **changes)
     folder = (save or resume).expanduser()
     check_writable(folder)
@@ -126,11 +131,3 @@ def train(
 def _terminate(*_) -> None:
     """SIGTERM by default would end the process without a word."""
     raise KeyboardInterrupt("terminated")
-
-
-def _setting(text: str) -> tuple[str, object]:
-    """``"router_lr=1e-3"`` as ``("router_lr", 0.001)``; the recipe checks names and ranges."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise HatError(f"--set takes NAME=VALUE, got {text!r}")
-    return name, literal(value)

@@ -37,7 +37,7 @@ Setting = tuple[str, float, Callable]  # what decides, the capacity that is aske
 
 @dataclass(frozen=True)
 class Sweep:
-    """Capacities on one text. A notebook shows the table; `hat_lib.plotting.frontier.sweep` draws it."""
+    """Capacities on one text. A notebook shows the table; `studies.plotting.notebooks.sweep` draws it."""
 
     frame: pd.DataFrame = field(repr=False)
     """a row per capacity and policy: ``decides`` (what decides), ``capacity`` (requested; nan for a policy of your

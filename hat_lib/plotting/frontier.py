@@ -1,12 +1,9 @@
-"""Frontiers: what is lost at each amount of work. `quality`: the trained model and every control, a panel for each
-grain and text, over the work of the whole model, so that grains can be compared. `sweep`: one freshly measured text.
-"""
+"""Frontiers: what the trained model and every control lose at each amount of work."""
 
 from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, ORANGE, PINK, PURPLE, WORK, draws
@@ -24,7 +21,8 @@ VARIANTS = {
 
 @draws("granularity", "text", "variant", "exit_rate", "tokens", "model_share", "capacity", *COST)
 def quality(table: pd.DataFrame) -> Figure:
-    """Perplexity increase against the work of the whole model, with 95 % intervals; linear below 1 %, log above.
+    """Perplexity increase against the work of the whole model, so that grains can be compared, with 95 % intervals;
+    linear below 1 %, log above. A panel for each grain and text.
 
     ``table`` has the fields of `hat_lib.evaluation.equal_work.Row`; rows with exits are left out, and if a point has
     two rows, the one on more tokens counts.
@@ -43,24 +41,4 @@ def quality(table: pd.DataFrame) -> Figure:
         ax.set(title=f"{grain} grain, {text}", ylabel="perplexity increase" * (text == texts[0]))
     shown = set(table["variant"])
     style.legend_below(fig, [style.entry(name, *series) for name, series in VARIANTS.items() if name in shown])
-    return fig
-
-
-@draws("decides", "capacity", "realised", *COST, "top1")
-def sweep(table: pd.DataFrame) -> Figure:
-    """Perplexity increase and top-1 agreement of `hat_lib.evaluation.sweep.Sweep.frame` against realised capacity."""
-    fig, (increase, top1) = style.panels(2, width=1.2 * style.WIDTH, sharey=False)
-    increase.axhline(0, color=GREY, linewidth=1)
-    for decides, rows in table.sort_values("realised").groupby("decides", sort=False):
-        method = decides == "method"  # others are points of their own
-        series = (BLUE, "o", "-") if method else (ORANGE, "D", "none")
-        style.whiskers(increase, rows["realised"], rows[COST], *series)
-        for row in rows.itertuples():
-            at, name = (row.realised, row.increase), f"{row.capacity:g}" if method else decides
-            increase.annotate(name, at, (5, 5), textcoords="offset points", fontsize=8)
-        top1.plot(rows["realised"], rows["top1"], color=GREEN if method else ORANGE, marker="s", linestyle=series[2])
-    increase.set(xlabel="realised capacity (beside the points: requested)", ylabel="perplexity increase, 95 % interval")
-    top1.set(xlabel="realised capacity", ylabel="top-1 agreement with the base")
-    for axis in (increase.xaxis, increase.yaxis, top1.xaxis, top1.yaxis):
-        axis.set_major_formatter(PercentFormatter(1))
     return fig

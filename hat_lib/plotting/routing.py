@@ -1,4 +1,4 @@
-"""Figures of routing patterns, most of them drawn from the tables of `hat_lib.evaluation.routing`.
+"""Figures of routing patterns, drawn from the tables of `hat_lib.evaluation.routing`; all files of an analysis.
 
 Whiskers are 95 % intervals. A point is hollow unless the interval of its difference from the mean of all tokens
 excludes 0. Where tokens leave early, a second panel shows how many do.
@@ -6,7 +6,8 @@ excludes 0. Where tokens leave early, a second panel shows how many do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -16,42 +17,45 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from hat_lib.evaluation.report import colours
+from hat_lib.evaluation.tokens import TokenTable
 from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, GREY, ORANGE, PERCENT, WIDE, WIDTH, draws, entry
 from hat_lib.plotting.token_heatmap import in_font
-from hat_lib.text.coloured import PALETTE, visible
+from hat_lib.text.coloured import PALETTE, html, passages, visible
+from hat_lib.text.plain import cell
 
 ENDS = ["mean", "low", "high"]
 BOUNDS = (*ENDS, "difference", "difference_low", "difference_high")
 LABEL = 12  # most characters of a token to show under the map
 AFTER = "#dddddd"  # layers a token did not enter
+PAGE = '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
 
 
 @draws("token", "text", "exit_layer", "protected", "layer", "share", "difference")
 def layer_map(table: pd.DataFrame) -> Figure:
     """Layer × token: the executed share, and its difference from the layer's mean; a cross where a token leaves."""
-    tokens = table.drop_duplicates("token")
-    share, difference = (table.pivot(index="layer", columns="token", values=v) for v in ("share", "difference"))
-    n_layers = len(share)
-    most = max(0.01, np.nanquantile(np.abs(difference.to_numpy()), 0.95))  # or protected tokens would dominate
-    all_series = {"cmap": PALETTE, "vmin": 0, "vmax": 1}, {"cmap": "PuOr", "vmin": -most, "vmax": most}
-    bars = {"format": PERCENT}, {"format": _points, "extend": "both"}
-    titles = "executed share", "less the layer's mean over all tokens, percentage points"
+    tokens, n_layers = table.drop_duplicates("token"), table["layer"].nunique()
     left = np.flatnonzero(tokens["exit_layer"] < n_layers)
+    most = max(0.01, table["difference"].abs().quantile(0.95))  # or protected tokens would dominate
     fig, axes = style.panels(1, 2, 7.0, max(5.0, 1.8 + 0.165 * len(tokens)), sharex=True)
-    for ax, cells, series, bar, title in zip(axes, (share, difference), all_series, bars, titles, strict=True):
-        fig.colorbar(ax.pcolormesh(cells.to_numpy(), **series), ax=ax, pad=0.01, **bar)
+    titles = "executed share", "less the layer's mean over all tokens, percentage points"
+    scales = {"cmap": PALETTE, "vmin": 0, "vmax": 1}, {"cmap": "PuOr", "vmin": -most, "vmax": most}
+    bars = {"format": PERCENT}, {"format": _points, "extend": "both"}
+    for ax, values, title, scale, bar in zip(axes, ("share", "difference"), titles, scales, bars, strict=True):
+        cells = table.pivot(index="layer", columns="token", values=values)
+        fig.colorbar(ax.pcolormesh(cells.to_numpy(), **scale), ax=ax, pad=0.01, **bar)
         places = range(0, n_layers, max(1, n_layers // 6))
         ax.set_yticks([y + 0.5 for y in places], places)
         ax.set(title=title, ylabel="layer", facecolor=AFTER)
         ax.grid(visible=False)
-        if len(left):
-            depth = tokens["exit_layer"].to_numpy()[left]
-            ax.plot(left + 0.5, depth + 0.5, "x", color="black", markersize=4.5, label="left before this layer")
-    names = [Patch(color=AFTER, label="had left")] * bool(len(left))
+        ax.plot(left + 0.5, tokens["exit_layer"].iloc[left] + 0.5, "x", color="black", markersize=4.5)
+    names = []
     if table["protected"].any():
         names.append(Patch(color=colormaps[PALETTE](1.0), label="at the start: protected, runs in full"))
-    names += axes[0].get_legend_handles_labels()[0]
+    if len(left):
+        gone = entry("left before this layer", "black", "x", markersize=4.5)
+        names = [Patch(color=AFTER, label="had left"), *names, gone]
     if names:
         style.legend_below(fig, names)
     labels = [visible(text).replace("\n", "").strip(" ") or "␣" for text in tokens["text"]]
@@ -70,10 +74,9 @@ def _points(share: float, _=None) -> str:
 def by_class(table: pd.DataFrame) -> Figure:
     """Executed share by token class, lowest first, with the number of tokens."""
     measures = _by_measure(table)
-    order = measures[0][1].sort_values("mean")
-    width = WIDE if len(measures) > 1 else WIDTH
-    fig, axes = style.panels(len(measures), height=1.5 + 0.32 * len(order), width=width)
-    for ax, (label, rows) in zip(axes, measures, strict=True):
+    order = measures["executed share"].sort_values("mean")
+    fig, axes = style.panels(len(measures), 1, 1.5 + 0.32 * len(order), WIDE if len(measures) > 1 else WIDTH)
+    for ax, (label, rows) in zip(axes, measures.items(), strict=True):
         _intervals(ax, rows.set_index("class").loc[order["class"]], np.arange(len(order)), horizontal=True)
         ax.set_xlabel(label)
         ax.grid(axis="y", visible=False)
@@ -88,7 +91,7 @@ def by_position(table: pd.DataFrame) -> Figure:
     """Executed share by position in the block. Protected tokens, which run in full, are not shown."""
     measures = _by_measure(table[~table["protected"].astype(bool)])
     fig, axes = style.panels(1, len(measures), 3.3 * len(measures) + 0.4)
-    for ax, (label, rows) in zip(axes, measures, strict=True):
+    for ax, (label, rows) in zip(axes, measures.items(), strict=True):
         _intervals(ax, rows, np.arange(len(rows)), line="-")
         names = [f"{a}–{b}" if a < b else f"{a}" for a, b in zip(rows["first"], rows["last"], strict=True)]
         ax.set_xticks(range(len(rows)), names)
@@ -100,17 +103,17 @@ def by_position(table: pd.DataFrame) -> Figure:
 @draws("quantity", "median", "measure", *BOUNDS)
 def by_quantile(table: pd.DataFrame) -> Figure:
     """Executed share against the base's surprisal and entropy (nats) of the token and of the next, in equal bins."""
-    all_series = {"token": (BLUE, "o", "of the token itself"), "next": (ORANGE, "s", "of the next token")}
+    lines = [entry("of the token itself", BLUE, "o", "-"), entry("of the next token", ORANGE, "s", "-")]
     measures = _by_measure(table)
     fig, axes = style.panels(2, len(measures), 3.3 * len(measures) + 0.4, WIDE)
-    for (label, rows), pair in zip(measures, np.reshape(axes, (-1, 2)), strict=True):
+    for (label, rows), pair in zip(measures.items(), np.reshape(axes, (-1, 2)), strict=True):
         pair[0].set_ylabel(label)
         for ax, quantity in zip(pair, ("surprisal", "entropy"), strict=True):
             ax.set_xlabel(f"the base's {quantity}, nats (median of the bin)")
-            for which, (colour, marker, _) in all_series.items():
+            for which, line in zip(("token", "next"), lines, strict=True):
                 part = rows[rows["quantity"] == f"{quantity}_of_{which}"]
-                _intervals(ax, part, part["median"].to_numpy(), colour, marker, line="-")
-    _legend(fig, [entry(label, colour, marker, "-") for colour, marker, label in all_series.values()])
+                _intervals(ax, part, part["median"].to_numpy(), line.get_color(), line.get_marker(), line="-")
+    _legend(fig, lines)
     return fig
 
 
@@ -118,11 +121,24 @@ FIGURES = {"layer_map": layer_map, "classes": by_class, "positions": by_position
 """name of a table in `hat_lib.evaluation.routing.TABLES` -> its figure"""
 
 
-def _by_measure(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Label and rows of the executed share and, if any tokens leave early, of how many do."""
-    share, left = (table[table["measure"] == measure] for measure in ("share", "left"))
-    found = [("executed share", share), ("tokens that leave early", left)]
-    return found if left["mean"].max() > 0 else found[:1]
+def files(found: TokenTable, tables: Mapping[str, pd.DataFrame]) -> dict[str, bytes]:
+    """An analysis as files: tables (CSV), figures (PNG) and coloured text (HTML), by file name; ``tables`` are those of
+    `TABLES`. Numbers have six digits, and no text is one that a terminal or spreadsheet interprets."""
+    made = {}
+    for name, table in {"tokens": found.tokens, **tables}.items():
+        safe = table.map(lambda value: cell(value) if isinstance(value, str) else value)
+        how = {"quoting": csv.QUOTE_NONNUMERIC, "lineterminator": "\n"}
+        made[f"{name}.csv"] = safe.to_csv(index=False, float_format="%.6g", **how).encode()
+    made |= {f"{name}.png": style.png(draw(tables[name])) for name, draw in FIGURES.items()}
+    page = PAGE + html(*passages(found.tokens, "model_share"), **colours(found))
+    return made | {"text.html": page.encode()}
+
+
+def _by_measure(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """By label, the rows of the executed share and, if any tokens leave early, of how many do."""
+    found = {"executed share": table[table["measure"] == "share"]}
+    left = table[table["measure"] == "left"]
+    return found | {"tokens that leave early": left} if left["mean"].max() > 0 else found
 
 
 def _intervals(ax: Axes, rows: pd.DataFrame, at: np.ndarray, colour=BLUE, marker="o", horizontal=False, line="none"):

@@ -1,8 +1,8 @@
-"""Figures: a table in, a matplotlib `Figure` out; one palette, and one place for sizes and for what figures share.
+"""What figures share. A figure is a function from a table to a matplotlib `Figure`, which raises `HatError` for a missing
+column or an empty table; none is registered with pyplot.
 
-A function takes a table as stored in ``data/results`` and raises `HatError` for a missing column or an empty table. No
-figure is registered with pyplot. Colours are seaborn's "colorblind" set; each series also has its own marker or line.
-Pages may be dark, so a figure has its own white background.
+Colours are seaborn's "colorblind" set; each series also has its own marker or line. Pages may be dark, so a figure has
+its own white background.
 """
 
 from __future__ import annotations
@@ -19,39 +19,21 @@ import seaborn as sns
 from IPython.display import DisplayHandle, display
 from IPython.display import Image as Picture
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator
 from PIL import Image
 
 from hat_lib import config
 from hat_lib.config import HatError
 
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = sns.color_palette("colorblind").as_hex()
-SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (PURPLE, "v")]
 COST = ["increase", "increase_low", "increase_high"]
 WORK = "executed share of the model's work"
 WIDTH, WIDE, HEIGHT, DPI = 7.0, 9.4, 3.8, 130  # inches: one panel, several side by side; inches; dots per inch
-
-STYLE = {
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "font.size": 10,
-    "text.hinting": "no_hinting",  # else text is not as wide as its font says, leaving gaps between coloured tokens
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
+STYLE = mpl.rc_params_from_file(Path(__file__).with_name("house.mplstyle"), use_default_template=False)
 
 
 def PERCENT(share: float, _=None) -> str:
@@ -60,7 +42,7 @@ def PERCENT(share: float, _=None) -> str:
 
 
 def save_figure(fig: Figure, name: str, folder: Path | None = None) -> Path:
-    """Write ``fig`` as ``name``.png to ``folder`` (default `config.FIGURES`); the same figure gives the same bytes."""
+    """Write ``fig`` as ``name``.png to ``folder`` (default `config.FIGURES`)."""
     return write((folder or config.FIGURES) / f"{name}.png", png(fig))
 
 
@@ -115,6 +97,13 @@ def draws(*columns: str) -> Callable:
     return decorate
 
 
+def check_table(table: pd.DataFrame, *columns: str) -> None:
+    """Raise `HatError` unless the table has the columns and at least one row."""
+    missing = [c for c in columns if c not in table]
+    if missing or table.empty:
+        raise HatError(f"a figure needs rows with the columns {', '.join(columns)}; missing: {missing or 'any row'}")
+
+
 def panels(columns: int, rows: int = 1, height: float = HEIGHT, width: float = 0, **more) -> tuple[Figure, list[Axes]]:
     """An empty figure and its axes, row by row; sizes of the whole figure in inches. ``more`` is for `subplots`."""
     width = width or (WIDTH if columns == 1 else max(WIDTH, 3.0 * columns))
@@ -129,11 +118,9 @@ def whiskers(
     along the x axis if ``horizontal``."""
     middle, low, high = ends.to_numpy().T
     reach = np.nan_to_num([middle - low, high - middle]).clip(min=0)
-    more = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "capsize": 2, "elinewidth": 1} | more
-    if horizontal:
-        ax.errorbar(middle, x, xerr=reach, **more)
-    else:
-        ax.errorbar(x, middle, yerr=reach, **more)
+    where = {"x": middle, "y": x, "xerr": reach} if horizontal else {"x": x, "y": middle, "yerr": reach}
+    look = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "capsize": 2, "elinewidth": 1}
+    ax.errorbar(**where, **look | more)
 
 
 def increases(ax: Axes, ticks, xlabel: str, linscale: float = 1) -> None:
@@ -160,22 +147,3 @@ def entry(label: str, colour: str = "black", marker: str | None = None, line: st
 def legend_below(fig: Figure, entries: list[Line2D], **more) -> None:
     """The legend of a whole figure, below it, in one row."""
     fig.legend(handles=entries, **{"ncols": len(entries), "loc": "outside lower center"} | more)
-
-
-def legend_above(ax: Axes, columns: int) -> None:
-    """The legend of one panel, above it."""
-    ax.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), handlelength=1.5, columnspacing=1.0)
-
-
-def set_ticks(axis: Axis, ticks: list[float], label: str = "{x:g}") -> None:
-    """These ticks only."""
-    axis.set_major_locator(FixedLocator(ticks))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(label)
-
-
-def check_table(table: pd.DataFrame, *columns: str) -> None:
-    """Raise `HatError` unless the table has the columns and at least one row."""
-    missing = [c for c in columns if c not in table]
-    if missing or table.empty:
-        raise HatError(f"a figure needs rows with the columns {', '.join(columns)}; missing: {missing or 'any row'}")

@@ -19,25 +19,25 @@ FONT = {"family": "DejaVu Sans Mono", "size": SIZE, "va": "center", "parse_math"
 FRAME = {"fill": False, "edgecolor": "#d55e00", "linewidth": 2, "zorder": 2}  # of a marked token
 
 
+@mpl.rc_context(STYLE)
 def figure(*passages: Passage, meaning: str, low: float | None = None, high: float | None = None) -> Figure:
     """Passages as a picture, with the colours, arguments and errors of `hat_lib.text.coloured.html`."""
     lines = [line for paragraph in paragraphs(passages, meaning, low, high) for line in [[], *_wrapped(paragraph)]][1:]
     advance, step = SIZE * ADVANCE / 72, SIZE * LEADING / 72
     size = max(WIDTH, (COLUMNS + 2) * advance), step * (len(lines) + 1)
-    with mpl.rc_context(STYLE):
-        fig = Figure(figsize=size)
-        # A unit is one character wide and one line high.
-        ax = fig.add_axes((0, 0, 1, 1), xlim=(-1, size[0] / advance - 1), ylim=(len(lines) + 0.5, -0.5))
-        ax.set_axis_off()
-        for row, line in enumerate(lines):
-            for column, part, style in line:
-                if style.bgcolor:
-                    ax.add_patch(Rectangle((column, row), len(part), 1, facecolor=style.bgcolor.name, linewidth=0))
-                if style.underline:
-                    ax.add_patch(Rectangle((column, row), len(part), 1, **FRAME))
-                look = {"color": style.color.name if style.color else "black"}
-                look["weight"] = "bold" if style.bold and not style.underline else "normal"
-                ax.text(column, row + 0.5, in_font(part, FONT["family"]), **FONT, **look)
+    fig = Figure(figsize=size)
+    # A unit is one character wide and one line high.
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(-1, size[0] / advance - 1), ylim=(len(lines) + 0.5, -0.5))
+    ax.set_axis_off()
+    for row, line in enumerate(lines):
+        for column, part, style in line:
+            if style.bgcolor:
+                ax.add_patch(Rectangle((column, row), len(part), 1, facecolor=style.bgcolor.name, linewidth=0))
+            if style.underline:
+                ax.add_patch(Rectangle((column, row), len(part), 1, **FRAME))
+            colour = style.color.name if style.color else "black"
+            weight = "bold" if style.bold and not style.underline else "normal"
+            ax.text(column, row + 0.5, in_font(part, FONT["family"]), color=colour, weight=weight, **FONT)
     return fig
 
 
@@ -51,14 +51,14 @@ def _wrapped(pieces: Iterable[Piece]) -> list[list[tuple[int, str, Style]]]:
     """Lines of (column, characters, style); a piece is only broken if it is longer than a line."""
     lines, column = [[]], 0
     for text, style, *_ in pieces:
-        for i, part in enumerate(text.split("\n")):
-            if i or column + len(part) > COLUMNS:
+        for number, rest in enumerate(text.split("\n")):
+            if number or column + len(rest) > COLUMNS:
                 lines.append([])
                 column = 0
-            for start in range(0, len(part), COLUMNS):
+            for start in range(0, len(rest), COLUMNS):
                 if start:
                     lines.append([])
-                    column = 0
-                lines[-1].append((column, part[start : start + COLUMNS], style))
-                column += len(lines[-1][-1][1])
+                part = rest[start : start + COLUMNS]
+                lines[-1].append((0 if start else column, part, style))
+                column = lines[-1][-1][0] + len(part)
     return lines

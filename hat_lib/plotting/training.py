@@ -10,34 +10,32 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, PURPLE, SKY, WIDE, draws
+from hat_lib.plotting.style import BLUE, GREY, ORANGE, PERCENT, SKY, WIDE, draws
 
 RECENT = 5  # rows in a running mean
 LAYERS = r"^share_\d+$"  # the columns of a log that are a layer's share
 
 
 class Live:
-    """Draws a run's ``log.csv`` with one of this module's functions in the notebook cell that trains, at most once
-    every ``every`` seconds; the last drawing is saved as by `style.show`, with its ``name`` and ``alt``. For the
-    argument ``watch`` of `hat_lib.training.trainer.train_phase`.
+    """Draws a run's ``log.csv`` with ``draw`` in the notebook cell that trains, at most once every ``every`` seconds;
+    the last drawing is saved as by `style.show`, with its ``name`` and ``alt``. For the argument ``watch`` of
+    `hat_lib.training.trainer.train_phase`.
     """
 
     def __init__(self, log: Path, draw: Callable[[pd.DataFrame], Figure], name: str, alt: str, every: float = 3.0):
-        self.log, self.draw, self.name, self.alt, self.every = Path(log), draw, name, alt, every
+        self.log, self.draw, self.name, self.alt, self.every = log, draw, name, alt, every
         self.handle, self.next = None, 0.0
 
     def __call__(self, ended: bool) -> None:
         if not ended and time.monotonic() < self.next:
             return
-        rows = pd.read_csv(self.log)
-        self.next = time.monotonic() + self.every
+        rows, self.next = pd.read_csv(self.log), time.monotonic() + self.every
         if rows.empty:
             return
         self.handle = style.show_png(style.png(self.draw(rows)), self.alt, self.handle)
@@ -49,9 +47,9 @@ class Live:
 def routers(log: pd.DataFrame) -> Figure:
     """A run that trains routers: KL, realised and requested capacity, and the latest shares of the layers."""
     fig, (kl, share, layers) = style.panels(3, height=3.0, width=WIDE, sharey=False)
-    _curve(kl, log, "kl", BLUE)
+    curve(kl, log, "kl", BLUE)
     kl.set(ylabel="KL to the base, nats per token")
-    _curve(share, log, "share", BLUE, "realised")
+    curve(share, log, "share", BLUE, "realised")
     share.plot(log["step"], log["capacity"], "--", color=ORANGE, label="requested")
     share.set(ylabel="capacity", ylim=(0, 1))
     share.legend()
@@ -64,25 +62,7 @@ def routers(log: pd.DataFrame) -> Figure:
     return fig
 
 
-@draws("step", "kl", "agreement", "gate_loss", "exit_rate")
-def gates(log: pd.DataFrame) -> Figure:
-    """A run that trains exit gates: translators' KL, how often an exit reads the base's token, and the gates' loss."""
-    fig, (kl, agreement, loss) = style.panels(3, height=3.0, width=WIDE, sharey=False)
-    _curve(kl, log, "kl", BLUE)
-    kl.set(ylabel="KL to the base, mean of the exits")
-    _curve(agreement, log, "agreement", GREEN, "reads the base's token")
-    _curve(agreement, log, "exit_rate", ORANGE, "drawn to leave")
-    agreement.set(ylabel="share of tokens", ylim=(0, 1))
-    agreement.yaxis.set_major_formatter(PERCENT)
-    _curve(loss, log, "gate_loss", PURPLE)
-    loss.axhline(np.log(2), color=GREY, linewidth=1, label="log 2: a coin")
-    loss.set(ylabel="gates' cross-entropy, nats")
-    for ax in (agreement, loss):
-        style.legend_above(ax, 1)
-    return fig
-
-
-def _curve(ax: Axes, rows: pd.DataFrame, y: str, colour: str, label: str | None = None) -> None:
+def curve(ax: Axes, rows: pd.DataFrame, y: str, colour: str, label: str | None = None) -> None:
     """Each row as a point, by step, with a running mean through them; the axis starts at 0."""
     ax.plot(rows["step"], rows[y], "o", color=colour, markersize=2.5, alpha=0.5)
     ax.plot(rows["step"], rows[y].rolling(RECENT, min_periods=1, center=True).mean(), color=colour, label=label)

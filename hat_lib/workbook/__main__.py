@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -19,12 +20,11 @@ import typer
 
 from hat_lib.config import NOTEBOOKS, REPO, RUNS, HatError
 from hat_lib.terminal import Commands
-from hat_lib.workbook import missing
 
 try:
     from hat_lib.workbook.notebooks import clean_file, parse_parameters, run_notebook, select
-except ImportError as error:
-    raise SystemExit(f"error: {missing(error)}") from None
+except HatError as error:
+    raise SystemExit(f"error: {error}") from None
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -32,34 +32,29 @@ Names = Annotated[list[str] | None, typer.Argument(metavar="[NN]...", help="Numb
 Parameters = Annotated[list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="May be repeated.")]
 Files = Annotated[list[Path] | None, typer.Argument(help="Default: all notebooks.")]
 Folder = Annotated[str | None, typer.Option(help="Folder under runs/; default: the time.")]
-CellTimeout = Annotated[int, typer.Option(min=1, help="Seconds that one cell may take.")]
+Timeout = Annotated[int, typer.Option(min=1, help="Seconds that one cell may take.")]
 
 
 @app.command()
-def run(
-    names: Names = None, parameters: Parameters = None, name: Folder = None, cell_timeout: CellTimeout = 600
-) -> None:
+def run(names: Names = None, parameters: Parameters = None, name: Folder = None, cell_timeout: Timeout = 600) -> None:
     """Run notebooks headless into runs/<name>/ and report how each went; exits with 1 if any failed."""
     notebooks = select(names or [], NOTEBOOKS)
     values = parse_parameters(parameters or [], notebooks)
     folder = RUNS / (name or time.strftime("%Y%m%d-%H%M%S"))
     if folder.exists():
         raise HatError(f"{folder} exists; choose another --name, so that no run overwrites another")
-    _run_all(notebooks, folder, values, cell_timeout)
+    list(_passed(notebooks, folder, values, cell_timeout))
 
 
 @app.command()
-def execute(names: Names = None, cell_timeout: CellTimeout = 600) -> None:
+def execute(names: Names = None, cell_timeout: Timeout = 600) -> None:
     """Run notebooks with their defaults and put outputs and figures in place; a failed run changes neither."""
     # The findings count what the other notebooks' outputs say, so they run last.
     notebooks = sorted(select(names or [], NOTEBOOKS), key=lambda path: path.stem.startswith("08"))
-
-    def put_in_place(notebook: Path, output: Path, figures: Path) -> None:
-        clean_file(notebook, output)
-        shutil.copytree(figures, REPO / "figures", dirs_exist_ok=True)
-
     with tempfile.TemporaryDirectory() as scratch:
-        _run_all(notebooks, Path(scratch), {}, cell_timeout, put_in_place)
+        for notebook, output, figures in _passed(notebooks, Path(scratch), {}, cell_timeout):
+            clean_file(notebook, output)
+            shutil.copytree(figures, REPO / "figures", dirs_exist_ok=True)
 
 
 @app.command()
@@ -70,8 +65,8 @@ def clean(files: Files = None) -> None:
             typer.echo(f"cleaned {path}")
 
 
-def _run_all(notebooks: list[Path], folder: Path, parameters: dict, cell_timeout: int, passed=lambda *_: None) -> None:
-    """A line about each notebook; calls ``passed`` with one that did, its output and its figures."""
+def _passed(notebooks: list[Path], folder: Path, parameters: dict, cell_timeout: int) -> Iterator[tuple]:
+    """Runs the notebooks, with a line about each; yields each that passed, its output and the folder of its figures."""
     failed = []
     for notebook in notebooks:
         typer.echo(f"{notebook.stem:30}  ", nl=False)
@@ -81,7 +76,7 @@ def _run_all(notebooks: list[Path], folder: Path, parameters: dict, cell_timeout
         if error:
             failed.append(notebook.stem)
         else:
-            passed(notebook, output, figures)
+            yield notebook, output, figures
     typer.echo(f"{len(notebooks) - len(failed)} of {len(notebooks)} passed")
     if failed:
         typer.echo(f"failed: {', '.join(failed)}")

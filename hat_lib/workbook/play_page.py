@@ -3,65 +3,32 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import threading
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from importlib.resources import files
+from string import Template
 
 from hat_lib.config import HatError
 from hat_lib.workbook.screen import PRESETS, Screen
 
-HERE = Path(__file__).parent
-PARTS = "play_parts.js", "play.js", "play_widget.js"
-SCRIPT = "\n".join((HERE / name).read_text(encoding="utf-8") for name in PARTS)
-STYLE = (HERE / "play.css").read_text(encoding="utf-8")
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; \
-style-src 'unsafe-inline'; connect-src 'self'">
-<title>What does a token cost?</title>
-<style>body {{ margin: 0 auto; max-width: 1240px; padding: 16px 24px 40px }} h1 {{ font: 600 20px system-ui }}
-.about {{ font: 13px/1.5 system-ui; max-width: 64em }}
-{css}</style>
-<h1>What does a token cost?</h1>
-<p class="about">{about}</p>
-<div id="play"></div>
-<script type="module">
-{js}
-const given = {given};
-const bytes = text => text && Uint8Array.from(atob(text), c => c.charCodeAt(0));
-const ask = async question => {{
-  const reply = await fetch("ask", {{ method: "POST", body: JSON.stringify(question) }});
-  if (!reply.ok) throw new Error(await reply.text());
-  return new Uint8Array(await reply.arrayBuffer());
-}};
-mount(document.getElementById("play"),
-  {{ presets: given.presets, blocks: given.blocks.map(bytes), ask: given.served ? ask : null }});
-</script></html>
-"""
-ABOUT = """Each row is a token of the prompt, each column a layer of a frozen language model. Move the dial: at a lower
-<b>capacity</b> each token skips a part of every layer's work, chosen anew for each token. The map shows who still gets
-it, the tables what the model would say next, dense and at this capacity, and the texts how it goes on."""
-LENGTH = re.compile("[0-9]{1,6}")
-"""of a question, in bytes"""
+HTML, STYLE, *PARTS = (
+    files("hat_lib.workbook").joinpath(name).read_text(encoding="utf-8")
+    for name in ("play.html", "play.css", "play_parts.js", "play.js", "play_widget.js")
+)
+SCRIPT = "\n".join(PARTS)
 
 
-def page(presets: Sequence[Sequence[str]], blocks: Sequence[bytes | None], served: bool = False) -> str:
-    """The page of prompts, ``[name, prompt, hint]`` each, and their blocks; a ``served`` one asks for what it lacks."""
-    given = {"presets": presets, "served": served, "blocks": [b and b64encode(b).decode() for b in blocks]}
+def html(presets: Mapping[str, tuple[str, str]], screen: Screen | None = None) -> str:
+    """The page of prompts, name -> prompt and hint: with all that a screen shows of them, else asking its server."""
+    questions = [{"ask": "whole", "prompt": prompt} for prompt, _ in presets.values()]
+    blocks = [screen and b64encode(screen.answer(question)).decode() for question in questions]
+    given = {"presets": [[name, *words] for name, words in presets.items()], "served": screen is None, "blocks": blocks}
     text = json.dumps(given).replace("<", "\\u003c")  # a prompt must not end the script
-    return PAGE.format(js=SCRIPT, css=STYLE, about=ABOUT, given=text)
-
-
-def still_page(screen: Screen, prompts: Mapping[str, tuple[str, str]]) -> str:
-    """The page of these prompts, name -> prompt and hint, with all that it shows inside it."""
-    blocks = [screen.answer({"ask": "whole", "prompt": prompt}) for prompt, _ in prompts.values()]
-    return page([[name, *words] for name, words in prompts.items()], blocks)
+    return Template(HTML).substitute(js=SCRIPT, css=STYLE, given=text)
 
 
 class Server(ThreadingHTTPServer):
@@ -73,17 +40,12 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, port: int):
         self.screen: Future[Screen] = Future()
-        self._one = threading.Lock()
+        self.one = threading.Lock()  # question at a time
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except OSError as error:
             raise HatError(f"cannot serve on port {port}: {error.strerror or error}; choose another, --port") from error
         self.host = f"127.0.0.1:{self.server_port}"
-
-    def answer(self, question: Mapping) -> bytes:
-        screen = self.screen.result()
-        with self._one:
-            return screen.answer(question)
 
     def handle_error(self, request, client_address) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # a tab was closed
@@ -95,34 +57,36 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 20  # seconds in which a question must arrive
 
     def do_GET(self) -> None:
-        presets = [[name, *words] for name, words in PRESETS.items()]
-        found = self.path == "/"
-        text = page(presets, [None] * len(presets), served=True) if found else f"nothing at {self.path}"
-        self._reply(200 if found else 404, text.encode(), "text/html" if found else "text/plain")
+        if self.path == "/":
+            self._reply(200, html(PRESETS), "text/html")
+        else:
+            self._reply(404, f"nothing at {self.path}")
 
     def do_POST(self) -> None:
         # A page of another site may not ask: this machine is neither its host nor its origin.
-        host = self.headers["Host"] or ""
+        host, size = self.headers["Host"] or "", self.headers["Content-Length"] or ""
         own = host.rpartition(":")[0] in ("127.0.0.1", "localhost")
-        own = own and self.headers["Origin"] in (None, f"http://{host}")
-        if self.path != "/ask" or not own:
-            return self._reply(403, b"only this server's own page may ask", "text/plain")
-        size = self.headers["Content-Length"] or ""
-        if not LENGTH.fullmatch(size):
-            return self._reply(413, f"expected less than a million bytes, got {size[:20]!r}".encode(), "text/plain")
+        if self.path != "/ask" or not own or self.headers["Origin"] not in (None, f"http://{host}"):
+            return self._reply(403, "only this server's own page may ask")
+        if not size.isdecimal() or len(size) > 6:
+            return self._reply(413, f"expected less than a million bytes, got {size[:20]!r}")
         try:
-            block = self.server.answer(json.loads(self.rfile.read(int(size))))
+            question, screen = json.loads(self.rfile.read(int(size))), self.server.screen.result()
+            with self.server.one:
+                block = screen.answer(question)
         except TimeoutError:
-            return self._reply(408, f"expected {size} bytes within {self.timeout} seconds".encode(), "text/plain")
+            return self._reply(408, f"expected {size} bytes within {self.timeout} seconds")
         except (ValueError, RecursionError) as error:  # ours, and what is no JSON
-            return self._reply(400, str(error).encode(), "text/plain")
+            return self._reply(400, str(error))
         except Exception as error:
-            return self._reply(500, f"{type(error).__name__}: {error}".encode(), "text/plain")
+            return self._reply(500, f"{type(error).__name__}: {error}")
         self._reply(200, block, "application/octet-stream")
 
-    def _reply(self, code: int, body: bytes, kind: str) -> None:
+    def _reply(self, code: int, body: str | bytes, kind: str = "text/plain") -> None:
+        if isinstance(body, str):
+            body, kind = body.encode(), f"{kind}; charset=utf-8"
         self.send_response(code)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8" if kind.startswith("text") else kind)
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

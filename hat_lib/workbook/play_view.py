@@ -3,8 +3,7 @@
     PlayView(hat)                              with the prompts of `screen.PRESETS`
     PlayView(hat, {"fox": ("The quick", "")})  with others: name -> a prompt, and what to look for
 
-A notebook keeps the first prompt's answers, so its dial moves without a kernel, too. A page that runs nothing, such as
-GitHub's, shows `map_figure` and `text_figure` in its place.
+A notebook keeps the first prompt's answers, so its dial moves without a kernel, too.
 """
 
 from __future__ import annotations
@@ -15,18 +14,12 @@ from importlib import import_module
 import anywidget
 import traitlets
 from IPython.display import display
-from matplotlib.figure import Figure
 
 from hat_lib.config import HatError
-from hat_lib.evaluation.routing import layer_map
-from hat_lib.evaluation.tokens import explain
 from hat_lib.hat import HierarchicalTransformer
-from hat_lib.plotting import routing, token_heatmap
 from hat_lib.workbook import screen
 from hat_lib.workbook.environment import in_colab
 from hat_lib.workbook.play_page import SCRIPT, STYLE
-
-MEANING = "framed: first token unlike dense; share of the dense work"
 
 
 class PlayView(anywidget.AnyWidget):
@@ -41,7 +34,7 @@ class PlayView(anywidget.AnyWidget):
 
     def __init__(self, hat: HierarchicalTransformer, prompts: Mapping[str, tuple[str, str]] = screen.PRESETS):
         self._screen = screen.Screen(hat)
-        presets = [[name, prompt, hint] for name, (prompt, hint) in prompts.items()]
+        presets = [[name, *words] for name, words in prompts.items()]
         super().__init__(presets=presets, block=self._screen.answer({"ask": "map", "prompt": presets[0][1]}))
         self.on_msg(self._asked)
 
@@ -61,14 +54,3 @@ class PlayView(anywidget.AnyWidget):
 
     def __repr__(self) -> str:  # what pages that run nothing show in its place, and notebooks that are not trusted
         return f"{type(self).__name__}: run this cell, or trust this notebook, to use it"
-
-
-def map_figure(hat: HierarchicalTransformer, prompt: str) -> Figure:
-    """The map of a prompt as a picture, as ``hat`` is set."""
-    return routing.layer_map(layer_map(explain(hat, prompt), count=screen.MOST))
-
-
-def text_figure(hat: HierarchicalTransformer, prompt: str) -> Figure:
-    """Texts that go on from a prompt as a picture, at capacities 1.0, 0.7, 0.55 and 0.4."""
-    found = screen.texts(hat, prompt)
-    return token_heatmap.figure(*(found[i] for i in (0, 3, 5, 8)), meaning=MEANING, low=0.0, high=1.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from importlib.resources import files
 
 import numpy as np
 import torch
@@ -30,21 +31,7 @@ MOST = 128
 WHOLE, LEFT = 250, 255  # a share of 100 %, and a layer that a token did not enter
 MATRICES = {"qkv": "q | k | v", "o": "o", "gate_up": "gate | up", "down": "down", "ffn": "FFN"}
 """site -> the matrices behind it"""
-PRESETS = {
-    "A story": (
-        "The old lighthouse keeper walked down to the harbour, because the storm was coming in.",
-        "In the bundled base, watch “the”: in layers 3 to 9 it goes dark before any other token. One huge channel of "
-        "its state makes all others small, so little is left to multiply.",
-    ),
-    "A program": (
-        "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return",
-        "Much of a program is easy to foresee. Move down to 0.40: does the text still go on as the dense one does?",
-    ),
-    "Names": (
-        "Marie Curie, Lise Meitner and Irène Joliot-Curie all worked on",
-        "Compare the pieces of a name with the commas between them: which of the two gets more of the work?",
-    ),
-}
+PRESETS = json.loads(files("hat_lib.workbook").joinpath("presets.json").read_text(encoding="utf-8"))
 """name -> a prompt, and what to look for in it"""
 
 
@@ -70,7 +57,9 @@ class Screen:
         if not isinstance(question, Mapping):
             raise HatError(f"a question must be an object, got {question!r}")
         ask, prompt = question.get("ask"), question.get("prompt")
-        length = check_prompt(self.hat, prompt)
+        length = len(prompt_ids(self.hat, prompt))
+        if length > MOST:
+            raise HatError(f"a map shows up to {MOST} tokens, the prompt has {length}: make it shorter")
         if ask not in ("map", "texts", "whole", "forced"):
             raise HatError(f"ask must be map, texts, whole or forced, got {ask!r}")
         with self.hat.at(exit_rate=self._exit_rate):
@@ -92,21 +81,21 @@ class Screen:
         return token_table(self.hat, blocks, base_states=self._base_states(prompt), progress=False)
 
     def _map(self, prompt: str) -> tuple[dict, list[TokenTable]]:
-        hat, found = self.hat, []
+        hat, found, lm = self.hat, [], self.hat.lm.config
         for capacity in CAPACITIES:
             with hat.at(capacity):
                 found.append(self._table(prompt))
-        tokens, sites = found[0].tokens, found[0].sites
+        weights = sum(linear_work(lm).values()) * lm.num_hidden_layers + lm.vocab_size * lm.hidden_size
         return {
             "prompt": prompt,
-            "sites": [MATRICES[site] for site in sites],
+            "sites": [MATRICES[site] for site in found[0].sites],
             "site_work": list(hat.site_work),
             "tokens": [{"text": t.text, "protected": bool(t.protected), "entropy": round(t.entropy_of_next, 3)}
-                       for t in tokens.itertuples()],
+                       for t in found[0].tokens.itertuples()],
             "words": _words(hat, found),
             "steps": [_step(table) | {"speed": speed} for table, speed in zip(found, _speeds(hat), strict=True)],
             "curves": [[p.text, p.capacity, p.increase, p.low, p.high] for p in hat.prices],
-            "megabytes": _read_by_a_dense_token(hat.lm) / 1e6,
+            "megabytes": weights * hat.lm.dtype.itemsize / 1e6,  # that a dense token reads, with the head
             "dtype": str(hat.lm.dtype).removeprefix("torch."),
             "colours": [colours(at)[0] for at in np.linspace(0, 1, 64)],
         }, found  # fmt: skip
@@ -118,14 +107,6 @@ class Screen:
             if not fits or not all(number in range(limit) for number, limit in zip(cell, limits, strict=True)):
                 raise HatError(f"a cell is [token, layer, site, 0 or 1], whole and less than {limits}, got {cell!r}")
         return cells
-
-
-def check_prompt(hat: HierarchicalTransformer, prompt: object) -> int:
-    """The tokens of a prompt; `HatError` unless it is text of at most `MOST`."""
-    length = len(prompt_ids(hat, prompt))
-    if length > MOST:
-        raise HatError(f"a map shows up to {MOST} tokens, the prompt has {length}: make it shorter")
-    return length
 
 
 def texts(hat: HierarchicalTransformer, prompt: str) -> list[Passage]:
@@ -164,19 +145,13 @@ def _words(hat: HierarchicalTransformer, found: Sequence[TokenTable]) -> dict[in
 
 def _step(found: TokenTable) -> dict:
     """What a table says at its capacity; ``next`` is a list of [id, probability] for each token."""
-    ids, p = found.next_ids[1].tolist(), found.next_p[1].astype(float).round(4).tolist()
+    p = found.next_p[1].astype(float).round(4)
     return {
         "capacity": found.requested_capacity,
         "work": round(found.model_share, 4),
         "kl": found.tokens["kl_of_next"].clip(lower=0).round(4).tolist(),
-        "next": [list(zip(*pair, strict=True)) for pair in zip(ids, p, strict=True)],
+        "next": [list(zip(*pair, strict=True)) for pair in zip(found.next_ids[1].tolist(), p.tolist(), strict=True)],
     }
-
-
-def _read_by_a_dense_token(lm) -> int:
-    """Bytes of the weights of all linear layers and the head."""
-    layers = sum(linear_work(lm.config).values()) * lm.config.num_hidden_layers
-    return (layers + lm.config.vocab_size * lm.config.hidden_size) * lm.dtype.itemsize
 
 
 def _speeds(hat: HierarchicalTransformer) -> list[str]:
@@ -195,13 +170,12 @@ def _speeds(hat: HierarchicalTransformer) -> list[str]:
 
 def _forced(hat: HierarchicalTransformer, cells: Sequence[Sequence[int]]):
     """The policy that ``hat`` has at its capacity, but for the cells."""
-    sites = hat.grain.sites
 
     def policy(layer, site, x, rows, state):
         if (keep := hat.keeps(layer, site, x)) is None:
             keep = x.new_ones(len(x), *state.mask_shapes[site], dtype=torch.bool)
         for token, at, number, runs in cells:
-            if (at, sites[number]) == (layer, site):
+            if (at, hat.grain.sites[number]) == (layer, site):
                 keep = keep.clone()
                 keep[slice(token, token + 1) if rows is None else rows == token] = bool(runs)
         return keep

@@ -25,8 +25,7 @@ def begin(*, profile: str, seed: int, full: int = 8, dtype: str | None = None, *
     """
     if profile not in ("quick", "full"):
         raise HatError(f"profile must be quick or full, got {profile!r}")
-    check_count("seed", seed, 0)
-    for name, (value, least) in counts.items():
+    for name, (value, least) in {"seed": (seed, 0), **counts}.items():
         check_count(name, value, least)
     packages = ["hat-workbook", "numpy", "pandas"]
     if dtype is not None:
@@ -47,8 +46,8 @@ def begin(*, profile: str, seed: int, full: int = 8, dtype: str | None = None, *
 def judge(prediction: str, held: bool, measured: str = "") -> None:
     """Print whether a prediction held or failed and, on a second line, what was measured.
 
-    nbval compares the first line. The second has numbers that differ from machine to machine, so
-    ``notebooks/nbval_sanitize.cfg`` leaves it out of the comparison.
+    nbval compares the first line. The second differs from machine to machine: ``notebooks/nbval_sanitize.cfg`` leaves
+    it out.
     """
     print(f"{'held' if held else 'FAILED'}: {prediction}")
     if measured:

@@ -122,10 +122,10 @@ def bounds(table: pd.DataFrame, xlabel: str) -> Figure:
     ax.plot(table["bound"], table["y"], "|", color="black", markersize=13, markeredgewidth=2, label="bound")
     if table["high"].max() > 100:
         ax.set_xscale("symlog", linthresh=10)
-        style.set_ticks(ax.xaxis, [0, 10, 100, 1e3, 1e4, 1e6], "{x:,.0f}")
+        shared.set_ticks(ax.xaxis, [0, 10, 100, 1e3, 1e4, 1e6], "{x:,.0f}")
     ax.set_xlabel(xlabel)
     shared.named_rows(ax, list(table["label"]))
-    style.legend_above(ax, 4)
+    shared.legend_above(ax, 4)
     return fig
 
 

@@ -1,14 +1,33 @@
-"""Figures that one notebook shows, each from a table that the notebook makes."""
+"""Figures that one notebook shows, most of them from a table that the notebook makes."""
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from scipy.interpolate import make_interp_spline
 
-from hat_lib.evaluation.routing import means
-from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, BROWN, GREEN, GREY, ORANGE, PERCENT, PINK, PURPLE, RED, SERIES, draws
-from studies.plotting.shared import log_axis
+from hat_lib.evaluation.routing import layer_map, means
+from hat_lib.evaluation.tokens import explain
+from hat_lib.hat import HierarchicalTransformer
+from hat_lib.plotting import routing, style, token_heatmap
+from hat_lib.plotting.style import (
+    BLUE,
+    BROWN,
+    COST,
+    GREEN,
+    GREY,
+    ORANGE,
+    PERCENT,
+    PINK,
+    PURPLE,
+    RED,
+    WIDE,
+    WIDTH,
+    draws,
+)
+from hat_lib.plotting.training import curve
+from hat_lib.workbook import screen
+from studies.plotting.shared import SERIES, legend_above, log_axis, set_ticks
 
 WEIGHTS = {"ffn": (BLUE, "white"), "attention": (ORANGE, "black"), "head": (GREEN, "black")}  # bar, text on it
 ENDS = ["mean", "low", "high"]
@@ -27,7 +46,7 @@ def weight_shares(table: pd.DataFrame) -> Figure:
     ax.xaxis.set_major_formatter(PERCENT)
     ax.grid(axis="y", visible=False)
     ax.invert_yaxis()
-    style.legend_above(ax, 3)
+    legend_above(ax, 3)
     return fig
 
 
@@ -45,7 +64,7 @@ def score_histogram(table: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
         ax.axvline(row.threshold, color=colour, linewidth=2, label=label)
     ax.yaxis.set_major_formatter(PERCENT)
     ax.set(xlabel="score of a channel", ylabel="share of channels")
-    style.legend_above(ax, 1)
+    legend_above(ax, 1)
     return fig
 
 
@@ -60,7 +79,7 @@ def skipped_ffn(table: pd.DataFrame) -> Figure:
     ticks, largest = [1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000], table[["ratio", "high"]].max().max()
     last = next((v for v in ticks if v >= largest), ticks[-1])  # decades alone might leave a single label
     ax.set_yscale("log")
-    style.set_ticks(ax.yaxis, [v for v in ticks if v <= last], "{x:g}×")
+    set_ticks(ax.yaxis, [v for v in ticks if v <= last], "{x:g}×")
     ax.set(xlabel="layer whose FFN is skipped", ylabel="perplexity / base perplexity")
     ax.legend(loc="upper center")
     return fig
@@ -75,7 +94,7 @@ def grain_frontier(table: pd.DataFrame) -> Figure:
     for (method, rows), series in zip(table.groupby("method", sort=False), all_series, strict=False):
         rows = rows.sort_values("work")
         style.whiskers(ax, rows["work"], 100 * rows[["increase", "low", "high"]], *series, "-", label=method)
-    style.legend_above(ax, 3)
+    legend_above(ax, 3)
     return fig
 
 
@@ -131,6 +150,24 @@ def exit_depths(table: pd.DataFrame) -> Figure:
     return fig
 
 
+@draws("step", "kl", "agreement", "gate_loss", "exit_rate")
+def gates(log: pd.DataFrame) -> Figure:
+    """04. A run that trains exit gates: translators' KL, how often an exit reads the base's token, the gates' loss."""
+    fig, (kl, agreement, loss) = style.panels(3, height=3.0, width=WIDE, sharey=False)
+    curve(kl, log, "kl", BLUE)
+    kl.set(ylabel="KL to the base, mean of the exits")
+    curve(agreement, log, "agreement", GREEN, "reads the base's token")
+    curve(agreement, log, "exit_rate", ORANGE, "drawn to leave")
+    agreement.set(ylabel="share of tokens", ylim=(0, 1))
+    agreement.yaxis.set_major_formatter(PERCENT)
+    curve(loss, log, "gate_loss", PURPLE)
+    loss.axhline(np.log(2), color=GREY, linewidth=1, label="log 2: a coin")
+    loss.set(ylabel="gates' cross-entropy, nats")
+    for ax in (agreement, loss):
+        legend_above(ax, 1)
+    return fig
+
+
 @draws("exit_rate", "layers", "share")
 def exits(table: pd.DataFrame) -> Figure:
     """05. Where tokens leave: the share of all tokens by the layers they ran; those that stay are at the right end."""
@@ -144,8 +181,39 @@ def exits(table: pd.DataFrame) -> Figure:
     ax.set(xlabel="layers that the token ran", ylabel="share of the tokens")
     ax.yaxis.set_major_formatter(PERCENT)
     ax.grid(axis="x", visible=False)
-    style.legend_above(ax, len(cells.columns))
+    legend_above(ax, len(cells.columns))
     return fig
+
+
+@draws("decides", "capacity", "realised", *COST, "top1")
+def sweep(table: pd.DataFrame) -> Figure:
+    """06. Perplexity increase and top-1 agreement of `hat_lib.evaluation.sweep.Sweep.frame` by realised capacity."""
+    fig, (increase, top1) = style.panels(2, width=1.2 * WIDTH, sharey=False)
+    increase.axhline(0, color=GREY, linewidth=1)
+    for decides, rows in table.sort_values("realised").groupby("decides", sort=False):
+        method = decides == "method"  # others are points of their own
+        series = (BLUE, "o", "-") if method else (ORANGE, "D", "none")
+        style.whiskers(increase, rows["realised"], rows[COST], *series)
+        for row in rows.itertuples():
+            at, name = (row.realised, row.increase), f"{row.capacity:g}" if method else decides
+            increase.annotate(name, at, (5, 5), textcoords="offset points", fontsize=8)
+        top1.plot(rows["realised"], rows["top1"], color=GREEN if method else ORANGE, marker="s", linestyle=series[2])
+    increase.set(xlabel="realised capacity (beside the points: requested)", ylabel="perplexity increase, 95 % interval")
+    top1.set(xlabel="realised capacity", ylabel="top-1 agreement with the base")
+    for axis in (increase.xaxis, increase.yaxis, top1.xaxis, top1.yaxis):
+        axis.set_major_formatter(PercentFormatter(1))
+    return fig
+
+
+def prompt_map(hat: HierarchicalTransformer, prompt: str) -> Figure:
+    """07. The map of a prompt, as ``hat`` is set: what pages show in the place of the screen that run nothing."""
+    return routing.layer_map(layer_map(explain(hat, prompt), count=screen.MOST))
+
+
+def prompt_texts(hat: HierarchicalTransformer, prompt: str) -> Figure:
+    """07. Texts that go on from a prompt, at capacities 1.0, 0.7, 0.55 and 0.4."""
+    found, meaning = screen.texts(hat, prompt), "framed: first token unlike dense; share of the dense work"
+    return token_heatmap.figure(*(found[i] for i in (0, 3, 5, 8)), meaning=meaning, low=0.0, high=1.0)
 
 
 def by_sensitivity(
@@ -181,6 +249,6 @@ def sensitivity(table: pd.DataFrame) -> Figure:
     ax.plot(ends, ends, color=GREY, linewidth=1, label="as forecast")
     ax.set(yscale="log", xlabel="forecast, × the layer's mean", ylabel="measured, × the layer's mean")
     log_axis(ax, [0.25, 0.5, 1, 2, 4])
-    style.set_ticks(ax.yaxis, [0.25, 0.5, 1, 2, 4])
+    set_ticks(ax.yaxis, [0.25, 0.5, 1, 2, 4])
     ax.legend()
     return fig

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, ORANGE
+from hat_lib.plotting.style import BLUE, GREEN, ORANGE, PURPLE
 
+SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (PURPLE, "v")]
 GRAINS = {"channel": (BLUE, "o"), "token": (ORANGE, "s")}
 PUBLISHED = {"color": "black", "marker": "D", "markersize": 8, "markerfacecolor": "none", "zorder": 5}
 BASES = {"bundled": "bundled base, 135M", "random:tinyllama": "TinyLlama's shape, random weights"}
@@ -65,4 +68,16 @@ def named_rows(ax: Axes, names: list[str]) -> None:
 
 def log_axis(ax: Axes, ticks: list[float]) -> None:
     ax.set_xscale("log")
-    style.set_ticks(ax.xaxis, ticks)
+    set_ticks(ax.xaxis, ticks)
+
+
+def set_ticks(axis: Axis, ticks: list[float], label: str = "{x:g}") -> None:
+    """These ticks only."""
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(label)
+
+
+def legend_above(ax: Axes, columns: int) -> None:
+    """The legend of one panel, above it."""
+    ax.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), handlelength=1.5, columnspacing=1.0)

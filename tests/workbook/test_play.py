@@ -12,9 +12,9 @@ from hat_lib.cli.app import app
 from hat_lib.config import REPO, HatError
 from hat_lib.plotting.style import png
 from hat_lib.workbook import play_page, play_view
-from hat_lib.workbook.play_page import Server, still_page
-from hat_lib.workbook.play_view import PlayView, map_figure, text_figure
+from hat_lib.workbook.play_page import Server, html
 from hat_lib.workbook.screen import CAPACITIES, Screen
+from studies.plotting.notebooks import prompt_map, prompt_texts
 
 PROMPT = "One, <b>two</b>, three, four!"
 
@@ -27,7 +27,7 @@ def hat():
 
 
 def test_a_view_answers_and_shows_errors_in_place(hat, monkeypatch):
-    view, sent = PlayView(hat, {"first": (PROMPT, "look")}), []
+    view, sent = play_view.PlayView(hat, {"first": (PROMPT, "look")}), []
     assert unpacked(view.block)[0]["prompt"] == PROMPT and view.presets == [["first", PROMPT, "look"]]
     monkeypatch.setattr(view, "send", lambda message, buffers=None: sent.append((message, buffers)))
     for number, prompt in enumerate((PROMPT, "")):
@@ -38,11 +38,11 @@ def test_a_view_answers_and_shows_errors_in_place(hat, monkeypatch):
     assert sent[-1] is view and len(unpacked(view.texts)[0]["texts"]) == len(CAPACITIES)
     assert first == {"id": 0} and unpacked(block)[0]["prompt"] == PROMPT
     assert second["id"] == 1 and second["error"] and none is None
-    assert png(map_figure(hat, PROMPT)).startswith(b"\x89PNG") and png(text_figure(hat, PROMPT)).startswith(b"\x89PNG")
+    assert png(prompt_map(hat, PROMPT)).startswith(b"\x89PNG") and png(prompt_texts(hat, PROMPT)).startswith(b"\x89PNG")
 
 
 def test_a_page_holds_all_it_shows_and_no_prompt_ends_its_script(hat):
-    text = still_page(Screen(hat), {"a": ("</script><script>alert(1)</script>", "")})
+    text = html({"a": ("</script><script>alert(1)</script>", "")}, Screen(hat))
     assert text.count("</script>") == 1 and "https://" not in text
     committed = (REPO / "docs" / "explore.html").read_text(encoding="utf-8")
     assert play_page.SCRIPT in committed and play_page.STYLE in committed, (
