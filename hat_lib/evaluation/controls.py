@@ -1,10 +1,9 @@
 """Controls: simpler choices of what to skip, compared with the method at equal compute.
 
-A router is only worth something if it beats these at equal realised work. Each control is a family of policies with one
-dial, which `matched` turns until the realised capacity on a text is the requested one. A policy runs by
-``with hat.using(policy):``, so it differs from the method only in its decisions. `CONTROLS` makes the families, from a
-text; if that text is scored, they have seen it before (all but random ones), and `layer_removal` even its predictions.
-`checkpoint_family` is the method with another checkpoint; `RandomExits` is the control for the gates.
+Each control is a family of policies with one dial, which `matched` turns until the realised capacity on a text is the
+requested one. A policy runs by ``with hat.using(policy):``, so it differs from the method only in its decisions.
+`CONTROLS` makes the families, from a text, `checkpoint_family` from another checkpoint. `RandomExits` is the control
+for the gates.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ from hat_lib.method.setting import Policy
 from hat_lib.method.trace import Trace
 
 Blocks = Iterable[Sequence[int] | Mapping]
-"""Text: token-id lists, or rows of `load_text`. All of it is run several times: 2,000 tokens are enough."""
+"""token-id lists, or rows of `load_text`; all of it is run several times: 2,000 tokens are enough"""
 Family = Callable[[float], Policy]
-"""A control for each setting of its dial in [0, 1]; it keeps more as the dial rises, and everything at 1."""
+"""a policy for each setting of a dial in [0, 1]; it keeps more as the dial rises, and everything at 1"""
 Around = Callable[[], AbstractContextManager]
 
 EQUAL = 0.003  # equal work: two shares of the work on the same text that differ by no more than this
@@ -52,17 +51,21 @@ class OutOfReach(HatError):
 def matched(
     hat: HierarchicalTransformer, family: Family, blocks: Blocks, capacity: float, around: Around | None = None
 ) -> Policy:
-    """The member of ``family`` that realises ``capacity`` on ``blocks``, within 0.003 and mostly within 0.001.
+    """The member of ``family`` that realises ``capacity`` on ``blocks``, within 0.003, inside ``around()``.
 
-    It runs inside ``around()``, by default ``hat.dense()``, where the head is read in full and is no part of a
-    capacity; inside ``hat.at(c)`` the head's own work counts. It looks only at the work, never at predictions, so it
-    may be given the very text that is measured afterwards. Raises `OutOfReach` for a capacity that no member comes
-    near, and a plain `HatError` for one outside [0.1, 1] or fewer than 256 tokens.
+    By default this is ``hat.dense()``, where the head is read in full and is no part of a capacity. Only the work is
+    looked at, never predictions, so ``blocks`` may be the text that is measured afterwards. Raises `OutOfReach` for a
+    capacity that no member comes near, and a plain `HatError` for one outside [0.1, 1] or fewer than 256 tokens.
     """
     capacity, texts = check_capacity(capacity), block_tensors(hat, blocks)
     if capacity == 1.0:
         return hat.threshold_policy({})  # keeps everything
-    return family(turned(lambda dial: realised_capacity(hat, family(dial), texts, around), capacity))
+
+    def realised(dial: float) -> float:
+        using = partial(hat.using, family(dial))
+        return work_on(hat, texts, partial(combined, around or hat.dense, using)).shares[0]
+
+    return family(turned(realised, capacity))
 
 
 def turned(work: Callable[[float], float], wanted: float) -> float:
@@ -82,11 +85,9 @@ def turned(work: Callable[[float], float], wanted: float) -> float:
     return dial
 
 
-def realised_capacity(
-    hat: HierarchicalTransformer, policy: Policy, texts: Sequence[Tensor], around: Around | None = None
-) -> float:
-    """Executed / routable work under ``policy`` over ``texts``, ``[1, T]`` each; ``around`` as in `matched`."""
-    return work_on(hat, texts, partial(combined, around or hat.dense, partial(hat.using, policy))).shares[0]
+def realised_capacity(hat: HierarchicalTransformer, policy: Policy, texts: Sequence[Tensor]) -> float:
+    """Executed / routable work over ``texts``, ``[1, T]`` each, under a policy that decides `alone`."""
+    return work_on(hat, texts, alone(hat, policy)).shares[0]
 
 
 @torch.no_grad()
@@ -111,7 +112,7 @@ def own_choice(hat: HierarchicalTransformer) -> Family:
 
 
 def _for_site(keep: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A decision per row, ``[n]``, for all units of a site; ``shape`` is in `Trace.mask_shapes`."""
+    """A decision per row, ``[n]``, for all units of a site, whose number is ``shape``."""
     return keep.view(-1, *[1] * len(shape)).expand(-1, *shape)
 
 
@@ -122,11 +123,8 @@ def random_mask(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
 
 @torch.no_grad()
 def static_choice(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
-    """The method without its choice per token: the same channels, or the same FFNs, for every token.
-
-    Channel grain: at each site, the channels whose scores have the largest root mean square on ``blocks``, as many as
-    the method itself allocates (``hat.calibration.shares_at``). Token grain: `layer_removal`.
-    """
+    """The method without its choice per token. Channel grain: at each site, the channels whose scores have the largest
+    root mean square on ``blocks``, as many as the method allocates. Token grain: `layer_removal`."""
     if not any(hat.mask_shapes.values()):  # one decision for each layer
         return layer_removal(hat, blocks, seed)
     if hat.calibration is None:
@@ -162,10 +160,8 @@ class Layers:
 
 
 def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
-    """Whole layers' routable work is skipped for every token, in the order of their `layer_damage`, cheapest first.
-
-    The last one is skipped for a random part of the tokens, so that the work is the requested amount. At the channel
-    grain, a token that skips a layer leaves zero K and V there.
+    """Whole layers' routable work is skipped for every token, in the order of their `layer_damage`, cheapest first; that
+    of the last one for a random part of the tokens. Channel grain: a token that skips a layer has zero K and V there.
     """
     order = sorted((cost, layer) for layer, cost in layer_damage(hat, blocks).items())
 
@@ -188,11 +184,8 @@ def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, floa
 
 
 class Cosine:
-    """Skip layer l for a token whose predicted cosine across it exceeds ``threshold``; see `cosine_rule`.
-
-    ``slope`` and ``intercept [L]`` predict the cosine across a layer from that across the previous one. An intercept of
-    -inf always runs its layer.
-    """
+    """Skip layer l for a token whose predicted cosine across it exceeds ``threshold``; see `cosine_rule`. ``slope`` and
+    ``intercept [L]`` predict it from that across the previous layer; an intercept of -inf always runs its layer."""
 
     def __init__(self, hat: HierarchicalTransformer, slope: np.ndarray, intercept: np.ndarray, threshold: float):
         self.site, self.threshold = hat.grain.sites[0], threshold
@@ -200,8 +193,8 @@ class Cosine:
         name = "post_attention_layernorm" if self.site == "ffn" else "input_layernorm"
         weights = [getattr(layer, name).weight.detach().float() for layer in hat.lm.model.layers]
         self.inverse = [torch.where(w == 0, 0.0, 1 / w) for w in weights]
-        # By forward: the residual stream at the last layer queried, fp32 ``[B * T, D]``; which tokens keep the current
-        # layer, and the cosine predicted across it, bool and fp32 ``[B * T]``.
+        # By forward: the residual stream at the last layer asked about, ``[B * T, D]``; which tokens run that layer, and
+        # the cosine predicted across it, ``[B * T]``.
         self._before: WeakKeyDictionary[Trace, Tensor] = WeakKeyDictionary()
         self._decided: WeakKeyDictionary[Trace, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
@@ -223,11 +216,8 @@ class Cosine:
 
     def turned(self, layer: int, x: Tensor, rows: Tensor | None, state: Trace) -> Tensor | None:
         """The cosine of each token's residual stream with that before the previous layer, fp32 ``[B * T]``; None at the
-        first layer queried in a forward; 0 for tokens that have left.
-
-        A router reads the output of an RMSNorm: the stream times one positive number per token, which a cosine ignores,
-        times the norm's weights, which are divided out here.
-        """
+        first layer of a forward, 0 for tokens that have left. ``x`` is the stream after an RMSNorm, whose weights are
+        divided out; a cosine ignores the rest."""
         point = x.detach().float() * self.inverse[layer]
         if rows is not None:
             point = point.new_zeros(state.batch * state.tokens, point.shape[1]).index_copy(0, rows, point)
@@ -238,14 +228,10 @@ class Cosine:
 def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
     """A layer is skipped for a token if it is predicted to turn that token's residual stream little.
 
-    ShortGPT (Men et al. 2024, arXiv:2403.03853) removes the layers of least Block Influence, 1 - mean cos(stream
-    before, stream after); FFN-SkipLLM (Jaiswal et al. 2024, arXiv:2404.03865) skips a token's next FFNs once its
-    cosine is high. This combines the two: a line fitted on ``blocks`` predicts the cosine across layer l from the
-    cosine across layer l - 1 or, if that layer did not run, from the one predicted for it (a skipped layer's own cosine
-    is 1, after which no token would run again). One threshold serves all layers.
-
-    The first layer with decisions and the last, whose cosine no layer sees, always run. A decision holds for all sites
-    of a layer; at the token grain, a cosine spans the FFN and the next layer's attention.
+    It combines ShortGPT's Block Influence (Men et al. 2024, arXiv:2403.03853) and the cosines of FFN-SkipLLM (Jaiswal
+    et al. 2024, arXiv:2404.03865): a line fitted on ``blocks`` predicts the cosine across layer l from that across layer
+    l - 1 or, if that layer did not run, from the one predicted for it. One threshold serves all layers; the first with
+    decisions and the last always run. Token grain: a cosine spans the FFN and the next layer's attention.
     """
     n_layers, across, predicted = hat.config.n_layers, defaultdict(list), []
     slope, intercept = np.zeros(n_layers), np.full(n_layers, -np.inf)
@@ -274,11 +260,8 @@ CONTROLS: dict[str, Callable[[HierarchicalTransformer, Blocks, int], Family]] = 
 
 
 def checkpoint_family(hat: HierarchicalTransformer, checkpoint: str | Path) -> Family:
-    """The method with the routers and calibration of another checkpoint; the dial is the requested capacity.
-
-    ``hat`` is not changed: the policies carry their own routers. Raises `HatError` if the checkpoint cannot be read,
-    has no calibration, or was made for another base or grain.
-    """
+    """The method with the routers and calibration of another checkpoint, beside those of ``hat``; the dial is the
+    requested capacity. Raises `HatError` if it cannot be read, has no calibration, or is of another base or grain."""
     other = read_checkpoint(checkpoint)
     other.check_base(hat.base, checkpoint)
     if other.config.granularity != hat.config.granularity:
@@ -304,8 +287,7 @@ def checkpoint_family(hat: HierarchicalTransformer, checkpoint: str | Path) -> F
 
 
 class RandomExits:
-    """Control for the gates: at depth e, each token that may leave does so with probability ``rates[e]``, such as the
-    `exit_shares` of the gates; then only the tokens differ."""
+    """At depth e, each token that may leave does so with probability ``rates[e]``, such as the gates' `exit_shares`."""
 
     def __init__(self, rates: Mapping[int, float], seed: int = 0):
         self.draws = {depth: Random(rate, seed + 1) for depth, rate in rates.items()}

@@ -1,11 +1,9 @@
 """Intervals: a 95 % bootstrap over the parts of a text that may count as independent.
 
-Where a text has at least `FEWEST` documents, documents are drawn whole (a cluster bootstrap). Where it has fewer,
-blocks of one document are alike, and neighbours most of all: runs of neighbouring blocks are drawn, within their
-document and on from its beginning where they pass its end (the circular block bootstrap, Politis and Romano 1992). A
-run has about n^(1/3) of the n blocks, the order that is best for a variance (Hall, Horowitz and Jing 1995,
-doi:10.1093/biomet/82.3.561). Ends are quantiles of the resamples, expanded for few units (Hesterberg 2015,
-arXiv:1411.5279). Below `FEWEST` blocks there is no interval: it would be far too narrow, or the range of the blocks.
+From a text of at least `FEWEST` documents, documents are drawn whole (a cluster bootstrap). From one of fewer, runs of
+neighbouring blocks are, which wrap around within their document (the circular block bootstrap, Politis and Romano
+1992). A run has about n^(1/3) of the n blocks (Hall, Horowitz and Jing 1995, doi:10.1093/biomet/82.3.561). Ends are
+quantiles, expanded for few units (Hesterberg 2015, arXiv:1411.5279). Below `FEWEST` blocks there is no interval.
 """
 
 from __future__ import annotations
