@@ -1,13 +1,7 @@
 """Rows of results in a CSV file, appended one at a time, so that a stopped run goes on where it was.
 
-    with RowWriter(path, SweepRow, key=("text", "capacity", "seed")) as rows:
-        for point in grid:
-            if point not in rows.done:
-                rows.write(measure(*point))
-
 The columns are the fields of a dataclass: `str`, `bool`, `int` or `float`, or one of these `` | None``. A row is on
 disk before `write` returns; a run killed in the middle of one leaves half a line, which the next `RowWriter` drops.
-Text is written through `hat_lib.text.plain.cell`, on one line and harmless for spreadsheets and terminals.
 """
 
 from __future__ import annotations
@@ -31,8 +25,8 @@ from hat_lib.text.plain import cell, from_cell
 class RowWriter:
     """Appends rows of one dataclass to a CSV file, made with its folders and a header if it does not exist.
 
-    ``key`` names the fields that tell rows apart; ``done`` has the rows in the file by key, a tuple. Raises `HatError`
-    for a file of something else, one that another run is writing, and one that cannot be written.
+    ``done`` has the rows in the file, by the fields that ``key`` names. Raises `HatError` for a file of something else,
+    one that another run is writing, and one that cannot be written.
     """
 
     def __init__(self, path: str | Path, row_type: type, key: Sequence[str]):

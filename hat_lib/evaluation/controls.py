@@ -61,11 +61,10 @@ def matched(
     if capacity == 1.0:
         return hat.threshold_policy({})  # keeps everything
 
-    def realised(dial: float) -> float:
-        using = partial(hat.using, family(dial))
-        return work_on(hat, texts, partial(combined, around or hat.dense, using)).shares[0]
+    def inside(policy: Policy) -> Around:
+        return partial(combined, around or hat.dense, partial(hat.using, policy))
 
-    return family(turned(realised, capacity))
+    return family(turned(lambda dial: work_on(hat, texts, inside(family(dial))).shares[0], capacity))
 
 
 def turned(work: Callable[[float], float], wanted: float) -> float:
@@ -83,11 +82,6 @@ def turned(work: Callable[[float], float], wanted: float) -> float:
     if abs(nearest - wanted) > EQUAL:
         raise OutOfReach(f"this control cannot do {wanted:.3f} of the work on this text: its nearest is {nearest:.3f}")
     return dial
-
-
-def realised_capacity(hat: HierarchicalTransformer, policy: Policy, texts: Sequence[Tensor]) -> float:
-    """Executed / routable work over ``texts``, ``[1, T]`` each, under a policy that decides `alone`."""
-    return work_on(hat, texts, alone(hat, policy)).shares[0]
 
 
 @torch.no_grad()
@@ -135,7 +129,7 @@ def static_choice(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
         scores = hat.routers[f"{layer}_{site}"].score(x[~state.protected.view(-1)])
         energy[layer, site] += scores.double().square().sum(0)
 
-    realised_capacity(hat, watch, block_tensors(hat, blocks))
+    work_on(hat, block_tensors(hat, blocks), alone(hat, watch))
     ranks = {key: squares.argsort(descending=True, stable=True).argsort() for key, squares in energy.items()}
 
     def family(dial: float) -> Policy:
@@ -160,9 +154,8 @@ class Layers:
 
 
 def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
-    """Whole layers' routable work is skipped for every token, in the order of their `layer_damage`, cheapest first; that
-    of the last one for a random part of the tokens. Channel grain: a token that skips a layer has zero K and V there.
-    """
+    """Whole layers' routable work is skipped in the order of their `layer_damage`, cheapest first; that of the last for
+    a random part of the tokens. Channel grain: a token that skips a layer has zero K and V there."""
     order = sorted((cost, layer) for layer, cost in layer_damage(hat, blocks).items())
 
     def family(dial: float) -> Policy:
@@ -193,8 +186,8 @@ class Cosine:
         name = "post_attention_layernorm" if self.site == "ffn" else "input_layernorm"
         weights = [getattr(layer, name).weight.detach().float() for layer in hat.lm.model.layers]
         self.inverse = [torch.where(w == 0, 0.0, 1 / w) for w in weights]
-        # By forward: the residual stream at the last layer asked about, ``[B * T, D]``; which tokens run that layer, and
-        # the cosine predicted across it, ``[B * T]``.
+        # By forward: the residual stream at the last layer, ``[B * T, D]``; which tokens run it, and the cosine that is
+        # predicted across it, ``[B * T]``.
         self._before: WeakKeyDictionary[Trace, Tensor] = WeakKeyDictionary()
         self._decided: WeakKeyDictionary[Trace, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
@@ -228,10 +221,10 @@ class Cosine:
 def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
     """A layer is skipped for a token if it is predicted to turn that token's residual stream little.
 
-    It combines ShortGPT's Block Influence (Men et al. 2024, arXiv:2403.03853) and the cosines of FFN-SkipLLM (Jaiswal
-    et al. 2024, arXiv:2404.03865): a line fitted on ``blocks`` predicts the cosine across layer l from that across layer
-    l - 1 or, if that layer did not run, from the one predicted for it. One threshold serves all layers; the first with
-    decisions and the last always run. Token grain: a cosine spans the FFN and the next layer's attention.
+    After ShortGPT (Men et al. 2024, arXiv:2403.03853) and FFN-SkipLLM (Jaiswal et al. 2024, arXiv:2404.03865): a line
+    fitted on ``blocks`` predicts the cosine across layer l from that across layer l - 1 or, if that layer did not run,
+    from the one predicted for it. One threshold serves all layers; the first with decisions and the last always run.
+    Token grain: a cosine spans the FFN and the next layer's attention.
     """
     n_layers, across, predicted = hat.config.n_layers, defaultdict(list), []
     slope, intercept = np.zeros(n_layers), np.full(n_layers, -np.inf)
@@ -241,7 +234,7 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
         if site == rule.site and (seen := rule.turned(layer, x, rows, state)) is not None:
             across[layer - 1].append(seen[~state.protected.view(-1)].double().cpu().numpy())
 
-    realised_capacity(hat, watch, block_tensors(hat, blocks))
+    work_on(hat, block_tensors(hat, blocks), alone(hat, watch))
     if len(across) < 2:
         raise HatError(f"the cosine rule has nothing to predict in a base of {n_layers} layers")
     seen = {layer: np.concatenate(parts) for layer, parts in across.items()}
@@ -251,12 +244,8 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
     return lambda dial: Cosine(hat, slope, intercept, float(np.quantile(predicted, dial)))
 
 
-CONTROLS: dict[str, Callable[[HierarchicalTransformer, Blocks, int], Family]] = {
-    "random": random_mask,
-    "static": static_choice,
-    "cosine": cosine_rule,
-    "removal": layer_removal,
-}
+CONTROLS = {"random": random_mask, "static": static_choice, "cosine": cosine_rule, "removal": layer_removal}
+"""name -> what makes the family, from a model, text and seed"""
 
 
 def checkpoint_family(hat: HierarchicalTransformer, checkpoint: str | Path) -> Family:

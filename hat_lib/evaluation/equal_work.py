@@ -4,8 +4,8 @@ A row for each grain, text, capacity and variant. A control is tuned until its s
 very text that is scored, is within `EQUAL` of the trained model's: by its work, never by its predictions. ``static``,
 ``cosine`` and ``removal`` are made from a sample of that text, which favours them. No control has corrections;
 ``uncorrected`` is the trained model without its own, so that what is left of a margin is the choice alone;
-``fine_tuned`` has them at full strength with nothing skipped. All keep the head's shortlist. Exits have two controls: as
-many at random, and ``no_exits``, the trained model at a capacity that does the same work without any.
+``fine_tuned`` has them at full strength with nothing skipped. All keep the head's shortlist. Exits have two controls:
+as many at random, and ``no_exits``, the trained model at a capacity that does the same work without any.
 """
 
 from __future__ import annotations
@@ -28,19 +28,8 @@ from hat_lib.calibration.quantiles import block_tensors
 from hat_lib.checkpoint import Checkpoint, Price, digest, read_checkpoint
 from hat_lib.config import CAPACITY_MIN, DATA, HatError, check_capacity, check_exit_rate
 from hat_lib.contexts import combined
-from hat_lib.evaluation.controls import (
-    CONTROLS,
-    EQUAL,
-    Around,
-    Family,
-    OutOfReach,
-    RandomExits,
-    checkpoint_family,
-    leaving_shares,
-    own_choice,
-    turned,
-    work_on,
-)
+from hat_lib.evaluation import controls
+from hat_lib.evaluation.controls import CONTROLS, EQUAL, Around, Family, OutOfReach
 from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, score_each
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.rows import rounded
@@ -111,8 +100,7 @@ def grid(
     """The points of a sweep: by grain, text, capacity, then exit rate, the trained model first.
 
     Controls of routers are measured without exits and below capacity 1.0, those of exits with exits, ``fine_tuned`` at
-    1.0; what draws nothing, with the first seed only. Raises `HatError` for a value out of range, and if no point is
-    left.
+    1.0; what draws nothing, with the first seed only. Raises `HatError` for a value out of range and for no point.
     """
     capacities = [check_capacity(capacity) for capacity in capacities]
     exit_rates = [check_exit_rate(rate) for rate in exit_rates]
@@ -145,12 +133,10 @@ def rows(
     points: Sequence[Point],
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """Rows for the ``points`` that are not ``done``, grain by grain; ``checkpoints`` are a trained and an untrained one
-    for each grain.
+    """Rows for the ``points`` that are not ``done``; ``checkpoints`` are a trained and an untrained one for each grain.
 
-    Raises `HatError` for a checkpoint of the wrong grain, an untrained checkpoint in place of a trained one or the
-    reverse, and if ``done`` has rows of other checkpoints. A control that cannot match the work of the trained model is
-    left out with a warning.
+    Raises `HatError` for checkpoints of other kinds, and if ``done`` has rows of others. A control that cannot match
+    the work of the trained model is left out with a warning.
     """
     adapters = {}
     for grain, (trained, untrained) in checkpoints.items():
@@ -193,7 +179,7 @@ def _scored(hat, untrained: Path, blocks: Dataset, points: Sequence[Point]) -> I
     def family(variant: str, seed: int) -> Family:
         if variant in CONTROLS:
             return CONTROLS[variant](hat, spread(blocks, SAMPLE_TOKENS), seed)
-        return checkpoint_family(hat, untrained) if variant == "untrained" else own_choice(hat)
+        return controls.checkpoint_family(hat, untrained) if variant == "untrained" else controls.own_choice(hat)
 
     for point in points:
         partner = trained[point.capacity, point.exit_rate]
@@ -222,7 +208,7 @@ def _setting(hat, blocks: Dataset, point: Point, partner: Score, family: Callabl
     if point.variant == "random_exits":
         left = partner.exits.copy()
         left[-1] -= sum(min(len(ids), hat.config.protected_tokens) for ids in blocks["input_ids"])
-        exits = RandomExits(leaving_shares(left, hat.config.exit_layers), point.seed)
+        exits = controls.RandomExits(controls.leaving_shares(left, hat.config.exit_layers), point.seed)
         return partial(combined, at_capacity, partial(hat.using, exits=exits))
 
     def around(dial: float) -> Around:
@@ -233,7 +219,9 @@ def _setting(hat, blocks: Dataset, point: Point, partner: Score, family: Callabl
         return partial(combined, at_capacity, partial(hat.correcting, 0.0), partial(hat.using, policy))
 
     texts = block_tensors(hat, blocks)
-    return around(turned(lambda dial: work_on(hat, texts, around(dial)).shares[2], partner.model_share))
+    return around(
+        controls.turned(lambda dial: controls.work_on(hat, texts, around(dial)).shares[2], partner.model_share)
+    )
 
 
 def _warn(point: Point, why) -> None:
@@ -247,7 +235,7 @@ def text_to_score(text: str, hat, max_tokens: int) -> Dataset:
 
 
 def adapter_digest(found: Checkpoint, exits: bool) -> str:
-    """Digest of the parameters and tables; omits the gates without ``exits``, and tables that it lacks."""
+    """Digest of the parameters and tables, without those of gates unless ``exits``."""
     parts = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
              for name, tensor in found.tensors.items() if exits or not name.startswith("gates.")}  # fmt: skip
     tables = asdict(found.calibration) if found.calibration else {}
@@ -265,10 +253,8 @@ def prices(rows: pd.DataFrame, granularity: str, variant: str = "trained") -> li
 
 
 def price_texts(prices: Sequence[Price], capacity: float) -> dict[str, str]:
-    """Roughly what a capacity costs in perplexity, by text, such as "+4%".
-
-    Interpolated between measured capacities in the logarithm of perplexity; below the lowest, "more than" its cost.
-    """
+    """Roughly what a capacity costs in perplexity, by text, such as "+4%": interpolated in the logarithm of perplexity,
+    and below the lowest capacity "more than" its cost."""
     found = {}
     for text in dict.fromkeys(price.text for price in prices):
         rows = sorted((price.capacity, np.log1p(price.increase)) for price in prices if price.text == text)

@@ -34,7 +34,7 @@ SLICE = 128  # rows of logits held at once in fp32: 25 MB for a vocabulary of 49
 class Score:
     """How well a model predicts a text of ``n`` blocks, and what it spent: realised, over all real tokens it ran."""
 
-    nll: np.ndarray  # negative log-likelihood of each block, nats, fp64 ``[n]`` in the order of the dataset
+    nll: np.ndarray  # negative log-likelihood of each block, nats, fp64 ``[n]``
     tokens: np.ndarray  # scored tokens of each block, int64 ``[n]``
     documents: Sequence | None = None  # that each block belongs to; None if each is a document of its own
     capacity: float = 1.0
@@ -80,11 +80,8 @@ def score(
     batch_size: int = 1,
     progress: bool = True,
 ) -> Score:
-    """Negative log-likelihood of each block of ``dataset``, rows of `load_text`, as ``model`` is set; ``batch_size``
-    blocks a forward change nothing but rounding.
-
-    Raises `HatError` for a text without a scored token, a bad batch size, or ``hat.lm`` instead of ``hat``.
-    """
+    """Negative log-likelihood of each block of ``dataset``, rows of `load_text`, as ``model`` is set. Raises `HatError`
+    for a text without a scored token, a bad batch size, or ``hat.lm`` instead of ``hat``."""
     hat = model if isinstance(model, HierarchicalTransformer) else None
     lm = hat.lm if hat else model
     if hat is None and any(map(overridden, lm.model.layers)):
@@ -101,8 +98,8 @@ def score_each(
     batch_size: int = 1,
     progress: bool = True,
 ) -> tuple[Score, list[Score]]:
-    """`score` of the base (``hat.dense()``), run once, and of ``hat`` in each setting, with its agreement with the base.
-    A setting makes a context, such as ``partial(hat.at, 0.5)``; by default ``hat`` runs as it is set."""
+    """`score` of the base, and of ``hat`` in each setting, with its agreement with the base. A setting makes a context,
+    such as ``partial(hat.at, 0.5)``; by default ``hat`` runs as it is set."""
     if not isinstance(hat, HierarchicalTransformer):
         raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to be compared with")
     base, *adaptive = _scores(hat.lm, hat, dataset, [hat.dense, *settings], batch_size, progress)
@@ -171,11 +168,8 @@ def bits_per_byte(nats: float, n_bytes: int) -> float | None:
 
 
 def by_document(dataset: Sequence[Mapping], n_bytes: np.ndarray, base: Score, adaptive: Score) -> pd.DataFrame:
-    """A row for each ``doc`` of ``dataset``, in the order in which they occur; ``n_bytes`` is from `text_bytes`.
-
-    Columns: ``document``, ``blocks``, ``tokens`` (scored), ``bytes``, ``increase``, and ``perplexity`` and
-    ``bits_per_byte`` (None where no character ends), both also with ``base_`` before them.
-    """
+    """A row for each ``doc`` of ``dataset``, in their order: ``document``, ``blocks``, ``tokens`` (scored), ``bytes``
+    (``n_bytes`` of its blocks), ``increase``, ``perplexity`` and ``bits_per_byte``, and ``base_`` with these two."""
     sums = {"blocks": 1, "tokens": base.tokens, "bytes": n_bytes, "base_nats": base.nll, "nats": adaptive.nll}
     table = pd.DataFrame({"document": [row["doc"] for row in dataset], **sums})
     table = table.groupby("document", sort=False, as_index=False).sum()
@@ -234,5 +228,4 @@ def columns(base: Score, found: Score) -> dict:
     ``realised_exit`` and ``model_share``; nan where there is no interval."""
     paired = compare(base, found)
     work = {"realised": found.capacity, "realised_exit": found.exit_rate, "model_share": found.model_share}
-    agreement = {"blocks": paired.n_blocks, "top1": found.top1, "kl": found.kl}
-    return vars(paired) | paired.ends() | agreement | work
+    return vars(paired) | paired.ends() | work | {"blocks": paired.n_blocks, "top1": found.top1, "kl": found.kl}

@@ -126,8 +126,7 @@ def colours(found: TokenTable) -> dict:
 def on_generation(out: Generation, decoding: str) -> list[str]:
     """What one text took; ``decoding`` is the path that it was decoded on."""
     lossless = out.speculation is not None
-    share = out.draft_share if lossless else out.model_share
-    work = work_text(out.requested_capacity, out.capacity, out.requested_exit_rate, out.exit_rate, share)
+    work = work_text(**vars(out) | ({"model_share": out.draft_share} if lossless else {}))
     spent = f"{out.new_tokens} new tokens, {out.tokens_per_second:.1f} tokens/s; {decoding}"
     lines = [f"[{'drafts alone: ' if lossless else ''}{work}; {spent}]"]
     speedup = speedup_text(out.realised_speedup, VERSUS[out.versus])
@@ -184,8 +183,7 @@ def _about(hat: HierarchicalTransformer, shares: tuple[float, float, float]) -> 
 
 
 def _work(row: Mapping) -> list[str]:
-    shares = ("requested_capacity", "capacity", "requested_exit_rate", "exit_rate", "model_share")
-    lines = [f"work         {work_text(*map(row.get, shares))} of the base's work, head and routers included"]
+    lines = [f"work         {work_text(**row)} of the base's work, head and routers included"]
     return lines + ([f"note         {row['note']}"] if row["note"] else [])
 
 

@@ -19,7 +19,7 @@ import pandas as pd
 from hat_lib.calibration.quantiles import block_tensors
 from hat_lib.config import WHY, HatError, check_capacity
 from hat_lib.evaluation.choices import Random
-from hat_lib.evaluation.controls import alone, matched, own_choice, realised_capacity
+from hat_lib.evaluation.controls import alone, matched, own_choice, work_on
 from hat_lib.evaluation.intervals import FEWEST, NONE
 from hat_lib.evaluation.perplexity import columns, score_each
 from hat_lib.hat import HierarchicalTransformer
@@ -120,8 +120,9 @@ def _beside(hat: HierarchicalTransformer, blocks: Sequence[Mapping], policies) -
     if hat.calibration is not None:
         families[METHOD] = own_choice(hat)
     for name, policy in policies.items():
-        capacity = realised_capacity(hat, policy, texts)
-        yield name, math.nan, alone(hat, policy)
+        around = alone(hat, policy)
+        capacity = work_on(hat, texts, around).shares[0]
+        yield name, math.nan, around
         for other, family in families.items():
             try:
                 yield f"{other} at {name}", capacity, alone(hat, matched(hat, family, blocks, capacity))
