@@ -4,13 +4,12 @@ The columns are the fields of a dataclass: `str`, `bool`, `int` or `float`, or o
 disk before `write` returns; a run killed in the middle of one leaves half a line, which the next `RowWriter` drops.
 """
 
-from __future__ import annotations
-
 import csv
 import math
 import os
 import typing
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -22,7 +21,7 @@ from hat_lib.config import HatError, lock
 from hat_lib.text.plain import cell, from_cell
 
 
-class RowWriter:
+class RowWriter(AbstractContextManager):
     """Appends rows of one dataclass to a CSV file, made with its folders and a header if it does not exist.
 
     ``done`` has the rows in the file, by the fields that ``key`` names. Raises `HatError` for a file of something else,
@@ -49,9 +48,6 @@ class RowWriter:
         values = [getattr(row, name) for name in self._columns]
         self._append([cell(value) if isinstance(value, str) else value for value in values])
         self.done[self._key(row)] = row
-
-    def __enter__(self) -> RowWriter:
-        return self
 
     def __exit__(self, *_) -> None:
         self._file.close()

@@ -1,7 +1,5 @@
 """What controls decide by: random draws, and the same choice for every token."""
 
-from __future__ import annotations
-
 from weakref import WeakKeyDictionary
 
 import torch

@@ -6,8 +6,6 @@ requested one. A policy runs by ``with hat.using(policy):``, so it differs from 
 for the gates.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -61,10 +59,7 @@ def matched(
     if capacity == 1.0:
         return hat.threshold_policy({})  # keeps everything
 
-    def inside(policy: Policy) -> Around:
-        return partial(combined, around or hat.dense, partial(hat.using, policy))
-
-    return family(turned(lambda dial: work_on(hat, texts, inside(family(dial))).shares[0], capacity))
+    return family(turned(lambda dial: work_on(hat, texts, under(hat, family(dial), around)).shares[0], capacity))
 
 
 def turned(work: Callable[[float], float], wanted: float) -> float:
@@ -95,9 +90,9 @@ def work_on(hat: HierarchicalTransformer, texts: Sequence[Tensor], around: Aroun
     return spent
 
 
-def alone(hat: HierarchicalTransformer, policy: Policy) -> Around:
-    """Makes the context in which a policy decides alone: no exits, no corrections, the head in full."""
-    return partial(combined, hat.dense, partial(hat.using, policy))
+def under(hat: HierarchicalTransformer, policy: Policy, around: Around | None = None) -> Around:
+    """Makes the context in which a policy decides inside ``around()``; by default alone, with the head in full."""
+    return partial(combined, around or hat.dense, partial(hat.using, policy))
 
 
 def own_choice(hat: HierarchicalTransformer) -> Family:
@@ -129,7 +124,7 @@ def static_choice(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
         scores = hat.routers[f"{layer}_{site}"].score(x[~state.protected.view(-1)])
         energy[layer, site] += scores.double().square().sum(0)
 
-    work_on(hat, block_tensors(hat, blocks), alone(hat, watch))
+    work_on(hat, block_tensors(hat, blocks), under(hat, watch))
     ranks = {key: squares.argsort(descending=True, stable=True).argsort() for key, squares in energy.items()}
 
     def family(dial: float) -> Policy:
@@ -166,13 +161,12 @@ def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
 
 
 def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, float]:
-    """KL(base || base without that layer's routable work), nats per token, for each layer that can be skipped, over
-    about `DAMAGE_TOKENS` tokens of ``blocks``."""
+    """KL(base || base without that layer's routable work), nats per token, for each layer that can be skipped."""
     sample = spread(block_tensors(hat, blocks), DAMAGE_TOKENS)
     rows = [{"input_ids": block[0].tolist(), "n_context": 0} for block in sample]
     every = range(hat.config.n_layers)
     layers = [i for i in every if not all(hat.grain.always_runs(i, site) for site in hat.grain.sites)]
-    _, scores = score_each(hat, rows, [alone(hat, Layers({layer: 0.0})) for layer in layers], progress=False)
+    _, scores = score_each(hat, rows, [under(hat, Layers({layer: 0.0})) for layer in layers], progress=False)
     return {layer: score.kl for layer, score in zip(layers, scores, strict=True)}
 
 
@@ -195,15 +189,12 @@ class Cosine:
         if site == self.site:  # the layer's other sites follow
             cosine = self.turned(layer, x, rows, state)
             if cosine is None:
-                keep = torch.ones_like(state.real.flatten())
-                predicted = keep.float()
+                predicted = torch.full_like(state.real.flatten(), -torch.inf, dtype=torch.float)
             else:
                 kept, predicted = self._decided[state]
                 # A layer that did not run turns nothing, which tells us nothing: what was predicted stands.
-                predicted = torch.where(kept, cosine, predicted)
-                predicted = self.slope[layer] * predicted + self.intercept[layer]
-                keep = predicted <= self.threshold
-            self._decided[state] = keep, predicted
+                predicted = self.slope[layer] * torch.where(kept, cosine, predicted) + self.intercept[layer]
+            self._decided[state] = predicted <= self.threshold, predicted
         keep = self._decided[state][0]
         return _for_site(keep if rows is None else keep[rows], state.mask_shapes[site])
 
@@ -234,7 +225,7 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
         if site == rule.site and (seen := rule.turned(layer, x, rows, state)) is not None:
             across[layer - 1].append(seen[~state.protected.view(-1)].double().cpu().numpy())
 
-    work_on(hat, block_tensors(hat, blocks), alone(hat, watch))
+    work_on(hat, block_tensors(hat, blocks), under(hat, watch))
     if len(across) < 2:
         raise HatError(f"the cosine rule has nothing to predict in a base of {n_layers} layers")
     seen = {layer: np.concatenate(parts) for layer, parts in across.items()}

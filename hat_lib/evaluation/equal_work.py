@@ -8,8 +8,6 @@ very text that is scored, is within `EQUAL` of the trained model's: by its work,
 as many at random, and ``no_exits``, the trained model at a capacity that does the same work without any.
 """
 
-from __future__ import annotations
-
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,10 +126,7 @@ def grid(
 
 
 def rows(
-    done: Mapping[tuple, Row],
-    checkpoints: Mapping[str, tuple[Path, Path]],
-    points: Sequence[Point],
-    dtype: str | None = None,
+    done: Mapping[tuple, Row], checkpoints: Mapping[str, tuple[Path, Path]], points: Sequence[Point], dtype: str | None
 ) -> Iterator[Row]:
     """Rows for the ``points`` that are not ``done``; ``checkpoints`` are a trained and an untrained one for each grain.
 
@@ -160,7 +155,9 @@ def rows(
             hat = HierarchicalTransformer.from_pretrained(trained, dtype=dtype)
             missing = [p for p in missing if p.variant != "fine_tuned" or hat.corrections]
         for (text, max_tokens), group in groupby(missing, key=lambda p: (p.text, p.max_tokens)):
-            blocks = text_to_score(text, hat, max_tokens)
+            # Blocks spread over all documents of a bundled text; the beginning of any other.
+            how = {"split": default_split(text, hat), "max_tokens": None if text in CORPORA else max_tokens}
+            blocks = spread(load_text(text, hat.base.tokenizer, **how), max_tokens)
             about = machine(hat.base) | {"documents": len(set(blocks["doc"])), "text_hash": text_hash(blocks)[:16]}
             for point, base, partner, found in _scored(hat, untrained, blocks, list(group)):
                 margin = compare(partner, found).ends("margin")
@@ -211,12 +208,12 @@ def _setting(hat, blocks: Dataset, point: Point, partner: Score, family: Callabl
         exits = controls.RandomExits(controls.leaving_shares(left, hat.config.exit_layers), point.seed)
         return partial(combined, at_capacity, partial(hat.using, exits=exits))
 
+    uncorrected = partial(combined, at_capacity, partial(hat.correcting, 0.0))  # with the head as it is there
+
     def around(dial: float) -> Around:
         if point.variant == "no_exits":
             return partial(hat.at, max(dial, CAPACITY_MIN), 0.0)
-        # The head as it is at the capacity, and no corrections.
-        policy = family(point.variant, point.seed)(dial)
-        return partial(combined, at_capacity, partial(hat.correcting, 0.0), partial(hat.using, policy))
+        return controls.under(hat, family(point.variant, point.seed)(dial), uncorrected)
 
     texts = block_tensors(hat, blocks)
     return around(
@@ -226,12 +223,6 @@ def _setting(hat, blocks: Dataset, point: Point, partner: Score, family: Callabl
 
 def _warn(point: Point, why) -> None:
     warnings.warn(f"no row for {point.variant} at {point.capacity} on {point.text}: {why}", stacklevel=3)
-
-
-def text_to_score(text: str, hat, max_tokens: int) -> Dataset:
-    """About ``max_tokens`` tokens: blocks spread over all documents of a bundled text, the beginning of any other."""
-    limit, split = None if text in CORPORA else max_tokens, default_split(text, hat)
-    return spread(load_text(text, hat.base.tokenizer, split=split, max_tokens=limit), max_tokens)
 
 
 def adapter_digest(found: Checkpoint, exits: bool) -> str:

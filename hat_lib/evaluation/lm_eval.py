@@ -4,8 +4,6 @@ The harness (package `lm_eval`, the extra ``eval``) runs unchanged on ``hat.lm``
 cost. Within rounding, nothing depends on the batch: neither pads count, nor what a sequence runs after its end.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Sequence

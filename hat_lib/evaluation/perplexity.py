@@ -6,8 +6,6 @@ tokens, and their blocks are drawn together (`hat_lib.evaluation.intervals`). Bi
 of the scored text), are comparable across tokenizers (Gao et al. 2020, "The Pile", arXiv:2101.00027).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

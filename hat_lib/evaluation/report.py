@@ -1,7 +1,5 @@
 """What the commands print: what was measured, in lines for a reader and as a row for a program."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,8 +110,8 @@ def on_tokens(found: TokenTable, tables: Mapping[str, pd.DataFrame], text: str, 
 def tables_of_tokens(found: TokenTable, tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """The tables, and the beginning of the text coloured by compute."""
     names = ("classes", "positions", "quantiles", "layers", "correlations")
-    shown = (tables[name].to_string(index=False, float_format="{:.3f}".format, na_rep="") for name in names)
-    lines = [f"\n{name}\n{table}" for name, table in zip(names, shown, strict=True)]
+    form = {"index": False, "float_format": "{:.3f}".format, "na_rep": ""}
+    lines = [f"\n{name}\n{tables[name].to_string(**form)}" for name in names]
     return [*lines, "\n" + ansi(*passages(found.tokens.head(100), "model_share"), **colours(found))]
 
 

@@ -5,8 +5,6 @@ occurs in fewer than six blocks, or does not vary, has none (nan). Every table b
 out. ``difference`` is from the mean of all unprotected tokens, and its interval resamples both together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import product
 

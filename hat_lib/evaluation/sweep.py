@@ -4,8 +4,6 @@ A policy of your own is measured beside random decisions at its work: ``policies
 controls, several grains and stored results, see ``hat sweep``.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +17,7 @@ import pandas as pd
 from hat_lib.calibration.quantiles import block_tensors
 from hat_lib.config import WHY, HatError, check_capacity
 from hat_lib.evaluation.choices import Random
-from hat_lib.evaluation.controls import alone, matched, own_choice, work_on
+from hat_lib.evaluation.controls import matched, own_choice, under, work_on
 from hat_lib.evaluation.intervals import FEWEST, NONE
 from hat_lib.evaluation.perplexity import columns, score_each
 from hat_lib.hat import HierarchicalTransformer
@@ -120,12 +118,12 @@ def _beside(hat: HierarchicalTransformer, blocks: Sequence[Mapping], policies) -
     if hat.calibration is not None:
         families[METHOD] = own_choice(hat)
     for name, policy in policies.items():
-        around = alone(hat, policy)
+        around = under(hat, policy)
         capacity = work_on(hat, texts, around).shares[0]
         yield name, math.nan, around
         for other, family in families.items():
             try:
-                yield f"{other} at {name}", capacity, alone(hat, matched(hat, family, blocks, capacity))
+                yield f"{other} at {name}", capacity, under(hat, matched(hat, family, blocks, capacity))
             except HatError as error:
                 warnings.warn(f"no row for {other} at the work of {name}, {capacity:.3f}: {error}", stacklevel=3)
 

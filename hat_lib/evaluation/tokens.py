@@ -9,8 +9,6 @@ Two predictions meet at a token, so names end in the one they are about:
     ..._of_next   the token after it, predicted from this one's own state: what its own work was spent on
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -106,11 +104,7 @@ def prompt_blocks(tokenizer, prompts: Mapping[str, str]) -> list[dict]:
 
 @torch.no_grad()
 def token_table(
-    hat: HierarchicalTransformer,
-    blocks: Sequence[Mapping],
-    *,
-    base_states: dict[int, Tensor] | None = None,
-    progress: bool = True,
+    hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, base_states: dict | None = None, progress: bool = True
 ) -> TokenTable:
     """Read each block, a row of `load_text` or `prompt_blocks`, with the base and with ``hat`` as it is set.
 

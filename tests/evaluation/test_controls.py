@@ -22,12 +22,12 @@ from hat_lib.evaluation.controls import (
     Layers,
     OutOfReach,
     RandomExits,
-    alone,
     checkpoint_family,
     exit_shares,
     layer_damage,
     matched,
     static_choice,
+    under,
     work_on,
 )
 from hat_lib.method.trace import Masks, Trace
@@ -96,7 +96,7 @@ class TestEveryControl:
             capacity = max(capacity, 0.8)  # three of four layers always run
         policy = control(hat, name, capacity)
         for text, error in ((blocks(), 0.003), (blocks(seed=5), 0.03)):
-            spent = work_on(hat, [torch.tensor([block]) for block in text], alone(hat, policy))
+            spent = work_on(hat, [torch.tensor([block]) for block in text], under(hat, policy))
             assert abs(spent.shares[0] - capacity) <= error
 
     def test_protected_tokens_run_in_full(self, hat, policy):
