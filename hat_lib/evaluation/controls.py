@@ -31,7 +31,7 @@ from hat_lib.method.forward import keeps
 from hat_lib.method.setting import Policy
 from hat_lib.method.trace import Trace
 
-Blocks = Iterable[Sequence[int] | Mapping]
+Blocks = Sequence[Sequence[int] | Mapping]
 """token-id lists, or rows of `load_text`; all of it is run several times: 2,000 tokens are enough"""
 Family = Callable[[float], Policy]
 """a policy for each setting of a dial in [0, 1]; it keeps more as the dial rises, and everything at 1"""
@@ -55,21 +55,23 @@ def matched(
     looked at, never predictions, so ``blocks`` may be the text that is measured afterwards. Raises `OutOfReach` for a
     capacity that no member comes near, and a plain `HatError` for one outside [0.1, 1] or fewer than 256 tokens.
     """
-    capacity, texts = check_capacity(capacity), block_tensors(hat, blocks)
+    capacity = check_capacity(capacity)
     if capacity == 1.0:
         return hat.threshold_policy({})  # keeps everything
+    return family(turned(hat, lambda dial: under(hat, family(dial), around), blocks, capacity))
 
-    return family(turned(lambda dial: work_on(hat, texts, under(hat, family(dial), around)).shares[0], capacity))
 
-
-def turned(work: Callable[[float], float], wanted: float) -> float:
-    """Where a dial in [0, 1] does the ``wanted`` work, which rises with it; `OutOfReach` if nowhere within `EQUAL`."""
+def turned(
+    hat: HierarchicalTransformer, at: Callable[[float], Around], blocks: Blocks, wanted: float, which: int = 0
+) -> float:
+    """The dial in [0, 1] at which number ``which`` of `WorkTally.shares` inside ``at(dial)`` is the ``wanted`` one; it
+    rises with the dial. Raises `OutOfReach` if none is within `EQUAL`."""
     low, high, found = (0.0, 0.0), (1.0, 1.0), []  # (dial, work) at both ends of the bracket, and of what was tried
     for _ in range(STEPS):
         # Where a line between the ends would cross, kept away from them so that the bracket always shrinks.
         step = float(np.clip((wanted - low[1]) / max(high[1] - low[1], 1e-9), 0.1, 0.9))
         dial = low[0] + step * (high[0] - low[0])
-        found.append((dial, work(dial)))
+        found.append((dial, work_on(hat, blocks, at(dial)).shares[which]))
         low, high = (low, found[-1]) if found[-1][1] > wanted else (found[-1], high)
         if abs(found[-1][1] - wanted) <= CLOSE:
             break
@@ -80,12 +82,12 @@ def turned(work: Callable[[float], float], wanted: float) -> float:
 
 
 @torch.no_grad()
-def work_on(hat: HierarchicalTransformer, texts: Sequence[Tensor], around: Around) -> WorkTally:
-    """The work of all tokens of ``texts``, ``[1, T]`` each, inside ``around()``."""
+def work_on(hat: HierarchicalTransformer, blocks: Blocks, around: Around) -> WorkTally:
+    """The work of all tokens of ``blocks`` inside ``around()``."""
     spent = WorkTally(hat)
     with around():
         logits = 0 if hat.has_shortlist and hat.capacity < 1 else 1  # all, where the head's work differs by token
-        for _ in forwards(hat, texts, logits=logits):
+        for _ in forwards(hat, block_tensors(hat, blocks), logits=logits):
             spent.add(hat.trace)
     return spent
 
@@ -124,7 +126,7 @@ def static_choice(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
         scores = hat.routers[f"{layer}_{site}"].score(x[~state.protected.view(-1)])
         energy[layer, site] += scores.double().square().sum(0)
 
-    work_on(hat, block_tensors(hat, blocks), under(hat, watch))
+    work_on(hat, blocks, under(hat, watch))
     ranks = {key: squares.argsort(descending=True, stable=True).argsort() for key, squares in energy.items()}
 
     def family(dial: float) -> Policy:
@@ -225,7 +227,7 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
         if site == rule.site and (seen := rule.turned(layer, x, rows, state)) is not None:
             across[layer - 1].append(seen[~state.protected.view(-1)].double().cpu().numpy())
 
-    work_on(hat, block_tensors(hat, blocks), under(hat, watch))
+    work_on(hat, blocks, under(hat, watch))
     if len(across) < 2:
         raise HatError(f"the cosine rule has nothing to predict in a base of {n_layers} layers")
     seen = {layer: np.concatenate(parts) for layer, parts in across.items()}

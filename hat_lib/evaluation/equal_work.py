@@ -22,7 +22,6 @@ import pandas as pd
 from datasets import Dataset
 
 from hat_lib.base.machine import Machine, machine
-from hat_lib.calibration.quantiles import block_tensors
 from hat_lib.checkpoint import Checkpoint, Price, digest, read_checkpoint
 from hat_lib.config import CAPACITY_MIN, DATA, HatError, check_capacity, check_exit_rate
 from hat_lib.contexts import combined
@@ -105,15 +104,11 @@ def grid(
     if unknown := [variant for variant in variants if variant not in VARIANTS]:
         raise HatError(f"variants must be among {', '.join(VARIANTS)}, got {unknown[0]!r}")
 
-    def is_measured(point: Point) -> bool:
-        variant, rate = point.variant, point.exit_rate
-        if not has_variant(point.granularity, variant) or (point.seed != seeds[0] and variant not in DRAWN):
-            return False
-        if variant in ("random_exits", "no_exits"):
-            return rate > 0
-        if variant == "fine_tuned":
-            return rate == 0 and point.capacity == 1
-        return variant == "trained" or (rate == 0 and point.capacity < 1)
+    def is_measured(p: Point) -> bool:
+        where = p.variant == "trained" or (p.exit_rate == 0 and (p.capacity == 1) == (p.variant == "fine_tuned"))
+        if p.variant in ("random_exits", "no_exits"):
+            where = p.exit_rate > 0
+        return where and has_variant(p.granularity, p.variant) and (p.seed == seeds[0] or p.variant in DRAWN)
 
     axes = product(grains, texts, [max_tokens], capacities, exit_rates, variants, seeds)
     points = list(filter(is_measured, dict.fromkeys(map(Point._make, axes))))
@@ -215,10 +210,7 @@ def _setting(hat, blocks: Dataset, point: Point, partner: Score, family: Callabl
             return partial(hat.at, max(dial, CAPACITY_MIN), 0.0)
         return controls.under(hat, family(point.variant, point.seed)(dial), uncorrected)
 
-    texts = block_tensors(hat, blocks)
-    return around(
-        controls.turned(lambda dial: controls.work_on(hat, texts, around(dial)).shares[2], partner.model_share)
-    )
+    return around(controls.turned(hat, around, blocks, partner.model_share, which=2))
 
 
 def _warn(point: Point, why) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from hat_lib.calibration.quantiles import block_tensors
 from hat_lib.config import WHY, HatError, check_capacity
 from hat_lib.evaluation.choices import Random
 from hat_lib.evaluation.controls import matched, own_choice, under, work_on
@@ -114,12 +113,12 @@ def _check(policies: object) -> None:
 
 def _beside(hat: HierarchicalTransformer, blocks: Sequence[Mapping], policies) -> Iterator[Setting]:
     """Each policy alone, and others at its work."""
-    texts, families = block_tensors(hat, blocks), {"random": Random}
+    families = {"random": Random}
     if hat.calibration is not None:
         families[METHOD] = own_choice(hat)
     for name, policy in policies.items():
         around = under(hat, policy)
-        capacity = work_on(hat, texts, around).shares[0]
+        capacity = work_on(hat, blocks, around).shares[0]
         yield name, math.nan, around
         for other, family in families.items():
             try:

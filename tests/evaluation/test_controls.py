@@ -96,8 +96,7 @@ class TestEveryControl:
             capacity = max(capacity, 0.8)  # three of four layers always run
         policy = control(hat, name, capacity)
         for text, error in ((blocks(), 0.003), (blocks(seed=5), 0.03)):
-            spent = work_on(hat, [torch.tensor([block]) for block in text], under(hat, policy))
-            assert abs(spent.shares[0] - capacity) <= error
+            assert abs(work_on(hat, text, under(hat, policy)).shares[0] - capacity) <= error
 
     def test_protected_tokens_run_in_full(self, hat, policy):
         with hat.using(policy):
