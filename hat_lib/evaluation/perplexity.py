@@ -183,12 +183,8 @@ def _agreement(hat: HierarchicalTransformer, base: Tensor, logits: Tensor) -> tu
     with hat.dense():
         expected = hat.logits(base).float()
     same = (expected.argmax(-1) == logits.argmax(-1)).sum()
-    return int(same), float(kl(F.log_softmax(expected, dim=-1), F.log_softmax(logits, dim=-1)).double().sum())
-
-
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q), nats, of log-probabilities ``[..., V]`` -> ``[...]``."""
-    return (p.exp() * (p - q)).sum(-1)
+    kl = F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    return int(same), float(kl.double().sum())
 
 
 def _batches(dataset, batch_size: int, device, progress: bool) -> Iterator[tuple[np.ndarray, Tensor, Tensor, Tensor]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hat_lib.config import HatError, check_count, work_text
-from hat_lib.evaluation.perplexity import SLICE, kl
+from hat_lib.evaluation.perplexity import SLICE
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import WorkTally, state_cost
 from hat_lib.text.coloured import ansi, html, passages
@@ -162,7 +162,8 @@ def _predictions(hat, base: Tensor, ours: Tensor, ids: Sequence[int]) -> tuple[d
         q = F.log_softmax(hat.logits(others).float(), dim=-1)
         surprisal, hat_surprisal = (-r.gather(1, after[:, None])[:, 0] for r in (p, q))
         entropy = torch.special.entr(p.exp()).sum(-1)
-        losses.append(torch.stack([surprisal, entropy, hat_surprisal - surprisal, kl(p, q)]))
+        kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+        losses.append(torch.stack([surprisal, entropy, hat_surprisal - surprisal, kl]))
         best.append(torch.stack([p, q]).topk(LIKELIEST))
     columns = {}
     for name, of_next in zip(LOSSES, torch.cat(losses, dim=1).double().cpu().numpy(), strict=True):
