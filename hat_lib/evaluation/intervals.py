@@ -49,3 +49,12 @@ def tails(n: float) -> tuple[float, float]:
     """Quantiles of a 95 % bootstrap interval from ``n`` > 1 units, wider for small n, as Student's t is."""
     tail = float(norm.cdf(np.sqrt(n / (n - 1)) * student_t.ppf(0.025, n - 1)))
     return tail, 1 - tail
+
+
+def interval(drawn: np.ndarray, blocks: int, n: float) -> tuple[float, float]:
+    """95 % interval of a statistic of so many blocks, worth ``n`` units, from its resamples ``drawn [R]``; else nan."""
+    known = drawn[~np.isnan(drawn)]
+    if blocks < FEWEST or not len(known):
+        return np.nan, np.nan
+    low, high = np.quantile(known, tails(max(2, n))).tolist()
+    return low, high

@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from hat_lib.base.spread import device_of, overridden
 from hat_lib.config import HatError, check_count
-from hat_lib.evaluation.intervals import FEWEST, resample, tails, units
+from hat_lib.evaluation.intervals import interval, resample, units
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import WorkTally
 
@@ -138,11 +138,9 @@ def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 
         sizes = (f"{len(s.tokens)} blocks of {int(s.tokens.sum())} tokens" for s in (base, adaptive))
         raise HatError(f"both must be scored on the same blocks, got {' and '.join(sizes)}")
     n, added, tokens = len(base.tokens), adaptive.nll - base.nll, int(base.tokens.sum())
-    low = high = math.nan
-    if n >= FEWEST:
-        found = units(range(n) if adaptive.documents is None else adaptive.documents)
-        counts = resample(found, n, resamples, seed)
-        low, high = np.quantile(np.expm1(counts @ added / (counts @ base.tokens)), tails(found.drawn)).tolist()
+    found = units(range(n) if adaptive.documents is None else adaptive.documents)
+    counts = resample(found, n, resamples, seed)
+    low, high = interval(np.expm1(counts @ added / (counts @ base.tokens)), n, found.drawn)
     increase = float(np.expm1(added.sum() / tokens))
     return Comparison(increase, low, high, base.perplexity, adaptive.perplexity, tokens, n)
 

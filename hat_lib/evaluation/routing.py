@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from hat_lib.config import HatError
-from hat_lib.evaluation.intervals import FEWEST, resample, tails, units
+from hat_lib.evaluation.intervals import interval, resample, units
 from hat_lib.evaluation.tokens import TokenTable
 from hat_lib.text.token_classes import CLASSES
 
@@ -81,9 +81,8 @@ def correlations(found: TokenTable) -> pd.DataFrame:
         x, y, block = (pd.factorize(part[name], sort=True)[0] for name in (compute, f"{quantity}_of_{which}", "block"))
         n, drawn = block.max() + 1, units(part.groupby("block", sort=False)["doc"].first().to_numpy())
         rho = _spearman(x, y, np.ones(len(x), dtype=int))
-        drawn_rho = [[_spearman(x, y, weight[block])] for weight in resample(drawn, n, RESAMPLES)]
-        low, high = _interval(np.array(drawn_rho), [n], drawn.drawn / n)
-        rows.append((compute, quantity, which, rho, low[0], high[0], len(part), n))
+        drawn_rho = np.array([_spearman(x, y, weight[block]) for weight in resample(drawn, n, RESAMPLES)])
+        rows.append((compute, quantity, which, rho, *interval(drawn_rho, n, drawn.drawn), len(part), n))
     return pd.DataFrame(rows, columns=["compute", "quantity", "of", "rho", "low", "high", "tokens", "blocks"])
 
 
@@ -135,21 +134,15 @@ def means(values: np.ndarray, block: Sequence, document: Sequence) -> pd.DataFra
     # Where all tokens have the same value (say, none of 20 left), resampling cannot tell how far off it might be.
     drawn[:, np.fmin.reduce(values, axis=1) == np.fmax.reduce(values, axis=1)] = np.nan
     blocks, share = (counts > 0).sum(0), found.drawn / len(sums)
+
+    def ends(drawn: np.ndarray) -> list[tuple[float, float]]:
+        return [interval(column, n, n * share) for column, n in zip(drawn.T, blocks, strict=True)]
+
     table = pd.DataFrame({"tokens": counts.sum(0), "blocks": blocks, "mean": mean})
-    table["low"], table["high"] = _interval(drawn, blocks, share)
+    table[["low", "high"]] = ends(drawn)
     table["difference"] = mean - mean[0]
-    table["difference_low"], table["difference_high"] = _interval(drawn - drawn[:, :1], blocks, share)
+    table[["difference_low", "difference_high"]] = ends(drawn - drawn[:, :1])
     return table
-
-
-def _interval(drawn: np.ndarray, blocks: Sequence[int], share: float) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of each column of ``[R, M]`` from so many blocks, each worth ``share`` of a unit; nan below six."""
-    ends = np.full((2, drawn.shape[1]), np.nan)
-    for column, n in enumerate(blocks):
-        known = drawn[~np.isnan(drawn[:, column]), column]
-        if n >= FEWEST and len(known):
-            ends[:, column] = np.quantile(known, tails(max(2, n * share)))
-    return ends[0], ends[1]
 
 
 def _spearman(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> float:
