@@ -132,12 +132,12 @@ def check_count(name: str, value: object, low: int, high: int = 2**63 - 1) -> in
 WHY = "thresholds were set on other text, and the first tokens of a block run in full"
 
 
-def work_text(capacity: float, realised: float, exit_rate: float, realised_exit: float, model_share: float) -> str:
+def work_text(*, requested_capacity, capacity, requested_exit_rate, exit_rate, model_share, **_) -> str:
     """What was requested and what was realised, in words, with the reason if the capacities differ."""
-    why = f" ({WHY})" if abs(realised - capacity) >= 0.005 else ""
+    why = f" ({WHY})" if abs(capacity - requested_capacity) >= 0.005 else ""
     return (
-        f"capacity {capacity:.2f} requested, {realised:.3f} realised{why}; exit rate {exit_rate:.2f} requested, "
-        f"{realised_exit:.3f} realised; model share {model_share:.3f}"
+        f"capacity {requested_capacity:.2f} requested, {capacity:.3f} realised{why}; "
+        f"exit rate {requested_exit_rate:.2f} requested, {exit_rate:.3f} realised; model share {model_share:.3f}"
     )
 
 

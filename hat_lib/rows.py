@@ -1,22 +1,15 @@
 """Rows of results in a CSV file, appended one at a time, so that a stopped run goes on where it was.
 
-    with RowWriter(path, SweepRow, key=("text", "capacity", "seed")) as rows:
-        for point in grid:
-            if point not in rows.done:
-                rows.write(measure(*point))
-
 The columns are the fields of a dataclass: `str`, `bool`, `int` or `float`, or one of these `` | None``. A row is on
 disk before `write` returns; a run killed in the middle of one leaves half a line, which the next `RowWriter` drops.
-Text is written through `hat_lib.text.plain.cell`, on one line and harmless for spreadsheets and terminals.
 """
-
-from __future__ import annotations
 
 import csv
 import math
 import os
 import typing
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -28,11 +21,11 @@ from hat_lib.config import HatError, lock
 from hat_lib.text.plain import cell, from_cell
 
 
-class RowWriter:
+class RowWriter(AbstractContextManager):
     """Appends rows of one dataclass to a CSV file, made with its folders and a header if it does not exist.
 
-    ``key`` names the fields that tell rows apart; ``done`` has the rows in the file by key, a tuple. Raises `HatError`
-    for a file of something else, one that another run is writing, and one that cannot be written.
+    ``done`` has the rows in the file, by the fields that ``key`` names. Raises `HatError` for a file of something else,
+    one that another run is writing, and one that cannot be written.
     """
 
     def __init__(self, path: str | Path, row_type: type, key: Sequence[str]):
@@ -55,9 +48,6 @@ class RowWriter:
         values = [getattr(row, name) for name in self._columns]
         self._append([cell(value) if isinstance(value, str) else value for value in values])
         self.done[self._key(row)] = row
-
-    def __enter__(self) -> RowWriter:
-        return self
 
     def __exit__(self, *_) -> None:
         self._file.close()

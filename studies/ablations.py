@@ -11,7 +11,7 @@ from pathlib import Path
 from hat_lib.base.load import load_base
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import HatConfig, check_count
-from hat_lib.evaluation.controls import alone, matched, own_choice
+from hat_lib.evaluation.controls import matched, own_choice, under
 from hat_lib.evaluation.perplexity import Score, compare, score_each
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.text.blocks import held_out, load_text, spread
@@ -75,7 +75,7 @@ def rows(
 
 def _scored(hat: HierarchicalTransformer, blocks) -> tuple[Score, dict[float, Score]]:
     """The dense model, and the calibrated one at each of `CAPACITIES`."""
-    settings = [alone(hat, matched(hat, own_choice(hat), blocks, capacity)) for capacity in CAPACITIES]
+    settings = [under(hat, matched(hat, own_choice(hat), blocks, capacity)) for capacity in CAPACITIES]
     dense, scores = score_each(hat, blocks, settings, progress=False)
     return dense, dict(zip(CAPACITIES, scores, strict=True))
 

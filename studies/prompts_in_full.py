@@ -58,9 +58,8 @@ def rows(
         base = _score(hat, blocks, 1.0, "full")
         for capacity, prompt in wanted:
             found = compare(base, _score(hat, blocks, capacity, prompt))
-            columns = {"increase": found.increase, "low": found.low, "high": found.high, "tokens": found.tokens}
-            columns |= machine(hat.base) | {"text": text, "capacity": capacity, "prompt": prompt}
-            yield rounded(Row, **columns, blocks=found.n_blocks)
+            columns = machine(hat.base) | {"text": text, "capacity": capacity, "prompt": prompt}
+            yield rounded(Row, **columns | vars(found), blocks=found.n_blocks)
 
 
 @torch.inference_mode()

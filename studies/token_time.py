@@ -135,7 +135,6 @@ def _parts(way: str, ms: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 @torch.inference_mode()
-@torch.inference_mode()
 def _generated_ms(model, ids: Tensor) -> float:
     """Milliseconds that generate takes per token, without the prompt's pass. No token ends the text, which is cheaper
     than to forbid one at each step."""

@@ -137,7 +137,7 @@ def sweep(
 
     for source in axes["texts"]:
         check_text(source, None)
-    points = report.grid_of(list(checkpoints), max_tokens, axes)
+    points = equal_work.grid(list(checkpoints), **axes, max_tokens=max_tokens)
     typer.echo(f"{len(points)} points; those that {out} holds are kept")
     typer.echo(f"capacity and exit rate as requested, and (realised); they differ, for {WHY}")
     for line in report.on_grid(out, checkpoints, points, dtype):

@@ -1,15 +1,9 @@
-"""What controls decide by: random draws, and the same choice for every token.
-
-They go through the same code as the method, so that they differ from it only in their decisions.
-"""
-
-from __future__ import annotations
+"""What controls decide by: random draws, and the same choice for every token."""
 
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from hat_lib.decoding.row_memory import remember, remembered
 from hat_lib.method.trace import Trace
@@ -47,13 +41,10 @@ class Static:
 
 def prefixes(trace: Trace) -> Tensor:
     """A hash of each token and all before it in its document, int64 ``[B, T]``, the same however a text is padded,
-    batched or split. Hashes are kept with the cache, by row, and go along with its rows, once one was asked for."""
-    if trace not in _PREFIXES:
-        _PREFIXES[trace] = _prefixes(trace, *trace.text)
-    return _PREFIXES[trace]
-
-
-def _prefixes(trace: Trace, tokens: Tensor, cache: Cache | None) -> Tensor:
+    batched or split; kept with the cache, by row."""
+    if trace in _PREFIXES:
+        return _PREFIXES[trace]
+    tokens, cache = trace.text
     before = remembered(cache, "prefixes", trace.position.new_zeros(trace.batch, trace.start))
     each = torch.where(trace.real, _mix(_mix(tokens) + trace.position), 0)
     sums = before[:, -1:].sum(1, keepdim=True) + each.cumsum(1)
@@ -62,6 +53,7 @@ def _prefixes(trace: Trace, tokens: Tensor, cache: Cache | None) -> Tensor:
     found = sums - torch.where(first < 0, 0, (sums - each).gather(1, first.clamp(min=0)))
     if cache is not None:
         remember(cache, "prefixes", torch.cat([before, found], dim=1))
+    _PREFIXES[trace] = found
     return found
 
 

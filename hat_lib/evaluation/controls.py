@@ -1,13 +1,10 @@
 """Controls: simpler choices of what to skip, compared with the method at equal compute.
 
-A router is only worth something if it beats these at equal realised work. Each control is a family of policies with one
-dial, which `matched` turns until the realised capacity on a text is the requested one. A policy runs by
-``with hat.using(policy):``, so it differs from the method only in its decisions. `CONTROLS` makes the families, from a
-text; if that text is scored, they have seen it before (all but random ones), and `layer_removal` even its predictions.
-`checkpoint_family` is the method with another checkpoint; `RandomExits` is the control for the gates.
+Each control is a family of policies with one dial, which `matched` turns until the realised capacity on a text is the
+requested one. A policy runs by ``with hat.using(policy):``, so it differs from the method only in its decisions.
+`CONTROLS` makes the families, from a text, `checkpoint_family` from another checkpoint. `RandomExits` is the control
+for the gates.
 """
-
-from __future__ import annotations
 
 import copy
 from collections import defaultdict
@@ -34,10 +31,10 @@ from hat_lib.method.forward import keeps
 from hat_lib.method.setting import Policy
 from hat_lib.method.trace import Trace
 
-Blocks = Iterable[Sequence[int] | Mapping]
-"""Text: token-id lists, or rows of `load_text`. All of it is run several times: 2,000 tokens are enough."""
+Blocks = Sequence[Sequence[int] | Mapping]
+"""token-id lists, or rows of `load_text`; all of it is run several times: 2,000 tokens are enough"""
 Family = Callable[[float], Policy]
-"""A control for each setting of its dial in [0, 1]; it keeps more as the dial rises, and everything at 1."""
+"""a policy for each setting of a dial in [0, 1]; it keeps more as the dial rises, and everything at 1"""
 Around = Callable[[], AbstractContextManager]
 
 EQUAL = 0.003  # equal work: two shares of the work on the same text that differ by no more than this
@@ -52,27 +49,29 @@ class OutOfReach(HatError):
 def matched(
     hat: HierarchicalTransformer, family: Family, blocks: Blocks, capacity: float, around: Around | None = None
 ) -> Policy:
-    """The member of ``family`` that realises ``capacity`` on ``blocks``, within 0.003 and mostly within 0.001.
+    """The member of ``family`` that realises ``capacity`` on ``blocks``, within 0.003, inside ``around()``.
 
-    It runs inside ``around()``, by default ``hat.dense()``, where the head is read in full and is no part of a
-    capacity; inside ``hat.at(c)`` the head's own work counts. It looks only at the work, never at predictions, so it
-    may be given the very text that is measured afterwards. Raises `OutOfReach` for a capacity that no member comes
-    near, and a plain `HatError` for one outside [0.1, 1] or fewer than 256 tokens.
+    By default this is ``hat.dense()``, where the head is read in full and is no part of a capacity. Only the work is
+    looked at, never predictions, so ``blocks`` may be the text that is measured afterwards. Raises `OutOfReach` for a
+    capacity that no member comes near, and a plain `HatError` for one outside [0.1, 1] or fewer than 256 tokens.
     """
-    capacity, texts = check_capacity(capacity), block_tensors(hat, blocks)
+    capacity = check_capacity(capacity)
     if capacity == 1.0:
         return hat.threshold_policy({})  # keeps everything
-    return family(turned(lambda dial: realised_capacity(hat, family(dial), texts, around), capacity))
+    return family(turned(hat, lambda dial: under(hat, family(dial), around), blocks, capacity))
 
 
-def turned(work: Callable[[float], float], wanted: float) -> float:
-    """Where a dial in [0, 1] does the ``wanted`` work, which rises with it; `OutOfReach` if nowhere within `EQUAL`."""
+def turned(
+    hat: HierarchicalTransformer, at: Callable[[float], Around], blocks: Blocks, wanted: float, which: int = 0
+) -> float:
+    """The dial in [0, 1] at which number ``which`` of `WorkTally.shares` inside ``at(dial)`` is the ``wanted`` one; it
+    rises with the dial. Raises `OutOfReach` if none is within `EQUAL`."""
     low, high, found = (0.0, 0.0), (1.0, 1.0), []  # (dial, work) at both ends of the bracket, and of what was tried
     for _ in range(STEPS):
         # Where a line between the ends would cross, kept away from them so that the bracket always shrinks.
         step = float(np.clip((wanted - low[1]) / max(high[1] - low[1], 1e-9), 0.1, 0.9))
         dial = low[0] + step * (high[0] - low[0])
-        found.append((dial, work(dial)))
+        found.append((dial, work_on(hat, blocks, at(dial)).shares[which]))
         low, high = (low, found[-1]) if found[-1][1] > wanted else (found[-1], high)
         if abs(found[-1][1] - wanted) <= CLOSE:
             break
@@ -82,27 +81,20 @@ def turned(work: Callable[[float], float], wanted: float) -> float:
     return dial
 
 
-def realised_capacity(
-    hat: HierarchicalTransformer, policy: Policy, texts: Sequence[Tensor], around: Around | None = None
-) -> float:
-    """Executed / routable work under ``policy`` over ``texts``, ``[1, T]`` each; ``around`` as in `matched`."""
-    return work_on(hat, texts, partial(combined, around or hat.dense, partial(hat.using, policy))).shares[0]
-
-
 @torch.no_grad()
-def work_on(hat: HierarchicalTransformer, texts: Sequence[Tensor], around: Around) -> WorkTally:
-    """The work of all tokens of ``texts``, ``[1, T]`` each, inside ``around()``."""
+def work_on(hat: HierarchicalTransformer, blocks: Blocks, around: Around) -> WorkTally:
+    """The work of all tokens of ``blocks`` inside ``around()``."""
     spent = WorkTally(hat)
     with around():
         logits = 0 if hat.has_shortlist and hat.capacity < 1 else 1  # all, where the head's work differs by token
-        for _ in forwards(hat, texts, logits=logits):
+        for _ in forwards(hat, block_tensors(hat, blocks), logits=logits):
             spent.add(hat.trace)
     return spent
 
 
-def alone(hat: HierarchicalTransformer, policy: Policy) -> Around:
-    """Makes the context in which a policy decides alone: no exits, no corrections, the head in full."""
-    return partial(combined, hat.dense, partial(hat.using, policy))
+def under(hat: HierarchicalTransformer, policy: Policy, around: Around | None = None) -> Around:
+    """Makes the context in which a policy decides inside ``around()``; by default alone, with the head in full."""
+    return partial(combined, around or hat.dense, partial(hat.using, policy))
 
 
 def own_choice(hat: HierarchicalTransformer) -> Family:
@@ -111,7 +103,7 @@ def own_choice(hat: HierarchicalTransformer) -> Family:
 
 
 def _for_site(keep: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A decision per row, ``[n]``, for all units of a site; ``shape`` is in `Trace.mask_shapes`."""
+    """A decision per row, ``[n]``, for all units of a site, whose number is ``shape``."""
     return keep.view(-1, *[1] * len(shape)).expand(-1, *shape)
 
 
@@ -122,11 +114,8 @@ def random_mask(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
 
 @torch.no_grad()
 def static_choice(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
-    """The method without its choice per token: the same channels, or the same FFNs, for every token.
-
-    Channel grain: at each site, the channels whose scores have the largest root mean square on ``blocks``, as many as
-    the method itself allocates (``hat.calibration.shares_at``). Token grain: `layer_removal`.
-    """
+    """The method without its choice per token. Channel grain: at each site, the channels whose scores have the largest
+    root mean square on ``blocks``, as many as the method allocates. Token grain: `layer_removal`."""
     if not any(hat.mask_shapes.values()):  # one decision for each layer
         return layer_removal(hat, blocks, seed)
     if hat.calibration is None:
@@ -137,7 +126,7 @@ def static_choice(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
         scores = hat.routers[f"{layer}_{site}"].score(x[~state.protected.view(-1)])
         energy[layer, site] += scores.double().square().sum(0)
 
-    realised_capacity(hat, watch, block_tensors(hat, blocks))
+    work_on(hat, blocks, under(hat, watch))
     ranks = {key: squares.argsort(descending=True, stable=True).argsort() for key, squares in energy.items()}
 
     def family(dial: float) -> Policy:
@@ -162,11 +151,8 @@ class Layers:
 
 
 def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
-    """Whole layers' routable work is skipped for every token, in the order of their `layer_damage`, cheapest first.
-
-    The last one is skipped for a random part of the tokens, so that the work is the requested amount. At the channel
-    grain, a token that skips a layer leaves zero K and V there.
-    """
+    """Whole layers' routable work is skipped in the order of their `layer_damage`, cheapest first; that of the last for
+    a random part of the tokens. Channel grain: a token that skips a layer has zero K and V there."""
     order = sorted((cost, layer) for layer, cost in layer_damage(hat, blocks).items())
 
     def family(dial: float) -> Policy:
@@ -177,22 +163,18 @@ def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
 
 
 def layer_damage(hat: HierarchicalTransformer, blocks: Blocks) -> dict[int, float]:
-    """KL(base || base without that layer's routable work), nats per token, for each layer that can be skipped, over
-    about `DAMAGE_TOKENS` tokens of ``blocks``."""
+    """KL(base || base without that layer's routable work), nats per token, for each layer that can be skipped."""
     sample = spread(block_tensors(hat, blocks), DAMAGE_TOKENS)
     rows = [{"input_ids": block[0].tolist(), "n_context": 0} for block in sample]
     every = range(hat.config.n_layers)
     layers = [i for i in every if not all(hat.grain.always_runs(i, site) for site in hat.grain.sites)]
-    _, scores = score_each(hat, rows, [alone(hat, Layers({layer: 0.0})) for layer in layers], progress=False)
+    _, scores = score_each(hat, rows, [under(hat, Layers({layer: 0.0})) for layer in layers], progress=False)
     return {layer: score.kl for layer, score in zip(layers, scores, strict=True)}
 
 
 class Cosine:
-    """Skip layer l for a token whose predicted cosine across it exceeds ``threshold``; see `cosine_rule`.
-
-    ``slope`` and ``intercept [L]`` predict the cosine across a layer from that across the previous one. An intercept of
-    -inf always runs its layer.
-    """
+    """Skip layer l for a token whose predicted cosine across it exceeds ``threshold``; see `cosine_rule`. ``slope`` and
+    ``intercept [L]`` predict it from that across the previous layer; an intercept of -inf always runs its layer."""
 
     def __init__(self, hat: HierarchicalTransformer, slope: np.ndarray, intercept: np.ndarray, threshold: float):
         self.site, self.threshold = hat.grain.sites[0], threshold
@@ -200,8 +182,8 @@ class Cosine:
         name = "post_attention_layernorm" if self.site == "ffn" else "input_layernorm"
         weights = [getattr(layer, name).weight.detach().float() for layer in hat.lm.model.layers]
         self.inverse = [torch.where(w == 0, 0.0, 1 / w) for w in weights]
-        # By forward: the residual stream at the last layer queried, fp32 ``[B * T, D]``; which tokens keep the current
-        # layer, and the cosine predicted across it, bool and fp32 ``[B * T]``.
+        # By forward: the residual stream at the last layer, ``[B * T, D]``; which tokens run it, and the cosine that is
+        # predicted across it, ``[B * T]``.
         self._before: WeakKeyDictionary[Trace, Tensor] = WeakKeyDictionary()
         self._decided: WeakKeyDictionary[Trace, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
@@ -209,25 +191,19 @@ class Cosine:
         if site == self.site:  # the layer's other sites follow
             cosine = self.turned(layer, x, rows, state)
             if cosine is None:
-                keep = torch.ones_like(state.real.flatten())
-                predicted = keep.float()
+                predicted = torch.full_like(state.real.flatten(), -torch.inf, dtype=torch.float)
             else:
                 kept, predicted = self._decided[state]
                 # A layer that did not run turns nothing, which tells us nothing: what was predicted stands.
-                predicted = torch.where(kept, cosine, predicted)
-                predicted = self.slope[layer] * predicted + self.intercept[layer]
-                keep = predicted <= self.threshold
-            self._decided[state] = keep, predicted
+                predicted = self.slope[layer] * torch.where(kept, cosine, predicted) + self.intercept[layer]
+            self._decided[state] = predicted <= self.threshold, predicted
         keep = self._decided[state][0]
         return _for_site(keep if rows is None else keep[rows], state.mask_shapes[site])
 
     def turned(self, layer: int, x: Tensor, rows: Tensor | None, state: Trace) -> Tensor | None:
         """The cosine of each token's residual stream with that before the previous layer, fp32 ``[B * T]``; None at the
-        first layer queried in a forward; 0 for tokens that have left.
-
-        A router reads the output of an RMSNorm: the stream times one positive number per token, which a cosine ignores,
-        times the norm's weights, which are divided out here.
-        """
+        first layer of a forward, 0 for tokens that have left. ``x`` is the stream after an RMSNorm, whose weights are
+        divided out; a cosine ignores the rest."""
         point = x.detach().float() * self.inverse[layer]
         if rows is not None:
             point = point.new_zeros(state.batch * state.tokens, point.shape[1]).index_copy(0, rows, point)
@@ -238,14 +214,10 @@ class Cosine:
 def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
     """A layer is skipped for a token if it is predicted to turn that token's residual stream little.
 
-    ShortGPT (Men et al. 2024, arXiv:2403.03853) removes the layers of least Block Influence, 1 - mean cos(stream
-    before, stream after); FFN-SkipLLM (Jaiswal et al. 2024, arXiv:2404.03865) skips a token's next FFNs once its
-    cosine is high. This combines the two: a line fitted on ``blocks`` predicts the cosine across layer l from the
-    cosine across layer l - 1 or, if that layer did not run, from the one predicted for it (a skipped layer's own cosine
-    is 1, after which no token would run again). One threshold serves all layers.
-
-    The first layer with decisions and the last, whose cosine no layer sees, always run. A decision holds for all sites
-    of a layer; at the token grain, a cosine spans the FFN and the next layer's attention.
+    After ShortGPT (Men et al. 2024, arXiv:2403.03853) and FFN-SkipLLM (Jaiswal et al. 2024, arXiv:2404.03865): a line
+    fitted on ``blocks`` predicts the cosine across layer l from that across layer l - 1 or, if that layer did not run,
+    from the one predicted for it. One threshold serves all layers; the first with decisions and the last always run.
+    Token grain: a cosine spans the FFN and the next layer's attention.
     """
     n_layers, across, predicted = hat.config.n_layers, defaultdict(list), []
     slope, intercept = np.zeros(n_layers), np.full(n_layers, -np.inf)
@@ -255,7 +227,7 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
         if site == rule.site and (seen := rule.turned(layer, x, rows, state)) is not None:
             across[layer - 1].append(seen[~state.protected.view(-1)].double().cpu().numpy())
 
-    realised_capacity(hat, watch, block_tensors(hat, blocks))
+    work_on(hat, blocks, under(hat, watch))
     if len(across) < 2:
         raise HatError(f"the cosine rule has nothing to predict in a base of {n_layers} layers")
     seen = {layer: np.concatenate(parts) for layer, parts in across.items()}
@@ -265,20 +237,13 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
     return lambda dial: Cosine(hat, slope, intercept, float(np.quantile(predicted, dial)))
 
 
-CONTROLS: dict[str, Callable[[HierarchicalTransformer, Blocks, int], Family]] = {
-    "random": random_mask,
-    "static": static_choice,
-    "cosine": cosine_rule,
-    "removal": layer_removal,
-}
+CONTROLS = {"random": random_mask, "static": static_choice, "cosine": cosine_rule, "removal": layer_removal}
+"""name -> what makes the family, from a model, text and seed"""
 
 
 def checkpoint_family(hat: HierarchicalTransformer, checkpoint: str | Path) -> Family:
-    """The method with the routers and calibration of another checkpoint; the dial is the requested capacity.
-
-    ``hat`` is not changed: the policies carry their own routers. Raises `HatError` if the checkpoint cannot be read,
-    has no calibration, or was made for another base or grain.
-    """
+    """The method with the routers and calibration of another checkpoint, beside those of ``hat``; the dial is the
+    requested capacity. Raises `HatError` if it cannot be read, has no calibration, or is of another base or grain."""
     other = read_checkpoint(checkpoint)
     other.check_base(hat.base, checkpoint)
     if other.config.granularity != hat.config.granularity:
@@ -304,8 +269,7 @@ def checkpoint_family(hat: HierarchicalTransformer, checkpoint: str | Path) -> F
 
 
 class RandomExits:
-    """Control for the gates: at depth e, each token that may leave does so with probability ``rates[e]``, such as the
-    `exit_shares` of the gates; then only the tokens differ."""
+    """At depth e, each token that may leave does so with probability ``rates[e]``, such as the gates' `exit_shares`."""
 
     def __init__(self, rates: Mapping[int, float], seed: int = 0):
         self.draws = {depth: Random(rate, seed + 1) for depth, rate in rates.items()}

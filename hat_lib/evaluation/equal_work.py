@@ -1,21 +1,16 @@
 """A trained checkpoint beside every control, at equal work: the rows of `hat sweep` and of the study `quality`.
 
-One row for each grain, text, capacity and variant: perplexity over the base's, agreement with it, and the margin to
-the trained model on the same tokens. A control is tuned until its share of the whole model's work, on the very text
-that is scored, is within `EQUAL` of the trained model's; only its work is looked at for that, never its predictions.
-What ``static``, ``cosine`` and ``removal`` are made of comes from a sample of that same text (the order of removal from
-predictions on it), which favours them. No control has corrections, so it may skip less by what they cost;
-``uncorrected`` is the trained model without its own, at equal work, so that what is left of a margin is the choice
-alone; ``fine_tuned`` has them at full strength with nothing skipped: what training does to the base. All of them keep
-the head's shortlist, which costs more the less sure a model is. Exits have two controls: as many at random, and
-``no_exits``, the trained model at a capacity that does the same work without any.
+A row for each grain, text, capacity and variant. A control is tuned until its share of the whole model's work, on the
+very text that is scored, is within `EQUAL` of the trained model's: by its work, never by its predictions. ``static``,
+``cosine`` and ``removal`` are made from a sample of that text, which favours them. No control has corrections;
+``uncorrected`` is the trained model without its own, so that what is left of a margin is the choice alone;
+``fine_tuned`` has them at full strength with nothing skipped. All keep the head's shortlist. Exits have two controls:
+as many at random, and ``no_exits``, the trained model at a capacity that does the same work without any.
 """
-
-from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from itertools import groupby, product
@@ -27,22 +22,11 @@ import pandas as pd
 from datasets import Dataset
 
 from hat_lib.base.machine import Machine, machine
-from hat_lib.calibration.quantiles import block_tensors
 from hat_lib.checkpoint import Checkpoint, Price, digest, read_checkpoint
 from hat_lib.config import CAPACITY_MIN, DATA, HatError, check_capacity, check_exit_rate
 from hat_lib.contexts import combined
-from hat_lib.evaluation.controls import (
-    CONTROLS,
-    EQUAL,
-    Around,
-    Family,
-    OutOfReach,
-    RandomExits,
-    checkpoint_family,
-    leaving_shares,
-    turned,
-    work_on,
-)
+from hat_lib.evaluation import controls
+from hat_lib.evaluation.controls import CONTROLS, EQUAL, Around, Family, OutOfReach
 from hat_lib.evaluation.perplexity import Perplexity, Score, columns, compare, score_each
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.rows import rounded
@@ -101,7 +85,7 @@ def has_variant(granularity: str, variant: str) -> bool:
 
 
 def grid(
-    granularity: str,
+    grains: Sequence[str],
     *,
     capacities: Sequence[float],
     exit_rates: Sequence[float] = (0.0,),
@@ -110,41 +94,39 @@ def grid(
     variants: Sequence[str] = VARIANTS,
     max_tokens: int = 4000,
 ) -> list[Point]:
-    """The points of a sweep, for one grain: by text, then capacity, then exit rate, the trained model first.
+    """The points of a sweep: by grain, text, capacity, then exit rate, the trained model first.
 
     Controls of routers are measured without exits and below capacity 1.0, those of exits with exits, ``fine_tuned`` at
-    1.0; what draws nothing, with the first seed only. Raises `HatError` for a value out of range.
+    1.0; what draws nothing, with the first seed only. Raises `HatError` for a value out of range and for no point.
     """
     capacities = [check_capacity(capacity) for capacity in capacities]
     exit_rates = [check_exit_rate(rate) for rate in exit_rates]
     if unknown := [variant for variant in variants if variant not in VARIANTS]:
         raise HatError(f"variants must be among {', '.join(VARIANTS)}, got {unknown[0]!r}")
 
-    def is_measured(capacity: float, rate: float, variant: str, seed: int) -> bool:
-        if not has_variant(granularity, variant) or (seed != seeds[0] and variant not in DRAWN):
-            return False
-        if variant in ("random_exits", "no_exits"):
-            return rate > 0
-        if variant == "fine_tuned":
-            return rate == 0 and capacity == 1
-        return variant == "trained" or (rate == 0 and capacity < 1)
+    def is_measured(p: Point) -> bool:
+        where = p.variant == "trained" or (p.exit_rate == 0 and (p.capacity == 1) == (p.variant == "fine_tuned"))
+        if p.variant in ("random_exits", "no_exits"):
+            where = p.exit_rate > 0
+        return where and has_variant(p.granularity, p.variant) and (p.seed == seeds[0] or p.variant in DRAWN)
 
-    points = dict.fromkeys(product(texts, capacities, exit_rates, variants, seeds))
-    return [Point(granularity, text, max_tokens, *at) for text, *at in points if is_measured(*at)]
+    axes = product(grains, texts, [max_tokens], capacities, exit_rates, variants, seeds)
+    points = list(filter(is_measured, dict.fromkeys(map(Point._make, axes))))
+    if not points:
+        raise HatError(
+            "nothing to measure at these settings: controls of routers need a capacity below 1 and exit rate 0, "
+            "random_exits and no_exits one above 0; static, uncorrected and no_exits the channel grain"
+        )
+    return points
 
 
 def rows(
-    done: Mapping[tuple, Row],
-    checkpoints: Mapping[str, tuple[Path, Path]],
-    points: Sequence[Point],
-    dtype: str | None = None,
+    done: Mapping[tuple, Row], checkpoints: Mapping[str, tuple[Path, Path]], points: Sequence[Point], dtype: str | None
 ) -> Iterator[Row]:
-    """Rows for the ``points`` that are not ``done``, grain by grain; ``checkpoints`` are a trained and an untrained one
-    for each grain.
+    """Rows for the ``points`` that are not ``done``; ``checkpoints`` are a trained and an untrained one for each grain.
 
-    Raises `HatError` for a checkpoint of the wrong grain, an untrained checkpoint in place of a trained one or the
-    reverse, and if ``done`` has rows of other checkpoints. A control that cannot match the work of the trained model is
-    left out with a warning.
+    Raises `HatError` for checkpoints of other kinds, and if ``done`` has rows of others. A control that cannot match
+    the work of the trained model is left out with a warning.
     """
     adapters = {}
     for grain, (trained, untrained) in checkpoints.items():
@@ -162,102 +144,81 @@ def rows(
                 f"there are rows of another {row.granularity} checkpoint than {checkpoints[row.granularity][0]}: "
                 "measure all of them again, or write elsewhere"
             )
-    for grain, pair in checkpoints.items():
+    for grain, (trained, untrained) in checkpoints.items():
         missing = [p for p in points if p.granularity == grain and p not in done]
         if missing:
-            hat = HierarchicalTransformer.from_pretrained(pair[0], dtype=dtype)
+            hat = HierarchicalTransformer.from_pretrained(trained, dtype=dtype)
             missing = [p for p in missing if p.variant != "fine_tuned" or hat.corrections]
-        for (text, _), group in groupby(missing, key=lambda p: (p.text, p.max_tokens)):
-            yield from _OnText(hat, pair, adapters, text, list(group)).rows()
+        for (text, max_tokens), group in groupby(missing, key=lambda p: (p.text, p.max_tokens)):
+            # Blocks spread over all documents of a bundled text; the beginning of any other.
+            how = {"split": default_split(text, hat), "max_tokens": None if text in CORPORA else max_tokens}
+            blocks = spread(load_text(text, hat.base.tokenizer, **how), max_tokens)
+            about = machine(hat.base) | {"documents": len(set(blocks["doc"])), "text_hash": text_hash(blocks)[:16]}
+            for point, base, partner, found in _scored(hat, untrained, blocks, list(group)):
+                margin = compare(partner, found).ends("margin")
+                adapter = adapters[grain, point.exit_rate > 0]
+                yield rounded(Row, **about | columns(base, found) | point._asdict() | margin, adapter=adapter)
 
 
-class _OnText:
-    """The rows of one checkpoint on one text."""
+def _scored(hat, untrained: Path, blocks: Dataset, points: Sequence[Point]) -> Iterator[tuple]:
+    """Each point, and three scores: of the base, of the trained model there, and of its variant; the trained model's
+    points first."""
+    at = {(p.capacity, p.exit_rate): partial(hat.at, p.capacity, p.exit_rate) for p in points}
+    base, scores = score_each(hat, blocks, list(at.values()), progress=False)
+    trained, settings = dict(zip(at, scores, strict=True)), {}
 
-    def __init__(self, hat, checkpoints: Sequence[Path], adapters: Mapping, text: str, points: Sequence[Point]):
-        self.hat, self.checkpoints, self.adapters, self.points = hat, checkpoints, adapters, points
-        self.blocks = text_to_score(text, hat, points[0].max_tokens)
-        self.family = cache(self.family)
-        settings = list(dict.fromkeys((p.capacity, p.exit_rate) for p in points))
-        scored = score_each(hat, self.blocks, [partial(hat.at, *setting) for setting in settings], progress=False)
-        self.base, self.trained = scored[0], dict(zip(settings, scored[1], strict=True))
-
-    def rows(self) -> Iterator[Row]:
-        """Those of the trained model, then those of the others."""
-        settings = {}
-        for point in self.points:
-            if point.variant == "trained":
-                yield self.row(point, self.partner(point))
-                continue
-            try:
-                settings[point] = self.setting(point)
-            except OutOfReach as error:
-                _warn(point, error)
-        if not settings:
-            return
-        _, scores = score_each(self.hat, self.blocks, list(settings.values()), progress=False)
-        for point, found in zip(settings, scores, strict=True):
-            share = self.partner(point).model_share
-            fixed = point.variant in ("random_exits", "fine_tuned")  # by chance, or the dense model's
-            if abs(found.model_share - share) > EQUAL and not fixed:
-                _warn(point, f"its share of the work is {found.model_share:.3f}, not {share:.3f}")
-            else:
-                yield self.row(point, found)
-
-    def partner(self, point: Point) -> Score:
-        """Of the trained model, at the same capacity and exit rate."""
-        return self.trained[point.capacity, point.exit_rate]
-
-    def row(self, point: Point, found: Score) -> Row:
-        return rounded(
-            Row,
-            **machine(self.hat.base) | columns(self.base, found) | point._asdict(),
-            **compare(self.partner(point), found).ends("margin"),
-            documents=len(set(self.blocks["doc"])),
-            text_hash=text_hash(self.blocks)[:16],
-            adapter=self.adapters[point.granularity, point.exit_rate > 0],
-        )
-
-    def setting(self, point: Point) -> Around:
-        """The context of a variant; that of a control does the work of the trained model on this text."""
-        hat, variant = self.hat, point.variant
-        at_capacity = partial(hat.at, point.capacity, 0.0)
-        if variant == "fine_tuned":
-            return partial(combined, hat.dense, hat.correcting)
-        if variant == "random_exits":
-            left = self.partner(point).exits.copy()
-            left[-1] -= sum(min(len(ids), hat.config.protected_tokens) for ids in self.blocks["input_ids"])
-            exits = RandomExits(leaving_shares(left, hat.config.exit_layers), point.seed)
-            return partial(combined, at_capacity, partial(hat.using, exits=exits))
-
-        def around(dial: float) -> Around:
-            if variant == "no_exits":
-                return partial(hat.at, max(dial, CAPACITY_MIN), 0.0)
-            # The head as it is at the capacity, and no corrections.
-            policy = self.family(variant, point.seed)(dial)
-            return partial(combined, at_capacity, partial(hat.correcting, 0.0), partial(hat.using, policy))
-
-        texts, wanted = block_tensors(hat, self.blocks), self.partner(point).model_share
-        return around(turned(lambda dial: work_on(hat, texts, around(dial)).shares[2], wanted))
-
-    def family(self, variant: str, seed: int) -> Family:
+    @cache
+    def family(variant: str, seed: int) -> Family:
         if variant in CONTROLS:
-            return CONTROLS[variant](self.hat, spread(self.blocks, SAMPLE_TOKENS), seed)
-        return checkpoint_family(self.hat, self.checkpoints[variant == "untrained"])
+            return CONTROLS[variant](hat, spread(blocks, SAMPLE_TOKENS), seed)
+        return controls.checkpoint_family(hat, untrained) if variant == "untrained" else controls.own_choice(hat)
+
+    for point in points:
+        partner = trained[point.capacity, point.exit_rate]
+        if point.variant == "trained":
+            yield point, base, partner, partner
+            continue
+        try:
+            settings[point] = _setting(hat, blocks, point, partner, family)
+        except OutOfReach as error:
+            _warn(point, error)
+    scores = score_each(hat, blocks, list(settings.values()), progress=False)[1] if settings else []
+    for point, found in zip(settings, scores, strict=True):
+        partner = trained[point.capacity, point.exit_rate]
+        fixed = point.variant in ("random_exits", "fine_tuned")  # by chance, or the dense model's
+        if fixed or abs(found.model_share - partner.model_share) <= EQUAL:
+            yield point, base, partner, found
+        else:
+            _warn(point, f"its share of the work is {found.model_share:.3f}, not {partner.model_share:.3f}")
+
+
+def _setting(hat, blocks: Dataset, point: Point, partner: Score, family: Callable[[str, int], Family]) -> Around:
+    """The context of a variant; that of a control does the work of the trained model, ``partner``, on ``blocks``."""
+    at_capacity = partial(hat.at, point.capacity, 0.0)
+    if point.variant == "fine_tuned":
+        return partial(combined, hat.dense, hat.correcting)
+    if point.variant == "random_exits":
+        left = partner.exits.copy()
+        left[-1] -= sum(min(len(ids), hat.config.protected_tokens) for ids in blocks["input_ids"])
+        exits = controls.RandomExits(controls.leaving_shares(left, hat.config.exit_layers), point.seed)
+        return partial(combined, at_capacity, partial(hat.using, exits=exits))
+
+    uncorrected = partial(combined, at_capacity, partial(hat.correcting, 0.0))  # with the head as it is there
+
+    def around(dial: float) -> Around:
+        if point.variant == "no_exits":
+            return partial(hat.at, max(dial, CAPACITY_MIN), 0.0)
+        return controls.under(hat, family(point.variant, point.seed)(dial), uncorrected)
+
+    return around(controls.turned(hat, around, blocks, partner.model_share, which=2))
 
 
 def _warn(point: Point, why) -> None:
     warnings.warn(f"no row for {point.variant} at {point.capacity} on {point.text}: {why}", stacklevel=3)
 
 
-def text_to_score(text: str, hat, max_tokens: int) -> Dataset:
-    """About ``max_tokens`` tokens: blocks spread over all documents of a bundled text, the beginning of any other."""
-    limit, split = None if text in CORPORA else max_tokens, default_split(text, hat)
-    return spread(load_text(text, hat.base.tokenizer, split=split, max_tokens=limit), max_tokens)
-
-
 def adapter_digest(found: Checkpoint, exits: bool) -> str:
-    """Digest of the parameters and tables; omits the gates without ``exits``, and tables that it lacks."""
+    """Digest of the parameters and tables, without those of gates unless ``exits``."""
     parts = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
              for name, tensor in found.tensors.items() if exits or not name.startswith("gates.")}  # fmt: skip
     tables = asdict(found.calibration) if found.calibration else {}
@@ -275,10 +236,8 @@ def prices(rows: pd.DataFrame, granularity: str, variant: str = "trained") -> li
 
 
 def price_texts(prices: Sequence[Price], capacity: float) -> dict[str, str]:
-    """Roughly what a capacity costs in perplexity, by text, such as "+4%".
-
-    Interpolated between measured capacities in the logarithm of perplexity; below the lowest, "more than" its cost.
-    """
+    """Roughly what a capacity costs in perplexity, by text, such as "+4%": interpolated in the logarithm of perplexity,
+    and below the lowest capacity "more than" its cost."""
     found = {}
     for text in dict.fromkeys(price.text for price in prices):
         rows = sorted((price.capacity, np.log1p(price.increase)) for price in prices if price.text == text)

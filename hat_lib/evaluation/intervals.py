@@ -1,11 +1,9 @@
 """Intervals: a 95 % bootstrap over the parts of a text that may count as independent.
 
-Where a text has at least `FEWEST` documents, documents are drawn whole (a cluster bootstrap). Where it has fewer,
-blocks of one document are alike, and neighbours most of all: runs of neighbouring blocks are drawn, within their
-document and on from its beginning where they pass its end (the circular block bootstrap, Politis and Romano 1992). A
-run has about n^(1/3) of the n blocks, the order that is best for a variance (Hall, Horowitz and Jing 1995,
-doi:10.1093/biomet/82.3.561). Ends are quantiles of the resamples, expanded for few units (Hesterberg 2015,
-arXiv:1411.5279). Below `FEWEST` blocks there is no interval: it would be far too narrow, or the range of the blocks.
+From a text of at least `FEWEST` documents, documents are drawn whole (a cluster bootstrap). From one of fewer, runs of
+neighbouring blocks are, which wrap around within their document (the circular block bootstrap, Politis and Romano
+1992). A run has about n^(1/3) of the n blocks (Hall, Horowitz and Jing 1995, doi:10.1093/biomet/82.3.561). Ends are
+quantiles, expanded for few units (Hesterberg 2015, arXiv:1411.5279). Below `FEWEST` blocks there is no interval.
 """
 
 from __future__ import annotations
@@ -51,3 +49,12 @@ def tails(n: float) -> tuple[float, float]:
     """Quantiles of a 95 % bootstrap interval from ``n`` > 1 units, wider for small n, as Student's t is."""
     tail = float(norm.cdf(np.sqrt(n / (n - 1)) * student_t.ppf(0.025, n - 1)))
     return tail, 1 - tail
+
+
+def interval(drawn: np.ndarray, blocks: int, n: float) -> tuple[float, float]:
+    """95 % interval of a statistic of so many blocks, worth ``n`` units, from its resamples ``drawn [R]``; else nan."""
+    known = drawn[~np.isnan(drawn)]
+    if blocks < FEWEST or not len(known):
+        return np.nan, np.nan
+    low, high = np.quantile(known, tails(max(2, n))).tolist()
+    return low, high

@@ -1,14 +1,8 @@
 """Tasks of lm-evaluation-harness on the adaptive model, beside its base (Biderman et al. 2024, arXiv:2405.14782).
 
-The harness (package `lm_eval`, the extra ``eval``) runs unchanged: its `HFLM` takes ``hat.lm``, a task is one of its
-YAML files, and the scores are its own. This module adds the work they cost.
-
-Within rounding, no score depends on the batch. The harness pads log-likelihood requests on the right, where nothing
-reaches a real token, and those pads leave the count of work too. Prompts to be continued are padded on the left, with a
-mask; a sequence that has ended goes on until the longest in its batch has ended, and what it runs there does not count.
+The harness (package `lm_eval`, the extra ``eval``) runs unchanged on ``hat.lm``; this module adds the work that scores
+cost. Within rounding, nothing depends on the batch: neither pads count, nor what a sequence runs after its end.
 """
-
-from __future__ import annotations
 
 import hashlib
 import logging
@@ -46,8 +40,8 @@ class TaskRow:
 def load_tasks(names: Sequence[str], folder: str | Path = TASKS) -> dict:
     """Tasks and groups from a folder of YAML files, as the harness's `TaskManager` returns them, data included.
 
-    Paths of data files are relative to ``folder``; a task may also name a Hub dataset, or Python functions, which are
-    run. Raises `HatError` if `lm_eval` is not installed, or a folder or task is missing or cannot be loaded.
+    Paths of data files are relative to ``folder``; Python functions that a task names are run. Raises `HatError` if
+    `lm_eval` is not installed, or a folder or task is missing or cannot be loaded.
     """
     try:
         from lm_eval.tasks import TaskManager

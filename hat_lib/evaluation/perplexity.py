@@ -1,23 +1,15 @@
 """Quality: perplexity with a confidence interval, agreement with the base, bits per byte.
 
-Perplexity is exp of the mean negative log-likelihood per scored token, over the windows of `hat_lib.text.blocks`: a
-block's ``n_context`` leading tokens are read but not scored, nor is the first token of a block without context.
-
-`compare` is paired: both models score the same tokens, and their blocks are resampled together, so that what is hard
-for both cancels (`hat_lib.evaluation.intervals`). With fewer than six documents the interval applies to more text of
-these documents, and is too narrow for others.
-
-Bits per byte, nats / (ln 2 * UTF-8 bytes of the scored text), are comparable across tokenizers (Gao et al. 2020, "The
-Pile", arXiv:2101.00027).
+Perplexity is exp of the mean negative log-likelihood per scored token. A block's ``n_context`` leading tokens are read
+but not scored, nor is the first token of a block without context. Intervals are paired: both models score the same
+tokens, and their blocks are drawn together (`hat_lib.evaluation.intervals`). Bits per byte, nats / (ln 2 * UTF-8 bytes
+of the scored text), are comparable across tokenizers (Gao et al. 2020, "The Pile", arXiv:2101.00027).
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,19 +21,18 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from hat_lib.base.spread import device_of, overridden
 from hat_lib.config import HatError, check_count
-from hat_lib.evaluation.intervals import FEWEST, resample, tails, units
+from hat_lib.evaluation.intervals import interval, resample, units
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import WorkTally
 
-# Rows of logits held at once in fp32: 25 MB for a vocabulary of 49,152.
-SLICE = 128
+SLICE = 128  # rows of logits held at once in fp32: 25 MB for a vocabulary of 49,152
 
 
 @dataclass(frozen=True)
 class Score:
     """How well a model predicts a text of ``n`` blocks, and what it spent: realised, over all real tokens it ran."""
 
-    nll: np.ndarray  # negative log-likelihood of each block, nats, fp64 ``[n]`` in the order of the dataset
+    nll: np.ndarray  # negative log-likelihood of each block, nats, fp64 ``[n]``
     tokens: np.ndarray  # scored tokens of each block, int64 ``[n]``
     documents: Sequence | None = None  # that each block belongs to; None if each is a document of its own
     capacity: float = 1.0
@@ -87,11 +78,8 @@ def score(
     batch_size: int = 1,
     progress: bool = True,
 ) -> Score:
-    """Negative log-likelihood of each block of ``dataset``, rows of `load_text`; the same for any ``batch_size``,
-    blocks per forward, within rounding. A `HierarchicalTransformer` runs as it is set.
-
-    Raises `HatError` for a text without a scored token, a bad batch size, or ``hat.lm`` instead of ``hat``.
-    """
+    """Negative log-likelihood of each block of ``dataset``, rows of `load_text`, as ``model`` is set. Raises `HatError`
+    for a text without a scored token, a bad batch size, or ``hat.lm`` instead of ``hat``."""
     hat = model if isinstance(model, HierarchicalTransformer) else None
     lm = hat.lm if hat else model
     if hat is None and any(map(overridden, lm.model.layers)):
@@ -108,9 +96,8 @@ def score_each(
     batch_size: int = 1,
     progress: bool = True,
 ) -> tuple[Score, list[Score]]:
-    """`score` of the base (``hat.dense()``), run once, and of ``hat`` in each of several settings, with its agreement
-    with the base. A setting makes a context, such as ``partial(hat.at, 0.5)``; by default ``hat`` runs as it is set.
-    """
+    """`score` of the base, and of ``hat`` in each setting, with its agreement with the base. A setting makes a context,
+    such as ``partial(hat.at, 0.5)``; by default ``hat`` runs as it is set."""
     if not isinstance(hat, HierarchicalTransformer):
         raise HatError("agreement needs a HierarchicalTransformer: a plain model has nothing to be compared with")
     base, *adaptive = _scores(hat.lm, hat, dataset, [hat.dense, *settings], batch_size, progress)
@@ -122,18 +109,18 @@ def _scores(lm, hat, dataset, settings: Sequence[Callable], batch_size: int, pro
     head, totals = hat.logits if hat else lm.lm_head, [WorkTally(hat) for _ in settings if hat]
     nll, tokens = np.zeros((len(settings), len(dataset))), np.zeros(len(dataset), dtype=np.int64)
     agreement = np.zeros((len(settings), 2))
-    for batch in _batches(dataset, batch_size, device_of(lm.get_input_embeddings()), progress):
-        rows, columns = batch.scored.nonzero(as_tuple=True)
-        tokens[batch.blocks] = batch.scored.sum(1).cpu()
+    for blocks, ids, real, scored in _batches(dataset, batch_size, device_of(lm.get_input_embeddings()), progress):
+        rows, columns = scored.nonzero(as_tuple=True)
+        tokens[blocks] = scored.sum(1).cpu()
         base = None
         for number, setting in enumerate(settings):
             with setting():
-                states = lm.model(input_ids=batch.ids, attention_mask=batch.real, use_cache=False).last_hidden_state
+                states = lm.model(input_ids=ids, attention_mask=real, use_cache=False).last_hidden_state
                 states = states[rows, columns - 1]  # the head is applied to scored tokens only
                 for part in torch.arange(len(rows), device=rows.device).split(SLICE):
                     logits = head(states[part]).float()
-                    losses = F.cross_entropy(logits, batch.ids[rows[part], columns[part]], reduction="none")
-                    np.add.at(nll[number], batch.blocks[rows[part].cpu().numpy()], losses.double().cpu().numpy())
+                    losses = F.cross_entropy(logits, ids[rows[part], columns[part]], reduction="none")
+                    np.add.at(nll[number], blocks[rows[part].cpu().numpy()], losses.double().cpu().numpy())
                     if base is not None:
                         agreement[number] += _agreement(hat, base[part], logits)
                 if hat:
@@ -146,30 +133,22 @@ def _scores(lm, hat, dataset, settings: Sequence[Callable], batch_size: int, pro
 
 
 def compare(base: Score, adaptive: Score, *, resamples: int = 2000, seed: int = 0) -> Comparison:
-    """Relative increase in perplexity with a paired bootstrap interval; a seed fixes the result.
-
-    Raises `HatError` if the two were scored on different blocks.
-    """
+    """Relative increase in perplexity with a paired bootstrap interval; `HatError` if the blocks are different ones."""
     if not np.array_equal(base.tokens, adaptive.tokens):
         sizes = (f"{len(s.tokens)} blocks of {int(s.tokens.sum())} tokens" for s in (base, adaptive))
         raise HatError(f"both must be scored on the same blocks, got {' and '.join(sizes)}")
     n, added, tokens = len(base.tokens), adaptive.nll - base.nll, int(base.tokens.sum())
-    low = high = math.nan
-    if n >= FEWEST:
-        found = units(range(n) if adaptive.documents is None else adaptive.documents)
-        counts = resample(found, n, resamples, seed)
-        low, high = np.quantile(np.expm1(counts @ added / (counts @ base.tokens)), tails(found.drawn)).tolist()
+    found = units(range(n) if adaptive.documents is None else adaptive.documents)
+    counts = resample(found, n, resamples, seed)
+    low, high = interval(np.expm1(counts @ added / (counts @ base.tokens)), n, found.drawn)
     increase = float(np.expm1(added.sum() / tokens))
     return Comparison(increase, low, high, base.perplexity, adaptive.perplexity, tokens, n)
 
 
 def text_bytes(dataset: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """UTF-8 bytes of the scored tokens of each block, int64 ``[n_blocks]``; rows as in `load_text`.
-
-    Those of the decoded block less those of the tokens before its first scored one. So special tokens do not count, a
-    space that a tokenizer puts before a text cancels, and a character split by the edge of a block counts where it
-    ends. The windows of a document add up to its text, except for its first token, which is not scored.
-    """
+    """UTF-8 bytes of the scored tokens of each block, int64 ``[n_blocks]``: those of the decoded block less those of
+    the tokens before its first scored one. So a space that a tokenizer puts before a text cancels, and a character
+    split by the edge of a block counts where it ends."""
 
     def size(ids: list[int]) -> int:
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -185,11 +164,8 @@ def bits_per_byte(nats: float, n_bytes: int) -> float | None:
 
 
 def by_document(dataset: Sequence[Mapping], n_bytes: np.ndarray, base: Score, adaptive: Score) -> pd.DataFrame:
-    """A row for each ``doc`` of ``dataset``, in the order in which they occur; ``n_bytes`` is from `text_bytes`.
-
-    Columns: ``document``, ``blocks``, ``tokens`` (scored), ``bytes``, ``increase``, and ``perplexity`` and
-    ``bits_per_byte`` (None where no character ends), both also with ``base_`` before them.
-    """
+    """A row for each ``doc`` of ``dataset``, in their order: ``document``, ``blocks``, ``tokens`` (scored), ``bytes``
+    (``n_bytes`` of its blocks), ``increase``, ``perplexity`` and ``bits_per_byte``, and ``base_`` with these two."""
     sums = {"blocks": 1, "tokens": base.tokens, "bytes": n_bytes, "base_nats": base.nll, "nats": adaptive.nll}
     table = pd.DataFrame({"document": [row["doc"] for row in dataset], **sums})
     table = table.groupby("document", sort=False, as_index=False).sum()
@@ -205,22 +181,12 @@ def _agreement(hat: HierarchicalTransformer, base: Tensor, logits: Tensor) -> tu
     with hat.dense():
         expected = hat.logits(base).float()
     same = (expected.argmax(-1) == logits.argmax(-1)).sum()
-    return int(same), float(kl(F.log_softmax(expected, dim=-1), F.log_softmax(logits, dim=-1)).double().sum())
+    kl = F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    return int(same), float(kl.double().sum())
 
 
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q), nats, of log-probabilities ``[..., V]`` -> ``[...]``."""
-    return (p.exp() * (p - q)).sum(-1)
-
-
-class _Batch(NamedTuple):
-    blocks: np.ndarray  # numbers of the blocks in the dataset, [B]
-    ids: Tensor  # [B, T]
-    real: Tensor  # int64 [B, T], 0 at padding
-    scored: Tensor  # bool [B, T]
-
-
-def _batches(dataset, batch_size: int, device, progress: bool) -> Iterator[_Batch]:
+def _batches(dataset, batch_size: int, device, progress: bool) -> Iterator[tuple[np.ndarray, Tensor, Tensor, Tensor]]:
+    """Numbers of the blocks ``[B]``; their ids, which are real (int64) and which are scored (bool), ``[B, T]``."""
     check_count("batch_size", batch_size, 1)
     ends = torch.tensor([len(row["input_ids"]) for row in dataset])
     starts = torch.tensor([max(1, row["n_context"]) for row in dataset])  # nothing precedes the very first token
@@ -232,7 +198,7 @@ def _batches(dataset, batch_size: int, device, progress: bool) -> Iterator[_Batc
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         real = torch.arange(ids.shape[1]) < ends[blocks, None]
         scored = real & (torch.arange(ids.shape[1]) >= starts[blocks, None])
-        yield _Batch(blocks.numpy(), *(t.to(device) for t in (ids, real.long(), scored)))
+        yield blocks.numpy(), *(t.to(device) for t in (ids, real.long(), scored))
 
 
 @dataclass(frozen=True)
@@ -254,5 +220,4 @@ def columns(base: Score, found: Score) -> dict:
     ``realised_exit`` and ``model_share``; nan where there is no interval."""
     paired = compare(base, found)
     work = {"realised": found.capacity, "realised_exit": found.exit_rate, "model_share": found.model_share}
-    agreement = {"blocks": paired.n_blocks, "top1": found.top1, "kl": found.kl}
-    return vars(paired) | paired.ends() | agreement | work
+    return vars(paired) | paired.ends() | work | {"blocks": paired.n_blocks, "top1": found.top1, "kl": found.kl}

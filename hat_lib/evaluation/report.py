@@ -1,7 +1,4 @@
-"""What was measured, in lines for a reader and as a row for a program: `hat generate`, `hat evaluate` and `hat
-analyze` print it."""
-
-from __future__ import annotations
+"""What the commands print: what was measured, in lines for a reader and as a row for a program."""
 
 import math
 import warnings
@@ -13,10 +10,10 @@ import pandas as pd
 
 from hat_lib import __version__
 from hat_lib.base.machine import machine
-from hat_lib.config import HatError, work_text
+from hat_lib.config import work_text
 from hat_lib.decoding.inference import Generation
 from hat_lib.decoding.speed import VERSUS, speedup_text
-from hat_lib.evaluation.equal_work import KEY, Point, Row, grid, price_texts, rows
+from hat_lib.evaluation.equal_work import KEY, Point, Row, price_texts, rows
 from hat_lib.evaluation.intervals import FEWEST, NONE
 from hat_lib.evaluation.perplexity import bits_per_byte, by_document, compare, score_each, text_bytes
 from hat_lib.evaluation.tokens import TokenTable
@@ -41,31 +38,18 @@ def on_text(
     paired, sizes = compare(dense, adaptive), text_bytes(blocks, hat.base.tokenizer)
     table, n_bytes = by_document(blocks, sizes, dense, adaptive), int(sizes.sum())
     share, extent = measured(text, split, paired.tokens, n_bytes)
-    low, high = (None, None) if math.isnan(paired.low) else (paired.low, paired.high)
-    row = _about(hat, (adaptive.capacity, adaptive.exit_rate, adaptive.model_share)) | {
-        "text": text,
-        "split": split,
-        "text_hash": text_hash(blocks)[:16],
-        "tokens": paired.tokens,
-        "blocks": paired.n_blocks,
-        "bytes": n_bytes,
-        "share_of_text": share,
-        "base_perplexity": paired.base_ppl,
-        "perplexity": paired.ppl,
-        "increase": paired.increase,
-        "increase_low": low,
-        "increase_high": high,
-        "base_bits_per_byte": bits_per_byte(dense.nll.sum(), n_bytes),
-        "bits_per_byte": bits_per_byte(adaptive.nll.sum(), n_bytes),
-        "top1": adaptive.top1,
-        "kl": adaptive.kl,
-        "depth": adaptive.depth,
-        "exits": {depth: int(adaptive.exits[depth]) for depth in (*hat.config.exit_layers, hat.config.n_layers)},
-        "documents": table.to_dict("records"),
-    }
-    interval = f"{NONE} of up to 512 tokens, got {paired.n_blocks}; bring more text or raise --max-tokens"
-    if low is not None:
-        interval = f"95 % interval {low:+.2%} to {high:+.2%}"
+    row = _about(hat, (adaptive.capacity, adaptive.exit_rate, adaptive.model_share))
+    row |= {"text": text, "split": split, "text_hash": text_hash(blocks)[:16], "share_of_text": share}
+    row |= {"tokens": paired.tokens, "blocks": paired.n_blocks, "bytes": n_bytes}
+    row |= {"base_perplexity": paired.base_ppl, "perplexity": paired.ppl}
+    row |= {name: None if math.isnan(value) else value for name, value in paired.ends().items()}
+    row |= {"top1": adaptive.top1, "kl": adaptive.kl, "depth": adaptive.depth, "documents": table.to_dict("records")}
+    for name, score in (("base_bits_per_byte", dense), ("bits_per_byte", adaptive)):
+        row[name] = bits_per_byte(score.nll.sum(), n_bytes)
+    row["exits"] = {depth: int(adaptive.exits[depth]) for depth in (*hat.config.exit_layers, hat.config.n_layers)}
+    interval = f"95 % interval {paired.low:+.2%} to {paired.high:+.2%}"
+    if row["increase_low"] is None:
+        interval = f"{NONE} of up to 512 tokens, got {paired.n_blocks}; bring more text or raise --max-tokens"
     lines = [
         f"{printable(text)}: {paired.tokens} tokens in {paired.n_blocks} blocks, SHA-256 {row['text_hash']}",
         f"measured     {extent}",
@@ -126,8 +110,8 @@ def on_tokens(found: TokenTable, tables: Mapping[str, pd.DataFrame], text: str, 
 def tables_of_tokens(found: TokenTable, tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """The tables, and the beginning of the text coloured by compute."""
     names = ("classes", "positions", "quantiles", "layers", "correlations")
-    shown = (tables[name].to_string(index=False, float_format="{:.3f}".format, na_rep="") for name in names)
-    lines = [f"\n{name}\n{table}" for name, table in zip(names, shown, strict=True)]
+    form = {"index": False, "float_format": "{:.3f}".format, "na_rep": ""}
+    lines = [f"\n{name}\n{tables[name].to_string(**form)}" for name in names]
     return [*lines, "\n" + ansi(*passages(found.tokens.head(100), "model_share"), **colours(found))]
 
 
@@ -140,8 +124,8 @@ def colours(found: TokenTable) -> dict:
 def on_generation(out: Generation, decoding: str) -> list[str]:
     """What one text took; ``decoding`` is the path that it was decoded on."""
     lossless = bool(out.speculation)
-    share = out.draft_share if lossless else out.model_share
-    work = work_text(out.requested_capacity, out.capacity, out.requested_exit_rate, out.exit_rate, share)
+    realised = {"capacity": out.capacity, "exit_rate": out.exit_rate}
+    work = work_text(**vars(out) | realised | ({"model_share": out.draft_share} if lossless else {}))
     spent = f"{out.new_tokens} new tokens, {out.tokens_per_second:.1f} tokens/s; {decoding}"
     lines = [f"[{'drafts alone: ' if lossless else ''}{work}; {spent}]"]
     speedup = speedup_text(out.realised_speedup, VERSUS[out.versus])
@@ -190,35 +174,16 @@ def measured(source: str, split: str, tokens: int, n_bytes: int) -> tuple[float 
 def _about(hat: HierarchicalTransformer, shares: tuple[float, float, float]) -> dict:
     """What ran, and where; ``shares`` are the realised capacity, exit rate and model share."""
     capacity, exit_rate, model_share = shares
-    return machine(hat.base) | {
-        "hat_lib": __version__,
-        "base_fingerprint": hat.base.fingerprint[:16],
-        "granularity": hat.config.granularity,
-        "calibrated_on": hat.calibration.text if hat.calibration else "",
-        "requested_capacity": hat.capacity,
-        "capacity": capacity,
-        "requested_exit_rate": hat.exit_rate,
-        "exit_rate": exit_rate,
-        "model_share": model_share,
-        "note": FOUR_BIT if hat.base.name == "bundled" else "",
-    }
+    row = machine(hat.base) | {"hat_lib": __version__, "base_fingerprint": hat.base.fingerprint[:16]}
+    row |= {"granularity": hat.config.granularity, "calibrated_on": hat.calibration.text if hat.calibration else ""}
+    row |= {"requested_capacity": hat.capacity, "capacity": capacity, "model_share": model_share}
+    row |= {"requested_exit_rate": hat.exit_rate, "exit_rate": exit_rate}
+    return row | {"note": FOUR_BIT if hat.base.name == "bundled" else ""}
 
 
 def _work(row: Mapping) -> list[str]:
-    shares = ("requested_capacity", "capacity", "requested_exit_rate", "exit_rate", "model_share")
-    lines = [f"work         {work_text(*map(row.get, shares))} of the base's work, head and routers included"]
+    lines = [f"work         {work_text(**row)} of the base's work, head and routers included"]
     return lines + ([f"note         {row['note']}"] if row["note"] else [])
-
-
-def grid_of(grains: Sequence[str], max_tokens: int, axes: Mapping) -> list[Point]:
-    """The points of a sweep over ``axes``, the arguments of `equal_work.grid`; `HatError` if there are none."""
-    points = [point for name in grains for point in grid(name, **axes, max_tokens=max_tokens)]
-    if not points:
-        raise HatError(
-            "nothing to measure at these settings: controls of routers need a capacity below 1 and exit rate 0, "
-            "random_exits and no_exits one above 0; static, uncorrected and no_exits the channel grain"
-        )
-    return points
 
 
 def on_grid(out: Path, checkpoints: Mapping, points: Sequence[Point], dtype: str | None) -> Iterator[str]:

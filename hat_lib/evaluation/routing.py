@@ -1,12 +1,9 @@
 """Routing patterns: which tokens get how much work, where in the model, and how hard they are.
 
-Means over a `hat_lib.evaluation.tokens.TokenTable`, each with a 95 % bootstrap interval over documents or runs of
-blocks (`hat_lib.evaluation.intervals`); what occurs in fewer than six blocks, or does not vary, has none (nan).
-Protected tokens run in full whatever a router says, so every table but `by_position` leaves them out. ``difference`` is
-relative to the mean of all unprotected tokens, and its interval resamples both together.
+Means over a `hat_lib.evaluation.tokens.TokenTable`, each with a 95 % interval (`hat_lib.evaluation.intervals`); what
+occurs in fewer than six blocks, or does not vary, has none (nan). Every table but `by_position` leaves protected tokens
+out. ``difference`` is from the mean of all unprotected tokens, and its interval resamples both together.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
@@ -15,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from hat_lib.config import HatError
-from hat_lib.evaluation.intervals import FEWEST, resample, tails, units
+from hat_lib.evaluation.intervals import interval, resample, units
 from hat_lib.evaluation.tokens import TokenTable
 from hat_lib.text.token_classes import CLASSES
 
@@ -45,10 +42,8 @@ def by_position(found: TokenTable) -> pd.DataFrame:
 
 
 def by_quantile(found: TokenTable, bins: int = 8) -> pd.DataFrame:
-    """Columns as in `by_class`, by surprisal and by entropy, of the token and of the next, in bins of equal size.
-
-    Before them ``quantity``, ``bin`` (from 0), and ``least``, ``median``, ``most`` of the quantity in the bin, in nats.
-    """
+    """Columns as in `by_class`, by surprisal and by entropy, of the token and of the next, in bins of equal size:
+    ``quantity``, ``bin`` (from 0), and ``least``, ``median``, ``most`` of the quantity in the bin, in nats."""
     parts = []
     for quantity in ("surprisal_of_token", "surprisal_of_next", "entropy_of_token", "entropy_of_next"):
         tokens = _free(found).dropna(subset=quantity)
@@ -61,8 +56,8 @@ def by_quantile(found: TokenTable, bins: int = 8) -> pd.DataFrame:
 
 
 def by_layer(found: TokenTable) -> pd.DataFrame:
-    """Executed share by layer and site (``site`` "all": the whole layer), among the tokens that entered the layer:
-    ``layer``, ``site``, ``tokens``, ``mean``, ``low``, ``high``."""
+    """Executed share of each ``layer`` and ``site`` ("all": the whole layer), among the tokens that entered it:
+    ``tokens``, ``mean``, ``low``, ``high``."""
     free = ~found.tokens["protected"].to_numpy()
     values = np.concatenate([found.site_share, found.share[:, None]], axis=1)[:, :, free].astype(float)
     table = means(values.reshape(-1, values.shape[-1]), *(found.tokens.loc[free, name] for name in ("block", "doc")))
@@ -71,12 +66,9 @@ def by_layer(found: TokenTable) -> pd.DataFrame:
 
 
 def correlations(found: TokenTable) -> pd.DataFrame:
-    """Spearman's rank correlation of a token's compute with the difficulty of the predictions and what skipping added.
-
-    Compute is ``share``, over the tokens that stayed, because the usual share differs from layer to layer, and, if
-    tokens leave, ``exit_layer``. Columns ``compute``, ``quantity``, ``of`` ("token" or "next"), ``rho`` (nan without
-    any variation), ``low``, ``high``, ``tokens``, ``blocks``.
-    """
+    """Spearman's rank correlation, ``rho``, of a token's ``compute`` with the difficulty of predictions and what
+    skipping added, ``quantity``, ``of`` the token or the next; with ``low``, ``high``, ``tokens``, ``blocks``. Compute
+    is ``share``, over the tokens that stayed, and, if some leave, ``exit_layer``."""
     free = _free(found)
     samples = {"share": free[~free["left"]]}
     if free["left"].any():
@@ -89,9 +81,8 @@ def correlations(found: TokenTable) -> pd.DataFrame:
         x, y, block = (pd.factorize(part[name], sort=True)[0] for name in (compute, f"{quantity}_of_{which}", "block"))
         n, drawn = block.max() + 1, units(part.groupby("block", sort=False)["doc"].first().to_numpy())
         rho = _spearman(x, y, np.ones(len(x), dtype=int))
-        drawn_rho = [[_spearman(x, y, weight[block])] for weight in resample(drawn, n, RESAMPLES)]
-        low, high = _interval(np.array(drawn_rho), [n], drawn.drawn / n)
-        rows.append((compute, quantity, which, rho, low[0], high[0], len(part), n))
+        drawn_rho = np.array([_spearman(x, y, weight[block]) for weight in resample(drawn, n, RESAMPLES)])
+        rows.append((compute, quantity, which, rho, *interval(drawn_rho, n, drawn.drawn), len(part), n))
     return pd.DataFrame(rows, columns=["compute", "quantity", "of", "rho", "low", "high", "tokens", "blocks"])
 
 
@@ -132,11 +123,7 @@ def _table(tokens: pd.DataFrame, codes: np.ndarray, keys: pd.DataFrame) -> pd.Da
 
 def means(values: np.ndarray, block: Sequence, document: Sequence) -> pd.DataFrame:
     """Means over the non-nan values of each row of ``values [M, N]``, and their differences from that of the first row,
-    with intervals.
-
-    Tokens of one ``block [N]`` are drawn together, and so are those of one ``document [N]``. ``blocks`` counts the
-    blocks behind a mean.
-    """
+    with intervals: tokens of one ``block [N]`` are drawn together, and blocks of one ``document [N]``."""
     block = np.asarray(block)
     by_block = pd.DataFrame(values.T).groupby(block, sort=False)
     sums, counts = by_block.sum().to_numpy(), by_block.count().to_numpy()  # [blocks, M]
@@ -147,22 +134,15 @@ def means(values: np.ndarray, block: Sequence, document: Sequence) -> pd.DataFra
     # Where all tokens have the same value (say, none of 20 left), resampling cannot tell how far off it might be.
     drawn[:, np.fmin.reduce(values, axis=1) == np.fmax.reduce(values, axis=1)] = np.nan
     blocks, share = (counts > 0).sum(0), found.drawn / len(sums)
+
+    def ends(drawn: np.ndarray) -> list[tuple[float, float]]:
+        return [interval(column, n, n * share) for column, n in zip(drawn.T, blocks, strict=True)]
+
     table = pd.DataFrame({"tokens": counts.sum(0), "blocks": blocks, "mean": mean})
-    table["low"], table["high"] = _interval(drawn, blocks, share)
+    table[["low", "high"]] = ends(drawn)
     table["difference"] = mean - mean[0]
-    table["difference_low"], table["difference_high"] = _interval(drawn - drawn[:, :1], blocks, share)
+    table[["difference_low", "difference_high"]] = ends(drawn - drawn[:, :1])
     return table
-
-
-def _interval(drawn: np.ndarray, blocks: Sequence[int], share: float) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of each column of ``[R, M]`` from so many blocks, each worth ``share`` of an independent unit; nan
-    below six blocks."""
-    ends = np.full((2, drawn.shape[1]), np.nan)
-    for column, n in enumerate(blocks):
-        known = drawn[~np.isnan(drawn[:, column]), column]
-        if n >= FEWEST and len(known):
-            ends[:, column] = np.quantile(known, tails(max(2, n * share)))
-    return ends[0], ends[1]
 
 
 def _spearman(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> float:

@@ -1,11 +1,8 @@
 """What each capacity costs on a text: ``sweep(hat, "addresses", capacities=(0.5, 0.75))``.
 
-The base is run once for all capacities, and every difference from it is paired: same tokens, same blocks. A policy of
-your own is measured beside random decisions at its work: ``sweep(hat, "addresses", policies={"mine": policy})``. For
-the other controls, several grains and stored results, see ``hat sweep``.
+A policy of your own is measured beside random decisions at its work: ``policies={"mine": policy}``. For the other
+controls, several grains and stored results, see ``hat sweep``.
 """
-
-from __future__ import annotations
 
 import math
 import warnings
@@ -17,10 +14,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from hat_lib.calibration.quantiles import block_tensors
 from hat_lib.config import WHY, HatError, check_capacity
 from hat_lib.evaluation.choices import Random
-from hat_lib.evaluation.controls import alone, matched, own_choice, realised_capacity
+from hat_lib.evaluation.controls import matched, own_choice, under, work_on
 from hat_lib.evaluation.intervals import FEWEST, NONE
 from hat_lib.evaluation.perplexity import columns, score_each
 from hat_lib.hat import HierarchicalTransformer
@@ -41,10 +37,9 @@ class Sweep:
 
     frame: pd.DataFrame = field(repr=False)
     """a row per capacity and policy: ``decides`` (what decides), ``capacity`` (requested; nan for a policy of your
-    own), ``realised``, ``exit_rate`` (realised), ``model_share`` (all work, head and routers included, / the base's),
-    ``perplexity``, ``increase`` (over the base's, less 1), ``increase_low``, ``increase_high`` (95 % paired bootstrap
-    interval; nan below six blocks), ``kl`` (base || adaptive, nats per token), ``top1`` (share of tokens for which both
-    have the same most likely next token)"""
+    own), ``realised``, ``exit_rate`` (realised), ``model_share`` (all work / the base's), ``perplexity``, ``increase``
+    (over the base's, less 1), ``increase_low``, ``increase_high`` (95 % paired interval; nan below six blocks), ``kl``
+    (base || adaptive, nats per token), ``top1`` (share of tokens with the base's most likely next token)"""
     heading: str  # base, text, and how much of it was measured
 
     def __str__(self) -> str:
@@ -74,16 +69,14 @@ def sweep(
     Args:
         text: a name as for `load_text` (a corpus, a file, a Hub dataset), a text itself (two words or more that are not
             a file's name), or a list of texts, of blocks of token ids or of rows of `load_text`.
-        policies: decisions of your own, by name. Each decides alone: no exits, no corrections, the head in full. After
-            it come ``random at NAME`` and, if ``hat`` is calibrated, ``method at NAME``: random decisions and the
-            method's own, just as alone, at the work of this policy on this text.
+        policies: decisions of your own, by name. Each decides alone: no exits, no corrections, the head in full. So do
+            ``random at NAME`` and, if ``hat`` is calibrated, ``method at NAME``, at the work of this policy.
         exit_rate: requested at each capacity; None means what ``hat`` is set to.
-        split: if ``text`` is a name; see `load_text`. None: see `default_split`.
-        max_tokens, block_size: how much of a text to measure, in blocks of how many tokens; given blocks are measured
-            as they are.
+        split: of a text that is named; see `load_text`. None: see `default_split`.
+        max_tokens, block_size: how much of a text to measure, in blocks of how many tokens.
 
-    Raises `HatError` for a bad argument, before anything is run, and inside ``hat.using(...)``, where the policy
-    decides whatever the capacity. Warns where nothing else can do the work of a policy.
+    Raises `HatError` for a bad argument before anything is run, and inside ``hat.using(...)``. Warns where nothing else
+    can do the work of a policy.
     """
     if hat.controlled:
         raise HatError("inside hat.using(...) no capacity is realised: leave it, and pass policies={name: policy}")
@@ -120,15 +113,16 @@ def _check(policies: object) -> None:
 
 def _beside(hat: HierarchicalTransformer, blocks: Sequence[Mapping], policies) -> Iterator[Setting]:
     """Each policy alone, and others at its work."""
-    texts, families = block_tensors(hat, blocks), {"random": Random}
+    families = {"random": Random}
     if hat.calibration is not None:
         families[METHOD] = own_choice(hat)
     for name, policy in policies.items():
-        capacity = realised_capacity(hat, policy, texts)
-        yield name, math.nan, alone(hat, policy)
+        around = under(hat, policy)
+        capacity = work_on(hat, blocks, around).shares[0]
+        yield name, math.nan, around
         for other, family in families.items():
             try:
-                yield f"{other} at {name}", capacity, alone(hat, matched(hat, family, blocks, capacity))
+                yield f"{other} at {name}", capacity, under(hat, matched(hat, family, blocks, capacity))
             except HatError as error:
                 warnings.warn(f"no row for {other} at the work of {name}, {capacity:.3f}: {error}", stacklevel=3)
 

@@ -3,14 +3,11 @@
     table = explain(hat, "The future of AI is")  # a notebook shows it as coloured text, `print` does so in a terminal
     table = token_table(hat, load_text("docstrings", hat.base.tokenizer))
 
-Either reads each block twice, as the base and as the adaptive model is set. Means with intervals over such a table:
-`hat_lib.evaluation.routing`. Two predictions meet at a token, so names end in the one they are about:
+Two predictions meet at a token, so names end in the one they are about:
 
     ..._of_token  this token, predicted at the position before it, so from what the previous token executed
     ..._of_next   the token after it, predicted from this one's own state: what its own work was spent on
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hat_lib.config import HatError, check_count, work_text
-from hat_lib.evaluation.perplexity import SLICE, kl
+from hat_lib.evaluation.perplexity import SLICE
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import WorkTally, state_cost
 from hat_lib.text.coloured import ansi, html, passages
@@ -31,8 +28,7 @@ from hat_lib.text.plain import check_whole
 from hat_lib.text.token_classes import classes, pieces
 
 LOSSES = ("surprisal", "entropy", "added_loss", "kl")
-"""per prediction, nats: the base's surprisal and entropy, how much more surprised the adaptive model is, and KL(base ||
-adaptive)"""
+"""in nats: the base's surprisal and entropy, how much more surprised the adaptive model is, KL(base || adaptive)"""
 LIKELIEST = 5  # next tokens that are kept of each prediction
 
 
@@ -42,17 +38,15 @@ class TokenTable:
 
     tokens: pd.DataFrame = field(repr=False)
     """a row per token: ``doc``, ``block`` (rank in the dataset), ``position`` (in its block, from 0), ``id``, ``text``,
-    ``class`` (see `token_classes.CLASSES`), ``protected``, ``share`` (executed share, mean over the layers it
-    entered), ``model_share`` (all its work / the base's), ``exit_layer`` (layers it entered), ``left`` (before
-    the last layer), and `LOSSES`, each ``_of_token`` (nan at the beginning of a text) and ``_of_next`` (nan at the end
-    of a block)"""
+    ``class`` (see `token_classes.CLASSES`), ``protected``, ``share`` (executed share, mean over the layers it entered),
+    ``model_share`` (all its work / the base's), ``exit_layer`` (layers it entered), ``left`` (before the last layer),
+    and `LOSSES`, each ``_of_token`` (nan at the start of a text) and ``_of_next`` (nan at the end of a block)"""
     share: np.ndarray = field(repr=False)  # of each layer, fp32 ``[L, N]``; nan in layers the token did not enter
     site_share: np.ndarray = field(repr=False)  # the same for each site, ``[L, S, N]``
     sites: tuple[str, ...]
     requested_capacity: float
     requested_exit_rate: float
-    # Realised, over these tokens; see `hat_lib.method.cost.WorkTally`.
-    capacity: float
+    capacity: float  # realised over these tokens, like the next three
     exit_rate: float
     model_share: float
     layer_capacity: float
@@ -63,9 +57,7 @@ class TokenTable:
     @property
     def work(self) -> str:
         """Capacity and exit rate, requested and realised, in words."""
-        return work_text(
-            self.requested_capacity, self.capacity, self.requested_exit_rate, self.exit_rate, self.model_share
-        )
+        return work_text(**vars(self))
 
     def _repr_html_(self) -> str:
         return html(*passages(self.tokens, "model_share"), **self._scale())
@@ -83,10 +75,8 @@ class TokenTable:
 
 @torch.no_grad()
 def explain(hat: HierarchicalTransformer, prompt: str, *, max_new_tokens: int = 0) -> TokenTable:
-    """The table of a prompt and of its greedy continuation, for ``hat`` as it is set.
-
-    Raises `HatError` for an empty prompt, or if prompt and continuation exceed the base's context.
-    """
+    """The table of a prompt and of its greedy continuation, for ``hat`` as it is set; `HatError` if they are empty or
+    exceed the base's context."""
     check_count("max_new_tokens", max_new_tokens, 0)
     ids = torch.tensor([prompt_ids(hat, prompt)], device=hat.base.device)
     context = hat.lm.config.max_position_embeddings
@@ -114,11 +104,7 @@ def prompt_blocks(tokenizer, prompts: Mapping[str, str]) -> list[dict]:
 
 @torch.no_grad()
 def token_table(
-    hat: HierarchicalTransformer,
-    blocks: Sequence[Mapping],
-    *,
-    base_states: dict[int, Tensor] | None = None,
-    progress: bool = True,
+    hat: HierarchicalTransformer, blocks: Sequence[Mapping], *, base_states: dict | None = None, progress: bool = True
 ) -> TokenTable:
     """Read each block, a row of `load_text` or `prompt_blocks`, with the base and with ``hat`` as it is set.
 
@@ -133,7 +119,7 @@ def token_table(
     special, spent = set(hat.base.tokenizer.all_special_ids), WorkTally(hat)
     frames, arrays, base_states = [], [], {} if base_states is None else base_states
     for number, row in enumerate(tqdm(blocks, desc="tokens", disable=not progress)):
-        ids, n_context, texts = row["input_ids"], row["n_context"], pieces(hat.base.tokenizer, row["input_ids"])
+        ids, n_context = row["input_ids"], row["n_context"]
         if number not in base_states:
             with hat.dense():
                 base_states[number] = _final_states(hat, ids)
@@ -141,19 +127,13 @@ def token_table(
         # Now the trace, of the second of these forwards, also holds what the head read.
         trace, cost = hat.trace, state_cost(hat, hat.trace)
         exit_layer, share = trace.exit_layer[0].long().cpu().numpy(), trace.share[:, 0]
-        columns = {
-            "doc": row["doc"],
-            "block": number,
-            "position": range(len(ids)),
-            "id": ids,
-            "text": texts,
-            "class": classes(texts, [i in special for i in ids]),
-            "protected": trace.protected[0].cpu().numpy(),
-            "share": share.double().sum(0).cpu().numpy() / exit_layer,
-            "model_share": (cost.executed / cost.dense)[0].numpy(),
-            "exit_layer": exit_layer,
-            "left": exit_layer < trace.n_layers,
-        }
+        texts = pieces(hat.base.tokenizer, ids)
+        columns = {"doc": row["doc"], "block": number, "position": range(len(ids)), "id": ids, "text": texts}
+        columns["class"] = classes(texts, [i in special for i in ids])
+        columns["protected"] = trace.protected[0].cpu().numpy()
+        columns["share"] = share.double().sum(0).cpu().numpy() / exit_layer
+        columns["model_share"] = (cost.executed / cost.dense)[0].numpy()
+        columns |= {"exit_layer": exit_layer, "left": exit_layer < trace.n_layers}
         frames.append(pd.DataFrame(columns | losses).iloc[n_context:])
         shares = torch.cat([trace.site_share[:, :, 0].mT, share[..., None]], dim=2).cpu().numpy()
         shares[np.arange(len(shares))[:, None] >= exit_layer] = np.nan  # layers that a token did not enter
@@ -161,18 +141,9 @@ def token_table(
         trace.real[:, :n_context] = False  # counted in the block before
         spent.add(trace)
     share, next_ids, next_p = (np.concatenate(part, axis=1) for part in zip(*arrays, strict=True))
-    return TokenTable(
-        pd.concat(frames, ignore_index=True),
-        share[:, :, -1],
-        np.moveaxis(share[:, :, :-1], 2, 1),
-        tuple(hat.grain.sites),
-        hat.capacity,
-        hat.exit_rate,
-        *spent.shares,
-        spent.layer_capacity,
-        next_ids,
-        next_p,
-    )
+    tokens, site_share = pd.concat(frames, ignore_index=True), np.moveaxis(share[:, :, :-1], 2, 1)
+    settings = tuple(hat.grain.sites), hat.capacity, hat.exit_rate, *spent.shares, spent.layer_capacity
+    return TokenTable(tokens, share[:, :, -1], site_share, *settings, next_ids, next_p)
 
 
 def _final_states(hat: HierarchicalTransformer, ids: Sequence[int]) -> Tensor:
@@ -191,7 +162,8 @@ def _predictions(hat, base: Tensor, ours: Tensor, ids: Sequence[int]) -> tuple[d
         q = F.log_softmax(hat.logits(others).float(), dim=-1)
         surprisal, hat_surprisal = (-r.gather(1, after[:, None])[:, 0] for r in (p, q))
         entropy = torch.special.entr(p.exp()).sum(-1)
-        losses.append(torch.stack([surprisal, entropy, hat_surprisal - surprisal, kl(p, q)]))
+        kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+        losses.append(torch.stack([surprisal, entropy, hat_surprisal - surprisal, kl]))
         best.append(torch.stack([p, q]).topk(LIKELIEST))
     columns = {}
     for name, of_next in zip(LOSSES, torch.cat(losses, dim=1).double().cpu().numpy(), strict=True):

@@ -26,8 +26,9 @@ from hat_lib.evaluation.controls import (
     exit_shares,
     layer_damage,
     matched,
-    realised_capacity,
     static_choice,
+    under,
+    work_on,
 )
 from hat_lib.method.trace import Masks, Trace
 
@@ -94,10 +95,8 @@ class TestEveryControl:
         if hat.config.granularity == "token" and name == "cosine":
             capacity = max(capacity, 0.8)  # three of four layers always run
         policy = control(hat, name, capacity)
-        texts = [torch.tensor([b]) for b in blocks()]
-        assert abs(realised_capacity(hat, policy, texts) - capacity) <= 0.003
-        fresh = [torch.tensor([b]) for b in blocks(seed=5)]
-        assert abs(realised_capacity(hat, policy, fresh) - capacity) <= 0.03
+        for text, error in ((blocks(), 0.003), (blocks(seed=5), 0.03)):
+            assert abs(work_on(hat, text, under(hat, policy)).shares[0] - capacity) <= error
 
     def test_protected_tokens_run_in_full(self, hat, policy):
         with hat.using(policy):

@@ -103,7 +103,7 @@ def test_a_control_out_of_reach_costs_no_other_row(pair, tmp_path, monkeypatch):
 
 
 def test_a_grid_has_each_point_where_it_means_something():
-    found = grid("channel", capacities=[1.0, 0.5], exit_rates=[0.0, 0.2], seeds=[0, 1], texts=["a"])
+    found = grid(["channel"], capacities=[1.0, 0.5], exit_rates=[0.0, 0.2], seeds=[0, 1], texts=["a"])
     assert len(set(found)) == len(found)
     trained = [(p.capacity, p.exit_rate) for p in found if p.variant == "trained"]
     assert trained == [(1.0, 0.0), (1.0, 0.2), (0.5, 0.0), (0.5, 0.2)]
@@ -113,7 +113,7 @@ def test_a_grid_has_each_point_where_it_means_something():
     assert {p.exit_rate for p in found if p.variant == "random_exits"} == {0.2}
     for bad in ({"capacities": [0.05]}, {"exit_rates": [1.5]}, {"variants": ["lucky"]}):
         with pytest.raises(HatError):
-            grid("channel", **{"capacities": [0.5], **bad})
+            grid(["channel"], **{"capacities": [0.5], **bad})
 
 
 def test_prices_of_the_committed_checkpoints_are_those_of_the_results():
