@@ -14,15 +14,18 @@ from hat_lib.config import HatError
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.text.blocks import count_tokens, spread
 
-# Fewest tokens to calibrate or match a control on.
 LEAST_TOKENS = 256
-# Tokens on which a setting is run to see what it realises: a mean over all sites and tokens needs few.
+"""fewest tokens to calibrate or match a control on"""
 CHECK_TOKENS = 4096
-# Of these, at most this many in one forward: the overhead of a short block costs as much as its work.
+"""tokens on which a setting is run to see what it realises: a mean over all sites and tokens needs few"""
 BATCH_TOKENS = 1024
+"""most of these in one forward: the overhead of a short block costs as much as its work"""
 QUANTILES = 65
-# Scores kept per site, drawn at random from all tokens and channels; enough for an error well under a thousandth.
 SAMPLES = 200_000
+"""scores kept per site, drawn at random from all tokens and channels: for an error well under a thousandth"""
+
+SiteThresholds = dict[tuple[int, str], float]
+"""score thresholds by (layer, site); at (layer, "token"), the strength of token sensitivity"""
 
 
 def held_out_parts(hat, blocks: Iterable[list[int]]) -> tuple[list[Tensor], list[Tensor]]:
@@ -74,7 +77,7 @@ class ScoreQuantiles(NamedTuple):
         table = self.tables[key]
         return float(np.interp(1 - share, np.linspace(0, 1, len(table)), table))
 
-    def thresholds(self, share: float) -> dict[tuple[int, str], float]:
+    def thresholds(self, share: float) -> SiteThresholds:
         """Thresholds that keep the same share at every site."""
         return {key: self.threshold(key, share) for key in self.tables}
 
