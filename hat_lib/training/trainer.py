@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from hat_lib.base.load import first_line
 from hat_lib.config import HatError, replaced
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.training.log import Log, extend_curve
-from hat_lib.training.objective import Objective, Thresholds
+from hat_lib.training.objective import Objective, ThresholdsAt
 from hat_lib.training.recipe import Recipe
 
 STATE_FILE = "state.pt"
@@ -46,7 +47,7 @@ class Outcome:
     seconds: float
     stopped: str
     """"time", "interrupt", "terminate", or empty if it ran to the end"""
-    thresholds: Thresholds = field(repr=False)
+    thresholds: ThresholdsAt = field(repr=False)
     """those that the routers were trained at in the end, their learned split included"""
 
     @property
@@ -59,7 +60,7 @@ def train_phase(
     blocks: Dataset,
     recipe: Recipe,
     phase: str,
-    thresholds: Thresholds,
+    thresholds: ThresholdsAt,
     folder: Path,
     *,
     resume: bool = False,
@@ -86,7 +87,8 @@ def train_phase(
     """
     processes, began = PartialState(cpu=not torch.cuda.is_available()), time.monotonic()
     main, state = processes.is_main_process, folder / "work" / phase / STATE_FILE
-    objective = Objective(hat, recipe, phase, thresholds).train()
+    objective, device = Objective(hat, recipe, phase, thresholds), hat.base.device
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=hat.base.dtype == torch.bfloat16)
     per_step = recipe.accumulate * processes.num_processes
     epochs = recipe.router_epochs if phase == "routers" else recipe.exit_epochs
     steps = max_steps if max_steps > 0 else math.ceil(epochs * steps_per_epoch(len(blocks), recipe, per_step))
@@ -98,12 +100,12 @@ def train_phase(
     processes.wait_for_everyone()
     if main and not start:
         state.unlink(missing_ok=True)
-    log = Log(folder / "log.csv", objective, start, steps) if main else None
+    log, done, tokens = Log(folder / "log.csv", objective, start, steps) if main else None, [], 0
 
     def measure(step: int) -> None:
         if main and validation is not None and phase == "routers":
-            tokens = step * recipe.batch_size * per_step * recipe.block_size
-            extend_curve(folder / "validation.csv", hat, validation, objective.thresholds, step, tokens)
+            trained_on = step * recipe.batch_size * per_step * recipe.block_size
+            extend_curve(folder / "validation.csv", hat, validation, objective.thresholds, step, trained_on)
 
     stops, step = Stops(max_minutes), start
     bar = tqdm(total=steps, initial=start, desc=phase, unit="step", disable=not progress)
@@ -116,10 +118,14 @@ def train_phase(
                     watch(False)
                 micro_batches = step_rows(len(blocks), recipe, per_step, step)
                 for rows in micro_batches[processes.process_index :: processes.num_processes]:
-                    batch = collate([blocks[i] for i in rows], hat.base.device)
-                    out = _backward(objective, batch, step, steps)
-                    if log:
-                        log.add(out, int(batch["attention_mask"].sum()))
+                    batch = collate([blocks[i] for i in rows], device)
+                    with autocast():
+                        out = objective(**batch, step=step, steps=steps)
+                    if not torch.isfinite(out["loss"]):
+                        raise HatError(f"training stopped in step {step + 1}: the loss is {out['loss'].item()}")
+                    (out["loss"] / recipe.accumulate).backward()
+                    done.append(out | {"loss": out["loss"].detach()})
+                    tokens += int(batch["attention_mask"].sum())
                 for parameter in objective.parameters():  # the same ones have a gradient in every process
                     if parameter.grad is not None:
                         parameter.grad = reduce(parameter.grad)
@@ -128,8 +134,11 @@ def train_phase(
                 schedule.step()
                 optimizer.zero_grad()
                 step += 1
-                if log and (step == 1 or step % recipe.log_steps == 0):
-                    bar.set_description(f"{phase}, loss {log.write(step, norm, used_rate):.4g}")
+                if step == 1 or step % recipe.log_steps == 0:
+                    if log:
+                        loss = log.write(step, done, tokens, norm, used_rate)
+                        bar.set_description(f"{phase}, loss {loss:.4g}")
+                    done, tokens = [], 0
                 stops.check(step == steps)
                 if main and (stops.reason or step % recipe.save_steps == 0 or step == steps):
                     _save(state, step, objective, optimizer)
@@ -138,7 +147,6 @@ def train_phase(
             stops.check(True)  # a Ctrl-C while the last step was being saved
     finally:
         bar.close()
-        hat.eval()
         for parameter in hat.hat_parameters().values():
             parameter.requires_grad_(True)
     if watch and main:
@@ -186,17 +194,6 @@ class Stops:
         self.reason = max(gather_object([reason]), key=self.REASONS.index)
 
 
-def _backward(objective: Objective, batch: dict, step: int, steps: int) -> dict:
-    """Add the gradient of one of a step's micro-batches; returns its loss and metrics."""
-    bf16 = objective.hat.base.dtype == torch.bfloat16
-    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=bf16):
-        out = objective(**batch, step=step, steps=steps)
-    if not torch.isfinite(out["loss"]):
-        raise HatError(f"training stopped in step {step + 1}: the loss is {out['loss'].item()}")
-    (out["loss"] / objective.recipe.accumulate).backward()
-    return out
-
-
 def steps_per_epoch(n_rows: int, recipe: Recipe, per_step: int) -> int:
     """Steps of ``per_step`` micro-batches that an epoch takes."""
     return math.ceil(math.ceil(n_rows / recipe.batch_size) / per_step)
@@ -241,17 +238,13 @@ def _clip(objective: Objective, step: int) -> float:
     return norm
 
 
-def _trained(objective: Objective) -> dict[str, Tensor]:
-    """The parameters that this phase trains, a learned split among them."""
-    return {name: parameter.detach() for name, parameter in objective.named_parameters() if parameter.requires_grad}
-
-
 def _save(path: Path, step: int, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
-    """Write what `_load` needs, in place of an older state once it is whole."""
-    state = {"step": step, "trained": _trained(objective), "optimizer": optimizer.state_dict()}
+    """Write what `_load` needs, in place of an older state once it is whole. Of the parameters, those that this phase
+    trains, a learned split among them."""
+    trained = {name: parameter.detach() for name, parameter in objective.named_parameters() if parameter.requires_grad}
     try:
         with replaced(path) as written:
-            torch.save(state, written)
+            torch.save({"step": step, "trained": trained, "optimizer": optimizer.state_dict()}, written)
     except (OSError, RuntimeError) as error:  # RuntimeError is how torch reports a full disk
         raise HatError(f"cannot write {path}: {first_line(error)}") from error
 
@@ -259,7 +252,6 @@ def _save(path: Path, step: int, objective: Objective, optimizer: torch.optim.Op
 def _load(path: Path, objective: Objective, optimizer: torch.optim.Optimizer) -> int:
     """Continue from a state; returns its step."""
     state = torch.load(path, weights_only=True, map_location="cpu")
-    for name, parameter in _trained(objective).items():
-        parameter.copy_(state["trained"][name])
+    objective.load_state_dict(state["trained"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
