@@ -1,14 +1,9 @@
 """Calibrate on held-out text: the table that turns a capacity into thresholds.
 
-For a ladder of budgets, `calibrate` sets thresholds, runs text, and notes the capacity and shares that come out. How a
-budget is split over layers and sites is the ``split``:
-
-    damage    (default, no training) the least damage, by prices in KL (`hat_lib.calibration.budget`)
-    uniform   every site keeps the same share
-    learned   the thresholds that the routers were trained with (`calibrate_learned`)
-
-At the channel grain, an earlier pass measures how sensitive each token is (`hat_lib.calibration.token_sensitivity`),
-and the head is one more site.
+For a ladder of budgets, `calibrate` sets thresholds, runs text, and notes the capacity and shares that come out. A
+budget is split over layers and sites with the least damage, by prices in KL (`hat_lib.calibration.budget`); evenly; or
+as the routers were trained (`calibrate_learned`). At the channel grain, an earlier pass measures how sensitive each
+token is (`hat_lib.calibration.token_sensitivity`), and the head is one more site.
 """
 
 import sys
@@ -78,8 +73,8 @@ def calibrate(
     """Measure ``hat`` on ``blocks`` of token ids, without training; sets and returns its calibration.
 
     Args:
-        blocks: token-id lists from held-out text; about a fourth of it serves only the table of capacities.
-        split: "damage" or "uniform", as above.
+        blocks: from held-out text; about a fourth of it serves only the table of capacities.
+        split: of a budget: "damage", the least; or "uniform", every site keeps the same share.
         token_sensitivity: channel grain: measure which tokens lose more by skipping; otherwise all are treated alike.
         head: channel grain: the head skips, too; otherwise it is read in full, and is not part of a capacity.
         probe_tokens: how many of the other tokens the backward pass sees, in whole blocks.
@@ -112,10 +107,9 @@ def calibrate(
     head_work = hat.head_work if points else 0.0
     whole, rows = work.sum() + head_work, []
     for budget in BUDGETS:
+        shares, point = np.full_like(work, budget), between(points, budget) if points else None
         if split == "damage":
             shares, point = allocate(curves, work / whole, budget, points, head_work / whole)
-        else:
-            shares, point = np.full_like(work, budget), between(points, budget) if points else None
         strength, thresholds = sensitivity_strength(budget), {}
         for i, site in quantiles.tables:
             sensitive, same = (q.threshold((i, site), shares[i, sites.index(site)]) for q in (quantiles, alike))
@@ -206,24 +200,22 @@ def fit_token_routers(hat: HierarchicalTransformer, blocks, progress: bool = Tru
     published method trains them from scratch; this gives an untrained calibration something to rank by."""
     if any(router.weight.any() for router in hat.routers.values()):
         return
-    rows: dict[str, list[tuple[Tensor, Tensor]]] = {}  # inputs and log norms of the outputs
+    inputs, norms = {name: [] for name in hat.routers}, {name: [] for name in hat.routers}
 
     def see(layer: int, site: str, x: Tensor, out: Tensor) -> None:
-        x, out = x.flatten(0, -2).float(), out.flatten(0, -2).float()
-        rows.setdefault(f"{layer}_{site}", []).append((x, out.norm(dim=-1).clamp(min=1e-6).log()))
+        inputs[f"{layer}_{site}"].append(x.flatten(0, -2).float())
+        norms[f"{layer}_{site}"].append(out.flatten(0, -2).float().norm(dim=-1).clamp(min=1e-6).log())
 
     with hat.dense(), hat.watching(see):
         list(forwards(hat, blocks, "token routers", progress))
-    for name, pairs in rows.items():
-        x, y = torch.cat([a for a, _ in pairs]).double(), torch.cat([b for _, b in pairs]).double()
-        mean_x, mean_y = x.mean(0), y.mean()
-        centred = x - mean_x
+    for name, router in hat.routers.items():
+        x, y = torch.cat(inputs[name]).double(), torch.cat(norms[name]).double()
+        centred = x - x.mean(0)
         gram = centred.T @ centred
-        ridge = 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        weight = torch.linalg.solve(gram + ridge, centred.T @ (y - mean_y))
-        with torch.no_grad():
-            hat.routers[name].weight.copy_(weight)
-            hat.routers[name].bias.copy_(mean_y - mean_x @ weight)
+        gram.diagonal().add_(0.01 * gram.diagonal().mean())
+        weight = torch.linalg.solve(gram, centred.T @ (y - y.mean()))
+        router.weight.copy_(weight)
+        router.bias.copy_(y.mean() - x.mean(0) @ weight)
 
 
 def _rounded(table: np.ndarray) -> list:

@@ -1,10 +1,10 @@
 """Calibrate exits: the table that turns an exit rate, at a capacity, into one threshold per gate.
 
-A gate scores whether the token read here is the base's. On held-out text, its score is mapped to how often that was
-true (a logistic map per gate: Platt 1999), which makes the gates comparable. All of them then share one bar: a token
-leaves at the first exit whose chance of agreeing with the base is above it. The rate that a bar realises, and how
-often those that left agree, is measured on other blocks, with exits on, because tokens that left change the keys and
-values that later tokens see. Skipped work changes what a gate reads, so all of this is done at several capacities.
+A gate scores whether the token read here is the base's. On held-out text, a logistic map per gate (Platt 1999) turns
+its score into how often that was true, which makes the gates comparable: a token leaves at the first exit whose chance
+is above one bar for all. The rate that a bar realises, and how often those that left agree, is measured on other
+blocks, with exits on, because tokens that left change the keys and values that later tokens see. Skipped work changes
+what a gate reads, so all of this is done at several capacities.
 """
 
 from collections.abc import Iterable, Sequence

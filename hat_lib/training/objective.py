@@ -4,15 +4,14 @@ routers   KL(base || routed) on the same tokens, at a capacity sampled for this 
           grain, the regularisers. Gates are off.
 exit      routers are frozen and decide as in use. At each exit depth some tokens are translated and read by the base's
           norm and head: translators learn from the KL, gates from whether the exit's next token is the base's. The
-          published method also samples whole decisions and penalises those that let a token leave where it is wrong,
-          and the distance from a budget of exits.
+          published method also penalises sampled decisions to leave where it is wrong, and too many or few of them.
 
 No labels are used: a language-modelling loss would lower perplexity by learning the corpus, hiding what skipping costs.
 All randomness is a function of (seed, step, sample): two processes, or a resumed run, do what one process does.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -38,9 +37,9 @@ class BudgetSplit(nn.Module):
     """The split of a budget over layers and sites, learned: offsets of the log-scores, fp32 ``[K, L, S]``, 0 untrained.
 
     Calibration prices each site on its own, close to the dense model. Where half of the work is skipped the damage adds
-    up differently, and another split of the same budget costs a third less KL (docs/experiments/learned-split.md). The
-    K knots are capacities; between them offsets follow a straight line, below the first they stay, and from `UNTIL` on
-    they are 0, because there the prices are right. After training they are part of the table of thresholds.
+    up differently, and another split of the same budget costs a third less KL (docs/experiments/learned-split.md).
+    Between the K knots offsets follow a straight line, below the first they stay, and from `UNTIL` on they are 0,
+    because there the prices are right. After training they are part of the table of thresholds.
     """
 
     def __init__(self, n_layers: int, sites: tuple[str, ...]):
@@ -196,20 +195,17 @@ class Objective(nn.Module):
         drawn = np.stack([np.random.default_rng([*key, 2]).random(len(chance)) for key in keys], 1)
         return torch.from_numpy(drawn < chance[:, None])
 
-    @contextmanager
-    def _without(self, dropped: Tensor) -> Iterator[None]:
+    def _without(self, dropped: Tensor) -> ExitStack:
         """Context: a layer gives back its input for each sequence that goes without it."""
 
         def undo(sequences: Tensor, layer: nn.Module, args: tuple, out: Tensor) -> Tensor:
             return torch.where(sequences[:, None, None].to(out.device), args[0].to(out.device), out)
 
-        layers = zip(self.hat.lm.model.layers, dropped, strict=True)
-        hooks = [layer.register_forward_hook(partial(undo, of_layer)) for layer, of_layer in layers if of_layer.any()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        hooks = ExitStack()
+        for layer, sequences in zip(self.hat.lm.model.layers, dropped, strict=True):
+            if sequences.any():
+                hooks.enter_context(layer.register_forward_hook(partial(undo, sequences)))
+        return hooks
 
     def _exits(self, batch, teacher, capacity, keys, step, steps) -> tuple[Tensor, dict]:
         hat, recipe, head, norm = self.hat, self.recipe, self.hat.lm.lm_head, self.hat.lm.model.norm

@@ -1,9 +1,6 @@
-"""Recipe: everything a training run is made of, except the model and the text's tokens.
-
-`Recipe.channel` and `Recipe.token` are ours, one per grain, as measured (docs/experiments); `Recipe.published` has the
-published method's hyperparameters, for the token grain. Each has two profiles: ``quick`` (two CPU cores, a few minutes)
-and ``full`` (as for the reference checkpoints).
-"""
+"""Recipe: everything a training run is made of, except the model and the text's tokens. Ours, one per grain, are as
+measured (docs/experiments). Each has two profiles: ``quick`` (two CPU cores, a few minutes) and ``full`` (as for the
+reference checkpoints)."""
 
 import math
 from dataclasses import dataclass, fields
@@ -21,8 +18,7 @@ TOKEN = {
     "tokens": 65_536, "router_epochs": 4, "router_lr": 2e-2, "exit_lr": 2e-3, "capacity": 0.7, "spread": 0.3,
     "anneal": 0.0, "budget_weight": 10.0, "decision_weight": 0.0, "layer_dropout": 0.0,
 }  # fmt: skip
-# No noise, no regularisers, gates trained on targets alone; many kinds of text, capacities low enough that corrections
-# matter.
+# No noise, no regularisers, gates trained on targets alone; capacities low enough that corrections matter.
 CHANNEL = {
     "text": "addresses+openings", "tokens": 196_608, "batch_size": 2, "router_epochs": 2.6, "router_lr": 3e-3,
     "correction_lr": 1.5e-3, "split_lr": 1e-2, "exit_epochs": 0.65, "exit_lr": 2e-3, "capacity": 0.55, "spread": 0.2,
@@ -46,9 +42,9 @@ class Recipe:
     """Hyperparameters of both phases; the defaults are the published method's."""
 
     text: str = "addresses+self"
-    """sources of `hat_lib.text.mixture`, joined by +"""
+    """sources of `hat_lib.text.mixture`, joined by +, which share the tokens evenly"""
     tokens: int = 131_072
-    """tokens per epoch, split evenly between the sources"""
+    """per epoch"""
     block_size: int = 512
     validation: str = ""
     """text whose validation split gives a learning curve (`hat_lib.training.log`); none by default"""
@@ -60,9 +56,8 @@ class Recipe:
     router_epochs: float = 3
     router_lr: float = 1e-3
     correction_lr: float = 1e-3
-    """of the corrections, which train together with the routers"""
     split_lr: float = 0.0
-    """of the split of the budget (channel grain), which trains together with the routers; 0 leaves it as calibrated"""
+    """of the split of the budget (channel grain); like corrections, it trains with the routers; 0: as calibrated"""
     exit_epochs: float = 2
     exit_lr: float = 5e-4
     capacity: float = 0.55
@@ -115,13 +110,13 @@ class Recipe:
             raise HatError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
         if name == "published" and granularity != "token":
             raise HatError("the published recipe trains the token grain: add --granularity token")
-        start = {} if name == "published" else TOKEN if granularity == "token" else CHANNEL
         if profile not in PROFILES:
             raise HatError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(changes) - set(known)):
             raise HatError(f"a recipe has no {unknown[0]!r}; it has {', '.join(known)}")
-        return cls(**start | PROFILES[profile] | changes)
+        ours = TOKEN if granularity == "token" else CHANNEL
+        return cls(**({} if name == "published" else ours) | PROFILES[profile] | changes)
 
     @classmethod
     def published(cls, profile: str = "full", **changes) -> Self:

@@ -1,9 +1,9 @@
 """One phase of training: data, loss, backward, AdamW along a cosine, and checkpoints to resume from. A time limit,
 Ctrl-C, SIGTERM (what a cluster sends before it kills) and a number that is not finite stop it without losing work.
 
-The order of the blocks, and all that is random, is a function of (seed, step). So what a run needs to go on is the
-trained parameters, the optimizer's state and the number of the step, and processes under `torchrun` share the
-micro-batches that one process would take with gradient accumulation.
+The order of the blocks, and all that is random, is a function of (seed, step). So a run goes on from the trained
+parameters, the optimizer's state and the number of the step, and processes under `torchrun` share the micro-batches
+that one would take with gradient accumulation.
 """
 
 import math
@@ -168,8 +168,7 @@ class Stops:
         """The first signal ends training after the current step; a later Ctrl-C ends it now."""
         if not self.asked:
             self.asked, self.since = self.SIGNALS[number], time.monotonic()
-        # Within a second, it is torchrun passing on what the terminal has already sent.
-        elif number == signal.SIGINT and time.monotonic() - self.since > 1:
+        elif number == signal.SIGINT and time.monotonic() - self.since > 1:  # before, torchrun may have passed it on
             raise KeyboardInterrupt
 
     @contextmanager
