@@ -22,29 +22,21 @@ from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.head import likely
 from hat_lib.text.blocks import evenly
 
-PROBE_SHARES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75)
-"""where damage is priced"""
-FITTED = slice(-3, None)
-"""those of them that ``k (1 - s)^p`` is fitted to"""
-EXPONENT_RANGE = (2.0, 6.0)
-"""of p: a steeper or flatter law is noise, and the form itself is quadratic"""
-FLOOR, STEP = 0.05, 0.01
-"""least share of a site, as nothing is ever switched off entirely, and the steps in which shares rise from there"""
-SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.55)
-MARGINS = (7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 15.0)
+PROBE_SHARES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75)  # where damage is priced
+FITTED = slice(-3, None)  # those of them that ``k (1 - s)^p`` is fitted to
+EXPONENT_RANGE = (2.0, 6.0)  # of p: a steeper or flatter law is noise, and the form itself is quadratic
+FLOOR, STEP = 0.05, 0.01  # least share of a site, so that none is ever switched off, and the steps in which shares rise
+SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.55)  # of channels in the preview of the head, and
+MARGINS = (7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 15.0)  # in nats, that are tried on so many tokens
 HEAD_TOKENS = 1024
-"""what is tried for the head: shares of channels in the preview and margins in nats, on so many tokens"""
-SLICE = 128
-"""rows of logits held at once"""
+SLICE = 128  # rows of logits held at once
 
 
 class HeadPoint(NamedTuple):
     """A way to run the head."""
 
-    share: float
-    """of its work, shortlist included"""
-    kl: float
-    """nats per token"""
+    share: float  # of its work, shortlist included
+    kl: float  # nats per token
     threshold: float
     margin: float
 

@@ -19,7 +19,13 @@ from tqdm.auto import tqdm
 from hat_lib.base.load import Base
 from hat_lib.calibration.budget import allocate, between, damage_curves, head_points, site_damage
 from hat_lib.calibration.quantiles import (
-    LEAST_TOKENS, SiteThresholds, block_tensors, check_batches, forwards, held_out_parts, score_quantiles,
+    LEAST_TOKENS,
+    SiteThresholds,
+    block_tensors,
+    check_batches,
+    forwards,
+    held_out_parts,
+    score_quantiles,
 )  # fmt: skip
 from hat_lib.calibration.token_sensitivity import SHARE, TOKENS, fit_token_sensitivity, sensitivity_strength
 from hat_lib.config import HatError
@@ -31,8 +37,7 @@ from hat_lib.text.blocks import count_tokens, held_out, load_text, spread, text_
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 SPLITS = ("damage", "uniform")
 
-Head = tuple[float, float, float] | None
-"""threshold, margin and expected share of the head; None reads it in full"""
+Head = tuple[float, float, float] | None  # threshold, margin and expected share of the head; None reads it in full
 
 
 def calibrate_on(

@@ -26,8 +26,7 @@ from hat_lib.text.blocks import count_tokens
 CAPACITIES = (0.4, 0.55, 0.75, 1.0)
 RATES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 """the last two lie close together, because interpolating between them is a jump"""
-CERTAIN = 1e6
-"""thresholds beyond this are certain decisions; JSON has no infinity"""
+CERTAIN = 1e6  # thresholds beyond this are certain decisions; JSON has no infinity
 
 
 @torch.no_grad()
@@ -61,11 +60,19 @@ def calibrate_exits(
 
 def _at_one_capacity(hat, fit: list[tuple[Tensor, Tensor]], check: list[tuple[Tensor, Tensor]]) -> tuple:
     """Realised rates ``[R]``, thresholds ``[R, E]``, and how often those that left agreed with the base ``[R - 1]``."""
-    scores, agreed = _scores(hat, fit)
-    maps = [_logistic(s, a) for s, a in zip(scores.T, agreed.T, strict=True)]
-    chance = np.stack([expit(a * s + b) for (a, b), s in zip(maps, scores.T, strict=True)], 1)
+    head, norm, seen = hat.lm.lm_head, hat.lm.model.norm, {depth: [] for depth in hat.gates}
+    for block, base in fit:
+        hidden = hat.lm.model(block, use_cache=False, output_hidden_states=True).hidden_states
+        may = (hat.trace.real & ~hat.trace.protected)[0]  # leave
+        for depth, gate in hat.gates.items():
+            h = hidden[int(depth)][0]
+            right = head(norm(gate.translate(h))).argmax(-1) == base[0]
+            seen[depth].append(torch.stack([gate.score(h), right])[:, may])
+    scores = [torch.cat(parts, 1).cpu().numpy() for parts in seen.values()]  # [2, n]: a gate's, and whether it is right
+    maps = [_logistic(score, right) for score, right in scores]
+    chances = [expit(a * score + b) for (a, b), (score, _) in zip(maps, scores, strict=True)]
 
-    best = np.sort(chance.max(1))  # a token leaves somewhere if its best chance is above the bar
+    best = np.sort(np.max(chances, 0))  # a token leaves somewhere if its best chance is above the bar
     rates, table, agreement = [0.0], [[CERTAIN] * len(maps)], []
     for rate in RATES:
         bar = float(np.quantile(best, 1 - rate)) if rate < 1 else 0.0
@@ -82,20 +89,6 @@ def _at_one_capacity(hat, fit: list[tuple[Tensor, Tensor]], check: list[tuple[Te
         agreement.append(float(same.mean()) if len(same) else 1.0)
         table.append(thresholds)
     return np.maximum.accumulate(np.round(rates, 5)).tolist(), np.round(table, 6).tolist(), agreement
-
-
-def _scores(hat, blocks: list[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
-    """Gate scores and agreement with the base of every token that may leave: ``[n, E]`` fp32, bool."""
-    head, norm = hat.lm.lm_head, hat.lm.model.norm
-    scores, agreed = [], []
-    for block, base in blocks:
-        hidden = hat.lm.model(block, use_cache=False, output_hidden_states=True).hidden_states
-        may = (hat.trace.real & ~hat.trace.protected)[0]
-        states = [(gate, hidden[int(e)][0]) for e, gate in hat.gates.items()]
-        right = [head(norm(gate.translate(h))).argmax(-1) == base[0] for gate, h in states]
-        scores.append(torch.stack([gate.score(h) for gate, h in states], 1)[may])
-        agreed.append(torch.stack(right, 1)[may])
-    return torch.cat(scores).cpu().numpy(), torch.cat(agreed).cpu().numpy()
 
 
 def _logistic(score: np.ndarray, right: np.ndarray) -> tuple[float, float]:

@@ -14,18 +14,13 @@ from hat_lib.config import HatError
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.text.blocks import count_tokens, spread
 
-LEAST_TOKENS = 256
-"""fewest tokens to calibrate or match a control on"""
-CHECK_TOKENS = 4096
-"""tokens on which a setting is run to see what it realises: a mean over all sites and tokens needs few"""
-BATCH_TOKENS = 1024
-"""most of these in one forward: the overhead of a short block costs as much as its work"""
+LEAST_TOKENS = 256  # fewest tokens to calibrate or match a control on
+CHECK_TOKENS = 4096  # on which a setting is run to see what it realises: a mean over all sites and tokens
+BATCH_TOKENS = 1024  # most of these in one forward: the overhead of a short block costs as much as its work
 QUANTILES = 65
-SAMPLES = 200_000
-"""scores kept per site, drawn at random from all tokens and channels: for an error well under a thousandth"""
+SAMPLES = 200_000  # scores kept per site, drawn at random from all tokens and channels
 
-SiteThresholds = dict[tuple[int, str], float]
-"""score thresholds by (layer, site); at (layer, "token"), the strength of token sensitivity"""
+SiteThresholds = dict[tuple[int, str], float]  # by (layer, site); at (layer, "token"), the strength of sensitivity
 
 
 def held_out_parts(hat, blocks: Iterable[list[int]]) -> tuple[list[Tensor], list[Tensor]]:
@@ -66,11 +61,9 @@ def forwards(hat, blocks: Iterable[Tensor], label: str = "", progress: bool = Fa
 class ScoreQuantiles(NamedTuple):
     """The dense model's scores, as a threshold for each share to keep."""
 
-    tables: dict[tuple[int, str], np.ndarray]
-    """scores at evenly spaced quantiles, by (layer, site)"""
+    tables: dict[tuple[int, str], np.ndarray]  # scores at evenly spaced quantiles, by (layer, site)
     tokens: int
-    scores: int
-    """drawn at the site with most of them, from so many tokens"""
+    scores: int  # drawn at the site with most of them, from so many tokens
 
     def threshold(self, key: tuple[int, str], share: float) -> float:
         """The threshold that keeps ``share`` of a site's scores."""

@@ -21,18 +21,12 @@ from tqdm.auto import tqdm
 
 from hat_lib.hat import HierarchicalTransformer
 
-TOKENS = 24_576
-"""at most so many in the backward pass: their inputs are kept, in half precision, for every layer"""
-SHARE = 0.75
-"""kept share at which tokens are priced"""
-NONE, ALL = 0.4, 0.62
-"""budgets at and below which token sensitivity does not act, and from which on it acts in full"""
-NEIGHBOURS = 2
-"""layers either side over which prices are averaged: one token's price in one layer is mostly noise"""
-PRICE_LIMIT = 30.0
-"""prices are clipped to this many times the mean"""
-PRIOR = 0.4
-"""expected standard deviation of eta: tighter than it turns out to be, which does better on text of another kind"""
+TOKENS = 24_576  # at most so many in the backward pass: their inputs are kept, in half precision, for every layer
+SHARE = 0.75  # kept share at which tokens are priced
+NONE, ALL = 0.4, 0.62  # budgets at and below which token sensitivity does not act, and from which on it acts in full
+NEIGHBOURS = 2  # layers either side over which prices are averaged: one token's price in one layer is mostly noise
+PRICE_LIMIT = 30.0  # prices are clipped to this many times the mean
+PRIOR = 0.4  # expected deviation of eta; a tighter one than turns out does better on text of another kind
 
 
 def sensitivity_strength(budget: float) -> float:
@@ -43,7 +37,7 @@ def sensitivity_strength(budget: float) -> float:
 def fit_token_sensitivity(
     hat: HierarchicalTransformer, blocks: list[Tensor], thresholds: dict, seed: int, progress: bool = True
 ) -> None:
-    """Set the weights of ``hat``'s token routers; arguments as for `token_prices`, with thresholds that keep `SHARE`."""
+    """Set the weights of ``hat``'s token routers; arguments as in `token_prices`, thresholds that keep `SHARE`."""
     prices, inputs = token_prices(hat, blocks, thresholds, seed, progress)
     prices = prices / prices.mean(1, keepdim=True).clamp(min=1e-12)
     for layer in tqdm(range(len(prices)), desc="token sensitivity", disable=not progress):
@@ -106,13 +100,7 @@ def log_linear(x: Tensor, y: Tensor, steps: int = 60) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    hat: HierarchicalTransformer,
-    blocks: Iterable[Tensor],
-    price: Callable[[int, str, Tensor, Tensor, Tensor], None],
-    *,
-    seed: int,
-    progress: bool,
-    label: str,
+    hat: HierarchicalTransformer, blocks: Iterable[Tensor], price: Callable, *, seed: int, progress: bool, label: str
 ) -> int:
     """Price activations by dense passes over ``blocks`` (``[1, T]`` each), forward, and back from targets that the base
     draws itself; returns the number of tokens.
@@ -121,8 +109,8 @@ def backward(
     d is, to second order, ``1/2 E[(grad_a log p(y) . d)^2]``: the Fisher quadratic form. So one gradient prices every
     change to every activation, and prices of small changes add up.
 
-    Calls ``price(layer, site, x, score, effect)`` for each block and site, with the rows that are not protected: the
-    router's inputs ``[n, C]``, their scores, and ``-grad_a . d`` if units were dropped, both shaped like a decision.
+    ``price(layer, site, x, score, effect)`` is called for each block and site, with the rows that are not protected:
+    the router's inputs ``[n, C]``; their scores, and ``-grad_a . d`` of dropping each unit, shaped like a decision.
     """
 
     @torch.no_grad()

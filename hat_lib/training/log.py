@@ -4,10 +4,9 @@
 the previous row, the share of each site (``share_qkv`` ...) and layer (``share_0`` ...), gradient norm, learning rate,
 tokens per second and the estimated seconds left. A cell is empty where a phase has no such metric.
 
-``validation.csv`` is a learning curve: what skipping costs on text that the run does not train on. Before the first
-step and at each save it gets a row for each of `CAPACITIES`: step, tokens trained on so far, capacity, executed share
-of the layers' work, KL(base || routed) in nats per token and the relative increase in perplexity, at the thresholds the
-run trains at, with the head in full.
+``validation.csv`` is a learning curve, on text that the run does not train on. Before the first step and at each save
+it gets a row for each of `CAPACITIES`: step, tokens trained on, capacity, executed share of the layers' work, KL from
+the base in nats per token and relative increase in perplexity, at the training's thresholds, with the head in full.
 """
 
 import time

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CPU_SLICE, GPU_SLICE = 1 << 17, 1 << 25
-"""elements computed at a time where gradients are worked out by hand"""
+CPU_SLICE, GPU_SLICE = 1 << 17, 1 << 25  # elements computed at a time where gradients are worked out by hand
 
 
 def mean(values: Tensor) -> Tensor:
@@ -26,8 +25,8 @@ def mean(values: Tensor) -> Tensor:
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) of each token in nats (Hinton et al. 2015, arXiv:1503.02531, at temperature 1), from finite
-    logits ``[..., V]``, whose dtypes may differ; ``[...]``, fp32 or fp64. ``teacher`` gets no gradient.
+    """KL(teacher || student) of each token in nats (Hinton et al. 2015, arXiv:1503.02531, at temperature 1): finite
+    logits ``[..., V]``, whose dtypes may differ, to ``[...]``, fp32 or fp64. ``teacher`` gets no gradient.
 
     The gradient, ``softmax(student) - softmax(teacher)``, is computed in the same pass, a few rows at a time: autograd
     would go through several tensors of the logits' size.
@@ -104,22 +103,15 @@ def decoupled_gumbel_softmax(
 def masked_channels(
     x: Tensor, log_scale: Tensor, threshold: Tensor, *, temperature: float, protected: Tensor, real: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Zero the input channels whose score is at or below the threshold: ``keep = |x| > threshold``.
+    """Zero the channels of ``x [n, C]`` at or below a threshold, fp32 ``[n, C]``: ``keep = |x| > threshold``.
 
-    The soft stand-in for the decision is ``sigmoid(log(|x| / threshold) / temperature)``. Only ``log_scale`` gets its
-    gradient, from the output and from the share. ``x`` gets ``grad * keep``: the decision's own dependence on x would
-    send the relaxation's error through the frozen base into every router below.
+    The soft stand-in for the decision is ``sigmoid(log(|x| / threshold) / temperature)``. Only the learned ``log_scale
+    [C]``, whose value is in the threshold already, gets its gradient, from the output and from the share. ``x`` gets
+    ``grad * keep``: the decision's own dependence on x would send the relaxation's error through the frozen base into
+    every router below. Rows that are ``protected``, bool ``[n]``, keep everything and give no gradient to
+    ``log_scale``; only ``real`` ones, bool ``[n]``, count for the share.
 
-    Args:
-        x: ``[n, C]``, any floating dtype.
-        log_scale: the learned parameter ``[C]``; its value is in the threshold already.
-        threshold: of ``|x|``, ``[n, C]`` fp32, without gradient.
-        temperature: in units of the log-score.
-        protected: bool ``[n]``, rows that keep everything and give no gradient to ``log_scale``.
-        real: bool ``[n]``, rows that count for the share.
-
-    Returns ``x * keep`` in x's dtype; ``keep``, bool ``[n, C]``; and the kept share of the real rows' channels, a fp32
-    scalar with gradient.
+    Returns ``x * keep`` in x's dtype; ``keep``; and the kept share of the channels, a fp32 scalar with gradient.
     """
     with torch.no_grad():
         keep = (x.abs() > threshold) | protected[:, None]
@@ -139,8 +131,8 @@ def masked_channels(
 
 
 def seeded(device: torch.device | str, *key: int) -> torch.Generator:
-    """A generator on ``device`` seeded by the integers in ``key``, such as (seed, step, sample index): the same numbers
-    in every process, unrelated ones for another key."""
+    """A generator on ``device`` with the same numbers in every process for the same key, a few integers such as (seed,
+    step, sample index), and unrelated ones for another."""
     digest = hashlib.sha256(",".join(str(int(k)) for k in key).encode()).digest()
     # CPU generators use 32 bits of a seed, CUDA ones all 64.
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))

@@ -26,11 +26,9 @@ from hat_lib.method.trace import Trace
 from hat_lib.training import losses
 from hat_lib.training.recipe import Recipe
 
-ThresholdsAt = Callable[[float], SiteThresholds]
-"""score thresholds at a capacity"""
+ThresholdsAt = Callable[[float], SiteThresholds]  # score thresholds at a capacity
 
-KNOTS, UNTIL = (0.4, 0.55, 0.7), 0.85
-"""capacities at which the split of the budget has offsets of its own, and from which on it has none"""
+KNOTS, UNTIL = (0.4, 0.55, 0.7), 0.85  # capacities with offsets of their own, and from which on there are none
 
 
 class BudgetSplit(nn.Module):
@@ -240,7 +238,7 @@ class Objective(nn.Module):
 
 
 def _by_sequence(draw: Callable, parts: Sequence[Tensor], keys: list[tuple]) -> Tensor:
-    """What is drawn for the rows of each sequence, by its own key: a batch's other sequences do not change its noise."""
+    """Draws for the rows of each sequence, by its own key: a batch's other sequences do not change its noise."""
     drawn = [draw(part, generator=losses.seeded(part.device, *key)) for part, key in zip(parts, keys, strict=True)]
     return torch.cat(drawn)
 

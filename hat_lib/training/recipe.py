@@ -41,51 +41,35 @@ SHARES = ("anneal", "warmup", "layer_dropout")
 class Recipe:
     """Hyperparameters of both phases; the defaults are the published method's."""
 
-    text: str = "addresses+self"
-    """sources of `hat_lib.text.mixture`, joined by +, which share the tokens evenly"""
-    tokens: int = 131_072
-    """per epoch"""
+    text: str = "addresses+self"  # sources of `hat_lib.text.mixture`, joined by +, which share the tokens evenly
+    tokens: int = 131_072  # per epoch
     block_size: int = 512
-    validation: str = ""
-    """text whose validation split gives a learning curve (`hat_lib.training.log`); none by default"""
+    validation: str = ""  # text whose validation split gives a learning curve (`hat_lib.training.log`); none by default
     validation_tokens: int = 2048
-    batch_size: int = 4
-    """sequences per micro-batch and process"""
-    accumulate: int = 1
-    """micro-batches per step; two processes with 1 equal one process with 2"""
+    batch_size: int = 4  # sequences per micro-batch and process
+    accumulate: int = 1  # micro-batches per step; two processes with 1 equal one process with 2
     router_epochs: float = 3
     router_lr: float = 1e-3
     correction_lr: float = 1e-3
-    split_lr: float = 0.0
-    """of the split of the budget (channel grain); like corrections, it trains with the routers; 0: as calibrated"""
+    split_lr: float = 0.0  # of the budget's split (channel grain), trained with the routers; 0 leaves it as calibrated
     exit_epochs: float = 2
     exit_lr: float = 5e-4
-    capacity: float = 0.55
-    """where the schedule of sampled capacities ends; it starts at 1.0"""
-    anneal: float = 0.3
-    """share of the steps that the schedule takes to get there"""
-    spread: float = 0.2
-    """capacities are drawn uniformly, up to this far either side of the schedule, within 0.1-1.0"""
-    temperature: float = 1.0
-    """of the straight-through gradient of a router's decision, in units of its score (channel: of the log-score)"""
-    noise: float = 1.0
-    """scale of the logistic noise on a router's score; 0 decides as in use"""
+    capacity: float = 0.55  # where the schedule of sampled capacities ends; it starts at 1.0
+    anneal: float = 0.3  # share of the steps that the schedule takes to get there
+    spread: float = 0.2  # capacities are drawn uniformly, up to this far either side of the schedule, within 0.1-1.0
+    temperature: float = 1.0  # of a decision's soft gradient, in units of the router's score (channel: log-score)
+    noise: float = 1.0  # scale of the logistic noise on a router's score; 0 decides as in use
     budget_weight: float = 1.0
     z_weight: float = 1e-3
     entropy_weight: float = 1e-2
     gate_forward_temperature: float = 1.0
     gate_backward_temperature: float = 2.0
-    decision_weight: float = 1.0
-    """of how many sampled exits are wrong and how far they are from a sampled rate; 0: gates see their targets alone"""
-    exit_rate: float = 0.3
-    """highest exit rate that the gates are trained for; sampled per step from 0 up to it"""
-    exit_tokens: int = 64
-    """tokens per sequence, drawn at random, at which exits are compared with the base"""
-    layer_dropout: float = 0.1
-    """highest probability that a layer is dropped for a sequence: that of the last layer, at the end of the run"""
+    decision_weight: float = 1.0  # of wrong sampled exits, and of their distance from a sampled rate; 0: targets alone
+    exit_rate: float = 0.3  # highest exit rate that the gates are trained for; sampled per step from 0 up to it
+    exit_tokens: int = 64  # tokens per sequence, drawn at random, at which exits are compared with the base
+    layer_dropout: float = 0.1  # highest chance that a layer is dropped for a sequence: of the last layer, at the end
     max_grad_norm: float = 1.0
-    warmup: float = 0.05
-    """share of the steps over which the learning rate rises; it then falls along a cosine"""
+    warmup: float = 0.05  # share of the steps over which the learning rate rises; it then falls along a cosine
     seed: int = 0
     log_steps: int = 5
     save_steps: int = 50

@@ -1,15 +1,9 @@
 """A training run from nothing to a checkpoint: text, routers, capacities, gates, exits.
 
-A run owns a folder:
-
-    hat_config.json, hat_adapter.safetensors   the checkpoint, written when a phase is done
-    log.csv                                    one row per logged step of either phase
-    validation.csv                             the learning curve, where the recipe names a validation text
-    run.json                                   what was asked for: recipe, base, command, versions
-    work/                                      training states; gone when the run is done
-
-A run stopped by Ctrl-C, a time limit or a kill resumes from the last state in ``work``. One process at a time, or one
-torchrun group, may train in a folder: it holds a lock, which the system releases if the process dies.
+A run owns a folder: the checkpoint, written when a phase is done, the files of `hat_lib.training.log`, ``run.json``,
+and ``work`` with training states until the run is done. A run stopped by Ctrl-C, a time limit or a kill resumes from
+the last state. One process at a time, or one torchrun group, may train in a folder: it holds a lock, which the system
+releases if the process dies.
 """
 
 import json
@@ -46,8 +40,7 @@ from hat_lib.training.trainer import Outcome, train_phase
 
 RUN_FILE, LOG_FILE, WORK, LOCK = "run.json", "log.csv", "work", ".lock"
 CALIBRATION_TOKENS = 24_000
-# How long processes wait for the first one, the only one that samples text and calibrates.
-PATIENCE = timedelta(hours=12)
+PATIENCE = timedelta(hours=12)  # in which the first process, for which the others wait, samples text and calibrates
 
 
 @dataclass(frozen=True)
@@ -59,11 +52,9 @@ class Run:
     base: str
     recipe: Recipe
     dtype: str = "bf16"
-    start: str | None = None
-    """checkpoint to start from: calibrated and, for phase "exit", with trained routers"""
+    start: str | None = None  # checkpoint to start from: calibrated and, for phase "exit", with trained routers
     translator_rank: int = HatConfig.translator_rank
-    correction_rank: int | None = None
-    """of corrections; None: those of ``start``, if it has any"""
+    correction_rank: int | None = None  # of corrections; None: those of ``start``, if it has any
     max_steps: int = -1
     command: str = ""
 

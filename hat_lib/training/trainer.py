@@ -33,8 +33,7 @@ from hat_lib.training.log import Log, extend_curve
 from hat_lib.training.objective import Objective, ThresholdsAt
 from hat_lib.training.recipe import Recipe
 
-STATE_FILE = "state.pt"
-"""step, trained parameters and optimizer, in the work folder of a phase; read with ``weights_only=True``"""
+STATE_FILE = "state.pt"  # step, trained parameters and optimizer, in the work folder of a phase
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,8 @@ class Outcome:
     step: int
     steps: int
     seconds: float
-    stopped: str
-    """"time", "interrupt", "terminate", or empty if it ran to the end"""
-    thresholds: ThresholdsAt = field(repr=False)
-    """those that the routers were trained at in the end, their learned split included"""
+    stopped: str  # "time", "interrupt", "terminate", or empty if it ran to the end
+    thresholds: ThresholdsAt = field(repr=False)  # of the routers in the end, their learned split included
 
     @property
     def done(self) -> bool:
@@ -82,8 +79,7 @@ def train_phase(
         validation: rows of `load_text` for a learning curve, in phase "routers" only.
         watch: called in the main process with False before each step, with True at the end.
 
-    Raises `HatError` at the first loss or gradient that is not finite. On Ctrl-C or SIGTERM the step is finished
-    and saved; SIGTERM is then raised again, for whoever handled it before.
+    Raises `HatError` at the first loss or gradient that is not finite. Ctrl-C and SIGTERM: see `Stops`.
     """
     processes, began = PartialState(cpu=not torch.cuda.is_available()), time.monotonic()
     main, state = processes.is_main_process, folder / "work" / phase / STATE_FILE
@@ -155,7 +151,7 @@ def train_phase(
 
 
 class Stops:
-    """Stop cleanly, all processes after the same step: at the time limit, on Ctrl-C, on SIGTERM."""
+    """Stop all processes after the same step, saved: at the time limit, on Ctrl-C, on SIGTERM."""
 
     REASONS = ("", "time", "interrupt", "terminate")
     SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
