@@ -85,7 +85,7 @@ def _at_one_capacity(hat, fit: list[tuple[Tensor, Tensor]], check: list[tuple[Te
                 left = hat.trace.exited
                 same.append(hat.logits(hidden[left]).argmax(-1) == base[left])
         same = torch.cat(same).float()
-        rates.append(len(same) / count_tokens(block for block, _ in check))
+        rates.append(len(same) / count_tokens([block for block, _ in check]))
         agreement.append(float(same.mean()) if len(same) else 1.0)
         table.append(thresholds)
     return np.maximum.accumulate(np.round(rates, 5)).tolist(), np.round(table, 6).tolist(), agreement
