@@ -22,28 +22,21 @@ from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.head import likely
 from hat_lib.text.blocks import evenly
 
-# Shares at which the damage is priced. k (1 - s)^p is fitted to the last three.
-PROBE_SHARES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75)
-FITTED = slice(-3, None)
-# A steeper or flatter law than this is noise: the exponent is at least 2, as the form itself is quadratic.
-EXPONENT_RANGE = (2.0, 6.0)
-# Least share of a site: nothing is ever switched off entirely. From there on, shares are split in steps.
-FLOOR, STEP = 0.05, 0.01
-# Tried for the head: shares of channels in the preview, and margins in nats, on so many tokens.
-SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.55)
-MARGINS = (7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 15.0)
+PROBE_SHARES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75)  # where damage is priced
+FITTED = slice(-3, None)  # those of them that ``k (1 - s)^p`` is fitted to
+EXPONENT_RANGE = (2.0, 6.0)  # of p: a steeper or flatter law is noise, and the form itself is quadratic
+FLOOR, STEP = 0.05, 0.01  # least share of a site, so that none is ever switched off, and the steps in which shares rise
+SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.55)  # of channels in the preview of the head, and
+MARGINS = (7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 15.0)  # in nats, that are tried on so many tokens
 HEAD_TOKENS = 1024
-SLICE = 128
-"""rows of logits held at once"""
+SLICE = 128  # rows of logits held at once
 
 
 class HeadPoint(NamedTuple):
     """A way to run the head."""
 
-    share: float
-    """of its work, shortlist included"""
-    kl: float
-    """nats per token"""
+    share: float  # of its work, shortlist included
+    kl: float  # nats per token
     threshold: float
     margin: float
 
@@ -74,8 +67,7 @@ def allocate(
         low, high = (middle, high) if shares(middle)[1] > budget else (low, middle)
     (more, most), (less, least) = shares(low), shares(high)  # a few steps apart, all at one price
     of_sites = less + (more - less) * np.clip((budget - least) / max(most - least, 1e-12), 0, 1)
-    left = (budget - (work * of_sites).sum()) / head_work if points else 1.0
-    return of_sites, between(points, left) if points else None
+    return of_sites, between(points, (budget - (work * of_sites).sum()) / head_work) if points else None
 
 
 def site_damage(
@@ -84,24 +76,14 @@ def site_damage(
     """Predicted KL in nats per token of gating each site alone, ``[len(PROBE_SHARES), L, S]``."""
     sites = hat.grain.sites
     thresholds = {key: [quantiles.threshold(key, share) for share in PROBE_SHARES] for key in quantiles.tables}
-    total = torch.zeros(len(PROBE_SHARES), hat.config.n_layers, len(sites), dtype=torch.float64)
+    total = np.zeros((len(PROBE_SHARES), hat.config.n_layers, len(sites)))
 
-    def price(layer: int, site: str, x: Tensor, value: Tensor):
-        if (layer, site) not in thresholds:  # it always runs
-            return None
-        free, score = ~hat.trace.protected.view(-1), hat.scores(layer, site, x)
+    def price(layer: int, site: str, x: Tensor, score: Tensor, effect: Tensor) -> None:
+        for row, threshold in enumerate(thresholds.get((layer, site), ())):  # none where a site always runs
+            change = (effect * (score <= threshold)).view(len(x), -1).sum(-1)
+            total[row, layer, sites.index(site)] += change.double().pow(2).sum().item() / 2
 
-        def use(gradient: Tensor) -> None:
-            first_order = (value * gradient).float()
-            first_order = first_order.view(*score.shape, -1).sum(-1)  # of each unit
-            for row, threshold in zip(total, thresholds[layer, site], strict=True):
-                change = (first_order * (score <= threshold)).view(len(free), -1).sum(-1)
-                row[layer, sites.index(site)] += change[free].double().pow(2).sum().item() / 2
-
-        return use
-
-    tokens = backward(hat, blocks, price, seed=seed, progress=progress, label="prices of sites")
-    return total.numpy() / tokens
+    return total / backward(hat, blocks, price, seed=seed, progress=progress, label="prices of sites")
 
 
 def damage_curves(damage: np.ndarray) -> np.ndarray:
@@ -133,11 +115,10 @@ def head_points(hat: HierarchicalTransformer, blocks: Sequence[Tensor], progress
     all tokens equally likely.
     """
     lm, chosen = hat.lm, []
-    each = max(1, HEAD_TOKENS // len(blocks))
     with hat.dense():
         for block in tqdm(blocks, desc="final states", disable=not progress):
             states = lm.model(block, use_cache=False).last_hidden_state[0]
-            chosen += evenly(states, each)
+            chosen += evenly(states, HEAD_TOKENS // len(blocks))
         states = torch.stack(chosen)
         # A score is a magnitude times a norm: a shortlist at threshold 1 has thresholds of one over the norms.
         scores = states.float().abs() / (1.0 / hat.head_norm).to(states.device)
@@ -173,10 +154,8 @@ def hull(points: Sequence[HeadPoint]) -> list[HeadPoint]:
 
 def at_slope(points: Sequence[HeadPoint], slope: float) -> float:
     """The share up to which a unit of work lowers the damage by more than ``slope``."""
-    for before, after in pairwise(points):
-        if -_slope(before, after) < slope:
-            return before.share
-    return points[-1].share
+    steep = [after.share for before, after in pairwise(points) if -_slope(before, after) >= slope]
+    return max(steep, default=points[0].share)
 
 
 def between(points: Sequence[HeadPoint], share: float) -> HeadPoint:

@@ -1,10 +1,10 @@
 """Calibrate exits: the table that turns an exit rate, at a capacity, into one threshold per gate.
 
-A gate scores whether the token read here is the base's. On held-out text, its score is mapped to how often that was
-true (a logistic map per gate: Platt 1999), which makes the gates comparable. All of them then share one bar: a token
-leaves at the first exit whose chance of agreeing with the base is above it. The rate that a bar realises, and how
-often those that left agree, is measured on other blocks, with exits on, because tokens that left change the keys and
-values that later tokens see. Skipped work changes what a gate reads, so all of this is done at several capacities.
+A gate scores whether the token read here is the base's. On held-out text, a logistic map per gate (Platt 1999) turns
+its score into how often that was true, which makes the gates comparable: a token leaves at the first exit whose chance
+is above one bar for all. The rate that a bar realises, and how often those that left agree, is measured on other
+blocks, with exits on, because tokens that left change the keys and values that later tokens see. Skipped work changes
+what a gate reads, so all of this is done at several capacities.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,9 +25,8 @@ from hat_lib.text.blocks import count_tokens
 
 CAPACITIES = (0.4, 0.55, 0.75, 1.0)
 RATES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
-# Thresholds beyond this are certain decisions; JSON has no infinity. Interpolating between the last two rates is a
-# jump, which is why they lie close together.
-CERTAIN = 1e6
+"""the last two lie close together, because interpolating between them is a jump"""
+CERTAIN = 1e6  # thresholds beyond this are certain decisions; JSON has no infinity
 
 
 @torch.no_grad()
@@ -47,26 +46,33 @@ def calibrate_exits(
     """
     if not hat.gates or hat.calibration is None:
         raise HatError("exits are calibrated on a model with exit layers, and after its capacities")
-    capacities = sorted(check_capacity(c) for c in capacities)
-    (fit, check), tables = held_out_parts(hat, blocks), []
-    with hat.dense():
-        base = [hat.lm(block, use_cache=False).logits.argmax(-1) for block in check]
+    capacities, tables = sorted(map(check_capacity, capacities)), []
+    parts = held_out_parts(hat, blocks)
+    with hat.dense():  # with the base's next tokens
+        fit, check = ([(b, hat.lm(b, use_cache=False).logits.argmax(-1)) for b in part] for part in parts)
     for capacity in tqdm(capacities, desc="exits", disable=not progress):
         with hat.dense(), hat.at(capacity):
-            tables.append(_at_one_capacity(hat, fit, check, base))
+            tables.append(_at_one_capacity(hat, fit, check))
     rates, scores, agreement = (list(column) for column in zip(*tables, strict=True))
     hat.calibration = replace(hat.calibration, exit_capacities=capacities, exit_rates=rates, exit_scores=scores)
     return hat.calibration, agreement
 
 
-def _at_one_capacity(hat, fit: list[Tensor], check: list[Tensor], base: list[Tensor]) -> tuple[list, list, list]:
-    """Realised rates ``[R]``, thresholds ``[R, E]``, and the agreement of those that left ``[R - 1]`` with ``base``,
-    the tokens that it reads in ``check``."""
-    scores, agreed = _scores(hat, fit)
-    maps = [_logistic(s, a) for s, a in zip(scores.T, agreed.T, strict=True)]
-    chance = np.stack([expit(a * s + b) for (a, b), s in zip(maps, scores.T, strict=True)], 1)
+def _at_one_capacity(hat, fit: list[tuple[Tensor, Tensor]], check: list[tuple[Tensor, Tensor]]) -> tuple:
+    """Realised rates ``[R]``, thresholds ``[R, E]``, and how often those that left agreed with the base ``[R - 1]``."""
+    head, norm, seen = hat.lm.lm_head, hat.lm.model.norm, {depth: [] for depth in hat.gates}
+    for block, base in fit:
+        hidden = hat.lm.model(block, use_cache=False, output_hidden_states=True).hidden_states
+        may = (hat.trace.real & ~hat.trace.protected)[0]  # leave
+        for depth, gate in hat.gates.items():
+            h = hidden[int(depth)][0]
+            right = head(norm(gate.translate(h))).argmax(-1) == base[0]
+            seen[depth].append(torch.stack([gate.score(h), right])[:, may])
+    scores = [torch.cat(parts, 1).cpu().numpy() for parts in seen.values()]  # [2, n]: a gate's, and whether it is right
+    maps = [_logistic(score, right) for score, right in scores]
+    chances = [expit(a * score + b) for (a, b), (score, _) in zip(maps, scores, strict=True)]
 
-    best = np.sort(chance.max(1))  # a token leaves somewhere if its best chance is above the bar
+    best = np.sort(np.max(chances, 0))  # a token leaves somewhere if its best chance is above the bar
     rates, table, agreement = [0.0], [[CERTAIN] * len(maps)], []
     for rate in RATES:
         bar = float(np.quantile(best, 1 - rate)) if rate < 1 else 0.0
@@ -74,31 +80,15 @@ def _at_one_capacity(hat, fit: list[Tensor], check: list[Tensor], base: list[Ten
         thresholds = [float(np.clip((logit(bar) - b) / a, -CERTAIN, CERTAIN)) for a, b in maps]
         same = []  # of each token that left: whether it agrees
         with hat.using(exits=thresholds):
-            for block, tokens in zip(check, base, strict=True):
+            for block, base in check:
                 hidden = hat.lm.model(block, use_cache=False).last_hidden_state
                 left = hat.trace.exited
-                same.append(hat.logits(hidden[left]).argmax(-1) == tokens[left])
+                same.append(hat.logits(hidden[left]).argmax(-1) == base[left])
         same = torch.cat(same).float()
-        rates.append(len(same) / count_tokens(check))
+        rates.append(len(same) / count_tokens([block for block, _ in check]))
         agreement.append(float(same.mean()) if len(same) else 1.0)
         table.append(thresholds)
     return np.maximum.accumulate(np.round(rates, 5)).tolist(), np.round(table, 6).tolist(), agreement
-
-
-def _scores(hat, blocks: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """Gate scores and agreement with the dense base of every token that may leave: ``[n, E]`` fp32, bool."""
-    head, norm = hat.lm.lm_head, hat.lm.model.norm
-    scores, agreed = [], []
-    for block in blocks:
-        with hat.dense():
-            base = hat.lm(block, use_cache=False).logits[0].argmax(-1)
-        hidden = hat.lm.model(block, use_cache=False, output_hidden_states=True).hidden_states
-        may = (hat.trace.real & ~hat.trace.protected)[0]
-        states = [(gate, hidden[int(e)][0]) for e, gate in hat.gates.items()]
-        right = [head(norm(gate.translate(h))).argmax(-1) == base for gate, h in states]
-        scores.append(torch.stack([gate.score(h) for gate, h in states], 1)[may])
-        agreed.append(torch.stack(right, 1)[may])
-    return torch.cat(scores).cpu().numpy(), torch.cat(agreed).cpu().numpy()
 
 
 def _logistic(score: np.ndarray, right: np.ndarray) -> tuple[float, float]:

@@ -14,15 +14,13 @@ from hat_lib.config import HatError
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.text.blocks import count_tokens, spread
 
-# Fewest tokens to calibrate or match a control on.
-LEAST_TOKENS = 256
-# Tokens on which a setting is run to see what it realises: a mean over all sites and tokens needs few.
-CHECK_TOKENS = 4096
-# Of these, at most this many in one forward: the overhead of a short block costs as much as its work.
-BATCH_TOKENS = 1024
+LEAST_TOKENS = 256  # fewest tokens to calibrate or match a control on
+CHECK_TOKENS = 4096  # on which a setting is run to see what it realises: a mean over all sites and tokens
+BATCH_TOKENS = 1024  # most of these in one forward: the overhead of a short block costs as much as its work
 QUANTILES = 65
-# Scores kept per site, drawn at random from all tokens and channels; enough for an error well under a thousandth.
-SAMPLES = 200_000
+SAMPLES = 200_000  # scores kept per site, drawn at random from all tokens and channels
+
+SiteThresholds = dict[tuple[int, str], float]  # by (layer, site); at (layer, "token"), the strength of sensitivity
 
 
 def held_out_parts(hat, blocks: Iterable[list[int]]) -> tuple[list[Tensor], list[Tensor]]:
@@ -63,18 +61,16 @@ def forwards(hat, blocks: Iterable[Tensor], label: str = "", progress: bool = Fa
 class ScoreQuantiles(NamedTuple):
     """The dense model's scores, as a threshold for each share to keep."""
 
-    tables: dict[tuple[int, str], np.ndarray]
-    """scores at evenly spaced quantiles, by (layer, site)"""
+    tables: dict[tuple[int, str], np.ndarray]  # scores at evenly spaced quantiles, by (layer, site)
     tokens: int
-    scores: int
-    """drawn at the site with most of them, from so many tokens"""
+    scores: int  # drawn at the site with most of them, from so many tokens
 
     def threshold(self, key: tuple[int, str], share: float) -> float:
         """The threshold that keeps ``share`` of a site's scores."""
         table = self.tables[key]
         return float(np.interp(1 - share, np.linspace(0, 1, len(table)), table))
 
-    def thresholds(self, share: float) -> dict[tuple[int, str], float]:
+    def thresholds(self, share: float) -> SiteThresholds:
         """Thresholds that keep the same share at every site."""
         return {key: self.threshold(key, share) for key in self.tables}
 

@@ -21,22 +21,12 @@ from tqdm.auto import tqdm
 
 from hat_lib.hat import HierarchicalTransformer
 
-# At most this many tokens in the backward pass: their inputs are kept, in half precision, for every layer.
-TOKENS = 24_576
-# Kept share at which tokens are priced.
-SHARE = 0.75
-# Budgets at and below which token sensitivity does not act, and from which on it acts in full.
-NONE, ALL = 0.4, 0.62
-# Prices are averaged over neighbouring layers: one token's price in one layer is mostly noise.
-NEIGHBOURS = 2
-# Prices are clipped to this many times the mean.
-PRICE_LIMIT = 30.0
-# Expected standard deviation of eta: tighter than it turns out to be, which does better on text of another kind.
-PRIOR = 0.4
-
-Price = Callable[[int, str, Tensor, Tensor], Callable[[Tensor], None] | None]
-"""(layer, site, router's input x, activation) -> what to do with the activation's gradient, if anything. Both are
-detached: holding on to the activation itself would keep the graph of every block alive."""
+TOKENS = 24_576  # at most so many in the backward pass: their inputs are kept, in half precision, for every layer
+SHARE = 0.75  # kept share at which tokens are priced
+NONE, ALL = 0.4, 0.62  # budgets at and below which token sensitivity does not act, and from which on it acts in full
+NEIGHBOURS = 2  # layers either side over which prices are averaged: one token's price in one layer is mostly noise
+PRICE_LIMIT = 30.0  # prices are clipped to this many times the mean
+PRIOR = 0.4  # expected deviation of eta; a tighter one than turns out does better on text of another kind
 
 
 def sensitivity_strength(budget: float) -> float:
@@ -47,8 +37,7 @@ def sensitivity_strength(budget: float) -> float:
 def fit_token_sensitivity(
     hat: HierarchicalTransformer, blocks: list[Tensor], thresholds: dict, seed: int, progress: bool = True
 ) -> None:
-    """Set the weights of ``hat``'s token routers from ``blocks``, int64 ``[1, T]`` each; ``thresholds`` are the score
-    thresholds by (layer, site) at which `SHARE` is kept, ``seed`` is for the targets drawn from the base."""
+    """Set the weights of ``hat``'s token routers; arguments as in `token_prices`, thresholds that keep `SHARE`."""
     prices, inputs = token_prices(hat, blocks, thresholds, seed, progress)
     prices = prices / prices.mean(1, keepdim=True).clamp(min=1e-12)
     for layer in tqdm(range(len(prices)), desc="token sensitivity", disable=not progress):
@@ -64,28 +53,24 @@ def fit_token_sensitivity(
 def token_prices(
     hat: HierarchicalTransformer, blocks: list[Tensor], thresholds: dict, seed: int = 0, progress: bool = True
 ) -> tuple[Tensor, list[Tensor]]:
-    """What it would cost each token to drop its channels at or below ``thresholds``, in one layer at a time.
+    """What it would cost each token to drop its channels, in one layer at a time.
 
-    Arguments as in `fit_token_sensitivity`. Returns the prices in nats of KL divergence, fp32 ``[L, n]``, and what
-    predicts them, the inputs of q|k|v: L of ``[n, D]`` in half precision. n counts the tokens that are not protected.
+    ``blocks`` are int64 ``[1, T]`` each; ``thresholds``, by (layer, site), are those at or below whose scores channels
+    are dropped; ``seed`` is for the targets drawn from the base. Returns the prices in nats of KL divergence, fp32
+    ``[L, n]``, and what predicts them, the inputs of q|k|v: L of ``[n, D]`` in half precision. n counts the tokens that
+    are not protected.
     """
-    price, inputs = ([[] for _ in range(hat.config.n_layers)] for _ in range(2))
+    sites, layers = hat.grain.sites, range(hat.config.n_layers)
+    prices, inputs = {(i, site): [] for i in layers for site in sites}, [[] for _ in layers]
 
-    def see(layer: int, site: str, x: Tensor, value: Tensor):
-        free = ~hat.trace.protected.view(-1)
-        dropped = hat.routers[f"{layer}_{site}"].score(x) <= thresholds[layer, site]
+    def price(layer: int, site: str, x: Tensor, score: Tensor, effect: Tensor) -> None:
         if site == "qkv":
-            inputs[layer].append(x[free].half())
-            price[layer].append(torch.zeros(int(free.sum()), device=x.device))
-        of_block = price[layer][-1]
+            inputs[layer].append(x.half())
+        prices[layer, site].append((effect * (score <= thresholds[layer, site])).sum(-1).square() / 2)
 
-        def use(gradient: Tensor) -> None:
-            of_block.add_(((value * gradient).float() * dropped).sum(-1)[free].square() / 2)
-
-        return use
-
-    backward(hat, blocks, see, seed=seed, progress=progress, label="prices of tokens")
-    return torch.stack([torch.cat(rows) for rows in price]), [torch.cat(rows) for rows in inputs]
+    backward(hat, blocks, price, seed=seed, progress=progress, label="prices of tokens")
+    of_layers = [sum(torch.cat(prices[i, site]) for site in reversed(sites)) for i in layers]
+    return torch.stack(of_layers), [torch.cat(rows) for rows in inputs]
 
 
 @torch.enable_grad()
@@ -115,7 +100,7 @@ def log_linear(x: Tensor, y: Tensor, steps: int = 60) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    hat: HierarchicalTransformer, blocks: Iterable[Tensor], price: Price, *, seed: int, progress: bool, label: str
+    hat: HierarchicalTransformer, blocks: Iterable[Tensor], price: Callable, *, seed: int, progress: bool, label: str
 ) -> int:
     """Price activations by dense passes over ``blocks`` (``[1, T]`` each), forward, and back from targets that the base
     draws itself; returns the number of tokens.
@@ -123,13 +108,22 @@ def backward(
     If y is drawn from the base, the KL divergence between the base and a base whose activation a is changed by a small
     d is, to second order, ``1/2 E[(grad_a log p(y) . d)^2]``: the Fisher quadratic form. So one gradient prices every
     change to every activation, and prices of small changes add up.
+
+    ``price(layer, site, x, score, effect)`` is called for each block and site, with the rows that are not protected:
+    the router's inputs ``[n, C]``; their scores, and ``-grad_a . d`` of dropping each unit, shaped like a decision.
     """
 
+    @torch.no_grad()
     def see(layer: int, site: str, x: Tensor, activation: Tensor) -> None:
-        with torch.no_grad():
-            use = price(layer, site, x.detach().flatten(0, -2), activation.detach().flatten(0, -2))
-        if use is not None:
-            activation.register_hook(lambda gradient: use(gradient.flatten(0, -2)))
+        # Not the activation itself: that would keep the graph of every block alive.
+        x, value = x.detach().flatten(0, -2), activation.detach().flatten(0, -2)
+        free, score = ~hat.trace.protected.view(-1), hat.scores(layer, site, x)
+
+        def use(gradient: Tensor) -> None:
+            effect = (value * gradient.flatten(0, -2)).float().view(*score.shape, -1).sum(-1)
+            price(layer, site, x[free], score[free], effect[free])
+
+        activation.register_hook(use)
 
     generator, tokens = torch.Generator(hat.base.device).manual_seed(seed), 0
     with hat.dense(), hat.watching(see):

@@ -38,7 +38,7 @@ def calibrate(
     check_writable(save)
     options.start(threads)
     from hat_lib.base.load import load_base
-    from hat_lib.calibration.from_text import calibrate_on
+    from hat_lib.calibration.capacity import calibrate_on
     from hat_lib.text.check import check_text
 
     check_text(text, "validation")

@@ -3,11 +3,11 @@
 Losses go from tensors of the tokens that count to one number. The mean over no tokens is 0, with gradient 0.
 Half-precision input is computed in fp32, fp64 in fp64, and the loss has that dtype.
 
-Routers and exit gates decide by a comparison, which has no gradient. During training the forward keeps the hard
-decision, so that training sees what inference runs, and the backward differentiates a sigmoid or softmax in its place:
-straight-through (Bengio et al. 2013, arXiv:1308.3432). Noise on the logits turns the decision into a sample:
-Gumbel-softmax (Jang et al. 2017, arXiv:1611.01144), or Concrete (Maddison et al. 2017, arXiv:1611.00712). With two
-classes, the difference of two Gumbel variables is a logistic variable.
+A comparison has no gradient. In training the forward keeps the hard decision, so that training sees what inference
+runs, and the backward differentiates a sigmoid or softmax in its place: straight-through (Bengio et al. 2013,
+arXiv:1308.3432). Noise on the logits makes the decision a sample: Gumbel-softmax (Jang et al. 2017, arXiv:1611.01144)
+or, with two classes, whose two Gumbel variables differ by a logistic one, Concrete (Maddison et al. 2017,
+arXiv:1611.00712).
 """
 
 import hashlib
@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CPU_SLICE, GPU_SLICE = 1 << 17, 1 << 25
-"""elements computed at a time where gradients are worked out by hand"""
+CPU_SLICE, GPU_SLICE = 1 << 17, 1 << 25  # elements computed at a time where gradients are worked out by hand
 
 
 def mean(values: Tensor) -> Tensor:
@@ -26,14 +25,11 @@ def mean(values: Tensor) -> Tensor:
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """``sum_v p_v (log p_v - log q_v)`` of each token, with p = softmax(teacher), q = softmax(student).
+    """KL(teacher || student) of each token in nats (Hinton et al. 2015, arXiv:1503.02531, at temperature 1): finite
+    logits ``[..., V]``, whose dtypes may differ, to ``[...]``, fp32 or fp64. ``teacher`` gets no gradient.
 
-    KL(teacher || student) in nats (Hinton et al. 2015, arXiv:1503.02531, at temperature 1), >= 0 up to rounding.
-    Its gradient, ``q - p``, is computed in the same pass, a few rows at a time: autograd by itself would go through
-    several tensors of the logits' size.
-
-    Both are finite logits ``[..., V]``, whose dtypes may differ; ``teacher`` gets no gradient. Returns ``[...]``, fp32
-    or fp64.
+    The gradient, ``softmax(student) - softmax(teacher)``, is computed in the same pass, a few rows at a time: autograd
+    would go through several tensors of the logits' size.
     """
     width = student.shape[-1]
     teacher, logits = teacher.reshape(-1, width), student.reshape(-1, width)
@@ -52,8 +48,7 @@ def z_loss(scores: Tensor) -> Tensor:
     """``mean (log(exp(s/2) + exp(-s/2)))^2``: router z-loss (Zoph et al. 2022, arXiv:2202.08906, eq. 5), at least
     (log 2)^2, for scores of any shape of which ``sigmoid(score)`` is the probability of keeping.
 
-    A router with one logit s decides like a softmax over (s, 0), or over any shift of that pair. We use the
-    centred (s/2, -s/2), because with (s, 0) the loss falls as s goes to minus infinity, which would reward skipping.
+    Its logits are the centred (s/2, -s/2): with (s, 0), which decide alike, low scores and so skipping would pay.
     """
     a = _at_least_fp32(scores).abs()  # so that the loss is the same for s and -s, rounding included
     return mean((F.softplus(-a) + a / 2).square())
@@ -61,10 +56,7 @@ def z_loss(scores: Tensor) -> Tensor:
 
 def entropy(scores: Tensor) -> Tensor:
     """``mean H(sigmoid(s))``, the entropy of the keep decision in nats, in [0, log 2]; ``scores`` as for `z_loss`.
-    Minimised, so that decisions move away from 50/50 and a hard threshold changes little (Grandvalet & Bengio 2004).
-
-    ``H = softplus(-a) + a * sigmoid(-a)`` with a = |s|: the same for s and -s, without subtracting large numbers.
-    """
+    Minimised, so that decisions move away from 50/50 and a hard threshold changes little (Grandvalet & Bengio 2004)."""
     a = _at_least_fp32(scores).abs()
     return mean(F.softplus(-a) + a * torch.sigmoid(-a))
 
@@ -81,9 +73,8 @@ def straight_through(
 ) -> Tensor:
     """Hard keep decision: 1 where ``logit + noise * g > 0``, else 0, with g standard logistic, in the logit's dtype.
 
-    Gradient: that of ``sigmoid((logit + noise * g) / temperature)``. Binary Concrete (Maddison et al. 2017,
-    appendix B), straight-through. ``temperature`` is in units of the logit: the smaller it is, the narrower the band
-    that gets a gradient. ``generator``, on the logit's device, draws g; without noise nothing is drawn.
+    Gradient: that of ``sigmoid((logit + noise * g) / temperature)``, so a smaller ``temperature`` gives one to a
+    narrower band. ``generator``, on the logit's device, draws g; without noise nothing is drawn.
     """
     if noise != 0:
         # rand lies in [0, 1); at 0 the noise is -inf: a certain 0, with gradient 0.
@@ -98,10 +89,8 @@ def decoupled_gumbel_softmax(
     """One-hot sample of ``softmax(logits / tau_f)``: ``argmax(logits / tau_f + g)``, with g standard Gumbel.
 
     Gradient: that of ``softmax(logits / tau_b + g)``, with the same g (Shah et al. 2024, arXiv:2410.13331): tau_f sets
-    how random the sample is, tau_b how the gradient spreads over the classes. Each divides the logits before the noise
-    is added: in ``argmax((logits + g) / tau_f)`` tau_f would have no effect.
-
-    ``logits`` are ``[..., classes]``; the result has their shape and dtype. ``generator``, on their device, draws g.
+    how random the sample is, tau_b how the gradient spreads over the classes. ``logits`` are ``[..., classes]``, like
+    the result; ``generator``, on their device, draws g.
     """
     # -log(exponential) is Gumbel; an exponential of 0 would give +inf, which softmax turns into NaN.
     exponential = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
@@ -114,23 +103,15 @@ def decoupled_gumbel_softmax(
 def masked_channels(
     x: Tensor, log_scale: Tensor, threshold: Tensor, *, temperature: float, protected: Tensor, real: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Zero the input channels whose score is at or below the threshold: ``keep = |x| > threshold``.
+    """Zero the channels of ``x [n, C]`` at or below a threshold, fp32 ``[n, C]``: ``keep = |x| > threshold``.
 
-    The soft stand-in for the decision is ``sigmoid(log(|x| / threshold) / temperature)``: a log-score against a
-    log-threshold, so that a channel's magnitude does not set how far its gradient reaches. Only ``log_scale`` gets its
-    gradient, from the output and from the share. ``x`` gets ``grad * keep``: the decision's own dependence on x would
-    send the relaxation's error through the frozen base into every router below.
+    The soft stand-in for the decision is ``sigmoid(log(|x| / threshold) / temperature)``. Only the learned ``log_scale
+    [C]``, whose value is in the threshold already, gets its gradient, from the output and from the share. ``x`` gets
+    ``grad * keep``: the decision's own dependence on x would send the relaxation's error through the frozen base into
+    every router below. Rows that are ``protected``, bool ``[n]``, keep everything and give no gradient to
+    ``log_scale``; only ``real`` ones, bool ``[n]``, count for the share.
 
-    Args:
-        x: ``[n, C]``, any floating dtype.
-        log_scale: the learned parameter ``[C]``; its value is in the threshold already.
-        threshold: of ``|x|``, ``[n, C]`` fp32, without gradient.
-        temperature: in units of the log-score.
-        protected: bool ``[n]``, rows that keep everything and give no gradient to ``log_scale``.
-        real: bool ``[n]``, rows that count for the share.
-
-    Returns ``x * keep`` in x's dtype; ``keep``, bool ``[n, C]``; and the kept share of the real rows' channels, a fp32
-    scalar with gradient.
+    Returns ``x * keep`` in x's dtype; ``keep``; and the kept share of the channels, a fp32 scalar with gradient.
     """
     with torch.no_grad():
         keep = (x.abs() > threshold) | protected[:, None]
@@ -150,8 +131,8 @@ def masked_channels(
 
 
 def seeded(device: torch.device | str, *key: int) -> torch.Generator:
-    """A generator on ``device`` seeded by the integers in ``key``, such as (seed, step, sample index): the same numbers
-    in every process, unrelated ones for another key."""
+    """A generator on ``device`` with the same numbers in every process for the same key, a few integers such as (seed,
+    step, sample index), and unrelated ones for another."""
     digest = hashlib.sha256(",".join(str(int(k)) for k in key).encode()).digest()
     # CPU generators use 32 bits of a seed, CUDA ones all 64.
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))

@@ -4,21 +4,21 @@ routers   KL(base || routed) on the same tokens, at a capacity sampled for this 
           grain, the regularisers. Gates are off.
 exit      routers are frozen and decide as in use. At each exit depth some tokens are translated and read by the base's
           norm and head: translators learn from the KL, gates from whether the exit's next token is the base's. The
-          published method also samples whole decisions and penalises those that let a token leave where it is wrong,
-          and the distance from a budget of exits.
+          published method also penalises sampled decisions to leave where it is wrong, and too many or few of them.
 
 No labels are used: a language-modelling loss would lower perplexity by learning the corpus, hiding what skipping costs.
 All randomness is a function of (seed, step, sample): two processes, or a resumed run, do what one process does.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hat_lib.calibration.quantiles import SiteThresholds
 from hat_lib.config import CAPACITY_MIN
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.forward import MaskedInput
@@ -26,25 +26,23 @@ from hat_lib.method.trace import Trace
 from hat_lib.training import losses
 from hat_lib.training.recipe import Recipe
 
-Thresholds = Callable[[float], dict[tuple[int, str], float]]
-"""capacity -> score thresholds by (layer, site)"""
+ThresholdsAt = Callable[[float], SiteThresholds]  # score thresholds at a capacity
 
-# Capacities at which the split of the budget has offsets of its own, and from which on it has none.
-KNOTS, UNTIL = (0.4, 0.55, 0.7), 0.85
+KNOTS, UNTIL = (0.4, 0.55, 0.7), 0.85  # capacities with offsets of their own, and from which on there are none
 
 
 class BudgetSplit(nn.Module):
     """The split of a budget over layers and sites, learned: offsets of the log-scores, fp32 ``[K, L, S]``, 0 untrained.
 
     Calibration prices each site on its own, close to the dense model. Where half of the work is skipped the damage adds
-    up differently, and another split of the same budget costs a third less KL (docs/experiments/learned-split.md). The
-    K knots are capacities; between them offsets follow a straight line, below the first they stay, and from `UNTIL` on
-    they are 0, because there the prices are right. After training they are part of the table of thresholds.
+    up differently, and another split of the same budget costs a third less KL (docs/experiments/learned-split.md).
+    Between the K knots offsets follow a straight line, below the first they stay, and from `UNTIL` on they are 0,
+    because there the prices are right. After training they are part of the table of thresholds.
     """
 
     def __init__(self, n_layers: int, sites: tuple[str, ...]):
         super().__init__()
-        self.sites = tuple(sites)
+        self.sites = sites
         self.offsets = nn.Parameter(torch.zeros(len(KNOTS), n_layers, len(sites)))
 
     def at(self, capacity: float) -> Tensor:
@@ -52,20 +50,22 @@ class BudgetSplit(nn.Module):
         weights = [np.interp(capacity, (*KNOTS, UNTIL), row) for row in np.eye(len(KNOTS) + 1)[:-1]]
         return (self.offsets * self.offsets.new_tensor(weights)[:, None, None]).sum(0)
 
-    def on(self, nominal: Thresholds) -> Thresholds:
+    def on(self, nominal: ThresholdsAt) -> ThresholdsAt:
         """The thresholds ``nominal``, moved by the offsets as they are when asked."""
 
         @torch.no_grad()
-        def moved(capacity: float) -> dict[tuple[int, str], float]:
-            factors = self.at(capacity).neg().exp().tolist()
-            by = {(i, s): f for i, row in enumerate(factors) for s, f in zip(self.sites, row, strict=True)}
-            return {key: threshold * by.get(key, 1.0) for key, threshold in nominal(capacity).items()}
+        def moved(capacity: float) -> SiteThresholds:
+            thresholds = dict(nominal(capacity))
+            for layer, factors in enumerate(self.at(capacity).neg().exp().tolist()):
+                for site, factor in zip(self.sites, factors, strict=True):
+                    thresholds[layer, site] *= factor
+            return thresholds
 
         return moved
 
 
-def nominal_thresholds(hat: HierarchicalTransformer) -> Thresholds:
-    """Capacity -> the thresholds that training of the routers starts from, before any calibration of what they learn.
+def nominal_thresholds(hat: HierarchicalTransformer) -> ThresholdsAt:
+    """The thresholds that training of the routers starts from, before any calibration of what they learn.
 
     Magnitudes: those of the untrained calibration, which the learned scales and split then shift. Logits:
     ``log((1-c)/c)`` everywhere; with logistic noise a score of 0 is kept with probability c.
@@ -81,34 +81,31 @@ class Relaxed:
     """The training policy: hard decisions with a soft gradient, at score thresholds by (layer, site).
 
     ``keys`` seed the noise, one tuple of integers per sequence. ``offsets [L, S]``, channel grain, are added to the
-    log-scores of a site. Adds up the share of the work that was kept.
+    log-scores of a site.
     """
 
-    def __init__(self, hat: HierarchicalTransformer, thresholds: dict, keys: list[tuple], recipe: Recipe, offsets):
-        self.hat, self.thresholds, self.keys, self.offsets = hat, thresholds, keys, offsets
-        self.temperature, self.noise = recipe.temperature, recipe.noise
+    def __init__(self, hat: HierarchicalTransformer, thresholds: SiteThresholds, keys, recipe: Recipe, offsets):
+        self.hat, self.thresholds, self.keys, self.recipe, self.offsets = hat, thresholds, keys, recipe, offsets
         grain, layers = hat.grain, range(hat.config.n_layers)
         self.work = {site: work / len(layers) for site, work in zip(grain.sites, hat.site_work, strict=True)}
         always = sum(self.work[s] for i in layers for s in grain.sites if grain.always_runs(i, s))
-        self.share: Tensor = torch.tensor(always, device=hat.base.device)
-        """mean share of the routable work kept over real tokens, differentiable once the forward is done"""
+        self.shares: list[Tensor | float] = [always]
+        """what each site kept over real tokens, as a share of all routable work, differentiable"""
         self.scores: list[Tensor] = []
         """token grain: the routers' scores ``[B*T]``, one tensor per layer"""
 
     def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: Trace):
-        grain, routers, threshold = self.hat.grain, self.hat.routers, self.thresholds[layer, site]
-        if site == grain.sites[0]:
-            grain.prepare(routers, layer, x.detach(), state, self.thresholds.get((layer, "token"), 1.0))
+        grain, routers, recipe, threshold = self.hat.grain, self.hat.routers, self.recipe, self.thresholds[layer, site]
         number = grain.sites.index(site)
         real, protected = (tokens.view(-1).to(x.device) for tokens in (state.real, state.protected))
         offset = 0.0 if self.offsets is None else self.offsets[layer, number].to(x.device)
-        if grain.scales_thresholds and not self.noise:
+        if grain.scales_thresholds and not recipe.noise:
             router = routers[f"{layer}_{site}"]
             log_scale = router.log_scale + offset
             thresholds = (threshold / (router.column_norm * log_scale.exp())).detach() * state.threshold_scale
-            how = {"temperature": self.temperature, "protected": protected, "real": real}
+            how = {"temperature": recipe.temperature, "protected": protected, "real": real}
             masked, keep, share = losses.masked_channels(x, log_scale, thresholds, **how)
-            self._add(site, share)
+            self.shares.append(share * self.work[site])
             return MaskedInput(masked, keep)
         score = grain.score(routers, layer, site, x, state)
         if grain.logits:
@@ -117,18 +114,11 @@ class Relaxed:
         else:
             logit = score.clamp(min=1e-12).log() + offset - np.log(max(threshold, 1e-12))
             protected = protected[:, None]
-        # Drawn sequence by sequence, so that a sequence's batch neighbours do not change its noise.
-        how, number = {"temperature": self.temperature, "noise": self.noise}, layer * len(grain.sites) + number
-        drawn = [
-            losses.straight_through(part, generator=losses.seeded(x.device, *key, number), **how)
-            for part, key in zip(logit.chunk(len(self.keys)), self.keys, strict=True)
-        ]
-        keep = torch.where(protected, 1.0, torch.cat(drawn))
-        self._add(site, keep[real].mean())
+        draw = partial(losses.straight_through, temperature=recipe.temperature, noise=recipe.noise)
+        keys = [(*key, layer * len(grain.sites) + number) for key in self.keys]
+        keep = torch.where(protected, 1.0, _by_sequence(draw, logit.chunk(len(keys)), keys))
+        self.shares.append(keep[real].mean() * self.work[site])
         return keep
-
-    def _add(self, site: str, share: Tensor) -> None:
-        self.share = self.share + share.to(self.share.device) * self.work[site]
 
 
 class Objective(nn.Module):
@@ -138,10 +128,10 @@ class Objective(nn.Module):
         hat: the model; from here on, only the phase's own parameters require a gradient. Routers of the channel grain
             train with the split of their budget, ``split``, unless the recipe's ``split_lr`` is 0.
         phase: "routers" or "exit".
-        thresholds: capacity -> score thresholds: nominal ones in "routers", those in use in "exit".
+        thresholds: nominal ones in "routers", those in use in "exit".
     """
 
-    def __init__(self, hat: HierarchicalTransformer, recipe: Recipe, phase: str, thresholds: Thresholds):
+    def __init__(self, hat: HierarchicalTransformer, recipe: Recipe, phase: str, thresholds: ThresholdsAt):
         super().__init__()
         self.hat, self.recipe, self.phase, self.nominal = hat, recipe, phase, thresholds
         learned = phase == "routers" and not hat.grain.logits and recipe.split_lr > 0
@@ -160,41 +150,42 @@ class Objective(nn.Module):
             with torch.no_grad():
                 teacher = self._hidden(batch).last_hidden_state
             run = self._routers if self.phase == "routers" else self._exits
-            return {"capacity": capacity} | run(batch, teacher, capacity, keys, step, steps)
+            loss, metrics = run(batch, teacher, capacity, keys, step, steps)
+        return {"loss": loss, "capacity": capacity} | {name: value.detach() for name, value in metrics.items()}
 
     @property
-    def thresholds(self) -> Thresholds:
+    def thresholds(self) -> ThresholdsAt:
         """Those given, moved by the learned split."""
         return self.split.on(self.nominal) if self.split else self.nominal
 
     def _hidden(self, batch: dict, **kwargs):
         return self.hat.lm.model(**batch, use_cache=False, **kwargs)
 
-    def _routers(self, batch, teacher, capacity, keys, step, steps) -> dict:
-        hat, recipe, head = self.hat, self.recipe, self.hat.lm.lm_head
-        policy = Relaxed(hat, self.nominal(capacity), keys, recipe, self.split and self.split.at(capacity))
-        strength, dropped = hat.correction_strength(capacity), self._dropped(keys, step, steps)
-        with hat.changed(compact=False), hat.using(policy), hat.correcting(strength), self._without(dropped):
+    def _routers(self, batch, teacher, capacity, keys, step, steps) -> tuple[Tensor, dict]:
+        hat, recipe, head, thresholds = self.hat, self.recipe, self.hat.lm.lm_head, self.nominal(capacity)
+        policy = Relaxed(hat, thresholds, keys, recipe, self.split and self.split.at(capacity))
+        how = {"compact": False, "sensitivity": thresholds.get((0, "token"), 1.0)}
+        how |= {"correction": hat.correction_strength(capacity), "decide": policy}
+        with hat.changed(**how), self._without(self._dropped(keys, step, steps)):
             student = self._hidden(batch).last_hidden_state
         # One sequence at a time: the logits of a whole batch would be the largest tensors of the step.
         kl, real = 0.0, batch["attention_mask"].bool()
         for b in range(len(real)):
             logits = head(teacher[b][real[b]]), head(student[b][real[b]])
             kl = kl + losses.mean(losses.divergence(*logits)) * real[b].sum()
-        kl = kl / real.sum()
+        kl, kept = kl / real.sum(), sum(torch.as_tensor(share, device=teacher.device) for share in policy.shares)
         table = hat.calibration
         share = capacity if table is None else table.layer_capacity_at(capacity, hat.site_work)
         # Of the mean share over all layers and tokens, so that each is free to find its own.
-        loss = kl + recipe.budget_weight * (policy.share - share).abs()
-        out = {"kl": kl.detach(), "share": policy.share.detach()}
+        loss = kl + recipe.budget_weight * (kept - share).abs()
+        out = {"kl": kl, "share": kept}
         if policy.scores:
             scores = torch.stack(policy.scores)[:, real.view(-1)]
-            z, entropy = losses.z_loss(scores), losses.entropy(scores)
-            loss = loss + recipe.z_weight * z + recipe.entropy_weight * entropy
-            out |= {"z_loss": z.detach(), "entropy": entropy.detach()}
+            out |= {"z_loss": losses.z_loss(scores), "entropy": losses.entropy(scores)}
+            loss = loss + recipe.z_weight * out["z_loss"] + recipe.entropy_weight * out["entropy"]
         # Mean share of each layer and site over real tokens, fp32 [L, S].
         site_share = hat.trace.site_share.flatten(2).sum(-1) / hat.trace.real.sum()
-        return {"loss": loss, **out, "site_share": site_share}
+        return loss, out | {"site_share": site_share}
 
     def _dropped(self, keys, step: int, steps: int) -> Tensor:
         """Which layers a sequence goes without, bool ``[L, B]``."""
@@ -202,62 +193,54 @@ class Objective(nn.Module):
         drawn = np.stack([np.random.default_rng([*key, 2]).random(len(chance)) for key in keys], 1)
         return torch.from_numpy(drawn < chance[:, None])
 
-    @contextmanager
-    def _without(self, dropped: Tensor) -> Iterator[None]:
+    def _without(self, dropped: Tensor) -> ExitStack:
         """Context: a layer gives back its input for each sequence that goes without it."""
 
         def undo(sequences: Tensor, layer: nn.Module, args: tuple, out: Tensor) -> Tensor:
             return torch.where(sequences[:, None, None].to(out.device), args[0].to(out.device), out)
 
-        layers = zip(self.hat.lm.model.layers, dropped, strict=True)
-        hooks = [layer.register_forward_hook(partial(undo, of_layer)) for layer, of_layer in layers if of_layer.any()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        hooks = ExitStack()
+        for layer, sequences in zip(self.hat.lm.model.layers, dropped, strict=True):
+            if sequences.any():
+                hooks.enter_context(layer.register_forward_hook(partial(undo, sequences)))
+        return hooks
 
-    def _exits(self, batch, teacher, capacity, keys, step, steps) -> dict:
+    def _exits(self, batch, teacher, capacity, keys, step, steps) -> tuple[Tensor, dict]:
         hat, recipe, head, norm = self.hat, self.recipe, self.hat.lm.lm_head, self.hat.lm.model.norm
         policy = hat.threshold_policy(self.nominal(capacity) if capacity < 1 else {})
         with torch.no_grad(), hat.using(policy), hat.correcting(hat.correction_strength(capacity)):
             hidden = self._hidden(batch, output_hidden_states=True)
-        candidates = batch["attention_mask"].bool() & ~hat.trace.protected
-        rows, columns = _sample(candidates, recipe.exit_tokens, keys)
+        rows, columns = _sample(batch["attention_mask"].bool() & ~hat.trace.protected, recipe.exit_tokens, keys)
         counts = torch.bincount(rows, minlength=len(keys)).tolist()
         base = head(teacher[rows, columns])
         wrong_stay = base.argmax(-1) != head(hidden.last_hidden_state[rows, columns]).argmax(-1)
+        temperatures = {f"{p}_temperature": getattr(recipe, f"gate_{p}_temperature") for p in ("forward", "backward")}
+        draw = partial(losses.decoupled_gumbel_softmax, **temperatures)
 
         stay = torch.ones(len(rows), device=rows.device)
         cost, left, agreed = torch.zeros_like(stay), torch.zeros_like(stay), []
         translate = gate_loss = stay.new_zeros(())
         for number, (depth, gate) in enumerate(hat.gates.items()):
             h = hidden.hidden_states[int(depth)][rows, columns]
-            logits = head(norm(gate.translate(h)))
+            logits, decisions = head(norm(gate.translate(h))), gate.logits(h)
             translate = translate + losses.mean(losses.divergence(base, logits)) / len(hat.gates)
             right = base.argmax(-1) == logits.argmax(-1)
             agreed.append(losses.mean(right.float()))
-            decisions = gate.logits(h)
             gate_loss = gate_loss + losses.exit_loss(decisions, right) / len(hat.gates)
-            drawn = [
-                losses.decoupled_gumbel_softmax(
-                    part,
-                    forward_temperature=recipe.gate_forward_temperature,
-                    backward_temperature=recipe.gate_backward_temperature,
-                    generator=losses.seeded(rows.device, *key, 3, number),
-                )
-                for part, key in zip(decisions.split(counts), keys, strict=True)
-            ]
-            leave = torch.cat(drawn)[:, 1]
+            leave = _by_sequence(draw, decisions.split(counts), [(*key, 3, number) for key in keys])[:, 1]
             # A token that leaves here, not having left before, pays if this exit is wrong.
             cost, left, stay = cost + stay * leave * ~right, left + stay * leave, stay * (1 - leave)
         wrong, rate = losses.mean(cost + stay * wrong_stay), losses.mean(left)
         pull = (rate - (recipe.sampled_exit_rate(step) if len(rows) else 0.0)).abs()
         loss = translate + gate_loss + recipe.decision_weight * (wrong + recipe.budget_weight * pull)
-        return {
-            "loss": loss, "kl": translate.detach(), "gate_loss": gate_loss.detach(), "wrong": wrong.detach(),
-            "exit_rate": rate.detach(), "agreement": torch.stack(agreed).mean(),
-        }  # fmt: skip
+        parts = {"kl": translate, "gate_loss": gate_loss, "wrong": wrong, "exit_rate": rate}
+        return loss, parts | {"agreement": torch.stack(agreed).mean()}
+
+
+def _by_sequence(draw: Callable, parts: Sequence[Tensor], keys: list[tuple]) -> Tensor:
+    """Draws for the rows of each sequence, by its own key: a batch's other sequences do not change its noise."""
+    drawn = [draw(part, generator=losses.seeded(part.device, *key)) for part, key in zip(parts, keys, strict=True)]
+    return torch.cat(drawn)
 
 
 def _sample(candidates: Tensor, count: int, keys) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,6 @@
-"""Recipe: everything a training run is made of, except the model and the text's tokens.
-
-`Recipe.channel` and `Recipe.token` are ours, one per grain, as measured (docs/experiments); `Recipe.published` has the
-published method's hyperparameters, for the token grain. Each has two profiles: ``quick`` (two CPU cores, a few minutes)
-and ``full`` (as for the reference checkpoints).
-"""
+"""Recipe: everything a training run is made of, except the model and the text's tokens. Ours, one per grain, are as
+measured (docs/experiments). Each has two profiles: ``quick`` (two CPU cores, a few minutes) and ``full`` (as for the
+reference checkpoints)."""
 
 import math
 from dataclasses import dataclass, fields
@@ -21,8 +18,7 @@ TOKEN = {
     "tokens": 65_536, "router_epochs": 4, "router_lr": 2e-2, "exit_lr": 2e-3, "capacity": 0.7, "spread": 0.3,
     "anneal": 0.0, "budget_weight": 10.0, "decision_weight": 0.0, "layer_dropout": 0.0,
 }  # fmt: skip
-# No noise, no regularisers, gates trained on targets alone; many kinds of text, capacities low enough that corrections
-# matter.
+# No noise, no regularisers, gates trained on targets alone; capacities low enough that corrections matter.
 CHANNEL = {
     "text": "addresses+openings", "tokens": 196_608, "batch_size": 2, "router_epochs": 2.6, "router_lr": 3e-3,
     "correction_lr": 1.5e-3, "split_lr": 1e-2, "exit_epochs": 0.65, "exit_lr": 2e-3, "capacity": 0.55, "spread": 0.2,
@@ -45,52 +41,35 @@ SHARES = ("anneal", "warmup", "layer_dropout")
 class Recipe:
     """Hyperparameters of both phases; the defaults are the published method's."""
 
-    text: str = "addresses+self"
-    """sources of `hat_lib.text.mixture`, joined by +"""
-    tokens: int = 131_072
-    """tokens per epoch, split evenly between the sources"""
+    text: str = "addresses+self"  # sources of `hat_lib.text.mixture`, joined by +, which share the tokens evenly
+    tokens: int = 131_072  # per epoch
     block_size: int = 512
-    validation: str = ""
-    """text whose validation split gives a learning curve (`hat_lib.training.log`); none by default"""
+    validation: str = ""  # text whose validation split gives a learning curve (`hat_lib.training.log`); none by default
     validation_tokens: int = 2048
-    batch_size: int = 4
-    """sequences per micro-batch and process"""
-    accumulate: int = 1
-    """micro-batches per step; two processes with 1 equal one process with 2"""
+    batch_size: int = 4  # sequences per micro-batch and process
+    accumulate: int = 1  # micro-batches per step; two processes with 1 equal one process with 2
     router_epochs: float = 3
     router_lr: float = 1e-3
     correction_lr: float = 1e-3
-    """of the corrections, which train together with the routers"""
-    split_lr: float = 0.0
-    """of the split of the budget (channel grain), which trains together with the routers; 0 leaves it as calibrated"""
+    split_lr: float = 0.0  # of the budget's split (channel grain), trained with the routers; 0 leaves it as calibrated
     exit_epochs: float = 2
     exit_lr: float = 5e-4
-    capacity: float = 0.55
-    """where the schedule of sampled capacities ends; it starts at 1.0"""
-    anneal: float = 0.3
-    """share of the steps that the schedule takes to get there"""
-    spread: float = 0.2
-    """capacities are drawn uniformly, up to this far either side of the schedule, within 0.1-1.0"""
-    temperature: float = 1.0
-    """of the straight-through gradient of a router's decision, in units of its score (channel: of the log-score)"""
-    noise: float = 1.0
-    """scale of the logistic noise on a router's score; 0 decides as in use"""
+    capacity: float = 0.55  # where the schedule of sampled capacities ends; it starts at 1.0
+    anneal: float = 0.3  # share of the steps that the schedule takes to get there
+    spread: float = 0.2  # capacities are drawn uniformly, up to this far either side of the schedule, within 0.1-1.0
+    temperature: float = 1.0  # of a decision's soft gradient, in units of the router's score (channel: log-score)
+    noise: float = 1.0  # scale of the logistic noise on a router's score; 0 decides as in use
     budget_weight: float = 1.0
     z_weight: float = 1e-3
     entropy_weight: float = 1e-2
     gate_forward_temperature: float = 1.0
     gate_backward_temperature: float = 2.0
-    decision_weight: float = 1.0
-    """of how many sampled exits are wrong and how far they are from a sampled rate; 0: gates see their targets alone"""
-    exit_rate: float = 0.3
-    """highest exit rate that the gates are trained for; sampled per step from 0 up to it"""
-    exit_tokens: int = 64
-    """tokens per sequence, drawn at random, at which exits are compared with the base"""
-    layer_dropout: float = 0.1
-    """highest probability that a layer is dropped for a sequence: that of the last layer, at the end of the run"""
+    decision_weight: float = 1.0  # of wrong sampled exits, and of their distance from a sampled rate; 0: targets alone
+    exit_rate: float = 0.3  # highest exit rate that the gates are trained for; sampled per step from 0 up to it
+    exit_tokens: int = 64  # tokens per sequence, drawn at random, at which exits are compared with the base
+    layer_dropout: float = 0.1  # highest chance that a layer is dropped for a sequence: of the last layer, at the end
     max_grad_norm: float = 1.0
-    warmup: float = 0.05
-    """share of the steps over which the learning rate rises; it then falls along a cosine"""
+    warmup: float = 0.05  # share of the steps over which the learning rate rises; it then falls along a cosine
     seed: int = 0
     log_steps: int = 5
     save_steps: int = 50
@@ -115,13 +94,13 @@ class Recipe:
             raise HatError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
         if name == "published" and granularity != "token":
             raise HatError("the published recipe trains the token grain: add --granularity token")
-        start = {} if name == "published" else TOKEN if granularity == "token" else CHANNEL
         if profile not in PROFILES:
             raise HatError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(changes) - set(known)):
             raise HatError(f"a recipe has no {unknown[0]!r}; it has {', '.join(known)}")
-        return cls(**start | PROFILES[profile] | changes)
+        ours = TOKEN if granularity == "token" else CHANNEL
+        return cls(**({} if name == "published" else ours) | PROFILES[profile] | changes)
 
     @classmethod
     def published(cls, profile: str = "full", **changes) -> Self:

@@ -1,21 +1,16 @@
 """A training run from nothing to a checkpoint: text, routers, capacities, gates, exits.
 
-A run owns a folder:
-
-    hat_config.json, hat_adapter.safetensors   the checkpoint, written when a phase is done
-    log.csv                                    one row per logged step of either phase
-    validation.csv                             the learning curve, where the recipe names a validation text
-    run.json                                   what was asked for: recipe, base, command, versions
-    work/                                      training states; gone when the run is done
-
-A run stopped by Ctrl-C, a time limit or a kill resumes from the last state in ``work``. One process at a time, or one
-torchrun group, may train in a folder: it holds a lock, which the system releases if the process dies.
+A run owns a folder: the checkpoint, written when a phase is done, the files of `hat_lib.training.log`, ``run.json``,
+and ``work`` with training states until the run is done. A run stopped by Ctrl-C, a time limit or a kill resumes from
+the last state. One process at a time, or one torchrun group, may train in a folder: it holds a lock, which the system
+releases if the process dies.
 """
 
 import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -45,8 +40,7 @@ from hat_lib.training.trainer import Outcome, train_phase
 
 RUN_FILE, LOG_FILE, WORK, LOCK = "run.json", "log.csv", "work", ".lock"
 CALIBRATION_TOKENS = 24_000
-# How long processes wait for the first one, the only one that samples text and calibrates.
-PATIENCE = timedelta(hours=12)
+PATIENCE = timedelta(hours=12)  # in which the first process, for which the others wait, samples text and calibrates
 
 
 @dataclass(frozen=True)
@@ -58,11 +52,9 @@ class Run:
     base: str
     recipe: Recipe
     dtype: str = "bf16"
-    start: str | None = None
-    """checkpoint to start from: calibrated and, for phase "exit", with trained routers"""
+    start: str | None = None  # checkpoint to start from: calibrated and, for phase "exit", with trained routers
     translator_rank: int = HatConfig.translator_rank
-    correction_rank: int | None = None
-    """of corrections; None: those of ``start``, if it has any"""
+    correction_rank: int | None = None  # of corrections; None: those of ``start``, if it has any
     max_steps: int = -1
     command: str = ""
 
@@ -112,14 +104,14 @@ def train(
     without trained routers, a loss that is not finite, and a full disk; what was saved before stays.
     """
     folder, until = Path(folder), math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
-    checkpoint = _read_start(run)
+    _check_start(run)
     processes, outcomes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE), []
     main = processes.is_main_process
     with _lock(folder, resume) if main else nullcontext():
         processes.wait_for_everyone()
         try:
             if not _is_done(folder, run.phases[-1]):
-                outcomes = _train(run, folder, checkpoint, processes, resume, until, progress and main)
+                outcomes = _train(run, folder, processes, resume, until, progress and main)
         except OSError as error:
             raise HatError(f"cannot write {error.filename or folder}: {error.strerror}") from error
     if main and (not outcomes or outcomes[-1].done):
@@ -127,7 +119,7 @@ def train(
     return outcomes
 
 
-def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[Outcome]:
+def _train(run: Run, folder: Path, processes: PartialState, resume: bool, until: float, progress: bool) -> list:
     main, recipe = processes.is_main_process, run.recipe
     base = load_base(run.base, dtype=run.dtype, device=processes.device if processes.num_processes > 1 else None)
     with processes.main_process_first():  # the others read what it stored
@@ -146,16 +138,16 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
         if recipe.validation:
             rows = load_text(recipe.validation, base.tokenizer, split="validation", block_size=512)
             validation = spread(rows, recipe.validation_tokens)
+        # A resumed run, and every process, must train at the very same thresholds.
+        where = run.start or folder / WORK / "start"
+        if run.start is None and ((main and not resume) or not (where / CONFIG_FILE).exists()):
+            _make_start(run, base, part, where, progress)
         torch.manual_seed(recipe.seed)  # translators are initialised at random
-        hat = _start(run, checkpoint, base, part, folder / WORK / "start", main and not resume, progress)
+        hat = start_from(read_checkpoint(where), base, where, run.correction_rank, run.translator_rank)
         if main and not resume:
             run.write(folder)
 
     outcomes, start = [], hat.calibration
-
-    def heads(capacity: float):  # of the untrained calibration: the head is not trained
-        return start and start.head_at(max(capacity, CAPACITY_MIN))
-
     for phase in run.phases:
         if not _is_done(folder, phase):
             nominal = nominal_thresholds(hat) if phase == "routers" else hat.calibration.thresholds_at
@@ -169,8 +161,10 @@ def _train(run, folder, checkpoint, processes, resume, until, progress) -> list[
             if main:
                 summary = dict(hat.training_summary or {})
                 if phase == "routers":
+                    # The head is not trained.
+                    head = lambda c: start and start.head_at(max(c, CAPACITY_MIN))  # noqa: E731
                     text = f"{source}, validation split, {found} tokens, SHA-256 {text_hash(held)[:16]}"
-                    calibrate_learned(hat, held["input_ids"], outcome.thresholds, heads, text=text, progress=progress)
+                    calibrate_learned(hat, held["input_ids"], outcome.thresholds, head, text=text, progress=progress)
                 else:
                     _, agreement = calibrate_exits(hat, held["input_ids"], progress=progress)
                     summary["exit_agreement"] = [[round(a, 4) for a in row] for row in agreement]
@@ -198,10 +192,10 @@ def _lock(folder: Path, resume: bool):
         yield
 
 
-def _read_start(run: Run) -> Checkpoint | None:
-    """The checkpoint that a run starts from, checked as far as possible without its base."""
+def _check_start(run: Run) -> None:
+    """Check the checkpoint that a run starts from, as far as possible without its base."""
     if run.start is None:
-        return None
+        return
     checkpoint = read_checkpoint(run.start)
     if checkpoint.config.granularity != run.granularity:
         raise HatError(f"{run.start} has the {checkpoint.config.granularity} grain, {run.granularity} was asked for")
@@ -209,27 +203,17 @@ def _read_start(run: Run) -> Checkpoint | None:
         raise HatError(f"{run.start} has no calibration: start from what `hat calibrate` or `hat train` wrote")
     if run.phase == "exit" and not (checkpoint.training or {}).get("routers"):
         raise HatError(f"{run.start} has no trained routers: train them first, with --phase routers")
-    return checkpoint
 
 
-def _start(run, checkpoint: Checkpoint | None, base: Base, part, kept: Path, first: bool, progress: bool):
-    """The model before its first step: routers that run everything, gates that let no token leave.
-
-    Its tables, made from the train split of ``part``, are stored in ``kept``, because a resumed run, and every process,
-    must train at the very same thresholds; with ``first`` they are made afresh.
-    """
-    if checkpoint is not None:
-        return start_from(checkpoint, base, run.start, run.correction_rank, run.translator_rank)
-    if kept.exists() and not first:
-        hat = HierarchicalTransformer.from_pretrained(kept, base)
-        hat.capacity = 1.0
-        return hat
+def _make_start(run: Run, base: Base, part: Callable, where: Path, progress: bool) -> None:
+    """Write an untrained checkpoint, whose tables, if its grain needs any, are from the train split of ``part``."""
+    torch.manual_seed(run.recipe.seed)
     ranks = {"translator_rank": run.translator_rank, "correction_rank": run.correction_rank}
     hat = HierarchicalTransformer(base, GRAINS[run.granularity].config(base, **ranks))
     if not hat.grain.logits:
         calibrate(hat, part(splits=["train"])["input_ids"], progress=progress)
-        hat.save_pretrained(kept)
-    return hat
+    hat.save_pretrained(where)
+    hat.unload()
 
 
 def start_from(

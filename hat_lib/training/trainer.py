@@ -1,9 +1,9 @@
 """One phase of training: data, loss, backward, AdamW along a cosine, and checkpoints to resume from. A time limit,
 Ctrl-C, SIGTERM (what a cluster sends before it kills) and a number that is not finite stop it without losing work.
 
-The order of the blocks, and all that is random, is a function of (seed, step). So what a run needs to go on is the
-trained parameters, the optimizer's state and the number of the step, and processes under `torchrun` share the
-micro-batches that one process would take with gradient accumulation.
+The order of the blocks, and all that is random, is a function of (seed, step). So a run goes on from the trained
+parameters, the optimizer's state and the number of the step, and processes under `torchrun` share the micro-batches
+that one would take with gradient accumulation.
 """
 
 import math
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,11 +30,10 @@ from hat_lib.base.load import first_line
 from hat_lib.config import HatError, replaced
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.training.log import Log, extend_curve
-from hat_lib.training.objective import Objective, Thresholds
+from hat_lib.training.objective import Objective, ThresholdsAt
 from hat_lib.training.recipe import Recipe
 
-STATE_FILE = "state.pt"
-"""step, trained parameters and optimizer, in the work folder of a phase; read with ``weights_only=True``"""
+STATE_FILE = "state.pt"  # step, trained parameters and optimizer, in the work folder of a phase
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,8 @@ class Outcome:
     step: int
     steps: int
     seconds: float
-    stopped: str
-    """"time", "interrupt", "terminate", or empty if it ran to the end"""
-    thresholds: Thresholds = field(repr=False)
-    """those that the routers were trained at in the end, their learned split included"""
+    stopped: str  # "time", "interrupt", "terminate", or empty if it ran to the end
+    thresholds: ThresholdsAt = field(repr=False)  # of the routers in the end, their learned split included
 
     @property
     def done(self) -> bool:
@@ -59,7 +57,7 @@ def train_phase(
     blocks: Dataset,
     recipe: Recipe,
     phase: str,
-    thresholds: Thresholds,
+    thresholds: ThresholdsAt,
     folder: Path,
     *,
     resume: bool = False,
@@ -81,12 +79,12 @@ def train_phase(
         validation: rows of `load_text` for a learning curve, in phase "routers" only.
         watch: called in the main process with False before each step, with True at the end.
 
-    Raises `HatError` at the first loss or gradient that is not finite. On Ctrl-C or SIGTERM the step is finished
-    and saved; SIGTERM is then raised again, for whoever handled it before.
+    Raises `HatError` at the first loss or gradient that is not finite. Ctrl-C and SIGTERM: see `Stops`.
     """
     processes, began = PartialState(cpu=not torch.cuda.is_available()), time.monotonic()
     main, state = processes.is_main_process, folder / "work" / phase / STATE_FILE
-    objective = Objective(hat, recipe, phase, thresholds).train()
+    objective, device = Objective(hat, recipe, phase, thresholds), hat.base.device
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=hat.base.dtype == torch.bfloat16)
     per_step = recipe.accumulate * processes.num_processes
     epochs = recipe.router_epochs if phase == "routers" else recipe.exit_epochs
     steps = max_steps if max_steps > 0 else math.ceil(epochs * steps_per_epoch(len(blocks), recipe, per_step))
@@ -98,12 +96,12 @@ def train_phase(
     processes.wait_for_everyone()
     if main and not start:
         state.unlink(missing_ok=True)
-    log = Log(folder / "log.csv", objective, start, steps) if main else None
+    log, done, tokens = Log(folder / "log.csv", objective, start, steps) if main else None, [], 0
 
     def measure(step: int) -> None:
         if main and validation is not None and phase == "routers":
-            tokens = step * recipe.batch_size * per_step * recipe.block_size
-            extend_curve(folder / "validation.csv", hat, validation, objective.thresholds, step, tokens)
+            trained_on = step * recipe.batch_size * per_step * recipe.block_size
+            extend_curve(folder / "validation.csv", hat, validation, objective.thresholds, step, trained_on)
 
     stops, step = Stops(max_minutes), start
     bar = tqdm(total=steps, initial=start, desc=phase, unit="step", disable=not progress)
@@ -116,10 +114,14 @@ def train_phase(
                     watch(False)
                 micro_batches = step_rows(len(blocks), recipe, per_step, step)
                 for rows in micro_batches[processes.process_index :: processes.num_processes]:
-                    batch = collate([blocks[i] for i in rows], hat.base.device)
-                    out = _backward(objective, batch, step, steps)
-                    if log:
-                        log.add(out, int(batch["attention_mask"].sum()))
+                    batch = collate([blocks[i] for i in rows], device)
+                    with autocast():
+                        out = objective(**batch, step=step, steps=steps)
+                    if not torch.isfinite(out["loss"]):
+                        raise HatError(f"training stopped in step {step + 1}: the loss is {out['loss'].item()}")
+                    (out["loss"] / recipe.accumulate).backward()
+                    done.append(out | {"loss": out["loss"].detach()})
+                    tokens += int(batch["attention_mask"].sum())
                 for parameter in objective.parameters():  # the same ones have a gradient in every process
                     if parameter.grad is not None:
                         parameter.grad = reduce(parameter.grad)
@@ -128,8 +130,11 @@ def train_phase(
                 schedule.step()
                 optimizer.zero_grad()
                 step += 1
-                if log and (step == 1 or step % recipe.log_steps == 0):
-                    bar.set_description(f"{phase}, loss {log.write(step, norm, used_rate):.4g}")
+                if step == 1 or step % recipe.log_steps == 0:
+                    if log:
+                        loss = log.write(step, done, tokens, norm, used_rate)
+                        bar.set_description(f"{phase}, loss {loss:.4g}")
+                    done, tokens = [], 0
                 stops.check(step == steps)
                 if main and (stops.reason or step % recipe.save_steps == 0 or step == steps):
                     _save(state, step, objective, optimizer)
@@ -138,7 +143,6 @@ def train_phase(
             stops.check(True)  # a Ctrl-C while the last step was being saved
     finally:
         bar.close()
-        hat.eval()
         for parameter in hat.hat_parameters().values():
             parameter.requires_grad_(True)
     if watch and main:
@@ -147,7 +151,7 @@ def train_phase(
 
 
 class Stops:
-    """Stop cleanly, all processes after the same step: at the time limit, on Ctrl-C, on SIGTERM."""
+    """Stop all processes after the same step, saved: at the time limit, on Ctrl-C, on SIGTERM."""
 
     REASONS = ("", "time", "interrupt", "terminate")
     SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
@@ -160,8 +164,7 @@ class Stops:
         """The first signal ends training after the current step; a later Ctrl-C ends it now."""
         if not self.asked:
             self.asked, self.since = self.SIGNALS[number], time.monotonic()
-        # Within a second, it is torchrun passing on what the terminal has already sent.
-        elif number == signal.SIGINT and time.monotonic() - self.since > 1:
+        elif number == signal.SIGINT and time.monotonic() - self.since > 1:  # before, torchrun may have passed it on
             raise KeyboardInterrupt
 
     @contextmanager
@@ -184,17 +187,6 @@ class Stops:
         late = time.monotonic() > self.limit and not finished
         reason = self.asked or ("time" if late else self.reason)
         self.reason = max(gather_object([reason]), key=self.REASONS.index)
-
-
-def _backward(objective: Objective, batch: dict, step: int, steps: int) -> dict:
-    """Add the gradient of one of a step's micro-batches; returns its loss and metrics."""
-    bf16 = objective.hat.base.dtype == torch.bfloat16
-    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=bf16):
-        out = objective(**batch, step=step, steps=steps)
-    if not torch.isfinite(out["loss"]):
-        raise HatError(f"training stopped in step {step + 1}: the loss is {out['loss'].item()}")
-    (out["loss"] / objective.recipe.accumulate).backward()
-    return out
 
 
 def steps_per_epoch(n_rows: int, recipe: Recipe, per_step: int) -> int:
@@ -241,17 +233,13 @@ def _clip(objective: Objective, step: int) -> float:
     return norm
 
 
-def _trained(objective: Objective) -> dict[str, Tensor]:
-    """The parameters that this phase trains, a learned split among them."""
-    return {name: parameter.detach() for name, parameter in objective.named_parameters() if parameter.requires_grad}
-
-
 def _save(path: Path, step: int, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
-    """Write what `_load` needs, in place of an older state once it is whole."""
-    state = {"step": step, "trained": _trained(objective), "optimizer": optimizer.state_dict()}
+    """Write what `_load` needs, in place of an older state once it is whole. Of the parameters, those that this phase
+    trains, a learned split among them."""
+    trained = {name: parameter.detach() for name, parameter in objective.named_parameters() if parameter.requires_grad}
     try:
         with replaced(path) as written:
-            torch.save(state, written)
+            torch.save({"step": step, "trained": trained, "optimizer": optimizer.state_dict()}, written)
     except (OSError, RuntimeError) as error:  # RuntimeError is how torch reports a full disk
         raise HatError(f"cannot write {path}: {first_line(error)}") from error
 
@@ -259,7 +247,6 @@ def _save(path: Path, step: int, objective: Objective, optimizer: torch.optim.Op
 def _load(path: Path, objective: Objective, optimizer: torch.optim.Optimizer) -> int:
     """Continue from a state; returns its step."""
     state = torch.load(path, weights_only=True, map_location="cpu")
-    for name, parameter in _trained(objective).items():
-        parameter.copy_(state["trained"][name])
+    objective.load_state_dict(state["trained"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
