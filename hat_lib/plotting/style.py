@@ -1,5 +1,5 @@
-"""What figures share. A figure is a function from a table to a matplotlib `Figure`, which raises `HatError` for a missing
-column or an empty table; none is registered with pyplot.
+"""What figures share. A figure is a function from a table to a matplotlib `Figure`, which raises `HatError` for a
+missing column or an empty table; none is registered with pyplot.
 
 Colours are seaborn's "colorblind" set; each series also has its own marker or line. Pages may be dark, so a figure has
 its own white background.

@@ -5,7 +5,7 @@
         print(row.run, row.status)
 
 Each run leaves ``out/<run>.ipynb``, its figures in ``out/figures/<run>/`` and a row in ``out/runs.csv``; the notebook
-of a failed run stays in ``out/unfinished/``. Repeating the call skips every run that has its notebook and the status ok.
+of a failed run stays in ``out/unfinished/``. Repeating the call skips each run that has its notebook and the status ok.
 
 An engine is any function from tasks to the rows of `carry_out`. `local` is joblib's; `dask` is Dask's own client,
 because joblib's Dask backend waits forever for a task that Dask gives up (joblib 1.6).

@@ -125,8 +125,8 @@ def predictions(path: Path) -> dict[str, list[str]] | None:
 
 
 def clean(nb: NotebookNode) -> NotebookNode:
-    """In place: keep source, outputs, execution counts, cell ids, tags, the kernel's name, and of widgets the state of a
-    `PlayView`, which works without a kernel; drop what else a machine, a run or an editor leaves in a file. A cell
+    """In place: keep source, outputs, execution counts, cell ids, tags, the kernel's name, and of widgets the state of
+    a `PlayView`, which works without a kernel; drop what else a machine, a run or an editor leaves in a file. A cell
     tagged ``hide-input`` is folded.
     """
     widgets = nb.metadata.get("widgets", {}).get(WIDGET_STATE, {"state": {}})
