@@ -32,12 +32,10 @@ from hat_lib.method.grain import grain_named
 from hat_lib.method.thresholds import EXIT_TABLES, HEAD_TABLES, Calibration
 
 CONFIG_FILE, ADAPTER_FILE = "hat_config.json", "hat_adapter.safetensors"
-FORMAT_VERSION = 3
-"""What this library writes, and the newest that it reads; one more for each new field."""
+FORMAT_VERSION = 3  # What this library writes, and the newest that it reads; one more for each new field.
 
 OPTIONAL = ("sensitivity", *HEAD_TABLES, *EXIT_TABLES)
-ANY = 1e30
-"""Bound of a threshold, either way: beyond every score, and a finite number in fp32."""
+ANY = 1e30  # Bound of a threshold, either way: beyond every score, and a finite number in fp32.
 # Axes, range and order along the last axis (1 rising, -1 falling, 0 any) of each table. L layers, S sites and E exits
 # are the config's; C, K and R are set by the first table that has them.
 TABLES = {
@@ -82,14 +80,11 @@ class Checkpoint:
     """What a checkpoint folder holds."""
 
     config: HatConfig
-    base: str
-    """the name to load the base by: "bundled", a Hub id or a folder"""
+    base: str  # the name to load the base by: "bundled", a Hub id or a folder
     base_fingerprint: str
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    """trained parameters by name, fp32"""
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # trained parameters by name, fp32
     calibration: Calibration | None = None
-    training: dict | None = None
-    """summary of the run that trained it, any JSON object"""
+    training: dict | None = None  # summary of the run that trained it, any JSON object
     prices: list[Price] = field(default_factory=list)
 
     def check_base(self, base: Base, folder: str | Path) -> None:

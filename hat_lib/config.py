@@ -152,13 +152,11 @@ class HatConfig:
     """The method's shape on one base. Everything here is saved in a checkpoint's ``hat_config.json``."""
 
     n_layers: int
-    granularity: str = "channel"
-    """one of `hat_lib.method.grain.GRAINS`"""
+    granularity: str = "channel"  # one of `hat_lib.method.grain.GRAINS`
     exit_layers: tuple[int, ...] = ()
     """depths at which a token may leave: at exit ``e``, ``e`` layers have run; 1 .. n_layers - 1"""
     capacity: float = 0.75
-    exit_rate: float = 0.0
-    """both: the settings of a freshly loaded model"""
+    exit_rate: float = 0.0  # both: the settings of a freshly loaded model
     translator_rank: int = 1
     """rank of the correction that an exiting hidden state gets, besides a diagonal one and a bias"""
     protected_tokens: int = 2

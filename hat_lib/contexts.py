@@ -18,7 +18,6 @@ from hat_lib.base.families import LINEARS
 from hat_lib.checkpoint import check_calibration
 from hat_lib.config import HatError, check_capacity, check_exit_rate, check_fraction
 from hat_lib.decoding.steering import GAIN
-from hat_lib.method.head import Shortlist
 from hat_lib.method.setting import Context, ExitPolicy, Policy, Setting
 from hat_lib.method.thresholds import Calibration, Thresholds
 from hat_lib.method.trace import Masks, Trace
@@ -133,9 +132,9 @@ class Contexts:
         """Whether the head has a shortlist at capacities below 1.0."""
         return self.calibration is not None and self.calibration.head_thresholds is not None
 
-    def shortlist(self, threshold: float, margin: float, share: float = 1.0) -> Shortlist:
+    def shortlist(self, threshold: float, margin: float, share: float = 1.0) -> tuple[float, float, float]:
         """The head's decision at a threshold on its channels' scores and a margin in nats, for `changed`."""
-        return Shortlist(threshold, margin, share)
+        return threshold, margin, share
 
     # -- contexts ----------------------------------------------------------------------------------
 

@@ -294,8 +294,7 @@ class HierarchicalTransformer(Contexts, nn.Module):
             return self.lm.lm_head(states)
 
     def _reading(self, thresholds: Thresholds, trace: Trace | None) -> head.Reading:
-        shortlist = self.shortlist(float(thresholds.head), float(thresholds.margin))
-        return head.Reading(shortlist, self.head_norm, trace.note_head if trace else lambda share: None)
+        return head.Reading(thresholds, self.head_norm, trace.note_head if trace else lambda share: None)
 
     @property
     def head_norm(self) -> Tensor:

@@ -52,10 +52,8 @@ class Base:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     """pads on the left, and always has a pad token (EOS where the checkpoint names none)"""
-    fingerprint: str
-    """`fingerprint` of the weights, the same for fp32, bf16 and fp16 loads of one checkpoint"""
-    name: str
-    """as given to `load_base`"""
+    fingerprint: str  # `fingerprint` of the weights, the same for fp32, bf16 and fp16 loads of one checkpoint
+    name: str  # as given to `load_base`
 
     def __repr__(self) -> str:
         model, count = type(self.model).__name__, self.model.num_parameters()

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-FULL = 0.45
-"""capacity at and below which corrections of linear layers have their full strength"""
+FULL = 0.45  # capacity at and below which corrections of linear layers have their full strength
 
 
 class Correction(nn.Module):
@@ -37,11 +36,6 @@ class Correction(nn.Module):
         """What is added to the output of linear layer ``number`` of the site: ``[..., C] -> [..., out]``."""
         up, shift = (t.split(self.outputs)[number].to(x.dtype) for t in (self.up, self.shift))
         return F.linear(F.linear(x, self.down.to(x.dtype)), up, shift)
-
-    @torch.no_grad()
-    def update(self) -> Tensor:
-        """``B A``, fp32 ``[out, C]``, the site's linear layers stacked."""
-        return self.up @ self.down
 
     def attach(self, linears: list[nn.Module], strength: Callable[[], float]) -> list[RemovableHandle]:
         """Hook the linear layers that read the site's input, to add the terms at the ``strength`` of that moment."""

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from accelerate.utils.modeling import align_module_device
 from torch import Tensor, nn
 
-SENSITIVITY_LIMIT = 3.0
-"""of a sensitivity, either way: no text called for more"""
+SENSITIVITY_LIMIT = 3.0  # of a sensitivity, either way: no text called for more
 
 
 class MoERouter(nn.Module):

@@ -33,8 +33,7 @@ from hat_lib.base.load import HUB_ID, first_line
 from hat_lib.config import HatError, check_count
 from hat_lib.text.corpora import ALL, CORPORA, SPLITS, Document, documents
 
-HUB_MAX_TOKENS = 200_000
-"""tokens taken from a Hub stream when no ``max_tokens`` is given"""
+HUB_MAX_TOKENS = 200_000  # tokens taken from a Hub stream when no max_tokens is given
 
 WHOLE_BYTES = 16_000_000
 """most UTF-8 bytes tokenised at once: a byte of prose takes 130 bytes of memory, one of base64 250, so 4 GB at most"""

@@ -33,8 +33,7 @@ from hat_lib.text.blocks import evenly, load_text
 from hat_lib.text.corpora import FOLDER
 
 SELF, OPENINGS = "self", "openings"
-OWN = (SELF, OPENINGS)
-"""text that the base writes itself"""
+OWN = (SELF, OPENINGS)  # text that the base writes itself
 TOP_P, TOP_K = 0.95, 1000
 OPENINGS_FILE = FOLDER / "openings.json"
 
