@@ -1,10 +1,9 @@
 """Families: which models the method fits.
 
-A family is a class of transformers whose decoder layer has the `PARTS` of a Llama's and nothing else, but for what its
-attention may add: biases (Qwen2), norms of queries and keys, by head (Qwen3), layers without rotary embedding
-(SmolLM3), a sliding window (Mistral). All else in the library reads the layer and names no family. To add one, write
-its class into `FAMILIES`, a tiny shape of it into `hat_lib.base.shapes`, and that into ``OTHERS`` of the tests: the
-equalities then run on it.
+The decoder layer of a family has the `PARTS` of a Llama's and nothing else, but for what its attention may add: biases
+(Qwen2), norms of queries and keys, by head (Qwen3), layers without rotary embedding (SmolLM3), a sliding window
+(Mistral). All else in the library reads the layer and names no family. To add one, write its class into `FAMILIES`, a
+tiny shape of it into `hat_lib.base.shapes`, and that into ``OTHERS`` of the tests.
 """
 
 import inspect
@@ -16,21 +15,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
+# The linear layers of a decoder layer, by the input that they share.
 LINEARS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-"""the linear layers of a decoder layer, by the input that they share"""
 NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+# What the forwards that are overridden take, of a decoder layer and of its parts.
 FORWARDS = {
     "": "hidden_states attention_mask position_ids cache use_cache position_embeddings kwargs",
     "self_attn": "hidden_states position_embeddings attention_mask cache kwargs",
     "mlp": "x",
 }
-"""what the forwards that are overridden take, of a decoder layer and of its parts"""
 PARTS = {*(name for names in LINEARS.values() for name in names), *NORMS, "mlp.act_fn"}
 
 
