@@ -1,9 +1,9 @@
 """A checkpoint: small weights beside a readable JSON file, as peft stores an adapter, and the base's fingerprint.
 
 A folder with `hat_config.json` (method config, base name and fingerprint, calibration tables, training summary, prices)
-and `hat_adapter.safetensors` (routers, gates and corrections, nothing else; fp32, as every release wrote them). Reading
-is strict: an unknown field, a value of another type or beyond `largest`, or another adapter than the one that the JSON
-names raises one `HatError` that begins with the file. Fields that older versions did not write take their defaults.
+and `hat_adapter.safetensors` (routers, gates and corrections, nothing else; fp32). Reading is strict: an unknown field,
+a value of another type or beyond `largest`, or another adapter than the one that the JSON names raises one `HatError`
+that begins with the file. Fields that older versions did not write take their defaults.
 
 Writing takes three renames: the new adapter goes next to the old one, under its hash; then the JSON, which names that
 hash, is replaced; then the adapter moves to its proper name. Reading takes the file with the hash, so a process killed
@@ -104,8 +104,7 @@ def is_hat_parameter(name: str) -> bool:
 def find_checkpoint(name: str | Path) -> Path:
     """The folder of a checkpoint: a path, a name in data/checkpoints such as "default", or ``owner/name`` on the Hub.
 
-    A local folder with a checkpoint or a run in it comes first, and the Hub last: no other name opens a connection.
-    Raises `HatError` if there is no such checkpoint, or it can't be fetched.
+    A local folder with a checkpoint or a run in it comes first, and the Hub last. Raises `HatError` if there is none.
     """
     name = str(name)
     folder, reference = Path(os.path.expanduser(name)), DATA / "checkpoints"
@@ -182,8 +181,7 @@ def _parsed(meta: object) -> tuple[Checkpoint, str]:
 
 
 def check_calibration(tables: Calibration, config: HatConfig, sites: Sequence[str]) -> None:
-    """Raise `HatError`, naming the table, unless these are valid for a model of this shape, whose grain has these
-    ``sites``."""
+    """Raise `HatError`, naming the table, unless these are valid for a model of this shape and these ``sites``."""
     if tables.sites != list(sites):
         raise HatError(f"calibration.sites must be {list(sites)}, got {shown(tables.sites)}")
     for names in (HEAD_TABLES, EXIT_TABLES):
@@ -245,9 +243,9 @@ def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], folder:
 
 
 def largest(name: str) -> float:
-    """Largest magnitude of a trained value that is read or written; in data/checkpoints, 90 for routers and 0.8 for the
-    rest. With it, logits stay finite in fp32 and bf16: log scales are exponentiated; routers only score, and scores are
-    clipped or compared; gates and corrections add products of two to the hidden state."""
+    """Largest magnitude of a trained value that is read or written (data/checkpoints has up to 90), with which logits
+    stay finite in fp32 and bf16: log scales are exponentiated, other scores are clipped or compared, and gates and
+    corrections add products of two to the hidden state."""
     return 30.0 if name.endswith("log_scale") else 1e20 if name.startswith("routers.") else 100.0
 
 
@@ -262,8 +260,8 @@ def check_values(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def write_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
-    """Write both files; returns the folder. Raises `HatError`, and leaves what is there, if it can't be written or read
-    again."""
+    """Write both files; returns the folder. Raises `HatError`, and leaves what is there, for what could not be read
+    again, or if the folder can't be written."""
     folder = Path(folder).expanduser()
     # Copied: safetensors refuses tensors that share memory.
     tensors = {k: v.detach().to("cpu", torch.float32, copy=True).contiguous() for k, v in checkpoint.tensors.items()}

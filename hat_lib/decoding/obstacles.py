@@ -9,8 +9,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils import output_capturing
 
+from hat_lib.base.dispatch import is_dispatched, overridden
 from hat_lib.base.families import head_size, linears, window
-from hat_lib.base.spread import is_spread, overridden
 from hat_lib.engine.arrays import MAX_TOKENS
 from hat_lib.engine.cache import GrowingLayer, holds
 from hat_lib.method.setting import Setting
@@ -27,7 +27,7 @@ FARTHEST = 1 << 18
 def of_base(lm, granularity: str) -> str | None:
     """Why the engine can run no forward of a base; None if it can."""
     config = lm.config
-    if is_spread(lm):
+    if is_dispatched(lm):
         return "the base is spread over devices"
     if any(map(overridden, lm.modules())):
         return "another library overrides a forward of the base"

@@ -131,9 +131,9 @@ def ideal_speedup(lm_config: LlamaConfig, config: HatConfig, capacity: float = 1
     """``1 / model_share``: the speedup if time were proportional to linear work and every token ran at ``capacity``,
     without exits. Raises `HatError` for a capacity outside [0.1, 1]."""
     share = torch.full((config.n_layers, len(grain_named(config.granularity).sites)), check_capacity(capacity))
-    return 1 / work(
-        lm_config, config, share, torch.tensor(config.n_layers), routed=capacity < 1, gated=False
-    ).model_share
+    return (
+        1 / work(lm_config, config, share, torch.tensor(config.n_layers), routed=capacity < 1, gated=False).model_share
+    )
 
 
 class WorkTally:

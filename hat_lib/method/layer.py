@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, rotate_half
 
+from hat_lib.base.dispatch import override, restore
 from hat_lib.base.families import head_norms, rotates, window
-from hat_lib.base.spread import override, restore
 from hat_lib.method.forward import Forward
 from hat_lib.method.setting import Context
 

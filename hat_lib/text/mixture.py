@@ -25,8 +25,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
+from hat_lib.base.dispatch import overridden
 from hat_lib.base.load import Base
-from hat_lib.base.spread import overridden
 from hat_lib.config import HatError, cache_dir, check_count
 from hat_lib.text.blocks import check_text, evenly, load_text
 from hat_lib.text.corpora import FOLDER

@@ -11,7 +11,7 @@ from accelerate.utils.modeling import align_module_device
 from torch import Tensor, nn
 
 
-def is_spread(module: nn.Module) -> bool:
+def is_dispatched(module: nn.Module) -> bool:
     return any(_hooked(m) for m in module.modules())
 
 
