@@ -26,7 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hat_lib import __version__
-from hat_lib.base.load import HUB_ID, Base, first_line
+from hat_lib.base.load import HUB_ID, Base, one_error
 from hat_lib.config import DATA, HatConfig, HatError, check_capacity, check_count, replaced, shown
 from hat_lib.method.grain import grain_named
 from hat_lib.method.thresholds import EXIT_TABLES, HEAD_TABLES, Calibration
@@ -118,39 +118,33 @@ def find_checkpoint(name: str | Path) -> Path:
         raise HatError(f"no checkpoint {shown(name)}: expected a folder, owner/name on the Hub, or one of {known}")
     from huggingface_hub import snapshot_download
 
-    try:
+    with one_error(f"no folder {name}, and it can't be fetched from the Hub"):
         return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, ADAPTER_FILE]))
-    except Exception as error:  # whatever a dead network or a refusal raises, inside two libraries
-        raise HatError(f"no folder {name}, and it can't be fetched from the Hub: {first_line(error)}") from error
 
 
 def read_checkpoint(name: str | Path) -> Checkpoint:
     """Read and check both files of a checkpoint, which is named as for `find_checkpoint`."""
     folder = find_checkpoint(name)
     file, adapter = folder / CONFIG_FILE, folder / ADAPTER_FILE
-    if (text := _read(file)) is None:
+    if not file.exists():
         resume = f"; it holds an unfinished run: hat train --resume {folder}" if (folder / "run.json").exists() else ""
         raise HatError(f"{folder} is not a HAT checkpoint: {CONFIG_FILE} is missing{resume}")
-    try:
-        found, sha256 = _parsed(json.loads(text))
-    # What json, the dataclasses and their checks raise for a file that is not as expected.
-    except (ValueError, TypeError, RecursionError) as error:
-        raise HatError(f"{file}: {first_line(error)}") from error
-    if (data := _read(folder / f"{ADAPTER_FILE}.{sha256}")) is None:
-        data = _read(adapter)
-    if data is None or hashlib.sha256(data).hexdigest() != sha256:
-        raise HatError(f"{adapter} is missing, or not the file that {CONFIG_FILE} was written with")
-    try:
+    with one_error(file):
+        checkpoint, sha256 = _parsed(json.loads(file.read_bytes()))
+    pending = folder / f"{ADAPTER_FILE}.{sha256}"
+    with one_error(adapter):
+        data = (pending if pending.is_file() else adapter).read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise HatError(f"not the file that {CONFIG_FILE} was written with")
         tensors = load(data)
-    except Exception as error:  # of its own, or a KeyError for a dtype that torch does not have
-        raise HatError(f"{adapter} cannot be read by safetensors: {first_line(error)}") from error
-    check_values(tensors, adapter)
+        check_values(tensors)
     # A model of this config is made before its shapes are compared: its size must not depend on a wrong number.
     for key, end in (("translator_rank", ".reduce.weight"), ("correction_rank", ".down")):
-        rank, there = getattr(found.config, key), {t.shape[:1].numel() for n, t in tensors.items() if n.endswith(end)}
+        rank = getattr(checkpoint.config, key)
+        there = {tensor.shape[:1].numel() for name, tensor in tensors.items() if name.endswith(end)}
         if there - {rank} or (rank or 0) > max(map(Tensor.numel, tensors.values()), default=0):
             raise HatError(f"{file}: config.{key} is {rank}, not that of the tensors *{end} in {ADAPTER_FILE}")
-    return replace(found, tensors=tensors)
+    return replace(checkpoint, tensors=tensors)
 
 
 def _parsed(meta: object) -> tuple[Checkpoint, str]:
@@ -164,10 +158,8 @@ def _parsed(meta: object) -> tuple[Checkpoint, str]:
     if not re.fullmatch("[0-9a-f]{64}", str(sha256 := meta.pop("adapter_sha256", None))):
         raise HatError(f"adapter_sha256 must be 64 hexadecimal digits, got {shown(sha256)}")
     _check_types(Checkpoint, "", meta)
-    try:
+    with one_error("training"):
         json.dumps(meta.get("training"), allow_nan=False)
-    except ValueError as error:
-        raise HatError(f"training: {error}") from error
     meta["config"] = config = HatConfig(**_check_types(HatConfig, "config.", meta["config"]))
     sites = grain_named(config.granularity).sites
     rows = enumerate(meta.get("prices", []))
@@ -226,14 +218,6 @@ def _check_types(kind: type, where: str, found: object) -> dict:
     return found
 
 
-def _read(file: Path) -> bytes | None:
-    """What a file holds; None if there is none."""
-    try:
-        return file.read_bytes() if file.is_file() else None
-    except OSError as error:
-        raise HatError(f"{file} cannot be read: {error.strerror}") from error
-
-
 def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], folder: str | Path) -> None:
     """Raise `HatError` unless the tensors found in ``folder`` have the expected names and shapes."""
     for name in sorted(found.keys() | expected.keys()):
@@ -249,44 +233,39 @@ def largest(name: str) -> float:
     return 30.0 if name.endswith("log_scale") else 1e20 if name.startswith("routers.") else 100.0
 
 
-def check_values(tensors: dict[str, Tensor], file: Path) -> None:
-    """Raise `HatError` unless the tensors of ``file`` are fp32 and no value is beyond `largest` (nor nan)."""
+def check_values(tensors: dict[str, Tensor]) -> None:
+    """Raise `HatError` unless the tensors are fp32 and no value is beyond `largest` (nor nan)."""
     for name, tensor in tensors.items():
         limit = largest(name)
         if tensor.dtype != torch.float32:
-            raise HatError(f"{file}: {shown(name)} is {tensor.dtype}, expected torch.float32")
+            raise HatError(f"{shown(name)} is {tensor.dtype}, expected torch.float32")
         if len(beyond := tensor[~(tensor.abs() <= limit)]):
-            raise HatError(f"{file}: {shown(name)} must be numbers in [-{limit:g}, {limit:g}], got {beyond[0]:g}")
+            raise HatError(f"{shown(name)} must be numbers in [-{limit:g}, {limit:g}], got {beyond[0]:g}")
 
 
 def write_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
     """Write both files; returns the folder. Raises `HatError`, and leaves what is there, for what could not be read
     again, or if the folder can't be written."""
     folder = Path(folder).expanduser()
-    # Copied: safetensors refuses tensors that share memory.
-    tensors = {k: v.detach().to("cpu", torch.float32, copy=True).contiguous() for k, v in checkpoint.tensors.items()}
-    check_values(tensors, folder / ADAPTER_FILE)
-    adapter = save(tensors)
-    sha256 = hashlib.sha256(adapter).hexdigest()
-    pending = folder / f"{ADAPTER_FILE}.{sha256}"  # it waits for the JSON that names it
-    try:
+    with one_error(f"cannot write a checkpoint to {folder}"):
+        # Copied: safetensors refuses tensors that share memory.
+        given = checkpoint.tensors.items()
+        tensors = {n: t.detach().to("cpu", torch.float32, copy=True).contiguous() for n, t in given}
+        check_values(tensors)
+        adapter = save(tensors)
+        sha256 = hashlib.sha256(adapter).hexdigest()
         meta = asdict(replace(checkpoint, tensors={})) | {"adapter_sha256": sha256, "library_version": __version__}
         meta["format_version"] = FORMAT_VERSION
         del meta["tensors"]
         text = _readable(meta)
         _parsed(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise HatError(f"cannot write a checkpoint to {folder}: {first_line(error)}") from error
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+        pending = folder / f"{ADAPTER_FILE}.{sha256}"  # it waits for the JSON that names it
         for path, content in ((pending, adapter), (folder / CONFIG_FILE, text.encode())):
             with replaced(path) as written:
                 written.write_bytes(content)
         os.replace(pending, folder / ADAPTER_FILE)
         for left in folder.glob(f"{ADAPTER_FILE}.{'?' * 64}*"):  # by a process that was killed
             left.unlink()
-    except OSError as error:
-        raise HatError(f"cannot write a checkpoint to {folder}: {error.strerror}") from error
     return folder
 
 

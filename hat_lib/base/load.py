@@ -166,7 +166,7 @@ def config_of(name: str) -> PreTrainedConfig:
     if name in SHAPES:
         return random_config(name)
     source, where = _source(name)
-    with _one_error(name, source):
+    with one_error(f"cannot load {name}", _hint(source)):
         return _config(source, where)
 
 
@@ -213,7 +213,8 @@ def _pretrained(name: str, source: Path | str, where: dict, dtype: torch.dtype, 
     if where:  # without `dequantize`, transformers may fetch kernels and keep the blocks packed
         how["quantization_config"] = GgufConfig(dequantize=True)
     # What is downloaded keeps its bars.
-    with _one_error(name, source), _quiet() if isinstance(source, Path) else contextlib.nullcontext():
+    quiet = _quiet() if isinstance(source, Path) else contextlib.nullcontext()
+    with one_error(f"cannot load {name}", _hint(source)), quiet:
         if hasattr(_config(source, where), "quantization_config"):
             raise HatError("a quantised checkpoint, expected plain weights (or a .gguf file)")
         where = where | {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
@@ -232,14 +233,8 @@ def _pretrained(name: str, source: Path | str, where: dict, dtype: torch.dtype, 
     return model, tokenizer
 
 
-@contextlib.contextmanager
-def _one_error(name: str, source: Path | str) -> Iterator[None]:
-    """Whatever goes wrong with a base as one `HatError`."""
-    try:
-        yield
-    except Exception as error:  # ours, or what a damaged file or a dead network raises, inside three libraries
-        hint = "" if isinstance(source, Path) else "; offline, use --base bundled, a local folder or a .gguf file"
-        raise HatError(f"cannot load {name}: {first_line(error)}{hint}") from error
+def _hint(source: Path | str) -> str:
+    return "" if isinstance(source, Path) else "; offline, use --base bundled, a local folder or a .gguf file"
 
 
 @contextlib.contextmanager
@@ -258,6 +253,15 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def one_error(what: object, hint: str = "") -> Iterator[None]:
+    """Context: whatever a damaged file or a dead network raises, in one `HatError` that begins with ``what``."""
+    try:
+        yield
+    except Exception as error:
+        raise HatError(f"{what}: {first_line(error)}{hint}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -58,8 +58,7 @@ class Trace:
     tokens that were read, or of the last step alone (beams and drafts, whose rows are not those of the text)"""
     text: tuple[Tensor, Cache | None] | None = None
     """while the forward runs: token ids, int64 ``[B, T]`` (zeros where only embeddings are known), and the cache"""
-    mask_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """shape of one row's decision, by site: ``(units,)``, or ``()`` for the whole FFN"""
+    mask_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of a row: (units,), or () for the FFN
     alive: Tensor | None = None  # rows (indices into B*T) that still run; None while all do
     exit_layer: Tensor = None  # layers that each token ran, int16 [B, T]; L where it stayed to the end
     routed: bool | Tensor = False
@@ -67,12 +66,10 @@ class Trace:
     corrected: bool | Tensor = False
     """whether routers, exit gates and corrections took part; by column, ``[T]``, where forwards are joined"""
     steering: Tensor | None = None  # what steering multiplies thresholds by, fp32 [B*T]; None for 1
-    threshold_scale: Tensor | None = None
-    """that times token sensitivity, for the running rows in the current layer, ``[n, 1]``: see `Grain.prepare`"""
+    threshold_scale: Tensor | None = None  # that times token sensitivity, for the running rows in this layer, [n, 1]
     masks: Masks | None = None  # the decisions themselves, under `HierarchicalTransformer.record`
     executed: Tensor | None = None  # `site_share`, if it is known as a whole rather than site by site: from the engine
-    head_work: float | Tensor = 0.0
-    """work of the head, as a multiple of a layer's routable work, if it has a shortlist; else 0; by column if joined"""
+    head_work: float | Tensor = 0.0  # of a head with a shortlist, in units of a layer's; else 0; by column if joined
     expected_head_share: float = 1.0
     _head: Tensor | None = None  # share of each token, fp32 [B, T]; nan where its logits were not read
     _read: tuple[float, int] = (0.0, 0)  # share, summed over the tokens whose logits were read, and their number

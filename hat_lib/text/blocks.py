@@ -30,7 +30,7 @@ from datasets import Dataset, concatenate_datasets, get_dataset_split_names, loa
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hat_lib.base.load import HUB_ID, first_line
+from hat_lib.base.load import HUB_ID, first_line, one_error
 from hat_lib.config import HatError, check_count
 from hat_lib.text.corpora import ALL, CORPORA, SPLITS, Document, documents
 
@@ -201,16 +201,14 @@ def _read(path: Path) -> list[Document]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise HatError(f"{path}: expected a {'/'.join(SUFFIXES)} file")
-    try:
+    with one_error(f"cannot read {path}"):
         if suffix == ".parquet":
             table = pyarrow.parquet.read_table(path)
             if "text" not in table.column_names:
-                raise HatError(f'{path} has no column "text"; its columns are {", ".join(table.column_names)}')
+                raise HatError(f'it has no column "text"; its columns are {", ".join(table.column_names)}')
             texts = table.column("text").drop_null().cast("string").to_pylist()
             return [(f"{path.name}:{number}", text) for number, text in enumerate(texts)]
         text = path.read_bytes().decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise HatError(f"cannot read {path}: {first_line(error)}") from error
     return list(_read_jsonl(path, text)) if suffix == ".jsonl" else [(path.name, text)]
 
 
