@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -160,22 +160,22 @@ def _parsed(meta: object) -> tuple[Checkpoint, str]:
     _check_types(Checkpoint, "", meta)
     with one_error("training"):
         json.dumps(meta.get("training"), allow_nan=False)
-    meta["config"] = config = HatConfig(**_check_types(HatConfig, "config.", meta["config"]))
-    sites = grain_named(config.granularity).sites
+    meta["config"] = config = HatConfig(**_check_types(HatConfig, "config.", meta.get("config")))
     rows = enumerate(meta.get("prices", []))
     meta["prices"] = [Price(**_check_types(Price, f"prices.{i}.", row)) for i, row in rows]
     if (tables := meta.get("calibration")) is not None:
         meta["calibration"] = tables = Calibration(**_check_types(Calibration, "calibration.", tables))
-        check_calibration(tables, config, sites)
+        check_calibration(tables, config)
         if config.exit_rate and not (config.exit_layers and tables.exit_rates):
             raise HatError(f"config.exit_rate is {config.exit_rate}, without exit layers or their tables")
     return Checkpoint(tensors={}, **meta), sha256
 
 
-def check_calibration(tables: Calibration, config: HatConfig, sites: Sequence[str]) -> None:
-    """Raise `HatError`, naming the table, unless these are valid for a model of this shape and these ``sites``."""
-    if tables.sites != list(sites):
-        raise HatError(f"calibration.sites must be {list(sites)}, got {shown(tables.sites)}")
+def check_calibration(tables: Calibration, config: HatConfig) -> None:
+    """Raise `HatError`, naming the table, unless these are valid for a model of this shape."""
+    sites = list(grain_named(config.granularity).sites)
+    if tables.sites != sites:
+        raise HatError(f"calibration.sites must be {sites}, got {shown(tables.sites)}")
     for names in (HEAD_TABLES, EXIT_TABLES):
         if len({getattr(tables, name) is None for name in names}) > 1:
             raise HatError(f"calibration.{names[0]}, {names[1]} and {names[2]} must be all null or all lists")
@@ -202,26 +202,26 @@ def check_calibration(tables: Calibration, config: HatConfig, sites: Sequence[st
         raise HatError(f"calibration.capacities must end at 1, got {tables.capacities[-1]}")
 
 
-def _check_types(kind: type, where: str, found: object) -> dict:
-    """``found``, if it is a JSON object whose values are of the types that the fields of ``kind`` declare."""
-    if not isinstance(found, dict):
-        raise HatError(f"{where[:-1]} must be a JSON object, got {shown(found)}")
+def _check_types(kind: type, where: str, values: object) -> dict:
+    """``values``, if it is a JSON object whose values are of the types that the fields of ``kind`` declare."""
+    if not isinstance(values, dict):
+        raise HatError(f"{where[:-1]} must be a JSON object, got {shown(values)}")
     for declared in fields(kind):
-        key, value = declared.name, found.get(declared.name)
+        key, value = declared.name, values.get(declared.name)
         allowed = re.sub(r"\[.*\]", "", declared.type).split(" | ")
-        if key not in found and declared.default is MISSING is declared.default_factory:
+        if key not in values and declared.default is MISSING is declared.default_factory:
             raise HatError(f"{where}{key} is missing")
-        if key in found and set(JSON_TYPES.get(type(value), ())).isdisjoint(allowed):
+        if key in values and set(JSON_TYPES.get(type(value), ())).isdisjoint(allowed):
             raise HatError(f"{where}{key} must be {declared.type}, got {shown(value)}")
         if isinstance(value, int | float) and not abs(value) <= ANY:  # nan, too
             raise HatError(f"{where}{key} must be a number in [-{ANY}, {ANY}], got {shown(value)}")
-    return found
+    return values
 
 
-def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], folder: str | Path) -> None:
-    """Raise `HatError` unless the tensors found in ``folder`` have the expected names and shapes."""
-    for name in sorted(found.keys() | expected.keys()):
-        got, wanted = (list(tensors[name].shape) if name in tensors else "none" for tensors in (found, expected))
+def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], folder: str | Path) -> None:
+    """Raise `HatError` unless the tensors of the adapter in ``folder`` have the expected names and shapes."""
+    for name in sorted(tensors.keys() | expected.keys()):
+        got, wanted = (list(group[name].shape) if name in group else "none" for group in (tensors, expected))
         if got != wanted:
             raise HatError(f"{Path(folder, ADAPTER_FILE)}: {name!r} has shape {got}, expected {wanted}")
 

@@ -46,7 +46,7 @@ class Contexts:
     @calibration.setter
     def calibration(self, calibration: Calibration | None) -> None:
         if calibration is not None:
-            check_calibration(calibration, self.config, self.grain.sites)
+            check_calibration(calibration, self.config)
         stack = [self._context.shared, *self._context.entered]
         changed = [self._at(setting, calibration) for (setting,) in stack]  # raises before any change
         for entered, setting in zip(stack, changed, strict=True):

@@ -24,8 +24,8 @@ def device_of(module: nn.Module) -> torch.device:
 def overridden(module: nn.Module) -> Callable | None:
     """The forward that replaces a module's own, accelerate's aside."""
     name = "_old_forward" if _hooked(module) else "forward"
-    found = vars(module).get(name)
-    return None if getattr(found, "__func__", None) is type(module).forward else found
+    forward = vars(module).get(name)
+    return None if getattr(forward, "__func__", None) is type(module).forward else forward
 
 
 def override(module: nn.Module, forward: Callable) -> None:

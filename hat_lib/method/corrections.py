@@ -2,9 +2,8 @@
 
 Channel grain: each linear layer ``y = W x`` becomes ``y = W x + B A x + c``, with a low-rank update (LoRA, Hu et al.
 2021, arXiv:2106.09685) and a constant vector (SPON, arXiv:2512.12744), where x has only the channels that are kept.
-At rank 4 that is 1 % of the base's work. Matrices that read the same input share A. A strength
-(`Grain.correction_strength`), 0 at capacity 1.0, scales both terms. On the reference path, hooks add them ahead of
-anybody else's.
+Matrices that read the same input share A. A strength (`Grain.correction_strength`), 0 at capacity 1.0, scales both
+terms. On the reference path, hooks add them ahead of anybody else's.
 
 Token grain: ``B A x + c`` of the FFN's own input stands in for an FFN that a token skips, at 2 r D multiply-adds.
 """

@@ -87,11 +87,7 @@ def load_text(
 
 
 def held_out(
-    source: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: int,
-    block_size: int = 512,
-    splits: Sequence[str] = ("train", "validation"),
+    source: str | Path, tokenizer, tokens: int, block_size: int = 512, splits: Sequence[str] = ("train", "validation")
 ) -> Dataset:
     """About ``tokens`` tokens that no test sees: evenly spaced blocks, in equal parts from ``splits``, or what these
     have. After training, only validation is held out. Rows and errors as in `load_text`."""
@@ -224,17 +220,17 @@ def _read_jsonl(path: Path, text: str) -> Iterator[Document]:
         yield f"{path.name}:{number}", document
 
 
-def _split(found: list[Document], split: str) -> list[Document]:
+def _split(docs: list[Document], split: str) -> list[Document]:
     if split == ALL:
-        return found
-    keys = [hashlib.sha256(text.encode()).digest() for _, text in found]
+        return docs
+    keys = [hashlib.sha256(text.encode()).digest() for _, text in docs]
     order = sorted(set(keys))
     if len(order) < 3:
-        return [(doc, _part(text, split)) for doc, text in found]
+        return [(doc, _part(text, split)) for doc, text in docs]
     count = max(1, round(0.05 * len(order)))
     parts = {"test": order[:count], "validation": order[count : 2 * count], "train": order[2 * count :]}
     chosen = set(parts[split])
-    return [document for key, document in zip(keys, found, strict=True) if key in chosen]
+    return [document for key, document in zip(keys, docs, strict=True) if key in chosen]
 
 
 def _part(text: str, split: str) -> str:

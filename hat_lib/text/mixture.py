@@ -75,14 +75,7 @@ def training_text(
 
 
 def self_text(
-    base: Base,
-    tokens: int,
-    *,
-    source: str = SELF,
-    block_size: int = 512,
-    batch_size: int = 64,
-    seed: int = 0,
-    progress: bool = True,
+    base: Base, tokens: int, *, source=SELF, block_size: int = 512, batch_size: int = 64, seed: int = 0, progress=True
 ) -> Dataset:
     """At least ``tokens`` tokens of text sampled from ``base``, in whole blocks of one ``source`` of `OWN`; rows as in
     `load_text`, whose ``doc`` is "SOURCE-SEED:ROW".

@@ -7,9 +7,9 @@ import torch
 from accelerate import cpu_offload
 from tiny_runs import random_blocks, skipping, tiny
 
+from hat_lib.base.dispatch import is_dispatched
 from hat_lib.base.load import fingerprint, load_base
 from hat_lib.base.shapes import byte_tokenizer
-from hat_lib.base.dispatch import is_dispatched
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import HatConfig, HatError
 from hat_lib.hat import HierarchicalTransformer
