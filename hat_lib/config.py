@@ -171,8 +171,7 @@ class HatConfig:
         for name in ("translator_rank", "protected_tokens", "correction_rank"):
             if (value := getattr(self, name)) is not None or name != "correction_rank":
                 checked[name] = check_count(name, value, 0)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(checked)  # the class is frozen
 
     @classmethod
     def default(cls, base, **changes) -> HatConfig:
