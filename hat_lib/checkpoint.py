@@ -5,9 +5,9 @@ and `hat_adapter.safetensors` (routers, gates and corrections, nothing else; fp3
 a value of another type or beyond `largest`, or another adapter than the one that the JSON names raises one `HatError`
 that begins with the file. Fields that older versions did not write take their defaults.
 
-Writing takes three renames: the new adapter goes next to the old one, under its hash; then the JSON, which names that
-hash, is replaced; then the adapter moves to its proper name. Reading takes the file with the hash, so a process killed
-at any point leaves the old checkpoint or the new one. One writer at a time.
+Writing takes three renames: the adapter goes next to the old one, under its hash; the JSON, which names that hash, is
+replaced; the adapter moves to its proper name. Reading takes the file with the hash, so a process killed at any point
+leaves the old checkpoint or the new one. One writer at a time.
 """
 
 from __future__ import annotations

