@@ -22,8 +22,7 @@ from hat_lib.method.setting import Context
 
 
 class AdaptiveLayer:
-    """Replaces the forwards of a decoder layer of transformers, from `attach` to `detach`. With no forward of the model
-    under way (``context.layers``), a part is called by hand, and acts as the base's."""
+    """Replaces the forwards of a decoder layer of transformers, from `attach` to `detach`."""
 
     def __init__(self, layer: nn.Module, index: int, context: Context, last: bool = False):
         self.layer, self.index, self.context, self.last = layer, index, context, last
@@ -40,60 +39,74 @@ class AdaptiveLayer:
         for module in self.modules:
             restore(module)
 
-    def asking(self, run: Forward) -> slice:
-        """The tokens that get more than K and V: of a prompt's others, nobody reads what the last layer makes."""
-        return slice(-1, None) if run.last_only and self.last else slice(None)
+    @property
+    def run(self) -> Forward | None:
+        """The model's forward that is under way; None if a part is called by hand: it then acts as the base's."""
+        return self.context.layers
 
     @torch.compiler.disable  # it branches on what each token needs
     def forward(self, hidden_states: Tensor, **given) -> Tensor:
         """``[B, T, D] -> [B, T, D]``; ``given`` is what attention takes besides the hidden states."""
-        run, layer = self.context.layers, self.layer
+        run, layer = self.run, self.layer
         if run is None:
             return type(layer).forward(layer, hidden_states, **given)
-        asking, h = self.asking(run), run.exit(self.index, hidden_states)
+        if run.last_only and self.last and hidden_states.shape[1] > 1:
+            return self._last_token(hidden_states, **given)
+        h = run.exit(self.index, hidden_states)
         mixed, _ = layer.self_attn(hidden_states=layer.input_layernorm(h), **given)
         if not mixed.numel():
             return h
-        out = run.scatter(self._ffn(run.gather(h)[:, asking] + mixed), h)
+        out = run.scatter(self._ffn(run.gather(h) + mixed), h)
         if run.trace.alive is not None and not run.setting.compact:  # exited rows were computed too: discard them
             out = torch.where(run.trace.exited[..., None].to(h.device), h, out)
-        return out if asking == slice(None) else torch.cat([h[:, :-1], out], dim=1)
+        return out
 
     def attention(self, hidden_states: Tensor, position_embeddings, attention_mask=None, cache=None, **kwargs):
         """Normed ``[B, T, D]`` -> attention output for the running rows, ``[B, T, D]`` or ``[1, n, D]``; weights."""
-        run, attn = self.context.layers, self.attn
+        run, attn = self.run, self.attn
         if run is None:
             return type(attn).forward(attn, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
         x = run.skip(self.index, "qkv", run.gather(hidden_states))
-        everyone, asking, (cos, sin) = run.scatter(x, hidden_states), self.asking(run), position_embeddings
-        q = attn.q_proj(x[:, asking])
+        everyone, q = run.scatter(x, hidden_states), attn.q_proj(x)
         # Exited rows of a batch get a query of zeros, whose result nobody reads.
         q = run.scatter(q, q.new_zeros(*hidden_states.shape[:2], q.shape[-1]))
         q, k, v = map(self._heads, (q, attn.k_proj(everyone), attn.v_proj(everyone)))
-        q = self._placed(q, self.q_norm, cos[:, asking], sin[:, asking])
-        k = self._placed(k, self.k_norm, cos, sin)
+        q = self._placed(q, self.q_norm, *position_embeddings)
+        k = self._placed(k, self.k_norm, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, attn.layer_idx, kwargs=kwargs)
         if not x.numel():
             return x, None
-        if attention_mask is not None and asking != slice(None):
-            attention_mask = attention_mask[..., asking, :]
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager_attention_forward)
-        how = {"dropout": 0.0, "scaling": attn.scaling, "sliding_window": self.window}
-        mixed, weights = attend(attn, q, k, v, attention_mask, **how, **kwargs)
+        mixed, weights = self._attend(q, k, v, attention_mask, **kwargs)
         return attn.o_proj(run.skip(self.index, "o", run.gather(mixed.flatten(2)))), weights
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The gated FFN, SwiGLU in a Llama; ``[..., D] -> [..., D]``."""
-        run, mlp = self.context.layers, self.mlp
+        run, mlp = self.run, self.mlp
         if run is None:
             return type(mlp).forward(mlp, x)
         x = run.skip(self.index, "gate_up", x)
         return mlp.down_proj(run.skip(self.index, "down", mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)))
 
+    def _last_token(self, h: Tensor, position_embeddings, attention_mask=None, cache=None, **kwargs) -> Tensor:
+        """The base's layer for the last token of each sequence; the others, whose outputs nobody reads, get K and V."""
+        run, attn, (cos, sin) = self.run, self.attn, position_embeddings
+        x = run.skip(self.index, "qkv", self.layer.input_layernorm(h))
+        k, v = map(self._heads, (attn.k_proj(x), attn.v_proj(x)))
+        k, v = cache.update(self._placed(k, self.k_norm, cos, sin), v, attn.layer_idx, kwargs=kwargs)
+        q = self._placed(self._heads(attn.q_proj(x[:, -1:])), self.q_norm, cos[:, -1:], sin[:, -1:])
+        mixed, _ = self._attend(q, k, v, None if attention_mask is None else attention_mask[..., -1:, :], **kwargs)
+        last = h[:, -1:] + attn.o_proj(run.skip(self.index, "o", mixed.flatten(2)))
+        return torch.cat([h[:, :-1], self._ffn(last)], dim=1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs):
+        attn = self.attn
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager_attention_forward)
+        return attend(attn, q, k, v, mask, dropout=0.0, scaling=attn.scaling, sliding_window=self.window, **kwargs)
+
     def _ffn(self, h: Tensor) -> Tensor:
         """``h`` plus the FFN of its norm, for the rows that keep it; ``[..., D] -> [..., D]``."""
-        run, layer = self.context.layers, self.layer
+        run, layer = self.run, self.layer
         x = layer.post_attention_layernorm(h)
         keep = run.decide(self.index, "ffn", x.view(-1, x.shape[-1]))
         if keep is None:
