@@ -1,13 +1,13 @@
 """A checkpoint: small weights beside a readable JSON file, as peft stores an adapter, and the base's fingerprint.
 
 A folder with `hat_config.json` (method config, base name and fingerprint, calibration tables, training summary, prices)
-and `hat_adapter.safetensors` (routers, gates and corrections, nothing else; fp32, as every release wrote them). Reading
-is strict: an unknown field, a value of another type or beyond `largest`, or another adapter than the one that the JSON
-names raises one `HatError` that begins with the file. Fields that older versions did not write take their defaults.
+and `hat_adapter.safetensors` (routers, gates and corrections, nothing else; fp32). Reading is strict: an unknown field,
+a value of another type or beyond `largest`, or another adapter than the one that the JSON names raises one `HatError`
+that begins with the file. Fields that older versions did not write take their defaults.
 
-Writing takes three renames: the new adapter goes next to the old one, under its hash; then the JSON, which names that
-hash, is replaced; then the adapter moves to its proper name. Reading takes the file with the hash, so a process killed
-at any point leaves the old checkpoint or the new one. One writer at a time.
+Writing takes three renames: the adapter goes next to the old one, under its hash; the JSON, which names that hash, is
+replaced; the adapter moves to its proper name. Reading takes the file with the hash, so a process killed at any point
+leaves the old checkpoint or the new one. One writer at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -26,18 +26,16 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hat_lib import __version__
-from hat_lib.base.load import HUB_ID, Base, first_line
+from hat_lib.base.load import HUB_ID, Base, one_error
 from hat_lib.config import DATA, HatConfig, HatError, check_capacity, check_count, replaced, shown
 from hat_lib.method.grain import grain_named
 from hat_lib.method.thresholds import EXIT_TABLES, HEAD_TABLES, Calibration
 
 CONFIG_FILE, ADAPTER_FILE = "hat_config.json", "hat_adapter.safetensors"
-FORMAT_VERSION = 3
-"""What this library writes, and the newest that it reads; one more for each new field."""
+FORMAT_VERSION = 3  # What this library writes, and the newest that it reads; one more for each new field.
 
 OPTIONAL = ("sensitivity", *HEAD_TABLES, *EXIT_TABLES)
-ANY = 1e30
-"""Bound of a threshold, either way: beyond every score, and a finite number in fp32."""
+ANY = 1e30  # Bound of a threshold, either way: beyond every score, and a finite number in fp32.
 # Axes, range and order along the last axis (1 rising, -1 falling, 0 any) of each table. L layers, S sites and E exits
 # are the config's; C, K and R are set by the first table that has them.
 TABLES = {
@@ -82,14 +80,11 @@ class Checkpoint:
     """What a checkpoint folder holds."""
 
     config: HatConfig
-    base: str
-    """the name to load the base by: "bundled", a Hub id or a folder"""
+    base: str  # the name to load the base by: "bundled", a Hub id or a folder
     base_fingerprint: str
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    """trained parameters by name, fp32"""
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # trained parameters by name, fp32
     calibration: Calibration | None = None
-    training: dict | None = None
-    """summary of the run that trained it, any JSON object"""
+    training: dict | None = None  # summary of the run that trained it, any JSON object
     prices: list[Price] = field(default_factory=list)
 
     def check_base(self, base: Base, folder: str | Path) -> None:
@@ -109,8 +104,7 @@ def is_hat_parameter(name: str) -> bool:
 def find_checkpoint(name: str | Path) -> Path:
     """The folder of a checkpoint: a path, a name in data/checkpoints such as "default", or ``owner/name`` on the Hub.
 
-    A local folder with a checkpoint or a run in it comes first, and the Hub last: no other name opens a connection.
-    Raises `HatError` if there is no such checkpoint, or it can't be fetched.
+    A local folder with a checkpoint or a run in it comes first, and the Hub last. Raises `HatError` if there is none.
     """
     name = str(name)
     folder, reference = Path(os.path.expanduser(name)), DATA / "checkpoints"
@@ -124,39 +118,33 @@ def find_checkpoint(name: str | Path) -> Path:
         raise HatError(f"no checkpoint {shown(name)}: expected a folder, owner/name on the Hub, or one of {known}")
     from huggingface_hub import snapshot_download
 
-    try:
+    with one_error(f"no folder {name}, and it can't be fetched from the Hub"):
         return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, ADAPTER_FILE]))
-    except Exception as error:  # whatever a dead network or a refusal raises, inside two libraries
-        raise HatError(f"no folder {name}, and it can't be fetched from the Hub: {first_line(error)}") from error
 
 
 def read_checkpoint(name: str | Path) -> Checkpoint:
     """Read and check both files of a checkpoint, which is named as for `find_checkpoint`."""
     folder = find_checkpoint(name)
     file, adapter = folder / CONFIG_FILE, folder / ADAPTER_FILE
-    if (text := _read(file)) is None:
+    if not file.exists():
         resume = f"; it holds an unfinished run: hat train --resume {folder}" if (folder / "run.json").exists() else ""
         raise HatError(f"{folder} is not a HAT checkpoint: {CONFIG_FILE} is missing{resume}")
-    try:
-        found, sha256 = _parsed(json.loads(text))
-    # What json, the dataclasses and their checks raise for a file that is not as expected.
-    except (ValueError, TypeError, RecursionError) as error:
-        raise HatError(f"{file}: {first_line(error)}") from error
-    if (data := _read(folder / f"{ADAPTER_FILE}.{sha256}")) is None:
-        data = _read(adapter)
-    if data is None or hashlib.sha256(data).hexdigest() != sha256:
-        raise HatError(f"{adapter} is missing, or not the file that {CONFIG_FILE} was written with")
-    try:
+    with one_error(file):
+        checkpoint, sha256 = _parsed(json.loads(file.read_bytes()))
+    pending = folder / f"{ADAPTER_FILE}.{sha256}"
+    with one_error(adapter):
+        data = (pending if pending.is_file() else adapter).read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise HatError(f"not the file that {CONFIG_FILE} was written with")
         tensors = load(data)
-    except Exception as error:  # of its own, or a KeyError for a dtype that torch does not have
-        raise HatError(f"{adapter} cannot be read by safetensors: {first_line(error)}") from error
-    check_values(tensors, adapter)
+        check_values(tensors)
     # A model of this config is made before its shapes are compared: its size must not depend on a wrong number.
     for key, end in (("translator_rank", ".reduce.weight"), ("correction_rank", ".down")):
-        rank, there = getattr(found.config, key), {t.shape[:1].numel() for n, t in tensors.items() if n.endswith(end)}
+        rank = getattr(checkpoint.config, key)
+        there = {tensor.shape[:1].numel() for name, tensor in tensors.items() if name.endswith(end)}
         if there - {rank} or (rank or 0) > max(map(Tensor.numel, tensors.values()), default=0):
             raise HatError(f"{file}: config.{key} is {rank}, not that of the tensors *{end} in {ADAPTER_FILE}")
-    return replace(found, tensors=tensors)
+    return replace(checkpoint, tensors=tensors)
 
 
 def _parsed(meta: object) -> tuple[Checkpoint, str]:
@@ -170,27 +158,24 @@ def _parsed(meta: object) -> tuple[Checkpoint, str]:
     if not re.fullmatch("[0-9a-f]{64}", str(sha256 := meta.pop("adapter_sha256", None))):
         raise HatError(f"adapter_sha256 must be 64 hexadecimal digits, got {shown(sha256)}")
     _check_types(Checkpoint, "", meta)
-    try:
+    with one_error("training"):
         json.dumps(meta.get("training"), allow_nan=False)
-    except ValueError as error:
-        raise HatError(f"training: {error}") from error
-    meta["config"] = config = HatConfig(**_check_types(HatConfig, "config.", meta["config"]))
-    sites = grain_named(config.granularity).sites
+    meta["config"] = config = HatConfig(**_check_types(HatConfig, "config.", meta.get("config")))
     rows = enumerate(meta.get("prices", []))
     meta["prices"] = [Price(**_check_types(Price, f"prices.{i}.", row)) for i, row in rows]
     if (tables := meta.get("calibration")) is not None:
         meta["calibration"] = tables = Calibration(**_check_types(Calibration, "calibration.", tables))
-        check_calibration(tables, config, sites)
+        check_calibration(tables, config)
         if config.exit_rate and not (config.exit_layers and tables.exit_rates):
             raise HatError(f"config.exit_rate is {config.exit_rate}, without exit layers or their tables")
     return Checkpoint(tensors={}, **meta), sha256
 
 
-def check_calibration(tables: Calibration, config: HatConfig, sites: Sequence[str]) -> None:
-    """Raise `HatError`, naming the table, unless these are valid for a model of this shape, whose grain has these
-    ``sites``."""
-    if tables.sites != list(sites):
-        raise HatError(f"calibration.sites must be {list(sites)}, got {shown(tables.sites)}")
+def check_calibration(tables: Calibration, config: HatConfig) -> None:
+    """Raise `HatError`, naming the table, unless these are valid for a model of this shape."""
+    sites = list(grain_named(config.granularity).sites)
+    if tables.sites != sites:
+        raise HatError(f"calibration.sites must be {sites}, got {shown(tables.sites)}")
     for names in (HEAD_TABLES, EXIT_TABLES):
         if len({getattr(tables, name) is None for name in names}) > 1:
             raise HatError(f"calibration.{names[0]}, {names[1]} and {names[2]} must be all null or all lists")
@@ -217,83 +202,70 @@ def check_calibration(tables: Calibration, config: HatConfig, sites: Sequence[st
         raise HatError(f"calibration.capacities must end at 1, got {tables.capacities[-1]}")
 
 
-def _check_types(kind: type, where: str, found: object) -> dict:
-    """``found``, if it is a JSON object whose values are of the types that the fields of ``kind`` declare."""
-    if not isinstance(found, dict):
-        raise HatError(f"{where[:-1]} must be a JSON object, got {shown(found)}")
+def _check_types(kind: type, where: str, values: object) -> dict:
+    """``values``, if it is a JSON object whose values are of the types that the fields of ``kind`` declare."""
+    if not isinstance(values, dict):
+        raise HatError(f"{where[:-1]} must be a JSON object, got {shown(values)}")
     for declared in fields(kind):
-        key, value = declared.name, found.get(declared.name)
+        key, value = declared.name, values.get(declared.name)
         allowed = re.sub(r"\[.*\]", "", declared.type).split(" | ")
-        if key not in found and declared.default is MISSING is declared.default_factory:
+        if key not in values and declared.default is MISSING is declared.default_factory:
             raise HatError(f"{where}{key} is missing")
-        if key in found and set(JSON_TYPES.get(type(value), ())).isdisjoint(allowed):
+        if key in values and set(JSON_TYPES.get(type(value), ())).isdisjoint(allowed):
             raise HatError(f"{where}{key} must be {declared.type}, got {shown(value)}")
         if isinstance(value, int | float) and not abs(value) <= ANY:  # nan, too
             raise HatError(f"{where}{key} must be a number in [-{ANY}, {ANY}], got {shown(value)}")
-    return found
+    return values
 
 
-def _read(file: Path) -> bytes | None:
-    """What a file holds; None if there is none."""
-    try:
-        return file.read_bytes() if file.is_file() else None
-    except OSError as error:
-        raise HatError(f"{file} cannot be read: {error.strerror}") from error
-
-
-def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], folder: str | Path) -> None:
-    """Raise `HatError` unless the tensors found in ``folder`` have the expected names and shapes."""
-    for name in sorted(found.keys() | expected.keys()):
-        got, wanted = (list(tensors[name].shape) if name in tensors else "none" for tensors in (found, expected))
+def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], folder: str | Path) -> None:
+    """Raise `HatError` unless the tensors of the adapter in ``folder`` have the expected names and shapes."""
+    for name in sorted(tensors.keys() | expected.keys()):
+        got, wanted = (list(group[name].shape) if name in group else "none" for group in (tensors, expected))
         if got != wanted:
             raise HatError(f"{Path(folder, ADAPTER_FILE)}: {name!r} has shape {got}, expected {wanted}")
 
 
 def largest(name: str) -> float:
-    """Largest magnitude of a trained value that is read or written; in data/checkpoints, 90 for routers and 0.8 for the
-    rest. With it, logits stay finite in fp32 and bf16: log scales are exponentiated; routers only score, and scores are
-    clipped or compared; gates and corrections add products of two to the hidden state."""
+    """Largest magnitude of a trained value that is read or written (data/checkpoints has up to 90), with which logits
+    stay finite in fp32 and bf16: log scales are exponentiated, other scores are clipped or compared, and gates and
+    corrections add products of two to the hidden state."""
     return 30.0 if name.endswith("log_scale") else 1e20 if name.startswith("routers.") else 100.0
 
 
-def check_values(tensors: dict[str, Tensor], file: Path) -> None:
-    """Raise `HatError` unless the tensors of ``file`` are fp32 and no value is beyond `largest` (nor nan)."""
+def check_values(tensors: dict[str, Tensor]) -> None:
+    """Raise `HatError` unless the tensors are fp32 and no value is beyond `largest` (nor nan)."""
     for name, tensor in tensors.items():
         limit = largest(name)
         if tensor.dtype != torch.float32:
-            raise HatError(f"{file}: {shown(name)} is {tensor.dtype}, expected torch.float32")
+            raise HatError(f"{shown(name)} is {tensor.dtype}, expected torch.float32")
         if len(beyond := tensor[~(tensor.abs() <= limit)]):
-            raise HatError(f"{file}: {shown(name)} must be numbers in [-{limit:g}, {limit:g}], got {beyond[0]:g}")
+            raise HatError(f"{shown(name)} must be numbers in [-{limit:g}, {limit:g}], got {beyond[0]:g}")
 
 
 def write_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
-    """Write both files; returns the folder. Raises `HatError`, and leaves what is there, if it can't be written or read
-    again."""
+    """Write both files; returns the folder. Raises `HatError`, and leaves what is there, for what could not be read
+    again, or if the folder can't be written."""
     folder = Path(folder).expanduser()
-    # Copied: safetensors refuses tensors that share memory.
-    tensors = {k: v.detach().to("cpu", torch.float32, copy=True).contiguous() for k, v in checkpoint.tensors.items()}
-    check_values(tensors, folder / ADAPTER_FILE)
-    adapter = save(tensors)
-    sha256 = hashlib.sha256(adapter).hexdigest()
-    pending = folder / f"{ADAPTER_FILE}.{sha256}"  # it waits for the JSON that names it
-    try:
+    with one_error(f"cannot write a checkpoint to {folder}"):
+        # Copied: safetensors refuses tensors that share memory.
+        given = checkpoint.tensors.items()
+        tensors = {n: t.detach().to("cpu", torch.float32, copy=True).contiguous() for n, t in given}
+        check_values(tensors)
+        adapter = save(tensors)
+        sha256 = hashlib.sha256(adapter).hexdigest()
         meta = asdict(replace(checkpoint, tensors={})) | {"adapter_sha256": sha256, "library_version": __version__}
         meta["format_version"] = FORMAT_VERSION
         del meta["tensors"]
         text = _readable(meta)
         _parsed(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise HatError(f"cannot write a checkpoint to {folder}: {first_line(error)}") from error
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+        pending = folder / f"{ADAPTER_FILE}.{sha256}"  # it waits for the JSON that names it
         for path, content in ((pending, adapter), (folder / CONFIG_FILE, text.encode())):
             with replaced(path) as written:
                 written.write_bytes(content)
         os.replace(pending, folder / ADAPTER_FILE)
         for left in folder.glob(f"{ADAPTER_FILE}.{'?' * 64}*"):  # by a process that was killed
             left.unlink()
-    except OSError as error:
-        raise HatError(f"cannot write a checkpoint to {folder}: {error.strerror}") from error
     return folder
 
 

@@ -30,7 +30,7 @@ PUBLISHED_EXITS, PUBLISHED_DEPTH = (4, 8, 12, 16, 19), 22
 
 
 class HatError(ValueError):
-    """Bad input, reported in one line that names the culprit and what was expected."""
+    """Bad input: one line that names the culprit and what was expected."""
 
 
 def data_folder() -> Path:
@@ -49,10 +49,8 @@ FIGURES = Path(os.environ.get("HAT_FIGURES", RUNS / "figures"))
 
 
 def cache_dir() -> Path:
-    """Where downloads and dequantised weights are kept: ``$HAT_CACHE``, else the user cache folder.
-
-    Raises `HatError` for a relative ``$HAT_CACHE``, which each kernel would take for another folder.
-    """
+    """Where downloads and dequantised weights are kept: ``$HAT_CACHE``, else the user cache folder. Raises `HatError`
+    for a relative ``$HAT_CACHE``, which each kernel would take for another folder."""
     if own := os.environ.get("HAT_CACHE"):
         folder = Path(own).expanduser()
         if not folder.is_absolute():
@@ -152,19 +150,13 @@ class HatConfig:
     """The method's shape on one base. Everything here is saved in a checkpoint's ``hat_config.json``."""
 
     n_layers: int
-    granularity: str = "channel"
-    """one of `hat_lib.method.grain.GRAINS`"""
-    exit_layers: tuple[int, ...] = ()
-    """depths at which a token may leave: at exit ``e``, ``e`` layers have run; 1 .. n_layers - 1"""
-    capacity: float = 0.75
-    exit_rate: float = 0.0
-    """both: the settings of a freshly loaded model"""
-    translator_rank: int = 1
-    """rank of the correction that an exiting hidden state gets, besides a diagonal one and a bias"""
-    protected_tokens: int = 2
-    """real tokens at the start of each document that run in full and never exit (attention sinks)"""
-    correction_rank: int | None = None
-    """rank of the corrections for what is skipped; 0: constant vectors only; None: no corrections"""
+    granularity: str = "channel"  # one of `hat_lib.method.grain.GRAINS`
+    exit_layers: tuple[int, ...] = ()  # depths at which a token may leave, after so many layers; 1 .. n_layers - 1
+    capacity: float = 0.75  # of a freshly loaded model
+    exit_rate: float = 0.0  # of a freshly loaded model
+    translator_rank: int = 1  # of the correction that an exiting hidden state gets, besides a diagonal one and a bias
+    protected_tokens: int = 2  # at the start of each document, which run in full and never exit (attention sinks)
+    correction_rank: int | None = None  # of the corrections for what is skipped; 0: constant vectors; None: none
 
     def __post_init__(self):
         layers = check_count("n_layers", self.n_layers, 1)
@@ -174,13 +166,12 @@ class HatConfig:
             raise HatError(f"exit layers must be a list of depths, got {shown(self.exit_layers)}") from error
         if exits != tuple(sorted(set(exits))):
             raise HatError(f"exit layers must be distinct and rising, got {shown(list(exits))}")
-        found = {"n_layers": layers, "exit_layers": exits}
-        found |= {"capacity": check_capacity(self.capacity), "exit_rate": check_exit_rate(self.exit_rate)}
+        checked = {"n_layers": layers, "exit_layers": exits}
+        checked |= {"capacity": check_capacity(self.capacity), "exit_rate": check_exit_rate(self.exit_rate)}
         for name in ("translator_rank", "protected_tokens", "correction_rank"):
             if (value := getattr(self, name)) is not None or name != "correction_rank":
-                found[name] = check_count(name, value, 0)
-        for name, value in found.items():
-            object.__setattr__(self, name, value)
+                checked[name] = check_count(name, value, 0)
+        vars(self).update(checked)  # the class is frozen
 
     @classmethod
     def default(cls, base, **changes) -> HatConfig:

@@ -18,7 +18,6 @@ from hat_lib.base.families import LINEARS
 from hat_lib.checkpoint import check_calibration
 from hat_lib.config import HatError, check_capacity, check_exit_rate, check_fraction
 from hat_lib.decoding.steering import GAIN
-from hat_lib.method.head import Shortlist
 from hat_lib.method.setting import Context, ExitPolicy, Policy, Setting
 from hat_lib.method.thresholds import Calibration, Thresholds
 from hat_lib.method.trace import Masks, Trace
@@ -47,7 +46,7 @@ class Contexts:
     @calibration.setter
     def calibration(self, calibration: Calibration | None) -> None:
         if calibration is not None:
-            check_calibration(calibration, self.config, self.grain.sites)
+            check_calibration(calibration, self.config)
         stack = [self._context.shared, *self._context.entered]
         changed = [self._at(setting, calibration) for (setting,) in stack]  # raises before any change
         for entered, setting in zip(stack, changed, strict=True):
@@ -128,8 +127,9 @@ class Contexts:
         """Whether the head has a shortlist at capacities below 1.0."""
         return self.calibration is not None and self.calibration.head_thresholds is not None
 
-    shortlist = Shortlist
-    """the head's decision at a threshold on its channels' scores and a margin in nats, for `changed`"""
+    def shortlist(self, threshold: float, margin: float, share: float = 1.0) -> tuple[float, float, float]:
+        """The head's decision at a threshold on its channels' scores and a margin in nats, for `changed`."""
+        return threshold, margin, share
 
     # -- contexts ----------------------------------------------------------------------------------
 

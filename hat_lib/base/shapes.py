@@ -2,8 +2,7 @@
 
 ``random:tiny``       a Llama of under 1 M parameters, weights large enough that logits and routing are far from
                       uniform; ``random:tiny-qwen3`` and so on are of the other families.
-``random:tinyllama``  the exact shape of TinyLlama-1.1B, for timing; with channels skipped, it is only near that
-                      model's speed, which depends on which ones the next token keeps again.
+``random:tinyllama``  the exact shape of TinyLlama-1.1B, for timing.
 
 All are identical to the bit everywhere, and none touches the caller's random state.
 """
@@ -75,19 +74,16 @@ def random_model(name: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedMode
 
 
 def _normal(count: int, seed: int) -> torch.Tensor:
-    """N(0, 1), fp32 ``[count]``, by the Box-Muller transform in fp64.
-
-    `torch.randn` rounds differently on CPUs with other vector instructions. Here the uniform numbers are bits of an
-    integer generator, and differences between the fp64 cosines of different libraries are rounded away.
-    """
+    """N(0, 1), fp32 ``[count]``, by the Box-Muller transform in fp64: differences between CPUs, on which `torch.randn`
+    depends, are rounded away."""
     uniform = torch.rand(-(-count // 16), 2, 8, generator=torch.Generator().manual_seed(seed)).double()
     radius, angle = (-2 * torch.log1p(-uniform[:, 0])).sqrt(), 2 * math.pi * uniform[:, 1]
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).flatten()[:count].float()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per UTF-8 byte (ids 0-255, by rank in the byte-level alphabet), then BOS, EOS and PAD; adds no special
-    tokens by itself. ``decode(encode(text)) == text`` for every text."""
+    """One token per UTF-8 byte (ids 0-255, by rank in the byte-level alphabet), then BOS, EOS and PAD, never added
+    by itself."""
     vocabulary = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-FEW = 16
-"""numbers of a tensor that are checked"""
+FEW = 16  # numbers of a tensor that are checked
 
 
 class Watch:

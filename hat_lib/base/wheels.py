@@ -49,10 +49,8 @@ def sha256(path: Path) -> str:
 
 
 def fetch_wheel(spec: WheelSpec) -> Path:
-    """Path of the wheel in ``cache_dir()/wheels``, hashed on every call, and downloaded if it is missing or damaged.
-
-    Several processes may fetch at once. Raises `HatError` if pip or the network is missing, or the hash is wrong.
-    """
+    """Path of the wheel in ``cache_dir()/wheels``, hashed on every call, and downloaded if it is missing or damaged, by
+    several processes at once, too. Raises `HatError` if pip or the network is missing, or the hash is wrong."""
     target = cache_dir() / "wheels" / spec.filename
     if target.is_file():
         if sha256(target) == spec.sha256:

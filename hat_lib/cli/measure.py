@@ -36,7 +36,7 @@ def evaluate(
     """
     options.start(threads)
     from hat_lib.evaluation import report
-    from hat_lib.text.check import check_text
+    from hat_lib.text.blocks import check_text
 
     if tasks is None:
         if tasks_path is not None:
@@ -74,8 +74,7 @@ def analyze(
     from hat_lib.evaluation import report
     from hat_lib.evaluation.routing import TABLES
     from hat_lib.evaluation.tokens import token_table
-    from hat_lib.text.blocks import default_split, load_text
-    from hat_lib.text.check import check_text
+    from hat_lib.text.blocks import check_text, default_split, load_text
 
     check_text(text, split)
     hat = options.load(**model)
@@ -133,7 +132,7 @@ def sweep(
     from hat_lib.evaluation import equal_work, report
     from hat_lib.plotting.frontier import quality as frontier
     from hat_lib.plotting.style import png, write
-    from hat_lib.text.check import check_text
+    from hat_lib.text.blocks import check_text
 
     for source in axes["texts"]:
         check_text(source, None)

@@ -39,7 +39,7 @@ def calibrate(
     options.start(threads)
     from hat_lib.base.load import load_base
     from hat_lib.calibration.capacity import calibrate_on
-    from hat_lib.text.check import check_text
+    from hat_lib.text.blocks import check_text
 
     check_text(text, "validation")
     changes = {} if capacity is None else {"capacity": capacity}
@@ -98,7 +98,7 @@ def train(
     folder = (save or resume).expanduser()
     check_writable(folder)
     options.start(threads)
-    from hat_lib.text.check import check_training_texts
+    from hat_lib.text.mixture import check_training_texts
     from hat_lib.training.run import RUN_FILE, Run
     from hat_lib.training.run import train as carry_out
 

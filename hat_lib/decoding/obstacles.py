@@ -9,8 +9,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils import output_capturing
 
+from hat_lib.base.dispatch import is_dispatched, overridden
 from hat_lib.base.families import head_size, linears, window
-from hat_lib.base.spread import is_spread, overridden
 from hat_lib.engine.arrays import MAX_TOKENS
 from hat_lib.engine.cache import GrowingLayer, holds
 from hat_lib.method.setting import Setting
@@ -29,7 +29,7 @@ def of_base(lm, granularity: str) -> str | None:
     config, layers = lm.config, lm.model.layers
     rope = config.rope_parameters.get("rope_type", "default")
     return _first(
-        (is_spread(lm), "the base is spread over devices"),
+        (is_dispatched(lm), "the base is spread over devices"),
         (any(map(overridden, lm.modules())), "another library overrides a forward of the base"),
         (granularity not in ("channel", "token"), f"the engine does not know the {granularity} grain"),
         (config.hidden_act not in ("silu", "swish"), f"the FFN's activation is {config.hidden_act}"),

@@ -27,7 +27,6 @@ from hat_lib.evaluation.choices import Random, Static
 from hat_lib.evaluation.perplexity import score_each
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import WorkTally
-from hat_lib.method.forward import keeps
 from hat_lib.method.setting import Policy
 from hat_lib.method.trace import Trace
 
@@ -261,7 +260,7 @@ def checkpoint_family(hat: HierarchicalTransformer, checkpoint: str | Path) -> F
         def policy(layer, site, x, rows, trace):
             if site == hat.grain.sites[0]:
                 hat.grain.prepare(routers, layer, x, trace, float(thresholds.sensitivity))
-            return keeps(hat.grain, routers, thresholds, layer, site, x, trace)
+            return hat.grain.keep(routers, thresholds, layer, site, x, trace)
 
         return policy
 

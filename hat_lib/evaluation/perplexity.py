@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from hat_lib.base.spread import device_of, overridden
+from hat_lib.base.dispatch import device_of, overridden
 from hat_lib.config import HatError, check_count
 from hat_lib.evaluation.intervals import interval, resample, units
 from hat_lib.hat import HierarchicalTransformer

@@ -2,9 +2,8 @@
 
 Channel grain: each linear layer ``y = W x`` becomes ``y = W x + B A x + c``, with a low-rank update (LoRA, Hu et al.
 2021, arXiv:2106.09685) and a constant vector (SPON, arXiv:2512.12744), where x has only the channels that are kept.
-At rank 4 that is 1 % of the base's work. Matrices that read the same input share A. A strength
-(`Grain.correction_strength`), 0 at capacity 1.0, scales both terms. On the reference path, hooks add them ahead of
-anybody else's.
+Matrices that read the same input share A. A strength (`Grain.correction_strength`), 0 at capacity 1.0, scales both
+terms. On the reference path, hooks add them ahead of anybody else's.
 
 Token grain: ``B A x + c`` of the FFN's own input stands in for an FFN that a token skips, at 2 r D multiply-adds.
 """
@@ -18,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-FULL = 0.45
-"""capacity at and below which corrections of linear layers have their full strength"""
+FULL = 0.45  # capacity at and below which corrections of linear layers have their full strength
 
 
 class Correction(nn.Module):
@@ -37,11 +35,6 @@ class Correction(nn.Module):
         """What is added to the output of linear layer ``number`` of the site: ``[..., C] -> [..., out]``."""
         up, shift = (t.split(self.outputs)[number].to(x.dtype) for t in (self.up, self.shift))
         return F.linear(F.linear(x, self.down.to(x.dtype)), up, shift)
-
-    @torch.no_grad()
-    def update(self) -> Tensor:
-        """``B A``, fp32 ``[out, C]``, the site's linear layers stacked."""
-        return self.up @ self.down
 
     def attach(self, linears: list[nn.Module], strength: Callable[[], float]) -> list[RemovableHandle]:
         """Hook the linear layers that read the site's input, to add the terms at the ``strength`` of that moment."""

@@ -28,8 +28,8 @@ from hat_lib.config import HatConfig, check_capacity
 from hat_lib.method.grain import SITES, grain_named
 from hat_lib.method.trace import Trace, ratio
 
-HAT_BYTES = 4
-"""bytes per weight of routers, gates and translators, which stay fp32; corrections are read in the base's dtype"""
+HAT_BYTES = 4  # per weight of routers, gates and translators; corrections are read in the base's dtype
+PRODUCTS = {"attention": ("qkv", "o"), "ffn": ("gate_up", "down")}
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,10 @@ class Work:
 
 
 def work(
-    lm_config: LlamaConfig,
-    config: HatConfig,
-    site_share: Tensor,
-    exit_layer: Tensor,
-    context: int | Tensor = 0,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    routed: bool | Tensor = True,
-    gated: bool | Tensor = True,
-    head_share: float | Tensor = 1.0,
-    corrected: bool | Tensor = False,
-) -> Work:
+    lm_config: LlamaConfig, config: HatConfig, site_share: Tensor, exit_layer: Tensor, context: int | Tensor = 0, *,
+    dtype: torch.dtype = torch.bfloat16, routed: bool | Tensor = True, gated: bool | Tensor = True,
+    head_share: float | Tensor = 1.0, corrected: bool | Tensor = False,
+) -> Work:  # fmt: skip
     """The cost of tokens, given what they executed.
 
     Args:
@@ -77,78 +69,61 @@ def work(
         exit_layer: layers that each token ran, ``[...]``; L where it stayed to the end.
         context: keys that each token attends to, itself included; a number or ``[...]``.
         dtype: of the base's weights.
-        routed, gated: whether routers and exit gates ran at all.
+        routed, gated, corrected: whether routers, exit gates and corrections took part.
         head_share: of the head, shortlist included.
-        corrected: whether corrections took part.
     """
     n_layers, d, ran = config.n_layers, lm_config.hidden_size, exit_layer.double()
-    q_width = lm_config.num_attention_heads * head_size(lm_config)
-    kv_width = lm_config.num_key_value_heads * head_size(lm_config)
-    zero, size, grain = torch.zeros_like(ran), linear_work(lm_config), grain_named(config.granularity)
-
+    head_width, zero, grain = head_size(lm_config), torch.zeros_like(ran), grain_named(config.granularity)
     depth = torch.arange(n_layers, device=ran.device).view(-1, 1, *[1] * exit_layer.dim())
     executed = torch.where(depth < exit_layer, site_share.double(), 0.0).sum(0)  # [S, ...], in whole layers
+    size = linear_work(lm_config)
     layers = dict.fromkeys(size, ran)
     for site, number in zip(grain.sites, executed, strict=True):
         layers |= dict.fromkeys(SITES[site], number)
+
+    def read(layers: dict) -> dict[str, Tensor]:
+        return {part: zero + sum(size[name] * layers[name] for name in names) for part, names in PRODUCTS.items()}
+
     compares, router_weights = grain.router_work(lm_config, ran)
     compares = compares + (d + lm_config.vocab_size) * (head_share != 1)
     skipped = dict(zip(grain.sites, ran - executed, strict=True))
-    corrections = zero + grain.correction_work(lm_config, config.correction_rank or 0, ran, skipped) * corrected
-
-    def linear(layers: dict) -> dict[str, Tensor]:
-        attention = zero + size["qkv"] * layers["qkv"] + size["o"] * layers["o"]
-        ffn = zero + size["gate_up"] * layers["gate_up"] + size["down"] * layers["down"]
-        return {"attention": attention, "ffn": ffn}
-
+    corrections = grain.correction_work(lm_config, config.correction_rank or 0, ran, skipped) * corrected
+    exited_kv = 2 * lm_config.num_key_value_heads * head_width * d * (n_layers - ran)
     head = zero + lm_config.vocab_size * d
-    weights = linear(layers) | {"exited_kv": 2 * kv_width * d * (n_layers - ran), "head": head_share * head}
-    weights["corrections"] = corrections
-    dense = linear(dict.fromkeys(size, n_layers)) | {"head": head}
+    weights = read(layers) | {"exited_kv": exited_kv, "head": head_share * head, "corrections": zero + corrections}
+    dense = read(dict.fromkeys(size, n_layers)) | {"head": head}
     reached = sum(((exit_layer >= e).double() for e in config.exit_layers), zero)
     left = (exit_layer < n_layers).double()
-    exit_weights = (reached * 2 * d + left * 2 * (config.translator_rank + 1) * d) * gated
+    exits = (reached * 2 * d + left * 2 * (config.translator_rank + 1) * d) * gated
+    core = 4 * lm_config.num_attention_heads * head_width * (zero + context)  # of a layer
     router_bytes = dtype.itemsize * compares + HAT_BYTES * router_weights
-    per_layer = 4 * q_width * (zero + context)
     return Work(
-        flops={part: 2 * w for part, w in (weights | {"exits": exit_weights}).items()}
-        | {"routers": (compares + 2 * router_weights) * routed, "core": per_layer * ran},
+        flops={part: 2 * w for part, w in (weights | {"exits": exits}).items()}
+        | {"routers": (compares + 2 * router_weights) * routed, "core": core * ran},
         weight_bytes={part: dtype.itemsize * w for part, w in weights.items()}
-        | {"exits": HAT_BYTES * exit_weights, "routers": router_bytes * routed},
-        dense_flops={part: 2 * w for part, w in dense.items()} | {"core": per_layer * n_layers},
+        | {"exits": HAT_BYTES * exits, "routers": router_bytes * routed},
+        dense_flops={part: 2 * w for part, w in dense.items()} | {"core": core * n_layers},
         dense_weight_bytes={part: dtype.itemsize * w for part, w in dense.items()},
     )
 
 
-def state_cost(hat, state: Trace) -> Work:
-    """The cost of a forward of a model, or of several joined by `Trace.cat`: ``[B, T]`` on the CPU, 0 at pads.
-
-    A control is charged for the routers and gates that it stands in for.
-    """
-    parts = {name: torch.as_tensor(getattr(state, name)).cpu() for name in ("routed", "gated", "corrected")}
-    cost = work(
-        hat.lm.config,
-        hat.config,
-        state.site_share.cpu(),
-        state.exit_layer.cpu().long(),
-        state.position.cpu() + 1,
-        dtype=hat.lm.dtype,
-        head_share=state.head_shares.cpu(),
-        **parts,
-    )
-    real = state.real.cpu()
+def state_cost(hat, trace: Trace) -> Work:
+    """The cost of a forward of a model, or of several joined by `Trace.cat`: ``[B, T]`` on the CPU, 0 at pads. A
+    control is charged for the routers and gates that it stands in for."""
+    took_part = {name: torch.as_tensor(getattr(trace, name)).cpu() for name in ("routed", "gated", "corrected")}
+    tokens = trace.site_share.cpu(), trace.exit_layer.cpu().long(), trace.position.cpu() + 1
+    head_share, real = trace.head_shares.cpu(), trace.real.cpu()
+    cost = work(hat.lm.config, hat.config, *tokens, dtype=hat.lm.dtype, head_share=head_share, **took_part)
     return Work(*({part: v * real for part, v in parts.items()} for parts in vars(cost).values()))
 
 
-def ideal_speedup(
-    lm_config: LlamaConfig, config: HatConfig, capacity: float = 1.0, exit_layer: int | None = None
-) -> float:
-    """``1 / model_share``: the speedup if time were proportional to linear work and every token ran at ``capacity``
-    and left after ``exit_layer`` layers (None: none leaves). Raises `HatError` for a capacity outside [0.1, 1]."""
-    capacity, gated = check_capacity(capacity), exit_layer is not None
-    share = torch.full((config.n_layers, len(grain_named(config.granularity).sites)), capacity)
-    depth = torch.tensor(exit_layer if gated else config.n_layers)
-    return 1 / work(lm_config, config, share, depth, routed=capacity < 1, gated=gated).model_share
+def ideal_speedup(lm_config: LlamaConfig, config: HatConfig, capacity: float = 1.0) -> float:
+    """``1 / model_share``: the speedup if time were proportional to linear work and every token ran at ``capacity``,
+    without exits. Raises `HatError` for a capacity outside [0.1, 1]."""
+    share = torch.full((config.n_layers, len(grain_named(config.granularity).sites)), check_capacity(capacity))
+    return (
+        1 / work(lm_config, config, share, torch.tensor(config.n_layers), routed=capacity < 1, gated=False).model_share
+    )
 
 
 class WorkTally:
@@ -157,14 +132,13 @@ class WorkTally:
     def __init__(self, hat):
         self.hat = hat
         self._work = np.zeros((4, 2))  # executed and possible: of layers, head, exits and the whole model
-        self.exits = np.zeros(hat.config.n_layers + 1, dtype=np.int64)
-        """number of tokens by layers run, ``[L + 1]``"""
+        self.exits = np.zeros(hat.config.n_layers + 1, dtype=np.int64)  # number of tokens by layers run, [L + 1]
 
-    def add(self, state: Trace) -> None:
+    def add(self, trace: Trace) -> None:
         """Add a forward."""
-        cost, depths = state_cost(self.hat, state), state.exit_layer[state.real].cpu().numpy()
-        left, whole = int((depths < state.n_layers).sum()), (float(cost.executed.sum()), float(cost.dense.sum()))
-        self._work += np.array([*state.work, (left, len(depths)), whole])
+        cost, depths = state_cost(self.hat, trace), trace.exit_layer[trace.real].cpu().numpy()
+        left, whole = int((depths < trace.n_layers).sum()), (float(cost.executed.sum()), float(cost.dense.sum()))
+        self._work += np.array([*trace.work, (left, len(depths)), whole])
         self.exits += np.bincount(depths, minlength=len(self.exits))
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -14,7 +13,6 @@ from hat_lib.config import HatError
 from hat_lib.method.grain import Grain
 from hat_lib.method.head import Reading
 from hat_lib.method.setting import Setting
-from hat_lib.method.thresholds import Thresholds
 from hat_lib.method.trace import Trace
 
 
@@ -32,20 +30,15 @@ class Forward:
 
     setting: Setting
     grain: Grain
-    routers: nn.ModuleDict
-    """by "{layer}_{site}", like corrections"""
-    gates: nn.ModuleDict
-    """by depth"""
+    routers: nn.ModuleDict  # by "{layer}_{site}", like corrections
+    gates: nn.ModuleDict  # by depth
     corrections: nn.ModuleDict
     in_layers: bool = False
-    trace: Trace | None = None
+    trace: Trace | None = None  # from when its layers begin, like the cache
     cache: Cache | None = None
-    """both from when its layers begin"""
     any_protected: bool = False
-    last_only: bool = False
-    """whether a prompt's tokens but the last get only K and V in the last layer"""
-    reading: Reading | None = None
-    """what its head reads, if that has a shortlist"""
+    last_only: bool = False  # whether a prompt's tokens but the last get only K and V in the last layer
+    reading: Reading | None = None  # what its head reads, if that has a shortlist
 
     @property
     def rows(self) -> Tensor | None:
@@ -93,11 +86,16 @@ class Forward:
         for the FFN; in training, a float mask or a `MaskedInput`; None for everything."""
         if site not in self.grain.sites:
             return None
-        trace, rows, keep = self.trace, self.rows, None
+        trace, rows = self.trace, self.rows
         if trace.routed and site == self.grain.sites[0]:  # also for a policy that asks for scores further on
             self.grain.prepare(self.routers, layer, x, trace, float(self.setting.thresholds.sensitivity))
-        if not self.grain.always_runs(layer, site):
-            keep = self.keep(layer, site, x) if self.setting.decide is None else self._controlled(layer, site, x)
+        if self.grain.always_runs(layer, site):
+            keep = None
+        elif self.setting.decide is None:
+            keep = self.keep(layer, site, x)
+        else:
+            keep = self.setting.decide(layer, site, x, rows, trace)
+            _check_answer(keep, (len(x), *trace.mask_shapes[site]), f"layer {layer}, site {site}")
         if isinstance(keep, MaskedInput):
             trace.note(layer, site, keep.keep, len(x))
             return keep
@@ -109,14 +107,8 @@ class Forward:
         return keep
 
     def keep(self, layer: int, site: str, x: Tensor) -> Tensor | None:
-        """The method: what scores above its threshold; None for everything."""
-        return keeps(self.grain, self.routers, self.setting.thresholds, layer, site, x, self.trace)
-
-    def _controlled(self, layer: int, site: str, x: Tensor) -> Tensor | MaskedInput | None:
-        keep = self.setting.decide(layer, site, x, self.rows, self.trace)
-        if keep is not None and not isinstance(keep, MaskedInput):
-            _check_answer(keep, (len(x), *self.trace.mask_shapes[site]), f"layer {layer}, site {site}")
-        return keep
+        """The method's own decision: see `Grain.keep`."""
+        return self.grain.keep(self.routers, self.setting.thresholds, layer, site, x, self.trace)
 
     def exit(self, depth: int, h: Tensor) -> Tensor:
         """Let finished tokens leave after ``depth`` layers; returns ``h [B, T, D]`` with their states translated."""
@@ -129,7 +121,8 @@ class Forward:
             running = flat[rows.to(h.device)]
             if self.setting.leave is None:
                 decided = gate.score(running) > float(self.setting.thresholds.exit[[*self.gates].index(str(depth))])
-            elif (decided := self.setting.leave(depth, running, rows, trace)) is not None:
+            else:
+                decided = self.setting.leave(depth, running, rows, trace)
                 _check_answer(decided, (len(rows),), f"the exit after {depth} layers")
             leave = torch.zeros_like(leave) if decided is None else leave & decided.to(leave.device)
         if trace.masks is not None:
@@ -143,20 +136,11 @@ class Forward:
         return flat.index_copy(0, leaving, gate.translate(flat[leaving])).view(h.shape)
 
 
-def keeps(
-    grain: Grain, routers: nn.ModuleDict, thresholds: Thresholds, layer: int, site: str, x: Tensor, trace: Trace
-) -> Tensor | None:
-    """The method, also with other routers than the model's (which `Grain.prepare` is then called for): which units of
-    the rows ``x [n, C]`` score above the threshold of a site; None for all of them."""
-    threshold = thresholds.site[layer, grain.sites.index(site)]
-    if threshold == -np.inf:
-        return None
-    return grain.keep(routers, layer, site, x, float(threshold), trace)
-
-
 def _check_answer(keep: object, shape: tuple[int, ...], where: str) -> None:
-    """Raise `HatError` unless a policy's answer for ``where`` is bool of this shape; or, in training, zeros and ones
-    that carry a gradient."""
+    """Raise `HatError` unless a policy's answer for ``where`` is None or bool of this shape; or, in training, zeros and
+    ones that carry a gradient, or a `MaskedInput`."""
+    if keep is None or isinstance(keep, MaskedInput):
+        return
     tensor = isinstance(keep, Tensor)
     hard = tensor and (keep.dtype == torch.bool or keep.requires_grad and bool(((keep == 0) | (keep == 1)).all()))
     if not hard or keep.shape != shape:

@@ -9,6 +9,7 @@ one is a subclass in `GRAINS`, with a recipe in `hat_lib.training.recipe`: see `
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,29 +17,25 @@ from hat_lib.base.families import LINEARS, input_widths, linear_work
 from hat_lib.config import HatConfig, HatError
 from hat_lib.method.corrections import FULL, Correction
 from hat_lib.method.routers import ChannelRouter, MoERouter, column_norm
+from hat_lib.method.thresholds import Thresholds
 from hat_lib.method.trace import Trace
 
+# Where a layer lets a grain decide -> the keys of `LINEARS` whose work is then skipped.
 SITES = {name: (name,) for name in LINEARS} | {"ffn": ("gate_up", "down")}
-"""where a layer lets a grain decide -> the keys of `LINEARS` whose work is then skipped"""
 
 
 class Grain:
     """One granularity; by default it zeroes units, one or several adjacent channels, of a linear layer's input.
 
-    A decision is bool ``[n, units]`` for n rows, or ``[n]`` for the whole FFN.
+    A decision is bool ``[n, units]`` for n rows, or ``[n]`` for the whole FFN. Routers are by "{layer}_{site}".
     """
 
     name: str
-    sites: tuple[str, ...]
-    """of `SITES`, in the order in which a layer reaches them"""
-    logits = False
-    """whether scores are logits, trained from nothing, rather than magnitudes"""
-    scales_thresholds = False
-    """whether a token has a factor on its thresholds: token sensitivity and steering"""
-    has_shortlist = False
-    """whether the head is calibrated as one more site (`hat_lib.method.head`)"""
-    warning = ""
-    """what a person should know who asks for less than capacity 1"""
+    sites: tuple[str, ...]  # of `SITES`, in the order in which a layer reaches them
+    logits = False  # whether scores are logits, trained from nothing, rather than magnitudes
+    scales_thresholds = False  # whether a token has a factor on its thresholds: token sensitivity and steering
+    has_shortlist = False  # whether the head is calibrated as one more site (`hat_lib.method.head`)
+    warning = ""  # what a person should know who asks for less than capacity 1
 
     def config(self, base, **changes) -> HatConfig:
         """The config of a new model of this grain."""
@@ -77,13 +74,17 @@ class Grain:
         """At a layer's first site, with its input ``x [n, C]``, before any decision in that layer."""
 
     def score(self, routers: nn.ModuleDict, layer: int, site: str, x: Tensor, trace: Trace) -> Tensor:
-        """Scores of the running rows, fp32, shaped like the decision; ``x`` is ``[n, C]``. Whoever overrides this
-        overrides `keep`, too."""
-        return routers[f"{layer}_{site}"].score(x)
+        """Scores of the running rows ``x [n, C]``, fp32, shaped like the decision."""
+        return routers[f"{layer}_{site}"].score(x, *_scale(trace))
 
-    def keep(self, routers: nn.ModuleDict, layer: int, site: str, x: Tensor, threshold: float, trace: Trace) -> Tensor:
-        """``score > threshold``."""
-        return routers[f"{layer}_{site}"].keep(x, threshold)
+    def keep(
+        self, routers: nn.ModuleDict, thresholds: Thresholds, layer: int, site: str, x: Tensor, trace: Trace
+    ) -> Tensor | None:
+        """The method: which units of the running rows ``x [n, C]`` score above a site's threshold; None for all."""
+        threshold = thresholds.site[layer, self.sites.index(site)]
+        if threshold == -np.inf:
+            return None
+        return routers[f"{layer}_{site}"].keep(x, float(threshold), *_scale(trace))
 
     def correction(self, layer: nn.Module, index: int, site: str, rank: int) -> Correction | None:
         """A new correction for a site of layer ``index``: added to the output of its linear layers."""
@@ -109,7 +110,7 @@ class ChannelGrain(Grain):
         return super().router_work(lm_config, layers)[0], lm_config.hidden_size * layers
 
     def routers(self, layer):
-        return super().routers(layer) | {"token": MoERouter(layer.hidden_size)}
+        return super().routers(layer) | {"token": MoERouter(layer.hidden_size)}  # of token sensitivity
 
     def prepare(self, routers, layer, x, trace, strength):
         """Set what multiplies the running rows' thresholds in this layer, ``[n, 1]``: sensitivity, at this strength,
@@ -118,12 +119,6 @@ class ChannelGrain(Grain):
         if (steering := trace.steering) is not None:
             steering = steering if len(x) == len(steering) else steering[trace.alive]
             trace.threshold_scale = trace.threshold_scale * steering[:, None].to(x.device)
-
-    def score(self, routers, layer, site, x, trace):
-        return routers[f"{layer}_{site}"].score(x, trace.threshold_scale)
-
-    def keep(self, routers, layer, site, x, threshold, trace):
-        return routers[f"{layer}_{site}"].keep(x, threshold, trace.threshold_scale)
 
 
 class TokenGrain(Grain):
@@ -146,9 +141,7 @@ class TokenGrain(Grain):
 
     def correction(self, layer, index, site, rank):
         """What stands in for an FFN that is skipped."""
-        if self.always_runs(index, site):
-            return None
-        return Correction(layer.hidden_size, [layer.hidden_size], rank)
+        return None if self.always_runs(index, site) else Correction(layer.hidden_size, [layer.hidden_size], rank)
 
     def correction_strength(self, capacity):
         return float(capacity < 1)
@@ -164,3 +157,8 @@ def grain_named(name: str) -> Grain:
     if name not in GRAINS:
         raise HatError(f"granularity must be one of {', '.join(GRAINS)}, got {name!r}")
     return GRAINS[name]
+
+
+def _scale(trace: Trace) -> list[Tensor]:
+    """The factor on thresholds, where the grain has one."""
+    return [] if trace.threshold_scale is None else [trace.threshold_scale]

@@ -10,42 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-ROWS = 128
-"""rows of logits corrected at a time: those of a long prompt are large"""
+from hat_lib.method.thresholds import Thresholds
 
-
-class Shortlist(NamedTuple):
-    """How the head decides."""
-
-    threshold: float
-    """of the scores of channels, for the preview"""
-    margin: float
-    """nats below the best preview within which a token is on the shortlist"""
-    share: float = 1.0
-    """expected share of the head's work"""
+ROWS = 128  # of logits, corrected at a time: those of a long prompt are large
 
 
 @dataclass
 class Reading:
     """The head under way in one forward."""
 
-    shortlist: Shortlist
-    norm: Tensor
-    """of the head's columns, fp32 ``[D]``"""
-    note: Callable[[Tensor], None]
-    """takes the work of each row, as a share of the head's"""
-    states: Tensor | None = None
-    """final states, ``[..., D]``, between the two hooks"""
+    thresholds: Thresholds
+    norm: Tensor  # of the head's columns, fp32 [D]
+    note: Callable[[Tensor], None]  # takes the work of each row, as a share of the head's
+    states: Tensor | None = None  # final states, [..., D], between the two hooks
 
     def keep(self, x: Tensor) -> Tensor:
         """The channels that the preview reads: bool, shaped like ``x [..., D]``."""
-        return x.abs() > (self.shortlist.threshold / self.norm).to(x.device)
+        return x.abs() > (float(self.thresholds.head) / self.norm).to(x.device)
 
 
 def attach(head: nn.Module, reading: Callable[[], Reading | None]) -> list[RemovableHandle]:
@@ -64,7 +50,7 @@ def attach(head: nn.Module, reading: Callable[[], Reading | None]) -> list[Remov
         states, previews = x.reshape(-1, x.shape[-1]), logits.reshape(-1, logits.shape[-1])
         share = under_way.keep(states).float().mean(-1)
         for some, rows, count in zip(states.split(ROWS), previews.split(ROWS), share.split(ROWS), strict=True):
-            wanted = likely(rows, under_way.shortlist.margin)
+            wanted = likely(rows, float(under_way.thresholds.margin))
             count += wanted.float().mean(-1)
             parts.append(head.forward(some).where(wanted, rows))  # not the module, which would call these hooks
         under_way.note(share.view(x.shape[:-1]))

@@ -1,10 +1,9 @@
 """The adaptive decoder layer: one rule for prefill, decode and any batch. This is the method's definition.
 
 It overrides `forward` on the decoder layer of one of the `families`, its attention and its FFN; the loop over layers,
-linear layers and norms stay the base's own, so hooks, LoRA and interpretability tools see the base's class. The grain
-decides at some of five sites: the inputs "qkv", "o", "gate_up" and "down" of linear layers, of which `Forward.skip`
-zeroes what is skipped, and "ffn", the whole FFN. Rows that do not run are gathered out: linear layers then see
-``[1, n, ...]``.
+linear layers and norms stay the base's own, so hooks and LoRA see the base's class. The grain decides at some of five
+sites: the inputs "qkv", "o", "gate_up" and "down" of linear layers, of which `Forward.skip` zeroes what is skipped, and
+"ffn", the whole FFN. Rows that do not run are gathered out: linear layers then see ``[1, n, ...]``.
 
 A token that has exited keeps a frozen hidden state and still gets K and V in each later layer, computed from that
 state, but no query, attention output or FFN. So the cache stays dense, and later tokens see a key for every token.
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, rotate_half
 
+from hat_lib.base.dispatch import override, restore
 from hat_lib.base.families import head_norms, rotates, window
-from hat_lib.base.spread import override, restore
 from hat_lib.method.forward import Forward
 from hat_lib.method.setting import Context
 
@@ -62,15 +61,8 @@ class AdaptiveLayer:
             out = torch.where(run.trace.exited[..., None].to(h.device), h, out)
         return out
 
-    def attention(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask=None,
-        cache=None,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Normed ``[B, T, D]`` -> attention output for the running rows, ``[B, T, D]`` or ``[1, n, D]``."""
+    def attention(self, hidden_states: Tensor, position_embeddings, attention_mask=None, cache=None, **kwargs):
+        """Normed ``[B, T, D]`` -> attention output for the running rows, ``[B, T, D]`` or ``[1, n, D]``; weights."""
         run, attn = self.run, self.attn
         if run is None:
             return type(attn).forward(attn, hidden_states, position_embeddings, attention_mask, cache, **kwargs)

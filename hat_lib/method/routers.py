@@ -12,16 +12,12 @@ import torch.nn.functional as F
 from accelerate.utils.modeling import align_module_device
 from torch import Tensor, nn
 
-SENSITIVITY_LIMIT = 3.0
-"""of a sensitivity, either way: no text called for more"""
+SENSITIVITY_LIMIT = 3.0  # of a sensitivity, either way: no text called for more
 
 
 class MoERouter(nn.Module):
-    """A linear score per token, ``s = w.x + b``, ``[n, D] -> [n]`` fp32; the name is the published one.
-
-    Token grain: whether the FFN runs. Channel grain: how sensitive the token is in a layer, which is measured rather
-    than trained (`hat_lib.calibration.token_sensitivity`).
-    """
+    """A linear score per token, ``s = w.x + b``, ``[n, D] -> [n]`` fp32; the name is the published one. Token grain:
+    whether the FFN runs. Channel grain: the token's sensitivity, measured (`hat_lib.calibration.token_sensitivity`)."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -70,15 +66,14 @@ class ChannelRouter(nn.Module):
 class ExitGate(nn.Module):
     """One exit: ``score [n, D] -> [n]`` fp32, and ``translate [n, D] -> [n, D]`` in the input's dtype.
 
-    The score is the leave logit minus the stay logit of a linear layer on ``n = h / rms(h)``. The last layers change a
-    state too much for it to be read early as it is, so a leaving state is translated (as by the tuned lens, Belrose et
-    al. 2023, arXiv:2303.08112): ``h + |h| (a * n + U V n + b)``, diagonal plus low rank; the length ``|h|`` makes one
-    learning rate fit every depth. Untrained, the score is 0 and the translator is the identity.
+    The score is the leave logit minus the stay logit of a linear layer on ``n = h / rms(h)``. The head cannot read an
+    early state as it is, so a leaving one is translated (as by the tuned lens, Belrose et al. 2023, arXiv:2303.08112):
+    ``h + |h| (a * n + U V n + b)``; the length ``|h|`` makes one learning rate fit every depth. Untrained, the score is
+    0 and the translator is the identity.
     """
 
     def __init__(self, hidden_size: int, rank: int):
         super().__init__()
-        self.rank = rank
         self.gate = nn.Linear(hidden_size, 2)
         self.scale = nn.Parameter(torch.zeros(hidden_size))
         self.shift = nn.Parameter(torch.zeros(hidden_size))

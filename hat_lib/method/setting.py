@@ -12,12 +12,10 @@ from typing import Protocol
 from torch import Tensor
 
 from hat_lib.config import HatError
-from hat_lib.method.head import Shortlist
 from hat_lib.method.thresholds import Thresholds
 from hat_lib.method.trace import Trace
 
-HOLDABLE = ("site", "sensitivity", "exit", "correction", "head", "margin", "head_share")
-"""fields of `Thresholds` that a context may name"""
+HOLDABLE = Thresholds._fields[3:]  # what a context may name: all but the requests and what follows from them
 
 
 class Policy(Protocol):
@@ -39,23 +37,15 @@ class ExitPolicy(Protocol):
 class Setting:
     """What a forward decides by."""
 
-    thresholds: Thresholds
-    """the method's own decisions"""
-    named: Mapping[str, object] = field(default_factory=dict)
-    """those of `HOLDABLE` that contexts have named: they stay at another capacity"""
-    decide: Policy | None = None
-    leave: ExitPolicy | None = None
-    """in place of the routers and of the gates"""
-    gain: float = 0.0
-    """of steering; 0 leaves thresholds where they are"""
-    compact: bool = True
-    """leave out rows that a layer does not run; else compute everything and multiply by the masks"""
-    record: bool = False
-    """keep the decisions of each forward"""
-    engine: bool | None = None
-    """whether the engine may run forwards of a few tokens: None in generate alone, False never"""
-    weight_format: str = "base"
-    """of the engine's copy of the weights"""
+    thresholds: Thresholds  # the method's own decisions
+    named: Mapping[str, object] = field(default_factory=dict)  # of `HOLDABLE`, by contexts; stay at another capacity
+    decide: Policy | None = None  # in place of the routers
+    leave: ExitPolicy | None = None  # in place of the gates
+    gain: float = 0.0  # of steering; 0 leaves thresholds where they are
+    compact: bool = True  # leave out rows that a layer does not run; else compute everything and multiply by the masks
+    record: bool = False  # keep the decisions of each forward
+    engine: bool | None = None  # may the engine run forwards of a few tokens? None: in generate alone; False: never
+    weight_format: str = "base"  # of the engine's copy of the weights
 
     @property
     def controlled(self) -> bool:
@@ -70,7 +60,7 @@ class Setting:
     def holding(self, **fields) -> Setting:
         """With some of its fields, or of its thresholds', changed. ``shortlist`` stands for the head's three."""
         if "shortlist" in fields:
-            shortlist = fields.pop("shortlist") or Shortlist(float("-inf"), 0.0)
+            shortlist = fields.pop("shortlist") or (float("-inf"), 0.0, 1.0)
             fields |= zip(("head", "margin", "head_share"), shortlist, strict=True)
         if named := {name: fields.pop(name) for name in HOLDABLE if name in fields}:
             fields |= {"named": {**self.named, **named}, "thresholds": self.thresholds.holding(named)}
@@ -81,12 +71,10 @@ class Context(threading.local):
     """What a model shares with its layers: its setting, for all threads, and each thread's settings and forwards."""
 
     def __init__(self, shared: list[Setting]):
+        # Each setting is alone in a list: the model's own, and those of the contexts that this thread has entered.
         self.shared = shared
-        """the model's own setting, alone in a list that all threads share"""
         self.entered: list[list[Setting]] = []
-        """those of the contexts that this thread has entered, innermost last, each alone in a list"""
-        self.forwards: list = []
-        """each a `hat_lib.method.forward.Forward` under way, innermost last"""
+        self.forwards: list = []  # each a `hat_lib.method.forward.Forward` under way, innermost last
         self.collectors: list[list[Trace]] = []
         self.last: Trace | None = None
 
@@ -99,7 +87,7 @@ class Context(threading.local):
         (self.entered[-1] if self.entered else self.shared)[0] = setting
 
     def __deepcopy__(self, memo) -> Context:
-        """Itself: a copy of a part of the model, such as an adapter's of the head, works in the same model."""
+        """Itself: a copied part of the model, such as an adapter's of the head, works in the same model."""
         return self
 
     def __reduce_ex__(self, protocol):

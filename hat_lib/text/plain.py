@@ -36,4 +36,4 @@ def cell(text: str) -> str:
 def from_cell(text: str) -> str:
     """What `cell` was given."""
     text = text[1:] if text.startswith("'") and FORMULA.match(text) else text
-    return ESCAPE.sub(lambda found: chr(int(found[1][1:], 16)), text)
+    return ESCAPE.sub(lambda match: chr(int(match[1][1:], 16)), text)

@@ -7,10 +7,12 @@ sentence is not; a sentence begins after . ! ? : or a line's end, and at the beg
 
 import re
 from collections.abc import Sequence
+from importlib.resources import files
 from os.path import commonprefix
 
 from transformers import PreTrainedTokenizerBase
 
+# Class -> what it holds, in order of precedence.
 CLASSES = {
     "special": "a token of the tokenizer's own, such as the beginning of a text",
     "fragment": "bytes that are no character, or part of one that a later token completes",
@@ -23,31 +25,15 @@ CLASSES = {
     "word start": "the first piece of any other word",
     "whole word": "any other word in one token",
 }
-"""class -> what it holds, in order of precedence"""
-
-_CLOSED_CLASSES = """
-a an the this that these those some any no every each either neither both all such another
-i me my mine myself you your yours yourself yourselves he him his himself she her hers herself it its itself
-we us our ours ourselves they them their theirs themselves one who whom whose which what
-about above across after against along among around as at before behind below beneath beside between beyond by
-despite down during except for from in inside into like near of off on onto out over per since through throughout
-till to toward towards under until up upon via with within without
-and but or nor so yet if because although though unless whereas whether while than when where why how
-am is are was were be been being do does did have has had having can could may might must shall should will would
-not there then here also too very only just
-'s 't 're 've 'm 'll 'd don doesn didn isn aren wasn weren hasn haven hadn couldn wouldn shouldn mustn
-"""
-FUNCTION_WORDS = frozenset(_CLOSED_CLASSES.split())
-"""lower-case words of closed classes, as one token holds them: "don" and "'t", not "don't\""""
+# Lower-case words of closed classes, as one token holds them: "don" and "'t", not "don't".
+FUNCTION_WORDS = frozenset(files(__package__).joinpath("function_words.txt").read_text(encoding="utf-8").split())
 
 _SENTENCE_BEGINS = re.compile(r"""(^|[.!?:…]["'”’)\]]*\s|\n)\s*["'“‘(\[*]*$""")
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text of each token; joined, they are the whole text.
-
-    A character that several tokens share belongs to the last of them, and the text of those before is empty.
-    """
+    """The text of each token; joined, they are the whole text. A character that several tokens share belongs to the
+    last of them."""
     whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     out, end = [], 0
     for n in range(1, len(ids) + 1):
@@ -59,12 +45,8 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
 
 
 def classes(texts: Sequence[str], special: Sequence[bool] = ()) -> list[str]:
-    """The class of each token of a text, a key of `CLASSES`.
-
-    Args:
-        texts: as from `pieces`, in order.
-        special: True at the tokenizer's own tokens; without it, none is.
-    """
+    """The class of each token of a text, a key of `CLASSES`; ``texts`` are as from `pieces`, in order, and ``special``
+    is True at the tokenizer's own tokens (without it, none is)."""
     out, before = [], ""
     for i, text in enumerate(texts):
         after = next((t for t in texts[i + 1 :] if t), "")

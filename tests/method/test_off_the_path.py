@@ -16,7 +16,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from hat_lib.checkpoint import Price
 from hat_lib.config import HatError
-from hat_lib.method.forward import keeps
 from hat_lib.method.trace import Trace
 
 pytestmark = [
@@ -200,7 +199,7 @@ def test_thresholds_of_other_routers(channel_hat, ids):
     def policy(layer, site, x, rows, trace):
         if site == "qkv":
             channel_hat.grain.prepare(other.routers, layer, x, trace, 1.0)
-        return keeps(channel_hat.grain, other.routers, thresholds, layer, site, x, trace)
+        return channel_hat.grain.keep(other.routers, thresholds, layer, site, x, trace)
 
     with channel_hat.using(policy):
         close(stepwise(channel_hat, ids), channel_hat.lm(ids).logits)
@@ -213,7 +212,8 @@ def test_a_site_that_keeps_everything_leaves_the_others_their_sensitivity(channe
         close(stepwise(channel_hat, ids), expected := channel_hat.lm(ids).logits)
 
     def policy(layer, site, x, rows, trace):
-        return keeps(channel_hat.grain, channel_hat.routers, channel_hat.threshold_policy(own), layer, site, x, trace)
+        thresholds = channel_hat.threshold_policy(own)
+        return channel_hat.grain.keep(channel_hat.routers, thresholds, layer, site, x, trace)
 
     with channel_hat.using(policy):
         close(channel_hat.lm(ids).logits, expected)

@@ -84,6 +84,6 @@ GOOD = {
     ],
 )
 def test_check(changes):
-    check_calibration(Calibration(**GOOD), HatConfig(2), GOOD["sites"])
+    check_calibration(Calibration(**GOOD), HatConfig(2))
     with pytest.raises(HatError):
-        check_calibration(Calibration(**GOOD | changes), HatConfig(2), GOOD["sites"])
+        check_calibration(Calibration(**GOOD | changes), HatConfig(2))

@@ -11,8 +11,8 @@ from accelerate.utils.modeling import align_module_device
 from torch import Tensor, nn
 
 
-def is_spread(module: nn.Module) -> bool:
-    return any(_hooked(m) for m in module.modules())
+def is_dispatched(module: nn.Module) -> bool:
+    return any(hasattr(m, "_hf_hook") for m in module.modules())
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -23,21 +23,20 @@ def device_of(module: nn.Module) -> torch.device:
 
 def overridden(module: nn.Module) -> Callable | None:
     """The forward that replaces a module's own, accelerate's aside."""
-    name = "_old_forward" if _hooked(module) else "forward"
-    found = vars(module).get(name)
-    return None if getattr(found, "__func__", None) is type(module).forward else found
+    forward = vars(module).get(_place(module))
+    return None if getattr(forward, "__func__", None) is type(module).forward else forward
 
 
 def override(module: nn.Module, forward: Callable) -> None:
-    setattr(module, "_old_forward" if _hooked(module) else "forward", forward)
+    setattr(module, _place(module), forward)
 
 
 def restore(module: nn.Module) -> None:
     """Give a module its own forward again."""
-    if _hooked(module):
-        module._old_forward = type(module).forward.__get__(module)
-    else:
+    if _place(module) == "forward":
         vars(module).pop("forward", None)
+    else:
+        override(module, type(module).forward.__get__(module))
 
 
 def tensors(module: nn.Module) -> list[Tensor]:
@@ -55,5 +54,6 @@ def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, owner.get_parameter(name.rpartition(".")[2]).detach()
 
 
-def _hooked(module: nn.Module) -> bool:
-    return hasattr(module, "_hf_hook")
+def _place(module: nn.Module) -> str:
+    """The attribute that a module's forward is called by."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"

@@ -7,9 +7,9 @@ import torch
 from accelerate import cpu_offload
 from tiny_runs import random_blocks, skipping, tiny
 
+from hat_lib.base.dispatch import is_dispatched
 from hat_lib.base.load import fingerprint, load_base
 from hat_lib.base.shapes import byte_tokenizer
-from hat_lib.base.spread import is_spread
 from hat_lib.calibration.capacity import calibrate
 from hat_lib.config import HatConfig, HatError
 from hat_lib.hat import HierarchicalTransformer
@@ -50,7 +50,7 @@ def spread(request, folder, tmp_path):
 
 @torch.no_grad()
 def test_equals_the_whole_base(spread, whole, ids):
-    assert is_spread(spread.model) and not is_spread(whole.model)
+    assert is_dispatched(spread.model) and not is_dispatched(whole.model)
     assert spread.fingerprint == fingerprint(spread.model) == whole.fingerprint
     expected = whole.model(ids).logits
     hats = [skipping("channel", base, translator_rank=2) for base in (spread, whole)]
@@ -92,7 +92,7 @@ def test_is_calibrated_and_trained_as_the_whole_base(spread, whole, ids, tmp_pat
 
 def test_a_map_of_one_device_leaves_the_base_there(folder):
     base = load_base(folder, dtype="fp32", device="meta", device_map={"": "cpu"})
-    assert base.device.type == "cpu" and not is_spread(base.model)
+    assert base.device.type == "cpu" and not is_dispatched(base.model)
 
 
 def test_refusals(spread, folder):
