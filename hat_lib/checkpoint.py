@@ -10,8 +10,6 @@ replaced; the adapter moves to its proper name. Reading takes the file with the 
 leaves the old checkpoint or the new one. One writer at a time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -6,8 +6,6 @@
 or ``token`` (the whole FFN; the published method).
 """
 
-from __future__ import annotations
-
 import ast
 import math
 import os
@@ -19,6 +17,7 @@ from decimal import Decimal
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Self
 
 from filelock import lock_descriptor
 from platformdirs import user_cache_path
@@ -174,13 +173,13 @@ class HatConfig:
         vars(self).update(checked)  # the class is frozen
 
     @classmethod
-    def default(cls, base, **changes) -> HatConfig:
+    def default(cls, base, **changes) -> Self:
         """Channel grain at capacity 0.75, with five exits scaled to the depth of a `Base`, a Llama or its config."""
         n = getattr(getattr(base, "model", base), "config", base).num_hidden_layers
         return cls(**{"n_layers": n, "exit_layers": scaled_exits(n), **changes})
 
     @classmethod
-    def published(cls, base, **changes) -> HatConfig:
+    def published(cls, base, **changes) -> Self:
         """The published shape: whole-FFN token routing at capacity 0.55, with five exits. On TinyLlama-1.1B (22 layers)
         they are at 4, 8, 12, 16 and 19, and about 100K parameters are trained."""
         return cls.default(base, **{"granularity": "token", "capacity": 0.55, **changes})

@@ -3,8 +3,6 @@
 A nested context changes only what it names: a control set by `using` decides both around and inside ``at(capacity)``.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager

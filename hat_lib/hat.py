@@ -10,8 +10,6 @@ context such as ``with hat.at(0.5)`` applies only to the thread that entered it.
 a forward computes, and `hat_lib.decoding` makes the tokens of a text fast.
 """
 
-from __future__ import annotations
-
 import copy
 import threading
 import warnings
@@ -19,6 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -167,7 +166,7 @@ class HierarchicalTransformer(Contexts, nn.Module):
         self._watches = Watch(self.lm), Watch(*self._own)
         return self
 
-    def __deepcopy__(self, memo) -> HierarchicalTransformer:
+    def __deepcopy__(self, memo) -> Self:
         """An independent model on a copy of the base, with this one's settings; not while another thread runs."""
         self._check_loaded()
         if any(id(module) in memo for module in self.lm.modules()):
@@ -341,7 +340,7 @@ class HierarchicalTransformer(Contexts, nn.Module):
     # -- checkpoints -------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, folder, base=None, *, dtype=None, device=None) -> HierarchicalTransformer:
+    def from_pretrained(cls, folder, base=None, *, dtype=None, device=None) -> Self:
         """Load a checkpoint onto its base.
 
         Args:

@@ -1,7 +1,5 @@
 """A checkpoint on the Hugging Face Hub, with a model card."""
 
-from __future__ import annotations
-
 import tempfile
 from dataclasses import replace
 from importlib.resources import files

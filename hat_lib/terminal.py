@@ -1,7 +1,5 @@
 """What reaches the terminal from a command: bad input as one line on stderr, and nothing that a terminal would obey."""
 
-from __future__ import annotations
-
 import errno
 import sys
 import warnings

@@ -3,8 +3,6 @@
 Each command checks its input before it loads a model, and imports torch itself, so that ``hat --help`` answers at once.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

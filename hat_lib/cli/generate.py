@@ -1,7 +1,5 @@
 """``hat generate``, ``hat explain`` and ``hat play``, which show what the model does with a prompt."""
 
-from __future__ import annotations
-
 import sys
 import threading
 import warnings

@@ -1,7 +1,5 @@
 """``hat evaluate``, ``hat analyze`` and ``hat sweep``, which measure the model on text."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What several commands take, and how a model is loaded. torch is imported inside functions: help answers at once."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from functools import partial

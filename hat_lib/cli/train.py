@@ -1,7 +1,5 @@
 """``hat calibrate`` and ``hat train``, which make checkpoints."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import signal

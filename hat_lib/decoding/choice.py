@@ -1,7 +1,5 @@
 """What transformers' generate was asked for, in the words of the engine's loop; None where that loop does not do it."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

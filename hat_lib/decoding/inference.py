@@ -8,8 +8,6 @@
 What comes back is a `Generation`: the text and, for everything requested, what was realised.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 import time

@@ -1,7 +1,5 @@
 """What keeps the engine from running: a kind of base, what was done to a base, a setting, a call of forward."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module

@@ -1,7 +1,5 @@
 """What is remembered with a KV cache, by row: it goes along with whatever transformers does to the cache's rows."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

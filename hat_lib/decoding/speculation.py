@@ -11,8 +11,6 @@ is the base's: token for token if greedy, in distribution if sampled, up to the 
 over several tokens and a forward over one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +30,42 @@ ROW = 0.1
 each token"""
 READ = {"int8": 0.7, "q4": 0.4}
 """cost of a drafting step in a format of the engine's weights, as a share of one in the base's own, in bfloat16"""
+
+
+class Sampler:
+    """Draws tokens, int64 ``[1]``; at temperature 0, the likeliest."""
+
+    def __init__(self, temperature: float, generator: torch.Generator):
+        self.temperature, self.generator = temperature, generator
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """``logits [V]`` as probabilities, fp32 ``[V]``."""
+        if self.temperature == 0:
+            return torch.zeros(len(logits), device=logits.device).index_fill(0, logits.argmax(), 1.0)
+        return torch.softmax(logits.float() / self.temperature, dim=-1)
+
+    def choice(self, count: int) -> Choice:
+        """The same for the engine's loop, of so many tokens."""
+        if self.temperature == 0:
+            return GREEDY
+        uniform = torch.rand(count, 1, dtype=torch.float64, generator=self.generator).numpy()
+        return GREEDY._replace(sample=True, temperature=np.float32(self.temperature), uniform=uniform)
+
+    def draw(self, distribution: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return distribution.argmax()[None]
+        return torch.multinomial(distribution, 1, generator=self.generator)
+
+    def verified(self, drafts: Sequence[Tensor], guesses: Sequence[Tensor], base: Sequence[Tensor]) -> list[Tensor]:
+        """The drafts that the base accepts, and a token of its own. Each was drawn from its ``guess [V]``; ``base`` has
+        the base's distributions at their places, and at the next."""
+        for kept, (token, guess, own) in enumerate(zip(drafts, guesses, base, strict=False)):
+            u = torch.rand(1, generator=self.generator, device=own.device)
+            accepted = u * guess[token] < own[token]  # with probability min(1, own / guess)
+            if not accepted:
+                rest = (own - guess).clamp(min=0)  # nothing, if the two differ only by rounding
+                return [*drafts[:kept], self.draw(rest if rest.any() else own)]
+        return [*drafts, self.draw(base[-1])]
 
 
 class Speculation:
@@ -122,42 +156,6 @@ class Speculation:
             token = sampler.draw(guesses[-1])
             drafts.append(token)
         return drafts, guesses
-
-
-class Sampler:
-    """Draws tokens, int64 ``[1]``; at temperature 0, the likeliest."""
-
-    def __init__(self, temperature: float, generator: torch.Generator):
-        self.temperature, self.generator = temperature, generator
-
-    def distribution(self, logits: Tensor) -> Tensor:
-        """``logits [V]`` as probabilities, fp32 ``[V]``."""
-        if self.temperature == 0:
-            return torch.zeros(len(logits), device=logits.device).index_fill(0, logits.argmax(), 1.0)
-        return torch.softmax(logits.float() / self.temperature, dim=-1)
-
-    def choice(self, count: int) -> Choice:
-        """The same for the engine's loop, of so many tokens."""
-        if self.temperature == 0:
-            return GREEDY
-        uniform = torch.rand(count, 1, dtype=torch.float64, generator=self.generator).numpy()
-        return GREEDY._replace(sample=True, temperature=np.float32(self.temperature), uniform=uniform)
-
-    def draw(self, distribution: Tensor) -> Tensor:
-        if self.temperature == 0:
-            return distribution.argmax()[None]
-        return torch.multinomial(distribution, 1, generator=self.generator)
-
-    def verified(self, drafts: Sequence[Tensor], guesses: Sequence[Tensor], base: Sequence[Tensor]) -> list[Tensor]:
-        """The drafts that the base accepts, and a token of its own. Each was drawn from its ``guess [V]``; ``base`` has
-        the base's distributions at their places, and at the next."""
-        for kept, (token, guess, own) in enumerate(zip(drafts, guesses, base, strict=False)):
-            u = torch.rand(1, generator=self.generator, device=own.device)
-            accepted = u * guess[token] < own[token]  # with probability min(1, own / guess)
-            if not accepted:
-                rest = (own - guess).clamp(min=0)  # nothing, if the two differ only by rounding
-                return [*drafts[:kept], self.draw(rest if rest.any() else own)]
-        return [*drafts, self.draw(base[-1])]
 
 
 def best_draft_length(acceptance: float, cost: float) -> int:

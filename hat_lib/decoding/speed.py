@@ -5,8 +5,6 @@ What a skipped weight saves depends on the machine, the dtype and the threads. S
 same text. It is cached for the user, keyed by everything it depends on.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -11,8 +11,6 @@ into forwards, so it is off unless asked for (`with hat.steered():`). The KV cac
 token.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from transformers.cache_utils import Cache

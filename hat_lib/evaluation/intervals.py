@@ -6,8 +6,6 @@ neighbouring blocks are, which wrap around within their document (the circular b
 quantiles, expanded for few units (Hesterberg 2015, arXiv:1411.5279). Below `FEWEST` blocks there is no interval.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

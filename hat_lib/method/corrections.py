@@ -8,8 +8,6 @@ terms. On the reference path, hooks add them ahead of anybody else's.
 Token grain: ``B A x + c`` of the FFN's own input stands in for an FFN that a token skips, at 2 r D multiply-adds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -14,8 +14,6 @@ A linear layer costs two FLOPs per weight that it reads (Kaplan et al. 2020, arX
 Left out, in the dense count too: norms, activations, residual sums, softmax, RoPE, biases, the one embedding row.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

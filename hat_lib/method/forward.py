@@ -1,7 +1,5 @@
 """One forward: who decides, what was decided, and which rows still run. All that a layer needs to know."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

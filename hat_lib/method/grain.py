@@ -7,8 +7,6 @@ All else asks a `Grain`: where it decides, in what shape, which routers score, w
 one is a subclass in `GRAINS`, with a recipe in `hat_lib.training.recipe`: see `tests/method/test_third_grain.py`.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor, nn

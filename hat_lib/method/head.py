@@ -6,8 +6,6 @@ read again, from all channels. The work is the preview's share of the channels p
 It knows neither token sensitivity nor protected tokens; recorded masks do not include it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

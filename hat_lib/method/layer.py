@@ -9,8 +9,6 @@ A token that has exited keeps a frozen hidden state and still gets K and V in ea
 state, but no query, attention output or FFN. So the cache stays dense, and later tokens see a key for every token.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, rotate_half

@@ -5,8 +5,6 @@ rest of the batch. Channel scores are thresholded activation sparsity as in TEAL
 CATS (arXiv:2404.08763), weighted by the column norm as in Wanda (arXiv:2306.11695).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from accelerate.utils.modeling import align_module_device

@@ -1,13 +1,11 @@
 """Setting: what a forward decides by. The model has one, and a thread another inside each context that it enters
 (`hat_lib.contexts`)."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 from torch import Tensor
 
@@ -57,7 +55,7 @@ class Setting:
         """Gain of steering where it moves thresholds: those of the method, below capacity 1."""
         return self.gain if self.thresholds.capacity < 1 and self.decide is None else 0.0
 
-    def holding(self, **fields) -> Setting:
+    def holding(self, **fields) -> Self:
         """With some of its fields, or of its thresholds', changed. ``shortlist`` stands for the head's three."""
         if "shortlist" in fields:
             shortlist = fields.pop("shortlist") or (float("-inf"), 0.0, 1.0)
@@ -86,7 +84,7 @@ class Context(threading.local):
     def setting(self, setting: Setting) -> None:
         (self.entered[-1] if self.entered else self.shared)[0] = setting
 
-    def __deepcopy__(self, memo) -> Context:
+    def __deepcopy__(self, memo) -> Self:
         """Itself: a copied part of the model, such as an adapter's of the head, works in the same model."""
         return self
 

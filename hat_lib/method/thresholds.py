@@ -5,12 +5,10 @@ thresholds that realised them, interpolated linearly in between. They never rise
 capacities are nested, where token sensitivity acts alike at both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -36,12 +34,12 @@ class Thresholds(NamedTuple):
     head_share: float  # expected share of the head's work, for a forward whose logits nobody asked for
 
     @classmethod
-    def dense(cls, layers: int, sites: int, exits: int) -> Thresholds:
+    def dense(cls, layers: int, sites: int, exits: int) -> Self:
         site, exit = np.full((layers, sites), -np.inf, np.float32), np.full(exits, np.inf, np.float32)
         zero = np.float32(0)
         return cls(1.0, 0.0, 1.0, site, np.float32(1), exit, zero, np.float32(-np.inf), zero, 1.0)
 
-    def holding(self, values: Mapping[str, object]) -> Thresholds:
+    def holding(self, values: Mapping[str, object]) -> Self:
         """With other values, each in its type: compiled code takes no other."""
         array, one = partial(np.ascontiguousarray, dtype=np.float32), np.float32
         kinds = {"site": array, "exit": array, "sensitivity": one, "correction": one, "head": one, "margin": one}

@@ -1,9 +1,8 @@
 """Trace: all that one forward decided, per layer and token: what losses, cost, sweeps, figures and the screen read."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ class Masks:
     """by layer and site, bool ``[B, T, units]``, or ``[B, T]`` for the whole FFN; False for rows that had exited"""
     exits: dict[int, Tensor] = field(default_factory=dict)  # bool [B, T], by exit: which tokens left there
 
-    def map(self, change) -> Masks:
+    def map(self, change) -> Self:
         """The same decisions with ``change`` applied to each ``[B, T, ...]`` tensor (slice, index, pad)."""
         return Masks({k: change(m) for k, m in self.keep.items()}, {e: change(m) for e, m in self.exits.items()})
 
@@ -194,7 +193,7 @@ class Trace:
         return float((self.exited & self.real).sum() / self.real.sum().clamp(min=1))
 
     @classmethod
-    def cat(cls, traces: Sequence[Trace]) -> Trace:
+    def cat(cls, traces: Sequence[Self]) -> Self:
         """Join consecutive forwards of the same rows (prefill, then each decode step) along T: work adds up."""
         first, masks = traces[0], None
 

@@ -1,7 +1,5 @@
 """Frontiers: what the trained model and every control lose at each amount of work."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.figure import Figure
 

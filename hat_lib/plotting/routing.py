@@ -4,8 +4,6 @@ Whiskers are 95 % intervals. A point is hollow unless the interval of its differ
 excludes 0. Where tokens leave early, a second panel shows how many do.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping, Sequence
 

@@ -5,8 +5,6 @@ Colours are seaborn's "colorblind" set; each series also has its own marker or l
 its own white background.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import wraps
 from io import BytesIO

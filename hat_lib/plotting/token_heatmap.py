@@ -1,7 +1,5 @@
 """Coloured text as a picture, for pages that drop the colours of HTML, such as GitHub's view of a notebook."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import matplotlib as mpl

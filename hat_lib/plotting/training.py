@@ -4,8 +4,6 @@ The table is what `hat_lib.training.log` writes. A row is the mean over the step
 step is depends on its sampled capacity, so the KL of two steps can only be compared at equal capacity.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -7,8 +7,6 @@ and Renslow 2018, arXiv:1712.01662). The text on them is black or white, whichev
 the way from the low end of the scale to the high end.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

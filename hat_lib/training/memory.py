@@ -1,7 +1,5 @@
 """What a base and its adapter need in memory, from the base's config alone."""
 
-from __future__ import annotations
-
 import torch
 from transformers import AutoModelForCausalLM
 

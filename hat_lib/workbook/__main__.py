@@ -7,8 +7,6 @@
 For many runs of one notebook with different parameters, see ``hat batch``.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 import time

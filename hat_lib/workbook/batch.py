@@ -11,8 +11,6 @@ An engine is any function from tasks to the rows of `carry_out`. `local` is jobl
 because joblib's Dask backend waits forever for a task that Dask gives up (joblib 1.6).
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """What to know about the machine before the first number: versions, device, dtype, memory, cache."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

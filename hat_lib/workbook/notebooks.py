@@ -3,8 +3,6 @@
 Importing this without the packages for notebooks is a `HatError`.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import threading

@@ -1,7 +1,5 @@
 """The screen as a page: one HTML file that needs no network and no kernel, or served by a model on this machine."""
 
-from __future__ import annotations
-
 import json
 import sys
 import threading

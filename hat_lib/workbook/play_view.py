@@ -6,8 +6,6 @@
 A notebook keeps the first prompt's answers, so its dial moves without a kernel, too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib import import_module
 

@@ -5,8 +5,6 @@ bytes with the length of a JSON header (little-endian), the header, and the exec
 layer and site, uint8 ``[C, T, L, S]``: 0 to 250 for 0 to 100 %, 255 in layers that the token did not enter.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache

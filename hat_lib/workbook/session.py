@@ -6,8 +6,6 @@ judge("the realised capacity lies within 0.06 of 0.6", abs(realised - 0.6) < 0.0
 record(perplexity=21.3, capacity=0.55)
 """
 
-from __future__ import annotations
-
 import json
 from importlib.metadata import version
 
