@@ -25,13 +25,13 @@ class Masks:
         """The same decisions with ``change`` applied to each ``[B, T, ...]`` tensor (slice, index, pad)."""
         return Masks({k: change(m) for k, m in self.keep.items()}, {e: change(m) for e, m in self.exits.items()})
 
-    def decide(self, layer: int, site: str, x: Tensor, rows: Tensor | None, trace: Trace) -> Tensor | None:
+    def decide(self, layer, site, x, rows, trace) -> Tensor | None:
         return self._now((layer, site), self.keep.get((layer, site)), trace.mask_shapes[site], rows, trace)
 
-    def leave(self, depth: int, h: Tensor, rows: Tensor, trace: Trace) -> Tensor | None:
+    def leave(self, depth, h, rows, trace) -> Tensor | None:
         return self._now(depth, self.exits.get(depth), (), rows, trace)
 
-    def _now(self, place, mask: Tensor | None, units: tuple[int, ...], rows: Tensor | None, trace: Trace):
+    def _now(self, place, mask: Tensor | None, units: tuple[int, ...], rows: Tensor | None, trace):
         if mask is None:
             return None
         end = trace.start + trace.tokens
