@@ -10,6 +10,8 @@ replaced; the adapter moves to its proper name. Reading takes the file with the 
 leaves the old checkpoint or the new one. One writer at a time.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -204,7 +206,7 @@ def _check_types(kind: type, where: str, values: object) -> dict:
     """``values``, if it is a JSON object whose values are of the types that the fields of ``kind`` declare."""
     if not isinstance(values, dict):
         raise HatError(f"{where[:-1]} must be a JSON object, got {shown(values)}")
-    for declared in fields(kind):
+    for declared in fields(kind):  # of modules that postpone annotations, so types are text
         key, value = declared.name, values.get(declared.name)
         allowed = re.sub(r"\[.*\]", "", declared.type).split(" | ")
         if key not in values and declared.default is MISSING is declared.default_factory:

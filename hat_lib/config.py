@@ -6,6 +6,8 @@
 or ``token`` (the whole FFN; the published method).
 """
 
+from __future__ import annotations
+
 import ast
 import math
 import os

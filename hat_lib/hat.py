@@ -252,7 +252,8 @@ class HierarchicalTransformer(Contexts, nn.Module):
             out = own(*args, **kwargs)
             forward.in_layers, forward.trace.text, thresholds = False, None, forward.setting.thresholds
             forward.reading = self._reading(thresholds, forward.trace)
-        steering.move(forward.cache, forward.trace, thresholds.layer_capacity, forward.setting.moving)
+        if gain := forward.setting.moving:
+            steering.move(forward.cache, forward.trace, thresholds.layer_capacity, gain)
         if not whole:
             self.note(forward.trace)
         return out
@@ -276,8 +277,7 @@ class HierarchicalTransformer(Contexts, nn.Module):
         forward.trace, forward.cache = self.new_trace(forward.setting, *places, start, cache), cache
         forward.trace.text = (tokens if tokens.dim() == 2 else torch.zeros_like(places[1])), cache
         forward.any_protected = bool(forward.trace.protected.any())
-        forward.in_layers, call = True, self._decoding.call
-        forward.last_only = call is not None and call.last_only
+        forward.in_layers = True
 
     def logits(self, states: Tensor) -> Tensor:
         """``[..., V]``: what the head now makes of the last forward's final states ``[..., D]``; its trace counts that.

@@ -212,7 +212,7 @@ def skipping(grain, base=None, exit_layers=(1, 2, 3), bar=3.0, vectors=0.3, **ch
             parameter.copy_(torch.from_numpy(np.asarray(scale * draws.normal(size=tuple(parameter.shape)))))
     scores = {}
 
-    def watch(layer, site, x, rows, state):
+    def watch(layer, site, x, rows, trace):
         scores[layer, site] = hat.scores(layer, site, x)
 
     with torch.no_grad(), hat.using(watch):

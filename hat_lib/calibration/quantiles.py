@@ -87,8 +87,8 @@ def score_quantiles(
     total, drawn, tokens = count_tokens(blocks), np.random.default_rng(seed), 0
     found: dict[tuple[int, str], list[Tensor]] = {}
 
-    def collect(layer, site, x, rows, state):
-        score = hat.scores(layer, site, x)[~state.protected.view(-1)].flatten()
+    def collect(layer, site, x, rows, trace):
+        score = hat.scores(layer, site, x)[~trace.protected.view(-1)].flatten()
         wanted = math.ceil(SAMPLES * x.shape[0] / total)
         if wanted < len(score):
             score = score[torch.from_numpy(drawn.integers(len(score), size=wanted)).to(score.device)]

@@ -260,6 +260,7 @@ class Decoding:
 
     def _reference(self, *args, **kwargs):
         with self.hat.begin() as forward:
+            forward.last_only = self.call is not None and self.call.last_only
             out = self._original["forward"](*args, **kwargs)
         self.hat.note(forward.trace)
         return out

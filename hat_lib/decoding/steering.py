@@ -36,18 +36,18 @@ def set_offsets(cache: Cache, start: int, moved: np.ndarray) -> None:
     remember(cache, "offsets", torch.cat([before, torch.from_numpy(moved)], dim=1))
 
 
-def move(cache: Cache | None, state: Trace, asked: float, gain: float) -> None:
+def move(cache: Cache | None, trace: Trace, asked: float, gain: float) -> None:
     """Move the offsets at the end of a forward, by what it executed beyond ``asked``, a share of the layers' work."""
     if cache is None or not gain:
         return
     # In numpy: after an engine step the CPU's caches hold nothing of torch, and its operations cost several times more.
-    real, protected, depth = (a.cpu().numpy() for a in (state.real, state.protected, state.exit_layer))
-    counted = real & ~protected & (depth == state.n_layers)
-    site_share = (state.site_share if state.executed is None else state.executed).cpu().numpy()
+    real, protected, depth = (a.cpu().numpy() for a in (trace.real, trace.protected, trace.exit_layer))
+    counted = real & ~protected & (depth == trace.n_layers)
+    site_share = (trace.site_share if trace.executed is None else trace.executed).cpu().numpy()
     layers, sites = site_share.shape[:2]
-    share = (state.site_work @ site_share.sum(0).reshape(sites, -1)).reshape(counted.shape) / layers
+    share = (trace.site_work @ site_share.sum(0).reshape(sites, -1)).reshape(counted.shape) / layers
     moved = np.empty(share.shape, np.float32)
-    for row, before in enumerate(offsets(cache, state.batch, state.start).tolist()):
+    for row, before in enumerate(offsets(cache, trace.batch, trace.start).tolist()):
         now, total, n = before, 0.0, 0
         for token, (executed, counts) in enumerate(zip(share[row].tolist(), counted[row].tolist(), strict=True)):
             if counts:
@@ -55,4 +55,4 @@ def move(cache: Cache | None, state: Trace, asked: float, gain: float) -> None:
                 reach = (1 - (1 - gain * SLOPE) ** n) / SLOPE
                 now = min(max(before + (total / n - asked) * reach, -LIMIT), LIMIT)
             moved[row, token] = now
-    set_offsets(cache, state.start, moved)
+    set_offsets(cache, trace.start, moved)

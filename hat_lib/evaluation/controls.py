@@ -121,8 +121,8 @@ def static_choice(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -
         raise HatError("the static choice takes its shares from a calibration: run `hat calibrate` first")
     energy = defaultdict(int)
 
-    def watch(layer, site, x, rows, state):
-        scores = hat.routers[f"{layer}_{site}"].score(x[~state.protected.view(-1)])
+    def watch(layer, site, x, rows, trace):
+        scores = hat.routers[f"{layer}_{site}"].score(x[~trace.protected.view(-1)])
         energy[layer, site] += scores.double().square().sum(0)
 
     work_on(hat, blocks, under(hat, watch))
@@ -142,11 +142,11 @@ class Layers:
     def __init__(self, share: Mapping[int, float], seed: int = 0):
         self.draw = {layer: Random(s, seed) for layer, s in share.items() if s < 1}
 
-    def __call__(self, layer, site, x, rows, state):
+    def __call__(self, layer, site, x, rows, trace):
         if layer not in self.draw:
             return None
-        keep = self.draw[layer](layer, "ffn", x, rows, state)  # one draw per token, the same at every site
-        return _for_site(keep, state.mask_shapes[site])
+        keep = self.draw[layer](layer, "ffn", x, rows, trace)  # one draw per token, the same at every site
+        return _for_site(keep, trace.mask_shapes[site])
 
 
 def layer_removal(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> Family:
@@ -186,27 +186,27 @@ class Cosine:
         self._before: WeakKeyDictionary[Trace, Tensor] = WeakKeyDictionary()
         self._decided: WeakKeyDictionary[Trace, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
-    def __call__(self, layer, site, x, rows, state):
+    def __call__(self, layer, site, x, rows, trace):
         if site == self.site:  # the layer's other sites follow
-            cosine = self.turned(layer, x, rows, state)
+            cosine = self.turned(layer, x, rows, trace)
             if cosine is None:
-                predicted = torch.full_like(state.real.flatten(), -torch.inf, dtype=torch.float)
+                predicted = torch.full_like(trace.real.flatten(), -torch.inf, dtype=torch.float)
             else:
-                kept, predicted = self._decided[state]
+                kept, predicted = self._decided[trace]
                 # A layer that did not run turns nothing, which tells us nothing: what was predicted stands.
                 predicted = self.slope[layer] * torch.where(kept, cosine, predicted) + self.intercept[layer]
-            self._decided[state] = predicted <= self.threshold, predicted
-        keep = self._decided[state][0]
-        return _for_site(keep if rows is None else keep[rows], state.mask_shapes[site])
+            self._decided[trace] = predicted <= self.threshold, predicted
+        keep = self._decided[trace][0]
+        return _for_site(keep if rows is None else keep[rows], trace.mask_shapes[site])
 
-    def turned(self, layer: int, x: Tensor, rows: Tensor | None, state: Trace) -> Tensor | None:
+    def turned(self, layer: int, x: Tensor, rows: Tensor | None, trace: Trace) -> Tensor | None:
         """The cosine of each token's residual stream with that before the previous layer, fp32 ``[B * T]``; None at the
         first layer of a forward, 0 for tokens that have left. ``x`` is the stream after an RMSNorm, whose weights are
         divided out; a cosine ignores the rest."""
         point = x.detach().float() * self.inverse[layer]
         if rows is not None:
-            point = point.new_zeros(state.batch * state.tokens, point.shape[1]).index_copy(0, rows, point)
-        before, self._before[state] = self._before.get(state), point
+            point = point.new_zeros(trace.batch * trace.tokens, point.shape[1]).index_copy(0, rows, point)
+        before, self._before[trace] = self._before.get(trace), point
         return None if before is None else F.cosine_similarity(point, before, dim=-1)
 
 
@@ -222,9 +222,9 @@ def cosine_rule(hat: HierarchicalTransformer, blocks: Blocks, seed: int = 0) -> 
     slope, intercept = np.zeros(n_layers), np.full(n_layers, -np.inf)
     rule = Cosine(hat, slope, intercept, 1.0)
 
-    def watch(layer, site, x, rows, state):
-        if site == rule.site and (seen := rule.turned(layer, x, rows, state)) is not None:
-            across[layer - 1].append(seen[~state.protected.view(-1)].double().cpu().numpy())
+    def watch(layer, site, x, rows, trace):
+        if site == rule.site and (seen := rule.turned(layer, x, rows, trace)) is not None:
+            across[layer - 1].append(seen[~trace.protected.view(-1)].double().cpu().numpy())
 
     work_on(hat, blocks, under(hat, watch))
     if len(across) < 2:
@@ -273,14 +273,14 @@ class RandomExits:
     def __init__(self, rates: Mapping[int, float], seed: int = 0):
         self.draws = {depth: Random(rate, seed + 1) for depth, rate in rates.items()}
 
-    def __call__(self, depth: int, h: Tensor, rows: Tensor, state: Trace) -> Tensor:
+    def __call__(self, depth: int, h: Tensor, rows: Tensor, trace: Trace) -> Tensor:
         """bool ``[n]``: which of ``rows`` leave after ``depth`` layers."""
-        return self.draws[depth](depth, "ffn", h, rows, state)
+        return self.draws[depth](depth, "ffn", h, rows, trace)
 
 
 def exit_shares(states: Iterable[Trace], depths: Iterable[int]) -> dict[int, float]:
     """The share of tokens that left at each depth, of those that could: the ``rates`` of `RandomExits`."""
-    depth_of = torch.cat([state.exit_layer[state.real & ~state.protected] for state in states])
+    depth_of = torch.cat([trace.exit_layer[trace.real & ~trace.protected] for trace in states])
     return leaving_shares(np.bincount(depth_of.cpu()), depths)
 
 

@@ -115,12 +115,12 @@ def counting_lm(hat: HierarchicalTransformer, batch_size: int):
         def _model_generate(self, context, max_length, stop, **options):
             with hat.collect() as states:
                 out = super()._model_generate(context, max_length, stop, **options)
-            if {state.batch for state in states} == {len(out)}:  # else there are beams, and all of them count
+            if {trace.batch for trace in states} == {len(out)}:  # else there are beams, and all of them count
                 states, length = [Trace.cat(states)], context.shape[1]
                 for real, ids in zip(states[0].real, out[:, length:].tolist(), strict=True):
                     real[length + self._end(ids, stop) :] = False
-            for state in states:
-                self.spent.add(state)
+            for trace in states:
+                self.spent.add(trace)
             return out
 
         def _end(self, ids, stop):

@@ -108,7 +108,7 @@ def _check(policies: object) -> None:
         if not isinstance(name, str) or name == METHOD or " at " in name:
             raise HatError(f"a policy needs a name of its own, such as 'mine', got {name!r}")
         if isinstance(policy, type) or not callable(policy):
-            raise HatError(f"policy {name!r} must be called as policy(layer, site, x, rows, state), got {policy!r}")
+            raise HatError(f"policy {name!r} must be called as policy(layer, site, x, rows, trace), got {policy!r}")
 
 
 def _beside(hat: HierarchicalTransformer, blocks: Sequence[Mapping], policies) -> Iterator[Setting]:

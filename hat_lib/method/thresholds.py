@@ -5,6 +5,8 @@ thresholds that realised them, interpolated linearly in between. They never rise
 capacities are nested, where token sensitivity acts alike at both.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -94,20 +94,20 @@ class Relaxed:
         self.scores: list[Tensor] = []
         """token grain: the routers' scores ``[B*T]``, one tensor per layer"""
 
-    def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, state: Trace):
+    def __call__(self, layer: int, site: str, x: Tensor, rows: Tensor | None, trace: Trace):
         grain, routers, recipe, threshold = self.hat.grain, self.hat.routers, self.recipe, self.thresholds[layer, site]
         number = grain.sites.index(site)
-        real, protected = (tokens.view(-1).to(x.device) for tokens in (state.real, state.protected))
+        real, protected = (tokens.view(-1).to(x.device) for tokens in (trace.real, trace.protected))
         offset = 0.0 if self.offsets is None else self.offsets[layer, number].to(x.device)
         if grain.scales_thresholds and not recipe.noise:
             router = routers[f"{layer}_{site}"]
             log_scale = router.log_scale + offset
-            thresholds = (threshold / (router.column_norm * log_scale.exp())).detach() * state.threshold_scale
+            thresholds = (threshold / (router.column_norm * log_scale.exp())).detach() * trace.threshold_scale
             how = {"temperature": recipe.temperature, "protected": protected, "real": real}
             masked, keep, share = losses.masked_channels(x, log_scale, thresholds, **how)
             self.shares.append(share * self.work[site])
             return MaskedInput(masked, keep)
-        score = grain.score(routers, layer, site, x, state)
+        score = grain.score(routers, layer, site, x, trace)
         if grain.logits:
             self.scores.append(score)
             logit = score - threshold

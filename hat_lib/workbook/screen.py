@@ -169,9 +169,9 @@ def _speeds(hat: HierarchicalTransformer) -> list[str]:
 def _forced(hat: HierarchicalTransformer, cells: Sequence[Sequence[int]]):
     """The policy that ``hat`` has at its capacity, but for the cells."""
 
-    def policy(layer, site, x, rows, state):
+    def policy(layer, site, x, rows, trace):
         if (keep := hat.keeps(layer, site, x)) is None:
-            keep = x.new_ones(len(x), *state.mask_shapes[site], dtype=torch.bool)
+            keep = x.new_ones(len(x), *trace.mask_shapes[site], dtype=torch.bool)
         for token, at, number, runs in cells:
             if (at, hat.grain.sites[number]) == (layer, site):
                 keep = keep.clone()

@@ -213,9 +213,9 @@ class TestCosine:
             getattr(layer, name).register_forward_pre_hook(lambda _, args: streams.append(args[0]))
         reference(IDS)
 
-        def watch(layer, site, x, rows, state):
+        def watch(layer, site, x, rows, trace):
             if site == hat.grain.sites[0]:
-                found[layer] = rule.turned(layer, x, rows, state)
+                found[layer] = rule.turned(layer, x, rows, trace)
 
         with hat.dense(), hat.using(watch):
             hat.lm(IDS)
@@ -276,9 +276,9 @@ def test_random_exits_leave_at_their_rates(channels):
             channels.lm(ids, use_cache=False)
         return channels.trace
 
-    state = run(torch.tensor(random_blocks(8, 512, seed=2)))
-    assert exit_shares([state], EXITS) == pytest.approx(rates, abs=0.03)  # four standard errors of the second
-    assert not (state.exit_layer < len(channels.layers))[state.protected].any()
+    trace = run(torch.tensor(random_blocks(8, 512, seed=2)))
+    assert exit_shares([trace], EXITS) == pytest.approx(rates, abs=0.03)  # four standard errors of the second
+    assert not (trace.exit_layer < len(channels.layers))[trace.protected].any()
     assert torch.equal(run(IDS[:1]).exit_layer, run(IDS).exit_layer[:1])
 
 

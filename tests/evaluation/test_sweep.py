@@ -62,10 +62,10 @@ def test_all_of_a_file_is_measured_unless_it_was_trained_on(hat, tmp_path, monke
 
 
 def test_a_policy_of_ones_own_beside_others_at_its_work(hat):
-    def mine(layer, site, x, rows, state):
+    def mine(layer, site, x, rows, trace):
         """The largest half of the channels; whether the first input is positive."""
         size = x.abs()
-        return size >= size.median(1, keepdim=True).values if state.mask_shapes[site] else x[:, 0] > 0
+        return size >= size.median(1, keepdim=True).values if trace.mask_shapes[site] else x[:, 0] > 0
 
     text, how = tiny_runs.random_blocks(8, 64, seed=4), {"exit_rate": 0.2, "batch_size": 8, "progress": False}
     policies = {"mine": mine, "nothing": Random(0.0)}

@@ -179,10 +179,10 @@ def test_decisions_of_a_policy_are_checked(grain, wrong, ids):
     hat = untrained(grain)
 
     class Policy:
-        def __call__(self, layer, site, x, rows, state):
-            return WRONG[wrong](torch.ones(len(x), *state.mask_shapes[site], dtype=torch.bool))
+        def __call__(self, layer, site, x, rows, trace):
+            return WRONG[wrong](torch.ones(len(x), *trace.mask_shapes[site], dtype=torch.bool))
 
-    def leave(depth, h, rows, state):
+    def leave(depth, h, rows, trace):
         return WRONG[wrong](torch.zeros(len(h), dtype=torch.bool))
 
     with pytest.raises(HatError, match=r"layer \d, site .* bool tensor"), hat.using(Policy()):

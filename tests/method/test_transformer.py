@@ -265,7 +265,7 @@ class TestALlama:
 
     @pytest.mark.parametrize("when", ["before", "after"])
     def test_lora_is_honoured(self, when, ids):
-        def skip(layer, site, x, rows, state):
+        def skip(layer, site, x, rows, trace):
             return torch.arange(x.shape[1]).expand(x.shape) % 3 > 0
 
         base = tiny()
