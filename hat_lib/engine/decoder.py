@@ -138,7 +138,7 @@ class Decoder:
         """Run steps; ``given`` are fields of `Course`. Where none is for ``ids``, no tokens are chosen."""
         w, (b, t), start, n = self.weights, tokens.shape, cache.get_seq_length(), logit_rows.size
         layers, end = w.norms.shape[1], start + max(t, steps)
-        buffer = buffer_for(cache, b, w.kv_heads, self.head_dim, self.dtype, end - start)
+        buffer = buffer_for(cache, (b, w.kv_heads, self.head_dim, self.dtype), end - start)
         threads = team.size(threads or torch.get_num_threads())
         # Flattened copies: to numba, an array of one number with the strides of a slice has another type.
         rows = Rows(

@@ -149,16 +149,12 @@ def weigh(scores, top, temperature):
 @compiled()
 def restrict(weights, top_k, top_p, min_p):
     """Set to zero the weights of tokens that top k, top p or min p leave out; the largest weight is 1."""
+    bar = F0
     if 0 < top_k < weights.shape[0]:
-        below(weights, bar_of(weights, np.float32(top_k), True))
+        bar = bar_of(weights, np.float32(top_k), True)
     if top_p < F1:
-        below(weights, bar_of(weights, top_p * amount(weights, F0, False), False))
-    if min_p > F0:
-        below(weights, min_p)
-
-
-@compiled()
-def below(weights, bar):
+        bar = max(bar, bar_of(weights, top_p * amount(weights, bar, False), False))
+    bar = max(bar, min_p)
     for v in range(weights.shape[0]):
         if weights[v] < bar:
             weights[v] = F0
