@@ -81,15 +81,10 @@ class Decoder:
                 logits; no more than there are, and None for all.
             threads: at most this many, and no more than there are cores; None for as many as torch uses.
         """
-        (b, t), vocabulary = ids.shape, len(self.weights.head)
         if logit_rows is None:
-            logit_rows = np.arange(b * t).reshape(b, t)
-        given = ids, cache, thresholds, place, scale, logit_rows
-        rows, course = self._run(*given, threads, steering=STILL, choice=GREEDY)
-        logits = self._logits(rows.logits, (*logit_rows.shape, vocabulary))
-        kept, head = course.kept[0].sum(0), course.head[0].sum(0)
-        kept, head = kept.reshape(-1, FFN + 1, b, t), head.reshape(2, *logit_rows.shape)
-        return Result(logits, kept, course.exits.reshape(b, t), head)
+            logit_rows = np.arange(ids.size).reshape(ids.shape)
+        scale = np.ones(ids.size, np.float32) if scale is None else scale
+        return self._run(ids, cache, thresholds, place, scale, logit_rows, threads, steering=STILL, choice=GREEDY)
 
     def course(
         self,
@@ -115,26 +110,17 @@ class Decoder:
             ended: bool ``[B]``, texts that have ended before; brought up to date.
             logits: whether to return all logits.
         """
-        b, vocabulary = len(ids), len(self.weights.head)
-        given = ids, cache, thresholds, place, np.exp(steering.offset[:b]), np.arange(b)[:, None]
-        _, course = self._run(
-            *given, threads, steps=steps, choice=choice, steering=steering, unprotected=unprotected,
-            ended=np.zeros(b, bool) if ended is None else ended, ids=np.zeros((steps, b), np.int64),
-            offsets=_zeros(steps, b), logits=np.empty((steps if logits else 0, b, vocabulary), self.stored),
+        b, scale = len(ids), np.exp(steering.offset[: len(ids)])
+        return self._run(
+            ids, cache, thresholds, place, scale, np.arange(b)[:, None], threads, steps=steps, choice=choice,
+            steering=steering, unprotected=unprotected, ended=np.zeros(b, bool) if ended is None else ended,
+            ids=np.zeros((steps, b), np.int64), offsets=np.zeros((steps, b), np.float32),
+            logits=np.empty((steps if logits else 0, b, len(self.weights.head)), self.stored),
         )  # fmt: skip
-        ran = int(course.ran[0])
-        return Result(
-            self._logits(course.logits[:ran].swapaxes(0, 1), (b, ran, vocabulary)) if logits else None,
-            course.kept[:ran].sum(1).transpose(1, 2, 3, 0),
-            course.exits[:ran].T,
-            course.head[:ran].sum(1).transpose(1, 2, 0),
-            course.ids[:ran].T,
-            course.offsets[:ran].T,
-        )
 
     def _run(
-        self, tokens, cache, thresholds, place, scale, logit_rows, threads, *, steering, steps: int = 1, **given
-    ) -> tuple[Rows, Course]:
+        self, tokens, cache, thresholds, place, scale, logit_rows, threads, /, *, steering, steps: int = 1, **given
+    ) -> Result:
         """Run steps; ``given`` are fields of `Course`. Where none is for ``ids``, no tokens are chosen."""
         w, (b, t), start, n = self.weights, tokens.shape, cache.get_seq_length(), logit_rows.size
         layers, end = w.norms.shape[1], start + max(t, steps)
@@ -148,7 +134,7 @@ class Decoder:
             first=place.first.repeat(t),
             position=place.position.flatten(),
             protected=place.protected.flatten(),
-            scale=np.ones(b * t, np.float32) if scale is None else scale.flatten(),
+            scale=scale.flatten(),
             logit_rows=logit_rows.flatten(),
             angles=self._rotary(int(place.position.max()) + steps),
             keys=buffer.keys,
@@ -161,7 +147,7 @@ class Decoder:
             "unprotected": np.zeros(b, np.int64),
             "ended": np.zeros(b, bool),
             "ids": np.zeros((0, b), np.int64),
-            "offsets": _zeros(0, b),
+            "offsets": np.zeros((0, b), np.float32),
             "kept": np.zeros((steps, threads, layers, FFN + 1, b * t), np.int32),
             "exits": np.empty((steps, b * t), np.int64),
             "head": np.zeros((steps, threads, 2, n), np.int32),
@@ -177,12 +163,22 @@ class Decoder:
             raise IndexError(f"token id {token} is not in the vocabulary of {len(w.embed)} tokens")
         if course.ran[0] == UNDRAWN:
             raise RuntimeError("no token can be drawn: there is NaN or infinity among the logits")
+        ran, logits, shape = 1, rows.logits, logit_rows.shape
+        if "ids" in given:
+            ran = int(course.ran[0])
+            logits, shape = course.logits[:ran].swapaxes(0, 1), (b, ran)
         for layer in cache.layers:
-            layer.length = start + (int(course.ran[0]) if len(course.ids) else t)
-        return rows, course
-
-    def _logits(self, stored: np.ndarray, shape: tuple[int, ...]) -> Tensor:
-        return torch.from_numpy(stored.reshape(shape)).view(self.dtype)
+            layer.length = start + t * ran
+        wanted = len(course.logits) or "logits" not in given
+        # Of T tokens of a sequence and steps, one is one.
+        return Result(
+            torch.from_numpy(logits.reshape(*shape, len(w.head))).view(self.dtype) if wanted else None,
+            course.kept[:ran].sum(1).transpose(1, 2, 3, 0).reshape(layers, FFN + 1, b, t * ran),
+            course.exits[:ran].T.reshape(b, t * ran),
+            course.head[:ran].sum(1).transpose(1, 2, 0).reshape(2, *shape),
+            course.ids[:ran].T,
+            course.offsets[:ran].T,
+        )
 
     def _rotary(self, positions: int) -> np.ndarray:
         """`Rows.angles` of the base's own rotary embedding, rounded as it does; for so many positions or more."""
@@ -215,7 +211,3 @@ class Decoder:
 
 def _empty(*shape: int) -> np.ndarray:
     return np.empty(shape, np.float32)
-
-
-def _zeros(*shape: int) -> np.ndarray:
-    return np.zeros(shape, np.float32)
