@@ -7,6 +7,7 @@ Arrays are float32 unless noted; "stored" ones are in the base's dtype, bfloat16
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ MAX_TOKENS = 8
 GROUP, GROUP_ROWS = 32, 36
 """in four bits: channels that share a scale, and rows of memory that they and their scales take"""
 QKV, OUT, GATE_UP, DOWN, FFN = range(5)
-"""indices into ``Rows.kept``"""
+"""indices into ``Course.kept``"""
 
 
 class Linear(NamedTuple):
@@ -31,19 +32,22 @@ class Linear(NamedTuple):
     scale: ndarray  # [L, out], or no columns
     bias: ndarray  # [L, out], or no columns
     unit: ndarray  # [L, C], magnitude of an input whose score is 1
-    split: int  # channels that share a scale and are not split between threads
     # A correction adds strength * (expand^T (reduce x) + shift), for the channels x that are kept.
     # Stored, or in bfloat16 beside weights of fewer bits; no rows without corrections.
     reduce: ndarray  # [L, r, C]
     expand: ndarray  # [L, r + 1, out], shift last
+    split: int  # channels that share a scale and are not split between threads
+
+
+Product = namedtuple("Product", (*Linear._fields, "strength"))
+"""a `Linear` of one layer, without the first axis, and the strength of its correction"""
 
 
 class Gates(NamedTuple):
     """Where and when a token leaves, and how its state is then translated."""
 
     before: ndarray  # int64 [L], which gate comes before a layer, or -1
-    weight: ndarray  # [E, D], of leaving minus those of staying
-    bias: ndarray  # [E]
+    router: ndarray  # [E, D + 1], weights of leaving minus those of staying, and bias
     scale: ndarray  # [E, D]
     shift: ndarray  # [E, D]
     reduce: ndarray  # [E, rank, D]
@@ -51,11 +55,11 @@ class Gates(NamedTuple):
 
 
 class StandIn(NamedTuple):
-    """What a token gets in place of an FFN that it skips; no layers if nothing."""
+    """What a token gets in place of an FFN that it skips, in all layers but the first; no layers if nothing."""
 
-    down: ndarray  # [L, rank, D]
-    up: ndarray  # [L, D, rank]
-    shift: ndarray  # [L, D]
+    down: ndarray  # [L - 1, rank, D]
+    up: ndarray  # [L - 1, D, rank]
+    shift: ndarray  # [L - 1, D]
 
 
 class Weights(NamedTuple):
@@ -70,21 +74,26 @@ class Weights(NamedTuple):
     o: Linear
     gate_up: Linear  # outputs alternate: `block` gates, then the ups of the same neurons
     down: Linear
-    sensitivity: ndarray  # [L, D], of tokens; or no columns
-    sensitivity_bias: ndarray  # [L]
-    ffn: ndarray  # [L, D], token grain: of the router of the whole FFN; or no columns
-    ffn_bias: ndarray  # [L]
+    sensitivity: ndarray  # [L, D + 1], weights and bias of tokens' sensitivity; or no columns
+    ffn: ndarray  # [L, D + 1], token grain: of the router of the whole FFN; or no columns
     stand_in: StandIn
     gates: Gates
     norms: ndarray  # [2, L, D], before attention and before the FFN
     last_norm: ndarray  # [D]
     head_norms: ndarray  # [2, L, h], of queries and of keys; or no columns
     rotates: ndarray  # bool [L], whether a layer has a rotary embedding
-    unrotated: ndarray  # [2, h/2], the cos and sin of those that have none
     heads: int
     kv_heads: int
     block: int
     eps: np.float32
+
+
+class Thread(NamedTuple):
+    """One of the threads that run a step together."""
+
+    t: int
+    team: int  # how many they are
+    barrier: ndarray  # of `hat_lib.engine.team`
 
 
 class Inputs(NamedTuple):
@@ -93,15 +102,6 @@ class Inputs(NamedTuple):
     x: ndarray  # [R, C]
     bar: ndarray  # [R], -inf to keep all
     runs: ndarray  # bool [R], whether a row runs at all; not read for a single row
-
-
-class Share(NamedTuple):
-    """A thread's part of a product: some of the `PARTIALS` parts of its channels, for some of its outputs."""
-
-    first: int
-    last: int
-    c0: int
-    c1: int
 
 
 class Gathered(NamedTuple):
@@ -123,8 +123,7 @@ class Rows(NamedTuple):
     protected: ndarray  # bool [R]
     scale: ndarray  # [R], factor on a row's thresholds
     logit_rows: ndarray  # int64 [N], the rows for which the head runs
-    cos: ndarray  # [positions, h/2]
-    sin: ndarray
+    angles: ndarray  # [2, 1 + positions, h/2], cos and sin: first those of a layer that does not rotate
     # written to:
     keys: ndarray  # [L, B, G, size, h], stored
     values: ndarray
@@ -155,22 +154,30 @@ GREEDY = Choice(
 )  # fmt: skip
 
 
+class Steering(NamedTuple):
+    """Thresholds that move (`hat_lib.decoding.steering`): they are multiplied by exp(offset)."""
+
+    offset: ndarray  # [R]; moved
+    gain: float  # 0 for none
+    asked: float  # share of the layers' work
+    limit: float
+    shares: ndarray  # [4], work that one channel of each product stands for, of all in a layer
+
+
+STILL = Steering(np.zeros(MAX_TOKENS, np.float32), 0.0, 0.0, 0.0, np.zeros(FFN, np.float32))
+
+
 class Course(NamedTuple):
     """The steps of a call: one of several tokens, or several of one token a sequence."""
 
     steps: int
     choice: Choice
+    steering: Steering
     unprotected: ndarray  # int64 [R], the step from which a row is no longer protected
-    # steering (`hat_lib.decoding.steering`): thresholds are multiplied by exp(offset)
-    gain: np.float32  # 0 for none
-    asked: np.float32  # share of the layers' work
-    limit: np.float32
-    shares: ndarray  # [4], work that one channel of each product stands for, of all in a layer
-    offset: ndarray  # [R]
     # written to:
     ended: ndarray  # bool [R], whether a text has ended
-    ids: ndarray  # int64 [S, R], tokens chosen
-    offsets: ndarray  # [S, R], after each
+    ids: ndarray  # int64 [S, R], tokens chosen; no rows if logits are wanted and nothing else
+    offsets: ndarray  # [S, R], of steering after each
     kept: ndarray  # int32 [S, P, L, 5, R], summed over threads: channels kept at each product, 1 where the FFN ran
     exits: ndarray  # int64 [S, R], layers that each token ran
     head: ndarray  # int32 [S, P, 2, N], summed over threads: channels of the preview, and logits read in full
@@ -183,7 +190,7 @@ class Shared(NamedTuple):
 
     qkv: ndarray  # [PARTIALS, R, (H + 2G) h], sums of q, k and v by parts of the channels
     states: ndarray  # [2, PARTIALS, R, D], of o and down
-    lowered: ndarray  # [4, PARTIALS, R, r], inputs of corrections: of qkv, of k and v alone, of o and down
+    lowered: ndarray  # [4, PARTIALS, R, r], inputs of the corrections of each product
     gate_up: ndarray  # [R, 2F], in blocks like the weights
     ffn: ndarray  # [R, F]
     tops: ndarray  # [R, pieces, H], of each piece of a row's context the largest score,

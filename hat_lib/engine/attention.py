@@ -19,9 +19,9 @@ LOWEST = np.finfo(np.float32).min
 
 
 @compiled()
-def pieces(first, last):
-    """Number of pieces of a context from ``first`` to ``last``."""
-    return (last - first) // PIECE + 1
+def pieces(rows, r):
+    """Number of pieces of a row's context."""
+    return (rows.slot[r] - rows.first[r]) // PIECE + 1
 
 
 @compiled()
@@ -42,26 +42,23 @@ def place(head, norm, eps, cos, sin, out):
 
 
 @compiled()
-def place_all(qkv, g, norm, eps, cos, sin, queries):
-    """The queries ``[H / G, h]`` of group g."""
-    count, size = queries.shape
-    for i in range(count):
-        begin = (g * count + i) * size
-        place(qkv[begin : begin + size], norm, eps, cos, sin, queries[i])
-
-
-@compiled()
-def put(qkv, heads, groups, g, norm, eps, cos, sin, keys, values, slot):
-    """Put a row's key and value of group g into the cache, ``[size, h]``."""
-    size = keys.shape[1]
-    k, v = (heads + g) * size, (heads + groups + g) * size
-    place(qkv[k : k + size], norm, eps, cos, sin, keys[slot])
-    for e in range(size):
-        values[slot, e] = as_stored(qkv[v + e], values[slot, e])
+def place_row(base, rows, layer, r, qkv, queries):
+    """A row's queries ``[H, h]``, and its keys and values in the cache."""
+    (heads, size), angle = queries.shape, rows.position[r] + 1 if base.rotates[layer] else 0
+    cos, sin = rows.angles[0, angle], rows.angles[1, angle]
+    q_norm, k_norm = base.head_norms[0, layer], base.head_norms[1, layer]
+    for head in range(heads):
+        place(qkv[head * size : (head + 1) * size], q_norm, base.eps, cos, sin, queries[head])
+    for g in range(base.kv_heads):
+        k, v = (heads + g) * size, (heads + base.kv_heads + g) * size
+        place(qkv[k : k + size], k_norm, base.eps, cos, sin, rows.keys[layer, rows.sequence[r], g, rows.slot[r]])
+        value = rows.values[layer, rows.sequence[r], g, rows.slot[r]]
+        for e in range(size):
+            value[e] = as_stored(qkv[v + e], value[e])
 
 
 @compiled(reorder=True)
-def attend(q, keys, values, first, last, scores, places, tops, totals, out):
+def attend(q, keys, values, first, last, gathered, parts):
     """The piece of a context that begins at ``first``, for queries that share a key head.
 
     Values are added eight at a time, the last eight filled up with some times 0.
@@ -70,10 +67,11 @@ def attend(q, keys, values, first, last, scores, places, tops, totals, out):
         q: ``[n, h]``.
         keys, values: ``[size, h]``, stored.
         last: the last token that the queries see; it may lie in a later piece.
-        scores, places: ``[n, PIECE]`` and uint64 ``[PIECE]``, to work in.
-        tops, totals, out: ``[n]``, ``[n]`` and ``[n, h]``: what `combine` reads.
+        gathered: with space for ``[n, PIECE]``, to work in.
+        parts: what `combine` reads, ``[n]``, ``[n]`` and ``[n, h]``.
     """
     (count, size), n = q.shape, min(PIECE, last - first + 1)
+    places, scores, (tops, totals, out) = gathered.index, gathered.values, parts
     factor = F1 / np.sqrt(np.float32(size))
     for s in range(n):
         key = keys[first + s]
@@ -103,9 +101,10 @@ def attend(q, keys, values, first, last, scores, places, tops, totals, out):
 
 
 @compiled()
-def combine(tops, totals, parts, c0, c1, mixed):
-    """The output of the heads to which channels c0 to c1 belong, from their pieces ``[pieces, H, h]``."""
-    n, heads, size = parts.shape
+def combine(shared, r, n, c0, c1, mixed):
+    """The output of the heads to which channels c0 to c1 belong, from a row's n pieces."""
+    tops, totals, parts = shared.tops[r], shared.totals[r], shared.pieces[r]
+    _, heads, size = parts.shape
     for head in range(c0 // size, min((c1 + size - 1) // size, heads)):
         top, total = tops[0, head], F0
         for piece in range(1, n):

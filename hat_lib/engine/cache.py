@@ -19,10 +19,10 @@ MIN_SIZE = 128
 class KeyValueBuffer:
     """``keys`` and ``values [L, B, G, size, h]`` of all layers of a cache; bfloat16 as its bits, uint16."""
 
-    def __init__(self, layers: int, batch: int, heads: int, size: int, head_dim: int, dtype: torch.dtype):
-        shape, stored = (layers, batch, heads, size, head_dim), np.uint16 if dtype == torch.bfloat16 else np.float32
+    def __init__(self, layers: int, form: tuple, size: int):
+        (batch, heads, head_dim, self.dtype), self.form, self.size = form, form, size
+        shape, stored = (layers, batch, heads, size, head_dim), np.uint16 if form[3] == torch.bfloat16 else np.float32
         self.keys, self.values = np.empty(shape, stored), np.empty(shape, stored)
-        self.dtype, self.size, self.form = dtype, size, (batch, heads, head_dim, dtype)
         self.shown = False
         """whether somebody may hold a view"""
 
@@ -59,10 +59,6 @@ class GrowingLayer(DynamicLayer):
     keys = property(lambda self: self._get("keys"), lambda self, value: self._set("keys", value))
     values = property(lambda self: self._get("values"), lambda self, value: self._set("values", value))
 
-    @property
-    def place(self) -> tuple[KeyValueBuffer, int, int | None]:
-        return self.buffer, self.index, self.length
-
     def get_seq_length(self) -> int:
         return super().get_seq_length() if self.length is None else self.length
 
@@ -91,26 +87,27 @@ def _form(keys: Tensor) -> tuple:
 
 def holds(cache: Cache, form: tuple) -> bool:
     """Whether all layers of a cache hold equally many keys and values, of this batch, heads, their size and dtype."""
-    length = cache.get_seq_length()
+    held = {(form, cache.get_seq_length())}
     for layer in cache.layers:
         if type(layer) is GrowingLayer and layer.length is not None:
-            held = [(layer.buffer.form, layer.length)]
+            held.add((layer.buffer.form, layer.length))
+        elif layer.is_initialized:
+            held |= {(_form(t), t.shape[-2]) for t in (layer.keys, layer.values)}
         else:
-            both = (layer.keys, layer.values) if layer.is_initialized else ()
-            held = [(_form(t), t.shape[-2]) for t in both] or [(form, 0)]
-        if any(one != (form, length) for one in held):
-            return False
-    return True
+            held.add((form, 0))
+    return len(held) == 1
 
 
-def buffer_for(cache: Cache, batch: int, heads: int, head_dim: int, dtype: torch.dtype, more: int) -> KeyValueBuffer:
-    """The buffer of a cache, with space for ``more`` tokens; its layers become `GrowingLayer` if they are not yet."""
+def buffer_for(cache: Cache, form: tuple, more: int) -> KeyValueBuffer:
+    """The buffer of a cache of this form, as for `holds`, with space for ``more`` tokens; its layers become
+    `GrowingLayer` if they are not yet."""
     layers, length = cache.layers, cache.get_seq_length()
-    buffer = getattr(layers[0], "buffer", None)
-    fits = buffer is not None and buffer.form == (batch, heads, head_dim, dtype) and length + more <= buffer.size
-    if fits and all(getattr(layer, "place", None) == (buffer, i, length) for i, layer in enumerate(layers)):
-        return buffer
-    buffer = KeyValueBuffer(len(layers), batch, heads, max(MIN_SIZE, 2 * (length + more)), head_dim, dtype)
+    if all(type(layer) is GrowingLayer for layer in layers):
+        buffer, places = layers[0].buffer, [(layer.buffer, layer.index, layer.length) for layer in layers]
+        fits = buffer.form == form and length + more <= buffer.size
+        if fits and places == [(buffer, i, length) for i in range(len(layers))]:
+            return buffer
+    buffer = KeyValueBuffer(len(layers), form, max(MIN_SIZE, 2 * (length + more)))
     for i in range(len(layers) if length else 0):
         buffer.view("keys", i, length).copy_(layers[i].keys)
         buffer.view("values", i, length).copy_(layers[i].values)

@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hat_lib.base.families import head_size
 from hat_lib.engine import team
-from hat_lib.engine.arrays import FFN, GREEDY, MAX_TOKENS, PARTIALS, Choice, Course, Rows, Shared
+from hat_lib.engine.arrays import FFN, GREEDY, PARTIALS, STILL, Choice, Course, Rows, Shared, Steering
 from hat_lib.engine.attention import PIECE
 from hat_lib.engine.cache import buffer_for
 from hat_lib.engine.loop import OUTSIDE, UNDRAWN, decode
@@ -28,18 +29,6 @@ class Place(NamedTuple):
     """the first position in the cache that a sequence sees, int64 ``[B]``"""
     protected: np.ndarray
     """bool ``[B, T]``"""
-
-
-class Steering(NamedTuple):
-    """Thresholds that move during a course of tokens (`hat_lib.decoding.steering`)."""
-
-    offset: np.ndarray
-    """of each sequence, float32 ``[B]``; moved"""
-    gain: float
-    asked: float
-    limit: float
-    shares: np.ndarray
-    """work that one channel of each product stands for, of all in a layer, float32 ``[4]``"""
 
 
 class Result(NamedTuple):
@@ -59,19 +48,17 @@ class Result(NamedTuple):
     """of steering, after each, float32 ``[B, T]``"""
 
 
-STILL = Steering(np.zeros(MAX_TOKENS, np.float32), 0.0, 0.0, 0.0, np.zeros(FFN, np.float32))
-
-
 class Decoder:
     """Runs `decode` on a base; the arguments are those of `hat_lib.engine.weights.pack`."""
 
     def __init__(self, lm, form: str = "base", **parts):
         self.lm, self.weights = lm, pack(lm, form, **parts)
         self.head_dim, self.dtype = head_size(lm.config), lm.dtype
+        self.stored = np.uint16 if lm.dtype == torch.bfloat16 else np.float32
         self.inputs, self.outputs = widths(lm)
         self.channels = np.array(self.inputs)[:, None, None]
         """inputs of each product, ``[4, 1, 1]``"""
-        self.dense = Thresholds.dense(len(self.weights.rotates), FFN, len(self.weights.gates.bias))
+        self.dense = Thresholds.dense(len(self.weights.rotates), FFN, len(self.weights.gates.router))
         self._angles = np.zeros((2, 0, self.head_dim // 2), np.float32)
 
     def step(
@@ -94,17 +81,10 @@ class Decoder:
                 logits; no more than there are, and None for all.
             threads: at most this many, and no more than there are cores; None for as many as torch uses.
         """
-        (b, t), vocabulary = ids.shape, len(self.weights.head)
         if logit_rows is None:
-            logit_rows = np.arange(b * t).reshape(b, t)
-        rows, course = self._run(
-            ids, cache, thresholds, place, scale, logit_rows, threads, 1, GREEDY, STILL, choose=False
-        )
-        kept, head = course.kept[0].sum(0), course.head[0].sum(0)
-        kept, head = kept.reshape(-1, FFN + 1, b, t), head.reshape(2, *logit_rows.shape)
-        return Result(
-            self._logits(rows.logits, (*logit_rows.shape, vocabulary)), kept, course.exits.reshape(b, t), head
-        )
+            logit_rows = np.arange(ids.size).reshape(ids.shape)
+        scale = np.ones(ids.size, np.float32) if scale is None else scale
+        return self._run(ids, cache, thresholds, place, scale, logit_rows, threads, steering=STILL, choice=GREEDY)
 
     def course(
         self,
@@ -130,65 +110,52 @@ class Decoder:
             ended: bool ``[B]``, texts that have ended before; brought up to date.
             logits: whether to return all logits.
         """
-        b, every = len(ids), np.arange(len(ids))[:, None]
-        _, course = self._run(
-            ids, cache, thresholds, place, np.exp(steering.offset[:b]), every, threads, steps, choice, steering,
-            unprotected=unprotected, ended=ended, logits=logits,
+        b, scale = len(ids), np.exp(steering.offset[: len(ids)])
+        return self._run(
+            ids, cache, thresholds, place, scale, np.arange(b)[:, None], threads, steps=steps, choice=choice,
+            steering=steering, unprotected=unprotected, ended=np.zeros(b, bool) if ended is None else ended,
+            ids=np.zeros((steps, b), np.int64), offsets=np.zeros((steps, b), np.float32),
+            logits=np.empty((steps if logits else 0, b, len(self.weights.head)), self.stored),
         )  # fmt: skip
-        ran = int(course.ran[0])
-        wanted = self._logits(course.logits[:ran].swapaxes(0, 1), (b, ran, -1)) if logits else None
-        by_sequence = (
-            course.kept[:ran].sum(1).transpose(1, 2, 3, 0),
-            course.exits[:ran].T,
-            course.head[:ran].sum(1).transpose(1, 2, 0),
-        )
-        return Result(wanted, *by_sequence, course.ids[:ran].T, course.offsets[:ran].T)
 
     def _run(
-        self, ids, cache, thresholds, place, scale, logit_rows, threads, steps, choice, steering, *,
-        choose=True, unprotected=None, ended=None, logits=False,
-    ) -> tuple[Rows, Course]:  # fmt: skip
-        w, (b, t), start = self.weights, ids.shape, cache.get_seq_length()
-        layers, vocabulary, n = w.norms.shape[1], len(w.head), logit_rows.size
-        buffer = buffer_for(cache, b, w.kv_heads, self.head_dim, self.dtype, max(t, steps))
+        self, tokens, cache, thresholds, place, scale, logit_rows, threads, /, *, steering, steps: int = 1, **given
+    ) -> Result:
+        """Run steps; ``given`` are fields of `Course`. Where none is for ``ids``, no tokens are chosen."""
+        w, (b, t), start, n = self.weights, tokens.shape, cache.get_seq_length(), logit_rows.size
+        layers, end = w.norms.shape[1], start + max(t, steps)
+        buffer = buffer_for(cache, (b, w.kv_heads, self.head_dim, self.dtype), end - start)
         threads = team.size(threads or torch.get_num_threads())
-        cos, sin = self._rotary(int(place.position.max()) + steps)
         # Flattened copies: to numba, an array of one number with the strides of a slice has another type.
         rows = Rows(
-            ids=ids.flatten(),
+            ids=tokens.flatten(),
             sequence=np.arange(b).repeat(t),
             slot=np.tile(np.arange(start, start + t), b),
             first=place.first.repeat(t),
             position=place.position.flatten(),
             protected=place.protected.flatten(),
-            scale=np.ones(b * t, np.float32) if scale is None else scale.flatten(),
+            scale=scale.flatten(),
             logit_rows=logit_rows.flatten(),
-            cos=cos,
-            sin=sin,
+            angles=self._rotary(int(place.position.max()) + steps),
             keys=buffer.keys,
             values=buffer.values,
-            logits=np.empty((n, vocabulary), buffer.keys.dtype),
+            logits=np.empty((n, len(w.head)), self.stored),
         )
-        course = Course(
-            steps=steps,
-            choice=choice,
-            unprotected=np.zeros(b, np.int64) if unprotected is None else unprotected,
-            gain=np.float32(steering.gain),
-            asked=np.float32(steering.asked),
-            limit=np.float32(steering.limit),
-            shares=steering.shares,
-            offset=steering.offset,
-            ended=np.zeros(b, bool) if ended is None else ended,
-            ids=np.zeros((steps if choose else 0, b), np.int64),
-            offsets=_zeros(steps if choose else 0, b),
-            kept=np.zeros((steps, threads, layers, FFN + 1, b * t), np.int32),
-            exits=np.empty((steps, b * t), np.int64),
-            head=np.zeros((steps, threads, 2, n), np.int32),
-            logits=np.empty((steps if logits else 0, n, vocabulary), buffer.keys.dtype),
-            ran=np.zeros(1, np.int64),
-        )
-        pieces = -(-(start + max(t, steps)) // PIECE)
-        args = w, thresholds, rows, self._shared(threads, b * t, pieces), course
+        course = Course(**{
+            "steps": steps,
+            "steering": Steering(steering.offset, *map(np.float32, steering[1:4]), steering.shares),
+            "unprotected": np.zeros(b, np.int64),
+            "ended": np.zeros(b, bool),
+            "ids": np.zeros((0, b), np.int64),
+            "offsets": np.zeros((0, b), np.float32),
+            "kept": np.zeros((steps, threads, layers, FFN + 1, b * t), np.int32),
+            "exits": np.empty((steps, b * t), np.int64),
+            "head": np.zeros((steps, threads, 2, n), np.int32),
+            "logits": np.empty((0, n, len(w.head)), self.stored),
+            "ran": np.zeros(1, np.int64),
+            **given,
+        })  # fmt: skip
+        args = w, thresholds, rows, self._shared(threads, b * t, -(-end // PIECE)), course
         while not team.run(decode, args, threads) and course.ran[0] >= 0:
             course.kept[course.ran[0] :] = course.head[course.ran[0] :] = 0  # of the step that was called off
         if course.ran[0] == OUTSIDE:
@@ -196,20 +163,32 @@ class Decoder:
             raise IndexError(f"token id {token} is not in the vocabulary of {len(w.embed)} tokens")
         if course.ran[0] == UNDRAWN:
             raise RuntimeError("no token can be drawn: there is NaN or infinity among the logits")
+        ran, logits, shape = 1, rows.logits, logit_rows.shape
+        if "ids" in given:
+            ran = int(course.ran[0])
+            logits, shape = course.logits[:ran].swapaxes(0, 1), (b, ran)
         for layer in cache.layers:
-            layer.length = start + (int(course.ran[0]) if choose else t)
-        return rows, course
-
-    def _logits(self, stored: np.ndarray, shape: tuple[int, ...]) -> Tensor:
-        return torch.from_numpy(stored.reshape(shape)).view(self.dtype)
+            layer.length = start + t * ran
+        wanted = len(course.logits) or "logits" not in given
+        # Of T tokens of a sequence and steps, one is one.
+        return Result(
+            torch.from_numpy(logits.reshape(*shape, len(w.head))).view(self.dtype) if wanted else None,
+            course.kept[:ran].sum(1).transpose(1, 2, 3, 0).reshape(layers, FFN + 1, b, t * ran),
+            course.exits[:ran].T.reshape(b, t * ran),
+            course.head[:ran].sum(1).transpose(1, 2, 0).reshape(2, *shape),
+            course.ids[:ran].T,
+            course.offsets[:ran].T,
+        )
 
     def _rotary(self, positions: int) -> np.ndarray:
-        """cos and sin ``[2, positions or more, h/2]`` of the base's own rotary embedding, rounded as it rounds them."""
-        if positions > self._angles.shape[1]:
+        """`Rows.angles` of the base's own rotary embedding, rounded as it does; for so many positions or more."""
+        if positions >= self._angles.shape[1]:
             with torch.no_grad():
                 like = torch.zeros(1, 1, 1, dtype=self.dtype)
                 tables = self.lm.model.rotary_emb(like, torch.arange(2 * positions + 256)[None])
-            self._angles = torch.stack([a[0, :, : self.head_dim // 2].float() for a in tables]).numpy()
+            cos, sin = (F.pad(a[0, :, : self.head_dim // 2].float(), (0, 0, 1, 0)) for a in tables)
+            cos[0] = 1
+            self._angles = torch.stack([cos, sin]).numpy()
         return self._angles
 
     def _shared(self, threads: int, rows: int, pieces: int) -> Shared:
@@ -232,7 +211,3 @@ class Decoder:
 
 def _empty(*shape: int) -> np.ndarray:
     return np.empty(shape, np.float32)
-
-
-def _zeros(*shape: int) -> np.ndarray:
-    return np.zeros(shape, np.float32)

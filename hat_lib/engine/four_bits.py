@@ -177,9 +177,10 @@ def row_of(channel):
 
 
 @compiled()
-def add_groups(w, index, values, start, n, filled, y, c0, c1):
+def add_groups(w, gathered, start, n, filled, y, c0, c1):
     """Like `hat_lib.engine.kernels.add_channels`, for weights in four bits; c0 and c1 are multiples of 32."""
-    width, group_bytes, last = np.uint64(w.shape[1]), w.shape[1] * GROUP_ROWS, start
+    index, values, last = gathered.index, gathered.values, start
+    width, group_bytes = np.uint64(w.shape[1]), w.shape[1] * GROUP_ROWS
     x, codes = np.empty(GROUP, np.float32), np.empty(GROUP, np.int8)
     rows, soon = np.empty(GROUP, np.uint64), np.empty(GROUP, np.uint64)
     for r in range(y.shape[0]):
@@ -213,11 +214,11 @@ def add_groups(w, index, values, start, n, filled, y, c0, c1):
                 _add_32(w, codes, rows, soon, row, column, scales, group_bytes, pairs, factor, total)
 
 
-def add(w, index, values, start, n, filled, y, c0, c1):
+def add(w, gathered, start, n, filled, y, c0, c1):
     """In compiled code: `add_groups` for bytes, `add_channels` for weights of any other type."""
 
 
 @overload(add)
-def _add(w, index, values, start, n, filled, y, c0, c1):
+def _add(w, gathered, start, n, filled, y, c0, c1):
     add_all = add_groups if w.dtype == types.uint8 else add_channels
-    return lambda w, index, values, start, n, filled, y, c0, c1: add_all(w, index, values, start, n, filled, y, c0, c1)
+    return lambda w, gathered, start, n, filled, y, c0, c1: add_all(w, gathered, start, n, filled, y, c0, c1)

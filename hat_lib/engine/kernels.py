@@ -16,7 +16,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from hat_lib.engine.compiling import compiled
 
@@ -29,40 +29,35 @@ COLUMNS = 2048
 """outputs at a time: for these, eight rows of a weight and the sums of eight tokens fit the nearest caches"""
 
 
-@intrinsic
-def as_float(context, stored):
-    """A stored weight as a float32, from a float32, the bits of a bfloat16 (uint16) or an int8."""
-
-    def widen(_, builder, __, args):
-        if stored == types.uint16:
-            wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(wide, ir.FloatType())
-        return args[0] if stored == types.float32 else builder.sitofp(args[0], ir.FloatType())
-
-    return types.float32(stored), widen
+def as_float(stored):
+    """A stored weight as a float32, from a float32, the bits of a bfloat16 (uint16) or an int8. In compiled code."""
 
 
-@intrinsic
-def as_stored(context, value, like):
+@overload(as_float)
+def _as_float(stored):
+    if stored == types.uint16:
+        return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
+    return lambda stored: np.float32(stored)
+
+
+def as_stored(value, like):
     """A float32 in the form of ``like``: itself, or the bits of the nearest bfloat16 (ties to even; NaN stays NaN), as
-    uint16."""
+    uint16. In compiled code."""
 
-    def shorten(_, builder, __, args):
-        if like == types.float32:
-            return args[0]
-        i32 = ir.IntType(32)
-        bits = builder.bitcast(args[0], i32)
-        odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
-        rounded = builder.add(bits, builder.add(odd, i32(0x7FFF)))
-        rounded = builder.select(builder.fcmp_unordered("uno", args[0], args[0]), i32(0x7FC00000), rounded)
-        return builder.trunc(builder.lshr(rounded, i32(16)), ir.IntType(16))
 
-    return like(types.float32, like), shorten
+@overload(as_stored)
+def _as_stored(value, like):
+    def shorten(value, like):
+        bits = np.float32(value).view(np.uint32)
+        rounded = np.uint32(bits + ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))
+        return np.uint16(0x7FC0) if value != value else np.uint16(rounded >> np.uint32(16))
+
+    return (lambda value, like: value) if like == types.float32 else shorten
 
 
 @intrinsic
 def power_of_two(context, exponent):
-    """``2.0 ** exponent`` for an int32 from -126 to 127, as a float32."""
+    """``2.0 ** exponent`` for an int32 from -126 to 127, as a float32. In 32 bits throughout, or `exp` takes longer."""
 
     def build(_, builder, __, args):
         i32 = ir.IntType(32)
@@ -138,32 +133,31 @@ def prefetch(builder, pointer):
 
 
 @intrinsic
-def prefetch_at(context, w, row, column):
-    """Prefetch the cache line with ``w[row, column]``, which may lie beyond the end of w."""
+def prefetch_at(context, w, place):
+    """Prefetch the cache line with element ``place`` of a contiguous array; it may lie beyond the array's end."""
 
     def build(inner, builder, signature, args):
         array = cgutils.create_struct_proxy(signature.args[0])(inner, builder, args[0])
-        width = cgutils.unpack_tuple(builder, array.shape)[1]
-        prefetch(builder, builder.gep(array.data, [builder.add(builder.mul(args[1], width), args[2])]))
+        prefetch(builder, builder.gep(array.data, [args[1]]))
         return inner.get_dummy_value()
 
-    return types.void(w, types.intp, types.intp), build
+    return types.void(w, types.intp), build
 
 
 @compiled()
-def fetch(w, row, c0, c1):
-    """Prefetch columns c0 to c1 of a row."""
-    for column in range(c0, c1, 64 // w.itemsize):
-        prefetch_at(w, row, column)
+def fetch(row, c0, c1):
+    """Prefetch elements c0 to c1."""
+    for column in range(c0, c1, 64 // row.itemsize):
+        prefetch_at(row, column)
 
 
 @compiled()
-def add_channels(w, index, values, start, n, filled, y, c0, c1):
+def add_channels(w, gathered, start, n, filled, y, c0, c1):
     """``y[r, c0:c1] = sum_k values[r, k] * w[index[k], c0:c1]`` for k from ``start`` to n, a multiple of eight apart.
 
-    ``filled`` is the number of entries in ``index``; those after n will be added next.
+    Of the ``filled`` channels that were gathered, those after n will be added next.
     """
-    line = 64 // w.itemsize
+    index, values, line = gathered.index, gathered.values, 64 // w.itemsize
     for left in range(c0, c1, COLUMNS):
         right = min(left + COLUMNS, c1)
         for r in range(y.shape[0]):
@@ -181,7 +175,7 @@ def add_channels(w, index, values, start, n, filled, y, c0, c1):
             for step in range(lines):
                 first = left + (step if step < upwards else lines - 1 - step + upwards) * line
                 for i in range(8):
-                    prefetch_at(w, np.intp(index[ahead + i]), first + shift)
+                    prefetch_at(w, np.intp(index[ahead + i]) * w.shape[1] + first + shift)
                 for j in range(first, min(first + line, begin), LANES):
                     add_eight(w, index, k, values, y, j)
             for r in range(y.shape[0]):
@@ -191,23 +185,22 @@ def add_channels(w, index, values, start, n, filled, y, c0, c1):
 
 
 @compiled()
-def keep(inputs, unit, first, last, index, values, kept, start=0):
+def keep(inputs, unit, first, last, gathered, kept, start=0):
     """Gather the channels from ``first`` to ``last`` that any row keeps; a row that does not gets a zero there.
 
     Args:
         inputs: `hat_lib.engine.arrays.Inputs`. What is NaN is kept: multiplied by zero it is NaN, too.
         unit: float32 ``[C]``.
-        index, values: as in `hat_lib.engine.arrays.Gathered`; filled from ``start``, and with zeros up to a multiple of
-            eight.
+        gathered: `hat_lib.engine.arrays.Gathered`, filled from ``start``, and with zeros up to a multiple of eight.
         kept: int32 ``[R]``, to which the number of channels that each row kept is added.
 
-    Returns the number of entries in ``index``.
+    Returns how many there are now.
     """
-    n, (rows, _) = start, inputs.x.shape
+    n, rows, index, values = start, len(inputs.x), gathered.index, gathered.values
     if rows == 1:
-        row, gathered, bar = inputs.x[0], values[0], inputs.bar[0]
+        row, to, bar = inputs.x[0], values[0], inputs.bar[0]
         for i in range(first, last):
-            index[n], gathered[n] = i, row[i]
+            index[n], to[n] = i, row[i]
             n += not abs(row[i]) <= unit[i] * bar
         kept[0] += n - start
     else:

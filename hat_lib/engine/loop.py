@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hat_lib.engine.arrays import Thread
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.kernels import F0, F1, LEAST, as_float, exp, span
 from hat_lib.engine.step import decode_step
@@ -21,7 +22,7 @@ OUTSIDE, UNDRAWN = -1, -2
 @compiled(keep=True)
 def decode(t, team, barrier, base, thresholds, rows, shared, course):
     """Thread t's part of all steps. With several, each row is the newest token of its own sequence."""
-    choice, vocabulary = course.choice, rows.logits.shape[1]
+    thread, choice, vocabulary = Thread(t, team, barrier), course.choice, rows.logits.shape[1]
     v0, v1 = span(vocabulary, t, team, 32), span(vocabulary, t + 1, team, 32)
     weights = np.empty(vocabulary if choice.sample and t == 0 else 0, np.float32)  # of tokens, while one is drawn
     for step in range(course.ran[0], course.steps):  # a part of them ran before, if the call was called off
@@ -31,16 +32,13 @@ def decode(t, team, barrier, base, thresholds, rows, shared, course):
             if not 0 <= token < base.embed.shape[0]:
                 course.ran[0] = OUTSIDE
                 return
-        kept, exits, head = course.kept[step], course.exits[step], course.head[step]
-        if decode_step(t, team, barrier, base, thresholds, rows, shared, kept, exits, head):
+        if decode_step(thread, base, thresholds, rows, shared, course, step):
             return
         if not course.ids.shape[0]:
-            return  # logits were wanted, and nothing else
-        early = step < choice.earliest
+            return
         if not choice.given.shape[0]:
             for r in range(rows.ids.shape[0]):
-                best = shared.best[t, r : r + 1], shared.likeliest[t, r : r + 1]
-                likeliest(rows.logits[r], v0, v1, choice.penalty, choice.seen[r], choice.stops, early, *best)
+                shared.best[t, r], shared.likeliest[t, r] = likeliest(rows.logits[r], v0, v1, r, choice, step)
             if meet(barrier, team):
                 return
         if t == 0:
@@ -48,41 +46,55 @@ def decode(t, team, barrier, base, thresholds, rows, shared, course):
             for r in range(rows.ids.shape[0]):
                 if choice.given.shape[0]:
                     rows.ids[r] = choice.given[step, r]
-                    continue
-                best = 0
-                for other in range(1, team):
-                    if better(shared.best[other, r], shared.best[best, r]):
-                        best = other
-                token = shared.likeliest[best, r]
-                if course.ended[r]:
-                    token = choice.pad
-                elif choice.sample:
-                    judge(rows.logits[r], choice.penalty, choice.seen[r], choice.stops, early, weights)
-                    weigh(weights, shared.best[best, r], choice.temperature)
-                    restrict(weights, choice.top_k, choice.top_p, choice.min_p)
-                    token = draw(weights, choice.uniform[step, r])
-                    if token < 0:
-                        course.ran[0] = UNDRAWN
-                for stop in choice.stops:
-                    course.ended[r] |= token == stop
-                if choice.penalty != F1 and 0 <= token < vocabulary:
-                    choice.seen[r, token] = True
-                if course.logits.shape[0]:
-                    for v in range(vocabulary):
-                        course.logits[step, r, v] = rows.logits[r, v]
-                course.ids[step, r] = rows.ids[r] = token
+                else:
+                    next_token(thread, rows, shared, course, step, r, weights)
             for r in range(rows.ids.shape[0]):
-                if course.gain > F0:
-                    if not rows.protected[r] and exits[r] == kept.shape[1]:
-                        moved = course.offset[r] + (work(kept, r, course.shares) - course.asked) * course.gain
-                        course.offset[r] = min(max(moved, -course.limit), course.limit)
-                    course.offsets[step, r] = course.offset[r]
-                    rows.scale[r] = exp(course.offset[r])
-                rows.slot[r] += 1
-                rows.position[r] += 1
-                rows.protected[r] = step + 1 < course.unprotected[r]
+                go_on(rows, course, step, r)
         if meet(barrier, team, True) or course.ran[0] < 0:
             return
+
+
+@compiled()
+def next_token(thread, rows, shared, course, step, r, weights):
+    """Choose what follows a row; ``weights [V]`` to work in, if it is drawn."""
+    choice, logits, best = course.choice, rows.logits[r], 0
+    for other in range(1, thread.team):
+        if better(shared.best[other, r], shared.best[best, r]):
+            best = other
+    token = shared.likeliest[best, r]
+    if course.ended[r]:
+        token = choice.pad
+    elif choice.sample:
+        for v in range(weights.shape[0]):
+            weights[v] = judged(as_float(logits[v]), v, r, choice, step)
+        weigh(weights, shared.best[best, r], choice.temperature)
+        restrict(weights, choice.top_k, choice.top_p, choice.min_p)
+        token = draw(weights, choice.uniform[step, r])
+        if token < 0:
+            course.ran[0] = UNDRAWN
+    for stop in choice.stops:
+        course.ended[r] |= token == stop
+    if choice.penalty != F1 and 0 <= token < logits.shape[0]:
+        choice.seen[r, token] = True
+    if course.logits.shape[0]:
+        for v in range(logits.shape[0]):
+            course.logits[step, r, v] = logits[v]
+    course.ids[step, r] = rows.ids[r] = token
+
+
+@compiled()
+def go_on(rows, course, step, r):
+    """Steer a row by what it ran, and go on to its next place."""
+    steering, kept = course.steering, course.kept[step]
+    if steering.gain > F0:
+        if not rows.protected[r] and course.exits[step, r] == kept.shape[1]:
+            moved = steering.offset[r] + (work(kept, r, steering.shares) - steering.asked) * steering.gain
+            steering.offset[r] = min(max(moved, -steering.limit), steering.limit)
+        course.offsets[step, r] = steering.offset[r]
+        rows.scale[r] = exp(steering.offset[r])
+    rows.slot[r] += 1
+    rows.position[r] += 1
+    rows.protected[r] = step + 1 < course.unprotected[r]
 
 
 @compiled()
@@ -97,12 +109,12 @@ def work(kept, r, shares):
 
 
 @compiled()
-def judged(score, v, penalty, seen, stops, early):
+def judged(score, v, r, choice, step):
     """A logit after the repetition penalty, and out of reach for a token that would end the text too early."""
-    if penalty != F1 and seen[v]:
-        score = score * penalty if score < F0 else score / penalty
-    if early:
-        for stop in stops:
+    if choice.penalty != F1 and choice.seen[r, v]:
+        score = score * choice.penalty if score < F0 else score / choice.penalty
+    if step < choice.earliest:
+        for stop in choice.stops:
             if v == stop:
                 score = LEAST
     return score
@@ -115,21 +127,16 @@ def better(score, top):
 
 
 @compiled()
-def likeliest(logits, v0, v1, penalty, seen, stops, early, top, best):
-    """Set ``top [1]`` and ``best [1]`` to the largest of some logits, and its place."""
-    top[0], best[0] = LEAST, v0
+def likeliest(logits, v0, v1, r, choice, step):
+    """The largest logit of tokens v0 to v1, as `judged`, and its token."""
+    top, best = LEAST, v0
     for v in range(v0, v1):
         score = as_float(logits[v])
-        if better(score, top[0]) or penalty != F1:
-            score = judged(score, v, penalty, seen, stops, early)
-            if better(score, top[0]):
-                top[0], best[0] = score, v
-
-
-@compiled()
-def judge(logits, penalty, seen, stops, early, scores):
-    for v in range(scores.shape[0]):
-        scores[v] = judged(as_float(logits[v]), v, penalty, seen, stops, early)
+        if better(score, top) or choice.penalty != F1:
+            score = judged(score, v, r, choice, step)
+            if better(score, top):
+                top, best = score, v
+    return top, best
 
 
 @compiled()
@@ -142,16 +149,12 @@ def weigh(scores, top, temperature):
 @compiled()
 def restrict(weights, top_k, top_p, min_p):
     """Set to zero the weights of tokens that top k, top p or min p leave out; the largest weight is 1."""
+    bar = F0
     if 0 < top_k < weights.shape[0]:
-        below(weights, bar_of(weights, np.float32(top_k), True))
+        bar = bar_of(weights, np.float32(top_k), True)
     if top_p < F1:
-        below(weights, bar_of(weights, top_p * amount(weights, F0, False), False))
-    if min_p > F0:
-        below(weights, min_p)
-
-
-@compiled()
-def below(weights, bar):
+        bar = max(bar, bar_of(weights, top_p * amount(weights, bar, False), False))
+    bar = max(bar, min_p)
     for v in range(weights.shape[0]):
         if weights[v] < bar:
             weights[v] = F0

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from hat_lib.engine.arrays import PARTIALS, SECTION
+from hat_lib.engine.arrays import PARTIALS, SECTION, Product
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add
-from hat_lib.engine.kernels import F0, F1, as_float, as_stored, dot, exp, fetch, keep, span
+from hat_lib.engine.kernels import F0, F1, as_float, as_stored, dot, dots, exp, fetch, keep, span
 
 
 @compiled(reorder=True)
 def mean_square(x):
-    s = F0
-    for i in range(x.shape[0]):
-        s += x[i] * x[i]
-    return s / np.float32(x.shape[0])
-
-
-@compiled(reorder=True)
-def inner(a, b):
-    s = F0
-    for i in range(a.shape[0]):
-        s += a[i] * b[i]
-    return s
+    return dot(x, x) / np.float32(x.shape[0])
 
 
 @compiled(numbers=True)
@@ -60,40 +49,49 @@ def add_scaled(y, weights, factor):
         y[j] += factor * as_float(weights[j])
 
 
+@compiled(inline=True)
+def of_layer(linear, layer, strength):
+    """A `Linear` of one layer, whose correction has this strength."""
+    return Product(
+        linear.weight[layer], linear.scale[layer], linear.bias[layer], linear.unit[layer], linear.reduce[layer],
+        linear.expand[layer], linear.split, strength,
+    )  # fmt: skip
+
+
 @compiled()
-def lower(linear, layer, inputs, strength, first, last, out):
+def lower(product, inputs, first, last, out):
     """``out[r] = reduce x[r]``, ``[R, rank]``, of a correction, from the channels that row r keeps of first to last."""
-    for r in range(inputs.x.shape[0] if strength > F0 else 0):
+    for r in range(inputs.x.shape[0] if product.strength > F0 else 0):
         if inputs.runs[r]:
-            row, unit = inputs.x[r, first:last], linear.unit[layer, first:last]
-            for k in range(linear.reduce.shape[1]):
-                out[r, k] = kept_dot(linear.reduce[layer, k, first:last], row, unit, inputs.bar[r])
+            row, unit = inputs.x[r, first:last], product.unit[first:last]
+            for k in range(product.reduce.shape[0]):
+                out[r, k] = kept_dot(product.reduce[k, first:last], row, unit, inputs.bar[r])
 
 
 @compiled()
-def expand(linear, layer, z, strength, y, c0, c1):
+def expand(product, z, y, c0, c1):
     """Add a correction to outputs c0 to c1 of one row, ``z`` being what `lower` left."""
-    rank = z.shape[0]
-    for k in range(rank + 1):
-        add_scaled(y[c0:c1], linear.expand[layer, k, c0:c1], strength * (z[k] if k < rank else F1))
+    for k in range(z.shape[0]):
+        add_scaled(y[c0:c1], product.expand[k, c0:c1], product.strength * z[k])
+    add_scaled(y[c0:c1], product.expand[z.shape[0], c0:c1], product.strength)
 
 
 @compiled()
-def fetch_small(linear, layer, strength, i0, i1, c0, c1):
+def fetch_small(product, i0, i1, c0, c1):
     """Prefetch what a product of inputs i0 to i1 and outputs c0 to c1 reads besides its weights."""
-    fetch(linear.unit, layer, i0, i1)
-    if strength > F0:
-        for k in range(linear.reduce.shape[1]):
-            fetch(linear.reduce[layer], k, i0, i1)
-        for k in range(linear.expand.shape[1]):
-            fetch(linear.expand[layer], k, c0, c1)
+    fetch(product.unit, i0, i1)
+    if product.strength > F0:
+        for k in range(product.reduce.shape[0]):
+            fetch(product.reduce[k], i0, i1)
+        for k in range(product.expand.shape[0]):
+            fetch(product.expand[k], c0, c1)
 
 
 @compiled()
-def product(linear, layer, gathered, n, z, strength, y, c0, c1):
-    """Outputs c0 to c1 of a product, from the n gathered channels; ``z`` is what `lower` left."""
-    scale, bias = linear.scale[layer], linear.bias[layer]
-    add(linear.weight[layer], gathered.index, gathered.values, 0, n, n, y, c0, c1)
+def whole_product(product, gathered, n, z, y, c0, c1):
+    """Outputs c0 to c1, from the n gathered channels; ``z`` is what `lower` left."""
+    scale, bias = product.scale, product.bias
+    add(product.weight, gathered, 0, n, n, y, c0, c1)
     for r in range(y.shape[0]):
         if scale.shape[0]:
             for j in range(c0, c1):
@@ -101,31 +99,38 @@ def product(linear, layer, gathered, n, z, strength, y, c0, c1):
         if bias.shape[0]:
             for j in range(c0, c1):
                 y[r, j] += bias[j]
-        if strength > F0:
-            expand(linear, layer, z[r], strength, y[r], c0, c1)
+        if product.strength > F0:
+            expand(product, z[r], y[r], c0, c1)
 
 
 @compiled()
-def partial_product(linear, layer, inputs, strength, share, gathered, kept, partials, lowered):
-    """A thread's share of a product whose channels are split: long pieces of the weight's rows.
+def parts(n, split, thread):
+    """The thread's part of n channels: its first and its last of `PARTIALS` parts, and where these begin and end."""
+    part, end_part = PARTIALS * thread.t // thread.team, PARTIALS * (thread.t + 1) // thread.team
+    return span(n, part, PARTIALS, split), span(n, end_part, PARTIALS, split)
+
+
+@compiled()
+def partial_product(thread, product, inputs, c0, gathered, kept, partials, lowered):
+    """A thread's share of a product whose channels are split: long pieces of the weight's rows, from output c0.
 
     The channels form `PARTIALS` parts, whose sums are added in pairs: the same sum for any number of threads. A thread
     has neighbouring parts, a power of two in number, and leaves its own sum in the first.
     """
-    channels, n, c0, c1 = inputs.x.shape[1], 0, share.c0, share.c1
-    for p in range(share.first, share.last):
-        first, last = span(channels, p, PARTIALS, linear.split), span(channels, p + 1, PARTIALS, linear.split)
-        n = keep(inputs, linear.unit[layer], first, last, gathered.index, gathered.values, kept, n)
+    channels, n, c1 = inputs.x.shape[1], 0, partials.shape[2]
+    mine = range(PARTIALS * thread.t // thread.team, PARTIALS * (thread.t + 1) // thread.team)
+    for p in mine:
+        first, last = span(channels, p, PARTIALS, product.split), span(channels, p + 1, PARTIALS, product.split)
+        n = keep(inputs, product.unit, first, last, gathered, kept, n)
         gathered.ends[p] = n
-        lower(linear, layer, inputs, strength, first, last, lowered[p])
+        lower(product, inputs, first, last, lowered[p])
     start = 0
-    for p in range(share.first, share.last):
-        end = gathered.ends[p]
-        add(linear.weight[layer], gathered.index, gathered.values, start, end, n, partials[p], c0, c1)
-        start = end
+    for p in mine:
+        add(product.weight, gathered, start, gathered.ends[p], n, partials[p], c0, c1)
+        start = gathered.ends[p]
     width = 1
-    while width < share.last - share.first:
-        for p in range(share.first, share.last, 2 * width):
+    while width < len(mine):
+        for p in range(mine.start, mine.stop, 2 * width):
             for r in range(partials.shape[1]):
                 into, other = partials[p, r, c0:c1], partials[p + width, r, c0:c1]
                 for i in range(into.shape[0]):
@@ -134,38 +139,33 @@ def partial_product(linear, layer, inputs, strength, share, gathered, kept, part
 
 
 @compiled()
-def add_partials(linear, layer, partials, team, runs, y):
-    """Add the sum of what the threads left in ``partials`` to the rows of ``y`` that run."""
-    p, scale, bias = partials, linear.scale[layer], linear.bias[layer]
+def add_partials(thread, product, partials, lowered, runs, z, y):
+    """Add a product to the rows of ``y`` that run, from what the threads left in ``partials`` and ``lowered``."""
+    p, scale, bias, team = partials, product.scale, product.bias, thread.team
     for r in range(y.shape[0]):
-        if runs[r]:
-            for i in range(y.shape[1]):
-                if team == 1:
-                    s = p[0, r, i]
-                elif team == 2:
-                    s = p[0, r, i] + p[4, r, i]
-                elif team == 4:
-                    s = (p[0, r, i] + p[2, r, i]) + (p[4, r, i] + p[6, r, i])
-                else:
-                    s = (p[0, r, i] + p[1, r, i]) + (p[2, r, i] + p[3, r, i])
-                    s += (p[4, r, i] + p[5, r, i]) + (p[6, r, i] + p[7, r, i])
-                if scale.shape[0]:
-                    s *= scale[i]
-                if bias.shape[0]:
-                    s += bias[i]
-                y[r, i] += s
-
-
-@compiled()
-def add_correction(linear, layer, lowered, strength, runs, z, y, c0, c1):
-    """Add a correction to outputs c0 to c1, from the parts that `partial_product` has lowered."""
-    for r in range(y.shape[0] if strength > F0 else 0):
-        if runs[r]:
+        if not runs[r]:
+            continue
+        for i in range(y.shape[1]):
+            if team == 1:
+                s = p[0, r, i]
+            elif team == 2:
+                s = p[0, r, i] + p[4, r, i]
+            elif team == 4:
+                s = (p[0, r, i] + p[2, r, i]) + (p[4, r, i] + p[6, r, i])
+            else:
+                s = (p[0, r, i] + p[1, r, i]) + (p[2, r, i] + p[3, r, i])
+                s += (p[4, r, i] + p[5, r, i]) + (p[6, r, i] + p[7, r, i])
+            if scale.shape[0]:
+                s *= scale[i]
+            if bias.shape[0]:
+                s += bias[i]
+            y[r, i] += s
+        if product.strength > F0:
             for k in range(z.shape[1]):
                 z[r, k] = F0
                 for q in range(PARTIALS):
                     z[r, k] += lowered[q, r, k]
-            expand(linear, layer, z[r], strength, y[r], c0, c1)
+            expand(product, z[r], y[r], 0, y.shape[1])
 
 
 @compiled()
@@ -178,67 +178,58 @@ def swiglu(gate_up, block, f0, f1, out):
 
 
 @compiled()
-def exit_gate(gates, e, threshold, h, n, small):
+def score(x, router):
+    """``router [D + 1]``: weights, and bias."""
+    return dot(router, x) + router[x.shape[0]]
+
+
+@compiled()
+def add_low_rank(reduce, expand, start, x, factor, h):
+    """``h += factor * (start + expand (reduce x))``."""
+    small = np.empty(reduce.shape[0], np.float32)
+    for k in range(small.shape[0]):
+        small[k] = dot(reduce[k], x)
+    for i in range(h.shape[0]):
+        s = start[i]
+        for k in range(small.shape[0]):
+            s += small[k] * expand[i, k]
+        h[i] += factor * s
+
+
+@compiled()
+def exit_gate(gates, e, threshold, h, n):
     """Whether a row leaves at exit e; if so, its state is translated (`hat_lib.method.routers.ExitGate`)."""
-    d = h.shape[0]
-    factor = F1 / np.sqrt(mean_square(h) + np.float32(1.1920929e-07))
-    for i in range(d):
+    square = mean_square(h)
+    factor = F1 / np.sqrt(square + np.float32(1.1920929e-07))
+    for i in range(h.shape[0]):
         n[i] = h[i] * factor
-    if not inner(n, gates.weight[e]) + gates.bias[e] > threshold:
+    if not score(n, gates.router[e]) > threshold:
         return False
-    length = np.sqrt(mean_square(h) * np.float32(d))
-    for k in range(gates.reduce.shape[1]):
-        small[k] = inner(n, gates.reduce[e, k])
-    for i in range(d):
-        change = gates.scale[e, i] * n[i] + gates.shift[e, i]
-        for k in range(gates.reduce.shape[1]):
-            change += small[k] * gates.expand[e, i, k]
-        h[i] += length * change
+    start = np.empty(h.shape[0], np.float32)
+    for i in range(h.shape[0]):
+        start[i] = gates.scale[e, i] * n[i] + gates.shift[e, i]
+    add_low_rank(gates.reduce[e], gates.expand[e], start, n, np.sqrt(square * np.float32(h.shape[0])), h)
     return True
 
 
 @compiled()
-def stand_in(terms, layer, strength, x, h, small):
-    """Add to ``h`` what a skipped FFN of ``x`` is replaced by."""
-    rank = terms.down.shape[1]
-    for k in range(rank):
-        small[k] = inner(x, terms.down[layer, k])
-    for i in range(h.shape[0]):
-        s = terms.shift[layer, i]
-        for k in range(rank):
-            s += small[k] * terms.up[layer, i, k]
-        h[i] += strength * s
-
-
-@compiled()
-def shortlist(head, scale, x, preview, floor, candidates, logits, t, team):
-    """This thread's logits of one row: previews, and in full those that reach ``floor``; returns how many do.
+def shortlist(head, scale, x, preview, floor, logits, t, team):
+    """This thread's logits ``[1, V]`` of a row: previews, and in full those that reach ``floor``; returns how many do.
 
     Threads take pieces in turn: likely tokens have low ids, and one thread would have most of them.
     """
-    found, n, vocabulary = 0, 0, logits.shape[0]
+    n, vocabulary = 0, logits.shape[1]
+    candidates = np.empty(vocabulary, np.int64)
     for v0 in range(t * SECTION, vocabulary, team * SECTION):
         v1 = min(v0 + SECTION, vocabulary)
         for v in range(v0, v1):
-            logits[v] = as_stored(preview[v], logits[v])
+            logits[0, v] = as_stored(preview[v], logits[0, v])
         if not largest(preview[v0:v1]) < floor:
             for v in range(v0, v1):
                 candidates[n] = v
                 n += preview[v] >= floor
-                if n == SECTION:
-                    full_logits(head, scale, x, candidates, logits)
-                    found, n = found + n, 0
-    full_logits(head, scale, x, candidates[:n], logits)
-    return found + n
-
-
-@compiled()
-def full_logits(head, scale, x, candidates, logits):
-    """The logits of some tokens, from all channels."""
-    for k in range(candidates.shape[0]):
-        if k + 4 < candidates.shape[0]:
-            fetch(head, candidates[k + 4], 0, x.shape[0])
-        value = dot(head[candidates[k]], x)
-        if scale.shape[0]:
-            value *= scale[candidates[k]]
-        logits[candidates[k]] = as_stored(value, logits[candidates[k]])
+    for k in range(n):
+        if k + 4 < n:
+            fetch(head[candidates[k + 4]], 0, x.shape[1])
+        dots(head, scale, x, logits, candidates[k], candidates[k] + 1)
+    return n

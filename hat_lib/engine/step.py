@@ -11,25 +11,26 @@ from __future__ import annotations
 
 import numpy as np
 
-from hat_lib.engine.arrays import DOWN, FFN, GATE_UP, OUT, PARTIALS, QKV, SECTION, Gathered, Inputs, Share
-from hat_lib.engine.attention import PIECE, attend, combine, pieces, place_all, put
+from hat_lib.engine.arrays import DOWN, FFN, GATE_UP, OUT, PARTIALS, QKV, Gathered, Inputs
+from hat_lib.engine.attention import PIECE, attend, combine, pieces, place_row
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add
 from hat_lib.engine.kernels import F0, LEAST, as_float, dots, exp, fetch, keep, span
 from hat_lib.engine.operations import (
-    add_correction,
+    add_low_rank,
     add_partials,
     exit_gate,
     fetch_small,
-    inner,
     largest,
     lower,
+    of_layer,
     partial_product,
-    product,
+    parts,
     rms_norm,
+    score,
     shortlist,
-    stand_in,
     swiglu,
+    whole_product,
 )
 from hat_lib.engine.team import meet
 
@@ -38,53 +39,46 @@ SENSITIVITY_LIMIT = np.float32(3)
 
 
 @compiled()
-def angles(base, rows, layer, r):
-    """cos and sin of a row's rotary embedding in a layer."""
-    if base.rotates[layer]:
-        return rows.cos[rows.position[r]], rows.sin[rows.position[r]]
-    return base.unrotated[0], base.unrotated[1]
-
-
-@compiled()
-def set_bars(base, thresholds, rows, layer, site, scale, bars):
-    """``bars[0]``: the score above which each row keeps a channel at a site; protected rows keep all, and so do all
-    rows if whole FFNs are skipped."""
-    for r in range(scale.shape[0]):
-        whole = rows.protected[r] or base.ffn.shape[1]
-        bars[0, r] = LEAST if whole else thresholds.site[layer, site] * scale[r]
+def set_bars(base, thresholds, rows, layer, x, alive, bars):
+    """``bars [4, R]``: the score above which each row keeps a channel at each site of a layer with the normed input
+    ``x``. Rows that are protected keep all, so do rows that have left, and all rows if whole FFNs are skipped."""
+    for r in range(x.shape[0]):
+        scale, whole = rows.scale[r], rows.protected[r] or not alive[r] or base.ffn.shape[1] > 0
+        if base.sensitivity.shape[1]:
+            u = score(x[r], base.sensitivity[layer]) * -thresholds.sensitivity
+            scale *= exp(min(max(u, -SENSITIVITY_LIMIT), SENSITIVITY_LIMIT))
+        for site in range(FFN):
+            bars[site, r] = LEAST if whole else thresholds.site[layer, site] * scale
 
 
 @compiled(inline=True)
-def decode_step(t, team, barrier, base, thresholds, rows, shared, kept, exits, head):
-    """Thread t's part of one step for all rows. Every thread of the team calls it; they meet inside. Returns True if
+def decode_step(thread, base, thresholds, rows, shared, course, step):
+    """This thread's part of one step for all rows. Every thread of the team calls it; they meet inside. Returns True if
     the step was called off."""
+    t, team, barrier = thread
     layers, width, count = base.norms.shape[1], base.embed.shape[1], rows.ids.shape[0]
     strength = thresholds.correction if base.qkv.expand.shape[1] else F0  # of the corrections of linear layers
-    heads, groups, size, ffn_width = base.heads, base.kv_heads, rows.keys.shape[4], base.down.unit.shape[1]
-    q_end, qkv_end, kept = heads * size, (heads + 2 * groups) * size, kept[t]
-    of_qkv, of_kv, of_o, of_down = shared.lowered[0], shared.lowered[1], shared.lowered[2], shared.lowered[3]
-    # What a thread has for itself: states, what it gathers of them, its rows' factors on thresholds, and flags.
+    size, ffn_width = rows.keys.shape[4], base.down.unit.shape[1]
+    q_end, qkv_end = base.heads * size, (base.heads + 2 * base.kv_heads) * size
+    kept, exits = course.kept[step, t], course.exits[step]
+    # What a thread has for itself: states, what it gathers of them, its rows' bars, and flags.
     h, x = np.empty((count, width), np.float32), np.empty((count, width), np.float32)
     qkv, mixed = np.empty((count, qkv_end), np.float32), np.empty((count, q_end), np.float32)
-    widest = max(ffn_width, width, q_end) + 8 * PARTIALS
-    values = np.empty((count, widest), np.float32)
-    gathered = Gathered(np.empty(widest, np.uint64), values, np.empty(PARTIALS, np.int64))
-    queries, scores = np.empty((heads // groups, size), np.float32), np.empty((heads // groups, PIECE), np.float32)
-    places, candidates = np.empty(PIECE, np.uint64), np.empty(SECTION, np.int64)
-    scale, bars, uncounted = np.empty(count, np.float32), np.empty((2, count), np.float32), np.zeros(count, np.int32)
+    queries = np.empty((count, base.heads, size), np.float32)
+    widest, ends = max(ffn_width, width, q_end) + 8 * PARTIALS, np.empty(PARTIALS, np.int64)
+    gathered = Gathered(np.empty(widest, np.uint64), np.empty((count, widest), np.float32), ends)
+    of_group = base.heads // base.kv_heads
+    context = Gathered(np.empty(PIECE, np.uint64), np.empty((of_group, PIECE), np.float32), ends)
+    bars, uncounted = np.empty((FFN, count), np.float32), np.zeros(count, np.int32)
     z = np.empty((count, base.qkv.reduce.shape[1]), np.float32)
-    small = np.empty(max(base.gates.reduce.shape[1], base.stand_in.down.shape[1]), np.float32)
     # Whether a row has not left, and whether it runs its FFN; and True for each.
     alive, runs, every_row = np.ones(count, np.bool_), np.ones(count, np.bool_), np.ones(count, np.bool_)
     # The thread's channels of q, k and v and of o, and its neurons.
-    part, end_part = PARTIALS * t // team, PARTIALS * (t + 1) // team
-    i0, i1 = span(width, part, PARTIALS, base.qkv.split), span(width, end_part, PARTIALS, base.qkv.split)
-    o0, o1 = span(q_end, part, PARTIALS, base.o.split), span(q_end, end_part, PARTIALS, base.o.split)
-    f0, f1 = span(ffn_width, part, PARTIALS, base.block), span(ffn_width, end_part, PARTIALS, base.block)
-    to_states = Share(part, end_part, 0, width)
+    i0, i1 = parts(width, base.qkv.split, thread)
+    o0, o1 = parts(q_end, base.o.split, thread)
+    f0, f1 = parts(ffn_width, base.block, thread)
 
     for r in range(count):
-        scale[r] = rows.scale[r]
         row = base.embed[rows.ids[r]]
         for i in range(width):
             h[r, i] = as_float(row[i])
@@ -97,77 +91,52 @@ def decode_step(t, team, barrier, base, thresholds, rows, shared, kept, exits, h
         if gate >= 0 and thresholds.exit[gate] < np.inf:
             for r in range(count):
                 leaves = alive[r] and not rows.protected[r]
-                if leaves and exit_gate(base.gates, gate, thresholds.exit[gate], h[r], x[r], small):
+                if leaves and exit_gate(base.gates, gate, thresholds.exit[gate], h[r], x[r]):
                     alive[r] = False
                     n_alive -= 1
                     if t == 0:
                         exits[r] = layer
 
         rms_norm(h, base.norms[0, layer], base.eps, x)
-        if base.sensitivity.shape[1]:
-            for r in range(count):
-                u = (inner(x[r], base.sensitivity[layer]) + base.sensitivity_bias[layer]) * -thresholds.sensitivity
-                scale[r] = exp(min(max(u, -SENSITIVITY_LIMIT), SENSITIVITY_LIMIT)) * rows.scale[r]
+        set_bars(base, thresholds, rows, layer, x, alive, bars)
 
         # While weights are read, memory brings the small arrays of what follows.
-        fetch_small(base.o, layer, strength, o0, o1, 0, width)
-        fetch_small(base.gate_up, layer, strength, 0, width, 2 * f0, 2 * f1)
-        fetch(base.norms[1], layer, 0, width)
+        of_o, of_gate_up = of_layer(base.o, layer, strength), of_layer(base.gate_up, layer, strength)
+        fetch_small(of_o, o0, o1, 0, width)
+        fetch_small(of_gate_up, 0, width, 2 * f0, 2 * f1)
+        fetch(base.norms[1, layer], 0, width)
 
-        # Queries, keys and values. A row that has left gets only keys and values, from all of its channels.
-        together = qkv_end if n_alive == count else q_end
-        set_bars(base, thresholds, rows, layer, QKV, scale, bars)
-        if n_alive > 0:
-            share, counts = Share(part, end_part, 0, together), kept[layer, QKV]
-            inputs, sums = Inputs(x, bars[0], alive), shared.qkv
-            partial_product(base.qkv, layer, inputs, strength, share, gathered, counts, sums, of_qkv)
-        if n_alive < count:
-            for r in range(count):
-                bars[1, r] = bars[0, r] if alive[r] else LEAST
-            share, inputs, sums = (
-                Share(part, end_part, q_end, qkv_end),
-                Inputs(x, bars[1], every_row),
-                shared.qkv,
-            )
-            partial_product(base.qkv, layer, inputs, strength, share, gathered, uncounted, sums, of_kv)
+        # Queries, keys and values. Rows that have left need no queries, but of few rows among others they cost little.
+        product, lowered = of_layer(base.qkv, layer, strength), shared.lowered[QKV]
+        inputs, begin = Inputs(x, bars[QKV], every_row), 0 if n_alive else q_end
+        partial_product(thread, product, inputs, begin, gathered, kept[layer, QKV], shared.qkv, lowered)
         if meet(barrier, team):
             return True
         for r in range(count):
             qkv[r, :] = F0
-        add_partials(base.qkv, layer, shared.qkv, team, every_row, qkv)
-        add_correction(base.qkv, layer, of_qkv, strength, alive, z, qkv, 0, together)
-        if n_alive < count:
-            add_correction(base.qkv, layer, of_kv, strength, every_row, z, qkv, q_end, qkv_end)
+            if not alive[r]:
+                kept[layer, QKV, r] = 0
+        add_partials(thread, product, shared.qkv, lowered, every_row, z, qkv)
 
-        # Attention. One row writes its own key and value with the last piece of its context; several wait for all.
-        q_norm, k_norm = base.head_norms[0, layer], base.head_norms[1, layer]
-        if count > 1:
-            for item in range(count * groups * t // team, count * groups * (t + 1) // team):
-                r, g = item // groups, item % groups
-                keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
-                cos, sin = angles(base, rows, layer, r)
-                put(qkv[r], heads, groups, g, k_norm, base.eps, cos, sin, keys, values, rows.slot[r])
-            if meet(barrier, team):
-                return True
-        total = 0
+        # Attention. All threads put the same keys and values into the cache, rather than wait for each other.
+        whole = 0
         for r in range(count):
-            total += groups * pieces(rows.first[r], rows.slot[r])
-        item, begin, end = 0, total * t // team, total * (t + 1) // team
+            place_row(base, rows, layer, r, qkv[r], queries[r])
+            whole += base.kv_heads * pieces(rows, r)
+        item, begin, end = 0, whole * t // team, whole * (t + 1) // team
         for r in range(count):
-            n, (cos, sin) = pieces(rows.first[r], rows.slot[r]), angles(base, rows, layer, r)
-            for g in range(groups):
+            n = pieces(rows, r)
+            for g in range(base.kv_heads):
                 keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
                 for piece in range(max(begin - item, 0), min(end - item, n)):
-                    if count == 1 and piece == n - 1:
-                        put(qkv[r], heads, groups, g, k_norm, base.eps, cos, sin, keys, values, rows.slot[r])
                     if alive[r]:
-                        place_all(qkv[r], g, q_norm, base.eps, cos, sin, queries)
-                        those = slice(g * queries.shape[0], (g + 1) * queries.shape[0])
-                        attend(
-                            queries, keys, values, rows.first[r] + piece * PIECE, rows.slot[r], scores,
-                            places, shared.tops[r, piece, those], shared.totals[r, piece, those],
+                        those, first = slice(g * of_group, (g + 1) * of_group), rows.first[r] + piece * PIECE
+                        to = (
+                            shared.tops[r, piece, those],
+                            shared.totals[r, piece, those],
                             shared.pieces[r, piece, those],
-                        )  # fmt: skip
+                        )
+                        attend(queries[r, those], keys, values, first, rows.slot[r], context, to)
                 item += n
         if meet(barrier, team):
             return True
@@ -176,15 +145,12 @@ def decode_step(t, team, barrier, base, thresholds, rows, shared, kept, exits, h
 
         for r in range(count):
             if alive[r]:
-                n = pieces(rows.first[r], rows.slot[r])
-                combine(shared.tops[r, :n], shared.totals[r, :n], shared.pieces[r, :n], o0, o1, mixed[r])
-        set_bars(base, thresholds, rows, layer, OUT, scale, bars)
-        inputs = Inputs(mixed, bars[0], alive)
-        partial_product(base.o, layer, inputs, strength, to_states, gathered, kept[layer, OUT], shared.states[0], of_o)
+                combine(shared, r, pieces(rows, r), o0, o1, mixed[r])
+        inputs, lowered = Inputs(mixed, bars[OUT], alive), shared.lowered[OUT]
+        partial_product(thread, of_o, inputs, 0, gathered, kept[layer, OUT], shared.states[0], lowered)
         if meet(barrier, team):
             return True
-        add_partials(base.o, layer, shared.states[0], team, alive, h)
-        add_correction(base.o, layer, of_o, strength, alive, z, h, 0, width)
+        add_partials(thread, of_o, shared.states[0], lowered, alive, z, h)
 
         # The feed-forward network.
         rms_norm(h, base.norms[1, layer], base.eps, x)
@@ -192,33 +158,32 @@ def decode_step(t, team, barrier, base, thresholds, rows, shared, kept, exits, h
         for r in range(count):
             runs[r] = alive[r]
             if base.ffn.shape[1] and not rows.protected[r] and thresholds.site[layer, 0] > LEAST:
-                runs[r] &= inner(x[r], base.ffn[layer]) + base.ffn_bias[layer] > thresholds.site[layer, 0]
+                runs[r] &= score(x[r], base.ffn[layer]) > thresholds.site[layer, 0]
             if alive[r] and not runs[r] and base.stand_in.shift.shape[0] and thresholds.correction > F0:
-                stand_in(base.stand_in, layer, thresholds.correction, x[r], h[r], small)
+                down, up = base.stand_in.down[layer - 1], base.stand_in.up[layer - 1]
+                add_low_rank(down, up, base.stand_in.shift[layer - 1], x[r], thresholds.correction, h[r])
             if t == 0:
                 kept[layer, FFN, r] = runs[r]
             n_running += runs[r]
         if n_running == 0:
             continue
-        set_bars(base, thresholds, rows, layer, GATE_UP, scale, bars)
-        inputs, counts = Inputs(x, bars[0], runs), kept[layer, GATE_UP] if t == 0 else uncounted
-        n = keep(inputs, base.gate_up.unit[layer], 0, width, gathered.index, gathered.values, counts)
-        lower(base.gate_up, layer, inputs, strength, 0, width, z)
-        fetch_small(base.down, layer, strength, f0, f1, 0, width)
+        inputs, counts = Inputs(x, bars[GATE_UP], runs), kept[layer, GATE_UP] if t == 0 else uncounted
+        n = keep(inputs, of_gate_up.unit, 0, width, gathered, counts)
+        lower(of_gate_up, inputs, 0, width, z)
+        product = of_layer(base.down, layer, strength)
+        fetch_small(product, f0, f1, 0, width)
         if layer + 1 < layers:
-            fetch_small(base.qkv, layer + 1, strength, i0, i1, 0, qkv_end)
-            fetch(base.norms[0], layer + 1, 0, width)
-            fetch(base.sensitivity, layer + 1, 0, base.sensitivity.shape[1])
-        product(base.gate_up, layer, gathered, n, z, strength, shared.gate_up, 2 * f0, 2 * f1)
+            fetch_small(of_layer(base.qkv, layer + 1, strength), i0, i1, 0, qkv_end)
+            fetch(base.norms[0, layer + 1], 0, width)
+            fetch(base.sensitivity[layer + 1], 0, base.sensitivity.shape[1])
+        whole_product(of_gate_up, gathered, n, z, shared.gate_up, 2 * f0, 2 * f1)
         for r in range(count):
             swiglu(shared.gate_up[r], base.block, f0, f1, shared.ffn[r])
-        set_bars(base, thresholds, rows, layer, DOWN, scale, bars)
-        inputs, counts = Inputs(shared.ffn, bars[0], runs), kept[layer, DOWN]
-        partial_product(base.down, layer, inputs, strength, to_states, gathered, counts, shared.states[1], of_down)
+        inputs, lowered = Inputs(shared.ffn, bars[DOWN], runs), shared.lowered[DOWN]
+        partial_product(thread, product, inputs, 0, gathered, kept[layer, DOWN], shared.states[1], lowered)
         if meet(barrier, team):
             return True
-        add_partials(base.down, layer, shared.states[1], team, runs, h)
-        add_correction(base.down, layer, of_down, strength, runs, z, h, 0, width)
+        add_partials(thread, product, shared.states[1], lowered, runs, z, h)
 
     # The head, for the rows whose logits are wanted.
     count = rows.logit_rows.shape[0]
@@ -230,11 +195,10 @@ def decode_step(t, team, barrier, base, thresholds, rows, shared, kept, exits, h
     if not thresholds.head > LEAST:
         dots(base.head, base.head_scale, x, rows.logits, v0, v1)
         return meet(barrier, team)
-    for r in range(count):
-        bars[0, r] = thresholds.head
-    counts = head[t, 0] if t == 0 else uncounted
-    n = keep(Inputs(x, bars[0], every_row), base.head_unit, 0, width, gathered.index, gathered.values, counts)
-    add(base.preview, gathered.index, gathered.values, 0, n, n, shared.preview[:count], v0, v1)
+    bars[0, :] = thresholds.head
+    counts = course.head[step, t, 0] if t == 0 else uncounted
+    n = keep(Inputs(x, bars[0], every_row), base.head_unit, 0, width, gathered, counts)
+    add(base.preview, gathered, 0, n, n, shared.preview[:count], v0, v1)
     for r in range(count):
         preview = shared.preview[r]
         if base.head_scale.shape[0]:
@@ -245,7 +209,8 @@ def decode_step(t, team, barrier, base, thresholds, rows, shared, kept, exits, h
         return True
     for r in range(count):
         floor = largest(shared.best[:team, r]) - thresholds.margin
-        head[t, 1, r] = shortlist(
-            base.head, base.head_scale, x[r], shared.preview[r], floor, candidates, rows.logits[r], t, team
+        found = shortlist(
+            base.head, base.head_scale, x[r : r + 1], shared.preview[r], floor, rows.logits[r : r + 1], t, team
         )
+        course.head[step, t, 1, r] = found
     return meet(barrier, team)

@@ -15,7 +15,7 @@ import os
 import platform
 import threading
 import time
-from queue import SimpleQueue
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -177,43 +177,32 @@ class Team:
     """
 
     def __init__(self, size: int):
-        self.pace = Pace(size)
-        self._queues = [SimpleQueue() for _ in range(size - 1)]
-        for t, queue in enumerate(self._queues, 1):
-            threading.Thread(target=_serve, args=(t, queue), name=f"hat-engine-{t}", daemon=True).start()
+        self.pace, self._others = Pace(size), ThreadPoolExecutor(max(size - 1, 1), thread_name_prefix="hat-engine")
 
     def run(self, step, args) -> bool:
         """Whether it ran to its end; else it was called off, since threads were late."""
-        # Barrier and outcomes are the step's own: whatever an interrupted one leaves behind, the next does not see.
-        size, barrier, outcomes = self.pace.threads, np.zeros(BARRIER, np.int64), SimpleQueue()
+        # The barrier is the step's own: whatever an interrupted one leaves behind, the next does not see.
+        size, barrier = self.pace.threads, np.zeros(BARRIER, np.int64)
         barrier[BEGUN], barrier[ALLOWED] = nanoseconds(), LATE
+
+        def take_part(t: int) -> None:
+            try:
+                step(t, size, barrier, *args)
+            except BaseException:
+                barrier[OFF] = 1
+                raise
+
         try:
-            for queue in self._queues[: size - 1]:
-                queue.put((step, args, size, barrier, outcomes))
-            step(0, size, barrier, *args)
-            for _ in range(size - 1):
-                if (error := outcomes.get()) is not None:
-                    raise error
+            others = [self._others.submit(take_part, t) for t in range(1, size)]
+            take_part(0)
+            for other in others:
+                other.result()
         except BaseException:
             barrier[OFF] = 1
             raise
         lost = barrier[LOST] / max(size - 1, 1) / max(nanoseconds() - barrier[BEGUN], 1)
         self.pace.after(1.0 if barrier[OFF] else lost)
         return not barrier[OFF]
-
-
-def _serve(t: int, queue: SimpleQueue) -> None:
-    while True:
-        _take_part(t, *queue.get())  # keeps nothing of the step: a deleted model's weights would stay in memory
-
-
-def _take_part(t: int, step, args, size: int, barrier: np.ndarray, outcomes: SimpleQueue) -> None:
-    try:
-        step(t, size, barrier, *args)
-        outcomes.put(None)
-    except BaseException as error:
-        barrier[OFF] = 1
-        outcomes.put(error)
 
 
 _one_step = threading.Lock()
@@ -234,18 +223,18 @@ def run(step, args, size: int) -> bool:
         return _team(size).run(step, args)
 
 
-def _team(size: int) -> Team:
-    if size not in _teams:
-        _teams[size] = Team(size)
-    return _teams[size]
-
-
 def paced(threads: int) -> int:
     """As many of torch's ``threads`` as the engine's pace allows: they meet, too, and beside a busy process two of them
     may take ten times as long as one."""
     with _one_step:
         pace = _team(size(threads)).pace
     return threads if pace.threads == pace.most else pace.threads
+
+
+def _team(size: int) -> Team:
+    if size not in _teams:
+        _teams[size] = Team(size)
+    return _teams[size]
 
 
 def use_torch_threads(count: int, threads: int) -> None:

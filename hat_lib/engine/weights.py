@@ -11,14 +11,14 @@ The embedding is the base's own memory, and so is the head in the form ``base``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from math import gcd, prod
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hat_lib.base.families import LINEARS, NORMS, head_norms, head_size, rotates
+from hat_lib.base.families import LINEARS, NORMS, head_norms, rotates
 from hat_lib.engine.arrays import Gates, Linear, StandIn, Weights
 from hat_lib.engine.four_bits import GROUP, GROUP_ROWS, MIDDLE, OFFSET
 
@@ -47,18 +47,11 @@ def unfit(lm, form: str) -> str | None:
 
 
 def packed_bytes(weights: Weights) -> int:
-    """Bytes of memory beyond the base's own."""
-    products = [linear[:3] + linear[-2:] for linear in (weights.qkv, weights.o, weights.gate_up, weights.down)]
-    own = [
-        *sum(products, ()),
-        weights.preview,
-        weights.norms,
-        weights.last_norm,
-        weights.head_norms,
-        weights.head_scale,
-    ]
-    if len(weights.head_scale):
-        own.append(weights.head)
+    """Bytes of memory beyond the base's own, without those of routers and gates."""
+    products = weights.qkv, weights.o, weights.gate_up, weights.down
+    own = [array for p in products for array in (p.weight, p.scale, p.bias, p.reduce, p.expand)]
+    own += [weights.preview, weights.norms, weights.last_norm, weights.head_norms, weights.head_scale]
+    own += [weights.head] if len(weights.head_scale) else []
     return sum(array.nbytes for array in own)
 
 
@@ -82,17 +75,15 @@ def pack(
     """
     if why := unfit(lm, form):
         raise ValueError(why)
-    config, routers = lm.config, routers or {}
-    layers, half, block = lm.model.layers, head_size(config) // 2, gcd(config.intermediate_size, 32)
-    products = {name: _product(lm, name, form, routers, corrections or {}, block) for name in LINEARS}
+    config, layers, block = lm.config, lm.model.layers, gcd(lm.config.intermediate_size, 32)
+    routers, gates, corrections = routers or {}, gates or {}, corrections or {}
+    products = {name: _product(lm, name, form, routers, corrections, block) for name in LINEARS}
     head, head_scale = (lm.lm_head.weight, torch.zeros(0)) if form == "base" else _eight_bits(lm.lm_head.weight)
     columns = _memory((head.shape[1], 0 if head_norm is None else _spread(len(head), head.dtype)), head.dtype)
     columns[:, : len(head)] = head[: columns.shape[1]].t()
     norms = [torch.stack([layer.get_submodule(norm).weight.float() for layer in layers]) for norm in NORMS]
     of_heads = [[norm.weight.float() for norm in head_norms(layer) or ()] for layer in layers]
     of_heads = [torch.stack(pair) if pair else torch.zeros(2, 0) for pair in of_heads]
-    sensitivity, sensitivity_bias = _token_routers(routers, "token", len(layers))
-    ffn, ffn_bias = _token_routers(routers, "ffn", len(layers))
     return Weights(
         embed=as_numpy(lm.model.embed_tokens.weight),
         head=as_numpy(head),
@@ -100,17 +91,14 @@ def pack(
         head_unit=(torch.zeros(0) if head_norm is None else 1 / head_norm).numpy(),
         preview=as_numpy(columns),
         **products,
-        sensitivity=sensitivity,
-        sensitivity_bias=sensitivity_bias,
-        ffn=ffn,
-        ffn_bias=ffn_bias,
-        stand_in=_stand_in(corrections or {}, len(layers), config.hidden_size),
-        gates=_gates(gates or {}, len(layers), config.hidden_size),
+        sensitivity=_token_routers(routers, "token", len(layers)),
+        ffn=_token_routers(routers, "ffn", len(layers)),
+        stand_in=_stand_in(corrections, len(layers), config.hidden_size),
+        gates=_gates(gates, len(layers), config.hidden_size),
         norms=torch.stack(norms).numpy(),
         last_norm=lm.model.norm.weight.float().numpy(),
         head_norms=torch.stack(of_heads, 1).numpy(),
         rotates=np.array([rotates(layer.self_attn) for layer in layers]),
-        unrotated=np.stack([np.ones(half, np.float32), np.zeros(half, np.float32)]),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         block=block,
@@ -118,85 +106,85 @@ def pack(
     )
 
 
-def _token_routers(routers: Mapping[str, nn.Module], site: str, layers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights ``[L, D]`` and biases ``[L]`` of routers that score whole tokens; no columns if there are none, or all
-    tokens are alike in their sensitivity."""
+def _token_routers(routers: Mapping[str, nn.Module], site: str, layers: int) -> np.ndarray:
+    """Weights and bias ``[L, D + 1]`` of routers that score whole tokens; no columns if there are none, or all tokens
+    are alike in their sensitivity."""
     found = [routers[name] for i in range(layers) if (name := f"{i}_{site}") in routers]
-    if not found or site == "token" and not any(router.weight.any() or router.bias.any() for router in found):
-        return np.zeros((layers, 0), np.float32), np.zeros(layers, np.float32)
-    return _stacked(router.weight for router in found), _stacked(router.bias for router in found)
+    rows = _stacked([torch.cat([router.weight.view(-1), router.bias.view(1)]) for router in found], 0)
+    return rows if rows.any() or site == "ffn" and found else np.zeros((layers, 0), np.float32)
 
 
 def _gates(gates: Mapping[str, nn.Module], layers: int, d: int) -> Gates:
     before, found = np.full(layers, -1), list(gates.values())
     before[[int(depth) for depth in gates]] = range(len(gates))
-    if not found:
-        none, rank = np.zeros((0, d), np.float32), np.zeros((0, 0, d), np.float32)
-        return Gates(before, none, none[:, 0].copy(), none, none, rank, rank.swapaxes(1, 2).copy())
+    both = [torch.cat([gate.gate.weight, gate.gate.bias[:, None]], 1) for gate in found]  # of staying and of leaving
     return Gates(
         before,
-        _stacked(gate.gate.weight[1] - gate.gate.weight[0] for gate in found),
-        _stacked(gate.gate.bias[1] - gate.gate.bias[0] for gate in found),
-        _stacked(gate.scale for gate in found),
-        _stacked(gate.shift for gate in found),
-        _stacked(gate.reduce.weight for gate in found),
-        _stacked(gate.expand.weight for gate in found),
+        _stacked([leave - stay for stay, leave in both], d + 1),
+        _stacked([gate.scale for gate in found], d),
+        _stacked([gate.shift for gate in found], d),
+        _stacked([gate.reduce.weight for gate in found], 0, d),
+        _stacked([gate.expand.weight for gate in found], d, 0),
     )
 
 
 def _stand_in(corrections: Mapping[str, nn.Module], layers: int, d: int) -> StandIn:
-    """Of whole FFNs, but for layer 0's, which always runs."""
     found = [corrections[name] for i in range(1, layers) if (name := f"{i}_ffn") in corrections]
-    if not found:
-        return StandIn(*(np.zeros(shape, np.float32) for shape in ((0, 0, d), (0, d, 0), (0, d))))
-    parts = [c.down for c in found], [c.up for c in found], [c.shift for c in found]
-    return StandIn(*(_stacked([torch.zeros_like(rows[0]), *rows]) for rows in parts))
+    return StandIn(
+        _stacked([c.down for c in found], 0, d),
+        _stacked([c.up for c in found], d, 0),
+        _stacked([c.shift for c in found], d),
+    )
 
 
-def _stacked(rows: Iterable[Tensor]) -> np.ndarray:
-    return as_numpy(torch.stack([row.detach().float() for row in rows]))
+def _stacked(rows: Sequence[Tensor], *shape: int) -> np.ndarray:
+    """One row after the other; ``shape`` is that of each, for none."""
+    return as_numpy(torch.stack([row.float() for row in rows])) if rows else np.zeros((0, *shape), np.float32)
 
 
 def _product(lm, name: str, form: str, routers, corrections, block: int) -> Linear:
     """One of `LINEARS`, of all layers."""
     layers = [[layer.get_submodule(linear) for linear in LINEARS[name]] for layer in lm.model.layers]
     channels, outputs = layers[0][0].in_features, sum(linear.out_features for linear in layers[0])
-    biased = any(linear.bias is not None for linear in layers[0])
+    biased, corrected = any(m.bias is not None for m in layers[0]), f"0_{name}" in corrections
+    stored = lm.dtype if form == "base" else torch.bfloat16  # of corrections: beside fewer bits four bytes would weigh
+    rank = len(corrections[f"0_{name}"].down) if corrected else 0
     dtype, shape = {
         "base": (lm.dtype, (channels, _spread(outputs, lm.dtype))),
         "int8": (torch.int8, (channels, _spread(outputs, torch.int8))),
         "q4": (torch.uint8, (channels // GROUP * GROUP_ROWS, _spread(outputs // 2, torch.uint8))),
     }[form]
-    weights = _memory((len(layers), *shape), dtype)
-    scales = torch.empty(len(layers), 0 if form == "base" else outputs)
-    biases = torch.zeros(len(layers), outputs if biased else 0)
-    corrected, unit = f"0_{name}" in corrections, torch.zeros(len(layers), channels)
-    rank = corrections[f"0_{name}"].down.shape[0] if corrected else 0
-    stored = lm.dtype if form == "base" else torch.bfloat16  # beside fewer bits four bytes would weigh
-    reduce = torch.empty(len(layers), rank, channels, dtype=stored)
-    expand = torch.empty(len(layers), rank + 1 if corrected else 0, outputs, dtype=stored)
+    packed = Linear(
+        weight=_memory((len(layers), *shape), dtype),
+        scale=torch.empty(len(layers), 0 if form == "base" else outputs),
+        bias=torch.empty(len(layers), outputs if biased else 0),
+        unit=torch.zeros(len(layers), channels),
+        reduce=torch.empty(len(layers), rank, channels, dtype=stored),
+        expand=torch.empty(len(layers), rank + 1 if corrected else 0, outputs, dtype=stored),
+        split=block if name == "down" else GROUP if form == "q4" else 1,
+    )
+
+    def arranged(rows: Tensor) -> Tensor:
+        return _alternating(rows, block) if name == "gate_up" else rows
+
     for i, linears in enumerate(layers):
-        rows = torch.cat([linear.weight for linear in linears])
+        rows = arranged(torch.cat([linear.weight for linear in linears]))
         if biased:
-            biases[i] = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias for m in linears])
+            biases = [torch.zeros(m.out_features) if m.bias is None else m.bias for m in linears]
+            packed.bias[i] = arranged(torch.cat(biases))
         if f"{i}_{name}" in routers:
-            unit[i] = routers[f"{i}_{name}"].channel_thresholds(1.0)
+            packed.unit[i] = routers[f"{i}_{name}"].channel_thresholds(1.0)
         if corrected:
             correction = corrections[f"{i}_{name}"]
-            reduce[i], expand[i] = correction.down, torch.cat([correction.up.t(), correction.shift[None]])
-        if name == "gate_up":
-            rows, expand[i] = _alternating(rows, block), _alternating(expand[i].t(), block).t()
-            if biased:
-                biases[i] = _alternating(biases[i], block)
+            packed.reduce[i] = correction.down
+            packed.expand[i] = arranged(torch.cat([correction.up, correction.shift[:, None]], 1)).t()
         if form == "q4":
-            scales[i] = _four_bits(rows, weights[i])
+            packed.scale[i] = _four_bits(rows, packed.weight[i])
             continue
         if form == "int8":
-            rows, scales[i] = _eight_bits(rows)
-        weights[i, :, :outputs] = rows.t()
-    split = block if name == "down" else GROUP if form == "q4" else 1
-    parts = as_numpy(weights), scales.numpy(), biases.numpy(), unit.numpy(), split, as_numpy(reduce), as_numpy(expand)
-    return Linear(*parts)
+            rows, packed.scale[i] = _eight_bits(rows)
+        packed.weight[i, :, :outputs] = rows.t()
+    return Linear(*map(as_numpy, packed[:-1]), packed.split)
 
 
 def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -124,7 +124,7 @@ class TestCache:
         plain, growing = DynamicCache(config=lm.config), DynamicCache(config=lm.config)
         lm(ids, cache=plain, use_cache=True)
         lm(ids, cache=growing, use_cache=True)
-        buffer_for(growing, len(ids), lm.config.num_key_value_heads, lm.config.head_dim, lm.dtype, 1)
+        buffer_for(growing, (len(ids), lm.config.num_key_value_heads, lm.config.head_dim, lm.dtype), 1)
         return lm, plain, growing
 
     CHANGES = {

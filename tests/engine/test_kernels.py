@@ -6,7 +6,7 @@ import torch
 from four_bits_read import four_bits, unpacked
 
 from hat_lib.engine import kernels
-from hat_lib.engine.arrays import SECTION, Inputs
+from hat_lib.engine.arrays import PARTIALS, SECTION, Gathered, Inputs
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import GROUP, _adds, add, encode, has_avx2
 from hat_lib.engine.kernels import dots, keep
@@ -37,8 +37,12 @@ def shortened(values, out):
 
 
 @compiled()
-def add_kept(w, index, values, n, y):
-    add(w, index, values, 0, n, n, y, 0, y.shape[1])
+def add_kept(w, gathered, n, y):
+    add(w, gathered, 0, n, n, y, 0, y.shape[1])
+
+
+def gather(index, values):
+    return Gathered(index, values, np.empty(PARTIALS, np.int64))
 
 
 def test_bfloat16_to_float_and_back():
@@ -68,12 +72,12 @@ def test_exp():
 def product(w, x, unit, *, bar=1.0, runs=True):
     """Kept channels of ``x [R, C]`` times ``w [C, O]``: outputs ``[R, O]`` and how many channels each row kept."""
     rows, channels = x.shape
-    index, values = np.zeros(channels + 8, np.uint64), np.zeros((rows, channels + 8), np.float32)
+    gathered = gather(np.zeros(channels + 8, np.uint64), np.zeros((rows, channels + 8), np.float32))
     kept, y = np.zeros(rows, np.int32), np.full((rows, OUTPUTS), np.nan, np.float32)
     bars, running = (np.broadcast_to(np.asarray(v, d), rows).copy() for v, d in ((bar, "f4"), (runs, "?")))
-    n = keep(Inputs(x, bars, running), unit, 0, channels, index, values, kept)
+    n = keep(Inputs(x, bars, running), unit, 0, channels, gathered, kept)
     assert n % 8 == 0
-    add_kept(w, index, values, n, y)
+    add_kept(w, gathered, n, y)
     return y, kept
 
 
@@ -103,15 +107,15 @@ def test_skipped_and_zero_channels_give_the_same_bits(weights, x, threshold):
 def test_shortlist(weights, x):
     head, preview = np.ascontiguousarray(weights.T), np.random.default_rng(2).normal(size=OUTPUTS).astype(np.float32)
     scale = np.linspace(1, 2, OUTPUTS if weights.dtype == np.int8 else 0, dtype=np.float32)
-    full, candidates = np.empty((1, OUTPUTS), np.float32), np.zeros(SECTION, np.int64)
+    full = np.empty((1, OUTPUTS), np.float32)
     dots(head, scale, x[:1], full, 0, OUTPUTS)
     for floor in (-0.5, 1.0, 9.0):
         likely = preview >= floor
         for team in (1, 3):
-            logits = np.full(OUTPUTS, np.nan, np.float32)
-            found = [shortlist(head, scale, x[0], preview, floor, candidates, logits, t, team) for t in range(team)]
+            logits = np.full((1, OUTPUTS), np.nan, np.float32)
+            found = [shortlist(head, scale, x[:1], preview, floor, logits, t, team) for t in range(team)]
             assert sum(found) == likely.sum() and (floor > 0 or likely.sum() > 3 * SECTION)
-            np.testing.assert_allclose(logits, np.where(likely, full[0], preview), rtol=1e-5, atol=1e-4)
+            np.testing.assert_allclose(logits[0], np.where(likely, full[0], preview), rtol=1e-5, atol=1e-4)
 
 
 def plain(w):
@@ -167,7 +171,7 @@ def test_four_bits_at_extremes():
         assert np.abs(read - weight.numpy()).max() <= 0.05 * float(weight.abs().max())
         for x in (np.ones((1, 32)), np.sign(np.arange(32) % 2 - 0.5)[None], np.zeros((1, 32)), np.full((1, 32), 1e-35)):
             y = np.full((1, 32), np.nan, np.float32)
-            add_kept(w, np.arange(32, dtype=np.uint64), x.astype(np.float32), 32, y)
+            add_kept(w, gather(np.arange(32, dtype=np.uint64), x.astype(np.float32)), 32, y)
             assert np.allclose(y * scale, x @ read.astype("f8"), rtol=1e-6, atol=1e-30)
 
 
