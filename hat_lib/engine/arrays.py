@@ -5,8 +5,6 @@ inputs of a product, r rank of corrections, H heads and G key/value heads of siz
 Arrays are float32 unless noted; "stored" ones are in the base's dtype, bfloat16 as its bits, uint16.
 """
 
-from __future__ import annotations
-
 from collections import namedtuple
 from typing import NamedTuple
 

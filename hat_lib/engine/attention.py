@@ -5,8 +5,6 @@ weighted values, and whoever needs a head's output combines those of its pieces,
 and Gimelshein 2018, arXiv:1805.02867). So threads share the work evenly, and their number does not change a bit.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from hat_lib.engine.compiling import compiled

@@ -6,8 +6,6 @@ cropped, continued, copied and reordered, on this path or on any other. A view t
 after a crop its part is not written to again.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

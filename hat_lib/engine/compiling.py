@@ -4,8 +4,6 @@ Compiling the loop takes half a minute. It is kept in the user's cache, for the 
 numba itself looks only at the function's own file, and would run old code after its helpers have changed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Decoder: the engine of one base. Takes a few tokens and a cache, returns their logits or the tokens that follow."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

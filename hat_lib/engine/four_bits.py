@@ -10,8 +10,6 @@ more, its pairs of d and m. In a row, eight bytes hold 16 outputs: byte j has ou
 8 + j in its upper ones.
 """
 
-from __future__ import annotations
-
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir

@@ -8,8 +8,6 @@ Sums over channels are in their order, never reassociated. So the bits are the s
 multiplied by zero, whether a token is alone or among others, and for any number of threads.
 """
 
-from __future__ import annotations
-
 from functools import reduce
 
 import numpy as np

@@ -5,8 +5,6 @@ transformers' `RepetitionPenaltyLogitsProcessor`, `TemperatureLogitsWarper`, `To
 `MinPLogitsWarper`, in this order, and drawn with uniform numbers from the caller.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from hat_lib.engine.arrays import Thread

@@ -1,7 +1,5 @@
 """The parts of a decoder layer, and of the head, that `hat_lib.engine.step` puts together; arithmetic is in float32."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from hat_lib.engine.arrays import PARTIALS, SECTION, Product

@@ -7,8 +7,6 @@ of down by channels, attention by pieces of the context. A thread's outputs of g
 so the threads meet four times a layer: after q, k and v, after attention, after o and after down.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from hat_lib.engine.arrays import DOWN, FFN, GATE_UP, OUT, PARTIALS, QKV, Gathered, Inputs

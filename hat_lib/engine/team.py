@@ -9,8 +9,6 @@ step of one, at times ten times as long. So a call of several steps in which mee
 off, and the rest of it runs with fewer threads; so do the next ones, and torch at their prompts.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import threading

@@ -9,8 +9,6 @@ routers, gates and corrections.
 The embedding is the base's own memory, and so is the head in the form ``base``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from math import gcd, prod
 
