@@ -15,7 +15,7 @@ from hat_lib.engine.weights import as_numpy
 
 CHANNELS, OUTPUTS = 96, 2144
 """more than `COLUMNS`, and not a multiple of 128"""
-UNIT = np.ones(CHANNELS, np.float32)
+UNIT, ENDS = np.ones(CHANNELS, np.float32), np.empty(PARTIALS, np.int64)
 
 
 def of_each(kernel):
@@ -39,10 +39,6 @@ def shortened(values, out):
 @compiled()
 def add_kept(w, gathered, n, y):
     add(w, gathered, 0, n, n, y, 0, y.shape[1])
-
-
-def gather(index, values):
-    return Gathered(index, values, np.empty(PARTIALS, np.int64))
 
 
 def test_bfloat16_to_float_and_back():
@@ -72,7 +68,7 @@ def test_exp():
 def product(w, x, unit, *, bar=1.0, runs=True):
     """Kept channels of ``x [R, C]`` times ``w [C, O]``: outputs ``[R, O]`` and how many channels each row kept."""
     rows, channels = x.shape
-    gathered = gather(np.zeros(channels + 8, np.uint64), np.zeros((rows, channels + 8), np.float32))
+    gathered = Gathered(np.zeros(channels + 8, np.uint64), np.zeros((rows, channels + 8), np.float32), ENDS)
     kept, y = np.zeros(rows, np.int32), np.full((rows, OUTPUTS), np.nan, np.float32)
     bars, running = (np.broadcast_to(np.asarray(v, d), rows).copy() for v, d in ((bar, "f4"), (runs, "?")))
     n = keep(Inputs(x, bars, running), unit, 0, channels, gathered, kept)
@@ -171,7 +167,7 @@ def test_four_bits_at_extremes():
         assert np.abs(read - weight.numpy()).max() <= 0.05 * float(weight.abs().max())
         for x in (np.ones((1, 32)), np.sign(np.arange(32) % 2 - 0.5)[None], np.zeros((1, 32)), np.full((1, 32), 1e-35)):
             y = np.full((1, 32), np.nan, np.float32)
-            add_kept(w, gather(np.arange(32, dtype=np.uint64), x.astype(np.float32)), 32, y)
+            add_kept(w, Gathered(np.arange(32, dtype=np.uint64), x.astype(np.float32), ENDS), 32, y)
             assert np.allclose(y * scale, x @ read.astype("f8"), rtol=1e-6, atol=1e-30)
 
 
