@@ -5,7 +5,7 @@ import numpy as np
 from hat_lib.engine.arrays import PARTIALS, SECTION, Product
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.four_bits import add
-from hat_lib.engine.kernels import F0, F1, as_float, as_stored, dot, dots, exp, fetch, keep, span
+from hat_lib.engine.kernels import F0, F1, as_float, as_stored, dot, exp, fetch, keep, span
 
 
 @compiled(reorder=True)
@@ -229,5 +229,7 @@ def shortlist(head, scale, x, preview, floor, logits, t, team):
     for k in range(n):
         if k + 4 < n:
             fetch(head[candidates[k + 4]], 0, x.shape[1])
-        dots(head, scale, x, logits, candidates[k], candidates[k] + 1)
+        v = candidates[k]
+        value = dot(head[v], x[0]) * (scale[v] if scale.shape[0] else F1)
+        logits[0, v] = as_stored(value, logits[0, v])
     return n
