@@ -1,7 +1,7 @@
 """Hierarchical Adaptive Transformer: per-token compute for a frozen Llama.
 
 Axis letters, used everywhere: ``B`` batch, ``T`` tokens, ``D`` hidden, ``F`` FFN width, ``L`` layers,
-``S`` gated sites in a layer, ``E`` exits, ``K`` cached keys, ``V`` vocabulary. The packages and the order in which they
+``S`` sites of a layer, ``E`` exits, ``K`` cached keys, ``V`` vocabulary. The packages and the order in which they
 import each other: docs/architecture.md. The method itself is `hat_lib.method`.
 """
 

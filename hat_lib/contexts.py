@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 from typing import Self
 
 from torch import Tensor
 
 from hat_lib.base.families import LINEARS
 from hat_lib.checkpoint import check_calibration
-from hat_lib.config import HatError, check_capacity, check_exit_rate, check_fraction
+from hat_lib.config import HatError, check_capacity, check_exit_rate, check_fraction, shown
 from hat_lib.decoding.steering import GAIN
 from hat_lib.method.setting import Context, ExitPolicy, Policy, Setting
 from hat_lib.method.thresholds import Calibration, Thresholds
@@ -110,9 +110,13 @@ class Contexts:
 
     def threshold_policy(self, thresholds: Mapping[tuple[int, str], float]) -> Thresholds:
         """The method's own decisions at these thresholds, by (layer, site), for `using`; without one, a site keeps
-        everything. At "token" is the strength of sensitivity, by default 1."""
-        always, layers, sites = self.grain.always_runs, range(self.config.n_layers), self.grain.sites
-        known = {place: value for place, value in thresholds.items() if not always(*place)}
+        everything. At ``(0, "token")`` is the strength of token sensitivity in all layers, by default 1."""
+        layers, sites = range(self.config.n_layers), self.grain.sites
+        if unknown := thresholds.keys() - set(product(layers, (*sites, "token"))):
+            raise HatError(
+                f"thresholds are by (layer, site), with sites {', '.join(sites)}, got {shown(unknown.pop())}"
+            )
+        known = {place: value for place, value in thresholds.items() if not self.grain.always_runs(*place)}
         site = [[known.get((i, s), float("-inf")) for s in sites] for i in layers]
         return self._dense.holding({"site": site, "sensitivity": known.get((0, "token"), 1.0)})
 
@@ -184,6 +188,8 @@ class Contexts:
         if isinstance(policy, Thresholds):
             fields |= {"decide": None, "site": policy.site, "sensitivity": policy.sensitivity}
         elif policy is not None:
+            if not callable(policy):
+                raise HatError(f"expected a policy or hat.threshold_policy(...), got {shown(policy)}")
             fields["decide"] = policy
         if callable(exits):
             fields["leave"] = exits

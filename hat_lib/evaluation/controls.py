@@ -76,7 +76,8 @@ def turned(
             break
     dial, nearest = min(found, key=lambda tried: abs(tried[1] - wanted))
     if abs(nearest - wanted) > EQUAL:
-        raise OutOfReach(f"this control cannot do {wanted:.3f} of the work on this text: its nearest is {nearest:.3f}")
+        nearest = f"its nearest is {nearest:.3f}, if work rises with its dial"
+        raise OutOfReach(f"this control cannot do {wanted:.3f} of the work on this text: {nearest}")
     return dial
 
 

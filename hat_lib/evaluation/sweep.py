@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from hat_lib.config import WHY, HatError, check_capacity
+from hat_lib.config import WHY, HatError, check_capacity, shown
 from hat_lib.evaluation.choices import Random
 from hat_lib.evaluation.controls import matched, own_choice, under, work_on
 from hat_lib.evaluation.intervals import FEWEST, NONE
@@ -108,7 +108,9 @@ def _check(policies: object) -> None:
         if not isinstance(name, str) or name == METHOD or " at " in name:
             raise HatError(f"a policy needs a name of its own, such as 'mine', got {name!r}")
         if isinstance(policy, type) or not callable(policy):
-            raise HatError(f"policy {name!r} must be called as policy(layer, site, x, rows, trace), got {policy!r}")
+            raise HatError(
+                f"policy {name!r} must be called as policy(layer, site, x, rows, trace), got {shown(policy)}"
+            )
 
 
 def _beside(hat: HierarchicalTransformer, blocks: Sequence[Mapping], policies) -> Iterator[Setting]:

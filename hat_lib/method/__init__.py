@@ -1,1 +1,1 @@
-"""The method. Read it in this order: routers, thresholds, setting, trace, forward, layer."""
+"""The method. Read it in this order: routers, grain, thresholds, setting, trace, forward, layer."""

@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from hat_lib.config import HatError, check_capacity, check_exit_rate
+from hat_lib.config import HatError, check_capacity, check_exit_rate, shown
 
 HEAD_TABLES = ("head_thresholds", "head_margins", "head_shares")
 EXIT_TABLES = ("exit_capacities", "exit_rates", "exit_scores")
@@ -45,7 +45,12 @@ class Thresholds(NamedTuple):
         """With other values, each in its type: compiled code takes no other."""
         array, one = partial(np.ascontiguousarray, dtype=np.float32), np.float32
         kinds = {"site": array, "exit": array, "sensitivity": one, "correction": one, "head": one, "margin": one}
-        return self._replace(**{name: kinds.get(name, float)(value) for name, value in values.items()})
+        values = {name: kinds.get(name, float)(value) for name, value in values.items()}
+        for name, value in values.items():
+            shape = np.shape(getattr(self, name))
+            if np.shape(value) != shape or np.isnan(value).any():
+                raise HatError(f"{name} must be numbers of shape {shape}, not nan, got {shown(value)}")
+        return self._replace(**values)
 
     @property
     def skips(self) -> bool:

@@ -1,4 +1,4 @@
-"""Trace: all that one forward decided, per layer and token: what losses, cost, sweeps, figures and the screen read."""
+"""Trace: all that one forward decided, per layer and token. Cost, sweeps, figures and the screen read it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -3,9 +3,8 @@
 `Definition` takes a base's weights and the two files of a checkpoint, and no code of the library. Read it to learn what
 a forward computes at the channel grain; exits and steering aside, it is all there.
 
-A decision is a step. Where a score is within rounding of its threshold, two correct computations may decide
-differently; the states then differ by a channel, which tips other decisions, and from there on the two agree only on
-average. So decisions are compared one by one, and those within `MARGIN` of a threshold are taken from the library.
+Where a score is within rounding of its threshold, two correct computations may decide differently, and from there on
+agree only on average. So decisions are compared one by one, and those within `MARGIN` are taken from the library.
 """
 
 import json
@@ -35,11 +34,7 @@ SITES = {
 
 class Definition:
     """A Llama under a checkpoint of the channel grain, at a capacity below 1. One document, ``T`` tokens; all in fp32.
-
-    Args:
-        weights: state dict of a `LlamaForCausalLM` with this ``lm_config``.
-        folder: of the checkpoint.
-    """
+    ``weights`` is the state dict of a `LlamaForCausalLM` with this ``lm_config``, ``folder`` the checkpoint's."""
 
     def __init__(self, weights, lm_config, folder, capacity):
         checkpoint = json.loads((folder / "hat_config.json").read_text())

@@ -191,6 +191,12 @@ def test_decisions_of_a_policy_are_checked(grain, wrong, ids):
         hat.lm(ids)
 
 
+def test_thresholds_by_hand_are_checked(channel_hat):
+    for places in ({(0, "dwon"): 0.1}, {(9, "down"): 0.1}, {"down": 0.1}, {(0, "down"): float("nan")}):
+        with pytest.raises(HatError), channel_hat.using(channel_hat.threshold_policy(places)):
+            pass
+
+
 def test_thresholds_of_other_routers(channel_hat, ids):
     other = skipping("channel", vectors=0.6)
     own = channel_hat.calibration.thresholds_at(0.7)
