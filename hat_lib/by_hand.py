@@ -1,8 +1,6 @@
 """The method by hand: torch and a plain Llama of transformers, in one file to read, or to copy into your own project.
 
-As a script it checks itself against the library, which only `main` imports:
-
-    python -m hat_lib.by_hand --checkpoint default --capacity 0.7    # perplexity over the base's, both ways
+    python -m hat_lib.by_hand --checkpoint default --capacity 0.7    # beside the library, which only `main` imports
     python -m hat_lib.by_hand --train                                # two minutes of training, before and after
 
 T tokens, C channels of the input of linear layers, D hidden size. ``ids [1, T]`` is one document; all is in fp32.
@@ -19,8 +17,7 @@ PROTECTED = 2  # the first tokens of a document run in full and never leave
 
 
 def sites(model):
-    """By (layer, site): the module that reads an input, the linear layers in it, which share one decision, and
-    ``||W[:, i]||``, the length of what channel i adds to their output if its value is 1, ``[C]``."""
+    """By (layer, site): the module that reads an input, the linear layers in it, and the norms of their columns."""
     found = {}
     for i, layer in enumerate(model.model.layers):
         attn, mlp = layer.self_attn, layer.mlp
@@ -94,8 +91,7 @@ def read(folder, capacity):
 
 
 def consult(h, gate):
-    """An exit gate on states ``h [..., D]``: how much leaving scores above staying; and h as it leaves, translated:
-    ``h + |h| (a n + U V n + b)`` with n = h / rms(h), a guess at what the layers to come would add."""
+    """How much leaving scores above staying, ``[...]``, and ``h [..., D]`` as it leaves: h + |h| (a n + U V n + b)."""
     n = F.rms_norm(h, h.shape[-1:])
     stay, leave = (n @ gate["gate.weight"].T + gate["gate.bias"]).unbind(-1)
     change = gate["scale"] * n + n @ gate["reduce.weight"].T @ gate["expand.weight"].T + gate["shift"]
@@ -103,8 +99,7 @@ def consult(h, gate):
 
 
 def leaving(model, parts, exits, left):
-    """Hook exits: ``exits`` has a gate's threshold by the layers run before it; ``left["tokens"]``, bool ``[1, T]``, is
-    who has left. Their states stay as they are: later layers take K and V from them, and nothing else."""
+    """Hook exits, thresholds by layers run. The state of who left stays; later layers take K and V from it, no more."""
     left["tokens"], layers = torch.tensor(False), list(model.model.layers)
 
     def after(depth, layer, args, out):
@@ -134,10 +129,9 @@ def correcting(linears, part, strength):
 
 def shortlist(head, threshold, margin):
     """Hook the LM head: logits from the channels above a threshold; in full where near the best."""
-    length = head.weight.norm(dim=0)
 
     def after(module, args, logits):
-        preview = (args[0] * (score(args[0], length) > threshold)) @ module.weight.T
+        preview = (args[0] * (score(args[0], module.weight.norm(dim=0)) > threshold)) @ module.weight.T
         return torch.where(preview >= preview.amax(-1, keepdim=True) - margin, logits, preview)
 
     return [head.register_forward_hook(after)]
@@ -171,9 +165,9 @@ def straight_through(score, threshold, temperature=0.5):
 
 
 def train_routers(model, blocks, thresholds, share, lr=1e-2):
-    """Learn a scale for each channel: the least KL from the base while this share of all channels is kept."""
+    """Learn a scale for each channel, from the KL from the base and the distance from this share of channels kept."""
     scales = {place: torch.zeros_like(length, requires_grad=True) for place, (*_, length) in sites(model).items()}
-    optimizer, kept = torch.optim.Adam(scales.values(), lr), []
+    optimizer = torch.optim.Adam(scales.values(), lr)
 
     def decide(place, length, x):
         kept.append(straight_through(score(x.detach(), length, scales[place]), thresholds[place]))
@@ -181,16 +175,14 @@ def train_routers(model, blocks, thresholds, share, lr=1e-2):
 
     for ids in blocks:
         base = model(ids).logits.log_softmax(-1)
-        hooks = skipping(model, decide)
+        kept, hooks = [], skipping(model, decide)
         adaptive = model(ids).logits.log_softmax(-1)
         for hook in hooks:
             hook.remove()
-        kl = (base.exp() * (base - adaptive)).sum(-1).mean()
-        loss = kl + (torch.cat(kept, -1).mean() - share).abs()
+        loss = (base.exp() * (base - adaptive)).sum(-1).mean() + (torch.cat(kept, -1).mean() - share).abs()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        kept.clear()
     return scales
 
 

@@ -11,6 +11,8 @@ At the end, ``hat.trace`` is that of all new tokens. The engine (`hat_lib.engine
 on a CPU, here and in forwards inside ``with hat.engine():``. All else is the reference path's (`hat_lib.method`).
 """
 
+from __future__ import annotations  # some of the names below are absent without numba
+
 import functools
 import threading
 import time
