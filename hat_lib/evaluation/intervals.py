@@ -56,3 +56,11 @@ def interval(drawn: np.ndarray, blocks: int, n: float) -> tuple[float, float]:
         return np.nan, np.nan
     low, high = np.quantile(known, tails(max(2, n))).tolist()
     return low, high
+
+
+def outcome(low: float, high: float, *, at_most: float | None = None, at_least: float | None = None) -> str:
+    """Judge one bound by an interval: "kept" if all of it lies on the right side, "missed" if all of it lies on the
+    wrong side, "open" if the bound lies inside, or if there is no interval."""
+    if at_least is not None:
+        low, high, at_most = -high, -low, -at_least
+    return "kept" if high <= at_most else "missed" if low > at_most else "open"

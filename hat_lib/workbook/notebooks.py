@@ -106,20 +106,15 @@ def results(path: Path) -> dict:
     return found
 
 
-def predictions(path: Path) -> dict[str, list[str]] | None:
-    """The predictions `hat_lib.workbook.session.judge` printed in an executed notebook, by "held" and "FAILED"; None if
-    its cells did not all run, one after another."""
+def verdicts(path: Path) -> list[tuple[str, str]] | None:
+    """What `hat_lib.workbook.session.verdict` printed in an executed notebook: kept, missed or open, and the claim;
+    None if its cells did not all run, one after another."""
     cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and c.source.strip()]
     counts = [cell.execution_count for cell in cells]
     if None in counts or counts != [*range(counts[0], counts[0] + len(counts))]:
         return None
-    found: dict[str, list[str]] = {"held": [], "FAILED": []}
-    for output in (output for cell in cells for output in cell.outputs):
-        for line in output.get("text", "").splitlines():
-            verdict, _, prediction = line.partition(": ")
-            if verdict in found:
-                found[verdict].append(prediction)
-    return found
+    printed = "".join(output.get("text", "") for cell in cells for output in cell.outputs)
+    return re.findall(r"^(kept|missed|open): (.*)$", printed, re.MULTILINE)
 
 
 def clean(nb: NotebookNode) -> NotebookNode:

@@ -1,8 +1,12 @@
-"""What a notebook calls: `begin` in its first cell, `judge` where a prediction meets its measurement, `record` for a
-number it found.
+"""What a notebook calls: `begin` in its first cell, and `record` for a number it found.
+
+A notebook makes three kinds of statement. What must hold is an ``assert``. A `check` is a bound that guards a rerun: it
+was set after the first measurement, so it proves nothing, and it is silent while it holds. A `verdict` answers a claim,
+or a question asked beforehand, by an interval.
 
 more = begin(profile=profile, seed=seed, dtype=dtype, max_tokens=(max_tokens, 512))
-judge("the realised capacity lies within 0.06 of 0.6", abs(realised - 0.6) < 0.06, f"{realised:.3f}")
+check("the realised capacity lies within 0.06 of 0.6", abs(realised - 0.6) < 0.06, f"{realised:.3f}")
+verdict("perplexity rises by at most 3 %", (low, high), at_most=0.03, measured=f"{increase:+.1%}")
 record(perplexity=21.3, capacity=0.55)
 """
 
@@ -10,6 +14,7 @@ import json
 from importlib.metadata import version
 
 from hat_lib.config import HatError, check_count
+from hat_lib.evaluation.intervals import outcome
 
 RESULT = "application/x-hat-result+json"
 """MIME type of a cell output made by `record`: a JSON object"""
@@ -41,15 +46,27 @@ def begin(*, profile: str, seed: int, full: int = 8, dtype: str | None = None, *
     return full if profile == "full" else 1
 
 
-def judge(prediction: str, held: bool, measured: str = "") -> None:
-    """Print whether a prediction held or failed and, on a second line, what was measured.
+def check(bound: str, holds: bool, measured: str = "") -> None:
+    """Print a bound that does not hold, and what was measured; nothing if it holds."""
+    if not holds:
+        print(f"check failed: {bound}\n    measured: {measured}")
 
-    nbval compares the first line. The second differs from machine to machine: ``notebooks/nbval_sanitize.cfg`` leaves
-    it out.
+
+def verdict(
+    claim: str,
+    interval: tuple[float, float],
+    *,
+    at_most: float | None = None,
+    at_least: float | None = None,
+    measured: str = "",
+) -> None:
+    """Print whether a claim is kept, missed or open by its 95 % interval, and on a second line what was measured.
+
+    nbval compares the first line. ``notebooks/nbval_sanitize.cfg`` leaves out the second, as it leaves out any line
+    that begins with "measured:", since the numbers differ from machine to machine.
     """
-    print(f"{'held' if held else 'FAILED'}: {prediction}")
-    if measured:
-        print(f"    measured: {measured}")
+    print(f"{outcome(*interval, at_most=at_most, at_least=at_least)}: {claim}")
+    print(f"    measured: {measured}")
 
 
 def record(**values) -> None:

@@ -1,7 +1,6 @@
 """Findings: what the saved results say about each claim, as verdicts, words and figures.
 
-A bound is judged by an interval: "kept" if all of it lies on the right side, "missed" if all of it lies on the wrong
-side, "open" if the bound lies inside. In the figures a hollow marker is a claim.
+`hat_lib.evaluation.intervals.outcome` judges a bound by an interval. In the figures a hollow marker is a claim.
 """
 
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from hat_lib.evaluation.controls import EQUAL
+from hat_lib.evaluation.intervals import outcome
 from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, ORANGE, PURPLE, SKY, WORK, draws, entry
 from studies.plotting import shared
@@ -44,16 +44,6 @@ KINDS = {  # in `divergence`
 }
 
 
-def verdict(low: float, high: float, bound: float) -> str:
-    """Whether a cost with the interval ``low`` .. ``high`` is at most ``bound``: "kept", "missed" or "open"."""
-    return "kept" if high <= bound else "missed" if low > bound else "open"
-
-
-def reached(low: float, high: float, bound: float) -> str:
-    """The `verdict` on a gain, which should be at least ``bound``."""
-    return verdict(-high, -low, -bound)
-
-
 def rivals(quality: pd.DataFrame) -> pd.DataFrame:
     """Rows of `studies.quality` at the same point and, within `EQUAL`, the same work as the trained model; no exits."""
     point = [*POINT, "max_tokens"]
@@ -66,12 +56,13 @@ def rivals(quality: pd.DataFrame) -> pd.DataFrame:
 def kept(quality: pd.DataFrame, promise: pd.DataFrame) -> pd.DataFrame:
     """The trained rows of `studies.quality` without exits, beside the claims of `studies.published_claims`.
 
-    Adds the columns ``promised``, the increase interpolated between claimed capacities, and ``kept``, a `verdict`.
+    Adds the columns ``promised``, the increase interpolated between claimed capacities, and ``kept``, an `outcome`.
     """
     bounds, rows = _bounds(promise), _dial(quality, "trained")
     rows = rows[rows["capacity"].between(bounds["capacity"].min(), bounds["capacity"].max())]
     rows = rows.assign(promised=np.interp(rows["capacity"], bounds["capacity"], bounds["promised_increase"]))
-    return rows.assign(kept=[verdict(*row) for row in rows[[*COST[1:], "promised"]].to_numpy()])
+    judged = rows[[*COST[1:], "promised"]].to_numpy()
+    return rows.assign(kept=[outcome(low, high, at_most=bound) for low, high, bound in judged])
 
 
 def increase_text(row: Mapping, name: str = "increase") -> str:

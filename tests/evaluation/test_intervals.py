@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hat_lib.config import HatError
-from hat_lib.evaluation.intervals import FEWEST, resample, tails, units
+from hat_lib.evaluation.intervals import FEWEST, outcome, resample, tails, units
 from hat_lib.evaluation.perplexity import Score, compare
 
 
@@ -62,3 +62,9 @@ def test_below_six_blocks_there_is_none():
         found = compare(*scores(np.full(n, 10.0)))
         assert isnan(found.low) and isnan(found.high) and found.increase == pytest.approx(np.expm1(0.02))
     assert compare(*scores(np.arange(FEWEST))).low > 0
+
+
+def test_a_bound_inside_the_interval_is_open():
+    cases = [(-0.01, 0.03, "kept"), (0.031, 0.05, "missed"), (0.02, 0.04, "open"), (0.03, 0.04, "open")]
+    for low, high, expected in [*cases, (np.nan, np.nan, "open")]:
+        assert outcome(low, high, at_most=0.03) == outcome(-high, -low, at_least=-0.03) == expected

@@ -139,12 +139,6 @@ def quality(**columns):
     return pd.DataFrame(row | columns)
 
 
-def test_verdict():
-    cases = [(-0.01, 0.03, "kept"), (0.031, 0.05, "missed"), (0.02, 0.04, "open"), (0.03, 0.04, "open")]
-    assert [findings.verdict(low, high, 0.03) for low, high, _ in cases] == [expected for *_, expected in cases]
-    assert [findings.reached(-high, -low, -0.03) for low, high, _ in cases] == [expected for *_, expected in cases]
-
-
 def test_rivals_do_the_same_work():
     variants = ["trained", "static", "random", "cosine"]
     table = quality(variant=variants, model_share=[0.9, 0.897, 0.903, 0.904], margin_low=0.01, margin_high=0.02)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from hat_lib.config import NOTEBOOKS, HatError
 from hat_lib.workbook import __main__ as workbook
 from hat_lib.workbook import notebooks
-from hat_lib.workbook.session import begin, judge
+from hat_lib.workbook.session import begin, check, verdict
 
 
 def test_values_take_the_type_of_their_default(tmp_path):
@@ -39,22 +39,28 @@ def test_select(tmp_path):
         notebooks.select(["07"], tmp_path)
 
 
-def test_predictions_are_those_that_were_judged(tmp_path, capsys):
-    judge("one lies below two", 1 < 2, "1")
-    judge("two lies below one", 2 < 1)
-    printed = capsys.readouterr().out
-    found = {"held": ["one lies below two"], "FAILED": ["two lies below one"]}
+def test_verdicts_are_read_from_what_ran(tmp_path, capsys):
+    verdict("cheap", (0.0, 0.03), at_most=0.03)
+    verdict("cheaper", (0.02, 0.04), at_most=0.03)
+    verdict("fast", (1.2, 1.4), at_least=1.5, measured="1.3")
+    check("one lies below two", 1 < 2)
+    found = [("kept", "cheap"), ("open", "cheaper"), ("missed", "fast")]
     path = notebook(tmp_path / "00_a.ipynb", "1")
     nb = nbformat.read(path, as_version=4)
-    nb.cells[-1].outputs = [nbformat.v4.new_output("stream", text=printed)]
+    nb.cells[-1].outputs = [nbformat.v4.new_output("stream", text=capsys.readouterr().out)]
     for counts, expected in (((3, 4), found), ((1, None), None), ((None, 1), None), ((1, 7), None)):
         nb.cells[0].execution_count, nb.cells[1].execution_count = counts
         nbformat.write(nb, path)
-        assert notebooks.predictions(path) == expected
+        assert notebooks.verdicts(path) == expected
+
+
+def test_a_check_speaks_when_it_fails(capsys):
+    check("two lies below one", 2 < 1, "2")
+    assert capsys.readouterr().out == "check failed: two lies below one\n    measured: 2\n"
 
 
 def test_findings_name_a_neighbour_that_was_partly_run(tmp_path, monkeypatch, capsys):
-    (cell,) = (c for c in nbformat.read(NOTEBOOKS / "08_findings.ipynb", 4).cells if "predictions(" in c.source)
+    (cell,) = (c for c in nbformat.read(NOTEBOOKS / "08_findings.ipynb", 4).cells if "verdicts(" in c.source)
     notebook(tmp_path / "00_setup.ipynb", "1")
     shutil.copy(NOTEBOOKS / "01_frozen_base.ipynb", tmp_path)
     monkeypatch.setattr("hat_lib.config.NOTEBOOKS", tmp_path)
