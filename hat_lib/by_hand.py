@@ -1,7 +1,6 @@
 """The method by hand: torch and a plain Llama of transformers, in one file to read, or to copy into your own project.
 
-    python -m hat_lib.by_hand --checkpoint default --capacity 0.7    # beside the library, which only `main` imports
-    python -m hat_lib.by_hand --train                                # two minutes of training, before and after
+    python -m hat_lib.by_hand --checkpoint default --capacity 0.7    # beside the library; --train: two minutes of it
 
 T tokens, C channels of the input of linear layers, D hidden size. ``ids [1, T]`` is one document; all is in fp32.
 """
@@ -190,31 +189,32 @@ def main(checkpoint: str = "default", capacity: float = 0.7, text: str = "docstr
     """Perplexity over the base's, by hand and by the library; or by hand, before and after training."""
     from hat_lib import HierarchicalTransformer, load_base, load_text, sweep
     from hat_lib.checkpoint import find_checkpoint
+    from hat_lib.config import check_capacity
 
-    loaded = load_base("bundled", dtype="fp32")
+    now, loaded = read(find_checkpoint(checkpoint), check_capacity(capacity)), load_base("bundled", dtype="fp32")
     rows, model = load_text(text, loaded.tokenizer, max_tokens=4096), loaded.model
     blocks = [torch.tensor([ids]) for ids in rows["input_ids"]]
-    base = losses(model, blocks)
-
-    def show(name, hooks):
-        increase = float((losses(model, blocks, hooks) - base).mean().exp() - 1)
-        print(f"{text} at {capacity}, {name}: perplexity {increase:+.4%} over the base's")
-        return increase
-
+    base = losses(model, blocks).mean()
     if not train:
-        by_hand = show("by hand", adapt(model, read(find_checkpoint(checkpoint), capacity)))
-        hat = HierarchicalTransformer.from_pretrained(checkpoint, loaded)
-        library = sweep(hat, rows, capacity).frame["increase"][0]
-        return print(f"the library: {library:+.4%}, difference {by_hand - library:+.4%}")
+        by_hand = float((losses(model, blocks, adapt(model, now)).mean() - base).exp() - 1)
+        theirs = sweep(HierarchicalTransformer.from_pretrained(checkpoint, loaded), rows, capacity).frame["increase"][0]
+        return print(f"by hand {by_hand:+.4%}, by the library {theirs:+.4%}, difference {by_hand - theirs:+.4%}")
     taught = load_text("addresses", loaded.tokenizer, split="train", block_size=128, max_tokens=60 * 128)
     lessons = [torch.tensor([ids]) for ids in taught["input_ids"]]
     bars = quantiles(model, lessons[:8], capacity)
-    scales = train_routers(model, lessons, bars, capacity)
-    show("untrained", skipping(model, lambda place, length, x: score(x, length) > bars[place]))
-    show("trained", skipping(model, lambda place, length, x: score(x, length, scales[place]) > bars[place]))
+
+    def decide(scales, kept, place, length, x):
+        kept.append(score(x, length, scales.get(place, 0.0)) > bars[place])
+        return kept[-1]
+
+    for name, scales in ("untrained", {}), ("trained", train_routers(model, lessons, bars, capacity)):
+        kept = []
+        increase = (losses(model, blocks, skipping(model, partial(decide, scales, kept))).mean() - base).exp() - 1
+        share = sum(k.sum() for k in kept) / sum(k.numel() for k in kept)
+        print(f"{name}: {share:.3f} of the channels kept, perplexity {increase:+.1%} over the base's")
 
 
 if __name__ == "__main__":
-    import typer
+    from hat_lib.terminal import run
 
-    typer.run(main)
+    run(main)

@@ -3,6 +3,7 @@
 import errno
 import sys
 import warnings
+from collections.abc import Callable
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -46,3 +47,10 @@ class Command(Friendly, TyperCommand):
 
 class Commands(Friendly, TyperGroup):
     """A program of several, such as ``hat``."""
+
+
+def run(command: Callable) -> None:
+    """Run a function as a `Command`, whose options are the function's parameters."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(cls=Command)(command)
+    app()
