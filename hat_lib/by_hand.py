@@ -2,7 +2,7 @@
 
     python -m hat_lib.by_hand --checkpoint default --capacity 0.7    # beside the library; --train: two minutes of it
 
-T tokens, C channels of the input of linear layers, D hidden size. ``ids [1, T]`` is one document; all is in fp32.
+T tokens, C channels of a linear layer's input, D hidden size. ``ids [1, T]`` is one document; fp32, on the CPU.
 """
 
 import json
@@ -193,25 +193,25 @@ def main(checkpoint: str = "default", capacity: float = 0.7, text: str = "docstr
 
     now, loaded = read(find_checkpoint(checkpoint), check_capacity(capacity)), load_base("bundled", dtype="fp32")
     rows, model = load_text(text, loaded.tokenizer, max_tokens=4096), loaded.model
-    blocks = [torch.tensor([ids]) for ids in rows["input_ids"]]
+    taught = load_text("addresses", loaded.tokenizer, split="train", block_size=128, max_tokens=60 * 128)
+    blocks, lessons = ([torch.tensor([ids]) for ids in part["input_ids"]] for part in (rows, taught))
     base = losses(model, blocks).mean()
     if not train:
         by_hand = float((losses(model, blocks, adapt(model, now)).mean() - base).exp() - 1)
         theirs = sweep(HierarchicalTransformer.from_pretrained(checkpoint, loaded), rows, capacity).frame["increase"][0]
         return print(f"by hand {by_hand:+.4%}, by the library {theirs:+.4%}, difference {by_hand - theirs:+.4%}")
-    taught = load_text("addresses", loaded.tokenizer, split="train", block_size=128, max_tokens=60 * 128)
-    lessons = [torch.tensor([ids]) for ids in taught["input_ids"]]
-    bars = quantiles(model, lessons[:8], capacity)
+    bars, scales, kept = quantiles(model, lessons[:8], capacity), {}, []
 
-    def decide(scales, kept, place, length, x):
+    def decide(place, length, x):
         kept.append(score(x, length, scales.get(place, 0.0)) > bars[place])
         return kept[-1]
 
-    for name, scales in ("untrained", {}), ("trained", train_routers(model, lessons, bars, capacity)):
-        kept = []
-        increase = (losses(model, blocks, skipping(model, partial(decide, scales, kept))).mean() - base).exp() - 1
-        share = sum(k.sum() for k in kept) / sum(k.numel() for k in kept)
-        print(f"{name}: {share:.3f} of the channels kept, perplexity {increase:+.1%} over the base's")
+    for name in "untrained", "trained":
+        increase = (losses(model, blocks, skipping(model, decide)).mean() - base).exp() - 1
+        share = float(sum(k.sum() for k in kept) / sum(k.numel() for k in kept))
+        print(f"{name}: {share:.3f} of the channels kept, perplexity {increase:+.1%} over the base's", flush=True)
+        scales = scales or train_routers(model, lessons, bars, share)  # to keep as many
+        kept.clear()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """The method by hand (`hat_lib.by_hand`: plain torch, nothing of the library) against the library, block by block."""
 
+import ast
+from pathlib import Path
+
+import nbformat
 import pytest
 import torch
 
 from hat_lib import by_hand
-from hat_lib.config import DATA
+from hat_lib.config import DATA, NOTEBOOKS
 from hat_lib.evaluation.perplexity import score
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.text.blocks import load_text
@@ -42,3 +46,17 @@ def test_what_leaves_freezes_and_is_read_by_later_layers(bundled):
     by_hand.losses(bundled.model, [torch.arange(5, 25)[None]], hooks)
     assert not torch.equal(seen[4][:, 2:], seen[3][:, 2:])
     assert all(torch.equal(h[:, 2:], seen[4][:, 2:]) and not torch.equal(h, seen[4]) for h in seen[5:])
+
+
+def test_the_functions_are_cells_of_the_notebooks():
+    """Character for character, but for `main`, which uses the library; and no notebook has another by its name."""
+    source = Path(by_hand.__file__).read_text(encoding="utf-8")
+    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    lines, texts = source.splitlines(), {}
+    for name, node in functions.items():
+        first = min(part.lineno for part in [node, *node.decorator_list])
+        texts[name] = "\n".join(lines[first - 1 : node.end_lineno])
+    paths = [next(NOTEBOOKS.glob(f"{number}_*.ipynb")) for number in ("02", "03", "04")]
+    cells = [cell.source for path in paths for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    assert [name for name, text in texts.items() if text not in cells] == ["main"]
+    assert not [name for name in texts for cell in cells if f"\ndef {name}(" in f"\n{cell}" and texts[name] != cell]
