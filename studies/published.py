@@ -9,7 +9,7 @@ from pathlib import Path
 from hat_lib.evaluation.controls import CONTROLS
 from studies import quality
 from studies.common import CHECKPOINTS, TEXTS, markdown, saved
-from studies.plotting.findings import increase_text, promised
+from studies.plotting.findings import increase_text
 
 ABOUT = "as in quality, for the token grain trained by the published recipe"
 MINUTES = 3
@@ -22,10 +22,6 @@ def rows(
     """The points of the token grain that are trained and without exits."""
     points = [p for p in quality.plan("token") if p.variant == "trained" and p.exit_rate == 0]
     yield from quality.rows(done, token=token, grains=["token"], points=points, dtype=dtype)
-
-
-def figures(results: Path | None = None) -> dict:
-    return {"08_promised": promised(*(saved(name, results) for name in ("quality", "published", "published_claims")))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

@@ -32,7 +32,7 @@ from studies import common, quality
 from studies.claims import PROMISED
 from studies.common import CHECKPOINTS, SPEEDS, TEXTS, markdown, ratios, rounded, saved, times
 from studies.plotting import speed
-from studies.plotting.findings import increase_text
+from studies.plotting.findings import increase_text, promised
 from studies.timing import decode_ms, forced, forced_exits, plain_copy, plain_part
 
 ABOUT = "a claimed point: quality from quality.csv, speed measured"
@@ -178,9 +178,8 @@ def _ideal(cost: Work, phase: str) -> float:
 
 def figures(results: Path | None = None) -> dict:
     rows = saved("published_claims", results)
-    # A speed above its ideal is a measuring error.
-    above = rows["decode_dense"].round(2) > rows["ideal_decode"].round(2)
-    return {"06_work_and_time": speed.work_and_time(rows[~above]), "06_promise": speed.promise(rows)}
+    drawn = {"06_work_and_time": speed.work_and_time(rows), "06_promise": speed.promise(rows)}
+    return drawn | {"08_promised": promised(saved("quality", results), rows)}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

@@ -87,8 +87,8 @@ def write_prices() -> None:
 def figures(results: Path | None = None) -> dict:
     table = saved("quality", results)
     both = table[table["text"].isin(TEXTS)]  # with controls and both grains
-    docstrings = frontier.quality(table[table["text"] == "docstrings"])
-    return {"quality": frontier.quality(both), "divergence": findings.divergence(table), "06_quality": docstrings,
+    controls = findings.beside_controls(table, "docstrings")
+    return {"quality": frontier.quality(both), "divergence": findings.divergence(table), "06_quality": controls,
             "08_exits": findings.exits(table), "over_time": findings.over_time(table, saved("decode"))}  # fmt: skip
 
 

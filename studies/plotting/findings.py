@@ -20,11 +20,20 @@ from studies.plotting.shared import MOST, PUBLISHED
 POINT = ["granularity", "text", "capacity"]
 RUN = ("variant", "exit_rate", "tokens", *COST)
 TEXTS = {"addresses": (BLUE, "o"), "docstrings": (ORANGE, "s")}
-TRAINED = {
-    "channel grain, trained": (BLUE, "o", "-"),
-    "channel grain, untrained": (SKY, "v", "--"),
-    "token grain, published recipe": (ORANGE, "s", "-"),
-    "token grain, our recipe": (PURPLE, "P", "-"),
+READ = {
+    "addresses": "addresses, as trained on", "docstrings": "docstrings, not trained on",
+    "encyclopedia": "encyclopedia, not trained on",
+}  # fmt: skip
+"""text -> title of its panel"""
+TRAINED = (BLUE, "o", "-"), (SKY, "v", "--")
+"""trained and untrained"""
+CONTROLS = {  # in `beside_controls`: series, name, capacity of the point that bears it, and where
+    "random": ((ORANGE, "^", ":"), "random channels", 0.7, (8, 0)),
+    "static": ((GREEN, "D", ":"), "the same channels for every token", 0.7, (8, 2)),
+    "cosine": ((PURPLE, "s", ":"), "layers by a cosine rule", 0.7, (8, 4)),
+    "removal": ((BROWN, "P", ":"), "whole layers removed", 0.7, (8, -6)),
+    "untrained": ((SKY, "v", "--"), "untrained", 0.55, (6, 9)),
+    "trained": ((BLUE, "o", "-"), "trained", 0.55, (-24, -14)),
 }
 EXITS = {"trained": (GREEN, "D", "exits chosen by the gates"), "random_exits": (BROWN, "v", "as many at random")}
 VERDICTS = {"kept": (BLUE, "o"), "open": (GREY, "D"), "missed": (ORANGE, "s")}
@@ -53,14 +62,15 @@ def rivals(quality: pd.DataFrame) -> pd.DataFrame:
     return others[(others["model_share"] - others["model_share_of_trained"]).abs() <= EQUAL + 5e-6]  # rounded
 
 
-def kept(quality: pd.DataFrame, promise: pd.DataFrame) -> pd.DataFrame:
+def kept(quality: pd.DataFrame, promise: pd.DataFrame, by: str = "capacity") -> pd.DataFrame:
     """The trained rows of `studies.quality` without exits, beside the claims of `studies.published_claims`.
 
-    Adds the columns ``promised``, the increase interpolated between claimed capacities, and ``kept``, an `outcome`.
+    Adds the columns ``promised``, the increase interpolated between claimed capacities, and ``kept``, an `outcome`. A
+    row is judged ``by`` its requested capacity, or by the ``"realised"`` one; below the claimed ones it is left out.
     """
     bounds, rows = _bounds(promise), _dial(quality, "trained")
-    rows = rows[rows["capacity"].between(bounds["capacity"].min(), bounds["capacity"].max())]
-    rows = rows.assign(promised=np.interp(rows["capacity"], bounds["capacity"], bounds["promised_increase"]))
+    rows = rows[rows[by] >= bounds["capacity"].min()]
+    rows = rows.assign(promised=np.interp(rows[by], bounds["capacity"], bounds["promised_increase"]))
     judged = rows[[*COST[1:], "promised"]].to_numpy()
     return rows.assign(kept=[outcome(low, high, at_most=bound) for low, high, bound in judged])
 
@@ -82,21 +92,38 @@ def machine(rows: pd.DataFrame) -> str:
 
 
 @draws()
-def promised(quality: pd.DataFrame, published: pd.DataFrame, promise: pd.DataFrame) -> Figure:
-    """Increase in perplexity at the realised capacity, beside the published claim; a panel for each text. ``published``
-    is the table of that study; the rest as for `kept`."""
-    found, bounds = kept(quality, promise), _bounds(promise)
-    channel, token = (found[found["granularity"] == grain] for grain in ("channel", "token"))
-    start = _dial(quality, "untrained").query("granularity == 'channel'")
-    lines = [channel, start, _dial(published, "trained"), token]
-    fig, panels = _by_text(found, "capacity that was realised", 4.1)
-    for here, ax in panels:
-        for rows, series in zip(lines, TRAINED.values(), strict=True):
-            rows = rows[rows["text"] == here["text"].iloc[0]]
-            shared.costs(ax, rows["realised"], rows[COST], *series)
+def promised(quality: pd.DataFrame, promise: pd.DataFrame) -> Figure:
+    """Increase in perplexity by realised capacity, channel grain, beside the published claim; a panel for each text of
+    `READ`. Tables as for `kept`."""
+    bounds, lines = _bounds(promise), {"trained": kept(quality, promise), "untrained": _dial(quality, "untrained")}
+    fig, axes = style.panels(len(READ), height=3.5, width=8.6, sharey=True)
+    for ax, (text, title) in zip(axes, READ.items(), strict=True):
+        shared.increases(ax, [0, 1, 3, 10, 30, 100], "capacity that was realised", 0, 80)
         ax.plot(bounds["capacity"], 100 * bounds["promised_increase"], ":", **PUBLISHED)
-    names = [entry("claimed", line=":", **PUBLISHED), *(entry(name, *series) for name, series in TRAINED.items())]
-    style.legend_below(fig, names, ncols=3)
+        for (name, rows), (colour, marker, line) in zip(lines.items(), TRAINED, strict=True):
+            rows = rows[(rows["granularity"] == "channel") & (rows["text"] == text)]
+            shared.costs(ax, rows["realised"], rows[COST], colour, marker, line)
+            if len(rows):
+                at = _nearest(rows, 0.55 if name == "trained" else 0.4)
+                beside = {"offset": (-7, -4), "ha": "right"} if name == "trained" else {"offset": (8, 0)}
+                shared.label(ax, (at["realised"], 100 * at["increase"]), name, colour, **beside)
+        shared.label(ax, (0.7, 3), "claimed", "black", (8, 5))
+        ax.set(title=title, xlim=(0.34, 0.95), ylabel=ax.get_ylabel() * (ax is axes[0]))
+    return fig
+
+
+@draws("granularity", "text", "variant", "exit_rate", "tokens", "model_share", *COST)
+def beside_controls(table: pd.DataFrame, text: str) -> Figure:
+    """Channel grain: the increase in perplexity on one text against executed work, trained and for each control."""
+    table = table[(table["granularity"] == "channel") & (table["text"] == text)]
+    fig, (ax,) = style.panels(1, height=3.9, width=6.4)
+    style.increases(ax, [0, *(10.0**n for n in (*range(4), 4, 6))], WORK)
+    for variant, ((colour, marker, line), name, capacity, offset) in CONTROLS.items():
+        if len(rows := _dial(table, variant).sort_values("model_share")):
+            style.whiskers(ax, rows["model_share"], 100 * rows[COST], colour, marker, line, markersize=4)
+            at = _nearest(rows, capacity)
+            shared.label(ax, (at["model_share"], 100 * at["increase"]), name, colour, offset)
+    ax.set(xlim=(0.36, 0.96), ylim=(-0.7, None))
     return fig
 
 
@@ -194,6 +221,10 @@ def _bounds(promise: pd.DataFrame) -> pd.DataFrame:
     bounds = promise.dropna(subset="promised_increase").drop_duplicates("capacity").sort_values("capacity")
     style.check_table(bounds, "promised_increase")
     return bounds
+
+
+def _nearest(rows: pd.DataFrame, capacity: float) -> pd.Series:
+    return rows.iloc[(rows["capacity"] - capacity).abs().argmin()]
 
 
 def _dial(quality: pd.DataFrame, variant: str) -> pd.DataFrame:

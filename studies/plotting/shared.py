@@ -44,6 +44,12 @@ def increases(ax: Axes, ticks, xlabel: str, largest: float, top: float = 0, bott
     ax.set_ylim(bottom, 1.4 * MOST if beyond else top or 140 * max(largest, 0.1))
 
 
+def label(ax: Axes, at: tuple[float, float], text: str, colour: str, offset: tuple[float, float], **more) -> None:
+    """The name of a line beside one of its points, ``offset`` in points."""
+    look = {"textcoords": "offset points", "fontsize": 9, "zorder": 6, "va": "center", "color": colour}
+    ax.annotate(text, at, offset, **look | more)
+
+
 def grain_entries(table: pd.DataFrame, line: str = "none") -> list[Line2D]:
     return [style.entry(f"{g} grain", *GRAINS[g], line) for g in GRAINS if g in set(table["granularity"])]
 

@@ -108,25 +108,26 @@ def token_time(table: pd.DataFrame) -> Figure:
     return fig
 
 
-@draws("granularity", "exit_rate", "model_share", "decode_dense", "prefill_dense", *QUALITY)
+@draws("base", "granularity", "capacity", "exit_rate", "model_share", "decode_dense", "prefill_dense")
 def work_and_time(table: pd.DataFrame) -> Figure:
-    """What skipping costs against the work that remains, and against time, both as shares of the dense path's."""
-    table = table.dropna(subset=QUALITY)
-    style.check_table(table, *QUALITY)
-    shares = {"executed share of the work": table["model_share"],
-              "time of a decode step / dense": 1 / table["decode_dense"],
-              "time of a prefill / dense": 1 / table["prefill_dense"]}  # fmt: skip
-    fig, axes = style.panels(len(shares), height=3.3, width=7.8, sharex=True, sharey=True)
-    for ax, (label, share) in zip(axes, shares.items(), strict=True):
-        shared.increases(ax, TICKS, label, table[QUALITY[0]].max())
-        for grain, rows in table.assign(x=share).groupby("granularity"):
-            colour, marker = GRAINS[grain]
-            staying, leaving = rows[rows["exit_rate"] == 0].sort_values("model_share"), rows[rows["exit_rate"] > 0]
-            shared.costs(ax, staying["x"], staying[QUALITY], colour, marker, "-")
-            shared.costs(ax, leaving["x"], leaving[QUALITY], colour, "x")
-        ax.axvline(1, color=GREY, linewidth=1)
-        ax.label_outer()
-    style.legend_below(fig, [*shared.grain_entries(table, "-"), entry("with exits", marker="x")])
+    """Channel grain, the bundled base: time against the work that remains, both as shares of the dense path's."""
+    rows = table.query("base == 'bundled' and granularity == 'channel' and exit_rate == 0").sort_values("model_share")
+    style.check_table(rows)
+    fig, (ax,) = style.panels(1, height=3.6, width=5.6)
+    ax.plot([0.3, 1], [0.3, 1], ":", color=GREY)
+    shared.label(ax, (0.62, 0.62), "if time followed the work", GREY, (8, -8))
+    ax.axhline(1, color=GREY, linewidth=1)
+    shared.label(ax, (0.36, 1), "nothing skipped", GREY, (0, -7))
+    share, decode, prompt = rows["model_share"], 1 / rows["decode_dense"], 1 / rows["prefill_dense"]
+    ax.plot(share, decode, color=BLUE, marker="o", markersize=5)
+    ax.plot(share, prompt, color=BLUE, marker="s", markersize=5, linestyle="--")
+    for x, y, capacity in zip(share, decode, rows["capacity"], strict=True):
+        shared.label(ax, (x, y), f"{capacity:.2f}", BLUE, (-4, 9), ha="right")
+    shared.label(ax, (0.6, 0.74), "decoding, at the capacity shown", BLUE, (0, 0), ha="right")
+    shared.label(ax, (share.iloc[1], prompt.iloc[1]), "reading a prompt of 512 tokens", BLUE, (0, 11), ha="center")
+    ax.set(xlim=(0.34, 1.0), ylim=(0.3, 1.4), xlabel=style.WORK, ylabel="time / time with nothing skipped")
+    ax.xaxis.set_major_formatter(PERCENT)
+    ax.yaxis.set_major_formatter(PERCENT)
     return fig
 
 

@@ -2,6 +2,7 @@
 On Colab its second code cell fetches the project, once, and leaves Colab's own torch alone."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -205,3 +206,15 @@ def test_every_notebook_has_that_cell_and_a_badge_that_opens_it():
         assert cells(path, "code")[1] == cells(NOTEBOOKS / "00_setup.ipynb", "code")[1], path.name
         link = f"https://colab.research.google.com/github/hat-workbook/hat-workbook/blob/main/notebooks/{path.name}"
         assert f"]({link})" in cells(path, "markdown")[0]
+
+
+def test_the_marked_path_takes_as_long_as_the_readme_says():
+    """200 words and 15 lines of code a minute, without folded cells: at most an hour and a quarter."""
+    readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
+    said, marked = re.search(r"If you have (\d+) minutes, read ([\d, and]+);", readme).groups()
+    paths = notebooks.select(re.findall(r"\d+", marked), NOTEBOOKS)
+    shown = [cell for path in paths for cell in nbformat.read(path, 4).cells]
+    words = sum(len(c.source.split()) for c in shown if c.cell_type == "markdown")
+    code = [c.source for c in shown if c.cell_type == "code" and "hide-input" not in c.metadata.get("tags", [])]
+    minutes = words / 200 + sum(line.strip() != "" for source in code for line in source.split("\n")) / 15
+    assert abs(minutes - int(said)) <= 5 and minutes <= 75, f"{minutes:.0f} minutes"
