@@ -21,11 +21,9 @@ from hat_lib.plotting.style import (
     PINK,
     PURPLE,
     RED,
-    WIDE,
     WIDTH,
     draws,
 )
-from hat_lib.plotting.training import curve
 from hat_lib.workbook import screen
 from studies.plotting.shared import SERIES, legend_above, log_axis, set_ticks
 
@@ -139,32 +137,35 @@ def at_equal_work(curve: pd.DataFrame) -> pd.DataFrame:
 
 @draws("reader", "depth", "agreement")
 def exit_depths(table: pd.DataFrame) -> Figure:
-    """04. How often the base's next token can be read after each layer, a line per ``reader``."""
+    """04. How often the base's next token can be read after each layer, a line per ``reader``, named beside it."""
     fig, (ax,) = style.panels(1)
-    all_series = zip((GREY, BLUE, ORANGE, GREEN), "oDs^", ("-", "--", "-.", ":"), strict=True)
-    for (reader, rows), (colour, marker, line) in zip(table.groupby("reader", sort=False), all_series, strict=False):
-        ax.plot(rows["depth"], rows["agreement"], line, marker=marker, color=colour, markersize=5, label=reader)
-    ax.set(xlabel="layers that have run", ylabel="share that read the base's token", ylim=(0, 1.02))
+    looks = (GREY, "o", "-", (0.5, 16, -14)), (BLUE, "D", "--", (0.75, 16, -34)), (ORANGE, "s", "-", (0.5, -12, 14))
+    for (reader, rows), (colour, marker, line, (part, *beside)) in zip(
+        table.groupby("reader", sort=False), looks, strict=False
+    ):
+        ax.plot(rows["depth"], rows["agreement"], line, marker=marker, color=colour, markersize=5)
+        named = rows.iloc[int(part * (len(rows) - 1))]
+        side = {"ha": "left" if beside[0] > 0 else "right", "arrowprops": {"arrowstyle": "-", "color": colour}}
+        ax.annotate(reader, named[["depth", "agreement"]], beside, textcoords="offset points", color=colour, **side)
+    ax.set(xlabel="layers that have run", ylabel="share that reads the base's token", ylim=(0, 0.6))
     ax.yaxis.set_major_formatter(PERCENT)
-    ax.legend()
     return fig
 
 
-@draws("step", "kl", "agreement", "gate_loss", "exit_rate")
-def gates(log: pd.DataFrame) -> Figure:
-    """04. A run that trains exit gates: translators' KL, how often an exit reads the base's token, the gates' loss."""
-    fig, (kl, agreement, loss) = style.panels(3, height=3.0, width=WIDE, sharey=False)
-    curve(kl, log, "kl", BLUE)
-    kl.set(ylabel="KL to the base, mean of the exits")
-    curve(agreement, log, "agreement", GREEN, "reads the base's token")
-    curve(agreement, log, "exit_rate", ORANGE, "drawn to leave")
-    agreement.set(ylabel="share of tokens", ylim=(0, 1))
-    agreement.yaxis.set_major_formatter(PERCENT)
-    curve(loss, log, "gate_loss", PURPLE)
-    loss.axhline(np.log(2), color=GREY, linewidth=1, label="log 2: a coin")
-    loss.set(ylabel="gates' cross-entropy, nats")
-    for ax in (agreement, loss):
-        legend_above(ax, 1)
+@draws("exit_rate", "agreement")
+def leaving(table: pd.DataFrame) -> Figure:
+    """04. Of the tokens that leave, how many agree with the base, by the share that leaves; both ends are named."""
+    fig, (ax,) = style.panels(1, height=3.2)
+    ax.plot(table["exit_rate"], table["agreement"], marker="o", markersize=4, color=BLUE)
+    first, last = table.iloc[0], table.iloc[-1]
+    few = f"the first {first['exit_rate']:.0%} to leave: {first['agreement']:.0%} agree"
+    ax.annotate(few, first[["exit_rate", "agreement"]], (10, -3), textcoords="offset points")
+    everyone = f"all leave: {last['agreement']:.0%}"
+    ax.annotate(everyone, last[["exit_rate", "agreement"]], (-10, -3), textcoords="offset points", ha="right")
+    ax.set(xlabel="share of the tokens that leaves", ylabel="share of these that agrees")
+    ax.set(xlim=(0, 1.03), ylim=(0, 1.03))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(PERCENT)
     return fig
 
 

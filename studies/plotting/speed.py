@@ -5,15 +5,12 @@ alone would give. A hollow marker is a number not measured here: a claim, or an 
 study that the figure is named after; `QUALITY` is the increase in perplexity and its interval.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PERCENT, PURPLE, SKY, YELLOW, draws, entry
+from hat_lib.plotting.style import BLUE, GREY, ORANGE, draws, entry
 from studies.plotting import shared
 from studies.plotting.shared import GRAINS, SERIES
 
@@ -21,42 +18,38 @@ KINDS = {"decode_hf": ("-", "over plain transformers"), "decode_dense": ("--", "
 CLAIM = ("base", "granularity", "capacity", "exit_rate", "promised_speedup", "promised_increase", *KINDS)
 LABEL = {"textcoords": "offset points", "fontsize": 8, "zorder": 4, "ha": "right",
          "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}  # fmt: skip
-TIMES = {"ms_hf": "plain transformers", "ms_early_exit": "its early-exit drafts", "ms_lossless": "our drafts"}
+TIMES = {
+    "ms_lossless": "our drafts, in 4 bits",
+    "ms_hf": "plain transformers",
+    "ms_early_exit": "transformers' early-exit drafts",
+}
 QUALITY = ["docstrings", "docstrings_low", "docstrings_high"]
 TICKS = [0, 1, 3, 10, 30, 100, 300, shared.MOST]
-TOKEN_PARTS = {
-    "qkv": (BLUE, "q | k | v"), "o": (SKY, "o"), "gate_up": (ORANGE, "gate | up"), "down": (YELLOW, "down"),
-    "head": (GREEN, "head"), "decisions": (PURPLE, "decisions"), "rest": (GREY, "rest of the step"),
-    "loop": ("black", "loop"),
-}  # fmt: skip
-"""part of a token's time -> colour and name"""
+PRODUCTS = ("qkv", "o", "gate_up", "down", "head")
+BESIDE, INSIDE = {"textcoords": "offset points"}, {"ha": "center", "va": "center", "fontsize": 9}
 
 
-@draws("granularity", "capacity", "dtype", "kind", "drafted", "accepted", "ideal", "ms_dense", *TIMES)
+@draws("dtype", "ms_dense", *TIMES)
 def lossless(table: pd.DataFrame) -> Figure:
-    """Drafts that the base accepted, by kind of prompt, and speed beside three other ways to the same text: a ratio of
-    sums and a median, with 95 % bootstrap intervals over prompts."""
-    kinds, groups = list(dict.fromkeys(table["kind"])), list(table.groupby(["granularity", "capacity", "dtype"]))
-    fig, (stood, speed) = style.panels(2, height=3.6, width=8.4, sharey=False)
-    names = []
-    for number, ((grain, capacity, dtype), rows) in enumerate(groups):
-        series, shift = SERIES[number % len(SERIES)], 0.16 * (number - (len(groups) - 1) / 2)
-        names.append(entry(f"{grain} grain, capacity {capacity:g}, {dtype}", *series))
-        for y, kind in enumerate(kinds):
-            pairs = rows.loc[rows["kind"] == kind, ["accepted", "drafted"]]
-            _resampled(stood, y + shift, pairs, _ratio, *series)
+    """Speed of three ways to the base's text over our own dense path, medians with 95 % bootstrap intervals over
+    prompts; the two dtypes are named in the first row."""
+    fig, (ax,) = style.panels(1, height=2.6)
+    for shift, (dtype, rows), series in zip((0.15, -0.15), table.groupby("dtype"), SERIES, strict=False):
         for y, way in enumerate(TIMES):
-            _resampled(speed, y + shift, (rows["ms_dense"] / rows[way]).dropna(), np.median, *series)
-        hollow = dict(zip(("color", "marker"), series, strict=True)) | {"markersize": 5}
-        speed.plot(rows["ideal"].median(), len(TIMES) + shift, **shared.PUBLISHED | hollow)
-    stood.set(xlabel="share of the drafted tokens that stood")
-    stood.xaxis.set_major_formatter(PERCENT)
-    speed.axvline(1, color=GREY, linewidth=1)
-    speed.set(xlabel="speed over our own dense path (times)")
-    shared.named_rows(stood, kinds)
-    shared.named_rows(speed, [*TIMES.values(), "our drafts,\nby work alone"])
-    style.legend_below(fig, names)
+            ratio = (rows["ms_dense"] / rows[way]).dropna()
+            style.whiskers(ax, [y + shift], middle(ratio), *series, horizontal=True)
+            if not y:
+                ax.annotate(dtype, (middle(ratio).iloc[0, 2], shift), (6, -3), color=series[0], **BESIDE)
+    ax.axvline(1, color=GREY, linewidth=1)
+    ax.set(xlabel="speed over our own dense path (times)", xlim=(0, 1.15 * ax.get_xlim()[1]))
+    shared.named_rows(ax, list(TIMES.values()))
     return fig
+
+
+def middle(values: pd.Series) -> pd.DataFrame:
+    """The median and its 95 % interval, from rows drawn again with replacement: one row of three numbers."""
+    drawn = np.random.default_rng(0).choice(values.to_numpy(), (1000, len(values)))
+    return pd.DataFrame([[values.median(), *np.quantile(np.median(drawn, axis=1), [0.025, 0.975])]])
 
 
 @draws("base", "way", "weights", "realised", "ms", "low", "high", "ideal")
@@ -86,25 +79,23 @@ def decode(table: pd.DataFrame) -> Figure:
     return fig
 
 
-@draws("way", "part", "realised", "ms", "low", "high")
+@draws("way", "part", "realised", "ms")
 def token_time(table: pd.DataFrame) -> Figure:
-    """Milliseconds of a token by part, a panel for each way on a scale of its own: medians, with whiskers from the
-    lowest to the highest round. Bars whose whiskers include 0 are hollow."""
+    """Milliseconds of a token, three ways on one scale: products with weights, and all else; sums of medians."""
     share = table.loc[table["way"] == "adaptive", "realised"].iloc[0]
     names = {"hf": "plain transformers", "dense": "our own dense path", "adaptive": f"adaptive, {share:.2f} realised"}
-    fig, axes = style.panels(3, height=3.4, width=8.6)
-    for ax, (way, title) in zip(axes, names.items(), strict=True):
-        parts = table[table["way"] == way].set_index("part").reindex(list(TOKEN_PARTS))
-        known = parts["low"] * parts["high"] > 0
-        for y, (part, (colour, _)) in enumerate(TOKEN_PARTS.items()):
-            ax.barh(y, parts.loc[part, "ms"], 0.62, color=colour if known[part] else "white", edgecolor=colour)
-        ends = parts[["ms", "low", "high"]]
-        style.whiskers(ax, range(len(parts)), ends, "black", "", horizontal=True, elinewidth=0.8)
-        ax.axvline(0, color=GREY, linewidth=1)
-        ax.set_title(f"{title}\n{parts['ms'].sum():.1f} ms, sum of medians", fontsize=9)
-        ax.set(xlabel="milliseconds a token")
-        ax.grid(axis="y", visible=False)
-    shared.named_rows(axes[0], [label for _, label in TOKEN_PARTS.values()])
+    product = table["part"].isin(PRODUCTS)
+    fig, (ax,) = style.panels(1, height=2.4)
+    for y, way in enumerate(names):
+        inside, outside = (table.loc[(table["way"] == way) & which, "ms"].sum() for which in (product, ~product))
+        ax.barh(y, inside, 0.6, color=BLUE)
+        ax.barh(y, outside, 0.6, left=inside, color=ORANGE)
+        ax.annotate(f"{inside + outside:.1f} ms", (inside + outside, y), (5, -3), **BESIDE)
+        if not y:  # named where the bars are wide
+            ax.annotate(f"products with weights: {inside:.1f}", (inside / 2, y), color="white", **INSIDE)
+            ax.annotate(f"all else: {outside:.1f}", (inside + outside / 2, y), color="black", **INSIDE)
+    ax.set(xlabel="milliseconds a token", xlim=(0, 1.12 * ax.get_xlim()[1]))
+    shared.named_rows(ax, list(names.values()))
     return fig
 
 
@@ -153,18 +144,3 @@ def promise(table: pd.DataFrame) -> Figure:
     names = [*shared.grain_entries(table), *(entry(label, line=line) for line, label in KINDS.values())]
     style.legend_below(fig, [entry("claimed", **shared.PUBLISHED), *names])
     return fig
-
-
-def _ratio(pairs: np.ndarray, axis: int) -> np.ndarray:
-    sums = pairs.sum(axis)
-    return sums[..., 0] / sums[..., 1]
-
-
-def _resampled(ax: Axes, y: float, values: pd.DataFrame, statistic: Callable, colour: str, marker: str) -> None:
-    """A statistic over the rows at height ``y``, with its 95 % interval over resampled rows."""
-    if values.empty:
-        return
-    rows = values.to_numpy()
-    drawn = np.random.default_rng(0).integers(len(rows), size=(1000, len(rows)))
-    low, high = np.quantile(statistic(rows[drawn], axis=1), [0.025, 0.975])
-    style.whiskers(ax, [y], pd.DataFrame([[statistic(rows, axis=0), low, high]]), colour, marker, horizontal=True)

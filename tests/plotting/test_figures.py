@@ -16,7 +16,7 @@ from hat_lib.config import HatError
 from hat_lib.evaluation.routing import TABLES
 from hat_lib.evaluation.tokens import token_table
 from hat_lib.plotting import routing, style, training
-from studies.plotting import findings, notebooks, reference_runs
+from studies.plotting import findings, notebooks
 
 NUMBERS = "ffn attention head work value ratio increase realised top1 agreement share forecast mean score threshold kl"
 TABLE = pd.DataFrame({name: [0.2, 0.4, 0.7] for name in NUMBERS.split()})
@@ -42,9 +42,8 @@ FIGURES = {
     notebooks.sensitivity: ((TABLE,), 1, 2),
     notebooks.score_histogram: ((TABLE, TABLE), 1, 1),
     training.routers: ((LOG,), 3, 0),
-    notebooks.gates: ((LOG,), 3, 0),
     findings.bounds: ((TABLE, "per cent"), 1, 2),
-    reference_runs.gates: ((LOG, LOG), 3, 0),
+    notebooks.leaving: ((TABLE,), 1, 0),
     notebooks.exit_depths: ((TABLE,), 1, 0),
     notebooks.learning_curve: ((TABLE.iloc[[0, 0]].assign(tokens=[0, 1024]),), 1, 0),
 }
@@ -121,12 +120,12 @@ def test_shown_and_saved(tmp_path, monkeypatch):
     assert picture._repr_mimebundle_()[1] == {"image/png": {"alt": "what to see"}} and how["include"] == ["image/png"]
     assert plt.imread(tmp_path / "figures" / "one.png")[0, 0, :3].tolist() == [1, 1, 1]  # on dark pages too
     whole = LOG.query("granularity == 'token'")
-    live = training.Live(path, notebooks.gates, "gates", "what it shows", every=0)
+    live = training.Live(path, training.routers, "routers", "what it shows", every=0)
     for rows in (0, 5, len(whole)):
         whole.head(rows).to_csv(path, index=False)
         live(rows == len(whole))
     assert len(shown) == 2 and handle.update.call_count == 1
-    assert (tmp_path / "figures" / "gates.png").read_bytes() == style.png(notebooks.gates(whole))
+    assert (tmp_path / "figures" / "routers.png").read_bytes() == style.png(training.routers(whole))
 
 
 # Findings
