@@ -23,8 +23,8 @@ LONGEST := tests/workbook/test_browser.py
 TESTS := $(LONGEST) $(filter-out $(LONGEST),$(sort $(wildcard tests/test_*.py tests/*/test_*.py)))
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := OMP_NUM_THREADS=1 $(OFFLINE) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
-# The two that train take half of the time of all; `make workbook` runs them.
-COMPARED := $(filter-out notebooks/03_% notebooks/04_%,$(wildcard notebooks/*.ipynb))
+# The one that trains routers takes the longest of all; `make workbook` runs it.
+COMPARED := $(filter-out notebooks/03_%,$(wildcard notebooks/*.ipynb))
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 300
 
 .DEFAULT_GOAL := help
@@ -40,7 +40,7 @@ workbook: .venv/ready  ## run every notebook into runs/, then say how each one w
 check: lint  ## lint, and every test that is not marked slow: under two minutes
 	$(PYTEST) -m "not slow" $(ONLY)
 
-test: lint  ## lint, every test, and stored outputs of the notebooks (but 03 and 04) compared with a fresh run
+test: lint  ## lint, every test, and stored outputs of the notebooks (but 03) compared with a fresh run
 	$(PYTEST) $(TESTS)
 	$(if $(COMPARED),$(PYTEST) $(NBVAL) $(COMPARED),@echo "no notebooks to compare")
 
