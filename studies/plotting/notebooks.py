@@ -31,6 +31,8 @@ from studies.plotting.shared import SERIES, legend_above, log_axis, set_ticks
 
 WEIGHTS = {"ffn": (BLUE, "white"), "attention": (ORANGE, "black"), "head": (GREEN, "black")}  # bar, text on it
 
+OWN = {"trained": (BLUE, "o"), "calibrated": (ORANGE, "s"), "by chance": (GREY, "^")}
+
 
 @draws("base", *WEIGHTS)
 def weight_shares(table: pd.DataFrame) -> Figure:
@@ -267,8 +269,8 @@ def own_costs(table: pd.DataFrame) -> Figure:
     """09. Perplexity increase against the executed share of the work; a labelled line per ``variant``."""
     fig, (ax,) = style.panels(1, height=3.8)
     style.increases(ax, [0, 1, 10, 100, 1000], style.WORK)
-    for (variant, rows), (colour, marker) in zip(table.groupby("variant", sort=False), SERIES, strict=False):
-        rows = rows.sort_values("model_share")
+    for variant, rows in table.groupby("variant", sort=False):
+        (colour, marker), rows = OWN[variant], rows.sort_values("model_share")
         style.whiskers(ax, rows["model_share"], 100 * rows[COST], colour, marker, "-")
         first = rows.iloc[0]
         ax.annotate(variant, (first["model_share"], 100 * first["increase"]), (-10, 0), textcoords="offset points",

@@ -22,8 +22,9 @@ NUMBERS = "ffn attention head work value ratio increase realised top1 agreement 
 NUMBERS += " model_share price difference fifth"
 TABLE = pd.DataFrame({name: [0.2, 0.4, 0.7] for name in NUMBERS.split()})
 TABLE = TABLE.assign(bound=0.5, low=0.1, high=300.0, increase_low=0.1, increase_high=[0.8, np.nan, 0.9])
-for name in ("base", "method", "reader", "label", "decides", "class", "what", "variant"):
+for name in ("base", "method", "reader", "label", "decides", "class", "what"):
     TABLE[name] = ["a", "a", "b"]
+TABLE["variant"] = ["trained", "trained", "by chance"]
 for name, column in {"layer": [1, 2, 3], "depth": [1, 2, 1], "layers": [22, 30, 16], "exit_rate": [0.1, 0.1, 0.3],
                      "first": [0, 0, 2], "last": [1, 1, 3], "capacity": [0.9, 0.7, 0.4], "tokens": [0, 0, 1024],
                      "verdict": ["kept", "missed", "missed"]}.items():  # fmt: skip
