@@ -31,17 +31,25 @@ PAGE = '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="
 
 
 @draws("token", "text", "exit_layer", "protected", "layer", "share", "difference")
-def layer_map(table: pd.DataFrame) -> Figure:
-    """Layer × token: the executed share, and its difference from the layer's mean; a cross where a token leaves."""
+def layer_map(table: pd.DataFrame, values: Sequence[str] = ("share", "difference")) -> Figure:
+    """Layer × token: the executed share, and its difference from the layer's mean, or one of these ``values``; a cross
+    where a token leaves."""
     tokens, n_layers = table.drop_duplicates("token"), table["layer"].nunique()
     left = np.flatnonzero(tokens["exit_layer"] < n_layers)
     most = max(0.01, table["difference"].abs().quantile(0.95))  # or protected tokens would dominate
-    fig, axes = style.panels(1, 2, 7.0, max(5.0, 1.8 + 0.165 * len(tokens)), sharex=True)
-    titles = "executed share", "less the layer's mean over all tokens, percentage points"
-    scales = {"cmap": PALETTE, "vmin": 0, "vmax": 1}, {"cmap": "PuOr", "vmin": -most, "vmax": most}
-    bars = {"format": PERCENT}, {"format": _points, "extend": "both"}
-    for ax, values, title, scale, bar in zip(axes, ("share", "difference"), titles, scales, bars, strict=True):
-        cells = table.pivot(index="layer", columns="token", values=values)
+    height, width = (7.0 if len(values) > 1 else 3.8), max(5.0, 1.8 + 0.165 * len(tokens))
+    fig, axes = style.panels(1, len(values), height, width, sharex=True)
+    looks = {
+        "share": ("executed share", {"cmap": PALETTE, "vmin": 0, "vmax": 1}, {"format": PERCENT}),
+        "difference": (
+            "points above the layer's mean (purple) or below it",
+            {"cmap": "PuOr", "vmin": -most, "vmax": most},
+            {"format": _points, "extend": "both"},
+        ),
+    }
+    for ax, shown in zip(axes, values, strict=True):
+        title, scale, bar = looks[shown]
+        cells = table.pivot(index="layer", columns="token", values=shown)
         fig.colorbar(ax.pcolormesh(cells.to_numpy(), **scale), ax=ax, pad=0.01, **bar)
         places = range(0, n_layers, max(1, n_layers // 6))
         ax.set_yticks([y + 0.5 for y in places], places)
@@ -58,8 +66,8 @@ def layer_map(table: pd.DataFrame) -> Figure:
         style.legend_below(fig, names)
     labels = [visible(text).replace("\n", "").strip(" ") or "␣" for text in tokens["text"]]
     labels = [in_font(text if len(text) <= LABEL else text[: LABEL - 1] + "…") for text in labels]
-    axes[1].set_xticks(np.arange(len(tokens)) + 0.5, labels, rotation=90, fontsize=7.5, parse_math=False)
-    axes[1].set_xlabel("token (␣: a space, or part of a character)")
+    axes[-1].set_xticks(np.arange(len(tokens)) + 0.5, labels, rotation=90, fontsize=7.5, parse_math=False)
+    axes[-1].set_xlabel("token (␣: a space, or part of a character)")
     return fig
 
 

@@ -1,6 +1,4 @@
-"""A picture of the method: one layer of a Llama, what a token runs in it, what it skips, and where it may leave."""
-
-from __future__ import annotations
+"""A picture of the method: how a router chooses among the channels of one token, and where in a layer it does so."""
 
 import matplotlib as mpl
 import numpy as np
@@ -10,99 +8,73 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE
 
-KEPT = {"qkv": "x.xxx.x.", "o": ".x..x.x.", "gate_up": "xx.x.xx.", "down": "..x...x."}  # eight channels for all
-FAINT = "#dddddd"
+INPUT = np.array([0.9, -0.1, 0.4, -1.2, 0.2, 0.1, -0.8, 0.3])
+LENGTH = np.array([1.0, 2.0, 0.5, 0.8, 3.0, 1.0, 0.5, 2.2])
+THRESHOLD = 0.5
+FAINT, DARK = "#d9d9d9", "#555555"
+LEFT, STEP = 25, 6.6  # the first channel, and from one to the next
 
 
 def layer() -> Figure:
-    """One decoder layer at the channel grain: four routed inputs, one sensitivity per token, and an exit after it."""
+    """One token with eight channels: what is multiplied, which scores pass the threshold; below, one decoder layer."""
     with mpl.rc_context(STYLE):
-        fig = Figure(figsize=(9.4, 4.5), layout="constrained")
+        fig = Figure(figsize=(8.6, 5.6), layout="constrained")
         ax = fig.subplots()
-        ax.set(xlim=(0, 100), ylim=(0, 48), aspect="equal")
+        ax.set(xlim=(0, 100), ylim=(1, 65), aspect="equal")
         ax.axis("off")
-        _layer(ax)
-        _exit(ax)
+        _channels(ax)
+        _sites(ax)
         return fig
 
 
-def _layer(ax: Axes) -> None:
-    y = 22
-    ax.text(0.5, y + 4.6, "state of\na token", ha="left", va="bottom", fontsize=8.5)
-    _arrow(ax, (0.5, y), (8, y))
-    places = {"qkv": (8, "q | k | v", 12), "o": (31, "o", 6), "gate_up": (49, "gate | up", 11), "down": (69, "down", 7)}
-    for site, (x, name, width) in places.items():
-        _channels(ax, x, y, KEPT[site])
-        _box(ax, x + 4.2, y, width, 6, name, BLUE)
-        _arrow(ax, (x + 1.6, y), (x + 4.2, y))
-        _arrow(ax, (x + 0.8, 36.5), (x + 0.8, y + 6.8), ORANGE)
-    _box(ax, 25.4, y, 4.2, 6, "attend", GREY, 6.5)
-    for start, end in ((24.2, 25.2), (29.6, 31), (41.2, 49), (64.2, 69), (80.2, 81)):
-        _arrow(ax, (start, y), (end, y))
-    for x in (44.5, 82.5):
-        ax.text(x, y, "+", ha="center", va="center", fontsize=12, bbox={"boxstyle": "circle,pad=0.15", "fc": "white"})
-    ax.text(66.5, y + 1, "silu ·", ha="center", va="bottom", fontsize=7.5)
-    _bent(ax, 3, 44.5, y)
-    _bent(ax, 46.5, 82.5, y)
-
-    ax.add_patch(FancyBboxPatch((7.2, 36.5), 66, 5, "round,pad=0.4", fc="white", ec=ORANGE, linewidth=1.4))
-    score = r"keep channel $i$ where   $|x_i| \cdot \Vert W_{:,i} \Vert \cdot e^{a_i} \cdot e^{u} > \tau$"
-    ax.text(40.5, 39, f"router:  {score}", ha="center", va="center", fontsize=10.5)
-    ax.text(0.5, 46.6, r"$\tau$: one threshold for each layer, site and capacity     $a_i$: learned     "
-            r"$u$: the token's sensitivity, measured, once a layer", fontsize=8.5, va="center")  # fmt: skip
-    _box(ax, 10.6, 31, 8, 4, "$u = w \\cdot h + b$", ORANGE, 8)
-    ax.text(19.2, 31, "one for all four", fontsize=7.5, va="center", color="#555555")
-
-    _box(ax, 15, 10.5, 17, 4.2, "cache: keys and values", GREY, 7.5)
-    _arrow(ax, (18.5, y - 3), (20.5, 12.8), GREY)
-    _arrow(ax, (25.5, 12.8), (27.2, y - 3), GREY)
-
-
-def _exit(ax: Axes) -> None:
-    y = 22
-    _arrow(ax, (84.2, y), (87, y))
-    _box(ax, 87, y, 8, 6, "exit gate", PURPLE, 8)
-    _arrow(ax, (95, y), (99.5, y))
-    ax.text(95.6, y + 1, "stays", fontsize=7.5, ha="left")
-    ax.text(91, 17.6, "finished", fontsize=7.5, ha="left", color=PURPLE)
-    _arrow(ax, (90, y - 3), (90, 12.8), PURPLE)
-    _box(ax, 82, 10.5, 17, 4.2, "translator, norm, head", PURPLE, 7.5)
-    # What remains of a token that has left: keys and values in later layers, from its frozen state.
-    _box(ax, 41, 10.5, 36, 4.2, "later layers: keys and values alone, of its frozen state", "#bbbbbb", 7.5, "#444444")
-    _arrow(ax, (82, 10.5), (77, 10.5), "#bbbbbb")
-    keys = (
-        (0.5, BLUE, "base, frozen"),
-        (17, ORANGE, "routers"),
-        (30, PURPLE, "exits, after five of the layers"),
-        (55, GREY, "attention"),
-        (69, GREEN, "channels that are read"),
-        (91, FAINT, "not read"),
+def _channels(ax: Axes) -> None:
+    score, base, tall = np.abs(INPUT) * LENGTH, 34, 13
+    ax.text(0, 63, "One token, eight channels", fontsize=11, weight="bold", va="center")
+    for y, name in ((58, "what arrives, x"), (53.5, "length of its column of W"), (base, "score: size times length")):
+        ax.text(0, y + (tall / 2 if y == base else 0), name, va="center")
+    for i, (x, length, value) in enumerate(zip(INPUT, LENGTH, score, strict=True)):
+        at, kept = LEFT + STEP * i, value > THRESHOLD
+        colour = GREEN if kept else FAINT
+        ax.text(at, 58, f"{x:.1f}".replace("-", "−"), ha="center", va="center")
+        ax.text(at, 53.5, f"× {length:.1f}", ha="center", va="center")
+        ax.add_patch(Rectangle((at - 2.2, base), 4.4, tall * value, fc=colour, ec="none"))
+        ax.text(at, base + tall * value + 1.6, f"{value:.2f}", ha="center", va="center", fontsize=9, zorder=3,
+                bbox={"fc": "white", "ec": "none", "pad": 0.6})  # fmt: skip
+        ink, word = (GREEN, "read") if kept else (DARK, "skip")
+        ax.text(at, base - 2.2, word, ha="center", va="center", color=ink, weight="bold" if kept else "normal")
+    right = LEFT + STEP * 7 + 4
+    ax.plot([LEFT - 4, right], [base + tall * THRESHOLD] * 2, "--", color=ORANGE, linewidth=1.6)
+    ax.text(right + 1, base + tall * THRESHOLD, f"threshold τ = {THRESHOLD}", color="#a86800", va="center")
+    notes = (
+        (57.5, "0.2 is read: its column is long.\n−0.8 is skipped: its is short."),
+        (base - 2.2, "4 of 8: capacity 0.5"),
     )
-    for x, colour, name in keys:
-        ax.add_patch(Rectangle((x, 2.6), 1.6, 1.6, fc=colour, ec="none"))
-        ax.text(x + 2.4, 3.3, name, fontsize=8.5, va="center")
+    for y, note in notes:
+        ax.text(right + 1, y, note, va="center", fontsize=8.5, color=DARK)
 
 
-def _channels(ax: Axes, x: float, y: float, kept: str) -> None:
-    """A vector of channels, from bottom to top; ``kept`` marks kept channels with x."""
-    for channel, low in zip(kept, y + 1.5 * (np.arange(8) - 4), strict=True):
-        ax.add_patch(Rectangle((x, low), 1.6, 1.3, fc=GREEN if channel == "x" else FAINT, ec="none"))
-
-
-def _box(ax, x, y, width, height, text, colour, fontsize=9.0, ink="black") -> None:
-    """A box whose left edge is at ``x``, centred on ``y``."""
-    patch = FancyBboxPatch((x, y - height / 2), width, height, "round,pad=0,rounding_size=0.7", fc="white", ec=colour)
-    patch.set_linewidth(1.6)
-    ax.add_patch(patch)
-    ax.text(x + width / 2, y, text, ha="center", va="center", fontsize=fontsize, color=ink)
-
-
-def _arrow(ax, start, end, colour="black") -> None:
-    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=8, color=colour, linewidth=1.2,
-                                 shrinkA=0, shrinkB=0))  # fmt: skip
-
-
-def _bent(ax, start, end, y) -> None:
-    """The residual connection, below the boxes."""
-    low = y - 7.2
-    ax.plot([start, start, end, end], [y, low, low, y - 1.6], color=GREY, linewidth=1, zorder=0)
+def _sites(ax: Axes) -> None:
+    """A layer from left to right; a green bar is a choice of channels."""
+    y = 17.5
+    ax.text(0, 25.5, "Four such choices in each layer", fontsize=11, weight="bold", va="center")
+    parts = ((2, 14, "q | k | v", BLUE), (21, 10, "attend", GREY), (36, 8, "o", BLUE), (49, 14, "gate | up", BLUE),
+             (68, 10, "down", BLUE), (84, 13, "exit gate", PURPLE))  # fmt: skip
+    for x, width, name, colour in parts:
+        box = FancyBboxPatch(
+            (x, y - 3), width, 6, "round,pad=0,rounding_size=0.7", fc="white", ec=colour, linewidth=1.6
+        )
+        ax.add_patch(box)
+        ax.text(x + width / 2, y, name, ha="center", va="center")
+        if colour == BLUE:
+            ax.add_patch(Rectangle((x - 1.7, y - 3), 1.1, 6, fc=GREEN, ec="none"))
+    for (x, width, *_), (end, *_) in zip(parts, parts[1:], strict=False):
+        arrow = FancyArrowPatch(
+            (x + width, y), (end - 1.8, y), arrowstyle="-|>", mutation_scale=8, shrinkA=0, shrinkB=0
+        )
+        ax.add_patch(arrow)
+    ax.text(97, 11.5, "after five of the layers a token may leave;\nlater layers add its keys and values alone",
+            fontsize=8.5, color=DARK, ha="right", va="center")  # fmt: skip
+    rule = r"keep channel $i$ where   $|x_i| \cdot \Vert W_{:,i}\Vert \cdot e^{a_i} \cdot e^{u} > \tau$"
+    ax.text(0, 4, rule, va="center", fontsize=11.5)
+    ax.text(56, 4, "$a_i$: learned for the channel, 0 in the example\n$u$: the token's sensitivity, 0 in the example",
+            va="center", fontsize=8.5, color=DARK)  # fmt: skip

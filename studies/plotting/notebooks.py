@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from scipy.interpolate import make_interp_spline
 
-from hat_lib.evaluation.routing import layer_map, means
+from hat_lib.evaluation.routing import layer_map
 from hat_lib.evaluation.tokens import explain
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.plotting import routing, style, token_heatmap
@@ -28,7 +28,8 @@ from hat_lib.workbook import screen
 from studies.plotting.shared import SERIES, legend_above, log_axis, set_ticks
 
 WEIGHTS = {"ffn": (BLUE, "white"), "attention": (ORANGE, "black"), "head": (GREEN, "black")}  # bar, text on it
-ENDS = ["mean", "low", "high"]
+
+OWN = {"trained": (BLUE, "o"), "calibrated": (ORANGE, "s"), "by chance": (GREY, "^")}
 
 
 @draws("base", *WEIGHTS)
@@ -208,7 +209,7 @@ def sweep(table: pd.DataFrame) -> Figure:
 
 def prompt_map(hat: HierarchicalTransformer, prompt: str) -> Figure:
     """07. The map of a prompt, as ``hat`` is set: what pages show in the place of the screen that run nothing."""
-    return routing.layer_map(layer_map(explain(hat, prompt), count=screen.MOST))
+    return routing.layer_map(layer_map(explain(hat, prompt), count=screen.MOST), ["share"])
 
 
 def prompt_texts(hat: HierarchicalTransformer, prompt: str) -> Figure:
@@ -217,39 +218,82 @@ def prompt_texts(hat: HierarchicalTransformer, prompt: str) -> Figure:
     return token_heatmap.figure(*(found[i] for i in (0, 3, 5, 8)), meaning=meaning, low=0.0, high=1.0)
 
 
-def by_sensitivity(
-    price: np.ndarray, forecast: np.ndarray, block: np.ndarray, depths: int = 3, bins: int = 5
-) -> pd.DataFrame:
-    """Do tokens cost what was forecast? (token, layer) pairs in bins of equal size by forecast, at each depth.
-
-    ``price`` and ``forecast`` of dropping a token's channels in a layer, ``[L, n]``, are taken relative to the layer's
-    mean; ``block [n]`` is the block of each token. Columns ``bin`` (from 0), ``pairs``, ``forecast`` (mean), ``mean``
-    (of the prices), ``low``, ``high``, and the layers, ``first`` to ``last``.
-    """
-    parts = []
-    for layers in np.array_split(np.arange(len(price)), depths):
-        cost, guess = ((x[layers] / x[layers].mean(1, keepdims=True)).ravel() for x in (price, forecast))
-        codes = pd.qcut(pd.Series(guess).rank(method="first"), bins, labels=False).to_numpy()
-        places = np.tile(block, len(layers))
-        found = means(np.where(codes == np.arange(bins)[:, None], cost, np.nan), places, places)
-        table = pd.DataFrame({"bin": range(bins), "pairs": found["tokens"]})
-        table["forecast"] = pd.Series(guess).groupby(codes).mean()
-        parts.append(table.join(found[ENDS]).assign(first=layers[0], last=layers[-1]))
-    return pd.concat(parts, ignore_index=True)
+@draws("class", "tokens", "difference", "low", "high")
+def token_classes(table: pd.DataFrame) -> Figure:
+    """07. How far each class of tokens lies from the mean of all tokens, in percentage points of executed share."""
+    rows = table.sort_values("difference").reset_index(drop=True)
+    fig, (ax,) = style.panels(1, height=1.3 + 0.34 * len(rows))
+    ax.axvline(0, color=GREY, linewidth=1)
+    ends = 100 * rows[["difference", "low", "high"]]
+    style.whiskers(ax, rows.index, ends, BLUE, "o", horizontal=True)
+    for place, (middle, _, high) in zip(rows.index, ends.to_numpy(), strict=True):
+        ax.text(np.nanmax([high, middle]) + 0.4, place, f"{middle:+.1f}".replace("-", "−"), va="center", color=BLUE)
+    ax.set_yticks(rows.index, [f"{row['class']} ({row.tokens:,})" for _, row in rows.iterrows()])
+    ax.set(xlabel="points above the mean of all tokens, with 95 % intervals", ylabel="class (tokens)")
+    ax.grid(axis="y", visible=False)
+    return fig
 
 
-@draws("first", "last", "forecast", *ENDS)
+@draws("what", "fifth", "share")
+def fifths(table: pd.DataFrame) -> Figure:
+    """07. Mean executed share by ``fifth`` of the tokens, from 1 to 5; a labelled line per ``what``."""
+    fig, (ax,) = style.panels(1, height=3.4)
+    for (what, rows), (colour, marker) in zip(table.groupby("what", sort=False), SERIES, strict=False):
+        ax.plot(rows["fifth"], rows["share"], color=colour, marker=marker)
+        ax.text(rows["fifth"].iloc[-1] + 0.12, rows["share"].iloc[-1], what, color=colour, va="center")
+    ax.set_xticks(range(1, 6), ["1\nleast", "2", "3", "4", "5\nmost"])
+    ax.set(
+        xlim=(0.8, 6.6), xlabel="fifths of the tokens, by how much they surprise the base", ylabel="mean executed share"
+    )
+    ax.yaxis.set_major_formatter(PERCENT)
+    return fig
+
+
+@draws("forecast", "price", "low", "high")
 def sensitivity(table: pd.DataFrame) -> Figure:
-    """07. What tokens cost against what was forecast, both relative to the mean of their layer, by depth; ``table`` is
-    that of `by_sensitivity`."""
-    fig, (ax,) = style.panels(1, height=4.6)
-    all_series = (BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-.")
-    for series, ((first, last), rows) in zip(all_series, table.groupby(["first", "last"]), strict=False):
-        style.whiskers(ax, rows["forecast"], rows[ENDS], *series, label=f"layers {first}–{last}")
-    ends = table[["forecast", "low"]].min().min(), table[["forecast", "high"]].max().max()
-    ax.plot(ends, ends, color=GREY, linewidth=1, label="as forecast")
+    """07. What dropping a token's channels costs against what was forecast, both × the mean of the layer, in fifths."""
+    fig, (ax,) = style.panels(1, height=4.0)
+    ends = table["forecast"].min() / 1.3, table["forecast"].max() * 1.3
+    ax.plot(ends, ends, color=GREY, linewidth=1)
+    style.whiskers(ax, table["forecast"], table[["price", "low", "high"]], BLUE, "o")
+    for row, name in ((table.iloc[0], "the fifth forecast to cost least"), (table.iloc[-1], "forecast to cost most")):
+        ax.annotate(name, (row["forecast"], row["price"]), (12, 0), textcoords="offset points", va="center", color=BLUE)
+    ax.text(ends[1], ends[1], " as forecast", color=GREY, va="center")
     ax.set(yscale="log", xlabel="forecast, × the layer's mean", ylabel="measured, × the layer's mean")
     log_axis(ax, [0.25, 0.5, 1, 2, 4])
     set_ticks(ax.yaxis, [0.25, 0.5, 1, 2, 4])
-    ax.legend()
+    return fig
+
+
+@draws("variant", "model_share", *COST)
+def own_costs(table: pd.DataFrame) -> Figure:
+    """09. Perplexity increase against the executed share of the work; a labelled line per ``variant``."""
+    fig, (ax,) = style.panels(1, height=3.8)
+    style.increases(ax, [0, 1, 10, 100, 1000], style.WORK)
+    for variant, rows in table.groupby("variant", sort=False):
+        (colour, marker), rows = OWN[variant], rows.sort_values("model_share")
+        style.whiskers(ax, rows["model_share"], 100 * rows[COST], colour, marker, "-")
+        first = rows.iloc[0]
+        ax.annotate(variant, (first["model_share"], 100 * first["increase"]), (-10, 0), textcoords="offset points",
+                    ha="right", va="center", color=colour)  # fmt: skip
+    ax.set_xlim(table["model_share"].min() - 0.2, 1.02)
+    return fig
+
+
+@draws("step", "capacity", "kl")
+def early_and_late(log: pd.DataFrame) -> Figure:
+    """09. KL of the first and of the last third of a run's steps, by the capacity that each step drew."""
+    fig, (ax,) = style.panels(1, height=3.4)
+    third, last = log["step"].max() / 3, log["step"].max()
+    parts = (log[log["step"] <= third], ORANGE, "s"), (log[log["step"] > last - third], BLUE, "o")
+    for rows, colour, marker in parts:
+        ax.plot(rows["capacity"], rows["kl"], marker, color=colour, markersize=5, alpha=0.8)
+        line = np.polynomial.Polynomial.fit(rows["capacity"], np.log(rows["kl"]), 1)
+        ends = np.array([log["capacity"].min(), log["capacity"].max()])
+        ax.plot(ends, np.exp(line(ends)), color=colour, linewidth=1)
+        name = f"steps {rows['step'].min()} to {rows['step'].max()}"
+        ax.text(ends[0] - 0.01, np.exp(line(ends[0])), name, color=colour, ha="right", va="center")
+    ax.set_xlim(log["capacity"].min() - 0.17, None)
+    ax.set(yscale="log", xlabel="capacity that the step drew", ylabel="KL from the base, nats per token")
+    ax.xaxis.set_major_formatter(PERCENT)
     return fig

@@ -19,10 +19,12 @@ from hat_lib.plotting import routing, style, training
 from studies.plotting import findings, notebooks
 
 NUMBERS = "ffn attention head work value ratio increase realised top1 agreement share forecast mean score threshold kl"
+NUMBERS += " model_share price difference fifth"
 TABLE = pd.DataFrame({name: [0.2, 0.4, 0.7] for name in NUMBERS.split()})
 TABLE = TABLE.assign(bound=0.5, low=0.1, high=300.0, increase_low=0.1, increase_high=[0.8, np.nan, 0.9])
-for name in ("base", "method", "reader", "label", "decides"):
+for name in ("base", "method", "reader", "label", "decides", "class", "what"):
     TABLE[name] = ["a", "a", "b"]
+TABLE["variant"] = ["trained", "trained", "by chance"]
 for name, column in {"layer": [1, 2, 3], "depth": [1, 2, 1], "layers": [22, 30, 16], "exit_rate": [0.1, 0.1, 0.3],
                      "first": [0, 0, 2], "last": [1, 1, 3], "capacity": [0.9, 0.7, 0.4], "tokens": [0, 0, 1024],
                      "verdict": ["kept", "missed", "missed"]}.items():  # fmt: skip
@@ -39,7 +41,11 @@ FIGURES = {
     notebooks.grain_frontier: ((TABLE,), 1, 2),
     notebooks.sweep: ((TABLE,), 2, 2),
     notebooks.exits: ((TABLE,), 1, 2),
-    notebooks.sensitivity: ((TABLE,), 1, 2),
+    notebooks.token_classes: ((TABLE,), 1, 1),
+    notebooks.fifths: ((TABLE,), 1, 0),
+    notebooks.sensitivity: ((TABLE,), 1, 1),
+    notebooks.own_costs: ((TABLE,), 1, 2),
+    notebooks.early_and_late: ((LOG.head(12).assign(capacity=np.linspace(0.3, 0.8, 12)),), 1, 0),
     notebooks.score_histogram: ((TABLE, TABLE), 1, 1),
     training.routers: ((LOG,), 3, 0),
     findings.bounds: ((TABLE, "per cent"), 1, 2),
@@ -78,21 +84,7 @@ def test_figures_of_routing(rate, panels):
         drawn = draw(table.assign(text=" $x$" + "=" * 60) if name == "layer_map" else table)
         drawn_well(drawn)
         assert len(drawn.axes) == {"layer_map": 4, "quantiles": 2 * panels}.get(name, panels)
-
-
-def test_honest_forecasts_lie_on_the_diagonal_and_idle_ones_do_not():
-    """Prices scattered around the forecast; then with the forecasts of other tokens."""
-    draw, block = np.random.default_rng(0), np.repeat(np.arange(20), 100)
-    forecast = np.exp(draw.normal(size=(6, 2000))) * 10.0 ** np.arange(6)[:, None]
-    price = 1e-3 * forecast * draw.exponential(size=forecast.shape)
-    table = notebooks.by_sensitivity(price, forecast, block, depths=2, bins=4)
-    assert table[["first", "last"]].drop_duplicates().to_numpy().tolist() == [[0, 2], [3, 5]]
-    assert (table["pairs"] == 3 * 2000 / 4).all() and table["bin"].tolist() == [0, 1, 2, 3] * 2
-    assert table["forecast"].between(table["low"], table["high"]).sum() >= 7
-    weighted = table.groupby("first")[["forecast", "mean"]].mean()
-    np.testing.assert_allclose(weighted, 1, rtol=1e-9)  # both relative to the layer's mean
-    idle = notebooks.by_sensitivity(price, np.roll(forecast, 1, axis=1), block, depths=2, bins=4)
-    assert idle["low"].max() < 1 < idle["high"].min()
+    assert len(routing.layer_map(TABLES["layer_map"](found), ["share"]).axes) == 2
 
 
 def test_at_equal_work():
