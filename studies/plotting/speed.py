@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, GREY, ORANGE, draws, entry
+from hat_lib.plotting.style import BLUE, GREY, ORANGE, PERCENT, draws, entry
 from studies.plotting import shared
 from studies.plotting.shared import GRAINS, SERIES
 
@@ -114,7 +114,7 @@ def work_and_time(table: pd.DataFrame) -> Figure:
     ax.plot(share, prompt, color=BLUE, marker="s", markersize=5, linestyle="--")
     for x, y, capacity in zip(share, decode, rows["capacity"], strict=True):
         shared.label(ax, (x, y), f"{capacity:.2f}", BLUE, (-4, 9), ha="right")
-    shared.label(ax, (0.6, 0.74), "decoding, at the capacity shown", BLUE, (0, 0), ha="right")
+    shared.label(ax, (0.35, 0.715), "decoding, at the capacity shown", BLUE, (0, 0), ha="left")
     shared.label(ax, (share.iloc[1], prompt.iloc[1]), "reading a prompt of 512 tokens", BLUE, (0, 11), ha="center")
     ax.set(xlim=(0.34, 1.0), ylim=(0.3, 1.4), xlabel=style.WORK, ylabel="time / time with nothing skipped")
     ax.xaxis.set_major_formatter(PERCENT)
