@@ -18,7 +18,8 @@ from hat_lib.evaluation.tokens import token_table
 from hat_lib.plotting import routing, style, training
 from studies.plotting import findings, notebooks, reference_runs
 
-NUMBERS = "ffn attention head work value ratio increase realised top1 agreement share forecast mean score threshold kl decision gradient kept"
+NUMBERS = "ffn attention head work value ratio increase realised top1 agreement share forecast mean score threshold kl"
+NUMBERS += " decision gradient kept"
 TABLE = pd.DataFrame({name: [0.2, 0.4, 0.7] for name in NUMBERS.split()})
 TABLE = TABLE.assign(bound=0.5, low=0.1, high=300.0, increase_low=0.1, increase_high=[0.8, np.nan, 0.9])
 for name in ("base", "method", "reader", "label", "decides", "scales", "text"):
