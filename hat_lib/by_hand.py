@@ -160,7 +160,7 @@ def adapt(model, now, exits=()):
 def straight_through(score, threshold, temperature=0.5):
     """1 where a score is above its threshold, else 0, with the gradient of ``sigmoid(log(score / threshold) / t)``."""
     soft = torch.sigmoid((score / threshold).clamp(min=1e-6).log() / temperature)
-    return (score > threshold) + soft - soft.detach()
+    return (score > threshold) + (soft - soft.detach())
 
 
 def train_routers(model, blocks, thresholds, share, lr=1e-2):

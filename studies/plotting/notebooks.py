@@ -21,11 +21,12 @@ from hat_lib.plotting.style import (
     PINK,
     PURPLE,
     RED,
+    SKY,
     WIDTH,
     draws,
 )
 from hat_lib.workbook import screen
-from studies.plotting.shared import SERIES, legend_above, log_axis, set_ticks
+from studies.plotting.shared import SERIES, legend_above, log_axis, named_rows, set_ticks
 
 WEIGHTS = {"ffn": (BLUE, "white"), "attention": (ORANGE, "black"), "head": (GREEN, "black")}  # bar, text on it
 
@@ -97,22 +98,70 @@ def grain_frontier(table: pd.DataFrame) -> Figure:
     return fig
 
 
+@draws("score", "decision", "gradient", "kept")
+def soft_gradient(table: pd.DataFrame) -> Figure:
+    """03. By the distance of a score from its threshold: the hard decision, the gradient used in its place, and how
+    often noise keeps it."""
+    fig, (ax,) = style.panels(1, height=3.0)
+    ax.step(table["score"], table["decision"], color="black")
+    ax.plot(table["score"], table["gradient"], "--", color=ORANGE)
+    ax.plot(table["score"], table["kept"], ":", color=BLUE)
+    right = table["score"].max()
+    ax.text(right, 1.03, "decision without noise: 0 or 1", ha="right")
+    ax.text(0.45 * right, 0.71, "how often kept with noise", color=BLUE)
+    ax.text(0.45 * right, 0.15, "gradient used in training", color=ORANGE)
+    ax.set(xlabel="score, less the threshold", ylim=(-0.03, 1.15), ylabel="value")
+    return fig
+
+
+@draws("scales", *COST)
+def by_hand(table: pd.DataFrame) -> Figure:
+    """03. Perplexity increase with its interval, a row for each set of ``scales``; the first is the untrained one."""
+    fig, (ax,) = style.panels(1, height=0.9 + 0.4 * len(table))
+    ends = 100 * table[COST]
+    for y, colour in enumerate((GREY, BLUE, SKY, SKY)[: len(table)]):
+        style.whiskers(ax, [y], ends.iloc[[y]], colour, "o", horizontal=True)
+        ax.annotate(f"{ends.iloc[y, 0]:+.0f} %", (ends.iloc[y, 0], y), (0, 6), textcoords="offset points", ha="center")
+    ax.set(xlabel="perplexity increase at equal share, %", xlim=(0, None), ylim=(-0.7, len(table) - 0.5))
+    named_rows(ax, list(table["scales"]))
+    return fig
+
+
 @draws("tokens", "capacity", "kl", "increase", "share")
 def learning_curve(table: pd.DataFrame) -> Figure:
     """03. KL on text that a run does not see, `at_equal_work`, by tokens trained on; a line for each capacity.
 
     ``table`` is what `hat_lib.training.log` writes.
     """
-    fig, (ax,) = style.panels(1)
+    fig, (ax,) = style.panels(1, height=3.2)
     ax.axhline(1, color=GREY, linewidth=1)
     lines = at_equal_work(table).groupby("capacity", sort=False)
     for (capacity, rows), (colour, marker) in zip(lines, SERIES, strict=False):
-        before = rows["kl"].iloc[0]
-        label = f"capacity {capacity:g}, from {before:.2g} nats"
-        ax.plot(rows["tokens"] / 1000, rows["kl"] / before, marker=marker, color=colour, markersize=4, label=label)
+        tokens, kl = rows["tokens"] / 1000, rows["kl"] / rows["kl"].iloc[0]
+        ax.plot(tokens, kl, marker=marker, color=colour, markersize=4)
+        at = (tokens.iloc[-1], kl.iloc[-1])
+        ax.annotate(f"capacity {capacity:.2f}", at, (8, 0), textcoords="offset points", va="center", color=colour)
     ax.yaxis.set_major_formatter(PERCENT)
-    ax.set(xlabel="thousand tokens trained on", ylabel="KL at equal work, share of that before", ylim=(0, None))
-    ax.legend()
+    ax.set(xlabel="thousand tokens trained on", ylabel="KL, share of that before", ylim=(0, None))
+    return fig
+
+
+@draws("text", "capacity", "ratio")
+def divergence_ratio(table: pd.DataFrame) -> Figure:
+    """03. KL of the trained model over that of the untrained one, ``ratio``, by capacity; a line for each text."""
+    fig, (ax,) = style.panels(1, height=3.2)
+    ax.axhline(1, color="black", linewidth=1)
+    lines = table.sort_values("capacity").groupby("text")
+    for (text, rows), (colour, marker), lift in zip(lines, SERIES, (7, -13), strict=False):
+        ax.plot(rows["capacity"], rows["ratio"], marker=marker, color=colour)
+        middle = rows.iloc[len(rows) // 2]
+        at = (middle["capacity"], middle["ratio"])
+        ha, shift = ("right", -8) if lift > 0 else ("left", 8)
+        ax.annotate(text, at, (shift, lift), textcoords="offset points", color=colour, ha=ha)
+    ax.text(0.02, 0.94, "farther from the base than untrained", transform=ax.transAxes, va="top")
+    ax.text(0.98, 0.05, "closer to the base than untrained", transform=ax.transAxes, ha="right")
+    ax.xaxis.set_major_formatter(PERCENT)
+    ax.set(xlabel="capacity", ylabel="KL, trained over untrained", ylim=(0.5, 1.9))
     return fig
 
 

@@ -19,10 +19,10 @@ from hat_lib.plotting import routing, style, training
 from studies.plotting import findings, notebooks
 
 NUMBERS = "ffn attention head work value ratio increase realised top1 agreement share forecast mean score threshold kl"
-NUMBERS += " model_share price difference fifth"
+NUMBERS += " model_share price difference fifth decision gradient kept"
 TABLE = pd.DataFrame({name: [0.2, 0.4, 0.7] for name in NUMBERS.split()})
 TABLE = TABLE.assign(bound=0.5, low=0.1, high=300.0, increase_low=0.1, increase_high=[0.8, np.nan, 0.9])
-for name in ("base", "method", "reader", "label", "decides", "class", "what"):
+for name in ("base", "method", "reader", "label", "decides", "class", "what", "scales", "text"):
     TABLE[name] = ["a", "a", "b"]
 TABLE["variant"] = ["trained", "trained", "by chance"]
 for name, column in {"layer": [1, 2, 3], "depth": [1, 2, 1], "layers": [22, 30, 16], "exit_rate": [0.1, 0.1, 0.3],
@@ -51,6 +51,9 @@ FIGURES = {
     findings.bounds: ((TABLE, "per cent"), 1, 2),
     notebooks.leaving: ((TABLE,), 1, 0),
     notebooks.exit_depths: ((TABLE,), 1, 0),
+    notebooks.soft_gradient: ((TABLE,), 1, 0),
+    notebooks.by_hand: ((TABLE,), 1, 3),
+    notebooks.divergence_ratio: ((TABLE,), 1, 0),
     notebooks.learning_curve: ((TABLE.iloc[[0, 0]].assign(tokens=[0, 1024]),), 1, 0),
 }
 
