@@ -14,8 +14,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from IPython.display import DisplayHandle, display
 from IPython.display import Image as Picture
+from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
@@ -68,16 +68,7 @@ def png(fig: Figure) -> bytes:
 
 def show(fig: Figure, name: str, alt: str) -> None:
     """`save_figure`, then show only the picture in a notebook, with ``alt`` for those who cannot see it."""
-    show_png(save_figure(fig, name).read_bytes(), alt)
-
-
-def show_png(data: bytes, alt: str, handle: DisplayHandle | None = None) -> DisplayHandle:
-    """Show a PNG file and nothing else, in the place of what ``handle`` shows if there is one."""
-    picture = Picture(data, alt=alt)
-    if handle is None:
-        return display(picture, include=["image/png"], display_id=True)
-    handle.update(picture, include=["image/png"])
-    return handle
+    display(Picture(save_figure(fig, name).read_bytes(), alt=alt), include=["image/png"])
 
 
 def draws(*columns: str) -> Callable:

@@ -10,7 +10,6 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -65,7 +64,6 @@ def train_phase(
     max_steps: int = -1,
     progress: bool = True,
     validation: Dataset | None = None,
-    watch: Callable[[bool], None] | None = None,
 ) -> Outcome:
     """Train ``hat`` in one phase; its capacity, exit rate and calibration stay, all its parameters require a gradient
     afterwards.
@@ -77,7 +75,6 @@ def train_phase(
         max_minutes: save and stop at the first step past this many minutes.
         max_steps: in place of the recipe's epochs, unless it is -1.
         validation: rows of `load_text` for a learning curve, in phase "routers" only.
-        watch: called in the main process with False before each step, with True at the end.
 
     Raises `HatError` at the first loss or gradient that is not finite. Ctrl-C and SIGTERM: see `Stops`.
     """
@@ -110,8 +107,6 @@ def train_phase(
             measure(0)
         with stops.caught():
             while step < steps and not stops.reason:
-                if watch and main:
-                    watch(False)
                 micro_batches = step_rows(len(blocks), recipe, per_step, step)
                 for rows in micro_batches[processes.process_index :: processes.num_processes]:
                     batch = collate([blocks[i] for i in rows], device)
@@ -145,8 +140,6 @@ def train_phase(
         bar.close()
         for parameter in hat.hat_parameters().values():
             parameter.requires_grad_(True)
-    if watch and main:
-        watch(True)
     return Outcome(phase, step, steps, time.monotonic() - began, stops.reason, objective.thresholds)
 
 

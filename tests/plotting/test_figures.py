@@ -1,8 +1,6 @@
 """Each figure draws its table, with labelled axes (those of committed results: tests/studies); findings are verdicts
 from intervals, at equal work."""
 
-from unittest.mock import Mock
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -15,7 +13,7 @@ from hat_lib import config
 from hat_lib.config import HatError
 from hat_lib.evaluation.routing import TABLES
 from hat_lib.evaluation.tokens import token_table
-from hat_lib.plotting import routing, style, training
+from hat_lib.plotting import routing, style
 from studies.plotting import findings, notebooks
 
 NUMBERS = "ffn attention head work value ratio increase realised top1 agreement share forecast mean score threshold kl"
@@ -29,11 +27,8 @@ for name, column in {"layer": [1, 2, 3], "depth": [1, 2, 1], "layers": [22, 30, 
                      "first": [0, 0, 2], "last": [1, 1, 3], "capacity": [0.9, 0.7, 0.4], "tokens": [0, 0, 1024],
                      "verdict": ["kept", "missed", "missed"]}.items():  # fmt: skip
     TABLE[name] = column
-# A run's log, of both phases and grains.
-STEP = np.tile(np.arange(1, 13), 2)
-LOG = pd.DataFrame({"granularity": ["channel"] * 12 + ["token"] * 12, "step": STEP, "steps": 12, "kl": 2 / STEP})
-LOG = LOG.assign(capacity=0.6, share=0.62, gate_loss=0.6, agreement=0.2, exit_rate=0.3)
-LOG = LOG.assign(**{f"share_{layer}": 0.6 for layer in range(4)})
+STEP = np.arange(1, 13)
+LOG = pd.DataFrame({"step": STEP, "kl": 2 / STEP, "capacity": np.linspace(0.3, 0.8, 12)})
 FIGURES = {
     # figure: (its tables, panels, lines or bars or points with whiskers in the first panel)
     notebooks.weight_shares: ((TABLE,), 1, 3),
@@ -45,9 +40,8 @@ FIGURES = {
     notebooks.fifths: ((TABLE,), 1, 0),
     notebooks.sensitivity: ((TABLE,), 1, 1),
     notebooks.own_costs: ((TABLE,), 1, 2),
-    notebooks.early_and_late: ((LOG.head(12).assign(capacity=np.linspace(0.3, 0.8, 12)),), 1, 0),
+    notebooks.early_and_late: ((LOG,), 1, 0),
     notebooks.score_histogram: ((TABLE, TABLE), 1, 1),
-    training.routers: ((LOG,), 3, 0),
     findings.bounds: ((TABLE, "per cent"), 1, 2),
     notebooks.leaving: ((TABLE,), 1, 0),
     notebooks.exit_depths: ((TABLE,), 1, 0),
@@ -106,21 +100,13 @@ def test_at_equal_work():
 
 
 def test_shown_and_saved(tmp_path, monkeypatch):
-    """One picture, updated in place while a run goes on; none before there is a row."""
-    shown, handle, path = [], Mock(), tmp_path / "log.csv"
+    shown = []
     monkeypatch.setattr(config, "FIGURES", tmp_path / "figures")
-    monkeypatch.setattr(style, "display", lambda picture, **how: shown.append((picture, how)) or handle)
+    monkeypatch.setattr(style, "display", lambda picture, **how: shown.append((picture, how)))
     style.show(notebooks.skipped_ffn(TABLE), "one", "what to see")
     ((picture, how),) = shown
     assert picture._repr_mimebundle_()[1] == {"image/png": {"alt": "what to see"}} and how["include"] == ["image/png"]
     assert plt.imread(tmp_path / "figures" / "one.png")[0, 0, :3].tolist() == [1, 1, 1]  # on dark pages too
-    whole = LOG.query("granularity == 'token'")
-    live = training.Live(path, training.routers, "routers", "what it shows", every=0)
-    for rows in (0, 5, len(whole)):
-        whole.head(rows).to_csv(path, index=False)
-        live(rows == len(whole))
-    assert len(shown) == 2 and handle.update.call_count == 1
-    assert (tmp_path / "figures" / "routers.png").read_bytes() == style.png(training.routers(whole))
 
 
 # Findings

@@ -208,6 +208,11 @@ def test_every_notebook_has_that_cell_and_a_badge_that_opens_it():
         assert f"]({link})" in cells(path, "markdown")[0]
 
 
+def test_no_cell_is_long():
+    long = [path.stem for path in NOTEBOOKS.glob("*.ipynb") for code in cells(path, "code") if code.count("\n") >= 25]
+    assert long == []
+
+
 def test_the_marked_path_takes_as_long_as_the_readme_says():
     """200 words and 15 lines of code a minute, without folded cells: at most an hour and a quarter."""
     readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
