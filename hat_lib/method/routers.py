@@ -2,7 +2,7 @@
 
 All scores are fp32, and the decision is always ``score > threshold``, per token: it reads neither the future nor the
 rest of the batch. Channel scores are thresholded activation sparsity as in TEAL (Liu et al. 2024, arXiv:2408.14690) and
-CATS (arXiv:2404.08763), weighted by the column norm as in Wanda (arXiv:2306.11695).
+CATS (arXiv:2404.08763), weighted by the column norm as in WINA (arXiv:2505.19427).
 """
 
 import torch

@@ -46,7 +46,7 @@ def _channels(ax: Axes) -> None:
     ax.plot([LEFT - 4, right], [base + tall * THRESHOLD] * 2, "--", color=ORANGE, linewidth=1.6)
     ax.text(right + 1, base + tall * THRESHOLD, f"threshold τ = {THRESHOLD}", color="#a86800", va="center")
     notes = (
-        (57.5, "0.2 is read: its column is long.\n−0.8 is skipped: its is short."),
+        (57.5, "0.2 is read: its column is long.\n−0.8 is skipped: its column is short."),
         (base - 2.2, "4 of 8: capacity 0.5"),
     )
     for y, note in notes:
