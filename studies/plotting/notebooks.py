@@ -143,6 +143,7 @@ def learning_curve(table: pd.DataFrame) -> Figure:
         ax.annotate(f"capacity {capacity:.2f}", at, (8, 0), textcoords="offset points", va="center", color=colour)
     ax.yaxis.set_major_formatter(PERCENT)
     ax.set(xlabel="thousand tokens trained on", ylabel="KL, share of that before", ylim=(0, None))
+    ax.set_xlim(right=table["tokens"].max() / 1000)  # names stand beside the axes
     return fig
 
 
