@@ -37,7 +37,7 @@ help:  ## say what each target does
 workbook: .venv/ready  ## run every notebook into runs/, then say how each one went
 	$(OFFLINE) $(PY) -m hat_lib.workbook run
 
-check: lint  ## lint, and every test that is not marked slow: under two minutes
+check: lint  ## lint, and every test that is not marked slow: about two minutes
 	$(PYTEST) -m "not slow" $(ONLY)
 
 test: lint  ## lint, every test, and stored outputs of the notebooks (but 03) compared with a fresh run

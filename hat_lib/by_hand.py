@@ -1,9 +1,9 @@
 """The method by hand: torch and a plain Llama of transformers, in one file to read, or to copy into your own project.
 
-    python -m hat_lib.by_hand --checkpoint default --capacity 0.7    # beside the library; --train: two minutes of it
+    python -m hat_lib.by_hand --checkpoint default --capacity 0.7    # beside the library, which only `main` imports;
+                                                                     # or --train: routers learn for two minutes
 
-T tokens, C channels of a linear layer's input, D hidden size. ``ids [1, T]`` is one document; fp32, on the CPU.
-"""
+T tokens, C channels of a linear layer's input, D hidden size. ``ids [1, T]`` is one document; fp32, on the CPU."""
 
 import json
 from functools import partial
