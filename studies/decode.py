@@ -59,10 +59,12 @@ WAYS = {"hf": "plain transformers", "hf_before": "plain transformers, before the
         "reference": "the reference path", "read": "a plain read of as much memory", "engine": "the engine",
         "llama.cpp": "llama.cpp"}  # fmt: skip
 TOGETHER = 8  # most tokens the engine takes at a time
+LAYERS = "attention", "ffn", "exited_kv"
 HELD_OUT = 512  # tokens on which a format is compared with the base
-READ = {"int8": (1.0, 0.0, 1.0), "q4": (0.5, 2 / 32, 1.0)}
-"""bytes that a format reads for each weight of a kept channel, for each weight kept or not (scales of groups of 32
-channels), and for each weight of the head"""
+READ = {"int8": (1.0, 0.0), "q4": (0.5, 3 / 32)}
+"""bytes that a format reads for each weight of a kept channel, and for each weight kept or not (scales of groups)"""
+HEAD = 1 + 2 / 32
+"""the same of a head in eight bits; its preview has four"""
 
 
 @dataclass(frozen=True)
@@ -271,19 +273,23 @@ def _row(hat, way: Way, ways: Sequence[Way], steps: int, rounds: int) -> Row:
 
 
 def _ideal(cost: Work, size: int, form: str) -> float:
-    """Dense over executed weights, in the bytes a format reads; ``size`` is the size in bytes of a base weight."""
-    kept, whole, head = READ.get(form, (size, 0.0, size))
+    """Dense over executed weights, in the bytes that a format reads; ``size`` is that of a base weight.
 
-    def read(work: dict[str, Tensor]) -> float:
-        parts = {part: float(value.sum()) for part, value in work.items()}
-        if form in READ and "corrections" in parts:
-            parts["corrections"] *= 2 / size  # in bf16
-        layers = sum(parts.pop(part, 0.0) for part in ("attention", "ffn", "exited_kv"))
-        return (kept * layers + head * parts.pop("head")) / size + sum(parts.values())
+    In fewer bits, what a shortlist reads in full is counted as if it had four, too.
+    """
+    dense = {part: float(value.sum()) for part, value in cost.dense_weight_bytes.items()}
 
-    dense = cost.dense_weight_bytes
-    always = whole * sum(float(dense[part].sum()) for part in ("attention", "ffn") if part in dense) / size
-    return (read(dense) + always) / (read(cost.weight_bytes) + always)
+    def read(parts: dict[str, float]) -> float:
+        if form not in READ:
+            return sum(parts.values())
+        (kept, always), parts = READ[form], dict(parts)
+        layers = sum(parts.pop(part, 0.0) for part in LAYERS)
+        head, (preview, scales) = parts.pop("head"), READ["q4"]
+        head = HEAD * head if head == dense["head"] else preview * head + scales * dense["head"]
+        parts["corrections"] = parts.get("corrections", 0.0) * 2 / size  # in bf16
+        return (kept * layers + always * sum(dense.get(p, 0.0) for p in LAYERS) + head) / size + sum(parts.values())
+
+    return read(dense) / read({part: float(value.sum()) for part, value in cost.weight_bytes.items()})
 
 
 def llama_cpp(ids: Tensor, steps: int) -> Callable[[], float] | None:

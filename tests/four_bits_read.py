@@ -9,18 +9,32 @@ from hat_lib.engine.weights import _four_bits, pack
 
 def four_bits(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """``weight [out, C]`` in four bits, as `unpacked` takes it."""
-    packed = torch.empty(weight.shape[1] // 32 * 36, len(weight) // 2, dtype=torch.uint8)
+    packed = torch.empty(weight.shape[1] // 32 * 38, len(weight) // 2, dtype=torch.uint8)
     scale = _four_bits(weight, packed)
     return packed.numpy(), scale.numpy()
 
 
 def unpacked(w: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """float32 ``[C, out]`` of uint8 ``[C / 32 * 36, out / 2 or more]`` and float32 ``[out]``."""
-    groups, outputs = w.reshape(-1, 36, w.shape[1]), len(scale)
-    eight = groups[:, :32, : outputs // 2].reshape(len(groups), 32, -1, 8)
-    q = np.stack([eight & 15, eight >> 4], 3).reshape(len(groups), 32, outputs).astype(np.float32)
-    pairs = groups[:, 32:].reshape(len(groups), -1)[:, : 2 * outputs].view(np.int8).reshape(len(groups), 1, outputs, 2)
-    return (scale * (pairs[..., 0] * (q - 8) + np.float32(4) * pairs[..., 1])).reshape(-1, outputs)
+    """float32 ``[C, out]`` of uint8 ``[C / 32 * 38, out / 2]`` and float32 ``[out]``."""
+    groups, outputs = w.reshape(-1, 38, w.shape[1]), len(scale)
+    q = np.empty((len(groups), 32, outputs), np.float32)
+    q[..., places(outputs)] = np.stack([groups[:, :32] & 15, groups[:, :32] >> 4], 3)
+    d = groups[:, 32:34].reshape(-1, 1, outputs).astype(np.float32)
+    m = groups[:, 34:].reshape(len(groups), -1).view(np.int16).reshape(-1, 1, outputs).astype(np.float32)
+    return (scale * (d * (q - 8) + 4 * m)).reshape(-1, outputs)
+
+
+def places(outputs: int) -> np.ndarray:
+    """The outputs of each byte's halves, ``[out / 2, 2]``, worked out one by one."""
+    found, tile = np.empty((outputs // 2, 2), int), 0
+    while tile < outputs:
+        size = next(n for n in (128, 64, 32) if n <= outputs - tile)
+        for i in range(size // 2):
+            sixteen, four, byte = i // 16, i % 16 // 4, i % 4
+            first = tile + four * size // 4 + 4 * sixteen + byte
+            found[tile // 2 + i] = first, first + size // 8
+        tile += size
+    return found
 
 
 @torch.no_grad()

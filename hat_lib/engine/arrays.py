@@ -17,8 +17,14 @@ SECTION = 256
 """tokens of the vocabulary that a thread compares together"""
 MAX_TOKENS = 8
 """in one step"""
-GROUP, GROUP_ROWS = 32, 36
+GROUP, GROUP_ROWS = 32, 38
 """in four bits: channels that share a scale, and rows of memory that they and their scales take"""
+BLOCK = 16
+"""channels whose inputs share a scale, where inputs are rounded to eight bits"""
+TILE = 128
+"""outputs that are not split between threads, if they are enough"""
+MIDDLE, OFFSET = 8, 2
+"""in four bits: what is taken from codes, and the power of two that is the unit of offsets"""
 QKV, OUT, GATE_UP, DOWN, FFN = range(5)
 """indices into ``Course.kept``"""
 
@@ -65,9 +71,10 @@ class Weights(NamedTuple):
 
     embed: ndarray  # [V, D], as the base has it
     head: ndarray  # [V, D], as the base has it or in eight bits
-    head_scale: ndarray  # [V], or empty
+    head_scale: ndarray  # float16 [V, D / 32] as its bits, int16, of eight bits; or no columns
     head_unit: ndarray  # [D], like `Linear.unit`, of the preview
-    preview: ndarray  # [D, V or more], the head's weights transposed; no columns without a shortlist
+    preview: ndarray  # [D, V or more], the head's weights transposed, or in four bits; no columns without a shortlist
+    preview_scale: ndarray  # [V or more], or empty
     qkv: Linear
     o: Linear
     gate_up: Linear  # outputs alternate: `block` gates, then the ups of the same neurons
@@ -108,6 +115,7 @@ class Gathered(NamedTuple):
     index: ndarray  # uint64 [C + 8 PARTIALS]
     values: ndarray  # [R, C + 8 PARTIALS]
     ends: ndarray  # int64 [PARTIALS], where each part ends in both
+    rows: ndarray  # uint64 [2 C + 8 PARTIALS], for products in integers to work in
 
 
 class Rows(NamedTuple):
@@ -194,6 +202,7 @@ class Shared(NamedTuple):
     tops: ndarray  # [R, pieces, H], of each piece of a row's context the largest score,
     totals: ndarray  # [R, pieces, H], the sum of exp(score - largest),
     pieces: ndarray  # [R, pieces, H, h], and the sum of so weighted values
-    preview: ndarray  # [R, V], or empty
+    preview: ndarray  # [R, V or more], or empty
+    candidates: ndarray  # int64 [P, V], of a thread's shortlist
     best: ndarray  # [P, R], best of the previews, or of the logits, that each thread made
     likeliest: ndarray  # int64 [P, R], in its share of the vocabulary

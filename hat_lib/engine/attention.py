@@ -8,7 +8,7 @@ and Gimelshein 2018, arXiv:1805.02867). So threads share the work evenly, and th
 import numpy as np
 
 from hat_lib.engine.compiling import compiled
-from hat_lib.engine.kernels import F0, F1, LANES, add_eight, as_float, as_stored, dot, exp
+from hat_lib.engine.kernels import F0, F1, LANES, add_eight, as_float, as_stored, dot, exp, fetch
 from hat_lib.engine.operations import largest
 
 PIECE = 32
@@ -40,19 +40,25 @@ def place(head, norm, eps, cos, sin, out):
 
 
 @compiled()
-def place_row(base, rows, layer, r, qkv, queries):
-    """A row's queries ``[H, h]``, and its keys and values in the cache."""
-    (heads, size), angle = queries.shape, rows.position[r] + 1 if base.rotates[layer] else 0
-    cos, sin = rows.angles[0, angle], rows.angles[1, angle]
-    q_norm, k_norm = base.head_norms[0, layer], base.head_norms[1, layer]
-    for head in range(heads):
-        place(qkv[head * size : (head + 1) * size], q_norm, base.eps, cos, sin, queries[head])
-    for g in range(base.kv_heads):
-        k, v = (heads + g) * size, (heads + base.kv_heads + g) * size
-        place(qkv[k : k + size], k_norm, base.eps, cos, sin, rows.keys[layer, rows.sequence[r], g, rows.slot[r]])
-        value = rows.values[layer, rows.sequence[r], g, rows.slot[r]]
-        for e in range(size):
-            value[e] = as_stored(qkv[v + e], value[e])
+def place_queries(base, rows, layer, r, those, qkv, queries):
+    """Some of a row's queries ``[H, h]``."""
+    size, angle, norm = queries.shape[1], rows.position[r] + 1 if base.rotates[layer] else 0, base.head_norms[0, layer]
+    for head in range(those.start, those.stop):
+        q = qkv[head * size : (head + 1) * size]
+        place(q, norm, base.eps, rows.angles[0, angle], rows.angles[1, angle], queries[head])
+
+
+@compiled()
+def place_keys(base, rows, layer, r, g, qkv):
+    """A row's key and value of one head, in the cache."""
+    sequence, slot = rows.sequence[r], rows.slot[r]
+    key, value = rows.keys[layer, sequence, g, slot], rows.values[layer, sequence, g, slot]
+    size, angle = key.shape[0], rows.position[r] + 1 if base.rotates[layer] else 0
+    k, v = (base.heads + g) * size, (base.heads + base.kv_heads + g) * size
+    norm = base.head_norms[1, layer]
+    place(qkv[k : k + size], norm, base.eps, rows.angles[0, angle], rows.angles[1, angle], key)
+    for e in range(size):
+        value[e] = as_stored(qkv[v + e], value[e])
 
 
 @compiled(reorder=True)
@@ -73,6 +79,7 @@ def attend(q, keys, values, first, last, gathered, parts):
     factor = F1 / np.sqrt(np.float32(size))
     for s in range(n):
         key = keys[first + s]
+        fetch(values[first + s], 0, size)
         for i in range(count):
             scores[i, s] = dot(key, q[i]) * factor
         places[s] = first + s
@@ -90,6 +97,9 @@ def attend(q, keys, values, first, last, gathered, parts):
         for e in range(size):
             out[i, e] = F0
     for s in range(0, n, 8):
+        if first + PIECE + s + 8 <= keys.shape[0]:
+            for soon in range(first + PIECE + s, first + PIECE + s + 8):
+                fetch(keys[soon], 0, size)
         for e in range(0, size - size % LANES, LANES):
             add_eight(values, places, s, scores, out, e)
     for i in range(count):

@@ -201,7 +201,8 @@ class Decoder:
             tops=_empty(*shape),
             totals=_empty(*shape),
             pieces=_empty(*shape, self.head_dim),
-            preview=_empty(rows, w.preview.shape[1]),
+            preview=_empty(rows, max(len(w.preview_scale), w.preview.shape[1])),
+            candidates=np.empty((threads, len(w.head) if w.preview.size else 0), np.int64),
             best=_empty(threads, rows),
             likeliest=np.empty((threads, rows), np.int64),
         )

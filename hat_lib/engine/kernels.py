@@ -17,6 +17,21 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from hat_lib.engine.compiling import compiled
+from hat_lib.engine.vectors import (
+    F32,
+    I8,
+    I32,
+    I64,
+    add_product,
+    call,
+    data,
+    every,
+    load,
+    prefetch,
+    splat,
+    store,
+    vector,
+)
 
 F0, F1 = np.float32(0), np.float32(1)
 LEAST = np.float32(-np.inf)
@@ -28,14 +43,14 @@ COLUMNS = 2048
 
 
 def as_float(stored):
-    """A stored weight as a float32, from a float32, the bits of a bfloat16 (uint16) or an int8. In compiled code."""
+    """A stored weight as a float32, from a float32 or the bits of a bfloat16 (uint16). In compiled code."""
 
 
 @overload(as_float)
 def _as_float(stored):
     if stored == types.uint16:
         return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
-    return lambda stored: np.float32(stored)
+    return lambda stored: stored
 
 
 def as_stored(value, like):
@@ -83,60 +98,42 @@ def add_eight(context, w, index, k, values, y, column):
     Vectorised by hand: when two rows are written, LLVM cannot be sure that neither is also read.
     """
 
-    def build(inner, builder, signature, args):
+    def build(inner, b, signature, args):
         def pointer(i, *offsets):
-            whole = cgutils.create_struct_proxy(signature.args[i])(inner, builder, args[i]).data
-            return builder.gep(whole, [reduce(builder.add, offsets)])
+            (whole,) = data(inner, b, signature.args[i : i + 1], args[i : i + 1])
+            return b.gep(whole, [reduce(b.add, offsets)])
 
         def shape(i):
-            array = cgutils.create_struct_proxy(signature.args[i])(inner, builder, args[i])
-            return cgutils.unpack_tuple(builder, array.shape)
-
-        def load(at):
-            return builder.load(builder.bitcast(at, ir.VectorType(at.type.pointee, LANES).as_pointer()), align=1)
+            return cgutils.unpack_tuple(b, cgutils.create_struct_proxy(signature.args[i])(inner, b, args[i]).shape)
 
         def widened(channel):
-            stored = load(pointer(0, builder.mul(channel, shape(0)[1]), args[5]))
-            if w.dtype == types.uint16:
-                bits = builder.zext(stored, ir.VectorType(i32, LANES))
-                return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, [16] * LANES)), floats)
-            return stored if w.dtype == types.float32 else builder.sitofp(stored, floats)
+            at = pointer(0, b.mul(channel, shape(0)[1]), args[5])
+            stored = load(b, at, at.type.pointee, LANES)
+            if w.dtype == types.float32:
+                return stored
+            bits = b.zext(stored, vector(I32, LANES))
+            return b.bitcast(b.shl(bits, every(16, bits)), vector(F32, LANES))
 
-        def everywhere(number):
-            one = builder.insert_element(ir.Constant(floats, ir.Undefined), number, i32(0))
-            return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, LANES), [0] * LANES))
-
-        i32, floats = ir.IntType(32), ir.VectorType(ir.FloatType(), LANES)
         count, outputs = shape(4)
-        eight = [widened(builder.load(builder.gep(pointer(1, args[2]), [i32(i)]))) for i in range(8)]
-        with cgutils.for_range(builder, count) as loop:
-            x = pointer(3, builder.mul(loop.index, shape(3)[1]), args[2])
-            to = pointer(4, builder.mul(loop.index, outputs), args[5])
-            s = load(to)
+        eight = [widened(b.load(b.gep(pointer(1, args[2]), [I32(i)]))) for i in range(8)]
+        with cgutils.for_range(b, count) as loop:
+            x = pointer(3, b.mul(loop.index, shape(3)[1]), args[2])
+            to = pointer(4, b.mul(loop.index, outputs), args[5])
+            s = load(b, to, F32, LANES)
             for i, weight in enumerate(eight):
-                product = builder.fmul(everywhere(builder.load(builder.gep(x, [i32(i)]))), weight, flags=("contract",))
-                s = builder.fadd(s, product, flags=("contract",))
-            builder.store(s, builder.bitcast(to, s.type.as_pointer()), align=4)
+                s = add_product(b, s, splat(b, b.load(b.gep(x, [I32(i)])), LANES), weight)
+            store(b, s, to)
         return inner.get_dummy_value()
 
     return types.void(w, index, types.intp, values, y, types.intp), build
-
-
-def prefetch(builder, pointer):
-    """Prefetch a cache line into the second-level cache: the first is full of what is being added."""
-    i8, i32 = ir.IntType(8), ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32])
-    call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(call, [builder.bitcast(pointer, i8.as_pointer()), i32(0), i32(2), i32(1)])
 
 
 @intrinsic
 def prefetch_at(context, w, place):
     """Prefetch the cache line with element ``place`` of a contiguous array; it may lie beyond the array's end."""
 
-    def build(inner, builder, signature, args):
-        array = cgutils.create_struct_proxy(signature.args[0])(inner, builder, args[0])
-        prefetch(builder, builder.gep(array.data, [args[1]]))
+    def build(inner, b, signature, args):
+        prefetch(b, b.gep(data(inner, b, signature.args[:1], args[:1])[0], [args[1]]))
         return inner.get_dummy_value()
 
     return types.void(w, types.intp), build
@@ -224,19 +221,16 @@ def span(n, t, team, step):
     return n if t == team else min(n, (n * t // team + step - 1) // step * step)
 
 
-@compiled(reorder=True)
+@compiled()
 def dots(w, scale, x, y, v0, v1):
-    """``y[r, v] = scale[v] * (w[v] . x[r])`` for v from v0 to v1, rounded to the dtype of y; no scale if it is empty.
+    """``y[r, v] = w[v] . x[r]`` for v from v0 to v1, rounded to the dtype of y.
 
-    A dense product with untransposed weights, ``[out, C]``.
+    A dense product with untransposed weights, ``[out, C]``; for ``scale`` see `dot_scaled`.
     """
     for v in range(v0, v1):
         row = w[v]
         for r in range(x.shape[0]):
-            s = dot(row, x[r])
-            if scale.shape[0]:
-                s *= scale[v]
-            y[r, v] = as_stored(s, y[r, v])
+            y[r, v] = as_stored(dot_scaled(row, scale[v], x[r]), y[r, v])
 
 
 @compiled(reorder=True)
@@ -245,3 +239,36 @@ def dot(a, b):
     for i in range(b.shape[0]):
         s += as_float(a[i]) * b[i]
     return s
+
+
+def dot_scaled(w, scale, x):
+    """``w . x``; of weights in int8, ``scale`` has a float16 for each 32 channels, as its bits. In compiled code."""
+
+
+@overload(dot_scaled)
+def _dot_scaled(w, scale, x):
+    return (lambda w, scale, x: dot_eight(w, scale, x)) if w.dtype == types.int8 else lambda w, scale, x: dot(w, x)
+
+
+@intrinsic
+def dot_eight(context, w, scale, x):
+    """`dot_scaled` of int8, vectorised by hand: LLVM would add up each 32 channels to one number."""
+
+    def build(inner, b, signature, args):
+        words, scales, inputs = data(inner, b, signature.args, args)
+        (groups,) = cgutils.unpack_tuple(b, cgutils.create_struct_proxy(scale)(inner, b, args[1]).shape)
+        zeros = ir.Constant(vector(F32, LANES), None)
+        total = cgutils.alloca_once_value(b, zeros)
+        with cgutils.for_range(b, groups) as loop:
+            # The bits of a float16 that is not negative, as those of a float32, are 2 ** 112 times too small.
+            bits, s = b.zext(b.load(b.gep(scales, [loop.index])), I32), zeros
+            factor = b.fmul(b.bitcast(splat(b, b.shl(bits, I32(13)), LANES), zeros.type), every(2.0**112, zeros))
+            for half in range(2):
+                at = [b.add(b.mul(loop.index, I64(2 * LANES)), I64(half * LANES))]
+                weights = b.sitofp(load(b, b.gep(words, at), I8, LANES), zeros.type)
+                s = add_product(b, s, weights, load(b, b.gep(inputs, at), F32, LANES))
+            b.store(add_product(b, b.load(total), s, factor), total)
+        name = f"vector.reduce.fadd.v{LANES}f32"
+        return call(b, name, F32, F32(0), b.load(total), fastmath=("reassoc",))
+
+    return types.float32(w, scale, x), build

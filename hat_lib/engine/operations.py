@@ -4,8 +4,11 @@ import numpy as np
 
 from hat_lib.engine.arrays import PARTIALS, SECTION, Product
 from hat_lib.engine.compiling import compiled
-from hat_lib.engine.four_bits import add
-from hat_lib.engine.kernels import F0, F1, as_float, as_stored, dot, exp, fetch, keep, span
+from hat_lib.engine.integers import add
+from hat_lib.engine.kernels import F0, F1, as_float, as_stored, dot, dot_scaled, exp, fetch, keep, span
+
+SOON = 8
+"""how many rows of the head ahead to prefetch"""
 
 
 @compiled(reorder=True)
@@ -211,25 +214,31 @@ def exit_gate(gates, e, threshold, h, n):
 
 
 @compiled()
-def shortlist(head, scale, x, preview, floor, logits, t, team):
-    """This thread's logits ``[1, V]`` of a row: previews, and in full those that reach ``floor``; returns how many do.
+def round_into(values, out):
+    for i in range(values.shape[0]):
+        out[i] = as_stored(values[i], out[i])
 
-    Threads take pieces in turn: likely tokens have low ids, and one thread would have most of them.
+
+@compiled()
+def shortlist(thread, head, scale, x, preview, floor, logits, candidates):
+    """This thread's logits ``[V]`` of a row: previews, and in full those that reach ``floor``; returns how many do.
+
+    Threads take pieces in turn: likely tokens have low ids, and one thread would have most of them. ``candidates [V]``
+    is to work in.
     """
-    n, vocabulary = 0, logits.shape[1]
-    candidates = np.empty(vocabulary, np.int64)
-    for v0 in range(t * SECTION, vocabulary, team * SECTION):
+    n, vocabulary = 0, logits.shape[0]
+    for v0 in range(thread.t * SECTION, vocabulary, thread.team * SECTION):
         v1 = min(v0 + SECTION, vocabulary)
-        for v in range(v0, v1):
-            logits[0, v] = as_stored(preview[v], logits[0, v])
-        if not largest(preview[v0:v1]) < floor:
-            for v in range(v0, v1):
-                candidates[n] = v
-                n += preview[v] >= floor
+        piece = preview[v0:v1]
+        round_into(piece, logits[v0:v1])
+        if not largest(piece) < floor:
+            for i in range(piece.shape[0]):
+                candidates[n] = v0 + i
+                n += piece[i] >= floor
     for k in range(n):
-        if k + 4 < n:
-            fetch(head[candidates[k + 4]], 0, x.shape[1])
+        if k + SOON < n:
+            fetch(head[candidates[k + SOON]], 0, x.shape[0])
+            fetch(scale[candidates[k + SOON]], 0, scale.shape[1])
         v = candidates[k]
-        value = dot(head[v], x[0]) * (scale[v] if scale.shape[0] else F1)
-        logits[0, v] = as_stored(value, logits[0, v])
+        logits[v] = as_stored(dot_scaled(head[v], scale[v], x), logits[v])
     return n

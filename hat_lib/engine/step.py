@@ -9,10 +9,10 @@ so the threads meet four times a layer: after q, k and v, after attention, after
 
 import numpy as np
 
-from hat_lib.engine.arrays import DOWN, FFN, GATE_UP, OUT, PARTIALS, QKV, Gathered, Inputs
-from hat_lib.engine.attention import PIECE, attend, combine, pieces, place_row
+from hat_lib.engine.arrays import DOWN, FFN, GATE_UP, OUT, PARTIALS, QKV, TILE, Gathered, Inputs
+from hat_lib.engine.attention import PIECE, attend, combine, pieces, place_keys, place_queries
 from hat_lib.engine.compiling import compiled
-from hat_lib.engine.four_bits import add
+from hat_lib.engine.integers import add
 from hat_lib.engine.kernels import F0, LEAST, as_float, dots, exp, fetch, keep, span
 from hat_lib.engine.operations import (
     add_low_rank,
@@ -64,9 +64,10 @@ def decode_step(thread, base, thresholds, rows, shared, course, step):
     qkv, mixed = np.empty((count, qkv_end), np.float32), np.empty((count, q_end), np.float32)
     queries = np.empty((count, base.heads, size), np.float32)
     widest, ends = max(ffn_width, width, q_end) + 8 * PARTIALS, np.empty(PARTIALS, np.int64)
-    gathered = Gathered(np.empty(widest, np.uint64), np.empty((count, widest), np.float32), ends)
+    places = np.empty(2 * widest, np.uint64)
+    gathered = Gathered(np.empty(widest, np.uint64), np.empty((count, widest), np.float32), ends, places)
     of_group = base.heads // base.kv_heads
-    context = Gathered(np.empty(PIECE, np.uint64), np.empty((of_group, PIECE), np.float32), ends)
+    context = Gathered(np.empty(PIECE, np.uint64), np.empty((of_group, PIECE), np.float32), ends, places)
     bars, uncounted = np.empty((FFN, count), np.float32), np.zeros(count, np.int32)
     z = np.empty((count, base.qkv.reduce.shape[1]), np.float32)
     # Whether a row has not left, and whether it runs its FFN; and True for each.
@@ -74,7 +75,7 @@ def decode_step(thread, base, thresholds, rows, shared, course, step):
     # The thread's channels of q, k and v and of o, and its neurons.
     i0, i1 = parts(width, base.qkv.split, thread)
     o0, o1 = parts(q_end, base.o.split, thread)
-    f0, f1 = parts(ffn_width, base.block, thread)
+    f0, f1 = parts(ffn_width, base.down.split, thread)
 
     for r in range(count):
         row = base.embed[rows.ids[r]]
@@ -106,7 +107,7 @@ def decode_step(thread, base, thresholds, rows, shared, course, step):
 
         # Queries, keys and values. Rows that have left need no queries, but of few rows among others they cost little.
         product, lowered = of_layer(base.qkv, layer, strength), shared.lowered[QKV]
-        inputs, begin = Inputs(x, bars[QKV], every_row), 0 if n_alive else q_end
+        inputs, begin = Inputs(x, bars[QKV], every_row), 0 if n_alive else q_end // TILE * TILE
         partial_product(thread, product, inputs, begin, gathered, kept[layer, QKV], shared.qkv, lowered)
         if meet(barrier, team):
             return True
@@ -116,24 +117,31 @@ def decode_step(thread, base, thresholds, rows, shared, course, step):
                 kept[layer, QKV, r] = 0
         add_partials(thread, product, shared.qkv, lowered, every_row, z, qkv)
 
-        # Attention. All threads put the same keys and values into the cache, rather than wait for each other.
-        whole = 0
+        # Attention. Where a sequence has several tokens, each sees the keys of those before it, and all threads put the
+        # same keys and values into the cache, rather than wait for each other.
+        item, whole, alone = 0, 0, count == rows.keys.shape[1]
         for r in range(count):
-            place_row(base, rows, layer, r, qkv[r], queries[r])
             whole += base.kv_heads * pieces(rows, r)
-        item, begin, end = 0, whole * t // team, whole * (t + 1) // team
+            for g in range(0 if alone else base.kv_heads):
+                place_keys(base, rows, layer, r, g, qkv[r])
+        begin, end = whole * t // team, whole * (t + 1) // team
         for r in range(count):
             n = pieces(rows, r)
             for g in range(base.kv_heads):
                 keys, values = rows.keys[layer, rows.sequence[r], g], rows.values[layer, rows.sequence[r], g]
-                for piece in range(max(begin - item, 0), min(end - item, n)):
+                those, mine = slice(g * of_group, (g + 1) * of_group), range(max(begin - item, 0), min(end - item, n))
+                if len(mine):
+                    place_queries(base, rows, layer, r, those, qkv[r], queries[r])
+                    if alone and mine.stop == n:
+                        place_keys(base, rows, layer, r, g, qkv[r])
+                for piece in mine:
                     if alive[r]:
-                        those, first = slice(g * of_group, (g + 1) * of_group), rows.first[r] + piece * PIECE
                         to = (
                             shared.tops[r, piece, those],
                             shared.totals[r, piece, those],
                             shared.pieces[r, piece, those],
                         )
+                        first = rows.first[r] + piece * PIECE
                         attend(queries[r, those], keys, values, first, rows.slot[r], context, to)
                 item += n
         if meet(barrier, team):
@@ -189,26 +197,27 @@ def decode_step(thread, base, thresholds, rows, shared, course, step):
         r = rows.logit_rows[k]
         rms_norm(h[r : r + 1], base.last_norm, base.eps, x[k : k + 1])
     x, vocabulary = x[:count], base.head.shape[0]
-    v0, v1 = span(vocabulary, t, team, 32), span(vocabulary, t + 1, team, 32)
+    v0, v1 = span(vocabulary, t, team, TILE), span(vocabulary, t + 1, team, TILE)
     if not thresholds.head > LEAST:
         dots(base.head, base.head_scale, x, rows.logits, v0, v1)
         return meet(barrier, team)
     bars[0, :] = thresholds.head
     counts = course.head[step, t, 0] if t == 0 else uncounted
     n = keep(Inputs(x, bars[0], every_row), base.head_unit, 0, width, gathered, counts)
-    add(base.preview, gathered, 0, n, n, shared.preview[:count], v0, v1)
+    end = shared.preview.shape[1] if v1 == vocabulary else v1  # tiles are whole
+    if v0 < v1:
+        add(base.preview, gathered, 0, n, n, shared.preview[:count], v0, end)
     for r in range(count):
         preview = shared.preview[r]
-        if base.head_scale.shape[0]:
+        if base.preview_scale.shape[0]:
             for v in range(v0, v1):
-                preview[v] *= base.head_scale[v]
+                preview[v] *= base.preview_scale[v]
         shared.best[t, r] = largest(preview[v0:v1]) if v0 < v1 else LEAST
     if meet(barrier, team):
         return True
     for r in range(count):
         floor = largest(shared.best[:team, r]) - thresholds.margin
-        found = shortlist(
-            base.head, base.head_scale, x[r : r + 1], shared.preview[r], floor, rows.logits[r : r + 1], t, team
+        course.head[step, t, 1, r] = shortlist(
+            thread, base.head, base.head_scale, x[r], shared.preview[r], floor, rows.logits[r], shared.candidates[t]
         )
-        course.head[step, t, 1, r] = found
     return meet(barrier, team)

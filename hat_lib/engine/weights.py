@@ -3,8 +3,12 @@ routers, gates and corrections.
 
 ``base``  the base's own numbers, float32 or bfloat16.
 ``int8``  eight bits, with one scale per output, the largest magnitude of its row over 127.
-``q4``    four bits, with a scale and an offset per output and 32 channels, and the head in eight: for a base that was
-          in Q4_1 before, its own blocks, their scales rounded to eight bits. Widths must be multiples of 32.
+``q4``    four bits, ``D (d (q - 8) + 4 m)``: q in 0..15; d in eight bits and m in sixteen for each output and 32
+          channels, and D in float32 for each output. For a base that was in Q4_1 before, its own blocks.
+
+In ``int8`` and ``q4`` the head has eight bits, with a scale for each output and 32 channels: for a head that was in
+Q8_0 before, its own. Its preview has four bits. Outputs are in `hat_lib.engine.integers.tile_order`. Of four bits there
+are 38 rows for 32 channels: their own, and in the space of six more d of all outputs, then m.
 
 The embedding is the base's own memory, and so is the head in the form ``base``.
 """
@@ -14,11 +18,12 @@ from math import gcd, prod
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hat_lib.base.families import LINEARS, NORMS, head_norms, rotates
-from hat_lib.engine.arrays import Gates, Linear, StandIn, Weights
-from hat_lib.engine.four_bits import GROUP, GROUP_ROWS, MIDDLE, OFFSET
+from hat_lib.engine.arrays import GROUP, GROUP_ROWS, MIDDLE, OFFSET, TILE, Gates, Linear, StandIn, Weights
+from hat_lib.engine.integers import tile_order
 
 
 def as_numpy(tensor: Tensor) -> np.ndarray:
@@ -35,7 +40,7 @@ def widths(lm) -> tuple[list[int], list[int]]:
 
 def unfit(lm, form: str) -> str | None:
     """Why this base cannot be packed in a form; None if it can."""
-    for names in LINEARS.values() if form == "q4" else ():
+    for names in () if form == "base" else LINEARS.values():
         for name in names:
             linear = lm.model.layers[0].get_submodule(name)
             for what, width in (("inputs", linear.in_features), ("outputs", linear.out_features)):
@@ -48,8 +53,8 @@ def packed_bytes(weights: Weights) -> int:
     """Bytes of memory beyond the base's own, without those of routers and gates."""
     products = weights.qkv, weights.o, weights.gate_up, weights.down
     own = [array for p in products for array in (p.weight, p.scale, p.bias, p.reduce, p.expand)]
-    own += [weights.preview, weights.norms, weights.last_norm, weights.head_norms, weights.head_scale]
-    own += [weights.head] if len(weights.head_scale) else []
+    own += [weights.preview, weights.preview_scale, weights.norms, weights.last_norm, weights.head_norms]
+    own += [weights.head, weights.head_scale] if weights.head_scale.size else []
     return sum(array.nbytes for array in own)
 
 
@@ -76,18 +81,17 @@ def pack(
     config, layers, block = lm.config, lm.model.layers, gcd(lm.config.intermediate_size, 32)
     routers, gates, corrections = routers or {}, gates or {}, corrections or {}
     products = {name: _product(lm, name, form, routers, corrections, block) for name in LINEARS}
-    head, head_scale = (lm.lm_head.weight, torch.zeros(0)) if form == "base" else _eight_bits(lm.lm_head.weight)
-    columns = _memory((head.shape[1], 0 if head_norm is None else _spread(len(head), head.dtype)), head.dtype)
-    columns[:, : len(head)] = head[: columns.shape[1]].t()
+    head, head_scale, preview, preview_scale = _head(lm.lm_head.weight, form, head_norm is not None)
     norms = [torch.stack([layer.get_submodule(norm).weight.float() for layer in layers]) for norm in NORMS]
     of_heads = [[norm.weight.float() for norm in head_norms(layer) or ()] for layer in layers]
     of_heads = [torch.stack(pair) if pair else torch.zeros(2, 0) for pair in of_heads]
     return Weights(
         embed=as_numpy(lm.model.embed_tokens.weight),
         head=as_numpy(head),
-        head_scale=head_scale.numpy(),
+        head_scale=as_numpy(head_scale),
         head_unit=(torch.zeros(0) if head_norm is None else 1 / head_norm).numpy(),
-        preview=as_numpy(columns),
+        preview=as_numpy(preview),
+        preview_scale=as_numpy(preview_scale),
         **products,
         sensitivity=_token_routers(routers, "token", len(layers)),
         ffn=_token_routers(routers, "ffn", len(layers)),
@@ -149,8 +153,8 @@ def _product(lm, name: str, form: str, routers, corrections, block: int) -> Line
     rank = len(corrections[f"0_{name}"].down) if corrected else 0
     dtype, shape = {
         "base": (lm.dtype, (channels, _spread(outputs, lm.dtype))),
-        "int8": (torch.int8, (channels, _spread(outputs, torch.int8))),
-        "q4": (torch.uint8, (channels // GROUP * GROUP_ROWS, _spread(outputs // 2, torch.uint8))),
+        "int8": (torch.int8, (channels, outputs)),
+        "q4": (torch.uint8, (channels // GROUP * GROUP_ROWS, outputs // 2)),
     }[form]
     packed = Linear(
         weight=_memory((len(layers), *shape), dtype),
@@ -159,7 +163,7 @@ def _product(lm, name: str, form: str, routers, corrections, block: int) -> Line
         unit=torch.zeros(len(layers), channels),
         reduce=torch.empty(len(layers), rank, channels, dtype=stored),
         expand=torch.empty(len(layers), rank + 1 if corrected else 0, outputs, dtype=stored),
-        split=block if name == "down" else GROUP if form == "q4" else 1,
+        split=TILE // 2 if name == "down" else 1 if form == "base" else GROUP,
     )
 
     def arranged(rows: Tensor) -> Tensor:
@@ -176,12 +180,10 @@ def _product(lm, name: str, form: str, routers, corrections, block: int) -> Line
             correction = corrections[f"{i}_{name}"]
             packed.reduce[i] = correction.down
             packed.expand[i] = arranged(torch.cat([correction.up, correction.shift[:, None]], 1)).t()
-        if form == "q4":
-            packed.scale[i] = _four_bits(rows, packed.weight[i])
-            continue
-        if form == "int8":
-            rows, packed.scale[i] = _eight_bits(rows)
-        packed.weight[i, :, :outputs] = rows.t()
+        if form == "base":
+            packed.weight[i, :, :outputs] = rows.t()
+        else:
+            packed.scale[i] = (_four_bits if form == "q4" else _eight_bits)(rows, packed.weight[i])
     return Linear(*map(as_numpy, packed[:-1]), packed.split)
 
 
@@ -205,27 +207,46 @@ def _alternating(outputs: Tensor, block: int) -> Tensor:
     return outputs.unflatten(0, (2, -1, block)).transpose(0, 1).flatten(0, 2)
 
 
-def _eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 ``[out, C]``, and float32 scales ``[out]``. Some rows at a time: a head in float32 may be gigabytes."""
-    eight, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
-    for part, to, scale in zip(weight.split(1024), eight.split(1024), scales.split(1024), strict=True):
-        scale.copy_(part.abs().amax(1)).clamp_(min=1e-30).div_(127)
-        to.copy_((part / scale[:, None]).round_())
-    return eight, scales
+def _head(weight: Tensor, form: str, previewed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The head ``[V, D]`` and its scales ``[V, D / 32]``, and columns for a preview and their scales ``[V]``."""
+    (outputs, channels), scale, none = weight.shape, torch.zeros(len(weight), 0), torch.zeros(0)
+    head, source = weight, weight
+    if form != "base":
+        groups = weight.unflatten(1, (-1, GROUP)).float()
+        scale = (groups.abs().amax(2) / 127).clamp_(min=6e-8).half()
+        head = (groups / scale.float()[..., None]).round_().clamp_(-127, 127).to(torch.int8).flatten(1)
+    if not previewed:
+        return head, scale.view(torch.int16), torch.empty(channels, 0, dtype=head.dtype), none
+    if form == "base":
+        columns = _memory((channels, _spread(outputs, head.dtype)), head.dtype)
+        columns[:, :outputs] = head.t()
+        return head, scale, columns, none
+    source = F.pad(weight.float(), (0, 0, 0, -outputs % 128))
+    columns = _memory((channels // GROUP * GROUP_ROWS, len(source) // 2), torch.uint8)
+    return head, scale.view(torch.int16), columns, _four_bits(source, columns)
+
+
+def _eight_bits(weight: Tensor, packed: Tensor) -> Tensor:
+    """Write ``weight [out, C]`` to ``packed [C, out]``; returns float32 ``[out]``."""
+    scale = weight.float().abs().amax(1).clamp_(min=1e-30).div_(127)
+    rows = (weight / scale[:, None]).round_().to(torch.int8).t()
+    packed.copy_(rows[:, torch.from_numpy(tile_order(len(weight), 8)[:, 0])])
+    return scale
 
 
 def _four_bits(weight: Tensor, packed: Tensor) -> Tensor:
-    """Write ``weight [out, C]`` to ``packed``, in the form of `hat_lib.engine.four_bits`; returns float32 ``[out]``."""
+    """Write ``weight [out, C]`` to ``packed [C / 32 * 38, out / 2]``; returns float32 ``[out]``."""
     outputs, n = len(weight), weight.shape[1] // GROUP
     groups = weight.float().view(outputs, n, GROUP)
     low, high = groups.amin(2), groups.amax(2)
     d = (high - low) / 15
     q = ((groups - low[..., None]) / d.clamp(min=1e-30)[..., None]).round_().clamp_(0, 15).to(torch.uint8)
-    m = low + MIDDLE * d
-    scale = torch.maximum(d.amax(1), m.abs().amax(1) / OFFSET).clamp_(min=1e-30) / 127
-    pairs = torch.stack([d, m / OFFSET], 2).div_(scale[:, None, None]).round_().to(torch.int8)
+    m = (low + MIDDLE * d) / 2**OFFSET
+    scale = torch.maximum(d.amax(1) / 255, m.abs().amax(1) / 32767).clamp_(min=1e-30)
+    d, m = (part.div(scale[:, None]).round_().t() for part in (d, m))
     packed = packed.view(n, GROUP_ROWS, -1)
-    lower, upper = q.permute(1, 2, 0).reshape(n, GROUP, outputs // 16, 2, 8).unbind(3)
-    packed[:, :GROUP, : outputs // 2] = (lower | upper << 4).flatten(2)
-    packed[:, GROUP:].flatten(1)[:, : 2 * outputs] = pairs.transpose(0, 1).flatten(1).view(torch.uint8)
+    lower, upper = (q.permute(1, 2, 0)[..., order] for order in torch.from_numpy(tile_order(outputs, 4)).t())
+    packed[:, :GROUP] = lower | upper << 4
+    packed[:, GROUP : GROUP + 2] = d.to(torch.uint8).view(n, 2, -1)
+    packed[:, GROUP + 2 :] = m.to(torch.int16).contiguous().view(torch.uint8).view(n, 4, -1)
     return scale

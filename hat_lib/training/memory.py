@@ -27,14 +27,16 @@ def needs(name: str, dtype: torch.dtype) -> dict[str, float]:
     size, shown, layers = dtype.itemsize, str(dtype).removeprefix("torch."), config.num_hidden_layers
     saved = layers * sum(number * getattr(config, field) for field, number in SAVED.items()) + config.vocab_size
     batch, block = recipe.batch_size, recipe.block_size
+    four = GROUP_ROWS / GROUP / 2  # bytes a weight, with scales; of the head and its preview:
+    heads = head * (1 + 2 / GROUP + four)
     cached = CONTEXT * 2 * layers * config.num_key_value_heads * head_size(config)
     return {
         f"the base, {parameters:,} parameters in {shown}": parameters * size,
         f"the adapter, {adapter:,}, with corrections of rank {RANK}": adapter * 4,
         f"keys and values of {CONTEXT} tokens": cached * size,
         f"the engine's copy, {shown}": (products + head) * size,
-        "the engine's copy, int8": products + 2 * head,
-        "the engine's copy, q4": products * GROUP_ROWS / GROUP / 2 + 2 * head,
+        "the engine's copy, int8": products + heads,
+        "the engine's copy, q4": products * four + heads,
         f"`hat calibrate`: states of up to {TOKENS:,} tokens": TOKENS * layers * config.hidden_size * 2,
         "`hat train`: gradients and Adam's moments": adapter * 12,
         f"`hat train`: a batch of {batch} x {block} tokens": batch * block * saved * 4,

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from four_bits_read import four_bits, unpacked
+from four_bits_read import four_bits, places, unpacked
 
 from hat_lib.engine import kernels
-from hat_lib.engine.arrays import PARTIALS, SECTION, Gathered, Inputs
+from hat_lib.engine.arrays import BLOCK, PARTIALS, SECTION, Gathered, Inputs, Thread
 from hat_lib.engine.compiling import compiled
-from hat_lib.engine.four_bits import GROUP, _adds, add, encode, has_avx2
+from hat_lib.engine.integers import NEEDS, _add_by, add, encode, instructions, tile_order
 from hat_lib.engine.kernels import dots, keep
 from hat_lib.engine.operations import shortlist
 from hat_lib.engine.weights import as_numpy
@@ -65,10 +65,14 @@ def test_exp():
         np.testing.assert_allclose(out, np.exp(x), rtol=3e-7, atol=2e-38)
 
 
+def gathering(index, values):
+    return Gathered(index, values, ENDS, np.zeros(2 * len(index) + 64, np.uint64))
+
+
 def product(w, x, unit, *, bar=1.0, runs=True):
     """Kept channels of ``x [R, C]`` times ``w [C, O]``: outputs ``[R, O]`` and how many channels each row kept."""
     rows, channels = x.shape
-    gathered = Gathered(np.zeros(channels + 8, np.uint64), np.zeros((rows, channels + 8), np.float32), ENDS)
+    gathered = gathering(np.zeros(channels + 8, np.uint64), np.zeros((rows, channels + 16), np.float32))
     kept, y = np.zeros(rows, np.int32), np.full((rows, OUTPUTS), np.nan, np.float32)
     bars, running = (np.broadcast_to(np.asarray(v, d), rows).copy() for v, d in ((bar, "f4"), (runs, "?")))
     n = keep(Inputs(x, bars, running), unit, 0, channels, gathered, kept)
@@ -82,7 +86,9 @@ def weights(request):
     drawn = torch.from_numpy(np.random.default_rng(0).normal(size=(CHANNELS, OUTPUTS)).astype("f4"))
     if request.param == "q4":
         return four_bits(drawn.T)[0]
-    return as_numpy((50 * drawn).to(torch.int8) if request.param == "int8" else drawn.to(getattr(torch, request.param)))
+    if request.param == "int8":
+        return np.ascontiguousarray((50 * drawn).to(torch.int8).numpy()[:, tile_order(OUTPUTS, 8)[:, 0]])
+    return as_numpy(drawn.to(getattr(torch, request.param)))
 
 
 @pytest.fixture
@@ -99,32 +105,55 @@ def test_skipped_and_zero_channels_give_the_same_bits(weights, x, threshold):
         assert np.array_equal(found, product(weights, masked[None], UNIT, bar=-np.inf)[0])
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"], indirect=True)
-def test_shortlist(weights, x):
-    head, preview = np.ascontiguousarray(weights.T), np.random.default_rng(2).normal(size=OUTPUTS).astype(np.float32)
-    scale = np.linspace(1, 2, OUTPUTS if weights.dtype == np.int8 else 0, dtype=np.float32)
+@pytest.fixture(params=["float32", "bfloat16", "int8"])
+def head(request):
+    """A head ``[O, C]``, its scales, and the same in float64."""
+    drawn = torch.from_numpy(np.random.default_rng(0).normal(size=(OUTPUTS, CHANNELS)).astype("f4"))
+    if request.param != "int8":
+        drawn = drawn.to(getattr(torch, request.param))
+        return as_numpy(drawn), np.zeros((OUTPUTS, 0), np.int16), drawn.double().numpy()
+    codes, scale = (50 * drawn).to(torch.int8).numpy(), np.geomspace(1e-7, 1e4, OUTPUTS * 3).astype(np.float16)
+    scale = scale.reshape(OUTPUTS, 3)
+    return codes, scale.view(np.int16), codes * scale.astype("f8").repeat(32, 1)
+
+
+def test_shortlist(head, x):
+    weights, scale, _ = head
+    preview = np.random.default_rng(2).normal(size=OUTPUTS).astype(np.float32)
     full = np.empty((1, OUTPUTS), np.float32)
-    dots(head, scale, x[:1], full, 0, OUTPUTS)
+    dots(weights, scale, x[:1], full, 0, OUTPUTS)
     for floor in (-0.5, 1.0, 9.0):
         likely = preview >= floor
         for team in (1, 3):
-            logits = np.full((1, OUTPUTS), np.nan, np.float32)
-            found = [shortlist(head, scale, x[:1], preview, floor, logits, t, team) for t in range(team)]
-            assert sum(found) == likely.sum() and (floor > 0 or likely.sum() > 3 * SECTION)
-            np.testing.assert_allclose(logits[0], np.where(likely, full[0], preview), rtol=1e-5, atol=1e-4)
+            logits, found = np.full(OUTPUTS, np.nan, np.float32), 0
+            for t in range(team):
+                thread, space = Thread(t, team, np.zeros(1, np.int64)), np.zeros(OUTPUTS, np.int64)
+                found += shortlist(thread, weights, scale, x[0], preview, np.float32(floor), logits, space)
+            assert found == likely.sum() and (floor > 0 or likely.sum() > 3 * SECTION)
+            assert np.array_equal(logits, np.where(likely, full[0], preview))
+
+
+def test_head(head, x):
+    weights, scale, wide = head
+    found, expected = np.empty((5, OUTPUTS), np.float32), x.astype("f8") @ wide.T
+    dots(weights, scale, x, found, 0, OUTPUTS)
+    size = np.abs(x.astype("f8")) @ np.abs(wide).T
+    assert (np.abs(found - expected) < 1e-6 * size).all()
 
 
 def plain(w):
-    """float32 ``[C, O]``, in four bits before the scale of outputs."""
+    """float32 ``[C, O]``; of fewer bits, before the scale of outputs."""
     if w.dtype == np.uint8:
         return unpacked(w, np.ones(OUTPUTS, np.float32))
     wide = np.empty(w.size, np.float32)
+    if w.dtype == np.int8:
+        return plain_eight(w)
     widened(w.ravel(), wide)
     return wide.reshape(w.shape)
 
 
 def test_product(weights, x):
-    if weights.dtype == np.uint8:  # relative to inputs in eight bits
+    if weights.itemsize == 1:  # relative to inputs in eight bits
         x = rounded(x)
     expected = x.astype("f8") @ plain(weights)
     found = product(weights, x, UNIT, bar=-np.inf)[0]
@@ -140,22 +169,32 @@ def test_nan_is_kept(weights, x):
     assert np.array_equal(np.delete(found, 1, 0), np.delete(expected, 1, 0))
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"], indirect=True)
-def test_head(weights, x):
-    rows, heads = np.ascontiguousarray(weights[:, :CHANNELS]), np.empty((5, CHANNELS), np.float32)
-    dots(rows, np.zeros(0, np.float32), x, heads, 0, CHANNELS)
-    assert np.abs(heads - x.astype("f8") @ plain(rows).T).max() < 1e-5 * np.abs(heads).max()
+@compiled()
+def encoded(values, codes):
+    return encode(values, 0, len(values), codes)
 
 
 def rounded(x):
-    """Codes times scale, by group."""
-    groups, codes, made = x.reshape(-1, GROUP), np.empty(GROUP, np.int8), []
-    for group in groups:
-        scale, total = encode(group, codes)
-        assert total == codes.sum() and abs(codes.astype(int)).max() == (127 if group.any() else 0)
-        assert np.abs(scale * codes - group).max() <= 0.501 * scale
+    """Codes times scale, by block."""
+    blocks, codes, made = x.reshape(-1, BLOCK), np.empty(BLOCK, np.int8), []
+    for block in blocks:
+        scale, total = encoded(block, codes)
+        assert total == codes.sum(dtype=int) and abs(codes.astype(int)).max() == (127 if block.any() else 0)
+        assert np.abs(scale * codes - block).max() <= 0.501 * scale
         made.append(scale * codes.astype(np.float32))
     return np.reshape(made, x.shape)
+
+
+def test_part_of_a_block_is_filled_with_zeros():
+    codes = np.full(BLOCK, 7, np.int8)
+    scale, total = encoded(np.float32([3, -6, 1e9])[:2], codes)
+    assert scale == np.float32(6 / 127) and total == -63 and codes.tolist() == [64, -127] + [0] * 14
+
+
+def test_tiles_hold_each_output_once():
+    for outputs, bits in ((2144, 4), (96, 4), (576, 8), (2096, 8)):
+        assert sorted(tile_order(outputs, bits).ravel()) == [*range(outputs)]
+    assert np.array_equal(tile_order(2144, 4), places(2144))
 
 
 def test_four_bits_at_extremes():
@@ -166,27 +205,44 @@ def test_four_bits_at_extremes():
         read = unpacked(w, scale)
         assert np.abs(read - weight.numpy()).max() <= 0.05 * float(weight.abs().max())
         for x in (np.ones((1, 32)), np.sign(np.arange(32) % 2 - 0.5)[None], np.zeros((1, 32)), np.full((1, 32), 1e-35)):
-            y = np.full((1, 32), np.nan, np.float32)
-            add_kept(w, Gathered(np.arange(32, dtype=np.uint64), x.astype(np.float32), ENDS), 32, y)
+            y, values = np.full((1, 32), np.nan, np.float32), np.zeros((1, 64), np.float32)
+            values[:, :32] = x
+            add_kept(w, gathering(np.arange(32, dtype=np.uint64), values), 32, y)
             assert np.allclose(y * scale, x @ read.astype("f8"), rtol=1e-6, atol=1e-30)
 
 
-@pytest.mark.parametrize("outputs", [32, 128])
-def test_plain_code_and_the_instruction_give_the_same_bits(outputs):
-    if not has_avx2():
-        pytest.skip("no AVX2")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_all_instructions_give_the_same_bits_and_those_of_plain_integers(bits):
+    """Of weights that are any bytes; to the last bit for one block, whose sum is rounded once."""
     random, found = np.random.default_rng(0), []
-    w = random.integers(0, 256, (36, outputs // 2), dtype=np.uint8)
-    codes, rows = random.integers(-127, 128, 32, dtype=np.int8), np.arange(32) * w.shape[1]
-    for add_group in (_adds(outputs, True), _adds(outputs, False)):
+    outputs = 15 * 128 // bits  # of every size of tile
+    if bits == 8:
+        w = random.integers(-127, 128, (BLOCK, outputs), dtype=np.int8)
+    else:
+        w = random.integers(0, 256, (38, outputs // 2), dtype=np.uint8)
+    index = np.sort(random.choice(BLOCK, 13, replace=False)).astype(np.uint64)
+    x = random.normal(size=(1, 32)).astype(np.float32)
+    for how in [*NEEDS][[*NEEDS].index(instructions()) :]:  # AVX-512 has what the others need
+        kernel = _add_by(bits, how)
 
         @compiled()
-        def run(w, codes, rows, y, total):
-            add_group(w, codes, rows, rows, y, 0, 32 * w.shape[1], 0, 16, np.float32(0.1), np.int32(total))  # noqa: B023
+        def run(w, gathered, y):
+            kernel(w, gathered, 0, 13, 13, y, 0, y.shape[1])  # noqa: B023
 
-        found.append(np.zeros(outputs, np.float32))
-        run(w, codes, rows, found[-1], codes.sum(dtype=int))
-    assert np.array_equal(*found) and found[0].all()
+        found.append(np.zeros((1, outputs), np.float32))
+        run(w, gathering(index, x), found[-1])
+    assert all(np.array_equal(other, found[0]) for other in found[1:])
+    codes = np.empty(BLOCK, np.int8)
+    scale, _ = encoded(x[0, :13], codes)
+    whole = unpacked(w, np.ones(outputs, np.float32)) if bits == 4 else plain_eight(w)
+    sums = codes[:13].astype("i8") @ whole[index].astype("i8")
+    assert np.array_equal(found[0][0], sums.astype(np.float32) * scale)
+
+
+def plain_eight(w):
+    made = np.empty(w.shape, np.float32)
+    made[:, tile_order(w.shape[1], 8)[:, 0]] = w
+    return made
 
 
 def test_row_among_others_is_as_alone(weights, x):

@@ -155,13 +155,16 @@ def test_decoding_a_text_scores_it_as_one_forward_does(make):
 
 
 def test_a_format_s_ideal_is_in_the_bytes_that_it_reads():
-    """Half of 1000 weights of the layers, 200 of the head; in four bits, all scales are read."""
-    dense, executed = ({"ffn": torch.tensor(2.0 * n), "head": torch.tensor(400.0)} for n in (1000, 500))
+    """Half of 1000 weights of the layers, and of 200 of the head, whose preview has four bits and all its scales."""
+    dense, executed = ({"ffn": torch.tensor(2.0 * n), "head": torch.tensor(0.4 * n)} for n in (1000, 500))
     ideal = {form: decode._ideal(Work({}, executed, {}, dense), 2, form) for form in ("base", "int8", "q4")}
-    assert ideal == {"base": 2400 / 1400, "int8": 1200 / 700, "q4": 762.5 / 512.5}
-    dense, executed = ({"ffn": torch.tensor(4.0 * n), "head": torch.tensor(800.0)} for n in (1000, 500))
+    scales, preview = 1000 * 3 / 32, 100 / 2 + 200 * 3 / 32
+    assert ideal == {
+        "base": 2.0, "int8": 1212.5 / (500 + preview), "q4": (500 + scales + 212.5) / (250 + scales + preview)
+    }  # fmt: skip
+    dense, executed = ({"ffn": torch.tensor(4.0 * n), "head": torch.tensor(0.8 * n)} for n in (1000, 500))
     executed["corrections"] = torch.tensor(40.0)  # ten numbers of an fp32 base, two bytes each beside fewer bits
-    assert decode._ideal(Work({}, executed, {}, dense), 4, "int8") == 1200 / 720
+    assert decode._ideal(Work({}, executed, {}, dense), 4, "int8") == 1212.5 / (520 + preview)
 
 
 def test_parting():
