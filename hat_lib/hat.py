@@ -192,7 +192,8 @@ class HierarchicalTransformer(Contexts, nn.Module):
     @property
     def weight_format(self) -> str:
         """How the engine keeps its weights: "base", as the base has them; or, approximately, "int8", with a scale per
-        output, or "q4", with a scale and an offset per 32 channels. Prefill reads the base's own."""
+        output, or "q4", with a scale and an offset per 32 channels, both with inputs rounded to eight bits. Prefill
+        reads the base's own."""
         return self._context.setting.weight_format
 
     @weight_format.setter

@@ -208,22 +208,20 @@ def _alternating(outputs: Tensor, block: int) -> Tensor:
 
 
 def _head(weight: Tensor, form: str, previewed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The head ``[V, D]`` and its scales ``[V, D / 32]``, and columns for a preview and their scales ``[V]``."""
-    (outputs, channels), scale, none = weight.shape, torch.zeros(len(weight), 0), torch.zeros(0)
-    head, source = weight, weight
-    if form != "base":
-        groups = weight.unflatten(1, (-1, GROUP)).float()
-        scale = (groups.abs().amax(2) / 127).clamp_(min=6e-8).half()
-        head = (groups / scale.float()[..., None]).round_().clamp_(-127, 127).to(torch.int8).flatten(1)
-    if not previewed:
-        return head, scale.view(torch.int16), torch.empty(channels, 0, dtype=head.dtype), none
+    """The head ``[V, D]`` and its scales ``[V, D / 32]``, and its columns for a preview and their scales ``[V]``."""
+    outputs, channels = weight.shape
     if form == "base":
-        columns = _memory((channels, _spread(outputs, head.dtype)), head.dtype)
-        columns[:, :outputs] = head.t()
-        return head, scale, columns, none
-    source = F.pad(weight.float(), (0, 0, 0, -outputs % 128))
-    columns = _memory((channels // GROUP * GROUP_ROWS, len(source) // 2), torch.uint8)
-    return head, scale.view(torch.int16), columns, _four_bits(source, columns)
+        columns = _memory((channels, _spread(outputs, weight.dtype) if previewed else 0), weight.dtype)
+        columns[:, :outputs] = weight.t()[:, : columns.shape[1]]
+        return weight, torch.zeros(outputs, 0, dtype=torch.int16), columns, torch.zeros(0)
+    head, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(outputs, channels // GROUP).half()
+    for part, to, factor in zip(weight.split(4096), head.split(4096), scale.split(4096), strict=True):
+        groups = part.float().unflatten(1, (-1, GROUP))
+        factor.copy_((groups.abs().amax(2) / 127).clamp_(min=2.0**-24))
+        to.copy_((groups / factor.float()[..., None]).round_().clamp_(-127, 127).flatten(1))
+    padded = F.pad(weight, (0, 0, 0, -outputs % TILE)) if previewed else weight[:0]
+    columns = _memory((channels // GROUP * GROUP_ROWS, len(padded) // 2), torch.uint8)
+    return head, scale.view(torch.int16), columns, _four_bits(padded, columns) if previewed else torch.zeros(0)
 
 
 def _eight_bits(weight: Tensor, packed: Tensor) -> Tensor:
@@ -237,16 +235,17 @@ def _eight_bits(weight: Tensor, packed: Tensor) -> Tensor:
 def _four_bits(weight: Tensor, packed: Tensor) -> Tensor:
     """Write ``weight [out, C]`` to ``packed [C / 32 * 38, out / 2]``; returns float32 ``[out]``."""
     outputs, n = len(weight), weight.shape[1] // GROUP
-    groups = weight.float().view(outputs, n, GROUP)
-    low, high = groups.amin(2), groups.amax(2)
+    groups, packed = weight.view(outputs, n, GROUP), packed.view(n, GROUP_ROWS, -1)
+    low, high = groups.amin(2).float(), groups.amax(2).float()
     d = (high - low) / 15
-    q = ((groups - low[..., None]) / d.clamp(min=1e-30)[..., None]).round_().clamp_(0, 15).to(torch.uint8)
     m = (low + MIDDLE * d) / 2**OFFSET
     scale = torch.maximum(d.amax(1) / 255, m.abs().amax(1) / 32767).clamp_(min=1e-30)
-    d, m = (part.div(scale[:, None]).round_().t() for part in (d, m))
-    packed = packed.view(n, GROUP_ROWS, -1)
-    lower, upper = (q.permute(1, 2, 0)[..., order] for order in torch.from_numpy(tile_order(outputs, 4)).t())
-    packed[:, :GROUP] = lower | upper << 4
-    packed[:, GROUP : GROUP + 2] = d.to(torch.uint8).view(n, 2, -1)
-    packed[:, GROUP + 2 :] = m.to(torch.int16).contiguous().view(torch.uint8).view(n, 4, -1)
+    orders = torch.from_numpy(tile_order(outputs, 4)).t()
+    for i in range(n):  # one by one: a head may be gigabytes
+        q = (groups[:, i].float() - low[:, i, None]).div_(d[:, i, None].clamp(min=1e-30)).round_().clamp_(0, 15)
+        lower, upper = (q.to(torch.uint8).t()[:, order] for order in orders)
+        packed[i, :GROUP] = lower | upper << 4
+    eight, sixteen = (part.div(scale[:, None]).round_().t() for part in (d, m))
+    packed[:, GROUP : GROUP + 2] = eight.to(torch.uint8).view(n, 2, -1)
+    packed[:, GROUP + 2 :] = sixteen.to(torch.int16).contiguous().view(torch.uint8).view(n, 4, -1)
     return scale
