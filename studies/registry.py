@@ -32,8 +32,8 @@ from hat_lib.terminal import Command, say
 from studies import state
 from studies.common import markdown
 
-NAMES = ("decode", "answers", "quality", "published", "stand_ins", "tasks", "published_claims", "prompts_in_full",
-         "speed_targets", "token_time", "self_speculative", "ablations")  # fmt: skip
+NAMES = ("decode", "answers", "quality", "published", "stand_ins", "tasks", "formats", "published_claims",
+         "prompts_in_full", "speed_targets", "token_time", "self_speculative", "ablations")  # fmt: skip
 """ordered so that each comes after those whose files it reads"""
 RESULTS = DATA / "results"
 MARKED = re.compile(r"^<!-- table: (\S+) -->$((?:(?!^<!-- table).)*?^<!-- end -->$)?", re.M | re.S)
