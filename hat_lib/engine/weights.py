@@ -2,7 +2,7 @@
 routers, gates and corrections.
 
 ``base``  the base's own numbers, float32 or bfloat16.
-``int8``  eight bits, with one scale per output, the largest magnitude of its row over 127.
+``int8``  eight bits, -127..127, with one scale per output, the largest magnitude of its row over 127.
 ``q4``    four bits, ``D (d (q - 8) + 4 m)``: q in 0..15; d in eight bits and m in sixteen for each output and 32
           channels, and D in float32 for each output. For a base that was in Q4_1 before, its own blocks.
 

@@ -87,7 +87,8 @@ def weights(request):
     if request.param == "q4":
         return four_bits(drawn.T)[0]
     if request.param == "int8":
-        return np.ascontiguousarray((50 * drawn).to(torch.int8).numpy()[:, tile_order(OUTPUTS, 8)[:, 0]])
+        eight = (50 * drawn).clamp(-127, 127).to(torch.int8).numpy()
+        return np.ascontiguousarray(eight[:, tile_order(OUTPUTS, 8)[:, 0]])
     return as_numpy(drawn.to(getattr(torch, request.param)))
 
 
